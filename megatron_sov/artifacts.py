@@ -1,0 +1,250 @@
+"""Artifacts: folders with a hashed `manifest.json`, written atomically.
+
+A tokenizer, a set of token shards, a checkpoint: each is a folder whose manifest holds a format version, the hash of
+every file, the settings and the manifests that it was made from.  An artifact is built under a temporary name, synced
+to disk, and renamed; a half-written artifact therefore does not exist.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_sov.errors import UserError
+
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+_HASH_BLOCK_BYTES = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class FileRecord:
+    """What the manifest holds about one file of an artifact."""
+
+    sha256: str
+    size_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """The content of an artifact's `manifest.json`."""
+
+    kind: str
+    """What the artifact is: "tokenizer", "tokens", "checkpoint", "hf_model"."""
+    content: dict[str, Any]
+    """Counts and facts that readers of this kind rely on."""
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """The settings that it was made with."""
+    inputs: list[dict[str, str]] = dataclasses.field(default_factory=list)
+    """The artifacts that it was made from: kind, path and manifest hash of each."""
+    files: dict[str, FileRecord] = dataclasses.field(default_factory=dict)
+    """Relative path -> hash and size of every file except the manifest."""
+    created_s: float = 0.0
+    """Unix time at which it was completed."""
+    format_version: int = FORMAT_VERSION
+    """Version of this layout; a newer one than the code knows is refused."""
+
+
+def sha256_file(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, read in blocks."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(_HASH_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def fsync_path(path: Path) -> None:
+    """Flush a file or folder to the disk, so that a later rename cannot come before its bytes."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def atomic_write(path: Path, data: str | bytes) -> None:
+    """Write a file so that readers see the old or the new content, never a part.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with disk_errors(path):
+        try:
+            with open(temporary, "wb") as f:
+                f.write(data.encode() if isinstance(data, str) else data)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
+            fsync_path(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full disk, a missing permission or a read-only file system into a `UserError` that names `path`."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno == errno.ENOSPC:
+            raise UserError(f"{path}: no space left on the device; free some space and run the same command again") from e
+        if e.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise UserError(f"{path}: cannot be written ({os.strerror(e.errno)}); choose a folder that you may write to") from e
+        raise
+
+
+def to_json(value: Any) -> str:
+    """Serialise dataclasses and plain values as indented JSON; floats read back to the same bits."""
+    return json.dumps(value, indent=1, ensure_ascii=False, default=_plain) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
+
+
+class ArtifactWriter:
+    """An artifact under construction; obtained from `new_artifact`."""
+
+    def __init__(self, path: Path, kind: str) -> None:
+        self.path = path
+        """The temporary folder to write files into."""
+        self.kind = kind
+        self.content: dict[str, Any] = {}
+        self.settings: dict[str, Any] = {}
+        self.inputs: list[dict[str, str]] = []
+        self.known_files: dict[str, FileRecord] = {}
+        """Files whose hash the writer already knows; the rest are hashed on completion."""
+
+    def add_input(self, path: Path) -> None:
+        """Record another artifact as an input of this one."""
+        self.inputs.append({"kind": read_manifest(path).kind, "path": str(path), "manifest_sha256": manifest_sha256(path)})
+
+    def complete(self) -> None:
+        """Hash and sync every file, then write the manifest (still under the temporary name)."""
+        files = dict(self.known_files)
+        for file in sorted(p for p in self.path.rglob("*") if p.is_file()):
+            name = file.relative_to(self.path).as_posix()
+            if name not in files:
+                files[name] = FileRecord(sha256_file(file), file.stat().st_size)
+            fsync_path(file)
+        manifest = Manifest(self.kind, self.content, self.settings, self.inputs, files, time.time())
+        atomic_write(self.path / MANIFEST, to_json(manifest))
+
+
+@contextlib.contextmanager
+def new_artifact(path: str | Path, kind: str, *, overwrite: bool = False) -> Iterator[ArtifactWriter]:
+    """Build an artifact in a temporary folder beside `path`; it appears under `path` only when complete.
+
+    Args:
+        path: the folder that will hold the artifact.
+        kind: the manifest's kind.
+        overwrite: replace an artifact of the same kind that is already there.
+
+    Raises:
+        UserError: `path` exists and may not be replaced, or the disk refuses.
+    """
+    path = Path(path)
+    refuse_existing(path, kind, overwrite)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path)
+        temporary.mkdir()
+        try:
+            writer = ArtifactWriter(temporary, kind)
+            yield writer
+            writer.complete()
+            publish(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Rename a complete folder to its final name, moving an older artifact out of the way first."""
+    old = None
+    if path.exists():
+        old = path.with_name(f".{path.name}.old-{os.getpid()}")
+        os.rename(path, old)
+    os.rename(temporary, path)
+    fsync_path(path.parent)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def refuse_existing(path: Path, kind: str, overwrite: bool) -> None:
+    """Raise `UserError` where `path` is taken: by anything without `overwrite`, by a foreign folder even with it."""
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        if path.is_dir():
+            path.rmdir()
+        return
+    if not overwrite:
+        raise UserError(f"{path}: already exists; choose another output folder, or pass --overwrite to replace it")
+    if not (path / MANIFEST).is_file() or read_manifest(path).kind != kind:
+        raise UserError(f"{path}: exists and is not a '{kind}' artifact, so it is not replaced; choose another output folder")
+
+
+def remove_leftovers(path: Path) -> None:
+    """Delete temporary folders that killed processes left beside `path`."""
+    for leftover in path.parent.glob(f".{path.name}.tmp-*"):
+        pid = leftover.name.rpartition("-")[2]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def read_manifest(path: str | Path, kind: str | None = None) -> Manifest:
+    """Read an artifact's manifest.
+
+    Raises:
+        UserError: there is no readable manifest, its format is newer than this code, or its kind is not `kind`.
+    """
+    file = Path(path) / MANIFEST
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        files = {name: FileRecord(**record) for name, record in raw.pop("files").items()}
+        manifest = Manifest(files=files, **raw)
+    except FileNotFoundError:
+        wanted = f"a '{kind}' artifact" if kind else "an artifact"
+        raise UserError(f"{path}: has no {MANIFEST}, so it is not {wanted}; pass the folder that the earlier step wrote") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        raise UserError(f"{file}: is damaged ({e}); make the artifact again or restore it from a copy") from None
+    if manifest.format_version > FORMAT_VERSION:
+        raise UserError(f"{file}: format_version {manifest.format_version} is newer than {FORMAT_VERSION}, "
+                        "the newest that this version reads; update megatron-sov")
+    if kind is not None and manifest.kind != kind:
+        raise UserError(f"{path}: is a '{manifest.kind}' artifact where a '{kind}' artifact is needed")
+    return manifest
+
+
+def manifest_sha256(path: str | Path) -> str:
+    """Return the hash of an artifact's manifest, which stands for the whole artifact."""
+    return sha256_file(Path(path) / MANIFEST)
+
+
+def damaged_files(path: str | Path) -> list[str]:
+    """Return one sentence for each file of an artifact that is missing or differs from its manifest."""
+    problems = []
+    for name, record in read_manifest(path).files.items():
+        file = Path(path) / name
+        if not file.is_file():
+            problems.append(f"{file}: is missing")
+        elif file.stat().st_size != record.size_bytes:
+            problems.append(f"{file}: has {file.stat().st_size} bytes, the manifest says {record.size_bytes}")
+        elif sha256_file(file) != record.sha256:
+            problems.append(f"{file}: its content differs from the hash in the manifest")
+    return problems

@@ -1,0 +1,40 @@
+"""Tiny recipes: the big models' structure at a size for two CPU cores, derived from the big recipes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from megatron_sov.config import ModelConfig, NeedleConfig, RunConfig, YarnConfig
+
+SEQ_LEN = 256
+
+
+def shrink(run: RunConfig) -> RunConfig:
+    """Return `run` with every size reduced and every structural choice (routing, attention, norms, MTP) kept."""
+    model = run.model
+    small = replace(
+        model,
+        vocab_size=2048, hidden_size=128, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=32,
+        num_experts=8, num_experts_per_token=2, expert_ffn_dim=128,
+        dense_ffn_dim=384 if model.dense_ffn_dim else 0,
+        sliding_window_tokens=32 if model.sliding_window_tokens else 0,
+        yarn=None, max_position_tokens=4096, init_std=0.04,
+    )
+    return replace(
+        run,
+        recipe="tiny-" + run.recipe.rpartition("-")[0],
+        model=small,
+        parallel=replace(run.parallel, tp=1, sp=False, pp=1, ep=1, etp=1),
+        data=replace(run.data, phases=tuple(replace(p, seq_len=SEQ_LEN) for p in run.data.phases), heldout_tokens=16384),
+        optim=replace(run.optim, lr=4e-3, min_lr=2e-4, warmup_steps=20),
+        train=replace(run.train, steps=200, tokens=0, global_batch_size=16, micro_batch_size=8, precision="fp32", recompute=False,
+                      checkpoint_every_steps=50, eval_every_steps=100),
+        needle=NeedleConfig(lengths_tokens=(256, 512), depths=(0.0, 0.5, 0.95), samples=20),
+    )
+
+
+def extended(model: ModelConfig, factor: float, original_max_position_tokens: int) -> ModelConfig:
+    """Return `model` ready for a longer context: YaRN where all layers are global, unchanged for sliding/NoPE hybrids."""
+    if "L" in model.attention_pattern:
+        return model
+    return replace(model, yarn=YarnConfig(factor=factor, original_max_position_tokens=original_max_position_tokens))
