@@ -1,0 +1,87 @@
+"""The door: `megatron-sov COMMAND ...`.
+
+Each command lives in its room's `command.py` with `add_arguments(parser)` and `run(args) -> exit code`.  Only the chosen
+command's module is imported, and none of them imports torch before its arguments are parsed and checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from dataclasses import dataclass
+
+from megatron_sov.errors import StopRequested, UserError, nearest
+
+EXIT_OK, EXIT_USER_ERROR, EXIT_GATE_FAILED, EXIT_STOPPED = 0, 2, 3, 75
+
+
+@dataclass(frozen=True)
+class Command:
+    """One sub-command: the module that implements it and its line in `--help`."""
+
+    module: str
+    """Dotted path of the module with `add_arguments` and `run`."""
+    help: str
+    """One line for `megatron-sov --help`."""
+
+
+COMMANDS = {
+    "pretrain": Command("megatron_sov.train.command", "train a model from token shards, from scratch or --from a checkpoint"),
+    "extend": Command("megatron_sov.extend.command", "train on at a longer context and score needle retrieval"),
+    "sft": Command("megatron_sov.post.sft_command", "fine-tune on chats, with an auxiliary text term"),
+    "convert": Command("megatron_sov.convert.command", "from-hf, to-hf, verify, inspect: checkpoints and Hugging Face folders"),
+    "generate": Command("megatron_sov.generate.command", "continue prompts with a checkpoint or a Hugging Face folder"),
+    "eval": Command("megatron_sov.eval.command", "needle, ppl: judge a checkpoint or a Hugging Face folder"),
+    "report": Command("megatron_sov.report.command", "write the self-contained HTML report of one or more runs"),
+    "doctor": Command("megatron_sov.doctor.command", "what this machine has, what is missing, and how to add it"),
+    "recipes": Command("megatron_sov.recipes.command", "list the recipes, or print one with its settings resolved"),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the top-level parser; sub-commands parse their own arguments."""
+    width = max(map(len, COMMANDS))
+    lines = "\n".join(f"  {name:<{width}}  {c.help}" for name, c in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="megatron-sov", usage="megatron-sov COMMAND ...", formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Train your own language model, from raw text to a Hugging Face folder.",
+        epilog=f"commands:\n{lines}\n\nmegatron-sov COMMAND --help explains one of them.\n"
+               "exit codes: 0 complete, 2 your input needs a change, 3 a gate did not pass, 75 stopped with everything saved",
+    )
+    parser.add_argument("command", nargs="?", help=argparse.SUPPRESS)
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    return parser
+
+
+def run_command(argv: list[str]) -> int:
+    """Parse and run one command; raises what the command raises."""
+    parser = build_parser()
+    if not argv or argv[0] in ("-h", "--help"):
+        parser.print_help()
+        return EXIT_OK if argv else EXIT_USER_ERROR
+    name, *rest = argv
+    if name not in COMMANDS:
+        raise UserError(f"command {name!r}: does not exist{nearest(name, COMMANDS)} (commands: {', '.join(COMMANDS)})")
+    module = importlib.import_module(COMMANDS[name].module)
+    sub = argparse.ArgumentParser(prog=f"megatron-sov {name}", description=COMMANDS[name].help)
+    module.add_arguments(sub)
+    return int(module.run(sub.parse_args(rest)))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `megatron-sov`; a `UserError` becomes one message and exit code 2."""
+    try:
+        return run_command(sys.argv[1:] if argv is None else argv)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except StopRequested as e:
+        print(f"stopped: {e}", file=sys.stderr)
+        return EXIT_STOPPED
+    except BrokenPipeError:
+        return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())
