@@ -1,0 +1,73 @@
+# make setup, make demo, make test; `make` alone lists the targets.
+#
+#   PYTHON=python3.12              the interpreter to build .venv with (default: the first of 3.13, 3.12, 3.11, python3 that works)
+#   TORCH_INDEX=URL                one more wheel index for torch, e.g. PyTorch's CPU index (the default Linux wheel carries CUDA)
+#   PIP_ARGS="..."                 anything else for pip
+#   CORPUS=PATH                    make demo: train on your own text instead of the text found on this machine
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup test lint demo lock wheel clean
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PYTHON ?=
+TORCH_INDEX ?=
+PIP_ARGS ?=
+export CORPUS
+
+PIP_INSTALL = -m pip install --retries 10 $(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)") $(PIP_ARGS)
+PACKAGES := $(sort $(wildcard */__init__.py))
+# The stamp's name holds what the installation depends on, so an unchanged tree needs no look at pip.
+STAMP = $(VENV)/.installed-$(shell { echo "$(CURDIR) $(PACKAGES)"; cat setup.py pyproject.toml constraints.txt; } | cksum | cut -d' ' -f1)
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 10
+
+setup: $(STAMP)  ## make .venv and install the project with its locked dependencies
+
+$(STAMP):
+	@python=""; \
+	for candidate in $(PYTHON) python3.13 python3.12 python3.11 python3; do \
+	  if "$$candidate" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; \
+	  then python="$$candidate"; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+	  echo "error: no Python 3.11 or newer with venv on PATH; install one (Debian, Ubuntu: apt-get install python3 python3-venv)" \
+	    "or name it with PYTHON=/path/to/python3.12" >&2; exit 2; \
+	fi; \
+	"$(PY)" -c 'import pip' >/dev/null 2>&1 || { echo "$(VENV): $$("$$python" --version)"; "$$python" -m venv --clear "$(VENV)"; }
+	@for attempt in 1 2 3; do \
+	  if "$(PY)" $(PIP_INSTALL) --quiet -e '.[dev]' -c constraints.txt; then break; fi; \
+	  if [ $$attempt = 3 ]; then echo "error: pip could not install the dependencies; see its message above" >&2; exit 1; fi; \
+	  echo "pip failed (attempt $$attempt of 3); trying again in 10 s" >&2; sleep 10; \
+	done
+	@rm -f "$(VENV)"/.installed-*; touch "$@"
+
+lint: setup  ## ruff and mypy
+	"$(PY)" -m ruff check .
+	"$(PY)" -m mypy
+
+test: lint  ## lint, then all tests on two cores
+	OMP_NUM_THREADS=1 "$(PY)" -m pytest -n 2
+
+demo: setup  ## raw text to a trained, converted and judged model on this machine, minutes on two cores
+	"$(PY)" demo.py $${CORPUS:+--corpus "$$CORPUS"}
+
+lock: $(STAMP)  ## renew constraints.txt: newest versions that fit setup.py, in a fresh environment
+	rm -rf build/lock
+	"$(PY)" -m venv build/lock
+	build/lock/bin/python $(PIP_INSTALL) --quiet '.[dev]'
+	{ sed -n '/^#/p' constraints.txt; \
+	  build/lock/bin/python -m pip freeze --all --exclude pip --exclude megatron-sov | sed 's/+[a-z0-9.]*$$//'; } > build/constraints.txt
+	mv build/constraints.txt constraints.txt
+	rm -rf build/lock
+
+wheel: setup  ## build dist/megatron_sov-*.whl
+	"$(PY)" -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	@ls dist/*.whl
+
+clean:  ## delete what was built (.venv stays)
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
