@@ -1,0 +1,109 @@
+"""The language model: megatron-core's GPTModel that ends in hidden states, so that objectives apply the head in chunks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.multi_token_prediction import (
+    MultiTokenPredictionBlockSubmodules,
+    get_mtp_layer_spec,
+)
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+from megatron_sov.config import ModelConfig, ParallelConfig, TrainConfig
+from megatron_sov.mcore.build import has_transformer_engine, layer_specs, mtp_layer_spec, transformer_config
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """What the model reads of a micro-batch: one row of packed documents."""
+
+    tokens: torch.Tensor
+    """[tokens] int64."""
+    positions: torch.Tensor
+    """[tokens] int64, counted from the start of each document."""
+    cu_seqlens: torch.Tensor
+    """[documents + 1] int32: cumulative document lengths, from 0 to the number of tokens."""
+    max_document_tokens: int
+    """Length of the longest document."""
+    padding: torch.Tensor
+    """[tokens] bool, True where a token is padding."""
+
+
+class LanguageModel(GPTModel):
+    """GPTModel that takes `ModelInputs` and returns hidden states [depths * tokens, 1, hidden] on the last stage.
+
+    Depth 0 is the trunk's output after its final norm; depth k that of the k-th multi-token prediction layer.
+    """
+
+    def forward(self, inputs: ModelInputs) -> torch.Tensor:  # type: ignore[override]
+        """Run the model; under sequence parallelism tokens are split over the tensor-parallel group."""
+        packed = PackedSeqParams(
+            qkv_format="thd", cu_seqlens_q=inputs.cu_seqlens, cu_seqlens_kv=inputs.cu_seqlens,
+            max_seqlen_q=inputs.max_document_tokens, max_seqlen_kv=inputs.max_document_tokens)
+        tokens, positions = inputs.tokens[None], inputs.positions[None]
+        embedded, rotary, *_ = self._preprocess(input_ids=tokens, position_ids=positions, packed_seq_params=packed)
+        hidden = self.decoder(hidden_states=embedded, attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=packed,
+                              padding_mask=self._local_padding(inputs.padding))
+        if self.mtp_process:
+            hidden = self.mtp(input_ids=tokens, position_ids=positions, hidden_states=hidden, attention_mask=None,
+                              rotary_pos_emb=rotary, packed_seq_params=packed, embedding=self.embedding)
+        return hidden
+
+    def _local_padding(self, padding: torch.Tensor) -> torch.Tensor:
+        """Return this process's part of the padding mask, [1, tokens].
+
+        GPTModel itself splits it on the first pipeline stage only, and later stages would see masks of the wrong length.
+        """
+        if self.config.sequence_parallel:
+            group = self.pg_collection.tp
+            padding = padding.chunk(group.size())[group.rank()]
+        return padding[None]
+
+
+def build(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig) -> LanguageModel:
+    """Build this process's part of the model; its weights are not initialised yet."""
+    config = transformer_config(model, parallel, train)
+    norm = _block_norm()
+    first = get_transformer_layer_offset(config)
+    local = layer_specs(config, model)[first:first + get_num_layers_to_build(config)]
+    last_stage = parallel_state.is_pipeline_last_stage()
+    mtp = None
+    if model.num_mtp_layers and last_stage:
+        layer = get_mtp_layer_spec(mtp_layer_spec(config, model), use_transformer_engine=has_transformer_engine())
+        layer.submodules.enorm = layer.submodules.hnorm = layer.submodules.layer_norm = norm
+        mtp = MultiTokenPredictionBlockSubmodules(layer_specs=[layer] * model.num_mtp_layers)
+    network = LanguageModel(
+        config, TransformerBlockSubmodules(layer_specs=local, layer_norm=norm), vocab_size=model.vocab_size,
+        max_sequence_length=model.max_position_tokens, pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=last_stage, position_embedding_type="yarn" if model.yarn else "rope", rotary_base=int(model.rope_theta),
+        share_embeddings_and_output_weights=False, mtp_block_spec=mtp)
+    return network.to(config.params_dtype) if config.bf16 else network
+
+
+def _block_norm() -> Any:
+    from megatron.core.models.backends import LocalSpecProvider
+
+    if has_transformer_engine():
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        return TENorm
+    return LocalSpecProvider().layer_norm(rms_norm=True)
+
+
+def gather_sequence(hidden: torch.Tensor, config: Any) -> torch.Tensor:
+    """Return hidden states of all tokens [tokens, hidden] on every tensor-parallel process.
+
+    The head that follows is split over the vocabulary, so gradients of its input are summed over the group on the way back.
+    """
+    if config.sequence_parallel:
+        hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
+    else:
+        hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
+    return hidden.flatten(0, 1)

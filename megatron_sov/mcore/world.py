@@ -1,0 +1,188 @@
+"""Processes and their groups: starting local ranks, joining them, and knowing one's place in the layout."""
+
+from __future__ import annotations
+
+import ctypes
+import datetime
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_sov.config import ParallelConfig
+from megatron_sov.errors import UserError
+from megatron_sov.mcore import cpu
+
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place in the layout."""
+
+    rank: int
+    """Rank among all processes."""
+    size: int
+    """Number of processes."""
+    dp_rank: int
+    """Rank among the processes that read different data."""
+    dp_size: int
+    """Data parallel size."""
+    first_stage: bool
+    """Whether this process holds the first pipeline stage (embedding)."""
+    last_stage: bool
+    """Whether this process holds the last pipeline stage (output head, loss)."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the run's events and manifests."""
+        return self.rank == 0
+
+
+def join(parallel: ParallelConfig) -> World:
+    """Join the process group that the environment describes (RANK, WORLD_SIZE, ...) and make the layout's groups."""
+    from megatron.core import parallel_state, tensor_parallel
+
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if cpu.on_gpu():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if cpu.on_gpu() else "gloo", rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT,
+                                init_method=os.environ.get("SOV_RENDEZVOUS", "env://"))
+    parallel_state.initialize_model_parallel(
+        parallel.tp, parallel.pp, expert_model_parallel_size=parallel.ep, expert_tensor_parallel_size=parallel.etp)
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    return World(
+        rank=rank, size=size, dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        first_stage=parallel_state.is_pipeline_first_stage(), last_stage=parallel_state.is_pipeline_last_stage(),
+    )
+
+
+def leave() -> None:
+    """Dissolve the groups; a process can join another layout afterwards."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def num_ranks(nproc: int | None) -> int:
+    """Return how many processes the run will have: the environment's under torchrun or Slurm, else `nproc` (default 1)."""
+    if nproc is not None and nproc < 1:
+        raise UserError(f"--nproc {nproc}: must be at least 1")
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    return nproc or 1
+
+
+def launch(main: Callable[[], Any], nproc: int | None, num_threads: int = 0) -> int:
+    """Run `main` in every process of the run and return the command's exit code.
+
+    Under torchrun or Slurm (RANK is set) this process is one rank.  Otherwise `nproc` ranks are forked from this process
+    after the heavy imports, so they share memory and start at once.  SIGTERM and SIGINT reach every rank, which finish
+    their step and save together; a rank that fails ends the others.
+
+    Args:
+        main: runs one rank; its integer return value is the exit code.
+        nproc: local processes.
+        num_threads: CPU threads of each rank; 0: cores / local ranks.
+
+    Returns:
+        0, or the first nonzero exit code of any rank.
+    """
+    cpu.open_door()
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return _rank_code(main)
+    count = num_ranks(nproc)
+    torch.set_num_threads(num_threads or max(1, (os.cpu_count() or 1) // count))
+    with tempfile.TemporaryDirectory(prefix="sov-rendezvous-") as folder:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        environment = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "SOV_RENDEZVOUS": f"file://{folder}/store"}
+        children = [_fork(main, rank, environment) for rank in range(count)]
+        return _wait(children)
+
+
+def _fork(main: Callable[[], Any], rank: int, environment: dict[str, str]) -> int:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    parent = os.getpid()
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        _die_with_parent(parent)
+        os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
+        code = _rank_code(main)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _rank_code(main: Callable[[], Any]) -> int:
+    try:
+        return int(main() or 0)
+    except UserError as e:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {e}", file=sys.stderr, flush=True)
+        return 2
+
+
+def _die_with_parent(parent: int) -> None:
+    """Ask Linux to kill this rank when the launcher dies, so that a killed run leaves no rank behind."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+
+
+def _wait(children: list[int]) -> int:
+    """Wait for all ranks, passing signals on; after a rank failed the others get 10 s before they are killed."""
+    previous = {s: signal.signal(s, lambda number, frame: _send(children, number)) for s in (signal.SIGTERM, signal.SIGINT)}
+    alive, code, deadline = set(children), 0, float("inf")
+    try:
+        while alive:
+            child, status = os.waitpid(-1, os.WNOHANG)
+            if child == 0:
+                if time.monotonic() > deadline:
+                    _send(list(alive), signal.SIGKILL)
+                time.sleep(0.02)
+                continue
+            if child in alive:
+                alive.discard(child)
+                ended = os.waitstatus_to_exitcode(status)
+                if ended != 0 and code == 0:
+                    code = ended if ended > 0 else 128 - ended
+                    deadline = time.monotonic() + 10
+        return code
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _send(children: list[int], number: int) -> None:
+    for child in children:
+        try:
+            os.kill(child, number)
+        except ProcessLookupError:
+            continue
+
+
+def rank_zero_path(path: Path, world: World) -> Path | None:
+    """Return `path` on the process that writes, None on the others."""
+    return path if world.is_main else None
