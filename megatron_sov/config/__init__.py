@@ -1,0 +1,24 @@
+"""Every setting of a training run, as frozen dataclasses.
+
+`RunConfig.problems()` lists everything that is wrong at once and changes nothing.  Nothing here imports torch.
+Types are checked and converted by pydantic when a config is read from JSON or changed by `--set key=value`.
+"""
+
+from megatron_sov.config.layout import ParallelConfig
+from megatron_sov.config.model import ModelConfig, YarnConfig
+from megatron_sov.config.reading import apply_settings, from_dict
+from megatron_sov.config.run import (
+    DataConfig,
+    NeedleConfig,
+    ObjectiveConfig,
+    ObsConfig,
+    OptimConfig,
+    PhaseConfig,
+    RunConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "DataConfig", "ModelConfig", "NeedleConfig", "ObjectiveConfig", "ObsConfig", "OptimConfig", "ParallelConfig", "PhaseConfig",
+    "RunConfig", "TrainConfig", "YarnConfig", "apply_settings", "from_dict",
+]

@@ -1,0 +1,66 @@
+"""How a model is laid out over processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_sov.config.model import STRICT, ModelConfig
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the model is laid out over processes; the data parallel size follows from their number."""
+
+    __pydantic_config__ = STRICT
+    tp: int = 1
+    """Tensor parallel size."""
+    sp: bool = False
+    """Sequence parallelism: norms and residuals split along the sequence inside a tensor parallel group."""
+    pp: int = 1
+    """Pipeline parallel size."""
+    ep: int = 1
+    """Expert parallel size."""
+    etp: int = 1
+    """Tensor parallel size inside each expert."""
+
+    def problems(self, model: ModelConfig, num_ranks: int) -> list[str]:
+        """Return one sentence for each rule that this layout breaks for `model` on `num_ranks` processes."""
+        p = []
+        sizes = {"tp": self.tp, "pp": self.pp, "ep": self.ep, "etp": self.etp}
+        for name, size in sizes.items():
+            if size < 1:
+                p.append(f"parallel.{name} = {size} must be at least 1")
+        if p:
+            return p
+        for name in ("num_heads", "num_kv_heads", "vocab_size"):
+            value = getattr(model, name)
+            if value % self.tp:
+                p.append(f"parallel.tp = {self.tp} must divide model.{name} = {value}; {_divisors(value)}")
+        if model.num_dense_layers and model.dense_ffn_dim % self.tp:
+            p.append(f"parallel.tp = {self.tp} must divide model.dense_ffn_dim = {model.dense_ffn_dim}")
+        if model.num_dense_layers < model.num_layers:
+            if model.num_experts % self.ep:
+                p.append(f"parallel.ep = {self.ep} must divide model.num_experts = {model.num_experts}; "
+                         f"{_divisors(model.num_experts)}")
+            if model.expert_ffn_dim % self.etp:
+                p.append(f"parallel.etp = {self.etp} must divide model.expert_ffn_dim = {model.expert_ffn_dim}")
+            if self.tp > 1 and not self.sp:
+                p.append(f"parallel.sp = {self.sp} must be true when experts meet parallel.tp = {self.tp} > 1")
+        if self.sp and self.tp == 1:
+            p.append("parallel.sp = True needs parallel.tp > 1; leave it out or raise tp")
+        if model.num_layers % self.pp:
+            p.append(f"parallel.pp = {self.pp} must divide model.num_layers = {model.num_layers}; {_divisors(model.num_layers)}")
+        for names in (("tp", "pp"), ("etp", "ep", "pp")):
+            size = 1
+            for name in names:
+                size *= sizes[name]
+            if num_ranks % size:
+                product = " x ".join(f"{n} {sizes[n]}" for n in names)
+                p.append(f"parallel {product} = {size} must divide the number of processes, {num_ranks}; "
+                         f"start a multiple of {size} (--nproc) or lower one of them")
+        return p
+
+
+def _divisors(n: int) -> str:
+    found = [d for d in range(1, min(n, 128) + 1) if n % d == 0]
+    return "use one of " + ", ".join(map(str, found))

@@ -1,0 +1,119 @@
+"""The architecture of a model: sizes, routing, attention, positions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import ConfigDict
+
+STRICT = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True)
+class YarnConfig:
+    """YaRN rotary scaling (arXiv 2309.00071), with the field's names and meaning in transformers."""
+
+    __pydantic_config__ = STRICT
+    factor: float = 2.0
+    """How many times longer than the original the context becomes."""
+    original_max_position_tokens: int = 65536
+    """Context length, in tokens, before scaling."""
+    beta_fast: float = 32.0
+    """Rotations within the original context above which a dimension is left alone."""
+    beta_slow: float = 1.0
+    """Rotations within the original context below which a dimension is fully interpolated."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The architecture of a model; `family` says how it maps to Hugging Face (see `megatron_sov/models`)."""
+
+    __pydantic_config__ = STRICT
+    family: str
+    """Name of the family's declaration in `megatron_sov/models`, equal to transformers' `model_type`."""
+    vocab_size: int
+    """Number of token ids, including reserved ones."""
+    hidden_size: int
+    """Width of the residual stream."""
+    num_layers: int
+    """Transformer layers of the trunk (multi-token prediction layers not counted)."""
+    num_heads: int
+    """Query heads."""
+    num_kv_heads: int
+    """Key/value heads (grouped-query attention)."""
+    head_dim: int
+    """Width of one head."""
+    num_dense_layers: int = 0
+    """Leading layers with a dense feed-forward network instead of experts."""
+    dense_ffn_dim: int = 0
+    """Inner width of dense feed-forward layers (also of a dense multi-token prediction layer)."""
+    num_experts: int = 128
+    """Routed experts of a layer."""
+    num_experts_per_token: int = 8
+    """Routed experts that each token visits (top-k)."""
+    num_shared_experts: int = 1
+    """Experts that every token visits."""
+    expert_ffn_dim: int = 1280
+    """Inner width of one expert."""
+    routed_scaling_factor: float = 1.0
+    """Factor on the normalised weights of the chosen experts."""
+    router_bias_update_rate: float = 1e-3
+    """Step of the router's selection bias per optimizer step (arXiv 2408.15664); 0 freezes it."""
+    seq_aux_loss_coeff: float = 1e-4
+    """Weight of the sequence-level load-balancing loss (DeepSeek-V3, arXiv 2412.19437, eq. 17)."""
+    attention_pattern: str = "G"
+    """Repeating pattern of layers: L = sliding window, G = global."""
+    sliding_window_tokens: int = 0
+    """Window of L layers, in tokens, the current one included; 0 where the pattern has no L."""
+    rope_on_global: bool = True
+    """Whether global layers rotate queries and keys; False = NoPE."""
+    rope_theta: float = 1e6
+    """Base of the rotary frequencies."""
+    yarn: YarnConfig | None = None
+    """Rotary scaling beyond the original context; None = plain RoPE."""
+    qk_norm: bool = False
+    """RMSNorm over each head of queries and keys, before RoPE."""
+    norm_eps: float = 1e-5
+    """Epsilon of every RMSNorm."""
+    num_mtp_layers: int = 0
+    """Multi-token prediction layers after the trunk (DeepSeek-V3 form, dense)."""
+    mtp_loss_coeff: float = 0.05
+    """Weight of the multi-token prediction loss."""
+    max_position_tokens: int = 131072
+    """Longest context the model claims, in tokens."""
+    init_std: float = 0.02
+    """Standard deviation of initial weights; matrices that write to the residual get it / sqrt(2 * num_layers)."""
+
+    def layer_types(self) -> list[Literal["sliding_attention", "full_attention"]]:
+        """Return the attention type of each trunk layer."""
+        pattern = self.attention_pattern or "G"
+        return ["sliding_attention" if pattern[i % len(pattern)] == "L" else "full_attention" for i in range(self.num_layers)]
+
+    def problems(self) -> list[str]:
+        """Return one sentence for each rule that the architecture breaks."""
+        p = []
+        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"):
+            if getattr(self, name) <= 0:
+                p.append(f"model.{name} = {getattr(self, name)} must be positive")
+        if self.num_kv_heads > 0 and self.num_heads % self.num_kv_heads:
+            p.append(f"model.num_kv_heads = {self.num_kv_heads} must divide model.num_heads = {self.num_heads}")
+        if self.head_dim % 2:
+            p.append(f"model.head_dim = {self.head_dim} must be even (RoPE rotates pairs)")
+        if not 0 <= self.num_dense_layers <= self.num_layers:
+            p.append(f"model.num_dense_layers = {self.num_dense_layers} must lie between 0 and num_layers = {self.num_layers}")
+        if (self.num_dense_layers or self.num_mtp_layers) and self.dense_ffn_dim <= 0:
+            p.append(f"model.dense_ffn_dim = {self.dense_ffn_dim} must be positive for dense and multi-token prediction layers")
+        if self.num_dense_layers < self.num_layers and not 0 < self.num_experts_per_token <= self.num_experts:
+            p.append(f"model.num_experts_per_token = {self.num_experts_per_token} must lie between 1 and "
+                     f"num_experts = {self.num_experts}")
+        if set(self.attention_pattern) - {"L", "G"} or not self.attention_pattern:
+            p.append(f"model.attention_pattern = {self.attention_pattern!r} may hold only the letters L and G")
+        if ("L" in self.attention_pattern) != (self.sliding_window_tokens > 0):
+            p.append(f"model.sliding_window_tokens = {self.sliding_window_tokens} must be positive exactly when "
+                     f"attention_pattern = {self.attention_pattern!r} has an L")
+        if self.num_mtp_layers not in (0, 1):
+            p.append(f"model.num_mtp_layers = {self.num_mtp_layers} must be 0 or 1")
+        if self.init_std <= 0:
+            p.append(f"model.init_std = {self.init_std} must be positive")
+        return p

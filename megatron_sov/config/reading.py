@@ -1,0 +1,111 @@
+"""Reading settings: from JSON, and from `--set key=value`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any, get_args, get_origin, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+from megatron_sov.config.run import RunConfig
+from megatron_sov.errors import UserError, nearest
+
+
+def from_dict(raw: dict[str, Any]) -> RunConfig:
+    """Build a `RunConfig` from plain values.
+
+    Raises:
+        UserError: unknown fields (with the nearest known one) and values of the wrong type, all at once.
+    """
+    try:
+        return TypeAdapter(RunConfig).validate_python(raw)
+    except ValidationError as e:
+        lines = [_explain(error) for error in e.errors()]
+        count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
+        raise UserError(f"config: {count}\n" + "\n".join(f"  {line}" for line in lines)) from None
+
+
+def _explain(error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"{where}: no such setting{nearest(str(error['loc'][-1]), _fields_at(error['loc'][:-1]))}"
+    return f"{where} = {error.get('input')!r}: {error['msg']}"
+
+
+def _fields_at(path: tuple[Any, ...]) -> list[str]:
+    """Return the field names of the config class that stands at a path, e.g. ("model", "yarn")."""
+    cls: Any = RunConfig
+    for part in path:
+        if isinstance(part, int) or not dataclasses.is_dataclass(cls):
+            continue
+        hint = get_type_hints(cls).get(part)
+        options = [hint, *get_args(hint)]
+        cls = next((o for o in options if dataclasses.is_dataclass(o)), None)
+        if cls is None:
+            return []
+    return [f.name for f in dataclasses.fields(cls)]
+
+
+def apply_settings(config: RunConfig, settings: list[str]) -> RunConfig:
+    """Return the config with `key=value` settings applied, e.g. ``train.steps=100`` or ``data.phases.0.seq_len=512``.
+
+    Values are read as JSON where they parse (`true`, `1e-4`, `{"en": 1}`, `null`), else as text, then converted to the
+    field's type.
+
+    Raises:
+        UserError: a key that does not exist (with the nearest), a malformed setting or a value of the wrong type.
+    """
+    raw = config.to_dict()
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals or not key:
+            raise UserError(f"--set {setting!r}: must have the form key=value, e.g. --set train.steps=100")
+        _assign(raw, key.split("."), _parse(text), setting)
+    return from_dict(raw)
+
+
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return {"True": True, "False": False, "None": None}.get(text, text)
+
+
+def _assign(raw: Any, parts: list[str], value: Any, setting: str) -> None:
+    cls: Any = RunConfig
+    node = raw
+    for depth, part in enumerate(parts):
+        last = depth == len(parts) - 1
+        if isinstance(node, list):
+            if not part.isdigit() or int(part) >= len(node):
+                raise UserError(f"--set {setting!r}: {'.'.join(parts[:depth])} has items 0 to {len(node) - 1}, not {part!r}")
+            index: Any = int(part)
+        else:
+            known = [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else None
+            if known is not None and part not in known:
+                raise UserError(f"--set {setting!r}: '{'.'.join(parts[:depth + 1])}' does not exist{nearest(part, known)}")
+            index = part
+        cls = _class_below(cls, part)
+        if last:
+            node[index] = value
+        else:
+            child = node[index] if isinstance(node, list) else node.get(index)
+            if child is None:
+                child = node[index] = {}
+            node = child
+            if not isinstance(node, (dict, list)):
+                raise UserError(f"--set {setting!r}: '{'.'.join(parts[:depth + 1])}' is a value and has no fields")
+
+
+def _class_below(cls: Any, part: str) -> Any:
+    """Return the dataclass (or container's item class) that a field holds, or None for plain values."""
+    if dataclasses.is_dataclass(cls):
+        hint = get_type_hints(cls).get(part)
+    elif get_origin(cls) in (tuple, list):
+        hint = get_args(cls)[0]
+    else:
+        return None
+    if get_origin(hint) in (tuple, list):
+        return hint
+    return next((o for o in (hint, *get_args(hint)) if dataclasses.is_dataclass(o)), None)

@@ -1,0 +1,244 @@
+"""A stage of training: data, optimizer, loop, objective, needle suite and trackers, gathered in `RunConfig`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from megatron_sov.config.layout import ParallelConfig
+from megatron_sov.config.model import STRICT, ModelConfig
+from megatron_sov.errors import UserError
+
+
+@dataclass(frozen=True)
+class PhaseConfig:
+    """One phase of a curriculum: from which step on which sources are mixed, and how long the samples are."""
+
+    __pydantic_config__ = STRICT
+    name: str
+    """Name of the phase in events and in the report."""
+    share: float = 1.0
+    """Part of the run's steps that belong to this phase; the shares of all phases are normalised."""
+    blend: dict[str, float] = field(default_factory=dict)
+    """Source name -> weight (normalised); empty: every source in proportion to its tokens and its --data weight."""
+    seq_len: int = 4096
+    """Tokens of one sample."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is read, and how documents become samples."""
+
+    __pydantic_config__ = STRICT
+    paths: dict[str, float] = field(default_factory=dict)
+    """Token shard artifacts (`sov-data pack`) -> weight; given by --data DIR[:weight]."""
+    packing: Literal["concat", "whole"] = "concat"
+    """concat: documents follow one another and are cut at the sample's end; whole: no document is cut unless it is
+    longer than a sample, the rest is padding."""
+    phases: tuple[PhaseConfig, ...] = (PhaseConfig("main"),)
+    """The curriculum, in order."""
+    heldout_tokens: int = 65536
+    """Held-out tokens of each source that an evaluation reads at most."""
+    text_share: float = 0.0
+    """For SFT: part of each batch that is plain text, learned by the auxiliary term (0: none)."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Optimizer and learning rate schedule."""
+
+    __pydantic_config__ = STRICT
+    lr: float = 2.5e-4
+    """Peak learning rate."""
+    min_lr: float = 3e-6
+    """Learning rate at the end of the decay."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """cosine: warm-up, cosine decay; wsd: warm-up, stable, linear decay over the last `decay_share`; constant."""
+    warmup_steps: int = 2000
+    """Optimizer steps of linear warm-up."""
+    decay_share: float = 0.2
+    """wsd only: last part of the run over which the rate decays."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay on matrices (not on norms and biases)."""
+    beta1: float = 0.9
+    """AdamW's first moment decay."""
+    beta2: float = 0.95
+    """AdamW's second moment decay."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop: how long, how large, how often."""
+
+    __pydantic_config__ = STRICT
+    steps: int = 0
+    """Optimizer steps; 0: as many as `tokens` needs."""
+    tokens: int = 0
+    """Token budget of the run; used when `steps` is 0."""
+    global_batch_size: int = 512
+    """Samples of one optimizer step, over all processes."""
+    micro_batch_size: int = 1
+    """Samples of one forward pass on one process."""
+    seed: int = 1234
+    """Seed of initial weights, data order and dropout."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Dtype of weights and activations; bf16 keeps fp32 master weights and reduces gradients in fp32."""
+    recompute: bool = False
+    """Recompute every layer's activations in the backward pass instead of storing them."""
+    head_chunk_tokens: int = 2048
+    """Tokens whose logits exist at a time; the output head runs in chunks of this many."""
+    checkpoint_every_steps: int = 1000
+    """Steps between checkpoints; one is always written at the end."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints stay; 0 keeps all."""
+    eval_every_steps: int = 500
+    """Steps between evaluations on held-out documents; 0: only at the end."""
+    log_every_steps: int = 1
+    """Steps between `step` events."""
+    num_threads: int = 0
+    """CPU threads of each process; 0: cores divided by local processes."""
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is learned, and the weights of its terms."""
+
+    __pydantic_config__ = STRICT
+    name: Literal["lm", "sft"] = "lm"
+    """lm: next-token cross-entropy (with multi-token prediction where the model has it); sft: cross-entropy on responses."""
+    text_coeff: float = 0.0
+    """sft: weight of an auxiliary cross-entropy on plain text, normalised over its own tokens."""
+
+
+@dataclass(frozen=True)
+class NeedleConfig:
+    """The needle-in-a-haystack suite that judges a longer context."""
+
+    __pydantic_config__ = STRICT
+    lengths_tokens: tuple[int, ...] = (4096, 8192)
+    """Context lengths to test."""
+    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 0.95)
+    """Where the needle stands, 0 = start."""
+    samples: int = 20
+    """Samples of one cell (depth x length)."""
+    train_share: float = 0.1
+    """Part of the extension's samples that are synthetic retrieval documents, with other keys and values than the test's."""
+
+
+@dataclass(frozen=True)
+class ObsConfig:
+    """Where a run is watched, besides events.jsonl and the progress bar."""
+
+    __pydantic_config__ = STRICT
+    tensorboard: bool = False
+    """Write TensorBoard files into RUN/tensorboard (extra `dev`)."""
+    wandb: bool = False
+    """Log to Weights & Biases; works offline with WANDB_MODE=offline (extra `dev`)."""
+    wandb_project: str = "megatron-sov"
+    """Weights & Biases project."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All settings of one stage of training; saved resolved as RUN/config.json."""
+
+    __pydantic_config__ = STRICT
+    recipe: str
+    """Name of the recipe that it came from."""
+    model: ModelConfig
+    """The architecture."""
+    parallel: ParallelConfig = ParallelConfig()
+    """The layout."""
+    data: DataConfig = DataConfig()
+    """Sources, curriculum, packing."""
+    optim: OptimConfig = OptimConfig()
+    """Optimizer and schedule."""
+    train: TrainConfig = TrainConfig()
+    """The loop."""
+    objective: ObjectiveConfig = ObjectiveConfig()
+    """What is learned."""
+    needle: NeedleConfig = NeedleConfig()
+    """The needle suite of `extend`."""
+    obs: ObsConfig = ObsConfig()
+    """Trackers."""
+
+    def problems(self, num_ranks: int = 1) -> list[str]:
+        """Return one sentence for every rule that this config breaks on `num_ranks` processes; empty when it is sound."""
+        p = self.model.problems()
+        p += self.parallel.problems(self.model, num_ranks)
+        p += self._phase_problems() + self._number_problems()
+        return p + ([] if p else self._batch_problems(num_ranks))
+
+    def _phase_problems(self) -> list[str]:
+        p = []
+        if not self.data.phases:
+            p.append("data.phases = () must hold at least one phase")
+        for i, phase in enumerate(self.data.phases):
+            where = f"data.phases.{i} ({phase.name})"
+            if phase.share <= 0:
+                p.append(f"{where}.share = {phase.share} must be positive")
+            if phase.seq_len < 2:
+                p.append(f"{where}.seq_len = {phase.seq_len} must be at least 2")
+            elif self.parallel.tp > 1 and phase.seq_len % self.parallel.tp:
+                p.append(f"{where}.seq_len = {phase.seq_len} must be a multiple of parallel.tp = {self.parallel.tp}")
+            if phase.seq_len > self.model.max_position_tokens:
+                p.append(f"{where}.seq_len = {phase.seq_len} exceeds "
+                         f"model.max_position_tokens = {self.model.max_position_tokens}")
+            for source, weight in phase.blend.items():
+                if weight < 0:
+                    p.append(f"{where}.blend.{source} = {weight} must not be negative")
+            if phase.blend and not sum(phase.blend.values()) > 0:
+                p.append(f"{where}.blend has only zero weights; give at least one source a weight")
+        return p
+
+    def _number_problems(self) -> list[str]:
+        p = []
+        o, t = self.optim, self.train
+        rules = [
+            (t.steps >= 0, f"train.steps = {t.steps} must not be negative"),
+            (t.steps > 0 or t.tokens > 0, "train.steps = 0 needs a token budget; set train.steps or train.tokens"),
+            (t.global_batch_size > 0, f"train.global_batch_size = {t.global_batch_size} must be positive"),
+            (t.micro_batch_size > 0, f"train.micro_batch_size = {t.micro_batch_size} must be positive"),
+            (t.head_chunk_tokens > 0, f"train.head_chunk_tokens = {t.head_chunk_tokens} must be positive"),
+            (t.checkpoint_every_steps > 0, f"train.checkpoint_every_steps = {t.checkpoint_every_steps} must be positive"),
+            (t.log_every_steps > 0, f"train.log_every_steps = {t.log_every_steps} must be positive"),
+            (0 <= o.min_lr <= o.lr, f"optim.min_lr = {o.min_lr} must lie between 0 and optim.lr = {o.lr}"),
+            (o.lr > 0, f"optim.lr = {o.lr} must be positive"),
+            (0 < o.decay_share <= 1, f"optim.decay_share = {o.decay_share} must lie in (0, 1]"),
+            (0 <= self.data.text_share < 1, f"data.text_share = {self.data.text_share} must lie in [0, 1)"),
+        ]
+        p += [sentence for holds, sentence in rules if not holds]
+        return p
+
+    def _batch_problems(self, num_ranks: int) -> list[str]:
+        t = self.train
+        dp = num_ranks // (self.parallel.tp * self.parallel.pp)
+        if t.global_batch_size % (t.micro_batch_size * dp):
+            return [f"train.global_batch_size = {t.global_batch_size} must be a multiple of micro_batch_size "
+                    f"{t.micro_batch_size} x data parallel size {dp} = {t.micro_batch_size * dp}"]
+        return []
+
+    def check(self, num_ranks: int = 1) -> None:
+        """Raise `UserError` listing every problem, if there is any."""
+        problems = self.problems(num_ranks)
+        if problems:
+            count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+            raise UserError(f"recipe {self.recipe}: {count}\n" + "\n".join(f"  {p}" for p in problems))
+
+    def num_steps(self) -> int:
+        """Return the run's optimizer steps, from `train.steps` or else the token budget."""
+        if self.train.steps:
+            return self.train.steps
+        total_share = sum(p.share for p in self.data.phases)
+        mean_len = sum(p.share * p.seq_len for p in self.data.phases) / total_share
+        return max(1, round(self.train.tokens / (self.train.global_batch_size * mean_len)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON types; `from_dict` gives back an equal config."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))

@@ -1,0 +1,53 @@
+"""How many parameters a model has, from its config alone.
+
+The sums are the shapes of the weights as they are published: untied embeddings, no biases, one RMSNorm weight per
+normalised width.  The router's selection bias is a buffer that no gradient reaches, so it is not counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_sov.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class ParamCount:
+    """Parameters of a model; `total` and `active` leave out the multi-token prediction layers, as published figures do."""
+
+    total: int
+    """Parameters of the trunk, embeddings and output head included."""
+    active: int
+    """Parameters of the trunk that one token meets: `total` without the experts that it is not routed to."""
+    mtp: int
+    """Parameters of the multi-token prediction layers (0 where there are none); embeddings and head are the trunk's."""
+
+
+def attention_params(model: ModelConfig) -> int:
+    """Return the weights of one attention block: query, key, value, output and, where it has them, QK-norms."""
+    projections = model.hidden_size * model.head_dim * 2 * (model.num_heads + model.num_kv_heads)
+    return projections + (2 * model.head_dim if model.qk_norm else 0)
+
+
+def swiglu_params(hidden_size: int, ffn_dim: int) -> int:
+    """Return the weights of one SwiGLU feed-forward network: gate, up and down."""
+    return 3 * hidden_size * ffn_dim
+
+
+def num_params(model: ModelConfig) -> ParamCount:
+    """Return the parameter counts of `model`.
+
+    A multi-token prediction layer has the form of DeepSeek-V3 (arXiv 2412.19437, section 2.2): two norms, a projection
+    from 2H to H, one dense transformer layer and a last norm.
+    """
+    h = model.hidden_size
+    num_moe_layers = model.num_layers - model.num_dense_layers
+    block = attention_params(model) + 2 * h
+    dense_ffn, expert = swiglu_params(h, model.dense_ffn_dim), swiglu_params(h, model.expert_ffn_dim)
+    moe_ffn = h * model.num_experts + (model.num_experts + model.num_shared_experts) * expert
+    embeddings_and_head = 2 * model.vocab_size * h
+
+    total = embeddings_and_head + h + model.num_layers * block + model.num_dense_layers * dense_ffn + num_moe_layers * moe_ffn
+    idle = num_moe_layers * (model.num_experts - model.num_experts_per_token) * expert
+    mtp = model.num_mtp_layers * (2 * h + 2 * h * h + block + dense_ffn + h)
+    return ParamCount(total, total - idle, mtp)

@@ -1,0 +1,80 @@
+"""Recipes: every one builds and is sound; a tiny recipe keeps the structure of the big one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from megatron_sov.config import RunConfig, from_dict
+from megatron_sov.errors import UserError
+from megatron_sov.recipes import get, names
+from megatron_sov.recipes.tiny import extended
+
+STRUCTURE = (
+    "family", "num_dense_layers", "num_shared_experts", "routed_scaling_factor", "router_bias_update_rate", "seq_aux_loss_coeff",
+    "attention_pattern", "rope_on_global", "rope_theta", "qk_norm", "norm_eps", "num_mtp_layers", "mtp_loss_coeff",
+)
+"""Fields of a model that are choices and not sizes; shrinking must not touch them."""
+
+
+def smallest_world(config: RunConfig) -> int:
+    """Return a number of processes that the recipe's layout accepts."""
+    p = config.parallel
+    return p.pp * max(p.tp, p.ep * p.etp)
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_recipe_builds_and_is_sound(name: str) -> None:
+    config = get(name)
+    assert config.recipe == name
+    assert config.problems(smallest_world(config)) == []
+    assert from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize("name", [n for n in names() if n.startswith("tiny-")])
+def test_tiny_keeps_the_structure_of_the_big_recipe(name: str) -> None:
+    tiny = get(name)
+    big = next(get(n) for n in names() if n.startswith(name.removeprefix("tiny-")))
+    assert {f: getattr(tiny.model, f) for f in STRUCTURE} == {f: getattr(big.model, f) for f in STRUCTURE}
+    assert bool(tiny.model.sliding_window_tokens) == bool(big.model.sliding_window_tokens)
+    assert set(tiny.model.layer_types()) == set(big.model.layer_types())
+    assert tiny.model.num_heads // tiny.model.num_kv_heads > 1, "grouped-query attention stays grouped"
+    assert [(p.name, p.share) for p in tiny.data.phases] == [(p.name, p.share) for p in big.data.phases]
+    assert tiny.optim.schedule == big.optim.schedule
+
+
+def test_k_exaone_as_published() -> None:
+    """48 layers in the pattern LLLG: 36 sliding, 12 global, the last one global, without rotation on the global ones."""
+    model = get("k-exaone-236b").model
+    types = model.layer_types()
+    assert (types.count("sliding_attention"), types.count("full_attention"), types[-1]) == (36, 12, "full_attention")
+    assert (model.sliding_window_tokens, model.rope_on_global, model.qk_norm, model.num_dense_layers) == (128, False, True, 1)
+    assert (model.vocab_size, model.max_position_tokens, model.routed_scaling_factor) == (153600, 262144, 2.5)
+
+
+def test_solar_open_as_published() -> None:
+    """All layers global and mixture-of-experts; 128K by YaRN factor 2 over 64K."""
+    config = get("solar-open-102b")
+    model = config.model
+    assert set(model.layer_types()) == {"full_attention"}
+    assert model.yarn is not None
+    assert model.yarn.factor * model.yarn.original_max_position_tokens == model.max_position_tokens == 131072
+    assert (model.vocab_size, model.num_dense_layers, model.qk_norm, model.num_mtp_layers) == (196608, 0, False, 0)
+    assert config.num_steps() == round(20e12 / (13440 * 4096))
+
+
+def test_extending_scales_rotations_only_where_every_layer_is_global() -> None:
+    solar, k_exaone = get("tiny-solar-open").model, get("tiny-k-exaone").model
+    longer = extended(solar, 4.0, 256)
+    assert longer.yarn is not None
+    assert (longer.yarn.factor, longer.yarn.original_max_position_tokens) == (4.0, 256)
+    assert replace(longer, yarn=None) == solar
+    assert extended(k_exaone, 4.0, 256) == k_exaone
+
+
+def test_unknown_recipe_names_the_nearest_and_lists_all() -> None:
+    with pytest.raises(UserError, match=r"'solar-open-102': does not exist; did you mean 'solar-open-102b'\?") as e:
+        get("solar-open-102")
+    assert all(name in str(e.value) for name in names())

@@ -1,0 +1,203 @@
+"""The rules of the house, read from the syntax trees of all sources: who may import whom, and how large things may be.
+
+Each rule is proven on a bad tree as well, so that a rule that sees nothing cannot pass for a rule that is kept.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = ("megatron_sov", "tokenizer", "data_prep", "slurm")
+
+BASE = {"errors", "version", "config", "artifacts", "documents", "obs"}
+GROUND = BASE | {"models", "recipes", "plan"}
+FIRST = GROUND | {"data", "mcore"}
+SECOND = FIRST | {"train", "convert", "generate"}
+THIRD = SECOND | {"eval"}
+MAY_IMPORT: dict[str, set[str]] = {
+    "errors": set(), "version": set(), "config": {"errors"}, "artifacts": {"errors", "version"},
+    "documents": {"errors"}, "obs": BASE,
+    "models": BASE, "recipes": BASE | {"models"}, "plan": GROUND,
+    "data": GROUND, "mcore": GROUND,
+    "train": FIRST, "convert": FIRST, "generate": FIRST,
+    "eval": SECOND,
+    "extend": THIRD, "post": THIRD, "report": THIRD, "doctor": THIRD, "cli": THIRD, "__main__": {"cli"},
+    "tokenizer": BASE, "data_prep": BASE, "slurm": BASE,
+}
+"""Room -> rooms of megatron_sov that it may import besides itself; a room of the same floor only where it is named."""
+
+TORCH_FREE = GROUND | {"doctor", "report", "cli", "tokenizer", "data_prep", "slurm"}
+HEAVY = {"torch", "transformers", "megatron", "vllm", "transformer_engine"}
+PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
+MAY_UNPICKLE: set[str] = set()
+VAGUE_NAMES = {"utils", "util", "helpers", "helper", "misc", "common"}
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source file under a root."""
+
+    root: Path
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.relative_to(self.root).as_posix()
+
+    @property
+    def room(self) -> str:
+        """The room of megatron_sov (`config.py` is the room `config`), or the top-level package."""
+        parts = self.path.relative_to(self.root).with_suffix("").parts
+        return parts[1] if parts[0] == "megatron_sov" and len(parts) > 1 else parts[0]
+
+    @cached_property
+    def tree(self) -> ast.Module:
+        return ast.parse(self.path.read_text(encoding="utf-8"))
+
+    def imports(self, top_level_only: bool = False) -> Iterator[tuple[int, str]]:
+        """Yield (line, dotted name) of every import; `from a import b` yields a.b, since b may be a module."""
+        for node in _top_level(self.tree) if top_level_only else ast.walk(self.tree):
+            if isinstance(node, ast.Import):
+                yield from ((node.lineno, alias.name) for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                package = list(self.path.relative_to(self.root).parts[:-1])
+                base = package[:len(package) - node.level + 1] if node.level else []
+                base += node.module.split(".") if node.module else []
+                yield from ((node.lineno, ".".join([*base, alias.name])) for alias in node.names)
+
+
+def _top_level(tree: ast.AST) -> Iterator[ast.AST]:
+    """Yield what runs on import: everything outside functions and outside `if TYPE_CHECKING`."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        yield node
+        yield from _top_level(node)
+
+
+def sources(root: Path) -> list[Source]:
+    """Return all sources of the rooms, and scripts at the top such as demo.py."""
+    inside = [p for package in SOURCES for p in (root / package).rglob("*.py")]
+    return [Source(root, p) for p in sorted([*inside, *root.glob("*.py")])]
+
+
+def import_problems(source: Source) -> Iterator[str]:
+    """Downwards only; the one door to megatron; nothing heavy where `--help` passes."""
+    for line, name in source.imports():
+        parts = name.split(".")
+        where = f"{source.name}:{line}: imports {name}"
+        if parts[0] == "megatron_sov" and len(parts) > 1 and source.room in MAY_IMPORT:
+            target = parts[1]
+            if target != source.room and target not in MAY_IMPORT[source.room]:
+                yield f"{where}: room '{source.room}' may not import '{target}'"
+        if parts[0] in {"tokenizer", "data_prep", "slurm"} - {source.room} and source.room in MAY_IMPORT:
+            yield f"{where}: rooms meet '{parts[0]}' in artifacts only"
+        if parts[0] == "megatron" and source.room != "mcore":
+            yield f"{where}: only megatron_sov/mcore imports megatron"
+        if parts[:2] in (["megatron", "training"], ["megatron", "legacy"]):
+            yield f"{where}: only megatron.core is used"
+        if parts[0] == "apex":
+            yield f"{where}: apex is not used"
+        if parts[0] in PICKLES and source.name not in MAY_UNPICKLE:
+            yield f"{where}: foreign files are not unpickled"
+    stem = source.path.stem
+    if source.room in TORCH_FREE or stem == "cli" or stem == "command" or stem.endswith("_command"):
+        for line, name in source.imports(top_level_only=True):
+            if name.split(".")[0] in HEAVY:
+                yield f"{source.name}:{line}: imports {name} at module level; import it inside the function that needs it"
+
+
+def room_problems(source: Source) -> Iterator[str]:
+    """Every room stands in the table, so that a new one is given its floor."""
+    if source.path.parent != source.root and source.room not in MAY_IMPORT and source.path.name != "__init__.py":
+        yield f"{source.name}: room '{source.room}' has no floor; add it to MAY_IMPORT"
+
+
+def loading_problems(source: Source) -> Iterator[str]:
+    """Loaders that would unpickle a foreign file."""
+    for node in ast.walk(source.tree):
+        if not isinstance(node, ast.Call):
+            continue
+        called, keywords = ast.unparse(node.func), {k.arg: k.value for k in node.keywords}
+        if called == "torch.load" and ast.unparse(keywords.get("weights_only", ast.Constant(None))) != "True":
+            yield f"{source.name}:{node.lineno}: torch.load needs weights_only=True"
+        if ast.unparse(keywords.get("allow_pickle", ast.Constant(False))) != "False":
+            yield f"{source.name}:{node.lineno}: allow_pickle must stay False"
+
+
+def size_problems(source: Source) -> Iterator[str]:
+    """One idea per file, a function on a screen, names that say something."""
+    num_lines = len(source.path.read_text(encoding="utf-8").splitlines())
+    if num_lines > MAX_FILE_LINES:
+        yield f"{source.name}: has {num_lines} lines, at most {MAX_FILE_LINES}"
+    if set(source.path.relative_to(source.root).with_suffix("").parts) & VAGUE_NAMES:
+        yield f"{source.name}: is named after nothing; name it after what it holds"
+    for node in ast.walk(source.tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.end_lineno is not None:
+            length = node.end_lineno - node.lineno + 1
+            if length > MAX_FUNCTION_LINES:
+                yield f"{source.name}:{node.lineno}: {node.name} has {length} lines, at most {MAX_FUNCTION_LINES}"
+
+
+RULES = (import_problems, room_problems, loading_problems, size_problems)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_the_house_keeps_its_rules(rule) -> None:
+    found = sources(ROOT)
+    assert {"config", "artifacts", "mcore", "tokenizer", "data_prep"} <= {s.room for s in found}
+    assert [problem for source in found for problem in rule(source)] == []
+
+
+BAD = [
+    ("megatron_sov/config/run.py", "from megatron_sov.artifacts import to_json", "room 'config' may not import 'artifacts'"),
+    ("megatron_sov/data/order.py", "def f():\n    import megatron_sov.train.loop", "room 'data' may not import 'train'"),
+    ("megatron_sov/data/order.py", "from ..train import loop", "room 'data' may not import 'train'"),
+    ("megatron_sov/mcore/build.py", "from megatron_sov import data", "room 'mcore' may not import 'data'"),
+    ("megatron_sov/train/loop.py", "from megatron_sov import post", "room 'train' may not import 'post'"),
+    ("tokenizer/train.py", "from megatron_sov.models import count", "room 'tokenizer' may not import 'models'"),
+    ("data_prep/pack.py", "import tokenizer.train", "rooms meet 'tokenizer' in artifacts only"),
+    ("data_prep/pack.py", "def f():\n    import megatron.core", "only megatron_sov/mcore imports megatron"),
+    ("demo.py", "from megatron.core import parallel_state", "only megatron_sov/mcore imports megatron"),
+    ("megatron_sov/mcore/build.py", "from megatron.training import get_args", "only megatron.core is used"),
+    ("megatron_sov/mcore/build.py", "import apex", "apex is not used"),
+    ("megatron_sov/data/order.py", "import pickle", "not unpickled"),
+    ("megatron_sov/recipes/tiny.py", "try:\n    import torch\nexcept ImportError:\n    torch = None", "at module level"),
+    ("megatron_sov/train/command.py", "from transformers import AutoTokenizer", "at module level"),
+    ("megatron_sov/post/sft_command.py", "import torch.distributed as dist", "at module level"),
+    ("megatron_sov/train/loop.py", "x = torch.load(f)", "weights_only=True"),
+    ("megatron_sov/train/loop.py", "x = torch.load(f, weights_only=False)", "weights_only=True"),
+    ("megatron_sov/data/order.py", "x = np.load(f, allow_pickle=True)", "allow_pickle"),
+    ("megatron_sov/data/utils.py", "", "named after nothing"),
+    ("megatron_sov/cellar/wine.py", "", "has no floor"),
+    ("megatron_sov/data/order.py", "x = 1\n" * 401, "has 401 lines"),
+    ("megatron_sov/data/order.py", "def f():\n" + "    x = 1\n" * 60, "f has 61 lines"),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "expected"), BAD)
+def test_each_rule_sees_its_breach(tmp_path: Path, name: str, text: str, expected: str) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    problems = [problem for source in sources(tmp_path) for rule in RULES for problem in rule(source)]
+    assert len(problems) == 1
+    assert expected in problems[0]
+    assert problems[0].startswith(name)
+
+
+def test_lazy_and_type_checking_imports_are_allowed_where_torch_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "megatron_sov/train/command.py"
+    path.parent.mkdir(parents=True)
+    path.write_text("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch\ndef run():\n    import torch\n")
+    assert [problem for source in sources(tmp_path) for rule in RULES for problem in rule(source)] == []
