@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -18,6 +19,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from megatron_sov.errors import UserError
 
@@ -160,11 +163,11 @@ def new_artifact(path: str | Path, kind: str, *, overwrite: bool = False) -> Ite
         UserError: `path` exists and may not be replaced, or the disk refuses.
     """
     path = Path(path)
-    refuse_existing(path, kind, overwrite)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(path)
+        clear_leftovers(path)
+        refuse_existing(path, kind, overwrite)
         temporary.mkdir()
         try:
             writer = ArtifactWriter(temporary, kind)
@@ -199,11 +202,16 @@ def refuse_existing(path: Path, kind: str, overwrite: bool) -> None:
         raise UserError(f"{path}: exists and is not a '{kind}' artifact, so it is not replaced; choose another output folder")
 
 
-def remove_leftovers(path: Path) -> None:
-    """Delete temporary folders that killed processes left beside `path`."""
-    for leftover in path.parent.glob(f".{path.name}.tmp-*"):
-        pid = leftover.name.rpartition("-")[2]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+def clear_leftovers(path: Path) -> None:
+    """Clear what killed processes left beside `path`: delete temporary folders, put back an artifact moved out of the way."""
+    name = glob.escape(path.name)
+    for leftover in sorted([*path.parent.glob(f".{name}.tmp-*"), *path.parent.glob(f".{name}.old-*")]):
+        stem, _, pid = leftover.name.rpartition("-")
+        if not pid.isdigit() or psutil.pid_exists(int(pid)):
+            continue
+        if stem.endswith(".old") and not path.exists():
+            os.rename(leftover, path)
+        else:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
@@ -216,16 +224,17 @@ def read_manifest(path: str | Path, kind: str | None = None) -> Manifest:
     file = Path(path) / MANIFEST
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
+        if raw["format_version"] > FORMAT_VERSION:
+            raise UserError(f"{file}: format_version {raw['format_version']} is newer than {FORMAT_VERSION}, "
+                            "the newest that this version reads; update megatron-sov")
         files = {name: FileRecord(**record) for name, record in raw.pop("files").items()}
         manifest = Manifest(files=files, **raw)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         wanted = f"a '{kind}' artifact" if kind else "an artifact"
-        raise UserError(f"{path}: has no {MANIFEST}, so it is not {wanted}; pass the folder that the earlier step wrote") from None
+        raise UserError(f"{path}: has no {MANIFEST}, so it is not {wanted}; "
+                        "pass the folder that the earlier step wrote") from None
     except (ValueError, TypeError, KeyError, AttributeError) as e:
         raise UserError(f"{file}: is damaged ({e}); make the artifact again or restore it from a copy") from None
-    if manifest.format_version > FORMAT_VERSION:
-        raise UserError(f"{file}: format_version {manifest.format_version} is newer than {FORMAT_VERSION}, "
-                        "the newest that this version reads; update megatron-sov")
     if kind is not None and manifest.kind != kind:
         raise UserError(f"{path}: is a '{manifest.kind}' artifact where a '{kind}' artifact is needed")
     return manifest

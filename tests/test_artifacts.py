@@ -1,0 +1,242 @@
+"""Artifacts: a half-written one does not exist, damage is found, and nothing is replaced by accident."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sov import artifacts
+from megatron_sov.artifacts import (
+    MANIFEST,
+    FileRecord,
+    atomic_write,
+    damaged_files,
+    manifest_sha256,
+    new_artifact,
+    read_manifest,
+    sha256_file,
+    to_json,
+)
+from megatron_sov.errors import UserError
+
+
+def build(path: Path, kind: str = "tokens", text: str = "hello", **options: Any) -> Path:
+    with new_artifact(path, kind, **options) as writer:
+        writer.content["num_documents"] = 1
+        writer.settings["seed"] = 7
+        (writer.path / "sub").mkdir()
+        (writer.path / "sub/data.bin").write_text(text)
+    return path
+
+
+def killed_in_the_middle(body: str, path: Path) -> None:
+    """Run `body` in a process that is killed (SIGKILL) where it prints "now"."""
+    program = "import os, sys, time\nfrom megatron_sov import artifacts\npath = artifacts.Path(sys.argv[1])\n"
+    process = subprocess.Popen([sys.executable, "-c", program + textwrap.dedent(body), str(path)],
+                               stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1])
+    assert process.stdout is not None
+    assert process.stdout.readline() == "now\n"
+    process.kill()
+    process.communicate()
+
+
+def test_an_artifact_holds_what_was_written_and_says_so(tmp_path: Path) -> None:
+    source = build(tmp_path / "source", "corpus")
+    with new_artifact(tmp_path / "deep/er/a", "tokens") as writer:
+        writer.content["num_tokens"] = 3
+        writer.settings["seed"] = 7
+        writer.add_input(source)
+        (writer.path / "data.bin").write_bytes(b"abc")
+    manifest = read_manifest(tmp_path / "deep/er/a", "tokens")
+    assert (manifest.content, manifest.settings) == ({"num_tokens": 3}, {"seed": 7})
+    assert manifest.files == {"data.bin": FileRecord(hashlib.sha256(b"abc").hexdigest(), 3)}
+    assert manifest.inputs == [{"kind": "corpus", "path": str(source), "manifest_sha256": manifest_sha256(source)}]
+    assert damaged_files(tmp_path / "deep/er/a") == []
+    assert [p.name for p in (tmp_path / "deep/er").iterdir()] == ["a"]
+
+
+def test_an_artifact_whose_process_is_killed_does_not_exist_and_its_remains_are_cleared(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    killed_in_the_middle("""
+        with artifacts.new_artifact(path, "tokens") as writer:
+            (writer.path / "data.bin").write_text("half")
+            print("now", flush=True)
+            time.sleep(60)
+    """, path)
+    assert not path.exists()
+    assert len(list(tmp_path.iterdir())) == 1, "the temporary folder is still there"
+    build(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_an_artifact_that_a_killed_process_had_moved_out_of_the_way_comes_back(tmp_path: Path) -> None:
+    path = build(tmp_path / "a", text="old")
+    killed_in_the_middle("""
+        rename = os.rename
+        def stop_after(source, target):
+            rename(source, target)
+            print("now", flush=True)
+            time.sleep(60)
+        os.rename = stop_after
+        with artifacts.new_artifact(path, "tokens", overwrite=True):
+            pass
+    """, path)
+    assert not path.exists()
+    with pytest.raises(UserError, match="already exists"):
+        build(path, text="new")
+    assert (path / "sub/data.bin").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_the_folder_of_a_living_process_is_left_alone(tmp_path: Path) -> None:
+    other = tmp_path / f".a.tmp-{os.getppid()}"
+    other.mkdir()
+    build(tmp_path / "a")
+    assert other.exists()
+
+
+def test_an_exception_leaves_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), new_artifact(tmp_path / "a", "tokens") as writer:
+        (writer.path / "data.bin").write_text("half")
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
+def test_a_full_disk_is_one_sentence_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="a: no space left on the device; free some"), new_artifact(tmp_path / "a", "tokens"):
+        Path("/dev/full").write_text("x")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("code", "sentence"), [
+    (errno.ENOSPC, "no space left on the device"), (errno.EROFS, "cannot be written"), (errno.EACCES, "cannot be written"),
+])
+def test_atomic_write_keeps_the_old_content_when_the_disk_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, sentence: str,
+) -> None:
+    path = tmp_path / "report.html"
+    atomic_write(path, "old")
+
+    def refuse(fd: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(UserError, match=rf"report\.html: {sentence}"):
+        atomic_write(path, "new")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_atomic_write_takes_text_and_bytes(tmp_path: Path) -> None:
+    atomic_write(tmp_path / "a", "한국어")
+    assert (tmp_path / "a").read_bytes() == "한국어".encode()
+    atomic_write(tmp_path / "a", b"\x00\xff")
+    assert (tmp_path / "a").read_bytes() == b"\x00\xff"
+
+
+def test_an_unexpected_disk_error_is_not_dressed_up(tmp_path: Path) -> None:
+    with pytest.raises(IsADirectoryError), new_artifact(tmp_path / "a", "tokens") as writer:
+        writer.path.write_text("a folder cannot be written like a file")
+
+
+def test_damage_is_named_file_by_file(tmp_path: Path) -> None:
+    with new_artifact(tmp_path / "a", "tokens") as writer:
+        for name in ("flipped", "gone", "short", "whole"):
+            (writer.path / name).write_text("content")
+    (tmp_path / "a/flipped").write_text("cOntent")
+    (tmp_path / "a/gone").unlink()
+    (tmp_path / "a/short").write_text("cont")
+    assert damaged_files(tmp_path / "a") == [
+        f"{tmp_path}/a/flipped: its content differs from the hash in the manifest",
+        f"{tmp_path}/a/gone: is missing",
+        f"{tmp_path}/a/short: has 4 bytes, the manifest says 7",
+    ]
+
+
+def test_an_existing_artifact_is_replaced_only_on_request_and_only_by_its_own_kind(tmp_path: Path) -> None:
+    path = build(tmp_path / "a", text="old")
+    with pytest.raises(UserError, match="already exists; choose another output folder, or pass --overwrite"):
+        build(path, text="new")
+    with pytest.raises(UserError, match="is not a 'tokenizer' artifact, so it is not replaced"):
+        build(path, kind="tokenizer", text="new", overwrite=True)
+    assert (path / "sub/data.bin").read_text() == "old"
+    build(path, text="new", overwrite=True)
+    assert (path / "sub/data.bin").read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_foreign_folders_and_files_are_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/thesis.txt").write_text("years of work")
+    (tmp_path / "file").write_text("a file")
+    for name in ("home", "file"):
+        with pytest.raises(UserError, match="so it is not replaced"):
+            build(tmp_path / name, overwrite=True)
+    assert (tmp_path / "home/thesis.txt").read_text() == "years of work"
+    assert (tmp_path / "file").read_text() == "a file"
+
+
+def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    assert damaged_files(build(tmp_path / "a")) == []
+
+
+def rewritten(path: Path, **changes: Any) -> Path:
+    """Change fields of an artifact's manifest by hand."""
+    manifest = json.loads((path / MANIFEST).read_text())
+    (path / MANIFEST).write_text(json.dumps(manifest | changes))
+    return path
+
+
+def test_a_newer_format_is_refused_even_where_it_has_other_fields(tmp_path: Path) -> None:
+    path = rewritten(build(tmp_path / "a"), format_version=artifacts.FORMAT_VERSION + 1, shards=[])
+    with pytest.raises(UserError, match="format_version 2 is newer than 1, the newest that this version reads; update"):
+        read_manifest(path)
+
+
+@pytest.mark.parametrize("text", [
+    "", "{", "[]", "{}", "null", '{"files": {}, "format_version": "x"}', '{"files": 3, "format_version": 1}',
+])
+def test_a_damaged_manifest_is_named(tmp_path: Path, text: str) -> None:
+    path = build(tmp_path / "a")
+    (path / MANIFEST).write_text(text)
+    with pytest.raises(UserError, match=r"a/manifest\.json: is damaged \(.+\); make the artifact again"):
+        read_manifest(path)
+
+
+def test_what_is_not_the_artifact_that_is_needed_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for name in ("nowhere", "file"):
+        with pytest.raises(UserError, match=f"{name}: has no manifest.json, so it is not a 'tokens' artifact"):
+            read_manifest(tmp_path / name, "tokens")
+    with pytest.raises(UserError, match="is a 'tokens' artifact where a 'tokenizer' artifact is needed"):
+        read_manifest(build(tmp_path / "a"), "tokenizer")
+
+
+def test_hashes_agree_with_hashlib_across_block_borders(tmp_path: Path) -> None:
+    for size in (0, 1, (1 << 20) - 1, 1 << 20, (1 << 20) + 1):
+        data = bytes(i % 251 for i in range(256)) * (size // 256 + 1)
+        (tmp_path / "f").write_bytes(data[:size])
+        assert sha256_file(tmp_path / "f") == hashlib.sha256(data[:size]).hexdigest()
+
+
+def test_json_of_dataclasses_and_paths(tmp_path: Path) -> None:
+    @dataclasses.dataclass
+    class Point:
+        x: float
+        where: Path
+
+    assert json.loads(to_json({"p": Point(0.1, Path("a/b"))})) == {"p": {"x": 0.1, "where": "a/b"}}
+    with pytest.raises(TypeError, match="set cannot be written as JSON"):
+        to_json({1, 2})
