@@ -22,7 +22,7 @@ class PhaseConfig:
     share: float = 1.0
     """Part of the run's steps that belong to this phase; the shares of all phases are normalised."""
     blend: dict[str, float] = field(default_factory=dict)
-    """Source name -> weight (normalised); empty: every source in proportion to its tokens and its --data weight."""
+    """Source name -> weight (normalised); empty: each artifact by its --data weight, its sources in proportion to their tokens."""
     seq_len: int = 4096
     """Tokens of one sample."""
 
@@ -33,16 +33,14 @@ class DataConfig:
 
     __pydantic_config__ = STRICT
     paths: dict[str, float] = field(default_factory=dict)
-    """Token shard artifacts (`sov-data pack`) -> weight; given by --data DIR[:weight]."""
+    """Token shard artifacts (`sov-data pack`) -> share of the data (normalised); given by --data DIR[:weight]."""
     packing: Literal["concat", "whole"] = "concat"
     """concat: documents follow one another and are cut at the sample's end; whole: no document is cut unless it is
-    longer than a sample, the rest is padding."""
+    longer than a sample, the rest is padding.  Conversations are always whole."""
     phases: tuple[PhaseConfig, ...] = (PhaseConfig("main"),)
     """The curriculum, in order."""
     heldout_tokens: int = 65536
     """Held-out tokens of each source that an evaluation reads at most."""
-    text_share: float = 0.0
-    """For SFT: part of each batch that is plain text, learned by the auxiliary term (0: none)."""
 
 
 @dataclass(frozen=True)
@@ -211,7 +209,6 @@ class RunConfig:
             (0 <= o.min_lr <= o.lr, f"optim.min_lr = {o.min_lr} must lie between 0 and optim.lr = {o.lr}"),
             (o.lr > 0, f"optim.lr = {o.lr} must be positive"),
             (0 < o.decay_share <= 1, f"optim.decay_share = {o.decay_share} must lie in (0, 1]"),
-            (0 <= self.data.text_share < 1, f"data.text_share = {self.data.text_share} must lie in [0, 1)"),
         ]
         p += [sentence for holds, sentence in rules if not holds]
         return p

@@ -1,0 +1,150 @@
+"""Reading token shards: Megatron-Core's `.bin`/`.idx` by numpy memory maps, with optional sidecars of the same geometry."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_sov.artifacts import manifest_sha256, read_manifest
+from megatron_sov.errors import UserError
+
+IDX_MAGIC = b"MMIDIDX\x00\x00"
+IDX_DTYPES: dict[int, type[np.generic]] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64,
+                                           7: np.float32, 8: np.uint16}
+"""Dtype codes of the `.idx` header, as in megatron.core.datasets.indexed_dataset."""
+_HEADER_BYTES = len(IDX_MAGIC) + 8 + 1 + 8 + 8
+
+
+class TokenShard:
+    """The documents of one source and split; opening it costs the same for any size."""
+
+    def __init__(self, prefix: Path) -> None:
+        self.prefix = prefix
+        idx = prefix.with_name(prefix.name + ".idx")
+        try:
+            with open(idx, "rb") as f:
+                header = f.read(_HEADER_BYTES)
+            if len(header) < _HEADER_BYTES or header[:9] != IDX_MAGIC:
+                raise UserError(f"{idx}: is not a Megatron index (its first bytes are {header[:9]!r}); pack the data again")
+            self.dtype = np.dtype(IDX_DTYPES[header[17]])
+            count = int(np.frombuffer(header, np.uint64, 1, offset=18)[0])
+            self.lengths = np.memmap(idx, np.int32, "r", _HEADER_BYTES, (count,)) if count else np.zeros(0, np.int32)
+            self.pointers = (np.memmap(idx, np.int64, "r", _HEADER_BYTES + 4 * count, (count,)) if count
+                             else np.zeros(0, np.int64))
+            self._tokens = self._map(".bin", self.dtype)
+        except (FileNotFoundError, KeyError, ValueError) as e:
+            raise UserError(f"{prefix}: cannot be read as a token shard ({e}); pack the data again") from None
+        self._loss = self._map(".loss", np.dtype(np.float32)) if prefix.with_name(prefix.name + ".loss").exists() else None
+        self._type = self._map(".type", np.dtype(np.uint8)) if prefix.with_name(prefix.name + ".type").exists() else None
+
+    def _map(self, suffix: str, dtype: np.dtype) -> np.ndarray:
+        file = self.prefix.with_name(self.prefix.name + suffix)
+        return np.memmap(file, dtype, "r") if file.stat().st_size else np.zeros(0, dtype)
+
+    @property
+    def num_documents(self) -> int:
+        """Documents in the shard."""
+        return len(self.lengths)
+
+    def tokens(self, document: int, start: int, count: int) -> np.ndarray:
+        """Return `count` token ids of a document from `start`, int64."""
+        return self._tokens[self._range(document, start, count)].astype(np.int64)
+
+    def loss_weights(self, document: int, start: int, count: int) -> np.ndarray:
+        """Return the loss weight of each of these tokens as a target, float32 (1 where there is no sidecar)."""
+        if self._loss is None:
+            return np.ones(count, np.float32)
+        return np.array(self._loss[self._range(document, start, count)])
+
+    def types(self, document: int, start: int, count: int) -> np.ndarray:
+        """Return the type of each of these tokens, uint8: 0 text, 1 prompt, 2 response."""
+        if self._type is None:
+            return np.zeros(count, np.uint8)
+        return np.array(self._type[self._range(document, start, count)])
+
+    def _range(self, document: int, start: int, count: int) -> slice:
+        first = int(self.pointers[document]) // self.dtype.itemsize + start
+        return slice(first, first + count)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One named source of a token artifact."""
+
+    name: str
+    """Name used in blends, events and the report."""
+    artifact: Path
+    """Folder of the token artifact."""
+    is_chat: bool
+    """Whether its documents are conversations with loss weights (never cut in two)."""
+    prefixes: dict[str, str]
+    """Split ("train", "heldout") -> shard prefix inside the artifact."""
+    num_tokens: dict[str, int]
+    """Split -> tokens."""
+    share: float
+    """Share of the run's data that an empty blend gives it; all sources' shares sum to 1."""
+
+    def shard(self, split: str) -> TokenShard:
+        """Open one split."""
+        return TokenShard(self.artifact / self.prefixes[split])
+
+
+def open_sources(paths: dict[str, float], vocab_size: int) -> list[Source]:
+    """Open the sources of all token artifacts, checking that they fit together and fit the model.
+
+    Raises:
+        UserError: no data, artifacts of different tokenizers, two sources of one name, or a vocabulary larger than the model's.
+    """
+    if not paths:
+        raise UserError("data.paths is empty: pass at least one folder made by `sov-data pack` with --data DIR")
+    manifests = {path: read_manifest(path, "tokens") for path in paths}
+    hashes = {path: m.content["tokenizer_sha256"] for path, m in manifests.items()}
+    first = next(iter(paths))
+    for path, value in hashes.items():
+        if value != hashes[first]:
+            raise UserError(f"{path}: was packed with tokenizer {value[:12]}, {first} with {hashes[first][:12]}; "
+                            "pack all data with the same tokenizer")
+    total_weight = sum(paths.values())
+    if total_weight <= 0:
+        raise UserError(f"--data weights {list(paths.values())}: at least one must be positive")
+    sources: list[Source] = []
+    for path, manifest in manifests.items():
+        if manifest.content["vocab_size"] > vocab_size:
+            raise UserError(f"{path}: its tokenizer has {manifest.content['vocab_size']} ids, the model only "
+                            f"model.vocab_size = {vocab_size}; set model.vocab_size or pack with another tokenizer")
+        sources += _of_artifact(Path(path), manifest.content, paths[path] / total_weight)
+    names = [s.name for s in sources]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"source {name!r}: occurs in several --data folders; give each a name of its own (--input NAME=PATH)")
+    return sources
+
+
+def _of_artifact(path: Path, content: dict, share: float) -> list[Source]:
+    described = content["sources"]
+    train_tokens = sum(s["splits"]["train"]["num_tokens"] for s in described)
+    if train_tokens == 0:
+        raise UserError(f"{path}: holds no training tokens; pack more text")
+    return [
+        Source(
+            name=s["name"], artifact=path, is_chat=content["format"] == "chat",
+            prefixes={split: d["prefix"] for split, d in s["splits"].items()},
+            num_tokens={split: d["num_tokens"] for split, d in s["splits"].items()},
+            share=share * s["splits"]["train"]["num_tokens"] / train_tokens,
+        )
+        for s in described
+    ]
+
+
+def tokenizer_folder(sources: list[Source]) -> Path | None:
+    """Return the tokenizer that travels with the data, if it is there."""
+    folder = sources[0].artifact / "tokenizer"
+    return folder if (folder / "tokenizer.json").is_file() else None
+
+
+def provenance(sources: list[Source]) -> list[dict[str, str]]:
+    """Return kind, path and manifest hash of each artifact that the sources come from."""
+    folders = dict.fromkeys(s.artifact for s in sources)
+    return [{"kind": "tokens", "path": str(f), "manifest_sha256": manifest_sha256(f)} for f in folders]
