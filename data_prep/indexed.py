@@ -1,0 +1,132 @@
+"""Megatron-Core's indexed token format: `PREFIX.bin` holds tokens, `PREFIX.idx` says where each document lies.
+
+The index is (little endian): magic, version (int64), dtype code (int8), number of sequences and of document bounds (int64
+each), lengths in tokens (int32), starts in bytes (int64), document bounds (int64).  Here one document is one sequence.
+"""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_sov.errors import UserError
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+HEADER = struct.Struct("<9sQBQQ")
+DTYPE_CODES = {"int32": 4, "uint16": 8}
+SMALLEST_INT32_VOCAB = 65500
+"""Megatron's DType.optimal_dtype: vocabularies below it fit uint16 with room for ids of its own."""
+SIDECARS = {"loss": "float32", "type": "uint8"}
+"""Files of the same geometry as .bin: the weight of each token in the loss, and the token's type."""
+
+
+def token_dtype(vocab_size: int) -> str:
+    """Return the dtype of token ids that Megatron chooses for a vocabulary."""
+    return "uint16" if vocab_size < SMALLEST_INT32_VOCAB else "int32"
+
+
+class IndexedWriter:
+    """Writes one split: tokens and sidecars as they come, the index when closed."""
+
+    def __init__(self, prefix: Path, dtype: str, sidecars: bool) -> None:
+        """Open `PREFIX.bin` (and `PREFIX.loss`, `PREFIX.type` with `sidecars`); `dtype` is a key of `DTYPE_CODES`."""
+        prefix.parent.mkdir(parents=True, exist_ok=True)
+        self.prefix, self.dtype = prefix, dtype
+        self.lengths_tokens = array("i")
+        names = {"bin": dtype} | (SIDECARS if sidecars else {})
+        self._dtypes = {suffix: np.dtype(name).newbyteorder("<") for suffix, name in names.items()}
+        self._files = {suffix: open(f"{prefix}.{suffix}", "wb") for suffix in names}  # noqa: SIM115  (closed in __exit__)
+
+    def write(self, lengths_tokens: NDArray[np.int32], columns: dict[str, NDArray[np.generic]]) -> None:
+        """Append documents.
+
+        Args:
+            lengths_tokens: tokens of each document.
+            columns: "bin" (ids) and the sidecars' columns, each a flat array [sum of lengths].
+        """
+        for suffix, file in self._files.items():
+            file.write(np.ascontiguousarray(columns[suffix], dtype=self._dtypes[suffix]).tobytes())
+        self.lengths_tokens.frombytes(lengths_tokens.astype(np.int32).tobytes())
+
+    def __enter__(self) -> IndexedWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for file in self._files.values():
+            file.close()
+        if kind is None:
+            self._write_index()
+
+    def _write_index(self) -> None:
+        lengths = np.frombuffer(self.lengths_tokens, dtype=np.int32) if self.lengths_tokens else np.zeros(0, np.int32)
+        starts = np.zeros(len(lengths), dtype="<i8")
+        np.cumsum(lengths[:-1], out=starts[1:])
+        starts *= np.dtype(self.dtype).itemsize
+        with open(f"{self.prefix}.idx", "wb") as f:
+            f.write(HEADER.pack(MAGIC, VERSION, DTYPE_CODES[self.dtype], len(lengths), len(lengths) + 1))
+            f.write(lengths.astype("<i4").tobytes())
+            f.write(starts.tobytes())
+            f.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
+
+
+@dataclass(frozen=True)
+class IndexedSplit:
+    """One split opened for reading by memory map."""
+
+    dtype: str
+    """Dtype of the ids."""
+    lengths_tokens: NDArray[np.int32]
+    """Tokens of each document, [documents]."""
+    starts_bytes: NDArray[np.int64]
+    """Where each document begins in .bin, [documents]."""
+    tokens: NDArray[np.generic]
+    """All ids, [tokens]."""
+
+    def documents(self) -> Iterator[NDArray[np.generic]]:
+        """Yield each document's ids, in order."""
+        item_bytes = np.dtype(self.dtype).itemsize
+        for start_bytes, length in zip(self.starts_bytes.tolist(), self.lengths_tokens.tolist(), strict=True):
+            yield self.tokens[start_bytes // item_bytes : start_bytes // item_bytes + length]
+
+
+def open_split(prefix: Path) -> IndexedSplit:
+    """Open a split, with every number of the index checked against the files.
+
+    Raises:
+        UserError: a file is missing, or the index is not a sound one for the .bin beside it.
+    """
+    index = Path(f"{prefix}.idx")
+    try:
+        raw = index.read_bytes()
+        size_bytes = Path(f"{prefix}.bin").stat().st_size
+    except OSError as e:
+        raise UserError(f"{e.filename}: cannot be read ({e.strerror}); pack the data again or restore it from a copy") from None
+    if len(raw) < HEADER.size:
+        raise UserError(f"{index}: has {len(raw)} bytes, an index has at least {HEADER.size}; pack the data again")
+    magic, version, code, num_sequences, num_bounds = HEADER.unpack_from(raw)
+    dtypes = {c: name for name, c in DTYPE_CODES.items()}
+    if magic != MAGIC or version != VERSION or code not in dtypes:
+        raise UserError(f"{index}: is no index of version {VERSION} with ids of {' or '.join(DTYPE_CODES)}; pack the data again")
+    if len(raw) != HEADER.size + 12 * num_sequences + 8 * num_bounds:
+        raise UserError(f"{index}: has {len(raw)} bytes, which does not fit its {num_sequences} sequences; pack the data again")
+    dtype = np.dtype(dtypes[code])
+    lengths = np.frombuffer(raw, "<i4", num_sequences, HEADER.size)
+    starts = np.frombuffer(raw, "<i8", num_sequences, HEADER.size + 4 * num_sequences)
+    bounds = np.frombuffer(raw, "<i8", num_bounds, HEADER.size + 12 * num_sequences)
+    ends = np.cumsum(lengths, dtype=np.int64) * dtype.itemsize
+    if not np.array_equal(bounds, np.arange(num_sequences + 1)) or (lengths <= 0).any() or \
+            not np.array_equal(starts, ends - lengths.astype(np.int64) * dtype.itemsize):
+        raise UserError(f"{index}: its documents do not follow one another without gaps; pack the data again")
+    expected_bytes = int(ends[-1]) if num_sequences else 0
+    if size_bytes != expected_bytes:
+        raise UserError(f"{prefix}.bin: has {size_bytes} bytes, the index says {expected_bytes}; pack the data again")
+    tokens = np.memmap(f"{prefix}.bin", dtype.newbyteorder("<"), mode="r") if num_sequences else np.zeros(0, dtype)
+    return IndexedSplit(dtype.name, lengths, starts, tokens)

@@ -1,0 +1,43 @@
+"""`sov-data inspect`: what an artifact of token shards holds, per source."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from data_prep.pack import KIND
+from data_prep.splits import HELDOUT, TRAIN
+from megatron_sov.artifacts import read_manifest
+
+HELP = "show the counts of token shards, per source"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.description = "Show documents, tokens and bytes per token of each source of token shards."
+    parser.add_argument("data", type=Path, metavar="DIR", help="folder that `sov-data pack` wrote")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the table; returns 0."""
+    print("\n".join(table(args.data)))
+    return 0
+
+
+def table(data: Path) -> list[str]:
+    """Return the lines of the table.
+
+    Raises:
+        UserError: `data` is not an artifact of kind "tokens".
+    """
+    content = read_manifest(data, KIND).content
+    lines = [f"{data}: format {content['format']}, vocabulary {content['vocab_size']:,}, {content['dtype']}, "
+             f"tokenizer {content['tokenizer_sha256'][:12]}",
+             f"{'source':<20} {'split':<8} {'documents':>12} {'tokens':>16} {'bytes':>16} {'bytes/token':>12}"]
+    for source in content["sources"]:
+        for split in (TRAIN, HELDOUT):
+            s = source["splits"][split]
+            ratio = f"{s['num_bytes'] / s['num_tokens']:.3f}" if s["num_tokens"] else "-"
+            counts = f"{s['num_documents']:>12,} {s['num_tokens']:>16,} {s['num_bytes']:>16,}"
+            lines.append(f"{source['name']:<20} {split:<8} {counts} {ratio:>12}")
+    return lines
