@@ -1,0 +1,37 @@
+"""`megatron-sov doctor`: what works on this machine, what is missing, and the command that adds it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+
+from megatron_sov.artifacts import to_json
+from megatron_sov.doctor.checks import Check, all_checks
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("--json", action="store_true", help="print the checks as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print every check; return 0 when training on this machine's CPU works, 2 when something it needs is broken."""
+    checks = all_checks()
+    works = not any(check.status == "broken" for check in checks)
+    if args.json:
+        print(to_json({"works": works, "checks": [dataclasses.asdict(check) for check in checks]}), end="")
+    else:
+        print(as_text(checks))
+        print("\nThis machine can train." if works else "\nThis machine cannot train yet: mend what is broken above.")
+    return 0 if works else 2
+
+
+def as_text(checks: list[Check]) -> str:
+    """Return one line per check, and a line with the remedy under it where there is one."""
+    name_width = max(len(check.name) for check in checks)
+    lines = []
+    for check in checks:
+        lines.append(f"{check.status:<8} {check.name:<{name_width}}  {check.detail}")
+        if check.remedy:
+            lines.append(f"{'':<8} {'':<{name_width}}  -> {check.remedy}")
+    return "\n".join(lines)
