@@ -48,7 +48,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=[pattern for room in ROOMS for pattern in (room, f"{room}.*")]),
-    package_data={"": ["**/*.j2", "**/*.json", "**/*.yaml", "py.typed"]},
+    package_data={"": [f"**/*.{ending}" for ending in ("j2", "css", "js", "json", "yaml", "sh", "sbatch")] + ["py.typed"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS,
     entry_points={

@@ -1,0 +1,113 @@
+"""The door: quick help without torch, exit codes, and every command's own help."""
+
+from __future__ import annotations
+
+import os
+import resource
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_sov import cli
+from megatron_sov.errors import StopRequested, UserError
+
+ROOT = Path(__file__).parents[1]
+HELP_CPU_LIMIT_S = 0.5
+HEAVY = ("torch", "transformers", "megatron.core")
+ENTRIES = {"megatron-sov": "megatron_sov.cli", "sov-tokenizer": "tokenizer.cli", "sov-data": "data_prep.cli"}
+
+
+def run_main(module: str, *argv: str) -> subprocess.CompletedProcess[str]:
+    """Run a command's `main` in a fresh interpreter; it ends with exit code 99 when something heavy was imported."""
+    program = (
+        "import importlib, sys\n"
+        "sys.argv[0] = sys.argv.pop(1)\n"
+        f"try:\n    code = importlib.import_module({module!r}).main()\n"
+        "except SystemExit as e:\n    code = e.code\n"
+        f"heavy = [m for m in {HEAVY!r} if m in sys.modules]\n"
+        "print('heavy:', heavy, file=sys.stderr) if heavy else None\n"
+        "sys.exit(99 if heavy else code)\n"
+    )
+    return subprocess.run([sys.executable, "-c", program, module, *argv], capture_output=True, text=True, cwd=ROOT, timeout=60,
+                          env={**os.environ, "COLUMNS": "200"})
+
+
+@pytest.mark.parametrize("module", ENTRIES.values(), ids=ENTRIES)
+def test_help_needs_no_torch_and_half_a_second(module: str) -> None:
+    cpu_s = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = run_main(module, "--help")
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert (done.returncode, done.stderr) == (0, "")
+        cpu_s.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert statistics.median(cpu_s) < HELP_CPU_LIMIT_S
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_explains_itself_without_torch(command: str) -> None:
+    done = run_main("megatron_sov.cli", command, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"usage: megatron-sov {command}" in done.stdout
+    assert cli.COMMANDS[command].help in " ".join(done.stdout.split())
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    for name, command in cli.COMMANDS.items():
+        assert f"  {name}" in printed
+        assert command.help in printed
+
+
+def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["pretrian", "x"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("error: command 'pretrian': does not exist; did you mean 'pretrain'?")
+    assert len(printed.err.splitlines()) == 1
+
+
+def test_no_command_prints_the_help_and_is_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
+    assert "commands:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("outcome", "code", "stderr"), [
+    (0, 0, ""), (3, 3, ""),
+    (UserError("data.yaml: is empty; add a source"), 2, "error: data.yaml: is empty; add a source\n"),
+    (StopRequested("saved step 7"), 75, "stopped: saved step 7\n"),
+    (BrokenPipeError(), 0, ""),
+])
+def test_exit_codes(
+    outcome: object, code: int, stderr: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:
+    def run(args: object) -> int:
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    module = SimpleNamespace(add_arguments=lambda parser: None, run=run)
+    monkeypatch.setattr(cli.importlib, "import_module", lambda name: module)
+    assert cli.main(["doctor"]) == code
+    assert capsys.readouterr().err == stderr
+
+
+def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(args: object) -> int:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(cli.importlib, "import_module", lambda name: SimpleNamespace(add_arguments=lambda parser: None, run=run))
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["doctor"])
+
+
+def test_a_wrong_argument_ends_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as e:
+        cli.main(["doctor", "--jsno"])
+    assert e.value.code == 2
+    assert "--jsno" in capsys.readouterr().err
