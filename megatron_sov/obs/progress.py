@@ -1,0 +1,59 @@
+"""The progress bar of a training loop: a bar on a terminal, an occasional plain line in a log file."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Never, TextIO
+
+from tqdm import tqdm
+
+LINE_EVERY_S = 10.0
+"""Seconds between plain lines at least; a log file is read by people, and steps may take milliseconds."""
+
+
+class Progress:
+    """Shows step, loss, tokens per second and the time that is left.
+
+    Args:
+        total_steps: the run's last step.
+        first_step: steps that are done already (0 at the start, more after a resume).
+        label: what is going on, e.g. "pretrain tiny-solar-open".
+        stream: where to write; standard error by default.
+    """
+
+    def __init__(self, total_steps: int, first_step: int, label: str, stream: TextIO | None = None) -> None:
+        self._stream = sys.stderr if stream is None else stream
+        self._total_steps, self._first_step, self._label = total_steps, first_step, label
+        self._start_s = self._last_line_s = time.monotonic()
+        self._line = ""
+        self._bar: tqdm[Never] | None = None
+        if self._stream.isatty():
+            self._bar = tqdm(total=total_steps, initial=first_step, desc=label, unit="step", dynamic_ncols=True,
+                             file=self._stream)
+
+    def update(self, step: int, loss: float, tokens_per_s: float) -> None:
+        """Show that `step` is done; `loss` is the step's mean loss, `tokens_per_s` counts all processes."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_s:,.0f} tokens/s", refresh=False)
+            self._bar.update(step - self._bar.n)
+            return
+        now_s = time.monotonic()
+        # A step's time is the mean over this process's own steps: those before a resume ran at another time.
+        done = step - self._first_step
+        left_s = (now_s - self._start_s) / done * (self._total_steps - step) if done > 0 else 0.0
+        self._line = (f"{self._label}: step {step}/{self._total_steps}, loss {loss:.4f}, {tokens_per_s:,.0f} tokens/s, "
+                      f"{tqdm.format_interval(left_s)} left")
+        if now_s - self._last_line_s >= LINE_EVERY_S:
+            self._write_line(now_s)
+
+    def close(self) -> None:
+        """Leave the last state on the screen or in the log."""
+        if self._bar is not None:
+            self._bar.close()
+        elif self._line:
+            self._write_line(time.monotonic())
+
+    def _write_line(self, now_s: float) -> None:
+        print(self._line, file=self._stream, flush=True)
+        self._line, self._last_line_s = "", now_s

@@ -1,0 +1,124 @@
+"""TensorBoard and Weights & Biases, by setting.  They watch a run and never end it: events.jsonl holds everything anyway."""
+
+from __future__ import annotations
+
+import importlib
+import secrets
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_sov.artifacts import atomic_write
+from megatron_sov.config import ObsConfig
+from megatron_sov.errors import UserError
+
+WANDB_ID = "wandb-id"
+"""File in the run folder with the Weights & Biases run, so that a resumed run goes on in the same one."""
+
+
+class Tracker(Protocol):
+    """One place where a run's numbers go."""
+
+    name: str
+
+    def log_step(self, step: int, values: dict[str, float]) -> None:
+        """Send the values of one optimizer step."""
+
+    def close(self) -> None:
+        """Send what is left."""
+
+
+class _TensorBoard:
+    name = "TensorBoard"
+
+    def __init__(self, run_dir: Path) -> None:
+        summary = _require("tensorboard.summary", "obs.tensorboard", "tensorboard")
+        self._writer = summary.Writer(str(run_dir / "tensorboard"))
+
+    def log_step(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step=step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Wandb:
+    name = "Weights & Biases"
+
+    def __init__(self, run_dir: Path, project: str, run_config_dict: dict[str, Any]) -> None:
+        wandb = _require("wandb", "obs.wandb", "wandb")
+        id_file = run_dir / WANDB_ID
+        if not id_file.exists():
+            atomic_write(id_file, secrets.token_hex(8))
+        run_id = id_file.read_text(encoding="utf-8").strip()
+        self._run = wandb.init(project=project, id=run_id, resume="allow", dir=str(run_dir), name=run_dir.resolve().name,
+                               config=run_config_dict, settings=wandb.Settings(silent=True))
+        # wandb's own step may only grow; a run that went back to a checkpoint does steps again, so the step is a value.
+        self._run.define_metric("*", step_metric="step")
+
+    def log_step(self, step: int, values: dict[str, float]) -> None:
+        self._run.log({"step": step, **values})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _require(module: str, setting: str, package: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as e:
+        raise UserError(f"{setting} = true needs the package {package}, which cannot be imported ({e}); "
+                        f"pip install 'megatron-sov[dev]', or leave the setting out") from None
+
+
+class Trackers:
+    """The trackers that the settings ask for; one that fails is reported once on standard error and dropped.
+
+    Only one process of a run may create this.
+
+    Args:
+        config: which trackers.
+        run_dir: the run folder; TensorBoard files go to its `tensorboard/`, wandb's own files to its `wandb/`.
+        run_config_dict: the resolved settings, shown beside the curves.
+
+    Raises:
+        UserError: a tracker's package is not installed.
+    """
+
+    def __init__(self, config: ObsConfig, run_dir: Path, run_config_dict: dict[str, Any]) -> None:
+        self._active: list[Tracker] = []
+        if config.tensorboard:
+            self._start(_TensorBoard.name, lambda: _TensorBoard(run_dir))
+        if config.wandb:
+            self._start(_Wandb.name, lambda: _Wandb(run_dir, config.wandb_project, run_config_dict))
+
+    def log_step(self, step: int, values: dict[str, float]) -> None:
+        """Send the values of one optimizer step, e.g. ``{"loss": 2.1, "lr": 1e-4}``."""
+        self._each(lambda tracker: tracker.log_step(step, values))
+
+    def close(self) -> None:
+        """Send what is left and end every tracker."""
+        self._each(lambda tracker: tracker.close())
+        self._active = []
+
+    def _start(self, name: str, create: Callable[[], Tracker]) -> None:
+        try:
+            self._active.append(create())
+        except UserError:
+            raise
+        except Exception as e:  # a tracker without network or login must not cost a requeued run its place
+            _warn(name, e)
+
+    def _each(self, action: Callable[[Tracker], None]) -> None:
+        for tracker in list(self._active):
+            try:
+                action(tracker)
+            except Exception as e:  # whatever a tracker's library raises, the run goes on
+                self._active.remove(tracker)
+                _warn(tracker.name, e)
+
+
+def _warn(name: str, error: Exception) -> None:
+    print(f"warning: {name} failed ({type(error).__name__}: {error}); the run goes on without it", file=sys.stderr)

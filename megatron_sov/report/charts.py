@@ -1,0 +1,203 @@
+"""Plotly figures of a run.  Colours are names of CSS variables, so that the page's light and dark themes reach into charts."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+from megatron_sov.report.model import ExpertLoad, Phase, Run
+from megatron_sov.report.steps import Curve, downsample, moving_mean, number
+
+MAX_POINTS = 2000
+"""Points of one drawn curve at most."""
+NUM_COLOURS = 8
+SMOOTH_FROM_STEPS = 50
+"""Shorter curves are drawn as they are; longer ones also as a moving mean over a fiftieth of the steps."""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart ready for the page."""
+
+    figure_json: str
+    """Plotly's figure; safe inside a <script> element."""
+    caption: str
+    note: str
+    """What was left out or changed for drawing; may be empty."""
+    height_px: int = 300
+
+
+def chart(figure: go.Figure, caption: str, notes: Iterable[str] = (), height_px: int = 300) -> Chart:
+    """Return a figure as a `Chart`; its margins, fonts and colours are the page's."""
+    has_legend = len(figure.data) > 1
+    figure.update_layout(template="none", height=height_px, showlegend=has_legend, hovermode="closest",
+                         margin={"l": 64, "r": 16, "t": 28, "b": 76 if has_legend else 48},
+                         legend={"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0},
+                         paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", font={"color": "var(--ink)", "size": 12})
+    for axis in ("xaxis", "yaxis"):
+        figure.update_layout({axis: {"gridcolor": "var(--grid)", "linecolor": "var(--rule)", "zeroline": False,
+                                     "automargin": True}})
+    # "<" could close the script element that carries the figure, "&" and U+2028 trip other readers.
+    text = figure.to_json()
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return Chart(text, caption, " ".join(dict.fromkeys(n for n in notes if n)), height_px)
+
+
+def plain(text: object) -> str:
+    """Return a text for a figure; plotly reads HTML in labels, and names from data must not become markup."""
+    return html.escape(str(text))
+
+
+def colour(i: int) -> str:
+    """Return the CSS variable of the i-th colour."""
+    return f"var(--c{i % NUM_COLOURS + 1})"
+
+
+def _line(curve: Curve, name: str, stroke: str, width: float = 1.8, opacity: float = 1.0) -> tuple[go.Scatter, list[str]]:
+    """Return a drawable line and notes about what it leaves out."""
+    finite = curve.finite()
+    drawn = downsample(finite, MAX_POINTS)
+    notes = []
+    if len(finite.steps) < len(curve.steps):
+        bad = curve.steps[~np.isfinite(curve.values)]
+        notes.append(f"{len(bad):,} values are not finite and not drawn (first at step {int(bad[0]):,}).")
+    if len(drawn.steps) < len(finite.steps):
+        notes.append(f"Of {len(finite.steps):,} points at most {MAX_POINTS:,} are drawn; "
+                     "the lowest and highest value of every stretch are kept.")
+    # Integers and single precision halve the file; hover text shows no more digits than that.
+    trace = go.Scatter(x=drawn.steps.astype(np.int32), y=drawn.values.astype(np.float32), name=plain(name), opacity=opacity,
+                       mode="lines+markers" if len(drawn.steps) <= 20 else "lines", line={"color": stroke, "width": width})
+    return trace, notes
+
+
+def _curves(curves: list[Curve], title: str, caption: str, run: Run, *, smooth: bool = False) -> Chart | None:
+    """Draw curves over steps with the run's phases behind them; None where there is nothing to draw."""
+    curves = [c for c in curves if len(c.finite().steps)]
+    if not curves:
+        return None
+    figure, notes = go.Figure(), []
+    for i, curve in enumerate(curves):
+        name, stroke = curve.name, colour(i)
+        if smooth and len(curve.finite().steps) >= SMOOTH_FROM_STEPS:
+            raw, window = curve, max(5, len(curve.finite().steps) // 50)
+            curve = moving_mean(curve.finite(), window)
+            if len(curves) == 1:
+                name = f"mean of {window:,} steps"
+                trace, found = _line(raw, "each step", stroke, width=1, opacity=0.5)
+                figure.add_trace(trace)
+                notes += found
+            else:
+                notes.append(f"Each line is a moving mean over {window:,} steps.")
+        trace, found = _line(curve, name, stroke)
+        figure.add_trace(trace)
+        notes += found
+    figure.update_layout(xaxis={"title": "optimizer step"}, yaxis={"title": title})
+    _mark_phases(figure, run.phases)
+    _mark_restarts(figure, run)
+    return chart(figure, caption, notes)
+
+
+def _mark_phases(figure: go.Figure, phases: list[Phase]) -> None:
+    """Shade every second phase and write its name above."""
+    if len(phases) < 2:
+        return
+    for i, phase in enumerate(phases):
+        end = phases[i + 1].first_step if i + 1 < len(phases) else phase.last_step
+        if i % 2:
+            figure.add_shape(type="rect", x0=phase.first_step, x1=end, y0=0, y1=1, yref="paper", fillcolor="var(--band)",
+                             line={"width": 0}, layer="below")
+        figure.add_annotation(x=(phase.first_step + end) / 2, y=1, yref="paper", yanchor="bottom", text=plain(phase.name),
+                              showarrow=False, font={"size": 11, "color": "var(--muted)"})
+
+
+def _mark_restarts(figure: go.Figure, run: Run) -> None:
+    """Draw a dotted line where an attempt ended and another one followed."""
+    for attempt in run.attempts[:-1]:
+        if attempt.last_step is not None:
+            figure.add_shape(type="line", x0=attempt.last_step, x1=attempt.last_step, y0=0, y1=1, yref="paper",
+                             line={"color": "var(--muted)", "width": 1, "dash": "dot"})
+
+
+def loss_charts(run: Run) -> list[Chart]:
+    """Return the training loss, its terms where there are several, and the loss of each source."""
+    total, terms, sources = run.curve("loss"), run.curves["losses"], run.curves["losses_by_source"]
+    charts = [_curves([total] if total else [], "loss (nats per token)",
+                      "Training loss. Phases are shaded; a dotted line marks a restart.", run, smooth=True)]
+    if len(terms) > 1:
+        charts.append(_curves(list(terms.values()), "loss", "The terms of the training loss.", run, smooth=True))
+    if len(sources) > 1:
+        charts.append(_curves(list(sources.values()), "loss (nats per token)", "Training loss of each source.", run, smooth=True))
+    return [c for c in charts if c]
+
+
+def heldout_charts(run: Run) -> list[Chart]:
+    """Return held-out loss and bits per byte of each source over the run."""
+    loss = [h.loss for h in run.heldout.values()]
+    bits = [h.bits_per_byte for h in run.heldout.values()]
+    if len(bits) > 1 and run.overall_bits_per_byte:
+        bits.append(run.overall_bits_per_byte)
+    charts = [_curves(loss, "loss (nats per token)", "Loss on held-out documents, which training never sees.", run),
+              _curves(bits, "bits per byte", "Bits per byte on held-out documents; comparable between tokenizers.", run)]
+    return [c for c in charts if c]
+
+
+def scalar_charts(run: Run, wanted: list[tuple[str, str, str]]) -> list[Chart]:
+    """Return a chart for each (step field, axis title, caption) that the run has."""
+    found = [(run.curve(name), title, caption) for name, title, caption in wanted]
+    charts = [_curves([curve], title, caption, run, smooth=curve.name != "lr") for curve, title, caption in found if curve]
+    return [c for c in charts if c]
+
+
+def expert_chart(load: ExpertLoad) -> Chart:
+    """Return the heat map layer x expert of the share of tokens, in multiples of the fair share 1 / experts."""
+    num_layers, num_experts = load.load.shape
+    relative = load.load * num_experts
+    figure = go.Figure(go.Heatmap(
+        z=relative.astype(np.float32), x=np.arange(num_experts, dtype=np.int32), y=[f"{layer}" for layer in load.layers],
+        customdata=(100 * load.load).astype(np.float32), zmid=1, zmin=0, zmax=max(2.0, float(np.nanmax(relative))),
+        colorscale=[[0, "var(--low)"], [0.5, "var(--mid)"], [1, "var(--high)"]], colorbar={"title": "x fair", "thickness": 12},
+        hovertemplate="layer %{y}, expert %{x}<br>%{customdata:.2f} % of tokens<br>%{z:.2f} x its fair share<extra></extra>"))
+    figure.update_layout(xaxis={"title": "expert"}, yaxis={"title": "layer", "type": "category", "autorange": "reversed"})
+    fair = f"{100 / num_experts:.3g} % of the tokens"
+    return chart(figure, f"Load of each expert at step {load.step:,}: 1 is the fair share, {fair}.",
+                 height_px=min(640, 150 + 26 * num_layers))
+
+
+def needle_chart(needle: dict[str, Any]) -> Chart:
+    """Return the heat map depth x length of the share of needles that were found."""
+    accuracy = np.array([[number(x) for x in row] for row in needle["accuracy"]]).T
+    figure = go.Figure(go.Heatmap(
+        z=accuracy.astype(np.float32), x=[f"{int(n):,}" for n in needle["lengths"]],
+        y=[f"{float(d):.0%}" for d in needle["depths"]], zmin=0, zmax=1, xgap=2, ygap=2, texttemplate="%{z:.0%}",
+        colorscale=[[0, "var(--heat0)"], [1, "var(--heat1)"]], showscale=False,
+        hovertemplate="%{x} tokens, depth %{y}<br>%{z:.0%} found<extra></extra>"))
+    figure.update_layout(xaxis={"title": "context (tokens)", "type": "category"},
+                         yaxis={"title": "depth of the needle", "type": "category", "autorange": "reversed"})
+    when = {"before": "Before the extension", "after": "After the extension"}.get(str(needle.get("when")), "Needle retrieval")
+    score = f"; score {number(needle['score']):.1%}" if needle.get("score") is not None else ""
+    samples = f", {needle['samples']:,} samples a cell" if needle.get("samples") else ""
+    return chart(figure, f"{when}, step {int(needle.get('step') or 0):,}{samples}{score}.", height_px=150 + 34 * len(accuracy))
+
+
+def plan_chart(consumed: dict[str, Any]) -> Chart | None:
+    """Return each source's share of the tokens beside its share in the plan."""
+    tokens, plan = consumed.get("tokens") or {}, consumed.get("plan") or {}
+    names = list(dict.fromkeys([*plan, *tokens]))
+    if not names:
+        return None
+    figure = go.Figure()
+    for i, (label, counts) in enumerate((("plan", plan), ("consumed", tokens))):
+        total = sum(number(v) for v in counts.values())
+        if total > 0:
+            figure.add_trace(go.Bar(y=[plain(n) for n in names], x=[100 * number(counts.get(n, 0)) / total for n in names],
+                                    orientation="h", name=label, marker={"color": ["var(--muted)", colour(0)][i]},
+                                    hovertemplate="%{y}: %{x:.2f} % (" + label + ")<extra></extra>"))
+    figure.update_layout(barmode="group", xaxis={"title": "% of all tokens"}, yaxis={"autorange": "reversed", "type": "category"})
+    return chart(figure, f"Tokens of each source up to step {int(consumed.get('step') or 0):,}, against the plan.",
+                 height_px=130 + 44 * len(names))

@@ -1,0 +1,271 @@
+"""A run folder as plain data: its events, settings and artifacts, ready to be shown.
+
+Reads `config.json`, `events.jsonl` and the manifests below a run; one pass, and only what the report shows is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_sov.artifacts import MANIFEST, manifest_sha256, read_manifest
+from megatron_sov.errors import UserError
+from megatron_sov.obs.events import EVENTS, final_steps, read_events
+from megatron_sov.report.steps import Curve, StepTable, number
+
+CONFIG = "config.json"
+KEPT = ("phase", "eval", "baseline", "needle", "conversion", "checkpoint")
+"""Events that are kept whole; there are few of them and they are small."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of the curriculum."""
+
+    name: str
+    first_step: int
+    last_step: int
+    seq_len_tokens: int
+    blend: dict[str, float]
+    """Source -> weight; empty: every source in proportion to its tokens."""
+
+
+@dataclass
+class Attempt:
+    """One start of the run's processes, from its `run_start` to the next one or the end."""
+
+    start: dict[str, Any]
+    """The `run_start` event."""
+    resume_reason: str = ""
+    outcome: str = "ended without a word (killed, or still running)"
+    last_step: int | None = None
+    last_time_s: float = 0.0
+
+    def wall_s(self) -> float:
+        """Return the seconds between this attempt's first and last event."""
+        return max(0.0, self.last_time_s - number(self.start.get("time_s")))
+
+
+@dataclass(frozen=True)
+class Heldout:
+    """Held-out figures of one source over the run."""
+
+    loss: Curve
+    """Mean cross-entropy per token, in nats."""
+    bits_per_byte: Curve
+    """Bits per UTF-8 byte, comparable between tokenizers."""
+    num_tokens: int
+    """Tokens of the last evaluation."""
+    baseline_bits_per_byte: float | None
+    """The bigram baseline's bits per byte on the same documents."""
+
+
+@dataclass(frozen=True)
+class ExpertLoad:
+    """How the routed tokens spread over experts at one step."""
+
+    step: int
+    layers: list[int]
+    load: npt.NDArray[np.float64]
+    """Share of each layer's routed tokens, shape [moe layers, experts]; a fair share is 1 / experts."""
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """One artifact that the run read or wrote."""
+
+    role: str
+    """"read" or "written"."""
+    kind: str
+    path: str
+    manifest_sha256: str
+
+
+@dataclass
+class Run:
+    """Everything that the report shows of one run."""
+
+    name: str
+    """The run folder's name."""
+    config: dict[str, Any]
+    """The resolved settings; empty where config.json is absent."""
+    attempts: list[Attempt] = field(default_factory=list)
+    curves: dict[str, dict[str, Curve]] = field(default_factory=dict)
+    """Group -> name -> curve; see `StepTable.curves`."""
+    phases: list[Phase] = field(default_factory=list)
+    heldout: dict[str, Heldout] = field(default_factory=dict)
+    overall_bits_per_byte: Curve | None = None
+    """Bits per byte over all held-out sources together, each weighted by its bytes."""
+    expert_load: ExpertLoad | None = None
+    data_consumed: dict[str, Any] | None = None
+    needles: list[dict[str, Any]] = field(default_factory=list)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    conversions: list[dict[str, Any]] = field(default_factory=list)
+    checkpoints: list[dict[str, Any]] = field(default_factory=list)
+    provenance: list[Provenance] = field(default_factory=list)
+
+    def curve(self, name: str) -> Curve | None:
+        """Return a plain step curve (loss, lr, grad_norm, ...), or None where no step has it."""
+        return self.curves.get("", {}).get(name)
+
+    def start(self, name: str) -> Any:
+        """Return a field of the newest `run_start` that has it, or None."""
+        return next((a.start[name] for a in reversed(self.attempts) if a.start.get(name) is not None), None)
+
+    def wall_s(self) -> float:
+        """Return the run's wall time in seconds, over all attempts, without the pauses between them."""
+        return sum(a.wall_s() for a in self.attempts)
+
+    def recipe(self) -> str:
+        """Return the recipe's name, or an empty string."""
+        return str(self.config.get("recipe") or self.start("recipe") or "")
+
+
+def read_run(path: Path) -> Run:
+    """Read a run folder.
+
+    Raises:
+        UserError: it is no run folder (neither events nor config), or its config.json is damaged.
+    """
+    if not (path / EVENTS).is_file() and not (path / CONFIG).is_file():
+        raise UserError(f"{path}: holds neither {EVENTS} nor {CONFIG}, so it is not a run folder; pass the folder given to --run")
+    run = Run(name=path.resolve().name, config=_read_config(path / CONFIG))
+    steps, last = StepTable(), {}
+    kept: dict[str, list[dict[str, Any]]] = {name: [] for name in KEPT}
+    for event in read_events(path / EVENTS):
+        kind = event["event"]
+        _follow_attempt(run.attempts, event)
+        if kind == "step" and "step" in event:
+            steps.add(event)
+        elif kind in kept:
+            kept[kind].append(event)
+        elif kind == "sample":
+            run.samples = [s for s in run.samples if s.get("step") == event.get("step")] + [event]
+        elif kind in ("expert_load", "data_consumed"):
+            last[kind] = event
+    run.curves = steps.curves()
+    run.phases = _phases(final_steps(kept["phase"], "phase"), _last_step(run))
+    evals = final_steps(kept["eval"], "eval")
+    run.heldout = _heldout(evals, kept["baseline"])
+    run.overall_bits_per_byte = _overall_bits_per_byte(evals)
+    run.expert_load = _expert_load(last.get("expert_load"))
+    run.data_consumed = last.get("data_consumed")
+    run.needles, run.conversions = _last_of_each_when(kept["needle"]), kept["conversion"]
+    run.checkpoints = final_steps(kept["checkpoint"], "checkpoint")
+    run.provenance = _provenance(path, run.config)
+    return run
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise UserError(f"{file}: is not valid JSON ({e}); restore it from a copy") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{file}: holds a {type(config).__name__} where the run's settings are needed; restore it from a copy")
+    return config
+
+
+def _follow_attempt(attempts: list[Attempt], event: dict[str, Any]) -> None:
+    kind = event["event"]
+    if kind == "run_start":
+        attempts.append(Attempt(event))
+    if not attempts:
+        return
+    attempt = attempts[-1]
+    attempt.last_time_s = number(event.get("time_s"))
+    if kind in ("step", "run_end", "stop") and "step" in event:
+        attempt.last_step = int(event["step"])
+    if kind == "resume":
+        attempt.resume_reason = str(event.get("reason") or "")
+    elif kind == "stop":
+        attempt.outcome = f"stopped: {event.get('reason') or 'no reason given'}"
+    elif kind == "run_end":
+        attempt.outcome = "complete"
+
+
+def _last_step(run: Run) -> int:
+    curves = run.curves.get("", {}).values()
+    return max((int(c.steps[-1]) for c in curves if len(c.steps)), default=0)
+
+
+def _phases(events: list[dict[str, Any]], last_step: int) -> list[Phase]:
+    """Return the phases in order; one that is announced again after a restart stays one phase."""
+    starts: list[dict[str, Any]] = []
+    for event in events:
+        if not starts or any(event.get(k) != starts[-1].get(k) for k in ("name", "seq_len", "blend")):
+            starts.append(event)
+    ends = [*(int(e["step"]) - 1 for e in starts[1:]), last_step][:len(starts)]
+    return [Phase(name=str(e.get("name", "")), first_step=int(e["step"]), last_step=max(end, int(e["step"])),
+                  seq_len_tokens=int(e.get("seq_len") or 0), blend=e.get("blend") or {})
+            for e, end in zip(starts, ends, strict=True)]
+
+
+def _heldout(evals: list[dict[str, Any]], baselines: list[dict[str, Any]]) -> dict[str, Heldout]:
+    bigram = baselines[-1].get("bigram", {}) if baselines else {}
+    names = dict.fromkeys(name for e in evals for name in e.get("heldout", {}))
+    found = {}
+    for name in names:
+        rows = [(int(e["step"]), e["heldout"][name]) for e in evals if name in e.get("heldout", {})]
+        at = np.array([step for step, _ in rows], dtype=np.int64)
+        loss = np.array([number(row.get("loss")) for _, row in rows])
+        bits_per_byte = np.array([number(row.get("bits_per_byte")) for _, row in rows])
+        baseline = number(bigram.get(name, {}).get("bits_per_byte"))
+        found[name] = Heldout(Curve(name, at, loss), Curve(name, at, bits_per_byte), int(rows[-1][1].get("tokens") or 0),
+                              None if math.isnan(baseline) else baseline)
+    return found
+
+
+def _overall_bits_per_byte(evals: list[dict[str, Any]]) -> Curve | None:
+    """Return bits over bytes of all sources together; a source's bytes are loss x tokens / (ln 2 x bits per byte)."""
+    steps, values = [], []
+    for event in evals:
+        bits = num_bytes = 0.0
+        for row in event.get("heldout", {}).values():
+            source_bits = number(row.get("loss")) * number(row.get("tokens")) / math.log(2)
+            per_byte = number(row.get("bits_per_byte"))
+            if math.isfinite(source_bits) and math.isfinite(per_byte) and per_byte > 0:
+                bits += source_bits
+                num_bytes += source_bits / per_byte
+        if num_bytes > 0:
+            steps.append(int(event["step"]))
+            values.append(bits / num_bytes)
+    return Curve("all sources", np.array(steps, dtype=np.int64), np.array(values)) if steps else None
+
+
+def _expert_load(event: dict[str, Any] | None) -> ExpertLoad | None:
+    if not event or not event.get("load"):
+        return None
+    load = np.array([[number(x) for x in row] for row in event["load"]])
+    layers = [int(x) for x in event.get("layers") or range(len(load))]
+    return ExpertLoad(int(event.get("step") or 0), layers, load)
+
+
+def _last_of_each_when(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the newest needle map before and the newest after an extension, in the order of their first showing."""
+    return list({str(e.get("when", "")): e for e in events}.values())
+
+
+def _provenance(path: Path, config: dict[str, Any]) -> list[Provenance]:
+    """Return the data, the newest checkpoint and what that was made from; artifacts that are gone are left out."""
+    found: dict[str, Provenance] = {}
+    for data in config.get("data", {}).get("paths", {}):
+        if (Path(data) / MANIFEST).is_file():
+            sha256 = manifest_sha256(data)
+            found[sha256] = Provenance("read", read_manifest(data).kind, str(data), sha256)
+    manifests = list((path / "checkpoints").glob(f"step-*/{MANIFEST}"))
+    if manifests:
+        newest = max(manifests, key=lambda m: int("0" + "".join(filter(str.isdigit, m.parent.name)))).parent
+        manifest = read_manifest(newest)
+        for item in manifest.inputs:
+            found.setdefault(item["manifest_sha256"], Provenance("read", item["kind"], item["path"], item["manifest_sha256"]))
+        found[newest.name] = Provenance("written", manifest.kind, str(newest.relative_to(path)), manifest_sha256(newest))
+    return list(found.values())

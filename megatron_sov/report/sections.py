@@ -1,0 +1,253 @@
+"""What the report says about one run: key figures and sections.  A section without data is left out."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+
+from megatron_sov.report.charts import (
+    Chart,
+    expert_chart,
+    heldout_charts,
+    loss_charts,
+    needle_chart,
+    plan_chart,
+    scalar_charts,
+)
+from megatron_sov.report.model import Attempt, Provenance, Run
+from megatron_sov.report.steps import Curve, number
+
+MAX_SAMPLES = 24
+MAX_SAMPLE_CHARACTERS = 4000
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table; cells are text and are escaped, unless they are `Markup`."""
+
+    head: list[str]
+    rows: list[list[str]]
+
+
+@dataclass(frozen=True)
+class Section:
+    """One part of a run's report."""
+
+    title: str
+    text: str = ""
+    charts: list[Chart] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    samples: list[dict[str, str]] = field(default_factory=list)
+    json: str = ""
+    """Collapsible settings."""
+    side_by_side: bool = False
+    """Charts stand beside one another where there is room."""
+
+
+def large(value: float) -> str:
+    """Return a count in thousands, millions, billions or trillions, e.g. 102.7 B."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if abs(value) >= size:
+            return f"{value / size:.4g} {unit}"
+    return f"{value:.4g}"
+
+
+def duration(seconds: float) -> str:
+    """Return a time span in its two largest units, e.g. 3 d 4 h, 12 min 5 s."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    for size, unit, below, smaller in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if seconds >= size:
+            return f"{int(seconds // size)} {unit} {int(seconds % size // below)} {smaller}"
+    raise AssertionError(f"no unit for {seconds} s")
+
+
+def figure(value: float, digits: int = 4) -> str:
+    """Return a measured value with so many significant digits; a dash where there is none."""
+    return "–" if math.isnan(value) else f"{value:.{digits}g}"
+
+
+def last_value(curve: Curve | None) -> float:
+    """Return a curve's last value, NaN without one."""
+    return float(curve.values[-1]) if curve is not None and len(curve.values) else math.nan
+
+
+def key_figures(run: Run) -> list[tuple[str, str, str]]:
+    """Return (label, value, detail) of what a reader asks first; figures that the run lacks are left out."""
+    found = []
+    if run.start("num_params"):
+        active = run.start("num_active_params")
+        found.append(("Parameters", large(run.start("num_params")), f"{large(active)} active for each token" if active else ""))
+    tokens = last_value(run.curve("tokens"))
+    if math.isfinite(tokens):
+        loss = run.curve("loss")
+        found.append(("Tokens trained", large(tokens), f"{len(loss.steps):,} steps" if loss else ""))
+    if run.wall_s() > 0:
+        ranks = run.start("num_ranks")
+        found.append(("Wall time", duration(run.wall_s()), f"{ranks:,} processes" if ranks else ""))
+    speed = run.curve("tokens_per_s")
+    if speed and len(speed.finite().steps):
+        found.append(("Tokens a second", f"{np.median(speed.finite().values):,.0f}", "median over steps"))
+    bits = run.overall_bits_per_byte
+    if bits:
+        best = int(np.argmin(bits.values))
+        found.append(("Best held-out", f"{bits.values[best]:.4f}", f"bits per byte, step {int(bits.steps[best]):,}"))
+    final = run.curve("loss")
+    if final and math.isfinite(last_value(final)):
+        found.append(("Last training loss", f"{last_value(final):.4f}", "nats per token"))
+    for needle in run.needles[-1:]:
+        if needle.get("score") is not None:
+            found.append(("Needle score", f"{number(needle['score']):.1%}", f"up to {max(needle['lengths']):,} tokens"))
+    return found
+
+
+def sections(run: Run) -> list[Section]:
+    """Return a run's sections in reading order."""
+    wanted = [
+        Section("Training loss", charts=loss_charts(run), tables=_phase_tables(run)),
+        Section("Held-out loss", charts=heldout_charts(run), tables=_heldout_tables(run), side_by_side=True),
+        Section("Learning rate and gradient norm", side_by_side=True, charts=scalar_charts(run, [
+            ("lr", "learning rate", "Learning rate."),
+            ("grad_norm", "gradient norm", "Global gradient norm, before clipping.")])),
+        _expert_section(run),
+        Section("Speed", side_by_side=True, charts=scalar_charts(run, [
+            ("tokens_per_s", "tokens per second", "Tokens per second, all processes together."),
+            ("step_time_s", "seconds", "Time of one optimizer step.")]), tables=_checkpoint_tables(run)),
+        _data_section(run),
+        Section("Needle in a haystack", side_by_side=True, charts=[needle_chart(n) for n in run.needles if n.get("accuracy")],
+                text="Share of hidden facts that the model repeats, by the length of the context and their depth in it."),
+        _sample_section(run),
+        Section("Proof of the conversion", tables=[_conversion_table(c) for c in run.conversions if c.get("checks")],
+                text="The exported model against the trained one."),
+        Section("Starts, stops and restarts", tables=_attempt_tables(run.attempts)),
+        Section("Settings", json=json.dumps(run.config, indent=2, ensure_ascii=False) if run.config else "",
+                text="The resolved settings that the run was started with."),
+        Section("Provenance", tables=_provenance_tables(run.provenance),
+                text="An artifact's manifest holds the hashes of all its files, so its own hash stands for them."),
+    ]
+    return [s for s in wanted if s.charts or s.tables or s.samples or s.json]
+
+
+def _provenance_tables(provenance: list[Provenance]) -> list[Table]:
+    rows = [[p.role, p.kind, p.path, Markup("<code>{}</code>").format(p.manifest_sha256)] for p in provenance]
+    return [Table(["", "kind", "artifact", "SHA-256 of the manifest"], rows)] if rows else []
+
+
+def _phase_tables(run: Run) -> list[Table]:
+    loss, tokens = run.curve("loss"), run.curve("tokens")
+    if not run.phases or loss is None:
+        return []
+    rows = []
+    for phase in run.phases:
+        inside = loss.values[(loss.steps >= phase.first_step) & (loss.steps <= phase.last_step)]
+        if not len(inside):
+            continue
+        before = tokens.values[tokens.steps < phase.first_step] if tokens else np.empty(0)
+        within = tokens.values[tokens.steps <= phase.last_step] if tokens else np.empty(0)
+        consumed = large(within[-1] - (before[-1] if len(before) else 0)) if len(within) else "–"
+        tail = inside[-max(1, len(inside) // 20):]
+        total = sum(phase.blend.values())
+        blend = ", ".join(f"{name} {weight / total:.0%}" for name, weight in phase.blend.items()) if total > 0 else "by size"
+        rows.append([phase.name, f"{phase.first_step:,} to {phase.last_step:,}", f"{phase.seq_len_tokens:,}", blend, consumed,
+                     figure(float(inside[0])), figure(float(np.mean(tail)))])
+    head = ["phase", "steps", "sample (tokens)", "blend", "tokens", "first loss", "loss, mean of the last 5 %"]
+    return [Table(head, rows)] if rows else []
+
+
+def _heldout_tables(run: Run) -> list[Table]:
+    rows = []
+    for name, h in run.heldout.items():
+        bits, baseline = last_value(h.bits_per_byte), h.baseline_bits_per_byte
+        gain = f"{1 - bits / baseline:.1%} fewer" if baseline and math.isfinite(bits) else "–"
+        rows.append([name, f"{h.num_tokens:,}", figure(float(h.loss.values[0])), figure(last_value(h.loss)), figure(bits),
+                     figure(baseline if baseline is not None else math.nan), gain])
+    head = ["source", "tokens", "first loss", "last loss", "bits per byte", "bigram's bits per byte", "bits against the bigram"]
+    return [Table(head, rows)] if rows else []
+
+
+def _expert_section(run: Run) -> Section:
+    charts = [expert_chart(run.expert_load)] if run.expert_load else []
+    charts += scalar_charts(run, [("max_violation", "MaxVio", "MaxVio over steps.")])
+    return Section("Expert load", charts=charts, text="MaxVio is the load of the busiest expert over the fair load, less 1 "
+                                                      "(arXiv 2408.15664); 0 is perfect balance.")
+
+
+def _checkpoint_tables(run: Run) -> list[Table]:
+    save_s = [number(c["save_s"]) for c in run.checkpoints if c.get("save_s") is not None]
+    if not save_s:
+        return []
+    row = [f"{len(save_s):,}", f"{int(run.checkpoints[-1]['step']):,}", duration(float(np.mean(save_s))), duration(max(save_s))]
+    return [Table(["checkpoints", "last at step", "mean time to save", "longest"], [row])]
+
+
+def _data_section(run: Run) -> Section:
+    consumed = run.data_consumed or {}
+    drawn = plan_chart(consumed)
+    if drawn is None:
+        return Section("Data consumed")
+    tokens, plan = consumed.get("tokens") or {}, consumed.get("plan") or {}
+    rows = []
+    for name in dict.fromkeys([*plan, *tokens]):
+        got, wanted = number(tokens.get(name, 0)), number(plan.get(name, 0))
+        rows.append([name, f"{got:,.0f}", f"{wanted:,.0f}", f"{got / wanted - 1:+.2%}" if wanted else "not planned"])
+    table = Table(["source", "tokens consumed", "tokens planned", "difference"], rows)
+    return Section("Data consumed", charts=[drawn], tables=[table])
+
+
+def _sample_section(run: Run) -> Section:
+    shown = [{k: _cut(s.get(k)) for k in ("prompt", "text", "target")} for s in run.samples[:MAX_SAMPLES]]
+    text = ""
+    if shown:
+        left_out = len(run.samples) - len(shown)
+        more = f" {left_out:,} more are in the run's events." if left_out else ""
+        text = f"What the model wrote at step {int(run.samples[0].get('step') or 0):,}, unedited.{more}"
+    return Section("Samples", text=text, samples=shown)
+
+
+def _cut(text: Any) -> str:
+    text = "" if text is None else str(text)
+    left_out = len(text) - MAX_SAMPLE_CHARACTERS
+    return text if left_out <= 0 else f"{text[:MAX_SAMPLE_CHARACTERS]} … ({left_out:,} more characters)"
+
+
+def _conversion_table(conversion: dict[str, Any]) -> Table:
+    verdicts = {True: Markup('<span class="good">passed</span>'), False: Markup('<span class="bad">FAILED</span>')}
+    rows = [[str(c.get("name", "")), _measured(c.get("value")), _measured(c.get("limit")), verdicts[bool(c.get("passed"))]]
+            for c in conversion["checks"]]
+    return Table([f"check of {conversion.get('target') or 'the export'}", "measured", "limit", "result"], rows)
+
+
+def _measured(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _attempt_tables(attempts: list[Attempt]) -> list[Table]:
+    rows = []
+    for i, attempt in enumerate(attempts, 1):
+        start = attempt.start
+        began = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(number(start.get("time_s"))))
+        resumed = start.get("resumed_from")
+        origin = f"from {resumed}" if resumed is not None else "from the beginning"
+        if attempt.resume_reason:
+            origin += f" ({attempt.resume_reason})"
+        layout = ", ".join(f"{k} {v}" for k, v in (start.get("layout") or {}).items())
+        processes = f"{start.get('num_ranks', '–')}" + (f" ({layout})" if layout else "")
+        rows.append([str(i), began, origin, processes, machine(start.get("machine")),
+                     "–" if attempt.last_step is None else f"{attempt.last_step:,}", duration(attempt.wall_s()), attempt.outcome])
+    head = ["", "started", "resumed", "processes (layout)", "machine", "last step", "time", "outcome"]
+    return [Table(head, rows)] if rows else []
+
+
+def machine(value: Any) -> str:
+    """Return the machine of a `run_start` in one line."""
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {v}" for k, v in value.items())
+    return str(value or "–")

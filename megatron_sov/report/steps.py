@@ -1,0 +1,108 @@
+"""The `step` events of a run as columns: hundreds of thousands of steps fit into a few megabytes."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+SCALARS = ("loss", "grad_norm", "lr", "tokens", "step_time_s", "tokens_per_s", "max_violation")
+GROUPS = ("losses", "losses_by_source")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Values over optimizer steps, steps ascending and distinct; values may be NaN or infinite."""
+
+    name: str
+    """What the values are, e.g. "loss", or within a group the term or source."""
+    steps: npt.NDArray[np.int64]
+    """Optimizer steps, shape [n]."""
+    values: npt.NDArray[np.float64]
+    """One value for each step, shape [n]."""
+
+    def finite(self) -> Curve:
+        """Return the curve without its NaN and infinite values."""
+        keep = np.isfinite(self.values)
+        return Curve(self.name, self.steps[keep], self.values[keep])
+
+
+def number(value: Any) -> float:
+    """Return an event's number as a float; absent and unreadable values are NaN ("nan", "inf" are spelt as text)."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return float("nan")
+
+
+class StepTable:
+    """Collects `step` events one by one; of a step done again after a restart the last one counts, as in `final_steps`."""
+
+    def __init__(self) -> None:
+        self._steps = array("q")
+        self._columns: dict[tuple[str, str], tuple[array[int], array[float]]] = {}
+
+    def add(self, event: dict[str, Any]) -> None:
+        """Take one `step` event in; fields that it lacks stay absent from their curves."""
+        row = len(self._steps)
+        self._steps.append(int(event["step"]))
+        for name in SCALARS:
+            if event.get(name) is not None:
+                self._put(("", name), row, event[name])
+        for group in GROUPS:
+            for name, value in (event.get(group) or {}).items():
+                self._put((group, name), row, value)
+
+    def _put(self, key: tuple[str, str], row: int, value: Any) -> None:
+        column = self._columns.get(key)
+        if column is None:
+            column = self._columns[key] = (array("q"), array("d"))
+        column[0].append(row)
+        column[1].append(number(value))
+
+    def curves(self) -> dict[str, dict[str, Curve]]:
+        """Return group -> name -> curve; the group of plain fields (loss, lr, ...) is ""."""
+        steps = np.frombuffer(self._steps, dtype=np.int64) if self._steps else np.empty(0, np.int64)
+        is_last = np.zeros(len(steps), dtype=bool)
+        # np.unique returns first occurrences; of the reversed steps these are the last ones.
+        is_last[len(steps) - 1 - np.unique(steps[::-1], return_index=True)[1]] = True
+        found: dict[str, dict[str, Curve]] = {"": {}, **{group: {} for group in GROUPS}}
+        for (group, name), (row_array, value_array) in self._columns.items():
+            rows, values = np.frombuffer(row_array, dtype=np.int64), np.frombuffer(value_array, dtype=np.float64)
+            keep = is_last[rows]
+            order = np.argsort(steps[rows[keep]], kind="stable")
+            found[group][name] = Curve(name, steps[rows[keep]][order], values[keep][order])
+        return found
+
+
+def downsample(curve: Curve, max_points: int = 2000) -> Curve:
+    """Return at most `max_points` points of a curve: its ends, and the lowest and highest value of every stretch.
+
+    A moving minimum and maximum keeps every spike and dip visible, which taking each n-th point would lose.
+    """
+    n = len(curve.steps)
+    if n <= max_points:
+        return curve
+    edges = np.linspace(0, n, (max_points - 2) // 2 + 1).astype(int)
+    keep = [0, n - 1]
+    for low, high in pairwise(edges):
+        stretch = curve.values[low:high]
+        keep += [low + int(np.argmin(stretch)), low + int(np.argmax(stretch))]
+    chosen = np.unique(keep)
+    return Curve(curve.name, curve.steps[chosen], curve.values[chosen])
+
+
+def moving_mean(curve: Curve, window: int) -> Curve:
+    """Return the centred mean over `window` neighbouring values; at the ends over those that exist.
+
+    All values must be finite.
+    """
+    sums = np.concatenate([[0.0], np.cumsum(curve.values)])
+    centre = np.arange(len(curve.values))
+    low = np.maximum(centre - window // 2, 0)
+    high = np.minimum(centre + (window + 1) // 2, len(curve.values))
+    return Curve(curve.name, curve.steps, (sums[high] - sums[low]) / (high - low))

@@ -1,0 +1,41 @@
+(function () {
+  "use strict";
+  const PRINT_WIDTH_PX = 670;  // A4 less the margins of the print style
+  const root = document.documentElement;
+  const touch = matchMedia("(pointer: coarse)").matches;  // on a phone a finger scrolls the page, it does not zoom charts
+
+  function themed(value, style) {
+    if (typeof value === "string") {
+      return value.startsWith("var(--") ? style.getPropertyValue(value.slice(4, -1)).trim() : value;
+    }
+    if (Array.isArray(value)) return value.map((item) => themed(item, style));
+    if (value && typeof value === "object") {
+      return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, themed(item, style)]));
+    }
+    return value;
+  }
+
+  function draw(printing) {
+    const style = getComputedStyle(root);
+    for (const plot of document.querySelectorAll(".plot")) {
+      const figure = themed(JSON.parse(plot.nextElementSibling.textContent), style);
+      figure.layout.font.family = getComputedStyle(document.body).fontFamily;
+      figure.layout.dragmode = touch ? false : "zoom";
+      if (printing) {
+        figure.layout.width = plot.closest(".grid") ? PRINT_WIDTH_PX / 2 - 12 : PRINT_WIDTH_PX;
+      }
+      Plotly.react(plot, figure.data, figure.layout, {
+        responsive: true, displayModeBar: false,  // dragging zooms and a double click resets without buttons
+      });
+    }
+  }
+
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => draw(false));
+  addEventListener("beforeprint", () => {
+    root.dataset.theme = "light";
+    for (const details of document.querySelectorAll("details")) details.open = true;
+    draw(true);
+  });
+  addEventListener("afterprint", () => { delete root.dataset.theme; draw(false); });
+  draw(false);
+})();

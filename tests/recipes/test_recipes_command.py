@@ -1,0 +1,38 @@
+"""`megatron-sov recipes`: the list and one recipe as JSON."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from megatron_sov import recipes
+from megatron_sov.cli import main
+from megatron_sov.config import from_dict
+
+
+def test_lists_every_recipe_with_its_size(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == recipes.names()
+    solar = next(line for line in lines if line.startswith("solar-open-102b"))
+    assert "102.65 B parameters (12.05 B active)" in solar  # as published, arXiv 2601.07022
+    assert "20 T tokens" in solar
+
+
+def test_prints_a_recipe_that_reads_back(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes", "tiny-k-exaone", "--set", "train.steps=7", "--set", "parallel.ep=2"]) == 0
+    config = from_dict(json.loads(capsys.readouterr().out))
+    assert (config.train.steps, config.parallel.ep) == (7, 2)
+    assert config.model == recipes.get("tiny-k-exaone").model
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), [
+    (["tiny-solar-opne"], "did you mean 'tiny-solar-open'?"),
+    (["tiny-solar-open", "--set", "train.stpes=7"], "did you mean 'steps'?"),
+    (["--set", "train.steps=7"], "needs a recipe"),
+])
+def test_mistakes_end_with_one_sentence(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert sentence in captured.err and not captured.out

@@ -1,0 +1,97 @@
+"""A run folder with every kind of event, as a training run would leave it."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+
+import pytest
+
+from megatron_sov import recipes
+from megatron_sov.artifacts import new_artifact
+from megatron_sov.obs.events import EventLog
+
+SOURCES = ("english", "korean", "code")
+HOSTILE = "</script><script>window.hacked = 1</script><img src=https://evil.example/x.png onerror=window.hacked=1> & <b>bold</b>"
+NUM_STEPS, CRASH, CHECKPOINT = 400, 233, 200
+
+
+def _step(log: EventLog, step: int, noise: random.Random) -> None:
+    loss = 2.1 + 5.5 * math.exp(-step / 60) + noise.gauss(0, 0.04)
+    shift = {"english": 0.1, "korean": 0.25, "code": -0.4}
+    log.write("step", step=step, loss=loss, losses={"lm": loss, "mtp": loss + 0.4, "balance": 0.02 + abs(noise.gauss(0, 0.002))},
+              losses_by_source={name: loss + shift[name] + noise.gauss(0, 0.05) for name in SOURCES},
+              grad_norm=0.4 + 3 * math.exp(-step / 25) + abs(noise.gauss(0, 0.1)), lr=4e-3 * min(1, step / 20) * (1 - step / 450),
+              tokens=step * 4096, step_time_s=0.8 + abs(noise.gauss(0, 0.03)), tokens_per_s=4096 / 0.82 + noise.gauss(0, 90),
+              phase="1" if step <= 250 else "2.A", max_violation=0.15 + 2 * math.exp(-step / 40) + abs(noise.gauss(0, 0.05)))
+
+
+def _evaluate(log: EventLog, step: int) -> None:
+    loss = {name: at + 5 * math.exp(-step / 70) for name, at in (("english", 2.3), ("korean", 2.6), ("code", 1.8))}
+    log.write("eval", step=step, heldout={name: {"loss": value, "bits_per_byte": value / math.log(2) / 3.4, "tokens": 16384}
+                                          for name, value in loss.items()})
+
+
+def write_run(path: Path, *, when: tuple[str, ...] = (), num_experts: int = 16) -> Path:
+    """Write a run of `NUM_STEPS` steps that crashed once, after step `CRASH`, and went on from step `CHECKPOINT`."""
+    path.mkdir(parents=True)
+    corpus = path.parent / "tokens"
+    if not corpus.exists():
+        with new_artifact(corpus, "tokens") as writer:
+            writer.content["num_tokens"] = 1
+    config = recipes.get("tiny-solar-open").to_dict()
+    config["data"]["paths"] = {str(corpus): 1.0}
+    (path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    log, noise = EventLog(path / "events.jsonl"), random.Random(7)
+    start = {"recipe": "tiny-solar-open", "num_ranks": 2, "layout": {"tp": 1, "pp": 1, "ep": 2, "dp": 2}, "num_params": 2_891_264,
+             "num_active_params": 1_120_000, "num_steps": NUM_STEPS, "machine": {"cpu": "Example CPU", "cores": 2}}
+    log.write("run_start", **start, resumed_from=None)
+    log.write("phase", step=1, name="1", blend={"english": 3, "korean": 1, "code": 1}, seq_len=256)
+    log.write("baseline", bigram={name: {"bits_per_byte": 2.9, "loss": 6.8, "tokens": 16384} for name in SOURCES})
+    for step in range(1, CRASH + 1):
+        _step(log, step, noise)
+    log.write("checkpoint", step=CHECKPOINT, path="checkpoints/step-200", save_s=1.4)
+    log.write("run_start", **start, resumed_from="checkpoints/step-200")
+    log.write("resume", step=CHECKPOINT, reason="the process was killed")
+    for step in range(CHECKPOINT + 1, NUM_STEPS + 1):
+        if step == 251:
+            log.write("phase", step=251, name="2.A", blend={"english": 1, "korean": 2, "code": 1}, seq_len=256)
+        _step(log, step, noise)
+    for step in range(0, NUM_STEPS + 1, 50):
+        _evaluate(log, step)
+    load = [[1 + noise.gauss(0, 0.25) for _ in range(num_experts)] for _ in range(4)]
+    log.write("expert_load", step=NUM_STEPS, layers=[1, 2, 3, 4], load=[[x / sum(row) for x in row] for row in load])
+    log.write("data_consumed", step=NUM_STEPS, tokens={"english": 820_000, "korean": 490_000, "code": 328_400},
+              plan={"english": 819_200, "korean": 491_520, "code": 327_680})
+    for moment in when:
+        height = 0.3 if moment == "before" else 0.97
+        log.write("needle", step=NUM_STEPS, when=moment, lengths=[256, 512, 1024, 2048], depths=[0.0, 0.25, 0.5, 0.75, 0.95],
+                  accuracy=[[max(0.0, min(1.0, height - 0.04 * i + noise.gauss(0, 0.03))) for _ in range(5)] for i in range(4)],
+                  samples=20, score=height)
+    log.write("sample", step=NUM_STEPS, prompt="한국의 수도는", text=" 서울이다. 서울은 한강을 끼고 있다.", target=None)
+    log.write("sample", step=NUM_STEPS, prompt="The capital of France is", text=HOSTILE, target="Paris")
+    if "after" not in when:
+        log.write("conversion", target="hf", checks=[
+            {"name": "largest difference of logits", "value": 3.1e-6, "limit": 1e-4, "passed": True},
+            {"name": "tensors left over", "value": 0, "limit": 0, "passed": True}])
+    log.write("checkpoint", step=NUM_STEPS, path="checkpoints/step-400", save_s=1.2)
+    with new_artifact(path / "checkpoints" / f"step-{NUM_STEPS}", "checkpoint") as writer:
+        writer.add_input(corpus)
+    log.write("run_end", step=NUM_STEPS, wall_s=330.0, final_loss=2.1)
+    log.close()
+    return path
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """A pretraining run and an extension of it."""
+    root = tmp_path_factory.mktemp("runs")
+    return [write_run(root / "pretrain"), write_run(root / "extend", when=("before", "after"))]
+
+
+@pytest.fixture(scope="session")
+def hostile() -> str:
+    """Text that a model wrote and that tries to run in the reader's browser."""
+    return HOSTILE

@@ -1,0 +1,98 @@
+"""Events and artifacts of a run as plain data."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from megatron_sov.artifacts import manifest_sha256
+from megatron_sov.errors import UserError
+from megatron_sov.obs.events import EventLog, read_events
+from megatron_sov.report.model import read_run
+
+
+def test_a_crash_and_a_restart_make_two_attempts_and_one_curve(runs: list[Path]) -> None:
+    run = read_run(runs[0])
+    assert run.curve("loss").steps.tolist() == list(range(1, 401))
+    written = [e for e in read_events(runs[0] / "events.jsonl") if e["event"] == "step" and e["step"] == 220]
+    assert len(written) == 2 and written[0]["loss"] != written[1]["loss"]
+    assert run.curve("loss").values[219] == written[1]["loss"]
+    first, second = run.attempts
+    assert (first.last_step, first.outcome) == (233, "ended without a word (killed, or still running)")
+    assert (second.last_step, second.outcome, second.resume_reason) == (400, "complete", "the process was killed")
+
+
+def test_wall_time_leaves_out_the_pause_between_attempts(tmp_path: Path) -> None:
+    times = [("run_start", 100.0), ("step", 130.0), ("run_start", 5000.0), ("step", 5010.0), ("stop", 5020.0)]
+    lines = [json.dumps({"event": event, "time_s": time_s, "step": 1, "reason": "time limit"}) for event, time_s in times]
+    (tmp_path / "events.jsonl").write_text("\n".join(lines) + "\n")
+    run = read_run(tmp_path)
+    assert run.wall_s() == 30 + 20
+    assert run.attempts[1].outcome == "stopped: time limit"
+
+
+def test_phases_end_where_the_next_begins(runs: list[Path]) -> None:
+    phases = read_run(runs[0]).phases
+    assert [(p.name, p.first_step, p.last_step) for p in phases] == [("1", 1, 250), ("2.A", 251, 400)]
+    assert phases[1].blend == {"english": 1, "korean": 2, "code": 1}
+
+
+def test_a_phase_announced_again_after_a_restart_stays_one(tmp_path: Path) -> None:
+    log = EventLog(tmp_path / "events.jsonl")
+    for step, name in ((1, "a"), (51, "a"), (80, "b"), (60, "a"), (80, "b")):
+        log.write("phase", step=step, name=name, seq_len=64, blend={})
+    log.write("step", step=100, loss=1.0)
+    assert [(p.name, p.first_step, p.last_step) for p in read_run(tmp_path).phases] == [("a", 1, 79), ("b", 80, 100)]
+
+
+def test_bits_per_byte_of_all_sources_are_weighted_by_bytes(tmp_path: Path) -> None:
+    # 1000 bytes at 2 bits and 3000 bytes at 1 bit: 5000 bits / 4000 bytes
+    log = EventLog(tmp_path / "events.jsonl")
+    log.write("eval", step=10, heldout={
+        "ko": {"tokens": 500, "loss": 2 * 1000 / 500 * math.log(2), "bits_per_byte": 2.0},
+        "en": {"tokens": 600, "loss": 1 * 3000 / 600 * math.log(2), "bits_per_byte": 1.0},
+        "broken": {"tokens": 600, "loss": float("nan"), "bits_per_byte": float("nan")}})
+    log.write("baseline", bigram={"en": {"bits_per_byte": 3.5, "loss": 1, "tokens": 600}})
+    run = read_run(tmp_path)
+    assert run.overall_bits_per_byte.values.tolist() == pytest.approx([1.25])
+    assert run.heldout["en"].baseline_bits_per_byte == 3.5
+    assert run.heldout["ko"].baseline_bits_per_byte is None
+
+
+def test_needles_samples_and_expert_load_are_the_newest(tmp_path: Path) -> None:
+    log = EventLog(tmp_path / "events.jsonl")
+    for step in (10, 20):
+        log.write("needle", step=step, when="before", lengths=[8], depths=[0.0], accuracy=[[0.5]])
+        log.write("needle", step=step, when="after", lengths=[8], depths=[0.0], accuracy=[[1.0]])
+        log.write("sample", step=step, prompt="a", text=str(step))
+        log.write("sample", step=step, prompt="b", text=str(step))
+        log.write("expert_load", step=step, layers=[2, 3], load=[[0.25] * 4, [0.1, 0.2, 0.3, 0.4]])
+    run = read_run(tmp_path)
+    assert [(n["when"], n["step"]) for n in run.needles] == [("before", 20), ("after", 20)]
+    assert [s["text"] for s in run.samples] == ["20", "20"]
+    assert (run.expert_load.step, run.expert_load.layers, run.expert_load.load.shape) == (20, [2, 3], (2, 4))
+
+
+def test_provenance_names_data_and_checkpoint_by_their_manifests(runs: list[Path]) -> None:
+    found = {(p.role, p.kind): p.manifest_sha256 for p in read_run(runs[0]).provenance}
+    assert found == {("read", "tokens"): manifest_sha256(runs[0].parent / "tokens"),
+                     ("written", "checkpoint"): manifest_sha256(runs[0] / "checkpoints" / "step-400")}
+
+
+def test_a_line_cut_off_by_a_kill_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "events.jsonl").write_text('{"event": "step", "time_s": 1.0, "step": 1, "loss": 2.0}\n{"event": "step", "time_')
+    assert read_run(tmp_path).curve("loss").values.tolist() == [2.0]
+
+
+def test_what_is_no_run_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds neither events.jsonl nor config.json.*--run"):
+        read_run(tmp_path / "missing")
+    (tmp_path / "config.json").write_text('{"recipe": ')
+    with pytest.raises(UserError, match=r"config\.json: is not valid JSON"):
+        read_run(tmp_path)
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(UserError, match=r"config\.json: holds a list"):
+        read_run(tmp_path)
