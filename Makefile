@@ -8,7 +8,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint demo lock wheel clean
+.PHONY: help setup test lint demo docs lock wheel clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -55,7 +55,10 @@ test: lint  ## lint, then all tests on two cores
 demo: setup  ## raw text to a trained, converted and judged model on this machine, minutes on two cores
 	"$(PY)" demo.py $${CORPUS:+--corpus "$$CORPUS"}
 
-lock: $(STAMP)  ## renew constraints.txt: newest versions that fit setup.py, in a fresh environment
+docs: setup  ## renew docs/config.md from the settings' docstrings
+	"$(PY)" docs/generate_config.py
+
+lock: setup  ## renew constraints.txt: newest versions that fit setup.py, in a fresh environment
 	rm -rf build/lock
 	"$(PY)" -m venv build/lock
 	build/lock/bin/python $(PIP_INSTALL) --quiet '.[dev]'

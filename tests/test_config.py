@@ -85,7 +85,7 @@ def test_a_sound_config_has_no_problems() -> None:
 def test_every_problem_is_listed_at_once_with_field_value_and_rule() -> None:
     config = small(num_heads=4, num_kv_heads=3, head_dim=15, attention_pattern="LX", num_experts_per_token=9, init_std=0.0)
     config = replace(config, optim=OptimConfig(lr=-1.0), train=TrainConfig(global_batch_size=0), data=DataConfig(
-        phases=(PhaseConfig("a", share=0.0, seq_len=1, blend={"en": -1.0}),), text_share=1.5))
+        phases=(PhaseConfig("a", share=0.0, seq_len=1, blend={"en": -1.0}),)))
     with pytest.raises(UserError) as e:
         config.check()
     head, *lines = str(e.value).splitlines()
@@ -94,7 +94,7 @@ def test_every_problem_is_listed_at_once_with_field_value_and_rule() -> None:
         "model.num_kv_heads = 3", "model.head_dim = 15", "model.attention_pattern = 'LX'", "model.sliding_window_tokens = 0",
         "model.num_experts_per_token = 9", "model.init_std = 0.0", "data.phases.0 (a).share = 0.0",
         "data.phases.0 (a).seq_len = 1", "data.phases.0 (a).blend.en = -1.0", "data.phases.0 (a).blend has only zero",
-        "train.steps = 0 needs a token budget", "train.global_batch_size = 0", "optim.lr = -1.0", "data.text_share = 1.5",
+        "train.steps = 0 needs a token budget", "train.global_batch_size = 0", "optim.lr = -1.0",
     ):
         assert any(line.strip().startswith(start) for line in lines), start
 

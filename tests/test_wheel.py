@@ -63,7 +63,8 @@ def test_the_wheel_holds_every_file_of_the_rooms_and_nothing_else(wheel: Path, f
         metadata = archive.read(next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))).decode()
     assert inside == files_of_the_rooms
     assert "Name: megatron-sov" in metadata
-    assert "License-Expression: Apache-2.0" in metadata
+    assert "License: Apache-2.0" in metadata
+    assert "License-File: LICENSE" in metadata
 
 
 @pytest.mark.parametrize("command", COMMANDS)

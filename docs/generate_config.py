@@ -1,0 +1,75 @@
+"""Writes docs/config.md from the settings' own types, defaults and docstrings: `python docs/generate_config.py`."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import itertools
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from megatron_sov.artifacts import atomic_write
+from megatron_sov.config import RunConfig
+
+PAGE = Path(__file__).parent / "config.md"
+HEAD = """# Settings
+
+<!-- Written by docs/generate_config.py from megatron_sov/config; change it there. -->
+
+A recipe (`megatron-sov recipes`) sets all of these; `--set key=value` changes one, e.g. `--set train.steps=100`,
+`--set data.phases.0.seq_len=512`, `--set 'data.phases.0.blend={"en": 2, "ko": 1}'`, `--set model.yarn=null`. Values are read
+as JSON where they parse, else as text. A key that does not exist is refused, with the nearest one that does; all broken
+rules of a configuration are listed at once. The resolved settings of a run stand in its `config.json`.
+"""
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """Return field name -> the string that stands under the field in the source."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
+    return {field.target.id: " ".join(inspect.cleandoc(text.value.value).split())
+            for field, text in itertools.pairwise(body)
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+            and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)}
+
+
+def nested_class(hint: Any) -> type | None:
+    """Return the settings class that a field holds, directly, optionally or as the items of a tuple."""
+    return next((c for c in (hint, *get_args(hint)) if dataclasses.is_dataclass(c) and isinstance(c, type)), None)
+
+
+def default_of(field: dataclasses.Field[Any]) -> str:
+    """Return a field's default as Python text; a field without one is set by the recipe."""
+    if field.default is not dataclasses.MISSING:
+        return f"`{field.default!r}`"
+    if field.default_factory is not dataclasses.MISSING:
+        return f"`{field.default_factory()!r}`"
+    return "the recipe's"
+
+
+def sections(cls: type, path: str, title: str) -> Iterator[str]:
+    """Yield one table of a class's settings, then the tables of the classes that it holds; `path` ends with a dot."""
+    docs, hints = field_docs(cls), get_type_hints(cls)
+    rows, tables = [], []
+    for field in dataclasses.fields(cls):
+        key, annotation, inner = path + field.name, str(field.type), nested_class(hints[field.name])
+        if inner is not None:
+            below = f"{key}.N" if annotation.startswith("tuple") else key
+            tables += sections(inner, f"{below}.", f"`{below}`")
+        if inner is None or annotation != inner.__name__:
+            default = "the table below" if inner and field.default is not None else default_of(field)
+            rows.append(f"| `{key}` | `{annotation}` | {default} | {docs[field.name]} |".replace(" | None`", " \\| None`"))
+    about = " ".join(inspect.cleandoc(cls.__doc__ or "").split())
+    yield f"\n## {title}\n\n{about}\n\n| setting | type | default | meaning |\n|---|---|---|---|\n" + "\n".join(rows) + "\n"
+    yield from tables
+
+
+def page() -> str:
+    """Return the whole page."""
+    return HEAD + "".join(sections(RunConfig, "", "The run"))
+
+
+if __name__ == "__main__":
+    atomic_write(PAGE, page())

@@ -1,0 +1,77 @@
+"""The pages tell the truth: commands parse, links lead somewhere, the list of settings is fresh."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from megatron_sov import cli
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+ENTRIES = {"megatron-sov": "megatron_sov.cli", "sov-data": "data_prep.cli", "sov-tokenizer": "tokenizer.cli"}
+
+
+def commands_of(text: str) -> list[str]:
+    """Return our commands in the fenced blocks of a page, with continued lines joined and prompts and folders removed."""
+    blocks = re.findall(r"^```[a-z]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    lines = [line.strip().removeprefix("$ ") for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    lines = [line.removeprefix(".venv/bin/") for line in lines]
+    return [line for line in lines if line.split(" ")[0] in ENTRIES]
+
+
+def parse(line: str) -> argparse.Namespace:
+    """Parse a command with the parser that it would meet."""
+    program, *argv = shlex.split(line, comments=True)
+    if program != "megatron-sov":
+        return importlib.import_module(ENTRIES[program]).build_parser().parse_args(argv)
+    parser = argparse.ArgumentParser(prog=f"megatron-sov {argv[0]}")
+    importlib.import_module(cli.COMMANDS[argv[0]].module).add_arguments(parser)
+    return parser.parse_args(argv[1:])
+
+
+COMMANDS = [pytest.param(line, id=f"{page.name}: {line[:60]}") for page in PAGES for line in commands_of(page.read_text())]
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_every_command_on_a_page_parses(line: str) -> None:
+    parse(line)
+
+
+def test_commands_are_found_and_wrong_ones_fail() -> None:
+    text = "megatron-sov outside\n```bash\n$ megatron-sov doctor \\\n  --json  # why\nls\n"
+    text += ".venv/bin/megatron-sov doctor --jsno\n```\n"
+    good, bad = commands_of(text)
+    assert parse(good).json is True
+    with pytest.raises(SystemExit):
+        parse(bad)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_to_files(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())
+    assert [t for t in targets if not (page.parent / t).exists()] == []
+
+
+def test_the_index_lists_every_page() -> None:
+    listed = set(re.findall(r"\(([a-z_]+\.md)\)", (ROOT / "docs/index.md").read_text()))
+    assert listed == {p.name for p in (ROOT / "docs").glob("*.md")} - {"index.md"}
+
+
+def test_the_readme_lists_every_command() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert [name for name in cli.COMMANDS if f"`megatron-sov {name}`" not in readme] == []
+
+
+def test_the_page_of_settings_is_fresh() -> None:
+    spec = importlib.util.spec_from_file_location("generate_config", ROOT / "docs/generate_config.py")
+    assert spec is not None and spec.loader is not None
+    generator = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generator)
+    assert (ROOT / "docs/config.md").read_text() == generator.page(), "docs/config.md is stale: run `make docs`"
