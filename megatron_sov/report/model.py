@@ -24,6 +24,9 @@ KEPT = ("phase", "eval", "baseline", "needle", "conversion", "checkpoint")
 """Events that are kept whole; there are few of them and they are small."""
 
 
+UNFINISHED = "ended without a word (killed, or still running)"
+
+
 @dataclass(frozen=True)
 class Phase:
     """A stretch of the curriculum."""
@@ -43,12 +46,12 @@ class Attempt:
     start: dict[str, Any]
     """The `run_start` event."""
     resume_reason: str = ""
-    outcome: str = "ended without a word (killed, or still running)"
+    outcome: str = UNFINISHED
     last_step: int | None = None
     last_time_s: float = 0.0
 
     def wall_s(self) -> float:
-        """Return the seconds between this attempt's first and last event."""
+        """Return the seconds from this attempt's start to its end, or to its last event where it did not end."""
         return max(0.0, self.last_time_s - number(self.start.get("time_s")))
 
 
@@ -136,11 +139,13 @@ def read_run(path: Path) -> Run:
     if not (path / EVENTS).is_file() and not (path / CONFIG).is_file():
         raise UserError(f"{path}: holds neither {EVENTS} nor {CONFIG}, so it is not a run folder; pass the folder given to --run")
     run = Run(name=path.resolve().name, config=_read_config(path / CONFIG))
-    steps, last = StepTable(), {}
+    steps = StepTable()
+    last: dict[str, dict[str, Any]] = {}
+    resume: dict[str, Any] = {}
     kept: dict[str, list[dict[str, Any]]] = {name: [] for name in KEPT}
     for event in read_events(path / EVENTS):
         kind = event["event"]
-        _follow_attempt(run.attempts, event)
+        _follow_attempts(run.attempts, resume, event)
         if kind == "step" and "step" in event:
             steps.add(event)
         elif kind in kept:
@@ -150,7 +155,7 @@ def read_run(path: Path) -> Run:
         elif kind in ("expert_load", "data_consumed"):
             last[kind] = event
     run.curves = steps.curves()
-    run.phases = _phases(final_steps(kept["phase"], "phase"), _last_step(run))
+    run.phases = _phases(steps.phases(), kept["phase"])
     evals = final_steps(kept["eval"], "eval")
     run.heldout = _heldout(evals, kept["baseline"])
     run.overall_bits_per_byte = _overall_bits_per_byte(evals)
@@ -158,7 +163,7 @@ def read_run(path: Path) -> Run:
     run.data_consumed = last.get("data_consumed")
     run.needles, run.conversions = _last_of_each_when(kept["needle"]), kept["conversion"]
     run.checkpoints = final_steps(kept["checkpoint"], "checkpoint")
-    run.provenance = _provenance(path, run.config)
+    run.provenance = _provenance(path, run.start("inputs") or [])
     return run
 
 
@@ -174,12 +179,16 @@ def _read_config(file: Path) -> dict[str, Any]:
     return config
 
 
-def _follow_attempt(attempts: list[Attempt], event: dict[str, Any]) -> None:
+def _follow_attempts(attempts: list[Attempt], resume: dict[str, Any], event: dict[str, Any]) -> None:
+    """Take one event into the story of starts and stops; `resume` keeps a `resume` event until its `run_start` comes."""
     kind = event["event"]
     if kind == "run_start":
-        attempts.append(Attempt(event))
-    if not attempts:
+        attempts.append(Attempt(event, resume_reason=str(resume.pop("reason", ""))))
+    if kind == "resume" and (not attempts or attempts[-1].last_step is not None):
+        resume.update(event)
         return
+    if not attempts or attempts[-1].outcome != UNFINISHED:
+        return  # a conversion or a needle test may come days after the end
     attempt = attempts[-1]
     attempt.last_time_s = number(event.get("time_s"))
     if kind in ("step", "run_end", "stop") and "step" in event:
@@ -192,21 +201,14 @@ def _follow_attempt(attempts: list[Attempt], event: dict[str, Any]) -> None:
         attempt.outcome = "complete"
 
 
-def _last_step(run: Run) -> int:
-    curves = run.curves.get("", {}).values()
-    return max((int(c.steps[-1]) for c in curves if len(c.steps)), default=0)
-
-
-def _phases(events: list[dict[str, Any]], last_step: int) -> list[Phase]:
-    """Return the phases in order; one that is announced again after a restart stays one phase."""
-    starts: list[dict[str, Any]] = []
-    for event in events:
-        if not starts or any(event.get(k) != starts[-1].get(k) for k in ("name", "seq_len", "blend")):
-            starts.append(event)
-    ends = [*(int(e["step"]) - 1 for e in starts[1:]), last_step][:len(starts)]
-    return [Phase(name=str(e.get("name", "")), first_step=int(e["step"]), last_step=max(end, int(e["step"])),
-                  seq_len_tokens=int(e.get("seq_len") or 0), blend=e.get("blend") or {})
-            for e, end in zip(starts, ends, strict=True)]
+def _phases(spans: list[tuple[str, int, int]], events: list[dict[str, Any]]) -> list[Phase]:
+    """Return the phases that the steps went through, with what the `phase` events say about each."""
+    announced = {str(e.get("name", "")): e for e in events}
+    found = []
+    for name, first, last in spans:
+        event = announced.get(name, {})
+        found.append(Phase(name, first, last, int(event.get("seq_len") or 0), event.get("blend") or {}))
+    return found
 
 
 def _heldout(evals: list[dict[str, Any]], baselines: list[dict[str, Any]]) -> dict[str, Heldout]:
@@ -254,13 +256,9 @@ def _last_of_each_when(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return list({str(e.get("when", "")): e for e in events}.values())
 
 
-def _provenance(path: Path, config: dict[str, Any]) -> list[Provenance]:
-    """Return the data, the newest checkpoint and what that was made from; artifacts that are gone are left out."""
-    found: dict[str, Provenance] = {}
-    for data in config.get("data", {}).get("paths", {}):
-        if (Path(data) / MANIFEST).is_file():
-            sha256 = manifest_sha256(data)
-            found[sha256] = Provenance("read", read_manifest(data).kind, str(data), sha256)
+def _provenance(path: Path, inputs: list[dict[str, str]]) -> list[Provenance]:
+    """Return what the run read, by the hashes of its `run_start`, then its newest checkpoint and what that was made from."""
+    found = {i["manifest_sha256"]: Provenance("read", i["kind"], i["path"], i["manifest_sha256"]) for i in inputs}
     manifests = list((path / "checkpoints").glob(f"step-*/{MANIFEST}"))
     if manifests:
         newest = max(manifests, key=lambda m: int("0" + "".join(filter(str.isdigit, m.parent.name)))).parent

@@ -73,7 +73,7 @@ def _summary(runs: list[Run]) -> Table:
     rows = []
     for run in runs:
         loss, bits = run.curve("loss"), run.overall_bits_per_byte
-        rows.append([run.name, str(run.config.get("objective", {}).get("name", "–")), f"{len(loss.steps):,}" if loss else "–",
+        rows.append([run.name, str(run.config.get("objective", {}).get("name", "–")), f"{int(loss.steps[-1]):,}" if loss else "–",
                      _tokens(run), duration(run.wall_s()), figure(last_value(loss)), figure(last_value(bits)),
                      run.attempts[-1].outcome if run.attempts else "–"])
     return Table(["run", "objective", "steps", "tokens", "wall time", "last loss", "held-out bits per byte", "outcome"], rows)

@@ -87,7 +87,7 @@ def key_figures(run: Run) -> list[tuple[str, str, str]]:
     tokens = last_value(run.curve("tokens"))
     if math.isfinite(tokens):
         loss = run.curve("loss")
-        found.append(("Tokens trained", large(tokens), f"{len(loss.steps):,} steps" if loss else ""))
+        found.append(("Tokens trained", large(tokens), f"{int(loss.steps[-1]):,} steps" if loss else ""))
     if run.wall_s() > 0:
         ranks = run.start("num_ranks")
         found.append(("Wall time", duration(run.wall_s()), f"{ranks:,} processes" if ranks else ""))
@@ -235,7 +235,7 @@ def _attempt_tables(attempts: list[Attempt]) -> list[Table]:
         start = attempt.start
         began = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(number(start.get("time_s"))))
         resumed = start.get("resumed_from")
-        origin = f"from {resumed}" if resumed is not None else "from the beginning"
+        origin = f"from step {resumed:,}" if resumed else "from the beginning"
         if attempt.resume_reason:
             origin += f" ({attempt.resume_reason})"
         layout = ", ".join(f"{k} {v}" for k, v in (start.get("layout") or {}).items())

@@ -44,12 +44,15 @@ class StepTable:
 
     def __init__(self) -> None:
         self._steps = array("q")
+        self._phases = array("q")
+        self._phase_names: dict[str, int] = {}
         self._columns: dict[tuple[str, str], tuple[array[int], array[float]]] = {}
 
     def add(self, event: dict[str, Any]) -> None:
         """Take one `step` event in; fields that it lacks stay absent from their curves."""
         row = len(self._steps)
         self._steps.append(int(event["step"]))
+        self._phases.append(self._phase_names.setdefault(str(event.get("phase") or ""), len(self._phase_names)))
         for name in SCALARS:
             if event.get(name) is not None:
                 self._put(("", name), row, event[name])
@@ -66,10 +69,9 @@ class StepTable:
 
     def curves(self) -> dict[str, dict[str, Curve]]:
         """Return group -> name -> curve; the group of plain fields (loss, lr, ...) is ""."""
-        steps = np.frombuffer(self._steps, dtype=np.int64) if self._steps else np.empty(0, np.int64)
+        steps = _numbers(self._steps)
         is_last = np.zeros(len(steps), dtype=bool)
-        # np.unique returns first occurrences; of the reversed steps these are the last ones.
-        is_last[len(steps) - 1 - np.unique(steps[::-1], return_index=True)[1]] = True
+        is_last[self._last_rows()] = True
         found: dict[str, dict[str, Curve]] = {"": {}, **{group: {} for group in GROUPS}}
         for (group, name), (row_array, value_array) in self._columns.items():
             rows, values = np.frombuffer(row_array, dtype=np.int64), np.frombuffer(value_array, dtype=np.float64)
@@ -77,6 +79,26 @@ class StepTable:
             order = np.argsort(steps[rows[keep]], kind="stable")
             found[group][name] = Curve(name, steps[rows[keep]][order], values[keep][order])
         return found
+
+    def phases(self) -> list[tuple[str, int, int]]:
+        """Return (name, first step, last step) of each phase in order, as the steps themselves name it."""
+        rows = self._last_rows()
+        if not len(rows):
+            return []
+        steps, phases = _numbers(self._steps)[rows], _numbers(self._phases)[rows]
+        starts = [0, *(np.flatnonzero(np.diff(phases)) + 1).tolist()]
+        names = list(self._phase_names)
+        return [(names[phases[start]], int(steps[start]), int(steps[end - 1])) for start, end in pairwise([*starts, len(rows)])]
+
+    def _last_rows(self) -> npt.NDArray[np.int64]:
+        """Return the row that counts of each distinct step, steps ascending."""
+        steps = _numbers(self._steps)
+        # np.unique returns first occurrences; of the reversed steps these are the last ones.
+        return len(steps) - 1 - np.unique(steps[::-1], return_index=True)[1]
+
+
+def _numbers(column: array[int]) -> npt.NDArray[np.int64]:
+    return np.frombuffer(column, dtype=np.int64) if column else np.empty(0, np.int64)
 
 
 def downsample(curve: Curve, max_points: int = 2000) -> Curve:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sov import recipes
-from megatron_sov.artifacts import new_artifact
+from megatron_sov.artifacts import manifest_sha256, new_artifact
 from megatron_sov.obs.events import EventLog
 
 SOURCES = ("english", "korean", "code")
@@ -46,15 +46,16 @@ def write_run(path: Path, *, when: tuple[str, ...] = (), num_experts: int = 16) 
     (path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     log, noise = EventLog(path / "events.jsonl"), random.Random(7)
     start = {"recipe": "tiny-solar-open", "num_ranks": 2, "layout": {"tp": 1, "pp": 1, "ep": 2, "dp": 2}, "num_params": 2_891_264,
-             "num_active_params": 1_120_000, "num_steps": NUM_STEPS, "machine": {"cpu": "Example CPU", "cores": 2}}
-    log.write("run_start", **start, resumed_from=None)
+             "num_active_params": 1_120_000, "num_steps": NUM_STEPS, "machine": {"cpu": "Example CPU", "cores": 2},
+             "inputs": [{"kind": "tokens", "path": str(corpus), "manifest_sha256": manifest_sha256(corpus)}]}
+    log.write("run_start", **start, resumed_from=0)
     log.write("phase", step=1, name="1", blend={"english": 3, "korean": 1, "code": 1}, seq_len=256)
     log.write("baseline", bigram={name: {"bits_per_byte": 2.9, "loss": 6.8, "tokens": 16384} for name in SOURCES})
     for step in range(1, CRASH + 1):
         _step(log, step, noise)
     log.write("checkpoint", step=CHECKPOINT, path="checkpoints/step-200", save_s=1.4)
-    log.write("run_start", **start, resumed_from="checkpoints/step-200")
-    log.write("resume", step=CHECKPOINT, reason="the process was killed")
+    log.write("resume", step=CHECKPOINT, reason="continued from step-200")
+    log.write("run_start", **start, resumed_from=CHECKPOINT)
     for step in range(CHECKPOINT + 1, NUM_STEPS + 1):
         if step == 251:
             log.write("phase", step=251, name="2.A", blend={"english": 1, "korean": 2, "code": 1}, seq_len=256)

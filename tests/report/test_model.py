@@ -22,11 +22,12 @@ def test_a_crash_and_a_restart_make_two_attempts_and_one_curve(runs: list[Path])
     assert run.curve("loss").values[219] == written[1]["loss"]
     first, second = run.attempts
     assert (first.last_step, first.outcome) == (233, "ended without a word (killed, or still running)")
-    assert (second.last_step, second.outcome, second.resume_reason) == (400, "complete", "the process was killed")
+    assert (second.last_step, second.outcome, second.resume_reason) == (400, "complete", "continued from step-200")
 
 
 def test_wall_time_leaves_out_the_pause_between_attempts(tmp_path: Path) -> None:
-    times = [("run_start", 100.0), ("step", 130.0), ("run_start", 5000.0), ("step", 5010.0), ("stop", 5020.0)]
+    times = [("run_start", 100.0), ("step", 130.0), ("run_start", 5000.0), ("step", 5010.0), ("stop", 5020.0),
+             ("conversion", 99999.0)]
     lines = [json.dumps({"event": event, "time_s": time_s, "step": 1, "reason": "time limit"}) for event, time_s in times]
     (tmp_path / "events.jsonl").write_text("\n".join(lines) + "\n")
     run = read_run(tmp_path)
@@ -40,12 +41,26 @@ def test_phases_end_where_the_next_begins(runs: list[Path]) -> None:
     assert phases[1].blend == {"english": 1, "korean": 2, "code": 1}
 
 
-def test_a_phase_announced_again_after_a_restart_stays_one(tmp_path: Path) -> None:
+def test_phases_announced_ahead_are_shown_once_reached(tmp_path: Path) -> None:
     log = EventLog(tmp_path / "events.jsonl")
-    for step, name in ((1, "a"), (51, "a"), (80, "b"), (60, "a"), (80, "b")):
-        log.write("phase", step=step, name=name, seq_len=64, blend={})
-    log.write("step", step=100, loss=1.0)
-    assert [(p.name, p.first_step, p.last_step) for p in read_run(tmp_path).phases] == [("a", 1, 79), ("b", 80, 100)]
+    for name, seq_len in (("short", 64), ("long", 128), ("never", 256)):
+        log.write("phase", step=0, name=name, seq_len=seq_len, blend={})
+    for step in range(1, 7):
+        log.write("step", step=step, loss=1.0, phase="short" if step < 5 else "long")
+    phases = read_run(tmp_path).phases
+    assert [(p.name, p.first_step, p.last_step, p.seq_len_tokens) for p in phases] == [("short", 1, 4, 64), ("long", 5, 6, 128)]
+
+
+def test_a_resume_is_told_by_the_attempt_that_it_opens_whether_before_or_after_its_start(tmp_path: Path) -> None:
+    log = EventLog(tmp_path / "events.jsonl")
+    for before in (True, False):
+        if before:
+            log.write("resume", step=1, reason="continued from step-1")
+        log.write("run_start", resumed_from=1)
+        if not before:
+            log.write("resume", step=1, reason="the node was lost")
+        log.write("step", step=2, loss=1.0)
+    assert [a.resume_reason for a in read_run(tmp_path).attempts] == ["continued from step-1", "the node was lost"]
 
 
 def test_bits_per_byte_of_all_sources_are_weighted_by_bytes(tmp_path: Path) -> None:

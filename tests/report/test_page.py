@@ -69,11 +69,12 @@ def test_hostile_model_output_stays_text(document: Document, hostile: str) -> No
 
 def test_hostile_names_stay_text_everywhere(tmp_path: Path, hostile: str) -> None:
     log = EventLog(tmp_path / "events.jsonl")
-    log.write("run_start", recipe=hostile, num_ranks=1, layout={hostile: 1}, machine=hostile, resumed_from=hostile)
-    log.write("phase", step=1, name=hostile, seq_len=8, blend={hostile: 1})
-    log.write("phase", step=2, name=hostile + "2", seq_len=8, blend={hostile: 1})
+    log.write("run_start", recipe=hostile, num_ranks=1, layout={hostile: 1}, machine=hostile, resumed_from=0)
+    log.write("phase", step=1, name=hostile + "0", seq_len=8, blend={hostile: 1})
+    log.write("phase", step=2, name=hostile + "1", seq_len=8, blend={hostile: 1})
     for step in (1, 2, 3):
-        log.write("step", step=step, loss=1.0, tokens=8, losses_by_source={hostile: 1.0, "b": 2.0}, losses={hostile: 1.0, "b": 2.0})
+        parts = {hostile: 1.0, "b": 2.0}
+        log.write("step", step=step, loss=1.0, tokens=8, phase=hostile + str(step // 2), losses_by_source=parts, losses=parts)
     log.write("eval", step=3, heldout={hostile: {"loss": 1.0, "bits_per_byte": 1.0, "tokens": 5}})
     log.write("data_consumed", step=3, tokens={hostile: 1}, plan={hostile: 1})
     log.write("needle", step=3, when=hostile, lengths=[8], depths=[0.5], accuracy=[[1.0]])
@@ -128,7 +129,8 @@ def test_three_hundred_thousand_steps_give_a_small_file(tmp_path: Path) -> None:
     with open(tmp_path / "events.jsonl", "w", encoding="utf-8") as f:
         for step in range(1, 300_001):
             f.write(f'{{"event":"step","time_s":{step},"step":{step},"loss":{2 + (step * 7919 % 1000) / 1000},'
-                    f'"tokens":{step * 4096},"lr":0.001,"grad_norm":1.5,"losses_by_source":{{"en":{2 + step % 7},"ko":{3 + step % 11}}}}}\n')
+                    f'"tokens":{step * 4096},"lr":0.001,'
+                    f'"grad_norm":1.5,"losses_by_source":{{"en":{2 + step % 7},"ko":{3 + step % 11}}}}}\n')
     start_s = time.process_time()
     page = render([read_run(tmp_path)])
     assert time.process_time() - start_s < 20  # about 3 s on one core

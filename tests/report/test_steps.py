@@ -34,6 +34,14 @@ def test_the_last_of_a_repeated_step_counts_as_in_final_steps(events: list[dict]
         assert expected == (dict(zip(found.steps.tolist(), found.values.tolist(), strict=True)) if found else {})
 
 
+def test_phases_are_what_the_steps_name() -> None:
+    table = StepTable()
+    for step, phase in ((1, "a"), (2, "a"), (3, "b"), (4, "b"), (2, "a"), (3, "a"), (4, "b"), (5, "a")):  # step 3 done again
+        table.add({"event": "step", "step": step, "phase": phase})
+    assert table.phases() == [("a", 1, 3), ("b", 4, 4), ("a", 5, 5)]
+    assert StepTable().phases() == []
+
+
 def test_numbers_spelt_as_text_are_read() -> None:
     table = StepTable()
     for step, loss in enumerate((1.5, "nan", "inf", "-inf", None)):
