@@ -18,6 +18,8 @@ MAX_POINTS = 2000
 NUM_COLOURS = 8
 SMOOTH_FROM_STEPS = 50
 """Shorter curves are drawn as they are; longer ones also as a moving mean over a fiftieth of the steps."""
+MAX_WINDOW_STEPS = 500
+"""Longest moving mean; a wider one would smooth away what happens in a morning."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def _curves(curves: list[Curve], title: str, caption: str, run: Run, *, smooth: 
     for i, curve in enumerate(curves):
         name, stroke = curve.name, colour(i)
         if smooth and len(curve.finite().steps) >= SMOOTH_FROM_STEPS:
-            raw, window = curve, max(5, len(curve.finite().steps) // 50)
+            raw, window = curve, min(MAX_WINDOW_STEPS, max(5, len(curve.finite().steps) // 50))
             curve = moving_mean(curve.finite(), window)
             if len(curves) == 1:
                 name = f"mean of {window:,} steps"
@@ -97,7 +99,7 @@ def _curves(curves: list[Curve], title: str, caption: str, run: Run, *, smooth: 
         trace, found = _line(curve, name, stroke)
         figure.add_trace(trace)
         notes += found
-    figure.update_layout(xaxis={"title": "optimizer step"}, yaxis={"title": title})
+    figure.update_layout(xaxis={"title": "optimizer step"}, yaxis={"title": title, "exponentformat": "power"})
     _mark_phases(figure, run.phases)
     _mark_restarts(figure, run)
     return chart(figure, caption, notes)

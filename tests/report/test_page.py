@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,11 +10,10 @@ from pathlib import Path
 import pytest
 from plotly.offline import get_plotlyjs
 
-from megatron_sov.cli import main
 from megatron_sov.obs.events import EventLog
 from megatron_sov.report.model import read_run
 from megatron_sov.report.page import render
-from megatron_sov.report.sections import duration, key_figures, large, sections
+from megatron_sov.report.sections import sections
 
 EVERYTHING = ["Training loss", "Held-out loss", "Learning rate and gradient norm", "Expert load", "Speed", "Data consumed",
               "Needle in a haystack", "Samples", "Proof of the conversion", "Starts, stops and restarts", "Settings",
@@ -97,34 +95,6 @@ def test_all_sections_stand_in_order_and_in_the_contents(runs: list[Path], docum
     assert anchors <= ids and len(anchors) == 2 + sum(len(sections(read_run(path))) for path in runs)
 
 
-def test_sections_without_data_are_left_out(tmp_path: Path) -> None:
-    log = EventLog(tmp_path / "events.jsonl")
-    log.write("conversion", target="hf", checks=[{"name": "logits", "value": 2e-3, "limit": 1e-3, "passed": False}])
-    run = read_run(tmp_path)
-    assert [s.title for s in sections(run)] == ["Proof of the conversion"]
-    assert key_figures(run) == []
-    assert '<span class="bad">FAILED</span>' in render([run])
-
-
-def test_key_figures(runs: list[Path]) -> None:
-    found = {label: (value, detail) for label, value, detail in key_figures(read_run(runs[1]))}
-    assert found["Parameters"] == ("2.891 M", "1.12 M active for each token")
-    assert found["Tokens trained"] == ("1.638 M", "400 steps")
-    assert found["Needle score"] == ("97.0%", "up to 2,048 tokens")
-    # The three sources have the same tokens and bytes a token, so all together have the mean loss's bits per byte.
-    best = (2.3 + 2.6 + 1.8) / 3 + 5 * math.exp(-400 / 70)
-    assert found["Best held-out"] == (f"{best / math.log(2) / 3.4:.4f}", "bits per byte, step 400")
-
-
-def test_a_diverged_run_is_reported_and_says_so(tmp_path: Path) -> None:
-    log = EventLog(tmp_path / "events.jsonl")
-    for step in range(1, 101):
-        log.write("step", step=step, loss=2.0 if step < 60 else float("nan"), grad_norm=float("inf"), tokens=step)
-    page = render([read_run(tmp_path)])
-    assert "41 values are not finite and not drawn (first at step 60)." in page
-    assert "Global gradient norm" not in page  # nothing left to draw
-
-
 def test_three_hundred_thousand_steps_give_a_small_file(tmp_path: Path) -> None:
     with open(tmp_path / "events.jsonl", "w", encoding="utf-8") as f:
         for step in range(1, 300_001):
@@ -136,32 +106,3 @@ def test_three_hundred_thousand_steps_give_a_small_file(tmp_path: Path) -> None:
     assert time.process_time() - start_s < 20  # about 3 s on one core
     assert len(page) - len(get_plotlyjs()) < 300_000  # bytes of everything but the plotting library
     assert "Of 300,000 points at most 2,000 are drawn; the lowest and highest value of every stretch are kept." in page
-
-
-@pytest.mark.parametrize(("seconds", "text"), [
-    (0.25, "0.2 s"), (59.9, "59.9 s"), (75, "1 min 15 s"), (3725, "1 h 2 min"), (90000 * 3, "3 d 3 h")])
-def test_durations(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
-
-
-@pytest.mark.parametrize(("value", "text"), [(102.65e9, "102.7 B"), (11e12, "11 T"), (1000, "1 K"), (12, "12")])
-def test_large_numbers(value: float, text: str) -> None:
-    assert large(value) == text
-
-
-def test_the_command_writes_into_the_last_run(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["report", *map(str, runs)]) == 0
-    assert "All stages" in (runs[1] / "report.html").read_text(encoding="utf-8")
-    assert str(runs[1] / "report.html") in capsys.readouterr().out
-    out = tmp_path / "new" / "one.html"
-    assert main(["report", str(runs[0]), "--out", str(out)]) == 0
-    assert "All stages" not in out.read_text(encoding="utf-8")
-    assert [p.name for p in out.parent.iterdir()] == ["one.html"]
-
-
-def test_mistakes_end_with_one_sentence(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["report", str(tmp_path / "nowhere")]) == 2
-    assert "is not a run folder" in capsys.readouterr().err
-    assert main(["report", str(runs[0]), "--out", str(tmp_path)]) == 2
-    assert "is a folder; name the file" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []

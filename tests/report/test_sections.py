@@ -1,0 +1,81 @@
+"""Key figures and sections of a run."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from megatron_sov.obs.events import EventLog
+from megatron_sov.report.model import read_run
+from megatron_sov.report.page import render
+from megatron_sov.report.sections import Section, duration, key_figures, large, sections
+
+
+def section(run_dir: Path, title: str) -> Section:
+    return next(s for s in sections(read_run(run_dir)) if s.title == title)
+
+
+def test_sections_without_data_are_left_out(tmp_path: Path) -> None:
+    log = EventLog(tmp_path / "events.jsonl")
+    log.write("conversion", target="hf", checks=[{"name": "logits", "value": 2e-3, "limit": 1e-3, "passed": False}])
+    run = read_run(tmp_path)
+    assert [s.title for s in sections(run)] == ["Proof of the conversion"]
+    assert key_figures(run) == []
+    assert '<span class="bad">FAILED</span>' in render([run])
+
+
+def test_key_figures(runs: list[Path]) -> None:
+    found = {label: (value, detail) for label, value, detail in key_figures(read_run(runs[1]))}
+    assert found["Parameters"] == ("2.891 M", "1.12 M active for each token")
+    assert found["Tokens trained"] == ("1.638 M", "400 steps")
+    assert found["Needle score"] == ("97.0%", "up to 2,048 tokens")
+    # The three sources have the same tokens and bytes a token, so all together have the mean loss's bits per byte.
+    best = (2.3 + 2.6 + 1.8) / 3 + 5 * math.exp(-400 / 70)
+    assert found["Best held-out"] == (f"{best / math.log(2) / 3.4:.4f}", "bits per byte, step 400")
+
+
+def test_phase_table_counts_tokens_and_loss_of_each_phase(runs: list[Path]) -> None:
+    loss = read_run(runs[0]).curve("loss").values
+    first, second = section(runs[0], "Training loss").tables[0].rows
+    assert first[:5] == ["1", "1 to 250", "256", "english 60%, korean 20%, code 20%", "1.024 M"]  # 250 steps x 4096 tokens
+    assert second[:5] == ["2.A", "251 to 400", "256", "english 25%, korean 50%, code 25%", "614.4 K"]
+    assert second[5:] == [f"{loss[250]:.4g}", f"{loss[393:].mean():.4g}"]  # the last 7 of 150 steps
+
+
+def test_heldout_table_sets_bits_beside_the_bigrams(runs: list[Path]) -> None:
+    rows = {row[0]: row for row in section(runs[0], "Held-out loss").tables[0].rows}
+    bits = (1.8 + 5 * math.exp(-400 / 70)) / math.log(2) / 3.4
+    assert rows["code"][4:] == [f"{bits:.4g}", "2.9", f"{1 - bits / 2.9:.1%} fewer"]
+
+
+def test_data_table_gives_the_difference_to_the_plan(runs: list[Path]) -> None:
+    assert section(runs[0], "Data consumed").tables[0].rows[0] == ["english", "820,000", "819,200", "+0.10%"]
+
+
+def test_starts_and_restarts_are_told_with_their_reasons(runs: list[Path]) -> None:
+    first, second = section(runs[0], "Starts, stops and restarts").tables[0].rows
+    assert first[2] == "from the beginning" and first[5] == "233" and first[7].startswith("ended without a word")
+    assert second[2] == "from step 200 (continued from step-200)" and second[5] == "400" and second[7] == "complete"
+    assert second[3:5] == ["2 (tp 1, pp 1, ep 2, dp 2)", "cpu Example CPU, cores 2"]
+
+
+def test_long_and_many_samples_are_cut_and_the_reader_is_told(tmp_path: Path) -> None:
+    log = EventLog(tmp_path / "events.jsonl")
+    for _ in range(30):
+        log.write("sample", step=5, prompt="p", text="x" * 4100)
+    shown = section(tmp_path, "Samples")
+    assert len(shown.samples) == 24 and shown.text.endswith("6 more are in the run's events.")
+    assert shown.samples[0]["text"] == "x" * 4000 + " … (100 more characters)"
+
+
+@pytest.mark.parametrize(("seconds", "text"), [
+    (0.25, "0.2 s"), (59.9, "59.9 s"), (75, "1 min 15 s"), (3725, "1 h 2 min"), (90000 * 3, "3 d 3 h")])
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(("value", "text"), [(102.65e9, "102.7 B"), (11e12, "11 T"), (1000, "1 K"), (12, "12")])
+def test_large_numbers(value: float, text: str) -> None:
+    assert large(value) == text
