@@ -30,6 +30,8 @@ class Tracker(Protocol):
 
 
 class _TensorBoard:
+    """Scalars in TensorBoard's own files, without TensorFlow or torch."""
+
     name = "TensorBoard"
 
     def __init__(self, run_dir: Path) -> None:
@@ -37,14 +39,18 @@ class _TensorBoard:
         self._writer = summary.Writer(str(run_dir / "tensorboard"))
 
     def log_step(self, step: int, values: dict[str, float]) -> None:
+        """Write one scalar for each value."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step=step)
 
     def close(self) -> None:
+        """Flush and close the files."""
         self._writer.close()
 
 
 class _Wandb:
+    """A Weights & Biases run, online or offline as WANDB_MODE says."""
+
     name = "Weights & Biases"
 
     def __init__(self, run_dir: Path, project: str, run_config_dict: dict[str, Any]) -> None:
@@ -59,9 +65,11 @@ class _Wandb:
         self._run.define_metric("*", step_metric="step")
 
     def log_step(self, step: int, values: dict[str, float]) -> None:
+        """Log all values as one row."""
         self._run.log({"step": step, **values})
 
     def close(self) -> None:
+        """Finish the run; online this waits until everything is sent."""
         self._run.finish()
 
 
