@@ -36,8 +36,8 @@ USER_DOCUMENT_BYTES = 20_000
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.description = ("Gather english.jsonl, code.jsonl, korean.jsonl and chat.jsonl from this machine's Python, its packages "
-                          "and Debian documentation packages; or, with --user, user.jsonl and chat.jsonl.")
+    parser.description = ("Gather english.jsonl, code.jsonl, korean.jsonl and chat.jsonl from this machine's Python, its "
+                          "packages and Debian documentation packages; or, with --user, user.jsonl and chat.jsonl.")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder for the corpus")
     parser.add_argument("--user", type=Path, metavar="PATH",
                         help="your own text: a file, a .jsonl file or a folder; replaces the gathered text (chats are still made "

@@ -101,18 +101,21 @@ class _TextParser(HTMLParser):
         self._skipping: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Begin a line at a block, and silence at what a reader does not see."""
         if tag in _SKIPPED_TAGS:
             self._skipping.append(tag)
         elif tag in _BLOCK_TAGS:
             self.parts.append("\n")
 
     def handle_endtag(self, tag: str) -> None:
+        """End the line, or the silence."""
         if self._skipping and tag == self._skipping[-1]:
             self._skipping.pop()
         elif tag in _BLOCK_TAGS:
             self.parts.append("\n")
 
     def handle_data(self, data: str) -> None:
+        """Collect text with its white space as a browser shows it."""
         if not self._skipping:
             self.parts.append(re.sub(r"\s+", " ", data))
 

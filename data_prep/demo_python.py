@@ -97,7 +97,7 @@ def clean(text: str) -> str:
     """Return documentation without markup noise: roles, directives, underlines, badges and interactive sessions."""
     text = _ROLE.sub(r"\1", text).replace("``", "`")
     text = _NOISE_LINE.sub("", text).replace("::\n", ":\n")
-    paragraphs = [p.rstrip() for p in re.split(r"\n[ \t]*\n", text.expandtabs())]
+    paragraphs = [p.rstrip() for p in re.split(r"\n(?:[ \t]*\n)+", text.expandtabs())]
     return "\n\n".join(p for p in paragraphs if p.strip() and not p.lstrip().startswith(">>>"))
 
 

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from data_prep.chat import ChatForm
 from data_prep.splits import HeldoutRule, document_hash
-from megatron_sov.artifacts import read_manifest
+from megatron_sov.artifacts import damaged_files, read_manifest
 from megatron_sov.documents import Document
 from megatron_sov.errors import UserError
 
@@ -39,9 +39,11 @@ class Encoder:
         """Load the tokenizer of an artifact of kind "tokenizer".
 
         Raises:
-            UserError: there is none, or its files cannot be read.
+            UserError: there is none, or its files are damaged.
         """
         manifest = read_manifest(folder, "tokenizer")
+        if problems := damaged_files(folder):
+            raise UserError(f"{problems[0]}; train the tokenizer again or restore it from a copy")
         self.vocab_size: int = manifest.content["vocab_size"]
         self.eos_id: int = manifest.content["eos_id"]
         try:

@@ -133,8 +133,10 @@ def pack(tokenizer: Path, sources: list[Source], output: Path, *, heldout_share:
     surveys = [_survey(source, format_, rule) for source in sources]
     with new_artifact(output, KIND, overwrite=overwrite) as artifact, _pool(tokenizer, workers) as pool, \
             tqdm(total=sum(s.num_bytes for s in surveys), desc="encoding", unit="B", unit_scale=True) as bar:
-        records: list[dict[str, Any]] = [{"name": source.name, "splits": _pack_source(source, artifact.path, encoder.vocab_size, format_, rule, pool,
-                                                                2 * workers, bar)} for source in sources]
+        records: list[dict[str, Any]] = []
+        for source in sources:
+            splits = _pack_source(source, artifact.path, encoder.vocab_size, format_, rule, pool, 2 * workers, bar)
+            records.append({"name": source.name, "splits": splits})
         _describe(artifact, tokenizer, encoder, format_, records)
         artifact.settings = {"heldout_share": heldout_share, "inputs": sources}
     for record in records:
@@ -201,6 +203,7 @@ def _pack_source(source: Source, folder: Path, vocab_size: int, format_: str, ru
         under_way: deque[tuple[Future[dict[str, EncodedBatch]], int]] = deque()
 
         def write_oldest() -> None:
+            """Wait for the batch that was handed out first, and write it."""
             future, size_bytes = under_way.popleft()
             for split, batch in future.result().items():
                 writers[split].write(batch.lengths_tokens, batch.columns)

@@ -121,7 +121,8 @@ def _parse(line: str, where: str) -> Document:
         raise UserError(f"{where}: has no string field 'text' and no 'messages' (fields: {', '.join(record) or 'none'}); add one")
     for text in document.texts():
         if not _encodable(text):
-            raise UserError(f"{where}: holds half of a surrogate pair (an escape such as \\ud800), which is no character; remove it")
+            raise UserError(f"{where}: holds half of a surrogate pair (an escape such as \\ud800), which is no character; "
+                            "remove it")
     return document
 
 

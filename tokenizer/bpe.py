@@ -53,7 +53,8 @@ def train(preset: Preset, vocab_size: int, texts: Iterable[str], *, show_progres
                         f"({NUM_SPECIAL_IDS} special ids + {NUM_BYTES} bytes)")
     tokenizer = untrained(preset)
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, min_frequency=MIN_FREQUENCY, max_token_length=preset.max_token_bytes, show_progress=show_progress,
+        vocab_size=vocab_size, min_frequency=MIN_FREQUENCY, show_progress=show_progress,
+        max_token_length=preset.max_token_bytes + 1,  # the library compares with <
         special_tokens=[AddedToken(token, special=True, normalized=False) for token in preset.special_by_id()],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )

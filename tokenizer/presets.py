@@ -54,8 +54,8 @@ class Preset:
         for field in ("bos_token", "eos_token", "pad_token"):
             if getattr(self, field) not in self.special_tokens:
                 p.append(f"{field} = {getattr(self, field)!r} must stand in special_tokens")
-        if self.max_token_bytes < 1:
-            p.append(f"max_token_bytes = {self.max_token_bytes} must be positive")
+        if self.max_token_bytes < 2:
+            p.append(f"max_token_bytes = {self.max_token_bytes} must be at least 2")
         return p
 
     def special_by_id(self) -> list[str]:
@@ -112,7 +112,7 @@ def load_preset(name: str, file: Path | None) -> Preset:
             raise UserError(f"--preset {name!r}: does not exist{nearest(name, known)} (presets: {', '.join(known)})")
         return PRESETS[name]
     if file is None:
-        raise UserError("--preset custom: needs --preset-file FILE.json with the tokenizer's rules (see docs/tokenizer.md)")
+        raise UserError(f"--preset {name}: needs --preset-file FILE.json with the tokenizer's rules (see docs/tokenizer.md)")
     try:
         preset = TypeAdapter(Preset).validate_python({"name": CUSTOM, **json.loads(file.read_text(encoding="utf-8"))})
     except OSError as e:

@@ -1,0 +1,91 @@
+"""`sov-data verify`: sound shards pass, and each kind of damage is found and named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_prep.cli import main
+from data_prep.indexed import IndexedWriter
+from data_prep.pack import Source, pack
+from data_prep.verify import find_problems
+from megatron_sov.artifacts import read_manifest, sha256_file, to_json
+
+
+@pytest.fixture(scope="module")
+def sound(tokenizers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("verify")
+    chats = [{"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i}!"}]} for i in range(40)]
+    (folder / "chat.jsonl").write_text("\n".join(map(json.dumps, chats)))
+    pack(tokenizers["solar-open"], [Source("chat", folder / "chat.jsonl")], folder / "shards", heldout_share=0.2, format_="chat")
+    return folder / "shards"
+
+
+def rehash(data: Path) -> None:
+    """Make the manifest's hashes fit the files, so that only the checks behind the hashes can see a change."""
+    raw = json.loads((data / "manifest.json").read_text())
+    raw["files"] = {name: {"sha256": sha256_file(data / name), "size_bytes": (data / name).stat().st_size}
+                    for name in raw["files"]}
+    (data / "manifest.json").write_text(to_json(raw))
+
+
+def set_token(data: Path, index: int, value: int) -> None:
+    tokens = np.memmap(data / "chat/train.bin", "<u2", mode="r+")
+    tokens[index] = value
+    tokens.flush()
+
+
+def leak(data: Path) -> None:
+    """Rewrite the held-out split as a copy of one training document."""
+    length = int(np.fromfile(data / "chat/train.idx", "<i4", 1, offset=34)[0])
+    columns = {s: np.fromfile(data / f"chat/train.{s}", d, length) for s, d in (("bin", "<u2"), ("loss", "<f4"), ("type", "u1"))}
+    with IndexedWriter(data / "chat/heldout", "uint16", True) as writer:
+        writer.write(np.array([length], np.int32), columns)
+
+
+def write_values(file: Path, dtype: str, value: int) -> None:
+    np.full(len(np.fromfile(file, dtype)), value, dtype).tofile(file)
+
+
+def test_sound_shards_pass(sound: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(sound)]) == 0
+    assert capsys.readouterr().out == f"{sound}: sound\n"
+
+
+@pytest.mark.parametrize(("damage", "sentence"), [
+    (lambda d: set_token(d, 3, 384), "ids reach from 2 to 384, must lie in 0..383"),
+    (lambda d: set_token(d, -1, 100), "1 documents do not end with id 2"),
+    (leak, "1 documents are in both splits"),
+    (lambda d: write_values(d / "chat/train.loss", "<f4", 3), "train.loss: holds values other than 0.0, 1.0"),
+    (lambda d: write_values(d / "chat/train.type", "u1", 9), "train.type: holds values other than 0, 1, 2"),
+    (lambda d: (d / "chat/train.type").write_bytes(b"\1"), "train.type: has 1 bytes"),
+    (lambda d: (d / "chat/train.bin").write_bytes(b""), "train.bin: has 0 bytes, the index says"),
+])
+def test_damage_that_hashes_cannot_see(sound: Path, tmp_path: Path, damage: Callable[[Path], Any], sentence: str) -> None:
+    data = tmp_path / "copy"
+    shutil.copytree(sound, data)
+    damage(data)
+    rehash(data)
+    assert any(sentence in problem for problem in find_problems(data))
+
+
+def test_wrong_counts_and_hashes(sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "copy"
+    shutil.copytree(sound, data)
+    raw = json.loads((data / "manifest.json").read_text())
+    raw["content"]["sources"][0]["splits"]["train"]["num_tokens"] += 1
+    raw["content"]["dtype"] = "int32"
+    (data / "manifest.json").write_text(to_json(raw))
+    (data / "tokenizer/tokenizer.json").write_text("{}")
+    assert main(["verify", str(data)]) == 2
+    err = capsys.readouterr().err
+    found = read_manifest(sound).content["sources"][0]["splits"]["train"]["num_tokens"]
+    assert f"num_tokens is {found}, the manifest says {found + 1}" in err
+    assert "ids are uint16, the manifest says int32" in err
+    assert "tokenizer/tokenizer.json: has 2 bytes" in err

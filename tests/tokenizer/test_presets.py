@@ -1,0 +1,75 @@
+"""Presets: ids at their fixed places, split rules as published, chat forms as the models know them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import regex
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_sov.errors import UserError
+from tokenizer.bpe import untrained
+from tokenizer.presets import K_EXAONE, NUM_SPECIAL_IDS, PRESETS, SOLAR_OPEN, Preset, load_preset
+
+
+def test_published_ids() -> None:
+    solar, exaone = SOLAR_OPEN.special_by_id(), K_EXAONE.special_by_id()
+    assert [solar.index(t) for t in (SOLAR_OPEN.bos_token, SOLAR_OPEN.eos_token, SOLAR_OPEN.pad_token)] == [1, 2, 2]
+    assert [solar[i] for i in (20, 21, 22, 23, 24, 25, 30)] == [
+        "<|begin|>", "<|end|>", "<|think|>", "<|content|>", "<|flush|>", "<|calls|>", "<|tool_calls|>"]
+    assert [exaone.index(t) for t in (K_EXAONE.pad_token, K_EXAONE.bos_token, K_EXAONE.eos_token)] == [0, 1, 53]
+    assert solar[40] == "<|reserved_40|>" and len(set(solar)) == len(set(exaone)) == NUM_SPECIAL_IDS
+
+
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS.keys())
+@given(text=st.text(alphabet=st.one_of(
+    st.sampled_from("ab'sT 019 \n\r\t가나./,"), st.characters(codec="utf-8", max_codepoint=0x2FFF))))
+def test_splits_are_those_of_the_pattern_in_another_regex_engine(preset: Preset, text: str) -> None:
+    split = untrained(preset).pre_tokenizer.__getitem__(0)
+    found = [piece for piece, _ in split.pre_tokenize_str(text)]
+    assert found == [m.group() for m in regex.finditer(preset.split_pattern, text) if m.group()]
+
+
+def test_digits_stand_alone() -> None:
+    for preset in PRESETS.values():
+        split = untrained(preset).pre_tokenizer.__getitem__(0)
+        assert [p for p, _ in split.pre_tokenize_str("in 2026")] == ["in", " ", "2", "0", "2", "6"]
+
+
+def test_a_custom_preset_comes_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "rules.json"
+    file.write_text(json.dumps({**asdict(SOLAR_OPEN), "name": "mine", "max_token_bytes": 16}))
+    assert load_preset("custom", file) == replace(SOLAR_OPEN, name="mine", max_token_bytes=16)
+
+
+@pytest.mark.parametrize(("change", "rule"), [
+    ({"special_tokens": {"<a>": 64}, "bos_token": "<a>", "eos_token": "<a>", "pad_token": "<a>"}, "must lie in 0..63"),
+    ({"eos_token": "<none>"}, "eos_token = '<none>' must stand in special_tokens"),
+    ({"special_tokens": {**SOLAR_OPEN.special_tokens, "<x>": 1}}, "one id to two tokens"),
+    ({"normalization": "NFKC"}, "normalization"),
+    ({"colour": "red"}, "colour"),
+    ({"max_token_bytes": 0}, "must be at least 2"),
+])
+def test_bad_rules_are_named(tmp_path: Path, change: dict[str, object], rule: str) -> None:
+    file = tmp_path / "rules.json"
+    file.write_text(json.dumps({**asdict(SOLAR_OPEN), **change}))
+    with pytest.raises(UserError, match=rule):
+        load_preset("custom", file)
+
+
+def test_unknown_and_misplaced_presets(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="did you mean 'solar-open'"):
+        load_preset("solar", None)
+    with pytest.raises(UserError, match="needs --preset-file"):
+        load_preset("custom", None)
+    with pytest.raises(UserError, match="belongs to --preset custom"):
+        load_preset("solar-open", tmp_path / "rules.json")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_preset("custom", tmp_path / "rules.json")
+    (tmp_path / "rules.json").write_text("{")
+    with pytest.raises(UserError, match="is not a JSON object"):
+        load_preset("custom", tmp_path / "rules.json")
