@@ -38,7 +38,7 @@ def chart(figure: go.Figure, caption: str, notes: Iterable[str] = (), height_px:
     """Return a figure as a `Chart`; its margins, fonts and colours are the page's."""
     has_legend = len(figure.data) > 1
     figure.update_layout(template="none", height=height_px, showlegend=has_legend, hovermode="closest",
-                         margin={"l": 64, "r": 16, "t": 28, "b": 76 if has_legend else 48},
+                         margin={"l": 64, "r": 16, "t": 28, "b": 76 if has_legend else 56},
                          legend={"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0},
                          paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", font={"color": "var(--ink)", "size": 12})
     for axis in ("xaxis", "yaxis"):
@@ -99,7 +99,8 @@ def _curves(curves: list[Curve], title: str, caption: str, run: Run, *, smooth: 
         trace, found = _line(curve, name, stroke)
         figure.add_trace(trace)
         notes += found
-    figure.update_layout(xaxis={"title": "optimizer step"}, yaxis={"title": title, "exponentformat": "power"})
+    figure.update_layout(xaxis={"title": "optimizer step"}, yaxis={
+        "title": title, "exponentformat": "power", "minexponent": 5, "separatethousands": True})
     _mark_phases(figure, run.phases)
     _mark_restarts(figure, run)
     return chart(figure, caption, notes)

@@ -90,7 +90,7 @@ def key_figures(run: Run) -> list[tuple[str, str, str]]:
         found.append(("Tokens trained", large(tokens), f"{int(loss.steps[-1]):,} steps" if loss else ""))
     if run.wall_s() > 0:
         ranks = run.start("num_ranks")
-        found.append(("Wall time", duration(run.wall_s()), f"{ranks:,} processes" if ranks else ""))
+        found.append(("Wall time", duration(run.wall_s()), f"{ranks:,} process{'es' if ranks > 1 else ''}" if ranks else ""))
     speed = run.curve("tokens_per_s")
     if speed and len(speed.finite().steps):
         found.append(("Tokens a second", f"{np.median(speed.finite().values):,.0f}", "median over steps"))
@@ -235,7 +235,7 @@ def _attempt_tables(attempts: list[Attempt]) -> list[Table]:
         start = attempt.start
         began = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(number(start.get("time_s"))))
         resumed = start.get("resumed_from")
-        origin = f"from step {resumed:,}" if resumed else "from the beginning"
+        origin = f"from step {resumed}" if resumed else "from the beginning"
         if attempt.resume_reason:
             origin += f" ({attempt.resume_reason})"
         layout = ", ".join(f"{k} {v}" for k, v in (start.get("layout") or {}).items())

@@ -26,6 +26,11 @@ def test_sections_without_data_are_left_out(tmp_path: Path) -> None:
     assert '<span class="bad">FAILED</span>' in render([run])
 
 
+def test_a_run_that_has_just_begun_says_so(tmp_path: Path) -> None:
+    (tmp_path / "events.jsonl").touch()
+    assert "This run has recorded nothing yet." in render([read_run(tmp_path)])
+
+
 def test_key_figures(runs: list[Path]) -> None:
     found = {label: (value, detail) for label, value, detail in key_figures(read_run(runs[1]))}
     assert found["Parameters"] == ("2.891 M", "1.12 M active for each token")
