@@ -1,0 +1,26 @@
+"""Conversion between checkpoints and Hugging Face folders: `to_hf`, `from_hf`, `verify`, `open_weights`.
+
+The functions are loaded on first use, so that `megatron-sov convert --help` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_sov.convert.export import to_hf
+    from megatron_sov.convert.intake import from_hf
+    from megatron_sov.convert.proof import Check, verify
+    from megatron_sov.convert.sources import open_weights
+
+MAX_SHARD_BYTES = 5_000_000_000
+"""Default of the largest safetensors file that is written."""
+__all__ = ["MAX_SHARD_BYTES", "Check", "from_hf", "open_weights", "to_hf", "verify"]
+_MODULES = {"to_hf": "export", "from_hf": "intake", "Check": "proof", "verify": "proof", "open_weights": "sources"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,0 +1,120 @@
+"""`megatron-sov convert from-hf | to-hf | verify | inspect`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+from megatron_sov.artifacts import to_json
+from megatron_sov.convert import MAX_SHARD_BYTES
+from megatron_sov.models.count import num_params
+
+EXIT_OK, EXIT_GATE_FAILED = 0, 3
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the four actions."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    def action(name: str, text: str) -> argparse.ArgumentParser:
+        return actions.add_parser(name, help=text, description=text)
+
+    overwrite = {"action": "store_true", "help": "replace an artifact of the same kind that is already at OUT"}
+    from_hf = action("from-hf", "write a Hugging Face folder as a checkpoint that any layout can load")
+    from_hf.add_argument("hf_dir", metavar="HF_DIR", type=Path, help="folder with config.json and safetensors files")
+    from_hf.add_argument("out", metavar="OUT", type=Path, help="checkpoint folder to write")
+    from_hf.add_argument("--overwrite", **overwrite)  # type: ignore[arg-type]
+
+    to_hf = action("to-hf", "write a checkpoint as a Hugging Face folder")
+    to_hf.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="checkpoint folder, e.g. RUN/checkpoints/step-100")
+    to_hf.add_argument("out", metavar="OUT", type=Path, help="Hugging Face folder to write")
+    to_hf.add_argument("--dtype", default="keep", help="float32, bfloat16, float16, or keep (default) for the checkpoint's own")
+    to_hf.add_argument("--max-shard-bytes", type=int, default=MAX_SHARD_BYTES, metavar="N",
+                       help="largest safetensors file (default: %(default)s)")
+    to_hf.add_argument("--overwrite", **overwrite)  # type: ignore[arg-type]
+
+    verify = action("verify", "compare two models, checkpoint or Hugging Face folder each; exit code 3 where they differ")
+    verify.add_argument("a", metavar="A", type=Path)
+    verify.add_argument("b", metavar="B", type=Path)
+    verify.add_argument("--no-load", action="store_true", help="do not load with transformers (saves memory)")
+    verify.add_argument("--json", action="store_true", help="print the checks as JSON")
+    verify.add_argument("--card", type=Path, metavar="FILE", help="also write the checks as a card, e.g. OUT.verification.json")
+
+    inspect = action("inspect", "show a checkpoint's or Hugging Face folder's architecture, parameters and dtypes")
+    inspect.add_argument("a", metavar="A", type=Path)
+    inspect.add_argument("--json", action="store_true", help="print as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the chosen action; returns the exit code."""
+    return {"from-hf": _from_hf, "to-hf": _to_hf, "verify": _verify, "inspect": _inspect}[args.action](args)
+
+
+def _from_hf(args: argparse.Namespace) -> int:
+    from megatron_sov import convert
+
+    convert.from_hf(args.hf_dir, args.out, overwrite=args.overwrite)
+    print(f"wrote checkpoint {args.out}")
+    return EXIT_OK
+
+
+def _to_hf(args: argparse.Namespace) -> int:
+    from megatron_sov import convert
+
+    convert.to_hf(args.checkpoint, args.out, args.dtype, max_shard_bytes=args.max_shard_bytes, overwrite=args.overwrite)
+    print(f"wrote Hugging Face folder {args.out}")
+    return EXIT_OK
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from megatron_sov import convert
+    from megatron_sov.convert.proof import write_card
+
+    checks = convert.verify(args.a, args.b, load=not args.no_load)
+    passed = all(check.passed for check in checks)
+    if args.card:
+        write_card(args.card, args.a, args.b, checks)
+    if args.json:
+        print(to_json({"passed": passed, "checks": checks}), end="")
+    else:
+        for check in checks:
+            mark = "ok  " if check.passed else "FAIL"
+            print(f"{mark}  {check.name}: {check.value:g} (limit {check.limit:g}){'; ' + check.detail if check.detail else ''}")
+        print("verified: the same model" if passed else "NOT verified: see the lines marked FAIL")
+    return EXIT_OK if passed else EXIT_GATE_FAILED
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    facts = _facts(args.a)
+    if args.json:
+        print(to_json(facts), end="")
+    else:
+        for section in ("weights", "parameters", "model"):
+            print(section)
+            for name, value in facts[section].items():
+                print(f"  {name:<24} {value:,}" if type(value) is int else f"  {name:<24} {value}")
+    return EXIT_OK
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    """Return what `inspect` shows, from headers alone."""
+    from megatron_sov import convert
+
+    weights = convert.open_weights(path)
+    dtypes: dict[str, int] = {}
+    size_bytes = 0
+    for link in weights.links:
+        for name, shape in link.hf_shapes().items():
+            dtype = weights.dtype(name)
+            label = str(dtype).removeprefix("torch.")
+            dtypes[label] = dtypes.get(label, 0) + 1
+            size_bytes += math.prod(shape) * dtype.itemsize
+    return {
+        "weights": {"path": str(path), "num_tensors": len(weights.names()), "size_bytes": size_bytes,
+                    "dtypes": ", ".join(f"{label} x {n:,}" for label, n in sorted(dtypes.items()))},
+        "parameters": dataclasses.asdict(num_params(weights.model)),
+        "model": dataclasses.asdict(weights.model),
+    }

@@ -1,0 +1,117 @@
+"""A model family: how its weights and its config map to Hugging Face, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_sov.config import ModelConfig, from_dict
+from megatron_sov.errors import UserError, nearest
+from megatron_sov.models.hf_config import Fixed, Item, Renamed, Unused
+from megatron_sov.models.weights import Link, Section, links
+
+COMMON_CONFIG: tuple[Item, ...] = (
+    Renamed("vocab_size", "vocab_size"), Renamed("hidden_size", "hidden_size"), Renamed("num_hidden_layers", "num_layers"),
+    Renamed("num_attention_heads", "num_heads"), Renamed("num_key_value_heads", "num_kv_heads"),
+    Renamed("num_experts_per_tok", "num_experts_per_token", 8), Renamed("moe_intermediate_size", "expert_ffn_dim"),
+    Renamed("max_position_embeddings", "max_position_tokens"),
+    Renamed("rms_norm_eps", "norm_eps", 1e-5), Renamed("initializer_range", "init_std", 0.02),
+    Fixed("hidden_act", "silu"), Fixed("tie_word_embeddings", False), Fixed("attention_dropout", 0.0),
+    Fixed("attention_bias", False, written=False), Fixed("norm_topk_prob", True), Fixed("n_group", 1), Fixed("topk_group", 1),
+    Fixed("scoring_func", "sigmoid", written=False), Fixed("topk_method", "noaux_tc", written=False),
+    Unused(("model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache", "output_router_logits",
+            "bos_token_id", "eos_token_id", "pad_token_id", "tokenizer_class", "_name_or_path", "auto_map")),
+)
+"""What the families here have in common."""
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """The token ids that a Hugging Face config carries; None where unknown."""
+
+    bos: int | None = None
+    eos: int | list[int] | None = None
+    pad: int | None = None
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family's declaration."""
+
+    name: str
+    """Equal to transformers' `model_type`."""
+    hf_classes: tuple[str, ...]
+    """Accepted names of the transformers class; the first one is written."""
+    weights: tuple[Section, ...]
+    """The weight map."""
+    config: tuple[Item, ...]
+    """The config map."""
+    structure: dict[str, Any]
+    """Fields of `ModelConfig` that this family cannot vary, with their value."""
+    training: dict[str, Any] = field(default_factory=dict)
+    """Fields that a config.json does not carry (they only steer training), with the published value."""
+
+    def links(self, model: ModelConfig) -> list[Link]:
+        """Return every block of every tensor of `model`, with its Hugging Face tensors."""
+        return links(self.weights, model)
+
+    def problems(self, model: ModelConfig) -> list[str]:
+        """Return one sentence for each property of `model` that the family cannot express."""
+        p = [f"model.{name} = {getattr(model, name)!r}: family '{self.name}' only knows {value!r}"
+             for name, value in self.structure.items() if getattr(model, name) != value]
+        if model.num_dense_layers < model.num_layers and model.num_shared_experts < 1:
+            p.append(f"model.num_shared_experts = {model.num_shared_experts}: family '{self.name}' needs at least 1")
+        return p
+
+    def _check(self, model: ModelConfig) -> None:
+        problems = model.problems() + self.problems(model)
+        if problems:
+            raise UserError("; ".join(problems))
+
+    def to_hf_config(self, model: ModelConfig, dtype: str, tokens: TokenIds) -> dict[str, Any]:
+        """Return the content of config.json.
+
+        Args:
+            model: the architecture.
+            dtype: name of the weights' dtype, e.g. "bfloat16".
+            tokens: ids for generation.
+
+        Raises:
+            UserError: the family cannot express `model`; the message names every field.
+        """
+        self._check(model)
+        config: dict[str, Any] = {
+            "architectures": [self.hf_classes[0]], "model_type": self.name, "dtype": dtype, "use_cache": True,
+            "bos_token_id": tokens.bos, "eos_token_id": tokens.eos, "pad_token_id": tokens.pad}
+        for item in self.config:
+            config |= item.write(model)
+        return config
+
+    def from_hf_config(self, config: dict[str, Any], tensor_names: Iterable[str] = ()) -> ModelConfig:
+        """Return the architecture that a config.json describes.
+
+        Args:
+            config: the parsed config.json.
+            tensor_names: names of the folder's tensors; they tell of a multi-token prediction layer where the config is silent.
+
+        Raises:
+            UserError: a field is unknown, missing, of the wrong type or not supported; the message names it.
+        """
+        config = {name: value for name, value in config.items() if value is not None}
+        known = [name for item in self.config for name in item.names]
+        unknown = [f"'{name}'{nearest(name, known)}" for name in config if name not in known]
+        if unknown:
+            raise UserError(f"config.json: unknown fields for family '{self.name}': {', '.join(unknown)}; "
+                            "transformers would ignore them, so remove those that have no effect")
+        if not set(config.get("architectures", self.hf_classes)) <= set(self.hf_classes):
+            raise UserError(f"config.json: architectures = {config['architectures']}, but model_type '{self.name}' "
+                            f"is {self.hf_classes[0]}; make them agree")
+        if "num_mtp_layers" not in self.structure and any(name.startswith("mtp.") for name in tensor_names):
+            config.setdefault("num_nextn_predict_layers", 1)
+        fields: dict[str, Any] = {"family": self.name, **self.structure, **self.training}
+        for item in self.config:
+            fields |= item.read(config)
+        model = from_dict({"recipe": "from-hf", "model": fields}).model
+        self._check(model)
+        return model

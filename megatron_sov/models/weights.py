@@ -1,0 +1,289 @@
+"""The vocabulary of a weight map: which Hugging Face tensors make up which megatron-core tensor.
+
+A declaration says once how a Megatron tensor is viewed and along which axis it falls into Hugging Face tensors
+(`Layout`); joining and splitting both follow from that, so a map cannot disagree with its inverse.  Shapes are written
+in letters (`SIZES`), e.g. "V H".  Tensors are only asked to `reshape`, `narrow`, `copy_` and `new_empty`, so nothing
+here needs torch.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from megatron_sov.config import ModelConfig
+
+SIZES: dict[str, Callable[[ModelConfig], int]] = {
+    "V": lambda m: m.vocab_size,
+    "H": lambda m: m.hidden_size,
+    "D": lambda m: m.head_dim,
+    "A": lambda m: m.num_heads * m.head_dim,
+    "F": lambda m: m.dense_ffn_dim,
+    "E": lambda m: m.num_experts,
+    "I": lambda m: m.expert_ffn_dim,
+    "S": lambda m: m.expert_ffn_dim * m.num_shared_experts,
+}
+"""Letters of a shape: Vocabulary, Hidden, heaD, All query heads, dense Ffn, Experts, expert's Inner, Shared experts' inner."""
+_TOKEN = re.compile(r"(\d*)([A-Z])")
+
+
+def shape_of(letters: str, model: ModelConfig) -> tuple[int, ...]:
+    """Return the shape that letters such as "V H" or "H 2H" stand for in `model`."""
+    matches = [_TOKEN.fullmatch(token) for token in letters.split()]
+    return tuple(int(m[1] or 1) * SIZES[m[2]](model) for m in matches if m)
+
+
+def _check_letters(letters: str, where: str) -> None:
+    for token in letters.split() or [""]:
+        match = _TOKEN.fullmatch(token)
+        if not match or match[2] not in SIZES:
+            raise ValueError(f"{where}: {token!r} in the shape {letters!r} is none of {', '.join(SIZES)} with an optional factor")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a block of a Megatron tensor falls into Hugging Face tensors."""
+
+    view: tuple[int, ...]
+    """Shape in which the block is viewed."""
+    axis: int
+    """Axis of the view along which it is cut."""
+    lengths: tuple[int, ...]
+    """Extent of each Hugging Face tensor along that axis; they add up to the axis."""
+    merged: int
+    """How many leading axes of the view are one axis in the stored tensors."""
+
+    def stored(self, length: int) -> tuple[int, ...]:
+        """Return the stored shape of a part that has `length` along the cut axis."""
+        part = self.part(length)
+        return (math.prod(part[:self.merged]), *part[self.merged:])
+
+    def part(self, length: int) -> tuple[int, ...]:
+        """Return the viewed shape of a part that has `length` along the cut axis."""
+        return (*self.view[:self.axis], length, *self.view[self.axis + 1:])
+
+    def starts(self) -> list[int]:
+        """Return where each part begins along the cut axis."""
+        return [sum(self.lengths[:i]) for i in range(len(self.lengths))]
+
+
+class Entry(Protocol):
+    """One line of a weight map."""
+
+    @property
+    def megatron(self) -> str: ...
+    @property
+    def hf_names(self) -> tuple[str, ...]: ...
+    @property
+    def fp32(self) -> bool: ...
+
+    def layout(self, model: ModelConfig) -> Layout: ...
+
+
+@dataclass(frozen=True)
+class Same:
+    """One Hugging Face tensor that is the Megatron tensor."""
+
+    megatron: str
+    hf: str
+    shape: str
+    fp32: bool = False
+    """Whether the tensor is float32 whatever the dtype of the rest."""
+
+    def __post_init__(self) -> None:
+        _check_letters(self.shape, self.megatron)
+
+    @property
+    def hf_names(self) -> tuple[str, ...]:
+        return (self.hf,)
+
+    def layout(self, model: ModelConfig) -> Layout:
+        shape = shape_of(self.shape, model)
+        return Layout(shape, 0, (shape[0],), 1)
+
+
+@dataclass(frozen=True)
+class GateUp:
+    """The gate's rows, then the up projection's, stacked in one Megatron tensor."""
+
+    megatron: str
+    gate: str
+    up: str
+    shape: str
+    """Shape of each of the two Hugging Face tensors."""
+    fp32: bool = False
+
+    def __post_init__(self) -> None:
+        _check_letters(self.shape, self.megatron)
+
+    @property
+    def hf_names(self) -> tuple[str, ...]:
+        return (self.gate, self.up)
+
+    def layout(self, model: ModelConfig) -> Layout:
+        return Layout((2, *shape_of(self.shape, model)), 0, (1, 1), 2)
+
+
+@dataclass(frozen=True)
+class QKV:
+    """Query, key and value interleaved by key/value group: for each group its query heads, its key head, its value head."""
+
+    megatron: str
+    query: str
+    key: str
+    value: str
+    fp32: bool = False
+
+    @property
+    def hf_names(self) -> tuple[str, ...]:
+        return (self.query, self.key, self.value)
+
+    def layout(self, model: ModelConfig) -> Layout:
+        heads = model.num_heads // model.num_kv_heads
+        return Layout((model.num_kv_heads, heads + 2, model.head_dim, model.hidden_size), 1, (heads, 1, 1), 3)
+
+
+@dataclass(frozen=True)
+class Experts:
+    """An entry per expert ("{e}" in the Hugging Face names), stacked along a leading axis of the Megatron tensor."""
+
+    each: Same | GateUp
+
+    def __post_init__(self) -> None:
+        for name in self.each.hf_names:
+            if "{e}" not in name:
+                raise ValueError(f"{self.megatron}: its counterpart {name!r} lacks the placeholder {{e}} of an expert")
+        if "{e}" in self.megatron:
+            raise ValueError(f"{self.megatron}: holds all experts, so it has no placeholder {{e}}")
+
+    @property
+    def megatron(self) -> str:
+        return self.each.megatron
+
+    @property
+    def hf_names(self) -> tuple[str, ...]:
+        return self.each.hf_names
+
+    @property
+    def fp32(self) -> bool:
+        return self.each.fp32
+
+    def layout(self, model: ModelConfig) -> Layout:
+        return self.each.layout(model)
+
+
+@dataclass(frozen=True)
+class Section:
+    """Entries under common prefixes, and where they occur."""
+
+    where: Literal["once", "every layer", "dense layers", "moe layers", "mtp"]
+    """mtp: once, in models that have a multi-token prediction layer."""
+    megatron: str
+    """Prefix of the Megatron names; "{l}" is the layer."""
+    hf: str
+    """Prefix of the Hugging Face names; "{l}" is the layer."""
+    entries: tuple[Entry, ...]
+
+    def __post_init__(self) -> None:
+        per_layer = self.where.endswith(("layer", "layers"))
+        for prefix in (self.megatron, self.hf):
+            if ("{l}" in prefix) != per_layer:
+                raise ValueError(f"section {self.megatron!r} <-> {self.hf!r} for {self.where}: "
+                                 f"{'both prefixes need' if per_layer else 'neither prefix may have'} the placeholder {{l}}")
+        for entry in self.entries:
+            misplaced = ["{l}"] if isinstance(entry, Experts) else ["{l}", "{e}"]
+            if any(placeholder in name for placeholder in misplaced for name in (entry.megatron, *entry.hf_names)):
+                raise ValueError(f"section {self.megatron!r}, entry {entry.megatron!r} <-> {entry.hf_names}: "
+                                 "a layer's placeholder belongs in the prefixes, an expert's in Experts(...)")
+        for names in ([n for entry in self.entries for n in entry.hf_names], [entry.megatron for entry in self.entries]):
+            twice = sorted({name for name in names if names.count(name) > 1})
+            if twice:
+                raise ValueError(f"section {self.megatron!r} <-> {self.hf!r}: {', '.join(twice)} stand twice")
+
+    def occurs_in(self, layer: int, model: ModelConfig) -> bool:
+        """Return whether the section holds for this trunk layer."""
+        dense = layer < model.num_dense_layers
+        return self.where == "every layer" or self.where == ("dense layers" if dense else "moe layers")
+
+
+@dataclass(frozen=True)
+class Link:
+    """One block of one Megatron tensor of a model, and the Hugging Face tensors that it consists of."""
+
+    key: str
+    """Name of the Megatron tensor."""
+    shape: tuple[int, ...]
+    """Global shape of the Megatron tensor."""
+    offset: tuple[int, ...]
+    """First index of the block: (expert, 0, 0) for an expert, else zeros."""
+    hf_names: tuple[str, ...]
+    layout: Layout
+    fp32: bool
+
+    @property
+    def block_shape(self) -> tuple[int, ...]:
+        """Return the block's shape, an expert's without the leading axis."""
+        return self.layout.stored(self.layout.view[self.layout.axis])
+
+    @property
+    def extent(self) -> tuple[int, ...]:
+        """Return the block's shape with as many axes as the global tensor."""
+        return (1,) * (len(self.shape) - len(self.block_shape)) + self.block_shape
+
+    def hf_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each Hugging Face tensor."""
+        return {name: self.layout.stored(n) for name, n in zip(self.hf_names, self.layout.lengths, strict=True)}
+
+    def _parts(self, viewed: Any) -> Iterator[tuple[str, int, Any]]:
+        for name, start, length in zip(self.hf_names, self.layout.starts(), self.layout.lengths, strict=True):
+            yield name, length, viewed.narrow(self.layout.axis, start, length)
+
+    def split(self, block: Any) -> dict[str, Any]:
+        """Return the Hugging Face tensors of a block; they may share its memory."""
+        viewed = block.reshape(self.layout.view)
+        return {name: part.reshape(self.layout.stored(n)) for name, n, part in self._parts(viewed)}
+
+    def join(self, tensors: dict[str, Any]) -> Any:
+        """Return the block that these Hugging Face tensors (of one dtype and device) make up."""
+        if len(self.hf_names) == 1:
+            return tensors[self.hf_names[0]].reshape(self.block_shape)
+        viewed = tensors[self.hf_names[0]].new_empty(self.layout.view)
+        for name, length, part in self._parts(viewed):
+            part.copy_(tensors[name].reshape(self.layout.part(length)))
+        return viewed.reshape(self.block_shape)
+
+
+def links(sections: Sequence[Section], model: ModelConfig) -> list[Link]:
+    """Return every block of every tensor of `model`: what stands once, then layer by layer, then multi-token prediction.
+
+    Raises:
+        ValueError: the map names a tensor twice.
+    """
+    found = [x for s in sections if s.where == "once" for x in _expand(s, model)]
+    for layer in range(model.num_layers):
+        found += [x for s in sections if s.occurs_in(layer, model) for x in _expand(s, model, layer)]
+    if model.num_mtp_layers:
+        found += [x for s in sections if s.where == "mtp" for x in _expand(s, model)]
+    hf_names = [name for link in found for name in link.hf_names]
+    blocks = [(link.key, link.offset) for link in found]
+    if len(set(hf_names)) != len(hf_names) or len(set(blocks)) != len(blocks):
+        raise ValueError(f"the weight map of {model.family} names a tensor twice")
+    return found
+
+
+def _expand(section: Section, model: ModelConfig, layer: int | None = None) -> Iterator[Link]:
+    def named(prefix: str, name: str, expert: int | None = None) -> str:
+        return (prefix + name).replace("{l}", str(layer)).replace("{e}", str(expert))
+
+    for entry in section.entries:
+        layout = entry.layout(model)
+        key = named(section.megatron, entry.megatron)
+        block = layout.stored(layout.view[layout.axis])
+        stacked = isinstance(entry, Experts)
+        for expert in range(model.num_experts if stacked else 1):
+            shape = (model.num_experts, *block) if stacked else block
+            offset = (expert if stacked else 0, *(0,) * (len(shape) - 1))
+            yield Link(key, shape, offset, tuple(named(section.hf, n, expert) for n in entry.hf_names), layout, entry.fp32)

@@ -1,0 +1,103 @@
+"""`verify` passes for the same model and says what differs otherwise."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_sov import convert
+from megatron_sov.cli import main
+
+
+@pytest.fixture
+def pair(exaone_dir: Path, tmp_path: Path) -> tuple[Path, Path]:
+    convert.from_hf(exaone_dir, tmp_path / "ckpt")
+    convert.to_hf(tmp_path / "ckpt", tmp_path / "hf")
+    return tmp_path / "ckpt", tmp_path / "hf"
+
+
+def failed(checks: list[convert.Check]) -> dict[str, float]:
+    assert all(check.passed == (check.value <= check.limit) for check in checks)
+    return {check.name: check.value for check in checks if not check.passed}
+
+
+def edit(folder: Path, name: str, value: torch.Tensor | None) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors.pop(name)
+    if value is not None:
+        tensors[name] = value
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_all_three_folders_are_the_same_model(pair, exaone_dir: Path) -> None:
+    checkpoint, hf = pair
+    for a, b in ((checkpoint, hf), (exaone_dir, checkpoint), (hf, exaone_dir)):
+        checks = convert.verify(a, b)
+        assert failed(checks) == {}
+    assert sum("transformers" in check.name for check in checks) == 6
+
+
+def test_one_changed_weight_is_found_and_measured(pair) -> None:
+    checkpoint, hf = pair
+    name = "model.layers.2.mlp.experts.6.up_proj.weight"
+    weight = load_file(hf / "model.safetensors")[name]
+    weight[3, 4] += 0.5
+    edit(hf, name, weight)
+    checks = convert.verify(checkpoint, hf, load=False)
+    assert [c.detail for c in checks if c.name == "tensors whose values differ"] == [name]
+    assert failed(checks) == {f"{hf}: files that differ from the manifest": 1, "tensors whose values differ": 1,
+                              "largest difference of a weight": pytest.approx(0.5, abs=2e-3)}
+
+
+def test_a_cast_copy_is_equal_after_rounding(pair, tmp_path: Path) -> None:
+    convert.to_hf(pair[0], tmp_path / "wide", "float32")
+    assert failed(convert.verify(pair[0], tmp_path / "wide", load=False)) == {}
+
+
+def test_another_setting_in_config_json_is_found(pair) -> None:
+    checkpoint, hf = pair
+    config = json.loads((hf / "config.json").read_text())
+    (hf / "config.json").write_text(json.dumps(config | {"routed_scaling_factor": 1.0}))
+    found = failed(convert.verify(checkpoint, hf, load=False))
+    assert found == {f"{hf}: files that differ from the manifest": 1, "config fields that differ": 1}
+
+
+def test_negative_zero_is_not_zero(solar_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(solar_dir, tmp_path / "b")
+    edit(tmp_path / "b", "model.norm.weight", load_file(solar_dir / "model.safetensors")["model.norm.weight"] * 0)
+    shutil.copytree(tmp_path / "b", tmp_path / "c")
+    edit(tmp_path / "c", "model.norm.weight", -load_file(tmp_path / "b/model.safetensors")["model.norm.weight"])
+    assert failed(convert.verify(tmp_path / "b", tmp_path / "c", load=False)) == {"tensors whose values differ": 1}
+
+
+def test_command_prints_checks_and_writes_the_card(pair, tmp_path: Path, capsys) -> None:
+    checkpoint, hf = map(str, pair)
+    card = tmp_path / "verification.json"
+    assert main(["convert", "verify", checkpoint, hf, "--card", str(card)]) == 0
+    assert "verified: the same model" in capsys.readouterr().out
+    written = json.loads(card.read_text())
+    assert written["passed"] is True
+    assert {"megatron_sov", "torch", "transformers"} == written["versions"].keys()
+    edit(pair[1], "lm_head.weight", torch.ones(96, 32, dtype=torch.bfloat16))
+    assert main(["convert", "verify", checkpoint, hf, "--no-load", "--json"]) == 3
+    assert json.loads(capsys.readouterr().out)["passed"] is False
+
+
+def test_inspect_counts_from_headers(pair, capsys) -> None:
+    facts = []
+    for folder in pair:
+        assert main(["convert", "inspect", str(folder), "--json"]) == 0
+        facts.append(json.loads(capsys.readouterr().out))
+    tensors = load_file(pair[1] / "model.safetensors")
+    assert facts[0]["parameters"] == facts[1]["parameters"]
+    for weights in (facts[0]["weights"], facts[1]["weights"]):
+        assert weights["num_tensors"] == len(tensors)
+        assert weights["size_bytes"] == sum(t.nbytes for t in tensors.values())
+        assert weights["dtypes"] == f"bfloat16 x {len(tensors) - 4}, float32 x 4"
+    parameters = facts[0]["parameters"]
+    assert parameters["total"] + parameters["mtp"] == sum(t.numel() for name, t in tensors.items() if "correction" not in name)
