@@ -58,12 +58,13 @@ demo: setup  ## raw text to a trained, converted and judged model on this machin
 docs: setup  ## renew docs/config.md from the settings' docstrings
 	"$(PY)" docs/generate_config.py
 
-lock: setup  ## renew constraints.txt: newest versions that fit setup.py, in a fresh environment
+# torch moves by hand (edit its line first): its builds differ per index, and it pins the CUDA libraries that come with it.
+lock: setup  ## renew constraints.txt: newest versions that fit setup.py, in a fresh environment; torch stays
 	rm -rf build/lock
 	"$(PY)" -m venv build/lock
-	build/lock/bin/python $(PIP_INSTALL) --quiet '.[dev]'
-	{ sed -n '/^#/p' constraints.txt; \
-	  build/lock/bin/python -m pip freeze --all --exclude pip --exclude megatron-sov | sed 's/+[a-z0-9.]*$$//'; } > build/constraints.txt
+	build/lock/bin/python $(PIP_INSTALL) --quiet '.[dev]' "$$(grep '^torch==' constraints.txt)"
+	{ grep '^#' constraints.txt; build/lock/bin/python -m pip freeze --all --exclude pip --exclude megatron-sov \
+	  | sed 's/+[a-z0-9.]*$$//' | grep -v -E '^(nvidia|cuda|triton)'; } > build/constraints.txt
 	mv build/constraints.txt constraints.txt
 	rm -rf build/lock
 

@@ -34,7 +34,7 @@ EXTRAS = {
     "omni": ["pillow", "soundfile"],
     "dev": [
         "pytest>=8", "pytest-xdist", "hypothesis", "ruff", "mypy", "setuptools>=77",
-        "tensorboard", "wandb", "types-tqdm", "types-psutil",
+        "regex", "tensorboard", "wandb", "types-tqdm", "types-psutil",
     ],
 }
 
