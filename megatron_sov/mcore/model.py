@@ -9,6 +9,12 @@ import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlockSubmodules,
     get_mtp_layer_spec,
@@ -84,7 +90,33 @@ def build(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig) -> L
         max_sequence_length=model.max_position_tokens, pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=last_stage, position_embedding_type="yarn" if model.yarn else "rope", rotary_base=int(model.rope_theta),
         share_embeddings_and_output_weights=False, mtp_block_spec=mtp)
-    return network.to(config.params_dtype) if config.bf16 else network
+    if config.bf16:
+        network = network.to(config.params_dtype)
+    _mark_expert_parameters(network)
+    _mark_split_parameters(network)
+    return network
+
+
+def _mark_expert_parameters(network: LanguageModel) -> None:
+    """Have gradients of routed experts summed over the expert data-parallel group.
+
+    Defect of 0.16.1: the library marks them only for expert parallel sizes above 1, so with ep = 1 and etp != tp each
+    tensor-parallel process keeps the gradient of its own tokens.
+    """
+    for name, parameter in network.named_parameters():
+        if ".mlp.experts." in name:
+            parameter.allreduce = False  # type: ignore[attr-defined]
+
+
+def _mark_split_parameters(network: LanguageModel) -> None:
+    """Have every tensor-parallel process count its own part of a split weight in the gradient norm.
+
+    The library sets these marks only while it initialises weights, which `init.py` does in its place.
+    """
+    for module in network.modules():
+        if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding, RowParallelLinear)):
+            if not hasattr(module.weight, "tensor_model_parallel"):
+                set_tensor_model_parallel_attributes(module.weight, True, int(isinstance(module, RowParallelLinear)), 1)
 
 
 def _block_norm() -> Any:

@@ -12,7 +12,6 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ import torch.distributed as dist
 from megatron_sov.config import ParallelConfig
 from megatron_sov.errors import UserError
 from megatron_sov.mcore import cpu
+from megatron_sov.mcore.ranks import num_ranks
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 _PR_SET_PDEATHSIG = 1
@@ -76,15 +76,6 @@ def leave() -> None:
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def num_ranks(nproc: int | None) -> int:
-    """Return how many processes the run will have: the environment's under torchrun or Slurm, else `nproc` (default 1)."""
-    if nproc is not None and nproc < 1:
-        raise UserError(f"--nproc {nproc}: must be at least 1")
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        return int(os.environ["WORLD_SIZE"])
-    return nproc or 1
 
 
 def launch(main: Callable[[], Any], nproc: int | None, num_threads: int = 0) -> int:
@@ -181,8 +172,3 @@ def _send(children: list[int], number: int) -> None:
             os.kill(child, number)
         except ProcessLookupError:
             continue
-
-
-def rank_zero_path(path: Path, world: World) -> Path | None:
-    """Return `path` on the process that writes, None on the others."""
-    return path if world.is_main else None

@@ -1,0 +1,79 @@
+"""A model that is only run forward: evaluation, scoring, sampling, at whatever layout it lives in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+
+from megatron_sov.mcore import schedule
+from megatron_sov.mcore.logprobs import Head, head_of
+from megatron_sov.mcore.model import LanguageModel, ModelInputs, gather_sequence
+from megatron_sov.mcore.schedule import HasInputs
+
+Outputs = Callable[[list[torch.Tensor], Head, Any], Any]
+"""(hidden states per depth, head, micro-batch) -> anything; called on the last pipeline stage."""
+
+
+def split_depths(hidden: torch.Tensor, num_mtp_layers: int) -> list[torch.Tensor]:
+    """Return the trunk's hidden states and those of each multi-token prediction depth."""
+    return list(hidden.chunk(1 + num_mtp_layers, dim=0))
+
+
+class Policy:
+    """A model in evaluation mode; every call is made by all processes together."""
+
+    def __init__(self, model: LanguageModel, head_chunk_tokens: int) -> None:
+        self.model = model
+        self.config = model.config
+        self._depths = model.config.mtp_num_layers or 0
+        self._chunk = head_chunk_tokens
+
+    @torch.no_grad()
+    def map(self, micro_batches: Sequence[HasInputs], outputs: Outputs) -> list[Any]:
+        """Run forward and return what `outputs` gave for each micro-batch (on the last stage; empty elsewhere)."""
+        def last_stage(hidden: torch.Tensor, batch: Any) -> tuple[torch.Tensor, Any]:
+            depths = split_depths(hidden, self._depths)
+            return torch.zeros((), device=hidden.device), outputs(depths, head_of(self.model, self._chunk), batch)
+
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            row_tokens = len(micro_batches[0].inputs.tokens)
+            return schedule.run(self.model, micro_batches, last_stage, row_tokens, forward_only=True)
+        finally:
+            self.model.train(was_training)
+
+    def top_tokens(self, micro_batch: HasInputs) -> torch.Tensor:
+        """Return the most probable next token at every position of a micro-batch, [tokens] int64, on every process."""
+        found = self.map([micro_batch], lambda hidden, head, batch: head.top_tokens(hidden[0]))
+        n = len(micro_batch.inputs.tokens)
+        return schedule.from_last_stage(found[0] if found else torch.zeros(n, dtype=torch.int64))
+
+    def logits(self, micro_batch: HasInputs, positions: torch.Tensor) -> torch.Tensor:
+        """Return full logits [positions, vocabulary] float32 at a few positions of a micro-batch, on every process."""
+        def pick(hidden: list[torch.Tensor], head: Head, batch: HasInputs) -> torch.Tensor:
+            return head.logits(gather_sequence(hidden[0], self.config)[positions.to(hidden[0].device)])
+
+        found = self.map([micro_batch], pick)
+        shape = (len(positions), self.model.vocab_size)
+        return schedule.from_last_stage(found[0] if found else torch.zeros(shape, dtype=torch.float32))
+
+
+class Inputs:
+    """The barest micro-batch: documents in one row, padded to a length that the layout can split."""
+
+    def __init__(self, documents: Sequence[Sequence[int]], device: torch.device, min_tokens: int = 0) -> None:
+        multiple = parallel_state.get_tensor_model_parallel_world_size()
+        lengths = [len(d) for d in documents]
+        gap = -(-max(sum(lengths), min_tokens, multiple) // multiple) * multiple - sum(lengths)
+        spans = lengths + ([gap] if gap else [])
+        flat = torch.tensor([t for d in documents for t in d] + [0] * gap, dtype=torch.int64)
+        self.ends = torch.tensor(lengths).cumsum(0) - 1
+        """[documents] int64: position of each document's last token."""
+        self.inputs = ModelInputs(
+            tokens=flat.to(device), positions=torch.cat([torch.arange(n) for n in spans]).to(device),
+            cu_seqlens=torch.tensor([0, *spans]).cumsum(0).to(torch.int32).to(device), max_document_tokens=max(spans),
+            padding=(torch.arange(len(flat)) >= sum(lengths)).to(device))

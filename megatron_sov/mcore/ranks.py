@@ -1,0 +1,16 @@
+"""How many processes a run has; known before torch is imported, so that layouts are checked early."""
+
+from __future__ import annotations
+
+import os
+
+from megatron_sov.errors import UserError
+
+
+def num_ranks(nproc: int | None) -> int:
+    """Return how many processes the run will have: the environment's under torchrun or Slurm, else `nproc` (default 1)."""
+    if nproc is not None and nproc < 1:
+        raise UserError(f"--nproc {nproc}: must be at least 1")
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    return nproc or 1

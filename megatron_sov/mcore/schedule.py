@@ -1,0 +1,110 @@
+"""Forward and backward over the micro-batches of a step, by the library's pipeline schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_sov.mcore.model import LanguageModel, ModelInputs
+
+
+class HasInputs(Protocol):
+    """A micro-batch: whatever the objective needs, plus what the model reads."""
+
+    @property
+    def inputs(self) -> ModelInputs:
+        """The model's inputs."""
+        ...
+
+
+Loss = Callable[[torch.Tensor, Any], tuple[torch.Tensor, Any]]
+"""(hidden states of the last stage, micro-batch) -> (scalar whose gradient is taken as it is, anything to return)."""
+
+
+def run(wrapped: Any, micro_batches: Sequence[HasInputs], loss: Loss, row_tokens: int, *, forward_only: bool) -> list[Any]:
+    """Run all micro-batches through all pipeline stages.
+
+    Args:
+        wrapped: the model, or its data-parallel wrapper when gradients are wanted.
+        micro_batches: this data-parallel rank's micro-batches, the same on every pipeline stage.
+        loss: called on the last stage only; scalars are summed over micro-batches and processes, never averaged.
+        row_tokens: tokens of each micro-batch.
+        forward_only: without gradients.
+
+    Returns:
+        What `loss` returned beside the scalar for each micro-batch (empty on other stages than the last).
+    """
+
+    def forward(iterator: Iterator[HasInputs], model: Any) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]]:
+        batch = next(iterator)
+        return model(batch.inputs), partial(_finish, loss, batch)
+
+    return get_forward_backward_func()(
+        forward_step_func=forward, data_iterator=iter(micro_batches), model=wrapped, num_microbatches=len(micro_batches),
+        seq_length=row_tokens, micro_batch_size=1, decoder_seq_length=row_tokens, forward_only=forward_only)
+
+
+def _finish(loss: Loss, batch: HasInputs, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    scalar, extra = loss(hidden, batch)
+    return scalar, torch.ones((), dtype=torch.int, device=scalar.device), extra
+
+
+class ExpertLoad:
+    """Tokens per expert and layer of the last step, collected before the library resets its counters."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self._model = model
+        self._counts: dict[int, torch.Tensor] = {}
+
+    def finalize(self, chunks: list[Any], num_tokens: torch.Tensor | None = None, pg_collection: Any = None,
+                 force_all_reduce: bool | None = False) -> None:
+        """Sum gradients over processes and update router biases (the library's `finalize_model_grads_func`).
+
+        The division by a token count is left out: losses arrive divided by their own global denominators.
+        """
+        self._counts = {m.layer_number: m.local_tokens_per_expert.clone() for m in self._model.modules()
+                        if getattr(m, "local_tokens_per_expert", None) is not None}
+        finalize_model_grads(chunks, None, pg_collection, bool(force_all_reduce))
+
+    def gather(self, num_layers: int, num_experts: int) -> torch.Tensor:
+        """Return [layers, experts] token counts of the last step, summed over all processes (zero rows: dense layers)."""
+        total = torch.zeros(num_layers + 1, num_experts, dtype=torch.float64)
+        for layer, counts in self._counts.items():
+            total[layer] = counts.double().cpu()
+        total = to_comm_device(total)
+        dist.all_reduce(total)
+        return total[1:].cpu()
+
+
+def to_comm_device(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor where the process group's backend can send it."""
+    return tensor.cuda() if dist.get_backend() == "nccl" else tensor
+
+
+def sum_over_data(values: torch.Tensor) -> torch.Tensor:
+    """Sum a float64 tensor over the data-parallel group, on every process."""
+    total = to_comm_device(values.clone())
+    dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    return total.cpu()
+
+
+def sum_everywhere(values: torch.Tensor) -> torch.Tensor:
+    """Sum a float64 tensor over all processes."""
+    total = to_comm_device(values.clone())
+    dist.all_reduce(total)
+    return total.cpu()
+
+
+def from_last_stage(values: torch.Tensor) -> torch.Tensor:
+    """Return the tensor as the last pipeline stage holds it, on every stage."""
+    sent = to_comm_device(values.clone())
+    dist.broadcast(sent, src=parallel_state.get_pipeline_model_parallel_last_rank(),
+                   group=parallel_state.get_pipeline_model_parallel_group())
+    return sent.cpu()

@@ -1,0 +1,88 @@
+"""The arguments that all training commands share, and how they become a config.  No torch here."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from megatron_sov.errors import UserError
+
+
+def add_stage_arguments(parser: argparse.ArgumentParser, *, needs_start: bool) -> None:
+    """Add RECIPE --data --run --from --nproc --set --resume."""
+    parser.add_argument("recipe", help="name of a recipe; `megatron-sov recipes` lists them")
+    parser.add_argument("--data", action="append", required=True, metavar="DIR[:weight]",
+                        help="token shards made by `sov-data pack`; several are mixed by weight")
+    parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="folder of this run")
+    parser.add_argument("--from", dest="start_from", type=Path, required=needs_start, metavar="CHECKPOINT|RUN|HF_DIR",
+                        help="start from these weights (and their architecture)")
+    parser.add_argument("--nproc", type=int, default=None, metavar="N",
+                        help="local processes to start (under Slurm or torchrun the environment decides)")
+    parser.add_argument("--set", dest="settings", action="append", default=[], metavar="key=value",
+                        help="change a setting, e.g. --set train.steps=100 --set parallel.ep=2")
+    parser.add_argument("--resume", action="store_true", help="continue the run that is in --run")
+
+
+def data_paths(data: list[str]) -> dict[str, float]:
+    """Return folder -> weight of --data arguments; the weight after the last colon defaults to 1.
+
+    Raises:
+        UserError: a folder that does not exist, or a weight that is not a number.
+    """
+    paths: dict[str, float] = {}
+    for argument in data:
+        path, weight = argument, 1.0
+        if not Path(argument).exists() and ":" in argument:
+            path, _, text = argument.rpartition(":")
+            try:
+                weight = float(text)
+            except ValueError:
+                raise UserError(f"--data {argument}: the weight {text!r} is not a number") from None
+        if weight < 0:
+            raise UserError(f"--data {argument}: the weight must not be negative")
+        if not Path(path).is_dir():
+            raise UserError(f"--data {path}: does not exist; pass a folder made by `sov-data pack`")
+        paths[path] = weight
+    return paths
+
+
+def resolve_start(start_from: Path | None, run: Path) -> Path | None:
+    """Return the checkpoint that --from means; a Hugging Face folder is converted into RUN/from-hf once.
+
+    Raises:
+        UserError: it is no checkpoint, run or Hugging Face folder.
+    """
+    if start_from is None:
+        return None
+    if not start_from.is_dir():
+        raise UserError(f"--from {start_from}: does not exist; pass a checkpoint, a run or a Hugging Face folder")
+    from megatron_sov.train.stage import find_checkpoint
+
+    if not (start_from / "manifest.json").is_file() or (start_from / "model.safetensors").is_file() or list(start_from.glob("model-*.safetensors")):
+        if (start_from / "config.json").is_file() and list(start_from.glob("*.safetensors")):
+            return _converted(start_from, run)
+    return find_checkpoint(start_from)
+
+
+def _converted(hf_dir: Path, run: Path) -> Path:
+    from megatron_sov import convert
+
+    out = run.with_name(run.name + ".from-hf")
+    if not (out / "manifest.json").is_file():
+        convert.from_hf(hf_dir, out)
+    return out
+
+
+def stage_config(args: argparse.Namespace, checkpoint: Path | None, *, defaults: tuple[str, ...] = ()):  # type: ignore[no-untyped-def]
+    """Return the resolved `RunConfig` of a training command: recipe, checkpoint's architecture, data, then --set."""
+    from megatron_sov import recipes
+    from megatron_sov.config import apply_settings
+
+    config = recipes.get(args.recipe)
+    if checkpoint is not None:
+        from megatron_sov.train.stage import with_model_of
+
+        config = with_model_of(config, checkpoint)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, paths=data_paths(args.data)))
+    return apply_settings(config, [*defaults, *args.settings])

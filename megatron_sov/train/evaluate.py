@@ -1,0 +1,69 @@
+"""Loss on held-out documents, per source, in nats per token and bits per byte.
+
+Bits per byte, not only the mean loss: it does not depend on the tokenizer, so runs with different ones can be compared.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from megatron_sov.data.order import Sample
+from megatron_sov.data.rows import Row, heldout_samples, join_rows, sample_row
+from megatron_sov.data.shards import Source
+from megatron_sov.mcore import schedule
+from megatron_sov.mcore.logprobs import Head
+from megatron_sov.mcore.policy import Policy
+from megatron_sov.mcore.world import World
+from megatron_sov.train.microbatch import MicroBatch, from_row
+
+
+@dataclass(frozen=True)
+class HeldoutLoss:
+    """Result on one source."""
+
+    loss: float
+    """Nats per token."""
+    bits_per_byte: float
+    """Nats of all targets / ln 2 / UTF-8 bytes of all targets."""
+    tokens: int
+    """Targets evaluated."""
+
+
+class HeldoutEvaluator:
+    """Evaluates a policy on the held-out split of each source; the same documents each time."""
+
+    def __init__(self, sources: list[Source], bytes_of_token: np.ndarray, seq_len: int, rows_per_batch: int, max_tokens: int,
+                 world: World) -> None:
+        self._bytes = torch.from_numpy(bytes_of_token)
+        self._rows_per_batch = rows_per_batch
+        self._batches = {s.name: self._load(i, s, seq_len, max_tokens, world) for i, s in enumerate(sources)
+                         if s.num_tokens.get("heldout", 0) > 1}
+
+    def _load(self, index: int, source: Source, seq_len: int, max_tokens: int, world: World) -> list[Row]:
+        """Return this rank's micro-batches; every rank has the same number, the last ones may be padding only."""
+        shard = source.shard("heldout")
+        rows = [sample_row(s, shard, seq_len) for s in heldout_samples(shard, index, seq_len, max_tokens)]
+        per_round = self._rows_per_batch * world.dp_size
+        rows += [sample_row(Sample(index, ()), shard, seq_len)] * (-len(rows) % per_round)
+        first = world.dp_rank * self._rows_per_batch
+        return [join_rows(rows[i:i + self._rows_per_batch]) for i in range(first, len(rows), per_round)]
+
+    def run(self, policy: Policy) -> dict[str, HeldoutLoss]:
+        """Return the result of every source that has held-out documents; called by all processes together."""
+        results = {}
+        for name, rows in self._batches.items():
+            sums = policy.map([from_row(r) for r in rows], self._sums)
+            local = torch.stack(sums).sum(0) if sums else torch.zeros(3, dtype=torch.float64)
+            nats, tokens, size_bytes = schedule.from_last_stage(schedule.sum_over_data(local.cpu())).tolist()
+            results[name] = HeldoutLoss(nats / max(tokens, 1), nats / math.log(2) / max(size_bytes, 1), int(tokens))
+        return results
+
+    def _sums(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> torch.Tensor:
+        losses = -head.logprobs(hidden[0], batch.labels).double()
+        counted = (batch.weights > 0).double()
+        size_bytes = self._bytes.to(batch.labels.device)[batch.labels].double()
+        return torch.stack([(losses * counted).sum(), counted.sum(), (size_bytes * counted).sum()])

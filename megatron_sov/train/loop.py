@@ -1,0 +1,32 @@
+"""The loop: every training stage runs through it, and it knows nothing about what is learned."""
+
+from __future__ import annotations
+
+from megatron_sov.train.stopping import StopFlag
+from megatron_sov.train.trainer import StepResult, Trainer
+
+
+def train(trainer: Trainer, stop: StopFlag) -> bool:
+    """Train to the last step.
+
+    Returns:
+        True when the run is complete, False when it was asked to stop (everything is saved either way).
+    """
+    every = trainer.config.train
+    trainer.announce()
+    result: StepResult | None = None
+    while trainer.done.step < trainer.num_steps:
+        result = trainer.update()
+        trainer.log(result)
+        step, last = trainer.done.step, trainer.done.step == trainer.num_steps
+        if last or (every.eval_every_steps and step % every.eval_every_steps == 0):
+            trainer.log_expert_load()
+            trainer.evaluate()
+        if stop.agreed() and not last:
+            trainer.save()
+            trainer.events.write("stop", step=step, reason=stop.reason or "another process was asked to stop")
+            return False
+        if last or step % every.checkpoint_every_steps == 0:
+            trainer.save()
+    trainer.events.write("run_end", step=trainer.done.step, wall_s=trainer.wall_s(), final_loss=result.loss if result else None)
+    return True

@@ -1,0 +1,91 @@
+"""What is learned, behind one interface: the loop knows steps, an objective knows batches and losses."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from megatron_sov.mcore import schedule
+from megatron_sov.mcore.logprobs import Head
+from megatron_sov.train.microbatch import MicroBatch
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """This data-parallel rank's part of one optimizer step's batch."""
+
+    micro_batches: tuple[MicroBatch, ...]
+    """In order; every rank has the same number."""
+    seq_len: int
+    """Tokens of one sequence."""
+    num_sequences: int
+    """Sequences of the batch over all ranks."""
+    phase: str
+    """Phase of the curriculum."""
+    num_tokens: int = 0
+    """Tokens over all ranks, padding not counted; set by `prepare`."""
+    targets: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Term -> its denominator over all ranks; set by `prepare`."""
+
+
+@dataclass(frozen=True)
+class LossSums:
+    """One micro-batch's contribution: sums, never means."""
+
+    terms: dict[str, torch.Tensor]
+    """Term -> differentiable scalar: weighted sum over the micro-batch."""
+    by_source: torch.Tensor
+    """[sources, 2] float64: sum of losses and number of targets per source, for the log."""
+
+
+class Objective(Protocol):
+    """Three steps; each may be as simple as reading data or as large as generating rollouts."""
+
+    coefficients: Mapping[str, float]
+    """Term -> its weight in the total loss."""
+
+    def collect(self, policy: Any, step: int) -> GlobalBatch:
+        """Return the batch of a step: from the data order, or by rollouts of `policy`."""
+        ...
+
+    def prepare(self, batch: GlobalBatch) -> GlobalBatch:
+        """Count every term's denominator over the whole global batch and all ranks, before the first forward pass."""
+        ...
+
+    def loss(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> LossSums:
+        """Return the terms' sums, on the last pipeline stage.
+
+        Args:
+            hidden: hidden states [tokens / sequence-parallel size, 1, hidden] of the trunk, then of each prediction depth.
+            head: applies the output head in chunks.
+        """
+        ...
+
+
+def with_denominators(batch: GlobalBatch, local_targets: Mapping[str, float]) -> GlobalBatch:
+    """Sum each term's local target weight (and the token count) over data-parallel ranks and hand them to every micro-batch."""
+    names = sorted(local_targets)
+    tokens = sum(int((~m.inputs.padding).sum()) for m in batch.micro_batches)
+    total = schedule.sum_over_data(torch.tensor([*(local_targets[n] for n in names), tokens], dtype=torch.float64)).tolist()
+    targets = dict(zip(names, total[:-1], strict=True))
+    micro_batches = tuple(dataclasses.replace(m, denominators=targets) for m in batch.micro_batches)
+    return dataclasses.replace(batch, micro_batches=micro_batches, targets=targets, num_tokens=int(total[-1]))
+
+
+def total_loss(sums: LossSums, coefficients: Mapping[str, float], denominators: Mapping[str, float]) -> torch.Tensor:
+    """Return ``sum over terms of coefficient * sum / denominator``; a term without targets anywhere adds nothing."""
+    total = torch.zeros((), dtype=torch.float32, device=next(iter(sums.terms.values())).device)
+    for name, value in sums.terms.items():
+        # `+ value * 0` keeps every parameter in the graph: each rank must run the same backward pass
+        total = total + (coefficients[name] * value / denominators[name] if denominators[name] > 0 else value * 0.0)
+    return total
+
+
+def per_source(losses: torch.Tensor, weights: torch.Tensor, sources: torch.Tensor, num_sources: int) -> torch.Tensor:
+    """Return [num_sources, 2] float64: sum of weighted losses and of weights per source."""
+    both = torch.stack([losses.detach().double() * weights, weights.double()], dim=1)
+    return torch.zeros(num_sources, 2, dtype=torch.float64, device=losses.device).index_add_(0, sources, both)

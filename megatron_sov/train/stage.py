@@ -1,0 +1,156 @@
+"""Runs one training stage: checks everything that can be checked cheaply, starts the ranks, and says how it ended."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_sov.artifacts import manifest_sha256, read_manifest
+from megatron_sov.config import RunConfig, from_dict
+from megatron_sov.data.order import resolve_phases
+from megatron_sov.data.shards import Source, open_sources
+from megatron_sov.errors import StopRequested, UserError
+from megatron_sov.mcore import checkpoint, world
+from megatron_sov.mcore.ranks import num_ranks
+from megatron_sov.train.lock import RunLock
+from megatron_sov.train.loop import train
+from megatron_sov.train.run_folder import RunFolder
+from megatron_sov.train.stopping import StopFlag
+from megatron_sov.train.trainer import ObjectiveFactory, Trainer
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training stage, ready to run."""
+
+    config: RunConfig
+    """Resolved settings."""
+    folder: RunFolder
+    """Where the run lives."""
+    objective: ObjectiveFactory
+    """What is learned."""
+    start_from: Path | None = None
+    """Checkpoint whose weights the run starts from; None: initial weights."""
+    resume: bool = False
+    """Continue a run that is already in the folder."""
+    extra_sources: tuple[Source, ...] = ()
+    """Sources made on the fly, beside those of `config.data.paths`."""
+    before: Callable[[Trainer], None] | None = None
+    """Called on every rank before the first step of a new run."""
+    after: Callable[[Trainer], dict[str, Any]] | None = None
+    """Called on every rank after the last step; what it returns joins the completion manifest."""
+
+
+def run_stage(stage: Stage, nproc: int | None) -> None:
+    """Run a stage to its end.
+
+    Raises:
+        UserError: settings, data or folder do not allow it; nothing was changed.
+        StopRequested: it was asked to stop, and everything is saved.
+    """
+    stage.config.check(num_ranks(nproc))
+    stage.folder.enter(stage.config, stage.resume)
+    completion = stage.folder.completion()
+    if completion is not None:
+        print(f"{stage.folder.path}: is complete at step {completion['step']}")
+        return
+    sources = open_sources(stage.config.data.paths, stage.config.model.vocab_size) + list(stage.extra_sources)
+    resolve_phases(stage.config, sources)
+    code = world.launch(lambda: _rank(stage, sources), nproc, stage.config.train.num_threads)
+    if code == 2:
+        raise SystemExit(2)  # rank 0 has said why
+    if code != 0:
+        raise SystemExit(code)
+    if stage.folder.completion() is None:
+        raise StopRequested(f"{stage.folder.path}: everything is saved; continue with --resume")
+
+
+def _rank(stage: Stage, sources: list[Source]) -> int:
+    place = world.join(stage.config.parallel)
+    stop = StopFlag()
+    lock = _lock(stage, place)
+    trainer: Trainer | None = None
+    try:
+        trainer = Trainer(stage.config, place, stage.folder, sources, stage.objective)
+        _restore(stage, trainer)
+        if train(trainer, stop):
+            _finish(stage, trainer)
+    finally:
+        if trainer is not None:
+            trainer.close()
+        if lock is not None:
+            lock.release()
+    dist.barrier()
+    world.leave()
+    return 0
+
+
+def _lock(stage: Stage, place: world.World) -> RunLock | None:
+    """Take the run's lock on rank 0; all ranks learn whether that worked."""
+    lock, problem = None, None
+    if place.is_main:
+        try:
+            stage.folder.path.mkdir(parents=True, exist_ok=True)
+            lock = RunLock(stage.folder.path)
+            lock.acquire()
+            stage.folder.prepare(stage.config)
+        except (UserError, OSError) as e:
+            lock, problem = None, str(e)
+    problems = [problem]
+    dist.broadcast_object_list(problems, src=0)
+    if problems[0]:
+        raise UserError(problems[0])
+    return lock
+
+
+def _restore(stage: Stage, trainer: Trainer) -> None:
+    newest = checkpoint.latest(stage.folder.checkpoints)
+    if newest is not None:
+        trainer.resume(newest)
+        return
+    if stage.start_from is not None:
+        trainer.load_weights(stage.start_from)
+    if stage.before is not None:
+        stage.before(trainer)
+
+
+def _finish(stage: Stage, trainer: Trainer) -> None:
+    extra = stage.after(trainer) if stage.after is not None else {}
+    if trainer.world.is_main:
+        last = trainer.folder.checkpoint(trainer.done.step)
+        stage.folder.complete({
+            "step": trainer.done.step, "tokens": trainer.done.tokens, "wall_s": trainer.wall_s(),
+            "checkpoint": f"{stage.folder.checkpoints.name}/{last.name}", "checkpoint_sha256": manifest_sha256(last), **extra})
+
+
+def find_checkpoint(path: Path) -> Path:
+    """Return the checkpoint that `path` means: itself, or the newest one of a run folder.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if (path / checkpoint.CHECKPOINTS_OF_A_RUN).is_dir():
+        newest = checkpoint.latest(path / checkpoint.CHECKPOINTS_OF_A_RUN)
+        if newest is None:
+            raise UserError(f"{path}: this run has no complete checkpoint yet")
+        return newest
+    read_manifest(path, checkpoint.KIND)
+    return path
+
+
+def with_model_of(config: RunConfig, start_from: Path) -> RunConfig:
+    """Return `config` with the architecture that a checkpoint was made with.
+
+    Raises:
+        UserError: the checkpoint belongs to another family than the recipe.
+    """
+    made_with = from_dict(read_manifest(start_from, checkpoint.KIND).settings).model
+    if made_with.family != config.model.family:
+        raise UserError(f"--from {start_from}: is a {made_with.family} model, recipe {config.recipe} is for {config.model.family}; "
+                        "choose a recipe of that family")
+    return dataclasses.replace(config, model=made_with)

@@ -1,0 +1,250 @@
+"""What one rank holds while it trains, and the actions that the loop is made of."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_sov.config import RunConfig
+from megatron_sov.data.order import OrderState, SampleOrder
+from megatron_sov.data.shards import Source, provenance, tokenizer_folder
+from megatron_sov.data.token_bytes import token_bytes
+from megatron_sov.mcore import checkpoint, init, schedule
+from megatron_sov.mcore.logprobs import head_of
+from megatron_sov.mcore.model import build
+from megatron_sov.mcore.optim import Optimizer
+from megatron_sov.mcore.policy import Policy, split_depths
+from megatron_sov.mcore.world import World
+from megatron_sov.models.count import num_params
+from megatron_sov.obs.events import EVENTS, EventLog
+from megatron_sov.obs.progress import Progress
+from megatron_sov.obs.trackers import Trackers
+from megatron_sov.train.evaluate import HeldoutEvaluator, HeldoutLoss
+from megatron_sov.train.lm import DataBatches
+from megatron_sov.train.objective import GlobalBatch, Objective, total_loss
+from megatron_sov.train.run_folder import RunFolder
+from megatron_sov.train.schedules import learning_rate
+
+ObjectiveFactory = Callable[[RunConfig, DataBatches], Objective]
+
+
+@dataclass
+class Progressed:
+    """The loop's own counters; in every checkpoint."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    tokens: int = 0
+    """Tokens consumed, padding not counted."""
+    wall_s: float = 0.0
+    """Seconds that the run has worked, over all its restarts."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step gave."""
+
+    loss: float
+    """Total loss: coefficients times normalised terms."""
+    losses: dict[str, float]
+    """Term -> normalised loss."""
+    losses_by_source: dict[str, float]
+    """Source -> mean loss of its targets in this batch."""
+    grad_norm: float
+    """Before clipping."""
+    lr: float
+    """Learning rate of the step."""
+    num_tokens: int
+    """Tokens of the batch."""
+    phase: str
+    """Phase of the curriculum."""
+    seconds: float = field(default=0.0)
+    """Wall time of the step."""
+
+
+class Trainer:
+    """Model, optimizer, data order and records of one rank."""
+
+    def __init__(self, config: RunConfig, world: World, folder: RunFolder, sources: list[Source], objective: ObjectiveFactory) -> None:
+        self.config, self.world, self.folder, self.sources = config, world, folder, sources
+        self.num_steps = config.num_steps()
+        self.done = Progressed()
+        self.model = build(config.model, config.parallel, config.train)
+        init.initialise(self.model, config.model, config.train.seed)
+        self.optimizer = Optimizer(self.model, config.optim)
+        self.expert_load = schedule.ExpertLoad(self.model)
+        self.model.config.finalize_model_grads_func = self.expert_load.finalize
+        self.policy = Policy(self.model, config.train.head_chunk_tokens)
+        self.order = SampleOrder(config, sources)
+        self._objective_factory = objective
+        self.objective = objective(config, DataBatches(config, self.order, world))
+        self.tokenizer = tokenizer_folder(sources)
+        self._evaluator: HeldoutEvaluator | None = None
+        self.events = EventLog(folder.path / EVENTS if world.is_main else None)
+        self._trackers = Trackers(config.obs, folder.path, config.to_dict()) if world.is_main else None
+        self._progress: Progress | None = None
+        self._entered_s = time.monotonic()
+
+    # starting and resuming
+
+    def load_weights(self, path: Path) -> None:
+        """Start from the weights of another run's checkpoint."""
+        checkpoint.check(path)
+        checkpoint.load_model(path, self.model)
+        self.optimizer.adopt_model()
+
+    def resume(self, path: Path) -> None:
+        """Continue exactly where a checkpoint of this run was taken."""
+        checkpoint.check(path)
+        state = checkpoint.read_state(path)
+        checkpoint.load_model(path, self.model)
+        self.optimizer.adopt_model()
+        checkpoint.load_optimizer(path, self.optimizer, state["num_updates"])
+        self.done = Progressed(state["step"], state["tokens"], state["wall_s"])
+        self.order = SampleOrder(self.config, self.sources, OrderState.from_dict(state["order"]))
+        self.objective = self._objective_factory(self.config, DataBatches(self.config, self.order, self.world))
+        self.events.write("resume", step=self.done.step, reason=f"continued from {path.name}")
+
+    def announce(self) -> None:
+        """Record what runs where."""
+        count = num_params(self.config.model)
+        parallel = {**asdict(self.config.parallel), "dp": self.world.dp_size}
+        self.events.write(
+            "run_start", recipe=self.config.recipe, num_ranks=self.world.size, layout=parallel, num_params=count.total,
+            num_active_params=count.active, num_steps=self.num_steps, resumed_from=self.done.step, inputs=provenance(self.sources),
+            machine={"host": platform.node(), "python": platform.python_version(), "torch": torch.__version__,
+                     "threads": torch.get_num_threads()})
+        for phase in self.order.phases:
+            blend = {s.name: w for s, w in zip(self.sources, phase.weights, strict=True) if w}
+            self.events.write("phase", step=phase.first_step, name=phase.name, blend=blend, seq_len=phase.seq_len)
+        if self.world.is_main:
+            self._progress = Progress(self.num_steps, self.done.step, self.config.recipe)
+
+    # one step
+
+    def update(self) -> StepResult:
+        """Do one optimizer step."""
+        start = time.monotonic()
+        step = self.done.step
+        batch = self.objective.prepare(self.objective.collect(self.policy, step))
+        lr = learning_rate(self.config.optim, step, self.num_steps)
+        sums = self._forward_backward(batch)
+        grad_norm = self.optimizer.step(lr)
+        terms = sorted(self.objective.coefficients)
+        losses = {t: float(s) / batch.targets[t] for t, s in zip(terms, sums[:len(terms)], strict=True) if batch.targets[t] > 0}
+        by_source = sums[len(terms):].reshape(-1, 2).tolist()
+        self.done.step += 1
+        self.done.tokens += batch.num_tokens
+        return StepResult(
+            loss=sum(self.objective.coefficients[t] * value for t, value in losses.items()), losses=losses,
+            losses_by_source={s.name: total / n for s, (total, n) in zip(self.sources, by_source, strict=True) if n > 0},
+            grad_norm=grad_norm, lr=lr, num_tokens=batch.num_tokens, phase=batch.phase, seconds=time.monotonic() - start)
+
+    def _forward_backward(self, batch: GlobalBatch) -> torch.Tensor:
+        """Return the sums of all terms (in order of name), then per source, over the whole global batch."""
+        routing = self.model.config.routing_step
+        routing.seq_len, routing.num_sequences, routing.aux_loss = batch.seq_len, batch.num_sequences, {}
+        terms = sorted(self.objective.coefficients)
+        depths = self.config.model.num_mtp_layers
+
+        def loss(hidden: torch.Tensor, micro_batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            head = head_of(self.model, self.config.train.head_chunk_tokens)
+            sums = self.objective.loss(split_depths(hidden, depths), head, micro_batch)
+            values = torch.stack([sums.terms[t].detach().double() for t in terms])
+            return total_loss(sums, self.objective.coefficients, micro_batch.denominators), torch.cat([values, sums.by_source.flatten()])
+
+        self.optimizer.zero_grad()
+        row_tokens = len(batch.micro_batches[0].inputs.tokens)
+        parts = schedule.run(self.optimizer.wrapped, batch.micro_batches, loss, row_tokens, forward_only=False)
+        local = torch.stack(parts).sum(0).cpu() if parts else torch.zeros(len(terms) + 2 * len(self.sources), dtype=torch.float64)
+        return schedule.from_last_stage(schedule.sum_over_data(local))
+
+    # records
+
+    def log(self, result: StepResult) -> None:
+        """Record a step: events, trackers, progress bar."""
+        every = self.config.train.log_every_steps
+        if self.done.step % every and self.done.step != self.num_steps:
+            return
+        load = self.expert_load.gather(self.config.model.num_layers, self.config.model.num_experts)
+        violation = _max_violation(load)
+        tokens_per_s = result.num_tokens / result.seconds
+        self.events.write(
+            "step", step=self.done.step, loss=result.loss, losses=result.losses, losses_by_source=result.losses_by_source,
+            grad_norm=result.grad_norm, lr=result.lr, tokens=self.done.tokens, step_time_s=result.seconds,
+            tokens_per_s=tokens_per_s, phase=result.phase, max_violation=violation)
+        if self._trackers is not None:
+            self._trackers.log_step(self.done.step, {
+                "loss": result.loss, "grad_norm": result.grad_norm, "lr": result.lr, "tokens_per_s": tokens_per_s,
+                "max_violation": violation, **{f"loss/{t}": v for t, v in result.losses.items()}})
+        if self._progress is not None:
+            self._progress.update(self.done.step, result.loss, tokens_per_s)
+
+    def log_expert_load(self) -> None:
+        """Record every expert's share of its layer's tokens in the last step."""
+        load = self.expert_load.gather(self.config.model.num_layers, self.config.model.num_experts)
+        layers = [i for i in range(len(load)) if load[i].sum() > 0]
+        shares = [(load[i] / load[i].sum()).tolist() for i in layers]
+        self.events.write("expert_load", step=self.done.step, load=shares, layers=[i + 1 for i in layers])
+
+    # evaluation and checkpoints
+
+    def evaluate(self) -> dict[str, HeldoutLoss]:
+        """Evaluate on held-out documents and record it."""
+        if self._evaluator is None:
+            vocab = self.config.model.vocab_size
+            sizes = token_bytes(self.tokenizer, vocab) if self.tokenizer else torch.zeros(vocab, dtype=torch.int64).numpy()
+            self._evaluator = HeldoutEvaluator(
+                self.sources, sizes, max(p.seq_len for p in self.order.phases), self.config.train.micro_batch_size,
+                self.config.data.heldout_tokens, self.world)
+        results = self._evaluator.run(self.policy)
+        self.events.write("eval", step=self.done.step, heldout={name: asdict(r) for name, r in results.items()})
+        consumed = self.order.consumed_tokens()
+        self.events.write("data_consumed", step=self.done.step, tokens=consumed, plan=self._planned_tokens())
+        return results
+
+    def _planned_tokens(self) -> dict[str, int]:
+        """Return the tokens of each source that the phases' weights ask for up to now."""
+        plan = dict.fromkeys((s.name for s in self.sources), 0.0)
+        for phase in self.order.phases:
+            steps = max(0, min(self.done.step, phase.last_step) - phase.first_step)
+            for source, weight in zip(self.sources, phase.weights, strict=True):
+                plan[source.name] += steps * self.config.train.global_batch_size * phase.seq_len * weight
+        return {name: round(tokens) for name, tokens in plan.items()}
+
+    def save(self) -> Path:
+        """Write a checkpoint and forget old ones; returns its folder."""
+        start = time.monotonic()
+        path = self.folder.checkpoint(self.done.step)
+        state = {"step": self.done.step, "tokens": self.done.tokens, "wall_s": self.wall_s(),
+                 "num_updates": self.optimizer.num_updates, "order": self.order.state.to_dict()}
+        checkpoint.save(path, self.model, self.optimizer, state, self.config.to_dict(), self.tokenizer)
+        if self.world.is_main:
+            checkpoint.prune(self.folder.checkpoints, self.config.train.keep_checkpoints)
+        self.events.write("checkpoint", step=self.done.step, path=f"{self.folder.checkpoints.name}/{path.name}",
+                          save_s=time.monotonic() - start)
+        return path
+
+    def wall_s(self) -> float:
+        """Return the seconds that the run has worked, over all its restarts."""
+        return self.done.wall_s + time.monotonic() - self._entered_s
+
+    def close(self) -> None:
+        """End the records."""
+        if self._progress is not None:
+            self._progress.close()
+        if self._trackers is not None:
+            self._trackers.close()
+        self.events.close()
+
+
+def _max_violation(load: torch.Tensor) -> float:
+    """Return MaxVio (arXiv 2408.15664): the largest relative overload of any expert, over layers of [layers, experts] counts."""
+    rows = load[load.sum(dim=1) > 0]
+    return float((rows.max(dim=1).values / rows.mean(dim=1) - 1).max()) if len(rows) else 0.0
