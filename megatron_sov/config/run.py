@@ -22,7 +22,8 @@ class PhaseConfig:
     share: float = 1.0
     """Part of the run's steps that belong to this phase; the shares of all phases are normalised."""
     blend: dict[str, float] = field(default_factory=dict)
-    """Source name -> weight (normalised); empty: each artifact by its --data weight, its sources in proportion to their tokens."""
+    """Source name -> weight (normalised); empty: each artifact by its --data weight, its sources in proportion to their
+    tokens."""
     seq_len: int = 4096
     """Tokens of one sample."""
 

@@ -1,0 +1,28 @@
+"""Rules of a layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from megatron_sov.config import ParallelConfig, RunConfig
+
+Small = Callable[..., RunConfig]
+
+
+@pytest.mark.parametrize(("parallel", "num_ranks", "sentence"), [
+    ({"tp": 0}, 1, "parallel.tp = 0 must be at least 1"),
+    ({"tp": 4, "sp": True}, 4, "parallel.tp = 4 must divide model.num_kv_heads = 2; use one of 1, 2"),
+    ({"tp": 2}, 2, "parallel.sp = False must be true"),
+    ({"sp": True}, 1, "parallel.sp = True needs parallel.tp > 1"),
+    ({"pp": 3}, 3, "parallel.pp = 3 must divide model.num_layers = 4; use one of 1, 2, 4"),
+    ({"ep": 3}, 3, "parallel.ep = 3 must divide model.num_experts = 8"),
+    ({"etp": 5}, 5, "parallel.etp = 5 must divide model.expert_ffn_dim = 32"),
+    ({"ep": 2}, 3, "parallel etp 1 x ep 2 x pp 1 = 2 must divide the number of processes, 3"),
+])
+def test_rules_of_the_layout(parallel: dict[str, Any], num_ranks: int, sentence: str, small: Small) -> None:
+    (problem,) = replace(small(), parallel=ParallelConfig(**parallel)).problems(num_ranks)
+    assert problem.startswith(sentence)

@@ -1,0 +1,111 @@
+"""Settings survive JSON; `--set` knows types and neighbours."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_sov.config import (
+    DataConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    ParallelConfig,
+    PhaseConfig,
+    RunConfig,
+    TrainConfig,
+    YarnConfig,
+    apply_settings,
+    from_dict,
+)
+from megatron_sov.errors import UserError
+
+Small = Callable[..., RunConfig]
+
+finite = st.floats(allow_nan=False, allow_infinity=False)
+count = st.integers(min_value=0, max_value=2**40)
+phases = st.lists(st.builds(PhaseConfig, name=st.text(max_size=8), share=finite, seq_len=count,
+                            blend=st.dictionaries(st.text(max_size=8), finite, max_size=3)), max_size=3).map(tuple)
+run_configs = st.builds(
+    RunConfig,
+    recipe=st.text(max_size=8),
+    model=st.builds(ModelConfig, family=st.text(max_size=8), vocab_size=count, hidden_size=count, num_layers=count,
+                    num_heads=count, num_kv_heads=count, head_dim=count, rope_theta=finite,
+                    attention_pattern=st.text("LG", max_size=4),
+                    yarn=st.none() | st.builds(YarnConfig, factor=finite, original_max_position_tokens=count)),
+    parallel=st.builds(ParallelConfig, tp=count, sp=st.booleans(), ep=count),
+    data=st.builds(DataConfig, phases=phases, packing=st.sampled_from(["concat", "whole"])),
+    optim=st.builds(OptimConfig, lr=finite, schedule=st.sampled_from(["cosine", "wsd", "constant"])),
+    train=st.builds(TrainConfig, steps=count, tokens=count, precision=st.sampled_from(["fp32", "bf16"])),
+    objective=st.builds(ObjectiveConfig, name=st.sampled_from(["lm", "sft"]), text_coeff=finite),
+)
+
+
+@given(run_configs)
+def test_a_config_reads_back_equal_from_its_json(config: RunConfig) -> None:
+    assert from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(("setting", "path", "value"), [
+    ("train.steps=100", ("train", "steps"), 100),
+    ("optim.lr=1e-4", ("optim", "lr"), 1e-4),
+    ("optim.lr=1", ("optim", "lr"), 1.0),
+    ("parallel.sp=true", ("parallel", "sp"), True),
+    ("train.recompute=False", ("train", "recompute"), False),
+    ("model.attention_pattern=LG", ("model", "attention_pattern"), "LG"),
+    ("model.yarn=null", ("model", "yarn"), None),
+    ("model.yarn.factor=8", ("model", "yarn", "factor"), 8.0),
+    ("data.phases.0.seq_len=512", ("data", "phases", 0, "seq_len"), 512),
+    ('data.phases.0.blend={"en": 2, "ko": 1}', ("data", "phases", 0, "blend"), {"en": 2.0, "ko": 1.0}),
+    ("data.phases.0.blend.ko=3", ("data", "phases", 0, "blend", "ko"), 3.0),
+    ("needle.depths=[0, 0.5]", ("needle", "depths"), (0.0, 0.5)),
+    ("obs.wandb_project=my run = 2", ("obs", "wandb_project"), "my run = 2"),
+])
+def test_set_converts_to_the_type_of_the_field(setting: str, path: tuple[str | int, ...], value: object, small: Small) -> None:
+    node: Any = apply_settings(small(), [setting])
+    for part in path:
+        node = node[part] if isinstance(node, (dict, tuple)) else getattr(node, str(part))
+    assert (node, type(node)) == (value, type(value))
+
+
+def test_later_settings_win_and_the_given_config_stays_as_it_was(small: Small) -> None:
+    config = small()
+    assert apply_settings(config, ["train.steps=1", "train.steps=2"]).train.steps == 2
+    assert config.train.steps == 10
+
+
+@pytest.mark.parametrize(("setting", "message"), [
+    ("train.step=1", "'train.step' does not exist; did you mean 'steps'?"),
+    ("trian.steps=1", "'trian' does not exist; did you mean 'train'?"),
+    ("train.steps", "must have the form key=value"),
+    ("=1", "must have the form key=value"),
+    ("data.phases.3.seq_len=1", "data.phases has items 0 to 0, not '3'"),
+    ("data.phases.0.seqlen=1", "'data.phases.0.seqlen' does not exist; did you mean 'seq_len'?"),
+    ("model.yarn.factr=1", "'model.yarn.factr' does not exist; did you mean 'factor'?"),
+    ("train.steps.x=1", "'train.steps' is a value and has no fields"),
+    ("train.steps=many", "train.steps = 'many'"),
+    ("train.steps=1.5", "train.steps = 1.5"),
+    ("train.precision=fp16", "train.precision = 'fp16'"),
+])
+def test_a_wrong_setting_is_refused_with_its_key_and_the_nearest_one(setting: str, message: str, small: Small) -> None:
+    with pytest.raises(UserError) as e:
+        apply_settings(small(), [setting])
+    assert message in str(e.value)
+
+
+def test_unknown_fields_and_wrong_types_of_a_file_are_all_named(small: Small) -> None:
+    raw = small().to_dict()
+    raw["train"] |= {"stepz": 3, "micro_batch_size": "two"}
+    raw["model"] |= {"num_expert": 4}
+    with pytest.raises(UserError) as e:
+        from_dict(raw)
+    text = str(e.value)
+    assert text.startswith("config: 3 problems")
+    assert "train.stepz: no such setting; did you mean 'steps'?" in text
+    assert "model.num_expert: no such setting; did you mean 'num_experts'?" in text
+    assert "train.micro_batch_size = 'two'" in text

@@ -1,0 +1,68 @@
+"""A run's settings: frozen, explained, every problem listed at once, steps from the token budget."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from megatron_sov import config as config_module
+from megatron_sov.config import DataConfig, OptimConfig, PhaseConfig, RunConfig, TrainConfig
+from megatron_sov.errors import UserError
+
+Small = Callable[..., RunConfig]
+
+
+def config_classes() -> list[type]:
+    return [c for _, c in inspect.getmembers(config_module, inspect.isclass) if dataclasses.is_dataclass(c)]
+
+
+@pytest.mark.parametrize("cls", config_classes(), ids=lambda c: c.__name__)
+def test_settings_are_frozen_and_every_field_is_explained(cls: type) -> None:
+    assert cls.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    body = ast.parse(inspect.getsource(cls)).body[0].body  # type: ignore[attr-defined]
+    explained = {field.target.id for field, text in itertools.pairwise(body)
+                 if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)}
+    assert {f.name for f in dataclasses.fields(cls)} == explained
+
+
+def test_a_sound_config_has_no_problems(small: Small) -> None:
+    config = small()
+    assert config.problems() == []
+    config.check()
+
+
+def test_every_problem_is_listed_at_once_with_field_value_and_rule(small: Small) -> None:
+    config = small(num_heads=4, num_kv_heads=3, head_dim=15, attention_pattern="LX", num_experts_per_token=9, init_std=0.0)
+    config = replace(config, optim=OptimConfig(lr=-1.0), train=TrainConfig(global_batch_size=0), data=DataConfig(
+        phases=(PhaseConfig("a", share=0.0, seq_len=1, blend={"en": -1.0}),)))
+    with pytest.raises(UserError) as e:
+        config.check()
+    head, *lines = str(e.value).splitlines()
+    assert head == f"recipe small: {len(lines)} problems"
+    for start in (
+        "model.num_kv_heads = 3", "model.head_dim = 15", "model.attention_pattern = 'LX'", "model.sliding_window_tokens = 0",
+        "model.num_experts_per_token = 9", "model.init_std = 0.0", "data.phases.0 (a).share = 0.0",
+        "data.phases.0 (a).seq_len = 1", "data.phases.0 (a).blend.en = -1.0", "data.phases.0 (a).blend has only zero",
+        "train.steps = 0 needs a token budget", "train.global_batch_size = 0", "optim.lr = -1.0",
+    ):
+        assert any(line.strip().startswith(start) for line in lines), start
+
+
+def test_the_batch_must_split_over_the_data_parallel_ranks(small: Small) -> None:
+    assert small().problems(num_ranks=4) == []
+    (problem,) = small().problems(num_ranks=3)
+    assert problem == ("train.global_batch_size = 8 must be a multiple of micro_batch_size 1 x data parallel size 3 = 3")
+
+
+def test_steps_follow_from_the_token_budget_and_the_mean_sample_length(small: Small) -> None:
+    """3/4 of the steps at 100 tokens and 1/4 at 200: 125 tokens a sample, 8 samples a step, so 10,000 tokens are 10 steps."""
+    config = replace(small(), train=TrainConfig(tokens=10_000, global_batch_size=8),
+                     data=DataConfig(phases=(PhaseConfig("a", share=3, seq_len=100), PhaseConfig("b", share=1, seq_len=200))))
+    assert config.num_steps() == 10
+    assert replace(config, train=TrainConfig(steps=7)).num_steps() == 7
