@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import subprocess
+import tarfile
 import tempfile
 import time
 from html.parser import HTMLParser
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 PACKAGES = ("libreoffice-help-ko", "gnome-user-docs", "debian-faq-ko")
 """12 MB to download; what a distribution does not have is passed over."""
@@ -50,12 +52,22 @@ def korean_pages() -> dict[str, str]:
                 raise
             runner.call(["apt-get", "-q", "update"])  # a fresh container has no package lists
             _download(runner)
+        pages: dict[str, str] = {}
         for package in sorted(folder.glob("*.deb")):
-            runner.call(["dpkg-deb", "-x", str(package), str(folder / "unpacked")])
-        root = folder / "unpacked"
-        pages = [p for p in sorted(root.rglob("*")) if p.suffix in (".html", ".page") and "ko" in p.relative_to(root).parts]
-        texts = {p.relative_to(root).as_posix(): html_text(p.read_text(encoding="utf-8", errors="replace")) for p in pages}
-        return korean_only(texts)
+            pages |= _pages(runner.call(["dpkg-deb", "--fsys-tarfile", str(package)]))
+    return korean_only(dict(sorted(pages.items())))
+
+
+def _pages(archive: bytes) -> dict[str, str]:
+    """Return the text of the pages in a package's archive that lie in a folder `ko`; nothing is written to disk."""
+    texts = {}
+    with tarfile.open(fileobj=io.BytesIO(archive)) as members:
+        for member in members:
+            path = PurePosixPath(member.name)
+            wanted = member.isfile() and path.suffix in (".html", ".page") and "ko" in path.parts
+            if wanted and (file := members.extractfile(member)):
+                texts[path.as_posix()] = html_text(file.read().decode("utf-8", "replace"))
+    return texts
 
 
 class _Runner:
@@ -64,19 +76,19 @@ class _Runner:
     def __init__(self, folder: Path, deadline_s: float) -> None:
         self.folder, self.deadline_s = folder, deadline_s
 
-    def call(self, command: list[str]) -> None:
-        """Run a command; raises `Unavailable` with its last line where it fails."""
+    def call(self, command: list[str]) -> bytes:
+        """Run a command and return its output; raises `Unavailable` with its last line where it fails."""
         left_s = max(0.1, self.deadline_s - time.monotonic())
         try:
-            done = subprocess.run(command, cwd=self.folder, timeout=left_s, capture_output=True, text=True, errors="replace",
-                                  check=False)
+            done = subprocess.run(command, cwd=self.folder, timeout=left_s, capture_output=True, check=False)
         except FileNotFoundError:
             raise Unavailable(f"{command[0]} is not on this machine") from None
         except subprocess.TimeoutExpired:
             raise Unavailable(f"{command[0]} did not finish within {TIMEOUT_S} s") from None
         if done.returncode:
-            last = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
-            raise Unavailable(f"{command[0]} failed: {last}")
+            last = (done.stderr.strip() or done.stdout.strip() or b"no message").splitlines()[-1]
+            raise Unavailable(f"{command[0]} failed: {last.decode(errors='replace')}")
+        return done.stdout
 
 
 def _download(runner: _Runner) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import os
 import re
 import sysconfig
 import warnings
@@ -60,8 +61,16 @@ def package_files() -> list[tuple[str, Path]]:
 
 
 def _python_files(folder: Path, prefix: str) -> list[tuple[str, Path]]:
-    found = [p.relative_to(folder) for p in folder.rglob("*.py")]
-    return [(prefix + p.as_posix(), folder / p) for p in sorted(found) if not SKIPPED_FOLDERS.intersection(p.parts[:-1])]
+    return [(prefix + p.relative_to(folder).as_posix(), p) for p in _files(folder) if p.suffix == ".py"]
+
+
+def _files(folder: Path) -> list[Path]:
+    """Return all files below a folder, sorted, without going into `SKIPPED_FOLDERS`."""
+    found: list[Path] = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name not in SKIPPED_FOLDERS]
+        found += [Path(place, name) for name in names]
+    return sorted(found)
 
 
 def read_source(file: Path) -> str:
@@ -120,9 +129,8 @@ def topics() -> dict[str, str]:
 def readmes() -> dict[str, str]:
     """Return the documentation files (.rst, .md and descriptions) that lie beside installed packages."""
     site = Path(sysconfig.get_path("purelib"))
-    files = [p for pattern in ("**/*.rst", "**/*.md", "*.dist-info/METADATA") for p in site.glob(pattern)]
-    kept = [p for p in files if not SKIPPED_FOLDERS.intersection(p.relative_to(site).parts)]
-    texts = {p.relative_to(site).as_posix(): read_source(p) for p in sorted(kept)}
+    files = [p for p in _files(site) if p.suffix in (".rst", ".md") or (p.name == "METADATA" and p.parent.suffix == ".dist-info")]
+    texts = {p.relative_to(site).as_posix(): read_source(p) for p in files}
     # what precedes the first blank line of METADATA are mail-like headers
     return {name: clean(text.partition("\n\n")[2] if name.endswith("METADATA") else text) for name, text in texts.items()}
 

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -172,7 +173,16 @@ def _pool(tokenizer: Path, workers: int) -> ProcessPoolExecutor:
 def _start_worker(tokenizer: Path) -> None:
     global _encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread per process; the processes are the parallelism
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _encoder = Encoder(tokenizer)
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it is gone: a killed command must not leave workers that wait for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+    os._exit(1)
 
 
 def _encode(documents: list[Document], rule: HeldoutRule) -> dict[str, EncodedBatch]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -44,10 +46,15 @@ def fake_commands(folder: Path, monkeypatch: pytest.MonkeyPatch, **scripts: str)
 
 def test_packages_are_downloaded_unpacked_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = "usr/share/help/ko/a.html"
+    with tarfile.open(tmp_path / "package.tar", "w") as archive:
+        files = {f"./{page}": PAGE, "./usr/share/help/ko/a.png": "그림", "./usr/share/help/de/b.html": "한국어가 아닌 곳"}
+        for name, text in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(text.encode())
+            archive.addfile(member, io.BytesIO(text.encode()))
     fake_commands(tmp_path, monkeypatch,
                   apt_get="sys.exit(1) if 'gnome' in sys.argv[-1] else pathlib.Path(sys.argv[-1] + '.deb').touch()",
-                  dpkg_deb=f"p = pathlib.Path(sys.argv[3]) / {page!r}; p.parent.mkdir(parents=True, exist_ok=True); "
-                           f"p.write_bytes({PAGE.encode()!r}); (p.parents[1] / 'b.html').write_text('한국어가 아닌 곳')")
+                  dpkg_deb=f"sys.stdout.buffer.write(pathlib.Path({str(tmp_path / 'package.tar')!r}).read_bytes())")
     assert korean_pages() == {page: "파일 & 폴더\n파일을 열려면 누르십시오.\n하나\n둘"}
 
 

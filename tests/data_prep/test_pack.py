@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from transformers import AutoTokenizer
@@ -135,6 +139,25 @@ def test_mistakes_cost_one_sentence_and_leave_nothing(corpus: Path, tokenizers: 
         assert main([*base, "--input", *arguments]) == 2
         assert sentence in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["data"]
+
+
+def test_a_killed_command_leaves_no_worker_and_no_output(tokenizers: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "long.txt").write_text("".join(f"{i} words in a long file\n\n" for i in range(900_000)))
+    command = [sys.executable, "-m", "data_prep.cli", "pack", "--tokenizer", str(tokenizers["solar-open"]), "--input",
+               str(tmp_path / "long.txt"), "--output", str(tmp_path / "out"), "--workers", "1"]
+    with subprocess.Popen(command, cwd=Path(__file__).parents[2], stderr=subprocess.DEVNULL) as process:
+        deadline_s = time.monotonic() + 30
+        while not any(tmp_path.glob(".out.tmp-*/long/train.bin")):
+            assert process.poll() is None and time.monotonic() < deadline_s
+            time.sleep(0.05)
+        time.sleep(0.5)  # the workers start
+        workers = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+    assert workers and not psutil.wait_procs(workers, timeout=20)[1]
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "long.txt").write_text("short")
+    pack(tokenizers["solar-open"], [Source("long", tmp_path / "long.txt")], tmp_path / "out", heldout_share=0)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["long.txt", "out"]  # what the killed one left is gone
 
 
 def test_one_document_goes_to_training_and_two_are_shared(tokenizers: dict[str, Path], tmp_path: Path) -> None:
