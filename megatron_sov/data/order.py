@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_sov.config import RunConfig
 from megatron_sov.data.permutation import Permutation
-from megatron_sov.data.shards import Source, TokenShard
+from megatron_sov.data.shards import Documents, Source
 from megatron_sov.errors import UserError, nearest
 
 
@@ -96,13 +96,13 @@ class Cursor:
 class SourceStream:
     """The endless shuffled documents of one source."""
 
-    def __init__(self, source: Source, shard: TokenShard, seed: int, cursor: Cursor) -> None:
+    def __init__(self, source: Source, shard: Documents, seed: int, cursor: Cursor) -> None:
         self.source, self.shard, self.cursor = source, shard, cursor
         self._seed = seed
         self._permutation = self._shuffle()
 
     def _shuffle(self) -> Permutation:
-        return Permutation(self.shard.num_documents, self._seed, self.source.name, self.cursor.epoch)
+        return Permutation(len(self.shard.lengths), self._seed, self.source.name, self.cursor.epoch)
 
     def next_sample(self, seq_len: int, whole: bool) -> tuple[Segment, ...]:
         """Return the segments of the next sample of at most `seq_len` tokens and move the cursor behind them."""
@@ -128,7 +128,7 @@ class SourceStream:
         c.offset += count
         if c.offset >= length:
             c.offset, c.position = 0, c.position + 1
-            if c.position == self.shard.num_documents:
+            if c.position == len(self.shard.lengths):
                 c.position, c.epoch = 0, c.epoch + 1
                 self._permutation = self._shuffle()
 

@@ -3,32 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
 from megatron_sov.data.order import Sample, Segment
-
-
-class Documents(Protocol):
-    """What rows are made of: a token shard, or documents made on the fly."""
-
-    def tokens(self, document: int, start: int, count: int) -> np.ndarray:
-        """Return token ids."""
-        ...
-
-    def loss_weights(self, document: int, start: int, count: int) -> np.ndarray:
-        """Return each token's weight as a target."""
-        ...
-
-    def types(self, document: int, start: int, count: int) -> np.ndarray:
-        """Return token types."""
-        ...
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Return each document's number of tokens."""
-        ...
+from megatron_sov.data.shards import Documents
 
 
 @dataclass(frozen=True)

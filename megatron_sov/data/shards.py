@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -15,6 +16,27 @@ IDX_DTYPES: dict[int, type[np.generic]] = {1: np.uint8, 2: np.int8, 3: np.int16,
                                            7: np.float32, 8: np.uint16}
 """Dtype codes of the `.idx` header, as in megatron.core.datasets.indexed_dataset."""
 _HEADER_BYTES = len(IDX_MAGIC) + 8 + 1 + 8 + 8
+
+
+class Documents(Protocol):
+    """What samples are made of: a token shard, or documents made on the fly."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document."""
+        ...
+
+    def tokens(self, document: int, start: int, count: int) -> np.ndarray:
+        """Return token ids, int64."""
+        ...
+
+    def loss_weights(self, document: int, start: int, count: int) -> np.ndarray:
+        """Return each token's weight as a target, float32."""
+        ...
+
+    def types(self, document: int, start: int, count: int) -> np.ndarray:
+        """Return token types, uint8."""
+        ...
 
 
 class TokenShard:
@@ -43,11 +65,6 @@ class TokenShard:
         file = self.prefix.with_name(self.prefix.name + suffix)
         return np.memmap(file, dtype, "r") if file.stat().st_size else np.zeros(0, dtype)
 
-    @property
-    def num_documents(self) -> int:
-        """Documents in the shard."""
-        return len(self.lengths)
-
     def tokens(self, document: int, start: int, count: int) -> np.ndarray:
         """Return `count` token ids of a document from `start`, int64."""
         return self._tokens[self._range(document, start, count)].astype(np.int64)
@@ -75,8 +92,8 @@ class Source:
 
     name: str
     """Name used in blends, events and the report."""
-    artifact: Path
-    """Folder of the token artifact."""
+    artifact: Path | None
+    """Folder of the token artifact; None for a source made on the fly."""
     is_chat: bool
     """Whether its documents are conversations with loss weights (never cut in two)."""
     prefixes: dict[str, str]
@@ -84,10 +101,16 @@ class Source:
     num_tokens: dict[str, int]
     """Split -> tokens."""
     share: float
-    """Share of the run's data that an empty blend gives it; all sources' shares sum to 1."""
+    """Weight that an empty blend gives it; those of the sources of all artifacts sum to 1."""
+    made: Documents | None = None
+    """The documents of a source made on the fly."""
 
-    def shard(self, split: str) -> TokenShard:
+    def shard(self, split: str) -> Documents:
         """Open one split."""
+        if self.made is not None:
+            return self.made
+        if self.artifact is None:
+            raise ValueError(f"source {self.name} has neither an artifact nor documents")
         return TokenShard(self.artifact / self.prefixes[split])
 
 
@@ -122,7 +145,7 @@ def open_sources(paths: dict[str, float], vocab_size: int) -> list[Source]:
     return sources
 
 
-def _of_artifact(path: Path, content: dict, share: float) -> list[Source]:
+def _of_artifact(path: Path, content: dict[str, Any], share: float) -> list[Source]:
     described = content["sources"]
     train_tokens = sum(s["splits"]["train"]["num_tokens"] for s in described)
     if train_tokens == 0:
@@ -140,11 +163,11 @@ def _of_artifact(path: Path, content: dict, share: float) -> list[Source]:
 
 def tokenizer_folder(sources: list[Source]) -> Path | None:
     """Return the tokenizer that travels with the data, if it is there."""
-    folder = sources[0].artifact / "tokenizer"
-    return folder if (folder / "tokenizer.json").is_file() else None
+    folders = [s.artifact / "tokenizer" for s in sources if s.artifact is not None]
+    return next((f for f in folders if (f / "tokenizer.json").is_file()), None)
 
 
 def provenance(sources: list[Source]) -> list[dict[str, str]]:
     """Return kind, path and manifest hash of each artifact that the sources come from."""
-    folders = dict.fromkeys(s.artifact for s in sources)
+    folders = dict.fromkeys(s.artifact for s in sources if s.artifact is not None)
     return [{"kind": "tokens", "path": str(f), "manifest_sha256": manifest_sha256(f)} for f in folders]

@@ -9,7 +9,7 @@ import torch
 from megatron_sov.config import RunConfig
 from megatron_sov.data.order import Sample, SampleOrder
 from megatron_sov.data.rows import Row, join_rows, sample_row
-from megatron_sov.data.shards import TokenShard
+from megatron_sov.data.shards import Documents
 from megatron_sov.mcore.logprobs import Head
 from megatron_sov.mcore.world import World
 from megatron_sov.train.microbatch import MicroBatch, from_row, shifted_targets
@@ -25,7 +25,7 @@ class DataBatches:
         self.order = order
         self._micro_batch_size = config.train.micro_batch_size
         self._world = world
-        self._shards: dict[int, TokenShard] = {}
+        self._shards: dict[int, Documents] = {}
 
     def batch(self, step: int) -> GlobalBatch:
         """Return this rank's part of the batch of `step` and move the data cursors."""
