@@ -6,7 +6,6 @@ Names and shapes are checked when a folder is opened, from headers alone; tensor
 from __future__ import annotations
 
 import json
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -78,8 +77,8 @@ class HfWeights:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = _read_json(path / CONFIG)
-        self._files = _shard_of_each_tensor(path)
-        shapes = {name: tuple(_slice(file, name).get_shape()) for name, file in self._files.items()}
+        self._shards = _open_shards(path)
+        shapes = {name: tuple(shard.get_slice(name).get_shape()) for name, shard in self._shards.items()}
         family = models.get(str(self.config.get("model_type")))
         try:
             self.model = family.from_hf_config(self.config, shapes)
@@ -90,20 +89,24 @@ class HfWeights:
         check_exact(path, shapes, self._shapes, "compare config.json with the files, or save the model again")
 
     def names(self) -> list[str]:
+        """Return the names in the order of the weight map."""
         return list(self._shapes)
 
     def dtype(self, name: str) -> torch.dtype:
-        found = _slice(self._files[name], name).get_dtype()
+        """Return the dtype in which the tensor stands in its file."""
+        found = self._shards[name].get_slice(name).get_dtype()
         if found not in _DTYPES:
-            raise UserError(f"{self._files[name]}: {name} has dtype {found}, but only {', '.join(_DTYPES)} can be converted; "
+            raise UserError(f"{self.path}: {name} has dtype {found}, but only {', '.join(_DTYPES)} can be converted; "
                             "save the model without quantisation")
         return _DTYPES[found]
 
     def read(self, name: str) -> torch.Tensor:
+        """Return the tensor; `UserError` where its file is damaged."""
         try:
-            return _open(str(self._files[name])).get_tensor(name)
+            tensor: torch.Tensor = self._shards[name].get_tensor(name)
         except (OSError, SafetensorError) as e:
-            raise UserError(f"{self._files[name]}: cannot be read ({e}); copy or download it again") from None
+            raise UserError(f"{self.path}: {name} cannot be read ({e}); copy or download the folder again") from None
+        return tensor
 
 
 class CheckpointWeights:
@@ -121,12 +124,15 @@ class CheckpointWeights:
         self._last: tuple[Link, torch.Tensor] | None = None
 
     def names(self) -> list[str]:
+        """Return the names in the order of the weight map."""
         return list(self._link_of)
 
     def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype in which the tensor stands in its file."""
         return self._reader.dtype(self._link_of[name].key)
 
     def read(self, name: str) -> torch.Tensor:
+        """Return the tensor; `UserError` where its file is damaged."""
         link = self._link_of[name]
         # query, key and value (gate and up) follow one another and come from one block, which is therefore kept
         if self._last is None or self._last[0] is not link:
@@ -145,39 +151,34 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _shard_of_each_tensor(path: Path) -> dict[str, Path]:
-    """Return the file that holds each tensor; index and files must agree in both directions."""
+def _open_shards(path: Path) -> dict[str, Any]:
+    """Return for each tensor the opened file that holds it; index and files must agree in both directions."""
     if not (path / INDEX).is_file():
-        single = path / SINGLE_FILE
-        if not single.is_file():
+        if not (path / SINGLE_FILE).is_file():
             raise UserError(f"{path}: has neither {SINGLE_FILE} nor {INDEX}; save the model with safetensors "
                             "(pickled weights are not read)")
-        return dict.fromkeys(_open(str(single)).keys(), single)
+        shard = _open(path / SINGLE_FILE)
+        return dict.fromkeys(shard.keys(), shard)
     weight_map = _read_json(path / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(f, str) and Path(f).name == f for f in weight_map.values()):
         raise UserError(f"{path / INDEX}: weight_map must map tensor names to files in the same folder; "
                         "restore it from its source")
-    in_files: dict[str, Path] = {}
+    shards: dict[str, Any] = {}
+    file_of: dict[str, str] = {}
     for file in sorted(set(weight_map.values())):
-        if not (path / file).is_file():
-            raise UserError(f"{path / file}: is missing, but {INDEX} names it; copy or download it again")
-        for name in _open(str(path / file)).keys():  # noqa: SIM118  (safe_open has no iterator)
-            if name in in_files:
-                raise UserError(f"{path / file}: holds {name}, which {in_files[name].name} holds as well; remove one of them")
-            in_files[name] = path / file
-    differing = [n for n in sorted({*in_files, *weight_map}) if n not in in_files or weight_map.get(n) != in_files[n].name]
+        shard = _open(path / file)
+        for name in shard.keys():  # noqa: SIM118  (safe_open has no iterator)
+            if name in file_of:
+                raise UserError(f"{path / file}: holds {name}, which {file_of[name]} holds as well; remove one of them")
+            shards[name], file_of[name] = shard, file
+    differing = sorted(name for name in {*file_of, *weight_map} if weight_map.get(name) != file_of.get(name))
     if differing:
         raise UserError(f"{path / INDEX}: disagrees with the files about {listed(differing)}; restore it from its source")
-    return in_files
+    return shards
 
 
-def _slice(file: Path, name: str) -> Any:
-    return _open(str(file)).get_slice(name)
-
-
-@lru_cache(maxsize=256)
-def _open(path: str) -> Any:
+def _open(file: Path) -> Any:
     try:
-        return safe_open(path, framework="pt")
+        return safe_open(file, framework="pt")
     except (OSError, SafetensorError) as e:
-        raise UserError(f"{path}: is not a readable safetensors file ({e}); copy or download it again") from None
+        raise UserError(f"{file}: is not a readable safetensors file ({e}); copy or download it again") from None

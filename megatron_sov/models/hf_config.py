@@ -22,10 +22,12 @@ class Item(Protocol):
     """One line of a config map."""
 
     @property
-    def names(self) -> tuple[str, ...]: ...
-
-    def write(self, model: ModelConfig) -> dict[str, Any]: ...
-    def read(self, config: dict[str, Any]) -> dict[str, Any]: ...
+    def names(self) -> tuple[str, ...]:
+        """Return the config.json fields that this item answers for."""
+    def write(self, model: ModelConfig) -> dict[str, Any]:
+        """Return the config.json fields of a model."""
+    def read(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Return the `ModelConfig` fields that a config.json says; `UserError` where it says what we do not compute."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,15 @@ class Renamed:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """Return the one field."""
         return (self.hf,)
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
+        """Return the field with the model's value."""
         return {self.hf: getattr(model, self.model)}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Return the model's field; `UserError` where a required one is absent."""
         if self.hf in config:
             return {self.model: config[self.hf]}
         if self.default is REQUIRED:
@@ -63,12 +68,15 @@ class Fixed:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """Return the one field."""
         return (self.hf,)
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
+        """Return the field with its only value."""
         return {self.hf: self.value} if self.written else {}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Return nothing; `UserError` where the value is another one."""
         found = config.get(self.hf, self.value)
         if found != self.value:
             raise UserError(f"config.json: {self.hf} = {found!r}, but only {self.value!r} is supported for this family")
@@ -82,9 +90,11 @@ class Unused:
     names: tuple[str, ...]
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
+        """Return nothing: such fields are not written."""
         return {}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Return nothing, whatever they say."""
         return {}
 
 
@@ -97,6 +107,7 @@ class Rope:
     names: tuple[str, ...] = ("rope_parameters", "rope_scaling", "rope_theta")
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
+        """Return `rope_parameters`, with every number explicit."""
         rope: dict[str, Any] = {"rope_type": "default", "rope_theta": model.rope_theta}
         if model.yarn:
             rope |= {"rope_type": "yarn", "factor": model.yarn.factor,
@@ -105,7 +116,12 @@ class Rope:
         return {"rope_parameters": rope}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
-        rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        """Return theta and YaRN; `UserError` for other kinds of scaling and for parameters without effect."""
+        spellings = [config[name] for name in ("rope_parameters", "rope_scaling") if config.get(name)]
+        if len(spellings) == 2 and spellings[0] != spellings[1]:
+            raise UserError(f"config.json: rope_parameters = {spellings[0]} and rope_scaling = {spellings[1]} "
+                            "disagree; remove one of them")
+        rope = dict(spellings[0]) if spellings else {}
         theta = float(rope.pop("rope_theta", config.get("rope_theta", self.default_theta)))
         old_kind = rope.pop("type", "default")
         kind = rope.pop("rope_type", old_kind)
@@ -115,8 +131,9 @@ class Rope:
             yarn = self._read_yarn(rope, config)
         else:
             raise UserError(f"config.json: rope_type = {kind!r}, but only 'default' and 'yarn' are supported")
-        if rope.pop("partial_rotary_factor", 1.0) != 1.0:
-            raise UserError("config.json: partial_rotary_factor must be 1.0; heads are rotated as a whole")
+        share = rope.pop("partial_rotary_factor", 1.0)
+        if share != 1.0:
+            raise UserError(f"config.json: partial_rotary_factor = {share}, but only 1.0 is supported: heads rotate as a whole")
         if rope:
             raise UserError(f"config.json: rope parameters {', '.join(sorted(rope))} are unknown for rope_type {kind!r}; "
                             "remove them if they have no effect")
@@ -136,8 +153,9 @@ class Rope:
         if attention_factor is not None and not math.isclose(attention_factor, expected, rel_tol=1e-6):
             raise UserError(f"config.json: attention_factor = {attention_factor}, but only 0.1 ln(factor) + 1 = {expected:.6f} "
                             "is supported")
-        if rope.pop("truncate", True) is not True:
-            raise UserError("config.json: truncate = False is not supported for rope_type 'yarn'; only True is")
+        truncate = rope.pop("truncate", True)
+        if truncate is not True:
+            raise UserError(f"config.json: truncate = {truncate}, but only true is supported for rope_type 'yarn'")
         return YarnConfig(factor, original, float(rope.pop("beta_fast", None) or 32), float(rope.pop("beta_slow", None) or 1))
 
 
@@ -150,10 +168,12 @@ class SlidingLayers:
     names: tuple[str, ...] = ("layer_types", "sliding_window", "sliding_window_pattern")
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
+        """Return the explicit list, the window and the pattern."""
         return {"layer_types": model.layer_types(), "sliding_window": model.sliding_window_tokens,
                 "sliding_window_pattern": model.attention_pattern}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Return the shortest pattern that gives the list, and the window."""
         num_layers = config.get("num_hidden_layers", 0)
         types = config.get("layer_types") or self._from_period(config.get("sliding_window_pattern", 4), num_layers)
         letters = "".join({"sliding_attention": "L", "full_attention": "G"}.get(kind, "?") for kind in types)
@@ -180,10 +200,12 @@ class LeadingDenseLayers:
     names: tuple[str, ...] = ("first_k_dense_replace", "mlp_layer_types", "is_moe_layer", "first_last_k_dense_replace")
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
+        """Return the count and the explicit list."""
         return {"first_k_dense_replace": model.num_dense_layers, "mlp_layer_types": [
             "dense" if i < model.num_dense_layers else "sparse" for i in range(model.num_layers)]}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Return the count; `UserError` where two spellings disagree."""
         spellings: dict[str, Callable[[Any], list[bool]]] = {
             "mlp_layer_types": lambda kinds: [kind != "sparse" for kind in kinds],
             "is_moe_layer": lambda flags: [not flag for flag in flags],

@@ -74,13 +74,16 @@ class Entry(Protocol):
     """One line of a weight map."""
 
     @property
-    def megatron(self) -> str: ...
+    def megatron(self) -> str:
+        """Return the Megatron tensor's name."""
     @property
-    def hf_names(self) -> tuple[str, ...]: ...
+    def hf_names(self) -> tuple[str, ...]:
+        """Return the Hugging Face tensors' names, in the order of the layout's parts."""
     @property
-    def fp32(self) -> bool: ...
-
-    def layout(self, model: ModelConfig) -> Layout: ...
+    def fp32(self) -> bool:
+        """Return whether the tensor is float32 whatever the dtype of the rest."""
+    def layout(self, model: ModelConfig) -> Layout:
+        """Return how the Megatron tensor (one expert's block of it) falls into Hugging Face tensors."""
 
 
 @dataclass(frozen=True)
@@ -98,9 +101,11 @@ class Same:
 
     @property
     def hf_names(self) -> tuple[str, ...]:
+        """Return the one name."""
         return (self.hf,)
 
     def layout(self, model: ModelConfig) -> Layout:
+        """Return the tensor itself as its only part."""
         shape = shape_of(self.shape, model)
         return Layout(shape, 0, (shape[0],), 1)
 
@@ -121,9 +126,11 @@ class GateUp:
 
     @property
     def hf_names(self) -> tuple[str, ...]:
+        """Return gate, then up."""
         return (self.gate, self.up)
 
     def layout(self, model: ModelConfig) -> Layout:
+        """Return two stacked parts."""
         return Layout((2, *shape_of(self.shape, model)), 0, (1, 1), 2)
 
 
@@ -139,9 +146,11 @@ class QKV:
 
     @property
     def hf_names(self) -> tuple[str, ...]:
+        """Return query, key, value."""
         return (self.query, self.key, self.value)
 
     def layout(self, model: ModelConfig) -> Layout:
+        """Return the parts of [groups, query heads + key + value, head_dim, hidden], cut along the heads of a group."""
         heads = model.num_heads // model.num_kv_heads
         return Layout((model.num_kv_heads, heads + 2, model.head_dim, model.hidden_size), 1, (heads, 1, 1), 3)
 
@@ -161,17 +170,21 @@ class Experts:
 
     @property
     def megatron(self) -> str:
+        """Return the name of the stacked tensor."""
         return self.each.megatron
 
     @property
     def hf_names(self) -> tuple[str, ...]:
+        """Return one expert's names, with the placeholder."""
         return self.each.hf_names
 
     @property
     def fp32(self) -> bool:
+        """Return what the entry of each expert says."""
         return self.each.fp32
 
     def layout(self, model: ModelConfig) -> Layout:
+        """Return the layout of one expert's block."""
         return self.each.layout(model)
 
 

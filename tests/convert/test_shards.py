@@ -31,6 +31,9 @@ def test_the_library_reads_what_we_write(tmp_path_factory, shapes, max_shard_byt
     for file, record in records.items():
         raw = (folder / file).read_bytes()
         assert (record.sha256, record.size_bytes) == (hashlib.sha256(raw).hexdigest(), len(raw))
+        header = json.loads(raw[8:8 + int.from_bytes(raw[:8], "little")])
+        assert header.pop("__metadata__") == {"format": "pt"}
+        assert all(entry["data_offsets"][0] % tensors[name].itemsize == 0 for name, entry in header.items())
         found |= load_file(folder / file)
     assert found.keys() == tensors.keys()
     assert all(found[name].dtype == t.dtype and torch.equal(found[name], t) for name, t in tensors.items())
