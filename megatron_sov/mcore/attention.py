@@ -48,21 +48,21 @@ class DocumentAttention(MegatronModule):
 
     def _document(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Attend within one document of n tokens: [n, heads, head_dim] -> [n, heads, head_dim]."""
-        q, k, v = (t.transpose(0, 1) for t in (query, key, value))
-        n = q.shape[1]
-        gqa = q.shape[0] != k.shape[0]
+        q, k, v = (t.transpose(0, 1)[None] for t in (query, key, value))  # the fused kernels need a batch axis
+        n = q.shape[2]
+        gqa = q.shape[1] != k.shape[1]
         if not self.window_tokens or n <= self.window_tokens:
             out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=gqa)
-            return out.transpose(0, 1)
+            return out[0].transpose(0, 1)
         blocks = []
         for start in range(0, n, QUERY_BLOCK):
             stop = min(start + QUERY_BLOCK, n)
             first_key = max(0, start - self.window_tokens + 1)
             distance = torch.arange(start, stop, device=q.device)[:, None] - torch.arange(first_key, stop, device=q.device)
             visible = (distance >= 0) & (distance < self.window_tokens)
-            blocks.append(scaled_dot_product_attention(q[:, start:stop], k[:, first_key:stop], v[:, first_key:stop],
+            blocks.append(scaled_dot_product_attention(q[:, :, start:stop], k[:, :, first_key:stop], v[:, :, first_key:stop],
                                                        attn_mask=visible, scale=self.softmax_scale, enable_gqa=gqa))
-        return torch.cat(blocks, dim=1).transpose(0, 1)
+        return torch.cat(blocks, dim=2)[0].transpose(0, 1)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (),
                            metadata: dict[str, Any] | None = None) -> dict[str, Any]:

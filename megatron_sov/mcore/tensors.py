@@ -13,7 +13,6 @@ import dataclasses
 import json
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from megatron_sov.errors import UserError
 
 MAX_FILE_BYTES = 4 << 30
 RANKS_PER_FOLDER = 256
+MAX_OPEN_FILES = 64
 _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64,
                                                      torch.int32, torch.uint8, torch.bool)}
 Index = dict[str, dict[str, Any]]
@@ -117,6 +117,7 @@ class TensorReader:
 
     def __init__(self, folder: str | Path, part: str = "model") -> None:
         self.folder = Path(folder)
+        self._files: dict[str, Any] = {}
         file = self.folder / f"{part}.index.json"
         try:
             raw = json.loads(file.read_text())
@@ -159,17 +160,19 @@ class TensorReader:
                 out[here] = self._slice(piece, there)
         return out
 
+    def _open(self, file: str) -> Any:
+        if file not in self._files:
+            if len(self._files) >= MAX_OPEN_FILES:
+                self._files.pop(next(iter(self._files)))
+            self._files[file] = safe_open(self.folder / file, framework="pt")
+        return self._files[file]
+
     def _slice(self, piece: Piece, block: tuple[slice, ...]) -> torch.Tensor:
         path = self.folder / piece.file
         try:
-            view = _open(str(path)).get_slice(piece.name)
+            view = self._open(piece.file).get_slice(piece.name)
             missing_axes = len(piece.shape) - len(view.get_shape())
             inner = view[block[missing_axes:]] if block[missing_axes:] else view[...]
             return inner.reshape(tuple(s.stop - s.start for s in block))
         except (OSError, SafetensorError) as e:
             raise UserError(f"{path}: cannot be read ({e}); use an earlier checkpoint") from None
-
-
-@lru_cache(maxsize=64)
-def _open(path: str) -> Any:
-    return safe_open(path, framework="pt")

@@ -28,7 +28,7 @@ class HeldoutLoss:
     loss: float
     """Nats per token."""
     bits_per_byte: float
-    """Nats of all targets / ln 2 / UTF-8 bytes of all targets."""
+    """Nats of all targets / ln 2 / UTF-8 bytes of all targets; NaN where the tokenizer is not known."""
     tokens: int
     """Targets evaluated."""
 
@@ -36,9 +36,9 @@ class HeldoutLoss:
 class HeldoutEvaluator:
     """Evaluates a policy on the held-out split of each source; the same documents each time."""
 
-    def __init__(self, sources: list[Source], bytes_of_token: np.ndarray, seq_len: int, rows_per_batch: int, max_tokens: int,
+    def __init__(self, sources: list[Source], bytes_of_token: np.ndarray | None, seq_len: int, rows_per_batch: int, max_tokens: int,
                  world: World) -> None:
-        self._bytes = torch.from_numpy(bytes_of_token)
+        self._bytes = None if bytes_of_token is None else torch.from_numpy(bytes_of_token)
         self._rows_per_batch = rows_per_batch
         self._batches = {s.name: self._load(i, s, seq_len, max_tokens, world) for i, s in enumerate(sources)
                          if s.num_tokens.get("heldout", 0) > 1}
@@ -59,11 +59,14 @@ class HeldoutEvaluator:
             sums = policy.map([from_row(r) for r in rows], self._sums)
             local = torch.stack(sums).sum(0) if sums else torch.zeros(3, dtype=torch.float64)
             nats, tokens, size_bytes = schedule.from_last_stage(schedule.sum_over_data(local.cpu())).tolist()
-            results[name] = HeldoutLoss(nats / max(tokens, 1), nats / math.log(2) / max(size_bytes, 1), int(tokens))
+            results[name] = HeldoutLoss(nats / max(tokens, 1), nats / math.log(2) / size_bytes if size_bytes else math.nan, int(tokens))
         return results
 
     def _sums(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> torch.Tensor:
         losses = -head.logprobs(hidden[0], batch.labels).double()
         counted = (batch.weights > 0).double()
-        size_bytes = self._bytes.to(batch.labels.device)[batch.labels].double()
+        if self._bytes is None:
+            size_bytes = torch.full_like(losses, math.nan)
+        else:
+            size_bytes = self._bytes.to(batch.labels.device)[batch.labels].double()
         return torch.stack([(losses * counted).sum(), counted.sum(), (size_bytes * counted).sum()])

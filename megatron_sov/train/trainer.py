@@ -199,7 +199,7 @@ class Trainer:
         """Evaluate on held-out documents and record it."""
         if self._evaluator is None:
             vocab = self.config.model.vocab_size
-            sizes = token_bytes(self.tokenizer, vocab) if self.tokenizer else torch.zeros(vocab, dtype=torch.int64).numpy()
+            sizes = token_bytes(self.tokenizer, vocab) if self.tokenizer else None
             self._evaluator = HeldoutEvaluator(
                 self.sources, sizes, max(p.seq_len for p in self.order.phases), self.config.train.micro_batch_size,
                 self.config.data.heldout_tokens, self.world)

@@ -1,0 +1,82 @@
+"""Supervised fine-tuning: cross-entropy on responses, with an auxiliary term on plain text normalised on its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megatron_sov.config import RunConfig
+from megatron_sov.data.shards import Source
+from megatron_sov.errors import UserError
+from megatron_sov.mcore.logprobs import Head
+from megatron_sov.train.lm import MTP, DataBatches
+from megatron_sov.train.microbatch import MicroBatch, shifted_targets
+from megatron_sov.train.objective import GlobalBatch, LossSums, per_source, with_denominators
+
+RESPONSE, TEXT = "response", "text"
+TYPE_OF = {TEXT: 0, RESPONSE: 2}
+"""Term -> token type (the `.type` sidecar) of the labels that it learns; prompts (1) belong to none."""
+
+
+class SupervisedFineTuning:
+    """``CE(responses) / response tokens + text_coeff * CE(text) / text tokens`` (+ multi-token prediction on responses).
+
+    Each term is divided by its own count over the global batch, so the share of text in the data changes how often the
+    auxiliary term is estimated, and never its weight.
+    """
+
+    def __init__(self, config: RunConfig, batches: DataBatches) -> None:
+        self._batches = batches
+        self._depths = config.model.num_mtp_layers
+        self._num_sources = len(batches.order.sources)
+        self.coefficients = {RESPONSE: 1.0}
+        if config.objective.text_coeff > 0:
+            self.coefficients[TEXT] = config.objective.text_coeff
+        if self._depths:
+            self.coefficients[MTP] = config.model.mtp_loss_coeff
+
+    def collect(self, policy: Any, step: int) -> GlobalBatch:
+        """Return the next batch of the data order."""
+        return self._batches.batch(step)
+
+    def prepare(self, batch: GlobalBatch) -> GlobalBatch:
+        """Count each term's targets over the global batch."""
+        targets = {term: sum(float(_weights(m, term).sum()) for m in batch.micro_batches) for term in TYPE_OF
+                   if term in self.coefficients}
+        if self._depths:
+            targets[MTP] = sum(float(w.sum()) for m in batch.micro_batches for _, w in self._further(m))
+        return with_denominators(batch, targets)
+
+    def loss(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> LossSums:
+        """Return the summed cross-entropy of each term."""
+        losses = -head.logprobs(hidden[0], batch.labels)
+        terms = {term: (losses * _weights(batch, term)).sum() for term in TYPE_OF if term in self.coefficients}
+        for states, (labels, weights) in zip(hidden[1:], self._further(batch), strict=True):
+            terms[MTP] = terms.get(MTP, 0.0) - (head.logprobs(states, labels) * weights).sum()
+        return LossSums(terms, per_source(losses, batch.weights, batch.sources, self._num_sources))
+
+    def _further(self, batch: MicroBatch) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return [shifted_targets(batch, depth) for depth in range(1, self._depths + 1)]
+
+
+def _weights(batch: MicroBatch, term: str) -> torch.Tensor:
+    """Return [n]: the weight of each label in a term."""
+    return batch.weights * (batch.types == TYPE_OF[term])
+
+
+def check_sources(config: RunConfig, sources: list[Source]) -> None:
+    """Refuse data that leaves a term without targets, or text that nothing learns.
+
+    Raises:
+        UserError: no conversations; text without a weight; a weight without text.
+    """
+    chats = [s.name for s in sources if s.is_chat]
+    texts = [s.name for s in sources if not s.is_chat]
+    if not chats:
+        raise UserError(f"--data: none of the sources ({', '.join(texts)}) holds conversations; pack some with `sov-data pack --format chat`")
+    if texts and config.objective.text_coeff <= 0:
+        raise UserError(f"objective.text_coeff = {config.objective.text_coeff}, but --data holds text ({', '.join(texts)}) that only the "
+                        "text term learns; set objective.text_coeff (e.g. 0.1) or leave that data out")
+    if not texts and config.objective.text_coeff > 0:
+        raise UserError(f"objective.text_coeff = {config.objective.text_coeff} needs text beside the conversations; add --data with packed text")

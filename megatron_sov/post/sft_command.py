@@ -1,0 +1,32 @@
+"""`megatron-sov sft RECIPE --from CHECKPOINT --data CHATS[:weight] [--data TEXT[:weight]] --run DIR`."""
+
+from __future__ import annotations
+
+import argparse
+
+from megatron_sov.mcore.ranks import num_ranks
+from megatron_sov.train.arguments import add_stage_arguments, resolve_start, stage_config
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    add_stage_arguments(parser, needs_start=True)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Fine-tune on conversations; returns 0 when the run is complete."""
+    start = resolve_start(args.start_from, args.run)
+    config = stage_config(args, start, defaults=("objective.name=sft",))
+    config.check(num_ranks(args.nproc))
+
+    from megatron_sov.data.shards import open_sources
+    from megatron_sov.mcore.cpu import open_door
+
+    open_door()
+    from megatron_sov.post.sft import SupervisedFineTuning, check_sources
+    from megatron_sov.train.run_folder import RunFolder
+    from megatron_sov.train.stage import Stage, run_stage
+
+    check_sources(config, open_sources(config.data.paths, config.model.vocab_size))
+    run_stage(Stage(config, RunFolder(args.run), SupervisedFineTuning, start, args.resume), args.nproc)
+    return 0
