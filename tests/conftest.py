@@ -1,9 +1,14 @@
-"""Settings and fixtures of all tests: drawn examples are the same in every run, and ranks are real processes."""
+"""Settings and fixtures of all tests: drawn examples are the same in every run, ranks are real processes, models are tiny."""
 
 from __future__ import annotations
 
+import argparse
+import difflib
+import inspect
 import json
+import optparse
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -57,3 +62,82 @@ def ranks(tmp_path: Path) -> Ranks:
 def job() -> type[Job]:
     """Return the class that describes what `ranks` runs (test modules cannot import this file)."""
     return Job
+
+
+VOCAB_SIZE = 1024
+SIZES = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+         "moe_intermediate_size": 24, "num_experts_per_tok": 2, "max_position_embeddings": 512, "initializer_range": 0.25}
+"""A large spread of initial weights: logits of several units, so that a wrong detail of the model shows."""
+
+
+@pytest.fixture(scope="session")
+def token_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A token artifact with two sources, "first" and "second", a fifth of each held out; the tokenizer lies inside."""
+    from data_prep import cli as data_cli
+    from tokenizer import cli as tokenizer_cli
+
+    folder = tmp_path_factory.mktemp("tokens")
+    for name, modules in {"first": (argparse, inspect), "second": (difflib, optparse)}.items():
+        paragraphs = [p for module in modules for p in inspect.getsource(module).split("\n\n") if p.strip()]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": p}) + "\n" for p in paragraphs))
+    inputs = ["--input", str(folder / "first.jsonl"), "--input", str(folder / "second.jsonl")]
+    assert tokenizer_cli.main(["train", "--preset", "solar-open", "--vocab-size", str(VOCAB_SIZE), *inputs,
+                               "--output", str(folder / "tokenizer")]) == 0
+    assert data_cli.main(["pack", "--tokenizer", str(folder / "tokenizer"), *inputs, "--output", str(folder / "shards"),
+                          "--heldout", "0.2", "--workers", "1"]) == 0
+    return folder / "shards"
+
+
+def _random_solar() -> Any:
+    from transformers import SolarOpenConfig, SolarOpenForCausalLM
+
+    yarn = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 2.0, "original_max_position_embeddings": 256}
+    return SolarOpenForCausalLM(SolarOpenConfig(
+        num_hidden_layers=2, n_routed_experts=8, n_shared_experts=1, rope_parameters=yarn, routed_scaling_factor=1.7,
+        bos_token_id=None, eos_token_id=None, pad_token_id=None, **SIZES))
+
+
+def _random_exaone() -> Any:
+    from transformers import ExaoneMoeConfig, ExaoneMoeForCausalLM
+
+    return ExaoneMoeForCausalLM(ExaoneMoeConfig(
+        num_hidden_layers=5, num_experts=8, num_shared_experts=1, intermediate_size=40, sliding_window=8,
+        routed_scaling_factor=2.5, rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        layer_types=["sliding_attention"] * 3 + ["full_attention", "sliding_attention"], **SIZES))
+
+
+@pytest.fixture(scope="session")
+def hf_models(tmp_path_factory: pytest.TempPathFactory, token_shards: Path) -> dict[str, Path]:
+    """Hugging Face folders of tiny random models, written by transformers: family -> folder."""
+    import torch
+
+    folders = {}
+    for family, make in {"solar_open": _random_solar, "exaone_moe": _random_exaone}.items():
+        torch.manual_seed(0)
+        model = make()
+        generator = torch.Generator().manual_seed(1)
+        for module in model.modules():
+            if hasattr(module, "e_score_correction_bias"):
+                module.e_score_correction_bias = torch.randn(8, generator=generator) * 0.2
+        folders[family] = tmp_path_factory.mktemp("hf") / family
+        model.save_pretrained(folders[family])
+        shutil.copytree(token_shards / "tokenizer", folders[family], dirs_exist_ok=True)
+    return folders
+
+
+@pytest.fixture(scope="session")
+def imported(tmp_path_factory: pytest.TempPathFactory, hf_models: dict[str, Path]) -> dict[str, Path]:
+    """The same models as checkpoints: family -> folder."""
+    from megatron_sov import convert
+
+    folder = tmp_path_factory.mktemp("imported")
+    for family, hf_dir in hf_models.items():
+        convert.from_hf(hf_dir, folder / family)
+    return {family: folder / family for family in hf_models}
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands run their single rank in this process: pytest's process has threads, which a fork would not survive."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "SOV_RENDEZVOUS": f"file://{tmp_path}/rendezvous"}.items():
+        monkeypatch.setenv(name, value)

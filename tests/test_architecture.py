@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "documents": {"errors"}, "obs": BASE,
     "models": BASE, "recipes": BASE | {"models"}, "plan": GROUND,
     "data": GROUND, "mcore": GROUND,
-    "convert": FIRST, "train": FIRST | {"convert"}, "generate": FIRST,  # a run may start --from a Hugging Face folder
+    "convert": FIRST, "train": FIRST | {"convert"}, "generate": FIRST | {"convert"},  # both accept a Hugging Face folder
     "eval": SECOND,
     "extend": THIRD, "post": THIRD, "report": THIRD, "doctor": THIRD, "cli": THIRD, "__main__": {"cli"},
     "tokenizer": BASE, "data_prep": BASE, "slurm": BASE,

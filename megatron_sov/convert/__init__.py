@@ -12,12 +12,13 @@ if TYPE_CHECKING:
     from megatron_sov.convert.export import to_hf
     from megatron_sov.convert.intake import from_hf
     from megatron_sov.convert.proof import Check, verify
-    from megatron_sov.convert.sources import open_weights
+    from megatron_sov.convert.sources import is_hf_folder, open_weights
 
 MAX_SHARD_BYTES = 5_000_000_000
 """Default of the largest safetensors file that is written."""
-__all__ = ["MAX_SHARD_BYTES", "Check", "from_hf", "open_weights", "to_hf", "verify"]
-_MODULES = {"to_hf": "export", "from_hf": "intake", "Check": "proof", "verify": "proof", "open_weights": "sources"}
+__all__ = ["MAX_SHARD_BYTES", "Check", "from_hf", "is_hf_folder", "open_weights", "to_hf", "verify"]
+_MODULES = {"to_hf": "export", "from_hf": "intake", "Check": "proof", "verify": "proof", "is_hf_folder": "sources",
+            "open_weights": "sources"}
 
 
 def __getattr__(name: str) -> Any:

@@ -53,6 +53,11 @@ def open_weights(path: str | Path) -> Weights:
     raise UserError(f"{path}: has neither {CONFIG} (Hugging Face folder) nor {MANIFEST} (checkpoint); pass one of the two")
 
 
+def is_hf_folder(path: Path) -> bool:
+    """Return whether a folder holds a Hugging Face model (a run folder has a config.json as well, but no weights beside it)."""
+    return (path / CONFIG).is_file() and any(path.glob("*.safetensors"))
+
+
 def listed(names: list[str]) -> str:
     """Return the first few names, and how many more there are."""
     more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""

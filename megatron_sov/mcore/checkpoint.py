@@ -181,6 +181,21 @@ def latest(folder: Path) -> Path | None:
     return found[max(found)] if found else None
 
 
+def find_checkpoint(path: Path) -> Path:
+    """Return the checkpoint that `path` means: itself, or the newest one of a run folder.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if (path / CHECKPOINTS_OF_A_RUN).is_dir():
+        newest = latest(path / CHECKPOINTS_OF_A_RUN)
+        if newest is None:
+            raise UserError(f"{path}: this run has no complete checkpoint yet")
+        return newest
+    read_manifest(path, KIND)
+    return path
+
+
 def prune(folder: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints (0 keeps all)."""
     found = sorted((int(p.name[5:]), p) for p in folder.glob("step-*") if p.name[5:].isdigit())

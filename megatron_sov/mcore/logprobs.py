@@ -44,9 +44,8 @@ class Head:
         return torch.cat(parts)
 
     @torch.no_grad()
-    def top_tokens(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the most probable token of each position, [T] int64, for hidden states as in `logprobs`."""
-        states = gather_sequence(hidden, self.config)
+    def top_tokens(self, states: torch.Tensor) -> torch.Tensor:
+        """Return the most probable token [n] int64 after each of some positions' hidden states [n, H] (already gathered)."""
         return torch.cat([_chunk_argmax(s, self.weight) for s in states.split(self.chunk_tokens)])
 
     @torch.no_grad()

@@ -46,20 +46,24 @@ class Policy:
         finally:
             self.model.train(was_training)
 
-    def top_tokens(self, micro_batch: HasInputs) -> torch.Tensor:
-        """Return the most probable next token at every position of a micro-batch, [tokens] int64, on every process."""
-        found = self.map([micro_batch], lambda hidden, head, batch: head.top_tokens(hidden[0]))
-        n = len(micro_batch.inputs.tokens)
-        return schedule.from_last_stage(found[0] if found else torch.zeros(n, dtype=torch.int64))
+    def top_tokens(self, micro_batch: HasInputs, positions: torch.Tensor) -> torch.Tensor:
+        """Return the most probable next token [positions] int64 at some positions of a micro-batch, on every process."""
+        found = self._at(micro_batch, positions, Head.top_tokens)
+        return schedule.from_last_stage(found[0] if found else torch.zeros(len(positions), dtype=torch.int64))
 
     def logits(self, micro_batch: HasInputs, positions: torch.Tensor) -> torch.Tensor:
         """Return full logits [positions, vocabulary] float32 at a few positions of a micro-batch, on every process."""
-        def pick(hidden: list[torch.Tensor], head: Head, batch: HasInputs) -> torch.Tensor:
-            return head.logits(gather_sequence(hidden[0], self.config)[positions.to(hidden[0].device)])
-
-        found = self.map([micro_batch], pick)
+        found = self._at(micro_batch, positions, Head.logits)
         shape = (len(positions), self.model.vocab_size)
         return schedule.from_last_stage(found[0] if found else torch.zeros(shape, dtype=torch.float32))
+
+    def _at(self, micro_batch: HasInputs, positions: torch.Tensor,
+            read: Callable[[Head, torch.Tensor], torch.Tensor]) -> list[Any]:
+        """Return what `read` makes of the trunk's hidden states at some positions (in a list; empty before the last stage)."""
+        def outputs(hidden: list[torch.Tensor], head: Head, batch: HasInputs) -> torch.Tensor:
+            return read(head, gather_sequence(hidden[0], self.config)[positions.to(hidden[0].device)])
+
+        return self.map([micro_batch], outputs)
 
 
 class Inputs:

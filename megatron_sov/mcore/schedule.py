@@ -88,6 +88,12 @@ def to_comm_device(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.cuda() if dist.get_backend() == "nccl" else tensor
 
 
+def data_place() -> tuple[int, int]:
+    """Return this process's rank among the processes that read different data, and their number."""
+    return (parallel_state.get_data_parallel_rank(with_context_parallel=True),
+            parallel_state.get_data_parallel_world_size(with_context_parallel=True))
+
+
 def sum_over_data(values: torch.Tensor) -> torch.Tensor:
     """Sum a float64 tensor over the data-parallel group, on every process."""
     total = to_comm_device(values.clone())

@@ -57,12 +57,13 @@ def resolve_start(start_from: Path | None, run: Path) -> Path | None:
         return None
     if not start_from.is_dir():
         raise UserError(f"--from {start_from}: does not exist; pass a checkpoint, a run or a Hugging Face folder")
-    from megatron_sov.train.stage import find_checkpoint
+    from megatron_sov.mcore.cpu import open_door
 
-    if not (start_from / "manifest.json").is_file() or (start_from / "model.safetensors").is_file() or list(start_from.glob("model-*.safetensors")):
-        if (start_from / "config.json").is_file() and list(start_from.glob("*.safetensors")):
-            return _converted(start_from, run)
-    return find_checkpoint(start_from)
+    open_door()
+    from megatron_sov import convert
+    from megatron_sov.mcore.checkpoint import find_checkpoint
+
+    return _converted(start_from, run) if convert.is_hf_folder(start_from) else find_checkpoint(start_from)
 
 
 def _converted(hf_dir: Path, run: Path) -> Path:

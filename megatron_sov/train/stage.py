@@ -128,21 +128,6 @@ def _finish(stage: Stage, trainer: Trainer) -> None:
             "checkpoint": f"{stage.folder.checkpoints.name}/{last.name}", "checkpoint_sha256": manifest_sha256(last), **extra})
 
 
-def find_checkpoint(path: Path) -> Path:
-    """Return the checkpoint that `path` means: itself, or the newest one of a run folder.
-
-    Raises:
-        UserError: it is neither.
-    """
-    if (path / checkpoint.CHECKPOINTS_OF_A_RUN).is_dir():
-        newest = checkpoint.latest(path / checkpoint.CHECKPOINTS_OF_A_RUN)
-        if newest is None:
-            raise UserError(f"{path}: this run has no complete checkpoint yet")
-        return newest
-    read_manifest(path, checkpoint.KIND)
-    return path
-
-
 def with_model_of(config: RunConfig, start_from: Path) -> RunConfig:
     """Return `config` with the architecture that a checkpoint was made with.
 

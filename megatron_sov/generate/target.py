@@ -1,0 +1,97 @@
+"""What a command's TARGET means: a checkpoint, a run's newest checkpoint, or a Hugging Face folder.  Reads headers only."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_sov import convert
+from megatron_sov.artifacts import read_manifest
+from megatron_sov.config import ModelConfig, ParallelConfig, RunConfig, apply_settings, from_dict
+from megatron_sov.errors import UserError
+from megatron_sov.mcore import cpu
+from megatron_sov.mcore.checkpoint import KIND, find_checkpoint
+from megatron_sov.mcore.ranks import num_ranks
+
+HF_SEQ_LEN = 4096
+"""Context, in tokens, in which a Hugging Face model is judged unless told: its own limit may be far longer."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model on disk."""
+
+    path: Path
+    """The checkpoint or Hugging Face folder."""
+    is_hf: bool
+    """Whether it is a Hugging Face folder."""
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Folder that holds tokenizer.json."""
+        return self.path if self.is_hf else self.path / "tokenizer"
+
+    @property
+    def model(self) -> ModelConfig:
+        """The architecture; `UserError` for a Hugging Face folder of a family that we do not know."""
+        return convert.open_weights(self.path).model if self.is_hf else _settings(self.path).model
+
+    @property
+    def step(self) -> int | None:
+        """Optimizer steps of a checkpoint; None where the folder does not tell."""
+        return None if self.is_hf else int(read_manifest(self.path, KIND).content["step"])
+
+    @property
+    def trained_tokens(self) -> int:
+        """Longest sequence that it was trained on, in tokens; of an imported model a sequence that it should be good for."""
+        config = None if self.is_hf else _settings(self.path)
+        if config is None or config.recipe == "from-hf":
+            return min(HF_SEQ_LEN, self.model.max_position_tokens)
+        return max(p.seq_len for p in config.data.phases)
+
+
+def find_target(path: Path) -> Target:
+    """Return the model that a path means.
+
+    Raises:
+        UserError: it is neither a checkpoint, a run with one, nor a Hugging Face folder.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path}: does not exist; pass a checkpoint, a run or a Hugging Face folder")
+    if convert.is_hf_folder(path):
+        return Target(path, True)
+    return Target(find_checkpoint(path), False)
+
+
+@contextlib.contextmanager
+def as_checkpoint(target: Target) -> Iterator[Path]:
+    """Give the target as a checkpoint; a Hugging Face folder is converted into a temporary one."""
+    if not target.is_hf:
+        yield target.path
+        return
+    with tempfile.TemporaryDirectory(prefix="sov-target-") as folder:
+        convert.from_hf(target.path, Path(folder) / "checkpoint")
+        yield Path(folder) / "checkpoint"
+
+
+def inference_config(checkpoint: Path, settings: list[str], nproc: int | None) -> RunConfig:
+    """Return the settings to run a checkpoint with: its architecture, one process's layout and, on CPU, fp32; then `settings`.
+
+    Raises:
+        UserError: a setting does not exist, or the layout does not fit the model and the number of processes.
+    """
+    made_with = _settings(checkpoint)
+    train = dataclasses.replace(made_with.train, precision="bf16" if cpu.on_gpu() else "fp32", num_threads=0)
+    config = apply_settings(dataclasses.replace(made_with, parallel=ParallelConfig(), train=train), settings)
+    problems = config.model.problems() + config.parallel.problems(config.model, num_ranks(nproc))
+    if problems:
+        raise UserError(f"{checkpoint}: cannot be run like this\n" + "\n".join(f"  {p}" for p in problems))
+    return config
+
+
+def _settings(checkpoint: Path) -> RunConfig:
+    return from_dict(read_manifest(checkpoint, KIND).settings)

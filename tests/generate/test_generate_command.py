@@ -1,0 +1,92 @@
+"""`megatron-sov generate`: one text whatever runs the model and however many processes, and events for the report."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_sov.cli import main
+from megatron_sov.obs.events import EVENTS, EventLog, read_events
+
+ASK = ["--prompt", "def parse(self", "--prompt", "The ", "--max-new-tokens", "9"]
+
+
+def texts(capsys: pytest.CaptureFixture, *arguments: str) -> list[dict]:
+    assert main(["generate", *arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_checkpoint_run_and_hugging_face_folder_say_the_same(one_rank: None, imported: dict[str, Path],
+                                                             hf_models: dict[str, Path], tmp_path: Path, capsys) -> None:
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    (tmp_path / "run/checkpoints/step-00000007").symlink_to(imported["exaone_moe"])
+    expected = texts(capsys, str(hf_models["exaone_moe"]), *ASK)
+    assert [e["prompt"] for e in expected] == ["def parse(self", "The "]
+    assert all(len(e["tokens"]) == 9 for e in expected)
+    assert texts(capsys, str(imported["exaone_moe"]), *ASK) == expected
+    assert texts(capsys, str(tmp_path / "run"), *ASK) == expected
+    assert texts(capsys, str(hf_models["exaone_moe"]), *ASK, "--engine", "megatron") == expected
+
+
+@pytest.mark.parametrize("layout", [["parallel.ep=2"], ["parallel.tp=2", "parallel.sp=true"]], ids=["ep", "tp"])
+def test_two_processes_sample_what_one_samples(layout: list[str], one_rank: None, imported: dict[str, Path], capsys) -> None:
+    ask = [str(imported["solar_open"]), *ASK, "--temperature", "0.8", "--top-p", "0.95", "--seed", "5"]
+    settings = [part for setting in layout for part in ("--set", setting)]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "SOV_RENDEZVOUS")}
+    two = subprocess.run([sys.executable, "-m", "megatron_sov", "generate", *ask, "--json", "--nproc", "2", *settings],
+                         capture_output=True, text=True, env=environment, timeout=120)
+    assert two.returncode == 0, two.stderr
+    assert json.loads(two.stdout) == texts(capsys, *ask)
+
+
+def test_prompts_come_from_a_file_and_texts_go_into_the_report(one_rank: None, imported: dict[str, Path], tmp_path: Path,
+                                                               capsys) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "import", "target": "os"}\n\n{"prompt": "return"}\n')
+    EventLog(tmp_path / EVENTS).close()
+    assert main(["generate", str(imported["solar_open"]), "--prompts", str(tmp_path / "prompts.jsonl"), "--max-new-tokens", "4",
+                 "--run", str(tmp_path)]) == 0
+    samples = list(read_events(tmp_path / EVENTS))
+    assert [(s["event"], s["step"], s["prompt"], s["target"]) for s in samples] \
+        == [("sample", 0, "import", "os"), ("sample", 0, "return", None)]
+    shown = capsys.readouterr().out
+    assert all(s["prompt"] + s["text"] in shown for s in samples)
+
+
+def test_a_chat_prompt_is_framed_by_the_template(one_rank: None, imported: dict[str, Path], capsys) -> None:
+    plain, framed = (texts(capsys, str(imported["solar_open"]), "--prompt", "Hello", "--max-new-tokens", "6", *chat)
+                     for chat in ([], ["--chat"]))
+    assert plain[0]["tokens"] != framed[0]["tokens"]
+
+
+WRONG = [
+    ([], "--prompt TEXT or --prompts"),
+    (["--prompt", ""], "a prompt is empty"),
+    (["--prompts", "nowhere.jsonl"], "nowhere.jsonl: cannot be read"),
+    (["--prompt", "a", "--temperature", "-1"], "--temperature -1.0: must not be negative"),
+    (["--prompt", "a", "--top-p", "0"], "--top-p 0.0: must lie in (0, 1]"),
+    (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens 0: must be at least 1"),
+    (["--prompt", "a", "--max-new-tokens", "512"], "the model ends at 512"),
+    (["--prompt", "a", "--engine", "transformers"], "convert it first"),
+    (["--prompt", "a", "--set", "parallel.tp=3"], "parallel.tp = 3 must divide model.num_heads = 4"),
+    (["--prompt", "a", "--run", "nowhere"], "it is not a run"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), WRONG, ids=[s for _, s in WRONG])
+def test_mistakes_are_named(arguments: list[str], sentence: str, imported: dict[str, Path], capsys) -> None:
+    assert main(["generate", str(imported["solar_open"]), *arguments]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_wrong_target_or_line_is_named(imported: dict[str, Path], tmp_path: Path, capsys) -> None:
+    assert main(["generate", str(tmp_path / "none"), "--prompt", "a"]) == 2
+    assert "none: does not exist; pass a checkpoint" in capsys.readouterr().err
+    for line, sentence in {"{": "is not valid JSON", '{"text": "a"}': 'must be an object with "prompt"'}.items():
+        (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n' + line)
+        assert main(["generate", str(imported["solar_open"]), "--prompts", str(tmp_path / "prompts.jsonl")]) == 2
+        assert f"prompts.jsonl:2: {sentence}" in capsys.readouterr().err
