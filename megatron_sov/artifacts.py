@@ -27,6 +27,8 @@ from megatron_sov.errors import UserError
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 _HASH_BLOCK_BYTES = 1 << 20
+_NO_ROOM = {errno.ENOSPC: "no space left on the device", errno.EDQUOT: "the disk quota is used up",
+            errno.EFBIG: "larger than the limit on file sizes (ulimit -f)"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,8 +103,8 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        if e.errno == errno.ENOSPC:
-            raise UserError(f"{path}: no space left on the device; free some space and run the same command again") from e
+        if e.errno in _NO_ROOM:
+            raise UserError(f"{path}: {_NO_ROOM[e.errno]}; free some space and run the same command again") from e
         if e.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise UserError(f"{path}: cannot be written ({os.strerror(e.errno)}); choose a folder that you may write to") from e
         raise

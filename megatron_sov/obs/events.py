@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_sov.artifacts import disk_errors
+
 EVENTS = "events.jsonl"
 
 
@@ -23,22 +25,29 @@ class EventLog:
     def __init__(self, path: Path | None) -> None:
         self._file = None
         if path is not None:
-            _end_last_line(path)
-            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (open for the life of the run)
+            with disk_errors(path):
+                _end_last_line(path)
+                self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (open for the life of the run)
 
     def write(self, event: str, **fields: Any) -> None:
-        """Append one event; the line reaches the operating system before this returns."""
+        """Append one event; the line reaches the operating system before this returns.
+
+        Raises:
+            UserError: the disk is full.
+        """
         if self._file is not None:
             record = {"event": event, "time_s": time.time(), **_finite(fields)}
-            self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            self._file.flush()
+            with disk_errors(Path(self._file.name)):
+                self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                self._file.flush()
 
     def close(self) -> None:
         """Sync the events to disk and close the file."""
         if self._file is not None:
-            os.fsync(self._file.fileno())
-            self._file.close()
-            self._file = None
+            file, self._file = self._file, None
+            with disk_errors(Path(file.name)):
+                os.fsync(file.fileno())
+                file.close()
 
 
 def _finite(value: Any) -> Any:
