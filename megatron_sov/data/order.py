@@ -1,7 +1,7 @@
 """Which document a model sees, when: the order of samples as a function of (seed, curriculum) with resumable cursors.
 
-Each source is a stream of documents, shuffled anew in each epoch.  A sample is filled from one source; the source that is
-furthest behind its weight comes next.  All state is a few integers per source, the same on every process and at any
+Each source is a stream of documents, shuffled anew in each epoch.  A sample is filled from one source; the sources take
+turns so that none is ever a whole sample away from its weight.  All state is a few integers per source, the same on every process and at any
 data-parallel size, and belongs into the checkpoint.
 """
 
@@ -71,7 +71,10 @@ def resolve_phases(config: RunConfig, sources: list[Source]) -> list[ResolvedPha
             raise UserError(f"data.phases.{i}.blend names source {unknown[0]!r}, which the data does not have"
                             f"{nearest(unknown[0], names)} (sources: {', '.join(names)})")
         raw = [phase.blend.get(s.name, 0.0) if phase.blend else s.share for s in sources]
-        raw = [w if s.num_tokens["train"] else 0.0 for w, s in zip(raw, sources, strict=True)]
+        for source, weight in zip(sources, raw, strict=True):
+            if weight and not source.num_tokens["train"]:
+                raise UserError(f"data.phases.{i}.blend gives source {source.name!r} the weight {weight}, but it has no training "
+                                "tokens; pack more text for it or leave it out")
         if sum(raw) <= 0:
             raise UserError(f"data.phases.{i} ({phase.name}): none of its sources has training tokens")
         phases.append(ResolvedPhase(phase.name, first, last, phase.seq_len, tuple(w / sum(raw) for w in raw)))
@@ -133,6 +136,17 @@ class SourceStream:
                 self._permutation = self._shuffle()
 
 
+def next_source(weights: tuple[float, ...], taken: list[int]) -> int:
+    """Return the source of the next sample, so that after n samples each source has more than n w - 1 and less than n w + 1.
+
+    Of the sources that would not run ahead, the one whose next sample is due first (Tijdeman, "The chairman assignment
+    problem", 1980).  Taking the source that is furthest behind would not do: with many sources some fall further back.
+    """
+    due = sum(taken) + 1
+    behind = [i for i, w in enumerate(weights) if taken[i] < w * due]
+    return min(behind, key=lambda i: ((taken[i] + 1) / weights[i], i))
+
+
 @dataclass
 class OrderState:
     """The resumable state of the order; plain values."""
@@ -141,17 +155,21 @@ class OrderState:
     """Source name -> cursor."""
     phase: int = -1
     """Index of the phase that `samples` counts."""
-    samples: list[int] = field(default_factory=list)
-    """Samples taken from each source in this phase."""
+    blend: dict[str, float] = field(default_factory=dict)
+    """Source name -> weight of the phase that `samples` counts; with other weights or sources counting starts anew."""
+    samples: dict[str, int] = field(default_factory=dict)
+    """Source name -> samples taken from it under this blend."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values."""
-        return {"cursors": {n: vars(c) for n, c in self.cursors.items()}, "phase": self.phase, "samples": self.samples}
+        return {"cursors": {n: vars(c) for n, c in self.cursors.items()}, "phase": self.phase, "blend": self.blend,
+                "samples": self.samples}
 
     @staticmethod
     def from_dict(raw: dict[str, Any]) -> OrderState:
         """Return the state that `to_dict` gave."""
-        return OrderState({n: Cursor(**c) for n, c in raw["cursors"].items()}, raw["phase"], list(raw["samples"]))
+        return OrderState({n: Cursor(**c) for n, c in raw["cursors"].items()}, raw["phase"], dict(raw["blend"]),
+                          dict(raw["samples"]))
 
 
 class SampleOrder:
@@ -176,15 +194,14 @@ class SampleOrder:
         """Return the phase and the samples of the global batch of `step`, and move all cursors behind them."""
         index = self.phase_of(step)
         phase = self.phases[index]
-        if self.state.phase != index:
-            self.state.phase, self.state.samples = index, [0] * len(self.sources)
+        blend = {s.name: w for s, w in zip(self.sources, phase.weights, strict=True)}
+        if (self.state.phase, self.state.blend) != (index, blend):
+            self.state.phase, self.state.blend, self.state.samples = index, blend, dict.fromkeys(blend, 0)
         return phase, [self._next_sample(phase) for _ in range(self._global_batch_size)]
 
     def _next_sample(self, phase: ResolvedPhase) -> Sample:
-        taken = self.state.samples
-        due = sum(taken) + 1
-        chosen = max(range(len(self.sources)), key=lambda i: (phase.weights[i] * due - taken[i], -i))
-        taken[chosen] += 1
+        chosen = next_source(phase.weights, self.state.samples)
+        self.state.samples[chosen] += 1
         stream = self._streams[chosen]
         if stream is None:
             raise ValueError(f"source {self.sources[chosen].name} has weight {phase.weights[chosen]} but no training tokens")
