@@ -1,8 +1,8 @@
 """Which document a model sees, when: the order of samples as a function of (seed, curriculum) with resumable cursors.
 
 Each source is a stream of documents, shuffled anew in each epoch.  A sample is filled from one source; the sources take
-turns so that none is ever a whole sample away from its weight.  All state is a few integers per source, the same on every process and at any
-data-parallel size, and belongs into the checkpoint.
+turns so that none is ever a whole sample away from its weight.  All state is a few integers per source, the same on every
+process and at any data-parallel size, and belongs into the checkpoint.
 """
 
 from __future__ import annotations
@@ -200,8 +200,8 @@ class SampleOrder:
         return phase, [self._next_sample(phase) for _ in range(self._global_batch_size)]
 
     def _next_sample(self, phase: ResolvedPhase) -> Sample:
-        chosen = next_source(phase.weights, self.state.samples)
-        self.state.samples[chosen] += 1
+        chosen = next_source(phase.weights, [self.state.samples[s.name] for s in self.sources])
+        self.state.samples[self.sources[chosen].name] += 1
         stream = self._streams[chosen]
         if stream is None:
             raise ValueError(f"source {self.sources[chosen].name} has weight {phase.weights[chosen]} but no training tokens")

@@ -40,7 +40,8 @@ def sample_row(sample: Sample, documents: Documents, seq_len: int, pad_id: int =
     if filled < seq_len:
         gap = seq_len - filled
         lengths.append(gap)
-        parts.append((np.full(gap, pad_id, np.int64), np.zeros(gap, np.int64), np.zeros(gap, np.float32), np.zeros(gap, np.uint8)))
+        parts.append((np.full(gap, pad_id, np.int64), np.zeros(gap, np.int64), np.zeros(gap, np.float32),
+                      np.zeros(gap, np.uint8)))
     tokens, labels, weights, types = (np.concatenate(column) for column in zip(*parts, strict=True))
     return Row(
         tokens=tokens, labels=labels, weights=weights, types=types,

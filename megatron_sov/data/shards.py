@@ -44,7 +44,7 @@ class TokenShard:
 
     def __init__(self, prefix: Path) -> None:
         self.prefix = prefix
-        idx = prefix.with_name(prefix.name + ".idx")
+        idx = self._file(".idx")
         try:
             with open(idx, "rb") as f:
                 header = f.read(_HEADER_BYTES)
@@ -55,15 +55,22 @@ class TokenShard:
             self.lengths = np.memmap(idx, np.int32, "r", _HEADER_BYTES, (count,)) if count else np.zeros(0, np.int32)
             self.pointers = (np.memmap(idx, np.int64, "r", _HEADER_BYTES + 4 * count, (count,)) if count
                              else np.zeros(0, np.int64))
+            self._num_tokens = (int(self.pointers[-1]) // self.dtype.itemsize + int(self.lengths[-1])) if count else 0
             self._tokens = self._map(".bin", self.dtype)
+            self._loss = self._map(".loss", np.dtype(np.float32)) if self._file(".loss").exists() else None
+            self._type = self._map(".type", np.dtype(np.uint8)) if self._file(".type").exists() else None
         except (FileNotFoundError, KeyError, ValueError) as e:
             raise UserError(f"{prefix}: cannot be read as a token shard ({e}); pack the data again") from None
-        self._loss = self._map(".loss", np.dtype(np.float32)) if prefix.with_name(prefix.name + ".loss").exists() else None
-        self._type = self._map(".type", np.dtype(np.uint8)) if prefix.with_name(prefix.name + ".type").exists() else None
+
+    def _file(self, suffix: str) -> Path:
+        return self.prefix.with_name(self.prefix.name + suffix)
 
     def _map(self, suffix: str, dtype: np.dtype) -> np.ndarray:
-        file = self.prefix.with_name(self.prefix.name + suffix)
-        return np.memmap(file, dtype, "r") if file.stat().st_size else np.zeros(0, dtype)
+        file = self._file(suffix)
+        size_bytes, expected_bytes = file.stat().st_size, self._num_tokens * dtype.itemsize
+        if size_bytes != expected_bytes:  # a slice beyond the end would silently be short
+            raise UserError(f"{file}: has {size_bytes} bytes, the index asks for {expected_bytes}; pack the data again")
+        return np.memmap(file, dtype, "r") if size_bytes else np.zeros(0, dtype)
 
     def tokens(self, document: int, start: int, count: int) -> np.ndarray:
         """Return `count` token ids of a document from `start`, int64."""

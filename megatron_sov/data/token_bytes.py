@@ -27,5 +27,5 @@ def token_bytes(tokenizer: Path, vocab_size: int) -> np.ndarray:
             sizes[token] = len(name)
     for token in added:
         if token["id"] < vocab_size:
-            sizes[token["id"]] = 0
+            sizes[token["id"]] = 0 if token["special"] else len(token["content"].encode())
     return sizes
