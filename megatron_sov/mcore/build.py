@@ -51,7 +51,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
         # losses are sums divided once by global counts; must stand here before the model is wrapped
         "calculate_per_token_loss": True,
         "gradient_accumulation_fusion": False, "masked_softmax_fusion": False, "bias_activation_fusion": te,
-        "bias_dropout_fusion": te, "apply_rope_fusion": te, "hetereogenous_dist_checkpoint": True,
+        "bias_dropout_fusion": te, "apply_rope_fusion": te, "hetereogenous_dist_checkpoint": True, "cuda_graph_scope": [],
     }
     if model.sliding_window_tokens:
         # the library's window is (keys to the left, to the right), the current token not counted
@@ -108,8 +108,8 @@ def layer_specs(config: Any, model: ModelConfig) -> list[Any]:
     """Return the library's module spec of every trunk layer, with our router and, without Transformer Engine, our attention."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_layer_specs
 
-    return [_finish_spec(spec, kind, model) for spec, kind in
-            zip(_own_copies(get_gpt_decoder_layer_specs(config, has_transformer_engine(), "RMSNorm")), model.layer_types(), strict=True)]
+    specs = _own_copies(get_gpt_decoder_layer_specs(config, has_transformer_engine(), "RMSNorm"))
+    return [_finish_spec(spec, kind, model) for spec, kind in zip(specs, model.layer_types(), strict=True)]
 
 
 def mtp_layer_spec(config: Any, model: ModelConfig) -> Any:

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,8 @@ from megatron_sov.mcore import cpu
 from megatron_sov.mcore.ranks import num_ranks
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""Signals that ask for a stop; the launcher passes them on to its ranks."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -53,6 +56,8 @@ def join(parallel: ParallelConfig) -> World:
     """Join the process group that the environment describes (RANK, WORLD_SIZE, ...) and make the layout's groups."""
     from megatron.core import parallel_state, tensor_parallel
 
+    # the library calls torch by names that newer versions replace; nobody who trains can mend that
+    warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if cpu.on_gpu():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -82,8 +87,8 @@ def launch(main: Callable[[], Any], nproc: int | None, num_threads: int = 0) -> 
     """Run `main` in every process of the run and return the command's exit code.
 
     Under torchrun or Slurm (RANK is set) this process is one rank.  Otherwise `nproc` ranks are forked from this process
-    after the heavy imports, so they share memory and start at once.  SIGTERM and SIGINT reach every rank, which finish
-    their step and save together; a rank that fails ends the others.
+    after the heavy imports, so they share memory and start at once.  SIGTERM, SIGINT and SIGUSR1 reach every rank, which
+    finish their step and save together; a rank that fails ends the others.
 
     Args:
         main: runs one rank; its integer return value is the exit code.
@@ -118,7 +123,8 @@ def _fork(main: Callable[[], Any], rank: int, environment: dict[str, str]) -> in
         os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
         code = _rank_code(main)
     except BaseException:
-        traceback.print_exc()
+        if not dist.is_initialized() or _fails_first():
+            traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -129,9 +135,19 @@ def _rank_code(main: Callable[[], Any]) -> int:
     try:
         return int(main() or 0)
     except UserError as e:
-        if os.environ.get("RANK", "0") == "0":
+        if _fails_first():
             print(f"error: {e}", file=sys.stderr, flush=True)
         return 2
+
+
+def _fails_first() -> bool:
+    """Return whether this rank is the first of its run to fail; the others only lose their connections or say the same."""
+    if not dist.is_initialized():
+        return os.environ.get("RANK", "0") == "0"
+    try:
+        return bool(dist.distributed_c10d._get_default_store().add("failed_ranks", 1) == 1)
+    except RuntimeError:  # the store went with the rank that held it
+        return True
 
 
 def _die_with_parent(parent: int) -> None:
@@ -144,8 +160,8 @@ def _die_with_parent(parent: int) -> None:
 
 def _wait(children: list[int]) -> int:
     """Wait for all ranks, passing signals on; after a rank failed the others get 10 s before they are killed."""
-    previous = {s: signal.signal(s, lambda number, frame: _send(children, number)) for s in (signal.SIGTERM, signal.SIGINT)}
     alive, code, deadline = set(children), 0, float("inf")
+    previous = {s: signal.signal(s, lambda number, frame: _send(list(alive), number)) for s in FORWARDED}
     try:
         while alive:
             child, status = os.waitpid(-1, os.WNOHANG)
@@ -158,6 +174,9 @@ def _wait(children: list[int]) -> int:
                 alive.discard(child)
                 ended = os.waitstatus_to_exitcode(status)
                 if ended != 0 and code == 0:
+                    if ended < 0:
+                        print(f"error: rank {children.index(child)} was ended by {signal.Signals(-ended).name}; if nobody sent it, "
+                              "look for a lack of memory", file=sys.stderr, flush=True)
                     code = ended if ended > 0 else 128 - ended
                     deadline = time.monotonic() + 10
         return code

@@ -29,7 +29,7 @@ class RunFolder:
 
     def checkpoint(self, step: int) -> Path:
         """Folder of the checkpoint after `step` optimizer steps."""
-        return self.checkpoints / f"step-{step:08d}"
+        return self.checkpoints / f"step-{step}"
 
     def completion(self) -> dict[str, Any] | None:
         """Return the completion manifest of a stage that is complete, else None."""

@@ -1,0 +1,180 @@
+"""`make demo`: from raw text on this machine to a judged model in Hugging Face form, through the ordinary commands.
+
+Each stage is one command that a user could type; the demo prints it, runs it, and compares its time with a written budget
+for two cores.  A killed demo continues where it was: complete artifacts are kept, and runs resume from their checkpoints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+RUNS = Path("runs")
+RECIPE = "tiny-solar-open"
+VOCAB_SIZE = 1024
+NPROC = 2
+PRETRAIN_STEPS, EXTEND_STEPS, SFT_STEPS = 1200, 120, 100
+SEQ_LEN, LONG_SEQ_LEN = 256, 512
+PROMPTS = ("The standard library ", "def read_file(path):\n", "What does `os.path.join` do?")
+PHASES = (("foundation", 0.7, {"english": 0.5, "code": 0.35, "korean": 0.15}),
+          ("korean and code", 0.3, {"english": 0.4, "code": 0.3, "korean": 0.3}))
+"""Two phases of pretraining: name, share of the steps, blend."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command of the demo."""
+
+    name: str
+    """Name in the table of times."""
+    budget_s: int
+    """Seconds that it may take on two cores."""
+    command: tuple[str, ...]
+    """Program and arguments."""
+    done: Path | None = None
+    """What exists when the stage is complete; it is skipped then."""
+
+
+def sources_of(corpus: Path) -> list[str]:
+    """Return the names of the text sources that the corpus holds."""
+    return sorted(p.stem for p in corpus.glob("*.jsonl") if p.stem != "chat")
+
+
+def phases(sources: list[str]) -> str:
+    """Return the curriculum as JSON for --set, over the sources that are there."""
+    described = []
+    for name, share, blend in PHASES:
+        known = {s: w for s, w in blend.items() if s in sources} or dict.fromkeys(sources, 1.0)
+        described.append({"name": name, "share": share, "seq_len": SEQ_LEN, "blend": known})
+    return json.dumps(described)
+
+
+def settings(**values: object) -> list[str]:
+    """Return --set arguments; double underscores stand for dots."""
+    return [word for key, value in values.items() for word in ("--set", f"{key.replace('__', '.')}={value}")]
+
+
+def corpus_stage(root: Path, user: str | None) -> Stage:
+    """Return the stage that gathers the text."""
+    corpus = root / "corpus"
+    own = ("--user", user) if user else ()
+    return Stage("corpus", 45, ("sov-data", "demo-corpus", "--output", str(corpus), *own), corpus / "manifest.json")
+
+
+def stages(root: Path, sources: list[str]) -> list[Stage]:
+    """Return all further stages, in order."""
+    corpus = root / "corpus"
+    tokenizer, text, chat, hf = (str(root / name) for name in ("tokenizer", "text", "chat", "hf"))
+    pretrain, extend, sft = (str(root / name) for name in ("pretrain", "extend", "sft"))
+    files = [str(corpus / f"{s}.jsonl") for s in sources]
+    inputs = [word for f in files for word in ("--input", f)]
+    layout = ("--nproc", str(NPROC), "--resume", *settings(parallel__ep=2))
+    return [
+        Stage("tokenizer", 15, ("sov-tokenizer", "train", "--preset", "solar-open", "--vocab-size", str(VOCAB_SIZE), *inputs,
+                                "--output", tokenizer), root / "tokenizer/manifest.json"),
+        Stage("pack text", 15, ("sov-data", "pack", "--tokenizer", tokenizer, *inputs, "--output", text), root / "text/manifest.json"),
+        Stage("pack chats", 10, ("sov-data", "pack", "--tokenizer", tokenizer, "--input", str(corpus / "chat.jsonl"), "--format", "chat",
+                                 "--output", chat), root / "chat/manifest.json"),
+        Stage("pretrain", 240, ("megatron-sov", "pretrain", RECIPE, "--data", text, "--run", pretrain, *layout, *settings(
+            model__vocab_size=VOCAB_SIZE, data__phases=phases(sources), train__steps=PRETRAIN_STEPS, train__global_batch_size=8,
+            train__micro_batch_size=4, train__checkpoint_every_steps=100, train__eval_every_steps=200)), root / "pretrain/complete.json"),
+        Stage("bigram baseline", 15, ("megatron-sov", "eval", "bigram", "--data", text, "--run", pretrain)),
+        Stage("extend", 70, ("megatron-sov", "extend", RECIPE, "--from", pretrain, "--data", text, "--run", extend, *layout, *settings(
+            train__steps=EXTEND_STEPS, train__global_batch_size=4, train__micro_batch_size=2, optim__lr=1e-3,
+            data__phases=json.dumps([{"name": "extend", "seq_len": LONG_SEQ_LEN}]),
+            needle__lengths_tokens=json.dumps([SEQ_LEN, LONG_SEQ_LEN]))), root / "extend/complete.json"),
+        Stage("sft", 45, ("megatron-sov", "sft", RECIPE, "--from", extend, "--data", f"{chat}:0.8", "--data", f"{text}:0.2", "--run", sft,
+                          *layout, *settings(train__steps=SFT_STEPS, train__global_batch_size=8, train__micro_batch_size=4,
+                                             optim__lr=1e-3, objective__text_coeff=0.1)), root / "sft/complete.json"),
+        Stage("export", 10, ("megatron-sov", "convert", "to-hf", sft, hf), root / "hf/manifest.json"),
+        Stage("verify weights", 15, ("megatron-sov", "convert", "verify", sft, hf)),
+        Stage("compare logits", 20, ("megatron-sov", "eval", "logits", sft, hf, "--run", sft)),
+        Stage("generate", 20, ("megatron-sov", "generate", sft, *(w for p in PROMPTS for w in ("--prompt", p)),
+                               "--max-new-tokens", "48", "--run", sft)),
+        Stage("transformers", 20, (sys.executable, "-c", TRANSFORMERS_ALONE, hf)),
+        Stage("report", 10, ("megatron-sov", "report", pretrain, extend, sft, "--out", str(root / "report.html"))),
+    ]
+
+
+TRANSFORMERS_ALONE = """
+import sys, torch
+from transformers import AutoTokenizer, SolarOpenForCausalLM
+model, info = SolarOpenForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+print("missing keys:", sorted(info["missing_keys"]), " unexpected keys:", sorted(info["unexpected_keys"]))
+chat = [{"role": "user", "content": "What does `os.path.join` do?"}]
+ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+out = model.generate(**ids, max_new_tokens=48, do_sample=False)
+print(tokenizer.decode(out[0, ids["input_ids"].shape[1]:], skip_special_tokens=True))
+sys.exit(bool(info["missing_keys"] or info["unexpected_keys"]))
+"""
+"""What someone types who has the exported folder and nothing of ours."""
+
+
+def program(command: tuple[str, ...]) -> list[str]:
+    """Return the command with its program found beside this Python."""
+    beside = Path(sys.executable).parent / command[0]
+    return [str(beside) if beside.exists() else command[0], *command[1:]]
+
+
+def shown(command: tuple[str, ...]) -> str:
+    """Return the command as a line to read; an inline program is shortened."""
+    words = ["..." if "\n" in w.strip() else w for w in command]
+    return " ".join(f"'{w}'" if set(w) & set(" {[\"`(") else w for w in words)
+
+
+def run(stage: Stage) -> float:
+    """Run one stage unless it is complete; returns its seconds.
+
+    Raises:
+        SystemExit: with the command's own exit code when it fails.
+    """
+    if stage.done is not None and stage.done.exists():
+        print(f"\n== {stage.name}: complete, kept", flush=True)
+        return 0.0
+    print(f"\n== {stage.name} (budget {stage.budget_s} s)\n$ {shown(stage.command)}", flush=True)
+    start = time.monotonic()
+    code = subprocess.run(program(stage.command), check=False).returncode
+    if code:
+        print(f"demo: stage '{stage.name}' ended with exit code {code}; mend what it says and run the same command again", file=sys.stderr)
+        raise SystemExit(code if code > 0 else 1)
+    return time.monotonic() - start
+
+
+def summary(root: Path, times: list[tuple[Stage, float]]) -> None:
+    """Print each stage's time beside its budget, and the largest process."""
+    print("\nstage                time   budget")
+    for stage, seconds in times:
+        print(f"{stage.name:18} {seconds:5.0f} s  {stage.budget_s:5d} s")
+    print(f"{'total':18} {sum(s for _, s in times):5.0f} s  {sum(s.budget_s for s, _ in times):5d} s")
+    peak_mib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    print(f"largest process: {peak_mib:.0f} MiB of memory")
+    print(f"\nthe model, for transformers: {root / 'hf'}\nthe report, for a browser:   {(root / 'report.html').resolve()}")
+
+
+def main() -> int:
+    """Run the demo."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--corpus", metavar="PATH", help="a file or folder of your own text instead of the text found on this machine")
+    parser.add_argument("--fresh", action="store_true", help="forget an earlier demo and start anew")
+    args = parser.parse_args()
+    root = RUNS / (f"demo-{Path(args.corpus).stem}" if args.corpus else "demo")
+    if args.fresh:
+        shutil.rmtree(root, ignore_errors=True)
+    root.mkdir(parents=True, exist_ok=True)
+    first = corpus_stage(root, args.corpus)
+    times = [(first, run(first))]
+    times += [(stage, run(stage)) for stage in stages(root, sources_of(root / "corpus"))]
+    summary(root, times)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
