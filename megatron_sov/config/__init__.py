@@ -4,16 +4,15 @@
 Types are checked and converted by pydantic when a config is read from JSON or changed by `--set key=value`.
 """
 
+from megatron_sov.config.data import DataConfig, PhaseConfig
 from megatron_sov.config.layout import ParallelConfig
 from megatron_sov.config.model import ModelConfig, YarnConfig
 from megatron_sov.config.reading import apply_settings, from_dict
 from megatron_sov.config.run import (
-    DataConfig,
     NeedleConfig,
     ObjectiveConfig,
     ObsConfig,
     OptimConfig,
-    PhaseConfig,
     RunConfig,
     TrainConfig,
 )

@@ -4,44 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
+from megatron_sov.config import curriculum
+from megatron_sov.config.data import DataConfig
 from megatron_sov.config.layout import ParallelConfig
 from megatron_sov.config.model import STRICT, ModelConfig
 from megatron_sov.errors import UserError
-
-
-@dataclass(frozen=True)
-class PhaseConfig:
-    """One phase of a curriculum: from which step on which sources are mixed, and how long the samples are."""
-
-    __pydantic_config__ = STRICT
-    name: str
-    """Name of the phase in events and in the report."""
-    share: float = 1.0
-    """Part of the run's steps that belong to this phase; the shares of all phases are normalised."""
-    blend: dict[str, float] = field(default_factory=dict)
-    """Source name -> weight (normalised); empty: each artifact by its --data weight, its sources in proportion to their
-    tokens."""
-    seq_len: int = 4096
-    """Tokens of one sample."""
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """What is read, and how documents become samples."""
-
-    __pydantic_config__ = STRICT
-    paths: dict[str, float] = field(default_factory=dict)
-    """Token shard artifacts (`sov-data pack`) -> share of the data (normalised); given by --data DIR[:weight]."""
-    packing: Literal["concat", "whole"] = "concat"
-    """concat: documents follow one another and are cut at the sample's end; whole: no document is cut unless it is
-    longer than a sample, the rest is padding.  Conversations are always whole."""
-    phases: tuple[PhaseConfig, ...] = (PhaseConfig("main"),)
-    """The curriculum, in order."""
-    heldout_tokens: int = 65536
-    """Held-out tokens of each source that an evaluation reads at most."""
 
 
 @dataclass(frozen=True)
@@ -77,11 +47,17 @@ class TrainConfig:
 
     __pydantic_config__ = STRICT
     steps: int = 0
-    """Optimizer steps; 0: as many as `tokens` needs."""
+    """Optimizer steps; 0: as many as the token budgets need."""
     tokens: int = 0
-    """Token budget of the run; used when `steps` is 0."""
+    """Token budget of the run, for phases without one of their own; used when `steps` is 0."""
     global_batch_size: int = 512
     """Samples of one optimizer step, over all processes."""
+    ramp_from_batch_size: int = 0
+    """Samples of the first step when the batch size ramps up; 0: no ramp."""
+    ramp_increment: int = 0
+    """Samples by which the batch size grows."""
+    ramp_steps: int = 0
+    """Steps over which it grows, in equal stretches."""
     micro_batch_size: int = 1
     """Samples of one forward pass on one process."""
     seed: int = 1234
@@ -178,6 +154,11 @@ class RunConfig:
         p = []
         if not self.data.phases:
             p.append("data.phases = () must hold at least one phase")
+        if len({bool(phase.tokens) for phase in self.data.phases}) > 1:
+            p.append("data.phases: some phases have a budget in tokens and some have none; give one to all or to none")
+        for first, last in self.data.skip_steps:
+            if not 0 < first <= last:
+                p.append(f"data.skip_steps has [{first}, {last}]; a stretch is [first, last] with 1 <= first <= last")
         for i, phase in enumerate(self.data.phases):
             where = f"data.phases.{i} ({phase.name})"
             if phase.share <= 0:
@@ -201,7 +182,10 @@ class RunConfig:
         o, t = self.optim, self.train
         rules = [
             (t.steps >= 0, f"train.steps = {t.steps} must not be negative"),
-            (t.steps > 0 or t.tokens > 0, "train.steps = 0 needs a token budget; set train.steps or train.tokens"),
+            (t.steps > 0 or t.tokens > 0 or all(phase.tokens for phase in self.data.phases),
+             "train.steps = 0 needs a token budget; set train.steps, train.tokens or every phase's tokens"),
+            (not t.ramp_from_batch_size or (t.ramp_increment > 0 and t.ramp_steps > 0),
+             f"train.ramp_from_batch_size = {t.ramp_from_batch_size} needs ramp_increment and ramp_steps above 0"),
             (t.global_batch_size > 0, f"train.global_batch_size = {t.global_batch_size} must be positive"),
             (t.micro_batch_size > 0, f"train.micro_batch_size = {t.micro_batch_size} must be positive"),
             (t.head_chunk_tokens > 0, f"train.head_chunk_tokens = {t.head_chunk_tokens} must be positive"),
@@ -215,12 +199,14 @@ class RunConfig:
         return p
 
     def _batch_problems(self, num_ranks: int) -> list[str]:
+        """Check every batch size that the run will use."""
         t = self.train
         dp = num_ranks // (self.parallel.tp * self.parallel.pp)
-        if t.global_batch_size % (t.micro_batch_size * dp):
-            return [f"train.global_batch_size = {t.global_batch_size} must be a multiple of micro_batch_size "
-                    f"{t.micro_batch_size} x data parallel size {dp} = {t.micro_batch_size * dp}"]
-        return []
+        unit = t.micro_batch_size * dp
+        sizes = {curriculum.batch_size_at(t, phase, step): phase for phase in self.data.phases
+                 for step in [t.ramp_steps, 0, *curriculum.ramp_changes(t, phase)]}
+        return [f"global_batch_size = {size} (phase {phase.name}) must be a multiple of train.micro_batch_size {t.micro_batch_size} x "
+                f"data parallel size {dp} = {unit}" for size, phase in sorted(sizes.items(), key=lambda item: item[0]) if size % unit]
 
     def check(self, num_ranks: int = 1) -> None:
         """Raise `UserError` listing every problem, if there is any."""
@@ -230,12 +216,13 @@ class RunConfig:
             raise UserError(f"recipe {self.recipe}: {count}\n" + "\n".join(f"  {p}" for p in problems))
 
     def num_steps(self) -> int:
-        """Return the run's optimizer steps, from `train.steps` or else the token budget."""
-        if self.train.steps:
-            return self.train.steps
-        total_share = sum(p.share for p in self.data.phases)
-        mean_len = sum(p.share * p.seq_len for p in self.data.phases) / total_share
-        return max(1, round(self.train.tokens / (self.train.global_batch_size * mean_len)))
+        """Return the run's optimizer steps."""
+        return sum(curriculum.phase_steps(self.data, self.train))
+
+    def phase_starts(self) -> list[int]:
+        """Return the first step (0-based) of each phase."""
+        steps = curriculum.phase_steps(self.data, self.train)
+        return [sum(steps[:i]) for i in range(len(steps))]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types; `from_dict` gives back an equal config."""

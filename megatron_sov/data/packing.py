@@ -7,7 +7,7 @@ all others stay whole, and the rows' rest is padding.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 
@@ -23,23 +23,21 @@ class Segment:
     """Tokens."""
 
 
-def cut(documents: Sequence[int], lengths: Sequence[int], seq_len: int, *, keep_tails: bool) -> list[Segment]:
-    """Return the documents as segments of at most `seq_len` tokens.
-
-    Args:
-        documents: indices of documents.
-        lengths: tokens of each of them; documents without tokens give no segment.
-        keep_tails: whether a longer document continues in further segments; without it its tail is left out
-            (conversations, whose later turns make no sense alone).
-    """
-    segments = []
-    for document, length in zip(documents, lengths, strict=True):
-        last = length if keep_tails else min(length, seq_len)
-        segments += [Segment(document, start, min(seq_len, last - start)) for start in range(0, last, seq_len)]
-    return segments
+Row = tuple[Segment, ...]
 
 
-def best_fit(segments: Sequence[Segment], seq_len: int) -> list[tuple[Segment, ...]]:
+def cut(parts: Iterable[Segment], seq_len: int) -> list[Segment]:
+    """Return the same tokens in segments of at most `seq_len` tokens."""
+    return [Segment(p.document, start, min(seq_len, p.start + p.count - start))
+            for p in parts for start in range(p.start, p.start + p.count, seq_len)]
+
+
+def truncate(parts: Iterable[Segment], seq_len: int) -> list[Segment]:
+    """Return the parts without what goes beyond `seq_len` tokens: for conversations, whose later turns mean nothing alone."""
+    return [Segment(p.document, p.start, min(seq_len, p.count)) for p in parts]
+
+
+def best_fit(segments: Iterable[Segment], seq_len: int) -> list[Row]:
     """Return rows of segments, each of at most `seq_len` tokens in all.
 
     Best-fit decreasing: the longest segment first, into the row with the least room that still holds it.  At most 11/9 of
@@ -60,7 +58,24 @@ def best_fit(segments: Sequence[Segment], seq_len: int) -> list[tuple[Segment, .
     return [tuple(row) for row in rows]
 
 
-def padding_share(rows: Sequence[tuple[Segment, ...]], seq_len: int) -> float:
+def concatenate(parts: Iterable[Segment], seq_len: int) -> list[Row]:
+    """Return rows of documents one after another, cut wherever a row is full; only the last row may have room left."""
+    rows: list[Row] = []
+    row: list[Segment] = []
+    room = seq_len
+    for part in parts:
+        start, end = part.start, part.start + part.count
+        while start < end:
+            count = min(room, end - start)
+            row.append(Segment(part.document, start, count))
+            start, room = start + count, room - count
+            if room == 0:
+                rows.append(tuple(row))
+                row, room = [], seq_len
+    return [*rows, tuple(row)] if row else rows
+
+
+def padding_share(rows: Sequence[Row], seq_len: int) -> float:
     """Return the part of all rows' tokens that is padding."""
     filled = sum(s.count for row in rows for s in row)
     return 1 - filled / (len(rows) * seq_len) if rows else 0.0

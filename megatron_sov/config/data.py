@@ -1,0 +1,50 @@
+"""What is read: sources, curriculum, packing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from megatron_sov.config.model import STRICT
+
+
+@dataclass(frozen=True)
+class PhaseConfig:
+    """One phase of a curriculum: which sources are mixed, how long the samples are, and for how long."""
+
+    __pydantic_config__ = STRICT
+    name: str
+    """Name of the phase in events and in the report."""
+    tokens: int = 0
+    """Token budget of the phase; 0: by `share`.  Either every phase has one or none."""
+    share: float = 1.0
+    """Part of the run that belongs to this phase, of `train.tokens` or of `train.steps`; normalised over all phases."""
+    blend: dict[str, float] = field(default_factory=dict)
+    """Source name -> weight (normalised); empty: each artifact by its --data weight, its sources in proportion to their
+    tokens.  NAME@N means the documents of NAME with at least N tokens."""
+    seq_len: int = 4096
+    """Tokens of one sample."""
+    global_batch_size: int = 0
+    """Samples of one optimizer step in this phase; 0: `train.global_batch_size`."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is read, and how documents become samples."""
+
+    __pydantic_config__ = STRICT
+    paths: dict[str, float] = field(default_factory=dict)
+    """Token shard artifacts (`sov-data pack`) -> share of the data (normalised); given by --data DIR[:weight]."""
+    packing: Literal["best_fit", "concat"] = "best_fit"
+    """best_fit: documents stay whole unless they are longer than a sample, what does not fit is padding; concat: documents
+    follow one another and are cut at the sample's end.  Conversations are always whole, their tail beyond a sample left out."""
+    phases: tuple[PhaseConfig, ...] = (PhaseConfig("main"),)
+    """The curriculum, in order."""
+    max_epochs: float = 4.0
+    """Passes over a source above which the run warns (more than about four help little: arXiv 2305.16264); 0: never."""
+    skip_steps: tuple[tuple[int, int], ...] = ()
+    """First and last optimizer step (1-based) of stretches whose samples are passed over without learning them."""
+    prefetch_steps: int = 2
+    """Batches that are prepared ahead of the step, in a thread; 0: none."""
+    heldout_tokens: int = 65536
+    """Held-out tokens of each source that an evaluation reads at most."""

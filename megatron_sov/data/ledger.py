@@ -1,0 +1,94 @@
+"""The ledger: from which step on which sources were mixed, at which length and batch size.
+
+It is append-only and lives in the checkpoint.  The order of all samples is a function of (seed, ledger, documents): what
+has happened is never reinterpreted, and a changed setting or an added source is one more entry from the step on which
+the run resumed with it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_sov.config import PhaseConfig, RunConfig, curriculum
+from megatron_sov.data.shards import Source
+from megatron_sov.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What holds from one step on, until the next entry."""
+
+    first_step: int
+    """First optimizer step (0-based)."""
+    phase: str
+    """Name of the curriculum's phase."""
+    seq_len: int
+    """Tokens of a sample."""
+    global_batch_size: int
+    """Samples of a step."""
+    weights: dict[str, float]
+    """Source -> share of the samples, summing to 1; sources without a share are left out."""
+    skip: bool = False
+    """Whether the steps' samples are passed over: drawn, and not learned."""
+
+    def continues(self, other: Entry) -> bool:
+        """Return whether this entry says the same as `other`, apart from the step."""
+        return dataclasses.replace(self, first_step=other.first_step) == other
+
+
+def plan(config: RunConfig, sources: list[Source]) -> list[Entry]:
+    """Return the entries that the settings ask for, over the whole run.
+
+    Raises:
+        UserError: a blend names a source that the data does not have, or leaves none with documents.
+    """
+    starts = config.phase_starts()
+    entries: list[Entry] = []
+    for i, (phase, first) in enumerate(zip(config.data.phases, starts, strict=True)):
+        end = starts[i + 1] if i + 1 < len(starts) else config.num_steps()
+        weights = _weights(i, phase, sources)
+        changes = [*curriculum.ramp_changes(config.train, phase), *(s for skip in config.data.skip_steps for s in (skip[0] - 1, skip[1]))]
+        for step in sorted({first, *(s for s in changes if first < s < end)}):
+            skip = any(a - 1 <= step < b for a, b in config.data.skip_steps)
+            size = curriculum.batch_size_at(config.train, phase, step)
+            entries.append(Entry(step, phase.name, phase.seq_len, size, weights, skip))
+    return [e for e, previous in zip(entries, [None, *entries], strict=False) if previous is None or not e.continues(previous)]
+
+
+def _weights(index: int, phase: PhaseConfig, sources: list[Source]) -> dict[str, float]:
+    names = [s.name for s in sources]
+    unknown = [n for n in phase.blend if n not in names]
+    if unknown:
+        raise UserError(f"data.phases.{index}.blend names source {unknown[0]!r}, which the data does not have"
+                        f"{nearest(unknown[0], names)} (sources: {', '.join(names)})")
+    raw = {s.name: phase.blend.get(s.name, 0.0) if phase.blend else s.share for s in sources if s.num_tokens["train"]}
+    total = sum(raw.values())
+    if total <= 0:
+        raise UserError(f"data.phases.{index} ({phase.name}): none of its sources has training tokens")
+    return {name: weight / total for name, weight in raw.items() if weight > 0}
+
+
+class Ledger:
+    """History up to the current step, and the plan from there on."""
+
+    def __init__(self, planned: Sequence[Entry], history: Sequence[Entry] = (), step: int = 0) -> None:
+        past = [e for e in history if e.first_step < step]
+        running = next((e for e in reversed(planned) if e.first_step <= step), None)
+        future = [e for e in planned if e.first_step > step]
+        if running is not None and not (past and running.continues(past[-1])):
+            past.append(dataclasses.replace(running, first_step=step))
+        self.entries = past + future
+
+    def at(self, step: int) -> Entry:
+        """Return the entry that holds at a step."""
+        return next(e for e in reversed(self.entries) if e.first_step <= step)
+
+    def history(self, step: int) -> list[Entry]:
+        """Return the entries that the steps before `step` followed."""
+        return [e for e in self.entries if e.first_step < step]
+
+    def max_seq_len(self) -> int:
+        """Return the longest sample of the run."""
+        return max(e.seq_len for e in self.entries)
