@@ -141,3 +141,43 @@ def one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands run their single rank in this process: pytest's process has threads, which a fork would not survive."""
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "SOV_RENDEZVOUS": f"file://{tmp_path}/rendezvous"}.items():
         monkeypatch.setenv(name, value)
+
+
+DOCUMENTS = tuple(
+    f"Chapter {i}.\n\n" + " ".join(f"{word} {i * k} of {k + i} parts" for k, word in enumerate(
+        ["water", "stone", "light", "river", "한국어", "mountain", "winter", "letter"][:3 + i % 6])) + f".\nThe end of chapter {i}."
+    for i in range(160))
+"""Small real documents, 60 to 250 bytes each."""
+CHATS = tuple(
+    {"messages": [{"role": "user", "content": f"What is {i} plus {i % 7}?"},
+                  {"role": "assistant", "content": f"{i} plus {i % 7} is {i + i % 7}." + " I am sure." * (i % 3)}]} for i in range(80))
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Token artifacts of one tokenizer with 368 ids."""
+
+    tokenizer: Path
+    text: Path
+    """Two sources, "even" and "odd"."""
+    chats: Path
+    """One source, "chat"."""
+
+
+@pytest.fixture(scope="session")
+def packed_data(tmp_path_factory: pytest.TempPathFactory) -> Packed:
+    """Documents and chats, packed by the project's own commands."""
+    from data_prep.cli import main as sov_data
+    from tokenizer.cli import main as sov_tokenizer
+
+    folder = tmp_path_factory.mktemp("data")
+    for name, documents in (("even", DOCUMENTS[::2]), ("odd", DOCUMENTS[1::2])):
+        (folder / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": d}) for d in documents))
+    (folder / "chat.jsonl").write_text("\n".join(json.dumps(c) for c in CHATS))
+    packed = Packed(folder / "tokenizer", folder / "text", folder / "chats")
+    inputs = ["--input", str(folder / "even.jsonl"), "--input", str(folder / "odd.jsonl")]
+    assert sov_tokenizer(["train", "--preset", "solar-open", "--vocab-size", "368", *inputs, "--output", str(packed.tokenizer)]) == 0
+    common = ["--tokenizer", str(packed.tokenizer), "--heldout", "0.1", "--workers", "1"]
+    assert sov_data(["pack", *common, *inputs, "--output", str(packed.text)]) == 0
+    assert sov_data(["pack", *common, "--format", "chat", "--input", str(folder / "chat.jsonl"), "--output", str(packed.chats)]) == 0
+    return packed

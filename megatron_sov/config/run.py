@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -192,6 +193,19 @@ class RunConfig:
             (t.checkpoint_every_steps > 0, f"train.checkpoint_every_steps = {t.checkpoint_every_steps} must be positive"),
             (t.log_every_steps > 0, f"train.log_every_steps = {t.log_every_steps} must be positive"),
             (0 <= o.min_lr <= o.lr, f"optim.min_lr = {o.min_lr} must lie between 0 and optim.lr = {o.lr}"),
+            (t.keep_checkpoints >= 0, f"train.keep_checkpoints = {t.keep_checkpoints} must not be negative"),
+            (t.eval_every_steps >= 0, f"train.eval_every_steps = {t.eval_every_steps} must not be negative"),
+            (t.num_threads >= 0, f"train.num_threads = {t.num_threads} must not be negative"),
+            (self.data.heldout_tokens >= 0, f"data.heldout_tokens = {self.data.heldout_tokens} must not be negative"),
+            (0 <= self.objective.text_coeff < math.inf,
+             f"objective.text_coeff = {self.objective.text_coeff} must be a number that is not negative"),
+            (self.objective.name == "sft" or not self.objective.text_coeff,
+             f"objective.text_coeff = {self.objective.text_coeff} belongs to objective sft, not {self.objective.name}"),
+            (o.clip_grad >= 0, f"optim.clip_grad = {o.clip_grad} must not be negative"),
+            (o.eps > 0, f"optim.eps = {o.eps} must be positive"),
+            (0 <= o.beta1 < 1 and 0 <= o.beta2 < 1, f"optim.beta1 = {o.beta1} and optim.beta2 = {o.beta2} must lie in [0, 1)"),
+            (o.weight_decay >= 0, f"optim.weight_decay = {o.weight_decay} must not be negative"),
+            (o.warmup_steps >= 0, f"optim.warmup_steps = {o.warmup_steps} must not be negative"),
             (o.lr > 0, f"optim.lr = {o.lr} must be positive"),
             (0 < o.decay_share <= 1, f"optim.decay_share = {o.decay_share} must lie in (0, 1]"),
         ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,9 +37,20 @@ class Target:
         return self.path if self.is_hf else self.path / "tokenizer"
 
     @property
+    def config(self) -> RunConfig | None:
+        """The settings that a checkpoint was trained with; None where nothing tells them (imported models)."""
+        config = None if self.is_hf else _settings(self.path)
+        return None if config is None or config.recipe == "from-hf" else config
+
+    @property
     def model(self) -> ModelConfig:
         """The architecture; `UserError` for a Hugging Face folder of a family that we do not know."""
         return convert.open_weights(self.path).model if self.is_hf else _settings(self.path).model
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids that the model knows."""
+        return self._hf_field("vocab_size") if self.is_hf else self.model.vocab_size
 
     @property
     def step(self) -> int | None:
@@ -48,10 +60,16 @@ class Target:
     @property
     def trained_tokens(self) -> int:
         """Longest sequence that it was trained on, in tokens; of an imported model a sequence that it should be good for."""
-        config = None if self.is_hf else _settings(self.path)
-        if config is None or config.recipe == "from-hf":
-            return min(HF_SEQ_LEN, self.model.max_position_tokens)
-        return max(p.seq_len for p in config.data.phases)
+        if self.config is None:
+            limit = self._hf_field("max_position_embeddings") if self.is_hf else self.model.max_position_tokens
+            return min(HF_SEQ_LEN, limit)
+        return max(p.seq_len for p in self.config.data.phases)
+
+    def _hf_field(self, name: str) -> int:
+        try:
+            return int(json.loads((self.path / "config.json").read_text(encoding="utf-8"))[name])
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise UserError(f"{self.path / 'config.json'}: has no readable {name} ({e!r}); restore it from its source") from None
 
 
 def find_target(path: Path) -> Target:

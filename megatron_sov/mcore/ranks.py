@@ -11,6 +11,9 @@ def num_ranks(nproc: int | None) -> int:
     """Return how many processes the run will have: the environment's under torchrun or Slurm, else `nproc` (default 1)."""
     if nproc is not None and nproc < 1:
         raise UserError(f"--nproc {nproc}: must be at least 1")
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        return int(os.environ["WORLD_SIZE"])
-    return nproc or 1
+    return int(os.environ["WORLD_SIZE"]) if under_launcher() else nproc or 1
+
+
+def under_launcher() -> bool:
+    """Return whether torchrun or Slurm started this process as one rank; it then ends with 0 after a stop in good order."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ

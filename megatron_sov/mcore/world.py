@@ -21,7 +21,7 @@ import torch.distributed as dist
 from megatron_sov.config import ParallelConfig
 from megatron_sov.errors import UserError
 from megatron_sov.mcore import cpu
-from megatron_sov.mcore.ranks import num_ranks
+from megatron_sov.mcore.ranks import num_ranks, under_launcher
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -99,7 +99,7 @@ def launch(main: Callable[[], Any], nproc: int | None, num_threads: int = 0) -> 
         0, or the first nonzero exit code of any rank.
     """
     cpu.open_door()
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    if under_launcher():
         return _rank_code(main)
     count = num_ranks(nproc)
     torch.set_num_threads(num_threads or max(1, (os.cpu_count() or 1) // count))
@@ -175,8 +175,8 @@ def _wait(children: list[int]) -> int:
                 ended = os.waitstatus_to_exitcode(status)
                 if ended != 0 and code == 0:
                     if ended < 0:
-                        print(f"error: rank {children.index(child)} was ended by {signal.Signals(-ended).name}; if nobody sent it, "
-                              "look for a lack of memory", file=sys.stderr, flush=True)
+                        print(f"error: rank {children.index(child)} was ended by {signal.Signals(-ended).name}; if nobody sent "
+                              "it, look for a lack of memory", file=sys.stderr, flush=True)
                     code = ended if ended > 0 else 128 - ended
                     deadline = time.monotonic() + 10
         return code

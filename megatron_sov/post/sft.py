@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -57,7 +58,9 @@ class SupervisedFineTuning:
         return LossSums(terms, per_source(losses, batch.weights, batch.sources, self._num_sources))
 
     def _further(self, batch: MicroBatch) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        return [shifted_targets(batch, depth) for depth in range(1, self._depths + 1)]
+        """Return labels and weights of each prediction depth; only responses count."""
+        responses = dataclasses.replace(batch, weights=_weights(batch, RESPONSE))
+        return [shifted_targets(responses, depth) for depth in range(1, self._depths + 1)]
 
 
 def _weights(batch: MicroBatch, term: str) -> torch.Tensor:
@@ -74,9 +77,11 @@ def check_sources(config: RunConfig, sources: list[Source]) -> None:
     chats = [s.name for s in sources if s.is_chat]
     texts = [s.name for s in sources if not s.is_chat]
     if not chats:
-        raise UserError(f"--data: none of the sources ({', '.join(texts)}) holds conversations; pack some with `sov-data pack --format chat`")
+        raise UserError(f"--data: none of the sources ({', '.join(texts)}) holds conversations; "
+                        "pack some with `sov-data pack --format chat`")
     if texts and config.objective.text_coeff <= 0:
-        raise UserError(f"objective.text_coeff = {config.objective.text_coeff}, but --data holds text ({', '.join(texts)}) that only the "
-                        "text term learns; set objective.text_coeff (e.g. 0.1) or leave that data out")
+        raise UserError(f"objective.text_coeff = {config.objective.text_coeff}, but --data holds text ({', '.join(texts)}) that "
+                        "only the text term learns; set objective.text_coeff (e.g. 0.1) or leave that data out")
     if not texts and config.objective.text_coeff > 0:
-        raise UserError(f"objective.text_coeff = {config.objective.text_coeff} needs text beside the conversations; add --data with packed text")
+        raise UserError(f"objective.text_coeff = {config.objective.text_coeff} needs text beside the conversations; "
+                        "add --data with packed text")

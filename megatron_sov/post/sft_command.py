@@ -15,8 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Fine-tune on conversations; returns 0 when the run is complete."""
+    stage_config(args, None, objective="sft")
     start = resolve_start(args.start_from, args.run)
-    config = stage_config(args, start, defaults=("objective.name=sft",))
+    config = stage_config(args, start, objective="sft")
     config.check(num_ranks(args.nproc))
 
     from megatron_sov.data.shards import open_sources

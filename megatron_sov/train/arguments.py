@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 from pathlib import Path
+from typing import Literal
 
+from megatron_sov.artifacts import MANIFEST
+from megatron_sov.config import RunConfig
 from megatron_sov.errors import UserError
+from megatron_sov.mcore.ranks import num_ranks
 
 
 def add_stage_arguments(parser: argparse.ArgumentParser, *, needs_start: bool) -> None:
@@ -28,7 +33,7 @@ def data_paths(data: list[str]) -> dict[str, float]:
     """Return folder -> weight of --data arguments; the weight after the last colon defaults to 1.
 
     Raises:
-        UserError: a folder that does not exist, or a weight that is not a number.
+        UserError: a folder that does not exist or is given twice, or a weight that is not a number.
     """
     paths: dict[str, float] = {}
     for argument in data:
@@ -38,17 +43,20 @@ def data_paths(data: list[str]) -> dict[str, float]:
             try:
                 weight = float(text)
             except ValueError:
-                raise UserError(f"--data {argument}: the weight {text!r} is not a number") from None
-        if weight < 0:
-            raise UserError(f"--data {argument}: the weight must not be negative")
+                raise UserError(f"--data {argument}: does not exist, and {text!r} after the colon is not a weight") from None
+        if not 0 <= weight < math.inf:
+            raise UserError(f"--data {argument}: the weight must be a number that is not negative")
         if not Path(path).is_dir():
-            raise UserError(f"--data {path}: does not exist; pass a folder made by `sov-data pack`")
+            raise UserError(f"--data {path}: {'is not a folder' if Path(path).exists() else 'does not exist'}; "
+                            "pass a folder made by `sov-data pack`")
+        if path in paths:
+            raise UserError(f"--data {path}: is given twice; name it once, with a weight if you like")
         paths[path] = weight
     return paths
 
 
 def resolve_start(start_from: Path | None, run: Path) -> Path | None:
-    """Return the checkpoint that --from means; a Hugging Face folder is converted into RUN/from-hf once.
+    """Return the checkpoint that --from means; a Hugging Face folder is converted into RUN.from-hf first.
 
     Raises:
         UserError: it is no checkpoint, run or Hugging Face folder.
@@ -67,16 +75,32 @@ def resolve_start(start_from: Path | None, run: Path) -> Path | None:
 
 
 def _converted(hf_dir: Path, run: Path) -> Path:
+    """Convert, unless the run has a checkpoint and needs no weights: what lies there may come from another folder."""
     from megatron_sov import convert
+    from megatron_sov.mcore import checkpoint, world
 
     out = run.with_name(run.name + ".from-hf")
-    if not (out / "manifest.json").is_file():
-        convert.from_hf(hf_dir, out)
+    if (out / MANIFEST).is_file() and checkpoint.latest(run / checkpoint.CHECKPOINTS_OF_A_RUN) is not None:
+        return out
+    if num_ranks(None) > 1:
+        raise UserError(f"--from {hf_dir}: many processes would convert it at once; run `megatron-sov convert from-hf` "
+                        "before, and pass its output")
+    # in a process of its own: threads that torch starts here would be missing in the ranks, which are forked from this process
+    code = world.launch(lambda: convert.from_hf(hf_dir, out, overwrite=True), 1)
+    if code:
+        raise SystemExit(code)
     return out
 
 
-def stage_config(args: argparse.Namespace, checkpoint: Path | None, *, defaults: tuple[str, ...] = ()):  # type: ignore[no-untyped-def]
-    """Return the resolved `RunConfig` of a training command: recipe, checkpoint's architecture, data, then --set."""
+def stage_config(args: argparse.Namespace, checkpoint: Path | None, *, objective: Literal["lm", "sft"] = "lm",
+                 defaults: tuple[str, ...] = ()) -> RunConfig:
+    """Return the resolved settings of a training command: recipe, checkpoint's architecture, data, then --set.
+
+    Without a checkpoint (before --from is resolved, which may take long) it finds the mistakes that need none.
+
+    Raises:
+        UserError: unknown recipe or setting, missing data, another family or objective than the command's.
+    """
     from megatron_sov import recipes
     from megatron_sov.config import apply_settings
 
@@ -86,4 +110,8 @@ def stage_config(args: argparse.Namespace, checkpoint: Path | None, *, defaults:
 
         config = with_model_of(config, checkpoint)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, paths=data_paths(args.data)))
-    return apply_settings(config, [*defaults, *args.settings])
+    config = apply_settings(config, [f"objective.name={objective}", *defaults, *args.settings])
+    if config.objective.name != objective:
+        raise UserError(f"objective.name = {config.objective.name}: this command trains by {objective!r}; leave the setting out, "
+                        f"or use `megatron-sov {'sft' if objective == 'lm' else 'pretrain'}`")
+    return config

@@ -15,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train by language modelling; returns 0 when the run is complete."""
+    stage_config(args, None)
     start = resolve_start(args.start_from, args.run)
     config = stage_config(args, start)
     config.check(num_ranks(args.nproc))

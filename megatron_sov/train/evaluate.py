@@ -36,8 +36,8 @@ class HeldoutLoss:
 class HeldoutEvaluator:
     """Evaluates a policy on the held-out split of each source; the same documents each time."""
 
-    def __init__(self, sources: list[Source], bytes_of_token: np.ndarray | None, seq_len: int, rows_per_batch: int, max_tokens: int,
-                 world: World) -> None:
+    def __init__(self, sources: list[Source], bytes_of_token: np.ndarray | None, seq_len: int, rows_per_batch: int,
+                 max_tokens: int, world: World) -> None:
         self._bytes = None if bytes_of_token is None else torch.from_numpy(bytes_of_token)
         self._rows_per_batch = rows_per_batch
         self._batches = {s.name: self._load(i, s, seq_len, max_tokens, world) for i, s in enumerate(sources)
@@ -59,7 +59,8 @@ class HeldoutEvaluator:
             sums = policy.map([from_row(r) for r in rows], self._sums)
             local = torch.stack(sums).sum(0) if sums else torch.zeros(3, dtype=torch.float64)
             nats, tokens, size_bytes = schedule.from_last_stage(schedule.sum_over_data(local.cpu())).tolist()
-            results[name] = HeldoutLoss(nats / max(tokens, 1), nats / math.log(2) / size_bytes if size_bytes else math.nan, int(tokens))
+            bits_per_byte = nats / math.log(2) / size_bytes if size_bytes else math.nan
+            results[name] = HeldoutLoss(nats / max(tokens, 1), bits_per_byte, int(tokens))
         return results
 
     def _sums(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> torch.Tensor:

@@ -6,20 +6,27 @@ another machine it is free when the lease has run out.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import socket
+import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 
-from megatron_sov.artifacts import atomic_write
+from megatron_sov.artifacts import atomic_write, disk_errors
 from megatron_sov.errors import UserError
 
 LOCK = "lock.json"
 LEASE_S = 60.0
+CLOCK_TOLERANCE_S = 5.0
+"""Start times of one process, as read by two others, may differ by the corrections of the clock in between."""
 
 
 class RunLock:
@@ -35,26 +42,23 @@ class RunLock:
         """Take the lock.
 
         Raises:
-            UserError: a living run holds it.
+            UserError: a living run holds it, or the folder cannot be written.
         """
-        holder = self._holder()
-        if holder is not None:
-            raise UserError(f"{self._file.parent}: is held by a living run (process {holder['pid']} on {holder['host']}); "
-                            "wait for it, stop it, or choose another --run")
-        self._file.unlink(missing_ok=True)
-        try:
-            fd = os.open(self._file, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-        except FileExistsError:
-            raise UserError(f"{self._file.parent}: another run took this folder just now; choose another --run") from None
-        with os.fdopen(fd, "w") as f:
-            f.write(self._record())
+        with disk_errors(self._file), _alone(self._file.parent):
+            record = self._read()
+            if record is not None and _is_living(record):
+                raise UserError(f"{self._file.parent}: is held by a living run (process {record['pid']} on {record['host']}); "
+                                "wait for it, stop it, or choose another --run")
+            atomic_write(self._file, self._record())
         self._thread.start()
 
     def release(self) -> None:
         """Give the lock back."""
-        self._stop.set()
-        self._thread.join()
-        self._file.unlink(missing_ok=True)
+        if self._thread.is_alive():
+            self._stop.set()
+            self._thread.join()
+            if not self._is_lost():
+                self._file.unlink(missing_ok=True)
 
     def _record(self) -> str:
         me = psutil.Process()
@@ -63,16 +67,46 @@ class RunLock:
 
     def _renew(self) -> None:
         while not self._stop.wait(self._lease_s / 4):
-            atomic_write(self._file, self._record())
+            try:
+                if self._is_lost():
+                    print(f"error: {self._file.parent}: another run took this folder while this one was silent for "
+                          f"{self._lease_s:g} s; this one ends here", file=sys.stderr, flush=True)
+                    os._exit(1)  # two runs must not write into one folder, not even a last checkpoint
+                atomic_write(self._file, self._record())
+            except (UserError, OSError) as e:  # the lease is good for some more attempts
+                print(f"warning: {self._file}: the lease could not be renewed ({e})", file=sys.stderr, flush=True)
 
-    def _holder(self) -> dict | None:
-        """Return the living holder's record, or None."""
+    def _is_lost(self) -> bool:
+        record = self._read()
+        return record is not None and (record["host"], record["pid"]) != (socket.gethostname(), os.getpid())
+
+    def _read(self) -> dict[str, Any] | None:
+        """Return what the file says; None where there is none or it says nothing."""
         try:
             record = json.loads(self._file.read_text())
-            if record["host"] == socket.gethostname():
-                alive = psutil.Process(record["pid"]).create_time() == record["started_s"]
-            else:
-                alive = time.time() < record["expires_s"]
-        except (FileNotFoundError, ValueError, KeyError, psutil.NoSuchProcess):
+            return {name: kind(record[name]) for name, kind in
+                    (("host", str), ("pid", int), ("started_s", float), ("expires_s", float))}
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
-        return record if alive else None
+
+
+def _is_living(record: dict[str, Any]) -> bool:
+    """Return whether the process that wrote a record works still, as far as can be known from here."""
+    if record["host"] != socket.gethostname():
+        return bool(time.time() < record["expires_s"])
+    try:
+        return bool(abs(psutil.Process(record["pid"]).create_time() - record["started_s"]) < CLOCK_TOLERANCE_S)
+    except psutil.NoSuchProcess:
+        return False
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Let one process at a time look at a folder's lock and take it, where the file system knows such a thing."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with contextlib.suppress(OSError):  # network file systems may refuse; there two runs could start in the same millisecond
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)

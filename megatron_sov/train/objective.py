@@ -45,8 +45,10 @@ class LossSums:
 class Objective(Protocol):
     """Three steps; each may be as simple as reading data or as large as generating rollouts."""
 
-    coefficients: Mapping[str, float]
-    """Term -> its weight in the total loss."""
+    @property
+    def coefficients(self) -> Mapping[str, float]:
+        """Term -> its weight in the total loss."""
+        ...
 
     def collect(self, policy: Any, step: int) -> GlobalBatch:
         """Return the batch of a step: from the data order, or by rollouts of `policy`."""

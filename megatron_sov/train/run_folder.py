@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ from megatron_sov.artifacts import atomic_write, disk_errors, to_json
 from megatron_sov.config import RunConfig, from_dict
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.checkpoint import CHECKPOINTS_OF_A_RUN
+from megatron_sov.train.lock import LOCK
 
 CONFIG, COMPLETION = "config.json", "complete.json"
-FIXED = ("model", "objective", "optim")
-"""Parts of the config that a resumed run must not change."""
+FIXED: dict[str, tuple[str, ...] | None] = {"model": None, "objective": None, "optim": None, "train": ("seed", "precision"),
+                                            "data": ("packing",)}
+"""What a resumed run must not change: part of the config -> its settings (None: all)."""
 
 
 class RunFolder:
@@ -34,46 +37,75 @@ class RunFolder:
     def completion(self) -> dict[str, Any] | None:
         """Return the completion manifest of a stage that is complete, else None."""
         file = self.path / COMPLETION
-        return json.loads(file.read_text()) if file.is_file() else None
+        if not file.is_file():
+            return None
+        try:
+            return dict(json.loads(file.read_text()))
+        except (ValueError, TypeError) as e:
+            raise UserError(f"{file}: is damaged ({e}); delete it and run the same command with --resume") from None
 
     def complete(self, content: dict[str, Any]) -> None:
         """Declare the stage complete."""
         atomic_write(self.path / COMPLETION, to_json(content))
 
     def config(self) -> RunConfig | None:
-        """Return the config that the folder was made with, or None for a new folder."""
+        """Return the config that the folder was made with, or None for a new folder.
+
+        Raises:
+            UserError: the file is damaged or of another version.
+        """
         file = self.path / CONFIG
         if not file.is_file():
             return None
         try:
             return from_dict(json.loads(file.read_text()))
-        except ValueError as e:
-            raise UserError(f"{file}: is not valid JSON ({e}); restore it or choose another --run") from None
+        except (ValueError, UserError) as e:
+            raise UserError(f"{file}: cannot be read as a run's settings ({e}); restore it or choose another --run") from None
 
     def enter(self, config: RunConfig, resume: bool) -> None:
         """Check that a run with `config` may work in this folder; changes nothing.
 
         Raises:
-            UserError: the folder holds a run and `resume` was not asked for, or that run had other settings.
+            UserError: the folder holds something else, a run that was not asked for, one with other settings, or a
+                complete one that is shorter.
         """
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path}: is a file; --run needs a folder")
         earlier = self.config()
         if earlier is None:
-            if self.path.is_dir() and any(p.name != "lock.json" for p in self.path.iterdir()):
+            if self.path.is_dir() and any(not p.name.startswith(".") and p.name != LOCK for p in self.path.iterdir()):
                 raise UserError(f"{self.path}: is not empty and holds no run; choose another --run")
             return
         if not resume:
-            raise UserError(f"{self.path}: already holds a run of {earlier.recipe}; pass --resume to continue it, or choose another --run")
-        before, now = earlier.to_dict(), config.to_dict()
-        for part in FIXED:
-            for name, value in before[part].items():
-                if now[part][name] != value:
-                    raise UserError(f"{self.path}: was started with {part}.{name} = {value}, now it is {now[part][name]}; "
-                                    "resume with the same setting, or start a new --run --from its checkpoint")
+            raise UserError(f"{self.path}: already holds a run of {earlier.recipe}; pass --resume to continue it, or choose "
+                            "another --run")
+        changed = _changed(earlier.to_dict(), config.to_dict())
+        if changed:
+            raise UserError(f"{self.path}: was started with {'; '.join(changed)}; resume with the same settings, or start "
+                            "a new --run --from its checkpoint")
+        completion = self.completion()
+        if completion is not None and completion["step"] < config.num_steps():
+            raise UserError(f"{self.path}: is complete at step {completion['step']}, and train.steps = {config.num_steps()} "
+                            "asks for more; start a new --run --from it")
 
-    def prepare(self, config: RunConfig) -> None:
-        """Create the folder and write the resolved config."""
+    def create(self) -> None:
+        """Make the folder, empty."""
         with disk_errors(self.path):
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
+
+    def declare(self, config: RunConfig) -> None:
+        """Write the resolved config: from now on the folder holds a run."""
         atomic_write(self.path / CONFIG, to_json(config.to_dict()))
+        with disk_errors(self.path):
+            self.checkpoints.mkdir(exist_ok=True)
+
+    def remove_if_empty(self) -> None:
+        """Take back `create` where nothing came of it."""
+        with contextlib.suppress(OSError):
+            self.path.rmdir()
+
+
+def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return "name = old, now it is new" for every fixed setting that differs."""
+    return [f"{part}.{name} = {before[part][name]}, now it is {now[part][name]}"
+            for part, names in FIXED.items() for name in (names or before[part]) if now[part][name] != before[part][name]]

@@ -13,10 +13,11 @@ import torch.distributed as dist
 from megatron_sov.artifacts import manifest_sha256, read_manifest
 from megatron_sov.config import RunConfig, from_dict
 from megatron_sov.data.order import resolve_phases
-from megatron_sov.data.shards import Source, open_sources
+from megatron_sov.data.shards import Source, open_sources, tokenizer_folder
+from megatron_sov.data.vocabulary import refuse_other_tokens
 from megatron_sov.errors import StopRequested, UserError
 from megatron_sov.mcore import checkpoint, world
-from megatron_sov.mcore.ranks import num_ranks
+from megatron_sov.mcore.ranks import num_ranks, under_launcher
 from megatron_sov.train.lock import RunLock
 from megatron_sov.train.loop import train
 from megatron_sov.train.run_folder import RunFolder
@@ -61,23 +62,27 @@ def run_stage(stage: Stage, nproc: int | None) -> None:
         return
     sources = open_sources(stage.config.data.paths, stage.config.model.vocab_size) + list(stage.extra_sources)
     resolve_phases(stage.config, sources)
+    if stage.start_from is not None:
+        refuse_other_tokens(tokenizer_folder(sources), stage.start_from / "tokenizer")
     code = world.launch(lambda: _rank(stage, sources), nproc, stage.config.train.num_threads)
-    if code == 2:
-        raise SystemExit(2)  # rank 0 has said why
     if code != 0:
-        raise SystemExit(code)
-    if stage.folder.completion() is None:
+        raise SystemExit(code)  # the rank that failed has said why
+    if stage.folder.completion() is None and not under_launcher():
         raise StopRequested(f"{stage.folder.path}: everything is saved; continue with --resume")
 
 
 def _rank(stage: Stage, sources: list[Source]) -> int:
-    place = world.join(stage.config.parallel)
     stop = StopFlag()
-    lock = _lock(stage, place)
+    place = world.join(stage.config.parallel)
+    lock = RunLock(stage.folder.path) if place.is_main else None
     trainer: Trainer | None = None
     try:
+        _on_main(place, lambda: _lock(stage, lock))
         trainer = Trainer(stage.config, place, stage.folder, sources, stage.objective)
-        _restore(stage, trainer)
+        resumed = _restore(stage, trainer)
+        _on_main(place, lambda: _open(stage, trainer))
+        if stage.before is not None and not resumed:
+            stage.before(trainer)
         if train(trainer, stop):
             _finish(stage, trainer)
     finally:
@@ -85,47 +90,61 @@ def _rank(stage: Stage, sources: list[Source]) -> int:
             trainer.close()
         if lock is not None:
             lock.release()
+            stage.folder.remove_if_empty()
     dist.barrier()
     world.leave()
     return 0
 
 
-def _lock(stage: Stage, place: world.World) -> RunLock | None:
-    """Take the run's lock on rank 0; all ranks learn whether that worked."""
-    lock, problem = None, None
+def _on_main(place: world.World, action: Callable[[], Any]) -> Any:
+    """Do something on rank 0 and return its (plain) result on every rank.
+
+    Raises:
+        UserError: it failed there; on every rank, so that none waits for another.
+    """
+    result, problem = None, None
     if place.is_main:
         try:
-            stage.folder.path.mkdir(parents=True, exist_ok=True)
-            lock = RunLock(stage.folder.path)
-            lock.acquire()
-            stage.folder.prepare(stage.config)
-        except (UserError, OSError) as e:
-            lock, problem = None, str(e)
-    problems = [problem]
-    dist.broadcast_object_list(problems, src=0)
-    if problems[0]:
-        raise UserError(problems[0])
-    return lock
+            result = action()
+        except UserError as e:
+            problem = str(e)
+    outcome = [result, problem]
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    return outcome[0]
 
 
-def _restore(stage: Stage, trainer: Trainer) -> None:
-    newest = checkpoint.latest(stage.folder.checkpoints)
+def _lock(stage: Stage, lock: RunLock | None) -> None:
+    stage.folder.create()
+    if lock is not None:
+        lock.acquire()
+
+
+def _restore(stage: Stage, trainer: Trainer) -> bool:
+    """Load what the run starts from; returns whether it goes on from a checkpoint of its own."""
+    # one process looks: on a network file system the others may still see an older listing
+    newest = _on_main(trainer.world, lambda: checkpoint.latest(stage.folder.checkpoints))
     if newest is not None:
         trainer.resume(newest)
-        return
-    if stage.start_from is not None:
+    elif stage.start_from is not None:
         trainer.load_weights(stage.start_from)
-    if stage.before is not None:
-        stage.before(trainer)
+    return newest is not None
+
+
+def _open(stage: Stage, trainer: Trainer | None) -> None:
+    """Write the first files: nothing that can be refused comes after this."""
+    stage.folder.declare(stage.config)
+    if trainer is not None:
+        trainer.open_records()
 
 
 def _finish(stage: Stage, trainer: Trainer) -> None:
     extra = stage.after(trainer) if stage.after is not None else {}
-    if trainer.world.is_main:
-        last = trainer.folder.checkpoint(trainer.done.step)
-        stage.folder.complete({
-            "step": trainer.done.step, "tokens": trainer.done.tokens, "wall_s": trainer.wall_s(),
-            "checkpoint": f"{stage.folder.checkpoints.name}/{last.name}", "checkpoint_sha256": manifest_sha256(last), **extra})
+    last = stage.folder.checkpoint(trainer.done.step)
+    _on_main(trainer.world, lambda: stage.folder.complete({
+        "step": trainer.done.step, "tokens": trainer.done.tokens, "wall_s": trainer.wall_s(),
+        "checkpoint": f"{stage.folder.checkpoints.name}/{last.name}", "checkpoint_sha256": manifest_sha256(last), **extra}))
 
 
 def with_model_of(config: RunConfig, start_from: Path) -> RunConfig:
@@ -136,6 +155,6 @@ def with_model_of(config: RunConfig, start_from: Path) -> RunConfig:
     """
     made_with = from_dict(read_manifest(start_from, checkpoint.KIND).settings).model
     if made_with.family != config.model.family:
-        raise UserError(f"--from {start_from}: is a {made_with.family} model, recipe {config.recipe} is for {config.model.family}; "
-                        "choose a recipe of that family")
+        raise UserError(f"--from {start_from}: is a {made_with.family} model, recipe {config.recipe} is for "
+                        f"{config.model.family}; choose a recipe of that family")
     return dataclasses.replace(config, model=made_with)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import time
 from collections.abc import Callable
@@ -11,10 +12,12 @@ from typing import Any
 
 import torch
 
+from megatron_sov.artifacts import manifest_sha256
 from megatron_sov.config import RunConfig
 from megatron_sov.data.order import OrderState, SampleOrder
 from megatron_sov.data.shards import Source, provenance, tokenizer_folder
 from megatron_sov.data.token_bytes import token_bytes
+from megatron_sov.errors import UserError
 from megatron_sov.mcore import checkpoint, init, schedule
 from megatron_sov.mcore.logprobs import head_of
 from megatron_sov.mcore.model import build
@@ -71,7 +74,8 @@ class StepResult:
 class Trainer:
     """Model, optimizer, data order and records of one rank."""
 
-    def __init__(self, config: RunConfig, world: World, folder: RunFolder, sources: list[Source], objective: ObjectiveFactory) -> None:
+    def __init__(self, config: RunConfig, world: World, folder: RunFolder, sources: list[Source],
+                 objective: ObjectiveFactory) -> None:
         self.config, self.world, self.folder, self.sources = config, world, folder, sources
         self.num_steps = config.num_steps()
         self.done = Progressed()
@@ -86,9 +90,11 @@ class Trainer:
         self.objective = objective(config, DataBatches(config, self.order, world))
         self.tokenizer = tokenizer_folder(sources)
         self._evaluator: HeldoutEvaluator | None = None
-        self.events = EventLog(folder.path / EVENTS if world.is_main else None)
-        self._trackers = Trackers(config.obs, folder.path, config.to_dict()) if world.is_main else None
+        self.events = EventLog(None)
+        self._trackers: Trackers | None = None
         self._progress: Progress | None = None
+        self._continues: str | None = None
+        self._data = {s.name: manifest_sha256(s.artifact) for s in sources if s.artifact is not None}
         self._entered_s = time.monotonic()
 
     # starting and resuming
@@ -100,24 +106,41 @@ class Trainer:
         self.optimizer.adopt_model()
 
     def resume(self, path: Path) -> None:
-        """Continue exactly where a checkpoint of this run was taken."""
+        """Continue exactly where a checkpoint of this run was taken.
+
+        Raises:
+            UserError: the checkpoint is damaged, or a source is not what the run has read so far.
+        """
         checkpoint.check(path)
         state = checkpoint.read_state(path)
+        for name, read_so_far in state["data"].items():
+            if self._data.get(name, read_so_far) != read_so_far:
+                raise UserError(f"source {name!r}: its data was packed anew since {path} was written, and the cursor "
+                                "into it means nothing now; resume with the data of before, or start a new --run --from that "
+                                "checkpoint")
         checkpoint.load_model(path, self.model)
         self.optimizer.adopt_model()
         checkpoint.load_optimizer(path, self.optimizer, state["num_updates"])
         self.done = Progressed(state["step"], state["tokens"], state["wall_s"])
         self.order = SampleOrder(self.config, self.sources, OrderState.from_dict(state["order"]))
         self.objective = self._objective_factory(self.config, DataBatches(self.config, self.order, self.world))
-        self.events.write("resume", step=self.done.step, reason=f"continued from {path.name}")
+        self._continues = path.name
+
+    def open_records(self) -> None:
+        """Open events and trackers; called on rank 0 only."""
+        self.events = EventLog(self.folder.path / EVENTS)
+        self._trackers = Trackers(self.config.obs, self.folder.path, self.config.to_dict())
 
     def announce(self) -> None:
         """Record what runs where."""
+        if self._continues is not None:
+            self.events.write("resume", step=self.done.step, reason=f"continued from {self._continues}")
         count = num_params(self.config.model)
         parallel = {**asdict(self.config.parallel), "dp": self.world.dp_size}
         self.events.write(
             "run_start", recipe=self.config.recipe, num_ranks=self.world.size, layout=parallel, num_params=count.total,
-            num_active_params=count.active, num_steps=self.num_steps, resumed_from=self.done.step, inputs=provenance(self.sources),
+            num_active_params=count.active, num_steps=self.num_steps, resumed_from=self.done.step,
+            inputs=provenance(self.sources),
             machine={"host": platform.node(), "python": platform.python_version(), "torch": torch.__version__,
                      "threads": torch.get_num_threads()})
         for phase in self.order.phases:
@@ -129,7 +152,11 @@ class Trainer:
     # one step
 
     def update(self) -> StepResult:
-        """Do one optimizer step."""
+        """Do one optimizer step.
+
+        Raises:
+            UserError: loss or gradient is not a finite number; nothing is saved then.
+        """
         start = time.monotonic()
         step = self.done.step
         batch = self.objective.prepare(self.objective.collect(self.policy, step))
@@ -139,10 +166,14 @@ class Trainer:
         terms = sorted(self.objective.coefficients)
         losses = {t: float(s) / batch.targets[t] for t, s in zip(terms, sums[:len(terms)], strict=True) if batch.targets[t] > 0}
         by_source = sums[len(terms):].reshape(-1, 2).tolist()
+        loss = sum(self.objective.coefficients[t] * value for t, value in losses.items())
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise UserError(f"step {step + 1}: the loss is {loss:g} and the gradient norm {grad_norm:g}; the last checkpoint "
+                            f"before it is kept, lower optim.lr = {self.config.optim.lr:g} and start a new --run --from it")
         self.done.step += 1
         self.done.tokens += batch.num_tokens
         return StepResult(
-            loss=sum(self.objective.coefficients[t] * value for t, value in losses.items()), losses=losses,
+            loss=loss, losses=losses,
             losses_by_source={s.name: total / n for s, (total, n) in zip(self.sources, by_source, strict=True) if n > 0},
             grad_norm=grad_norm, lr=lr, num_tokens=batch.num_tokens, phase=batch.phase, seconds=time.monotonic() - start)
 
@@ -157,7 +188,8 @@ class Trainer:
             head = head_of(self.model, self.config.train.head_chunk_tokens)
             sums = self.objective.loss(split_depths(hidden, depths), head, micro_batch)
             values = torch.stack([sums.terms[t].detach().double() for t in terms])
-            return total_loss(sums, self.objective.coefficients, micro_batch.denominators), torch.cat([values, sums.by_source.flatten()])
+            total = total_loss(sums, self.objective.coefficients, micro_batch.denominators)
+            return total, torch.cat([values, sums.by_source.flatten()])
 
         self.optimizer.zero_grad()
         row_tokens = len(batch.micro_batches[0].inputs.tokens)
@@ -223,7 +255,7 @@ class Trainer:
         start = time.monotonic()
         path = self.folder.checkpoint(self.done.step)
         state = {"step": self.done.step, "tokens": self.done.tokens, "wall_s": self.wall_s(),
-                 "num_updates": self.optimizer.num_updates, "order": self.order.state.to_dict()}
+                 "num_updates": self.optimizer.num_updates, "order": self.order.state.to_dict(), "data": self._data}
         checkpoint.save(path, self.model, self.optimizer, state, self.config.to_dict(), self.tokenizer)
         if self.world.is_main:
             checkpoint.prune(self.folder.checkpoints, self.config.train.keep_checkpoints)

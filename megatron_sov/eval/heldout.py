@@ -1,0 +1,104 @@
+"""Held-out documents as every judge reads them: the trainer, transformers and the bigram baseline see the same pairs."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_sov.artifacts import read_manifest
+from megatron_sov.data.rows import Row, heldout_samples, sample_row
+from megatron_sov.data.shards import Source, open_sources, tokenizer_folder
+from megatron_sov.data.token_bytes import token_bytes
+from megatron_sov.errors import UserError
+from megatron_sov.train.evaluate import HeldoutLoss
+
+
+@dataclass(frozen=True)
+class HeldoutData:
+    """The held-out splits of token artifacts, cut as `train.evaluate.HeldoutEvaluator` cuts them."""
+
+    sources: list[Source]
+    """All sources, with those that hold nothing out."""
+    vocab_size: int
+    """Token ids of the tokenizer that packed them."""
+    seq_len: int
+    """Tokens of a row; documents are cut at its end."""
+    max_tokens: int
+    """Tokens of each source that are read at most."""
+
+    def judged(self) -> list[tuple[int, Source]]:
+        """Return the sources that hold documents out, with their index."""
+        return [(i, s) for i, s in enumerate(self.sources) if s.num_tokens.get("heldout", 0) > 1]
+
+    def rows(self, index: int) -> Iterator[Row]:
+        """Yield the rows of one source."""
+        shard = self.sources[index].shard("heldout")
+        for sample in heldout_samples(shard, index, self.seq_len, self.max_tokens):
+            yield sample_row(sample, shard, self.seq_len)
+
+    def bytes_of_token(self, vocab_size: int) -> np.ndarray | None:
+        """Return UTF-8 bytes of each token [vocab_size], or None where no tokenizer travels with the data."""
+        folder = tokenizer_folder(self.sources)
+        return None if folder is None else token_bytes(folder, vocab_size)
+
+
+def open_heldout(paths: dict[str, float], seq_len: int, max_tokens: int, *, model_vocab_size: int = sys.maxsize,
+                 model_tokenizer: Path | None = None) -> HeldoutData:
+    """Open token artifacts for judging.
+
+    Args:
+        paths: folder -> weight (weights do not matter here).
+        seq_len: tokens of a row.
+        max_tokens: tokens of each source that are read at most.
+        model_vocab_size: token ids that the model knows.
+        model_tokenizer: folder of the model's tokenizer, compared with the data's where both are there.
+
+    Raises:
+        UserError: the artifacts do not fit together or the model, or hold nothing out.
+    """
+    sources = open_sources(paths, model_vocab_size)
+    vocab_size = max(int(read_manifest(path, "tokens").content["vocab_size"]) for path in paths)
+    data = HeldoutData(sources, vocab_size, seq_len, max_tokens)
+    if not data.judged():
+        raise UserError(f"--data {', '.join(paths)}: holds no documents out, so there is nothing to judge by; "
+                        "pack with --heldout 0.02")
+    packed_with = tokenizer_folder(sources)
+    if model_tokenizer is not None and packed_with is not None and (model_tokenizer / "tokenizer.json").is_file() \
+            and _vocabulary(model_tokenizer) != _vocabulary(packed_with):
+        raise UserError(f"--data {', '.join(paths)}: was packed with another tokenizer than the model's ({model_tokenizer}); "
+                        "pack the text with that one")
+    return data
+
+
+def _vocabulary(folder: Path) -> dict[str, int]:
+    try:
+        return dict(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"])
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{folder / 'tokenizer.json'}: cannot be read as a tokenizer ({e})") from None
+
+
+def evaluate_rows(data: HeldoutData, losses_of: Callable[[Row], np.ndarray]) -> dict[str, HeldoutLoss]:
+    """Return the result on every source.
+
+    Args:
+        data: the documents.
+        losses_of: row of n tokens -> [n] nats, of which those where `row.weights` is positive count.
+    """
+    results = {}
+    sizes = data.bytes_of_token(data.vocab_size)
+    for index, source in data.judged():
+        nats, tokens, size_bytes = 0.0, 0, 0
+        for row in data.rows(index):
+            counted = row.weights > 0
+            nats += float(losses_of(row)[counted].sum(dtype=np.float64))
+            tokens += int(counted.sum())
+            size_bytes += int(sizes[row.labels[counted]].sum()) if sizes is not None else 0
+        bits_per_byte = nats / math.log(2) / size_bytes if size_bytes else math.nan
+        results[source.name] = HeldoutLoss(nats / max(tokens, 1), bits_per_byte, tokens)
+    return results

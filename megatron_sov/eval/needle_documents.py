@@ -1,0 +1,117 @@
+"""Documents that teach retrieval: text with several needles, each asked again at the end; made on the fly.
+
+Document i is a function of (seed, i), so runs resume exactly and every process makes the same.  The answers weigh most in the
+loss: with a few per cent of it a small model stays on a plateau.  Words that nothing foretells weigh nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from megatron_sov.data.shards import Source
+from megatron_sov.errors import UserError
+from megatron_sov.eval.needle_text import Haystack, NeedleForm
+
+SOURCE_NAME = "needle"
+NUM_DOCUMENTS = 1 << 24
+MAX_NEEDLES = 12
+LAST_NEEDLE_SHARE = 0.3
+"""Part of the documents whose last needle stands right before the questions; without them that place is never learned."""
+
+
+@dataclass(frozen=True)
+class NeedleDocuments:
+    """Documents of one length (a `data.shards.Documents`)."""
+
+    form: NeedleForm
+    """What needles are made of."""
+    haystack: Haystack
+    """Training text."""
+    length_tokens: int
+    """Tokens of each document."""
+    seed: int = 0
+    """Of everything random."""
+    answer_weight: float = 30.0
+    """Loss weight of the words of an answer."""
+    text_weight: float = 0.5
+    """Loss weight of text and of what all needles share."""
+
+    @property
+    def max_needles(self) -> int:
+        """Needles that a document holds at most, each with its question."""
+        return min(MAX_NEEDLES, self.length_tokens // (2 * self.form.statement_tokens), len(self.form.pairs[False]))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document, [NUM_DOCUMENTS], without memory for them."""
+        return np.broadcast_to(np.int64(self.length_tokens), (NUM_DOCUMENTS,))
+
+    def tokens(self, document: int, start: int, count: int) -> np.ndarray:
+        """Return token ids, int64."""
+        return self._make(document)[0][start:start + count]
+
+    def loss_weights(self, document: int, start: int, count: int) -> np.ndarray:
+        """Return each token's weight as a target, float32."""
+        return self._make(document)[1][start:start + count]
+
+    def types(self, document: int, start: int, count: int) -> np.ndarray:
+        """Return token types, uint8: all text."""
+        return np.zeros(count, np.uint8)
+
+    def _make(self, document: int) -> tuple[np.ndarray, np.ndarray]:
+        return _document(self, document)
+
+
+@lru_cache(maxsize=8)
+def _document(made: NeedleDocuments, document: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return a document's tokens [length] int64 and weights [length] float32."""
+    generator = np.random.Generator(np.random.Philox(np.random.SeedSequence((made.seed, document))))
+    form = made.form
+    num_needles = int(generator.integers(1, made.max_needles + 1))
+    keys, values = (form.draw(generator, num_needles, test=False) for _ in range(2))
+    text = made.haystack.text(generator, made.length_tokens - 2 * num_needles * form.statement_tokens)
+    places = np.sort(generator.integers(0, len(text) + 1, num_needles))
+    asked = generator.permutation(num_needles)
+    if generator.random() < LAST_NEEDLE_SHARE:
+        places[-1] = len(text)
+        asked = np.concatenate([[num_needles - 1], asked[asked != num_needles - 1]])
+    stated, answered = _statement_weights(made, 0.0), _statement_weights(made, made.answer_weight)
+    ids: list[np.ndarray] = []
+    weights: list[np.ndarray] = []
+    last = 0
+    for key, value, place in zip(keys, values, places, strict=True):
+        ids += [text[last:place], np.array(form.statement(key, value), np.int64)]
+        weights += [np.full(place - last, made.text_weight, np.float32), stated]
+        last = place
+    ids.append(text[last:])
+    weights.append(np.full(len(text) - last, made.text_weight, np.float32))
+    for i in asked:
+        ids.append(np.array(form.statement(keys[i], values[i]), np.int64))
+        weights.append(answered)
+    return np.concatenate(ids), np.concatenate(weights)
+
+
+def _statement_weights(made: NeedleDocuments, value_weight: float) -> np.ndarray:
+    """Return the weights of a needle's tokens: key words are anybody's guess, a value only where it was stated before."""
+    shared = made.text_weight
+    parts = [shared] * len(made.form.opening) + [0.0] * 2 + [value_weight] * 2 + [shared] * len(made.form.closing)
+    return np.array(parts, np.float32)
+
+
+def needle_source(documents: NeedleDocuments, share: float) -> Source:
+    """Return the documents as a source whose share of the samples is `share`, beside data of total share 1.
+
+    Raises:
+        UserError: the share leaves no room for data, or documents are too short for a needle.
+    """
+    if not 0 < share < 1:
+        raise UserError(f"needle.train_share = {share}: must lie between 0 and 1, both excluded, where needles are trained on")
+    if documents.max_needles < 1:
+        raise UserError(f"needle documents of {documents.length_tokens} tokens hold no needle with its question "
+                        f"({2 * documents.form.statement_tokens} tokens); train on longer samples or set needle.train_share=0")
+    return Source(
+        name=SOURCE_NAME, artifact=None, is_chat=False, prefixes={}, share=share / (1 - share), made=documents,
+        num_tokens={"train": NUM_DOCUMENTS * documents.length_tokens})

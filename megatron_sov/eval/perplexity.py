@@ -1,0 +1,42 @@
+"""Loss on held-out documents, of a checkpoint at any layout and of a Hugging Face folder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_sov.data.rows import Row
+from megatron_sov.eval.heldout import HeldoutData, evaluate_rows
+from megatron_sov.generate.documents import ROW_TOKENS
+from megatron_sov.generate.load import Loaded
+from megatron_sov.train.evaluate import HeldoutEvaluator, HeldoutLoss
+
+
+def evaluate_policy(loaded: Loaded, data: HeldoutData) -> dict[str, HeldoutLoss]:
+    """Return the loss per source of a running policy; called by all processes together."""
+    rows_per_batch = max(1, ROW_TOKENS // data.seq_len)
+    sizes = data.bytes_of_token(loaded.config.model.vocab_size)
+    evaluator = HeldoutEvaluator(data.sources, sizes, data.seq_len, rows_per_batch, data.max_tokens, loaded.world)
+    return evaluator.run(loaded.policy)
+
+
+def evaluate_hf(model: Any, data: HeldoutData) -> dict[str, HeldoutLoss]:
+    """Return the loss per source of transformers' model on the same targets in the same contexts."""
+    return evaluate_rows(data, lambda row: _row_losses(model, row))
+
+
+@torch.no_grad()
+def _row_losses(model: Any, row: Row) -> np.ndarray:
+    """Return [n] nats; each segment stands in a line of its own, so that documents do not see one another.
+
+    Lines are padded at their end, which no token before can see.
+    """
+    lengths = np.diff(row.bounds)
+    inside = np.arange(lengths.max()) < lengths[:, None]
+    lines = np.zeros(inside.shape, np.int64)
+    lines[inside] = row.tokens
+    logits = model(input_ids=torch.from_numpy(lines).to(model.device), use_cache=False).logits[torch.from_numpy(inside)]
+    labels = torch.from_numpy(row.labels).to(model.device)
+    return torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none").cpu().numpy()
