@@ -1,0 +1,72 @@
+"""From the order of samples to this data-parallel rank's rows, prepared ahead of the step that needs them."""
+
+from __future__ import annotations
+
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_sov.config import RunConfig
+from megatron_sov.data.ledger import Entry
+from megatron_sov.data.order import Sample, SampleOrder
+from megatron_sov.data.rows import Row, join_rows, sample_row
+from megatron_sov.data.shards import Documents
+
+
+@dataclass(frozen=True)
+class RankBatch:
+    """One rank's part of a global batch."""
+
+    entry: Entry
+    """The ledger's entry that the batch follows."""
+    rows: tuple[Row, ...]
+    """One row of `micro_batch_size` samples per micro-batch; none where the entry says to skip."""
+    order_state: dict[str, Any]
+    """The order's state behind this batch: what a checkpoint after this step must hold."""
+    epochs: dict[str, float]
+    """How often each source was gone through."""
+
+
+class BatchStream:
+    """Gives this rank's batches in order, `prefetch_steps` of them prepared in a thread while the model computes."""
+
+    def __init__(self, config: RunConfig, order: SampleOrder, dp_rank: int, dp_size: int, num_steps: int) -> None:
+        self.order = order
+        self._micro_batch_size = config.train.micro_batch_size
+        self._dp_rank, self._dp_size = dp_rank, dp_size
+        self._left = num_steps - order.state.step
+        self._prefetch = config.data.prefetch_steps
+        self._documents: dict[int, Documents] = {}
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
+        self._ahead: deque[Future[RankBatch]] = deque()
+
+    def next(self) -> RankBatch:
+        """Return the next batch; starts the ones after it."""
+        while self._left > 0 and len(self._ahead) <= self._prefetch:
+            self._ahead.append(self._worker.submit(self._prepare))
+            self._left -= 1
+        return self._ahead.popleft().result()
+
+    def close(self) -> None:
+        """Forget the batches that were prepared ahead."""
+        self._worker.shutdown(cancel_futures=True)
+
+    def _prepare(self) -> RankBatch:
+        entry, samples = self.order.next_batch()
+        rows: tuple[Row, ...] = ()
+        if not entry.skip:
+            rows = tuple(join_rows([self._row(s, entry.seq_len) for s in part]) for part in self._mine(samples))
+        return RankBatch(entry, rows, self.order.state.to_dict(), self.order.epochs())
+
+    def _mine(self, samples: list[Sample]) -> list[list[Sample]]:
+        """Return this rank's samples, by micro-batch: rank r of n takes every n-th stretch of `micro_batch_size`."""
+        size = self._micro_batch_size
+        return [samples[i:i + size] for i in range(self._dp_rank * size, len(samples), size * self._dp_size)]
+
+    def _row(self, sample: Sample, seq_len: int) -> Row:
+        if sample.source not in self._documents:
+            self._documents[sample.source] = self.order.sources[sample.source].shard("train")
+        return sample_row(sample, self._documents[sample.source], seq_len)
+
+
