@@ -48,7 +48,7 @@ class LanguageModel(GPTModel):
     Depth 0 is the trunk's output after its final norm; depth k that of the k-th multi-token prediction layer.
     """
 
-    def forward(self, inputs: ModelInputs) -> torch.Tensor:  # type: ignore[override]
+    def forward(self, inputs: ModelInputs) -> torch.Tensor:
         """Run the model; under sequence parallelism tokens are split over the tensor-parallel group."""
         packed = PackedSeqParams(
             qkv_format="thd", cu_seqlens_q=inputs.cu_seqlens, cu_seqlens_kv=inputs.cu_seqlens,
@@ -90,8 +90,9 @@ def build(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig) -> L
         max_sequence_length=model.max_position_tokens, pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=last_stage, position_embedding_type="yarn" if model.yarn else "rope", rotary_base=int(model.rope_theta),
         share_embeddings_and_output_weights=False, mtp_block_spec=mtp)
-    if config.bf16:
-        network = network.to(config.params_dtype)
+    for parameter in network.parameters():
+        # not the buffers: a router's bias moves in steps that vanish in bf16, and its counts stop at 256 there
+        parameter.data = parameter.data.to(config.params_dtype)
     _mark_expert_parameters(network)
     _mark_split_parameters(network)
     return network
@@ -105,7 +106,7 @@ def _mark_expert_parameters(network: LanguageModel) -> None:
     """
     for name, parameter in network.named_parameters():
         if ".mlp.experts." in name:
-            parameter.allreduce = False  # type: ignore[attr-defined]
+            parameter.allreduce = False
 
 
 def _mark_split_parameters(network: LanguageModel) -> None:
@@ -114,9 +115,9 @@ def _mark_split_parameters(network: LanguageModel) -> None:
     The library sets these marks only while it initialises weights, which `init.py` does in its place.
     """
     for module in network.modules():
-        if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding, RowParallelLinear)):
-            if not hasattr(module.weight, "tensor_model_parallel"):
-                set_tensor_model_parallel_attributes(module.weight, True, int(isinstance(module, RowParallelLinear)), 1)
+        split = isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding, RowParallelLinear))
+        if split and not hasattr(module.weight, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(module.weight, True, int(isinstance(module, RowParallelLinear)), 1)
 
 
 def _block_norm() -> Any:
