@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from megatron.core.tensor_parallel.layers import (
 )
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlockSubmodules,
+    MultiTokenPredictionLayer,
     get_mtp_layer_spec,
 )
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -73,6 +75,21 @@ class LanguageModel(GPTModel):
         return padding[None]
 
 
+class PredictionLayer(MultiTokenPredictionLayer):
+    """Multi-token prediction layer that can be recomputed with packed documents.
+
+    Defect of 0.16.1: it hands all its arguments to the autograd function, which takes tensors only.
+    """
+
+    def _checkpointed_forward(self, forward_func: Callable[..., torch.Tensor], *, hidden_states: torch.Tensor,
+                              decoder_input: torch.Tensor, rotary_pos_emb: torch.Tensor, **constants: Any) -> torch.Tensor:
+        def forward(states: torch.Tensor, embedded: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
+            return forward_func(hidden_states=states, decoder_input=embedded, rotary_pos_emb=rotary, **constants)
+
+        outputs: torch.Tensor = super()._checkpointed_forward(forward, hidden_states, decoder_input, rotary_pos_emb)
+        return outputs
+
+
 def build(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig) -> LanguageModel:
     """Build this process's part of the model; its weights are not initialised yet."""
     config = transformer_config(model, parallel, train)
@@ -83,6 +100,7 @@ def build(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig) -> L
     mtp = None
     if model.num_mtp_layers and last_stage:
         layer = get_mtp_layer_spec(mtp_layer_spec(config, model), use_transformer_engine=has_transformer_engine())
+        layer.module = PredictionLayer
         layer.submodules.enorm = layer.submodules.hnorm = layer.submodules.layer_norm = norm
         mtp = MultiTokenPredictionBlockSubmodules(layer_specs=[layer] * model.num_mtp_layers)
     network = LanguageModel(
