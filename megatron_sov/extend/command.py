@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_sov import recipes
-from megatron_sov.errors import UserError
 from megatron_sov.mcore.ranks import num_ranks
 from megatron_sov.recipes.extension import length_settings, phase_setting
 from megatron_sov.train.arguments import add_stage_arguments, resolve_start, stage_config
@@ -25,8 +24,7 @@ def run(args: argparse.Namespace) -> int:
     """Train on at a longer context and score needle retrieval before and after; returns 0 when the run is complete."""
     stage_config(args, None)
     start = resolve_start(args.start_from, args.run)
-    if start is None:
-        raise UserError("--from: an extension needs a checkpoint, a run or a Hugging Face folder to start from")
+    assert start is not None, f"--from is required, it is {args.start_from}"
     config = extension_config(args, start)
     config.check(num_ranks(args.nproc))
 
