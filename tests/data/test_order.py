@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_sov import recipes
@@ -48,6 +48,7 @@ corpora = st.lists(st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(
 
 
 @given(blends, st.integers(1, 300))
+@example([0.09, 0.74, 0.74, 0.21, 0.01], 130)  # taking the source that is furthest behind errs by more than a sample here
 def test_no_source_is_a_whole_sample_from_its_weight(raw: list[float], num_samples: int) -> None:
     weights = tuple(w / sum(raw) for w in raw)
     taken = [0] * len(weights)
