@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from megatron_sov.data.shards import Source, TokenShard
+from megatron_sov.data.shards import Source, open_sources
 from megatron_sov.errors import UserError
 from megatron_sov.eval.needle_text import Haystack, NeedleForm, needle_form
 
@@ -36,8 +36,8 @@ def test_pairs_of_tests_and_of_training_never_mix(form: NeedleForm) -> None:
 def test_text_goes_on_through_documents_and_leaves_special_tokens_out(form: NeedleForm, haystacks: dict[str, Haystack],
                                                                       token_shards: Path) -> None:
     stored = []
-    for name in ("first", "second"):
-        shard = TokenShard(token_shards / name / "heldout")
+    for source in open_sources({str(token_shards): 1.0}, 1024):
+        shard = source.shard("heldout")
         ids = np.concatenate([shard.tokens(i, 0, int(n)) for i, n in enumerate(shard.lengths)] * 2)
         assert set(form.special) & set(ids.tolist())
         stored.append(" ".join(map(str, ids[~np.isin(ids, form.special)])))
@@ -56,6 +56,6 @@ def test_mistakes_are_named(token_shards: Path, tmp_path: Path) -> None:
     Tokenizer(letters).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(UserError, match="only 0 of its tokens are whole words, needles need 16"):
         needle_form(tmp_path)
-    chats = Source("chats", token_shards, True, {"heldout": "first/heldout"}, {"heldout": 100}, 1.0)
+    chats = Source("chats", token_shards, True, {}, {"heldout": 100}, 1.0)
     with pytest.raises(UserError, match="hold no 'heldout' text to hide needles in"):
         Haystack([chats], "heldout", ())

@@ -15,7 +15,7 @@ from megatron_sov.obs.events import EVENTS, EventLog, read_events
 
 open_door()
 
-from megatron_sov.data.shards import TokenShard  # noqa: E402
+from megatron_sov.data.shards import open_sources  # noqa: E402
 from megatron_sov.eval.bigram import evaluate_bigram  # noqa: E402
 from megatron_sov.eval.heldout import open_heldout  # noqa: E402
 
@@ -43,8 +43,9 @@ def test_the_baseline_is_judged_on_the_same_targets(one_rank: None, imported: di
                                                     capsys) -> None:
     model = ask(capsys, "ppl", str(imported["solar_open"]), "--data", str(token_shards), *CUT)
     baseline = ask(capsys, "bigram", "--data", str(token_shards), *CUT)
+    shards = {s.name: s.shard("heldout") for s in open_sources({str(token_shards): 1.0}, 1024)}
     for name, result in baseline.items():
-        shard = TokenShard(token_shards / name / "heldout")
+        shard = shards[name]
         flat = [[*shard.tokens(i, 0, int(n))] for i, n in enumerate(shard.lengths)]
         budget, expected = 1500, 0  # 15 rows of 100: a token counts if a token follows it in its document
         for document in flat:
