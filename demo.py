@@ -99,8 +99,8 @@ def training_stages(root: Path, sources: list[str]) -> list[Stage]:
         Stage("pretrain", 240, ("megatron-sov", "pretrain", RECIPE, "--data", text, "--run", pretrain, *layout, *batch, *first),
               root / "pretrain/complete.json"),
         Stage("bigram baseline", 15, ("megatron-sov", "eval", "bigram", "--data", text, "--run", pretrain)),
-        Stage("extend", 80, ("megatron-sov", "extend", RECIPE, "--from", pretrain, "--data", text, "--run", extend, *layout, *longer),
-              root / "extend/complete.json"),
+        Stage("extend", 80, ("megatron-sov", "extend", RECIPE, "--from", pretrain, "--data", text, "--run", extend,
+                             *layout, *longer), root / "extend/complete.json"),
         Stage("sft", 45, ("megatron-sov", "sft", RECIPE, "--from", extend, "--data", f"{chat}:0.8", "--data", f"{text}:0.2",
                           "--run", sft, *layout, *batch, *chats), root / "sft/complete.json"),
     ]
@@ -115,8 +115,10 @@ def judging_stages(root: Path) -> list[Stage]:
         Stage("export", 10, ("megatron-sov", "convert", "to-hf", last, hf), root / "hf/manifest.json"),
         Stage("verify weights", 15, ("megatron-sov", "convert", "verify", last, hf)),
         Stage("compare logits", 20, ("megatron-sov", "eval", "logits", last, hf, "--run", sft)),
-        Stage("continue text", 20, ("megatron-sov", "generate", extend, *repeated("--prompt", TEXTS), *sampling, "--run", extend)),
-        Stage("answer", 20, ("megatron-sov", "generate", sft, "--chat", *repeated("--prompt", QUESTIONS), *sampling, "--run", sft)),
+        Stage("continue text", 20, ("megatron-sov", "generate", extend, *sampling, *repeated("--prompt", TEXTS),
+                                    "--run", extend)),
+        Stage("answer", 20, ("megatron-sov", "generate", sft, "--chat", *sampling, *repeated("--prompt", QUESTIONS),
+                             "--run", sft)),
         Stage("transformers", 20, (sys.executable, "-c", TRANSFORMERS_ALONE, hf)),
         Stage("report", 10, ("megatron-sov", "report", pretrain, extend, sft, "--out", str(root / "report.html"))),
     ]
@@ -187,7 +189,7 @@ def summary(root: Path, times: list[tuple[Stage, float]]) -> None:
 def main() -> int:
     """Run the demo."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--corpus", metavar="PATH", help="a file or folder of your own text instead of text found on this machine")
+    parser.add_argument("--corpus", metavar="PATH", help="a file or folder of your own text, instead of this machine's")
     parser.add_argument("--fresh", action="store_true", help="forget an earlier demo and start anew")
     args = parser.parse_args()
     root = RUNS / (f"demo-{Path(args.corpus).stem}" if args.corpus else "demo")
