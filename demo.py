@@ -22,7 +22,8 @@ VOCAB_SIZE = 1024
 NPROC = 2
 PRETRAIN_STEPS, EXTEND_STEPS, SFT_STEPS = 1200, 120, 100
 SEQ_LEN, LONG_SEQ_LEN = 256, 512
-PROMPTS = ("The standard library ", "def read_file(path):\n", "What does `os.path.join` do?")
+TEXTS = ("The standard library ", "def read_file(path):\n")
+QUESTIONS = ("What does `os.path.join` do?", "What does `textwrap.dedent` do?")
 PHASES = (("foundation", 0.7, {"english": 0.5, "code": 0.35, "korean": 0.15}),
           ("korean and code", 0.3, {"english": 0.4, "code": 0.3, "korean": 0.3}))
 """Two phases of pretraining: name, share of the steps, blend."""
@@ -68,39 +69,64 @@ def corpus_stage(root: Path, user: str | None) -> Stage:
     return Stage("corpus", 45, ("sov-data", "demo-corpus", "--output", str(corpus), *own), corpus / "manifest.json")
 
 
-def stages(root: Path, sources: list[str]) -> list[Stage]:
-    """Return all further stages, in order."""
-    corpus = root / "corpus"
-    tokenizer, text, chat, hf = (str(root / name) for name in ("tokenizer", "text", "chat", "hf"))
-    pretrain, extend, sft = (str(root / name) for name in ("pretrain", "extend", "sft"))
-    files = [str(corpus / f"{s}.jsonl") for s in sources]
+def data_stages(root: Path, sources: list[str]) -> list[Stage]:
+    """Return the stages from text to token shards."""
+    files = [str(root / "corpus" / f"{s}.jsonl") for s in sources]
     inputs = [word for f in files for word in ("--input", f)]
-    layout = ("--nproc", str(NPROC), "--resume", *settings(parallel__ep=2))
+    tokenizer, text, chat = (root / name for name in ("tokenizer", "text", "chat"))
+    pack = ("sov-data", "pack", "--tokenizer", str(tokenizer))
     return [
         Stage("tokenizer", 15, ("sov-tokenizer", "train", "--preset", "solar-open", "--vocab-size", str(VOCAB_SIZE), *inputs,
-                                "--output", tokenizer), root / "tokenizer/manifest.json"),
-        Stage("pack text", 15, ("sov-data", "pack", "--tokenizer", tokenizer, *inputs, "--output", text), root / "text/manifest.json"),
-        Stage("pack chats", 10, ("sov-data", "pack", "--tokenizer", tokenizer, "--input", str(corpus / "chat.jsonl"), "--format", "chat",
-                                 "--output", chat), root / "chat/manifest.json"),
-        Stage("pretrain", 240, ("megatron-sov", "pretrain", RECIPE, "--data", text, "--run", pretrain, *layout, *settings(
-            model__vocab_size=VOCAB_SIZE, data__phases=phases(sources), train__steps=PRETRAIN_STEPS, train__global_batch_size=8,
-            train__micro_batch_size=4, train__checkpoint_every_steps=100, train__eval_every_steps=200)), root / "pretrain/complete.json"),
+                                "--output", str(tokenizer)), tokenizer / "manifest.json"),
+        Stage("pack text", 15, (*pack, *inputs, "--output", str(text)), text / "manifest.json"),
+        Stage("pack chats", 10, (*pack, "--input", str(root / "corpus/chat.jsonl"), "--format", "chat", "--output", str(chat)),
+              chat / "manifest.json"),
+    ]
+
+
+def training_stages(root: Path, sources: list[str]) -> list[Stage]:
+    """Return the three runs and the baseline that the first one has to beat."""
+    text, chat, pretrain, extend, sft = (str(root / name) for name in ("text", "chat", "pretrain", "extend", "sft"))
+    layout = ("--nproc", str(NPROC), "--resume", *settings(parallel__ep=2))
+    batch = settings(train__global_batch_size=8, train__micro_batch_size=4)
+    first = settings(model__vocab_size=VOCAB_SIZE, data__phases=phases(sources), train__steps=PRETRAIN_STEPS,
+                     train__checkpoint_every_steps=100, train__eval_every_steps=200)
+    longer = settings(train__steps=EXTEND_STEPS, train__global_batch_size=4, train__micro_batch_size=2, optim__lr=1e-3,
+                      data__phases=json.dumps([{"name": "extend", "seq_len": LONG_SEQ_LEN}]),
+                      needle__lengths_tokens=json.dumps([SEQ_LEN, LONG_SEQ_LEN]))
+    chats = settings(train__steps=SFT_STEPS, optim__lr=1e-3, objective__text_coeff=0.1)
+    return [
+        Stage("pretrain", 240, ("megatron-sov", "pretrain", RECIPE, "--data", text, "--run", pretrain, *layout, *batch, *first),
+              root / "pretrain/complete.json"),
         Stage("bigram baseline", 15, ("megatron-sov", "eval", "bigram", "--data", text, "--run", pretrain)),
-        Stage("extend", 70, ("megatron-sov", "extend", RECIPE, "--from", pretrain, "--data", text, "--run", extend, *layout, *settings(
-            train__steps=EXTEND_STEPS, train__global_batch_size=4, train__micro_batch_size=2, optim__lr=1e-3,
-            data__phases=json.dumps([{"name": "extend", "seq_len": LONG_SEQ_LEN}]),
-            needle__lengths_tokens=json.dumps([SEQ_LEN, LONG_SEQ_LEN]))), root / "extend/complete.json"),
-        Stage("sft", 45, ("megatron-sov", "sft", RECIPE, "--from", extend, "--data", f"{chat}:0.8", "--data", f"{text}:0.2", "--run", sft,
-                          *layout, *settings(train__steps=SFT_STEPS, train__global_batch_size=8, train__micro_batch_size=4,
-                                             optim__lr=1e-3, objective__text_coeff=0.1)), root / "sft/complete.json"),
-        Stage("export", 10, ("megatron-sov", "convert", "to-hf", sft, hf), root / "hf/manifest.json"),
-        Stage("verify weights", 15, ("megatron-sov", "convert", "verify", sft, hf)),
-        Stage("compare logits", 20, ("megatron-sov", "eval", "logits", sft, hf, "--run", sft)),
-        Stage("generate", 20, ("megatron-sov", "generate", sft, *(w for p in PROMPTS for w in ("--prompt", p)),
-                               "--max-new-tokens", "48", "--run", sft)),
+        Stage("extend", 80, ("megatron-sov", "extend", RECIPE, "--from", pretrain, "--data", text, "--run", extend,
+                             *layout, *longer), root / "extend/complete.json"),
+        Stage("sft", 45, ("megatron-sov", "sft", RECIPE, "--from", extend, "--data", f"{chat}:0.8", "--data", f"{text}:0.2",
+                          "--run", sft, *layout, *batch, *chats), root / "sft/complete.json"),
+    ]
+
+
+def judging_stages(root: Path) -> list[Stage]:
+    """Return the stages from the last checkpoint to the report."""
+    pretrain, extend, sft, hf = (str(root / name) for name in ("pretrain", "extend", "sft", "hf"))
+    last = str(root / "sft/checkpoints" / f"step-{SFT_STEPS}")
+    sampling = ("--max-new-tokens", "48", "--temperature", "0.7")
+    return [
+        Stage("export", 10, ("megatron-sov", "convert", "to-hf", last, hf), root / "hf/manifest.json"),
+        Stage("verify weights", 15, ("megatron-sov", "convert", "verify", last, hf)),
+        Stage("compare logits", 20, ("megatron-sov", "eval", "logits", last, hf, "--run", sft)),
+        Stage("continue text", 20, ("megatron-sov", "generate", extend, *sampling, *repeated("--prompt", TEXTS),
+                                    "--run", extend)),
+        Stage("answer", 20, ("megatron-sov", "generate", sft, "--chat", *sampling, *repeated("--prompt", QUESTIONS),
+                             "--run", sft)),
         Stage("transformers", 20, (sys.executable, "-c", TRANSFORMERS_ALONE, hf)),
         Stage("report", 10, ("megatron-sov", "report", pretrain, extend, sft, "--out", str(root / "report.html"))),
     ]
+
+
+def repeated(flag: str, values: tuple[str, ...]) -> list[str]:
+    """Return the flag before each value."""
+    return [word for value in values for word in (flag, value)]
 
 
 TRANSFORMERS_ALONE = """
@@ -143,7 +169,8 @@ def run(stage: Stage) -> float:
     start = time.monotonic()
     code = subprocess.run(program(stage.command), check=False).returncode
     if code:
-        print(f"demo: stage '{stage.name}' ended with exit code {code}; mend what it says and run the same command again", file=sys.stderr)
+        print(f"demo: stage '{stage.name}' ended with exit code {code}; mend what it says and run the same command again",
+              file=sys.stderr)
         raise SystemExit(code if code > 0 else 1)
     return time.monotonic() - start
 
@@ -162,7 +189,7 @@ def summary(root: Path, times: list[tuple[Stage, float]]) -> None:
 def main() -> int:
     """Run the demo."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--corpus", metavar="PATH", help="a file or folder of your own text instead of the text found on this machine")
+    parser.add_argument("--corpus", metavar="PATH", help="a file or folder of your own text, instead of this machine's")
     parser.add_argument("--fresh", action="store_true", help="forget an earlier demo and start anew")
     args = parser.parse_args()
     root = RUNS / (f"demo-{Path(args.corpus).stem}" if args.corpus else "demo")
@@ -171,7 +198,8 @@ def main() -> int:
     root.mkdir(parents=True, exist_ok=True)
     first = corpus_stage(root, args.corpus)
     times = [(first, run(first))]
-    times += [(stage, run(stage)) for stage in stages(root, sources_of(root / "corpus"))]
+    sources = sources_of(root / "corpus")
+    times += [(s, run(s)) for s in [*data_stages(root, sources), *training_stages(root, sources), *judging_stages(root)]]
     summary(root, times)
     return 0
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from megatron_sov.documents import BadRecord
+from megatron_sov.documents.records import Messages
 from megatron_sov.errors import UserError
 
 _MARK = "\ue000{}\ue001"
@@ -47,22 +49,22 @@ class ChatForm:
         except TemplateError as e:
             raise UserError(f"{where}: its chat_template is not valid Jinja ({e}); mend the template") from None
 
-    def pieces(self, messages: tuple[tuple[str, str], ...], where: str) -> Iterator[Piece]:
-        """Yield the pieces of a chat of (role, content) pairs, in order; `where` names the chat in messages.
+    def pieces(self, messages: Messages, awaits_response: bool = False) -> Iterator[Piece]:
+        """Yield the pieces of a chat of (role, content) pairs, in order; `awaits_response` opens the assistant's turn at the end.
 
         Raises:
-            UserError: the template refuses these roles, or does not show every message exactly once and in order.
+            BadRecord: the template refuses these roles, or does not show every message exactly once and in order.
         """
         marked = [{"role": role, "content": _MARK.format(i)} for i, (role, _) in enumerate(messages)]
         try:
-            rendered = self._template.render(messages=marked, add_generation_prompt=False, **self._tokens)
+            rendered = self._template.render(messages=marked, add_generation_prompt=awaits_response, **self._tokens)
         except TemplateError as e:
-            raise UserError(f"{where}: the chat template of {self._where} refuses this chat ({e}); change its roles") from None
+            raise BadRecord("template", f"is refused by the chat template of {self._where} ({e}); change its roles") from None
         parts = _MARKS.split(rendered)  # template text and message numbers, in turn
         if parts[1::2] != [str(i) for i in range(len(messages))]:
             roles = ", ".join(role for role, _ in messages)
-            raise UserError(f"{where}: the chat template of {self._where} does not show each message once and in order "
-                            f"(roles: {roles}); change the chat or the template")
+            raise BadRecord("template", f"is not shown by the chat template of {self._where} with each message once and in order "
+                                        f"(roles: {roles}); change the chat or the template")
         for i, part in enumerate(parts):
             if i % 2:
                 yield Piece(messages[int(part)][1], int(part))

@@ -1,9 +1,10 @@
-"""From documents to token ids, with loss weights and types for chats."""
+"""From documents to token ids and token types."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -11,97 +12,158 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from data_prep.chat import ChatForm
-from data_prep.splits import HeldoutRule, document_hash
+from data_prep.fast_bpe import FastBpe, load_fast
 from megatron_sov.artifacts import damaged_files, read_manifest
 from megatron_sov.documents import Document
+from megatron_sov.documents.records import Messages
 from megatron_sov.errors import UserError
 
 TYPE_TEXT, TYPE_PROMPT, TYPE_RESPONSE = 0, 1, 2
 """What a token is: plain text, part of a prompt (template, system, user, tools), or of a response to learn."""
+TOKENIZER_JSON, CONFIG_JSON = "tokenizer.json", "tokenizer_config.json"
+SPECIAL_TEXTS = 4096
+"""Pieces of templates whose ids are remembered."""
+
+
+@dataclass(frozen=True)
+class EncodingSettings:
+    """What ids depend on besides the tokenizer."""
+
+    bos: str = "none"
+    """"start": every document begins with the tokenizer's bos; "none"."""
+    eod: str = "append"
+    """"append": every document ends with the tokenizer's eos; "none".  Prompts never do: their response follows."""
+    fast: bool = False
+    """Whether tiktoken encodes, proven equal beforehand."""
 
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """Documents of one split as flat columns."""
+    """Sequences of tokens as flat columns; a preference is two of them, chosen and rejected."""
 
     lengths_tokens: NDArray[np.int32]
-    """Tokens of each document, [documents]."""
-    columns: dict[str, NDArray[np.generic]]
-    """Suffix of the file -> values, [sum of lengths]: "bin", and for chats "loss" and "type"."""
-    num_bytes: int
-    """UTF-8 bytes of the documents' text."""
+    """Tokens of each sequence, [sequences]."""
+    ids: NDArray[np.int32]
+    """[sum of lengths]."""
+    types: NDArray[np.uint8]
+    """[sum of lengths]; empty for plain text."""
 
 
 class Encoder:
     """A tokenizer artifact ready to encode; special tokens that are spelled out in documents stay ordinary text."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, settings: EncodingSettings | None = None) -> None:
         """Load the tokenizer of an artifact of kind "tokenizer".
 
         Raises:
-            UserError: there is none, or its files are damaged.
+            UserError: there is none, its files are damaged, or it has no token that the settings ask for.
         """
         manifest = read_manifest(folder, "tokenizer")
         if problems := damaged_files(folder):
             raise UserError(f"{problems[0]}; train the tokenizer again or restore it from a copy")
+        self.settings = settings or EncodingSettings()
         self.vocab_size: int = manifest.content["vocab_size"]
         self.eos_id: int = manifest.content["eos_id"]
+        self.file = folder / TOKENIZER_JSON
         try:
-            self._with_special = Tokenizer.from_file(str(folder / "tokenizer.json"))
-            self._plain = Tokenizer.from_file(str(folder / "tokenizer.json"))
-            config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+            self._with_special = Tokenizer.from_file(str(self.file))
+            self.plain = Tokenizer.from_file(str(self.file))
+            config = json.loads((folder / CONFIG_JSON).read_text(encoding="utf-8"))
         except Exception as e:  # the binding raises a bare Exception
             raise UserError(f"{folder}: its tokenizer cannot be read ({e}); make it again or restore it from a copy") from None
-        self._plain.encode_special_tokens = True
+        self.plain.encode_special_tokens = True
         self._special = {id_ for id_, token in self._with_special.get_added_tokens_decoder().items() if token.special}
         template, bos, eos = (config.get(key) or "" for key in ("chat_template", "bos_token", "eos_token"))
         self._chat_form = ChatForm(template, bos, eos, str(folder))
+        self.bos_id: int | None = self._with_special.token_to_id(bos) if self.settings.bos == "start" else None
+        if self.settings.bos == "start" and self.bos_id is None:
+            raise UserError(f"--bos start: the tokenizer {folder} has no bos_token; use --bos none")
+        self._fast = FastBpe(self.file, self.plain) if self.settings.fast else None
+        self._template_ids = lru_cache(SPECIAL_TEXTS)(self._encode_template)
 
-    def encode_text(self, documents: list[Document]) -> list[NDArray[np.int32]]:
-        """Return each document's ids, EOS appended."""
-        encodings = self._plain.encode_batch_fast([d.text for d in documents], add_special_tokens=False)
-        return [np.array([*e.ids, self.eos_id], dtype=np.int32) for e in encodings]
+    def prove_fast(self, samples: list[str]) -> tuple[bool, str]:
+        """Return whether tiktoken gives the ids of this tokenizer on `samples` and adversarial text, and a sentence about it."""
+        fast, sentence = load_fast(self.file, self.plain, samples)
+        return fast is not None, sentence
 
-    def encode_chat(self, document: Document) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
-        """Return a chat's ids and types; responses are an assistant's content and the special token that ends it.
+    def encode_batch(self, documents: list[Document]) -> EncodedBatch:
+        """Return documents of one kind, encoded, in order.
 
-        EOS ends the chat; where the template's last token is EOS already, none is added.
+        Raises:
+            BadRecord: the chat template refuses a document (encode them one by one to know which).
+        """
+        if documents[0].kind == "text":
+            sequences = self._texts([d.text for d in documents])
+            lengths = np.array([len(s) for s in sequences], dtype=np.int32)
+            return EncodedBatch(lengths, _flat(sequences, int(lengths.sum())), np.zeros(0, np.uint8))
+        pairs = [pair for d in documents for pair in self._conversations(d)]
+        lengths = np.array([len(ids) for ids, _ in pairs], dtype=np.int32)
+        num_tokens = int(lengths.sum())
+        return EncodedBatch(lengths, _flat([ids for ids, _ in pairs], num_tokens),
+                            np.frombuffer(b"".join(types for _, types in pairs), np.uint8))
+
+    def _texts(self, texts: list[str]) -> list[list[int]]:
+        if self._fast is not None:
+            sequences = [self._fast.encode(text) for text in texts]
+        else:
+            sequences = [e.ids for e in self.plain.encode_batch_fast(texts, add_special_tokens=False)]
+        for ids in sequences:
+            if self.bos_id is not None:
+                ids.insert(0, self.bos_id)
+            if self.settings.eod == "append":
+                ids.append(self.eos_id)
+        return sequences
+
+    def _conversations(self, document: Document) -> list[tuple[list[int], bytes]]:
+        """Return ids and types of a chat, of a prompt, or of both sides of a preference."""
+        if document.kind == "prompt":
+            return [self._conversation(document.messages, len(document.messages), awaits_response=True)]
+        if document.kind == "preference":
+            return [self._conversation((*document.messages, *side), len(document.messages))
+                    for side in (document.chosen, document.rejected)]
+        return [self._conversation(document.messages, 0)]
+
+    def _conversation(self, messages: Messages, num_prompt: int, awaits_response: bool = False) -> tuple[list[int], bytes]:
+        """Return ids and types; responses are an assistant's content and the special token that ends it.
+
+        The first `num_prompt` messages are the prompt, whoever speaks.  EOS ends the chat; where the template's last token is
+        EOS already, none is added.
         """
         ids: list[int] = []
-        types: list[int] = []
+        types = bytearray()
         responded = False
-        for piece in self._chat_form.pieces(document.messages, document.where):
-            tokenizer = self._with_special if piece.message is None else self._plain
-            new = tokenizer.encode(piece.text, add_special_tokens=False).ids
-            response = piece.message is not None and document.messages[piece.message][0] == "assistant"
-            new_types = [TYPE_RESPONSE if response else TYPE_PROMPT] * len(new)
+        for piece in self._chat_form.pieces(messages, awaits_response):
+            new = self._template_ids(piece.text) if piece.message is None else self._content(piece.text)
+            response = piece.message is not None and piece.message >= num_prompt and messages[piece.message][0] == "assistant"
+            new_types = bytearray([TYPE_RESPONSE if response else TYPE_PROMPT]) * len(new)
             if responded and piece.message is None and new[0] in self._special:
                 new_types[0] = TYPE_RESPONSE
             ids += new
             types += new_types
             responded = response
-        if not ids or ids[-1] != self.eos_id:
+        if self.bos_id is not None and ids[:1] != [self.bos_id]:
+            ids.insert(0, self.bos_id)
+            types.insert(0, TYPE_PROMPT)
+        if not awaits_response and self.settings.eod == "append" and ids[-1:] != [self.eos_id]:
             ids.append(self.eos_id)
             types.append(TYPE_PROMPT)
-        return np.array(ids, dtype=np.int32), np.array(types, dtype=np.uint8)
+        return ids, bytes(types)
 
-    def encode_batch(self, documents: list[Document], rule: HeldoutRule) -> dict[str, EncodedBatch]:
-        """Return documents of one format, encoded and divided by split; splits without any are left out."""
-        chat = bool(documents[0].messages)
-        if chat:
-            ids, types = zip(*(self.encode_chat(d) for d in documents), strict=True)
-        else:
-            ids, types = tuple(self.encode_text(documents)), ()
-        members: dict[str, list[int]] = {}
-        for i, document in enumerate(documents):
-            members.setdefault(rule.split_of(document_hash(document)), []).append(i)
-        result = {}
-        for split, chosen in members.items():
-            columns: dict[str, NDArray[np.generic]] = {"bin": np.concatenate([ids[i] for i in chosen])}
-            if chat:
-                columns["type"] = np.concatenate([types[i] for i in chosen])
-                columns["loss"] = (columns["type"] == TYPE_RESPONSE).astype(np.float32)
-            lengths = np.array([len(ids[i]) for i in chosen], dtype=np.int32)
-            num_bytes = sum(len(text.encode()) for i in chosen for text in documents[i].texts())
-            result[split] = EncodedBatch(lengths, columns, num_bytes)
-        return result
+    def _content(self, text: str) -> list[int]:
+        return self._fast.encode(text) if self._fast is not None else self.plain.encode(text, add_special_tokens=False).ids
+
+    def _encode_template(self, text: str) -> list[int]:
+        return self._with_special.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        """Return text with special tokens spelled out."""
+        return self._with_special.decode(ids, skip_special_tokens=False)
+
+
+def _flat(sequences: list[list[int]], num_tokens: int) -> NDArray[np.int32]:
+    flat = np.empty(num_tokens, np.int32)
+    start = 0
+    for ids in sequences:
+        flat[start : start + len(ids)] = ids
+        start += len(ids)
+    return flat

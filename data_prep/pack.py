@@ -1,45 +1,41 @@
 """`sov-data pack`: documents to token shards that Megatron-Core and the trainer read by memory map.
 
-Two passes.  The first reads everything, so that a malformed line ends the command before the work and the held-out rule
-knows each source; the second encodes batches of documents in worker processes and writes them in the order read, so the
-bytes do not depend on the number of workers.
+The input is cut into units that worker processes encode (`units`), each kept in a hidden folder beside the output until
+the whole is complete; then the units are joined, in the order of the input, into shards per source and split
+(`assemble`).  So the bytes depend neither on the number of workers nor on how often the command was killed.
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
+import hashlib
 import os
 import re
 import shutil
-import threading
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from data_prep.encode import EncodedBatch, Encoder
-from data_prep.indexed import SIDECARS, IndexedWriter, token_dtype
-from data_prep.splits import HELDOUT, SPLITS, TRAIN, HeldoutRule, document_hash
-from megatron_sov.artifacts import ArtifactWriter, new_artifact, read_manifest, refuse_existing
-from megatron_sov.documents import Document, list_files, read_documents
+from data_prep.assemble import EncodedSource, bad_rows, survey, write_quarantine, write_shards
+from data_prep.encode import CONFIG_JSON, TOKENIZER_JSON, Encoder, EncodingSettings
+from data_prep.indexed import SIDECARS, token_dtype
+from data_prep.splits import HELDOUT, TRAIN, HeldoutRule
+from data_prep.token_artifact import CONTENT_VERSION, KIND, QUARANTINE
+from data_prep.units import GROUP, UnitSettings
+from data_prep.workers import Unit, encode_units
+from megatron_sov.artifacts import ArtifactWriter, disk_errors, new_artifact, read_manifest, refuse_existing
+from megatron_sov.documents import KINDS, Document, Reading, list_files, plan_units, read_span
 from megatron_sov.errors import UserError
 
-HELP = "turn text or chats into token shards"
-DESCRIPTION = """Turn text or chats into token shards (.bin and .idx in Megatron-Core's format), one set per source, with a part
-of the documents held out. Special tokens that are spelled out in documents stay ordinary text."""
-KIND = "tokens"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-BATCH_BYTES = 1_000_000
-"""Text that a worker is handed at a time."""
+HELP = "turn text, chats, preferences or prompts into token shards"
+DESCRIPTION = """Turn text, chats, preferences or prompts into token shards (.bin and .idx in Megatron-Core's format), with a part
+of the documents held out. Special tokens that are spelled out in documents stay ordinary text. A killed command continues
+where it was when it is run again."""
+SAMPLE_SPANS, SAMPLE_CHARS = 16, 32_000
+"""Places of each source from which the self-check of the fast encoder takes text, and how much at each."""
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
-_encoder: Encoder
-"""The worker process's tokenizer, loaded once."""
 
 
 @dataclass(frozen=True)
@@ -53,27 +49,60 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Survey:
-    """What the first pass found in a source."""
+class PackSettings:
+    """How sources are packed."""
 
-    num_documents: int
-    """Documents with text."""
-    num_bytes: int
-    """UTF-8 bytes of their text."""
+    heldout_share: float = 0.02
+    """Expected part of the documents in the split "heldout", in [0, 1)."""
+    reading: Reading = field(default_factory=lambda: Reading("text"))
+    """What records hold; its kind is the format."""
+    bos: str = "none"
+    """"start" or "none": whether documents begin with the tokenizer's bos."""
+    eod: str = "append"
+    """"append" or "none": whether documents end with the tokenizer's eos."""
+    on_bad: str = "refuse"
+    """"refuse": stop at the first bad record; "quarantine": list them and go on."""
+    shard_tokens: int = 2_000_000_000
+    """Most tokens of one shard."""
+
+    def problems(self) -> list[str]:
+        """Return one sentence for each value that breaks a rule."""
+        p = []
+        if not 0 <= self.heldout_share < 1:
+            p.append(f"--heldout {self.heldout_share}: must lie in [0, 1), e.g. 0.02")
+        if self.shard_tokens < 1:
+            p.append(f"--shard-tokens {self.shard_tokens}: must be at least 1")
+        if not 1 <= self.reading.max_document_bytes < 1 << 31:
+            p.append(f"--max-document-bytes {self.reading.max_document_bytes}: must lie in 1..{(1 << 31) - 1}")
+        return p
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
+    default, reading = PackSettings(), Reading()
     parser.description = DESCRIPTION
     parser.add_argument("--tokenizer", required=True, type=Path, metavar="DIR", help="tokenizer that `sov-tokenizer train` wrote")
     parser.add_argument("--input", required=True, action="append", metavar="[NAME=]PATH",
-                        help="a text file, a .jsonl file (field text, or messages) or a folder of them; each is one source, "
+                        help="a text, .jsonl or .parquet file (.gz and .zst too) or a folder of them; each is one source, "
                              "named after the file or folder unless NAME is given; repeat it")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder for the token shards")
-    parser.add_argument("--heldout", type=float, default=0.02, metavar="SHARE",
+    parser.add_argument("--heldout", type=float, default=default.heldout_share, metavar="SHARE",
                         help="part of the documents kept from training, chosen by a hash of their text (default %(default)s)")
-    parser.add_argument("--format", choices=("text", "chat"), default="text",
-                        help="chat: JSONL lines with messages, and which tokens are responses (default %(default)s)")
+    parser.add_argument("--format", choices=KINDS, default="text",
+                        help="what records hold: text; chat: messages; preference: chosen and rejected; prompt: a prompt to "
+                             "respond to (default %(default)s)")
+    parser.add_argument("--text-field", default=reading.text_field, metavar="NAME",
+                        help="field or column that holds the text (default %(default)s)")
+    parser.add_argument("--bos", choices=("none", "start"), default=default.bos,
+                        help="start: documents begin with bos (default %(default)s)")
+    parser.add_argument("--eod", choices=("append", "none"), default=default.eod,
+                        help="append: documents end with eos; prompts never do (default %(default)s)")
+    parser.add_argument("--on-bad", choices=("refuse", "quarantine"), default=default.on_bad,
+                        help=f"bad records: stop at the first, or list them in {QUARANTINE} and go on (default %(default)s)")
+    parser.add_argument("--max-document-bytes", type=int, default=reading.max_document_bytes, metavar="N",
+                        help="a longer record is a bad one (default %(default)s)")
+    parser.add_argument("--shard-tokens", type=int, default=default.shard_tokens, metavar="N",
+                        help="most tokens of one shard (default %(default)s)")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
                         help="processes that encode; the output does not depend on it (default: this machine's cores)")
     parser.add_argument("--overwrite", action="store_true", help="replace token shards that are already there")
@@ -81,8 +110,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run `sov-data pack`; returns 0."""
-    pack(args.tokenizer, parse_sources(args.input), args.output, heldout_share=args.heldout, format_=args.format,
-         workers=args.workers, overwrite=args.overwrite)
+    settings = PackSettings(args.heldout, Reading(args.format, args.text_field, args.max_document_bytes), args.bos, args.eod,
+                            args.on_bad, args.shard_tokens)
+    pack(args.tokenizer, parse_sources(args.input), args.output, settings, workers=args.workers, overwrite=args.overwrite)
     return 0
 
 
@@ -97,7 +127,9 @@ def parse_sources(arguments: list[str]) -> list[Source]:
         name, equals, path = argument.partition("=")
         if not equals or Path(argument).exists():
             path = argument
-            name = Path(argument).resolve().stem if Path(argument).is_file() else Path(argument).resolve().name
+            name = Path(argument).resolve().name
+            if Path(argument).is_file():
+                name = name.split(".")[0] if name.endswith((".gz", ".zst")) else Path(name).stem
         if not _NAME.fullmatch(name) or name == "tokenizer":
             raise UserError(f"--input {argument!r}: {name!r} cannot name a source (letters, digits, '.', '_', '-', and not "
                             f"'tokenizer'); give a name, e.g. --input web={path}")
@@ -108,139 +140,138 @@ def parse_sources(arguments: list[str]) -> list[Source]:
     return sources
 
 
-def pack(tokenizer: Path, sources: list[Source], output: Path, *, heldout_share: float = 0.02, format_: str = "text",
-         workers: int = 1, overwrite: bool = False) -> None:
+def pack(tokenizer: Path, sources: list[Source], output: Path, settings: PackSettings | None = None, *, workers: int = 1,
+         overwrite: bool = False) -> None:
     """Encode sources with a tokenizer and write an artifact of kind "tokens".
 
     Args:
         tokenizer: artifact of kind "tokenizer".
         sources: names and paths, each packed on its own.
         output: the new artifact.
-        heldout_share: expected part of the documents in the split "heldout", in [0, 1).
-        format_: "text" or "chat"; chats get the sidecars `.loss` and `.type`.
+        settings: how.
         workers: processes that encode.
         overwrite: replace an artifact that is already there.
 
     Raises:
-        UserError: settings or input that break a rule; nothing is written then.
+        UserError: settings or input that break a rule; no output is written then, and what is encoded is kept for the next try.
     """
-    if not 0 <= heldout_share < 1:
-        raise UserError(f"--heldout {heldout_share}: must lie in [0, 1), e.g. 0.02")
+    settings = settings or PackSettings()
+    if problems := settings.problems():
+        raise UserError("; ".join(problems))
     if workers < 1:
         raise UserError(f"--workers {workers}: must be at least 1")
     refuse_existing(output, KIND, overwrite)
-    encoder = Encoder(tokenizer)
-    rule = HeldoutRule(heldout_share)
-    surveys = [_survey(source, format_, rule) for source in sources]
-    with new_artifact(output, KIND, overwrite=overwrite) as artifact, _pool(tokenizer, workers) as pool, \
-            tqdm(total=sum(s.num_bytes for s in surveys), desc="encoding", unit="B", unit_scale=True) as bar:
-        records: list[dict[str, Any]] = []
-        for source in sources:
-            splits = _pack_source(source, artifact.path, encoder.vocab_size, format_, rule, pool, 2 * workers, bar)
-            records.append({"name": source.name, "splits": splits})
-        _describe(artifact, tokenizer, encoder, format_, records)
-        artifact.settings = {"heldout_share": heldout_share, "inputs": sources}
-    for record in records:
-        name, splits = record["name"], record["splits"]
-        print(f"{name}: {splits[TRAIN]['num_tokens']:,} tokens to train on, {splits[HELDOUT]['num_tokens']:,} held out")
-    print(f"wrote {output}")
+    encoder = Encoder(tokenizer, EncodingSettings(settings.bos, settings.eod))
+    units = [(source, unit) for source in sources for unit in plan_units(list_files(source.path))]
+    fast, sentence = encoder.prove_fast(sample_texts([unit for _, unit in units], settings.reading))
+    print(sentence)
+    made = read_manifest(tokenizer)
+    unit_settings = UnitSettings(tokenizer, made.content["tokenizer_sha256"], made.files[CONFIG_JSON].sha256,
+                                 token_dtype(encoder.vocab_size), settings.reading,
+                                 EncodingSettings(settings.bos, settings.eod, fast))
+    work = work_folder(output)
+    encoded = _encode(sources, units, unit_settings, work, workers, settings.on_bad)
+    with new_artifact(output, KIND, overwrite=overwrite) as artifact:
+        artifact.content = {
+            "content_version": CONTENT_VERSION, "tokenizer_sha256": unit_settings.tokenizer_sha256,
+            "vocab_size": encoder.vocab_size, "eos_id": encoder.eos_id, "eod": settings.eod, "bos_id": encoder.bos_id,
+            "dtype": unit_settings.dtype,
+            "sources": _write(artifact.path, encoded, unit_settings, work, settings)}
+        artifact.settings = {**vars(settings), "encoder": sentence, "inputs": sources}
+        _carry_tokenizer(artifact, tokenizer)
+    shutil.rmtree(work, ignore_errors=True)
+    _tell(artifact.content["sources"], output)
 
 
-def _survey(source: Source, format_: str, rule: HeldoutRule) -> Survey:
-    """Read a source once: count it, check its form, and tell the held-out rule its smallest and largest hash."""
-    num_documents = num_bytes = 0
-    smallest, largest = 1 << 64, -1
-    for document in read_documents(list_files(source.path)):
-        if bool(document.messages) != (format_ == "chat"):
-            other = "chat" if document.messages else "text"
-            raise UserError(f"{document.where}: is {'a chat' if document.messages else 'plain text'}, but --format is {format_}; "
-                            f"pack it on its own with --format {other}")
-        hash_ = document_hash(document)
-        smallest, largest = min(smallest, hash_), max(largest, hash_)
-        num_documents += 1
-        num_bytes += sum(len(text.encode()) for text in document.texts())
-    if not num_documents:
-        raise UserError(f"{source.path}: holds no text; pass files with text in them")
-    rule.learn_source(smallest, largest)
-    return Survey(num_documents, num_bytes)
+def work_folder(output: Path) -> Path:
+    """Return the hidden folder beside the output that keeps complete units until the output is."""
+    return output.with_name(f".{output.name}.work")
 
 
-def _pool(tokenizer: Path, workers: int) -> ProcessPoolExecutor:
-    """Start encoders in fresh processes: forking one that runs the tokenizer's threads could deadlock."""
-    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (tokenizer,))
+def sample_texts(units: list[Unit], reading: Reading) -> list[str]:
+    """Return text from places spread over the input."""
+    spans = [span for unit in units for span in unit]
+    texts = []
+    for span in spans[:: max(1, len(spans) // SAMPLE_SPANS)]:
+        left = SAMPLE_CHARS
+        for item in read_span(span, reading):
+            if isinstance(item, Document):
+                texts += [text[:left] for text in item.texts()]
+                left -= sum(map(len, item.texts()))
+            if left <= 0 or not isinstance(item, Document):
+                break
+    return texts
 
 
-def _start_worker(tokenizer: Path) -> None:
-    global _encoder
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread per process; the processes are the parallelism
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _encoder = Encoder(tokenizer)
+def _encode(sources: list[Source], units: list[tuple[Source, Unit]], settings: UnitSettings, work: Path, workers: int,
+            on_bad: str) -> list[EncodedSource]:
+    """Bring all units to completion."""
+    encoded = {source.name: EncodedSource(source.name, settings.reading.kind or "text", source.path) for source in sources}
+    kept = 0
+    with disk_errors(work):
+        work.mkdir(parents=True, exist_ok=True)
+    total_bytes = sum(span.size_bytes for _, unit in units for span in unit)
+    with tqdm(total=total_bytes, desc="encoding", unit="B", unit_scale=True) as bar:
+        records = encode_units([unit for _, unit in units], settings, work, workers)
+        for (source, unit), record in zip(units, records, strict=True):
+            encoded[source.name].units.append((unit, record))
+            bar.update(sum(span.size_bytes for span in unit))
+            kept += not record.encoded_now
+            if on_bad == "refuse" and set(record.num_bad) - {"empty"}:
+                records.close()
+                raise _refusal(encoded[source.name], work, settings.dtype)
+    if kept:
+        print(f"{kept} of {len(units)} units were complete from before")
+    return list(encoded.values())
 
 
-def _end_with_parent() -> None:
-    """End this process when the one that started it is gone: a killed command must not leave workers that wait for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-    os._exit(1)
+def _refusal(source: EncodedSource, work: Path, dtype: str) -> UserError:
+    """Return the error for a source's first bad record."""
+    row = next(r for r in bad_rows(source, work, dtype) if r["code"] != "empty")
+    place = row["file"] if row["line"] is None else f"{row['file']}:{row['line']}"
+    return UserError(f"{place}: {row['reason']}; or list such records and go on: --on-bad quarantine")
 
 
-def _encode(documents: list[Document], rule: HeldoutRule) -> dict[str, EncodedBatch]:
-    return _encoder.encode_batch(documents, rule)
+def _write(artifact: Path, encoded: list[EncodedSource], settings: UnitSettings, work: Path,
+           pack_settings: PackSettings) -> list[dict[str, Any]]:
+    """Write the shards of all sources and the quarantine; returns the manifest's records of the sources."""
+    rule = HeldoutRule(pack_settings.heldout_share)
+    for source in encoded:
+        left = survey(source, work, settings.dtype, rule)
+        if source.dropped and pack_settings.on_bad == "refuse":
+            raise _refusal(source, work, settings.dtype)
+        if not left:
+            raise UserError(f"{source.path}: holds no text; pass files with text in them")
+    records = []
+    with open(artifact / QUARANTINE, "w", encoding="utf-8") as quarantine:
+        for source in encoded:
+            splits = write_shards(source, work, artifact, settings.dtype, rule, pack_settings.shard_tokens)
+            if not splits[TRAIN]["num_documents"]:
+                raise UserError(f"{source.path}: every document was held out, none is left to train on; "
+                                "lower --heldout or add documents")
+            records.append({
+                "name": source.name, "format": source.kind, "group_documents": GROUP[source.kind],
+                "sidecars": [] if source.kind == "text" else list(SIDECARS),
+                "input_sha256": hashlib.sha256("".join(r.key for _, r in source.units).encode()).hexdigest(),
+                "num_bad": write_quarantine(source, work, settings.dtype, quarantine), "splits": splits})
+    if not (artifact / QUARANTINE).stat().st_size:
+        (artifact / QUARANTINE).unlink()
+    return records
 
 
-def batches(documents: Iterable[Document], limit_bytes: int = BATCH_BYTES) -> Iterator[tuple[list[Document], int]]:
-    """Group documents, in order, until a group holds `limit_bytes`; yields groups and their bytes of text."""
-    group: list[Document] = []
-    size_bytes = 0
-    for document in documents:
-        group.append(document)
-        size_bytes += sum(len(text.encode()) for text in document.texts())
-        if size_bytes >= limit_bytes:
-            yield group, size_bytes
-            group, size_bytes = [], 0
-    if group:
-        yield group, size_bytes
-
-
-def _pack_source(source: Source, folder: Path, vocab_size: int, format_: str, rule: HeldoutRule, pool: ProcessPoolExecutor,
-                 window: int, bar: Any) -> dict[str, dict[str, Any]]:
-    """Encode one source, with at most `window` batches under way; returns the manifest's record of each split."""
-    num_bytes = dict.fromkeys(SPLITS, 0)
-    with ExitStack() as stack:
-        writers = {split: stack.enter_context(
-            IndexedWriter(folder / source.name / split, token_dtype(vocab_size), format_ == "chat")) for split in SPLITS}
-        under_way: deque[tuple[Future[dict[str, EncodedBatch]], int]] = deque()
-
-        def write_oldest() -> None:
-            """Wait for the batch that was handed out first, and write it."""
-            future, size_bytes = under_way.popleft()
-            for split, batch in future.result().items():
-                writers[split].write(batch.lengths_tokens, batch.columns)
-                num_bytes[split] += batch.num_bytes
-            bar.update(size_bytes)
-
-        for group, size_bytes in batches(read_documents(list_files(source.path))):
-            under_way.append((pool.submit(_encode, group, rule), size_bytes))
-            if len(under_way) >= window:
-                write_oldest()
-        while under_way:
-            write_oldest()
-        lengths = {split: writer.lengths_tokens for split, writer in writers.items()}
-    if not lengths[TRAIN]:
-        raise UserError(f"{source.path}: every document was held out, none is left to train on; lower --heldout or add documents")
-    return {split: {"prefix": f"{source.name}/{split}", "num_documents": len(lengths[split]), "num_tokens": sum(lengths[split]),
-                    "num_bytes": num_bytes[split]} for split in SPLITS}
-
-
-def _describe(artifact: ArtifactWriter, tokenizer: Path, encoder: Encoder, format_: str, records: list[dict[str, Any]]) -> None:
-    """Fill the manifest and carry the tokenizer along, so that later steps need only this folder."""
+def _carry_tokenizer(artifact: ArtifactWriter, tokenizer: Path) -> None:
+    """Copy the tokenizer into the artifact, so that later steps need only this folder."""
     (artifact.path / "tokenizer").mkdir()
-    for name in TOKENIZER_FILES:
+    for name in (TOKENIZER_JSON, CONFIG_JSON):
         shutil.copyfile(tokenizer / name, artifact.path / "tokenizer" / name)
     artifact.add_input(tokenizer)
-    artifact.content = {
-        "tokenizer_sha256": read_manifest(tokenizer).content["tokenizer_sha256"],
-        "vocab_size": encoder.vocab_size, "eos_id": encoder.eos_id, "dtype": token_dtype(encoder.vocab_size), "format": format_,
-        "sidecars": list(SIDECARS) if format_ == "chat" else [], "sources": records,
-    }
+
+
+def _tell(records: list[dict[str, Any]], output: Path) -> None:
+    for record in records:
+        splits = record["splits"]
+        print(f"{record['name']}: {splits[TRAIN]['num_tokens']:,} tokens to train on, {splits[HELDOUT]['num_tokens']:,} held out")
+        if record["num_bad"]:
+            counts = ", ".join(f"{n} {code}" for code, n in sorted(record["num_bad"].items()))
+            print(f"{record['name']}: {sum(record['num_bad'].values()):,} records left out ({counts}): {output / QUARANTINE}")
+    print(f"wrote {output}")

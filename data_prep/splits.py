@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import unicodedata
 
+import numpy as np
+from numpy.typing import NDArray
+
 from megatron_sov.documents import Document
 
 TRAIN, HELDOUT = "train", "heldout"
@@ -13,12 +16,13 @@ _HASH_RANGE = 1 << 64
 
 
 def document_hash(document: Document) -> int:
-    """Return a 64-bit hash of a document's content.
+    """Return a 64-bit hash of a document's content; of a preference or a prompt, of the prompt, whose variants stay together.
 
     Text is hashed in composed Unicode form, because a tokenizer that composes makes such twins one and the same.
     """
     digest = hashlib.blake2b(digest_size=8)
-    for part in (*(role for role, _ in document.messages), *document.texts()):
+    contents = [content for _, content in document.messages] or [document.text]
+    for part in (*(role for role, _ in document.messages), *contents):
         raw = unicodedata.normalize("NFC", part).encode()
         digest.update(len(raw).to_bytes(8, "little") + raw)
     return int.from_bytes(digest.digest(), "little")
@@ -38,6 +42,6 @@ class HeldoutRule:
         if self.threshold and smallest >= self.threshold and smallest != largest:
             self.chosen.add(smallest)
 
-    def split_of(self, hash_: int) -> str:
-        """Return the split of a document with this hash."""
-        return HELDOUT if hash_ < self.threshold or hash_ in self.chosen else TRAIN
+    def is_heldout(self, hashes: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """Return for each hash whether its document is held out."""
+        return (hashes < self.threshold) | np.isin(hashes, np.array(sorted(self.chosen), np.uint64))

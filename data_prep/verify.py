@@ -1,29 +1,36 @@
-"""`sov-data verify`: is an artifact of token shards whole and sound?"""
+"""`sov-data verify`: is an artifact of token shards whole and sound, and is it enough for what it is meant for?"""
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+from array import array
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from data_prep.indexed import SIDECARS, IndexedSplit, open_split
-from data_prep.pack import KIND
+from data_prep.indexed import SIDECARS, IndexedSplit
 from data_prep.splits import HELDOUT, SPLITS, TRAIN
-from megatron_sov.artifacts import damaged_files, read_manifest
+from data_prep.token_artifact import Shard, read_tokens_manifest, shards_of
+from megatron_sov.artifacts import damaged_files
 from megatron_sov.errors import UserError
 
-HELP = "check token shards: hashes, indices, ids, splits"
+HELP = "check token shards: hashes, indices, ids, splits, duplicates, epochs"
 _BLOCK_ITEMS = 1 << 22
 SIDECAR_VALUES = {"loss": (0.0, 1.0), "type": (0, 1, 2)}
+MANY_EPOCHS = 4
+"""Repeating text more often than this gains little (Muennighoff et al. 2023, arXiv 2305.16264)."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.description = "Check token shards: file hashes, indices, range of ids, ends of documents, no document in both splits."
-    parser.add_argument("data", type=Path, metavar="DIR", help="folder that `sov-data pack` wrote")
+    parser.description = ("Check token shards before a run: file hashes, indices, range of ids, ends of documents, no document "
+                          "in both splits; count duplicates; with --tokens, how often a run of that size repeats each source.")
+    parser.add_argument("data", type=Path, metavar="DIR", help="folder that `sov-data pack` or `sov-data mix` wrote")
+    parser.add_argument("--tokens", type=float, metavar="N", help="tokens that the run will consume, e.g. 2e9")
+    parser.add_argument("--blend", metavar="NAME=W,...", help="weights of the sources in that run (default: by their tokens)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -32,12 +39,16 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: listing every problem.
     """
-    problems = find_problems(args.data)
+    content = read_tokens_manifest(args.data).content
+    weights = blend_weights(content, args.blend)
+    problems, notes = check(args.data)
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise UserError(f"{args.data}: {count}; pack the data again or restore it from a copy\n"
                         + "\n".join(f"  {p}" for p in problems))
     print(f"{args.data}: sound")
+    for line in [*notes, *(epochs(content, args.tokens, weights) if args.tokens else [])]:
+        print(line)
     return 0
 
 
@@ -47,42 +58,79 @@ def find_problems(data: Path) -> list[str]:
     Raises:
         UserError: `data` is no such artifact.
     """
-    content = read_manifest(data, KIND).content
-    problems = damaged_files(data)
-    hashes: dict[str, set[bytes]] = {split: set() for split in SPLITS}
-    for source in content["sources"]:
-        for split in SPLITS:
-            record = source["splits"][split]
-            prefix = data / record["prefix"]
-            try:
-                opened = open_split(prefix)
-            except UserError as e:
-                problems.append(str(e))
-                continue
-            problems += _split_problems(prefix, opened, record, content)
-            hashes[split].update(hashlib.blake2b(d.tobytes(), digest_size=16).digest() for d in opened.documents())
-    if both := len(hashes[TRAIN] & hashes[HELDOUT]):
+    return check(data)[0]
+
+
+def check(data: Path) -> tuple[list[str], list[str]]:
+    """Return a sentence for each problem, and one for each thing worth knowing (duplicates).
+
+    Raises:
+        UserError: `data` is no artifact of kind "tokens".
+    """
+    content = read_tokens_manifest(data).content
+    problems, notes = damaged_files(data), []
+    hashes: dict[str, array[int]] = {split: array("Q") for split in SPLITS}
+    for shard in shards_of(data, content):
+        try:
+            opened = shard.open()
+        except UserError as e:
+            problems.append(str(e))
+            continue
+        problems += _shard_problems(shard, opened, content)
+        hashes[shard.split].extend(_document_hashes(opened, shard.source["group_documents"]))
+    distinct = {split: np.unique(np.frombuffer(values, np.uint64)) if values else np.zeros(0, np.uint64)
+                for split, values in hashes.items()}
+    if both := len(np.intersect1d(distinct[TRAIN], distinct[HELDOUT], assume_unique=True)):
         problems.append(f"{data}: {both} documents are in both splits, train and heldout")
+    for split in SPLITS:
+        if repeated := len(hashes[split]) - len(distinct[split]):
+            notes.append(f"{split}: {repeated:,} of {len(hashes[split]):,} documents repeat an earlier one, token by token")
+    return problems, notes
+
+
+def _document_hashes(split: IndexedSplit, group: int) -> list[int]:
+    """Return 64 bits for each document's ids; the sequences of a preference are one document."""
+    item_bytes = np.dtype(split.dtype).itemsize
+    starts = (split.starts_bytes[::group] // item_bytes).tolist()
+    stops = [*starts[1:], len(split.tokens)] if starts else []
+    return [int.from_bytes(hashlib.blake2b(split.tokens[start:stop].tobytes(), digest_size=8).digest(), "little")
+            for start, stop in zip(starts, stops, strict=True)]
+
+
+def _shard_problems(shard: Shard, split: IndexedSplit, content: dict[str, Any]) -> list[str]:
+    problems = []
+    prefix, num_documents = shard.prefix, len(split.lengths_tokens)
+    for field, value in {"num_documents": num_documents, "num_tokens": int(split.lengths_tokens.sum(dtype=np.int64))}.items():
+        if value != shard.record[field]:
+            problems.append(f"{prefix}.idx: {field} is {value}, the manifest says {shard.record[field]}")
+    if num_documents % shard.source["group_documents"]:
+        problems.append(f"{prefix}.idx: holds {num_documents} sequences, which are not pairs of chosen and rejected")
+    if split.dtype != content["dtype"]:
+        problems.append(f"{prefix}.idx: ids are {split.dtype}, the manifest says {content['dtype']}")
+    smallest, largest = _range(split.tokens)
+    if smallest < 0 or largest >= content["vocab_size"]:
+        problems.append(f"{prefix}.bin: ids reach from {smallest} to {largest}, must lie in 0..{content['vocab_size'] - 1}")
+    if num_documents:
+        stops = np.cumsum(split.lengths_tokens, dtype=np.int64)
+        problems += _edge_problems(shard, split.tokens[stops - split.lengths_tokens], split.tokens[stops - 1], content)
+    for suffix in shard.source["sidecars"]:
+        problems += _sidecar_problems(Path(f"{prefix}.{suffix}"), suffix, len(split.tokens))
     return problems
 
 
-def _split_problems(prefix: Path, split: IndexedSplit, record: dict[str, Any], content: dict[str, Any]) -> list[str]:
+def _range(tokens: NDArray[np.generic]) -> tuple[int, int]:
+    """Return the smallest and the largest id."""
+    blocks = [tokens[i : i + _BLOCK_ITEMS] for i in range(0, len(tokens), _BLOCK_ITEMS)]
+    return min((int(b.min()) for b in blocks), default=0), max((int(b.max()) for b in blocks), default=0)
+
+
+def _edge_problems(shard: Shard, first: NDArray[np.generic], last: NDArray[np.generic], content: dict[str, Any]) -> list[str]:
+    """Look at the first and the last id of each document."""
     problems = []
-    found = {"num_documents": len(split.lengths_tokens), "num_tokens": int(split.lengths_tokens.sum(dtype=np.int64))}
-    for field, value in found.items():
-        if value != record[field]:
-            problems.append(f"{prefix}.idx: {field} is {value}, the manifest says {record[field]}")
-    if split.dtype != content["dtype"]:
-        problems.append(f"{prefix}.idx: ids are {split.dtype}, the manifest says {content['dtype']}")
-    largest = max((int(split.tokens[i : i + _BLOCK_ITEMS].max()) for i in range(0, len(split.tokens), _BLOCK_ITEMS)), default=0)
-    smallest = min((int(split.tokens[i : i + _BLOCK_ITEMS].min()) for i in range(0, len(split.tokens), _BLOCK_ITEMS)), default=0)
-    if smallest < 0 or largest >= content["vocab_size"]:
-        problems.append(f"{prefix}.bin: ids reach from {smallest} to {largest}, must lie in 0..{content['vocab_size'] - 1}")
-    last = split.tokens[np.cumsum(split.lengths_tokens, dtype=np.int64) - 1] if len(split.lengths_tokens) else split.tokens
-    if open_ended := int((last != content["eos_id"]).sum()):
-        problems.append(f"{prefix}.bin: {open_ended} documents do not end with id {content['eos_id']}, the end of a document")
-    for suffix in content["sidecars"]:
-        problems += _sidecar_problems(Path(f"{prefix}.{suffix}"), suffix, len(split.tokens))
+    if content["eod"] == "append" and shard.source["format"] != "prompt" and (n := int((last != content["eos_id"]).sum())):
+        problems.append(f"{shard.prefix}.bin: {n} documents do not end with id {content['eos_id']}, the end of a document")
+    if content["bos_id"] is not None and (n := int((first != content["bos_id"]).sum())):
+        problems.append(f"{shard.prefix}.bin: {n} documents do not begin with id {content['bos_id']}, the begin of a document")
     return problems
 
 
@@ -97,3 +145,39 @@ def _sidecar_problems(file: Path, suffix: str, num_tokens: int) -> list[str]:
         if not np.isin(values[i : i + _BLOCK_ITEMS], SIDECAR_VALUES[suffix]).all():
             return [f"{file}: holds values other than {', '.join(map(str, SIDECAR_VALUES[suffix]))}"]
     return []
+
+
+def blend_weights(content: dict[str, Any], blend: str | None) -> dict[str, float]:
+    """Return source -> share of a run's tokens, from `NAME=W,...`, the weights of a mix, or the sources' tokens.
+
+    Raises:
+        UserError: a name that is no source, or a weight that is no positive number.
+    """
+    names = [s["name"] for s in content["sources"]]
+    weights = {s["name"]: float(s.get("weight", s["splits"][TRAIN]["num_tokens"])) for s in content["sources"]}
+    if blend is not None:
+        weights = {}
+        for part in blend.split(","):
+            name, _, number = part.partition("=")
+            if name not in names:
+                raise UserError(f"--blend {part!r}: there is no source {name!r} (sources: {', '.join(names)})")
+            try:
+                weights[name] = float(number)
+            except ValueError:
+                weights[name] = 0.0
+            if not 0 < weights[name] < float("inf"):
+                raise UserError(f"--blend {part!r}: the weight must be a positive number, e.g. {name}=0.5")
+    total = sum(weights.values()) or 1.0
+    return {name: weight / total for name, weight in weights.items()}
+
+
+def epochs(content: dict[str, Any], num_tokens: float, weights: dict[str, float]) -> list[str]:
+    """Return a line for each source: how often a run of `num_tokens` passes over its training documents."""
+    lines = []
+    for source in content["sources"]:
+        share = weights.get(source["name"], 0.0)
+        held = source["splits"][TRAIN]["num_tokens"]
+        passes = share * num_tokens / held if held else float("inf") if share else 0.0
+        warning = f"; more than {MANY_EPOCHS} teach little: add text or lower its weight" if passes > MANY_EPOCHS else ""
+        lines.append(f"{source['name']}: {share:.1%} of {num_tokens:,.0f} tokens is {passes:.2f} epochs of {held:,}{warning}")
+    return lines

@@ -32,7 +32,7 @@ COMMANDS = {
     "sft": Command("megatron_sov.post.sft_command", "fine-tune on chats, with an auxiliary text term"),
     "convert": Command("megatron_sov.convert.command", "from-hf, to-hf, verify, inspect: checkpoints and Hugging Face folders"),
     "generate": Command("megatron_sov.generate.command", "continue prompts with a checkpoint or a Hugging Face folder"),
-    "eval": Command("megatron_sov.eval.command", "needle, ppl: judge a checkpoint or a Hugging Face folder"),
+    "eval": Command("megatron_sov.eval.command", "ppl, needle, bigram, logits: judge a checkpoint or a Hugging Face folder"),
     "report": Command("megatron_sov.report.command", "write the self-contained HTML report of one or more runs"),
     "doctor": Command("megatron_sov.doctor.command", "what this machine has, what is missing, and how to add it"),
     "recipes": Command("megatron_sov.recipes.command", "list the recipes, or print one with its settings resolved"),

@@ -50,8 +50,8 @@ def ranks(tmp_path: Path) -> Ranks:
         folder.mkdir(exist_ok=True)
         (folder / "jobs.json").write_text(json.dumps([asdict(j) for j in jobs]))
         worker = Path(__file__).with_name("rank_main.py")
-        done = subprocess.run([sys.executable, "-W", "ignore", str(worker), str(folder / "jobs.json")], capture_output=True, text=True,
-                              timeout=timeout_s, check=False)
+        done = subprocess.run([sys.executable, "-W", "ignore", str(worker), str(folder / "jobs.json")], capture_output=True,
+                              text=True, timeout=timeout_s, check=False)
         assert done.returncode == 0, done.stderr[-4000:]
         return [[json.loads((folder / f"{n}-{r}.json").read_text()) for r in range(job.nproc)] for n, job in enumerate(jobs)]
 
@@ -145,12 +145,13 @@ def one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 DOCUMENTS = tuple(
     f"Chapter {i}.\n\n" + " ".join(f"{word} {i * k} of {k + i} parts" for k, word in enumerate(
-        ["water", "stone", "light", "river", "한국어", "mountain", "winter", "letter"][:3 + i % 6])) + f".\nThe end of chapter {i}."
+        ["water", "stone", "light", "river", "한국어", "mountain", "winter", "letter"][:3 + i % 6])) + f".\nEnd of chapter {i}."
     for i in range(160))
 """Small real documents, 60 to 250 bytes each."""
 CHATS = tuple(
     {"messages": [{"role": "user", "content": f"What is {i} plus {i % 7}?"},
-                  {"role": "assistant", "content": f"{i} plus {i % 7} is {i + i % 7}." + " I am sure." * (i % 3)}]} for i in range(80))
+                  {"role": "assistant", "content": f"{i} plus {i % 7} is {i + i % 7}." + " I am sure." * (i % 3)}]}
+    for i in range(80))
 
 
 @dataclass(frozen=True)
@@ -176,8 +177,10 @@ def packed_data(tmp_path_factory: pytest.TempPathFactory) -> Packed:
     (folder / "chat.jsonl").write_text("\n".join(json.dumps(c) for c in CHATS))
     packed = Packed(folder / "tokenizer", folder / "text", folder / "chats")
     inputs = ["--input", str(folder / "even.jsonl"), "--input", str(folder / "odd.jsonl")]
-    assert sov_tokenizer(["train", "--preset", "solar-open", "--vocab-size", "368", *inputs, "--output", str(packed.tokenizer)]) == 0
+    assert sov_tokenizer(["train", "--preset", "solar-open", "--vocab-size", "368", *inputs,
+                          "--output", str(packed.tokenizer)]) == 0
     common = ["--tokenizer", str(packed.tokenizer), "--heldout", "0.1", "--workers", "1"]
     assert sov_data(["pack", *common, *inputs, "--output", str(packed.text)]) == 0
-    assert sov_data(["pack", *common, "--format", "chat", "--input", str(folder / "chat.jsonl"), "--output", str(packed.chats)]) == 0
+    assert sov_data(["pack", *common, "--format", "chat", "--input", str(folder / "chat.jsonl"),
+                     "--output", str(packed.chats)]) == 0
     return packed

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,11 +20,26 @@ IDX_DTYPES: dict[int, type[np.generic]] = {1: np.uint8, 2: np.int8, 3: np.int16,
 _HEADER_BYTES = len(IDX_MAGIC) + 8 + 1 + 8 + 8
 
 
+CONTENT_VERSION = 2
+"""Layout of a token manifest's content that is read: each split is a list of shards."""
+
+
+class Lengths(Protocol):
+    """Tokens of each document: an array, or what stands for one."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, document: int, /) -> Any: ...
+    def __iter__(self) -> Iterator[Any]: ...
+    def tolist(self) -> Any:
+        """Return plain integers."""
+        ...
+
+
 class Documents(Protocol):
-    """What samples are made of: a token shard, or documents made on the fly."""
+    """What samples are made of: the token shards of a split, or documents made on the fly."""
 
     @property
-    def lengths(self) -> np.ndarray:
+    def lengths(self) -> Lengths:
         """Tokens of each document."""
         ...
 
@@ -93,6 +110,59 @@ class TokenShard:
         return slice(first, first + count)
 
 
+class ChainedLengths:
+    """The lengths of several shards as one sequence, without reading them."""
+
+    def __init__(self, parts: list[np.ndarray]) -> None:
+        self._parts = parts
+        self._ends = np.cumsum([len(p) for p in parts]).tolist()
+
+    def find(self, document: int) -> tuple[int, int]:
+        """Return the part that holds a document, and its index there."""
+        if not 0 <= document < self._ends[-1]:
+            raise IndexError(f"document {document} of {self._ends[-1]}")
+        part = bisect_right(self._ends, document)
+        return part, document - (self._ends[part] - len(self._parts[part]))
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, document: int) -> int:
+        part, index = self.find(document)
+        return int(self._parts[part][index])
+
+    def __iter__(self) -> Iterator[int]:
+        for part in self._parts:
+            yield from part.tolist()
+
+    def tolist(self) -> list[int]:
+        """Return plain integers."""
+        return list(self)
+
+
+class ShardChain:
+    """The documents of several shards one after the other; opening it costs the same for shards of any size."""
+
+    def __init__(self, prefixes: list[Path]) -> None:
+        self._shards = [TokenShard(prefix) for prefix in prefixes]
+        self.lengths = ChainedLengths([shard.lengths for shard in self._shards])
+
+    def tokens(self, document: int, start: int, count: int) -> np.ndarray:
+        """As `TokenShard.tokens`."""
+        shard, index = self.lengths.find(document)
+        return self._shards[shard].tokens(index, start, count)
+
+    def loss_weights(self, document: int, start: int, count: int) -> np.ndarray:
+        """As `TokenShard.loss_weights`."""
+        shard, index = self.lengths.find(document)
+        return self._shards[shard].loss_weights(index, start, count)
+
+    def types(self, document: int, start: int, count: int) -> np.ndarray:
+        """As `TokenShard.types`."""
+        shard, index = self.lengths.find(document)
+        return self._shards[shard].types(index, start, count)
+
+
 @dataclass(frozen=True)
 class Source:
     """One named source of a token artifact."""
@@ -103,8 +173,8 @@ class Source:
     """Folder of the token artifact; None for a source made on the fly."""
     is_chat: bool
     """Whether its documents are conversations with loss weights (never cut in two)."""
-    prefixes: dict[str, str]
-    """Split ("train", "heldout") -> shard prefix inside the artifact."""
+    prefixes: dict[str, tuple[str, ...]]
+    """Split ("train", "heldout") -> prefixes of its shards inside the artifact."""
     num_tokens: dict[str, int]
     """Split -> tokens."""
     share: float
@@ -118,11 +188,17 @@ class Source:
             return self.made
         if self.artifact is None:
             raise ValueError(f"source {self.name} has neither an artifact nor documents")
-        return TokenShard(self.artifact / self.prefixes[split])
+        return ShardChain([self.artifact / prefix for prefix in self.prefixes[split]])
 
 
-def open_sources(paths: dict[str, float], vocab_size: int) -> list[Source]:
+def open_sources(paths: dict[str, float], vocab_size: int, formats: tuple[str, ...] = ("text", "chat")) -> list[Source]:
     """Open the sources of all token artifacts, checking that they fit together and fit the model.
+
+    Args:
+        paths: folder -> weight.
+        vocab_size: the model's.
+        formats: what the caller can learn from; the others are "preference" (documents 2i and 2i + 1 are the chosen and the
+            rejected response to one prompt) and "prompt".
 
     Raises:
         UserError: no data, artifacts of different tokenizers, two sources of one name, or a vocabulary larger than the model's.
@@ -130,6 +206,10 @@ def open_sources(paths: dict[str, float], vocab_size: int) -> list[Source]:
     if not paths:
         raise UserError("data.paths is empty: pass at least one folder made by `sov-data pack` with --data DIR")
     manifests = {path: read_manifest(path, "tokens") for path in paths}
+    for path, manifest in manifests.items():
+        if manifest.content.get("content_version") != CONTENT_VERSION:
+            raise UserError(f"{path}: was packed in layout {manifest.content.get('content_version', 1)}, this version reads "
+                            f"layout {CONTENT_VERSION}; pack the data again")
     hashes = {path: m.content["tokenizer_sha256"] for path, m in manifests.items()}
     first = next(iter(paths))
     for path, value in hashes.items():
@@ -144,7 +224,7 @@ def open_sources(paths: dict[str, float], vocab_size: int) -> list[Source]:
         if manifest.content["vocab_size"] > vocab_size:
             raise UserError(f"{path}: its tokenizer has {manifest.content['vocab_size']} ids, the model only "
                             f"model.vocab_size = {vocab_size}; set model.vocab_size or pack with another tokenizer")
-        sources += _of_artifact(Path(path), manifest.content, paths[path] / total_weight)
+        sources += _of_artifact(Path(path), manifest.content, paths[path] / total_weight, formats)
     names = [s.name for s in sources]
     for name in names:
         if names.count(name) > 1:
@@ -152,17 +232,21 @@ def open_sources(paths: dict[str, float], vocab_size: int) -> list[Source]:
     return sources
 
 
-def _of_artifact(path: Path, content: dict[str, Any], share: float) -> list[Source]:
+def _of_artifact(path: Path, content: dict[str, Any], share: float, formats: tuple[str, ...]) -> list[Source]:
     described = content["sources"]
+    for s in described:
+        if s["format"] not in formats:
+            raise UserError(f"{path}: source {s['name']!r} holds data of format {s['format']!r}, this stage learns from "
+                            f"{' or '.join(formats)}; pass other data")
     train_tokens = sum(s["splits"]["train"]["num_tokens"] for s in described)
     if train_tokens == 0:
         raise UserError(f"{path}: holds no training tokens; pack more text")
     return [
         Source(
-            name=s["name"], artifact=path, is_chat=content["format"] == "chat",
-            prefixes={split: d["prefix"] for split, d in s["splits"].items()},
+            name=s["name"], artifact=path, is_chat=s["format"] != "text",
+            prefixes={split: tuple(shard["prefix"] for shard in d["shards"]) for split, d in s["splits"].items()},
             num_tokens={split: d["num_tokens"] for split, d in s["splits"].items()},
-            share=share * s["splits"]["train"]["num_tokens"] / train_tokens,
+            share=share * s.get("weight", s["splits"]["train"]["num_tokens"] / train_tokens),
         )
         for s in described
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from megatron_sov.errors import UserError
 
@@ -16,11 +17,25 @@ def read_vocabulary(tokenizer: Path) -> dict[int, str]:
     Raises:
         UserError: its tokenizer.json cannot be read.
     """
+    vocabulary, added = _read(tokenizer)
+    taken = {token["id"] for token in added}
+    return {token: name for name, token in vocabulary.items() if token not in taken}
+
+
+def read_added_texts(tokenizer: Path) -> dict[int, str]:
+    """Return id -> text of the added tokens that stand for text: those that are not special.
+
+    Raises:
+        UserError: its tokenizer.json cannot be read.
+    """
+    return {token["id"]: token["content"] for token in _read(tokenizer)[1] if not token["special"]}
+
+
+def _read(tokenizer: Path) -> tuple[dict[str, int], list[dict[str, Any]]]:
     file = tokenizer / TOKENIZER_JSON
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
-        added = {token["id"] for token in raw.get("added_tokens", [])}
-        return {token: name for name, token in raw["model"]["vocab"].items() if token not in added}
+        return dict(raw["model"]["vocab"]), list(raw.get("added_tokens", []))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f"{file}: cannot be read as a tokenizer ({e!r})") from None
 

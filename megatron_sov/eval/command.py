@@ -111,8 +111,8 @@ def _judge(args: argparse.Namespace, target: Target, on_policy: Callable[[Any], 
 
         return run_policy(target, args.settings, args.nproc, on_policy)
     if args.settings or args.nproc is not None:
-        raise UserError(f"--set and --nproc are for checkpoints, {target.path} is a Hugging Face folder; leave them out, "
-                        "or convert it first with `megatron-sov convert from-hf`")
+        raise UserError(f"--set {args.settings} and --nproc {args.nproc} are for checkpoints, {target.path} is a Hugging Face "
+                        "folder; leave them out, or convert it first with `megatron-sov convert from-hf`")
     from megatron_sov.generate.hf import load_hf
 
     return on_hf(load_hf(target.path))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from megatron_sov.artifacts import read_manifest
 from megatron_sov.data.rows import Row, heldout_samples, sample_row
 from megatron_sov.data.shards import Source, open_sources, tokenizer_folder
 from megatron_sov.data.token_bytes import token_bytes
+from megatron_sov.data.vocabulary import refuse_other_tokens
 from megatron_sov.errors import UserError
 from megatron_sov.train.evaluate import HeldoutLoss
 
@@ -68,19 +68,9 @@ def open_heldout(paths: dict[str, float], seq_len: int, max_tokens: int, *, mode
     if not data.judged():
         raise UserError(f"--data {', '.join(paths)}: holds no documents out, so there is nothing to judge by; "
                         "pack with --heldout 0.02")
-    packed_with = tokenizer_folder(sources)
-    if model_tokenizer is not None and packed_with is not None and (model_tokenizer / "tokenizer.json").is_file() \
-            and _vocabulary(model_tokenizer) != _vocabulary(packed_with):
-        raise UserError(f"--data {', '.join(paths)}: was packed with another tokenizer than the model's ({model_tokenizer}); "
-                        "pack the text with that one")
+    if model_tokenizer is not None:
+        refuse_other_tokens(tokenizer_folder(sources), model_tokenizer)
     return data
-
-
-def _vocabulary(folder: Path) -> dict[str, int]:
-    try:
-        return dict(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"])
-    except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{folder / 'tokenizer.json'}: cannot be read as a tokenizer ({e})") from None
 
 
 def evaluate_rows(data: HeldoutData, losses_of: Callable[[Row], np.ndarray]) -> dict[str, HeldoutLoss]:

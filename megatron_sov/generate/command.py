@@ -50,6 +50,8 @@ def run(args: argparse.Namespace) -> int:
 
     target = find_target(args.target)
     tokenizer = load_tokenizer(target.tokenizer_folder)
+    if args.chat and not tokenizer.chat_template:
+        raise UserError(f"--chat: {target.tokenizer_folder} has no chat template; leave --chat out, or fine-tune on chats first")
     ids = [_encode(tokenizer, p, args.chat) for p in prompts]
     continuations = _continue(args, target, ids, tokenizer.eos_token_id)
     if continuations is None:
@@ -76,8 +78,6 @@ def _encode(tokenizer, prompt: Prompt, chat: bool) -> list[int]:  # type: ignore
     """Return a prompt's ids, begun as documents in token shards begin: with nothing before the text."""
     if not chat:
         return list(tokenizer.encode(prompt.text, add_special_tokens=False))
-    if not tokenizer.chat_template:
-        raise UserError("--chat: this model's tokenizer has no chat template; leave --chat out, or fine-tune on chats first")
     return list(tokenizer.apply_chat_template([{"role": "user", "content": prompt.text}], add_generation_prompt=True,
                                               tokenize=True, return_dict=False))
 
@@ -89,7 +89,7 @@ def _continue(args: argparse.Namespace, target: Target, ids: list[list[int]], eo
         if not target.is_hf:
             raise UserError(f"--engine transformers: {target.path} is a checkpoint; convert it first with `megatron-sov convert`")
         if args.settings or args.nproc is not None:
-            raise UserError("--set and --nproc are for --engine megatron; add it, or leave them out")
+            raise UserError(f"--set {args.settings} and --nproc {args.nproc} are for --engine megatron; add it or leave them out")
         from megatron_sov.generate.hf import generate_hf, load_hf
 
         return generate_hf(load_hf(target.path), ids, args.max_new_tokens, **options)

@@ -28,8 +28,9 @@ def read_prompts(texts: list[str], file: Path | None) -> list[Prompt]:
     prompts = [Prompt(text) for text in texts] + (_read_file(file) if file is not None else [])
     if not prompts:
         raise UserError("there is nothing to continue: pass --prompt TEXT or --prompts FILE.jsonl")
-    if not all(p.text for p in prompts):
-        raise UserError("a prompt is empty: pass at least one character of text")
+    texts = [p.text for p in prompts]
+    if "" in texts:
+        raise UserError(f"prompt {texts.index('') + 1} is empty: pass at least one character of text")
     return prompts
 
 

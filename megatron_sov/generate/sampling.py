@@ -30,8 +30,9 @@ def generate(policy: Policy, prompts: Sequence[Sequence[int]], max_new_tokens: i
     Returns:
         Each prompt's continuation, without the prompt, with the ending token where it came.
     """
-    if not all(len(p) for p in prompts):
-        raise ValueError("every prompt needs at least one token")
+    lengths = [len(p) for p in prompts]
+    if 0 in lengths:
+        raise ValueError(f"prompt {lengths.index(0)} has no token; every prompt needs at least one")
     sequences = [list(map(int, p)) for p in prompts]
     draws = [np.random.Generator(np.random.Philox(key=[seed, i])) for i in range(len(prompts))]
     active = list(range(len(prompts)))

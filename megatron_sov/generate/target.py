@@ -14,7 +14,7 @@ from megatron_sov import convert
 from megatron_sov.artifacts import read_manifest
 from megatron_sov.config import ModelConfig, ParallelConfig, RunConfig, apply_settings, from_dict
 from megatron_sov.errors import UserError
-from megatron_sov.mcore import cpu
+from megatron_sov.mcore import cpu, world
 from megatron_sov.mcore.checkpoint import KIND, find_checkpoint
 from megatron_sov.mcore.ranks import num_ranks
 
@@ -92,8 +92,12 @@ def as_checkpoint(target: Target) -> Iterator[Path]:
         yield target.path
         return
     with tempfile.TemporaryDirectory(prefix="sov-target-") as folder:
-        convert.from_hf(target.path, Path(folder) / "checkpoint")
-        yield Path(folder) / "checkpoint"
+        out = Path(folder) / "checkpoint"
+        # in a process of its own: threads that torch starts here would be missing in the ranks, which are forked from this one
+        code = world.launch(lambda: convert.from_hf(target.path, out), 1)
+        if code:
+            raise SystemExit(code)
+        yield out
 
 
 def inference_config(checkpoint: Path, settings: list[str], nproc: int | None) -> RunConfig:

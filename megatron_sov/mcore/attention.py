@@ -7,6 +7,7 @@ attention, and a band of at most `QUERY_BLOCK` rows for sliding windows.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ class DocumentAttention(MegatronModule):
         if packed_seq_params is None:
             raise ValueError("DocumentAttention needs packed_seq_params: micro-batches are rows of packed documents")
         bounds = packed_seq_params.cu_seqlens_q.tolist()
-        outputs = [self._document(query[a:b], key[a:b], value[a:b]) for a, b in zip(bounds, bounds[1:], strict=False) if b > a]
+        outputs = [self._document(query[a:b], key[a:b], value[a:b]) for a, b in pairwise(bounds) if b > a]
         return torch.cat(outputs).reshape(query.shape[0], -1)
 
     def _document(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

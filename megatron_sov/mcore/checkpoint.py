@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from megatron_sov.artifacts import (
     MANIFEST,
+    ArtifactWriter,
     FileRecord,
     atomic_write,
     new_artifact,
@@ -50,29 +51,47 @@ def save(path: Path, model: LanguageModel, optimizer: Optimizer | None, state: d
         UserError: any process could not write; nothing is left under `path`, and every process raises.
     """
     main = dist.get_rank() == 0
-    parts = ["model"] + (["optimizer"] if optimizer else [])
-    problem: list[str | None] = [None]
-    try:
-        with new_artifact(path, KIND, overwrite=True) if main else contextlib.nullcontext() as artifact:
-            folder = _share(artifact.path if artifact else None)
-            written = _gather(_write_local(folder, model, optimizer))
+    with contextlib.ExitStack() as opened:  # leaving it by an exception deletes what was written
+        artifact: ArtifactWriter | None = None
+        with _agreement():
+            if main:
+                artifact = opened.enter_context(new_artifact(path, KIND, overwrite=True))
+        written = _gather(_write_local(_share(artifact.path if artifact else None), model, optimizer))
+        with _agreement():
+            for part in written:
+                if part["error"]:
+                    raise UserError(part["error"])
             if artifact is not None:
-                failed = [w["error"] for w in written if w["error"]]
-                if failed:
-                    raise UserError(failed[0])
-                for part in parts:
-                    write_index(folder, part, [w["index"][part] for w in written])
-                if tokenizer is not None:
-                    shutil.copytree(tokenizer, folder / "tokenizer", ignore=shutil.ignore_patterns(MANIFEST))
-                atomic_write(folder / STATE, to_json(state))
-                artifact.known_files = {name: record for w in written for name, record in w["files"].items()}
-                artifact.content = {"step": state["step"], "tokens": state["tokens"], "parts": parts}
-                artifact.settings = settings
-    except UserError as e:
-        problem = [str(e)]
-    dist.broadcast_object_list(problem, src=0)
-    if problem[0]:
-        raise UserError(problem[0])
+                _complete(artifact, written, state, settings, tokenizer)
+                opened.close()
+
+
+def _complete(artifact: ArtifactWriter, written: list[dict[str, Any]], state: dict[str, Any], settings: dict[str, Any],
+              tokenizer: Path | None) -> None:
+    """Write what stands beside the tensors, and the manifest's contents; `written` is what every process wrote."""
+    folder = artifact.path
+    parts = list(written[0]["index"])
+    for part in parts:
+        write_index(folder, part, [w["index"][part] for w in written])
+    if tokenizer is not None:
+        shutil.copytree(tokenizer, folder / "tokenizer", ignore=shutil.ignore_patterns(MANIFEST))
+    atomic_write(folder / STATE, to_json(state))
+    artifact.known_files = {name: record for w in written for name, record in w["files"].items()}
+    artifact.content = {"step": state["step"], "tokens": state["tokens"], "parts": parts}
+    artifact.settings = settings
+
+
+@contextlib.contextmanager
+def _agreement() -> Iterator[None]:
+    """Run the block on every process; where it raises on any of them, every process raises, so that none waits for it."""
+    problem: Exception | None = None
+    try:
+        yield
+    except Exception as e:
+        problem = e
+    found = [p for p in _gather(problem) if p is not None]
+    if found:
+        raise found[0]
 
 
 def _write_local(folder: Path, model: LanguageModel, optimizer: Optimizer | None) -> dict[str, Any]:
@@ -89,10 +108,12 @@ def _write_local(folder: Path, model: LanguageModel, optimizer: Optimizer | None
                 if block.owned:
                     writer.add(block.key, block.data, block.global_shape, block.offset)
             result["index"][part] = writer.finish()
-        for file in sorted(folder.glob(f"*/*/rank-{rank:05d}-*")):
-            result["files"][file.relative_to(folder).as_posix()] = FileRecord(sha256_file(file), file.stat().st_size)
+        names = {p["file"] for index in result["index"].values() for entry in index.values() for p in entry["pieces"]}
+        for name in sorted(names):
+            result["files"][name] = FileRecord(sha256_file(folder / name), (folder / name).stat().st_size)
     except OSError as e:
-        result["error"] = f"{folder}: rank {rank} could not write its part of the checkpoint ({e}); free some space or choose another --run"
+        result["error"] = (f"{folder}: rank {rank} could not write its part of the checkpoint ({e}); "
+                           "free some space or choose another --run")
     return result
 
 
@@ -100,8 +121,7 @@ def _share(path: Path | None) -> Path:
     """Return rank 0's path on every process."""
     shared: list[Path | None] = [path]
     dist.broadcast_object_list(shared, src=0)
-    if shared[0] is None:
-        raise UserError("rank 0 could not create the checkpoint's folder")
+    assert shared[0] is not None, "rank 0 passes the folder that it has made"
     return shared[0]
 
 
@@ -119,15 +139,12 @@ def check(path: Path) -> None:
     """
     manifest = read_manifest(path, KIND)
     rank, size = dist.get_rank(), dist.get_world_size()
-    problem = None
-    for name in sorted(manifest.files)[rank::size]:
-        file, record = path / name, manifest.files[name]
-        if not file.is_file() or file.stat().st_size != record.size_bytes or sha256_file(file) != record.sha256:
-            problem = f"{file}: is missing or differs from the manifest's hash; delete {path} to continue from the checkpoint before"
-            break
-    problems = [p for p in _gather(problem) if p]
-    if problems:
-        raise UserError(problems[0])
+    with _agreement():
+        for name in sorted(manifest.files)[rank::size]:
+            file, record = path / name, manifest.files[name]
+            if not file.is_file() or file.stat().st_size != record.size_bytes or sha256_file(file) != record.sha256:
+                raise UserError(f"{file}: is missing or differs from the manifest's hash; "
+                                f"delete {path} to continue from the checkpoint before")
 
 
 @torch.no_grad()
@@ -135,19 +152,26 @@ def load_model(path: Path, model: LanguageModel) -> None:
     """Read this process's part of the weights, from whatever layout wrote them.
 
     Raises:
-        UserError: the checkpoint holds other tensors or shapes than the model.
+        UserError: on every process; the checkpoint holds other tensors or shapes than the model, or is damaged.
     """
     reader = TensorReader(path, "model")
     blocks = of(model)
     names: set[str] = {key for keys in _gather({b.key for b in blocks}) for key in keys}
     _refuse_difference(path, names, set(reader.keys()))
-    _fill(path, reader, blocks)
+    with _agreement():
+        _fill(path, reader, blocks)
 
 
 @torch.no_grad()
 def load_optimizer(path: Path, optimizer: Optimizer, num_updates: int) -> None:
-    """Read this process's part of the optimizer's state, from whatever layout wrote it."""
-    _fill(path, TensorReader(path, "optimizer"), list(optimizer.state_blocks()))
+    """Read this process's part of the optimizer's state, from whatever layout wrote it.
+
+    Raises:
+        UserError: on every process; the checkpoint holds no such state, or is damaged.
+    """
+    reader = TensorReader(path, "optimizer")
+    with _agreement():
+        _fill(path, reader, list(optimizer.state_blocks()))
     optimizer.restore_updates(num_updates)
 
 
@@ -177,8 +201,12 @@ def read_state(path: Path) -> dict[str, Any]:
 
 def latest(folder: Path) -> Path | None:
     """Return the newest complete checkpoint of a run's `checkpoints` folder, or None."""
-    found = {int(p.name.removeprefix("step-")): p for p in folder.glob("step-*") if (p / MANIFEST).is_file() and p.name[5:].isdigit()}
-    return found[max(found)] if found else None
+    complete = [(step, path) for step, path in _steps(folder) if (path / MANIFEST).is_file()]
+    return complete[-1][1] if complete else None
+
+
+def _steps(folder: Path) -> list[tuple[int, Path]]:
+    return sorted((int(p.name[5:]), p) for p in folder.glob("step-*") if p.name[5:].isdigit())
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -198,6 +226,5 @@ def find_checkpoint(path: Path) -> Path:
 
 def prune(folder: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints (0 keeps all)."""
-    found = sorted((int(p.name[5:]), p) for p in folder.glob("step-*") if p.name[5:].isdigit())
-    for _, path in found[:-keep] if keep else []:
+    for _, path in _steps(folder)[:-keep] if keep else []:
         shutil.rmtree(path, ignore_errors=True)

@@ -131,7 +131,7 @@ def _cuda_requests_land_on_cpu() -> None:
     tensor.to = to
     tensor.cuda = lambda self, *args, **kwargs: self
     tensor.record_stream = lambda self, stream: None
-    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
 
 
 def _tensor_type_names() -> None:
@@ -165,7 +165,7 @@ def _eager_jit() -> Iterator[None]:
     try:
         yield
     finally:
-        torch.compile = compile_  # type: ignore[assignment]
+        torch.compile = compile_
 
 
 def _rng_tracker() -> None:

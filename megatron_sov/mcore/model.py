@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from megatron.core.tensor_parallel.layers import (
 )
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlockSubmodules,
+    MultiTokenPredictionLayer,
     get_mtp_layer_spec,
 )
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -48,7 +50,7 @@ class LanguageModel(GPTModel):
     Depth 0 is the trunk's output after its final norm; depth k that of the k-th multi-token prediction layer.
     """
 
-    def forward(self, inputs: ModelInputs) -> torch.Tensor:  # type: ignore[override]
+    def forward(self, inputs: ModelInputs) -> torch.Tensor:
         """Run the model; under sequence parallelism tokens are split over the tensor-parallel group."""
         packed = PackedSeqParams(
             qkv_format="thd", cu_seqlens_q=inputs.cu_seqlens, cu_seqlens_kv=inputs.cu_seqlens,
@@ -73,6 +75,21 @@ class LanguageModel(GPTModel):
         return padding[None]
 
 
+class PredictionLayer(MultiTokenPredictionLayer):
+    """Multi-token prediction layer that can be recomputed with packed documents.
+
+    Defect of 0.16.1: it hands all its arguments to the autograd function, which takes tensors only.
+    """
+
+    def _checkpointed_forward(self, forward_func: Callable[..., torch.Tensor], *, hidden_states: torch.Tensor,
+                              decoder_input: torch.Tensor, rotary_pos_emb: torch.Tensor, **constants: Any) -> torch.Tensor:
+        def forward(states: torch.Tensor, embedded: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
+            return forward_func(hidden_states=states, decoder_input=embedded, rotary_pos_emb=rotary, **constants)
+
+        outputs: torch.Tensor = super()._checkpointed_forward(forward, hidden_states, decoder_input, rotary_pos_emb)
+        return outputs
+
+
 def build(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig) -> LanguageModel:
     """Build this process's part of the model; its weights are not initialised yet."""
     config = transformer_config(model, parallel, train)
@@ -83,6 +100,7 @@ def build(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig) -> L
     mtp = None
     if model.num_mtp_layers and last_stage:
         layer = get_mtp_layer_spec(mtp_layer_spec(config, model), use_transformer_engine=has_transformer_engine())
+        layer.module = PredictionLayer
         layer.submodules.enorm = layer.submodules.hnorm = layer.submodules.layer_norm = norm
         mtp = MultiTokenPredictionBlockSubmodules(layer_specs=[layer] * model.num_mtp_layers)
     network = LanguageModel(
@@ -90,8 +108,9 @@ def build(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig) -> L
         max_sequence_length=model.max_position_tokens, pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=last_stage, position_embedding_type="yarn" if model.yarn else "rope", rotary_base=int(model.rope_theta),
         share_embeddings_and_output_weights=False, mtp_block_spec=mtp)
-    if config.bf16:
-        network = network.to(config.params_dtype)
+    for parameter in network.parameters():
+        # not the buffers: a router's bias moves in steps that vanish in bf16, and its counts stop at 256 there
+        parameter.data = parameter.data.to(config.params_dtype)
     _mark_expert_parameters(network)
     _mark_split_parameters(network)
     return network
@@ -105,7 +124,7 @@ def _mark_expert_parameters(network: LanguageModel) -> None:
     """
     for name, parameter in network.named_parameters():
         if ".mlp.experts." in name:
-            parameter.allreduce = False  # type: ignore[attr-defined]
+            parameter.allreduce = False
 
 
 def _mark_split_parameters(network: LanguageModel) -> None:
@@ -114,9 +133,9 @@ def _mark_split_parameters(network: LanguageModel) -> None:
     The library sets these marks only while it initialises weights, which `init.py` does in its place.
     """
     for module in network.modules():
-        if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding, RowParallelLinear)):
-            if not hasattr(module.weight, "tensor_model_parallel"):
-                set_tensor_model_parallel_attributes(module.weight, True, int(isinstance(module, RowParallelLinear)), 1)
+        split = isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding, RowParallelLinear))
+        if split and not hasattr(module.weight, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(module.weight, True, int(isinstance(module, RowParallelLinear)), 1)
 
 
 def _block_norm() -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,9 +28,12 @@ class Optimizer:
         self.library = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam", lr=config.lr, weight_decay=config.weight_decay, adam_beta1=config.beta1,
-                adam_beta2=config.beta2, adam_eps=config.eps, clip_grad=config.clip_grad, bf16=model.config.bf16,
+                adam_beta2=config.beta2, adam_eps=config.eps, bf16=model.config.bf16,
+                clip_grad=config.clip_grad or math.inf,  # at 0 the library would not compute the norm at all
                 params_dtype=model.config.params_dtype),
             [self.wrapped])
+        for group in self.library.param_groups:  # the library marks norms, and leaves it to a scheduler to heed the mark
+            group["weight_decay"] = config.weight_decay * group["wd_mult"]
         self.num_updates = 0
         """Updates so far; AdamW's bias correction counts them."""
 
@@ -64,7 +68,8 @@ class Optimizer:
             if main is not parameter:
                 named[MASTER] = main
             for name, tensor in named.items():
-                yield Block(f"{name}/{block.key}", like(block, parameter, tensor.detach()), block.global_shape, block.offset, block.owned)
+                view = like(block, parameter, tensor.detach())
+                yield Block(f"{name}/{block.key}", view, block.global_shape, block.offset, block.owned)
 
     def restore_updates(self, num_updates: int) -> None:
         """Set the number of updates that the restored moments have seen."""
@@ -88,7 +93,8 @@ class Optimizer:
             if inner is None:
                 continue
             model_param_of = {}
-            for low, high in zip(getattr(optimizer, "float16_groups", []), getattr(optimizer, "fp32_from_float16_groups", []), strict=True):
+            low_groups, high_groups = getattr(optimizer, "float16_groups", []), getattr(optimizer, "fp32_from_float16_groups", [])
+            for low, high in zip(low_groups, high_groups, strict=True):
                 model_param_of.update({id(main): model for model, main in zip(low, high, strict=True)})
             for group in inner.param_groups:
                 for main in group["params"]:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -55,7 +56,8 @@ class TensorWriter:
         self._files = 0
         self._index: Index = {}
 
-    def add(self, key: str, block: torch.Tensor, global_shape: Sequence[int] | None = None, offset: Sequence[int] | None = None) -> None:
+    def add(self, key: str, block: torch.Tensor, global_shape: Sequence[int] | None = None,
+            offset: Sequence[int] | None = None) -> None:
         """Add the block of tensor `key` that starts at `offset`; without shape and offset it is the whole tensor."""
         shape = tuple(global_shape) if global_shape is not None else tuple(block.shape)
         start = tuple(offset) if offset is not None else (0,) * len(shape)
@@ -68,7 +70,8 @@ class TensorWriter:
             raise ValueError(f"{name}: the same block was added twice")
         self._pending[name] = block.detach().cpu().contiguous()
         self._pending_bytes += size_bytes
-        entry = self._index.setdefault(key, {"dtype": str(block.dtype).removeprefix("torch."), "shape": list(shape), "pieces": []})
+        dtype = str(block.dtype).removeprefix("torch.")
+        entry = self._index.setdefault(key, {"dtype": dtype, "shape": list(shape), "pieces": []})
         entry["pieces"].append({"file": self._next_file(), "name": name, "offset": list(start), "shape": list(extent)})
 
     def _next_file(self) -> str:
@@ -76,11 +79,18 @@ class TensorWriter:
         return f"{self.part}/{group:05d}/rank-{self.rank:05d}-{self._files:05d}.safetensors"
 
     def flush(self) -> None:
-        """Write the collected blocks to their file and sync it."""
+        """Write the collected blocks to their file and sync it.
+
+        Raises:
+            OSError: the disk is full or refuses.
+        """
         if self._pending:
             path = self.folder / self._next_file()
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(self._pending, path)
+            try:
+                save_file(self._pending, path)
+            except SafetensorError as e:  # how safetensors reports a full disk
+                raise OSError(f"{path}: {e}") from e
             fsync_path(path)
             self._pending, self._pending_bytes = {}, 0
             self._files += 1
@@ -105,11 +115,28 @@ def write_index(folder: Path, part: str, indices: Sequence[Index]) -> None:
                 raise ValueError(f"{key}: written as {known['dtype']} {known['shape']} and as {entry['dtype']} {entry['shape']}")
             known["pieces"] += entry["pieces"]
     for key, entry in merged.items():
-        covered = sum(math.prod(p["shape"]) for p in entry["pieces"])
-        starts = {tuple(p["offset"]) for p in entry["pieces"]}
-        if covered != math.prod(entry["shape"]) or len(starts) != len(entry["pieces"]):
-            raise ValueError(f"{key}: blocks hold {covered} elements, the tensor {entry['shape']} has {math.prod(entry['shape'])}")
+        owners = _owners(entry["shape"], entry["pieces"])
+        if (owners != 1).any():
+            raise ValueError(f"{key}: parts of the tensor {entry['shape']} are owned by {owners.min()} blocks and parts by "
+                             f"{owners.max()}, each must be owned by 1")
     atomic_write(folder / f"{part}.index.json", json.dumps(merged))
+
+
+def _owners(shape: Sequence[int], pieces: Sequence[dict[str, Any]]) -> np.ndarray:
+    """Return how many pieces own each cell of the grid that is cut wherever a piece begins or ends.
+
+    Raises:
+        ValueError: a piece reaches beyond the tensor.
+    """
+    spans = [[(o, o + n) for o, n in zip(p["offset"], p["shape"], strict=True)] for p in pieces]
+    if any(a < 0 or b > n for span in spans for (a, b), n in zip(span, shape, strict=True)):
+        raise ValueError(f"a block reaches beyond its tensor of shape {list(shape)}")
+    cuts = [sorted({0, n, *(c for span in spans for c in span[axis])}) for axis, n in enumerate(shape)]
+    cell_of = [{c: i for i, c in enumerate(axis)} for axis in cuts]
+    owners = np.zeros([len(c) - 1 for c in cuts], np.int32)
+    for span in spans:
+        owners[tuple(slice(cells[a], cells[b]) for (a, b), cells in zip(span, cell_of, strict=True))] += 1
+    return owners
 
 
 class TensorReader:
@@ -146,11 +173,12 @@ class TensorReader:
         """Return the block of `shape` at `offset` (default: the whole tensor), assembled from the pieces that overlap it.
 
         Raises:
-            UserError: a file is missing or damaged.
+            UserError: a file is missing or damaged, or no piece holds a part of the block.
         """
         extent = tuple(shape) if shape is not None else self._shapes[key]
         start = tuple(offset) if offset is not None else (0,) * len(extent)
         out = torch.empty(extent, dtype=self._dtypes[key])
+        found = 0
         for piece in self._pieces[key]:
             low = [max(a, b) for a, b in zip(start, piece.offset, strict=True)]
             high = [min(a + n, b + m) for a, n, b, m in zip(start, extent, piece.offset, piece.shape, strict=True)]
@@ -158,6 +186,10 @@ class TensorReader:
                 here = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, start, strict=True))
                 there = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, piece.offset, strict=True))
                 out[here] = self._slice(piece, there)
+                found += math.prod(b - a for a, b in zip(low, high, strict=True))
+        if found != out.numel():
+            raise UserError(f"{self.folder}: {key} is damaged (its index holds {found} of the {out.numel()} elements "
+                            f"at {start}); use an earlier checkpoint")
         return out
 
     def _open(self, file: str) -> Any:

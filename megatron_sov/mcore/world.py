@@ -96,7 +96,7 @@ def launch(main: Callable[[], Any], nproc: int | None, num_threads: int = 0) -> 
         num_threads: CPU threads of each rank; 0: cores / local ranks.
 
     Returns:
-        0, or the first nonzero exit code of any rank.
+        0, or 2 where a rank met a user's mistake, or the first nonzero exit code of any rank.
     """
     cpu.open_door()
     if under_launcher():
@@ -173,7 +173,7 @@ def _wait(children: list[int]) -> int:
             if child in alive:
                 alive.discard(child)
                 ended = os.waitstatus_to_exitcode(status)
-                if ended != 0 and code == 0:
+                if ended == 2 or (ended != 0 and code == 0):  # a mistake's code counts, not that of ranks which lose their peer
                     if ended < 0:
                         print(f"error: rank {children.index(child)} was ended by {signal.Signals(-ended).name}; if nobody sent "
                               "it, look for a lack of memory", file=sys.stderr, flush=True)

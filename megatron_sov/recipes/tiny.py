@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megatron_sov.config import ModelConfig, NeedleConfig, RunConfig, YarnConfig
+from megatron_sov.config import NeedleConfig, RunConfig
 
 SEQ_LEN = 256
 
@@ -31,10 +31,3 @@ def shrink(run: RunConfig) -> RunConfig:
                       checkpoint_every_steps=50, eval_every_steps=100),
         needle=NeedleConfig(lengths_tokens=(256, 512), depths=(0.0, 0.5, 0.95), samples=20),
     )
-
-
-def extended(model: ModelConfig, factor: float, original_max_position_tokens: int) -> ModelConfig:
-    """Return `model` ready for a longer context: YaRN where all layers are global, unchanged for sliding/NoPE hybrids."""
-    if "L" in model.attention_pattern:
-        return model
-    return replace(model, yarn=YarnConfig(factor=factor, original_max_position_tokens=original_max_position_tokens))

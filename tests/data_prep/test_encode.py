@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from data_prep.encode import TYPE_PROMPT, TYPE_RESPONSE, Encoder
-from data_prep.splits import HeldoutRule
+from data_prep.encode import TYPE_PROMPT, TYPE_RESPONSE, Encoder, EncodingSettings
 from megatron_sov.documents import Document
+from megatron_sov.documents.records import Messages
 from megatron_sov.errors import UserError
 
 CHAT = (("system", "Be kind."), ("user", "What is 2+2?"), ("assistant", "It is 4."), ("user", "안녕"),
@@ -25,20 +25,29 @@ def folder(request: pytest.FixtureRequest, tokenizers: dict[str, Path]) -> Path:
     return tokenizers[request.param]
 
 
-@pytest.fixture(scope="module")
-def encoder(folder: Path) -> Encoder:
-    return Encoder(folder)
+@pytest.fixture(scope="module", params=[False, True], ids=["tokenizers", "tiktoken"])
+def encoder(request: pytest.FixtureRequest, folder: Path) -> Encoder:
+    return Encoder(folder, EncodingSettings(fast=request.param))
+
+
+def encode_text(encoder: Encoder, text: str) -> np.ndarray:
+    return encoder.encode_batch([Document("", text)]).ids
+
+
+def encode_chat(encoder: Encoder, messages: Messages) -> tuple[np.ndarray, np.ndarray]:
+    batch = encoder.encode_batch([Document("", messages=messages)])
+    return batch.ids, batch.types
 
 
 def test_text_is_transformers_ids_and_eos(folder: Path, encoder: Encoder) -> None:
     text = "def f(x):\n    return  x # 한국어\n\n"
-    [ids] = encoder.encode_text([Document("", text)])
+    ids = encode_text(encoder, text)
     assert ids.tolist() == [*AutoTokenizer.from_pretrained(folder).encode(text), encoder.eos_id]
 
 
 def test_chat_is_transformers_rendering_with_masks(folder: Path, encoder: Encoder) -> None:
     loaded = AutoTokenizer.from_pretrained(folder)
-    ids, types = encoder.encode_chat(Document("", messages=CHAT))
+    ids, types = encode_chat(encoder, CHAT)
     theirs = loaded.apply_chat_template([{"role": r, "content": c} for r, c in CHAT], tokenize=True, return_dict=False)
     assert ids.tolist() == theirs + ([] if theirs[-1] == encoder.eos_id else [encoder.eos_id])
     end = "<|end|>" if "solar" in folder.name else "<|endofturn|>"
@@ -53,25 +62,55 @@ def test_chat_is_transformers_rendering_with_masks(folder: Path, encoder: Encode
     ["<|end|>", "<|endofturn|>", "[PAD]", "<|reserved_40|>", "<|begin|>", " ", "hi", "<|", "<think>"])))
 def test_no_text_reaches_a_special_id(encoder: Encoder, parts: list[str]) -> None:
     text = "".join(parts)
-    [ids] = encoder.encode_text([Document("", text)])
+    ids = encode_text(encoder, text)
     assert (ids[:-1] >= 64).all() and ids[-1] == encoder.eos_id
-    plain, _ = encoder.encode_chat(Document("", messages=(("user", "a"), ("assistant", "b"))))
-    hostile, types = encoder.encode_chat(Document("", messages=(("user", text), ("assistant", text))))
+    plain, _ = encode_chat(encoder, (("user", "a"), ("assistant", "b")))
+    hostile, types = encode_chat(encoder, (("user", text), ("assistant", text)))
     assert hostile[hostile < 64].tolist() == plain[plain < 64].tolist()
     assert (types == TYPE_RESPONSE).sum() == len(ids)  # the same text, and its end token in the place of EOS
 
 
-def test_batches_are_flat_columns_by_split(encoder: Encoder) -> None:
-    documents = [Document("", f"text {i}") for i in range(50)]
-    rule = HeldoutRule(0.2)
-    result = encoder.encode_batch(documents, rule)
-    assert set(result) == {"train", "heldout"}
-    assert sum(len(b.lengths_tokens) for b in result.values()) == 50
-    assert sum(b.num_bytes for b in result.values()) == sum(len(d.text) for d in documents)
-    for batch in result.values():
-        assert list(batch.columns) == ["bin"] and batch.lengths_tokens.sum() == len(batch.columns["bin"])
-    chat = encoder.encode_batch([Document("", messages=CHAT)], HeldoutRule(0.0))["train"]
-    assert np.array_equal(chat.columns["loss"], (chat.columns["type"] == TYPE_RESPONSE).astype(np.float32))
+def test_batches_are_flat_columns(encoder: Encoder) -> None:
+    texts = [f"text {i}" for i in range(50)]
+    batch = encoder.encode_batch([Document("", t) for t in texts])
+    alone = [encode_text(encoder, t).tolist() for t in texts]
+    assert batch.lengths_tokens.tolist() == [len(ids) for ids in alone]
+    assert batch.ids.tolist() == [id_ for ids in alone for id_ in ids] and len(batch.types) == 0
+
+
+def test_begin_and_end_are_settings(folder: Path) -> None:
+    both, none = Encoder(folder, EncodingSettings(bos="start")), Encoder(folder, EncodingSettings(eod="none"))
+    ids = encode_text(none, "some text").tolist()
+    assert encode_text(both, "some text").tolist() == [both.bos_id, *ids, both.eos_id]
+    assert both.decode([both.bos_id or 0]) == AutoTokenizer.from_pretrained(folder).bos_token
+    chat, types = encode_chat(both, CHAT)
+    assert chat[0] == both.bos_id and types[0] == TYPE_PROMPT and len(chat) == len(encode_chat(Encoder(folder), CHAT)[0]) + 1
+
+
+def test_a_preference_is_two_sequences_that_differ_behind_the_prompt(encoder: Encoder) -> None:
+    prompt = CHAT[:2]
+    pair = Document("", messages=prompt, chosen=(("assistant", "It is 4."),), rejected=(("assistant", "5, I guess."),))
+    batch = encoder.encode_batch([pair, pair])
+    assert len(batch.lengths_tokens) == 4 and batch.lengths_tokens[0] == batch.lengths_tokens[2]
+    for i, side in enumerate((pair.chosen, pair.rejected)):
+        start = int(batch.lengths_tokens[:i].sum())
+        part = slice(start, start + int(batch.lengths_tokens[i]))
+        ids, types = encode_chat(encoder, (*prompt, *side))  # the prompt has no assistant, so the chat's mask is the pair's
+        assert np.array_equal(batch.ids[part], ids) and np.array_equal(batch.types[part], types)
+
+
+def test_an_assistant_in_the_prompt_of_a_preference_is_no_response(encoder: Encoder) -> None:
+    pair = Document("", messages=CHAT[:4], chosen=(("assistant", "안녕하세요!"),), rejected=(("assistant", "No."),))
+    batch = encoder.encode_batch([pair])
+    chosen = slice(0, int(batch.lengths_tokens[0]))
+    assert "It is 4." not in encoder.decode(batch.ids[chosen][batch.types[chosen] == TYPE_RESPONSE].tolist())
+
+
+def test_a_prompt_is_transformers_generation_prompt(folder: Path, encoder: Encoder) -> None:
+    batch = encoder.encode_batch([Document("", messages=CHAT[:2], awaits_response=True)])
+    theirs = AutoTokenizer.from_pretrained(folder).apply_chat_template(
+        [{"role": r, "content": c} for r, c in CHAT[:2]], tokenize=True, return_dict=False, add_generation_prompt=True)
+    assert batch.ids.tolist() == theirs and set(batch.types.tolist()) == {TYPE_PROMPT}
 
 
 def test_a_changed_tokenizer_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import unicodedata
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.splits import HELDOUT, TRAIN, HeldoutRule, document_hash
+from data_prep.splits import HeldoutRule, document_hash
 from megatron_sov.documents import Document
 
 
 def heldout(share: float, count: int = 4000) -> set[int]:
     rule = HeldoutRule(share)
-    return {i for i in range(count) if rule.split_of(document_hash(Document("", f"document {i}"))) == HELDOUT}
+    hashes = np.array([document_hash(Document("", f"document {i}")) for i in range(count)], np.uint64)
+    return set(np.flatnonzero(rule.is_heldout(hashes)).tolist())
 
 
 def test_the_share_is_met_and_a_larger_share_holds_out_more_of_the_same() -> None:
@@ -35,12 +37,23 @@ def test_chats_differ_by_roles_and_by_where_messages_end() -> None:
     assert len({document_hash(Document("", messages=chat)) for chat in chats}) == 3
 
 
+def test_answers_to_one_prompt_stay_together() -> None:
+    prompt = (("user", "2 + 2?"),)
+    pairs = [Document("", messages=prompt, chosen=(("assistant", c),), rejected=(("assistant", "5"),)) for c in ("4", "four")]
+    asked = Document("", messages=prompt, awaits_response=True, extra='{"answer": 4}')
+    assert len({document_hash(d) for d in (*pairs, asked)}) == 1
+
+
+def split_of(rule: HeldoutRule, hash_: int) -> bool:
+    return bool(rule.is_heldout(np.array([hash_], np.uint64))[0])
+
+
 def test_a_small_source_gives_up_its_smallest_hash() -> None:
     rule = HeldoutRule(1e-9)
-    rule.learn_source(1 << 60, 1 << 62)
-    assert rule.split_of(1 << 60) == HELDOUT and rule.split_of(1 << 62) == TRAIN
+    rule.learn_source(1 << 60, (1 << 64) - 1)
+    assert split_of(rule, 1 << 60) and not split_of(rule, (1 << 64) - 1)
     rule.learn_source(1 << 61, 1 << 61)  # one document, however often: it is needed for training
-    assert rule.split_of(1 << 61) == TRAIN
+    assert not split_of(rule, 1 << 61)
     none = HeldoutRule(0.0)
     none.learn_source(1, 2)
-    assert none.split_of(1) == TRAIN
+    assert not split_of(none, 1)

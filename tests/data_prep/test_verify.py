@@ -13,9 +13,10 @@ import pytest
 
 from data_prep.cli import main
 from data_prep.indexed import IndexedWriter
-from data_prep.pack import Source, pack
+from data_prep.pack import PackSettings, Source, pack
 from data_prep.verify import find_problems
 from megatron_sov.artifacts import read_manifest, sha256_file, to_json
+from megatron_sov.documents import Reading
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,7 @@ def sound(tokenizers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     folder = tmp_path_factory.mktemp("verify")
     chats = [{"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i}!"}]} for i in range(40)]
     (folder / "chat.jsonl").write_text("\n".join(map(json.dumps, chats)))
-    pack(tokenizers["solar-open"], [Source("chat", folder / "chat.jsonl")], folder / "shards", heldout_share=0.2, format_="chat")
+    pack(tokenizers["solar-open"], [Source("chat", folder / "chat.jsonl")], folder / "shards", PackSettings(0.2, Reading("chat")))
     return folder / "shards"
 
 
@@ -36,16 +37,17 @@ def rehash(data: Path) -> None:
 
 
 def set_token(data: Path, index: int, value: int) -> None:
-    tokens = np.memmap(data / "chat/train.bin", "<u2", mode="r+")
+    tokens = np.memmap(data / "chat/train-00000.bin", "<u2", mode="r+")
     tokens[index] = value
     tokens.flush()
 
 
 def leak(data: Path) -> None:
     """Rewrite the held-out split as a copy of one training document."""
-    length = int(np.fromfile(data / "chat/train.idx", "<i4", 1, offset=34)[0])
-    columns = {s: np.fromfile(data / f"chat/train.{s}", d, length) for s, d in (("bin", "<u2"), ("loss", "<f4"), ("type", "u1"))}
-    with IndexedWriter(data / "chat/heldout", "uint16", True) as writer:
+    length = int(np.fromfile(data / "chat/train-00000.idx", "<i4", 1, offset=34)[0])
+    columns = {s: np.fromfile(data / f"chat/train-00000.{s}", d, length)
+               for s, d in (("bin", "<u2"), ("loss", "<f4"), ("type", "u1"))}
+    with IndexedWriter(data / "chat/heldout-00000", "uint16", True) as writer:
         writer.write(np.array([length], np.int32), columns)
 
 
@@ -54,18 +56,34 @@ def write_values(file: Path, dtype: str, value: int) -> None:
 
 
 def test_sound_shards_pass(sound: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["verify", str(sound)]) == 0
-    assert capsys.readouterr().out == f"{sound}: sound\n"
+    assert main(["verify", str(sound), "--tokens", "1e6", "--blend", "chat=2"]) == 0
+    held = read_manifest(sound).content["sources"][0]["splits"]["train"]["num_tokens"]
+    assert capsys.readouterr().out.splitlines() == [
+        f"{sound}: sound",
+        f"chat: 100.0% of 1,000,000 tokens is {1e6 / held:.2f} epochs of {held:,}; more than 4 teach little: "
+        "add text or lower its weight"]
+
+
+def test_duplicates_are_counted_and_an_unknown_blend_is_refused(tokenizers: dict[str, Path], tmp_path: Path,
+                                                                capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "same"}\n{"text": "other"}\n{"text": "same"}\n{"text": "same"}\n')
+    pack(tokenizers["solar-open"], [Source("a", tmp_path / "a.jsonl")], tmp_path / "out", PackSettings(heldout_share=0))
+    capsys.readouterr()
+    assert main(["verify", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == ["train: 2 of 4 documents repeat an earlier one, token by token"]
+    for blend, rule in (("b=1", "there is no source 'b'"), ("a=-1", "must be a positive"), ("a", "must be a positive")):
+        assert main(["verify", str(tmp_path / "out"), "--blend", blend]) == 2
+        assert rule in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("damage", "sentence"), [
     (lambda d: set_token(d, 3, 384), "ids reach from 2 to 384, must lie in 0..383"),
     (lambda d: set_token(d, -1, 100), "1 documents do not end with id 2"),
     (leak, "1 documents are in both splits"),
-    (lambda d: write_values(d / "chat/train.loss", "<f4", 3), "train.loss: holds values other than 0.0, 1.0"),
-    (lambda d: write_values(d / "chat/train.type", "u1", 9), "train.type: holds values other than 0, 1, 2"),
-    (lambda d: (d / "chat/train.type").write_bytes(b"\1"), "train.type: has 1 bytes"),
-    (lambda d: (d / "chat/train.bin").write_bytes(b""), "train.bin: has 0 bytes, the index says"),
+    (lambda d: write_values(d / "chat/train-00000.loss", "<f4", 3), "train-00000.loss: holds values other than 0.0, 1.0"),
+    (lambda d: write_values(d / "chat/train-00000.type", "u1", 9), "train-00000.type: holds values other than 0, 1, 2"),
+    (lambda d: (d / "chat/train-00000.type").write_bytes(b"\1"), "train-00000.type: has 1 bytes"),
+    (lambda d: (d / "chat/train-00000.bin").write_bytes(b""), "train-00000.bin: has 0 bytes, the index says"),
 ])
 def test_damage_that_hashes_cannot_see(sound: Path, tmp_path: Path, damage: Callable[[Path], Any], sentence: str) -> None:
     data = tmp_path / "copy"
@@ -79,13 +97,13 @@ def test_wrong_counts_and_hashes(sound: Path, tmp_path: Path, capsys: pytest.Cap
     data = tmp_path / "copy"
     shutil.copytree(sound, data)
     raw = json.loads((data / "manifest.json").read_text())
-    raw["content"]["sources"][0]["splits"]["train"]["num_tokens"] += 1
+    raw["content"]["sources"][0]["splits"]["train"]["shards"][0]["num_tokens"] += 1
     raw["content"]["dtype"] = "int32"
     (data / "manifest.json").write_text(to_json(raw))
     (data / "tokenizer/tokenizer.json").write_text("{}")
     assert main(["verify", str(data)]) == 2
     err = capsys.readouterr().err
-    found = read_manifest(sound).content["sources"][0]["splits"]["train"]["num_tokens"]
+    found = read_manifest(sound).content["sources"][0]["splits"]["train"]["shards"][0]["num_tokens"]
     assert f"num_tokens is {found}, the manifest says {found + 1}" in err
     assert "ids are uint16, the manifest says int32" in err
     assert "tokenizer/tokenizer.json: has 2 bytes" in err

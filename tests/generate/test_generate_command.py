@@ -65,8 +65,6 @@ def test_a_chat_prompt_is_framed_by_the_template(one_rank: None, imported: dict[
 
 WRONG = [
     ([], "--prompt TEXT or --prompts"),
-    (["--prompt", ""], "a prompt is empty"),
-    (["--prompts", "nowhere.jsonl"], "nowhere.jsonl: cannot be read"),
     (["--prompt", "a", "--temperature", "-1"], "--temperature -1.0: must not be negative"),
     (["--prompt", "a", "--top-p", "0"], "--top-p 0.0: must lie in (0, 1]"),
     (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens 0: must be at least 1"),
@@ -83,10 +81,6 @@ def test_mistakes_are_named(arguments: list[str], sentence: str, imported: dict[
     assert sentence in capsys.readouterr().err
 
 
-def test_a_wrong_target_or_line_is_named(imported: dict[str, Path], tmp_path: Path, capsys) -> None:
+def test_a_wrong_target_is_named(tmp_path: Path, capsys) -> None:
     assert main(["generate", str(tmp_path / "none"), "--prompt", "a"]) == 2
     assert "none: does not exist; pass a checkpoint" in capsys.readouterr().err
-    for line, sentence in {"{": "is not valid JSON", '{"text": "a"}': 'must be an object with "prompt"'}.items():
-        (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n' + line)
-        assert main(["generate", str(imported["solar_open"]), "--prompts", str(tmp_path / "prompts.jsonl")]) == 2
-        assert f"prompts.jsonl:2: {sentence}" in capsys.readouterr().err

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import pytest
 
 from megatron_sov.config import RunConfig, from_dict
 from megatron_sov.errors import UserError
 from megatron_sov.recipes import get, names
-from megatron_sov.recipes.tiny import extended
 
 STRUCTURE = (
     "family", "num_dense_layers", "num_shared_experts", "routed_scaling_factor", "router_bias_update_rate", "seq_aux_loss_coeff",
@@ -63,15 +61,6 @@ def test_solar_open_as_published() -> None:
     assert model.yarn.factor * model.yarn.original_max_position_tokens == model.max_position_tokens == 131072
     assert (model.vocab_size, model.num_dense_layers, model.qk_norm, model.num_mtp_layers) == (196608, 0, False, 0)
     assert config.num_steps() == round(20e12 / (13440 * 4096))
-
-
-def test_extending_scales_rotations_only_where_every_layer_is_global() -> None:
-    solar, k_exaone = get("tiny-solar-open").model, get("tiny-k-exaone").model
-    longer = extended(solar, 4.0, 256)
-    assert longer.yarn is not None
-    assert (longer.yarn.factor, longer.yarn.original_max_position_tokens) == (4.0, 256)
-    assert replace(longer, yarn=None) == solar
-    assert extended(k_exaone, 4.0, 256) == k_exaone
 
 
 def test_unknown_recipe_names_the_nearest_and_lists_all() -> None:

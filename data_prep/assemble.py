@@ -1,0 +1,148 @@
+"""From complete units to the shards of a source: in the order of the input, divided into training and held-out documents."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_prep.encode import TYPE_RESPONSE
+from data_prep.sharding import ShardedWriter
+from data_prep.splits import HELDOUT, SPLITS, TRAIN, HeldoutRule
+from data_prep.units import GROUP, StoredUnit, UnitRecord, open_unit
+from megatron_sov.documents import Span
+
+BLOCK_TOKENS = 1 << 22
+"""Tokens that are held in memory at a time."""
+SHOWN_BAD_CHARS = 300
+
+
+@dataclass
+class EncodedSource:
+    """A source whose units are all complete."""
+
+    name: str
+    """Name."""
+    kind: str
+    """One of `documents.KINDS`."""
+    path: Path
+    """File or folder."""
+    units: list[tuple[tuple[Span, ...], UnitRecord]] = field(default_factory=list)
+    """The units in the order of the input, each with its record."""
+    dropped: dict[int, NDArray[np.int64]] = field(default_factory=dict)
+    """Unit -> sequences that are left out because their id came before."""
+
+    @property
+    def group(self) -> int:
+        """Return the sequences of a document."""
+        return GROUP[self.kind]
+
+
+def survey(source: EncodedSource, work: Path, dtype: str, rule: HeldoutRule) -> int:
+    """Find documents whose id came before, and tell the held-out rule the source's smallest and largest hash.
+
+    Returns:
+        How many documents are left.
+    """
+    sequences = [open_unit(work, record.key, dtype).sequences[::source.group] for _, record in source.units]
+    counts = np.array([len(s) for s in sequences])
+    ids = np.concatenate([s["id"] for s in sequences]) if sequences else np.zeros(0, np.uint64)
+    repeated = np.zeros(len(ids), bool)
+    if ids.any():
+        order = np.argsort(ids, kind="stable")  # stable: of equal ids the first of the input stays
+        ordered = ids[order]
+        repeated[order[1:]] = (ordered[1:] == ordered[:-1]) & (ordered[1:] != 0)
+    unit_of = np.repeat(np.arange(len(counts)), counts)
+    starts = np.cumsum(counts) - counts
+    for unit in np.unique(unit_of[repeated]).tolist():
+        documents = np.flatnonzero(repeated & (unit_of == unit)) - starts[unit]
+        source.dropped[unit] = (documents[:, None] * source.group + np.arange(source.group)).reshape(-1)
+    hashes = np.concatenate([s["hash"] for s in sequences])[~repeated] if sequences else np.zeros(0, np.uint64)
+    if len(hashes):
+        rule.learn_source(int(hashes.min()), int(hashes.max()))
+    return len(hashes)
+
+
+def write_shards(source: EncodedSource, work: Path, artifact: Path, dtype: str, rule: HeldoutRule,
+                 shard_tokens: int) -> dict[str, Any]:
+    """Write the shards of a source; returns the manifest's record of each split."""
+    sidecars, extra = source.kind != "text", source.kind == "prompt"
+    with ExitStack() as stack:
+        writers = {split: stack.enter_context(ShardedWriter(
+            artifact, f"{source.name}/{split}", dtype, sidecars, extra, source.group, shard_tokens)) for split in SPLITS}
+        for number, (_, record) in enumerate(source.units):
+            unit = open_unit(work, record.key, dtype)
+            heldout = rule.is_heldout(unit.sequences["hash"])
+            kept = np.ones(len(heldout), bool)
+            kept[source.dropped.get(number, np.zeros(0, np.int64))] = False
+            lines = stack.enter_context(open(unit.folder / "extra", "rb")) if extra else None
+            for block, tokens in _blocks(unit):
+                here = list(islice(lines, block.stop - block.start)) if lines else []
+                for split, chosen in ((TRAIN, ~heldout), (HELDOUT, heldout)):
+                    _write_block(writers[split], unit, block, tokens, (chosen & kept)[block], here)
+    return {split: writer.record() for split, writer in writers.items()}
+
+
+def _blocks(unit: StoredUnit) -> Iterator[tuple[slice, slice]]:
+    """Yield ranges of sequences, and the ranges of their tokens, of about `BLOCK_TOKENS` each."""
+    ends = np.cumsum(unit.sequences["tokens"], dtype=np.int64)
+    start = passed = 0
+    while start < len(ends):
+        stop = max(start + 1, int(np.searchsorted(ends, passed + BLOCK_TOKENS, side="right")))
+        stop = min(len(ends), stop + stop % 2)  # never between the two sequences of a preference
+        yield slice(start, stop), slice(passed, int(ends[stop - 1]))
+        start, passed = stop, int(ends[stop - 1])
+
+
+def _write_block(writer: ShardedWriter, unit: StoredUnit, block: slice, tokens: slice, chosen: NDArray[np.bool_],
+                 lines: list[bytes]) -> None:
+    """Write the chosen sequences of a block."""
+    if not chosen.any():
+        return
+    lengths = unit.sequences["tokens"][block]
+    mask = np.repeat(chosen, lengths)
+    columns: dict[str, NDArray[np.generic]] = {"bin": unit.tokens[tokens][mask]}
+    if unit.types is not None:
+        columns["type"] = unit.types[tokens][mask]
+        columns["loss"] = (columns["type"] == TYPE_RESPONSE).astype(np.float32)
+    extra = [line for line, keep in zip(lines, chosen, strict=True) if keep] if lines else []
+    writer.write(lengths[chosen].astype(np.int32), unit.sequences["bytes"][block][chosen].astype(np.int64), columns, extra)
+
+
+def write_quarantine(source: EncodedSource, work: Path, dtype: str, file: IO[str]) -> dict[str, int]:
+    """Append a source's bad records to the open `quarantine.jsonl`, in the order of the input; returns code -> records."""
+    counts: Counter[str] = Counter()
+    for row in bad_rows(source, work, dtype):
+        counts[row["code"]] += 1
+        file.write(json.dumps({"source": source.name, **row}, ensure_ascii=False) + "\n")
+    return dict(counts)
+
+
+def bad_rows(source: EncodedSource, work: Path, dtype: str) -> Iterator[dict[str, Any]]:
+    """Yield file, line (or row), code, reason and the content's beginning of each bad record, repeated ids among them."""
+    lines_before: Counter[Path] = Counter()
+    for number, (spans, record) in enumerate(source.units):
+        firsts = []
+        for span, num_lines in zip(spans, record.num_lines, strict=True):
+            firsts.append(lines_before[span.file])
+            lines_before[span.file] += num_lines
+        if not record.num_bad and number not in source.dropped:
+            continue
+        unit = open_unit(work, record.key, dtype)
+        found = [(row["span"], row["line"], row["code"], row["reason"], row["content"]) for row in unit.bad_rows()]
+        for i in source.dropped.get(number, np.zeros(0, np.int64))[:: source.group].tolist():
+            sequence = unit.sequences[i]
+            found.append((int(sequence["span"]), int(sequence["line"]), "duplicate_id",
+                          "has an id that came before in this source; give it its own", ""))
+        for span_number, line, code, reason, content in sorted(found, key=lambda f: (f[0], f[1] or math.inf)):
+            yield {"file": str(spans[span_number].file), "line": firsts[span_number] + line if line else None, "code": code,
+                   "reason": reason, "content": content[:SHOWN_BAD_CHARS]}

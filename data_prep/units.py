@@ -1,0 +1,294 @@
+"""Units of work: a part of the input encoded into a folder of its own, kept until the whole is complete.
+
+A unit's folder is named by a hash of its input's bytes and of every setting that its content depends on, and appears by
+a rename when it is complete.  A command that was killed therefore continues with the units that are there, and a unit
+whose input or settings changed is not found and made anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_prep.encode import EncodedBatch, Encoder, EncodingSettings
+from data_prep.splits import document_hash
+from megatron_sov.artifacts import disk_errors, fsync_path, to_json
+from megatron_sov.documents import BadRecord, Document, Reading, Span
+from megatron_sov.documents.files import PARQUET_SUFFIX, open_parquet
+from megatron_sov.documents.reading import CountedSpan
+from megatron_sov.errors import UserError
+
+CODE_VERSION = 1
+"""Raised when the same input and settings would give another unit."""
+BATCH_BYTES = 1_000_000
+"""Text that is encoded at a time."""
+GROUP = {"text": 1, "chat": 1, "preference": 2, "prompt": 1}
+"""Sequences of a document, which stay together."""
+SEQUENCE = np.dtype([("tokens", "<i4"), ("bytes", "<u4"), ("hash", "<u8"), ("id", "<u8"), ("span", "<u4"), ("line", "<u8")])
+"""What is kept of each sequence: its tokens, bytes of text, hash for the held-out rule, hash of its id (0: none), place."""
+_BLOCK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class UnitSettings:
+    """Everything that units depend on besides their input."""
+
+    tokenizer: Path
+    """Artifact of kind "tokenizer"."""
+    tokenizer_sha256: str
+    """Hash of its tokenizer.json."""
+    config_sha256: str
+    """Hash of its tokenizer_config.json, which holds the chat template."""
+    dtype: str
+    """Dtype of ids."""
+    reading: Reading
+    """What records hold."""
+    encoding: EncodingSettings
+    """How they are encoded."""
+
+
+@dataclass(frozen=True)
+class UnitRecord:
+    """What a complete unit says about itself."""
+
+    key: str
+    """Name of its folder."""
+    num_sequences: int
+    """Rows of `SEQUENCE`."""
+    num_tokens: int
+    """Ids in all."""
+    num_lines: tuple[int, ...]
+    """Lines or rows of each span."""
+    num_bad: dict[str, int]
+    """Code -> bad records."""
+    encoded_now: bool = True
+    """False where it was found complete."""
+
+
+def unit_folder(work: Path, key: str) -> Path:
+    """Return the place of a unit; sub-folders keep each listing short."""
+    return work / key[:2] / key
+
+
+class UnitEncoder:
+    """Encodes units; one per process."""
+
+    def __init__(self, settings: UnitSettings, work: Path) -> None:
+        """`work`: folder that holds the units."""
+        self.settings, self.work = settings, work
+        self._encoder: Encoder | None = None
+
+    def encode(self, unit: tuple[Span, ...]) -> UnitRecord:
+        """Return the unit's record; it is encoded unless it is there already.
+
+        Raises:
+            UserError: a file cannot be read, or the disk refuses.
+        """
+        key = unit_key(unit, self.settings)
+        folder = unit_folder(self.work, key)
+        if (folder / "record.json").is_file():
+            raw = json.loads((folder / "record.json").read_text())
+            return UnitRecord(**{**raw, "num_lines": tuple(raw["num_lines"]), "encoded_now": False})
+        if self._encoder is None:  # loaded by the first unit that needs it
+            self._encoder = Encoder(self.settings.tokenizer, self.settings.encoding)
+        temporary = folder.with_name(f"{key}.tmp-{os.getpid()}")
+        with disk_errors(self.work):
+            shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had this number
+            temporary.mkdir(parents=True)
+            try:
+                with _UnitWriter(temporary, key, self.settings, self._encoder) as writer:
+                    writer.read(unit)
+                for file in temporary.iterdir():
+                    fsync_path(file)
+                try:
+                    os.rename(temporary, folder)
+                except OSError:
+                    if not folder.exists():  # else an equal unit, of another file, came first
+                        raise
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+        return writer.record()
+
+
+class _UnitWriter:
+    """Writes one unit's files, batch after batch, so that memory does not grow with the unit."""
+
+    def __init__(self, folder: Path, key: str, settings: UnitSettings, encoder: Encoder) -> None:
+        self._folder, self._key, self._settings, self._encoder = folder, key, settings, encoder
+        names = ["tokens", "sequences", "bad", *(["types"] if settings.reading.kind != "text" else []),
+                 *(["extra"] if settings.reading.kind == "prompt" else [])]
+        self._files: dict[str, IO[bytes]] = {name: open(folder / name, "wb") for name in names}  # noqa: SIM115  (closed in __exit__)
+        self._num_sequences = self._num_tokens = 0
+        self._num_lines: list[int] = []
+        self._bad: Counter[str] = Counter()
+
+    def __enter__(self) -> _UnitWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        for file in self._files.values():
+            file.close()
+        if kind is None:
+            (self._folder / "record.json").write_text(to_json(self.record()))
+
+    def record(self) -> UnitRecord:
+        """Return what was written."""
+        return UnitRecord(self._key, self._num_sequences, self._num_tokens, tuple(self._num_lines), dict(self._bad))
+
+    def read(self, unit: tuple[Span, ...]) -> None:
+        """Read and encode all spans."""
+        batch: list[tuple[int, Document]] = []
+        size_bytes = 0
+        for number, span in enumerate(unit):
+            counted = CountedSpan(span, self._settings.reading)
+            for item in counted:
+                if isinstance(item, BadRecord):
+                    self._write_bad(number, item)
+                    continue
+                batch.append((number, item))
+                size_bytes += sum(map(len, item.texts()))
+                if size_bytes >= BATCH_BYTES:
+                    self._write(batch)
+                    batch, size_bytes = [], 0
+            self._num_lines.append(counted.num_lines)
+        self._write(batch)
+
+    def _write_bad(self, span: int, bad: BadRecord) -> None:
+        self._bad[bad.code] += 1
+        row = {"span": span, "line": bad.line, "code": bad.code, "reason": bad.reason,
+               "content": bad.content.decode(errors="replace")}
+        self._files["bad"].write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+
+    def _write(self, batch: list[tuple[int, Document]]) -> None:
+        if not batch:
+            return
+        try:
+            encoded = self._encoder.encode_batch([d for _, d in batch])
+        except BadRecord as e:
+            if len(batch) == 1:
+                number, document = batch[0]
+                self._write_bad(number, BadRecord(e.code, e.reason, document.line, "\n".join(document.texts()).encode()[:1000]))
+            else:  # find out which of them it is
+                self._write(batch[: len(batch) // 2])
+                self._write(batch[len(batch) // 2 :])
+            return
+        self._write_encoded(batch, encoded)
+
+    def _write_encoded(self, batch: list[tuple[int, Document]], encoded: EncodedBatch) -> None:
+        group = GROUP[batch[0][1].kind]
+        sequences = np.zeros(len(batch) * group, SEQUENCE)
+        sequences["tokens"] = encoded.lengths_tokens
+        for i, (number, document) in enumerate(batch):
+            row = sequences[i * group : (i + 1) * group]
+            row["hash"], row["span"], row["line"] = document_hash(document), number, document.line
+            row["bytes"] = _sizes_bytes(document)
+            row["id"] = _id_hash(document.id)
+            if "extra" in self._files:
+                self._files["extra"].write(document.extra.encode() + b"\n")
+        self._files["tokens"].write(encoded.ids.astype(np.dtype(self._settings.dtype).newbyteorder("<")).tobytes())
+        self._files["sequences"].write(sequences.tobytes())
+        if "types" in self._files:
+            self._files["types"].write(encoded.types.tobytes())
+        self._num_sequences += len(sequences)
+        self._num_tokens += len(encoded.ids)
+
+
+def _sizes_bytes(document: Document) -> list[int]:
+    """Return the UTF-8 bytes of each sequence's text."""
+    if document.kind != "preference":
+        return [sum(len(text.encode()) for text in document.texts())]
+    prompt = sum(len(content.encode()) for _, content in document.messages)
+    return [prompt + sum(len(content.encode()) for _, content in side) for side in (document.chosen, document.rejected)]
+
+
+def _id_hash(id_: str | None) -> int:
+    """Return 64 bits that stand for an id; 0 for none."""
+    if id_ is None:
+        return 0
+    return int.from_bytes(hashlib.blake2b(id_.encode(errors="replace"), digest_size=8).digest(), "little") or 1
+
+
+def unit_key(unit: tuple[Span, ...], settings: UnitSettings) -> str:
+    """Return the hash of a unit's input and settings; paths are no part of it, so moved input is known again.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    facts = {**dataclasses.asdict(settings), "tokenizer": None, "code_version": CODE_VERSION}
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for span in unit:
+        is_first = span.start == 0  # a byte order mark counts there only
+        digest.update(f"\n{span.suffix} {span.compression} {span.document_bytes} {span.stop - span.start} {is_first}\n".encode())
+        try:
+            for block in _content(span):
+                digest.update(block)
+        except OSError as e:
+            raise UserError(f"{span.file}: cannot be read ({e.strerror or e}); check the path and its permissions") from e
+    return digest.hexdigest()
+
+
+def _content(span: Span) -> Iterator[bytes]:
+    """Yield the bytes that a span's documents depend on."""
+    start, stop = span.start, span.stop
+    if span.suffix == PARQUET_SUFFIX:
+        try:
+            metadata = open_parquet(span.file).metadata
+        except BadRecord:
+            start, stop = 0, span.size_bytes
+        else:
+            yield str(metadata.schema).encode()
+            start, stop = _parquet_bytes(metadata, range(span.start, span.stop))
+    with open(span.file, "rb") as f:
+        f.seek(start)
+        while start < stop and (block := f.read(min(_BLOCK_BYTES, stop - start))):
+            start += len(block)
+            yield block
+
+
+def _parquet_bytes(metadata: Any, row_groups: range) -> tuple[int, int]:
+    """Return the range of a Parquet file in which row groups lie."""
+    columns = [metadata.row_group(i).column(c) for i in row_groups for c in range(metadata.num_columns)]
+    starts = [min(filter(None, (c.dictionary_page_offset, c.data_page_offset))) for c in columns]
+    return min(starts, default=0), max((s + c.total_compressed_size for s, c in zip(starts, columns, strict=True)), default=0)
+
+
+@dataclass(frozen=True)
+class StoredUnit:
+    """A complete unit opened for reading."""
+
+    sequences: NDArray[np.void]
+    """[sequences] of `SEQUENCE`."""
+    tokens: NDArray[np.generic]
+    """[tokens] ids."""
+    types: NDArray[np.uint8] | None
+    """[tokens]; None for plain text."""
+    folder: Path
+    """Where it lies."""
+
+    def bad_rows(self) -> Iterator[dict[str, Any]]:
+        """Yield its bad records, in order."""
+        with open(self.folder / "bad", encoding="utf-8") as f:
+            yield from map(json.loads, f)
+
+
+def open_unit(work: Path, key: str, dtype: str) -> StoredUnit:
+    """Open a complete unit by memory map."""
+    folder = unit_folder(work, key)
+
+    def mapped(name: str, dtype: np.dtype[Any]) -> NDArray[Any]:
+        file = folder / name
+        return np.memmap(file, dtype, "r") if file.stat().st_size else np.zeros(0, dtype)
+
+    types = mapped("types", np.dtype(np.uint8)) if (folder / "types").exists() else None
+    return StoredUnit(mapped("sequences", SEQUENCE), mapped("tokens", np.dtype(dtype).newbyteorder("<")), types, folder)

@@ -1,0 +1,221 @@
+"""Reading spans: bytes to documents, with what is bad told apart and the good kept."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any, cast
+
+from megatron_sov.documents.cutting import cut_at_blank_lines
+from megatron_sov.documents.files import (
+    DOCUMENT_BYTES,
+    JSONL_SUFFIXES,
+    PARQUET_SUFFIX,
+    WHOLE_FILE_BYTES,
+    Span,
+    open_parquet,
+    spans_of,
+)
+from megatron_sov.documents.records import BadRecord, Document, Reading, decode, parse_line, parse_record, too_long
+from megatron_sov.errors import UserError
+
+KEPT_BYTES = 1000
+"""What is kept of a bad record's content."""
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+"""Stands at the start of some files and is no text."""
+_BLOCK_BYTES = 1 << 20
+_ROWS = 256
+
+
+def read_documents(files: Iterable[Path], reading: Reading | None = None) -> Iterator[Document]:
+    """Yield the non-empty documents of files, in order.
+
+    Raises:
+        UserError: a file cannot be read, is not UTF-8, or has a malformed record (named by line or row).
+    """
+    reading = reading or Reading()
+    for file in files:
+        line = 0
+        for span in spans_of(file):
+            counted = CountedSpan(span, reading)
+            for item in counted:
+                if isinstance(item, Document):
+                    yield item
+                elif item.code != "empty":
+                    raise UserError(f"{place(file, item, line)}: {item.reason}")
+            line += counted.num_lines
+
+
+def place(file: Path, item: BadRecord, lines_before: int) -> str:
+    """Return where a bad record stands: the file, and its line or row."""
+    return f"{file}:{lines_before + item.line}" if item.line else str(file)
+
+
+def read_span(span: Span, reading: Reading) -> Iterator[Document | BadRecord]:
+    """Yield the documents and the bad records of a span, in order; lines count from 1 at its start."""
+    return iter(CountedSpan(span, reading))
+
+
+class CountedSpan:
+    """The documents and bad records of a span; when all are read, `num_lines` is the number of its lines or rows."""
+
+    def __init__(self, span: Span, reading: Reading) -> None:
+        self.span, self.reading = span, reading
+        self.num_lines = 0
+
+    def __iter__(self) -> Iterator[Document | BadRecord]:
+        """Read.
+
+        Raises:
+            UserError: the file cannot be opened or read.
+        """
+        span = self.span
+        try:
+            if span.suffix == PARQUET_SUFFIX:
+                yield from self._rows()
+            else:
+                with _open(span) as f:
+                    yield from self._lines(f) if span.suffix in JSONL_SUFFIXES else self._pieces(f)
+        except BadRecord as e:
+            yield e
+        except OSError as e:
+            raise UserError(f"{span.file}: cannot be read ({e.strerror or e}); check the path and its permissions") from e
+
+    def _lines(self, f: IO[bytes]) -> Iterator[Document | BadRecord]:
+        limit = self.reading.max_document_bytes
+        left = float("inf") if self.span.compression else self.span.stop - self.span.start
+        while left > 0 and (line := _guarded(f.readline, limit + 1)):
+            self.num_lines += 1
+            left -= len(line)
+            if len(line) > limit and not line.endswith(b"\n"):
+                while (rest := _guarded(f.readline, _BLOCK_BYTES)):
+                    left -= len(rest)
+                    if rest.endswith(b"\n"):
+                        break
+                yield _placed(too_long(self.reading), self.num_lines, line)
+            elif line.strip():
+                if self.num_lines == 1 and self.span.start == 0:
+                    line = line.removeprefix(BYTE_ORDER_MARK)
+                try:
+                    yield parse_line(line, f"{self.span.file}:{self.num_lines}", self.num_lines, self.reading)
+                except BadRecord as e:
+                    yield _placed(e, self.num_lines, line)
+
+    def _pieces(self, f: IO[bytes]) -> Iterator[Document | BadRecord]:
+        span = self.span
+        if self.reading.kind not in (None, "text"):
+            raise BadRecord("fields", f"is plain text, but --format is {self.reading.kind}; "
+                                      "pack it on its own with --format text")
+        position = span.start
+        blocks = _blocks(f, None if span.compression else span.stop - span.start)
+        limit_bytes = span.document_bytes
+        if span.compression:  # its size is known only by reading
+            first = b"".join(_until(blocks, WHOLE_FILE_BYTES))
+            limit_bytes = max(len(first), 1) if len(first) <= WHOLE_FILE_BYTES else DOCUMENT_BYTES
+            blocks = _chain(first, blocks)
+        for piece in cut_at_blank_lines(blocks, min(limit_bytes, self.reading.max_document_bytes)):
+            raw = piece.removeprefix(BYTE_ORDER_MARK) if position == 0 else piece
+            try:
+                text = decode(raw, position + len(piece) - len(raw))
+                if not text.strip():
+                    raise BadRecord("empty", f"holds no text at offset {position}")
+                yield Document(str(span.file), text)
+            except BadRecord as e:
+                yield _placed(e, 0, raw)
+            position += len(piece)
+
+    def _rows(self) -> Iterator[Document | BadRecord]:
+        file = open_parquet(self.span.file)
+        columns = _columns(file.schema_arrow.names, self.reading)
+        for batch in _guarded_batches(file, range(self.span.start, self.span.stop), columns):
+            for i in range(batch.num_rows):
+                self.num_lines += 1
+                try:
+                    record = {name: _value(batch.column(name)[i]) for name in columns}
+                    yield parse_record(record, f"{self.span.file}:{self.num_lines}", self.num_lines, self.reading)
+                except BadRecord as e:
+                    yield _placed(e, self.num_lines, b"")
+
+
+def _placed(bad: BadRecord, line: int, raw: bytes) -> BadRecord:
+    return BadRecord(bad.code, bad.reason, line, raw[:KEPT_BYTES])
+
+
+def _open(span: Span) -> IO[bytes]:
+    if span.compression == ".gz":
+        return cast(IO[bytes], gzip.open(span.file, "rb"))
+    if span.compression == ".zst":
+        from megatron_sov.documents.zstd import ZstdFile
+
+        return io.BufferedReader(ZstdFile(span.file))
+    f = open(span.file, "rb")  # noqa: SIM115  (closed by the caller's with)
+    f.seek(span.start)
+    return f
+
+
+def _guarded(read: Callable[[int], bytes], size: int) -> bytes:
+    """Read from a stream that may be compressed.
+
+    Raises:
+        BadRecord: the compressed data ends too early or is damaged.
+    """
+    try:
+        return read(size)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as e:
+        raise BadRecord("truncated", f"is cut off or damaged ({e}); what came before is read; fetch the file again") from None
+
+
+def _blocks(f: IO[bytes], left: int | None) -> Iterator[bytes]:
+    """Yield a stream's bytes up to `left` (None: all) in blocks."""
+    while (size := _BLOCK_BYTES if left is None else min(_BLOCK_BYTES, left)) and (block := _guarded(f.read, size)):
+        left = None if left is None else left - len(block)
+        yield block
+
+
+def _until(blocks: Iterator[bytes], limit_bytes: int) -> Iterator[bytes]:
+    """Yield blocks until more than `limit_bytes` have been."""
+    passed = 0
+    while passed <= limit_bytes and (block := next(blocks, b"")):
+        passed += len(block)
+        yield block
+
+
+def _chain(first: bytes, blocks: Iterator[bytes]) -> Iterator[bytes]:
+    yield first
+    yield from blocks
+
+
+def _columns(names: list[str], reading: Reading) -> list[str]:
+    """Return the columns to read: all of a prompt's, which travel on, else those of the kind.
+
+    Raises:
+        BadRecord: the schema has none of them.
+    """
+    if reading.kind == "prompt":
+        return names
+    wanted = {"text": (reading.text_field,), "chat": ("messages",), "preference": ("prompt", "chosen", "rejected"),
+              None: (reading.text_field, "messages")}[reading.kind]
+    found = [name for name in names if name in wanted]
+    if not found:
+        raise BadRecord("parquet", f"has no column {' or '.join(map(repr, wanted))} (columns: {', '.join(names)}); "
+                                   "name the column of text with --text-field")
+    return found + ["id"] * ("id" in names)
+
+
+def _guarded_batches(file: Any, row_groups: range, columns: list[str]) -> Iterator[Any]:
+    import pyarrow
+
+    try:
+        yield from file.iter_batches(batch_size=_ROWS, row_groups=list(row_groups), columns=columns)
+    except (pyarrow.ArrowException, OSError) as e:
+        raise BadRecord("parquet", f"is damaged ({str(e).splitlines()[0]}); what came before is read; fetch it again") from None
+
+
+def _value(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError as e:
+        raise BadRecord("utf8", f"is not UTF-8 ({e.reason} at byte {e.start} of a column)") from None

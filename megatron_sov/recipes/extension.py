@@ -1,0 +1,64 @@
+"""A recipe at a longer context: what changes in the model, the curriculum and the batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import replace
+
+from megatron_sov.artifacts import to_json
+from megatron_sov.config import ModelConfig, PhaseConfig, RunConfig, YarnConfig
+
+PHASE = "extend"
+
+
+def extended(model: ModelConfig, trained_tokens: int, new_tokens: int) -> ModelConfig:
+    """Return `model` ready for a longer context.
+
+    Where all layers are global, YaRN stretches the rotations by new / original length (arXiv 2309.00071); the original length
+    is the one before any earlier extension.  Sliding layers see no farther than before and NoPE layers have no rotations, so
+    hybrids of the two stay as they are.
+
+    Args:
+        model: the architecture as trained.
+        trained_tokens: longest context it was trained on.
+        new_tokens: context that it is to be trained on.
+    """
+    model = replace(model, max_position_tokens=max(model.max_position_tokens, new_tokens))
+    original = model.yarn.original_max_position_tokens if model.yarn else trained_tokens
+    reached = original * model.yarn.factor if model.yarn else original
+    if "L" in model.attention_pattern or new_tokens <= reached:
+        return model
+    yarn = model.yarn or YarnConfig()
+    return replace(model, yarn=replace(yarn, factor=new_tokens / original, original_max_position_tokens=original))
+
+
+def phase_setting(trained_tokens: int) -> str:
+    """Return the setting for one phase at twice the trained context."""
+    return "data.phases=" + json.dumps([dataclasses.asdict(PhaseConfig(PHASE, seq_len=2 * trained_tokens))])
+
+
+def length_settings(recipe: RunConfig, model: ModelConfig, trained_tokens: int, new_tokens: int,
+                    per_rank: int) -> tuple[str, ...]:
+    """Return the settings that follow from a new context length.
+
+    Args:
+        recipe: the recipe as it stands in the list.
+        model: the architecture of the checkpoint.
+        trained_tokens: longest context that it was trained on.
+        new_tokens: context that it is to be trained on.
+        per_rank: samples of the global batch that each data-parallel rank takes.
+    """
+    longer = extended(model, trained_tokens, new_tokens)
+    limit_tokens = recipe.train.micro_batch_size * max(p.seq_len for p in recipe.data.phases)
+    return (
+        f"model.max_position_tokens={longer.max_position_tokens}",
+        f"model.yarn={to_json(longer.yarn)}",
+        f"train.micro_batch_size={micro_batch_size(limit_tokens, new_tokens, per_rank)}",
+        f"needle.lengths_tokens={sorted({trained_tokens, new_tokens})}",
+    )
+
+
+def micro_batch_size(limit_tokens: int, seq_len: int, per_rank: int) -> int:
+    """Return the largest number of samples of `seq_len` within `limit_tokens` that divides `per_rank`; at least 1."""
+    return max((m for m in range(1, limit_tokens // seq_len + 1) if per_rank % m == 0), default=1)

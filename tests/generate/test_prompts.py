@@ -1,0 +1,39 @@
+"""Prompts from the command line and from files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_sov.errors import UserError
+from megatron_sov.generate.prompts import Prompt, read_prompts
+
+
+def test_texts_come_first_then_the_lines_of_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "수도는", "target": "서울"}\n\n{"prompt": "b", "id": 7}\n', encoding="utf-8")
+    assert read_prompts(["a"], file) == [Prompt("a"), Prompt("수도는", "서울"), Prompt("b")]
+    assert read_prompts(["a"], None) == [Prompt("a")]
+
+
+@pytest.mark.parametrize(("line", "sentence"), [
+    ("{", "is not valid JSON"),
+    ('["a"]', 'must be an object with "prompt"'),
+    ('{"text": "a"}', 'must be an object with "prompt"'),
+    ('{"prompt": "a", "target": 1}', 'must be an object with "prompt"'),
+])
+def test_a_malformed_line_is_named_by_number(tmp_path: Path, line: str, sentence: str) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "a"}\n' + line)
+    with pytest.raises(UserError, match=f"prompts.jsonl:2: {sentence}"):
+        read_prompts([], file)
+
+
+def test_nothing_to_ask_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is nothing to continue"):
+        read_prompts([], None)
+    with pytest.raises(UserError, match="prompt 2 is empty"):
+        read_prompts(["a", ""], None)
+    with pytest.raises(UserError, match=r"nowhere\.jsonl: cannot be read"):
+        read_prompts([], tmp_path / "nowhere.jsonl")

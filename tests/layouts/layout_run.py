@@ -1,0 +1,90 @@
+"""Runs inside ranks: a real trainer's steps and gradients, as plain numbers and checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_sov import recipes
+from megatron_sov.config import RunConfig, apply_settings
+from megatron_sov.data.shards import open_sources
+from megatron_sov.mcore import checkpoint, world
+from megatron_sov.post.sft import SupervisedFineTuning
+from megatron_sov.train.lm import LanguageModelling
+from megatron_sov.train.run_folder import RunFolder
+from megatron_sov.train.trainer import Trainer
+
+SMALL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_heads=4", "model.num_kv_heads=2", "model.head_dim=8",
+         "model.expert_ffn_dim=16", "train.global_batch_size=8", "train.micro_batch_size=2", "train.steps=20",
+         "train.head_chunk_tokens=24", "optim.warmup_steps=2",
+         # Adam with eps 1e-8 turns float noise of near-zero gradients into whole updates: gradients still agree to 1e-6 then,
+         # but losses only to 1e-4 after some steps.  With a larger eps a disagreement of layouts cannot hide in that.
+         "optim.eps=1e-3")
+FAMILIES = {
+    "tiny-solar-open": ("model.num_layers=2",),
+    "tiny-k-exaone": ("model.dense_ffn_dim=48", "model.sliding_window_tokens=8"),
+}
+
+
+def small_config(recipe: str, settings: list[str], paths: list[str], objective: str) -> RunConfig:
+    """Return a recipe at a size of some thousand parameters with samples of 32 tokens; `settings` win."""
+    base = recipes.get(recipe)
+    phases = 'data.phases=[{"name": "main", "seq_len": 32}]'
+    chosen = [*SMALL, *FAMILIES[recipe], f"objective.name={objective}", phases, *settings]
+    config = apply_settings(base, chosen)
+    return apply_settings(config, [f"data.paths={{{', '.join(f'{chr(34)}{p}{chr(34)}: 1' for p in paths)}}}"])
+
+
+def _trainer(config: RunConfig) -> Trainer:
+    place = world.join(config.parallel)
+    config.check(place.size)
+    factory = LanguageModelling if config.objective.name == "lm" else SupervisedFineTuning
+    sources = open_sources(config.data.paths, config.model.vocab_size)
+    return Trainer(config, place, RunFolder(Path("not-written")), sources, factory)
+
+
+def curve(recipe: str, settings: list[str], paths: list[str], objective: str = "lm", steps: int = 4) -> list[dict[str, Any]]:
+    """Train; return each step's loss, losses of terms and sources, gradient norm, expert load and router biases."""
+    trainer = _trainer(small_config(recipe, settings, paths, objective))
+    taken = [_step(trainer) for _ in range(steps)]
+    world.leave()
+    return taken
+
+
+def _step(trainer: Trainer) -> dict[str, Any]:
+    result = trainer.update()
+    model = trainer.config.model
+    biases: list[Any] = [None] * trainer.world.size
+    dist.all_gather_object(biases, {m.layer_number: m.expert_bias.tolist() for m in trainer.model.modules()
+                                    if getattr(m, "expert_bias", None) is not None})
+    layers = {layer: bias for part in biases for layer, bias in part.items()}
+    return {"loss": result.loss, "grad_norm": result.grad_norm, "tokens": result.num_tokens,
+            **{f"term {name}": value for name, value in result.losses.items()},
+            **{f"source {name}": value for name, value in result.losses_by_source.items()},
+            "load": trainer.expert_load.gather(model.num_layers, model.num_experts).tolist(),
+            "router bias": [layers[i] for i in sorted(layers)]}
+
+
+def one_batch(recipe: str, settings: list[str], paths: list[str], objective: str, out: str) -> dict[str, Any]:
+    """Return the loss of the first global batch and the batch itself; OUT/weights and OUT/gradients are checkpoints."""
+    config = small_config(recipe, settings, paths, objective)
+    trainer = _trainer(config)
+    # before the step, which moves router biases
+    state = {"step": 0, "tokens": 0}
+    checkpoint.save(Path(out) / "weights", trainer.model, None, state, config.to_dict(), trainer.tokenizer)
+    batch = trainer.objective.prepare(trainer.objective.collect(trainer.policy, 0))
+    sums = trainer._forward_backward(batch).tolist()
+    terms = sorted(trainer.objective.coefficients)
+    losses = {t: sums[i] / batch.targets[t] for i, t in enumerate(terms)}
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.copy_(parameter.main_grad)
+    checkpoint.save(Path(out) / "gradients", trainer.model, None, state, config.to_dict(), trainer.tokenizer)
+    world.leave()
+    return {"losses": losses, "loss": sum(trainer.objective.coefficients[t] * v for t, v in losses.items()),
+            "micro_batches": [{"bounds": m.inputs.cu_seqlens.tolist(), "padding": m.inputs.padding.tolist(),
+                               "tokens": m.inputs.tokens.tolist(), "labels": m.labels.tolist(), "weights": m.weights.tolist(),
+                               "types": m.types.tolist()} for m in batch.micro_batches]}
