@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_sov.data.order import Sample, Segment
+from megatron_sov.data.order import Sample
+from megatron_sov.data.packing import Segment
 from megatron_sov.data.shards import Documents
 
 

@@ -114,7 +114,7 @@ class ChainedLengths:
     """The lengths of several shards as one sequence, without reading them."""
 
     def __init__(self, parts: list[np.ndarray]) -> None:
-        self._parts = parts
+        self.parts = parts
         self._ends = np.cumsum([len(p) for p in parts]).tolist()
 
     def find(self, document: int) -> tuple[int, int]:
@@ -122,17 +122,17 @@ class ChainedLengths:
         if not 0 <= document < self._ends[-1]:
             raise IndexError(f"document {document} of {self._ends[-1]}")
         part = bisect_right(self._ends, document)
-        return part, document - (self._ends[part] - len(self._parts[part]))
+        return part, document - (self._ends[part] - len(self.parts[part]))
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
     def __getitem__(self, document: int) -> int:
         part, index = self.find(document)
-        return int(self._parts[part][index])
+        return int(self.parts[part][index])
 
     def __iter__(self) -> Iterator[int]:
-        for part in self._parts:
+        for part in self.parts:
             yield from part.tolist()
 
     def tolist(self) -> list[int]:

@@ -11,7 +11,8 @@ from megatron_sov.config import RunConfig
 from megatron_sov.data.shards import Source
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.logprobs import Head
-from megatron_sov.train.lm import MTP, DataBatches
+from megatron_sov.train.databatches import DataBatches
+from megatron_sov.train.lm import MTP
 from megatron_sov.train.microbatch import MicroBatch, shifted_targets
 from megatron_sov.train.objective import GlobalBatch, LossSums, per_source, with_denominators
 
@@ -30,7 +31,7 @@ class SupervisedFineTuning:
     def __init__(self, config: RunConfig, batches: DataBatches) -> None:
         self._batches = batches
         self._depths = config.model.num_mtp_layers
-        self._num_sources = len(batches.order.sources)
+        self._num_sources = batches.num_sources
         self.coefficients = {RESPONSE: 1.0}
         if config.objective.text_coeff > 0:
             self.coefficients[TEXT] = config.objective.text_coeff
@@ -39,7 +40,7 @@ class SupervisedFineTuning:
 
     def collect(self, policy: Any, step: int) -> GlobalBatch:
         """Return the next batch of the data order."""
-        return self._batches.batch(step)
+        return self._batches.next()
 
     def prepare(self, batch: GlobalBatch) -> GlobalBatch:
         """Count each term's targets over the global batch."""

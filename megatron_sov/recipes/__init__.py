@@ -7,11 +7,12 @@ from collections.abc import Callable
 from megatron_sov.config import RunConfig
 from megatron_sov.errors import UserError, nearest
 from megatron_sov.recipes.k_exaone import k_exaone_236b
-from megatron_sov.recipes.solar_open import solar_open_102b
+from megatron_sov.recipes.solar_open import solar_open_102b, solar_open_102b_mid
 from megatron_sov.recipes.tiny import shrink
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {
     "solar-open-102b": solar_open_102b,
+    "solar-open-102b-mid": solar_open_102b_mid,
     "k-exaone-236b": k_exaone_236b,
     "tiny-solar-open": lambda: shrink(solar_open_102b()),
     "tiny-k-exaone": lambda: shrink(k_exaone_236b()),

@@ -12,12 +12,15 @@ from megatron_sov.config import (
     TrainConfig,
 )
 
+TOKENS = 11_000_000_000_000
 PHASES = (
-    PhaseConfig("foundation", share=0.7, seq_len=8192),
-    PhaseConfig("expert-knowledge", share=0.2, seq_len=8192),
-    PhaseConfig("reasoning", share=0.1, seq_len=8192),
+    PhaseConfig("foundation", tokens=round(0.7 * TOKENS), seq_len=8192, blend={"web": 70.0, "korean": 10.0, "multilingual": 10.0, "code": 10.0}),
+    PhaseConfig("expert-knowledge", tokens=round(0.2 * TOKENS), seq_len=8192,
+                blend={"web-high": 45.0, "korean": 10.0, "multilingual": 5.0, "code": 15.0, "stem": 25.0}),
+    PhaseConfig("reasoning", tokens=round(0.1 * TOKENS), seq_len=8192,
+                blend={"web-high": 30.0, "korean": 10.0, "code": 15.0, "stem": 15.0, "reasoning-trajectories": 30.0}),
 )
-"""The report gives the three stages and 11 T tokens in all, but not each stage's part; these parts are our choice."""
+"""The report gives the three stages and 11 T tokens in all; each stage's part and blend are our choice."""
 
 
 def model() -> ModelConfig:
@@ -39,5 +42,5 @@ def k_exaone_236b() -> RunConfig:
         parallel=ParallelConfig(ep=16),
         data=DataConfig(phases=PHASES),
         optim=OptimConfig(lr=3e-4, min_lr=3e-5, schedule="wsd", warmup_steps=2000, decay_share=0.1, weight_decay=0.1),
-        train=TrainConfig(tokens=11_000_000_000_000, global_batch_size=4096, micro_batch_size=1, recompute=True),
+        train=TrainConfig(global_batch_size=4096, micro_batch_size=1, recompute=True),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megatron_sov.config import NeedleConfig, RunConfig
+from megatron_sov.config import NeedleConfig, PhaseConfig, RunConfig
 
 SEQ_LEN = 256
 
@@ -25,9 +25,14 @@ def shrink(run: RunConfig) -> RunConfig:
         recipe="tiny-" + run.recipe.rpartition("-")[0],
         model=small,
         parallel=replace(run.parallel, tp=1, sp=False, pp=1, ep=1, etp=1),
-        data=replace(run.data, phases=tuple(replace(p, seq_len=SEQ_LEN) for p in run.data.phases), heldout_tokens=16384),
+        data=replace(run.data, phases=tuple(_small(p) for p in run.data.phases), heldout_tokens=16384),
         optim=replace(run.optim, lr=4e-3, min_lr=2e-4, warmup_steps=20),
         train=replace(run.train, steps=200, tokens=0, global_batch_size=16, micro_batch_size=8, precision="fp32", recompute=False,
                       checkpoint_every_steps=50, eval_every_steps=100),
         needle=NeedleConfig(lengths_tokens=(256, 512), depths=(0.0, 0.5, 0.95), samples=20),
     )
+
+
+def _small(phase: PhaseConfig) -> PhaseConfig:
+    """Return a phase with its part of the run kept, over whatever sources the data has."""
+    return replace(phase, tokens=0, share=phase.tokens or phase.share, blend={}, seq_len=SEQ_LEN, global_batch_size=0)

@@ -7,39 +7,12 @@ from typing import Any
 import torch
 
 from megatron_sov.config import RunConfig
-from megatron_sov.data.order import Sample, SampleOrder
-from megatron_sov.data.rows import Row, join_rows, sample_row
-from megatron_sov.data.shards import Documents
 from megatron_sov.mcore.logprobs import Head
-from megatron_sov.mcore.world import World
-from megatron_sov.train.microbatch import MicroBatch, from_row, shifted_targets
+from megatron_sov.train.databatches import DataBatches
+from megatron_sov.train.microbatch import MicroBatch, shifted_targets
 from megatron_sov.train.objective import GlobalBatch, LossSums, per_source, with_denominators
 
 LM, MTP = "lm", "mtp"
-
-
-class DataBatches:
-    """Cuts the data order's global batches into this rank's micro-batches."""
-
-    def __init__(self, config: RunConfig, order: SampleOrder, world: World) -> None:
-        self.order = order
-        self._micro_batch_size = config.train.micro_batch_size
-        self._world = world
-        self._shards: dict[int, Documents] = {}
-
-    def batch(self, step: int) -> GlobalBatch:
-        """Return this rank's part of the batch of `step` and move the data cursors."""
-        phase, samples = self.order.next_batch(step)
-        stride = self._micro_batch_size * self._world.dp_size
-        first = self._world.dp_rank * self._micro_batch_size
-        mine = [samples[i:i + self._micro_batch_size] for i in range(first, len(samples), stride)]
-        micro_batches = tuple(from_row(join_rows([self._row(s, phase.seq_len) for s in part])) for part in mine)
-        return GlobalBatch(micro_batches, phase.seq_len, len(samples), phase.name)
-
-    def _row(self, sample: Sample, seq_len: int) -> Row:
-        if sample.source not in self._shards:
-            self._shards[sample.source] = self.order.sources[sample.source].shard("train")
-        return sample_row(sample, self._shards[sample.source], seq_len)
 
 
 class LanguageModelling:
@@ -48,14 +21,14 @@ class LanguageModelling:
     def __init__(self, config: RunConfig, batches: DataBatches) -> None:
         self._batches = batches
         self._depths = config.model.num_mtp_layers
-        self._num_sources = len(batches.order.sources)
+        self._num_sources = batches.num_sources
         self.coefficients = {LM: 1.0}
         if self._depths:
             self.coefficients[MTP] = config.model.mtp_loss_coeff
 
     def collect(self, policy: Any, step: int) -> GlobalBatch:
         """Return the next batch of the data order."""
-        return self._batches.batch(step)
+        return self._batches.next()
 
     def prepare(self, batch: GlobalBatch) -> GlobalBatch:
         """Count targets: every weighted label for the trunk, and the mean over depths for multi-token prediction."""

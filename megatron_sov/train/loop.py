@@ -17,10 +17,12 @@ def train(trainer: Trainer, stop: StopFlag) -> bool:
     result: StepResult | None = None
     while trainer.done.step < trainer.num_steps:
         result = trainer.update()
-        trainer.log(result)
+        if result is not None:
+            trainer.log(result)
         step, last = trainer.done.step, trainer.done.step == trainer.num_steps
         if last or (every.eval_every_steps and step % every.eval_every_steps == 0):
-            trainer.log_expert_load()
+            if result is not None:
+                trainer.log_expert_load()
             trainer.evaluate()
         if stop.agreed() and not last:
             trainer.save()

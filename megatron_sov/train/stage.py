@@ -12,7 +12,8 @@ import torch.distributed as dist
 
 from megatron_sov.artifacts import manifest_sha256, read_manifest
 from megatron_sov.config import RunConfig, from_dict
-from megatron_sov.data.order import resolve_phases
+from megatron_sov.data.ledger import plan
+from megatron_sov.data.long_documents import with_long_documents
 from megatron_sov.data.shards import Source, open_sources, tokenizer_folder
 from megatron_sov.data.vocabulary import refuse_other_tokens
 from megatron_sov.errors import StopRequested, UserError
@@ -60,8 +61,9 @@ def run_stage(stage: Stage, nproc: int | None) -> None:
     if completion is not None:
         print(f"{stage.folder.path}: is complete at step {completion['step']}")
         return
-    sources = open_sources(stage.config.data.paths, stage.config.model.vocab_size) + list(stage.extra_sources)
-    resolve_phases(stage.config, sources)
+    packed = open_sources(stage.config.data.paths, stage.config.model.vocab_size)
+    sources = [*with_long_documents(stage.config, packed), *stage.extra_sources]
+    plan(stage.config, sources)
     if stage.start_from is not None:
         refuse_other_tokens(tokenizer_folder(sources), stage.start_from / "tokenizer")
     code = world.launch(lambda: _rank(stage, sources), nproc, stage.config.train.num_threads)

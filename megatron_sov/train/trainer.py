@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -14,7 +15,7 @@ import torch
 
 from megatron_sov.artifacts import manifest_sha256
 from megatron_sov.config import RunConfig
-from megatron_sov.data.order import OrderState, SampleOrder
+from megatron_sov.data.order import OrderState
 from megatron_sov.data.shards import Source, provenance, tokenizer_folder
 from megatron_sov.data.token_bytes import token_bytes
 from megatron_sov.errors import UserError
@@ -29,7 +30,7 @@ from megatron_sov.obs.events import EVENTS, EventLog
 from megatron_sov.obs.progress import Progress
 from megatron_sov.obs.trackers import Trackers
 from megatron_sov.train.evaluate import HeldoutEvaluator, HeldoutLoss
-from megatron_sov.train.lm import DataBatches
+from megatron_sov.train.databatches import DataBatches
 from megatron_sov.train.objective import GlobalBatch, Objective, total_loss
 from megatron_sov.train.run_folder import RunFolder
 from megatron_sov.train.schedules import learning_rate
@@ -67,6 +68,8 @@ class StepResult:
     """Tokens of the batch."""
     phase: str
     """Phase of the curriculum."""
+    padding_share: float
+    """Part of the batch that was padding."""
     seconds: float = field(default=0.0)
     """Wall time of the step."""
 
@@ -85,9 +88,9 @@ class Trainer:
         self.expert_load = schedule.ExpertLoad(self.model)
         self.model.config.finalize_model_grads_func = self.expert_load.finalize
         self.policy = Policy(self.model, config.train.head_chunk_tokens)
-        self.order = SampleOrder(config, sources)
+        self.batches = DataBatches(config, sources, world)
         self._objective_factory = objective
-        self.objective = objective(config, DataBatches(config, self.order, world))
+        self.objective = objective(config, self.batches)
         self.tokenizer = tokenizer_folder(sources)
         self._evaluator: HeldoutEvaluator | None = None
         self.events = EventLog(None)
@@ -95,6 +98,7 @@ class Trainer:
         self._progress: Progress | None = None
         self._continues: str | None = None
         self._data = {s.name: manifest_sha256(s.artifact) for s in sources if s.artifact is not None}
+        self._worn_out: set[str] = set()
         self._entered_s = time.monotonic()
 
     # starting and resuming
@@ -122,8 +126,9 @@ class Trainer:
         self.optimizer.adopt_model()
         checkpoint.load_optimizer(path, self.optimizer, state["num_updates"])
         self.done = Progressed(state["step"], state["tokens"], state["wall_s"])
-        self.order = SampleOrder(self.config, self.sources, OrderState.from_dict(state["order"]))
-        self.objective = self._objective_factory(self.config, DataBatches(self.config, self.order, self.world))
+        self.batches.close()
+        self.batches = DataBatches(self.config, self.sources, self.world, OrderState.from_dict(state["order"]))
+        self.objective = self._objective_factory(self.config, self.batches)
         self._continues = path.name
 
     def open_records(self) -> None:
@@ -143,22 +148,27 @@ class Trainer:
             inputs=provenance(self.sources),
             machine={"host": platform.node(), "python": platform.python_version(), "torch": torch.__version__,
                      "threads": torch.get_num_threads()})
-        for phase in self.order.phases:
-            blend = {s.name: w for s, w in zip(self.sources, phase.weights, strict=True) if w}
-            self.events.write("phase", step=phase.first_step, name=phase.name, blend=blend, seq_len=phase.seq_len)
+        for entry in self.batches.ledger.entries:
+            self.events.write("phase", step=entry.first_step, name=entry.phase, blend=entry.weights, seq_len=entry.seq_len,
+                              global_batch_size=entry.global_batch_size, skip=entry.skip)
         if self.world.is_main:
             self._progress = Progress(self.num_steps, self.done.step, self.config.recipe)
 
     # one step
 
-    def update(self) -> StepResult:
-        """Do one optimizer step.
+    def update(self) -> StepResult | None:
+        """Do one optimizer step; None where the ledger says to pass over its batch.
 
         Raises:
             UserError: loss or gradient is not a finite number; nothing is saved then.
         """
         start = time.monotonic()
         step = self.done.step
+        if self.batches.next_entry().skip:
+            self.batches.skip()
+            self.done.step += 1
+            self.events.write("skip", step=self.done.step, reason="data.skip_steps")
+            return None
         batch = self.objective.prepare(self.objective.collect(self.policy, step))
         lr = learning_rate(self.config.optim, step, self.num_steps)
         sums = self._forward_backward(batch)
@@ -172,10 +182,12 @@ class Trainer:
                             f"before it is kept, lower optim.lr = {self.config.optim.lr:g} and start a new --run --from it")
         self.done.step += 1
         self.done.tokens += batch.num_tokens
+        self._warn_of_epochs()
         return StepResult(
             loss=loss, losses=losses,
             losses_by_source={s.name: total / n for s, (total, n) in zip(self.sources, by_source, strict=True) if n > 0},
-            grad_norm=grad_norm, lr=lr, num_tokens=batch.num_tokens, phase=batch.phase, seconds=time.monotonic() - start)
+            grad_norm=grad_norm, lr=lr, num_tokens=batch.num_tokens, phase=batch.phase,
+            padding_share=1 - batch.num_tokens / (batch.num_sequences * batch.seq_len), seconds=time.monotonic() - start)
 
     def _forward_backward(self, batch: GlobalBatch) -> torch.Tensor:
         """Return the sums of all terms (in order of name), then per source, over the whole global batch."""
@@ -197,6 +209,17 @@ class Trainer:
         local = torch.stack(parts).sum(0).cpu() if parts else torch.zeros(len(terms) + 2 * len(self.sources), dtype=torch.float64)
         return schedule.from_last_stage(schedule.sum_over_data(local))
 
+    def _warn_of_epochs(self) -> None:
+        """Say once for each source that it is gone through more often than `data.max_epochs`."""
+        limit = self.config.data.max_epochs
+        for name, epochs in self.batches.epochs.items():
+            if limit and epochs > limit and name not in self._worn_out:
+                self._worn_out.add(name)
+                text = f"source {name} is in epoch {epochs:.1f}, more than data.max_epochs = {limit:g}; add data or lower its weight"
+                self.events.write("warning", step=self.done.step, text=text)
+                if self.world.is_main:
+                    print(f"warning: {text}", file=sys.stderr)
+
     # records
 
     def log(self, result: StepResult) -> None:
@@ -210,7 +233,7 @@ class Trainer:
         self.events.write(
             "step", step=self.done.step, loss=result.loss, losses=result.losses, losses_by_source=result.losses_by_source,
             grad_norm=result.grad_norm, lr=result.lr, tokens=self.done.tokens, step_time_s=result.seconds,
-            tokens_per_s=tokens_per_s, phase=result.phase, max_violation=violation)
+            tokens_per_s=tokens_per_s, phase=result.phase, max_violation=violation, padding_share=result.padding_share)
         if self._trackers is not None:
             self._trackers.log_step(self.done.step, {
                 "loss": result.loss, "grad_norm": result.grad_norm, "lr": result.lr, "tokens_per_s": tokens_per_s,
@@ -233,21 +256,22 @@ class Trainer:
             vocab = self.config.model.vocab_size
             sizes = token_bytes(self.tokenizer, vocab) if self.tokenizer else None
             self._evaluator = HeldoutEvaluator(
-                self.sources, sizes, max(p.seq_len for p in self.order.phases), self.config.train.micro_batch_size,
+                self.sources, sizes, self.batches.ledger.max_seq_len(), self.config.train.micro_batch_size,
                 self.config.data.heldout_tokens, self.world)
         results = self._evaluator.run(self.policy)
         self.events.write("eval", step=self.done.step, heldout={name: asdict(r) for name, r in results.items()})
-        consumed = self.order.consumed_tokens()
+        consumed = self.batches.consumed_tokens()
         self.events.write("data_consumed", step=self.done.step, tokens=consumed, plan=self._planned_tokens())
         return results
 
     def _planned_tokens(self) -> dict[str, int]:
         """Return the tokens of each source that the phases' weights ask for up to now."""
         plan = dict.fromkeys((s.name for s in self.sources), 0.0)
-        for phase in self.order.phases:
-            steps = max(0, min(self.done.step, phase.last_step) - phase.first_step)
-            for source, weight in zip(self.sources, phase.weights, strict=True):
-                plan[source.name] += steps * self.config.train.global_batch_size * phase.seq_len * weight
+        entries = self.batches.ledger.entries
+        for entry, after in zip(entries, [*(e.first_step for e in entries[1:]), self.num_steps], strict=True):
+            steps = max(0, min(self.done.step, after) - entry.first_step)
+            for name, weight in entry.weights.items():
+                plan[name] += steps * entry.global_batch_size * entry.seq_len * weight
         return {name: round(tokens) for name, tokens in plan.items()}
 
     def save(self) -> Path:
@@ -255,7 +279,7 @@ class Trainer:
         start = time.monotonic()
         path = self.folder.checkpoint(self.done.step)
         state = {"step": self.done.step, "tokens": self.done.tokens, "wall_s": self.wall_s(),
-                 "num_updates": self.optimizer.num_updates, "order": self.order.state.to_dict(), "data": self._data}
+                 "num_updates": self.optimizer.num_updates, "order": self.batches.state(), "data": self._data}
         checkpoint.save(path, self.model, self.optimizer, state, self.config.to_dict(), self.tokenizer)
         if self.world.is_main:
             checkpoint.prune(self.folder.checkpoints, self.config.train.keep_checkpoints)
@@ -274,6 +298,7 @@ class Trainer:
         if self._trackers is not None:
             self._trackers.close()
         self.events.close()
+        self.batches.close()
 
 
 def _max_violation(load: torch.Tensor) -> float:
