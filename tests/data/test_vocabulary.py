@@ -42,7 +42,7 @@ def test_without_a_tokenizer_on_one_side_nothing_is_compared(tmp_path: Path) -> 
     refuse_other_tokens(data, tmp_path)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"model": {"vocab": [["a", 1.0]]}}'])
+@pytest.mark.parametrize("content", ["{", "[]", '{"model": {}}'])
 def test_a_damaged_file_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(UserError, match=r"tokenizer.json: cannot be read as a tokenizer"):
