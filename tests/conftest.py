@@ -9,6 +9,7 @@ import json
 import optparse
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -137,9 +138,12 @@ def imported(tmp_path_factory: pytest.TempPathFactory, hf_models: dict[str, Path
 
 
 @pytest.fixture
-def one_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands run their single rank in this process: pytest's process has threads, which a fork would not survive."""
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "SOV_RENDEZVOUS": f"file://{tmp_path}/rendezvous"}.items():
+def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands run as the one rank of a torchrun: pytest's process has threads, which a fork would not survive."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}.items():
         monkeypatch.setenv(name, value)
 
 

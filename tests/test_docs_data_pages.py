@@ -40,6 +40,10 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / f"my-texts/{name}.txt").write_text(text)
     chats = [{"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i}!"}]} for i in range(30)]
     (tmp_path / "corpus/chat.jsonl").write_text("\n".join(map(json.dumps, chats)))
+    (tmp_path / "pairs.jsonl").write_text("\n".join(
+        json.dumps({"prompt": f"{i} + 1?", "chosen": f"{i + 1}", "rejected": "No idea."}) for i in range(30)))
+    (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": f"{i} + 1?", "answer": i + 1}) for i in range(30)))
+    (tmp_path / "crawl.jsonl").write_text('{"text": "a good line"}\n{"text": "cut o')
     (tmp_path / "rules.json").write_text(blocks("tokenizer.md", "json")[0])
     library = demo_corpus.stdlib_files()[::40]
     monkeypatch.setattr(demo_corpus, "stdlib_files", lambda: library)
@@ -52,7 +56,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_what_the_pages_show_runs(workplace: Path) -> None:
     shown = [command for page in ("tokenizer.md", "data.md") for command in commands(page)]
-    assert len(shown) == 8
+    assert len(shown) == 14
     for name, *arguments in shown:
         smaller = ["600" if a == "2048" else a for a in arguments]  # the text here is too small for the page's vocabulary
         assert MAINS[name](smaller) == 0, (name, arguments)

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
+import pyarrow
 import pytest
+import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from megatron_sov import documents
-from megatron_sov.documents import cut_at_blank_lines, cut_text, list_files, read_documents
+from megatron_sov.documents import (
+    Document,
+    Reading,
+    cut_at_blank_lines,
+    cut_text,
+    list_files,
+    plan_units,
+    read_documents,
+    read_span,
+)
+from megatron_sov.documents.records import Messages
 from megatron_sov.errors import UserError
 
 
@@ -96,3 +110,92 @@ def test_cuts_prefer_blank_lines_then_lines_then_spaces() -> None:
     assert list(cut_text("aaaa\nbb cc", 8)) == ["aaaa\n", "bb cc"]
     assert list(cut_text("aaaa bbbb", 8)) == ["aaaa ", "bbbb"]
     assert list(cut_text("가나다", 8)) == ["가나", "다"]
+
+
+def test_compressed_files_of_one_or_more_frames_read_as_plain_ones(tmp_path: Path) -> None:
+    text = "".join(f"line {i} 한국어\n\n" for i in range(100_000))  # above the size of a whole document
+    raw = text.encode()
+    (tmp_path / "a.txt").write_bytes(raw)
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(raw[:777]) + gzip.compress(raw[777:]))
+    (tmp_path / "c.txt.zst").write_bytes(zstandard.compress(raw[:777]) + zstandard.compress(raw[777:]))
+    plain = read(tmp_path / "a.txt")
+    assert "".join(plain) == text and len(plain) > 5
+    assert plain == read(tmp_path / "b.txt.gz") == read(tmp_path / "c.txt.zst")
+    assert [p.name for p in list_files(tmp_path)] == ["a.txt", "b.txt.gz", "c.txt.zst"]
+    for name in ("b.txt.gz", "c.txt.zst"):
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-30])
+        with pytest.raises(UserError, match=f"{name}: is cut off or damaged"):
+            read(tmp_path / name)
+
+
+@pytest.mark.parametrize("span_bytes", [150, 1000, 2_000_000])
+def test_spans_cut_between_lines_and_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, span_bytes: int) -> None:
+    texts = ["a", "b" * 700, *(f"text {i}\n한국어" for i in range(300))]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in texts) + "\n\n")
+    monkeypatch.setattr("megatron_sov.documents.files.WHOLE_FILE_BYTES", 100)
+    [*units] = plan_units([tmp_path / "a.jsonl"], span_bytes)
+    assert (len(units) > 10) == (span_bytes <= 1000)
+    found = [item for unit in units for span in unit for item in read_span(span, Reading("text"))]
+    assert [d.text for d in found if isinstance(d, Document)] == texts and len(found) == len(texts)
+
+
+def test_small_files_share_a_unit_and_order_is_kept(tmp_path: Path) -> None:
+    for i in range(20):
+        (tmp_path / f"{i:02}.txt").write_text("x" * 100)
+    units = list(plan_units(list_files(tmp_path), 450))
+    assert [len(unit) for unit in units] == [4] * 5
+    assert [span.file.name for unit in units for span in unit] == [f"{i:02}.txt" for i in range(20)]
+
+
+def test_a_byte_order_mark_is_no_text_of_jsonl_either(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n{"text": "two"}\n')
+    assert read(tmp_path / "a.jsonl") == ["one", "two"]
+
+
+def test_rows_of_parquet_are_records_with_their_numbers(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+    parquet.write_table(pyarrow.table({"id": ["a", "b"], "messages": [chat, chat[:1]]}), tmp_path / "a.parquet", row_group_size=1)
+    first, second = read_documents([tmp_path / "a.parquet"])
+    assert first.messages == (("user", "hi"), ("assistant", "yo")) and (first.id, first.where) == ("a", f"{tmp_path}/a.parquet:1")
+    assert second.messages == (("user", "hi"),)
+    parquet.write_table(pyarrow.table({"body": ["one", None]}), tmp_path / "b.parquet")
+    with pytest.raises(UserError, match=r"b\.parquet:2: has no string field 'body'"):
+        list(read_documents([tmp_path / "b.parquet"], Reading("text", "body")))
+    with pytest.raises(UserError, match=r"b\.parquet: has no column 'text' \(columns: body\)"):
+        list(read_documents([tmp_path / "b.parquet"], Reading("text")))
+
+
+PREFERENCES = [
+    ({"prompt": "p", "chosen": "c", "rejected": "r"}, (("user", "p"),), (("assistant", "c"),), (("assistant", "r"),)),
+    ({"chosen": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "c"}],
+      "rejected": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "r"}]},
+     (("user", "p"),), (("assistant", "c"),), (("assistant", "r"),)),
+]
+
+
+@pytest.mark.parametrize(("record", "prompt", "chosen", "rejected"), PREFERENCES, ids=["strings", "shared beginning"])
+def test_preferences_have_a_prompt_and_two_continuations(tmp_path: Path, record: dict[str, object], prompt: Messages,
+                                                         chosen: Messages, rejected: Messages) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps(record))
+    [found] = read_documents([tmp_path / "a.jsonl"], Reading("preference"))
+    assert (found.kind, found.messages, found.chosen, found.rejected) == ("preference", prompt, chosen, rejected)
+
+
+@pytest.mark.parametrize(("record", "rule"), [
+    ({"prompt": "p", "chosen": "same", "rejected": "same"}, "nothing to prefer"),
+    ({"chosen": "c", "rejected": "r"}, "has no prompt"),
+    ({"prompt": "p", "chosen": [{"role": "user", "content": "c"}], "rejected": "r"}, "'chosen' holds no message of the assist"),
+    ({"prompt": "p"}, "is a prompt, but --format is preference"),
+    ({"text": "t"}, "is plain text, but --format is preference"),
+])
+def test_malformed_preferences_are_refused(tmp_path: Path, record: dict[str, object], rule: str) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=rule):
+        list(read_documents([tmp_path / "a.jsonl"], Reading("preference")))
+
+
+def test_a_prompt_keeps_its_other_fields(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "2 + 2?", "answer": {"value": 4}, "level": "쉬움"}))
+    [found] = read_documents([tmp_path / "a.jsonl"], Reading("prompt"))
+    assert found.kind == "prompt" and found.messages == (("user", "2 + 2?"),)
+    assert json.loads(found.extra) == {"answer": {"value": 4}, "level": "쉬움"}

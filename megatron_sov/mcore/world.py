@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import datetime
+import itertools
 import os
 import signal
 import sys
-import tempfile
 import time
 import traceback
 import warnings
@@ -27,6 +27,10 @@ COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """Signals that ask for a stop; the launcher passes them on to its ranks."""
 _PR_SET_PDEATHSIG = 1
+_joins = itertools.count()
+LOCALHOST = "127.0.0.1"
+STORE_PORT = "SOV_STORE_PORT"
+"""Environment variable: port of the rendezvous that the launcher of local ranks holds."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +66,9 @@ def join(parallel: ParallelConfig) -> World:
     if cpu.on_gpu():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if cpu.on_gpu() else "gloo", rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT,
-                                init_method=os.environ.get("SOV_RENDEZVOUS", "env://"))
+        backend, port = "nccl" if cpu.on_gpu() else "gloo", os.environ.get(STORE_PORT)
+        store = dist.PrefixStore(str(next(_joins)), dist.TCPStore(LOCALHOST, int(port), is_master=False)) if port else None
+        dist.init_process_group(backend, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT, store=store)
     parallel_state.initialize_model_parallel(
         parallel.tp, parallel.pp, expert_model_parallel_size=parallel.ep, expert_tensor_parallel_size=parallel.etp)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
@@ -103,11 +108,11 @@ def launch(main: Callable[[], Any], nproc: int | None, num_threads: int = 0) -> 
         return _rank_code(main)
     count = num_ranks(nproc)
     torch.set_num_threads(num_threads or max(1, (os.cpu_count() or 1) // count))
-    with tempfile.TemporaryDirectory(prefix="sov-rendezvous-") as folder:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        environment = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "SOV_RENDEZVOUS": f"file://{folder}/store"}
-        children = [_fork(main, rank, environment) for rank in range(count)]
-        return _wait(children)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    # held by the launcher, in memory: it survives any rank, and a full disk cannot stall it
+    store = dist.TCPStore(LOCALHOST, 0, is_master=True, wait_for_workers=False)
+    environment = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), STORE_PORT: str(store.port)}
+    return _wait([_fork(main, rank, environment) for rank in range(count)])
 
 
 def _fork(main: Callable[[], Any], rank: int, environment: dict[str, str]) -> int:

@@ -24,13 +24,14 @@ def extended(model: ModelConfig, trained_tokens: int, new_tokens: int) -> ModelC
         trained_tokens: longest context it was trained on.
         new_tokens: context that it is to be trained on.
     """
-    model = replace(model, max_position_tokens=max(model.max_position_tokens, new_tokens))
+    longest = max(model.max_position_tokens, new_tokens)
     original = model.yarn.original_max_position_tokens if model.yarn else trained_tokens
     reached = original * model.yarn.factor if model.yarn else original
     if "L" in model.attention_pattern or new_tokens <= reached:
-        return model
-    yarn = model.yarn or YarnConfig()
-    return replace(model, yarn=replace(yarn, factor=new_tokens / original, original_max_position_tokens=original))
+        return replace(model, max_position_tokens=longest)
+    yarn = replace(model.yarn or YarnConfig(), factor=new_tokens / original, original_max_position_tokens=original)
+    # the stretched rotations reach to new_tokens and no farther; transformers expects the same figure
+    return replace(model, yarn=yarn, max_position_tokens=new_tokens)
 
 
 def phase_setting(trained_tokens: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,11 @@ class RunFolder:
             UserError: the folder holds something else, a run that was not asked for, one with other settings, or a
                 complete one that is shorter.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"{self.path}: is a file; --run needs a folder")
+        nearest = next(p for p in (self.path.absolute(), *self.path.absolute().parents) if p.exists())
+        if not nearest.is_dir():
+            raise UserError(f"{nearest}: is a file; --run needs a folder")
+        if not os.access(nearest, os.W_OK):
+            raise UserError(f"{nearest}: cannot be written; choose another --run")
         earlier = self.config()
         if earlier is None:
             if self.path.is_dir() and any(not p.name.startswith(".") and p.name != LOCK for p in self.path.iterdir()):

@@ -96,10 +96,12 @@ def artifact(path: Path, names: dict[str, int], *, tokenizer: str = "t" * 64, vo
         described = []
         for name, count in names.items():
             write_shard(a.path / name, [[1, 2]] * count)
-            described.append({"name": name, "splits": {"train": {"prefix": name, "num_tokens": 2 * count}}})
+            train = {"prefix": name, "shards": [{"prefix": name}], "num_tokens": 2 * count}
+            described.append({"name": name, "format": format_, "splits": {"train": train}})
         (a.path / "tokenizer").mkdir()
         (a.path / "tokenizer" / "tokenizer.json").write_text("{}")
-        a.content = {"tokenizer_sha256": tokenizer, "vocab_size": vocab_size, "format": format_, "sources": described}
+        a.content = {"content_version": 2, "tokenizer_sha256": tokenizer, "vocab_size": vocab_size, "format": format_,
+                     "sources": described}
     return str(path)
 
 

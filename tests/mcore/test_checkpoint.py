@@ -68,30 +68,6 @@ def copied(layout: dict[str, Any], source: str, target: str) -> dict[str, Any]:
     return {"updates": optimizer.num_updates, "state": checkpoint.read_state(Path(target))}
 
 
-@pytest.mark.distributed
-def test_any_layout_reads_what_another_wrote_to_the_bit(ranks, job, tmp_path: Path) -> None:
-    from megatron_sov.artifacts import damaged_files, read_manifest
-    from megatron_sov.mcore.tensors import TensorReader
-
-    names = [tmp_path / n for n in ("written", "alone", "split", "experts")]
-    layouts = [(1, {}), (4, ALL), (2, {"ep": 2})]
-    _, *results = ranks(job(__file__, "written", 4, {"layout": ALL, "path": str(names[0])}),
-                        *(job(__file__, "copied", n, {"layout": layout, "source": str(a), "target": str(b)})
-                          for (n, layout), a, b in zip(layouts, names, names[1:], strict=False)))
-    assert all(r == {"updates": 7, "state": {"step": 7, "tokens": 70}} for result in results for r in result)
-    assert read_manifest(names[0]).content == {"step": 7, "tokens": 70, "parts": ["model", "optimizer"]}
-    for part, count in (("model", 40), ("optimizer", 80)):
-        first = TensorReader(names[0], part)
-        assert len(first.keys()) > count
-        for name in names[1:]:
-            assert damaged_files(name) == []
-            other = TensorReader(name, part)
-            assert sorted(other.keys()) == sorted(first.keys())
-            for key in first.keys():  # noqa: SIM118  (a reader is no dict)
-                assert other.read(key).equal(first.read(key)), key
-                assert first.read(key).std() > 0.5, key  # the known numbers, not initial ones
-
-
 def continued(path: str) -> dict[str, Any]:
     """In bf16: update, save, update again; then load into a new model and update that: return whether they agree."""
     import torch
@@ -133,12 +109,33 @@ def continued(path: str) -> dict[str, Any]:
 
 
 @pytest.mark.distributed
-def test_bf16_goes_on_from_fp32_masters_and_biases(ranks, job, tmp_path: Path) -> None:
-    (result,), = ranks(job(__file__, "continued", 1, {"path": str(tmp_path / "step-1")}))
-    assert result["differing"] == []
-    assert (result["dtype"], result["counts"], result["weights"]) == ("torch.float32", "torch.float32", ["torch.bfloat16"])
-    assert result["bias"] == pytest.approx(0.123456789, abs=1e-8)
-    assert len(result["finer"]) > 40
+def test_any_layout_reads_what_another_wrote_to_the_bit_and_goes_on(ranks, job, tmp_path: Path) -> None:
+    from megatron_sov.artifacts import damaged_files, read_manifest
+    from megatron_sov.mcore.tensors import TensorReader
+
+    names = [tmp_path / n for n in ("written", "alone", "split", "experts")]
+    layouts = [(1, {}), (4, ALL), (2, {"ep": 2})]
+    (goes_on,), _, *results = ranks(job(__file__, "continued", 1, {"path": str(tmp_path / "step-1")}),
+                        job(__file__, "written", 4, {"layout": ALL, "path": str(names[0])}),
+                        *(job(__file__, "copied", n, {"layout": layout, "source": str(a), "target": str(b)})
+                          for (n, layout), a, b in zip(layouts, names, names[1:], strict=False)))
+    assert all(r == {"updates": 7, "state": {"step": 7, "tokens": 70}} for result in results for r in result)
+    assert read_manifest(names[0]).content == {"step": 7, "tokens": 70, "parts": ["model", "optimizer"]}
+    for part, count in (("model", 40), ("optimizer", 80)):
+        first = TensorReader(names[0], part)
+        assert len(first.keys()) > count
+        for name in names[1:]:
+            assert damaged_files(name) == []
+            other = TensorReader(name, part)
+            assert sorted(other.keys()) == sorted(first.keys())
+            for key in first.keys():  # noqa: SIM118  (a reader is no dict)
+                assert other.read(key).equal(first.read(key)), key
+                assert first.read(key).std() > 0.5, key  # the known numbers, not initial ones
+
+    assert goes_on["differing"] == []
+    assert (goes_on["dtype"], goes_on["counts"], goes_on["weights"]) == ("torch.float32", "torch.float32", ["torch.bfloat16"])
+    assert goes_on["bias"] == pytest.approx(0.123456789, abs=1e-8)
+    assert len(goes_on["finer"]) > 40
 
 
 def failures(folder: str) -> dict[str, str]:
@@ -170,6 +167,7 @@ def failures(folder: str) -> dict[str, str]:
         tensors.save_file = full
     told("full disk", lambda: save(path))
     tensors.save_file = original
+    dist.barrier()  # the process that made the folder deletes it
     said["left over"] = ",".join(sorted(p.name for p in Path(folder).iterdir()))
     dist.barrier()
     (Path(folder) / "foreign" / "notes").mkdir(parents=True, exist_ok=True)
@@ -205,23 +203,6 @@ def other_model(path: str) -> str:
     return "nothing"
 
 
-@pytest.mark.distributed
-def test_where_one_process_fails_all_are_told_and_nothing_is_left(ranks, job, tmp_path: Path) -> None:
-    for name in ("failures", "sound"):
-        (tmp_path / name).mkdir()
-    failed, _, other = ranks(job(__file__, "failures", 2, {"folder": str(tmp_path / "failures")}),
-                             job(__file__, "written", 2, {"layout": SP, "path": str(tmp_path / "sound/step-1")}),
-                             job(__file__, "other_model", 2, {"path": str(tmp_path / "sound/step-1")}))
-    for said in failed:
-        assert "rank 1 could not write its part of the checkpoint" in said["full disk"] and "No space left" in said["full disk"]
-        assert said["left over"] == ""
-        assert "foreign: exists and is not a 'checkpoint' artifact" in said["foreign"]
-        assert said["sound"] == "nothing"
-        assert "rank-00001-00000.safetensors: is missing or differs from the manifest's hash" in said["damaged"]
-        assert "rank-00001-00000.safetensors: cannot be read" in said["missing"]
-    assert all("has shape (96, 32), the model needs (64, 32)" in said for said in other)
-
-
 def choices(folder: str) -> dict[str, Any]:
     """Return which checkpoints of a run's folder are found, and which stay when it is pruned."""
     from megatron_sov.artifacts import new_artifact
@@ -251,9 +232,22 @@ def choices(folder: str) -> dict[str, Any]:
 
 
 @pytest.mark.distributed
-def test_the_newest_complete_checkpoint_is_found_and_the_oldest_go(ranks, job, tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    (found,), = ranks(job(__file__, "choices", 1, {"folder": str(tmp_path / "run")}))
+def test_where_one_process_fails_all_are_told_and_only_whole_checkpoints_count(ranks, job, tmp_path: Path) -> None:
+    for name in ("failures", "sound", "run"):
+        (tmp_path / name).mkdir()
+    (found,), failed, _, other = ranks(job(__file__, "choices", 1, {"folder": str(tmp_path / "run")}),
+                             job(__file__, "failures", 2, {"folder": str(tmp_path / "failures")}),
+                             job(__file__, "written", 2, {"layout": SP, "path": str(tmp_path / "sound/step-1")}),
+                             job(__file__, "other_model", 2, {"path": str(tmp_path / "sound/step-1")}))
+    for said in failed:
+        assert "rank 1 could not write its part of the checkpoint" in said["full disk"] and "No space left" in said["full disk"]
+        assert said["left over"] == ""
+        assert "foreign: exists and is not a 'checkpoint' artifact" in said["foreign"]
+        assert said["sound"] == "nothing"
+        assert "rank-00001-00000.safetensors: is missing or differs from the manifest's hash" in said["damaged"]
+        assert "rank-00001-00000.safetensors: cannot be read" in said["missing"]
+    assert all("has shape (96, 32), the model needs (64, 32)" in said for said in other)
+
     assert "has no complete checkpoint yet" in found["none"]
     assert (found["latest"], found["run"], found["itself"]) == ("step-100", "step-100", "step-5")
     assert found["all"] == ["step-10", "step-100", "step-5"]

@@ -62,39 +62,6 @@ def _place(block: Any) -> tuple[slice, ...]:
     return tuple(slice(o, o + n) for o, n in zip(block.offset, block.shape, strict=True))
 
 
-@pytest.mark.distributed
-def test_any_range_of_the_normals_is_a_slice_and_they_are_normal(ranks, job) -> None:
-    (result,), = ranks(job(__file__, "numbers"))
-    assert result["slices"] and result["same"] and result["seeds"] == 0
-    assert result["dtype"] == "float32"
-    assert abs(result["mean"]) < 4 / 200_003 ** 0.5
-    assert result["std"] == pytest.approx(1, abs=4 * (2 * 200_003) ** -0.5)
-    assert result["kurtosis"] == pytest.approx(3, abs=4 * (96 / 200_003) ** 0.5)
-    assert result["beyond_2"] == pytest.approx(0.0455, abs=0.002)
-    assert max(abs(result["with_itself"]), abs(result["with_other"])) < 4 / 200_003 ** 0.5
-
-
-@pytest.mark.distributed
-def test_every_layout_starts_from_the_same_weights(ranks, job, tmp_path: Path) -> None:
-    sp = {"tp": 2, "sp": True}
-    layouts = [(2, sp), (2, {"ep": 2}), (2, {"pp": 2}), (2, {**sp, "etp": 2}), (4, {**sp, "pp": 2, "ep": 2})]
-    arguments = {"recipe": "tiny-k-exaone", "folder": str(tmp_path)}
-    (reference,), *results = ranks(job(__file__, "initial", 1, {**arguments, "layout": {}, "reference": True}),
-                                   *(job(__file__, "initial", n, {**arguments, "layout": x}) for n, x in layouts))
-    assert reference["unset"] == [] and reference["blocks"] > 40
-    for key, std in reference["std"].items():
-        into_residual = key.endswith(("linear_proj.weight", "linear_fc2.weight"))
-        assert std == pytest.approx(0.04 / 8 ** 0.5 if into_residual else 0.04, rel=0.15), key
-    for layout, per_rank in zip(layouts, results, strict=True):
-        for result in per_rank:
-            assert result["differing"] == [] and result["unset"] == [], layout
-
-
-def test_a_tensor_without_a_rule_is_refused(ranks, job) -> None:
-    (result,), = ranks(job(__file__, "unknown"))
-    assert result == "decoder.layers.0.mystery.weight: 0 rules of mcore/init.py match this tensor's name, needs exactly one"
-
-
 def unknown() -> str:
     """Return what is said about a tensor that no rule knows."""
     from megatron_sov.mcore.init import rule_for
@@ -103,3 +70,33 @@ def unknown() -> str:
         return rule_for("decoder.layers.0.mystery.weight")
     except ValueError as e:
         return str(e)
+
+
+@pytest.mark.distributed
+def test_weights_are_functions_of_seed_name_and_index(ranks, job, tmp_path: Path) -> None:
+    """Numbers first, then whole models at several layouts, then a tensor that nobody foresaw."""
+    sp = {"tp": 2, "sp": True}
+    layouts = [(2, sp), (2, {"ep": 2}), (2, {"pp": 2}), (2, {**sp, "etp": 2}), (4, {**sp, "pp": 2, "ep": 2})]
+    arguments = {"recipe": "tiny-k-exaone", "folder": str(tmp_path)}
+    (normal,), (said,), (reference,), *results = ranks(
+        job(__file__, "numbers"), job(__file__, "unknown"),
+        job(__file__, "initial", 1, {**arguments, "layout": {}, "reference": True}),
+        *(job(__file__, "initial", n, {**arguments, "layout": x}) for n, x in layouts))
+
+    assert normal["slices"] and normal["same"] and normal["seeds"] == 0
+    assert normal["dtype"] == "float32"
+    assert abs(normal["mean"]) < 4 / 200_003 ** 0.5
+    assert normal["std"] == pytest.approx(1, abs=4 * (2 * 200_003) ** -0.5)
+    assert normal["kurtosis"] == pytest.approx(3, abs=4 * (96 / 200_003) ** 0.5)
+    assert normal["beyond_2"] == pytest.approx(0.0455, abs=0.002)
+    assert max(abs(normal["with_itself"]), abs(normal["with_other"])) < 4 / 200_003 ** 0.5
+
+    assert reference["unset"] == [] and reference["blocks"] > 40
+    for key, std in reference["std"].items():
+        into_residual = key.endswith(("linear_proj.weight", "linear_fc2.weight"))
+        assert std == pytest.approx(0.04 / 8 ** 0.5 if into_residual else 0.04, rel=0.15), key
+    for layout, per_rank in zip(layouts, results, strict=True):
+        for result in per_rank:
+            assert result["differing"] == [] and result["unset"] == [], layout
+
+    assert said == "decoder.layers.0.mystery.weight: 0 rules of mcore/init.py match this tensor's name, needs exactly one"

@@ -104,7 +104,6 @@ def place(layout: dict[str, int]) -> list[int | bool]:
 
     world.join(ParallelConfig(pp=2))
     world.leave()
-    os.environ["SOV_RENDEZVOUS"] += "-again"
     w = world.join(ParallelConfig(**layout))
     return [w.rank, w.size, w.dp_rank, w.dp_size, w.first_stage, w.last_stage, w.is_main]
 

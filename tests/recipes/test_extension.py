@@ -16,7 +16,7 @@ def test_rotations_are_stretched_only_where_every_layer_is_global() -> None:
     longer = extended(solar, 256, 1024)
     assert longer.yarn is not None
     assert (longer.yarn.factor, longer.yarn.original_max_position_tokens) == (4.0, 256)
-    assert replace(longer, yarn=None) == solar
+    assert replace(longer, yarn=None, max_position_tokens=solar.max_position_tokens) == solar
     assert extended(k_exaone, 256, 1024) == k_exaone
     assert extended(solar, 256, 256) == solar
 

@@ -1,0 +1,59 @@
+"""Commands as a user starts them: processes of their own, with small settings."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SMALL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.num_heads=4", "model.num_kv_heads=2",
+         "model.head_dim=8", "model.expert_ffn_dim=16", 'data.phases=[{"name": "main", "seq_len": 32}]',
+         "train.global_batch_size=8", "train.micro_batch_size=2", "data.heldout_tokens=128", "train.num_threads=1")
+Command = Callable[..., list[str]]
+
+
+@pytest.fixture
+def pretrain(packed_data: Any) -> Command:
+    """Return `command(run, *arguments, **settings)`: the argv of a small `megatron-sov pretrain`."""
+
+    def command(run: Path, *arguments: str, settings: tuple[str, ...] = ()) -> list[str]:
+        chosen = [part for s in (*SMALL, *settings) for part in ("--set", s)]
+        return [sys.executable, "-W", "ignore", "-m", "megatron_sov", "pretrain", "tiny-solar-open",
+                "--data", str(packed_data.text), "--run", str(run), *arguments, *chosen]
+
+    return command
+
+
+@pytest.fixture
+def start() -> Any:
+    """Return `start(argv) -> Popen`; what is still running at the end is killed."""
+    running: list[subprocess.Popen[str]] = []
+
+    def run(argv: list[str]) -> subprocess.Popen[str]:
+        running.append(subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        return running[-1]
+
+    yield run
+    for process in running:
+        process.kill()
+        process.wait()
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], timeout_s: float = 60) -> None:
+    """Wait until the condition holds while the process runs."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def until() -> Any:
+    """Return `wait_for` (test modules cannot import this file)."""
+    return wait_for

@@ -1,0 +1,47 @@
+"""Training goes on from a Hugging Face folder: the first loss is that model's loss on the first batch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_sov.config import from_dict
+from megatron_sov.data.order import SampleOrder
+from megatron_sov.data.rows import sample_row
+from megatron_sov.data.shards import open_sources
+from megatron_sov.obs.events import read_events
+
+SETTINGS = ('data.phases=[{"name": "main", "seq_len": 64}]', "train.global_batch_size=4", "train.micro_batch_size=2",
+            "train.steps=2", "data.heldout_tokens=128")
+
+
+def test_the_first_step_has_the_models_own_loss(tmp_path: Path, hf_models: dict[str, Path], token_shards: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    run = tmp_path / "run"
+    argv = [sys.executable, "-W", "ignore", "-m", "megatron_sov", "pretrain", "tiny-solar-open", "--data", str(token_shards),
+            "--run", str(run), "--from", str(hf_models["solar_open"]), "--nproc", "2"]
+    done = subprocess.run([*argv, *(part for s in SETTINGS for part in ("--set", s))], capture_output=True,
+                          text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    first = next(e for e in read_events(run / "events.jsonl") if e["event"] == "step")
+
+    config = from_dict(json.loads((run / "config.json").read_text()))
+    sources = open_sources(config.data.paths, config.model.vocab_size)
+    phase, samples = SampleOrder(config, sources).next_batch(0)
+    model = AutoModelForCausalLM.from_pretrained(hf_models["solar_open"], dtype=torch.float32)
+    nats = targets = 0.0
+    for sample in samples:
+        row = sample_row(sample, sources[sample.source].shard("train"), phase.seq_len)
+        for a, b in zip(row.bounds, row.bounds[1:], strict=False):
+            with torch.no_grad():
+                logits = model(input_ids=torch.from_numpy(row.tokens[a:b])[None], use_cache=False).logits[0]
+            losses = torch.nn.functional.cross_entropy(logits, torch.from_numpy(row.labels[a:b]), reduction="none")
+            nats += float((losses * torch.from_numpy(row.weights[a:b])).sum())
+            targets += float(row.weights[a:b].sum())
+    assert first["loss"] == pytest.approx(nats / targets, abs=1e-5)

@@ -1,0 +1,103 @@
+"""The terms of supervised fine-tuning, each with a denominator of its own."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_sov.errors import UserError
+from megatron_sov.mcore.cpu import open_door
+
+open_door()
+from megatron_sov import recipes  # noqa: E402
+from megatron_sov.config import RunConfig, apply_settings  # noqa: E402
+from megatron_sov.data.rows import Row, join_rows  # noqa: E402
+from megatron_sov.post.sft import check_sources  # noqa: E402
+
+TEXT, PROMPT, RESPONSE, LENGTH = 0, 1, 2, 12
+
+
+def a_row(kind: int, seed: int) -> Row:
+    """Return a document of 10 tokens and 2 of padding: text, or a prompt of 4 labels and a response of 5."""
+    labels = np.random.default_rng(seed).integers(1, 32, LENGTH)
+    types = np.full(LENGTH, kind, np.uint8)
+    weights = np.ones(LENGTH, np.float32)
+    if kind == RESPONSE:
+        types[:4], weights[:4] = PROMPT, 0
+    labels[9:], weights[9:], types[9:] = 0, 0, 0
+    return Row(tokens=np.roll(labels, 1), labels=labels, weights=weights, positions=np.arange(LENGTH), types=types,
+               sources=np.full(LENGTH, int(kind == TEXT)), padding=np.arange(LENGTH) >= 10,
+               bounds=np.array([0, 10, LENGTH], np.int32))
+
+
+def config_of(*settings: str) -> RunConfig:
+    return apply_settings(recipes.get("tiny-k-exaone"), ["objective.name=sft", "objective.text_coeff=0.3", *settings])
+
+
+def terms(num_texts: int, swap_texts: bool) -> dict[str, Any]:
+    """Runs inside a rank: losses and gradient for one response and some copies of a text, through a head of 32 tokens."""
+    import torch
+
+    from megatron_sov.mcore import world
+    from megatron_sov.mcore.logprobs import Head
+    from megatron_sov.post.sft import SupervisedFineTuning
+    from megatron_sov.train.microbatch import from_row
+    from megatron_sov.train.objective import GlobalBatch, total_loss
+
+    config = config_of()
+    world.join(config.parallel)
+    row = join_rows([a_row(RESPONSE, 1)] + [a_row(TEXT, 3 if swap_texts else 2)] * num_texts)
+    objective = SupervisedFineTuning(config, SimpleNamespace(order=SimpleNamespace(sources=[0, 1])))  # type: ignore[arg-type]
+    batch = objective.prepare(GlobalBatch((from_row(row),), LENGTH, 1 + num_texts, "main"))
+    generator = torch.Generator().manual_seed(0)
+    one, text = torch.randn(2, LENGTH, 1, 8, generator=generator), torch.randn(2, LENGTH, 1, 8, generator=generator)
+    hidden = torch.cat([one] + [text] * num_texts, dim=1)
+    weight = torch.randn(32, 8, generator=generator).requires_grad_()
+    head = Head(weight, SimpleNamespace(sequence_parallel=False), 7)
+    sums = objective.loss([hidden[0], hidden[1]], head, batch.micro_batches[0])
+    loss = total_loss(sums, objective.coefficients, batch.targets)
+    loss.backward()
+    logp = torch.log_softmax(hidden[..., 0, :] @ weight.detach().T, dim=-1)
+    picked = [-logp[depth].gather(1, torch.from_numpy(np.roll(row.labels, -depth))[:, None])[:, 0] for depth in (0, 1)]
+    world.leave()
+    return {"loss": loss.item(), "gradient": weight.grad.tolist(), "targets": dict(batch.targets), "tokens": batch.num_tokens,
+            "terms": {name: value.item() / batch.targets[name] for name, value in sums.terms.items()},
+            "expected": {"response": picked[0][4:9].mean().item(), "text": picked[0][LENGTH:LENGTH + 9].mean().item(),
+                         "mtp": picked[1][3:8].mean().item()}}
+
+
+def test_terms_are_means_over_their_own_tokens(ranks: Any, job: Any) -> None:
+    (once,), (twice,), (other,) = ranks(*(job(__file__, "terms", 1, {"num_texts": n, "swap_texts": s})
+                                          for n, s in ((1, False), (2, False), (1, True))))
+    assert once["targets"] == {"response": 5, "text": 9, "mtp": 5} and twice["targets"] == {"response": 5, "text": 18, "mtp": 5}
+    assert (once["tokens"], twice["tokens"]) == (20, 30)
+    for found in (once, twice):
+        assert found["terms"] == pytest.approx(found["expected"], rel=1e-5)
+        assert found["loss"] == pytest.approx(
+            found["terms"]["response"] + 0.3 * found["terms"]["text"] + 0.05 * found["terms"]["mtp"], rel=1e-6)
+    # twice the text: the text term is estimated from more tokens, and weighs the same
+    assert twice["loss"] == pytest.approx(once["loss"], rel=1e-6)
+    np.testing.assert_allclose(twice["gradient"], once["gradient"], rtol=1e-5, atol=1e-7)
+    # other text changes the text term only: neither prompts nor text are learned by the other terms
+    assert {n for n in once["terms"] if other["terms"][n] != once["terms"][n]} == {"text"}
+
+
+def test_without_text_there_is_no_term_for_it() -> None:
+    from megatron_sov.post.sft import SupervisedFineTuning
+
+    batches: Any = SimpleNamespace(order=SimpleNamespace(sources=[0]))
+    assert SupervisedFineTuning(config_of("objective.text_coeff=0"), batches).coefficients == {"response": 1.0, "mtp": 0.05}
+
+
+@pytest.mark.parametrize(("chats", "texts", "coeff", "message"), [
+    ([], ["web"], 0.1, r"none of the sources \(web\) holds conversations"),
+    (["chat"], ["web"], 0, r"--data holds text \(web\) that only the text term learns"),
+    (["chat"], [], 0.1, "text_coeff = 0.1 needs text beside the conversations"),
+])
+def test_data_that_leaves_a_term_without_targets(chats: list[str], texts: list[str], coeff: float, message: str) -> None:
+    sources: Any = [SimpleNamespace(name=n, is_chat=n in chats) for n in [*chats, *texts]]
+    with pytest.raises(UserError, match=message):
+        check_sources(config_of(f"objective.text_coeff={coeff}"), sources)

@@ -1,0 +1,71 @@
+"""Held-out loss and bits per byte against transformers and the bytes of the texts themselves."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_sov.data.shards import open_sources
+
+
+def evaluation(data: str, out: str | None) -> dict[str, Any]:
+    """Runs inside ranks: evaluate initial weights on everything held out; OUT is written as a checkpoint."""
+    from dataclasses import asdict
+
+    from megatron_sov import recipes
+    from megatron_sov.config import apply_settings
+    from megatron_sov.mcore import checkpoint, world
+    from megatron_sov.train.lm import LanguageModelling
+    from megatron_sov.train.run_folder import RunFolder
+    from megatron_sov.train.trainer import Trainer
+
+    config = apply_settings(recipes.get("tiny-solar-open"), [
+        "model.vocab_size=368", "model.hidden_size=32", "model.num_layers=1", 'data.phases=[{"name": "main", "seq_len": 48}]',
+        "train.global_batch_size=4", "train.micro_batch_size=2", "data.heldout_tokens=100000"])
+    place = world.join(config.parallel)
+    trainer = Trainer(config, place, RunFolder(Path("not-written")), open_sources({data: 1.0}, 368), LanguageModelling)
+    results = {name: asdict(r) for name, r in trainer.evaluate().items()}
+    if out is not None:
+        checkpoint.save(Path(out), trainer.model, None, {"step": 0, "tokens": 0}, config.to_dict(), trainer.tokenizer)
+    world.leave()
+    return results
+
+
+@pytest.mark.distributed
+def test_loss_and_bits_per_byte_by_brute_force(ranks: Any, job: Any, packed_data: Any, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from megatron_sov.convert import to_hf
+
+    out = tmp_path / "checkpoint"
+    (alone,), shared = ranks(job(__file__, "evaluation", 1, {"data": str(packed_data.text), "out": str(out)}),
+                             job(__file__, "evaluation", 2, {"data": str(packed_data.text), "out": None}))
+    to_hf(out, tmp_path / "hf")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(packed_data.tokenizer)
+    for source in open_sources({str(packed_data.text): 1.0}, 368):
+        shard = source.shard("heldout")
+        nats = targets = size_bytes = place = 0
+        for document, length in enumerate(shard.lengths.tolist()):
+            ids = torch.from_numpy(shard.tokens(document, 0, length))
+            text, first = tokenizer.decode(ids[:-1]), tokenizer.decode(ids[:1])
+            size_bytes += len(text.encode()) - len(first.encode())  # a document's first token is no target, its eos has no bytes
+            start = 0
+            while start < length:  # documents follow one another, and context ends where a sample ends
+                count = min(48 - place, length - start)
+                labels = ids[start + 1:start + count + 1]
+                with torch.no_grad():
+                    logits = model(input_ids=ids[None, start:start + count], use_cache=False).logits[0, :len(labels)]
+                nats += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+                targets += len(labels)
+                start, place = start + count, (place + count) % 48
+        for found in (alone, *shared):
+            assert found[source.name]["tokens"] == targets
+            assert found[source.name]["loss"] == pytest.approx(nats / targets, rel=1e-6)
+            assert found[source.name]["bits_per_byte"] == pytest.approx(nats / math.log(2) / size_bytes, rel=1e-6)
+    assert json.dumps(alone).count("NaN") == 0

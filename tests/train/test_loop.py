@@ -1,0 +1,77 @@
+"""The order of a run's actions, with a trainer that only writes them down."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megatron_sov.mcore.cpu import open_door
+
+open_door()
+from megatron_sov.train.loop import train  # noqa: E402
+
+
+class Recorded:
+    """Stands for a trainer: notes what the loop asks for."""
+
+    def __init__(self, num_steps: int, done: int = 0, **settings: int) -> None:
+        self.num_steps, self.done = num_steps, SimpleNamespace(step=done)
+        self.config = SimpleNamespace(train=SimpleNamespace(**{"eval_every_steps": 0, "checkpoint_every_steps": 100, **settings}))
+        self.actions: list[str] = []
+        self.events = SimpleNamespace(write=lambda event, **fields: self.actions.append(f"{event} {fields['step']}"))
+
+    def update(self) -> Any:
+        self.done.step += 1
+        return SimpleNamespace(loss=1.0)
+
+    def log(self, result: Any) -> None:
+        self.actions.append(f"log {self.done.step}")
+
+    def wall_s(self) -> float:
+        return 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("announce", "log_expert_load", "evaluate", "save"):
+            raise AttributeError(name)
+        return lambda: self.actions.append(f"{name} {self.done.step}")
+
+
+class Stop:
+    """A flag that is raised after some step."""
+
+    reason = "SIGTERM"
+
+    def __init__(self, trainer: Recorded, after: int = 10 ** 9) -> None:
+        self.trainer, self.after = trainer, after
+
+    def agreed(self) -> bool:
+        return self.trainer.done.step >= self.after
+
+
+def actions(trainer: Recorded, stop_after: int = 10 ** 9) -> tuple[bool, list[str]]:
+    complete = train(trainer, Stop(trainer, stop_after))  # type: ignore[arg-type]
+    return complete, [a for a in trainer.actions if not a.startswith(("log", "announce"))]
+
+
+def test_evaluations_and_checkpoints_come_when_they_are_due_and_at_the_end() -> None:
+    found = actions(Recorded(7, eval_every_steps=3, checkpoint_every_steps=2))
+    assert found == (True, ["save 2", "evaluate 3", "save 4", "evaluate 6", "save 6", "evaluate 7", "save 7", "run_end 7"])
+
+
+def test_without_a_rhythm_there_is_one_of_each_at_the_end() -> None:
+    assert actions(Recorded(3)) == (True, ["evaluate 3", "save 3", "run_end 3"])
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_stop_saves_once_and_leaves(step: int) -> None:
+    assert actions(Recorded(5, checkpoint_every_steps=2), step) == (False, [f"save {step}", f"stop {step}"])
+
+
+def test_a_stop_at_the_last_step_completes_the_run() -> None:
+    assert actions(Recorded(3), 3) == (True, ["evaluate 3", "save 3", "run_end 3"])
+
+
+def test_a_run_that_was_killed_behind_its_last_step_only_ends() -> None:
+    assert actions(Recorded(3, done=3)) == (True, ["run_end 3"])

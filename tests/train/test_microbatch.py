@@ -1,0 +1,49 @@
+"""Rows on the device, and the targets of multi-token prediction."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_sov.mcore.cpu import open_door
+
+open_door()
+from megatron_sov.data.rows import Row  # noqa: E402
+from megatron_sov.train.microbatch import from_row, shifted_targets  # noqa: E402
+
+
+def row_of(lengths: list[int]) -> Row:
+    """Return a row of documents with distinct labels; a document's last token has none."""
+    n = sum(lengths)
+    ends = np.cumsum(lengths) - 1
+    labels = np.arange(100, 100 + n)
+    weights = np.linspace(0.5, 1.5, n).astype(np.float32)
+    labels[ends], weights[ends] = 0, 0
+    return Row(tokens=np.arange(n), labels=labels, weights=weights, positions=np.concatenate([np.arange(k) for k in lengths]),
+               types=np.zeros(n, np.uint8), sources=np.zeros(n, np.int64), padding=np.zeros(n, bool),
+               bounds=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@given(lengths=st.lists(st.integers(1, 5), min_size=1, max_size=6))
+def test_shifted_targets_stay_inside_their_document(depth: int, lengths: list[int]) -> None:
+    row = row_of(lengths)
+    labels, weights = shifted_targets(from_row(row), depth)
+    document = np.repeat(np.arange(len(lengths)), lengths)
+    for t in range(len(row.tokens)):
+        there = t + depth
+        inside = there < len(row.tokens) and document[there] == document[t]
+        assert labels[t] == (row.labels[there] if inside else 0)
+        assert weights[t] == (row.weights[there] if inside else 0)
+
+
+def test_a_row_arrives_as_it_was() -> None:
+    row = row_of([3, 1, 4])
+    batch = from_row(row)
+    assert batch.inputs.cu_seqlens.tolist() == [0, 3, 4, 8] and batch.inputs.max_document_tokens == 4
+    for name in ("tokens", "positions", "padding"):
+        assert getattr(batch.inputs, name).tolist() == getattr(row, name).tolist()
+    for name in ("labels", "weights", "types", "sources"):
+        assert getattr(batch, name).tolist() == getattr(row, name).tolist()

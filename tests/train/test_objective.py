@@ -1,0 +1,32 @@
+"""Sums, denominators and the total loss."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_sov.mcore.cpu import open_door
+
+open_door()
+from megatron_sov.train.objective import LossSums, per_source, total_loss  # noqa: E402
+
+
+def test_each_term_is_divided_by_its_own_denominator() -> None:
+    a, b = torch.tensor(6.0, requires_grad=True), torch.tensor(10.0, requires_grad=True)
+    loss = total_loss(LossSums({"a": a, "b": b}, torch.zeros(1, 2)), {"a": 1.0, "b": 0.5}, {"a": 3.0, "b": 20.0})
+    loss.backward()
+    assert loss.item() == pytest.approx(6 / 3 + 0.5 * 10 / 20)
+    assert (a.grad, b.grad) == (torch.tensor(1 / 3), torch.tensor(0.5 / 20))
+
+
+def test_a_term_without_targets_adds_nothing_and_stays_in_the_graph() -> None:
+    a = torch.tensor(5.0, requires_grad=True)
+    loss = total_loss(LossSums({"a": a}, torch.zeros(1, 2)), {"a": 1.0}, {"a": 0.0})
+    loss.backward()
+    assert loss.item() == 0.0 and a.grad == 0.0
+
+
+def test_losses_by_source_are_weighted_sums_and_weights() -> None:
+    losses, weights = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([1.0, 0.5, 0.0, 2.0])
+    found = per_source(losses, weights, torch.tensor([0, 2, 2, 0]), 3)
+    assert found.tolist() == [[9.0, 3.0], [0.0, 0.0], [1.0, 0.5]] and found.dtype == torch.float64

@@ -1,0 +1,69 @@
+"""A trainer's refusals, and its figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_sov.mcore.cpu import open_door
+
+open_door()
+from megatron_sov.train.trainer import _max_violation  # noqa: E402
+
+
+def refusals(data: str, run: str) -> dict[str, Any]:
+    """Runs inside a rank: what a trainer says when its loss is no number, and when its data was packed anew."""
+    from megatron_sov import recipes
+    from megatron_sov.config import apply_settings
+    from megatron_sov.data.shards import open_sources
+    from megatron_sov.errors import UserError
+    from megatron_sov.mcore import world
+    from megatron_sov.train.lm import LanguageModelling
+    from megatron_sov.train.run_folder import RunFolder
+    from megatron_sov.train.trainer import Trainer
+
+    config = apply_settings(recipes.get("tiny-solar-open"), [
+        "model.vocab_size=368", "model.hidden_size=32", "model.num_layers=1", 'data.phases=[{"name": "main", "seq_len": 32}]',
+        "train.global_batch_size=2", "train.micro_batch_size=2", "train.steps=10"])
+    place = world.join(config.parallel)
+    folder = RunFolder(Path(run))
+    folder.create()
+    folder.declare(config)
+    sources = open_sources({data: 1.0}, 368)
+    trainer = Trainer(config, place, folder, sources, LanguageModelling)
+    trainer.update()
+    planned, consumed = trainer._planned_tokens(), trainer.order.consumed_tokens()
+    saved = trainer.save()
+    said = {"planned": planned, "consumed": consumed, "path": saved.name}
+    again = Trainer(config, place, folder, sources, LanguageModelling)
+    again._data = dict.fromkeys(again._data, "0" * 64)
+    for name, action in (("packed anew", lambda: again.resume(saved)), ("no number", lambda: _spoil(trainer))):
+        try:
+            action()
+        except UserError as e:
+            said[name] = str(e)
+    said["step"] = trainer.done.step
+    world.leave()
+    return said
+
+
+def _spoil(trainer: Any) -> None:
+    with torch.no_grad():
+        next(trainer.model.parameters()).fill_(float("nan"))
+    trainer.update()
+
+
+def test_a_spoilt_step_and_changed_data_are_refused(ranks: Any, job: Any, packed_data: Any, tmp_path: Path) -> None:
+    ((said,),) = ranks(job(__file__, "refusals", 1, {"data": str(packed_data.text), "run": str(tmp_path / "run")}))
+    assert "source 'even': its data was packed anew since" in said["packed anew"]
+    assert "step 2: the loss is nan" in said["no number"] and "lower optim.lr = 0.004" in said["no number"]
+    assert said["step"] == 1, "the spoilt step does not count"
+    assert sum(said["planned"].values()) == sum(said["consumed"].values()) == 2 * 32
+
+
+def test_max_violation_is_the_worst_layers_overload() -> None:
+    assert _max_violation(torch.tensor([[0.0, 0.0], [3.0, 1.0], [2.0, 2.0]])) == pytest.approx(3 / 2 - 1)
+    assert _max_violation(torch.zeros(2, 4)) == 0.0
