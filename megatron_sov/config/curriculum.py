@@ -11,13 +11,15 @@ if TYPE_CHECKING:
 
 
 def batch_size_at(train: TrainConfig, phase: PhaseConfig, step: int) -> int:
-    """Return the samples of step `step` (0-based) of a phase; the ramp counts from the start of the run."""
+    """Return the samples of step `step` (0-based) if it belongs to a phase.
+
+    The ramp counts from the start of the run and grows towards `train.global_batch_size`; a phase of smaller batches caps it.
+    """
     full = phase.global_batch_size or train.global_batch_size
     if step >= train.ramp_steps or not train.ramp_from_batch_size:
         return full
-    levels = max(1, (full - train.ramp_from_batch_size) // max(1, train.ramp_increment))
-    level = step * (levels + 1) // train.ramp_steps
-    return min(full, train.ramp_from_batch_size + level * train.ramp_increment)
+    stretches = -(-(train.global_batch_size - train.ramp_from_batch_size) // train.ramp_increment)
+    return min(full, train.ramp_from_batch_size + step * stretches // train.ramp_steps * train.ramp_increment)
 
 
 def ramp_changes(train: TrainConfig, phase: PhaseConfig) -> list[int]:

@@ -54,9 +54,9 @@ class TrainConfig:
     global_batch_size: int = 512
     """Samples of one optimizer step, over all processes."""
     ramp_from_batch_size: int = 0
-    """Samples of the first step when the batch size ramps up; 0: no ramp."""
+    """Samples of the first step when the batch size ramps up to `global_batch_size`; 0: no ramp."""
     ramp_increment: int = 0
-    """Samples by which the batch size grows."""
+    """Samples by which the batch size grows at a time."""
     ramp_steps: int = 0
     """Steps over which it grows, in equal stretches."""
     micro_batch_size: int = 1
@@ -162,6 +162,9 @@ class RunConfig:
                 p.append(f"data.skip_steps has [{first}, {last}]; a stretch is [first, last] with 1 <= first <= last")
         for i, phase in enumerate(self.data.phases):
             where = f"data.phases.{i} ({phase.name})"
+            for name in ("tokens", "global_batch_size"):
+                if getattr(phase, name) < 0:
+                    p.append(f"{where}.{name} = {getattr(phase, name)} must not be negative")
             if phase.share <= 0:
                 p.append(f"{where}.share = {phase.share} must be positive")
             if phase.seq_len < 2:
@@ -185,8 +188,13 @@ class RunConfig:
             (t.steps >= 0, f"train.steps = {t.steps} must not be negative"),
             (t.steps > 0 or t.tokens > 0 or all(phase.tokens for phase in self.data.phases),
              "train.steps = 0 needs a token budget; set train.steps, train.tokens or every phase's tokens"),
+            (t.tokens >= 0, f"train.tokens = {t.tokens} must not be negative"),
+            (0 <= t.ramp_from_batch_size <= max(0, t.global_batch_size),
+             f"train.ramp_from_batch_size = {t.ramp_from_batch_size} must lie between 0 and train.global_batch_size = {t.global_batch_size}"),
             (not t.ramp_from_batch_size or (t.ramp_increment > 0 and t.ramp_steps > 0),
-             f"train.ramp_from_batch_size = {t.ramp_from_batch_size} needs ramp_increment and ramp_steps above 0"),
+             f"train.ramp_from_batch_size = {t.ramp_from_batch_size} needs train.ramp_increment and train.ramp_steps above 0"),
+            (self.data.prefetch_steps >= 0, f"data.prefetch_steps = {self.data.prefetch_steps} must not be negative"),
+            (self.data.max_epochs >= 0, f"data.max_epochs = {self.data.max_epochs} must not be negative"),
             (t.global_batch_size > 0, f"train.global_batch_size = {t.global_batch_size} must be positive"),
             (t.micro_batch_size > 0, f"train.micro_batch_size = {t.micro_batch_size} must be positive"),
             (t.head_chunk_tokens > 0, f"train.head_chunk_tokens = {t.head_chunk_tokens} must be positive"),
@@ -217,7 +225,7 @@ class RunConfig:
         t = self.train
         dp = num_ranks // (self.parallel.tp * self.parallel.pp)
         unit = t.micro_batch_size * dp
-        sizes = {curriculum.batch_size_at(t, phase, step): phase for phase in self.data.phases
+        sizes = {curriculum.batch_size_at(t, phase, step): phase for phase in reversed(self.data.phases)
                  for step in [t.ramp_steps, 0, *curriculum.ramp_changes(t, phase)]}
         return [f"global_batch_size = {size} (phase {phase.name}) must be a multiple of train.micro_batch_size {t.micro_batch_size} x "
                 f"data parallel size {dp} = {unit}" for size, phase in sorted(sizes.items(), key=lambda item: item[0]) if size % unit]

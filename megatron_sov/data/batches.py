@@ -11,7 +11,6 @@ from megatron_sov.config import RunConfig
 from megatron_sov.data.ledger import Entry
 from megatron_sov.data.order import Sample, SampleOrder
 from megatron_sov.data.rows import Row, join_rows, sample_row
-from megatron_sov.data.shards import Documents
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,6 @@ class BatchStream:
         self._dp_rank, self._dp_size = dp_rank, dp_size
         self._left = num_steps - order.state.step
         self._prefetch = config.data.prefetch_steps
-        self._documents: dict[int, Documents] = {}
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         self._ahead: deque[Future[RankBatch]] = deque()
 
@@ -65,8 +63,4 @@ class BatchStream:
         return [samples[i:i + size] for i in range(self._dp_rank * size, len(samples), size * self._dp_size)]
 
     def _row(self, sample: Sample, seq_len: int) -> Row:
-        if sample.source not in self._documents:
-            self._documents[sample.source] = self.order.sources[sample.source].shard("train")
-        return sample_row(sample, self._documents[sample.source], seq_len)
-
-
+        return sample_row(sample, self.order.documents(sample.source), seq_len)

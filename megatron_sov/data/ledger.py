@@ -39,35 +39,39 @@ class Entry:
 
 
 def plan(config: RunConfig, sources: list[Source]) -> list[Entry]:
-    """Return the entries that the settings ask for, over the whole run.
+    """Return the entries that the settings ask for, over the whole run; phases too short for a step have none.
 
     Raises:
-        UserError: a blend names a source that the data does not have, or leaves none with documents.
+        UserError: a blend names a source that the data does not have or that has no training tokens, or leaves none.
     """
-    starts = config.phase_starts()
+    starts = [*config.phase_starts(), config.num_steps()]
+    skips = [s for first, last in config.data.skip_steps for s in (first - 1, last)]
     entries: list[Entry] = []
-    for i, (phase, first) in enumerate(zip(config.data.phases, starts, strict=True)):
-        end = starts[i + 1] if i + 1 < len(starts) else config.num_steps()
+    for i, (phase, start, end) in enumerate(zip(config.data.phases, starts, starts[1:], strict=False)):
         weights = _weights(i, phase, sources)
-        changes = [*curriculum.ramp_changes(config.train, phase), *(s for skip in config.data.skip_steps for s in (skip[0] - 1, skip[1]))]
-        for step in sorted({first, *(s for s in changes if first < s < end)}):
-            skip = any(a - 1 <= step < b for a, b in config.data.skip_steps)
+        changes = [start, *curriculum.ramp_changes(config.train, phase), *skips]
+        for step in sorted({s for s in changes if start <= s < end}):
+            skip = any(first - 1 <= step < last for first, last in config.data.skip_steps)
             size = curriculum.batch_size_at(config.train, phase, step)
             entries.append(Entry(step, phase.name, phase.seq_len, size, weights, skip))
-    return [e for e, previous in zip(entries, [None, *entries], strict=False) if previous is None or not e.continues(previous)]
+    return [e for e, before in zip(entries, [None, *entries], strict=False) if before is None or not e.continues(before)]
 
 
 def _weights(index: int, phase: PhaseConfig, sources: list[Source]) -> dict[str, float]:
-    names = [s.name for s in sources]
-    unknown = [n for n in phase.blend if n not in names]
-    if unknown:
-        raise UserError(f"data.phases.{index}.blend names source {unknown[0]!r}, which the data does not have"
-                        f"{nearest(unknown[0], names)} (sources: {', '.join(names)})")
-    raw = {s.name: phase.blend.get(s.name, 0.0) if phase.blend else s.share for s in sources if s.num_tokens["train"]}
+    """Return the phase's shares: its blend's, or those that the sources have by themselves."""
+    tokens = {s.name: s.num_tokens["train"] for s in sources}
+    for name, weight in phase.blend.items():
+        if name not in tokens:
+            raise UserError(f"data.phases.{index}.blend names source {name!r}, which the data does not have"
+                            f"{nearest(name, tokens)} (sources: {', '.join(tokens)})")
+        if weight > 0 and not tokens[name]:
+            raise UserError(f"data.phases.{index}.blend gives source {name!r} the weight {weight:g}, but it has no training "
+                            "tokens; leave it out or pack more of it")
+    raw = phase.blend or {s.name: s.share for s in sources if tokens[s.name]}
     total = sum(raw.values())
     if total <= 0:
         raise UserError(f"data.phases.{index} ({phase.name}): none of its sources has training tokens")
-    return {name: weight / total for name, weight in raw.items() if weight > 0}
+    return {s.name: raw[s.name] / total for s in sources if raw.get(s.name, 0) > 0}
 
 
 class Ledger:

@@ -29,7 +29,7 @@ class LongDocuments:
     @cached_property
     def lengths(self) -> np.ndarray:
         """[long documents] int64: their tokens."""
-        return np.array([int(self._documents.lengths[int(i)]) for i in self.index], np.int64)
+        return np.asarray(self._documents.lengths[self.index], np.int64)
 
     def tokens(self, document: int, start: int, count: int) -> np.ndarray:
         """Return token ids, int64."""
@@ -59,7 +59,7 @@ def with_long_documents(config: RunConfig, sources: list[Source]) -> list[Source
         base, _, minimum = name.rpartition("@")
         if base not in known:
             continue  # the plan names the unknown source
-        if not minimum.isdigit():
+        if not minimum.isdecimal():
             raise UserError(f"data.phases blend {name!r}: after the @ stands a number of tokens, e.g. {base}@8192")
         documents = LongDocuments(known[base].shard("train"), int(minimum))
         if not len(documents.index):

@@ -13,7 +13,7 @@ from typing import Any
 from megatron_sov.config import RunConfig
 from megatron_sov.data.ledger import Entry, Ledger, plan
 from megatron_sov.data.packing import Row
-from megatron_sov.data.shards import Source
+from megatron_sov.data.shards import Documents, Source
 from megatron_sov.data.streams import Cursor, Packing, Stream
 
 
@@ -48,10 +48,8 @@ class OrderState:
     """The ledger up to now."""
     step: int = 0
     """Steps whose batches were given."""
-    entry: int = -1
-    """First step of the ledger's entry that `taken` counts."""
     taken: dict[str, int] = field(default_factory=dict)
-    """Source name -> samples given under that entry."""
+    """Source name -> samples given since the weights last changed."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values."""
@@ -61,7 +59,7 @@ class OrderState:
     def from_dict(raw: dict[str, Any]) -> OrderState:
         """Return the state that `to_dict` gave."""
         return OrderState({n: Cursor(**c) for n, c in raw["cursors"].items()}, [Entry(**e) for e in raw["history"]],
-                          raw["step"], raw["entry"], dict(raw["taken"]))
+                          raw["step"], dict(raw["taken"]))
 
 
 class SampleOrder:
@@ -74,14 +72,15 @@ class SampleOrder:
         self._seed = config.train.seed
         self._packing: Packing = config.data.packing
         self._index = {s.name: i for i, s in enumerate(sources)}
+        self._documents: dict[int, Documents] = {}
         self._streams: dict[str, Stream] = {}
 
     def next_batch(self) -> tuple[Entry, list[Sample]]:
         """Return the ledger's entry and the samples of the next global batch, and move all cursors behind them."""
         s = self.state
         entry = self.ledger.at(s.step)
-        if s.entry != entry.first_step:
-            s.entry, s.taken = entry.first_step, {}
+        if s.step and entry.weights != self.ledger.at(s.step - 1).weights:
+            s.taken = {}
         samples = [self._next_sample(entry) for _ in range(entry.global_batch_size)]
         s.step += 1
         s.history = self.ledger.history(s.step)
@@ -92,20 +91,20 @@ class SampleOrder:
         self.state.taken[name] = self.state.taken.get(name, 0) + 1
         return Sample(self._index[name], self._stream(name).next_sample(entry.seq_len))
 
+    def documents(self, source: int) -> Documents:
+        """Return a source's training documents, opened when they are first needed."""
+        if source not in self._documents:
+            self._documents[source] = self.sources[source].shard("train")
+        return self._documents[source]
+
     def _stream(self, name: str) -> Stream:
-        """Return a source's stream, opened when it is first needed."""
         if name not in self._streams:
-            source = self.sources[self._index[name]]
+            index = self._index[name]
             cursor = self.state.cursors.setdefault(name, Cursor())
-            packing: Packing = "truncate" if source.is_chat else self._packing
-            self._streams[name] = Stream(name, source.shard("train"), self._seed, packing, cursor)
+            packing: Packing = "truncate" if self.sources[index].is_chat else self._packing
+            self._streams[name] = Stream(name, self.documents(index), self._seed, packing, cursor)
         return self._streams[name]
 
-    def consumed_tokens(self) -> dict[str, int]:
-        """Return the tokens given of each source so far."""
-        return {name: c.tokens for name, c in self.state.cursors.items()}
-
     def epochs(self) -> dict[str, float]:
-        """Return how often each source was gone through so far."""
-        return {name: c.tokens / max(1, self.sources[self._index[name]].num_tokens["train"])
-                for name, c in self.state.cursors.items() if name in self._index}
+        """Return how often each source that is in use was gone through so far."""
+        return {name: stream.epochs() for name, stream in self._streams.items()}

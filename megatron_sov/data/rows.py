@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from megatron_sov.data.order import Sample
-from megatron_sov.data.packing import Segment
+from megatron_sov.data.packing import Segment, concatenate
 from megatron_sov.data.shards import Documents
 
 
@@ -81,20 +82,14 @@ def join_rows(rows: list[Row]) -> Row:
 
 def heldout_samples(documents: Documents, source: int, seq_len: int, max_tokens: int) -> list[Sample]:
     """Return samples over a split in its stored order, up to `max_tokens`; documents are cut at a sample's end."""
-    samples: list[Sample] = []
-    segments: list[Segment] = []
-    room, left = seq_len, max_tokens
-    for document, length in enumerate(documents.lengths.tolist()):
-        start = 0
-        while start < length and left > 0:
-            count = min(room, length - start, left)
-            segments.append(Segment(document, start, count))
-            start, room, left = start + count, room - count, left - count
-            if room == 0:
-                samples.append(Sample(source, tuple(segments)))
-                segments, room = [], seq_len
+    return [Sample(source, row) for row in concatenate(_first_documents(documents, max_tokens), seq_len)]
+
+
+def _first_documents(documents: Documents, max_tokens: int) -> Iterator[Segment]:
+    left = max_tokens
+    for document, length in enumerate(documents.lengths):
         if left <= 0:
-            break
-    if segments:
-        samples.append(Sample(source, tuple(segments)))
-    return samples
+            return
+        count = min(int(length), left)
+        yield Segment(document, 0, count)
+        left -= count

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import mmap
+import resource
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,11 +32,11 @@ class Lengths(Protocol):
     """Tokens of each document: an array, or what stands for one."""
 
     def __len__(self) -> int: ...
-    def __getitem__(self, document: int, /) -> Any: ...
-    def __iter__(self) -> Iterator[Any]: ...
-    def tolist(self) -> Any:
-        """Return plain integers."""
+    def __getitem__(self, documents: Any, /) -> Any:
+        """Return the tokens of one document, or of an array of documents."""
         ...
+
+    def __iter__(self) -> Iterator[Any]: ...
 
 
 class Documents(Protocol):
@@ -63,20 +67,23 @@ class TokenShard:
         self.prefix = prefix
         idx = self._file(".idx")
         try:
-            with open(idx, "rb") as f:
-                header = f.read(_HEADER_BYTES)
-            if len(header) < _HEADER_BYTES or header[:9] != IDX_MAGIC:
-                raise UserError(f"{idx}: is not a Megatron index (its first bytes are {header[:9]!r}); pack the data again")
-            self.dtype = np.dtype(IDX_DTYPES[header[17]])
-            count = int(np.frombuffer(header, np.uint64, 1, offset=18)[0])
-            self.lengths = np.memmap(idx, np.int32, "r", _HEADER_BYTES, (count,)) if count else np.zeros(0, np.int32)
-            self.pointers = (np.memmap(idx, np.int64, "r", _HEADER_BYTES + 4 * count, (count,)) if count
-                             else np.zeros(0, np.int64))
+            content = _mapped(idx)
+            if content[:9] != IDX_MAGIC:
+                raise UserError(f"{idx}: is not a Megatron index (its first bytes are {bytes(content[:9])!r}); pack the data again")
+            self.dtype = np.dtype(IDX_DTYPES[content[17]])
+            count = int(np.frombuffer(content, np.uint64, 1, offset=18)[0])
+            self.lengths = np.frombuffer(content, np.int32, count, offset=_HEADER_BYTES)
+            self.pointers = np.frombuffer(content, np.int64, count, offset=_HEADER_BYTES + 4 * count)
             self._num_tokens = (int(self.pointers[-1]) // self.dtype.itemsize + int(self.lengths[-1])) if count else 0
             self._tokens = self._map(".bin", self.dtype)
             self._loss = self._map(".loss", np.dtype(np.float32)) if self._file(".loss").exists() else None
             self._type = self._map(".type", np.dtype(np.uint8)) if self._file(".type").exists() else None
-        except (FileNotFoundError, KeyError, ValueError) as e:
+        except OSError as e:
+            if e.errno == errno.EMFILE:
+                raise UserError(f"{prefix}: {resource.getrlimit(resource.RLIMIT_NOFILE)[0]} files are open, and this process may not "
+                                "open more; raise `ulimit -n`, or pack into larger shards (--shard-tokens)") from None
+            raise UserError(f"{prefix}: cannot be read as a token shard ({e}); pack the data again") from None
+        except (IndexError, KeyError, ValueError) as e:
             raise UserError(f"{prefix}: cannot be read as a token shard ({e}); pack the data again") from None
 
     def _file(self, suffix: str) -> Path:
@@ -87,7 +94,7 @@ class TokenShard:
         size_bytes, expected_bytes = file.stat().st_size, self._num_tokens * dtype.itemsize
         if size_bytes != expected_bytes:  # a slice beyond the end would silently be short
             raise UserError(f"{file}: has {size_bytes} bytes, the index asks for {expected_bytes}; pack the data again")
-        return np.memmap(file, dtype, "r") if size_bytes else np.zeros(0, dtype)
+        return np.frombuffer(_mapped(file), dtype)
 
     def tokens(self, document: int, start: int, count: int) -> np.ndarray:
         """Return `count` token ids of a document from `start`, int64."""
@@ -97,17 +104,30 @@ class TokenShard:
         """Return the loss weight of each of these tokens as a target, float32 (1 where there is no sidecar)."""
         if self._loss is None:
             return np.ones(count, np.float32)
-        return np.array(self._loss[self._range(document, start, count)])
+        return self._loss[self._range(document, start, count)]
 
     def types(self, document: int, start: int, count: int) -> np.ndarray:
         """Return the type of each of these tokens, uint8: 0 text, 1 prompt, 2 response."""
         if self._type is None:
             return np.zeros(count, np.uint8)
-        return np.array(self._type[self._range(document, start, count)])
+        return self._type[self._range(document, start, count)]
 
     def _range(self, document: int, start: int, count: int) -> slice:
         first = int(self.pointers[document]) // self.dtype.itemsize + start
         return slice(first, first + count)
+
+
+def _mapped(file: Path) -> mmap.mmap | bytes:
+    """Return a file's bytes by a memory map."""
+    with open(file, "rb") as f:
+        return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) if file.stat().st_size else b""
+
+
+def _allow_open_files() -> None:
+    """Raise this process's limit on open files as far as it may: a mapped file keeps its descriptor (CPython's mmap)."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 class ChainedLengths:
@@ -115,7 +135,7 @@ class ChainedLengths:
 
     def __init__(self, parts: list[np.ndarray]) -> None:
         self.parts = parts
-        self._ends = np.cumsum([len(p) for p in parts]).tolist()
+        self._ends = np.cumsum([len(p) for p in parts], dtype=np.int64).tolist()
 
     def find(self, document: int) -> tuple[int, int]:
         """Return the part that holds a document, and its index there."""
@@ -127,23 +147,29 @@ class ChainedLengths:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def __getitem__(self, document: int) -> int:
-        part, index = self.find(document)
-        return int(self.parts[part][index])
+    def __getitem__(self, documents: Any) -> Any:
+        if isinstance(documents, int):
+            part, index = self.find(documents)
+            return int(self.parts[part][index])
+        order = np.argsort(documents)
+        ascending = np.asarray(documents)[order]
+        found = np.empty(len(order), np.int64)
+        stops = np.searchsorted(ascending, self._ends)
+        for part in np.flatnonzero(np.diff(stops, prepend=0)).tolist():
+            here = slice(stops[part - 1] if part else 0, stops[part])
+            found[order[here]] = self.parts[part][ascending[here] - (self._ends[part] - len(self.parts[part]))]
+        return found
 
     def __iter__(self) -> Iterator[int]:
         for part in self.parts:
             yield from part.tolist()
-
-    def tolist(self) -> list[int]:
-        """Return plain integers."""
-        return list(self)
 
 
 class ShardChain:
     """The documents of several shards one after the other; opening it costs the same for shards of any size."""
 
     def __init__(self, prefixes: list[Path]) -> None:
+        _allow_open_files()
         self._shards = [TokenShard(prefix) for prefix in prefixes]
         self.lengths = ChainedLengths([shard.lengths for shard in self._shards])
 

@@ -1,20 +1,24 @@
 """The endless, shuffled, packed documents of one source, with a cursor of a few integers.
 
-A stream goes through its source in windows of `WINDOW_DOCUMENTS` shuffled documents.  Each window is packed on its own,
-so memory and start-up do not depend on the size of the source.  When the sample length changes inside a window, what is
-left of the window is packed anew at the new length: no document is repeated or lost.
+A stream goes through its source in windows of at most `WINDOW_DOCUMENTS` shuffled documents.  Each window is packed on its
+own, so memory and start-up do not depend on the size of the source.  When the sample length changes inside a window, what
+is left of the window is packed anew at the new length: no document is repeated or lost.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
+
+import numpy as np
 
 from megatron_sov.data.packing import Row, Segment, best_fit, concatenate, cut, truncate
 from megatron_sov.data.permutation import Permutation
 from megatron_sov.data.shards import Documents
+from megatron_sov.errors import UserError
 
 WINDOW_DOCUMENTS = 8192
+Item = TypeVar("Item")
 Packing = Literal["best_fit", "truncate", "concat"]
 """best_fit: whole documents, longer ones cut into rows; truncate: whole documents, longer ones lose their tail;
 concat: documents follow one another and are cut wherever a row ends."""
@@ -43,16 +47,32 @@ class Stream:
         self.name, self.documents, self.cursor = name, documents, cursor
         self._key = (seed, name)
         self._packing = packing
+        self._num_windows = -(-len(documents.lengths) // WINDOW_DOCUMENTS)
         self._rows: list[Row] = []
         self._replay()
 
     def next_sample(self, seq_len: int) -> Row:
-        """Return the segments of the next sample of at most `seq_len` tokens and move the cursor behind them."""
+        """Return the segments of the next sample of at most `seq_len` tokens and move the cursor behind them.
+
+        Raises:
+            UserError: the source has no token.
+        """
+        windows_without = 0
         while (row := self._take(seq_len)) is None:
+            windows_without += 1
+            if windows_without > self._num_windows + 1:  # the current one may be used up
+                raise UserError(f"source {self.name!r}: none of its {len(self.documents.lengths)} training documents holds a token, "
+                                "although its manifest counts some; run `sov-data verify` and pack the data again")
             self._next_window()
         self.cursor.tokens += sum(s.count for s in row)
         self.cursor.samples += 1
         return row
+
+    def epochs(self) -> float:
+        """Return how often the source was gone through, its current window counted by rows."""
+        taken = sum(rows for _, rows in self.cursor.taken)
+        windows = self.cursor.window + (taken / (taken + len(self._rows)) if taken else 0.0)
+        return self.cursor.epoch + windows / self._num_windows
 
     def _replay(self) -> None:
         """Bring a window to where its cursor says."""
@@ -64,17 +84,17 @@ class Stream:
     def _next_window(self) -> None:
         c = self.cursor
         c.window, c.taken, self._rows = c.window + 1, [], []
-        if c.window * WINDOW_DOCUMENTS >= len(self.documents.lengths):
+        if c.window >= self._num_windows:
             c.window, c.epoch = 0, c.epoch + 1
 
     def _take(self, seq_len: int) -> Row | None:
         """Return the next row of the window at this length, or None when the window is used up."""
         taken = self.cursor.taken
         if not taken or taken[-1][0] != seq_len:
-            parts = self._left() if taken else self._window()
-            self._rows = self._pack(parts, seq_len)
-            if not self._rows:
+            rows = self._pack(self._left() if taken else self._window(), seq_len)
+            if not rows:
                 return None
+            self._rows = rows
             taken.append([seq_len, 0])
         if not self._rows:
             return None
@@ -82,25 +102,31 @@ class Stream:
         return self._rows.pop()
 
     def _window(self) -> list[Segment]:
-        """Return the documents of the cursor's window, shuffled."""
+        """Return the documents of the cursor's window, shuffled.
+
+        Windows are of equal size to a document, so that none is too small to be packed well.
+        """
         count = len(self.documents.lengths)
-        first = self.cursor.window * WINDOW_DOCUMENTS
         shuffle = Permutation(count, *self._key, self.cursor.epoch)
-        documents = (shuffle[i] for i in range(first, min(first + WINDOW_DOCUMENTS, count)))
-        return [Segment(d, 0, n) for d in documents if (n := int(self.documents.lengths[d])) > 0]
+        first, last = (count * w // self._num_windows for w in (self.cursor.window, self.cursor.window + 1))
+        documents = shuffle.span(first, last)
+        lengths = np.asarray(self.documents.lengths[documents])
+        return [Segment(d, 0, n) for d, n in zip(documents.tolist(), lengths.tolist(), strict=True) if n > 0]
 
     def _left(self) -> list[Segment]:
-        """Return what is left of the window, in the order in which it would have come, parts of one document joined."""
+        """Return what is left of the window, shuffled, parts of one document joined."""
+        left = sorted(s for row in self._rows for s in row)
         if self._packing == "truncate":
-            return [Segment(s.document, 0, int(self.documents.lengths[s.document])) for row in reversed(self._rows) for s in row]
-        joined: dict[tuple[int, int], Segment] = {}
-        for s in sorted((s for row in self._rows for s in row), key=lambda s: (s.document, s.start)):
-            before = joined.pop((s.document, s.start), None)  # the part that ends where this one starts
-            part = Segment(s.document, before.start, before.count + s.count) if before else s
-            joined[(s.document, s.start + s.count)] = part
-        parts = list(joined.values())
-        shuffle = Permutation(len(parts), *self._key, self.cursor.epoch, self.cursor.window, "left", len(self.cursor.taken))
-        return [parts[shuffle[i]] for i in range(len(parts))]
+            parts = [Segment(s.document, 0, int(self.documents.lengths[s.document])) for s in left]
+        else:
+            parts = []
+            for s in left:
+                before = parts[-1] if parts else None
+                if before and before.document == s.document and before.start + before.count == s.start:
+                    parts[-1] = Segment(s.document, before.start, before.count + s.count)
+                else:
+                    parts.append(s)
+        return self._shuffled(parts, "left")
 
     def _pack(self, parts: list[Segment], seq_len: int) -> list[Row]:
         """Return rows in the reverse of the order in which they are given."""
@@ -108,5 +134,9 @@ class Stream:
             return concatenate(parts, seq_len)[::-1]
         rows = best_fit(cut(parts, seq_len) if self._packing == "best_fit" else truncate(parts, seq_len), seq_len)
         # best fit opens rows by length; shuffled, so that a row's length says nothing about its place in the window
-        shuffle = Permutation(len(rows), *self._key, self.cursor.epoch, self.cursor.window, len(self.cursor.taken))
-        return [rows[shuffle[i]] for i in range(len(rows))]
+        return self._shuffled(rows, "rows")
+
+    def _shuffled(self, items: list[Item], what: str) -> list[Item]:
+        """Return the items in an order that is a function of the place in the source."""
+        shuffle = Permutation(len(items), *self._key, self.cursor.epoch, self.cursor.window, what, len(self.cursor.taken))
+        return [items[i] for i in shuffle.span(0, len(items))]

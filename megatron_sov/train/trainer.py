@@ -265,13 +265,13 @@ class Trainer:
         return results
 
     def _planned_tokens(self) -> dict[str, int]:
-        """Return the tokens of each source that the phases' weights ask for up to now."""
+        """Return the tokens of each source that the ledger's weights ask for up to now; a source that was taken away keeps its own."""
         plan = dict.fromkeys((s.name for s in self.sources), 0.0)
         entries = self.batches.ledger.entries
         for entry, after in zip(entries, [*(e.first_step for e in entries[1:]), self.num_steps], strict=True):
             steps = max(0, min(self.done.step, after) - entry.first_step)
             for name, weight in entry.weights.items():
-                plan[name] += steps * entry.global_batch_size * entry.seq_len * weight
+                plan[name] = plan.get(name, 0.0) + steps * entry.global_batch_size * entry.seq_len * weight
         return {name: round(tokens) for name, tokens in plan.items()}
 
     def save(self) -> Path:

@@ -29,7 +29,7 @@ Small = Callable[..., RunConfig]
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
 count = st.integers(min_value=0, max_value=2**40)
-phases = st.lists(st.builds(PhaseConfig, name=st.text(max_size=8), share=finite, seq_len=count,
+phases = st.lists(st.builds(PhaseConfig, name=st.text(max_size=8), tokens=count, share=finite, seq_len=count, global_batch_size=count,
                             blend=st.dictionaries(st.text(max_size=8), finite, max_size=3)), max_size=3).map(tuple)
 run_configs = st.builds(
     RunConfig,
@@ -39,7 +39,8 @@ run_configs = st.builds(
                     attention_pattern=st.text("LG", max_size=4),
                     yarn=st.none() | st.builds(YarnConfig, factor=finite, original_max_position_tokens=count)),
     parallel=st.builds(ParallelConfig, tp=count, sp=st.booleans(), ep=count),
-    data=st.builds(DataConfig, phases=phases, packing=st.sampled_from(["concat", "whole"])),
+    data=st.builds(DataConfig, phases=phases, packing=st.sampled_from(["best_fit", "concat"]),
+                   skip_steps=st.lists(st.tuples(count, count), max_size=2).map(tuple)),
     optim=st.builds(OptimConfig, lr=finite, schedule=st.sampled_from(["cosine", "wsd", "constant"])),
     train=st.builds(TrainConfig, steps=count, tokens=count, precision=st.sampled_from(["fp32", "bf16"])),
     objective=st.builds(ObjectiveConfig, name=st.sampled_from(["lm", "sft"]), text_coeff=finite),

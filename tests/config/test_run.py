@@ -57,12 +57,12 @@ def test_every_problem_is_listed_at_once_with_field_value_and_rule(small: Small)
 def test_the_batch_must_split_over_the_data_parallel_ranks(small: Small) -> None:
     assert small().problems(num_ranks=4) == []
     (problem,) = small().problems(num_ranks=3)
-    assert problem == ("train.global_batch_size = 8 must be a multiple of micro_batch_size 1 x data parallel size 3 = 3")
+    assert problem == ("global_batch_size = 8 (phase main) must be a multiple of train.micro_batch_size 1 x data parallel size 3 = 3")
 
 
-def test_steps_follow_from_the_token_budget_and_the_mean_sample_length(small: Small) -> None:
-    """3/4 of the steps at 100 tokens and 1/4 at 200: 125 tokens a sample, 8 samples a step, so 10,000 tokens are 10 steps."""
-    config = replace(small(), train=TrainConfig(tokens=10_000, global_batch_size=8),
+def test_steps_follow_from_the_token_budget_unless_they_are_given(small: Small) -> None:
+    """3/4 of the tokens at 100 tokens a sample and 1/4 at 200, 8 samples a step: 30 and 5 steps."""
+    config = replace(small(), train=TrainConfig(tokens=32_000, global_batch_size=8),
                      data=DataConfig(phases=(PhaseConfig("a", share=3, seq_len=100), PhaseConfig("b", share=1, seq_len=200))))
-    assert config.num_steps() == 10
-    assert replace(config, train=TrainConfig(steps=7)).num_steps() == 7
+    assert (config.num_steps(), config.phase_starts()) == (35, [0, 30])
+    assert replace(config, train=TrainConfig(steps=8)).num_steps() == 8

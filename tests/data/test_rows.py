@@ -2,35 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_sov.data.order import Sample, Segment
+from megatron_sov.data.order import Sample
+from megatron_sov.data.packing import Segment
 from megatron_sov.data.rows import heldout_samples, join_rows, sample_row
 
 
-class Numbered:
-    """Documents whose every token tells where it comes from: 100 * (document + 1) + place."""
-
-    def __init__(self, lengths: list[int]) -> None:
-        self.lengths = np.array(lengths, np.int32)
-
-    def tokens(self, document: int, start: int, count: int) -> np.ndarray:
-        assert start + count <= self.lengths[document]
-        return np.arange(start, start + count, dtype=np.int64) + 100 * (document + 1)
-
-    def loss_weights(self, document: int, start: int, count: int) -> np.ndarray:
-        return (self.tokens(document, start, count) / 1000).astype(np.float32)
-
-    def types(self, document: int, start: int, count: int) -> np.ndarray:
-        return (self.tokens(document, start, count) % 3).astype(np.uint8)
-
-
-def test_a_row_by_hand() -> None:
+def test_a_row_by_hand(numbered: Any) -> None:
     """A document's end, a whole one, and one that goes on in the next sample; then padding."""
     sample = Sample(2, (Segment(0, 3, 2), Segment(1, 0, 3), Segment(2, 0, 2)))
-    row = sample_row(sample, Numbered([5, 3, 9]), 10, pad_id=7)
+    row = sample_row(sample, numbered([5, 3, 9]), 10, pad_id=7)
     assert row.tokens.tolist() == [103, 104, 200, 201, 202, 300, 301, 7, 7, 7]
     assert row.labels.tolist() == [104, 0, 201, 202, 0, 301, 302, 0, 0, 0]
     assert row.weights.tolist() == np.float32([0.104, 0, 0.201, 0.202, 0, 0.301, 0.302, 0, 0, 0]).tolist()
@@ -42,8 +28,8 @@ def test_a_row_by_hand() -> None:
 
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=8), st.integers(2, 16))
-def test_every_token_but_a_documents_first_is_a_label_once(lengths: list[int], seq_len: int) -> None:
-    documents = Numbered(lengths)
+def test_every_token_but_a_documents_first_is_a_label_once(numbered: Any, lengths: list[int], seq_len: int) -> None:
+    documents = numbered(lengths)
     labels: list[int] = []
     for sample in heldout_samples(documents, 0, seq_len, 10**9):
         row = sample_row(sample, documents, seq_len)
@@ -57,14 +43,14 @@ def test_every_token_but_a_documents_first_is_a_label_once(lengths: list[int], s
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(1, 40))
 @settings(max_examples=50)
-def test_held_out_samples_stop_at_their_budget(lengths: list[int], max_tokens: int) -> None:
-    samples = heldout_samples(Numbered(lengths), 3, 6, max_tokens)
+def test_held_out_samples_stop_at_their_budget(numbered: Any, lengths: list[int], max_tokens: int) -> None:
+    samples = heldout_samples(numbered(lengths), 3, 6, max_tokens)
     assert sum(s.count for sample in samples for s in sample.segments) == min(sum(lengths), max_tokens)
     assert {s.source for s in samples} == {3}
 
 
-def test_joined_rows_keep_their_documents_apart() -> None:
-    documents = Numbered([4, 6])
+def test_joined_rows_keep_their_documents_apart(numbered: Any) -> None:
+    documents = numbered([4, 6])
     rows = [sample_row(Sample(i, (Segment(i, 0, 4),)), documents, 5) for i in range(2)]
     joined = join_rows(rows)
     assert joined.bounds.tolist() == [0, 4, 5, 9, 10]

@@ -1,0 +1,89 @@
+"""NAME@N: the long documents of a source as a source."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_sov import recipes
+from megatron_sov.config import DataConfig, PhaseConfig, RunConfig
+from megatron_sov.data.ledger import plan
+from megatron_sov.data.long_documents import LongDocuments, with_long_documents
+from megatron_sov.data.order import SampleOrder
+from megatron_sov.data.shards import ChainedLengths, Source, open_sources
+from megatron_sov.errors import UserError
+
+LENGTHS = [3, 12, 30, 0, 11, 40, 12]
+
+
+def config(*blends: dict[str, float]) -> RunConfig:
+    phases = tuple(PhaseConfig(str(i), seq_len=16, blend=blend) for i, blend in enumerate(blends))
+    return dataclasses.replace(recipes.get("tiny-solar-open"), data=DataConfig(phases=phases))
+
+
+@pytest.fixture
+def web(make_source: Callable[..., Source]) -> Source:
+    return make_source("web", LENGTHS)
+
+
+def test_only_long_documents_are_read_and_under_their_own_cursor(web: Source) -> None:
+    sources = with_long_documents(config({"web@12": 1.0}, {"web": 0.5, "web@12": 0.5}), [web])
+    assert [(s.name, s.num_tokens["train"], s.share) for s in sources] == [("web", sum(LENGTHS), 1.0), ("web@12", 94, 0.0)]
+    order = SampleOrder(config({"web@12": 1.0}), sources)
+    _, samples = order.next_batch()
+    long = sources[1].shard("train")
+    given_ = {int(t) for sample in samples for s in sample.segments for t in long.tokens(*s) // 100 - 1}
+    assert given_ == {1, 2, 5, 6}, "the documents of at least 12 tokens, by their number in the source"
+    assert list(order.state.cursors) == ["web@12"]
+
+
+def test_tokens_weights_and_types_are_those_of_the_source(web: Source) -> None:
+    documents = web.shard("train")
+    long = LongDocuments(documents, 12)
+    assert (long.index.tolist(), long.lengths.tolist()) == ([1, 2, 5, 6], [12, 30, 40, 12])
+    for name in ("tokens", "loss_weights", "types"):
+        assert np.array_equal(getattr(long, name)(2, 5, 9), getattr(documents, name)(5, 5, 9))
+
+
+def test_a_whole_source_by_default_never_counts_its_long_documents_twice(web: Source) -> None:
+    (entry,) = plan(config({}), with_long_documents(config({"web@12": 1.0}), [web]))
+    assert entry.weights == {"web": 1.0}
+
+
+@given(st.lists(st.lists(st.integers(0, 9), max_size=6), min_size=1, max_size=6).filter(any), st.data())
+def test_chained_lengths_are_one_sequence(parts: list[list[int]], data: st.DataObject) -> None:
+    chained = ChainedLengths([np.array(p, np.int32) for p in parts])
+    flat = [n for part in parts for n in part]
+    chosen = data.draw(st.lists(st.integers(0, len(flat) - 1), max_size=8))
+    assert chained[np.array(chosen, np.int64)].tolist() == [flat[i] for i in chosen] == [chained[i] for i in chosen]
+    assert (list(chained), len(chained)) == (flat, len(flat))
+
+
+def test_long_documents_of_real_shards(packed_data: Any) -> None:
+    sources = open_sources({str(packed_data.text): 1.0}, 368)
+    lengths = list(sources[0].shard("train").lengths)
+    limit = sorted(lengths)[len(lengths) // 2]
+    long = LongDocuments(sources[0].shard("train"), limit)
+    assert long.lengths.tolist() == [n for n in lengths if n >= limit]
+
+
+@pytest.mark.parametrize(("blend", "said"), [
+    ({"web@many": 1.0}, "'web@many': after the @ stands a number of tokens, e.g. web@8192"),
+    ({"web@²": 1.0}, "after the @ stands a number of tokens"),
+    ({"web@41": 1.0}, "source web has no document of 41 tokens or more"),
+    ({"wbe@12": 1.0}, "names source 'wbe@12', which the data does not have"),
+])
+def test_what_is_not_there_is_named(blend: dict[str, float], said: str, web: Source) -> None:
+    with pytest.raises(UserError, match=said):
+        plan(config(blend), with_long_documents(config(blend), [web]))
+
+
+def test_a_name_with_an_at_sign_is_a_name_if_the_data_has_it(make_source: Callable[..., Source]) -> None:
+    sources = [make_source("web@12", [5])]
+    assert with_long_documents(config({"web@12": 1.0}), sources) == sources
