@@ -41,7 +41,8 @@ def summary(config: RunConfig) -> str:
     model, count = config.model, num_params(config.model)
     experts = f"{model.num_experts_per_token} of {model.num_experts} experts"
     attention = "sliding + global attention" if "L" in model.attention_pattern else "global attention"
-    budget = f"{config.train.tokens / 1e12:g} T tokens" if not config.train.steps else f"{config.train.steps:,} steps"
+    tokens = sum(p.tokens for p in config.data.phases) or config.train.tokens
+    budget = f"{tokens / 1e12:g} T tokens" if not config.train.steps else f"{config.train.steps:,} steps"
     return f"{billions(count.total)} parameters ({billions(count.active)} active), {experts}, {attention}, {budget}"
 
 

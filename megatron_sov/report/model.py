@@ -20,7 +20,7 @@ from megatron_sov.obs.events import EVENTS, final_steps, read_events
 from megatron_sov.report.steps import Curve, StepTable, number
 
 CONFIG = "config.json"
-KEPT = ("phase", "eval", "baseline", "needle", "conversion", "checkpoint")
+KEPT = ("phase", "eval", "baseline", "needle", "conversion", "checkpoint", "warning", "skip")
 """Events that are kept whole; there are few of them and they are small."""
 
 
@@ -37,6 +37,8 @@ class Phase:
     seq_len_tokens: int
     blend: dict[str, float]
     """Source -> weight; empty: every source in proportion to its tokens."""
+    batch_sizes: tuple[int, ...] = ()
+    """Samples of a step, in the order of use."""
 
 
 @dataclass
@@ -107,6 +109,9 @@ class Run:
     """Bits per byte over all held-out sources together, each weighted by its bytes."""
     expert_load: ExpertLoad | None = None
     data_consumed: dict[str, Any] | None = None
+    warnings: list[dict[str, Any]] = field(default_factory=list)
+    skipped_steps: list[int] = field(default_factory=list)
+    """Steps whose samples were passed over, ascending."""
     needles: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
     conversions: list[dict[str, Any]] = field(default_factory=list)
@@ -146,6 +151,10 @@ def read_run(path: Path) -> Run:
     for event in read_events(path / EVENTS):
         kind = event["event"]
         _follow_attempts(run.attempts, resume, event)
+        if kind == "phase" and kept["phase"] and kept["phase"][-1]["attempt"] != len(run.attempts):
+            kept["phase"].clear()  # every start announces the whole curriculum anew, as it is from then on
+        if kind == "phase":
+            event["attempt"] = len(run.attempts)
         if kind == "step" and "step" in event:
             steps.add(event)
         elif kind in kept:
@@ -163,6 +172,8 @@ def read_run(path: Path) -> Run:
     run.data_consumed = last.get("data_consumed")
     run.needles, run.conversions = _last_of_each_when(kept["needle"]), kept["conversion"]
     run.checkpoints = final_steps(kept["checkpoint"], "checkpoint")
+    run.warnings = kept["warning"]
+    run.skipped_steps = [int(e["step"]) for e in final_steps(kept["skip"], "skip")]
     run.provenance = _provenance(path, run.start("inputs") or [])
     return run
 
@@ -203,11 +214,12 @@ def _follow_attempts(attempts: list[Attempt], resume: dict[str, Any], event: dic
 
 def _phases(spans: list[tuple[str, int, int]], events: list[dict[str, Any]]) -> list[Phase]:
     """Return the phases that the steps went through, with what the `phase` events say about each."""
-    announced = {str(e.get("name", "")): e for e in events}
     found = []
     for name, first, last in spans:
-        event = announced.get(name, {})
-        found.append(Phase(name, first, last, int(event.get("seq_len") or 0), event.get("blend") or {}))
+        announced = [e for e in events if e.get("name") == name]
+        event = announced[-1] if announced else {}
+        sizes = tuple(dict.fromkeys(int(e.get("global_batch_size") or 0) for e in announced))
+        found.append(Phase(name, first, last, int(event.get("seq_len") or 0), event.get("blend") or {}, sizes))
     return found
 
 

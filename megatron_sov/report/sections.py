@@ -20,7 +20,7 @@ from megatron_sov.report.charts import (
     plan_chart,
     scalar_charts,
 )
-from megatron_sov.report.model import Attempt, Provenance, Run
+from megatron_sov.report.model import Attempt, Phase, Provenance, Run
 from megatron_sov.report.steps import Curve, number
 
 MAX_SAMPLES = 24
@@ -120,6 +120,7 @@ def sections(run: Run) -> list[Section]:
             ("tokens_per_s", "tokens per second", "Tokens per second, all processes together."),
             ("step_time_s", "seconds", "Time of one optimizer step.")]), tables=_checkpoint_tables(run)),
         _data_section(run),
+        Section("Warnings and skipped steps", tables=_warning_tables(run)),
         Section("Needle in a haystack", side_by_side=True, charts=[needle_chart(n) for n in run.needles if n.get("accuracy")],
                 text="Share of hidden facts that the model repeats, by the length of the context and their depth in it."),
         _sample_section(run),
@@ -154,10 +155,16 @@ def _phase_tables(run: Run) -> list[Table]:
         tail = inside[-max(1, len(inside) // 20):]
         total = sum(phase.blend.values())
         blend = ", ".join(f"{name} {weight / total:.0%}" for name, weight in phase.blend.items()) if total > 0 else "by size"
-        rows.append([phase.name, f"{phase.first_step:,} to {phase.last_step:,}", f"{phase.seq_len_tokens:,}", blend, consumed,
+        rows.append([phase.name, f"{phase.first_step:,} to {phase.last_step:,}", f"{phase.seq_len_tokens:,}", _batch_sizes(phase), blend, consumed,
                      figure(float(inside[0])), figure(float(np.mean(tail)))])
-    head = ["phase", "steps", "sample (tokens)", "blend", "tokens", "first loss", "loss, mean of the last 5 %"]
+    head = ["phase", "steps", "sample (tokens)", "batch (samples)", "blend", "tokens", "first loss", "loss, mean of the last 5 %"]
     return [Table(head, rows)] if rows else []
+
+
+def _batch_sizes(phase: Phase) -> str:
+    """Return the samples of a step: one number, or first to last of a ramp."""
+    sizes = [f"{n:,}" for n in phase.batch_sizes if n]
+    return "–" if not sizes else sizes[0] if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}"
 
 
 def _heldout_tables(run: Run) -> list[Table]:
@@ -187,17 +194,29 @@ def _checkpoint_tables(run: Run) -> list[Table]:
 
 
 def _data_section(run: Run) -> Section:
+    padding = scalar_charts(run, [("padding_share", "share", "Part of each batch that is padding.")])
     consumed = run.data_consumed or {}
     drawn = plan_chart(consumed)
     if drawn is None:
-        return Section("Data consumed")
+        return Section("Data consumed", charts=padding)
     tokens, plan = consumed.get("tokens") or {}, consumed.get("plan") or {}
     rows = []
     for name in dict.fromkeys([*plan, *tokens]):
         got, wanted = number(tokens.get(name, 0)), number(plan.get(name, 0))
         rows.append([name, f"{got:,.0f}", f"{wanted:,.0f}", f"{got / wanted - 1:+.2%}" if wanted else "not planned"])
     table = Table(["source", "tokens consumed", "tokens planned", "difference"], rows)
-    return Section("Data consumed", charts=[drawn], tables=[table])
+    return Section("Data consumed", charts=[drawn, *padding], tables=[table])
+
+
+def _warning_tables(run: Run) -> list[Table]:
+    """Return what the run warned of, and the stretches of steps that it passed over."""
+    rows = [(int(w.get("step") or 0), str(w.get("text", ""))) for w in run.warnings]
+    skipped = np.array(run.skipped_steps, dtype=np.int64)
+    for stretch in np.split(skipped, np.flatnonzero(np.diff(skipped) > 1) + 1) if len(skipped) else []:
+        first, last = int(stretch[0]), int(stretch[-1])
+        steps = f"step {first:,} was" if first == last else f"steps {first:,} to {last:,} were"
+        rows.append((first, f"{steps} passed over: their samples were drawn and not learned"))
+    return [Table(["step", "what"], [[f"{step:,}", text] for step, text in sorted(rows)])] if rows else []
 
 
 def _sample_section(run: Run) -> Section:

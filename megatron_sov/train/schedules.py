@@ -12,7 +12,8 @@ def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
 
     Linear warm-up over `warmup_steps` (at most half the run), then by schedule:
     cosine: ``min + (lr - min) * (1 + cos(pi t)) / 2`` over the rest (Loshchilov and Hutter, arXiv 1608.03983);
-    wsd: constant, then linear to min over the last `decay_share` of the run (MiniCPM, arXiv 2404.06395); constant.
+    wsd: constant, then linear to min over the last `decay_share` of the run, at most all that follows the warm-up (MiniCPM,
+    arXiv 2404.06395); constant.  Phases of the curriculum do not begin it anew, another run does.
     """
     warmup = min(config.warmup_steps, num_steps // 2)
     if step < warmup:
@@ -20,7 +21,7 @@ def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
     if config.schedule == "constant":
         return config.lr
     if config.schedule == "wsd":
-        decay = max(1, round(num_steps * config.decay_share))
+        decay = max(1, min(round(num_steps * config.decay_share), num_steps - warmup))
         done = max(0.0, (step + 1 - (num_steps - decay)) / decay)
         return config.lr - (config.lr - config.min_lr) * done
     done = (step + 1 - warmup) / max(1, num_steps - warmup)

@@ -33,11 +33,11 @@ def test_the_first_step_has_the_models_own_loss(tmp_path: Path, hf_models: dict[
 
     config = from_dict(json.loads((run / "config.json").read_text()))
     sources = open_sources(config.data.paths, config.model.vocab_size)
-    phase, samples = SampleOrder(config, sources).next_batch(0)
+    entry, samples = SampleOrder(config, sources).next_batch()
     model = AutoModelForCausalLM.from_pretrained(hf_models["solar_open"], dtype=torch.float32)
     nats = targets = 0.0
     for sample in samples:
-        row = sample_row(sample, sources[sample.source].shard("train"), phase.seq_len)
+        row = sample_row(sample, sources[sample.source].shard("train"), entry.seq_len)
         for a, b in zip(row.bounds, row.bounds[1:], strict=False):
             with torch.no_grad():
                 logits = model(input_ids=torch.from_numpy(row.tokens[a:b])[None], use_cache=False).logits[0]

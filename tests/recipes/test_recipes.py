@@ -39,7 +39,8 @@ def test_tiny_keeps_the_structure_of_the_big_recipe(name: str) -> None:
     assert bool(tiny.model.sliding_window_tokens) == bool(big.model.sliding_window_tokens)
     assert set(tiny.model.layer_types()) == set(big.model.layer_types())
     assert tiny.model.num_heads // tiny.model.num_kv_heads > 1, "grouped-query attention stays grouped"
-    assert [(p.name, p.share) for p in tiny.data.phases] == [(p.name, p.share) for p in big.data.phases]
+    assert [(p.name, p.share) for p in tiny.data.phases] == [(p.name, p.tokens) for p in big.data.phases]
+    assert not any(p.tokens or p.blend or p.global_batch_size for p in tiny.data.phases), "any data will do"
     assert tiny.optim.schedule == big.optim.schedule
 
 
@@ -50,6 +51,8 @@ def test_k_exaone_as_published() -> None:
     assert (types.count("sliding_attention"), types.count("full_attention"), types[-1]) == (36, 12, "full_attention")
     assert (model.sliding_window_tokens, model.rope_on_global, model.qk_norm, model.num_dense_layers) == (128, False, True, 1)
     assert (model.vocab_size, model.max_position_tokens, model.routed_scaling_factor) == (153600, 262144, 2.5)
+    phases = get("k-exaone-236b").data.phases
+    assert sum(p.tokens for p in phases) == 11e12 and {p.seq_len for p in phases} == {8192}
 
 
 def test_solar_open_as_published() -> None:
@@ -60,7 +63,21 @@ def test_solar_open_as_published() -> None:
     assert model.yarn is not None
     assert model.yarn.factor * model.yarn.original_max_position_tokens == model.max_position_tokens == 131072
     assert (model.vocab_size, model.num_dense_layers, model.qk_norm, model.num_mtp_layers) == (196608, 0, False, 0)
-    assert config.num_steps() == round(20e12 / (13440 * 4096))
+    assert [(p.tokens / 1e12, p.blend["korean"], p.blend["synthetic"]) for p in config.data.phases] \
+        == [(10.8, 3.3, 10.2), (5.3, 3.2, 32.0), (2.7, 16.4, 36.1), (1.2, 13.6, 64.5)]
+    assert all(sum(p.blend.values()) == pytest.approx(100) for p in config.data.phases)
+    assert config.num_steps() == pytest.approx(20e12 / (13440 * 4096), abs=2)
+
+
+def test_solar_opens_mid_training_as_published() -> None:
+    """1.15 T tokens at 32K and 1,440 samples a step: 850 B of trajectories, 135 B of long documents, 170 B of phase 2.C again."""
+    config = get("solar-open-102b-mid")
+    (phase,) = config.data.phases
+    tokens = {name: weight / sum(phase.blend.values()) * phase.tokens / 1e9 for name, weight in phase.blend.items()}
+    assert tokens == pytest.approx({"reasoning-trajectories": 850, "long@8192": 135, "phase-2c": 170})
+    assert (phase.seq_len, phase.global_batch_size) == (32768, 1440)
+    assert config.num_steps() == round(1.155e12 / (1440 * 32768))
+    assert config.model == get("solar-open-102b").model
 
 
 def test_unknown_recipe_names_the_nearest_and_lists_all() -> None:

@@ -25,7 +25,16 @@ def _step(log: EventLog, step: int, noise: random.Random) -> None:
               losses_by_source={name: loss + shift[name] + noise.gauss(0, 0.05) for name in SOURCES},
               grad_norm=0.4 + 3 * math.exp(-step / 25) + abs(noise.gauss(0, 0.1)), lr=4e-3 * min(1, step / 20) * (1 - step / 450),
               tokens=step * 4096, step_time_s=0.8 + abs(noise.gauss(0, 0.03)), tokens_per_s=4096 / 0.82 + noise.gauss(0, 90),
-              phase="1" if step <= 250 else "2.A", max_violation=0.15 + 2 * math.exp(-step / 40) + abs(noise.gauss(0, 0.05)))
+              phase="1" if step <= 250 else "2.A", padding_share=abs(noise.gauss(0.01, 0.004)),
+              max_violation=0.15 + 2 * math.exp(-step / 40) + abs(noise.gauss(0, 0.05)))
+
+
+def _announce(log: EventLog) -> None:
+    """Write the curriculum, as every start does: a ramp in the first phase, then another blend."""
+    for step, name, size, blend in ((0, "1", 8, {"english": 3, "korean": 1, "code": 1}),
+                                    (50, "1", 16, {"english": 3, "korean": 1, "code": 1}),
+                                    (250, "2.A", 16, {"english": 1, "korean": 2, "code": 1})):
+        log.write("phase", step=step, name=name, blend=blend, seq_len=256, global_batch_size=size, skip=False)
 
 
 def _evaluate(log: EventLog, step: int) -> None:
@@ -49,16 +58,16 @@ def write_run(path: Path, *, when: tuple[str, ...] = (), num_experts: int = 16) 
              "num_active_params": 1_120_000, "num_steps": NUM_STEPS, "machine": {"cpu": "Example CPU", "cores": 2},
              "inputs": [{"kind": "tokens", "path": str(corpus), "manifest_sha256": manifest_sha256(corpus)}]}
     log.write("run_start", **start, resumed_from=0)
-    log.write("phase", step=1, name="1", blend={"english": 3, "korean": 1, "code": 1}, seq_len=256)
+    _announce(log)
     log.write("baseline", bigram={name: {"bits_per_byte": 2.9, "loss": 6.8, "tokens": 16384} for name in SOURCES})
     for step in range(1, CRASH + 1):
         _step(log, step, noise)
     log.write("checkpoint", step=CHECKPOINT, path="checkpoints/step-200", save_s=1.4)
     log.write("resume", step=CHECKPOINT, reason="continued from step-200")
     log.write("run_start", **start, resumed_from=CHECKPOINT)
+    _announce(log)
+    log.write("warning", step=350, text="source korean is in epoch 4.1, more than data.max_epochs = 4; add data or lower its weight")
     for step in range(CHECKPOINT + 1, NUM_STEPS + 1):
-        if step == 251:
-            log.write("phase", step=251, name="2.A", blend={"english": 1, "korean": 2, "code": 1}, seq_len=256)
         _step(log, step, noise)
     for step in range(0, NUM_STEPS + 1, 50):
         _evaluate(log, step)

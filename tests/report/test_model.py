@@ -51,6 +51,18 @@ def test_phases_announced_ahead_are_shown_once_reached(tmp_path: Path) -> None:
     assert [(p.name, p.first_step, p.last_step, p.seq_len_tokens) for p in phases] == [("short", 1, 4, 64), ("long", 5, 6, 128)]
 
 
+def test_the_last_start_says_what_the_phases_are(tmp_path: Path) -> None:
+    """The second start lengthens the samples: what the first one had planned for later does not count."""
+    log = EventLog(tmp_path / "events.jsonl")
+    for plan in ([(0, 64, 4), (9, 64, 8)], [(0, 64, 4), (2, 128, 6)]):
+        log.write("run_start", resumed_from=0)
+        for step, seq_len, size in plan:
+            log.write("phase", step=step, name="main", seq_len=seq_len, global_batch_size=size, blend={})
+    log.write("step", step=3, loss=1.0, phase="main")
+    (phase,) = read_run(tmp_path).phases
+    assert (phase.seq_len_tokens, phase.batch_sizes) == (128, (4, 6))
+
+
 def test_a_resume_is_told_by_the_attempt_that_it_opens_whether_before_or_after_its_start(tmp_path: Path) -> None:
     log = EventLog(tmp_path / "events.jsonl")
     for before in (True, False):

@@ -16,7 +16,7 @@ from megatron_sov.report.page import render
 from megatron_sov.report.sections import sections
 
 EVERYTHING = ["Training loss", "Held-out loss", "Learning rate and gradient norm", "Expert load", "Speed", "Data consumed",
-              "Needle in a haystack", "Samples", "Proof of the conversion", "Starts, stops and restarts", "Settings",
+              "Warnings and skipped steps", "Needle in a haystack", "Samples", "Proof of the conversion", "Starts, stops and restarts", "Settings",
               "Provenance"]
 
 

@@ -44,15 +44,30 @@ def test_key_figures(runs: list[Path]) -> None:
 def test_phase_table_counts_tokens_and_loss_of_each_phase(runs: list[Path]) -> None:
     loss = read_run(runs[0]).curve("loss").values
     first, second = section(runs[0], "Training loss").tables[0].rows
-    assert first[:5] == ["1", "1 to 250", "256", "english 60%, korean 20%, code 20%", "1.024 M"]  # 250 steps x 4096 tokens
-    assert second[:5] == ["2.A", "251 to 400", "256", "english 25%, korean 50%, code 25%", "614.4 K"]
-    assert second[5:] == [f"{loss[250]:.4g}", f"{loss[393:].mean():.4g}"]  # the last 7 of 150 steps
+    assert first[:6] == ["1", "1 to 250", "256", "8 to 16", "english 60%, korean 20%, code 20%", "1.024 M"]  # 250 steps x 4096 tokens
+    assert second[:6] == ["2.A", "251 to 400", "256", "16", "english 25%, korean 50%, code 25%", "614.4 K"]
+    assert second[6:] == [f"{loss[250]:.4g}", f"{loss[393:].mean():.4g}"]  # the last 7 of 150 steps
 
 
 def test_heldout_table_sets_bits_beside_the_bigrams(runs: list[Path]) -> None:
     rows = {row[0]: row for row in section(runs[0], "Held-out loss").tables[0].rows}
     bits = (1.8 + 5 * math.exp(-400 / 70)) / math.log(2) / 3.4
     assert rows["code"][4:] == [f"{bits:.4g}", "2.9", f"{1 - bits / 2.9:.1%} fewer"]
+
+
+def test_padding_is_drawn_beside_the_data(runs: list[Path]) -> None:
+    assert [c.caption for c in section(runs[0], "Data consumed").charts][1:] == ["Part of each batch that is padding."]
+
+
+def test_warnings_and_skipped_stretches_stand_by_step(tmp_path: Path) -> None:
+    log = EventLog(tmp_path / "events.jsonl")
+    for step in (7, 4, 5, 6, 9, 5):  # a stretch that was done again after a restart counts once
+        log.write("skip", step=step, reason="data.skip_steps")
+    log.write("warning", step=8, text="source ko is in epoch 4.1")
+    assert section(tmp_path, "Warnings and skipped steps").tables[0].rows == [
+        ["4", "steps 4 to 7 were passed over: their samples were drawn and not learned"],
+        ["8", "source ko is in epoch 4.1"],
+        ["9", "step 9 was passed over: their samples were drawn and not learned"]]
 
 
 def test_data_table_gives_the_difference_to_the_plan(runs: list[Path]) -> None:

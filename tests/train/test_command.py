@@ -55,7 +55,7 @@ def test_impossible_layouts_list_every_problem(capsys: Any, packed_data: Any, tm
                     "parallel.pp = 4 must divide model.num_layers = 2", "etp 1 x ep 5 x pp 4 = 20 must divide the number of"):
         assert problem in message
     message = refused(capsys, [packed_data.text], tmp_path / "run", "--nproc", "3")
-    assert "train.global_batch_size = 16 must be a multiple of micro_batch_size 8 x data parallel size 3" in message
+    assert "global_batch_size = 16 (phase main) must be a multiple of train.micro_batch_size 8 x data parallel size 3" in message
     assert "--nproc 0: must be at least 1" in refused(capsys, [packed_data.text], tmp_path / "run", "--nproc", "0")
 
 

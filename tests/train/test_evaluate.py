@@ -51,7 +51,7 @@ def test_loss_and_bits_per_byte_by_brute_force(ranks: Any, job: Any, packed_data
     for source in open_sources({str(packed_data.text): 1.0}, 368):
         shard = source.shard("heldout")
         nats = targets = size_bytes = place = 0
-        for document, length in enumerate(shard.lengths.tolist()):
+        for document, length in enumerate(shard.lengths):
             ids = torch.from_numpy(shard.tokens(document, 0, length))
             text, first = tokenizer.decode(ids[:-1]), tokenizer.decode(ids[:1])
             size_bytes += len(text.encode()) - len(first.encode())  # a document's first token is no target, its eos has no bytes

@@ -16,7 +16,8 @@ from megatron_sov.train.loop import train  # noqa: E402
 class Recorded:
     """Stands for a trainer: notes what the loop asks for."""
 
-    def __init__(self, num_steps: int, done: int = 0, **settings: int) -> None:
+    def __init__(self, num_steps: int, done: int = 0, skipped: tuple[int, ...] = (), **settings: int) -> None:
+        self.skipped = skipped
         self.num_steps, self.done = num_steps, SimpleNamespace(step=done)
         self.config = SimpleNamespace(train=SimpleNamespace(**{"eval_every_steps": 0, "checkpoint_every_steps": 100, **settings}))
         self.actions: list[str] = []
@@ -24,7 +25,7 @@ class Recorded:
 
     def update(self) -> Any:
         self.done.step += 1
-        return SimpleNamespace(loss=1.0)
+        return None if self.done.step in self.skipped else SimpleNamespace(loss=1.0)
 
     def log(self, result: Any) -> None:
         self.actions.append(f"log {self.done.step}")
@@ -75,3 +76,9 @@ def test_a_stop_at_the_last_step_completes_the_run() -> None:
 
 def test_a_run_that_was_killed_behind_its_last_step_only_ends() -> None:
     assert actions(Recorded(3, done=3)) == (True, ["run_end 3"])
+
+
+def test_a_skipped_step_keeps_the_rhythm_and_has_nothing_to_log() -> None:
+    trainer = Recorded(4, skipped=(2, 4), eval_every_steps=2, checkpoint_every_steps=2)
+    assert actions(trainer) == (True, ["evaluate 2", "save 2", "evaluate 4", "save 4", "run_end 4"])
+    assert [a for a in trainer.actions if a.startswith("log")] == ["log 1", "log 3"]

@@ -51,7 +51,7 @@ def test_a_run_is_entered_again_only_by_resume(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("setting", ["model.num_layers=2", "optim.lr=0.1", "train.seed=7", "train.precision=bf16",
-                                     "data.packing=whole"])
+                                     "data.packing=concat"])
 def test_settings_that_make_another_run_are_refused(tmp_path: Path, setting: str) -> None:
     folder = started(tmp_path / "run")
     name, _, value = setting.partition("=")

@@ -40,6 +40,12 @@ def test_wsd_is_constant_then_linear() -> None:
     assert found[15:] == pytest.approx([1.0 - 0.9 * k / 5 for k in range(1, 6)])
 
 
+def test_a_run_that_only_decays_goes_down_evenly_from_the_peak() -> None:
+    """As in mid-training --from another run: the rate is warmed up again, then falls by the same amount each step."""
+    found = rates(20, schedule="wsd", decay_share=1.0)
+    assert found == pytest.approx([0.25, 0.5, 0.75, 1.0, *(1.0 - 0.9 * k / 16 for k in range(1, 17))])
+
+
 def test_constant_stays() -> None:
     assert set(rates(20, schedule="constant")[3:]) == {1.0}
 
