@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sov import cli
+from megatron_sov import cli, recipes
+from megatron_sov.config import apply_settings
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 ENTRIES = {"megatron-sov": "megatron_sov.cli", "sov-data": "data_prep.cli", "sov-tokenizer": "tokenizer.cli"}
+TRAINS = ("pretrain", "extend", "sft")
 
 
 def commands_of(text: str) -> list[str]:
@@ -42,6 +44,13 @@ COMMANDS = [pytest.param(line, id=f"{page.name}: {line[:60]}") for page in PAGES
 @pytest.mark.parametrize("line", COMMANDS)
 def test_every_command_on_a_page_parses(line: str) -> None:
     parse(line)
+
+
+@pytest.mark.parametrize("line", [c for c in COMMANDS if " --set " in c.values[0] and c.values[0].split()[1] in TRAINS])
+def test_every_setting_on_a_page_is_one_that_the_recipe_takes(line: str) -> None:
+    args = parse(line)
+    changed = apply_settings(recipes.get(args.recipe), args.settings)
+    assert changed._phase_problems() == []
 
 
 def test_commands_are_found_and_wrong_ones_fail() -> None:

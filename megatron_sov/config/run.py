@@ -190,7 +190,8 @@ class RunConfig:
              "train.steps = 0 needs a token budget; set train.steps, train.tokens or every phase's tokens"),
             (t.tokens >= 0, f"train.tokens = {t.tokens} must not be negative"),
             (0 <= t.ramp_from_batch_size <= max(0, t.global_batch_size),
-             f"train.ramp_from_batch_size = {t.ramp_from_batch_size} must lie between 0 and train.global_batch_size = {t.global_batch_size}"),
+             f"train.ramp_from_batch_size = {t.ramp_from_batch_size} must lie between 0 and "
+             f"train.global_batch_size = {t.global_batch_size}"),
             (not t.ramp_from_batch_size or (t.ramp_increment > 0 and t.ramp_steps > 0),
              f"train.ramp_from_batch_size = {t.ramp_from_batch_size} needs train.ramp_increment and train.ramp_steps above 0"),
             (self.data.prefetch_steps >= 0, f"data.prefetch_steps = {self.data.prefetch_steps} must not be negative"),
@@ -227,8 +228,9 @@ class RunConfig:
         unit = t.micro_batch_size * dp
         sizes = {curriculum.batch_size_at(t, phase, step): phase for phase in reversed(self.data.phases)
                  for step in [t.ramp_steps, 0, *curriculum.ramp_changes(t, phase)]}
-        return [f"global_batch_size = {size} (phase {phase.name}) must be a multiple of train.micro_batch_size {t.micro_batch_size} x "
-                f"data parallel size {dp} = {unit}" for size, phase in sorted(sizes.items(), key=lambda item: item[0]) if size % unit]
+        return [f"global_batch_size = {size} (phase {phase.name}) must be a multiple of train.micro_batch_size "
+                f"{t.micro_batch_size} x data parallel size {dp} = {unit}"
+                for size, phase in sorted(sizes.items(), key=lambda item: item[0]) if size % unit]
 
     def check(self, num_ranks: int = 1) -> None:
         """Raise `UserError` listing every problem, if there is any."""

@@ -17,6 +17,7 @@ class LongDocuments:
 
     def __init__(self, documents: Documents, min_tokens: int) -> None:
         self._documents, self._min_tokens = documents, min_tokens
+        self.is_plain = documents.is_plain
 
     @cached_property
     def index(self) -> np.ndarray:

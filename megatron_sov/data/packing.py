@@ -18,7 +18,7 @@ class Segment(NamedTuple):
     """Index of the document in its source."""
     start: int
     """First token."""
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody asks here
     """Tokens."""
 
 

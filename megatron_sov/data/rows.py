@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -35,38 +36,38 @@ class Row:
 
 
 def sample_row(sample: Sample, documents: Documents, seq_len: int, pad_id: int = 0) -> Row:
-    """Return one sample as a row of `seq_len` tokens."""
-    parts = [_segment(s, documents) for s in sample.segments]
-    filled = sum(len(p[0]) for p in parts)
-    lengths = [len(p[0]) for p in parts]
+    """Return one sample as a row of `seq_len` tokens.
+
+    The last token of a segment has a label if the document goes on behind it.
+    """
+    tokens, labels = np.full(seq_len, pad_id, np.int64), np.zeros(seq_len, np.int64)
+    weights, types = np.zeros(seq_len, np.float32), np.zeros(seq_len, np.uint8)
+    positions, places = np.empty(seq_len, np.int64), _places(seq_len)
+    bounds = [0]
+    for document, start, count in sample.segments:
+        first, end = bounds[-1], bounds[-1] + count
+        length = documents.lengths[document]
+        ids = documents.tokens(document, start, count + (start + count < length))
+        labelled = slice(first, first + len(ids) - 1)
+        tokens[first:end], labels[labelled], positions[first:end] = ids[:count], ids[1:], places[:count]
+        if documents.is_plain:
+            weights[labelled] = 1
+        else:
+            weights[labelled] = documents.loss_weights(document, start + 1, len(ids) - 1)
+            types[labelled] = documents.types(document, start + 1, len(ids) - 1)
+        bounds.append(end)
+    filled = bounds[-1]
     if filled < seq_len:
-        gap = seq_len - filled
-        lengths.append(gap)
-        parts.append((np.full(gap, pad_id, np.int64), np.zeros(gap, np.int64), np.zeros(gap, np.float32),
-                      np.zeros(gap, np.uint8)))
-    tokens, labels, weights, types = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return Row(
-        tokens=tokens, labels=labels, weights=weights, types=types,
-        positions=np.concatenate([np.arange(n, dtype=np.int64) for n in lengths]),
-        sources=np.full(seq_len, sample.source, np.int64),
-        padding=np.arange(seq_len) >= filled,
-        bounds=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),
-    )
+        positions[filled:] = places[:seq_len - filled]
+        bounds.append(seq_len)
+    return Row(tokens, labels, weights, positions, types, sources=np.full(seq_len, sample.source, np.int64),
+               padding=places >= filled, bounds=np.array(bounds, np.int32))
 
 
-def _segment(segment: Segment, documents: Documents) -> tuple[np.ndarray, ...]:
-    """Return tokens, labels, weights and types of a segment; its last token has a label if the document goes on."""
-    length = int(documents.lengths[segment.document])
-    goes_on = segment.start + segment.count < length
-    count = segment.count + goes_on
-    ids = documents.tokens(segment.document, segment.start, count)
-    weights = documents.loss_weights(segment.document, segment.start, count)
-    types = documents.types(segment.document, segment.start, count)
-    end = [] if goes_on else [0]
-    return (ids[:segment.count],
-            np.concatenate([ids[1:], np.array(end, np.int64)]),
-            np.concatenate([weights[1:], np.array(end, np.float32)]),
-            np.concatenate([types[1:], np.array(end, np.uint8)]))
+@lru_cache(maxsize=4)
+def _places(seq_len: int) -> np.ndarray:
+    """Return [seq_len] int64: 0, 1, 2, ..."""
+    return np.arange(seq_len, dtype=np.int64)
 
 
 def join_rows(rows: list[Row]) -> Row:

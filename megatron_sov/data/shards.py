@@ -47,6 +47,11 @@ class Documents(Protocol):
         """Tokens of each document."""
         ...
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether every token weighs 1 and is of type 0, so that neither needs to be read."""
+        ...
+
     def tokens(self, document: int, start: int, count: int) -> np.ndarray:
         """Return token ids, int64."""
         ...
@@ -69,7 +74,7 @@ class TokenShard:
         try:
             content = _mapped(idx)
             if content[:9] != IDX_MAGIC:
-                raise UserError(f"{idx}: is not a Megatron index (its first bytes are {bytes(content[:9])!r}); pack the data again")
+                raise UserError(f"{idx}: is not a Megatron index (its first bytes are {content[:9]!r}); pack the data again")
             self.dtype = np.dtype(IDX_DTYPES[content[17]])
             count = int(np.frombuffer(content, np.uint64, 1, offset=18)[0])
             self.lengths = np.frombuffer(content, np.int32, count, offset=_HEADER_BYTES)
@@ -78,10 +83,11 @@ class TokenShard:
             self._tokens = self._map(".bin", self.dtype)
             self._loss = self._map(".loss", np.dtype(np.float32)) if self._file(".loss").exists() else None
             self._type = self._map(".type", np.dtype(np.uint8)) if self._file(".type").exists() else None
+            self.is_plain = self._loss is None and self._type is None
         except OSError as e:
             if e.errno == errno.EMFILE:
-                raise UserError(f"{prefix}: {resource.getrlimit(resource.RLIMIT_NOFILE)[0]} files are open, and this process may not "
-                                "open more; raise `ulimit -n`, or pack into larger shards (--shard-tokens)") from None
+                raise UserError(f"{prefix}: {resource.getrlimit(resource.RLIMIT_NOFILE)[0]} files are open, and this process may "
+                                "not open more; raise `ulimit -n`, or pack into larger shards (--shard-tokens)") from None
             raise UserError(f"{prefix}: cannot be read as a token shard ({e}); pack the data again") from None
         except (IndexError, KeyError, ValueError) as e:
             raise UserError(f"{prefix}: cannot be read as a token shard ({e}); pack the data again") from None
@@ -172,6 +178,7 @@ class ShardChain:
         _allow_open_files()
         self._shards = [TokenShard(prefix) for prefix in prefixes]
         self.lengths = ChainedLengths([shard.lengths for shard in self._shards])
+        self.is_plain = all(shard.is_plain for shard in self._shards)
 
     def tokens(self, document: int, start: int, count: int) -> np.ndarray:
         """As `TokenShard.tokens`."""

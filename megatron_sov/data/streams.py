@@ -61,8 +61,8 @@ class Stream:
         while (row := self._take(seq_len)) is None:
             windows_without += 1
             if windows_without > self._num_windows + 1:  # the current one may be used up
-                raise UserError(f"source {self.name!r}: none of its {len(self.documents.lengths)} training documents holds a token, "
-                                "although its manifest counts some; run `sov-data verify` and pack the data again")
+                raise UserError(f"source {self.name!r}: none of its {len(self.documents.lengths)} training documents holds a "
+                                "token, although its manifest counts some; run `sov-data verify` and pack the data again")
             self._next_window()
         self.cursor.tokens += sum(s.count for s in row)
         self.cursor.samples += 1

@@ -38,6 +38,7 @@ class NeedleDocuments:
     """Loss weight of the words of an answer."""
     text_weight: float = 0.5
     """Loss weight of text and of what all needles share."""
+    is_plain = False
 
     @property
     def max_needles(self) -> int:

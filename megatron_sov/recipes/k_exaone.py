@@ -14,7 +14,8 @@ from megatron_sov.config import (
 
 TOKENS = 11_000_000_000_000
 PHASES = (
-    PhaseConfig("foundation", tokens=round(0.7 * TOKENS), seq_len=8192, blend={"web": 70.0, "korean": 10.0, "multilingual": 10.0, "code": 10.0}),
+    PhaseConfig("foundation", tokens=round(0.7 * TOKENS), seq_len=8192,
+                blend={"web": 70.0, "korean": 10.0, "multilingual": 10.0, "code": 10.0}),
     PhaseConfig("expert-knowledge", tokens=round(0.2 * TOKENS), seq_len=8192,
                 blend={"web-high": 45.0, "korean": 10.0, "multilingual": 5.0, "code": 15.0, "stem": 25.0}),
     PhaseConfig("reasoning", tokens=round(0.1 * TOKENS), seq_len=8192,

@@ -155,8 +155,8 @@ def _phase_tables(run: Run) -> list[Table]:
         tail = inside[-max(1, len(inside) // 20):]
         total = sum(phase.blend.values())
         blend = ", ".join(f"{name} {weight / total:.0%}" for name, weight in phase.blend.items()) if total > 0 else "by size"
-        rows.append([phase.name, f"{phase.first_step:,} to {phase.last_step:,}", f"{phase.seq_len_tokens:,}", _batch_sizes(phase), blend, consumed,
-                     figure(float(inside[0])), figure(float(np.mean(tail)))])
+        rows.append([phase.name, f"{phase.first_step:,} to {phase.last_step:,}", f"{phase.seq_len_tokens:,}",
+                     _batch_sizes(phase), blend, consumed, figure(float(inside[0])), figure(float(np.mean(tail)))])
     head = ["phase", "steps", "sample (tokens)", "batch (samples)", "blend", "tokens", "first loss", "loss, mean of the last 5 %"]
     return [Table(head, rows)] if rows else []
 

@@ -29,8 +29,8 @@ from megatron_sov.models.count import num_params
 from megatron_sov.obs.events import EVENTS, EventLog
 from megatron_sov.obs.progress import Progress
 from megatron_sov.obs.trackers import Trackers
-from megatron_sov.train.evaluate import HeldoutEvaluator, HeldoutLoss
 from megatron_sov.train.databatches import DataBatches
+from megatron_sov.train.evaluate import HeldoutEvaluator, HeldoutLoss
 from megatron_sov.train.objective import GlobalBatch, Objective, total_loss
 from megatron_sov.train.run_folder import RunFolder
 from megatron_sov.train.schedules import learning_rate
@@ -215,7 +215,8 @@ class Trainer:
         for name, epochs in self.batches.epochs.items():
             if limit and epochs > limit and name not in self._worn_out:
                 self._worn_out.add(name)
-                text = f"source {name} is in epoch {epochs:.1f}, more than data.max_epochs = {limit:g}; add data or lower its weight"
+                text = (f"source {name} is gone through {epochs:.1f} times, more than data.max_epochs = {limit:g}; "
+                        "add data or lower its weight")
                 self.events.write("warning", step=self.done.step, text=text)
                 if self.world.is_main:
                     print(f"warning: {text}", file=sys.stderr)
@@ -265,7 +266,7 @@ class Trainer:
         return results
 
     def _planned_tokens(self) -> dict[str, int]:
-        """Return the tokens of each source that the ledger's weights ask for up to now; a source that was taken away keeps its own."""
+        """Return the tokens of each source that the ledger asks for up to now; a source that was taken away keeps its own."""
         plan = dict.fromkeys((s.name for s in self.sources), 0.0)
         entries = self.batches.ledger.entries
         for entry, after in zip(entries, [*(e.first_step for e in entries[1:]), self.num_steps], strict=True):

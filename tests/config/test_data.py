@@ -15,7 +15,7 @@ Small = Callable[..., RunConfig]
 
 @pytest.mark.parametrize(("data", "sentence"), [
     ({"phases": ()}, "data.phases = () must hold at least one phase"),
-    ({"phases": (PhaseConfig("a", tokens=9), PhaseConfig("b"))}, "data.phases: some phases have a budget in tokens and some have none"),
+    ({"phases": (PhaseConfig("a", tokens=9), PhaseConfig("b"))}, "data.phases: some phases have a budget in tokens and some"),
     ({"phases": (PhaseConfig("a", tokens=-9),)}, "data.phases.0 (a).tokens = -9 must not be negative"),
     ({"phases": (PhaseConfig("a", global_batch_size=-8),)}, "data.phases.0 (a).global_batch_size = -8 must not be negative"),
     ({"phases": (PhaseConfig("a"), PhaseConfig("b", seq_len=10**6))}, "data.phases.1 (b).seq_len = 1000000 exceeds"),
@@ -42,7 +42,8 @@ def test_rules_of_ramp_and_budget(train: dict[str, int], sentence: str, small: S
 
 
 def test_a_phases_budget_serves_where_the_run_has_none(small: Small) -> None:
-    config = replace(small(), train=TrainConfig(global_batch_size=8), data=DataConfig(phases=(PhaseConfig("a", tokens=128 * 80, seq_len=128),)))
+    config = replace(small(), train=TrainConfig(global_batch_size=8),
+                     data=DataConfig(phases=(PhaseConfig("a", tokens=128 * 80, seq_len=128),)))
     assert config.problems() == [] and config.num_steps() == 10
 
 
@@ -52,4 +53,5 @@ def test_every_batch_size_of_ramp_and_phases_must_split_over_the_ranks(small: Sm
         small(), train=TrainConfig(steps=10, global_batch_size=8, ramp_from_batch_size=4, ramp_increment=2, ramp_steps=4),
         data=DataConfig(phases=(PhaseConfig("a", seq_len=128), PhaseConfig("b", seq_len=128, global_batch_size=10))))
     assert config.problems(2) == []
-    assert [p.partition(" must")[0] for p in config.problems(4)] == ["global_batch_size = 6 (phase a)", "global_batch_size = 10 (phase b)"]
+    assert [p.partition(" must")[0] for p in config.problems(4)] \
+        == ["global_batch_size = 6 (phase a)", "global_batch_size = 10 (phase b)"]

@@ -29,7 +29,8 @@ Small = Callable[..., RunConfig]
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
 count = st.integers(min_value=0, max_value=2**40)
-phases = st.lists(st.builds(PhaseConfig, name=st.text(max_size=8), tokens=count, share=finite, seq_len=count, global_batch_size=count,
+phases = st.lists(st.builds(PhaseConfig, name=st.text(max_size=8), tokens=count, share=finite, seq_len=count,
+                            global_batch_size=count,
                             blend=st.dictionaries(st.text(max_size=8), finite, max_size=3)), max_size=3).map(tuple)
 run_configs = st.builds(
     RunConfig,

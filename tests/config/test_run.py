@@ -57,7 +57,8 @@ def test_every_problem_is_listed_at_once_with_field_value_and_rule(small: Small)
 def test_the_batch_must_split_over_the_data_parallel_ranks(small: Small) -> None:
     assert small().problems(num_ranks=4) == []
     (problem,) = small().problems(num_ranks=3)
-    assert problem == ("global_batch_size = 8 (phase main) must be a multiple of train.micro_batch_size 1 x data parallel size 3 = 3")
+    assert problem == ("global_batch_size = 8 (phase main) must be a multiple of "
+                       "train.micro_batch_size 1 x data parallel size 3 = 3")
 
 
 def test_steps_follow_from_the_token_budget_unless_they_are_given(small: Small) -> None:

@@ -14,6 +14,8 @@ from megatron_sov.data.shards import Source
 class Numbered:
     """Documents of given lengths; token t of document d is 100 * (d + 1) + t."""
 
+    is_plain = False
+
     def __init__(self, lengths: list[int]) -> None:
         self.lengths = np.array(lengths, np.int32)
 

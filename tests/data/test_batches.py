@@ -30,7 +30,8 @@ def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def sources(make_source: MakeSource) -> list[Source]:
-    return [make_source("web", [3, 17, 5, 9, 40, 2, 8, 11, 6, 21] * 2, 0.7), make_source("chat", [6, 12, 30, 4] * 4, 0.3, is_chat=True)]
+    return [make_source("web", [3, 17, 5, 9, 40, 2, 8, 11, 6, 21] * 2, 0.7),
+            make_source("chat", [6, 12, 30, 4] * 4, 0.3, is_chat=True)]
 
 
 def config(prefetch_steps: int = 2, skip_steps: tuple[tuple[int, int], ...] = (), micro_batch_size: int = 2) -> RunConfig:

@@ -58,7 +58,8 @@ class Drawn:
         """Phases with blends of some of the named sources, lengths and batch sizes; a ramp and skipped steps in some runs."""
         draw = self.random
         phases = tuple(
-            PhaseConfig(str(i), share=draw.random() + 0.1, seq_len=draw.choice([8, 16, 33]), global_batch_size=draw.choice([0, 2, 5]),
+            PhaseConfig(str(i), share=draw.random() + 0.1, seq_len=draw.choice([8, 16, 33]),
+                        global_batch_size=draw.choice([0, 2, 5]),
                         blend={name: draw.random() + 0.01 for name in names if draw.random() < 0.8})
             for i in range(draw.randint(1, 4)))
         first = draw.randint(1, self.steps)
@@ -82,7 +83,7 @@ def run(steps: int, begun: Settings, resumed: dict[int, Settings]) -> tuple[Samp
 
 
 def changed_run(seed: int, make: MakeSource) -> tuple[SampleOrder, Steps]:
-    """A run that is killed several times, each time resumed with other settings, and with one more source from the first time on."""
+    """A run that is killed several times and resumed with other settings, and with one more source from the first time on."""
     drawn = Drawn(seed, make)
     sources, (added,) = drawn.sources("abc"), drawn.sources("d")
     begun = (drawn.settings("abc"), sources)
@@ -109,7 +110,7 @@ def test_the_order_is_a_function_of_seed_and_ledger(seed: int, make_source: Make
 
 @pytest.mark.parametrize("seed", range(40))
 def test_no_token_is_ahead_of_another_by_more_than_the_epoch(seed: int, make_source: MakeSource) -> None:
-    """Over changed blends, lengths, batches, skips and an added source: each token as often as epochs are complete, or once more."""
+    """Over changed blends, lengths, batches, skips, an added source: each token as often as epochs are complete, or once more."""
     order, taken = changed_run(seed, make_source)
     seen: dict[str, Counter[tuple[int, int]]] = {s.name: Counter() for s in order.sources}
     for entry, samples in taken:
@@ -150,7 +151,8 @@ def test_every_entry_has_the_samples_of_its_weights(seed: int, make_source: Make
 def test_a_ramp_does_not_starve_a_rare_source(make_source: MakeSource) -> None:
     """Each stretch of the ramp is too short for one sample of the rare source; the count goes on through all of them."""
     config = dataclasses.replace(
-        recipes.get("tiny-solar-open"), data=DataConfig(phases=(PhaseConfig("main", seq_len=8, blend={"web": 0.95, "rare": 0.05}),)),
+        recipes.get("tiny-solar-open"),
+        data=DataConfig(phases=(PhaseConfig("main", blend={"web": 0.95, "rare": 0.05}, seq_len=8),)),
         train=TrainConfig(steps=40, global_batch_size=11, ramp_from_batch_size=1, ramp_increment=1, ramp_steps=20))
     order = SampleOrder(config, [make_source("web", [8] * 50), make_source("rare", [8] * 50)])
     samples = [s for _ in range(20) for s in order.next_batch()[1]]

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
+import itertools
 import math
+from collections.abc import Callable
+from pathlib import Path
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_sov.data.packing import Row, Segment, best_fit, concatenate, cut, truncate
 
 SEQ_LEN = 24
-documents = st.lists(st.integers(1, 60), min_size=1, max_size=30).map(lambda counts: [Segment(i, 0, n) for i, n in enumerate(counts)])
+Fewest = Callable[[list[int], int], int]
+documents = st.lists(st.integers(1, 60), min_size=1, max_size=30).map(
+    lambda counts: [Segment(i, 0, n) for i, n in enumerate(counts)])
 
 
 def tokens(rows: list[Row]) -> list[tuple[int, int]]:
@@ -18,28 +25,17 @@ def tokens(rows: list[Row]) -> list[tuple[int, int]]:
     return [(s.document, t) for row in rows for s in row for t in range(s.start, s.start + s.count)]
 
 
-def fewest_rows(counts: list[int], seq_len: int) -> int:
-    """The optimum by branch and bound: the longest item goes into each row that differs in its room, or into a new one."""
-    items = sorted(counts, reverse=True)
-    best = len(items)
-
-    def place(i: int, rooms: tuple[int, ...]) -> None:
-        nonlocal best
-        missing = sum(items[i:]) - sum(rooms)
-        if len(rooms) + max(0, math.ceil(missing / seq_len)) >= best:
-            return
-        if i == len(items):
-            best = len(rooms)
-            return
-        for room in sorted({r for r in rooms if r >= items[i]}):
-            place(i + 1, tuple(sorted([*(rooms[:(k := rooms.index(room))]), *rooms[k + 1:], room - items[i]])))
-        place(i + 1, (*rooms, seq_len - items[i]))
-
-    place(0, ())
-    return best
+@pytest.fixture(scope="module")
+def fewest_rows() -> Fewest:
+    """The optimum by branch and bound, as in the benchmark."""
+    spec = importlib.util.spec_from_file_location("data_order", Path(__file__).parents[2] / "benchmarks/data_order.py")
+    assert spec is not None and spec.loader is not None
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    return benchmark.fewest_rows
 
 
-def test_the_optimum_by_hand() -> None:
+def test_the_optimum_by_hand(fewest_rows: Fewest) -> None:
     """6 3 3 | 4 4 4 fills two rows of 12; best fit puts 6 4 | 4 4 3 and needs a third for the last 3."""
     assert fewest_rows([6, 4, 4, 4, 3, 3], 12) == 2
     assert len(best_fit([Segment(i, 0, n) for i, n in enumerate([6, 4, 4, 4, 3, 3])], 12)) == 3
@@ -47,9 +43,17 @@ def test_the_optimum_by_hand() -> None:
     assert fewest_rows([3] * 8, 12) == 2
 
 
+@given(st.lists(st.integers(1, SEQ_LEN), min_size=1, max_size=5))
+@settings(max_examples=60)
+def test_the_optimum_is_that_of_all_ways_to_assign(fewest_rows: Fewest, counts: list[int]) -> None:
+    ways = itertools.product(range(len(counts)), repeat=len(counts))
+    full = (w for w in ways if all(sum(c for c, row in zip(counts, w, strict=True) if row == r) <= SEQ_LEN for r in set(w)))
+    assert fewest_rows(counts, SEQ_LEN) == min(len(set(w)) for w in full)
+
+
 @given(st.lists(st.integers(1, SEQ_LEN), min_size=1, max_size=11))
 @settings(max_examples=150)
-def test_best_fit_is_within_its_bound_of_the_fewest_rows(counts: list[int]) -> None:
+def test_best_fit_is_within_its_bound_of_the_fewest_rows(fewest_rows: Fewest, counts: list[int]) -> None:
     """On sets this small it is never more than one row above, where the theorem would allow 11/9 and four."""
     rows = best_fit([Segment(i, 0, n) for i, n in enumerate(counts)], SEQ_LEN)
     assert fewest_rows(counts, SEQ_LEN) <= len(rows) <= fewest_rows(counts, SEQ_LEN) + 1

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -52,3 +54,27 @@ def test_other_layouts_and_formats_are_refused(packed: tuple[Path, Path], tmp_pa
         open_sources({str(tmp_path): 1.0}, 2000)
     with pytest.raises(UserError, match="holds data of format 'chat', this stage learns from preference"):
         open_sources({str(packed[0]): 1.0}, 2000, formats=("preference",))
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from megatron_sov.data.shards import ShardChain
+from megatron_sov.errors import UserError
+resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[2]), int(sys.argv[3])))
+try:
+    print(f"{len(ShardChain(sorted({p.with_suffix('') for p in Path(sys.argv[1]).glob('train-*.idx')})).lengths)} documents")
+except UserError as e:
+    print(e)
+"""
+
+
+@pytest.mark.parametrize(("limits", "said"), [
+    ((16, 4096), "93 documents"),
+    ((16, 16), "16 files are open, and this process may not open more; raise `ulimit -n`, or pack into larger shards"),
+])
+def test_more_shards_than_open_files_are_allowed(packed: tuple[Path, Path], limits: tuple[int, int], said: str) -> None:
+    """A mapped file keeps its descriptor; the limit that a shell sets is raised as far as the system allows."""
+    argv = [sys.executable, "-c", LIMITED, str(packed[1] / "chat"), *map(str, limits)]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True)
+    assert said in done.stdout

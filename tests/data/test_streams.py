@@ -46,7 +46,8 @@ def test_each_token_occurs_once_in_each_epoch(corpus: list[int], packing: Packin
     for seq_len in wanted:
         row = source.next_sample(seq_len)
         assert 0 < sum(s.count for s in row) <= seq_len
-        seen.setdefault(source.cursor.epoch, Counter()).update((s.document, t) for s in row for t in range(s.start, s.start + s.count))
+        counted = seen.setdefault(source.cursor.epoch, Counter())
+        counted.update((s.document, t) for s in row for t in range(s.start, s.start + s.count))
     everything = {(d, t) for d, n in enumerate(corpus) for t in range(n)}
     beginnings = {(d, t) for d, n in enumerate(corpus) for t in range(min(n, 5))}  # a truncated document keeps at least these
     for epoch, counted in seen.items():

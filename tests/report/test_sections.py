@@ -44,7 +44,7 @@ def test_key_figures(runs: list[Path]) -> None:
 def test_phase_table_counts_tokens_and_loss_of_each_phase(runs: list[Path]) -> None:
     loss = read_run(runs[0]).curve("loss").values
     first, second = section(runs[0], "Training loss").tables[0].rows
-    assert first[:6] == ["1", "1 to 250", "256", "8 to 16", "english 60%, korean 20%, code 20%", "1.024 M"]  # 250 steps x 4096 tokens
+    assert first[:6] == ["1", "1 to 250", "256", "8 to 16", "english 60%, korean 20%, code 20%", "1.024 M"]  # 250 x 4096
     assert second[:6] == ["2.A", "251 to 400", "256", "16", "english 25%, korean 50%, code 25%", "614.4 K"]
     assert second[6:] == [f"{loss[250]:.4g}", f"{loss[393:].mean():.4g}"]  # the last 7 of 150 steps
 
