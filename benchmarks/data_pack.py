@@ -146,8 +146,8 @@ def hashes(prefix: Path) -> tuple[str, str]:
     return sha256_file(Path(f"{prefix}.bin")), sha256_file(Path(f"{prefix}.idx"))
 
 
-def compare(preset: str, corpus: Path, size_bytes: int, work: Path, datatrove_python: str | None) -> float:
-    """Print the table of one tokenizer; returns the seconds on the clock of the last command."""
+def compare(preset: str, corpus: Path, size_bytes: int, work: Path, datatrove_python: str | None) -> None:
+    """Print the table of one tokenizer."""
     tokenizer, megatron = work / preset, work / f"megatron-{preset}"
     costs = {"Megatron-LM: encode_batch + IndexedDatasetBuilder":
              measured([sys.executable, "-W", "ignore", "-c", MEGATRON, str(tokenizer), str(corpus), str(megatron)])}
@@ -170,7 +170,6 @@ def compare(preset: str, corpus: Path, size_bytes: int, work: Path, datatrove_py
         rate = size_bytes / 1e6 / cost.cpu_s
         print(f"{name:<52} {cost.cpu_s:8.1f} {rate:9.2f} {slowest / cost.cpu_s:6.2f} {cost.wall_s:7.1f} {cost.peak_mib:9.0f}")
     print(f".bin and .idx of all {len(results)} byte-identical: {len(set(results.values())) == 1}", flush=True)
-    return cost.wall_s
 
 
 def threads_or_processes(corpus: Path, work: Path) -> None:
@@ -184,8 +183,13 @@ def threads_or_processes(corpus: Path, work: Path) -> None:
         print(f"two {kind}: {cost.cpu_s:.1f} CPU s, {cost.wall_s:.1f} s on the clock", flush=True)
 
 
-def killed(corpus: Path, work: Path, undisturbed_s: float) -> None:
-    """Kill the command again and again on its way, let it end, and compare with the undisturbed one."""
+def complete_units(work: Path) -> int:
+    """Return how many units of the command that is killed are complete."""
+    return sum(1 for p in work.glob(".killed.work/*/*/record.json") if ".tmp-" not in p.parent.name)
+
+
+def killed(corpus: Path, work: Path) -> None:
+    """Kill the command again and again, shortly after it completed one more unit; let it end; compare with the undisturbed one."""
     output, command = work / "killed", pack_command(work / PRESETS[0], corpus, work / "killed", 2)
     drawn = random.Random(0)
     expected = read_manifest(work / f"ours-{PRESETS[0]}-2").files
@@ -193,13 +197,16 @@ def killed(corpus: Path, work: Path, undisturbed_s: float) -> None:
     equal: list[bool] = []
     while len(kept) < NUM_KILLS or not output.exists():
         shutil.rmtree(output, ignore_errors=True)
+        before = complete_units(work)
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-            try:
-                process.wait(timeout=None if len(kept) >= NUM_KILLS else undisturbed_s * drawn.uniform(0.4, 1.0))
-                equal.append(read_manifest(output).files == expected)
-            except subprocess.TimeoutExpired:
+            while process.poll() is None and (len(kept) >= NUM_KILLS or complete_units(work) <= before):
+                time.sleep(0.02)
+            time.sleep(drawn.uniform(0, 0.3))
+            if process.poll() is None:
                 process.kill()
-                kept.append(sum(1 for p in work.glob(".killed.work/*/*/record.json") if ".tmp-" not in p.parent.name))
+                kept.append(complete_units(work))
+            else:
+                equal.append(read_manifest(output).files == expected)
     units = ", ".join(map(str, kept))
     print(f"\nkilled {len(kept)} times (units complete by then: {units}); it came to its end {len(equal)} times, "
           f"all files as undisturbed: {all(equal)}")
@@ -228,13 +235,12 @@ def main() -> int:
         size_bytes = write_corpus(corpus, inputs, round(args.megabytes * 1e6))
         write_corpus(work / "sample.jsonl", inputs, TRAIN_TOKENIZER_BYTES)
         print(f"{machine()}\n{size_bytes / 1e6:.1f} MB of text, load {os.getloadavg()[0]:.1f}", flush=True)
-        walls_s = {}
         for preset in PRESETS:
             measured([sys.executable, "-m", "tokenizer.cli", "train", "--preset", preset, "--vocab-size", str(VOCAB_SIZE),
                       "--input", str(work / "sample.jsonl"), "--output", str(work / preset)])
-            walls_s[preset] = compare(preset, corpus, size_bytes, work, args.datatrove_python)
+            compare(preset, corpus, size_bytes, work, args.datatrove_python)
         threads_or_processes(corpus, work)
-        killed(corpus, work, walls_s[PRESETS[0]])
+        killed(corpus, work)
     return 0
 
 
