@@ -189,7 +189,7 @@ def complete_units(work: Path) -> int:
 
 
 def killed(corpus: Path, work: Path) -> None:
-    """Kill the command again and again, shortly after it completed one more unit; let it end; compare with the undisturbed one."""
+    """Kill the command again and again, soon after each further unit; let it end; compare with the undisturbed one."""
     output, command = work / "killed", pack_command(work / PRESETS[0], corpus, work / "killed", 2)
     drawn = random.Random(0)
     expected = read_manifest(work / f"ours-{PRESETS[0]}-2").files
