@@ -1,0 +1,248 @@
+"""How fast `sov-data pack` is beside Megatron-LM's way and datatrove, on the same text, with the same bytes as a result.
+
+    python benchmarks/data_pack.py [--megabytes 40] [--input PATH ...] [--datatrove-python PYTHON]
+
+Megatron-LM's way is that of its tools/preprocess_data.py: JSON line, `encode_batch` of Hugging Face `tokenizers`,
+`IndexedDatasetBuilder`.  datatrove (`MegatronDocumentTokenizer`) is run by another interpreter, since it is no dependency.
+CPU seconds are those of all processes of a command, start-up included; they depend little on what else a machine does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from megatron_sov.artifacts import read_manifest, sha256_file
+from megatron_sov.documents import Document, Reading, list_files, plan_units, read_span
+
+PRESETS = ("solar-open", "k-exaone")
+VOCAB_SIZE = 32_768
+TRAIN_TOKENIZER_BYTES = 16_000_000
+NUM_KILLS = 10
+BATCH_DOCUMENTS = 256
+
+MEGATRON = """
+import json, sys, itertools, numpy as np, torch
+from tokenizers import Tokenizer
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+tokenizer = Tokenizer.from_file(sys.argv[1] + "/tokenizer.json")
+tokenizer.encode_special_tokens = True
+eos = json.load(open(sys.argv[1] + "/manifest.json"))["content"]["eos_id"]
+builder = IndexedDatasetBuilder(sys.argv[3] + ".bin", dtype=np.uint16)
+with open(sys.argv[2], encoding="utf-8") as f:
+    while lines := list(itertools.islice(f, BATCH)):
+        for e in tokenizer.encode_batch([json.loads(l)["text"] for l in lines], add_special_tokens=False):
+            ids = e.ids + [eos]
+            builder.add_document(torch.IntTensor(ids), [len(ids)])
+builder.finalize(sys.argv[3] + ".idx")
+""".replace("BATCH", str(BATCH_DOCUMENTS))
+
+DATATROVE = """
+import json, os, sys
+from datatrove.pipeline.readers import JsonlReader
+from datatrove.pipeline.tokens.megatron_tokenizer import MegatronDocumentTokenizer
+folder, corpus, out = sys.argv[1:]
+config = json.load(open(folder + "/tokenizer_config.json"))
+reader = JsonlReader(os.path.dirname(corpus), glob_pattern=os.path.basename(corpus))
+writer = MegatronDocumentTokenizer(os.path.dirname(out), save_filename=os.path.basename(out),
+    tokenizer_name_or_path=folder + "/tokenizer.json", eos_token=config["eos_token"], batch_size=BATCH)
+writer.tokenizer.encode_special_tokens = True
+for _ in writer.run(reader.run(None, 0, 1), 0, 1) or ():
+    continue
+""".replace("BATCH", str(BATCH_DOCUMENTS))
+
+THREADS_OR_PROCESSES = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from data_prep.encode import EncodingSettings
+from data_prep.units import UnitEncoder, UnitSettings
+from data_prep.workers import encode_units
+from megatron_sov.documents import Reading, plan_units
+if __name__ == "__main__":
+    units = list(plan_units([Path(sys.argv[2])]))
+    settings = UnitSettings(Path(sys.argv[1]), "", "", "uint16", Reading("text"), EncodingSettings(fast=True))
+    if sys.argv[4] == "threads":
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(UnitEncoder(settings, Path(sys.argv[3])).encode, units))
+    else:
+        list(encode_units(units, settings, Path(sys.argv[3]), 2))
+"""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a command took."""
+
+    cpu_s: float
+    """User and system time of all its processes."""
+    wall_s: float
+    """Time on the clock."""
+    peak_mib: float
+    """Memory of its largest process."""
+
+
+def measured(command: list[str], **environment: str) -> Cost:
+    """Run a command to its end and return its cost."""
+    start_s = time.monotonic()
+    settings = os.environ | {"TOKENIZERS_PARALLELISM": "false"} | environment
+    with open(os.devnull, "wb") as nowhere, tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(command, stdout=nowhere, stderr=errors, env=settings)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            errors.seek(0)
+            raise SystemExit(f"{command[:3]}: exit code {process.returncode}\n{errors.read().decode()[-2000:]}")
+    return Cost(usage.ru_utime + usage.ru_stime, time.monotonic() - start_s, usage.ru_maxrss / 1024)
+
+
+def texts(inputs: list[Path], limit_bytes: int) -> Iterator[str]:
+    """Yield documents of the inputs, taken in turn so that each is there from the start, up to a total of bytes."""
+    reading = Reading()
+    streams = [(item.text for unit in plan_units(list_files(path)) for span in unit for item in read_span(span, reading)
+                if isinstance(item, Document) and item.text) for path in inputs]
+    passed = 0
+    while streams and passed < limit_bytes:
+        for stream in list(streams):
+            found = list(islice(stream, 20))
+            if not found:
+                streams.remove(stream)
+            for text in found:
+                passed += len(text.encode())
+                yield text
+
+
+def write_corpus(file: Path, inputs: list[Path], limit_bytes: int) -> int:
+    """Write JSONL; returns the bytes of its text."""
+    total_bytes = 0
+    with open(file, "w", encoding="utf-8") as f:
+        for text in texts(inputs, limit_bytes):
+            f.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+            total_bytes += len(text.encode())
+    return total_bytes
+
+
+def pack_command(tokenizer: Path, corpus: Path, output: Path, workers: int) -> list[str]:
+    """Return the command that packs the corpus into one split."""
+    return [sys.executable, "-m", "data_prep.cli", "pack", "--tokenizer", str(tokenizer), "--input", f"all={corpus}", "--output",
+            str(output), "--heldout", "0", "--workers", str(workers)]
+
+
+def hashes(prefix: Path) -> tuple[str, str]:
+    """Return the hashes of `.bin` and `.idx`."""
+    return sha256_file(Path(f"{prefix}.bin")), sha256_file(Path(f"{prefix}.idx"))
+
+
+def compare(preset: str, corpus: Path, size_bytes: int, work: Path, datatrove_python: str | None) -> None:
+    """Print the table of one tokenizer."""
+    tokenizer, megatron = work / preset, work / f"megatron-{preset}"
+    costs = {"Megatron-LM: encode_batch + IndexedDatasetBuilder":
+             measured([sys.executable, "-W", "ignore", "-c", MEGATRON, str(tokenizer), str(corpus), str(megatron)])}
+    results = {"megatron": hashes(megatron)}
+    if datatrove_python:
+        folder = work / f"datatrove-{preset}"
+        folder.mkdir()
+        costs["datatrove: MegatronDocumentTokenizer"] = measured(
+            [datatrove_python, "-c", DATATROVE, str(tokenizer), str(corpus), str(folder / "out")])
+        [index] = folder.rglob("*.idx")
+        results["datatrove"] = hashes(index.with_suffix(""))
+    for workers in (1, 2):
+        output = work / f"ours-{preset}-{workers}"
+        costs[f"sov-data pack --workers {workers}"] = measured(pack_command(tokenizer, corpus, output, workers))
+        results[f"ours-{workers}"] = hashes(output / "all/train-00000")
+    slowest = next(iter(costs.values())).cpu_s
+    print(f"\n{preset}, {VOCAB_SIZE:,} ids ({read_manifest(output).settings['encoder']})")
+    print(f"{'':<52} {'CPU s':>8} {'MB/CPU s':>9} {'times':>6} {'wall s':>7} {'peak MiB':>9}")
+    for name, cost in costs.items():
+        rate = size_bytes / 1e6 / cost.cpu_s
+        print(f"{name:<52} {cost.cpu_s:8.1f} {rate:9.2f} {slowest / cost.cpu_s:6.2f} {cost.wall_s:7.1f} {cost.peak_mib:9.0f}")
+    print(f".bin and .idx of all {len(results)} byte-identical: {len(set(results.values())) == 1}", flush=True)
+
+
+def threads_or_processes(corpus: Path, work: Path) -> None:
+    """Print what two threads and two processes take for the same units."""
+    script = work / "threads_or_processes.py"
+    script.write_text(THREADS_OR_PROCESSES)
+    print()
+    for kind in ("threads", "processes"):
+        cost = measured([sys.executable, str(script), str(work / PRESETS[0]), str(corpus), str(work / f"units-{kind}"), kind],
+                        PYTHONPATH=str(Path(__file__).parents[1]))
+        print(f"two {kind}: {cost.cpu_s:.1f} CPU s, {cost.wall_s:.1f} s on the clock", flush=True)
+
+
+def complete_units(work: Path) -> int:
+    """Return how many units of the command that is killed are complete."""
+    return sum(1 for p in work.glob(".killed.work/*/*/record.json") if ".tmp-" not in p.parent.name)
+
+
+def killed(corpus: Path, work: Path) -> None:
+    """Kill the command again and again, soon after each further unit; let it end; compare with the undisturbed one."""
+    output, command = work / "killed", pack_command(work / PRESETS[0], corpus, work / "killed", 2)
+    drawn = random.Random(0)
+    expected = read_manifest(work / f"ours-{PRESETS[0]}-2").files
+    kept: list[int] = []
+    equal: list[bool] = []
+    while len(kept) < NUM_KILLS or not output.exists():
+        shutil.rmtree(output, ignore_errors=True)
+        before = complete_units(work)
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            while process.poll() is None and (len(kept) >= NUM_KILLS or complete_units(work) <= before):
+                time.sleep(0.02)
+            time.sleep(drawn.uniform(0, 0.3))
+            if process.poll() is None:
+                process.kill()
+                kept.append(complete_units(work))
+            else:
+                equal.append(read_manifest(output).files == expected)
+    units = ", ".join(map(str, kept))
+    print(f"\nkilled {len(kept)} times (units complete by then: {units}); it came to its end {len(equal)} times, "
+          f"all files as undisturbed: {all(equal)}")
+
+
+def machine() -> str:
+    """Return processor, cores and Python."""
+    with open("/proc/cpuinfo", encoding="utf-8") as f:
+        model = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), platform.machine())
+    return f"{model}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}"
+
+
+def main() -> int:
+    """Run everything."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--megabytes", type=float, default=40, help="text to pack (default %(default)s)")
+    parser.add_argument("--input", action="append", type=Path,
+                        help="text to take (default: this Python's library and packages); repeat it")
+    parser.add_argument("--datatrove-python", metavar="PYTHON", help="an interpreter that has datatrove; left out without it")
+    args = parser.parse_args()
+    inputs = args.input or [Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib")]
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        (work / "corpus").mkdir()
+        corpus = work / "corpus/all.jsonl"
+        size_bytes = write_corpus(corpus, inputs, round(args.megabytes * 1e6))
+        write_corpus(work / "sample.jsonl", inputs, TRAIN_TOKENIZER_BYTES)
+        print(f"{machine()}\n{size_bytes / 1e6:.1f} MB of text, load {os.getloadavg()[0]:.1f}", flush=True)
+        for preset in PRESETS:
+            measured([sys.executable, "-m", "tokenizer.cli", "train", "--preset", preset, "--vocab-size", str(VOCAB_SIZE),
+                      "--input", str(work / "sample.jsonl"), "--output", str(work / preset)])
+            compare(preset, corpus, size_bytes, work, args.datatrove_python)
+        threads_or_processes(corpus, work)
+        killed(corpus, work)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -179,13 +179,20 @@ def pack(tokenizer: Path, sources: list[Source], output: Path, settings: PackSet
             "sources": _write(artifact.path, encoded, unit_settings, work, settings)}
         artifact.settings = {**vars(settings), "encoder": sentence, "inputs": sources}
         _carry_tokenizer(artifact, tokenizer)
-    shutil.rmtree(work, ignore_errors=True)
+    _delete_work(work, output)
     _tell(artifact.content["sources"], output)
 
 
 def work_folder(output: Path) -> Path:
     """Return the hidden folder beside the output that keeps complete units until the output is."""
     return output.with_name(f".{output.name}.work")
+
+
+def _delete_work(work: Path, output: Path) -> None:
+    """Delete the units: first their name, so that a kill on the way leaves no torn unit that a later command would trust."""
+    doomed = output.with_name(f".{output.name}.tmp-{os.getpid()}")  # what `new_artifact` clears away after a kill
+    os.rename(work, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def sample_texts(units: list[Unit], reading: Reading) -> list[str]:

@@ -287,6 +287,7 @@ def open_unit(work: Path, key: str, dtype: str) -> StoredUnit:
     folder = unit_folder(work, key)
 
     def mapped(name: str, dtype: np.dtype[Any]) -> NDArray[Any]:
+        """Return a file's items; an empty file cannot be mapped."""
         file = folder / name
         return np.memmap(file, dtype, "r") if file.stat().st_size else np.zeros(0, dtype)
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -22,6 +23,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from pyarrow import parquet
 from transformers import AutoTokenizer
 
+from data_prep import pack as pack_module
 from data_prep.cli import main
 from data_prep.indexed import open_split
 from data_prep.pack import PackSettings, Source, pack, parse_sources, work_folder
@@ -244,6 +246,24 @@ def test_a_killed_command_leaves_no_worker_and_goes_on_where_it_was(tokenizers: 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["long.txt", "out"]
     pack(tokenizers["solar-open"], [Source("long", text)], tmp_path / "undisturbed")
     assert read_manifest(output).files == read_manifest(tmp_path / "undisturbed").files
+
+
+def test_a_kill_while_units_are_deleted_leaves_none_to_trust(tokenizers: dict[str, Path], tmp_path: Path,
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
+
+    def killed(folder: Path, ignore_errors: bool) -> None:
+        next(folder.glob("*/*/tokens")).unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pack_module, "shutil", SimpleNamespace(rmtree=killed, copyfile=shutil.copyfile))
+        pack(tokenizers["solar-open"], [Source("a", tmp_path / "a.jsonl")], tmp_path / "out", PackSettings(heldout_share=0))
+    assert (tmp_path / "out/manifest.json").is_file() and not work_folder(tmp_path / "out").exists()
+    [left] = tmp_path.glob(".out.tmp-*")  # cleared by the next command once its process is gone; here it is this one
+    shutil.rmtree(left)
+    pack(tokenizers["solar-open"], [Source("a", tmp_path / "a.jsonl")], tmp_path / "out", overwrite=True)
+    assert main(["verify", str(tmp_path / "out")]) == 0
 
 
 def test_units_of_other_input_or_settings_are_not_trusted(tokenizers: dict[str, Path], tmp_path: Path,

@@ -1,0 +1,80 @@
+"""From units to shards, against a plain reading of the same input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep import assemble
+from data_prep.assemble import EncodedSource, bad_rows, survey, write_quarantine, write_shards
+from data_prep.encode import Encoder, EncodingSettings
+from data_prep.indexed import open_split
+from data_prep.splits import HeldoutRule, document_hash
+from data_prep.units import UnitEncoder, UnitSettings
+from megatron_sov.documents import Document, Reading, files, plan_units
+
+IDS = [0, 1, 2, 1, None, None, 3, 0, 4]
+"""Ids of the records; the second 1 and the second 0 came before."""
+REPEATED = (3, 7)
+
+
+@pytest.fixture(params=[1, 10**9], ids=["a unit a file", "one unit"])
+def source(request: pytest.FixtureRequest, tokenizers: dict[str, Path], tmp_path: Path) -> tuple[EncodedSource, Path]:
+    """Nine documents in three files, and the folder of their units."""
+    for number in range(3):
+        rows = [{"text": f"document {i}"} | ({} if IDS[i] is None else {"id": IDS[i]}) for i in range(3 * number, 3 * number + 3)]
+        (tmp_path / f"{number}.jsonl").write_text("\n".join(["{", *map(json.dumps, rows)]))
+    settings = UnitSettings(tokenizers["solar-open"], "a", "b", "uint16", Reading("text"), EncodingSettings())
+    encoder = UnitEncoder(settings, tmp_path / "work")
+    found = EncodedSource("s", "text", tmp_path)
+    found.units += [(unit, encoder.encode(unit)) for unit in plan_units(sorted(tmp_path.glob("*.jsonl")), request.param)]
+    return found, tmp_path
+
+
+@pytest.mark.parametrize("block_tokens", [1, 10, 1 << 22])
+def test_shards_hold_what_plain_reading_gives(source: tuple[EncodedSource, Path], tokenizers: dict[str, Path],
+                                              monkeypatch: pytest.MonkeyPatch, block_tokens: int) -> None:
+    monkeypatch.setattr(assemble, "BLOCK_TOKENS", block_tokens)
+    encoded, folder = source
+    rule = HeldoutRule(0.4)
+    assert survey(encoded, folder / "work", "uint16", rule) == 7
+    splits = write_shards(encoded, folder / "work", folder / "out", "uint16", rule, 10**9)
+    encoder = Encoder(tokenizers["solar-open"])
+    expected: dict[bool, list[list[int]]] = {True: [], False: []}
+    for i in range(9):
+        if i not in REPEATED:
+            document = Document("", f"document {i}")
+            heldout = bool(rule.is_heldout(np.array([document_hash(document)], np.uint64))[0])
+            expected[heldout].append(encoder.encode_batch([document]).ids.tolist())
+    assert expected[True] and expected[False]
+    for heldout, split in ((False, "train"), (True, "heldout")):
+        assert [d.tolist() for d in open_split(folder / f"out/s/{split}-00000").documents()] == expected[heldout]
+        assert splits[split]["num_bytes"] == len(expected[heldout]) * len("document 0")
+
+
+def test_bad_records_and_repeated_ids_stand_in_the_order_of_the_input(source: tuple[EncodedSource, Path]) -> None:
+    encoded, folder = source
+    survey(encoded, folder / "work", "uint16", HeldoutRule(0.0))
+    rows = list(bad_rows(encoded, folder / "work", "uint16"))
+    assert [(Path(r["file"]).name, r["line"], r["code"]) for r in rows] == [
+        ("0.jsonl", 1, "json"), ("1.jsonl", 1, "json"), ("1.jsonl", 2, "duplicate_id"), ("2.jsonl", 1, "json"),
+        ("2.jsonl", 3, "duplicate_id")]
+    with open(folder / "list", "w", encoding="utf-8") as f:
+        assert write_quarantine(encoded, folder / "work", "uint16", f) == {"json": 3, "duplicate_id": 2}
+    assert [json.loads(line) for line in (folder / "list").read_text().splitlines()] == [{"source": "s", **r} for r in rows]
+
+
+def test_lines_are_counted_through_the_spans_of_a_file(tokenizers: dict[str, Path], tmp_path: Path,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [json.dumps({"text": f"line {i}"}) if i % 40 else "bad" for i in range(1, 400)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    settings = UnitSettings(tokenizers["solar-open"], "a", "b", "uint16", Reading("text"), EncodingSettings())
+    encoder = UnitEncoder(settings, tmp_path / "work")
+    encoded = EncodedSource("s", "text", tmp_path)
+    monkeypatch.setattr(files, "WHOLE_FILE_BYTES", 0)
+    encoded.units += [(unit, encoder.encode(unit)) for unit in plan_units([tmp_path / "a.jsonl"], 700)]
+    assert len(encoded.units) > 5
+    assert [r["line"] for r in bad_rows(encoded, tmp_path / "work", "uint16")] == list(range(40, 400, 40))

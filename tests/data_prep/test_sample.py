@@ -1,0 +1,46 @@
+"""`sov-data sample`: documents as they were packed, with marks around what is learned."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from data_prep.cli import main
+from data_prep.pack import PackSettings, Source, pack
+from data_prep.sample import sample
+from megatron_sov.documents import Reading
+
+ANSWERS = [f"{i} and {'more ' * (i % 7)}" for i in range(40)]
+
+
+@pytest.fixture(scope="module")
+def chats(tokenizers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sample")
+    lines = [{"messages": [{"role": "user", "content": "Go on?"}, {"role": "assistant", "content": a}]} for a in ANSWERS]
+    (folder / "chat.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    pack(tokenizers["solar-open"], [Source("chat", folder / "chat.jsonl")], folder / "out", PackSettings(0.2, Reading("chat")))
+    return folder / "out"
+
+
+def test_samples_mark_what_is_learned(chats: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = sample(chats, "chat", "train", 100, 1000, seed=0)
+    headings, texts = lines[::3], lines[1::3]
+    assert headings[0].startswith("== chat/train, document 0, ")
+    begin = "<|begin|>user<|content|>Go on?<|end|><|begin|>assistant<|content|>"
+    assert set(texts) < {f"{begin}⟦{a}<|end|>⟧<|endoftext|>" for a in ANSWERS}
+    assert len(set(texts)) == len(texts) > 20
+    few = sample(chats, None, "train", 2, 5, seed=1)
+    assert len(few) == 6 and all("tokens, the first 5" in h for h in few[::3])
+    assert few == sample(chats, None, "train", 2, 5, seed=1)
+    assert main(["sample", str(chats), "--source", "none"]) == 2
+    assert "has no such source (sources: chat)" in capsys.readouterr().err
+
+
+def test_both_sides_of_a_preference_are_named(tokenizers: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "Sky?", "chosen": "Blue.", "rejected": "Green."}\n')
+    pack(tokenizers["k-exaone"], [Source("p", tmp_path / "p.jsonl")], tmp_path / "out", PackSettings(0, Reading("preference")))
+    shown = sample(tmp_path / "out", None, "train", 9, 100, seed=0)
+    assert "document 0, chosen" in shown[0] and "⟦Blue.<|endofturn|>⟧" in shown[1]
+    assert "document 1, rejected" in shown[3] and "⟦Green.<|endofturn|>⟧" in shown[4]

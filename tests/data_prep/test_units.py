@@ -1,0 +1,103 @@
+"""Units: the same for the same bytes and settings, another one for anything else, complete or not there."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from data_prep.encode import EncodingSettings
+from data_prep.units import UnitEncoder, UnitSettings, open_unit, unit_folder, unit_key
+from megatron_sov.documents import Reading, plan_units
+
+LINES = [json.dumps({"id": f"id {i}", "text": f"line {i} 한국어"}) for i in range(50)]
+
+
+@pytest.fixture
+def settings(tokenizers: dict[str, Path]) -> UnitSettings:
+    return UnitSettings(tokenizers["solar-open"], "a", "b", "uint16", Reading("text"), EncodingSettings())
+
+
+def write(folder: Path, name: str = "a.jsonl", lines: list[str] = LINES) -> Path:
+    (folder / name).write_text("\n".join(lines))
+    return folder / name
+
+
+def key(file: Path, settings: UnitSettings) -> str:
+    [unit] = plan_units([file])
+    return unit_key(unit, settings)
+
+
+def test_the_key_is_of_bytes_and_settings_not_of_places(settings: UnitSettings, tmp_path: Path) -> None:
+    known = key(write(tmp_path), settings)
+    moved = dataclasses.replace(settings, tokenizer=tmp_path / "elsewhere")
+    assert key(write(tmp_path, "b.jsonl"), moved) == known
+    for changed in (dataclasses.replace(settings, tokenizer_sha256="c"), dataclasses.replace(settings, config_sha256="c"),
+                    dataclasses.replace(settings, dtype="int32"), dataclasses.replace(settings, reading=Reading("text", "body")),
+                    dataclasses.replace(settings, reading=Reading("text", max_document_bytes=99)),
+                    dataclasses.replace(settings, encoding=EncodingSettings(bos="start"))):
+        assert key(tmp_path / "a.jsonl", changed) != known
+    for name, lines in (("a.jsonl", LINES[1:]), ("a.jsonl", ["{}", *LINES[1:]]), ("a.txt", LINES)):
+        assert key(write(tmp_path, name, lines), settings) != known
+
+
+def test_the_key_of_parquet_follows_values_and_columns(settings: UnitSettings, tmp_path: Path) -> None:
+    keys = set()
+    for table in ({"text": ["a", "b"]}, {"text": ["a", "c"]}, {"body": ["a", "b"]}):
+        parquet.write_table(pyarrow.table(table), tmp_path / "a.parquet")
+        keys.add(key(tmp_path / "a.parquet", settings))
+    (tmp_path / "a.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-5])
+    keys.add(key(tmp_path / "a.parquet", settings))
+    assert len(keys) == 4
+
+
+def test_a_complete_unit_is_kept_and_a_torn_one_made_again(settings: UnitSettings, tmp_path: Path) -> None:
+    [unit] = plan_units([write(tmp_path)])
+    first = UnitEncoder(settings, tmp_path / "work").encode(unit)
+    assert first.encoded_now and first.num_sequences == 50 and first.num_lines == (50,)
+    again = UnitEncoder(settings, tmp_path / "work").encode(unit)
+    assert again == dataclasses.replace(first, encoded_now=False)
+    folder = unit_folder(tmp_path / "work", first.key)
+    torn = folder.rename(folder.with_name(f"{first.key}.tmp-1"))  # as a killed process leaves it
+    assert UnitEncoder(settings, tmp_path / "work").encode(unit).encoded_now
+    assert (torn / "tokens").read_bytes() == (folder / "tokens").read_bytes()
+
+
+def test_what_is_stored_of_each_sequence(settings: UnitSettings, tmp_path: Path) -> None:
+    write(tmp_path, "a.jsonl", [LINES[0], "{", "", LINES[1]])
+    (tmp_path / "b.txt").write_text("only text")
+    [unit] = plan_units([tmp_path / "a.jsonl", tmp_path / "b.txt"])
+    record = UnitEncoder(settings, tmp_path / "work").encode(unit)
+    stored = open_unit(tmp_path / "work", record.key, "uint16")
+    assert stored.sequences["line"].tolist() == [1, 4, 0] and stored.sequences["span"].tolist() == [0, 0, 1]
+    assert stored.sequences["bytes"].tolist() == [len("line 0 한국어".encode()), len("line 1 한국어".encode()), 9]
+    assert (stored.sequences["id"] != 0).tolist() == [True, True, False] and stored.types is None
+    assert stored.sequences["tokens"].sum() == len(stored.tokens) == record.num_tokens
+    assert [(r["span"], r["line"], r["code"]) for r in stored.bad_rows()] == [(0, 2, "json")]
+    assert record.num_bad == {"json": 1} and record.num_lines == (4, 0)
+
+
+def test_documents_that_a_template_refuses_are_found_inside_a_batch(tokenizers: dict[str, Path], settings: UnitSettings,
+                                                                    tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from data_prep.chat import ChatForm
+    from megatron_sov.documents import BadRecord
+
+    pieces = ChatForm.pieces
+
+    def strict(self: ChatForm, messages: tuple[tuple[str, str], ...], awaits_response: bool = False):
+        if messages[0][0] == "system":
+            raise BadRecord("template", "is refused")
+        return pieces(self, messages, awaits_response)
+
+    monkeypatch.setattr(ChatForm, "pieces", strict)
+    refused = (3, 4, 17)
+    lines = [{"messages": [{"role": "system" if i in refused else "user", "content": str(i)}]} for i in range(20)]
+    [unit] = plan_units([write(tmp_path, "chat.jsonl", list(map(json.dumps, lines)))])
+    record = UnitEncoder(dataclasses.replace(settings, reading=Reading("chat")), tmp_path / "work").encode(unit)
+    stored = open_unit(tmp_path / "work", record.key, "uint16")
+    assert [r["line"] - 1 for r in stored.bad_rows()] == list(refused)
+    assert [line - 1 for line in stored.sequences["line"].tolist()] == [i for i in range(20) if i not in refused]
