@@ -65,6 +65,16 @@ def test_chained_lengths_are_one_sequence(parts: list[list[int]], data: st.DataO
     assert (list(chained), len(chained)) == (flat, len(flat))
 
 
+@given(st.lists(st.lists(st.integers(0, 9), max_size=6), min_size=1, max_size=6).filter(any), st.integers(1, 9))
+def test_long_documents_are_found_in_every_shard(numbered: Any, parts: list[list[int]], minimum: int) -> None:
+    flat = [n for part in parts for n in part]
+    documents = numbered(flat)
+    documents.lengths = ChainedLengths([np.array(p, np.int32) for p in parts])
+    long = LongDocuments(documents, minimum)
+    assert long.index.tolist() == [i for i, n in enumerate(flat) if n >= minimum]
+    assert long.lengths.tolist() == [n for n in flat if n >= minimum]
+
+
 def test_long_documents_of_real_shards(packed_data: Any) -> None:
     sources = open_sources({str(packed_data.text): 1.0}, 368)
     lengths = list(sources[0].shard("train").lengths)
