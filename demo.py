@@ -109,12 +109,11 @@ def training_stages(root: Path, sources: list[str]) -> list[Stage]:
 def judging_stages(root: Path) -> list[Stage]:
     """Return the stages from the last checkpoint to the report."""
     pretrain, extend, sft, hf = (str(root / name) for name in ("pretrain", "extend", "sft", "hf"))
-    last = str(root / "sft/checkpoints" / f"step-{SFT_STEPS}")
     sampling = ("--max-new-tokens", "48", "--temperature", "0.7")
     return [
-        Stage("export", 10, ("megatron-sov", "convert", "to-hf", last, hf), root / "hf/manifest.json"),
-        Stage("verify weights", 15, ("megatron-sov", "convert", "verify", last, hf)),
-        Stage("compare logits", 20, ("megatron-sov", "eval", "logits", last, hf, "--run", sft)),
+        Stage("export", 10, ("megatron-sov", "convert", "to-hf", sft, hf), root / "hf/manifest.json"),
+        Stage("verify weights", 15, ("megatron-sov", "convert", "verify", sft, hf)),
+        Stage("compare logits", 20, ("megatron-sov", "eval", "logits", sft, hf, "--run", sft)),
         Stage("continue text", 20, ("megatron-sov", "generate", extend, *sampling, *repeated("--prompt", TEXTS),
                                     "--run", extend)),
         Stage("answer", 20, ("megatron-sov", "generate", sft, "--chat", *sampling, *repeated("--prompt", QUESTIONS),

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from_hf.add_argument("--overwrite", **overwrite)  # type: ignore[arg-type]
 
     to_hf = action("to-hf", "write a checkpoint as a Hugging Face folder")
-    to_hf.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="checkpoint folder, e.g. RUN/checkpoints/step-100")
+    to_hf.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="checkpoint, or run (its newest one)")
     to_hf.add_argument("out", metavar="OUT", type=Path, help="Hugging Face folder to write")
     to_hf.add_argument("--dtype", default="keep", help="float32, bfloat16, float16, or keep (default) for the checkpoint's own")
     to_hf.add_argument("--max-shard-bytes", type=int, default=MAX_SHARD_BYTES, metavar="N",

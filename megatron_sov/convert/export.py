@@ -13,7 +13,7 @@ from megatron_sov.artifacts import atomic_write, new_artifact, refuse_existing, 
 from megatron_sov.convert import MAX_SHARD_BYTES
 from megatron_sov.convert.companions import carry, ids_beside
 from megatron_sov.convert.shards import TensorSpec, plan_shards, write_shards
-from megatron_sov.convert.sources import CONFIG, CheckpointWeights
+from megatron_sov.convert.sources import CONFIG, CheckpointWeights, newest_of_run
 from megatron_sov.errors import UserError, nearest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -34,7 +34,7 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *, max_sha
     Raises:
         UserError: the checkpoint is damaged, its family cannot express its model, values overflow `dtype`, the disk is full.
     """
-    checkpoint, out = Path(checkpoint), Path(out)
+    checkpoint, out = newest_of_run(Path(checkpoint)), Path(out)
     if dtype not in (KEEP, *DTYPES):
         raise UserError(f"--dtype {dtype!r}: does not exist{nearest(dtype, DTYPES)} (dtypes: {', '.join(DTYPES)}, {KEEP})")
     if max_shard_bytes <= 0:

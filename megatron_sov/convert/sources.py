@@ -16,6 +16,7 @@ from megatron_sov import models
 from megatron_sov.artifacts import MANIFEST, read_manifest
 from megatron_sov.config import ModelConfig, from_dict
 from megatron_sov.errors import UserError
+from megatron_sov.mcore.run_checkpoints import CHECKPOINTS_OF_A_RUN, find_checkpoint
 from megatron_sov.mcore.tensors import TensorReader
 from megatron_sov.models.weights import Link
 
@@ -40,17 +41,22 @@ class Weights(Protocol):
 
 
 def open_weights(path: str | Path) -> Weights:
-    """Open a checkpoint or a Hugging Face folder.
+    """Open a checkpoint, the newest checkpoint of a run, or a Hugging Face folder.
 
     Raises:
-        UserError: it is neither, or its tensors are not exactly those of its model.
+        UserError: it is none of them, or its tensors are not exactly those of its model.
     """
-    path = Path(path)
+    path = newest_of_run(Path(path))
     if (path / CONFIG).is_file():
         return HfWeights(path)
     if (path / MANIFEST).is_file():
         return CheckpointWeights(path)
     raise UserError(f"{path}: has neither {CONFIG} (Hugging Face folder) nor {MANIFEST} (checkpoint); pass one of the two")
+
+
+def newest_of_run(path: Path) -> Path:
+    """Return the newest checkpoint of a run's folder, and any other path as it is."""
+    return find_checkpoint(path) if (path / CHECKPOINTS_OF_A_RUN).is_dir() else path
 
 
 def is_hf_folder(path: Path) -> bool:

@@ -152,7 +152,7 @@ def _logits(args: argparse.Namespace, events: RunEvents) -> int:
     from megatron_sov.convert import is_hf_folder
     from megatron_sov.eval.parity import compare_logits, random_prompts
     from megatron_sov.generate.target import Target
-    from megatron_sov.mcore.checkpoint import find_checkpoint
+    from megatron_sov.mcore.run_checkpoints import find_checkpoint
 
     if not is_hf_folder(args.hf_dir):
         raise UserError(f"{args.hf_dir}: is not a Hugging Face folder; pass what `megatron-sov convert to-hf` wrote")

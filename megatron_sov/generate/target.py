@@ -15,8 +15,8 @@ from megatron_sov.artifacts import read_manifest
 from megatron_sov.config import ModelConfig, ParallelConfig, RunConfig, apply_settings, from_dict
 from megatron_sov.errors import UserError
 from megatron_sov.mcore import cpu, world
-from megatron_sov.mcore.checkpoint import KIND, find_checkpoint
 from megatron_sov.mcore.ranks import num_ranks
+from megatron_sov.mcore.run_checkpoints import KIND, find_checkpoint
 
 HF_SEQ_LEN = 4096
 """Context, in tokens, in which a Hugging Face model is judged unless told: its own limit may be far longer."""

@@ -30,11 +30,10 @@ from megatron_sov.errors import UserError
 from megatron_sov.mcore.blocks import Block, of
 from megatron_sov.mcore.model import LanguageModel
 from megatron_sov.mcore.optim import Optimizer
+from megatron_sov.mcore.run_checkpoints import KIND
 from megatron_sov.mcore.tensors import TensorReader, TensorWriter, write_index
 
-KIND = "checkpoint"
 STATE = "state.json"
-CHECKPOINTS_OF_A_RUN = "checkpoints"
 
 
 def save(path: Path, model: LanguageModel, optimizer: Optimizer | None, state: dict[str, Any], settings: dict[str, Any],
@@ -197,34 +196,3 @@ def _refuse_difference(path: Path, wanted: set[str], found: set[str]) -> None:
 def read_state(path: Path) -> dict[str, Any]:
     """Return the loop's values as they were saved."""
     return dict(json.loads((path / STATE).read_text(encoding="utf-8")))
-
-
-def latest(folder: Path) -> Path | None:
-    """Return the newest complete checkpoint of a run's `checkpoints` folder, or None."""
-    complete = [(step, path) for step, path in _steps(folder) if (path / MANIFEST).is_file()]
-    return complete[-1][1] if complete else None
-
-
-def _steps(folder: Path) -> list[tuple[int, Path]]:
-    return sorted((int(p.name[5:]), p) for p in folder.glob("step-*") if p.name[5:].isdigit())
-
-
-def find_checkpoint(path: Path) -> Path:
-    """Return the checkpoint that `path` means: itself, or the newest one of a run folder.
-
-    Raises:
-        UserError: it is neither.
-    """
-    if (path / CHECKPOINTS_OF_A_RUN).is_dir():
-        newest = latest(path / CHECKPOINTS_OF_A_RUN)
-        if newest is None:
-            raise UserError(f"{path}: this run has no complete checkpoint yet")
-        return newest
-    read_manifest(path, KIND)
-    return path
-
-
-def prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints (0 keeps all)."""
-    for _, path in _steps(folder)[:-keep] if keep else []:
-        shutil.rmtree(path, ignore_errors=True)

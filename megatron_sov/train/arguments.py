@@ -65,11 +65,8 @@ def resolve_start(start_from: Path | None, run: Path) -> Path | None:
         return None
     if not start_from.is_dir():
         raise UserError(f"--from {start_from}: does not exist; pass a checkpoint, a run or a Hugging Face folder")
-    from megatron_sov.mcore.cpu import open_door
-
-    open_door()
     from megatron_sov import convert
-    from megatron_sov.mcore.checkpoint import find_checkpoint
+    from megatron_sov.mcore.run_checkpoints import find_checkpoint
 
     return _converted(start_from, run) if convert.is_hf_folder(start_from) else find_checkpoint(start_from)
 
@@ -77,10 +74,10 @@ def resolve_start(start_from: Path | None, run: Path) -> Path | None:
 def _converted(hf_dir: Path, run: Path) -> Path:
     """Convert, unless the run has a checkpoint and needs no weights: what lies there may come from another folder."""
     from megatron_sov import convert
-    from megatron_sov.mcore import checkpoint, world
+    from megatron_sov.mcore import run_checkpoints, world
 
     out = run.with_name(run.name + ".from-hf")
-    if (out / MANIFEST).is_file() and checkpoint.latest(run / checkpoint.CHECKPOINTS_OF_A_RUN) is not None:
+    if (out / MANIFEST).is_file() and run_checkpoints.latest(run / run_checkpoints.CHECKPOINTS_OF_A_RUN) is not None:
         return out
     if num_ranks(None) > 1:
         raise UserError(f"--from {hf_dir}: many processes would convert it at once; run `megatron-sov convert from-hf` "

@@ -11,7 +11,7 @@ from typing import Any
 from megatron_sov.artifacts import atomic_write, disk_errors, to_json
 from megatron_sov.config import RunConfig, from_dict
 from megatron_sov.errors import UserError
-from megatron_sov.mcore.checkpoint import CHECKPOINTS_OF_A_RUN
+from megatron_sov.mcore.run_checkpoints import CHECKPOINTS_OF_A_RUN
 from megatron_sov.train.lock import LOCK
 
 CONFIG, COMPLETION = "config.json", "complete.json"

@@ -17,7 +17,7 @@ from megatron_sov.data.long_documents import with_long_documents
 from megatron_sov.data.shards import Source, open_sources, tokenizer_folder
 from megatron_sov.data.vocabulary import refuse_other_tokens
 from megatron_sov.errors import StopRequested, UserError
-from megatron_sov.mcore import checkpoint, world
+from megatron_sov.mcore import run_checkpoints, world
 from megatron_sov.mcore.ranks import num_ranks, under_launcher
 from megatron_sov.train.lock import RunLock
 from megatron_sov.train.loop import train
@@ -126,7 +126,7 @@ def _lock(stage: Stage, lock: RunLock | None) -> None:
 def _restore(stage: Stage, trainer: Trainer) -> bool:
     """Load what the run starts from; returns whether it goes on from a checkpoint of its own."""
     # one process looks: on a network file system the others may still see an older listing
-    newest = _on_main(trainer.world, lambda: checkpoint.latest(stage.folder.checkpoints))
+    newest = _on_main(trainer.world, lambda: run_checkpoints.latest(stage.folder.checkpoints))
     if newest is not None:
         trainer.resume(newest)
     elif stage.start_from is not None:
@@ -155,7 +155,7 @@ def with_model_of(config: RunConfig, start_from: Path) -> RunConfig:
     Raises:
         UserError: the checkpoint belongs to another family than the recipe.
     """
-    made_with = from_dict(read_manifest(start_from, checkpoint.KIND).settings).model
+    made_with = from_dict(read_manifest(start_from, run_checkpoints.KIND).settings).model
     if made_with.family != config.model.family:
         raise UserError(f"--from {start_from}: is a {made_with.family} model, recipe {config.recipe} is for "
                         f"{config.model.family}; choose a recipe of that family")

@@ -19,7 +19,7 @@ from megatron_sov.data.order import OrderState
 from megatron_sov.data.shards import Source, provenance, tokenizer_folder
 from megatron_sov.data.token_bytes import token_bytes
 from megatron_sov.errors import UserError
-from megatron_sov.mcore import checkpoint, init, schedule
+from megatron_sov.mcore import checkpoint, init, run_checkpoints, schedule
 from megatron_sov.mcore.logprobs import head_of
 from megatron_sov.mcore.model import build
 from megatron_sov.mcore.optim import Optimizer
@@ -283,7 +283,7 @@ class Trainer:
                  "num_updates": self.optimizer.num_updates, "order": self.batches.state(), "data": self._data}
         checkpoint.save(path, self.model, self.optimizer, state, self.config.to_dict(), self.tokenizer)
         if self.world.is_main:
-            checkpoint.prune(self.folder.checkpoints, self.config.train.keep_checkpoints)
+            run_checkpoints.prune(self.folder.checkpoints, self.config.train.keep_checkpoints)
         self.events.write("checkpoint", step=self.done.step, path=f"{self.folder.checkpoints.name}/{path.name}",
                           save_s=time.monotonic() - start)
         return path
