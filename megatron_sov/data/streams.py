@@ -38,6 +38,8 @@ class Cursor:
     """Tokens given in all."""
     samples: int = 0
     """Samples given in all."""
+    window_documents: int = field(default_factory=lambda: WINDOW_DOCUMENTS)
+    """Size of a window when the stream began; it keeps it, so that a resumed run meets the same windows."""
 
 
 class Stream:
@@ -47,7 +49,7 @@ class Stream:
         self.name, self.documents, self.cursor = name, documents, cursor
         self._key = (seed, name)
         self._packing = packing
-        self._num_windows = -(-len(documents.lengths) // WINDOW_DOCUMENTS)
+        self._num_windows = -(-len(documents.lengths) // cursor.window_documents)
         self._rows: list[Row] = []
         self._replay()
 

@@ -109,3 +109,15 @@ def test_the_share_of_an_epoch_is_counted_by_rows() -> None:
 def test_a_source_without_a_token_is_refused_and_not_searched_for_ever() -> None:
     with pytest.raises(UserError, match="none of its 20 training documents holds a token"):
         stream([0] * 20, "best_fit").next_sample(8)
+
+
+def test_a_stream_keeps_the_windows_that_it_began_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = [7] * 50
+    monkeypatch.setattr(streams, "WINDOW_DOCUMENTS", 10)
+    begun = stream(corpus, "best_fit")
+    expected = [begun.next_sample(16) for _ in range(40)]
+    resumed = stream(corpus, "best_fit")
+    first = [resumed.next_sample(16) for _ in range(9)]
+    monkeypatch.setattr(streams, "WINDOW_DOCUMENTS", 25)
+    again = stream(corpus, "best_fit", Cursor(**dataclasses.asdict(resumed.cursor)))
+    assert first + [again.next_sample(16) for _ in range(31)] == expected

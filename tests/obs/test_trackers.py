@@ -6,6 +6,7 @@ import json
 import math
 import struct
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -78,6 +79,7 @@ def test_wandb_offline_keeps_its_run_and_accepts_steps_done_again(tmp_path: Path
         for step in steps:
             trackers.log_step(step, {"loss": 1.0 / step})
         trackers.close()
+        time.sleep(1.1)  # wandb names an attempt's folder by the second in which it began
     attempts = [read_wandb(file) for file in sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"))]
     assert {run_id for run_id, _ in attempts} == {(tmp_path / "wandb-id").read_text()}
     histories = sorted((history for _, history in attempts), key=lambda h: h[0]["step"])
