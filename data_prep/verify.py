@@ -52,15 +52,6 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def find_problems(data: Path) -> list[str]:
-    """Return one sentence for each problem of an artifact of kind "tokens".
-
-    Raises:
-        UserError: `data` is no such artifact.
-    """
-    return check(data)[0]
-
-
 def check(data: Path) -> tuple[list[str], list[str]]:
     """Return a sentence for each problem, and one for each thing worth knowing (duplicates).
 

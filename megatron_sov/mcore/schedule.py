@@ -62,6 +62,7 @@ class ExpertLoad:
     def __init__(self, model: LanguageModel) -> None:
         self._model = model
         self._counts: dict[int, torch.Tensor] = {}
+        self._gathered: torch.Tensor | None = None
 
     def finalize(self, chunks: list[Any], num_tokens: torch.Tensor | None = None, pg_collection: Any = None,
                  force_all_reduce: bool | None = False) -> None:
@@ -69,18 +70,19 @@ class ExpertLoad:
 
         The division by a token count is left out: losses arrive divided by their own global denominators.
         """
+        self._gathered = None
         self._counts = {m.layer_number: m.local_tokens_per_expert.clone() for m in self._model.modules()
                         if getattr(m, "local_tokens_per_expert", None) is not None}
         finalize_model_grads(chunks, None, pg_collection, bool(force_all_reduce))
 
     def gather(self, num_layers: int, num_experts: int) -> torch.Tensor:
-        """Return [layers, experts] token counts of the last step, summed over all processes (zero rows: dense layers)."""
-        total = torch.zeros(num_layers + 1, num_experts, dtype=torch.float64)
-        for layer, counts in self._counts.items():
-            total[layer] = counts.double().cpu()
-        total = to_comm_device(total)
-        dist.all_reduce(total)
-        return total[1:].cpu()
+        """Return [layers, experts] token counts of the last step, summed over all processes once (zero rows: dense layers)."""
+        if self._gathered is None:
+            local = torch.zeros(num_layers + 1, num_experts, dtype=torch.float64)
+            for layer, counts in self._counts.items():
+                local[layer] = counts.double().cpu()
+            self._gathered = sum_everywhere(local)[1:]
+        return self._gathered
 
 
 def to_comm_device(tensor: torch.Tensor) -> torch.Tensor:
