@@ -165,7 +165,7 @@ def _die_with_parent(parent: int) -> None:
 
 def _wait(children: list[int]) -> int:
     """Wait for all ranks, passing signals on; after a rank failed the others get 10 s before they are killed."""
-    alive, code, deadline = set(children), 0, float("inf")
+    alive, code, deadline, killed = set(children), 0, float("inf"), ""
     previous = {s: signal.signal(s, lambda number, frame: _send(list(alive), number)) for s in FORWARDED}
     try:
         while alive:
@@ -180,10 +180,11 @@ def _wait(children: list[int]) -> int:
                 ended = os.waitstatus_to_exitcode(status)
                 if ended == 2 or (ended != 0 and code == 0):  # a mistake's code counts, not that of ranks which lose their peer
                     if ended < 0:
-                        print(f"error: rank {children.index(child)} was ended by {signal.Signals(-ended).name}; if nobody sent "
-                              "it, look for a lack of memory", file=sys.stderr, flush=True)
+                        killed = f"rank {children.index(child)} was ended by {signal.Signals(-ended).name}"
                     code = ended if ended > 0 else 128 - ended
                     deadline = time.monotonic() + 10
+        if killed and code != 2:  # beside a mistake it is a rank that lost its peer
+            print(f"error: {killed}; if nobody sent it, look for a lack of memory", file=sys.stderr, flush=True)
         return code
     finally:
         for number, handler in previous.items():
