@@ -18,6 +18,8 @@ class ParallelConfig:
     """Sequence parallelism: norms and residuals split along the sequence inside a tensor parallel group."""
     pp: int = 1
     """Pipeline parallel size."""
+    vpp: int = 1
+    """Runs of layers on each pipeline stage: above 1 the pipeline is interleaved, and its bubble shrinks that many times."""
     ep: int = 1
     """Expert parallel size."""
     etp: int = 1
@@ -26,7 +28,7 @@ class ParallelConfig:
     def problems(self, model: ModelConfig, num_ranks: int) -> list[str]:
         """Return one sentence for each rule that this layout breaks for `model` on `num_ranks` processes."""
         p = []
-        sizes = {"tp": self.tp, "pp": self.pp, "ep": self.ep, "etp": self.etp}
+        sizes = {"tp": self.tp, "pp": self.pp, "vpp": self.vpp, "ep": self.ep, "etp": self.etp}
         for name, size in sizes.items():
             if size < 1:
                 p.append(f"parallel.{name} = {size} must be at least 1")
@@ -50,6 +52,11 @@ class ParallelConfig:
             p.append("parallel.sp = True needs parallel.tp > 1; leave it out or raise tp")
         if model.num_layers % self.pp:
             p.append(f"parallel.pp = {self.pp} must divide model.num_layers = {model.num_layers}; {_divisors(model.num_layers)}")
+        elif model.num_layers // self.pp % self.vpp:
+            layers = model.num_layers // self.pp
+            p.append(f"parallel.vpp = {self.vpp} must divide the {layers} layers of each pipeline stage; {_divisors(layers)}")
+        if self.vpp > 1 and self.pp == 1:
+            p.append(f"parallel.vpp = {self.vpp} needs parallel.pp > 1; leave it out or raise pp")
         for names in (("tp", "pp"), ("etp", "ep", "pp")):
             size = 1
             for name in names:

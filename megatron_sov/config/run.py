@@ -228,8 +228,11 @@ class RunConfig:
         unit = t.micro_batch_size * dp
         sizes = {curriculum.batch_size_at(t, phase, step): phase for phase in reversed(self.data.phases)
                  for step in [t.ramp_steps, 0, *curriculum.ramp_changes(t, phase)]}
+        interleaved = self.parallel.vpp > 1
+        unit *= self.parallel.pp if interleaved else 1
+        pipeline = f" x parallel.pp {self.parallel.pp}, since parallel.vpp > 1" if interleaved else ""
         return [f"global_batch_size = {size} (phase {phase.name}) must be a multiple of train.micro_batch_size "
-                f"{t.micro_batch_size} x data parallel size {dp} = {unit}"
+                f"{t.micro_batch_size} x data parallel size {dp}{pipeline} = {unit}"
                 for size, phase in sorted(sizes.items(), key=lambda item: item[0]) if size % unit]
 
     def check(self, num_ranks: int = 1) -> None:

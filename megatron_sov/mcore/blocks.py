@@ -39,10 +39,12 @@ class Block:
 
 def of(model: LanguageModel) -> list[Block]:
     """Return the blocks of this process's part of the model, ordered by name and place."""
-    declared = model.sharded_state_dict(metadata={})
-    apply_factories(declared)  # splits fused gate-and-up matrices, which are cut along each half
-    blocks = [Block(t.key, t.data, tuple(t.global_shape), tuple(t.global_offset), is_main_replica(t.replica_id))
-              for t in nested_values(declared) if isinstance(t, ShardedTensor)]
+    blocks = []
+    for chunk in model.chunks:
+        declared = chunk.sharded_state_dict(metadata={})
+        apply_factories(declared)  # splits fused gate-and-up matrices, which are cut along each half
+        blocks += [Block(t.key, t.data, tuple(t.global_shape), tuple(t.global_offset), is_main_replica(t.replica_id))
+                   for t in nested_values(declared) if isinstance(t, ShardedTensor)]
     return sorted(blocks, key=lambda b: (b.key, b.offset))
 
 

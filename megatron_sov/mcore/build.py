@@ -44,10 +44,12 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
         "perform_initialization": False, "use_cpu_initialization": not cpu.on_gpu(),
         "params_dtype": dtype, "pipeline_dtype": dtype, "bf16": train.precision == "bf16",
         "tensor_model_parallel_size": parallel.tp, "sequence_parallel": parallel.sp,
-        "pipeline_model_parallel_size": parallel.pp, "expert_model_parallel_size": parallel.ep,
+        "pipeline_model_parallel_size": parallel.pp,
+        "virtual_pipeline_model_parallel_size": parallel.vpp if parallel.vpp > 1 else None,
+        "expert_model_parallel_size": parallel.ep,
         "expert_tensor_parallel_size": parallel.etp,
-        # gloo exchanges wrong tensors when two messages to one peer travel in a batch
-        "batch_p2p_comm": cpu.on_gpu(),
+        # an interleaved pipeline sends one peer two messages at a time: in a batch, gloo delivers the wrong one without an error
+        "batch_p2p_comm": cpu.on_gpu() and parallel.vpp == 1, "overlap_p2p_comm": parallel.vpp > 1,
         # losses are sums divided once by global counts; must stand here before the model is wrapped
         "calculate_per_token_loss": True,
         "gradient_accumulation_fusion": False, "masked_softmax_fusion": False, "bias_activation_fusion": te,

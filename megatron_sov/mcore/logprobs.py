@@ -57,7 +57,7 @@ class Head:
 
 def head_of(model: LanguageModel, chunk_tokens: int) -> Head:
     """Return the head of a model's last pipeline stage."""
-    return Head(model.output_layer.weight, model.config, chunk_tokens)
+    return Head(model.head_weight, model.config, chunk_tokens)
 
 
 def _chunk_logprobs(states: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

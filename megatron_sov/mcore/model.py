@@ -44,8 +44,8 @@ class ModelInputs:
     """[tokens] bool, True where a token is padding."""
 
 
-class LanguageModel(GPTModel):
-    """GPTModel that takes `ModelInputs` and returns hidden states [depths * tokens, 1, hidden] on the last stage.
+class Chunk(GPTModel):
+    """A run of layers: GPTModel that takes `ModelInputs`, and returns hidden states [depths * tokens, 1, hidden] at the end.
 
     Depth 0 is the trunk's output after its final norm; depth k that of the k-th multi-token prediction layer.
     """
@@ -90,49 +90,73 @@ class PredictionLayer(MultiTokenPredictionLayer):
         return outputs
 
 
+class LanguageModel(torch.nn.ModuleList):
+    """This process's part of the model: one chunk, or several under an interleaved pipeline."""
+
+    def __init__(self, chunks: list[Chunk]) -> None:
+        super().__init__(chunks)
+        self.chunks: tuple[Any, ...] = tuple(chunks)
+        """In the order of their layers."""
+        self.config = chunks[0].config
+        """The library's TransformerConfig."""
+        self.vocab_size: int = chunks[0].vocab_size
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        """[vocabulary / tensor parallel size, hidden] weight of the output head, which the last pipeline stage holds."""
+        weight: torch.Tensor = self.chunks[-1].output_layer.weight
+        return weight
+
+
 def build(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig) -> LanguageModel:
     """Build this process's part of the model; its weights are not initialised yet."""
     config = transformer_config(model, parallel, train)
+    return LanguageModel([_chunk(model, config, i if parallel.vpp > 1 else None) for i in range(parallel.vpp)])
+
+
+def _chunk(model: ModelConfig, config: Any, vp_stage: int | None) -> Chunk:
+    """Build chunk number `vp_stage` of an interleaved pipeline's stage, or (None) the only one."""
     norm = _block_norm()
-    first = get_transformer_layer_offset(config)
-    local = layer_specs(config, model)[first:first + get_num_layers_to_build(config)]
-    last_stage = parallel_state.is_pipeline_last_stage()
+    first = get_transformer_layer_offset(config, vp_stage)
+    local = layer_specs(config, model)[first:first + get_num_layers_to_build(config, vp_stage)]
+    last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
     mtp = None
     if model.num_mtp_layers and last_stage:
         layer = get_mtp_layer_spec(mtp_layer_spec(config, model), use_transformer_engine=has_transformer_engine())
         layer.module = PredictionLayer
         layer.submodules.enorm = layer.submodules.hnorm = layer.submodules.layer_norm = norm
         mtp = MultiTokenPredictionBlockSubmodules(layer_specs=[layer] * model.num_mtp_layers)
-    network = LanguageModel(
+    chunk = Chunk(
         config, TransformerBlockSubmodules(layer_specs=local, layer_norm=norm), vocab_size=model.vocab_size,
-        max_sequence_length=model.max_position_tokens, pre_process=parallel_state.is_pipeline_first_stage(),
+        max_sequence_length=model.max_position_tokens,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
         post_process=last_stage, position_embedding_type="yarn" if model.yarn else "rope", rotary_base=int(model.rope_theta),
-        share_embeddings_and_output_weights=False, mtp_block_spec=mtp)
-    for parameter in network.parameters():
+        share_embeddings_and_output_weights=False, mtp_block_spec=mtp, vp_stage=vp_stage)
+    for parameter in chunk.parameters():
         # not the buffers: a router's bias moves in steps that vanish in bf16, and its counts stop at 256 there
         parameter.data = parameter.data.to(config.params_dtype)
-    _mark_expert_parameters(network)
-    _mark_split_parameters(network)
-    return network
+    _mark_expert_parameters(chunk)
+    _mark_split_parameters(chunk)
+    return chunk
 
 
-def _mark_expert_parameters(network: LanguageModel) -> None:
+def _mark_expert_parameters(chunk: Chunk) -> None:
     """Have gradients of routed experts summed over the expert data-parallel group.
 
     Defect of 0.16.1: the library marks them only for expert parallel sizes above 1, so with ep = 1 and etp != tp each
     tensor-parallel process keeps the gradient of its own tokens.
     """
-    for name, parameter in network.named_parameters():
+    for name, parameter in chunk.named_parameters():
         if ".mlp.experts." in name:
             parameter.allreduce = False
 
 
-def _mark_split_parameters(network: LanguageModel) -> None:
+def _mark_split_parameters(chunk: Chunk) -> None:
     """Have every tensor-parallel process count its own part of a split weight in the gradient norm.
 
     The library sets these marks only while it initialises weights, which `init.py` does in its place.
     """
-    for module in network.modules():
+    for module in chunk.modules():
         split = isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding, RowParallelLinear))
         if split and not hasattr(module.weight, "tensor_model_parallel"):
             set_tensor_model_parallel_attributes(module.weight, True, int(isinstance(module, RowParallelLinear)), 1)

@@ -24,14 +24,15 @@ class Optimizer:
     def __init__(self, model: LanguageModel, config: OptimConfig) -> None:
         self.model = model
         # bf16 gradients are accumulated and reduced in fp32
-        self.wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
+        reduction = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
+        self.wrapped = [DistributedDataParallel(model.config, reduction, chunk) for chunk in model.chunks]
         self.library = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam", lr=config.lr, weight_decay=config.weight_decay, adam_beta1=config.beta1,
                 adam_beta2=config.beta2, adam_eps=config.eps, bf16=model.config.bf16,
                 clip_grad=config.clip_grad or math.inf,  # at 0 the library would not compute the norm at all
                 params_dtype=model.config.params_dtype),
-            [self.wrapped])
+            self.wrapped)
         for group in self.library.param_groups:  # the library marks norms, and leaves it to a scheduler to heed the mark
             group["weight_decay"] = config.weight_decay * group["wd_mult"]
         self.num_updates = 0
@@ -39,7 +40,8 @@ class Optimizer:
 
     def zero_grad(self) -> None:
         """Forget all gradients."""
-        self.wrapped.zero_grad_buffer()
+        for chunk in self.wrapped:
+            chunk.zero_grad_buffer()
         self.library.zero_grad()
 
     def step(self, lr: float) -> float:

@@ -42,7 +42,7 @@ class Policy:
         self.model.eval()
         try:
             row_tokens = len(micro_batches[0].inputs.tokens)
-            return schedule.run(self.model, micro_batches, last_stage, row_tokens, forward_only=True)
+            return schedule.run(self.model.chunks, micro_batches, last_stage, row_tokens, forward_only=True)
         finally:
             self.model.train(was_training)
 

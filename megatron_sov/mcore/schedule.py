@@ -28,11 +28,12 @@ Loss = Callable[[torch.Tensor, Any], tuple[torch.Tensor, Any]]
 """(hidden states of the last stage, micro-batch) -> (scalar whose gradient is taken as it is, anything to return)."""
 
 
-def run(wrapped: Any, micro_batches: Sequence[HasInputs], loss: Loss, row_tokens: int, *, forward_only: bool) -> list[Any]:
+def run(chunks: Sequence[Any], micro_batches: Sequence[HasInputs], loss: Loss, row_tokens: int, *,
+        forward_only: bool) -> list[Any]:
     """Run all micro-batches through all pipeline stages.
 
     Args:
-        wrapped: the model, or its data-parallel wrapper when gradients are wanted.
+        chunks: the model's chunks, or their data-parallel wrappers when gradients are wanted.
         micro_batches: this data-parallel rank's micro-batches, the same on every pipeline stage.
         loss: called on the last stage only; scalars are summed over micro-batches and processes, never averaged.
         row_tokens: tokens of each micro-batch.
@@ -46,9 +47,16 @@ def run(wrapped: Any, micro_batches: Sequence[HasInputs], loss: Loss, row_tokens
         batch = next(iterator)
         return model(batch.inputs), partial(_finish, loss, batch)
 
-    return get_forward_backward_func()(
-        forward_step_func=forward, data_iterator=iter(micro_batches), model=wrapped, num_microbatches=len(micro_batches),
-        seq_length=row_tokens, micro_batch_size=1, decoder_seq_length=row_tokens, forward_only=forward_only)
+    interleaved = len(chunks) > 1
+    # an interleaved pipeline takes micro-batches in groups of its size; an evaluation's last group is filled up and cut again
+    count = len(micro_batches)
+    surplus: int = -count % parallel_state.get_pipeline_model_parallel_world_size() if interleaved and forward_only else 0
+    fed = [*micro_batches, *[micro_batches[-1]] * surplus]
+    results: list[Any] = get_forward_backward_func()(
+        forward_step_func=forward, data_iterator=[iter(fed) for _ in chunks] if interleaved else iter(fed),
+        model=list(chunks) if interleaved else chunks[0], num_microbatches=len(fed), seq_length=row_tokens, micro_batch_size=1,
+        decoder_seq_length=row_tokens, forward_only=forward_only)
+    return results[:count]
 
 
 def _finish(loss: Loss, batch: HasInputs, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
@@ -71,8 +79,8 @@ class ExpertLoad:
         The division by a token count is left out: losses arrive divided by their own global denominators.
         """
         self._gathered = None
-        self._counts = {m.layer_number: m.local_tokens_per_expert.clone() for m in self._model.modules()
-                        if getattr(m, "local_tokens_per_expert", None) is not None}
+        routers: Iterator[Any] = (m for m in self._model.modules() if getattr(m, "local_tokens_per_expert", None) is not None)
+        self._counts = {router.layer_number: router.local_tokens_per_expert.clone() for router in routers}
         finalize_model_grads(chunks, None, pg_collection, bool(force_all_reduce))
 
     def gather(self, num_layers: int, num_experts: int) -> torch.Tensor:

@@ -24,7 +24,7 @@ SMALL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_heads=4", "m
          # but losses only to 1e-4 after some steps.  With a larger eps a disagreement of layouts cannot hide in that.
          "optim.eps=1e-3")
 FAMILIES = {
-    "tiny-solar-open": ("model.num_layers=2",),
+    "tiny-solar-open": ("model.num_layers=4",),
     "tiny-k-exaone": ("model.dense_ffn_dim=48", "model.sliding_window_tokens=8"),
 }
 

@@ -14,6 +14,7 @@ LAYOUTS = {
     "TP2+SP": (2, TP2),
     "EP2": (2, ["parallel.ep=2"]),
     "PP2": (2, ["parallel.pp=2"]),
+    "PP2 VPP2": (2, ["parallel.pp=2", "parallel.vpp=2"]),
     "DP2": (2, []),
     "ETP2": (2, ["parallel.etp=2"]),
     "TP2+SP x PP2 x EP2": (4, [*TP2, "parallel.pp=2", "parallel.ep=2"]),

@@ -49,7 +49,8 @@ def covered(layout: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.distributed
 def test_blocks_are_the_model_at_every_layout(ranks, job) -> None:
-    layouts = [(1, {}), (2, {"tp": 2, "sp": True}), (2, {"ep": 2}), (4, {"tp": 2, "sp": True, "pp": 2, "ep": 2})]
+    layouts = [(1, {}), (2, {"tp": 2, "sp": True}), (2, {"ep": 2}), (4, {"tp": 2, "sp": True, "pp": 2, "ep": 2}),
+               (2, {"pp": 2, "vpp": 2})]
     results = ranks(*(job(__file__, "covered", n, {"layout": layout}) for n, layout in layouts))
     for (_, layout), per_rank in zip(layouts, results, strict=True):
         for result in per_rank:

@@ -37,7 +37,7 @@ def test_a_document_is_the_same_alone_and_behind_others(ranks, job) -> None:
     before = [[(5 * i + 1) % 96 for i in range(n)] for n in (1, 38)]
     cases = [(recipe, *case) for recipe in ("tiny-k-exaone", "tiny-solar-open")
              for case in [(1, {}, [document]), (1, {}, [*before, document]), (2, {"tp": 2, "sp": True}, [*before, document]),
-                          (2, {"pp": 2}, [*before, document])]]
+                          (2, {"pp": 2}, [*before, document]), (2, {"pp": 2, "vpp": 2}, [*before, document])]]
     results = ranks(*(job(__file__, "hidden", n, {"recipe": recipe, "layout": x, "documents": d}) for recipe, n, x, d in cases))
     for (recipe, _, layout, documents), per_rank in zip(cases, results, strict=True):
         states = [[x for row in s for x in row] for s in per_rank if s is not None]
