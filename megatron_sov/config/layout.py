@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from megatron_sov.config.model import STRICT, ModelConfig
 
@@ -24,6 +25,9 @@ class ParallelConfig:
     """Expert parallel size."""
     etp: int = 1
     """Tensor parallel size inside each expert."""
+    expert_dispatcher: Literal["alltoall", "allgather"] = "alltoall"
+    """How tokens reach their experts: each to its own (alltoall), or all to all processes (allgather; small `ep`, many experts
+    for each token)."""
 
     def problems(self, model: ModelConfig, num_ranks: int) -> list[str]:
         """Return one sentence for each rule that this layout breaks for `model` on `num_ranks` processes."""

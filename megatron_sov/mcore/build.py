@@ -61,7 +61,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
     if model.num_mtp_layers:
         settings |= {"mtp_num_layers": model.num_mtp_layers, "mtp_loss_scaling_factor": model.mtp_loss_coeff}
     if moe:
-        settings |= _moe_settings(model, te)
+        settings |= _moe_settings(model, parallel, te)
     if train.recompute:
         settings |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     config = TransformerConfig(**settings)
@@ -71,7 +71,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
     return config
 
 
-def _moe_settings(model: ModelConfig, te: bool) -> dict[str, Any]:
+def _moe_settings(model: ModelConfig, parallel: ParallelConfig, te: bool) -> dict[str, Any]:
     return {
         "num_moe_experts": model.num_experts, "moe_router_topk": model.num_experts_per_token,
         "moe_ffn_hidden_size": model.expert_ffn_dim,
@@ -79,7 +79,8 @@ def _moe_settings(model: ModelConfig, te: bool) -> dict[str, Any]:
         "moe_router_score_function": "sigmoid", "moe_router_topk_scaling_factor": model.routed_scaling_factor,
         "moe_router_enable_expert_bias": True, "moe_router_bias_update_rate": model.router_bias_update_rate,
         "moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": model.seq_aux_loss_coeff,
-        "moe_token_dispatcher_type": "alltoall", "moe_router_dtype": "fp32", "moe_grouped_gemm": te, "moe_permute_fusion": te,
+        "moe_token_dispatcher_type": parallel.expert_dispatcher, "moe_router_dtype": "fp32",
+        "moe_grouped_gemm": te, "moe_permute_fusion": te,
         "moe_layer_freq": [0] * model.num_dense_layers + [1] * (model.num_layers - model.num_dense_layers),
     }
 

@@ -13,6 +13,8 @@ TP2 = ["parallel.tp=2", "parallel.sp=true"]
 LAYOUTS = {
     "TP2+SP": (2, TP2),
     "EP2": (2, ["parallel.ep=2"]),
+    "EP2 allgather": (2, ["parallel.ep=2", "parallel.expert_dispatcher=allgather"]),
+    "TP2+SP x EP2 x ETP2 allgather": (4, [*TP2, "parallel.ep=2", "parallel.etp=2", "parallel.expert_dispatcher=allgather"]),
     "PP2": (2, ["parallel.pp=2"]),
     "PP2 VPP2": (2, ["parallel.pp=2", "parallel.vpp=2"]),
     "DP2": (2, []),
