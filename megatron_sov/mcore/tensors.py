@@ -13,20 +13,21 @@ import dataclasses
 import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from megatron_sov.artifacts import atomic_write, fsync_path
 from megatron_sov.errors import UserError
+from megatron_sov.mcore.tensor_file import TensorFile
 
 MAX_FILE_BYTES = 4 << 30
 RANKS_PER_FOLDER = 256
-MAX_OPEN_FILES = 64
+REMEDY = "use an earlier checkpoint"
 _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64,
                                                      torch.int32, torch.uint8, torch.bool)}
 Index = dict[str, dict[str, Any]]
@@ -44,6 +45,22 @@ class Piece:
     """First index of the block in the global tensor."""
     shape: tuple[int, ...]
     """Extent of the block."""
+
+
+def file_name(part: str, rank: int, number: int) -> str:
+    """Return the place, in a checkpoint's folder, of the file `number` that a process writes of a part."""
+    return f"{part}/{rank // RANKS_PER_FOLDER:05d}/rank-{rank:05d}-{number:05d}.safetensors"
+
+
+def block_name(key: str, offset: Sequence[int]) -> str:
+    """Return the name inside a file of the block of tensor `key` that begins at `offset`."""
+    return f"{key}@{','.join(map(str, offset))}"
+
+
+def add_piece(index: Index, key: str, dtype: torch.dtype, shape: Sequence[int], piece: Piece) -> None:
+    """Enter a block of the tensor `key` (of global `shape`) into an index."""
+    entry = index.setdefault(key, {"dtype": str(dtype).removeprefix("torch."), "shape": list(shape), "pieces": []})
+    entry["pieces"].append({"file": piece.file, "name": piece.name, "offset": list(piece.offset), "shape": list(piece.shape)})
 
 
 class TensorWriter:
@@ -65,18 +82,15 @@ class TensorWriter:
         size_bytes = block.numel() * block.element_size()
         if self._pending and self._pending_bytes + size_bytes > MAX_FILE_BYTES:
             self.flush()
-        name = f"{key}@{','.join(map(str, start))}"
+        name = block_name(key, start)
         if name in self._pending:
             raise ValueError(f"{name}: the same block was added twice")
         self._pending[name] = block.detach().cpu().contiguous()
         self._pending_bytes += size_bytes
-        dtype = str(block.dtype).removeprefix("torch.")
-        entry = self._index.setdefault(key, {"dtype": dtype, "shape": list(shape), "pieces": []})
-        entry["pieces"].append({"file": self._next_file(), "name": name, "offset": list(start), "shape": list(extent)})
+        add_piece(self._index, key, block.dtype, shape, Piece(self._next_file(), name, start, extent))
 
     def _next_file(self) -> str:
-        group = self.rank // RANKS_PER_FOLDER
-        return f"{self.part}/{group:05d}/rank-{self.rank:05d}-{self._files:05d}.safetensors"
+        return file_name(self.part, self.rank, self._files)
 
     def flush(self) -> None:
         """Write the collected blocks to their file and sync it.
@@ -144,7 +158,7 @@ class TensorReader:
 
     def __init__(self, folder: str | Path, part: str = "model") -> None:
         self.folder = Path(folder)
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, TensorFile] = {}
         file = self.folder / f"{part}.index.json"
         try:
             raw = json.loads(file.read_text())
@@ -152,10 +166,35 @@ class TensorReader:
             self._dtypes = {k: _DTYPES[e["dtype"]] for k, e in raw.items()}
             self._pieces = {k: [Piece(p["file"], p["name"], tuple(p["offset"]), tuple(p["shape"])) for p in e["pieces"]]
                             for k, e in raw.items()}
+            self._refuse_foreign_paths(file)
         except FileNotFoundError:
             raise UserError(f"{self.folder}: has no {part}.index.json, so it holds no '{part}' tensors") from None
         except (ValueError, KeyError, TypeError) as e:
-            raise UserError(f"{file}: is damaged ({e}); use an earlier checkpoint") from None
+            raise UserError(f"{file}: is damaged ({e}); {REMEDY}") from None
+
+    def _refuse_foreign_paths(self, index: Path) -> None:
+        for key, pieces in self._pieces.items():
+            for piece in pieces:
+                parts = PurePosixPath(piece.file).parts
+                if not parts or parts[0] == "/" or ".." in parts:
+                    raise UserError(f"{index}: {key} would stand in {piece.file}, which is not a file below the checkpoint's "
+                                    f"folder; {REMEDY}")
+
+    def check_complete(self) -> None:
+        """Check, from the index alone, that every element of every tensor stands in exactly one piece.
+
+        Raises:
+            UserError: a part of a tensor is missing, or stands there twice; the message names it.
+        """
+        for key, pieces in self._pieces.items():
+            try:
+                owners = _owners(self._shapes[key], [dataclasses.asdict(p) for p in pieces])
+            except ValueError as e:
+                raise UserError(f"{self.folder}: {key}: {e}; {REMEDY}") from None
+            if (owners != 1).any():
+                what = "is missing" if (owners < 1).any() else "stands in several pieces"
+                raise UserError(f"{self.folder}: a part of {key} {list(self._shapes[key])} {what} (the pieces begin at "
+                                f"{', '.join(str(p.offset) for p in pieces[:8])}{' ...' if len(pieces) > 8 else ''}); {REMEDY}")
 
     def keys(self) -> list[str]:
         """Return the names of all tensors."""
@@ -177,6 +216,9 @@ class TensorReader:
         """
         extent = tuple(shape) if shape is not None else self._shapes[key]
         start = tuple(offset) if offset is not None else (0,) * len(extent)
+        for piece in self._pieces[key]:
+            if (piece.offset, piece.shape) == (start, extent):
+                return self._slice(key, piece, tuple(slice(0, n) for n in extent))  # as it stands in its file, with no copy
         out = torch.empty(extent, dtype=self._dtypes[key])
         found = 0
         for piece in self._pieces[key]:
@@ -185,26 +227,21 @@ class TensorReader:
             if all(a < b for a, b in zip(low, high, strict=True)):
                 here = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, start, strict=True))
                 there = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, piece.offset, strict=True))
-                out[here] = self._slice(piece, there)
+                out[here] = self._slice(key, piece, there)
                 found += math.prod(b - a for a, b in zip(low, high, strict=True))
         if found != out.numel():
             raise UserError(f"{self.folder}: {key} is damaged (its index holds {found} of the {out.numel()} elements "
-                            f"at {start}); use an earlier checkpoint")
+                            f"at {start}); {REMEDY}")
         return out
 
-    def _open(self, file: str) -> Any:
-        if file not in self._files:
-            if len(self._files) >= MAX_OPEN_FILES:
-                self._files.pop(next(iter(self._files)))
-            self._files[file] = safe_open(self.folder / file, framework="pt")
-        return self._files[file]
-
-    def _slice(self, piece: Piece, block: tuple[slice, ...]) -> torch.Tensor:
-        path = self.folder / piece.file
-        try:
-            view = self._open(piece.file).get_slice(piece.name)
-            missing_axes = len(piece.shape) - len(view.get_shape())
-            inner = view[block[missing_axes:]] if block[missing_axes:] else view[...]
-            return inner.reshape(tuple(s.stop - s.start for s in block))
-        except (OSError, SafetensorError) as e:
-            raise UserError(f"{path}: cannot be read ({e}); use an earlier checkpoint") from None
+    def _slice(self, key: str, piece: Piece, block: tuple[slice, ...]) -> torch.Tensor:
+        if piece.file not in self._files:
+            self._files[piece.file] = TensorFile(self.folder / piece.file, REMEDY)
+        file = self._files[piece.file]
+        found = file.entries.get(piece.name)
+        if found is None or math.prod(found.shape) != math.prod(piece.shape) or file.dtype(piece.name) != self._dtypes[key]:
+            holds = f"holds it as {found.dtype} {list(found.shape)}" if found else "lacks it"
+            raise UserError(f"{file.path}: {key} at {piece.offset} is {self._dtypes[key]} {list(piece.shape)} in the index, "
+                            f"but the file {holds}; {REMEDY}")
+        missing_axes = len(piece.shape) - len(found.shape)
+        return file.read(piece.name, block[missing_axes:]).reshape(tuple(s.stop - s.start for s in block))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
@@ -122,15 +125,16 @@ def test_expert_matrices_are_blocks_of_one_tensor(tmp_path: Path) -> None:
     assert TensorReader(tmp_path).read("experts", (2, 1, 0), (1, 2, 2)).equal(whole[2:3, 1:])
 
 
-def test_large_parts_are_spread_over_files_and_few_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_parts_are_spread_over_files_and_none_stays_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensors, "MAX_FILE_BYTES", 100)
-    monkeypatch.setattr(tensors, "MAX_OPEN_FILES", 2)
     whole = torch.randn(10, 20)
     write(tmp_path, whole, [((r, 0), (1, 20)) for r in range(10)])
     assert len(list(tmp_path.glob("model/00000/rank-00000-*.safetensors"))) == 10
     reader = TensorReader(tmp_path)
+    before = len(os.listdir("/proc/self/fd"))
     assert reader.read("w").equal(whole)
     assert reader.read("w").equal(whole)
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def damaged(folder: Path, change: Any) -> None:
@@ -150,11 +154,31 @@ def test_damage_is_one_sentence(tmp_path: Path) -> None:
         TensorReader(tmp_path).read("w", (0, 0), (9, 2))  # more than the tensor has
     file = next(tmp_path.glob("model/*/*"))
     file.write_bytes(file.read_bytes()[:-8])
-    with pytest.raises(UserError, match=r"safetensors: cannot be read .* use an earlier checkpoint"):
+    cut = r"safetensors: cannot be read .*\bw@3,0 is cut off: .* 8 bytes too early.*; use an earlier checkpoint"
+    with pytest.raises(UserError, match=cut):
         TensorReader(tmp_path).read("w", (0, 0), (1, 2))
     file.unlink()
-    with pytest.raises(UserError, match=r"safetensors: cannot be read"):
+    with pytest.raises(UserError, match=r"safetensors: cannot be read .*No such file"):
         TensorReader(tmp_path).read("w", (0, 0), (1, 2))
     (tmp_path / "model.index.json").write_text("{")
     with pytest.raises(UserError, match=r"model\.index\.json: is damaged"):
         TensorReader(tmp_path)
+
+
+def test_what_an_index_says_must_hold_in_the_files(tmp_path: Path) -> None:
+    def refused(change: Any, call: Callable[[TensorReader], Any] = TensorReader.check_complete) -> str:
+        write(tmp_path, torch.randn(6, 2), [((0, 0), (3, 2)), ((3, 0), (3, 2))])
+        damaged(tmp_path, lambda index: change(index["w"]))
+        with pytest.raises(UserError) as e:
+            call(TensorReader(tmp_path))
+        return str(e.value)
+
+    assert "w would stand in ../x, which is not a file below" in refused(lambda w: w["pieces"][0].update(file="../x"))
+    assert "w would stand in /x" in refused(lambda w: w["pieces"][0].update(file="/x"))
+    assert "a part of w [6, 2] is missing (the pieces begin at (0, 0))" in refused(lambda w: w["pieces"].pop())
+    assert "a part of w [6, 2] stands in several pieces" in refused(lambda w: w["pieces"].append(w["pieces"][0]))
+    assert "w: a block reaches beyond" in refused(lambda w: w["pieces"][0].update(shape=[9, 2]))
+    read = partial(TensorReader.read, key="w")
+    assert "w at (0, 0) is torch.float16 [3, 2] in the index, but the file holds it as F32" in refused(
+        lambda w: w.update(dtype="float16"), read)
+    assert "but the file lacks it" in refused(lambda w: w["pieces"][0].update(name="v@0,0"), read)
