@@ -56,7 +56,7 @@ class TensorFile:
         self.path, self._remedy = path, remedy
         try:
             self.entries = _entries(path)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        except (OSError, ValueError, KeyError, TypeError) as e:
             raise self._damaged(e) from None
 
     def _damaged(self, why: object) -> UserError:
@@ -100,6 +100,8 @@ def _entries(path: Path) -> dict[str, Entry]:
         if not 2 <= length <= min(MAX_HEADER_BYTES, size_bytes - 8):
             raise ValueError(f"its header would have {length} of the file's {size_bytes} bytes")
         header = json.loads(f.read(length), object_pairs_hook=_without_duplicates)
+    if not isinstance(header, dict):
+        raise ValueError("its header is no JSON object")
     header.pop("__metadata__", None)
     first, end = 8 + length, 0
     entries = {}

@@ -53,7 +53,7 @@ def _with_header(path: Path, change: Callable[[dict[str, Any]], Any], tail: byte
     (lambda h: h["b"].pop("dtype")[:0], b"", "dtype"),
     (lambda h: None, b"more", "4 bytes follow the last tensor"),
     (lambda h: json.dumps(h)[:-1] + ', "a": ' + json.dumps(h["a"]) + "}", b"", "a stands in its header twice"),
-    (lambda h: "[1, 2]", b"", "cannot be read"),
+    (lambda h: "[1, 2]", b"", "no JSON object"),
     (lambda h: "{", b"", "its header would have 1 of"),
 ])
 def test_damaged_headers_are_refused_by_name(tmp_path: Path, change, tail: bytes, expected: str) -> None:
