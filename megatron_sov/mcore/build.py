@@ -13,7 +13,7 @@ from megatron_sov.config import ModelConfig, ParallelConfig, TrainConfig
 from megatron_sov.mcore import cpu
 from megatron_sov.mcore.router import BalancedRouter, RoutingStep
 
-PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
 @cache
@@ -28,12 +28,17 @@ def has_transformer_engine() -> bool:
     return True
 
 
+def uses_transformer_engine(dtype: torch.dtype) -> bool:
+    """Return whether a model of this parameter dtype is made of Transformer Engine's modules (they know no float64)."""
+    return dtype != torch.float64 and has_transformer_engine()
+
+
 def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig) -> Any:
     """Return the library's `TransformerConfig` for a model, a layout and a precision."""
     from megatron.core.transformer import TransformerConfig
 
     dtype = PRECISION[train.precision]
-    te = has_transformer_engine()
+    te = uses_transformer_engine(dtype)
     moe = model.num_dense_layers < model.num_layers
     settings: dict[str, Any] = {
         "num_layers": model.num_layers, "hidden_size": model.hidden_size, "num_attention_heads": model.num_heads,
@@ -61,7 +66,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
     if model.num_mtp_layers:
         settings |= {"mtp_num_layers": model.num_mtp_layers, "mtp_loss_scaling_factor": model.mtp_loss_coeff}
     if moe:
-        settings |= _moe_settings(model, parallel, te)
+        settings |= _moe_settings(model, parallel, te) | {"moe_router_dtype": "fp64" if dtype == torch.float64 else "fp32"}
     if train.recompute:
         settings |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     config = TransformerConfig(**settings)
@@ -79,8 +84,7 @@ def _moe_settings(model: ModelConfig, parallel: ParallelConfig, te: bool) -> dic
         "moe_router_score_function": "sigmoid", "moe_router_topk_scaling_factor": model.routed_scaling_factor,
         "moe_router_enable_expert_bias": True, "moe_router_bias_update_rate": model.router_bias_update_rate,
         "moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": model.seq_aux_loss_coeff,
-        "moe_token_dispatcher_type": parallel.expert_dispatcher, "moe_router_dtype": "fp32",
-        "moe_grouped_gemm": te, "moe_permute_fusion": te,
+        "moe_token_dispatcher_type": parallel.expert_dispatcher, "moe_grouped_gemm": te, "moe_permute_fusion": te,
         "moe_layer_freq": [0] * model.num_dense_layers + [1] * (model.num_layers - model.num_dense_layers),
     }
 
@@ -111,8 +115,8 @@ def layer_specs(config: Any, model: ModelConfig) -> list[Any]:
     """Return the library's module spec of every trunk layer, with our router and, without Transformer Engine, our attention."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_layer_specs
 
-    specs = _own_copies(get_gpt_decoder_layer_specs(config, has_transformer_engine(), "RMSNorm"))
-    return [_finish_spec(spec, kind, model) for spec, kind in zip(specs, model.layer_types(), strict=True)]
+    specs = _own_copies(get_gpt_decoder_layer_specs(config, uses_transformer_engine(config.params_dtype), "RMSNorm"))
+    return [_finish_spec(config, spec, kind, model) for spec, kind in zip(specs, model.layer_types(), strict=True)]
 
 
 def mtp_layer_spec(config: Any, model: ModelConfig) -> Any:
@@ -122,11 +126,11 @@ def mtp_layer_spec(config: Any, model: ModelConfig) -> Any:
         get_gpt_layer_with_transformer_engine_spec,
     )
 
-    if has_transformer_engine():
+    if uses_transformer_engine(config.params_dtype):
         spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_norm)
     else:
         spec = get_gpt_layer_local_spec(qk_layernorm=model.qk_norm, normalization="RMSNorm")
-    return _finish_spec(spec, model.layer_types()[0], model)
+    return _finish_spec(config, spec, model.layer_types()[0], model)
 
 
 def _own_copies(specs: list[Any]) -> list[Any]:
@@ -136,13 +140,13 @@ def _own_copies(specs: list[Any]) -> list[Any]:
     return [copy.deepcopy(spec) for spec in specs]
 
 
-def _finish_spec(spec: Any, kind: str, model: ModelConfig) -> Any:
+def _finish_spec(config: Any, spec: Any, kind: str, model: ModelConfig) -> Any:
     from megatron.core.transformer.moe.moe_layer import MoESubmodules
     from megatron.core.transformer.spec_utils import ModuleSpec
 
     from megatron_sov.mcore.attention import DocumentAttention
 
-    if not has_transformer_engine():
+    if not uses_transformer_engine(config.params_dtype):
         window = model.sliding_window_tokens if kind == "sliding_attention" else 0
         spec.submodules.self_attention.submodules.core_attention = ModuleSpec(
             module=DocumentAttention, params={"window_tokens": window})

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from megatron_sov.mcore.model import LanguageModel, gather_sequence
@@ -35,7 +36,7 @@ class Head:
             labels: [T] int64.
 
         Returns:
-            [T] float32, equal on all processes of the tensor-parallel group, differentiable.
+            [T] float32 (float64 under fp64), equal on all processes of the tensor-parallel group, differentiable.
         """
         states = gather_sequence(hidden, self.config)
         parts = []
@@ -50,8 +51,8 @@ class Head:
 
     @torch.no_grad()
     def logits(self, states: torch.Tensor) -> torch.Tensor:
-        """Return full logits [n, V] float32 of a few positions' hidden states [n, H] (already gathered)."""
-        local = torch.nn.functional.linear(states, self.weight).float()
+        """Return full logits [n, V] float32 (float64 under fp64) of a few positions' hidden states [n, H] (already gathered)."""
+        local = _logits(states, self.weight)
         return tensor_parallel.gather_from_tensor_model_parallel_region(local)
 
 
@@ -61,14 +62,55 @@ def head_of(model: LanguageModel, chunk_tokens: int) -> Head:
 
 
 def _chunk_logprobs(states: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """[C, H], [V / tp, H], [C] -> [C] float32."""
-    logits = torch.nn.functional.linear(states, weight).float()
-    return -tensor_parallel.vocab_parallel_cross_entropy(logits[:, None], labels[:, None])[:, 0]
+    """[C, H], [V / tp, H], [C] -> [C] float32 (float64 under fp64)."""
+    chosen: torch.Tensor = _LabelLogprobs.apply(_logits(states, weight), labels, parallel_state.get_tensor_model_parallel_group())
+    return chosen
+
+
+def _logits(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """[n, H], [V / tp, H] -> [n, V / tp] in float32, or float64 where the model is."""
+    logits = torch.nn.functional.linear(states, weight)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+class _LabelLogprobs(torch.autograd.Function):
+    """``log softmax(logits)[label]`` over a vocabulary that is split over the processes of a group.
+
+    The library's `vocab_parallel_cross_entropy` does the same, but casts to float32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor, group: Any) -> torch.Tensor:
+        """[C, V / tp], [C] -> [C] in the dtype of the logits."""
+        largest = logits.max(dim=-1).values
+        if group.size() > 1:
+            torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group)
+        exponentials = logits - largest[:, None]
+        place = labels - group.rank() * logits.shape[1]
+        here = (place >= 0) & (place < logits.shape[1])
+        place = place.where(here, 0)
+        chosen = exponentials.gather(1, place[:, None])[:, 0].where(here, 0.0)
+        exponentials.exp_()
+        sums = torch.stack([chosen, exponentials.sum(dim=-1)])
+        if group.size() > 1:
+            torch.distributed.all_reduce(sums, group=group)
+        ctx.save_for_backward(exponentials.div_(sums[1][:, None]), place, here)
+        return sums[0] - sums[1].log()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        """The derivative by logit i is ``(i is the label) - softmax_i``; it takes the place of the softmax in memory."""
+        softmax, place, here = ctx.saved_tensors
+        gradient = softmax.mul_(-upstream[:, None])
+        rows = torch.arange(len(place), device=place.device)
+        gradient[rows, place] += upstream.where(here, 0.0)
+        return gradient, None, None
 
 
 def _chunk_argmax(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """[C, H], [V / tp, H] -> [C] int64; of equal logits the lowest id wins, at every layout."""
-    best, token = torch.nn.functional.linear(states, weight).float().max(dim=-1)
+    best, token = _logits(states, weight).max(dim=-1)
     group = parallel_state.get_tensor_model_parallel_group()
     if group.size() == 1:
         return token

@@ -25,7 +25,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_sov.config import ModelConfig, ParallelConfig, TrainConfig
-from megatron_sov.mcore.build import has_transformer_engine, layer_specs, mtp_layer_spec, transformer_config
+from megatron_sov.mcore.build import layer_specs, mtp_layer_spec, transformer_config, uses_transformer_engine
+from megatron_sov.mcore.rotary import widen
 
 
 @dataclass(frozen=True)
@@ -116,13 +117,14 @@ def build(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig) -> L
 
 def _chunk(model: ModelConfig, config: Any, vp_stage: int | None) -> Chunk:
     """Build chunk number `vp_stage` of an interleaved pipeline's stage, or (None) the only one."""
-    norm = _block_norm()
+    te = uses_transformer_engine(config.params_dtype)
+    norm = _block_norm(te)
     first = get_transformer_layer_offset(config, vp_stage)
     local = layer_specs(config, model)[first:first + get_num_layers_to_build(config, vp_stage)]
     last_stage = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage)
     mtp = None
     if model.num_mtp_layers and last_stage:
-        layer = get_mtp_layer_spec(mtp_layer_spec(config, model), use_transformer_engine=has_transformer_engine())
+        layer = get_mtp_layer_spec(mtp_layer_spec(config, model), use_transformer_engine=te)
         layer.module = PredictionLayer
         layer.submodules.enorm = layer.submodules.hnorm = layer.submodules.layer_norm = norm
         mtp = MultiTokenPredictionBlockSubmodules(layer_specs=[layer] * model.num_mtp_layers)
@@ -135,6 +137,8 @@ def _chunk(model: ModelConfig, config: Any, vp_stage: int | None) -> Chunk:
     for parameter in chunk.parameters():
         # not the buffers: a router's bias moves in steps that vanish in bf16, and its counts stop at 256 there
         parameter.data = parameter.data.to(config.params_dtype)
+    if config.params_dtype == torch.float64:
+        widen(chunk.rotary_pos_emb, model)
     _mark_expert_parameters(chunk)
     _mark_split_parameters(chunk)
     return chunk
@@ -162,10 +166,10 @@ def _mark_split_parameters(chunk: Chunk) -> None:
             set_tensor_model_parallel_attributes(module.weight, True, int(isinstance(module, RowParallelLinear)), 1)
 
 
-def _block_norm() -> Any:
+def _block_norm(transformer_engine: bool) -> Any:
     from megatron.core.models.backends import LocalSpecProvider
 
-    if has_transformer_engine():
+    if transformer_engine:
         from megatron.core.extensions.transformer_engine import TENorm
 
         return TENorm

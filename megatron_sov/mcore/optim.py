@@ -11,6 +11,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
 from megatron_sov.config import OptimConfig
+from megatron_sov.mcore import cpu
 from megatron_sov.mcore.blocks import Block, ParameterLookup, like, of
 from megatron_sov.mcore.model import LanguageModel
 
@@ -23,18 +24,18 @@ class Optimizer:
 
     def __init__(self, model: LanguageModel, config: OptimConfig) -> None:
         self.model = model
-        # bf16 gradients are accumulated and reduced in fp32
-        reduction = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
+        # bf16 gradients are accumulated and reduced in fp32, fp64 ones as they are
+        reduction = DistributedDataParallelConfig(grad_reduce_in_fp32=model.config.params_dtype != torch.float64)
         self.wrapped = [DistributedDataParallel(model.config, reduction, chunk) for chunk in model.chunks]
         self.library = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam", lr=config.lr, weight_decay=config.weight_decay, adam_beta1=config.beta1,
                 adam_beta2=config.beta2, adam_eps=config.eps, bf16=model.config.bf16,
-                clip_grad=config.clip_grad or math.inf,  # at 0 the library would not compute the norm at all
                 params_dtype=model.config.params_dtype),
             self.wrapped)
         for group in self.library.param_groups:  # the library marks norms, and leaves it to a scheduler to heed the mark
             group["weight_decay"] = config.weight_decay * group["wd_mult"]
+        self._clip_grad = config.clip_grad
         self.num_updates = 0
         """Updates so far; AdamW's bias correction counts them."""
 
@@ -48,9 +49,34 @@ class Optimizer:
         """Clip, update with learning rate `lr`, and return the global gradient norm before clipping."""
         for group in self.library.param_groups:
             group["lr"] = lr
-        _, grad_norm, _ = self.library.step()
+        self.library.prepare_grads()
+        grad_norm = self._grad_norm()
+        self._clip(grad_norm)
+        self.library.step_with_ready_grads()
         self.num_updates += 1
-        return float(grad_norm)
+        return grad_norm
+
+    @torch.no_grad()
+    def _grad_norm(self) -> float:
+        """Return the norm of all gradients of all processes, each parameter counted once, summed in float64.
+
+        The library sums squares in float32, where the norm of many parameters depends on how they are split.
+        """
+        total = torch.zeros((), dtype=torch.float64, device=cpu.device())
+        for optimizer in self._chain():
+            norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in optimizer.get_main_grads_for_grad_norm()]
+            squares = torch.stack(norms).square().sum() if norms else torch.zeros_like(total)
+            torch.distributed.all_reduce(squares, group=optimizer.get_grad_stats_parallel_group())
+            total += squares
+        return math.sqrt(total.item())
+
+    @torch.no_grad()
+    def _clip(self, grad_norm: float) -> None:
+        """Scale all gradients so that their norm is at most `clip_grad` (the divisor's 1e-6 as torch's clip_grad_norm_)."""
+        if 0 < self._clip_grad < grad_norm + 1e-6:
+            for optimizer in self._chain():
+                gradients = [p.grad for p in optimizer.get_parameters() if p.grad is not None]
+                torch._foreach_mul_(gradients, self._clip_grad / (grad_norm + 1e-6))
 
     def adopt_model(self) -> None:
         """Renew the fp32 master weights after weights were loaded into the model."""

@@ -14,7 +14,6 @@ import torch
 from megatron.core.transformer.moe.moe_utils import (
     MoEAuxLossAutoScaler,
     compute_routing_scores_for_aux_loss,
-    topk_routing_with_score_function,
 )
 from megatron.core.transformer.moe.router import TopKRouter
 
@@ -47,7 +46,7 @@ class BalancedRouter(TopKRouter):
         """Choose experts.
 
         Args:
-            logits: [tokens, 1, experts] fp32, this process's part of the micro-batch.
+            logits: [tokens, 1, experts] float32 (float64 under fp64), this process's part of the micro-batch.
             padding_mask: [tokens, 1] bool, True = padding; None = none.
 
         Returns:
@@ -55,14 +54,24 @@ class BalancedRouter(TopKRouter):
         """
         logits = logits.view(-1, self.config.num_moe_experts)
         valid = None if padding_mask is None else ~padding_mask.reshape(-1)
-        probs, routing_map = topk_routing_with_score_function(
-            logits, self.topk, scaling_factor=self.config.moe_router_topk_scaling_factor, score_function=self.score_function,
-            expert_bias=self.expert_bias, fused=self.config.moe_router_fusion, router_replay=self.router_replay,
-        )
+        probs, routing_map = self._choose(logits)
         if self.training and torch.is_grad_enabled():
             probs = self._with_balancing_loss(probs, logits, valid)
             self._count_tokens(routing_map, valid)
         return probs, routing_map
+
+    def _choose(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return weights and choice of the top K experts by sigmoid score plus bias (arXiv 2412.19437, eq. 12-16).
+
+        The library's `topk_routing_with_score_function` rounds scores to float32.
+        """
+        scores = torch.sigmoid(logits)
+        _, chosen = torch.topk(scores + self.expert_bias, self.topk, dim=1)
+        weights = scores.gather(1, chosen)
+        if self.topk > 1:
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+        probs = torch.zeros_like(logits).scatter(1, chosen, weights * self.config.moe_router_topk_scaling_factor)
+        return probs, torch.zeros_like(logits, dtype=torch.bool).scatter(1, chosen, True)
 
     def _count_tokens(self, routing_map: torch.Tensor, valid: torch.Tensor | None) -> None:
         with torch.no_grad():

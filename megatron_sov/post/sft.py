@@ -44,10 +44,10 @@ class SupervisedFineTuning:
 
     def prepare(self, batch: GlobalBatch) -> GlobalBatch:
         """Count each term's targets over the global batch."""
-        targets = {term: sum(float(_weights(m, term).sum()) for m in batch.micro_batches) for term in TYPE_OF
+        targets = {term: sum(float(_weights(m, term).double().sum()) for m in batch.micro_batches) for term in TYPE_OF
                    if term in self.coefficients}
         if self._depths:
-            targets[MTP] = sum(float(w.sum()) for m in batch.micro_batches for _, w in self._further(m))
+            targets[MTP] = sum(float(w.double().sum()) for m in batch.micro_batches for _, w in self._further(m))
         return with_denominators(batch, targets)
 
     def loss(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> LossSums:

@@ -32,9 +32,9 @@ class LanguageModelling:
 
     def prepare(self, batch: GlobalBatch) -> GlobalBatch:
         """Count targets: every weighted label for the trunk, and the mean over depths for multi-token prediction."""
-        targets = {LM: sum(float(m.weights.sum()) for m in batch.micro_batches)}
+        targets = {LM: sum(float(m.weights.double().sum()) for m in batch.micro_batches)}
         if self._depths:
-            targets[MTP] = sum(float(shifted_targets(m, d)[1].sum()) for m in batch.micro_batches
+            targets[MTP] = sum(float(shifted_targets(m, d)[1].double().sum()) for m in batch.micro_batches
                                for d in range(1, self._depths + 1))
         return with_denominators(batch, targets)
 
