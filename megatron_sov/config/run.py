@@ -64,7 +64,8 @@ class TrainConfig:
     seed: int = 1234
     """Seed of initial weights, data order and dropout."""
     precision: Literal["fp32", "bf16", "fp64"] = "bf16"
-    """Dtype of weights and activations; bf16 keeps fp32 master weights and reduces gradients in fp32; fp64 is slow, for proofs."""
+    """Dtype of weights and activations; bf16 keeps fp32 master weights and reduces gradients in fp32; fp64 is slow, for
+    proofs that layouts agree."""
     recompute: bool = False
     """Recompute every layer's activations in the backward pass instead of storing them."""
     head_chunk_tokens: int = 2048

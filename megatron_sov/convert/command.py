@@ -31,7 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     to_hf = action("to-hf", "write a checkpoint as a Hugging Face folder")
     to_hf.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="checkpoint, or run (its newest one)")
     to_hf.add_argument("out", metavar="OUT", type=Path, help="Hugging Face folder to write")
-    to_hf.add_argument("--dtype", default="keep", help="float32, bfloat16, float16, or keep (default) for the checkpoint's own")
+    to_hf.add_argument("--dtype", default="keep", metavar="D",
+                       help="float32, bfloat16, float16, float64, or keep (default): the checkpoint's own, float32 for float64")
     to_hf.add_argument("--max-shard-bytes", type=int, default=MAX_SHARD_BYTES, metavar="N",
                        help="largest safetensors file (default: %(default)s)")
     to_hf.add_argument("--overwrite", **overwrite)  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from megatron_sov.convert.shards import TensorSpec, plan_shards, write_shards
 from megatron_sov.convert.sources import CONFIG, CheckpointWeights, newest_of_run
 from megatron_sov.errors import UserError, nearest
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 KEEP = "keep"
 
 
@@ -27,7 +27,8 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *, max_sha
     Args:
         checkpoint: a checkpoint folder.
         out: the folder to write; it appears only when complete.
-        dtype: "float32", "bfloat16", "float16", or "keep" for the checkpoint's own; router biases are float32 always.
+        dtype: "float32", "bfloat16", "float16", "float64", or "keep" for the checkpoint's own (float32 for one of float64,
+            which few readers expect); router biases are float32 always.
         max_shard_bytes: largest size of one safetensors file.
         overwrite: replace an "hf_model" artifact that is already there.
 
@@ -63,7 +64,11 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *, max_sha
 
 def planned_tensors(source: CheckpointWeights, dtype: str) -> list[TensorSpec]:
     """Return name, shape and dtype of every Hugging Face tensor that a checkpoint becomes."""
-    return [TensorSpec(name, shape, torch.float32 if link.fp32 else DTYPES.get(dtype) or source.dtype(name))
+    def of(name: str) -> torch.dtype:
+        own = source.dtype(name)
+        return DTYPES.get(dtype) or (torch.float32 if own == torch.float64 else own)
+
+    return [TensorSpec(name, shape, torch.float32 if link.fp32 else of(name))
             for link in source.links for name, shape in link.hf_shapes().items()]
 
 

@@ -52,10 +52,14 @@ class Policy:
         return schedule.from_last_stage(found[0] if found else torch.zeros(len(positions), dtype=torch.int64))
 
     def logits(self, micro_batch: HasInputs, positions: torch.Tensor) -> torch.Tensor:
-        """Return full logits [positions, vocabulary] float32 (float64 under fp64) at a few positions of a micro-batch, on every process."""
+        """Return full logits at a few positions of a micro-batch, on every process.
+
+        [positions, vocabulary] float32 (float64 under fp64).
+        """
         found = self._at(micro_batch, positions, Head.logits)
         shape = (len(positions), self.model.vocab_size)
-        return schedule.from_last_stage(found[0] if found else torch.zeros(shape, dtype=torch.promote_types(self.config.params_dtype, torch.float32)))
+        dtype = torch.promote_types(self.config.params_dtype, torch.float32)
+        return schedule.from_last_stage(found[0] if found else torch.zeros(shape, dtype=dtype))
 
     def _at(self, micro_batch: HasInputs, positions: torch.Tensor,
             read: Callable[[Head, torch.Tensor], torch.Tensor]) -> list[Any]:

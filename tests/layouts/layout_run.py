@@ -19,10 +19,7 @@ from megatron_sov.train.trainer import Trainer
 
 SMALL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_heads=4", "model.num_kv_heads=2", "model.head_dim=8",
          "model.expert_ffn_dim=16", "train.global_batch_size=8", "train.micro_batch_size=2", "train.steps=20",
-         "train.head_chunk_tokens=24", "optim.warmup_steps=2",
-         # Adam with eps 1e-8 turns float noise of near-zero gradients into whole updates: gradients still agree to 1e-6 then,
-         # but losses only to 1e-4 after some steps.  With a larger eps a disagreement of layouts cannot hide in that.
-         "optim.eps=1e-3")
+         "train.head_chunk_tokens=24", "optim.warmup_steps=2")
 FAMILIES = {
     "tiny-solar-open": ("model.num_layers=4",),
     "tiny-k-exaone": ("model.dense_ffn_dim=48", "model.sliding_window_tokens=8"),
@@ -46,10 +43,17 @@ def _trainer(config: RunConfig) -> Trainer:
     return Trainer(config, place, RunFolder(Path("not-written")), sources, factory)
 
 
-def curve(recipe: str, settings: list[str], paths: list[str], objective: str = "lm", steps: int = 4) -> list[dict[str, Any]]:
-    """Train; return each step's loss, losses of terms and sources, gradient norm, expert load and router biases."""
-    trainer = _trainer(small_config(recipe, settings, paths, objective))
+def curve(recipe: str, settings: list[str], paths: list[str], out: str, objective: str = "lm",
+          steps: int = 4) -> list[dict[str, Any]]:
+    """Train; return each step's loss, losses of terms and sources, gradient norm, expert load and router biases.
+
+    OUT is the checkpoint after the last step, moments included.
+    """
+    config = small_config(recipe, settings, paths, objective)
+    trainer = _trainer(config)
     taken = [_step(trainer) for _ in range(steps)]
+    state = {"step": steps, "tokens": 0}
+    checkpoint.save(Path(out), trainer.model, trainer.optimizer, state, config.to_dict(), trainer.tokenizer)
     world.leave()
     return taken
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 RUN = str(Path(__file__).with_name("layout_run.py"))
-SETTINGS = ["model.seq_aux_loss_coeff=0", "model.num_mtp_layers=0", "model.init_std=0.2"]
+SETTINGS = ["train.precision=fp32", "model.seq_aux_loss_coeff=0", "model.num_mtp_layers=0", "model.init_std=0.2"]
 """The reference knows neither the balancing loss nor the prediction layer; a large spread makes every detail matter."""
 CASES = {
     "solar lm": ("tiny-solar-open", "lm", []),
