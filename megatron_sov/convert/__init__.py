@@ -6,6 +6,7 @@ The functions are loaded on first use, so that `megatron-sov convert --help` doe
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,9 +15,11 @@ if TYPE_CHECKING:
     from megatron_sov.convert.proof import Check, verify
     from megatron_sov.convert.sources import is_hf_folder, open_weights
 
+DEFAULT_WORKERS = max(1, min(4, os.cpu_count() or 1))
+"""Files that are read and written at a time unless told; each holds a tensor in memory."""
 MAX_SHARD_BYTES = 5_000_000_000
 """Default of the largest safetensors file that is written."""
-__all__ = ["MAX_SHARD_BYTES", "Check", "from_hf", "is_hf_folder", "open_weights", "to_hf", "verify"]
+__all__ = ["DEFAULT_WORKERS", "MAX_SHARD_BYTES", "Check", "from_hf", "is_hf_folder", "open_weights", "to_hf", "verify"]
 _MODULES = {"to_hf": "export", "from_hf": "intake", "Check": "proof", "verify": "proof", "is_hf_folder": "sources",
             "open_weights": "sources"}
 

@@ -1,7 +1,4 @@
-"""A Hugging Face folder becomes a checkpoint that any layout can load; one tensor (of experts: one expert's) is read at a time.
-
-The checkpoint's writer collects what it is given into files of at most `mcore.tensors.MAX_FILE_BYTES`; so much stays in memory.
-"""
+"""A Hugging Face folder becomes a checkpoint that any layout can load; memory holds one block of each file in the making."""
 
 from __future__ import annotations
 
@@ -10,55 +7,80 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from megatron_sov.artifacts import MANIFEST, new_artifact, refuse_existing
+from megatron_sov.artifacts import MANIFEST, refuse_existing
 from megatron_sov.config import RunConfig
+from megatron_sov.convert import DEFAULT_WORKERS
 from megatron_sov.convert.companions import carry, ids_in
-from megatron_sov.convert.sources import HfWeights
+from megatron_sov.convert.resume import fingerprint, resumable_artifact
+from megatron_sov.convert.shards import TensorSpec, plan_shards, write_files
+from megatron_sov.convert.sources import CONFIG, PART, HfWeights, check_dtypes, refuse_damage
+from megatron_sov.convert.values import KEEP, check_dtype_name, check_space, converted, planned_dtype
 from megatron_sov.errors import UserError
-from megatron_sov.mcore.tensors import TensorWriter, write_index
+from megatron_sov.mcore.run_checkpoints import KIND
+from megatron_sov.mcore.tensors import MAX_FILE_BYTES, Index, Piece, add_piece, block_name, file_name, write_index
 from megatron_sov.models.weights import Link
 
 
-def from_hf(hf_dir: str | Path, out: str | Path, *, overwrite: bool = False) -> None:
-    """Write a Hugging Face folder as a checkpoint (part "model", step 0); dtypes stay, router biases become float32.
+def from_hf(hf_dir: str | Path, out: str | Path, dtype: str = KEEP, *, workers: int = DEFAULT_WORKERS,
+            overwrite: bool = False) -> None:
+    """Write a Hugging Face folder as a checkpoint (part "model", step 0).
 
     Args:
         hf_dir: a folder with config.json and safetensors files.
-        out: the checkpoint to write; it appears only when complete.
+        out: the checkpoint to write; it appears only when complete, and a killed command goes on where it was.
+        dtype: "float32", "bfloat16", "float16", "float64", or "keep" for the folder's own; router biases are float32 always.
+        workers: files that are written at a time.
         overwrite: replace a checkpoint that is already there.
 
     Raises:
-        UserError: the config has fields that we do not honour, or the tensors are not exactly those of its model.
+        UserError: the config has fields that we do not honour, the tensors are not exactly those of its model, a value is not
+            finite, the disk is full; nothing is left then.
     """
     hf_dir, out = Path(hf_dir), Path(out)
-    refuse_existing(out, "checkpoint", overwrite)
-    if not (hf_dir / "config.json").is_file():
-        raise UserError(f"{hf_dir}: has no config.json, so it is not a Hugging Face folder; pass the folder that holds the model")
+    check_dtype_name(dtype)
+    refuse_existing(out, KIND, overwrite)
+    if not (hf_dir / CONFIG).is_file():
+        raise UserError(f"{hf_dir}: has no {CONFIG}, so it is not a Hugging Face folder; pass the folder that holds the model")
     source = HfWeights(hf_dir)
-    _check_dtypes(source)
-    with new_artifact(out, "checkpoint", overwrite=overwrite) as artifact:
-        writer = TensorWriter(artifact.path, "model")
-        for link in tqdm(source.links, desc="from-hf", unit="block", disable=None):
-            writer.add(link.key, _block(source, link), link.shape, link.offset)
-        write_index(artifact.path, "model", [writer.finish()])
-        carry(hf_dir, artifact.path / "tokenizer", ids_in(source.config))
+    check_dtypes(source)
+    links = {block_name(link.key, link.offset): link for link in source.links}
+    files = planned_files(links, source, dtype)
+    plan = {"from": fingerprint(hf_dir), "dtype": dtype,
+            "files": {name: [spec.name for spec in blocks] for name, blocks in files.items()}}
+    with resumable_artifact(out, KIND, plan, overwrite=overwrite) as artifact, \
+            tqdm(total=len(links), desc="from-hf", unit="block", disable=None) as bar:
+        missing = {name: blocks for name, blocks in files.items() if name not in artifact.finished}
+        check_space(out, sum(spec.size_bytes for blocks in missing.values() for spec in blocks))
+        bar.update(len(links) - sum(map(len, missing.values())))
+
+        def read(spec: TensorSpec) -> torch.Tensor:
+            link = links[spec.name]
+            parts = {name: converted(source.read(name), spec.dtype, hf_dir, name) for name in link.hf_names}
+            block: torch.Tensor = link.join(parts)
+            bar.update()
+            return block
+
         if (hf_dir / MANIFEST).is_file():
-            artifact.add_input(hf_dir)
-        artifact.content = {"step": 0, "parts": ["model"], "tokens": 0}
-        artifact.settings = RunConfig(recipe="from-hf", model=source.model).to_dict()
+            refuse_damage(source, workers)
+            artifact.writer.add_input(hf_dir)
+        write_files(artifact.path, missing, read, workers, artifact.finish)
+        write_index(artifact.path, PART, [_index(files, links)])
+        carry(hf_dir, artifact.path / "tokenizer", ids_in(source.config))
+        artifact.writer.content = {"step": 0, "parts": [PART], "tokens": 0}
+        artifact.writer.settings = RunConfig(recipe="from-hf", model=source.model).to_dict()
 
 
-def _block(source: HfWeights, link: Link) -> torch.Tensor:
-    block: torch.Tensor = link.join({name: source.read(name) for name in link.hf_names})
-    return block.float() if link.fp32 else block
+def planned_files(links: dict[str, Link], source: HfWeights, dtype: str) -> dict[str, list[TensorSpec]]:
+    """Return every block that a Hugging Face folder becomes, once, by the name of its file."""
+    specs = [TensorSpec(name, link.block_shape, planned_dtype(dtype, link.fp32, source.dtype(link.hf_names[0])))
+             for name, link in links.items()]
+    return {file_name(PART, 0, i): shard for i, shard in enumerate(plan_shards(specs, MAX_FILE_BYTES))}
 
 
-def _check_dtypes(source: HfWeights) -> None:
-    """Refuse tensors of different dtypes where they become one tensor (query and key, all experts of a layer)."""
-    first: dict[str, str] = {}
-    for link in source.links:
-        for name in link.hf_names:
-            other = first.setdefault(link.key, name)
-            if source.dtype(name) != source.dtype(other):
-                raise UserError(f"{source.path}: {name} has dtype {source.dtype(name)} and {other} {source.dtype(other)}, "
-                                "but they become one tensor; save the model in one dtype")
+def _index(files: dict[str, list[TensorSpec]], links: dict[str, Link]) -> Index:
+    index: Index = {}
+    for file, blocks in files.items():
+        for spec in blocks:
+            link = links[spec.name]
+            add_piece(index, link.key, spec.dtype, link.shape, Piece(file, spec.name, link.offset, link.extent))
+    return index

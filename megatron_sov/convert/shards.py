@@ -1,4 +1,4 @@
-"""Writes safetensors files tensor by tensor, so that memory holds one tensor and not one file.
+"""Writes safetensors files tensor by tensor, several files at a time, so that memory holds one tensor of each and not the files.
 
 The library's own writer takes all tensors of a file at once.  The format is short: the header's length as 8 bytes
 little-endian, a JSON header with dtype, shape and byte range of each tensor, then the bytes without gaps
@@ -10,17 +10,20 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from megatron_sov.artifacts import FileRecord, atomic_write, to_json
-from megatron_sov.convert.sources import INDEX, SINGLE_FILE
+from megatron_sov.artifacts import FileRecord, fsync_path
 
 SAFETENSORS_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _ALIGNMENT_BYTES = 8
+_CHUNK_BYTES = 16 << 20
+"""Bytes that are hashed while the same ones are written: few enough to stay in the processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,10 @@ class TensorSpec:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+Reader = Callable[[TensorSpec], torch.Tensor]
+"""Returns the tensor of a spec; called once for each, in the order of its file, by several threads."""
+
+
 def plan_shards(specs: Iterable[TensorSpec], max_shard_bytes: int) -> list[list[TensorSpec]]:
     """Divide tensors, in order, into files of at most `max_shard_bytes` (a larger tensor gets a file of its own)."""
     shards: list[list[TensorSpec]] = [[]]
@@ -50,50 +57,75 @@ def plan_shards(specs: Iterable[TensorSpec], max_shard_bytes: int) -> list[list[
     return shards
 
 
-def write_shards(folder: Path, shards: list[list[TensorSpec]],
-                 read: Callable[[TensorSpec], torch.Tensor]) -> dict[str, FileRecord]:
-    """Write the planned files, and the index that transformers needs where there are several.
+def write_files(folder: Path, files: dict[str, list[TensorSpec]], read: Reader, workers: int,
+                finish: Callable[[str, FileRecord], None]) -> None:
+    """Write the planned files, `workers` at a time; which of them is written when changes no byte.
 
     Args:
         folder: where to write.
-        shards: from `plan_shards`.
-        read: returns the tensor of a spec; called once for each, in the order of the file.
+        files: name -> tensors, e.g. of `plan_shards`.
+        read: gives each tensor.
+        workers: threads; reading, hashing and writing all leave the interpreter free.
+        finish: called for each file when it is on disk, with hash and size.
 
-    Returns:
-        Hash and size of each safetensors file, taken while writing.
+    Raises:
+        UserError: the first that `read` raised; files that have not begun are not written then.
     """
-    if len(shards) == 1:
-        return {SINGLE_FILE: _write_file(folder / SINGLE_FILE, shards[0], read)}
-    files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    records = {file: _write_file(folder / file, shard, read) for file, shard in zip(files, shards, strict=True)}
-    total_bytes = sum(spec.size_bytes for shard in shards for spec in shard)
-    weight_map = {spec.name: file for file, shard in zip(files, shards, strict=True) for spec in shard}
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-    atomic_write(folder / INDEX, to_json(index))
-    return records
+    def write(name: str, hasher: ThreadPoolExecutor) -> None:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        finish(name, write_file(path, files[name], read, hasher))
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a file's thread is busy by itself
+    pool, hasher = ThreadPoolExecutor(workers), ThreadPoolExecutor(workers)
+    try:
+        for done in as_completed([pool.submit(write, name, hasher) for name in files]):
+            done.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        hasher.shutdown()
+        torch.set_num_threads(threads)
 
 
-def _write_file(path: Path, specs: list[TensorSpec], read: Callable[[TensorSpec], torch.Tensor]) -> FileRecord:
+def write_file(path: Path, specs: list[TensorSpec], read: Reader, hasher: ThreadPoolExecutor) -> FileRecord:
+    """Write and sync one file; `hasher` takes the hash beside, so that bytes are read once. Returns hash and size."""
     # wider dtypes first, so that every tensor starts at a multiple of its item size
     ordered = sorted(specs, key=lambda spec: -spec.dtype.itemsize)
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for spec in ordered:
-        start, end = end, end + spec.size_bytes
-        header[spec.name] = {"dtype": SAFETENSORS_DTYPES[spec.dtype], "shape": spec.shape, "data_offsets": [start, end]}
-    head = json.dumps(header, separators=(",", ":")).encode()
-    head += b" " * (-len(head) % _ALIGNMENT_BYTES)
-    digest = hashlib.sha256()
-    with open(path, "wb") as f:
-        for part in (len(head).to_bytes(8, "little"), head):
-            digest.update(part)
-            f.write(part)
+    head = _header(ordered)
+    digest, hashing = hashlib.sha256(head), Future[None]()
+    hashing.set_result(None)
+    with open(path, "wb", buffering=0) as f:
+        _write(f.fileno(), memoryview(head))
         for spec in ordered:
             tensor = read(spec)
             if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
                 raise ValueError(f"{spec.name}: got {tensor.dtype} {tuple(tensor.shape)}, planned {spec.dtype} {spec.shape}")
-            raw = tensor.contiguous().view(torch.uint8).numpy().data
-            digest.update(raw)
-            f.write(raw)
+            raw = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+            for start in range(0, len(raw), _CHUNK_BYTES):
+                chunk = raw[start:start + _CHUNK_BYTES]
+                hashing.result()
+                hashing = hasher.submit(digest.update, chunk)
+                _write(f.fileno(), chunk)
+        hashing.result()
         size_bytes = f.tell()
+    fsync_path(path)
     return FileRecord(digest.hexdigest(), size_bytes)
+
+
+def _header(specs: list[TensorSpec]) -> bytes:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for spec in specs:
+        start, end = end, end + spec.size_bytes
+        header[spec.name] = {"dtype": SAFETENSORS_DTYPES[spec.dtype], "shape": spec.shape, "data_offsets": [start, end]}
+    if len(header) != len(specs) + 1:
+        raise ValueError(f"{next(n for n in header if [s.name for s in specs].count(n) > 1)}: would stand in one file twice")
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % _ALIGNMENT_BYTES)
+    return len(head).to_bytes(8, "little") + head
+
+
+def _write(fd: int, raw: memoryview) -> None:
+    while raw:
+        raw = raw[os.write(fd, raw):]

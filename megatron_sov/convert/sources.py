@@ -1,28 +1,33 @@
 """Weights under their Hugging Face names, whether they stand in a Hugging Face folder or in a checkpoint.
 
-Names and shapes are checked when a folder is opened, from headers alone; tensors are read one at a time.
+Names and shapes are checked when a folder is opened, from headers alone; tensors are read one at a time, by any thread.
 """
 
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from megatron_sov import models
-from megatron_sov.artifacts import MANIFEST, read_manifest
+from megatron_sov.artifacts import MANIFEST, damaged_files, read_manifest
 from megatron_sov.config import ModelConfig, from_dict
 from megatron_sov.errors import UserError
-from megatron_sov.mcore.run_checkpoints import CHECKPOINTS_OF_A_RUN, find_checkpoint
-from megatron_sov.mcore.tensors import TensorReader
+from megatron_sov.mcore.run_checkpoints import CHECKPOINTS_OF_A_RUN, KIND, find_checkpoint
+from megatron_sov.mcore.tensor_file import TensorFile
+from megatron_sov.mcore.tensors import REMEDY, TensorReader
 from megatron_sov.models.weights import Link
 
 CONFIG, SINGLE_FILE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+PART = "model"
+"""The part of a checkpoint that holds the weights."""
 NAMES_SHOWN = 5
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes that weights may have."""
+DAMAGED_HF = "copy or download it again"
 
 
 class Weights(Protocol):
@@ -36,6 +41,8 @@ class Weights(Protocol):
         """Return the Hugging Face names of all tensors, in the order of the weight map."""
     def dtype(self, name: str) -> torch.dtype:
         """Return the dtype in which a tensor is stored."""
+    def held_in(self, file: str) -> list[str]:
+        """Return the tensors of which a file of the folder holds a part."""
     def read(self, name: str) -> torch.Tensor:
         """Return one tensor."""
 
@@ -82,6 +89,21 @@ def check_exact(path: Path, found: dict[str, tuple[int, ...]], expected: dict[st
         raise UserError(f"{path}: its tensors are not those of the model: {'; '.join(problems)}; {remedy}")
 
 
+def refuse_damage(weights: Weights, workers: int) -> None:
+    """Check the files of an artifact that conversion reads (all but other parts, as the optimizer's) against its manifest.
+
+    Raises:
+        UserError: a file is missing or was changed since it was written; the message names it, and what it holds.
+    """
+    path, manifest = weights.path, read_manifest(weights.path)
+    others = tuple(f"{part}/" for part in manifest.content.get("parts", []) if part != PART)
+    problems = damaged_files(path, [name for name in manifest.files if not name.startswith(others)], workers)
+    if problems:
+        held = next((weights.held_in(name) for name in manifest.files if problems[0].startswith(f"{path / name}: ")), [])
+        holds = f" (it holds {listed(held)})" if held else ""
+        raise UserError(f"{problems[0]}{holds}; {REMEDY if manifest.kind == KIND else DAMAGED_HF}")
+
+
 class HfWeights:
     """The tensors of a Hugging Face folder."""
 
@@ -89,7 +111,7 @@ class HfWeights:
         self.path = path
         self.config = _read_json(path / CONFIG)
         self._shards = _open_shards(path)
-        shapes = {name: tuple(shard.get_slice(name).get_shape()) for name, shard in self._shards.items()}
+        shapes = {name: shard.entries[name].shape for name, shard in self._shards.items()}
         family = models.get(str(self.config.get("model_type")))
         try:
             self.model = family.from_hf_config(self.config, shapes)
@@ -105,19 +127,15 @@ class HfWeights:
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the dtype in which the tensor stands in its file."""
-        found = self._shards[name].get_slice(name).get_dtype()
-        if found not in _DTYPES:
-            raise UserError(f"{self.path}: {name} has dtype {found}, but only {', '.join(_DTYPES)} can be converted; "
-                            "save the model without quantisation")
-        return _DTYPES[found]
+        return self._shards[name].dtype(name)
+
+    def held_in(self, file: str) -> list[str]:
+        """Return the tensors that a file holds."""
+        return [name for name, shard in self._shards.items() if shard.path == self.path / file]
 
     def read(self, name: str) -> torch.Tensor:
         """Return the tensor; `UserError` where its file is damaged."""
-        try:
-            tensor: torch.Tensor = self._shards[name].get_tensor(name)
-        except (OSError, SafetensorError) as e:
-            raise UserError(f"{self.path}: {name} cannot be read ({e}); copy or download the folder again") from None
-        return tensor
+        return self._shards[name].read(name)
 
 
 class CheckpointWeights:
@@ -128,11 +146,12 @@ class CheckpointWeights:
         manifest = read_manifest(path, "checkpoint")
         self.model = from_dict(manifest.settings).model
         self.links = models.get(self.model.family).links(self.model)
-        self._reader = TensorReader(path, "model")
+        self._reader = TensorReader(path, PART)
         self._link_of = {name: link for link in self.links for name in link.hf_names}
         found = {key: self._reader.shape(key) for key in self._reader.keys()}  # noqa: SIM118  (a method of the reader, not a dict)
         check_exact(path, found, {link.key: link.shape for link in self.links}, "the checkpoint is damaged or of another version")
-        self._last: tuple[Link, torch.Tensor] | None = None
+        self._reader.check_complete()
+        self._of_thread = threading.local()
 
     def names(self) -> list[str]:
         """Return the names in the order of the weight map."""
@@ -142,14 +161,19 @@ class CheckpointWeights:
         """Return the dtype in which the tensor stands in its file."""
         return self._reader.dtype(self._link_of[name].key)
 
+    def held_in(self, file: str) -> list[str]:
+        """Return the keys of the tensors of which a file holds a block."""
+        return self._reader.held_in(file)
+
     def read(self, name: str) -> torch.Tensor:
         """Return the tensor; `UserError` where its file is damaged."""
         link = self._link_of[name]
         # query, key and value (gate and up) follow one another and come from one block, which is therefore kept
-        if self._last is None or self._last[0] is not link:
-            self._last = None
-            self._last = (link, self._reader.read(link.key, link.offset, link.extent).reshape(link.block_shape))
-        return link.split(self._last[1])[name]
+        last: tuple[Link, torch.Tensor] | None = getattr(self._of_thread, "last", None)
+        if last is None or last[0] is not link:
+            self._of_thread.last = None
+            last = self._of_thread.last = (link, self._reader.read(link.key, link.offset, link.extent).reshape(link.block_shape))
+        return link.split(last[1])[name]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -162,23 +186,48 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _open_shards(path: Path) -> dict[str, Any]:
-    """Return for each tensor the opened file that holds it; index and files must agree in both directions."""
+def check_dtypes(weights: Weights) -> None:
+    """Check, before anything is converted, that every tensor has a dtype that can be kept.
+
+    Raises:
+        UserError: weights that are no floating-point numbers, router biases that were rounded (they move in steps that vanish in
+            16 bits), or tensors of different dtypes where they become one (query and key, all experts of a layer).
+    """
+    first: dict[str, str] = {}
+    for link in weights.links:
+        for name in link.hf_names:
+            found, other = weights.dtype(name), first.setdefault(link.key, name)
+            if found not in FLOATS:
+                raise UserError(f"{weights.path}: {name} has dtype {found}; weights must be floating-point numbers")
+            if link.fp32 and found.itemsize < torch.float32.itemsize:
+                raise UserError(f"{weights.path}: {name} has dtype {found}, but it must be torch.float32: it was rounded when "
+                                "it was saved; save this tensor in float32")
+            if found != weights.dtype(other):
+                raise UserError(f"{weights.path}: {name} has dtype {found} and {other} {weights.dtype(other)}, "
+                                "but they become one tensor; save the model in one dtype")
+
+
+def _open_shards(path: Path) -> dict[str, TensorFile]:
+    """Return for each tensor the file that holds it; index and files must agree in both directions."""
     if not (path / INDEX).is_file():
         if not (path / SINGLE_FILE).is_file():
             raise UserError(f"{path}: has neither {SINGLE_FILE} nor {INDEX}; save the model with safetensors "
                             "(pickled weights are not read)")
-        shard = _open(path / SINGLE_FILE)
-        return dict.fromkeys(shard.keys(), shard)
+        shard = TensorFile(path / SINGLE_FILE, DAMAGED_HF)
+        return dict.fromkeys(shard.entries, shard)
     weight_map = _read_json(path / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(f, str) and Path(f).name == f for f in weight_map.values()):
-        raise UserError(f"{path / INDEX}: weight_map must map tensor names to files in the same folder; "
+    if not isinstance(weight_map, dict):
+        raise UserError(f"{path / INDEX}: lacks a weight_map from tensor names to files; restore it from its source")
+    outside = [f"{name} to {file}" for name, file in weight_map.items() if not isinstance(file, str) or Path(file).name != file]
+    if outside:
+        raise UserError(f"{path / INDEX}: weight_map must name files in the same folder, but it sends {listed(outside)}; "
                         "restore it from its source")
-    shards: dict[str, Any] = {}
+    shards: dict[str, TensorFile] = {}
     file_of: dict[str, str] = {}
     for file in sorted(set(weight_map.values())):
-        shard = _open(path / file)
-        for name in shard.keys():  # noqa: SIM118  (safe_open has no iterator)
+        held = listed([name for name, place in weight_map.items() if place == file])
+        shard = TensorFile(path / file, f"it should hold {held}; {DAMAGED_HF}")
+        for name in shard.entries:
             if name in file_of:
                 raise UserError(f"{path / file}: holds {name}, which {file_of[name]} holds as well; remove one of them")
             shards[name], file_of[name] = shard, file
@@ -186,10 +235,3 @@ def _open_shards(path: Path) -> dict[str, Any]:
     if differing:
         raise UserError(f"{path / INDEX}: disagrees with the files about {listed(differing)}; restore it from its source")
     return shards
-
-
-def _open(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="pt")
-    except (OSError, SafetensorError) as e:
-        raise UserError(f"{file}: is not a readable safetensors file ({e}); copy or download it again") from None

@@ -208,6 +208,10 @@ class TensorReader:
         """Return a tensor's dtype."""
         return self._dtypes[key]
 
+    def held_in(self, file: str) -> list[str]:
+        """Return the tensors of which a file (its path below the checkpoint's folder) holds a piece."""
+        return [key for key, pieces in self._pieces.items() if any(piece.file == file for piece in pieces)]
+
     def read(self, key: str, offset: Sequence[int] | None = None, shape: Sequence[int] | None = None) -> torch.Tensor:
         """Return the block of `shape` at `offset` (default: the whole tensor), assembled from the pieces that overlap it.
 

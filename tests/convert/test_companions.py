@@ -24,7 +24,9 @@ def test_companions_travel(solar_dir: Path, tmp_path: Path) -> None:
 
 
 def test_token_ids_come_from_the_tokenizer_where_nothing_else_says_them(solar_dir: Path, tmp_path: Path) -> None:
-    convert.from_hf(solar_dir, tmp_path / "ckpt")
-    (tmp_path / "ckpt/tokenizer/generation_config.json").unlink()
+    source = shutil.copytree(solar_dir, tmp_path / "source", ignore=shutil.ignore_patterns("generation_config.json"))
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    (source / "config.json").write_text(json.dumps(json.loads((source / "config.json").read_text()) | ids))
+    convert.from_hf(source, tmp_path / "ckpt")
     convert.to_hf(tmp_path / "ckpt", tmp_path / "hf")
     assert json.loads((tmp_path / "hf/generation_config.json").read_text()) == {"bos_token_id": 0, "eos_token_id": 1}
