@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.artifacts import to_json
-from megatron_sov.convert import MAX_SHARD_BYTES
+from megatron_sov.convert import DEFAULT_WORKERS, MAX_SHARD_BYTES
+from megatron_sov.errors import UserError
 from megatron_sov.models.count import num_params
 
 EXIT_OK, EXIT_GATE_FAILED = 0, 3
@@ -22,20 +23,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     def action(name: str, text: str) -> argparse.ArgumentParser:
         return actions.add_parser(name, help=text, description=text)
 
-    overwrite = {"action": "store_true", "help": "replace an artifact of the same kind that is already at OUT"}
+    def conversion(sub: argparse.ArgumentParser, keeps: str) -> None:
+        sub.add_argument("--dtype", default="keep", metavar="D",
+                         help=f"float32, bfloat16, float16, float64, or keep (default): {keeps}")
+        sub.add_argument("--overwrite", action="store_true", help="replace an artifact of the same kind that is already at OUT")
+        _add_workers(sub)
+
     from_hf = action("from-hf", "write a Hugging Face folder as a checkpoint that any layout can load")
     from_hf.add_argument("hf_dir", metavar="HF_DIR", type=Path, help="folder with config.json and safetensors files")
     from_hf.add_argument("out", metavar="OUT", type=Path, help="checkpoint folder to write")
-    from_hf.add_argument("--overwrite", **overwrite)  # type: ignore[arg-type]
+    conversion(from_hf, "the folder's own")
 
     to_hf = action("to-hf", "write a checkpoint as a Hugging Face folder")
     to_hf.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="checkpoint, or run (its newest one)")
     to_hf.add_argument("out", metavar="OUT", type=Path, help="Hugging Face folder to write")
-    to_hf.add_argument("--dtype", default="keep", metavar="D",
-                       help="float32, bfloat16, float16, float64, or keep (default): the checkpoint's own, float32 for float64")
     to_hf.add_argument("--max-shard-bytes", type=int, default=MAX_SHARD_BYTES, metavar="N",
                        help="largest safetensors file (default: %(default)s)")
-    to_hf.add_argument("--overwrite", **overwrite)  # type: ignore[arg-type]
+    conversion(to_hf, "the checkpoint's own, float32 for float64")
 
     verify = action("verify", "compare two models, checkpoint or Hugging Face folder each; exit code 3 where they differ")
     verify.add_argument("a", metavar="A", type=Path)
@@ -49,15 +53,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     inspect.add_argument("--json", action="store_true", help="print as JSON")
 
 
+def _add_workers(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--workers", type=int, default=DEFAULT_WORKERS, metavar="N",
+                     help="files at a time, each with a tensor in memory (default: %(default)s)")
+
+
 def run(args: argparse.Namespace) -> int:
     """Run the chosen action; returns the exit code."""
+    if getattr(args, "workers", 1) < 1:
+        raise UserError(f"--workers {args.workers}: must be at least 1")
     return {"from-hf": _from_hf, "to-hf": _to_hf, "verify": _verify, "inspect": _inspect}[args.action](args)
 
 
 def _from_hf(args: argparse.Namespace) -> int:
     from megatron_sov import convert
 
-    convert.from_hf(args.hf_dir, args.out, overwrite=args.overwrite)
+    convert.from_hf(args.hf_dir, args.out, args.dtype, workers=args.workers, overwrite=args.overwrite)
     print(f"wrote checkpoint {args.out}")
     return EXIT_OK
 
@@ -65,7 +76,8 @@ def _from_hf(args: argparse.Namespace) -> int:
 def _to_hf(args: argparse.Namespace) -> int:
     from megatron_sov import convert
 
-    convert.to_hf(args.checkpoint, args.out, args.dtype, max_shard_bytes=args.max_shard_bytes, overwrite=args.overwrite)
+    convert.to_hf(args.checkpoint, args.out, args.dtype, max_shard_bytes=args.max_shard_bytes, workers=args.workers,
+                  overwrite=args.overwrite)
     print(f"wrote Hugging Face folder {args.out}")
     return EXIT_OK
 
