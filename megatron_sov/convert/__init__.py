@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from megatron_sov.convert.export import to_hf
     from megatron_sov.convert.intake import from_hf
+    from megatron_sov.convert.live import export_weights
     from megatron_sov.convert.proof import Check, verify
     from megatron_sov.convert.sources import is_hf_folder, open_weights
 
@@ -19,9 +20,10 @@ DEFAULT_WORKERS = max(1, min(4, os.cpu_count() or 1))
 """Files that are read and written at a time unless told; each holds a tensor in memory."""
 MAX_SHARD_BYTES = 5_000_000_000
 """Default of the largest safetensors file that is written."""
-__all__ = ["DEFAULT_WORKERS", "MAX_SHARD_BYTES", "Check", "from_hf", "is_hf_folder", "open_weights", "to_hf", "verify"]
-_MODULES = {"to_hf": "export", "from_hf": "intake", "Check": "proof", "verify": "proof", "is_hf_folder": "sources",
-            "open_weights": "sources"}
+_MODULES = {"Check": "proof", "export_weights": "live", "from_hf": "intake", "is_hf_folder": "sources", "open_weights": "sources",
+            "to_hf": "export", "verify": "proof"}
+__all__ = ["DEFAULT_WORKERS", "MAX_SHARD_BYTES", "Check", "export_weights", "from_hf", "is_hf_folder", "open_weights", "to_hf",
+           "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -77,7 +77,7 @@ def listed(names: list[str]) -> str:
     return ", ".join(names[:NAMES_SHOWN]) + more
 
 
-def check_exact(path: Path, found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], remedy: str) -> None:
+def check_exact(where: object, found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], remedy: str) -> None:
     """Raise `UserError` naming every tensor that is missing, unexpected or of another shape."""
     missing = [name for name in expected if name not in found]
     unexpected = [name for name in found if name not in expected]
@@ -86,7 +86,7 @@ def check_exact(path: Path, found: dict[str, tuple[int, ...]], expected: dict[st
     problems = [f"{len(names)} {what} ({listed(names)})"
                 for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)) if names]
     if problems:
-        raise UserError(f"{path}: its tensors are not those of the model: {'; '.join(problems)}; {remedy}")
+        raise UserError(f"{where}: its tensors are not those of the model: {'; '.join(problems)}; {remedy}")
 
 
 def refuse_damage(weights: Weights, workers: int) -> None:

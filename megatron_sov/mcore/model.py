@@ -94,8 +94,10 @@ class PredictionLayer(MultiTokenPredictionLayer):
 class LanguageModel(torch.nn.ModuleList):
     """This process's part of the model: one chunk, or several under an interleaved pipeline."""
 
-    def __init__(self, chunks: list[Chunk]) -> None:
+    def __init__(self, chunks: list[Chunk], architecture: ModelConfig) -> None:
         super().__init__(chunks)
+        self.architecture = architecture
+        """What it is, in our own terms."""
         self.chunks: tuple[Any, ...] = tuple(chunks)
         """In the order of their layers."""
         self.config = chunks[0].config
@@ -112,7 +114,7 @@ class LanguageModel(torch.nn.ModuleList):
 def build(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig) -> LanguageModel:
     """Build this process's part of the model; its weights are not initialised yet."""
     config = transformer_config(model, parallel, train)
-    return LanguageModel([_chunk(model, config, i if parallel.vpp > 1 else None) for i in range(parallel.vpp)])
+    return LanguageModel([_chunk(model, config, i if parallel.vpp > 1 else None) for i in range(parallel.vpp)], model)
 
 
 def _chunk(model: ModelConfig, config: Any, vp_stage: int | None) -> Chunk:
