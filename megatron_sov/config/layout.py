@@ -28,6 +28,14 @@ class ParallelConfig:
     expert_dispatcher: Literal["alltoall", "allgather"] = "alltoall"
     """How tokens reach their experts: each to its own (alltoall), or all to all processes (allgather; small `ep`, many experts
     for each token)."""
+    zero1: bool = False
+    """ZeRO-1: every data-parallel process keeps and updates its share of the optimizer's state, not all of it."""
+    overlap_grad_reduce: bool = False
+    """Sum gradients over data-parallel processes while the backward pass goes on, not after it."""
+    overlap_param_gather: bool = False
+    """Gather updated weights while the next forward pass goes on, not before it; needs zero1 and overlap_grad_reduce."""
+    bucket_params: int = 0
+    """Parameters that are sent at a time under overlap_grad_reduce; 0: 40 million, or 1 million per data-parallel process."""
 
     def problems(self, model: ModelConfig, num_ranks: int) -> list[str]:
         """Return one sentence for each rule that this layout breaks for `model` on `num_ranks` processes."""
@@ -61,6 +69,11 @@ class ParallelConfig:
             p.append(f"parallel.vpp = {self.vpp} must divide the {layers} layers of each pipeline stage; {_divisors(layers)}")
         if self.vpp > 1 and self.pp == 1:
             p.append(f"parallel.vpp = {self.vpp} needs parallel.pp > 1; leave it out or raise pp")
+        if self.overlap_param_gather and not (self.zero1 and self.overlap_grad_reduce):
+            p.append(f"parallel.overlap_param_gather = True needs parallel.zero1 and parallel.overlap_grad_reduce, which are "
+                     f"{self.zero1} and {self.overlap_grad_reduce}; set both or leave it out")
+        if self.bucket_params < 0:
+            p.append(f"parallel.bucket_params = {self.bucket_params} must not be negative")
         for names in (("tp", "pp"), ("etp", "ep", "pp")):
             size = 1
             for name in names:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories, is_main_replica
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
 from megatron_sov.mcore.model import LanguageModel
 
@@ -28,8 +28,13 @@ class Block:
     """Shape of the global tensor."""
     offset: tuple[int, ...]
     """First index of the block in it."""
-    owned: bool
-    """Whether this process, of all that hold the same block, is the one that writes it."""
+    replica: tuple[int, ...]
+    """Place among all processes that hold the same block: pipeline, tensor parallel, data parallel."""
+
+    @property
+    def owned(self) -> bool:
+        """Whether this process, of all that hold the same block, is the one that writes it."""
+        return not any(self.replica)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -38,12 +43,13 @@ class Block:
 
 
 def of(model: LanguageModel) -> list[Block]:
-    """Return the blocks of this process's part of the model, ordered by name and place."""
+    """Return the blocks of this process's part of the model, ordered by name and place; called by all processes together."""
+    model.complete()
     blocks = []
     for chunk in model.chunks:
         declared = chunk.sharded_state_dict(metadata={})
         apply_factories(declared)  # splits fused gate-and-up matrices, which are cut along each half
-        blocks += [Block(t.key, t.data, tuple(t.global_shape), tuple(t.global_offset), is_main_replica(t.replica_id))
+        blocks += [Block(t.key, t.data, tuple(t.global_shape), tuple(t.global_offset), tuple(t.replica_id))
                    for t in nested_values(declared) if isinstance(t, ShardedTensor)]
     return sorted(blocks, key=lambda b: (b.key, b.offset))
 
@@ -63,9 +69,3 @@ class ParameterLookup:
             return None
         found = self._parameters[i]
         return found if address < self._starts[i] + found.numel() * found.element_size() else None
-
-
-def like(block: Block, parameter: torch.nn.Parameter, state: torch.Tensor) -> torch.Tensor:
-    """Return the view of `state` (contiguous, shaped as `parameter`) that corresponds to `block`'s view of `parameter`."""
-    offset = state.storage_offset() + block.data.storage_offset() - parameter.storage_offset()
-    return state.as_strided(block.data.size(), block.data.stride(), offset)

@@ -103,6 +103,17 @@ class LanguageModel(torch.nn.ModuleList):
         self.config = chunks[0].config
         """The library's TransformerConfig."""
         self.vocab_size: int = chunks[0].vocab_size
+        self.pending_gather: Callable[[], None] | None = None
+        """Brings the last update's weights to the data-parallel processes that did not compute them; None: all have them."""
+
+    def complete(self) -> None:
+        """Make every weight the same on all processes that hold it; called by all processes together.
+
+        Whatever reads weights outside of a training step comes through here: `blocks.of` and `Policy.map`.
+        """
+        if self.pending_gather is not None:
+            gather, self.pending_gather = self.pending_gather, None
+            gather()
 
     @property
     def head_weight(self) -> torch.Tensor:

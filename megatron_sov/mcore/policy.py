@@ -38,6 +38,7 @@ class Policy:
             depths = split_depths(hidden, self._depths)
             return torch.zeros((), device=hidden.device), outputs(depths, head_of(self.model, self._chunk), batch)
 
+        self.model.complete()
         was_training = self.model.training
         self.model.eval()
         try:

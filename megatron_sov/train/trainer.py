@@ -84,7 +84,7 @@ class Trainer:
         self.done = Progressed()
         self.model = build(config.model, config.parallel, config.train)
         init.initialise(self.model, config.model, config.train.seed)
-        self.optimizer = Optimizer(self.model, config.optim)
+        self.optimizer = Optimizer(self.model, config.optim, config.parallel)
         self.expert_load = schedule.ExpertLoad(self.model)
         self.model.config.finalize_model_grads_func = self.expert_load.finalize
         self.policy = Policy(self.model, config.train.head_chunk_tokens)

@@ -16,6 +16,9 @@ from megatron_sov.mcore.tensors import TensorReader
 
 RUN = str(Path(__file__).with_name("layout_run.py"))
 TP2 = ["parallel.tp=2", "parallel.sp=true"]
+ZERO1 = ["parallel.zero1=true"]
+OVERLAP = [*ZERO1, "parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true", "parallel.bucket_params=9000"]
+"""Buckets of 9,000 parameters: several of them even in these models, so that an unfinished one can be read too early."""
 LAYOUTS = {
     "TP2+SP": (2, TP2),
     "EP2": (2, ["parallel.ep=2"]),
@@ -25,6 +28,11 @@ LAYOUTS = {
     "PP2 VPP2": (2, ["parallel.pp=2", "parallel.vpp=2"]),
     "DP2": (2, []),
     "ETP2": (2, ["parallel.etp=2"]),
+    "DP2 ZeRO-1": (2, ZERO1),
+    "DP2 overlapped": (2, OVERLAP),
+    "EP2 DP2 ZeRO-1": (4, [*ZERO1, "parallel.ep=2"]),
+    "TP2+SP x DP2 ZeRO-1 overlapped": (4, [*TP2, *OVERLAP]),
+    "PP2 VPP2 x DP2 ZeRO-1 overlapped": (4, ["parallel.pp=2", "parallel.vpp=2", *OVERLAP]),
     "TP2+SP x PP2 x EP2": (4, [*TP2, "parallel.pp=2", "parallel.ep=2"]),
     "recompute": (1, ["train.recompute=true"]),
     "micro batch 1": (1, ["train.micro_batch_size=1"]),

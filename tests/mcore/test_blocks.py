@@ -31,18 +31,13 @@ def covered(layout: dict[str, Any]) -> dict[str, Any]:
         for b in local:
             b.data.add_(1)
         once = all(p.eq(1).all() for p in parameters)
-        for n, p in enumerate(parameters):
-            p.copy_(torch.arange(p.numel()).reshape(p.shape) + n / 1000)
-    states = [p.detach().clone() for p in parameters]
-    alike = all(blocks.like(b, p, states[[q is p for q in parameters].index(True)]).equal(b.data) for b in local
-                if (p := lookup.find(b)) is not None)
     everyones: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyones, [(b.key, b.global_shape, b.offset, b.shape) for b in local if b.owned])
     owners: dict[str, torch.Tensor] = {}
     for key, whole, offset, shape in (owned for one in everyones for owned in one):
         place = tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
         owners.setdefault(key, torch.zeros(whole, dtype=torch.int))[place] += 1
-    return {"once": once, "alike": alike, "wrong": [k for k, t in owners.items() if not t.eq(1).all()],
+    return {"once": once, "wrong": [k for k, t in owners.items() if not t.eq(1).all()],
             "shapes": {k: list(t.shape) for k, t in owners.items()}, "buffers": sorted(k for k, p in found.items() if p is None),
             "sorted": [b.key for b in local] == sorted(b.key for b in local)}
 
@@ -54,7 +49,7 @@ def test_blocks_are_the_model_at_every_layout(ranks, job) -> None:
     results = ranks(*(job(__file__, "covered", n, {"layout": layout}) for n, layout in layouts))
     for (_, layout), per_rank in zip(layouts, results, strict=True):
         for result in per_rank:
-            assert result["once"] and result["alike"] and result["sorted"], layout
+            assert result["once"] and result["sorted"], layout
             assert result["wrong"] == [], layout
             assert result["shapes"] == results[0][0]["shapes"], layout
             assert all(key.endswith("expert_bias") for key in result["buffers"])

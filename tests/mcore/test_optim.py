@@ -15,7 +15,8 @@ def updates(precision: str, clip_grad: float) -> dict[str, Any]:
     from megatron_sov.config import ParallelConfig, apply_settings
     from megatron_sov.mcore import init, world
     from megatron_sov.mcore.model import build
-    from megatron_sov.mcore.optim import MASTER, Optimizer
+    from megatron_sov.mcore.optim import Optimizer
+    from megatron_sov.mcore.optimizer_shards import MASTER
 
     config = apply_settings(recipes.get("tiny-k-exaone"), [
         "model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "model.expert_ffn_dim=16",

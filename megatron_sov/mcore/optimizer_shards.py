@@ -1,0 +1,167 @@
+"""What one process updates of each parameter, all of it or (ZeRO-1) a range, and its state as blocks of global tensors.
+
+The library's distributed optimizer lays all parameters end to end, whatever their shapes, and gives every data-parallel
+process an equal stretch of that: of a parameter it then updates the elements [start, stop) of the flattened tensor.  Cut out of
+a block, such a range is a few rectangles, so the state has the same names and shapes at every layout, with ZeRO-1 and without.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from megatron_sov.mcore.blocks import Block, ParameterLookup, of
+from megatron_sov.mcore.model import LanguageModel
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+MASTER = "master"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The elements [start, start + main.numel()) of a flattened parameter, which this process updates."""
+
+    parameter: torch.nn.Parameter
+    """The model's parameter."""
+    start: int
+    """First element."""
+    main: torch.Tensor
+    """What torch's optimizer updates: the parameter's own memory in fp32, fp32 master weights under bf16; contiguous."""
+    inner: torch.optim.Optimizer
+    """Torch's optimizer, which holds the state of `main`."""
+    exclusive: bool
+    """Whether the other data-parallel processes update other elements (ZeRO-1), not the same."""
+
+    @property
+    def stop(self) -> int:
+        """First element behind the shard."""
+        return self.start + self.main.numel()
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Return the moments and, under bf16, the master weights: each [elements] float32, views of live memory."""
+        state = self.inner.state[self.main]
+        if not state:  # before the first update: what that would begin with
+            if _counts_per_parameter(self.inner):
+                state["step"] = torch.tensor(0.0)
+            for name in MOMENTS:
+                state[name] = torch.zeros_like(self.main, memory_format=torch.preserve_format)
+        named = {name: state[name] for name in MOMENTS}
+        if self.main.dtype != self.parameter.dtype:
+            named[MASTER] = self.main
+        return {name: tensor.detach().view(-1) for name, tensor in named.items()}
+
+
+def inner_optimizers(library: Any) -> list[torch.optim.Optimizer]:
+    """Return torch's optimizers inside the library's (routed experts have one of their own)."""
+    return [o.optimizer for o in library.chained_optimizers if o.optimizer is not None]
+
+
+def shards(library: Any) -> Iterator[Shard]:
+    """Yield what this process updates, parameter by parameter; parameters of which it updates nothing are left out."""
+    for optimizer in library.chained_optimizers:
+        if optimizer.optimizer is not None:
+            yield from _ranges(optimizer) if isinstance(optimizer, DistributedOptimizer) else _wholes(optimizer)
+
+
+def _ranges(optimizer: DistributedOptimizer) -> Iterator[Shard]:
+    """Yield the ranges of parameters that lie in this process's stretch of the library's buffers."""
+    for models, mains in ((optimizer.model_float16_groups, optimizer.shard_fp32_from_float16_groups),
+                          (optimizer.model_fp32_groups, optimizer.shard_fp32_groups)):
+        for model_group, main_group in zip(models, mains, strict=True):
+            for parameter, main in zip(model_group, main_group, strict=True):
+                start = optimizer._get_model_param_range_map(parameter)["param"].start
+                yield Shard(parameter, start, main, optimizer.optimizer, exclusive=True)
+
+
+def _wholes(optimizer: Any) -> Iterator[Shard]:
+    """Yield whole parameters, from an optimizer that does the same update on every data-parallel process."""
+    model_of = {}
+    low_groups, high_groups = getattr(optimizer, "float16_groups", []), getattr(optimizer, "fp32_from_float16_groups", [])
+    for low, high in zip(low_groups, high_groups, strict=True):
+        model_of.update({id(main): model for model, main in zip(low, high, strict=True)})
+    for group in optimizer.optimizer.param_groups:
+        for main in group["params"]:
+            yield Shard(model_of.get(id(main), main), 0, main, optimizer.optimizer, exclusive=False)
+
+
+def state_blocks(model: LanguageModel, library: Any) -> Iterator[Block]:
+    """Yield the state of this process's shards, named `exp_avg/KEY`, `exp_avg_sq/KEY` and `master/KEY`."""
+    of_parameter = {id(shard.parameter): shard for shard in shards(library)}
+    lookup = ParameterLookup(list(model.parameters()))
+    for block in of(model):
+        parameter = lookup.find(block)
+        shard = of_parameter.get(id(parameter))
+        if shard is not None:
+            for name, flat in shard.state().items():
+                for piece in pieces(block, shard, flat):
+                    yield dataclasses.replace(piece, key=f"{name}/{block.key}")
+
+
+def pieces(block: Block, shard: Shard, flat: torch.Tensor) -> Iterator[Block]:
+    """Yield `flat` [elements of the shard], as far as it belongs to `block` of the parameter, in blocks of the global tensor."""
+    if not block.data.is_contiguous():
+        raise ValueError(f"{block.key}: its block is not a contiguous part of the parameter, so its state cannot be cut alike")
+    first = int(block.data.storage_offset()) - int(shard.parameter.storage_offset())
+    start, stop = max(shard.start, first), min(shard.stop, first + block.data.numel())
+    leading = len(block.global_shape) - block.data.dim()
+    replica = (*block.replica[:-1], 0) if shard.exclusive else block.replica
+    for place, extent in rectangles(block.data.shape, start - first, stop - first):
+        count = math.prod(extent)
+        inner = (o + p for o, p in zip(block.offset[leading:], place, strict=True))
+        begin = start - shard.start
+        yield Block(block.key, flat[begin:begin + count].view(extent), block.global_shape,
+                    (*block.offset[:leading], *inner), replica)
+        start += count
+
+
+def rectangles(shape: Sequence[int], start: int, stop: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Cut the elements [start, stop) of a row-major tensor into (first index, extent) of at most 2 * axes - 1 rectangles.
+
+    They come in the order of the elements: the end of a row, whole rows, the beginning of a row, and so on inwards.
+    """
+    if stop <= start:
+        return
+    row = math.prod(shape[1:])
+    (first, head), (last, tail) = divmod(start, row), divmod(stop, row)
+    if head and first == last:
+        yield from _in_row(shape, first, head, tail)
+        return
+    if head:
+        yield from _in_row(shape, first, head, row)
+        first += 1
+    if first < last:
+        yield (first,) + (0,) * (len(shape) - 1), (last - first, *shape[1:])
+    if tail:
+        yield from _in_row(shape, last, 0, tail)
+
+
+def _in_row(shape: Sequence[int], index: int, start: int, stop: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    for place, extent in rectangles(shape[1:], start, stop):
+        yield (index, *place), (1, *extent)
+
+
+def set_updates(library: Any, num_updates: int) -> None:
+    """Set the number of updates that the state has seen, which AdamW's bias correction counts.
+
+    Each parameter gets a counter of its own: the library's own loading gives all of them one tensor, which torch's AdamW
+    then counts up once per parameter.
+    """
+    for shard in shards(library):
+        if _counts_per_parameter(shard.inner):
+            shard.state()
+            shard.inner.state[shard.main]["step"] = torch.tensor(float(num_updates))
+    for inner in inner_optimizers(library):
+        if not _counts_per_parameter(inner):
+            for group in inner.param_groups:
+                group["step"] = num_updates
+
+
+def _counts_per_parameter(inner: torch.optim.Optimizer) -> bool:
+    """Torch's Adam counts updates in every parameter's state, fused ones (Transformer Engine, Apex) in their groups."""
+    return isinstance(inner, (torch.optim.Adam, torch.optim.AdamW))
