@@ -24,13 +24,13 @@ class Optimizer:
         self.model = model
         self.wrapped = data_parallel.wrap(model, parallel)
         self._gather = model.pending_gather = data_parallel.deferred_gather(self.wrapped)
-        self.library = get_megatron_optimizer(
-            OptimizerConfig(
-                optimizer="adam", lr=config.lr, weight_decay=config.weight_decay, adam_beta1=config.beta1,
-                adam_beta2=config.beta2, adam_eps=config.eps, bf16=model.config.bf16,
-                params_dtype=model.config.params_dtype, use_distributed_optimizer=parallel.zero1,
-                overlap_param_gather=parallel.overlap_param_gather),
-            self.wrapped, use_gloo_process_groups=False)  # they would only serve the library's own checkpoints
+        settings = OptimizerConfig(
+            optimizer="adam", lr=config.lr, weight_decay=config.weight_decay, adam_beta1=config.beta1, adam_beta2=config.beta2,
+            adam_eps=config.eps, bf16=model.config.bf16, params_dtype=model.config.params_dtype,
+            use_distributed_optimizer=parallel.zero1, overlap_param_gather=parallel.overlap_param_gather)
+        with optimizer_shards.any_float():
+            # gloo groups would only serve the library's own checkpoints
+            self.library = get_megatron_optimizer(settings, self.wrapped, use_gloo_process_groups=False)
         for group in self.library.param_groups:  # the library marks norms, and leaves it to a scheduler to heed the mark
             group["weight_decay"] = config.weight_decay * group["wd_mult"]
         self._clip_grad = config.clip_grad
@@ -47,7 +47,7 @@ class Optimizer:
         """Clip, update with learning rate `lr`, and return the global gradient norm before clipping."""
         for group in self.library.param_groups:
             group["lr"] = lr
-        self.library.prepare_grads()
+        optimizer_shards.take_gradients(self.library)
         grad_norm = self._grad_norm()
         self._clip(grad_norm)
         self.library.step_with_ready_grads()

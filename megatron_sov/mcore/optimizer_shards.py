@@ -7,9 +7,10 @@ a block, such a range is a few rectangles, so the state has the same names and s
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_sov.mcore.blocks import Block, ParameterLookup, of
 from megatron_sov.mcore.model import LanguageModel
+from megatron_sov.mcore.rectangles import rectangles
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MASTER = "master"
@@ -32,7 +34,7 @@ class Shard:
     start: int
     """First element."""
     main: torch.Tensor
-    """What torch's optimizer updates: the parameter's own memory in fp32, fp32 master weights under bf16; contiguous."""
+    """What torch's optimizer updates: the parameter's own memory, or under bf16 fp32 master weights; contiguous."""
     inner: torch.optim.Optimizer
     """Torch's optimizer, which holds the state of `main`."""
     exclusive: bool
@@ -44,7 +46,7 @@ class Shard:
         return self.start + self.main.numel()
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Return the moments and, under bf16, the master weights: each [elements] float32, views of live memory."""
+        """Return the moments and, under bf16, the master weights: each [elements], views of live memory."""
         state = self.inner.state[self.main]
         if not state:  # before the first update: what that would begin with
             if _counts_per_parameter(self.inner):
@@ -90,6 +92,32 @@ def _wholes(optimizer: Any) -> Iterator[Shard]:
             yield Shard(model_of.get(id(main), main), 0, main, optimizer.optimizer, exclusive=False)
 
 
+def take_gradients(library: Any) -> None:
+    """Give every shard its part of the summed gradients, which torch's optimizer then updates it with.
+
+    The library's own way makes float32 of them first.
+    """
+    for shard in shards(library):
+        gradient: torch.Tensor = shard.parameter.main_grad.view(-1)[shard.start:shard.stop]  # type: ignore[attr-defined]
+        shard.main.grad = gradient.view(shard.main.shape)
+
+
+@contextlib.contextmanager
+def any_float() -> Iterator[None]:
+    """Have the library make its distributed optimizer for float64 too: it knows three dtypes, by the names of their types."""
+    original = torch.Tensor.type
+
+    def type_(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        found = original(tensor, *args, **kwargs)
+        return found.replace("DoubleTensor", "FloatTensor") if isinstance(found, str) else found
+
+    torch.Tensor.type = type_  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.Tensor.type = original  # type: ignore[method-assign]
+
+
 def state_blocks(model: LanguageModel, library: Any) -> Iterator[Block]:
     """Yield the state of this process's shards, named `exp_avg/KEY`, `exp_avg_sq/KEY` and `master/KEY`."""
     of_parameter = {id(shard.parameter): shard for shard in shards(library)}
@@ -118,32 +146,6 @@ def pieces(block: Block, shard: Shard, flat: torch.Tensor) -> Iterator[Block]:
         yield Block(block.key, flat[begin:begin + count].view(extent), block.global_shape,
                     (*block.offset[:leading], *inner), replica)
         start += count
-
-
-def rectangles(shape: Sequence[int], start: int, stop: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Cut the elements [start, stop) of a row-major tensor into (first index, extent) of at most 2 * axes - 1 rectangles.
-
-    They come in the order of the elements: the end of a row, whole rows, the beginning of a row, and so on inwards.
-    """
-    if stop <= start:
-        return
-    row = math.prod(shape[1:])
-    (first, head), (last, tail) = divmod(start, row), divmod(stop, row)
-    if head and first == last:
-        yield from _in_row(shape, first, head, tail)
-        return
-    if head:
-        yield from _in_row(shape, first, head, row)
-        first += 1
-    if first < last:
-        yield (first,) + (0,) * (len(shape) - 1), (last - first, *shape[1:])
-    if tail:
-        yield from _in_row(shape, last, 0, tail)
-
-
-def _in_row(shape: Sequence[int], index: int, start: int, stop: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    for place, extent in rectangles(shape[1:], start, stop):
-        yield (index, *place), (1, *extent)
 
 
 def set_updates(library: Any, num_updates: int) -> None:
