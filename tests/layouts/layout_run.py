@@ -12,6 +12,8 @@ from megatron_sov import recipes
 from megatron_sov.config import RunConfig, apply_settings
 from megatron_sov.data.shards import open_sources
 from megatron_sov.mcore import checkpoint, world
+from megatron_sov.mcore.blocks import of
+from megatron_sov.mcore.tensors import TensorReader
 from megatron_sov.post.sft import SupervisedFineTuning
 from megatron_sov.train.lm import LanguageModelling
 from megatron_sov.train.run_folder import RunFolder
@@ -92,3 +94,40 @@ def one_batch(recipe: str, settings: list[str], paths: list[str], objective: str
             "micro_batches": [{"bounds": m.inputs.cu_seqlens.tolist(), "padding": m.inputs.padding.tolist(),
                                "tokens": m.inputs.tokens.tolist(), "labels": m.labels.tolist(), "weights": m.weights.tolist(),
                                "types": m.types.tolist()} for m in batch.micro_batches]}
+
+
+def trained(settings: list[str], paths: list[str], out: str) -> list[dict[str, Any]]:
+    """Train five steps; OUT/checkpoints holds step-3 and step-5, which another layout is to continue and to reach."""
+    trainer = _trainer(small_config("tiny-k-exaone", settings, paths, "lm"))
+    trainer.folder = RunFolder(Path(out))
+    trainer.folder.checkpoints.mkdir(parents=True, exist_ok=True)
+    taken = []
+    for _ in range(5):
+        taken.append(_step(trainer))
+        if trainer.done.step in (3, 5):
+            trainer.save()
+    world.leave()
+    return taken
+
+
+def continued(settings: list[str], paths: list[str], sources: list[str], expected: list[str]) -> list[dict[str, Any]]:
+    """For each source: continue its step-3 for two steps; the two steps, and how far the end is from `expected`'s step-5."""
+    trainer = _trainer(small_config("tiny-k-exaone", settings, paths, "lm"))
+    results = []
+    for source, reached in zip(sources, expected, strict=True):
+        trainer.resume(RunFolder(Path(source)).checkpoint(3))
+        steps = [_step(trainer) for _ in range(2)]
+        results.append({"steps": steps, "apart": _apart(trainer, RunFolder(Path(reached)).checkpoint(5))})
+    world.leave()
+    return results
+
+
+def _apart(trainer: Trainer, path: Path) -> dict[str, float]:
+    """Return how far weights and optimizer state are at most from a checkpoint's, beside each tensor's largest value."""
+    found = {}
+    for part, blocks in (("model", of(trainer.model)), ("optimizer", trainer.optimizer.state_blocks())):
+        reader = TensorReader(path, part)
+        apart = [float((reader.read(b.key, b.offset, b.shape).reshape(b.data.shape) - b.data).abs().max()
+                       / reader.read(b.key).abs().max().clamp(min=1e-12)) for b in blocks]
+        found[part] = max(apart)
+    return found

@@ -1,0 +1,72 @@
+"""A checkpoint of any layout, with and without ZeRO-1, continues at any other as if it had never stopped, optimizer included."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+RUN = str(Path(__file__).with_name("layout_run.py"))
+TP2 = ["parallel.tp=2", "parallel.sp=true"]
+ZERO1 = ["parallel.zero1=true"]
+OVERLAP = [*ZERO1, "parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true", "parallel.bucket_params=9000"]
+PP2 = ["parallel.pp=2", "parallel.vpp=2"]
+LAYOUTS = {
+    "one rank": (1, []),
+    "DP2 ZeRO-1": (2, ZERO1),
+    "TP2+SP": (2, TP2),
+    "EP2 ZeRO-1": (2, [*ZERO1, "parallel.ep=2"]),
+    "PP2 VPP2": (2, PP2),
+    "TP2+SP x EP2 x ZeRO-1": (4, [*TP2, *ZERO1, "parallel.ep=2"]),
+    "PP2 VPP2 x DP2 ZeRO-1 overlapped": (4, [*PP2, *OVERLAP]),
+}
+FP64 = ["train.precision=fp64"]
+TOLERANCES = {"steps": 1e-12, "model": 2e-11, "optimizer": 1e-12}
+"""Relative; Adam divides gradients near zero by its eps, so that their last bits move a weight by some 1e-10 of the step."""
+
+
+@pytest.mark.distributed
+def test_any_layout_continues_what_any_other_saved(ranks: Any, job: Any, packed_data: Any, tmp_path: Path) -> None:
+    paths, folders = [str(packed_data.text)], {name: str(tmp_path / name) for name in LAYOUTS}
+    saving = [job(RUN, "trained", n, {"settings": [*FP64, *layout], "paths": paths, "out": folders[name]})
+              for name, (n, layout) in LAYOUTS.items()]
+    loading = [job(RUN, "continued", n, {"settings": [*FP64, *layout], "paths": paths, "sources": list(folders.values()),
+                                         "expected": [folders["one rank"]] * len(LAYOUTS)})
+               for n, layout in LAYOUTS.values()]
+    results = ranks(*saving, *loading)
+    never_stopped = results[0][0]
+    assert never_stopped[0]["loss"] > never_stopped[-1]["loss"]
+    problems = []
+    for target, per_rank in zip(LAYOUTS, results[len(LAYOUTS):], strict=True):
+        for result in per_rank:
+            for source, found in zip(LAYOUTS, result, strict=True):
+                apart = {**found["apart"], "steps": max(_distance(a, b) for a, b in zip(found["steps"], never_stopped[3:],
+                                                                                       strict=True))}
+                problems += [f"{source} -> {target}: {what} differ by {apart[what]:.1e}" for what, limit in TOLERANCES.items()
+                             if not apart[what] <= limit]
+    assert problems == []
+
+
+def _distance(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
+    """Return the largest relative difference of any number of a step."""
+    assert ours.keys() == theirs.keys() and {"loss", "grad_norm", "router bias", "load"} <= ours.keys()
+    return max(float(np.abs(np.array(value) - np.array(theirs[what])).max() / max(1e-3, np.abs(theirs[what]).max()))
+               for what, value in ours.items())
+
+
+@pytest.mark.distributed
+def test_the_same_layout_continues_bit_for_bit(ranks: Any, job: Any, packed_data: Any, tmp_path: Path) -> None:
+    cases = [("fp32", 2, ZERO1), ("bf16", 2, ZERO1), ("bf16", 4, [*TP2, *OVERLAP]),
+             ("fp32", 4, [*PP2, *OVERLAP, "parallel.ep=2"])]
+    jobs = []
+    for number, (precision, n, layout) in enumerate(cases):
+        common = {"settings": [f"train.precision={precision}", *layout], "paths": [str(packed_data.text)]}
+        out = str(tmp_path / str(number))
+        jobs += [job(RUN, "trained", n, {**common, "out": out}),
+                 job(RUN, "continued", n, {**common, "sources": [out], "expected": [out]})]
+    results = ranks(*jobs)
+    for case, trained, continued in zip(cases, results[::2], results[1::2], strict=True):
+        for before, (after,) in zip(trained, continued, strict=True):
+            assert after == {"steps": before[3:], "apart": {"model": 0.0, "optimizer": 0.0}}, case
