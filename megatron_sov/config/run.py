@@ -74,6 +74,8 @@ class TrainConfig:
     """Steps between checkpoints; one is always written at the end."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints stay; 0 keeps all."""
+    export_every_checkpoints: int = 0
+    """Every so many checkpoints, and the last one, become Hugging Face folders in RUN/exports beside training; 0: none."""
     eval_every_steps: int = 500
     """Steps between evaluations on held-out documents; 0: only at the end."""
     log_every_steps: int = 1
@@ -203,6 +205,8 @@ class RunConfig:
             (t.checkpoint_every_steps > 0, f"train.checkpoint_every_steps = {t.checkpoint_every_steps} must be positive"),
             (t.log_every_steps > 0, f"train.log_every_steps = {t.log_every_steps} must be positive"),
             (0 <= o.min_lr <= o.lr, f"optim.min_lr = {o.min_lr} must lie between 0 and optim.lr = {o.lr}"),
+            (t.export_every_checkpoints >= 0,
+             f"train.export_every_checkpoints = {t.export_every_checkpoints} must not be negative"),
             (t.keep_checkpoints >= 0, f"train.keep_checkpoints = {t.keep_checkpoints} must not be negative"),
             (t.eval_every_steps >= 0, f"train.eval_every_steps = {t.eval_every_steps} must not be negative"),
             (t.num_threads >= 0, f"train.num_threads = {t.num_threads} must not be negative"),

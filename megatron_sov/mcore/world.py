@@ -125,7 +125,7 @@ def _fork(main: Callable[[], Any], rank: int, environment: dict[str, str]) -> in
         return child
     code = 1
     try:
-        _die_with_parent(parent)
+        die_with_parent(parent)
         os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
         code = _rank_code(main)
     except BaseException:
@@ -156,8 +156,8 @@ def _fails_first() -> bool:
         return True
 
 
-def _die_with_parent(parent: int) -> None:
-    """Ask Linux to kill this rank when the launcher dies, so that a killed run leaves no rank behind."""
+def die_with_parent(parent: int) -> None:
+    """Ask Linux to kill this process when its parent dies, so that a killed run leaves none behind."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from megatron_sov.data.vocabulary import refuse_other_tokens
 from megatron_sov.errors import StopRequested, UserError
 from megatron_sov.mcore import run_checkpoints, world
 from megatron_sov.mcore.ranks import num_ranks, under_launcher
+from megatron_sov.obs.afterwards import RunEvents
+from megatron_sov.train.exports import Exports
 from megatron_sov.train.lock import RunLock
 from megatron_sov.train.loop import train
 from megatron_sov.train.run_folder import RunFolder
@@ -60,6 +63,7 @@ def run_stage(stage: Stage, nproc: int | None) -> None:
     completion = stage.folder.completion()
     if completion is not None:
         print(f"{stage.folder.path}: is complete at step {completion['step']}")
+        _finish_exports(stage)
         return
     packed = open_sources(stage.config.data.paths, stage.config.model.vocab_size)
     sources = [*with_long_documents(stage.config, packed), *stage.extra_sources]
@@ -69,8 +73,16 @@ def run_stage(stage: Stage, nproc: int | None) -> None:
     code = world.launch(lambda: _rank(stage, sources), nproc, stage.config.train.num_threads)
     if code != 0:
         raise SystemExit(code)  # the rank that failed has said why
-    if stage.folder.completion() is None and not under_launcher():
+    if stage.folder.completion() is not None:
+        _finish_exports(stage)
+    elif not under_launcher():
         raise StopRequested(f"{stage.folder.path}: everything is saved; continue with --resume")
+
+
+def _finish_exports(stage: Stage) -> None:
+    """Make the exports that a complete run has begun; no rank waits in a collective any more."""
+    if os.environ.get("RANK", "0") == "0":
+        Exports(stage.folder.path, stage.config.train, RunEvents(stage.folder.path).add).wait()
 
 
 def _rank(stage: Stage, sources: list[Source]) -> int:

@@ -31,6 +31,7 @@ from megatron_sov.obs.progress import Progress
 from megatron_sov.obs.trackers import Trackers
 from megatron_sov.train.databatches import DataBatches
 from megatron_sov.train.evaluate import HeldoutEvaluator, HeldoutLoss
+from megatron_sov.train.exports import Exports
 from megatron_sov.train.objective import GlobalBatch, Objective, total_loss
 from megatron_sov.train.run_folder import RunFolder
 from megatron_sov.train.schedules import learning_rate
@@ -96,6 +97,7 @@ class Trainer:
         self.events = EventLog(None)
         self._trackers: Trackers | None = None
         self._progress: Progress | None = None
+        self._exports: Exports | None = None
         self._continues: str | None = None
         self._data = {s.name: manifest_sha256(s.artifact) for s in sources if s.artifact is not None}
         self._worn_out: set[str] = set()
@@ -135,6 +137,7 @@ class Trainer:
         """Open events and trackers; called on rank 0 only."""
         self.events = EventLog(self.folder.path / EVENTS)
         self._trackers = Trackers(self.config.obs, self.folder.path, self.config.to_dict())
+        self._exports = Exports(self.folder.path, self.config.train, self.events.write)
 
     def announce(self) -> None:
         """Record what runs where."""
@@ -226,6 +229,8 @@ class Trainer:
     def log(self, result: StepResult) -> None:
         """Record a step: events, trackers, progress bar."""
         every = self.config.train.log_every_steps
+        if self._exports is not None:
+            self._exports.poll()
         if self.done.step % every and self.done.step != self.num_steps:
             return
         load = self.expert_load.gather(self.config.model.num_layers, self.config.model.num_experts)
@@ -286,6 +291,8 @@ class Trainer:
             run_checkpoints.prune(self.folder.checkpoints, self.config.train.keep_checkpoints)
         self.events.write("checkpoint", step=self.done.step, path=f"{self.folder.checkpoints.name}/{path.name}",
                           save_s=time.monotonic() - start)
+        if self._exports is not None:
+            self._exports.offer(self.done.step, path, last=self.done.step == self.num_steps)
         return path
 
     def wall_s(self) -> float:
@@ -293,7 +300,9 @@ class Trainer:
         return self.done.wall_s + time.monotonic() - self._entered_s
 
     def close(self) -> None:
-        """End the records."""
+        """End the records, and what runs beside."""
+        if self._exports is not None:
+            self._exports.close()
         if self._progress is not None:
             self._progress.close()
         if self._trackers is not None:
