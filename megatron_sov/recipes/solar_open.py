@@ -56,7 +56,7 @@ def solar_open_102b() -> RunConfig:
     return RunConfig(
         recipe="solar-open-102b",
         model=model(),
-        parallel=ParallelConfig(ep=8),
+        parallel=ParallelConfig(ep=8, zero1=True),
         data=DataConfig(phases=PHASES),
         optim=OptimConfig(lr=2.5e-4, min_lr=3e-6, schedule="cosine", warmup_steps=2000, weight_decay=0.1, beta2=0.95),
         train=TrainConfig(global_batch_size=13440, micro_batch_size=1, recompute=True),

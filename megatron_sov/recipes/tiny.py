@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megatron_sov.config import NeedleConfig, PhaseConfig, RunConfig
+from megatron_sov.config import NeedleConfig, ParallelConfig, PhaseConfig, RunConfig
 
 SEQ_LEN = 256
 
@@ -24,7 +24,7 @@ def shrink(run: RunConfig) -> RunConfig:
         run,
         recipe="tiny-" + run.recipe.rpartition("-")[0],
         model=small,
-        parallel=replace(run.parallel, tp=1, sp=False, pp=1, ep=1, etp=1),
+        parallel=ParallelConfig(),
         data=replace(run.data, phases=tuple(_small(p) for p in run.data.phases), heldout_tokens=16384),
         optim=replace(run.optim, lr=4e-3, min_lr=2e-4, warmup_steps=20),
         train=replace(run.train, steps=200, tokens=0, global_batch_size=16, micro_batch_size=8, precision="fp32", recompute=False,

@@ -21,6 +21,10 @@ Small = Callable[..., RunConfig]
     ({"pp": 3}, 3, "parallel.pp = 3 must divide model.num_layers = 4; use one of 1, 2, 4"),
     ({"ep": 3}, 3, "parallel.ep = 3 must divide model.num_experts = 8"),
     ({"etp": 5}, 5, "parallel.etp = 5 must divide model.expert_ffn_dim = 32"),
+    ({"overlap_param_gather": True, "zero1": True}, 1,
+     "parallel.overlap_param_gather = True needs parallel.zero1 and parallel.overlap_grad_reduce, which are True and False"),
+    ({"overlap_param_gather": True, "overlap_grad_reduce": True}, 1, "parallel.overlap_param_gather = True needs"),
+    ({"bucket_params": -1}, 1, "parallel.bucket_params = -1 must not be negative"),
     ({"ep": 2}, 3, "parallel etp 1 x ep 2 x pp 1 = 2 must divide the number of processes, 3"),
 ])
 def test_rules_of_the_layout(parallel: dict[str, Any], num_ranks: int, sentence: str, small: Small) -> None:

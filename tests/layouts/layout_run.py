@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -131,3 +132,31 @@ def _apart(trainer: Trainer, path: Path) -> dict[str, float]:
                        / reader.read(b.key).abs().max().clamp(min=1e-12)) for b in blocks]
         found[part] = max(apart)
     return found
+
+
+def deferred(settings: list[str], paths: list[str]) -> dict[str, Any]:
+    """Train, evaluate, train on: what every process holds after an update and after the evaluation, and what overlapped."""
+    trainer = _trainer(small_config("tiny-k-exaone", settings, paths, "lm"))
+    groups = [g for chunk in trainer.optimizer.wrapped for g in chunk.bucket_groups + chunk.expert_parallel_bucket_groups]
+    finalize, on_its_way = trainer.model.config.finalize_model_grads_func, []
+
+    def observed(*args: Any, **kwargs: Any) -> None:
+        on_its_way.append(sum(g.grad_reduce_handle is not None for g in groups))
+        finalize(*args, **kwargs)
+
+    trainer.model.config.finalize_model_grads_func = observed
+    losses = [trainer.update().loss for _ in range(2)]
+    updated = _digest(trainer.model)
+    heldout = {name: result.loss for name, result in trainer.evaluate().items()}
+    evaluated = _digest(trainer.model)
+    losses += [trainer.update().loss for _ in range(2)]
+    trainer.model.complete()
+    result = {"losses": losses, "heldout": heldout, "updated": updated, "evaluated": evaluated, "ended": _digest(trainer.model),
+              "groups": len(groups), "on their way": on_its_way, "place": trainer.world.dp_rank}
+    world.leave()
+    return result
+
+
+def _digest(model: torch.nn.Module) -> str:
+    """Hash this process's weights as they lie in memory."""
+    return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()
