@@ -36,11 +36,23 @@ class ParallelConfig:
     """Gather updated weights while the next forward pass goes on, not before it; needs zero1 and overlap_grad_reduce."""
     bucket_params: int = 0
     """Parameters that are sent at a time under overlap_grad_reduce; 0: 40 million, or 1 million per data-parallel process."""
+    cp: int = 1
+    """Context parallel size: processes that share each row of tokens, for long samples."""
+
+    @property
+    def ranks_per_replica(self) -> int:
+        """Processes that compute one row together; the others are data parallel."""
+        return self.tp * self.pp * self.cp
+
+    @property
+    def row_multiple(self) -> int:
+        """What the length of every row must be a multiple of: each process gets an early and a late piece of it."""
+        return self.tp * 2 * self.cp if self.cp > 1 else self.tp
 
     def problems(self, model: ModelConfig, num_ranks: int) -> list[str]:
         """Return one sentence for each rule that this layout breaks for `model` on `num_ranks` processes."""
         p = []
-        sizes = {"tp": self.tp, "pp": self.pp, "vpp": self.vpp, "ep": self.ep, "etp": self.etp}
+        sizes = {"tp": self.tp, "pp": self.pp, "vpp": self.vpp, "ep": self.ep, "etp": self.etp, "cp": self.cp}
         for name, size in sizes.items():
             if size < 1:
                 p.append(f"parallel.{name} = {size} must be at least 1")
@@ -74,7 +86,7 @@ class ParallelConfig:
                      f"{self.zero1} and {self.overlap_grad_reduce}; set both or leave it out")
         if self.bucket_params < 0:
             p.append(f"parallel.bucket_params = {self.bucket_params} must not be negative")
-        for names in (("tp", "pp"), ("etp", "ep", "pp")):
+        for names in (("tp", "pp", "cp"), ("etp", "ep", "pp")):
             size = 1
             for name in names:
                 size *= sizes[name]

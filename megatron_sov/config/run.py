@@ -172,8 +172,8 @@ class RunConfig:
                 p.append(f"{where}.share = {phase.share} must be positive")
             if phase.seq_len < 2:
                 p.append(f"{where}.seq_len = {phase.seq_len} must be at least 2")
-            elif self.parallel.tp > 1 and phase.seq_len % self.parallel.tp:
-                p.append(f"{where}.seq_len = {phase.seq_len} must be a multiple of parallel.tp = {self.parallel.tp}")
+            elif min(self.parallel.row_multiple, self.train.micro_batch_size) > 0:
+                p += self._row_problems(where, phase.seq_len)
             if phase.seq_len > self.model.max_position_tokens:
                 p.append(f"{where}.seq_len = {phase.seq_len} exceeds "
                          f"model.max_position_tokens = {self.model.max_position_tokens}")
@@ -183,6 +183,15 @@ class RunConfig:
             if phase.blend and not sum(phase.blend.values()) > 0:
                 p.append(f"{where}.blend has only zero weights; give at least one source a weight")
         return p
+
+    def _row_problems(self, where: str, seq_len: int) -> list[str]:
+        """Check that a row, which is a micro-batch of whole samples, can be cut over the processes that share it."""
+        samples, multiple, tp, cp = self.train.micro_batch_size, self.parallel.row_multiple, self.parallel.tp, self.parallel.cp
+        if seq_len * samples % multiple == 0:
+            return []
+        why = f"2 x parallel.cp {cp} x parallel.tp {tp} = {multiple}" if cp > 1 else f"parallel.tp = {tp}"
+        return [f"{where}.seq_len = {seq_len} x train.micro_batch_size {samples} = {seq_len * samples}, the tokens of a row, "
+                f"must be a multiple of {why}"]
 
     def _number_problems(self) -> list[str]:
         p = []
@@ -229,7 +238,7 @@ class RunConfig:
     def _batch_problems(self, num_ranks: int) -> list[str]:
         """Check every batch size that the run will use."""
         t = self.train
-        dp = num_ranks // (self.parallel.tp * self.parallel.pp)
+        dp = num_ranks // self.parallel.ranks_per_replica
         unit = t.micro_batch_size * dp
         sizes = {curriculum.batch_size_at(t, phase, step): phase for phase in reversed(self.data.phases)
                  for step in [t.ramp_steps, 0, *curriculum.ramp_changes(t, phase)]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,9 @@ from megatron_sov.train.evaluate import HeldoutEvaluator, HeldoutLoss
 
 def evaluate_policy(loaded: Loaded, data: HeldoutData) -> dict[str, HeldoutLoss]:
     """Return the loss per source of a running policy; called by all processes together."""
-    rows_per_batch = max(1, ROW_TOKENS // data.seq_len)
+    multiple = loaded.config.parallel.row_multiple
+    step = multiple // math.gcd(multiple, data.seq_len)  # so many samples in a row that the layout can cut it
+    rows_per_batch = -(-max(1, ROW_TOKENS // data.seq_len) // step) * step
     sizes = data.bytes_of_token(loaded.config.model.vocab_size)
     evaluator = HeldoutEvaluator(data.sources, sizes, data.seq_len, rows_per_batch, data.max_tokens, loaded.world)
     return evaluator.run(loaded.policy)

@@ -51,7 +51,7 @@ def extension_config(args: argparse.Namespace, start: Path) -> RunConfig:
     phase = phase_setting(trained_tokens)
     first = stage_config(args, start, defaults=(phase,))
     new_tokens = max(p.seq_len for p in first.data.phases)
-    ranks_per_model = first.parallel.tp * first.parallel.pp
-    per_rank = first.train.global_batch_size // max(1, num_ranks(args.nproc) // max(1, ranks_per_model))
+    replicas = num_ranks(args.nproc) // max(1, first.parallel.ranks_per_replica)
+    per_rank = first.train.global_batch_size // max(1, replicas)
     longer = length_settings(recipes.get(args.recipe), made.model, trained_tokens, new_tokens, max(1, per_rank))
     return stage_config(args, start, defaults=(phase, *longer))

@@ -33,6 +33,11 @@ def uses_transformer_engine(dtype: torch.dtype) -> bool:
     return dtype != torch.float64 and has_transformer_engine()
 
 
+def own_attention(config: Any) -> bool:
+    """Return whether `DocumentAttention` serves, for a model of the library's `config`."""
+    return not uses_transformer_engine(config.params_dtype) or config.context_parallel_size > 1
+
+
 def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig) -> Any:
     """Return the library's `TransformerConfig` for a model, a layout and a precision."""
     from megatron.core.transformer import TransformerConfig
@@ -52,13 +57,15 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
         "pipeline_model_parallel_size": parallel.pp,
         "virtual_pipeline_model_parallel_size": parallel.vpp if parallel.vpp > 1 else None,
         "expert_model_parallel_size": parallel.ep,
-        "expert_tensor_parallel_size": parallel.etp,
+        "expert_tensor_parallel_size": parallel.etp, "context_parallel_size": parallel.cp,
         # an interleaved pipeline sends one peer two messages at a time: in a batch, gloo delivers the wrong one without an error
         "batch_p2p_comm": cpu.on_gpu() and parallel.vpp == 1, "overlap_p2p_comm": parallel.vpp > 1,
         # losses are sums divided once by global counts; must stand here before the model is wrapped
         "calculate_per_token_loss": True,
         "gradient_accumulation_fusion": False, "masked_softmax_fusion": False, "bias_activation_fusion": te,
-        "bias_dropout_fusion": te, "apply_rope_fusion": te, "hetereogenous_dist_checkpoint": True, "cuda_graph_scope": [],
+        # the fused rotary kernel does not know YaRN's factor on cosine and sine
+        "bias_dropout_fusion": te, "apply_rope_fusion": te and parallel.cp == 1 and model.yarn is None,
+        "hetereogenous_dist_checkpoint": True, "cuda_graph_scope": [],
     }
     if model.sliding_window_tokens:
         # the library's window is (keys to the left, to the right), the current token not counted
@@ -112,7 +119,7 @@ def _yarn(config: Any, model: ModelConfig) -> None:
 
 
 def layer_specs(config: Any, model: ModelConfig) -> list[Any]:
-    """Return the library's module spec of every trunk layer, with our router and, without Transformer Engine, our attention."""
+    """Return the library's module spec of every trunk layer, with our router and, where it serves, our attention."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_layer_specs
 
     specs = _own_copies(get_gpt_decoder_layer_specs(config, uses_transformer_engine(config.params_dtype), "RMSNorm"))
@@ -146,7 +153,7 @@ def _finish_spec(config: Any, spec: Any, kind: str, model: ModelConfig) -> Any:
 
     from megatron_sov.mcore.attention import DocumentAttention
 
-    if not uses_transformer_engine(config.params_dtype):
+    if own_attention(config):
         window = model.sliding_window_tokens if kind == "sliding_attention" else 0
         spec.submodules.self_attention.submodules.core_attention = ModuleSpec(
             module=DocumentAttention, params={"window_tokens": window})

@@ -14,6 +14,7 @@ from megatron.core import parallel_state, tensor_parallel
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from megatron_sov.mcore import context
 from megatron_sov.mcore.model import LanguageModel, gather_sequence
 
 
@@ -32,17 +33,18 @@ class Head:
         """Return log p(label) of each position.
 
         Args:
-            hidden: [T / sequence-parallel size, 1, H].
-            labels: [T] int64.
+            hidden: [T / context-parallel size / sequence-parallel size, 1, H], of the local tokens.
+            labels: [T] int64, of the whole row.
 
         Returns:
-            [T] float32 (float64 under fp64), equal on all processes of the tensor-parallel group, differentiable.
+            [T] float32 (float64 under fp64) of the whole row, equal on all processes of the tensor- and context-parallel
+            groups, differentiable for losses that are computed alike on all of them.
         """
         states = gather_sequence(hidden, self.config)
         parts = []
-        for s, y in zip(states.split(self.chunk_tokens), labels.split(self.chunk_tokens), strict=True):
+        for s, y in zip(states.split(self.chunk_tokens), context.local(labels).split(self.chunk_tokens), strict=True):
             parts.append(checkpoint(_chunk_logprobs, s, self.weight, y, use_reentrant=False))
-        return torch.cat(parts)
+        return context.gather(torch.cat(parts))
 
     @torch.no_grad()
     def top_tokens(self, states: torch.Tensor) -> torch.Tensor:

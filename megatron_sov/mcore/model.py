@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -23,15 +22,24 @@ from megatron.core.transformer.multi_token_prediction import (
 )
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from megatron.core.utils import make_viewless_tensor
 
 from megatron_sov.config import ModelConfig, ParallelConfig, TrainConfig
-from megatron_sov.mcore.build import layer_specs, mtp_layer_spec, transformer_config, uses_transformer_engine
+from megatron_sov.mcore import context
+from megatron_sov.mcore.attention import PackedDocuments, pack
+from megatron_sov.mcore.build import (
+    layer_specs,
+    mtp_layer_spec,
+    own_attention,
+    transformer_config,
+    uses_transformer_engine,
+)
 from megatron_sov.mcore.rotary import widen
 
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """What the model reads of a micro-batch: one row of packed documents."""
+    """What the model reads of a micro-batch: one row of packed documents, whole on every process."""
 
     tokens: torch.Tensor
     """[tokens] int64."""
@@ -46,22 +54,24 @@ class ModelInputs:
 
 
 class Chunk(GPTModel):
-    """A run of layers: GPTModel that takes `ModelInputs`, and returns hidden states [depths * tokens, 1, hidden] at the end.
+    """A run of layers: GPTModel that takes `ModelInputs` and ends in hidden states [depths * local tokens, 1, hidden].
 
-    Depth 0 is the trunk's output after its final norm; depth k that of the k-th multi-token prediction layer.
+    Depth 0 is the trunk's output after its final norm; depth k that of the k-th multi-token prediction layer.  Local tokens
+    are those of this process, where context and sequence parallelism cut the row.
     """
 
     def forward(self, inputs: ModelInputs) -> torch.Tensor:
-        """Run the model; under sequence parallelism tokens are split over the tensor-parallel group."""
-        packed = PackedSeqParams(
-            qkv_format="thd", cu_seqlens_q=inputs.cu_seqlens, cu_seqlens_kv=inputs.cu_seqlens,
-            max_seqlen_q=inputs.max_document_tokens, max_seqlen_kv=inputs.max_document_tokens)
-        tokens, positions = inputs.tokens[None], inputs.positions[None]
+        """Run the model on this process's part of the row."""
+        own = own_attention(self.config)
+        packed = pack(inputs.cu_seqlens, inputs.max_document_tokens, len(inputs.tokens), own=own)
+        tokens, positions = context.local(inputs.tokens)[None], context.local(inputs.positions)[None]
         embedded, rotary, *_ = self._preprocess(input_ids=tokens, position_ids=positions, packed_seq_params=packed)
+        if own:
+            rotary = rotary[inputs.positions]
         hidden = self.decoder(hidden_states=embedded, attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=packed,
                               padding_mask=self._local_padding(inputs.padding))
         if self.mtp_process:
-            hidden = self.mtp(input_ids=tokens, position_ids=positions, hidden_states=hidden, attention_mask=None,
+            hidden = self.mtp(input_ids=inputs.tokens, position_ids=positions, hidden_states=hidden, attention_mask=None,
                               rotary_pos_emb=rotary, packed_seq_params=packed, embedding=self.embedding)
         return hidden
 
@@ -70,25 +80,44 @@ class Chunk(GPTModel):
 
         GPTModel itself splits it on the first pipeline stage only, and later stages would see masks of the wrong length.
         """
-        if self.config.sequence_parallel:
-            group = self.pg_collection.tp
-            padding = padding.chunk(group.size())[group.rank()]
-        return padding[None]
+        return padding[context.row_index(len(padding), self.config.sequence_parallel, padding.device)][None]
 
 
 class PredictionLayer(MultiTokenPredictionLayer):
-    """Multi-token prediction layer that can be recomputed with packed documents.
+    """Multi-token prediction layer for rows of packed documents, wherever they are cut, that can be recomputed.
 
-    Defect of 0.16.1: it hands all its arguments to the autograd function, which takes tensors only.
+    The library moves tokens ahead in a loop over documents, and under context parallelism cuts each document for itself.
     """
+
+    def _get_embeddings(self, input_ids: torch.Tensor, position_ids: torch.Tensor, embedding: Callable[..., torch.Tensor],
+                        hidden_states: torch.Tensor,
+                        packed_seq_params: PackedDocuments | None = None) -> tuple[torch.Tensor, ...]:
+        """Return the whole row's tokens [tokens] moved one place further, and the local ones' embedding."""
+        assert packed_seq_params is not None
+        ahead = next_tokens(input_ids, packed_seq_params.bounds)
+        embedded = embedding(input_ids=context.local(ahead)[None], position_ids=position_ids)
+        return ahead, position_ids, embedded, make_viewless_tensor(hidden_states, requires_grad=True, keep_graph=True)
 
     def _checkpointed_forward(self, forward_func: Callable[..., torch.Tensor], *, hidden_states: torch.Tensor,
                               decoder_input: torch.Tensor, rotary_pos_emb: torch.Tensor, **constants: Any) -> torch.Tensor:
+        # defect of 0.16.1: it hands all its arguments to the autograd function, which takes tensors only
         def forward(states: torch.Tensor, embedded: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
             return forward_func(hidden_states=states, decoder_input=embedded, rotary_pos_emb=rotary, **constants)
 
         outputs: torch.Tensor = super()._checkpointed_forward(forward, hidden_states, decoder_input, rotary_pos_emb)
         return outputs
+
+
+def next_tokens(tokens: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
+    """Return [tokens] int64: at each place the token that follows in its document, and 0 at the document's last place.
+
+    Args:
+        tokens: [tokens] int64, a whole row.
+        bounds: [documents + 1], cumulative lengths of its documents.
+    """
+    ahead = tokens.roll(-1)
+    lasts = bounds[1:].long() - 1
+    return ahead.index_fill(0, lasts[lasts >= 0], 0)
 
 
 class LanguageModel(torch.nn.ModuleList):
@@ -190,7 +219,7 @@ def _block_norm(transformer_engine: bool) -> Any:
 
 
 def gather_sequence(hidden: torch.Tensor, config: Any) -> torch.Tensor:
-    """Return hidden states of all tokens [tokens, hidden] on every tensor-parallel process.
+    """Return hidden states [tokens, hidden] on every tensor-parallel process: of all tokens, or the local part of a cut row.
 
     The head that follows is split over the vocabulary, so gradients of its input are summed over the group on the way back.
     """

@@ -6,9 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 
-from megatron_sov.mcore import schedule
+from megatron_sov.mcore import context, schedule
 from megatron_sov.mcore.logprobs import Head, head_of
 from megatron_sov.mcore.model import LanguageModel, ModelInputs, gather_sequence
 from megatron_sov.mcore.schedule import HasInputs
@@ -66,7 +65,7 @@ class Policy:
             read: Callable[[Head, torch.Tensor], torch.Tensor]) -> list[Any]:
         """Return what `read` makes of the trunk's hidden states at some positions (in a list; empty before the last stage)."""
         def outputs(hidden: list[torch.Tensor], head: Head, batch: HasInputs) -> torch.Tensor:
-            return read(head, gather_sequence(hidden[0], self.config)[positions.to(hidden[0].device)])
+            return read(head, context.pick(gather_sequence(hidden[0], self.config), positions))
 
         return self.map([micro_batch], outputs)
 
@@ -75,7 +74,7 @@ class Inputs:
     """The barest micro-batch: documents in one row, padded to a length that the layout can split."""
 
     def __init__(self, documents: Sequence[Sequence[int]], device: torch.device, min_tokens: int = 0) -> None:
-        multiple = parallel_state.get_tensor_model_parallel_world_size()
+        multiple = context.row_multiple()
         lengths = [len(d) for d in documents]
         gap = -(-max(sum(lengths), min_tokens, multiple) // multiple) * multiple - sum(lengths)
         spans = lengths + ([gap] if gap else [])

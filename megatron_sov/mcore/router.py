@@ -17,6 +17,8 @@ from megatron.core.transformer.moe.moe_utils import (
 )
 from megatron.core.transformer.moe.router import TopKRouter
 
+from megatron_sov.mcore import context
+
 
 @dataclass
 class RoutingStep:
@@ -106,7 +108,6 @@ class BalancedRouter(TopKRouter):
 
     def _rows(self, num_tokens: int, seq_len: int, device: torch.device) -> tuple[torch.Tensor, int]:
         """Return each local token's sequence within the micro-batch, and the number of sequences."""
-        split = self.tp_group.size() if self.config.sequence_parallel else 1
-        first = self.tp_group.rank() * num_tokens if split > 1 else 0
-        row = (torch.arange(num_tokens, device=device) + first) // seq_len
+        split = context.size() * (self.tp_group.size() if self.config.sequence_parallel else 1)
+        row = context.row_index(num_tokens * split, self.config.sequence_parallel, device) // seq_len
         return row, max(1, num_tokens * split // seq_len)

@@ -35,7 +35,8 @@ def run(chunks: Sequence[Any], micro_batches: Sequence[HasInputs], loss: Loss, r
     Args:
         chunks: the model's chunks, or their data-parallel wrappers when gradients are wanted.
         micro_batches: this data-parallel rank's micro-batches, the same on every pipeline stage.
-        loss: called on the last stage only; scalars are summed over micro-batches and processes, never averaged.
+        loss: called on the last stage only; scalars are summed over micro-batches and processes that read
+            different data, never averaged.
         row_tokens: tokens of each micro-batch.
         forward_only: without gradients.
 
@@ -100,14 +101,16 @@ def to_comm_device(tensor: torch.Tensor) -> torch.Tensor:
 
 def data_place() -> tuple[int, int]:
     """Return this process's rank among the processes that read different data, and their number."""
-    return (parallel_state.get_data_parallel_rank(with_context_parallel=True),
-            parallel_state.get_data_parallel_world_size(with_context_parallel=True))
+    return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
 
 
 def sum_over_data(values: torch.Tensor) -> torch.Tensor:
-    """Sum a float64 tensor over the data-parallel group, on every process."""
+    """Sum a float64 tensor over the processes that read different data, on every process.
+
+    Processes that share a row (context parallelism) hold the same value, which counts once.
+    """
     total = to_comm_device(values.clone())
-    dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
     return total.cpu()
 
 

@@ -71,7 +71,7 @@ def join(parallel: ParallelConfig) -> World:
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT, store=store)
     parallel_state.initialize_model_parallel(
         parallel.tp, parallel.pp, parallel.vpp if parallel.vpp > 1 else None,
-        expert_model_parallel_size=parallel.ep, expert_tensor_parallel_size=parallel.etp)
+        context_parallel_size=parallel.cp, expert_model_parallel_size=parallel.ep, expert_tensor_parallel_size=parallel.etp)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     return World(
         rank=rank, size=size, dp_rank=parallel_state.get_data_parallel_rank(),

@@ -25,6 +25,8 @@ Small = Callable[..., RunConfig]
      "parallel.overlap_param_gather = True needs parallel.zero1 and parallel.overlap_grad_reduce, which are True and False"),
     ({"overlap_param_gather": True, "overlap_grad_reduce": True}, 1, "parallel.overlap_param_gather = True needs"),
     ({"bucket_params": -1}, 1, "parallel.bucket_params = -1 must not be negative"),
+    ({"cp": 0}, 1, "parallel.cp = 0 must be at least 1"),
+    ({"cp": 2, "pp": 2}, 6, "parallel tp 1 x pp 2 x cp 2 = 4 must divide the number of processes, 6"),
     ({"ep": 2}, 3, "parallel etp 1 x ep 2 x pp 1 = 2 must divide the number of processes, 3"),
 ])
 def test_rules_of_the_layout(parallel: dict[str, Any], num_ranks: int, sentence: str, small: Small) -> None:

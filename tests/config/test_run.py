@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_sov import config as config_module
-from megatron_sov.config import DataConfig, OptimConfig, PhaseConfig, RunConfig, TrainConfig
+from megatron_sov.config import DataConfig, OptimConfig, ParallelConfig, PhaseConfig, RunConfig, TrainConfig
 from megatron_sov.errors import UserError
 
 Small = Callable[..., RunConfig]
@@ -52,6 +52,31 @@ def test_every_problem_is_listed_at_once_with_field_value_and_rule(small: Small)
         "train.steps = 0 needs a token budget", "train.global_batch_size = 0", "optim.lr = -1.0",
     ):
         assert any(line.strip().startswith(start) for line in lines), start
+
+
+def test_a_row_must_split_over_the_processes_that_share_it(small: Small) -> None:
+    """A row is a micro-batch of whole samples: their length times their number counts."""
+    layout = ParallelConfig(tp=2, sp=True, cp=2)
+
+    def problems(seq_len: int, micro_batch_size: int) -> list[str]:
+        config = small()
+        return replace(config, parallel=layout, data=DataConfig(phases=(PhaseConfig("a", seq_len=seq_len),)),
+                       train=replace(config.train, micro_batch_size=micro_batch_size)).problems(num_ranks=4)
+
+    assert problems(128, 1) == problems(12, 2) == []
+    assert problems(12, 1) == ["data.phases.0 (a).seq_len = 12 x train.micro_batch_size 1 = 12, the tokens of a row, must be a "
+                               "multiple of 2 x parallel.cp 2 x parallel.tp 2 = 8"]
+    layout = ParallelConfig(tp=2, sp=True)
+    assert problems(13, 2) == []
+    (problem,) = problems(13, 1)
+    assert problem.endswith("must be a multiple of parallel.tp = 2")
+
+
+def test_processes_that_share_a_row_need_no_batch_of_their_own(small: Small) -> None:
+    for num_ranks, cp in ((8, 1), (16, 2), (16, 4)):
+        assert replace(small(), parallel=ParallelConfig(cp=cp)).problems(num_ranks) == []
+    (problem,) = replace(small(), parallel=ParallelConfig(cp=2)).problems(32)
+    assert "data parallel size 16" in problem
 
 
 def test_the_batch_must_split_over_the_data_parallel_ranks(small: Small) -> None:

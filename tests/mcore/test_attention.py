@@ -1,4 +1,4 @@
-"""Attention over packed documents against a dense softmax in double precision."""
+"""Attention over packed documents, whole or cut over processes, against a dense softmax in double precision."""
 
 from __future__ import annotations
 
@@ -6,57 +6,82 @@ from typing import Any
 
 import pytest
 
-LENGTHS = [1, 7, 40, 33]
+LENGTHS = {"few": [1, 7, 40, 16], "one": [64], "many": [3, 1, 1, 8, 2, 17, 5, 11, 16], "half": [32, 32]}
+"""Documents of rows of 64 tokens: with four processes a piece has 8 tokens."""
 HEADS, KV_HEADS, DIM = 4, 2, 8
+WATCHED = slice(1, None, 2)
+"""Every second document."""
 
 
-def attend(window: int, query_block: int) -> dict[str, Any]:
-    """Return the largest errors of output and gradients, and what changing the first and third document moves elsewhere."""
+def _dense(inputs: list[Any], document: Any, window: int) -> Any:
+    """Return [tokens, heads * dim]: softmax over the whole row with one mask for documents, causality and window."""
     import torch
-    from megatron.core.packed_seq_params import PackedSeqParams
-    from megatron.core.transformer import TransformerConfig
 
-    from megatron_sov.mcore import attention
-
-    attention.QUERY_BLOCK = query_block
-    config = TransformerConfig(num_layers=1, hidden_size=HEADS * DIM, num_attention_heads=HEADS)
-    layer = attention.DocumentAttention(config, 1, None, "self", window_tokens=window)
-    total = sum(LENGTHS)
-    generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(total, heads, DIM, generator=generator).requires_grad_() for heads in (HEADS, KV_HEADS, KV_HEADS)]
-    bounds = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
-    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds)
-
-    document = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
-    place = torch.arange(total)
+    q, k, v = inputs
+    place = torch.arange(len(q))
     visible = (document[:, None] == document) & (place[:, None] >= place)
     if window:
         visible &= place[:, None] - place < window
-    q, k, v = (t.detach().double().requires_grad_() for t in inputs)
     scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(HEADS // KV_HEADS, dim=1)) * DIM ** -0.5
-    expected = torch.einsum("hqk,khd->qhd", scores.masked_fill(~visible, -torch.inf).softmax(-1), v.repeat_interleave(2, dim=1))
-    expected = expected.reshape(total, -1)
+    out = torch.einsum("hqk,khd->qhd", scores.masked_fill(~visible, -torch.inf).softmax(-1),
+                       v.repeat_interleave(HEADS // KV_HEADS, dim=1))
+    return out.reshape(len(q), -1)
 
-    out = layer(*inputs, None, packed_seq_params=packed)
-    upstream = torch.randn(out.shape, generator=generator)
-    out.backward(upstream)
-    expected.backward(upstream.double())
-    gradients = [float((a.grad - b.grad).abs().max()) for a, b in zip(inputs, (q, k, v), strict=True)]
 
-    changed = [t.detach().clone() for t in inputs]
-    others = (document == 1) | (document == 3)
-    for t in changed:
-        t[~others] = torch.randn(t[~others].shape, generator=generator) * 5
-    moved = layer(*changed, None, packed_seq_params=packed)
-    return {"output": float((out - expected).abs().max()), "gradients": gradients,
-            "leak": float((moved[others] - out[others]).abs().max()), "moved": float((moved[~others] - out[~others]).abs().max())}
+def attend(cp: int, rows: list[tuple[str, int, int]]) -> list[dict[str, Any]]:
+    """For each (documents, window, query block) return the largest errors of this process's output and gradients, and leaks.
+
+    A leak is a nonzero gradient of the watched documents' output with respect to another document's inputs.
+    """
+    import torch
+    from megatron.core.transformer import TransformerConfig
+
+    from megatron_sov.config import ParallelConfig
+    from megatron_sov.mcore import attention, context, world
+
+    world.join(ParallelConfig(cp=cp))
+    config = TransformerConfig(num_layers=1, hidden_size=HEADS * DIM, num_attention_heads=HEADS)
+    results = []
+    for lengths, window, attention.QUERY_BLOCK in rows:
+        layer = attention.DocumentAttention(config, 1, None, "self", window_tokens=window)
+        documents = torch.tensor(LENGTHS[lengths])
+        total = int(documents.sum())
+        generator = torch.Generator().manual_seed(0)
+        row = [torch.randn(total, heads, DIM, generator=generator) for heads in (HEADS, KV_HEADS, KV_HEADS)]
+        upstream = torch.randn(total, HEADS * DIM, generator=generator)
+        packed = attention.pack(torch.cat([torch.zeros(1), documents.cumsum(0)]).to(torch.int32), int(documents.max()), total)
+
+        document = torch.repeat_interleave(torch.arange(len(documents)), documents)
+        exact = [t.double().requires_grad_() for t in row]
+        expected = _dense(exact, document, window)
+        expected.backward(upstream.double())
+
+        inputs = [context.local(t).clone().requires_grad_() for t in row]
+        out = layer(*inputs, None, packed_seq_params=packed)
+        watched = context.local(torch.isin(document, torch.arange(len(documents))[WATCHED]))
+        leaks = torch.autograd.grad(out, inputs, context.local(upstream) * watched[:, None], retain_graph=True)
+        out.backward(context.local(upstream))
+        results.append({
+            "output": float((out - context.local(expected)).abs().max()),
+            "gradients": max(float((a.grad - context.local(b.grad)).abs().max()) for a, b in zip(inputs, exact, strict=True)),
+            "leak": max(float((g.abs() * ~watched[:, None, None]).max()) for g in leaks),
+            "watched": max(float(g.abs().max()) for g in leaks)})
+    world.leave()
+    return results
+
+
+CASES = [(documents, window, block) for documents in LENGTHS for window, block in ((0, 1024), (0, 5), (5, 1024), (5, 8), (1, 16),
+                                                                                 (17, 7), (64, 16))]
 
 
 @pytest.mark.distributed
-def test_each_document_attends_to_itself_alone(ranks, job) -> None:
-    cases = [{"window": w, "query_block": b} for w, b in ((0, 1024), (5, 1024), (5, 8), (1, 16), (33, 7), (64, 16))]
-    for case, (result,) in zip(cases, ranks(*(job(__file__, "attend", 1, c) for c in cases)), strict=True):
-        assert result["output"] < 2e-6, case
-        assert max(result["gradients"]) < 1e-5, case
-        assert result["leak"] == 0.0, case
-        assert result["moved"] > 0.1, case  # the change itself was seen
+@pytest.mark.parametrize("cp", [1, 2, 4])
+def test_each_document_attends_to_itself_alone(ranks, job, cp: int) -> None:
+    (per_rank,) = ranks(job(__file__, "attend", cp, {"cp": cp, "rows": CASES}))
+    for rank, results in enumerate(per_rank):
+        for case, result in zip(CASES, results, strict=True):
+            assert result["output"] < 2e-6, (rank, case)
+            assert result["gradients"] < 1e-5, (rank, case)
+            assert result["leak"] == 0.0, (rank, case)
+    for number, case in enumerate(CASES):
+        assert case[0] == "one" or max(r[number]["watched"] for r in per_rank) > 0.1, case  # there was something to leak

@@ -34,14 +34,15 @@ def answers(layout: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.distributed
 def test_every_process_of_every_layout_answers_alike(ranks, job) -> None:
-    layouts = [(1, {}), (2, {"tp": 2, "sp": True}), (2, {"pp": 2}), (2, {"ep": 2})]
+    layouts = [(1, {}), (2, {"tp": 2, "sp": True}), (2, {"pp": 2}), (2, {"ep": 2}), (2, {"cp": 2}),
+               (4, {"cp": 2, "tp": 2, "sp": True})]
     results = ranks(*(job(__file__, "answers", n, {"layout": x}) for n, x in layouts))
     alone = results[0][0]
     assert alone["ends"] == [6, 10] and alone["tokens"] == 13 and alone["padding"] == 2
     assert alone["bounds"] == [0, 7, 11, 13] and alone["longest"] == 7
     assert alone["positions"] == [*range(7), *range(4), 0, 1]
     assert alone["top"] == [max(range(96), key=row.__getitem__) for row in alone["logits"]]
-    assert results[1][0]["tokens"] == 14  # a length that two processes can share
+    assert [results[i][0]["tokens"] for i in (1, 4, 5)] == [14, 16, 16]  # lengths that the processes can share
     for (_, layout), per_rank in zip(layouts, results, strict=True):
         for result in per_rank:
             assert result["top"] == alone["top"], layout

@@ -26,14 +26,14 @@ def route(layout: dict[str, Any], padding: list[int], *, other_padding: bool = F
 
     from megatron_sov import recipes
     from megatron_sov.config import ParallelConfig, apply_settings
-    from megatron_sov.mcore import world
+    from megatron_sov.mcore import context, world
     from megatron_sov.mcore.model import build
     from megatron_sov.mcore.router import BalancedRouter
 
     config = apply_settings(recipes.get("tiny-solar-open"), [
         f"model.num_experts={EXPERTS}", f"model.num_experts_per_token={TOP_K}", f"model.routed_scaling_factor={FACTOR}",
         f"model.seq_aux_loss_coeff={COEFF}", "model.num_layers=1"])
-    place = world.join(ParallelConfig(**layout))
+    world.join(ParallelConfig(**layout))
     model = build(config.model, ParallelConfig(**layout), config.train)
     router = next(m for m in model.modules() if isinstance(m, BalancedRouter))
     step = model.config.routing_step
@@ -44,8 +44,7 @@ def route(layout: dict[str, Any], padding: list[int], *, other_padding: bool = F
     if other_padding:
         logits[mask] = 50.0
     router.expert_bias.copy_(bias)
-    size = layout.get("tp", 1)
-    mine = slice(place.rank * len(logits) // size, (place.rank + 1) * len(logits) // size)
+    mine = context.row_index(len(logits), layout.get("sp", False), logits.device)
     local = logits[mine].clone().requires_grad_()
     with torch.no_grad():  # a first pass whose activations are not kept counts nothing
         router.routing(local[:, None], mask[mine][:, None])
@@ -53,7 +52,7 @@ def route(layout: dict[str, Any], padding: list[int], *, other_padding: bool = F
     weights, chosen = router.routing(local[:, None], mask[mine][:, None])
     (weights * upstream[mine]).sum().backward()
     return {"weights": weights.tolist(), "chosen": chosen.tolist(), "grad": local.grad.tolist(),
-            "loss": float(step.aux_loss[1]), "counts": router.local_tokens_per_expert.tolist()}
+            "loss": float(step.aux_loss[1]), "index": mine.tolist(), "counts": router.local_tokens_per_expert.tolist()}
 
 
 def expected(padding: list[int]) -> dict[str, Any]:
@@ -82,10 +81,11 @@ def expected(padding: list[int]) -> dict[str, Any]:
 
 
 def joined(results: list[dict[str, Any]], name: str) -> Any:
-    """Return all processes' tokens as one tensor, numbers in double precision."""
+    """Return all processes' tokens as one tensor in the row's order, numbers in double precision."""
     import torch
 
-    values = torch.tensor([row for r in results for row in r[name]])
+    rows = {i: row for r in results for i, row in zip(r["index"], r[name], strict=True)}
+    values = torch.tensor([rows[i] for i in sorted(rows)])
     return values.double() if values.is_floating_point() else values
 
 
@@ -94,14 +94,16 @@ def test_routing_is_the_formula_at_every_layout_without_padding(ranks, job) -> N
     import torch
 
     sp = {"tp": 2, "sp": True}
-    plain, padded, other, split = ranks(
+    plain, padded, other, split, cut, both = ranks(
         job(__file__, "route", 1, {"layout": {}, "padding": []}),
         job(__file__, "route", 1, {"layout": {}, "padding": PADDING}),
         job(__file__, "route", 1, {"layout": {}, "padding": PADDING, "other_padding": True}),
-        job(__file__, "route", 2, {"layout": sp, "padding": PADDING}))  # the border lies inside the second sequence
+        job(__file__, "route", 2, {"layout": sp, "padding": PADDING}),  # the border lies inside the second sequence
+        job(__file__, "route", 2, {"layout": {"cp": 2}, "padding": PADDING}),
+        job(__file__, "route", 4, {"layout": sp | {"cp": 2}, "padding": PADDING}))
     assert other[0]["loss"] == padded[0]["loss"] != plain[0]["loss"]
     assert other[0]["counts"] == padded[0]["counts"]
-    for padding, result in (([], plain), (PADDING, padded), (PADDING, split)):
+    for padding, result in (([], plain), (PADDING, padded), (PADDING, split), (PADDING, cut), (PADDING, both)):
         formula = expected(padding)
         assert joined(result, "chosen").equal(formula["chosen"])
         assert torch.allclose(joined(result, "weights"), formula["weights"], atol=1e-6)

@@ -13,7 +13,7 @@ import torch
 from megatron_sov.data.shards import open_sources
 
 
-def evaluation(data: str, out: str | None) -> dict[str, Any]:
+def evaluation(data: str, out: str | None, cp: int = 1) -> dict[str, Any]:
     """Runs inside ranks: evaluate initial weights on everything held out; OUT is written as a checkpoint."""
     from dataclasses import asdict
 
@@ -26,7 +26,8 @@ def evaluation(data: str, out: str | None) -> dict[str, Any]:
 
     config = apply_settings(recipes.get("tiny-solar-open"), [
         "model.vocab_size=368", "model.hidden_size=32", "model.num_layers=1", 'data.phases=[{"name": "main", "seq_len": 48}]',
-        "train.global_batch_size=4", "train.micro_batch_size=2", "data.heldout_tokens=100000"])
+        "train.global_batch_size=4", "train.micro_batch_size=2", "data.heldout_tokens=100000",
+        f"parallel.cp={cp}"])
     place = world.join(config.parallel)
     trainer = Trainer(config, place, RunFolder(Path("not-written")), open_sources({data: 1.0}, 368), LanguageModelling)
     results = {name: asdict(r) for name, r in trainer.evaluate().items()}
@@ -43,8 +44,9 @@ def test_loss_and_bits_per_byte_by_brute_force(ranks: Any, job: Any, packed_data
     from megatron_sov.convert import to_hf
 
     out = tmp_path / "checkpoint"
-    (alone,), shared = ranks(job(__file__, "evaluation", 1, {"data": str(packed_data.text), "out": str(out)}),
-                             job(__file__, "evaluation", 2, {"data": str(packed_data.text), "out": None}))
+    (alone,), shared, cut = ranks(job(__file__, "evaluation", 1, {"data": str(packed_data.text), "out": str(out)}),
+                             job(__file__, "evaluation", 2, {"data": str(packed_data.text), "out": None}),
+                             job(__file__, "evaluation", 2, {"data": str(packed_data.text), "out": None, "cp": 2}))
     to_hf(out, tmp_path / "hf")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(packed_data.tokenizer)
@@ -64,7 +66,7 @@ def test_loss_and_bits_per_byte_by_brute_force(ranks: Any, job: Any, packed_data
                 nats += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
                 targets += len(labels)
                 start, place = start + count, (place + count) % 48
-        for found in (alone, *shared):
+        for found in (alone, *shared, *cut):
             assert found[source.name]["tokens"] == targets
             assert found[source.name]["loss"] == pytest.approx(nats / targets, rel=1e-6)
             assert found[source.name]["bits_per_byte"] == pytest.approx(nats / math.log(2) / size_bytes, rel=1e-6)

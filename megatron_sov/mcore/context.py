@@ -1,0 +1,130 @@
+"""Context parallelism: a row of n tokens cut over c processes, so that each does the same share of causal attention.
+
+The row is cut into 2c equal pieces; process r holds pieces r and 2c - 1 - r, one early and one late ("zigzag", as in
+Megatron-LM's context parallelism and Llama 3, arXiv 2407.21783, section 3.3.2).  Under sequence parallelism the local
+tokens are cut once more, into consecutive parts over the tensor-parallel group.  With c = 1 everything is the identity.
+
+Every process of a context-parallel group reads the same row and computes the same loss; only `local` tokens pass through
+its layers.  So losses and counts are never summed over this group, and gradients of parameters always are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+
+def size() -> int:
+    """Return c, the number of processes that share a row."""
+    return int(parallel_state.get_context_parallel_world_size())
+
+
+def row_multiple() -> int:
+    """Return what the length of every row must be a multiple of at this layout."""
+    tp = int(parallel_state.get_tensor_model_parallel_world_size())
+    return tp * 2 * size() if size() > 1 else tp
+
+
+def pieces(row_tokens: int) -> list[tuple[int, int]]:
+    """Return first row index and end of each piece that this process holds, in the order of its local tokens."""
+    if size() == 1:
+        return [(0, row_tokens)]
+    length = row_tokens // (2 * size())
+    return [(i * length, (i + 1) * length) for i in _held()]
+
+
+def local(row: torch.Tensor) -> torch.Tensor:
+    """Return this process's tokens of a row: [n, ...] -> [n / c, ...]."""
+    return row if size() == 1 else torch.cat([row[first:end] for first, end in pieces(len(row))])
+
+
+def row_index(row_tokens: int, sequence_parallel: bool, device: torch.device) -> torch.Tensor:
+    """Return the row index [n / c] int64 of each local token, under sequence parallelism [n / c / tp] of this process's part."""
+    index = local(torch.arange(row_tokens, device=device))
+    if sequence_parallel:
+        index = index.chunk(parallel_state.get_tensor_model_parallel_world_size())[
+            parallel_state.get_tensor_model_parallel_rank()]
+    return index
+
+
+def gather(values: torch.Tensor) -> torch.Tensor:
+    """Return the whole row on every process: [n / c, ...] -> [n, ...].
+
+    Differentiable for losses that every process of the group computes alike: the gradient is this process's part of the
+    row's gradient, so each token counts once.
+    """
+    return values if size() == 1 else _GatherAlike.apply(values)
+
+
+def gather_keys(values: torch.Tensor) -> torch.Tensor:
+    """Return the whole row on every process, [n / c, ...] -> [n, ...], for computations that differ between processes.
+
+    The gradient is the sum over the group of what each process found for these tokens.
+    """
+    return values if size() == 1 else _GatherKeys.apply(values)
+
+
+def pick(values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Return values at some row indices on every process: [n / c, ...], [positions] -> [positions, ...] (no gradient)."""
+    positions = positions.to(values.device)
+    if size() == 1:
+        return values[positions]
+    length = len(values) // 2
+    piece, place = positions // length, positions % length
+    early, late = _held()
+    found = values[torch.where(piece == late, place + length, place)]
+    mine = (piece == early) | (piece == late)
+    found = torch.where(mine.reshape(-1, *[1] * (values.dim() - 1)), found, 0)
+    dist.all_reduce(found, group=_group())  # one process has the value, the others zero
+    return found
+
+
+def _group() -> Any:
+    return parallel_state.get_context_parallel_group()
+
+
+def _held() -> tuple[int, int]:
+    """Return which pieces this process holds."""
+    rank = int(parallel_state.get_context_parallel_rank())
+    return rank, 2 * size() - 1 - rank
+
+
+def _all_gather(values: torch.Tensor) -> torch.Tensor:
+    """[n / c, ...] -> [n, ...] in row order."""
+    c, half = size(), len(values) // 2
+    by_rank = values.new_empty(c, 2, half, *values.shape[1:])
+    dist.all_gather_into_tensor(by_rank.view(2 * c * half, *values.shape[1:]), values.contiguous(), group=_group())
+    return torch.cat([by_rank[:, 0], by_rank[:, 1].flip(0)]).flatten(0, 1)
+
+
+def _reduce_scatter(row: torch.Tensor) -> torch.Tensor:
+    """[n, ...] -> [n / c, ...]: sums over the group, each process gets its own tokens."""
+    c = size()
+    by_piece = row.reshape(2 * c, -1, *row.shape[1:])
+    by_rank = torch.stack([by_piece[:c], by_piece[c:].flip(0)], dim=1).flatten(0, 2)
+    summed = row.new_empty(len(row) // c, *row.shape[1:])
+    dist.reduce_scatter_tensor(summed, by_rank, group=_group())
+    return summed
+
+
+class _GatherAlike(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor) -> torch.Tensor:
+        return _all_gather(values)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        return local(grads[0])
+
+
+class _GatherKeys(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor) -> torch.Tensor:
+        return _all_gather(values)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        return _reduce_scatter(grads[0])
