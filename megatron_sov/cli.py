@@ -30,7 +30,7 @@ COMMANDS = {
     "pretrain": Command("megatron_sov.train.command", "train a model from token shards, from scratch or --from a checkpoint"),
     "extend": Command("megatron_sov.extend.command", "train on at a longer context and score needle retrieval"),
     "sft": Command("megatron_sov.post.sft_command", "fine-tune on chats, with an auxiliary text term"),
-    "convert": Command("megatron_sov.convert.command", "from-hf, to-hf, verify, inspect: checkpoints and Hugging Face folders"),
+    "convert": Command("megatron_sov.eval.convert_command", "from-hf, to-hf, verify, inspect: checkpoints, Hugging Face folders"),
     "generate": Command("megatron_sov.generate.command", "continue prompts with a checkpoint or a Hugging Face folder"),
     "eval": Command("megatron_sov.eval.command", "ppl, needle, bigram, logits: judge a checkpoint or a Hugging Face folder"),
     "report": Command("megatron_sov.report.command", "write the self-contained HTML report of one or more runs"),

@@ -1,11 +1,13 @@
 """The proof of a conversion: two folders hold the same model, and transformers loads what we wrote.
 
-Every check is a number with its limit.  Tensors are compared one at a time under their Hugging Face names; where dtypes
-differ, both are rounded to the narrower one first.
+Every check is a number with its limit.  Tensors are compared one at a time under their Hugging Face names, and every one leaves
+its checksums; where dtypes differ, both are rounded to the narrower one first.
 """
 
 from __future__ import annotations
 
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,11 +16,11 @@ import torch
 from tqdm import tqdm
 
 from megatron_sov import models
-from megatron_sov.artifacts import MANIFEST, atomic_write, damaged_files, to_json
+from megatron_sov.artifacts import MANIFEST, damaged_files
+from megatron_sov.convert import DEFAULT_WORKERS
 from megatron_sov.convert.sources import HfWeights, Weights, listed, open_weights
 from megatron_sov.errors import UserError
 from megatron_sov.models.family import TokenIds
-from megatron_sov.version import __version__
 
 _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
@@ -43,39 +45,60 @@ def _count(name: str, found: list[str]) -> Check:
     return Check(name, len(found), 0, not found, listed(found))
 
 
-def verify(a: str | Path, b: str | Path, *, load: bool = True) -> list[Check]:
-    """Compare two models, each a checkpoint or a Hugging Face folder.
+@dataclass(frozen=True)
+class TensorRecord:
+    """One tensor on both sides."""
+
+    shape: tuple[tuple[int, ...], ...]
+    """Shape in A and in B."""
+    dtype: tuple[str, ...]
+    """Dtype in A and in B."""
+    sha256: tuple[str, ...]
+    """Hash of the bytes in A and in B, each in its own dtype."""
+    equal: bool
+    """Whether all values are the same, after rounding to the narrower dtype."""
+    difference: float = 0.0
+    """Largest difference of a value."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What a comparison found."""
+
+    checks: list[Check]
+    """Every statement, passed or not."""
+    tensors: dict[str, TensorRecord]
+    """Hugging Face name -> record, of all tensors that both sides have."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether all checks passed."""
+        return all(check.passed for check in self.checks)
+
+
+def verify(a: str | Path, b: str | Path, *, load: bool = True, workers: int = DEFAULT_WORKERS) -> Proof:
+    """Compare the weights of two models, each a checkpoint or a Hugging Face folder.
 
     Args:
         a: the one folder.
         b: the other.
         load: also load Hugging Face folders with transformers, which needs memory for the whole model.
-
-    Returns:
-        Every check that was made, passed or not.
+        workers: tensors, and files, that are read at a time.
 
     Raises:
         UserError: a folder cannot be opened, or is too large to be loaded here.
     """
     sides = [open_weights(a), open_weights(b)]
-    checks = [_count(f"{side.path}: files that differ from the manifest", damaged_files(side.path))
+    checks = [_count(f"{side.path}: files that differ from the manifest", damaged_files(side.path, workers=workers))
               for side in sides if (side.path / MANIFEST).is_file()]
     checks.append(_count("config fields that differ", _differing_fields(*sides)))
-    checks += _tensor_checks(*sides)
+    records = _compare(sides[0], sides[1], workers)
+    checks += _tensor_checks(sides[0], sides[1], records)
     if load:
         for side in sides:
             if isinstance(side, HfWeights):
                 checks += _loading_checks(side)
-    return checks
-
-
-def write_card(path: Path, a: str | Path, b: str | Path, checks: list[Check]) -> None:
-    """Write the verification card: what was compared, with which versions, and every figure."""
-    import transformers
-
-    atomic_write(path, to_json({
-        "a": str(a), "b": str(b), "passed": all(check.passed for check in checks), "checks": checks,
-        "versions": {"megatron_sov": __version__, "torch": torch.__version__, "transformers": transformers.__version__}}))
+    return Proof(checks, records)
 
 
 def _differing_fields(a: Weights, b: Weights) -> list[str]:
@@ -84,21 +107,39 @@ def _differing_fields(a: Weights, b: Weights) -> list[str]:
     return [f"{name} ({one.get(name)} and {other.get(name)})" for name in {**one, **other} if one.get(name) != other.get(name)]
 
 
-def _tensor_checks(a: Weights, b: Weights) -> list[Check]:
-    names, others = a.names(), set(b.names())
-    common = [name for name in names if name in others]
-    differing, largest = [], 0.0
-    for name in tqdm(common, desc="verify", unit="tensor", disable=None):
-        one, other = _in_one_dtype(a.read(name), b.read(name))
-        if not _same_bits(one, other):
-            differing.append(name)
-            if one.shape == other.shape:
-                largest = max(largest, float((one.double() - other.double()).abs().max()))
+def _tensor_checks(a: Weights, b: Weights, records: dict[str, TensorRecord]) -> list[Check]:
+    largest = max((record.difference for record in records.values()), default=0.0)
     return [
-        _count("tensors that only one side has", sorted(others.symmetric_difference(names))),
-        _count("tensors whose values differ", differing),
+        _count("tensors that only one side has", sorted(set(a.names()).symmetric_difference(b.names()))),
+        _count("tensors whose values differ", [name for name, record in records.items() if not record.equal]),
         Check("largest difference of a weight", largest, 0.0, largest == 0.0),
     ]
+
+
+def _compare(a: Weights, b: Weights, workers: int) -> dict[str, TensorRecord]:
+    """Return the record of every tensor that both sides have; `workers` tensors are in memory at a time."""
+    others = set(b.names())
+    common = [name for name in a.names() if name in others]
+    with ThreadPoolExecutor(workers) as pool:
+        found = tqdm(pool.map(lambda name: _record(a.read(name), b.read(name)), common), total=len(common), desc="verify",
+                     unit="tensor", disable=None)
+        return dict(zip(common, found, strict=True))
+
+
+def _record(one: torch.Tensor, other: torch.Tensor) -> TensorRecord:
+    shapes, dtypes = (tuple(one.shape), tuple(other.shape)), tuple(str(t.dtype).removeprefix("torch.") for t in (one, other))
+    hashes = [_sha256(one)]
+    if _same_bits(one, other):
+        return TensorRecord(shapes, dtypes, (hashes[0], hashes[0]), True)
+    hashes.append(_sha256(other))
+    one, other = _in_one_dtype(one, other)
+    equal = _same_bits(one, other)
+    difference = 0.0 if equal or one.shape != other.shape else float((one.double() - other.double()).abs().max())
+    return TensorRecord(shapes, dtypes, tuple(hashes), equal, difference)
+
+
+def _sha256(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
 def _in_one_dtype(one: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,7 +150,7 @@ def _in_one_dtype(one: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor,
 def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Compare bit patterns: NaN equals itself, and 0.0 is not -0.0."""
     bits = _BITS[one.dtype.itemsize]
-    return torch.equal(one.contiguous().view(bits), other.contiguous().view(bits))
+    return one.dtype == other.dtype and torch.equal(one.contiguous().view(bits), other.contiguous().view(bits))
 
 
 def _loading_checks(side: HfWeights) -> list[Check]:

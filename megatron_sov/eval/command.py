@@ -23,6 +23,13 @@ DEFAULT_SEQ_LEN, DEFAULT_HELDOUT_TOKENS, DEFAULT_TRAIN_TOKENS = 4096, 65536, 100
 PARITY_LENGTHS = [1, 7, 64, 200]
 
 
+def with_ranks(sub: argparse.ArgumentParser) -> None:
+    """Declare how the side that is a checkpoint runs."""
+    sub.add_argument("--nproc", type=int, default=None, metavar="N", help="local processes (checkpoints)")
+    sub.add_argument("--set", dest="settings", action="append", default=[], metavar="key=value",
+                     help="layout and precision, e.g. --set parallel.ep=2 --set train.precision=bf16 (checkpoints)")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the four judges."""
     judges = parser.add_subparsers(dest="judge", required=True, metavar="JUDGE")
@@ -35,11 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     def with_data(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--data", action="append", required=True, metavar="DIR", help="token shards with held-out documents")
-
-    def with_ranks(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--nproc", type=int, default=None, metavar="N", help="local processes (checkpoints)")
-        sub.add_argument("--set", dest="settings", action="append", default=[], metavar="key=value",
-                         help="layout and precision, e.g. --set parallel.ep=2 --set train.precision=bf16 (checkpoints)")
 
     def with_cut(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--seq-len", type=int, metavar="N", help="tokens of a row (default: the longest that was trained on)")

@@ -56,9 +56,47 @@ def random_prompts(lengths: Sequence[int], vocab_size: int, seed: int = 0) -> li
     return [generator.integers(0, vocab_size, n).tolist() for n in lengths]
 
 
+def compare_hf_logits(a: Path, b: Path, prompts: Sequence[Sequence[int]]) -> list[Check]:
+    """Compare the logits of two Hugging Face folders in fp32, both run by transformers, one after the other.
+
+    Raises:
+        UserError: a folder cannot be loaded.
+    """
+    difference = _Difference()
+    first = load_hf(a, torch.float32)
+    logits = [_hf_logits(first, prompt) for prompt in prompts]
+    del first  # memory holds one model at a time
+    second = load_hf(b, torch.float32)
+    for i, (prompt, found) in enumerate(zip(prompts, logits, strict=True)):
+        difference.add(i, found, _hf_logits(second, prompt))
+    return difference.checks()
+
+
+class _Difference:
+    """The difference of two models' logits over documents."""
+
+    def __init__(self) -> None:
+        self._largest, self._scale, self._other, self._compared, self._worst = 0.0, 1.0, 0, 0, ""
+
+    def add(self, document: int, ours: torch.Tensor, reference: torch.Tensor) -> None:
+        """Take in logits [tokens, vocabulary] of one document."""
+        difference = float((ours - reference).abs().nan_to_num(nan=math.inf).max())
+        self._scale = max(self._scale, float(reference.abs().max()))
+        if difference > self._largest:
+            self._largest, self._worst = difference, f"document {document} of {len(reference)} tokens"
+        self._other += _clearly_different(ours, reference)
+        self._compared += len(reference)
+
+    def checks(self) -> list[Check]:
+        """Return the largest difference and the number of other most probable tokens, with their limits."""
+        limit = MAX_DIFFERENCE * self._scale
+        return [Check("largest difference of a logit", self._largest, limit, self._largest <= limit, self._worst),
+                Check("greedy tokens that differ", self._other, 0, self._other == 0, f"of {self._compared}")]
+
+
 def _checks(policy: Policy, hf: Any, prompts: Sequence[Sequence[int]]) -> list[Check]:
     """Return the checks on the process that has transformers' model, nothing of meaning elsewhere."""
-    largest, scale, other, compared, worst = 0.0, 1.0, 0, 0, ""
+    difference = _Difference()
     limit_tokens = max(LOGITS_BYTES // (4 * policy.model.vocab_size), max(map(len, prompts)))
     for row in rows_of([len(p) for p in prompts], limit_tokens):
         batch = Inputs([prompts[i] for i in row], cpu.device())
@@ -66,16 +104,8 @@ def _checks(policy: Policy, hf: Any, prompts: Sequence[Sequence[int]]) -> list[C
         if hf is None:
             continue
         for i, mine in zip(row, ours.split([len(prompts[i]) for i in row]), strict=True):
-            reference = _hf_logits(hf, prompts[i])
-            difference = float((mine - reference).abs().nan_to_num(nan=math.inf).max())
-            scale = max(scale, float(reference.abs().max()))
-            if difference > largest:
-                largest, worst = difference, f"document {i} of {len(prompts[i])} tokens"
-            other += _clearly_different(mine, reference)
-            compared += len(prompts[i])
-    limit = MAX_DIFFERENCE * scale
-    return [Check("largest difference of a logit", largest, limit, largest <= limit, worst),
-            Check("greedy tokens that differ", other, 0, other == 0, f"of {compared}")]
+            difference.add(i, mine, _hf_logits(hf, prompts[i]))
+    return difference.checks()
 
 
 @torch.no_grad()

@@ -8,15 +8,18 @@ import shutil
 from pathlib import Path
 
 from megatron_sov.cli import main
+from megatron_sov.mcore.cpu import open_door
+
+open_door()
 
 PAGE = (Path(__file__).parents[2] / "docs/convert.md").read_text(encoding="utf-8")
 
 
-def test_what_the_page_shows_runs(exaone_dir: Path, tmp_path: Path, monkeypatch) -> None:
+def test_what_the_page_shows_runs(exaone_dir: Path, one_rank: None, tmp_path: Path, monkeypatch) -> None:
     shutil.copytree(exaone_dir, tmp_path / "my-model")
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```(bash|python)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-    assert [language for language, _ in blocks] == ["bash", "bash", "python", "bash", "bash", "python"]
+    assert [language for language, _ in blocks] == ["bash", "bash", "python", "bash", "bash", "python", "python"]
     for language, block in blocks:
         if language == "python":
             exec(compile(block, "convert.md", "exec"), {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_sov import convert
 from megatron_sov.cli import main
+from megatron_sov.convert.proof import Proof, TensorRecord
 
 
 @pytest.fixture
@@ -21,7 +23,8 @@ def pair(exaone_dir: Path, tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path / "ckpt", tmp_path / "hf"
 
 
-def failed(checks: list[convert.Check]) -> dict[str, float]:
+def failed(proof: Proof) -> dict[str, float]:
+    checks = proof.checks
     assert all(check.passed == (check.value <= check.limit) for check in checks)
     return {check.name: check.value for check in checks if not check.passed}
 
@@ -37,9 +40,14 @@ def edit(folder: Path, name: str, value: torch.Tensor | None) -> None:
 def test_all_three_folders_are_the_same_model(pair, exaone_dir: Path) -> None:
     checkpoint, hf = pair
     for a, b in ((checkpoint, hf), (exaone_dir, checkpoint), (hf, exaone_dir)):
-        checks = convert.verify(a, b)
-        assert failed(checks) == {}
-    assert sum("transformers" in check.name for check in checks) == 6
+        proof = convert.verify(a, b)
+        assert failed(proof) == {} and proof.passed
+    assert sum("transformers" in check.name for check in proof.checks) == 6
+    for name, tensor in load_file(exaone_dir / "model.safetensors").items():
+        sha256 = hashlib.sha256(tensor.view(torch.uint8).numpy().tobytes()).hexdigest()
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        assert proof.tensors.pop(name) == TensorRecord((tuple(tensor.shape),) * 2, (dtype,) * 2, (sha256,) * 2, True)
+    assert proof.tensors == {}
 
 
 def test_one_changed_weight_is_found_and_measured(pair) -> None:
@@ -48,9 +56,10 @@ def test_one_changed_weight_is_found_and_measured(pair) -> None:
     weight = load_file(hf / "model.safetensors")[name]
     weight[3, 4] += 0.5
     edit(hf, name, weight)
-    checks = convert.verify(checkpoint, hf, load=False)
-    assert [c.detail for c in checks if c.name == "tensors whose values differ"] == [name]
-    assert failed(checks) == {f"{hf}: files that differ from the manifest": 1, "tensors whose values differ": 1,
+    proof = convert.verify(checkpoint, hf, load=False)
+    assert [c.detail for c in proof.checks if c.name == "tensors whose values differ"] == [name]
+    assert [n for n, record in proof.tensors.items() if len(set(record.sha256)) == 2] == [name]
+    assert failed(proof) == {f"{hf}: files that differ from the manifest": 1, "tensors whose values differ": 1,
                               "largest difference of a weight": pytest.approx(0.5, abs=2e-3)}
 
 
@@ -73,19 +82,6 @@ def test_negative_zero_is_not_zero(solar_dir: Path, tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "b", tmp_path / "c")
     edit(tmp_path / "c", "model.norm.weight", -load_file(tmp_path / "b/model.safetensors")["model.norm.weight"])
     assert failed(convert.verify(tmp_path / "b", tmp_path / "c", load=False)) == {"tensors whose values differ": 1}
-
-
-def test_command_prints_checks_and_writes_the_card(pair, tmp_path: Path, capsys) -> None:
-    checkpoint, hf = map(str, pair)
-    card = tmp_path / "verification.json"
-    assert main(["convert", "verify", checkpoint, hf, "--card", str(card)]) == 0
-    assert "verified: the same model" in capsys.readouterr().out
-    written = json.loads(card.read_text())
-    assert written["passed"] is True
-    assert {"megatron_sov", "torch", "transformers"} == written["versions"].keys()
-    edit(pair[1], "lm_head.weight", torch.ones(96, 32, dtype=torch.bfloat16))
-    assert main(["convert", "verify", checkpoint, hf, "--no-load", "--json"]) == 3
-    assert json.loads(capsys.readouterr().out)["passed"] is False
 
 
 def test_inspect_counts_from_headers(pair, capsys) -> None:

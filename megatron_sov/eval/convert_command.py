@@ -1,19 +1,23 @@
-"""`megatron-sov convert from-hf | to-hf | verify | inspect`."""
+"""`megatron-sov convert from-hf | to-hf | verify | inspect`.
+
+The command stands here and not in `convert`, since `verify` runs both models, which rooms above that one do.
+"""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 from megatron_sov.artifacts import to_json
 from megatron_sov.convert import DEFAULT_WORKERS, MAX_SHARD_BYTES
 from megatron_sov.errors import UserError
+from megatron_sov.eval.command import EXIT_GATE_FAILED, EXIT_OK, PARITY_LENGTHS, with_ranks
 from megatron_sov.models.count import num_params
-
-EXIT_OK, EXIT_GATE_FAILED = 0, 3
+from megatron_sov.obs.afterwards import RunEvents
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,9 +48,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     verify = action("verify", "compare two models, checkpoint or Hugging Face folder each; exit code 3 where they differ")
     verify.add_argument("a", metavar="A", type=Path)
     verify.add_argument("b", metavar="B", type=Path)
-    verify.add_argument("--no-load", action="store_true", help="do not load with transformers (saves memory)")
+    verify.add_argument("--no-load", action="store_true", help="compare files alone: load and run no model (saves memory)")
+    verify.add_argument("--lengths", type=int, nargs="+", default=PARITY_LENGTHS, metavar="N",
+                        help="tokens of the random prompts that both sides are run on (default: %(default)s)")
     verify.add_argument("--json", action="store_true", help="print the checks as JSON")
-    verify.add_argument("--card", type=Path, metavar="FILE", help="also write the checks as a card, e.g. OUT.verification.json")
+    verify.add_argument("--card", type=Path, metavar="FILE", help="also write a verification card, e.g. OUT.verification.json")
+    verify.add_argument("--run", type=Path, metavar="DIR", help="also add the checks to this run's events, for its report")
+    with_ranks(verify)
+    _add_workers(verify)
 
     inspect = action("inspect", "show a checkpoint's or Hugging Face folder's architecture, parameters and dtypes")
     inspect.add_argument("a", metavar="A", type=Path)
@@ -84,18 +93,30 @@ def _to_hf(args: argparse.Namespace) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     from megatron_sov import convert
-    from megatron_sov.convert.proof import write_card
+    from megatron_sov.eval.conversion import LogitsProof, card, prove_logits, write_card
 
-    checks = convert.verify(args.a, args.b, load=not args.no_load)
+    if min(args.lengths) < 1:
+        raise UserError(f"--lengths {min(args.lengths)}: must be at least 1")
+    events = RunEvents(args.run)
+    # first, since ranks are forked from this process and threads that later work starts would be missing in them
+    logits = LogitsProof([], {"not compared": "--no-load"}) if args.no_load else prove_logits(
+        args.a, args.b, args.lengths, args.settings, args.nproc)
+    if os.environ.get("RANK", "0") != "0":
+        return EXIT_OK
+    weights = convert.verify(args.a, args.b, load=not args.no_load, workers=args.workers)
+    checks = [*weights.checks, *logits.checks]
     passed = all(check.passed for check in checks)
     if args.card:
-        write_card(args.card, args.a, args.b, checks)
+        write_card(args.card, card(args.a, args.b, weights, logits))
+    events.add("conversion", target=f"{args.a} and {args.b}", checks=[dataclasses.asdict(check) for check in checks])
     if args.json:
         print(to_json({"passed": passed, "checks": checks}), end="")
     else:
         for check in checks:
             mark = "ok  " if check.passed else "FAIL"
             print(f"{mark}  {check.name}: {check.value:g} (limit {check.limit:g}){'; ' + check.detail if check.detail else ''}")
+        if "not compared" in logits.method:
+            print(f"      logits were not compared: {logits.method['not compared']}")
         print("verified: the same model" if passed else "NOT verified: see the lines marked FAIL")
     return EXIT_OK if passed else EXIT_GATE_FAILED
 
