@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -123,13 +124,23 @@ def continued(settings: list[str], paths: list[str], sources: list[str], expecte
     return results
 
 
+@functools.cache
+def _tensors(path: Path, part: str) -> dict[str, tuple[torch.Tensor, float]]:
+    """Return a checkpoint's whole tensors, each with its largest value."""
+    reader = TensorReader(path, part)
+    whole = {key: reader.read(key) for key in reader.keys()}  # noqa: SIM118  (a reader is no dict)
+    return {key: (tensor, max(float(tensor.abs().max()), 1e-12)) for key, tensor in whole.items()}
+
+
 def _apart(trainer: Trainer, path: Path) -> dict[str, float]:
     """Return how far weights and optimizer state are at most from a checkpoint's, beside each tensor's largest value."""
     found = {}
     for part, blocks in (("model", of(trainer.model)), ("optimizer", trainer.optimizer.state_blocks())):
-        reader = TensorReader(path, part)
-        apart = [float((reader.read(b.key, b.offset, b.shape).reshape(b.data.shape) - b.data).abs().max()
-                       / reader.read(b.key).abs().max().clamp(min=1e-12)) for b in blocks]
+        apart = []
+        for block in blocks:
+            whole, largest = _tensors(path, part)[block.key]
+            expected = whole[tuple(slice(o, o + n) for o, n in zip(block.offset, block.shape, strict=True))]
+            apart.append(float((expected.reshape(block.data.shape) - block.data).abs().max()) / largest)
         found[part] = max(apart)
     return found
 

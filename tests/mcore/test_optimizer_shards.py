@@ -74,10 +74,10 @@ def zero1_shards(precision: str) -> dict[str, Any]:
 
 @pytest.mark.distributed
 def test_zero1_gives_every_process_its_part_of_the_parameters_and_no_other(ranks, job) -> None:
-    for precision, kinds, dtype in (("fp32", ["exp_avg", "exp_avg_sq"], "float32"),
-                                    ("bf16", ["exp_avg", "exp_avg_sq", "master"], "float32"),
-                                    ("fp64", ["exp_avg", "exp_avg_sq"], "float64")):
-        (result, _), = ranks(job(__file__, "zero1_shards", 2, {"precision": precision}))
+    cases = (("fp32", ["exp_avg", "exp_avg_sq"], "float32"), ("bf16", ["exp_avg", "exp_avg_sq", "master"], "float32"),
+             ("fp64", ["exp_avg", "exp_avg_sq"], "float64"))
+    results = ranks(*(job(__file__, "zero1_shards", 2, {"precision": precision}) for precision, *_ in cases))
+    for (precision, kinds, dtype), (result, _) in zip(cases, results, strict=True):
         updated = []
         for ranges, num_blocks, dtypes, names in result["everyones"]:
             assert names == kinds and dtypes == [f"torch.{dtype}"]
