@@ -66,6 +66,8 @@ class TrainConfig:
     precision: Literal["fp32", "bf16", "fp64"] = "bf16"
     """Dtype of weights and activations; bf16 keeps fp32 master weights and reduces gradients in fp32; fp64 is slow, for
     proofs that layouts agree."""
+    deterministic: bool = False
+    """The same bits in every run with the same settings on the same machines: slower algorithms where fast ones do not repeat."""
     recompute: bool = False
     """Recompute every layer's activations in the backward pass instead of storing them."""
     head_chunk_tokens: int = 2048

@@ -107,7 +107,8 @@ def inference_config(checkpoint: Path, settings: list[str], nproc: int | None) -
         UserError: a setting does not exist, or the layout does not fit the model and the number of processes.
     """
     made_with = _settings(checkpoint)
-    train = dataclasses.replace(made_with.train, precision="bf16" if cpu.on_gpu() else "fp32", num_threads=0)
+    train = dataclasses.replace(made_with.train, precision="bf16" if cpu.on_gpu() else "fp32", num_threads=0,
+                                deterministic=False)
     config = apply_settings(dataclasses.replace(made_with, parallel=ParallelConfig(), train=train), settings)
     problems = config.model.problems() + config.parallel.problems(config.model, num_ranks(nproc))
     if problems:

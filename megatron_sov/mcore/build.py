@@ -62,6 +62,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
         "batch_p2p_comm": cpu.on_gpu() and parallel.vpp == 1, "overlap_p2p_comm": parallel.vpp > 1,
         # losses are sums divided once by global counts; must stand here before the model is wrapped
         "calculate_per_token_loss": True,
+        "deterministic_mode": train.deterministic,
         "gradient_accumulation_fusion": False, "masked_softmax_fusion": False, "bias_activation_fusion": te,
         # the fused rotary kernel does not know YaRN's factor on cosine and sine
         "bias_dropout_fusion": te, "apply_rope_fusion": te and parallel.cp == 1 and model.yarn is None,

@@ -15,7 +15,7 @@ from megatron_sov.mcore.ranks import num_ranks
 
 
 def add_stage_arguments(parser: argparse.ArgumentParser, *, needs_start: bool) -> None:
-    """Add RECIPE --data --run --from --nproc --set --resume."""
+    """Add RECIPE --data --run --from --nproc --set --deterministic --resume."""
     parser.add_argument("recipe", help="name of a recipe; `megatron-sov recipes` lists them")
     parser.add_argument("--data", action="append", required=True, metavar="DIR[:weight]",
                         help="token shards made by `sov-data pack`; several are mixed by weight")
@@ -26,6 +26,8 @@ def add_stage_arguments(parser: argparse.ArgumentParser, *, needs_start: bool) -
                         help="local processes to start (under Slurm or torchrun the environment decides)")
     parser.add_argument("--set", dest="settings", action="append", default=[], metavar="key=value",
                         help="change a setting, e.g. --set train.steps=100 --set parallel.ep=2")
+    parser.add_argument("--deterministic", action="store_true",
+                        help="the same bits in every run (--set train.deterministic=true)")
     parser.add_argument("--resume", action="store_true", help="continue the run that is in --run")
 
 
@@ -107,7 +109,8 @@ def stage_config(args: argparse.Namespace, checkpoint: Path | None, *, objective
 
         config = with_model_of(config, checkpoint)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, paths=data_paths(args.data)))
-    config = apply_settings(config, [f"objective.name={objective}", *defaults, *args.settings])
+    flags = ["train.deterministic=true"] if args.deterministic else []
+    config = apply_settings(config, [f"objective.name={objective}", *defaults, *args.settings, *flags])
     if config.objective.name != objective:
         raise UserError(f"objective.name = {config.objective.name}: this command trains by {objective!r}; leave the setting out, "
                         f"or use `megatron-sov {'sft' if objective == 'lm' else 'pretrain'}`")

@@ -18,7 +18,7 @@ from megatron_sov.data.long_documents import with_long_documents
 from megatron_sov.data.shards import Source, open_sources, tokenizer_folder
 from megatron_sov.data.vocabulary import refuse_other_tokens
 from megatron_sov.errors import StopRequested, UserError
-from megatron_sov.mcore import run_checkpoints, world
+from megatron_sov.mcore import determinism, run_checkpoints, world
 from megatron_sov.mcore.ranks import num_ranks, under_launcher
 from megatron_sov.obs.afterwards import RunEvents
 from megatron_sov.train.exports import Exports
@@ -87,6 +87,8 @@ def _finish_exports(stage: Stage) -> None:
 
 def _rank(stage: Stage, sources: list[Source]) -> int:
     stop = StopFlag()
+    if stage.config.train.deterministic:
+        determinism.switch_on()
     place = world.join(stage.config.parallel)
     lock = RunLock(stage.folder.path) if place.is_main else None
     trainer: Trainer | None = None

@@ -55,6 +55,28 @@ def route(layout: dict[str, Any], padding: list[int], *, other_padding: bool = F
             "loss": float(step.aux_loss[1]), "index": mine.tolist(), "counts": router.local_tokens_per_expert.tolist()}
 
 
+def gate_bf16() -> dict[str, Any]:
+    """Return what the first router of a bf16 model makes of bf16 hidden states, before any choice."""
+    import torch
+
+    from megatron_sov import recipes
+    from megatron_sov.config import ParallelConfig, apply_settings
+    from megatron_sov.mcore import world
+    from megatron_sov.mcore.model import build
+    from megatron_sov.mcore.router import BalancedRouter
+
+    config = apply_settings(recipes.get("tiny-solar-open"), ["train.precision=bf16", "model.num_layers=1"])
+    world.join(ParallelConfig())
+    model = build(config.model, ParallelConfig(), config.train)
+    router = next(m for m in model.modules() if isinstance(m, BalancedRouter))
+    generator = torch.Generator().manual_seed(3)
+    router.weight.data.copy_(torch.randn(router.weight.shape, generator=generator) * 0.1)
+    hidden = torch.randn(16, 1, config.model.hidden_size, generator=generator).bfloat16()
+    logits = router.gating(hidden)
+    return {"hidden": hidden[:, 0].tolist(), "weight": router.weight.tolist(), "logits": logits[:, 0].tolist(),
+            "dtypes": [str(t.dtype) for t in (router.weight, logits, router.expert_bias)]}
+
+
 def expected(padding: list[int]) -> dict[str, Any]:
     """Return the same by plain formulas in double precision."""
     import torch
@@ -110,6 +132,25 @@ def test_routing_is_the_formula_at_every_layout_without_padding(ranks, job) -> N
         assert torch.allclose(joined(result, "grad"), formula["grad"], atol=1e-6)
         assert sum(r["loss"] for r in result) == pytest.approx(formula["loss"], rel=1e-6)
         assert [sum(c) for c in zip(*(r["counts"] for r in result), strict=True)] == formula["counts"]
+
+
+@pytest.mark.distributed
+def test_bf16_logits_are_summed_in_float32_as_in_transformers(ranks, job) -> None:
+    import torch
+    from transformers import SolarOpenConfig
+    from transformers.models.solar_open.modeling_solar_open import SolarOpenTopkRouter
+
+    ((found,),) = ranks(job(__file__, "gate_bf16"))
+    assert found["dtypes"] == ["torch.bfloat16", "torch.float32", "torch.float32"]
+    hidden, weight, logits = (torch.tensor(found[name]) for name in ("hidden", "weight", "logits"))
+    router = SolarOpenTopkRouter(SolarOpenConfig(n_routed_experts=len(weight), hidden_size=hidden.shape[1])).bfloat16()
+    router.e_score_correction_bias = router.e_score_correction_bias.float()
+    with torch.no_grad():
+        router.weight.copy_(weight)
+        theirs, _, _ = router(hidden.bfloat16())
+    assert theirs.dtype == torch.float32
+    assert (logits - theirs).abs().max() < 1e-5, "in bf16 they would be some 1e-2 apart"
+    assert (logits - logits.bfloat16()).abs().max() > 1e-3
 
 
 def test_the_formula_is_the_one_of_transformers() -> None:

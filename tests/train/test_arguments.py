@@ -50,6 +50,11 @@ def test_settings_override_the_recipe(data: Path) -> None:
                           defaults=("train.steps=5", "train.micro_batch_size=1"))
     assert (config.train.steps, config.train.micro_batch_size, config.data.paths) == (7, 1, {f"{data}/a": 3.0})
     assert (config.recipe, config.objective.name) == ("tiny-k-exaone", "lm")
+    assert not config.train.deterministic
+
+
+def test_deterministic_is_a_setting_with_a_flag(data: Path) -> None:
+    assert stage_config(parsed("tiny-k-exaone", "--data", f"{data}/a", "--run", "r", "--deterministic"), None).train.deterministic
 
 
 @pytest.mark.parametrize(("recipe", "setting", "message"), [

@@ -1,0 +1,148 @@
+"""Runs inside ranks: which dtypes a real trainer's steps are made of, and whether their bits come back."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+sys.path.insert(0, str(Path(__file__).parent))
+from layout_run import _trainer, small_config
+
+from megatron_sov.mcore import determinism, logprobs, world
+from megatron_sov.mcore.router import BalancedRouter
+from megatron_sov.train.run_folder import RunFolder
+from megatron_sov.train.trainer import Trainer
+
+
+def trainer(recipe: str, settings: list[str], data: str) -> Trainer:
+    """Return a trainer of a small model on the text of DATA."""
+    return _trainer(small_config(recipe, settings, [data], "lm"))
+
+
+class Operations(TorchDispatchMode):
+    """Collects who made tensors of which dtype, and in which dtype tensors were summed over processes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.makers: dict[str, set[str]] = {}
+        self.reduced: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            # single numbers: the constant 1 that scales the balancing loss, Adam's count of updates
+            if torch.is_tensor(tensor) and tensor.is_floating_point() and tensor.numel() > 1:
+                self.makers.setdefault(str(tensor.dtype), set()).add(_maker())
+        if "allreduce" in str(func) or "reduce_scatter" in str(func):
+            for tensor in tree_leaves(args):
+                if torch.is_tensor(tensor) and tensor.is_floating_point():
+                    name = str(tensor.dtype)
+                    self.reduced[name] = max(self.reduced.get(name, 0), tensor.numel())
+        return out
+
+
+def _maker() -> str:
+    """Return the innermost function of the project or the library on the stack."""
+    frames = [f for f in traceback.extract_stack() if "/megatron" in f.filename and not f.filename.endswith("/mcore/cpu.py")]
+    return f"{Path(frames[-1].filename).name}:{frames[-1].name}" if frames else "?"
+
+
+def operations(recipe: str, settings: list[str], data: str) -> dict[str, Any]:
+    """Return dtype -> functions that made tensors of it in two steps."""
+    built = trainer(recipe, settings, data)
+    with Operations() as seen:
+        built.update()
+        built.update()
+    world.leave()
+    return {dtype: sorted(makers) for dtype, makers in seen.makers.items()}
+
+
+def dtypes(recipe: str, settings: list[str], data: str) -> dict[str, Any]:
+    """Return what a step keeps and computes in which dtype."""
+    built = trainer(recipe, settings, data)
+    found: dict[str, set[str]] = {}
+
+    def note(name: str, tensor: torch.Tensor) -> None:
+        found.setdefault(name, set()).add(str(tensor.dtype))
+
+    for router in (m for m in built.model.modules() if isinstance(m, BalancedRouter)):
+        router.register_forward_hook(lambda module, inputs, out: note("router weights", out[0]))
+        note("router bias", router.expert_bias)
+    with (Operations() as seen, _noted(BalancedRouter, "gating", lambda out: note("router logits", out)),
+          _noted(logprobs.Head, "logprobs", lambda out: note("log-probabilities", out))):
+        result = built.update()
+    assert result is not None
+    for parameter in built.model.parameters():
+        note("weights", parameter)
+        note("gradients", parameter.main_grad)
+    for block in built.optimizer.state_blocks():
+        note(block.key.split("/")[0], block.data)
+    gradients = sum(p.numel() for p in built.model.parameters())
+    world.leave()
+    return {"dtypes": {name: sorted(kinds) for name, kinds in found.items()}, "reduced": seen.reduced, "gradients": gradients,
+            "loss": result.loss}
+
+
+def _noted(cls: type, method: str, note: Any) -> Any:
+    """Return a context in which `note` sees what a method returns."""
+    plain = getattr(cls, method)
+
+    def watched(self: Any, *args: Any) -> Any:
+        out = plain(self, *args)
+        note(out)
+        return out
+
+    return mock.patch.object(cls, method, watched)
+
+
+def bits(built: Trainer) -> str:
+    """Return a hash of every weight, buffer and state of the optimizer on this process."""
+    digest = hashlib.sha256()
+    named = [*built.model.state_dict().items(), *((b.key, b.data) for b in built.optimizer.state_blocks())]
+    for name, tensor in named:
+        if torch.is_tensor(tensor):
+            digest.update(name.encode() + tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def continued(recipe: str, settings: list[str], data: str, run: str) -> dict[str, Any]:
+    """Return losses and bits of four steps in one go, and of two steps, a checkpoint and two steps more."""
+    whole = trainer(recipe, settings, data)
+    losses = [whole.update().loss for _ in range(4)]  # type: ignore[union-attr]
+    expected = bits(whole)
+    world.leave()
+    first = trainer(recipe, settings, data)
+    first.folder = RunFolder(Path(run))
+    first.folder.create()
+    again = [first.update().loss for _ in range(2)]  # type: ignore[union-attr]
+    saved = first.save()
+    world.leave()
+    second = trainer(recipe, settings, data)
+    second.resume(saved)
+    again += [second.update().loss for _ in range(2)]  # type: ignore[union-attr]
+    ended = bits(second)
+    world.leave()
+    return {"losses": [losses, again], "bits": [expected, ended]}
+
+
+def repeatable(settings: list[str], data: str, threads: int) -> dict[str, Any]:
+    """Return losses and bits of two deterministic steps, at sizes that keep several threads busy."""
+    determinism.switch_on()
+    torch.set_num_threads(threads)
+    built = trainer("tiny-solar-open", [
+        "model.hidden_size=128", "model.head_dim=32", "model.expert_ffn_dim=128", "model.num_layers=1",
+        'data.phases=[{"name": "main", "seq_len": 256}]', "train.micro_batch_size=2", "train.global_batch_size=4",
+        "train.head_chunk_tokens=2048", "train.deterministic=true", *settings], data)
+    losses = [built.update().loss for _ in range(2)]  # type: ignore[union-attr]
+    found = {"losses": losses, "bits": bits(built), "threads": torch.get_num_threads(),
+             "torch": torch.are_deterministic_algorithms_enabled(), "library": built.model.config.deterministic_mode}
+    world.leave()
+    return found

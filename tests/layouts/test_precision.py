@@ -1,0 +1,77 @@
+"""What `train.precision` promises about dtypes, and `train.deterministic` about bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+RUN = str(Path(__file__).with_name("precision_run.py"))
+EXACT_IN_FLOAT32 = {
+    "router.py:_count_tokens": "tokens per expert are whole numbers",
+    "schedule.py:<dictcomp>": "copies of these counts",
+    "schedule.py:finalize": "copies of these counts",
+    "finalize_model_grads.py:_update_router_expert_bias": "a router's bias is float32 at every precision",
+    "finalize_model_grads.py:reset_model_temporary_tensors": "tokens per expert, set to zero",
+    "moe_utils.py:get_updated_expert_bias": "the bias moves by whole steps",
+    "microbatch.py:shifted_targets": "weights of labels are float32 data",
+    "microbatch.py:from_row": "weights of labels are float32 data",
+    "yarn_rotary_pos_embedding.py:_yarn_linear_ramp_mask": "shares that add up to 1, see rotary.widen",
+    "yarn_rotary_pos_embedding.py:get_emb": "shares that add up to 1, see rotary.widen",
+}
+"""Functions that make float32 tensors in a float64 step -> why nothing is lost."""
+YARN = 'model.yarn={"factor": 4.0, "original_max_position_tokens": 16}'
+LAYOUT = ["parallel.tp=2", "parallel.sp=true", "parallel.ep=2"]
+
+
+@pytest.mark.distributed
+def test_nothing_of_a_float64_step_is_rounded_to_float32(ranks: Any, job: Any, packed_data: Any) -> None:
+    cases = [("tiny-solar-open", 1, [YARN]), ("tiny-k-exaone", 1, ["train.recompute=true"]), ("tiny-k-exaone", 2, LAYOUT),
+             ("tiny-solar-open", 2, ["parallel.pp=2"])]
+    jobs = [job(RUN, "operations", n, {"recipe": recipe, "settings": ["train.precision=fp64", *settings],
+                                       "data": str(packed_data.text)}) for recipe, n, settings in cases]
+    for (recipe, _, settings), per_rank in zip(cases, ranks(*jobs), strict=True):
+        for makers in per_rank:
+            assert set(makers) == {"torch.float64", "torch.float32"} and len(makers["torch.float64"]) > 30
+            assert set(makers["torch.float32"]) <= set(EXACT_IN_FLOAT32), f"{recipe} {settings}"
+
+
+@pytest.mark.distributed
+def test_bf16_keeps_master_weights_gradients_routing_and_loss_in_float32(ranks: Any, job: Any, packed_data: Any) -> None:
+    arguments = {"recipe": "tiny-k-exaone", "data": str(packed_data.text)}
+    jobs = [job(RUN, "dtypes", 2 if p == "bf16" else 1, {**arguments, "settings": [f"train.precision={p}"]})
+            for p in ("bf16", "fp32", "fp64")]
+    (bf16, _), (fp32,), (fp64,) = ranks(*jobs)
+    single = ["torch.float32"]
+    assert bf16["dtypes"] == {
+        "weights": ["torch.bfloat16"], "gradients": single, "master": single, "exp_avg": single, "exp_avg_sq": single,
+        "router logits": single, "router weights": single, "router bias": single, "log-probabilities": single}
+    # the data-parallel sum: experts' gradients and the others' travel in one buffer each
+    assert bf16["reduced"]["torch.float32"] > 0.4 * bf16["gradients"]
+    assert "torch.bfloat16" not in bf16["reduced"]
+    assert {k: v for k, v in fp64["dtypes"].items() if v != ["torch.float64"]} == {"router bias": single}
+    assert abs(fp32["loss"] / fp64["loss"] - 1) < 1e-6
+    # bf16 has 8 bits: an error of 2^-9 in each of many roundings, most of which average out
+    assert 1e-6 < abs(bf16["loss"] / fp64["loss"] - 1) < 2**-9
+
+
+@pytest.mark.distributed
+def test_a_bf16_run_continues_bit_for_bit(ranks: Any, job: Any, packed_data: Any, tmp_path: Path) -> None:
+    settings = ["train.precision=bf16", "parallel.tp=2", "parallel.sp=true"]
+    for rank in ranks(job(RUN, "continued", 2, {"recipe": "tiny-k-exaone", "settings": settings, "data": str(packed_data.text),
+                                                "run": str(tmp_path / "run")}))[0]:
+        assert rank["losses"][0] == rank["losses"][1] and rank["losses"][0][0] > rank["losses"][0][-1]
+        assert rank["bits"][0] == rank["bits"][1]
+
+
+@pytest.mark.distributed
+def test_deterministic_runs_repeat_their_bits(ranks: Any, job: Any, packed_data: Any) -> None:
+    cases = [(1, 2, []), (2, 1, [*LAYOUT, "train.precision=bf16"])]
+    jobs = [job(RUN, "repeatable", n, {"settings": settings, "data": str(packed_data.text), "threads": threads})
+            for n, threads, settings in cases for _ in range(2)]
+    results = ranks(*jobs)
+    for (_, threads, settings), once, again in zip(cases, results[::2], results[1::2], strict=True):
+        assert once == again, settings
+        assert once[0]["threads"] == threads and once[0]["torch"] and once[0]["library"]
+    assert len({r[0]["bits"] for r in results[::2]}) == len(cases), "the hash sees a difference where there is one"
