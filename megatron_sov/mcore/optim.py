@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 
+import megatron.core.optimizer as library_optimizer
 import torch
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
@@ -15,6 +17,17 @@ from megatron_sov.mcore.model import LanguageModel
 
 NOT_SHARDED = ParallelConfig()
 """Every process updates all of its parameters."""
+
+
+@contextlib.contextmanager
+def _torch_adam() -> Iterator[None]:
+    """Have the library make torch's AdamW also where Transformer Engine is installed, whose fused one refuses float64."""
+    found = library_optimizer.Adam, library_optimizer.USING_PYTORCH_OPTIMIZER
+    library_optimizer.Adam, library_optimizer.USING_PYTORCH_OPTIMIZER = torch.optim.AdamW, True
+    try:
+        yield
+    finally:
+        library_optimizer.Adam, library_optimizer.USING_PYTORCH_OPTIMIZER = found
 
 
 class Optimizer:
@@ -28,7 +41,8 @@ class Optimizer:
             optimizer="adam", lr=config.lr, weight_decay=config.weight_decay, adam_beta1=config.beta1, adam_beta2=config.beta2,
             adam_eps=config.eps, bf16=model.config.bf16, params_dtype=model.config.params_dtype,
             use_distributed_optimizer=parallel.zero1, overlap_param_gather=parallel.overlap_param_gather)
-        with optimizer_shards.any_float():
+        fp64 = model.config.params_dtype == torch.float64
+        with optimizer_shards.any_float(), _torch_adam() if fp64 else contextlib.nullcontext():
             # gloo groups would only serve the library's own checkpoints
             self.library = get_megatron_optimizer(settings, self.wrapped, use_gloo_process_groups=False)
         for group in self.library.param_groups:  # the library marks norms, and leaves it to a scheduler to heed the mark

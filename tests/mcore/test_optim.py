@@ -8,7 +8,10 @@ import pytest
 
 
 def updates(precision: str, clip_grad: float) -> dict[str, Any]:
-    """Do four updates beside torch.optim.AdamW on fp32 copies and return how far they end apart."""
+    """Do four updates beside torch.optim.AdamW on copies (fp64 ones of fp64, else fp32) and return how far they end apart."""
+    from unittest import mock
+
+    import megatron.core.optimizer as library
     import torch
 
     from megatron_sov import recipes
@@ -24,10 +27,15 @@ def updates(precision: str, clip_grad: float) -> dict[str, Any]:
     world.join(ParallelConfig())
     model = build(config.model, ParallelConfig(), config.train)
     init.initialise(model, config.model, 1)
-    optimizer = Optimizer(model, config.optim)
+    full = torch.float64 if precision == "fp64" else torch.float32
+    if precision == "fp64":  # as with Transformer Engine: its Adam must not be taken for float64
+        with mock.patch.object(library, "Adam", None), mock.patch.object(library, "USING_PYTORCH_OPTIMIZER", False):
+            optimizer = Optimizer(model, config.optim)
+    else:
+        optimizer = Optimizer(model, config.optim)
     optimizer.adopt_model()
     names, parameters = zip(*model.named_parameters(), strict=True)
-    copies = [torch.nn.Parameter(p.detach().float().clone()) for p in parameters]
+    copies = [torch.nn.Parameter(p.detach().to(full, copy=True)) for p in parameters]
     o = config.optim
     reference = torch.optim.AdamW([{"params": [c for c in copies if c.dim() > 1], "weight_decay": o.weight_decay},
                                    {"params": [c for c in copies if c.dim() == 1], "weight_decay": 0.0}],
@@ -37,7 +45,7 @@ def updates(precision: str, clip_grad: float) -> dict[str, Any]:
     for lr in (1e-2, 3e-2, 1e-3, 5e-3):
         optimizer.zero_grad()
         for parameter, copy in zip(parameters, copies, strict=True):
-            copy.grad = torch.randn(copy.shape, generator=generator) * 0.01
+            copy.grad = (torch.randn(copy.shape, generator=generator) * 0.01).to(full)
             parameter.main_grad.copy_(copy.grad)
         expected = torch.nn.utils.clip_grad_norm_(copies, clip_grad or torch.inf)
         for group in reference.param_groups:
@@ -47,28 +55,31 @@ def updates(precision: str, clip_grad: float) -> dict[str, Any]:
     state = {b.key: b.data.dtype for b in optimizer.state_blocks()}
     masters = [b.data for b in optimizer.state_blocks() if b.key.startswith(MASTER)]
     main = masters or [p.detach() for p in parameters]
-    apart = {n: float((p.detach().float() - c.detach()).abs().max()) for n, p, c in zip(names, parameters, copies, strict=True)}
+    apart = {n: float((p.detach().to(full) - c.detach()).abs().max()) for n, p, c in zip(names, parameters, copies, strict=True)}
     total = sum(float(t.double().square().sum()) for t in main)
     return {"norms": norms, "updates": optimizer.num_updates, "masters": len(masters),
-            "fp32_state": all(d == torch.float32 for d in state.values()),
+            "full_state": all(d == full for d in state.values()),
             "sum": total, "expected_sum": sum(float(c.detach().double().square().sum()) for c in copies),
             "apart": apart, "size": {n: float(c.detach().abs().max()) for n, c in zip(names, copies, strict=True)}}
 
 
 @pytest.mark.distributed
 def test_updates_are_torchs_adamw(ranks, job) -> None:
-    clipped, unclipped, bf16 = (r[0] for r in ranks(
+    clipped, unclipped, bf16, fp64 = (r[0] for r in ranks(
         job(__file__, "updates", 1, {"precision": "fp32", "clip_grad": 0.5}),
         job(__file__, "updates", 1, {"precision": "fp32", "clip_grad": 0.0}),
-        job(__file__, "updates", 1, {"precision": "bf16", "clip_grad": 0.5})))
-    for result in (clipped, unclipped, bf16):
-        assert result["updates"] == 4 and result["fp32_state"]
+        job(__file__, "updates", 1, {"precision": "bf16", "clip_grad": 0.5}),
+        job(__file__, "updates", 1, {"precision": "fp64", "clip_grad": 0.5})))
+    for result in (clipped, unclipped, bf16, fp64):
+        assert result["updates"] == 4 and result["full_state"]
         for got, expected in result["norms"]:
             assert got == pytest.approx(expected, rel=1e-5) and expected > 0.5
         assert result["sum"] == pytest.approx(result["expected_sum"], rel=1e-6)
     for result in (clipped, unclipped):
         assert max(result["apart"].values()) < 2e-6
         assert result["masters"] == 0
+    assert max(fp64["apart"].values()) < 1e-14 and fp64["masters"] == 0
+    assert fp64["norms"] == [pytest.approx(n, rel=1e-13) for n in ([expected, expected] for _, expected in fp64["norms"])]
     assert bf16["masters"] > 40
     for name, apart in bf16["apart"].items():  # bf16 weights are the rounded fp32 ones: 8 bits
         assert apart <= bf16["size"][name] * 2 ** -8, name
