@@ -58,13 +58,16 @@ class ParallelConfig:
                 p.append(f"parallel.{name} = {size} must be at least 1")
         if p:
             return p
-        for name in ("num_heads", "num_kv_heads", "vocab_size"):
+        for name in ("num_heads", "num_kv_heads"):
             value = getattr(model, name)
             if value % self.tp:
                 p.append(f"parallel.tp = {self.tp} must divide model.{name} = {value}; {_divisors(value)}")
-        if model.num_dense_layers and model.dense_ffn_dim % self.tp:
+        if (model.num_moe_layers() < model.num_layers or model.num_mtp_layers) and model.dense_ffn_dim % self.tp:
             p.append(f"parallel.tp = {self.tp} must divide model.dense_ffn_dim = {model.dense_ffn_dim}")
-        if model.num_dense_layers < model.num_layers:
+        if not model.num_moe_layers() and (self.ep > 1 or self.etp > 1):
+            p.append(f"parallel.ep = {self.ep} and parallel.etp = {self.etp} must be 1: model.num_experts = {model.num_experts}, "
+                     "so there are no experts to divide")
+        elif model.num_moe_layers():
             if model.num_experts % self.ep:
                 p.append(f"parallel.ep = {self.ep} must divide model.num_experts = {model.num_experts}; "
                          f"{_divisors(model.num_experts)}")

@@ -49,15 +49,21 @@ class ModelConfig:
     dense_ffn_dim: int = 0
     """Inner width of dense feed-forward layers (also of a dense multi-token prediction layer)."""
     num_experts: int = 128
-    """Routed experts of a layer."""
+    """Routed experts of a layer; 0: every layer is dense."""
     num_experts_per_token: int = 8
     """Routed experts that each token visits (top-k)."""
     num_shared_experts: int = 1
     """Experts that every token visits."""
     expert_ffn_dim: int = 1280
     """Inner width of one expert."""
+    router_score: Literal["sigmoid", "softmax"] = "sigmoid"
+    """What turns the router's logits into scores: sigmoid each (DeepSeek-V3), or softmax over all experts."""
+    norm_topk_prob: bool = True
+    """Whether the scores of a token's chosen experts are divided by their sum."""
+    router_bias: bool = True
+    """Whether a bias that is added for the choice only balances the experts (arXiv 2408.15664); needs router_score sigmoid."""
     routed_scaling_factor: float = 1.0
-    """Factor on the normalised weights of the chosen experts."""
+    """Factor on the weights of the chosen experts."""
     router_bias_update_rate: float = 1e-3
     """Step of the router's selection bias per optimizer step (arXiv 2408.15664); 0 freezes it."""
     seq_aux_loss_coeff: float = 1e-4
@@ -72,12 +78,18 @@ class ModelConfig:
     """Base of the rotary frequencies."""
     yarn: YarnConfig | None = None
     """Rotary scaling beyond the original context; None = plain RoPE."""
+    qkv_bias: bool = False
+    """Whether the query, key and value projections have a bias (the output projection never has)."""
     qk_norm: bool = False
     """RMSNorm over each head of queries and keys, before RoPE."""
     norm_eps: float = 1e-5
     """Epsilon of every RMSNorm."""
+    tied_embeddings: bool = False
+    """Whether the output head is the embedding matrix."""
     num_mtp_layers: int = 0
     """Multi-token prediction layers after the trunk (DeepSeek-V3 form, dense)."""
+    mtp_attention: Literal["G", "L"] = "G"
+    """Attention of the multi-token prediction layer: G = global (rotated as other global layers are), L = sliding window."""
     mtp_loss_coeff: float = 0.05
     """Weight of the multi-token prediction loss."""
     max_position_tokens: int = 131072
@@ -89,6 +101,14 @@ class ModelConfig:
         """Return the attention type of each trunk layer."""
         pattern = self.attention_pattern or "G"
         return ["sliding_attention" if pattern[i % len(pattern)] == "L" else "full_attention" for i in range(self.num_layers)]
+
+    def mtp_layer_type(self) -> Literal["sliding_attention", "full_attention"]:
+        """Return the attention type of the multi-token prediction layer."""
+        return "sliding_attention" if self.mtp_attention == "L" else "full_attention"
+
+    def num_moe_layers(self) -> int:
+        """Return how many trunk layers have experts: all after the leading dense ones, or none."""
+        return self.num_layers - self.num_dense_layers if self.num_experts else 0
 
     def problems(self) -> list[str]:
         """Return one sentence for each rule that the architecture breaks."""
@@ -102,9 +122,9 @@ class ModelConfig:
             p.append(f"model.head_dim = {self.head_dim} must be even (RoPE rotates pairs)")
         if not 0 <= self.num_dense_layers <= self.num_layers:
             p.append(f"model.num_dense_layers = {self.num_dense_layers} must lie between 0 and num_layers = {self.num_layers}")
-        if (self.num_dense_layers or self.num_mtp_layers) and self.dense_ffn_dim <= 0:
+        if (self.num_moe_layers() < self.num_layers or self.num_mtp_layers) and self.dense_ffn_dim <= 0:
             p.append(f"model.dense_ffn_dim = {self.dense_ffn_dim} must be positive for dense and multi-token prediction layers")
-        if self.num_dense_layers < self.num_layers and not 0 < self.num_experts_per_token <= self.num_experts:
+        if self.num_moe_layers() and not 0 < self.num_experts_per_token <= self.num_experts:
             p.append(f"model.num_experts_per_token = {self.num_experts_per_token} must lie between 1 and "
                      f"num_experts = {self.num_experts}")
         if set(self.attention_pattern) - {"L", "G"} or not self.attention_pattern:
@@ -112,6 +132,10 @@ class ModelConfig:
         if ("L" in self.attention_pattern) != (self.sliding_window_tokens > 0):
             p.append(f"model.sliding_window_tokens = {self.sliding_window_tokens} must be positive exactly when "
                      f"attention_pattern = {self.attention_pattern!r} has an L")
+        if self.num_mtp_layers and self.mtp_attention == "L" and not self.sliding_window_tokens:
+            p.append(f"model.mtp_attention = 'L' needs model.sliding_window_tokens > 0, it is {self.sliding_window_tokens}")
+        if self.router_bias and self.router_score != "sigmoid" and self.num_moe_layers():
+            p.append(f"model.router_bias = True needs model.router_score = 'sigmoid', it is {self.router_score!r}")
         if self.num_mtp_layers not in (0, 1):
             p.append(f"model.num_mtp_layers = {self.num_mtp_layers} must be 0 or 1")
         if self.init_std <= 0:

@@ -7,13 +7,13 @@ every layout.  Writing into the view changes the model.
 from __future__ import annotations
 
 import bisect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
-from megatron_sov.mcore.model import LanguageModel
+from megatron_sov.mcore.model import VOCABULARY_WEIGHTS, LanguageModel, valid_rows
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,14 @@ def of(model: LanguageModel) -> list[Block]:
         apply_factories(declared)  # splits fused gate-and-up matrices, which are cut along each half
         blocks += [Block(t.key, t.data, tuple(t.global_shape), tuple(t.global_offset), tuple(t.replica_id))
                    for t in nested_values(declared) if isinstance(t, ShardedTensor)]
-    return sorted(blocks, key=lambda b: (b.key, b.offset))
+    blocks = [_without_padding(b, model.vocab_size) if b.key in VOCABULARY_WEIGHTS else b for b in blocks]
+    return sorted((b for b in blocks if b.data.numel()), key=lambda b: (b.key, b.offset))
+
+
+def _without_padding(block: Block, vocab_size: int) -> Block:
+    """Return the part of an embedding's or head's block that belongs to token ids; how many rows follow depends on the layout."""
+    rows = valid_rows(block.data, vocab_size)
+    return replace(block, data=block.data[:rows], global_shape=(vocab_size, *block.global_shape[1:]))
 
 
 class ParameterLookup:

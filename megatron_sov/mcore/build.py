@@ -44,13 +44,13 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
 
     dtype = PRECISION[train.precision]
     te = uses_transformer_engine(dtype)
-    moe = model.num_dense_layers < model.num_layers
     settings: dict[str, Any] = {
         "num_layers": model.num_layers, "hidden_size": model.hidden_size, "num_attention_heads": model.num_heads,
         "num_query_groups": model.num_kv_heads, "kv_channels": model.head_dim,
         "ffn_hidden_size": model.dense_ffn_dim or model.expert_ffn_dim,
         "normalization": "RMSNorm", "layernorm_epsilon": model.norm_eps, "gated_linear_unit": True, "activation_func": silu,
-        "add_bias_linear": False, "qk_layernorm": model.qk_norm, "hidden_dropout": 0.0, "attention_dropout": 0.0,
+        "add_bias_linear": False, "add_qkv_bias": model.qkv_bias, "qk_layernorm": model.qk_norm,
+        "hidden_dropout": 0.0, "attention_dropout": 0.0,
         "perform_initialization": False, "use_cpu_initialization": not cpu.on_gpu(),
         "params_dtype": dtype, "pipeline_dtype": dtype, "bf16": train.precision == "bf16",
         "tensor_model_parallel_size": parallel.tp, "sequence_parallel": parallel.sp,
@@ -73,14 +73,14 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
         settings["window_size"] = (model.sliding_window_tokens - 1, 0)
     if model.num_mtp_layers:
         settings |= {"mtp_num_layers": model.num_mtp_layers, "mtp_loss_scaling_factor": model.mtp_loss_coeff}
-    if moe:
+    if model.num_moe_layers():
         settings |= _moe_settings(model, parallel, te) | {"moe_router_dtype": "fp64" if dtype == torch.float64 else "fp32"}
     if train.recompute:
         settings |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     config = TransformerConfig(**settings)
     _per_layer_lists(config, model)
     _yarn(config, model)
-    config.routing_step = RoutingStep()
+    config.routing_step, config.norm_topk_prob = RoutingStep(), model.norm_topk_prob
     return config
 
 
@@ -89,11 +89,13 @@ def _moe_settings(model: ModelConfig, parallel: ParallelConfig, te: bool) -> dic
         "num_moe_experts": model.num_experts, "moe_router_topk": model.num_experts_per_token,
         "moe_ffn_hidden_size": model.expert_ffn_dim,
         "moe_shared_expert_intermediate_size": model.expert_ffn_dim * model.num_shared_experts or None,
-        "moe_router_score_function": "sigmoid", "moe_router_topk_scaling_factor": model.routed_scaling_factor,
-        "moe_router_enable_expert_bias": True, "moe_router_bias_update_rate": model.router_bias_update_rate,
+        "moe_router_score_function": model.router_score, "moe_router_topk_scaling_factor": model.routed_scaling_factor,
+        "moe_router_enable_expert_bias": model.router_bias, "moe_router_bias_update_rate": model.router_bias_update_rate,
+        # the choice of experts is the same before and after a softmax; without this the library refuses a single one
+        "moe_router_pre_softmax": model.router_score == "softmax",
         "moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": model.seq_aux_loss_coeff,
         "moe_token_dispatcher_type": parallel.expert_dispatcher, "moe_grouped_gemm": te, "moe_permute_fusion": te,
-        "moe_layer_freq": [0] * model.num_dense_layers + [1] * (model.num_layers - model.num_dense_layers),
+        "moe_layer_freq": [0] * model.num_dense_layers + [1] * model.num_moe_layers(),
     }
 
 
@@ -101,9 +103,9 @@ def _per_layer_lists(config: Any, model: ModelConfig) -> None:
     """Spell out per layer what slides and what rotates, with one entry more for the multi-token prediction layer.
 
     The library looks both up by layer number, and that layer's number is num_layers + 1; its own validation allows only
-    num_layers entries, so the lists are set after it.  K-EXAONE's prediction layer is of the kind of the trunk's first layer.
+    num_layers entries, so the lists are set after it.
     """
-    kinds = list(model.layer_types()) + [model.layer_types()[0]] * model.num_mtp_layers
+    kinds = list(model.layer_types()) + [model.mtp_layer_type()] * model.num_mtp_layers
     if model.sliding_window_tokens:
         config.window_attn_skip_freq = [int(k == "sliding_attention") for k in kinds]
     if not model.rope_on_global:
@@ -138,7 +140,7 @@ def mtp_layer_spec(config: Any, model: ModelConfig) -> Any:
         spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_norm)
     else:
         spec = get_gpt_layer_local_spec(qk_layernorm=model.qk_norm, normalization="RMSNorm")
-    return _finish_spec(config, spec, model.layer_types()[0], model)
+    return _finish_spec(config, spec, model.mtp_layer_type(), model)
 
 
 def _own_copies(specs: list[Any]) -> list[Any]:

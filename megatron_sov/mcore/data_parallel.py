@@ -35,7 +35,7 @@ def wrap(model: LanguageModel, parallel: ParallelConfig) -> list[Any]:
         if settings.align_param_gather:
             model.config.param_sync_func = [w.start_param_sync for w in wrapped]
         if model.chunks[-1].post_process:
-            model.chunks[-1].register_forward_hook(partial(_wait_for_head, wrapped[-1]))
+            model.chunks[-1].register_forward_hook(partial(_wait_for_head, wrapped[-1], model.head_weight))
     return wrapped
 
 
@@ -44,12 +44,12 @@ def _per_chunk(functions: list[Any]) -> Any:
     return functions if len(functions) > 1 else functions[0]
 
 
-def _wait_for_head(wrapped: Any, chunk: Any, *_: Any) -> None:
+def _wait_for_head(wrapped: Any, weight: torch.Tensor, *_: Any) -> None:
     """Wait for the head's updated weight once the last hidden states are there.
 
     The library waits whenever a module is called, but losses take the head's weight and never call its module.
     """
-    wrapped.param_to_bucket_group[chunk.output_layer.weight].finish_param_sync(skip_next_bucket_dispatch=True)
+    wrapped.param_to_bucket_group[weight].finish_param_sync(skip_next_bucket_dispatch=True)
 
 
 def deferred_gather(wrapped: list[Any]) -> Callable[[], None] | None:

@@ -20,6 +20,7 @@ from megatron_sov.mcore.model import LanguageModel
 ONES, ZEROS, NORMAL, RESIDUAL = "ones", "zeros", "normal", "normal into the residual"
 RULES = (
     ("*norm.weight", ONES), ("*.layer_norm_weight", ONES), ("*.router.expert_bias", ZEROS),
+    ("*.linear_qkv.bias", ZEROS),
     ("*.linear_proj.weight", RESIDUAL), ("*.linear_fc2.weight", RESIDUAL),
     ("*.linear_qkv.weight", NORMAL), ("*.linear_fc1.weight", NORMAL), ("*.router.weight", NORMAL), ("*.eh_proj.weight", NORMAL),
     ("*.word_embeddings.weight", NORMAL), ("output_layer.weight", NORMAL),

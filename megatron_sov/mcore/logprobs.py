@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from megatron_sov.mcore import context
-from megatron_sov.mcore.model import LanguageModel, gather_sequence
+from megatron_sov.mcore.model import LanguageModel, gather_sequence, valid_rows
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,13 @@ class Head:
     """The output head of the last pipeline stage."""
 
     weight: torch.Tensor
-    """[V / tp, H], this process's rows."""
+    """[V / tp, H], this process's rows; V is padded to a multiple of tp."""
     config: Any
     """The library's TransformerConfig."""
     chunk_tokens: int
     """C."""
+    vocab_size: int
+    """Token ids, without padding."""
 
     def logprobs(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return log p(label) of each position.
@@ -43,35 +45,45 @@ class Head:
         states = gather_sequence(hidden, self.config)
         parts = []
         for s, y in zip(states.split(self.chunk_tokens), context.local(labels).split(self.chunk_tokens), strict=True):
-            parts.append(checkpoint(_chunk_logprobs, s, self.weight, y, use_reentrant=False))
+            parts.append(checkpoint(_chunk_logprobs, s, self.weight, self._mask(), y, use_reentrant=False))
         return context.gather(torch.cat(parts))
 
     @torch.no_grad()
     def top_tokens(self, states: torch.Tensor) -> torch.Tensor:
         """Return the most probable token [n] int64 after each of some positions' hidden states [n, H] (already gathered)."""
-        return torch.cat([_chunk_argmax(s, self.weight) for s in states.split(self.chunk_tokens)])
+        return torch.cat([_chunk_argmax(s, self.weight, self._mask()) for s in states.split(self.chunk_tokens)])
 
     @torch.no_grad()
     def logits(self, states: torch.Tensor) -> torch.Tensor:
-        """Return full logits [n, V] float32 (float64 under fp64) of a few positions' hidden states [n, H] (already gathered)."""
-        local = _logits(states, self.weight)
-        return tensor_parallel.gather_from_tensor_model_parallel_region(local)
+        """Return full logits [n, token ids] float32 (float64 under fp64) of a few positions' states [n, H] (already gathered)."""
+        local = _logits(states, self.weight, None)
+        return tensor_parallel.gather_from_tensor_model_parallel_region(local)[:, :self.vocab_size]
+
+    def _mask(self) -> torch.Tensor | None:
+        """Return [V / tp] with 0 for token ids and -inf for padding, or None where this process has no padding."""
+        rows = valid_rows(self.weight, self.vocab_size)
+        if rows == len(self.weight):
+            return None
+        mask = self.weight.new_zeros(len(self.weight))
+        mask[rows:] = -torch.inf
+        return mask
 
 
 def head_of(model: LanguageModel, chunk_tokens: int) -> Head:
     """Return the head of a model's last pipeline stage."""
-    return Head(model.head_weight, model.config, chunk_tokens)
+    return Head(model.head_weight, model.config, chunk_tokens, model.vocab_size)
 
 
-def _chunk_logprobs(states: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """[C, H], [V / tp, H], [C] -> [C] float32 (float64 under fp64)."""
-    chosen: torch.Tensor = _LabelLogprobs.apply(_logits(states, weight), labels, parallel_state.get_tensor_model_parallel_group())
+def _chunk_logprobs(states: torch.Tensor, weight: torch.Tensor, mask: torch.Tensor | None, labels: torch.Tensor) -> torch.Tensor:
+    """[C, H], [V / tp, H], [V / tp], [C] -> [C] float32 (float64 under fp64)."""
+    logits = _logits(states, weight, mask)
+    chosen: torch.Tensor = _LabelLogprobs.apply(logits, labels, parallel_state.get_tensor_model_parallel_group())
     return chosen
 
 
-def _logits(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """[n, H], [V / tp, H] -> [n, V / tp] in float32, or float64 where the model is."""
-    logits = torch.nn.functional.linear(states, weight)
+def _logits(states: torch.Tensor, weight: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """[n, H], [V / tp, H], [V / tp] -> [n, V / tp] in float32, or float64 where the model is; without mask padding has 0."""
+    logits = torch.nn.functional.linear(states, weight, mask)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
@@ -110,9 +122,9 @@ class _LabelLogprobs(torch.autograd.Function):
         return gradient, None, None
 
 
-def _chunk_argmax(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """[C, H], [V / tp, H] -> [C] int64; of equal logits the lowest id wins, at every layout."""
-    best, token = _logits(states, weight).max(dim=-1)
+def _chunk_argmax(states: torch.Tensor, weight: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """[C, H], [V / tp, H], [V / tp] -> [C] int64; of equal logits the lowest id wins, at every layout."""
+    best, token = _logits(states, weight, mask).max(dim=-1)
     group = parallel_state.get_tensor_model_parallel_group()
     if group.size() == 1:
         return token

@@ -36,6 +36,9 @@ from megatron_sov.mcore.build import (
 )
 from megatron_sov.mcore.rotary import widen
 
+VOCABULARY_WEIGHTS = ("embedding.word_embeddings.weight", "output_layer.weight")
+"""Weights with a row per token id, split by rows over the tensor-parallel group."""
+
 
 @dataclass(frozen=True)
 class ModelInputs:
@@ -131,7 +134,8 @@ class LanguageModel(torch.nn.ModuleList):
         """In the order of their layers."""
         self.config = chunks[0].config
         """The library's TransformerConfig."""
-        self.vocab_size: int = chunks[0].vocab_size
+        self.vocab_size = architecture.vocab_size
+        """Token ids; a chunk's own `vocab_size` is padded to a multiple of the tensor parallel size."""
         self.pending_gather: Callable[[], None] | None = None
         """Brings the last update's weights to the data-parallel processes that did not compute them; None: all have them."""
 
@@ -146,8 +150,10 @@ class LanguageModel(torch.nn.ModuleList):
 
     @property
     def head_weight(self) -> torch.Tensor:
-        """[vocabulary / tensor parallel size, hidden] weight of the output head, which the last pipeline stage holds."""
-        weight: torch.Tensor = self.chunks[-1].output_layer.weight
+        """[padded vocabulary / tensor parallel size, hidden] weight of the output head, which the last pipeline stage holds."""
+        last = self.chunks[-1]
+        tied = last.share_embeddings_and_output_weights
+        weight: torch.Tensor = last.shared_embedding_or_output_weight() if tied else last.output_layer.weight
         return weight
 
 
@@ -171,19 +177,35 @@ def _chunk(model: ModelConfig, config: Any, vp_stage: int | None) -> Chunk:
         layer.submodules.enorm = layer.submodules.hnorm = layer.submodules.layer_norm = norm
         mtp = MultiTokenPredictionBlockSubmodules(layer_specs=[layer] * model.num_mtp_layers)
     chunk = Chunk(
-        config, TransformerBlockSubmodules(layer_specs=local, layer_norm=norm), vocab_size=model.vocab_size,
+        config, TransformerBlockSubmodules(layer_specs=local, layer_norm=norm),
+        vocab_size=-(-model.vocab_size // config.tensor_model_parallel_size) * config.tensor_model_parallel_size,
         max_sequence_length=model.max_position_tokens,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
-        post_process=last_stage, position_embedding_type="yarn" if model.yarn else "rope", rotary_base=int(model.rope_theta),
-        share_embeddings_and_output_weights=False, mtp_block_spec=mtp, vp_stage=vp_stage)
+        post_process=last_stage, position_embedding_type="yarn" if model.yarn else "rope", rotary_base=model.rope_theta,
+        share_embeddings_and_output_weights=model.tied_embeddings, mtp_block_spec=mtp, vp_stage=vp_stage)
     for parameter in chunk.parameters():
         # not the buffers: a router's bias moves in steps that vanish in bf16, and its counts stop at 256 there
         parameter.data = parameter.data.to(config.params_dtype)
     if config.params_dtype == torch.float64:
         widen(chunk.rotary_pos_emb, model)
+    _zero_padding_rows(chunk, model.vocab_size)
     _mark_expert_parameters(chunk)
     _mark_split_parameters(chunk)
     return chunk
+
+
+def valid_rows(weight: torch.Tensor, vocab_size: int) -> int:
+    """Return how many rows of this process's part of an embedding or head weight belong to token ids; padding follows them."""
+    first = parallel_state.get_tensor_model_parallel_rank() * weight.shape[0]
+    return min(max(vocab_size - first, 0), weight.shape[0])
+
+
+@torch.no_grad()
+def _zero_padding_rows(chunk: Chunk, vocab_size: int) -> None:
+    """Set rows beyond the vocabulary to zero: nothing else ever writes them, and no gradient reaches them."""
+    for name, weight in chunk.named_parameters():
+        if name in VOCABULARY_WEIGHTS:
+            weight[valid_rows(weight, vocab_size):] = 0
 
 
 def _mark_expert_parameters(chunk: Chunk) -> None:
@@ -204,7 +226,8 @@ def _mark_split_parameters(chunk: Chunk) -> None:
     """
     for module in chunk.modules():
         split = isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding, RowParallelLinear))
-        if split and not hasattr(module.weight, "tensor_model_parallel"):
+        # a tied head has no weight of its own
+        if split and module.weight is not None and not hasattr(module.weight, "tensor_model_parallel"):
             set_tensor_model_parallel_attributes(module.weight, True, int(isinstance(module, RowParallelLinear)), 1)
 
 

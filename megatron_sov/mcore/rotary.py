@@ -17,7 +17,7 @@ def frequencies(model: ModelConfig) -> torch.Tensor:
     arXiv 2309.00071, eq. 17-22), its ramp's ends rounded outwards to whole channels as transformers does.
     """
     dim = model.head_dim
-    base = int(model.rope_theta)
+    base = model.rope_theta
     plain = base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
     if model.yarn is None:
         return plain

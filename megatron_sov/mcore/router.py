@@ -1,8 +1,8 @@
-"""The router: the library's top-k routing, with padding left out and the balancing loss normalised over the global batch.
+"""The router: top-k routing as in transformers, with padding left out and the balancing loss normalised over the global batch.
 
-Two properties of megatron-core 0.16.1 make an own class necessary: with per-token losses its auxiliary losses are divided
-by the sequence- and context-parallel sizes (a result that depends on the layout), and its expert counts cannot take a
-padding mask (shapes [tokens] and [tokens, experts] do not broadcast).
+Three properties of megatron-core 0.16.1 make an own class necessary: with per-token losses its auxiliary losses are divided
+by the sequence- and context-parallel sizes (a result that depends on the layout); its expert counts cannot take a padding
+mask (shapes [tokens] and [tokens, experts] do not broadcast); and it does not normalise the weight of a single chosen expert.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from megatron.core.transformer.moe.moe_utils import (
-    MoEAuxLossAutoScaler,
-    compute_routing_scores_for_aux_loss,
-)
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 
-from megatron_sov.mcore import context
+from megatron_sov.mcore import context, cpu
+
+EPSILON = 1e-20
+"""Added to the sum that weights are divided by, as in transformers."""
 
 
 @dataclass
@@ -44,6 +44,13 @@ class BalancedRouter(TopKRouter):
     score, averaged over the sequences of the global batch.
     """
 
+    def __init__(self, config: Any, pg_collection: Any = None) -> None:
+        super().__init__(config, pg_collection)
+        if self.local_tokens_per_expert is None:  # the library counts for its selection bias only
+            del self.local_tokens_per_expert
+            zeros = torch.zeros(config.num_moe_experts, dtype=torch.float32, device=cpu.device())
+            self.register_buffer("local_tokens_per_expert", zeros, persistent=False)
+
     def routing(self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Choose experts.
 
@@ -63,17 +70,20 @@ class BalancedRouter(TopKRouter):
         return probs, routing_map
 
     def _choose(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return weights and choice of the top K experts by sigmoid score plus bias (arXiv 2412.19437, eq. 12-16).
+        """Return weights and choice of the top K experts by score, plus bias where there is one (arXiv 2412.19437, eq. 12-16).
 
-        The library's `topk_routing_with_score_function` rounds scores to float32.
+        The library's `topk_routing_with_score_function` rounds scores to float32, and leaves a single expert's weight as it is.
         """
-        scores = torch.sigmoid(logits)
-        _, chosen = torch.topk(scores + self.expert_bias, self.topk, dim=1)
+        scores = self._scores(logits)
+        _, chosen = torch.topk(scores if self.expert_bias is None else scores + self.expert_bias, self.topk, dim=1)
         weights = scores.gather(1, chosen)
-        if self.topk > 1:
-            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+        if self.config.norm_topk_prob:
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + EPSILON)
         probs = torch.zeros_like(logits).scatter(1, chosen, weights * self.config.moe_router_topk_scaling_factor)
         return probs, torch.zeros_like(logits, dtype=torch.bool).scatter(1, chosen, True)
+
+    def _scores(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits.softmax(dim=-1) if self.score_function == "softmax" else logits.sigmoid()
 
     def _count_tokens(self, routing_map: torch.Tensor, valid: torch.Tensor | None) -> None:
         with torch.no_grad():
@@ -85,7 +95,9 @@ class BalancedRouter(TopKRouter):
         step: RoutingStep = self.config.routing_step
         if coeff == 0:
             return probs
-        chosen, scores = compute_routing_scores_for_aux_loss(logits, self.topk, self.score_function)
+        scores = self._scores(logits)
+        scores = scores / (scores.sum(dim=-1, keepdim=True) + EPSILON)  # a softmax sums to 1 already
+        chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(1, scores.topk(self.topk, dim=-1).indices, True)
         if valid is None:
             valid = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
         chosen = (chosen & valid[:, None]).to(scores.dtype)

@@ -80,9 +80,11 @@ class ExpertLoad:
         The division by a token count is left out: losses arrive divided by their own global denominators.
         """
         self._gathered = None
-        routers: Iterator[Any] = (m for m in self._model.modules() if getattr(m, "local_tokens_per_expert", None) is not None)
+        routers: list[Any] = [m for m in self._model.modules() if hasattr(m, "local_tokens_per_expert")]
         self._counts = {router.layer_number: router.local_tokens_per_expert.clone() for router in routers}
         finalize_model_grads(chunks, None, pg_collection, bool(force_all_reduce))
+        for router in routers:  # the library forgets the counts of those with a selection bias only
+            router.local_tokens_per_expert.zero_()
 
     def gather(self, num_layers: int, num_experts: int) -> torch.Tensor:
         """Return [layers, experts] token counts of the last step, summed over all processes once (zero rows: dense layers)."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from megatron_sov.errors import UserError, nearest
-from megatron_sov.models import exaone_moe, solar_open
+from megatron_sov.models import exaone_moe, qwen, solar_open
 from megatron_sov.models.family import Family
 
-FAMILIES = {family.name: family for family in (solar_open.FAMILY, exaone_moe.FAMILY)}
+FAMILIES = {family.name: family for family in (
+    solar_open.FAMILY, exaone_moe.FAMILY, qwen.QWEN2, qwen.QWEN3, qwen.QWEN3_MOE)}
 
 
 def get(name: str) -> Family:

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from megatron_sov.models.weights import QKV, Entry, Experts, GateUp, Same, Section
 
-EMBEDDINGS_AND_HEAD = Section("once", "", "", (
-    Same("embedding.word_embeddings.weight", "model.embed_tokens.weight", "V H"),
-    Same("decoder.final_layernorm.weight", "model.norm.weight", "H"),
-    Same("output_layer.weight", "lm_head.weight", "V H"),
-))
+EMBEDDINGS_AND_HEAD = (
+    Section("once", "", "", (
+        Same("embedding.word_embeddings.weight", "model.embed_tokens.weight", "V H"),
+        Same("decoder.final_layernorm.weight", "model.norm.weight", "H"),
+    )),
+    Section("untied", "", "", (Same("output_layer.weight", "lm_head.weight", "V H"),)),
+)
 
 ATTENTION: tuple[Entry, ...] = (
     Same("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", "H"),
     QKV("self_attention.linear_qkv.weight", "self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
     Same("self_attention.linear_proj.weight", "self_attn.o_proj.weight", "H A"),
+)
+
+QKV_BIAS: tuple[Entry, ...] = (
+    QKV("self_attention.linear_qkv.bias", "self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias", columns=""),
 )
 
 QK_NORM: tuple[Entry, ...] = (
@@ -27,19 +35,27 @@ DENSE_FFN: tuple[Entry, ...] = (
     Same("mlp.linear_fc2.weight", "mlp.down_proj.weight", "H F"),
 )
 
-MOE_FFN: tuple[Entry, ...] = (
+ROUTED_EXPERTS: tuple[Entry, ...] = (
     Same("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", "H"),
     Same("mlp.router.weight", "mlp.gate.weight", "E H"),
-    GateUp("mlp.shared_experts.linear_fc1.weight",
-           "mlp.shared_experts.gate_proj.weight", "mlp.shared_experts.up_proj.weight", "S H"),
-    Same("mlp.shared_experts.linear_fc2.weight", "mlp.shared_experts.down_proj.weight", "H S"),
     Experts(GateUp("mlp.experts.experts.linear_fc1.weight",
                    "mlp.experts.{e}.gate_proj.weight", "mlp.experts.{e}.up_proj.weight", "I H")),
     Experts(Same("mlp.experts.experts.linear_fc2.weight", "mlp.experts.{e}.down_proj.weight", "H I")),
 )
-"""All of a mixture-of-experts block but the router's selection bias, whose name differs between families."""
+"""All of a mixture-of-experts block but shared experts and the router's selection bias."""
+
+SHARED_EXPERTS: tuple[Entry, ...] = (
+    GateUp("mlp.shared_experts.linear_fc1.weight",
+           "mlp.shared_experts.gate_proj.weight", "mlp.shared_experts.up_proj.weight", "S H"),
+    Same("mlp.shared_experts.linear_fc2.weight", "mlp.shared_experts.down_proj.weight", "H S"),
+)
 
 
 def router_bias(hf_name: str) -> Same:
     """Return the entry of the router's selection bias: float32 always, since its steps of 1e-4 vanish in less."""
     return Same("mlp.router.expert_bias", hf_name, "E", fp32=True)
+
+
+def trunk(where: Literal["every layer", "dense layers", "moe layers"], *parts: tuple[Entry, ...]) -> Section:
+    """Return the section of parts that stand in the trunk's layers, under the prefixes that all families share."""
+    return Section(where, "decoder.layers.{l}.", "model.layers.{l}.", tuple(entry for part in parts for entry in part))

@@ -1,7 +1,7 @@
 """How many parameters a model has, from its config alone.
 
-The sums are the shapes of the weights as they are published: untied embeddings, no biases, one RMSNorm weight per
-normalised width.  The router's selection bias is a buffer that no gradient reaches, so it is not counted.
+The sums are the shapes of the weights as they are published; a tied output head is the embedding matrix and counts once.
+The router's selection bias is a buffer that no gradient reaches, so it is not counted.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ class ParamCount:
 
 
 def attention_params(model: ModelConfig) -> int:
-    """Return the weights of one attention block: query, key, value, output and, where it has them, QK-norms."""
+    """Return the weights of one attention block: query, key, value, output and, where it has them, biases and QK-norms."""
     projections = model.hidden_size * model.head_dim * 2 * (model.num_heads + model.num_kv_heads)
-    return projections + (2 * model.head_dim if model.qk_norm else 0)
+    bias = model.head_dim * (model.num_heads + 2 * model.num_kv_heads) if model.qkv_bias else 0
+    return projections + bias + (2 * model.head_dim if model.qk_norm else 0)
 
 
 def swiglu_params(hidden_size: int, ffn_dim: int) -> int:
@@ -41,13 +42,14 @@ def num_params(model: ModelConfig) -> ParamCount:
     from 2H to H, one dense transformer layer and a last norm.
     """
     h = model.hidden_size
-    num_moe_layers = model.num_layers - model.num_dense_layers
+    num_moe_layers = model.num_moe_layers()
+    num_dense_layers = model.num_layers - num_moe_layers
     block = attention_params(model) + 2 * h
     dense_ffn, expert = swiglu_params(h, model.dense_ffn_dim), swiglu_params(h, model.expert_ffn_dim)
     moe_ffn = h * model.num_experts + (model.num_experts + model.num_shared_experts) * expert
-    embeddings_and_head = 2 * model.vocab_size * h
+    embeddings_and_head = (1 if model.tied_embeddings else 2) * model.vocab_size * h
 
-    total = embeddings_and_head + h + model.num_layers * block + model.num_dense_layers * dense_ffn + num_moe_layers * moe_ffn
+    total = embeddings_and_head + h + model.num_layers * block + num_dense_layers * dense_ffn + num_moe_layers * moe_ffn
     idle = num_moe_layers * (model.num_experts - model.num_experts_per_token) * expert
     mtp = model.num_mtp_layers * (2 * h + 2 * h * h + block + dense_ffn + h)
     return ParamCount(total, total - idle, mtp)

@@ -11,19 +11,26 @@ from megatron_sov.errors import UserError, nearest
 from megatron_sov.models.hf_config import Fixed, Item, Renamed, Unused
 from megatron_sov.models.weights import Link, Section, links
 
-COMMON_CONFIG: tuple[Item, ...] = (
+DECODER_CONFIG: tuple[Item, ...] = (
     Renamed("vocab_size", "vocab_size"), Renamed("hidden_size", "hidden_size"), Renamed("num_hidden_layers", "num_layers"),
     Renamed("num_attention_heads", "num_heads"), Renamed("num_key_value_heads", "num_kv_heads"),
-    Renamed("num_experts_per_tok", "num_experts_per_token", 8), Renamed("moe_intermediate_size", "expert_ffn_dim"),
-    Renamed("max_position_embeddings", "max_position_tokens"),
-    Renamed("rms_norm_eps", "norm_eps", 1e-5), Renamed("initializer_range", "init_std", 0.02),
-    Fixed("hidden_act", "silu"), Fixed("tie_word_embeddings", False), Fixed("attention_dropout", 0.0),
-    Fixed("attention_bias", False, written=False), Fixed("norm_topk_prob", True), Fixed("n_group", 1), Fixed("topk_group", 1),
-    Fixed("scoring_func", "sigmoid", written=False), Fixed("topk_method", "noaux_tc", written=False),
+    Renamed("max_position_embeddings", "max_position_tokens"), Renamed("initializer_range", "init_std", 0.02),
+    Fixed("hidden_act", "silu"), Fixed("attention_dropout", 0.0),
     Unused(("model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache", "output_router_logits",
             "bos_token_id", "eos_token_id", "pad_token_id", "tokenizer_class", "_name_or_path", "auto_map")),
 )
-"""What the families here have in common."""
+"""What all families here have in common."""
+EXPERTS_CONFIG: tuple[Item, ...] = (
+    Renamed("num_experts_per_tok", "num_experts_per_token", 8), Renamed("moe_intermediate_size", "expert_ffn_dim"),
+    Fixed("attention_bias", False, written=False),
+)
+"""What those with experts have in common."""
+DEEPSEEK_ROUTER_CONFIG: tuple[Item, ...] = (
+    Fixed("norm_topk_prob", True), Fixed("n_group", 1), Fixed("topk_group", 1),
+    Fixed("scoring_func", "sigmoid", written=False), Fixed("topk_method", "noaux_tc", written=False),
+)
+DEEPSEEK_ROUTER = {"router_score": "sigmoid", "router_bias": True, "norm_topk_prob": True}
+"""Routing as in DeepSeek-V3: config fields, and the fields of `ModelConfig` that it fixes."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,8 @@ class Family:
     """Fields of `ModelConfig` that this family cannot vary, with their value."""
     training: dict[str, Any] = field(default_factory=dict)
     """Fields that a config.json does not carry (they only steer training), with the published value."""
+    needs_shared_expert: bool = False
+    """Whether transformers' model always has a shared expert."""
 
     def links(self, model: ModelConfig) -> list[Link]:
         """Return every block of every tensor of `model`, with its Hugging Face tensors."""
@@ -60,11 +69,17 @@ class Family:
         """Return one sentence for each property of `model` that the family cannot express."""
         p = [f"model.{name} = {getattr(model, name)!r}: family '{self.name}' only knows {value!r}"
              for name, value in self.structure.items() if getattr(model, name) != value]
-        if model.num_dense_layers < model.num_layers and model.num_shared_experts < 1:
+        if self.needs_shared_expert and model.num_shared_experts < 1:
             p.append(f"model.num_shared_experts = {model.num_shared_experts}: family '{self.name}' needs at least 1")
+        for item in self.config:
+            try:
+                item.write(model)
+            except UserError as e:
+                p.append(str(e))
         return p
 
-    def _check(self, model: ModelConfig) -> None:
+    def check(self, model: ModelConfig) -> None:
+        """Raise `UserError` with every reason why `model` is not sound or not of this family."""
         problems = model.problems() + self.problems(model)
         if problems:
             raise UserError("; ".join(problems))
@@ -80,7 +95,7 @@ class Family:
         Raises:
             UserError: the family cannot express `model`; the message names every field.
         """
-        self._check(model)
+        self.check(model)
         config: dict[str, Any] = {
             "architectures": [self.hf_classes[0]], "model_type": self.name, "dtype": dtype, "use_cache": True,
             "bos_token_id": tokens.bos, "eos_token_id": tokens.eos, "pad_token_id": tokens.pad}
@@ -113,5 +128,5 @@ class Family:
         for item in self.config:
             fields |= item.read(config)
         model = from_dict({"recipe": "from-hf", "model": fields}).model
-        self._check(model)
+        self.check(model)
         return model

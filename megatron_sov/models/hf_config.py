@@ -1,13 +1,13 @@
 """The vocabulary of a config map: fields of a Hugging Face config.json <-> fields of `ModelConfig`.
 
 Each item knows the config.json names that it answers for, writes them and reads them; a field of a foreign config.json
-that no item answers for is refused, since transformers would silently ignore it and we would train another model.
+that no item answers for is refused, since transformers would silently ignore it and we would train another model.  Items
+about layers of different kinds stand in `hf_layers.py`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -38,20 +38,25 @@ class Renamed:
     model: str
     default: Any = REQUIRED
     """What transformers assumes where the field is absent: a value, or a function of the config."""
+    aliases: tuple[str, ...] = ()
+    """Other names under which it is found."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Return the one field."""
-        return (self.hf,)
+        """Return the field's names."""
+        return (self.hf, *self.aliases)
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
         """Return the field with the model's value."""
         return {self.hf: getattr(model, self.model)}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return the model's field; `UserError` where a required one is absent."""
-        if self.hf in config:
-            return {self.model: config[self.hf]}
+        """Return the model's field; `UserError` where a required one is absent, or its names disagree."""
+        found = {name: config[name] for name in self.names if name in config}
+        if len(set(found.values())) > 1:
+            raise UserError(f"config.json: {' and '.join(f'{n} = {v}' for n, v in found.items())} disagree; remove one of them")
+        if found:
+            return {self.model: next(iter(found.values()))}
         if self.default is REQUIRED:
             raise UserError(f"config.json: lacks '{self.hf}'; add it (it becomes model.{self.model})")
         return {self.model: self.default(config) if callable(self.default) else self.default}
@@ -159,68 +164,6 @@ class Rope:
         return YarnConfig(factor, original, float(rope.pop("beta_fast", None) or 32), float(rope.pop("beta_slow", None) or 1))
 
 
-@dataclass(frozen=True)
-class SlidingLayers:
-    """Which layers slide: explicit `layer_types` (transformers derives a different list from the pattern alone)."""
-
-    default_window: int
-    """What transformers assumes where `sliding_window` is absent, in tokens."""
-    names: tuple[str, ...] = ("layer_types", "sliding_window", "sliding_window_pattern")
-
-    def write(self, model: ModelConfig) -> dict[str, Any]:
-        """Return the explicit list, the window and the pattern."""
-        return {"layer_types": model.layer_types(), "sliding_window": model.sliding_window_tokens,
-                "sliding_window_pattern": model.attention_pattern}
-
-    def read(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return the shortest pattern that gives the list, and the window."""
-        num_layers = config.get("num_hidden_layers", 0)
-        types = config.get("layer_types") or self._from_period(config.get("sliding_window_pattern", 4), num_layers)
-        letters = "".join({"sliding_attention": "L", "full_attention": "G"}.get(kind, "?") for kind in types)
-        if len(letters) != num_layers or "?" in letters:
-            raise UserError(f"config.json: layer_types must name sliding_attention or full_attention for each of "
-                            f"num_hidden_layers = {num_layers} layers; it has {types}")
-        period = next(n for n in range(1, len(letters) + 1) if (letters[:n] * len(letters))[:len(letters)] == letters)
-        return {"attention_pattern": letters[:period], "sliding_window_tokens": config.get("sliding_window", self.default_window)}
-
-    @staticmethod
-    def _from_period(period: Any, num_layers: int) -> list[str]:
-        """As transformers reads an integer: every `period`-th layer is global; it accepts nothing else without a list."""
-        if not isinstance(period, int) or period < 1:
-            raise UserError(f"config.json: sliding_window_pattern = {period!r} needs an explicit layer_types list beside it")
-        return ["full_attention" if (i + 1) % period == 0 else "sliding_attention" for i in range(num_layers)]
-
-
-@dataclass(frozen=True)
-class LeadingDenseLayers:
-    """Dense layers before the experts, in every spelling that published configs use."""
-
-    default: int
-    """What transformers assumes where nothing is said."""
-    names: tuple[str, ...] = ("first_k_dense_replace", "mlp_layer_types", "is_moe_layer", "first_last_k_dense_replace")
-
-    def write(self, model: ModelConfig) -> dict[str, Any]:
-        """Return the count and the explicit list."""
-        return {"first_k_dense_replace": model.num_dense_layers, "mlp_layer_types": [
-            "dense" if i < model.num_dense_layers else "sparse" for i in range(model.num_layers)]}
-
-    def read(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return the count; `UserError` where two spellings disagree."""
-        spellings: dict[str, Callable[[Any], list[bool]]] = {
-            "mlp_layer_types": lambda kinds: [kind != "sparse" for kind in kinds],
-            "is_moe_layer": lambda flags: [not flag for flag in flags],
-            "first_k_dense_replace": self._leading(config),
-            "first_last_k_dense_replace": self._leading(config),
-        }
-        said = {name: read(config[name]) for name, read in spellings.items() if name in config}
-        dense = next(iter(said.values()), self._leading(config)(self.default))
-        if any(other != dense for other in said.values()):
-            raise UserError(f"config.json: {' and '.join(said)} disagree about which layers are dense; make them agree")
-        if len(dense) != config.get("num_hidden_layers") or dense != sorted(dense, reverse=True):
-            raise UserError("config.json: mlp_layer_types must name 'dense' layers first and 'sparse' ones after, "
-                            f"one for each of num_hidden_layers = {config.get('num_hidden_layers')} layers")
-        return {"num_dense_layers": sum(dense)}
-
-    @staticmethod
-    def _leading(config: dict[str, Any]) -> Callable[[Any], list[bool]]:
-        return lambda count: [i < count for i in range(config.get("num_hidden_layers", 0))]
+def hidden_over_heads(config: dict[str, Any]) -> int:
+    """Return the width of a head where config.json has no `head_dim`, as transformers computes it."""
+    return int(config["hidden_size"] // config["num_attention_heads"])

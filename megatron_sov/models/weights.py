@@ -142,7 +142,13 @@ class QKV:
     query: str
     key: str
     value: str
+    columns: str = "H"
+    """Width of the matrices; "" for biases, which are interleaved like the rows."""
     fp32: bool = False
+
+    def __post_init__(self) -> None:
+        if self.columns:
+            _check_letters(self.columns, self.megatron)
 
     @property
     def hf_names(self) -> tuple[str, ...]:
@@ -150,9 +156,10 @@ class QKV:
         return (self.query, self.key, self.value)
 
     def layout(self, model: ModelConfig) -> Layout:
-        """Return the parts of [groups, query heads + key + value, head_dim, hidden], cut along the heads of a group."""
+        """Return the parts of [groups, query heads + key + value, head_dim, columns], cut along the heads of a group."""
         heads = model.num_heads // model.num_kv_heads
-        return Layout((model.num_kv_heads, heads + 2, model.head_dim, model.hidden_size), 1, (heads, 1, 1), 3)
+        view = (model.num_kv_heads, heads + 2, model.head_dim, *shape_of(self.columns, model))
+        return Layout(view, 1, (heads, 1, 1), 3)
 
 
 @dataclass(frozen=True)
@@ -192,8 +199,8 @@ class Experts:
 class Section:
     """Entries under common prefixes, and where they occur."""
 
-    where: Literal["once", "every layer", "dense layers", "moe layers", "mtp"]
-    """mtp: once, in models that have a multi-token prediction layer."""
+    where: Literal["once", "untied", "mtp", "every layer", "dense layers", "moe layers"]
+    """untied: once, in models whose output head is not the embedding matrix; mtp: once, in models with multi-token prediction."""
     megatron: str
     """Prefix of the Megatron names; "{l}" is the layer."""
     hf: str
@@ -216,10 +223,12 @@ class Section:
             if twice:
                 raise ValueError(f"section {self.megatron!r} <-> {self.hf!r}: {', '.join(twice)} stand twice")
 
-    def occurs_in(self, layer: int, model: ModelConfig) -> bool:
-        """Return whether the section holds for this trunk layer."""
-        dense = layer < model.num_dense_layers
-        return self.where == "every layer" or self.where == ("dense layers" if dense else "moe layers")
+    def layers(self, model: ModelConfig) -> Sequence[int | None]:
+        """Return the trunk layers for which the section holds; [None] or nothing for one that belongs to no layer."""
+        first_moe = model.num_layers - model.num_moe_layers()
+        return {"once": [None], "untied": [] if model.tied_embeddings else [None], "mtp": [None] if model.num_mtp_layers else [],
+                "every layer": range(model.num_layers), "dense layers": range(first_moe),
+                "moe layers": range(first_moe, model.num_layers)}[self.where]
 
 
 @dataclass(frozen=True)
@@ -275,11 +284,10 @@ def links(sections: Sequence[Section], model: ModelConfig) -> list[Link]:
     Raises:
         ValueError: the map names a tensor twice.
     """
-    found = [x for s in sections if s.where == "once" for x in _expand(s, model)]
-    for layer in range(model.num_layers):
-        found += [x for s in sections if s.occurs_in(layer, model) for x in _expand(s, model, layer)]
-    if model.num_mtp_layers:
-        found += [x for s in sections if s.where == "mtp" for x in _expand(s, model)]
+    trunk = [s for s in sections if s.where != "mtp"]
+    prediction = [s for s in sections if s.where == "mtp"]
+    order = [(s, layer) for layer in (None, *range(model.num_layers)) for s in trunk] + [(s, None) for s in prediction]
+    found = [x for s, layer in order if layer in s.layers(model) for x in _expand(s, model, layer)]
     hf_names = [name for link in found for name in link.hf_names]
     blocks = [(link.key, link.offset) for link in found]
     if len(set(hf_names)) != len(hf_names) or len(set(blocks)) != len(blocks):

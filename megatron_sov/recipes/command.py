@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
 def summary(config: RunConfig) -> str:
     """Return a recipe in one line: parameters, experts, attention, budget."""
     model, count = config.model, num_params(config.model)
-    experts = f"{model.num_experts_per_token} of {model.num_experts} experts"
+    experts = f"{model.num_experts_per_token} of {model.num_experts} experts" if model.num_experts else "dense"
     attention = "sliding + global attention" if "L" in model.attention_pattern else "global attention"
     tokens = sum(p.tokens for p in config.data.phases) or config.train.tokens
     budget = f"{tokens / 1e12:g} T tokens" if not config.train.steps else f"{config.train.steps:,} steps"

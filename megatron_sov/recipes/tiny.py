@@ -15,11 +15,12 @@ def shrink(run: RunConfig) -> RunConfig:
     small = replace(
         model,
         vocab_size=2048, hidden_size=128, num_layers=4, num_heads=4, num_kv_heads=2, head_dim=32,
-        num_experts=8, num_experts_per_token=2, expert_ffn_dim=128,
         dense_ffn_dim=384 if model.dense_ffn_dim else 0,
         sliding_window_tokens=32 if model.sliding_window_tokens else 0,
         yarn=None, max_position_tokens=4096, init_std=0.04,
     )
+    if model.num_experts:
+        small = replace(small, num_experts=8, num_experts_per_token=2, expert_ffn_dim=128)
     return replace(
         run,
         recipe="tiny-" + run.recipe.rpartition("-")[0],

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_sov import models
 from megatron_sov.artifacts import manifest_sha256, read_manifest
 from megatron_sov.config import RunConfig, from_dict
 from megatron_sov.data.ledger import plan
@@ -59,6 +60,7 @@ def run_stage(stage: Stage, nproc: int | None) -> None:
         StopRequested: it was asked to stop, and everything is saved.
     """
     stage.config.check(num_ranks(nproc))
+    models.get(stage.config.model.family).check(stage.config.model)
     stage.folder.enter(stage.config, stage.resume)
     completion = stage.folder.completion()
     if completion is not None:

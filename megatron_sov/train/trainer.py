@@ -251,6 +251,8 @@ class Trainer:
         """Record every expert's share of its layer's tokens in the last step."""
         load = self.expert_load.gather(self.config.model.num_layers, self.config.model.num_experts)
         layers = [i for i in range(len(load)) if load[i].sum() > 0]
+        if not layers:
+            return
         shares = [(load[i] / load[i].sum()).tolist() for i in layers]
         self.events.write("expert_load", step=self.done.step, load=shares, layers=[i + 1 for i in layers])
 

@@ -27,6 +27,9 @@ SMALL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_heads=4", "m
 FAMILIES = {
     "tiny-solar-open": ("model.num_layers=4",),
     "tiny-k-exaone": ("model.dense_ffn_dim=48", "model.sliding_window_tokens=8"),
+    "tiny-qwen2": ("model.dense_ffn_dim=48",),
+    "tiny-qwen3": ("model.dense_ffn_dim=48", "model.tied_embeddings=true"),
+    "tiny-qwen3-moe": ("model.seq_aux_loss_coeff=0.01",),
 }
 
 
@@ -72,8 +75,8 @@ def _step(trainer: Trainer) -> dict[str, Any]:
     return {"loss": result.loss, "grad_norm": result.grad_norm, "tokens": result.num_tokens,
             **{f"term {name}": value for name, value in result.losses.items()},
             **{f"source {name}": value for name, value in result.losses_by_source.items()},
-            "load": trainer.expert_load.gather(model.num_layers, model.num_experts).tolist(),
-            "router bias": [layers[i] for i in sorted(layers)]}
+            **({"load": trainer.expert_load.gather(model.num_layers, model.num_experts).tolist()} if model.num_experts else {}),
+            **({"router bias": [layers[i] for i in sorted(layers)]} if layers else {})}
 
 
 def one_batch(recipe: str, settings: list[str], paths: list[str], objective: str, out: str) -> dict[str, Any]:

@@ -16,6 +16,10 @@ SETTINGS = ["train.precision=fp32", "model.seq_aux_loss_coeff=0", "model.num_mtp
 CASES = {
     "solar lm": ("tiny-solar-open", "lm", []),
     "exaone lm": ("tiny-k-exaone", "lm", []),
+    "qwen2 lm": ("tiny-qwen2", "lm", []),
+    "qwen3 lm": ("tiny-qwen3", "lm", ["model.tied_embeddings=false"]),
+    "qwen3_moe lm": ("tiny-qwen3-moe", "lm", [
+        "model.norm_topk_prob=false", "model.num_dense_layers=1", "model.dense_ffn_dim=48"]),
     "solar sft": ("tiny-solar-open", "sft", ["objective.text_coeff=0.3", 'data.phases=[{"name": "main", "seq_len": 64}]']),
 }
 

@@ -44,6 +44,8 @@ LAYOUTS = {
     "micro batch 8": (1, ["train.micro_batch_size=8"]),
 }
 SFT = ["objective.text_coeff=0.3", 'data.phases=[{"name": "main", "seq_len": 64}]']
+TIED = ["model.tied_embeddings=true", "model.vocab_size=369"]
+"""With tensor parallelism the vocabulary is padded."""
 STEPS = 3
 FP64 = (["train.precision=fp64"], 1e-12)
 FP32 = (["train.precision=fp32",
@@ -52,21 +54,27 @@ FP32 = (["train.precision=fp32",
          "optim.eps=1e-3"], 5e-6)
 """Settings and largest relative difference."""
 CASES = {
-    "solar lm": ("tiny-solar-open", "lm", FP64, LAYOUTS),
-    "exaone lm": ("tiny-k-exaone", "lm", FP64, LAYOUTS),
-    "exaone sft": ("tiny-k-exaone", "sft", FP64, LAYOUTS),
-    "exaone lm fp32": ("tiny-k-exaone", "lm", FP32, {name: LAYOUTS[name] for name in ("TP2+SP x PP2 x EP2", "ETP2")}),
+    "solar lm": ("tiny-solar-open", "lm", [], FP64, LAYOUTS),
+    "exaone lm": ("tiny-k-exaone", "lm", [], FP64, LAYOUTS),
+    "exaone sft": ("tiny-k-exaone", "sft", SFT, FP64, LAYOUTS),
+    "exaone lm fp32": ("tiny-k-exaone", "lm", [], FP32, {name: LAYOUTS[name] for name in ("TP2+SP x PP2 x EP2", "ETP2")}),
+    "qwen2 lm": ("tiny-qwen2", "lm", TIED, FP64, {
+        "TP2": (2, ["parallel.tp=2"]), **{name: LAYOUTS[name] for name in (
+            "DP2 overlapped", "PP2 VPP2 x DP2 ZeRO-1 overlapped")}}),
+    "qwen3 lm": ("tiny-qwen3", "lm", TIED, FP64, {
+        "TP2+SP x PP2": (4, [*TP2, "parallel.pp=2"]), **{name: LAYOUTS[name] for name in (
+            "PP2", "TP2+SP x DP2 ZeRO-1 overlapped")}}),
+    "qwen3_moe lm": ("tiny-qwen3-moe", "lm", [], FP64, {name: LAYOUTS[name] for name in ("TP2+SP", "EP2", "TP2+SP x PP2 x EP2")}),
 }
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("case", CASES)
 def test_layouts_agree_with_one_rank(ranks: Any, job: Any, packed_data: Any, tmp_path: Path, case: str) -> None:
-    recipe, objective, (precision, tolerance), layouts = CASES[case]
+    recipe, objective, extra, (precision, tolerance), layouts = CASES[case]
     paths = [str(packed_data.text)] + ([str(packed_data.chats)] if objective == "sft" else [])
-    extra = [*precision, *(SFT if objective == "sft" else [])]
-    jobs = [job(RUN, "curve", nproc, {"recipe": recipe, "settings": [*extra, *layout], "paths": paths, "objective": objective,
-                                      "steps": STEPS, "out": str(tmp_path / name)})
+    jobs = [job(RUN, "curve", nproc, {"recipe": recipe, "settings": [*precision, *extra, *layout], "paths": paths,
+                                      "objective": objective, "steps": STEPS, "out": str(tmp_path / name)})
             for name, (nproc, layout) in {"one rank": (1, []), **layouts}.items()]
     (reference,), *others = ranks(*jobs)
     assert len(reference) == STEPS and reference[0]["loss"] > reference[-1]["loss"]

@@ -35,10 +35,10 @@ def test_a_recipes_structure_reaches_the_library(ranks, job) -> None:
         job(__file__, "settings", 1, {"recipe": "tiny-k-exaone", "changes": ["model.num_layers=6", "train.recompute=true"]}),
         job(__file__, "settings", 1, {"recipe": "tiny-solar-open", "changes": [
             "train.precision=bf16", 'model.yarn={"factor": 4.0, "original_max_position_tokens": 512}']}))
-    # LLLG and a prediction layer of the kind of the first; global layers do not rotate
-    assert exaone["windows"] == [32, 32, 32, 0, 32, 32, 32]
-    assert exaone["window_attn_skip_freq"] == [1, 1, 1, 0, 1, 1, 1]
-    assert exaone["no_rope_freq"] == [0, 0, 0, 1, 0, 0, 0]
+    # LLLG and a global prediction layer; global layers do not rotate
+    assert exaone["windows"] == [32, 32, 32, 0, 32, 32, 0]
+    assert exaone["window_attn_skip_freq"] == [1, 1, 1, 0, 1, 1, 0]
+    assert exaone["no_rope_freq"] == [0, 0, 0, 1, 0, 0, 1]
     assert exaone["window_size"] == [31, 0]
     assert exaone["moe_layer_freq"] == [0, 1, 1, 1, 1, 1]
     assert exaone["routers"] == [False, True, True, True, True, True, False]

@@ -33,7 +33,7 @@ def score(tp: int, sp: bool, chunk_tokens: int) -> dict[str, Any]:
     rows = VOCABULARY // tp
     part = weight[place.rank * rows:(place.rank + 1) * rows].clone().requires_grad_()
     local = (hidden.chunk(tp)[place.rank] if sp else hidden)[:, None].clone().requires_grad_()
-    head = Head(part, SimpleNamespace(sequence_parallel=sp), chunk_tokens)
+    head = Head(part, SimpleNamespace(sequence_parallel=sp), chunk_tokens, VOCABULARY)
     logprobs = head.logprobs(local, labels)
     (logprobs * upstream).sum().backward()
     return {"logprobs": logprobs.tolist(), "hidden_grad": local.grad[:, 0].tolist(), "weight_grad": part.grad.tolist(),

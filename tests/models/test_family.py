@@ -14,7 +14,7 @@ from megatron_sov.errors import UserError
 from megatron_sov.models.count import num_params
 from megatron_sov.models.family import TokenIds
 
-BIG = ("solar-open-102b", "k-exaone-236b")
+BIG = ("solar-open-102b", "k-exaone-236b", "qwen2-1.5b", "qwen3-8b", "qwen3-moe-30b")
 
 
 def hf_config(model: ModelConfig) -> dict:
@@ -30,7 +30,7 @@ def transformers_tensors(model: ModelConfig) -> dict[str, tuple[tuple[int, ...],
     """Keys, shapes and dtypes that transformers saves for this config, from a model on meta tensors.
 
     In memory it fuses experts to [E, 2I, H] and [E, H, I]; on disk each expert has its three matrices.  K-EXAONE's router
-    bias stands one level higher on disk.
+    bias stands one level higher on disk.  A tied head is not saved.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -49,7 +49,7 @@ def transformers_tensors(model: ModelConfig) -> dict[str, tuple[tuple[int, ...],
         elif name.endswith("e_score_correction_bias"):
             on_disk = name.replace("mlp.gate.", "mlp.") if model.family == "exaone_moe" else name
             found[on_disk] = (shape, torch.float32)  # kept in float32 by the model class (_keep_in_fp32_modules_strict)
-        else:
+        elif not (model.tied_embeddings and name == "lm_head.weight"):
             found[name] = (shape, dtype)
     return found
 
@@ -72,7 +72,9 @@ def test_prediction_layer_has_the_published_names_and_shapes() -> None:
     assert {key: v for key, v in ours.items() if key.startswith("mtp.")} == expected
 
 
-@pytest.mark.parametrize(("name", "trunk", "mtp"), [("solar-open-102b", 102.65e9, 0), ("k-exaone-236b", 236.571e9, 0.528e9)])
+@pytest.mark.parametrize(("name", "trunk", "mtp"), [
+    ("solar-open-102b", 102.65e9, 0), ("k-exaone-236b", 236.571e9, 0.528e9), ("qwen2-1.5b", 1.5437e9, 0),
+    ("qwen3-8b", 8.1907e9, 0), ("qwen3-moe-30b", 30.532e9, 0)])
 def test_parameter_totals_are_the_published_ones(name: str, trunk: float, mtp: float) -> None:
     model = recipes.get(name).model
     sizes = {key: torch.Size(shape).numel() for key, (shape, _) in our_tensors(model).items() if "correction_bias" not in key}
@@ -91,5 +93,5 @@ def test_a_model_that_its_family_cannot_express_is_refused_with_every_reason() -
 
 
 def test_an_unknown_family_is_answered_with_the_nearest() -> None:
-    with pytest.raises(UserError, match=r"did you mean 'solar_open'\? \(families: solar_open, exaone_moe\)"):
+    with pytest.raises(UserError, match=r"did you mean 'solar_open'\? \(families: solar_open, exaone_moe, qwen2, "):
         models.get("solar-open")

@@ -53,6 +53,7 @@ PUBLISHED_EXAONE = {
     "first_last_k_dense_replace": 1, "is_moe_layer": [False] + [True] * 47, "sliding_window": 128,
     "sliding_window_pattern": "LLLG", "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 12,
     "rope_scaling": None, "rope_theta": 1000000, "max_position_embeddings": 262144, "num_nextn_predict_layers": 1,
+    "sliding_windows": [128, 128, 128, 0] * 12, "mtp_layer_types": ["full_attention"], "mtp_sliding_windows": [0],
     "tokenizer_class": "GPT2Tokenizer", "dtype": "bfloat16", "eos_token_id": 53,
 }
 """The older spelling (rope_theta, rope_scaling, is_moe_layer) of the released models' configs."""

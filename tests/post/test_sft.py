@@ -56,7 +56,7 @@ def terms(num_texts: int, swap_texts: bool) -> dict[str, Any]:
     one, text = torch.randn(2, LENGTH, 1, 8, generator=generator), torch.randn(2, LENGTH, 1, 8, generator=generator)
     hidden = torch.cat([one] + [text] * num_texts, dim=1)
     weight = torch.randn(32, 8, generator=generator).requires_grad_()
-    head = Head(weight, SimpleNamespace(sequence_parallel=False), 7)
+    head = Head(weight, SimpleNamespace(sequence_parallel=False), 7, len(weight))
     sums = objective.loss([hidden[0], hidden[1]], head, batch.micro_batches[0])
     loss = total_loss(sums, objective.coefficients, batch.targets)
     loss.backward()
