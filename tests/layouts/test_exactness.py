@@ -30,7 +30,8 @@ def odd_config(family: str, seed: int) -> dict[str, Any]:
     config: dict[str, Any] = {
         "model_type": family, "vocab_size": draw.choice((97, 101, 113)), "hidden_size": draw.choice((24, 36, 40)),
         "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
-        "head_dim": draw.choice((6, 10, 14)), "intermediate_size": draw.choice((22, 38)), "max_position_embeddings": LENGTH, "initializer_range": 0.15,
+        "head_dim": draw.choice((6, 10, 14)), "intermediate_size": draw.choice((22, 38)),
+        "max_position_embeddings": LENGTH, "initializer_range": 0.15,
         "rms_norm_eps": draw.choice((1e-5, 1e-6)), "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
         "rope_parameters": {"rope_type": "default", "rope_theta": draw.choice((1e4, 1e6))}}
     yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
