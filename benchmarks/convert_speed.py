@@ -96,16 +96,17 @@ def compare(action: str, source: Path, out: Path, workers: int, rounds: int, idl
     """Print one line: `cp` and conversion of the same source."""
     copies, conversions = [], []
     for _ in range(rounds):
-        for costs, make in ((copies, lambda: copied(source, out)),
-                            (conversions, lambda: measured([sys.executable, "-c", CONVERT, action, str(source), str(out), str(workers)]))):
+        for costs in (copies, conversions):
             shutil.rmtree(out, ignore_errors=True)
             os.sync()
-            costs.append(make())
+            command = [sys.executable, "-c", CONVERT, action, str(source), str(out), str(workers)]
+            costs.append(copied(source, out) if costs is copies else measured(command))
     best, copy = (min(costs, key=lambda cost: cost.wall_s) for costs in (conversions, copies))
     size_gb, work_s = size_of(source) / 1e9, best.wall_s - idle.wall_s
-    print(f"{action:<8} {size_gb:6.2f} {copy.wall_s:8.1f} {best.wall_s:9.1f} {best.cpu_s:7.1f} {copy.wall_s / best.wall_s:7.2f} "
-          f"{copy.wall_s / work_s:15.2f} {best.peak_bytes / 1e9:9.2f}   "
-          f"all: cp {' '.join(f'{c.wall_s:.1f}' for c in copies)}, convert {' '.join(f'{c.wall_s:.1f}' for c in conversions)}", flush=True)
+    print(f"{action:<8} {size_gb:6.2f} {copy.wall_s:7.1f} {copy.cpu_s:7.1f} {best.wall_s:11.1f} {best.cpu_s:7.1f} "
+          f"{copy.wall_s / best.wall_s:7.2f} {copy.wall_s / work_s:15.2f} {best.peak_bytes / 1e9:9.2f}", flush=True)
+    for name, costs in (("cp", copies), ("convert", conversions)):
+        print(f"{'':<16}every {name}: {', '.join(f'{cost.wall_s:.1f}' for cost in costs)} s")
 
 
 def main() -> None:
@@ -125,7 +126,8 @@ def main() -> None:
         print(f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} when it began, "
               f"{args.workers} workers, {args.rounds} rounds")
         print(f"Python and torch alone: {idle.wall_s:.1f} s, {idle.peak_bytes / 1e9:.2f} GB\n")
-        print(f"{'':<8} {'GB':>6} {'cp, s':>8} {'convert, s':>9} {'CPU, s':>7} {'ratio':>7} {'without imports':>15} {'peak GB':>9}")
+        print(f"{'':<8} {'GB':>6} {'cp, s':>7} {'CPU, s':>7} {'convert, s':>11} {'CPU, s':>7} {'ratio':>7} "
+              f"{'without imports':>15} {'peak GB':>9}")
         compare("from_hf", hf, out, args.workers, args.rounds, idle)
         shutil.rmtree(out)
         measured([sys.executable, "-c", CONVERT, "from_hf", str(hf), str(checkpoint), str(args.workers)])
