@@ -28,6 +28,7 @@ from megatron_sov.errors import UserError
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 _HASH_BLOCK_BYTES = 1 << 20
+_NO_HASH = "0" * 64
 _NO_ROOM = {errno.ENOSPC: "no space left on the device", errno.EDQUOT: "the disk quota is used up",
             errno.EFBIG: "larger than the limit on file sizes (ulimit -f)"}
 
@@ -58,6 +59,8 @@ class Manifest:
     """Unix time at which it was completed."""
     format_version: int = FORMAT_VERSION
     """Version of this layout; a newer one than the code knows is refused."""
+    sha256: str = ""
+    """Hash of the manifest's own bytes with zeros in this place; empty in manifests of earlier versions.  Stays last."""
 
 
 def sha256_file(path: Path) -> str:
@@ -149,8 +152,16 @@ class ArtifactWriter:
             if name not in files:
                 files[name] = FileRecord(sha256_file(file), file.stat().st_size)
             fsync_path(file)
-        manifest = Manifest(self.kind, self.content, self.settings, self.inputs, files, time.time())
-        atomic_write(self.path / MANIFEST, to_json(manifest))
+        for folder in (p for p in self.path.rglob("*") if p.is_dir()):
+            fsync_path(folder)
+        manifest = Manifest(self.kind, self.content, self.settings, self.inputs, files, time.time(), sha256=_NO_HASH)
+        head, _, tail = to_json(manifest).rpartition(_NO_HASH)
+        atomic_write(self.path / MANIFEST, head + _hash_around(head.encode(), tail.encode()) + tail)
+
+
+def _hash_around(head: bytes, tail: bytes) -> str:
+    """Return the hash that stands between two parts of a manifest."""
+    return hashlib.sha256(head + _NO_HASH.encode() + tail).hexdigest()
 
 
 @contextlib.contextmanager
@@ -226,12 +237,16 @@ def read_manifest(path: str | Path, kind: str | None = None) -> Manifest:
     """
     file = Path(path) / MANIFEST
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
+        written = file.read_bytes()
+        raw = json.loads(written.decode())
         if raw["format_version"] > FORMAT_VERSION:
             raise UserError(f"{file}: format_version {raw['format_version']} is newer than {FORMAT_VERSION}, "
                             "the newest that this version reads; update megatron-sov")
         files = {name: FileRecord(**record) for name, record in raw.pop("files").items()}
         manifest = Manifest(files=files, **raw)
+        head, _, tail = written.rpartition(manifest.sha256.encode() or b"none")
+        if manifest.sha256 and _hash_around(head, tail) != manifest.sha256:
+            raise ValueError("its content differs from its own hash")
     except (FileNotFoundError, NotADirectoryError):
         wanted = f"a '{kind}' artifact" if kind else "an artifact"
         raise UserError(f"{path}: has no {MANIFEST}, so it is not {wanted}; "
@@ -258,13 +273,14 @@ def damaged_files(path: str | Path, names: Iterable[str] | None = None, workers:
     """
     records = read_manifest(path).files
     with ThreadPoolExecutor(workers) as pool:
-        found = pool.map(lambda name: _damage(Path(path) / name, records[name]), records if names is None else names)
+        found = pool.map(lambda name: file_damage(Path(path) / name, records[name]), records if names is None else names)
         return [sentence for sentence in found if sentence]
 
 
-def _damage(file: Path, record: FileRecord) -> str:
+def file_damage(file: Path, record: FileRecord) -> str | None:
+    """Return one sentence where a file is missing or differs from its record, else None."""
     if not file.is_file():
         return f"{file}: is missing"
     if file.stat().st_size != record.size_bytes:
         return f"{file}: has {file.stat().st_size} bytes, the manifest says {record.size_bytes}"
-    return "" if sha256_file(file) == record.sha256 else f"{file}: its content differs from the hash in the manifest"
+    return None if sha256_file(file) == record.sha256 else f"{file}: its content differs from the hash in the manifest"

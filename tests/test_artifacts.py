@@ -193,9 +193,9 @@ def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
 
 
 def rewritten(path: Path, **changes: Any) -> Path:
-    """Change fields of an artifact's manifest by hand."""
+    """Change fields of an artifact's manifest by hand, which has no hash of itself then, as in earlier versions."""
     manifest = json.loads((path / MANIFEST).read_text())
-    (path / MANIFEST).write_text(json.dumps(manifest | changes))
+    (path / MANIFEST).write_text(json.dumps(manifest | {"sha256": ""} | changes))
     return path
 
 
@@ -213,6 +213,23 @@ def test_a_damaged_manifest_is_named(tmp_path: Path, text: str) -> None:
     (path / MANIFEST).write_text(text)
     with pytest.raises(UserError, match=r"a/manifest\.json: is damaged \(.+\); make the artifact again"):
         read_manifest(path)
+
+
+def test_a_manifest_knows_its_own_bytes(tmp_path: Path) -> None:
+    """Any byte that is changed anywhere is noticed, also where the manifest still reads as one."""
+    file = build(tmp_path / "a") / MANIFEST
+    sound = file.read_bytes()
+    assert read_manifest(tmp_path / "a").sha256.encode() in sound
+    for place in range(len(sound)):
+        file.write_bytes(sound[:place] + bytes([sound[place] ^ 1]) + sound[place + 1:])
+        with pytest.raises(UserError, match=r"manifest\.json"):
+            read_manifest(tmp_path / "a")
+    for length in (0, 1, len(sound) // 2, len(sound) - 1):
+        file.write_bytes(sound[:length])
+        with pytest.raises(UserError, match=r"manifest\.json: is damaged"):
+            read_manifest(tmp_path / "a")
+    file.write_bytes(sound)
+    assert read_manifest(rewritten(tmp_path / "a", kind="tokens")).sha256 == ""
 
 
 def test_what_is_not_the_artifact_that_is_needed_is_refused(tmp_path: Path) -> None:

@@ -68,6 +68,8 @@ class TrainConfig:
     proofs that layouts agree."""
     deterministic: bool = False
     """The same bits in every run with the same settings on the same machines: slower algorithms where fast ones do not repeat."""
+    hidden_dropout: float = 0.0
+    """Share of values dropped behind the embedding, attention and feed-forward layers; a function of seed, step and layout."""
     recompute: bool = False
     """Recompute every layer's activations in the backward pass instead of storing them."""
     head_chunk_tokens: int = 2048
@@ -78,6 +80,12 @@ class TrainConfig:
     """How many of the newest checkpoints stay; 0 keeps all."""
     export_every_checkpoints: int = 0
     """Every so many checkpoints, and the last one, become Hugging Face folders in RUN/exports beside training; 0: none."""
+    keep_every_steps: int = 0
+    """Checkpoints whose step is a multiple of this stay for ever, besides the newest; 0: none."""
+    async_save: bool = True
+    """Write checkpoints in the background while training goes on; needs host memory for what each process writes."""
+    save_timeout_s: float = 1800.0
+    """Seconds after which a checkpoint that is still not on disk (a file system that hangs) ends the run."""
     eval_every_steps: int = 500
     """Steps between evaluations on held-out documents; 0: only at the end."""
     log_every_steps: int = 1
@@ -219,6 +227,11 @@ class RunConfig:
             (t.export_every_checkpoints >= 0,
              f"train.export_every_checkpoints = {t.export_every_checkpoints} must not be negative"),
             (t.keep_checkpoints >= 0, f"train.keep_checkpoints = {t.keep_checkpoints} must not be negative"),
+            (t.keep_every_steps >= 0 and t.keep_every_steps % max(1, t.checkpoint_every_steps) == 0,
+             f"train.keep_every_steps = {t.keep_every_steps} must be a multiple of "
+             f"train.checkpoint_every_steps = {t.checkpoint_every_steps}, or 0"),
+            (0 < t.save_timeout_s < math.inf, f"train.save_timeout_s = {t.save_timeout_s} must be a positive number"),
+            (0 <= t.hidden_dropout < 1, f"train.hidden_dropout = {t.hidden_dropout} must lie in [0, 1)"),
             (t.eval_every_steps >= 0, f"train.eval_every_steps = {t.eval_every_steps} must not be negative"),
             (t.num_threads >= 0, f"train.num_threads = {t.num_threads} must not be negative"),
             (self.data.heldout_tokens >= 0, f"data.heldout_tokens = {self.data.heldout_tokens} must not be negative"),

@@ -12,10 +12,11 @@ from megatron_sov.artifacts import atomic_write, manifest_sha256, refuse_existin
 from megatron_sov.convert import DEFAULT_WORKERS, MAX_SHARD_BYTES
 from megatron_sov.convert.companions import carry, ids_beside
 from megatron_sov.convert.resume import fingerprint, resumable_artifact
-from megatron_sov.convert.shards import TensorSpec, plan_shards, write_files
+from megatron_sov.convert.shards import plan_shards, write_files
 from megatron_sov.convert.sources import CONFIG, INDEX, SINGLE_FILE, CheckpointWeights, check_dtypes, newest_of_run, refuse_damage
 from megatron_sov.convert.values import KEEP, check_dtype_name, check_space, converted, exported_dtype
 from megatron_sov.errors import UserError
+from megatron_sov.mcore.tensor_writing import TensorSpec
 
 KIND = "hf_model"
 

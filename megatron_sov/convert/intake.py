@@ -12,11 +12,12 @@ from megatron_sov.config import RunConfig
 from megatron_sov.convert import DEFAULT_WORKERS
 from megatron_sov.convert.companions import carry, ids_in
 from megatron_sov.convert.resume import fingerprint, resumable_artifact
-from megatron_sov.convert.shards import TensorSpec, plan_shards, write_files
+from megatron_sov.convert.shards import plan_shards, write_files
 from megatron_sov.convert.sources import CONFIG, PART, HfWeights, check_dtypes, refuse_damage
 from megatron_sov.convert.values import KEEP, check_dtype_name, check_space, converted, planned_dtype
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.run_checkpoints import KIND
+from megatron_sov.mcore.tensor_writing import TensorSpec
 from megatron_sov.mcore.tensors import MAX_FILE_BYTES, Index, Piece, add_piece, block_name, file_name, write_index
 from megatron_sov.models.weights import Link
 

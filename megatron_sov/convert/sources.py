@@ -16,9 +16,9 @@ from megatron_sov import models
 from megatron_sov.artifacts import MANIFEST, damaged_files, read_manifest
 from megatron_sov.config import ModelConfig, from_dict
 from megatron_sov.errors import UserError
-from megatron_sov.mcore.run_checkpoints import CHECKPOINTS_OF_A_RUN, KIND, find_checkpoint
+from megatron_sov.mcore.run_checkpoints import CHECKPOINTS_OF_A_RUN, KIND, find_checkpoint, instead_of
 from megatron_sov.mcore.tensor_file import TensorFile
-from megatron_sov.mcore.tensors import REMEDY, TensorReader
+from megatron_sov.mcore.tensors import TensorReader
 from megatron_sov.models.weights import Link
 
 CONFIG, SINGLE_FILE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -101,7 +101,7 @@ def refuse_damage(weights: Weights, workers: int) -> None:
     if problems:
         held = next((weights.held_in(name) for name in manifest.files if problems[0].startswith(f"{path / name}: ")), [])
         holds = f" (it holds {listed(held)})" if held else ""
-        raise UserError(f"{problems[0]}{holds}; {REMEDY if manifest.kind == KIND else DAMAGED_HF}")
+        raise UserError(f"{problems[0]}{holds}; {instead_of(path) if manifest.kind == KIND else DAMAGED_HF}")
 
 
 class HfWeights:

@@ -50,7 +50,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
         "ffn_hidden_size": model.dense_ffn_dim or model.expert_ffn_dim,
         "normalization": "RMSNorm", "layernorm_epsilon": model.norm_eps, "gated_linear_unit": True, "activation_func": silu,
         "add_bias_linear": False, "add_qkv_bias": model.qkv_bias, "qk_layernorm": model.qk_norm,
-        "hidden_dropout": 0.0, "attention_dropout": 0.0,
+        "hidden_dropout": train.hidden_dropout, "attention_dropout": 0.0,  # our attention has none
         "perform_initialization": False, "use_cpu_initialization": not cpu.on_gpu(),
         "params_dtype": dtype, "pipeline_dtype": dtype, "bf16": train.precision == "bf16",
         "tensor_model_parallel_size": parallel.tp, "sequence_parallel": parallel.sp,

@@ -1,21 +1,42 @@
-"""The checkpoints of a run: which one is the newest, and which ones stay.  No torch here."""
+"""The checkpoints of a run: which one is the newest, which ones stay, and what is done with a damaged one.  No torch here.
+
+Inside a run's `checkpoints` folder: `step-N` is a checkpoint that was once complete, `damaged-step-N` one that was found
+damaged, `.writing-*` one under construction, and `.deleting-*` one on its way out.
+"""
 
 from __future__ import annotations
 
+import errno
+import os
+import secrets
 import shutil
 from pathlib import Path
 
-from megatron_sov.artifacts import MANIFEST, read_manifest
+from megatron_sov.artifacts import MANIFEST, disk_errors, file_damage, fsync_path, read_manifest
 from megatron_sov.errors import UserError
 
 KIND = "checkpoint"
 CHECKPOINTS_OF_A_RUN = "checkpoints"
+WRITING, DELETING, DAMAGED = ".writing-", ".deleting-", "damaged-"
+NOT_WEIGHTS = ("optimizer/", "optimizer.index.json")
+"""Beginnings of the names of files that a model alone does not need."""
+
+
+def temporary(path: Path, token: str) -> Path:
+    """Return the folder in which a checkpoint is built; `token` tells it from what an earlier process left."""
+    return path.with_name(f"{WRITING}{path.name}-{token}")
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Delete what killed processes left half-written or half-deleted; only for the one who holds the run's lock."""
+    for leftover in sorted([*folder.glob(f"{WRITING}*"), *folder.glob(f"{DELETING}*")]):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def latest(folder: Path) -> Path | None:
-    """Return the newest complete checkpoint of a run's `checkpoints` folder, or None."""
-    complete = [(step, path) for step, path in _steps(folder) if (path / MANIFEST).is_file()]
-    return complete[-1][1] if complete else None
+    """Return the newest checkpoint of a run's `checkpoints` folder, sound or not, or None."""
+    steps = _steps(folder)
+    return steps[-1][1] if steps else None
 
 
 def _steps(folder: Path) -> list[tuple[int, Path]]:
@@ -26,18 +47,92 @@ def find_checkpoint(path: Path) -> Path:
     """Return the checkpoint that `path` means: itself, or the newest one of a run folder.
 
     Raises:
-        UserError: it is neither.
+        UserError: it is neither, or its manifest is damaged.
     """
-    if (path / CHECKPOINTS_OF_A_RUN).is_dir():
-        newest = latest(path / CHECKPOINTS_OF_A_RUN)
-        if newest is None:
-            raise UserError(f"{path}: this run has no complete checkpoint yet")
-        return newest
-    read_manifest(path, KIND)
-    return path
+    if not (path / CHECKPOINTS_OF_A_RUN).is_dir():
+        read_manifest(path, KIND)
+        return path
+    newest = latest(path / CHECKPOINTS_OF_A_RUN)
+    if newest is None:
+        raise UserError(f"{path}: this run has no complete checkpoint yet")
+    problem = manifest_damage(newest)
+    if problem is not None:
+        raise UserError(f"{problem}; {instead_of(newest)}")
+    return newest
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints (0 keeps all)."""
-    for _, path in _steps(folder)[:-keep] if keep else []:
-        shutil.rmtree(path, ignore_errors=True)
+def manifest_damage(path: Path) -> str | None:
+    """Return one sentence where a checkpoint has no sound manifest, else None."""
+    if not (path / MANIFEST).is_file():
+        return f"{path / MANIFEST}: is missing"
+    try:
+        read_manifest(path, KIND)
+    except UserError as e:
+        return str(e).partition(";")[0]
+    return None
+
+
+def damage(path: Path, *, rank: int = 0, size: int = 1, weights_only: bool = False) -> str | None:
+    """Return one sentence about the first file of a checkpoint that is missing or not what was written, else None.
+
+    Args:
+        rank: which share of the files this process looks at, of `size` shares; all look at the manifest.
+        weights_only: pass over the optimizer's state.
+
+    Raises:
+        UserError: a file cannot be read, which may be the machine's fault and not the file's.
+    """
+    problem = manifest_damage(path)
+    if problem is not None:
+        return problem
+    files = read_manifest(path, KIND).files
+    names = sorted(name for name in files if not (weights_only and name.startswith(NOT_WEIGHTS)))
+    for name in names[rank::size]:
+        try:
+            problem = file_damage(path / name, files[name])
+        except OSError as e:
+            if e.errno != errno.EIO:
+                raise UserError(f"{path / name}: cannot be read ({e.strerror}); see to it that it can, and start again") from e
+            problem = f"{path / name}: cannot be read ({e.strerror})"
+        if problem is not None:
+            return problem
+    return None
+
+
+def instead_of(path: Path) -> str:
+    """Return what to do about a damaged checkpoint: take the one before it, which is named, where there is one."""
+    step = path.name[5:]
+    before = [p for n, p in _steps(path.parent) if step.isdigit() and n < int(step) and manifest_damage(p) is None]
+    return f"use the checkpoint before it, {before[-1]}" if before else "there is no checkpoint before it; restore it from a copy"
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged checkpoint, so that nothing takes it for a sound one; returns its new place."""
+    aside = path.with_name(DAMAGED + path.name)
+    if aside.exists():
+        aside = path.with_name(f"{DAMAGED}{path.name}-{secrets.token_hex(4)}")
+    with disk_errors(path):
+        os.rename(path, aside)
+        fsync_path(path.parent)
+    return aside
+
+
+def refuse_lost(folder: Path) -> None:
+    """Raise `UserError` where a run has only damaged checkpoints: it must not begin anew as if nothing had been."""
+    damaged = sorted(p.name for p in folder.glob(f"{DAMAGED}*"))
+    if damaged and not _steps(folder):
+        raise UserError(f"{folder}: no sound checkpoint is left ({', '.join(damaged)}); restore one from a copy as step-N, or "
+                        "start a new --run")
+
+
+def prune(folder: Path, keep: int, keep_every_steps: int = 0) -> None:
+    """Delete all complete checkpoints but the newest `keep` (0 keeps all) and those whose step `keep_every_steps` divides.
+
+    A checkpoint loses its name before its files, so that a kill leaves no torn one under a valid name.
+    """
+    complete = [(step, path) for step, path in _steps(folder) if (path / MANIFEST).is_file()]
+    for step, path in complete[:-keep] if keep else []:
+        if not (keep_every_steps and step % keep_every_steps == 0):
+            going = path.with_name(f"{DELETING}{path.name}-{secrets.token_hex(4)}")
+            os.rename(path, going)
+            shutil.rmtree(going, ignore_errors=True)

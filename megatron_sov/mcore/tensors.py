@@ -18,12 +18,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
-from megatron_sov.artifacts import atomic_write, fsync_path
+from megatron_sov.artifacts import FileRecord, atomic_write
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.tensor_file import TensorFile
+from megatron_sov.mcore.tensor_writing import TensorSpec, write_file
 
 MAX_FILE_BYTES = 4 << 30
 RANKS_PER_FOLDER = 256
@@ -66,16 +65,21 @@ def add_piece(index: Index, key: str, dtype: torch.dtype, shape: Sequence[int], 
 class TensorWriter:
     """Collects one process's blocks and writes them to files of at most `MAX_FILE_BYTES`."""
 
-    def __init__(self, folder: Path, part: str, rank: int = 0) -> None:
+    def __init__(self, folder: Path, part: str, rank: int = 0, first_file: int = 0) -> None:
         self.folder, self.part, self.rank = folder, part, rank
+        self.files: dict[str, FileRecord] = {}
+        """What has been written: file relative to the folder -> its record."""
         self._pending: dict[str, torch.Tensor] = {}
         self._pending_bytes = 0
-        self._files = 0
+        self._number = first_file
         self._index: Index = {}
 
     def add(self, key: str, block: torch.Tensor, global_shape: Sequence[int] | None = None,
             offset: Sequence[int] | None = None) -> None:
-        """Add the block of tensor `key` that starts at `offset`; without shape and offset it is the whole tensor."""
+        """Add the block of tensor `key` that starts at `offset`; without shape and offset it is the whole tensor.
+
+        A contiguous CPU tensor is not copied: it must stay as it is until the next `flush`.
+        """
         shape = tuple(global_shape) if global_shape is not None else tuple(block.shape)
         start = tuple(offset) if offset is not None else (0,) * len(shape)
         extent = (1,) * (len(shape) - block.dim()) + tuple(block.shape)
@@ -90,7 +94,7 @@ class TensorWriter:
         add_piece(self._index, key, block.dtype, shape, Piece(self._next_file(), name, start, extent))
 
     def _next_file(self) -> str:
-        return file_name(self.part, self.rank, self._files)
+        return file_name(self.part, self.rank, self._number)
 
     def flush(self) -> None:
         """Write the collected blocks to their file and sync it.
@@ -101,13 +105,11 @@ class TensorWriter:
         if self._pending:
             path = self.folder / self._next_file()
             path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                save_file(self._pending, path)
-            except SafetensorError as e:  # how safetensors reports a full disk
-                raise OSError(f"{path}: {e}") from e
-            fsync_path(path)
+            specs = [TensorSpec(name, tuple(t.shape), t.dtype) for name, t in self._pending.items()]
+            pending = self._pending
+            self.files[self._next_file()] = write_file(path, specs, lambda spec: pending[spec.name])
             self._pending, self._pending_bytes = {}, 0
-            self._files += 1
+            self._number += 1
 
     def finish(self) -> Index:
         """Write what is left and return this process's index."""

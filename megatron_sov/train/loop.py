@@ -24,11 +24,13 @@ def train(trainer: Trainer, stop: StopFlag) -> bool:
             if result is not None:
                 trainer.log_expert_load()
             trainer.evaluate()
-        if stop.agreed() and not last:
+        if stop.agreed(trainer.saver) and not last:
             trainer.save()
+            trainer.saver.finish()
             trainer.events.write("stop", step=step, reason=stop.reason or "another process was asked to stop")
             return False
         if last or step % every.checkpoint_every_steps == 0:
             trainer.save()
+    trainer.saver.finish()
     trainer.events.write("run_end", step=trainer.done.step, wall_s=trainer.wall_s(), final_loss=result.loss if result else None)
     return True

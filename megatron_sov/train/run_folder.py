@@ -15,8 +15,8 @@ from megatron_sov.mcore.run_checkpoints import CHECKPOINTS_OF_A_RUN
 from megatron_sov.train.lock import LOCK
 
 CONFIG, COMPLETION = "config.json", "complete.json"
-FIXED: dict[str, tuple[str, ...] | None] = {"model": None, "objective": None, "optim": None, "train": ("seed", "precision"),
-                                            "data": ("packing",)}
+FIXED: dict[str, tuple[str, ...] | None] = {"model": None, "objective": None, "optim": None,
+                                            "train": ("seed", "precision", "hidden_dropout"), "data": ("packing",)}
 """What a resumed run must not change: part of the config -> its settings (None: all)."""
 
 

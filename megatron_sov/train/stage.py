@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,10 @@ from megatron_sov.data.long_documents import with_long_documents
 from megatron_sov.data.shards import Source, open_sources, tokenizer_folder
 from megatron_sov.data.vocabulary import refuse_other_tokens
 from megatron_sov.errors import StopRequested, UserError
-from megatron_sov.mcore import determinism, run_checkpoints, world
+from megatron_sov.mcore import checkpoint, determinism, run_checkpoints, world
 from megatron_sov.mcore.ranks import num_ranks, under_launcher
 from megatron_sov.obs.afterwards import RunEvents
+from megatron_sov.obs.events import EVENTS, EventLog
 from megatron_sov.train.exports import Exports
 from megatron_sov.train.lock import RunLock
 from megatron_sov.train.loop import train
@@ -140,14 +143,33 @@ def _lock(stage: Stage, lock: RunLock | None) -> None:
 
 
 def _restore(stage: Stage, trainer: Trainer) -> bool:
-    """Load what the run starts from; returns whether it goes on from a checkpoint of its own."""
+    """Load what the run starts from; returns whether it goes on from a checkpoint of its own.
+
+    A damaged checkpoint is set aside, loudly, for the one before.
+    """
+    folder = stage.folder.checkpoints
+    _on_main(trainer.world, lambda: run_checkpoints.clear_leftovers(folder))
     # one process looks: on a network file system the others may still see an older listing
-    newest = _on_main(trainer.world, lambda: run_checkpoints.latest(stage.folder.checkpoints))
-    if newest is not None:
-        trainer.resume(newest)
-    elif stage.start_from is not None:
+    while (newest := _on_main(trainer.world, lambda: run_checkpoints.latest(folder))) is not None:
+        problem = checkpoint.damage(newest)
+        if problem is None:
+            trainer.resume(newest)
+            return True
+        _on_main(trainer.world, partial(_set_aside, stage.folder, newest, problem))
+    _on_main(trainer.world, lambda: run_checkpoints.refuse_lost(folder))
+    if stage.start_from is not None:
         trainer.load_weights(stage.start_from)
-    return newest is not None
+    return False
+
+
+def _set_aside(folder: RunFolder, damaged: Path, problem: str) -> None:
+    aside = run_checkpoints.set_aside(damaged)
+    print(f"warning: {problem}; {damaged.name} is renamed to {aside.name}, and the run goes on from the checkpoint before it",
+          file=sys.stderr, flush=True)
+    events = EventLog(folder.path / EVENTS)
+    events.write("damaged_checkpoint", path=f"{folder.checkpoints.name}/{damaged.name}", reason=problem,
+                 renamed_to=f"{folder.checkpoints.name}/{aside.name}")
+    events.close()
 
 
 def _open(stage: Stage, trainer: Trainer | None) -> None:

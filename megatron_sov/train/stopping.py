@@ -8,6 +8,7 @@ from types import FrameType
 import torch
 
 from megatron_sov.mcore import schedule
+from megatron_sov.mcore.saving import Saver
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """SIGUSR1 is what Slurm is asked to send before the time limit."""
@@ -24,6 +25,15 @@ class StopFlag:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.reason = signal.Signals(number).name
 
-    def agreed(self) -> bool:
-        """Return whether any process was asked to stop; called by every process after every step."""
-        return bool(schedule.sum_everywhere(torch.tensor([float(self.reason is not None)], dtype=torch.float64)).item())
+    def agreed(self, saver: Saver) -> bool:
+        """Return whether any process was asked to stop; called by every process after every step.
+
+        How far the outstanding checkpoint is travels in the same all-reduce.
+
+        Raises:
+            UserError: the outstanding checkpoint failed.
+        """
+        asked, *progress = schedule.sum_everywhere(
+            torch.tensor([float(self.reason is not None), *saver.progress()], dtype=torch.float64)).tolist()
+        saver.advance(progress)
+        return asked > 0

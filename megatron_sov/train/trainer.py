@@ -19,11 +19,12 @@ from megatron_sov.data.order import OrderState
 from megatron_sov.data.shards import Source, provenance, tokenizer_folder
 from megatron_sov.data.token_bytes import token_bytes
 from megatron_sov.errors import UserError
-from megatron_sov.mcore import checkpoint, init, run_checkpoints, schedule
+from megatron_sov.mcore import checkpoint, init, rng, run_checkpoints, schedule
 from megatron_sov.mcore.logprobs import head_of
 from megatron_sov.mcore.model import build
 from megatron_sov.mcore.optim import Optimizer
 from megatron_sov.mcore.policy import Policy, split_depths
+from megatron_sov.mcore.saving import Companions, Saved, Saver
 from megatron_sov.mcore.world import World
 from megatron_sov.models.count import num_params
 from megatron_sov.obs.events import EVENTS, EventLog
@@ -93,6 +94,7 @@ class Trainer:
         self._objective_factory = objective
         self.objective = objective(config, self.batches)
         self.tokenizer = tokenizer_folder(sources)
+        self.saver = Saver(self._note_saved, config.train.save_timeout_s)
         self._evaluator: HeldoutEvaluator | None = None
         self.events = EventLog(None)
         self._trackers: Trackers | None = None
@@ -112,12 +114,11 @@ class Trainer:
         self.optimizer.adopt_model()
 
     def resume(self, path: Path) -> None:
-        """Continue exactly where a checkpoint of this run was taken.
+        """Continue exactly where a (sound) checkpoint of this run was taken.
 
         Raises:
-            UserError: the checkpoint is damaged, or a source is not what the run has read so far.
+            UserError: a source is not what the run has read so far.
         """
-        checkpoint.check(path)
         state = checkpoint.read_state(path)
         for name, read_so_far in state["data"].items():
             if self._data.get(name, read_so_far) != read_so_far:
@@ -167,6 +168,7 @@ class Trainer:
         """
         start = time.monotonic()
         step = self.done.step
+        rng.reseed(self.config.train.seed, step)
         if self.batches.next_entry().skip:
             self.batches.skip()
             self.done.step += 1
@@ -181,6 +183,7 @@ class Trainer:
         by_source = sums[len(terms):].reshape(-1, 2).tolist()
         loss = sum(self.objective.coefficients[t] * value for t, value in losses.items())
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            self.saver.finish()
             raise UserError(f"step {step + 1}: the loss is {loss:g} and the gradient norm {grad_norm:g}; the last checkpoint "
                             f"before it is kept, lower optim.lr = {self.config.optim.lr:g} and start a new --run --from it")
         self.done.step += 1
@@ -282,20 +285,23 @@ class Trainer:
                 plan[name] = plan.get(name, 0.0) + steps * entry.global_batch_size * entry.seq_len * weight
         return {name: round(tokens) for name, tokens in plan.items()}
 
-    def save(self) -> Path:
-        """Write a checkpoint and forget old ones; returns its folder."""
-        start = time.monotonic()
-        path = self.folder.checkpoint(self.done.step)
+    def save(self) -> None:
+        """Take a checkpoint; it is written in the background, or at once where `train.async_save` is off."""
+        settings = self.config.train
         state = {"step": self.done.step, "tokens": self.done.tokens, "wall_s": self.wall_s(),
                  "num_updates": self.optimizer.num_updates, "order": self.batches.state(), "data": self._data}
-        checkpoint.save(path, self.model, self.optimizer, state, self.config.to_dict(), self.tokenizer)
-        if self.world.is_main:
-            run_checkpoints.prune(self.folder.checkpoints, self.config.train.keep_checkpoints)
-        self.events.write("checkpoint", step=self.done.step, path=f"{self.folder.checkpoints.name}/{path.name}",
-                          save_s=time.monotonic() - start)
+        self.saver.begin(
+            self.folder.checkpoint(self.done.step), self.model, self.optimizer,
+            Companions(state, self.config.to_dict(), self.tokenizer),
+            then=lambda: run_checkpoints.prune(self.folder.checkpoints, settings.keep_checkpoints, settings.keep_every_steps))
+        if not settings.async_save:
+            self.saver.finish()
+
+    def _note_saved(self, saved: Saved) -> None:
+        self.events.write("checkpoint", step=saved.step, path=f"{self.folder.checkpoints.name}/{saved.path.name}",
+                          save_s=saved.save_s, stall_s=saved.stall_s)
         if self._exports is not None:
-            self._exports.offer(self.done.step, path, last=self.done.step == self.num_steps)
-        return path
+            self._exports.offer(saved.step, saved.path, last=saved.step == self.num_steps)
 
     def wall_s(self) -> float:
         """Return the seconds that the run has worked, over all its restarts."""

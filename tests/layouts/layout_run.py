@@ -111,6 +111,7 @@ def trained(settings: list[str], paths: list[str], out: str) -> list[dict[str, A
         taken.append(_step(trainer))
         if trainer.done.step in (3, 5):
             trainer.save()
+            trainer.saver.finish()
     world.leave()
     return taken
 

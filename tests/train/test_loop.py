@@ -34,6 +34,8 @@ class Recorded:
         return 0.0
 
     def __getattr__(self, name: str) -> Any:
+        if name == "saver":
+            return SimpleNamespace(finish=lambda: self.actions.append(f"saved {self.done.step}"))
         if name not in ("announce", "log_expert_load", "evaluate", "save"):
             raise AttributeError(name)
         return lambda: self.actions.append(f"{name} {self.done.step}")
@@ -47,7 +49,7 @@ class Stop:
     def __init__(self, trainer: Recorded, after: int = 10 ** 9) -> None:
         self.trainer, self.after = trainer, after
 
-    def agreed(self) -> bool:
+    def agreed(self, saver: Any) -> bool:
         return self.trainer.done.step >= self.after
 
 
@@ -58,27 +60,28 @@ def actions(trainer: Recorded, stop_after: int = 10 ** 9) -> tuple[bool, list[st
 
 def test_evaluations_and_checkpoints_come_when_they_are_due_and_at_the_end() -> None:
     found = actions(Recorded(7, eval_every_steps=3, checkpoint_every_steps=2))
-    assert found == (True, ["save 2", "evaluate 3", "save 4", "evaluate 6", "save 6", "evaluate 7", "save 7", "run_end 7"])
+    assert found == (True, ["save 2", "evaluate 3", "save 4", "evaluate 6", "save 6", "evaluate 7", "save 7", "saved 7",
+                            "run_end 7"])
 
 
 def test_without_a_rhythm_there_is_one_of_each_at_the_end() -> None:
-    assert actions(Recorded(3)) == (True, ["evaluate 3", "save 3", "run_end 3"])
+    assert actions(Recorded(3)) == (True, ["evaluate 3", "save 3", "saved 3", "run_end 3"])
 
 
 @pytest.mark.parametrize("step", [1, 2])
 def test_a_stop_saves_once_and_leaves(step: int) -> None:
-    assert actions(Recorded(5, checkpoint_every_steps=2), step) == (False, [f"save {step}", f"stop {step}"])
+    assert actions(Recorded(5, checkpoint_every_steps=2), step) == (False, [f"save {step}", f"saved {step}", f"stop {step}"])
 
 
 def test_a_stop_at_the_last_step_completes_the_run() -> None:
-    assert actions(Recorded(3), 3) == (True, ["evaluate 3", "save 3", "run_end 3"])
+    assert actions(Recorded(3), 3) == (True, ["evaluate 3", "save 3", "saved 3", "run_end 3"])
 
 
 def test_a_run_that_was_killed_behind_its_last_step_only_ends() -> None:
-    assert actions(Recorded(3, done=3)) == (True, ["run_end 3"])
+    assert actions(Recorded(3, done=3)) == (True, ["saved 3", "run_end 3"])
 
 
 def test_a_skipped_step_keeps_the_rhythm_and_has_nothing_to_log() -> None:
     trainer = Recorded(4, skipped=(2, 4), eval_every_steps=2, checkpoint_every_steps=2)
-    assert actions(trainer) == (True, ["evaluate 2", "save 2", "evaluate 4", "save 4", "run_end 4"])
+    assert actions(trainer) == (True, ["evaluate 2", "save 2", "evaluate 4", "save 4", "saved 4", "run_end 4"])
     assert [a for a in trainer.actions if a.startswith("log")] == ["log 1", "log 3"]

@@ -13,14 +13,16 @@ def agreement(number: int) -> list[Any]:
     """Runs inside ranks: only rank 1 gets the signal."""
     from megatron_sov.config import ParallelConfig
     from megatron_sov.mcore import world
+    from megatron_sov.mcore.saving import Saver
     from megatron_sov.train.stopping import StopFlag
 
     stop = StopFlag()
     place = world.join(ParallelConfig())
-    before = stop.agreed()
+    saver = Saver()
+    before = stop.agreed(saver)
     if place.rank == 1:
         os.kill(os.getpid(), number)
-    after = stop.agreed()
+    after = stop.agreed(saver)
     world.leave()
     return [before, after, stop.reason]
 

@@ -36,7 +36,9 @@ def refusals(data: str, run: str) -> dict[str, Any]:
     trainer = Trainer(config, place, folder, sources, LanguageModelling)
     trainer.update()
     planned, consumed = trainer._planned_tokens(), trainer.batches.consumed_tokens()
-    saved = trainer.save()
+    trainer.save()
+    trainer.saver.finish()
+    saved = folder.checkpoint(1)
     said = {"planned": planned, "consumed": consumed, "counted": trainer.done.tokens, "path": saved.name}
     again = Trainer(config, place, folder, sources, LanguageModelling)
     again._data = dict.fromkeys(again._data, "0" * 64)

@@ -1,0 +1,143 @@
+"""How fast checkpoints are saved and loaded beside `cp`, and how long a save holds up the training.
+
+    python benchmarks/checkpoint_speed.py [--megabytes 400] [--rounds 5] [--nproc 1]
+
+Saves the weights and moments of a model of about the given size, in float32, and loads them again.  `cp` copies the files
+of the same checkpoint and syncs each.  Every round measures everything, one after the other, so that what else the machine
+does falls on all alike; ratios are of the medians.  Loading is from the page cache, as is what `cp` reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_sov import recipes
+from megatron_sov.artifacts import read_manifest
+from megatron_sov.config import ParallelConfig, RunConfig, apply_settings
+from megatron_sov.mcore import checkpoint, cpu, world
+from megatron_sov.models.count import num_params
+
+BYTES_PER_PARAMETER = 12
+"""Weight and two moments in float32."""
+MEASURES = ("cp + fsync of every file", "save, waiting (async_save=false)", "stall of the same save (async_save=true)",
+            "check: hash every file", "load weights and moments")
+
+
+def config_of(num_bytes: float) -> RunConfig:
+    """Return a mixture of experts whose checkpoint has about this size."""
+    config = apply_settings(recipes.get("tiny-solar-open"), [
+        "train.precision=fp32", "model.vocab_size=8192", "model.hidden_size=256", "model.num_layers=4"])
+    width = 64
+    while num_params(config.model).total * BYTES_PER_PARAMETER < num_bytes:
+        width += 64
+        config = apply_settings(config, [f"model.expert_ffn_dim={width}"])
+    return config
+
+
+def copy_synced(source: Path, target: Path) -> None:
+    """Copy a folder by `cp`, then sync every file."""
+    subprocess.run(["cp", "-r", str(source), str(target)], check=True)
+    for file in (p for p in target.rglob("*") if p.is_file()):
+        fd = os.open(file, os.O_RDONLY)
+        os.fsync(fd)
+        os.close(fd)
+
+
+def measure(folder: Path, config: RunConfig, rounds: int) -> int:
+    """Run on every rank; rank 0 writes the seconds of each measure and the bytes of the checkpoint."""
+    import torch
+    import torch.distributed as dist
+
+    from megatron_sov.mcore import init
+    from megatron_sov.mcore.model import build
+    from megatron_sov.mcore.optim import Optimizer
+    from megatron_sov.mcore.saving import Companions, Saved, Saver
+
+    place = world.join(ParallelConfig())
+    model = build(config.model, config.parallel, config.train)
+    init.initialise(model, config.model, 1)
+    optimizer = Optimizer(model, config.optim)
+    for block in optimizer.state_blocks():
+        with torch.no_grad():
+            block.data.normal_()
+    saved = list[Saved]()
+    saver, companions = Saver(saved.append), Companions({"step": 1, "tokens": 1, "num_updates": 1}, {}, None)
+    seconds: dict[str, list[float]] = {name: [] for name in MEASURES}
+
+    def timed(name: str, action: Callable[[], object]) -> None:
+        dist.barrier()
+        os.sync()
+        start_s = time.monotonic()
+        action()
+        seconds[name].append(time.monotonic() - start_s)
+
+    def begin(name: str) -> None:
+        saver.begin(folder / name, model, optimizer, companions)
+
+    begin("step-0")  # takes the memory, which later ones have
+    saver.finish()
+    path = folder / "step-0"
+    num_bytes = sum(r.size_bytes for r in read_manifest(path).files.values())
+    for _ in range(rounds):
+        timed(MEASURES[0], lambda: copy_synced(path, folder / "copy") if place.is_main else None)
+        timed(MEASURES[1], lambda: (begin("step-1"), saver.finish()))
+        timed(MEASURES[2], lambda: begin("step-2"))
+        saver.finish()
+        timed(MEASURES[3], lambda: checkpoint.damage(path))
+        timed(MEASURES[4], lambda: (checkpoint.load_model(path, model), checkpoint.load_optimizer(path, optimizer, 1)))
+        for old in ("copy", "step-1", "step-2") if place.is_main else ():
+            shutil.rmtree(folder / old)
+    if place.is_main:
+        (folder / "seconds.json").write_text(json.dumps({"bytes": num_bytes, "seconds": seconds}))
+    dist.barrier()
+    world.leave()
+    return 0
+
+
+def machine() -> str:
+    """Return processor, cores and Python."""
+    with open("/proc/cpuinfo", encoding="utf-8") as f:
+        model = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), platform.machine())
+    return f"{model}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}"
+
+
+def main() -> int:
+    """Run everything."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--megabytes", type=float, default=400, help="size of the checkpoint (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="how often each is measured (default %(default)s)")
+    parser.add_argument("--nproc", type=int, default=1, help="processes (default %(default)s)")
+    args = parser.parse_args()
+    cpu.open_door()
+    config = config_of(args.megabytes * 1e6)
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
+        code = world.launch(lambda: measure(Path(folder), config, args.rounds), args.nproc, 1)
+        if code:
+            return code
+        found = json.loads((Path(folder) / "seconds.json").read_text())
+    median_s = {name: statistics.median(values) for name, values in found["seconds"].items()}
+    cp_s = median_s[MEASURES[0]]
+    print(f"{machine()}\n{found['bytes'] / 1e6:.0f} MB on {args.nproc} process(es), median of {args.rounds} rounds, "
+          f"load {os.getloadavg()[0]:.1f}")
+    print(f"{'':<42} {'s':>7} {'GB/s':>7} {'rate / cp':>10}")
+    for name in MEASURES:
+        rate = found["bytes"] / 1e9 / median_s[name]
+        print(f"{name:<42} {median_s[name]:7.3f} {rate:7.2f} {cp_s / median_s[name]:10.2f}")
+    share = median_s[MEASURES[2]] / median_s[MEASURES[1]]
+    print(f"the stall in the background is {share:.1%} of the stall of waiting")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""Checkpoints that are no longer what was written: found whatever the file and the damage, and replaced by the one before."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sov.artifacts import MANIFEST, read_manifest
+from megatron_sov.cli import main
+from megatron_sov.mcore.run_checkpoints import damage
+from megatron_sov.obs.events import read_events
+
+STEPS = 8
+SETTINGS = (f"train.steps={STEPS}", "train.checkpoint_every_steps=1", "train.keep_checkpoints=0", "train.eval_every_steps=0",
+            "train.hidden_dropout=0.1")
+EP2 = ("--nproc", "2", "--set", "parallel.ep=2")
+Damage = Callable[[Path], None]
+
+
+def truncated(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def flipped(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def deleted(file: Path) -> None:
+    file.unlink()
+
+
+DAMAGES = (truncated, flipped, deleted)
+
+
+def folder_of(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step}"
+
+
+def hashes(run: Path, step: int) -> dict[str, str]:
+    """Return the hashes of a checkpoint's files, and the loop's state without times."""
+    state = json.loads((folder_of(run, step) / "state.json").read_text())
+    files = read_manifest(folder_of(run, step)).files
+    return {name: record.sha256 for name, record in files.items() if name != "state.json"} | {
+        "state.json": json.dumps({k: v for k, v in state.items() if k != "wall_s"}, sort_keys=True)}
+
+
+def ended(argv: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(argv, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kept") / "run"
+
+
+@pytest.mark.distributed
+def test_the_newest_sound_checkpoint_goes_on_to_the_same_bits(tmp_path: Path, pretrain: Any, kept: Path) -> None:
+    """One kind of file and of damage after the other stands in the way, from the newest checkpoint back to step 2."""
+    done = ended(pretrain(kept, *EP2, settings=SETTINGS))
+    assert done.returncode == 0, done.stderr
+    at_once = tmp_path / "at-once"
+    assert ended(pretrain(at_once, *EP2, settings=(*SETTINGS, "train.async_save=false"))).returncode == 0
+    assert all(hashes(at_once, step) == hashes(kept, step) for step in range(1, STEPS + 1)), "in the background or at once"
+
+    broken = tmp_path / "broken"
+    shutil.copytree(kept, broken)
+    (broken / "complete.json").unlink()
+    in_the_way = {8: ("optimizer/00000/rank-00001-00000.safetensors", truncated), 7: ("model.index.json", flipped),
+                  6: ("state.json", deleted), 5: (MANIFEST, flipped), 4: ("tokenizer/tokenizer.json", truncated),
+                  3: (MANIFEST, deleted)}
+    for step, (name, spoil) in in_the_way.items():
+        spoil(folder_of(broken, step) / name)
+    (broken / "checkpoints" / ".writing-step-9-0a1b2c3d").mkdir()
+    done = ended(pretrain(broken, *EP2, "--resume", settings=SETTINGS))
+    assert done.returncode == 0, done.stderr
+    found = [e for e in read_events(broken / "events.jsonl") if e["event"] in ("damaged_checkpoint", "resume")]
+    assert [e.get("path") for e in found] == [*(f"checkpoints/step-{step}" for step in in_the_way), None]
+    for event, (step, (name, _)) in zip(found, in_the_way.items(), strict=False):
+        assert f"checkpoints/step-{step}/{name}: " in event["reason"]
+        assert f"warning: {event['reason']}; step-{step} is renamed to damaged-step-{step}" in done.stderr
+        assert (broken / "checkpoints" / f"damaged-step-{step}").is_dir(), "never deleted"
+    assert found[-1]["reason"] == "continued from step-2"
+    assert all(hashes(broken, step) == hashes(kept, step) for step in range(1, STEPS + 1))
+    assert not list((broken / "checkpoints").glob(".*"))
+
+    lost = tmp_path / "lost"
+    shutil.copytree(kept, lost, ignore=shutil.ignore_patterns("step-[2-8]"))
+    (lost / "complete.json").unlink()
+    deleted(folder_of(lost, 1) / "state.json")
+    for _ in range(2):  # and it stays refused
+        done = ended(pretrain(lost, *EP2, "--resume", settings=SETTINGS))
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        assert "no sound checkpoint is left (damaged-step-1); restore one from a copy as step-N" in done.stderr
+
+
+def test_every_damage_to_every_file_is_found(kept: Path, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoints" / "step-8"
+    shutil.copytree(folder_of(kept, STEPS), path)
+    names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
+    assert {Path(n).suffix for n in names} >= {".safetensors", ".json"} and len(names) >= 9
+    for name in names:
+        for spoil in DAMAGES:
+            content = (path / name).read_bytes()
+            spoil(path / name)
+            problem = damage(path)
+            assert problem is not None and problem.startswith(f"{path / name}: "), (name, spoil.__name__, problem)
+            (path / name).write_bytes(content)
+    assert damage(path) is None
+
+
+@pytest.mark.parametrize("command", [("convert", "to-hf", "RUN", "OUT"), ("generate", "RUN", "--prompt", "a")])
+@pytest.mark.parametrize("name", [MANIFEST, "model/00000/rank-00000-00000.safetensors"])
+def test_commands_name_the_file_and_the_checkpoint_before(
+        kept: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], command: tuple[str, ...], name: str,
+        one_rank: None) -> None:
+    for step in (6, 7, 8):
+        shutil.copytree(folder_of(kept, step), folder_of(tmp_path / "run", step))
+    deleted(folder_of(tmp_path / "run", 7) / MANIFEST)
+    flipped(folder_of(tmp_path / "run", 8) / name)
+    argv = [{"RUN": str(tmp_path / "run"), "OUT": str(tmp_path / "out")}.get(part, part) for part in command]
+    try:
+        code = main(argv)
+    except SystemExit as e:
+        code = e.code
+    said = capfd.readouterr().err
+    assert code == 2 and f"{folder_of(tmp_path / 'run', 8) / name}: " in said, said
+    assert f"use the checkpoint before it, {folder_of(tmp_path / 'run', 6)}" in said and not (tmp_path / "out").exists()
+
+
+def test_a_run_does_not_start_from_a_damaged_one(kept: Path, tmp_path: Path, pretrain: Any) -> None:
+    shutil.copytree(folder_of(kept, 8), folder_of(tmp_path / "run", 8))
+    truncated(folder_of(tmp_path / "run", 8) / "model/00000/rank-00000-00000.safetensors")
+    done = ended(pretrain(tmp_path / "new", "--from", str(tmp_path / "run"), settings=SETTINGS))
+    assert done.returncode == 2 and "there is no checkpoint before it; restore it from a copy" in done.stderr, done.stderr
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,103 @@
+"""SIGKILL at every state of a run: what stands under a checkpoint's name is whole, and the end is that of the run left alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+STEPS = 12
+SETTINGS = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.head_dim=8", "model.expert_ffn_dim=16",
+            'data.phases=[{"name": "main", "seq_len": 32}]', "train.global_batch_size=8", "train.micro_batch_size=2",
+            "data.heldout_tokens=128", f"train.steps={STEPS}", "train.checkpoint_every_steps=2", "train.keep_checkpoints=1",
+            "train.keep_every_steps=8", "train.eval_every_steps=6", "train.hidden_dropout=0.1", "parallel.ep=2")
+
+
+def run_and_kill(data: str, folder: str) -> dict[str, Any]:
+    """Runs in a process that has imported everything: forks runs of two ranks, and kills all but the last."""
+    from megatron_sov import recipes
+    from megatron_sov.config import apply_settings
+    from megatron_sov.mcore.run_checkpoints import damage
+    from megatron_sov.mcore.world import STORE_PORT
+    from megatron_sov.obs.events import read_events
+    from megatron_sov.train.lm import LanguageModelling
+    from megatron_sov.train.run_folder import RunFolder
+    from megatron_sov.train.stage import Stage, run_stage
+
+    config = apply_settings(recipes.get("tiny-solar-open"), [f"data.paths={json.dumps({data: 1.0})}", *SETTINGS])
+    whole, broken = Path(folder) / "whole", Path(folder) / "broken"
+    checkpoints, left, found = broken / "checkpoints", list[int](), list[str]()
+
+    def started(run: Path) -> int:
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                os.setsid()
+                for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", STORE_PORT):
+                    os.environ.pop(name, None)  # it is no rank, it starts some
+                run_stage(Stage(config, RunFolder(run), LanguageModelling, resume=True), 2)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        return child
+
+    def killed(reached: Callable[[], bool]) -> None:
+        child, deadline = started(broken), time.monotonic() + 60
+        while not reached():
+            assert os.waitpid(child, os.WNOHANG) == (0, 0) and time.monotonic() < deadline
+            time.sleep(0.001)
+        ranks = psutil.Process(child).children()
+        os.killpg(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        psutil.wait_procs(ranks, timeout=10)
+        left.append(len(list(checkpoints.glob(".*"))))
+        found.extend(p for p in map(damage, checkpoints.glob("step-*")) if p is not None)
+
+    def holder() -> int:
+        try:
+            return int(json.loads((broken / "lock.json").read_text())["pid"])
+        except (OSError, ValueError):
+            return 0
+
+    def loading() -> Callable[[], bool]:
+        before = holder()
+        return lambda: holder() not in (0, before)
+
+    def stepping(count: int) -> Callable[[], bool]:
+        return lambda: sum(e["event"] == "step" for e in read_events(broken / "events.jsonl")) >= count
+
+    def writing(at_least: str) -> Callable[[], bool]:
+        return lambda: any((checkpoints / p.name / at_least).exists() for p in checkpoints.glob(".writing-*"))
+
+    assert os.waitpid(started(whole), 0)[1] == 0
+    for reached in (lambda: True, loading(), stepping(1), writing("."), loading(), writing("model"), stepping(12),
+                    writing("indices"), loading(), writing("model.index.json")):
+        killed(reached)
+    assert os.waitpid(started(broken), 0)[1] == 0
+    return {"left": left, "damaged": found, "names": sorted(p.name for p in checkpoints.iterdir())}
+
+
+@pytest.mark.distributed
+def test_kills_at_every_state_change_nothing(ranks: Any, job: Any, packed_data: Any, tmp_path: Path) -> None:
+    from megatron_sov.artifacts import read_manifest
+
+    arguments = {"data": str(packed_data.text), "folder": str(tmp_path)}
+    ((found,),) = ranks(job(__file__, "run_and_kill", 1, arguments))
+    assert found["damaged"] == [], "under its name a checkpoint is whole"
+    assert sum(found["left"]) >= 1, "at least one kill came while a checkpoint was written"
+    assert found["names"] == [f"step-{STEPS}", "step-8"], "no leftovers, newest and multiples stay"
+    for step in (8, STEPS):
+        ours, theirs = (read_manifest(tmp_path / name / f"checkpoints/step-{step}").files for name in ("broken", "whole"))
+        state = ours.pop("state.json"), theirs.pop("state.json")  # holds the hours worked
+        assert ours == theirs and abs(state[0].size_bytes - state[1].size_bytes) < 8
