@@ -49,7 +49,7 @@ def test_a_chain_is_the_one_shard(packed: tuple[Path, Path]) -> None:
 def test_other_layouts_and_formats_are_refused(packed: tuple[Path, Path], tmp_path: Path) -> None:
     raw = json.loads((packed[0] / "manifest.json").read_text())
     del raw["content"]["content_version"]
-    (tmp_path / "manifest.json").write_text(json.dumps(raw))
+    (tmp_path / "manifest.json").write_text(json.dumps(raw | {"sha256": ""}))
     with pytest.raises(UserError, match="was packed in layout 1, this version reads layout 2; pack the data again"):
         open_sources({str(tmp_path): 1.0}, 2000)
     with pytest.raises(UserError, match="holds data of format 'chat', this stage learns from preference"):

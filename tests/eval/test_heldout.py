@@ -43,6 +43,6 @@ def test_data_that_cannot_judge_is_refused(one_rank: None, imported: dict[str, P
     manifest = json.loads((other / "manifest.json").read_text())
     for source in manifest["content"]["sources"]:
         source["splits"]["heldout"]["num_tokens"] = 0
-    (other / "manifest.json").write_text(json.dumps(manifest))
+    (other / "manifest.json").write_text(json.dumps(manifest | {"sha256": ""}))
     assert main(["eval", "bigram", "--data", str(other)]) == 2
     assert "holds no documents out" in capsys.readouterr().err
