@@ -189,8 +189,10 @@ def _checkpoint_tables(run: Run) -> list[Table]:
     save_s = [number(c["save_s"]) for c in run.checkpoints if c.get("save_s") is not None]
     if not save_s:
         return []
-    row = [f"{len(save_s):,}", f"{int(run.checkpoints[-1]['step']):,}", duration(float(np.mean(save_s))), duration(max(save_s))]
-    return [Table(["checkpoints", "last at step", "mean time to save", "longest"], [row])]
+    stall_s = [number(c.get("stall_s", c["save_s"])) for c in run.checkpoints if c.get("save_s") is not None]
+    row = [f"{len(save_s):,}", f"{int(run.checkpoints[-1]['step']):,}", duration(float(np.mean(save_s))), duration(max(save_s)),
+           duration(float(np.mean(stall_s)))]
+    return [Table(["checkpoints", "last at step", "mean time to save", "longest", "mean stall of training"], [row])]
 
 
 def _data_section(run: Run) -> Section:

@@ -164,9 +164,10 @@ def _restore(stage: Stage, trainer: Trainer) -> bool:
 
 def _set_aside(folder: RunFolder, damaged: Path, problem: str) -> None:
     aside = run_checkpoints.set_aside(damaged)
-    print(f"warning: {problem}; {damaged.name} is renamed to {aside.name}, and the run goes on from the checkpoint before it",
-          file=sys.stderr, flush=True)
+    text = f"{problem}; {damaged.name} is renamed to {aside.name}, and the run goes on from the checkpoint before it"
+    print(f"warning: {text}", file=sys.stderr, flush=True)
     events = EventLog(folder.path / EVENTS)
+    events.write("warning", step=int(damaged.name.removeprefix("step-")), text=text)
     events.write("damaged_checkpoint", path=f"{folder.checkpoints.name}/{damaged.name}", reason=problem,
                  renamed_to=f"{folder.checkpoints.name}/{aside.name}")
     events.close()

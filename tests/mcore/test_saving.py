@@ -37,9 +37,9 @@ def beside_the_training(folder: str) -> dict[str, Any]:
     at, saved, released = Path(folder), list[Saved](), threading.Event()
     checkpoint.save(at / "step-1", model, optimizer, {"step": 1, "tokens": 1}, {}, None)
 
-    def write_later(path: Path, content: Any, now: Any = tensors.write_file) -> Any:
+    def write_later(*arguments: Any, now: Any = tensors.write_file) -> Any:
         assert released.wait(60)
-        return now(path, content)
+        return now(*arguments)
 
     tensors.write_file, snapshot.MIN_FILE_BYTES, snapshot.num_writers = write_later, 1, lambda: 3
     saver = Saver(saved.append)

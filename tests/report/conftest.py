@@ -86,7 +86,7 @@ def write_run(path: Path, *, when: tuple[str, ...] = (), num_experts: int = 16) 
         log.write("conversion", target="hf", checks=[
             {"name": "largest difference of logits", "value": 3.1e-6, "limit": 1e-4, "passed": True},
             {"name": "tensors left over", "value": 0, "limit": 0, "passed": True}])
-    log.write("checkpoint", step=NUM_STEPS, path="checkpoints/step-400", save_s=1.2)
+    log.write("checkpoint", step=NUM_STEPS, path="checkpoints/step-400", save_s=1.2, stall_s=0.2)
     with new_artifact(path / "checkpoints" / f"step-{NUM_STEPS}", "checkpoint") as writer:
         writer.add_input(corpus)
     log.write("run_end", step=NUM_STEPS, wall_s=330.0, final_loss=2.1)
