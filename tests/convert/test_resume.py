@@ -48,7 +48,7 @@ KILLED = f"""
 def content(folder: Path) -> dict[str, object]:
     """Return the bytes of every file; of the manifest all but its time."""
     found: dict[str, object] = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    found[MANIFEST] = {k: v for k, v in json.loads((folder / MANIFEST).read_text()).items() if k != "created_s"}
+    found[MANIFEST] = {k: v for k, v in json.loads((folder / MANIFEST).read_text()).items() if k not in ("created_s", "sha256")}
     return found
 
 
