@@ -25,7 +25,7 @@ SMALL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_heads=4", "m
          "model.expert_ffn_dim=16", "train.global_batch_size=8", "train.micro_batch_size=2", "train.steps=20",
          "train.head_chunk_tokens=24", "optim.warmup_steps=2")
 FAMILIES = {
-    "tiny-solar-open": ("model.num_layers=4",),
+    "tiny-solar-open": ("model.num_layers=4", 'model.yarn={"factor": 4.0, "original_max_position_tokens": 16}'),
     "tiny-k-exaone": ("model.dense_ffn_dim=48", "model.sliding_window_tokens=8"),
     "tiny-qwen2": ("model.dense_ffn_dim=48",),
     "tiny-qwen3": ("model.dense_ffn_dim=48", "model.tied_embeddings=true"),
