@@ -51,8 +51,11 @@ class Operations(TorchDispatchMode):
 
 def _maker() -> str:
     """Return the innermost function of the project or the library on the stack."""
-    frames = [f for f in traceback.extract_stack() if "/megatron" in f.filename and not f.filename.endswith("/mcore/cpu.py")]
-    return f"{Path(frames[-1].filename).name}:{frames[-1].name}" if frames else "?"
+    for frame, _ in traceback.walk_stack(None):
+        code = frame.f_code
+        if "/megatron" in code.co_filename and not code.co_filename.endswith("/mcore/cpu.py"):
+            return f"{Path(code.co_filename).name}:{code.co_name}"
+    return "?"
 
 
 def operations(recipe: str, settings: list[str], data: str) -> dict[str, Any]:
