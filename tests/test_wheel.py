@@ -76,8 +76,8 @@ def test_the_commands_run_elsewhere(installed: Path, command: str) -> None:
 
 def test_what_runs_is_the_wheel_with_its_data_files(installed: Path) -> None:
     program = (
-        "import importlib.resources as r, megatron_sov.recipes as m, megatron_sov.report as p\n"
-        "print(m.__file__, r.files(p).joinpath('templates/report.html.j2').is_file(), m.names()[0])"
+        "import importlib.resources as r, megatron_sov.recipes as m, megatron_sov.pages as p\n"
+        "print(m.__file__, r.files(p).joinpath('templates/page.html.j2').is_file(), m.names()[0])"
     )
     done = run_installed(installed, sys.executable, "-c", program)
     assert done.returncode == 0, done.stderr

@@ -1,64 +1,22 @@
-"""Plotly figures of a run.  Colours are names of CSS variables, so that the page's light and dark themes reach into charts."""
+"""Plotly figures of a run."""
 
 from __future__ import annotations
 
-import html
-from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 
+from megatron_sov.pages.charts import Chart, chart, colour, plain
 from megatron_sov.report.model import ExpertLoad, Phase, Run
 from megatron_sov.report.steps import Curve, downsample, moving_mean, number
 
 MAX_POINTS = 2000
 """Points of one drawn curve at most."""
-NUM_COLOURS = 8
 SMOOTH_FROM_STEPS = 50
 """Shorter curves are drawn as they are; longer ones also as a moving mean over a fiftieth of the steps."""
 MAX_WINDOW_STEPS = 500
 """Longest moving mean; a wider one would smooth away what happens in a morning."""
-
-
-@dataclass(frozen=True)
-class Chart:
-    """A chart ready for the page."""
-
-    figure_json: str
-    """Plotly's figure; safe inside a <script> element."""
-    caption: str
-    note: str
-    """What was left out or changed for drawing; may be empty."""
-    height_px: int = 300
-
-
-def chart(figure: go.Figure, caption: str, notes: Iterable[str] = (), height_px: int = 300) -> Chart:
-    """Return a figure as a `Chart`; its margins, fonts and colours are the page's."""
-    has_legend = len(figure.data) > 1
-    figure.update_layout(template="none", height=height_px, showlegend=has_legend, hovermode="closest",
-                         margin={"l": 64, "r": 16, "t": 28, "b": 76 if has_legend else 56},
-                         legend={"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0},
-                         paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", font={"color": "var(--ink)", "size": 12})
-    for axis in ("xaxis", "yaxis"):
-        figure.update_layout({axis: {"gridcolor": "var(--grid)", "linecolor": "var(--rule)", "zeroline": False,
-                                     "automargin": True}})
-    # "<" could close the script element that carries the figure, "&" and U+2028 trip other readers.
-    text = figure.to_json()
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return Chart(text, caption, " ".join(dict.fromkeys(n for n in notes if n)), height_px)
-
-
-def plain(text: object) -> str:
-    """Return a text for a figure; plotly reads HTML in labels, and names from data must not become markup."""
-    return html.escape(str(text))
-
-
-def colour(i: int) -> str:
-    """Return the CSS variable of the i-th colour."""
-    return f"var(--c{i % NUM_COLOURS + 1})"
 
 
 def _line(curve: Curve, name: str, stroke: str, width: float = 1.8, opacity: float = 1.0) -> tuple[go.Scatter, list[str]]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import math
 import time
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 
+from megatron_sov.pages.content import Section, Table
 from megatron_sov.report.charts import (
-    Chart,
     expert_chart,
     heldout_charts,
     loss_charts,
@@ -25,29 +24,6 @@ from megatron_sov.report.steps import Curve, number
 
 MAX_SAMPLES = 24
 MAX_SAMPLE_CHARACTERS = 4000
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table; cells are text and are escaped, unless they are `Markup`."""
-
-    head: list[str]
-    rows: list[list[str]]
-
-
-@dataclass(frozen=True)
-class Section:
-    """One part of a run's report."""
-
-    title: str
-    text: str = ""
-    charts: list[Chart] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
-    samples: list[dict[str, str]] = field(default_factory=list)
-    json: str = ""
-    """Collapsible settings."""
-    side_by_side: bool = False
-    """Charts stand beside one another where there is room."""
 
 
 def large(value: float) -> str:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from megatron_sov.obs.events import EventLog
-from megatron_sov.report.charts import Chart, expert_chart, heldout_charts, loss_charts, needle_chart, plan_chart
+from megatron_sov.pages.charts import Chart
+from megatron_sov.report.charts import expert_chart, heldout_charts, loss_charts, needle_chart, plan_chart
 from megatron_sov.report.model import ExpertLoad, read_run
 from megatron_sov.report.page import render
 

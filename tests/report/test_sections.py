@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from megatron_sov.obs.events import EventLog
+from megatron_sov.pages.content import Section
 from megatron_sov.report.model import read_run
 from megatron_sov.report.page import render
-from megatron_sov.report.sections import Section, duration, key_figures, large, sections
+from megatron_sov.report.sections import duration, key_figures, large, sections
 
 
 def section(run_dir: Path, title: str) -> Section:

@@ -1,0 +1,5 @@
+"""Pages for people: one HTML file that opens without a network, with tables and charts in light and dark."""
+
+from megatron_sov.pages.page import render
+
+__all__ = ["render"]

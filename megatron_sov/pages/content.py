@@ -1,0 +1,43 @@
+"""What a page holds: chapters of sections of text, charts and tables."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from megatron_sov.pages.charts import Chart
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table; cells are text and are escaped, unless they are `Markup`."""
+
+    head: list[str]
+    rows: list[list[str]]
+
+
+@dataclass(frozen=True)
+class Section:
+    """One part of a chapter."""
+
+    title: str
+    text: str = ""
+    charts: list[Chart] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    samples: list[dict[str, str]] = field(default_factory=list)
+    json: str = ""
+    """Collapsible details, as JSON."""
+    side_by_side: bool = False
+    """Charts stand beside one another where there is room."""
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """One thing that the page tells of, e.g. a run."""
+
+    name: str
+    detail: str
+    """Stands behind the name in small type; may be empty."""
+    figures: list[tuple[str, str, str]]
+    """(label, value, detail) of what a reader asks first."""
+    sections: list[Section]
+    """In reading order; none: the chapter says that there is nothing yet."""

@@ -1,0 +1,30 @@
+"""A page: complete in itself, its text escaped, its chapters in the contents."""
+
+from __future__ import annotations
+
+import re
+
+import plotly.graph_objects as go
+
+from megatron_sov import pages
+from megatron_sov.pages.charts import chart
+from megatron_sov.pages.content import Chapter, Section, Table
+
+HOSTILE = "</script><script>window.hacked = 1</script>"
+
+
+def test_text_is_escaped_and_only_the_files_own_scripts_are_allowed() -> None:
+    drawn = chart(go.Figure(go.Bar(x=[HOSTILE], y=[1])), HOSTILE)
+    page = pages.render("Report", HOSTILE, HOSTILE, [Chapter(HOSTILE, HOSTILE, [(HOSTILE,) * 3], [
+        Section(HOSTILE, HOSTILE, [drawn], [Table([HOSTILE], [[HOSTILE]])])])], overview=(HOSTILE, Table([HOSTILE], [[HOSTILE]])))
+    assert "<script>window" not in page
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page).group(1)
+    assert policy.startswith("default-src 'none'") and policy.count("'sha256-") == 2
+
+
+def test_every_section_can_be_reached_and_an_empty_chapter_says_so() -> None:
+    page = pages.render("Report", "t", "", [Chapter("a", "", [], [Section("One two", "x")]), Chapter("b", "", [], [])],
+                        anchor="it", nothing="Nothing here.", now_s=0)
+    assert re.findall(r'href="#([^"]*)"', page) == ["it-1", "it-1-one-two", "it-2"]
+    assert all(f'id="{anchor}"' in page for anchor in ("it-1", "it-1-one-two", "it-2"))
+    assert page.count("Nothing here.") == 1 and "1970-01-01 00:00 UTC" in page
