@@ -54,6 +54,11 @@ class Head:
         return torch.cat([_chunk_argmax(s, self.weight, self._mask()) for s in states.split(self.chunk_tokens)])
 
     @torch.no_grad()
+    def top_of_row(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the most probable token [T] int64 after each position of a row, from [local tokens, 1, H], on every process."""
+        return context.gather(self.top_tokens(gather_sequence(hidden, self.config)))
+
+    @torch.no_grad()
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """Return full logits [n, token ids] float32 (float64 under fp64) of a few positions' states [n, H] (already gathered)."""
         local = _logits(states, self.weight, None)

@@ -18,7 +18,7 @@ from megatron_sov.mcore import schedule
 from megatron_sov.mcore.logprobs import Head
 from megatron_sov.mcore.policy import Policy
 from megatron_sov.mcore.world import World
-from megatron_sov.train.microbatch import MicroBatch, from_row
+from megatron_sov.train.microbatch import MicroBatch, from_row, shifted_targets
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,9 @@ class HeldoutLoss:
     """Nats of all targets / ln 2 / UTF-8 bytes of all targets; NaN where the tokenizer is not known."""
     tokens: int
     """Targets evaluated."""
+    mtp_acceptance: float | None = None
+    """Share of the prediction layer's best tokens that the trunk then chooses too: what greedy self-speculative decoding would
+    accept of its drafts; None without such a layer."""
 
 
 class HeldoutEvaluator:
@@ -57,10 +60,10 @@ class HeldoutEvaluator:
         results = {}
         for name, rows in self._batches.items():
             sums = policy.map([from_row(r) for r in rows], self._sums)
-            local = torch.stack(sums).sum(0) if sums else torch.zeros(3, dtype=torch.float64)
-            nats, tokens, size_bytes = schedule.from_last_stage(schedule.sum_over_data(local.cpu())).tolist()
+            local = torch.stack(sums).sum(0) if sums else torch.zeros(5, dtype=torch.float64)
+            nats, tokens, size_bytes, accepted, drafts = schedule.from_last_stage(schedule.sum_over_data(local.cpu())).tolist()
             bits_per_byte = nats / math.log(2) / size_bytes if size_bytes else math.nan
-            results[name] = HeldoutLoss(nats / max(tokens, 1), bits_per_byte, int(tokens))
+            results[name] = HeldoutLoss(nats / max(tokens, 1), bits_per_byte, int(tokens), accepted / drafts if drafts else None)
         return results
 
     def _sums(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> torch.Tensor:
@@ -70,4 +73,15 @@ class HeldoutEvaluator:
             size_bytes = torch.full_like(losses, math.nan)
         else:
             size_bytes = self._bytes.to(batch.labels.device)[batch.labels].double()
-        return torch.stack([(losses * counted).sum(), counted.sum(), (size_bytes * counted).sum()])
+        accepted, drafts = _drafts(hidden, head, batch) if len(hidden) > 1 else losses.new_zeros(2)
+        return torch.stack([(losses * counted).sum(), counted.sum(), (size_bytes * counted).sum(), accepted, drafts])
+
+
+def _drafts(hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> torch.Tensor:
+    """Return [2] float64: how many drafts of the first prediction layer the trunk accepts, and how many there are.
+
+    The layer drafts at each place the token after the next one; the trunk chooses that one place further on.
+    """
+    chosen, drafted = head.top_of_row(hidden[0]), head.top_of_row(hidden[1])
+    counted = shifted_targets(batch, 1)[1] > 0
+    return torch.stack([((drafted == chosen.roll(-1)) & counted).sum(), counted.sum()]).double()

@@ -1,21 +1,29 @@
-"""Loss and every gradient of a training step equal those of transformers' model classes, document by document."""
+"""Loss and every gradient of a training step equal those of transformers' model classes, document by document.
+
+The multi-token prediction layer, which transformers does not have, is written out here in plain torch.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import cross_entropy, linear, rms_norm, silu
 
 RUN = str(Path(__file__).with_name("layout_run.py"))
 SETTINGS = ["train.precision=fp32", "model.seq_aux_loss_coeff=0", "model.num_mtp_layers=0", "model.init_std=0.2"]
-"""The reference knows neither the balancing loss nor the prediction layer; a large spread makes every detail matter."""
+"""The reference knows no balancing loss; a large spread makes every detail matter."""
+PREDICTION = ["model.num_mtp_layers=1", "model.mtp_loss_coeff=0.3"]
 CASES = {
     "solar lm": ("tiny-solar-open", "lm", []),
     "exaone lm": ("tiny-k-exaone", "lm", []),
+    "exaone lm and prediction": ("tiny-k-exaone", "lm", PREDICTION),
+    "exaone lm and sliding prediction": ("tiny-k-exaone", "lm", [*PREDICTION, "model.mtp_attention=L"]),
     "qwen2 lm": ("tiny-qwen2", "lm", []),
     "qwen3 lm": ("tiny-qwen3", "lm", ["model.tied_embeddings=false"]),
     "qwen3_moe lm": ("tiny-qwen3-moe", "lm", [
@@ -32,28 +40,77 @@ def _segments(result: dict[str, Any]) -> Iterator[dict[str, torch.Tensor]]:
                 yield {name: torch.tensor(m[name][a:b]) for name in ("tokens", "labels", "weights", "types")}
 
 
-def _reference(weights: Path, gradients: Path, result: dict[str, Any], objective: str) -> float:
-    """Run transformers on each segment alone; returns the loss and saves the model with gradients in the weights' place."""
+def _predict(w: dict[str, torch.Tensor], config: dict[str, Any], hidden: torch.Tensor,
+             next_embedding: torch.Tensor) -> torch.Tensor:
+    """Return the hidden states [n, H] of the prediction layer (DeepSeek-V3, arXiv 2412.19437, eq. 21-23; names as published).
+
+    Args:
+        w: the `mtp.*` tensors, without that prefix.
+        config: config.json.
+        hidden: [n, H] of the trunk after its last norm.
+        next_embedding: [n, H] embedding of the token that follows each place.
+    """
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        return rms_norm(x, x.shape[-1:], w[f"{name}.weight"], config["rms_norm_eps"])
+
+    def heads(x: torch.Tensor, name: str) -> torch.Tensor:
+        return linear(x, w[f"layers.0.self_attn.{name}_proj.weight"]).unflatten(-1, (-1, dim)).transpose(0, 1)
+
+    n, dim, slides = len(hidden), config["head_dim"], config["mtp_layer_types"] == ["sliding_attention"]
+    x = linear(torch.cat([norm(next_embedding, "pre_fc_norm_embedding"), norm(hidden, "pre_fc_norm_hidden")], -1), w["fc.weight"])
+    normed = norm(x, "layers.0.input_layernorm")
+    q, k = (norm(heads(normed, name), f"layers.0.self_attn.{name}_norm") for name in "qk")
+    v = heads(normed, "v")
+    distance = torch.arange(n)[:, None] - torch.arange(n)
+    visible = distance >= 0
+    if slides:  # only sliding layers rotate
+        visible &= distance < config["sliding_window"]
+        angle = torch.outer(torch.arange(n), config["rope_parameters"]["rope_theta"] ** (-torch.arange(0, dim, 2) / dim))
+        cos, sin = (torch.cat([f(angle)] * 2, -1) for f in (torch.cos, torch.sin))
+        q, k = (t * cos + torch.cat([-t[..., dim // 2:], t[..., :dim // 2]], -1) * sin for t in (q, k))
+    k, v = (t.repeat_interleave(len(q) // len(t), 0) for t in (k, v))
+    scores = (q @ k.transpose(1, 2) / dim ** 0.5).masked_fill(~visible, -torch.inf).softmax(-1)
+    x = x + linear((scores @ v).transpose(0, 1).flatten(1), w["layers.0.self_attn.o_proj.weight"])
+    normed = norm(x, "layers.0.post_attention_layernorm")
+    gate, up = (linear(normed, w[f"layers.0.mlp.{name}_proj.weight"]) for name in ("gate", "up"))
+    return norm(x + linear(silu(gate) * up, w["layers.0.mlp.down_proj.weight"]), "norm")
+
+
+def _reference(weights: Path, gradients: Path, result: dict[str, Any], objective: str) -> dict[str, float]:
+    """Run transformers on each segment alone; returns the losses and saves the model with gradients in the weights' place."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32)
+    config = json.loads((weights / "config.json").read_text())
+    prediction = {name.removeprefix("mtp."): tensor.requires_grad_()
+                  for name, tensor in load_file(weights / "model.safetensors").items() if name.startswith("mtp.")}
+    predicted, num_predicted = torch.zeros(()), 0.0
     sums: dict[int, torch.Tensor] = {}
     counts: dict[int, float] = {}
     for s in _segments(result):
-        logits = model(input_ids=s["tokens"][None], use_cache=False).logits[0]
-        losses = torch.nn.functional.cross_entropy(logits, s["labels"], reduction="none")
+        hidden = model.model(input_ids=s["tokens"][None], use_cache=False).last_hidden_state[0]
+        losses = cross_entropy(model.lm_head(hidden), s["labels"], reduction="none")
+        if prediction:  # the label of a place is the token that follows it; the last place has nothing further to predict
+            states = _predict(prediction, config, hidden[:-1], model.model.embed_tokens(s["labels"][:-1]))
+            further = cross_entropy(model.lm_head(states), s["labels"][1:], reduction="none")
+            predicted = predicted + (further * s["weights"][1:]).sum()
+            num_predicted += float(s["weights"][1:].sum())
         for kind in set(s["types"].tolist()):
             chosen = s["weights"] * (s["types"] == kind)
             sums[kind] = sums.get(kind, torch.zeros(())) + (losses * chosen).sum()
             counts[kind] = counts.get(kind, 0.0) + float(chosen.sum())
     text, response = 0, 2
-    loss = sums[text] / counts[text] if objective == "lm" else sums[response] / counts[response] + 0.3 * sums[text] / counts[text]
-    loss.backward()
+    terms = {"lm": sums[text] / counts[text]} if objective == "lm" else {
+        "response": sums[response] / counts[response], "text": sums[text] / counts[text]}
+    if prediction:
+        terms["mtp"] = predicted / num_predicted
+    sum({"text": 0.3, "mtp": 0.3}.get(name, 1.0) * term for name, term in terms.items()).backward()  # type: ignore[union-attr]
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.grad if parameter.grad is not None else 0.0)
     model.save_pretrained(gradients)
-    return loss.item()
+    save_file({f"mtp.{name}": tensor.grad for name, tensor in prediction.items()}, gradients / "prediction.safetensors")
+    return {name: term.item() for name, term in terms.items()}
 
 
 def test_loss_and_all_gradients_equal_transformers(ranks: Any, job: Any, packed_data: Any, tmp_path: Path) -> None:
@@ -69,10 +126,11 @@ def test_loss_and_all_gradients_equal_transformers(ranks: Any, job: Any, packed_
         for part in ("weights", "gradients"):
             to_hf(out / part, out / f"hf-{part}")
         expected = _reference(out / "hf-weights", out / "reference", result, objective)
-        assert result["loss"] == pytest.approx(expected, abs=1e-5), name
-        ours, theirs = load_file(out / "hf-gradients/model.safetensors"), load_file(out / "reference/model.safetensors")
+        assert result["losses"] == pytest.approx(expected, abs=1e-5), name
+        ours = load_file(out / "hf-gradients/model.safetensors")
+        theirs = load_file(out / "reference/model.safetensors") | load_file(out / "reference/prediction.safetensors")
         checked = [key for key in theirs if not key.endswith("e_score_correction_bias")]
-        assert len(checked) > 30 and set(checked) <= set(ours)
+        assert len(checked) > 30 and set(checked) == {key for key in ours if not key.endswith("e_score_correction_bias")}
         for key in checked:
             scale = theirs[key].abs().max()
             assert (ours[key] - theirs[key]).abs().max() <= 1e-4 * scale + 1e-8, f"{name}: {key}"

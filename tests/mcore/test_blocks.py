@@ -54,3 +54,37 @@ def test_blocks_are_the_model_at_every_layout(ranks, job) -> None:
             assert result["shapes"] == results[0][0]["shapes"], layout
             assert all(key.endswith("expert_bias") for key in result["buffers"])
     assert len(results[0][0]["buffers"]) == 3  # four layers, the first dense
+
+
+def full_size(recipe: str) -> dict[str, Any]:
+    """Build a big recipe's whole model on meta tensors, which take no memory; return how it differs from its family's map."""
+    import torch
+
+    from megatron_sov import models, recipes
+    from megatron_sov.config import ParallelConfig
+    from megatron_sov.mcore import blocks, world
+    from megatron_sov.mcore.model import build
+
+    config = recipes.get(recipe)
+    world.join(ParallelConfig())
+    with torch.device("meta"):
+        model = build(config.model, ParallelConfig(), config.train)
+    found: dict[str, list[Any]] = {}
+    for block in blocks.of(model):
+        tensor = found.setdefault(block.key, [0, list(block.global_shape), str(block.data.dtype)])
+        tensor[0] += block.data.numel()
+    expected: dict[str, list[Any]] = {}
+    for link in models.get(config.model.family).links(config.model):
+        tensor = expected.setdefault(link.key, [0, list(link.shape), "torch.float32" if link.fp32 else "torch.bfloat16"])
+        tensor[0] += torch.Size(link.block_shape).numel()
+    return {"num_tensors": len(found), "all_on_meta": all(p.is_meta for p in model.parameters()),
+            "differing": [k for k in {**found, **expected} if found.get(k) != expected.get(k)]}
+
+
+@pytest.mark.distributed
+def test_full_size_models_have_the_tensors_that_their_families_map(ranks, job) -> None:
+    sizes = {"solar-open-102b": 48 * 10 + 3, "k-exaone-236b": 8 + 47 * 12 + 12 + 3, "qwen2-1.5b": 28 * 7 + 2,
+             "qwen3-8b": 36 * 8 + 3, "qwen3-moe-30b": 48 * 9 + 3}
+    for name, (result,) in zip(sizes, ranks(*(job(__file__, "full_size", 1, {"recipe": name}) for name in sizes)), strict=True):
+        assert result["differing"] == [] and result["all_on_meta"], name
+        assert result["num_tensors"] == sizes[name], name

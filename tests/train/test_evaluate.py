@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from megatron_sov.data.shards import open_sources
 
 
-def evaluation(data: str, out: str | None, cp: int = 1) -> dict[str, Any]:
+def evaluation(data: str, out: str | None, cp: int = 1, recipe: str = "tiny-solar-open") -> dict[str, Any]:
     """Runs inside ranks: evaluate initial weights on everything held out; OUT is written as a checkpoint."""
     from dataclasses import asdict
 
@@ -24,7 +25,7 @@ def evaluation(data: str, out: str | None, cp: int = 1) -> dict[str, Any]:
     from megatron_sov.train.run_folder import RunFolder
     from megatron_sov.train.trainer import Trainer
 
-    config = apply_settings(recipes.get("tiny-solar-open"), [
+    config = apply_settings(recipes.get(recipe), [
         "model.vocab_size=368", "model.hidden_size=32", "model.num_layers=1", 'data.phases=[{"name": "main", "seq_len": 48}]',
         "train.global_batch_size=4", "train.micro_batch_size=2", "data.heldout_tokens=100000",
         f"parallel.cp={cp}"])
@@ -71,3 +72,39 @@ def test_loss_and_bits_per_byte_by_brute_force(ranks: Any, job: Any, packed_data
             assert found[source.name]["loss"] == pytest.approx(nats / targets, rel=1e-6)
             assert found[source.name]["bits_per_byte"] == pytest.approx(nats / math.log(2) / size_bytes, rel=1e-6)
     assert json.dumps(alone).count("NaN") == 0
+
+
+def drafts() -> list[list[float]]:
+    """Runs inside a rank: count accepted drafts of random tokens; return what the evaluator and a loop over documents find."""
+    from types import SimpleNamespace
+
+    from megatron_sov.train.evaluate import _drafts
+
+    generator = torch.Generator().manual_seed(3)
+    bounds = [0, 7, 8, 20, 24]
+    n = bounds[-1]
+    chosen, drafted = (torch.randint(3, (n,), generator=generator) for _ in range(2))
+    weights = (torch.rand(n, generator=generator) > 0.2).float()
+    head = SimpleNamespace(top_of_row=lambda states: states)
+    batch = SimpleNamespace(labels=torch.arange(n), weights=weights, inputs=SimpleNamespace(cu_seqlens=torch.tensor(bounds)))
+    accepted = counted = 0
+    for first, end in itertools.pairwise(bounds):
+        for place in range(first, end - 1):
+            if weights[place + 1] > 0:
+                counted += 1
+                accepted += int(drafted[place] == chosen[place + 1])
+    return [_drafts([chosen, drafted], head, batch).tolist(), [accepted, counted]]  # type: ignore[arg-type]
+
+
+@pytest.mark.distributed
+def test_accepted_drafts_are_those_that_the_trunk_then_chooses(ranks: Any, job: Any, packed_data: Any) -> None:
+    arguments = {"data": str(packed_data.text), "out": None, "recipe": "tiny-k-exaone"}
+    ((found, counted),), (alone,), cut, (without,) = ranks(
+        job(__file__, "drafts"), job(__file__, "evaluation", 1, arguments),
+        job(__file__, "evaluation", 2, {**arguments, "cp": 2}),
+        job(__file__, "evaluation", 1, {**arguments, "recipe": "tiny-solar-open"}))
+    assert found == counted and 0 < counted[0] < counted[1]
+    for name, result in alone.items():
+        assert 0 <= result["mtp_acceptance"] < 1
+        assert all(part[name]["mtp_acceptance"] == result["mtp_acceptance"] for part in cut)
+        assert without[name]["mtp_acceptance"] is None
