@@ -92,14 +92,15 @@ class SlidingSwitch:
         num_layers = _num_layers(config)
         slides = config.get("use_sliding_window", False)
         if slides and "sliding_window" not in config:
-            raise UserError("config.json: use_sliding_window = true needs sliding_window; add it, or set the switch to false")
+            raise UserError(f"config.json: use_sliding_window = {slides} needs sliding_window; add it, or set the switch to false")
         first = config.get("max_window_layers", self.default_first) if self.by_layer else 0
         types = ["sliding_attention" if slides and i >= first else "full_attention" for i in range(num_layers)]
         if self.by_layer:
             types = config.get("layer_types", types)
         letters = _letters(types, "layer_types", num_layers)
         if "L" in letters and not slides:
-            raise UserError("config.json: layer_types names sliding layers, but use_sliding_window is false; make them agree")
+            raise UserError(f"config.json: layer_types = {types} names sliding layers, but use_sliding_window is {slides}; "
+                            "make them agree")
         window = config["sliding_window"] if "L" in letters else 0
         return {"attention_pattern": _pattern(letters), "sliding_window_tokens": window}
 
