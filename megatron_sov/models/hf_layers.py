@@ -92,7 +92,7 @@ class SlidingSwitch:
         num_layers = _num_layers(config)
         slides = config.get("use_sliding_window", False)
         if slides and "sliding_window" not in config:
-            raise UserError(f"config.json: use_sliding_window = {slides} needs sliding_window; add it, or set the switch to false")
+            raise UserError(f"config.json: use_sliding_window = {slides} needs sliding_window; add it, or switch it off")
         first = config.get("max_window_layers", self.default_first) if self.by_layer else 0
         types = ["sliding_attention" if slides and i >= first else "full_attention" for i in range(num_layers)]
         if self.by_layer:
