@@ -54,8 +54,14 @@ def copy_synced(source: Path, target: Path) -> None:
         os.close(fd)
 
 
+def cpu_s() -> float:
+    """Return the processor time of this process and of the commands that it has run."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
 def measure(folder: Path, config: RunConfig, rounds: int) -> int:
-    """Run on every rank; rank 0 writes the seconds of each measure and the bytes of the checkpoint."""
+    """Run on every rank; rank 0 writes the wall and CPU seconds of each measure and the bytes of the checkpoint."""
     import torch
     import torch.distributed as dist
 
@@ -73,14 +79,14 @@ def measure(folder: Path, config: RunConfig, rounds: int) -> int:
             block.data.normal_()
     saved = list[Saved]()
     saver, companions = Saver(saved.append), Companions({"step": 1, "tokens": 1, "num_updates": 1}, {}, None)
-    seconds: dict[str, list[float]] = {name: [] for name in MEASURES}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in MEASURES}
 
     def timed(name: str, action: Callable[[], object]) -> None:
         dist.barrier()
         os.sync()
-        start_s = time.monotonic()
+        start_s, start_cpu_s = time.monotonic(), cpu_s()
         action()
-        seconds[name].append(time.monotonic() - start_s)
+        seconds[name].append((time.monotonic() - start_s, cpu_s() - start_cpu_s))
 
     def begin(name: str) -> None:
         saver.begin(folder / name, model, optimizer, companions)
@@ -126,14 +132,15 @@ def main() -> int:
         if code:
             return code
         found = json.loads((Path(folder) / "seconds.json").read_text())
-    median_s = {name: statistics.median(values) for name, values in found["seconds"].items()}
+    median_s = {name: statistics.median(wall_s for wall_s, _ in values) for name, values in found["seconds"].items()}
+    median_cpu_s = {name: statistics.median(cpu_s for _, cpu_s in values) for name, values in found["seconds"].items()}
     cp_s = median_s[MEASURES[0]]
     print(f"{machine()}\n{found['bytes'] / 1e6:.0f} MB on {args.nproc} process(es), median of {args.rounds} rounds, "
           f"load {os.getloadavg()[0]:.1f}")
-    print(f"{'':<42} {'s':>7} {'GB/s':>7} {'rate / cp':>10}")
+    print(f"{'':<42} {'s':>7} {'GB/s':>7} {'rate / cp':>10} {'CPU s':>7}")
     for name in MEASURES:
         rate = found["bytes"] / 1e9 / median_s[name]
-        print(f"{name:<42} {median_s[name]:7.3f} {rate:7.2f} {cp_s / median_s[name]:10.2f}")
+        print(f"{name:<42} {median_s[name]:7.3f} {rate:7.2f} {cp_s / median_s[name]:10.2f} {median_cpu_s[name]:7.3f}")
     share = median_s[MEASURES[2]] / median_s[MEASURES[1]]
     print(f"the stall in the background is {share:.1%} of the stall of waiting")
     return 0

@@ -26,6 +26,7 @@ def run_and_kill(data: str, folder: str) -> dict[str, Any]:
     from megatron_sov import recipes
     from megatron_sov.config import apply_settings
     from megatron_sov.mcore.run_checkpoints import damage
+    from megatron_sov.mcore.snapshot import Snapshot
     from megatron_sov.mcore.world import STORE_PORT
     from megatron_sov.obs.events import read_events
     from megatron_sov.train.lm import LanguageModelling
@@ -36,7 +37,7 @@ def run_and_kill(data: str, folder: str) -> dict[str, Any]:
     whole, broken = Path(folder) / "whole", Path(folder) / "broken"
     checkpoints, left, found = broken / "checkpoints", list[int](), list[str]()
 
-    def started(run: Path) -> int:
+    def started(run: Path, config: Any = config, before: Callable[[], None] = lambda: None) -> int:
         child = os.fork()
         if child == 0:
             code = 1
@@ -44,8 +45,11 @@ def run_and_kill(data: str, folder: str) -> dict[str, Any]:
                 os.setsid()
                 for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", STORE_PORT):
                     os.environ.pop(name, None)  # it is no rank, it starts some
+                before()
                 run_stage(Stage(config, RunFolder(run), LanguageModelling, resume=True), 2)
                 code = 0
+            except SystemExit as e:
+                code = int(e.code or 0)
             except BaseException:
                 traceback.print_exc()
             finally:
@@ -80,12 +84,22 @@ def run_and_kill(data: str, folder: str) -> dict[str, Any]:
     def writing(at_least: str) -> Callable[[], bool]:
         return lambda: any((checkpoints / p.name / at_least).exists() for p in checkpoints.glob(".writing-*"))
 
+    def hangs() -> None:
+        """Let rank 1 never end its writing; ranks are forked from here."""
+        now = Snapshot.write
+        Snapshot.write = lambda self, folder, rank: time.sleep(3600) if rank == 1 else now(self, folder, rank)
+
     assert os.waitpid(started(whole), 0)[1] == 0
+    limited = apply_settings(config, ["train.save_timeout_s=1"])
+    began_s = time.monotonic()
+    hung = os.waitstatus_to_exitcode(os.waitpid(started(Path(folder) / "hung", limited, hangs), 0)[1])
+    took_s = time.monotonic() - began_s
     for reached in (lambda: True, loading(), stepping(1), writing("."), loading(), writing("model"), stepping(12),
                     writing("indices"), loading(), writing("model.index.json")):
         killed(reached)
     assert os.waitpid(started(broken), 0)[1] == 0
-    return {"left": left, "damaged": found, "names": sorted(p.name for p in checkpoints.iterdir())}
+    return {"hung": hung, "took_s": took_s, "left": left, "damaged": found,
+            "names": sorted(p.name for p in checkpoints.iterdir())}
 
 
 @pytest.mark.distributed
@@ -94,6 +108,8 @@ def test_kills_at_every_state_change_nothing(ranks: Any, job: Any, packed_data: 
 
     arguments = {"data": str(packed_data.text), "folder": str(tmp_path)}
     ((found,),) = ranks(job(__file__, "run_and_kill", 1, arguments))
+    assert found["hung"] == 2 and found["took_s"] < 30, "a thread that hangs keeps no process from leaving"
+    assert not list((tmp_path / "hung" / "checkpoints").glob("step-*"))
     assert found["damaged"] == [], "under its name a checkpoint is whole"
     assert sum(found["left"]) >= 1, "at least one kill came while a checkpoint was written"
     assert found["names"] == [f"step-{STEPS}", "step-8"], "no leftovers, newest and multiples stay"
