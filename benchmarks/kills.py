@@ -11,6 +11,7 @@ step could begin), `save` (a checkpoint was being written or deleted), `step`.
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 import random
@@ -29,19 +30,18 @@ from megatron_sov.mcore.run_checkpoints import damage
 from megatron_sov.obs.events import read_events
 
 STATES = ("start", "load", "step", "save")
-STEPS = 400
+STEPS = 200
 SETTINGS = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.num_heads=4", "model.num_kv_heads=2",
             "model.head_dim=8", "model.expert_ffn_dim=16", 'data.phases=[{"name": "main", "seq_len": 32}]',
             "train.global_batch_size=8", "train.micro_batch_size=2", "data.heldout_tokens=128", "train.num_threads=1",
-            f"train.steps={STEPS}", "train.checkpoint_every_steps=10", "train.keep_every_steps=100", "train.eval_every_steps=100",
+            f"train.steps={STEPS}", "train.checkpoint_every_steps=10", "train.keep_every_steps=50", "train.eval_every_steps=50",
             "train.hidden_dropout=0.1", "data.max_epochs=0", "parallel.ep=2")
 
 
 def make_data(folder: Path) -> Path:
-    """Pack a few small documents; returns the token shards."""
-    lines = [json.dumps({"text": " ".join(f"{word} {i * k} of {k + i}" for k, word in enumerate(
-        ["water", "stone", "light", "river", "winter"][:2 + i % 4])) + f" end of chapter {i}."}) for i in range(400)]
-    (folder / "text.jsonl").write_text("\n".join(lines))
+    """Pack the paragraphs of a module of Python's library; returns the token shards."""
+    paragraphs = [p for p in inspect.getsource(argparse).split("\n\n") if p.strip()]
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": p}) + "\n" for p in paragraphs))
     for command in (["tokenizer.cli", "train", "--preset", "solar-open", "--vocab-size", "368", "--output", "tokenizer"],
                     ["data_prep.cli", "pack", "--tokenizer", "tokenizer", "--heldout", "0.1", "--workers", "1",
                      "--output", "shards"]):
