@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -23,9 +24,9 @@ def blocks_of(whole: dict[str, torch.Tensor]) -> list[Block]:
     for key, tensor in whole.items():
         middle = len(tensor) // 2
         rest = (0,) * (tensor.dim() - 1)
-        found += [Block(key, tensor[:middle], tuple(tensor.shape), (0, *rest), True),
-                  Block(key, tensor[middle:], tuple(tensor.shape), (middle, *rest), True),
-                  Block(key, tensor[middle:], tuple(tensor.shape), (middle, *rest), False)]
+        found += [Block(key, tensor[:middle], tuple(tensor.shape), (0, *rest), (0,)),
+                  Block(key, tensor[middle:], tuple(tensor.shape), (middle, *rest), (0,)),
+                  Block(key, tensor[middle:], tuple(tensor.shape), (middle, *rest), (1,))]
     return found
 
 
@@ -70,7 +71,7 @@ def test_memory_is_kept_and_given_back_with_its_block(tensors: dict[str, torch.T
     fewer = addresses({"w": tensors["w"]})
     assert fewer.items() < first.items() and len(fewer) == 2
     spans = sorted((t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in copy._memory.values())
-    assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:], strict=False)), "no two blocks share memory"
+    assert all(a[1] <= b[0] for a, b in pairwise(spans)), "no two blocks share memory"
 
 
 def test_the_first_failure_of_a_thread_is_raised_when_all_have_ended() -> None:

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from megatron_sov.mcore import tensor_writing
 from megatron_sov.mcore.tensor_writing import SAFETENSORS_DTYPES, TensorSpec, write_file
 
-SHAPES = st.lists(st.tuples(st.lists(st.integers(0, 5), max_size=3), st.sampled_from(list(SAFETENSORS_DTYPES))), min_size=1, max_size=6)
+SHAPES = st.lists(st.tuples(st.lists(st.integers(0, 5), max_size=3), st.sampled_from(list(SAFETENSORS_DTYPES))), min_size=1,
+                  max_size=6)
 
 
 @given(SHAPES, st.booleans())
