@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from data_prep.fast_bpe import LONGEST_WHITESPACE_CHARS, FastBpe, byte_characters, load_fast
+from data_prep.fast_bpe import LONGEST_WHITESPACE_CHARS, FastBpe, load_fast
+from megatron_sov.byte_bpe import byte_characters
 
 
 def opened(file: Path) -> Tokenizer:
