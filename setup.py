@@ -35,9 +35,10 @@ EXTRAS = {
     "gpu": ["transformer-engine[pytorch,core-cu13]==2.20.2"],
     "rollout": ["vllm"],
     "omni": ["pillow", "soundfile"],
+    "sentencepiece": ["sentencepiece>=0.2", "protobuf"],
     "dev": [
         "pytest>=8", "pytest-xdist", "hypothesis", "ruff", "mypy", "setuptools>=77",
-        "regex", "tensorboard", "wandb", "types-tqdm", "types-psutil",
+        "regex", "sentencepiece>=0.2", "protobuf", "tensorboard", "wandb", "types-tqdm", "types-psutil",
     ],
 }
 

@@ -6,9 +6,9 @@ import argparse
 import sys
 
 from megatron_sov.errors import UserError
-from tokenizer import train
+from tokenizer import exporting, importing, train
 
-COMMANDS = {"train": train}
+COMMANDS = {"train": train, "import": importing, "export": exporting}
 
 
 def build_parser() -> argparse.ArgumentParser:
