@@ -1,17 +1,21 @@
-"""The same questions to a Hugging Face folder, answered by transformers: continuations and most probable tokens."""
+"""The same requests answered by transformers, with its continuous batching."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import groupby
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
+from transformers.utils import logging
 
 from megatron_sov.errors import UserError
-from megatron_sov.generate.documents import ROW_TOKENS, rows_of
+from megatron_sov.generate.request import Batching, Generated, Sampling, Stop, Tokens
+
+PAGE_TOKENS = 16
+"""Tokens of a page of transformers' cache."""
 
 
 def load_hf(folder: Path, dtype: str | torch.dtype = "auto") -> Any:
@@ -30,32 +34,46 @@ def load_hf(folder: Path, dtype: str | torch.dtype = "auto") -> Any:
 
 
 @torch.no_grad()
-def generate_hf(model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, temperature: float = 0.0,
-                top_p: float = 1.0, seed: int = 0, eos_id: int | None = None) -> list[list[int]]:
-    """Continue prompts one at a time; arguments and result as in `sampling.generate`.
+def generate_hf(model: Any, prompts: Sequence[Tokens], sampling: Sampling, *, stop: Stop | None = None,
+                batching: Batching | None = None) -> Generated:
+    """Continue prompts; arguments and result as in `generator.generate`.
 
-    Greedy continuations are the same; samples follow the same distribution with other random numbers.
+    Greedy continuations are the same; samples follow the same distribution with other random numbers, which depend on the
+    whole batch.
+
+    Raises:
+        RuntimeError: transformers gave a prompt up.
     """
-    sampling = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
-    pad_id = 0 if eos_id is None else eos_id
-    torch.manual_seed(seed)
-    continuations = []
-    for prompt in prompts:
-        ids = torch.tensor([list(prompt)], device=model.device)
-        found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens,
-                               eos_token_id=eos_id, pad_token_id=pad_id,
-                               do_sample=bool(temperature), **sampling)
-        continuations.append(found[0, len(prompt):].tolist())
-    return continuations
+    if not prompts:
+        return Generated([])
+    stop, batching = stop or Stop(), batching or Batching()
+    longest = max(map(len, prompts)) + sampling.max_new_tokens
+    slots = batching.slots(len(prompts), longest)
+    chosen: dict[str, Any] = {"do_sample": False}
+    if sampling.temperature:
+        chosen = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+    asked = GenerationConfig(max_new_tokens=sampling.max_new_tokens, eos_token_id=list(stop.ids) or None,
+                             pad_token_id=0, **chosen)
+    # without sizes of its own the cache is made for the whole memory, and is slow
+    sizes = ContinuousBatchingConfig(
+        page_size=PAGE_TOKENS, num_blocks=slots * (-(-longest // PAGE_TOKENS) + 1), max_requests_per_batch=slots,
+        max_batch_tokens=max(batching.prefill_tokens, slots), seed=sampling.seed)
+    with _quietly():
+        found = model.generate_batch(inputs=[list(p) for p in prompts], generation_config=asked,
+                                     continuous_batching_config=sizes, warmup=False)
+    outputs = list(found.values())
+    failed = [o.error for o in outputs if o.error is not None]
+    if failed or len(outputs) != len(prompts):
+        raise RuntimeError(f"transformers answered {len(outputs) - len(failed)} of {len(prompts)} prompts ({failed[:1]})")
+    return Generated([stop.cut(o.generated_tokens) for o in outputs])
 
 
-@torch.no_grad()
-def next_tokens_hf(model: Any, documents: Sequence[Sequence[int]], last: int = 1) -> torch.Tensor:
-    """Return [documents, last] int64, as `documents.next_tokens` does; neighbours of equal length share a batch."""
-    found = []
-    for _, group in groupby(documents, key=len):
-        same = list(group)
-        for row in rows_of([len(d) for d in same], ROW_TOKENS):
-            ids = torch.tensor([list(same[i]) for i in row], device=model.device)
-            found.append(model(input_ids=ids, logits_to_keep=last, use_cache=False).logits.argmax(dim=-1).cpu())
-    return torch.cat(found)
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep transformers from telling about settings that it chooses itself."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

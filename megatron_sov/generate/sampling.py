@@ -1,62 +1,75 @@
-"""Text from a policy: greedy or sampled, batched over prompts, the same on every process.
+"""From logits to tokens: truncated distributions, draws by quantile, and drafts that the model takes or refuses.
 
-Every new token costs a full forward pass over what is there already; for judging models, not for serving them.
+Shapes: n positions, V vocabulary, k drafts.  Probabilities are float64, over token ids in their order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
-from megatron_sov.generate.documents import next_logits, next_tokens
-from megatron_sov.mcore.policy import Policy
+from megatron_sov.generate.request import Sampling
 
 
-def generate(policy: Policy, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, temperature: float = 0.0,
-             top_p: float = 1.0, seed: int = 0, eos_id: int | None = None) -> list[list[int]]:
-    """Continue prompts; called by all processes together, every one gets the same result.
+def probabilities(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """Return the tempered, truncated distributions [n, V] of logits [n, V]; the temperature must not be 0.
+
+    As in transformers: the temperature first, then the top k, then the top p of what is left; of equally probable tokens the
+    lower ids come first.
+    """
+    shares = torch.softmax(logits.double() / sampling.temperature, dim=-1)
+    if not sampling.top_k and sampling.top_p == 1:
+        return shares
+    ordered, tokens = shares.sort(dim=-1, descending=True, stable=True)
+    if sampling.top_k:
+        ordered[:, sampling.top_k:] = 0
+        ordered /= ordered.sum(dim=-1, keepdim=True)
+    before = ordered.cumsum(dim=-1) - ordered
+    ordered[before >= sampling.top_p] = 0
+    kept = torch.zeros_like(shares).scatter(1, tokens, ordered)
+    return kept / kept.sum(dim=-1, keepdim=True)
+
+
+def draw(distributions: torch.Tensor, uniforms: Sequence[float]) -> list[int]:
+    """Return the tokens at quantiles in [0, 1) of distributions [n, V], which need not be normalised.
+
+    Tokens stand in the order of their ids, so a given quantile means the same at every layout.
+    """
+    reached = distributions.cumsum(dim=-1)
+    total = reached[:, -1:]
+    wanted = torch.tensor(list(uniforms), dtype=torch.float64, device=total.device)[:, None] * total
+    wanted = torch.minimum(wanted, torch.nextafter(total, torch.zeros_like(total)))  # rounding must not step over the end
+    found: list[int] = torch.searchsorted(reached, wanted, right=True)[:, 0].tolist()
+    return found
+
+
+def accepted_greedily(drafts: Sequence[int], best: Sequence[int]) -> int:
+    """Return how many drafts are the model's own choice; `best` [k + 1] stands behind the sequence and behind each draft."""
+    count = 0
+    while count < len(drafts) and drafts[count] == best[count]:
+        count += 1
+    return count
+
+
+def accepted_by_chance(drafts: Sequence[int], guesses: torch.Tensor, targets: torch.Tensor,
+                       uniforms: Sequence[float]) -> tuple[int, torch.Tensor]:
+    """Judge drafts so that what is taken, with the next token drawn from what is returned, follows the targets alone.
+
+    Leviathan et al., arXiv 2211.17192, algorithm 1: a draft x with probabilities q by the draft and p by the model is taken
+    with probability min(1, p(x) / q(x)); the token in the place of the first refused one is drawn from max(0, p - q).
 
     Args:
-        policy: the model.
-        prompts: token ids of each prompt, at least one.
-        max_new_tokens: longest continuation.
-        temperature: 0 takes the most probable token; otherwise logits are divided by it and sampled.
-        top_p: samples come from the smallest set of tokens that holds this much probability (Holtzman et al., arXiv 1904.09751).
-        seed: of the samples; those of a prompt depend on it and on the prompt's place in the list only.
-        eos_id: token that ends a continuation.
+        drafts: k tokens, each drawn from its guess.
+        guesses: [k, V], q.
+        targets: [k + 1, V], p behind the sequence and behind each draft.
+        uniforms: k numbers in [0, 1).
 
     Returns:
-        Each prompt's continuation, without the prompt, with the ending token where it came.
+        How many drafts are taken, and the distribution [V] (not normalised) of the token after them.
     """
-    lengths = [len(p) for p in prompts]
-    if 0 in lengths:
-        raise ValueError(f"prompt {lengths.index(0)} has no token; every prompt needs at least one")
-    sequences = [list(map(int, p)) for p in prompts]
-    draws = [np.random.Generator(np.random.Philox(key=[seed, i])) for i in range(len(prompts))]
-    active = list(range(len(prompts)))
-    for _ in range(max_new_tokens):
-        if not active:
-            break
-        documents = [sequences[i] for i in active]
-        if temperature == 0:
-            chosen = next_tokens(policy, documents)[:, 0].tolist()
-        else:
-            logits = next_logits(policy, documents)
-            chosen = [draw(logits[k], temperature, top_p, draws[i].random()) for k, i in enumerate(active)]
-        for i, token in zip(active, chosen, strict=True):
-            sequences[i].append(token)
-        active = [i for i in active if sequences[i][-1] != eos_id]
-    return [s[len(p):] for s, p in zip(sequences, prompts, strict=True)]
-
-
-def draw(logits: torch.Tensor, temperature: float, top_p: float, uniform: float) -> int:
-    """Return the token at quantile `uniform` in [0, 1) of the tempered, truncated distribution of logits [vocabulary].
-
-    Tokens stand in order of falling probability (equal ones by id), so a given quantile means the same at every layout.
-    """
-    probabilities, tokens = torch.softmax(logits.double() / temperature, 0).sort(descending=True, stable=True)
-    reached = probabilities.cumsum(0)
-    kept = reached[:int((reached < top_p).sum()) + 1]
-    return int(tokens[min(int(torch.searchsorted(kept, uniform * kept[-1], right=True)), len(kept) - 1)])
+    for place, (token, uniform) in enumerate(zip(drafts, uniforms, strict=True)):
+        p, q = targets[place], guesses[place]
+        if uniform * float(q[token]) >= float(p[token]):
+            return place, (p - q).clamp(min=0)
+    return len(drafts), targets[len(drafts)]

@@ -67,6 +67,41 @@ def pack(bounds: torch.Tensor, max_document_tokens: int, row_tokens: int, *, own
                            max_seqlen_kv=row_tokens, bounds=bounds, spans=spans)
 
 
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window_tokens: int) -> torch.Tensor:
+    """Attend from the last m of L tokens of a document: [m, heads, head_dim], [L, kv_heads, head_dim] -> [m, heads, head_dim].
+
+    Args:
+        scale: factor on the products of queries and keys.
+        window_tokens: sliding window, the current token included; 0: every token before.
+    """
+    q, k, v = (t.transpose(0, 1)[None] for t in (query, key, value))  # the fused kernels need a batch axis
+    m, total = q.shape[2], k.shape[2]
+    gqa = q.shape[1] != k.shape[1]
+    slides = 0 < window_tokens < total
+    if m == total and not slides:
+        out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
+        return out[0].transpose(0, 1)
+    blocks = []
+    for start in range(0, m, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, m)
+        first_key, end_key = 0, total - m + stop
+        if slides:
+            first_key = max(0, total - m + start - window_tokens + 1)
+            mask = _band(stop - start, end_key - first_key, window_tokens, q.device)
+        else:
+            mask = causal_lower_right(stop - start, end_key)  # becomes a mask only where no fused kernel serves
+        keys = slice(first_key, end_key)
+        blocks.append(scaled_dot_product_attention(q[:, :, start:stop], k[:, :, keys], v[:, :, keys], attn_mask=mask,
+                                                   scale=scale, enable_gqa=gqa))
+    return torch.cat(blocks, dim=2)[0].transpose(0, 1)
+
+
+def _band(queries: int, keys: int, window_tokens: int, device: torch.device) -> torch.Tensor:
+    """Return [queries, keys] bool, True where a query sees a key; the last query stands at the last key."""
+    distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
+    return (distance >= 0) & (distance < window_tokens)
+
+
 class DocumentAttention(MegatronModule):
     """Causal attention inside each packed document, optionally within a sliding window.
 
@@ -104,7 +139,7 @@ class DocumentAttention(MegatronModule):
             lengths = [begins[0] - first, *(stop - begin for begin, (_, _, stop) in zip(begins, documents, strict=True))]
             parts = (queries.split([stop - start for _, start, stop in documents]), keys.split(lengths)[1:],
                      values.split(lengths)[1:])
-            outputs += [self._attend(q, k, v) for q, k, v in zip(*parts, strict=True)]
+            outputs += [attend(q, k, v, self.softmax_scale, self.window_tokens) for q, k, v in zip(*parts, strict=True)]
         return torch.cat(outputs).reshape(len(query), -1)
 
     def _reachable(self, key: torch.Tensor, value: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
@@ -133,34 +168,6 @@ class DocumentAttention(MegatronModule):
             near = torch.cat([before, piece])
             found.append((near[:, 0], near[:, 1], first - len(before)))
         return found
-
-    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Attend from the last m of L tokens of a document: [m, heads, head_dim], [L, kv_heads, head_dim] -> [m, ...]."""
-        q, k, v = (t.transpose(0, 1)[None] for t in (query, key, value))  # the fused kernels need a batch axis
-        m, total = q.shape[2], k.shape[2]
-        gqa = q.shape[1] != k.shape[1]
-        slides = 0 < self.window_tokens < total
-        if m == total and not slides:
-            out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=gqa)
-            return out[0].transpose(0, 1)
-        blocks = []
-        for start in range(0, m, QUERY_BLOCK):
-            stop = min(start + QUERY_BLOCK, m)
-            first_key, end_key = 0, total - m + stop
-            if slides:
-                first_key = max(0, total - m + start - self.window_tokens + 1)
-                mask = self._band(stop - start, end_key - first_key, q.device)
-            else:
-                mask = causal_lower_right(stop - start, end_key)  # becomes a mask only where no fused kernel serves
-            keys = slice(first_key, end_key)
-            blocks.append(scaled_dot_product_attention(q[:, :, start:stop], k[:, :, keys], v[:, :, keys], attn_mask=mask,
-                                                       scale=self.softmax_scale, enable_gqa=gqa))
-        return torch.cat(blocks, dim=2)[0].transpose(0, 1)
-
-    def _band(self, queries: int, keys: int, device: torch.device) -> torch.Tensor:
-        """Return [queries, keys] bool, True where a query sees a key; the last query stands at the last key."""
-        distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
-        return (distance >= 0) & (distance < self.window_tokens)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (),
                            metadata: dict[str, Any] | None = None) -> dict[str, Any]:

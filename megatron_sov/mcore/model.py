@@ -34,6 +34,7 @@ from megatron_sov.mcore.build import (
     transformer_config,
     uses_transformer_engine,
 )
+from megatron_sov.mcore.kv_cache import PackedPieces, ReadRow
 from megatron_sov.mcore.rotary import widen
 
 VOCABULARY_WEIGHTS = ("embedding.word_embeddings.weight", "output_layer.weight")
@@ -78,6 +79,33 @@ class Chunk(GPTModel):
                               rotary_pos_emb=rotary, packed_seq_params=packed, embedding=self.embedding)
         return hidden
 
+    def read(self, row: ReadRow) -> torch.Tensor:
+        """Run the trunk's layers on new tokens of sequences whose keys and values attention keeps (`kv_cache`).
+
+        Returns:
+            Hidden states [tokens / sequence-parallel size, 1, hidden] of a row that is not cut for context parallelism.
+        """
+        embedded, rotary, *_ = self._preprocess(input_ids=row.tokens[None], position_ids=row.positions[None],
+                                                packed_seq_params=row.packed)
+        return self.decoder(hidden_states=embedded, attention_mask=None, rotary_pos_emb=context.spread(rotary[row.positions]),
+                            packed_seq_params=row.packed, padding_mask=row.padding(self.config.sequence_parallel)[None])
+
+    def predict(self, row: ReadRow, hidden: torch.Tensor, ahead: torch.Tensor) -> torch.Tensor:
+        """Run the multi-token prediction layer on new tokens of sequences whose keys and values it keeps.
+
+        Args:
+            row: the tokens' places.
+            hidden: states of the depth before, as `read` returns them.
+            ahead: [tokens] int64, the token that follows each.
+
+        Returns:
+            Hidden states, as `read` does, behind which the head predicts one token further.
+        """
+        _, rotary, *_ = self._preprocess(input_ids=ahead[None], position_ids=row.positions[None], packed_seq_params=row.packed,
+                                         decoder_input=hidden)
+        embedded = self.embedding(input_ids=ahead[None], position_ids=row.positions[None])
+        return self.mtp.layers[0].transform(hidden, embedded, context.spread(rotary[row.positions]), row.packed)
+
     def _local_padding(self, padding: torch.Tensor) -> torch.Tensor:
         """Return this process's part of the padding mask, [1, tokens].
 
@@ -100,6 +128,12 @@ class PredictionLayer(MultiTokenPredictionLayer):
         ahead = next_tokens(input_ids, packed_seq_params.bounds)
         embedded = embedding(input_ids=context.local(ahead)[None], position_ids=position_ids)
         return ahead, position_ids, embedded, make_viewless_tensor(hidden_states, requires_grad=True, keep_graph=True)
+
+    def transform(self, hidden: torch.Tensor, embedded: torch.Tensor, rotary: torch.Tensor, packed: PackedPieces) -> torch.Tensor:
+        """Run the layer on given states and embeddings of the tokens ahead, both [tokens / sequence-parallel size, 1, hidden]."""
+        states: torch.Tensor = self._proj_and_transformer_layer(hidden_states=hidden, decoder_input=embedded,
+                                                                rotary_pos_emb=rotary, packed_seq_params=packed)
+        return states
 
     def _checkpointed_forward(self, forward_func: Callable[..., torch.Tensor], *, hidden_states: torch.Tensor,
                               decoder_input: torch.Tensor, rotary_pos_emb: torch.Tensor, **constants: Any) -> torch.Tensor:
@@ -142,7 +176,7 @@ class LanguageModel(torch.nn.ModuleList):
     def complete(self) -> None:
         """Make every weight the same on all processes that hold it; called by all processes together.
 
-        Whatever reads weights outside of a training step comes through here: `blocks.of` and `Policy.map`.
+        Whatever reads weights outside of a training step comes through here: `blocks.of`, `Policy.map` and `Reader`.
         """
         if self.pending_gather is not None:
             gather, self.pending_gather = self.pending_gather, None

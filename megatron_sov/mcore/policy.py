@@ -28,14 +28,14 @@ class Policy:
         self.model = model
         self.config = model.config
         self._depths = model.config.mtp_num_layers or 0
-        self._chunk = head_chunk_tokens
+        self.head_chunk_tokens = head_chunk_tokens
 
     @torch.no_grad()
     def map(self, micro_batches: Sequence[HasInputs], outputs: Outputs) -> list[Any]:
         """Run forward and return what `outputs` gave for each micro-batch (on the last stage; empty elsewhere)."""
         def last_stage(hidden: torch.Tensor, batch: Any) -> tuple[torch.Tensor, Any]:
             depths = split_depths(hidden, self._depths)
-            return torch.zeros((), device=hidden.device), outputs(depths, head_of(self.model, self._chunk), batch)
+            return torch.zeros((), device=hidden.device), outputs(depths, head_of(self.model, self.head_chunk_tokens), batch)
 
         self.model.complete()
         was_training = self.model.training

@@ -1,0 +1,258 @@
+"""Continuations from a policy at any layout, with cached keys and values: batched, in bounded memory, with drafts if wanted.
+
+Sequences join and leave the batch one by one: a prompt takes the slot of a sequence that has ended.  Prompts are read in rows
+of a bounded number of tokens, long ones in pieces.  Where several processes have sequences of their own, each iteration is
+one row on every one of them, whatever it holds, since they may share experts.
+
+Speculative decoding: the multi-token prediction layer drafts k tokens behind every sequence (reapplied to its own states
+beyond the first), and the model judges all of them in one pass over k + 1 tokens.  Greedy continuations are those of plain
+decoding; sampled ones follow the same distribution, with other random numbers.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from megatron_sov.generate.request import Batching, Generated, Sampling, Stop, Tokens
+from megatron_sov.generate.sampling import accepted_by_chance, accepted_greedily, draw, probabilities
+from megatron_sov.mcore.kv_cache import CacheSize, Piece
+from megatron_sov.mcore.policy import Policy
+from megatron_sov.mcore.reader import Read, Reader, over_shares, share_place
+
+
+@dataclass
+class _Sequence:
+    """A prompt and what has been written behind it."""
+
+    index: int
+    """Place of the prompt in the list."""
+    tokens: list[int]
+    """Prompt and continuation."""
+    prompt_tokens: int
+    """Length of the prompt."""
+    random: np.random.Generator
+    """The sequence's own numbers."""
+    read: int = 0
+    """Tokens that the cache holds."""
+    drafts: list[int] = field(default_factory=list)
+    """Tokens that may come next."""
+    guesses: torch.Tensor | None = None
+    """[drafts, V]: what each draft was drawn from; on the last pipeline stage, when sampling."""
+
+    @property
+    def in_prompt(self) -> bool:
+        """Whether some of the prompt has not been read."""
+        return self.read < self.prompt_tokens
+
+
+@dataclass
+class _Item:
+    """A piece of a row."""
+
+    sequence: _Sequence
+    piece: Piece
+    start: int
+    """Row index of its first token."""
+
+    @property
+    def places(self) -> list[int]:
+        """Row indices behind which tokens are chosen: all of a step, the last of a prompt's last piece."""
+        end = self.start + len(self.piece.tokens)
+        if not self.sequence.in_prompt:
+            return list(range(self.start, end))
+        return [end - 1] if self.piece.past + len(self.piece.tokens) == self.sequence.prompt_tokens else []
+
+
+def generate(policy: Policy, prompts: Sequence[Tokens], sampling: Sampling, *, stop: Stop | None = None,
+             batching: Batching | None = None, num_drafts: int = 0, streams: Sequence[int] | None = None) -> Generated:
+    """Continue prompts; called by all processes together, every one gets the same result.
+
+    Args:
+        policy: the model.
+        prompts: token ids of each prompt, at least one.
+        sampling: how tokens are chosen.
+        stop: what ends a continuation early.
+        batching: what bounds memory.
+        num_drafts: tokens that the multi-token prediction layer drafts for each pass of the model; 0: none.
+        streams: number of each prompt's stream of random numbers, which with the seed decides its samples; the prompt's
+            place in the list unless given.
+    """
+    if 0 in map(len, prompts):
+        raise ValueError(f"prompt {[len(p) for p in prompts].index(0)} has no token; every prompt needs at least one")
+    if num_drafts and not policy.model.architecture.num_mtp_layers:
+        raise ValueError(f"num_drafts = {num_drafts} needs a multi-token prediction layer, the model has none")
+    batching = batching or Batching()
+    numbers = range(len(prompts)) if streams is None else streams
+    rank, size = share_place()
+    mine = [_Sequence(i, list(map(int, prompts[i])), len(prompts[i]),
+                      np.random.Generator(np.random.Philox(key=[sampling.seed, numbers[i]])))
+            for i in range(rank, len(prompts), size)]
+    longest = max((s.prompt_tokens for s in mine), default=0) + sampling.max_new_tokens
+    cache = CacheSize(batching.slots(len(mine), longest), longest, 1 + num_drafts)
+    with Reader(policy, cache) as reader:
+        run = _Run(reader, cache, mine, sampling, stop or Stop(), batching.prefill_tokens, num_drafts)
+        while run.iterate():
+            continue
+    # every sequence is on one process: the sums are its tokens and its counts
+    table = torch.zeros(len(prompts) + 1, 1 + max(2, sampling.max_new_tokens), dtype=torch.int64)
+    for sequence in mine:
+        found = sequence.tokens[sequence.prompt_tokens:]
+        table[sequence.index, :1 + len(found)] = torch.tensor([len(found), *found])
+    table[-1, :2] = torch.tensor([run.drafted, run.accepted])
+    rows: list[list[int]] = over_shares(table).tolist()
+    return Generated([row[1:1 + row[0]] for row in rows[:-1]], *rows[-1][:2])
+
+
+class _Run:
+    """One process's sequences on their way; `iterate` reads one row and moves all on."""
+
+    def __init__(self, reader: Reader, cache: CacheSize, sequences: list[_Sequence], sampling: Sampling, stop: Stop,
+                 prefill_tokens: int, num_drafts: int) -> None:
+        self._reader, self._sampling, self._stop = reader, sampling, stop
+        self._prefill_tokens, self._num_drafts = prefill_tokens, num_drafts
+        self._waiting = deque(sequences)
+        self._slots: list[_Sequence] = [self._waiting.popleft() for _ in range(min(cache.slots, len(sequences)))]
+        self.drafted = self.accepted = 0
+
+    def iterate(self) -> bool:
+        """Read one row together with all processes; returns whether there was anything to read on any of them."""
+        items = self._next_row()
+        row_tokens = self._reader.common_row_tokens(sum(len(i.piece.tokens) for i in items))
+        if not row_tokens:
+            return False
+        read = self._reader.read([i.piece for i in items], row_tokens)
+        chosen = [i for i in items if i.places]
+        written = self._written(read, chosen)
+        self._move_on(items, written)
+        if self._num_drafts and items:
+            self._draft(read, items)
+        for slot in [i.piece.slot for i in reversed(chosen) if self._ended(i.sequence)]:
+            self._vacate(slot)
+        return True
+
+    def _next_row(self) -> list[_Item]:
+        """Return pieces of prompts while there are any, then one step of every sequence."""
+        items: list[_Item] = []
+        filled = 0
+        for slot, sequence in enumerate(self._slots):
+            room = self._prefill_tokens - filled
+            if sequence.in_prompt and room > 0:
+                piece = Piece(slot, sequence.read, sequence.tokens[sequence.read:sequence.read + room])
+                items.append(_Item(sequence, piece, filled))
+                filled += len(piece.tokens)
+        if items:
+            return items
+        for slot, sequence in enumerate(self._slots):
+            piece = Piece(slot, sequence.read, [sequence.tokens[-1], *sequence.drafts])
+            items.append(_Item(sequence, piece, filled))
+            filled += len(piece.tokens)
+        return items
+
+    def _written(self, read: Read, items: list[_Item]) -> list[list[int]]:
+        """Return each item's new tokens, the same on all processes that read them: accepted drafts and one more."""
+        width = 1 + self._num_drafts
+        table = torch.zeros(len(items), 1 + width, dtype=torch.int64)
+        if not items:
+            return []
+        if self._reader.last_stage:
+            found = self._best(read, items) if self._sampling.temperature == 0 else self._drawn(read, items)
+            for row, new in zip(table, found, strict=True):
+                row[:1 + len(new)] = torch.tensor([len(new), *new])
+        return [row[1:1 + row[0]] for row in self._reader.agree(table).tolist()]
+
+    def _best(self, read: Read, items: list[_Item]) -> list[list[int]]:
+        best = iter(self._reader.top_tokens(read, [p for i in items for p in i.places]).tolist())
+        found = []
+        for item in items:
+            behind = [next(best) for _ in item.places]
+            count = accepted_greedily(item.sequence.drafts, behind)
+            found.append([*item.sequence.drafts[:count], behind[count]])
+        return found
+
+    def _drawn(self, read: Read, items: list[_Item]) -> list[list[int]]:
+        logits = self._reader.logits(read, [p for i in items for p in i.places])
+        targets = probabilities(logits, self._sampling).split([len(i.places) for i in items])
+        taken, finals = [], []
+        for item, target in zip(items, targets, strict=True):
+            sequence = item.sequence
+            if sequence.guesses is None:
+                taken.append(0)
+                finals.append(target[0])
+                continue
+            count, final = accepted_by_chance(sequence.drafts, sequence.guesses, target,
+                                              sequence.random.random(len(sequence.drafts)).tolist())
+            taken.append(count)
+            finals.append(final)
+        tokens = draw(torch.stack(finals), [i.sequence.random.random() for i in items])
+        return [[*i.sequence.drafts[:count], token] for i, count, token in zip(items, taken, tokens, strict=True)]
+
+    def _move_on(self, items: list[_Item], written: list[list[int]]) -> None:
+        """Count what has been read and write what was chosen, up to the end of a continuation."""
+        new = iter(written)
+        for item in items:
+            sequence = item.sequence
+            if not item.places:
+                sequence.read += len(item.piece.tokens)
+                continue
+            tokens = next(new)
+            sequence.read = len(sequence.tokens) + len(tokens) - 1
+            self.drafted += len(sequence.drafts)
+            self.accepted += len(tokens) - 1
+            sequence.drafts, sequence.guesses = [], None
+            for token in tokens:
+                if not self._ended(sequence):
+                    sequence.tokens.append(token)
+
+    def _ended(self, sequence: _Sequence) -> bool:
+        continuation = sequence.tokens[sequence.prompt_tokens:]
+        return bool(continuation) and (len(continuation) >= self._sampling.max_new_tokens or self._stop.ends(continuation))
+
+    def _draft(self, read: Read, items: list[_Item]) -> None:
+        """Have the prediction layer read the row, which its own cache needs, and draft behind every sequence that goes on."""
+        going = [i for i in items if not i.sequence.in_prompt and not self._ended(i.sequence)]
+        drafts = torch.zeros(len(going), self._num_drafts, dtype=torch.int64)
+        if self._reader.last_stage:
+            ahead = torch.zeros(len(read.row.tokens), dtype=torch.int64)
+            for item in items:
+                follow = item.sequence.tokens[item.piece.past + 1:][:len(item.piece.tokens)]
+                ahead[item.start:item.start + len(follow)] = torch.tensor(follow, dtype=torch.int64)
+            read = self._reader.predict(read, ahead)
+            # behind the last token that has one ahead
+            places = [i.start + len(i.sequence.tokens) - 2 - i.piece.past for i in going]
+            guesses: list[torch.Tensor] = []
+            for depth in range(self._num_drafts if going else 0):
+                if depth:
+                    pieces = [Piece(i.piece.slot, len(i.sequence.tokens) - 2 + depth, [0]) for i in going]
+                    read = self._reader.pick(read, places, pieces)
+                    places = list(range(len(going)))
+                    ahead = torch.zeros(len(read.row.tokens), dtype=torch.int64)
+                    ahead[:len(going)] = drafts[:, depth - 1]
+                    read = self._reader.predict(read, ahead)
+                drafts[:, depth] = self._guess(read, places, going, guesses)
+            for number, item in enumerate(going if guesses else []):
+                item.sequence.guesses = torch.stack([g[number] for g in guesses])
+        if going:
+            for item, row in zip(going, self._reader.agree(drafts).tolist(), strict=True):
+                item.sequence.drafts = row
+
+    def _guess(self, read: Read, places: list[int], going: list[_Item], guesses: list[torch.Tensor]) -> torch.Tensor:
+        """Return a draft [sequences] behind each place; when sampling, what they were drawn from joins `guesses`."""
+        if self._sampling.temperature == 0:
+            return self._reader.top_tokens(read, places)
+        guesses.append(probabilities(self._reader.logits(read, places), self._sampling))
+        return torch.tensor(draw(guesses[-1], [i.sequence.random.random() for i in going]))
+
+    def _vacate(self, slot: int) -> None:
+        """Give a slot to the next prompt, or to the last sequence, so that those in use stay side by side."""
+        if self._waiting:
+            self._slots[slot] = self._waiting.popleft()
+            return
+        last = self._slots.pop()
+        if slot < len(self._slots):
+            self._reader.move(len(self._slots), slot)
+            self._slots[slot] = last

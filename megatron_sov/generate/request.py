@@ -1,0 +1,100 @@
+"""What is asked of an engine, whichever it is: how tokens are chosen, and where a continuation ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+Tokens = Sequence[int]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How each next token is chosen."""
+
+    max_new_tokens: int = 64
+    """Longest continuation."""
+    temperature: float = 0.0
+    """0 takes the most probable token; otherwise logits are divided by it and sampled."""
+    top_k: int = 0
+    """Samples come from this many most probable tokens; 0: from all."""
+    top_p: float = 1.0
+    """Then from the smallest set of them that holds this much probability (Holtzman et al., arXiv 1904.09751)."""
+    seed: int = 0
+    """Of the samples."""
+
+    def problems(self) -> list[str]:
+        """Return one sentence for each value that has no meaning, by the name of the command's option."""
+        rules = [(self.max_new_tokens >= 1, f"--max-new-tokens {self.max_new_tokens}: must be at least 1"),
+                 (self.temperature >= 0, f"--temperature {self.temperature}: must not be negative"),
+                 (self.top_k >= 0, f"--top-k {self.top_k}: must not be negative"),
+                 (0 < self.top_p <= 1, f"--top-p {self.top_p}: must lie in (0, 1]"),
+                 (self.seed >= 0, f"--seed {self.seed}: must not be negative")]
+        return [sentence for holds, sentence in rules if not holds]
+
+
+@dataclass(frozen=True)
+class Stop:
+    """What ends a continuation before it is as long as allowed."""
+
+    ids: tuple[int, ...] = ()
+    """Tokens, such as the tokenizer's eos."""
+    texts: tuple[str, ...] = ()
+    """Strings, found in the decoded continuation wherever they stand in its tokens."""
+    decode: Callable[[list[int]], str] | None = None
+    """From token ids to text; needed for `texts`."""
+
+    def ends(self, continuation: Tokens) -> bool:
+        """Return whether a continuation, which did not end before its last token, ends with it."""
+        if continuation[-1] in self.ids:
+            return True
+        if not self.texts:
+            return False
+        assert self.decode is not None, "texts need a decoder"
+        # every token but special ones is at least a byte, so the last ones decide; a few more for characters cut in two
+        tail = self.decode(list(continuation[-max(len(t.encode()) for t in self.texts) - 8:]))
+        return any(text in tail for text in self.texts)
+
+    def cut(self, continuation: Tokens) -> list[int]:
+        """Return the tokens up to the one that ends the continuation, if any does."""
+        for length in range(1, len(continuation) + 1):
+            if self.ends(continuation[:length]):
+                return list(continuation[:length])
+        return list(continuation)
+
+    def cut_text(self, text: str) -> str:
+        """Return a continuation's text up to the first of the strings."""
+        return text[:min((text.index(t) for t in self.texts if t in text), default=len(text))]
+
+
+@dataclass(frozen=True)
+class Batching:
+    """What bounds memory."""
+
+    max_sequences: int = 64
+    """Sequences that are continued at a time, on each process that has sequences of its own."""
+    prefill_tokens: int = 8192
+    """Tokens of prompts that are read at a time; longer prompts are read in pieces."""
+    cache_tokens: int = 1 << 20
+    """Tokens whose keys and values are kept at a time; one sequence at least, however long."""
+
+    def slots(self, num_sequences: int, longest: int) -> int:
+        """Return how many sequences to continue at a time, of which the longest may grow to `longest` tokens."""
+        return max(1, min(num_sequences, self.max_sequences, self.cache_tokens // longest))
+
+    def problems(self) -> list[str]:
+        """Return one sentence for each value that has no meaning, by the name of the command's option."""
+        values = {"--batch-size": self.max_sequences, "--prefill-tokens": self.prefill_tokens}
+        return [f"{name} {value}: must be at least 1" for name, value in values.items() if value < 1]
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What an engine gives back."""
+
+    continuations: list[list[int]]
+    """Of each prompt, without the prompt, with the ending token where it came."""
+    drafted: int = 0
+    """Tokens that were drafted and then judged by the model."""
+    accepted: int = 0
+    """How many of them the model took."""

@@ -1,0 +1,89 @@
+"""Cached generation: what a full forward pass says, at every layout, however prompts are cut, with drafts and without."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+WINDOW, NEW = 8, 12
+PROMPTS = [[5, 9, 2, 70], [30], list(range(20, 60)), [7] * 9, [80, 81, 82, 83, 84], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7]]
+"""Shorter and longer than the window."""
+SETTINGS = ["model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "model.expert_ffn_dim=16", "model.init_std=0.3",
+            f"model.sliding_window_tokens={WINDOW}", "model.num_layers=4", "model.num_experts=8", "train.precision=fp64"]
+
+
+def continuations(layout: dict[str, Any], *, full: bool = False, family: str = "k-exaone", settings: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return what a drawn model writes, in several ways, on this process."""
+    import torch
+
+    from megatron_sov import recipes
+    from megatron_sov.config import ParallelConfig, apply_settings
+    from megatron_sov.generate.generator import generate
+    from megatron_sov.generate.request import Batching, Sampling, Stop
+    from megatron_sov.mcore import init, world
+    from megatron_sov.mcore.model import build
+    from megatron_sov.mcore.policy import Inputs, Policy
+
+    parallel = ParallelConfig(**layout)
+    config = apply_settings(recipes.get(f"tiny-{family}"), [*SETTINGS, *settings])
+    world.join(parallel)
+    model = build(config.model, parallel, config.train)
+    init.initialise(model, config.model, 1)
+    policy = Policy(model, 50)
+    attention = [type(m.core_attention).__name__ for m in model.modules() if hasattr(m, "core_attention")]
+    drafts = 2 if config.model.num_mtp_layers else 0
+    warm = Sampling(NEW, temperature=1.0, top_k=40, top_p=0.9, seed=3)
+
+    def write(prompts: Any, sampling: Any, **more: Any) -> Any:
+        return generate(policy, prompts, sampling, **more).continuations
+
+    greedy = write(PROMPTS, Sampling(NEW))
+    found = {"greedy": greedy, "sampled": write(PROMPTS, warm),
+             "drafted": vars(generate(policy, PROMPTS, Sampling(NEW), num_drafts=drafts, batching=Batching(4, 5))),
+             "drafted samples": write(PROMPTS, warm, num_drafts=drafts)}
+    if full:
+        found["end"] = greedy[2][5]
+        found["stopped"] = write(PROMPTS, Sampling(NEW), stop=Stop((found["end"],)), num_drafts=min(1, drafts))
+        found["pieces"] = write(PROMPTS, Sampling(NEW), batching=Batching(2, 3))
+        found["one slot"] = write(PROMPTS, Sampling(NEW), batching=Batching(cache_tokens=1))
+        found["alone"] = [write([p], warm, streams=[i])[0] for i, p in enumerate(PROMPTS)]
+        row = [Inputs([[*p, *c]], torch.device("cpu")) for p, c in zip(PROMPTS, greedy, strict=True)]
+        found["full"] = [policy.top_tokens(r, torch.arange(len(p) - 1, len(p) + NEW - 1)).tolist()
+                         for p, r in zip(PROMPTS, row, strict=True)]
+    found["as before"] = model.training and attention == [type(m.core_attention).__name__ for m in model.modules()
+                                                          if hasattr(m, "core_attention")]
+    world.leave()
+    return found
+
+
+LAYOUTS = {
+    "TP2+SP": (2, {"tp": 2, "sp": True}), "PP2 VPP2": (2, {"pp": 2, "vpp": 2}), "CP2": (2, {"cp": 2}),
+    "EP2, experts by gathering": (2, {"ep": 2, "expert_dispatcher": "allgather"}),
+    "TP2+SP x CP2, EP4": (4, {"tp": 2, "sp": True, "cp": 2, "ep": 4}),
+}
+
+
+@pytest.mark.distributed
+def test_every_way_and_every_layout_write_the_same(ranks, job) -> None:
+    alone, solar, *others = ranks(
+        job(__file__, "continuations", 1, {"layout": {}, "full": True}),
+        job(__file__, "continuations", 1, {"layout": {}, "full": True, "family": "solar-open",
+                                           "settings": ["model.sliding_window_tokens=0"]}),
+        *(job(__file__, "continuations", n, {"layout": x}) for n, x in LAYOUTS.values()))
+    for (found,) in (alone, solar):
+        greedy = found["greedy"]
+        assert greedy == found["full"], "cached differs from a full forward pass"
+        assert found["pieces"] == found["one slot"] == found["drafted"]["continuations"] == greedy
+        assert found["alone"] == found["sampled"] != greedy, "a prompt's samples depend on the others of its batch"
+        assert len({tuple(c) for c in greedy}) == len(PROMPTS) and {len(c) for c in greedy} == {NEW}
+        end = found["end"]
+        assert found["stopped"] == [c[:c.index(end) + 1] if end in c else c for c in greedy]
+        assert found["as before"]
+    assert (solar[0]["drafted"]["drafted"], solar[0]["drafted samples"]) == (0, solar[0]["sampled"])
+    drafted = alone[0]["drafted"]
+    assert 0 < drafted["accepted"] < drafted["drafted"], "nothing was taken, or nothing taken back"
+    for name, per_rank in zip(LAYOUTS, others, strict=True):
+        for rank, found in enumerate(per_rank):
+            for way in ("greedy", "sampled", "drafted", "drafted samples", "as before"):
+                assert found[way] == alone[0][way], (name, rank, way)
