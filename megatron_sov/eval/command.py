@@ -122,14 +122,17 @@ def _judge(args: argparse.Namespace, target: Target, on_policy: Callable[[Any], 
 
 def _needle(args: argparse.Namespace, events: RunEvents) -> int:
     from megatron_sov.eval.needle import NeedleResult, run_suite, table
-    from megatron_sov.generate.documents import next_tokens
-    from megatron_sov.generate.hf import next_tokens_hf
+    from megatron_sov.generate.generator import generate
+    from megatron_sov.generate.hf import generate_hf
+    from megatron_sov.generate.request import Sampling
     from megatron_sov.generate.target import find_target
 
     target = find_target(args.target)
     suite = _suite(args, target)
-    found = _judge(args, target, lambda loaded: vars(run_suite(suite, lambda d, n: next_tokens(loaded.policy, d, n))),
-                   lambda model: vars(run_suite(suite, lambda d, n: next_tokens_hf(model, d, n))))
+    found = _judge(args, target, lambda loaded: vars(run_suite(
+                       suite, lambda prompts, n: generate(loaded.policy, prompts, Sampling(n)).continuations)),
+                   lambda model: vars(run_suite(
+                       suite, lambda prompts, n: generate_hf(model, prompts, Sampling(n)).continuations)))
     if found is not None:
         result: NeedleResult = NeedleResult(**found)
         events.add("needle", **result.event("eval", _step(target, events)))

@@ -1,8 +1,7 @@
 """Needle in a haystack: is one sentence found again, at any depth of any context length?
 
 Each cell (length, depth) has several documents of held-out text with one needle and its question at the end.  An answer is
-right when greedy decoding gives the whole value, which is the same as the most probable token being right behind every
-right prefix; so one forward pass judges many documents.
+right when greedy decoding gives the whole value.
 """
 
 from __future__ import annotations
@@ -12,14 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from megatron_sov.errors import UserError
 from megatron_sov.eval.needle_text import Haystack, NeedleForm
 
 ANSWER_TOKENS = 2
-NextTokens = Callable[[list[list[int]], int], torch.Tensor]
-"""(documents, n) -> the most probable token after each of the last n positions of every document, [documents, n]."""
+Continue = Callable[[list[list[int]], int], list[list[int]]]
+"""(prompts, n) -> each prompt's n most probable next tokens, one after the other."""
 
 
 @dataclass(frozen=True)
@@ -93,15 +91,14 @@ class NeedleResult:
         return {"step": step, "when": when, **vars(self)}
 
 
-def run_suite(suite: NeedleSuite, next_tokens: NextTokens) -> NeedleResult:
+def run_suite(suite: NeedleSuite, answer: Continue) -> NeedleResult:
     """Judge a model; where it runs on several processes, called by all together."""
     accuracy = []
     for length in suite.lengths:
         documents = [suite.document(length, depth, i) for depth in suite.depths for i in range(suite.samples)]
-        found = next_tokens([d[:-1] for d in documents], ANSWER_TOKENS)
-        answers = torch.tensor([d[-ANSWER_TOKENS:] for d in documents])
-        right = (found == answers).all(dim=1).reshape(len(suite.depths), suite.samples)
-        accuracy.append(right.double().mean(dim=1).tolist())
+        found = answer([d[:-ANSWER_TOKENS] for d in documents], ANSWER_TOKENS)
+        right = [given == d[-ANSWER_TOKENS:] for given, d in zip(found, documents, strict=True)]
+        accuracy.append(np.reshape(right, (len(suite.depths), suite.samples)).mean(axis=1).tolist())
     return NeedleResult(list(suite.lengths), list(suite.depths), accuracy, suite.samples, suite.distractors,
                         float(np.mean(accuracy)))
 

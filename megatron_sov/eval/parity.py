@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from megatron_sov.convert import Check
-from megatron_sov.generate.documents import rows_of
+from megatron_sov.eval.filling import rows_of
 from megatron_sov.generate.hf import load_hf
 from megatron_sov.generate.load import Loaded, run_policy
 from megatron_sov.generate.target import Target

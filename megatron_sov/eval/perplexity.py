@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from megatron_sov.data.rows import Row
+from megatron_sov.eval.filling import ROW_TOKENS
 from megatron_sov.eval.heldout import HeldoutData, evaluate_rows
-from megatron_sov.generate.documents import ROW_TOKENS
 from megatron_sov.generate.load import Loaded
 from megatron_sov.train.evaluate import HeldoutEvaluator, HeldoutLoss
 

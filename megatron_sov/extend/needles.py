@@ -13,7 +13,8 @@ from megatron_sov.errors import UserError
 from megatron_sov.eval.needle import NeedleResult, NeedleSuite, run_suite, table
 from megatron_sov.eval.needle_documents import SOURCE_NAME, NeedleDocuments, needle_source
 from megatron_sov.eval.needle_text import Haystack, needle_form
-from megatron_sov.generate.documents import next_tokens
+from megatron_sov.generate.generator import generate
+from megatron_sov.generate.request import Sampling
 from megatron_sov.train.trainer import Trainer
 
 
@@ -35,7 +36,7 @@ class Needles:
         return {"needle": vars(self._judge(trainer, "after"))}
 
     def _judge(self, trainer: Trainer, when: str) -> NeedleResult:
-        result = run_suite(self.suite, lambda documents, last: next_tokens(trainer.policy, documents, last))
+        result = run_suite(self.suite, lambda prompts, n: generate(trainer.policy, prompts, Sampling(n)).continuations)
         trainer.events.write("needle", **result.event(when, trainer.done.step))
         if trainer.world.is_main:
             print(f"needle retrieval {when} the extension\n{table(result)}", flush=True)

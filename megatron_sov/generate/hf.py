@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
-from transformers.utils import logging
 
 from megatron_sov.errors import UserError
 from megatron_sov.generate.request import Batching, Generated, Sampling, Stop, Tokens
@@ -52,28 +50,17 @@ def generate_hf(model: Any, prompts: Sequence[Tokens], sampling: Sampling, *, st
     chosen: dict[str, Any] = {"do_sample": False}
     if sampling.temperature:
         chosen = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
-    asked = GenerationConfig(max_new_tokens=sampling.max_new_tokens, eos_token_id=list(stop.ids) or None,
-                             pad_token_id=0, **chosen)
+    # -1: no token ends a continuation
+    asked = GenerationConfig(max_new_tokens=sampling.max_new_tokens, eos_token_id=list(stop.ids) or -1, pad_token_id=0, **chosen)
     # without sizes of its own the cache is made for the whole memory, and is slow
     sizes = ContinuousBatchingConfig(
         page_size=PAGE_TOKENS, num_blocks=slots * (-(-longest // PAGE_TOKENS) + 1), max_requests_per_batch=slots,
         max_batch_tokens=max(batching.prefill_tokens, slots), seed=sampling.seed)
-    with _quietly():
-        found = model.generate_batch(inputs=[list(p) for p in prompts], generation_config=asked,
-                                     continuous_batching_config=sizes, warmup=False)
+    found = model.generate_batch(inputs=[list(p) for p in prompts], generation_config=asked, continuous_batching_config=sizes,
+                                 warmup=False)
     outputs = list(found.values())
     failed = [o.error for o in outputs if o.error is not None]
     if failed or len(outputs) != len(prompts):
         raise RuntimeError(f"transformers answered {len(outputs) - len(failed)} of {len(prompts)} prompts ({failed[:1]})")
     return Generated([stop.cut(o.generated_tokens) for o in outputs])
 
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Keep transformers from telling about settings that it chooses itself."""
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)

@@ -184,9 +184,9 @@ class CachedAttention(torch.nn.Module):
         assert self.stored is not None
         kept = [stored[slot] for stored in self.stored]
         before = torch.arange(max(0, past - self.window_tokens + 1) if self.window_tokens else 0, past, device=query.device)
-        reachable = [torch.cat([k[:, before % self.capacity].transpose(0, 1), new])
-                     for k, new in zip(kept, (key, value), strict=True)]
-        out = attend(query, *reachable, self.softmax_scale, self.window_tokens)
+        keys, values = (torch.cat([k[:, before % self.capacity].transpose(0, 1), new])
+                        for k, new in zip(kept, (key, value), strict=True))
+        out = attend(query, keys, values, self.softmax_scale, self.window_tokens)
         stays = min(len(key), self.capacity)
         places = torch.arange(past + len(key) - stays, past + len(key), device=query.device) % self.capacity
         for k, new in zip(kept, (key, value), strict=True):

@@ -46,28 +46,18 @@ class Policy:
         finally:
             self.model.train(was_training)
 
-    def top_tokens(self, micro_batch: HasInputs, positions: torch.Tensor) -> torch.Tensor:
-        """Return the most probable next token [positions] int64 at some positions of a micro-batch, on every process."""
-        found = self._at(micro_batch, positions, Head.top_tokens)
-        return schedule.from_last_stage(found[0] if found else torch.zeros(len(positions), dtype=torch.int64))
-
     def logits(self, micro_batch: HasInputs, positions: torch.Tensor) -> torch.Tensor:
         """Return full logits at a few positions of a micro-batch, on every process.
 
         [positions, vocabulary] float32 (float64 under fp64).
         """
-        found = self._at(micro_batch, positions, Head.logits)
+        def outputs(hidden: list[torch.Tensor], head: Head, batch: HasInputs) -> torch.Tensor:
+            return head.logits(context.pick(gather_sequence(hidden[0], self.config), positions))
+
+        found = self.map([micro_batch], outputs)
         shape = (len(positions), self.model.vocab_size)
         dtype = torch.promote_types(self.config.params_dtype, torch.float32)
         return schedule.from_last_stage(found[0] if found else torch.zeros(shape, dtype=dtype))
-
-    def _at(self, micro_batch: HasInputs, positions: torch.Tensor,
-            read: Callable[[Head, torch.Tensor], torch.Tensor]) -> list[Any]:
-        """Return what `read` makes of the trunk's hidden states at some positions (in a list; empty before the last stage)."""
-        def outputs(hidden: list[torch.Tensor], head: Head, batch: HasInputs) -> torch.Tensor:
-            return read(head, context.pick(gather_sequence(hidden[0], self.config), positions))
-
-        return self.map([micro_batch], outputs)
 
 
 class Inputs:

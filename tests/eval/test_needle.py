@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from megatron_sov.cli import main
 from megatron_sov.errors import UserError
@@ -23,8 +22,8 @@ def occurrences(ids: list[int], part: list[int]) -> list[int]:
     return [i for i in range(len(ids) - len(part) + 1) if ids[i:i + len(part)] == part]
 
 
-def answer_by_looking(documents: list[list[int]], last: int) -> torch.Tensor:
-    """A perfect reader: what followed the longest suffix that occurred before."""
+def answer_by_looking(prompts: list[list[int]], count: int) -> list[list[int]]:
+    """A perfect reader: what followed the longest suffix that occurred before, again and again."""
     def follow(ids: list[int]) -> int:
         for size in range(len(ids) - 1, 0, -1):
             places = occurrences(ids[:-1], ids[-size:])
@@ -32,7 +31,13 @@ def answer_by_looking(documents: list[list[int]], last: int) -> torch.Tensor:
                 return ids[places[0] + size]
         return -1
 
-    return torch.tensor([[follow(d[:len(d) - k]) for k in range(last - 1, -1, -1)] for d in documents])
+    answers = []
+    for prompt in prompts:
+        ids = list(prompt)
+        for _ in range(count):
+            ids.append(follow(ids))
+        answers.append(ids[len(prompt):])
+    return answers
 
 
 @pytest.mark.parametrize("distractors", [0, 3])
@@ -61,10 +66,11 @@ def test_answers_are_judged(form: NeedleForm, haystacks: dict[str, Haystack]) ->
     result = run_suite(suite, answer_by_looking)
     assert result.accuracy == [[1.0] * 3] * 2 and result.score == 1.0
 
-    def half_right(documents: list[list[int]], last: int) -> torch.Tensor:
-        found = answer_by_looking(documents, last)
-        found[::4, 0] = -1  # the first sample of each cell: its first token is wrong
-        found[1::4, 1] = -1  # the second: its second token
+    def half_right(prompts: list[list[int]], count: int) -> list[list[int]]:
+        found = answer_by_looking(prompts, count)
+        for number, answer in enumerate(found):
+            if number % 4 < 2:  # of each cell the first sample's first token and the second one's second are wrong
+                answer[number % 4] = -1
         return found
 
     spoilt = run_suite(suite, half_right)

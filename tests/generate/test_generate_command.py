@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from megatron_sov.cli import main
 from megatron_sov.obs.events import EVENTS, EventLog, read_events
@@ -63,9 +67,50 @@ def test_a_chat_prompt_is_framed_by_the_template(one_rank: None, imported: dict[
     assert plain[0]["tokens"] != framed[0]["tokens"]
 
 
+def test_a_text_ends_a_continuation(one_rank: None, imported: dict[str, Path], hf_models: dict[str, Path], capsys) -> None:
+    plain = texts(capsys, str(imported["solar_open"]), *ASK)
+    part = plain[0]["text"][4:7]
+    for folder in (imported["solar_open"], hf_models["solar_open"]):
+        stopped = texts(capsys, str(folder), *ASK, "--stop", part, "--batch-size", "1", "--prefill-tokens", "2")
+        assert [s["text"] for s in stopped] == [p["text"].split(part)[0] for p in plain]
+        assert len(stopped[0]["tokens"]) < 9
+
+
+def test_drafts_change_nothing_but_the_speed(one_rank: None, imported: dict[str, Path], hf_models: dict[str, Path],
+                                             tmp_path: Path, capsys) -> None:
+    folder = shutil.copytree(hf_models["exaone_moe"], tmp_path / "with-mtp")
+    add_prediction_layer(folder)
+    expected = texts(capsys, str(folder), *ASK)
+    ask = [str(folder), *ASK, "--engine", "megatron", "--speculative", "2", "--json"]
+    assert main(["generate", *ask]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out) == expected
+    assert re.search(r"^drafts: \d+, accepted \d+\.\d%$", shown.err, re.MULTILINE)
+    assert main(["generate", *ask, "--compare-speed"]) == 0
+    assert re.search(r"^drafts: .*%, \d\.\d\d times the speed without drafts$", capsys.readouterr().err, re.MULTILINE)
+
+
+def add_prediction_layer(folder: Path) -> None:
+    """Add a drawn prediction layer to an exported K-EXAONE: a copy of the dense layer, norms and a projection."""
+    tensors = load_file(folder / "model.safetensors")
+    layer = {n.replace("model.", "mtp."): t.clone() for n, t in tensors.items() if n.startswith("model.layers.0.")}
+    norm = tensors["model.norm.weight"]
+    own = {f"mtp.{n}.weight": torch.ones_like(norm) for n in ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")}
+    fc = torch.randn(len(norm), 2 * len(norm), generator=torch.Generator().manual_seed(0)) * 0.2
+    save_file(tensors | layer | own | {"mtp.fc.weight": fc}, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
+
+
 WRONG = [
     ([], "--prompt TEXT or --prompts"),
     (["--prompt", "a", "--temperature", "-1"], "--temperature -1.0: must not be negative"),
+    (["--prompt", "a", "--speculative", "1"], "has no multi-token prediction layer to draft with"),
+    (["--prompt", "a", "--compare-speed"], "--compare-speed: --speculative 0 drafts nothing"),
+    (["--prompt", "a", "--stop", ""], "--stop '': must hold at least one character"),
+    (["--prompt", "a", "--top-k", "-1"], "--top-k -1: must not be negative"),
+    (["--prompt", "a", "--batch-size", "0"], "--batch-size 0: must be at least 1"),
+    (["--prompt", "a", "--engine", "vllm"], "is a checkpoint; convert it first"),
     (["--prompt", "a", "--top-p", "0"], "--top-p 0.0: must lie in (0, 1]"),
     (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens 0: must be at least 1"),
     (["--prompt", "a", "--max-new-tokens", "512"], "the model ends at 512"),

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from megatron_sov.mcore.cpu import open_door
 
 WINDOW, NEW = 8, 12
 PROMPTS = [[5, 9, 2, 70], [30], list(range(20, 60)), [7] * 9, [80, 81, 82, 83, 84], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7]]
@@ -13,10 +17,9 @@ SETTINGS = ["model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "
             f"model.sliding_window_tokens={WINDOW}", "model.num_layers=4", "model.num_experts=8", "train.precision=fp64"]
 
 
-def continuations(layout: dict[str, Any], *, full: bool = False, family: str = "k-exaone", settings: tuple[str, ...] = ()) -> dict[str, Any]:
+def continuations(layout: dict[str, Any], *, full: bool = False, family: str = "k-exaone",
+                  settings: tuple[str, ...] = ()) -> dict[str, Any]:
     """Return what a drawn model writes, in several ways, on this process."""
-    import torch
-
     from megatron_sov import recipes
     from megatron_sov.config import ParallelConfig, apply_settings
     from megatron_sov.generate.generator import generate
@@ -49,7 +52,7 @@ def continuations(layout: dict[str, Any], *, full: bool = False, family: str = "
         found["one slot"] = write(PROMPTS, Sampling(NEW), batching=Batching(cache_tokens=1))
         found["alone"] = [write([p], warm, streams=[i])[0] for i, p in enumerate(PROMPTS)]
         row = [Inputs([[*p, *c]], torch.device("cpu")) for p, c in zip(PROMPTS, greedy, strict=True)]
-        found["full"] = [policy.top_tokens(r, torch.arange(len(p) - 1, len(p) + NEW - 1)).tolist()
+        found["full"] = [policy.logits(r, torch.arange(len(p) - 1, len(p) + NEW - 1)).argmax(-1).tolist()
                          for p, r in zip(PROMPTS, row, strict=True)]
     found["as before"] = model.training and attention == [type(m.core_attention).__name__ for m in model.modules()
                                                           if hasattr(m, "core_attention")]
@@ -87,3 +90,38 @@ def test_every_way_and_every_layout_write_the_same(ranks, job) -> None:
         for rank, found in enumerate(per_rank):
             for way in ("greedy", "sampled", "drafted", "drafted samples", "as before"):
                 assert found[way] == alone[0][way], (name, rank, way)
+
+
+@pytest.fixture(params=["solar_open", "exaone_moe"])
+def family(request) -> str:
+    return request.param
+
+
+def test_greedy_text_is_that_of_transformers(family: str, imported: dict[str, Path], hf_models: dict[str, Path],
+                                             one_rank: None) -> None:
+    """Token by token on an exported folder, prompts of mixed lengths, far past the sliding window of 8 tokens."""
+    open_door()
+    from megatron_sov.config import ParallelConfig
+    from megatron_sov.generate.generator import generate
+    from megatron_sov.generate.hf import load_hf
+    from megatron_sov.generate.load import load_policy
+    from megatron_sov.generate.request import Batching, Sampling
+    from megatron_sov.generate.target import inference_config
+    from megatron_sov.mcore import world
+
+    model = load_hf(hf_models[family])
+    expected = [model.generate(input_ids=torch.tensor([p]), max_new_tokens=40, do_sample=False, pad_token_id=0)[0].tolist()
+                for p in PROMPTS]
+    expected = [e[len(p):] for e, p in zip(expected, PROMPTS, strict=True)]
+    world.join(ParallelConfig())
+    try:
+        policy = load_policy(imported[family], inference_config(imported[family], [], 1))
+        assert generate(policy, PROMPTS, Sampling(40)).continuations == expected
+        assert generate(policy, PROMPTS, Sampling(40), batching=Batching(3, 6)).continuations == expected
+        with pytest.raises(ValueError, match="prompt 1 has no token"):
+            generate(policy, [[1], []], Sampling(4))
+        with pytest.raises(ValueError, match="num_drafts = 1 needs a multi-token prediction layer"):
+            generate(policy, PROMPTS, Sampling(4), num_drafts=1)
+        assert generate(policy, [], Sampling(4)).continuations == []
+    finally:
+        world.leave()

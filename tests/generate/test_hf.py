@@ -10,31 +10,38 @@ import pytest
 import torch
 
 from megatron_sov.errors import UserError
-from megatron_sov.generate.hf import generate_hf, load_hf, next_tokens_hf
+from megatron_sov.generate.hf import generate_hf, load_hf
+from megatron_sov.generate.request import Batching, Sampling, Stop
 
-PROMPTS = [[5, 9, 2, 70], [300], [8, 8, 8, 8]]
+PROMPTS = [[5, 9, 2, 70], [300], [8, 8, 8, 8], list(range(100, 140))]
 
 
-def test_the_defaults_of_the_folder_do_not_count(hf_models: dict[str, Path], tmp_path: Path) -> None:
-    plain = generate_hf(load_hf(hf_models["solar_open"]), PROMPTS, 10)
+def test_the_defaults_of_the_folder_do_not_count(hf_models: dict[str, Path], tmp_path: Path, caplog) -> None:
+    plain = generate_hf(load_hf(hf_models["solar_open"]), PROMPTS, Sampling(10)).continuations
     opinionated = shutil.copytree(hf_models["solar_open"], tmp_path / "opinionated")
     defaults = {"do_sample": True, "temperature": 3.0, "repetition_penalty": 5.0, "eos_token_id": plain[0][0]}
     (opinionated / "generation_config.json").write_text(json.dumps(defaults))
-    assert generate_hf(load_hf(opinionated), PROMPTS, 10) == plain
+    assert generate_hf(load_hf(opinionated), PROMPTS, Sampling(10)).continuations == plain
     assert all(len(c) == 10 for c in plain)
+    assert not caplog.records
 
 
-def test_greedy_text_is_made_of_the_most_probable_tokens(hf_models: dict[str, Path]) -> None:
-    model = load_hf(hf_models["exaone_moe"])
-    (continuation,) = generate_hf(model, PROMPTS[:1], 6)
-    assert next_tokens_hf(model, [[*PROMPTS[0], *continuation[:-1]]], 6)[0].tolist() == continuation
-    batched, alone = next_tokens_hf(model, PROMPTS), [next_tokens_hf(model, [p]) for p in PROMPTS]
-    assert torch.equal(batched, torch.cat(alone))
+@pytest.mark.parametrize("family", ["solar_open", "exaone_moe"])
+def test_batches_give_what_prompts_give_alone(hf_models: dict[str, Path], family: str) -> None:
+    model = load_hf(hf_models[family])
+    alone = [model.generate(input_ids=torch.tensor([p]), max_new_tokens=24, do_sample=False, pad_token_id=0)[0, len(p):].tolist()
+             for p in PROMPTS]
+    assert generate_hf(model, PROMPTS, Sampling(24)).continuations == alone
+    assert generate_hf(model, PROMPTS, Sampling(24), batching=Batching(2, 5)).continuations == alone
+    end = alone[0][4]
+    stop = Stop((end,), ("<9>",), lambda tokens: "".join(f"<{t}>" for t in tokens))
+    ended = generate_hf(model, PROMPTS, Sampling(24), stop=stop).continuations
+    assert ended == [stop.cut(c) for c in alone] and ended[0][-1] == end
 
 
 def test_samples_depend_on_the_seed(hf_models: dict[str, Path]) -> None:
     model = load_hf(hf_models["solar_open"])
-    first, again, other = (generate_hf(model, PROMPTS, 8, temperature=1.0, top_p=0.9, seed=s) for s in (1, 1, 2))
+    first, again, other = (generate_hf(model, PROMPTS, Sampling(8, temperature=1.0, top_p=0.9, seed=s)) for s in (1, 1, 2))
     assert first == again != other
 
 

@@ -1,0 +1,46 @@
+"""What is asked: values without a meaning, and what ends a continuation."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_sov.generate.request import Batching, Sampling, Stop
+
+
+def decode(tokens: list[int]) -> str:
+    return bytes(tokens).decode(errors="replace")
+
+
+def test_texts_end_a_continuation_wherever_tokens_cut_them() -> None:
+    text = "그래요. END of it"
+    tokens = list(text.encode())
+    stop = Stop(texts=("END", "요?"), decode=decode)
+    cut = stop.cut(tokens)
+    assert decode(cut) == "그래요. END"
+    assert [stop.ends(tokens[:n]) for n in range(1, len(cut) + 1)] == [False] * (len(cut) - 1) + [True]
+    assert stop.cut_text(text) == "그래요. " and stop.cut_text("nothing") == "nothing"
+    assert stop.cut(tokens[:5]) == tokens[:5]
+
+
+def test_the_first_of_the_strings_cuts_the_text() -> None:
+    assert Stop(texts=("c", "b")).cut_text("abcd") == "a"
+
+
+def test_tokens_end_a_continuation() -> None:
+    assert Stop((3, 4)).cut([1, 2, 4, 3]) == [1, 2, 4]
+    assert Stop().cut([1, 2]) == [1, 2]
+
+
+def test_memory_bounds_the_batch() -> None:
+    batching = Batching(max_sequences=8, cache_tokens=100)
+    assert [batching.slots(20, longest) for longest in (10, 12, 30, 100, 1000)] == [8, 8, 3, 1, 1]
+    assert batching.slots(2, 10) == 2
+
+
+@pytest.mark.parametrize(("wrong", "sentence"), [
+    (Sampling(max_new_tokens=0), "--max-new-tokens 0"), (Sampling(temperature=-1), "--temperature -1"),
+    (Sampling(top_k=-1), "--top-k -1"), (Sampling(top_p=0), "--top-p 0"), (Sampling(seed=-1), "--seed -1"),
+    (Batching(max_sequences=0), "--batch-size 0"), (Batching(prefill_tokens=0), "--prefill-tokens 0")])
+def test_values_without_meaning_are_named(wrong: Sampling | Batching, sentence: str) -> None:
+    (problem,) = wrong.problems()
+    assert sentence in problem

@@ -1,0 +1,57 @@
+"""vLLM as an engine: what it is asked, and a clear word where it is not installed.  A stand-in answers in its place."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sov.errors import UserError
+from megatron_sov.generate.request import Batching, Sampling, Stop
+from megatron_sov.generate.vllm import generate_vllm, load_vllm
+
+
+class StandIn(types.ModuleType):
+    """The part of vLLM's interface that is used; each answer counts up from the prompt's last token."""
+
+    def __init__(self) -> None:
+        super().__init__("vllm")
+        self.__spec__ = importlib.machinery.ModuleSpec("vllm", None)
+
+    class SamplingParams(types.SimpleNamespace):
+        pass
+
+    class LLM:
+        def __init__(self, **settings: Any) -> None:
+            self.settings, self.asked = settings, []
+
+        def generate(self, prompts: list[dict[str, list[int]]], params: list[Any], use_tqdm: bool) -> list[Any]:
+            self.asked = params
+            return [types.SimpleNamespace(outputs=[types.SimpleNamespace(
+                token_ids=tuple(range(p["prompt_token_ids"][-1] + 1, p["prompt_token_ids"][-1] + 1 + params[0].max_tokens)))])
+                for p in prompts]
+
+
+def test_what_is_asked_reaches_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", StandIn())
+    engine = load_vllm(Path("folder"), 30, Batching(4, 2))
+    assert engine.settings["max_model_len"] == 30 and engine.settings["max_num_seqs"] == 4
+    assert engine.settings["max_num_batched_tokens"] == 4 and engine.settings["generation_config"] == "vllm"
+    assert engine.settings["trust_remote_code"] is False
+    stop = Stop((8,), ("EE",), lambda tokens: "".join(chr(60 + t) + "E" * (t == 3) for t in tokens))
+    found = generate_vllm(engine, [[1], [6, 7], [4]], Sampling(5, temperature=0.5, top_p=0.9, seed=2), stop=stop)
+    assert found.continuations == [[2, 3, 4, 5, 6], [8], [5, 6, 7, 8]]
+    (first, second, _) = engine.asked
+    assert (first.temperature, first.top_p, first.top_k, first.stop_token_ids, first.ignore_eos) == (0.5, 0.9, -1, [8], True)
+    assert first.seed != second.seed
+
+
+def test_it_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"vllm is not installed for this Python; install megatron-sov\[rollout\]"):
+        load_vllm(Path("folder"), 30)
