@@ -38,7 +38,7 @@ def test_a_damaged_checkpoint_is_named(one_rank: None, imported: dict[str, Path]
     with pytest.raises(SystemExit) as e:
         run_policy(Target(damaged, False), [], None, lambda loaded: 1)
     assert e.value.code == 2
-    assert f"error: {file}: is missing or differs" in capsys.readouterr().err
+    assert f"error: {file}: its content differs from the hash" in capsys.readouterr().err
 
 
 def test_a_missing_or_damaged_tokenizer_is_named(tmp_path: Path) -> None:
