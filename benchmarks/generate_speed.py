@@ -29,10 +29,10 @@ def write_text(prefix: Path) -> np.ndarray:
     documents = np.stack([np.concatenate([sentences[i] for i in random.integers(0, SENTENCES, DOCUMENT_TOKENS)])[:DOCUMENT_TOKENS]
                           for _ in range(DOCUMENTS)])
     starts = (4 * DOCUMENT_TOKENS * np.arange(DOCUMENTS)).astype(np.int64)
+    lengths, places = np.full(DOCUMENTS, DOCUMENT_TOKENS, np.int32), np.arange(DOCUMENTS + 1, dtype=np.int64)
     header = b"MMIDIDX\x00\x00" + np.array([1], np.uint64).tobytes() + bytes([4])
-    prefix.with_suffix(".idx").write_bytes(
-        header + np.array([DOCUMENTS, DOCUMENTS + 1], np.uint64).tobytes()
-        + np.full(DOCUMENTS, DOCUMENT_TOKENS, np.int32).tobytes() + starts.tobytes() + np.arange(DOCUMENTS + 1, dtype=np.int64).tobytes())
+    header += np.array([DOCUMENTS, DOCUMENTS + 1], np.uint64).tobytes()
+    prefix.with_suffix(".idx").write_bytes(header + lengths.tobytes() + starts.tobytes() + places.tobytes())
     documents.astype(np.int32).tofile(prefix.with_suffix(".bin"))
     return documents
 

@@ -20,8 +20,8 @@ def load_vllm(folder: Path, longest: int, batching: Batching | None = None, dtyp
         UserError: vLLM is not installed.
     """
     if importlib.util.find_spec("vllm") is None:
-        raise UserError("--engine vllm: vllm is not installed for this Python; install megatron-sov[rollout] on a machine with a "
-                        "GPU (docs/install.md), or use --engine transformers")
+        raise UserError(f"--engine vllm: vllm, which would run {folder}, is not installed for this Python; install "
+                        "megatron-sov[rollout] on a machine with a GPU (docs/install.md), or use --engine transformers")
     from vllm import LLM
 
     batching = batching or Batching()

@@ -53,5 +53,5 @@ def test_what_is_asked_reaches_the_engine(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_it_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"vllm is not installed for this Python; install megatron-sov\[rollout\]"):
+    with pytest.raises(UserError, match=r"would run folder, is not installed for this Python; install megatron-sov\[rollout\]"):
         load_vllm(Path("folder"), 30)
