@@ -1,0 +1,197 @@
+"""What our training loop costs beside a bare megatron.core loop: step times in one process, in turns.
+
+Usage: python benchmarks/loop_overhead.py [--nproc 2] > benchmarks/results/loop_overhead.txt
+
+Three loops train the same architecture at the same number of tokens a step and take turns, so that whatever else the machine does
+hits all of them:
+  ours    `train.loop`'s step: data order, objective, schedule, optimizer, events, stop flag
+  same    our model and loss on batches that lie ready in memory: library schedule and optimizer step, nothing else
+  stock   the library's own GPTModel (its attention, router and loss) on ready batches, as Megatron-LM's train_step does it
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_sov import recipes
+from megatron_sov.config import RunConfig, apply_settings
+from megatron_sov.data.shards import ShardChain, Source
+from megatron_sov.mcore import cpu, world
+from megatron_sov.obs.events import EventLog
+
+VOCAB_SIZE, SEQ_LEN, DOCUMENT_TOKENS, NUM_DOCUMENTS = 8192, 512, 512, 4000
+SETTINGS = (f"model.vocab_size={VOCAB_SIZE}", "model.hidden_size=256", "model.head_dim=64", "model.expert_ffn_dim=256",
+            "train.steps=100000", "train.global_batch_size=8", "train.micro_batch_size=4", "train.eval_every_steps=0",
+            f'data.phases=[{{"name": "main", "seq_len": {SEQ_LEN}}}]')
+WARMUP_TURNS = 2
+
+
+def write_shard(folder: Path) -> None:
+    """Write documents of the length of a sequence, so that all three loops attend to the same number of pairs."""
+    lengths = np.full(NUM_DOCUMENTS, DOCUMENT_TOKENS, np.int32)
+    ends = np.cumsum(lengths.astype(np.int64))
+    header = b"MMIDIDX\x00\x00" + np.array([1], np.uint64).tobytes() + bytes([4])
+    (folder / "train.idx").write_bytes(
+        header + np.array([NUM_DOCUMENTS, NUM_DOCUMENTS + 1], np.uint64).tobytes() + lengths.tobytes()
+        + (4 * (ends - lengths)).tobytes() + np.arange(NUM_DOCUMENTS + 1, dtype=np.int64).tobytes())
+    np.random.default_rng(0).integers(1, VOCAB_SIZE, int(ends[-1]), dtype=np.int32).tofile(folder / "train.bin")
+
+
+def our_step(config: RunConfig, place: world.World, source: Source, folder: Path) -> Callable[[], None]:
+    """Return one step of the training loop, with its records."""
+    from megatron_sov.train.lm import LanguageModelling
+    from megatron_sov.train.run_folder import RunFolder
+    from megatron_sov.train.stopping import StopFlag
+    from megatron_sov.train.trainer import Trainer
+
+    trainer, stop = Trainer(config, place, RunFolder(folder / "run"), [source], LanguageModelling), StopFlag()
+    trainer.events = EventLog(folder / "events.jsonl" if place.is_main else None)
+
+    def step() -> None:
+        result = trainer.update()
+        assert result is not None
+        trainer.log(result)
+        stop.agreed()
+
+    return step
+
+
+def same_model_step(config: RunConfig, place: world.World, source: Source) -> Callable[[], None]:
+    """Return a bare step of our model: what is left of ours without the loop."""
+    import torch
+
+    from megatron_sov.mcore import init, schedule
+    from megatron_sov.mcore.logprobs import head_of
+    from megatron_sov.mcore.model import build
+    from megatron_sov.mcore.optim import Optimizer
+    from megatron_sov.train.databatches import DataBatches
+
+    model = build(config.model, config.parallel, config.train)
+    init.initialise(model, config.model, config.train.seed)
+    optimizer = Optimizer(model, config.optim)
+    model.config.finalize_model_grads_func = schedule.ExpertLoad(model).finalize
+    batches = DataBatches(config, [source], place)
+    ready = itertools.cycle([batches.next().micro_batches for _ in range(8)])
+    batches.close()
+    num_sequences = config.train.global_batch_size
+    routing = model.config.routing_step
+    routing.seq_len, routing.num_sequences = SEQ_LEN, num_sequences
+
+    def loss(hidden: Any, batch: Any) -> tuple[Any, Any]:
+        logprobs = head_of(model, config.train.head_chunk_tokens).logprobs(hidden, batch.labels)
+        total = -(logprobs * batch.weights).sum() / (num_sequences * SEQ_LEN)
+        return total, total.detach()
+
+    def step() -> None:
+        optimizer.zero_grad()
+        routing.aux_loss = {}
+        row_tokens = config.train.micro_batch_size * SEQ_LEN
+        parts = schedule.run(optimizer.wrapped, next(ready), loss, row_tokens, forward_only=False)
+        optimizer.step(config.optim.lr)
+        schedule.sum_over_data(torch.stack(parts).sum().double())
+
+    return step
+
+
+def stock_step(config: RunConfig, place: world.World) -> Callable[[], None]:
+    """Return Megatron-LM's train_step over the library's GPTModel."""
+    import torch
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+    from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from megatron_sov.mcore.build import transformer_config
+    from megatron_sov.mcore.schedule import sum_over_data
+
+    library = transformer_config(config.model, config.parallel, config.train)
+    spec = get_gpt_decoder_block_spec(library, use_transformer_engine=False, normalization="RMSNorm")
+    model = GPTModel(library, spec, VOCAB_SIZE, SEQ_LEN, position_embedding_type="rope")
+    generator = torch.Generator().manual_seed(place.rank)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1.0) if parameter.dim() == 1 else parameter.normal_(0, 0.02, generator=generator)
+    wrapped = DistributedDataParallel(library, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
+    library.finalize_model_grads_func = finalize_model_grads
+    optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=config.optim.lr, clip_grad=1.0,
+                                                       params_dtype=torch.float32), [wrapped])
+    size = config.train.micro_batch_size
+    count = config.train.global_batch_size // size // place.dp_size
+    tokens = torch.randint(1, VOCAB_SIZE, (size, SEQ_LEN + 1), generator=generator)
+    positions = torch.arange(SEQ_LEN).expand(size, -1)
+
+    def loss(losses: Any) -> tuple[Any, Any, dict[str, Any]]:
+        return losses.sum(), torch.tensor(losses.numel(), dtype=torch.int), {"loss": losses.detach().sum()}
+
+    def forward(iterator: Iterator[Any], network: Any) -> tuple[Any, Any]:
+        batch = next(iterator)
+        return network(batch[:, :-1].contiguous(), positions, None, labels=batch[:, 1:].contiguous()), loss
+
+    def step() -> None:
+        wrapped.zero_grad_buffer()
+        optimizer.zero_grad()
+        parts = get_forward_backward_func()(
+            forward_step_func=forward, data_iterator=iter([tokens] * count), model=wrapped, num_microbatches=count,
+            seq_length=SEQ_LEN, micro_batch_size=size, decoder_seq_length=SEQ_LEN, forward_only=False)
+        optimizer.step()
+        sum_over_data(torch.stack([p["loss"] for p in parts]).sum().double())
+
+    return step
+
+
+def measure(turns: int, folder: Path) -> None:
+    """Take turns and print a table; runs on every rank."""
+    config = apply_settings(recipes.get("tiny-solar-open"), SETTINGS)
+    place = world.join(config.parallel)
+    source = Source("web", None, False, {}, {"train": NUM_DOCUMENTS * DOCUMENT_TOKENS}, 1.0, ShardChain([folder / "train"]))
+    steps = {"ours": our_step(config, place, source, folder), "same": same_model_step(config, place, source),
+             "stock": stock_step(config, place)}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(turns + WARMUP_TURNS):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            if turn >= WARMUP_TURNS:
+                times[name].append(time.perf_counter() - start)
+    world.leave()
+    if place.is_main:
+        print(f"\n{place.size} process(es), {turns} steps of {config.train.global_batch_size} x {SEQ_LEN} tokens each")
+        print(f"{'loop':<8}{'median ms':>12}{'ours / it':>12}{'by turns':>12}")
+        for name, taken in times.items():
+            by_turns = statistics.median(o / t for o, t in zip(times["ours"], taken, strict=True))
+            ratio = statistics.median(times["ours"]) / statistics.median(taken)
+            print(f"{name:<8}{1e3 * statistics.median(taken):>12.1f}{ratio:>12.3f}{by_turns:>12.3f}", flush=True)
+
+
+def main() -> None:
+    """Measure on one process and on `--nproc`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nproc", type=int, default=2)
+    parser.add_argument("--turns", type=int, default=40)
+    args = parser.parse_args()
+    cpu.open_door()
+    print(f"{platform.machine()}, {os.cpu_count()} cores (load {os.getloadavg()[0]:.1f} at the start), "
+          f"Python {platform.python_version()}", flush=True)
+    for nproc in sorted({1, args.nproc}):
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            write_shard(folder)
+            if world.launch(lambda folder=folder: measure(args.turns, folder), nproc, num_threads=1):
+                sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
