@@ -1,0 +1,96 @@
+"""Which layouts are tried: every single one, and products in which every pair of settings that can meet does meet."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+from allpairspy import AllPairs
+
+MAX_RANKS = 8
+FACTORS: dict[str, tuple[str, ...]] = {
+    "tensor": ("", "TP2", "TP2+SP"),
+    "pipeline": ("", "PP2", "PP2 VPP2"),
+    "context": ("", "CP2"),
+    "expert": ("", "EP2", "EP2 allgather"),
+    "expert tensor": ("", "ETP2"),
+    "optimizer": ("", "ZeRO-1", "ZeRO-1 overlap"),
+    "memory": ("", "recompute"),
+}
+"""Kind of parallelism -> what it can be; "" is none of it."""
+SETTINGS = {
+    "TP2": ("parallel.tp=2",), "TP2+SP": ("parallel.tp=2", "parallel.sp=true"),
+    "PP2": ("parallel.pp=2",), "PP2 VPP2": ("parallel.pp=2", "parallel.vpp=2"), "CP2": ("parallel.cp=2",),
+    "EP2": ("parallel.ep=2",), "EP2 allgather": ("parallel.ep=2", "parallel.expert_dispatcher=allgather"),
+    "ETP2": ("parallel.etp=2",), "ZeRO-1": ("parallel.zero1=true",),
+    "ZeRO-1 overlap": ("parallel.zero1=true", "parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"),
+    "recompute": ("train.recompute=true",),
+}
+MANDATORY = ("TP2+SP", "PP2", "CP2", "EP2", "", "ZeRO-1", "")
+"""Everything at once, on eight processes."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One choice for each factor."""
+
+    choice: tuple[str, ...]
+    """In the order of `FACTORS`."""
+
+    @property
+    def name(self) -> str:
+        """What the table calls it."""
+        return " x ".join(part for part in self.choice if part) or "DP2"
+
+    @property
+    def num_ranks(self) -> int:
+        """The smallest number of processes at which the layout is what its name says."""
+        tensor, pipeline, context, expert, expert_tensor, optimizer, memory = (2 if part else 1 for part in self.choice)
+        count = max(tensor * pipeline * context, expert * expert_tensor * pipeline)
+        if optimizer > 1:  # there must be something to share the optimizer's state with
+            count = max(count, 2 * tensor * pipeline)
+        return 2 if self.name == "DP2" else count
+
+    @property
+    def settings(self) -> list[str]:
+        """Arguments of --set."""
+        chosen = [s for part in self.choice if part for s in SETTINGS[part]]
+        data_parallel = self.num_ranks // (2 ** sum(bool(part) for part in self.choice[:3]))
+        # every pipeline stage needs as many micro-batches as there are stages
+        return chosen + [f"train.micro_batch_size={1 if data_parallel > 2 else 2}"]
+
+
+def _possible(choice: tuple[str, ...], experts: bool) -> bool:
+    """Return whether a choice (of the first factors) can be run; a model with experts needs SP beside TP, and others have no EP."""
+    parts = tuple(choice) + ("",) * (len(FACTORS) - len(choice))
+    if experts and parts[0] == "TP2" or not experts and (parts[3] or parts[4]):
+        return False
+    return Layout(parts).num_ranks <= MAX_RANKS
+
+
+def singles(experts: bool) -> list[Layout]:
+    """Return plain data parallelism and every setting alone."""
+    none = ("",) * len(FACTORS)
+    alone = [(*none[:i], part, *none[i + 1:]) for i, parts in enumerate(FACTORS.values()) for part in parts if part]
+    return [Layout(choice) for choice in [none, *alone] if _possible(choice, experts)]
+
+
+def products(experts: bool) -> list[Layout]:
+    """Return the mandatory product and a set of products that covers every possible pair of settings."""
+    found = [tuple(pair) for pair in AllPairs(list(FACTORS.values()), filter_func=lambda row: _possible(tuple(row), experts))]
+    chosen = [Layout(c) for c in dict.fromkeys([MANDATORY, *found] if experts else found) if sum(map(bool, c)) > 1]
+    every = sorted((Layout(c) for c in itertools.product(*FACTORS.values()) if _possible(c, experts)), key=lambda x: x.num_ranks)
+    for pair in sorted(possible_pairs(experts) - pairs(chosen)):  # the greedy search leaves some out where choices exclude others
+        if pair not in pairs(chosen):
+            chosen.append(next(layout for layout in every if pair in pairs([layout])))
+    return chosen
+
+
+def pairs(layouts: list[Layout]) -> set[tuple[str, str]]:
+    """Return the pairs of settings that meet in any of the layouts."""
+    return {pair for layout in layouts for pair in itertools.combinations([part for part in layout.choice if part], 2)}
+
+
+def possible_pairs(experts: bool) -> set[tuple[str, str]]:
+    """Return the pairs of settings that can meet, by trying all choices."""
+    return pairs([Layout(c) for c in itertools.product(*FACTORS.values()) if _possible(c, experts)])
