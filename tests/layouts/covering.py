@@ -45,7 +45,7 @@ class Layout:
     @property
     def num_ranks(self) -> int:
         """The smallest number of processes at which the layout is what its name says."""
-        tensor, pipeline, context, expert, expert_tensor, optimizer, memory = (2 if part else 1 for part in self.choice)
+        tensor, pipeline, context, expert, expert_tensor, optimizer, _ = (2 if part else 1 for part in self.choice)
         count = max(tensor * pipeline * context, expert * expert_tensor * pipeline)
         if optimizer > 1:  # there must be something to share the optimizer's state with
             count = max(count, 2 * tensor * pipeline)
@@ -57,13 +57,13 @@ class Layout:
         chosen = [s for part in self.choice if part for s in SETTINGS[part]]
         data_parallel = self.num_ranks // (2 ** sum(bool(part) for part in self.choice[:3]))
         # every pipeline stage needs as many micro-batches as there are stages
-        return chosen + [f"train.micro_batch_size={1 if data_parallel > 2 else 2}"]
+        return [*chosen, f"train.micro_batch_size={1 if data_parallel > 2 else 2}"]
 
 
 def _possible(choice: tuple[str, ...], experts: bool) -> bool:
-    """Return whether a choice (of the first factors) can be run; a model with experts needs SP beside TP, and others have no EP."""
+    """Return whether a choice (of the first factors) can be run: experts need SP beside TP, and without them is no EP."""
     parts = tuple(choice) + ("",) * (len(FACTORS) - len(choice))
-    if experts and parts[0] == "TP2" or not experts and (parts[3] or parts[4]):
+    if parts[0] == "TP2" if experts else parts[3] or parts[4]:
         return False
     return Layout(parts).num_ranks <= MAX_RANKS
 

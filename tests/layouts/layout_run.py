@@ -116,6 +116,27 @@ def trained(settings: list[str], paths: list[str], out: str) -> list[dict[str, A
     return taken
 
 
+def compared(recipe: str, settings: list[str], paths: list[str], reference: str, *, is_reference: bool) -> dict[str, Any]:
+    """Train five steps from scratch, and once more from the reference's step-2; the steps, and how far the ends are apart.
+
+    REFERENCE is the run folder of the one process that everything is compared with, which is trained first.
+    """
+    trainer = _trainer(small_config(recipe, settings, paths, "lm"))
+    trainer.folder = RunFolder(Path(reference))
+    trainer.folder.checkpoints.mkdir(parents=True, exist_ok=True)
+    scratch = []
+    for _ in range(5):
+        scratch.append(_step(trainer))
+        if is_reference and trainer.done.step in (2, 5):
+            trainer.save()
+    found = {"scratch": scratch, "scratch apart": _apart(trainer, trainer.folder.checkpoint(5))}
+    trainer.resume(trainer.folder.checkpoint(2))
+    found |= {"continued": [_step(trainer) for _ in range(3)], "continued apart": _apart(trainer, trainer.folder.checkpoint(5))}
+    trainer.close()
+    world.leave()
+    return found
+
+
 def continued(settings: list[str], paths: list[str], sources: list[str], expected: list[str]) -> list[dict[str, Any]]:
     """For each source: continue its step-3 for two steps; the two steps, and how far the end is from `expected`'s step-5."""
     trainer = _trainer(small_config("tiny-k-exaone", settings, paths, "lm"))
