@@ -52,6 +52,7 @@ def open_door() -> None:
     _rng_tracker()
     _router_gemm_name()
     _dispatcher_split_sizes()
+    _uneven_gathers()
     _norms_under_sequence_parallelism()
 
 
@@ -198,6 +199,39 @@ def _dispatcher_split_sizes() -> None:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     moe_utils.maybe_move_tensor_to_cpu = dispatcher.maybe_move_tensor_to_cpu = to_numbers
+
+
+def _uneven_gathers() -> None:
+    """gloo gathers and scatters equal parts only; tokens of experts that are split over processes come in unequal ones."""
+    import megatron.core.tensor_parallel.mappings as mappings
+
+    gather, reduce_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather_any(input_: torch.Tensor, group: Any, output_split_sizes: list[int] | None = None,
+                   use_global_buffer: bool = False) -> torch.Tensor:
+        if output_split_sizes is None or group.size() == 1:
+            even: torch.Tensor = gather(input_, group, output_split_sizes, use_global_buffer)
+            return even
+        longest = max(output_split_sizes)
+        parts = gather(_lengthened(input_, longest), group).split(longest)
+        return torch.cat([part[:n] for part, n in zip(parts, output_split_sizes, strict=True)])
+
+    def reduce_scatter_any(input_: torch.Tensor, group: Any, input_split_sizes: list[int] | None = None,
+                           use_global_buffer: bool = False) -> torch.Tensor:
+        if input_split_sizes is None or group.size() == 1:
+            even: torch.Tensor = reduce_scatter(input_, group, input_split_sizes, use_global_buffer)
+            return even
+        longest = max(input_split_sizes)
+        parts = torch.cat([_lengthened(part, longest) for part in input_.split(input_split_sizes)])
+        own: torch.Tensor = reduce_scatter(parts, group)
+        return own[:input_split_sizes[group.rank()]]
+
+    mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gather_any, reduce_scatter_any
+
+
+def _lengthened(tensor: torch.Tensor, length: int) -> torch.Tensor:
+    """[n, ...] -> [length, ...], zeros behind."""
+    return torch.cat([tensor, tensor.new_zeros(length - tensor.shape[0], *tensor.shape[1:])])
 
 
 def _norms_under_sequence_parallelism() -> None:

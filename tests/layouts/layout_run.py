@@ -129,6 +129,7 @@ def compared(recipe: str, settings: list[str], paths: list[str], reference: str,
         scratch.append(_step(trainer))
         if is_reference and trainer.done.step in (2, 5):
             trainer.save()
+    trainer.saver.finish()
     found = {"scratch": scratch, "scratch apart": _apart(trainer, trainer.folder.checkpoint(5))}
     trainer.resume(trainer.folder.checkpoint(2))
     found |= {"continued": [_step(trainer) for _ in range(3)], "continued apart": _apart(trainer, trainer.folder.checkpoint(5))}

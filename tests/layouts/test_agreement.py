@@ -84,7 +84,7 @@ def test_every_layout_trains_as_one_process_does(ranks: Any, job: Any, packed_da
             problems += [f"{layout.name}, {start}: {what} differs by {value:.1e}" for what, value in found[start].items()
                          if not value <= LIMITS[what]]
         rows.append((layout, found))
-    assert problems == []
+    assert problems == [], "\n".join(problems)
     if os.environ.get("SOV_WRITE_TABLE"):
         _write(model, rows)
 
