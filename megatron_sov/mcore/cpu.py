@@ -213,7 +213,7 @@ def _uneven_gathers() -> None:
             even: torch.Tensor = gather(input_, group, output_split_sizes, use_global_buffer)
             return even
         longest = max(output_split_sizes)
-        parts = gather(_lengthened(input_, longest), group).split(longest)
+        parts = gather(_lengthened(input_, longest), group).unflatten(0, (-1, longest)) if longest else [input_] * group.size()
         return torch.cat([part[:n] for part, n in zip(parts, output_split_sizes, strict=True)])
 
     def reduce_scatter_any(input_: torch.Tensor, group: Any, input_split_sizes: list[int] | None = None,
@@ -222,6 +222,8 @@ def _uneven_gathers() -> None:
             even: torch.Tensor = reduce_scatter(input_, group, input_split_sizes, use_global_buffer)
             return even
         longest = max(input_split_sizes)
+        if longest == 0:
+            return input_
         parts = torch.cat([_lengthened(part, longest) for part in input_.split(input_split_sizes)])
         own: torch.Tensor = reduce_scatter(parts, group)
         return own[:input_split_sizes[group.rank()]]

@@ -29,10 +29,9 @@ def _covering() -> Any:
 
 
 covering = _covering()
-YARN = 'model.yarn={"factor": 4.0, "original_max_position_tokens": 8}'
 MODELS: dict[str, tuple[str, list[str], bool]] = {
-    "dense": ("tiny-solar-open", ["model.num_dense_layers=4", "model.dense_ffn_dim=48"], False),
-    "experts, YaRN": ("tiny-solar-open", [YARN], True),
+    "dense, tied embeddings": ("tiny-qwen3", ["model.vocab_size=369"], False),  # which tensor parallelism pads
+    "experts, YaRN": ("tiny-solar-open", [], True),
     "experts, sliding windows, multi-token prediction": ("tiny-k-exaone", [], True),
 }
 """Name in the table -> recipe, settings, whether it has experts.  All read rows of packed documents."""
