@@ -70,7 +70,7 @@ def test_every_layout_trains_as_one_process_does(ranks: Any, job: Any, packed_da
     base = ["train.precision=fp64", *settings]
     one = job(RUN, "compared", 1, {**common, "settings": base, "is_reference": True})
     (reference,), *others = ranks(one, *(job(RUN, "compared", x.num_ranks, {
-        **common, "settings": [*base, *x.settings], "is_reference": False}) for x in layouts), timeout_s=900)
+        **common, "settings": [*base, *x.settings], "is_reference": False}) for x in layouts), timeout_s=1200)
     assert reference["scratch"][0]["loss"] > reference["scratch"][-1]["loss"]
     assert reference["scratch"][2:] == reference["continued"] and reference["continued apart"] == {"model": 0, "optimizer": 0}
     rows, problems = [], []
