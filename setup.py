@@ -37,7 +37,7 @@ EXTRAS = {
     "omni": ["pillow", "soundfile"],
     "sentencepiece": ["sentencepiece>=0.2", "protobuf"],
     "dev": [
-        "pytest>=8", "pytest-xdist", "hypothesis", "ruff", "mypy", "setuptools>=77",
+        "pytest>=8", "pytest-xdist", "hypothesis", "allpairspy", "ruff", "mypy", "setuptools>=77",
         "regex", "sentencepiece>=0.2", "protobuf", "tensorboard", "wandb", "types-tqdm", "types-psutil",
     ],
 }
