@@ -17,7 +17,7 @@ LAYOUTS = {
     "one rank": (1, []),
     "DP2 ZeRO-1": (2, ZERO1),
     "TP2+SP": (2, TP2),
-    "EP2 ZeRO-1": (2, [*ZERO1, "parallel.ep=2"]),
+    "CP2 x EP2 x ZeRO-1": (2, [*ZERO1, "parallel.cp=2", "parallel.ep=2"]),
     "PP2 VPP2": (2, PP2),
     "TP2+SP x EP2 x ZeRO-1": (4, [*TP2, *ZERO1, "parallel.ep=2"]),
     "PP2 VPP2 x DP2 ZeRO-1 overlapped": (4, [*PP2, *OVERLAP]),
