@@ -1,0 +1,115 @@
+"""`sov-tokenizer compare`: several tokenizers on the same held-out text."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from megatron_sov.artifacts import atomic_write, to_json
+from megatron_sov.errors import UserError
+from megatron_sov.pages.content import Table
+from tokenizer.opening import open_tokenizer
+from tokenizer.report.command import TOKENIZER_HELP, add_text_arguments, prepare_output
+from tokenizer.report.texts import NamedText, read_texts
+
+HELP = "compare tokenizers on the same text"
+DESCRIPTION = """Compare tokenizers on the same held-out text: bytes per token, tokens per word, cost in context and in FLOPs,
+shared vocabulary, what they cut differently, and speed. Figures that are ratios are against the first tokenizer."""
+DEFAULT_HIDDEN_SIZE, DEFAULT_BODY_PARAMS = 4096, 8e9
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.description = DESCRIPTION
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("tokenizers", nargs="+", type=Path, metavar="TOKENIZER",
+                        help=TOKENIZER_HELP)
+    add_text_arguments(parser)
+    parser.add_argument("--hidden-size", type=int, default=DEFAULT_HIDDEN_SIZE, metavar="N",
+                        help=f"width of the model's embedding and head (default {DEFAULT_HIDDEN_SIZE})")
+    parser.add_argument("--body-params", type=float, default=DEFAULT_BODY_PARAMS, metavar="N",
+                        help="parameters that each token meets, without embedding and head (default 8e9)")
+    parser.add_argument("--output", type=Path, metavar="FILE.html", help="write a page here")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers here")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run `sov-tokenizer compare`; returns 0.
+
+    Raises:
+        UserError: fewer than two tokenizers, no text, one that cannot be read, or an output that cannot be written.
+    """
+    from tokenizer.compare.page import overlap_table, render, text_table
+
+    if len(args.tokenizers) < 2:
+        raise UserError(f"{args.tokenizers[0]}: is the only tokenizer; name another one to compare it with")
+    if not args.text:
+        raise UserError("--text is missing; name held-out text to compare on, e.g. --text korean=heldout/ko.jsonl")
+    for option, value in (("--hidden-size", args.hidden_size), ("--body-params", args.body_params)):
+        if not 0 < value < float("inf"):
+            raise UserError(f"{option} {value:g}: must be above 0, e.g. that of the model you will train")
+    prepare_output(args.output, "--output")
+    prepare_output(args.json, "--json")
+    found = compare(args.tokenizers, read_texts(args.text, args.max_text_mb), args.hidden_size, args.body_params)
+    for title, table in (("bytes per token", text_table(found, "bytes_per_token", "{:.3f}")),
+                         ("tokens per word", text_table(found, "tokens_per_word", "{:.3f}")),
+                         ("tokens against the first", text_table(found, "relative_tokens", "{:.3f}")),
+                         ("FLOPs against the first", text_table(found, "relative_flops", "{:.3f}")),
+                         ("shared vocabulary", overlap_table(found))):
+        print(f"{title}\n{_plain(table)}")
+    for name, facts in found["tokenizers"].items():
+        print(f"{name}: {facts['vocab_size']:,} ids, {facts['mb_per_cpu_s']:.2f} MB per CPU second")
+    if args.output is not None:
+        atomic_write(args.output, render(found))
+        print(f"{args.output}: opens in any browser without a network")
+    if args.json is not None:
+        atomic_write(args.json, to_json(found))
+    return 0
+
+
+def compare(paths: list[Path], texts: list[NamedText], hidden_size: int, body_params: float) -> dict[str, Any]:
+    """Return everything that is known about some tokenizers beside each other, as plain values."""
+    from tokenizer.compare.cuts import different_lines, different_words
+    from tokenizer.compare.measuring import ModelSize, costs, names_of, overlap, speeds
+    from tokenizer.report.measures import Measured, measure
+
+    opened = [open_tokenizer(path) for path in paths]
+    names, size = names_of(opened), ModelSize(hidden_size, body_params)
+    with tqdm(total=len(opened) * len(texts) + 1 + len(texts), desc="encoding",
+              mininterval=0.1 if sys.stderr.isatty() else 10) as bar:
+        measured: list[list[Measured]] = [[] for _ in opened]
+        for tokenizer, texts_of_it in zip(opened, measured, strict=True):
+            for text in texts:
+                texts_of_it.append(measure(tokenizer, text))
+                bar.update()
+        bar.set_description_str("speed")
+        mb_per_s = speeds(opened, texts)
+        bar.update()
+        bar.set_description_str("cuts")
+        cut = {}
+        for text in texts:
+            cut[text.name] = {"words": different_words(opened, text), "lines": different_lines(opened, text)}
+            bar.update()
+    tokenizers = {}
+    named = dict(zip(names, opened, strict=True))
+    for name, tokenizer, m, speed in zip(names, opened, measured, mb_per_s, strict=True):
+        head = tokenizer.vocab_size * hidden_size
+        tokenizers[name] = {
+            "path": str(tokenizer.path), "library": tokenizer.library, "vocab_size": tokenizer.vocab_size,
+            "embedding_params": size.embedding_params(tokenizer.vocab_size), "head_share_of_flops": head / (body_params + head),
+            "mb_per_cpu_s": speed, "texts": costs(tokenizer, m, opened[0], measured[0], size)}
+    return {"hidden_size": hidden_size, "body_params": body_params, "texts": [t.name for t in texts], "tokenizers": tokenizers,
+            "overlap": {a: {b: overlap(x, y) for b, y in named.items()} for a, x in named.items()},
+            "cut_differently": cut}
+
+
+def _plain(table: Table) -> str:
+    """Return a table for a terminal."""
+    widths = [max(len(row[i]) for row in (table.head, *table.rows)) for i in range(len(table.head))]
+    rows = [[cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+            for row in (table.head, *table.rows)]
+    return "\n".join("  " + "  ".join(row) for row in rows)

@@ -1,0 +1,168 @@
+"""Tokens that no text used, and tokens that no text can ever give."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_sov.pages.content import Table
+from tokenizer.opening import Opened
+from tokenizer.report.charts import lines
+from tokenizer.report.check import Check, Verdict, cut, is_text, shown
+from tokenizer.report.measures import Measured
+
+NUM_EXAMPLES = 20
+BEFORE = ("", "a", " ", "1", ".", "\n", "가", "x ", " a", "(")
+AFTER = ("", "a", " ", "1", ".", "\n", "가", " x", "a ", ")")
+MAX_COMPLETIONS = 400
+"""Surroundings in which a part of a character is tried."""
+TOLERATED_SHARE = 0.001
+"""Of the vocabulary: beyond it, unreachable tokens are a defect and not a remark."""
+NEVER_IN_UTF8 = frozenset(bytes([b]) for b in (0xC0, 0xC1, *range(0xF5, 0x100)))
+
+
+def check_used(tokenizer: Opened, measured: list[Measured]) -> Check:
+    """Count the tokens that the texts do not use."""
+    counts = np.sum([m.counts for m in measured], axis=0)
+    ordinary = np.array(sorted(tokenizer.tokens))
+    unused = ordinary[counts[ordinary] == 0]
+    thresholds = [10 ** k for k in range(7) if 10 ** k <= counts.max()]
+    at_least = {n: int((counts[ordinary] >= n).sum()) for n in thresholds}
+    by_text = {m.text.name: int((m.counts[ordinary] > 0).sum()) for m in measured}
+    num_bytes = sum(m.text.num_bytes for m in measured)
+    spread = unused[::max(1, len(unused) // NUM_EXAMPLES)][:NUM_EXAMPLES]
+    share = len(unused) / len(ordinary)
+    numbers = {"num_never_used": len(unused), "share_never_used": share, "num_bytes": num_bytes, "used_at_least": at_least,
+               "used_by_text": by_text, "examples": [{"id": int(i), "token": shown(tokenizer.tokens[int(i)])} for i in spread]}
+    summary = (f"{len(unused):,} of {len(ordinary):,} tokens ({share:.1%}) do not occur in {num_bytes / 1e6:.2f} MB of text"
+               + ("; more text would use more of them" if share > 0.1 else ""))
+    ranked = np.sort(counts[ordinary])[::-1]
+    ranks = np.unique(np.geomspace(1, len(ranked), 60).astype(int))
+    drawn = lines([int(r) for r in ranks], {"count": [int(ranked[r - 1]) for r in ranks if ranked[r - 1] > 0]},
+                  ("rank of the token", "times it occurs"), "How often tokens occur, most frequent first.", log=True)
+    rows = [[shown(tokenizer.tokens[int(i)]), f"{i:,}"] for i in spread]
+    return Check("used", "Never used", "note" if share > 0.5 else "good", summary, numbers,
+                 [Table(["never used: some of all ids", "id"], rows)] if rows else [], [drawn])
+
+
+@dataclass(frozen=True)
+class Unreachable:
+    """A token that was not found."""
+
+    id: int
+    token: bytes
+    becomes: list[int]
+    """Ids that its own bytes, or its text, become."""
+    reason: str
+
+
+def check_reach(tokenizer: Opened, seen: NDArray[np.bool_]) -> Check:
+    """Look for every token in the encoding of its own text, alone and in context.
+
+    A part of a character is completed in many ways.  What is still not found and does not come out of merging its own bytes
+    is proven unreachable; the rest was only not found in the surroundings tried.
+
+    Args:
+        tokenizer: the tokenizer.
+        seen: ids that are known to occur, [vocab].
+    """
+    tokens = tokenizer.tokens
+    left = [i for i in sorted(tokens) if not seen[i] and len(tokens[i]) > 1]
+    bytes_alone = [i for i in sorted(tokens) if not seen[i] and len(tokens[i]) == 1 and tokens[i] not in NEVER_IN_UTF8]
+    whole = _not_found(tokenizer, {i: _in_context(tokens[i].decode()) for i in left if is_text(tokens[i])})
+    parts = _not_found(tokenizer, _completions({i: tokens[i] for i in left if not is_text(tokens[i])}))
+    found = [_explained(tokenizer, i) for i in sorted([*whole, *parts])]
+    proven = sum(u.reason == "its bytes merge to other tokens" for u in found)
+    share = len(found) / tokenizer.vocab_size
+    summary = (f"{len(found):,} tokens ({share:.2%}) were given by no text, {proven:,} of them never can be" if found
+               else "every token is given by some text")
+    if bytes_alone:
+        summary += f"; {len(bytes_alone)} single bytes are there for text that no character of Unicode gives"
+    numbers: dict[str, Any] = {
+        "num_unreachable": len(found), "share": share, "num_proven": proven, "num_bytes_never_alone": len(bytes_alone),
+        "unreachable": [{"id": u.id, "token": shown(u.token), "becomes": [_name(tokenizer, i) for i in u.becomes],
+                         "reason": u.reason} for u in found]}
+    rows = [[shown(u.token), f"{u.id:,}", cut([tokens.get(i, b"") for i in u.becomes]), u.reason]
+            for u in found[:3 * NUM_EXAMPLES]]
+    verdict: Verdict = "good" if not found else "bad" if share > TOLERATED_SHARE else "note"
+    return Check("reach", "Unreachable tokens", verdict, summary, numbers,
+                 [Table(["unreachable", "id", "becomes", "why"], rows)] if rows else [])
+
+
+def _in_context(text: str) -> list[str]:
+    """Return a text alone and between others."""
+    return [before + text + after for before in BEFORE for after in AFTER]
+
+
+def _not_found(tokenizer: Opened, tries: dict[int, list[str]]) -> list[int]:
+    """Return the ids that occur in the encoding of none of their texts; one round for each text, over all that are left."""
+    left, turn = dict(tries), 0
+    given_up = [i for i, texts in left.items() if not texts]
+    left = {i: texts for i, texts in left.items() if texts}
+    while left:
+        encoded = tokenizer.encode_many([texts[turn] for texts in left.values()])
+        left = {i: texts for (i, texts), ids in zip(left.items(), encoded, strict=True) if i not in ids}
+        turn += 1
+        given_up += [i for i, texts in left.items() if len(texts) == turn]
+        left = {i: texts for i, texts in left.items() if len(texts) > turn}
+    return given_up
+
+
+def _completions(parts: dict[int, bytes]) -> dict[int, list[str]]:
+    """Return texts that hold the bytes of each token, which begin or end inside a character."""
+    heads, tails = _characters_by_part() if parts else ({}, {})
+    texts: dict[int, list[str]] = {}
+    for id_, token in parts.items():
+        start = next((k for k in range(len(token)) if token[k] & 0xC0 != 0x80), len(token))
+        stop = next((k for k in range(len(token) - 1, max(-1, len(token) - 5), -1) if token[k] & 0xC0 != 0x80), len(token))
+        if stop < len(token) and is_text(token[stop:]):
+            stop = len(token)
+        if start == len(token):  # the inside of one character, which trying all of Unicode has covered
+            texts[id_] = []
+            continue
+        before = heads[token[:start]] if start else list(BEFORE)
+        after = tails[token[stop:]] if stop < len(token) else list(AFTER)
+        middle = token[start:stop].decode("utf-8", errors="replace")
+        texts[id_] = [f"{b}{middle}{a}" for b, a in _mixed(before, after)]
+    return texts
+
+
+def _mixed(before: list[str], after: list[str]) -> list[tuple[str, str]]:
+    """Return pairs, those of the front of both lists first, at most `MAX_COMPLETIONS`."""
+    side = max(len(before), len(after))
+    order = ((i, total - i) for total in range(2 * side) for i in range(total + 1))
+    pairs = [(before[i], after[j]) for i, j in order if i < len(before) and j < len(after)]
+    return pairs[:MAX_COMPLETIONS]
+
+
+def _characters_by_part() -> tuple[dict[bytes, list[str]], dict[bytes, list[str]]]:
+    """Return characters by the bytes that they end with, and by those that they begin with; some of each."""
+    ends: dict[bytes, list[str]] = defaultdict(list)
+    begins: dict[bytes, list[str]] = defaultdict(list)
+    codes = [*range(0x80, 0xD800), *range(0xF900, 0x10000), *range(0x1F000, 0x1FB00), *range(0x20000, 0x20400)]
+    for code in codes:
+        character = chr(code)
+        raw = character.encode()
+        for k in range(1, len(raw)):
+            for known, part in ((ends, raw[k:]), (begins, raw[:k])):
+                # Lists stay short and yet mix scripts: every 7th candidate pushes out none, but widens the choice.
+                if len(known[part]) < 20 or (len(known[part]) < 60 and code % 97 == 0):
+                    known[part].append(character)
+    return ends, begins
+
+
+def _explained(tokenizer: Opened, id_: int) -> Unreachable:
+    token = tokenizer.tokens[id_]
+    merged = tokenizer.merged_alone(id_)
+    if merged is not None and merged != [id_]:
+        return Unreachable(id_, token, merged, "its bytes merge to other tokens")
+    becomes = tokenizer.encode(token.decode()) if is_text(token) else []
+    return Unreachable(id_, token, becomes, "text is split inside it, or it was only not found in the surroundings tried")
+
+
+def _name(tokenizer: Opened, id_: int) -> str:
+    return shown(tokenizer.tokens[id_]) if id_ in tokenizer.tokens else f"<{id_}>"
