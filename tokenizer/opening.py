@@ -87,6 +87,7 @@ class HuggingFace(Opened):
         super().__init__(path, file)
         try:
             self._tokenizer = Tokenizer.from_file(str(file))
+            self._tokenizer.encode("a 가 😀\n")
         except Exception as e:  # the binding raises a bare Exception
             raise UserError(f"{file}: is no tokenizer.json that the tokenizers library reads ({_line(e)}); "
                             "save it again with a current version of transformers") from None

@@ -87,11 +87,12 @@ def check_whitespace(tokenizer: Opened) -> Check:
     lost = [text for text, ids in zip(texts, tokenizer.encode_many(texts), strict=True)
             if tokenizer.decode(ids) != text]
     white = {id_: token for id_, token in tokenizer.tokens.items() if token and not token.strip(b" \t\r\n")}
-    spaces, tabs, breaks = (max((len(t) for t in white.values() if not t.strip(unit)), default=0) for unit in (b" ", b"\t", b"\n"))
+    spaces, tabs, breaks = (max((len(t) for t in white.values() if not t.strip(unit)), default=0)
+                            for unit in (b" ", b"\t", b"\n"))
     dear = [n for n in USUAL_INDENTS if cost[" "][n - 1] > 1]
     verdict: Verdict = "bad" if lost else "note" if dear else "good"
-    summary = (f"{len(white)} tokens are white space, up to {spaces} spaces, {tabs} tabs, {breaks} line breaks; "
-               + (f"{len(lost)} of {len(texts)} runs do not come back, such as {shown(lost[0])}" if lost else "every run comes back")
+    comes_back = f"{len(lost)} of {len(texts)} do not come back, such as {shown(lost[0])}" if lost else "every run comes back"
+    summary = (f"{len(white)} tokens are white space, up to {spaces} spaces, {tabs} tabs, {breaks} line breaks; {comes_back}"
                + (f"; indentation by {', '.join(map(str, dear))} spaces takes more than one token more" if dear else ""))
     numbers = {"num_whitespace_tokens": len(white), "longest_spaces": spaces, "longest_tabs": tabs, "longest_line_breaks": breaks,
                "num_tried": len(texts), "not_given_back": [shown(t) for t in lost],

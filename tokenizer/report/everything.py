@@ -15,7 +15,7 @@ from tokenizer.report.inventory import check_inventory, check_superwords
 from tokenizer.report.measures import check_texts, measure
 from tokenizer.report.neutral import check_neutral
 from tokenizer.report.reach import check_reach, check_used
-from tokenizer.report.scalars import check_scalars, num_blocks, try_scalars
+from tokenizer.report.scalars import END, check_scalars, num_blocks, try_scalars
 from tokenizer.report.scripts import check_scripts
 from tokenizer.report.streaming import check_determinism, check_streaming
 from tokenizer.report.texts import NamedText
@@ -36,7 +36,9 @@ def check_all(tokenizer: Opened, texts: list[NamedText], skip: Collection[str] =
     """
     wanted = [name for name in CHECKS if name not in skip and (texts or name not in NEED_TEXT)]
     steps = len(wanted) + len(texts) + ("worst" in wanted) * len(worst_inputs())
-    with tqdm(total=num_blocks() + BLOCKS_PER_STEP * steps, bar_format="{desc:<12}{percentage:3.0f}% |{bar}| {elapsed}",
+    needs_unicode = bool({"scalars", "reach"} & set(wanted))
+    total = needs_unicode * num_blocks() + BLOCKS_PER_STEP * steps
+    with tqdm(total=total, bar_format="{desc:<12}{percentage:3.0f}% |{bar}| {elapsed}",
               mininterval=0.1 if sys.stderr.isatty() else 10) as bar:
         def step(num_steps: int = 1) -> None:
             bar.update(BLOCKS_PER_STEP * num_steps)
@@ -47,7 +49,7 @@ def check_all(tokenizer: Opened, texts: list[NamedText], skip: Collection[str] =
             measured.append(measure(tokenizer, text))
             step()
         bar.set_description_str("Unicode")
-        scalars = try_scalars(tokenizer, bar.update)
+        scalars = try_scalars(tokenizer, bar.update, END if needs_unicode else 0)
         seen = scalars.seen | (np.sum([m.counts for m in measured], axis=0) > 0)
         runs: dict[str, Callable[[], Check]] = {
             "texts": lambda: check_texts(tokenizer, measured), "used": lambda: check_used(tokenizer, measured),

@@ -58,10 +58,14 @@ def check_scripts(tokenizer: Opened) -> Check:
                 "num_tokens_nfc": len(tokenizer.encode(_nfc(text))), "back": state}
             rows.append([group, name, text, f"{len(text)}", f"{len(ids)}", state, cut(pieces(tokenizer, text))])
     syllables = Counter(len(ids) for ids in tokenizer.encode_many([chr(c) for c in HANGUL_SYLLABLES]))
-    ratio = found["Hangul: decomposed (NFD)"]["num_tokens"] / found["Hangul: composed (NFC)"]["num_tokens"]  # type: ignore[operator]
-    verdict: Verdict = "bad" if lost else "note" if changed or ratio > DEAR_DECOMPOSED else "good"
+    decomposed, composed = (len(tokenizer.encode(SAMPLES["Hangul"][form]))
+                            for form in ("decomposed (NFD)", "composed (NFC)"))
+    ratio = decomposed / max(1, composed)
+    dear = ratio > DEAR_DECOMPOSED
+    verdict: Verdict = "bad" if lost else "note" if changed or dear else "good"
     summary = (f"{syllables[1]:,} of {len(HANGUL_SYLLABLES):,} Hangul syllables are one token; "
-               f"decomposed Korean costs {ratio:.1f} times as much as composed" + (", so normalize the corpus to NFC" if ratio > DEAR_DECOMPOSED else "")
+               f"decomposed Korean costs {ratio:.1f} times as much as composed"
+               + (", so normalize the corpus to NFC" if dear else "")
                + (f"; {len(lost)} samples are lost: {', '.join(lost[:3])}" if lost else "; all samples come back")
                + (f", {len(changed)} in an equivalent form" if changed else ""))
     numbers = {"hangul_syllables_by_tokens": {str(n): count for n, count in sorted(syllables.items())},
