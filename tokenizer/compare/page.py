@@ -23,8 +23,7 @@ def render(found: dict[str, Any]) -> str:
          f"vocabulary, in a model of {found['body_params'] / 1e9:g} B parameters without embedding and head and of hidden size "
          f"{found['hidden_size']:,}. Training costs three times the FLOPs of inference, so the ratios are the same.",
          [_by_text(found, "relative_flops", f"FLOPs against {names[0]}")],
-         [text_table(found, "relative_tokens", "{:.3f}", "tokens"), text_table(found, "relative_flops", "{:.3f}", "FLOPs"),
-          model_table(found)]),
+         [text_table(found, "relative_tokens", "{:.3f}", "tokens"), text_table(found, "relative_flops", "{:.3f}", "FLOPs")]),
         ("Shared vocabulary", "Tokens with the same bytes, special ones left out.", [], [overlap_table(found)]),
         ("Cut differently", "Frequent words, and lines with the largest ratio of tokens.", [], _cut_tables(found)),
     )]

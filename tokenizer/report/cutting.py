@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import re
+import unicodedata
 
 from megatron_sov.pages.content import Table
 from tokenizer.opening import Opened
@@ -65,7 +66,7 @@ def _sum(shape: tuple[int, ...]) -> str:
 def _several_digits(token: bytes) -> bool:
     """Return whether a token holds two digits, or numerals, side by side."""
     text = token.decode("utf-8", errors="replace")
-    return any(a.isnumeric() and b.isnumeric() for a, b in itertools.pairwise(text))
+    return any(a[0] == b[0] == "N" for a, b in itertools.pairwise(map(unicodedata.category, text)))
 
 
 def _shapes(tokenizer: Opened, numbers: list[str]) -> dict[tuple[int, ...], str]:
@@ -92,7 +93,7 @@ def check_whitespace(tokenizer: Opened) -> Check:
     dear = [n for n in USUAL_INDENTS if cost[" "][n - 1] > 1]
     verdict: Verdict = "bad" if lost else "note" if dear else "good"
     comes_back = f"{len(lost)} of {len(texts)} do not come back, such as {shown(lost[0])}" if lost else "every run comes back"
-    summary = (f"{len(white)} tokens are white space, up to {spaces} spaces, {tabs} tabs, {breaks} line breaks; {comes_back}"
+    summary = (f"{len(white)} tokens are white space (longest: spaces {spaces}, tabs {tabs}, line breaks {breaks}); {comes_back}"
                + (f"; indentation by {', '.join(map(str, dear))} spaces takes more than one token more" if dear else ""))
     numbers = {"num_whitespace_tokens": len(white), "longest_spaces": spaces, "longest_tabs": tabs, "longest_line_breaks": breaks,
                "num_tried": len(texts), "not_given_back": [shown(t) for t in lost],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +19,12 @@ from tokenizer.report.measures import Measured
 NUM_EXAMPLES = 20
 BEFORE = ("", "a", " ", "1", ".", "\n", "가", "x ", " a", "(")
 AFTER = ("", "a", " ", "1", ".", "\n", "가", " x", "a ", ")")
-MAX_COMPLETIONS = 400
+MAX_COMPLETIONS = 1000
 """Surroundings in which a part of a character is tried."""
+MAX_CHARACTERS = 64
+"""Characters that complete a part, of those in `COMPLETING`."""
+COMPLETING = (range(0x80, 0xD800), range(0xF900, 0x10000), range(0x1F000, 0x1FB00), range(0x20000, 0x20400))
+"""Blocks of living writing, and emoji."""
 TOLERATED_SHARE = 0.001
 """Of the vocabulary: beyond it, unreachable tokens are a defect and not a remark."""
 NEVER_IN_UTF8 = frozenset(bytes([b]) for b in (0xC0, 0xC1, *range(0xF5, 0x100)))
@@ -143,16 +148,18 @@ def _characters_by_part() -> tuple[dict[bytes, list[str]], dict[bytes, list[str]
     """Return characters by the bytes that they end with, and by those that they begin with; some of each."""
     ends: dict[bytes, list[str]] = defaultdict(list)
     begins: dict[bytes, list[str]] = defaultdict(list)
-    codes = [*range(0x80, 0xD800), *range(0xF900, 0x10000), *range(0x1F000, 0x1FB00), *range(0x20000, 0x20400)]
-    for code in codes:
+    for code in itertools.chain(*COMPLETING):
         character = chr(code)
         raw = character.encode()
         for k in range(1, len(raw)):
-            for known, part in ((ends, raw[k:]), (begins, raw[:k])):
-                # Lists stay short and yet mix scripts: every 7th candidate pushes out none, but widens the choice.
-                if len(known[part]) < 20 or (len(known[part]) < 60 and code % 97 == 0):
-                    known[part].append(character)
-    return ends, begins
+            ends[raw[k:]].append(character)
+            begins[raw[:k]].append(character)
+    return _thinned(ends), _thinned(begins)
+
+
+def _thinned(found: dict[bytes, list[str]]) -> dict[bytes, list[str]]:
+    """Keep `MAX_CHARACTERS` of each list, from all over it."""
+    return defaultdict(list, {part: known[::-(-len(known) // MAX_CHARACTERS)] for part, known in found.items()})
 
 
 def _explained(tokenizer: Opened, id_: int) -> Unreachable:
