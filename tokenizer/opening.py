@@ -1,27 +1,23 @@
 """Any tokenizer given as a path, opened by the library that it was made for, behind one small interface.
 
-A path may be a folder (ours, or a Hugging Face model's), a tokenizer.json, tiktoken's ranks (with the pattern beside them)
-or a sentencepiece model.  Files are data: nothing of them is run or unpickled, and nothing is fetched.
+A path is what `foreign.open_foreign` reads, but nothing is converted: what is reported is what the library itself does.  Files
+are data: nothing of them is run or unpickled, and nothing is fetched.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
-import json
-import re
+import unicodedata
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
+from megatron_sov.byte_bpe import byte_characters
 from megatron_sov.errors import UserError
-from tokenizer.hf_files import TOKENIZER_JSON
-from tokenizer.vocabulary import byte_characters
+from tokenizer import foreign, sentencepiece_form, tiktoken_form
+from tokenizer.sentencepiece_form import SPACE, byte_piece
 
-WORD_START = "▁"
-"""How sentencepiece spells a space."""
-_RANKS_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\s*")
-_BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
+PROBE = "a 가 😀\n"
+_BYTES = {byte_piece(b): bytes([b]) for b in range(256)}
 
 
 class Opened(ABC):
@@ -81,35 +77,31 @@ class HuggingFace(Opened):
     library = "tokenizers"
 
     def __init__(self, path: Path, file: Path) -> None:
-        """Raises: UserError: the file is no tokenizer.json that the library reads."""
-        from tokenizers import Tokenizer
-
+        """Raises: UserError: the file is no tokenizer.json that the library reads, or it cannot encode."""
         super().__init__(path, file)
+        self._raw = foreign.open_hf(file).raw
+        self._tokenizer = foreign.opened(self._raw, file)
         try:
-            self._tokenizer = Tokenizer.from_file(str(file))
-            self._tokenizer.encode("a 가 😀\n")
+            self.encode(PROBE)
         except Exception as e:  # the binding raises a bare Exception
-            raise UserError(f"{file}: is no tokenizer.json that the tokenizers library reads ({_line(e)}); "
-                            "save it again with a current version of transformers") from None
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = True
-        self._rules = json.loads(self._tokenizer.to_str())
+            raise UserError(f"{file}: cannot encode {PROBE!r} ({' '.join(str(e).split())[:200]}); "
+                            "give it a token for the unknown") from None
         found = self._tokenizer.get_added_tokens_decoder()
         self.special = {id_: token.content for id_, token in found.items() if token.special}
         self.added = {id_: token.content for id_, token in found.items() if not token.special}
         spelled = self._tokenizer.get_vocab(with_added_tokens=False)
-        if unknown := self._rules["model"].get("unk_token"):
-            self.special.setdefault(spelled.get(unknown, 0), unknown)
+        if (unknown := self._raw["model"].get("unk_token")) in spelled:
+            self.special[spelled[unknown]] = unknown
         self._spelled = {id_: token for token, id_ in spelled.items() if id_ not in found and id_ not in self.special}
-        self.tokens = {id_: self._bytes(id_, token) for id_, token in self._spelled.items()}
+        self._prepends = "Prepend" in _kinds(self._raw.get("normalizer"))  # a space, which the decoder takes away again
+        kinds = _kinds(self._raw.get("decoder"))
+        self.tokens = {id_: self._bytes(id_, token, kinds) for id_, token in self._spelled.items()}
 
-    def _bytes(self, id_: int, token: str) -> bytes:
-        kinds = _kinds(self._rules["decoder"])
+    def _bytes(self, id_: int, token: str, kinds: set[str]) -> bytes:
         if "ByteLevel" in kinds:
-            back = byte_of_character()
+            back = byte_characters()
             return bytes(back[c] for c in token) if all(c in back for c in token) else token.encode()
-        if "ByteFallback" in kinds or "Metaspace" in kinds or any(c.startswith(WORD_START) for c in token):
+        if kinds & {"ByteFallback", "Metaspace"}:
             return _piece_bytes(token)
         return self._tokenizer.decode([id_], skip_special_tokens=False).encode()
 
@@ -131,51 +123,47 @@ class HuggingFace(Opened):
 
     def normalize(self, text: str) -> str:
         normalizer = self._tokenizer.normalizer
-        return text if normalizer is None else str(normalizer.normalize_str(text)).replace(WORD_START, " ")
+        if normalizer is None:
+            return text
+        normal = str(normalizer.normalize_str(text)).replace(SPACE, " ")
+        return normal.removeprefix(" ") if self._prepends else normal
 
     def merged_alone(self, id_: int) -> list[int] | None:
-        model = self._rules["model"]
-        if model["type"] != "BPE" or model.get("ignore_merges") or model.get("dropout"):
+        model = self._raw["model"]
+        if model["type"] != "BPE" or model.get("ignore_merges"):
             return None
         return [token.id for token in self._tokenizer.model.tokenize(self._spelled[id_])]
 
 
 class Tiktoken(Opened):
-    """A file of ranks and the pattern beside it, by `tiktoken`."""
+    """A file of ranks and the rules beside it, by `tiktoken`."""
 
     library = "tiktoken"
 
     def __init__(self, path: Path, file: Path) -> None:
-        """Raises: UserError: the ranks are damaged, or there is no pattern for them."""
-        import tiktoken
-
+        """Raises: UserError: the ranks are damaged, or there are no rules for them."""
         super().__init__(path, file)
-        rules = _tiktoken_rules(file)
-        ranks = _ranks(file)
-        try:
-            self._encoding = tiktoken.Encoding(self.name, pat_str=rules["pat_str"], mergeable_ranks=ranks,
-                                               special_tokens=rules["special_tokens"])
-            self.encode("a")
-        except BaseException as e:  # the binding panics on a bad pattern, which is no Exception
-            if isinstance(e, (KeyboardInterrupt, SystemExit)):
-                raise
-            raise UserError(f"{file}: tiktoken does not take its ranks with this pattern ({_line(e)}); "
-                            "check both files") from None
-        self.special = {id_: token for token, id_ in rules["special_tokens"].items()}
+        ranks, rules = tiktoken_form.read_ranks(file), tiktoken_form.read_rules(tiktoken_form.rules_path(file))
+        self._encoding = tiktoken_form.encoding(ranks, rules)
+        self._form: Any = rules.normalization
+        self.special = {id_: token for token, id_ in rules.special_tokens.items()}
         self.added = {}
         self.tokens = {rank: token for token, rank in ranks.items()}
 
     def encode(self, text: str) -> list[int]:
-        return self._encoding.encode_ordinary(text)
+        return self._encoding.encode_ordinary(self.normalize(text))
 
     def encode_many(self, texts: list[str]) -> list[list[int]]:
-        return self._encoding.encode_ordinary_batch(texts, num_threads=2)
+        return self._encoding.encode_ordinary_batch([self.normalize(text) for text in texts], num_threads=2)
 
     def encode_special(self, text: str) -> list[int]:
-        return self._encoding.encode(text, allowed_special="all")
+        return self._encoding.encode(self.normalize(text), allowed_special="all")
 
     def decode(self, ids: list[int]) -> str:
         return self._encoding.decode(ids, errors="replace")
+
+    def normalize(self, text: str) -> str:
+        return text if self._form is None else unicodedata.normalize(self._form, text)
 
 
 class SentencePiece(Opened):
@@ -185,22 +173,16 @@ class SentencePiece(Opened):
 
     def __init__(self, path: Path, file: Path) -> None:
         """Raises: UserError: the package is not installed, or the file is no model of its."""
-        try:
-            import sentencepiece
-        except ImportError:
-            raise UserError(f"{file}: reading a sentencepiece model needs the package sentencepiece; "
-                            "pip install sentencepiece") from None
         super().__init__(path, file)
         try:
-            self._model = sentencepiece.SentencePieceProcessor(model_file=str(file))
-        except (RuntimeError, OSError) as e:
-            raise UserError(f"{file}: is no sentencepiece model ({_line(e)}); "
-                            "pass a .model file as its trainer wrote it") from None
+            self._model = sentencepiece_form.processor(file.read_bytes())
+        except (RuntimeError, OSError):
+            raise UserError(f"{file}: is none of the forms that are read (or a damaged one); pass {foreign.FORMS}") from None
         ids = range(self._model.get_piece_size())
         self.special = {i: self._model.id_to_piece(i) for i in ids if self._model.is_control(i) or self._model.is_unknown(i)}
         self.added = {}
         self.tokens = {i: _piece_bytes(self._model.id_to_piece(i)) for i in ids if i not in self.special}
-        self._adds_space = self._model.normalize("a").startswith(WORD_START)
+        self._adds_space = self._model.normalize("a").startswith(SPACE)
 
     def encode(self, text: str) -> list[int]:
         return list(self._model.encode(text, out_type=int))
@@ -215,7 +197,7 @@ class SentencePiece(Opened):
         return str(self._model.decode(ids))
 
     def normalize(self, text: str) -> str:
-        normal = str(self._model.normalize(text)).replace(WORD_START, " ")
+        normal = str(self._model.normalize(text)).replace(SPACE, " ")
         return normal.removeprefix(" ") if self._adds_space else normal
 
 
@@ -225,97 +207,22 @@ def open_tokenizer(path: Path) -> Opened:
     Raises:
         UserError: there is none at the path, or it cannot be read.
     """
-    if not path.exists():
-        raise UserError(f"{path}: does not exist; pass a tokenizer's folder, a tokenizer.json, a .tiktoken file or a .model file")
-    file = _main_file(path)
-    try:
-        with open(file, "rb") as f:
-            first = f.readline(1000)
-    except OSError as e:
-        raise UserError(f"{file}: cannot be read ({e.strerror}); check the path and its permissions") from None
-    if _RANKS_LINE.fullmatch(first):  # Llama 3 has ranks in a file called tokenizer.model
+    file = foreign.find_file(path)
+    if file.suffix == ".json":
+        return HuggingFace(path, file)
+    if tiktoken_form.is_ranks_file(file):  # Llama 3 has ranks in a file called tokenizer.model
         return Tiktoken(path, file)
-    if file.suffix == ".model":
-        return SentencePiece(path, file)
-    if file.suffix == ".tiktoken":
-        raise UserError(f"{file}: line 1 is not a token in base64 and its rank; fetch the file again")
-    return HuggingFace(path, file)
-
-
-def _main_file(path: Path) -> Path:
-    """Return the file of a folder that holds the tokenizer.
-
-    Raises:
-        UserError: there is none, or several.
-    """
-    if path.is_file():
-        return path
-    if (path / TOKENIZER_JSON).is_file():
-        return path / TOKENIZER_JSON
-    found = sorted([*path.glob("*.tiktoken"), *path.glob("*.model")])
-    if len(found) != 1:
-        what = f"holds {len(found)} of them: {', '.join(f.name for f in found)}" if found else "holds none of them"
-        raise UserError(f"{path}: needs a {TOKENIZER_JSON}, or else one .tiktoken or .model file, and {what}; "
-                        "name the file itself")
-    return found[0]
-
-
-def _ranks(file: Path) -> dict[bytes, int]:
-    """Return tiktoken's ranks.
-
-    Raises:
-        UserError: a line is damaged.
-    """
-    ranks: dict[bytes, int] = {}
-    for number, line in enumerate(file.read_bytes().splitlines(), 1):
-        if not line:
-            continue
-        try:
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
-        except (ValueError, binascii.Error):
-            raise UserError(f"{file}:{number}: {line[:40]!r} is not a token in base64 and its rank; "
-                            "fetch the file again") from None
-    return ranks
-
-
-def _tiktoken_rules(file: Path) -> dict[str, Any]:
-    """Return pattern and special tokens of a file of ranks.
-
-    Raises:
-        UserError: they are missing or malformed.
-    """
-    beside = file.with_name(f"{file.name}.json")
-    form = '{"pat_str": "...", "special_tokens": {"<|endoftext|>": 100257}}'
-    try:
-        rules = json.loads(beside.read_text(encoding="utf-8"))
-        pattern, special = rules["pat_str"], rules.get("special_tokens", {})
-        if not isinstance(pattern, str) or not all(isinstance(i, int) for i in special.values()):
-            raise ValueError("pat_str must be text and special_tokens must give ids")
-        return {"pat_str": pattern, "special_tokens": special}
-    except FileNotFoundError:
-        raise UserError(f"{file}: ranks alone do not say how text is split; write {beside.name} beside them: {form}") from None
-    except (ValueError, KeyError, AttributeError, TypeError) as e:
-        raise UserError(f"{beside}: {type(e).__name__}: {e}; it must have the form {form}") from None
-
-
-def byte_of_character() -> dict[str, int]:
-    """Return character of the byte-level alphabet -> byte."""
-    return {character: byte for byte, character in byte_characters().items()}
+    return SentencePiece(path, file)
 
 
 def _piece_bytes(piece: str) -> bytes:
-    """Return the bytes of a sentencepiece token."""
-    found = _BYTE_PIECE.fullmatch(piece)
-    return bytes([int(found[1], 16)]) if found else piece.replace(WORD_START, " ").encode()
+    """Return the bytes of a token that is spelled as sentencepiece does."""
+    return _BYTES.get(piece) or piece.replace(SPACE, " ").encode()
 
 
 def _kinds(rules: dict[str, Any] | None) -> set[str]:
-    """Return the types of a decoder and of those inside it."""
+    """Return the types of a decoder or normalizer and of those inside it."""
     if not rules:
         return set()
-    return {rules["type"]}.union(*(_kinds(inner) for inner in rules.get("decoders", [])))
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
+    inner = [*rules.get("decoders", []), *rules.get("normalizers", [])]
+    return {rules["type"]}.union(*map(_kinds, inner))

@@ -86,7 +86,7 @@ def check_reach(tokenizer: Opened, seen: NDArray[np.bool_]) -> Check:
     summary = (f"{len(found):,} tokens ({share:.2%}) were given by no text, {proven:,} of them never can be" if found
                else "every token is given by some text")
     if bytes_alone:
-        summary += f"; {len(bytes_alone)} single bytes are there for text that no character of Unicode gives"
+        summary += f"; {len(bytes_alone)} single bytes never came up on their own"
     numbers: dict[str, Any] = {
         "num_unreachable": len(found), "share": share, "num_proven": proven, "num_bytes_never_alone": len(bytes_alone),
         "unreachable": [{"id": u.id, "token": shown(u.token), "becomes": [_name(tokenizer, i) for i in u.becomes],
