@@ -7,7 +7,7 @@ import random
 import string
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_sov.pages.content import Table
 from tokenizer.opening import Opened
@@ -18,7 +18,7 @@ SIZE_BYTES = 1_000_000
 NUM_SIZES, FACTOR = 4, 4
 LIMIT_S = 20.0
 """A size is not tried where quadratic growth would take longer."""
-SLOW_EXPONENT = 1.5
+SLOW_EXPONENT = 1.6
 """Time as bytes to this power, or steeper, is called more than linear."""
 MEASURABLE_S = 0.1
 """Shorter times say nothing about growth."""
@@ -38,6 +38,11 @@ class Timed:
     """At the largest size."""
     error: str
     """What the library said where it gave up; empty where it did not."""
+
+    def fastest(self, again: Timed) -> Timed:
+        """Return the smaller of both times of each size."""
+        return replace(again, times_s=[min(pair) for pair in zip(self.times_s, again.times_s, strict=False)],
+                       sizes_bytes=again.sizes_bytes[:len(self.times_s)])
 
     @property
     def mb_per_s(self) -> float:
@@ -84,7 +89,10 @@ def check_worst(tokenizer: Opened, progress: Callable[[int], object], size_bytes
     """Time every kind of input; `progress` is told of each."""
     found = {}
     for name, unit in worst_inputs().items():
-        found[name] = time_input(tokenizer, unit, size_bytes)
+        timed = time_input(tokenizer, unit, size_bytes)
+        if not timed.error and (timed.exponent or 0) >= SLOW_EXPONENT:  # a busy machine may have held up one size: look again
+            timed = timed.fastest(time_input(tokenizer, unit, size_bytes))
+        found[name] = timed
         progress(1)
     failed = [name for name, t in found.items() if t.error]
     steep = [name for name, t in found.items() if (t.exponent or 0) >= SLOW_EXPONENT]

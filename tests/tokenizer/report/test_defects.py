@@ -23,7 +23,7 @@ from tokenizer.report.scalars import check_scalars, num_blocks, try_scalars
 from tokenizer.report.scripts import check_scripts
 from tokenizer.report.streaming import check_determinism, check_streaming
 from tokenizer.report.texts import read_texts
-from tokenizer.report.worst import time_input, worst_inputs
+from tokenizer.report.worst import Timed, time_input, worst_inputs
 
 Build = Callable[..., Path]
 PAIRS = [("t", "h"), ("th", "e"), ("Ġ", "the")]
@@ -204,6 +204,11 @@ def test_never_used_tokens_against_plain_counting(build: Build, heldout: dict[st
     check = check_used(opened, [measure(opened, text) for text in texts])
     used = {i for text in texts for chunk in text.chunks for i in opened.encode(chunk)}
     assert check.numbers["num_never_used"] == len(opened.tokens.keys() - used)
+
+
+def test_a_busy_moment_is_not_taken_for_growth() -> None:
+    held_up, calm = Timed([1, 4], [1.0, 16.0], 9, ""), Timed([1, 4], [1.1, 4.0], 9, "")
+    assert held_up.exponent == 2 and held_up.fastest(calm).times_s == [1.0, 4.0] and held_up.fastest(calm).exponent == 1
 
 
 def test_every_input_is_long_enough() -> None:
