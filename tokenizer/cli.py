@@ -6,11 +6,12 @@ import argparse
 import sys
 
 from megatron_sov.errors import UserError
-from tokenizer import exporting, importing, train
+from tokenizer import exporting, grafting, importing, train
 from tokenizer.compare import command as compare
 from tokenizer.report import command as report
 
-COMMANDS = {"train": train, "import": importing, "export": exporting, "report": report, "compare": compare}
+COMMANDS = {"train": train, "import": importing, "export": exporting, "graft": grafting, "report": report,
+            "compare": compare}
 
 
 def build_parser() -> argparse.ArgumentParser:
