@@ -6,6 +6,7 @@ import inspect
 import json
 import re
 import shlex
+import shutil
 import textwrap
 from pathlib import Path
 
@@ -29,11 +30,13 @@ def commands(page: str) -> list[list[str]]:
 
 
 @pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hf_models: dict[str, Path]) -> Path:
     """A folder with the files that the pages name; gathering text from this machine is cut short."""
     texts = {"english": textwrap.TextWrapper.__doc__ or "", "code": inspect.getsource(textwrap), "korean": "한국어 문장. " * 9}
     (tmp_path / "corpus").mkdir()
     (tmp_path / "my-texts").mkdir()
+    shutil.copytree(hf_models["solar_open"], tmp_path / "my-model")
+    (tmp_path / "words.txt").write_text("한국어\n문장을\n")
     (tmp_path / "heldout").mkdir()
     for name, text in texts.items():
         lines = [{"text": f"{i} {p}"} for i, p in enumerate(re.split(r"\n\n|(?<=\. )", text)) if p.strip()]
@@ -58,7 +61,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_what_the_pages_show_runs(workplace: Path) -> None:
     shown = [command for page in ("tokenizer.md", "data.md") for command in commands(page)]
-    assert len(shown) == 16
+    assert len(shown) == 19
     for name, *arguments in shown:
         arguments += ["--skip", "worst"] * (arguments[0] == "report")  # megabytes of one letter take their time
         smaller = ["600" if a == "2048" else a for a in arguments]  # the text here is too small for the page's vocabulary

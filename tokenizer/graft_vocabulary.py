@@ -65,14 +65,11 @@ class Surgery:
         self._tokenizer = opened(raw, where)
         self.kind = kind_of(raw)
         self._ids = ids_of(self.raw)
+        self.num_ids = max(self._ids.values()) + 1
+        """The largest id and one."""
         self._old_ids_of = ids_of(raw)
         self._ranks = {pair: i for i, pair in enumerate(merges(raw))} if raw["model"]["type"] == "BPE" else {}
         self._old_ranks = dict(self._ranks)
-
-    @property
-    def num_ids(self) -> int:
-        """The largest id and one."""
-        return max(self._ids.values()) + 1
 
     def knows(self, token: str) -> bool:
         """Return whether it is a token, as text or as tokenizer.json spells it."""
@@ -116,9 +113,8 @@ class Surgery:
         """
         for word in words:
             self._refuse_known(word, "--add")
-            id_ = self.num_ids
+            id_ = self._take_id(word)
             self.raw["added_tokens"].append(special_token(id_, word) | {"special": special})
-            self._ids[word] = id_
             self.new.append(NewToken(id_, word, word, "special" if special else "word", self._old_tokens(word)))
 
     def add_tokens_of(self, other: dict[str, Any], name: str, max_ids: int | None) -> None:
@@ -172,12 +168,18 @@ class Surgery:
         if len(parts) > 2:
             return False
         old = self._old_parts(token)
-        id_ = self._ids[token] = self.num_ids
+        id_ = self._take_id(token)
         self.raw["model"]["vocab"][token] = id_
         if len(parts) == 2:
             self._ranks[parts[0], parts[1]] = len(self._ranks)
         self.new.append(NewToken(id_, token, self.text_of(token), "merge" if len(parts) == 2 else "character", old))
         return True
+
+    def _take_id(self, token: str) -> int:
+        """Give a new token the next id."""
+        self._ids[token] = self.num_ids
+        self.num_ids += 1
+        return self._ids[token]
 
     def _obstacle(self, token: str) -> str | None:
         """Return why no text would ever become this token."""

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from data_prep.fast_bpe import LONGEST_WHITESPACE_CHARS, FastBpe, load_fast
-from megatron_sov.byte_bpe import byte_characters
 
 
 def opened(file: Path) -> Tokenizer:
@@ -66,12 +65,6 @@ def test_the_longest_whitespace_left_to_tiktoken_is_within_its_stack(pair: Pair)
     for unit in (" ", "\n", "\u3000", " \n", "\t"):
         text = "x" + (unit * LONGEST_WHITESPACE_CHARS)[: LONGEST_WHITESPACE_CHARS - 1] + "y"
         assert fast.encode(text) == tokenizer.encode(text, add_special_tokens=False).ids
-
-
-def test_the_byte_alphabet_is_that_of_transformers() -> None:
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    assert byte_characters() == {character: byte for byte, character in bytes_to_unicode().items()}
 
 
 def edited(source: Path, target: Path, edit: Callable[[dict[str, Any]], Any]) -> Path:
