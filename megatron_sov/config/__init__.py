@@ -7,9 +7,9 @@ Types are checked and converted by pydantic when a config is read from JSON or c
 from megatron_sov.config.data import DataConfig, PhaseConfig
 from megatron_sov.config.layout import ParallelConfig
 from megatron_sov.config.model import ModelConfig, YarnConfig
+from megatron_sov.config.needle import Language, NeedleConfig, NeedleKind
 from megatron_sov.config.reading import apply_settings, from_dict
 from megatron_sov.config.run import (
-    NeedleConfig,
     ObjectiveConfig,
     ObsConfig,
     OptimConfig,
@@ -18,6 +18,6 @@ from megatron_sov.config.run import (
 )
 
 __all__ = [
-    "DataConfig", "ModelConfig", "NeedleConfig", "ObjectiveConfig", "ObsConfig", "OptimConfig", "ParallelConfig", "PhaseConfig",
-    "RunConfig", "TrainConfig", "YarnConfig", "apply_settings", "from_dict",
+    "DataConfig", "Language", "ModelConfig", "NeedleConfig", "NeedleKind", "ObjectiveConfig", "ObsConfig", "OptimConfig",
+    "ParallelConfig", "PhaseConfig", "RunConfig", "TrainConfig", "YarnConfig", "apply_settings", "from_dict",
 ]

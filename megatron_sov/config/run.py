@@ -12,6 +12,7 @@ from megatron_sov.config import curriculum
 from megatron_sov.config.data import DataConfig
 from megatron_sov.config.layout import ParallelConfig
 from megatron_sov.config.model import STRICT, ModelConfig
+from megatron_sov.config.needle import NeedleConfig
 from megatron_sov.errors import UserError
 
 
@@ -103,21 +104,6 @@ class ObjectiveConfig:
     """lm: next-token cross-entropy (with multi-token prediction where the model has it); sft: cross-entropy on responses."""
     text_coeff: float = 0.0
     """sft: weight of an auxiliary cross-entropy on plain text, normalised over its own tokens."""
-
-
-@dataclass(frozen=True)
-class NeedleConfig:
-    """The needle-in-a-haystack suite that judges a longer context."""
-
-    __pydantic_config__ = STRICT
-    lengths_tokens: tuple[int, ...] = (4096, 8192)
-    """Context lengths to test."""
-    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 0.95)
-    """Where the needle stands, 0 = start."""
-    samples: int = 20
-    """Samples of one cell (depth x length)."""
-    train_share: float = 0.1
-    """Part of the extension's samples that are synthetic retrieval documents, with other keys and values than the test's."""
 
 
 @dataclass(frozen=True)

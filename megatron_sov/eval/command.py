@@ -9,13 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_sov.config import NeedleConfig
 from megatron_sov.errors import UserError
+from megatron_sov.eval.needle_command import add_needle_arguments, suite_of
 from megatron_sov.obs.afterwards import RunEvents
 from megatron_sov.train.arguments import data_paths
 
 if TYPE_CHECKING:
-    from megatron_sov.eval.needle import NeedleResult, NeedleSuite
     from megatron_sov.generate.target import Target
 
 EXIT_OK, EXIT_GATE_FAILED = 0, 3
@@ -50,12 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     target = {"metavar": "TARGET", "type": Path, "help": "checkpoint, run (its newest one) or Hugging Face folder"}
     ppl = judge("ppl", "loss and bits per byte on held-out documents, per source")
     ppl.add_argument("target", **target)  # type: ignore[arg-type]
-    needle = judge("needle", "find one sentence again, at any depth of any context length")
+    needle = judge("needle", "find what a context says again, at any depth of any length, among other needles")
     needle.add_argument("target", **target)  # type: ignore[arg-type]
-    needle.add_argument("--lengths", type=int, nargs="+", metavar="N", help="context lengths in tokens (default: the setting)")
-    needle.add_argument("--depths", type=float, nargs="+", metavar="D", help="places of the needle, 0 = start, 1 = end")
-    needle.add_argument("--samples", type=int, metavar="N", help="documents of a cell")
-    needle.add_argument("--distractors", type=int, default=0, metavar="N", help="further needles in each document (default 0)")
+    add_needle_arguments(needle)
     logits = judge("logits", "compare a checkpoint's logits with those of its Hugging Face folder in transformers; exit code 3")
     logits.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="checkpoint or run (its newest one)")
     logits.add_argument("hf_dir", metavar="HF_DIR", type=Path, help="Hugging Face folder of the same model")
@@ -64,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     bigram = judge("bigram", "the Kneser-Ney bigram baseline on the same held-out documents")
     bigram.add_argument("--max-train-tokens", type=int, default=DEFAULT_TRAIN_TOKENS, metavar="N",
                         help="training tokens of each source that are counted at most (default %(default)s)")
-    for sub in (ppl, needle, bigram):
+    for sub in (ppl, bigram):
         with_data(sub)
     for sub in (ppl, needle, logits):
         with_ranks(sub)
@@ -121,36 +117,18 @@ def _judge(args: argparse.Namespace, target: Target, on_policy: Callable[[Any], 
 
 
 def _needle(args: argparse.Namespace, events: RunEvents) -> int:
-    from megatron_sov.eval.needle import NeedleResult, run_suite, table
-    from megatron_sov.generate.generator import generate
-    from megatron_sov.generate.hf import generate_hf
-    from megatron_sov.generate.request import Sampling
+    from megatron_sov.eval.needle import result_of, run_suite, table
+    from megatron_sov.eval.needle_engines import hf_engine, policy_engine
     from megatron_sov.generate.target import find_target
 
     target = find_target(args.target)
-    suite = _suite(args, target)
-    found = _judge(args, target, lambda loaded: vars(run_suite(
-                       suite, lambda prompts, n: generate(loaded.policy, prompts, Sampling(n)).continuations)),
-                   lambda model: vars(run_suite(
-                       suite, lambda prompts, n: generate_hf(model, prompts, Sampling(n)).continuations)))
+    suite = suite_of(args, target)
+    found = _judge(args, target, lambda loaded: run_suite(suite, policy_engine(loaded.policy)).to_dict(),
+                   lambda model: run_suite(suite, hf_engine(model)).to_dict())
     if found is not None:
-        result: NeedleResult = NeedleResult(**found)
-        events.add("needle", **result.event("eval", _step(target, events)))
-        _show(args.json, found, table(result))
+        events.add("needle", when="eval", step=_step(target, events), **found)
+        _show(args.json, found, table(result_of(found)))
     return EXIT_OK
-
-
-def _suite(args: argparse.Namespace, target: Target) -> NeedleSuite:
-    from megatron_sov.eval.heldout import open_heldout
-    from megatron_sov.eval.needle import NeedleSuite
-    from megatron_sov.eval.needle_text import Haystack, needle_form
-
-    defaults = target.config.needle if target.config else NeedleConfig()
-    data = open_heldout(data_paths(args.data), DEFAULT_SEQ_LEN, DEFAULT_HELDOUT_TOKENS, model_vocab_size=target.vocab_size,
-                        model_tokenizer=target.tokenizer_folder)
-    form = needle_form(target.tokenizer_folder)
-    return NeedleSuite(form, Haystack(data.sources, "heldout", form.special), tuple(args.lengths or defaults.lengths_tokens),
-                       tuple(args.depths or defaults.depths), args.samples or defaults.samples, args.distractors)
 
 
 def _logits(args: argparse.Namespace, events: RunEvents) -> int:

@@ -13,7 +13,8 @@ import numpy as np
 
 from megatron_sov.data.shards import Source
 from megatron_sov.errors import UserError
-from megatron_sov.eval.needle_text import Haystack, NeedleForm
+from megatron_sov.eval.haystack import Haystack, pick
+from megatron_sov.eval.needle_text import Slots, fill
 
 SOURCE_NAME = "needle"
 NUM_DOCUMENTS = 1 << 24
@@ -26,10 +27,8 @@ LAST_NEEDLE_SHARE = 0.3
 class NeedleDocuments:
     """Documents of one length (a `data.shards.Documents`)."""
 
-    form: NeedleForm
-    """What needles are made of."""
-    haystack: Haystack
-    """Training text."""
+    haystacks: tuple[Haystack, ...]
+    """Training text, one of each language; drawn by size, needles and text of a document are of one language."""
     length_tokens: int
     """Tokens of each document."""
     seed: int = 0
@@ -42,8 +41,9 @@ class NeedleDocuments:
 
     @property
     def max_needles(self) -> int:
-        """Needles that a document holds at most, each with its question."""
-        return min(MAX_NEEDLES, self.length_tokens // (2 * self.form.statement_tokens), len(self.form.pairs[False]))
+        """Needles that a document of any language holds at most, each with its question."""
+        return min(min(MAX_NEEDLES, self.length_tokens // (2 * h.form.statement_tokens), len(h.form.pairs[False]))
+                   for h in self.haystacks)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -70,36 +70,38 @@ class NeedleDocuments:
 def _document(made: NeedleDocuments, document: int) -> tuple[np.ndarray, np.ndarray]:
     """Return a document's tokens [length] int64 and weights [length] float32."""
     generator = np.random.Generator(np.random.Philox(np.random.SeedSequence((made.seed, document))))
-    form = made.form
+    haystack = made.haystacks[pick(generator, [sum(h.sizes) for h in made.haystacks])]
+    form = haystack.form
+    sentence = form.draw_sentences(generator, test=False).statement
     num_needles = int(generator.integers(1, made.max_needles + 1))
     keys, values = (form.draw(generator, num_needles, test=False) for _ in range(2))
-    text = made.haystack.text(generator, made.length_tokens - 2 * num_needles * form.statement_tokens)
+    statements = [np.array(fill(sentence, key, value), np.int64) for key, value in zip(keys, values, strict=True)]
+    text = haystack.text(generator, made.length_tokens - 2 * num_needles * len(statements[0]))
     places = np.sort(generator.integers(0, len(text) + 1, num_needles))
     asked = generator.permutation(num_needles)
     if generator.random() < LAST_NEEDLE_SHARE:
         places[-1] = len(text)
         asked = np.concatenate([[num_needles - 1], asked[asked != num_needles - 1]])
-    stated, answered = _statement_weights(made, 0.0), _statement_weights(made, made.answer_weight)
+    stated, answered = _statement_weights(made, sentence, 0.0), _statement_weights(made, sentence, made.answer_weight)
     ids: list[np.ndarray] = []
     weights: list[np.ndarray] = []
     last = 0
-    for key, value, place in zip(keys, values, places, strict=True):
-        ids += [text[last:place], np.array(form.statement(key, value), np.int64)]
+    for statement, place in zip(statements, places, strict=True):
+        ids += [text[last:place], statement]
         weights += [np.full(place - last, made.text_weight, np.float32), stated]
         last = place
     ids.append(text[last:])
     weights.append(np.full(len(text) - last, made.text_weight, np.float32))
     for i in asked:
-        ids.append(np.array(form.statement(keys[i], values[i]), np.int64))
+        ids.append(statements[i])
         weights.append(answered)
     return np.concatenate(ids), np.concatenate(weights)
 
 
-def _statement_weights(made: NeedleDocuments, value_weight: float) -> np.ndarray:
+def _statement_weights(made: NeedleDocuments, sentence: Slots, value_weight: float) -> np.ndarray:
     """Return the weights of a needle's tokens: key words are anybody's guess, a value only where it was stated before."""
-    shared = made.text_weight
-    parts = [shared] * len(made.form.opening) + [0.0] * 2 + [value_weight] * 2 + [shared] * len(made.form.closing)
-    return np.array(parts, np.float32)
+    opening, between, closing = (np.full(len(part), made.text_weight, np.float32) for part in sentence)
+    return np.concatenate([opening, np.zeros(2, np.float32), between, np.full(2, value_weight, np.float32), closing])
 
 
 def needle_source(documents: NeedleDocuments, share: float) -> Source:
@@ -112,7 +114,8 @@ def needle_source(documents: NeedleDocuments, share: float) -> Source:
         raise UserError(f"needle.train_share = {share}: must lie between 0 and 1, both excluded, where needles are trained on")
     if documents.max_needles < 1:
         raise UserError(f"needle documents of {documents.length_tokens} tokens hold no needle with its question "
-                        f"({2 * documents.form.statement_tokens} tokens); train on longer samples or set needle.train_share=0")
+                        f"({2 * max(h.form.statement_tokens for h in documents.haystacks)} tokens); train on longer samples or "
+                        "set needle.train_share=0")
     return Source(
         name=SOURCE_NAME, artifact=None, is_chat=False, prefixes={}, share=share / (1 - share), made=documents,
         num_tokens={"train": NUM_DOCUMENTS * documents.length_tokens})

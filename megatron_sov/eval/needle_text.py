@@ -1,13 +1,12 @@
-"""What needles are made of: sentences that tie rare words together, and the text that they are hidden in.
+"""What needles are made of in a tokenizer's ids: rare words, tied together in pairs, and the sentences around them.
 
-A needle is ``\n The code of K1 K2 V1 V2.``: a key of two words, its value right behind.  Asked is by literal repetition, up to
-the key; the value has to follow.  Keys and values for training and for testing never mix: a hash of the pair decides.
+A key is two words, and so is a value.  Pairs and sentences for training and for testing never mix (`needle_phrases`).
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,33 +14,63 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from megatron_sov.data.shards import Source
 from megatron_sov.errors import UserError
+from megatron_sov.eval.needle_phrases import Language, Phrases, is_for_tests, phrases
 
-OPENING, CLOSING = "\nThe code of", "."
-NUM_WORDS, MIN_WORDS = 64, 16
-TEST_PART = 5
-"""One pair of words in this many is kept for tests."""
+NUM_WORDS, MIN_WORDS, MAX_WORDS = 64, 16, 512
+TOKENS_PER_WORD = 64
+"""A vocabulary of this many times `NUM_WORDS` has more words, so that long contexts find enough keys."""
 MIN_WORD_BYTES = 4
+SLOT = "{}"
+Slots = tuple[tuple[int, ...], ...]
+"""A phrase as token ids: what stands before, between and behind its pairs."""
+
+
+@dataclass(frozen=True)
+class Sentences:
+    """`needle_phrases.Phrases` in token ids."""
+
+    statement: Slots
+    all_values: Slots
+    values_of: Slots
+    assignment: Slots
+    holders: Slots
+
+
+def fill(slots: Slots, *pairs: np.ndarray) -> list[int]:
+    """Return a phrase with pairs [2] in its places; fewer pairs than places end it before the next one."""
+    ids = list(slots[0])
+    for place, pair in enumerate(pairs, start=1):
+        ids += pair.tolist()
+        if place < len(pairs) or place == len(slots) - 1:
+            ids += slots[place]
+    return ids
 
 
 @dataclass(frozen=True)
 class NeedleForm:
-    """The parts of a needle as token ids."""
+    """The parts of a language's needles as token ids."""
 
-    opening: tuple[int, ...]
-    """What stands before the key."""
-    closing: tuple[int, ...]
-    """What stands behind the value."""
+    language: Language
+    """Of the sentences; words are of it too where the tokenizer has enough of them."""
+    sentences: dict[bool, tuple[Sentences, ...]]
+    """True -> for tests, False -> for training."""
     words: tuple[int, ...]
     """Tokens that are whole words."""
     special: tuple[int, ...] = ()
     """Special tokens, which no haystack may hold."""
 
-    @property
+    @cached_property
     def statement_tokens(self) -> int:
-        """Tokens of one needle."""
-        return len(self.opening) + 4 + len(self.closing)
+        """Tokens of the longest needle."""
+        return max(4 + sum(map(len, slots)) for side in self.sentences.values() for s in side
+                   for slots in (s.statement, s.assignment))
+
+    @cached_property
+    def question_tokens(self) -> int:
+        """Tokens of the longest question of a test, keys included."""
+        return max(2 * (len(slots) - 1) + sum(map(len, slots)) for s in self.sentences[True]
+                   for slots in (s.statement, s.all_values, s.values_of, s.holders))
 
     @cached_property
     def pairs(self) -> dict[bool, np.ndarray]:
@@ -50,87 +79,81 @@ class NeedleForm:
         for first in self.words:
             for second in self.words:
                 if first != second:
-                    found[is_test_pair(first, second)].append((first, second))
+                    found[is_for_tests(first, second)].append((first, second))
         return {test: np.array(pairs, np.int64).reshape(-1, 2) for test, pairs in found.items()}
 
     def draw(self, generator: np.random.Generator, count: int, *, test: bool) -> np.ndarray:
         """Return `count` different pairs [count, 2]."""
         return self.pairs[test][generator.choice(len(self.pairs[test]), count, replace=False)]
 
-    def question(self, key: np.ndarray) -> list[int]:
-        """Return the tokens up to where the value has to follow."""
-        return [*self.opening, *key.tolist()]
-
-    def statement(self, key: np.ndarray, value: np.ndarray) -> list[int]:
-        """Return a whole needle."""
-        return [*self.question(key), *value.tolist(), *self.closing]
+    def draw_sentences(self, generator: np.random.Generator, *, test: bool) -> Sentences:
+        """Return one of the forms of sentences."""
+        return self.sentences[test][int(generator.integers(len(self.sentences[test])))]
 
 
-def is_test_pair(first: int, second: int) -> bool:
-    """Return whether a pair of word tokens is for tests alone, at whatever run and data."""
-    digest = hashlib.blake2b(f"{first} {second}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") % TEST_PART == 0
-
-
-def needle_form(tokenizer_folder: Path) -> NeedleForm:
+def needle_form(tokenizer_folder: Path, language: Language) -> NeedleForm:
     """Return the needle's parts in a tokenizer's ids; its words are the rarest whole ones, which are those merged last.
 
     Raises:
         UserError: there is no tokenizer, or it has too few whole words.
     """
-    try:
-        tokenizer = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
-    except Exception as e:  # the binding raises a bare Exception
-        raise UserError(f"{tokenizer_folder}: has no readable tokenizer.json ({e}); needles are made of its words") from None
-    special = tuple(sorted(i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special))
-    words: list[int] = []
-    for token in range(tokenizer.get_vocab_size(with_added_tokens=False) - 1, -1, -1):
-        if len(words) == NUM_WORDS:
-            break
-        if token not in special and _is_whole_word(tokenizer, token):
-            words.append(token)
+    tokenizer = read_tokenizer(tokenizer_folder)
+    special = special_tokens(tokenizer)
+    words = _words(tokenizer, special, _SCRIPTS[language])
+    if len(words) < MIN_WORDS:
+        words = _words(tokenizer, special, lambda letter: True)
     if len(words) < MIN_WORDS:
         raise UserError(f"{tokenizer_folder}: only {len(words)} of its tokens are whole words, needles need {MIN_WORDS}; "
                         "train a tokenizer with a larger vocabulary")
-    opening, closing = (tuple(tokenizer.encode(text, add_special_tokens=False).ids) for text in (OPENING, CLOSING))
-    return NeedleForm(opening, closing, tuple(words), special)
+
+    def slots(text: str) -> Slots:
+        return tuple(tuple(tokenizer.encode(part, add_special_tokens=False).ids) if part else () for part in text.split(SLOT))
+
+    def sentences(form: Phrases) -> Sentences:
+        return Sentences(**{name: slots(text) for name, text in form.texts().items()})
+
+    return NeedleForm(language, {test: tuple(map(sentences, phrases(language, test=test))) for test in (True, False)},
+                      tuple(words), special)
 
 
-def _is_whole_word(tokenizer: Tokenizer, token: int) -> bool:
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """Return a folder's tokenizer.
+
+    Raises:
+        UserError: there is none.
+    """
+    try:
+        return Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as e:  # the binding raises a bare Exception
+        raise UserError(f"{folder}: has no readable tokenizer.json ({e}); needles are made of its words") from None
+
+
+def special_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Return the ids of special tokens."""
+    return tuple(sorted(i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special))
+
+
+_SCRIPTS: dict[Language, Callable[[str], bool]] = {
+    "english": str.isascii, "code": str.isascii,
+    "korean": lambda letter: "\uac00" <= letter <= "\ud7a3", "thai": lambda letter: "\u0e00" <= letter <= "\u0e7f",
+}
+
+
+def _words(tokenizer: Tokenizer, special: tuple[int, ...], of_script: Callable[[str], bool]) -> list[int]:
+    vocabulary = tokenizer.get_vocab_size(with_added_tokens=False)
+    wanted = min(MAX_WORDS, max(NUM_WORDS, vocabulary // TOKENS_PER_WORD))
+    words: list[int] = []
+    for token in range(vocabulary - 1, -1, -1):
+        if len(words) == wanted:
+            break
+        if token not in special and _is_whole_word(tokenizer, token, of_script):
+            words.append(token)
+    return words
+
+
+def _is_whole_word(tokenizer: Tokenizer, token: int, of_script: Callable[[str], bool]) -> bool:
     text = tokenizer.decode([token], skip_special_tokens=False)
     word = text[1:]
-    return (text[:1] == " " and word.isalpha() and len(word.encode()) >= MIN_WORD_BYTES
+    return (text[:1] == " " and len(word.encode()) >= MIN_WORD_BYTES and unicodedata.category(word[0]) in ("Ll", "Lu", "Lo")
+            and all(unicodedata.category(letter)[0] in "LM" and of_script(letter) for letter in word)
             and tokenizer.encode(text, add_special_tokens=False).ids == [token])
-
-
-class Haystack:
-    """Text of given sources: a document anywhere, and the ones after it, until there is enough."""
-
-    def __init__(self, sources: Sequence[Source], split: str, special: Sequence[int]) -> None:
-        """Open the sources' split.
-
-        Raises:
-            UserError: it holds no text.
-        """
-        usable = [s for s in sources if not s.is_chat and s.num_tokens.get(split, 0) > 0]
-        if not usable:
-            raise UserError(f"--data: its sources hold no '{split}' text to hide needles in; pack text with --heldout 0.02")
-        self._shards = [s.shard(split) for s in usable]
-        weights = np.array([s.num_tokens[split] for s in usable], np.float64)
-        self._reached = np.cumsum(weights / weights.sum())
-        self._special = np.array(special, np.int64)
-
-    def text(self, generator: np.random.Generator, count: int) -> np.ndarray:
-        """Return `count` tokens [count] int64 without special ones."""
-        shard = self._shards[min(int(np.searchsorted(self._reached, generator.random(), side="right")), len(self._shards) - 1)]
-        document = int(generator.integers(len(shard.lengths)))
-        start = int(generator.integers(int(shard.lengths[document]) or 1))
-        parts: list[np.ndarray] = []
-        found = 0
-        while found < count:
-            ids = shard.tokens(document, start, min(int(shard.lengths[document]) - start, count - found))
-            ids = ids[~np.isin(ids, self._special)]
-            parts.append(ids)
-            found += len(ids)
-            document, start = (document + 1) % len(shard.lengths), 0
-        return np.concatenate(parts) if parts else np.zeros(0, np.int64)

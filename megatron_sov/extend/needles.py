@@ -10,11 +10,10 @@ from typing import Any
 from megatron_sov.config import RunConfig
 from megatron_sov.data.shards import Source, open_sources, tokenizer_folder
 from megatron_sov.errors import UserError
-from megatron_sov.eval.needle import NeedleResult, NeedleSuite, run_suite, table
+from megatron_sov.eval.haystack import open_haystacks
+from megatron_sov.eval.needle import NeedleResult, NeedleSuite, make_suite, run_suite, table
 from megatron_sov.eval.needle_documents import SOURCE_NAME, NeedleDocuments, needle_source
-from megatron_sov.eval.needle_text import Haystack, needle_form
-from megatron_sov.generate.generator import generate
-from megatron_sov.generate.request import Sampling
+from megatron_sov.eval.needle_engines import policy_engine
 from megatron_sov.train.trainer import Trainer
 
 
@@ -33,11 +32,11 @@ class Needles:
 
     def after(self, trainer: Trainer) -> dict[str, Any]:
         """Judge the trained model; returns what joins the completion manifest."""
-        return {"needle": vars(self._judge(trainer, "after"))}
+        return {"needle": self._judge(trainer, "after").to_dict()}
 
     def _judge(self, trainer: Trainer, when: str) -> NeedleResult:
-        result = run_suite(self.suite, lambda prompts, n: generate(trainer.policy, prompts, Sampling(n)).continuations)
-        trainer.events.write("needle", **result.event(when, trainer.done.step))
+        result = run_suite(self.suite, policy_engine(trainer.policy))
+        trainer.events.write("needle", when=when, step=trainer.done.step, **result.to_dict())
         if trainer.world.is_main:
             print(f"needle retrieval {when} the extension\n{table(result)}", flush=True)
         return result
@@ -60,12 +59,12 @@ def make_needles(config: RunConfig, start: Path) -> Needles:
     if SOURCE_NAME in (s.name for s in data):
         raise UserError(f"--data: a source named {SOURCE_NAME!r} is kept for documents made on the fly; "
                         "pack that text under another name (--input NAME=PATH)")
-    form = needle_form(tokenizer_folder(data) or start / "tokenizer")
-    suite = NeedleSuite(form, Haystack(data, "heldout", form.special), needle.lengths_tokens, needle.depths, needle.samples)
+    tokenizer = tokenizer_folder(data) or start / "tokenizer"
+    suite = make_suite(needle, open_haystacks(data, "heldout", tokenizer, languages=needle.languages))
     if needle.train_share == 0:
         return Needles(suite, ())
     longest = max(p.seq_len for p in config.data.phases)
-    documents = NeedleDocuments(form, Haystack(data, "train", form.special), longest, config.train.seed)
+    documents = NeedleDocuments(open_haystacks(data, "train", tokenizer), longest, config.train.seed)
     return Needles(suite, (needle_source(documents, needle.train_share),))
 
 
