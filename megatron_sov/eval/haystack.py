@@ -71,7 +71,7 @@ def open_haystacks(sources: Sequence[Source], split: str, tokenizer_folder: Path
         split: "train" or "heldout".
         tokenizer_folder: what packed the sources, and packs the files.
         languages: these only; all by default.
-        told: source -> its language, where the text itself does not show it well.
+        told: source -> its language, where neither its name is one nor the text itself shows it well.
         files: language, UTF-8 text file.
 
     Raises:
@@ -89,7 +89,8 @@ def open_haystacks(sources: Sequence[Source], split: str, tokenizer_folder: Path
     found: dict[Language, list[tuple[Text, float]]] = {}
     for source in usable:
         documents = source.shard(split)
-        language = told.get(source.name) or detect_language(_sample(documents, tokenizer))
+        named = next((name for name in LANGUAGES if name == source.name), None)
+        language = told.get(source.name) or named or detect_language(_sample(documents, tokenizer))
         found.setdefault(language, []).append((documents_text(documents, tokenizer), source.num_tokens[split]))
     for language, file in files:
         text = FileText(file, tokenizer)
@@ -98,7 +99,7 @@ def open_haystacks(sources: Sequence[Source], split: str, tokenizer_folder: Path
         if language not in found:
             raise UserError(f"needle languages {list(languages)}: no '{split}' text is {language} (there is "
                             f"{', '.join(sorted(found))}); add such text, or name a source's language with --language")
-    return tuple(Haystack(needle_form(tokenizer_folder, name), *zip(*found[name], strict=True))  # type: ignore[arg-type]
+    return tuple(Haystack(needle_form(tokenizer_folder, name), *zip(*found[name], strict=True))
                  for name in LANGUAGES if name in found and (not languages or name in languages))
 
 

@@ -1,7 +1,7 @@
 """Needle in a haystack: is what a context says found again, at any depth of any length, among other needles?
 
-Each cell (kind, language, length, depth) has several examples.  By generation an answer is right when greedy decoding gives all of
-it and nothing else.  By likelihood it is right when, behind every right prefix, a right word is the most probable of all words
+Each cell (kind, language, length, depth) has several examples.  By generation an answer is right when greedy decoding gives all
+of it and nothing else.  By likelihood it is right when, behind every right prefix, a right word is the most probable of all words
 that values are made of: greedy decoding that can only say values, in one forward pass.  Blind choices pass `single` and
 `multi-key` with probability 1 / words^2, below 1 %.
 """
@@ -144,7 +144,7 @@ class NeedleSuite:
                         yield [*getattr(sentences, name)[0], *pair.tolist()]
 
     def examples(self) -> Iterator[tuple[Haystack, list[tuple[NeedleKind, int, float]], list[Example]]]:
-        """Yield (haystack, cell of each example, examples) in the order of cells: equal lengths, no more tokens than fit a batch."""
+        """Yield (haystack, cell of each example, examples) in the order of cells: equal lengths, no more tokens than a batch."""
         for kind, haystack, length in self._rows():
             places = [(depth, sample) for depth in self.depths for sample in range(self.samples)]
             at_once = max(1, BATCH_TOKENS // length)

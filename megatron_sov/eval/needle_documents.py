@@ -14,7 +14,7 @@ import numpy as np
 from megatron_sov.data.shards import Source
 from megatron_sov.errors import UserError
 from megatron_sov.eval.haystack import Haystack, pick
-from megatron_sov.eval.needle_text import Slots, fill
+from megatron_sov.eval.needle_text import NeedleForm, Slots, fill
 
 SOURCE_NAME = "needle"
 NUM_DOCUMENTS = 1 << 24
@@ -39,11 +39,14 @@ class NeedleDocuments:
     """Loss weight of text and of what all needles share."""
     is_plain = False
 
-    @property
-    def max_needles(self) -> int:
-        """Needles that a document of any language holds at most, each with its question."""
-        return min(min(MAX_NEEDLES, self.length_tokens // (2 * h.form.statement_tokens), len(h.form.pairs[False]))
-                   for h in self.haystacks)
+    def max_needles(self, form: NeedleForm) -> int:
+        """Return how many needles a document of a language holds at most, each with its question."""
+        return min(MAX_NEEDLES, self.length_tokens // self.pair_tokens(form), len(form.pairs[False]))
+
+    @staticmethod
+    def pair_tokens(form: NeedleForm) -> int:
+        """Return the tokens of a needle and its question."""
+        return 2 * form.phrase_tokens("statement", test=False)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -73,7 +76,7 @@ def _document(made: NeedleDocuments, document: int) -> tuple[np.ndarray, np.ndar
     haystack = made.haystacks[pick(generator, [sum(h.sizes) for h in made.haystacks])]
     form = haystack.form
     sentence = form.draw_sentences(generator, test=False).statement
-    num_needles = int(generator.integers(1, made.max_needles + 1))
+    num_needles = int(generator.integers(1, made.max_needles(form) + 1))
     keys, values = (form.draw(generator, num_needles, test=False) for _ in range(2))
     statements = [np.array(fill(sentence, key, value), np.int64) for key, value in zip(keys, values, strict=True)]
     text = haystack.text(generator, made.length_tokens - 2 * num_needles * len(statements[0]))
@@ -112,10 +115,11 @@ def needle_source(documents: NeedleDocuments, share: float) -> Source:
     """
     if not 0 < share < 1:
         raise UserError(f"needle.train_share = {share}: must lie between 0 and 1, both excluded, where needles are trained on")
-    if documents.max_needles < 1:
-        raise UserError(f"needle documents of {documents.length_tokens} tokens hold no needle with its question "
-                        f"({2 * max(h.form.statement_tokens for h in documents.haystacks)} tokens); train on longer samples or "
-                        "set needle.train_share=0")
+    for form in (h.form for h in documents.haystacks):
+        if documents.max_needles(form) < 1:
+            raise UserError(f"needle documents of {documents.length_tokens} tokens hold no needle with its question in "
+                            f"{form.language} ({documents.pair_tokens(form)} tokens); train on longer samples or set "
+                            "needle.train_share=0")
     return Source(
         name=SOURCE_NAME, artifact=None, is_chat=False, prefixes={}, share=share / (1 - share), made=documents,
         num_tokens={"train": NUM_DOCUMENTS * documents.length_tokens})

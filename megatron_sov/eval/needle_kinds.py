@@ -25,7 +25,11 @@ from megatron_sov.eval.needle_text import NeedleForm, Sentences, fill
 
 NUM_ASKED = 4
 """Values, queries, or variables of a chain."""
-MIN_DISTRACTORS = 4
+MIN_DISTRACTORS = 3
+_PHRASES: dict[NeedleKind, tuple[str, str]] = {
+    "single": ("statement", "statement"), "multi-key": ("statement", "statement"), "multi-value": ("statement", "all_values"),
+    "multi-query": ("statement", "values_of"), "variable-tracking": ("assignment", "holders")}
+"""Phrases of each kind: what is told, and what asks."""
 PAIR_TOKENS = 2
 IN_ANY_ORDER: frozenset[NeedleKind] = frozenset({"multi-value", "variable-tracking"})
 
@@ -96,16 +100,17 @@ def distractors_of(kind: NeedleKind, form: NeedleForm, length: int, share: float
     Raises:
         UserError: the context is too short for the kind.
     """
+    told, question = _PHRASES[kind]
     asked = 1 if kind in ("single", "multi-key") else NUM_ASKED
     least = 0 if kind == "single" else MIN_DISTRACTORS
-    fixed = asked * form.statement_tokens + form.question_tokens + asked * PAIR_TOKENS
-    if length < fixed + least * form.statement_tokens:
-        raise UserError(f"needle length {length}: the needles and the question of kind {kind} alone take "
-                        f"{fixed + least * form.statement_tokens} tokens; test longer contexts")
-    room = (length - fixed) // form.statement_tokens
+    needle_tokens = form.phrase_tokens(told, test=True)
+    fixed = asked * needle_tokens + form.phrase_tokens(question, test=True) + asked * PAIR_TOKENS
+    if length < fixed + least * needle_tokens:
+        raise UserError(f"needle length {length}: the needles and the question of kind {kind} in {form.language} alone take "
+                        f"{fixed + least * needle_tokens} tokens; test longer contexts")
     keys = len(form.pairs[True]) // 2 - 2 * NUM_ASKED  # tracking takes variables and values from the same pairs
-    wanted = 0 if kind == "single" else max(least, int(share * length) // form.statement_tokens)
-    return min(wanted, room, max(least, keys))
+    wanted = 0 if kind == "single" else max(least, int(share * length) // needle_tokens)
+    return min(wanted, (length - fixed) // needle_tokens, max(least, keys))
 
 
 def chance(form: NeedleForm) -> float:

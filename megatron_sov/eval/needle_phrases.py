@@ -55,8 +55,8 @@ def phrases(language: Language, *, test: bool) -> tuple[Phrases, ...]:
 
 
 def _english(noun: str, plural: str, variable: str, place: str) -> Phrases:
-    return Phrases(f"\nThe {noun} {place}{{}}{{}}.", f"\nAll {plural} {place}{{}}:", f"\nThe {plural} {place}{{}},{{}},{{}},{{}}:",
-                   f"\n{variable}{{}} ={{}}.", f"\nEvery {variable} that is{{}}:")
+    return Phrases(f"\nThe {noun} {place}{{}}{{}}.", f"\nAll {plural} {place}{{}}:",
+                   f"\nThe {plural} {place}{{}},{{}},{{}},{{}}:", f"\n{variable}{{}} ={{}}.", f"\nEvery {variable} that is{{}}:")
 
 
 def _korean(noun: str, variable: str) -> Phrases:
@@ -76,9 +76,8 @@ def _code(name: str, variable: str) -> Phrases:
 
 PHRASES: dict[Language, tuple[Phrases, ...]] = {
     "english": (
-        _english("code", "codes", "variable", "of"), _english("number", "numbers", "name", "for"),
-        _english("address", "addresses", "field", "of"), _english("secret", "secrets", "symbol", "behind"),
-        _english("label", "labels", "letter", "on"), _english("colour", "colours", "mark", "of"),
+        _english("value", "values", "field", "of"), _english("code", "codes", "variable", "of"),
+        _english("number", "numbers", "name", "for"), _english("label", "labels", "letter", "on"),
         _english("price", "prices", "unit", "of"), _english("owner", "owners", "entry", "of"),
     ),
     "korean": tuple(_korean(n, v) for n, v in (("암호는", "변수"), ("번호는", "이름"), ("주소는", "항목"), ("비밀은", "기호"),

@@ -60,17 +60,9 @@ class NeedleForm:
     special: tuple[int, ...] = ()
     """Special tokens, which no haystack may hold."""
 
-    @cached_property
-    def statement_tokens(self) -> int:
-        """Tokens of the longest needle."""
-        return max(4 + sum(map(len, slots)) for side in self.sentences.values() for s in side
-                   for slots in (s.statement, s.assignment))
-
-    @cached_property
-    def question_tokens(self) -> int:
-        """Tokens of the longest question of a test, keys included."""
-        return max(2 * (len(slots) - 1) + sum(map(len, slots)) for s in self.sentences[True]
-                   for slots in (s.statement, s.all_values, s.values_of, s.holders))
+    def phrase_tokens(self, name: str, *, test: bool) -> int:
+        """Return the tokens of the longest phrase of a name, its pairs included."""
+        return max(2 * (len(slots) - 1) + sum(map(len, slots)) for s in self.sentences[test] for slots in [getattr(s, name)])
 
     @cached_property
     def pairs(self) -> dict[bool, np.ndarray]:

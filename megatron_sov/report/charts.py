@@ -130,20 +130,39 @@ def expert_chart(load: ExpertLoad) -> Chart:
                  height_px=min(640, 150 + 26 * num_layers))
 
 
-def needle_chart(needle: dict[str, Any]) -> Chart:
-    """Return the heat map depth x length of the share of needles that were found."""
-    accuracy = np.array([[number(x) for x in row] for row in needle["accuracy"]]).T
+def needle_charts(needle: dict[str, Any]) -> list[Chart]:
+    """Return a heat map depth x length of the share of right answers, for each kind and language of a needle test."""
+    maps: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for cell in needle["cells"]:
+        maps.setdefault((str(cell["kind"]), str(cell["language"])), []).append(cell)
+    when = {"before": "Before the extension", "after": "After the extension"}.get(str(needle.get("when")), "Needle retrieval")
+    by = f" by {needle['by']}" if needle.get("by") else ""
+    return [_needle_chart(cells, f"{when}, step {int(needle.get('step') or 0):,}: {kind}, {language}{by}")
+            for (kind, language), cells in maps.items()]
+
+
+def _needle_chart(cells: list[dict[str, Any]], caption: str) -> Chart:
+    """Return the map of one kind and language; a cell shows its share of right answers and, on hover, counts and interval."""
+    lengths = sorted({int(c["length_tokens"]) for c in cells})
+    depths = sorted({float(c["depth"]) for c in cells})
+    shares = np.full((len(depths), len(lengths)), np.nan, np.float32)
+    notes = [["" for _ in lengths] for _ in depths]
+    for cell in cells:
+        row, column = depths.index(float(cell["depth"])), lengths.index(int(cell["length_tokens"]))
+        correct, samples = number(cell["correct"]), number(cell["samples"])
+        low, high = (number(end) for end in cell["interval"])
+        shares[row, column] = correct / samples
+        notes[row][column] = f"{correct:.0f} of {samples:.0f} right, 95 % interval {low:.0%} to {high:.0%}<br>" \
+                             f"{number(cell['distractors']):,.0f} other needles"
     figure = go.Figure(go.Heatmap(
-        z=accuracy.astype(np.float32), x=[f"{int(n):,}" for n in needle["lengths"]],
-        y=[f"{float(d):.0%}" for d in needle["depths"]], zmin=0, zmax=1, xgap=2, ygap=2, texttemplate="%{z:.0%}",
-        colorscale=[[0, "var(--heat0)"], [1, "var(--heat1)"]], showscale=False,
-        hovertemplate="%{x} tokens, depth %{y}<br>%{z:.0%} found<extra></extra>"))
+        z=shares, x=[f"{n:,}" for n in lengths], y=[f"{d:.0%}" for d in depths], zmin=0, zmax=1, xgap=2, ygap=2, customdata=notes,
+        texttemplate="%{z:.0%}", colorscale=[[0, "var(--heat0)"], [1, "var(--heat1)"]], showscale=False,
+        hovertemplate="%{x} tokens, depth %{y}<br>%{customdata}<extra></extra>"))
     figure.update_layout(xaxis={"title": "context (tokens)", "type": "category"},
                          yaxis={"title": "depth of the needle", "type": "category", "autorange": "reversed"})
-    when = {"before": "Before the extension", "after": "After the extension"}.get(str(needle.get("when")), "Needle retrieval")
-    score = f"; score {number(needle['score']):.1%}" if needle.get("score") is not None else ""
-    samples = f", {needle['samples']:,} samples a cell" if needle.get("samples") else ""
-    return chart(figure, f"{when}, step {int(needle.get('step') or 0):,}{samples}{score}.", height_px=150 + 34 * len(accuracy))
+    samples = f", {int(min(number(c['samples']) for c in cells)):,} samples a cell"
+    score = float(np.mean([number(c["correct"]) / number(c["samples"]) for c in cells]))
+    return chart(figure, f"{caption}{samples}; {score:.1%} right.", height_px=150 + 34 * len(depths))
 
 
 def plan_chart(consumed: dict[str, Any]) -> Chart | None:

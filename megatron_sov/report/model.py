@@ -264,8 +264,8 @@ def _expert_load(event: dict[str, Any] | None) -> ExpertLoad | None:
 
 
 def _last_of_each_when(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the newest needle map before and the newest after an extension, in the order of their first showing."""
-    return list({str(e.get("when", "")): e for e in events}.values())
+    """Return the newest needle test of each moment and way of judging, in the order of their first showing."""
+    return list({(str(e.get("when", "")), str(e.get("by", ""))): e for e in events}.values())
 
 
 def _provenance(path: Path, inputs: list[dict[str, str]]) -> list[Provenance]:

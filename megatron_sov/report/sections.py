@@ -15,7 +15,7 @@ from megatron_sov.report.charts import (
     expert_chart,
     heldout_charts,
     loss_charts,
-    needle_chart,
+    needle_charts,
     plan_chart,
     scalar_charts,
 )
@@ -78,8 +78,9 @@ def key_figures(run: Run) -> list[tuple[str, str, str]]:
     if final and math.isfinite(last_value(final)):
         found.append(("Last training loss", f"{last_value(final):.4f}", "nats per token"))
     for needle in run.needles[-1:]:
-        if needle.get("score") is not None:
-            found.append(("Needle score", f"{number(needle['score']):.1%}", f"up to {max(needle['lengths']):,} tokens"))
+        if needle.get("cells"):
+            longest = max(int(c["length_tokens"]) for c in needle["cells"])
+            found.append(("Needle score", f"{number(needle.get('score')):.1%}", f"up to {longest:,} tokens"))
     return found
 
 
@@ -97,8 +98,9 @@ def sections(run: Run) -> list[Section]:
             ("step_time_s", "seconds", "Time of one optimizer step.")]), tables=_checkpoint_tables(run)),
         _data_section(run),
         Section("Warnings and skipped steps", tables=_warning_tables(run)),
-        Section("Needle in a haystack", side_by_side=True, charts=[needle_chart(n) for n in run.needles if n.get("accuracy")],
-                text="Share of hidden facts that the model repeats, by the length of the context and their depth in it."),
+        Section("Needle in a haystack", side_by_side=True, charts=[c for n in run.needles if n.get("cells") for c in needle_charts(n)],
+                text="Share of questions about hidden facts that the model answers, by the length of the context and their depth "
+                     "in it."),
         _sample_section(run),
         Section("Proof of the conversion", tables=[_conversion_table(c) for c in run.conversions if c.get("checks")],
                 text="The exported model against the trained one."),

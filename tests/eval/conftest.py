@@ -1,4 +1,4 @@
-"""The parts of needles in the ids of the small tokenizer, and text to hide them in."""
+"""The small tokenizer's text as haystacks: its sources are code."""
 
 from __future__ import annotations
 
@@ -7,15 +7,20 @@ from pathlib import Path
 import pytest
 
 from megatron_sov.data.shards import open_sources
-from megatron_sov.eval.needle_text import Haystack, NeedleForm, needle_form
+from megatron_sov.eval.haystack import Haystack, open_haystacks
+from megatron_sov.eval.needle_text import NeedleForm
 
 
 @pytest.fixture(scope="session")
-def form(token_shards: Path) -> NeedleForm:
-    return needle_form(token_shards / "tokenizer")
-
-
-@pytest.fixture(scope="session")
-def haystacks(token_shards: Path, form: NeedleForm) -> dict[str, Haystack]:
+def haystacks(token_shards: Path) -> dict[str, Haystack]:
+    """Split -> its text."""
     sources = open_sources({str(token_shards): 1.0}, 1024)
-    return {split: Haystack(sources, split, form.special) for split in ("train", "heldout")}
+    found = {}
+    for split in ("train", "heldout"):
+        (found[split],) = open_haystacks(sources, split, token_shards / "tokenizer")
+    return found
+
+
+@pytest.fixture(scope="session")
+def form(haystacks: dict[str, Haystack]) -> NeedleForm:
+    return haystacks["heldout"].form

@@ -1,7 +1,8 @@
-"""Needle in a haystack: documents are as asked, and answers are judged right."""
+"""The suite: its cells, its judgement by both ways, and the command."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,27 +10,27 @@ import pytest
 
 from megatron_sov.cli import main
 from megatron_sov.errors import UserError
+from megatron_sov.eval.haystack import Haystack
+from megatron_sov.eval.intervals import wilson_interval
+from megatron_sov.eval.needle import Engine, NeedleResult, NeedleSuite, is_right, result_of, run_suite, table
+from megatron_sov.eval.needle_kinds import Example
 from megatron_sov.mcore.cpu import open_door
 from megatron_sov.obs.events import EVENTS, EventLog, read_events
 
 open_door()
 
-from megatron_sov.eval.needle import NeedleSuite, run_suite  # noqa: E402
-from megatron_sov.eval.needle_text import Haystack, NeedleForm  # noqa: E402
-
-
-def occurrences(ids: list[int], part: list[int]) -> list[int]:
-    return [i for i in range(len(ids) - len(part) + 1) if ids[i:i + len(part)] == part]
-
 
 def answer_by_looking(prompts: list[list[int]], count: int) -> list[list[int]]:
     """A perfect reader: what followed the longest suffix that occurred before, again and again."""
+    def shared(ids: list[int], end: int) -> int:
+        """How many tokens before `end` are those at the end of the text."""
+        size = 0
+        while size < end and ids[end - 1 - size] == ids[-1 - size]:
+            size += 1
+        return size
+
     def follow(ids: list[int]) -> int:
-        for size in range(len(ids) - 1, 0, -1):
-            places = occurrences(ids[:-1], ids[-size:])
-            if places:
-                return ids[places[0] + size]
-        return -1
+        return ids[max(range(1, len(ids)), key=lambda end: shared(ids, end))]
 
     answers = []
     for prompt in prompts:
@@ -40,66 +41,110 @@ def answer_by_looking(prompts: list[list[int]], count: int) -> list[list[int]]:
     return answers
 
 
-@pytest.mark.parametrize("distractors", [0, 3])
-def test_documents_of_the_test_have_their_needle_where_asked(form: NeedleForm, haystacks: dict[str, Haystack],
-                                                            distractors: int) -> None:
-    suite = NeedleSuite(form, haystacks["heldout"], (128, 256), (0.0, 0.5, 1.0), 4, distractors)
-    for length in suite.lengths:
-        for depth in suite.depths:
-            for sample in range(4):
-                ids = suite.document(length, depth, sample)
-                assert len(ids) == length
-                question = ids[-len(form.opening) - 4:-2]
-                stated, asked = occurrences(ids, question)
-                assert asked == length - len(question) - 2
-                assert ids[stated + len(question):][:2] == ids[-2:]
-                assert len(occurrences(ids, list(form.opening))) == 2 + distractors
-                if not distractors:
-                    assert stated == pytest.approx(depth * (asked - form.statement_tokens), abs=0.51)
-                assert not set(form.special) & set(ids)
-                assert tuple(question[-2:]) in {tuple(p) for p in form.pairs[True].tolist()}
-    assert suite.document(128, 0.5, 0) != suite.document(128, 0.5, 1)
+def choose_by_looking(documents: list[list[int]], count: int, words: tuple[int, ...]) -> list[list[int]]:
+    return [[answer_by_looking([d[:len(d) - k]], 1)[0][0] for k in range(count, 0, -1)] for d in documents]
 
 
-def test_answers_are_judged(form: NeedleForm, haystacks: dict[str, Haystack]) -> None:
-    suite = NeedleSuite(form, haystacks["heldout"], (96, 160), (0.0, 0.4, 0.9), 4)
-    result = run_suite(suite, answer_by_looking)
-    assert result.accuracy == [[1.0] * 3] * 2 and result.score == 1.0
+PERFECT = Engine(answer_by_looking, choose_by_looking)
 
-    def half_right(prompts: list[list[int]], count: int) -> list[list[int]]:
-        found = answer_by_looking(prompts, count)
+
+@pytest.fixture
+def suite(haystacks: dict[str, Haystack]) -> NeedleSuite:
+    return NeedleSuite((haystacks["heldout"],), ("single", "multi-key"), (96, 160), (0.0, 0.4, 0.9), 4, 0.3)
+
+
+@pytest.mark.parametrize("by", ["generation", "likelihood"])
+def test_a_perfect_reader_is_right_everywhere(suite: NeedleSuite, by: str) -> None:
+    result = run_suite(dataclasses.replace(suite, by=by), PERFECT)  # type: ignore[arg-type]
+    assert result.score == 1.0 and result.by == by
+    assert [(c.kind, c.language, c.length_tokens, c.depth) for c in result.cells] \
+        == [(kind, "code", length, depth) for kind in suite.kinds for length in suite.lengths for depth in suite.depths]
+    assert all((c.correct, c.samples, c.interval) == (4, 4, wilson_interval(4, 4)) for c in result.cells)
+    assert {c.length_tokens: c.distractors for c in result.cells if c.kind == "multi-key"} == {96: 3, 160: 4}
+    assert {c.distractors for c in result.cells if c.kind == "single"} == {0}
+
+
+@pytest.mark.parametrize("by", ["generation", "likelihood"])
+def test_one_wrong_token_makes_an_answer_wrong(suite: NeedleSuite, by: str) -> None:
+    def spoil(found: list[list[int]]) -> list[list[int]]:
         for number, answer in enumerate(found):
             if number % 4 < 2:  # of each cell the first sample's first token and the second one's second are wrong
                 answer[number % 4] = -1
         return found
 
-    spoilt = run_suite(suite, half_right)
-    assert spoilt.accuracy == [[0.5] * 3] * 2
-    assert spoilt.event("after", 7) == {"step": 7, "when": "after", "lengths": [96, 160], "depths": [0.0, 0.4, 0.9],
-                                        "accuracy": [[0.5] * 3] * 2, "samples": 4, "distractors": 0, "score": 0.5}
+    engine = Engine(lambda p, n: spoil(answer_by_looking(p, n)), lambda d, n, w: spoil(choose_by_looking(d, n, w)))
+    result = run_suite(dataclasses.replace(suite, by=by), engine)  # type: ignore[arg-type]
+    assert {c.correct for c in result.cells} == {2} and result.score == 0.5
+    told = result.to_dict()
+    assert json.loads(json.dumps(told)) == told and result_of(told) == result
+    assert sorted(told["cells"][0]) == ["correct", "depth", "distractors", "interval", "kind", "language", "length_tokens", "samples"]
+    assert "multi-key, code" in table(result) and "score 50.0% by " in table(result)
 
 
-def test_mistakes_are_named(form: NeedleForm, haystacks: dict[str, Haystack]) -> None:
-    with pytest.raises(UserError, match="needle length 12: 1 needles and the question alone take"):
-        NeedleSuite(form, haystacks["heldout"], (12,), (0.5,), 4)
+@pytest.mark.parametrize(("given", "ordered", "free"), [
+    ([1, 2, 3, 4], True, True), ([3, 4, 1, 2], False, True), ([1, 4, 3, 2], False, False), ([1, 2, 1, 2], False, False)])
+def test_an_order_counts_only_where_the_question_has_one(given: list[int], ordered: bool, free: bool) -> None:
+    pairs = [(1, 2), (3, 4)]
+    assert is_right(Example([], pairs, False), given, "generation") == ordered
+    assert is_right(Example([], pairs, True), given, "generation") == free
+
+
+@pytest.mark.parametrize(("given", "right"), [
+    ([1, 2, 3, 4], True), ([3, 2, 3, 4], True), ([1, 2, 1, 4], False), ([1, 4, 3, 4], False), ([5, 2, 3, 4], False)])
+def test_by_likelihood_any_pair_that_has_not_come_may_start(given: list[int], right: bool) -> None:
+    assert is_right(Example([], [(1, 2), (3, 4)], True), given, "likelihood") == right
+
+
+def test_examples_are_the_same_whatever_else_is_asked(suite: NeedleSuite) -> None:
+    other = dataclasses.replace(suite, kinds=("multi-key",), lengths=(160, 200), depths=(0.9,), samples=7)
+    haystack = suite.haystacks[0]
+    assert suite.example("multi-key", haystack, 160, 0.9, 2) == other.example("multi-key", haystack, 160, 0.9, 2)
+    for change in ((96, 0.9, 2), (160, 0.4, 2), (160, 0.9, 3)):
+        assert suite.example("multi-key", haystack, *change).prompt != suite.example("multi-key", haystack, 160, 0.9, 2).prompt
+    reseeded = dataclasses.replace(suite, seed=1)
+    assert reseeded.example("single", haystack, 160, 0.9, 2) != suite.example("single", haystack, 160, 0.9, 2)
+
+
+def test_batches_are_bounded_and_made_one_by_one(haystacks: dict[str, Haystack]) -> None:
+    suite = NeedleSuite((haystacks["heldout"],), ("multi-key",), (262144,), (0.0, 0.5), 10, 0.25)
+    haystack, cells, examples = next(iter(suite.examples()))
+    assert len(cells) == len(examples) == 8 and {len(e.prompt) + 2 for e in examples} == {262144}
+
+
+def test_mistakes_are_named(haystacks: dict[str, Haystack]) -> None:
+    def make(lengths: tuple[int, ...] = (128,), depths: tuple[float, ...] = (0.5,), samples: int = 4, share: float = 0.0) -> NeedleResult:
+        return run_suite(NeedleSuite((haystacks["heldout"],), ("multi-key",), lengths, depths, samples, share), PERFECT)
+
+    with pytest.raises(UserError, match="needle length 12: the needles and the question of kind multi-key in code alone take"):
+        make(lengths=(128, 12))
     with pytest.raises(UserError, match=r"depths \[1.5\]"):
-        NeedleSuite(form, haystacks["heldout"], (128,), (1.5,), 4)
+        make(depths=(1.5,))
     with pytest.raises(UserError, match="samples = 0 must be at least 1"):
-        NeedleSuite(form, haystacks["heldout"], (128,), (0.5,), 0)
+        make(samples=0)
+    with pytest.raises(UserError, match=r"distractor_share = 1\.0 in \[0, 1\)"):
+        make(share=1.0)
 
 
 def test_the_command_judges_checkpoints_and_folders_alike(one_rank: None, imported: dict[str, Path], hf_models: dict[str, Path],
                                                           token_shards: Path, tmp_path: Path, capsys) -> None:
     EventLog(tmp_path / EVENTS).close()
-    ask = ["--data", str(token_shards), "--lengths", "64", "96", "--depths", "0", "0.9", "--samples", "3", "--run", str(tmp_path)]
+    ask = ["--data", str(token_shards), "--lengths", "96", "128", "--depths", "0", "0.9", "--samples", "3", "--run", str(tmp_path)]
     shown = []
     for folder in (imported["exaone_moe"], hf_models["exaone_moe"]):
-        assert main(["eval", "needle", str(folder), *ask, "--json"]) == 0
+        assert main(["eval", "needle", str(folder), *ask, "--kinds", "single", "multi-value", "--json"]) == 0
         shown.append(json.loads(capsys.readouterr().out))
     assert shown[0] == shown[1]
-    assert (shown[0]["lengths"], shown[0]["depths"], shown[0]["samples"]) == ([64, 96], [0.0, 0.9], 3)
+    assert {(c["kind"], c["length_tokens"], c["depth"], c["samples"]) for c in shown[0]["cells"]} \
+        == {(kind, length, depth, 3) for kind in ("single", "multi-value") for length in (96, 128) for depth in (0.0, 0.9)}
     events = list(read_events(tmp_path / EVENTS))
-    assert [(e["event"], e["when"], e["step"], e["accuracy"]) for e in events] \
-        == [("needle", "eval", step, shown[0]["accuracy"]) for step in (0, None)]
-    assert main(["eval", "needle", str(hf_models["exaone_moe"]), *ask, "--nproc", "2"]) == 2
-    assert "--set [] and --nproc 2 are for checkpoints" in capsys.readouterr().err
+    assert [(e["event"], e["when"], e["step"], e["cells"]) for e in events] \
+        == [("needle", "eval", step, shown[0]["cells"]) for step in (0, None)]
+    for more, sentence in (
+        (["--nproc", "2"], "--set [] and --nproc 2 are for checkpoints"),
+        (["--text", "latin=x"], "--text latin=x: must be LANGUAGE=FILE"),
+        (["--language", "first=perl"], "--language first=perl: must be SOURCE=LANGUAGE"),
+    ):
+        assert main(["eval", "needle", str(hf_models["exaone_moe"]), *ask, *more]) == 2
+        assert sentence in capsys.readouterr().err
+    assert main(["eval", "needle", str(hf_models["exaone_moe"])]) == 2
+    assert "pass --data DIR or --text LANGUAGE=FILE" in capsys.readouterr().err

@@ -77,9 +77,12 @@ def write_run(path: Path, *, when: tuple[str, ...] = (), num_experts: int = 16) 
               plan={"english": 819_200, "korean": 491_520, "code": 327_680})
     for moment in when:
         height = 0.3 if moment == "before" else 0.97
-        log.write("needle", step=NUM_STEPS, when=moment, lengths=[256, 512, 1024, 2048], depths=[0.0, 0.25, 0.5, 0.75, 0.95],
-                  accuracy=[[max(0.0, min(1.0, height - 0.04 * i + noise.gauss(0, 0.03))) for _ in range(5)] for i in range(4)],
-                  samples=20, score=height)
+        cells = [{"kind": "multi-key", "language": language, "length_tokens": length, "depth": depth, "distractors": length // 40,
+                  "correct": round(20 * max(0.0, min(1.0, height - 0.04 * i + noise.gauss(0, 0.03)))), "samples": 20,
+                  "interval": [0.5, 1.0]}
+                 for language in ("english", "korean") for i, length in enumerate((256, 512, 1024, 2048))
+                 for depth in (0.0, 0.25, 0.5, 0.75, 0.95)]
+        log.write("needle", step=NUM_STEPS, when=moment, by="generation", seed=0, distractor_share=0.25, cells=cells, score=height)
     log.write("sample", step=NUM_STEPS, prompt="한국의 수도는", text=" 서울이다. 서울은 한강을 끼고 있다.", target=None)
     log.write("sample", step=NUM_STEPS, prompt="The capital of France is", text=HOSTILE, target="Paris")
     if "after" not in when:

@@ -12,7 +12,7 @@ import pytest
 
 from megatron_sov.obs.events import EventLog
 from megatron_sov.pages.charts import Chart
-from megatron_sov.report.charts import expert_chart, heldout_charts, loss_charts, needle_chart, plan_chart
+from megatron_sov.report.charts import expert_chart, heldout_charts, loss_charts, needle_charts, plan_chart
 from megatron_sov.report.model import ExpertLoad, read_run
 from megatron_sov.report.page import render
 
@@ -64,13 +64,19 @@ def test_expert_load_is_shown_in_multiples_of_the_fair_share() -> None:
     assert heat["y"] == ["2", "3"] and "25 % of the tokens" in chart.caption
 
 
-def test_needle_rows_are_depths_and_columns_lengths() -> None:
-    chart = needle_chart({"step": 7, "when": "after", "lengths": [4096, 8192], "depths": [0.0, 0.5, 0.95],
-                          "accuracy": [[1.0, 0.9, 0.8], [0.7, 0.6, "nan"]], "samples": 20, "score": 0.8})
-    heat = traces(chart)[0]
+def test_needles_have_a_map_for_each_kind_and_language() -> None:
+    cells = [{"kind": kind, "language": "english", "length_tokens": length, "depth": depth, "distractors": length // 64,
+              "correct": round(20 * share), "samples": 20, "interval": [0.25, 0.75]}
+             for kind, gain in (("single", 0.1), ("multi-key", 0.0))
+             for length, shares in ((4096, (0.9, 0.8, 0.7)), (8192, (0.6, 0.5, 0.4)))
+             for depth, share in zip((0.0, 0.5, 0.95), (s + gain for s in shares), strict=True)]
+    single, many = needle_charts({"step": 7, "when": "after", "by": "likelihood", "cells": cells})
+    heat = traces(many)[0]
     assert (heat["x"], heat["y"]) == (["4,096", "8,192"], ["0%", "50%", "95%"])
-    np.testing.assert_allclose(numbers(heat["z"]), [[1.0, 0.7], [0.9, 0.6], [0.8, np.nan]], rtol=1e-6)
-    assert chart.caption == "After the extension, step 7, 20 samples a cell; score 80.0%."
+    np.testing.assert_allclose(numbers(heat["z"]), [[0.9, 0.6], [0.8, 0.5], [0.7, 0.4]], rtol=1e-6)
+    np.testing.assert_allclose(numbers(traces(single)[0]["z"]), [[1.0, 0.7], [0.9, 0.6], [0.8, 0.5]], rtol=1e-6)
+    assert heat["customdata"][0][1] == "12 of 20 right, 95 % interval 25% to 75%<br>128 other needles"
+    assert many.caption == "After the extension, step 7: multi-key, english by likelihood, 20 samples a cell; 65.0% right."
 
 
 def test_plan_and_consumption_are_shares_of_their_own_totals() -> None:

@@ -92,13 +92,15 @@ def test_bits_per_byte_of_all_sources_are_weighted_by_bytes(tmp_path: Path) -> N
 def test_needles_samples_and_expert_load_are_the_newest(tmp_path: Path) -> None:
     log = EventLog(tmp_path / "events.jsonl")
     for step in (10, 20):
-        log.write("needle", step=step, when="before", lengths=[8], depths=[0.0], accuracy=[[0.5]])
-        log.write("needle", step=step, when="after", lengths=[8], depths=[0.0], accuracy=[[1.0]])
+        log.write("needle", step=step, when="before", by="generation", cells=[])
+        log.write("needle", step=step, when="after", by="generation", cells=[])
+        log.write("needle", step=step, when="after", by="likelihood", cells=[])
         log.write("sample", step=step, prompt="a", text=str(step))
         log.write("sample", step=step, prompt="b", text=str(step))
         log.write("expert_load", step=step, layers=[2, 3], load=[[0.25] * 4, [0.1, 0.2, 0.3, 0.4]])
     run = read_run(tmp_path)
-    assert [(n["when"], n["step"]) for n in run.needles] == [("before", 20), ("after", 20)]
+    assert [(n["when"], n["by"], n["step"]) for n in run.needles] \
+        == [("before", "generation", 20), ("after", "generation", 20), ("after", "likelihood", 20)]
     assert [s["text"] for s in run.samples] == ["20", "20"]
     assert (run.expert_load.step, run.expert_load.layers, run.expert_load.load.shape) == (20, [2, 3], (2, 4))
 

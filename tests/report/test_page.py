@@ -75,7 +75,9 @@ def test_hostile_names_stay_text_everywhere(tmp_path: Path, hostile: str) -> Non
         log.write("step", step=step, loss=1.0, tokens=8, phase=hostile + str(step // 2), losses_by_source=parts, losses=parts)
     log.write("eval", step=3, heldout={hostile: {"loss": 1.0, "bits_per_byte": 1.0, "tokens": 5}})
     log.write("data_consumed", step=3, tokens={hostile: 1}, plan={hostile: 1})
-    log.write("needle", step=3, when=hostile, lengths=[8], depths=[0.5], accuracy=[[1.0]])
+    log.write("needle", step=3, when=hostile, by=hostile, score=1.0, cells=[{
+        "kind": hostile, "language": hostile, "length_tokens": 8, "depth": 0.5, "distractors": 0, "correct": 1, "samples": 1,
+        "interval": [0.2, 1.0]}])
     log.write("conversion", target=hostile, checks=[{"name": hostile, "value": hostile, "limit": 1, "passed": False}])
     log.write("stop", step=3, reason=hostile)
     document = Document(render([read_run(tmp_path)]))
