@@ -26,7 +26,7 @@ from megatron_sov.eval.needle_text import NeedleForm, Sentences, fill
 NUM_ASKED = 4
 """Values, queries, or variables of a chain."""
 MIN_DISTRACTORS = 3
-_PHRASES: dict[NeedleKind, tuple[str, str]] = {
+PHRASES_OF: dict[NeedleKind, tuple[str, str]] = {
     "single": ("statement", "statement"), "multi-key": ("statement", "statement"), "multi-value": ("statement", "all_values"),
     "multi-query": ("statement", "values_of"), "variable-tracking": ("assignment", "holders")}
 """Phrases of each kind: what is told, and what asks."""
@@ -100,7 +100,7 @@ def distractors_of(kind: NeedleKind, form: NeedleForm, length: int, share: float
     Raises:
         UserError: the context is too short for the kind.
     """
-    told, question = _PHRASES[kind]
+    told, question = PHRASES_OF[kind]
     asked = 1 if kind in ("single", "multi-key") else NUM_ASKED
     least = 0 if kind == "single" else MIN_DISTRACTORS
     needle_tokens = form.phrase_tokens(told, test=True)

@@ -160,9 +160,9 @@ def _needle_chart(cells: list[dict[str, Any]], caption: str) -> Chart:
         hovertemplate="%{x} tokens, depth %{y}<br>%{customdata}<extra></extra>"))
     figure.update_layout(xaxis={"title": "context (tokens)", "type": "category"},
                          yaxis={"title": "depth of the needle", "type": "category", "autorange": "reversed"})
-    samples = f", {int(min(number(c['samples']) for c in cells)):,} samples a cell"
+    fewest = int(min(number(c["samples"]) for c in cells))
     score = float(np.mean([number(c["correct"]) / number(c["samples"]) for c in cells]))
-    return chart(figure, f"{caption}{samples}; {score:.1%} right.", height_px=150 + 34 * len(depths))
+    return chart(figure, f"{caption}, {fewest:,} samples a cell; {score:.1%} right.", height_px=150 + 34 * len(depths))
 
 
 def plan_chart(consumed: dict[str, Any]) -> Chart | None:

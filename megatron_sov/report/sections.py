@@ -98,7 +98,8 @@ def sections(run: Run) -> list[Section]:
             ("step_time_s", "seconds", "Time of one optimizer step.")]), tables=_checkpoint_tables(run)),
         _data_section(run),
         Section("Warnings and skipped steps", tables=_warning_tables(run)),
-        Section("Needle in a haystack", side_by_side=True, charts=[c for n in run.needles if n.get("cells") for c in needle_charts(n)],
+        Section("Needle in a haystack", side_by_side=True,
+                charts=[c for n in run.needles if n.get("cells") for c in needle_charts(n)],
                 text="Share of questions about hidden facts that the model answers, by the length of the context and their depth "
                      "in it."),
         _sample_section(run),

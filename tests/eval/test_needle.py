@@ -12,8 +12,9 @@ from megatron_sov.cli import main
 from megatron_sov.errors import UserError
 from megatron_sov.eval.haystack import Haystack
 from megatron_sov.eval.intervals import wilson_interval
-from megatron_sov.eval.needle import Engine, NeedleResult, NeedleSuite, is_right, result_of, run_suite, table
+from megatron_sov.eval.needle import Engine, NeedleSuite, is_right, result_of, run_suite, table
 from megatron_sov.eval.needle_kinds import Example
+from megatron_sov.eval.needle_text import fill
 from megatron_sov.mcore.cpu import open_door
 from megatron_sov.obs.events import EVENTS, EventLog, read_events
 
@@ -77,7 +78,8 @@ def test_one_wrong_token_makes_an_answer_wrong(suite: NeedleSuite, by: str) -> N
     assert {c.correct for c in result.cells} == {2} and result.score == 0.5
     told = result.to_dict()
     assert json.loads(json.dumps(told)) == told and result_of(told) == result
-    assert sorted(told["cells"][0]) == ["correct", "depth", "distractors", "interval", "kind", "language", "length_tokens", "samples"]
+    assert sorted(told["cells"][0]) \
+        == ["correct", "depth", "distractors", "interval", "kind", "language", "length_tokens", "samples"]
     assert "multi-key, code" in table(result) and "score 50.0% by " in table(result)
 
 
@@ -107,13 +109,14 @@ def test_examples_are_the_same_whatever_else_is_asked(suite: NeedleSuite) -> Non
 
 def test_batches_are_bounded_and_made_one_by_one(haystacks: dict[str, Haystack]) -> None:
     suite = NeedleSuite((haystacks["heldout"],), ("multi-key",), (262144,), (0.0, 0.5), 10, 0.25)
-    haystack, cells, examples = next(iter(suite.examples()))
+    _, cells, examples = next(iter(suite.examples()))
     assert len(cells) == len(examples) == 8 and {len(e.prompt) + 2 for e in examples} == {262144}
 
 
 def test_mistakes_are_named(haystacks: dict[str, Haystack]) -> None:
-    def make(lengths: tuple[int, ...] = (128,), depths: tuple[float, ...] = (0.5,), samples: int = 4, share: float = 0.0) -> NeedleResult:
-        return run_suite(NeedleSuite((haystacks["heldout"],), ("multi-key",), lengths, depths, samples, share), PERFECT)
+    def make(lengths: tuple[int, ...] = (128,), depths: tuple[float, ...] = (0.5,), samples: int = 4,
+             share: float = 0.0) -> NeedleSuite:
+        return NeedleSuite((haystacks["heldout"],), ("multi-key",), lengths, depths, samples, share)
 
     with pytest.raises(UserError, match="needle length 12: the needles and the question of kind multi-key in code alone take"):
         make(lengths=(128, 12))
@@ -128,7 +131,8 @@ def test_mistakes_are_named(haystacks: dict[str, Haystack]) -> None:
 def test_the_command_judges_checkpoints_and_folders_alike(one_rank: None, imported: dict[str, Path], hf_models: dict[str, Path],
                                                           token_shards: Path, tmp_path: Path, capsys) -> None:
     EventLog(tmp_path / EVENTS).close()
-    ask = ["--data", str(token_shards), "--lengths", "96", "128", "--depths", "0", "0.9", "--samples", "3", "--run", str(tmp_path)]
+    ask = ["--data", str(token_shards), "--lengths", "96", "128", "--depths", "0", "0.9", "--samples", "3",
+           "--run", str(tmp_path)]
     shown = []
     for folder in (imported["exaone_moe"], hf_models["exaone_moe"]):
         assert main(["eval", "needle", str(folder), *ask, "--kinds", "single", "multi-value", "--json"]) == 0
@@ -148,3 +152,17 @@ def test_the_command_judges_checkpoints_and_folders_alike(one_rank: None, import
         assert sentence in capsys.readouterr().err
     assert main(["eval", "needle", str(hf_models["exaone_moe"])]) == 2
     assert "pass --data DIR or --text LANGUAGE=FILE" in capsys.readouterr().err
+
+
+def test_questions_are_all_that_a_test_may_tell_or_ask(haystacks: dict[str, Haystack]) -> None:
+    haystack = haystacks["heldout"]
+    suite = NeedleSuite((haystack,), ("multi-key", "variable-tracking"), (200,), (0.5,), 6, 0.3)
+    asked = {tuple(q) for q in suite.questions()}
+    assert len(asked) == 3 * len(haystack.form.pairs[True])
+    for _, _, examples in suite.examples():
+        for example in examples:
+            ends = {tuple(example.prompt[i:i + size]) for size in {len(q) for q in asked} for i in range(len(example.prompt))}
+            assert len(ends & asked) >= 4
+    train = haystacks["train"].form
+    told = {tuple(fill(s.statement, pair)) for s in train.sentences[False] for pair in train.pairs[False]}
+    assert not told & asked

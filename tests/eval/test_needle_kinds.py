@@ -38,7 +38,8 @@ def told(form: NeedleForm, ids: list[int], phrase: str, test: bool = True) -> li
 
 @pytest.mark.parametrize(("kind", "distractors"), [("single", 0), ("multi-key", 5)])
 @pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
-def test_one_of_the_needles_is_asked_for(kind: NeedleKind, distractors: int, depth: float, haystacks: dict[str, Haystack]) -> None:
+def test_one_of_the_needles_is_asked_for(kind: NeedleKind, distractors: int, depth: float,
+                                         haystacks: dict[str, Haystack]) -> None:
     haystack = haystacks["heldout"]
     example = example_of(haystack, kind, depth, distractors)
     needles = told(haystack.form, example.prompt, "statement")
@@ -57,10 +58,10 @@ def test_all_values_of_a_key_are_asked_for(haystacks: dict[str, Haystack]) -> No
     haystack = haystacks["heldout"]
     example = example_of(haystack, "multi-value")
     needles = told(haystack.form, example.prompt, "statement")
-    key = needles_key = tuple(example.prompt[-2 - len(haystack.form.sentences[True][0].all_values[1]):][:2])
+    key = tuple(example.prompt[-2 - len(haystack.form.sentences[True][0].all_values[1]):][:2])
     assert [value for _, k, value in needles if k == key] == example.answer, "in the order of the text"
     assert len(example.answer) == 4 and example.in_any_order
-    assert len({k for _, k, _ in needles if k != needles_key}) == 5
+    assert len({k for _, k, _ in needles if k != key}) == 5
 
 
 def test_four_keys_are_asked_for_in_the_order_of_the_question(haystacks: dict[str, Haystack]) -> None:
@@ -81,7 +82,7 @@ def test_variables_are_followed_from_one_to_the_next(haystacks: dict[str, Haysta
     haystack = haystacks["heldout"]
     example = example_of(haystack, "variable-tracking", depth=0.2, distractors=8)
     assignments = told(haystack.form, example.prompt, "assignment")
-    opening, closing = haystack.form.sentences[True][0].holders
+    _, closing = haystack.form.sentences[True][0].holders
     asked = tuple(example.prompt[-2 - len(closing):][:2])
     holds: dict[Pair, Pair] = {variable: value for _, variable, value in assignments}
     assert len(holds) == 12

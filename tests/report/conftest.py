@@ -82,7 +82,8 @@ def write_run(path: Path, *, when: tuple[str, ...] = (), num_experts: int = 16) 
                   "interval": [0.5, 1.0]}
                  for language in ("english", "korean") for i, length in enumerate((256, 512, 1024, 2048))
                  for depth in (0.0, 0.25, 0.5, 0.75, 0.95)]
-        log.write("needle", step=NUM_STEPS, when=moment, by="generation", seed=0, distractor_share=0.25, cells=cells, score=height)
+        log.write("needle", step=NUM_STEPS, when=moment, by="generation", seed=0, distractor_share=0.25, cells=cells,
+                  score=height)
     log.write("sample", step=NUM_STEPS, prompt="한국의 수도는", text=" 서울이다. 서울은 한강을 끼고 있다.", target=None)
     log.write("sample", step=NUM_STEPS, prompt="The capital of France is", text=HOSTILE, target="Paris")
     if "after" not in when:
