@@ -35,7 +35,7 @@ class Text(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Haystack:
     """All text of one language."""
 
@@ -126,7 +126,7 @@ def documents_text(documents: Documents, tokenizer: Tokenizer) -> DocumentsText:
     return DocumentsText(documents, np.array(special_tokens(tokenizer), np.int64))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DocumentsText:
     """A split: a document anywhere, and the ones after it, until there is enough."""
 

@@ -47,7 +47,7 @@ def fill(slots: Slots, *pairs: np.ndarray) -> list[int]:
     return ids
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class NeedleForm:
     """The parts of a language's needles as token ids."""
 

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from megatron_sov.data.shards import open_sources
 from megatron_sov.errors import UserError
+from megatron_sov.eval.haystack import Haystack, open_haystacks
 from megatron_sov.eval.needle_documents import NeedleDocuments, needle_source
-from megatron_sov.eval.needle_text import Haystack, NeedleForm
-
-
-def occurrences(ids: list[int], part: list[int]) -> list[int]:
-    return [i for i in range(len(ids) - len(part) + 1) if ids[i:i + len(part)] == part]
+from megatron_sov.eval.needle_text import NeedleForm
 
 
 @pytest.fixture(scope="module")
-def documents(form: NeedleForm, haystacks: dict[str, Haystack]) -> NeedleDocuments:
-    return NeedleDocuments(form, haystacks["train"], 256, seed=5)
+def documents(haystacks: dict[str, Haystack]) -> NeedleDocuments:
+    return NeedleDocuments((haystacks["train"],), 256, seed=5)
+
+
+def statements_in(form: NeedleForm, ids: list[int]) -> list[tuple[int, tuple[int, ...]]]:
+    """Place and words of every statement; a document has sentences of one form."""
+    for sentences in form.sentences[False]:
+        opening, _, closing = sentences.statement
+        size, width = len(opening), len(opening) + 4 + len(closing)
+        found = [(i + size, tuple(ids[i + size:i + size + 4])) for i in range(len(ids) - width + 1)
+                 if tuple(ids[i:i + size]) == opening and tuple(ids[i + size + 4:i + width]) == closing]
+        if len(found) > 1 and set(found[-1][1]) <= set(form.words):
+            return found
+    raise AssertionError("no sentence of a training form")
 
 
 def test_training_documents_ask_for_every_needle_they_state(form: NeedleForm, documents: NeedleDocuments) -> None:
@@ -24,25 +37,38 @@ def test_training_documents_ask_for_every_needle_they_state(form: NeedleForm, do
     counts = set()
     for i in range(40):
         ids, weights = documents.tokens(i, 0, 256).tolist(), documents.loss_weights(i, 0, 256)
-        places = occurrences(ids, list(form.opening))
-        num = len(places) // 2
+        found = statements_in(form, ids)
+        num = len(found) // 2
         counts.add(num)
-        size = len(form.opening)
-        stated, asked = ({tuple(ids[p + size:p + size + 4]) for p in half} for half in (places[:num], places[num:]))
+        stated, asked = ({words for _, words in half} for half in (found[:num], found[num:]))
         assert stated == asked and len(stated) == num
         assert all(s[:2] in train and s[2:] in train for s in stated)
-        answers = {p + size + k for p in places[num:] for k in (2, 3)}
+        answers = {p + k for p, _ in found[num:] for k in (2, 3)}
         assert {int(k) for k in np.flatnonzero(weights == 30)} == answers
-        unforeseeable = {p + size + k for p in places[:num] for k in range(4)}
-        unforeseeable |= {p + size + k for p in places[num:] for k in (0, 1)}
+        unforeseeable = {p + k for p, _ in found[:num] for k in range(4)} | {p + k for p, _ in found[num:] for k in (0, 1)}
         assert {int(k) for k in np.flatnonzero(weights == 0)} == unforeseeable
         assert (weights == 0.5).sum() == 256 - len(answers) - len(unforeseeable)
-    assert min(counts) == 1 and max(counts) == documents.max_needles >= 8
+    assert min(counts) == 1 and max(counts) == documents.max_needles(form) >= 8
 
 
-def test_a_document_is_a_function_of_seed_and_number(form: NeedleForm, haystacks: dict[str, Haystack],
-                                                      documents: NeedleDocuments) -> None:
-    again, other = (NeedleDocuments(form, haystacks["train"], 256, seed=s) for s in (5, 6))
+def test_languages_have_documents_by_the_size_of_their_text(token_shards: Path) -> None:
+    sources = open_sources({str(token_shards): 1.0}, 1024)
+    code, other = (next(s for s in sources if s.name == name) for name in ("first", "second"))
+    haystacks = open_haystacks(sources, "train", token_shards / "tokenizer", told={"second": "english"})
+    made = NeedleDocuments(haystacks, 256, seed=1)
+    forms = {h.language: h.form for h in haystacks}
+    opening = {name: {s.statement[0] for s in form.sentences[False]} for name, form in forms.items()}
+    counts = dict.fromkeys(opening, 0)
+    for i in range(60):
+        ids = made.tokens(i, 0, 256).tolist()
+        for name, starts in opening.items():
+            counts[name] += any(ids[k:k + len(o)] == list(o) for o in starts for k in range(256))
+    share = code.num_tokens["train"] / (code.num_tokens["train"] + other.num_tokens["train"])
+    assert counts["code"] + counts["english"] >= 60 and counts["code"] / 60 == pytest.approx(share, abs=0.2)
+
+
+def test_a_document_is_a_function_of_seed_and_number(haystacks: dict[str, Haystack], documents: NeedleDocuments) -> None:
+    again, other = (NeedleDocuments((haystacks["train"],), 256, seed=s) for s in (5, 6))
     far = len(documents.lengths) - 1
     for i in (0, 1, far):
         assert documents.lengths[i] == len(documents.tokens(i, 0, 256)) == 256
@@ -60,4 +86,4 @@ def test_the_source_has_its_share_beside_all_data(documents: NeedleDocuments) ->
     with pytest.raises(UserError, match=r"needle\.train_share = 1\.0"):
         needle_source(documents, 1.0)
     with pytest.raises(UserError, match="needle documents of 12 tokens hold no needle"):
-        needle_source(NeedleDocuments(documents.form, documents.haystack, 12), 0.1)
+        needle_source(dataclasses.replace(documents, length_tokens=12), 0.1)

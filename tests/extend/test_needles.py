@@ -44,7 +44,9 @@ def test_documents_are_as_long_as_the_longest_phase_and_the_test_as_set(token_sh
     needles = make_needles(config_of(token_shards, 0.1), token_shards)
     (source,) = needles.sources
     assert source.name == "needle" and int(source.shard("train").lengths[7]) == 128
-    assert (needles.suite.lengths, needles.suite.depths, needles.suite.samples) == ((256, 512), (0.0, 0.5, 0.95), 20)
+    suite = needles.suite
+    assert (suite.kinds, suite.lengths, suite.depths, suite.samples) == (("multi-key",), (256, 512), (0.0, 0.5, 0.95), 20)
+    assert [h.language for h in suite.haystacks] == ["code"] and suite.distractor_share == 0.25
     assert make_needles(config_of(token_shards, 0.0), token_shards).sources == ()
 
 
