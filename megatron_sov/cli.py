@@ -11,7 +11,7 @@ import importlib
 import sys
 from dataclasses import dataclass
 
-from megatron_sov.errors import StopRequested, UserError, nearest
+from megatron_sov.errors import GateFailed, StopRequested, UserError, nearest
 
 EXIT_OK, EXIT_USER_ERROR, EXIT_GATE_FAILED, EXIT_STOPPED = 0, 2, 3, 75
 
@@ -28,7 +28,7 @@ class Command:
 
 COMMANDS = {
     "pretrain": Command("megatron_sov.train.command", "train a model from token shards, from scratch or --from a checkpoint"),
-    "extend": Command("megatron_sov.extend.command", "train on at a longer context and score needle retrieval"),
+    "extend": Command("megatron_sov.extend.command", "train on at longer contexts, stage by stage, each behind a needle gate"),
     "sft": Command("megatron_sov.post.sft_command", "fine-tune on chats, with an auxiliary text term"),
     "convert": Command("megatron_sov.eval.convert_command", "from-hf, to-hf, verify, inspect: checkpoints, Hugging Face folders"),
     "generate": Command("megatron_sov.generate.command", "continue prompts with a checkpoint or a Hugging Face folder"),
@@ -76,6 +76,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except GateFailed as e:
+        print(f"gate: {e}", file=sys.stderr)
+        return EXIT_GATE_FAILED
     except StopRequested as e:
         print(f"stopped: {e}", file=sys.stderr)
         return EXIT_STOPPED

@@ -18,6 +18,10 @@ class StopRequested(Exception):
     """The run was asked to stop (signal or time limit) and everything is saved; commands end with exit code 75."""
 
 
+class GateFailed(Exception):
+    """A gate did not pass and everything is saved; commands say which figures failed and end with exit code 3."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the known name closest to `name`, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

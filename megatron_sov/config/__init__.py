@@ -5,6 +5,7 @@ Types are checked and converted by pydantic when a config is read from JSON or c
 """
 
 from megatron_sov.config.data import DataConfig, PhaseConfig
+from megatron_sov.config.extend import ExtendConfig, ExtendStageConfig, GateConfig, PartConfig
 from megatron_sov.config.layout import ParallelConfig
 from megatron_sov.config.model import ModelConfig, YarnConfig
 from megatron_sov.config.needle import Language, NeedleConfig, NeedleKind
@@ -18,6 +19,7 @@ from megatron_sov.config.run import (
 )
 
 __all__ = [
-    "DataConfig", "Language", "ModelConfig", "NeedleConfig", "NeedleKind", "ObjectiveConfig", "ObsConfig", "OptimConfig",
-    "ParallelConfig", "PhaseConfig", "RunConfig", "TrainConfig", "YarnConfig", "apply_settings", "from_dict",
+    "DataConfig", "ExtendConfig", "ExtendStageConfig", "GateConfig", "Language", "ModelConfig", "NeedleConfig", "NeedleKind",
+    "ObjectiveConfig", "ObsConfig", "OptimConfig", "ParallelConfig", "PartConfig", "PhaseConfig", "RunConfig", "TrainConfig",
+    "YarnConfig", "apply_settings", "from_dict",
 ]

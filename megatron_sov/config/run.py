@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from megatron_sov.config import curriculum
 from megatron_sov.config.data import DataConfig
+from megatron_sov.config.extend import ExtendConfig
 from megatron_sov.config.layout import ParallelConfig
 from megatron_sov.config.model import STRICT, ModelConfig
 from megatron_sov.config.needle import NeedleConfig
@@ -140,6 +141,8 @@ class RunConfig:
     """What is learned."""
     needle: NeedleConfig = NeedleConfig()
     """The needle suite of `extend`."""
+    extend: ExtendConfig = ExtendConfig()
+    """Stages and gate of `extend`."""
     obs: ObsConfig = ObsConfig()
     """Trackers."""
 
@@ -147,7 +150,7 @@ class RunConfig:
         """Return one sentence for every rule that this config breaks on `num_ranks` processes; empty when it is sound."""
         p = self.model.problems()
         p += self.parallel.problems(self.model, num_ranks)
-        p += self._phase_problems() + self._number_problems()
+        p += self._phase_problems() + self._number_problems() + self.extend.problems()
         return p + ([] if p else self._batch_problems(num_ranks))
 
     def _phase_problems(self) -> list[str]:

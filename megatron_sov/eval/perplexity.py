@@ -19,7 +19,7 @@ def evaluate_policy(loaded: Loaded, data: HeldoutData) -> dict[str, HeldoutLoss]
     """Return the loss per source of a running policy; called by all processes together."""
     multiple = loaded.config.parallel.row_multiple
     step = multiple // math.gcd(multiple, data.seq_len)  # so many samples in a row that the layout can cut it
-    rows_per_batch = -(-max(1, ROW_TOKENS // data.seq_len) // step) * step
+    rows_per_batch = -(-max(1, min(ROW_TOKENS, data.max_tokens) // data.seq_len) // step) * step
     sizes = data.bytes_of_token(loaded.config.model.vocab_size)
     evaluator = HeldoutEvaluator(data.sources, sizes, data.seq_len, rows_per_batch, data.max_tokens, loaded.world)
     return evaluator.run(loaded.policy)

@@ -14,6 +14,7 @@ from megatron_sov.eval.haystack import open_haystacks
 from megatron_sov.eval.needle import NeedleResult, NeedleSuite, make_suite, run_suite, table
 from megatron_sov.eval.needle_documents import SOURCE_NAME, NeedleDocuments, needle_source
 from megatron_sov.eval.needle_engines import policy_engine
+from megatron_sov.eval.needle_text import fill
 from megatron_sov.train.trainer import Trainer
 
 
@@ -26,20 +27,29 @@ class Needles:
     sources: tuple[Source, ...]
     """Documents for training; none where `needle.train_share` is 0."""
 
+    def questions(self) -> list[list[int]]:
+        """Return the beginning of every sentence that a test may hold, up to behind its key, as token ids."""
+        return [fill(phrase, pair) for form in (h.form for h in self.suite.haystacks) for sentences in form.sentences[True]
+                for phrase in (sentences.statement, sentences.assignment) for pair in form.pairs[True]]
+
     def before(self, trainer: Trainer) -> None:
         """Judge the model as it will be trained: with stretched rotations, if it gets them, before any step."""
-        self._judge(trainer, "before")
+        self.record(trainer, "before", self.measure(trainer))
 
     def after(self, trainer: Trainer) -> dict[str, Any]:
         """Judge the trained model; returns what joins the completion manifest."""
-        return {"needle": self._judge(trainer, "after").to_dict()}
+        return {"needle": self.record(trainer, "after", self.measure(trainer))}
 
-    def _judge(self, trainer: Trainer, when: str) -> NeedleResult:
-        result = run_suite(self.suite, policy_engine(trainer.policy))
+    def measure(self, trainer: Trainer) -> NeedleResult:
+        """Judge the model as it is; called by all processes together."""
+        return run_suite(self.suite, policy_engine(trainer.policy))
+
+    def record(self, trainer: Trainer, when: str, result: NeedleResult) -> dict[str, Any]:
+        """Write a result into the run's events and show it; returns it as plain values."""
         trainer.events.write("needle", when=when, step=trainer.done.step, **result.to_dict())
         if trainer.world.is_main:
             print(f"needle retrieval {when} the extension\n{table(result)}", flush=True)
-        return result
+        return result.to_dict()
 
 
 def make_needles(config: RunConfig, start: Path) -> Needles:

@@ -8,11 +8,13 @@ from dataclasses import replace
 
 from megatron_sov.artifacts import to_json
 from megatron_sov.config import ModelConfig, PhaseConfig, RunConfig, YarnConfig
+from megatron_sov.errors import UserError
 
 PHASE = "extend"
 
 
-def extended(model: ModelConfig, trained_tokens: int, new_tokens: int) -> ModelConfig:
+def extended(model: ModelConfig, trained_tokens: int, new_tokens: int, rope_theta: float = 0.0,
+             yarn_factor: float = 0.0) -> ModelConfig:
     """Return `model` ready for a longer context.
 
     Where all layers are global, YaRN stretches the rotations by new / original length (arXiv 2309.00071); the original length
@@ -23,38 +25,51 @@ def extended(model: ModelConfig, trained_tokens: int, new_tokens: int) -> ModelC
         model: the architecture as trained.
         trained_tokens: longest context it was trained on.
         new_tokens: context that it is to be trained on.
+        rope_theta: new base of the rotations, which then stretches them in YaRN's stead; 0: as it was.
+        yarn_factor: YaRN's factor; 1: none, 0: by the lengths.
+
+    Raises:
+        UserError: rotations are to be changed where sliding layers keep theirs.
     """
+    if "L" in model.attention_pattern and (rope_theta or yarn_factor):
+        raise UserError(f"rope_theta = {rope_theta:g}, yarn_factor = {yarn_factor:g}: the model has sliding layers, whose "
+                        "rotations reach as far as their window at any length; leave both out")
     longest = max(model.max_position_tokens, new_tokens)
     original = model.yarn.original_max_position_tokens if model.yarn else trained_tokens
     reached = original * model.yarn.factor if model.yarn else original
-    if "L" in model.attention_pattern or new_tokens <= reached:
+    if rope_theta:
+        model = replace(model, rope_theta=rope_theta)
+    if yarn_factor == 1 or (rope_theta and not yarn_factor):
+        return replace(model, yarn=None, max_position_tokens=longest)
+    if not yarn_factor and ("L" in model.attention_pattern or new_tokens <= reached):
         return replace(model, max_position_tokens=longest)
-    yarn = replace(model.yarn or YarnConfig(), factor=new_tokens / original, original_max_position_tokens=original)
-    # the stretched rotations reach to new_tokens and no farther; transformers expects the same figure
-    return replace(model, yarn=yarn, max_position_tokens=new_tokens)
+    factor = yarn_factor or new_tokens / original
+    yarn = replace(model.yarn or YarnConfig(), factor=factor, original_max_position_tokens=original)
+    # the stretched rotations reach so far and no farther; transformers expects the same figure
+    return replace(model, yarn=yarn, max_position_tokens=max(new_tokens, round(factor * original)))
 
 
-def phase_setting(trained_tokens: int) -> str:
-    """Return the setting for one phase at twice the trained context."""
-    return "data.phases=" + json.dumps([dataclasses.asdict(PhaseConfig(PHASE, seq_len=2 * trained_tokens))])
+def phase_setting(seq_len: int, name: str = PHASE, blend: dict[str, float] | None = None) -> str:
+    """Return the setting for a curriculum of one phase."""
+    return "data.phases=" + json.dumps([dataclasses.asdict(PhaseConfig(name, seq_len=seq_len, blend=blend or {}))])
 
 
-def length_settings(recipe: RunConfig, model: ModelConfig, trained_tokens: int, new_tokens: int,
+def length_settings(recipe: RunConfig, longer: ModelConfig, trained_tokens: int, new_tokens: int,
                     per_rank: int) -> tuple[str, ...]:
     """Return the settings that follow from a new context length.
 
     Args:
         recipe: the recipe as it stands in the list.
-        model: the architecture of the checkpoint.
+        longer: the checkpoint's architecture, made ready for it.
         trained_tokens: longest context that it was trained on.
         new_tokens: context that it is to be trained on.
         per_rank: samples of the global batch that each data-parallel rank takes.
     """
-    longer = extended(model, trained_tokens, new_tokens)
     limit_tokens = recipe.train.micro_batch_size * max(p.seq_len for p in recipe.data.phases)
     return (
         f"model.max_position_tokens={longer.max_position_tokens}",
         f"model.yarn={to_json(longer.yarn)}",
+        f"model.rope_theta={longer.rope_theta}",
         f"train.micro_batch_size={micro_batch_size(limit_tokens, new_tokens, per_rank)}",
         f"needle.lengths_tokens={sorted({trained_tokens, new_tokens})}",
     )

@@ -7,19 +7,21 @@ from megatron_sov.train.trainer import StepResult, Trainer
 
 
 def train(trainer: Trainer, stop: StopFlag) -> bool:
-    """Train to the last step.
+    """Train to the last step, or until the gate has passed.
 
     Returns:
-        True when the run is complete, False when it was asked to stop (everything is saved either way).
+        True when there is no more to train, False when it was asked to stop (everything is saved either way).
     """
     every = trainer.config.train
     trainer.announce()
     result: StepResult | None = None
-    while trainer.done.step < trainer.num_steps:
+    while not trainer.finished:
         result = trainer.update()
         if result is not None:
             trainer.log(result)
-        step, last = trainer.done.step, trainer.done.step == trainer.num_steps
+        if trainer.gate is not None:
+            trainer.gate.check(trainer)
+        step, last = trainer.done.step, trainer.finished
         if last or (every.eval_every_steps and step % every.eval_every_steps == 0):
             if result is not None:
                 trainer.log_expert_load()

@@ -14,7 +14,7 @@ from megatron_sov.errors import UserError
 from megatron_sov.mcore.run_checkpoints import CHECKPOINTS_OF_A_RUN
 from megatron_sov.train.lock import LOCK
 
-CONFIG, COMPLETION = "config.json", "complete.json"
+CONFIG, COMPLETION, FAILURE, STAGES = "config.json", "complete.json", "gate_failed.json", "stages"
 FIXED: dict[str, tuple[str, ...] | None] = {"model": None, "objective": None, "optim": None,
                                             "train": ("seed", "precision", "hidden_dropout"), "data": ("packing",)}
 """What a resumed run must not change: part of the config -> its settings (None: all)."""
@@ -49,6 +49,20 @@ class RunFolder:
         """Declare the stage complete."""
         atomic_write(self.path / COMPLETION, to_json(content))
 
+    def fail(self, failure: str) -> None:
+        """Record that the stage's gate has not passed."""
+        atomic_write(self.path / FAILURE, to_json({"failure": failure}))
+
+    def failure(self) -> str | None:
+        """Return what the gate did not pass by, or None."""
+        file = self.path / FAILURE
+        return str(json.loads(file.read_text(encoding="utf-8"))["failure"]) if file.is_file() else None
+
+    def forget_failure(self) -> None:
+        """Take back an earlier failure, before the run goes on."""
+        if os.environ.get("RANK", "0") == "0":
+            (self.path / FAILURE).unlink(missing_ok=True)
+
     def config(self) -> RunConfig | None:
         """Return the config that the folder was made with, or None for a new folder.
 
@@ -77,7 +91,8 @@ class RunFolder:
             raise UserError(f"{nearest}: cannot be written; choose another --run")
         earlier = self.config()
         if earlier is None:
-            if self.path.is_dir() and any(not p.name.startswith(".") and p.name != LOCK for p in self.path.iterdir()):
+            expected = (LOCK, STAGES)
+            if self.path.is_dir() and any(not p.name.startswith(".") and p.name not in expected for p in self.path.iterdir()):
                 raise UserError(f"{self.path}: is not empty and holds no run; choose another --run")
             return
         if not resume:
@@ -88,7 +103,8 @@ class RunFolder:
             raise UserError(f"{self.path}: was started with {'; '.join(changed)}; resume with the same settings, or start "
                             "a new --run --from its checkpoint")
         completion = self.completion()
-        if completion is not None and completion["step"] < config.num_steps():
+        ended_early = completion is not None and (completion.get("gate") or {}).get("passed", False)
+        if completion is not None and completion["step"] < config.num_steps() and not ended_early:
             raise UserError(f"{self.path}: is complete at step {completion['step']}, and train.steps = {config.num_steps()} "
                             "asks for more; start a new --run --from it")
 

@@ -17,15 +17,16 @@ from megatron_sov import models
 from megatron_sov.artifacts import manifest_sha256, read_manifest
 from megatron_sov.config import RunConfig, from_dict
 from megatron_sov.data.ledger import plan
-from megatron_sov.data.long_documents import with_long_documents
 from megatron_sov.data.shards import Source, open_sources, tokenizer_folder
+from megatron_sov.data.views import with_views
 from megatron_sov.data.vocabulary import refuse_other_tokens
-from megatron_sov.errors import StopRequested, UserError
+from megatron_sov.errors import GateFailed, StopRequested, UserError
 from megatron_sov.mcore import checkpoint, determinism, run_checkpoints, world
 from megatron_sov.mcore.ranks import num_ranks, under_launcher
 from megatron_sov.obs.afterwards import RunEvents
 from megatron_sov.obs.events import EVENTS, EventLog
 from megatron_sov.train.exports import Exports
+from megatron_sov.train.gate import Gate
 from megatron_sov.train.lock import RunLock
 from megatron_sov.train.loop import train
 from megatron_sov.train.run_folder import RunFolder
@@ -53,14 +54,20 @@ class Stage:
     """Called on every rank before the first step of a new run."""
     after: Callable[[Trainer], dict[str, Any]] | None = None
     """Called on every rank after the last step; what it returns joins the completion manifest."""
+    gate: Gate | None = None
+    """What must pass for the stage to be complete."""
 
 
-def run_stage(stage: Stage, nproc: int | None) -> None:
+def run_stage(stage: Stage, nproc: int | None) -> bool:
     """Run a stage to its end.
+
+    Returns:
+        Whether it is complete; False only under a launcher, whose ranks leave in peace however a run ended.
 
     Raises:
         UserError: settings, data or folder do not allow it; nothing was changed.
         StopRequested: it was asked to stop, and everything is saved.
+        GateFailed: its gate has not passed within its steps, and everything is saved.
     """
     stage.config.check(num_ranks(nproc))
     models.get(stage.config.model.family).check(stage.config.model)
@@ -69,19 +76,24 @@ def run_stage(stage: Stage, nproc: int | None) -> None:
     if completion is not None:
         print(f"{stage.folder.path}: is complete at step {completion['step']}")
         _finish_exports(stage)
-        return
+        return True
     packed = open_sources(stage.config.data.paths, stage.config.model.vocab_size)
-    sources = [*with_long_documents(stage.config, packed), *stage.extra_sources]
+    sources = [*with_views(stage.config, packed), *stage.extra_sources]
     plan(stage.config, sources)
     if stage.start_from is not None:
         refuse_other_tokens(tokenizer_folder(sources), stage.start_from / "tokenizer")
+    stage.folder.forget_failure()
     code = world.launch(lambda: _rank(stage, sources), nproc, stage.config.train.num_threads)
     if code != 0:
         raise SystemExit(code)  # the rank that failed has said why
     if stage.folder.completion() is not None:
         _finish_exports(stage)
-    elif not under_launcher():
-        raise StopRequested(f"{stage.folder.path}: everything is saved; continue with --resume")
+        return True
+    if under_launcher():
+        return False
+    if (failure := stage.folder.failure()) is not None:
+        raise GateFailed(f"{stage.folder.path}: {failure}")
+    raise StopRequested(f"{stage.folder.path}: everything is saved; continue with --resume")
 
 
 def _finish_exports(stage: Stage) -> None:
@@ -99,11 +111,13 @@ def _rank(stage: Stage, sources: list[Source]) -> int:
     trainer: Trainer | None = None
     try:
         _on_main(place, lambda: _lock(stage, lock))
-        trainer = Trainer(stage.config, place, stage.folder, sources, stage.objective)
+        trainer = Trainer(stage.config, place, stage.folder, sources, stage.objective, stage.gate)
         resumed = _restore(stage, trainer)
         _on_main(place, lambda: _open(stage, trainer))
         if stage.before is not None and not resumed:
             stage.before(trainer)
+        if stage.gate is not None and not resumed:
+            stage.gate.begin(trainer)
         if train(trainer, stop):
             _finish(stage, trainer)
     finally:
@@ -181,6 +195,12 @@ def _open(stage: Stage, trainer: Trainer | None) -> None:
 
 
 def _finish(stage: Stage, trainer: Trainer) -> None:
+    if stage.gate is not None and not stage.gate.passed:
+        failure = stage.gate.failure()
+        _on_main(trainer.world, lambda: stage.folder.fail(failure))
+        if trainer.world.is_main and under_launcher():
+            print(f"gate: {stage.folder.path}: {failure}", file=sys.stderr, flush=True)
+        return
     extra = stage.after(trainer) if stage.after is not None else {}
     last = stage.folder.checkpoint(trainer.done.step)
     _on_main(trainer.world, lambda: stage.folder.complete({

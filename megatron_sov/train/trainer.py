@@ -33,6 +33,7 @@ from megatron_sov.obs.trackers import Trackers
 from megatron_sov.train.databatches import DataBatches
 from megatron_sov.train.evaluate import HeldoutEvaluator, HeldoutLoss
 from megatron_sov.train.exports import Exports
+from megatron_sov.train.gate import Gate
 from megatron_sov.train.objective import GlobalBatch, Objective, total_loss
 from megatron_sov.train.run_folder import RunFolder
 from megatron_sov.train.schedules import learning_rate
@@ -80,9 +81,10 @@ class Trainer:
     """Model, optimizer, data order and records of one rank."""
 
     def __init__(self, config: RunConfig, world: World, folder: RunFolder, sources: list[Source],
-                 objective: ObjectiveFactory) -> None:
+                 objective: ObjectiveFactory, gate: Gate | None = None) -> None:
         self.config, self.world, self.folder, self.sources = config, world, folder, sources
         self.num_steps = config.num_steps()
+        self.gate = gate
         self.done = Progressed()
         self.model = build(config.model, config.parallel, config.train)
         init.initialise(self.model, config.model, config.train.seed)
@@ -104,6 +106,11 @@ class Trainer:
         self._data = {s.name: manifest_sha256(s.artifact) for s in sources if s.artifact is not None}
         self._worn_out: set[str] = set()
         self._entered_s = time.monotonic()
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is no more to train: the last step is done, or the gate has passed."""
+        return self.done.step >= self.num_steps or (self.gate is not None and self.gate.passed)
 
     # starting and resuming
 
@@ -129,6 +136,8 @@ class Trainer:
         self.optimizer.adopt_model()
         checkpoint.load_optimizer(path, self.optimizer, state["num_updates"])
         self.done = Progressed(state["step"], state["tokens"], state["wall_s"])
+        if self.gate is not None and "gate" in state:
+            self.gate.restore(state["gate"])
         self.batches.close()
         self.batches = DataBatches(self.config, self.sources, self.world, OrderState.from_dict(state["order"]))
         self.objective = self._objective_factory(self.config, self.batches)
@@ -289,7 +298,8 @@ class Trainer:
         """Take a checkpoint; it is written in the background, or at once where `train.async_save` is off."""
         settings = self.config.train
         state = {"step": self.done.step, "tokens": self.done.tokens, "wall_s": self.wall_s(),
-                 "num_updates": self.optimizer.num_updates, "order": self.batches.state(), "data": self._data}
+                 "num_updates": self.optimizer.num_updates, "order": self.batches.state(), "data": self._data,
+                 **({"gate": self.gate.state()} if self.gate is not None else {})}
         self.saver.begin(
             self.folder.checkpoint(self.done.step), self.model, self.optimizer,
             Companions(state, self.config.to_dict(), self.tokenizer),
@@ -301,7 +311,7 @@ class Trainer:
         self.events.write("checkpoint", step=saved.step, path=f"{self.folder.checkpoints.name}/{saved.path.name}",
                           save_s=saved.save_s, stall_s=saved.stall_s)
         if self._exports is not None:
-            self._exports.offer(saved.step, saved.path, last=saved.step == self.num_steps)
+            self._exports.offer(saved.step, saved.path, last=self.finished and saved.step == self.done.step)
 
     def wall_s(self) -> float:
         """Return the seconds that the run has worked, over all its restarts."""

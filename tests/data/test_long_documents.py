@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from megatron_sov import recipes
 from megatron_sov.config import DataConfig, PhaseConfig, RunConfig
 from megatron_sov.data.ledger import plan
-from megatron_sov.data.long_documents import LongDocuments, with_long_documents
+from megatron_sov.data.long_documents import LongDocuments
 from megatron_sov.data.order import SampleOrder
 from megatron_sov.data.shards import ChainedLengths, Source, open_sources
+from megatron_sov.data.views import with_views
 from megatron_sov.errors import UserError
 
 LENGTHS = [3, 12, 30, 0, 11, 40, 12]
@@ -33,7 +34,7 @@ def web(make_source: Callable[..., Source]) -> Source:
 
 
 def test_only_long_documents_are_read_and_under_their_own_cursor(web: Source) -> None:
-    sources = with_long_documents(config({"web@12": 1.0}, {"web": 0.5, "web@12": 0.5}), [web])
+    sources = with_views(config({"web@12": 1.0}, {"web": 0.5, "web@12": 0.5}), [web])
     assert [(s.name, s.num_tokens["train"], s.share) for s in sources] == [("web", sum(LENGTHS), 1.0), ("web@12", 94, 0.0)]
     order = SampleOrder(config({"web@12": 1.0}), sources)
     _, samples = order.next_batch()
@@ -52,7 +53,7 @@ def test_tokens_weights_and_types_are_those_of_the_source(web: Source) -> None:
 
 
 def test_a_whole_source_by_default_never_counts_its_long_documents_twice(web: Source) -> None:
-    (entry,) = plan(config({}), with_long_documents(config({"web@12": 1.0}), [web]))
+    (entry,) = plan(config({}), with_views(config({"web@12": 1.0}), [web]))
     assert entry.weights == {"web": 1.0}
 
 
@@ -91,9 +92,9 @@ def test_long_documents_of_real_shards(packed_data: Any) -> None:
 ])
 def test_what_is_not_there_is_named(blend: dict[str, float], said: str, web: Source) -> None:
     with pytest.raises(UserError, match=said):
-        plan(config(blend), with_long_documents(config(blend), [web]))
+        plan(config(blend), with_views(config(blend), [web]))
 
 
 def test_a_name_with_an_at_sign_is_a_name_if_the_data_has_it(make_source: Callable[..., Source]) -> None:
     sources = [make_source("web@12", [5])]
-    assert with_long_documents(config({"web@12": 1.0}), sources) == sources
+    assert with_views(config({"web@12": 1.0}), sources) == sources

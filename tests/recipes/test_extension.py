@@ -45,8 +45,9 @@ def test_settings_make_a_sound_run_of_every_recipe() -> None:
     for name in ("tiny-solar-open", "tiny-k-exaone", "solar-open-102b", "k-exaone-236b"):
         recipe = get(name)
         trained = max(p.seq_len for p in recipe.data.phases)
-        settings = length_settings(recipe, recipe.model, trained, 2 * trained, recipe.train.global_batch_size)
-        config = apply_settings(recipe, ["parallel.ep=1", "train.steps=100", phase_setting(trained), *settings])
+        longer = extended(recipe.model, trained, 2 * trained)
+        settings = length_settings(recipe, longer, trained, 2 * trained, recipe.train.global_batch_size)
+        config = apply_settings(recipe, ["parallel.ep=1", "train.steps=100", phase_setting(2 * trained), *settings])
         assert config.problems(1) == []
         assert [p.seq_len for p in config.data.phases] == [2 * trained]
         assert config.needle.lengths_tokens == (trained, 2 * trained)

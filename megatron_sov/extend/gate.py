@@ -1,0 +1,133 @@
+"""The gate of an extension stage: needle retrieval at all lengths and depths, with the short context as good as it was.
+
+Every process comes to the same verdict: needle answers and held-out losses are the same on all of them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_sov.config import GateConfig, RunConfig
+from megatron_sov.eval.heldout import HeldoutData, open_heldout
+from megatron_sov.eval.needle import NeedleResult
+from megatron_sov.eval.perplexity import evaluate_policy
+from megatron_sov.extend.decontamination import Decontamination
+from megatron_sov.extend.needles import Needles
+from megatron_sov.extend.verdict import Cell, judge
+from megatron_sov.generate.load import Loaded, run_policy
+from megatron_sov.generate.target import Target
+from megatron_sov.mcore import schedule
+from megatron_sov.train.evaluate import HeldoutLoss
+from megatron_sov.train.trainer import Trainer
+
+
+def short_context(config: RunConfig, trained_tokens: int) -> HeldoutData:
+    """Return the held-out text by which the short context is judged: rows as long as what was trained on before."""
+    return open_heldout(config.data.paths, trained_tokens, config.data.heldout_tokens, model_vocab_size=config.model.vocab_size)
+
+
+def mean_loss(losses: dict[str, HeldoutLoss]) -> float:
+    """Return the mean over all held-out tokens, in nats."""
+    tokens = sum(r.tokens for r in losses.values())
+    return sum(r.loss * r.tokens for r in losses.values()) / max(1, tokens)
+
+
+def loss_of_checkpoint(start: Path, short: HeldoutData, config: RunConfig, nproc: int | None) -> float | None:
+    """Return a checkpoint's loss on the short context as it is: its own rotations, not those of the stage.
+
+    Returns:
+        Nats per token; None on other processes than the first of a torchrun or Slurm job.
+    """
+    layout = [f"parallel.{name}={value}" for name, value in config.to_dict()["parallel"].items()]
+    found: float | None = run_policy(Target(start, False), [*layout, f"train.precision={config.train.precision}"], nproc,
+                                     lambda loaded: mean_loss(evaluate_policy(loaded, short)))
+    return found
+
+
+def cells_of(result: NeedleResult) -> list[Cell]:
+    return [Cell("single", "all", length, depth, round(a * result.samples), result.samples, interval_of(round(a * result.samples), result.samples)) for length, row in zip(result.lengths, result.accuracy) for depth, a in zip(result.depths, row)]
+
+
+def interval_of(correct: int, samples: int) -> tuple[float, float]:
+    z, share = 1.959964, correct / samples
+    centre = (share + z * z / (2 * samples)) / (1 + z * z / samples)
+    half = z / (1 + z * z / samples) * (share * (1 - share) / samples + z * z / (4 * samples * samples)) ** 0.5
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+class StageGate:
+    """A `train.gate.Gate` that judges needles and the short context."""
+
+    def __init__(self, settings: GateConfig, needles: Needles, short: HeldoutData, start_loss: float | None, min_steps: int,
+                 clean: Decontamination) -> None:
+        """Make a gate that has seen nothing.
+
+        Args:
+            settings: threshold, tolerance, rhythm.
+            needles: the test.
+            short: held-out text cut as short as before.
+            start_loss: loss on it before the first stage, nats per token; the first process must know it.
+            min_steps: steps before the gate may end the stage.
+            clean: what the search of the training text found.
+        """
+        self.passed = False
+        self._settings, self._needles, self._short, self._clean = settings, needles, short, clean
+        self._start_loss, self._min_steps = start_loss, min_steps
+        self._checks: list[dict[str, Any]] = []
+        self._result: dict[str, Any] | None = None
+
+    def begin(self, trainer: Trainer) -> None:
+        """Record what was searched, and judge the model as it is before the first step."""
+        trainer.events.write("decontamination", step=trainer.done.step, **self._clean.fields())
+        self._judge(trainer)
+
+    def check(self, trainer: Trainer) -> None:
+        """Judge the model every `every_steps` steps and after the last one."""
+        step = trainer.done.step
+        if step % self._settings.every_steps == 0 or step == trainer.num_steps or step == self._min_steps:
+            self._judge(trainer)
+
+    def _judge(self, trainer: Trainer) -> None:
+        step = trainer.done.step
+        result = self._needles.measure(trainer)
+        losses = evaluate_policy(Loaded(trainer.policy, trainer.config, trainer.world), self._short)
+        known = self._start_loss if trainer.world.is_main and self._start_loss is not None else 0.0
+        start_loss = self._start_loss = float(schedule.sum_everywhere(torch.tensor([known], dtype=torch.float64)))
+        verdict = judge(cells_of(result), mean_loss(losses), start_loss, self._settings)
+        self.passed = verdict.passed and step >= self._min_steps
+        self._checks.append({"step": step, "passed": self.passed, "failures": verdict.lines()})
+        trainer.events.write("gate", step=step, passed=self.passed, start_loss=start_loss,
+                             losses={name: r.loss for name, r in losses.items()}, seq_len=self._short.seq_len,
+                             min_steps=self._min_steps, **verdict.fields())
+        if step == 0:
+            self._needles.record(trainer, "before", result)
+        elif trainer.finished:
+            self._result = self._needles.record(trainer, "after", result)
+        if trainer.world.is_main:
+            said = "passes" if verdict.passed else "does not pass\n  " + "\n  ".join(verdict.lines())
+            early = f", and the stage goes on to step {self._min_steps}" if verdict.passed and not self.passed else ""
+            print(f"gate at step {step} {said}{early}", flush=True)
+
+    def failure(self) -> str:
+        """Return what the last check found wanting."""
+        last = self._checks[-1]
+        lines = "\n".join(f"  {line}" for line in last["failures"])
+        return (f"the gate has not passed within its {last['step']} steps; give the stage more with max_steps (or train.steps) "
+                f"and --resume, or change its data\n{lines}")
+
+    def completion(self, trainer: Trainer) -> dict[str, Any]:
+        """Return what joins the completion manifest."""
+        return {"needle": self._result, "gate": {"passed": self.passed, "start_loss": self._start_loss, "checks": self._checks,
+                         "decontamination": self._clean.fields()}}
+
+    def state(self) -> dict[str, Any]:
+        """Return plain values for the checkpoint."""
+        return {"passed": self.passed, "start_loss": self._start_loss, "checks": self._checks, "result": self._result}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave; a stage that was given up is judged anew with more steps."""
+        self.passed, self._start_loss, self._checks = state["passed"], state["start_loss"], list(state["checks"])
+        self._result = state["result"]

@@ -1,0 +1,59 @@
+"""Runs the stages of an extension one after the other; each starts from the one before, when that is complete."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_sov.config import RunConfig
+from megatron_sov.data.shards import open_sources
+from megatron_sov.extend.decontamination import refuse_contaminated, search
+from megatron_sov.extend.gate import StageGate, loss_of_checkpoint, short_context
+from megatron_sov.extend.needles import Needles, make_needles, with_needles_in_blends
+from megatron_sov.extend.stages import PlannedStage
+from megatron_sov.generate.target import Target
+from megatron_sov.mcore.run_checkpoints import find_checkpoint, latest
+from megatron_sov.train.lm import LanguageModelling
+from megatron_sov.train.stage import Stage, run_stage
+
+
+def run_stages(stages: list[PlannedStage], start: Path, nproc: int | None, resume: bool) -> None:
+    """Run all stages; under a launcher it returns where one of them is not complete, else it raises.
+
+    Args:
+        stages: as planned.
+        start: the checkpoint that the first one starts from, and by whose short-context loss all are judged.
+        nproc: local processes.
+        resume: whether folders may hold the runs already.
+
+    Raises:
+        UserError: settings, data or a folder do not allow it.
+        GateFailed: a stage's gate has not passed within its steps.
+        StopRequested: it was asked to stop, and everything is saved.
+    """
+    first = start
+    prepared = [make_needles(stage.config, start) for stage in stages]
+    start_loss: float | None = None
+    for planned, needles in zip(stages, prepared, strict=True):
+        stage = Stage(with_needles_in_blends(planned.config), planned.folder, LanguageModelling, start, resume,
+                      extra_sources=needles.sources, before=needles.before, after=needles.after)
+        if planned.config.extend.gate.every_steps:
+            fresh = latest(planned.folder.checkpoints) is None
+            if fresh and start_loss is None:
+                start_loss = loss_of_checkpoint(first, short_context(planned.config, Target(first, False).trained_tokens),
+                                                planned.config, nproc)
+            gate = _gate(planned, needles, Target(first, False).trained_tokens, start_loss)
+            stage = Stage(stage.config, stage.folder, stage.objective, start, resume, extra_sources=needles.sources,
+                          after=gate.completion, gate=gate)
+        if not run_stage(stage, nproc):
+            return
+        start = find_checkpoint(planned.folder.path)
+
+
+def _gate(planned: PlannedStage, needles: Needles, short_tokens: int, start_loss: float | None) -> StageGate:
+    """Return a stage's gate, after the search that proves it clean."""
+    config: RunConfig = planned.config
+    settings = config.extend.gate
+    sources = open_sources(config.data.paths, config.model.vocab_size)
+    clean = search(needles.questions(), [*sources, *needles.sources], settings.scan_tokens)
+    refuse_contaminated(clean, settings.max_overlap)
+    return StageGate(settings, needles, short_context(config, short_tokens), start_loss, planned.min_steps, clean)
