@@ -48,10 +48,15 @@ def loss_of_checkpoint(start: Path, short: HeldoutData, config: RunConfig, nproc
 
 
 def cells_of(result: NeedleResult) -> list[Cell]:
-    return [Cell("single", "all", length, depth, round(a * result.samples), result.samples, interval_of(round(a * result.samples), result.samples)) for length, row in zip(result.lengths, result.accuracy) for depth, a in zip(result.depths, row)]
+    """Return the cells of a needle test, with Wilson's interval."""
+    rights = [(length, depth, round(share * result.samples)) for length, row in zip(result.lengths, result.accuracy, strict=True)
+              for depth, share in zip(result.depths, row, strict=True)]
+    return [Cell("single", "all", length, depth, right, result.samples, interval_of(right, result.samples))
+            for length, depth, right in rights]
 
 
 def interval_of(correct: int, samples: int) -> tuple[float, float]:
+    """Return the 95 % confidence interval of a share (Wilson, 1927)."""
     z, share = 1.959964, correct / samples
     centre = (share + z * z / (2 * samples)) / (1 + z * z / samples)
     half = z / (1 + z * z / samples) * (share * (1 - share) / samples + z * z / (4 * samples * samples)) ** 0.5

@@ -20,7 +20,7 @@ from megatron_sov.obs.events import EVENTS, final_steps, read_events
 from megatron_sov.report.steps import Curve, StepTable, number
 
 CONFIG = "config.json"
-KEPT = ("phase", "eval", "baseline", "needle", "conversion", "checkpoint", "warning", "skip")
+KEPT = ("phase", "eval", "baseline", "needle", "gate", "decontamination", "conversion", "checkpoint", "warning", "skip")
 """Events that are kept whole; there are few of them and they are small."""
 
 
@@ -112,6 +112,10 @@ class Run:
     warnings: list[dict[str, Any]] = field(default_factory=list)
     skipped_steps: list[int] = field(default_factory=list)
     """Steps whose samples were passed over, ascending."""
+    gate_checks: list[dict[str, Any]] = field(default_factory=list)
+    """Checks of the gate, the last one of each step, in the order of steps."""
+    searches: list[dict[str, Any]] = field(default_factory=list)
+    """Searches of the training data for what the gate asks."""
     needles: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
     conversions: list[dict[str, Any]] = field(default_factory=list)
@@ -170,6 +174,7 @@ def read_run(path: Path) -> Run:
     run.overall_bits_per_byte = _overall_bits_per_byte(evals)
     run.expert_load = _expert_load(last.get("expert_load"))
     run.data_consumed = last.get("data_consumed")
+    run.gate_checks, run.searches = final_steps(kept["gate"], "gate"), kept["decontamination"]
     run.needles, run.conversions = _last_of_each_when(kept["needle"]), kept["conversion"]
     run.checkpoints = final_steps(kept["checkpoint"], "checkpoint")
     run.warnings = kept["warning"]

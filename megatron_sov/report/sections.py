@@ -19,6 +19,7 @@ from megatron_sov.report.charts import (
     plan_chart,
     scalar_charts,
 )
+from megatron_sov.report.gates import gate_section
 from megatron_sov.report.model import Attempt, Phase, Provenance, Run
 from megatron_sov.report.steps import Curve, number
 
@@ -102,6 +103,7 @@ def sections(run: Run) -> list[Section]:
                 charts=[c for n in run.needles if n.get("cells") for c in needle_charts(n)],
                 text="Share of questions about hidden facts that the model answers, by the length of the context and their depth "
                      "in it."),
+        gate_section(run.gate_checks, run.searches),
         _sample_section(run),
         Section("Proof of the conversion", tables=[_conversion_table(c) for c in run.conversions if c.get("checks")],
                 text="The exported model against the trained one."),

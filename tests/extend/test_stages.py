@@ -18,7 +18,7 @@ SHORT = {"model.vocab_size": 1024, "model.hidden_size": 32, "model.head_dim": 16
          "train.global_batch_size": 4, "train.micro_batch_size": 4, "train.eval_every_steps": 0, "data.heldout_tokens": 300,
          "data.phases": '[{"name":"main","seq_len":64}]'}
 LONG = {"train.global_batch_size": 4, "train.eval_every_steps": 0, "data.heldout_tokens": 300, "needle.depths": "[0.0,0.9]",
-        "needle.samples": 2, "extend.gate.max_overlap": 1}
+        "needle.samples": 2, "train.num_threads": 1, "extend.gate.max_overlap": 1}
 
 
 def words(settings: dict[str, Any]) -> list[str]:
@@ -33,7 +33,8 @@ def short_run(one_rank: None, token_shards: Path, tmp_path: Path) -> Path:
     return run
 
 
-def command(short_run: Path, token_shards: Path, run: Path, stages: list[dict[str, Any]], *more: str, **settings: Any) -> list[str]:
+def command(short_run: Path, token_shards: Path, run: Path, stages: list[dict[str, Any]], *more: str,
+            **settings: Any) -> list[str]:
     chosen = LONG | {"extend.stages": json.dumps(stages)} | {f"extend.gate.{name}": v for name, v in settings.items()}
     return ["extend", "tiny-solar-open", "--from", str(short_run), "--data", str(token_shards), "--run", str(run), *words(chosen),
             *more]
@@ -55,7 +56,7 @@ def test_two_stages_with_rehearsal_behind_an_open_gate(short_run: Path, token_sh
     assert (first["model"]["yarn"]["factor"], second["model"]["yarn"], second["model"]["rope_theta"]) == (1.5, None, 5e6)
     assert second["optim"]["lr"] == 1e-3
     assert [(e["step"], e["judged"], e["passed"]) for e in events_of(near, "gate")] \
-        == [(0, True, False), (1, True, False), (2, True, True)], "it may not end before its steps, and does not go on behind them"
+        == [(0, True, False), (1, True, False), (2, True, True)], "neither before its steps nor long behind them"
     completion = json.loads((near / "complete.json").read_text())
     assert (completion["step"], completion["gate"]["passed"]) == (2, True)
     starts = {e["start_loss"] for folder in (near, far) for e in events_of(folder, "gate")}
@@ -82,7 +83,8 @@ def test_a_gate_that_does_not_pass_ends_with_3_and_passes_later(short_run: Path,
     assert [e["passed"] for e in events_of(near, "gate")] == [False] * 3
     before = events_of(near, "gate")[0]["start_loss"]
     stages[0]["max_steps"] = 3
-    assert main(command(short_run, token_shards, run, stages, "--resume", every_steps=1, min_accuracy=0, loss_tolerance_nats=9)) == 0
+    again = command(short_run, token_shards, run, stages, "--resume", every_steps=1, min_accuracy=0, loss_tolerance_nats=9)
+    assert main(again) == 0
     gate = json.loads((near / "complete.json").read_text())["gate"]
     assert [(c["step"], c["passed"]) for c in gate["checks"]] == [(0, False), (1, False), (2, False), (3, True)]
     assert gate["start_loss"] == before, "the gate went on from the checkpoint's state"
@@ -94,7 +96,7 @@ def test_a_gate_that_does_not_pass_ends_with_3_and_passes_later(short_run: Path,
     ({"seq_len": 96, "parts": [{"name": "replay", "share": 0.1}]}, "a stage of kind extension has parts long, rehearsal"),
     ({"seq_len": 96, "parts": [{"name": "rehearsal", "share": 1.5}]}, "their sum at most 1"),
     ({"seq_len": 96, "steps": 3, "max_steps": 2}, "max_steps = 2 must be at least steps = 3"),
-    ({"seq_len": 96, "kind": "midtraining", "parts": [{"name": "trajectories", "share": 0.1}]}, "the data has no source of chats"),
+    ({"seq_len": 96, "kind": "midtraining", "parts": [{"name": "trajectories", "share": 0.1}]}, "data has no source of chats"),
     ({"seq_len": 96, "yarn_factor": 0.5}, "yarn_factor = 0.5 must be 0 or at least 1"),
 ])
 def test_mistakes_are_named_before_anything_is_written(stage: dict[str, Any], said: str, short_run: Path, token_shards: Path,

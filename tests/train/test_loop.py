@@ -21,7 +21,12 @@ class Recorded:
         self.num_steps, self.done = num_steps, SimpleNamespace(step=done)
         self.config = SimpleNamespace(train=SimpleNamespace(**{"eval_every_steps": 0, "checkpoint_every_steps": 100, **settings}))
         self.actions: list[str] = []
+        self.gate: Any = None
         self.events = SimpleNamespace(write=lambda event, **fields: self.actions.append(f"{event} {fields['step']}"))
+
+    @property
+    def finished(self) -> bool:
+        return self.done.step >= self.num_steps or (self.gate is not None and self.gate.passed)
 
     def update(self) -> Any:
         self.done.step += 1
@@ -79,6 +84,14 @@ def test_a_stop_at_the_last_step_completes_the_run() -> None:
 
 def test_a_run_that_was_killed_behind_its_last_step_only_ends() -> None:
     assert actions(Recorded(3, done=3)) == (True, ["saved 3", "run_end 3"])
+
+
+def test_a_gate_that_passes_ends_the_run_with_all_that_the_last_step_gets() -> None:
+    trainer = Recorded(9, eval_every_steps=2)
+    trainer.gate = SimpleNamespace(passed=False)
+    trainer.gate.check = lambda trainer: setattr(trainer.gate, "passed", trainer.done.step == 5)
+    assert actions(trainer) == (True, ["evaluate 2", "evaluate 4", "evaluate 5", "save 5", "saved 5", "run_end 5"])
+    assert actions(trainer)[1][-2:] == ["saved 5", "run_end 5"], "entered again it only ends"
 
 
 def test_a_skipped_step_keeps_the_rhythm_and_has_nothing_to_log() -> None:
