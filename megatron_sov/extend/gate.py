@@ -12,11 +12,10 @@ import torch
 
 from megatron_sov.config import GateConfig, RunConfig
 from megatron_sov.eval.heldout import HeldoutData, open_heldout
-from megatron_sov.eval.needle import NeedleResult
 from megatron_sov.eval.perplexity import evaluate_policy
 from megatron_sov.extend.decontamination import Decontamination
 from megatron_sov.extend.needles import Needles
-from megatron_sov.extend.verdict import Cell, judge
+from megatron_sov.extend.verdict import judge
 from megatron_sov.generate.load import Loaded, run_policy
 from megatron_sov.generate.target import Target
 from megatron_sov.mcore import schedule
@@ -45,22 +44,6 @@ def loss_of_checkpoint(start: Path, short: HeldoutData, config: RunConfig, nproc
     found: float | None = run_policy(Target(start, False), [*layout, f"train.precision={config.train.precision}"], nproc,
                                      lambda loaded: mean_loss(evaluate_policy(loaded, short)))
     return found
-
-
-def cells_of(result: NeedleResult) -> list[Cell]:
-    """Return the cells of a needle test, with Wilson's interval."""
-    rights = [(length, depth, round(share * result.samples)) for length, row in zip(result.lengths, result.accuracy, strict=True)
-              for depth, share in zip(result.depths, row, strict=True)]
-    return [Cell("single", "all", length, depth, right, result.samples, interval_of(right, result.samples))
-            for length, depth, right in rights]
-
-
-def interval_of(correct: int, samples: int) -> tuple[float, float]:
-    """Return the 95 % confidence interval of a share (Wilson, 1927)."""
-    z, share = 1.959964, correct / samples
-    centre = (share + z * z / (2 * samples)) / (1 + z * z / samples)
-    half = z / (1 + z * z / samples) * (share * (1 - share) / samples + z * z / (4 * samples * samples)) ** 0.5
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 class StageGate:
@@ -101,7 +84,7 @@ class StageGate:
         losses = evaluate_policy(Loaded(trainer.policy, trainer.config, trainer.world), self._short)
         known = self._start_loss if trainer.world.is_main and self._start_loss is not None else 0.0
         start_loss = self._start_loss = float(schedule.sum_everywhere(torch.tensor([known], dtype=torch.float64)))
-        verdict = judge(cells_of(result), mean_loss(losses), start_loss, self._settings)
+        verdict = judge(result.cells, mean_loss(losses), start_loss, self._settings)
         self.passed = verdict.passed and step >= self._min_steps
         self._checks.append({"step": step, "passed": self.passed, "failures": verdict.lines()})
         trainer.events.write("gate", step=step, passed=self.passed, start_loss=start_loss,

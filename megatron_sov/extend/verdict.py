@@ -7,26 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from megatron_sov.config import GateConfig
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One cell of a needle test."""
-
-    kind: str
-    """What is asked."""
-    language: str
-    """Of the haystack."""
-    length_tokens: int
-    """Context length."""
-    depth: float
-    """Where the needle stands, 0 = start."""
-    correct: int
-    """Right answers."""
-    samples: int
-    """Answers."""
-    interval: tuple[float, float]
-    """Confidence interval of the accuracy."""
+from megatron_sov.eval.needle import Cell
 
 
 @dataclass(frozen=True)

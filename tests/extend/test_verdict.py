@@ -6,16 +6,17 @@ import math
 
 import pytest
 
-from megatron_sov.config import GateConfig
-from megatron_sov.extend.gate import interval_of
-from megatron_sov.extend.verdict import Cell, judge
+from megatron_sov.config import GateConfig, NeedleKind
+from megatron_sov.eval.intervals import wilson_interval
+from megatron_sov.eval.needle import Cell
+from megatron_sov.extend.verdict import judge
 
 GATE = GateConfig(every_steps=1, min_accuracy=0.9, loss_tolerance_nats=0.05)
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 0.95)
 
 
-def cells(*correct: int, samples: int = 20, length: int = 512, kind: str = "single") -> list[Cell]:
-    return [Cell(kind, "english", length, depth, right, samples, interval_of(right, samples))
+def cells(*correct: int, samples: int = 20, length: int = 512, kind: NeedleKind = "single") -> list[Cell]:
+    return [Cell(kind, "english", length, depth, 0, right, samples, wilson_interval(right, samples))
             for depth, right in zip(DEPTHS, correct, strict=False)]
 
 
