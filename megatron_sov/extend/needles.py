@@ -14,7 +14,6 @@ from megatron_sov.eval.haystack import open_haystacks
 from megatron_sov.eval.needle import NeedleResult, NeedleSuite, make_suite, run_suite, table
 from megatron_sov.eval.needle_documents import SOURCE_NAME, NeedleDocuments, needle_source
 from megatron_sov.eval.needle_engines import policy_engine
-from megatron_sov.eval.needle_text import fill
 from megatron_sov.train.trainer import Trainer
 
 
@@ -26,11 +25,6 @@ class Needles:
     """Held-out text, keys and values kept for tests."""
     sources: tuple[Source, ...]
     """Documents for training; none where `needle.train_share` is 0."""
-
-    def questions(self) -> list[list[int]]:
-        """Return the beginning of every sentence that a test may hold, up to behind its key, as token ids."""
-        return [fill(phrase, pair) for form in (h.form for h in self.suite.haystacks) for sentences in form.sentences[True]
-                for phrase in (sentences.statement, sentences.assignment) for pair in form.pairs[True]]
 
     def before(self, trainer: Trainer) -> None:
         """Judge the model as it will be trained: with stretched rotations, if it gets them, before any step."""

@@ -54,6 +54,6 @@ def _gate(planned: PlannedStage, needles: Needles, short_tokens: int, start_loss
     config: RunConfig = planned.config
     settings = config.extend.gate
     sources = open_sources(config.data.paths, config.model.vocab_size)
-    clean = search(needles.questions(), [*sources, *needles.sources], settings.scan_tokens)
+    clean = search(list(needles.suite.questions()), [*sources, *needles.sources], settings.scan_tokens)
     refuse_contaminated(clean, settings.max_overlap)
     return StageGate(settings, needles, short_context(config, short_tokens), start_loss, planned.min_steps, clean)
