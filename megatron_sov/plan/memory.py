@@ -1,0 +1,85 @@
+"""Memory of one process while it trains: weights, gradients, optimizer and activations, as an account of single items.
+
+Activations are those of full recomputation: each layer's input is kept, and one layer's inside exists at a time.  The account
+leaves out what the allocator, the communication library and the CUDA context take beside it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from megatron_sov.config import RunConfig
+
+ACTIVATION_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
+MASTER_AND_MOMENTS = 12
+"""Bytes of a parameter's float32 master weight and AdamW's two moments."""
+GRADIENT_BYTES = 4
+"""Gradients are summed in float32."""
+
+
+@dataclass(frozen=True)
+class Account:
+    """Bytes of one process."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    layer_inputs: int
+    """Kept for the backward pass: one for each layer and micro-batch under way."""
+    one_layer: int
+    """The inside of the layer that is being recomputed, and the gradients of as much again."""
+    head: int
+    """Logits of one chunk, their softmax and gradient."""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(asdict(self).values())
+
+
+def account(config: RunConfig, dense: int, experts: int, layers: int, num_ranks: int, stage: int, seq_len: int) -> Account:
+    """Return the account of a process on pipeline stage `stage` (0-based).
+
+    Args:
+        config: model, layout, precision; `train.recompute` is taken to be on.
+        dense: parameters that every data-parallel process has.
+        experts: parameters of its routed experts.
+        layers: layers on it.
+        num_ranks: processes.
+        stage: pipeline stage; stage i of p has p - i micro-batches under way (1F1B, arXiv 2104.04473).
+        seq_len: tokens of a sample.
+    """
+    p, item = config.parallel, ACTIVATION_BYTES[config.train.precision]
+    params = dense + experts
+    shards, expert_shards = (num_ranks // (p.tp * p.pp), num_ranks // (p.etp * p.ep * p.pp)) if p.zero1 else (1, 1)
+    master = MASTER_AND_MOMENTS if config.train.precision == "bf16" else 2 * item
+    local = seq_len * config.train.micro_batch_size // p.cp
+    inputs = local // (p.tp if p.sp else 1) * config.model.hidden_size * item
+    last = stage == p.pp - 1
+    vocabulary = config.model.vocab_size // p.tp
+    return Account(
+        weights=params * item, gradients=params * GRADIENT_BYTES,
+        optimizer=dense * master // shards + experts * master // expert_shards,
+        layer_inputs=inputs * layers * (p.pp - stage),
+        one_layer=2 * layer_bytes(config, seq_len * config.train.micro_batch_size),
+        head=min(config.train.head_chunk_tokens, local) * vocabulary * (item + 8) if last else 0)
+
+
+def layer_bytes(config: RunConfig, row_tokens: int) -> int:
+    """Return the bytes of what a layer with experts and global attention saves for its backward pass, routing being even.
+
+    Args:
+        config: model, layout, precision.
+        row_tokens: tokens of a micro-batch, before it is cut over processes.
+    """
+    m, p, item = config.model, config.parallel, ACTIVATION_BYTES[config.train.precision]
+    local = row_tokens // p.cp
+    share = local // (p.tp if p.sp else 1)
+    heads, kv = m.num_heads * m.head_dim // p.tp, m.num_kv_heads * m.head_dim // p.tp
+    attention = local * (m.hidden_size + (heads + 2 * kv) + (heads + kv) + heads)  # input gathered, q k v, rotated, output
+    gathered = row_tokens * 2 * kv if p.cp > 1 else 0  # keys and values of the whole row
+    norms = 4 * share * m.hidden_size  # two norms and two residuals
+    shared = local * (m.hidden_size + 3 * m.num_shared_experts * m.expert_ffn_dim // p.tp)
+    routed = share * m.num_experts_per_token * (4 * m.hidden_size + 3 * m.expert_ffn_dim // p.etp) if m.num_experts else 0
+    dense = local * (m.hidden_size + 3 * m.dense_ffn_dim // p.tp) if m.num_dense_layers or not m.num_experts else 0
+    return item * (attention + gathered + norms + max(shared + routed if m.num_experts else 0, dense))

@@ -1,0 +1,96 @@
+"""The memory table: parameters against the published shapes, activations against what autograd really keeps, the page as generated."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sov import recipes
+from megatron_sov.config import ParallelConfig, RunConfig, apply_settings
+from megatron_sov.models.count import num_params
+from megatron_sov.plan.memory import account, layer_bytes
+
+ROOT = Path(__file__).parents[2]
+
+
+def config_of(recipe: str, **settings: Any) -> RunConfig:
+    return apply_settings(recipes.get(recipe), [f"{name.replace('__', '.')}={value}" for name, value in settings.items()])
+
+
+def stages_hold_the_whole_model(recipe: str, layout: dict[str, int], num_ranks: int) -> list[int]:
+    """Return [parameters of all stages with all experts, parameters of the model]; runs in a process of its own."""
+    from megatron_sov.mcore.meta import stage_params
+
+    config = config_of(recipe, **{f"parallel__{name}": value for name, value in layout.items()})
+    stages = stage_params(config, num_ranks)
+    count = num_params(config.model)
+    copies = layout["pp"] > 1 and config.model.num_mtp_layers  # the last stage embeds for the prediction layer as well
+    copied = config.model.vocab_size * config.model.hidden_size if copies else 0
+    return [sum(s.dense + s.experts * layout["ep"] for s in stages), count.total + count.mtp + copied]
+
+
+def saved_bytes_of_a_layer() -> list[int]:
+    """Return [bytes that autograd keeps for one more layer, the account of it]."""
+    import torch
+
+    from megatron_sov.mcore import init, world
+    from megatron_sov.mcore.model import ModelInputs, build
+
+    tokens, kept = 512, []
+    config = config_of("tiny-solar-open", train__precision="fp32", train__recompute="false", train__micro_batch_size=1)
+    for layers in (2, 3):
+        settings = apply_settings(config, [f"model.num_layers={layers}"])
+        world.join(ParallelConfig())
+        model = build(settings.model, settings.parallel, settings.train)
+        init.initialise(model, settings.model, 1)
+        weights = {w.untyped_storage().data_ptr() for w in model.parameters()}
+        storages: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor, weights: set[int] = weights, storages: dict[int, int] = storages) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                storages[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        routing = model.config.routing_step
+        routing.seq_len, routing.num_sequences, routing.aux_loss = tokens, 1, {}
+        inputs = ModelInputs(torch.arange(tokens), torch.arange(tokens), torch.tensor([0, tokens], dtype=torch.int32), tokens,
+                             torch.zeros(tokens, dtype=torch.bool))
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model.chunks[0](inputs)
+            kept.append(sum(storages.values()))
+        world.leave()
+    return [kept[1] - kept[0], layer_bytes(config, tokens)]
+
+
+def test_stages_hold_the_model_and_a_layer_what_the_account_says(ranks: Any, job: Any) -> None:
+    here = __file__
+    solar = {"recipe": "solar-open-102b", "layout": {"tp": 1, "pp": 2, "ep": 64}, "num_ranks": 128}
+    exaone = {"recipe": "k-exaone-236b", "layout": {"tp": 1, "pp": 4, "ep": 64}, "num_ranks": 256}
+    results = ranks(job(here, "stages_hold_the_whole_model", 1, solar), job(here, "stages_hold_the_whole_model", 1, exaone),
+                    job(here, "saved_bytes_of_a_layer", 1, {}))
+    for (held, counted), in results[:2]:
+        assert held == counted
+    ((kept, said),) = results[2]
+    assert 0.6 * said < kept < 1.4 * said
+
+
+@pytest.mark.parametrize(("change", "item", "factor"), [
+    ({"parallel__cp": 2}, "layer_inputs", 0.5), ({"parallel__pp": 2}, "layer_inputs", 2.0),
+    ({"train__precision": "fp32"}, "layer_inputs", 2.0), ({"train__head_chunk_tokens": 512}, "head", 0.25),
+    ({"parallel__zero1": "true"}, "optimizer", 1 / 16)])
+def test_each_item_follows_its_setting(change: dict[str, Any], item: str, factor: float) -> None:
+    base = {"parallel__ep": 1, "parallel__zero1": "false"}
+    before, after = (account(config_of("solar-open-102b", **(base | c)), 10**9, 0, 24, 16, 0, 131072) for c in ({}, change))
+    assert getattr(after, item) / getattr(before, item) == pytest.approx(factor)
+
+
+def test_the_page_is_what_the_script_writes() -> None:
+    script = ROOT / "docs" / "generate_memory.py"
+    code = ("import sys, runpy; page = runpy.run_path(sys.argv[1])['page']; sys.stdout.write(page())")
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(script)], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith((ROOT / "docs" / "memory.md").read_text(encoding="utf-8"))
