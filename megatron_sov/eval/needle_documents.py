@@ -23,7 +23,7 @@ LAST_NEEDLE_SHARE = 0.3
 """Part of the documents whose last needle stands right before the questions; without them that place is never learned."""
 
 
-@dataclass(frozen=True, eq=False)  # known by identity: the text it holds has no hash
+@dataclass(frozen=True)
 class NeedleDocuments:
     """Documents of one length (a `data.shards.Documents`)."""
 

@@ -1,4 +1,4 @@
-"""The memory table: parameters against the published shapes, activations against what autograd really keeps, the page as generated."""
+"""The memory table: parameters against published shapes, activations against what autograd really keeps, the page as made."""
 
 from __future__ import annotations
 
