@@ -113,11 +113,6 @@ def distractors_of(kind: NeedleKind, form: NeedleForm, length: int, share: float
     return min(wanted, (length - fixed) // needle_tokens, max(least, keys))
 
 
-def chance(form: NeedleForm) -> float:
-    """Return the probability that blind choices among the words give a value of `single` or `multi-key`; other kinds less."""
-    return 1 / len(form.words) ** PAIR_TOKENS
-
-
 def _one(form: NeedleForm, generator: np.random.Generator, num_distractors: int, test: bool) -> _Plan:
     sentences = form.draw_sentences(generator, test=test)
     keys, values = (form.draw(generator, 1 + num_distractors, test=test) for _ in range(2))

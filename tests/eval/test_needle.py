@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
 
 import pytest
 
-from megatron_sov.cli import main
 from megatron_sov.errors import UserError
 from megatron_sov.eval.haystack import Haystack
 from megatron_sov.eval.intervals import wilson_interval
 from megatron_sov.eval.needle import Engine, NeedleSuite, is_right, result_of, run_suite, table
 from megatron_sov.eval.needle_kinds import Example
 from megatron_sov.eval.needle_text import fill
-from megatron_sov.mcore.cpu import open_door
-from megatron_sov.obs.events import EVENTS, EventLog, read_events
-
-open_door()
 
 
 def answer_by_looking(prompts: list[list[int]], count: int) -> list[list[int]]:
@@ -126,32 +120,6 @@ def test_mistakes_are_named(haystacks: dict[str, Haystack]) -> None:
         make(samples=0)
     with pytest.raises(UserError, match=r"distractor_share = 1\.0 in \[0, 1\)"):
         make(share=1.0)
-
-
-def test_the_command_judges_checkpoints_and_folders_alike(one_rank: None, imported: dict[str, Path], hf_models: dict[str, Path],
-                                                          token_shards: Path, tmp_path: Path, capsys) -> None:
-    EventLog(tmp_path / EVENTS).close()
-    ask = ["--data", str(token_shards), "--lengths", "96", "128", "--depths", "0", "0.9", "--samples", "3",
-           "--run", str(tmp_path)]
-    shown = []
-    for folder in (imported["exaone_moe"], hf_models["exaone_moe"]):
-        assert main(["eval", "needle", str(folder), *ask, "--kinds", "single", "multi-value", "--json"]) == 0
-        shown.append(json.loads(capsys.readouterr().out))
-    assert shown[0] == shown[1]
-    assert {(c["kind"], c["length_tokens"], c["depth"], c["samples"]) for c in shown[0]["cells"]} \
-        == {(kind, length, depth, 3) for kind in ("single", "multi-value") for length in (96, 128) for depth in (0.0, 0.9)}
-    events = list(read_events(tmp_path / EVENTS))
-    assert [(e["event"], e["when"], e["step"], e["cells"]) for e in events] \
-        == [("needle", "eval", step, shown[0]["cells"]) for step in (0, None)]
-    for more, sentence in (
-        (["--nproc", "2"], "--set [] and --nproc 2 are for checkpoints"),
-        (["--text", "latin=x"], "--text latin=x: must be LANGUAGE=FILE"),
-        (["--language", "first=perl"], "--language first=perl: must be SOURCE=LANGUAGE"),
-    ):
-        assert main(["eval", "needle", str(hf_models["exaone_moe"]), *ask, *more]) == 2
-        assert sentence in capsys.readouterr().err
-    assert main(["eval", "needle", str(hf_models["exaone_moe"])]) == 2
-    assert "pass --data DIR or --text LANGUAGE=FILE" in capsys.readouterr().err
 
 
 def test_questions_are_all_that_a_test_may_tell_or_ask(haystacks: dict[str, Haystack]) -> None:
