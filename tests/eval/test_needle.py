@@ -1,4 +1,4 @@
-"""The suite: its cells, its judgement by both ways, and the command."""
+"""The suite: its cells, its judgement by both ways, and its questions."""
 
 from __future__ import annotations
 
