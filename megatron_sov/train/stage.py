@@ -89,9 +89,12 @@ def run_stage(stage: Stage, nproc: int | None) -> bool:
     if stage.folder.completion() is not None:
         _finish_exports(stage)
         return True
+    failure = stage.folder.failure()
     if under_launcher():
+        if failure is not None and os.environ.get("RANK", "0") == "0":
+            print(f"gate: {stage.folder.path}: {failure}", file=sys.stderr, flush=True)
         return False
-    if (failure := stage.folder.failure()) is not None:
+    if failure is not None:
         raise GateFailed(f"{stage.folder.path}: {failure}")
     raise StopRequested(f"{stage.folder.path}: everything is saved; continue with --resume")
 
@@ -198,8 +201,6 @@ def _finish(stage: Stage, trainer: Trainer) -> None:
     if stage.gate is not None and not stage.gate.passed:
         failure = stage.gate.failure()
         _on_main(trainer.world, lambda: stage.folder.fail(failure))
-        if trainer.world.is_main and under_launcher():
-            print(f"gate: {stage.folder.path}: {failure}", file=sys.stderr, flush=True)
         return
     extra = stage.after(trainer) if stage.after is not None else {}
     last = stage.folder.checkpoint(trainer.done.step)
