@@ -7,6 +7,7 @@ hits all of them:
   ours    `train.loop`'s step: data order, objective, schedule, optimizer, events, stop flag
   same    our model and loss on batches that lie ready in memory: library schedule and optimizer step, nothing else
   stock   the library's own GPTModel (its attention, router and loss) on ready batches, as Megatron-LM's train_step does it
+Ratios are medians over turns of ours / it.  CPU time is that of rank 0 with all its threads (data preparation among them).
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def our_step(config: RunConfig, place: world.World, source: Source, folder: Path
         result = trainer.update()
         assert result is not None
         trainer.log(result)
-        stop.agreed()
+        stop.agreed(trainer.saver)
 
     return step
 
@@ -160,20 +161,23 @@ def measure(turns: int, folder: Path) -> None:
     steps = {"ours": our_step(config, place, source, folder), "same": same_model_step(config, place, source),
              "stock": stock_step(config, place)}
     times: dict[str, list[float]] = {name: [] for name in steps}
+    cpu_times: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(turns + WARMUP_TURNS):
         for name, step in steps.items():
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             step()
             if turn >= WARMUP_TURNS:
                 times[name].append(time.perf_counter() - start)
+                cpu_times[name].append(time.process_time() - cpu_start)
     world.leave()
     if place.is_main:
         print(f"\n{place.size} process(es), {turns} steps of {config.train.global_batch_size} x {SEQ_LEN} tokens each")
-        print(f"{'loop':<8}{'median ms':>12}{'ours / it':>12}{'by turns':>12}")
-        for name, taken in times.items():
-            by_turns = statistics.median(o / t for o, t in zip(times["ours"], taken, strict=True))
-            ratio = statistics.median(times["ours"]) / statistics.median(taken)
-            print(f"{name:<8}{1e3 * statistics.median(taken):>12.1f}{ratio:>12.3f}{by_turns:>12.3f}", flush=True)
+        print(f"{'loop':<8}{'wall ms':>12}{'CPU ms':>12}{'ours / it, wall':>18}{'CPU':>8}")
+        for name in steps:
+            wall, cpu_ms = (1e3 * statistics.median(taken[name]) for taken in (times, cpu_times))
+            ratios = (statistics.median(o / t for o, t in zip(taken["ours"], taken[name], strict=True))
+                      for taken in (times, cpu_times))
+            print(f"{name:<8}{wall:>12.1f}{cpu_ms:>12.1f}{next(ratios):>18.3f}{next(ratios):>8.3f}", flush=True)
 
 
 def main() -> None:
