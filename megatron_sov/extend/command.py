@@ -23,6 +23,9 @@ def run(args: argparse.Namespace) -> int:
     stage_config(args, None)
     start = resolve_start(args.start_from, args.run)
     assert start is not None, f"--from is required, it is {args.start_from}"
+    from megatron_sov.mcore.cpu import open_door
+
+    open_door()
     from megatron_sov.extend.stages import planned_stages
 
     stages = planned_stages(args, start)
