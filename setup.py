@@ -22,6 +22,8 @@ INSTALL_REQUIRES = [
     "tokenizers",
     "tiktoken",
     "pyarrow",
+    "pyyaml",
+    "regex",
     "zstandard",
     "safetensors",
     "tqdm",
@@ -38,7 +40,7 @@ EXTRAS = {
     "sentencepiece": ["sentencepiece>=0.2", "protobuf"],
     "dev": [
         "pytest>=8", "pytest-xdist", "hypothesis", "allpairspy", "ruff", "mypy", "setuptools>=77",
-        "regex", "sentencepiece>=0.2", "protobuf", "tensorboard", "wandb", "types-tqdm", "types-psutil",
+        "sentencepiece>=0.2", "protobuf", "tensorboard", "wandb", "types-tqdm", "types-psutil",
     ],
 }
 

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import argparse
-import sys
+import dataclasses
+import os
+import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from tqdm import tqdm
+from megatron_sov.artifacts import ArtifactWriter, disk_errors, new_artifact, refuse_existing, sha256_file, to_json
+from megatron_sov.errors import UserError
+from tokenizer.mixture import MIXTURES, Group, gather_groups
+from tokenizer.presets import CUSTOM, PRESETS, Preset, load_preset
 
-from megatron_sov.artifacts import ArtifactWriter, new_artifact, refuse_existing, sha256_file, to_json
-from tokenizer import bpe
-from tokenizer.corpus import TextInput, count_bytes, parse_input, repeats, sample, training_text
-from tokenizer.hf_files import CONFIG_JSON, TOKENIZER_JSON, tokenizer_config
-from tokenizer.presets import CUSTOM, PRESETS, SMALLEST_VOCAB, Preset, load_preset
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
-HELP = "learn a byte-level BPE tokenizer from text"
-DESCRIPTION = """Learn a byte-level BPE tokenizer from text.
+    from tokenizer.pipeline import Learned, Plan
 
-The vocabulary has exactly the size that you ask for; the same input gives the same file, byte for byte. The k-exaone preset
-trains plain BPE with K-EXAONE's rules (NFC, single digits, its special tokens); superwords, tokens that span words, are not
-part of this command."""
+HELP = "learn a byte-level BPE or SuperBPE tokenizer from text"
+DESCRIPTION = """Learn a byte-level BPE tokenizer from text; with a preset that has superwords, SuperBPE.
+
+The vocabulary has exactly the size that you ask for. The same text gives the same file, byte for byte, whatever the number of
+workers and the order of files. A command that was ended goes on where it was when it is given again."""
+SUPERWORD_SAMPLE_MB = 100
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,61 +33,145 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = DESCRIPTION
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--preset", required=True, metavar="NAME", help=f"the tokenizer's rules: {', '.join([*PRESETS, CUSTOM])}")
-    parser.add_argument("--preset-file", type=Path, metavar="FILE.json", help="the rules of --preset custom")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="the rules of --preset custom, JSON or YAML")
     parser.add_argument("--vocab-size", required=True, type=int, metavar="N",
-                        help=f"number of ids, special ones and bytes included (at least {SMALLEST_VOCAB})")
-    parser.add_argument("--input", required=True, action="append", metavar="PATH[:weight]",
-                        help="a text file, a .jsonl file (field text, or messages) or a folder of them; repeat it. Weighted "
-                             "inputs share their bytes by weight, others are taken as they are")
+                        help="number of ids, special ones and bytes included")
+    parser.add_argument("--input", required=True, action="append", metavar="[NAME=]PATH[:WEIGHT]",
+                        help="a text, .jsonl (field text, or messages) or .parquet file (.gz and .zst too) or a folder of them; "
+                             "repeat it. Inputs of one NAME are one group. Weighted groups share their bytes by weight, by "
+                             "leaving out or repeating text; others are taken as they are")
+    parser.add_argument("--mixture", metavar="NAME", help=f"weights as published, for groups named so: {', '.join(MIXTURES)}")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder for the tokenizer")
+    superwords = parser.add_mutually_exclusive_group()
+    superwords.add_argument("--superword-share", type=float, metavar="SHARE",
+                            help="part of the vocabulary that is learned with words joined (default: the preset's; 0: plain BPE)")
+    superwords.add_argument("--transition-size", type=int, metavar="N", help="the same as a number of ids before words join")
+    parser.add_argument("--max-superword-words", type=int, metavar="N", help="most words in one token (default: the preset's, 4)")
+    parser.add_argument("--superword-sample-mb", type=float, default=SUPERWORD_SAMPLE_MB, metavar="MB",
+                        help="text that superwords are learned from, chosen by hash (default %(default)s)")
+    parser.add_argument("--max-memory-gb", type=float, metavar="GB",
+                        help="bound on memory; the rarest words are left out where they do not fit, and the manifest says so "
+                             "(default: counting goes through the disk, learning takes what the distinct words need)")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
+                        help="processes that read; the result does not depend on it (default: this machine's cores)")
     parser.add_argument("--overwrite", action="store_true", help="replace a tokenizer that is already there")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run `sov-tokenizer train`; returns 0."""
-    preset = load_preset(args.preset, args.preset_file)
-    train_tokenizer(preset, args.vocab_size, [parse_input(i) for i in args.input], args.output, overwrite=args.overwrite)
+    preset = adjusted(load_preset(args.preset, args.config), args)
+    groups = gather_groups(args.input, args.mixture)
+    plan = make_plan(preset, args)
+    refuse_existing(args.output, "tokenizer", args.overwrite)  # before the work, not after it
+    train_tokenizer(plan, groups, args.output, overwrite=args.overwrite)
     return 0
 
 
-def train_tokenizer(preset: Preset, vocab_size: int, sources: list[TextInput], output: Path, *, overwrite: bool = False) -> None:
+def adjusted(preset: Preset, args: argparse.Namespace) -> Preset:
+    """Return the preset with what the command line says about superwords.
+
+    Raises:
+        UserError: superwords are asked for where the preset has no pattern for them, or a number is out of range.
+    """
+    for option, value in (("--superword-share", args.superword_share), ("--transition-size", args.transition_size),
+                          ("--max-superword-words", args.max_superword_words)):
+        if value and not preset.superword_pattern:
+            raise UserError(f"{option} {value}: preset {preset.name} has no superword_pattern; use --preset k-exaone, or add one "
+                            "to your own rules")
+    if args.max_superword_words is not None:
+        if args.max_superword_words < 2:
+            raise UserError(f"--max-superword-words {args.max_superword_words}: must be at least 2; for no superwords use "
+                            "--superword-share 0")
+        preset = dataclasses.replace(preset, max_superword_words=args.max_superword_words)
+    if args.superword_share is not None:
+        if not 0 <= args.superword_share < 1:
+            raise UserError(f"--superword-share {args.superword_share}: must lie between 0 and 1, e.g. 0.2")
+        preset = dataclasses.replace(preset, superword_share=args.superword_share)
+    if args.transition_size is not None:
+        if not preset.smallest_vocab <= args.transition_size <= args.vocab_size:
+            raise UserError(f"--transition-size {args.transition_size}: must lie between {preset.smallest_vocab} (special ids "
+                            f"and bytes) and --vocab-size {args.vocab_size}")
+        preset = dataclasses.replace(preset, superword_share=1 - args.transition_size / args.vocab_size)
+    return preset if preset.superword_share else dataclasses.replace(preset, superword_pattern="")
+
+
+def make_plan(preset: Preset, args: argparse.Namespace) -> Plan:
+    """Return what to learn.
+
+    Raises:
+        UserError: a number is out of range, or a pattern is no regular expression.
+    """
+    from tokenizer.pipeline import SMALLEST_MEMORY_GB, Plan
+    from tokenizer.splitting import check_coverage, oniguruma
+
+    if args.vocab_size < preset.smallest_vocab:
+        raise UserError(f"--vocab-size {args.vocab_size}: must be at least {preset.smallest_vocab} "
+                        f"({preset.num_special_ids} special ids + 256 bytes)")
+    if args.max_memory_gb is not None and not args.max_memory_gb >= SMALLEST_MEMORY_GB:
+        raise UserError(f"--max-memory-gb {args.max_memory_gb:g}: must be at least {SMALLEST_MEMORY_GB:g}")
+    if args.workers < 1:
+        raise UserError(f"--workers {args.workers}: must be at least 1")
+    if not args.superword_sample_mb > 0:
+        raise UserError(f"--superword-sample-mb {args.superword_sample_mb:g}: must be positive")
+    for pattern in {preset.split_pattern, preset.final_pattern}:
+        oniguruma(pattern, preset.name)
+        if preset.name not in PRESETS:  # those are known to be whole
+            check_coverage(pattern, preset.name)
+    transition = max(round(args.vocab_size * (1 - preset.superword_share)), preset.smallest_vocab)
+    memory_bytes = None if args.max_memory_gb is None else round(args.max_memory_gb * 1e9)
+    work = args.output.with_name(f".{args.output.name}.work")
+    return Plan(preset, args.vocab_size, transition, round(args.superword_sample_mb * 1e6), memory_bytes, args.workers, work)
+
+
+def train_tokenizer(plan: Plan, groups: list[Group], output: Path, *, overwrite: bool = False) -> None:
     """Train a tokenizer and write it as an artifact of kind "tokenizer".
 
     Raises:
-        UserError: unreadable input, a vocabulary that cannot be reached, or an output that may not be replaced.
+        UserError: unreadable input, a vocabulary that cannot be reached, or an output that may not be replaced; no output is
+            written then, and what is counted is kept for the next try.
     """
-    refuse_existing(output, "tokenizer", overwrite)  # before the work, not after it
+    from tokenizer.hf_files import finished
+    from tokenizer.pipeline import learn
+
     started_s = time.monotonic()
-    num_bytes = [count_bytes(source) for source in sources]
-    factors = repeats(sources, num_bytes)
-    for source, size_bytes, factor in zip(sources, num_bytes, factors, strict=True):
-        print(f"{source.path}: {size_bytes / 1e6:.2f} MB of text" + (f", seen {factor:.2f} times" if source.weight else ""))
-    total_bytes = round(sum(n * f for n, f in zip(num_bytes, factors, strict=True)))
-    with tqdm(total=total_bytes, desc="reading", unit="B", unit_scale=True) as bar:
-        trained = bpe.train(preset, vocab_size, training_text(sources, factors, bar.update), show_progress=sys.stderr.isatty())
-    print(f"{vocab_size} tokens learned in {time.monotonic() - started_s:.1f} s")
-    ratios = {}
-    for source, size_bytes in zip(sources, num_bytes, strict=True):
-        ratios[str(source.path)] = bpe.bytes_per_token(trained, sample(source, size_bytes))
-        print(f"{source.path}: {ratios[str(source.path)]:.3f} bytes per token")
+    with disk_errors(plan.work):
+        plan.work.mkdir(parents=True, exist_ok=True)
+    learned = learn(plan, groups)
+    print(f"{plan.vocab_size} tokens learned in {time.monotonic() - started_s:.1f} s")
+    trained = finished(plan.preset, learned.vocabulary)
     with new_artifact(output, "tokenizer", overwrite=overwrite) as artifact:
-        _write(artifact, trained, preset)
-        artifact.content |= {"vocab_size": vocab_size, "bytes_per_token": ratios}
-        artifact.settings = {"preset": preset, "vocab_size": vocab_size, "min_frequency": bpe.MIN_FREQUENCY, "inputs": [
-            {"path": s.path, "weight": s.weight, "num_bytes": n, "times_seen": f}
-            for s, n, f in zip(sources, num_bytes, factors, strict=True)]}
+        _write(artifact, trained, plan, learned)
+    # first their name, so that a kill on the way leaves no torn counts that a later command would trust
+    doomed = output.with_name(f".{output.name}.tmp-{os.getpid()}")
+    os.rename(plan.work, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
     print(f"wrote {output}")
 
 
-def _write(artifact: ArtifactWriter, trained: Any, preset: Preset) -> None:
-    """Write the two Hugging Face files and the manifest's facts about them."""
-    trained.encode_special_tokens = False
+def _write(artifact: ArtifactWriter, trained: Tokenizer, plan: Plan, learned: Learned) -> None:
+    """Write the two Hugging Face files, check them, and state the facts in the manifest."""
+    from tokenizer.hf_files import CONFIG_JSON, TOKENIZER_JSON, tokenizer_config
+    from tokenizer.self_check import check
+
+    preset = plan.preset
     trained.save(str(artifact.path / TOKENIZER_JSON), pretty=False)
     (artifact.path / CONFIG_JSON).write_text(to_json(tokenizer_config(preset)), encoding="utf-8")
+    samples = learned.samples
+    checked = check(trained, preset, learned.vocabulary, learned.stage_1_tokens, artifact.path, list(samples.values()))
+    print(checked.sentence)
+    ratios = dict(zip(samples, checked.bytes_per_token, strict=True))
+    for name, ratio in ratios.items():
+        print(f"{name}: {ratio:.3f} bytes per token")
     artifact.content = {
         "preset": preset.name,
         "tokenizer_sha256": sha256_file(artifact.path / TOKENIZER_JSON),
         "bos_id": preset.special_tokens[preset.bos_token],
         "eos_id": preset.special_tokens[preset.eos_token],
         "pad_id": preset.special_tokens[preset.pad_token],
+        "vocab_size": plan.vocab_size,
+        "num_superwords": learned.vocabulary.num_superwords(),
+        "bytes_per_token": ratios,
+        "checked": checked.sentence,
     }
+    artifact.settings = {"preset": preset, "vocab_size": plan.vocab_size, "transition_size": plan.transition_size,
+                         "max_memory_bytes": plan.max_memory_bytes, "groups": learned.facts, "stages": learned.stages}

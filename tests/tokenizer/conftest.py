@@ -1,14 +1,25 @@
-"""Small tokenizers made merge by merge, so that a test can plant a defect in one of them."""
+"""Small tokenizers made merge by merge, with planted defects; vocabularies learned in memory, and the textbook's loop."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import regex
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from tokenizer.hf_files import finished
+from tokenizer.learning import learn_superwords, learn_words
+from tokenizer.presets import NUM_BYTES, Preset
+from tokenizer.splitting import Splitter
+from tokenizer.vocabulary import Vocabulary
+from tokenizer.words import WordTable
 
 SPLIT = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+"
 GAP = "Ġ"  # a space in the byte-level alphabet
@@ -59,3 +70,113 @@ def nfc() -> Any:
 def dropping() -> Any:
     """Return a normalizer that loses a character."""
     return normalizers.Replace("ß", "")
+
+
+Pair = tuple[bytes, bytes]
+
+
+def table_of(words: Counter[bytes]) -> WordTable:
+    """Return a table of words, the most frequent first."""
+    found = sorted(words.items(), key=lambda e: -e[1])
+    return WordTable(np.frombuffer(b"".join(w for w, _ in found), np.uint8), np.array([len(w) for w, _ in found], np.int64),
+                     np.array([n for _, n in found], np.int64), 1, 0, 0.0)
+
+
+@pytest.fixture(scope="session")
+def learn() -> Callable[..., Vocabulary]:
+    """Return `learn(preset, num_tokens, texts, transition=None)`: bytes and merges of a preset, without special tokens."""
+    def learn(preset: Preset, num_tokens: int, texts: Iterable[str], transition: int | None = None) -> Vocabulary:
+        vocabulary = Vocabulary(num_tokens, preset.max_token_bytes)
+        texts = list(texts)
+
+        def count(pattern: str) -> WordTable:
+            splitter = Splitter(preset, pattern)
+            return table_of(Counter(piece.encode() for text in texts for piece in splitter.split(splitter.normalize(text))))
+
+        learn_words(count(preset.split_pattern), vocabulary, transition or num_tokens, preset, lambda n: None)
+        if transition:
+            learn_superwords(count(preset.final_pattern), vocabulary, num_tokens, preset.max_superword_words, lambda n: None)
+        return vocabulary
+
+    return learn
+
+
+@pytest.fixture(scope="session")
+def tokenizer_of(learn: Callable[..., Vocabulary]) -> Callable[..., Tokenizer]:
+    """Return `tokenizer_of(preset, vocab_size, texts)`: a finished tokenizer that takes special tokens as text."""
+    def tokenizer_of(preset: Preset, vocab_size: int, texts: Iterable[str]) -> Tokenizer:
+        trained = finished(preset, learn(preset, vocab_size - preset.num_special_ids, texts))
+        trained.encode_special_tokens = True
+        return trained
+
+    return tokenizer_of
+
+
+class BruteForce:
+    """BPE as the textbook has it: count all pairs, merge the best, again.
+
+    The best is the most frequent; of equal ones that of the lower left id, then of the lower right one.  Ids follow the
+    characters by which `tokenizers` spells bytes, then the order of the merges.
+    """
+
+    def __init__(self, alphabet: list[bytes], max_token_bytes: int) -> None:
+        self.ids = {b: i for i, b in enumerate(alphabet)}
+        self.merges: list[Pair] = []
+        self.max_token_bytes = max_token_bytes
+
+    def encode(self, word: bytes) -> tuple[bytes, ...]:
+        """Apply all merges in their order."""
+        parts = tuple(bytes([b]) for b in word)
+        for pair in self.merges:
+            parts = self._join(parts, pair)
+        return parts
+
+    def learn(self, words: Counter[tuple[bytes, ...]], num_tokens: int,
+              allowed: Callable[[bytes], bool] = lambda token: True) -> None:
+        """Merge until there are `num_tokens` tokens or every pair occurs less than twice."""
+        while len(self.ids) < num_tokens:
+            pairs: Counter[Pair] = Counter()
+            for word, times in words.items():
+                for pair in pairwise(word):
+                    pairs[pair] += times
+            best = min(((-n, self.ids[a], self.ids[b], (a, b)) for (a, b), n in pairs.items()
+                        if n >= 2 and len(a + b) <= self.max_token_bytes and allowed(a + b)), default=None)
+            if best is None:
+                return
+            self.merges.append(best[3])
+            self.ids[b"".join(best[3])] = len(self.ids)
+            merged: Counter[tuple[bytes, ...]] = Counter()
+            for word, times in words.items():
+                merged[self._join(word, best[3])] += times
+            words = merged
+
+    @staticmethod
+    def _join(word: tuple[bytes, ...], pair: Pair) -> tuple[bytes, ...]:
+        out, i = [], 0
+        while i < len(word):
+            if word[i : i + 2] == pair:
+                out.append(word[i] + word[i + 1])
+                i += 2
+            else:
+                out.append(word[i])
+                i += 1
+        return tuple(out)
+
+
+@pytest.fixture(scope="session")
+def brute_force() -> Callable[..., list[Pair]]:
+    """Return `brute_force(preset, num_tokens, texts, transition=None)`: the merges by the textbook, of both stages."""
+    def brute_force(preset: Preset, num_tokens: int, texts: list[str], transition: int | None = None) -> list[Pair]:
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that are spelled by their own character
+        alphabet = [bytes([b]) for b in printable] + [bytes([b]) for b in range(NUM_BYTES) if b not in printable]
+        book = BruteForce(alphabet, preset.max_token_bytes)
+        words = Counter(m.group().encode() for t in texts for m in regex.finditer(preset.split_pattern, t))
+        book.learn(Counter({tuple(bytes([b]) for b in w): n for w, n in words.items()}), transition or num_tokens)
+        if transition:
+            whole = Counter(m.group().encode() for t in texts for m in regex.finditer(preset.superword_pattern, t))
+            limit = preset.max_superword_words
+            book.learn(Counter({book.encode(w): n for w, n in whole.items()}), num_tokens,
+                       lambda token: len(token.decode(errors="replace").split()) <= limit)
+        return book.merges
+
+    return brute_force

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_sov.errors import UserError
-from tokenizer.bpe import untrained
-from tokenizer.presets import K_EXAONE, NUM_SPECIAL_IDS, PRESETS, SOLAR_OPEN, Preset, load_preset
+from tokenizer.presets import K_EXAONE, PRESETS, SOLAR_OPEN, Preset, load_preset
+from tokenizer.splitting import untrained
 
 
 def test_published_ids() -> None:
@@ -22,7 +22,7 @@ def test_published_ids() -> None:
     assert [solar[i] for i in (20, 21, 22, 23, 24, 25, 30)] == [
         "<|begin|>", "<|end|>", "<|think|>", "<|content|>", "<|flush|>", "<|calls|>", "<|tool_calls|>"]
     assert [exaone.index(t) for t in (K_EXAONE.pad_token, K_EXAONE.bos_token, K_EXAONE.eos_token)] == [0, 1, 53]
-    assert solar[40] == "<|reserved_40|>" and len(set(solar)) == len(set(exaone)) == NUM_SPECIAL_IDS
+    assert solar[40] == "<|reserved_40|>" and len(set(solar)) == len(set(exaone)) == SOLAR_OPEN.num_special_ids == 64
 
 
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS.keys())
@@ -31,13 +31,7 @@ def test_published_ids() -> None:
 def test_splits_are_those_of_the_pattern_in_another_regex_engine(preset: Preset, text: str) -> None:
     split = untrained(preset).pre_tokenizer.__getitem__(0)
     found = [piece for piece, _ in split.pre_tokenize_str(text)]
-    assert found == [m.group() for m in regex.finditer(preset.split_pattern, text) if m.group()]
-
-
-def test_digits_stand_alone() -> None:
-    for preset in PRESETS.values():
-        split = untrained(preset).pre_tokenizer.__getitem__(0)
-        assert [p for p, _ in split.pre_tokenize_str("in 2026")] == ["in", " ", "2", "0", "2", "6"]
+    assert found == [m.group() for m in regex.finditer(preset.final_pattern, text) if m.group()]
 
 
 def test_a_custom_preset_comes_from_a_file(tmp_path: Path) -> None:
@@ -53,6 +47,12 @@ def test_a_custom_preset_comes_from_a_file(tmp_path: Path) -> None:
     ({"normalization": "NFKC"}, "normalization"),
     ({"colour": "red"}, "colour"),
     ({"max_token_bytes": 0}, "must be at least 2"),
+    ({"superword_share": 1.0}, "superword_share = 1.0 must lie between 0 and 1"),
+    ({"superword_share": 0.2, "superword_pattern": ""}, "needs a superword_pattern"),
+    ({"max_superword_words": 1}, "max_superword_words = 1 must be at least 2"),
+    ({"special_tokens": {**SOLAR_OPEN.special_tokens, "<|reserved_9|>": 10}}, "the name of another reserved id"),
+    ({"special_tokens": {**SOLAR_OPEN.special_tokens, "": 10}}, "an empty name"),
+    ({"digits": "single"}, "has split_pattern and digits"),
 ])
 def test_bad_rules_are_named(tmp_path: Path, change: dict[str, object], rule: str) -> None:
     file = tmp_path / "rules.json"
@@ -64,12 +64,51 @@ def test_bad_rules_are_named(tmp_path: Path, change: dict[str, object], rule: st
 def test_unknown_and_misplaced_presets(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="did you mean 'solar-open'"):
         load_preset("solar", None)
-    with pytest.raises(UserError, match="needs --preset-file"):
+    with pytest.raises(UserError, match="needs --config"):
         load_preset("custom", None)
     with pytest.raises(UserError, match="belongs to --preset custom"):
         load_preset("solar-open", tmp_path / "rules.json")
     with pytest.raises(UserError, match="cannot be read"):
         load_preset("custom", tmp_path / "rules.json")
     (tmp_path / "rules.json").write_text("{")
-    with pytest.raises(UserError, match="is not a JSON object"):
+    with pytest.raises(UserError, match="Expecting property name"):
+        load_preset("custom", tmp_path / "rules.json")
+    (tmp_path / "rules.json").write_text("[1]")
+    with pytest.raises(UserError, match="holds a list, must be one object"):
+        load_preset("custom", tmp_path / "rules.json")
+
+
+def test_a_name_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "rules.json"
+    file.write_text('{"special_tokens": {"<s>": 0, "</s>": 1, "<s>": 2}}')
+    with pytest.raises(UserError, match="names '<s>' twice"):
+        load_preset("custom", file)
+    file = tmp_path / "rules.yaml"
+    file.write_text("special_tokens:\n  <s>: 0\n  <s>: 2\n")
+    with pytest.raises(UserError, match="names '<s>' twice"):
+        load_preset("custom", file)
+    file.write_text("a: [")
+    with pytest.raises(UserError, match="is not YAML"):
+        load_preset("custom", file)
+
+
+def test_yaml_is_read_as_json_is(tmp_path: Path) -> None:
+    rules = {**asdict(K_EXAONE), "name": "mine"}
+    (tmp_path / "rules.json").write_text(json.dumps(rules))
+    (tmp_path / "rules.yaml").write_text(json.dumps(rules))  # JSON is YAML
+    assert load_preset("custom", tmp_path / "rules.yaml") == load_preset("custom", tmp_path / "rules.json")
+
+
+@pytest.mark.parametrize(("digits", "whitespace", "found"), [
+    ("single", "runs", ["a", "  \n\n", " ", "1", "2", "3", "4", "5", "!"]),
+    ("triples", "single", ["a", " ", " ", "\n", "\n", " ", "123", "45", "!"]),
+    ("runs", "runs", ["a", "  \n\n", " ", "12345", "!"]),
+])
+def test_rules_for_digits_and_whitespace(tmp_path: Path, digits: str, whitespace: str, found: list[str]) -> None:
+    rules = {k: v for k, v in asdict(SOLAR_OPEN).items() if k != "split_pattern"}
+    (tmp_path / "rules.json").write_text(json.dumps({**rules, "digits": digits, "whitespace": whitespace}))
+    split = untrained(load_preset("custom", tmp_path / "rules.json")).pre_tokenizer.__getitem__(0)
+    assert [p for p, _ in split.pre_tokenize_str("a  \n\n 12345!")] == [p for p in found if p]
+    (tmp_path / "rules.json").write_text(json.dumps({**rules, "digits": "pairs"}))
+    with pytest.raises(UserError, match="digits = 'pairs' must be one of single, triples, runs"):
         load_preset("custom", tmp_path / "rules.json")

@@ -1,17 +1,23 @@
-"""`sov-tokenizer train`: the artifact, as transformers loads it, and the command's manners."""
+"""`sov-tokenizer train`: the artifact, as transformers loads it, the same file by every way, and the command's manners."""
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
+import os
+import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
 
 from megatron_sov.artifacts import read_manifest
+from tokenizer import pipeline
 from tokenizer.cli import main
 
 PROSE = "The quick brown fox jumps over the lazy dog. 다람쥐 헌 쳇바퀴에 타고파. " * 40
@@ -27,8 +33,12 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(preset: str, corpus: Path, output: Path, *more: str) -> int:
-    return main(["train", "--preset", preset, "--vocab-size", "384", "--input", f"{corpus / 'prose.txt'}:1",
-                 "--input", f"{corpus / 'more.jsonl'}:1", "--output", str(output), *more])
+    return main(["train", "--preset", preset, "--vocab-size", "384", "--input", f"prose={corpus / 'prose.txt'}:1",
+                 "--input", f"more={corpus / 'more.jsonl'}:1", "--output", str(output), *more])
+
+
+def tokenizer_sha256(folder: Path) -> str:
+    return hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
 
 
 @pytest.fixture(scope="module", params=["solar-open", "k-exaone"])
@@ -39,13 +49,18 @@ def trained(request: pytest.FixtureRequest, corpus: Path, tmp_path_factory: pyte
 
 
 def test_manifest_states_the_facts(trained: Path) -> None:
-    content = read_manifest(trained, "tokenizer").content
+    manifest = read_manifest(trained, "tokenizer")
+    content = manifest.content
     assert content["vocab_size"] == 384
-    assert content["tokenizer_sha256"] == hashlib.sha256((trained / "tokenizer.json").read_bytes()).hexdigest()
+    assert content["tokenizer_sha256"] == tokenizer_sha256(trained)
     expected = {"solar-open": (1, 2, 2), "k-exaone": (1, 53, 0)}[content["preset"]]
     assert (content["bos_id"], content["eos_id"], content["pad_id"]) == expected
-    assert [Path(p).name for p in content["bytes_per_token"]] == ["prose.txt", "more.jsonl"]
+    assert list(content["bytes_per_token"]) == ["more", "prose"]
     assert all(ratio > 1.2 for ratio in content["bytes_per_token"].values())
+    assert "tiktoken and transformers give the same ids" in content["checked"]
+    assert (content["num_superwords"] > 10) == (content["preset"] == "k-exaone")
+    assert [(g["group"], g["weight"]) for g in manifest.settings["groups"]] == [("more", 1), ("prose", 1)]
+    assert [s["dropped_words"] for s in manifest.settings["stages"]] == [0] * (2 if content["preset"] == "k-exaone" else 1)
 
 
 def test_transformers_loads_it_and_adds_nothing(trained: Path) -> None:
@@ -70,26 +85,120 @@ def test_chat_template(trained: Path) -> None:
     }[read_manifest(trained).content["preset"]]
 
 
-def test_the_same_input_gives_the_same_file_in_another_process(trained: Path, corpus: Path, tmp_path: Path) -> None:
-    preset = read_manifest(trained).content["preset"]
-    command = [sys.executable, "-m", "tokenizer.cli", "train", "--preset", preset, "--vocab-size", "384", "--input",
-               f"{corpus / 'prose.txt'}:1", "--input", f"{corpus / 'more.jsonl'}:1", "--output", str(tmp_path / "again")]
-    subprocess.run(command, check=True, capture_output=True, env={"RAYON_NUM_THREADS": "1"}, cwd=Path(__file__).parents[2])
-    assert (tmp_path / "again/tokenizer.json").read_bytes() == (trained / "tokenizer.json").read_bytes()
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some 4 MB in three files, which two workers share: lines drawn from a few hundred."""
+    folder, drawn = tmp_path_factory.mktemp("large"), random.Random(5)
+    words = ["".join(drawn.choices("abcdefghijklmnop가나다라마", k=drawn.randint(2, 9))) for _ in range(3000)]
+    lines = [json.dumps({"text": " ".join(drawn.choices(words, k=90))}) for _ in range(300)]
+    for i in range(3):
+        (folder / f"{i}.jsonl").write_text("\n".join(drawn.choices(lines, k=4000 - 1000 * i)))
+    return folder
 
 
-def test_mistakes_cost_one_sentence_and_leave_nothing(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def train_large(folder: Path, output: Path, *more: str) -> list[str]:
+    inputs = [f"a={folder / '0.jsonl'}:2", f"b={folder / '1.jsonl'}:1", f"b={folder / '2.jsonl'}"]
+    return ["train", "--preset", "k-exaone", "--vocab-size", "1000", *(word for i in inputs for word in ("--input", i)),
+            "--superword-sample-mb", "1", "--output", str(output), *more]
+
+
+@pytest.fixture
+def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Units and workers as for much more text."""
+    monkeypatch.setattr(pipeline, "UNIT_BYTES", 300_000)
+    monkeypatch.setattr(pipeline, "WORKER_BYTES", 300_000)
+
+
+@pytest.fixture(scope="module")
+def large_sha256(large: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    output = tmp_path_factory.mktemp("out") / "tokenizer"
+    assert main(train_large(large, output, "--workers", "1")) == 0
+    return tokenizer_sha256(output)
+
+
+@pytest.mark.usefixtures("small_units")
+def test_workers_file_names_order_and_memory_do_not_matter(large: Path, large_sha256: str, tmp_path: Path) -> None:
+    other = tmp_path / "other"  # the same text, its lines in another order, in files of other names, one compressed
+    other.mkdir()
+    for i, name in ((0, "0.jsonl"), (1, "2.jsonl"), (2, "1.jsonl")):
+        lines = (large / f"{i}.jsonl").read_text().splitlines()
+        (other / name).write_text("\n".join(reversed(lines)))
+    (other / "1.jsonl.gz").write_bytes(gzip.compress((other / "1.jsonl").read_bytes(), 1))
+    arguments = [a.replace("/2.jsonl", "/1.jsonl.gz") if a.startswith("b=") and a.endswith("2.jsonl") else
+                 a.replace("/1.jsonl:", "/2.jsonl:") for a in train_large(other, tmp_path / "t")]
+    assert main([*arguments, "--workers", "2", "--max-memory-gb", "2"]) == 0
+    assert tokenizer_sha256(tmp_path / "t") == large_sha256
+
+
+@pytest.mark.usefixtures("small_units")
+def test_a_killed_command_goes_on_to_the_same_file(large: Path, large_sha256: str, tmp_path: Path) -> None:
+    small = "import sys, tokenizer.pipeline as p; p.UNIT_BYTES = 300_000; from tokenizer.cli import main; main(sys.argv[1:])"
+    work, command = tmp_path / ".t.work", [sys.executable, "-c", small, *train_large(large, tmp_path / "t", "--workers", "1")]
+    root = Path(__file__).parents[2]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=root) as process:
+        deadline_s = time.monotonic() + 120
+        while not list(work.glob("*.arrow")) and process.poll() is None and time.monotonic() < deadline_s:
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL and not (tmp_path / "t").exists()
+    counted = len(list(work.glob("*.json")))
+    assert counted < 12  # of more units
+    assert main(train_large(large, tmp_path / "t")) == 0
+    assert tokenizer_sha256(tmp_path / "t") == large_sha256
+    assert [p.name for p in tmp_path.iterdir()] == ["t"]
+
+
+def test_mistakes_cost_one_sentence_and_write_nothing(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "new"
-    base = ["train", "--preset", "solar-open", "--output", str(output)]
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "tiny.txt").write_text("tiny")
+    (tmp_path / "latin.txt").write_bytes("für".encode("latin-1"))
+    base = ["train", "--output", str(output)]
+    small = ["--vocab-size", "384", "--input", str(corpus)]
+    solar, exaone = ["--preset", "solar-open"], ["--preset", "k-exaone"]
     mistakes = {
-        "error: --vocab-size 9000: the text is too small": ["--vocab-size", "9000", "--input", str(corpus)],
-        f"error: {tmp_path}/none: does not exist": ["--vocab-size", "384", "--input", f"{tmp_path}/none"],
-        "error: --input 'x:0': weight 0 must be": ["--vocab-size", "384", "--input", "x:0"],
+        "error: --vocab-size 9000: the text is too small for it, only": [*solar, "--vocab-size", "9000", "--input", str(corpus)],
+        "(pairs must occur at least 2 times); give it about": [*exaone, "--vocab-size", "9000", "--input", str(corpus)],
+        "error: --vocab-size 300: must be at least 320": [*solar, "--vocab-size", "300", "--input", str(corpus)],
+        f"error: {tmp_path}/none: does not exist": [*solar, "--vocab-size", "384", "--input", f"{tmp_path}/none"],
+        "error: --input 'x:0': weight 0 must be": [*solar, "--vocab-size", "384", "--input", "x:0"],
+        "empty.txt holds no text": [*solar, *small, "--input", f"{tmp_path}/empty.txt"],
+        "latin.txt: is not UTF-8 (byte 0xfc at offset 1)": [*solar, *small, "--input", f"{tmp_path}/latin.txt"],
+        "asks for its": [*solar, "--vocab-size", "384", "--input", f"{corpus}/prose.txt:1", "--input", f"{tmp_path}/tiny.txt:1"],
+        "--superword-share 0.2: preset solar-open has no superword_pattern": [*solar, *small, "--superword-share", "0.2"],
+        "--superword-share 1.0: must lie between 0 and 1": [*exaone, *small, "--superword-share", "1"],
+        "--transition-size 100: must lie between 320": [*exaone, *small, "--transition-size", "100"],
+        "--max-superword-words 1: must be at least 2": [*exaone, *small, "--max-superword-words", "1"],
+        "--superword-sample-mb 0: must be positive": [*exaone, *small, "--superword-sample-mb", "0"],
+        "--max-memory-gb 0.5: must be at least 1": [*solar, *small, "--max-memory-gb", "0.5"],
+        "--workers 0: must be at least 1": [*solar, *small, "--workers", "0"],
+        "--mixture k-exaone: has no group": [*exaone, *small, "--mixture", "k-exaone"],
     }
     for sentence, arguments in mistakes.items():
-        assert main([*base, *arguments]) == 2
-        assert sentence in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
+        assert main([*base, *arguments]) == 2, sentence
+        error = capsys.readouterr().err
+        assert sentence in error and "Traceback" not in error
+    assert not output.exists()
+
+
+def test_superwords_are_as_many_as_asked_for(corpus: Path, tmp_path: Path) -> None:
+    assert train("k-exaone", corpus, tmp_path / "none", "--superword-share", "0") == 0
+    assert read_manifest(tmp_path / "none").content["num_superwords"] == 0
+    assert train("k-exaone", corpus, tmp_path / "by-size", "--transition-size", "350", "--max-superword-words", "2") == 0
+    manifest = read_manifest(tmp_path / "by-size")
+    assert manifest.settings["transition_size"] == 350 and 0 < manifest.content["num_superwords"] <= 34
+    vocab = json.loads((tmp_path / "by-size/tokenizer.json").read_text())["model"]["vocab"]
+    assert max(token.strip("Ġ").count("Ġ") for token in vocab) == 1
+
+
+def test_rules_of_ones_own(corpus: Path, tmp_path: Path) -> None:
+    rules = {"digits": "triples", "normalization": "none", "special_tokens": {"<s>": 0, "</s>": 3}, "num_special_ids": 4,
+             "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", "chat_template": "", "max_token_bytes": 12}
+    (tmp_path / "rules.json").write_text(json.dumps(rules))
+    assert main(["train", "--preset", "custom", "--config", str(tmp_path / "rules.json"), "--vocab-size", "300", "--input",
+                 str(corpus), "--output", str(tmp_path / "t")]) == 0
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "t")
+    assert loaded.convert_ids_to_tokens([0, 1, 3, 4]) == ["<s>", "<|reserved_1|>", "</s>", "!"] and len(loaded) == 300
 
 
 def test_an_existing_one_is_replaced_only_on_request(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

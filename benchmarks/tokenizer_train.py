@@ -1,0 +1,249 @@
+"""Training a tokenizer: its cost beside Hugging Face `tokenizers` and sentencepiece on the same text, and what superwords bring.
+
+    python benchmarks/tokenizer_train.py --text FOLDER [--sentencepiece-python PYTHON] [--bounded-gb 5]
+
+FOLDER holds one `<language>.jsonl` (field `text`) for each language.  Every 50th document, by a hash, is held out.  CPU
+seconds are compared, those of all processes; memory is the largest sum of resident memory over a command's processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import random
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from megatron_sov.artifacts import read_manifest
+
+SOLAR, EXAONE = ("solar-open", 196_608), ("k-exaone", 153_600)
+HELD_OUT_OF = 50
+PERTURBED_SHARE = 0.02
+
+HUGGING_FACE = """
+import json, sys
+from pathlib import Path
+from tokenizers import Tokenizer, trainers, pre_tokenizers, models
+from megatron_sov.documents import list_files, read_documents
+from tokenizer.mixture import pieces
+from tokenizer.presets import PRESETS
+from tokenizer.splitting import untrained
+preset = PRESETS[sys.argv[1]]
+t = untrained(preset, preset.split_pattern)
+trainer = trainers.BpeTrainer(vocab_size=int(sys.argv[2]) - preset.num_special_ids, min_frequency=2, show_progress=False,
+    max_token_length=preset.max_token_bytes + 1, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+texts = (piece.text for document in read_documents(list_files(Path(sys.argv[3]))) for piece in pieces(document))
+t.train_from_iterator(texts, trainer)
+t.save(sys.argv[4])
+"""
+
+SENTENCEPIECE = """
+import json, sys, pathlib, sentencepiece
+lines = (line for f in sorted(pathlib.Path(sys.argv[2]).glob("*.jsonl")) for r in open(f, encoding="utf-8")
+         for line in json.loads(r)["text"].split("\\n") if line)
+sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_prefix=sys.argv[3], model_type="bpe",
+    vocab_size=int(sys.argv[1]), byte_fallback=True, split_digits=True, character_coverage=0.9995, num_threads=2,
+    normalization_rule_name="identity", remove_extra_whitespaces=False, max_sentence_length=100000, minloglevel=2)
+"""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a command took."""
+
+    cpu_s: float
+    """User and system time of all its processes."""
+    wall_s: float
+    """Time on the clock."""
+    peak_gb: float
+    """Largest sum of resident memory over its processes."""
+
+
+def measured(command: list[str]) -> Cost:
+    """Run a command to its end and return its cost."""
+    start_s, peaks, done = time.monotonic(), [0], threading.Event()
+
+    def watch(pid: int) -> None:
+        while not done.wait(0.2):
+            try:
+                parent = psutil.Process(pid)
+                peaks.append(sum(p.memory_info().rss for p in [parent, *parent.children(recursive=True)]))
+            except psutil.NoSuchProcess:
+                continue
+
+    with tempfile.TemporaryFile() as output:
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+        watcher = threading.Thread(target=watch, args=(process.pid,))
+        watcher.start()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        done.set()
+        watcher.join()
+        if process.returncode:
+            output.seek(0)
+            raise SystemExit(f"{command[:4]}: exit code {process.returncode}\n{output.read().decode()[-2000:]}")
+    return Cost(usage.ru_utime + usage.ru_stime, time.monotonic() - start_s, max(max(peaks) / 1e9, usage.ru_maxrss / 1e6))
+
+
+def train_command(preset: str, vocab_size: int, text: Path, output: Path, *more: str) -> list[str]:
+    """Return our command for all languages of a folder, as they are."""
+    inputs = [word for f in sorted(text.glob("*.jsonl")) for word in ("--input", f"{f.stem}={f}")]
+    return [sys.executable, "-m", "tokenizer.cli", "train", "--preset", preset, "--vocab-size", str(vocab_size), *inputs,
+            "--output", str(output), *more]
+
+
+def split(source: Path, work: Path) -> dict[str, int]:
+    """Write documents to `train` and `held`; returns the bytes of text to train on of each language."""
+    sizes = {}
+    for name in ("train", "held"):
+        (work / name).mkdir()
+    for file in sorted(source.glob("*.jsonl")):
+        with open(work / "train" / file.name, "w") as train, open(work / "held" / file.name, "w") as held, open(file) as lines:
+            for line in lines:
+                text = json.loads(line)["text"].encode()
+                out = int.from_bytes(hashlib.sha256(text).digest()[:4], "big") % HELD_OUT_OF == 0
+                (held if out else train).write(line)
+                sizes[file.stem] = sizes.get(file.stem, 0) + (0 if out else len(text))
+    return sizes
+
+
+def table(costs: dict[str, Cost]) -> None:
+    """Print costs, with their ratios to the first."""
+    first = next(iter(costs.values()))
+    print(f"{'':<58} {'CPU s':>8} {'ratio':>6} {'wall s':>8} {'peak GB':>8} {'ratio':>6}")
+    for name, cost in costs.items():
+        print(f"{name:<58} {cost.cpu_s:8.1f} {cost.cpu_s / first.cpu_s:6.2f} {cost.wall_s:8.1f} {cost.peak_gb:8.2f} "
+              f"{cost.peak_gb / first.peak_gb:6.2f}", flush=True)
+
+
+def merges(file: Path) -> list[list[str]]:
+    """Return the merges of a tokenizer.json."""
+    return json.loads(file.read_text(encoding="utf-8"))["model"]["merges"]
+
+
+def plain(work: Path, sentencepiece_python: str | None) -> None:
+    """Solar Open's tokenizer at its full size, beside the two libraries."""
+    preset, vocab_size = SOLAR
+    text, theirs, ours = work / "train", work / "hf-solar.json", work / "solar"
+    hugging_face = [sys.executable, "-c", HUGGING_FACE, preset, str(vocab_size), str(text), str(theirs)]
+    costs = {"tokenizers: BpeTrainer": measured(hugging_face)}
+    costs["sov-tokenizer train"] = measured(train_command(preset, vocab_size, text, ours))
+    if sentencepiece_python:
+        command = [sentencepiece_python, "-c", SENTENCEPIECE, str(vocab_size), str(text), str(work / "spm")]
+        costs["sentencepiece: bpe over characters, its own words"] = measured(command)
+    print(f"\nbyte-level BPE, {preset}, {vocab_size:,} ids")
+    table(costs)
+    print(f"merges as those of tokenizers: {merges(theirs) == merges(ours / 'tokenizer.json')}", flush=True)
+
+
+def superwords(work: Path) -> None:
+    """K-EXAONE's tokenizer at its full size: cost beside plain BPE, and bytes per token on held-out text."""
+    preset, vocab_size = EXAONE
+    text = work / "train"
+    hugging_face = [sys.executable, "-c", HUGGING_FACE, preset, str(vocab_size), str(text), str(work / "hf-exaone.json")]
+    costs = {"tokenizers: BpeTrainer, plain BPE of that size": measured(hugging_face),
+             "sov-tokenizer train --superword-share 0": measured(
+                 train_command(preset, vocab_size, text, work / "plain", "--superword-share", "0")),
+             "sov-tokenizer train (SuperBPE)": measured(train_command(preset, vocab_size, text, work / "super"))}
+    print(f"\nSuperBPE, {preset}, {vocab_size:,} ids")
+    table(costs)
+    content = read_manifest(work / "super").content
+    share = content["num_superwords"] / vocab_size
+    print(f"superwords {content['num_superwords']:,} = {100 * share:.1f} %; {content['checked']}")
+    print(f"\nbytes per token on held-out text\n{'':<8} {'MB':>6} {'plain':>7} {'SuperBPE':>9} {'gain %':>7}")
+    for file in sorted((work / "held").glob("*.jsonl")):
+        size_bytes, counts = tokens(file, [work / "plain", work / "super"])
+        before, after = (size_bytes / max(count, 1) for count in counts)
+        gain = 100 * (after / before - 1) if before else 0.0
+        print(f"{file.stem:<8} {size_bytes / 1e6:6.2f} {before:7.3f} {after:9.3f} {gain:7.1f}", flush=True)
+
+
+def texts_of(file: Path) -> Iterator[str]:
+    """Yield the documents of a file."""
+    with open(file, encoding="utf-8") as lines:
+        for line in lines:
+            yield json.loads(line)["text"]
+
+
+def tokens(file: Path, folders: list[Path]) -> tuple[int, list[int]]:
+    """Return the bytes of a file's text, and the tokens that each tokenizer makes of it."""
+    from tokenizers import Tokenizer
+
+    texts = list(texts_of(file))
+    counts = []
+    for folder in folders:
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer.encode_special_tokens = True
+        counts.append(sum(len(e.ids) for e in tokenizer.encode_batch_fast(texts, add_special_tokens=False)))
+    return sum(len(t.encode()) for t in texts), counts
+
+
+def bounded(work: Path, size_gb: float, memory_gb: float) -> None:
+    """Text repeated and perturbed, so that distinct words do not end, under a bound on memory."""
+    folder = work / "large"
+    folder.mkdir()
+    drawn, size_bytes, round_ = random.Random(0), 0, 0
+    documents = [text for f in sorted((work / "train").glob("*.jsonl")) for text in texts_of(f)]
+    while size_bytes < size_gb * 1e9:
+        with open(folder / f"round-{round_}.jsonl", "w", encoding="utf-8") as f:
+            for text in documents:
+                words = text.split(" ")
+                for i in drawn.sample(range(len(words)), round(PERTURBED_SHARE * len(words)) if round_ else 0):
+                    words[i] = words[i][::-1] + chr(97 + drawn.randrange(26))
+                f.write(json.dumps({"text": " ".join(words)}, ensure_ascii=False) + "\n")
+                size_bytes += len(text.encode())
+                if size_bytes >= size_gb * 1e9:
+                    break
+        round_ += 1
+    del documents
+    preset, vocab_size = EXAONE
+    cost = measured([*train_command(preset, vocab_size, folder, work / "bounded"), "--max-memory-gb", str(memory_gb)])
+    print(f"\n{size_bytes / 1e9:.2f} GB of text, repeated and perturbed, {preset} {vocab_size:,}, --max-memory-gb {memory_gb:g}: "
+          f"{cost.cpu_s:.0f} CPU s, {cost.wall_s:.0f} s on the clock, peak {cost.peak_gb:.2f} GB")
+    for stage in read_manifest(work / "bounded").settings["stages"]:
+        print(f"  to {stage['reaches_tokens']:,} ids: {stage['seen_bytes'] / 1e6:.0f} MB of text, {stage['distinct_words']:,} "
+              f"distinct words kept, {stage['dropped_words']:,} rarer ones left out "
+              f"({100 * stage['dropped_share']:.2f} % of the text)", flush=True)
+
+
+def machine() -> str:
+    """Return processor, cores and Python."""
+    with open("/proc/cpuinfo", encoding="utf-8") as f:
+        model = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), platform.machine())
+    return f"{model}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}"
+
+
+def main() -> int:
+    """Run everything."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--text", required=True, type=Path, help="folder of <language>.jsonl")
+    parser.add_argument("--sentencepiece-python", metavar="PYTHON",
+                        help="an interpreter that has sentencepiece; left out without it")
+    parser.add_argument("--bounded-gb", type=float, default=5, help="text of the run with bounded memory (default %(default)s)")
+    parser.add_argument("--max-memory-gb", type=float, default=4, help="bound of that run (default %(default)s)")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        sizes = split(args.text, work)
+        print(f"{machine()}, load {os.getloadavg()[0]:.1f}\n{sum(sizes.values()) / 1e6:.1f} MB of text: "
+              + ", ".join(f"{name} {size / 1e6:.1f}" for name, size in sizes.items()), flush=True)
+        plain(work, args.sentencepiece_python)
+        superwords(work)
+        bounded(work, args.bounded_gb, args.max_memory_gb)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

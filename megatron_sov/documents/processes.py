@@ -1,0 +1,72 @@
+"""Work in several processes, with the results in the order of the input."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, TypeVar
+
+from megatron_sov.errors import UserError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+_work: Callable[[Any], Any]
+"""What this worker process does with each item."""
+
+
+def in_processes(build: Callable[..., Callable[[Item], Result]], arguments: tuple[Any, ...], items: Sequence[Item],
+                 workers: int) -> Generator[Result, None, None]:
+    """Yield the result of each item, in order.  One worker is this process.
+
+    Args:
+        build: a function of a module; called once in each process with `arguments`, it returns what is called with each item.
+        arguments: plain values.
+        items: what to work on.
+        workers: processes.
+
+    Raises:
+        UserError: as the work does; or a worker was ended from outside.
+    """
+    workers = min(workers, len(items))
+    if workers <= 1:
+        yield from map(build(*arguments), items)
+        return
+    # Fresh processes: forking one that runs a library's threads could deadlock.
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (build, arguments))
+    under_way: deque[Future[Result]] = deque()
+    try:
+        for item in items:
+            under_way.append(pool.submit(_do, item))
+            if len(under_way) >= 4 * workers:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+    except BrokenProcessPool:
+        raise UserError("a worker process was ended from outside (for want of memory?); run the same command again, with fewer "
+                        "--workers: what is done is kept") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(build: Callable[..., Callable[[Any], Any]], arguments: tuple[Any, ...]) -> None:
+    global _work
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread per process; the processes are the parallelism
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _work = build(*arguments)
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it is gone: a killed command must not leave workers that wait for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+    os._exit(1)
+
+
+def _do(item: Any) -> Any:
+    return _work(item)

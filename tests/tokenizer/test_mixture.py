@@ -1,0 +1,102 @@
+"""Inputs, groups and weights: how much of each text a tokenizer sees."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_sov.documents import Document
+from megatron_sov.errors import UserError
+from tokenizer.mixture import (
+    MIXTURES,
+    NUM_BUCKETS,
+    PIECE_BYTES,
+    Group,
+    Share,
+    Sizes,
+    gather_groups,
+    parse_input,
+    pieces,
+    repeats,
+    share_bytes,
+    share_of,
+)
+
+
+def sizes_of(buckets: dict[int, int]) -> Sizes:
+    row = np.zeros(NUM_BUCKETS, np.int64)
+    row[list(buckets)] = list(buckets.values())
+    return Sizes(len(buckets), int(row.sum()), row)
+
+
+def test_input_arguments(tmp_path: Path) -> None:
+    assert parse_input("a/b.txt") == Group("a/b.txt", (Path("a/b.txt"),))
+    assert parse_input("a/b.txt:2.5") == Group("a/b.txt", (Path("a/b.txt"),), 2.5)
+    assert parse_input("ko=a/b.txt:2") == Group("ko", (Path("a/b.txt"),), 2)
+    assert parse_input("C:stuff") == Group("C:stuff", (Path("C:stuff"),))
+    for name in ("x:2", "k=v"):
+        (tmp_path / name).write_text("a name with a colon or an equals sign")
+        assert parse_input(f"{tmp_path}/{name}") == Group(f"{tmp_path}/{name}", (tmp_path / name,))
+    assert parse_input(f"n={tmp_path}/x:2") == Group("n", (tmp_path / "x:2",))
+    for bad in ("a:0", "a:-1", "a:nan", "a:inf"):
+        with pytest.raises(UserError, match="must be a positive number"):
+            parse_input(bad)
+
+
+def test_inputs_of_one_name_are_one_group_whatever_their_order() -> None:
+    groups = gather_groups(["ko=b:3", "en=a:1", "ko=c"], None)
+    assert groups == [Group("en", (Path("a"),), 1), Group("ko", (Path("b"), Path("c")), 3)]
+    assert [g.name for g in gather_groups(["ko=c", "ko=b:3", "en=a:1"], None)] == ["en", "ko"]
+
+
+@pytest.mark.parametrize(("inputs", "mixture", "sentence"), [
+    (["en=a:1", "en=b:2"], None, "the group en has weight 1 already"),
+    (["a", "a"], None, "is given twice"),
+    (["en=a"], "solar", "--mixture 'solar': does not exist; did you mean 'solar-open'"),
+    (["en=a", "fr=b"], "k-exaone", "has no group 'fr'"),
+    (["en=a:2", "ko=b", "multi=c"], "k-exaone", "but --mixture k-exaone gives the weights"),
+    (["en=a", "ko=b"], "k-exaone", "has a group 'multi' that no input belongs to"),
+])
+def test_weights_that_contradict_are_refused(inputs: list[str], mixture: str | None, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        gather_groups(inputs, mixture)
+
+
+def test_published_mixtures() -> None:
+    assert {g.name: g.weight for g in gather_groups(["en=a", "ko=b", "multi=c"], "k-exaone")} == {"en": 2, "ko": 3, "multi": 1}
+    assert MIXTURES["solar-open"] == {"en": 40, "ko": 22, "code": 12, "math": 10, "multi": 8, "domain": 4}
+
+
+def test_weighted_groups_share_their_bytes_and_others_stay() -> None:
+    groups = [Group("a", (), 3), Group("b", (), 1), Group("c", ())]
+    found = [sizes_of({0: n}) for n in (100, 300, 50)]
+    factors = repeats(groups, found)
+    assert factors == [3.0, 100 / 300, 1.0]
+
+
+@given(st.dictionaries(st.integers(0, NUM_BUCKETS - 1), st.integers(1, 20_000), min_size=1, max_size=50), st.floats(0.001, 5))
+def test_a_share_comes_nearest_and_is_never_empty(buckets: dict[int, int], factor: float) -> None:
+    found = sizes_of(buckets)
+    share = share_of(found, factor)
+    assert sum(share.times(b) * n for b, n in buckets.items()) == share_bytes(found, share) > 0
+    assert abs(share_bytes(found, share) - factor * found.num_bytes) <= max(buckets.values())
+
+
+def test_a_smaller_share_is_a_part_of_a_larger_one() -> None:
+    found = sizes_of(dict.fromkeys(range(0, NUM_BUCKETS, 64), 100))
+    assert [share_of(found, f) for f in (0.25, 0.5, 1, 2.5)] == [Share(0, 16321), Share(0, 32705), Share(1, 0), Share(2, 32705)]
+
+
+def test_pieces_are_cut_at_blank_lines_and_chosen_by_their_content() -> None:
+    text = "".join(f"paragraph {i} with words\n\n" for i in range(4000))
+    found = list(pieces(Document("x", text)))
+    assert "".join(p.text for p in found) == text and all(p.size_bytes == len(p.text) <= PIECE_BYTES for p in found)
+    assert all(p.text.endswith("\n\n") for p in found)
+    buckets = [p.bucket for p in found]
+    assert 0 < min(buckets) < NUM_BUCKETS // 4 and NUM_BUCKETS * 3 // 4 < max(buckets) < NUM_BUCKETS
+    assert [p.bucket for p in pieces(Document("elsewhere", text))] == buckets
+    assert [p.text for p in pieces(Document("x", messages=(("user", "가"), ("assistant", "b"))))] == ["가", "b"]

@@ -1,0 +1,188 @@
+"""What text a tokenizer learns from: groups of inputs, their weights, and which pieces are seen how often.
+
+Text is taken in pieces of at most `PIECE_BYTES`, cut at blank lines.  A group seen 2.3 times has all its pieces twice, and a
+third time those whose hash lies below a bound that gives 0.3 of the group's bytes.  So what is seen depends on the content
+alone, not on the order of files, and a smaller share is a part of a larger one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_sov.documents import Document, cut_at_blank_lines
+from megatron_sov.errors import UserError, nearest
+
+PIECE_BYTES = 20_000
+NUM_BUCKETS = 1 << 16
+"""Steps in which a share of a group is chosen."""
+MIXTURES: dict[str, dict[str, float]] = {
+    "solar-open": {"en": 40, "ko": 22, "code": 12, "math": 10, "multi": 8, "domain": 4},
+    "k-exaone": {"en": 2, "ko": 3, "multi": 1},
+}
+"""Weights by bytes as published (arXiv 2601.07022; the K-EXAONE report); Solar Open's are percents that add up to 96."""
+_NAMED = re.compile(r"([A-Za-z0-9_.-]+)=(.+)", re.DOTALL)
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Inputs of one language or domain."""
+
+    name: str
+    """For messages, the manifest and mixtures; an input without a name is called by its path."""
+    paths: tuple[Path, ...]
+    """Files and folders."""
+    weight: float | None = None
+    """Share relative to the other weighted groups; None: as it is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What a look through a group found."""
+
+    num_documents: int
+    """Documents with text."""
+    num_bytes: int
+    """UTF-8 bytes of their text."""
+    bucket_bytes: NDArray[np.int64]
+    """Bytes of the pieces whose hash begins with each value, [NUM_BUCKETS]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """How often the pieces of a group are seen."""
+
+    whole: int
+    """Times that every piece is seen."""
+    buckets: int
+    """Pieces whose hash begins with less are seen once more."""
+
+    def times(self, bucket: int) -> int:
+        """Return how often a piece is seen."""
+        return self.whole + (bucket < self.buckets)
+
+
+def parse_input(argument: str) -> Group:
+    """Read `[name=]PATH[:weight]`.
+
+    Raises:
+        UserError: the weight is not a positive number.
+    """
+    if Path(argument).exists():
+        return Group(argument, (Path(argument),))
+    named = _NAMED.fullmatch(argument)
+    rest = named[2] if named else argument
+    weight = None
+    head, colon, tail = rest.rpartition(":")
+    if colon and not Path(rest).exists():
+        try:
+            weight = float(tail)
+        except ValueError:
+            head = rest
+        else:
+            if not (weight > 0 and math.isfinite(weight)):
+                raise UserError(f"--input {argument!r}: weight {tail} must be a positive number, e.g. {head}:2")
+            rest = head
+    return Group(named[1] if named else rest, (Path(rest),), weight)
+
+
+def gather_groups(arguments: list[str], mixture: str | None) -> list[Group]:
+    """Return the groups of all `--input`, in the order of their names; `mixture`: a published one gives the weights.
+
+    Raises:
+        UserError: weights that contradict one another or the mixture.
+    """
+    found: dict[str, Group] = {}
+    for argument in arguments:
+        group = parse_input(argument)
+        known = found.setdefault(group.name, dataclasses.replace(group, paths=()))
+        if None not in (known.weight, group.weight) and known.weight != group.weight:
+            raise UserError(f"--input {argument!r}: the group {group.name} has weight {known.weight:g} already; "
+                            "a weight belongs to the whole group, so give it once")
+        weight = group.weight if known.weight is None else known.weight
+        if group.paths[0] in known.paths:
+            raise UserError(f"--input {argument!r}: is given twice; use a weight to have it seen more often")
+        found[group.name] = Group(group.name, known.paths + group.paths, weight)
+    if mixture is not None:
+        found = _weighted(found, mixture)
+    return [found[name] for name in sorted(found)]
+
+
+def _weighted(groups: dict[str, Group], mixture: str) -> dict[str, Group]:
+    """Give groups the weights of a published mixture."""
+    if mixture not in MIXTURES:
+        raise UserError(f"--mixture {mixture!r}: does not exist{nearest(mixture, MIXTURES)} (mixtures: {', '.join(MIXTURES)})")
+    weights = MIXTURES[mixture]
+    for group in groups.values():
+        if group.name not in weights:
+            raise UserError(f"--mixture {mixture}: has no group {group.name!r} (groups: {', '.join(weights)}); "
+                            f"name each input, e.g. --input {next(iter(weights))}=PATH")
+        if group.weight is not None:
+            raise UserError(f"--input {group.name}: has weight {group.weight:g}, but --mixture {mixture} gives the weights; "
+                            "drop one of them")
+    if missing := [name for name in weights if name not in groups]:
+        raise UserError(f"--mixture {mixture}: has a group {missing[0]!r} that no input belongs to; add --input "
+                        f"{missing[0]}=PATH, or give the weights yourself as --input NAME=PATH:weight")
+    return {name: dataclasses.replace(group, weight=weights[name]) for name, group in groups.items()}
+
+
+def repeats(groups: list[Group], sizes: list[Sizes]) -> list[float]:
+    """Return how often each group is to be seen.
+
+    Groups without a weight are seen once.  The weighted ones share their own total of bytes in proportion to their weights,
+    so the amount of text stays the same.
+    """
+    weighted = [(g.weight, s.num_bytes) for g, s in zip(groups, sizes, strict=True) if g.weight is not None]
+    total_weight, total_bytes = sum(w for w, _ in weighted), sum(n for _, n in weighted)
+    return [1.0 if g.weight is None else total_bytes * (g.weight / total_weight) / s.num_bytes
+            for g, s in zip(groups, sizes, strict=True)]
+
+
+def share_of(sizes: Sizes, factor: float) -> Share:
+    """Return the share of a group that comes nearest to `factor` times its bytes, and holds at least one piece."""
+    whole = math.floor(factor)
+    bytes_below = np.concatenate(([0], np.cumsum(sizes.bucket_bytes)))
+    buckets = int(np.argmin(np.abs(bytes_below - (factor - whole) * sizes.num_bytes)))
+    if not whole and not bytes_below[buckets]:
+        buckets = int(np.argmax(bytes_below > 0))
+    return Share(whole, buckets)
+
+
+def share_bytes(sizes: Sizes, share: Share) -> int:
+    """Return the bytes that a share comes to."""
+    return share.whole * sizes.num_bytes + int(sizes.bucket_bytes[: share.buckets].sum())
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Text that is seen as a whole or not at all."""
+
+    text: str
+    """At most `PIECE_BYTES` of it."""
+    size_bytes: int
+    """Its UTF-8 bytes."""
+    bucket: int
+    """First two bytes of its hash."""
+
+
+def pieces(document: Document) -> Iterator[Piece]:
+    """Yield the pieces of a document."""
+    for text in document.texts():
+        raw = text.encode()
+        for piece in (raw,) if len(raw) <= PIECE_BYTES else cut_at_blank_lines([raw], PIECE_BYTES):
+            bucket = int.from_bytes(hashlib.blake2b(piece, digest_size=2).digest(), "big")
+            yield Piece(text if piece is raw else piece.decode(), len(piece), bucket)
+
+
+def describe(group: Group, sizes: Sizes, share: Share) -> dict[str, Any]:
+    """Return what the manifest says about a group."""
+    return {"group": group.name, "paths": [str(p) for p in group.paths], "weight": group.weight,
+            "num_documents": sizes.num_documents, "num_bytes": sizes.num_bytes, "seen_bytes": share_bytes(sizes, share)}
