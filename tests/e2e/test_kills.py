@@ -62,7 +62,10 @@ def run_and_kill(data: str, folder: str) -> dict[str, Any]:
             assert os.waitpid(child, os.WNOHANG) == (0, 0) and time.monotonic() < deadline
             time.sleep(0.001)
         ranks = psutil.Process(child).children()
-        os.killpg(child, signal.SIGKILL)
+        try:
+            os.killpg(child, signal.SIGKILL)
+        except ProcessLookupError:  # so early that it leads no group yet
+            os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         psutil.wait_procs(ranks, timeout=10)
         left.append(len(list(checkpoints.glob(".*"))))

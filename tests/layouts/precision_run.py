@@ -126,7 +126,9 @@ def continued(recipe: str, settings: list[str], data: str, run: str) -> dict[str
     first.folder = RunFolder(Path(run))
     first.folder.create()
     again = [first.update().loss for _ in range(2)]  # type: ignore[union-attr]
-    saved = first.save()
+    first.save()
+    first.saver.finish()
+    saved = first.folder.checkpoint(2)
     world.leave()
     second = trainer(recipe, settings, data)
     second.resume(saved)
