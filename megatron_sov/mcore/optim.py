@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import megatron.core.optimizer as library_optimizer
 import torch
@@ -57,12 +57,18 @@ class Optimizer:
             chunk.zero_grad_buffer()
         self.library.zero_grad()
 
-    def step(self, lr: float) -> float:
-        """Clip, update with learning rate `lr`, and return the global gradient norm before clipping."""
+    def step(self, lr: float, accept: Callable[[float], bool] = lambda grad_norm: True) -> float:
+        """Clip, update with learning rate `lr`, and return the global gradient norm before clipping.
+
+        Args:
+            accept: is given that norm, and must say the same on every process; where it says no, nothing is updated.
+        """
         for group in self.library.param_groups:
             group["lr"] = lr
         optimizer_shards.take_gradients(self.library)
         grad_norm = self._grad_norm()
+        if not accept(grad_norm):
+            return grad_norm
         self._clip(grad_norm)
         self.library.step_with_ready_grads()
         self.model.pending_gather = self._gather
