@@ -50,7 +50,7 @@ lint: setup  ## ruff and mypy
 	"$(PY)" -m mypy
 
 test: lint  ## lint, then all tests on two cores
-	OMP_NUM_THREADS=1 "$(PY)" -m pytest -n 2
+	OMP_NUM_THREADS=1 "$(PY)" -m pytest -n 2 --durations 25
 
 demo: setup  ## raw text to a trained, converted and judged model on this machine, minutes on two cores
 	"$(PY)" demo.py $${CORPUS:+--corpus "$$CORPUS"}
