@@ -61,6 +61,17 @@ def ids_beside(folder: Path) -> TokenIds:
     return TokenIds(id_of("bos_token"), id_of("eos_token"), id_of("pad_token"))
 
 
+def split_conflict(folder: Path, split: str | None) -> str | None:
+    """Return what to tell a user whose tokenizer.json splits text otherwise than its reader, who uses `split`; else None."""
+    tokenizer_file = folder / "tokenizer.json"
+    if split is None or not tokenizer_file.is_file():
+        return None
+    if json.dumps(split) in json.dumps(_read(tokenizer_file).get("pre_tokenizer")):
+        return None
+    return (f"{tokenizer_file} splits text by another regular expression than transformers' AutoTokenizer, which does not read "
+            "it for this model family and may give other token ids; load it with PreTrainedTokenizerFast.from_pretrained")
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from tqdm import tqdm
 from megatron_sov import models
 from megatron_sov.artifacts import atomic_write, manifest_sha256, refuse_existing, to_json
 from megatron_sov.convert import DEFAULT_WORKERS, MAX_SHARD_BYTES
-from megatron_sov.convert.companions import carry, ids_beside
+from megatron_sov.convert.companions import carry, ids_beside, split_conflict
 from megatron_sov.convert.resume import fingerprint, resumable_artifact
 from megatron_sov.convert.shards import plan_shards, write_files
 from megatron_sov.convert.sources import CONFIG, INDEX, SINGLE_FILE, CheckpointWeights, check_dtypes, newest_of_run, refuse_damage
@@ -76,6 +77,9 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *, max_sha
         artifact.writer.content = {"family": source.model.family, "num_tensors": len(specs), "dtype": config["dtype"],
                                    "num_parameters": sum(spec.size_bytes // spec.dtype.itemsize for spec in specs)}
         artifact.writer.settings = {"dtype": dtype, "max_shard_bytes": max_shard_bytes}
+    conflict = split_conflict(out, models.get(source.model.family).reader_split)
+    if conflict:
+        print(f"warning: {conflict}", file=sys.stderr)
 
 
 def planned_files(source: CheckpointWeights, dtype: str, max_shard_bytes: int) -> dict[str, list[TensorSpec]]:

@@ -60,6 +60,9 @@ class Family:
     """Fields that a config.json does not carry (they only steer training), with the published value."""
     needs_shared_expert: bool = False
     """Whether transformers' model always has a shared expert."""
+    reader_split: str | None = None
+    """The regular expression by which transformers' tokenizer class for this family splits text, whatever tokenizer.json says;
+    None where it does what the file says."""
 
     def links(self, model: ModelConfig) -> list[Link]:
         """Return every block of every tensor of `model`, with its Hugging Face tensors."""

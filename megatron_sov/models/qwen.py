@@ -21,12 +21,16 @@ _CONFIG: tuple[Item, ...] = (
 _STRUCTURE: dict[str, Any] = {"rope_on_global": True, "num_mtp_layers": 0}
 _DENSE: dict[str, Any] = {**_STRUCTURE, "num_experts": 0, "num_dense_layers": 0}
 
+QWEN2_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+"""PRETOKENIZE_REGEX of transformers 5.23's tokenization_qwen2.py, whose class reads every folder of model type qwen2."""
+
 QWEN2 = Family(
     name="qwen2",
     hf_classes=("Qwen2ForCausalLM",),
     weights=(*EMBEDDINGS_AND_HEAD, trunk("every layer", ATTENTION, QKV_BIAS, DENSE_FFN)),
     config=(*_CONFIG, SlidingSwitch(by_layer=True), Renamed("head_dim", "head_dim", hidden_over_heads)),
     structure={**_DENSE, "qkv_bias": True, "qk_norm": False},
+    reader_split=QWEN2_SPLIT,
 )
 
 QWEN3 = Family(

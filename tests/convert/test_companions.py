@@ -6,6 +6,8 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
+
 from megatron_sov import convert
 
 
@@ -30,3 +32,28 @@ def test_token_ids_come_from_the_tokenizer_where_nothing_else_says_them(solar_di
     convert.from_hf(source, tmp_path / "ckpt")
     convert.to_hf(tmp_path / "ckpt", tmp_path / "hf")
     assert json.loads((tmp_path / "hf/generation_config.json").read_text()) == {"bos_token_id": 0, "eos_token_id": 1}
+
+
+def test_a_tokenizer_that_transformers_would_read_otherwise_is_told(solar_dir: Path, tmp_path: Path,
+                                                                    capsys: pytest.CaptureFixture[str]) -> None:
+    """transformers splits the text of every qwen2 folder its own way."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "num_key_value_heads": 1}
+    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=1024, **sizes))
+    alphabet = {chr(i): n for n, i in enumerate([*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324)])}
+    for name in ("another", "its own"):
+        model.save_pretrained(source := tmp_path / name)
+        if name == "another":
+            shutil.copy(solar_dir / "tokenizer.json", source)
+        else:
+            Qwen2Tokenizer(vocab={**alphabet, "<|endoftext|>": 256}, merges=[]).save_pretrained(source)
+        convert.from_hf(source, tmp_path / f"{name} ckpt")
+        capsys.readouterr()
+        convert.to_hf(tmp_path / f"{name} ckpt", tmp_path / f"{name} hf")
+        assert ("may give other token ids" in capsys.readouterr().err) == (name == "another")
+    written, text = tmp_path / "another hf", "in 1234 words 가나다"
+    said = PreTrainedTokenizerFast.from_pretrained(str(solar_dir))(text)["input_ids"]
+    assert PreTrainedTokenizerFast.from_pretrained(str(written))(text)["input_ids"] == said
+    assert AutoTokenizer.from_pretrained(str(written))(text)["input_ids"] != said

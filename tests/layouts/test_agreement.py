@@ -1,7 +1,7 @@
 """The table of docs/layout_agreement.md: at every layout a run gives the losses, gradient norms and weights of one process.
 
-In float64, so that what differs is a mistake and not the order of a sum.  The two models with experts share the layouts: each
-layout is tried with one of them, the product of everything with both.  SOV_WRITE_TABLE=1 tries all rows of the page and renews it.
+In float64, so that what differs is a mistake and not the order of a sum.  The two models with experts share the layouts: each is
+tried with one of them, the product of everything with both.  SOV_WRITE_TABLE=1 tries all rows of the page and renews it.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def _tried(model: str) -> list[Any]:
 @pytest.mark.distributed
 @pytest.mark.parametrize("model", MODELS)
 def test_every_layout_trains_as_one_process_does(ranks: Any, job: Any, packed_data: Any, tmp_path: Path, model: str) -> None:
-    recipe, settings, experts = MODELS[model]
+    recipe, settings, _ = MODELS[model]
     layouts = _tried(model)
     common = {"recipe": recipe, "paths": [str(packed_data.text)], "reference": str(tmp_path)}
     base = ["train.precision=fp64", *settings]
