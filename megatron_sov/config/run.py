@@ -150,7 +150,7 @@ class RunConfig:
         """Return one sentence for every rule that this config breaks on `num_ranks` processes; empty when it is sound."""
         p = self.model.problems()
         p += self.parallel.problems(self.model, num_ranks)
-        p += self._phase_problems() + self._number_problems() + self.extend.problems()
+        p += self._phase_problems() + self._number_problems() + self.extend.problems() + self.needle.problems()
         return p + ([] if p else self._batch_problems(num_ranks))
 
     def _phase_problems(self) -> list[str]:

@@ -1,7 +1,7 @@
 """Documents that teach retrieval: text with several needles, each asked again at the end; made on the fly.
 
 Document i is a function of (seed, i), so runs resume exactly and every process makes the same.  The answers weigh most in the
-loss: with a few per cent of it a small model stays on a plateau.  Words that nothing foretells weigh nothing.
+loss, and words that nothing foretells weigh nothing (`needle.answer_weight`, `needle.text_weight`).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from megatron_sov.config import NeedleConfig
 from megatron_sov.data.shards import Source
 from megatron_sov.errors import UserError
 from megatron_sov.eval.haystack import Haystack, pick
@@ -18,7 +19,8 @@ from megatron_sov.eval.needle_text import NeedleForm, Slots, fill
 
 SOURCE_NAME = "needle"
 NUM_DOCUMENTS = 1 << 24
-MAX_NEEDLES = 12
+MIN_DENSEST = 12
+"""Needles of the densest documents, if they fit, where settings leave their number open."""
 LAST_NEEDLE_SHARE = 0.3
 """Part of the documents whose last needle stands right before the questions; without them that place is never learned."""
 
@@ -33,15 +35,16 @@ class NeedleDocuments:
     """Tokens of each document."""
     seed: int = 0
     """Of everything random."""
-    answer_weight: float = 30.0
-    """Loss weight of the words of an answer."""
-    text_weight: float = 0.5
-    """Loss weight of text and of what all needles share."""
+    settings: NeedleConfig = NeedleConfig()
+    """Needles, questions and loss weights of a document."""
     is_plain = False
 
     def max_needles(self, form: NeedleForm) -> int:
-        """Return how many needles a document of a language holds at most, each with its question."""
-        return min(MAX_NEEDLES, self.length_tokens // self.pair_tokens(form), len(form.pairs[False]))
+        """Return how many needles a document of a language holds at most, with as many questions as settings allow."""
+        statement = form.phrase_tokens("statement", test=False)
+        room, questions = self.length_tokens // statement, self.settings.train_questions
+        wanted = self.settings.train_needles or max(MIN_DENSEST, int(self.settings.distractor_share * room))
+        return min(wanted, room // 2 if room // 2 <= questions else room - questions, len(form.pairs[False]))
 
     @staticmethod
     def pair_tokens(form: NeedleForm) -> int:
@@ -79,47 +82,47 @@ def _document(made: NeedleDocuments, document: int) -> tuple[np.ndarray, np.ndar
     num_needles = int(generator.integers(1, made.max_needles(form) + 1))
     keys, values = (form.draw(generator, num_needles, test=False) for _ in range(2))
     statements = [np.array(fill(sentence, key, value), np.int64) for key, value in zip(keys, values, strict=True)]
-    text = haystack.text(generator, made.length_tokens - 2 * num_needles * len(statements[0]))
+    num_asked = min(num_needles, made.settings.train_questions)
+    text = haystack.text(generator, made.length_tokens - (num_needles + num_asked) * len(statements[0]))
     places = np.sort(generator.integers(0, len(text) + 1, num_needles))
     asked = generator.permutation(num_needles)
     if generator.random() < LAST_NEEDLE_SHARE:
         places[-1] = len(text)
         asked = np.concatenate([[num_needles - 1], asked[asked != num_needles - 1]])
-    stated, answered = _statement_weights(made, sentence, 0.0), _statement_weights(made, sentence, made.answer_weight)
+    weights_of = made.settings
+    stated, answered = (_statement_weights(weights_of, sentence, value) for value in (0.0, weights_of.answer_weight))
     ids: list[np.ndarray] = []
     weights: list[np.ndarray] = []
     last = 0
     for statement, place in zip(statements, places, strict=True):
         ids += [text[last:place], statement]
-        weights += [np.full(place - last, made.text_weight, np.float32), stated]
+        weights += [np.full(place - last, weights_of.text_weight, np.float32), stated]
         last = place
     ids.append(text[last:])
-    weights.append(np.full(len(text) - last, made.text_weight, np.float32))
-    for i in asked:
+    weights.append(np.full(len(text) - last, weights_of.text_weight, np.float32))
+    for i in asked[:num_asked]:
         ids.append(statements[i])
         weights.append(answered)
     return np.concatenate(ids), np.concatenate(weights)
 
 
-def _statement_weights(made: NeedleDocuments, sentence: Slots, value_weight: float) -> np.ndarray:
+def _statement_weights(settings: NeedleConfig, sentence: Slots, value_weight: float) -> np.ndarray:
     """Return the weights of a needle's tokens: key words are anybody's guess, a value only where it was stated before."""
-    opening, between, closing = (np.full(len(part), made.text_weight, np.float32) for part in sentence)
+    opening, between, closing = (np.full(len(part), settings.text_weight, np.float32) for part in sentence)
     return np.concatenate([opening, np.zeros(2, np.float32), between, np.full(2, value_weight, np.float32), closing])
 
 
-def needle_source(documents: NeedleDocuments, share: float) -> Source:
+def needle_source(documents: NeedleDocuments, share: float, name: str = SOURCE_NAME) -> Source:
     """Return the documents as a source whose share of the samples is `share`, beside data of total share 1.
 
     Raises:
-        UserError: the share leaves no room for data, or documents are too short for a needle.
+        UserError: documents are too short for a needle.
     """
-    if not 0 < share < 1:
-        raise UserError(f"needle.train_share = {share}: must lie between 0 and 1, both excluded, where needles are trained on")
     for form in (h.form for h in documents.haystacks):
         if documents.max_needles(form) < 1:
             raise UserError(f"needle documents of {documents.length_tokens} tokens hold no needle with its question in "
                             f"{form.language} ({documents.pair_tokens(form)} tokens); train on longer samples or set "
                             "needle.train_share=0")
     return Source(
-        name=SOURCE_NAME, artifact=None, is_chat=False, prefixes={}, share=share / (1 - share), made=documents,
+        name=name, artifact=None, is_chat=False, prefixes={}, share=share / (1 - share), made=documents,
         num_tokens={"train": NUM_DOCUMENTS * documents.length_tokens})

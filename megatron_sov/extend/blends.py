@@ -7,22 +7,24 @@ from megatron_sov.data.long_documents import LongDocuments
 from megatron_sov.data.shards import Source
 from megatron_sov.data.views import LONG, SHORT
 from megatron_sov.errors import UserError
+from megatron_sov.eval.needle_documents import SOURCE_NAME
 
 
-def stage_blend(stage: ExtendStageConfig, sources: list[Source], trained_tokens: int) -> dict[str, float]:
+def stage_blend(stage: ExtendStageConfig, sources: list[Source], trained_tokens: int, needle_share: float) -> dict[str, float]:
     """Return source name -> share of the samples, summing to 1; empty where the stage asks for nothing in particular.
 
     Args:
         stage: its parts and blend.
         sources: the packed data.
         trained_tokens: length of the samples before the stage: what is longer is long, what is cut to it is short.
+        needle_share: part of a phase's samples that are needle documents; of what is rehearsed too.
 
     Raises:
         UserError: a part has no source of its kind in the data.
     """
     if not stage.parts:
         return dict(stage.blend)
-    blends = [(part.share, part.blend or _default(part, stage, sources, trained_tokens)) for part in stage.parts]
+    blends = [(part.share, part.blend or _default(part, stage, sources, trained_tokens, needle_share)) for part in stage.parts]
     rest = 1 - sum(part.share for part in stage.parts)
     if rest > 1e-9:
         blends.append((rest, stage.blend or {s.name: s.share for s in sources if s.num_tokens["train"]}))
@@ -36,8 +38,12 @@ def stage_blend(stage: ExtendStageConfig, sources: list[Source], trained_tokens:
     return found
 
 
-def _default(part: PartConfig, stage: ExtendStageConfig, sources: list[Source], trained_tokens: int) -> dict[str, float]:
-    """Return the blend of a part that names no source: every source of its kind by its own share."""
+def _default(part: PartConfig, stage: ExtendStageConfig, sources: list[Source], trained_tokens: int,
+             needle_share: float) -> dict[str, float]:
+    """Return the blend of a part that names no source: every source of its kind by its own share.
+
+    What is rehearsed has short needle documents in it, so that retrieval at the old length is not lost over the new one.
+    """
     held = [s for s in sources if s.num_tokens["train"]]
     if part.name == "trajectories":
         blend, kind = {s.name: s.share for s in held if s.is_chat}, "source of chats (sov-data pack --format chat)"
@@ -52,4 +58,6 @@ def _default(part: PartConfig, stage: ExtendStageConfig, sources: list[Source], 
     if not blend:
         raise UserError(f"extend stage {stage.name}: its part {part.name} names no source, and the data has no {kind}; give the "
                         "part a blend, or add such data")
+    if part.name == "rehearsal" and needle_share:
+        blend[f"{SOURCE_NAME}{SHORT}{trained_tokens}"] = sum(blend.values()) * needle_share / (1 - needle_share)
     return blend

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_sov.config import RunConfig
 from megatron_sov.data.shards import Source, open_sources, tokenizer_folder
+from megatron_sov.data.views import SHORT
 from megatron_sov.errors import UserError
 from megatron_sov.eval.haystack import open_haystacks
 from megatron_sov.eval.needle import NeedleResult, NeedleSuite, make_suite, run_suite, table
@@ -24,7 +25,7 @@ class Needles:
     suite: NeedleSuite
     """Held-out text, keys and values kept for tests."""
     sources: tuple[Source, ...]
-    """Documents for training; none where `needle.train_share` is 0."""
+    """Documents for training; none where `needle.train_share` is 0 and no blend names them."""
 
     def before(self, trainer: Trainer) -> None:
         """Judge the model as it will be trained: with stretched rotations, if it gets them, before any step."""
@@ -57,19 +58,39 @@ def make_needles(config: RunConfig, start: Path) -> Needles:
         UserError: the data holds no text to train on or to test by, or the settings make no test.
     """
     needle = config.needle
-    if not 0 <= needle.train_share < 1:
-        raise UserError(f"needle.train_share = {needle.train_share}: must lie in [0, 1)")
     data = open_sources(config.data.paths, config.model.vocab_size)
     if SOURCE_NAME in (s.name for s in data):
         raise UserError(f"--data: a source named {SOURCE_NAME!r} is kept for documents made on the fly; "
                         "pack that text under another name (--input NAME=PATH)")
     tokenizer = tokenizer_folder(data) or start / "tokenizer"
     suite = make_suite(needle, open_haystacks(data, "heldout", tokenizer, languages=needle.languages))
-    if needle.train_share == 0:
+    lengths = _document_lengths(config)
+    if not lengths:
         return Needles(suite, ())
-    longest = max(p.seq_len for p in config.data.phases)
-    documents = NeedleDocuments(open_haystacks(data, "train", tokenizer), longest, config.train.seed)
-    return Needles(suite, (needle_source(documents, needle.train_share),))
+    haystacks = open_haystacks(data, "train", tokenizer)
+    return Needles(suite, tuple(
+        needle_source(NeedleDocuments(haystacks, length, config.train.seed, needle),
+                      needle.train_share if name == SOURCE_NAME else 0.0, name) for name, length in lengths.items()))
+
+
+def _document_lengths(config: RunConfig) -> dict[str, int]:
+    """Return source -> tokens of its documents: `needle`, as long as the longest phase, and `needle/N` where a blend has it.
+
+    Raises:
+        UserError: N is not a number.
+    """
+    named = dict.fromkeys(name for phase in config.data.phases for name in phase.blend)
+    lengths: dict[str, int] = {}
+    if config.needle.train_share or SOURCE_NAME in named:
+        lengths[SOURCE_NAME] = max(p.seq_len for p in config.data.phases)
+    for name in named:
+        base, mark, number = name.partition(SHORT)
+        if base == SOURCE_NAME and mark:
+            if not number.isdecimal() or int(number) < 1:
+                raise UserError(f"data.phases blend {name!r}: after the {SHORT} stands a number of tokens, "
+                                f"e.g. {base}{SHORT}4096")
+            lengths[name] = int(number)
+    return lengths
 
 
 def with_needles_in_blends(config: RunConfig) -> RunConfig:

@@ -56,7 +56,8 @@ def planned_stages(args: argparse.Namespace, start: Path) -> list[PlannedStage]:
             raise UserError(f"extend.stages.{number - 1} ({stage.name}): {e}") from None
         last = number == len(wanted.extend.stages)
         folder = RunFolder(args.run if last else args.run / STAGES / f"{number}-{stage.name}")
-        config, min_steps = _resolved(args, start, stage, model, before_tokens, trained_tokens, sources)
+        config, min_steps = _resolved(args, start, stage, model, before_tokens, trained_tokens, sources,
+                                      wanted.needle.train_share)
         planned.append(PlannedStage(config, folder, min_steps))
         before_tokens = stage.seq_len
     return planned
@@ -72,9 +73,9 @@ def _as_set(args: argparse.Namespace, start: Path, model: ModelConfig, trained_t
 
 
 def _resolved(args: argparse.Namespace, start: Path, stage: ExtendStageConfig, model: ModelConfig, before_tokens: int,
-              trained_tokens: int, sources: list[Source]) -> tuple[RunConfig, int]:
+              trained_tokens: int, sources: list[Source], needle_share: float) -> tuple[RunConfig, int]:
     """Return a stage's settings, and its steps before the gate may end it; what the stage itself says wins over --set."""
-    phase = phase_setting(stage.seq_len, stage.name or PHASE, stage_blend(stage, sources, before_tokens))
+    phase = phase_setting(stage.seq_len, stage.name or PHASE, stage_blend(stage, sources, before_tokens, needle_share))
     own = [phase]
     if stage.global_batch_size:
         own.append(f"train.global_batch_size={stage.global_batch_size}")

@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_sov import config as config_module
-from megatron_sov.config import DataConfig, OptimConfig, ParallelConfig, PhaseConfig, RunConfig, TrainConfig
+from megatron_sov.config import DataConfig, NeedleConfig, OptimConfig, ParallelConfig, PhaseConfig, RunConfig, TrainConfig
 from megatron_sov.errors import UserError
 
 Small = Callable[..., RunConfig]
@@ -84,6 +84,14 @@ def test_the_batch_must_split_over_the_data_parallel_ranks(small: Small) -> None
     (problem,) = small().problems(num_ranks=3)
     assert problem == ("global_batch_size = 8 (phase main) must be a multiple of "
                        "train.micro_batch_size 1 x data parallel size 3 = 3")
+
+
+def test_needle_documents_need_sound_numbers(small: Small) -> None:
+    needle = NeedleConfig(train_share=1.0, train_needles=-1, train_questions=0, answer_weight=0, text_weight=-0.5)
+    assert replace(small(), needle=needle).problems() == [
+        "needle.train_share = 1.0: must lie in [0, 1)", "needle.train_needles = -1 must not be negative",
+        "needle.train_questions = 0 must be positive", "needle.answer_weight = 0 must be positive",
+        "needle.text_weight = -0.5 must not be negative"]
 
 
 def test_steps_follow_from_the_token_budget_unless_they_are_given(small: Small) -> None:

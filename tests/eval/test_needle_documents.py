@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from megatron_sov.config import NeedleConfig
 from megatron_sov.data.shards import open_sources
 from megatron_sov.errors import UserError
 from megatron_sov.eval.haystack import Haystack, open_haystacks
@@ -51,6 +53,32 @@ def test_training_documents_ask_for_every_needle_they_state(form: NeedleForm, do
     assert min(counts) == 1 and max(counts) == documents.max_needles(form) >= 8
 
 
+def test_distractors_and_weights_are_as_set(form: NeedleForm, haystacks: dict[str, Haystack]) -> None:
+    settings = NeedleConfig(train_needles=10, train_questions=3, answer_weight=7.0, text_weight=0.0)
+    made = NeedleDocuments((haystacks["train"],), 256, seed=5, settings=settings)
+    counts = set()
+    for i in range(40):
+        ids, weights = made.tokens(i, 0, 256), made.loss_weights(i, 0, 256)
+        asked = int((weights == 7).sum()) // 2
+        assert (weights > 0).sum() == 2 * asked and len(ids) == 256
+        if asked < 3:  # then every needle is asked for
+            assert len(statements_in(form, ids.tolist())) == 2 * asked
+        else:
+            counts.add(len(statements_in(form, ids.tolist())) - 3)
+    assert min(counts) >= 3 and max(counts) == 10 == made.max_needles(form)
+
+
+def test_without_a_number_they_are_as_dense_as_the_test(form: NeedleForm, haystacks: dict[str, Haystack]) -> None:
+    def most(length: int, **settings: Any) -> int:
+        return NeedleDocuments((haystacks["train"],), length, settings=NeedleConfig(**settings)).max_needles(form)
+
+    statement = form.phrase_tokens("statement", test=False)
+    assert most(64 * statement, distractor_share=0.5) == 32
+    assert most(64 * statement, distractor_share=0.0) == 12
+    assert most(20 * statement, distractor_share=0.9) == 10, "as many questions as needles while they are few"
+    assert most(40 * statement, distractor_share=0.9, train_questions=12) == 28, "12 questions leave no room for more"
+
+
 def test_languages_have_documents_by_the_size_of_their_text(token_shards: Path) -> None:
     sources = open_sources({str(token_shards): 1.0}, 1024)
     code, other = (next(s for s in sources if s.name == name) for name in ("first", "second"))
@@ -83,7 +111,5 @@ def test_the_source_has_its_share_beside_all_data(documents: NeedleDocuments) ->
     assert source.share / (source.share + 1.0) == pytest.approx(0.2)
     assert source.shard("train") is documents
     assert source.num_tokens == {"train": 256 << 24}
-    with pytest.raises(UserError, match=r"needle\.train_share = 1\.0"):
-        needle_source(documents, 1.0)
     with pytest.raises(UserError, match="needle documents of 12 tokens hold no needle"):
         needle_source(dataclasses.replace(documents, length_tokens=12), 0.1)

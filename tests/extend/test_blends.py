@@ -38,22 +38,29 @@ def stage(*parts: PartConfig, kind: str = "extension", **blend: float) -> Extend
 
 
 def test_without_parts_the_blend_is_the_stages_own(sources: list[Source]) -> None:
-    assert (stage_blend(stage(), sources, 32), stage_blend(stage(web=2.0), sources, 32)) == ({}, {"web": 2.0})
+    assert (stage_blend(stage(), sources, 32, 0.0), stage_blend(stage(web=2.0), sources, 32, 0.0)) == ({}, {"web": 2.0})
 
 
 def test_rehearsal_is_every_text_in_pieces_of_the_trained_length(sources: list[Source]) -> None:
-    blend = stage_blend(stage(PartConfig("rehearsal", 0.2), books=1.0), sources, 32)
+    blend = stage_blend(stage(PartConfig("rehearsal", 0.2), books=1.0), sources, 32, 0.0)
     assert blend == pytest.approx({"web/32": 0.15, "books/32": 0.05, "books": 0.8})
+
+
+def test_rehearsal_has_short_needle_documents_and_replay_has_none(sources: list[Source]) -> None:
+    blend = stage_blend(stage(PartConfig("rehearsal", 0.2), books=1.0), sources, 32, 0.25)
+    assert blend == pytest.approx({"web/32": 0.1125, "books/32": 0.0375, "needle/32": 0.05, "books": 0.8})
+    parts = (PartConfig("trajectories", 0.5), PartConfig("replay", 0.5))
+    assert not any("needle" in name for name in stage_blend(stage(*parts, kind="midtraining"), sources, 32, 0.25))
 
 
 def test_mid_training_mixes_trajectories_long_documents_and_replay(sources: list[Source]) -> None:
     parts = (PartConfig("trajectories", 0.7), PartConfig("long", 0.1), PartConfig("replay", 0.2, {"web/8": 3.0, "books": 1.0}))
-    blend = stage_blend(stage(*parts, kind="midtraining"), sources, 32)
+    blend = stage_blend(stage(*parts, kind="midtraining"), sources, 32, 0.0)
     assert blend == pytest.approx({"chats": 0.7, "books@33": 0.1, "web/8": 0.15, "books": 0.05})
 
 
 def test_the_rest_goes_to_all_sources_by_their_share(sources: list[Source]) -> None:
-    blend = stage_blend(stage(PartConfig("long", 0.5, {"books@40": 1.0})), sources, 32)
+    blend = stage_blend(stage(PartConfig("long", 0.5, {"books@40": 1.0})), sources, 32, 0.0)
     assert blend == pytest.approx({"books@40": 0.5, "web": 0.3, "books": 0.1, "chats": 0.1})
 
 
@@ -63,4 +70,4 @@ def test_the_rest_goes_to_all_sources_by_their_share(sources: list[Source]) -> N
 ])
 def test_what_the_data_lacks_is_said(part: PartConfig, trained: int, said: str, sources: list[Source]) -> None:
     with pytest.raises(UserError, match=said):
-        stage_blend(stage(part), sources, trained)
+        stage_blend(stage(part), sources, trained, 0.0)

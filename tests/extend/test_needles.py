@@ -50,6 +50,16 @@ def test_documents_are_as_long_as_the_longest_phase_and_the_test_as_set(token_sh
     assert make_needles(config_of(token_shards, 0.0), token_shards).sources == ()
 
 
+def test_blends_name_short_needle_documents(token_shards: Path) -> None:
+    config = config_of(token_shards, 0.0, first=1.0, **{"needle/64": 1.0})
+    (short,) = make_needles(config, token_shards).sources
+    assert (short.name, short.share, int(short.shard("train").lengths[0])) == ("needle/64", 0.0, 64)
+    both = make_needles(config_of(token_shards, 0.1, first=1.0, **{"needle/64": 1.0}), token_shards).sources
+    assert {s.name: int(s.shard("train").lengths[0]) for s in both} == {"needle": 128, "needle/64": 64}
+    with pytest.raises(UserError, match=r"after the / stands a number of tokens, e\.g\. needle/4096"):
+        make_needles(config_of(token_shards, 0.1, **{"needle/x": 1.0}), token_shards)
+
+
 def test_the_name_of_the_source_is_kept_for_it(token_shards: Path, tmp_path: Path) -> None:
     data = shutil.copytree(token_shards, tmp_path / "data")
     text = (data / "manifest.json").read_text().replace('"name": "first"', '"name": "needle"')

@@ -1,0 +1,126 @@
+"""One optimizer step on a single sequence of 131,072 tokens: its peak memory against the account of `plan/memory.py`.
+
+Usage: python benchmarks/long_sequence.py [--lengths 32768 131072] > benchmarks/results/long_sequence.txt
+
+A thin K-EXAONE (three sliding layers and a global one, experts, float32) is trained for one step of the ordinary loop on two
+processes that share the sequence (`parallel.cp` 2), each layer recomputed.  For each length new processes are started.  `grown`
+is the peak of a process's resident memory beyond what it had before the model was built, of the fuller process; `account` the sum
+that docs/memory.md has for the big models.  What the account leaves out is said there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import re
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from megatron_sov import recipes
+from megatron_sov.config import RunConfig, apply_settings
+from megatron_sov.data.shards import Source
+from megatron_sov.mcore import cpu, world
+from megatron_sov.mcore.meta import stage_params
+from megatron_sov.plan.memory import Account, account
+
+NPROC, MIB = 2, 1 << 20
+SETTINGS = ("parallel.cp=2", "train.recompute=true", "model.hidden_size=256", "model.num_heads=2", "model.num_kv_heads=1",
+            "model.dense_ffn_dim=256", "model.sliding_window_tokens=128", "model.mtp_attention=L", "train.steps=1",
+            "train.global_batch_size=1", "train.micro_batch_size=1", "train.eval_every_steps=0", "data.prefetch_steps=0")
+
+
+class OneDocument:
+    """Documents of one length (a `data.shards.Documents`); each is drawn anew."""
+
+    is_plain = True
+
+    def __init__(self, tokens: int, vocab_size: int) -> None:
+        self.lengths = np.array([tokens, tokens])
+        self._vocab_size = vocab_size
+
+    def tokens(self, document: int, start: int, count: int) -> np.ndarray:
+        """Return token ids, int64."""
+        return np.random.default_rng(document).integers(1, self._vocab_size, int(self.lengths[0]))[start:start + count]
+
+    def loss_weights(self, document: int, start: int, count: int) -> np.ndarray:
+        """Return ones."""
+        return np.ones(count, np.float32)
+
+    def types(self, document: int, start: int, count: int) -> np.ndarray:
+        """Return zeros: text."""
+        return np.zeros(count, np.uint8)
+
+
+def resident_bytes(which: str) -> int:
+    """Return this process's resident memory, now (VmRSS) or at its peak (VmHWM)."""
+    found = re.search(rf"{which}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None, which
+    return int(found[1]) << 10
+
+
+def config_of(tokens: int) -> RunConfig:
+    """Return the settings at a length."""
+    return apply_settings(recipes.get("tiny-k-exaone"), [
+        *SETTINGS, f"model.max_position_tokens={tokens}", f'data.phases=[{{"name": "long", "seq_len": {tokens}}}]'])
+
+
+def step(config: RunConfig, folder: Path) -> None:
+    """Train one step and write what this process needed; runs on every rank."""
+    from megatron_sov.train.lm import LanguageModelling
+    from megatron_sov.train.run_folder import RunFolder
+    from megatron_sov.train.trainer import Trainer
+
+    place = world.join(config.parallel)
+    tokens = config.data.phases[0].seq_len
+    before, start = resident_bytes("VmRSS"), time.perf_counter()
+    source = Source("long", None, False, {}, {"train": 2 * tokens}, 1.0, made=OneDocument(tokens, config.model.vocab_size))
+    trainer = Trainer(config, place, RunFolder(folder / "run"), [source], LanguageModelling)
+    result = trainer.update()
+    assert result is not None and result.num_tokens == tokens
+    grown, seconds = resident_bytes("VmHWM") - before, time.perf_counter() - start
+    np.save(folder / f"{place.rank}.npy", np.array([before, grown, seconds, result.loss]))
+    trainer.close()
+    world.leave()
+
+
+def measured(config: RunConfig) -> tuple[float, float, float, float]:
+    """Return bytes before, bytes grown, seconds and loss of the process that grew most.
+
+    Raises:
+        SystemExit: the step failed.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if code := world.launch(lambda: step(config, folder), NPROC, num_threads=1):
+            raise SystemExit(code)
+        rows = [np.load(folder / f"{rank}.npy") for rank in range(NPROC)]
+    before, grown, seconds, loss = max(rows, key=lambda row: row[1]).tolist()
+    return before, grown, seconds, loss
+
+
+def main() -> None:
+    """Measure each length and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[32_768, 65_536, 131_072])
+    args = parser.parse_args()
+    cpu.open_door()
+    print(f"{platform.machine()}, {os.cpu_count()} cores (load {os.getloadavg()[0]:.1f} at the start), Python "
+          f"{platform.python_version()}; {NPROC} processes of one thread\nMiB of one process, float32, recomputation on\n")
+    print(f"{'tokens':>8}{'before':>8}{'grown':>8}{'account':>9}{'ratio':>7}{'seconds':>9}{'loss':>7}   account: "
+          + ", ".join(Account.__annotations__))
+    for tokens in args.lengths:
+        config = config_of(tokens)
+        (stage,) = stage_params(config, NPROC)
+        planned = account(config, stage.dense, stage.experts, stage.layers, NPROC, 0, tokens)
+        before, grown, seconds, loss = measured(config)
+        print(f"{tokens:>8,}{before / MIB:>8.0f}{grown / MIB:>8.0f}{planned.total / MIB:>9.0f}{grown / planned.total:>7.2f}"
+              f"{seconds:>9.0f}{loss:>7.3f}   " + ", ".join(f"{v / MIB:.0f}" for v in asdict(planned).values()), flush=True)
+
+
+if __name__ == "__main__":
+    main()
