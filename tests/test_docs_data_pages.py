@@ -48,6 +48,9 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hf_models: dict[s
     (tmp_path / "pairs.jsonl").write_text("\n".join(
         json.dumps({"prompt": f"{i} + 1?", "chosen": f"{i + 1}", "rejected": "No idea."}) for i in range(30)))
     (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": f"{i} + 1?", "answer": i + 1}) for i in range(30)))
+    (tmp_path / "solutions.jsonl").write_text("\n".join(
+        json.dumps({"query": f"{i} + 1?", "solutions": [f"Count on from {i}.", {"thinking": "One more.", "answer": f"{i + 1}"}]})
+        for i in range(30)))
     (tmp_path / "crawl.jsonl").write_text('{"text": "a good line"}\n{"text": "cut o')
     (tmp_path / "rules.json").write_text(blocks("tokenizer.md", "json")[0])
     library = demo_corpus.stdlib_files()[::40]
@@ -61,7 +64,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hf_models: dict[s
 
 def test_what_the_pages_show_runs(workplace: Path) -> None:
     shown = [command for page in ("tokenizer.md", "data.md") for command in commands(page)]
-    assert len(shown) == 19
+    assert len(shown) == 21
     for name, *arguments in shown:
         arguments += ["--skip", "worst"] * (arguments[0] == "report")  # megabytes of one letter take their time
         smaller = ["600" if a == "2048" else a for a in arguments]  # the text here is too small for the page's vocabulary

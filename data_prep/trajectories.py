@@ -1,0 +1,194 @@
+"""`sov-data trajectories`: a query with two to five solutions that differ, as one document of mid-training.
+
+Solar Open (arXiv 2601.07022) trains on such documents.  Of many solutions those are kept that lie farthest apart: each next one
+is the solution whose largest similarity to those chosen before is smallest (Gonzalez, 1985), where the similarity is the
+Jaccard index of the sets of three words in a row (Broder, 1997).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from megatron_sov.artifacts import new_artifact, refuse_existing
+from megatron_sov.documents import BadRecord
+from megatron_sov.documents.records import decode
+from megatron_sov.errors import UserError
+
+HELP = "join each query with its diverse solutions to one document"
+KIND = "corpus"
+FILE = "trajectories.jsonl"
+SHINGLE_WORDS = 3
+Think = Literal["tags", "plain", "drop"]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """One solution of a query."""
+
+    answer: str
+    """What is told at the end."""
+    thinking: str = ""
+    """What was thought before."""
+
+
+@dataclass(frozen=True)
+class TrajectorySettings:
+    """How documents are made."""
+
+    least: int = 2
+    """A query with fewer different solutions is left out."""
+    most: int = 5
+    """Solutions of a document at most."""
+    max_similarity: float = 0.8
+    """A solution that is more similar than this to one chosen before is no other solution."""
+    think: Think = "tags"
+    """tags: <think> and </think> around what was thought; plain: without them; drop: answers alone."""
+    heading: str = "Solution {}"
+    """Line above each solution; {} is its number."""
+
+    def problems(self) -> list[str]:
+        """Return one sentence for each value that breaks a rule."""
+        rules = [
+            (1 <= self.least <= self.most, f"--least {self.least} and --most {self.most}: need 1 <= least <= most"),
+            (0 <= self.max_similarity <= 1, f"--max-similarity {self.max_similarity}: must lie in [0, 1]"),
+            (self.heading.count("{}") == 1, f"--heading {self.heading!r}: must hold {{}} once, for the solution's number"),
+        ]
+        return [sentence for holds, sentence in rules if not holds]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    default = TrajectorySettings()
+    parser.description = ("Join each query with two to five solutions that differ to one document of text, for `sov-data pack`. "
+                          'A line of the input is {"query": ..., "solutions": [...]}; a solution is a string or '
+                          '{"thinking": ..., "answer": ...}.')
+    parser.add_argument("--input", required=True, type=Path, metavar="FILE",
+                        help="a .jsonl file, one query with its solutions a line")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help=f"folder for {FILE}")
+    parser.add_argument("--least", type=int, default=default.least, metavar="N",
+                        help="leave out queries with fewer different solutions (default %(default)s)")
+    parser.add_argument("--most", type=int, default=default.most, metavar="N",
+                        help="solutions of a document at most (default %(default)s)")
+    parser.add_argument("--max-similarity", type=float, default=default.max_similarity, metavar="S",
+                        help="Jaccard index of word triples above which two solutions are the same one (default %(default)s)")
+    parser.add_argument("--think", choices=get_args(Think), default=default.think,
+                        help="thoughts between <think> tags, without tags, or left out (default %(default)s)")
+    parser.add_argument("--heading", default=default.heading, metavar="TEXT",
+                        help="line above each solution, {} for its number (default %(default)r)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a corpus that is already there")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run `sov-data trajectories`; returns 0."""
+    settings = TrajectorySettings(args.least, args.most, args.max_similarity, args.think, args.heading)
+    write_trajectories(args.input, args.output, settings, overwrite=args.overwrite)
+    return 0
+
+
+def write_trajectories(file: Path, output: Path, settings: TrajectorySettings, *, overwrite: bool = False) -> None:
+    """Write an artifact of kind "corpus" with one document for each query that has enough solutions.
+
+    Raises:
+        UserError: settings or a record break a rule, or no query has enough solutions; nothing is written then.
+    """
+    if problems := settings.problems():
+        raise UserError("; ".join(problems))
+    refuse_existing(output, KIND, overwrite)
+    made = short = solutions = 0
+    with new_artifact(output, KIND, overwrite=overwrite) as artifact:
+        with open(artifact.path / FILE, "w", encoding="utf-8") as out:
+            for number, (query, offered) in enumerate(read_queries(file), 1):
+                chosen = diverse(offered, settings.most, settings.max_similarity)
+                if len(chosen) < settings.least:
+                    short += 1
+                    continue
+                made, solutions = made + 1, solutions + len(chosen)
+                out.write(json.dumps({"id": number, "text": document(query, chosen, settings)}, ensure_ascii=False) + "\n")
+        if not made:
+            raise UserError(f"{file}: none of its {short} queries has {settings.least} different solutions; add solutions, or "
+                            "lower --least or raise --max-similarity")
+        artifact.content = {"trajectories": {"num_documents": made, "num_solutions": solutions, "num_left_out": short}}
+        artifact.settings = vars(settings)
+    print(f"{made:,} documents with {solutions / made:.1f} solutions each; {short:,} queries with fewer than {settings.least} "
+          "different ones left out")
+
+
+def read_queries(file: Path) -> Iterator[tuple[str, list[Solution]]]:
+    """Yield each line's query and solutions.
+
+    Raises:
+        UserError: the file cannot be read, or a line is not as it should be; the message names it.
+    """
+    try:
+        with open(file, "rb") as f:
+            for number, line in enumerate(f, 1):
+                if line.strip():
+                    yield _record(line, f"{file}:{number}")
+    except OSError as e:
+        raise UserError(f"{file}: cannot be read ({e.strerror or e}); check the path and its permissions") from None
+
+
+def _record(line: bytes, where: str) -> tuple[str, list[Solution]]:
+    try:
+        record = json.loads(decode(line))
+    except BadRecord as e:
+        raise UserError(f"{where}: {e.reason}") from None
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{where}: is not valid JSON ({e}); every line must be one JSON object") from None
+    query, solutions = (record.get("query"), record.get("solutions")) if isinstance(record, dict) else (None, None)
+    if not isinstance(query, str) or not query.strip() or not isinstance(solutions, list):
+        raise UserError(f"{where}: needs a string 'query' and a list 'solutions'; add them")
+    return query, [_solution(value, f"{where}: solutions[{i}]") for i, value in enumerate(solutions)]
+
+
+def _solution(value: Any, where: str) -> Solution:
+    fields = {"answer": value} if isinstance(value, str) else value
+    if not isinstance(fields, dict) or not set(fields) <= {"answer", "thinking"} or not isinstance(fields.get("answer"), str) \
+            or not isinstance(fields.get("thinking", ""), str) or not fields["answer"].strip():
+        raise UserError(f"{where} is {json.dumps(value, ensure_ascii=False)[:80]}, must be a string or an object with the "
+                        "strings 'answer' and, if you like, 'thinking'")
+    return Solution(**fields)
+
+
+def diverse(solutions: list[Solution], most: int, max_similarity: float) -> list[Solution]:
+    """Return up to `most` solutions, the first one and then always the one that is least similar to those before it."""
+    shingles = [_shingles(f"{s.thinking} {s.answer}") for s in solutions]
+    nearest = [0.0] * len(solutions)
+    chosen: list[int] = [0] if solutions else []
+    while chosen and len(chosen) < most:
+        last = shingles[chosen[-1]]
+        nearest = [max(known, _jaccard(last, own)) for known, own in zip(nearest, shingles, strict=True)]
+        left = [i for i in range(len(solutions)) if i not in chosen and nearest[i] <= max_similarity]
+        if not left:
+            break
+        chosen.append(min(left, key=lambda i: nearest[i]))
+    return [solutions[i] for i in chosen]
+
+
+def _shingles(text: str) -> set[tuple[str, ...]]:
+    words = text.split()
+    return {tuple(words[i:i + SHINGLE_WORDS]) for i in range(max(1, len(words) - SHINGLE_WORDS + 1))}
+
+
+def _jaccard(one: set[tuple[str, ...]], other: set[tuple[str, ...]]) -> float:
+    return len(one & other) / len(one | other)
+
+
+def document(query: str, solutions: list[Solution], settings: TrajectorySettings) -> str:
+    """Return the text of one document."""
+    parts = [query.strip()]
+    for number, solution in enumerate(solutions, 1):
+        parts.append(f"{settings.heading.format(number)}\n{_told(solution, settings.think)}")
+    return "\n\n".join(parts)
+
+
+def _told(solution: Solution, think: Think) -> str:
+    thinking, answer = solution.thinking.strip(), solution.answer.strip()
+    if not thinking or think == "drop":
+        return answer
+    return f"<think>\n{thinking}\n</think>\n\n{answer}" if think == "tags" else f"{thinking}\n\n{answer}"
