@@ -142,7 +142,7 @@ def _rank_code(main: Callable[[], Any]) -> int:
         return int(main() or 0)
     except UserError as e:
         if _fails_first():
-            print(f"error: {e}", file=sys.stderr, flush=True)
+            print(f"error: {e}\n", end="", file=sys.stderr, flush=True)  # one write, whole also beside other ranks' lines
         return 2
 
 
@@ -185,7 +185,7 @@ def _wait(children: list[int]) -> int:
                     code = ended if ended > 0 else 128 - ended
                     deadline = time.monotonic() + 10
         if killed and code != 2:  # beside a mistake it is a rank that lost its peer
-            print(f"error: {killed}; if nobody sent it, look for a lack of memory", file=sys.stderr, flush=True)
+            print(f"error: {killed}; if nobody sent it, look for a lack of memory\n", end="", file=sys.stderr, flush=True)
         return code
     finally:
         for number, handler in previous.items():

@@ -55,5 +55,5 @@ class Progress:
             self._write_line(time.monotonic())
 
     def _write_line(self, now_s: float) -> None:
-        print(self._line, file=self._stream, flush=True)
+        print(f"{self._line}\n", end="", file=self._stream, flush=True)  # one write: other ranks' lines must not come in between
         self._line, self._last_line_s = "", now_s
