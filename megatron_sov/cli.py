@@ -33,6 +33,8 @@ COMMANDS = {
     "convert": Command("megatron_sov.eval.convert_command", "from-hf, to-hf, verify, inspect: checkpoints, Hugging Face folders"),
     "generate": Command("megatron_sov.generate.command", "continue prompts with a checkpoint or a Hugging Face folder"),
     "eval": Command("megatron_sov.eval.command", "ppl, needle, bigram, logits: judge a checkpoint or a Hugging Face folder"),
+    "status": Command("megatron_sov.watch.status_command", "how runs stand: step, speed, time left, restarts, use of time"),
+    "logs": Command("megatron_sov.watch.logs_command", "what a run's processes wrote, across ranks and restarts"),
     "report": Command("megatron_sov.report.command", "write the self-contained HTML report of one or more runs"),
     "doctor": Command("megatron_sov.doctor.command", "what this machine has, what is missing, and how to add it"),
     "recipes": Command("megatron_sov.recipes.command", "list the recipes, or print one with its settings resolved"),

@@ -49,7 +49,7 @@ class Saved:
     step: int
     """Optimizer steps before it was taken."""
     stall_s: float
-    """Time in which this process did not train: the copy."""
+    """Time in which this process did not train: the copy, and waiting where the run could not go on without the checkpoint."""
     save_s: float
     """Time from the copy until the checkpoint was there."""
 
@@ -176,8 +176,11 @@ class Saver:
             UserError: as `advance`.
         """
         while self._writing is not None:
+            waits_since_s = time.monotonic()
             self._writing.thread.join(_LOOK_EVERY_S)
-            self.advance(schedule.sum_everywhere(torch.tensor(self.progress(), dtype=torch.float64)).tolist())
+            sums = schedule.sum_everywhere(torch.tensor(self.progress(), dtype=torch.float64)).tolist()
+            self._writing.stall_s += time.monotonic() - waits_since_s
+            self.advance(sums)
 
     def _fail(self, w: _Writing) -> None:
         """Raise the first problem on every process, when no process writes any more and what was written is deleted."""

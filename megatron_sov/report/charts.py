@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
+from megatron_sov.obs.figures import number
 from megatron_sov.pages.charts import Chart, chart, colour, plain
 from megatron_sov.report.model import ExpertLoad, Phase, Run
-from megatron_sov.report.steps import Curve, downsample, moving_mean, number
+from megatron_sov.report.steps import Curve, downsample, moving_mean
 
 MAX_POINTS = 2000
 """Points of one drawn curve at most."""

@@ -6,8 +6,8 @@ from typing import Any
 
 from markupsafe import Markup
 
+from megatron_sov.obs.figures import number
 from megatron_sov.pages.content import Section, Table
-from megatron_sov.report.steps import number
 
 MAX_CELLS = 40
 VERDICTS = {True: Markup('<span class="good">passed</span>'), False: Markup('<span class="bad">FAILED</span>')}

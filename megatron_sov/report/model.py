@@ -16,15 +16,15 @@ import numpy.typing as npt
 
 from megatron_sov.artifacts import MANIFEST, manifest_sha256, read_manifest
 from megatron_sov.errors import UserError
+from megatron_sov.obs.attempts import Attempt, Attempts
 from megatron_sov.obs.events import EVENTS, final_steps, read_events
-from megatron_sov.report.steps import Curve, StepTable, number
+from megatron_sov.obs.figures import number
+from megatron_sov.obs.wall_time import Timekeeper, WallTime
+from megatron_sov.report.steps import Curve, StepTable
 
 CONFIG = "config.json"
 KEPT = ("phase", "eval", "baseline", "needle", "gate", "decontamination", "conversion", "checkpoint", "warning", "skip")
 """Events that are kept whole; there are few of them and they are small."""
-
-
-UNFINISHED = "ended without a word (killed, or still running)"
 
 
 @dataclass(frozen=True)
@@ -39,22 +39,6 @@ class Phase:
     """Source -> weight; empty: every source in proportion to its tokens."""
     batch_sizes: tuple[int, ...] = ()
     """Samples of a step, in the order of use."""
-
-
-@dataclass
-class Attempt:
-    """One start of the run's processes, from its `run_start` to the next one or the end."""
-
-    start: dict[str, Any]
-    """The `run_start` event."""
-    resume_reason: str = ""
-    outcome: str = UNFINISHED
-    last_step: int | None = None
-    last_time_s: float = 0.0
-
-    def wall_s(self) -> float:
-        """Return the seconds from this attempt's start to its end, or to its last event where it did not end."""
-        return max(0.0, self.last_time_s - number(self.start.get("time_s")))
 
 
 @dataclass(frozen=True)
@@ -101,6 +85,8 @@ class Run:
     config: dict[str, Any]
     """The resolved settings; empty where config.json is absent."""
     attempts: list[Attempt] = field(default_factory=list)
+    wall_time: WallTime | None = None
+    """Where the time went up to the last event; None before the first start."""
     curves: dict[str, dict[str, Curve]] = field(default_factory=dict)
     """Group -> name -> curve; see `StepTable.curves`."""
     phases: list[Phase] = field(default_factory=list)
@@ -150,15 +136,16 @@ def read_run(path: Path) -> Run:
     run = Run(name=path.resolve().name, config=_read_config(path / CONFIG))
     steps = StepTable()
     last: dict[str, dict[str, Any]] = {}
-    resume: dict[str, Any] = {}
+    attempts, keeper = Attempts(), Timekeeper()
     kept: dict[str, list[dict[str, Any]]] = {name: [] for name in KEPT}
     for event in read_events(path / EVENTS):
         kind = event["event"]
-        _follow_attempts(run.attempts, resume, event)
-        if kind == "phase" and kept["phase"] and kept["phase"][-1]["attempt"] != len(run.attempts):
+        attempts.add(event)
+        keeper.add(event)
+        if kind == "phase" and kept["phase"] and kept["phase"][-1]["attempt"] != len(attempts.all):
             kept["phase"].clear()  # every start announces the whole curriculum anew, as it is from then on
         if kind == "phase":
-            event["attempt"] = len(run.attempts)
+            event["attempt"] = len(attempts.all)
         if kind == "step" and "step" in event:
             steps.add(event)
         elif kind in kept:
@@ -167,6 +154,7 @@ def read_run(path: Path) -> Run:
             run.samples = [s for s in run.samples if s.get("step") == event.get("step")] + [event]
         elif kind in ("expert_load", "data_consumed"):
             last[kind] = event
+    run.attempts, run.wall_time = attempts.all, keeper.account()
     run.curves = steps.curves()
     run.phases = _phases(steps.phases(), kept["phase"])
     evals = final_steps(kept["eval"], "eval")
@@ -193,28 +181,6 @@ def _read_config(file: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"{file}: holds a {type(config).__name__} where the run's settings are needed; restore it from a copy")
     return config
-
-
-def _follow_attempts(attempts: list[Attempt], resume: dict[str, Any], event: dict[str, Any]) -> None:
-    """Take one event into the story of starts and stops; `resume` keeps a `resume` event until its `run_start` comes."""
-    kind = event["event"]
-    if kind == "run_start":
-        attempts.append(Attempt(event, resume_reason=str(resume.pop("reason", ""))))
-    if kind == "resume" and (not attempts or attempts[-1].last_step is not None):
-        resume.update(event)
-        return
-    if not attempts or attempts[-1].outcome != UNFINISHED:
-        return  # a conversion or a needle test may come days after the end
-    attempt = attempts[-1]
-    attempt.last_time_s = number(event.get("time_s"))
-    if kind in ("step", "run_end", "stop") and "step" in event:
-        attempt.last_step = int(event["step"])
-    if kind == "resume":
-        attempt.resume_reason = str(event.get("reason") or "")
-    elif kind == "stop":
-        attempt.outcome = f"stopped: {event.get('reason') or 'no reason given'}"
-    elif kind == "run_end":
-        attempt.outcome = "complete"
 
 
 def _phases(spans: list[tuple[str, int, int]], events: list[dict[str, Any]]) -> list[Phase]:

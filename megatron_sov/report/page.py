@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 
 from megatron_sov import pages
+from megatron_sov.obs.figures import duration, figure, large
 from megatron_sov.pages.content import Chapter, Table
 from megatron_sov.report.model import Run
-from megatron_sov.report.sections import duration, figure, key_figures, large, last_value, sections
+from megatron_sov.report.sections import key_figures, last_value, sections
 
 
 def render(runs: list[Run], now_s: float | None = None) -> str:

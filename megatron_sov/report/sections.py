@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from megatron_sov.obs.attempts import Attempt
+from megatron_sov.obs.figures import duration, figure, large, number
 from megatron_sov.pages.content import Section, Table
 from megatron_sov.report.charts import (
     expert_chart,
@@ -20,34 +22,12 @@ from megatron_sov.report.charts import (
     scalar_charts,
 )
 from megatron_sov.report.gates import gate_section
-from megatron_sov.report.model import Attempt, Phase, Provenance, Run
-from megatron_sov.report.steps import Curve, number
+from megatron_sov.report.model import Phase, Provenance, Run
+from megatron_sov.report.steps import Curve
+from megatron_sov.report.times import time_section
 
 MAX_SAMPLES = 24
 MAX_SAMPLE_CHARACTERS = 4000
-
-
-def large(value: float) -> str:
-    """Return a count in thousands, millions, billions or trillions, e.g. 102.7 B."""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if abs(value) >= size:
-            return f"{value / size:.4g} {unit}"
-    return f"{value:.4g}"
-
-
-def duration(seconds: float) -> str:
-    """Return a time span in its two largest units, e.g. 3 d 4 h, 12 min 5 s."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    for size, unit, below, smaller in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
-        if seconds >= size:
-            return f"{int(seconds // size)} {unit} {int(seconds % size // below)} {smaller}"
-    raise AssertionError(f"no unit for {seconds} s")
-
-
-def figure(value: float, digits: int = 4) -> str:
-    """Return a measured value with so many significant digits; a dash where there is none."""
-    return "–" if math.isnan(value) else f"{value:.{digits}g}"
 
 
 def last_value(curve: Curve | None) -> float:
@@ -68,6 +48,8 @@ def key_figures(run: Run) -> list[tuple[str, str, str]]:
     if run.wall_s() > 0:
         ranks = run.start("num_ranks")
         found.append(("Wall time", duration(run.wall_s()), f"{ranks:,} process{'es' if ranks > 1 else ''}" if ranks else ""))
+    if run.wall_time is not None and math.isfinite(run.wall_time.effective_share):
+        found.append(("Effective training time", f"{run.wall_time.effective_share:.1%}", "of the time since the first start"))
     speed = run.curve("tokens_per_s")
     if speed and len(speed.finite().steps):
         found.append(("Tokens a second", f"{np.median(speed.finite().values):,.0f}", "median over steps"))
@@ -107,6 +89,7 @@ def sections(run: Run) -> list[Section]:
         _sample_section(run),
         Section("Proof of the conversion", tables=[_conversion_table(c) for c in run.conversions if c.get("checks")],
                 text="The exported model against the trained one."),
+        time_section(run.wall_time),
         Section("Starts, stops and restarts", tables=_attempt_tables(run.attempts)),
         Section("Settings", json=json.dumps(run.config, indent=2, ensure_ascii=False) if run.config else "",
                 text="The resolved settings that the run was started with."),

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_sov.obs.figures import number
+
 SCALARS = ("loss", "grad_norm", "lr", "tokens", "step_time_s", "tokens_per_s", "max_violation", "padding_share")
 GROUPS = ("losses", "losses_by_source")
 
@@ -29,14 +31,6 @@ class Curve:
         """Return the curve without its NaN and infinite values."""
         keep = np.isfinite(self.values)
         return Curve(self.name, self.steps[keep], self.values[keep])
-
-
-def number(value: Any) -> float:
-    """Return an event's number as a float; absent and unreadable values are NaN ("nan", "inf" are spelt as text)."""
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return float("nan")
 
 
 class StepTable:

@@ -90,6 +90,12 @@ class RunLock:
             return None
 
 
+def living_holder(run: Path) -> dict[str, Any] | None:
+    """Return the host, pid and lease of the living process that holds a run folder, as far as can be known from here, or None."""
+    record = RunLock(run)._read()
+    return record if record is not None and _is_living(record) else None
+
+
 def _is_living(record: dict[str, Any]) -> bool:
     """Return whether the process that wrote a record works still, as far as can be known from here."""
     if record["host"] != socket.gethostname():

@@ -23,6 +23,7 @@ from megatron_sov.data.vocabulary import refuse_other_tokens
 from megatron_sov.errors import GateFailed, StopRequested, UserError
 from megatron_sov.mcore import checkpoint, determinism, run_checkpoints, world
 from megatron_sov.mcore.ranks import num_ranks, under_launcher
+from megatron_sov.obs import starting
 from megatron_sov.obs.afterwards import RunEvents
 from megatron_sov.obs.events import EVENTS, EventLog
 from megatron_sov.train.exports import Exports
@@ -83,6 +84,7 @@ def run_stage(stage: Stage, nproc: int | None) -> bool:
     if stage.start_from is not None:
         refuse_other_tokens(tokenizer_folder(sources), stage.start_from / "tokenizer")
     stage.folder.forget_failure()
+    starting.note_beginning()
     code = world.launch(lambda: _rank(stage, sources), nproc, stage.config.train.num_threads)
     if code != 0:
         raise SystemExit(code)  # the rank that failed has said why

@@ -27,6 +27,7 @@ from megatron_sov.mcore.policy import Policy, split_depths
 from megatron_sov.mcore.saving import Companions, Saved, Saver
 from megatron_sov.mcore.world import World
 from megatron_sov.models.count import num_params
+from megatron_sov.obs import starting
 from megatron_sov.obs.events import EVENTS, EventLog
 from megatron_sov.obs.progress import Progress
 from megatron_sov.obs.trackers import Trackers
@@ -158,6 +159,7 @@ class Trainer:
         self.events.write(
             "run_start", recipe=self.config.recipe, num_ranks=self.world.size, layout=parallel, num_params=count.total,
             num_active_params=count.active, num_steps=self.num_steps, resumed_from=self.done.step,
+            began_s=starting.began_s(),
             inputs=provenance(self.sources),
             machine={"host": platform.node(), "python": platform.python_version(), "torch": torch.__version__,
                      "threads": torch.get_num_threads()})

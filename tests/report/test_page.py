@@ -17,7 +17,7 @@ from megatron_sov.report.sections import sections
 
 EVERYTHING = ["Training loss", "Held-out loss", "Learning rate and gradient norm", "Expert load", "Speed", "Data consumed",
               "Warnings and skipped steps", "Needle in a haystack", "Samples", "Proof of the conversion",
-              "Starts, stops and restarts", "Settings", "Provenance"]
+              "Where the time went", "Starts, stops and restarts", "Settings", "Provenance"]
 
 
 class Document(HTMLParser):

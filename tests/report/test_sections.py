@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from megatron_sov.obs.events import EventLog
+from megatron_sov.obs.figures import duration, large
 from megatron_sov.pages.content import Section
 from megatron_sov.report.model import read_run
 from megatron_sov.report.page import render
-from megatron_sov.report.sections import duration, key_figures, large, sections
+from megatron_sov.report.sections import key_figures, sections
 
 
 def section(run_dir: Path, title: str) -> Section:

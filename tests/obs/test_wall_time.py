@@ -1,0 +1,115 @@
+"""Where the time went: a planted log with an answer by hand, and what holds for every log."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_sov.obs.wall_time import CATEGORIES, Timekeeper, WallTime
+
+
+def account(*events: tuple[float, str, dict[str, Any]], now_s: float | None = None) -> WallTime:
+    keeper = Timekeeper()
+    for time_s, kind, fields in events:
+        keeper.add({"event": kind, "time_s": time_s, **fields})
+    found = keeper.account(now_s)
+    assert found is not None
+    return found
+
+
+def step(time_s: float, number: int, step_time_s: float = 10.0) -> tuple[float, str, dict[str, Any]]:
+    return time_s, "step", {"step": number, "step_time_s": step_time_s}
+
+
+def start(time_s: float, began_s: float, resumed_from: int = 0) -> tuple[float, str, dict[str, Any]]:
+    return time_s, "run_start", {"began_s": began_s, "resumed_from": resumed_from}
+
+
+PLANTED = [
+    start(1030, began_s=1000),                               # 30 s start-up
+    step(1042, 1),                                           # 2 s start-up (first batch), 10 s step 1
+    step(1052, 2), step(1062, 3), step(1072, 4),             # 30 s: steps 2 to 4
+    (1073, "expert_load", {"step": 4}),                      # 1 s + 5 s evaluation
+    (1078, "eval", {"step": 4}), (1078, "data_consumed", {"step": 4}),
+    step(1091, 5),                                           # 3 s stall of checkpoint 4, 10 s step 5
+    (1091.5, "checkpoint", {"step": 4, "stall_s": 3.0}),     # 0.5 s between steps, goes to step 5
+    step(1101.5, 6),                                         # 10 s step 6; killed in step 7
+    (1120, "warning", {"text": "something that marks no time"}),
+    start(1241.5, began_s=1221.5, resumed_from=4),           # 120 s waiting, 20 s start-up; steps 5, 6 are done again
+    step(1251.5, 5), step(1261.5, 6),                        # 20 s
+    (1271.5, "skip", {"step": 7, "reason": "spike"}),        # 10 s refused
+    step(1281.5, 8),                                         # 10 s
+    (1285.5, "checkpoint", {"step": 8, "stall_s": 4.0}),     # 4 s: the last one is waited for
+    (1286, "stop", {"step": 8, "reason": "SIGUSR1"}),        # 0.5 s between steps
+    start(1296, began_s=1290, resumed_from=8),               # 4 s waiting, 6 s start-up
+    step(1306, 9), step(1316, 10),                           # 20 s, taken back
+    (1318, "rollback", {"step": 10, "back_to": 8}),          # 2 s lost
+    step(1328, 11),                                          # 10 s
+    (1388, "hang", {"step": 12}),                            # 60 s lost
+    (1390, "restart", {"step": 8}),                          # 2 s waiting
+    start(1395, began_s=1290, resumed_from=11),              # 5 s start-up: same command, so not from 1290 on
+    step(1405, 12),                                          # 10 s
+    (1407, "checkpoint", {"step": 12, "stall_s": 2.0}),      # 2 s
+    (1407, "run_end", {"step": 12}),
+    (1417, "needle", {"step": 12, "when": "after"}),         # 10 s evaluation, part of the stage
+    (9000, "needle", {"step": 12, "when": "eval"}), (9500, "data_consumed", {"step": 12}),  # days later
+]
+
+
+def test_a_planted_log_gives_the_answer_by_hand() -> None:
+    found = account(*PLANTED)
+    assert found.spent_s == pytest.approx({
+        "kept": 10 + 30 + 20 + 10 + 0.5 + 10 + 10,  # steps 1-4; 5, 6 and 8 of the second attempt; 11; 12
+        "lost": 10.5 + 10 + 10 + 20 + 2 + 60,       # steps 5 and 6 of the first attempt, with 0.5 s; refused; taken back; hang
+        "evaluation": 6 + 10, "saving": 3 + 4 + 2, "startup": 32 + 20 + 6 + 5, "waiting": 120 + 4 + 2})
+    assert found.total_s == pytest.approx(417) == pytest.approx(1417 - found.began_s)
+    assert found.effective_share == pytest.approx(90.5 / 417)
+
+
+def test_steps_after_the_last_checkpoint_are_kept_only_while_the_run_lives() -> None:
+    events = [start(0, 0), step(10, 1), (10, "checkpoint", {"step": 1, "stall_s": 0.0}), step(20, 2)]
+    assert account(*events).spent_s["lost"] == 10
+    alive = account(*events, now_s=25)
+    assert (alive.spent_s["lost"], alive.spent_s["kept"], alive.total_s) == (0, 25, 25)
+
+
+def test_rare_events_stand_for_all_steps_since_the_one_before() -> None:
+    """log_every_steps = 10: five of the ten steps of an event are done again, and an evaluation came in between."""
+    found = account(start(0, 0), step(100, 10), (135, "data_consumed", {"step": 13}), step(205, 20), start(205, 205, 15),
+                    step(255, 20), (255, "run_end", {"step": 20}))
+    assert found.spent_s == pytest.approx({"kept": 100 + 30 + 20 + 50, "lost": 50, "evaluation": 5, "saving": 0, "startup": 0,
+                                           "waiting": 0})
+
+
+def test_a_log_without_a_start_has_no_time() -> None:
+    keeper = Timekeeper()
+    keeper.add({"event": "step", "step": 1, "time_s": 5.0})
+    assert keeper.account() is None
+
+
+KINDS = ("run_start", "step", "skip", "checkpoint", "data_consumed", "rollback", "hang", "restart", "stop", "run_end", "needle",
+         "warning")
+SECONDS = st.floats(0, 1e6, allow_nan=False)
+EVENTS = st.lists(st.tuples(st.sampled_from(KINDS), SECONDS, st.integers(0, 30), SECONDS, st.integers(0, 30)), max_size=40)
+
+
+@given(EVENTS, st.none() | SECONDS)
+def test_categories_add_up_to_the_wall_time_whatever_the_log_says(drawn: list[Any], lived_s: float | None) -> None:
+    events = [(time_s, kind, {"step": at, "resumed_from": other, "back_to": other, "began_s": value, "stall_s": value,
+                              "step_time_s": value}) for kind, time_s, at, value, other in drawn]
+    events = [(0.0, "run_start", {"began_s": 0.0}), *events]
+    last_s, ended = 0.0, False
+    for time_s, kind, _ in events:  # what the sum must be: from the start to the last event that marks time
+        ended = ended and kind != "run_start"
+        if not ended and kind != "warning":
+            last_s = max(last_s, time_s)
+        ended = ended or kind == "run_end"
+    found = account(*events, now_s=lived_s)
+    assert set(found.spent_s) == set(CATEGORIES)
+    assert min(found.spent_s.values()) >= -1e-6
+    assert found.total_s == pytest.approx(max(last_s, lived_s or 0.0), abs=1e-3)
+    assert math.isnan(found.effective_share) or -1e-9 <= found.effective_share <= 1 + 1e-9
