@@ -9,17 +9,17 @@ from megatron_sov.config.extend import ExtendConfig, ExtendStageConfig, GateConf
 from megatron_sov.config.layout import ParallelConfig
 from megatron_sov.config.model import ModelConfig, YarnConfig
 from megatron_sov.config.needle import Language, NeedleConfig, NeedleKind
+from megatron_sov.config.optim import GroupConfig, OptimConfig
 from megatron_sov.config.reading import apply_settings, from_dict
 from megatron_sov.config.run import (
     ObjectiveConfig,
     ObsConfig,
-    OptimConfig,
     RunConfig,
     TrainConfig,
 )
 
 __all__ = [
-    "DataConfig", "ExtendConfig", "ExtendStageConfig", "GateConfig", "Language", "ModelConfig", "NeedleConfig", "NeedleKind",
-    "ObjectiveConfig", "ObsConfig", "OptimConfig", "ParallelConfig", "PartConfig", "PhaseConfig", "RunConfig", "TrainConfig",
-    "YarnConfig", "apply_settings", "from_dict",
+    "DataConfig", "ExtendConfig", "ExtendStageConfig", "GateConfig", "GroupConfig", "Language", "ModelConfig", "NeedleConfig",
+    "NeedleKind", "ObjectiveConfig", "ObsConfig", "OptimConfig", "ParallelConfig", "PartConfig", "PhaseConfig", "RunConfig",
+    "TrainConfig", "YarnConfig", "apply_settings", "from_dict",
 ]

@@ -14,34 +14,8 @@ from megatron_sov.config.extend import ExtendConfig
 from megatron_sov.config.layout import ParallelConfig
 from megatron_sov.config.model import STRICT, ModelConfig
 from megatron_sov.config.needle import NeedleConfig
+from megatron_sov.config.optim import OptimConfig
 from megatron_sov.errors import UserError
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """Optimizer and learning rate schedule."""
-
-    __pydantic_config__ = STRICT
-    lr: float = 2.5e-4
-    """Peak learning rate."""
-    min_lr: float = 3e-6
-    """Learning rate at the end of the decay."""
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    """cosine: warm-up, cosine decay; wsd: warm-up, stable, linear decay over the last `decay_share`; constant."""
-    warmup_steps: int = 2000
-    """Optimizer steps of linear warm-up."""
-    decay_share: float = 0.2
-    """wsd only: last part of the run over which the rate decays."""
-    weight_decay: float = 0.1
-    """Decoupled weight decay on matrices (not on norms and biases)."""
-    beta1: float = 0.9
-    """AdamW's first moment decay."""
-    beta2: float = 0.95
-    """AdamW's second moment decay."""
-    eps: float = 1e-8
-    """AdamW's epsilon."""
-    clip_grad: float = 1.0
-    """Largest global gradient norm; 0 switches clipping off."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +124,8 @@ class RunConfig:
         """Return one sentence for every rule that this config breaks on `num_ranks` processes; empty when it is sound."""
         p = self.model.problems()
         p += self.parallel.problems(self.model, num_ranks)
-        p += self._phase_problems() + self._number_problems() + self.extend.problems() + self.needle.problems()
+        p += self._phase_problems() + self._number_problems() + self.optim.problems() + self.extend.problems()
+        p += self.needle.problems()
         return p + ([] if p else self._batch_problems(num_ranks))
 
     def _phase_problems(self) -> list[str]:
@@ -194,7 +169,7 @@ class RunConfig:
 
     def _number_problems(self) -> list[str]:
         p = []
-        o, t = self.optim, self.train
+        t = self.train
         rules = [
             (t.steps >= 0, f"train.steps = {t.steps} must not be negative"),
             (t.steps > 0 or t.tokens > 0 or all(phase.tokens for phase in self.data.phases),
@@ -212,7 +187,6 @@ class RunConfig:
             (t.head_chunk_tokens > 0, f"train.head_chunk_tokens = {t.head_chunk_tokens} must be positive"),
             (t.checkpoint_every_steps > 0, f"train.checkpoint_every_steps = {t.checkpoint_every_steps} must be positive"),
             (t.log_every_steps > 0, f"train.log_every_steps = {t.log_every_steps} must be positive"),
-            (0 <= o.min_lr <= o.lr, f"optim.min_lr = {o.min_lr} must lie between 0 and optim.lr = {o.lr}"),
             (t.export_every_checkpoints >= 0,
              f"train.export_every_checkpoints = {t.export_every_checkpoints} must not be negative"),
             (t.keep_checkpoints >= 0, f"train.keep_checkpoints = {t.keep_checkpoints} must not be negative"),
@@ -228,13 +202,6 @@ class RunConfig:
              f"objective.text_coeff = {self.objective.text_coeff} must be a number that is not negative"),
             (self.objective.name == "sft" or not self.objective.text_coeff,
              f"objective.text_coeff = {self.objective.text_coeff} belongs to objective sft, not {self.objective.name}"),
-            (o.clip_grad >= 0, f"optim.clip_grad = {o.clip_grad} must not be negative"),
-            (o.eps > 0, f"optim.eps = {o.eps} must be positive"),
-            (0 <= o.beta1 < 1 and 0 <= o.beta2 < 1, f"optim.beta1 = {o.beta1} and optim.beta2 = {o.beta2} must lie in [0, 1)"),
-            (o.weight_decay >= 0, f"optim.weight_decay = {o.weight_decay} must not be negative"),
-            (o.warmup_steps >= 0, f"optim.warmup_steps = {o.warmup_steps} must not be negative"),
-            (o.lr > 0, f"optim.lr = {o.lr} must be positive"),
-            (0 < o.decay_share <= 1, f"optim.decay_share = {o.decay_share} must lie in (0, 1]"),
         ]
         p += [sentence for holds, sentence in rules if not holds]
         return p

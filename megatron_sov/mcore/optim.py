@@ -1,4 +1,4 @@
-"""Gradients and optimizer: the library's data-parallel wrapper and AdamW, and their state as named global tensors."""
+"""Gradients and optimizer: the library's data-parallel wrapper, AdamW and Muon, and their state as named global tensors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
 from megatron_sov.config import OptimConfig, ParallelConfig
-from megatron_sov.mcore import cpu, data_parallel, optimizer_shards
+from megatron_sov.mcore import cpu, data_parallel, optimizer_shards, parameter_groups
 from megatron_sov.mcore.blocks import Block
 from megatron_sov.mcore.model import LanguageModel
 
@@ -31,10 +31,12 @@ def _torch_adam() -> Iterator[None]:
 
 
 class Optimizer:
-    """Data-parallel gradients plus AdamW over one model; gradients are plain sums of what the losses give."""
+    """Data-parallel gradients plus AdamW or Muon over one model; gradients are plain sums of what the losses give."""
 
     def __init__(self, model: LanguageModel, config: OptimConfig, parallel: ParallelConfig = NOT_SHARDED) -> None:
         self.model = model
+        rules = parameter_groups.rules(model, config)
+        parameter_groups.freeze(model, rules)
         self.wrapped = data_parallel.wrap(model, parallel)
         self._gather = model.pending_gather = data_parallel.deferred_gather(self.wrapped)
         settings = OptimizerConfig(
@@ -45,8 +47,7 @@ class Optimizer:
         with optimizer_shards.any_float(), _torch_adam() if fp64 else contextlib.nullcontext():
             # gloo groups would only serve the library's own checkpoints
             self.library = get_megatron_optimizer(settings, self.wrapped, use_gloo_process_groups=False)
-        for group in self.library.param_groups:  # the library marks norms, and leaves it to a scheduler to heed the mark
-            group["weight_decay"] = config.weight_decay * group["wd_mult"]
+        self._shards = parameter_groups.arrange(self.library, model, rules, config, zero1=parallel.zero1)
         self._clip_grad = config.clip_grad
         self.num_updates = 0
         """Updates so far; AdamW's bias correction counts them."""
@@ -64,8 +65,8 @@ class Optimizer:
             accept: is given that norm, and must say the same on every process; where it says no, nothing is updated.
         """
         for group in self.library.param_groups:
-            group["lr"] = lr
-        optimizer_shards.take_gradients(self.library)
+            group["lr"] = lr * group["lr_scale"]
+        optimizer_shards.take_gradients(self._shards)
         grad_norm = self._grad_norm()
         if not accept(grad_norm):
             return grad_norm
@@ -102,13 +103,13 @@ class Optimizer:
         self.library.reload_model_params()
 
     def state_blocks(self) -> Iterator[Block]:
-        """Yield the moments (and, under bf16, master weights) of this process, named `exp_avg/KEY` and so on.
+        """Yield the moments or momentum (and, under bf16, master weights) of this process, named `exp_avg/KEY` and so on.
 
         They are the same global tensors at every layout, with and without ZeRO-1.
         """
-        return optimizer_shards.state_blocks(self.model, self.library)
+        return optimizer_shards.state_blocks(self.model, self._shards)
 
     def restore_updates(self, num_updates: int) -> None:
         """Set the number of updates that the restored moments have seen."""
         self.num_updates = num_updates
-        optimizer_shards.set_updates(self.library, num_updates)
+        optimizer_shards.set_updates(self._shards, num_updates)

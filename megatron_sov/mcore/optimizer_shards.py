@@ -10,9 +10,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -25,6 +25,18 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 MASTER = "master"
 
 
+class Inner(Protocol):
+    """What updates shards: torch's AdamW, a fused one, or Muon."""
+
+    param_groups: list[dict[str, Any]]
+    """Shards with their settings."""
+    state: Any
+    """Shard -> name -> tensor."""
+
+    def step(self) -> Any:
+        """Update all shards by their gradients."""
+
+
 @dataclass(frozen=True)
 class Shard:
     """The elements [start, start + main.numel()) of a flattened parameter, which this process updates."""
@@ -35,8 +47,8 @@ class Shard:
     """First element."""
     main: torch.Tensor
     """What torch's optimizer updates: the parameter's own memory, or under bf16 fp32 master weights; contiguous."""
-    inner: torch.optim.Optimizer
-    """Torch's optimizer, which holds the state of `main`."""
+    inner: Inner
+    """What updates `main` and holds its state."""
     exclusive: bool
     """Whether the other data-parallel processes update other elements (ZeRO-1), not the same."""
 
@@ -46,29 +58,28 @@ class Shard:
         return self.start + self.main.numel()
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Return the moments and, under bf16, the master weights: each [elements], views of live memory."""
-        state = self.inner.state[self.main]
+        """Return the moments or Muon's momentum and, under bf16, the master weights: each [elements], views of live memory."""
+        state, names = self.inner.state[self.main], getattr(self.inner, "state_names", MOMENTS)
         if not state:  # before the first update: what that would begin with
             if _counts_per_parameter(self.inner):
                 state["step"] = torch.tensor(0.0)
-            for name in MOMENTS:
+            for name in names:
                 state[name] = torch.zeros_like(self.main, memory_format=torch.preserve_format)
-        named = {name: state[name] for name in MOMENTS}
+        named = {name: state[name] for name in names}
         if self.main.dtype != self.parameter.dtype:
             named[MASTER] = self.main
         return {name: tensor.detach().view(-1) for name, tensor in named.items()}
 
 
-def inner_optimizers(library: Any) -> list[torch.optim.Optimizer]:
-    """Return torch's optimizers inside the library's (routed experts have one of their own)."""
-    return [o.optimizer for o in library.chained_optimizers if o.optimizer is not None]
+def shards(optimizer: Any) -> list[Shard]:
+    """Return what this process updates, parameter by parameter; parameters of which it updates nothing are left out.
 
-
-def shards(library: Any) -> Iterator[Shard]:
-    """Yield what this process updates, parameter by parameter; parameters of which it updates nothing are left out."""
-    for optimizer in library.chained_optimizers:
-        if optimizer.optimizer is not None:
-            yield from _ranges(optimizer) if isinstance(optimizer, DistributedOptimizer) else _wholes(optimizer)
+    Args:
+        optimizer: one of the library's (routed experts have one of their own), as the library makes it.
+    """
+    if optimizer.optimizer is None:
+        return []
+    return list(_ranges(optimizer) if isinstance(optimizer, DistributedOptimizer) else _wholes(optimizer))
 
 
 def _ranges(optimizer: DistributedOptimizer) -> Iterator[Shard]:
@@ -92,12 +103,12 @@ def _wholes(optimizer: Any) -> Iterator[Shard]:
             yield Shard(model_of.get(id(main), main), 0, main, optimizer.optimizer, exclusive=False)
 
 
-def take_gradients(library: Any) -> None:
+def take_gradients(shards: Iterable[Shard]) -> None:
     """Give every shard its part of the summed gradients, which torch's optimizer then updates it with.
 
     The library's own way makes float32 of them first.
     """
-    for shard in shards(library):
+    for shard in shards:
         gradient: torch.Tensor = shard.parameter.main_grad.view(-1)[shard.start:shard.stop]  # type: ignore[attr-defined]
         shard.main.grad = gradient.view(shard.main.shape)
 
@@ -118,17 +129,22 @@ def any_float() -> Iterator[None]:
         torch.Tensor.type = original  # type: ignore[method-assign]
 
 
-def state_blocks(model: LanguageModel, library: Any) -> Iterator[Block]:
-    """Yield the state of this process's shards, named `exp_avg/KEY`, `exp_avg_sq/KEY` and `master/KEY`."""
-    of_parameter = {id(shard.parameter): shard for shard in shards(library)}
+def shard_blocks(model: LanguageModel, shards: Iterable[Shard]) -> Iterator[tuple[Block, Shard]]:
+    """Yield the model's blocks that this process updates, with the shard that holds (a part of) each."""
+    of_parameter = {id(shard.parameter): shard for shard in shards}
     lookup = ParameterLookup(list(model.parameters()))
     for block in of(model):
-        parameter = lookup.find(block)
-        shard = of_parameter.get(id(parameter))
+        shard = of_parameter.get(id(lookup.find(block)))
         if shard is not None:
-            for name, flat in shard.state().items():
-                for piece in pieces(block, shard, flat):
-                    yield dataclasses.replace(piece, key=f"{name}/{block.key}")
+            yield block, shard
+
+
+def state_blocks(model: LanguageModel, shards: Iterable[Shard]) -> Iterator[Block]:
+    """Yield the state of this process's shards, named `exp_avg/KEY`, `exp_avg_sq/KEY`, `momentum/KEY` and `master/KEY`."""
+    for block, shard in shard_blocks(model, shards):
+        for name, flat in shard.state().items():
+            for piece in pieces(block, shard, flat):
+                yield dataclasses.replace(piece, key=f"{name}/{block.key}")
 
 
 def pieces(block: Block, shard: Shard, flat: torch.Tensor) -> Iterator[Block]:
@@ -148,22 +164,21 @@ def pieces(block: Block, shard: Shard, flat: torch.Tensor) -> Iterator[Block]:
         start += count
 
 
-def set_updates(library: Any, num_updates: int) -> None:
+def set_updates(shards: Iterable[Shard], num_updates: int) -> None:
     """Set the number of updates that the state has seen, which AdamW's bias correction counts.
 
     Each parameter gets a counter of its own: the library's own loading gives all of them one tensor, which torch's AdamW
     then counts up once per parameter.
     """
-    for shard in shards(library):
+    for shard in shards:
         if _counts_per_parameter(shard.inner):
             shard.state()
             shard.inner.state[shard.main]["step"] = torch.tensor(float(num_updates))
-    for inner in inner_optimizers(library):
-        if not _counts_per_parameter(inner):
-            for group in inner.param_groups:
+        else:
+            for group in shard.inner.param_groups:
                 group["step"] = num_updates
 
 
-def _counts_per_parameter(inner: torch.optim.Optimizer) -> bool:
+def _counts_per_parameter(inner: Inner) -> bool:
     """Torch's Adam counts updates in every parameter's state, fused ones (Transformer Engine, Apex) in their groups."""
     return isinstance(inner, (torch.optim.Adam, torch.optim.AdamW))

@@ -1,0 +1,176 @@
+"""Muon at any layout: each gathered matrix moves as torch.optim.Muon moves it, step by step."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+from unittest import mock
+
+import pytest
+
+STEPS, LR = 5, 0.02
+SETTINGS = ("model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "model.num_heads=8", "model.num_kv_heads=2",
+            "model.dense_ffn_dim=40", "model.expert_ffn_dim=24", "optim.name=muon", "optim.weight_decay=0.2", "optim.clip_grad=0.0")
+TP2 = ("parallel.tp=2", "parallel.sp=true")
+OVERLAP = ("parallel.zero1=true", "parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true",
+           "parallel.bucket_params=9000")
+
+
+def gradient(key: str, shape: tuple[int, ...], seed: int) -> Any:
+    """Return the gradient of a global tensor, a function of its name and the seed."""
+    import hashlib
+
+    import torch
+
+    generator = torch.Generator().manual_seed(int(hashlib.sha256(f"{seed}:{key}".encode()).hexdigest()[:12], 16))
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def put_gradients(optimizer: Any, model: Any, seed: int) -> None:
+    """Write this process's parts of all gradients, as if they had been summed over the data."""
+    import torch
+
+    from megatron_sov.mcore.blocks import ParameterLookup, of
+
+    lookup = ParameterLookup(list(model.parameters()))
+    for block in of(model):
+        parameter = lookup.find(block)
+        if parameter is None:
+            continue
+        whole = gradient(block.key, block.global_shape, seed)
+        part = whole[tuple(slice(o, o + n) for o, n in zip(block.offset, block.shape, strict=True))].reshape(block.data.shape)
+        start = block.data.storage_offset() - parameter.storage_offset()
+        with torch.no_grad():
+            parameter.main_grad.view(-1)[start:start + part.numel()].view(part.shape).copy_(part)
+
+
+def gathered(model: Any) -> dict[str, Any]:
+    """Return all tensors of the model, whole, on every process."""
+    from megatron_sov.mcore.blocks import of
+    from megatron_sov.mcore.gather import Gatherer
+
+    gatherer = Gatherer(of(model), everywhere=True)
+    return {key: gatherer.gather(key) for key in sorted(gatherer.shapes())}
+
+
+def matrices_of(key: str, tensor: Any) -> list[Any]:
+    """Return, as copies of their own, the matrices that a global tensor is made of, by the layout that Megatron documents."""
+    if "experts.experts" in key:
+        return [part for expert in tensor for part in matrices_of(key.replace("experts.experts", "expert"), expert)]
+    if key.endswith("linear_qkv.weight"):  # for each of 2 key heads: its 4 queries, the key, the value, 8 rows each
+        groups = tensor.view(2, 6, 8, -1)
+        return [groups[:, a:b].reshape(-1, tensor.shape[1]) for a, b in ((0, 4), (4, 5), (5, 6))]
+    return [part.clone() for part in tensor.chunk(2)] if key.endswith("linear_fc1.weight") else [tensor.clone()]
+
+
+def is_matrix(key: str, tensor: Any) -> bool:
+    """Whether Muon is to update the tensor."""
+    return tensor.dim() > 1 and not re.search("word_embeddings|output_layer", key)
+
+
+class Reference:
+    """torch.optim.Muon and torch.optim.AdamW over the whole matrices of a model."""
+
+    def __init__(self, weights: dict[str, Any], optim: Any, full: Any) -> None:
+        import torch
+
+        self.full = full
+        self.matrices = {key: [torch.nn.Parameter(m.to(full)) for m in matrices_of(key, w)]
+                         for key, w in weights.items() if is_matrix(key, w)}
+        self.rest = {key: torch.nn.Parameter(w.to(full, copy=True)) for key, w in weights.items()
+                     if key not in self.matrices and not key.endswith("expert_bias")}
+        scale = None if optim.muon_scale == "original" else optim.muon_scale
+        self.muon = torch.optim.Muon([m for ms in self.matrices.values() for m in ms], lr=LR, weight_decay=optim.weight_decay,
+                                     momentum=optim.muon_momentum, nesterov=optim.muon_nesterov, adjust_lr_fn=scale)
+        decays = [p for p in self.rest.values() if p.dim() > 1]
+        self.adamw = torch.optim.AdamW([{"params": decays, "weight_decay": optim.weight_decay},
+                                        {"params": [p for p in self.rest.values() if p.dim() == 1], "weight_decay": 0.0}],
+                                       lr=LR, betas=(optim.beta1, optim.beta2), eps=optim.eps)
+
+    def step(self, seed: int, *, low_precision: bool) -> None:
+        """Do one step; unless `low_precision` its Newton-Schulz runs in the weights' dtype, not in bfloat16."""
+        import torch
+
+        for key, parameters in self.matrices.items():
+            shape = parameters[0].shape
+            whole = gradient(key, self.shapes[key], seed).to(self.full)
+            for parameter, grad in zip(parameters, matrices_of(key, whole), strict=True):
+                assert grad.shape[1] == shape[1]
+                parameter.grad = grad
+        for key, parameter in self.rest.items():
+            parameter.grad = gradient(key, tuple(parameter.shape), seed).to(self.full)
+        if low_precision:
+            self.muon.step()
+        else:
+            with mock.patch.object(torch.Tensor, "bfloat16", torch.Tensor.clone):
+                self.muon.step()
+        self.adamw.step()
+
+    shapes: dict[str, Any]
+
+
+def updates(settings: list[str], seed: int) -> dict[str, Any]:
+    """Do five steps on given gradients beside torch's optimizers; return how far each tensor is from torch's after each."""
+    import torch
+
+    from megatron_sov import recipes
+    from megatron_sov.config import apply_settings
+    from megatron_sov.mcore import init, world
+    from megatron_sov.mcore.model import build
+    from megatron_sov.mcore.optim import Optimizer
+
+    config = apply_settings(recipes.get("tiny-k-exaone"), [*SETTINGS, *settings])
+    world.join(config.parallel)
+    model = build(config.model, config.parallel, config.train)
+    init.initialise(model, config.model, seed)
+    optimizer = Optimizer(model, config.optim, config.parallel)
+    optimizer.adopt_model()
+    start = gathered(model)
+    full = torch.float64 if config.train.precision == "fp64" else torch.float32
+    reference = Reference(start, config.optim, full)
+    reference.shapes = {key: tuple(w.shape) for key, w in start.items()}
+    apart: dict[str, float] = {}
+    moved: dict[str, float] = {}
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        put_gradients(optimizer, model, 100 * seed + step)
+        optimizer.step(LR)
+        reference.step(100 * seed + step, low_precision=config.train.precision == "bf16")
+        now = gathered(model)
+        for key, parameters in reference.matrices.items():
+            for i, (ours, theirs) in enumerate(zip(matrices_of(key, now[key]), parameters, strict=True)):
+                name = f"{key} {i}"
+                apart[name] = max(apart.get(name, 0.0), float((ours.to(full) - theirs.detach()).abs().max()))
+                moved[name] = float((ours.to(full) - matrices_of(key, start[key])[i].to(full)).abs().max())
+        for key, theirs in reference.rest.items():
+            apart[key] = max(apart.get(key, 0.0), float((now[key].to(full) - theirs.detach()).abs().max()))
+            moved[key] = float((now[key].to(full) - start[key].to(full)).abs().max())
+    kinds = sorted({block.key.split("/")[0] for block in optimizer.state_blocks()})
+    world.leave()
+    return {"apart": apart, "moved": moved, "kinds": kinds}
+
+
+LAYOUTS = {
+    "one rank": (1, ()),
+    "one rank, original scale": (1, ("optim.muon_scale=original", "optim.muon_nesterov=false")),
+    "TP2+SP": (2, TP2),
+    "EP2": (2, ("parallel.ep=2",)),
+    "PP2": (2, ("parallel.pp=2",)),
+    "ZeRO-1": (2, ("parallel.zero1=true",)),
+    "TP2+SP ETP2 x ZeRO-1": (4, (*TP2, "parallel.etp=2", "parallel.zero1=true")),
+    "TP2+SP x EP2 x ZeRO-1 overlapped": (4, (*TP2, "parallel.ep=2", *OVERLAP)),
+    "PP2 VPP2 x DP2 ZeRO-1 overlapped": (4, ("parallel.pp=2", "parallel.vpp=2", *OVERLAP)),
+}
+
+
+@pytest.mark.distributed
+def test_every_matrix_moves_as_torchs_muon_moves_it(ranks: Any, job: Any) -> None:
+    cases = [(name, n, settings, seed) for name, (n, settings) in LAYOUTS.items() for seed in (1, 2)]
+    results = ranks(*(job(__file__, "updates", n, {"settings": ["train.precision=fp64", *settings], "seed": seed})
+                      for _, n, settings, seed in cases))
+    for (name, _, _, seed), per_rank in zip(cases, results, strict=True):
+        for result in per_rank:
+            assert len(result["apart"]) > 100, "each expert's gate, up and down are matrices of their own"
+            assert min(result["moved"].values()) > 0.01, name
+            worst = max(result["apart"], key=result["apart"].get)
+            assert result["apart"][worst] < 1e-12, (name, seed, worst)
