@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_sov.config.model import STRICT
+from megatron_sov.config.optim import Schedule
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,14 @@ class PhaseConfig:
     """Tokens of one sample."""
     global_batch_size: int = 0
     """Samples of one optimizer step in this phase; 0: `train.global_batch_size`."""
+    rewarm_steps: int = 0
+    """Steps over which the learning rate climbs anew from 0 when the phase begins."""
+    lr: float = 0.0
+    """Peak learning rate of a schedule of the phase's own, from its first step to its last; 0: the run's schedule goes on."""
+    min_lr: float = 0.0
+    """Where the phase's own schedule ends; 0: `optim.min_lr`."""
+    schedule: Schedule | None = None
+    """Form of the phase's own schedule; null: `optim.schedule`."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Literal
 from megatron_sov.config.model import STRICT
 
 Algorithm = Literal["adamw", "muon"]
+Schedule = Literal["cosine", "wsd", "linear", "inverse_sqrt", "constant"]
 
 
 @dataclass(frozen=True)
@@ -34,18 +35,28 @@ class OptimConfig:
 
     __pydantic_config__ = STRICT
     name: Algorithm = "adamw"
-    """adamw, for all parameters; muon: matrices by Muon (Q, K and V, gate and up, and every expert on its own), embeddings, head,
-    norms and biases by AdamW."""
+    """adamw, for all parameters; muon: matrices by Muon (Q, K and V, gate and up, and every expert on its own), embeddings,
+    head, norms and biases by AdamW."""
     lr: float = 2.5e-4
     """Peak learning rate."""
     min_lr: float = 3e-6
     """Learning rate at the end of the decay."""
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    """cosine: warm-up, cosine decay; wsd: warm-up, stable, linear decay over the last `decay_share`; constant."""
+    schedule: Schedule = "cosine"
+    """What follows the warm-up.  cosine, linear: decay to `min_lr` over the rest; wsd: stable, decay over the last `decay_share`;
+    inverse_sqrt: falls as 1 / sqrt(step), not below `min_lr`; constant."""
+    schedule_by: Literal["steps", "tokens"] = "steps"
+    """What warm-up and decay are counted in; they differ while the batch size ramps up and between phases of other batch sizes."""
     warmup_steps: int = 2000
-    """Optimizer steps of linear warm-up."""
+    """Optimizer steps of linear warm-up, at most half the run."""
+    warmup_tokens: int = 0
+    """Tokens of linear warm-up when `schedule_by` is tokens, padding counted in."""
     decay_share: float = 0.2
     """wsd only: last part of the run over which the rate decays."""
+    decay_form: Literal["linear", "cosine", "one_minus_sqrt"] = "linear"
+    """wsd only: how it decays (one_minus_sqrt: arXiv 2405.18392)."""
+    rewarm: tuple[tuple[int, int], ...] = ()
+    """[step, steps]: behind that optimizer step the rate climbs anew, from 0 to the schedule's, over so many steps.  May be added
+    to a run that is resumed, from its checkpoint on."""
     weight_decay: float = 0.1
     """Decoupled weight decay on matrices (not on norms and biases)."""
     beta1: float = 0.9
@@ -84,6 +95,11 @@ class OptimConfig:
              f"optim.muon_ns_coefficients = {list(self.muon_ns_coefficients)} must be numbers"),
             (self.weight_decay >= 0, f"optim.weight_decay = {self.weight_decay} must not be negative"),
             (self.warmup_steps >= 0, f"optim.warmup_steps = {self.warmup_steps} must not be negative"),
+            (self.warmup_tokens >= 0, f"optim.warmup_tokens = {self.warmup_tokens} must not be negative"),
+            (not self.warmup_tokens or self.schedule_by == "tokens",
+             f"optim.warmup_tokens = {self.warmup_tokens} needs optim.schedule_by = tokens; set that, or optim.warmup_steps"),
+            (all(first >= 0 and steps > 0 for first, steps in self.rewarm),
+             f"optim.rewarm = {[list(pair) for pair in self.rewarm]} must hold pairs [step, steps] with steps above 0"),
             (0 < self.lr < math.inf, f"optim.lr = {self.lr} must be a positive number"),
             (0 < self.decay_share <= 1, f"optim.decay_share = {self.decay_share} must lie in (0, 1]"),
         ]

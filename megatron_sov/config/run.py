@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron_sov.config import curriculum
-from megatron_sov.config.data import DataConfig
+from megatron_sov.config.data import DataConfig, PhaseConfig
 from megatron_sov.config.extend import ExtendConfig
 from megatron_sov.config.layout import ParallelConfig
 from megatron_sov.config.model import STRICT, ModelConfig
@@ -142,6 +142,7 @@ class RunConfig:
             for name in ("tokens", "global_batch_size"):
                 if getattr(phase, name) < 0:
                     p.append(f"{where}.{name} = {getattr(phase, name)} must not be negative")
+            p += _rate_problems(where, phase)
             if phase.share <= 0:
                 p.append(f"{where}.share = {phase.share} must be positive")
             if phase.seq_len < 2:
@@ -239,3 +240,15 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON types; `from_dict` gives back an equal config."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+def _rate_problems(where: str, phase: PhaseConfig) -> list[str]:
+    """Check a phase's own learning rate."""
+    p = []
+    if phase.rewarm_steps < 0:
+        p.append(f"{where}.rewarm_steps = {phase.rewarm_steps} must not be negative")
+    if not 0 <= phase.min_lr <= phase.lr < math.inf:
+        p.append(f"{where}.min_lr = {phase.min_lr} must lie between 0 and the phase's lr = {phase.lr}")
+    if phase.schedule and not phase.lr:
+        p.append(f"{where}.schedule = {phase.schedule} needs a rate of the phase's own; set its lr")
+    return p

@@ -47,7 +47,8 @@ class Optimizer:
         with optimizer_shards.any_float(), _torch_adam() if fp64 else contextlib.nullcontext():
             # gloo groups would only serve the library's own checkpoints
             self.library = get_megatron_optimizer(settings, self.wrapped, use_gloo_process_groups=False)
-        self._shards = parameter_groups.arrange(self.library, model, rules, config, zero1=parallel.zero1)
+        self.shards = parameter_groups.arrange(self.library, model, rules, config, zero1=parallel.zero1)
+        """What this process updates."""
         self._clip_grad = config.clip_grad
         self.num_updates = 0
         """Updates so far; AdamW's bias correction counts them."""
@@ -66,7 +67,7 @@ class Optimizer:
         """
         for group in self.library.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        optimizer_shards.take_gradients(self._shards)
+        optimizer_shards.take_gradients(self.shards)
         grad_norm = self._grad_norm()
         if not accept(grad_norm):
             return grad_norm
@@ -107,9 +108,9 @@ class Optimizer:
 
         They are the same global tensors at every layout, with and without ZeRO-1.
         """
-        return optimizer_shards.state_blocks(self.model, self._shards)
+        return optimizer_shards.state_blocks(self.model, self.shards)
 
     def restore_updates(self, num_updates: int) -> None:
         """Set the number of updates that the restored moments have seen."""
         self.num_updates = num_updates
-        optimizer_shards.set_updates(self._shards, num_updates)
+        optimizer_shards.set_updates(self.shards, num_updates)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 from megatron_sov.artifacts import atomic_write, disk_errors, to_json
-from megatron_sov.config import RunConfig, from_dict
+from megatron_sov.config import OptimConfig, RunConfig, from_dict
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.run_checkpoints import CHECKPOINTS_OF_A_RUN
 from megatron_sov.train.lock import LOCK
 
 CONFIG, COMPLETION, FAILURE, STAGES = "config.json", "complete.json", "gate_failed.json", "stages"
-FIXED: dict[str, tuple[str, ...] | None] = {"model": None, "objective": None, "optim": None,
+OPTIM = tuple(f.name for f in dataclasses.fields(OptimConfig) if f.name != "rewarm")
+FIXED: dict[str, tuple[str, ...] | None] = {"model": None, "objective": None, "optim": OPTIM,
                                             "train": ("seed", "precision", "hidden_dropout"), "data": ("packing",)}
 """What a resumed run must not change: part of the config -> its settings (None: all)."""
 

@@ -15,6 +15,7 @@ import torch
 
 from megatron_sov.artifacts import manifest_sha256
 from megatron_sov.config import RunConfig
+from megatron_sov.config.schedules import Schedule
 from megatron_sov.data.order import OrderState
 from megatron_sov.data.shards import Source, provenance, tokenizer_folder
 from megatron_sov.data.token_bytes import token_bytes
@@ -37,7 +38,6 @@ from megatron_sov.train.exports import Exports
 from megatron_sov.train.gate import Gate
 from megatron_sov.train.objective import GlobalBatch, Objective, total_loss
 from megatron_sov.train.run_folder import RunFolder
-from megatron_sov.train.schedules import learning_rate
 
 ObjectiveFactory = Callable[[RunConfig, DataBatches], Objective]
 
@@ -84,7 +84,8 @@ class Trainer:
     def __init__(self, config: RunConfig, world: World, folder: RunFolder, sources: list[Source],
                  objective: ObjectiveFactory, gate: Gate | None = None) -> None:
         self.config, self.world, self.folder, self.sources = config, world, folder, sources
-        self.num_steps = config.num_steps()
+        self.schedule = Schedule(config)
+        self.num_steps = self.schedule.num_steps
         self.gate = gate
         self.done = Progressed()
         self.model = build(config.model, config.parallel, config.train)
@@ -186,7 +187,7 @@ class Trainer:
             self.events.write("skip", step=self.done.step, reason="data.skip_steps")
             return None
         batch = self.objective.prepare(self.objective.collect(self.policy, step))
-        lr = learning_rate(self.config.optim, step, self.num_steps)
+        lr = self.schedule.learning_rate(step)
         sums = self._forward_backward(batch)
         grad_norm = self.optimizer.step(lr)
         terms = sorted(self.objective.coefficients)

@@ -13,9 +13,9 @@ import pytest
 from megatron_sov import recipes
 from megatron_sov.cli import main
 from megatron_sov.config import RunConfig, from_dict
+from megatron_sov.config.schedules import Schedule
 from megatron_sov.data.shards import open_sources
 from megatron_sov.obs.events import read_events
-from megatron_sov.train.schedules import learning_rate
 
 STEPS, SEQ_LEN, LONG_SEQ_LEN = 16, 32, 64
 SETTINGS = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.num_heads=4", "model.num_kv_heads=2",
@@ -53,7 +53,7 @@ def test_every_phase_of_a_recipe_is_trained_as_planned(recipe: str, packed_data:
     assert [s["step"] - 1 for s in steps] == trained and [e["step"] for e in events_of(run, "skip")] == [6, 7]
     assert [s["phase"] for s in steps] == [name for name, span in spans(config) for s in span if s in trained]
     assert len({s["phase"] for s in steps}) == len(config.data.phases)
-    assert [s["lr"] for s in steps] == [learning_rate(config.optim, s, STEPS) for s in trained], "one schedule over all phases"
+    assert [s["lr"] for s in steps] == [Schedule(config).learning_rate(s) for s in trained], "one schedule over all phases"
 
     # the announced ledger, step by step, is what the settings say
     sizes = [4, 4, 6, 6] + [8] * (STEPS - 4)

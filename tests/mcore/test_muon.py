@@ -10,7 +10,8 @@ import pytest
 
 STEPS, LR = 5, 0.02
 SETTINGS = ("model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "model.num_heads=8", "model.num_kv_heads=2",
-            "model.dense_ffn_dim=40", "model.expert_ffn_dim=24", "optim.name=muon", "optim.weight_decay=0.2", "optim.clip_grad=0.0")
+            "model.num_experts=4", "model.dense_ffn_dim=40", "model.expert_ffn_dim=24", "optim.name=muon",
+            "optim.weight_decay=0.2", "optim.clip_grad=0.0")
 TP2 = ("parallel.tp=2", "parallel.sp=true")
 OVERLAP = ("parallel.zero1=true", "parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true",
            "parallel.bucket_params=9000")
@@ -165,12 +166,13 @@ LAYOUTS = {
 
 @pytest.mark.distributed
 def test_every_matrix_moves_as_torchs_muon_moves_it(ranks: Any, job: Any) -> None:
-    cases = [(name, n, settings, seed) for name, (n, settings) in LAYOUTS.items() for seed in (1, 2)]
+    cases = [(name, n, settings, 1) for name, (n, settings) in LAYOUTS.items()]
+    cases += [(name, *LAYOUTS[name], seed) for name in ("one rank", "ZeRO-1") for seed in (2, 3)]
     results = ranks(*(job(__file__, "updates", n, {"settings": ["train.precision=fp64", *settings], "seed": seed})
                       for _, n, settings, seed in cases))
     for (name, _, _, seed), per_rank in zip(cases, results, strict=True):
         for result in per_rank:
-            assert len(result["apart"]) > 100, "each expert's gate, up and down are matrices of their own"
+            assert len(result["apart"]) > 90, "each expert's gate, up and down are matrices of their own"
             assert min(result["moved"].values()) > 0.01, name
             worst = max(result["apart"], key=result["apart"].get)
             assert result["apart"][worst] < 1e-12, (name, seed, worst)

@@ -20,12 +20,12 @@ def counted(fused: bool) -> dict[str, Any]:
 
     class Library:
         def __init__(self, inner: Optimizer) -> None:
-            self.optimizer, self.chained_optimizers = inner, [self]
+            self.optimizer = inner
 
     parameters = [torch.nn.Parameter(torch.ones(2, 3)), torch.nn.Parameter(torch.ones(4))]
     library = Library(Fused(parameters, {"lr": 0.1}) if fused else AdamW(parameters, lr=0.1))
     made = [sorted(s.state()) for s in shards(library)]
-    set_updates(library, 5)
+    set_updates(shards(library), 5)
     states = [library.optimizer.state[p] for p in parameters]
     own = [s["step"] for s in states if "step" in s]
     if not fused:
@@ -53,7 +53,6 @@ def zero1_shards(precision: str) -> dict[str, Any]:
     from megatron_sov.mcore import init, world
     from megatron_sov.mcore.model import build
     from megatron_sov.mcore.optim import Optimizer
-    from megatron_sov.mcore.optimizer_shards import shards
 
     config = apply_settings(recipes.get("tiny-k-exaone"), [
         "model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "model.expert_ffn_dim=16",
@@ -64,7 +63,7 @@ def zero1_shards(precision: str) -> dict[str, Any]:
     init.initialise(model, config.model, 1)
     optimizer = Optimizer(model, config.optim, layout)
     names = {id(p): name for name, p in model.named_parameters()}
-    mine = {names[id(s.parameter)]: [s.start, s.stop] for s in shards(optimizer.library)}
+    mine = {names[id(s.parameter)]: [s.start, s.stop] for s in optimizer.shards}
     blocks = [(b.key, b.offset, b.shape, str(b.data.dtype)) for b in optimizer.state_blocks() if b.owned]
     everyones: list[Any] = [None] * dist.get_world_size()
     names_of_state = {key.split("/")[0] for key, *_ in blocks}

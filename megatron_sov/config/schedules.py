@@ -1,0 +1,141 @@
+"""What every optimizer step of a run will be: its phase, batch size, tokens and learning rate, as functions of the step alone.
+
+So a run that is resumed, at whatever step and layout, goes on at the rate that it would have had.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from megatron_sov.config import curriculum
+
+if TYPE_CHECKING:
+    from megatron_sov.config.data import PhaseConfig
+    from megatron_sov.config.optim import OptimConfig
+    from megatron_sov.config.run import RunConfig
+
+
+def decayed(form: str, done: float) -> float:
+    """Return what is left of a decay, from 1 to 0, when the share `done` of it has passed.
+
+    Args:
+        form: linear: 1 - t; cosine: (1 + cos(pi t)) / 2 (arXiv 1608.03983); one_minus_sqrt: 1 - sqrt(t) (arXiv 2405.18392).
+        done: t in [0, 1].
+    """
+    if form == "cosine":
+        return (1 + math.cos(math.pi * done)) / 2
+    return 1 - math.sqrt(done) if form == "one_minus_sqrt" else 1 - done
+
+
+def rate(optim: OptimConfig, at: int, end: int, warmup: int) -> float:
+    """Return the learning rate at a place of a run, counted in steps or in tokens.
+
+    A linear warm-up (over half the run at most), then by `optim.schedule`:
+    cosine, linear: decay to `min_lr` over the rest; wsd: constant, then decay in `decay_form` over the last `decay_share`, at most
+    all that follows the warm-up (MiniCPM, arXiv 2404.06395); inverse_sqrt: lr sqrt(warmup / at) (arXiv 1706.03762), not below
+    `min_lr`; constant.
+
+    Args:
+        optim: the schedule's settings.
+        at: steps or tokens up to the end of this step, at least 1.
+        end: steps or tokens of the run.
+        warmup: steps or tokens of the warm-up.
+    """
+    warmup = min(warmup, end // 2)
+    if at <= warmup:
+        return optim.lr * at / warmup
+    if optim.schedule == "constant":
+        return optim.lr
+    if optim.schedule == "inverse_sqrt":
+        return max(optim.min_lr, optim.lr * math.sqrt(max(1, warmup) / at))
+    if optim.schedule == "wsd":
+        decay = max(1, min(round(end * optim.decay_share), end - warmup))
+        form, done = optim.decay_form, max(0.0, (at - (end - decay)) / decay)
+    else:
+        form, done = optim.schedule, (at - warmup) / max(1, end - warmup)
+    return optim.min_lr + (optim.lr - optim.min_lr) * decayed(form, done)
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Steps of the same phase and batch size."""
+
+    first_step: int
+    """0-based."""
+    phase: int
+    """Number of the phase."""
+    batch_size: int
+    """Samples of a step."""
+    seq_len: int
+    """Tokens of a sample."""
+    tokens_before: int
+    """Tokens of all steps before, padding counted in."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one step, padding counted in."""
+        return self.batch_size * self.seq_len
+
+
+class Schedule:
+    """Phase, batch size, tokens and learning rate of every step of a run."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._optim, self._train, self.phases = config.optim, config.train, config.data.phases
+        self._starts = config.phase_starts()
+        self.num_steps = config.num_steps()
+        """Optimizer steps of the run."""
+        self.stretches: list[Stretch] = []
+        """In order, the ramp's as well."""
+        for first in self._changes():
+            phase = bisect.bisect_right(self._starts, first) - 1
+            before = self.tokens(first - 1) if first else 0
+            self.stretches.append(Stretch(first, phase, curriculum.batch_size_at(config.train, self.phases[phase], first),
+                                          self.phases[phase].seq_len, before))
+
+    def _changes(self) -> list[int]:
+        """Return the steps at which a phase begins or the batch size changes."""
+        ends = [*self._starts[1:], self.num_steps]
+        found = {start for start, end in zip(self._starts, ends, strict=True) if start < end}
+        for phase, start, end in zip(self.phases, self._starts, ends, strict=True):
+            found |= {s for s in curriculum.ramp_changes(self._train, phase) if start < s < end}
+        return sorted(found)
+
+    def stretch(self, step: int) -> Stretch:
+        """Return the stretch that step `step` (0-based) belongs to."""
+        return self.stretches[bisect.bisect_right(self.stretches, step, key=lambda s: s.first_step) - 1]
+
+    def tokens(self, step: int) -> int:
+        """Return the tokens of all steps up to the end of step `step`, padding counted in."""
+        stretch = self.stretch(step)
+        return stretch.tokens_before + (step + 1 - stretch.first_step) * stretch.tokens_per_step
+
+    def learning_rate(self, step: int) -> float:
+        """Return the learning rate of step `step` (0-based).
+
+        The run's schedule passes over all phases; one with a rate of its own has a schedule of its own inside the phase.
+        """
+        number = self.stretch(step).phase
+        phase, start = self.phases[number], self._starts[number]
+        if phase.lr:
+            value = self._phase_rate(phase, step - start, self._end(number) - start)
+        elif self._optim.schedule_by == "tokens":
+            value = rate(self._optim, self.tokens(step), self.tokens(self.num_steps - 1), self._optim.warmup_tokens)
+        else:
+            value = rate(self._optim, step + 1, self.num_steps, self._optim.warmup_steps)
+        rewarmed = [(start, phase.rewarm_steps)] if not phase.lr else []
+        for first, steps in (*rewarmed, *self._optim.rewarm):
+            if first <= step < first + steps:
+                value *= (step + 1 - first) / steps
+        return value
+
+    def _phase_rate(self, phase: PhaseConfig, step: int, num_steps: int) -> float:
+        own = replace(self._optim, lr=phase.lr, min_lr=min(phase.lr, phase.min_lr or self._optim.min_lr),
+                                  schedule=phase.schedule or self._optim.schedule)
+        return rate(own, step + 1, num_steps, phase.rewarm_steps)
+
+    def _end(self, phase: int) -> int:
+        return self._starts[phase + 1] if phase + 1 < len(self._starts) else self.num_steps
