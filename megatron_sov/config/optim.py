@@ -45,7 +45,7 @@ class OptimConfig:
     """What follows the warm-up.  cosine, linear: decay to `min_lr` over the rest; wsd: stable, decay over the last `decay_share`;
     inverse_sqrt: falls as 1 / sqrt(step), not below `min_lr`; constant."""
     schedule_by: Literal["steps", "tokens"] = "steps"
-    """What warm-up and decay are counted in; they differ while the batch size ramps up and between phases of other batch sizes."""
+    """What warm-up and decay are counted in; it matters while the batch size ramps up, and where phases differ in theirs."""
     warmup_steps: int = 2000
     """Optimizer steps of linear warm-up, at most half the run."""
     warmup_tokens: int = 0

@@ -34,8 +34,8 @@ def rate(optim: OptimConfig, at: int, end: int, warmup: int) -> float:
     """Return the learning rate at a place of a run, counted in steps or in tokens.
 
     A linear warm-up (over half the run at most), then by `optim.schedule`:
-    cosine, linear: decay to `min_lr` over the rest; wsd: constant, then decay in `decay_form` over the last `decay_share`, at most
-    all that follows the warm-up (MiniCPM, arXiv 2404.06395); inverse_sqrt: lr sqrt(warmup / at) (arXiv 1706.03762), not below
+    cosine, linear: decay to `min_lr` over the rest; wsd: constant, then decay in `decay_form` over the last `decay_share`, all
+    that follows the warm-up at most (MiniCPM, arXiv 2404.06395); inverse_sqrt: lr sqrt(warmup / at) (arXiv 1706.03762), not below
     `min_lr`; constant.
 
     Args:

@@ -22,26 +22,30 @@ LAYOUTS = {
     "TP2+SP x EP2 x ZeRO-1": (4, [*TP2, *ZERO1, "parallel.ep=2"]),
     "PP2 VPP2 x DP2 ZeRO-1 overlapped": (4, [*PP2, *OVERLAP]),
 }
+WITH_MUON = ("one rank", "TP2+SP x EP2 x ZeRO-1", "PP2 VPP2 x DP2 ZeRO-1 overlapped")
 FP64 = ["train.precision=fp64"]
 TOLERANCES = {"steps": 1e-12, "model": 2e-11, "optimizer": 1e-12}
 """Relative; Adam divides gradients near zero by its eps, so that their last bits move a weight by some 1e-10 of the step."""
 
 
 @pytest.mark.distributed
-def test_any_layout_continues_what_any_other_saved(ranks: Any, job: Any, packed_data: Any, tmp_path: Path) -> None:
-    paths, folders = [str(packed_data.text)], {name: str(tmp_path / name) for name in LAYOUTS}
-    saving = [job(RUN, "trained", n, {"settings": [*FP64, *layout], "paths": paths, "out": folders[name]})
-              for name, (n, layout) in LAYOUTS.items()]
-    loading = [job(RUN, "continued", n, {"settings": [*FP64, *layout], "paths": paths, "sources": list(folders.values()),
-                                         "expected": [folders["one rank"]] * len(LAYOUTS)})
-               for n, layout in LAYOUTS.values()]
+@pytest.mark.parametrize(("optimizer", "names"), [("adamw", tuple(LAYOUTS)), ("muon", WITH_MUON)])
+def test_any_layout_continues_what_any_other_saved(ranks: Any, job: Any, packed_data: Any, tmp_path: Path, optimizer: str,
+                                                   names: tuple[str, ...]) -> None:
+    paths, folders = [str(packed_data.text)], {name: str(tmp_path / name) for name in names}
+    settings = [*FP64, f"optim.name={optimizer}"]
+    saving = [job(RUN, "trained", n, {"settings": [*settings, *layout], "paths": paths, "out": folders[name]})
+              for name, (n, layout) in ((name, LAYOUTS[name]) for name in names)]
+    loading = [job(RUN, "continued", n, {"settings": [*settings, *layout], "paths": paths, "sources": list(folders.values()),
+                                         "expected": [folders["one rank"]] * len(names)})
+               for n, layout in (LAYOUTS[name] for name in names)]
     results = ranks(*saving, *loading)
     never_stopped = results[0][0]
     assert never_stopped[0]["loss"] > never_stopped[-1]["loss"]
     problems = []
-    for target, per_rank in zip(LAYOUTS, results[len(LAYOUTS):], strict=True):
+    for target, per_rank in zip(names, results[len(names):], strict=True):
         for result in per_rank:
-            for source, found in zip(LAYOUTS, result, strict=True):
+            for source, found in zip(names, result, strict=True):
                 apart = {**found["apart"], "steps": max(_distance(a, b) for a, b in zip(found["steps"], never_stopped[3:],
                                                                                        strict=True))}
                 problems += [f"{source} -> {target}: {what} differ by {apart[what]:.1e}" for what, limit in TOLERANCES.items()
@@ -58,7 +62,7 @@ def _distance(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
 
 @pytest.mark.distributed
 def test_the_same_layout_continues_bit_for_bit(ranks: Any, job: Any, packed_data: Any, tmp_path: Path) -> None:
-    cases = [("bf16", 2, ZERO1), ("bf16", 4, [*TP2, *OVERLAP]), ("fp32", 4, [*PP2, *OVERLAP, "parallel.ep=2"])]
+    cases = [("bf16", 2, ZERO1), ("bf16", 4, [*TP2, *OVERLAP, "optim.name=muon"]), ("fp32", 4, [*PP2, *OVERLAP, "parallel.ep=2"])]
     jobs = []
     for number, (precision, n, layout) in enumerate(cases):
         common = {"settings": [f"train.precision={precision}", *layout], "paths": [str(packed_data.text)]}
