@@ -1,9 +1,10 @@
-"""Training a tokenizer: its cost beside Hugging Face `tokenizers` and sentencepiece on the same text, and what superwords bring.
+"""Training a tokenizer: its cost beside Hugging Face `tokenizers` and sentencepiece on the same text.
 
-    python benchmarks/tokenizer_train.py --text FOLDER [--sentencepiece-python PYTHON] [--bounded-gb 5]
+    python benchmarks/tokenizer_train.py --text FOLDER --keep FOLDER [--sentencepiece-python PYTHON] [--bounded-gb 5]
 
-FOLDER holds one `<language>.jsonl` (field `text`) for each language.  Every 50th document, by a hash, is held out.  CPU
-seconds are compared, those of all processes; memory is the largest sum of resident memory over a command's processes.
+FOLDER holds one `<language>.jsonl` (field `text`) for each language.  Every 50th document, by a hash, is held out; it and the
+tokenizers are kept for benchmarks/tokenizer_heldout.py and benchmarks/tokenizer_roundtrip.py.  CPU seconds are compared, those
+of all processes; memory is the largest sum of resident memory over a command's processes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import os
 import platform
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,6 +23,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import psutil
@@ -149,25 +152,22 @@ def plain(work: Path, sentencepiece_python: str | None) -> None:
 
 
 def superwords(work: Path) -> None:
-    """K-EXAONE's tokenizer at its full size: cost beside plain BPE, and bytes per token on held-out text."""
+    """K-EXAONE's tokenizer at its full size: cost beside plain BPE."""
     preset, vocab_size = EXAONE
     text = work / "train"
     hugging_face = [sys.executable, "-c", HUGGING_FACE, preset, str(vocab_size), str(text), str(work / "hf-exaone.json")]
-    costs = {"tokenizers: BpeTrainer, plain BPE of that size": measured(hugging_face),
-             "sov-tokenizer train --superword-share 0": measured(
-                 train_command(preset, vocab_size, text, work / "plain", "--superword-share", "0")),
-             "sov-tokenizer train (SuperBPE)": measured(train_command(preset, vocab_size, text, work / "super"))}
-    print(f"\nSuperBPE, {preset}, {vocab_size:,} ids")
+    kinds = {"plain": ("plain BPE: --superword-share 0", "--superword-share", "0"),
+             "super": ("SuperBPE, a fifth superwords: --superword-share 0.2",),
+             "published": ("SuperBPE as published: --transition-size 122880", "--transition-size", "122880")}
+    costs = {"tokenizers: BpeTrainer, plain BPE of that size": measured(hugging_face)}
+    for name, (title, *options) in kinds.items():
+        costs[title] = measured(train_command(preset, vocab_size, text, work / name, *options))
+    print(f"\n{preset}, {vocab_size:,} ids")
     table(costs)
-    content = read_manifest(work / "super").content
-    share = content["num_superwords"] / vocab_size
-    print(f"superwords {content['num_superwords']:,} = {100 * share:.1f} %; {content['checked']}")
-    print(f"\nbytes per token on held-out text\n{'':<8} {'MB':>6} {'plain':>7} {'SuperBPE':>9} {'gain %':>7}")
-    for file in sorted((work / "held").glob("*.jsonl")):
-        size_bytes, counts = tokens(file, [work / "plain", work / "super"])
-        before, after = (size_bytes / max(count, 1) for count in counts)
-        gain = 100 * (after / before - 1) if before else 0.0
-        print(f"{file.stem:<8} {size_bytes / 1e6:6.2f} {before:7.3f} {after:9.3f} {gain:7.1f}", flush=True)
+    for name in kinds:
+        content = read_manifest(work / name).content
+        share = content["num_superwords"] / vocab_size
+        print(f"{name}: superwords {content['num_superwords']:,} = {100 * share:.2f} %; {content['checked']}", flush=True)
 
 
 def texts_of(file: Path) -> Iterator[str]:
@@ -175,19 +175,6 @@ def texts_of(file: Path) -> Iterator[str]:
     with open(file, encoding="utf-8") as lines:
         for line in lines:
             yield json.loads(line)["text"]
-
-
-def tokens(file: Path, folders: list[Path]) -> tuple[int, list[int]]:
-    """Return the bytes of a file's text, and the tokens that each tokenizer makes of it."""
-    from tokenizers import Tokenizer
-
-    texts = list(texts_of(file))
-    counts = []
-    for folder in folders:
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        tokenizer.encode_special_tokens = True
-        counts.append(sum(len(e.ids) for e in tokenizer.encode_batch_fast(texts, add_special_tokens=False)))
-    return sum(len(t.encode()) for t in texts), counts
 
 
 def bounded(work: Path, size_gb: float, memory_gb: float) -> None:
@@ -210,6 +197,7 @@ def bounded(work: Path, size_gb: float, memory_gb: float) -> None:
     del documents
     preset, vocab_size = EXAONE
     cost = measured([*train_command(preset, vocab_size, folder, work / "bounded"), "--max-memory-gb", str(memory_gb)])
+    shutil.rmtree(folder)
     print(f"\n{size_bytes / 1e9:.2f} GB of text, repeated and perturbed, {preset} {vocab_size:,}, --max-memory-gb {memory_gb:g}: "
           f"{cost.cpu_s:.0f} CPU s, {cost.wall_s:.0f} s on the clock, peak {cost.peak_gb:.2f} GB")
     for stage in read_manifest(work / "bounded").settings["stages"]:
@@ -219,29 +207,31 @@ def bounded(work: Path, size_gb: float, memory_gb: float) -> None:
 
 
 def machine() -> str:
-    """Return processor, cores and Python."""
+    """Return processor, cores, load and versions."""
     with open("/proc/cpuinfo", encoding="utf-8") as f:
         model = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), platform.machine())
-    return f"{model}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}"
+    versions = ", ".join(f"{name} {version(name)}" for name in ("tokenizers", "tiktoken", "transformers", "numpy"))
+    return (f"{model}, {len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f}, Python {platform.python_version()}, "
+            f"{versions}")
 
 
 def main() -> int:
     """Run everything."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--text", required=True, type=Path, help="folder of <language>.jsonl")
+    parser.add_argument("--keep", required=True, type=Path, help="new folder for the tokenizers and the held-out text")
     parser.add_argument("--sentencepiece-python", metavar="PYTHON",
                         help="an interpreter that has sentencepiece; left out without it")
     parser.add_argument("--bounded-gb", type=float, default=5, help="text of the run with bounded memory (default %(default)s)")
     parser.add_argument("--max-memory-gb", type=float, default=4, help="bound of that run (default %(default)s)")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        sizes = split(args.text, work)
-        print(f"{machine()}, load {os.getloadavg()[0]:.1f}\n{sum(sizes.values()) / 1e6:.1f} MB of text: "
-              + ", ".join(f"{name} {size / 1e6:.1f}" for name, size in sizes.items()), flush=True)
-        plain(work, args.sentencepiece_python)
-        superwords(work)
-        bounded(work, args.bounded_gb, args.max_memory_gb)
+    args.keep.mkdir(parents=True)
+    sizes = split(args.text, args.keep)
+    print(f"{machine()}\n{sum(sizes.values()) / 1e6:.1f} MB of text: "
+          + ", ".join(f"{name} {size / 1e6:.1f}" for name, size in sizes.items()), flush=True)
+    plain(args.keep, args.sentencepiece_python)
+    superwords(args.keep)
+    bounded(args.keep, args.bounded_gb, args.max_memory_gb)
     return 0
 
 

@@ -38,13 +38,25 @@ def learn_words(table: WordTable, vocabulary: Vocabulary, num_tokens: int, prese
     _learn(words, joinable, vocabulary, num_tokens, progress)
 
 
-def learn_superwords(table: WordTable, vocabulary: Vocabulary, num_tokens: int, max_words: int, progress: Progress) -> None:
-    """Go on merging over units that may hold several words; `table` holds those of the finished tokenizer's pattern."""
+def learn_superwords(table: WordTable, vocabulary: Vocabulary, num_tokens: int, max_words: int, only: bool,
+                     progress: Progress) -> None:
+    """Go on merging over units that may hold several words.
+
+    Args:
+        table: units of the finished tokenizer's pattern.
+        vocabulary: what stage 1 learned.
+        num_tokens: tokens to reach; fewer where no pair occurs often enough.
+        max_words: most words in one token.
+        only: every further token is a superword, so that there are as many as asked for; else merging also goes on within
+            words, as published, and how many superwords there will be depends on the text.
+        progress: told of each merge.
+    """
     lengths, symbols = _encoded(table, vocabulary)
     several = lengths > 1  # a unit of one token has nothing to join
     words = Words(symbols[np.repeat(several, lengths)], lengths[several], table.counts[several])
     del symbols
-    _learn(words, partial(vocabulary.across_words, max_words), vocabulary, num_tokens, progress)
+    joinable = vocabulary.into_superwords if only else vocabulary.across_words
+    _learn(words, partial(joinable, max_words), vocabulary, num_tokens, progress)
 
 
 def _encoded(table: WordTable, vocabulary: Vocabulary) -> tuple[NDArray[np.int64], NDArray[np.int32]]:

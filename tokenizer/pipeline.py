@@ -44,6 +44,8 @@ class Plan:
     """Ids, special ones included."""
     transition_size: int
     """Ids at which words begin to join; `vocab_size` where they never do."""
+    only_superwords: bool
+    """From there on every token is a superword; else merging goes on within words too."""
     superword_sample_bytes: int
     """Text that superwords are learned from, at most."""
     max_memory_bytes: int | None
@@ -102,7 +104,8 @@ def learn(plan_: Plan, groups: list[Group]) -> Learned:
         sample_bytes = sum(share_bytes(s, share) for s, share in zip(sizes, some, strict=True))
         stages.append(_stage(plan_.vocab_size, sample_bytes, table))
         with _bar("joining words", plan_.vocab_size - plan_.transition_size, "merges") as progress:
-            learning.learn_superwords(table, vocabulary, plan_.vocab_size - special, plan_.preset.max_superword_words, progress)
+            learning.learn_superwords(table, vocabulary, plan_.vocab_size - special, plan_.preset.max_superword_words,
+                                      plan_.only_superwords, progress)
         _check_reached(plan_, vocabulary, plan_.vocab_size, sample_bytes)
     return Learned(vocabulary, target, _samples(groups, counts), facts, stages)
 

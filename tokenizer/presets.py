@@ -50,7 +50,7 @@ class Preset:
     superword_pattern: str = ""
     """Split pattern of the finished tokenizer where words may join to superwords (SuperBPE); empty: they may not."""
     superword_share: float = 0.0
-    """Share of the vocabulary that is learned with words joined."""
+    """Share of the vocabulary that spans words."""
     max_superword_words: int = 4
     """Most words in one token."""
 

@@ -44,8 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder for the tokenizer")
     superwords = parser.add_mutually_exclusive_group()
     superwords.add_argument("--superword-share", type=float, metavar="SHARE",
-                            help="part of the vocabulary that is learned with words joined (default: the preset's; 0: plain BPE)")
-    superwords.add_argument("--transition-size", type=int, metavar="N", help="the same as a number of ids before words join")
+                            help="part of the vocabulary that spans words (default: the preset's; 0: plain BPE)")
+    superwords.add_argument("--transition-size", type=int, metavar="N",
+                            help="ids before words join; merging then goes on across words and within them, as published, and how "
+                                 "many superwords there will be depends on the text")
     parser.add_argument("--max-superword-words", type=int, metavar="N", help="most words in one token (default: the preset's, 4)")
     parser.add_argument("--superword-sample-mb", type=float, default=SUPERWORD_SAMPLE_MB, metavar="MB",
                         help="text that superwords are learned from, chosen by hash (default %(default)s)")
@@ -120,7 +122,8 @@ def make_plan(preset: Preset, args: argparse.Namespace) -> Plan:
     transition = max(round(args.vocab_size * (1 - preset.superword_share)), preset.smallest_vocab)
     memory_bytes = None if args.max_memory_gb is None else round(args.max_memory_gb * 1e9)
     work = args.output.with_name(f".{args.output.name}.work")
-    return Plan(preset, args.vocab_size, transition, round(args.superword_sample_mb * 1e6), memory_bytes, args.workers, work)
+    return Plan(preset, args.vocab_size, transition, args.transition_size is None, round(args.superword_sample_mb * 1e6),
+                memory_bytes, args.workers, work)
 
 
 def train_tokenizer(plan: Plan, groups: list[Group], output: Path, *, overwrite: bool = False) -> None:
@@ -174,4 +177,5 @@ def _write(artifact: ArtifactWriter, trained: Tokenizer, plan: Plan, learned: Le
         "checked": checked.sentence,
     }
     artifact.settings = {"preset": preset, "vocab_size": plan.vocab_size, "transition_size": plan.transition_size,
-                         "max_memory_bytes": plan.max_memory_bytes, "groups": learned.facts, "stages": learned.stages}
+                         "only_superwords": plan.only_superwords, "max_memory_bytes": plan.max_memory_bytes,
+                         "groups": learned.facts, "stages": learned.stages}

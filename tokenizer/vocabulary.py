@@ -53,7 +53,7 @@ class Vocabulary:
         self.merges: list[tuple[int, int]] = []
         self.max_token_bytes = max_token_bytes
         self._sizes_bytes, self._spaces, self._inner_spaces = (np.zeros(max_tokens, np.int64) for _ in range(3))
-        self._ends_in_word, self._begins_next_word = (np.zeros(max_tokens, np.bool_) for _ in range(2))
+        self._ends_in_word, self._begins_next_word, self._superword = (np.zeros(max_tokens, np.bool_) for _ in range(3))
         for id_, token in enumerate(self.tokens):
             self._note(id_, token)
 
@@ -70,6 +70,7 @@ class Vocabulary:
         self._inner_spaces[id_] = token.count(SPACE, 1)
         self._ends_in_word[id_] = _in_word(token[-1])
         self._begins_next_word[id_] = token[0] == SPACE and (len(token) == 1 or _in_word(token[1]))
+        self._superword[id_] = _JOINED.search(token) is not None
 
     def within_words(self, left: NDArray[np.int64], right: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Return which pairs may join: those that are not too long."""
@@ -87,9 +88,14 @@ class Vocabulary:
         """Return which pairs may join to superwords: not too long, and of at most `max_words` words."""
         return self.within_words(left, right) & (self._inner_spaces[left] + self._spaces[right] < max_words)
 
+    def into_superwords(self, max_words: int, left: NDArray[np.int64], right: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Return which pairs may join where every token is to be a superword; within a word none may any more."""
+        joins = self._ends_in_word[left] & self._begins_next_word[right] & (self._sizes_bytes[right] > 1)
+        return self.across_words(max_words, left, right) & (joins | self._superword[left] | self._superword[right])
+
     def num_superwords(self) -> int:
         """Return how many tokens hold a space between letters."""
-        return sum(1 for token in self.tokens if _JOINED.search(token))
+        return int(self._superword[: len(self.tokens)].sum())
 
     def as_tiktoken(self, pattern: str) -> tiktoken.Encoding:
         """Return the vocabulary in tiktoken's form, with the ids that it has here."""

@@ -84,8 +84,12 @@ def table_of(words: Counter[bytes]) -> WordTable:
 
 @pytest.fixture(scope="session")
 def learn() -> Callable[..., Vocabulary]:
-    """Return `learn(preset, num_tokens, texts, transition=None)`: bytes and merges of a preset, without special tokens."""
-    def learn(preset: Preset, num_tokens: int, texts: Iterable[str], transition: int | None = None) -> Vocabulary:
+    """Return `learn(preset, num_tokens, texts, transition=None, only=False)`: bytes and merges, without special tokens.
+
+    From `transition` tokens on words join; `only`: to superwords alone.
+    """
+    def learn(preset: Preset, num_tokens: int, texts: Iterable[str], transition: int | None = None,
+              only: bool = False) -> Vocabulary:
         vocabulary = Vocabulary(num_tokens, preset.max_token_bytes)
         texts = list(texts)
 
@@ -95,7 +99,8 @@ def learn() -> Callable[..., Vocabulary]:
 
         learn_words(count(preset.split_pattern), vocabulary, transition or num_tokens, preset, lambda n: None)
         if transition:
-            learn_superwords(count(preset.final_pattern), vocabulary, num_tokens, preset.max_superword_words, lambda n: None)
+            learn_superwords(count(preset.final_pattern), vocabulary, num_tokens, preset.max_superword_words, only,
+                             lambda n: None)
         return vocabulary
 
     return learn
@@ -165,8 +170,9 @@ class BruteForce:
 
 @pytest.fixture(scope="session")
 def brute_force() -> Callable[..., list[Pair]]:
-    """Return `brute_force(preset, num_tokens, texts, transition=None)`: the merges by the textbook, of both stages."""
-    def brute_force(preset: Preset, num_tokens: int, texts: list[str], transition: int | None = None) -> list[Pair]:
+    """Return `brute_force(preset, num_tokens, texts, transition=None, only=False)`: the merges by the textbook, as `learn`."""
+    def brute_force(preset: Preset, num_tokens: int, texts: list[str], transition: int | None = None,
+                    only: bool = False) -> list[Pair]:
         printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that are spelled by their own character
         alphabet = [bytes([b]) for b in printable] + [bytes([b]) for b in range(NUM_BYTES) if b not in printable]
         book = BruteForce(alphabet, preset.max_token_bytes)
@@ -176,7 +182,7 @@ def brute_force() -> Callable[..., list[Pair]]:
             whole = Counter(m.group().encode() for t in texts for m in regex.finditer(preset.superword_pattern, t))
             limit = preset.max_superword_words
             book.learn(Counter({book.encode(w): n for w, n in whole.items()}), num_tokens,
-                       lambda token: len(token.decode(errors="replace").split()) <= limit)
+                       lambda token: (1 + only) <= len([w for w in token.split(b" ") if w]) <= limit)
         return book.merges
 
     return brute_force

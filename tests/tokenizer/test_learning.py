@@ -26,12 +26,12 @@ def merges_of(vocabulary: Vocabulary) -> list[tuple[bytes, bytes]]:
     return [(vocabulary.tokens[a], vocabulary.tokens[b]) for a, b in vocabulary.merges]
 
 
-@pytest.mark.parametrize("max_words", [2, 4])
+@pytest.mark.parametrize(("max_words", "only"), [(2, False), (4, False), (4, True)])
 def test_both_stages_as_by_brute_force(learn: Callable[..., Vocabulary], brute_force: Callable[..., list],
-                                       max_words: int) -> None:
+                                       max_words: int, only: bool) -> None:
     preset = replace(K_EXAONE, max_superword_words=max_words)
-    found = learn(preset, 420, TEXT, transition=330)
-    assert merges_of(found) == brute_force(preset, 420, TEXT, transition=330)
+    found = learn(preset, 420, TEXT, transition=330, only=only)
+    assert merges_of(found) == brute_force(preset, 420, TEXT, transition=330, only=only)
     words = [len(t.decode(errors="replace").split()) for t in found.tokens]
     assert max(words) == max_words and found.num_superwords() > 20
 
@@ -39,7 +39,15 @@ def test_both_stages_as_by_brute_force(learn: Callable[..., Vocabulary], brute_f
 @given(st.lists(st.text(alphabet="ab  ", max_size=60), min_size=1, max_size=6))
 def test_random_letters_and_spaces_as_by_brute_force(learn: Callable[..., Vocabulary], brute_force: Callable[..., list],
                                                      texts: list[str]) -> None:
-    assert merges_of(learn(K_EXAONE, 300, texts, transition=262)) == brute_force(K_EXAONE, 300, texts, transition=262)
+    for only in (False, True):
+        found = learn(K_EXAONE, 300, texts, transition=262, only=only)
+        assert merges_of(found) == brute_force(K_EXAONE, 300, texts, transition=262, only=only)
+
+
+def test_where_stage_2_is_for_superwords_they_are_as_many_as_its_tokens(learn: Callable[..., Vocabulary]) -> None:
+    mixed, only = (learn(K_EXAONE, 420, TEXT, transition=275, only=only) for only in (False, True))
+    assert mixed.num_superwords() < only.num_superwords() == 420 - 275
+    assert all(len(token.split()) > 1 for token in only.tokens[275:]) and mixed.tokens[:275] == only.tokens[:275]
 
 
 def test_no_merge_of_stage_1_joins_words_by_their_bytes(learn: Callable[..., Vocabulary]) -> None:

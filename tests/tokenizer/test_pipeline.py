@@ -30,7 +30,7 @@ def corpus(tmp_path: Path) -> Path:
 
 def make_plan(tmp_path: Path) -> Plan:
     (tmp_path / "work").mkdir(exist_ok=True)
-    return Plan(K_EXAONE, 480, 400, 1 << 30, None, 1, tmp_path / "work")
+    return Plan(K_EXAONE, 480, 400, True, 1 << 30, None, 1, tmp_path / "work")
 
 
 def groups_of(corpus: Path, *weights: float | None) -> list[Group]:

@@ -184,6 +184,8 @@ def test_mistakes_cost_one_sentence_and_write_nothing(corpus: Path, tmp_path: Pa
 def test_superwords_are_as_many_as_asked_for(corpus: Path, tmp_path: Path) -> None:
     assert train("k-exaone", corpus, tmp_path / "none", "--superword-share", "0") == 0
     assert read_manifest(tmp_path / "none").content["num_superwords"] == 0
+    assert train("k-exaone", corpus, tmp_path / "by-share", "--superword-share", "0.1") == 0
+    assert read_manifest(tmp_path / "by-share").content["num_superwords"] == 38  # a tenth of 384 ids
     assert train("k-exaone", corpus, tmp_path / "by-size", "--transition-size", "350", "--max-superword-words", "2") == 0
     manifest = read_manifest(tmp_path / "by-size")
     assert manifest.settings["transition_size"] == 350 and 0 < manifest.content["num_superwords"] <= 34

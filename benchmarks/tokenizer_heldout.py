@@ -1,0 +1,152 @@
+"""Trained tokenizers on text that they did not learn from: bytes per token, one step against two, tiktoken, worst inputs.
+
+    python benchmarks/tokenizer_heldout.py --trained FOLDER
+
+FOLDER is what benchmarks/tokenizer_train.py kept: the tokenizers solar, plain, super and published, and held-out text in
+held/<language>.jsonl.  Two steps are the definition of SuperBPE: text split into words and encoded by the merges of stage 1
+alone, then, inside each unit of the finished pattern, the merges of stage 2 over those tokens, by a naive loop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from tokenizer_train import machine, texts_of
+from tokenizers import Tokenizer
+
+from megatron_sov.artifacts import read_manifest
+from megatron_sov.byte_bpe import byte_characters
+from tokenizer import tiktoken_form
+from tokenizer.learning import ANYTHING
+from tokenizer.opening import open_tokenizer
+from tokenizer.presets import Preset
+from tokenizer.report.worst import check_worst
+from tokenizer.segmenting import merged
+from tokenizer.splitting import Splitter
+
+Encode = Callable[[str], list[int]]
+
+
+class Trained:
+    """A trained tokenizer by `tokenizers` and by tiktoken."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open a folder that `sov-tokenizer train` wrote."""
+        manifest = read_manifest(folder, "tokenizer")
+        self.name, self.transition_size = folder.name, manifest.settings["transition_size"]
+        self.preset = Preset(**manifest.settings["preset"])
+        self.raw = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        self.fast = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.fast.encode_special_tokens = True
+        self.ranks, rules = tiktoken_form.to_tiktoken(self.raw, self.name, {})
+        self.by_tiktoken: Encode = tiktoken_form.encoder(self.ranks, rules)
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Return the ids of texts, by `tokenizers`."""
+        return [e.ids for e in self.fast.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def in_two_steps(self) -> Encode:
+        """Return the encoder of the definition."""
+        first = tiktoken_form.encoding({t: i for t, i in self.ranks.items() if i < self.transition_size},
+                                       tiktoken_form.Rules(ANYTHING, {})).encode_ordinary
+        words, units = (Splitter(self.preset, p) for p in (self.preset.split_pattern, self.preset.final_pattern))
+        spelling, vocab = byte_characters(), self.raw["model"]["vocab"]
+        pairs = {}
+        for left, right in self.raw["model"]["merges"]:
+            if (id_ := vocab[left + right]) >= self.transition_size:
+                pairs[tuple(bytes(spelling[c] for c in part) for part in (left, right))] = id_
+        tokens = {id_: token for token, id_ in self.ranks.items()}
+        known: dict[tuple[str, ...], list[int]] = {}
+
+        def encode(text: str) -> list[int]:
+            """Return the ids of a text."""
+            text = words.normalize(text)
+            pieces, ids = iter(words.split(text)), []
+            for unit in units.split(text):
+                inside, left = [], len(unit)
+                while left > 0:
+                    inside.append(next(pieces))
+                    left -= len(inside[-1])
+                if left:
+                    raise SystemExit(f"{self.name}: a word reaches over the end of the unit {unit!r}")
+                if (key := tuple(inside)) not in known:
+                    parts = [tokens[i] for piece in inside for i in first(piece)]
+                    known[key] = [self.ranks[token] for token in merged(parts, lambda a, b: pairs.get((a, b)))]
+                ids += known[key]
+            return ids
+
+        return encode
+
+
+def bytes_per_token(held: Path, plain: Trained, others: list[Trained]) -> None:
+    """Print bytes per token of each language, and how many tokens fewer than plain BPE of the same size."""
+    num_ids = len(plain.ranks) + len(plain.raw["added_tokens"])
+    print(f"\nbytes per token on held-out text, {num_ids:,} ids each; fewer: tokens, in %, against plain BPE\n{'':<8} {'MB':>6} {'plain':>7}" + "".join(f" {t.name:>10} {'fewer':>6}" for t in others))
+    total_bytes, totals = 0, [0] * (1 + len(others))
+    for file in sorted(held.glob("*.jsonl")):
+        texts = list(texts_of(file))
+        size_bytes = sum(len(t.encode()) for t in texts)
+        counts = [sum(map(len, t.encode(texts))) for t in (plain, *others)]
+        total_bytes, totals = total_bytes + size_bytes, [a + b for a, b in zip(totals, counts, strict=True)]
+        print_ratios(file.stem, size_bytes, counts)
+    print_ratios("all", total_bytes, totals)
+
+
+def print_ratios(name: str, size_bytes: int, counts: list[int]) -> None:
+    """Print one line: bytes per token, and tokens fewer than the first has."""
+    if size_bytes:
+        print(f"{name:<8} {size_bytes / 1e6:6.2f} {size_bytes / counts[0]:7.3f}" + "".join(
+            f" {size_bytes / count:10.3f} {100 * (1 - count / counts[0]):6.1f}" for count in counts[1:]), flush=True)
+
+
+def segmentation(held: Path, trained: Trained) -> None:
+    """Print, for each language, in how many documents two steps, tiktoken, or decoding differ."""
+    encode = trained.in_two_steps()
+    print(f"\n{trained.name}: documents in which tokens differ from those of `tokenizers`\n"
+          f"{'':<8} {'documents':>9} {'tokens':>9} {'two steps':>9} {'tiktoken':>9} {'decoded':>9}")
+    totals = [0] * 5
+    for file in sorted(held.glob("*.jsonl")):
+        texts = list(texts_of(file))
+        ids = trained.encode(texts)
+        normal = trained.fast.normalizer.normalize_str if trained.fast.normalizer else str
+        decoded = trained.fast.decode_batch(ids, skip_special_tokens=False)
+        found = [len(texts), sum(map(len, ids)), sum(encode(t) != i for t, i in zip(texts, ids, strict=True)),
+                 sum(trained.by_tiktoken(t) != i for t, i in zip(texts, ids, strict=True)),
+                 sum(normal(t) != d for t, d in zip(texts, decoded, strict=True))]
+        totals = [a + b for a, b in zip(totals, found, strict=True)]
+        print(f"{file.stem:<8} " + " ".join(f"{n:9,}" for n in found), flush=True)
+    print(f"{'all':<8} " + " ".join(f"{n:9,}" for n in totals), flush=True)
+
+
+def worst(folder: Path) -> None:
+    """Print the time of worst-case inputs of a full-size vocabulary."""
+    check = check_worst(open_tokenizer(folder), lambda n: None)
+    print(f"\n{folder.name}: worst-case inputs: {check.verdict}; {check.summary}\n"
+          f"{'':<24} {'bytes':>10} {'tokens':>9} {'CPU s':>7} {'power':>6}")
+    for name, found in check.numbers["inputs"].items():
+        power, size_bytes = found["exponent"], found["sizes_bytes"][-1]
+        print(f"{name:<24} {size_bytes:10,} {found['num_tokens']:9,} {found['cpu_s'][-1]:7.2f} "
+              f"{'–' if power is None else f'{power:.2f}':>6}", flush=True)
+
+
+def main() -> int:
+    """Run everything."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--trained", required=True, type=Path, help="folder that benchmarks/tokenizer_train.py kept")
+    args = parser.parse_args()
+    print(machine(), flush=True)
+    plain, super_, published = (Trained(args.trained / name) for name in ("plain", "super", "published"))
+    bytes_per_token(args.trained / "held", plain, [super_, published])
+    for trained in (super_, published):
+        segmentation(args.trained / "held", trained)
+    for name in ("super", "solar"):
+        worst(args.trained / name)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
