@@ -85,7 +85,8 @@ class Trained:
 def bytes_per_token(held: Path, plain: Trained, others: list[Trained]) -> None:
     """Print bytes per token of each language, and how many tokens fewer than plain BPE of the same size."""
     num_ids = len(plain.ranks) + len(plain.raw["added_tokens"])
-    print(f"\nbytes per token on held-out text, {num_ids:,} ids each; fewer: tokens, in %, against plain BPE\n{'':<8} {'MB':>6} {'plain':>7}" + "".join(f" {t.name:>10} {'fewer':>6}" for t in others))
+    print(f"\nbytes per token on held-out text, {num_ids:,} ids each; fewer: tokens, in %, against plain BPE\n"
+          f"{'':<8} {'MB':>6} {'plain':>7}" + "".join(f" {t.name:>10} {'fewer':>6}" for t in others))
     total_bytes, totals = 0, [0] * (1 + len(others))
     for file in sorted(held.glob("*.jsonl")):
         texts = list(texts_of(file))
@@ -101,6 +102,19 @@ def print_ratios(name: str, size_bytes: int, counts: list[int]) -> None:
     if size_bytes:
         print(f"{name:<8} {size_bytes / 1e6:6.2f} {size_bytes / counts[0]:7.3f}" + "".join(
             f" {size_bytes / count:10.3f} {100 * (1 - count / counts[0]):6.1f}" for count in counts[1:]), flush=True)
+
+
+def as_in_the_paper(trained: Path) -> None:
+    """Print bytes per token of English by the tokenizers made as in the paper of SuperBPE."""
+    texts = list(texts_of(trained / "held/en.jsonl"))
+    size_bytes, counts = sum(len(t.encode()) for t in texts), {}
+    for folder in sorted(trained.glob("paper-*")):
+        tokenizer = Trained(folder)
+        counts[tokenizer.transition_size] = sum(map(len, tokenizer.encode(texts)))
+    print("\nSuperBPE as in its paper, English: bytes per token, and tokens fewer than plain BPE (the largest transition size)")
+    most = counts[max(counts)]
+    for size in sorted(counts, reverse=True):
+        print(f"transition size {size:7,}: {size_bytes / counts[size]:.3f} {100 * (1 - counts[size] / most):6.1f} %", flush=True)
 
 
 def segmentation(held: Path, trained: Trained) -> None:
@@ -141,6 +155,7 @@ def main() -> int:
     print(machine(), flush=True)
     plain, super_, published = (Trained(args.trained / name) for name in ("plain", "super", "published"))
     bytes_per_token(args.trained / "held", plain, [super_, published])
+    as_in_the_paper(args.trained)
     for trained in (super_, published):
         segmentation(args.trained / "held", trained)
     for name in ("super", "solar"):

@@ -22,17 +22,19 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import psutil
 
 from megatron_sov.artifacts import read_manifest
+from tokenizer.presets import PRESETS
 
 SOLAR, EXAONE = ("solar-open", 196_608), ("k-exaone", 153_600)
 HELD_OUT_OF = 50
 PERTURBED_SHARE = 0.02
+PAPER_VOCAB_SIZE, PAPER_TRANSITION_SIZES, PAPER_SAMPLE_MB = 200_000, (180_000, 80_000), 60
 
 HUGGING_FACE = """
 import json, sys
@@ -170,6 +172,22 @@ def superwords(work: Path) -> None:
         print(f"{name}: superwords {content['num_superwords']:,} = {100 * share:.2f} %; {content['checked']}", flush=True)
 
 
+def paper(work: Path) -> None:
+    """SuperBPE as in its paper (arXiv 2503.13423): English, 200,000 ids, nothing but line breaks and digits ends a unit."""
+    rules = {field: value for field, value in asdict(PRESETS[SOLAR[0]]).items() if field not in ("name", "superword_share")}
+    rules |= {"superword_pattern": r"[^\r\n\p{N}]+|\p{N}|[\r\n]+", "superword_share": 0.5}
+    (work / "paper.json").write_text(json.dumps(rules))
+    english = f"en={work / 'train/en.jsonl'}"
+    costs = {}
+    for name, size in {"paper-plain": PAPER_VOCAB_SIZE} | {f"paper-{size}": size for size in PAPER_TRANSITION_SIZES}.items():
+        costs[f"transition size {size:,}"] = measured(
+            [sys.executable, "-m", "tokenizer.cli", "train", "--preset", "custom", "--config", str(work / "paper.json"),
+             "--vocab-size", str(PAPER_VOCAB_SIZE), "--transition-size", str(size), "--input", english, "--superword-sample-mb",
+             str(PAPER_SAMPLE_MB), "--output", str(work / name)])
+    print(f"\nSuperBPE as in its paper: English, {PAPER_VOCAB_SIZE:,} ids, {PAPER_SAMPLE_MB} MB for stage 2; the first is plain BPE")
+    table(costs)
+
+
 def texts_of(file: Path) -> Iterator[str]:
     """Yield the documents of a file."""
     with open(file, encoding="utf-8") as lines:
@@ -196,7 +214,8 @@ def bounded(work: Path, size_gb: float, memory_gb: float) -> None:
         round_ += 1
     del documents
     preset, vocab_size = EXAONE
-    cost = measured([*train_command(preset, vocab_size, folder, work / "bounded"), "--max-memory-gb", str(memory_gb)])
+    cost = measured([sys.executable, "-m", "tokenizer.cli", "train", "--preset", preset, "--vocab-size", str(vocab_size),
+                     "--input", f"large={folder}", "--output", str(work / "bounded"), "--max-memory-gb", str(memory_gb)])
     shutil.rmtree(folder)
     print(f"\n{size_bytes / 1e9:.2f} GB of text, repeated and perturbed, {preset} {vocab_size:,}, --max-memory-gb {memory_gb:g}: "
           f"{cost.cpu_s:.0f} CPU s, {cost.wall_s:.0f} s on the clock, peak {cost.peak_gb:.2f} GB")
@@ -231,6 +250,7 @@ def main() -> int:
           + ", ".join(f"{name} {size / 1e6:.1f}" for name, size in sizes.items()), flush=True)
     plain(args.keep, args.sentencepiece_python)
     superwords(args.keep)
+    paper(args.keep)
     bounded(args.keep, args.bounded_gb, args.max_memory_gb)
     return 0
 

@@ -47,16 +47,20 @@ def learn_superwords(table: WordTable, vocabulary: Vocabulary, num_tokens: int, 
         vocabulary: what stage 1 learned.
         num_tokens: tokens to reach; fewer where no pair occurs often enough.
         max_words: most words in one token.
-        only: every further token is a superword, so that there are as many as asked for; else merging also goes on within
-            words, as published, and how many superwords there will be depends on the text.
+        only: every further token is a superword, as long as the text has any, so that there are as many as asked for; else
+            merging also goes on within words, as published, and how many superwords there will be depends on the text.
         progress: told of each merge.
     """
+    for joinable in [vocabulary.into_superwords] * only + [vocabulary.across_words]:
+        if len(vocabulary.tokens) < num_tokens:
+            _learn(_units(table, vocabulary), partial(joinable, max_words), vocabulary, num_tokens, progress)
+
+
+def _units(table: WordTable, vocabulary: Vocabulary) -> Words:
+    """Return the units as the tokens learned so far; one of a single token has nothing to join."""
     lengths, symbols = _encoded(table, vocabulary)
-    several = lengths > 1  # a unit of one token has nothing to join
-    words = Words(symbols[np.repeat(several, lengths)], lengths[several], table.counts[several])
-    del symbols
-    joinable = vocabulary.into_superwords if only else vocabulary.across_words
-    _learn(words, partial(joinable, max_words), vocabulary, num_tokens, progress)
+    several = lengths > 1
+    return Words(symbols[np.repeat(several, lengths)], lengths[several], table.counts[several])
 
 
 def _encoded(table: WordTable, vocabulary: Vocabulary) -> tuple[NDArray[np.int64], NDArray[np.int32]]:

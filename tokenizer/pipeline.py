@@ -45,7 +45,7 @@ class Plan:
     transition_size: int
     """Ids at which words begin to join; `vocab_size` where they never do."""
     only_superwords: bool
-    """From there on every token is a superword; else merging goes on within words too."""
+    """From there on every token is a superword, as long as the text has any; else merging goes on within words too."""
     superword_sample_bytes: int
     """Text that superwords are learned from, at most."""
     max_memory_bytes: int | None

@@ -46,8 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     superwords.add_argument("--superword-share", type=float, metavar="SHARE",
                             help="part of the vocabulary that spans words (default: the preset's; 0: plain BPE)")
     superwords.add_argument("--transition-size", type=int, metavar="N",
-                            help="ids before words join; merging then goes on across words and within them, as published, and how "
-                                 "many superwords there will be depends on the text")
+                            help="ids before words join; merging then goes on across words and within them, as published, and "
+                                 "how many superwords there will be depends on the text")
     parser.add_argument("--max-superword-words", type=int, metavar="N", help="most words in one token (default: the preset's, 4)")
     parser.add_argument("--superword-sample-mb", type=float, default=SUPERWORD_SAMPLE_MB, metavar="MB",
                         help="text that superwords are learned from, chosen by hash (default %(default)s)")
@@ -140,7 +140,9 @@ def train_tokenizer(plan: Plan, groups: list[Group], output: Path, *, overwrite:
     with disk_errors(plan.work):
         plan.work.mkdir(parents=True, exist_ok=True)
     learned = learn(plan, groups)
-    print(f"{plan.vocab_size} tokens learned in {time.monotonic() - started_s:.1f} s")
+    num_superwords = learned.vocabulary.num_superwords()
+    print(f"{plan.vocab_size} tokens learned in {time.monotonic() - started_s:.1f} s" + (
+        f"; {num_superwords:,} span words, {100 * num_superwords / plan.vocab_size:.2f} %" if num_superwords else ""))
     trained = finished(plan.preset, learned.vocabulary)
     with new_artifact(output, "tokenizer", overwrite=overwrite) as artifact:
         _write(artifact, trained, plan, learned)

@@ -53,6 +53,13 @@ def test_tiktoken_gives_the_same_ids(exported: tuple[tiktoken.Encoding, dict[str
     tokenizer.encode_special_tokens = False
 
 
+@settings(max_examples=200)
+@given(raw=st.one_of(st.binary(max_size=60), st.text(max_size=20).map(lambda text: text.encode()[1:] + b"\xe0 \xff the")))
+def test_any_bytes_come_back_by_tiktoken(exported: tuple[tiktoken.Encoding, dict[str, Any], Tokenizer], raw: bytes) -> None:
+    encoding = exported[0]
+    assert encoding.decode_bytes(encoding._encode_bytes(raw)) == raw
+
+
 def test_raw_bytes_and_special_tokens_keep_their_ids(exported: tuple[tiktoken.Encoding, dict[str, Any], Tokenizer]) -> None:
     encoding, rules, tokenizer = exported
     assert sorted(encoding.encode_single_token(bytes([b])) for b in range(256)) == list(range(64, 320))
