@@ -184,7 +184,7 @@ def paper(work: Path) -> None:
             [sys.executable, "-m", "tokenizer.cli", "train", "--preset", "custom", "--config", str(work / "paper.json"),
              "--vocab-size", str(PAPER_VOCAB_SIZE), "--transition-size", str(size), "--input", english, "--superword-sample-mb",
              str(PAPER_SAMPLE_MB), "--output", str(work / name)])
-    print(f"\nSuperBPE as in its paper: English, {PAPER_VOCAB_SIZE:,} ids, {PAPER_SAMPLE_MB} MB for stage 2; the first is plain BPE")
+    print(f"\nSuperBPE as in its paper: English, {PAPER_VOCAB_SIZE:,} ids, {PAPER_SAMPLE_MB} MB for stage 2; first plain BPE")
     table(costs)
 
 
