@@ -144,24 +144,30 @@ class MergeLearner:
 
     def _best(self) -> tuple[Merge, NDArray[np.int32]] | None:
         """Return the pair to merge and its places, or None where none is left."""
-        while self._heap or self._fill_heap():
-            negative, key, start, length = heapq.heappop(self._heap)
+        symbols, heap, all_places = self._symbols, self._heap, self._places.rows()[0]
+        while heap or self._fill_heap():
+            negative, key, start, length = heapq.heappop(heap)
             left, right = key >> _ID_BITS, key & _ID_MASK
-            places = self._places.rows()[0, start : start + length]
-            alive = (self._symbols[places] == left) & (self._symbols[places + self._spans[left]] == right)
-            if not alive.all():
-                places = places[alive]
+            places = all_places[start : start + length]
+            alive = symbols.take(places) == left
+            alive &= symbols.take(places + self._spans[left]) == right
+            num_alive = np.count_nonzero(alive)
+            if num_alive == length:
+                return Merge(left, right, -negative), places
+            if not num_alive:
+                continue
+            places = places.compress(alive)
             count = int(self._weights(places).sum())
-            if count == -negative or (count >= self._min_count and (-count, key) < min(self._limit, self._next())):
+            if count < self._min_count:
+                continue
+            if (-count, key) < min(self._limit, heap[0][:2] if heap else (0, 0)):
                 return Merge(left, right, count), places
-            if count >= self._min_count:
-                self._places.rows()[0, start : start + len(places)] = places
-                self._put(np.array([[key], [count], [start], [len(places)]]))
+            all_places[start : start + num_alive] = places
+            if (-count, key) < self._limit:
+                heapq.heappush(heap, (-count, key, start, num_alive))
+            else:
+                self._waiting.reserve(1)[:, 0] = key, count, start, num_alive
         return None
-
-    def _next(self) -> tuple[int, int]:
-        """Return (-count, key) of the pair on the top of the heap, or a pair that comes after all others."""
-        return self._heap[0][:2] if self._heap else (0, 0)
 
     def _put(self, pairs: NDArray[np.int64]) -> None:
         """Put pairs, [4, pairs], into the heap or among those that wait."""
@@ -207,27 +213,28 @@ class MergeLearner:
         symbols[second] = DEAD
         symbols[places] = token
         symbols[behind - 1] = token
-        before, after = symbols[places - 1], symbols[behind]
+        before, after = symbols.take(places - 1), symbols.take(behind)
         has_before, has_after = (before >= 0) & (before != token), after >= 0  # token token: counted at its left one
         weights = self._weights(places)
-        before = before[has_before].astype(np.int64)
-        keys = np.concatenate(((before << _ID_BITS) | token, (token << _ID_BITS) | after[has_after].astype(np.int64)))
-        starts = np.concatenate((places[has_before] - self._spans[before], places[has_after]))
-        self._add_pairs(keys, starts, np.concatenate((weights[has_before], weights[has_after])))
+        before = before.compress(has_before).astype(np.int64)
+        after = after.compress(has_after).astype(np.int64)
+        keys = np.concatenate(((before << _ID_BITS) | token, after | (token << _ID_BITS)))
+        starts = np.concatenate((places.compress(has_before) - self._spans.take(before), places.compress(has_after)))
+        self._add_pairs(keys, starts, np.concatenate((weights.compress(has_before), weights.compress(has_after))))
 
     def _add_pairs(self, keys: NDArray[np.int64], places: NDArray[np.int32], weights: NDArray[np.int64]) -> None:
         """Add pairs by their places: left id << 32 | right id, place and count of the word, [places] each."""
         if not len(keys):
             return
-        order = np.argsort(keys, kind="stable")
-        keys, places = keys[order], places[order]
+        order = keys.argsort(kind="stable")
+        keys, places = keys.take(order), places.take(order)
         bounds = np.empty(len(keys) + 1, np.bool_)
         bounds[0] = bounds[-1] = True
         np.not_equal(keys[1:], keys[:-1], out=bounds[1:-1])
         ends = bounds.nonzero()[0]
         firsts, lengths = ends[:-1], ends[1:] - ends[:-1]
-        counts = np.add.reduceat(weights[order], firsts)
-        keys = keys[firsts]
+        counts = np.add.reduceat(weights.take(order), firsts)
+        keys = keys.take(firsts)
         kept = (counts >= self._min_count) & self._joinable(keys >> _ID_BITS, keys & _ID_MASK)
         if not kept.all():
             places = places[np.repeat(kept, lengths)]

@@ -137,7 +137,7 @@ class Splitter:
             return self._split_slowly(text)
         else:
             pieces = self._findall(text)
-        return pieces if sum(map(len, pieces)) == len(text) else self._split_slowly(text)  # text between matches counts too
+        return pieces if len("".join(pieces)) == len(text) else self._split_slowly(text)  # text between matches counts too
 
     def _is_disputed(self, text: str) -> bool:
         return bool(self._disputed.search(text)) or (
