@@ -33,6 +33,7 @@ from tokenizer.presets import PRESETS
 
 SOLAR, EXAONE = ("solar-open", 196_608), ("k-exaone", 153_600)
 HELD_OUT_OF = 50
+PARTS = ("superwords", "plain", "paper", "bounded")
 PERTURBED_SHARE = 0.02
 PAPER_VOCAB_SIZE, PAPER_TRANSITION_SIZES, PAPER_SAMPLE_MB = 200_000, (180_000, 80_000), 60
 
@@ -148,7 +149,7 @@ def plain(work: Path, sentencepiece_python: str | None) -> None:
     if sentencepiece_python:
         command = [sentencepiece_python, "-c", SENTENCEPIECE, str(vocab_size), str(text), str(work / "spm")]
         costs["sentencepiece: bpe over characters, its own words"] = measured(command)
-    print(f"\nbyte-level BPE, {preset}, {vocab_size:,} ids")
+    print(f"\nbyte-level BPE, {preset}, {vocab_size:,} ids; load {os.getloadavg()[0]:.0f}")
     table(costs)
     print(f"merges as those of tokenizers: {merges(theirs) == merges(ours / 'tokenizer.json')}", flush=True)
 
@@ -158,13 +159,14 @@ def superwords(work: Path) -> None:
     preset, vocab_size = EXAONE
     text = work / "train"
     hugging_face = [sys.executable, "-c", HUGGING_FACE, preset, str(vocab_size), str(text), str(work / "hf-exaone.json")]
-    kinds = {"plain": ("plain BPE: --superword-share 0", "--superword-share", "0"),
-             "super": ("SuperBPE, a fifth superwords: --superword-share 0.2",),
+    kinds = {"super": ("SuperBPE, a fifth superwords: --superword-share 0.2",),
+             "plain": ("plain BPE: --superword-share 0", "--superword-share", "0"),
              "published": ("SuperBPE as published: --transition-size 122880", "--transition-size", "122880")}
-    costs = {"tokenizers: BpeTrainer, plain BPE of that size": measured(hugging_face)}
+    costs = {}
     for name, (title, *options) in kinds.items():
         costs[title] = measured(train_command(preset, vocab_size, text, work / name, *options))
-    print(f"\n{preset}, {vocab_size:,} ids")
+    costs = {"tokenizers: BpeTrainer, plain BPE of that size": measured(hugging_face)} | costs
+    print(f"\n{preset}, {vocab_size:,} ids; load {os.getloadavg()[0]:.0f}")
     table(costs)
     for name in kinds:
         content = read_manifest(work / name).content
@@ -243,15 +245,16 @@ def main() -> int:
                         help="an interpreter that has sentencepiece; left out without it")
     parser.add_argument("--bounded-gb", type=float, default=5, help="text of the run with bounded memory (default %(default)s)")
     parser.add_argument("--max-memory-gb", type=float, default=4, help="bound of that run (default %(default)s)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: everything)")
     args = parser.parse_args()
     args.keep.mkdir(parents=True)
     sizes = split(args.text, args.keep)
     print(f"{machine()}\n{sum(sizes.values()) / 1e6:.1f} MB of text: "
           + ", ".join(f"{name} {size / 1e6:.1f}" for name, size in sizes.items()), flush=True)
-    plain(args.keep, args.sentencepiece_python)
-    superwords(args.keep)
-    paper(args.keep)
-    bounded(args.keep, args.bounded_gb, args.max_memory_gb)
+    parts = {"superwords": lambda: superwords(args.keep), "plain": lambda: plain(args.keep, args.sentencepiece_python),
+             "paper": lambda: paper(args.keep), "bounded": lambda: bounded(args.keep, args.bounded_gb, args.max_memory_gb)}
+    for part in args.parts:
+        parts[part]()
     return 0
 
 

@@ -180,7 +180,7 @@ def brute_force() -> Callable[..., list[Pair]]:
         book.learn(Counter({tuple(bytes([b]) for b in w): n for w, n in words.items()}), transition or num_tokens)
         if transition:
             whole = Counter(m.group().encode() for t in texts for m in regex.finditer(preset.superword_pattern, t))
-            for fewest in (2, 1) if only else (1,):
+            for fewest in (2, 0) if only else (0,):
                 book.learn(Counter({book.encode(w): n for w, n in whole.items()}), num_tokens, lambda token, fewest=fewest: (
                     fewest <= len([w for w in token.split(b" ") if w]) <= preset.max_superword_words))
         return book.merges
