@@ -8,7 +8,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint demo docs lock wheel clean
+.PHONY: help setup test lint slurm demo docs lock wheel clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -49,7 +49,10 @@ lint: setup  ## ruff and mypy
 	"$(PY)" -m ruff check .
 	"$(PY)" -m mypy
 
-test: lint  ## lint, then all tests on two cores
+slurm:  ## install Slurm's daemons for tests/slurm, where root can do it on Debian or Ubuntu
+	@tests/slurm/install.sh
+
+test: lint slurm  ## lint, then all tests on two cores
 	OMP_NUM_THREADS=1 "$(PY)" -m pytest -n 2 --durations 25
 
 demo: setup  ## raw text to a trained, converted and judged model on this machine, minutes on two cores

@@ -8,7 +8,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-ROOMS = ["megatron_sov", "tokenizer", "data_prep", "slurm"]
+ROOMS = ["megatron_sov", "tokenizer", "data_prep"]
 
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "megatron_sov/version.py").read_text(encoding="utf-8"), re.MULTILINE)
 assert VERSION, "megatron_sov/version.py: has no line __version__ = \"...\""

@@ -33,6 +33,7 @@ COMMANDS = {
     "convert": Command("megatron_sov.eval.convert_command", "from-hf, to-hf, verify, inspect: checkpoints, Hugging Face folders"),
     "generate": Command("megatron_sov.generate.command", "continue prompts with a checkpoint or a Hugging Face folder"),
     "eval": Command("megatron_sov.eval.command", "ppl, needle, bigram, logits: judge a checkpoint or a Hugging Face folder"),
+    "submit": Command("megatron_sov.slurm.command", "submit a stage or a chain of stages to a Slurm cluster"),
     "status": Command("megatron_sov.watch.status_command", "how runs stand: step, speed, time left, restarts, use of time"),
     "logs": Command("megatron_sov.watch.logs_command", "what a run's processes wrote, across ranks and restarts"),
     "report": Command("megatron_sov.report.command", "write the self-contained HTML report of one or more runs"),

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("setuptools", minversion="77")
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = [p for p in ("megatron_sov", "tokenizer", "data_prep", "slurm") if (ROOT / p).is_dir()]
+PACKAGES = ("megatron_sov", "tokenizer", "data_prep")
 COMMANDS = ("megatron-sov", "sov-tokenizer", "sov-data")
 
 

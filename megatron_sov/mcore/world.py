@@ -99,13 +99,15 @@ def launch(main: Callable[[], Any], nproc: int | None, num_threads: int = 0) -> 
     Args:
         main: runs one rank; its integer return value is the exit code.
         nproc: local processes.
-        num_threads: CPU threads of each rank; 0: cores / local ranks.
+        num_threads: CPU threads of each rank; 0: cores / local ranks, or as torchrun or Slurm has set them.
 
     Returns:
         0, or 2 where a rank met a user's mistake, or the first nonzero exit code of any rank.
     """
     cpu.open_door()
     if under_launcher():
+        if num_threads:
+            torch.set_num_threads(num_threads)
         return _rank_code(main)
     count = num_ranks(nproc)
     torch.set_num_threads(num_threads or max(1, (os.cpu_count() or 1) // count))

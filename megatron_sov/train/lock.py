@@ -45,7 +45,7 @@ class RunLock:
             UserError: a living run holds it, or the folder cannot be written.
         """
         with disk_errors(self._file), _alone(self._file.parent):
-            record = self._read()
+            record = recorded_holder(self._file.parent)
             if record is not None and _is_living(record):
                 raise UserError(f"{self._file.parent}: is held by a living run (process {record['pid']} on {record['host']}); "
                                 "wait for it, stop it, or choose another --run")
@@ -63,7 +63,7 @@ class RunLock:
     def _record(self) -> str:
         me = psutil.Process()
         return json.dumps({"host": socket.gethostname(), "pid": me.pid, "started_s": me.create_time(),
-                           "expires_s": time.time() + self._lease_s})
+                           "expires_s": time.time() + self._lease_s, **_slurm_job()})
 
     def _renew(self) -> None:
         while not self._stop.wait(self._lease_s / 4):
@@ -77,17 +77,33 @@ class RunLock:
                 print(f"warning: {self._file}: the lease could not be renewed ({e})", file=sys.stderr, flush=True)
 
     def _is_lost(self) -> bool:
-        record = self._read()
+        record = recorded_holder(self._file.parent)
         return record is not None and (record["host"], record["pid"]) != (socket.gethostname(), os.getpid())
 
-    def _read(self) -> dict[str, Any] | None:
-        """Return what the file says; None where there is none or it says nothing."""
-        try:
-            record = json.loads(self._file.read_text())
-            return {name: kind(record[name]) for name, kind in
-                    (("host", str), ("pid", int), ("started_s", float), ("expires_s", float))}
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
-            return None
+
+def recorded_holder(run: Path) -> dict[str, Any] | None:
+    """Return what a run folder's lock says, None where it says nothing.
+
+    Its fields: host, pid, started_s, expires_s, and slurm_job (empty outside of Slurm) with slurm_restart.
+    """
+    try:
+        record = json.loads((run / LOCK).read_text())
+        kinds = (("host", str), ("pid", int), ("started_s", float), ("expires_s", float))
+        return {"slurm_job": "", "slurm_restart": 0, **record, **{name: kind(record[name]) for name, kind in kinds}}
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+        return None
+
+
+def forget(run: Path) -> None:
+    """Take away a lock whose holder has ended; only for someone who knows that it has."""
+    with disk_errors(run):
+        (run / LOCK).unlink(missing_ok=True)
+
+
+def _slurm_job() -> dict[str, Any]:
+    """Return the Slurm job that this process belongs to, and how often it was started anew; nothing outside of Slurm."""
+    job = os.environ.get("SLURM_JOB_ID", "")
+    return {"slurm_job": job, "slurm_restart": int(os.environ.get("SLURM_RESTART_COUNT") or 0)} if job else {}
 
 
 def living_holder(run: Path) -> dict[str, Any] | None:
@@ -97,7 +113,13 @@ def living_holder(run: Path) -> dict[str, Any] | None:
 
 
 def _is_living(record: dict[str, Any]) -> bool:
-    """Return whether the process that wrote a record works still, as far as can be known from here."""
+    """Return whether the process that wrote a record works still, as far as can be known from here.
+
+    Slurm starts a job anew when it has given up the nodes of the start before, so that one's processes need not be waited for.
+    """
+    now = _slurm_job()
+    if now and record["slurm_job"] == now["slurm_job"] and record["slurm_restart"] < now["slurm_restart"]:
+        return False
     if record["host"] != socket.gethostname():
         return bool(time.time() < record["expires_s"])
     try:

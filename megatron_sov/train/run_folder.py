@@ -15,7 +15,7 @@ from megatron_sov.errors import UserError
 from megatron_sov.mcore.run_checkpoints import CHECKPOINTS_OF_A_RUN
 from megatron_sov.train.lock import LOCK
 
-CONFIG, COMPLETION, FAILURE, STAGES = "config.json", "complete.json", "gate_failed.json", "stages"
+CONFIG, COMPLETION, FAILURE, STAGES, JOBS = "config.json", "complete.json", "gate_failed.json", "stages", "slurm"
 OPTIM = tuple(f.name for f in dataclasses.fields(OptimConfig) if f.name != "rewarm")
 FIXED: dict[str, tuple[str, ...] | None] = {"model": None, "objective": None, "optim": OPTIM,
                                             "train": ("seed", "precision", "hidden_dropout"), "data": ("packing",)}
@@ -93,7 +93,7 @@ class RunFolder:
             raise UserError(f"{nearest}: cannot be written; choose another --run")
         earlier = self.config()
         if earlier is None:
-            expected = (LOCK, STAGES)
+            expected = (LOCK, STAGES, JOBS)
             if self.path.is_dir() and any(not p.name.startswith(".") and p.name not in expected for p in self.path.iterdir()):
                 raise UserError(f"{self.path}: is not empty and holds no run; choose another --run")
             return

@@ -1,0 +1,202 @@
+"""What a job's script asks at its begin, after the nodes were looked at, and at its end: `python -m megatron_sov.slurm.attempts`.
+
+It talks to no scheduler: the script brings what Slurm knows and does what is answered, so that it runs in a container too.  One
+line on standard output is the answer: `run`, `wait`, `requeue NODE,...` (the nodes to exclude) or `exit CODE`; sentences for
+people go to standard error, which is the job's log.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_sov.artifacts import atomic_write, to_json
+from megatron_sov.errors import UserError
+from megatron_sov.slurm.failures import first_failure, last_lines
+from megatron_sov.slurm.history import History, progress_of
+from megatron_sov.slurm.preflight import sick_nodes
+from megatron_sov.train.lock import forget, recorded_holder
+from megatron_sov.train.run_folder import FAILURE
+
+RUN, WAIT = "run", "wait"
+EXIT_CRASH_LOOP, EXIT_MISTAKE, EXIT_GATE, EXIT_CANCELLED = 1, 2, 3, 75
+
+
+class Job:
+    """The job that this script belongs to."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.number = os.environ["SLURM_JOB_ID"]
+        self.restart = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+        self.history = History(args.folder, self.number)
+
+    def progress(self) -> int:
+        """Return what the stage has reached."""
+        return progress_of(self.args.target)
+
+    def again(self) -> str:
+        """Return whether and where the job goes on after an attempt that was not its last."""
+        failures, excluded = self.history.failures_in_a_row(), self.history.excluded(self.args.max_strikes)
+        if failures >= self.args.max_failures:
+            ended = [a.end for a in self.history.attempts if a.end is not None]
+            say(f"stops here: {failures} attempts in a row left nothing new, the last by this: {ended[-1]['reason']}; "
+                "look at the logs, mend it and submit again")
+            return f"exit {EXIT_CRASH_LOOP}"
+        left = [node for node in self.args.usable if node not in excluded]
+        if excluded and len(left) < self.args.min_nodes:
+            say(f"stops here: without {', '.join(excluded)} the partition has {len(left)} usable nodes, and the job needs "
+                f"{self.args.min_nodes}; mend them, or submit again with fewer --nodes")
+            return f"exit {EXIT_CRASH_LOOP}"
+        if excluded:
+            say(f"goes on without {', '.join(excluded)}")
+        return f"requeue {','.join(excluded)}".strip()
+
+
+def say(text: str) -> None:
+    """Tell people, in the job's log."""
+    print(f"job: {text}", file=sys.stderr, flush=True)
+
+
+def begin(job: Job, queue: str) -> str:
+    """Record that an attempt begins, and how the one before ended if it could not say so itself.
+
+    Args:
+        job: this job.
+        queue: Slurm's jobs that hold nodes, "NUMBER STATE" each; without this job in it nothing is concluded.
+    """
+    if job.args.done.is_file():
+        say(f"{job.args.done} exists: there is nothing left to do")
+        return "exit 0"
+    if (held := _held_by_another(job, queue)) is not None:
+        return held
+    cut_off = job.history.cut_off(job.restart)
+    if cut_off is not None:
+        dead = sorted(set(cut_off.nodes) & set(job.args.down))
+        reason = f"{', '.join(dead)} went down" if dead else "Slurm took it away (preempted, cancelled or put back by hand)"
+        job.history.end(cut_off.restart, "cut_off", reason, job.progress(), blamed=dead)
+        say(f"attempt {cut_off.restart + 1} was cut off: {reason}")
+    excluded = sorted(set(job.history.excluded(job.args.max_strikes)) & set(job.args.nodes))
+    job.history.begin(job.restart, job.args.nodes, job.progress())
+    say(f"attempt {job.restart + 1} on {', '.join(job.args.nodes)} begins at {job.progress()}")
+    if excluded:
+        job.history.end(job.restart, "sick_nodes", f"{', '.join(excluded)} must not be used", job.progress())
+        return job.again()
+    if cut_off is not None and (answer := job.again()).startswith("exit"):
+        job.history.end(job.restart, "crash", "too many attempts left nothing new", job.progress())
+        return answer
+    return RUN
+
+
+def _held_by_another(job: Job, queue: str) -> str | None:
+    """Return what to do while another job works in the run's folder; a lock that an ended job left is taken away."""
+    states = dict(line.split()[:2] for line in queue.splitlines() if len(line.split()) >= 2)
+    if job.number not in states:
+        return None
+    for folder in (job.args.target, *job.args.target.glob("stages/*")):
+        holder = recorded_holder(folder)
+        if holder is None or not holder["slurm_job"] or holder["slurm_job"] == job.number:
+            continue
+        state = states.get(holder["slurm_job"])
+        if state is None:
+            forget(folder)
+        elif state == "COMPLETING":
+            return WAIT
+        else:
+            say(f"{folder} is in use by job {holder['slurm_job']}, which is {state}; wait for it or cancel it")
+            return f"exit {EXIT_MISTAKE}"
+    return None
+
+
+def preflight(job: Job) -> str:
+    """Judge the reports of the nodes."""
+    sick = sick_nodes(job.args.reports, job.args.nodes, json.loads(job.args.limits))
+    for node, why in sick.items():
+        say(f"{node} is not fit: {why}")
+    if not sick:
+        return RUN
+    named = [node for node in sick if node in job.args.nodes]
+    reason = "; ".join(f"{node}: {why}" for node, why in sick.items())
+    job.history.end(job.restart, "sick_nodes", reason, job.progress(), sick=named)
+    return job.again()
+
+
+def end(job: Job) -> str:
+    """Judge how an attempt ended."""
+    args, done = job.args, job.args.done
+    if args.write_done and args.code == 0 and not args.asked:
+        atomic_write(done, to_json({"job": job.number}))
+    log = args.logs / "srun.log"
+    failure = first_failure(log.read_text(errors="replace")) if log.is_file() else None
+
+    def ended(outcome: str, reason: str, blamed: list[str] | None = None) -> None:
+        job.history.end(job.restart, outcome, reason, job.progress(), blamed=blamed)
+        say(f"attempt {job.restart + 1}: {outcome}, {reason}")
+
+    if done.is_file():
+        ended("complete", f"{done} exists")
+        return "exit 0"
+    if gate := next((f for f in (args.target / FAILURE, *args.target.glob(f"stages/*/{FAILURE}")) if f.is_file()), None):
+        ended("gate", str(json.loads(gate.read_text())["failure"]))
+        return f"exit {EXIT_GATE}"
+    if args.asked == "cancel":
+        ended("cancelled", f"it was cancelled at {job.progress()}")
+        return f"exit {EXIT_CANCELLED}"
+    if args.asked or args.code == 0:
+        ended("stopped", f"it was asked to stop and stands at {job.progress()}")
+        return job.again()
+    if failure is None:
+        ended("crash", f"srun ended with {args.code} and named no rank (see {log})")
+        return job.again()
+    print(last_lines(args.logs / f"rank-{failure.rank}.log"), file=sys.stderr, flush=True)
+    if failure.exit_code == EXIT_MISTAKE:
+        ended("mistake", f"{failure}: a setting, the data or the disk needs a change, see above")
+        return f"exit {EXIT_MISTAKE}"
+    ended("crash", str(failure), [failure.node])
+    return job.again()
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser."""
+    def nodes(text: str) -> list[str]:
+        return [name for name in text.replace(",", " ").split() if name]
+
+    parser = argparse.ArgumentParser(prog="python -m megatron_sov.slurm.attempts")
+    parser.add_argument("action", choices=("begin", "preflight", "end"))
+    parser.add_argument("folder", type=Path, help="where the job's records lie")
+    parser.add_argument("--target", type=Path, required=True, help="the run's or artifact's folder")
+    parser.add_argument("--done", type=Path, required=True, help="what exists when the stage is complete")
+    parser.add_argument("--write-done", action="store_true", help="the stage's command leaves no such file: write it")
+    parser.add_argument("--max-failures", type=int, required=True)
+    parser.add_argument("--max-strikes", type=int, required=True)
+    parser.add_argument("--min-nodes", type=int, required=True)
+    parser.add_argument("--nodes", type=nodes, required=True, help="nodes of this attempt")
+    parser.add_argument("--usable", type=nodes, default=[], help="nodes of the partition that work")
+    parser.add_argument("--down", type=nodes, default=[], help="nodes of the cluster that do not")
+    parser.add_argument("--logs", type=Path, default=Path(), help="end: folder with srun.log and rank-N.log")
+    parser.add_argument("--code", type=int, default=0, help="end: exit code of srun")
+    parser.add_argument("--asked", default="", help="end: time or cancel where the job was asked to stop")
+    parser.add_argument("--reports", type=Path, default=Path(), help="preflight: folder of the reports")
+    parser.add_argument("--limits", default="{}", help="preflight: JSON of the limits")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Answer one question of a job's script."""
+    job = Job(build_parser().parse_args(argv))
+    answers: dict[str, Callable[[], str]] = {
+        "begin": lambda: begin(job, sys.stdin.read()), "preflight": lambda: preflight(job), "end": lambda: end(job)}
+    try:
+        print(answers[job.args.action](), flush=True)
+    except UserError as e:
+        say(str(e))
+        print(f"exit {EXIT_MISTAKE}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+"""Cluster profiles: what a job has to know about the machines it runs on, read from YAML."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.resources
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ConfigDict
+
+from megatron_sov.errors import UserError, nearest
+from megatron_sov.slurm.yaml_file import read_yaml
+
+STRICT = ConfigDict(extra="forbid")
+SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|API_?KEY|PRIVATE_KEY)S?$", re.IGNORECASE)
+"""How the names of variables end that hold what must not stand in a file."""
+
+
+@dataclass(frozen=True)
+class ContainerConfig:
+    """What the Python of a job runs in."""
+
+    __pydantic_config__ = STRICT
+    kind: Literal["none", "apptainer", "enroot", "pyxis"] = "none"
+    """none: the Python of the login node; apptainer and enroot: started on each node; pyxis: enroot by srun's own options."""
+    image: str = ""
+    """Image file or address, as the container program takes it."""
+    mounts: tuple[str, ...] = ()
+    """Folders that are seen inside: FROM or FROM:TO."""
+
+
+@dataclass(frozen=True)
+class PreflightConfig:
+    """What every node has to show before each start; one that does not is left out."""
+
+    __pydantic_config__ = STRICT
+    enabled: bool = True
+    """Whether nodes are looked at; costs a start of torch on each of them."""
+    min_free_disk_bytes: int = 10_000_000_000
+    """Free space on the scratch folder's disk."""
+    max_clock_skew_s: float = 5.0
+    """How far a node's clock may be from the median of all nodes."""
+    max_matmul_ratio: float = 1.5
+    """How many times longer than the median of all ranks a matrix product may take."""
+    min_matmul_tflops: float = 0.0
+    """Slowest matrix product (bf16 on GPUs, float32 on CPUs); 0: only compared with the other ranks."""
+    max_allreduce_s: float = 10.0
+    """Longest all-reduce of 64 MiB over all ranks, after a first one that opens the connections."""
+    timeout_min: int = 10
+    """Minutes after which the look itself counts as failed."""
+
+
+@dataclass(frozen=True)
+class ClusterProfile:
+    """A cluster, and how jobs behave there."""
+
+    __pydantic_config__ = STRICT
+    description: str
+    """One line for people."""
+    partition: str = ""
+    """Slurm partition; empty: the cluster's default."""
+    account: str | None = None
+    """Slurm account; empty: the cluster asks for none; null: has to be given by --account."""
+    qos: str = ""
+    """Slurm quality of service; empty: the default."""
+    constraint: str = ""
+    """Features that nodes must have; empty: any."""
+    time_limit: str = "1-00:00:00"
+    """Time limit of training jobs, as Slurm writes it: minutes, H:MM:SS or D-HH:MM:SS."""
+    signal_lead_s: int = 600
+    """Seconds before the time limit at which a run is asked to save and stop; Slurm may ask up to a minute earlier."""
+    gpus_per_node: int = 8
+    """GPUs of a node; one rank is started for each.  0: training runs on CPUs."""
+    ranks_per_node: int = 1
+    """Ranks of a node where there are no GPUs."""
+    cpus_per_node: int = 96
+    """Cores of a node."""
+    memory: str = "0"
+    """Memory of a node, as Slurm writes it; 0: all of it."""
+    exclusive: bool = True
+    """Whether nodes are taken as a whole."""
+    modules: tuple[str, ...] = ()
+    """Environment modules to load."""
+    setup: tuple[str, ...] = ()
+    """Shell lines that run before anything else, as they stand."""
+    environment: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Variables for all ranks: NCCL and the network.  Never secrets."""
+    container: ContainerConfig = ContainerConfig()
+    """What the Python of a job runs in."""
+    python: str = ""
+    """Python program on the nodes or in the container; empty: that of the login node, or python3 in a container."""
+    scratch: str = ""
+    """Folder on each node's own disk for temporary files and compiled kernels; made where it is missing; empty: the default."""
+    preflight: PreflightConfig = PreflightConfig()
+    """What every node has to show before each start."""
+    max_strikes: int = 2
+    """Failures of a node after which it is excluded from the job."""
+    max_failures: int = 3
+    """Failures in a row without a new checkpoint after which the job stops."""
+
+    @property
+    def tasks_per_node(self) -> int:
+        """Ranks of a node."""
+        return self.gpus_per_node or self.ranks_per_node
+
+    @property
+    def cpus_per_task(self) -> int:
+        """Cores of a rank."""
+        return max(1, self.cpus_per_node // self.tasks_per_node)
+
+    @property
+    def python_program(self) -> str:
+        """Python as a job calls it."""
+        return self.python or (sys.executable if self.container.kind == "none" else "python3")
+
+    def problems(self) -> list[str]:
+        """Return one sentence for each rule that the profile breaks."""
+        rules = [
+            (self.gpus_per_node >= 0, f"gpus_per_node = {self.gpus_per_node} must not be negative"),
+            (self.ranks_per_node >= 1, f"ranks_per_node = {self.ranks_per_node} must be at least 1"),
+            (self.cpus_per_node >= max(1, self.tasks_per_node),
+             f"cpus_per_node = {self.cpus_per_node} must be at least one for each of the {self.tasks_per_node} ranks of a node"),
+            (self.signal_lead_s > 0, f"signal_lead_s = {self.signal_lead_s} must be positive"),
+            (self.max_strikes >= 1, f"max_strikes = {self.max_strikes} must be at least 1"),
+            (self.max_failures >= 1, f"max_failures = {self.max_failures} must be at least 1"),
+            (self.container.kind == "none" or bool(self.container.image),
+             f"container.image is empty and container.kind is {self.container.kind}; name an image, or set kind to none"),
+            (self.preflight.timeout_min >= 1, f"preflight.timeout_min = {self.preflight.timeout_min} must be at least 1"),
+        ]
+        p = [sentence for holds, sentence in rules if not holds]
+        p += [f"environment.{name} looks like a secret, which must not stand in a script; export it in the shell that submits: "
+              "jobs inherit that" for name in self.environment if SECRET.search(name)]
+        p += [f"environment.{name} is not a name of a variable" for name in self.environment
+              if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name)]
+        return p
+
+
+def names() -> list[str]:
+    """Return the names of the profiles that come with the package."""
+    folder = importlib.resources.files("megatron_sov.slurm").joinpath("clusters")
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load(name: str, **overrides: str | None) -> ClusterProfile:
+    """Return a profile: one that comes with the package, or a YAML file of the user's.
+
+    Args:
+        name: name of a shipped profile, or path of a file that ends with .yaml.
+        **overrides: fields set on the command line; None: as the profile says.
+
+    Raises:
+        UserError: there is none, it cannot be read, it has no such field, or it breaks a rule.
+    """
+    if name.endswith((".yaml", ".yml")):
+        file = Path(name)
+        if not file.is_file():
+            raise UserError(f"--cluster {name}: does not exist; pass a file, or one of {', '.join(names())}")
+        text = file.read_text(encoding="utf-8")
+    elif name in names():
+        text = importlib.resources.files("megatron_sov.slurm").joinpath("clusters", f"{name}.yaml").read_text(encoding="utf-8")
+    else:
+        raise UserError(f"--cluster {name}: there is no such profile{nearest(name, names())} (profiles: {', '.join(names())}; "
+                        "your own: a path that ends with .yaml)")
+    profile = read_yaml(f"--cluster {name}", text, ClusterProfile, (ContainerConfig, PreflightConfig), "profile")
+    profile = dataclasses.replace(profile, **{k: v for k, v in overrides.items() if v is not None})  # type: ignore[arg-type]
+    problems = profile.problems()
+    if profile.account is None:
+        problems.append("account is missing; pass --account NAME, or put it into a profile of your own (\"\" where the cluster "
+                        "asks for none)")
+    if problems:
+        raise UserError(f"--cluster {name}: {'; '.join(problems)}")
+    return profile
+

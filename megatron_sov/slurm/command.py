@@ -1,0 +1,102 @@
+"""`megatron-sov submit STAGE --cluster P --nodes N ARGUMENTS...` and `megatron-sov submit chain CHAIN.yaml`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from megatron_sov.errors import UserError
+from megatron_sov.slurm import cluster
+from megatron_sov.slurm.stages import STAGES
+
+DEFAULTS: dict[str, Any] = {
+    "cluster": None, "nodes": None, "min_nodes": None, "nodes_set": [], "array": 0, "account": None,
+    "partition": None, "time": None, "dry_run": False, "continue_chain": False}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments; its options may stand before the stage or among the stage's own arguments."""
+    parser.epilog = ("ARGUMENTS are what follows the stage's own command: megatron-sov pretrain, extend, sft, convert, eval; "
+                     "sov-tokenizer; sov-data.")
+    parser.add_argument("stage", metavar="STAGE", help=f"{', '.join(STAGES)}, or chain: several, from a file")
+    parser.add_argument("arguments", metavar="ARGUMENTS", nargs=argparse.REMAINDER, help="the stage's own, or the chain's file")
+    _add_options(parser)
+    parser.set_defaults(**DEFAULTS)
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cluster", metavar="PROFILE", help=f"{', '.join(cluster.names())}, or a YAML file of your own")
+    parser.add_argument("--nodes", type=int, metavar="N", help="nodes of a training stage (default 1)")
+    parser.add_argument("--min-nodes", type=int, metavar="N", help="go on with as few nodes as this when others are missing")
+    parser.add_argument("--nodes-set", action="append", metavar="N:key=value", help="a setting that changes with N nodes")
+    parser.add_argument("--array", type=int, metavar="N", help="data pack: share the inputs out over N jobs")
+    parser.add_argument("--account", help="instead of the profile's")
+    parser.add_argument("--partition", help="instead of the profile's")
+    parser.add_argument("--time", metavar="LIMIT", help="time limit instead of the profile's: minutes, H:MM:SS or D-HH:MM:SS")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be submitted; writes nothing, needs no Slurm")
+    parser.add_argument("--continue", dest="continue_chain", action="store_true", help="chain: submit what is not complete yet")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Submit; returns 0 when Slurm has the job."""
+    options = argparse.ArgumentParser(prog="megatron-sov submit", add_help=False, allow_abbrev=False,
+                                      argument_default=argparse.SUPPRESS)
+    _add_options(options)
+    found, words = options.parse_known_args(args.arguments)
+    vars(args).update(vars(found))
+    return _chain(args, words) if args.stage == "chain" else _stage(args, words)
+
+
+def _stage(args: argparse.Namespace, words: list[str]) -> int:
+    from megatron_sov.slurm import submission
+    from megatron_sov.slurm.stages import check_inputs
+
+    if args.continue_chain:
+        raise UserError("--continue: belongs to a chain; a stage continues by itself when it is submitted again")
+    profile = cluster.load(_cluster_name(args), account=args.account, partition=args.partition, time_limit=args.time)
+    request = submission.Request(args.stage, tuple(words), profile, args.nodes or 1, args.min_nodes or 0,
+                                 settings_by_nodes(args.nodes_set), args.array)
+    prepared = submission.prepare(request)
+    if args.dry_run:
+        submission.show(prepared)
+        return 0
+    check_inputs(prepared.work, set())
+    submission.check(prepared)
+    numbers = submission.submit(prepared, [])
+    print(f"submitted {args.stage} as job {' and '.join(numbers)}\nscript: {prepared.jobs[0].script}\n"
+          f"log:    {prepared.work.records}/{numbers[0]}{'_*' if args.array else ''}.log")
+    return 0
+
+
+def _chain(args: argparse.Namespace, words: list[str]) -> int:
+    from megatron_sov.slurm import chain
+
+    if len(words) != 1:
+        raise UserError(f"submit chain: takes one file, not {' '.join(words) or 'none'}; stages and their arguments stand in it")
+    given = [name for name in ("nodes", "min_nodes", "nodes_set", "array") if getattr(args, name)]
+    if given:
+        raise UserError(f"submit chain: --{given[0].replace('_', '-')} belongs to a stage; write it into {words[0]}")
+    overrides = {"account": args.account, "partition": args.partition, "time_limit": args.time}
+    return chain.run(Path(words[0]), args.cluster, overrides, resume=args.continue_chain, dry_run=args.dry_run)
+
+
+def _cluster_name(args: argparse.Namespace) -> str:
+    if args.cluster is None:
+        raise UserError(f"--cluster: is missing; pass one of {', '.join(cluster.names())}, or a YAML file of your own")
+    return str(args.cluster)
+
+
+def settings_by_nodes(given: list[str]) -> dict[int, tuple[str, ...]]:
+    """Return number of nodes -> settings, of N:key=value arguments.
+
+    Raises:
+        UserError: one of another form.
+    """
+    settings: dict[int, tuple[str, ...]] = {}
+    for text in given:
+        count, colon, setting = text.partition(":")
+        if not colon or not count.isdigit() or "=" not in setting:
+            raise UserError(f"--nodes-set {text}: must have the form N:key=value, e.g. 2:parallel.ep=2")
+        settings[int(count)] = (*settings.get(int(count), ()), setting)
+    return settings

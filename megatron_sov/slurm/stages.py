@@ -1,0 +1,187 @@
+"""The stages that can be submitted: which command each one is, where its records lie, and when it is complete."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from megatron_sov import recipes
+from megatron_sov.artifacts import MANIFEST
+from megatron_sov.config import RunConfig, apply_settings
+from megatron_sov.errors import UserError, nearest
+from megatron_sov.eval import command as eval_command
+from megatron_sov.eval import convert_command
+from megatron_sov.train.arguments import add_stage_arguments, data_paths
+from megatron_sov.train.run_folder import COMPLETION, JOBS
+
+
+@dataclass(frozen=True)
+class StageKind:
+    """One stage that can be submitted."""
+
+    program: tuple[str, ...]
+    """What follows `python -m`."""
+    ranks: bool
+    """Whether it trains: one process for each GPU, on many nodes; others are one process on one node."""
+    gpus: bool
+    """Whether it uses GPUs."""
+    time_limit: str = ""
+    """Time limit; empty: the profile's."""
+    objective: Literal["lm", "sft"] = "lm"
+    """What a training stage learns."""
+
+
+STAGES = {
+    "tokenizer": StageKind(("tokenizer.cli",), ranks=False, gpus=False),
+    "data": StageKind(("data_prep.cli",), ranks=False, gpus=False),
+    "pretrain": StageKind(("megatron_sov", "pretrain"), ranks=True, gpus=True),
+    "extend": StageKind(("megatron_sov", "extend"), ranks=True, gpus=True),
+    "sft": StageKind(("megatron_sov", "sft"), ranks=True, gpus=True, objective="sft"),
+    "convert": StageKind(("megatron_sov", "convert"), ranks=False, gpus=False, time_limit="4:00:00"),
+    "eval": StageKind(("megatron_sov", "eval"), ranks=False, gpus=True, time_limit="4:00:00"),
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """A stage with its arguments: what a job has to do."""
+
+    stage: str
+    """Name in `STAGES`."""
+    arguments: tuple[str, ...]
+    """What follows the command, as a user would type it."""
+    target: Path
+    """The run's or artifact's folder, absolute."""
+    records: Path
+    """Where the job's records lie: RUN/slurm, or OUTPUT.slurm beside an artifact, which is one whole."""
+    done: Path
+    """What exists when the stage is complete."""
+    writes_done: bool = True
+    """Whether the command itself leaves `done`; where it does not the job writes it."""
+    inputs: tuple[Path, ...] = ()
+    """Folders of earlier stages that it reads."""
+    config: RunConfig | None = None
+    """Settings of a training stage, as far as they are known before its checkpoint is."""
+
+    @property
+    def kind(self) -> StageKind:
+        """What stage it is."""
+        return STAGES[self.stage]
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that raises what others print."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise UserError(f"{self.prog}: {message}")
+
+
+def work_of(stage: str, arguments: list[str]) -> Work:
+    """Return what a job has to do; looks at the arguments alone, not at what they name.
+
+    Raises:
+        UserError: there is no such stage, or its arguments or settings are wrong.
+    """
+    if stage not in STAGES:
+        raise UserError(f"stage {stage!r}: does not exist{nearest(stage, STAGES)} (stages: {', '.join(STAGES)}, chain)")
+    if STAGES[stage].ranks:
+        return _training(stage, arguments)
+    reader: Callable[[list[str]], Work] = {"convert": _convert, "eval": _eval}.get(stage, lambda words: _artifact(stage, words))
+    return reader(arguments)
+
+
+def _training(stage: str, arguments: list[str]) -> Work:
+    parser = _Parser(prog=f"submit {stage}")
+    add_stage_arguments(parser, needs_start=stage != "pretrain")
+    args = parser.parse_args(arguments)
+    if args.nproc is not None:
+        raise UserError(f"--nproc {args.nproc}: under Slurm the nodes and the profile decide; leave it out")
+    flags = ["train.deterministic=true"] if args.deterministic else []
+    config = apply_settings(recipes.get(args.recipe), [f"objective.name={STAGES[stage].objective}", *args.settings, *flags])
+    run = args.run.absolute()
+    words = arguments if args.resume else [*arguments, "--resume"]
+    inputs = [Path(d if Path(d).exists() or ":" not in d else d.rpartition(":")[0]) for d in args.data]
+    inputs += [args.start_from] if args.start_from is not None else []
+    return Work(stage, tuple(words), run, run / JOBS, run / COMPLETION, inputs=tuple(p.absolute() for p in inputs), config=config)
+
+
+def _artifact(stage: str, arguments: list[str]) -> Work:
+    parser = _Parser(prog=f"submit {stage}", add_help=False, allow_abbrev=False)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--tokenizer", type=Path)
+    parser.add_argument("--input", action="append", default=[])
+    args, _ = parser.parse_known_args(arguments)
+    if not arguments or arguments[0].startswith("-"):
+        raise UserError(f"submit {stage}: begin with the command's name, e.g. {'train' if stage == 'tokenizer' else 'pack'}")
+    inputs = [Path(i if Path(i).exists() else i.rpartition("=")[2]) for i in args.input] + [p for p in (args.tokenizer,) if p]
+    return _making(stage, arguments, args.output, inputs)
+
+
+def _making(stage: str, arguments: list[str], output: Path, inputs: list[Path]) -> Work:
+    target = output.absolute()
+    return Work(stage, tuple(arguments), target, target.with_name(f"{target.name}.slurm"), target / MANIFEST,
+                inputs=tuple(p.absolute() for p in inputs))
+
+
+def _convert(arguments: list[str]) -> Work:
+    parser = _Parser(prog="submit convert")
+    convert_command.add_arguments(parser)
+    args = parser.parse_args(arguments)
+    if args.action not in ("from-hf", "to-hf"):
+        raise UserError(f"submit convert {args.action}: writes no folder; run it where you are (stages write: from-hf, to-hf)")
+    return _making("convert", arguments, args.out, [args.hf_dir if args.action == "from-hf" else args.checkpoint])
+
+
+def _eval(arguments: list[str]) -> Work:
+    parser = _Parser(prog="submit eval")
+    eval_command.add_arguments(parser)
+    args = parser.parse_args(arguments)
+    found = vars(args)
+    subject = next((found[name] for name in ("target", "checkpoint", "run") if found.get(name) is not None), None)
+    if subject is None:
+        raise UserError(f"submit eval {args.judge}: names no model or run; pass --run, the job's records lie beside it")
+    target = subject.absolute()
+    records = target.with_name(f"{target.name}.{args.judge}.slurm")
+    return Work("eval", tuple(arguments), target, records, records / COMPLETION, writes_done=False, inputs=(target,))
+
+
+def check_inputs(work: Work, promised: set[Path]) -> None:
+    """Raise `UserError` where a stage reads what is not there and no earlier stage of its chain makes it."""
+    for path in work.inputs:
+        if path not in promised and not path.exists():
+            raise UserError(f"{work.stage}: {path} does not exist; make it before, or submit its stage in the same chain")
+    if work.config is not None and not any(path in promised for path in work.inputs):
+        parser = argparse.ArgumentParser()
+        add_stage_arguments(parser, needs_start=False)
+        data_paths(parser.parse_args(work.arguments).data)
+
+
+def fitting_nodes(work: Work, profile_ranks: int, num_nodes: int, least: int,
+                  settings: dict[int, tuple[str, ...]]) -> dict[int, tuple[str, ...]]:
+    """Return number of nodes -> settings, for every number from `least` to `num_nodes` that the layout fits.
+
+    Args:
+        work: a training stage.
+        profile_ranks: ranks of a node.
+        num_nodes: nodes that are asked for; they have to fit.
+        least: fewest nodes to go on with.
+        settings: number of nodes -> settings that change then.
+
+    Raises:
+        UserError: the layout does not fit `num_nodes` or `least`, or a number has settings that do not fit it.
+    """
+    assert work.config is not None, work.stage
+    fitting: dict[int, tuple[str, ...]] = {}
+    for count in range(num_nodes, least - 1, -1):
+        chosen = settings.get(count, ())
+        config = apply_settings(work.config, list(chosen)) if chosen else work.config
+        problems = config.problems(count * profile_ranks)
+        if not problems:
+            fitting[count] = chosen
+        elif count in (num_nodes, least) or count in settings:
+            raise UserError(f"--nodes {count} x {profile_ranks} processes do not fit {config.recipe}: {'; '.join(problems)}")
+    return fitting
+

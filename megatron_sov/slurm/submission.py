@@ -1,0 +1,193 @@
+"""One submission: everything is checked, then code, settings and script are laid beside the run, then Slurm is asked."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import megatron_sov
+from megatron_sov.artifacts import atomic_write, disk_errors, to_json
+from megatron_sov.errors import UserError
+from megatron_sov.obs.events import EventLog, read_events
+from megatron_sov.slurm import client
+from megatron_sov.slurm.cluster import ClusterProfile
+from megatron_sov.slurm.script import Job, render
+from megatron_sov.slurm.stages import Work, fitting_nodes, work_of
+
+JOBS = "jobs.jsonl"
+PACKAGES = ("megatron_sov", "tokenizer", "data_prep")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One stage as it was asked for."""
+
+    stage: str
+    arguments: tuple[str, ...]
+    profile: ClusterProfile
+    nodes: int = 1
+    least: int = 0
+    """Fewest nodes to go on with; 0: as many as asked for."""
+    settings: dict[int, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    """Number of nodes -> settings that change then."""
+    array: int = 0
+    """Tasks that share the inputs of `data pack`."""
+    needs: tuple[Path, ...] = ()
+    """Completion manifests of earlier stages."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Scripts of one stage, checked and not yet written: one, or parts and what joins them."""
+
+    work: Work
+    jobs: tuple[Job, ...]
+    texts: tuple[str, ...]
+
+
+def prepare(request: Request) -> Prepared:
+    """Return a stage's scripts; nothing is written and Slurm is not asked.
+
+    Raises:
+        UserError: the stage, its arguments or the nodes do not fit.
+    """
+    work = work_of(request.stage, list(request.arguments))
+    least = request.least or request.nodes
+    if request.nodes < 1 or not 1 <= least <= request.nodes:
+        raise UserError(f"--nodes {request.nodes} --min-nodes {least}: must be at least 1, and the second not above the first")
+    if not work.kind.ranks and request.nodes > 1:
+        raise UserError(f"--nodes {request.nodes}: {request.stage} works on one node; leave it out"
+                        + (" (data pack: --array N shares its inputs)" if request.stage == "data" else ""))
+    layouts: dict[int, tuple[str, ...]] = {1: ()}
+    if work.kind.ranks:
+        layouts = fitting_nodes(work, request.profile.tasks_per_node, request.nodes, least, request.settings)
+    code = work.records / f"code-{_code_hash()}"
+    base = Job(work, request.profile, Path.cwd(), code, work.records / f"{request.stage}.sbatch", layouts, needs=request.needs)
+    jobs = _parts(base, request.array) if request.array else (base,)
+    return Prepared(work, jobs, tuple(render(job) for job in jobs))
+
+
+def _parts(base: Job, count: int) -> tuple[Job, ...]:
+    """Return the array that packs a part in each task, and the job that joins them."""
+    work = base.work
+    words = list(work.arguments)
+    if work.stage != "data" or words[0] != "pack":
+        raise UserError(f"--array {count}: shares the inputs of `data pack`; leave it out for {work.stage}")
+    inputs, others = [], []
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.partition("=")
+        if name in ("--input", "--output"):
+            value = value if equals else words.pop(0)
+            if name == "--input":
+                inputs.append(value)
+        else:
+            others.append(word)
+    if not 1 < count <= len(inputs):
+        raise UserError(f"--array {count}: must lie between 2 and the number of --input, {len(inputs)}; tasks pack whole ones")
+    parts = [f"{work.target}.parts/part-{i}" for i in range(count)]
+    packing = dataclasses.replace(work, arguments=tuple(others))
+    joining = dataclasses.replace(work, arguments=("mix", *parts, "--output", str(work.target)))
+    needs = tuple(Path(p) / "manifest.json" for p in parts)
+    return (dataclasses.replace(base, work=packing, array=count, array_inputs=tuple(inputs),
+                                script=work.records / "data-parts.sbatch"),
+            dataclasses.replace(base, work=joining, needs=needs))
+
+
+def check(prepared: Prepared) -> None:
+    """Ask Slurm whether it would take the scripts, and whether the stage is in its hands already.
+
+    Raises:
+        UserError: Slurm is not there, has no such partition, refuses a script, or has a living job of this stage.
+    """
+    client.check_partition(prepared.jobs[0].profile.partition)
+    for text in prepared.texts:
+        client.check_script(text)
+    living = client.states(submitted_jobs(prepared.work.records))
+    if living:
+        number, state = next(iter(living.items()))
+        raise UserError(f"{prepared.work.target}: its job {number} is {state.lower()}; wait for it, or `scancel {number}`")
+
+
+def submitted_jobs(records: Path) -> list[str]:
+    """Return the numbers of a stage's jobs, oldest first."""
+    return [str(r["job"]) for r in read_events(records / JOBS) if r["event"] == "submitted"]
+
+
+def submit(prepared: Prepared, after: list[str]) -> list[str]:
+    """Write everything and submit it; returns the jobs' numbers, of which the last is the one to wait for.
+
+    Args:
+        prepared: what was checked.
+        after: jobs that have to end well before.
+
+    Raises:
+        UserError: the folder cannot be written, or Slurm refuses.
+    """
+    records = prepared.work.records
+    with disk_errors(records):
+        try:
+            records.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise UserError(f"{records}: cannot be made, since a file is in the way; choose another folder") from None
+        _copy_code(prepared.jobs[0].code)
+    numbers: list[str] = []
+    log = EventLog(records / JOBS)
+    try:
+        for job, text in zip(prepared.jobs, prepared.texts, strict=True):
+            atomic_write(job.script, text)
+            atomic_write(job.script.with_suffix(".json"), to_json(_settings(job)))
+            numbers.append(client.submit(job.script, after=numbers[-1:] or after))
+            log.write("submitted", job=numbers[-1], stage=job.work.stage, script=job.script.name, nodes=max(job.layouts),
+                      after=numbers[-2:-1] or after)
+    except UserError:
+        client.cancel(numbers)
+        raise
+    finally:
+        log.close()
+    return numbers
+
+
+def _settings(job: Job) -> dict[str, Any]:
+    """Return what a script was made from, for people and for `status`."""
+    return {"stage": job.work.stage, "arguments": list(job.work.arguments), "target": str(job.work.target),
+            "done": str(job.work.done), "nodes": {str(n): list(s) for n, s in job.layouts.items()},
+            "profile": dataclasses.asdict(job.profile), "cwd": str(job.cwd), "code": job.code.name,
+            "config": job.work.config.to_dict() if job.work.config is not None else None}
+
+
+def _sources() -> list[tuple[Path, str]]:
+    """Return (file, its place in a copy) of all our code."""
+    root = Path(megatron_sov.__file__).parents[1]
+    return [(p, p.relative_to(root).as_posix()) for package in PACKAGES for p in sorted((root / package).rglob("*"))
+            if p.is_file() and "__pycache__" not in p.parts]
+
+
+def _code_hash() -> str:
+    digest = hashlib.sha256()
+    for path, name in _sources():
+        digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
+
+
+def _copy_code(folder: Path) -> None:
+    """Copy our code, so that a job that starts next week runs what was submitted; a copy of the same content is kept."""
+    if folder.is_dir():
+        return
+    temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
+    for path, name in _sources():
+        (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, temporary / name)
+    os.rename(temporary, folder)
+
+
+def show(prepared: Prepared) -> None:
+    """Print the scripts."""
+    for job, text in zip(prepared.jobs, prepared.texts, strict=True):
+        sys.stdout.write(f"# {job.script}\n{text}\n")

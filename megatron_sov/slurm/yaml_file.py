@@ -1,0 +1,43 @@
+"""Files that users write in YAML, read into dataclasses; every mistake becomes one sentence."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from megatron_sov.errors import UserError, nearest
+
+T = TypeVar("T")
+
+
+def read_yaml(name: str, text: str, cls: type[T], parts: tuple[type, ...], what: str) -> T:
+    """Return what a file says.
+
+    Args:
+        name: the file or option, for messages.
+        text: its content.
+        cls: the dataclass that it describes.
+        parts: dataclasses inside that one, whose fields are suggested too.
+        what: "profile" or "chain", for messages.
+
+    Raises:
+        UserError: it is no YAML, has an unknown field, or a value of the wrong type.
+    """
+    try:
+        raw: Any = yaml.safe_load(text)
+    except yaml.YAMLError as e:
+        raise UserError(f"{name}: is no YAML ({' '.join(str(e).split())}); mend it") from None
+    try:
+        return TypeAdapter(cls).validate_python(raw)
+    except ValidationError as e:
+        unknown = ("unexpected_keyword_argument", "extra_forbidden")
+        error = min(e.errors(), key=lambda found: found["type"] not in unknown)  # a misspelt field explains a missing one
+        where = ".".join(map(str, error["loc"])) or what
+        if error["type"] in unknown:
+            known = [f.name for c in (cls, *parts) for f in dataclasses.fields(c)]
+            raise UserError(f"{name}: {where} is no field of a {what}{nearest(str(error['loc'][-1]), known)}") from None
+        quotes = "; put it in quotes" if error["type"] == "string_type" else ""  # YAML reads 2:00:00 as 7200
+        raise UserError(f"{name}: {where} = {error.get('input')!r}: {error['msg']}{quotes}") from None

@@ -1,0 +1,128 @@
+"""Job scripts: what is filled in reaches the program as it was typed; a real Slurm takes every template with every profile."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sov.errors import UserError
+from megatron_sov.slurm import client, cluster
+from megatron_sov.slurm.cluster import ClusterProfile, ContainerConfig
+from megatron_sov.slurm.stages import STAGES
+from megatron_sov.slurm.submission import Request, prepare
+
+TRAIN = ("--data", "tokens", "--run", "runs/a b", "--set", "train.steps=5", "--set", "train.global_batch_size=64",
+         "--set", "train.micro_batch_size=1")
+ARGUMENTS = {
+    "tokenizer": ("train", "--preset", "solar-open", "--vocab-size", "512", "--input", "text", "--output", "tokenizer"),
+    "data": ("pack", "--tokenizer", "tokenizer", "--input", "a.jsonl", "--input", "b.jsonl", "--output", "tokens"),
+    "pretrain": ("tiny-solar-open", *TRAIN), "extend": ("tiny-solar-open", "--from", "runs/a", *TRAIN),
+    "sft": ("tiny-solar-open", "--from", "runs/a", *TRAIN), "convert": ("to-hf", "runs/a", "hf"),
+    "eval": ("ppl", "hf", "--data", "tokens"),
+}
+NASTY = "it's $HOME `id` \"x\" \\ & | ; > * ? # ! ~ {} ()\t한국어"
+
+
+def script(stage: str, profile: ClusterProfile, *more: str, **request: Any) -> str:
+    return prepare(Request(stage, (*ARGUMENTS[stage], *more), profile, **request)).texts[0]
+
+
+def words_of(text: str, array: str = "command") -> list[str]:
+    """Let bash read the assignment of an array out of a script; returns its words."""
+    (block,) = re.findall(rf"^{array}=\(.*?\)$", text, re.MULTILINE | re.DOTALL)
+    program = f'settings=()\n{block}\nprintf "%s\\0" "${{{array}[@]}}"'
+    return subprocess.run(["bash", "-uc", program], capture_output=True, text=True, check=True).stdout.split("\0")[:-1]
+
+
+def test_every_stage_has_a_template() -> None:
+    assert set(ARGUMENTS) == set(STAGES)
+
+
+@pytest.mark.parametrize("name", cluster.names())
+def test_a_real_slurm_takes_every_template(site: Path, name: str) -> None:
+    profile = dataclasses.replace(cluster.load(name, account="me"), account="me" if name != "local" else "")
+    texts = [text for stage in STAGES for text in prepare(Request(stage, ARGUMENTS[stage], profile)).texts]
+    texts += prepare(Request("data", ARGUMENTS["data"], profile, array=2)).texts
+    texts += prepare(Request("pretrain", ARGUMENTS["pretrain"], profile, nodes=4, least=1)).texts
+    for text in texts:
+        client.check_script(text)
+        assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("stage", "kind"), [*itertools.product(("pretrain", "data"), ("apptainer", "enroot", "pyxis"))])
+def test_python_runs_in_the_container(stage: str, kind: Any) -> None:
+    box = ContainerConfig(kind, "/images/my image.sif", ("/shared", "/raid:/scratch"))
+    profile = dataclasses.replace(cluster.load("h100", account="me"), container=box, environment={"NCCL_DEBUG": "WARN"})
+    text = script(stage, profile)
+    assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
+    expected = {
+        "apptainer": ["apptainer", "exec", "--nv", "--bind", "/shared", "--bind", "/raid:/scratch", box.image, "python3", "-P"],
+        "enroot": ["enroot", "start", "--rw", "--mount", "/shared:/shared", "--mount", "/raid:/scratch"],
+        "pyxis": ["python3", "-P"]}[kind]
+    assert words_of(text, "python")[:len(expected)] == expected
+    if kind == "enroot":
+        assert words_of(text, "python")[-5:] == ["--env", "NCCL_DEBUG", box.image, "python3", "-P"]
+    if kind == "pyxis":
+        assert words_of(text, "srun_options") == [f"--container-image={box.image}", "--container-mounts=/shared,/raid:/scratch"]
+
+
+def test_what_a_user_types_reaches_the_program_unchanged(tmp_path: Path) -> None:
+    words = ("tiny-solar-open", "--data", NASTY, "--run", str(tmp_path / "a b'c"),
+             "--set", 'data.phases=[{"name": "$x", "seq_len": 8}]')
+    text = prepare(Request("pretrain", words, cluster.load("local"))).texts[0]
+    assert words_of(text) == ["-m", "megatron_sov", "pretrain", *words, "--resume"]
+
+
+def test_a_profile_is_quoted_too(site: Path, cluster: Any) -> None:
+    from megatron_sov.slurm.cluster import load
+
+    profile = dataclasses.replace(load("local"), environment={"X": NASTY}, modules=(NASTY,), scratch=NASTY)
+    text = script("pretrain", profile)
+    (line,) = [line for line in text.splitlines() if line.startswith("export X=")]
+    assert subprocess.run(["bash", "-c", f'{line}; printf "%s" "$X"'], capture_output=True, text=True, check=True).stdout == NASTY
+    client.check_script(text)
+
+
+def test_slurm_reads_odd_paths_as_they_are(site: Path, cluster: Any) -> None:
+    folder = site / "it's \"odd\" $HOME & `co`"
+    work = ("pack", "--tokenizer", "t", "--input", "i", "--output", str(folder / "tokens"))
+    from megatron_sov.slurm.cluster import load
+
+    header = [line for line in prepare(Request("data", work, load("local"))).texts[0].splitlines() if line.startswith("#SBATCH")]
+    folder.mkdir()
+    (folder / "tokens.slurm").mkdir()
+    (site / "job.sh").write_text("\n".join(["#!/bin/bash", *header, "echo here"]))
+    job = cluster.sbatch(str(site / "job.sh"))
+    assert cluster.wait(job)["JobState"] == "COMPLETED"
+    assert (folder / f"tokens.slurm/{job}.log").read_text() == "here\n"
+
+
+def test_a_path_that_slurm_would_rewrite_is_refused() -> None:
+    with pytest.raises(UserError, match="placeholder"):
+        prepare(Request("pretrain", ("tiny-solar-open", "--data", "d", "--run", "runs/100%j"), cluster.load("local")))
+
+
+def test_no_secret_of_the_submitter_stands_in_a_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "hush-hush")
+    assert "hush-hush" not in script("pretrain", cluster.load("local"))
+
+
+def test_settings_change_with_the_number_of_nodes() -> None:
+    profile = dataclasses.replace(cluster.load("local"), ranks_per_node=1)
+    text = script("pretrain", profile, "--set", "parallel.ep=4", nodes=4, least=1,
+                  settings={2: ("parallel.ep=2",), 1: ("parallel.ep=1",)})
+    assert "#SBATCH --nodes=1-4\n" in text
+
+    def chosen(count: int) -> str:
+        block = text[text.index("case $SLURM_JOB_NUM_NODES"):text.index("esac") + 4]
+        program = f'SLURM_JOB_NUM_NODES={count}\n{block}\necho $num_nodes "${{settings[@]}}"'
+        return subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=False).stdout.strip()
+
+    assert [chosen(n) for n in (4, 3, 2, 1)] == ["4", "2 --set parallel.ep=2", "2 --set parallel.ep=2", "1 --set parallel.ep=1"]
+    assert chosen(5) == ""

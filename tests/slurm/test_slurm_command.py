@@ -1,0 +1,70 @@
+"""`megatron-sov submit`: every mistake is one sentence, before anything is submitted or written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_sov import cli
+
+RUN = ("tiny-solar-open", "--data", "tokens", "--run", "runs/a", "--set", "train.steps=5", "--set", "train.global_batch_size=8",
+       "--set", "train.micro_batch_size=1")
+HERE = ("--cluster", "site.yaml")
+
+
+@pytest.mark.parametrize(("words", "sentence"), [
+    (("pretrian", *HERE, *RUN), "stage 'pretrian': does not exist; did you mean 'pretrain'?"),
+    (("pretrain", *RUN), "--cluster: is missing; pass one of b200, h100, h200, local, one-node"),
+    (("pretrain", "--cluster", "a100", *RUN), "--cluster a100: there is no such profile"),
+    (("pretrain", "--cluster", "h100", *RUN), "--cluster h100: account is missing; pass --account NAME"),
+    (("pretrain", *HERE, "--nodes", "3", *RUN), "--nodes 3 x 1 processes do not fit tiny-solar-open: global_batch_size = 8"),
+    (("pretrain", *HERE, "--nodes", "4", "--min-nodes", "3", *RUN), "--nodes 3 x 1 processes do not fit tiny-solar-open"),
+    (("pretrain", *HERE, "--nodes", "2", "--min-nodes", "4", *RUN), "the second not above the first"),
+    (("pretrain", *HERE, "--nodes", "2", *RUN, "--set", "parallel.ep=16"), "parallel.ep = 16 must divide model.num_experts = 8"),
+    (("pretrain", *HERE, *RUN, "--nproc", "2"), "--nproc 2: under Slurm the nodes and the profile decide"),
+    (("pretrain", *HERE, *RUN, "--set", "train.stpes=5"), "'train.stpes' does not exist; did you mean 'steps'?"),
+    (("pretrain", *HERE, "tiny-solar-open", "--run", "x"), "the following arguments are required: --data"),
+    (("pretrain", *HERE, *RUN, "--nodes-set", "two:a=1"), "--nodes-set two:a=1: must have the form N:key=value"),
+    (("pretrain", *HERE, "--partition", "bacth", *RUN), "partition 'bacth': does not exist here; did you mean 'batch'?"),
+    (("pretrain", *HERE, "--time", "soon", *RUN), "Slurm refuses the job: Invalid --time specification"),
+    (("pretrain", *HERE, "--nodes", "8", *RUN), "Slurm refuses the job: "),
+    (("pretrain", *HERE, "tiny-solar-open", "--data", "nowhere", "--run", "x"), "pretrain: "),
+    (("pretrain", *HERE, *RUN[:4], "/dev/null/x", *RUN[5:]), "/dev/null/x/slurm: cannot be made, since a file is in the way"),
+    (("data", *HERE, "--nodes", "2", "pack", "--output", "x"), "--nodes 2: data works on one node; leave it out"),
+    (("data", *HERE, "--array", "3", "pack", "--input", "a", "--output", "x"), "--array 3: must lie between 2 and the number of"),
+    (("data", *HERE, "pack", "--input", "a"), "submit data: the following arguments are required: --output"),
+    (("convert", *HERE, "inspect", "a"), "submit convert inspect: writes no folder"),
+    (("eval", *HERE, "bigram", "--data", "tokens"), "submit eval bigram: names no model or run; pass --run"),
+    (("pretrain", *HERE, "--continue", *RUN), "--continue: belongs to a chain"),
+])
+def test_a_mistake_is_one_sentence_and_leaves_nothing(
+    site: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], sentence: str,
+) -> None:
+    (site / "tokens").mkdir()
+    before = sorted(site.rglob("*"))
+    assert cli.main(["submit", *words]) == 2
+    said = capsys.readouterr().err
+    assert sentence in said and said.count("\n") == 1, said
+    assert sorted(site.rglob("*")) == before
+
+
+def test_without_slurm_it_says_so_and_a_dry_run_still_shows_the_script(
+    site: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (site / "tokens").mkdir()
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert cli.main(["submit", "pretrain", *HERE, *RUN]) == 2
+    assert "sinfo: is not on PATH, so Slurm is not installed here" in capsys.readouterr().err
+    assert cli.main(["submit", "pretrain", *HERE, "--dry-run", *RUN]) == 0
+    assert "#SBATCH --job-name=pretrain-a\n" in capsys.readouterr().out
+    assert not (site / "runs").exists()
+
+
+def test_options_may_stand_anywhere(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (site / "tokens").mkdir()
+    outputs = set()
+    for words in ((*HERE, "--nodes", "2", "--dry-run", *RUN), (*RUN, "--dry-run", *HERE, "--nodes", "2")):
+        assert cli.main(["submit", "pretrain", *words]) == 0
+        outputs.add(capsys.readouterr().out)
+    assert len(outputs) == 1

@@ -1,0 +1,249 @@
+"""A private, real Slurm cluster on this machine: its own controller, and several nodes that can die and freeze.
+
+Daemons run in the foreground as children of this process.  Each node lives in its own process, host name and mount
+namespaces, so that its death is one SIGKILL and takes everything that ran there.  Needs root and Debian's packages (`make
+slurm`); claims more cores, memory and GPUs than there are, since nothing looks for them.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+CONF = """ClusterName=virtual
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={port}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+CredType=cred/munge
+AuthInfo=socket={folder}/run/munge.socket,cred_expire=5
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool/%n
+SlurmctldPidFile={folder}/run/slurmctld.pid
+SlurmdPidFile={folder}/run/slurmd-%n.pid
+SlurmctldLogFile={folder}/log/slurmctld.log
+SlurmdLogFile={folder}/log/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+SwitchType=switch/none
+MpiDefault=none
+PropagateResourceLimits=NONE
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SlurmdParameters=config_overrides
+JobRequeue=1
+ReturnToService=1
+KillWait=2
+SlurmdTimeout=10
+SlurmctldTimeout=10
+MessageTimeout=30
+TCPTimeout=5
+BatchStartTimeout=10
+CompleteWait=0
+MinJobAge=3600
+UnkillableStepTimeout=30
+MailProg=/bin/true
+SchedulerType=sched/backfill
+SchedulerParameters=bf_interval=1,sched_interval=1,sched_min_interval=0,batch_sched_delay=0
+PriorityType=priority/basic
+GresTypes=gpu
+NodeName=DEFAULT CPUs={cpus} Boards=1 SocketsPerBoard=1 CoresPerSocket={cpus} ThreadsPerCore=1 RealMemory=2000000 Gres=gpu:{gpus}
+"""
+NAMESPACES = ("unshare", "--pid", "--fork", "--uts", "--mount", "--mount-proc")
+DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch", "unshare", "setpriv")
+CPUS, GPUS = 224, 8
+"""What each node claims: as much as the largest of the shipped profiles asks for."""
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+
+
+def why_not() -> str | None:
+    """Return why no cluster can be had here, or None."""
+    if os.geteuid():
+        return "a private Slurm cluster needs root"
+    if missing := [name for name in DAEMONS if not shutil.which(name)]:
+        return f"not installed: {', '.join(missing)} (make slurm)"
+    done = subprocess.run([*NAMESPACES, "true"], capture_output=True, text=True, check=False)
+    return done.stderr.strip() or "namespaces are not permitted here" if done.returncode else None
+
+
+class VirtualCluster:
+    """`with VirtualCluster(folder) as cluster: cluster.sbatch(script)`."""
+
+    def __init__(self, folder: Path, partitions: tuple[str, ...] = ("batch",), num_nodes: int = 4) -> None:
+        self.folder, self.partitions = folder.resolve(), partitions
+        self.names = [f"n{i + 1}" for i in range(num_nodes)]
+        self.env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH", "SRUN"))}
+        self.env["SLURM_CONF"] = str(self.folder / "etc/slurm.conf")
+        self._daemons: dict[str, subprocess.Popen[bytes]] = {}
+
+    def __enter__(self) -> VirtualCluster:
+        self._write_files()
+        run = self.folder / "run"
+        try:
+            self._daemon("munged", "munged", "-F", "--force", "--num-threads=2", f"--key-file={self.folder}/munge/munge.key",
+                         f"--socket={run}/munge.socket", f"--pid-file={run}/munged.pid",
+                         f"--seed-file={self.folder}/munge/seed", f"--log-file={self.folder}/log/munged.log")
+            until((run / "munge.socket").exists, 10, "munged")
+            self._daemon("slurmctld", "slurmctld", "-D", "-c", "-f", self.env["SLURM_CONF"])
+            for name in self.names:
+                self.start(name)
+            self.wait_idle(self.names)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._kill("slurmctld", signal.SIGTERM)  # first: it must not requeue what the dying nodes ran
+        for name in (*self.names, "munged"):
+            self._kill(name, signal.SIGKILL)
+
+    def _write_files(self) -> None:
+        for name in ("etc", "run", "log", "state", "dev", *(f"spool/{n}" for n in self.names)):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        for path in (self.folder, self.folder / "run"):
+            path.chmod(0o755)
+        (self.folder / "munge").mkdir(mode=0o700, exist_ok=True)
+        for i in range(GPUS):
+            (self.folder / f"dev/nvidia{i}").touch()
+        port = _free_ports(len(self.names) + 1)
+        conf = CONF.format(folder=self.folder, host=socket.gethostname().split(".")[0], port=port, cpus=CPUS, gpus=GPUS)
+        conf += "".join(f"NodeName={n} NodeHostname={n} NodeAddr=127.0.0.1 Port={port + i}\n"
+                        for i, n in enumerate(self.names, 1))
+        conf += "".join(f"PartitionName={p} Nodes=ALL Default={'YES' if i == 0 else 'NO'} MaxTime=UNLIMITED DefaultTime=10\n"
+                        for i, p in enumerate(self.partitions))
+        (self.folder / "etc/slurm.conf").write_text(conf)
+        (self.folder / "etc/gres.conf").write_text(f"Name=gpu File={self.folder}/dev/nvidia[0-{GPUS - 1}]\n")
+        (self.folder / "etc/cgroup.conf").write_text("CgroupAutomount=no\n")
+        (self.folder / "etc/hosts").write_text(Path("/etc/hosts").read_text() + "".join(f"127.0.0.1 {n}\n" for n in self.names))
+        key = self.folder / "munge/munge.key"
+        key.write_bytes(os.urandom(128))
+        key.chmod(0o400)
+
+    # nodes
+
+    def start(self, node: str) -> None:
+        """Switch a node on."""
+        begin = f'hostname {node}; mount --bind "{self.folder}/etc/hosts" /etc/hosts'
+        self._daemon(node, *NAMESPACES, "--kill-child", "bash", "-c", f'{begin}; exec slurmd -D -N {node} -f "$SLURM_CONF"')
+
+    def crash(self, node: str) -> None:
+        """The whole node dies at once, and the controller is told (by itself it would notice after half a minute)."""
+        self._kill(node, signal.SIGKILL)
+        self.run("scontrol", "update", f"nodename={node}", "state=down", "reason=crash")
+
+    def freeze(self, node: str) -> None:
+        """The node hangs with everything on it; the controller has to notice by itself."""
+        for process in self.processes(node):
+            process.suspend()
+
+    def resume(self, node: str) -> None:
+        """Bring a dead or frozen node back."""
+        self._kill(node, signal.SIGKILL)
+        self.start(node)
+        self.run("scontrol", "update", f"nodename={node}", "state=resume", check=False)
+        self.wait_idle([node])
+
+    def processes(self, node: str) -> list[psutil.Process]:
+        """Return what runs on a node, its daemon first."""
+        return psutil.Process(self._daemons[node].pid).children(recursive=True)
+
+    def ranks(self, node: str) -> list[psutil.Process]:
+        """Return the training processes of a node."""
+        return [p for p in self.processes(node) if p.name().startswith("python") and "--resume" in p.cmdline()]
+
+    def in_node(self, node: str, *command: str) -> None:
+        """Run a command in a node's own view of the file systems."""
+        slurmd = self.processes(node)[0].pid
+        subprocess.run(["nsenter", f"--target={slurmd}", "--mount", *command], check=True)
+
+    # jobs
+
+    def run(self, *command: str, check: bool = True, **options: Any) -> str:
+        """Run a client program; returns what it printed."""
+        done = subprocess.run(command, env=self.env, text=True, capture_output=True, timeout=120, check=False, **options)
+        assert not (check and done.returncode), (command, done.stdout, done.stderr)
+        return done.stdout.strip()
+
+    def sbatch(self, *arguments: str, **options: Any) -> str:
+        """Submit a script; returns the job's number."""
+        return self.run("sbatch", "--parsable", *arguments, **options).split(";")[0]
+
+    def job(self, number: str) -> dict[str, str]:
+        """Return what the controller knows about a job; it is asked again where it has no time to answer."""
+        for _ in range(20):
+            found = dict(re.findall(r"(\w+)=(\S*)", self.run("scontrol", "-o", "show", "job", number, check=False)))
+            if "JobState" in found:
+                return found
+            time.sleep(0.5)
+        raise TimeoutError(f"job {number}: the controller does not answer")
+
+    def wait(self, number: str, states: tuple[str, ...] = ENDED, timeout_s: float = 120) -> dict[str, str]:
+        """Wait until a job is in one of the states; returns what the controller knows about it."""
+        until(lambda: self.job(number)["JobState"] in states, timeout_s, f"job {number}: {states}")
+        return self.job(number)
+
+    def wait_idle(self, nodes: list[str]) -> None:
+        """Wait until the nodes can take jobs."""
+        def idle() -> bool:
+            lines = self.run("sinfo", "-h", "-N", "-p", self.partitions[0], "-n", ",".join(nodes), "-o", "%N %t", check=False)
+            return {tuple(line.split()) for line in lines.splitlines()} == {(n, "idle") for n in nodes}
+
+        until(idle, 60, f"idle: {nodes}")
+
+    # daemons
+
+    def _daemon(self, name: str, *command: str) -> None:
+        with open(self.folder / f"log/{name}.out", "ab") as log:
+            self._daemons[name] = subprocess.Popen(
+                ["setpriv", "--pdeathsig", "KILL", *command],  # a killed test run leaves no daemon behind
+                env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+
+    def _kill(self, name: str, number: int) -> None:
+        process = self._daemons.pop(name, None)
+        if process is None:
+            return
+        if process.poll() is None:
+            process.send_signal(number)
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def until(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
+    """Wait until the condition holds."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{what}: not within {timeout_s:g} s")
+        time.sleep(0.1)
+
+
+def _free_ports(count: int) -> int:
+    """Return the first of `count` free ports below those that the system hands out."""
+    for _ in range(200):
+        first = random.randrange(17000, 31000)
+        try:
+            for port in range(first, first + count):
+                with socket.socket() as s:
+                    s.bind(("0.0.0.0", port))
+            return first
+        except OSError:
+            continue
+    raise RuntimeError("no free ports")
