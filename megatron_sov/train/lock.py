@@ -108,7 +108,7 @@ def _slurm_job() -> dict[str, Any]:
 
 def living_holder(run: Path) -> dict[str, Any] | None:
     """Return the host, pid and lease of the living process that holds a run folder, as far as can be known from here, or None."""
-    record = RunLock(run)._read()
+    record = recorded_holder(run)
     return record if record is not None and _is_living(record) else None
 
 

@@ -115,3 +115,15 @@ def test_two_starts_at_once_give_one_holder(tmp_path: Path) -> None:
     for s in starts:
         s.communicate("\n", timeout=20)
     assert sorted(answers) == ["held", "refused", "refused", "refused"]
+
+
+def test_the_start_before_of_the_same_slurm_job_does_not_bar_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm gave up that start's nodes; without it the lease of a node that died would have to run out."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    for job, restart in (("7", 1), ("7", 2), ("8", 0)):
+        write_record(tmp_path, host="elsewhere", slurm_job=job, slurm_restart=restart)
+        with pytest.raises(UserError, match="held by a living run"):
+            RunLock(tmp_path).acquire()
+    write_record(tmp_path, host="elsewhere", slurm_job="7", slurm_restart=0)
+    take(tmp_path)
