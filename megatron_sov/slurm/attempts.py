@@ -179,7 +179,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--down", type=nodes, default=[], help="nodes of the cluster that do not")
     parser.add_argument("--logs", type=Path, default=Path(), help="end: folder with srun.log and rank-N.log")
     parser.add_argument("--code", type=int, default=0, help="end: exit code of srun")
-    parser.add_argument("--asked", default="", help="end: time or cancel where the job was asked to stop")
+    parser.add_argument("--asked", default="", help="end: again or cancel where the job was asked to stop")
     parser.add_argument("--reports", type=Path, default=Path(), help="preflight: folder of the reports")
     parser.add_argument("--limits", default="{}", help="preflight: JSON of the limits")
     return parser

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,8 @@ STAGES = {
     "convert": StageKind(("megatron_sov", "convert"), ranks=False, gpus=False, time_limit="4:00:00"),
     "eval": StageKind(("megatron_sov", "eval"), ranks=False, gpus=True, time_limit="4:00:00"),
 }
+ARTIFACTS = {"tokenizer": ("train",), "data": ("pack", "mix", "demo-corpus")}
+"""Commands of `sov-tokenizer` and `sov-data` that leave a folder with a manifest."""
 
 
 @dataclass(frozen=True)
@@ -103,8 +106,7 @@ def _training(stage: str, arguments: list[str]) -> Work:
     config = apply_settings(recipes.get(args.recipe), [f"objective.name={STAGES[stage].objective}", *args.settings, *flags])
     run = args.run.absolute()
     words = arguments if args.resume else [*arguments, "--resume"]
-    inputs = [Path(d if Path(d).exists() or ":" not in d else d.rpartition(":")[0]) for d in args.data]
-    inputs += [args.start_from] if args.start_from is not None else []
+    inputs = [_path_of(text) for text in args.data] + ([args.start_from] if args.start_from is not None else [])
     return Work(stage, tuple(words), run, run / JOBS, run / COMPLETION, inputs=tuple(p.absolute() for p in inputs), config=config)
 
 
@@ -114,10 +116,20 @@ def _artifact(stage: str, arguments: list[str]) -> Work:
     parser.add_argument("--tokenizer", type=Path)
     parser.add_argument("--input", action="append", default=[])
     args, _ = parser.parse_known_args(arguments)
-    if not arguments or arguments[0].startswith("-"):
-        raise UserError(f"submit {stage}: begin with the command's name, e.g. {'train' if stage == 'tokenizer' else 'pack'}")
-    inputs = [Path(i if Path(i).exists() else i.rpartition("=")[2]) for i in args.input] + [p for p in (args.tokenizer,) if p]
+    if arguments[0] not in ARTIFACTS[stage]:
+        raise UserError(f"submit {stage}: {arguments[0]!r} is no command that writes an artifact; begin with one of "
+                        f"{', '.join(ARTIFACTS[stage])}, and run others where you are")
+    inputs = [_path_of(text) for text in args.input] + [p for p in (args.tokenizer,) if p]
     return _making(stage, arguments, args.output, inputs)
+
+
+def _path_of(text: str) -> Path:
+    """Return the path in [NAME=]PATH[:WEIGHT]."""
+    if Path(text).exists():
+        return Path(text)
+    path = text.partition("=")[2] if "=" in text else text
+    head, colon, weight = path.rpartition(":")
+    return Path(head if colon and re.fullmatch(r"[0-9.e+-]+", weight) else path)
 
 
 def _making(stage: str, arguments: list[str], output: Path, inputs: list[Path]) -> Work:

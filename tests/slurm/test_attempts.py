@@ -79,7 +79,7 @@ def test_an_exit_code_alone_does_not_make_a_stage_complete(question: Question, r
 def test_the_time_limit_puts_the_job_back_and_a_cancellation_does_not(question: Question, run: Path) -> None:
     question("begin")
     checkpoint(run, 10)
-    assert question("end", "--code", "0", "--asked", "time") == "requeue"
+    assert question("end", "--code", "0", "--asked", "again") == "requeue"
     question("begin", restart=1)
     assert question("end", "--code", "0", "--asked", "cancel", restart=1) == "exit 75"
 

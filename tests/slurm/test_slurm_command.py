@@ -33,6 +33,8 @@ HERE = ("--cluster", "site.yaml")
     (("pretrain", *HERE, *RUN[:4], "/dev/null/x", *RUN[5:]), "/dev/null/x/slurm: cannot be made, since a file is in the way"),
     (("data", *HERE, "--nodes", "2", "pack", "--output", "x"), "--nodes 2: data works on one node; leave it out"),
     (("data", *HERE, "--array", "3", "pack", "--input", "a", "--output", "x"), "--array 3: must lie between 2 and the number of"),
+    (("data", *HERE, "stats", "--output", "x"), "submit data: 'stats' is no command that writes an artifact; begin with one of"),
+    (("tokenizer", *HERE, "train", "--input", "en=nowhere:0.5", "--output", "x"), "/nowhere does not exist; make it before"),
     (("data", *HERE, "pack", "--input", "a"), "submit data: the following arguments are required: --output"),
     (("convert", *HERE, "inspect", "a"), "submit convert inspect: writes no folder"),
     (("eval", *HERE, "bigram", "--data", "tokens"), "submit eval bigram: names no model or run; pass --run"),
