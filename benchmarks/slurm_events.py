@@ -31,7 +31,7 @@ from megatron_sov import cli
 from megatron_sov.artifacts import read_manifest
 from megatron_sov.obs.events import final_steps, read_events
 
-STEPS, EVENT_STEP, SOAK_STEPS = 60, 25, 400
+STEPS, EVENT_STEP, SOAK_STEPS = 60, 25, 300
 PATIENCE_S = 1800.0
 ENDED_BADLY = ("FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 SETTINGS = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.num_heads=4", "model.num_kv_heads=2",
@@ -211,6 +211,7 @@ def soak(cluster: Any, work: Path, data: Path, count: int, seed: int) -> bool:
             break  # it was faster than the events
         name, event = EVENTS[drawn.choice("abcde")]
         kinds[name] += 1
+        print(f"event {kinds.total()}: {name}, {time.time() - start_s:.0f} s after the start", file=sys.stderr, flush=True)
         for node in event(run):
             cluster.resume(node)
     run.finish()

@@ -1,0 +1,43 @@
+"""What Slurm's programs say, in one line, and the jobs that are still in its hands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sov.errors import UserError
+from megatron_sov.slurm import client
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("sbatch: error: invalid partition specified: x\nsbatch: error: Batch job submission failed: Invalid partition\n",
+     "invalid partition specified: x; Batch job submission failed: Invalid partition"),
+    ("allocation failure: Requested node configuration is not available\n",
+     "allocation failure: Requested node configuration is not available"),
+    ("sbatch: error: a\nsbatch: error: a\n", "a"),
+    ("", "it gives no reason"),
+])
+def test_the_reason_is_one_line(text: str, said: str) -> None:
+    assert client.reason(text) == said
+
+
+def test_only_living_jobs_have_a_state(site: Path, cluster: Any) -> None:
+    held = cluster.sbatch("--hold", "--output=/dev/null", "--wrap=true")
+    ended = cluster.sbatch("--output=/dev/null", "--wrap=true")
+    cluster.wait(ended)
+    assert client.states([held, ended, "999999"]) == {held: "PENDING"}
+    client.cancel([held])
+    assert client.states([held]) == {}
+    assert client.states([]) == {}
+
+
+def test_a_job_after_one_that_failed_is_taken_away(site: Path, cluster: Any) -> None:
+    failing = cluster.sbatch("--hold", "--output=/dev/null", "--wrap=exit 3")
+    (site / "next.sh").write_text("#!/bin/bash\n#SBATCH --output=/dev/null\ntrue\n")
+    follower = client.submit(site / "next.sh", after=[failing])
+    cluster.run("scontrol", "release", failing)
+    assert cluster.wait(follower)["JobState"] == "CANCELLED"
+    with pytest.raises(UserError, match=r"Slurm refuses .*: Unable to open file"):
+        client.submit(site / "none.sh", after=[])

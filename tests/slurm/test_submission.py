@@ -1,0 +1,67 @@
+"""What a submission lays beside a run: scripts, the code, where the parts of an array go."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_sov.errors import UserError
+from megatron_sov.slurm import client, cluster, submission
+from megatron_sov.slurm.stages import check_inputs, work_of
+
+PACK = ("pack", "--tokenizer", "t", "--input", "a=x.jsonl", "--input=b.jsonl", "--workers", "2", "--input", "c",
+        "--output", "out")
+
+
+def test_an_array_shares_the_inputs_and_a_second_job_joins_the_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    parts, join = submission.prepare(submission.Request("data", PACK, cluster.load("local"), array=2)).jobs
+    assert parts.array_inputs == ("a=x.jsonl", "b.jsonl", "c")
+    assert parts.work.arguments == ("pack", "--tokenizer", "t", "--workers", "2")
+    made = [tmp_path / "out.parts/part-0", tmp_path / "out.parts/part-1"]
+    assert join.work.arguments == ("mix", *map(str, made), "--output", f"{tmp_path}/out")
+    assert join.needs == tuple(part / "manifest.json" for part in made)
+
+
+def test_a_task_takes_every_nth_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = submission.prepare(submission.Request("data", PACK, cluster.load("local"), array=2)).texts[0]
+    block = text[text.index("inputs=("):text.index("run_step \"$attempt/srun.log\"")]
+
+    def inputs(task: int) -> list[str]:
+        program = f'SLURM_ARRAY_TASK_ID={task} target=there\n{block}\nprintf "%s\\n" "${{command[@]}}"'
+        words = subprocess.run(["bash", "-uc", program], capture_output=True, text=True, check=True).stdout.splitlines()
+        return [word for flag, word in itertools.pairwise(words) if flag == "--input"]
+
+    assert (inputs(0), inputs(1)) == (["a=x.jsonl", "c"], ["b.jsonl"])
+
+
+def test_a_job_runs_the_code_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "submit", lambda script, after: "17")
+    words = ("to-hf", str(tmp_path / "run"), str(tmp_path / "hf"))
+    prepared = submission.prepare(submission.Request("convert", words, cluster.load("local")))
+    assert submission.submit(prepared, []) == ["17"]
+    assert submission.submit(prepared, []) == ["17"], "the same code is not copied twice"
+    (code,) = (tmp_path / "hf.slurm").glob("code-*")
+    program = "import megatron_sov.slurm.attempts as a, tokenizer, data_prep; print(a.__file__, tokenizer.__file__)"
+    done = subprocess.run([sys.executable, "-P", "-c", program], env={"PYTHONPATH": str(code)}, capture_output=True, text=True,
+                          check=True)
+    assert done.stdout.split() == [f"{code}/megatron_sov/slurm/attempts.py", f"{code}/tokenizer/__init__.py"]
+    assert submission.submitted_jobs(tmp_path / "hf.slurm") == ["17", "17"]
+
+
+@pytest.mark.parametrize(("arguments", "path"), [
+    (("train", "--input", "en=there/x:0.5", "--output", "o"), "there/x"),
+    (("train", "--input", "there/x:2", "--output", "o"), "there/x"),
+    (("train", "--input", "there/a:b", "--output", "o"), "there/a:b"),
+])
+def test_inputs_are_looked_for_without_name_and_weight(arguments: tuple[str, ...], path: str) -> None:
+    work = work_of("tokenizer", list(arguments))
+    assert work.inputs == (Path(path).absolute(),)
+    with pytest.raises(UserError, match="does not exist; make it before"):
+        check_inputs(work, set())
+    check_inputs(work, {Path(path).absolute()})
