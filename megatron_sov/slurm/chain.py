@@ -102,6 +102,10 @@ def run(file: Path, cluster_name: str | None, overrides: dict[str, str | None], 
             print(f"# {link.name}: {state}, after {', '.join(link.after) or 'nothing'}")
             submission.show(link.prepared)
         return 0
+    promised: set[Path] = set()
+    for link in links:
+        check_inputs(link.prepared.work, promised)
+        promised.add(link.prepared.work.target)
     if before.jobs:
         living = client.states([number for numbers in before.jobs.values() for number in numbers])
         for link in links:
@@ -175,7 +179,6 @@ def _links(file: Path, cluster_name: str | None, overrides: dict[str, str | None
         prepared = submission.prepare(submission.Request(
             stage.stage, tuple(shlex.split(stage.arguments, comments=True)), profile, stage.nodes, stage.min_nodes,
             settings_by_nodes(list(stage.nodes_set)), stage.array, needs))
-        check_inputs(prepared.work, {link.prepared.work.target for link in links})
         links.append(Link(names[number], after, prepared))
     targets = Counter((link.prepared.work.records, link.prepared.work.stage) for link in links)
     if same := [records for (records, _), count in targets.items() if count > 1]:

@@ -126,3 +126,19 @@ def test_settings_change_with_the_number_of_nodes() -> None:
 
     assert [chosen(n) for n in (4, 3, 2, 1)] == ["4", "2 --set parallel.ep=2", "2 --set parallel.ep=2", "1 --set parallel.ep=1"]
     assert chosen(5) == ""
+
+
+@pytest.mark.parametrize(("resolves", "address"), [(True, "n7"), (False, "10.0.0.7")])
+def test_the_first_node_is_where_ranks_meet_by_its_address_where_its_name_does_not_resolve(
+    tmp_path: Path, resolves: bool, address: str,
+) -> None:
+    text = script("pretrain", cluster.load("local"))
+    lines = text[text.index("MASTER_ADDR=${nodes%%,*}"):text.index("MASTER_PORT=")]
+    answer = 'echo "NodeName=$3 Arch=x86_64"; echo "   NodeAddr=10.0.0.7 NodeHostName=n7"'
+    (tmp_path / "scontrol").write_text(f"#!/bin/bash\n{answer}\n")
+    (tmp_path / "getent").write_text(f"#!/bin/bash\nexit {0 if resolves else 2}\n")
+    for program in ("scontrol", "getent"):
+        (tmp_path / program).chmod(0o755)
+    done = subprocess.run(["bash", "-uc", f'PATH={tmp_path}:$PATH nodes=n7,n8\n{lines}\necho "$MASTER_ADDR"'],
+                          capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == address

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -70,3 +72,25 @@ def test_options_may_stand_anywhere(site: Path, capsys: pytest.CaptureFixture[st
         assert cli.main(["submit", "pretrain", *words]) == 0
         outputs.add(capsys.readouterr().out)
     assert len(outputs) == 1
+
+
+PAGE = (Path(__file__).parents[2] / "docs/slurm.md").read_text()
+ON_THE_PAGE = [line for block in re.findall(r"^```bash\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+               for line in block.replace("\\\n", " ").splitlines()]
+
+
+@pytest.mark.parametrize("line", ON_THE_PAGE)
+def test_what_the_page_shows_makes_scripts(site: Path, capsys: pytest.CaptureFixture[str], line: str) -> None:
+    (chain,) = (block for block in re.findall(r"^```yaml\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL) if "stages:" in block)
+    (site / "chain.yaml").write_text(chain)
+    account = () if "--account" in line else ("--account", "mine")
+    assert cli.main([*shlex.split(line)[1:], *account, "--dry-run"]) == 0
+    assert "#SBATCH --account=mine\n" in capsys.readouterr().out
+
+
+def test_the_profile_on_the_page_is_sound(site: Path) -> None:
+    from megatron_sov.slurm.cluster import load
+
+    (profile,) = (block for block in re.findall(r"^```yaml\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL) if "partition:" in block)
+    (site / "mine.yaml").write_text(profile)
+    assert load("mine.yaml").container.kind == "apptainer"
