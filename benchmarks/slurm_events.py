@@ -180,7 +180,8 @@ def one_event(cluster: Any, work: Path, data: Path, letter: str, expected: list[
     down = event(run)
     run.finish()
     steps = run.steps()
-    anew_s = min(e["time_s"] for e in read_events(run.run / "events.jsonl") if e["event"] == "run_start" and e["time_s"] > event_s)
+    starts_s = [e["time_s"] for e in read_events(run.run / "events.jsonl") if e["event"] == "run_start"]
+    anew_s = min(s for s in starts_s if s > event_s)
     stood_at = max(e["step"] for e in steps if e["time_s"] < anew_s)
     again = [e for e in steps if e["time_s"] > anew_s and e["step"] <= stood_at]
     back_s = min(e["time_s"] for e in steps if e["time_s"] > anew_s and e["step"] > stood_at)
