@@ -48,7 +48,7 @@ class Job:
                 "look at the logs, mend it and submit again")
             return f"exit {EXIT_CRASH_LOOP}"
         left = [node for node in self.args.usable if node not in excluded]
-        if excluded and len(left) < self.args.min_nodes:
+        if excluded and self.args.usable and len(left) < self.args.min_nodes:
             say(f"stops here: without {', '.join(excluded)} the partition has {len(left)} usable nodes, and the job needs "
                 f"{self.args.min_nodes}; mend them, or submit again with fewer --nodes")
             return f"exit {EXIT_CRASH_LOOP}"
