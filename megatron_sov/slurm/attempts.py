@@ -16,6 +16,7 @@ from pathlib import Path
 
 from megatron_sov.artifacts import atomic_write, to_json
 from megatron_sov.errors import UserError
+from megatron_sov.mcore.run_checkpoints import CHECKPOINTS_OF_A_RUN
 from megatron_sov.slurm.failures import first_failure, last_lines
 from megatron_sov.slurm.history import History, progress_of
 from megatron_sov.slurm.preflight import sick_nodes
@@ -82,7 +83,7 @@ def begin(job: Job, queue: str) -> str:
         say(f"attempt {cut_off.restart + 1} was cut off: {reason}")
     excluded = sorted(set(job.history.excluded(job.args.max_strikes)) & set(job.args.nodes))
     job.history.begin(job.restart, job.args.nodes, job.progress())
-    say(f"attempt {job.restart + 1} on {', '.join(job.args.nodes)} begins at {job.progress()}")
+    say(f"attempt {job.restart + 1} begins on {', '.join(job.args.nodes)}; saved so far: {_saved(job)}")
     if excluded:
         job.history.end(job.restart, "sick_nodes", f"{', '.join(excluded)} must not be used", job.progress())
         return job.again()
@@ -90,6 +91,12 @@ def begin(job: Job, queue: str) -> str:
         job.history.end(job.restart, "crash", "too many attempts left nothing new", job.progress())
         return answer
     return RUN
+
+
+def _saved(job: Job) -> str:
+    """Return what a stage has reached, in words."""
+    count = job.progress()
+    return f"step {count}" if (job.args.target / CHECKPOINTS_OF_A_RUN).is_dir() else f"{count} files" if count else "nothing"
 
 
 def _held_by_another(job: Job, queue: str) -> str | None:
@@ -144,10 +151,10 @@ def end(job: Job) -> str:
         ended("gate", str(json.loads(gate.read_text())["failure"]))
         return f"exit {EXIT_GATE}"
     if args.asked == "cancel":
-        ended("cancelled", f"it was cancelled at {job.progress()}")
+        ended("cancelled", f"it was cancelled; saved so far: {_saved(job)}")
         return f"exit {EXIT_CANCELLED}"
     if args.asked or args.code == 0:
-        ended("stopped", f"it was asked to stop and stands at {job.progress()}")
+        ended("stopped", f"it was asked to stop; saved so far: {_saved(job)}")
         return job.again()
     if failure is None:
         ended("crash", f"srun ended with {args.code} and named no rank (see {log})")
