@@ -74,6 +74,7 @@ def same_model_step(config: RunConfig, place: world.World, source: Source) -> Ca
     import torch
 
     from megatron_sov.mcore import init, schedule
+    from megatron_sov.mcore.expert_load import ExpertLoad
     from megatron_sov.mcore.logprobs import head_of
     from megatron_sov.mcore.model import build
     from megatron_sov.mcore.optim import Optimizer
@@ -82,7 +83,7 @@ def same_model_step(config: RunConfig, place: world.World, source: Source) -> Ca
     model = build(config.model, config.parallel, config.train)
     init.initialise(model, config.model, config.train.seed)
     optimizer = Optimizer(model, config.optim)
-    model.config.finalize_model_grads_func = schedule.ExpertLoad(model).finalize
+    model.config.finalize_model_grads_func = ExpertLoad(model).finalize
     batches = DataBatches(config, [source], place)
     ready = itertools.cycle([batches.next().micro_batches for _ in range(8)])
     batches.close()

@@ -22,6 +22,14 @@ class GateFailed(Exception):
     """A gate did not pass and everything is saved; commands say which figures failed and end with exit code 3."""
 
 
+class SilentCorruption(Exception):
+    """A process computes or remembers other bits than it should; the ranks end with `EXIT_CORRUPTION`."""
+
+
+EXIT_HANG, EXIT_CORRUPTION = 76, 77
+"""Exit codes of ranks that stood still too long, and of ranks of which one computes wrongly."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'?"`` for the known name closest to `name`, or an empty string."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

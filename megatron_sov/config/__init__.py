@@ -6,6 +6,7 @@ Types are checked and converted by pydantic when a config is read from JSON or c
 
 from megatron_sov.config.data import DataConfig, PhaseConfig
 from megatron_sov.config.extend import ExtendConfig, ExtendStageConfig, GateConfig, PartConfig
+from megatron_sov.config.guards import GuardConfig
 from megatron_sov.config.layout import ParallelConfig
 from megatron_sov.config.model import ModelConfig, YarnConfig
 from megatron_sov.config.needle import Language, NeedleConfig, NeedleKind
@@ -19,7 +20,8 @@ from megatron_sov.config.run import (
 )
 
 __all__ = [
-    "DataConfig", "ExtendConfig", "ExtendStageConfig", "GateConfig", "GroupConfig", "Language", "ModelConfig", "NeedleConfig",
+    "DataConfig", "ExtendConfig", "ExtendStageConfig", "GateConfig", "GroupConfig", "GuardConfig", "Language", "ModelConfig",
+    "NeedleConfig",
     "NeedleKind", "ObjectiveConfig", "ObsConfig", "OptimConfig", "ParallelConfig", "PartConfig", "PhaseConfig", "RunConfig",
     "TrainConfig", "YarnConfig", "apply_settings", "from_dict",
 ]

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from megatron_sov.config import curriculum
 from megatron_sov.config.data import DataConfig, PhaseConfig
 from megatron_sov.config.extend import ExtendConfig
+from megatron_sov.config.guards import GuardConfig
 from megatron_sov.config.layout import ParallelConfig
 from megatron_sov.config.model import STRICT, ModelConfig
 from megatron_sov.config.needle import NeedleConfig
@@ -66,6 +67,9 @@ class TrainConfig:
     """Steps between evaluations on held-out documents; 0: only at the end."""
     log_every_steps: int = 1
     """Steps between `step` events."""
+    max_restarts: int = 3
+    """How often the local launcher starts the processes again after a fault, from the last checkpoint, without a new
+    checkpoint in between; under torchrun or Slurm they restart the ranks."""
     num_threads: int = 0
     """CPU threads of each process; 0: cores divided by local processes."""
 
@@ -119,13 +123,15 @@ class RunConfig:
     """Stages and gate of `extend`."""
     obs: ObsConfig = ObsConfig()
     """Trackers."""
+    guards: GuardConfig = GuardConfig()
+    """What watches the run."""
 
     def problems(self, num_ranks: int = 1) -> list[str]:
         """Return one sentence for every rule that this config breaks on `num_ranks` processes; empty when it is sound."""
         p = self.model.problems()
         p += self.parallel.problems(self.model, num_ranks)
         p += self._phase_problems() + self._number_problems() + self.optim.problems() + self.extend.problems()
-        p += self.needle.problems()
+        p += self.needle.problems() + self.guards.problems(self.train.deterministic)
         return p + ([] if p else self._batch_problems(num_ranks))
 
     def _phase_problems(self) -> list[str]:
@@ -197,6 +203,7 @@ class RunConfig:
             (0 < t.save_timeout_s < math.inf, f"train.save_timeout_s = {t.save_timeout_s} must be a positive number"),
             (0 <= t.hidden_dropout < 1, f"train.hidden_dropout = {t.hidden_dropout} must lie in [0, 1)"),
             (t.eval_every_steps >= 0, f"train.eval_every_steps = {t.eval_every_steps} must not be negative"),
+            (t.max_restarts >= 0, f"train.max_restarts = {t.max_restarts} must not be negative"),
             (t.num_threads >= 0, f"train.num_threads = {t.num_threads} must not be negative"),
             (self.data.heldout_tokens >= 0, f"data.heldout_tokens = {self.data.heldout_tokens} must not be negative"),
             (0 <= self.objective.text_coeff < math.inf,

@@ -89,6 +89,16 @@ class Ledger:
         """Return the entry that holds at a step."""
         return next(e for e in reversed(self.entries) if e.first_step <= step)
 
+    def pass_over(self, first: int, end: int) -> None:
+        """Mark the steps from `first` to before `end` (0-based): their samples were drawn, and are not learned."""
+        entries: list[Entry] = []
+        for step in sorted({first, end, *(e.first_step for e in self.entries)}):
+            at = self.at(step)
+            entry = dataclasses.replace(at, first_step=step, skip=at.skip or first <= step < end)
+            if not (entries and entry.continues(entries[-1])):
+                entries.append(entry)
+        self.entries = entries  # at once: the batches of later steps are prepared in another thread
+
     def history(self, step: int) -> list[Entry]:
         """Return the entries that the steps before `step` followed."""
         return [e for e in self.entries if e.first_step < step]

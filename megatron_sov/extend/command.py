@@ -7,6 +7,7 @@ import contextlib
 
 from megatron_sov.mcore.ranks import num_ranks
 from megatron_sov.train.arguments import add_stage_arguments, resolve_start, stage_config
+from megatron_sov.train.faults import parse
 from megatron_sov.train.run_folder import STAGES
 
 
@@ -28,6 +29,7 @@ def run(args: argparse.Namespace) -> int:
     open_door()
     from megatron_sov.extend.stages import planned_stages
 
+    faults = parse(args.inject, num_ranks(args.nproc))
     stages = planned_stages(args, start)
     for stage in stages:
         stage.config.check(num_ranks(args.nproc))
@@ -35,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_sov.extend.running import run_stages
 
     try:
-        run_stages(stages, start, args.nproc, args.resume)
+        run_stages(stages, start, args.nproc, args.resume, faults)
     finally:
         for folder in (args.run / STAGES, args.run):
             with contextlib.suppress(OSError):  # not empty: a stage has begun

@@ -12,11 +12,12 @@ from megatron_sov.extend.needles import Needles, make_needles, with_needles_in_b
 from megatron_sov.extend.stages import PlannedStage
 from megatron_sov.generate.target import Target
 from megatron_sov.mcore.run_checkpoints import find_checkpoint, latest
+from megatron_sov.train.faults import Fault
 from megatron_sov.train.lm import LanguageModelling
 from megatron_sov.train.stage import Stage, run_stage
 
 
-def run_stages(stages: list[PlannedStage], start: Path, nproc: int | None, resume: bool) -> None:
+def run_stages(stages: list[PlannedStage], start: Path, nproc: int | None, resume: bool, faults: tuple[Fault, ...] = ()) -> None:
     """Run all stages; under a launcher it returns where one of them is not complete, else it raises.
 
     Args:
@@ -24,6 +25,7 @@ def run_stages(stages: list[PlannedStage], start: Path, nproc: int | None, resum
         start: the checkpoint that the first one starts from, and by whose short-context loss all are judged.
         nproc: local processes.
         resume: whether folders may hold the runs already.
+        faults: what is to come on purpose, once in each stage.
 
     Raises:
         UserError: settings, data or a folder do not allow it.
@@ -35,7 +37,7 @@ def run_stages(stages: list[PlannedStage], start: Path, nproc: int | None, resum
     start_loss: float | None = None
     for planned, needles in zip(stages, prepared, strict=True):
         stage = Stage(with_needles_in_blends(planned.config), planned.folder, LanguageModelling, start, resume,
-                      extra_sources=needles.sources, before=needles.before, after=needles.after)
+                      extra_sources=needles.sources, before=needles.before, after=needles.after, faults=faults)
         if planned.config.extend.gate.every_steps:
             fresh = latest(planned.folder.checkpoints) is None
             if fresh and start_loss is None:
@@ -43,7 +45,7 @@ def run_stages(stages: list[PlannedStage], start: Path, nproc: int | None, resum
                                                 planned.config, nproc)
             gate = _gate(planned, needles, Target(first, False).trained_tokens, start_loss)
             stage = Stage(stage.config, stage.folder, stage.objective, start, resume, extra_sources=needles.sources,
-                          after=gate.completion, gate=gate)
+                          after=gate.completion, gate=gate, faults=faults)
         if not run_stage(stage, nproc):
             return
         start = find_checkpoint(planned.folder.path)

@@ -34,6 +34,8 @@ class RoutingStep:
     """Sequences of the global batch: the balancing loss is their mean."""
     aux_loss: dict[int, torch.Tensor] = field(default_factory=dict)
     """Layer number -> this process's part of the balancing loss of the step."""
+    counts_evaluation: bool = False
+    """Whether tokens are counted in evaluation mode too."""
 
 
 class BalancedRouter(TopKRouter):
@@ -66,6 +68,8 @@ class BalancedRouter(TopKRouter):
         probs, routing_map = self._choose(logits)
         if self.training and torch.is_grad_enabled():
             probs = self._with_balancing_loss(probs, logits, valid)
+            self._count_tokens(routing_map, valid)
+        elif self.config.routing_step.counts_evaluation:
             self._count_tokens(routing_map, valid)
         return probs, routing_map
 

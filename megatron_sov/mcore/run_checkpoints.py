@@ -39,6 +39,31 @@ def latest(folder: Path) -> Path | None:
     return steps[-1][1] if steps else None
 
 
+def latest_not_after(folder: Path, step: int) -> Path | None:
+    """Return the newest checkpoint of step `step` or before, sound or not, or None."""
+    found = [path for taken, path in _steps(folder) if taken <= step]
+    return found[-1] if found else None
+
+
+def drop_after(folder: Path, step: int) -> None:
+    """Delete the checkpoints of later steps, whose weights were taken back; the newest first: a kill leaves a sound run."""
+    for taken, path in reversed(_steps(folder)):
+        if taken > step:
+            _delete(path)
+
+
+def _delete(path: Path) -> None:
+    """Delete a checkpoint; it loses its name before its files, so that a kill leaves no torn one under a valid name."""
+    going = path.with_name(f"{DELETING}{path.name}-{secrets.token_hex(4)}")
+    os.rename(path, going)
+    shutil.rmtree(going, ignore_errors=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the optimizer steps before a run's checkpoint was taken, which are in its name."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def _steps(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(p.name[5:]), p) for p in folder.glob("step-*") if p.name[5:].isdigit())
 
@@ -126,13 +151,8 @@ def refuse_lost(folder: Path) -> None:
 
 
 def prune(folder: Path, keep: int, keep_every_steps: int = 0) -> None:
-    """Delete all complete checkpoints but the newest `keep` (0 keeps all) and those whose step `keep_every_steps` divides.
-
-    A checkpoint loses its name before its files, so that a kill leaves no torn one under a valid name.
-    """
+    """Delete all complete checkpoints but the newest `keep` (0 keeps all) and those whose step `keep_every_steps` divides."""
     complete = [(step, path) for step, path in _steps(folder) if (path / MANIFEST).is_file()]
     for step, path in complete[:-keep] if keep else []:
         if not (keep_every_steps and step % keep_every_steps == 0):
-            going = path.with_name(f"{DELETING}{path.name}-{secrets.token_hex(4)}")
-            os.rename(path, going)
-            shutil.rmtree(going, ignore_errors=True)
+            _delete(path)

@@ -9,10 +9,9 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_sov.mcore.model import LanguageModel, ModelInputs
+from megatron_sov.mcore.model import ModelInputs
 
 
 class HasInputs(Protocol):
@@ -63,37 +62,6 @@ def run(chunks: Sequence[Any], micro_batches: Sequence[HasInputs], loss: Loss, r
 def _finish(loss: Loss, batch: HasInputs, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
     scalar, extra = loss(hidden, batch)
     return scalar, torch.ones((), dtype=torch.int, device=scalar.device), extra
-
-
-class ExpertLoad:
-    """Tokens per expert and layer of the last step, collected before the library resets its counters."""
-
-    def __init__(self, model: LanguageModel) -> None:
-        self._model = model
-        self._counts: dict[int, torch.Tensor] = {}
-        self._gathered: torch.Tensor | None = None
-
-    def finalize(self, chunks: list[Any], num_tokens: torch.Tensor | None = None, pg_collection: Any = None,
-                 force_all_reduce: bool | None = False) -> None:
-        """Sum gradients over processes and update router biases (the library's `finalize_model_grads_func`).
-
-        The division by a token count is left out: losses arrive divided by their own global denominators.
-        """
-        self._gathered = None
-        routers: list[Any] = [m for m in self._model.modules() if hasattr(m, "local_tokens_per_expert")]
-        self._counts = {router.layer_number: router.local_tokens_per_expert.clone() for router in routers}
-        finalize_model_grads(chunks, None, pg_collection, bool(force_all_reduce))
-        for router in routers:  # the library forgets the counts of those with a selection bias only
-            router.local_tokens_per_expert.zero_()
-
-    def gather(self, num_layers: int, num_experts: int) -> torch.Tensor:
-        """Return [layers, experts] token counts of the last step, summed over all processes once (zero rows: dense layers)."""
-        if self._gathered is None:
-            local = torch.zeros(num_layers + 1, num_experts, dtype=torch.float64)
-            for layer, counts in self._counts.items():
-                local[layer] = counts.double().cpu()
-            self._gathered = sum_everywhere(local)[1:]
-        return self._gathered
 
 
 def to_comm_device(tensor: torch.Tensor) -> torch.Tensor:

@@ -19,11 +19,13 @@ import torch
 import torch.distributed as dist
 
 from megatron_sov.config import ParallelConfig
-from megatron_sov.errors import UserError
+from megatron_sov.errors import EXIT_CORRUPTION, SilentCorruption, UserError
 from megatron_sov.mcore import cpu
 from megatron_sov.mcore.ranks import num_ranks, under_launcher
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+FINAL = (0, 2, 75)
+"""Exit codes of ranks after which a restart would change nothing: done, a user's mistake, stopped in good order."""
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """Signals that ask for a stop; the launcher passes them on to its ranks."""
 _PR_SET_PDEATHSIG = 1
@@ -89,7 +91,38 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def launch(main: Callable[[], Any], nproc: int | None, num_threads: int = 0) -> int:
+def on_main(place: World, action: Callable[[], Any]) -> Any:
+    """Do something on rank 0 and return its (plain) result on every rank.
+
+    Raises:
+        UserError: it failed there; on every rank, so that none waits for another.
+    """
+    result, problem = None, None
+    if place.is_main:
+        try:
+            result = action()
+        except UserError as e:
+            problem = str(e)
+    outcome = [result, problem]
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    return outcome[0]
+
+
+@dataclass(frozen=True)
+class Restarts:
+    """Whether the launcher of local ranks starts them again after a fault."""
+
+    limit: int
+    """How often, without progress in between."""
+    progress: Callable[[], Any]
+    """Returns something that changes when the run has got on."""
+    note: Callable[[int, str], None]
+    """Called before each restart with the exit code and what failed."""
+
+
+def launch(main: Callable[[], Any], nproc: int | None, num_threads: int = 0, restarts: Restarts | None = None) -> int:
     """Run `main` in every process of the run and return the command's exit code.
 
     Under torchrun or Slurm (RANK is set) this process is one rank.  Otherwise `nproc` ranks are forked from this process
@@ -100,6 +133,8 @@ def launch(main: Callable[[], Any], nproc: int | None, num_threads: int = 0) -> 
         main: runs one rank; its integer return value is the exit code.
         nproc: local processes.
         num_threads: CPU threads of each rank; 0: cores / local ranks, or as torchrun or Slurm has set them.
+        restarts: how local ranks are started again when one of them fails for another reason than a user's mistake; the new
+            ones are forked from this process, which has imported everything.
 
     Returns:
         0, or 2 where a rank met a user's mistake, or the first nonzero exit code of any rank.
@@ -112,6 +147,32 @@ def launch(main: Callable[[], Any], nproc: int | None, num_threads: int = 0) -> 
     count = num_ranks(nproc)
     torch.set_num_threads(num_threads or max(1, (os.cpu_count() or 1) // count))
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    failures, reached = 0, restarts.progress() if restarts else None
+    while True:
+        outcome = _round(main, count)
+        if restarts is None or outcome.asked_to_stop or outcome.code in FINAL:
+            return outcome.code
+        now = restarts.progress()
+        failures, reached = 1 if now != reached else failures + 1, now
+        if failures > restarts.limit:
+            return outcome.code
+        restarts.note(outcome.code, outcome.cause)
+
+
+@dataclass
+class _Outcome:
+    """How a round of local ranks ended."""
+
+    code: int = 0
+    """Exit code of the first rank that failed; that of a mistake goes before others."""
+    cause: str = ""
+    """Which rank failed first, and how."""
+    asked_to_stop: bool = False
+    """Whether the launcher was asked to stop while they ran."""
+
+
+def _round(main: Callable[[], Any], count: int) -> _Outcome:
+    """Start `count` ranks and wait for their end."""
     # held by the launcher, in memory: it survives any rank, and a full disk cannot stall it
     store = dist.TCPStore(LOCALHOST, 0, is_master=True, wait_for_workers=False)
     environment = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), STORE_PORT: str(store.port)}
@@ -142,10 +203,10 @@ def _fork(main: Callable[[], Any], rank: int, environment: dict[str, str]) -> in
 def _rank_code(main: Callable[[], Any]) -> int:
     try:
         return int(main() or 0)
-    except UserError as e:
+    except (UserError, SilentCorruption) as e:
         if _fails_first():
             print(f"error: {e}\n", end="", file=sys.stderr, flush=True)  # one write, whole also beside other ranks' lines
-        return 2
+        return 2 if isinstance(e, UserError) else EXIT_CORRUPTION
 
 
 def _fails_first() -> bool:
@@ -166,10 +227,15 @@ def die_with_parent(parent: int) -> None:
             os._exit(1)
 
 
-def _wait(children: list[int]) -> int:
+def _wait(children: list[int]) -> _Outcome:
     """Wait for all ranks, passing signals on; after a rank failed the others get 10 s before they are killed."""
-    alive, code, deadline, killed = set(children), 0, float("inf"), ""
-    previous = {s: signal.signal(s, lambda number, frame: _send(list(alive), number)) for s in FORWARDED}
+    alive, deadline, killed, outcome = set(children), float("inf"), "", _Outcome()
+
+    def forward(number: int, frame: Any) -> None:
+        outcome.asked_to_stop = True
+        _send(list(alive), number)
+
+    previous = {s: signal.signal(s, forward) for s in FORWARDED}
     try:
         while alive:
             child, status = os.waitpid(-1, os.WNOHANG)
@@ -181,14 +247,17 @@ def _wait(children: list[int]) -> int:
             if child in alive:
                 alive.discard(child)
                 ended = os.waitstatus_to_exitcode(status)
-                if ended == 2 or (ended != 0 and code == 0):  # a mistake's code counts, not that of ranks which lose their peer
+                # a mistake's code counts, not that of ranks which lose their peer
+                if ended == 2 or (ended != 0 and outcome.code == 0):
+                    how = f"ended with exit code {ended}"
                     if ended < 0:
-                        killed = f"rank {children.index(child)} was ended by {signal.Signals(-ended).name}"
-                    code = ended if ended > 0 else 128 - ended
+                        how = killed = f"was ended by {signal.Signals(-ended).name}"
+                    outcome.cause = f"rank {children.index(child)} {how}"
+                    outcome.code = ended if ended > 0 else 128 - ended
                     deadline = time.monotonic() + 10
-        if killed and code != 2:  # beside a mistake it is a rank that lost its peer
-            print(f"error: {killed}; if nobody sent it, look for a lack of memory\n", end="", file=sys.stderr, flush=True)
-        return code
+        if killed and outcome.code != 2:  # beside a mistake it is a rank that lost its peer
+            print(f"error: {outcome.cause}; if nobody sent it, look for a lack of memory\n", end="", file=sys.stderr, flush=True)
+        return outcome
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

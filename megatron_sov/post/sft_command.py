@@ -6,6 +6,7 @@ import argparse
 
 from megatron_sov.mcore.ranks import num_ranks
 from megatron_sov.train.arguments import add_stage_arguments, resolve_start, stage_config
+from megatron_sov.train.faults import parse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +20,7 @@ def run(args: argparse.Namespace) -> int:
     start = resolve_start(args.start_from, args.run)
     config = stage_config(args, start, objective="sft")
     config.check(num_ranks(args.nproc))
+    faults = parse(args.inject, num_ranks(args.nproc))
 
     from megatron_sov.data.shards import open_sources
     from megatron_sov.mcore.cpu import open_door
@@ -29,5 +31,5 @@ def run(args: argparse.Namespace) -> int:
     from megatron_sov.train.stage import Stage, run_stage
 
     check_sources(config, open_sources(config.data.paths, config.model.vocab_size))
-    run_stage(Stage(config, RunFolder(args.run), SupervisedFineTuning, start, args.resume), args.nproc)
+    run_stage(Stage(config, RunFolder(args.run), SupervisedFineTuning, start, args.resume, faults=faults), args.nproc)
     return 0

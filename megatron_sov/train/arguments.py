@@ -12,10 +12,11 @@ from megatron_sov.artifacts import MANIFEST
 from megatron_sov.config import RunConfig
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.ranks import num_ranks
+from megatron_sov.train.faults import STATES
 
 
 def add_stage_arguments(parser: argparse.ArgumentParser, *, needs_start: bool) -> None:
-    """Add RECIPE --data --run --from --nproc --set --deterministic --resume."""
+    """Add RECIPE --data --run --from --nproc --set --deterministic --inject --resume."""
     parser.add_argument("recipe", help="name of a recipe; `megatron-sov recipes` lists them")
     parser.add_argument("--data", action="append", required=True, metavar="DIR[:weight]",
                         help="token shards made by `sov-data pack`; several are mixed by weight")
@@ -28,6 +29,8 @@ def add_stage_arguments(parser: argparse.ArgumentParser, *, needs_start: bool) -
                         help="change a setting, e.g. --set train.steps=100 --set parallel.ep=2")
     parser.add_argument("--deterministic", action="store_true",
                         help="the same bits in every run (--set train.deterministic=true)")
+    parser.add_argument("--inject", action="append", default=[], metavar="FAULT@step=N[,rank=R]",
+                        help=f"do this to the run, once, to see what it does ({', '.join(STATES)})")
     parser.add_argument("--resume", action="store_true", help="continue the run that is in --run")
 
 

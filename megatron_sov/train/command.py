@@ -6,6 +6,7 @@ import argparse
 
 from megatron_sov.mcore.ranks import num_ranks
 from megatron_sov.train.arguments import add_stage_arguments, resolve_start, stage_config
+from megatron_sov.train.faults import parse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +20,7 @@ def run(args: argparse.Namespace) -> int:
     start = resolve_start(args.start_from, args.run)
     config = stage_config(args, start)
     config.check(num_ranks(args.nproc))
+    faults = parse(args.inject, num_ranks(args.nproc))
 
     from megatron_sov.mcore.cpu import open_door
 
@@ -27,5 +29,5 @@ def run(args: argparse.Namespace) -> int:
     from megatron_sov.train.run_folder import RunFolder
     from megatron_sov.train.stage import Stage, run_stage
 
-    run_stage(Stage(config, RunFolder(args.run), LanguageModelling, start, args.resume), args.nproc)
+    run_stage(Stage(config, RunFolder(args.run), LanguageModelling, start, args.resume, faults=faults), args.nproc)
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from megatron_sov.config import RunConfig
@@ -42,8 +43,11 @@ class DataBatches:
         return self.ledger.at(self._step)
 
     def state(self) -> dict[str, Any]:
-        """Return the order's state behind the last batch that was given: what a checkpoint must hold."""
-        return self._state
+        """Return the order's state behind the last batch that was given: what a checkpoint must hold.
+
+        What became of the steps since the batch was prepared stands in the ledger.
+        """
+        return {**self._state, "history": [dataclasses.asdict(e) for e in self.ledger.history(self._step)]}
 
     def consumed_tokens(self) -> dict[str, int]:
         """Return the tokens given of each source so far."""

@@ -6,7 +6,10 @@ Bits per byte, not only the mean loss: it does not depend on the tokenizer, so r
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +22,9 @@ from megatron_sov.mcore.logprobs import Head
 from megatron_sov.mcore.policy import Policy
 from megatron_sov.mcore.world import World
 from megatron_sov.train.microbatch import MicroBatch, from_row, shifted_targets
+
+Around = Callable[[str, Callable[[], Any]], Any]
+"""(source, action) -> what the action returns."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +61,16 @@ class HeldoutEvaluator:
         first = world.dp_rank * self._rows_per_batch
         return [join_rows(rows[i:i + self._rows_per_batch]) for i in range(first, len(rows), per_round)]
 
-    def run(self, policy: Policy) -> dict[str, HeldoutLoss]:
-        """Return the result of every source that has held-out documents; called by all processes together."""
+    def run(self, policy: Policy, around: Around = lambda source, action: action()) -> dict[str, HeldoutLoss]:
+        """Return the result of every source that has held-out documents; called by all processes together.
+
+        Args:
+            around: does the forward passes of a source, and may look at the model meanwhile.
+        """
         results = {}
         for name, rows in self._batches.items():
-            sums = policy.map([from_row(r) for r in rows], self._sums)
+            micro_batches = [from_row(r) for r in rows]
+            sums = around(name, partial(policy.map, micro_batches, self._sums))
             local = torch.stack(sums).sum(0) if sums else torch.zeros(5, dtype=torch.float64)
             nats, tokens, size_bytes, accepted, drafts = schedule.from_last_stage(schedule.sum_over_data(local.cpu())).tolist()
             bits_per_byte = nats / math.log(2) / size_bytes if size_bytes else math.nan

@@ -21,15 +21,18 @@ from megatron_sov.data.shards import Source, open_sources, tokenizer_folder
 from megatron_sov.data.views import with_views
 from megatron_sov.data.vocabulary import refuse_other_tokens
 from megatron_sov.errors import GateFailed, StopRequested, UserError
-from megatron_sov.mcore import checkpoint, determinism, run_checkpoints, world
+from megatron_sov.mcore import determinism, run_checkpoints, world
 from megatron_sov.mcore.ranks import num_ranks, under_launcher
+from megatron_sov.mcore.world import on_main
 from megatron_sov.obs import starting
 from megatron_sov.obs.afterwards import RunEvents
 from megatron_sov.obs.events import EVENTS, EventLog
 from megatron_sov.train.exports import Exports
+from megatron_sov.train.faults import Fault, Faults
 from megatron_sov.train.gate import Gate
 from megatron_sov.train.lock import RunLock
 from megatron_sov.train.loop import train
+from megatron_sov.train.restoring import newest_sound
 from megatron_sov.train.run_folder import RunFolder
 from megatron_sov.train.stopping import StopFlag
 from megatron_sov.train.trainer import ObjectiveFactory, Trainer
@@ -57,6 +60,8 @@ class Stage:
     """Called on every rank after the last step; what it returns joins the completion manifest."""
     gate: Gate | None = None
     """What must pass for the stage to be complete."""
+    faults: tuple[Fault, ...] = ()
+    """Faults that are to come on purpose."""
 
 
 def run_stage(stage: Stage, nproc: int | None) -> bool:
@@ -72,7 +77,8 @@ def run_stage(stage: Stage, nproc: int | None) -> bool:
     """
     stage.config.check(num_ranks(nproc))
     models.get(stage.config.model.family).check(stage.config.model)
-    stage.folder.enter(stage.config, stage.resume)
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # torchrun starts the same command again
+    stage.folder.enter(stage.config, stage.resume or restarted)
     completion = stage.folder.completion()
     if completion is not None:
         print(f"{stage.folder.path}: is complete at step {completion['step']}")
@@ -85,7 +91,9 @@ def run_stage(stage: Stage, nproc: int | None) -> bool:
         refuse_other_tokens(tokenizer_folder(sources), stage.start_from / "tokenizer")
     stage.folder.forget_failure()
     starting.note_beginning()
-    code = world.launch(lambda: _rank(stage, sources), nproc, stage.config.train.num_threads)
+    restarts = world.Restarts(stage.config.train.max_restarts, lambda: run_checkpoints.latest(stage.folder.checkpoints),
+                              partial(_note_restart, stage.folder))
+    code = world.launch(lambda: _rank(stage, sources), nproc, stage.config.train.num_threads, restarts)
     if code != 0:
         raise SystemExit(code)  # the rank that failed has said why
     if stage.folder.completion() is not None:
@@ -107,18 +115,31 @@ def _finish_exports(stage: Stage) -> None:
         Exports(stage.folder.path, stage.config.train, RunEvents(stage.folder.path).add).wait()
 
 
+def _note_restart(folder: RunFolder, code: int, cause: str) -> None:
+    """Say that the processes are started again; they hold no records at that moment."""
+    newest = run_checkpoints.latest(folder.checkpoints)
+    text = f"{cause}; all processes are started again, from {newest.name if newest else 'the beginning'}"
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+    events = EventLog(folder.path / EVENTS)
+    events.write("restart", step=run_checkpoints.step_of(newest) if newest else 0, exit_code=code, text=text)
+    events.close()
+
+
 def _rank(stage: Stage, sources: list[Source]) -> int:
     stop = StopFlag()
     if stage.config.train.deterministic:
         determinism.switch_on()
+    newest = run_checkpoints.latest(stage.folder.checkpoints)
+    faults = Faults(stage.faults, stage.folder.path, int(os.environ["RANK"]))
+    faults.strike("start", run_checkpoints.step_of(newest) if newest else 0)
     place = world.join(stage.config.parallel)
     lock = RunLock(stage.folder.path) if place.is_main else None
     trainer: Trainer | None = None
     try:
-        _on_main(place, lambda: _lock(stage, lock))
-        trainer = Trainer(stage.config, place, stage.folder, sources, stage.objective, stage.gate)
+        on_main(place, lambda: _lock(stage, lock))
+        trainer = Trainer(stage.config, place, stage.folder, sources, stage.objective, stage.gate, stage.faults)
         resumed = _restore(stage, trainer)
-        _on_main(place, lambda: _open(stage, trainer))
+        on_main(place, lambda: _open(stage, trainer))
         if stage.before is not None and not resumed:
             stage.before(trainer)
         if stage.gate is not None and not resumed:
@@ -136,25 +157,6 @@ def _rank(stage: Stage, sources: list[Source]) -> int:
     return 0
 
 
-def _on_main(place: world.World, action: Callable[[], Any]) -> Any:
-    """Do something on rank 0 and return its (plain) result on every rank.
-
-    Raises:
-        UserError: it failed there; on every rank, so that none waits for another.
-    """
-    result, problem = None, None
-    if place.is_main:
-        try:
-            result = action()
-        except UserError as e:
-            problem = str(e)
-    outcome = [result, problem]
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise UserError(outcome[1])
-    return outcome[0]
-
-
 def _lock(stage: Stage, lock: RunLock | None) -> None:
     stage.folder.create()
     if lock is not None:
@@ -162,34 +164,18 @@ def _lock(stage: Stage, lock: RunLock | None) -> None:
 
 
 def _restore(stage: Stage, trainer: Trainer) -> bool:
-    """Load what the run starts from; returns whether it goes on from a checkpoint of its own.
-
-    A damaged checkpoint is set aside, loudly, for the one before.
-    """
+    """Load what the run starts from; returns whether it goes on from a checkpoint of its own."""
     folder = stage.folder.checkpoints
-    _on_main(trainer.world, lambda: run_checkpoints.clear_leftovers(folder))
-    # one process looks: on a network file system the others may still see an older listing
-    while (newest := _on_main(trainer.world, lambda: run_checkpoints.latest(folder))) is not None:
-        problem = checkpoint.damage(newest)
-        if problem is None:
-            trainer.resume(newest)
-            return True
-        _on_main(trainer.world, partial(_set_aside, stage.folder, newest, problem))
-    _on_main(trainer.world, lambda: run_checkpoints.refuse_lost(folder))
+    on_main(trainer.world, lambda: run_checkpoints.clear_leftovers(folder))
+    newest = newest_sound(stage.folder, trainer.world)
+    if newest is not None:
+        trainer.faults.strike("load", run_checkpoints.step_of(newest))
+        trainer.resume(newest)
+        return True
+    on_main(trainer.world, lambda: run_checkpoints.refuse_lost(folder))
     if stage.start_from is not None:
         trainer.load_weights(stage.start_from)
     return False
-
-
-def _set_aside(folder: RunFolder, damaged: Path, problem: str) -> None:
-    aside = run_checkpoints.set_aside(damaged)
-    text = f"{problem}; {damaged.name} is renamed to {aside.name}, and the run goes on from the checkpoint before it"
-    print(f"warning: {text}", file=sys.stderr, flush=True)
-    events = EventLog(folder.path / EVENTS)
-    events.write("warning", step=int(damaged.name.removeprefix("step-")), text=text)
-    events.write("damaged_checkpoint", path=f"{folder.checkpoints.name}/{damaged.name}", reason=problem,
-                 renamed_to=f"{folder.checkpoints.name}/{aside.name}")
-    events.close()
 
 
 def _open(stage: Stage, trainer: Trainer | None) -> None:
@@ -202,11 +188,11 @@ def _open(stage: Stage, trainer: Trainer | None) -> None:
 def _finish(stage: Stage, trainer: Trainer) -> None:
     if stage.gate is not None and not stage.gate.passed:
         failure = stage.gate.failure()
-        _on_main(trainer.world, lambda: stage.folder.fail(failure))
+        on_main(trainer.world, lambda: stage.folder.fail(failure))
         return
     extra = stage.after(trainer) if stage.after is not None else {}
     last = stage.folder.checkpoint(trainer.done.step)
-    _on_main(trainer.world, lambda: stage.folder.complete({
+    on_main(trainer.world, lambda: stage.folder.complete({
         "step": trainer.done.step, "tokens": trainer.done.tokens, "wall_s": trainer.wall_s(),
         "checkpoint": f"{stage.folder.checkpoints.name}/{last.name}", "checkpoint_sha256": manifest_sha256(last), **extra}))
 

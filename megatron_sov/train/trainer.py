@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +20,31 @@ from megatron_sov.data.order import OrderState
 from megatron_sov.data.shards import Source, provenance, tokenizer_folder
 from megatron_sov.data.token_bytes import token_bytes
 from megatron_sov.errors import UserError
-from megatron_sov.mcore import checkpoint, init, rng, run_checkpoints, schedule
-from megatron_sov.mcore.logprobs import head_of
+from megatron_sov.mcore import checkpoint, init, probes, rng, run_checkpoints
+from megatron_sov.mcore.expert_load import ExpertLoad
 from megatron_sov.mcore.model import build
 from megatron_sov.mcore.optim import Optimizer
-from megatron_sov.mcore.policy import Policy, split_depths
+from megatron_sov.mcore.policy import Policy
 from megatron_sov.mcore.saving import Companions, Saved, Saver
 from megatron_sov.mcore.world import World
 from megatron_sov.models.count import num_params
-from megatron_sov.obs import starting
+from megatron_sov.obs import routing, starting
 from megatron_sov.obs.events import EVENTS, EventLog
 from megatron_sov.obs.progress import Progress
 from megatron_sov.obs.trackers import Trackers
+from megatron_sov.train.computation import Computation
+from megatron_sov.train.corruption import CorruptionChecks
 from megatron_sov.train.databatches import DataBatches
 from megatron_sov.train.evaluate import HeldoutEvaluator, HeldoutLoss
 from megatron_sov.train.exports import Exports
+from megatron_sov.train.faults import Fault, Faults, corrupt
 from megatron_sov.train.gate import Gate
-from megatron_sov.train.objective import GlobalBatch, Objective, total_loss
+from megatron_sov.train.guards import Refusal, StepGuard
+from megatron_sov.train.objective import GlobalBatch, Objective
+from megatron_sov.train.routing import RoutingWatch
 from megatron_sov.train.run_folder import RunFolder
+from megatron_sov.train.stragglers import Stragglers
+from megatron_sov.train.watchdog import Watchdog
 
 ObjectiveFactory = Callable[[RunConfig, DataBatches], Objective]
 
@@ -82,7 +89,7 @@ class Trainer:
     """Model, optimizer, data order and records of one rank."""
 
     def __init__(self, config: RunConfig, world: World, folder: RunFolder, sources: list[Source],
-                 objective: ObjectiveFactory, gate: Gate | None = None) -> None:
+                 objective: ObjectiveFactory, gate: Gate | None = None, faults: Sequence[Fault] = ()) -> None:
         self.config, self.world, self.folder, self.sources = config, world, folder, sources
         self.schedule = Schedule(config)
         self.num_steps = self.schedule.num_steps
@@ -91,7 +98,8 @@ class Trainer:
         self.model = build(config.model, config.parallel, config.train)
         init.initialise(self.model, config.model, config.train.seed)
         self.optimizer = Optimizer(self.model, config.optim, config.parallel)
-        self.expert_load = schedule.ExpertLoad(self.model)
+        self.expert_load = ExpertLoad(self.model)
+        self._experts = config.model.num_layers, config.model.num_experts
         self.model.config.finalize_model_grads_func = self.expert_load.finalize
         self.policy = Policy(self.model, config.train.head_chunk_tokens)
         self.batches = DataBatches(config, sources, world)
@@ -108,6 +116,20 @@ class Trainer:
         self._data = {s.name: manifest_sha256(s.artifact) for s in sources if s.artifact is not None}
         self._worn_out: set[str] = set()
         self._entered_s = time.monotonic()
+        self._watch(faults)
+
+    def _watch(self, faults: Sequence[Fault]) -> None:
+        """Set up what watches the run."""
+        settings = self.config.guards
+        self.guard = StepGuard(settings, self.world.is_main)
+        self.watchdog = Watchdog(self.folder.path, self.world.rank, settings.hang_timeout_s,
+                                 lambda step, places: self.events.write("hang", step=step, places=places))
+        self.corruption = CorruptionChecks(settings)
+        self.stragglers = Stragglers(settings)
+        self.routing = RoutingWatch(settings)
+        self.faults = Faults(faults, self.folder.path, self.world.rank)
+        self.computation = Computation(self.config, self.model, self.optimizer, self.expert_load, len(self.sources), self.faults,
+                                       self.stragglers.clock)
 
     @property
     def finished(self) -> bool:
@@ -134,22 +156,35 @@ class Trainer:
                 raise UserError(f"source {name!r}: its data was packed anew since {path} was written, and the cursor "
                                 "into it means nothing now; resume with the data of before, or start a new --run --from that "
                                 "checkpoint")
-        checkpoint.load_model(path, self.model)
-        self.optimizer.adopt_model()
-        checkpoint.load_optimizer(path, self.optimizer, state["num_updates"])
+        self._load(path, state)
         self.done = Progressed(state["step"], state["tokens"], state["wall_s"])
-        if self.gate is not None and "gate" in state:
-            self.gate.restore(state["gate"])
         self.batches.close()
         self.batches = DataBatches(self.config, self.sources, self.world, OrderState.from_dict(state["order"]))
         self.objective = self._objective_factory(self.config, self.batches)
         self._continues = path.name
+
+    def take_back(self, path: Path) -> int:
+        """Return to the weights of a (sound) checkpoint and go on with the data where they are; returns the checkpoint's step."""
+        state = checkpoint.read_state(path)
+        self._load(path, state)
+        self.done.tokens = state["tokens"]
+        return int(state["step"])
+
+    def _load(self, path: Path, state: dict[str, Any]) -> None:
+        checkpoint.load_model(path, self.model)
+        self.optimizer.adopt_model()
+        checkpoint.load_optimizer(path, self.optimizer, state["num_updates"])
+        if self.gate is not None and "gate" in state:
+            self.gate.restore(state["gate"])
+        if "guard" in state:
+            self.guard.restore(state["guard"])
 
     def open_records(self) -> None:
         """Open events and trackers; called on rank 0 only."""
         self.events = EventLog(self.folder.path / EVENTS)
         self._trackers = Trackers(self.config.obs, self.folder.path, self.config.to_dict())
         self._exports = Exports(self.folder.path, self.config.train, self.events.write)
+        self.faults.tell(self.events)
 
     def announce(self) -> None:
         """Record what runs where."""
@@ -173,32 +208,34 @@ class Trainer:
     # one step
 
     def update(self) -> StepResult | None:
-        """Do one optimizer step; None where the ledger says to pass over its batch.
+        """Do one optimizer step; None where the ledger says to pass over its batch, or the guard refuses to learn it.
 
         Raises:
-            UserError: loss or gradient is not a finite number; nothing is saved then.
+            UserError: loss or gradient is not a finite number, and `guards.skip` is off; nothing is saved then.
+            SilentCorruption: a process does not compute the same twice.
         """
         start = time.monotonic()
         step = self.done.step
         rng.reseed(self.config.train.seed, step)
+        self.guard.enter(step, self.batches.ledger)
         if self.batches.next_entry().skip:
             self.batches.skip()
             self.done.step += 1
             self.events.write("skip", step=self.done.step, reason="data.skip_steps")
             return None
         batch = self.objective.prepare(self.objective.collect(self.policy, step))
+        self._before_computing(batch)
         lr = self.schedule.learning_rate(step)
-        sums = self._forward_backward(batch)
-        grad_norm = self.optimizer.step(lr)
+        sums = self.computation.sums(batch, self.objective, step + 1)
         terms = sorted(self.objective.coefficients)
         losses = {t: float(s) / batch.targets[t] for t, s in zip(terms, sums[:len(terms)], strict=True) if batch.targets[t] > 0}
         by_source = sums[len(terms):].reshape(-1, 2).tolist()
         loss = sum(self.objective.coefficients[t] * value for t, value in losses.items())
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            self.saver.finish()
-            raise UserError(f"step {step + 1}: the loss is {loss:g} and the gradient norm {grad_norm:g}; the last checkpoint "
-                            f"before it is kept, lower optim.lr = {self.config.optim.lr:g} and start a new --run --from it")
+        grad_norm = self.optimizer.step(lr, lambda norm: self.guard.accepts(loss, norm))
         self.done.step += 1
+        if self.guard.refusal is not None:
+            self._refuse(self.guard.refusal)
+            return None
         self.done.tokens += batch.num_tokens
         self._warn_of_epochs()
         return StepResult(
@@ -207,25 +244,31 @@ class Trainer:
             grad_norm=grad_norm, lr=lr, num_tokens=batch.num_tokens, phase=batch.phase,
             padding_share=1 - batch.num_tokens / (batch.num_sequences * batch.seq_len), seconds=time.monotonic() - start)
 
-    def _forward_backward(self, batch: GlobalBatch) -> torch.Tensor:
-        """Return the sums of all terms (in order of name), then per source, over the whole global batch."""
-        routing = self.model.config.routing_step
-        routing.seq_len, routing.num_sequences, routing.aux_loss = batch.seq_len, batch.num_sequences, {}
-        terms = sorted(self.objective.coefficients)
-        depths = self.config.model.num_mtp_layers
+    def _before_computing(self, batch: GlobalBatch) -> None:
+        """Let faults on purpose come, and check that this process computes the same twice."""
+        step = self.done.step + 1
+        if self.world.is_main:
+            self.faults.tell(self.events)
+        self.faults.strike("step", step)
+        if self.faults.due("bitflip", "step", step):
+            probes.flip_bit(next(p for p in self.model.parameters() if p.dim() == 2))
+        if self.corruption.probe_is_due(step):
+            compute = partial(self.computation.own_gradients, batch, self.objective, step)
+            self.corruption.repeat(step, self.model, compute, self.events)
 
-        def loss(hidden: torch.Tensor, micro_batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
-            head = head_of(self.model, self.config.train.head_chunk_tokens)
-            sums = self.objective.loss(split_depths(hidden, depths), head, micro_batch)
-            values = torch.stack([sums.terms[t].detach().double() for t in terms])
-            total = total_loss(sums, self.objective.coefficients, micro_batch.denominators)
-            return total, torch.cat([values, sums.by_source.flatten()])
-
-        self.optimizer.zero_grad()
-        row_tokens = len(batch.micro_batches[0].inputs.tokens)
-        parts = schedule.run(self.optimizer.wrapped, batch.micro_batches, loss, row_tokens, forward_only=False)
-        local = torch.stack(parts).sum(0).cpu() if parts else torch.zeros(len(terms) + 2 * len(self.sources), dtype=torch.float64)
-        return schedule.from_last_stage(schedule.sum_over_data(local))
+    def _refuse(self, refusal: Refusal) -> None:
+        """Take note that the step that was just computed is not learned."""
+        step = self.done.step
+        if not self.config.guards.skip:
+            self.saver.finish()
+            raise UserError(f"step {step}: the loss is {refusal.loss:g} and the gradient norm {refusal.grad_norm:g}; the last "
+                            f"checkpoint before it is kept, lower optim.lr = {self.config.optim.lr:g} and start a new --run "
+                            "--from it, or switch on guards.skip")
+        self.expert_load.undo()
+        self.batches.ledger.pass_over(step - 1, step)
+        self.events.write("skip", step=step, reason=refusal.reason, loss=refusal.loss, grad_norm=refusal.grad_norm)
+        if self.world.is_main:
+            print(f"warning: step {step} is not learned: {refusal.reason}", file=sys.stderr, flush=True)
 
     def _warn_of_epochs(self) -> None:
         """Say once for each source that it is gone through more often than `data.max_epochs`."""
@@ -243,33 +286,43 @@ class Trainer:
 
     def log(self, result: StepResult) -> None:
         """Record a step: events, trackers, progress bar."""
-        every = self.config.train.log_every_steps
+        every, step = self.config.train.log_every_steps, self.done.step
+        self.stragglers.report(step, self.events)
+        if self.routing.is_due(step):
+            load, biases = self.expert_load.gather(*self._experts), self.expert_load.biases(*self._experts)
+            self.routing.follow(step, load, biases, self.events)
         if self._exports is not None:
             self._exports.poll()
-        if self.done.step % every and self.done.step != self.num_steps:
+        if step % every and step != self.num_steps:
             return
-        load = self.expert_load.gather(self.config.model.num_layers, self.config.model.num_experts)
-        violation = _max_violation(load)
+        balance = self._balance()
         tokens_per_s = result.num_tokens / result.seconds
         self.events.write(
-            "step", step=self.done.step, loss=result.loss, losses=result.losses, losses_by_source=result.losses_by_source,
+            "step", step=step, loss=result.loss, losses=result.losses, losses_by_source=result.losses_by_source,
             grad_norm=result.grad_norm, lr=result.lr, tokens=self.done.tokens, step_time_s=result.seconds,
-            tokens_per_s=tokens_per_s, phase=result.phase, max_violation=violation, padding_share=result.padding_share)
+            tokens_per_s=tokens_per_s, phase=result.phase, padding_share=result.padding_share, **balance)
         if self._trackers is not None:
-            self._trackers.log_step(self.done.step, {
+            self._trackers.log_step(step, {
                 "loss": result.loss, "grad_norm": result.grad_norm, "lr": result.lr, "tokens_per_s": tokens_per_s,
-                "max_violation": violation, **{f"loss/{t}": v for t, v in result.losses.items()}})
+                **balance, **{f"loss/{t}": v for t, v in result.losses.items()}})
         if self._progress is not None:
-            self._progress.update(self.done.step, result.loss, tokens_per_s)
+            self._progress.update(step, result.loss, tokens_per_s)
+
+    def _balance(self) -> dict[str, float]:
+        """Return the worst layer's MaxVio of the last step, by name; nothing for a dense model."""
+        load = self.expert_load.gather(*self._experts)
+        routed = load[load.sum(dim=1) > 0]
+        return {"max_violation": float(routing.max_violation(routed.numpy()).max())} if len(routed) else {}
 
     def log_expert_load(self) -> None:
         """Record every expert's share of its layer's tokens in the last step."""
-        load = self.expert_load.gather(self.config.model.num_layers, self.config.model.num_experts)
+        self._write_expert_load(self.expert_load.gather(*self._experts))
+
+    def _write_expert_load(self, load: torch.Tensor, **fields: Any) -> None:
         layers = [i for i in range(len(load)) if load[i].sum() > 0]
-        if not layers:
-            return
-        shares = [(load[i] / load[i].sum()).tolist() for i in layers]
-        self.events.write("expert_load", step=self.done.step, load=shares, layers=[i + 1 for i in layers])
+        if layers:
+            shares = [(load[i] / load[i].sum()).tolist() for i in layers]
+            self.events.write("expert_load", step=self.done.step, load=shares, layers=[i + 1 for i in layers], **fields)
 
     # evaluation and checkpoints
 
@@ -281,11 +334,17 @@ class Trainer:
             self._evaluator = HeldoutEvaluator(
                 self.sources, sizes, self.batches.ledger.max_seq_len(), self.config.train.micro_batch_size,
                 self.config.data.heldout_tokens, self.world)
-        results = self._evaluator.run(self.policy)
+        results = self._evaluator.run(self.policy, self._count_experts)
         self.events.write("eval", step=self.done.step, heldout={name: asdict(r) for name, r in results.items()})
         consumed = self.batches.consumed_tokens()
         self.events.write("data_consumed", step=self.done.step, tokens=consumed, plan=self._planned_tokens())
         return results
+
+    def _count_experts(self, source: str, action: Callable[[], Any]) -> Any:
+        """Do something with the documents of one source, and record which experts they go to."""
+        result, load = self.expert_load.during(action, *self._experts)
+        self._write_expert_load(load, source=source)
+        return result
 
     def _planned_tokens(self) -> dict[str, int]:
         """Return the tokens of each source that the ledger asks for up to now; a source that was taken away keeps its own."""
@@ -300,19 +359,24 @@ class Trainer:
     def save(self) -> None:
         """Take a checkpoint; it is written in the background, or at once where `train.async_save` is off."""
         settings = self.config.train
+        self.corruption.compare(self.done.step, self.model, self.events)
         state = {"step": self.done.step, "tokens": self.done.tokens, "wall_s": self.wall_s(),
                  "num_updates": self.optimizer.num_updates, "order": self.batches.state(), "data": self._data,
+                 "guard": self.guard.state(),
                  **({"gate": self.gate.state()} if self.gate is not None else {})}
         self.saver.begin(
             self.folder.checkpoint(self.done.step), self.model, self.optimizer,
             Companions(state, self.config.to_dict(), self.tokenizer),
             then=lambda: run_checkpoints.prune(self.folder.checkpoints, settings.keep_checkpoints, settings.keep_every_steps))
+        self.faults.strike("save", self.done.step)
         if not settings.async_save:
             self.saver.finish()
 
     def _note_saved(self, saved: Saved) -> None:
         self.events.write("checkpoint", step=saved.step, path=f"{self.folder.checkpoints.name}/{saved.path.name}",
                           save_s=saved.save_s, stall_s=saved.stall_s)
+        if self.faults.due("corrupt-checkpoint", "save", saved.step):
+            corrupt(saved.path)
         if self._exports is not None:
             self._exports.offer(saved.step, saved.path, last=self.finished and saved.step == self.done.step)
 
@@ -322,17 +386,14 @@ class Trainer:
 
     def close(self) -> None:
         """End the records, and what runs beside."""
+        self.watchdog.close()
         if self._exports is not None:
             self._exports.close()
         if self._progress is not None:
             self._progress.close()
         if self._trackers is not None:
             self._trackers.close()
+        if self.world.is_main:
+            self.faults.tell(self.events)
         self.events.close()
         self.batches.close()
-
-
-def _max_violation(load: torch.Tensor) -> float:
-    """Return MaxVio (arXiv 2408.15664): the largest relative overload of any expert, over layers of [layers, experts] counts."""
-    rows = load[load.sum(dim=1) > 0]
-    return float((rows.max(dim=1).values / rows.mean(dim=1) - 1).max()) if len(rows) else 0.0

@@ -19,6 +19,7 @@ def step(recipe: str, layout: dict[str, Any], settings: tuple[str, ...] = ()) ->
     from megatron_sov import recipes
     from megatron_sov.config import ParallelConfig, apply_settings
     from megatron_sov.mcore import init, schedule, world
+    from megatron_sov.mcore.expert_load import ExpertLoad
     from megatron_sov.mcore.logprobs import head_of
     from megatron_sov.mcore.model import ModelInputs, build
     from megatron_sov.mcore.optim import Optimizer
@@ -36,7 +37,7 @@ def step(recipe: str, layout: dict[str, Any], settings: tuple[str, ...] = ()) ->
     model = build(config.model, ParallelConfig(**layout), config.train)
     init.initialise(model, config.model, 1)
     optimizer = Optimizer(model, config.optim)
-    load = schedule.ExpertLoad(model)
+    load = ExpertLoad(model)
     model.config.finalize_model_grads_func = load.finalize
     model.config.routing_step.seq_len, model.config.routing_step.num_sequences = 16, 8
     generator = torch.Generator().manual_seed(3)

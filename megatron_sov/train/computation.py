@@ -1,0 +1,82 @@
+"""Forward and backward passes of a step: from a batch to gradients in the model and sums of losses."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from megatron_sov.config import RunConfig
+from megatron_sov.mcore import probes, rng, schedule
+from megatron_sov.mcore.expert_load import ExpertLoad
+from megatron_sov.mcore.logprobs import head_of
+from megatron_sov.mcore.model import LanguageModel
+from megatron_sov.mcore.optim import Optimizer
+from megatron_sov.mcore.policy import split_depths
+from megatron_sov.mcore.waiting import ComputeClock
+from megatron_sov.train.faults import Faults
+from megatron_sov.train.microbatch import MicroBatch
+from megatron_sov.train.objective import GlobalBatch, Objective, total_loss
+
+
+class Computation:
+    """Computes on one process; every method is called by all processes together."""
+
+    def __init__(self, config: RunConfig, model: LanguageModel, optimizer: Optimizer, expert_load: ExpertLoad,
+                 num_sources: int, faults: Faults, clock: ComputeClock | None) -> None:
+        self._config, self._model, self._optimizer, self._expert_load = config, model, optimizer, expert_load
+        self._num_sources, self._faults, self._clock = num_sources, faults, clock
+        self._step = 0
+        expert_load.before_sync = self._own_part_done
+
+    def sums(self, batch: GlobalBatch, objective: Objective, step: int) -> torch.Tensor:
+        """Leave the gradients of the whole global batch in the model.
+
+        Returns:
+            The sums of all terms (in order of name), then loss and targets of each source, over the whole global batch.
+        """
+        self._step = step
+        if self._clock is not None:
+            self._clock.start()
+        parts = self._passes(batch, batch.micro_batches, objective, self._faults.loss_factor(step))
+        size = len(objective.coefficients) + 2 * self._num_sources
+        local = torch.stack(parts).sum(0).cpu() if parts else torch.zeros(size, dtype=torch.float64)
+        return schedule.from_last_stage(schedule.sum_over_data(local))
+
+    def own_gradients(self, batch: GlobalBatch, objective: Objective, step: int, turn: int) -> None:
+        """Leave only this process's gradients of the first micro-batches in the model; each turn draws the same dropout."""
+        count = self._config.parallel.pp if self._config.parallel.vpp > 1 else 1
+        rng.reseed(self._config.train.seed, step - 1)
+        with probes.unsynced(self._model, self._optimizer.wrapped):
+            self._passes(batch, batch.micro_batches[:count], objective, 1.0)
+        if turn and self._faults.due("miscompute", "step", step):
+            probes.flip_bit(probes.gradients(self._model)[0])
+        self._expert_load.forget()
+        rng.reseed(self._config.train.seed, step - 1)
+
+    def _passes(self, batch: GlobalBatch, micro_batches: Sequence[MicroBatch], objective: Objective, factor: float) -> list[Any]:
+        """Return, on the last pipeline stage, the sums of each micro-batch; `factor` is 1, or a fault on purpose."""
+        routing = self._model.config.routing_step
+        routing.seq_len, routing.num_sequences, routing.aux_loss = batch.seq_len, batch.num_sequences, {}
+        terms = sorted(objective.coefficients)
+
+        def loss(hidden: torch.Tensor, micro_batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            head = head_of(self._model, self._config.train.head_chunk_tokens)
+            sums = objective.loss(split_depths(hidden, self._config.model.num_mtp_layers), head, micro_batch)
+            values = torch.stack([sums.terms[t].detach().double() for t in terms])
+            total = total_loss(sums, objective.coefficients, micro_batch.denominators)
+            return total * factor, torch.cat([values * factor, sums.by_source.flatten()])
+
+        self._optimizer.zero_grad()
+        row_tokens = len(batch.micro_batches[0].inputs.tokens)
+        return schedule.run(self._optimizer.wrapped, micro_batches, loss, row_tokens, forward_only=False)
+
+    def _own_part_done(self) -> None:
+        """Note that this process has its gradients, and now waits for those of others."""
+        time.sleep(self._faults.delay_s(self._step))
+        if self._faults.due("miscompute", "step", self._step):
+            probes.flip_bit(probes.gradients(self._model)[0])
+        if self._clock is not None:
+            self._clock.stop()

@@ -1,0 +1,110 @@
+"""Steps that must not be learned: a loss or gradient norm that is no finite number, or far above what is usual.
+
+The rule is OLMo-core's (`SkipStepOptimizer`): more than `sigma` standard deviations above the mean of the last `window_steps`
+steps, once there are half as many, at least 20.  Unlike there the values of refused steps stay out of the window: a handful of
+equal spikes would otherwise become usual, and a diverged run would never be taken back.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_sov.config import GuardConfig
+from megatron_sov.data.ledger import Ledger
+from megatron_sov.mcore import schedule
+
+MIN_STEPS = 20
+"""Steps that say what is usual, at least."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a step was refused."""
+
+    reason: str
+    """In words."""
+    loss: float
+    """Its loss, as rank 0 has it."""
+    grad_norm: float
+    """Its gradient norm, as rank 0 has it."""
+    finite: bool
+    """Whether both are numbers."""
+
+
+class StepGuard:
+    """Says before each update whether it may be done; the same on every process."""
+
+    def __init__(self, settings: GuardConfig, is_main: bool) -> None:
+        self._settings, self._is_main = settings, is_main
+        self._losses: list[float] = []
+        self._grad_norms: list[float] = []
+        self.in_a_row = 0
+        """Steps refused since the last one that was learned."""
+        self.rollbacks: list[dict[str, int]] = []
+        """``{"at": step, "to": step of the checkpoint}`` of each time that weights were taken back."""
+        self.refusal: Refusal | None = None
+        """Why the last step was refused, if it was."""
+
+    @property
+    def gives_up(self) -> bool:
+        """Whether so many steps were refused in a row that the weights must be at fault."""
+        return 0 < self._settings.rollback_after_skips <= self.in_a_row
+
+    def enter(self, step: int, ledger: Ledger) -> None:
+        """Begin a step (0-based): what was usual no longer is, where the data change."""
+        if step and _kind_of_data(ledger, step - 1) != _kind_of_data(ledger, step):
+            self._losses, self._grad_norms = [], []
+
+    def accepts(self, loss: float, grad_norm: float) -> bool:
+        """Return whether the step with these figures may be learned; called by all processes together, before the update.
+
+        One process that sees a bad number is enough.  What is usual is judged by rank 0's figures, which go into the checkpoint.
+        """
+        reason = self._objection(loss, grad_norm)
+        mine = [loss, grad_norm] if self._is_main else [0.0, 0.0]
+        objections, main_loss, main_grad_norm = schedule.sum_everywhere(
+            torch.tensor([float(reason is not None), *mine], dtype=torch.float64)).tolist()
+        if not objections:
+            self._learn(main_loss, main_grad_norm)
+            return True
+        reason = self._objection(main_loss, main_grad_norm) or "another process has a number that is not finite, or a spike"
+        self.refusal = Refusal(reason, main_loss, main_grad_norm, math.isfinite(main_loss) and math.isfinite(main_grad_norm))
+        self.in_a_row += 1
+        return False
+
+    def _learn(self, loss: float, grad_norm: float) -> None:
+        for values, value in ((self._losses, loss), (self._grad_norms, grad_norm)):
+            values.append(value)
+            del values[:-self._settings.window_steps]
+        self.in_a_row, self.refusal = 0, None
+
+    def _objection(self, loss: float, grad_norm: float) -> str | None:
+        for name, value, usual in (("loss", loss, self._losses), ("gradient norm", grad_norm, self._grad_norms)):
+            if not math.isfinite(value):
+                return f"the {name} is {value:g}"
+            if self._settings.skip and self._settings.sigma and len(usual) >= max(MIN_STEPS, self._settings.window_steps // 2):
+                mean, sigma = statistics.fmean(usual), statistics.stdev(usual)
+                if value > mean + self._settings.sigma * sigma:
+                    return (f"the {name} is {value:g}, {(value - mean) / sigma if sigma else math.inf:.1f} standard deviations "
+                            f"above the mean {mean:g} of the last {len(usual)} steps")
+        return None
+
+    def state(self) -> dict[str, Any]:
+        """Return plain values for the checkpoint."""
+        return {"losses": list(self._losses), "grad_norms": list(self._grad_norms), "in_a_row": self.in_a_row,
+                "rollbacks": list(self.rollbacks)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        self._losses, self._grad_norms = list(state["losses"]), list(state["grad_norms"])
+        self.in_a_row, self.rollbacks = state["in_a_row"], list(state["rollbacks"])
+
+
+def _kind_of_data(ledger: Ledger, step: int) -> tuple[Any, ...]:
+    entry = ledger.at(step)
+    return entry.seq_len, entry.weights
