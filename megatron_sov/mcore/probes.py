@@ -47,7 +47,8 @@ def differing_replicas(model: LanguageModel) -> list[int]:
     tensors[False] += [b for name, b in model.named_buffers() if name.endswith("expert_bias")]
     groups = {False: parallel_state.get_data_parallel_group(with_context_parallel=True),
               True: parallel_state.get_expert_data_parallel_group()}
-    return ranks_where(any(_differs(checksum(tensors[routed]), groups[routed]) for routed in (False, True)))
+    differ = [_differs(checksum(tensors[routed]), groups[routed]) for routed in (False, True)]  # both, whatever the first says
+    return ranks_where(any(differ))
 
 
 def _differs(mine: torch.Tensor, group: Any) -> bool:
@@ -88,6 +89,6 @@ def unsynced(model: LanguageModel, wrapped: list[Any]) -> Iterator[None]:
 
 @torch.no_grad()
 def flip_bit(tensor: torch.Tensor) -> None:
-    """Change one bit in a tensor's middle, as a fault on purpose: the lowest one, which no figure of the run would show."""
+    """Change one bit in a tensor's middle, as a fault on purpose: of the mantissa, so that no figure of the run shows it."""
     bits = tensor.view(-1).view(_INTEGERS[tensor.element_size()])
-    bits[bits.numel() // 2] ^= 1
+    bits[bits.numel() // 2] ^= 1 << 3 * tensor.element_size()

@@ -176,6 +176,7 @@ def _round(main: Callable[[], Any], count: int) -> _Outcome:
     # held by the launcher, in memory: it survives any rank, and a full disk cannot stall it
     store = dist.TCPStore(LOCALHOST, 0, is_master=True, wait_for_workers=False)
     environment = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), STORE_PORT: str(store.port)}
+    signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # until `_wait` can pass them on
     return _wait([_fork(main, rank, environment) for rank in range(count)])
 
 
@@ -189,6 +190,7 @@ def _fork(main: Callable[[], Any], rank: int, environment: dict[str, str]) -> in
     code = 1
     try:
         die_with_parent(parent)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
         os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
         code = _rank_code(main)
     except BaseException:
@@ -236,6 +238,7 @@ def _wait(children: list[int]) -> _Outcome:
         _send(list(alive), number)
 
     previous = {s: signal.signal(s, forward) for s in FORWARDED}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
     try:
         while alive:
             child, status = os.waitpid(-1, os.WNOHANG)

@@ -29,6 +29,11 @@ class EventLog:
                 _end_last_line(path)
                 self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  (open for the life of the run)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether events are written, not dropped."""
+        return self._file is not None
+
     def write(self, event: str, **fields: Any) -> None:
         """Append one event; the line reaches the operating system before this returns.
 

@@ -29,6 +29,8 @@ class Computation:
         self._config, self._model, self._optimizer, self._expert_load = config, model, optimizer, expert_load
         self._num_sources, self._faults, self._clock = num_sources, faults, clock
         self._step = 0
+        self.is_finite = True
+        """Whether the sums of this process's own part of the last step were numbers."""
         expert_load.before_sync = self._own_part_done
 
     def sums(self, batch: GlobalBatch, objective: Objective, step: int) -> torch.Tensor:
@@ -43,6 +45,7 @@ class Computation:
         parts = self._passes(batch, batch.micro_batches, objective, self._faults.loss_factor(step))
         size = len(objective.coefficients) + 2 * self._num_sources
         local = torch.stack(parts).sum(0).cpu() if parts else torch.zeros(size, dtype=torch.float64)
+        self.is_finite = bool(local.isfinite().all())
         return schedule.from_last_stage(schedule.sum_over_data(local))
 
     def own_gradients(self, batch: GlobalBatch, objective: Objective, step: int, turn: int) -> None:

@@ -172,8 +172,8 @@ class Faults:
         return sum(f.options["seconds"] for f in slow)
 
     def tell(self, events: EventLog) -> None:
-        """Write an event for every fault that came since the last call; rank 0 does, also for those who could not."""
-        if not self._faults or not self._folder.is_dir():
+        """Write an event for every fault that came since the last call, also for processes that could not."""
+        if not self._faults or not events.is_open or not self._folder.is_dir():
             return
         for file in sorted(self._folder.glob("*.json"), key=lambda f: f.stat().st_mtime_ns):
             told = file.with_suffix(".told")

@@ -247,8 +247,7 @@ class Trainer:
     def _before_computing(self, batch: GlobalBatch) -> None:
         """Let faults on purpose come, and check that this process computes the same twice."""
         step = self.done.step + 1
-        if self.world.is_main:
-            self.faults.tell(self.events)
+        self.faults.tell(self.events)
         self.faults.strike("step", step)
         if self.faults.due("bitflip", "step", step):
             probes.flip_bit(next(p for p in self.model.parameters() if p.dim() == 2))
@@ -266,9 +265,11 @@ class Trainer:
                             "--from it, or switch on guards.skip")
         self.expert_load.undo()
         self.batches.ledger.pass_over(step - 1, step)
-        self.events.write("skip", step=step, reason=refusal.reason, loss=refusal.loss, grad_norm=refusal.grad_norm)
+        ranks = probes.ranks_where(not self.computation.is_finite)
+        self.events.write("skip", step=step, reason=refusal.reason, loss=refusal.loss, grad_norm=refusal.grad_norm, ranks=ranks)
         if self.world.is_main:
-            print(f"warning: step {step} is not learned: {refusal.reason}", file=sys.stderr, flush=True)
+            where = f" (not finite on rank {', '.join(map(str, ranks))})" if ranks else ""
+            print(f"warning: step {step} is not learned: {refusal.reason}{where}", file=sys.stderr, flush=True)
 
     def _warn_of_epochs(self) -> None:
         """Say once for each source that it is gone through more often than `data.max_epochs`."""
@@ -393,7 +394,6 @@ class Trainer:
             self._progress.close()
         if self._trackers is not None:
             self._trackers.close()
-        if self.world.is_main:
-            self.faults.tell(self.events)
+        self.faults.tell(self.events)
         self.events.close()
         self.batches.close()

@@ -75,9 +75,12 @@ class Watchdog:
                 f.write(f"{self._place()}\n\nrank {self._rank} stood still in step {step} for {self._timeout_s:g} s\n\n")
                 f.flush()
                 faulthandler.dump_traceback(f)
-            time.sleep(min(MAX_GRACE_S, max(1.0, self._timeout_s / 4)))
+            grace_s = min(MAX_GRACE_S, max(1.0, self._timeout_s / 4))
+            time.sleep(grace_s)
             if self._rank == 0:
                 self._tell(step)
+            else:
+                time.sleep(grace_s)  # the end of a process breaks the connections of rank 0, which has to tell first
         finally:
             os._exit(EXIT_HANG)
 

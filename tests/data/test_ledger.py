@@ -91,3 +91,14 @@ def test_what_has_happened_is_not_reinterpreted_and_the_change_counts_from_the_r
 def test_history_holds_what_earlier_steps_followed() -> None:
     ledger = Ledger([entry(0), entry(10, "b")])
     assert [len(ledger.history(s)) for s in (0, 1, 10, 11)] == [0, 1, 1, 2]
+
+
+def test_steps_that_are_passed_over_afterwards_stand_in_the_history_like_those_of_the_settings() -> None:
+    first, second = Entry(0, "a", 32, 8, {"x": 1.0}), Entry(10, "b", 64, 8, {"x": 1.0})
+    ledger = Ledger([first, second])
+    ledger.pass_over(4, 5)
+    ledger.pass_over(8, 12)
+    ledger.pass_over(5, 6)
+    assert [(e.first_step, e.phase, e.skip) for e in ledger.entries] == [
+        (0, "a", False), (4, "a", True), (6, "a", False), (8, "a", True), (10, "b", True), (12, "b", False)]
+    assert Ledger([first, second], ledger.history(12), 12).entries == ledger.entries, "a resumed run has the same past"

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -43,6 +44,20 @@ def rank():
         time.sleep(0.05)
     return 0
 
+def fails():
+    round_number = len(list(folder.glob("round-*")))
+    time.sleep(0.2)  # both ranks count before one of them adds to it
+    if os.environ["RANK"] == "1":
+        (folder / f"round-{round_number}").touch()
+        assert round_number >= int(case[-1]), f"round {round_number}"
+    return 0
+
+if case.startswith("restarts"):
+    noted = []
+    restarts = world.Restarts(2, lambda: (folder / "round-1").exists(), lambda code, cause: noted.append([code, cause]))
+    code = world.launch(fails, 2, restarts=restarts)
+    (folder / "codes.json").write_text(json.dumps([code, noted]))
+    sys.exit(0)
 if case != "ends":
     sys.exit(world.launch(rank, 2))
 codes = {}
@@ -96,6 +111,17 @@ def test_ranks_share_signals_failures_and_their_launchers_end(tmp_path: Path) ->
     assert "error: rank 1 was ended by SIGKILL" in said
 
 
+@pytest.mark.distributed
+def test_ranks_that_failed_are_started_again_so_often_without_progress(tmp_path: Path) -> None:
+    """Progress is made once, in the second round, and two restarts are allowed without: the fifth round is the last."""
+    started = {case: start(tmp_path / case, case) for case in ("restarts-3", "restarts-9")}
+    said = {case: process.communicate(timeout=60)[1] for case, process in started.items()}
+    again = [1, "rank 1 ended with exit code 1"]
+    found = {case: json.loads((tmp_path / case / "codes.json").read_text()) for case in started}
+    assert found == {"restarts-3": [0, [again] * 3], "restarts-9": [1, [again] * 3]}
+    assert said["restarts-9"].count("AssertionError: round") == 4
+
+
 def place(layout: dict[str, int]) -> list[int | bool]:
     """Return this process's place, after it had another one."""
     from megatron_sov.config import ParallelConfig
@@ -112,3 +138,33 @@ def test_a_process_knows_its_place_and_can_take_another(ranks, job) -> None:
     (places,) = ranks(job(__file__, "place", 4, {"layout": {"tp": 2}}))
     assert places == [[0, 4, 0, 2, True, True, True], [1, 4, 0, 2, True, True, False],
                       [2, 4, 1, 2, True, True, False], [3, 4, 1, 2, True, True, False]]
+
+
+def on_main(fail: bool) -> list[Any]:
+    """Runs inside ranks: rank 0 answers or refuses; returns what each rank saw."""
+    from megatron_sov.config import ParallelConfig
+    from megatron_sov.errors import UserError
+    from megatron_sov.mcore import world
+
+    place = world.join(ParallelConfig())
+    asked: list[int] = []
+
+    def action() -> str:
+        asked.append(place.rank)
+        if fail:
+            raise UserError("the disk is full")
+        return "answer"
+
+    try:
+        seen = world.on_main(place, action)
+    except UserError as e:
+        seen = f"refused: {e}"
+    world.leave()
+    return [seen, asked]
+
+
+@pytest.mark.distributed
+def test_every_rank_hears_of_an_answer_and_of_a_failure(ranks: Any, job: Any) -> None:
+    answered, refused = ranks(job(__file__, "on_main", 2, {"fail": False}), job(__file__, "on_main", 2, {"fail": True}))
+    assert answered == [["answer", [0]], ["answer", []]]
+    assert refused == [["refused: the disk is full", [0]], ["refused: the disk is full", []]]

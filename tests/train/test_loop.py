@@ -22,6 +22,10 @@ class Recorded:
         self.config = SimpleNamespace(train=SimpleNamespace(**{"eval_every_steps": 0, "checkpoint_every_steps": 100, **settings}))
         self.actions: list[str] = []
         self.gate: Any = None
+        self.guard = SimpleNamespace(gives_up=False)
+        self.watched: int | None = None
+        self.watchdog = SimpleNamespace(begin=lambda step: setattr(self, "watched", step),
+                                        end=lambda: setattr(self, "watched", None))
         self.events = SimpleNamespace(write=lambda event, **fields: self.actions.append(f"{event} {fields['step']}"))
 
     @property
@@ -30,6 +34,7 @@ class Recorded:
 
     def update(self) -> Any:
         self.done.step += 1
+        assert self.watched == self.done.step, "a hang in a step is noticed"
         return None if self.done.step in self.skipped else SimpleNamespace(loss=1.0)
 
     def log(self, result: Any) -> None:
@@ -43,6 +48,7 @@ class Recorded:
             return SimpleNamespace(finish=lambda: self.actions.append(f"saved {self.done.step}"))
         if name not in ("announce", "log_expert_load", "evaluate", "save"):
             raise AttributeError(name)
+        assert self.watched is None, f"{name} may take longer than a step"
         return lambda: self.actions.append(f"{name} {self.done.step}")
 
 
@@ -98,3 +104,17 @@ def test_a_skipped_step_keeps_the_rhythm_and_has_nothing_to_log() -> None:
     trainer = Recorded(4, skipped=(2, 4), eval_every_steps=2, checkpoint_every_steps=2)
     assert actions(trainer) == (True, ["evaluate 2", "save 2", "evaluate 4", "save 4", "saved 4", "run_end 4"])
     assert [a for a in trainer.actions if a.startswith("log")] == ["log 1", "log 3"]
+
+
+def test_weights_that_were_taken_back_are_saved_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Recorded(5, skipped=(2, 3), checkpoint_every_steps=4)
+    before = trainer.update
+
+    def update() -> Any:
+        result = before()
+        trainer.guard.gives_up = trainer.done.step == 3
+        return result
+
+    trainer.update = update  # type: ignore[method-assign]
+    monkeypatch.setattr("megatron_sov.train.loop.roll_back", lambda t: t.actions.append(f"roll back {t.done.step}"))
+    assert actions(trainer) == (True, ["roll back 3", "save 3", "save 4", "evaluate 5", "save 5", "saved 5", "run_end 5"])

@@ -1,0 +1,108 @@
+"""Bits that should be equal: one flipped bit is seen, and the process that holds it is named."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_sov.mcore.cpu import open_door
+
+open_door()
+from megatron_sov.mcore.probes import checksum, flip_bit  # noqa: E402
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_flipped_bit_changes_the_checksum_and_little_else(dtype: torch.dtype) -> None:
+    tensors = [torch.randn(50, 7, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(3)]
+    before, copy = checksum(tensors), tensors[1].clone()
+    assert checksum([t.clone() for t in tensors]) == before
+    flip_bit(tensors[1])
+    assert checksum(tensors) != before
+    changed = (tensors[1] != copy).nonzero()
+    assert len(changed) == 1 and torch.allclose(tensors[1], copy, rtol=0.6)
+    flip_bit(tensors[1])
+    assert checksum(tensors) == before
+
+
+def replicas(layout: dict[str, int], flipped_on: list[int], expert: bool) -> list[Any]:
+    """Runs inside ranks: who differs before and after a bit of some ranks is flipped, in a shared weight or a routed expert."""
+    from megatron_sov import recipes
+    from megatron_sov.config import ParallelConfig, apply_settings
+    from megatron_sov.mcore import init, probes, world
+    from megatron_sov.mcore.model import build
+
+    config = apply_settings(recipes.get("tiny-solar-open"), ["model.vocab_size=368", "model.num_layers=1"])
+    place = world.join(ParallelConfig(**layout))
+    model = build(config.model, ParallelConfig(**layout), config.train)
+    init.initialise(model, config.model, 1)
+    found = [probes.differing_replicas(model)]
+    if place.rank in flipped_on:
+        probes.flip_bit(next(p for p in model.parameters() if p.dim() == 2 and getattr(p, "allreduce", True) != expert))
+    found.append(probes.differing_replicas(model))
+    world.leave()
+    return found
+
+
+@pytest.mark.distributed
+def test_the_process_whose_weight_changed_is_named_where_a_majority_knows_better(ranks: Any, job: Any) -> None:
+    cases = [({}, 3, [1], False, [1]), ({"ep": 2}, 2, [1], False, [0, 1]), ({"ep": 2}, 4, [3], True, [1, 3]),
+             ({"tp": 2, "sp": True}, 2, [1], False, []), ({}, 3, [], False, [])]
+    found = ranks(*[job(__file__, "replicas", nproc, {"layout": layout, "flipped_on": flipped, "expert": expert})
+                    for layout, nproc, flipped, expert, _ in cases])
+    for per_rank, (layout, nproc, flipped, _, named) in zip(found, cases, strict=True):
+        assert per_rank == [[[], named]] * nproc, (layout, flipped)
+
+
+def repeated(settings: list[str], data: str, run: str, lies: str | None) -> list[Any]:
+    """Runs inside ranks: two steps with a probe, one process computing wrongly once; returns what is named, and the losses."""
+    from pathlib import Path
+
+    from megatron_sov import recipes
+    from megatron_sov.config import apply_settings
+    from megatron_sov.data.shards import open_sources
+    from megatron_sov.errors import SilentCorruption
+    from megatron_sov.mcore import world
+    from megatron_sov.train.faults import parse
+    from megatron_sov.train.lm import LanguageModelling
+    from megatron_sov.train.run_folder import RunFolder
+    from megatron_sov.train.trainer import Trainer
+
+    config = apply_settings(recipes.get("tiny-solar-open"), [
+        "model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", 'data.phases=[{"name": "main", "seq_len": 32}]',
+        "train.global_batch_size=8", "train.micro_batch_size=2", "train.steps=9", "train.deterministic=true",
+        "train.hidden_dropout=0.1", "guards.hang_timeout_s=0", *settings])
+    place = world.join(config.parallel)
+    faults = parse([lies], place.size) if lies else ()
+    trainer = Trainer(config, place, RunFolder(Path(run)), open_sources({data: 1.0}, 368), LanguageModelling, faults=faults)
+    losses, said = [], ""
+    for _ in range(2):
+        try:
+            losses.append(trainer.update().loss)
+        except SilentCorruption as e:
+            said = str(e)
+            break
+    trainer.close()
+    world.leave()
+    return [losses, said]
+
+
+@pytest.mark.distributed
+def test_a_process_that_computes_otherwise_the_second_time_is_named_and_probing_changes_nothing(
+        ranks: Any, job: Any, packed_data: Any, tmp_path: Any) -> None:
+    layouts = {"dp": [], "tp": ["parallel.tp=2", "parallel.sp=true"], "pp": ["parallel.pp=2"],
+               "zero1": ["parallel.zero1=true", "parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true",
+                         "parallel.ep=2"]}
+    probing = ["guards.probe_every_steps=1"]
+    jobs = [job(__file__, "repeated", 2, {"settings": [*settings, *probe], "data": str(packed_data.text), "lies": lies,
+                                          "run": str(tmp_path / f"{name}{i}")})
+            for name, settings in layouts.items()
+            for i, (probe, lies) in enumerate([([], None), (probing, None), (probing, "miscompute@step=2,rank=1")])]
+    found = ranks(*jobs)
+    for i, name in enumerate(layouts):
+        plain, probed, lied = found[3 * i:3 * i + 3]
+        assert plain == probed and len(plain[0][0]) == 2, name
+        for losses, said in lied:
+            assert losses == plain[0][0][:1] and "the same micro-batch gave other gradients" in said, name
+            assert said.startswith("silent corruption after step 2") and "(rank 1 on " in said, name
