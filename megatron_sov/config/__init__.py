@@ -21,7 +21,6 @@ from megatron_sov.config.run import (
 
 __all__ = [
     "DataConfig", "ExtendConfig", "ExtendStageConfig", "GateConfig", "GroupConfig", "GuardConfig", "Language", "ModelConfig",
-    "NeedleConfig",
-    "NeedleKind", "ObjectiveConfig", "ObsConfig", "OptimConfig", "ParallelConfig", "PartConfig", "PhaseConfig", "RunConfig",
-    "TrainConfig", "YarnConfig", "apply_settings", "from_dict",
+    "NeedleConfig", "NeedleKind", "ObjectiveConfig", "ObsConfig", "OptimConfig", "ParallelConfig", "PartConfig", "PhaseConfig",
+    "RunConfig", "TrainConfig", "YarnConfig", "apply_settings", "from_dict",
 ]

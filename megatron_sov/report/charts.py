@@ -16,6 +16,11 @@ MAX_POINTS = 2000
 """Points of one drawn curve at most."""
 SMOOTH_FROM_STEPS = 50
 """Shorter curves are drawn as they are; longer ones also as a moving mean over a fiftieth of the steps."""
+MARKS = {"skip": ("step not learned", "x"), "rollback": ("weights taken back", "triangle-left"), "alarm": ("alarm", "diamond"),
+         "corruption": ("silent corruption", "star")}
+"""Incidents that are marked on the loss: event -> name and symbol."""
+MAX_MARKS = 500
+"""Marks of one kind at most, the newest ones."""
 MAX_WINDOW_STEPS = 500
 """Longest moving mean; a wider one would smooth away what happens in a morning."""
 
@@ -37,7 +42,8 @@ def _line(curve: Curve, name: str, stroke: str, width: float = 1.8, opacity: flo
     return trace, notes
 
 
-def _curves(curves: list[Curve], title: str, caption: str, run: Run, *, smooth: bool = False) -> Chart | None:
+def _curves(curves: list[Curve], title: str, caption: str, run: Run, *, smooth: bool = False,
+            incidents: bool = False) -> Chart | None:
     """Draw curves over steps with the run's phases behind them; None where there is nothing to draw."""
     curves = [c for c in curves if len(c.finite().steps)]
     if not curves:
@@ -62,6 +68,8 @@ def _curves(curves: list[Curve], title: str, caption: str, run: Run, *, smooth: 
         "title": title, "exponentformat": "power", "minexponent": 5, "separatethousands": True})
     _mark_phases(figure, run.phases)
     _mark_restarts(figure, run)
+    if incidents:
+        _mark_incidents(figure, run, curves[0].finite())
     return chart(figure, caption, notes)
 
 
@@ -86,11 +94,25 @@ def _mark_restarts(figure: go.Figure, run: Run) -> None:
                              line={"color": "var(--muted)", "width": 1, "dash": "dot"})
 
 
+def _mark_incidents(figure: go.Figure, run: Run, curve: Curve) -> None:
+    """Draw a mark on the curve for each incident of the kinds that concern learning."""
+    for i, (kind, (name, symbol)) in enumerate(MARKS.items()):
+        events = [e for e in run.incidents if e["event"] == kind and e.get("step")][-MAX_MARKS:]
+        if not events:
+            continue
+        steps = np.array([int(e["step"]) for e in events], dtype=np.int32)
+        nearest = np.clip(np.searchsorted(curve.steps, steps), 0, len(curve.steps) - 1)
+        words = [plain(str(e.get("text") or e.get("reason") or "")) for e in events]
+        figure.add_trace(go.Scatter(x=steps, y=curve.values[nearest].astype(np.float32), mode="markers", name=name,
+                                    marker={"symbol": symbol, "size": 9, "color": colour(i + 3)}, customdata=words,
+                                    hovertemplate="step %{x}<br>%{customdata}<extra>" + name + "</extra>"))
+
+
 def loss_charts(run: Run) -> list[Chart]:
     """Return the training loss, its terms where there are several, and the loss of each source."""
     total, terms, sources = run.curve("loss"), run.curves["losses"], run.curves["losses_by_source"]
     charts = [_curves([total] if total else [], "loss (nats per token)",
-                      "Training loss. Phases are shaded; a dotted line marks a restart.", run, smooth=True)]
+                      "Training loss. Phases are shaded; a dotted line marks a restart.", run, smooth=True, incidents=True)]
     if len(terms) > 1:
         charts.append(_curves(list(terms.values()), "loss", "The terms of the training loss.", run, smooth=True))
     if len(sources) > 1:
@@ -116,7 +138,7 @@ def scalar_charts(run: Run, wanted: list[tuple[str, str, str]]) -> list[Chart]:
     return [c for c in charts if c]
 
 
-def expert_chart(load: ExpertLoad) -> Chart:
+def expert_chart(load: ExpertLoad, source: str = "") -> Chart:
     """Return the heat map layer x expert of the share of tokens, in multiples of the fair share 1 / experts."""
     num_layers, num_experts = load.load.shape
     relative = load.load * num_experts
@@ -127,7 +149,8 @@ def expert_chart(load: ExpertLoad) -> Chart:
         hovertemplate="layer %{y}, expert %{x}<br>%{customdata:.2f} % of tokens<br>%{z:.2f} x its fair share<extra></extra>"))
     figure.update_layout(xaxis={"title": "expert"}, yaxis={"title": "layer", "type": "category", "autorange": "reversed"})
     fair = f"{100 / num_experts:.3g} % of the tokens"
-    return chart(figure, f"Load of each expert at step {load.step:,}: 1 is the fair share, {fair}.",
+    whose = f" by documents of {source}" if source else ""
+    return chart(figure, f"Load of each expert{whose} at step {load.step:,}: 1 is the fair share, {fair}.",
                  height_px=min(640, 150 + 26 * num_layers))
 
 

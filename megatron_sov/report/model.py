@@ -23,8 +23,13 @@ from megatron_sov.obs.wall_time import Timekeeper, WallTime
 from megatron_sov.report.steps import Curve, StepTable
 
 CONFIG = "config.json"
-KEPT = ("phase", "eval", "baseline", "needle", "gate", "decontamination", "conversion", "checkpoint", "warning", "skip")
+INCIDENTS = ("skip", "rollback", "restart", "hang", "corruption", "alarm", "fault", "damaged_checkpoint")
+"""Events of something that went wrong, or that the run did about it."""
+KEPT = ("phase", "eval", "baseline", "needle", "gate", "decontamination", "conversion", "checkpoint", "warning", "routing",
+        *INCIDENTS)
 """Events that are kept whole; there are few of them and they are small."""
+BY_SETTING = "data.skip_steps"
+"""Reason of a skipped step that the settings name."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,17 @@ class ExpertLoad:
 
 
 @dataclass(frozen=True)
+class RoutingHistory:
+    """Figures of each routed layer over the run."""
+
+    steps: npt.NDArray[np.int64]
+    """Steps of the records, ascending, [n]."""
+    layers: list[int]
+    values: dict[str, npt.NDArray[np.float64]]
+    """max_violation, entropy, dead, bias_spread -> [n, layers]."""
+
+
+@dataclass(frozen=True)
 class Provenance:
     """One artifact that the run read or wrote."""
 
@@ -94,10 +110,17 @@ class Run:
     overall_bits_per_byte: Curve | None = None
     """Bits per byte over all held-out sources together, each weighted by its bytes."""
     expert_load: ExpertLoad | None = None
+    expert_load_by_source: dict[str, ExpertLoad] = field(default_factory=dict)
+    """Source -> load of its held-out documents at the last evaluation."""
+    routing: RoutingHistory | None = None
+    compute_time: dict[str, Any] | None = None
+    """The last measurement of each process's computing time."""
+    incidents: list[dict[str, Any]] = field(default_factory=list)
+    """What went wrong and what the run did, in the order of time; steps left out by the settings are not among it."""
     data_consumed: dict[str, Any] | None = None
     warnings: list[dict[str, Any]] = field(default_factory=list)
     skipped_steps: list[int] = field(default_factory=list)
-    """Steps whose samples were passed over, ascending."""
+    """Steps whose samples were passed over as the settings asked, ascending."""
     gate_checks: list[dict[str, Any]] = field(default_factory=list)
     """Checks of the gate, the last one of each step, in the order of steps."""
     searches: list[dict[str, Any]] = field(default_factory=list)
@@ -136,6 +159,7 @@ def read_run(path: Path) -> Run:
     run = Run(name=path.resolve().name, config=_read_config(path / CONFIG))
     steps = StepTable()
     last: dict[str, dict[str, Any]] = {}
+    by_source: dict[str, dict[str, Any]] = {}
     attempts, keeper = Attempts(), Timekeeper()
     kept: dict[str, list[dict[str, Any]]] = {name: [] for name in KEPT}
     for event in read_events(path / EVENTS):
@@ -152,7 +176,9 @@ def read_run(path: Path) -> Run:
             kept[kind].append(event)
         elif kind == "sample":
             run.samples = [s for s in run.samples if s.get("step") == event.get("step")] + [event]
-        elif kind in ("expert_load", "data_consumed"):
+        elif kind == "expert_load" and event.get("source") is not None:
+            by_source[str(event["source"])] = event
+        elif kind in ("expert_load", "data_consumed", "compute_time"):
             last[kind] = event
     run.attempts, run.wall_time = attempts.all, keeper.account()
     run.curves = steps.curves()
@@ -161,12 +187,16 @@ def read_run(path: Path) -> Run:
     run.heldout = _heldout(evals, kept["baseline"])
     run.overall_bits_per_byte = _overall_bits_per_byte(evals)
     run.expert_load = _expert_load(last.get("expert_load"))
-    run.data_consumed = last.get("data_consumed")
+    run.expert_load_by_source = {name: load for name, e in by_source.items() if (load := _expert_load(e)) is not None}
+    run.routing = _routing(final_steps(kept["routing"], "routing"))
+    run.data_consumed, run.compute_time = last.get("data_consumed"), last.get("compute_time")
     run.gate_checks, run.searches = final_steps(kept["gate"], "gate"), kept["decontamination"]
     run.needles, run.conversions = _last_of_each_when(kept["needle"]), kept["conversion"]
     run.checkpoints = final_steps(kept["checkpoint"], "checkpoint")
     run.warnings = kept["warning"]
-    run.skipped_steps = [int(e["step"]) for e in final_steps(kept["skip"], "skip")]
+    run.skipped_steps = [int(e["step"]) for e in final_steps(kept["skip"], "skip") if e.get("reason") == BY_SETTING]
+    run.incidents = sorted((e for kind in INCIDENTS for e in kept[kind] if e.get("reason") != BY_SETTING),
+                           key=lambda e: number(e.get("time_s")))
     run.provenance = _provenance(path, run.start("inputs") or [])
     return run
 
@@ -232,6 +262,17 @@ def _expert_load(event: dict[str, Any] | None) -> ExpertLoad | None:
     load = np.array([[number(x) for x in row] for row in event["load"]])
     layers = [int(x) for x in event.get("layers") or range(len(load))]
     return ExpertLoad(int(event.get("step") or 0), layers, load)
+
+
+def _routing(events: list[dict[str, Any]]) -> RoutingHistory | None:
+    """Return the records of the layers that the last one has; a record of other layers is left out."""
+    layers = events[-1]["layers"] if events else []
+    events = [e for e in events if e["layers"] == layers]
+    if not events:
+        return None
+    values = {name: np.array([[number(x) for x in e[name]] for e in events])
+              for name in ("max_violation", "entropy", "dead", "bias_spread")}
+    return RoutingHistory(np.array([int(e["step"]) for e in events], dtype=np.int64), [int(x) for x in layers], values)
 
 
 def _last_of_each_when(events: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -14,7 +14,6 @@ from megatron_sov.obs.attempts import Attempt
 from megatron_sov.obs.figures import duration, figure, large, number
 from megatron_sov.pages.content import Section, Table
 from megatron_sov.report.charts import (
-    expert_chart,
     heldout_charts,
     loss_charts,
     needle_charts,
@@ -22,7 +21,9 @@ from megatron_sov.report.charts import (
     scalar_charts,
 )
 from megatron_sov.report.gates import gate_section
+from megatron_sov.report.incidents import incident_section
 from megatron_sov.report.model import Phase, Provenance, Run
+from megatron_sov.report.routing import expert_section
 from megatron_sov.report.steps import Curve
 from megatron_sov.report.times import time_section
 
@@ -75,12 +76,12 @@ def sections(run: Run) -> list[Section]:
         Section("Learning rate and gradient norm", side_by_side=True, charts=scalar_charts(run, [
             ("lr", "learning rate", "Learning rate."),
             ("grad_norm", "gradient norm", "Global gradient norm, before clipping.")])),
-        _expert_section(run),
+        expert_section(run),
         Section("Speed", side_by_side=True, charts=scalar_charts(run, [
             ("tokens_per_s", "tokens per second", "Tokens per second, all processes together."),
             ("step_time_s", "seconds", "Time of one optimizer step.")]), tables=_checkpoint_tables(run)),
         _data_section(run),
-        Section("Warnings and skipped steps", tables=_warning_tables(run)),
+        incident_section(run),
         Section("Needle in a haystack", side_by_side=True,
                 charts=[c for n in run.needles if n.get("cells") for c in needle_charts(n)],
                 text="Share of questions about hidden facts that the model answers, by the length of the context and their depth "
@@ -142,13 +143,6 @@ def _heldout_tables(run: Run) -> list[Table]:
     return [Table(head, rows)] if rows else []
 
 
-def _expert_section(run: Run) -> Section:
-    charts = [expert_chart(run.expert_load)] if run.expert_load else []
-    charts += scalar_charts(run, [("max_violation", "MaxVio", "MaxVio over steps.")])
-    return Section("Expert load", charts=charts, text="MaxVio is the load of the busiest expert over the fair load, less 1 "
-                                                      "(arXiv 2408.15664); 0 is perfect balance.")
-
-
 def _checkpoint_tables(run: Run) -> list[Table]:
     save_s = [number(c["save_s"]) for c in run.checkpoints if c.get("save_s") is not None]
     if not save_s:
@@ -172,17 +166,6 @@ def _data_section(run: Run) -> Section:
         rows.append([name, f"{got:,.0f}", f"{wanted:,.0f}", f"{got / wanted - 1:+.2%}" if wanted else "not planned"])
     table = Table(["source", "tokens consumed", "tokens planned", "difference"], rows)
     return Section("Data consumed", charts=[drawn, *padding], tables=[table])
-
-
-def _warning_tables(run: Run) -> list[Table]:
-    """Return what the run warned of, and the stretches of steps that it passed over."""
-    rows = [(int(w.get("step") or 0), str(w.get("text", ""))) for w in run.warnings]
-    skipped = np.array(run.skipped_steps, dtype=np.int64)
-    for stretch in np.split(skipped, np.flatnonzero(np.diff(skipped) > 1) + 1) if len(skipped) else []:
-        first, last = int(stretch[0]), int(stretch[-1])
-        steps = f"step {first:,} was" if first == last else f"steps {first:,} to {last:,} were"
-        rows.append((first, f"{steps} passed over: their samples were drawn and not learned"))
-    return [Table(["step", "what"], [[f"{step:,}", text] for step, text in sorted(rows)])] if rows else []
 
 
 def _sample_section(run: Run) -> Section:

@@ -139,7 +139,7 @@ class Faults:
                 os.fsync(f.fileno())
         except FileExistsError:
             return False
-        print(f"warning: --inject {fault.name}: comes now", file=sys.stderr, flush=True)
+        print(f"warning: --inject {fault.name}: comes now\n", end="", file=sys.stderr, flush=True)
         return True
 
     def strike(self, state: str, step: int) -> None:
