@@ -50,7 +50,8 @@ def build_parser() -> argparse.ArgumentParser:
         prog="megatron-sov", usage="megatron-sov COMMAND ...", formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Train your own language model, from raw text to a Hugging Face folder.",
         epilog=f"commands:\n{lines}\n\nmegatron-sov COMMAND --help explains one of them.\n"
-               "exit codes: 0 complete, 2 your input needs a change, 3 a gate did not pass, 75 stopped with everything saved",
+               "exit codes: 0 complete, 2 your input needs a change, 3 a gate did not pass, 75 stopped with everything saved,\n"
+               "76 a step hung, 77 a process gave wrong bits",
     )
     parser.add_argument("command", nargs="?", help=argparse.SUPPRESS)
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)

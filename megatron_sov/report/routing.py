@@ -45,7 +45,7 @@ def _history_chart(history: RoutingHistory, name: str, title: str, best: float, 
         colorscale=[[0, "var(--heat0)"], [1, "var(--heat1)"]], colorbar={"title": title, "thickness": 12},
         hovertemplate="step %{x}, layer %{y}<br>%{z:.4g}<extra></extra>"))
     figure.update_layout(xaxis={"title": "optimizer step"}, yaxis={"title": "layer", "type": "category", "autorange": "reversed"})
-    notes = [f"Every {every:,}th record is drawn."] if every > 1 else []
+    notes = [f"One of every {every:,} records is drawn."] if every > 1 else []
     return chart(figure, caption, notes, height_px=min(640, 150 + 26 * len(history.layers)))
 
 

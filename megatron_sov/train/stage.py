@@ -117,6 +117,7 @@ def _finish_exports(stage: Stage) -> None:
 
 def _note_restart(folder: RunFolder, code: int, cause: str) -> None:
     """Say that the processes are started again; they hold no records at that moment."""
+    starting.note_beginning()
     newest = run_checkpoints.latest(folder.checkpoints)
     text = f"{cause}; all processes are started again, from {newest.name if newest else 'the beginning'}"
     print(f"warning: {text}", file=sys.stderr, flush=True)

@@ -55,8 +55,11 @@ def test_the_process_whose_weight_changed_is_named_where_a_majority_knows_better
         assert per_rank == [[[], named]] * nproc, (layout, flipped)
 
 
-def repeated(settings: list[str], data: str, run: str, lies: str | None) -> list[Any]:
-    """Runs inside ranks: two steps with a probe, one process computing wrongly once; returns what is named, and the losses."""
+def repeated(settings: list[str], data: str, run: str) -> list[Any]:
+    """Runs inside ranks: two steps without and with a probe, and with one process computing wrongly in the second one.
+
+    Returns the losses of each, and what is said at the end.
+    """
     from pathlib import Path
 
     from megatron_sov import recipes
@@ -69,40 +72,35 @@ def repeated(settings: list[str], data: str, run: str, lies: str | None) -> list
     from megatron_sov.train.run_folder import RunFolder
     from megatron_sov.train.trainer import Trainer
 
-    config = apply_settings(recipes.get("tiny-solar-open"), [
-        "model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", 'data.phases=[{"name": "main", "seq_len": 32}]',
-        "train.global_batch_size=8", "train.micro_batch_size=2", "train.steps=9", "train.deterministic=true",
-        "train.hidden_dropout=0.1", "guards.hang_timeout_s=0", *settings])
-    place = world.join(config.parallel)
-    faults = parse([lies], place.size) if lies else ()
-    trainer = Trainer(config, place, RunFolder(Path(run)), open_sources({data: 1.0}, 368), LanguageModelling, faults=faults)
-    losses, said = [], ""
-    for _ in range(2):
+    found = []
+    for every, lies in ((0, []), (1, []), (1, ["miscompute@step=2,rank=1"])):
+        config = apply_settings(recipes.get("tiny-solar-open"), [
+            "model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", 'data.phases=[{"name": "main", "seq_len": 32}]',
+            "train.global_batch_size=8", "train.micro_batch_size=2", "train.steps=9", "train.deterministic=true",
+            "train.hidden_dropout=0.1", "guards.hang_timeout_s=0", f"guards.probe_every_steps={every}", *settings])
+        place = world.join(config.parallel)
+        trainer = Trainer(config, place, RunFolder(Path(run)), open_sources({data: 1.0}, 368), LanguageModelling,
+                          faults=parse(lies, place.size))
+        losses, said = [], ""
         try:
-            losses.append(trainer.update().loss)
+            losses += [trainer.update().loss for _ in range(2)]
         except SilentCorruption as e:
             said = str(e)
-            break
-    trainer.close()
-    world.leave()
-    return [losses, said]
+        found.append([losses, said])
+        trainer.close()
+        world.leave()
+    return found
 
 
 @pytest.mark.distributed
 def test_a_process_that_computes_otherwise_the_second_time_is_named_and_probing_changes_nothing(
         ranks: Any, job: Any, packed_data: Any, tmp_path: Any) -> None:
-    layouts = {"dp": [], "tp": ["parallel.tp=2", "parallel.sp=true"], "pp": ["parallel.pp=2"],
-               "zero1": ["parallel.zero1=true", "parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true",
-                         "parallel.ep=2"]}
-    probing = ["guards.probe_every_steps=1"]
-    jobs = [job(__file__, "repeated", 2, {"settings": [*settings, *probe], "data": str(packed_data.text), "lies": lies,
-                                          "run": str(tmp_path / f"{name}{i}")})
-            for name, settings in layouts.items()
-            for i, (probe, lies) in enumerate([([], None), (probing, None), (probing, "miscompute@step=2,rank=1")])]
-    found = ranks(*jobs)
-    for i, name in enumerate(layouts):
-        plain, probed, lied = found[3 * i:3 * i + 3]
-        assert plain == probed and len(plain[0][0]) == 2, name
-        for losses, said in lied:
-            assert losses == plain[0][0][:1] and "the same micro-batch gave other gradients" in said, name
-            assert said.startswith("silent corruption after step 2") and "(rank 1 on " in said, name
+    layouts = {"tp": ["parallel.tp=2", "parallel.sp=true"], "pp": ["parallel.pp=2"],
+               "zero1": ["parallel.zero1=true", "parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"]}
+    found = ranks(*[job(__file__, "repeated", 2, {"settings": settings, "data": str(packed_data.text), "run": str(tmp_path / name)})
+                    for name, settings in layouts.items()])
+    for name, per_rank in zip(layouts, found, strict=True):
+        for plain, probed, (losses, said) in per_rank:
+            assert plain == probed and len(plain[0]) == 2, name
+            assert losses == [] and "the same micro-batch gave other gradients when it was computed again" in said, name
+            assert said.startswith("silent corruption after step 2: ") and "(rank 1 on " in said, name

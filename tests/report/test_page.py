@@ -16,7 +16,7 @@ from megatron_sov.report.page import render
 from megatron_sov.report.sections import sections
 
 EVERYTHING = ["Training loss", "Held-out loss", "Learning rate and gradient norm", "Expert load", "Speed", "Data consumed",
-              "Warnings and skipped steps", "Needle in a haystack", "Samples", "Proof of the conversion",
+              "Warnings, guards and faults", "Needle in a haystack", "Samples", "Proof of the conversion",
               "Where the time went", "Starts, stops and restarts", "Settings", "Provenance"]
 
 

@@ -66,7 +66,7 @@ def test_warnings_and_skipped_stretches_stand_by_step(tmp_path: Path) -> None:
     for step in (7, 4, 5, 6, 9, 5):  # a stretch that was done again after a restart counts once
         log.write("skip", step=step, reason="data.skip_steps")
     log.write("warning", step=8, text="source ko is in epoch 4.1")
-    assert section(tmp_path, "Warnings and skipped steps").tables[0].rows == [
+    assert section(tmp_path, "Warnings, guards and faults").tables[0].rows == [
         ["4", "steps 4 to 7 were passed over: their samples were drawn and not learned"],
         ["8", "source ko is in epoch 4.1"],
         ["9", "step 9 was passed over: their samples were drawn and not learned"]]

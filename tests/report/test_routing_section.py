@@ -1,0 +1,71 @@
+"""Expert routing over the run, by layer, and by source."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_sov.obs.events import EventLog
+from megatron_sov.pages.content import Section
+from megatron_sov.report.model import read_run
+from megatron_sov.report.routing import MAX_COLUMNS, expert_section
+
+
+def written(tmp_path: Path, num_records: int, biases: bool = True) -> Section:
+    """Write records of layers 2 and 3, and the load of two sources; return the section."""
+    log = EventLog(tmp_path / "events.jsonl")
+    for step in range(10, 10 * num_records + 10, 10):
+        log.write("step", step=step, loss=1.0, max_violation=0.5)
+        spread = [0.001 * step, 0.0] if biases else [0.0, 0.0]
+        log.write("routing", step=step, layers=[2, 3], max_violation=[1.0, 0.5], entropy=[0.9, 0.95], dead=[1, 0],
+                  bias_spread=spread)
+    for source, load in (("ko", [[0.4, 0.4, 0.1, 0.1], [0.25] * 4]), ("en", [[0.0, 0.2, 0.4, 0.4], [0.25] * 4])):
+        log.write("expert_load", step=10 * num_records, source=source, layers=[2, 3], load=load)
+    log.close()
+    return expert_section(read_run(tmp_path))
+
+
+def test_each_figure_is_a_map_of_layers_over_steps(tmp_path: Path) -> None:
+    found = {c.caption: json.loads(c.figure_json)["data"][0] for c in written(tmp_path, 6).charts}
+    entropy = next(data for caption, data in found.items() if caption.startswith("Entropy"))
+    assert entropy["y"] == ["2", "3"] and entropy["reversescale"] is True, "low is bad here, and high elsewhere"
+    assert [caption.split(" of ")[0] for caption in found] == [
+        "MaxVio", "MaxVio", "Entropy", "Experts", "Selection biases", "Load", "Load"]
+
+
+def test_a_model_without_selection_biases_has_no_map_of_them(tmp_path: Path) -> None:
+    assert not any("Selection" in c.caption for c in written(tmp_path, 3, biases=False).charts)
+
+
+def test_long_runs_are_drawn_by_some_of_their_records(tmp_path: Path) -> None:
+    chart = next(c for c in written(tmp_path, 2 * MAX_COLUMNS + 1).charts if c.caption.startswith("Entropy"))
+    assert chart.note == "One of every 3 records is drawn."
+
+
+def test_sources_are_compared_with_one_another(tmp_path: Path) -> None:
+    (table,) = written(tmp_path, 2).tables
+    ko, en = np.array([0.4, 0.4, 0.1, 0.1]), np.array([0.0, 0.2, 0.4, 0.4])
+    elsewhere = np.abs(ko - en).sum() / 2 / 2 / 2  # to the mean of two, over two layers of which one agrees
+    assert [row[0] for row in table.rows] == ["ko", "en"]
+    assert [row[1] for row in table.rows] == ["0.6", "0.6"] and [row[3] for row in table.rows] == ["0", "1"]
+    assert {row[4] for row in table.rows} == {f"{elsewhere:.1%}"} and {row[5] for row in table.rows} == {"2"}
+
+
+def test_a_dense_model_has_no_such_section(tmp_path: Path) -> None:
+    log = EventLog(tmp_path / "events.jsonl")
+    log.write("step", step=1, loss=1.0)
+    log.close()
+    section = expert_section(read_run(tmp_path))
+    assert section.charts == [] and section.tables == []
+
+
+@pytest.mark.parametrize("sources", [0, 1])
+def test_one_source_needs_no_comparison(tmp_path: Path, sources: int) -> None:
+    log = EventLog(tmp_path / "events.jsonl")
+    for name in ("all",)[:sources]:
+        log.write("expert_load", step=1, source=name, layers=[1], load=[[0.5, 0.5]])
+    log.close()
+    assert expert_section(read_run(tmp_path)).charts == []
