@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from megatron_sov.train.rollback import roll_back
+from megatron_sov.train.state import StepResult
 from megatron_sov.train.stopping import StopFlag
-from megatron_sov.train.trainer import StepResult, Trainer
+from megatron_sov.train.trainer import Trainer
 
 
 def train(trainer: Trainer, stop: StopFlag) -> bool:

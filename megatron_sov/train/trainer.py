@@ -6,7 +6,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,46 +43,11 @@ from megatron_sov.train.guards import Refusal, StepGuard
 from megatron_sov.train.objective import GlobalBatch, Objective
 from megatron_sov.train.routing import RoutingWatch
 from megatron_sov.train.run_folder import RunFolder
+from megatron_sov.train.state import Progressed, StepResult
 from megatron_sov.train.stragglers import Stragglers
 from megatron_sov.train.watchdog import Watchdog
 
 ObjectiveFactory = Callable[[RunConfig, DataBatches], Objective]
-
-
-@dataclass
-class Progressed:
-    """The loop's own counters; in every checkpoint."""
-
-    step: int = 0
-    """Optimizer steps done."""
-    tokens: int = 0
-    """Tokens consumed, padding not counted."""
-    wall_s: float = 0.0
-    """Seconds that the run has worked, over all its restarts."""
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one optimizer step gave."""
-
-    loss: float
-    """Total loss: coefficients times normalised terms."""
-    losses: dict[str, float]
-    """Term -> normalised loss."""
-    losses_by_source: dict[str, float]
-    """Source -> mean loss of its targets in this batch."""
-    grad_norm: float
-    """Before clipping."""
-    lr: float
-    """Learning rate of the step."""
-    num_tokens: int
-    """Tokens of the batch."""
-    phase: str
-    """Phase of the curriculum."""
-    padding_share: float
-    """Part of the batch that was padding."""
-    seconds: float = field(default=0.0)
-    """Wall time of the step."""
 
 
 class Trainer:

@@ -97,7 +97,8 @@ def test_a_process_that_computes_otherwise_the_second_time_is_named_and_probing_
         ranks: Any, job: Any, packed_data: Any, tmp_path: Any) -> None:
     layouts = {"tp": ["parallel.tp=2", "parallel.sp=true"], "pp": ["parallel.pp=2"],
                "zero1": ["parallel.zero1=true", "parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"]}
-    found = ranks(*[job(__file__, "repeated", 2, {"settings": settings, "data": str(packed_data.text), "run": str(tmp_path / name)})
+    data = str(packed_data.text)
+    found = ranks(*[job(__file__, "repeated", 2, {"settings": settings, "data": data, "run": str(tmp_path / name)})
                     for name, settings in layouts.items()])
     for name, per_rank in zip(layouts, found, strict=True):
         for plain, probed, (losses, said) in per_rank:
