@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from megatron_sov.obs.events import read_events
+from megatron_sov.report.incidents import incident_section
+from megatron_sov.report.model import read_run
 
 SMALL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.head_dim=8", "model.expert_ffn_dim=16",
          'data.phases=[{"name": "main", "seq_len": 32}]', "train.global_batch_size=8", "train.micro_batch_size=2",
@@ -111,3 +113,6 @@ def _storm_is_told(run: Path) -> None:
     assert any(e["kind"] == "slow process" and e["rank"] == 1 for e in events_of(run, "alarm") if e["step"] == 30)
     assert {tuple(e["layers"]) for e in events_of(run, "routing")} == {(1, 2)}
     assert {e.get("source") for e in events_of(run, "expert_load")} == {None, "even", "odd"}
+    _, incidents, _ = incident_section(read_run(run)).tables
+    assert {row[1] for row in incidents.rows} == {
+        "step not learned", "started again", "hang", "silent corruption", "alarm", "fault on purpose", "damaged checkpoint"}
