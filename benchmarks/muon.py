@@ -14,18 +14,22 @@ import contextlib
 import json
 import os
 import platform
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+NAMES = ("adamw", "muon")
 RATES = (2.5e-3, 5e-3, 1e-2)
 SAMPLES, SEQ_LEN = 8, 128
-SETTINGS = (f"train.global_batch_size={SAMPLES}", f"train.micro_batch_size={SAMPLES}", "train.num_threads=1", "optim.warmup_steps=20",
-            "data.heldout_tokens=20480", f'data.phases=[{{"name": "main", "seq_len": {SEQ_LEN}}}]', "train.eval_every_steps=0")
+SETTINGS = (f"train.global_batch_size={SAMPLES}", f"train.micro_batch_size={SAMPLES}", "train.num_threads=1",
+            "optim.warmup_steps=20", "data.heldout_tokens=20480",
+            f'data.phases=[{{"name": "main", "seq_len": {SEQ_LEN}}}]', "train.eval_every_steps=0")
 WARM_UP_STEPS = 5
 """Left out of times."""
 
@@ -76,7 +80,7 @@ def train(tokens: Path, recipe: str, settings: list[str]) -> dict[str, float]:
         of_optimizer.append(time.process_time() - began)
         return norm
 
-    trainer.optimizer.step = timed  # type: ignore[method-assign]
+    trainer.optimizer.step = timed  # type: ignore[method-assign, assignment]
     while not trainer.finished:
         began = time.process_time()
         result = trainer.update()
@@ -94,7 +98,10 @@ def train(tokens: Path, recipe: str, settings: list[str]) -> dict[str, float]:
 
 def in_process(tokens: Path, recipe: str, settings: list[str]) -> dict[str, float]:
     """Run `train` as the one rank of a process of its own."""
-    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29641",
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
                    "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-W", "ignore", __file__, "--one", str(tokens), recipe, *settings], check=False,
                           stdout=subprocess.PIPE, text=True, env=environment)
@@ -103,32 +110,32 @@ def in_process(tokens: Path, recipe: str, settings: list[str]) -> dict[str, floa
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def compare(tokens: Path, recipe: str, steps: int, seeds: int) -> None:
+def compare(tokens: Path, recipe: str, steps: int, seeds: int, jobs: int) -> None:
     """Print every run of a recipe, then both optimizers side by side."""
-    runs: dict[str, list[dict[str, float]]] = {}
-    print(f"\n{recipe}, {steps} steps of {SAMPLES} x {SEQ_LEN} tokens\n{'optimizer':<10}{'rate':>8}{'seed':>6}{'held-out':>10}{'training':>10}"
-          f"{'step, CPU s':>13}{'optimizer, CPU s':>18}{'state, MB':>11}", flush=True)
-    for name in ("adamw", "muon"):
-        tried: dict[float, dict[str, float]] = {}
+    print(f"\n{recipe}, {steps} steps of {SAMPLES} x {SEQ_LEN} tokens\n"
+          f"{'optimizer':<10}{'rate':>8}{'seed':>6}{'held-out':>10}{'training':>10}{'step, CPU s':>13}"
+          f"{'optimizer, CPU s':>18}{'state, MB':>11}", flush=True)
 
-        def run(lr: float, seed: int, name: str = name) -> dict[str, float]:
-            found = in_process(tokens, recipe, [f"train.steps={steps}", f"optim.name={name}", f"optim.lr={lr}",
-                                                f"optim.min_lr={lr / 20}", f"train.seed={seed}"])
-            print(f"{name:<10}{lr:>8g}{seed:>6}{found['heldout']:>10.4f}{found['training']:>10.4f}{found['step_s']:>13.4f}"
-                  f"{found['optimizer_s']:>18.4f}{found['state_bytes'] / 1e6:>11.2f}", flush=True)
-            return found
+    def run(name: str, lr: float, seed: int) -> dict[str, float]:
+        found = in_process(tokens, recipe, [f"train.steps={steps}", f"optim.name={name}", f"optim.lr={lr}",
+                                            f"optim.min_lr={lr / 20}", f"train.seed={seed}"])
+        print(f"{name:<10}{lr:>8g}{seed:>6}{found['heldout']:>10.4f}{found['training']:>10.4f}{found['step_s']:>13.4f}"
+              f"{found['optimizer_s']:>18.4f}{found['state_bytes'] / 1e6:>11.2f}", flush=True)
+        return found
 
-        for lr in RATES:
-            tried[lr] = run(lr, 1)
-        best = min(tried, key=lambda lr: tried[lr]["heldout"])
-        runs[name] = [tried[best], *(run(best, seed) for seed in range(2, seeds + 1))]
+    with ThreadPoolExecutor(jobs) as pool:
+        tried = {(name, lr): pool.submit(run, name, lr, 1) for lr in RATES for name in NAMES}
+        best = {name: min(RATES, key=lambda lr: tried[name, lr].result()["heldout"]) for name in NAMES}
+        others = {(name, seed): pool.submit(run, name, best[name], seed) for seed in range(2, seeds + 1) for name in NAMES}
+        runs = {name: [tried[name, best[name]].result(), *(others[name, s].result() for s in range(2, seeds + 1))]
+                for name in NAMES}
     adamw, muon = runs["adamw"], runs["muon"]
     gains = [a["heldout"] - m["heldout"] for a, m in zip(adamw, muon, strict=True)]
     ratio = {what: statistics.median(m[what] for m in muon) / statistics.median(a[what] for a in adamw)
              for what in ("step_s", "optimizer_s", "state_bytes")}
     print(f"Muon's held-out loss is lower by {statistics.mean(gains):.4f} nats on average (by seed: "
-          f"{', '.join(f'{g:.4f}' for g in gains)}).\nIts steps take {ratio['step_s']:.2f} times AdamW's CPU time, the optimizer alone "
-          f"{ratio['optimizer_s']:.2f} times; its state has {ratio['state_bytes']:.2f} times the bytes.", flush=True)
+          f"{', '.join(f'{g:.4f}' for g in gains)}).\nIts steps take {ratio['step_s']:.2f} times AdamW's CPU time, the optimizer "
+          f"alone {ratio['optimizer_s']:.2f} times; its state has {ratio['state_bytes']:.2f} times the bytes.", flush=True)
 
 
 def main() -> None:
@@ -138,6 +145,7 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", default=["tiny-k-exaone", "tiny-solar-open"])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--files", type=int, default=40, help="files of Python's library")
     args = parser.parse_args()
     if args.one:
@@ -149,7 +157,7 @@ def main() -> None:
         with contextlib.redirect_stdout(sys.stderr):
             tokens = write_data(Path(name), args.files)
         for recipe in args.recipes:
-            compare(tokens, recipe, args.steps, args.seeds)
+            compare(tokens, recipe, args.steps, args.seeds, args.jobs)
 
 
 if __name__ == "__main__":

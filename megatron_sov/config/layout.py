@@ -45,6 +45,11 @@ class ParallelConfig:
         return self.tp * self.pp * self.cp
 
     @property
+    def ranks_per_expert_replica(self) -> int:
+        """Processes that hold one copy of the routed experts together."""
+        return self.etp * self.ep * self.pp
+
+    @property
     def row_multiple(self) -> int:
         """What the length of every row must be a multiple of: each process gets an early and a late piece of it."""
         return self.tp * 2 * self.cp if self.cp > 1 else self.tp

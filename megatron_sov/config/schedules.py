@@ -59,6 +59,12 @@ def rate(optim: OptimConfig, at: int, end: int, warmup: int) -> float:
     return optim.min_lr + (optim.lr - optim.min_lr) * decayed(form, done)
 
 
+def _turns(optim: OptimConfig, end: int, warmup: int) -> list[int]:
+    """Return the steps or tokens after which the warm-up is over and a `wsd` decay begins."""
+    warmup = min(warmup, end // 2)
+    return [warmup, max(warmup, end - round(end * optim.decay_share))] if optim.schedule == "wsd" else [warmup]
+
+
 @dataclass(frozen=True)
 class Stretch:
     """Steps of the same phase and batch size."""
@@ -121,7 +127,7 @@ class Schedule:
         number = self.stretch(step).phase
         phase, start = self.phases[number], self._starts[number]
         if phase.lr:
-            value = self._phase_rate(phase, step - start, self._end(number) - start)
+            value = rate(self._own(phase), step - start + 1, self._end(number) - start, phase.rewarm_steps)
         elif self._optim.schedule_by == "tokens":
             value = rate(self._optim, self.tokens(step), self.tokens(self.num_steps - 1), self._optim.warmup_tokens)
         else:
@@ -132,10 +138,25 @@ class Schedule:
                 value *= (step + 1 - first) / steps
         return value
 
-    def _phase_rate(self, phase: PhaseConfig, step: int, num_steps: int) -> float:
-        own = replace(self._optim, lr=phase.lr, min_lr=min(phase.lr, phase.min_lr or self._optim.min_lr),
-                                  schedule=phase.schedule or self._optim.schedule)
-        return rate(own, step + 1, num_steps, phase.rewarm_steps)
+    def turns(self) -> list[int]:
+        """Return the steps (0-based) at which a warm-up is over or a decay begins."""
+        optim = self._optim
+        if optim.schedule_by == "tokens":
+            places = _turns(optim, self.tokens(self.num_steps - 1), optim.warmup_tokens)
+            found = [bisect.bisect_right(range(self.num_steps), place, key=self.tokens) for place in places]
+        else:
+            found = _turns(optim, self.num_steps, optim.warmup_steps)
+        for number, (phase, start) in enumerate(zip(self.phases, self._starts, strict=True)):
+            if phase.lr:
+                found += [start + t for t in _turns(self._own(phase), self._end(number) - start, phase.rewarm_steps)]
+            elif phase.rewarm_steps:
+                found.append(start + phase.rewarm_steps)
+        return [turn for turn in (*found, *(first + steps for first, steps in optim.rewarm)) if turn < self.num_steps]
+
+    def _own(self, phase: PhaseConfig) -> OptimConfig:
+        """Return the settings of a phase's own schedule."""
+        return replace(self._optim, lr=phase.lr, min_lr=min(phase.lr, phase.min_lr or self._optim.min_lr),
+                       schedule=phase.schedule or self._optim.schedule)
 
     def _end(self, phase: int) -> int:
         return self._starts[phase + 1] if phase + 1 < len(self._starts) else self.num_steps

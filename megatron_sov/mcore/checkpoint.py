@@ -113,7 +113,7 @@ def _fill(path: Path, reader: TensorReader, blocks: list[Block]) -> None:
     known = set(reader.keys())
     for block in blocks:
         if block.key not in known:
-            raise UserError(f"{path}: has no tensor {block.key}; was it written with another precision or model?")
+            raise UserError(f"{path}: has no tensor {block.key}; was it written with another optimizer, precision or model?")
         if reader.shape(block.key) != block.global_shape:
             raise UserError(f"{path}: {block.key} has shape {reader.shape(block.key)}, the model needs {block.global_shape}; "
                             "use the recipe and settings that the checkpoint was made with")

@@ -97,7 +97,8 @@ class Optimizer:
         if 0 < self._clip_grad < grad_norm + 1e-6:
             for optimizer in self.library.chained_optimizers:
                 gradients = [p.grad for p in optimizer.get_parameters() if p.grad is not None]
-                torch._foreach_mul_(gradients, self._clip_grad / (grad_norm + 1e-6))
+                if gradients:  # a stage may be frozen
+                    torch._foreach_mul_(gradients, self._clip_grad / (grad_norm + 1e-6))
 
     def adopt_model(self) -> None:
         """Renew the fp32 master weights after weights were loaded into the model."""

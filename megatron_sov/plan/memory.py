@@ -13,6 +13,8 @@ from megatron_sov.config import RunConfig
 ACTIVATION_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 MASTER_AND_MOMENTS = 12
 """Bytes of a parameter's float32 master weight and AdamW's two moments."""
+MOMENT = 4
+"""Bytes of a parameter's moment in float32; Muon keeps one for a matrix."""
 GRADIENT_BYTES = 4
 """Gradients are summed in float32."""
 
@@ -52,17 +54,27 @@ def account(config: RunConfig, dense: int, experts: int, layers: int, num_ranks:
     p, item = config.parallel, ACTIVATION_BYTES[config.train.precision]
     params = dense + experts
     shards, expert_shards = (num_ranks // (p.tp * p.pp), num_ranks // (p.etp * p.ep * p.pp)) if p.zero1 else (1, 1)
-    master = MASTER_AND_MOMENTS if config.train.precision == "bf16" else 2 * item
+    state, moment = (MASTER_AND_MOMENTS, MOMENT) if config.train.precision == "bf16" else (2 * item, item)
+    of_matrices = state - moment if config.optim.name == "muon" else state
+    tables = _vocabulary_tables(config, stage) * (config.model.vocab_size // p.tp) * config.model.hidden_size
+    of_dense = min(dense, tables) * state + max(0, dense - tables) * of_matrices
     local = seq_len * config.train.micro_batch_size // p.cp
     inputs = local // (p.tp if p.sp else 1) * config.model.hidden_size * item
     last = stage == p.pp - 1
     vocabulary = config.model.vocab_size // p.tp
     return Account(
         weights=params * item, gradients=params * GRADIENT_BYTES,
-        optimizer=dense * master // shards + experts * master // expert_shards,
+        optimizer=of_dense // shards + experts * of_matrices // expert_shards,
         layer_inputs=inputs * layers * (p.pp - stage),
         one_layer=2 * layer_bytes(config, seq_len * config.train.micro_batch_size),
         head=min(config.train.head_chunk_tokens, local) * vocabulary * (item + 8) if last else 0)
+
+
+def _vocabulary_tables(config: RunConfig, stage: int) -> int:
+    """Return how many embeddings and heads a pipeline stage holds, which are AdamW's also beside Muon."""
+    p, m = config.parallel, config.model
+    last = stage == p.pp - 1
+    return (stage == 0) + (last and not (m.tied_embeddings and p.pp == 1)) + (last and p.pp > 1 and m.num_mtp_layers > 0)
 
 
 def layer_bytes(config: RunConfig, row_tokens: int) -> int:

@@ -36,12 +36,13 @@ def model() -> ModelConfig:
 
 
 def k_exaone_236b() -> RunConfig:
-    """Return the pretraining run: 11 T tokens in three stages at 8K, WSD schedule with peak 3e-4."""
+    """Return the pretraining run: 11 T tokens in three stages at 8K, Muon, WSD schedule with peak 3e-4."""
     return RunConfig(
         recipe="k-exaone-236b",
         model=model(),
         parallel=ParallelConfig(ep=16, zero1=True),
         data=DataConfig(phases=PHASES),
-        optim=OptimConfig(lr=3e-4, min_lr=3e-5, schedule="wsd", warmup_steps=2000, decay_share=0.1, weight_decay=0.1),
+        optim=OptimConfig(name="muon", lr=3e-4, min_lr=3e-5, schedule="wsd", warmup_steps=2000, decay_share=0.1,
+                          weight_decay=0.1),
         train=TrainConfig(global_batch_size=4096, micro_batch_size=1, recompute=True),
     )

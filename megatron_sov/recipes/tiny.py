@@ -10,7 +10,10 @@ SEQ_LEN = 256
 
 
 def shrink(run: RunConfig) -> RunConfig:
-    """Return `run` with every size reduced and every structural choice (routing, attention, norms, MTP) kept."""
+    """Return `run` with every size reduced and every structural choice (routing, attention, norms, MTP) kept.
+
+    The optimizer is AdamW, which is quicker at this size; `--set optim.name=muon` takes the same rates.
+    """
     model = run.model
     small = replace(
         model,
@@ -27,7 +30,7 @@ def shrink(run: RunConfig) -> RunConfig:
         model=small,
         parallel=ParallelConfig(),
         data=replace(run.data, phases=tuple(_small(p) for p in run.data.phases), heldout_tokens=16384),
-        optim=replace(run.optim, lr=4e-3, min_lr=2e-4, warmup_steps=20),
+        optim=replace(run.optim, name="adamw", lr=4e-3, min_lr=2e-4, warmup_steps=20),
         train=replace(run.train, steps=200, tokens=0, global_batch_size=16, micro_batch_size=8, precision="fp32", recompute=False,
                       checkpoint_every_steps=50, eval_every_steps=100),
         needle=NeedleConfig(lengths_tokens=(256, 512), depths=(0.0, 0.5, 0.95), samples=20),

@@ -10,9 +10,12 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from megatron_sov.config import from_dict
+from megatron_sov.errors import UserError
 from megatron_sov.obs.attempts import Attempt
 from megatron_sov.obs.figures import duration, figure, large, number
 from megatron_sov.pages.content import Section, Table
+from megatron_sov.plan import schedule
 from megatron_sov.report.charts import (
     heldout_charts,
     loss_charts,
@@ -76,6 +79,7 @@ def sections(run: Run) -> list[Section]:
         Section("Learning rate and gradient norm", side_by_side=True, charts=scalar_charts(run, [
             ("lr", "learning rate", "Learning rate."),
             ("grad_norm", "gradient norm", "Global gradient norm, before clipping.")])),
+        _plan_section(run),
         expert_section(run),
         Section("Speed", side_by_side=True, charts=scalar_charts(run, [
             ("tokens_per_s", "tokens per second", "Tokens per second, all processes together."),
@@ -98,6 +102,18 @@ def sections(run: Run) -> list[Section]:
                 text="An artifact's manifest holds the hashes of all its files, so its own hash stands for them."),
     ]
     return [s for s in wanted if s.charts or s.tables or s.samples or s.json]
+
+
+def _plan_section(run: Run) -> Section:
+    """Return what the settings plan for each step; nothing for settings of another version."""
+    title = "Plan: learning rate, batch size, blends"
+    try:
+        config = from_dict(run.config) if run.config else None
+    except UserError:
+        config = None
+    if config is None or config.problems(run.start("num_ranks") or 1):
+        return Section(title)
+    return Section(title, charts=schedule.charts(config), tables=[schedule.table(config)], side_by_side=True)
 
 
 def _provenance_tables(provenance: list[Provenance]) -> list[Table]:

@@ -43,6 +43,15 @@ def test_key_figures(runs: list[Path]) -> None:
     assert found["Best held-out"] == (f"{best / math.log(2) / 3.4:.4f}", "bits per byte, step 400")
 
 
+def test_the_plan_of_the_settings_stands_beside_what_was_done(runs: list[Path], tmp_path: Path) -> None:
+    (plan,) = [s for s in sections(read_run(runs[0])) if s.title.startswith("Plan")]
+    assert [c.caption for c in plan.charts] == ["Planned learning rate.", "Planned tokens of a step: samples times their length."]
+    assert plan.tables[0].rows[-1][0] == "200"
+    for settings in ('{"recipe": "of-another-version", "model": {}}', '{"data": 3}'):
+        (tmp_path / "config.json").write_text(settings)
+        assert not [s for s in sections(read_run(tmp_path)) if s.title.startswith("Plan")]
+
+
 def test_phase_table_counts_tokens_and_loss_of_each_phase(runs: list[Path]) -> None:
     loss = read_run(runs[0]).curve("loss").values
     first, second = section(runs[0], "Training loss").tables[0].rows

@@ -1,0 +1,42 @@
+"""`megatron-sov plan RECIPE [--set key=value ...] [--nproc N] [--json] [--html FILE]`: a run step by step, before it runs."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `megatron-sov plan`."""
+    parser.add_argument("recipe", metavar="RECIPE", help="name of a recipe; `megatron-sov recipes` lists them")
+    parser.add_argument("--set", dest="settings", action="append", default=[], metavar="key=value",
+                        help="change a setting, e.g. --set optim.schedule=wsd")
+    parser.add_argument("--nproc", type=int, default=None, metavar="N",
+                        help="check the settings for so many processes (default: as few as the layout needs)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write the charts into this self-contained page as well")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the schedule: learning rate, batch size, tokens and blend.
+
+    Raises:
+        UserError: an unknown recipe or setting, or settings that make no schedule.
+    """
+    from megatron_sov import recipes
+    from megatron_sov.artifacts import atomic_write, to_json
+    from megatron_sov.config import apply_settings
+    from megatron_sov.pages.content import Chapter, Section
+    from megatron_sov.pages.page import render
+    from megatron_sov.plan import schedule
+
+    config = apply_settings(recipes.get(args.recipe), args.settings)
+    config.check(args.nproc or math.lcm(config.parallel.ranks_per_replica, config.parallel.ranks_per_expert_replica))
+    print(to_json(schedule.as_json(config)) if args.json else schedule.as_text(config))
+    if args.html is not None:
+        section = Section("Schedule", charts=schedule.charts(config), tables=[schedule.table(config)], side_by_side=True)
+        page = render("plan", config.recipe, "", [Chapter(config.recipe, "", [], [section])])
+        atomic_write(args.html, page)
+        print(f"wrote {args.html}")
+    return 0
