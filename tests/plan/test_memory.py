@@ -82,7 +82,9 @@ def test_stages_hold_the_model_and_a_layer_what_the_account_says(ranks: Any, job
 @pytest.mark.parametrize(("change", "item", "factor"), [
     ({"parallel__cp": 2}, "layer_inputs", 0.5), ({"parallel__pp": 2}, "layer_inputs", 2.0),
     ({"train__precision": "fp32"}, "layer_inputs", 2.0), ({"train__head_chunk_tokens": 512}, "head", 0.25),
-    ({"parallel__zero1": "true"}, "optimizer", 1 / 16), ({"optim__name": "muon", "model__vocab_size": 1}, "optimizer", 8 / 12)])
+    ({"parallel__zero1": "true"}, "optimizer", 1 / 16),
+    # of 1e9 parameters, embedding and head (1000 x 4096 each) keep both moments
+    ({"optim__name": "muon", "model__vocab_size": 1000}, "optimizer", (8 + 4 * 2 * 1000 * 4096 / 1e9) / 12)])
 def test_each_item_follows_its_setting(change: dict[str, Any], item: str, factor: float) -> None:
     base = {"parallel__ep": 1, "parallel__zero1": "false"}
     before, after = (account(config_of("solar-open-102b", **(base | c)), 10**9, 0, 24, 16, 0, 131072) for c in ({}, change))
