@@ -38,6 +38,7 @@ COMMANDS = {
     "logs": Command("megatron_sov.watch.logs_command", "what a run's processes wrote, across ranks and restarts"),
     "plan": Command("megatron_sov.plan.command", "what a run will do at each step: learning rate, batch size, blends"),
     "report": Command("megatron_sov.report.command", "write the self-contained HTML report of one or more runs"),
+    "bundle": Command("megatron_sov.bundle.command", "gather wheels, code and folders for a cluster without a network"),
     "doctor": Command("megatron_sov.doctor.command", "what this machine has, what is missing, and how to add it"),
     "recipes": Command("megatron_sov.recipes.command", "list the recipes, or print one with its settings resolved"),
 }

@@ -28,12 +28,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": GROUND, "mcore": GROUND,
     "convert": FIRST, "train": FIRST | {"convert"}, "generate": FIRST | {"convert"},  # both accept a Hugging Face folder
     "eval": SECOND,
-    "extend": THIRD, "post": THIRD, "report": THIRD, "watch": THIRD, "doctor": THIRD, "slurm": THIRD, "cli": THIRD,
-    "__main__": {"cli"}, "tokenizer": BASE, "data_prep": BASE,
+    "extend": THIRD, "post": THIRD, "report": THIRD, "doctor": THIRD, "slurm": THIRD, "watch": THIRD | {"slurm"},
+    "bundle": BASE, "cli": THIRD, "__main__": {"cli"}, "tokenizer": BASE, "data_prep": BASE,
 }
 """Room -> rooms of megatron_sov that it may import besides itself; a room of the same floor only where it is named."""
 
-TORCH_FREE = GROUND | {"doctor", "report", "watch", "cli", "tokenizer", "data_prep", "slurm"}
+TORCH_FREE = GROUND | {"doctor", "report", "watch", "bundle", "cli", "tokenizer", "data_prep", "slurm"}
 HEAVY = {"torch", "transformers", "megatron", "vllm", "transformer_engine"}
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 MAY_UNPICKLE: set[str] = set()

@@ -1,0 +1,19 @@
+#!/bin/sh
+# Installs what lies beside this script into a new virtual environment; needs no network.
+#
+#   sh install.sh ENVIRONMENT              PYTHON=/path/to/python3.12 chooses the interpreter
+set -eu
+here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
+if [ $# -ne 1 ]; then echo "usage: sh install.sh ENVIRONMENT   (a folder that does not exist yet)" >&2; exit 2; fi
+if [ -e "$1" ]; then echo "error: $1 exists already; name a folder that does not exist yet" >&2; exit 2; fi
+python=${PYTHON:-}
+for candidate in "python$(cat "$here/python-version")" python3; do
+  if [ -z "$python" ] && command -v "$candidate" >/dev/null; then python=$candidate; fi
+done
+if [ -z "$python" ]; then echo "error: no Python on PATH; name one with PYTHON=/path/to/python" >&2; exit 2; fi
+
+"$python" -I "$here/check.py"
+"$python" -m venv "$1"
+"$1/bin/python" -m pip --isolated install --quiet --disable-pip-version-check --no-index --find-links "$here/wheels" \
+  --constraint "$here/constraints.txt" --requirement "$here/requirements.txt"
+echo "$1: installed; $1/bin/megatron-sov doctor says what this machine has"
