@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from megatron_sov.config import curriculum
 from megatron_sov.config.data import DataConfig, PhaseConfig
+from megatron_sov.config.evaluate import EvaluateConfig
 from megatron_sov.config.extend import ExtendConfig
 from megatron_sov.config.guards import GuardConfig
 from megatron_sov.config.layout import ParallelConfig
@@ -121,6 +122,8 @@ class RunConfig:
     """The needle suite of `extend`."""
     extend: ExtendConfig = ExtendConfig()
     """Stages and gate of `extend`."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """Evaluation beside training."""
     obs: ObsConfig = ObsConfig()
     """Trackers."""
     guards: GuardConfig = GuardConfig()
@@ -132,6 +135,7 @@ class RunConfig:
         p += self.parallel.problems(self.model, num_ranks)
         p += self._phase_problems() + self._number_problems() + self.optim.problems() + self.extend.problems()
         p += self.needle.problems() + self.guards.problems(self.train.deterministic)
+        p += self.evaluate.beside.problems(self.train.export_every_checkpoints)
         return p + ([] if p else self._batch_problems(num_ranks))
 
     def _phase_problems(self) -> list[str]:

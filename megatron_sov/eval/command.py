@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_sov.artifacts import atomic_write, to_json
 from megatron_sov.errors import UserError
 from megatron_sov.eval.needle_command import add_needle_arguments, suite_of
 from megatron_sov.obs.afterwards import RunEvents
@@ -62,6 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="training tokens of each source that are counted at most (default %(default)s)")
     for sub in (ppl, bigram):
         with_data(sub)
+    for sub in (ppl, needle):
+        sub.add_argument("--out", type=Path, metavar="FILE", help="also write the figures into a JSON file, which appears whole")
     for sub in (ppl, needle, logits):
         with_ranks(sub)
     for sub in (ppl, bigram):
@@ -97,6 +100,7 @@ def _ppl(args: argparse.Namespace, events: RunEvents) -> int:
 
     found = _judge(args, target, policy_losses, hf_losses)
     if found is not None:
+        _write(args.out, found)
         events.add("eval", step=_step(target, events), heldout=found)
         _show(args.json, found, _loss_table(found))
     return EXIT_OK
@@ -126,6 +130,7 @@ def _needle(args: argparse.Namespace, events: RunEvents) -> int:
     found = _judge(args, target, lambda loaded: run_suite(suite, policy_engine(loaded.policy)).to_dict(),
                    lambda model: run_suite(suite, hf_engine(model)).to_dict())
     if found is not None:
+        _write(args.out, found)
         events.add("needle", when="eval", step=_step(target, events), **found)
         _show(args.json, found, table(result_of(found)))
     return EXIT_OK
@@ -176,6 +181,11 @@ def _loss_table(found: dict[str, dict[str, float]]) -> str:
     width = max(map(len, [*found, "source"]))
     rows = [f"{name:<{width}}  {r['tokens']:>9,}  {r['loss']:>8.4f}  {r['bits_per_byte']:>13.4f}" for name, r in found.items()]
     return "\n".join([f"{'source':<{width}}  {'tokens':>9}  {'loss':>8}  {'bits per byte':>13}", *rows])
+
+
+def _write(out: Path | None, values: Any) -> None:
+    if out is not None:
+        atomic_write(out, to_json(values))
 
 
 def _show(as_json: bool, values: Any, text: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import datetime
 import itertools
 import os
@@ -21,14 +20,12 @@ import torch.distributed as dist
 from megatron_sov.config import ParallelConfig
 from megatron_sov.errors import EXIT_CORRUPTION, SilentCorruption, UserError
 from megatron_sov.mcore import cpu
+from megatron_sov.mcore.lifetimes import FORWARDED, die_with_parent
 from megatron_sov.mcore.ranks import num_ranks, under_launcher
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 FINAL = (0, 2, 75)
 """Exit codes of ranks after which a restart would change nothing: done, a user's mistake, stopped in good order."""
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-"""Signals that ask for a stop; the launcher passes them on to its ranks."""
-_PR_SET_PDEATHSIG = 1
 _joins = itertools.count()
 LOCALHOST = "127.0.0.1"
 STORE_PORT = "SOV_STORE_PORT"
@@ -219,14 +216,6 @@ def _fails_first() -> bool:
         return bool(dist.distributed_c10d._get_default_store().add("failed_ranks", 1) == 1)
     except RuntimeError:  # the store went with the rank that held it
         return True
-
-
-def die_with_parent(parent: int) -> None:
-    """Ask Linux to kill this process when its parent dies, so that a killed run leaves none behind."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
 
 
 def _wait(children: list[int]) -> _Outcome:

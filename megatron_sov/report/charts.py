@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 
 from megatron_sov.obs.figures import number
 from megatron_sov.pages.charts import Chart, chart, colour, plain
+from megatron_sov.report.beside import curves, needle_curves
 from megatron_sov.report.model import ExpertLoad, Phase, Run
 from megatron_sov.report.steps import Curve, downsample, moving_mean
 
@@ -128,6 +129,13 @@ def heldout_charts(run: Run) -> list[Chart]:
         bits.append(run.overall_bits_per_byte)
     charts = [_curves(loss, "loss (nats per token)", "Loss on held-out documents, which training never sees.", run),
               _curves(bits, "bits per byte", "Bits per byte on held-out documents; comparable between tokenizers.", run)]
+    return [c for c in charts if c]
+
+
+def beside_charts(run: Run) -> list[Chart]:
+    """Return what judges beside training found over the run."""
+    charts = [_curves(curves(run.beside, "bits_per_byte"), "bits per byte", "Bits per byte of the exports.", run),
+              _curves(needle_curves(run.beside), "% right", "Needles found by the exports, over all lengths and depths.", run)]
     return [c for c in charts if c]
 
 

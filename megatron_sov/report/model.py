@@ -20,6 +20,7 @@ from megatron_sov.obs.attempts import Attempt, Attempts
 from megatron_sov.obs.events import EVENTS, final_steps, read_events
 from megatron_sov.obs.figures import number
 from megatron_sov.obs.wall_time import Timekeeper, WallTime
+from megatron_sov.report.beside import Beside, read_beside
 from megatron_sov.report.steps import Curve, StepTable
 
 CONFIG = "config.json"
@@ -126,6 +127,8 @@ class Run:
     searches: list[dict[str, Any]] = field(default_factory=list)
     """Searches of the training data for what the gate asks."""
     needles: list[dict[str, Any]] = field(default_factory=list)
+    beside: list[Beside] = field(default_factory=list)
+    """Evaluations of exports beside training."""
     samples: list[dict[str, Any]] = field(default_factory=list)
     conversions: list[dict[str, Any]] = field(default_factory=list)
     checkpoints: list[dict[str, Any]] = field(default_factory=list)
@@ -197,6 +200,7 @@ def read_run(path: Path) -> Run:
     run.skipped_steps = [int(e["step"]) for e in final_steps(kept["skip"], "skip") if e.get("reason") == BY_SETTING]
     run.incidents = sorted((e for kind in INCIDENTS for e in kept[kind] if e.get("reason") != BY_SETTING),
                            key=lambda e: number(e.get("time_s")))
+    run.beside = read_beside(path)
     run.provenance = _provenance(path, run.start("inputs") or [])
     return run
 

@@ -17,6 +17,7 @@ from megatron_sov.obs.figures import duration, figure, large, number
 from megatron_sov.pages.content import Section, Table
 from megatron_sov.plan import schedule
 from megatron_sov.report.charts import (
+    beside_charts,
     heldout_charts,
     loss_charts,
     needle_charts,
@@ -76,6 +77,7 @@ def sections(run: Run) -> list[Section]:
     wanted = [
         Section("Training loss", charts=loss_charts(run), tables=_phase_tables(run)),
         Section("Held-out loss", charts=heldout_charts(run), tables=_heldout_tables(run), side_by_side=True),
+        Section("Evaluation beside training", charts=beside_charts(run), tables=_beside_tables(run), side_by_side=True),
         Section("Learning rate and gradient norm", side_by_side=True, charts=scalar_charts(run, [
             ("lr", "learning rate", "Learning rate."),
             ("grad_norm", "gradient norm", "Global gradient norm, before clipping.")])),
@@ -114,6 +116,11 @@ def _plan_section(run: Run) -> Section:
     if config is None or config.problems(run.start("num_ranks") or 1):
         return Section(title)
     return Section(title, charts=schedule.charts(config), tables=[schedule.table(config)], side_by_side=True)
+
+
+def _beside_tables(run: Run) -> list[Table]:
+    rows = [[f"{b.step:,}", b.judge, b.failure] for b in run.beside if b.failure]
+    return [Table(["step", "judge", "why there is no figure"], rows)] if rows else []
 
 
 def _provenance_tables(provenance: list[Provenance]) -> list[Table]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -20,9 +19,9 @@ from pathlib import Path
 
 from megatron_sov.artifacts import MANIFEST, read_manifest
 from megatron_sov.config import TrainConfig
+from megatron_sov.train.humble import be_humble, humble_environment
 
 EXPORTS = "exports"
-LOWEST_PRIORITY = 19
 _WAIT_S = 0.05
 
 
@@ -38,15 +37,17 @@ class _Running:
 class Exports:
     """The exports of one run; lives on rank 0."""
 
-    def __init__(self, run: Path, train: TrainConfig, record: Callable[..., None]) -> None:
+    def __init__(self, run: Path, train: TrainConfig, record: Callable[..., None],
+                 made: Callable[[int], None] = lambda step: None) -> None:
         """Find what an earlier process of the run left; starts nothing.
 
         Args:
             run: the run's folder.
             train: says which checkpoints are exported.
             record: writes an event: `record(name, **fields)`.
+            made: called with the step of an export that is there.
         """
-        self.folder, self._train, self._record = run / EXPORTS, train, record
+        self.folder, self._train, self._record, self._made = run / EXPORTS, train, record, made
         self._waiting: list[int] = []
         for source in self.folder.glob(".step-*.source"):
             if (source / MANIFEST).is_file():
@@ -120,11 +121,9 @@ class Exports:
             os.link(checkpoint / name, source / name)
 
     def _begin(self, step: int) -> _Running:
-        environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")}
-        environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         command = [sys.executable, "-m", __name__, str(self._source(step)), str(self.folder / f"step-{step}"), str(os.getpid())]
         with open(self._log(step), "wb") as log:
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=humble_environment())
         return _Running(step, process, time.monotonic())
 
     def _end(self, running: _Running) -> None:
@@ -132,6 +131,7 @@ class Exports:
         if running.process.returncode == 0:
             self._record("export", step=step, path=f"{EXPORTS}/step-{step}", export_s=time.monotonic() - running.began_s)
             self._forget(step)
+            self._made(step)
         else:
             said = self._log(step).read_text(encoding="utf-8", errors="replace").strip().splitlines()
             self._fail(step, said[-1].removeprefix("error: ") if said else f"its process ended with {running.process.returncode}")
@@ -151,18 +151,10 @@ class Exports:
 
 def main(source: str, out: str, parent: str) -> int:
     """Convert as humbly as the system allows, and only as long as the process that asked for it lives."""
-    import psutil
-
     from megatron_sov import convert
     from megatron_sov.errors import UserError
-    from megatron_sov.mcore.world import FORWARDED, die_with_parent
 
-    die_with_parent(int(parent))
-    for number in FORWARDED:  # a stop of the run ends this through the run itself
-        signal.signal(number, signal.SIG_IGN)
-    os.nice(LOWEST_PRIORITY)
-    if sys.platform == "linux":
-        psutil.Process().ionice(psutil.IOPRIO_CLASS_IDLE)
+    be_humble(int(parent))
     try:
         convert.to_hf(Path(source), Path(out), workers=1, overwrite=True)
     except UserError as e:

@@ -27,7 +27,7 @@ from megatron_sov.mcore.world import on_main
 from megatron_sov.obs import starting
 from megatron_sov.obs.afterwards import RunEvents
 from megatron_sov.obs.events import EVENTS, EventLog
-from megatron_sov.train.exports import Exports
+from megatron_sov.train.beside import Beside
 from megatron_sov.train.faults import Fault, Faults
 from megatron_sov.train.gate import Gate
 from megatron_sov.train.lock import RunLock
@@ -82,7 +82,7 @@ def run_stage(stage: Stage, nproc: int | None) -> bool:
     completion = stage.folder.completion()
     if completion is not None:
         print(f"{stage.folder.path}: is complete at step {completion['step']}")
-        _finish_exports(stage)
+        _finish_beside(stage)
         return True
     packed = open_sources(stage.config.data.paths, stage.config.model.vocab_size)
     sources = [*with_views(stage.config, packed), *stage.extra_sources]
@@ -97,7 +97,7 @@ def run_stage(stage: Stage, nproc: int | None) -> bool:
     if code != 0:
         raise SystemExit(code)  # the rank that failed has said why
     if stage.folder.completion() is not None:
-        _finish_exports(stage)
+        _finish_beside(stage)
         return True
     failure = stage.folder.failure()
     if under_launcher():
@@ -109,10 +109,10 @@ def run_stage(stage: Stage, nproc: int | None) -> bool:
     raise StopRequested(f"{stage.folder.path}: everything is saved; continue with --resume")
 
 
-def _finish_exports(stage: Stage) -> None:
-    """Make the exports that a complete run has begun; no rank waits in a collective any more."""
+def _finish_beside(stage: Stage) -> None:
+    """Make the exports that a complete run has begun, and judge them; no rank waits in a collective any more."""
     if os.environ.get("RANK", "0") == "0":
-        Exports(stage.folder.path, stage.config.train, RunEvents(stage.folder.path).add).wait()
+        Beside(stage.folder.path, stage.config, RunEvents(stage.folder.path).add).wait()
 
 
 def _note_restart(folder: RunFolder, code: int, cause: str) -> None:

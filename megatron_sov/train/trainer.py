@@ -32,11 +32,11 @@ from megatron_sov.obs import routing, starting
 from megatron_sov.obs.events import EVENTS, EventLog
 from megatron_sov.obs.progress import Progress
 from megatron_sov.obs.trackers import Trackers
+from megatron_sov.train.beside import Beside
 from megatron_sov.train.computation import Computation
 from megatron_sov.train.corruption import CorruptionChecks
 from megatron_sov.train.databatches import DataBatches
 from megatron_sov.train.evaluate import HeldoutEvaluator, HeldoutLoss
-from megatron_sov.train.exports import Exports
 from megatron_sov.train.faults import Fault, Faults, corrupt
 from megatron_sov.train.gate import Gate
 from megatron_sov.train.guards import Refusal, StepGuard
@@ -76,7 +76,7 @@ class Trainer:
         self.events = EventLog(None)
         self._trackers: Trackers | None = None
         self._progress: Progress | None = None
-        self._exports: Exports | None = None
+        self._beside: Beside | None = None
         self._continues: str | None = None
         self._data = {s.name: manifest_sha256(s.artifact) for s in sources if s.artifact is not None}
         self._worn_out: set[str] = set()
@@ -148,7 +148,7 @@ class Trainer:
         """Open events and trackers; called on rank 0 only."""
         self.events = EventLog(self.folder.path / EVENTS)
         self._trackers = Trackers(self.config.obs, self.folder.path, self.config.to_dict())
-        self._exports = Exports(self.folder.path, self.config.train, self.events.write)
+        self._beside = Beside(self.folder.path, self.config, self.events.write)
         self.faults.tell(self.events)
 
     def announce(self) -> None:
@@ -257,8 +257,8 @@ class Trainer:
         if self.routing.is_due(step):
             load, biases = self.expert_load.gather(*self._experts), self.expert_load.biases(*self._experts)
             self.routing.follow(step, load, biases, self.events)
-        if self._exports is not None:
-            self._exports.poll()
+        if self._beside is not None:
+            self._beside.poll()
         if step % every and step != self.num_steps:
             return
         balance = self._balance()
@@ -343,8 +343,8 @@ class Trainer:
                           save_s=saved.save_s, stall_s=saved.stall_s)
         if self.faults.due("corrupt-checkpoint", "save", saved.step):
             corrupt(saved.path)
-        if self._exports is not None:
-            self._exports.offer(saved.step, saved.path, last=self.finished and saved.step == self.done.step)
+        if self._beside is not None:
+            self._beside.offer(saved.step, saved.path, last=self.finished and saved.step == self.done.step)
 
     def wall_s(self) -> float:
         """Return the seconds that the run has worked, over all its restarts."""
@@ -353,8 +353,8 @@ class Trainer:
     def close(self) -> None:
         """End the records, and what runs beside."""
         self.watchdog.close()
-        if self._exports is not None:
-            self._exports.close()
+        if self._beside is not None:
+            self._beside.close()
         if self._progress is not None:
             self._progress.close()
         if self._trackers is not None:
