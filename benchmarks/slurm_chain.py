@@ -34,11 +34,13 @@ STAGES = [
     {"stage": "tokenizer", "arguments": "train --preset solar-open --vocab-size 1024 --input text.jsonl --output tokenizer"},
     {"name": "text", "stage": "data", "arguments": "pack --tokenizer tokenizer --input text.jsonl --heldout 0.1 --output text"},
     {"stage": "pretrain", "nodes": 2, "arguments": f"tiny-solar-open --data text --run pretrain {MODEL} {SMALL} {PHASE % 128}"},
-    {"stage": "extend", "nodes": 2, "arguments": f"tiny-solar-open --from pretrain --data text --run extend {SMALL} {PHASE % 256} "
-                                                 "--set needle.lengths_tokens=[256] --set 'needle.languages=[\"english\"]'"},
+    {"stage": "extend", "nodes": 2,
+     "arguments": f"tiny-solar-open --from pretrain --data text --run extend {SMALL} {PHASE % 256} "
+                  "--set needle.lengths_tokens=[256] --set 'needle.languages=[\"english\"]'"},
     {"name": "chats", "stage": "data",
      "arguments": "pack --tokenizer tokenizer --format chat --input chat.jsonl --heldout 0.1 --output chats"},
-    {"stage": "sft", "arguments": f"tiny-solar-open --from extend --data chats:0.8 --data text:0.2 --run sft {SMALL} {PHASE % 256}"},
+    {"stage": "sft",
+     "arguments": f"tiny-solar-open --from extend --data chats:0.8 --data text:0.2 --run sft {SMALL} {PHASE % 256}"},
     {"stage": "convert", "arguments": "to-hf sft hf"},
 ]
 

@@ -15,8 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_sov.artifacts import atomic_write, to_json
-from megatron_sov.errors import UserError
+from megatron_sov.errors import EXIT_CORRUPTION, EXIT_HANG, UserError
 from megatron_sov.mcore.run_checkpoints import CHECKPOINTS_OF_A_RUN
+from megatron_sov.obs.events import EVENTS, read_events
 from megatron_sov.slurm.failures import first_failure, last_lines
 from megatron_sov.slurm.history import History, progress_of
 from megatron_sov.slurm.preflight import sick_nodes
@@ -140,8 +141,8 @@ def end(job: Job) -> str:
     log = args.logs / "srun.log"
     failure = first_failure(log.read_text(errors="replace")) if log.is_file() else None
 
-    def ended(outcome: str, reason: str, blamed: list[str] | None = None) -> None:
-        job.history.end(job.restart, outcome, reason, job.progress(), blamed=blamed)
+    def ended(outcome: str, reason: str, blamed: list[str] | None = None, sick: list[str] | None = None) -> None:
+        job.history.end(job.restart, outcome, reason, job.progress(), blamed=blamed, sick=sick)
         say(f"attempt {job.restart + 1}: {outcome}, {reason}")
 
     if done.is_file():
@@ -163,8 +164,20 @@ def end(job: Job) -> str:
     if failure.exit_code == EXIT_MISTAKE:
         ended("mistake", f"{failure}: a setting, the data or the disk needs a change, see above")
         return f"exit {EXIT_MISTAKE}"
-    ended("crash", str(failure), [failure.node])
+    if failure.exit_code == EXIT_CORRUPTION:
+        ended("corruption", f"a rank computed wrongly, see {args.target / EVENTS}", sick=_corrupt_nodes(job))
+    elif failure.exit_code == EXIT_HANG:  # the first to give up is not the one that the others waited for
+        ended("hang", f"the ranks stood still; their stacks are in {args.target / 'hang'}")
+    else:
+        ended("crash", str(failure), [failure.node])
     return job.again()
+
+
+def _corrupt_nodes(job: Job) -> list[str]:
+    """Return the nodes that the run's last `corruption` event names; none where they are half of the nodes, or more."""
+    named = [e["hosts"] for e in read_events(job.args.target / EVENTS) if e["event"] == "corruption"]
+    found = [node for node in job.args.nodes if named and node in {host.split(".")[0] for host in named[-1]} | set(named[-1])]
+    return found if 2 * len(found) < len(job.args.nodes) else []
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -78,11 +78,11 @@ class History:
 
         Args:
             restart: which one.
-            outcome: complete, gate, mistake, cancelled, stopped, crash, cut_off or sick_nodes.
+            outcome: complete, gate, mistake, cancelled, stopped, crash, hang, corruption, cut_off or sick_nodes.
             reason: one sentence.
             progress: what is there now.
             blamed: nodes where the failure began.
-            sick: nodes that did not pass the pre-flight check.
+            sick: nodes that did not pass the pre-flight check, or computed wrongly.
         """
         self._write("end", restart, outcome=outcome, reason=reason, progress=progress, blamed=blamed or [], sick=sick or [])
 

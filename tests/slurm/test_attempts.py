@@ -114,6 +114,23 @@ def test_a_node_that_fails_twice_is_left_out(question: Question, run: Path) -> N
     assert question("begin", restart=2) == "requeue n2", "where Slurm gave it again all the same"
 
 
+def test_a_rank_that_computes_wrongly_takes_its_node_out(question: Question, run: Path) -> None:
+    logs = srun_says(run, "srun: error: n1: task 0: Exited with exit code 77\n")
+    question("begin")
+    (run / "events.jsonl").write_text('{"event": "corruption", "step": 7, "ranks": [1], "hosts": ["n2.site.org"]}\n')
+    four = ("--nodes", "n1,n2,n3,n4")
+    assert question("end", "--code", "77", *logs, *four) == "requeue n2", "not n1, which only said so first"
+    question("begin", restart=1)
+    assert question("end", "--code", "77", *logs, restart=1) == "requeue n2", "one of two: nobody knows which"
+
+
+def test_ranks_that_stood_still_bring_no_strike(question: Question, run: Path) -> None:
+    logs = srun_says(run, "srun: error: n1: task 0: Exited with exit code 76\n")
+    question("begin")
+    assert question("end", "--code", "76", *logs) == "requeue"
+    assert (ended(run)["outcome"], ended(run)["blamed"]) == ("hang", [])
+
+
 def test_failures_without_progress_stop_the_job(question: Question, run: Path) -> None:
     logs = srun_says(run, "srun: error: n2: task 1: Exited with exit code 1\n")
     answers = []
