@@ -31,7 +31,7 @@ from megatron_sov import cli
 from megatron_sov.artifacts import read_manifest
 from megatron_sov.obs.events import final_steps, read_events
 
-STEPS, EVENT_STEP, SOAK_STEPS = 60, 25, 300
+STEPS, EVENT_STEP, SOAK_STEPS = 60, 25, 200
 PATIENCE_S = 1800.0
 ENDED_BADLY = ("FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 SETTINGS = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.num_heads=4", "model.num_kv_heads=2",
@@ -194,8 +194,8 @@ def one_event(cluster: Any, work: Path, data: Path, letter: str, expected: list[
         cluster.resume(node)
 
 
-def soak(cluster: Any, work: Path, data: Path, count: int, seed: int) -> bool:
-    """Drive one run through many events; returns whether it ended as the run left alone."""
+def soak(cluster: Any, work: Path, data: Path, count: int, seed: int, limit_s: float) -> bool:
+    """Drive one run through many events, none after `limit_s`; returns whether it ended as the run left alone."""
     expected = left_alone(work, "soak-alone", data, SOAK_STEPS, 2)
     drawn, kinds, moments = random.Random(seed), Counter[str](), Counter[str]()
     run = Disturbed(cluster, work, "soak", data, SOAK_STEPS)
@@ -210,8 +210,9 @@ def soak(cluster: Any, work: Path, data: Path, count: int, seed: int) -> bool:
             seen = len(run.steps()) + drawn.randint(1, 12)
             run.wait(lambda seen=seen: len(run.steps()) >= min(seen, SOAK_STEPS))  # type: ignore[misc]
             moments["while it trained"] += 1
-        if run.steps() and run.steps()[-1]["step"] >= SOAK_STEPS:
-            break  # it was faster than the events
+        finished = bool(run.steps()) and run.steps()[-1]["step"] >= SOAK_STEPS
+        if finished or time.time() - start_s > limit_s:
+            break
         name, event = EVENTS[drawn.choice("abcde")]
         kinds[name] += 1
         print(f"event {kinds.total()}: {name}, {time.time() - start_s:.0f} s after the start", file=sys.stderr, flush=True)
@@ -239,6 +240,7 @@ def main() -> int:
     parser.add_argument("--events", default="".join(EVENTS), help="which of the six (default %(default)s)")
     parser.add_argument("--soak", type=int, default=30, metavar="N", help="events of the soak; 0: none (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the soak (default %(default)s)")
+    parser.add_argument("--limit-s", type=float, default=7200, help="no event of the soak comes later (default %(default)s)")
     args = parser.parse_args()
     module = virtual_cluster()
     if (reason := module.why_not()) is not None:
@@ -257,7 +259,7 @@ def main() -> int:
                 for letter in args.events:
                     one_event(cluster, work, data, letter, expected)
             if args.soak:
-                good = soak(cluster, work, data, args.soak, args.seed)
+                good = soak(cluster, work, data, args.soak, args.seed, args.limit_s)
     return 0 if good else 1
 
 
