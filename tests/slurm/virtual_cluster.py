@@ -192,7 +192,7 @@ class VirtualCluster:
             time.sleep(0.5)
         raise TimeoutError(f"job {number}: the controller does not answer")
 
-    def wait(self, number: str, states: tuple[str, ...] = ENDED, timeout_s: float = 120) -> dict[str, str]:
+    def wait(self, number: str, states: tuple[str, ...] = ENDED, timeout_s: float = 300) -> dict[str, str]:
         """Wait until a job is in one of the states; returns what the controller knows about it."""
         until(lambda: self.job(number)["JobState"] in states, timeout_s, f"job {number}: {states}")
         return self.job(number)
