@@ -12,10 +12,13 @@ import argparse
 import difflib
 import inspect
 import json
+import logging
 import optparse
 import os
+import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from pathlib import Path
 
@@ -25,13 +28,14 @@ from slurm_events import PROFILE, virtual_cluster
 from megatron_sov import cli
 from megatron_sov.artifacts import read_manifest
 
-MODEL = ("--set model.vocab_size=1024 --set model.hidden_size=32 --set model.num_layers=2 --set model.num_heads=4 "
+MODEL = ("--set model.vocab_size=2048 --set model.hidden_size=32 --set model.num_layers=2 --set model.num_heads=4 "
          "--set model.num_kv_heads=2 --set model.head_dim=8 --set model.expert_ffn_dim=16")
 SMALL = ("--set train.global_batch_size=8 --set train.micro_batch_size=2 --set data.heldout_tokens=128 --set train.num_threads=1 "
          "--set train.steps=4")
+MODULES = (argparse, difflib, inspect, logging, optparse, subprocess, textwrap)
 PHASE = """--set 'data.phases=[{"name": "main", "seq_len": %d}]'"""
 STAGES = [
-    {"stage": "tokenizer", "arguments": "train --preset solar-open --vocab-size 1024 --input text.jsonl --output tokenizer"},
+    {"stage": "tokenizer", "arguments": "train --preset solar-open --vocab-size 2048 --input text.jsonl --output tokenizer"},
     {"name": "text", "stage": "data", "arguments": "pack --tokenizer tokenizer --input text.jsonl --heldout 0.1 --output text"},
     {"stage": "pretrain", "nodes": 2, "arguments": f"tiny-solar-open --data text --run pretrain {MODEL} {SMALL} {PHASE % 128}"},
     {"stage": "extend", "nodes": 2,
@@ -58,7 +62,7 @@ def main() -> int:
         raise SystemExit(reason)
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        paragraphs = [p for m in (argparse, inspect, difflib, optparse) for p in inspect.getsource(m).split("\n\n") if p.strip()]
+        paragraphs = [p for m in MODULES for p in inspect.getsource(m).split("\n\n") if p.strip()]
         Path("text.jsonl").write_text("".join(json.dumps({"text": p}) + "\n" for p in paragraphs))
         Path("chat.jsonl").write_text('{"messages": "none"}\n')
         Path("site.yaml").write_text(PROFILE)
@@ -71,11 +75,14 @@ def main() -> int:
                 print(f"\n== {title}: megatron-sov submit chain {' '.join([*words, 'chain.yaml'])}", flush=True)
                 if cli.main(["submit", "chain", *words, "chain.yaml"]):
                     return 1
-                print(f"after {time.time() - start_s:.0f} s: {', '.join(f'{k} {v}' for k, v in states(cluster, chain).items())}")
+                found = states(cluster, chain)
+                print(f"after {time.time() - start_s:.0f} s: {', '.join(f'{k} {v}' for k, v in found.items())}", flush=True)
                 chats = [{"messages": [{"role": "user", "content": f"What is {i}?"}, {"role": "assistant", "content": f"{i}."}]}
                          for i in range(200)]
                 Path("chat.jsonl").write_text("".join(json.dumps(c) + "\n" for c in chats))
-            cli.main(["submit", "chain", "--continue", "chain.yaml"])
+            if set(found.values()) != {"COMPLETED"}:
+                cli.main(["submit", "chain", "chain.yaml"])
+                raise SystemExit("\n".join(p.read_text() for p in sorted(Path().rglob("slurm/*.log"))))
         print(f"hf/manifest.json: {read_manifest(Path('hf')).kind}")
         os.chdir("/")
     return 0
