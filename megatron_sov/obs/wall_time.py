@@ -86,23 +86,24 @@ class Timekeeper:
         otherwise = time_s if kind == "run_start" else 0.0
         self._marks.append(_Mark(kind, time_s, int(step), value if math.isfinite(value) else otherwise))
 
-    def account(self, now_s: float | None = None) -> WallTime | None:
+    def account(self, now_s: float | None = None, waits: bool = False) -> WallTime | None:
         """Return where the time went, or None before the first start.
 
         Args:
-            now_s: Unix time up to which the run lives; None: it ended with its last event, and of steps after the last
-                checkpoint nothing is left.
+            now_s: Unix time up to which the run lives or waits; None: it ended with its last event.
+            waits: it does not live, but another attempt is to come.  Of a run that does not live nothing is left of the steps
+                after its last checkpoint.
         """
         starts = [i for i, mark in enumerate(self._marks) if mark.kind == "run_start"]
         if not starts:
             return None
         marks = self._marks[starts[0]:]
-        _find_limits(marks, ended=now_s is None)
+        _find_limits(marks, ended=now_s is None or waits)
         reckoning = _Reckoning(marks)
         for i, mark in enumerate(marks):
             reckoning.pass_to(i, mark)
         if now_s is not None:
-            reckoning.live_on(max(now_s, marks[-1].time_s))
+            reckoning.go_on(max(now_s, marks[-1].time_s), waits)
         return WallTime(reckoning.began_s, reckoning.spent_s)
 
 
@@ -148,10 +149,9 @@ class _Reckoning:
             booking(mark, stretch_s)
             self._ended = mark.kind in ("stop", "run_end", "hang")
 
-    def live_on(self, now_s: float) -> None:
-        """Book the time since the last mark of a run that lives."""
-        stretch_s = now_s - self._at_s
-        self._book("waiting" if self._ended else "kept" if self._stepped else "startup", stretch_s)
+    def go_on(self, now_s: float, waits: bool) -> None:
+        """Book the time since the last mark of a run that lives or waits."""
+        self._book("waiting" if waits or self._ended else "kept" if self._stepped else "startup", now_s - self._at_s)
 
     def _stalls(self, start: int) -> list[tuple[int, float]]:
         found = []

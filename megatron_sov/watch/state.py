@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 
 from megatron_sov.errors import UserError
-from megatron_sov.mcore.run_checkpoints import CHECKPOINTS_OF_A_RUN, latest
+from megatron_sov.mcore.run_checkpoints import CHECKPOINTS_OF_A_RUN, latest, step_of
 from megatron_sov.obs.attempts import COMPLETE, UNFINISHED, Attempt, Attempts
 from megatron_sov.obs.events import EVENTS, read_events
 from megatron_sov.obs.figures import number
 from megatron_sov.obs.wall_time import Timekeeper, WallTime
 from megatron_sov.train.lock import living_holder
 from megatron_sov.train.run_folder import COMPLETION, CONFIG, STAGES, RunFolder
+from megatron_sov.watch.jobs import explain, living_job
 
 RECENT_STEPS = 50
 """Steps whose speed is the run's present one."""
@@ -136,11 +137,12 @@ def read_state(path: Path, now_s: float | None = None) -> RunState:
             state.tokens, state.phase = int(event.get("tokens") or 0), str(event.get("phase") or "")
         state.warnings += event["event"] == "warning"
     state.last_event_age_s = now_s - last_s
+    explain(path, attempts.all)
     _judge(state, attempts.all, recent, now_s)
     state.starts = [_start(a) for a in attempts.all]
     alive = state.state in ("running", "silent", "waiting")
-    state.wall_time = keeper.account(now_s if alive else None)
-    if alive:
+    state.wall_time = keeper.account(now_s if alive else None, waits=state.state == "waiting")
+    if alive and state.state != "waiting":
         state.tokens_per_s, state.eta_s = _speed(state, recent, now_s)
     _find_checkpoint(state, now_s)
     return state
@@ -173,7 +175,9 @@ def _judge(state: RunState, attempts: list[Attempt], recent: deque[tuple[int, fl
         state.state, state.why = "complete", f"at step {(folder.completion() or {}).get('step')}"
     elif (failure := folder.failure()) is not None:
         state.state, state.why = "gate failed", failure.partition("\n")[0]
-    elif outcome.startswith("stopped"):
+    elif job := living_job(folder.path):
+        state.state, state.why = "waiting", job
+    elif outcome.startswith("stopped: "):
         state.state, state.why = "stopped", f"{outcome.removeprefix('stopped: ')}, everything is saved"
     elif attempts:
         state.state, state.why = "ended", "killed, or its machine went down" if outcome == UNFINISHED else outcome
@@ -192,5 +196,5 @@ def _speed(state: RunState, recent: deque[tuple[int, float, float, float]], now_
 def _find_checkpoint(state: RunState, now_s: float) -> None:
     newest = latest(state.path / CHECKPOINTS_OF_A_RUN)
     if newest is not None:
-        state.checkpoint, state.checkpoint_step = f"{CHECKPOINTS_OF_A_RUN}/{newest.name}", int(newest.name.removeprefix("step-"))
+        state.checkpoint, state.checkpoint_step = f"{CHECKPOINTS_OF_A_RUN}/{newest.name}", step_of(newest)
         state.checkpoint_age_s = now_s - newest.stat().st_mtime

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from megatron_sov.obs.wall_time import CATEGORIES, Timekeeper, WallTime
 
 
-def account(*events: tuple[float, str, dict[str, Any]], now_s: float | None = None) -> WallTime:
+def account(*events: tuple[float, str, dict[str, Any]], now_s: float | None = None, waits: bool = False) -> WallTime:
     keeper = Timekeeper()
     for time_s, kind, fields in events:
         keeper.add({"event": kind, "time_s": time_s, **fields})
-    found = keeper.account(now_s)
+    found = keeper.account(now_s, waits)
     assert found is not None
     return found
 
@@ -75,6 +75,8 @@ def test_steps_after_the_last_checkpoint_are_kept_only_while_the_run_lives() -> 
     assert account(*events).spent_s["lost"] == 10
     alive = account(*events, now_s=25)
     assert (alive.spent_s["lost"], alive.spent_s["kept"], alive.total_s) == (0, 25, 25)
+    queued = account(*events, now_s=25, waits=True)
+    assert (queued.spent_s["lost"], queued.spent_s["kept"], queued.spent_s["waiting"]) == (10, 10, 5)
 
 
 def test_rare_events_stand_for_all_steps_since_the_one_before() -> None:
@@ -97,8 +99,8 @@ SECONDS = st.floats(0, 1e6, allow_nan=False)
 EVENTS = st.lists(st.tuples(st.sampled_from(KINDS), SECONDS, st.integers(0, 30), SECONDS, st.integers(0, 30)), max_size=40)
 
 
-@given(EVENTS, st.none() | SECONDS)
-def test_categories_add_up_to_the_wall_time_whatever_the_log_says(drawn: list[Any], lived_s: float | None) -> None:
+@given(EVENTS, st.none() | SECONDS, st.booleans())
+def test_categories_add_up_to_the_wall_time_whatever_the_log_says(drawn: list[Any], lived_s: float | None, waits: bool) -> None:
     events = [(time_s, kind, {"step": at, "resumed_from": other, "back_to": other, "began_s": value, "stall_s": value,
                               "step_time_s": value}) for kind, time_s, at, value, other in drawn]
     events = [(0.0, "run_start", {"began_s": 0.0}), *events]
@@ -108,7 +110,7 @@ def test_categories_add_up_to_the_wall_time_whatever_the_log_says(drawn: list[An
         if not ended and kind != "warning":
             last_s = max(last_s, time_s)
         ended = ended or kind == "run_end"
-    found = account(*events, now_s=lived_s)
+    found = account(*events, now_s=lived_s, waits=waits)
     assert set(found.spent_s) == set(CATEGORIES)
     assert min(found.spent_s.values()) >= -1e-6
     assert found.total_s == pytest.approx(max(last_s, lived_s or 0.0), abs=1e-3)

@@ -15,6 +15,7 @@ import pytest
 from megatron_sov import cli, recipes
 from megatron_sov.config import apply_settings
 from megatron_sov.errors import UserError
+from megatron_sov.obs.attempts import UNFINISHED
 from megatron_sov.obs.wall_time import CATEGORIES, WallTime
 from megatron_sov.watch.state import RunState, find_runs, read_state
 from megatron_sov.watch.status_command import bar, in_full
@@ -85,6 +86,37 @@ def test_a_run_that_does_not_live_says_why(tmp_path: Path, events: Any, files: d
     found = read_state(run, NOW_S)
     assert (found.state, found.why) == (state, why)
     assert in_full(found).startswith(f"{run}: pretrain, tiny-solar-open\n")
+
+
+SQUEUE = """#!/bin/sh
+echo "$@" >> "$(dirname "$0")/asked"
+echo "17 $STATE"
+"""
+
+
+def test_slurm_says_why_attempts_ended_and_whether_a_job_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = write_run(tmp_path / "run", begin(300), *steps(1, 9, 290), begin(100, 4), *steps(5, 9, 95))
+    (run / "slurm").mkdir()
+    records = [{"event": "submitted", "job": "17", "time_s": NOW_S - 400},
+               {"event": "end", "job": "17", "outcome": "cut_off", "reason": "node-3 went down", "time_s": NOW_S - 150}]
+    (run / "slurm/jobs.jsonl").write_text(json.dumps(records[0]) + "\n")
+    (run / "slurm/attempts.jsonl").write_text(json.dumps(records[1]) + "\n")
+    (squeue := tmp_path / "bin/squeue").parent.mkdir()
+    squeue.write_text(SQUEUE)
+    squeue.chmod(0o755)
+    monkeypatch.setenv("STATE", "PENDING")
+    monkeypatch.setenv("PATH", f"{squeue.parent}:{os.environ['PATH']}")
+    state = read_state(run, NOW_S)
+    assert (state.state, state.why) == ("waiting", "job 17 is pending")
+    assert [start.outcome for start in state.starts] == ["cut_off: node-3 went down", UNFINISHED]
+    assert state.wall_time is not None and state.wall_time.total_s == pytest.approx(310)
+    # up to now, from the second attempt's last step on, and between its start and the first one's last step
+    assert state.wall_time.spent_s["waiting"] == pytest.approx(87 + (274 - 110))
+    assert "--jobs=17" in (squeue.parent / "asked").read_text()
+    monkeypatch.setenv("STATE", "COMPLETED")
+    assert read_state(run, NOW_S).state == "ended"
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))  # no Slurm here
+    assert read_state(run, NOW_S).state == "ended"
 
 
 def test_a_run_that_holds_its_folder_and_writes_nothing_is_silent(tmp_path: Path) -> None:

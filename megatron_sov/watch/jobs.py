@@ -1,0 +1,35 @@
+"""What Slurm's side knows about a run: how its jobs' attempts ended, and whether a job of it waits or runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_sov.errors import UserError
+from megatron_sov.obs.attempts import UNFINISHED, Attempt
+from megatron_sov.obs.events import read_events
+from megatron_sov.obs.figures import number
+from megatron_sov.slurm import client
+from megatron_sov.slurm.history import ATTEMPTS
+from megatron_sov.slurm.submission import submitted_jobs
+from megatron_sov.train.run_folder import JOBS
+
+
+def explain(run: Path, attempts: list[Attempt]) -> None:
+    """Give attempts that ended without a word the reason that their job's script recorded."""
+    ends = [(number(r.get("time_s")), f"{r.get('outcome')}: {r.get('reason')}") for r in read_events(run / JOBS / ATTEMPTS)
+            if r["event"] == "end"]
+    for i, attempt in enumerate(attempts):
+        began_s = number(attempt.start.get("time_s"))
+        after_s = number(attempts[i + 1].start.get("time_s")) if i + 1 < len(attempts) else float("inf")
+        reasons = [text for time_s, text in ends if began_s <= time_s < after_s]
+        if attempt.outcome == UNFINISHED and reasons:
+            attempt.outcome = reasons[-1]
+
+
+def living_job(run: Path) -> str:
+    """Return which job of a run waits or runs, in words; empty where there is none, or Slurm does not answer."""
+    try:
+        states = client.states(submitted_jobs(run / JOBS))
+    except UserError:
+        return ""
+    return next((f"job {job} is {state.lower()}" for job, state in states.items()), "")
