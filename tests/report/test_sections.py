@@ -5,10 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import pytest
-
 from megatron_sov.obs.events import EventLog
-from megatron_sov.obs.figures import duration, large
 from megatron_sov.pages.content import Section
 from megatron_sov.report.model import read_run
 from megatron_sov.report.page import render
@@ -99,14 +96,3 @@ def test_long_and_many_samples_are_cut_and_the_reader_is_told(tmp_path: Path) ->
     shown = section(tmp_path, "Samples")
     assert len(shown.samples) == 24 and shown.text.endswith("6 more are in the run's events.")
     assert shown.samples[0]["text"] == "x" * 4000 + " … (100 more characters)"
-
-
-@pytest.mark.parametrize(("seconds", "text"), [
-    (0.25, "0.2 s"), (59.9, "59.9 s"), (75, "1 min 15 s"), (3725, "1 h 2 min"), (90000 * 3, "3 d 3 h")])
-def test_durations(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
-
-
-@pytest.mark.parametrize(("value", "text"), [(102.65e9, "102.7 B"), (11e12, "11 T"), (1000, "1 K"), (12, "12")])
-def test_large_numbers(value: float, text: str) -> None:
-    assert large(value) == text

@@ -140,7 +140,8 @@ def test_commands_are_what_the_parsers_take(tmp_path: Path) -> None:
 
 
 def test_a_job_is_what_submit_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = settings(f"data.paths={json.dumps({str(tmp_path): 1.0})}", "evaluate.beside.where=slurm", "evaluate.beside.cluster=local")
+    config = settings(f"data.paths={json.dumps({str(tmp_path): 1.0})}", "evaluate.beside.where=slurm",
+                      "evaluate.beside.cluster=local")
     words = eval_command(config, Task(10, "needle"), tmp_path / "step-10", tmp_path / "out.json")
     assert words[1:4] == ["-m", "megatron_sov", "submit"]
     assert cli.main([*words[3:], "--dry-run"]) == 0
