@@ -43,6 +43,19 @@ def _evaluate(log: EventLog, step: int) -> None:
                                           for name, value in loss.items()})
 
 
+def _watch(log: EventLog, noise: random.Random) -> None:
+    """Write what the guards saw: routing of four layers, a refused step, an alarm, computing times, load by source."""
+    for step in range(20, NUM_STEPS + 1, 20):
+        log.write("routing", step=step, layers=[1, 2, 3, 4], max_violation=[abs(noise.gauss(1, 0.2)) for _ in range(4)],
+                  entropy=[min(1.0, abs(noise.gauss(0.9, 0.03))) for _ in range(4)], dead=[0, 0, 1, 0],
+                  bias_spread=[0.001 * step * layer for layer in range(4)])
+    log.write("skip", step=150, reason="the loss is nan", loss=math.nan, grad_norm=math.nan, ranks=[1])
+    log.write("alarm", step=240, kind="collapse", layer=3, text=f"layer 3: its entropy is low {HOSTILE}")
+    log.write("compute_time", step=400, median_s=0.7, seconds={"0": 0.7, "1": 0.72}, slow=[])
+    for source in SOURCES[:2]:
+        log.write("expert_load", step=NUM_STEPS, source=source, layers=[1, 2], load=[[0.25] * 4, [0.1, 0.2, 0.3, 0.4]])
+
+
 def write_run(path: Path, *, when: tuple[str, ...] = (), num_experts: int = 16) -> Path:
     """Write a run of `NUM_STEPS` steps that crashed once, after step `CRASH`, and went on from step `CHECKPOINT`."""
     path.mkdir(parents=True)
@@ -71,6 +84,7 @@ def write_run(path: Path, *, when: tuple[str, ...] = (), num_experts: int = 16) 
         _step(log, step, noise)
     for step in range(0, NUM_STEPS + 1, 50):
         _evaluate(log, step)
+    _watch(log, noise)
     load = [[1 + noise.gauss(0, 0.25) for _ in range(num_experts)] for _ in range(4)]
     log.write("expert_load", step=NUM_STEPS, layers=[1, 2, 3, 4], load=[[x / sum(row) for x in row] for row in load])
     log.write("data_consumed", step=NUM_STEPS, tokens={"english": 820_000, "korean": 490_000, "code": 328_400},

@@ -29,7 +29,8 @@ def numbers(packed: dict[str, str]) -> np.ndarray:
 
 def test_the_loss_is_drawn_at_every_step_with_its_moving_mean(runs: list[Path]) -> None:
     run = read_run(runs[0])
-    raw, mean = traces(loss_charts(run)[0])
+    raw, mean, *marks = traces(loss_charts(run)[0])
+    assert [m["name"] for m in marks] == ["step not learned", "alarm"]
     assert (raw["name"], mean["name"]) == ("each step", "mean of 8 steps")
     assert numbers(raw["x"]).tolist() == list(range(1, 401))
     np.testing.assert_allclose(numbers(raw["y"]), run.curve("loss").values, rtol=1e-6)
