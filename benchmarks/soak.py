@@ -1,10 +1,11 @@
 """A run that meets faults of every kind at every state ends as the run that met none.
 
-    python benchmarks/soak.py [--steps 1000] [--faults 100] [--nproc 2] [--seed 0] > benchmarks/results/soak.txt
+    python benchmarks/soak.py [--steps 1000] [--faults 100] [--seed 0] [--work DIR] > benchmarks/results/soak.txt
 
 One command trains a tiny model under `--inject`: kinds, states, steps and processes of the faults are drawn.  The run takes care
 of itself: it is started once.  Then the run is done again without faults, leaving out by `data.skip_steps` what the first one's
-ledger says was refused, and all files of the last checkpoints are compared.
+ledger says was refused, and all files of the last checkpoints are compared.  With --work the runs stay there, and one that is
+complete is not done again.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import random
 import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,11 @@ from megatron_sov.train.faults import STATES, parse
 SETTINGS = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.num_heads=4", "model.num_kv_heads=2",
             "model.head_dim=8", "model.expert_ffn_dim=16", 'data.phases=[{"name": "main", "seq_len": 32}]',
             "train.global_batch_size=4", "train.micro_batch_size=2", "data.heldout_tokens=128", "train.num_threads=1",
-            "train.checkpoint_every_steps=10", "train.keep_checkpoints=8", "train.eval_every_steps=0", "train.hidden_dropout=0.1",
-            "data.max_epochs=0", "train.deterministic=true", "train.max_restarts=50", "guards.hang_timeout_s=10",
-            "guards.probe_every_steps=1", "optim.lr=1e-3")
+            "train.eval_every_steps=0", "train.hidden_dropout=0.1", "data.max_epochs=0", "train.deterministic=true",
+            "optim.lr=1e-3")
+SOAKED = ("train.checkpoint_every_steps=10", "train.keep_checkpoints=8", "train.max_restarts=50", "guards.hang_timeout_s=10",
+          "guards.probe_every_steps=1")
+"""What a run needs that is to survive all this: many checkpoints, and each step's gradients computed twice."""
 SLOW = "seconds=0.05,steps=5"
 """Enough to be seen, and short."""
 
@@ -52,18 +54,22 @@ def draw_faults(steps: int, count: int, nproc: int, seed: int) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def train(data: Path, run: Path, nproc: int, settings: list[str], faults: list[str]) -> float:
-    """Train to the end by one command; returns the seconds that it took."""
+def train(data: Path, run: Path, nproc: int, settings: list[str], faults: list[str]) -> list[dict[str, Any]]:
+    """Train to the end by one command, unless that was done before; returns the run's events."""
     chosen = [part for s in (*SETTINGS, *settings) for part in ("--set", s)]
     inject = [part for fault in faults for part in ("--inject", fault)]
-    start_s = time.monotonic()
-    with open(run.with_suffix(".log"), "w", encoding="utf-8") as log:
+    with open(run.with_suffix(".log"), "a", encoding="utf-8") as log:
         code = subprocess.run([sys.executable, "-W", "ignore", "-m", "megatron_sov", "pretrain", "tiny-solar-open", "--data",
-                               str(data), "--run", str(run), "--nproc", str(nproc), *chosen, *inject],
+                               str(data), "--run", str(run), "--nproc", str(nproc), "--resume", *chosen, *inject],
                               stdout=log, stderr=log, check=False).returncode
     if code:
         raise SystemExit(f"{run.name}: exit code {code}\n{run.with_suffix('.log').read_text()[-4000:]}")
-    return time.monotonic() - start_s
+    return list(read_events(run / "events.jsonl"))
+
+
+def took(events: list[dict[str, Any]]) -> str:
+    """Return the time from a run's first event to its last one."""
+    return f"{events[-1]['time_s'] - events[0]['time_s']:.0f} s"
 
 
 def final(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -107,26 +113,30 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=1000, help="steps of the run (default %(default)s)")
     parser.add_argument("--faults", type=int, default=100, help="how many faults (default %(default)s)")
     parser.add_argument("--nproc", type=int, default=2, help="processes of the run (default %(default)s)")
+    parser.add_argument("--work", type=Path, help="folder of the runs (default: a temporary one)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the faults (default %(default)s)")
     args = parser.parse_args()
     faults = draw_faults(args.steps, args.faults, args.nproc, args.seed)
-    with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        data, length = make_data(work), [f"train.steps={args.steps}"]
-        took_s = train(data, work / "soaked", args.nproc, length, faults)
-        print(f"{args.steps} steps on {args.nproc} processes with {len(faults)} faults drawn: {took_s:.0f} s "
-              f"(load {os.getloadavg()[0]:.1f})", flush=True)
-        events = list(read_events(work / "soaked" / "events.jsonl"))
+    with tempfile.TemporaryDirectory() as temporary:
+        work = args.work or Path(temporary)
+        work.mkdir(parents=True, exist_ok=True)
+        data, length = work / "shards", [f"train.steps={args.steps}"]
+        if not data.is_dir():
+            make_data(work)
+        events = train(data, work / "soaked", args.nproc, [*length, *SOAKED], faults)
+        print(f"{args.steps} steps on {args.nproc} processes with {len(faults)} faults drawn: {took(events)} "
+              f"(load {os.getloadavg()[0]:.1f} at the end)", flush=True)
         print_histogram(events)
         never = {f.name for f in parse(faults, args.nproc)} - {e["fault"] for e in events if e["event"] == "fault"}
         if never:
-            print(f"never came, since no start followed: {len(never)}")
+            print(f"never came, since no start or checkpoint followed: {len(never)}", flush=True)
         left_out = skipped(work / "soaked", args.steps)
-        took_s = train(data, work / "by hand", args.nproc, [*length, f"data.skip_steps={json.dumps(left_out)}"], [])
-        equal = final(work / "soaked") == final(work / "by hand")
+        events = train(data, work / "by hand", args.nproc, [*length, f"data.skip_steps={json.dumps(left_out)}"], [])
         print(f"without faults, and without the {sum(last - first + 1 for first, last in left_out)} steps that its ledger says "
-              f"were left out: {took_s:.0f} s")
-        print(f"last checkpoints: all {len(final(work / 'soaked')[0])} files and the loop's state equal: {equal}")
+              f"were left out: {took(events)}")
+        ours, theirs = final(work / "soaked"), final(work / "by hand")
+        equal = ours == theirs
+        print(f"last checkpoints: all {len(ours[0])} files and the loop's state equal: {equal}")
     return 0 if equal else 1
 
 
