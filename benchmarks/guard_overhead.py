@@ -43,7 +43,10 @@ def make_step(config: RunConfig, place: world.World, source: Source, folder: Pat
 
     trainer, stop = Trainer(config, place, RunFolder(folder), [source], LanguageModelling), StopFlag()
     trainer.events = EventLog(folder.with_suffix(".jsonl") if place.is_main else None)
-    if not guarded:
+    if guarded:  # as after many steps, and none is a spike
+        usual = [100.0 + i % 7 for i in range(config.guards.window_steps)]
+        trainer.guard.restore({"losses": usual, "grad_norms": usual, "in_a_row": 0, "rollbacks": []})
+    else:
         trainer.guard.accepts = lambda loss, grad_norm: True  # type: ignore[method-assign]
 
     def step() -> None:

@@ -65,9 +65,8 @@ def join(parallel: ParallelConfig) -> World:
     if cpu.on_gpu():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
-        backend, port = "nccl" if cpu.on_gpu() else "gloo", os.environ.get(STORE_PORT)
-        store = dist.PrefixStore(str(next(_joins)), dist.TCPStore(LOCALHOST, int(port), is_master=False)) if port else None
-        dist.init_process_group(backend, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT, store=store)
+        backend = "nccl" if cpu.on_gpu() else "gloo"
+        dist.init_process_group(backend, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT, store=_rendezvous())
     parallel_state.initialize_model_parallel(
         parallel.tp, parallel.pp, parallel.vpp if parallel.vpp > 1 else None,
         context_parallel_size=parallel.cp, expert_model_parallel_size=parallel.ep, expert_tensor_parallel_size=parallel.etp)
@@ -77,6 +76,18 @@ def join(parallel: ParallelConfig) -> World:
         dp_size=parallel_state.get_data_parallel_world_size(),
         first_stage=parallel_state.is_pipeline_first_stage(), last_stage=parallel_state.is_pipeline_last_stage(),
     )
+
+
+def _rendezvous() -> dist.Store | None:
+    """Return the launcher's store, under a name that no other start of the processes has used; None: torch finds its own."""
+    environment = os.environ
+    if STORE_PORT in environment:
+        host, port, name = LOCALHOST, environment[STORE_PORT], ""
+    elif environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun keeps one store through all its restarts
+        host, port, name = environment["MASTER_ADDR"], environment["MASTER_PORT"], environment["TORCHELASTIC_RESTART_COUNT"]
+    else:
+        return None
+    return dist.PrefixStore(f"{name}/{next(_joins)}", dist.TCPStore(host, int(port), is_master=False))
 
 
 def leave() -> None:
