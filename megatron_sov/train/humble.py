@@ -11,12 +11,15 @@ import psutil
 from megatron_sov.mcore.lifetimes import FORWARDED, die_with_parent
 
 LOWEST_PRIORITY = 19
+OF_A_JOB = ("SLURM_", "SBATCH_")
+WHERE_SLURM_IS = "SLURM_CONF"
 OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def humble_environment() -> dict[str, str]:
     """Return this process's environment without its place among ranks and jobs, for one thread and no GPU."""
-    kept = {k: v for k, v in os.environ.items() if k not in OF_A_RANK and not k.startswith(("SLURM_", "SBATCH_"))}
+    kept = {k: v for k, v in os.environ.items()
+            if k == WHERE_SLURM_IS or (k not in OF_A_RANK and not k.startswith(OF_A_JOB))}
     return kept | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 

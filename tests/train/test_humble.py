@@ -53,6 +53,8 @@ def test_it_does_not_take_itself_for_a_rank_or_a_part_of_a_job(monkeypatch: pyte
     for name in ("RANK", "SLURM_JOB_ID", "SBATCH_PARTITION", "MASTER_PORT"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("KEPT", "yes")
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
     environment = humble_environment()
     assert {"RANK", "SLURM_JOB_ID", "SBATCH_PARTITION", "MASTER_PORT"} & set(environment) == set()
+    assert environment["SLURM_CONF"] == "/etc/slurm.conf"  # it says where Slurm is, not which job this is
     assert (environment["KEPT"], environment["CUDA_VISIBLE_DEVICES"]) == ("yes", "")

@@ -55,7 +55,7 @@ def test_all_files_in_order_of_the_starts(run: Path, capsys: pytest.CaptureFixtu
         "[job 17 rank 0] step 2/9", "[job 17 rank 0] connection lost", "[job 17 rank 2] two", "[job 17 rank 10] out of memory",
         "[job 17 start 2 rank 0] step 9/9, loss 3.1", "[job 17 start 2 rank 0] an unfinished line",
         "[step-3 rank 2 hangs] waits in loop.py", "[exports step-4] error: disk"]
-    assert start.endswith("step 0: the run starts on 2 processes, from step 0")
+    assert start.endswith("step 0: the run starts from step 0, with 2 rank(s)")
     assert warning.startswith("[events] 20") and warning.endswith(" UTC step 1: warning: source korean is worn out")
 
 
