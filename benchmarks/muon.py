@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 NAMES = ("adamw", "muon")
-RATES = (2.5e-3, 5e-3, 1e-2)
 SAMPLES, SEQ_LEN = 8, 128
 SETTINGS = (f"train.global_batch_size={SAMPLES}", f"train.micro_batch_size={SAMPLES}", "train.num_threads=1",
             "optim.warmup_steps=20", "data.heldout_tokens=20480",
@@ -110,7 +109,7 @@ def in_process(tokens: Path, recipe: str, settings: list[str]) -> dict[str, floa
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def compare(tokens: Path, recipe: str, steps: int, seeds: int, jobs: int) -> None:
+def compare(tokens: Path, recipe: str, steps: int, rates: list[float], seeds: int, jobs: int) -> None:
     """Print every run of a recipe, then both optimizers side by side."""
     print(f"\n{recipe}, {steps} steps of {SAMPLES} x {SEQ_LEN} tokens\n"
           f"{'optimizer':<10}{'rate':>8}{'seed':>6}{'held-out':>10}{'training':>10}{'step, CPU s':>13}"
@@ -124,8 +123,8 @@ def compare(tokens: Path, recipe: str, steps: int, seeds: int, jobs: int) -> Non
         return found
 
     with ThreadPoolExecutor(jobs) as pool:
-        tried = {(name, lr): pool.submit(run, name, lr, 1) for lr in RATES for name in NAMES}
-        best = {name: min(RATES, key=lambda lr: tried[name, lr].result()["heldout"]) for name in NAMES}
+        tried = {(name, lr): pool.submit(run, name, lr, 1) for lr in rates for name in NAMES}
+        best = {name: min(rates, key=lambda lr: tried[name, lr].result()["heldout"]) for name in NAMES}
         others = {(name, seed): pool.submit(run, name, best[name], seed) for seed in range(2, seeds + 1) for name in NAMES}
         runs = {name: [tried[name, best[name]].result(), *(others[name, s].result() for s in range(2, seeds + 1))]
                 for name in NAMES}
@@ -144,6 +143,7 @@ def main() -> None:
     parser.add_argument("--one", nargs="+", metavar="TOKENS RECIPE SETTING", help=argparse.SUPPRESS)
     parser.add_argument("--recipes", nargs="+", default=["tiny-k-exaone", "tiny-solar-open"])
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--rates", nargs="+", type=float, default=[2.5e-3, 5e-3, 1e-2], help="learning rates to try")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--files", type=int, default=40, help="files of Python's library")
@@ -157,7 +157,7 @@ def main() -> None:
         with contextlib.redirect_stdout(sys.stderr):
             tokens = write_data(Path(name), args.files)
         for recipe in args.recipes:
-            compare(tokens, recipe, args.steps, args.seeds, args.jobs)
+            compare(tokens, recipe, args.steps, args.rates, args.seeds, args.jobs)
 
 
 if __name__ == "__main__":
