@@ -69,7 +69,8 @@ def rules(model: LanguageModel, config: OptimConfig) -> Rules:
             raise UserError(f"optim.groups.{i}.pattern = {group.pattern!r}: matches no parameter; a checkpoint's "
                             "model.index.json has the names, and * stands for any text")
     if not any(trains for _, trains in everyones):
-        raise UserError("optim.groups: freeze every parameter, so there is nothing to train; leave one of them out")
+        frozen = ", ".join(group.pattern for group in config.groups if group.frozen)
+        raise UserError(f"optim.groups: {frozen} freeze every parameter, so there is nothing to train; leave one of them out")
     return found
 
 

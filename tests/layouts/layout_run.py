@@ -72,7 +72,7 @@ def _step(trainer: Trainer) -> dict[str, Any]:
     dist.all_gather_object(biases, {m.layer_number: m.expert_bias.tolist() for m in trainer.model.modules()
                                     if getattr(m, "expert_bias", None) is not None})
     layers = {layer: bias for part in biases for layer, bias in part.items()}
-    return {"loss": result.loss, "grad_norm": result.grad_norm, "tokens": result.num_tokens,
+    return {"loss": result.loss, "grad_norm": result.grad_norm, "lr": result.lr, "tokens": result.num_tokens,
             **{f"term {name}": value for name, value in result.losses.items()},
             **{f"source {name}": value for name, value in result.losses_by_source.items()},
             **({"load": trainer.expert_load.gather(model.num_layers, model.num_experts).tolist()} if model.num_experts else {}),

@@ -23,17 +23,19 @@ LAYOUTS = {
     "PP2 VPP2 x DP2 ZeRO-1 overlapped": (4, [*PP2, *OVERLAP]),
 }
 WITH_MUON = ("one rank", "TP2+SP x EP2 x ZeRO-1", "PP2 VPP2 x DP2 ZeRO-1 overlapped")
+MUON = ["optim.name=muon", "optim.schedule=wsd",
+        'data.phases=[{"name": "a", "seq_len": 32}, {"name": "b", "seq_len": 32, "share": 4, "rewarm_steps": 2}]']
 FP64 = ["train.precision=fp64"]
 TOLERANCES = {"steps": 1e-12, "model": 2e-11, "optimizer": 1e-12}
 """Relative; Adam divides gradients near zero by its eps, so that their last bits move a weight by some 1e-10 of the step."""
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("optimizer", "names"), [("adamw", tuple(LAYOUTS)), ("muon", WITH_MUON)])
-def test_any_layout_continues_what_any_other_saved(ranks: Any, job: Any, packed_data: Any, tmp_path: Path, optimizer: str,
-                                                   names: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(("chosen", "names"), [([], tuple(LAYOUTS)), (MUON, WITH_MUON)], ids=["adamw", "muon"])
+def test_any_layout_continues_what_any_other_saved(ranks: Any, job: Any, packed_data: Any, tmp_path: Path,
+                                                   chosen: list[str], names: tuple[str, ...]) -> None:
     paths, folders = [str(packed_data.text)], {name: str(tmp_path / name) for name in names}
-    settings = [*FP64, f"optim.name={optimizer}"]
+    settings = [*FP64, *chosen]
     saving = [job(RUN, "trained", n, {"settings": [*settings, *layout], "paths": paths, "out": folders[name]})
               for name, (n, layout) in ((name, LAYOUTS[name]) for name in names)]
     loading = [job(RUN, "continued", n, {"settings": [*settings, *layout], "paths": paths, "sources": list(folders.values()),
@@ -42,6 +44,8 @@ def test_any_layout_continues_what_any_other_saved(ranks: Any, job: Any, packed_
     results = ranks(*saving, *loading)
     never_stopped = results[0][0]
     assert never_stopped[0]["loss"] > never_stopped[-1]["loss"]
+    if chosen:  # up in two steps, stable, and again from step 5 on, where the second phase begins
+        assert [step["lr"] for step in never_stopped] == [2e-3, 4e-3, 4e-3, 4e-3, 2e-3]
     problems = []
     for target, per_rank in zip(names, results[len(names):], strict=True):
         for result in per_rank:

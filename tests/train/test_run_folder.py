@@ -66,7 +66,7 @@ def test_all_differences_are_named_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("setting", ["parallel.ep=2", "train.micro_batch_size=1", "train.checkpoint_every_steps=7",
-                                     "train.steps=300"])
+                                     "train.steps=300", "optim.rewarm=[[100, 20]]"])
 def test_settings_of_the_machine_may_change(tmp_path: Path, setting: str) -> None:
     started(tmp_path / "run").enter(apply_settings(CONFIG_OF_RUN, [setting]), resume=True)
 
