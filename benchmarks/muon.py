@@ -14,7 +14,6 @@ import contextlib
 import json
 import os
 import platform
-import socket
 import statistics
 import subprocess
 import sys
@@ -52,10 +51,7 @@ def write_data(folder: Path, num_files: int) -> Path:
 
 
 def train(tokens: Path, recipe: str, settings: list[str]) -> dict[str, float]:
-    """Train in this process; returns held-out loss, CPU seconds and the optimizer's bytes."""
-    from megatron_sov.mcore import cpu
-
-    cpu.open_door()
+    """Train as the only rank; returns held-out loss, CPU seconds and the optimizer's bytes."""
     import torch
 
     from megatron_sov import recipes
@@ -96,14 +92,9 @@ def train(tokens: Path, recipe: str, settings: list[str]) -> dict[str, float]:
 
 
 def in_process(tokens: Path, recipe: str, settings: list[str]) -> dict[str, float]:
-    """Run `train` as the one rank of a process of its own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                   "OMP_NUM_THREADS": "1"}
+    """Run `train` in a process of its own."""
     done = subprocess.run([sys.executable, "-W", "ignore", __file__, "--one", str(tokens), recipe, *settings], check=False,
-                          stdout=subprocess.PIPE, text=True, env=environment)
+                          stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     if done.returncode:
         raise SystemExit(f"{recipe} {' '.join(settings)}: the run failed")
     return dict(json.loads(done.stdout.splitlines()[-1]))
@@ -149,8 +140,10 @@ def main() -> None:
     parser.add_argument("--files", type=int, default=40, help="files of Python's library")
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(train(Path(args.one[0]), args.one[1], args.one[2:])))
-        return
+        from megatron_sov.mcore import world
+
+        tokens, recipe, *settings = args.one
+        sys.exit(world.launch(lambda: print(json.dumps(train(Path(tokens), recipe, settings))), 1, num_threads=1))
     print(f"{platform.machine()}, {os.cpu_count()} cores (load {os.getloadavg()[0]:.1f} at the start), "
           f"Python {platform.python_version()}", flush=True)
     with tempfile.TemporaryDirectory() as name:
