@@ -35,15 +35,19 @@ LENGTHS = (512, 2048)
 STEP_TOKENS = 2048
 MAX_STEPS = (480, 320)
 REHEARSAL_STEPS, REHEARSAL_SHARE = 160, 0.25
+CONTROL_STEPS = 240
 GATE_FAILED = 3
 SIZES = ("vocab_size=2048", "hidden_size=64", "num_layers=4", "num_heads=4", "num_kv_heads=2", "head_dim=32", "num_experts=4",
          "num_experts_per_token=2", "expert_ffn_dim=64", "init_std=0.1")
 """The tiny recipes at a third of their size; every structural choice stays."""
 ALWAYS = ("train.num_threads=1", "train.checkpoint_every_steps=100000", "train.eval_every_steps=0", "data.heldout_tokens=16384",
           "data.max_epochs=0", "needle.train_share=0", 'needle.kinds=["multi-key"]', "needle.samples=20",
-          "needle.depths=[0.0, 0.25, 0.5, 0.75, 0.95]", "optim.name=muon", "optim.weight_decay=0", "optim.schedule=wsd",
-          "optim.decay_share=0.5")
-SHORT_LR, LONG_LR = 5e-3, 2.5e-3
+          "needle.depths=[0.0, 0.25, 0.5, 0.75, 0.95]", "optim.name=muon", "optim.muon_scale=original", "optim.weight_decay=0",
+          "optim.schedule=wsd", "optim.decay_share=0.5",
+          "optim.groups=" + json.dumps([{"pattern": "*word_embeddings.weight", "lr_scale": 0.7},
+                                        {"pattern": "output_layer.weight", "lr_scale": 0.7},
+                                        {"pattern": "*router.weight", "optimizer": "adamw", "lr_scale": 0.7}]))
+SHORT_LR, LONG_LR = 1e-2, 5e-3
 
 
 @dataclass(frozen=True)
@@ -152,11 +156,14 @@ class Chain:
                           f"optim.min_lr={LONG_LR / 10}", "optim.warmup_steps=5",
                           f"extend.gate.every_steps={GATE_STEPS}", *judge, *settings)
 
-    def all(self) -> None:
-        """Run everything."""
+    def extension(self) -> None:
+        """Run the short model and the stages behind their gate."""
         self.short()
         self.extend("extension", [self.stage(i, REHEARSAL_SHARE) for i in range(len(LENGTHS))])
-        self.extend("control", [self.stage(0, 1.0)])
+
+    def comparisons(self) -> None:
+        """Run what the extension is compared with."""
+        self.extend("control", [self.stage(0, 1.0, max_steps=CONTROL_STEPS)])
         for name, share in (("with", REHEARSAL_SHARE), ("without", 0.0)):
             stage = self.stage(0, share, steps=REHEARSAL_STEPS, max_steps=REHEARSAL_STEPS)
             self.extend(f"{name}-rehearsal", [stage], "needle.text_weight=0", gate=False)
@@ -241,9 +248,10 @@ def main() -> None:
         return
     args.work.mkdir(parents=True, exist_ok=True)
     shards = make_data(args.work, args.text)
-    for seed in args.seeds:
-        for name in args.families:
-            Chain(name, seed, args.work, shards).all()
+    chains = [Chain(name, seed, args.work, shards) for seed in args.seeds for name in args.families]
+    for part in (Chain.extension, Chain.comparisons):
+        for chain in chains:
+            part(chain)
 
 
 if __name__ == "__main__":

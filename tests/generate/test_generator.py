@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -92,13 +93,39 @@ def test_every_way_and_every_layout_write_the_same(ranks, job) -> None:
                 assert found[way] == alone[0][way], (name, rank, way)
 
 
-@pytest.fixture(params=["solar_open", "exaone_moe"])
-def family(request) -> str:
-    return request.param
+QWEN = {"qwen2": ("Qwen2", {"tie_word_embeddings": True}), "qwen3": ("Qwen3", {"tie_word_embeddings": False}),
+        "qwen3_moe": ("Qwen3Moe", {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24})}
+"""Family -> names of transformers' classes, and what it alone has."""
 
 
-def test_greedy_text_is_that_of_transformers(family: str, imported: dict[str, Path], hf_models: dict[str, Path],
-                                             one_rank: None) -> None:
+def qwen_folder(family: str, folder: Path, tokenizer: Path) -> Path:
+    """Write a drawn model of a Qwen family with transformers."""
+    import transformers
+
+    name, own = QWEN[family]
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 1024, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+             "intermediate_size": 40, "max_position_embeddings": 512, "initializer_range": 0.25}
+    sizes |= {} if family == "qwen2" else {"head_dim": 16}
+    config = getattr(transformers, f"{name}Config")(**sizes, **own)
+    getattr(transformers, f"{name}ForCausalLM")(config).save_pretrained(folder)
+    shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
+    return folder
+
+
+@pytest.fixture(params=["solar_open", "exaone_moe", *QWEN])
+def folders(request, imported: dict[str, Path], hf_models: dict[str, Path], token_shards: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A Hugging Face folder and the same model as a checkpoint."""
+    if request.param in hf_models:
+        return hf_models[request.param], imported[request.param]
+    from megatron_sov import convert
+
+    hf = qwen_folder(request.param, tmp_path / "hf", token_shards / "tokenizer")
+    convert.from_hf(hf, tmp_path / "imported")
+    return hf, tmp_path / "imported"
+
+
+def test_greedy_text_is_that_of_transformers(folders: tuple[Path, Path], one_rank: None) -> None:
     """Token by token on an exported folder, prompts of mixed lengths, far past the sliding window of 8 tokens."""
     open_door()
     from megatron_sov.config import ParallelConfig
@@ -109,13 +136,14 @@ def test_greedy_text_is_that_of_transformers(family: str, imported: dict[str, Pa
     from megatron_sov.generate.target import inference_config
     from megatron_sov.mcore import world
 
-    model = load_hf(hf_models[family])
+    hf, imported = folders
+    model = load_hf(hf)
     expected = [model.generate(input_ids=torch.tensor([p]), max_new_tokens=40, do_sample=False, pad_token_id=0)[0].tolist()
                 for p in PROMPTS]
     expected = [e[len(p):] for e, p in zip(expected, PROMPTS, strict=True)]
     world.join(ParallelConfig())
     try:
-        policy = load_policy(imported[family], inference_config(imported[family], [], 1))
+        policy = load_policy(imported, inference_config(imported, [], 1))
         assert generate(policy, PROMPTS, Sampling(40)).continuations == expected
         assert generate(policy, PROMPTS, Sampling(40), batching=Batching(3, 6)).continuations == expected
         with pytest.raises(ValueError, match="prompt 1 has no token"):
