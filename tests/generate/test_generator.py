@@ -114,7 +114,8 @@ def qwen_folder(family: str, folder: Path, tokenizer: Path) -> Path:
 
 
 @pytest.fixture(params=["solar_open", "exaone_moe", *QWEN])
-def folders(request, imported: dict[str, Path], hf_models: dict[str, Path], token_shards: Path, tmp_path: Path) -> tuple[Path, Path]:
+def folders(request, imported: dict[str, Path], hf_models: dict[str, Path], token_shards: Path,
+            tmp_path: Path) -> tuple[Path, Path]:
     """A Hugging Face folder and the same model as a checkpoint."""
     if request.param in hf_models:
         return hf_models[request.param], imported[request.param]
