@@ -59,13 +59,15 @@ class Kind:
     """Length at which retrieval is learned."""
     short_phases: tuple[tuple[int, int], ...]
     """(length, steps) on the way there."""
+    distractor_share: float
+    """Part of a test's context that needles with other keys fill."""
     sizes: tuple[str, ...] = ()
     """Sizes that other families do not have."""
 
 
 KINDS = {
-    "k-exaone": Kind("tiny-k-exaone", 64, ((64, 500),), ("dense_ffn_dim=128", "sliding_window_tokens=16")),
-    "solar-open": Kind("tiny-solar-open", 128, ((64, 900), (128, 500))),
+    "k-exaone": Kind("tiny-k-exaone", 64, ((64, 500),), 0.5, ("dense_ffn_dim=128", "sliding_window_tokens=16")),
+    "solar-open": Kind("tiny-solar-open", 128, ((64, 900), (128, 500)), 0.1),
 }
 
 
@@ -122,7 +124,8 @@ class Chain:
             return int(done.read_text())
         begin = ["--from", self.folder / start] if start else []
         code = run(self.log, "-m", "megatron_sov", command, self.kind.recipe, "--data", self.shards, "--run", target, *begin,
-                   "--resume", *words((*ALWAYS, f"train.seed={self.seed}", *settings)))
+                   "--resume", *words((*ALWAYS, f"train.seed={self.seed}",
+                                                       f"needle.distractor_share={self.kind.distractor_share}", *settings)))
         done.write_text(str(code))
         return code
 
