@@ -67,7 +67,7 @@ class Kind:
 
 KINDS = {
     "k-exaone": Kind("tiny-k-exaone", 64, ((64, 500),), 0.5, ("dense_ffn_dim=128", "sliding_window_tokens=16")),
-    "solar-open": Kind("tiny-solar-open", 128, ((64, 900), (128, 500)), 0.1),
+    "solar-open": Kind("tiny-solar-open", 128, ((64, 900), (128, 500)), 0.2),
 }
 
 

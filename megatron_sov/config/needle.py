@@ -19,7 +19,7 @@ class NeedleConfig:
     kinds: tuple[NeedleKind, ...] = ("multi-key",)
     """What is asked, after RULER (arXiv 2404.06654)."""
     languages: tuple[Language, ...] = ()
-    """Languages of the text that needles are hidden in; empty: all that the held-out text has."""
+    """Languages of the text that needles are hidden in, in tests and in training; empty: all that there is text of."""
     lengths_tokens: tuple[int, ...] = (4096, 8192)
     """Context lengths to test."""
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 0.95)

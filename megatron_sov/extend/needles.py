@@ -67,7 +67,7 @@ def make_needles(config: RunConfig, start: Path) -> Needles:
     lengths = _document_lengths(config)
     if not lengths:
         return Needles(suite, ())
-    haystacks = open_haystacks(data, "train", tokenizer)
+    haystacks = open_haystacks(data, "train", tokenizer, languages=needle.languages)
     return Needles(suite, tuple(
         needle_source(NeedleDocuments(haystacks, length, config.train.seed, needle),
                       needle.train_share if name == SOURCE_NAME else 0.0, name) for name, length in lengths.items()))
