@@ -23,8 +23,8 @@ NPROC = 2
 GATE_FAILED = 3
 """Exit code of an extension whose gate has not passed within its steps."""
 PRETRAIN_STEPS, EXTEND_STEPS, SFT_STEPS = 1000, 120, 100
-RETRIEVAL_RECIPE, RETRIEVAL_STEPS, GATE_STEPS, GATE_MAX_STEPS = "tiny-k-exaone", 400, 80, 400
-NEAR, FAR = 64, 512
+RETRIEVAL_RECIPE, RETRIEVAL_STEPS, GATE_STEPS, GATE_MAX_STEPS = "tiny-k-exaone", 500, 80, 400
+NEAR, FAR = 80, 512
 """Tokens at which a small K-EXAONE learns to retrieve, and those at which its gate stands."""
 SEQ_LEN, LONG_SEQ_LEN = 256, 512
 TEXTS = ("The standard library ", "def read_file(path):\n")
@@ -128,8 +128,8 @@ def retrieval_stages(root: Path, sources: list[str]) -> list[Stage]:
                       data__max_epochs=0, needle__train_share=0, needle__depths="[0.0, 0.5, 0.95]",
                       needle__languages=json.dumps([s for s in sources if s == "english"]),
                       optim__name="muon", optim__muon_scale="original", optim__weight_decay=0, optim__schedule="wsd",
-                      optim__decay_share=0.5)
-    batch = settings(train__global_batch_size=32, train__micro_batch_size=16)
+                      optim__decay_share=0.4)
+    batch = settings(train__global_batch_size=24, train__micro_batch_size=12)
     needles = settings(data__phases=json.dumps([{"name": "needles", "seq_len": NEAR, "blend": {language: 1, "needle": 7}}]),
                        train__steps=RETRIEVAL_STEPS, optim__lr=1e-2, optim__min_lr=1e-3, needle__lengths_tokens=f"[{NEAR}]")
     short = {"name": "rehearsal", "share": 0.25, "blend": {f"{language}/{NEAR}": 1, f"needle/{NEAR}": 1}}
