@@ -29,7 +29,7 @@ from megatron_sov.mcore.meta import stage_params
 from megatron_sov.plan.memory import Account, account
 
 NPROC, MIB = 2, 1 << 20
-SETTINGS = ("parallel.cp=2", "train.recompute=true", "model.hidden_size=256", "model.num_heads=2", "model.num_kv_heads=1",
+SETTINGS = ("parallel.cp=2", "train.recompute=true", "model.hidden_size=256", "model.num_heads=1", "model.num_kv_heads=1",
             "model.dense_ffn_dim=256", "model.sliding_window_tokens=128", "model.mtp_attention=L", "train.steps=1",
             "train.global_batch_size=1", "train.micro_batch_size=1", "train.eval_every_steps=0", "data.prefetch_steps=0")
 
