@@ -33,8 +33,8 @@ from typing import Any
 GATE_STEPS, TOLERANCE_NATS = 80, 0.1
 STEP_TOKENS = 2048
 MAX_STEPS = (480, 320)
-REHEARSAL_STEPS, REHEARSAL_SHARE = 160, 0.25
-CONTROL_STEPS = 240
+REHEARSAL_STEPS, REHEARSAL_SHARE = 80, 0.25
+CONTROL_STEPS = 80
 GATE_FAILED = 3
 SIZES = ("vocab_size=2048", "hidden_size=64", "num_layers=4", "num_heads=4", "num_kv_heads=2", "head_dim=32", "num_experts=4",
          "num_experts_per_token=2", "expert_ffn_dim=64", "init_std=0.1")
