@@ -40,7 +40,7 @@ STAGES = [
     {"stage": "pretrain", "nodes": 2, "arguments": f"tiny-solar-open --data text --run pretrain {MODEL} {SMALL} {PHASE % 128}"},
     {"stage": "extend", "nodes": 2,
      "arguments": f"tiny-solar-open --from pretrain --data text --run extend {SMALL} {PHASE % 256} "
-                  "--set needle.lengths_tokens=[256] --set 'needle.languages=[\"english\"]'"},
+                  "--set needle.lengths_tokens=[256] --set 'needle.languages=[\"code\"]'"},
     {"name": "chats", "stage": "data",
      "arguments": "pack --tokenizer tokenizer --format chat --input chat.jsonl --heldout 0.1 --output chats"},
     {"stage": "sft",

@@ -160,9 +160,11 @@ def end(job: Job) -> str:
     if failure is None:
         ended("crash", f"srun ended with {args.code} and named no rank (see {log})")
         return job.again()
-    print(last_lines(args.logs / f"rank-{failure.rank}.log"), file=sys.stderr, flush=True)
+    shown = last_lines(args.logs / f"rank-{failure.rank}.log")
+    print(shown, file=sys.stderr, flush=True)
     if failure.exit_code == EXIT_MISTAKE:
-        ended("mistake", f"{failure}: a setting, the data or the disk needs a change, see above")
+        sentences = [line.strip() for line in shown.splitlines() if line.strip().startswith("error:")]
+        ended("mistake", f"{failure}: {sentences[-1] if sentences else 'a setting, the data or the disk needs a change'}")
         return f"exit {EXIT_MISTAKE}"
     if failure.exit_code == EXIT_CORRUPTION:
         ended("corruption", f"a rank computed wrongly, see {args.target / EVENTS}", sick=_corrupt_nodes(job))

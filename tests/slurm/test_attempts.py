@@ -100,7 +100,7 @@ def test_a_mistake_ends_the_job_with_the_sentence_of_the_rank(
     told: list[str] = []
     monkeypatch.setattr(attempts, "say", told.append)
     assert question("end", "--code", "143", *logs) == "exit 2", "the siblings' 143 hides the code of the first"
-    assert "rank 1 on n2 ended with exit code 2" in told[0]
+    assert told == ["attempt 1: mistake, rank 1 on n2 ended with exit code 2: error: --data x: does not exist"]
 
 
 def test_a_node_that_fails_twice_is_left_out(question: Question, run: Path) -> None:
