@@ -44,7 +44,8 @@ STAGES = [
     {"name": "chats", "stage": "data",
      "arguments": "pack --tokenizer tokenizer --format chat --input chat.jsonl --heldout 0.1 --output chats"},
     {"stage": "sft",
-     "arguments": f"tiny-solar-open --from extend --data chats:0.8 --data text:0.2 --run sft {SMALL} {PHASE % 256}"},
+     "arguments": f"tiny-solar-open --from extend --data chats:0.8 --data text:0.2 --run sft {SMALL} {PHASE % 256} "
+                  "--set objective.text_coeff=0.1"},
     {"stage": "convert", "arguments": "to-hf sft hf"},
 ]
 

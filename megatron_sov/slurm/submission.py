@@ -22,6 +22,7 @@ from megatron_sov.slurm.stages import Work, fitting_nodes, work_of
 
 JOBS = "jobs.jsonl"
 PACKAGES = ("megatron_sov", "tokenizer", "data_prep")
+ROOT = Path(megatron_sov.__file__).parents[1]
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def prepare(request: Request) -> Prepared:
     layouts: dict[int, tuple[str, ...]] = {1: ()}
     if work.kind.ranks:
         layouts = fitting_nodes(work, request.profile.tasks_per_node, request.nodes, least, request.settings)
-    code = work.records / f"code-{_code_hash()}"
+    code = work.records / _code_name(ROOT)
     base = Job(work, request.profile, Path.cwd(), code, work.records / f"{request.stage}.sbatch", layouts, needs=request.needs)
     jobs = _parts(base, request.array) if request.array else (base,)
     return Prepared(work, jobs, tuple(render(job) for job in jobs))
@@ -162,18 +163,18 @@ def _settings(job: Job) -> dict[str, Any]:
             "config": job.work.config.to_dict() if job.work.config is not None else None}
 
 
-def _sources() -> list[tuple[Path, str]]:
-    """Return (file, its place in a copy) of all our code."""
-    root = Path(megatron_sov.__file__).parents[1]
+def _sources(root: Path) -> list[tuple[Path, str]]:
+    """Return (file, its place in a copy) of all our code below a folder."""
     return [(p, p.relative_to(root).as_posix()) for package in PACKAGES for p in sorted((root / package).rglob("*"))
             if p.is_file() and "__pycache__" not in p.parts]
 
 
-def _code_hash() -> str:
+def _code_name(root: Path) -> str:
+    """Return the name of a copy of the code below a folder: it tells the content."""
     digest = hashlib.sha256()
-    for path, name in _sources():
+    for path, name in _sources(root):
         digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:12]
+    return f"code-{digest.hexdigest()[:12]}"
 
 
 def _copy_code(folder: Path) -> None:
@@ -181,9 +182,12 @@ def _copy_code(folder: Path) -> None:
     if folder.is_dir():
         return
     temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
-    for path, name in _sources():
+    for path, name in _sources(ROOT):
         (temporary / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, temporary / name)
+    if folder.name != _code_name(temporary):
+        shutil.rmtree(temporary)
+        raise UserError(f"{folder}: the code changed while it was copied; submit again when it stands still")
     os.rename(temporary, folder)
 
 

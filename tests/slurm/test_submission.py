@@ -54,6 +54,16 @@ def test_a_job_runs_the_code_as_it_was(tmp_path: Path, monkeypatch: pytest.Monke
     assert submission.submitted_jobs(tmp_path / "hf.slurm") == ["17", "17"]
 
 
+def test_code_that_changes_while_it_is_copied_is_not_submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared = submission.prepare(submission.Request("convert", ("to-hf", "run", str(tmp_path / "hf")), cluster.load("local")))
+    copies = submission.shutil.copyfile
+    monkeypatch.setattr(submission.shutil, "copyfile", lambda a, b: copies(a, b) and b.write_text("#") if b.name == "cli.py" else
+                        copies(a, b))
+    with pytest.raises(UserError, match="the code changed while it was copied"):
+        submission.submit(prepared, [])
+    assert list((tmp_path / "hf.slurm").iterdir()) == []
+
+
 @pytest.mark.parametrize(("arguments", "path"), [
     (("train", "--input", "en=there/x:0.5", "--output", "o"), "there/x"),
     (("train", "--input", "there/x:2", "--output", "o"), "there/x"),
