@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 
 from megatron_sov.artifacts import read_manifest
 from megatron_sov.byte_bpe import byte_characters
+from megatron_sov.documents import cut_text
 from tokenizer import tiktoken_form
 from tokenizer.learning import ANYTHING
 from tokenizer.opening import open_tokenizer
@@ -28,6 +29,8 @@ from tokenizer.report.worst import check_worst
 from tokenizer.segmenting import merged
 from tokenizer.splitting import Splitter
 
+PARTS = ("steps", "worst", "ratios", "paper")
+CHUNK_BYTES = 100_000
 Encode = Callable[[str], list[int]]
 
 
@@ -82,7 +85,7 @@ class Trained:
         return encode
 
 
-def bytes_per_token(held: Path, plain: Trained, others: list[Trained]) -> None:
+def bytes_per_token(held: Path, plain: Trained, *others: Trained) -> None:
     """Print bytes per token of each language, and how many tokens fewer than plain BPE of the same size."""
     num_ids = len(plain.ranks) + len(plain.raw["added_tokens"])
     print(f"\nbytes per token on held-out text, {num_ids:,} ids each; fewer: tokens, in %, against plain BPE\n"
@@ -117,23 +120,41 @@ def as_in_the_paper(trained: Path) -> None:
         print(f"transition size {size:7,}: {size_bytes / counts[size]:.3f} {100 * (1 - counts[size] / most):6.1f} %", flush=True)
 
 
-def segmentation(held: Path, trained: Trained) -> None:
+def first_texts(file: Path, max_bytes: float) -> list[str]:
+    """Return a file's documents, in pieces of 100 KB at most, up to a size."""
+    texts: list[str] = []
+    for text in texts_of(file):
+        for piece in cut_text(text, CHUNK_BYTES):
+            if max_bytes <= 0:
+                return texts
+            texts.append(piece)
+            max_bytes -= len(piece.encode())
+    return texts
+
+
+def segmentation(held: Path, trained: Trained, max_bytes: float) -> None:
     """Print, for each language, in how many documents two steps, tiktoken, or decoding differ."""
     encode = trained.in_two_steps()
     print(f"\n{trained.name}: documents in which tokens differ from those of `tokenizers`\n"
-          f"{'':<8} {'documents':>9} {'tokens':>9} {'two steps':>9} {'tiktoken':>9} {'decoded':>9}")
-    totals = [0] * 5
+          f"{'':<8} {'documents':>9} {'MB':>9} {'tokens':>9} {'two steps':>9} {'tiktoken':>9} {'decoded':>9}")
+    totals = [0] * 6
     for file in sorted(held.glob("*.jsonl")):
-        texts = list(texts_of(file))
+        texts = first_texts(file, max_bytes)
         ids = trained.encode(texts)
         normal = trained.fast.normalizer.normalize_str if trained.fast.normalizer else str
         decoded = trained.fast.decode_batch(ids, skip_special_tokens=False)
-        found = [len(texts), sum(map(len, ids)), sum(encode(t) != i for t, i in zip(texts, ids, strict=True)),
+        found = [len(texts), sum(len(t.encode()) for t in texts), sum(map(len, ids)),
+                 sum(encode(t) != i for t, i in zip(texts, ids, strict=True)),
                  sum(trained.by_tiktoken(t) != i for t, i in zip(texts, ids, strict=True)),
                  sum(normal(t) != d for t, d in zip(texts, decoded, strict=True))]
         totals = [a + b for a, b in zip(totals, found, strict=True)]
-        print(f"{file.stem:<8} " + " ".join(f"{n:9,}" for n in found), flush=True)
-    print(f"{'all':<8} " + " ".join(f"{n:9,}" for n in totals), flush=True)
+        print_counts(file.stem, found)
+    print_counts("all", totals)
+
+
+def print_counts(name: str, counts: list[int]) -> None:
+    """Print documents, bytes as MB, tokens, and what differs."""
+    print(f"{name:<8} {counts[0]:9,} {counts[1] / 1e6:9.2f} " + " ".join(f"{n:9,}" for n in counts[2:]), flush=True)
 
 
 def worst(folder: Path) -> None:
@@ -151,15 +172,22 @@ def main() -> int:
     """Run everything."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--trained", required=True, type=Path, help="folder that benchmarks/tokenizer_train.py kept")
+    parser.add_argument("--steps-mb", type=float, default=float("inf"),
+                        help="text of each language on which two steps are compared with one (default: everything)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: everything)")
     args = parser.parse_args()
     print(machine(), flush=True)
-    plain, super_, published = (Trained(args.trained / name) for name in ("plain", "super", "published"))
-    bytes_per_token(args.trained / "held", plain, [super_, published])
-    as_in_the_paper(args.trained)
-    for trained in (super_, published):
-        segmentation(args.trained / "held", trained)
-    for name in ("super", "solar"):
-        worst(args.trained / name)
+    superwords = [folder for name in ("super", "published") if (folder := args.trained / name).exists()]
+    if "steps" in args.parts:
+        for folder in superwords:
+            segmentation(args.trained / "held", Trained(folder), 1e6 * args.steps_mb)
+    if "worst" in args.parts:
+        for folder in (args.trained / "super", args.trained / "solar"):
+            worst(folder)
+    if "ratios" in args.parts:
+        bytes_per_token(args.trained / "held", *map(Trained, [args.trained / "plain", *superwords]))
+    if "paper" in args.parts:
+        as_in_the_paper(args.trained)
     return 0
 
 
