@@ -151,7 +151,7 @@ class MergeLearner:
             places = all_places[start : start + length]
             alive = symbols.take(places) == left
             alive &= symbols.take(places + self._spans[left]) == right
-            num_alive = np.count_nonzero(alive)
+            num_alive = int(np.count_nonzero(alive))
             if num_alive == length:
                 return Merge(left, right, -negative), places
             if not num_alive:
