@@ -22,6 +22,7 @@ from megatron_sov.obs.figures import number
 from megatron_sov.obs.wall_time import Timekeeper, WallTime
 from megatron_sov.report.beside import Beside, read_beside
 from megatron_sov.report.steps import Curve, StepTable
+from megatron_sov.train.lock import living_holder
 
 CONFIG = "config.json"
 INCIDENTS = ("skip", "rollback", "restart", "hang", "corruption", "alarm", "fault", "damaged_checkpoint")
@@ -183,7 +184,9 @@ def read_run(path: Path) -> Run:
             by_source[str(event["source"])] = event
         elif kind in ("expert_load", "data_consumed", "compute_time"):
             last[kind] = event
-    run.attempts, run.wall_time = attempts.all, keeper.account()
+    run.attempts = attempts.all
+    lives = living_holder(path) is not None
+    run.wall_time = keeper.account(max((a.last_time_s for a in run.attempts), default=0.0) if lives else None)
     run.curves = steps.curves()
     run.phases = _phases(steps.phases(), kept["phase"])
     evals = final_steps(kept["eval"], "eval")
