@@ -205,16 +205,17 @@ def soak(cluster: Any, work: Path, data: Path, count: int, seed: int, limit_s: f
         run.wait(lambda: bool(run.running_nodes()))
         if drawn.random() < 0.3:  # while it starts, loads or has just begun
             time.sleep(drawn.uniform(0, 8))
-            moments["in the first seconds of a start"] += 1
+            moment = "in the first seconds of a start"
         else:
             seen = len(run.steps()) + drawn.randint(1, 12)
             run.wait(lambda seen=seen: len(run.steps()) >= min(seen, SOAK_STEPS))  # type: ignore[misc]
-            moments["while it trained"] += 1
+            moment = "while it trained"
         finished = bool(run.steps()) and run.steps()[-1]["step"] >= SOAK_STEPS
         if finished or time.time() - start_s > limit_s:
             break
         name, event = EVENTS[drawn.choice("abcde")]
         kinds[name] += 1
+        moments[moment] += 1
         print(f"event {kinds.total()}: {name}, {time.time() - start_s:.0f} s after the start", file=sys.stderr, flush=True)
         for node in event(run):
             cluster.resume(node)
