@@ -13,6 +13,7 @@ last window - 1 of each piece for sliding windows.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -21,6 +22,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
 from megatron_sov.mcore import context
 
@@ -91,8 +93,12 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: f
         else:
             mask = causal_lower_right(stop - start, end_key)  # becomes a mask only where no fused kernel serves
         keys = slice(first_key, end_key)
-        blocks.append(scaled_dot_product_attention(q[:, :, start:stop], k[:, :, keys], v[:, :, keys], attn_mask=mask,
-                                                   scale=scale, enable_gqa=gqa))
+        attended = partial(scaled_dot_product_attention, attn_mask=mask, scale=scale, enable_gqa=gqa)
+        part = q[:, :, start:stop], k[:, :, keys], v[:, :, keys]
+        if slides or q.is_cuda or not torch.is_grad_enabled():
+            blocks.append(attended(*part))
+        else:  # without a fused kernel every block would keep its mask, together as many numbers as the row's length squared
+            blocks.append(checkpoint(attended, *part, use_reentrant=False, preserve_rng_state=False))
     return torch.cat(blocks, dim=2)[0].transpose(0, 1)
 
 

@@ -85,3 +85,31 @@ def test_each_document_attends_to_itself_alone(ranks, job, cp: int) -> None:
             assert result["leak"] == 0.0, (rank, case)
     for number, case in enumerate(CASES):
         assert case[0] == "one" or max(r[number]["watched"] for r in per_rank) > 0.1, case  # there was something to leak
+
+
+def kept_bytes() -> list[int]:
+    """Return what autograd keeps of attention from the second half of a document, for two lengths."""
+    import torch
+
+    from megatron_sov.mcore.attention import attend as attend_one
+
+    found = []
+    for length in (2048, 8192):
+        q, k, v = (torch.randn(n, 1, DIM, requires_grad=True) for n in (length // 2, length, length))
+        storages: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor, storages: dict[int, int] = storages) -> torch.Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            out = attend_one(q, k, v, 0.3, 0)
+        found.append(sum(storages.values()))
+        out.sum().backward()
+    return found
+
+
+def test_memory_grows_with_the_length_and_not_with_its_square(ranks, job) -> None:
+    """A cut row, which on the CPU is attended in blocks with masks: none of them is kept."""
+    (((short, long),),) = ranks(job(__file__, "kept_bytes", 1, {}))
+    assert 0 < long <= 4.5 * short
