@@ -34,26 +34,23 @@ class Watchdog:
         self._folder, self._rank, self._timeout_s, self._on_hang = run / HANG, rank, timeout_s, on_hang
         self._watched: tuple[int, float] | None = None
         self._main_thread = threading.get_ident()
-        self._last_resort_s = -float("inf")
         self._closed = threading.Event()
         if timeout_s:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def begin(self, step: int) -> None:
         """Watch a step (1-based) from now on."""
-        now_s = time.monotonic()
-        self._watched = (step, now_s)
-        if self._timeout_s and now_s - self._last_resort_s > self._timeout_s / 2:
+        self._watched = (step, time.monotonic())
+        if self._timeout_s:
             # a hang that holds Python's lock stops this class's thread too; faulthandler's own needs no lock
-            faulthandler.dump_traceback_later(2 * self._timeout_s + MAX_GRACE_S, exit=True)
-            self._last_resort_s = now_s
+            limit_s = 2 * self._timeout_s + MAX_GRACE_S
+            faulthandler.dump_traceback_later(limit_s, exit=True, file=sys.__stderr__ or sys.stderr)
 
     def end(self) -> None:
         """Watch nothing until the next step: evaluations, gates and checkpoints may take long."""
         self._watched = None
-        if self._timeout_s and self._last_resort_s > -float("inf"):
+        if self._timeout_s:
             faulthandler.cancel_dump_traceback_later()
-            self._last_resort_s = -float("inf")
 
     def close(self) -> None:
         """End the watch."""
