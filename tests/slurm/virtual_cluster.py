@@ -45,6 +45,7 @@ PropagateResourceLimits=NONE
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
+FirstJobId={first_job}
 JobRequeue=1
 ReturnToService=1
 KillWait=2
@@ -121,7 +122,8 @@ class VirtualCluster:
         for i in range(GPUS):
             (self.folder / f"dev/nvidia{i}").touch()
         port = _free_ports(len(self.names) + 1)
-        conf = CONF.format(folder=self.folder, host=socket.gethostname().split(".")[0], port=port, cpus=CPUS, gpus=GPUS)
+        conf = CONF.format(folder=self.folder, host=socket.gethostname().split(".")[0], port=port, cpus=CPUS, gpus=GPUS,
+                           first_job=random.randrange(1, 1_000_000))  # ranks meet at a port made from it; clusters share a host
         conf += "".join(f"NodeName={n} NodeHostname={n} NodeAddr=127.0.0.1 Port={port + i}\n"
                         for i, n in enumerate(self.names, 1))
         conf += "".join(f"PartitionName={p} Nodes=ALL Default={'YES' if i == 0 else 'NO'} MaxTime=UNLIMITED DefaultTime=10\n"
@@ -236,9 +238,9 @@ def until(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
 
 
 def _free_ports(count: int) -> int:
-    """Return the first of `count` free ports below those that the system hands out."""
+    """Return the first of `count` free ports below those where ranks meet and those that the system hands out."""
     for _ in range(200):
-        first = random.randrange(17000, 31000)
+        first = random.randrange(12000, 20000 - count)
         try:
             for port in range(first, first + count):
                 with socket.socket() as s:
