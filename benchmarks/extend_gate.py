@@ -234,10 +234,11 @@ def means(event: dict[str, Any]) -> str:
 
 def outcome(folder: Path) -> None:
     """Print how control and rehearsal ended."""
-    codes = {n: (folder / f"{n}.exit").read_text() for n in ("extension", "control") if (folder / f"{n}.exit").exists()}
-    print("  exit codes: " + ", ".join(f"{name} {code}" for name, code in codes.items()))
+    ends = {name: folder / f"{name}.exit" for name in ("extension", "control")}
+    said = [f"{name} {'exit code ' + end.read_text() if end.exists() else 'not run to its end'}" for name, end in ends.items()]
+    print("  " + ", ".join(said))
     checks = events(folder / "control", "gate")
-    if checks:
+    if len(checks) > 1:
         print(f"  control without long data after {checks[-1]['step']} steps: {means(checks[-1])}")
     for name in ("with", "without"):
         checks = events(folder / f"{name}-rehearsal", "gate")
