@@ -4,8 +4,8 @@
 
 TOKENIZER is a folder that `sov-tokenizer train` wrote.  Each gets the same strings, of five kinds.  For each string x:
 `tokenizers` decodes the ids of x to NFC(x) by Python's `unicodedata` (to x where the preset does not normalize), and tiktoken's
-form gives the same ids and the same text.  `tokenizers` knows no combining class of marks that are newer than its tables, so
-it leaves them in the order in which they stand; strings with such marks are held against its own NFC.  Raw
+form gives the same ids and the same text.  `tokenizers` knows no combining class of marks that are newer than its tables, and no
+characters that are composed of such marks, so it leaves them as they stand; strings with them are held against its own NFC.  Raw
 bytes are drawn from all 256, from bytes that lead and continue characters, and from valid text with one byte changed; tiktoken
 encodes and decodes them.
 """
@@ -41,6 +41,7 @@ BLOCKS = [(0x20, 0x7F), (0xA0, 0x250), (0x370, 0x400), (0x400, 0x530), (0x590, 0
 WHITE_SPACE = [*range(9, 14), 0x20, 0x20, 0x20, 0x85, 0xA0, 0x1680, *range(0x2000, 0x200E), 0x2028, 0x2029, 0x202F, 0x205F,
                0x3000, 0xFEFF]
 MARKS = [c for c in range(0x20000) if unicodedata.category(chr(c))[0] == "M"]
+PAIRS = [unicodedata.normalize("NFD", chr(c)) for c in range(0x20000) if unicodedata.decomposition(chr(c))[:1] not in ("", "<")]
 BASES = [*map(ord, "aeiouAEIOUncs "), 0x1100, 0x1112, 0x1161, 0x1175, 0x11A8, 0xAC00, 0xE01, 0x915, 0x5D0, 0x3042, 0x212B]
 CLASSES = ("\u0334", "\u0323")
 """Marks of the lowest class, and of a low one: what comes before them in canonical order is of another class."""
@@ -127,7 +128,8 @@ class Library:
         ranks, rules = tiktoken_form.to_tiktoken(raw, folder.name, {})
         self._tiktoken, self.form = tiktoken_form.encoding(ranks, rules), rules.normalization
         newer = [chr(c) for c in MARKS if any(self._own(chr(c) + mark) != self._pythons(chr(c) + mark) for mark in CLASSES)]
-        self.num_newer, self._newer = len(newer), re.compile(f"[{''.join(newer)}]" if newer else "(?!)")
+        newer += [pair for pair in PAIRS if self._own(pair) != self._pythons(pair)]
+        self.num_newer, self._newer = len(newer), re.compile("|".join(map(re.escape, newer)) or "(?!)")
 
     def _own(self, text: str) -> str:
         return text if self.form is None else str(self._fast.normalizer.normalize_str(text))
@@ -163,7 +165,7 @@ class Library:
 def run(folder: Path, num_strings: int) -> int:
     """Print the figures of one tokenizer; returns how many strings were wrong."""
     library, started_s, cpu_s = Library(folder), time.monotonic(), time.process_time()
-    print(f"\n{folder.name}: {library.form or 'no normalization'}; {library.num_newer} marks are newer than its tables\n"
+    print(f"\n{folder.name}: {library.form or 'no normalization'}; {library.num_newer} marks and pairs newer than its tables\n"
           f"{'':<24} {'strings':>11} {'MB':>8} {'changed by NFC':>15} {'wrong':>6}")
     total_wrong, raw = 0, [0, 0, 0]
     for kind, (name, make) in enumerate(MAKERS.items()):
