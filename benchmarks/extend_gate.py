@@ -43,6 +43,7 @@ ALWAYS = ("train.num_threads=1", "train.checkpoint_every_steps=100000", "train.e
           "data.max_epochs=0", "needle.train_share=0", "needle.samples=20",
           "needle.depths=[0.0, 0.25, 0.5, 0.75, 0.95]", "optim.name=muon", "optim.muon_scale=original", "optim.weight_decay=0",
           "optim.schedule=wsd", "optim.decay_share=0.5",
+          "guards.sigma=0",  # beginning to retrieve looks like a spike
           "optim.groups=" + json.dumps([{"pattern": "*word_embeddings.weight", "lr_scale": 0.7},
                                         {"pattern": "output_layer.weight", "lr_scale": 0.7},
                                         {"pattern": "*router.weight", "optimizer": "adamw", "lr_scale": 0.7}]))
