@@ -22,7 +22,8 @@ def test_what_the_page_shows_runs(page: str, count: int, one_rank: None, importe
         shutil.copytree(folder, tmp_path / name)
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"^```bash\n(.*?)^```$", (DOCS / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    lines = [line for block in blocks for line in block.splitlines()]
+    commands = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    lines = [line for line in commands if not line.startswith("megatron-sov pretrain")]  # that one: tests/train
     assert len(lines) == count
     for line in lines:
         program, *arguments = shlex.split(line.split(" --nproc")[0])  # several processes: tests/generate

@@ -87,7 +87,7 @@ def one_batch(recipe: str, settings: list[str], paths: list[str], objective: str
     state = {"step": 0, "tokens": 0}
     checkpoint.save(Path(out) / "weights", trainer.model, None, state, config.to_dict(), trainer.tokenizer)
     batch = trainer.objective.prepare(trainer.objective.collect(trainer.policy, 0))
-    sums = trainer._forward_backward(batch).tolist()
+    sums = trainer.computation.sums(batch, trainer.objective, 1).tolist()
     terms = sorted(trainer.objective.coefficients)
     losses = {t: sums[i] / batch.targets[t] for i, t in enumerate(terms)}
     with torch.no_grad():

@@ -11,7 +11,10 @@ RUN = str(Path(__file__).with_name("precision_run.py"))
 EXACT_IN_FLOAT32 = {
     "router.py:_count_tokens": "tokens per expert are whole numbers",
     "schedule.py:<dictcomp>": "copies of these counts",
-    "schedule.py:finalize": "copies of these counts",
+    "expert_load.py:finalize": "copies of these counts, and of the biases",
+    "expert_load.py:<dictcomp>": "copies of these counts",
+    "expert_load.py:<listcomp>": "copies of a router's bias",
+    "expert_load.py:forget": "tokens per expert, set to zero",
     "finalize_model_grads.py:_update_router_expert_bias": "a router's bias is float32 at every precision",
     "finalize_model_grads.py:reset_model_temporary_tensors": "tokens per expert, set to zero",
     "moe_utils.py:get_updated_expert_bias": "the bias moves by whole steps",

@@ -47,6 +47,7 @@ def test_a_run_survives_a_sick_node_the_time_limit_a_crash_and_a_killed_rank(
     profile = (site / "site.yaml").read_text().replace("enabled: false", "min_free_disk_bytes: 1\n  max_matmul_ratio: 1000")
     (site / "looks.yaml").write_text(profile + f"scratch: {site / 'scratch'}\n")
     run, records = site / "run", site / "run/slurm"
+    cluster.wait_idle(["n1", "n2", "n3", "n4"])  # else the job would begin on others than the sick one
     job = submit(records, "pretrain", "--cluster", "looks.yaml", "--nodes", "2", *pretrain(packed_data, run, small, *length))
 
     def reaches(step: int, restarts: int) -> None:
