@@ -10,22 +10,18 @@ with / without.  CPU time is that of rank 0 with all its threads.  What is done 
 
 from __future__ import annotations
 
-import argparse
 import os
-import platform
 import statistics
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from loop_overhead import DOCUMENT_TOKENS, NUM_DOCUMENTS, SETTINGS, WARMUP_TURNS, write_shard
+from loop_overhead import DOCUMENT_TOKENS, NUM_DOCUMENTS, SETTINGS, WARMUP_TURNS, on_one_and_more
 
 from megatron_sov import recipes
 from megatron_sov.config import RunConfig, apply_settings
 from megatron_sov.data.shards import ShardChain, Source
-from megatron_sov.mcore import cpu, world
+from megatron_sov.mcore import world
 from megatron_sov.obs.events import EventLog
 
 SMALLER = ("train.global_batch_size=4", "train.micro_batch_size=2", 'data.phases=[{"name": "main", "seq_len": 256}]')
@@ -106,22 +102,5 @@ def measure(turns: int, folder: Path) -> None:
         print(f"comparison of replicas before a checkpoint: {1e3 * compare_s:.1f} ms", flush=True)
 
 
-def main() -> None:
-    """Measure on one process and on `--nproc`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nproc", type=int, default=2)
-    parser.add_argument("--turns", type=int, default=60)
-    args = parser.parse_args()
-    cpu.open_door()
-    print(f"{platform.machine()}, {os.cpu_count()} cores (load {os.getloadavg()[0]:.1f} at the start), "
-          f"Python {platform.python_version()}", flush=True)
-    for nproc in sorted({1, args.nproc}):
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            write_shard(folder)
-            if world.launch(lambda folder=folder: measure(args.turns, folder), nproc, num_threads=1):
-                sys.exit(1)
-
-
 if __name__ == "__main__":
-    main()
+    on_one_and_more(measure, __doc__, turns=60)

@@ -181,11 +181,11 @@ def measure(turns: int, folder: Path) -> None:
             print(f"{name:<8}{wall:>12.1f}{cpu_ms:>12.1f}{next(ratios):>18.3f}{next(ratios):>8.3f}", flush=True)
 
 
-def main() -> None:
-    """Measure on one process and on `--nproc`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def on_one_and_more(measure: Callable[[int, Path], None], description: str | None, turns: int) -> None:
+    """Read the command line, and measure on one process and on `--nproc`; `turns` is the default of `--turns`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nproc", type=int, default=2)
-    parser.add_argument("--turns", type=int, default=40)
+    parser.add_argument("--turns", type=int, default=turns)
     args = parser.parse_args()
     cpu.open_door()
     print(f"{platform.machine()}, {os.cpu_count()} cores (load {os.getloadavg()[0]:.1f} at the start), "
@@ -199,4 +199,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    on_one_and_more(measure, __doc__, turns=40)
