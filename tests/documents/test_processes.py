@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import operator
+import signal
 
-import psutil
 import pytest
 
 from megatron_sov.documents import in_processes
@@ -21,8 +22,6 @@ def test_results_come_in_order(workers: int) -> None:
 def test_mistakes_come_through_and_ended_workers_are_said() -> None:
     with pytest.raises(AttributeError, match="no attribute 'index'"):
         list(in_processes(operator.methodcaller, ("index", "a"), ["a", 1], 2))
-    results = in_processes(operator.methodcaller, ("upper",), ["a"] * 40, 2)
-    next(results)
-    next(p for p in psutil.Process().children() if "spawn_main" in " ".join(p.cmdline())).kill()
+    ends_its_worker = [0, 0, signal.SIGKILL, *[0] * 40]  # signal 0 does nothing
     with pytest.raises(UserError, match="run the same command again"):
-        list(results)
+        list(in_processes(functools.partial, (signal.raise_signal,), ends_its_worker, 2))
