@@ -17,7 +17,7 @@ class NeedleConfig:
 
     __pydantic_config__ = STRICT
     kinds: tuple[NeedleKind, ...] = ("multi-key",)
-    """What is asked, after RULER (arXiv 2404.06654)."""
+    """What is asked, after RULER (arXiv 2404.06654), in tests and in training."""
     languages: tuple[Language, ...] = ()
     """Languages of the text that needles are hidden in, in tests and in training; empty: all that there is text of."""
     lengths_tokens: tuple[int, ...] = (4096, 8192)
@@ -30,10 +30,12 @@ class NeedleConfig:
     """Part of each context that needles with other keys fill (every kind but `single`), so that they grow with the length."""
     train_share: float = 0.1
     """Part of the extension's samples that are synthetic retrieval documents, with other keys and values than the test's."""
+    train_kinds: tuple[NeedleKind, ...] = ()
+    """Kinds of the training documents, all drawn equally often; empty: those that are tested (`kinds`)."""
     train_needles: int = 0
     """Needles of a training document at most; 0: as many as fill `distractor_share` of it, and 12 where those are fewer."""
     train_questions: int = 12
-    """Needles of a training document that are asked for at most; the others are distractors."""
+    """Questions of a training document at most, each for needles of its own; needles that none asks for are distractors."""
     answer_weight: float = 30.0
     """Loss weight of the words of an answer in training documents.  With a few per cent of the loss on answers small models
     stay on a plateau."""

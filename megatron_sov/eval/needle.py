@@ -132,7 +132,7 @@ class NeedleSuite:
         generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(
             (self.seed, length, round(depth * 1e6), sample, *kind.encode(), 0, *haystack.language.encode()))))
         return make_example(kind, haystack, generator, length, depth,
-                            distractors_of(kind, haystack.form, length, self.distractor_share), test=True)
+                            distractors_of(kind, haystack.form, length, self.distractor_share))
 
     def questions(self) -> Iterator[list[int]]:
         """Yield what a test of these kinds may tell or ask, up to where a value follows: what training text must not hold."""

@@ -13,8 +13,9 @@ Every kind but `single` has distractors: needles (chains of variables) with keys
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -31,6 +32,7 @@ PHRASES_OF: dict[NeedleKind, tuple[str, str]] = {
     "multi-query": ("statement", "values_of"), "variable-tracking": ("assignment", "holders")}
 """Phrases of each kind: what is told, and what asks."""
 PAIR_TOKENS = 2
+_Items = TypeVar("_Items", np.ndarray, list[list[int]])
 IN_ANY_ORDER: frozenset[NeedleKind] = frozenset({"multi-value", "variable-tracking"})
 
 
@@ -52,23 +54,72 @@ class Example:
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """The sentences of an example, without text: the asked ones in the order that they keep, and what they ask."""
+class Plan:
+    """The sentences of a context, without text: what is told, and what is asked."""
 
-    first: list[int]
-    """Stands at the example's depth."""
-    later: list[list[int]]
-    """Stand behind it, in this order."""
+    asked: list[list[list[int]]]
+    """Of each question the sentences that keep their order; the first one stands at the question's depth."""
     anywhere: list[list[int]]
-    """Stand anywhere."""
-    question: list[int]
-    answer: np.ndarray
-    """[pairs, 2]."""
+    """Sentences that stand anywhere."""
+    questions: list[list[int]]
+    """Up to where the answer has to follow."""
+    answers: list[np.ndarray]
+    """[pairs, 2] each."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all sentences, questions and answers."""
+        told = sum(len(sentence) for sentences in (*self.asked, self.anywhere) for sentence in sentences)
+        return told + sum(map(len, self.questions)) + sum(answer.size for answer in self.answers)
+
+
+def make_plan(kind: NeedleKind, form: NeedleForm, sentences: Sentences, generator: np.random.Generator, num_questions: int,
+              num_distractors: int, *, test: bool) -> Plan:
+    """Return the sentences of a context with `num_questions` questions of a kind, beside distractors.
+
+    Args:
+        kind: which test.
+        form: its words.
+        sentences: one of the form's, of tests or of training as `test` says.
+        generator: of keys, values and the order of the keys of a question.
+        num_questions: at least 1; none asks for a needle that another one asks for.
+        num_distractors: needles that no question asks for.
+        test: whether pairs are those for tests, or those for training.
+    """
+    return _PLANS[kind](form, sentences, generator, num_questions, num_distractors, test)
+
+
+def place_told(plan: Plan, generator: np.random.Generator, starts: Sequence[int], text_tokens: int
+               ) -> tuple[list[list[int]], list[int]]:
+    """Return all sentences that are told, and how many of the text's tokens stand before each.
+
+    Args:
+        plan: the sentences.
+        generator: of places.
+        starts: the place of each question's first sentence; those that keep its order follow anywhere behind it.
+        text_tokens: tokens of the text.
+    """
+    told: list[list[int]] = []
+    places: list[int] = []
+    for start, sentences in zip(starts, plan.asked, strict=True):
+        told += sentences
+        places += [start, *np.sort(generator.integers(start, text_tokens + 1, len(sentences) - 1)).tolist()]
+    return told + plan.anywhere, places + generator.integers(0, text_tokens + 1, len(plan.anywhere)).tolist()
+
+
+def weave(text: np.ndarray, told: Sequence[Sequence[int] | np.ndarray], places: Sequence[int]) -> np.ndarray:
+    """Return a text (or its weights) with sentences (or theirs) in it, those of equal places in the order given."""
+    parts: list[Sequence[int] | np.ndarray] = []
+    last = 0
+    for i in np.argsort(np.array(places), kind="stable").tolist():
+        parts += [text[last:places[i]], told[i]]
+        last = places[i]
+    return np.concatenate([*parts, text[last:]])
 
 
 def make_example(kind: NeedleKind, haystack: Haystack, generator: np.random.Generator, length: int, depth: float,
-                 num_distractors: int, *, test: bool) -> Example:
-    """Return an example whose prompt and answer together have `length` tokens.
+                 num_distractors: int) -> Example:
+    """Return an example of a test whose prompt and answer together have `length` tokens.
 
     Args:
         kind: which test.
@@ -77,21 +128,18 @@ def make_example(kind: NeedleKind, haystack: Haystack, generator: np.random.Gene
         length: in tokens.
         depth: where the first asked needle stands, 0 = start, 1 = right before the question.
         num_distractors: as `distractors_of` gives.
-        test: whether it is for a test, or for training.
     """
-    plan = _PLANS[kind](haystack.form, generator, num_distractors, test)
-    told = [plan.first, *plan.later, *plan.anywhere]
-    text = haystack.text(generator, length - sum(map(len, told)) - len(plan.question) - plan.answer.size)
-    start = round(depth * len(text))
-    places = [start, *np.sort(generator.integers(start, len(text) + 1, len(plan.later))).tolist(),
-              *generator.integers(0, len(text) + 1, len(plan.anywhere)).tolist()]
-    prompt: list[int] = []
-    last = 0
-    for i in np.argsort(np.array(places), kind="stable").tolist():
-        prompt += [*text[last:places[i]].tolist(), *told[i]]
-        last = places[i]
-    prompt += [*text[last:].tolist(), *plan.question]
-    return Example(prompt, [(int(a), int(b)) for a, b in plan.answer], kind in IN_ANY_ORDER)
+    sentences = haystack.form.draw_sentences(generator, test=True)
+    plan = make_plan(kind, haystack.form, sentences, generator, 1, num_distractors, test=True)
+    text = haystack.text(generator, length - plan.tokens)
+    told, places = place_told(plan, generator, [round(depth * len(text))], len(text))
+    prompt = [*weave(text, told, places).tolist(), *plan.questions[0]]
+    return Example(prompt, [(int(a), int(b)) for a, b in plan.answers[0]], kind in IN_ANY_ORDER)
+
+
+def needles_asked(kind: NeedleKind) -> int:
+    """Return how many needles a question of a kind asks for."""
+    return 1 if kind in ("single", "multi-key") else NUM_ASKED
 
 
 def distractors_of(kind: NeedleKind, form: NeedleForm, length: int, share: float) -> int:
@@ -101,7 +149,7 @@ def distractors_of(kind: NeedleKind, form: NeedleForm, length: int, share: float
         UserError: the context is too short for the kind.
     """
     told, question = PHRASES_OF[kind]
-    asked = 1 if kind in ("single", "multi-key") else NUM_ASKED
+    asked = needles_asked(kind)
     least = 0 if kind == "single" else MIN_DISTRACTORS
     needle_tokens = form.phrase_tokens(told, test=True)
     fixed = asked * needle_tokens + form.phrase_tokens(question, test=True) + asked * PAIR_TOKENS
@@ -113,43 +161,56 @@ def distractors_of(kind: NeedleKind, form: NeedleForm, length: int, share: float
     return min(wanted, (length - fixed) // needle_tokens, max(least, keys))
 
 
-def _one(form: NeedleForm, generator: np.random.Generator, num_distractors: int, test: bool) -> _Plan:
-    sentences = form.draw_sentences(generator, test=test)
-    keys, values = (form.draw(generator, 1 + num_distractors, test=test) for _ in range(2))
-    first, *others = _statements(sentences, keys, values)
-    return _Plan(first, [], others, fill(sentences.statement, keys[0]), values[:1])
-
-
-def _multi_value(form: NeedleForm, generator: np.random.Generator, num_distractors: int, test: bool) -> _Plan:
-    sentences = form.draw_sentences(generator, test=test)
-    keys, values = (form.draw(generator, NUM_ASKED + num_distractors, test=test) for _ in range(2))
-    keys[:NUM_ASKED] = keys[0]
+def _one(form: NeedleForm, sentences: Sentences, generator: np.random.Generator, num_questions: int, num_distractors: int,
+         test: bool) -> Plan:
+    keys, values = (form.draw(generator, num_questions + num_distractors, test=test) for _ in range(2))
     told = _statements(sentences, keys, values)
-    return _Plan(told[0], told[1:NUM_ASKED], told[NUM_ASKED:], fill(sentences.all_values, keys[0]), values[:NUM_ASKED])
+    return Plan([[sentence] for sentence in told[:num_questions]], told[num_questions:],
+                [fill(sentences.statement, key) for key in keys[:num_questions]], [values[[i]] for i in range(num_questions)])
 
 
-def _multi_query(form: NeedleForm, generator: np.random.Generator, num_distractors: int, test: bool) -> _Plan:
-    sentences = form.draw_sentences(generator, test=test)
-    keys, values = (form.draw(generator, NUM_ASKED + num_distractors, test=test) for _ in range(2))
-    first, *others = _statements(sentences, keys, values)
-    order = generator.permutation(NUM_ASKED)
-    return _Plan(first, [], others, fill(sentences.values_of, *keys[order]), values[order])
+def _multi_value(form: NeedleForm, sentences: Sentences, generator: np.random.Generator, num_questions: int,
+                 num_distractors: int, test: bool) -> Plan:
+    num_asked = num_questions * NUM_ASKED
+    keys, values = (form.draw(generator, num_asked + num_distractors, test=test) for _ in range(2))
+    keys[:num_asked] = np.repeat(keys[:num_asked:NUM_ASKED], NUM_ASKED, axis=0)
+    told = _statements(sentences, keys, values)
+    return Plan(_groups(told, num_questions), told[num_asked:],
+                [fill(sentences.all_values, key) for key in keys[:num_asked:NUM_ASKED]], _groups(values, num_questions))
 
 
-def _tracking(form: NeedleForm, generator: np.random.Generator, num_distractors: int, test: bool) -> _Plan:
-    sentences = form.draw_sentences(generator, test=test)
-    num_chains = 1 + -(-num_distractors // NUM_ASKED)
-    pairs = form.draw(generator, NUM_ASKED + num_distractors + num_chains, test=test)
+def _multi_query(form: NeedleForm, sentences: Sentences, generator: np.random.Generator, num_questions: int,
+                 num_distractors: int, test: bool) -> Plan:
+    num_asked = num_questions * NUM_ASKED
+    keys, values = (form.draw(generator, num_asked + num_distractors, test=test) for _ in range(2))
+    told = _statements(sentences, keys, values)
+    order = [NUM_ASKED * i + generator.permutation(NUM_ASKED) for i in range(num_questions)]
+    return Plan([[sentence] for sentence in told[:num_asked:NUM_ASKED]],
+                [sentence for i, sentence in enumerate(told) if i >= num_asked or i % NUM_ASKED],
+                [fill(sentences.values_of, *keys[asked]) for asked in order], [values[asked] for asked in order])
+
+
+def _tracking(form: NeedleForm, sentences: Sentences, generator: np.random.Generator, num_questions: int, num_distractors: int,
+              test: bool) -> Plan:
+    num_asked = num_questions * NUM_ASKED
+    num_chains = num_questions - (-num_distractors // NUM_ASKED)
+    pairs = form.draw(generator, num_asked + num_distractors + num_chains, test=test)
     values, variables = pairs[:num_chains], pairs[num_chains:]
     # each variable holds the one before it in its chain; the first of a chain holds the value
     held = [values[i // NUM_ASKED] if i % NUM_ASKED == 0 else variables[i - 1] for i in range(len(variables))]
     told = [fill(sentences.assignment, variable, value) for variable, value in zip(variables, held, strict=True)]
-    return _Plan(told[0], told[1:NUM_ASKED], told[NUM_ASKED:], fill(sentences.holders, values[0]), variables[:NUM_ASKED])
+    return Plan(_groups(told, num_questions), told[num_asked:],
+                [fill(sentences.holders, value) for value in values[:num_questions]], _groups(variables, num_questions))
 
 
 def _statements(sentences: Sentences, keys: np.ndarray, values: np.ndarray) -> list[list[int]]:
     return [fill(sentences.statement, key, value) for key, value in zip(keys, values, strict=True)]
 
 
-_PLANS: dict[NeedleKind, Callable[[NeedleForm, np.random.Generator, int, bool], _Plan]] = {
+def _groups(items: _Items, num_questions: int) -> list[_Items]:
+    """Return what each question asks for, of items that begin with what is asked."""
+    return [items[i * NUM_ASKED:(i + 1) * NUM_ASKED] for i in range(num_questions)]
+
+
+_PLANS: dict[NeedleKind, Callable[[NeedleForm, Sentences, np.random.Generator, int, int, bool], Plan]] = {
     "single": _one, "multi-key": _one, "multi-value": _multi_value, "multi-query": _multi_query, "variable-tracking": _tracking}

@@ -6,16 +6,21 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any, get_args
 
+import numpy as np
 import pytest
 
-from megatron_sov.config import PhaseConfig, RunConfig
+from megatron_sov.config import NeedleConfig, NeedleKind, PhaseConfig, RunConfig, apply_settings
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.cpu import open_door
 from megatron_sov.recipes import get
 
 open_door()
 
+from megatron_sov.data.shards import Source  # noqa: E402
+from megatron_sov.eval.needle import make_suite  # noqa: E402
+from megatron_sov.extend.decontamination import search  # noqa: E402
 from megatron_sov.extend.needles import make_needles, with_needles_in_blends  # noqa: E402
 
 
@@ -66,3 +71,51 @@ def test_the_name_of_the_source_is_kept_for_it(token_shards: Path, tmp_path: Pat
     (data / "manifest.json").write_text(json.dumps(json.loads(text) | {"sha256": ""}))
     with pytest.raises(UserError, match="a source named 'needle' is kept"):
         make_needles(config_of(data, 0.1), data)
+
+
+KINDS = get_args(NeedleKind)
+
+
+@pytest.mark.parametrize("setting", ["kinds", "train_kinds"])
+@pytest.mark.parametrize("kind", ["multi-value", "multi-query", "variable-tracking"])
+def test_documents_are_of_the_kind_that_is_set(setting: str, kind: NeedleKind, token_shards: Path) -> None:
+    """Questions of these kinds have eight words of answers; those of the others have two."""
+    config = apply_settings(config_of(token_shards, 0.5), [f"needle.{setting}={json.dumps([kind])}"])
+    needles = make_needles(config, token_shards)
+    (source,) = needles.sources
+    weights = source.shard("train").loss_weights(0, 0, 128)
+    assert (weights == 30).sum() % 8 == 0 and (weights[-8:] == 30).all()
+    assert needles.suite.kinds == ((kind,) if setting == "kinds" else ("multi-key",))
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """One document."""
+
+    ids: list[int]
+    is_plain = True
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.array([len(self.ids)])
+
+    def tokens(self, document: int, start: int, count: int) -> np.ndarray:
+        return np.array(self.ids[start:start + count], np.int64)
+
+
+def made(documents: Any) -> Source:
+    return Source("needle", None, False, {}, {"train": int(documents.lengths.sum())}, 1.0, made=documents)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_kind_of_document_holds_a_question_of_any_test(kind: NeedleKind, token_shards: Path) -> None:
+    config = config_of(token_shards, 0.5)
+    config = dataclasses.replace(config, needle=NeedleConfig(train_kinds=(kind,), kinds=KINDS, lengths_tokens=(256,), samples=2))
+    needles = make_needles(config, token_shards)
+    questions = list(needles.suite.questions())
+    clean = search(questions, list(needles.sources), 1 << 20)
+    assert (clean.questions_found, clean.scanned_tokens) == (0, {"needle": 256 * 128})
+    asked = make_suite(dataclasses.replace(config.needle, kinds=(kind,)), needles.suite.haystacks)
+    for _, _, examples in asked.examples():
+        for example in examples:
+            assert search(questions, [made(Text(example.prompt))], 1 << 20).questions_found > 0, "the search sees them"
