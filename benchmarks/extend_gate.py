@@ -9,7 +9,8 @@ Everything runs through the ordinary commands on one process of one thread.  For
              being needle documents: the model learns to retrieve there
   extension  `extend` in two stages to 2,048 tokens behind the gate: needles at five depths, 20 samples a cell, and the loss on
              short text.  K-EXAONE finds a single needle at any length untrained, so half of its contexts are distractors
-  control    the first stage again without long data: nothing but text and needle documents of the short length
+  control    the stages again, each with as many steps as the extension took, without long data: nothing but text and needle
+             documents of the short length.  A stage that ends without passing is its last
   rehearsal  the first stage twice for as many steps, without loss on the text around needles, with and without short samples
              between: what becomes of the loss on short text
 
@@ -34,7 +35,6 @@ GATE_STEPS, TOLERANCE_NATS = 80, 0.1
 STEP_TOKENS = 2048
 MAX_STEPS = (480, 320)
 REHEARSAL_STEPS, REHEARSAL_SHARE = 80, 0.25
-CONTROL_STEPS = 80
 GATE_FAILED = 3
 SIZES = ("vocab_size=2048", "hidden_size=64", "num_layers=4", "num_heads=4", "num_kv_heads=2", "head_dim=32", "num_experts=4",
          "num_experts_per_token=2", "expert_ffn_dim=64", "init_std=0.1")
@@ -132,7 +132,7 @@ class Chain:
         done = self.folder / f"{run_name}.exit"
         if done.exists():
             return int(done.read_text())
-        begin = ["--from", self.folder / start] if start else []
+        begin: list[str | Path] = ["--from", self.folder / start] if start else []
         code = run(self.log, "-m", "megatron_sov", command, self.kind.recipe, "--data", self.shards, "--run", target, *begin,
                    "--resume", *words((*ALWAYS, f"train.seed={self.seed}", *settings)))
         done.write_text(str(code))
@@ -174,9 +174,13 @@ class Chain:
         self.short()
         self.extend("extension", [self.stage(i, REHEARSAL_SHARE) for i in range(2)])
 
-    def comparisons(self) -> None:
-        """Run what the extension is compared with."""
-        self.extend("control", [self.stage(0, 1.0, max_steps=CONTROL_STEPS)])
+    def control(self) -> None:
+        """Run the stages without long data."""
+        steps = [events(folder, "gate")[-1]["step"] for folder in stage_folders(self.folder / "extension", self.kind)]
+        self.extend("control", [self.stage(i, 1.0, steps=n, max_steps=n) for i, n in enumerate(steps)])
+
+    def rehearsal(self) -> None:
+        """Run the first stage with and without short samples."""
         for name, share in (("with", REHEARSAL_SHARE), ("without", 0.0)):
             stage = self.stage(0, share, steps=REHEARSAL_STEPS, max_steps=REHEARSAL_STEPS)
             self.extend(f"{name}-rehearsal", [stage], "needle.text_weight=0", gate=False)
@@ -194,6 +198,11 @@ def events(folder: Path, kind: str) -> list[dict[str, Any]]:
     return [e for e in found if e["event"] == kind]
 
 
+def stage_folders(run: Path, kind: Kind) -> list[Path]:
+    """Return the folders of a run's stages that have been judged."""
+    return [folder for folder in (run / f"stages/1-{kind.lengths[0]}", run) if events(folder, "gate")]
+
+
 def report(work: Path) -> None:
     """Print what there is."""
     print(f"{platform.machine()}, {os.cpu_count()} cores shared with other work, Python {platform.python_version()}; one process "
@@ -204,9 +213,9 @@ def report(work: Path) -> None:
         for folder in sorted(work.glob(f"{name}-[0-9]*")):
             print(f"{name}, seed {folder.name.rpartition('-')[2]}, {kind.short_tokens} -> {kind.lengths[1]:,} tokens "
                   f"({kind.lengths[1] // kind.short_tokens}x), {' '.join(kind.needles)}, at least {kind.min_accuracy:.0%}")
-            for stage in (folder / "short", folder / f"extension/stages/1-{kind.lengths[0]}", folder / "extension"):
+            for stage in (folder / "short", *stage_folders(folder / "extension", kind)):
                 describe(stage)
-            outcome(folder)
+            outcome(folder, kind)
             print()
 
 
@@ -233,14 +242,14 @@ def means(event: dict[str, Any]) -> str:
     return ", ".join(f"{row['accuracy']:.0%} at {row['length_tokens']:,}" for row in event["rows"])
 
 
-def outcome(folder: Path) -> None:
+def outcome(folder: Path, kind: Kind) -> None:
     """Print how control and rehearsal ended."""
     ends = {name: folder / f"{name}.exit" for name in ("extension", "control")}
     said = [f"{name} {'exit code ' + end.read_text() if end.exists() else 'not run to its end'}" for name, end in ends.items()]
     print("  " + ", ".join(said))
-    checks = events(folder / "control", "gate")
-    if len(checks) > 1:
-        print(f"  control without long data after {checks[-1]['step']} steps: {means(checks[-1])}")
+    for stage in stage_folders(folder / "control", kind):
+        print("  control without long data, gate at step " + "; ".join(
+            f"{e['step']} {'passes' if e['judged'] else 'fails'} ({means(e)})" for e in events(stage, "gate")))
     for name in ("with", "without"):
         checks = events(folder / f"{name}-rehearsal", "gate")
         if len(checks) > 1:
@@ -263,7 +272,7 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     shards = make_data(args.work, args.text)
     chains = [Chain(name, seed, args.work, shards) for seed in args.seeds for name in args.families]
-    for part in (Chain.extension, Chain.comparisons):
+    for part in (Chain.extension, Chain.control, Chain.rehearsal):
         for chain in chains:
             part(chain)
 
