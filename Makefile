@@ -53,7 +53,7 @@ slurm:  ## install Slurm's daemons for tests/slurm, where root can do it on Debi
 	@tests/slurm/install.sh
 
 test: lint slurm  ## lint, then all tests on two cores
-	OMP_NUM_THREADS=1 "$(PY)" -m pytest -n 2 --durations 25
+	OMP_NUM_THREADS=1 "$(PY)" -m pytest -n 2 --dist worksteal --durations 25
 
 demo: setup  ## raw text to a trained, converted and judged model on this machine, minutes on two cores
 	"$(PY)" demo.py $${CORPUS:+--corpus "$$CORPUS"}

@@ -36,16 +36,21 @@ SETTINGS = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2"
 SOAKED = ("train.checkpoint_every_steps=10", "train.keep_checkpoints=8", "train.max_restarts=50", "guards.hang_timeout_s=10",
           "guards.probe_every_steps=1")
 """What a run needs that is to survive all this: many checkpoints, and each step's gradients computed twice."""
+STORMS, STORM_STEPS = 3, 4
+"""Stretches of steps in each of which a number is not finite, long enough that weights are taken back."""
 SLOW = "seconds=0.05,steps=5"
 """Enough to be seen, and short."""
 
 
 def draw_faults(steps: int, count: int, nproc: int, seed: int) -> list[str]:
-    """Return so many faults: every kind and state about equally often, anywhere in the run, on any process."""
+    """Return so many faults: storms, then every kind and state about equally often, anywhere in the run, on any process."""
     drawn = random.Random(seed)
     places = [(kind, state) for kind, states in STATES.items() for state in states]
     found: list[str] = []
-    for i in range(count):
+    for _ in range(STORMS):
+        first = drawn.randint(20, steps * 9 // 10)
+        found += [f"nan@step={first + i},rank={drawn.randrange(nproc)}" for i in range(STORM_STEPS)]
+    for i in range(count - len(found)):
         kind, state = places[i] if i < len(places) else drawn.choice(places)
         rank = 0 if kind == "corrupt-checkpoint" else drawn.randrange(nproc)
         # a load needs a checkpoint and a restart after it, a spike what is usual
@@ -78,9 +83,7 @@ def final(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     assert path is not None, f"{run} has no checkpoint"
     hashes = {name: record.sha256 for name, record in read_manifest(path).files.items() if name != "state.json"}
     state = json.loads((path / "state.json").read_text())
-    for name in ("rollbacks", "in_a_row"):
-        del state["guard"][name]
-    return hashes, {name: value for name, value in state.items() if name != "wall_s"}
+    return hashes, {name: value for name, value in state.items() if name not in ("wall_s", "guard")}
 
 
 def skipped(run: Path, steps: int) -> list[list[int]]:

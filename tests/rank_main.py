@@ -1,6 +1,6 @@
 """Runs functions of a test file on several ranks, in a process of its own: the worker behind the `ranks` fixture.
 
-Usage: rank_main.py JOBS.json; megatron is imported once, then each job's ranks are forked.
+Usage: rank_main.py JOBS.json; what jobs need is imported once, then each job's ranks are forked.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,10 @@ def main(jobs_file: Path) -> int:
     """Run every job; each rank writes its result as JSON beside the jobs file."""
     jobs = json.loads(jobs_file.read_text())
     for number, job in enumerate(jobs):
-        def rank(number: int = number, job: dict[str, Any] = job) -> int:
-            result = _function(job["file"], job["function"])(**job["arguments"])
+        function = _function(job["file"], job["function"])  # here: in each rank it would be imported again
+
+        def rank(number: int = number, job: dict[str, Any] = job, function: Callable[..., Any] = function) -> int:
+            result = function(**job["arguments"])
             (jobs_file.parent / f"{number}-{os.environ['RANK']}.json").write_text(json.dumps(result))
             return 0
 

@@ -18,12 +18,12 @@ class GuardConfig:
     """Refuse the update of a step whose loss or gradient norm is not finite or a spike; off: a number that is not finite ends
     the run."""
     window_steps: int = 128
-    """Learned steps whose loss and gradient norm say what is usual, once there are half as many, at least 20."""
+    """Steps whose loss and gradient norm say what is usual, once there are half as many, at least 20."""
     sigma: float = 6.0
     """A spike lies so many standard deviations above the mean of the window; 0: only numbers that are not finite count."""
     rollback_after_skips: int = 4
-    """So many refused steps in a row take weights and optimizer back to the last good checkpoint, and all samples since then
-    are passed over; 0: never."""
+    """So many steps in a row that are refused for their loss, or for numbers that are not finite, take weights and optimizer
+    back to the last good checkpoint, and all samples since then are passed over; 0: never."""
     hang_timeout_s: float = 1500.0
     """Seconds that a step may last before every process writes its stacks into RUN/hang and ends with exit code 76; must be
     longer than the slowest step; 0: no watch. (Collectives give up by themselves after 1,800 s.)"""

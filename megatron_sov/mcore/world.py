@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import itertools
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -181,14 +183,21 @@ class _Outcome:
 
 def _round(main: Callable[[], Any], count: int) -> _Outcome:
     """Start `count` ranks and wait for their end."""
-    # held by the launcher, in memory: it survives any rank, and a full disk cannot stall it
-    store = dist.TCPStore(LOCALHOST, 0, is_master=True, wait_for_workers=False)
-    environment = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), STORE_PORT: str(store.port)}
+    gc.freeze()  # or the collector would touch, and so copy, what ranks share
+    door = socket.create_server((LOCALHOST, 0), backlog=count)
+    port = door.getsockname()[1]
+    environment = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), STORE_PORT: str(port)}
     signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # until `_wait` can pass them on
-    return _wait([_fork(main, rank, environment) for rank in range(count)])
+    children = [_fork(main, rank, environment, door) for rank in range(count)]
+    # Held by the launcher, in memory: it survives any rank, and a full disk cannot stall it.  Its thread begins after the last
+    # fork: a rank forked while that thread holds a lock of the C library would wait for the lock for ever.
+    store = dist.TCPStore(LOCALHOST, port, is_master=True, wait_for_workers=False, master_listen_fd=door.detach())
+    outcome = _wait(children)
+    del store  # not before
+    return outcome
 
 
-def _fork(main: Callable[[], Any], rank: int, environment: dict[str, str]) -> int:
+def _fork(main: Callable[[], Any], rank: int, environment: dict[str, str], door: socket.socket) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     parent = os.getpid()
@@ -198,6 +207,7 @@ def _fork(main: Callable[[], Any], rank: int, environment: dict[str, str]) -> in
     code = 1
     try:
         die_with_parent(parent)
+        door.close()  # the launcher's
         signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
         os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
         code = _rank_code(main)

@@ -1,8 +1,10 @@
 """Steps that must not be learned: a loss or gradient norm that is no finite number, or far above what is usual.
 
 The rule is OLMo-core's (`SkipStepOptimizer`): more than `sigma` standard deviations above the mean of the last `window_steps`
-steps, once there are half as many, at least 20.  Unlike there the values of refused steps stay out of the window: a handful of
-equal spikes would otherwise become usual, and a diverged run would never be taken back.
+steps, once there are half as many, at least 20.  As there the values of refused steps enter the window, so that what lasts
+becomes usual.  Unlike there only values above the mean count.  Weights whose losses are too high for several batches in a row are
+at fault themselves; large gradients at a usual loss are not a reason to give weights up, for a model that begins to learn
+something new has them.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ class Refusal:
     grad_norm: float
     """Its gradient norm, as rank 0 has it."""
     finite: bool
-    """Whether both are numbers."""
+    """Whether both are numbers, on every process."""
+    weights_suspect: bool
+    """Whether it was more than a large gradient."""
 
 
 class StepGuard:
@@ -45,6 +49,7 @@ class StepGuard:
         self._grad_norms: list[float] = []
         self.in_a_row = 0
         """Steps refused since the last one that was learned."""
+        self._suspect_in_a_row = 0
         self.rollbacks: list[dict[str, int]] = []
         """``{"at": step, "to": step of the checkpoint}`` of each time that weights were taken back."""
         self.refusal: Refusal | None = None
@@ -52,8 +57,12 @@ class StepGuard:
 
     @property
     def gives_up(self) -> bool:
-        """Whether so many steps were refused in a row that the weights must be at fault."""
-        return 0 < self._settings.rollback_after_skips <= self.in_a_row
+        """Whether so many steps were refused in a row, for more than their gradients, that the weights must be at fault."""
+        return 0 < self._settings.rollback_after_skips <= self._suspect_in_a_row
+
+    def forget_refusals(self) -> None:
+        """Count anew: a step was learned, or other weights are judged from now on."""
+        self.in_a_row, self._suspect_in_a_row, self.refusal = 0, 0, None
 
     def enter(self, step: int, ledger: Ledger) -> None:
         """Begin a step (0-based): what was usual no longer is, where the data change."""
@@ -65,44 +74,52 @@ class StepGuard:
 
         One process that sees a bad number is enough.  What is usual is judged by rank 0's figures, which go into the checkpoint.
         """
-        reason = self._objection(loss, grad_norm)
         mine = [loss, grad_norm] if self._is_main else [0.0, 0.0]
         objections, main_loss, main_grad_norm = schedule.sum_everywhere(
-            torch.tensor([float(reason is not None), *mine], dtype=torch.float64)).tolist()
+            torch.tensor([float(self._objection(loss, grad_norm) is not None), *mine], dtype=torch.float64)).tolist()
         if not objections:
-            self._learn(main_loss, main_grad_norm)
+            self._remember(main_loss, main_grad_norm)
+            self.forget_refusals()
             return True
-        reason = self._objection(main_loss, main_grad_norm) or "another process has a number that is not finite, or a spike"
-        self.refusal = Refusal(reason, main_loss, main_grad_norm, math.isfinite(main_loss) and math.isfinite(main_grad_norm))
+        self.refusal = self._objection(main_loss, main_grad_norm) or Refusal(
+            "another process has a number that is not finite", main_loss, main_grad_norm, finite=False, weights_suspect=True)
         self.in_a_row += 1
+        self._suspect_in_a_row += self.refusal.weights_suspect
+        if self.refusal.finite:
+            self._remember(main_loss, main_grad_norm)
         return False
 
-    def _learn(self, loss: float, grad_norm: float) -> None:
+    def _remember(self, loss: float, grad_norm: float) -> None:
         for values, value in ((self._losses, loss), (self._grad_norms, grad_norm)):
             values.append(value)
             del values[:-self._settings.window_steps]
-        self.in_a_row, self.refusal = 0, None
 
-    def _objection(self, loss: float, grad_norm: float) -> str | None:
-        for name, value, usual in (("loss", loss, self._losses), ("gradient norm", grad_norm, self._grad_norms)):
+    def _objection(self, loss: float, grad_norm: float) -> Refusal | None:
+        figures = (("loss", loss, self._losses), ("gradient norm", grad_norm, self._grad_norms))
+        for name, value, _ in figures:
             if not math.isfinite(value):
-                return f"the {name} is {value:g}"
-            if self._settings.skip and self._settings.sigma and len(usual) >= max(MIN_STEPS, self._settings.window_steps // 2):
+                return Refusal(f"the {name} is {value:g}", loss, grad_norm, finite=False, weights_suspect=True)
+        if not (self._settings.skip and self._settings.sigma):
+            return None
+        for name, value, usual in figures:
+            if len(usual) >= max(MIN_STEPS, self._settings.window_steps // 2):
                 mean, sigma = float(np.mean(usual)), float(np.std(usual, ddof=1))
                 if value > mean + self._settings.sigma * sigma:
-                    return (f"the {name} is {value:g}, {(value - mean) / sigma if sigma else math.inf:.1f} standard deviations "
-                            f"above the mean {mean:g} of the last {len(usual)} steps")
+                    reason = (f"the {name} is {value:g}, {(value - mean) / sigma if sigma else math.inf:.1f} standard deviations "
+                              f"above the mean {mean:g} of the last {len(usual)} steps")
+                    return Refusal(reason, loss, grad_norm, finite=True, weights_suspect=name == "loss")
         return None
 
     def state(self) -> dict[str, Any]:
         """Return plain values for the checkpoint."""
         return {"losses": list(self._losses), "grad_norms": list(self._grad_norms), "in_a_row": self.in_a_row,
-                "rollbacks": list(self.rollbacks)}
+                "suspect_in_a_row": self._suspect_in_a_row, "rollbacks": list(self.rollbacks)}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what `state` gave."""
         self._losses, self._grad_norms = list(state["losses"]), list(state["grad_norms"])
-        self.in_a_row, self.rollbacks = state["in_a_row"], list(state["rollbacks"])
+        self.in_a_row, self._suspect_in_a_row = state["in_a_row"], state["suspect_in_a_row"]
+        self.rollbacks = list(state["rollbacks"])
 
 
 def _kind_of_data(ledger: Ledger, step: int) -> tuple[Any, ...]:

@@ -36,7 +36,7 @@ def roll_back(trainer: Trainer) -> None:
                         f"checkpoints there is {tried}; lower optim.lr = {trainer.config.optim.lr:g} or look at the data, and "
                         "start a new --run --from a checkpoint that you trust")
     back_to = trainer.take_back(target)
-    guard.in_a_row = 0
+    guard.forget_refusals()
     trainer.batches.ledger.pass_over(back_to, now)
     guard.rollbacks = [*rollbacks, {"at": now, "to": back_to}]
     on_main(trainer.world, lambda: run_checkpoints.drop_after(trainer.folder.checkpoints, back_to))

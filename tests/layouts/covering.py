@@ -56,8 +56,9 @@ class Layout:
         """Arguments of --set."""
         chosen = [s for part in self.choice if part for s in SETTINGS[part]]
         data_parallel = self.num_ranks // (2 ** sum(bool(part) for part in self.choice[:3]))
-        # every pipeline stage needs as many micro-batches as there are stages
-        return [*chosen, f"train.micro_batch_size={1 if data_parallel > 2 else 2}"]
+        # two micro-batches of the eight samples, as many as there are pipeline stages; four where they are interleaved
+        num_micro_batches = 4 if "VPP2" in self.name and data_parallel <= 2 else 2
+        return [*chosen, f"train.micro_batch_size={8 // data_parallel // num_micro_batches}"]
 
 
 def _possible(choice: tuple[str, ...], experts: bool) -> bool:

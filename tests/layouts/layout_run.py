@@ -117,7 +117,7 @@ def trained(settings: list[str], paths: list[str], out: str) -> list[dict[str, A
 
 
 def compared(recipe: str, settings: list[str], paths: list[str], reference: str, *, is_reference: bool) -> dict[str, Any]:
-    """Train five steps from scratch, and once more from the reference's step-2; the steps, and how far the ends are apart.
+    """Train four steps from scratch, and once more from the reference's step-2; the steps, and how far the ends are apart.
 
     REFERENCE is the run folder of the one process that everything is compared with, which is trained first.
     """
@@ -125,14 +125,14 @@ def compared(recipe: str, settings: list[str], paths: list[str], reference: str,
     trainer.folder = RunFolder(Path(reference))
     trainer.folder.checkpoints.mkdir(parents=True, exist_ok=True)
     scratch = []
-    for _ in range(5):
+    for _ in range(4):
         scratch.append(_step(trainer))
-        if is_reference and trainer.done.step in (2, 5):
+        if is_reference and trainer.done.step in (2, 4):
             trainer.save()
     trainer.saver.finish()
-    found = {"scratch": scratch, "scratch apart": _apart(trainer, trainer.folder.checkpoint(5))}
+    found = {"scratch": scratch, "scratch apart": _apart(trainer, trainer.folder.checkpoint(4))}
     trainer.resume(trainer.folder.checkpoint(2))
-    found |= {"continued": [_step(trainer) for _ in range(3)], "continued apart": _apart(trainer, trainer.folder.checkpoint(5))}
+    found |= {"continued": [_step(trainer) for _ in range(2)], "continued apart": _apart(trainer, trainer.folder.checkpoint(4))}
     trainer.close()
     world.leave()
     return found

@@ -55,6 +55,8 @@ def fails():
 if case != "ends":
     sys.exit(world.launch(rank, 2))
 codes = {}
+threads = []  # of the launcher, at each fork
+os.register_at_fork(before=lambda: threads.append(len(os.listdir("/proc/self/task"))))
 for case in ("mistake", "code", "dies"):
     codes[case] = world.launch(rank, 2)
 for case in ("3", "9"):
@@ -62,6 +64,7 @@ for case in ("3", "9"):
     restarts = world.Restarts(2, (folder / f"{case}-1").exists, lambda code, cause: noted.append([code, cause]))
     codes[case] = [world.launch(fails, 2, restarts=restarts), noted]
 (folder / "codes.json").write_text(json.dumps(codes))
+(folder / "threads.json").write_text(json.dumps(threads))
 """
 
 
@@ -107,6 +110,8 @@ def test_ranks_share_signals_failures_and_their_launchers_end(tmp_path: Path) ->
     assert json.loads((tmp_path / "ends" / "codes.json").read_text()) == {
         "mistake": 2, "code": 75, "dies": 128 + signal.SIGKILL, "3": [0, again], "9": [7, again]}
     assert len(list((tmp_path / "ends").glob("9-*"))) == 4
+    # a thread that holds a lock while another rank is forked leaves that rank waiting for it
+    assert json.loads((tmp_path / "ends" / "threads.json").read_text()) == [1] * 2 * (3 + 4 + 4)
     assert all(gone(pid) for pid in pids(tmp_path / "ends"))  # the other rank did not go on alone
     assert said.count("error: seq_len = 0: must be positive") == 1
     assert "Traceback" not in said
