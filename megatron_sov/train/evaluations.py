@@ -6,8 +6,6 @@ job is to bring them.  An export with none of the three is still to be judged: s
 
 from __future__ import annotations
 
-import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -18,7 +16,7 @@ from megatron_sov.artifacts import MANIFEST, atomic_write
 from megatron_sov.config import RunConfig
 from megatron_sov.errors import UserError
 from megatron_sov.train.exports import EXPORTS
-from megatron_sov.train.humble import command_line, humble_environment
+from megatron_sov.train.humble import HumbleProcess
 
 EVALUATIONS = "evaluations"
 LOOK_EVERY_S = 1.0
@@ -45,8 +43,7 @@ CommandOf = Callable[[Task, Path, Path], list[str]]
 @dataclass
 class _Running:
     task: Task
-    process: subprocess.Popen[bytes]
-    began_s: float
+    process: HumbleProcess
 
 
 class Evaluations:
@@ -114,7 +111,6 @@ class Evaluations:
         """End the running judge, if any; it begins anew when the run is resumed."""
         if self._running is not None:
             self._running.process.kill()
-            self._running.process.wait()
             self._running = None
 
     def _result(self, task: Task) -> Path:
@@ -131,27 +127,20 @@ class Evaluations:
         command = self._command_of(task, self._exports / f"step-{task.step}", self._result(task))
         try:
             self.folder.mkdir(exist_ok=True)
-            with open(self._file(task, ".log"), "wb") as log:
-                log.write(f"{shlex.join(command)}\n".encode())
-                log.flush()
-                process = subprocess.Popen(command_line(command), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                                           env=humble_environment())
+            self._running = _Running(task, HumbleProcess(command, self._file(task, ".log")))
         except OSError as e:
             self._fail(task, f"its process cannot be started ({e})")
-            return
-        self._running = _Running(task, process, time.monotonic())
 
     def _follow(self, running: _Running) -> None:
-        task, took_s = running.task, time.monotonic() - running.began_s
-        if running.process.poll() is None:
+        task, took_s = running.task, running.process.took_s
+        if running.process.exit_code is None:
             if took_s > self._settings.timeout_s:
                 self.close()
                 self._fail(task, f"it took more than evaluate.beside.timeout_s = {self._settings.timeout_s:g}")
             return
         self._running = None
-        if running.process.returncode:
-            said = self._file(task, ".log").read_text(encoding="utf-8", errors="replace").strip().splitlines()[1:]
-            self._fail(task, said[-1].removeprefix("error: ") if said else f"its process ended with {running.process.returncode}")
+        if running.process.exit_code:
+            self._fail(task, running.process.last_words)
         elif self._result(task).is_file():
             self._succeed(task, took_s)
         elif self._settings.where == "slurm":

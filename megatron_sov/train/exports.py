@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from pathlib import Path
 
 from megatron_sov.artifacts import MANIFEST, read_manifest
 from megatron_sov.config import TrainConfig
-from megatron_sov.train.humble import be_humble, humble_environment
+from megatron_sov.train.humble import HumbleProcess
 
 EXPORTS = "exports"
 _WAIT_S = 0.05
@@ -30,8 +29,7 @@ class _Running:
     """An export that is being made."""
 
     step: int
-    process: subprocess.Popen[bytes]
-    began_s: float
+    process: HumbleProcess
 
 
 class Exports:
@@ -81,7 +79,7 @@ class Exports:
 
     def poll(self) -> None:
         """Take note of an export that has ended, and begin the next one; returns at once."""
-        if self._running is not None and self._running.process.poll() is not None:
+        if self._running is not None and self._running.process.exit_code is not None:
             self._end(self._running)
         if self._running is None and self._waiting:
             step = self._waiting.pop(0)
@@ -101,7 +99,6 @@ class Exports:
         """End the running export, if any; it goes on where it was when the run is resumed."""
         if self._running is not None:
             self._running.process.kill()
-            self._running.process.wait()
             self._running = None
 
     def _source(self, step: int) -> Path:
@@ -121,20 +118,17 @@ class Exports:
             os.link(checkpoint / name, source / name)
 
     def _begin(self, step: int) -> _Running:
-        command = [sys.executable, "-m", __name__, str(self._source(step)), str(self.folder / f"step-{step}"), str(os.getpid())]
-        with open(self._log(step), "wb") as log:
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=humble_environment())
-        return _Running(step, process, time.monotonic())
+        words = ["convert", "to-hf", str(self._source(step)), str(self.folder / f"step-{step}"), "--workers", "1", "--overwrite"]
+        return _Running(step, HumbleProcess([sys.executable, "-m", "megatron_sov", *words], self._log(step)))
 
     def _end(self, running: _Running) -> None:
         step, self._running = running.step, None
-        if running.process.returncode == 0:
-            self._record("export", step=step, path=f"{EXPORTS}/step-{step}", export_s=time.monotonic() - running.began_s)
+        if running.process.exit_code == 0:
+            self._record("export", step=step, path=f"{EXPORTS}/step-{step}", export_s=running.process.took_s)
             self._forget(step)
             self._made(step)
         else:
-            said = self._log(step).read_text(encoding="utf-8", errors="replace").strip().splitlines()
-            self._fail(step, said[-1].removeprefix("error: ") if said else f"its process ended with {running.process.returncode}")
+            self._fail(step, running.process.last_words)
 
     def _fail(self, step: int, why: str) -> None:
         text = f"the export of step {step} was not made: {why}"
@@ -147,21 +141,3 @@ class Exports:
         shutil.rmtree(self._source(step), ignore_errors=True)
         with contextlib.suppress(OSError):
             self._log(step).unlink()
-
-
-def main(source: str, out: str, parent: str) -> int:
-    """Convert as humbly as the system allows, and only as long as the process that asked for it lives."""
-    from megatron_sov import convert
-    from megatron_sov.errors import UserError
-
-    be_humble(int(parent))
-    try:
-        convert.to_hf(Path(source), Path(out), workers=1, overwrite=True)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))

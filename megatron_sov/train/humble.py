@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import psutil
 
@@ -33,9 +37,44 @@ def be_humble(parent: int) -> None:
         psutil.Process().ionice(psutil.IOPRIO_CLASS_IDLE)
 
 
-def command_line(command: list[str]) -> list[str]:
-    """Return the command that runs `command` humbly, for as long as this process lives."""
-    return [sys.executable, "-m", __name__, str(os.getpid()), *command]
+class HumbleProcess:
+    """A command that runs beside this process, humbly, with its output in a log."""
+
+    def __init__(self, command: list[str], log: Path) -> None:
+        """Start it; the log's first line is the command.
+
+        Raises:
+            OSError: it cannot be started.
+        """
+        self._log = log
+        self.began_s = time.monotonic()
+        """When it was started, by the monotonic clock."""
+        with open(log, "wb") as out:
+            out.write(f"{shlex.join(command)}\n".encode())
+            out.flush()
+            self._process = subprocess.Popen([sys.executable, "-m", __name__, str(os.getpid()), *command],
+                                             stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=humble_environment())
+
+    @property
+    def took_s(self) -> float:
+        """Seconds since it was started."""
+        return time.monotonic() - self.began_s
+
+    @property
+    def exit_code(self) -> int | None:
+        """Its exit code; None while it runs."""
+        return self._process.poll()
+
+    @property
+    def last_words(self) -> str:
+        """What it said last: of a command that failed, why."""
+        said = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[1:]
+        return said[-1].removeprefix("error: ") if said else f"its process ended with {self._process.returncode}"
+
+    def kill(self) -> None:
+        """End it and wait for its end."""
+        self._process.kill()
+        self._process.wait()
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def test_failing_hanging_and_crowded_out_judges_are_told_and_left(run: Run, caps
     for step in (20, 30, 40, 50):
         beside.offer(run.export(step))
     assert beside._running is not None
-    beside._running.began_s -= 1001
+    beside._running.process.began_s -= 1001
     beside.wait()
     assert run.told() == [(10, "ppl", "no memory"), (30, "ppl", "2 newer exports were ready before it was begun"),
                           (20, "ppl", "it took more than evaluate.beside.timeout_s = 1000"), (40, "ppl", None), (50, "ppl", None)]

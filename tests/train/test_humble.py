@@ -16,9 +16,10 @@ import pytest
 from megatron_sov.train.humble import LOWEST_PRIORITY, humble_environment
 
 PARENT = """
-import subprocess, sys, time
-from megatron_sov.train.humble import command_line
-child = subprocess.Popen(command_line([sys.executable, "-c", sys.argv[1], sys.argv[2]]))
+import sys, time
+from pathlib import Path
+from megatron_sov.train.humble import HumbleProcess
+child = HumbleProcess([sys.executable, "-c", sys.argv[1], sys.argv[2]], Path(sys.argv[2] + ".log"))
 time.sleep(600)
 """
 CHILD = """
