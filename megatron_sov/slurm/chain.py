@@ -18,7 +18,7 @@ from megatron_sov.slurm import client, cluster, submission
 from megatron_sov.slurm.command import settings_by_nodes
 from megatron_sov.slurm.history import ATTEMPTS
 from megatron_sov.slurm.stages import check_inputs
-from megatron_sov.slurm.yaml_file import read_yaml
+from megatron_sov.slurm.yaml_file import read_text, read_yaml
 
 STRICT = ConfigDict(extra="forbid")
 
@@ -62,6 +62,16 @@ class ChainConfig:
 
 
 @dataclass(frozen=True)
+class Options:
+    """What the command line says for all stages of a chain; None: what the file or the profile says."""
+
+    cluster: str | None = None
+    account: str | None = None
+    partition: str | None = None
+    time_limit: str | None = None
+
+
+@dataclass(frozen=True)
 class Link:
     """A stage of a chain, with its scripts."""
 
@@ -85,7 +95,7 @@ class Submitted:
     """Stage -> its jobs, of which the last is the one that others wait for."""
 
 
-def run(file: Path, cluster_name: str | None, overrides: dict[str, str | None], *, resume: bool, dry_run: bool) -> int:
+def run(file: Path, options: Options, *, resume: bool, dry_run: bool) -> int:
     """Submit a chain, or what is not complete of it; returns 0.
 
     Everything is checked before the first job is submitted.
@@ -93,7 +103,7 @@ def run(file: Path, cluster_name: str | None, overrides: dict[str, str | None], 
     Raises:
         UserError: the file, a stage, Slurm or the state of an earlier submission does not allow it.
     """
-    links = _links(file, cluster_name, overrides)
+    links = _links(file, options)
     state_file = file.with_name(f"{file.name}.jobs.json")
     before = Submitted(**json.loads(state_file.read_text())) if state_file.is_file() else Submitted()
     if dry_run:
@@ -151,10 +161,19 @@ def _state(link: Link, before: Submitted, living: dict[str, str]) -> str:
             if r["event"] == "end" and r["time_s"] >= before.time_s and r["outcome"] != "complete"]
     if ends:
         return f"not complete, its job ended by: {ends[-1]['outcome']}, {ends[-1]['reason']}"
+    if said := [line for number in numbers for line in _said(records, number)]:
+        return f"not complete, its job ended before it began its work: {said[-1].removeprefix('job: ')}"
     return f"not complete, its job {' and '.join(numbers) or '(none)'} never began: an earlier stage failed, or it was cancelled"
 
 
-def _links(file: Path, cluster_name: str | None, overrides: dict[str, str | None]) -> list[Link]:
+def _said(records: Path, number: str) -> list[str]:
+    """Return the lines of a job's own log, which has some even where the job could not record an attempt."""
+    logs = [file for pattern in (f"{number}.log", f"{number}_*.log") for file in sorted(records.glob(pattern))]
+    text = "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in logs)
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _links(file: Path, options: Options) -> list[Link]:
     """Return the stages of a file with their scripts.
 
     Raises:
@@ -171,19 +190,37 @@ def _links(file: Path, cluster_name: str | None, overrides: dict[str, str | None
             if name not in names[:number]:
                 raise UserError(f"{file}: {names[number]} comes after {name!r}, which is no stage before it"
                                 f"{nearest(name, names[:number])}")
-        chosen = stage.cluster or cluster_name or config.cluster
+        chosen = stage.cluster or options.cluster or config.cluster
         if not chosen:
             raise UserError(f"{file}: names no cluster; add a line `cluster: PROFILE`, or pass --cluster")
-        profile = cluster.load(chosen, **(overrides | ({"time_limit": stage.time_limit} if stage.time_limit else {})))
         needs = tuple(link.prepared.work.done for link in links if link.name in after)
-        prepared = submission.prepare(submission.Request(
-            stage.stage, tuple(shlex.split(stage.arguments, comments=True)), profile, stage.nodes, stage.min_nodes,
-            settings_by_nodes(list(stage.nodes_set)), stage.array, needs))
-        links.append(Link(names[number], after, prepared))
+        try:
+            links.append(Link(names[number], after, _prepared(stage, chosen, options, needs)))
+        except UserError as e:
+            raise UserError(f"{file}: stage {names[number]}: {e}") from None
     targets = Counter((link.prepared.work.records, link.prepared.work.stage) for link in links)
     if same := [records for (records, _), count in targets.items() if count > 1]:
         raise UserError(f"{file}: two stages write to {same[0].parent}; give each a folder of its own")
     return links
+
+
+def _prepared(stage: ChainStage, chosen: str, options: Options, needs: tuple[Path, ...]) -> submission.Prepared:
+    """Return the scripts of one stage.
+
+    Args:
+        stage: what the file says.
+        chosen: name of its profile.
+        options: the command line's.
+        needs: completion manifests of the stages before it.
+    """
+    try:
+        words = tuple(shlex.split(stage.arguments, comments=True))
+    except ValueError as e:
+        raise UserError(f"arguments = {stage.arguments!r}: cannot be read as a shell would ({e}); mend its quotes") from None
+    profile = cluster.load(chosen, account=options.account, partition=options.partition)
+    return submission.prepare(submission.Request(
+        stage.stage, words, profile, stage.nodes, stage.min_nodes or None, settings_by_nodes(list(stage.nodes_set)), stage.array,
+        needs, stage.time_limit or options.time_limit))
 
 
 def read_chain(file: Path) -> ChainConfig:
@@ -194,7 +231,7 @@ def read_chain(file: Path) -> ChainConfig:
     """
     if not file.is_file():
         raise UserError(f"{file}: does not exist; a chain is a YAML file with `stages` (docs/slurm.md)")
-    config = read_yaml(str(file), file.read_text(encoding="utf-8"), ChainConfig, (ChainStage,), "chain")
+    config = read_yaml(str(file), read_text(str(file), file), ChainConfig, (ChainStage,), "chain")
     if not config.stages:
         raise UserError(f"{file}: has no stages")
     return config

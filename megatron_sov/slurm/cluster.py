@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.resources
+import math
 import re
 import sys
 from dataclasses import dataclass
@@ -13,11 +14,15 @@ from typing import Literal
 from pydantic import ConfigDict
 
 from megatron_sov.errors import UserError, nearest
-from megatron_sov.slurm.yaml_file import read_yaml
+from megatron_sov.slurm.yaml_file import read_text, read_yaml
 
 STRICT = ConfigDict(extra="forbid")
 SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|API_?KEY|PRIVATE_KEY)S?$", re.IGNORECASE)
 """How the names of variables end that hold what must not stand in a file."""
+TIME_LIMIT = re.compile(r"(?P<d>\d+)-(?P<dh>\d+)(:(?P<dm>\d+)(:(?P<ds>\d+))?)?|((?P<h>\d+):(?=\d+:))?(?P<m>\d+)(:(?P<s>\d+))?")
+"""The forms that sbatch's manual names: with days, or hours:minutes:seconds, minutes:seconds, minutes."""
+MAX_SIGNAL_LEAD_S = 65535
+"""The most that sbatch's --signal takes."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,18 @@ class PreflightConfig:
     timeout_min: int = 10
     """Minutes after which the look itself counts as failed."""
 
+    def problems(self) -> list[str]:
+        """Return one sentence for each limit that no node could keep to, or that is no number."""
+        rules = [
+            (self.min_free_disk_bytes >= 0, f"min_free_disk_bytes = {self.min_free_disk_bytes} must not be negative"),
+            (0 < self.max_clock_skew_s < math.inf, f"max_clock_skew_s = {self.max_clock_skew_s} must be positive"),
+            (1 < self.max_matmul_ratio < math.inf, f"max_matmul_ratio = {self.max_matmul_ratio} must be above 1"),
+            (0 <= self.min_matmul_tflops < math.inf, f"min_matmul_tflops = {self.min_matmul_tflops} must not be negative"),
+            (0 < self.max_allreduce_s < math.inf, f"max_allreduce_s = {self.max_allreduce_s} must be positive"),
+            (self.timeout_min >= 1, f"timeout_min = {self.timeout_min} must be at least 1"),
+        ]
+        return [f"preflight.{sentence}" for holds, sentence in rules if not holds]
+
 
 @dataclass(frozen=True)
 class ClusterProfile:
@@ -70,7 +87,7 @@ class ClusterProfile:
     constraint: str = ""
     """Features that nodes must have; empty: any."""
     time_limit: str = "1-00:00:00"
-    """Time limit of training jobs, as Slurm writes it: minutes, H:MM:SS or D-HH:MM:SS."""
+    """Time limit of training jobs, as Slurm writes it: minutes, H:MM:SS or D-HH:MM:SS.  Other stages ask for no more."""
     signal_lead_s: int = 600
     """Seconds before the time limit at which a run is asked to save and stop; Slurm may ask up to a minute earlier."""
     gpus_per_node: int = 8
@@ -124,14 +141,17 @@ class ClusterProfile:
             (self.ranks_per_node >= 1, f"ranks_per_node = {self.ranks_per_node} must be at least 1"),
             (self.cpus_per_node >= max(1, self.tasks_per_node),
              f"cpus_per_node = {self.cpus_per_node} must be at least one for each of the {self.tasks_per_node} ranks of a node"),
-            (self.signal_lead_s > 0, f"signal_lead_s = {self.signal_lead_s} must be positive"),
+            (0 < self.signal_lead_s <= MAX_SIGNAL_LEAD_S,
+             f"signal_lead_s = {self.signal_lead_s} must lie between 1 and {MAX_SIGNAL_LEAD_S}, as sbatch's --signal asks"),
+            (not self.scratch or self.scratch.startswith("/"),
+             f"scratch = {self.scratch!r} must begin with /, for it is taken as it stands; where a variable names the folder, "
+             "leave it out and export TMPDIR in a line of setup"),
             (self.max_strikes >= 1, f"max_strikes = {self.max_strikes} must be at least 1"),
             (self.max_failures >= 1, f"max_failures = {self.max_failures} must be at least 1"),
             (self.container.kind == "none" or bool(self.container.image),
              f"container.image is empty and container.kind is {self.container.kind}; name an image, or set kind to none"),
-            (self.preflight.timeout_min >= 1, f"preflight.timeout_min = {self.preflight.timeout_min} must be at least 1"),
         ]
-        p = [sentence for holds, sentence in rules if not holds]
+        p = [sentence for holds, sentence in rules if not holds] + self.preflight.problems()
         p += [f"environment.{name} looks like a secret, which must not stand in a script; export it in the shell that submits: "
               "jobs inherit that" for name in self.environment if SECRET.search(name)]
         p += [f"environment.{name} is not a name of a variable" for name in self.environment
@@ -145,12 +165,28 @@ def names() -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
-def load(name: str, **overrides: str | None) -> ClusterProfile:
+def time_limit_s(text: str) -> float:
+    """Return the seconds of a time limit in any form that sbatch takes; infinity where it asks for none.
+
+    Raises:
+        UserError: it has none of these forms.
+    """
+    if text.upper() in ("UNLIMITED", "INFINITE"):
+        return math.inf
+    found = TIME_LIMIT.fullmatch(text)
+    if found is None:
+        raise UserError(f"time limit {text!r}: must be minutes, H:MM:SS or D-HH:MM:SS; set --time, or the profile's time_limit")
+    units = {"d": 86400, "dh": 3600, "dm": 60, "ds": 1, "h": 3600, "m": 60, "s": 1}
+    return sum(int(found[name] or 0) * seconds for name, seconds in units.items()) or math.inf
+
+
+def load(name: str, *, account: str | None = None, partition: str | None = None) -> ClusterProfile:
     """Return a profile: one that comes with the package, or a YAML file of the user's.
 
     Args:
         name: name of a shipped profile, or path of a file that ends with .yaml.
-        **overrides: fields set on the command line; None: as the profile says.
+        account: Slurm account of the command line; None: as the profile says.
+        partition: partition of the command line; None: as the profile says.
 
     Raises:
         UserError: there is none, it cannot be read, it has no such field, or it breaks a rule.
@@ -159,14 +195,15 @@ def load(name: str, **overrides: str | None) -> ClusterProfile:
         file = Path(name)
         if not file.is_file():
             raise UserError(f"--cluster {name}: does not exist; pass a file, or one of {', '.join(names())}")
-        text = file.read_text(encoding="utf-8")
+        text = read_text(f"--cluster {name}", file)
     elif name in names():
         text = importlib.resources.files("megatron_sov.slurm").joinpath("clusters", f"{name}.yaml").read_text(encoding="utf-8")
     else:
         raise UserError(f"--cluster {name}: there is no such profile{nearest(name, names())} (profiles: {', '.join(names())}; "
                         "your own: a path that ends with .yaml)")
     profile = read_yaml(f"--cluster {name}", text, ClusterProfile, (ContainerConfig, PreflightConfig), "profile")
-    profile = dataclasses.replace(profile, **{k: v for k, v in overrides.items() if v is not None})  # type: ignore[arg-type]
+    profile = dataclasses.replace(profile, account=profile.account if account is None else account,
+                                  partition=profile.partition if partition is None else partition)
     problems = profile.problems()
     if profile.account is None:
         problems.append("account is missing; pass --account NAME, or put it into a profile of your own (\"\" where the cluster "

@@ -54,9 +54,9 @@ def _stage(args: argparse.Namespace, words: list[str]) -> int:
 
     if args.continue_chain:
         raise UserError("--continue: belongs to a chain; a stage continues by itself when it is submitted again")
-    profile = cluster.load(_cluster_name(args), account=args.account, partition=args.partition, time_limit=args.time)
-    request = submission.Request(args.stage, tuple(words), profile, args.nodes or 1, args.min_nodes or 0,
-                                 settings_by_nodes(args.nodes_set), args.array)
+    profile = cluster.load(_cluster_name(args), account=args.account, partition=args.partition)
+    request = submission.Request(args.stage, tuple(words), profile, 1 if args.nodes is None else args.nodes,
+                                 args.min_nodes, settings_by_nodes(args.nodes_set), args.array, time_limit=args.time)
     prepared = submission.prepare(request)
     if args.dry_run:
         submission.show(prepared)
@@ -77,8 +77,8 @@ def _chain(args: argparse.Namespace, words: list[str]) -> int:
     given = [name for name in ("nodes", "min_nodes", "nodes_set", "array") if getattr(args, name)]
     if given:
         raise UserError(f"submit chain: --{given[0].replace('_', '-')} belongs to a stage; write it into {words[0]}")
-    overrides = {"account": args.account, "partition": args.partition, "time_limit": args.time}
-    return chain.run(Path(words[0]), args.cluster, overrides, resume=args.continue_chain, dry_run=args.dry_run)
+    options = chain.Options(args.cluster, args.account, args.partition, args.time)
+    return chain.run(Path(words[0]), options, resume=args.continue_chain, dry_run=args.dry_run)
 
 
 def _cluster_name(args: argparse.Namespace) -> str:

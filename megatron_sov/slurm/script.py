@@ -42,6 +42,8 @@ class Job:
     """Tasks that share the inputs; 0: no array."""
     array_inputs: tuple[str, ...] = ()
     """What the tasks share."""
+    time_limit: str = ""
+    """As sbatch takes it; at the end of it the job is asked to save, `signal_lead_s` before."""
     needs: tuple[Path, ...] = ()
     """Completion manifests of earlier stages of its chain."""
 
@@ -64,8 +66,7 @@ def render(job: Job) -> str:
               "ranks_per_node": profile.tasks_per_node}
     return environment.get_template(f"{'array' if job.array else work.stage}.sbatch.j2").render(
         work=work, kind=work.kind, profile=profile, job=job, name=_job_name(work), nodes=max(job.layouts), least=min(job.layouts),
-        time_limit=work.kind.time_limit or profile.time_limit, limits=json.dumps(limits), first_port=PORTS[0], num_ports=PORTS[1],
-        command=["-m", *work.kind.program, *work.arguments])
+        limits=json.dumps(limits), first_port=PORTS[0], num_ports=PORTS[1], command=["-m", *work.kind.program, *work.arguments])
 
 
 def _source(name: str) -> str:

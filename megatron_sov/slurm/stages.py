@@ -30,7 +30,7 @@ class StageKind:
     gpus: bool
     """Whether it uses GPUs."""
     time_limit: str = ""
-    """Time limit; empty: the profile's."""
+    """Time limit where nobody says another, and the profile's is not shorter; empty: the profile's."""
     objective: Literal["lm", "sft"] = "lm"
     """What a training stage learns."""
 

@@ -16,11 +16,13 @@ from megatron_sov.artifacts import atomic_write, disk_errors, to_json
 from megatron_sov.errors import UserError
 from megatron_sov.obs.events import EventLog, read_events
 from megatron_sov.slurm import client
-from megatron_sov.slurm.cluster import ClusterProfile
+from megatron_sov.slurm.cluster import ClusterProfile, time_limit_s
 from megatron_sov.slurm.script import Job, render
 from megatron_sov.slurm.stages import Work, fitting_nodes, work_of
 
 JOBS = "jobs.jsonl"
+SIGNAL_TOLERANCE_S = 60
+"""How much earlier than asked for sbatch's --signal may come."""
 PACKAGES = ("megatron_sov", "tokenizer", "data_prep")
 ROOT = Path(megatron_sov.__file__).parents[1]
 
@@ -33,14 +35,16 @@ class Request:
     arguments: tuple[str, ...]
     profile: ClusterProfile
     nodes: int = 1
-    least: int = 0
-    """Fewest nodes to go on with; 0: as many as asked for."""
+    least: int | None = None
+    """Fewest nodes to go on with; None: as many as asked for."""
     settings: dict[int, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     """Number of nodes -> settings that change then."""
     array: int = 0
     """Tasks that share the inputs of `data pack`."""
     needs: tuple[Path, ...] = ()
     """Completion manifests of earlier stages."""
+    time_limit: str | None = None
+    """Time limit; None: the stage's, or the profile's."""
 
 
 @dataclass(frozen=True)
@@ -59,19 +63,40 @@ def prepare(request: Request) -> Prepared:
         UserError: the stage, its arguments or the nodes do not fit.
     """
     work = work_of(request.stage, list(request.arguments))
-    least = request.least or request.nodes
+    least = request.nodes if request.least is None else request.least
     if request.nodes < 1 or not 1 <= least <= request.nodes:
         raise UserError(f"--nodes {request.nodes} --min-nodes {least}: must be at least 1, and the second not above the first")
     if not work.kind.ranks and request.nodes > 1:
         raise UserError(f"--nodes {request.nodes}: {request.stage} works on one node; leave it out"
                         + (" (data pack: --array N shares its inputs)" if request.stage == "data" else ""))
+    if unused := [count for count in request.settings if not (work.kind.ranks and least <= count <= request.nodes)]:
+        raise UserError(f"--nodes-set {unused[0]}:{request.settings[unused[0]][0]}: "
+                        + (f"the job has never {unused[0]} nodes; see to --nodes {request.nodes} and --min-nodes {least}"
+                           if work.kind.ranks else f"{request.stage} works on one node; leave it out"))
     layouts: dict[int, tuple[str, ...]] = {1: ()}
     if work.kind.ranks:
         layouts = fitting_nodes(work, request.profile.tasks_per_node, request.nodes, least, request.settings)
     code = work.records / _code_name(ROOT)
-    base = Job(work, request.profile, Path.cwd(), code, work.records / f"{request.stage}.sbatch", layouts, needs=request.needs)
+    base = Job(work, request.profile, Path.cwd(), code, work.records / f"{request.stage}.sbatch", layouts, needs=request.needs,
+               time_limit=_time_limit(request, work))
     jobs = _parts(base, request.array) if request.array else (base,)
     return Prepared(work, jobs, tuple(render(job) for job in jobs))
+
+
+def _time_limit(request: Request, work: Work) -> str:
+    """Return the time limit of a stage's jobs.
+
+    Raises:
+        UserError: it is none, or so short that the job would be asked to stop as soon as it has begun, again and again.
+    """
+    defaults = [limit for limit in (work.kind.time_limit, request.profile.time_limit) if limit]
+    limit = request.time_limit if request.time_limit is not None else min(defaults, key=time_limit_s)
+    lead_s = request.profile.signal_lead_s
+    if time_limit_s(limit) <= lead_s + SIGNAL_TOLERANCE_S:
+        raise UserError(f"time limit {limit!r}: is {time_limit_s(limit):g} s, and the job is asked to save signal_lead_s = "
+                        f"{lead_s} before it ends, by Slurm up to {SIGNAL_TOLERANCE_S} s earlier, so no work would be done; pass "
+                        "a longer --time, or a profile with a shorter signal_lead_s")
+    return limit
 
 
 def _parts(base: Job, count: int) -> tuple[Job, ...]:

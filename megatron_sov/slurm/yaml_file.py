@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
@@ -11,6 +12,24 @@ from pydantic import TypeAdapter, ValidationError
 from megatron_sov.errors import UserError, nearest
 
 T = TypeVar("T")
+
+
+def read_text(name: str, file: Path) -> str:
+    """Return what stands in a file.
+
+    Args:
+        name: the file or option, for messages.
+        file: where it lies.
+
+    Raises:
+        UserError: it may not be read, or is no text.
+    """
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise UserError(f"{name}: is no text in UTF-8 (byte {e.start} is {e.object[e.start]:#04x}); pass a YAML file") from None
+    except OSError as e:
+        raise UserError(f"{name}: cannot be read ({e.strerror}); see to its permissions") from None
 
 
 def read_yaml(name: str, text: str, cls: type[T], parts: tuple[type, ...], what: str) -> T:

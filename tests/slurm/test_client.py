@@ -23,6 +23,14 @@ def test_the_reason_is_one_line(text: str, said: str) -> None:
     assert client.reason(text) == said
 
 
+def test_neither_the_shell_nor_its_allocation_overrules_a_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SBATCH_ACCOUNT", "SLURM_MEM_PER_CPU", "SLURM_JOB_ID", "SLURM_CONF", "WANDB_API_KEY"):
+        monkeypatch.setenv(name, "x")
+    kept = client.environment()
+    assert {"SLURM_CONF", "WANDB_API_KEY"} <= set(kept)
+    assert not {"SBATCH_ACCOUNT", "SLURM_MEM_PER_CPU", "SLURM_JOB_ID"} & set(kept)
+
+
 def test_only_living_jobs_have_a_state(site: Path, cluster: Any) -> None:
     held = cluster.sbatch("--hold", "--output=/dev/null", "--wrap=true")
     ended = cluster.sbatch("--output=/dev/null", "--wrap=true")

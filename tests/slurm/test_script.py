@@ -72,6 +72,29 @@ def test_python_runs_in_the_container(stage: str, kind: Any) -> None:
         assert words_of(text, "srun_options") == [f"--container-image={box.image}", "--container-mounts=/shared,/raid:/scratch"]
 
 
+def test_what_is_asked_for_wins_over_the_stage_and_the_stage_over_a_longer_profile() -> None:
+    def limit(stage: str, name: str, **request: Any) -> str:
+        found = re.search(r"^#SBATCH --time=(.*)$", script(stage, cluster.load(name, account="me"), **request), re.MULTILINE)
+        assert found is not None
+        return found[1]
+
+    assert limit("convert", "h100") == "4:00:00" and limit("convert", "local") == "2:00:00"
+    assert limit("convert", "h100", time_limit="30") == limit("eval", "h100", time_limit="30") == "30"
+    assert limit("pretrain", "h100") == "1-00:00:00"
+
+
+@pytest.mark.parametrize(("stage", "loads"), [*itertools.product(("pretrain", "data"), ("true", "false"))])
+def test_the_clusters_own_lines_may_name_variables_that_are_not_set(stage: str, loads: str) -> None:
+    profile = dataclasses.replace(cluster.load("h100", account="me"), setup=('echo "$UNSET_BY_ALL"',), modules=("cuda/13.0",))
+    head = script(stage, profile).partition("# -- where things are")[0]
+    shell = f"module() {{ {loads}; }}\n{head}\necho went on; echo $UNSET_BY_ALL; echo not reached"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=False)
+    if loads == "true":
+        assert done.stdout == "\nwent on\n" and "UNSET_BY_ALL: unbound variable" in done.stderr
+    else:
+        assert done.returncode == 2 and done.stdout == "\n" and done.stderr == "job: modules of the profile cannot be loaded\n"
+
+
 def test_what_a_user_types_reaches_the_program_unchanged(tmp_path: Path) -> None:
     words = ("tiny-solar-open", "--data", NASTY, "--run", str(tmp_path / "a b'c"),
              "--set", 'data.phases=[{"name": "$x", "seq_len": 8}]')
