@@ -1,10 +1,11 @@
 """Trained tokenizers on text that they did not learn from: bytes per token, one step against two, tiktoken, worst inputs.
 
-    python benchmarks/tokenizer_heldout.py --trained FOLDER
+    python benchmarks/tokenizer_heldout.py --trained FOLDER [--authors FOLDER]
 
 FOLDER is what benchmarks/tokenizer_train.py kept: the tokenizers solar, plain, super and published, and held-out text in
-held/<language>.jsonl.  Two steps are the definition of SuperBPE: text split into words and encoded by the merges of stage 1
-alone, then, inside each unit of the finished pattern, the merges of stage 2 over those tokens, by a naive loop.
+held/<language>.jsonl; that of --authors is tokenizer_json of github.com/PythonNut/superbpe, the tokenizers of SuperBPE's paper.
+Two steps are the definition of SuperBPE: text split into words and encoded by the merges of stage 1 alone, then, inside each
+unit of the finished pattern, the merges of stage 2 over those tokens, by a naive loop.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from tokenizer_train import machine, texts_of
-from tokenizers import Tokenizer
+from tokenizer_train import PAPER_SPLIT, PAPER_SUPERWORDS, PAPER_VOCAB_SIZE, machine, texts_of
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from megatron_sov.artifacts import read_manifest
 from megatron_sov.byte_bpe import byte_characters
@@ -31,6 +32,9 @@ from tokenizer.splitting import Splitter
 
 PARTS = ("steps", "worst", "ratios", "paper")
 CHUNK_BYTES = 100_000
+IN_THE_PAPER = {200_000: 4.457, 180_000: 6.092, 160_000: 6.337, 80_000: 6.634}
+"""Transition size -> bytes per token on 1 GB of the authors' text (notebooks/superbpe_encoding_efficiency_analysis.ipynb)."""
+AUTHORS_SUPER, AUTHORS_PLAIN = "olmo2_p99_truncate_10G_{}K_extend_200K_mw4_colon", "olmo2_p99_truncate_pretok_10G_200K"
 Encode = Callable[[str], list[int]]
 
 
@@ -107,17 +111,34 @@ def print_ratios(name: str, size_bytes: int, counts: list[int]) -> None:
             f" {size_bytes / count:10.3f} {100 * (1 - count / counts[0]):6.1f}" for count in counts[1:]), flush=True)
 
 
-def as_in_the_paper(trained: Path) -> None:
-    """Print bytes per token of English by the tokenizers made as in the paper of SuperBPE."""
-    texts = list(texts_of(trained / "held/en.jsonl"))
-    size_bytes, counts = sum(len(t.encode()) for t in texts), {}
-    for folder in sorted(trained.glob("paper-*")):
+def as_in_the_paper(trained: Path, authors: Path | None) -> None:
+    """Print bytes per token of English by the tokenizers made as in the paper of SuperBPE, and by the authors' own."""
+    texts = [piece for text in texts_of(trained / "held/en.jsonl") for piece in cut_text(text, CHUNK_BYTES)]
+    size_bytes = sum(len(t.encode()) for t in texts)
+    found: dict[str, dict[int, float]] = {"published": IN_THE_PAPER, "ours": {}, "authors'": {}}
+    for folder in trained.glob("paper-*"):
         tokenizer = Trained(folder)
-        counts[tokenizer.transition_size] = sum(map(len, tokenizer.encode(texts)))
-    print("\nSuperBPE as in its paper, English: bytes per token, and tokens fewer than plain BPE (the largest transition size)")
-    most = counts[max(counts)]
-    for size in sorted(counts, reverse=True):
-        print(f"transition size {size:7,}: {size_bytes / counts[size]:.3f} {100 * (1 - counts[size] / most):6.1f} %", flush=True)
+        found["ours"][tokenizer.transition_size] = size_bytes / sum(map(len, tokenizer.encode(texts)))
+    for size in IN_THE_PAPER if authors else ():
+        tokens = authors_tokenizer(authors, size).encode_batch_fast(texts, add_special_tokens=False)
+        found["authors'"][size] = size_bytes / sum(len(e.ids) for e in tokens)
+    print("\nSuperBPE as in its paper, English, 200,000 ids: bytes per token, and tokens fewer than plain BPE in %\npublished: "
+          f"the authors' tokenizers on the authors' text; the others: on {size_bytes / 1e6:.2f} MB held out here\n{'':<23} "
+          + " ".join(f"{name:>16}" for name in found))
+    for size in IN_THE_PAPER:
+        cells = (f"{by[size]:8.3f} {100 * (1 - by[PAPER_VOCAB_SIZE] / by[size]):6.1f}%" if size in by else ""
+                 for by in found.values())
+        print(f"transition size {size:7,} " + " ".join(f"{cell:>16}" for cell in cells), flush=True)
+
+
+def authors_tokenizer(folder: Path, transition_size: int) -> Tokenizer:
+    """Return a tokenizer of the paper from its files of tokens and merges."""
+    plain = transition_size == PAPER_VOCAB_SIZE
+    files = folder / (AUTHORS_PLAIN if plain else AUTHORS_SUPER.format(transition_size // 1000))
+    tokenizer = Tokenizer(models.BPE.from_file(str(files / "vocab.json"), str(files / "merges.txt")))
+    split = pre_tokenizers.Split(Regex(PAPER_SPLIT if plain else PAPER_SUPERWORDS), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    return tokenizer
 
 
 def first_texts(file: Path, max_bytes: float) -> list[str]:
@@ -172,6 +193,7 @@ def main() -> int:
     """Run everything."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--trained", required=True, type=Path, help="folder that benchmarks/tokenizer_train.py kept")
+    parser.add_argument("--authors", type=Path, metavar="FOLDER", help="the paper's tokenizers; left out without it")
     parser.add_argument("--steps-mb", type=float, default=float("inf"),
                         help="text of each language on which two steps are compared with one (default: everything)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: everything)")
@@ -187,7 +209,7 @@ def main() -> int:
     if "ratios" in args.parts:
         bytes_per_token(args.trained / "held", *map(Trained, [args.trained / "plain", *superwords]))
     if "paper" in args.parts:
-        as_in_the_paper(args.trained)
+        as_in_the_paper(args.trained, args.authors)
     return 0
 
 

@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from string import ascii_lowercase
 
 import psutil
 
@@ -35,7 +36,13 @@ SOLAR, EXAONE = ("solar-open", 196_608), ("k-exaone", 153_600)
 HELD_OUT_OF = 50
 PARTS = ("superwords", "plain", "paper", "bounded")
 PERTURBED_SHARE = 0.02
-PAPER_VOCAB_SIZE, PAPER_TRANSITION_SIZES, PAPER_SAMPLE_MB = 200_000, (180_000, 80_000), 60
+PAPER_VOCAB_SIZE, PAPER_TRANSITION_SIZES = 200_000, (180_000, 160_000, 80_000)
+ALL_MB = 1_000_000
+PAPER_DIGITS = r"\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))"
+"""Digits in threes, from the right."""
+PAPER_SPLIT = rf" ?\p{{L}}+|{PAPER_DIGITS}| ?[^\s\p{{L}}\p{{N}}]+|\s+(?!\S)|\s+"
+PAPER_SUPERWORDS = rf"[^\r\n\p{{N}}]*[\r\n]+|[^\r\n\p{{N}}]+|{PAPER_DIGITS}"
+"""A line up to its first digit, or to its end: the authors learn line by line, and only digits end a unit within a line."""
 
 HUGGING_FACE = """
 import json, sys
@@ -100,7 +107,7 @@ def measured(command: list[str]) -> Cost:
         if process.returncode:
             output.seek(0)
             raise SystemExit(f"{command[:4]}: exit code {process.returncode}\n{output.read().decode()[-2000:]}")
-    return Cost(usage.ru_utime + usage.ru_stime, time.monotonic() - start_s, max(max(peaks) / 1e9, usage.ru_maxrss / 1e6))
+    return Cost(usage.ru_utime + usage.ru_stime, time.monotonic() - start_s, max(max(peaks) / 1e9, usage.ru_maxrss * 1024 / 1e9))
 
 
 def train_command(preset: str, vocab_size: int, text: Path, output: Path, *more: str) -> list[str]:
@@ -175,9 +182,9 @@ def superwords(work: Path) -> None:
 
 
 def paper(work: Path) -> None:
-    """SuperBPE as in its paper (arXiv 2503.13423): English, 200,000 ids, nothing but line breaks and digits ends a unit."""
+    """SuperBPE as in its paper (arXiv 2503.13423): English, 200,000 ids, GPT-2's words, all of the text in both stages."""
     rules = {field: value for field, value in asdict(PRESETS[SOLAR[0]]).items() if field not in ("name", "superword_share")}
-    rules |= {"superword_pattern": r"[^\r\n\p{N}]+|\p{N}|[\r\n]+", "superword_share": 0.5}
+    rules |= {"split_pattern": PAPER_SPLIT, "superword_pattern": PAPER_SUPERWORDS, "superword_share": 0.5}
     (work / "paper.json").write_text(json.dumps(rules))
     english = f"en={work / 'train/en.jsonl'}"
     costs = {}
@@ -185,8 +192,8 @@ def paper(work: Path) -> None:
         costs[f"transition size {size:,}"] = measured(
             [sys.executable, "-m", "tokenizer.cli", "train", "--preset", "custom", "--config", str(work / "paper.json"),
              "--vocab-size", str(PAPER_VOCAB_SIZE), "--transition-size", str(size), "--input", english, "--superword-sample-mb",
-             str(PAPER_SAMPLE_MB), "--output", str(work / name)])
-    print(f"\nSuperBPE as in its paper: English, {PAPER_VOCAB_SIZE:,} ids, {PAPER_SAMPLE_MB} MB for stage 2; first plain BPE")
+             str(ALL_MB), "--output", str(work / name)])
+    print(f"\nSuperBPE as in its paper: English, {PAPER_VOCAB_SIZE:,} ids; first plain BPE; load {os.getloadavg()[0]:.0f}")
     table(costs)
 
 
@@ -208,7 +215,7 @@ def bounded(work: Path, size_gb: float, memory_gb: float) -> None:
             for text in documents:
                 words = text.split(" ")
                 for i in drawn.sample(range(len(words)), round(PERTURBED_SHARE * len(words)) if round_ else 0):
-                    words[i] = words[i][::-1] + chr(97 + drawn.randrange(26))
+                    words[i] = words[i][::-1] + "".join(drawn.choices(ascii_lowercase, k=3))
                 f.write(json.dumps({"text": " ".join(words)}, ensure_ascii=False) + "\n")
                 size_bytes += len(text.encode())
                 if size_bytes >= size_gb * 1e9:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 import shutil
 import time
@@ -109,12 +110,14 @@ def make_plan(preset: Preset, args: argparse.Namespace) -> Plan:
     if args.vocab_size < preset.smallest_vocab:
         raise UserError(f"--vocab-size {args.vocab_size}: must be at least {preset.smallest_vocab} "
                         f"({preset.num_special_ids} special ids + 256 bytes)")
-    if args.max_memory_gb is not None and not args.max_memory_gb >= SMALLEST_MEMORY_GB:
-        raise UserError(f"--max-memory-gb {args.max_memory_gb:g}: must be at least {SMALLEST_MEMORY_GB:g}")
+    if args.max_memory_gb is not None and not SMALLEST_MEMORY_GB <= args.max_memory_gb < math.inf:
+        raise UserError(f"--max-memory-gb {args.max_memory_gb:g}: must be at least {SMALLEST_MEMORY_GB:g}; leave it out for no "
+                        "bound")
     if args.workers < 1:
         raise UserError(f"--workers {args.workers}: must be at least 1")
-    if not args.superword_sample_mb > 0:
-        raise UserError(f"--superword-sample-mb {args.superword_sample_mb:g}: must be positive")
+    if not 0 < args.superword_sample_mb < math.inf:
+        raise UserError(f"--superword-sample-mb {args.superword_sample_mb:g}: must be positive; a number above the "
+                        "text's size takes all of it")
     for pattern in {preset.split_pattern, preset.final_pattern}:
         oniguruma(pattern, preset.name)
         if preset.name not in PRESETS:  # those are known to be whole

@@ -171,6 +171,8 @@ def test_mistakes_cost_one_sentence_and_write_nothing(corpus: Path, tmp_path: Pa
         "--max-superword-words 1: must be at least 2": [*exaone, *small, "--max-superword-words", "1"],
         "--superword-sample-mb 0: must be positive": [*exaone, *small, "--superword-sample-mb", "0"],
         "--max-memory-gb 0.5: must be at least 1": [*solar, *small, "--max-memory-gb", "0.5"],
+        "--superword-sample-mb inf: must be positive": [*exaone, *small, "--superword-sample-mb", "inf"],
+        "--max-memory-gb inf: must be at least 1": [*solar, *small, "--max-memory-gb", "inf"],
         "--workers 0: must be at least 1": [*solar, *small, "--workers", "0"],
         "--mixture k-exaone: has no group": [*exaone, *small, "--mixture", "k-exaone"],
     }
