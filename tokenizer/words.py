@@ -1,4 +1,8 @@
-"""From the runs of all units to one table of distinct words, within a bound on memory."""
+"""From the runs of all units to one table of distinct words, within a bound on memory.
+
+All distinct words are never in memory together: their sums lie on the disk in parts, which are read one at a time, first for
+how much text there is of each count, then for the words that are kept.
+"""
 
 from __future__ import annotations
 
@@ -58,28 +62,67 @@ def gather_words(files: list[Path], work: Path, max_bytes: int | None) -> WordTa
     import pyarrow as pa
 
     sums = [_sum_part(files, part, work) for part in range(NUM_PARTS)]
-    tables = [_read(file) for file in sums]
-    counts = np.concatenate([table["count"].to_numpy() for table in tables])
-    lengths = np.concatenate([_lengths(table) for table in tables])
-    min_count = _cut_off(counts, lengths, MAX_BYTES if max_bytes is None else min(MAX_BYTES, max_bytes))
-    kept = counts >= min_count
-    dropped_bytes, total_bytes = int(counts[~kept] @ lengths[~kept]), int(counts @ lengths)
-    table = pa.concat_tables([t.filter(pa.array(part)) for t, part in zip(tables, _split_like(kept, tables), strict=True)])
-    del tables
+    levels = _levels(sums)
+    min_count = _cut_off(levels, MAX_BYTES if max_bytes is None else min(MAX_BYTES, max_bytes))
+    table = pa.concat_tables([_kept(file, min_count) for file in sums])
     for file in sums:
         file.unlink()
-    counts, lengths, num_dropped = counts[kept], lengths[kept], int((~kept).sum())
+    counts, lengths = table["count"].to_numpy(), _lengths(table)
     order = np.argsort(-counts, kind="stable")
     raw = np.zeros(0, np.uint8)
     if len(order):
         words = table["word"].combine_chunks().take(pa.array(order))
         raw = np.frombuffer(words.buffers()[2], np.uint8)[: int(lengths.sum())]
-    return WordTable(raw, lengths[order], counts[order], min_count, num_dropped, dropped_bytes / max(total_bytes, 1))
+    text_bytes = levels.counts @ levels.bytes_
+    dropped = levels.counts < min_count
+    dropped_share = levels.counts[dropped] @ levels.bytes_[dropped] / max(text_bytes, 1)
+    return WordTable(raw, lengths[order], counts[order], min_count, int(levels.words[dropped].sum()), float(dropped_share))
 
 
-def _split_like(values: NDArray[np.bool_], tables: list[Any]) -> list[NDArray[np.bool_]]:
-    """Return values cut into the rows of each table."""
-    return np.split(values, np.cumsum([table.num_rows for table in tables])[:-1])
+@dataclass(frozen=True)
+class _Levels:
+    """How many words occur equally often: as many rows as there are counts, however many words there are."""
+
+    counts: NDArray[np.int64]
+    """Counts that occur, rising."""
+    words: NDArray[np.int64]
+    """Words of each."""
+    bytes_: NDArray[np.int64]
+    """Bytes of those words together."""
+
+
+def _levels(sums: list[Path]) -> _Levels:
+    """Read all sums once, one part at a time."""
+    rows = np.zeros((0, 3), np.int64)
+    for file in sums:
+        table = _read(file)
+        counts, lengths = table["count"].to_numpy(), _lengths(table)
+        rows = _by_count(np.concatenate((rows, np.stack((counts, np.ones_like(counts), lengths), axis=1))))
+    return _Levels(*rows.T)
+
+
+def _by_count(rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Add up the rows (count, words, bytes) of equal count."""
+    rows = rows[np.argsort(rows[:, 0], kind="stable")]
+    firsts = np.flatnonzero(np.r_[True, rows[1:, 0] != rows[:-1, 0]][: len(rows)])
+    if not len(firsts):
+        return rows
+    return np.concatenate((rows[firsts, :1], np.add.reduceat(rows[:, 1:], firsts)), axis=1)
+
+
+def _cut_off(levels: _Levels, max_bytes: int) -> int:
+    """Return the smallest count at which the words that occur as often, or more often, fit with an end mark each."""
+    sizes = np.cumsum((levels.bytes_ + levels.words)[::-1])
+    fitting = int(np.searchsorted(sizes, max_bytes, side="right"))
+    return 1 if fitting == len(sizes) else int(levels.counts[::-1][fitting]) + 1
+
+
+def _kept(file: Path, min_count: int) -> Any:
+    """Return the words of a part that occur often enough, in memory."""
+    import pyarrow.compute as pc
+
+    table = _read(file)
+    return table.filter(pc.greater_equal(table["count"], min_count))
 
 
 def _sum_part(files: list[Path], part: int, work: Path) -> Path:
@@ -110,12 +153,3 @@ def _lengths(table: Any) -> NDArray[np.int64]:
     import pyarrow.compute as pc
 
     return np.asarray(pc.binary_length(table["word"]).to_numpy()).astype(np.int64)
-
-
-def _cut_off(counts: NDArray[np.int64], lengths: NDArray[np.int64], max_bytes: int) -> int:
-    """Return the smallest count at which the words that occur as often fit."""
-    if int(lengths.sum()) + len(lengths) <= max_bytes:
-        return 1
-    order = np.argsort(-counts, kind="stable")
-    fits = int(np.searchsorted(np.cumsum(lengths[order] + 1), max_bytes, side="right"))
-    return int(counts[order[fits]]) + 1

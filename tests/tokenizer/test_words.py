@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -21,8 +22,10 @@ def write_runs(file: Path, runs: list[Counter[bytes]]) -> Path:
     schema = pa.schema([("word", pa.binary()), ("count", pa.int64())])
     with pa.ipc.new_file(str(file), schema) as writer:
         for run in runs:
-            for part in range(NUM_PARTS):
-                rows = [(w, n) for w, n in run.items() if zlib.crc32(w) % NUM_PARTS == part]
+            parts: list[list[tuple[bytes, int]]] = [[] for _ in range(NUM_PARTS)]
+            for word, count in run.items():
+                parts[zlib.crc32(word) % NUM_PARTS].append((word, count))
+            for rows in parts:
                 writer.write_batch(pa.record_batch([[w for w, _ in rows], [n for _, n in rows]], schema=schema))
     return file
 
@@ -56,6 +59,17 @@ def test_the_rarest_are_left_out_all_of_one_count_together(files: list[Path], tm
         sum(len(w) * n for w, n in left_out.items()) / sum(len(w) * n for w, n in WORDS.items()))
     next_size = sum(len(w) + 1 for w, n in WORDS.items() if n >= table.min_count - 1)
     assert next_size > max_bytes  # one count more would not have fitted
+
+
+def test_memory_is_for_the_words_that_are_kept(tmp_path: Path) -> None:
+    once = {f"once{i}".encode(): 1 for i in range(100_000)}
+    file = write_runs(tmp_path / "a.arrow", [Counter({b"often": 9, b"twice": 2, **once})])
+    tracemalloc.start()
+    table = gather_words([file], tmp_path, 20)
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert as_counter(table) == {b"often": 9, b"twice": 2} and table.dropped_words == len(once)
+    assert peak_bytes < 8 * len(once)  # not even the counts of all words
 
 
 def test_no_words(tmp_path: Path) -> None:
