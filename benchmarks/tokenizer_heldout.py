@@ -34,6 +34,8 @@ PARTS = ("steps", "worst", "ratios", "paper")
 CHUNK_BYTES = 100_000
 IN_THE_PAPER = {200_000: 4.457, 180_000: 6.092, 160_000: 6.337, 80_000: 6.634}
 """Transition size -> bytes per token on 1 GB of the authors' text (notebooks/superbpe_encoding_efficiency_analysis.ipynb)."""
+PROSE_LINE_CHARS = 200
+"""The authors learn from the web, where a paragraph is a line; in documentation longer lines are such paragraphs."""
 AUTHORS_SUPER, AUTHORS_PLAIN = "olmo2_p99_truncate_10G_{}K_extend_200K_mw4_colon", "olmo2_p99_truncate_pretok_10G_200K"
 Encode = Callable[[str], list[int]]
 
@@ -113,21 +115,26 @@ def print_ratios(name: str, size_bytes: int, counts: list[int]) -> None:
 
 def as_in_the_paper(trained: Path, authors: Path | None) -> None:
     """Print bytes per token of English by the tokenizers made as in the paper of SuperBPE, and by the authors' own."""
-    texts = [piece for text in texts_of(trained / "held/en.jsonl") for piece in cut_text(text, CHUNK_BYTES)]
-    size_bytes = sum(len(t.encode()) for t in texts)
-    found: dict[str, dict[int, float]] = {"published": IN_THE_PAPER, "ours": {}, "authors'": {}}
+    documents = first_texts(trained / "held/en.jsonl", float("inf"))
+    prose = [line for text in documents for line in text.splitlines(keepends=True) if len(line) > PROSE_LINE_CHARS]
+    made = {}
     for folder in trained.glob("paper-*"):
         tokenizer = Trained(folder)
-        found["ours"][tokenizer.transition_size] = size_bytes / sum(map(len, tokenizer.encode(texts)))
-    for size in IN_THE_PAPER if authors else ():
-        tokens = authors_tokenizer(authors, size).encode_batch_fast(texts, add_special_tokens=False)
-        found["authors'"][size] = size_bytes / sum(len(e.ids) for e in tokens)
-    print("\nSuperBPE as in its paper, English, 200,000 ids: bytes per token, and tokens fewer than plain BPE in %\npublished: "
-          f"the authors' tokenizers on the authors' text; the others: on {size_bytes / 1e6:.2f} MB held out here\n{'':<23} "
-          + " ".join(f"{name:>16}" for name in found))
+        made[tokenizer.transition_size] = tokenizer.fast
+    theirs = {size: authors_tokenizer(authors, size) for size in IN_THE_PAPER} if authors else {}
+    columns = {"published": IN_THE_PAPER}
+    for name, texts in (("", documents), (", prose", prose)):
+        size_bytes = sum(len(text.encode()) for text in texts)
+        for whose, tokenizers in (("ours", made), ("theirs", theirs)):
+            encoded = {size: t.encode_batch_fast(texts, add_special_tokens=False) for size, t in tokenizers.items()}
+            columns[whose + name] = {size: size_bytes / sum(len(e.ids) for e in found) for size, found in encoded.items()}
+        print(f"{'prose, lines of more than ' + str(PROSE_LINE_CHARS) + ' characters' if name else 'held-out English'}: "
+              f"{size_bytes / 1e6:.2f} MB")
+    print("\nSuperBPE as in its paper, English, 200,000 ids: bytes per token, and tokens fewer than plain BPE in %\n"
+          f"published: theirs on 1 GB of their own held-out text\n{'':<23} " + " ".join(f"{name:>16}" for name in columns))
     for size in IN_THE_PAPER:
         cells = (f"{by[size]:8.3f} {100 * (1 - by[PAPER_VOCAB_SIZE] / by[size]):6.1f}%" if size in by else ""
-                 for by in found.values())
+                 for by in columns.values())
         print(f"transition size {size:7,} " + " ".join(f"{cell:>16}" for cell in cells), flush=True)
 
 
