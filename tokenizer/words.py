@@ -73,10 +73,9 @@ def gather_words(files: list[Path], work: Path, max_bytes: int | None) -> WordTa
     if len(order):
         words = table["word"].combine_chunks().take(pa.array(order))
         raw = np.frombuffer(words.buffers()[2], np.uint8)[: int(lengths.sum())]
-    text_bytes = levels.counts @ levels.bytes_
-    dropped = levels.counts < min_count
-    dropped_share = levels.counts[dropped] @ levels.bytes_[dropped] / max(text_bytes, 1)
-    return WordTable(raw, lengths[order], counts[order], min_count, int(levels.words[dropped].sum()), float(dropped_share))
+    text_bytes, dropped = levels.counts * levels.bytes_, levels.counts < min_count
+    dropped_share = int(text_bytes[dropped].sum()) / max(int(text_bytes.sum()), 1)
+    return WordTable(raw, lengths[order], counts[order], min_count, int(levels.words[dropped].sum()), dropped_share)
 
 
 @dataclass(frozen=True)
