@@ -130,6 +130,8 @@ class Restarts:
     """Returns something that changes when the run has got on."""
     note: Callable[[int, str], None]
     """Called before each restart with the exit code and what failed."""
+    give_up: Callable[[int, str], None]
+    """Called in place of `note` when there were too many."""
 
 
 def launch(main: Callable[[], Any], nproc: int | None, num_threads: int = 0, restarts: Restarts | None = None) -> int:
@@ -165,6 +167,7 @@ def launch(main: Callable[[], Any], nproc: int | None, num_threads: int = 0, res
         now = restarts.progress()
         failures, reached = 1 if now != reached else failures + 1, now
         if failures > restarts.limit:
+            restarts.give_up(outcome.code, outcome.cause)
             return outcome.code
         restarts.note(outcome.code, outcome.cause)
 

@@ -54,6 +54,8 @@ class Attempts:
             last.outcome = f"stopped: {event.get('reason') or 'no reason given'}"
         elif kind == "hang":
             last.outcome = f"stood still in step {event.get('step')}"
+        elif kind == "failure":
+            last.outcome = str(event.get("text") or "ended by an error")
         elif kind == "restart":
             last.outcome = str(event.get("text") or "restarted").partition(";")[0]
         elif kind == "run_end":

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from megatron_sov.obs.figures import number
+from megatron_sov.obs.incidents import KINDS, describe
 from megatron_sov.pages.content import Section, Table
 from megatron_sov.report.model import Run
 
 MAX_ROWS = 200
-KINDS = {"skip": "step not learned", "rollback": "weights taken back", "restart": "started again", "hang": "hang",
-         "corruption": "silent corruption", "alarm": "alarm", "fault": "fault on purpose",
-         "damaged_checkpoint": "damaged checkpoint"}
-"""Event -> what the table calls it."""
 
 
 def incident_section(run: Run) -> Section:
@@ -39,22 +34,6 @@ def _incident_tables(run: Run) -> list[Table]:
     if len(run.incidents) > MAX_ROWS:
         rows.append(["", "", f"… and {len(run.incidents) - MAX_ROWS:,} more in the run's events"])
     return [Table(["step", "incident", "what the run saw and did"], rows)] if rows else []
-
-
-def describe(event: dict[str, Any]) -> str:
-    """Return an incident in words."""
-    kind = event["event"]
-    if kind == "skip":
-        ranks = event.get("ranks") or []
-        return str(event.get("reason", "")) + (f"; not finite on rank {', '.join(map(str, ranks))}" if ranks else "")
-    if kind == "hang":
-        places = (f"rank {', '.join(map(str, ranks))} in {place}" for place, ranks in (event.get("places") or {}).items())
-        return f"no progress; every process wrote its stacks into hang/ and ended: {'; '.join(places)}"
-    if kind == "fault":
-        return f"--inject {event.get('fault', '')}"
-    if kind == "damaged_checkpoint":
-        return f"{event.get('reason', '')}; set aside as {event.get('renamed_to', '')}"
-    return str(event.get("text", ""))
 
 
 def _compute_tables(run: Run) -> list[Table]:

@@ -19,19 +19,16 @@ from megatron_sov.errors import UserError
 from megatron_sov.obs.attempts import Attempt, Attempts
 from megatron_sov.obs.events import EVENTS, final_steps, read_events
 from megatron_sov.obs.figures import number
+from megatron_sov.obs.incidents import BY_SETTING, KINDS, is_incident
 from megatron_sov.obs.wall_time import Timekeeper, WallTime
 from megatron_sov.report.beside import Beside, read_beside
 from megatron_sov.report.steps import Curve, StepTable
 from megatron_sov.train.lock import living_holder
 
 CONFIG = "config.json"
-INCIDENTS = ("skip", "rollback", "restart", "hang", "corruption", "alarm", "fault", "damaged_checkpoint")
-"""Events of something that went wrong, or that the run did about it."""
 KEPT = ("phase", "eval", "baseline", "needle", "gate", "decontamination", "conversion", "checkpoint", "warning", "routing",
-        *INCIDENTS)
+        *KINDS)
 """Events that are kept whole; there are few of them and they are small."""
-BY_SETTING = "data.skip_steps"
-"""Reason of a skipped step that the settings name."""
 
 
 @dataclass(frozen=True)
@@ -201,8 +198,7 @@ def read_run(path: Path) -> Run:
     run.checkpoints = final_steps(kept["checkpoint"], "checkpoint")
     run.warnings = kept["warning"]
     run.skipped_steps = [int(e["step"]) for e in final_steps(kept["skip"], "skip") if e.get("reason") == BY_SETTING]
-    run.incidents = sorted((e for kind in INCIDENTS for e in kept[kind] if e.get("reason") != BY_SETTING),
-                           key=lambda e: number(e.get("time_s")))
+    run.incidents = sorted((e for kind in KINDS for e in kept[kind] if is_incident(e)), key=lambda e: number(e.get("time_s")))
     run.beside = read_beside(path)
     run.provenance = _provenance(path, run.start("inputs") or [])
     return run

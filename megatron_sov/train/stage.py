@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import sys
@@ -28,7 +29,7 @@ from megatron_sov.obs import starting
 from megatron_sov.obs.afterwards import RunEvents
 from megatron_sov.obs.events import EVENTS, EventLog
 from megatron_sov.train.beside import Beside
-from megatron_sov.train.faults import Fault, Faults
+from megatron_sov.train.faults import Fault, Faults, not_come
 from megatron_sov.train.gate import Gate
 from megatron_sov.train.lock import RunLock
 from megatron_sov.train.loop import train
@@ -92,11 +93,13 @@ def run_stage(stage: Stage, nproc: int | None) -> bool:
     stage.folder.forget_failure()
     starting.note_beginning()
     restarts = world.Restarts(stage.config.train.max_restarts, lambda: run_checkpoints.latest(stage.folder.checkpoints),
-                              partial(_note_restart, stage.folder))
+                              partial(_note_restart, stage.folder), partial(_note_giving_up, stage))
     code = world.launch(lambda: _rank(stage, sources), nproc, stage.config.train.num_threads, restarts)
     if code != 0:
         raise SystemExit(code)  # the rank that failed has said why
     if stage.folder.completion() is not None:
+        for fault in not_come(stage.faults, stage.folder.path):
+            print(f"warning: --inject {fault.name}: never came\n", end="", file=sys.stderr)
         _finish_beside(stage)
         return True
     failure = stage.folder.failure()
@@ -126,6 +129,17 @@ def _note_restart(folder: RunFolder, code: int, cause: str) -> None:
     events.close()
 
 
+def _note_giving_up(stage: Stage, code: int, cause: str) -> None:
+    """Say that the processes are not started again."""
+    limit, newest = stage.config.train.max_restarts, run_checkpoints.latest(stage.folder.checkpoints)
+    text = (f"{cause}, and train.max_restarts = {limit} " + ("starts in a row have left no new checkpoint" if limit else
+            "lets no process start again") + "; find the cause above, and go on with --resume")
+    print(f"error: {text}", file=sys.stderr, flush=True)
+    if (stage.folder.path / EVENTS).is_file():
+        RunEvents(stage.folder.path).add(
+            "failure", step=run_checkpoints.step_of(newest) if newest else 0, exit_code=code, text=text)
+
+
 def _rank(stage: Stage, sources: list[Source]) -> int:
     stop = StopFlag()
     if stage.config.train.deterministic:
@@ -147,6 +161,11 @@ def _rank(stage: Stage, sources: list[Source]) -> int:
             stage.gate.begin(trainer)
         if train(trainer, stop):
             _finish(stage, trainer)
+    except UserError as e:
+        if trainer is not None:
+            with contextlib.suppress(UserError):  # a full disk may be what the mistake is about
+                trainer.events.write("failure", step=trainer.done.step, text=str(e))
+        raise
     finally:
         if trainer is not None:
             trainer.close()

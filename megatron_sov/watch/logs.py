@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_sov.obs.events import EVENTS
+from megatron_sov.obs.incidents import KINDS, describe, is_incident
 
 JOB_LOGS = "slurm"
 OF_A_RANK = re.compile(r"rank-0*(\d+)\.(?:log|txt)$")
 OF_AN_ATTEMPT = re.compile(r"^(\d+(?:_\d+)?)-(\d+)$")
 TOLD = {"run_start": "the run starts from step {resumed_from}, with {num_ranks} rank(s)", "stop": "the run stops: {reason}",
-        "run_end": "the run is complete", "hang": "the run stands still; the stacks of all processes are in hang/"}
-"""Event -> how it is told where it has no `text` of its own."""
+        "run_end": "the run is complete"}
+"""Event -> how it is told where it has no `text` of its own and is no incident."""
 READ_BYTES = 1 << 16
 LONGEST_LINE_BYTES = 1 << 20
 
@@ -95,11 +96,11 @@ def _told(raw: str) -> str | None:
     except (ValueError, TypeError, KeyError):
         return None
     known = {"reason": "no reason given", "num_ranks": "?", "resumed_from": 0, **event}
-    words = event.get("text") or event.get("error")
+    words = describe(event) if is_incident(event) else event.get("text") or event.get("error")
     if words is None and kind not in TOLD:
         return None
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(float(event.get("time_s") or 0)))
-    return f"{when} UTC step {step}: " + (TOLD[kind].format_map(known) if words is None else f"{kind}: {words}")
+    return f"{when} UTC step {step}: " + (TOLD[kind].format_map(known) if words is None else f"{KINDS.get(kind, kind)}: {words}")
 
 
 class Tail:

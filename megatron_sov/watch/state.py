@@ -17,6 +17,7 @@ from megatron_sov.mcore.run_checkpoints import CHECKPOINTS_OF_A_RUN, latest, ste
 from megatron_sov.obs.attempts import COMPLETE, UNFINISHED, Attempt, Attempts
 from megatron_sov.obs.events import EVENTS, read_events
 from megatron_sov.obs.figures import number
+from megatron_sov.obs.incidents import is_incident
 from megatron_sov.obs.wall_time import Timekeeper, WallTime
 from megatron_sov.train.lock import living_holder
 from megatron_sov.train.run_folder import COMPLETION, CONFIG, STAGES, RunFolder
@@ -26,6 +27,8 @@ RECENT_STEPS = 50
 """Steps whose speed is the run's present one."""
 SILENT_AFTER_STEPS, SILENT_AFTER_S = 10, 60.0
 """A living run is called silent after so many times its time of a step, and not before so many seconds."""
+TOLD_ELSEWHERE = ("restart", "failure", "fault")
+"""Incidents that are not counted: how each start ended stands beside it, and faults on purpose were asked for."""
 MAX_DEPTH = 3
 """How deep a folder is searched for runs."""
 
@@ -69,6 +72,8 @@ class RunState:
     last_event_age_s: float = math.nan
     starts: list[Start] = field(default_factory=list)
     warnings: int = 0
+    incidents: dict[str, int] = field(default_factory=dict)
+    """Kind of incident -> how many there were in the whole life of the run, but for those of `TOLD_ELSEWHERE`."""
     wall_time: WallTime | None = None
 
     @property
@@ -136,6 +141,8 @@ def read_state(path: Path, now_s: float | None = None) -> RunState:
             state.step, state.loss = int(event["step"]), number(event.get("loss"))
             state.tokens, state.phase = int(event.get("tokens") or 0), str(event.get("phase") or "")
         state.warnings += event["event"] == "warning"
+        if is_incident(event) and event["event"] not in TOLD_ELSEWHERE:
+            state.incidents[event["event"]] = state.incidents.get(event["event"], 0) + 1
     state.last_event_age_s = now_s - last_s
     explain(path, attempts.all)
     _judge(state, attempts.all, recent, now_s)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_sov.obs.figures import duration, figure, large
+from megatron_sov.obs.incidents import KINDS
 from megatron_sov.obs.wall_time import CATEGORIES, WallTime
 
 if TYPE_CHECKING:
@@ -64,8 +65,9 @@ def in_full(state: RunState) -> str:
         left = f", {duration(state.eta_s)} left" if math.isfinite(state.eta_s) else ""
         lines.append(f"  speed       {state.tokens_per_s:,.0f} tokens/s{left}")
     lines.append(f"  checkpoint  {state.checkpoint or 'none yet'}{_ago(',', state.checkpoint_age_s)}")
-    if state.warnings:
-        lines.append(f"  warnings    {state.warnings:,} (megatron-sov logs {state.path})")
+    counted = {"warning": state.warnings, **{KINDS[kind]: count for kind, count in state.incidents.items()}}
+    if told := ", ".join(f"{count:,} x {name}" for name, count in counted.items() if count):
+        lines.append(f"  incidents   {told} (megatron-sov logs {state.path})")
     return "\n".join([*lines, *_starts(state), *_time(state.wall_time)])
 
 

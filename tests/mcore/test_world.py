@@ -61,7 +61,8 @@ for case in ("mistake", "code", "dies"):
     codes[case] = world.launch(rank, 2)
 for case in ("3", "9"):
     noted = []
-    restarts = world.Restarts(2, (folder / f"{case}-1").exists, lambda code, cause: noted.append([code, cause]))
+    restarts = world.Restarts(2, (folder / f"{case}-1").exists, lambda code, cause: noted.append([code, cause]),
+                              lambda code, cause: noted.append([code, f"{cause}, for good"]))
     codes[case] = [world.launch(fails, 2, restarts=restarts), noted]
 (folder / "codes.json").write_text(json.dumps(codes))
 (folder / "threads.json").write_text(json.dumps(threads))
@@ -106,9 +107,9 @@ def test_ranks_share_signals_failures_and_their_launchers_end(tmp_path: Path) ->
     assert started["forward"].wait(timeout=240) == 0
     assert {(tmp_path / "forward" / f"got-{r}").read_text() for r in range(2)} == {"SIGTERM SIGINT SIGUSR1"}
     # progress is made once, in the second round, and two restarts are allowed without: the fourth round is the last
-    again = [[7, "rank 1 ended with exit code 7"]] * 3
+    again, for_good = [[7, "rank 1 ended with exit code 7"]] * 3, [7, "rank 1 ended with exit code 7, for good"]
     assert json.loads((tmp_path / "ends" / "codes.json").read_text()) == {
-        "mistake": 2, "code": 75, "dies": 128 + signal.SIGKILL, "3": [0, again], "9": [7, again]}
+        "mistake": 2, "code": 75, "dies": 128 + signal.SIGKILL, "3": [0, again], "9": [7, [*again, for_good]]}
     assert len(list((tmp_path / "ends").glob("9-*"))) == 4
     # a thread that holds a lock while another rank is forked leaves that rank waiting for it
     assert json.loads((tmp_path / "ends" / "threads.json").read_text()) == [1] * 2 * (3 + 4 + 4)

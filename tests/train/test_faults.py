@@ -10,7 +10,7 @@ import pytest
 
 from megatron_sov.errors import UserError
 from megatron_sov.obs.events import EventLog, read_events
-from megatron_sov.train.faults import STATES, Fault, Faults, corrupt, parse
+from megatron_sov.train.faults import STATES, Fault, Faults, corrupt, not_come, parse
 
 
 def test_several_faults_stand_in_one_argument() -> None:
@@ -54,6 +54,8 @@ def test_a_fault_comes_once_to_its_process_from_its_step_on_and_is_told_once(tmp
         log.close()
     told = [(e["kind"], e["state"], e["step"], e["rank"]) for e in read_events(tmp_path / "events.jsonl")]
     assert told == [("nan", "step", 6, 1), ("spike", "step", 9, 1), ("raise", "save", 4, 1)]
+    late = parse(["hang@step=99"], 2)
+    assert not_come([*faults, *late], tmp_path) == list(late)
 
 
 def test_a_slow_process_is_slow_for_a_while(tmp_path: Path) -> None:

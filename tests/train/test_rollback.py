@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
+from megatron_sov.config import GuardConfig
 from megatron_sov.data.ledger import Entry, Ledger
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.cpu import open_door
 
 open_door()
 from megatron_sov.train import rollback  # noqa: E402
-from megatron_sov.train.guards import Refusal  # noqa: E402
+from megatron_sov.train.guards import Refusal, StepGuard  # noqa: E402
 
 
 class Run:
@@ -24,7 +25,9 @@ class Run:
                  rollbacks: list[dict[str, int]]) -> None:
         self.checkpoints = checkpoints
         self.done = SimpleNamespace(step=now)
-        self.guard = SimpleNamespace(refusal=Refusal("the loss is nan", 0.0, 0.0, False), in_a_row=refused, rollbacks=rollbacks)
+        self.guard = StepGuard(GuardConfig(), is_main=True)
+        self.guard.refusal = Refusal("the loss is nan", 0.0, 0.0, finite=False, weights_suspect=True)
+        self.guard.in_a_row, self.guard.rollbacks = refused, rollbacks
         self.saver = SimpleNamespace(finish=lambda: None)
         self.folder = SimpleNamespace(checkpoints=Path("checkpoints"))
         self.world = SimpleNamespace(is_main=False)

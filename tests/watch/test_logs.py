@@ -38,6 +38,9 @@ def run(tmp_path: Path) -> Path:
     log.write("run_start", num_ranks=2, resumed_from=0)
     log.write("step", step=1, loss=3.0)
     log.write("warning", step=1, text="source korean is worn out")
+    log.write("skip", step=2, reason="data.skip_steps")
+    log.write("skip", step=3, reason="the loss is nan", ranks=[1])
+    log.write("failure", step=3, text="the disk is full")
     log.close()
     return run
 
@@ -48,7 +51,7 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
 
 
 def test_all_files_in_order_of_the_starts(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    *lines, start, warning = printed(capsys, str(run))
+    *lines, start, warning, skip, failure = printed(capsys, str(run))
     assert lines == [
         "[job 17] job: attempt 1 on n1, n2 begins at 0", "[job 17 preflight rank 0] fit",
         "[job 17 srun] srun: error: n2: task 10: Killed",
@@ -57,6 +60,8 @@ def test_all_files_in_order_of_the_starts(run: Path, capsys: pytest.CaptureFixtu
         "[step-3 rank 2 hangs] waits in loop.py", "[exports step-4] error: disk"]
     assert start.endswith("step 0: the run starts from step 0, with 2 rank(s)")
     assert warning.startswith("[events] 20") and warning.endswith(" UTC step 1: warning: source korean is worn out")
+    assert skip.endswith(" UTC step 3: step not learned: the loss is nan; not finite on rank 1")
+    assert failure.endswith(" UTC step 3: ended by an error: the disk is full")
 
 
 def test_one_rank_over_all_starts_and_only_what_matches(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
