@@ -8,7 +8,9 @@ Everything runs through the ordinary commands on one process of one thread.  For
   short      `pretrain` on a few batches of text, then `extend` with the gate switched off at the short length, most samples
              being needle documents: the model learns to retrieve there
   extension  `extend` in two stages to 2,048 tokens behind the gate: needles at five depths, 20 samples a cell, and the loss on
-             short text.  K-EXAONE finds a single needle at any length untrained, so half of its contexts are distractors
+             short text.  K-EXAONE finds a single needle at any length untrained, so half of its contexts are distractors.
+             YaRN stretches Solar's rotations by a quarter of what the length grows by: where it does so in full, documents of the
+             short length, on the stretched rotations, are enough to find a single needle at any length
   control    the stages again, each with as many steps as the extension took, without long data: nothing but text and needle
              documents of the short length.  A stage that ends without passing is its last
   rehearsal  the first stage twice for as many steps, without loss on the text around needles, with and without short samples
@@ -67,6 +69,8 @@ class Kind:
     """Of the gate."""
     lr: float
     """Peak learning rate of the extension."""
+    yarn_factors: tuple[float, float] = (0.0, 0.0)
+    """`yarn_factor` of the two stages."""
     sizes: tuple[str, ...] = ()
     """Sizes that other families do not have."""
 
@@ -77,7 +81,7 @@ KINDS = {
         min_accuracy=0.85, lr=5e-3, sizes=("dense_ffn_dim=128", "sliding_window_tokens=16")),
     "solar-open": Kind(
         "tiny-solar-open", 128, ((64, 900), (128, 500)), (1024, 2048), ('needle.kinds=["single"]', "needle.train_needles=4"),
-        min_accuracy=0.92, lr=2.5e-3),
+        min_accuracy=0.92, lr=2.5e-3, yarn_factors=(2.0, 4.0)),
 }
 
 
@@ -159,7 +163,7 @@ class Chain:
         rehearsal = {"name": "rehearsal", "share": rehearsal_share, "blend": {f"english/{near}": 1, f"needle/{near}": 1}}
         return {"name": str(tokens), "seq_len": tokens, "steps": GATE_STEPS, "max_steps": MAX_STEPS[number],
                 "global_batch_size": max(2, STEP_TOKENS // tokens), "lr": self.kind.lr, "blend": {"needle": 1},
-                "parts": [rehearsal] if rehearsal_share else []} | more
+                "yarn_factor": self.kind.yarn_factors[number], "parts": [rehearsal] if rehearsal_share else []} | more
 
     def extend(self, run_name: str, stages: list[dict[str, Any]], *settings: str, gate: bool = True) -> int:
         """Run stages from the short model; returns the exit code."""
@@ -211,8 +215,10 @@ def report(work: Path) -> None:
           f"{TOLERANCE_NATS} nats above the start\n")
     for name, kind in KINDS.items():
         for folder in sorted(work.glob(f"{name}-[0-9]*")):
+            stretch = "YaRN {:g} and {:g}, ".format(*kind.yarn_factors) if any(kind.yarn_factors) else ""
             print(f"{name}, seed {folder.name.rpartition('-')[2]}, {kind.short_tokens} -> {kind.lengths[1]:,} tokens "
-                  f"({kind.lengths[1] // kind.short_tokens}x), {' '.join(kind.needles)}, at least {kind.min_accuracy:.0%}")
+                  f"({kind.lengths[1] // kind.short_tokens}x), {stretch}{' '.join(kind.needles)}, "
+                  f"at least {kind.min_accuracy:.0%}")
             for stage in (folder / "short", *stage_folders(folder / "extension", kind)):
                 describe(stage)
             outcome(folder, kind)
