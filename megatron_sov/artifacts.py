@@ -101,6 +101,32 @@ def atomic_write(path: Path, data: str | bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def check_output(option: str, path: Path) -> None:
+    """Check before the work that `write_output` will be able to write its result; changes nothing.
+
+    Raises:
+        UserError: the path is a folder, or goes through a file or a folder that may not be written to.
+    """
+    if path.is_dir():
+        raise UserError(f"{option} {path}: is a folder; name the file to write, e.g. {path / 'result'}")
+    nearest = next(p for p in path.absolute().parents if p.exists())
+    if not nearest.is_dir():
+        raise UserError(f"{option} {path}: {nearest} is a file, so nothing can lie in it; choose another path")
+    if not os.access(nearest, os.W_OK):
+        raise UserError(f"{option} {path}: {nearest} cannot be written; choose a folder that you may write to")
+
+
+def write_output(path: Path, text: str) -> None:
+    """Write the result of a command, and the folders above it where they are missing.
+
+    Raises:
+        UserError: the disk is full or a folder cannot be written.
+    """
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, text)
+
+
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Turn a full disk, a missing permission or a read-only file system into a `UserError` that names `path`."""

@@ -13,7 +13,11 @@ done
 if [ -z "$python" ]; then echo "error: no Python on PATH; name one with PYTHON=/path/to/python" >&2; exit 2; fi
 
 "$python" -I "$here/check.py"
+environment=$1
+trap 'rm -rf "$environment"' EXIT  # an environment that is half made would only be in the way of the next attempt
+trap 'exit 130' HUP INT TERM
 "$python" -m venv "$1"
 "$1/bin/python" -m pip --isolated install --quiet --disable-pip-version-check --no-index --find-links "$here/wheels" \
   --constraint "$here/constraints.txt" --requirement "$here/requirements.txt"
+trap - EXIT
 echo "$1: installed; $1/bin/megatron-sov doctor says what this machine has"

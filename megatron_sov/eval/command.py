@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_sov.artifacts import atomic_write, to_json
+from megatron_sov.artifacts import check_output, to_json, write_output
 from megatron_sov.errors import UserError
 from megatron_sov.eval.needle_command import add_needle_arguments, suite_of
 from megatron_sov.obs.afterwards import RunEvents
@@ -74,6 +74,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the chosen judge; returns the exit code."""
     events = RunEvents(args.run)
+    if getattr(args, "out", None) is not None:
+        check_output("--out", args.out)
     from megatron_sov.mcore.cpu import open_door
 
     open_door()
@@ -185,7 +187,7 @@ def _loss_table(found: dict[str, dict[str, float]]) -> str:
 
 def _write(out: Path | None, values: Any) -> None:
     if out is not None:
-        atomic_write(out, to_json(values))
+        write_output(out, to_json(values))
 
 
 def _show(as_json: bool, values: Any, text: str) -> None:

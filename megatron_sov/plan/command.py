@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from pathlib import Path
 
 
@@ -25,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
         UserError: an unknown recipe or setting, or settings that make no schedule.
     """
     from megatron_sov import recipes
-    from megatron_sov.artifacts import atomic_write, to_json
+    from megatron_sov.artifacts import check_output, to_json, write_output
     from megatron_sov.config import apply_settings
     from megatron_sov.pages.content import Chapter, Section
     from megatron_sov.pages.page import render
@@ -33,10 +34,12 @@ def run(args: argparse.Namespace) -> int:
 
     config = apply_settings(recipes.get(args.recipe), args.settings)
     config.check(args.nproc or math.lcm(config.parallel.ranks_per_replica, config.parallel.ranks_per_expert_replica))
-    print(to_json(schedule.as_json(config)) if args.json else schedule.as_text(config))
     if args.html is not None:
+        check_output("--html", args.html)
         section = Section("Schedule", charts=schedule.charts(config), tables=[schedule.table(config)], side_by_side=True)
         page = render("plan", config.recipe, "", [Chapter(config.recipe, "", [], [section])])
-        atomic_write(args.html, page)
-        print(f"wrote {args.html}")
+        write_output(args.html, page)
+    print(to_json(schedule.as_json(config)) if args.json else schedule.as_text(config))
+    if args.html is not None:
+        print(f"wrote {args.html}", file=sys.stderr)
     return 0

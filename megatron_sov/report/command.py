@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_sov.artifacts import atomic_write, disk_errors
-from megatron_sov.errors import UserError
+from megatron_sov.artifacts import check_output, write_output
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,11 +26,9 @@ def run(args: argparse.Namespace) -> int:
     from megatron_sov.report.page import render
 
     out: Path = args.out or args.runs[-1] / "report.html"
-    if out.is_dir():
-        raise UserError(f"--out {out}: is a folder; name the file to write, e.g. {out / 'report.html'}")
+    if args.out is not None:
+        check_output("--out", out)
     page = render([read_run(path) for path in args.runs])
-    with disk_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(out, page)
+    write_output(out, page)
     print(f"{out}: {len(page.encode()) / 1e6:.1f} MB, opens in any browser without a network")
     return 0

@@ -122,6 +122,16 @@ def test_damage_and_another_machine_stop_it_before_anything_is_made(made: Path, 
     assert [text.partition(",")[0] for text in check.problems(moved)] == ["the bundle is for Python 2.7", "the bundle is for vax"]
 
 
+def test_an_installation_that_fails_leaves_nothing_in_the_way_of_the_next(made: Path, tmp_path: Path) -> None:
+    python = tmp_path / "python"  # takes the bundle, makes an environment, and its pip fails
+    python.write_text('#!/bin/sh\n[ "$1" != -I ] || exit 0\nmkdir -p "$3/bin"\n'
+                      'printf "#!/bin/sh\\ntouch %s/tried\\nexit 1\\n" "${3%/*}" > "$3/bin/python"\nchmod +x "$3/bin/python"\n')
+    python.chmod(0o755)
+    done = subprocess.run(["sh", str(made / "install.sh"), str(tmp_path / "env")], env=os.environ | {"PYTHON": str(python)},
+                          capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and (tmp_path / "tried").exists() and not (tmp_path / "env").exists()
+
+
 def test_another_python_and_platform_get_their_own_wheels(source: Path, tmp_path: Path) -> None:
     arguments = ["--python", "3.13", "--platform", "manylinux_2_28_aarch64"]
     assert bundle(source, tmp_path / "bundle", *arguments) == 0  # these wheels are for any platform
