@@ -161,16 +161,9 @@ def _state(link: Link, before: Submitted, living: dict[str, str]) -> str:
             if r["event"] == "end" and r["time_s"] >= before.time_s and r["outcome"] != "complete"]
     if ends:
         return f"not complete, its job ended by: {ends[-1]['outcome']}, {ends[-1]['reason']}"
-    if said := [line for number in numbers for line in _said(records, number)]:
+    if said := [line for number in numbers for line in submission.said(records, number)]:
         return f"not complete, its job ended before it began its work: {said[-1].removeprefix('job: ')}"
     return f"not complete, its job {' and '.join(numbers) or '(none)'} never began: an earlier stage failed, or it was cancelled"
-
-
-def _said(records: Path, number: str) -> list[str]:
-    """Return the lines of a job's own log, which has some even where the job could not record an attempt."""
-    logs = [file for pattern in (f"{number}.log", f"{number}_*.log") for file in sorted(records.glob(pattern))]
-    text = "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in logs)
-    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def _links(file: Path, options: Options) -> list[Link]:

@@ -10,8 +10,12 @@ from megatron_sov.obs.events import read_events
 from megatron_sov.obs.figures import number
 from megatron_sov.slurm import client
 from megatron_sov.slurm.history import ATTEMPTS
-from megatron_sov.slurm.submission import submitted_jobs
+from megatron_sov.slurm.submission import JOBS as SUBMISSIONS
+from megatron_sov.slurm.submission import said, submitted_jobs
 from megatron_sov.train.run_folder import JOBS
+
+SUBMITTED = f"{JOBS}/{SUBMISSIONS}"
+"""Where a run folder has the submissions of its jobs; the first file of a run that Slurm is to start."""
 
 
 def explain(run: Path, attempts: list[Attempt]) -> None:
@@ -24,6 +28,13 @@ def explain(run: Path, attempts: list[Attempt]) -> None:
         reasons = [text for time_s, text in ends if began_s <= time_s < after_s]
         if attempt.outcome == UNFINISHED and reasons:
             attempt.outcome = reasons[-1]
+
+
+def last_words(run: Path) -> str:
+    """Return how the last job of a run ended that never came to training, as its log says; empty where it has none."""
+    jobs = submitted_jobs(run / JOBS)
+    words = said(run / JOBS, jobs[-1]) if jobs else []
+    return f"job {jobs[-1]}: {words[-1].removeprefix('job: ')}" if words else ""
 
 
 def living_job(run: Path) -> str:

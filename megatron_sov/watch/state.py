@@ -21,7 +21,7 @@ from megatron_sov.obs.incidents import is_incident
 from megatron_sov.obs.wall_time import Timekeeper, WallTime
 from megatron_sov.train.lock import living_holder
 from megatron_sov.train.run_folder import COMPLETION, CONFIG, STAGES, RunFolder
-from megatron_sov.watch.jobs import explain, living_job
+from megatron_sov.watch.jobs import SUBMITTED, explain, last_words, living_job
 
 RECENT_STEPS = 50
 """Steps whose speed is the run's present one."""
@@ -91,8 +91,8 @@ def find_runs(path: Path) -> list[Path]:
     if _is_run(path):
         found = [*sorted(p for p in (path / STAGES).glob("*") if _is_run(p)), path]
     else:
-        found = sorted({p.parent for depth in range(1, MAX_DEPTH + 1) for name in (CONFIG, EVENTS)
-                        for p in path.glob("/".join(["*"] * depth + [name])) if _is_run(p.parent)})
+        found = sorted({p for depth in range(1, MAX_DEPTH + 1) for name in (CONFIG, EVENTS, SUBMITTED)
+                        for file in path.glob("/".join(["*"] * depth + [name])) if _is_run(p := file.parents[name.count("/")])})
     if not found:
         raise UserError(f"{path}: holds no run ({CONFIG} and {EVENTS}), nor do the folders in it; pass the folder of a training "
                         "command's --run, or one that holds such folders")
@@ -100,8 +100,8 @@ def find_runs(path: Path) -> list[Path]:
 
 
 def _is_run(path: Path) -> bool:
-    """Return whether a folder holds a run's events, or settings of one that has no events yet."""
-    if (path / EVENTS).is_file():
+    """Return whether a folder holds a run's events, or settings or jobs of one that has no events yet."""
+    if (path / EVENTS).is_file() or (path / SUBMITTED).is_file():
         return True
     try:
         return "recipe" in json.loads((path / CONFIG).read_text(encoding="utf-8"))
@@ -188,6 +188,8 @@ def _judge(state: RunState, attempts: list[Attempt], recent: deque[tuple[int, fl
         state.state, state.why = "stopped", f"{outcome.removeprefix('stopped: ')}, everything is saved"
     elif attempts:
         state.state, state.why = "ended", "killed, or its machine went down" if outcome == UNFINISHED else outcome
+    else:
+        state.why = last_words(folder.path)
 
 
 def _speed(state: RunState, recent: deque[tuple[int, float, float, float]], now_s: float) -> tuple[float, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -165,3 +166,15 @@ def test_the_first_node_is_where_ranks_meet_by_its_address_where_its_name_does_n
     done = subprocess.run(["bash", "-uc", f'PATH={tmp_path}:$PATH nodes=n7,n8\n{lines}\necho "$MASTER_ADDR"'],
                           capture_output=True, text=True, check=True)
     assert done.stdout.strip() == address
+
+
+def test_ranks_make_the_scratch_folder_that_slurm_did_not_find(tmp_path: Path) -> None:
+    """Slurm gives a rank /tmp where the folder of TMPDIR is not on its node, before the rank can make it."""
+    profile = dataclasses.replace(cluster.load("h100", account="me"), scratch=str(tmp_path / "no such/folder"))
+    text = script("pretrain", profile)
+    (as_rank,) = re.findall(r"^as_rank='.*?'$", text, re.MULTILINE | re.DOTALL)
+    exported = next(line for line in text.splitlines() if line.startswith("export TMPDIR="))
+    carried = next(line for line in text.splitlines() if line.startswith("export JOB_TMPDIR="))
+    shell = f'{exported}\n{carried}\n{as_rank}\nTMPDIR=/tmp bash -c "$as_rank" rank printenv TMPDIR'
+    done = subprocess.run(["bash", "-c", shell], env={"PATH": os.environ["PATH"], "USER": "ada"}, capture_output=True, text=True)
+    assert done.stdout == f"{tmp_path}/no such/folder/ada\n" and (tmp_path / "no such/folder/ada").is_dir()

@@ -119,6 +119,27 @@ def test_slurm_says_why_attempts_ended_and_whether_a_job_waits(tmp_path: Path, m
     assert read_state(run, NOW_S).state == "ended"
 
 
+def test_a_run_that_was_only_submitted_has_a_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                   capsys: pytest.CaptureFixture[str]) -> None:
+    records = tmp_path / "runs/first/slurm"
+    records.mkdir(parents=True)
+    (records / "jobs.jsonl").write_text(json.dumps({"event": "submitted", "job": "17", "time_s": NOW_S}) + "\n")
+    (squeue := tmp_path / "bin/squeue").parent.mkdir()
+    squeue.write_text(SQUEUE)
+    squeue.chmod(0o755)
+    monkeypatch.setenv("STATE", "PENDING")
+    monkeypatch.setenv("PATH", f"{squeue.parent}:{os.environ['PATH']}")
+    assert find_runs(tmp_path) == find_runs(records.parent) == [records.parent]
+    assert cli.main(["status", str(records.parent)]) == 0
+    assert "  state       waiting (job 17 is pending)\n" in capsys.readouterr().out
+    monkeypatch.setenv("STATE", "COMPLETED")
+    (records / "17.log").write_text("job: modules of the profile cannot be loaded\n")
+    assert cli.main(["status", str(records.parent)]) == 0
+    assert "  state       not started (job 17: modules of the profile cannot be loaded)\n" in capsys.readouterr().out
+    assert cli.main(["logs", str(records.parent)]) == 0
+    assert capsys.readouterr().out == "[job 17] job: modules of the profile cannot be loaded\n"
+
+
 def test_a_run_that_holds_its_folder_and_writes_nothing_is_silent(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", begin(300), *steps(1, 9, 200))
     hold(run)
