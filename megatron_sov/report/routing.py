@@ -35,17 +35,19 @@ def expert_section(run: Run) -> Section:
 
 
 def _history_chart(history: RoutingHistory, name: str, title: str, best: float, caption: str) -> Chart:
-    """Return the heat map layer x step of one figure."""
+    """Return the heat map layer x step of one figure; in a long run a column is the worst of some records."""
     every = -(-len(history.steps) // MAX_COLUMNS)
-    values, steps = history.values[name][::every].T, history.steps[::every]
     worst_is_high = best == 0.0
+    firsts = np.arange(0, len(history.steps), every)
+    values = (np.maximum if worst_is_high else np.minimum).reduceat(history.values[name], firsts, axis=0).T
+    steps = history.steps[firsts]
     figure = go.Figure(go.Heatmap(
         z=values.astype(np.float32), x=steps.astype(np.int32), y=[f"{layer}" for layer in history.layers],
         zmin=0 if worst_is_high else None, zmax=None if worst_is_high else 1, reversescale=not worst_is_high,
         colorscale=[[0, "var(--heat0)"], [1, "var(--heat1)"]], colorbar={"title": title, "thickness": 12},
         hovertemplate="step %{x}, layer %{y}<br>%{z:.4g}<extra></extra>"))
     figure.update_layout(xaxis={"title": "optimizer step"}, yaxis={"title": "layer", "type": "category", "autorange": "reversed"})
-    notes = [f"One of every {every:,} records is drawn."] if every > 1 else []
+    notes = [f"Each column is the worst of {every:,} records."] if every > 1 else []
     return chart(figure, caption, notes, height_px=min(640, 150 + 26 * len(history.layers)))
 
 

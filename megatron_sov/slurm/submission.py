@@ -15,7 +15,7 @@ import megatron_sov
 from megatron_sov.artifacts import atomic_write, disk_errors, to_json
 from megatron_sov.errors import UserError
 from megatron_sov.obs.events import EventLog, read_events
-from megatron_sov.slurm import client
+from megatron_sov.slurm import client, cluster
 from megatron_sov.slurm.cluster import ClusterProfile, time_limit_s
 from megatron_sov.slurm.script import Job, render
 from megatron_sov.slurm.stages import Work, fitting_nodes, work_of
@@ -76,11 +76,22 @@ def prepare(request: Request) -> Prepared:
     layouts: dict[int, tuple[str, ...]] = {1: ()}
     if work.kind.ranks:
         layouts = fitting_nodes(work, request.profile.tasks_per_node, request.nodes, least, request.settings)
+    _check_side_jobs(work)
     code = work.records / _code_name(ROOT)
     base = Job(work, request.profile, Path.cwd(), code, work.records / f"{request.stage}.sbatch", layouts, needs=request.needs,
                time_limit=_time_limit(request, work))
     jobs = _parts(base, request.array) if request.array else (base,)
     return Prepared(work, jobs, tuple(render(job) for job in jobs))
+
+
+def _check_side_jobs(work: Work) -> None:
+    """Raise `UserError` where the jobs that are to judge a run's exports could never be submitted; the run would only warn."""
+    if work.config is not None and work.config.evaluate.beside.judges and work.config.evaluate.beside.where == "slurm":
+        try:
+            cluster.load(work.config.evaluate.beside.cluster)
+        except UserError as e:
+            raise UserError(f"evaluate.beside.cluster = {work.config.evaluate.beside.cluster}: the jobs beside the run would be "
+                            f"refused ({e})") from None
 
 
 def _time_limit(request: Request, work: Work) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 
@@ -28,6 +29,11 @@ def written(tmp_path: Path, num_records: int, biases: bool = True) -> Section:
     return expert_section(read_run(tmp_path))
 
 
+def decoded(array: dict[str, str]) -> np.ndarray:
+    """Return an array of a chart as the page has it: base64, row by row."""
+    return np.frombuffer(base64.b64decode(array["bdata"]), array["dtype"])
+
+
 def test_each_figure_is_a_map_of_layers_over_steps(tmp_path: Path) -> None:
     found = {c.caption: json.loads(c.figure_json)["data"][0] for c in written(tmp_path, 6).charts}
     entropy = next(data for caption, data in found.items() if caption.startswith("Entropy"))
@@ -40,9 +46,19 @@ def test_a_model_without_selection_biases_has_no_map_of_them(tmp_path: Path) -> 
     assert not any("Selection" in c.caption for c in written(tmp_path, 3, biases=False).charts)
 
 
-def test_long_runs_are_drawn_by_some_of_their_records(tmp_path: Path) -> None:
-    chart = next(c for c in written(tmp_path, 2 * MAX_COLUMNS + 1).charts if c.caption.startswith("Entropy"))
-    assert chart.note == "One of every 3 records is drawn."
+def test_the_worst_record_of_a_long_run_is_drawn(tmp_path: Path) -> None:
+    written(tmp_path, 2 * MAX_COLUMNS + 1)
+    log = EventLog(tmp_path / "events.jsonl")
+    bad = {"max_violation": [2.5, 0.5], "entropy": [0.125, 0.75], "dead": [2, 3], "bias_spread": [0.1, 0.1]}
+    log.write("routing", step=10 * 302, layers=[2, 3], **bad)  # done again, so that it counts: the 302nd, amid a column
+    log.close()
+    for name, drawn in (("Entropy", [0.125, 0.75]), ("Experts", [2, 3])):
+        chart = next(c for c in expert_section(read_run(tmp_path)).charts if c.caption.startswith(name))
+        assert chart.note == "Each column is the worst of 3 records."
+        (data,) = json.loads(chart.figure_json)["data"]
+        steps, figures = decoded(data["x"]), decoded(data["z"]).reshape(2, -1)
+        assert len(steps) == (2 * MAX_COLUMNS + 1) // 3 and steps[100] == 10 * 301
+        assert figures[:, 100].tolist() == drawn and figures[:, 99].tolist() != drawn
 
 
 def test_sources_are_compared_with_one_another(tmp_path: Path) -> None:
