@@ -93,7 +93,7 @@ class OptimConfig:
             (1 <= self.muon_ns_steps <= 100, f"optim.muon_ns_steps = {self.muon_ns_steps} must lie between 1 and 100"),
             (all(map(math.isfinite, self.muon_ns_coefficients)),
              f"optim.muon_ns_coefficients = {list(self.muon_ns_coefficients)} must be numbers"),
-            (self.weight_decay >= 0, f"optim.weight_decay = {self.weight_decay} must not be negative"),
+            (0 <= self.weight_decay < math.inf, f"optim.weight_decay = {self.weight_decay} must not be negative or infinite"),
             (self.warmup_steps >= 0, f"optim.warmup_steps = {self.warmup_steps} must not be negative"),
             (self.warmup_tokens >= 0, f"optim.warmup_tokens = {self.warmup_tokens} must not be negative"),
             (not self.warmup_tokens or self.schedule_by == "tokens",

@@ -18,14 +18,17 @@ from megatron_sov.artifacts import atomic_write, to_json
 from megatron_sov.errors import EXIT_CORRUPTION, EXIT_HANG, UserError
 from megatron_sov.mcore.run_checkpoints import CHECKPOINTS_OF_A_RUN
 from megatron_sov.obs.events import EVENTS, read_events
-from megatron_sov.slurm.failures import first_failure, last_lines
+from megatron_sov.slurm.failures import EXIT_MISTAKE, first_failure, last_lines
 from megatron_sov.slurm.history import History, progress_of
 from megatron_sov.slurm.preflight import sick_nodes
 from megatron_sov.train.lock import forget, recorded_holder
 from megatron_sov.train.run_folder import FAILURE
 
 RUN, WAIT = "run", "wait"
-EXIT_CRASH_LOOP, EXIT_MISTAKE, EXIT_GATE, EXIT_CANCELLED = 1, 2, 3, 75
+ASKED = {"": "its ranks were asked to stop", "limit": "its time limit came near", "way": "it had to make way for another job",
+         "cancel": "it was cancelled, or put back by hand"}
+"""What asked a job to stop -> in words."""
+EXIT_CRASH_LOOP, EXIT_GATE, EXIT_CANCELLED = 1, 3, 75
 
 
 class Job:
@@ -152,10 +155,10 @@ def end(job: Job) -> str:
         ended("gate", str(json.loads(gate.read_text())["failure"]))
         return f"exit {EXIT_GATE}"
     if args.asked == "cancel":
-        ended("cancelled", f"it was cancelled; saved so far: {_saved(job)}")
+        ended("cancelled", f"{ASKED[args.asked]}; saved so far: {_saved(job)}")
         return f"exit {EXIT_CANCELLED}"
     if args.asked or args.code == 0:
-        ended("stopped", f"it was asked to stop; saved so far: {_saved(job)}")
+        ended("stopped", f"{ASKED[args.asked]}; saved so far: {_saved(job)}")
         return job.again()
     if failure is None:
         ended("crash", f"srun ended with {args.code} and named no rank (see {log})")
@@ -201,7 +204,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--down", type=nodes, default=[], help="nodes of the cluster that do not")
     parser.add_argument("--logs", type=Path, default=Path(), help="end: folder with srun.log and rank-N.log")
     parser.add_argument("--code", type=int, default=0, help="end: exit code of srun")
-    parser.add_argument("--asked", default="", help="end: again or cancel where the job was asked to stop")
+    parser.add_argument("--asked", default="", choices=ASKED, help="end: what asked the job to stop, if anything")
     parser.add_argument("--reports", type=Path, default=Path(), help="preflight: folder of the reports")
     parser.add_argument("--limits", default="{}", help="preflight: JSON of the limits")
     return parser

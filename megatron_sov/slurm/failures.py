@@ -9,6 +9,8 @@ from pathlib import Path
 
 LINE = re.compile(r"^srun: error: (?P<node>[^\s:]+): tasks? (?P<ranks>[\d,\-]+): (?P<how>.*)$", re.MULTILINE)
 EXIT_CODE = re.compile(r"Exited with exit code (\d+)")
+EXIT_MISTAKE = 2
+"""Of a command whose user has to change something."""
 LAST_LINES = 15
 
 
@@ -29,12 +31,14 @@ class Failure:
 
 
 def first_failure(srun_log: str) -> Failure | None:
-    """Return the failure that srun reports first, or None."""
-    found = LINE.search(srun_log)
-    if found is None:
-        return None
-    code = EXIT_CODE.search(found["how"])
-    return Failure(found["node"], int(re.split("[-,]", found["ranks"])[0]), found["how"].strip(), int(code[1]) if code else None)
+    """Return the failure that srun reports first, or None; a user's mistake goes before ranks that only lost their peer by it."""
+    found = [_failure(match) for match in LINE.finditer(srun_log)]
+    return next((failure for failure in found if failure.exit_code == EXIT_MISTAKE), found[0] if found else None)
+
+
+def _failure(match: re.Match[str]) -> Failure:
+    code = EXIT_CODE.search(match["how"])
+    return Failure(match["node"], int(re.split("[-,]", match["ranks"])[0]), match["how"].strip(), int(code[1]) if code else None)
 
 
 def last_lines(log: Path) -> str:

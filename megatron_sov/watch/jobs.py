@@ -19,15 +19,17 @@ SUBMITTED = f"{JOBS}/{SUBMISSIONS}"
 
 
 def explain(run: Path, attempts: list[Attempt]) -> None:
-    """Give attempts that ended without a word the reason that their job's script recorded."""
-    ends = [(number(r.get("time_s")), f"{r.get('outcome')}: {r.get('reason')}") for r in read_events(run / JOBS / ATTEMPTS)
+    """Give attempts that ended without a word, or by a signal, the reason that their job's script recorded."""
+    ends = [(number(r.get("time_s")), str(r.get("outcome")), str(r.get("reason"))) for r in read_events(run / JOBS / ATTEMPTS)
             if r["event"] == "end"]
     for i, attempt in enumerate(attempts):
         began_s = number(attempt.start.get("time_s"))
         after_s = number(attempts[i + 1].start.get("time_s")) if i + 1 < len(attempts) else float("inf")
-        reasons = [text for time_s, text in ends if began_s <= time_s < after_s]
-        if attempt.outcome == UNFINISHED and reasons:
-            attempt.outcome = reasons[-1]
+        for outcome, reason in [words for time_s, *words in ends if began_s <= time_s < after_s][-1:]:
+            if attempt.outcome == UNFINISHED:
+                attempt.outcome = f"{outcome}: {reason}"
+            elif attempt.outcome.startswith("stopped: "):
+                attempt.outcome += f" ({reason})"
 
 
 def last_words(run: Path) -> str:

@@ -79,9 +79,11 @@ def test_an_exit_code_alone_does_not_make_a_stage_complete(question: Question, r
 def test_the_time_limit_puts_the_job_back_and_a_cancellation_does_not(question: Question, run: Path) -> None:
     question("begin")
     checkpoint(run, 10)
-    assert question("end", "--code", "0", "--asked", "again") == "requeue"
+    assert question("end", "--code", "0", "--asked", "limit") == "requeue"
+    assert ended(run)["reason"] == "its time limit came near; saved so far: step 10"
     question("begin", restart=1)
     assert question("end", "--code", "0", "--asked", "cancel", restart=1) == "exit 75"
+    assert ended(run)["reason"] == "it was cancelled, or put back by hand; saved so far: step 10"
 
 
 def test_a_gate_that_does_not_pass_ends_the_job(question: Question, run: Path) -> None:

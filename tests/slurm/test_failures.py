@@ -20,6 +20,8 @@ srun: error: n1: task 0: Exited with exit code 1
     ("srun: error: n2: tasks 8-15: Exited with exit code 2\n", "rank 8 on n2 ended with exit code 2", 2),
     ("srun: error: gpu-a[01]: task 1: Exited with exit code 9\nsrun: error: n1: tasks 0,3: Terminated\n",
      "rank 1 on gpu-a[01] ended with exit code 9", 9),
+    ("srun: error: n1: task 0: Exited with exit code 1\nsrun: error: n2: task 5: Exited with exit code 2\n",
+     "rank 5 on n2 ended with exit code 2", 2),
     ("srun: error: n2: task 4: Segmentation fault (core dumped)\n", "rank 4 on n2 was ended by a signal "
      "(Segmentation fault (core dumped))", None),
 ])
