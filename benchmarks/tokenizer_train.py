@@ -188,11 +188,11 @@ def paper(work: Path) -> None:
     (work / "paper.json").write_text(json.dumps(rules))
     english = f"en={work / 'train/en.jsonl'}"
     costs = {}
-    for name, size in {"paper-plain": PAPER_VOCAB_SIZE} | {f"paper-{size}": size for size in PAPER_TRANSITION_SIZES}.items():
+    for size in (PAPER_VOCAB_SIZE, *PAPER_TRANSITION_SIZES):
         costs[f"transition size {size:,}"] = measured(
             [sys.executable, "-m", "tokenizer.cli", "train", "--preset", "custom", "--config", str(work / "paper.json"),
              "--vocab-size", str(PAPER_VOCAB_SIZE), "--transition-size", str(size), "--input", english, "--superword-sample-mb",
-             str(ALL_MB), "--output", str(work / name)])
+             str(ALL_MB), "--output", str(work / f"paper-{size}")])
     print(f"\nSuperBPE as in its paper: English, {PAPER_VOCAB_SIZE:,} ids; first plain BPE; load {os.getloadavg()[0]:.0f}")
     table(costs)
 
