@@ -225,9 +225,10 @@ class Trainer:
         step = self.done.step
         if not self.config.guards.skip:
             self.saver.finish()
-            raise UserError(f"step {step}: the loss is {refusal.loss:g} and the gradient norm {refusal.grad_norm:g}; the last "
-                            f"checkpoint before it is kept, lower optim.lr = {self.config.optim.lr:g} and start a new --run "
-                            "--from it, or switch on guards.skip")
+            newest = run_checkpoints.latest(self.folder.checkpoints)
+            start = f"--run --from {newest}, the last checkpoint" if newest else "--run, since there is no checkpoint yet"
+            raise UserError(f"step {step}: the loss is {refusal.loss:g} and the gradient norm {refusal.grad_norm:g}; lower "
+                            f"optim.lr = {self.config.optim.lr:g} and start a new {start}, or switch on guards.skip")
         self.expert_load.undo()
         self.batches.ledger.pass_over(step - 1, step)
         ranks = probes.ranks_where(not self.computation.is_finite)
