@@ -26,7 +26,7 @@ from typing import Any
 NAMES = ("adamw", "muon")
 SAMPLES, SEQ_LEN = 8, 128
 SETTINGS = (f"train.global_batch_size={SAMPLES}", f"train.micro_batch_size={SAMPLES}", "train.num_threads=1",
-            "optim.warmup_steps=20", "data.heldout_tokens=20480",
+            "optim.warmup_steps=20", "data.heldout_tokens=20480", "guards.sigma=0",
             f'data.phases=[{{"name": "main", "seq_len": {SEQ_LEN}}}]', "train.eval_every_steps=0")
 WARM_UP_STEPS = 5
 """Left out of times."""
