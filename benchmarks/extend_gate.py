@@ -10,7 +10,7 @@ Everything runs through the ordinary commands on one process of one thread.  For
   extension  `extend` in two stages to 2,048 tokens behind the gate: needles at five depths, 20 samples a cell, and the loss on
              short text.  K-EXAONE finds a single needle at any length untrained, so half of its contexts are distractors.
              YaRN stretches Solar's rotations by a quarter of what the length grows by: where it does so in full, documents of the
-             short length, on the stretched rotations, are enough to find a single needle at any length
+             short length, on the stretched rotations, are nearly enough to find a single needle at 2,048 tokens
   control    the stages again, each with as many steps as the extension took, without long data: nothing but text and needle
              documents of the short length.  A stage that ends without passing is its last
   rehearsal  the first stage twice for as many steps, without loss on the text around needles, with and without short samples
@@ -234,7 +234,7 @@ def describe(folder: Path) -> None:
             rows.setdefault((cell["length_tokens"], cell["distractors"]), []).append(f"{cell['correct'] / cell['samples']:>5.0%}")
         for (tokens, distractors), shares in rows.items():
             print(f"    {tokens:>6,} tokens, {distractors:>3} distractors " + "".join(shares))
-    said = [f"{e['step']} {'passes' if e['passed'] else 'fails'} ({means(e)}, loss {e['loss']:.2f} of at most "
+    said = [f"{e['step']} {'passes' if e['judged'] else 'fails'} ({means(e)}, loss {e['loss']:.2f} of at most "
             f"{e['loss_limit']:.2f})" for e in events(folder, "gate")]
     if said:
         print(f"  {folder.name}, gate at step " + "; ".join(said))
