@@ -46,9 +46,12 @@ class History:
                          for r in records if r["event"] == "begin"]
 
     def cut_off(self, restart: int) -> Attempt | None:
-        """Return the attempt before `restart` that never wrote its end, if the last one did not."""
+        """Return the attempt before `restart`, if it was ended from outside: it never wrote its end, or took itself for cancelled.
+
+        A cancelled job does not begin again, so this one was put back, as Slurm does when another node than the script's dies.
+        """
         before = [a for a in self.attempts if a.restart < restart]
-        return before[-1] if before and before[-1].end is None else None
+        return before[-1] if before and (before[-1].end or {"outcome": "cancelled"})["outcome"] == "cancelled" else None
 
     def strikes(self) -> Counter[str]:
         """Return node -> failures that began there."""

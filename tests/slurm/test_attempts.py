@@ -158,6 +158,18 @@ def test_a_node_that_went_down_gets_a_strike(question: Question, run: Path) -> N
     assert first is not None and (first["outcome"], first["reason"], first["progress"]) == ("cut_off", "n2 went down", 10)
 
 
+def test_a_job_that_took_itself_for_cancelled_and_begins_again_was_cut_off_by_its_dead_node(question: Question, run: Path) -> None:
+    """Slurm ends the script of a job whose other node died as it ends that of a cancelled one."""
+    for restart in (0, 1):
+        assert question("begin", "--down", "n2", restart=restart) == "run"
+        checkpoint(run, 10 * restart + 10)
+        assert question("end", "--code", "0", "--asked", "cancel", restart=restart) == "exit 75"
+    assert question("begin", "--down", "n2", restart=2) == "requeue n2", "two strikes"
+    reasons = [r["reason"] for r in map(json.loads, (run / "slurm/attempts.jsonl").read_text().splitlines())
+               if r["event"] == "end" and r["outcome"] == "cut_off"]
+    assert reasons == ["n2 went down"] * 2
+
+
 def test_a_job_that_is_cut_off_again_and_again_stops(question: Question) -> None:
     assert [question("begin", restart=restart) for restart in range(4)] == ["run", "run", "run", "exit 1"]
 
