@@ -46,7 +46,7 @@ class History:
                          for r in records if r["event"] == "begin"]
 
     def cut_off(self, restart: int) -> Attempt | None:
-        """Return the attempt before `restart`, if it was ended from outside: it never wrote its end, or took itself for cancelled.
+        """Return the attempt before `restart`, if it was ended from outside: it wrote no end, or took itself for cancelled.
 
         A cancelled job does not begin again, so this one was put back, as Slurm does when another node than the script's dies.
         """

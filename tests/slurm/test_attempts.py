@@ -158,7 +158,7 @@ def test_a_node_that_went_down_gets_a_strike(question: Question, run: Path) -> N
     assert first is not None and (first["outcome"], first["reason"], first["progress"]) == ("cut_off", "n2 went down", 10)
 
 
-def test_a_job_that_took_itself_for_cancelled_and_begins_again_was_cut_off_by_its_dead_node(question: Question, run: Path) -> None:
+def test_a_job_that_took_itself_for_cancelled_and_begins_again_was_cut_off(question: Question, run: Path) -> None:
     """Slurm ends the script of a job whose other node died as it ends that of a cancelled one."""
     for restart in (0, 1):
         assert question("begin", "--down", "n2", restart=restart) == "run"
