@@ -93,6 +93,9 @@ def _to_hf(args: argparse.Namespace) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     from megatron_sov import convert
+    from megatron_sov.mcore.cpu import open_door
+
+    open_door()  # before anything imports megatron
     from megatron_sov.eval.conversion import LogitsProof, card, prove_logits, write_card
 
     if min(args.lengths) < 1:

@@ -8,8 +8,8 @@ import math
 from pathlib import Path
 from typing import Literal
 
-from megatron_sov.artifacts import MANIFEST
-from megatron_sov.config import RunConfig
+from megatron_sov.artifacts import MANIFEST, read_manifest
+from megatron_sov.config import RunConfig, from_dict
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.ranks import num_ranks
 from megatron_sov.train.faults import STATES
@@ -108,9 +108,7 @@ def stage_config(args: argparse.Namespace, checkpoint: Path | None, *, objective
 
     config = recipes.get(args.recipe)
     if checkpoint is not None:
-        from megatron_sov.train.stage import with_model_of
-
-        config = with_model_of(config, checkpoint)
+        config = _with_model_of(config, checkpoint)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, paths=data_paths(args.data)))
     flags = ["train.deterministic=true"] if args.deterministic else []
     config = apply_settings(config, [f"objective.name={objective}", *defaults, *args.settings, *flags])
@@ -118,3 +116,18 @@ def stage_config(args: argparse.Namespace, checkpoint: Path | None, *, objective
         raise UserError(f"objective.name = {config.objective.name}: this command trains by {objective!r}; leave the setting out, "
                         f"or use `megatron-sov {'sft' if objective == 'lm' else 'pretrain'}`")
     return config
+
+
+def _with_model_of(config: RunConfig, start_from: Path) -> RunConfig:
+    """Return `config` with the architecture that a checkpoint was made with.
+
+    Raises:
+        UserError: the checkpoint belongs to another family than the recipe.
+    """
+    from megatron_sov.mcore.run_checkpoints import KIND
+
+    made_with = from_dict(read_manifest(start_from, KIND).settings).model
+    if made_with.family != config.model.family:
+        raise UserError(f"--from {start_from}: is a {made_with.family} model, recipe {config.recipe} is for "
+                        f"{config.model.family}; choose a recipe of that family")
+    return dataclasses.replace(config, model=made_with)

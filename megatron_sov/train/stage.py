@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import sys
 from collections.abc import Callable
@@ -15,8 +14,8 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_sov import models
-from megatron_sov.artifacts import manifest_sha256, read_manifest
-from megatron_sov.config import RunConfig, from_dict
+from megatron_sov.artifacts import manifest_sha256
+from megatron_sov.config import RunConfig
 from megatron_sov.data.ledger import plan
 from megatron_sov.data.shards import Source, open_sources, tokenizer_folder
 from megatron_sov.data.views import with_views
@@ -215,16 +214,3 @@ def _finish(stage: Stage, trainer: Trainer) -> None:
     on_main(trainer.world, lambda: stage.folder.complete({
         "step": trainer.done.step, "tokens": trainer.done.tokens, "wall_s": trainer.wall_s(),
         "checkpoint": f"{stage.folder.checkpoints.name}/{last.name}", "checkpoint_sha256": manifest_sha256(last), **extra}))
-
-
-def with_model_of(config: RunConfig, start_from: Path) -> RunConfig:
-    """Return `config` with the architecture that a checkpoint was made with.
-
-    Raises:
-        UserError: the checkpoint belongs to another family than the recipe.
-    """
-    made_with = from_dict(read_manifest(start_from, run_checkpoints.KIND).settings).model
-    if made_with.family != config.model.family:
-        raise UserError(f"--from {start_from}: is a {made_with.family} model, recipe {config.recipe} is for "
-                        f"{config.model.family}; choose a recipe of that family")
-    return dataclasses.replace(config, model=made_with)

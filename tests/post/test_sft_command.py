@@ -25,9 +25,8 @@ def command(name: str, data: list[Path], run: Path, *arguments: str, settings: t
 
 
 def complete(argv: list[str]) -> None:
-    program = [sys.executable, "-W", "ignore", "-m", "megatron_sov"]
-    done = subprocess.run([*program, *argv], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    done = subprocess.run([sys.executable, "-m", "megatron_sov", *argv], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
 
 
 def test_a_run_becomes_a_chat_model(packed_data: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
