@@ -14,6 +14,11 @@ from megatron_sov.generate.request import Batching, Generated, Sampling, Stop, T
 
 PAGE_TOKENS = 16
 """Tokens of a page of transformers' cache."""
+MASK_PLACES = 1 << 28
+"""Places of the mask (tokens of a pass x tokens of the cache), which SDPA and eager attention lay out whole: 1 GiB in fp32, and
+twice that for a model with sliding layers."""
+PASS_TOKENS = 1024
+"""Tokens of a pass below which rather fewer sequences are continued at a time."""
 
 
 def load_hf(folder: Path, dtype: str | torch.dtype = "auto") -> Any:
@@ -40,13 +45,13 @@ def generate_hf(model: Any, prompts: Sequence[Tokens], sampling: Sampling, *, st
     whole batch.
 
     Raises:
-        RuntimeError: transformers gave a prompt up.
+        UserError: transformers gave a prompt up, as where memory is too small for it.
     """
     if not prompts:
         return Generated([])
     stop, batching = stop or Stop(), batching or Batching()
     longest = max(map(len, prompts)) + sampling.max_new_tokens
-    slots = batching.slots(len(prompts), longest)
+    slots, pages, pass_tokens = cache_sizes(len(prompts), longest, batching)
     chosen: dict[str, Any] = {"do_sample": False}
     if sampling.temperature:
         chosen = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
@@ -54,13 +59,30 @@ def generate_hf(model: Any, prompts: Sequence[Tokens], sampling: Sampling, *, st
     asked = GenerationConfig(max_new_tokens=sampling.max_new_tokens, eos_token_id=list(stop.ids) or -1, pad_token_id=0, **chosen)
     # without sizes of its own the cache is made for the whole memory, and is slow
     sizes = ContinuousBatchingConfig(
-        page_size=PAGE_TOKENS, num_blocks=slots * (-(-longest // PAGE_TOKENS) + 1), max_requests_per_batch=slots,
-        max_batch_tokens=max(batching.prefill_tokens, slots), seed=sampling.seed)
+        page_size=PAGE_TOKENS, num_blocks=pages, max_requests_per_batch=slots, max_batch_tokens=pass_tokens, seed=sampling.seed)
     found = model.generate_batch(inputs=[list(p) for p in prompts], generation_config=asked, continuous_batching_config=sizes,
                                  warmup=False)
     outputs = list(found.values())
     failed = [o.error for o in outputs if o.error is not None]
     if failed or len(outputs) != len(prompts):
-        raise RuntimeError(f"transformers answered {len(outputs) - len(failed)} of {len(prompts)} prompts ({failed[:1]})")
+        why = failed[0] if failed else "it says more above"
+        raise UserError(f"transformers answered {len(outputs) - len(failed)} of {len(prompts)} prompts of up to {longest} tokens "
+                        f"({why}); with more memory, or with shorter prompts and continuations, it may")
     return Generated([stop.cut(o.generated_tokens) for o in outputs])
+
+
+def cache_sizes(num_prompts: int, longest: int, batching: Batching) -> tuple[int, int, int]:
+    """Return the sequences to continue at a time, the pages of their cache, and the tokens of a pass.
+
+    Both of the last two bound the mask, so that contexts of 262,144 tokens need no more memory for it than short ones.
+
+    Args:
+        num_prompts: all that are asked.
+        longest: tokens to which the longest of them may grow.
+        batching: bounds of the caller.
+    """
+    pages = -(-longest // PAGE_TOKENS) + 1
+    slots = max(1, min(batching.slots(num_prompts, longest), MASK_PLACES // (PASS_TOKENS * PAGE_TOKENS * pages)))
+    cache_tokens = slots * pages * PAGE_TOKENS
+    return slots, slots * pages, max(slots, min(batching.prefill_tokens, MASK_PLACES // cache_tokens))
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from megatron_sov.errors import UserError
-from megatron_sov.generate.hf import generate_hf, load_hf
+from megatron_sov.generate import hf
+from megatron_sov.generate.hf import PAGE_TOKENS, cache_sizes, generate_hf, load_hf
 from megatron_sov.generate.request import Batching, Sampling, Stop
 
 PROMPTS = [[5, 9, 2, 70], [300], [8, 8, 8, 8], list(range(100, 140))]
@@ -50,3 +51,26 @@ def test_a_folder_that_does_not_load_is_named(hf_models: dict[str, Path], tmp_pa
     (broken / "model.safetensors").unlink()
     with pytest.raises(UserError, match="broken: transformers cannot load it"):
         load_hf(broken)
+
+
+@pytest.mark.parametrize("longest", [10, 1000, 16_384, 131_072, 262_144, 1 << 20])
+def test_the_mask_stays_as_small_at_any_length(longest: int) -> None:
+    slots, pages, pass_tokens = cache_sizes(20, longest, Batching())
+    assert pages * PAGE_TOKENS >= slots * longest
+    assert 4 * pass_tokens * (pages * PAGE_TOKENS + pass_tokens) < 1.1 * 2**30, "bytes of a mask in fp32, whole"
+    assert pass_tokens >= min(1000, 2**28 // (longest + 2 * PAGE_TOKENS)), "one long sequence is not read token by token"
+    assert slots == (20 if longest < 13_000 else max(1, 2**18 // (longest + 2 * PAGE_TOKENS)))
+
+
+def test_small_passes_answer_the_same(hf_models: dict[str, Path], monkeypatch) -> None:
+    model = load_hf(hf_models["exaone_moe"])
+    plain = generate_hf(model, PROMPTS, Sampling(10)).continuations
+    monkeypatch.setattr(hf, "MASK_PLACES", 400)
+    monkeypatch.setattr(hf, "PASS_TOKENS", 4)
+    assert cache_sizes(len(PROMPTS), 50, Batching())[::2] == (1, 5)
+    assert generate_hf(model, PROMPTS, Sampling(10)).continuations == plain
+
+
+def test_prompts_that_do_not_fit_are_told(hf_models: dict[str, Path]) -> None:
+    with pytest.raises(UserError, match=r"transformers answered 0 of 1 prompts of up to 10000000003 tokens \(Memory footprint"):
+        generate_hf(load_hf(hf_models["solar_open"]), [[5, 9, 2]], Sampling(10_000_000_000))
