@@ -109,9 +109,7 @@ def check_output(option: str, path: Path) -> None:
     """
     if path.is_dir():
         raise UserError(f"{option} {path}: is a folder; name the file to write, e.g. {path / 'result'}")
-    nearest = next(p for p in path.absolute().parents if p.exists())
-    if not nearest.is_dir():
-        raise UserError(f"{option} {path}: {nearest} is a file, so nothing can lie in it; choose another path")
+    nearest = _nearest_folder(path, f"{option} {path}")
     if not os.access(nearest, os.W_OK):
         raise UserError(f"{option} {path}: {nearest} cannot be written; choose a folder that you may write to")
 
@@ -203,6 +201,7 @@ def new_artifact(path: str | Path, kind: str, *, overwrite: bool = False) -> Ite
         UserError: `path` exists and may not be replaced, or the disk refuses.
     """
     path = Path(path)
+    refuse_nowhere(path)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -231,7 +230,11 @@ def publish(temporary: Path, path: Path) -> None:
 
 
 def refuse_existing(path: Path, kind: str, overwrite: bool) -> None:
-    """Raise `UserError` where `path` is taken: by anything without `overwrite`, by a foreign folder even with it."""
+    """Raise `UserError` where no folder can come to lie at `path`, or where it is taken.
+
+    It is taken by anything without `overwrite`, by a foreign folder even with it.
+    """
+    refuse_nowhere(path)
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         if path.is_dir():
             path.rmdir()
@@ -240,6 +243,21 @@ def refuse_existing(path: Path, kind: str, overwrite: bool) -> None:
         raise UserError(f"{path}: already exists; choose another output folder, or pass --overwrite to replace it")
     if not (path / MANIFEST).is_file() or read_manifest(path).kind != kind:
         raise UserError(f"{path}: exists and is not a '{kind}' artifact, so it is not replaced; choose another output folder")
+
+
+def refuse_nowhere(path: Path) -> None:
+    """Raise `UserError` where `path` has no name of its own (``.``, ``..``, ``/``), or goes through a file."""
+    if path.name in ("", ".."):
+        raise UserError(f"{path}: has no name of its own; name what is to be made, e.g. {path / 'result'}")
+    _nearest_folder(path, str(path))
+
+
+def _nearest_folder(path: Path, said: str) -> Path:
+    """Return what exists of the folders above a path, which `said` names; `UserError` where that is a file."""
+    nearest = next(p for p in path.absolute().parents if p.exists())
+    if not nearest.is_dir():
+        raise UserError(f"{said}: {nearest} is a file, so nothing can lie in it; choose another path")
+    return nearest
 
 
 def clear_leftovers(path: Path) -> None:

@@ -25,6 +25,7 @@ from megatron_sov.artifacts import (
     manifest_sha256,
     new_artifact,
     read_manifest,
+    refuse_existing,
     sha256_file,
     to_json,
     write_output,
@@ -156,6 +157,20 @@ def test_where_a_result_cannot_lie_is_said_before_the_work(tmp_path: Path) -> No
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     write_output(tmp_path / "new/folders/page.html", "x")
     assert (tmp_path / "new/folders/page.html").read_text() == "x"
+
+
+@pytest.mark.parametrize(("path", "sentence"), [
+    (".", "has no name of its own"), ("..", "has no name of its own"), ("file/x", "file is a file, so nothing can lie in it")])
+def test_where_no_artifact_can_lie_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, sentence: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=sentence):
+        refuse_existing(Path(path), "text", overwrite=True)
+    with pytest.raises(UserError, match=sentence), new_artifact(path, "text"):
+        pytest.fail("it begins to be made")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_an_unexpected_disk_error_is_not_dressed_up(tmp_path: Path) -> None:

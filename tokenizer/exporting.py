@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.artifacts import atomic_write, to_json
+from megatron_sov.artifacts import atomic_write, refuse_nowhere, to_json
 from megatron_sov.errors import UserError
 
 HELP = "write a tokenizer for tiktoken or sentencepiece"
@@ -54,6 +54,7 @@ def export_tokenizer(path: Path, form: str, output: Path, *, texts: list[Path] |
     from tokenizer.sample_texts import built_in, first_difference, users
     from tokenizer.tiktoken_form import rules_path
 
+    refuse_nowhere(output)
     targets = [output, rules_path(output)] if form == "tiktoken" else [output]
     if (there := next((t for t in targets if t.exists()), None)) and (not overwrite or there.is_dir()):
         raise UserError(f"{there}: exists already; choose another file or pass --overwrite")

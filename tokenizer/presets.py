@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -86,12 +87,26 @@ class Preset:
             p.append(f"superword_share = {self.superword_share} needs a superword_pattern in which words join; add it, or set 0")
         if self.max_superword_words < 2:
             p.append(f"max_superword_words = {self.max_superword_words} must be at least 2")
-        return p
+        return [*p, *_template_problems(self.chat_template)]
 
     def special_by_id(self) -> list[str]:
         """Return the special and reserved tokens in order of their ids."""
         names = {id_: token for token, id_ in self.special_tokens.items()}
         return [names.get(i, _reserved_name(i)) for i in range(self.num_special_ids)]
+
+
+def _template_problems(template: str) -> list[str]:
+    """Return what keeps a chat template from being one, by jinja as transformers sets it up."""
+    from jinja2 import TemplateSyntaxError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    text = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)  # transformers' own tag around what is to be learned
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    try:
+        environment.from_string(text)
+    except TemplateSyntaxError as e:
+        return [f"chat_template is no Jinja template, line {e.lineno}: {e.message}; mend it"]
+    return []
 
 
 def _reserved_name(id_: int) -> str:

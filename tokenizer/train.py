@@ -64,8 +64,8 @@ def run(args: argparse.Namespace) -> int:
     """Run `sov-tokenizer train`; returns 0."""
     preset = adjusted(load_preset(args.preset, args.config), args)
     groups = gather_groups(args.input, args.mixture)
-    plan = make_plan(preset, args)
     refuse_existing(args.output, "tokenizer", args.overwrite)  # before the work, not after it
+    plan = make_plan(preset, args)
     train_tokenizer(plan, groups, args.output, overwrite=args.overwrite)
     return 0
 

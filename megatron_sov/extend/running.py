@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 from megatron_sov.config import RunConfig
@@ -55,7 +57,18 @@ def _gate(planned: PlannedStage, needles: Needles, short_tokens: int, start_loss
     """Return a stage's gate, after the search that proves it clean."""
     config: RunConfig = planned.config
     settings = config.extend.gate
+    if (text := asks_too_little(config)) and os.environ.get("RANK", "0") == "0":
+        print(f"warning: {planned.folder.path.name}: {text}", file=sys.stderr, flush=True)
     sources = open_sources(config.data.paths, config.model.vocab_size)
     clean = search(list(needles.suite.questions()), [*sources, *needles.sources], settings.scan_tokens)
     refuse_contaminated(clean, settings.max_overlap)
     return StageGate(settings, needles, short_context(config, short_tokens), start_loss, planned.min_steps, clean)
+
+
+def asks_too_little(config: RunConfig) -> str | None:
+    """Return a sentence where a gate's needles do not reach the length of its stage, as only a setting can have it."""
+    longest, wanted = max(config.needle.lengths_tokens), max(phase.seq_len for phase in config.data.phases)
+    if longest >= wanted:
+        return None
+    return (f"needle.lengths_tokens = {list(config.needle.lengths_tokens)}: the gate asks at most {longest:,} tokens, and the "
+            f"stage has {wanted:,}; leave the setting out, and it asks at the old and the new length")

@@ -106,6 +106,9 @@ def _continue(args: argparse.Namespace, target: Target, ids: list[list[int]], sa
               batching: Batching) -> Generated | None:
     engine = args.engine or ("transformers" if target.is_hf else "megatron")
     longest = max(map(len, ids)) + sampling.max_new_tokens
+    if longest > target.max_tokens:
+        raise UserError(f"prompt and --max-new-tokens make {longest} tokens, the model ends at {target.max_tokens}; shorten one of "
+                        "them")
     if engine != "megatron":
         if not target.is_hf:
             raise UserError(f"--engine {engine}: {target.path} is a checkpoint; convert it first with `megatron-sov convert`")
@@ -119,9 +122,6 @@ def _continue(args: argparse.Namespace, target: Target, ids: list[list[int]], sa
         from megatron_sov.generate.hf import generate_hf, load_hf
 
         return generate_hf(load_hf(target.path), ids, sampling, stop=stop, batching=batching)
-    limit = target.model.max_position_tokens
-    if longest > limit:
-        raise UserError(f"prompt and --max-new-tokens make {longest} tokens, the model ends at {limit}; shorten one of them")
     if args.speculative and not target.model.num_mtp_layers:
         raise UserError(f"--speculative {args.speculative}: {target.path} has no multi-token prediction layer to draft with; "
                         "leave it out")

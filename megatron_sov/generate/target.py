@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -56,6 +57,16 @@ class Target:
     def step(self) -> int | None:
         """Optimizer steps of a checkpoint; None where the folder does not tell."""
         return None if self.is_hf else int(read_manifest(self.path, KIND).content["step"])
+
+    @property
+    def max_tokens(self) -> float:
+        """Longest sequence that it can be given, in tokens; infinite where a Hugging Face folder of another family says none."""
+        if not self.is_hf:
+            return self.model.max_position_tokens
+        try:
+            return self._hf_field("max_position_embeddings")
+        except UserError:
+            return math.inf
 
     @property
     def trained_tokens(self) -> int:

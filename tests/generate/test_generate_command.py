@@ -126,6 +126,12 @@ def test_mistakes_are_named(arguments: list[str], sentence: str, imported: dict[
     assert sentence in capsys.readouterr().err
 
 
+def test_a_hugging_face_folder_ends_where_its_config_says(hf_models: dict[str, Path], capsys) -> None:
+    limit = json.loads((hf_models["solar_open"] / "config.json").read_text())["max_position_embeddings"]
+    assert main(["generate", str(hf_models["solar_open"]), "--prompt", "a", "--max-new-tokens", str(limit)]) == 2
+    assert f"the model ends at {limit}; shorten one of them" in capsys.readouterr().err
+
+
 def test_a_wrong_target_is_named(tmp_path: Path, capsys) -> None:
     assert main(["generate", str(tmp_path / "none"), "--prompt", "a"]) == 2
     assert "none: does not exist; pass a checkpoint" in capsys.readouterr().err

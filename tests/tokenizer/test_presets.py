@@ -53,12 +53,20 @@ def test_a_custom_preset_comes_from_a_file(tmp_path: Path) -> None:
     ({"special_tokens": {**SOLAR_OPEN.special_tokens, "<|reserved_9|>": 10}}, "the name of another reserved id"),
     ({"special_tokens": {**SOLAR_OPEN.special_tokens, "": 10}}, "an empty name"),
     ({"digits": "single"}, "has split_pattern and digits"),
+    ({"chat_template": "a\n{% for m in %}"}, "chat_template is no Jinja template, line 2: "),
 ])
 def test_bad_rules_are_named(tmp_path: Path, change: dict[str, object], rule: str) -> None:
     file = tmp_path / "rules.json"
     file.write_text(json.dumps({**asdict(SOLAR_OPEN), **change}))
     with pytest.raises(UserError, match=rule):
         load_preset("custom", file)
+
+
+def test_a_chat_template_may_use_what_transformers_adds_to_jinja(tmp_path: Path) -> None:
+    template = "{% for m in messages %}{%- generation -%}{{ m.content|tojson }}{% endgeneration %}{% break %}{% endfor %}"
+    file = tmp_path / "rules.json"
+    file.write_text(json.dumps({**asdict(SOLAR_OPEN), "name": "mine", "chat_template": template}))
+    assert load_preset("custom", file).chat_template == template
 
 
 def test_unknown_and_misplaced_presets(tmp_path: Path) -> None:
