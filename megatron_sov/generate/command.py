@@ -107,8 +107,8 @@ def _continue(args: argparse.Namespace, target: Target, ids: list[list[int]], sa
     engine = args.engine or ("transformers" if target.is_hf else "megatron")
     longest = max(map(len, ids)) + sampling.max_new_tokens
     if longest > target.max_tokens:
-        raise UserError(f"prompt and --max-new-tokens make {longest} tokens, the model ends at {target.max_tokens}; shorten one of "
-                        "them")
+        raise UserError(f"prompt and --max-new-tokens make {longest} tokens, the model ends at {target.max_tokens}; shorten "
+                        "one of them")
     if engine != "megatron":
         if not target.is_hf:
             raise UserError(f"--engine {engine}: {target.path} is a checkpoint; convert it first with `megatron-sov convert`")
