@@ -263,14 +263,20 @@ def outcome(folder: Path, kind: Kind) -> None:
                   f"{checks[-1]['loss']:.3f}; {means(checks[-1])}")
 
 
-def main() -> None:
-    """Run what is not complete, or print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(description: str | None, seeds: list[int]) -> argparse.ArgumentParser:
+    """Return a parser of what every benchmark of these chains is told."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--families", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=seeds)
     parser.add_argument("--text", type=Path, help="English text instead of this machine's")
     parser.add_argument("--print", action="store_true", help="print what is complete")
+    return parser
+
+
+def main() -> None:
+    """Run what is not complete, or print."""
+    parser = arguments(__doc__, [0, 1, 2])
+    parser.add_argument("--families", nargs="+", choices=KINDS, default=list(KINDS))
     args = parser.parse_args()
     if args.print:
         report(args.work)

@@ -11,12 +11,11 @@ complete is not run again.
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform
 from pathlib import Path
 
-from extend_gate import STEP_TOKENS, Chain, describe, json_setting, make_data
+from extend_gate import STEP_TOKENS, Chain, arguments, describe, json_setting, make_data
 
 FAMILY, TOKENS, LR = "k-exaone", 128, 5e-3
 STEPS, DECAY_SHARE = 500, 0.4
@@ -47,12 +46,8 @@ def report(work: Path) -> None:
 
 def main() -> None:
     """Run what is not complete, or print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser = arguments(__doc__, [0])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--text", type=Path, help="English text instead of this machine's")
-    parser.add_argument("--print", action="store_true", help="print what is complete")
     args = parser.parse_args()
     if args.print:
         report(args.work)

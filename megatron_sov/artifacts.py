@@ -114,7 +114,7 @@ def check_output(option: str, path: Path) -> None:
         raise UserError(f"{option} {path}: {nearest} cannot be written; choose a folder that you may write to")
 
 
-def write_output(path: Path, text: str) -> None:
+def write_output(path: Path, data: str | bytes) -> None:
     """Write the result of a command, and the folders above it where they are missing.
 
     Raises:
@@ -122,7 +122,7 @@ def write_output(path: Path, text: str) -> None:
     """
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, text)
+    atomic_write(path, data)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.artifacts import atomic_write, refuse_nowhere, to_json
+from megatron_sov.artifacts import refuse_nowhere, to_json, write_output
 from megatron_sov.errors import UserError
 
 HELP = "write a tokenizer for tiktoken or sentencepiece"
@@ -66,9 +66,8 @@ def export_tokenizer(path: Path, form: str, output: Path, *, texts: list[Path] |
     samples = [*built_in(source.raw), *users(texts or [])]
     if difference := first_difference(samples, encode, source.encode):
         raise UserError(f"{file}: cannot be exported, since {form} would not give the same ids for {difference}")
-    output.parent.mkdir(parents=True, exist_ok=True)
     for target, content in zip(targets, contents, strict=True):
-        atomic_write(target, content)
+        write_output(target, content)
         print(f"wrote {target}")
     print(f"{form} gives the same ids on {sum(len(t.encode()) for t in samples) / 1e6:.2f} MB of text")
 

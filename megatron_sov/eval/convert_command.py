@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from megatron_sov.artifacts import to_json
 from megatron_sov.convert import DEFAULT_WORKERS, MAX_SHARD_BYTES
 from megatron_sov.errors import UserError
 from megatron_sov.eval.command import EXIT_GATE_FAILED, EXIT_OK, PARITY_LENGTHS, with_ranks
+from megatron_sov.mcore.ranks import is_first
 from megatron_sov.models.count import num_params
 from megatron_sov.obs.afterwards import RunEvents
 
@@ -104,7 +104,7 @@ def _verify(args: argparse.Namespace) -> int:
     # first, since ranks are forked from this process and threads that later work starts would be missing in them
     logits = LogitsProof([], {"not compared": "--no-load"}) if args.no_load else prove_logits(
         args.a, args.b, args.lengths, args.settings, args.nproc)
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first():
         return EXIT_OK
     weights = convert.verify(args.a, args.b, load=not args.no_load, workers=args.workers)
     checks = [*weights.checks, *logits.checks]

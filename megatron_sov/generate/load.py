@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from megatron_sov.generate.target import Target, as_checkpoint, inference_config
 from megatron_sov.mcore import checkpoint, world
 from megatron_sov.mcore.model import build
 from megatron_sov.mcore.policy import Policy
+from megatron_sov.mcore.ranks import is_first
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def run_policy(target: Target, settings: list[str], nproc: int | None, work: Cal
         code = world.launch(rank, nproc, config.train.num_threads)
         if code != 0:
             raise SystemExit(code)
-        return json.loads(result.read_text(encoding="utf-8")) if os.environ.get("RANK", "0") == "0" else None
+        return json.loads(result.read_text(encoding="utf-8")) if is_first() else None
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:

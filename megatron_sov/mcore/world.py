@@ -23,7 +23,7 @@ from megatron_sov.config import ParallelConfig
 from megatron_sov.errors import EXIT_CORRUPTION, SilentCorruption, UserError
 from megatron_sov.mcore import cpu
 from megatron_sov.mcore.lifetimes import FORWARDED, die_with_parent
-from megatron_sov.mcore.ranks import num_ranks, under_launcher
+from megatron_sov.mcore.ranks import is_first, num_ranks, under_launcher
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 FINAL = (0, 2, 75)
@@ -235,7 +235,7 @@ def _rank_code(main: Callable[[], Any]) -> int:
 def _fails_first() -> bool:
     """Return whether this rank is the first of its run to fail; the others only lose their connections or say the same."""
     if not dist.is_initialized():
-        return os.environ.get("RANK", "0") == "0"
+        return is_first()
     try:
         return bool(dist.distributed_c10d._get_default_store().add("failed_ranks", 1) == 1)
     except RuntimeError:  # the store went with the rank that held it

@@ -161,8 +161,8 @@ def _state(link: Link, before: Submitted, living: dict[str, str]) -> str:
             if r["event"] == "end" and r["time_s"] >= before.time_s and r["outcome"] != "complete"]
     if ends:
         return f"not complete, its job ended by: {ends[-1]['outcome']}, {ends[-1]['reason']}"
-    if said := [line for number in numbers for line in submission.said(records, number)]:
-        return f"not complete, its job ended before it began its work: {said[-1].removeprefix('job: ')}"
+    if said := [words for number in numbers if (words := submission.last_words(records, number))]:
+        return f"not complete, its job ended before it began its work: {said[-1]}"
     return f"not complete, its job {' and '.join(numbers) or '(none)'} never began: an earlier stage failed, or it was cancelled"
 
 

@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 from pathlib import Path
 
 from megatron_sov.errors import UserError, nearest
+from megatron_sov.train.humble import environment_outside_jobs
 
 TIMEOUT_S = 60
 LIVING = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "RESIZING", "STOPPED"}
-
-
-WHERE_SLURM_IS = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SBATCH_CLUSTERS", "SLURM_JWT")
-
-
-def environment() -> dict[str, str]:
-    """Return this process's environment without what would overrule a script or contradict it.
-
-    sbatch takes SBATCH_ACCOUNT before the script's account; a shell inside an allocation has SLURM_MEM_PER_CPU and the like,
-    which a job inherits and its srun refuses beside the job's own.
-    """
-    return {k: v for k, v in os.environ.items() if k in WHERE_SLURM_IS or not k.startswith(("SLURM_", "SBATCH_"))}
 
 
 def ask(program: str, *arguments: str, script: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -33,7 +21,7 @@ def ask(program: str, *arguments: str, script: str | None = None) -> subprocess.
     """
     try:
         return subprocess.run([program, *arguments], input=script, capture_output=True, text=True, timeout=TIMEOUT_S,
-                              check=False, env=environment())
+                              check=False, env=environment_outside_jobs())
     except FileNotFoundError:
         raise UserError(f"{program}: is not on PATH, so Slurm is not installed here; submit from a login node, load the "
                         "cluster's Slurm module, or look at the script with --dry-run") from None

@@ -157,11 +157,11 @@ def submitted_jobs(records: Path) -> list[str]:
     return [str(r["job"]) for r in read_events(records / JOBS) if r["event"] == "submitted"]
 
 
-def said(records: Path, number: str) -> list[str]:
-    """Return the lines of a job's own log, which has some even where the job could not record an attempt."""
+def last_words(records: Path, number: str) -> str:
+    """Return the last line of a job's own log, which has some even where the job could not record an attempt; empty: none."""
     logs = [file for pattern in (f"{number}.log", f"{number}_*.log") for file in sorted(records.glob(pattern))]
-    text = "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in logs)
-    return [line.strip() for line in text.splitlines() if line.strip()]
+    text = "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in logs).strip()
+    return text.splitlines()[-1].strip().removeprefix("job: ") if text else ""
 
 
 def submit(prepared: Prepared, after: list[str]) -> list[str]:

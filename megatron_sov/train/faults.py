@@ -105,11 +105,11 @@ def _parse_one(text: str) -> Fault:
 
 def not_come(faults: Sequence[Fault], run: Path) -> list[Fault]:
     """Return the faults that have not come in the life of a run folder."""
-    return [fault for fault in faults if not _file(fault, run).is_file()]
+    return [fault for fault in faults if not _file(fault, run / FOLDER).is_file()]
 
 
-def _file(fault: Fault, run: Path) -> Path:
-    return run / FOLDER / f"{fault.name}.json"
+def _file(fault: Fault, folder: Path) -> Path:
+    return folder / f"{fault.name}.json"
 
 
 def corrupt(checkpoint: Path) -> None:
@@ -128,7 +128,7 @@ class Faults:
     def __init__(self, faults: Sequence[Fault], run: Path, rank: int) -> None:
         self._faults = faults
         self._rank = rank
-        self._run, self._folder = run, run / FOLDER
+        self._folder = run / FOLDER
         self._told: set[str] = set()
 
     def due(self, kind: str, state: str, step: int) -> Fault | None:
@@ -142,7 +142,7 @@ class Faults:
     def _note(self, fault: Fault, step: int) -> bool:
         self._folder.mkdir(parents=True, exist_ok=True)
         try:
-            with open(_file(fault, self._run), "x", encoding="utf-8") as f:
+            with open(_file(fault, self._folder), "x", encoding="utf-8") as f:
                 json.dump({"fault": fault.name, "kind": fault.kind, "state": fault.state, "step": step, "rank": fault.rank}, f)
                 f.flush()
                 os.fsync(f.fileno())

@@ -16,14 +16,22 @@ from megatron_sov.mcore.lifetimes import FORWARDED, die_with_parent
 
 LOWEST_PRIORITY = 19
 OF_A_JOB = ("SLURM_", "SBATCH_")
-WHERE_SLURM_IS = "SLURM_CONF"
+WHERE_SLURM_IS = ("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SBATCH_CLUSTERS", "SLURM_JWT")
 OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def environment_outside_jobs() -> dict[str, str]:
+    """Return this process's environment without its place in a job, and without what would overrule a script.
+
+    sbatch takes SBATCH_ACCOUNT before the script's account; a shell inside an allocation has SLURM_MEM_PER_CPU and the like,
+    which a job inherits and its srun refuses beside the job's own.
+    """
+    return {k: v for k, v in os.environ.items() if k in WHERE_SLURM_IS or not k.startswith(OF_A_JOB)}
 
 
 def humble_environment() -> dict[str, str]:
     """Return this process's environment without its place among ranks and jobs, for one thread and no GPU."""
-    kept = {k: v for k, v in os.environ.items()
-            if k == WHERE_SLURM_IS or (k not in OF_A_RANK and not k.startswith(OF_A_JOB))}
+    kept = {k: v for k, v in environment_outside_jobs().items() if k not in OF_A_RANK}
     return kept | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from megatron_sov.artifacts import atomic_write, disk_errors, to_json
 from megatron_sov.config import OptimConfig, RunConfig, from_dict
 from megatron_sov.errors import UserError
+from megatron_sov.mcore.ranks import is_first
 from megatron_sov.mcore.run_checkpoints import CHECKPOINTS_OF_A_RUN
 from megatron_sov.train.lock import LOCK
 
@@ -62,7 +63,7 @@ class RunFolder:
 
     def forget_failure(self) -> None:
         """Take back an earlier failure, before the run goes on."""
-        if os.environ.get("RANK", "0") == "0":
+        if is_first():
             (self.path / FAILURE).unlink(missing_ok=True)
 
     def config(self) -> RunConfig | None:

@@ -22,7 +22,7 @@ from megatron_sov.data.views import with_views
 from megatron_sov.data.vocabulary import refuse_other_tokens
 from megatron_sov.errors import GateFailed, StopRequested, UserError
 from megatron_sov.mcore import determinism, run_checkpoints, world
-from megatron_sov.mcore.ranks import num_ranks, under_launcher
+from megatron_sov.mcore.ranks import is_first, num_ranks, under_launcher
 from megatron_sov.mcore.world import on_main
 from megatron_sov.obs import starting
 from megatron_sov.obs.afterwards import RunEvents
@@ -103,7 +103,7 @@ def run_stage(stage: Stage, nproc: int | None) -> bool:
         return True
     failure = stage.folder.failure()
     if under_launcher():
-        if failure is not None and os.environ.get("RANK", "0") == "0":
+        if failure is not None and is_first():
             print(f"gate: {stage.folder.path}: {failure}", file=sys.stderr, flush=True)
         return False
     if failure is not None:
@@ -113,7 +113,7 @@ def run_stage(stage: Stage, nproc: int | None) -> bool:
 
 def _finish_beside(stage: Stage) -> None:
     """Make the exports that a complete run has begun, and judge them; no rank waits in a collective any more."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_first():
         Beside(stage.folder.path, stage.config, RunEvents(stage.folder.path).add).wait()
 
 

@@ -11,7 +11,7 @@ from megatron_sov.obs.figures import number
 from megatron_sov.slurm import client
 from megatron_sov.slurm.history import ATTEMPTS
 from megatron_sov.slurm.submission import JOBS as SUBMISSIONS
-from megatron_sov.slurm.submission import said, submitted_jobs
+from megatron_sov.slurm.submission import last_words, submitted_jobs
 from megatron_sov.train.run_folder import JOBS
 
 SUBMITTED = f"{JOBS}/{SUBMISSIONS}"
@@ -32,11 +32,11 @@ def explain(run: Path, attempts: list[Attempt]) -> None:
                 attempt.outcome += f" ({reason})"
 
 
-def last_words(run: Path) -> str:
+def why_not_begun(run: Path) -> str:
     """Return how the last job of a run ended that never came to training, as its log says; empty where it has none."""
     jobs = submitted_jobs(run / JOBS)
-    words = said(run / JOBS, jobs[-1]) if jobs else []
-    return f"job {jobs[-1]}: {words[-1].removeprefix('job: ')}" if words else ""
+    words = last_words(run / JOBS, jobs[-1]) if jobs else ""
+    return f"job {jobs[-1]}: {words}" if words else ""
 
 
 def living_job(run: Path) -> str:

@@ -21,7 +21,7 @@ from megatron_sov.obs.incidents import is_incident
 from megatron_sov.obs.wall_time import Timekeeper, WallTime
 from megatron_sov.train.lock import living_holder
 from megatron_sov.train.run_folder import COMPLETION, CONFIG, STAGES, RunFolder
-from megatron_sov.watch.jobs import SUBMITTED, explain, last_words, living_job
+from megatron_sov.watch.jobs import SUBMITTED, explain, living_job, why_not_begun
 
 RECENT_STEPS = 50
 """Steps whose speed is the run's present one."""
@@ -189,7 +189,7 @@ def _judge(state: RunState, attempts: list[Attempt], recent: deque[tuple[int, fl
     elif attempts:
         state.state, state.why = "ended", "killed, or its machine went down" if outcome == UNFINISHED else outcome
     else:
-        state.why = last_words(folder.path)
+        state.why = why_not_begun(folder.path)
 
 
 def _speed(state: RunState, recent: deque[tuple[int, float, float, float]], now_s: float) -> tuple[float, float]:
