@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sov.report.model import read_run
 from megatron_sov.report.page import render
+from megatron_sov.report.run_data import read_run
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from megatron_sov import cli, recipes
+from megatron_sov.commands import logs
 from megatron_sov.obs.events import EventLog
-from megatron_sov.watch import logs_command
 from megatron_sov.watch.logs import LONGEST_LINE_BYTES, LogFile, Tail, log_files
 
 
@@ -73,8 +73,8 @@ def test_one_rank_over_all_starts_and_only_what_matches(run: Path, capsys: pytes
 
 def test_following_sees_new_lines_files_and_events_and_ends_with_the_run(
         run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logs_command, "LOOK_EVERY_S", 0.02)
-    monkeypatch.setattr(logs_command, "ENDED_AFTER_S", 0.5)
+    monkeypatch.setattr(logs, "LOOK_EVERY_S", 0.02)
+    monkeypatch.setattr(logs, "ENDED_AFTER_S", 0.5)
 
     def go_on() -> None:
         time.sleep(0.2)
