@@ -10,7 +10,7 @@ import time
 PROGRAM = """
 import json, os, time
 time.sleep(0.3)
-from megatron_sov.obs import starting
+from megatron_sov.obs import process_start as starting
 starting.note_beginning()
 first = starting.began_s()
 read, write = os.pipe()
