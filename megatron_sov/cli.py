@@ -40,7 +40,8 @@ COMMANDS = {
     "report": Command("megatron_sov.report.command", "write the self-contained HTML report of one or more runs"),
     "bundle": Command("megatron_sov.bundle.command", "gather wheels, code and folders for a cluster without a network"),
     "doctor": Command("megatron_sov.doctor.command", "what this machine has, what is missing, and how to add it"),
-    "recipes": Command("megatron_sov.recipes.command", "list the recipes, or print one with its settings resolved"),
+    "recipes": Command("megatron_sov.recipes.command",
+                       "list the recipes, or print one with every setting and where it comes from"),
 }
 
 

@@ -58,8 +58,8 @@ class ExtendStageConfig:
     """How far YaRN stretches the original context, for models whose layers are all global; 1: not at all; 0: new / original
     length, or not at all where `rope_theta` changes the base instead."""
     yarn_original_tokens: int = 0
-    """Context that YaRN stretches, where a released config names another one than the lengths give; 0: the longest context
-    that was trained without YaRN."""
+    """Context that YaRN stretches, where a released config names another one than the lengths give; 0: the
+    longest context that was trained without YaRN."""
 
     def problems(self, where: str) -> list[str]:
         """Return one sentence for every rule that the stage breaks."""

@@ -39,14 +39,23 @@ RECIPES: dict[str, Recipe] = {
     "qwen3-4b-2507": Recipe(qwen.qwen3_4b_2507, qwen.dense_sources("Qwen/Qwen3-4B-Instruct-2507")),
     "qwen3-8b": Recipe(qwen.qwen3_8b, qwen.dense_sources("Qwen/Qwen3-8B")),
     "qwen3-moe-30b": Recipe(qwen.qwen3_moe_30b, qwen.moe_sources("Qwen/Qwen3-30B-A3B")),
-    "qwen3-30b-a3b-2507": Recipe(qwen.qwen3_30b_a3b_2507, qwen.moe_sources("Qwen/Qwen3-30B-A3B-Instruct-2507")),
+    "qwen3-30b-a3b-2507": Recipe(qwen.qwen3_30b_a3b_2507,
+                                 qwen.moe_sources("Qwen/Qwen3-30B-A3B-Instruct-2507")),
 }
 TINY = {
-    "tiny-solar-open": "solar-open-102b", "tiny-solar-open-mid": "solar-open-102b-mid",
-    "tiny-solar-open-extend": "solar-open-102b-extend", "tiny-k-exaone": "k-exaone-236b",
-    "tiny-k-exaone-extend": "k-exaone-236b-extend", "tiny-typhoon-s": "typhoon-s-8b", "tiny-vibethinker": "vibethinker-1.5b",
-    "tiny-qwen2": "qwen2-1.5b", "tiny-qwen3-4b": "qwen3-4b", "tiny-qwen3-4b-2507": "qwen3-4b-2507", "tiny-qwen3": "qwen3-8b",
-    "tiny-qwen3-moe": "qwen3-moe-30b", "tiny-qwen3-30b-a3b-2507": "qwen3-30b-a3b-2507",
+    "tiny-solar-open": "solar-open-102b",
+    "tiny-solar-open-mid": "solar-open-102b-mid",
+    "tiny-solar-open-extend": "solar-open-102b-extend",
+    "tiny-k-exaone": "k-exaone-236b",
+    "tiny-k-exaone-extend": "k-exaone-236b-extend",
+    "tiny-typhoon-s": "typhoon-s-8b",
+    "tiny-vibethinker": "vibethinker-1.5b",
+    "tiny-qwen2": "qwen2-1.5b",
+    "tiny-qwen3-4b": "qwen3-4b",
+    "tiny-qwen3-4b-2507": "qwen3-4b-2507",
+    "tiny-qwen3": "qwen3-8b",
+    "tiny-qwen3-moe": "qwen3-moe-30b",
+    "tiny-qwen3-30b-a3b-2507": "qwen3-30b-a3b-2507",
 }
 """Tiny recipe -> the one whose structure it has."""
 
@@ -69,7 +78,7 @@ def names() -> list[str]:
 
 
 def get(name: str) -> RunConfig:
-    """Return the recipe of that name; a tiny one is found by the big one's whole name as well (`tiny-solar-open-102b`).
+    """Return the recipe of that name; a tiny one has the big one's whole name too: `tiny-solar-open-102b`.
 
     Raises:
         UserError: there is none; the message names the nearest and lists all.

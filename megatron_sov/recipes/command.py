@@ -18,10 +18,10 @@ SET = Source("yours", "--set")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `megatron-sov recipes`."""
     parser.add_argument("name", nargs="?", metavar="NAME",
-                        help="print this recipe's settings, each with where it comes from (default: list all recipes)")
+                        help="print this recipe's settings and where each comes from (default: list all)")
     parser.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE",
                         help="change a setting of NAME before it is printed, e.g. --set train.steps=100")
-    parser.add_argument("--json", action="store_true", help="print the settings of NAME as JSON, without their sources")
+    parser.add_argument("--json", action="store_true", help="print NAME's settings as JSON, without sources")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -49,11 +49,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def as_text(config: RunConfig, sources: Sources) -> str:
-    """Return a line for every setting: its name, its value, the kind of its source, and where it stands or why it was chosen."""
-    rows = [(s.key, json.dumps(s.value, ensure_ascii=False), s.source) for s in settings(config, sources)]
-    width, value_width = (max(len(row[i]) for row in rows) for i in (0, 1))
-    return "\n".join(f"{key:<{width}}  {value:<{value_width}}  {source.kind:<11}  {source.where}".rstrip()
-                     for key, value, source in rows)
+    """Return a line for every setting: name, value, kind of source, and where it stands or why."""
+    found = settings(config, sources)
+    values = [json.dumps(s.value, ensure_ascii=False) for s in found]
+    width, value_width = max(len(s.key) for s in found), max(map(len, values))
+    return "\n".join(
+        f"{s.key:<{width}}  {value:<{value_width}}  {s.source.kind:<11}  {s.source.where}".rstrip()
+        for s, value in zip(found, values, strict=True))
 
 
 def summary(config: RunConfig) -> str:

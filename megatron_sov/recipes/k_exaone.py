@@ -44,8 +44,9 @@ PHASES = (
 )
 
 
-def _stage(name: str, seq_len: int, batch_size: int, long_share: float, rehearsal_share: float) -> ExtendStageConfig:
-    """Return a stage of the extension: untruncated long documents, rehearsal, and synthetic reasoning as the rest."""
+def _stage(name: str, seq_len: int, batch_size: int, long_share: float,
+           rehearsal_share: float) -> ExtendStageConfig:
+    """Return a stage of the extension: long documents, rehearsal, and synthetic reasoning as the rest."""
     rehearsal = {"web-high/8192": 70.0, "korean/8192": 20.0, "needle/8192": 10.0}
     return ExtendStageConfig(
         name, seq_len=seq_len, steps=1000, max_steps=2000, global_batch_size=batch_size,
@@ -81,12 +82,14 @@ def k_exaone_236b() -> RunConfig:
 
 
 def k_exaone_236b_extend() -> RunConfig:
-    """Return the extension 8K -> 32K -> 256K, to be run by `extend` --from the pretrained model, each stage behind the gate."""
+    """Return the extension 8K -> 32K -> 256K of the pretrained model, to be run by `extend`: gated stages."""
     run = k_exaone_236b()
-    optim = OptimConfig(name="muon", lr=3e-5, min_lr=3e-6, schedule="cosine", warmup_steps=100, weight_decay=0.1)
+    optim = OptimConfig(name="muon", lr=3e-5, min_lr=3e-6, schedule="cosine", warmup_steps=100,
+                        weight_decay=0.1)
     return replace(
         run, recipe="k-exaone-236b-extend", parallel=ParallelConfig(tp=8, sp=True, cp=8, ep=64, zero1=True),
-        data=DataConfig(phases=stage_phases(STAGES, optim)), optim=optim, train=replace(run.train, global_batch_size=1024),
+        data=DataConfig(phases=stage_phases(STAGES, optim)), optim=optim,
+        train=replace(run.train, global_batch_size=1024),
         needle=NeedleConfig(lengths_tokens=(8192, 32768, 262144)),
         extend=ExtendConfig(stages=STAGES, gate=GateConfig(every_steps=250, min_accuracy=0.98)))
 
@@ -100,7 +103,7 @@ SOURCES: Sources = {
     "data.phases.*.name": published(f"{REPORT}, pre-training: three stages"),
     "data.phases.*.tokens": ours(f"11 T in all are published ({REPORT}), not each stage's part"),
     "data.phases.*.seq_len": published(f"{REPORT}, context length extension: from 8K"),
-    "data.phases.*.blend.*": ours("the six languages and stage 3's trajectories are published, no share of any"),
+    "data.phases.*.blend.*": ours("the six languages and stage 3's trajectories are published, no shares"),
     "optim.name": published(f"{REPORT}, pre-training setup"),
     "optim.lr": published(f"{REPORT}, pre-training setup"),
     "optim.schedule": published(f"{REPORT}, pre-training setup"),
@@ -126,9 +129,9 @@ EXTEND_SOURCES = derive(SOURCES, {
     "extend.stages.*.seq_len": published(f"{REPORT}, context length extension: 8K -> 32K -> 256K"),
     "extend.stages.*.kind": published(f"{REPORT}, context length extension"),
     "extend.stages.*.blend.*": published(f"{REPORT}, context length extension: synthetic reasoning"),
-    "extend.stages.*.parts.*.name": published(f"{REPORT}, context length extension: whole long documents, rehearsal"),
+    "extend.stages.*.parts.*.name": published(f"{REPORT}, context length extension"),
     "extend.stages.*.parts.*.share": ours("published: adjusted by stage, more long documents in the second"),
-    "extend.stages.*.parts.*.blend.*": ours("published: high-quality samples of the pretraining distribution"),
+    "extend.stages.*.parts.*.blend.*": ours("published: good samples of the pretraining distribution"),
     "extend.gate.every_steps": ours("published: until passed, without a rhythm"),
     "extend.gate.min_accuracy": ours("published: near-perfect"),
     "extend.gate.loss_tolerance_nats": ours("published: short contexts are evaluated, without a bound"),

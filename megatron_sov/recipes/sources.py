@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -18,14 +18,14 @@ class Source:
     """Where a value comes from."""
 
     kind: Kind
-    """published: a paper or report, or its authors' code; config.json: the released Hugging Face config; ours: our choice;
-    yours: set by --set, or by a recipe that has no table; default: the recipe leaves the setting as it is."""
+    """published: a paper or report, or its authors' code; config.json: the released Hugging Face config;
+    ours: our choice; yours: set by --set, or by a recipe that has no table; default: not set."""
     where: str = ""
     """Reference and section; the model whose config.json it is; a word why."""
 
 
-Sources = Mapping[str, Source]
-"""Dotted setting -> source, e.g. `optim.lr`; a key may have * for any text, and the last one that matches holds."""
+Sources = dict[str, Source]
+"""Dotted setting -> source; a key may have * for any text, and the last one that matches holds."""
 DEFAULT, YOURS = Source("default"), Source("yours")
 
 
@@ -47,7 +47,7 @@ def published(where: str) -> Source:
 
 
 def config_json(model: str) -> Source:
-    """Return the source of a value that stands in the config.json of a released model, or follows from its class."""
+    """Return the source of a value that a released model's config.json has, or its class implies."""
     return Source("config.json", model)
 
 
@@ -58,13 +58,20 @@ def ours(why: str) -> Source:
 
 def derive(sources: Sources, changed: Sources) -> Sources:
     """Return the table of a recipe that goes back to another one; what `changed` says wins."""
-    return {key: source for key, source in sources.items() if key not in changed} | dict(changed)
+    return {key: source for key, source in sources.items() if key not in changed} | changed
 
 
 def settings(config: RunConfig, sources: Sources) -> list[Setting]:
-    """Return every value of a recipe with its source; one that no entry names is `default`, or `yours` where it is set."""
-    return [Setting(key, value, _source_of(key, sources) or (DEFAULT if value == default else YOURS))
-            for key, value, default in _leaves("", config, dataclasses.MISSING)]
+    """Return every value with its source; without an entry that is `yours`, or `default` if not set."""
+    return [
+        Setting(key, value, sources.get(_entry_for(key, sources)) or (DEFAULT if value == default else YOURS))
+        for key, value, default in _leaves("", config, dataclasses.MISSING)]
+
+
+def in_effect(config: RunConfig, sources: Sources) -> Sources:
+    """Return the entries that name a value; a derived recipe may have taken over idle ones."""
+    used = {_entry_for(key, sources) for key, _, _ in _leaves("", config, None)}
+    return {key: source for key, source in sources.items() if key in used}
 
 
 def relabelled(before: RunConfig, after: RunConfig, source: Source) -> Sources:
@@ -73,12 +80,13 @@ def relabelled(before: RunConfig, after: RunConfig, source: Source) -> Sources:
     return {key: source for key, value, _ in _leaves("", after, None) if key not in had or had[key] != value}
 
 
-def _source_of(key: str, sources: Sources) -> Source | None:
-    return next((source for pattern, source in reversed(sources.items()) if fnmatchcase(key, pattern)), None)
+def _entry_for(key: str, sources: Sources) -> str:
+    """Return the last key of a table that matches a setting; empty where none does."""
+    return next((pattern for pattern in reversed(sources) if fnmatchcase(key, pattern)), "")
 
 
 def _leaves(key: str, value: Any, default: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Yield dotted key, value and default of every setting below a value; MISSING where a recipe has to set it."""
+    """Yield dotted key, value and default (or MISSING) of every setting below a value."""
     if dataclasses.is_dataclass(value):
         for f in dataclasses.fields(value):
             if key or f.name != "recipe":  # the recipe's own name is none of its values

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megatron_sov.config import ExtendConfig, ExtendStageConfig, NeedleConfig, ParallelConfig, PhaseConfig, RunConfig
+from megatron_sov.config import (
+    ExtendConfig,
+    ExtendStageConfig,
+    NeedleConfig,
+    ParallelConfig,
+    PhaseConfig,
+    RunConfig,
+)
 from megatron_sov.recipes.sources import ours
 
 SEQ_LEN = 256
@@ -13,9 +20,10 @@ SHRUNK = ours("a size for two CPU cores, and what goes with it")
 
 
 def shrink(name: str, run: RunConfig) -> RunConfig:
-    """Return `run` as recipe `name`, with every size reduced and every structural choice (routing, attention, norms, MTP) kept.
+    """Return `run` as recipe `name`, with every size reduced and every structural choice kept.
 
-    The optimizer is AdamW, which is quicker at this size; `--set optim.name=muon` takes the same rates.
+    Routing, attention, norms and multi-token prediction are such choices.  The optimizer is AdamW, which is
+    quicker at this size; `--set optim.name=muon` takes the same rates.
     """
     model = run.model
     small = replace(
@@ -34,7 +42,8 @@ def shrink(name: str, run: RunConfig) -> RunConfig:
         recipe=name,
         model=small,
         parallel=ParallelConfig(),
-        data=replace(run.data, phases=tuple(_small(p, lengths.get(p.name, SEQ_LEN)) for p in run.data.phases), heldout_tokens=16384),
+        data=replace(run.data, heldout_tokens=16384,
+                     phases=tuple(_small(p, lengths.get(p.name, SEQ_LEN)) for p in run.data.phases)),
         optim=replace(run.optim, name="adamw", lr=4e-3, min_lr=2e-4, warmup_steps=20),
         train=replace(run.train, steps=200, tokens=0, global_batch_size=16, micro_batch_size=8, precision="fp32", recompute=False,
                       checkpoint_every_steps=50, eval_every_steps=100),
@@ -44,14 +53,15 @@ def shrink(name: str, run: RunConfig) -> RunConfig:
 
 
 def _small_extension(extend: ExtendConfig) -> ExtendConfig:
-    """Return an extension of as many stages, each twice as long as what was trained before, behind a gate that lets pass.
+    """Return an extension of as many stages, each twice as long as what was trained before.
 
-    Needles are counted and do not judge: a model of this size, trained for minutes, finds none.
+    Its gate counts needles and judges the loss alone: a model of this size, trained for minutes, finds none.
     """
     if not extend.stages:
         return extend
-    return replace(extend, stages=tuple(_small_stage(s, SEQ_LEN << i) for i, s in enumerate(extend.stages, 1)),
-                   gate=replace(extend.gate, every_steps=20, min_accuracy=0.0, loss_tolerance_nats=0.5))
+    stages = tuple(_small_stage(stage, SEQ_LEN << i) for i, stage in enumerate(extend.stages, 1))
+    gate = replace(extend.gate, every_steps=20, min_accuracy=0.0, loss_tolerance_nats=0.5)
+    return replace(extend, stages=stages, gate=gate)
 
 
 def _small_stage(stage: ExtendStageConfig, seq_len: int) -> ExtendStageConfig:
@@ -64,5 +74,5 @@ def _small_stage(stage: ExtendStageConfig, seq_len: int) -> ExtendStageConfig:
 
 def _small(phase: PhaseConfig, seq_len: int) -> PhaseConfig:
     """Return a phase with its part of the run kept, over whatever sources the data has."""
-    return replace(phase, tokens=0, share=phase.tokens or phase.share, blend={}, seq_len=seq_len, global_batch_size=0, lr=0.0,
-                   rewarm_steps=0)
+    return replace(phase, tokens=0, share=phase.tokens or phase.share, blend={}, seq_len=seq_len,
+                   global_batch_size=0, lr=0.0, rewarm_steps=0)

@@ -1,4 +1,4 @@
-"""Typhoon-S 8B (arXiv 2601.18129): supervised fine-tuning as the authors' script runs it, from ThaiLLM-8B or Qwen3-8B-Base."""
+"""Typhoon-S 8B (arXiv 2601.18129): fine-tuning ThaiLLM-8B or Qwen3-8B-Base as the authors' script does."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ TOKENS = 680_000_000
 
 
 def typhoon_s_8b() -> RunConfig:
-    """Return the fine-tuning run, for `sft`: two epochs packed to 16K, 32 samples a step, AdamW, cosine from 2e-5 to 0."""
+    """Return the run, for `sft`: two epochs packed to 16K, 32 samples a step, cosine from 2e-5 to 0."""
     return RunConfig(
         recipe="typhoon-s-8b",
         model=replace(qwen3_8b().model, max_position_tokens=32768),
         parallel=ParallelConfig(zero1=True),
         data=DataConfig(phases=(PhaseConfig("sft", tokens=TOKENS, seq_len=16384),)),
-        optim=OptimConfig(lr=2e-5, min_lr=0.0, schedule="cosine", warmup_steps=65, weight_decay=0.0, beta2=0.999),
+        optim=OptimConfig(lr=2e-5, min_lr=0.0, schedule="cosine", warmup_steps=65, weight_decay=0.0,
+                          beta2=0.999),
         train=TrainConfig(global_batch_size=32, micro_batch_size=1, seed=42, recompute=True),
         objective=ObjectiveConfig(name="sft"),
     )
@@ -41,8 +42,8 @@ SOURCES: Sources = derive(dense_sources("Qwen/Qwen3-8B-Base"), {
     "data.phases.*.seq_len": published(SCRIPT),
     **dict.fromkeys(("optim.name", "optim.lr", "optim.schedule"), published(SCRIPT)),
     "optim.warmup_steps": published(f"{SCRIPT}: 5 % of the steps"),
-    **dict.fromkeys(("optim.min_lr", "optim.weight_decay", "optim.beta1", "optim.beta2", "optim.eps", "optim.clip_grad"),
-                    _TRAINER),
+    **dict.fromkeys(("optim.min_lr", "optim.weight_decay", "optim.beta1", "optim.beta2", "optim.eps",
+                     "optim.clip_grad"), _TRAINER),
     "train.global_batch_size": published(f"{SCRIPT}: 8 processes x 1 sample x 4"),
     "train.micro_batch_size": published(SCRIPT),
     "train.seed": published(SCRIPT),

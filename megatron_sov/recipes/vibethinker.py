@@ -1,6 +1,6 @@
 """VibeThinker-1.5B (arXiv 2511.06221): Qwen2.5-Math-1.5B made ready for 40,960 tokens, then fine-tuned.
 
-`extend` lengthens the base, `sft` trains on from there.  The report publishes lengths and neither rates nor batches.
+`extend` lengthens the base, `sft` trains on from there.  The report has no rates and no batches.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from megatron_sov.recipes.sources import Sources, derive, ours, published
 
 REPORT = "arXiv 2511.06221"
 LENGTH, THETA = 40960, 500_000.0
-STAGES = (ExtendStageConfig("40k", seq_len=LENGTH, steps=500, max_steps=2000, global_batch_size=128, rope_theta=THETA,
-                            parts=(PartConfig("long", 0.5), PartConfig("rehearsal", 0.25))),)
+STAGES = (
+    ExtendStageConfig("40k", seq_len=LENGTH, steps=500, max_steps=2000, global_batch_size=128,
+                      rope_theta=THETA, parts=(PartConfig("long", 0.5), PartConfig("rehearsal", 0.25))),)
 
 
 def vibethinker_1_5b() -> RunConfig:
@@ -39,8 +40,8 @@ def vibethinker_1_5b() -> RunConfig:
         parallel=ParallelConfig(zero1=True),
         data=DataConfig(phases=(PhaseConfig("sft", tokens=5_000_000_000, seq_len=16384),)),
         optim=OptimConfig(lr=5e-5, min_lr=8e-8, schedule="cosine", warmup_steps=120, weight_decay=0.1),
-        train=TrainConfig(global_batch_size=128, micro_batch_size=1, recompute=True, checkpoint_every_steps=100,
-                          keep_every_steps=100),
+        train=TrainConfig(global_batch_size=128, micro_batch_size=1, recompute=True,
+                          checkpoint_every_steps=100, keep_every_steps=100),
         objective=ObjectiveConfig(name="sft"),
         needle=NeedleConfig(lengths_tokens=(4096, 16384, LENGTH)),
         extend=ExtendConfig(stages=STAGES, gate=GateConfig(every_steps=100, min_accuracy=0.98)),

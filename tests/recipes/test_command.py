@@ -27,11 +27,13 @@ def test_prints_where_each_value_comes_from(capsys: pytest.CaptureFixture[str]) 
     assert lines["optim.name"] == ['"muon"', "published", "arXiv 2601.01739, pre-training setup"]
     assert lines["optim.weight_decay"] == ["0.1", "ours", "not published"]
     assert lines["train.seed"] == ["1234", "default"]
-    assert lines["train.steps"] == ["7", "yours", "--set"] and lines["optim.lr"] == ["0.001", "yours", "--set"]
+    assert lines["train.steps"] == ["7", "yours", "--set"]
+    assert lines["optim.lr"] == ["0.001", "yours", "--set"]
 
 
 def test_prints_a_recipe_that_reads_back(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["recipes", "tiny-k-exaone", "--json", "--set", "train.steps=7", "--set", "parallel.ep=2"]) == 0
+    changes = ["--set", "train.steps=7", "--set", "parallel.ep=2"]
+    assert main(["recipes", "tiny-k-exaone", "--json", *changes]) == 0
     config = from_dict(json.loads(capsys.readouterr().out))
     assert (config.train.steps, config.parallel.ep) == (7, 2)
     assert config.model == recipes.get("tiny-k-exaone").model
