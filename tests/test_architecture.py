@@ -153,7 +153,7 @@ def circles(found: list[Source]) -> list[str]:
     """Return the files that import each other in a loop, lazily or for types alone counted in."""
     modules = {source.name.removesuffix(".py").removesuffix("/__init__").replace("/", "."): source for source in found}
     arrows = {name: {target for _, imported in source.imports() for target in (imported, imported.rpartition(".")[0])
-                     if target in modules and target != name and not modules[target].path.name == "__init__.py"}
+                     if target in modules and target != name and modules[target].path.name != "__init__.py"}
               for name, source in modules.items()}
     try:
         list(TopologicalSorter(arrows).static_order())

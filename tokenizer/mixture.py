@@ -28,7 +28,8 @@ MIXTURES: dict[str, dict[str, float]] = {
     "solar-open": {"en": 40, "ko": 22, "code": 12, "math": 10, "multi": 8, "domain": 4},
     "k-exaone": {"en": 2, "ko": 3, "multi": 1},
 }
-"""Weights by bytes as published (arXiv 2601.07022; the K-EXAONE report); Solar Open's are percents that add up to 96."""
+"""Weights by bytes as published (arXiv 2601.07022, arXiv 2601.01739); Solar Open's are percents, 96 in all.
+`multi` of K-EXAONE is Spanish, German, Japanese and Vietnamese."""
 _NAMED = re.compile(r"([A-Za-z0-9_.-]+)=(.+)", re.DOTALL)
 
 

@@ -11,7 +11,6 @@ from pydantic import TypeAdapter, ValidationError
 from megatron_sov.config.run import RunConfig
 from megatron_sov.errors import UserError, nearest
 
-
 RENAMED = {"evaluate.beside": "evaluate.background", "guards.on_corruption": "guards.on_sdc"}
 """Setting of an earlier version -> what it is called now."""
 

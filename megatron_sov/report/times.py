@@ -10,7 +10,7 @@ from megatron_sov.pages.charts import Chart, chart, colour
 from megatron_sov.pages.content import Section, Table
 
 MEANINGS = {
-    "kept": "optimizer steps that are part of the model",
+    "productive": "optimizer steps that are part of the model",
     "lost": "steps done again after a restart, taken back or refused",
     "evaluation": "held-out loss, needles, gates",
     "saving": "training stood still for a checkpoint",
