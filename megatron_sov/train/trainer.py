@@ -28,7 +28,7 @@ from megatron_sov.mcore.policy import Policy
 from megatron_sov.mcore.saving import Companions, Saved, Saver
 from megatron_sov.mcore.world import World
 from megatron_sov.models.count import num_params
-from megatron_sov.obs import routing, starting
+from megatron_sov.obs import routing
 from megatron_sov.obs.events import EVENTS, EventLog
 from megatron_sov.obs.progress import Progress
 from megatron_sov.obs.trackers import Trackers
@@ -54,7 +54,20 @@ class Trainer:
     """Model, optimizer, data order and records of one rank."""
 
     def __init__(self, config: RunConfig, world: World, folder: RunFolder, sources: list[Source],
-                 objective: ObjectiveFactory, gate: Gate | None = None, faults: Sequence[Fault] = ()) -> None:
+                 objective: ObjectiveFactory, gate: Gate | None = None, faults: Sequence[Fault] = (),
+                 began_s: float | None = None) -> None:
+        """Build everything.
+
+        Args:
+            config: the run's settings.
+            world: this rank's place.
+            folder: the run's folder.
+            sources: what is read.
+            objective: makes what is learned.
+            gate: what must pass for the stage to be complete.
+            faults: what is to come on purpose.
+            began_s: Unix time at which the work on the run began; None: now.
+        """
         self.config, self.world, self.folder, self.sources = config, world, folder, sources
         self.schedule = Schedule(config)
         self.num_steps = self.schedule.num_steps
@@ -81,6 +94,7 @@ class Trainer:
         self._data = {s.name: manifest_sha256(s.artifact) for s in sources if s.artifact is not None}
         self._worn_out: set[str] = set()
         self._entered_s = time.monotonic()
+        self._began_s = time.time() if began_s is None else began_s
         self._watch(faults)
 
     def _watch(self, faults: Sequence[Fault]) -> None:
@@ -160,7 +174,7 @@ class Trainer:
         self.events.write(
             "run_start", recipe=self.config.recipe, num_ranks=self.world.size, layout=parallel, num_params=count.total,
             num_active_params=count.active, num_steps=self.num_steps, resumed_from=self.done.step,
-            began_s=starting.began_s(),
+            began_s=self._began_s,
             inputs=provenance(self.sources),
             machine={"host": platform.node(), "python": platform.python_version(), "torch": torch.__version__,
                      "threads": torch.get_num_threads()})
