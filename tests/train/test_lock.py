@@ -47,6 +47,15 @@ def test_a_dead_process_of_this_machine_frees_the_folder_at_once(tmp_path: Path)
     take(tmp_path)
 
 
+def test_a_dead_process_that_no_parent_has_taken_note_of_frees_the_folder_too(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", "pass"]) as child:
+        zombie = psutil.Process(child.pid)
+        while zombie.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.001)
+        write_record(tmp_path, pid=child.pid, started_s=zombie.create_time())
+        take(tmp_path)
+
+
 def test_another_process_with_the_dead_ones_number_does_not_count(tmp_path: Path) -> None:
     write_record(tmp_path, started_s=psutil.Process().create_time() - 3600)
     take(tmp_path)
