@@ -12,11 +12,13 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from hypothesis import settings
 
@@ -63,6 +65,27 @@ def ranks(tmp_path: Path) -> Ranks:
 def job() -> type[Job]:
     """Return the class that describes what `ranks` runs (test modules cannot import this file)."""
     return Job
+
+
+def has_ended(pid: int) -> bool:
+    """Return whether a process has ended; one that nobody has taken note of yet still has its number."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+@pytest.fixture
+def ends() -> Callable[[int], bool]:
+    """Return `ends(pid)`: whether that process, of whatever parent, ends within a minute."""
+
+    def wait(pid: int) -> bool:
+        deadline_s = time.monotonic() + 60
+        while not has_ended(pid) and time.monotonic() < deadline_s:
+            time.sleep(0.02)
+        return has_ended(pid)
+
+    return wait
 
 
 VOCAB_SIZE = 1024

@@ -7,10 +7,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 PROGRAM = """
@@ -83,18 +83,8 @@ def pids(folder: Path) -> list[int]:
     return [int((folder / f"pid-{r}").read_text()) for r in range(2)]
 
 
-def gone(pid: int) -> bool:
-    """Return whether a process ends within ten seconds."""
-    deadline = time.monotonic() + 10
-    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
-
-
 @pytest.mark.distributed
-def test_ranks_share_signals_failures_and_their_launchers_end(tmp_path: Path) -> None:
+def test_ranks_share_signals_failures_and_their_launchers_end(tmp_path: Path, ends: Callable[[int], bool]) -> None:
     started = {case: start(tmp_path / case, case) for case in ("ends", "forward", "orphan")}
     pids(tmp_path / "forward")
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
@@ -102,7 +92,7 @@ def test_ranks_share_signals_failures_and_their_launchers_end(tmp_path: Path) ->
         time.sleep(0.3)
     ranks_of_killed = pids(tmp_path / "orphan")
     started["orphan"].kill()
-    assert all(gone(pid) for pid in ranks_of_killed)
+    assert all(ends(pid) for pid in ranks_of_killed)
     said = started["ends"].communicate(timeout=240)[1]
     assert started["forward"].wait(timeout=240) == 0
     assert {(tmp_path / "forward" / f"got-{r}").read_text() for r in range(2)} == {"SIGTERM SIGINT SIGUSR1"}
@@ -113,7 +103,7 @@ def test_ranks_share_signals_failures_and_their_launchers_end(tmp_path: Path) ->
     assert len(list((tmp_path / "ends").glob("9-*"))) == 4
     # a thread that holds a lock while another rank is forked leaves that rank waiting for it
     assert json.loads((tmp_path / "ends" / "threads.json").read_text()) == [1] * 2 * (3 + 4 + 4)
-    assert all(gone(pid) for pid in pids(tmp_path / "ends"))  # the other rank did not go on alone
+    assert all(ends(pid) for pid in pids(tmp_path / "ends"))  # the other rank did not go on alone
     assert said.count("error: seq_len = 0: must be positive") == 1
     assert "Traceback" not in said
     assert "error: rank 1 was ended by SIGKILL" in said
