@@ -8,12 +8,13 @@ import inspect
 import json
 import optparse
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,29 @@ class Job:
     """Ranks."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments, plain JSON values."""
+
+
+def refuse_to_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
+    """Let a skip be a failure where SOV_NEEDS_ALL is set, as `.ci/run` does: what is lacking must be installed there."""
+    if report.skipped and isinstance(report.longrepr, tuple) and os.environ.get("SOV_NEEDS_ALL"):  # else it is an xfail
+        report.outcome, report.longrepr = "failed", f"SOV_NEEDS_ALL is set, and this would be {report.longrepr[-1]}"
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """See `refuse_to_skip`; whether a test for a GPU can run is not a matter of installing."""
+    report = yield
+    if not item.get_closest_marker("gpu"):
+        refuse_to_skip(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """See `refuse_to_skip`: a file can be skipped as a whole."""
+    report = yield
+    refuse_to_skip(report)
+    return report
 
 
 Ranks = Callable[..., list[list[Any]]]
@@ -86,6 +110,35 @@ def ends() -> Callable[[int], bool]:
         return has_ended(pid)
 
     return wait
+
+
+BROWSERS = ("chromium", "google-chrome", "chrome", "chromium-browser")
+BROWSER_FLAGS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync", "--enable-logging=stderr", "--window-size=1200,900",
+    "--virtual-time-budget=10000", "--dump-dom")
+OpenPage = Callable[[Path], tuple[str, list[str]]]
+
+
+@pytest.fixture(scope="session")
+def browser() -> str:
+    """Program name of a Chromium that starts; `make browser` installs one where that can be done."""
+    for name in BROWSERS:
+        if shutil.which(name) and subprocess.run([name, "--version"], capture_output=True, check=False).returncode == 0:
+            return name
+    pytest.skip("there is no Chromium on this machine (make browser)")
+
+
+@pytest.fixture
+def open_page(browser: str, tmp_path: Path) -> OpenPage:
+    """Return `open_page(file)`: its document after its scripts ran, and what they wrote to the console."""
+
+    def opened(file: Path) -> tuple[str, list[str]]:
+        done = subprocess.run([browser, *BROWSER_FLAGS, f"--user-data-dir={tmp_path / 'profile'}", file.as_uri()],
+                              capture_output=True, text=True, timeout=240, check=True)
+        return done.stdout, re.findall(r"CONSOLE.*", done.stderr)
+
+    return opened
 
 
 VOCAB_SIZE = 1024
