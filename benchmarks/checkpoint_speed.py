@@ -25,7 +25,8 @@ from pathlib import Path
 from megatron_sov import recipes
 from megatron_sov.artifacts import read_manifest
 from megatron_sov.config import ParallelConfig, RunConfig, apply_settings
-from megatron_sov.mcore import checkpoint, cpu, world
+from megatron_sov.mcore.checkpoint import load
+from megatron_sov.mcore.parallel import cpu_shims, world
 from megatron_sov.models.count import num_params
 
 BYTES_PER_PARAMETER = 12
@@ -65,10 +66,10 @@ def measure(folder: Path, config: RunConfig, rounds: int) -> int:
     import torch
     import torch.distributed as dist
 
-    from megatron_sov.mcore import init
-    from megatron_sov.mcore.model import build
-    from megatron_sov.mcore.optim import Optimizer
-    from megatron_sov.mcore.saving import Companions, Saved, Saver
+    from megatron_sov.mcore.checkpoint.save import Companions, Saved, Saver
+    from megatron_sov.mcore.model import init
+    from megatron_sov.mcore.model.language_model import build
+    from megatron_sov.mcore.optimizer.optimizer import Optimizer
 
     place = world.join(ParallelConfig())
     model = build(config.model, config.parallel, config.train)
@@ -100,8 +101,8 @@ def measure(folder: Path, config: RunConfig, rounds: int) -> int:
         timed(MEASURES[1], lambda: (begin("step-1"), saver.finish()))
         timed(MEASURES[2], lambda: begin("step-2"))
         saver.finish()
-        timed(MEASURES[3], lambda: checkpoint.damage(path))
-        timed(MEASURES[4], lambda: (checkpoint.load_model(path, model), checkpoint.load_optimizer(path, optimizer, 1)))
+        timed(MEASURES[3], lambda: load.damage(path))
+        timed(MEASURES[4], lambda: (load.load_model(path, model), load.load_optimizer(path, optimizer, 1)))
         for old in ("copy", "step-1", "step-2") if place.is_main else ():
             shutil.rmtree(folder / old)
     if place.is_main:
@@ -125,7 +126,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5, help="how often each is measured (default %(default)s)")
     parser.add_argument("--nproc", type=int, default=1, help="processes (default %(default)s)")
     args = parser.parse_args()
-    cpu.open_door()
+    cpu_shims.open_door()
     config = config_of(args.megabytes * 1e6)
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
         code = world.launch(lambda: measure(Path(folder), config, args.rounds), args.nproc, 1)

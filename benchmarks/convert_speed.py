@@ -22,7 +22,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-IDLE = "import megatron_sov.convert.export, megatron_sov.convert.intake"
+IDLE = "import megatron_sov.convert.hf_export, megatron_sov.convert.hf_import"
 CONVERT = """
 import sys
 from megatron_sov import convert
@@ -34,8 +34,8 @@ import dataclasses, json, sys
 from pathlib import Path
 import torch
 from megatron_sov import convert, models, recipes
-from megatron_sov.convert.shards import plan_shards, write_files
-from megatron_sov.mcore.tensor_writing import TensorSpec
+from megatron_sov.convert.shard_writer import plan_shards, write_files
+from megatron_sov.mcore.checkpoint.writer import TensorSpec
 from megatron_sov.models.family import TokenIds
 folder, size_bytes = Path(sys.argv[1]), float(sys.argv[2])
 model = dataclasses.replace(recipes.get("solar-open-102b").model, hidden_size=2048, num_heads=16, num_kv_heads=4, num_experts=64,

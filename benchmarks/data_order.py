@@ -29,8 +29,8 @@ from megatron_sov.data.batches import BatchStream
 from megatron_sov.data.long_documents import LongDocuments
 from megatron_sov.data.order import OrderState, SampleOrder
 from megatron_sov.data.packing import Row, Segment, best_fit, concatenate, cut
-from megatron_sov.data.shards import Source
 from megatron_sov.data.streams import WINDOW_DOCUMENTS
+from megatron_sov.data.token_shards import Source
 
 NUM_SHARDS, DOCUMENTS_OF_A_SHARD = 4000, 250_000
 LENGTHS = {"web": (6.4, 1.1), "code": (6.5, 1.4), "books": (9.5, 1.0), "chats": (6.0, 0.8)}

@@ -40,17 +40,17 @@ def write_shard(prefix: Path, vocab_size: int) -> None:
 
 def measure(folder: Path, recipe: str, settings: list[str], steps: int) -> dict[str, object]:
     """Train `steps` steps in this process; returns median wall and CPU seconds of a step, and a hash of the weights."""
-    from megatron_sov.mcore import cpu
+    from megatron_sov.mcore.parallel import cpu_shims
 
-    cpu.open_door()
+    cpu_shims.open_door()
     import torch
 
     from megatron_sov import recipes
     from megatron_sov.config import apply_settings
-    from megatron_sov.data.shards import Source, TokenShard
-    from megatron_sov.mcore import determinism, world
+    from megatron_sov.data.token_shards import Source, TokenShard
+    from megatron_sov.mcore.parallel import determinism, world
+    from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.lm import LanguageModelling
-    from megatron_sov.train.run_folder import RunFolder
     from megatron_sov.train.trainer import Trainer
 
     config = apply_settings(recipes.get(recipe), [f"train.steps={steps + WARM_UP_STEPS}", "train.tokens=0", *settings])
@@ -71,7 +71,7 @@ def measure(folder: Path, recipe: str, settings: list[str], steps: int) -> dict[
     digest = hashlib.sha256()
     for parameter in trainer.model.parameters():
         digest.update(parameter.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes())
-    device = torch.cuda.get_device_name() if cpu.on_gpu() else f"CPU, {torch.get_num_threads()} threads"
+    device = torch.cuda.get_device_name() if cpu_shims.on_gpu() else f"CPU, {torch.get_num_threads()} threads"
     world.leave()
     return {"wall_s": statistics.median(wall[WARM_UP_STEPS:]), "cpu_s": statistics.median(cpu_s[WARM_UP_STEPS:]),
             "device": device, "weights": digest.hexdigest()}

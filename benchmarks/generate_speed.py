@@ -46,19 +46,19 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=29517, help="a free port")
     args = parser.parse_args()
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(args.port))
-    from megatron_sov.mcore import cpu
+    from megatron_sov.mcore.parallel import cpu_shims
 
-    cpu.open_door()
+    cpu_shims.open_door()
     import torch
 
     from megatron_sov import recipes
     from megatron_sov.config import apply_settings
-    from megatron_sov.data.shards import Source, TokenShard
+    from megatron_sov.data.token_shards import Source, TokenShard
     from megatron_sov.generate.generator import generate
     from megatron_sov.generate.request import Sampling
-    from megatron_sov.mcore import world
+    from megatron_sov.mcore.parallel import world
+    from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.lm import LanguageModelling
-    from megatron_sov.train.run_folder import RunFolder
     from megatron_sov.train.trainer import Trainer
 
     torch.set_num_threads(1)
@@ -73,7 +73,7 @@ def main() -> None:
         trainer = Trainer(config, place, RunFolder(Path(folder) / "run"), [source], LanguageModelling)
         for _ in range(args.steps):
             trainer.update()
-        device = torch.cuda.get_device_name() if cpu.on_gpu() else "CPU, 1 thread"
+        device = torch.cuda.get_device_name() if cpu_shims.on_gpu() else "CPU, 1 thread"
         print(f"{platform.machine()}, {os.cpu_count()} cores (load {os.getloadavg()[0]:.1f}), {device}, "
               f"Python {platform.python_version()}, torch {torch.__version__}")
         print(f"{RECIPE}, {args.layers} layers, {args.steps} steps of training on drawn sentences; {NEW_TOKENS} new tokens "

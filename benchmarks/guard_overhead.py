@@ -20,8 +20,8 @@ from loop_overhead import DOCUMENT_TOKENS, NUM_DOCUMENTS, SETTINGS, WARMUP_TURNS
 
 from megatron_sov import recipes
 from megatron_sov.config import RunConfig, apply_settings
-from megatron_sov.data.shards import ShardChain, Source
-from megatron_sov.mcore import world
+from megatron_sov.data.token_shards import ShardChain, Source
+from megatron_sov.mcore.parallel import world
 from megatron_sov.obs.events import EventLog
 
 SMALLER = ("train.global_batch_size=4", "train.micro_batch_size=2", 'data.phases=[{"name": "main", "seq_len": 256}]')
@@ -32,8 +32,8 @@ WITHOUT = ("guards.skip=false", "guards.hang_timeout_s=0", "guards.straggler_eve
 
 def make_step(config: RunConfig, place: world.World, source: Source, folder: Path, guarded: bool) -> Callable[[], None]:
     """Return one step of the training loop, as `train.loop` does it."""
+    from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.lm import LanguageModelling
-    from megatron_sov.train.run_folder import RunFolder
     from megatron_sov.train.stopping import StopFlag
     from megatron_sov.train.trainer import Trainer
 
@@ -58,9 +58,9 @@ def make_step(config: RunConfig, place: world.World, source: Source, folder: Pat
 
 def time_comparison(config: RunConfig, place: world.World) -> float:
     """Return the seconds in which all processes compare their replicas once."""
-    from megatron_sov.mcore import init
-    from megatron_sov.mcore.model import build
-    from megatron_sov.mcore.probes import differing_replicas
+    from megatron_sov.mcore.model import init
+    from megatron_sov.mcore.model.language_model import build
+    from megatron_sov.mcore.model.replica_checks import differing_replicas
 
     model = build(config.model, config.parallel, config.train)
     init.initialise(model, config.model, 1)

@@ -26,8 +26,8 @@ from pathlib import Path
 import psutil
 
 from megatron_sov.artifacts import read_manifest
-from megatron_sov.mcore.run_checkpoints import damage
 from megatron_sov.obs.events import read_events
+from megatron_sov.runs.checkpoints import damage
 
 STATES = ("start", "load", "step", "save")
 STEPS = 200

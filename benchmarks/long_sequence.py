@@ -23,9 +23,9 @@ import numpy as np
 
 from megatron_sov import recipes
 from megatron_sov.config import RunConfig, apply_settings
-from megatron_sov.data.shards import Source
-from megatron_sov.mcore import cpu, world
-from megatron_sov.mcore.meta import stage_params
+from megatron_sov.data.token_shards import Source
+from megatron_sov.mcore.model.meta import stage_params
+from megatron_sov.mcore.parallel import cpu_shims, world
 from megatron_sov.plan.memory import Account, account
 
 NPROC, MIB = 2, 1 << 20
@@ -71,8 +71,8 @@ def config_of(tokens: int) -> RunConfig:
 
 def step(config: RunConfig, folder: Path) -> None:
     """Train one step and write what this process needed; runs on every rank."""
+    from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.lm import LanguageModelling
-    from megatron_sov.train.run_folder import RunFolder
     from megatron_sov.train.trainer import Trainer
 
     place = world.join(config.parallel)
@@ -108,7 +108,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[32_768, 65_536, 131_072])
     args = parser.parse_args()
-    cpu.open_door()
+    cpu_shims.open_door()
     print(f"{platform.machine()}, {os.cpu_count()} cores (load {os.getloadavg()[0]:.1f} at the start), Python "
           f"{platform.python_version()}; {NPROC} processes of one thread\nMiB of one process, float32, recomputation on\n")
     print(f"{'tokens':>8}{'before':>8}{'grown':>8}{'account':>9}{'ratio':>7}{'seconds':>9}{'loss':>7}   account: "

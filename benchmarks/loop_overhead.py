@@ -28,8 +28,8 @@ import numpy as np
 
 from megatron_sov import recipes
 from megatron_sov.config import RunConfig, apply_settings
-from megatron_sov.data.shards import ShardChain, Source
-from megatron_sov.mcore import cpu, world
+from megatron_sov.data.token_shards import ShardChain, Source
+from megatron_sov.mcore.parallel import cpu_shims, world
 from megatron_sov.obs.events import EventLog
 
 VOCAB_SIZE, SEQ_LEN, DOCUMENT_TOKENS, NUM_DOCUMENTS = 8192, 512, 512, 4000
@@ -52,8 +52,8 @@ def write_shard(folder: Path) -> None:
 
 def our_step(config: RunConfig, place: world.World, source: Source, folder: Path) -> Callable[[], None]:
     """Return one step of the training loop, with its records."""
+    from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.lm import LanguageModelling
-    from megatron_sov.train.run_folder import RunFolder
     from megatron_sov.train.stopping import StopFlag
     from megatron_sov.train.trainer import Trainer
 
@@ -73,12 +73,12 @@ def same_model_step(config: RunConfig, place: world.World, source: Source) -> Ca
     """Return a bare step of our model: what is left of ours without the loop."""
     import torch
 
-    from megatron_sov.mcore import init, schedule
-    from megatron_sov.mcore.expert_load import ExpertLoad
-    from megatron_sov.mcore.logprobs import head_of
-    from megatron_sov.mcore.model import build
-    from megatron_sov.mcore.optim import Optimizer
-    from megatron_sov.train.databatches import DataBatches
+    from megatron_sov.mcore.model import init, pipeline
+    from megatron_sov.mcore.model.expert_load import ExpertLoad
+    from megatron_sov.mcore.model.language_model import build
+    from megatron_sov.mcore.model.logprobs import head_of
+    from megatron_sov.mcore.optimizer.optimizer import Optimizer
+    from megatron_sov.train.data_batches import DataBatches
 
     model = build(config.model, config.parallel, config.train)
     init.initialise(model, config.model, config.train.seed)
@@ -100,9 +100,9 @@ def same_model_step(config: RunConfig, place: world.World, source: Source) -> Ca
         optimizer.zero_grad()
         routing.aux_loss = {}
         row_tokens = config.train.micro_batch_size * SEQ_LEN
-        parts = schedule.run(optimizer.wrapped, next(ready), loss, row_tokens, forward_only=False)
+        parts = pipeline.run(optimizer.wrapped, next(ready), loss, row_tokens, forward_only=False)
         optimizer.step(config.optim.lr)
-        schedule.sum_over_data(torch.stack(parts).sum().double())
+        pipeline.sum_over_data(torch.stack(parts).sum().double())
 
     return step
 
@@ -116,8 +116,8 @@ def stock_step(config: RunConfig, place: world.World) -> Callable[[], None]:
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from megatron_sov.mcore.build import transformer_config
-    from megatron_sov.mcore.schedule import sum_over_data
+    from megatron_sov.mcore.model.pipeline import sum_over_data
+    from megatron_sov.mcore.model.specs import transformer_config
 
     library = transformer_config(config.model, config.parallel, config.train)
     spec = get_gpt_decoder_block_spec(library, use_transformer_engine=False, normalization="RMSNorm")
@@ -187,7 +187,7 @@ def on_one_and_more(measure: Callable[[int, Path], None], description: str | Non
     parser.add_argument("--nproc", type=int, default=2)
     parser.add_argument("--turns", type=int, default=turns)
     args = parser.parse_args()
-    cpu.open_door()
+    cpu_shims.open_door()
     print(f"{platform.machine()}, {os.cpu_count()} cores (load {os.getloadavg()[0]:.1f} at the start), "
           f"Python {platform.python_version()}", flush=True)
     for nproc in sorted({1, args.nproc}):

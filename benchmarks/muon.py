@@ -56,10 +56,10 @@ def train(tokens: Path, recipe: str, settings: list[str]) -> dict[str, float]:
 
     from megatron_sov import recipes
     from megatron_sov.config import apply_settings
-    from megatron_sov.data.shards import open_sources
-    from megatron_sov.mcore import world
+    from megatron_sov.data.token_shards import open_sources
+    from megatron_sov.mcore.parallel import world
+    from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.lm import LanguageModelling
-    from megatron_sov.train.run_folder import RunFolder
     from megatron_sov.train.trainer import Trainer
 
     torch.set_num_threads(1)
@@ -140,7 +140,7 @@ def main() -> None:
     parser.add_argument("--files", type=int, default=40, help="files of Python's library")
     args = parser.parse_args()
     if args.one:
-        from megatron_sov.mcore import world
+        from megatron_sov.mcore.parallel import world
 
         tokens, recipe, *settings = args.one
         sys.exit(world.launch(lambda: print(json.dumps(train(Path(tokens), recipe, settings))), 1, num_threads=1))

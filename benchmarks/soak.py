@@ -24,9 +24,9 @@ from typing import Any
 from kills import make_data
 
 from megatron_sov.artifacts import read_manifest
-from megatron_sov.mcore.run_checkpoints import latest
 from megatron_sov.obs.events import read_events
-from megatron_sov.train.faults import STATES, parse
+from megatron_sov.runs.checkpoints import latest
+from megatron_sov.train.guards.fault_injection import STATES, parse
 
 SETTINGS = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.num_heads=4", "model.num_kv_heads=2",
             "model.head_dim=8", "model.expert_ffn_dim=16", 'data.phases=[{"name": "main", "seq_len": 32}]',

@@ -22,13 +22,13 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from megatron_sov.artifacts import read_manifest
 from megatron_sov.byte_bpe import byte_characters
 from megatron_sov.documents import cut_text
-from tokenizer import tiktoken_form
-from tokenizer.learning import ANYTHING
-from tokenizer.opening import open_tokenizer
+from tokenizer.bpe.pretokenizer import Splitter
+from tokenizer.bpe.segmenting import merged
+from tokenizer.bpe.superbpe import ANYTHING
+from tokenizer.formats import tiktoken_format
+from tokenizer.formats.loaders import open_tokenizer
 from tokenizer.presets import Preset
 from tokenizer.report.worst import check_worst
-from tokenizer.segmenting import merged
-from tokenizer.splitting import Splitter
 
 PARTS = ("steps", "worst", "ratios", "paper")
 CHUNK_BYTES = 100_000
@@ -51,8 +51,8 @@ class Trained:
         self.raw = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
         self.fast = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.fast.encode_special_tokens = True
-        self.ranks, rules = tiktoken_form.to_tiktoken(self.raw, self.name, {})
-        self.by_tiktoken: Encode = tiktoken_form.encoder(self.ranks, rules)
+        self.ranks, rules = tiktoken_format.to_tiktoken(self.raw, self.name, {})
+        self.by_tiktoken: Encode = tiktoken_format.encoder(self.ranks, rules)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Return the ids of texts, by `tokenizers`."""
@@ -60,8 +60,8 @@ class Trained:
 
     def in_two_steps(self) -> Encode:
         """Return the encoder of the definition."""
-        first = tiktoken_form.encoding({t: i for t, i in self.ranks.items() if i < self.transition_size},
-                                       tiktoken_form.Rules(ANYTHING, {})).encode_ordinary
+        first = tiktoken_format.encoding({t: i for t, i in self.ranks.items() if i < self.transition_size},
+                                       tiktoken_format.Rules(ANYTHING, {})).encode_ordinary
         words, units = (Splitter(self.preset, p) for p in (self.preset.split_pattern, self.preset.final_pattern))
         spelling, vocab = byte_characters(), self.raw["model"]["vocab"]
         pairs = {}

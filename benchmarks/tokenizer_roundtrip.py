@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from tokenizer_train import machine
 from tokenizers import Tokenizer
 
-from tokenizer import tiktoken_form
+from tokenizer.formats import tiktoken_format
 
 BATCH_STRINGS = 20_000
 MEAN_CHARS = 8
@@ -125,8 +125,8 @@ class Library:
         self.names = [token["content"] for token in raw["added_tokens"]]
         self._fast = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._fast.encode_special_tokens = True
-        ranks, rules = tiktoken_form.to_tiktoken(raw, folder.name, {})
-        self._tiktoken, self.form = tiktoken_form.encoding(ranks, rules), rules.normalization
+        ranks, rules = tiktoken_format.to_tiktoken(raw, folder.name, {})
+        self._tiktoken, self.form = tiktoken_format.encoding(ranks, rules), rules.normalization
         newer = [chr(c) for c in MARKS if any(self._own(chr(c) + mark) != self._pythons(chr(c) + mark) for mark in CLASSES)]
         newer += [pair for pair in PAIRS if self._own(pair) != self._pythons(pair)]
         self.num_newer, self._newer = len(newer), re.compile("|".join(map(re.escape, newer)) or "(?!)")

@@ -51,7 +51,7 @@ from tokenizers import Tokenizer, trainers, pre_tokenizers, models
 from megatron_sov.documents import list_files, read_documents
 from tokenizer.mixture import pieces
 from tokenizer.presets import PRESETS
-from tokenizer.splitting import untrained
+from tokenizer.bpe.pretokenizer import untrained
 preset = PRESETS[sys.argv[1]]
 t = untrained(preset, preset.split_pattern)
 trainer = trainers.BpeTrainer(vocab_size=int(sys.argv[2]) - preset.num_special_ids, min_frequency=2, show_progress=False,

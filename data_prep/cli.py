@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 
-from data_prep import demo_corpus, inspect_tokens, mix, pack, sample, stats, trajectories, verify
+from data_prep import inspect_tokens, mix, pack, sample, stats, trajectories, verify
+from data_prep.demo import corpus
 from megatron_sov.errors import UserError
 
 COMMANDS = {"pack": pack, "mix": mix, "inspect": inspect_tokens, "stats": stats, "sample": sample, "verify": verify,
-            "trajectories": trajectories, "demo-corpus": demo_corpus}
+            "trajectories": trajectories, "demo-corpus": corpus}
 
 
 def build_parser() -> argparse.ArgumentParser:

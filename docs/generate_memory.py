@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron_sov import recipes
 from megatron_sov.artifacts import atomic_write
 from megatron_sov.config import RunConfig, apply_settings
-from megatron_sov.mcore.meta import stage_params
+from megatron_sov.mcore.model.meta import stage_params
 from megatron_sov.plan.memory import Account, account
 
 PAGE = Path(__file__).parent / "memory.md"

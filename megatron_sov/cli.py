@@ -1,6 +1,6 @@
 """The door: `megatron-sov COMMAND ...`.
 
-Each command lives in its room's `command.py` with `add_arguments(parser)` and `run(args) -> exit code`.  Only the chosen
+Each command is a file of `commands/` with `add_arguments(parser)` and `run(args) -> exit code`.  Only the chosen
 command's module is imported, and none of them imports torch before its arguments are parsed and checked.
 """
 
@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 
 from megatron_sov.errors import GateFailed, StopRequested, UserError, nearest
-from megatron_sov.obs.starting import process_started_s
+from megatron_sov.obs.process_start import process_started_s
 
 EXIT_OK, EXIT_USER_ERROR, EXIT_GATE_FAILED, EXIT_STOPPED = 0, 2, 3, 75
 
@@ -29,20 +29,20 @@ class Command:
 
 
 COMMANDS = {
-    "pretrain": Command("megatron_sov.train.command", "train a model from token shards, from scratch or --from a checkpoint"),
-    "extend": Command("megatron_sov.extend.command", "train on at longer contexts, stage by stage, each behind a needle gate"),
-    "sft": Command("megatron_sov.post.sft_command", "fine-tune on chats, with an auxiliary text term"),
-    "convert": Command("megatron_sov.eval.convert_command", "from-hf, to-hf, verify, inspect: checkpoints, Hugging Face folders"),
-    "generate": Command("megatron_sov.generate.command", "continue prompts with a checkpoint or a Hugging Face folder"),
-    "eval": Command("megatron_sov.eval.command", "ppl, needle, bigram, logits: judge a checkpoint or a Hugging Face folder"),
-    "submit": Command("megatron_sov.slurm.command", "submit a stage or a chain of stages to a Slurm cluster"),
-    "status": Command("megatron_sov.watch.status_command", "how runs stand: step, speed, time left, restarts, use of time"),
-    "logs": Command("megatron_sov.watch.logs_command", "what a run's processes wrote, across ranks and restarts"),
-    "plan": Command("megatron_sov.plan.command", "what a run will do at each step: learning rate, batch size, blends"),
-    "report": Command("megatron_sov.report.command", "write the self-contained HTML report of one or more runs"),
-    "bundle": Command("megatron_sov.bundle.command", "gather wheels, code and folders for a cluster without a network"),
-    "doctor": Command("megatron_sov.doctor.command", "what this machine has, what is missing, and how to add it"),
-    "recipes": Command("megatron_sov.recipes.command", "list the recipes, or print one with its settings resolved"),
+    "pretrain": Command("megatron_sov.commands.pretrain", "train a model from token shards, from scratch or --from a checkpoint"),
+    "extend": Command("megatron_sov.commands.extend", "train on at longer contexts, stage by stage, each behind a needle gate"),
+    "sft": Command("megatron_sov.commands.sft", "fine-tune on chats, with an auxiliary text term"),
+    "convert": Command("megatron_sov.commands.convert", "from-hf, to-hf, verify, inspect: checkpoints, Hugging Face folders"),
+    "generate": Command("megatron_sov.commands.generate", "continue prompts with a checkpoint or a Hugging Face folder"),
+    "eval": Command("megatron_sov.commands.eval", "ppl, needle, bigram, logits: judge a checkpoint or a Hugging Face folder"),
+    "submit": Command("megatron_sov.commands.submit", "submit a stage or a chain of stages to a Slurm cluster"),
+    "status": Command("megatron_sov.commands.status", "how runs stand: step, speed, time left, restarts, use of time"),
+    "logs": Command("megatron_sov.commands.logs", "what a run's processes wrote, across ranks and restarts"),
+    "plan": Command("megatron_sov.commands.plan", "what a run will do at each step: learning rate, batch size, blends"),
+    "report": Command("megatron_sov.commands.report", "write the self-contained HTML report of one or more runs"),
+    "bundle": Command("megatron_sov.commands.bundle", "gather wheels, code and folders for a cluster without a network"),
+    "doctor": Command("megatron_sov.commands.doctor", "what this machine has, what is missing, and how to add it"),
+    "recipes": Command("megatron_sov.commands.recipes", "list the recipes, or print one with its settings resolved"),
 }
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.mcore import world
+from megatron_sov.mcore.parallel import world
 
 
 def _function(file: str, name: str) -> Any:
@@ -43,7 +43,7 @@ def main(jobs_file: Path) -> int:
 
 
 if __name__ == "__main__":
-    from megatron_sov.mcore import cpu
+    from megatron_sov.mcore.parallel import cpu_shims
 
-    cpu.open_door()
+    cpu_shims.open_door()
     sys.exit(main(Path(sys.argv[1])))

@@ -139,9 +139,9 @@ def test_a_wrong_argument_ends_with_2(capsys: pytest.CaptureFixture[str]) -> Non
     assert "--jsno" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("command", "first"), [("train/command.py", "train.stage"), ("extend/command.py", "extend.stages"),
-                                                ("post/sft_command.py", "post.sft import"),
-                                                ("generate/command.py", "generate.load")])
+@pytest.mark.parametrize(("command", "first"), [("commands/pretrain.py", "train.stage"), ("commands/extend.py", "extend.stages"),
+                                                ("commands/sft.py", "post.sft import"),
+                                                ("commands/generate.py", "generate.load")])
 def test_the_door_to_megatron_is_opened_before_megatron_is_imported(command: str, first: str) -> None:
     """Behind a closed door every function that megatron compiles is compiled, 9 s in a CPU's first step, and warnings abound."""
     text = (ROOT / "megatron_sov" / command).read_text(encoding="utf-8")

@@ -6,11 +6,13 @@ import argparse
 import sys
 
 from megatron_sov.errors import UserError
-from tokenizer import exporting, grafting, importing, train
+from tokenizer import train
 from tokenizer.compare import command as compare
+from tokenizer.formats import export_command, import_command
+from tokenizer.graft import command
 from tokenizer.report import command as report
 
-COMMANDS = {"train": train, "import": importing, "export": exporting, "graft": grafting, "report": report,
+COMMANDS = {"train": train, "import": import_command, "export": export_command, "graft": command, "report": report,
             "compare": compare}
 
 

@@ -19,7 +19,7 @@ from tokenizer.presets import CUSTOM, PRESETS, Preset, load_preset
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from tokenizer.pipeline import Learned, Plan
+    from tokenizer.bpe.count_pipeline import Learned, Plan
 
 HELP = "learn a byte-level BPE or SuperBPE tokenizer from text"
 DESCRIPTION = """Learn a byte-level BPE tokenizer from text; with a preset that has superwords, SuperBPE.
@@ -104,8 +104,8 @@ def make_plan(preset: Preset, args: argparse.Namespace) -> Plan:
     Raises:
         UserError: a number is out of range, or a pattern is no regular expression.
     """
-    from tokenizer.pipeline import SMALLEST_MEMORY_GB, Plan
-    from tokenizer.splitting import check_coverage, oniguruma
+    from tokenizer.bpe.count_pipeline import SMALLEST_MEMORY_GB, Plan
+    from tokenizer.bpe.pretokenizer import check_coverage, oniguruma
 
     if args.vocab_size < preset.smallest_vocab:
         raise UserError(f"--vocab-size {args.vocab_size}: must be at least {preset.smallest_vocab} "
@@ -136,8 +136,8 @@ def train_tokenizer(plan: Plan, groups: list[Group], output: Path, *, overwrite:
         UserError: unreadable input, a vocabulary that cannot be reached, or an output that may not be replaced; no output is
             written then, and what is counted is kept for the next try.
     """
-    from tokenizer.hf_files import finished
-    from tokenizer.pipeline import learn
+    from tokenizer.bpe.count_pipeline import learn
+    from tokenizer.formats.hf_files import finished
 
     started_s = time.monotonic()
     with disk_errors(plan.work):
@@ -158,8 +158,8 @@ def train_tokenizer(plan: Plan, groups: list[Group], output: Path, *, overwrite:
 
 def _write(artifact: ArtifactWriter, trained: Tokenizer, plan: Plan, learned: Learned) -> None:
     """Write the two Hugging Face files, check them, and state the facts in the manifest."""
-    from tokenizer.hf_files import CONFIG_JSON, TOKENIZER_JSON, tokenizer_config
-    from tokenizer.self_check import check
+    from tokenizer.formats.hf_files import CONFIG_JSON, TOKENIZER_JSON, tokenizer_config
+    from tokenizer.formats.round_trip import check
 
     preset = plan.preset
     trained.save(str(artifact.path / TOKENIZER_JSON), pretty=False)

@@ -10,9 +10,9 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron_sov.convert.export import to_hf
-    from megatron_sov.convert.intake import from_hf
-    from megatron_sov.convert.live import export_weights
+    from megatron_sov.convert.hf_export import to_hf
+    from megatron_sov.convert.hf_import import from_hf
+    from megatron_sov.convert.live_export import export_weights
     from megatron_sov.convert.proof import Check, verify
     from megatron_sov.convert.sources import is_hf_folder, open_weights
 

@@ -16,10 +16,10 @@ from megatron_sov import models
 from megatron_sov.artifacts import MANIFEST, damaged_files, read_manifest
 from megatron_sov.config import ModelConfig, from_dict
 from megatron_sov.errors import UserError
-from megatron_sov.mcore.run_checkpoints import CHECKPOINTS_OF_A_RUN, KIND, find_checkpoint, instead_of
-from megatron_sov.mcore.tensor_file import TensorFile
-from megatron_sov.mcore.tensors import TensorReader
+from megatron_sov.mcore.checkpoint.safetensors_file import TensorFile
+from megatron_sov.mcore.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.models.weights import Link
+from megatron_sov.runs.checkpoints import CHECKPOINTS_OF_A_RUN, KIND, find_checkpoint, instead_of
 
 CONFIG, SINGLE_FILE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PART = "model"

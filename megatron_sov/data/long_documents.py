@@ -6,7 +6,7 @@ from functools import cached_property
 
 import numpy as np
 
-from megatron_sov.data.shards import ChainedLengths, Documents
+from megatron_sov.data.token_shards import ChainedLengths, Documents
 
 
 class LongDocuments:

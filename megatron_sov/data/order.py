@@ -13,8 +13,8 @@ from typing import Any
 from megatron_sov.config import RunConfig
 from megatron_sov.data.ledger import Entry, Ledger, plan
 from megatron_sov.data.packing import Row
-from megatron_sov.data.shards import Documents, Source
 from megatron_sov.data.streams import Cursor, Packing, Stream
+from megatron_sov.data.token_shards import Documents, Source
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 
 from megatron_sov.data.order import Sample
 from megatron_sov.data.packing import Segment, concatenate
-from megatron_sov.data.shards import Documents
+from megatron_sov.data.token_shards import Documents
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import numpy as np
 
 from megatron_sov.data.packing import Row, Segment, best_fit, concatenate, cut, truncate
 from megatron_sov.data.permutation import Permutation
-from megatron_sov.data.shards import Documents
+from megatron_sov.data.token_shards import Documents
 from megatron_sov.errors import UserError
 
 WINDOW_DOCUMENTS = 8192

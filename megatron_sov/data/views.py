@@ -6,8 +6,8 @@ import dataclasses
 
 from megatron_sov.config import RunConfig
 from megatron_sov.data.long_documents import LongDocuments
-from megatron_sov.data.pieces import Pieces
-from megatron_sov.data.shards import Source
+from megatron_sov.data.short_pieces import Pieces
+from megatron_sov.data.token_shards import Source
 from megatron_sov.errors import UserError
 
 LONG, SHORT = "@", "/"

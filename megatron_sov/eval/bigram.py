@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from megatron_sov.data.rows import Row
-from megatron_sov.data.shards import Documents, Source
+from megatron_sov.data.token_shards import Documents, Source
 from megatron_sov.eval.heldout import HeldoutData, evaluate_rows
 from megatron_sov.train.evaluate import HeldoutLoss
 

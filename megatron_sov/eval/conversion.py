@@ -22,7 +22,7 @@ from megatron_sov.convert.sources import Weights
 from megatron_sov.errors import UserError
 from megatron_sov.eval.parity import MAX_DIFFERENCE, compare_hf_logits, compare_logits, random_prompts
 from megatron_sov.generate.target import Target, as_checkpoint
-from megatron_sov.mcore import world
+from megatron_sov.mcore.parallel import world
 from megatron_sov.models.count import num_params
 from megatron_sov.version import __version__
 

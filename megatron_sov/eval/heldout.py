@@ -12,8 +12,8 @@ import numpy as np
 
 from megatron_sov.artifacts import read_manifest
 from megatron_sov.data.rows import Row, heldout_samples, sample_row
-from megatron_sov.data.shards import Source, open_sources, tokenizer_folder
 from megatron_sov.data.token_bytes import token_bytes
+from megatron_sov.data.token_shards import Source, open_sources, tokenizer_folder
 from megatron_sov.data.vocabulary import refuse_other_tokens
 from megatron_sov.errors import UserError
 from megatron_sov.train.evaluate import HeldoutLoss

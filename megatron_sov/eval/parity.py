@@ -16,8 +16,8 @@ from megatron_sov.eval.filling import rows_of
 from megatron_sov.generate.hf import load_hf
 from megatron_sov.generate.load import Loaded, run_policy
 from megatron_sov.generate.target import Target
-from megatron_sov.mcore import cpu
-from megatron_sov.mcore.policy import Inputs, Policy
+from megatron_sov.mcore.decode.forward_only import Inputs, Policy
+from megatron_sov.mcore.parallel import cpu_shims
 
 MAX_DIFFERENCE = 1e-4
 """Largest difference of a logit, relative to the largest logit (or to 1, if that is smaller)."""
@@ -99,7 +99,7 @@ def _checks(policy: Policy, hf: Any, prompts: Sequence[Sequence[int]]) -> list[C
     difference = _Difference()
     limit_tokens = max(LOGITS_BYTES // (4 * policy.model.vocab_size), max(map(len, prompts)))
     for row in rows_of([len(p) for p in prompts], limit_tokens):
-        batch = Inputs([prompts[i] for i in row], cpu.device())
+        batch = Inputs([prompts[i] for i in row], cpu_shims.device())
         ours = policy.logits(batch, torch.arange(sum(len(prompts[i]) for i in row)))
         if hf is None:
             continue

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from megatron_sov.config import ExtendStageConfig, PartConfig
 from megatron_sov.data.long_documents import LongDocuments
-from megatron_sov.data.shards import Source
+from megatron_sov.data.token_shards import Source
 from megatron_sov.data.views import LONG, SHORT
 from megatron_sov.errors import UserError
-from megatron_sov.eval.needle_documents import SOURCE_NAME
+from megatron_sov.eval.needle.documents import SOURCE_NAME
 
 
 def stage_blend(stage: ExtendStageConfig, sources: list[Source], trained_tokens: int, needle_share: float) -> dict[str, float]:

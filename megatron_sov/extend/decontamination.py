@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sov.data.shards import Documents, Source
+from megatron_sov.data.token_shards import Documents, Source
 from megatron_sov.errors import UserError
 
 WINDOW_TOKENS = 32

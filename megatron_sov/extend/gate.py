@@ -18,7 +18,7 @@ from megatron_sov.extend.needles import Needles
 from megatron_sov.extend.verdict import judge
 from megatron_sov.generate.load import Loaded, run_policy
 from megatron_sov.generate.target import Target
-from megatron_sov.mcore import schedule
+from megatron_sov.mcore.model import pipeline
 from megatron_sov.train.evaluate import HeldoutLoss
 from megatron_sov.train.trainer import Trainer
 
@@ -83,7 +83,7 @@ class StageGate:
         result = self._needles.measure(trainer)
         losses = evaluate_policy(Loaded(trainer.policy, trainer.config, trainer.world), self._short)
         known = self._start_loss if trainer.world.is_main and self._start_loss is not None else 0.0
-        start_loss = self._start_loss = float(schedule.sum_everywhere(torch.tensor([known], dtype=torch.float64)))
+        start_loss = self._start_loss = float(pipeline.sum_everywhere(torch.tensor([known], dtype=torch.float64)))
         verdict = judge(result.cells, mean_loss(losses), start_loss, self._settings)
         self.passed = verdict.passed and step >= self._min_steps
         self._checks.append({"step": step, "passed": self.passed, "failures": verdict.lines()})

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.config import RunConfig
-from megatron_sov.data.shards import Source, open_sources, tokenizer_folder
+from megatron_sov.data.token_shards import Source, open_sources, tokenizer_folder
 from megatron_sov.data.views import SHORT
 from megatron_sov.errors import UserError
-from megatron_sov.eval.haystack import open_haystacks
-from megatron_sov.eval.needle import NeedleResult, NeedleSuite, make_suite, run_suite, table
-from megatron_sov.eval.needle_documents import SOURCE_NAME, NeedleDocuments, needle_source
-from megatron_sov.eval.needle_engines import policy_engine
+from megatron_sov.eval.needle.documents import SOURCE_NAME, NeedleDocuments, needle_source
+from megatron_sov.eval.needle.engines import policy_engine
+from megatron_sov.eval.needle.haystack import open_haystacks
+from megatron_sov.eval.needle.suite import NeedleResult, NeedleSuite, make_suite, run_suite, table
 from megatron_sov.train.trainer import Trainer
 
 

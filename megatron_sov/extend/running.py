@@ -7,15 +7,15 @@ import time
 from pathlib import Path
 
 from megatron_sov.config import RunConfig
-from megatron_sov.data.shards import open_sources
+from megatron_sov.data.token_shards import open_sources
 from megatron_sov.extend.decontamination import refuse_contaminated, search
 from megatron_sov.extend.gate import StageGate, loss_of_checkpoint, short_context
 from megatron_sov.extend.needles import Needles, make_needles, with_needles_in_blends
 from megatron_sov.extend.stages import PlannedStage
 from megatron_sov.generate.target import Target
-from megatron_sov.mcore.ranks import is_first
-from megatron_sov.mcore.run_checkpoints import find_checkpoint, latest
-from megatron_sov.train.faults import Fault
+from megatron_sov.runs.checkpoints import find_checkpoint, latest
+from megatron_sov.runs.launch_environment import is_first
+from megatron_sov.train.guards.fault_injection import Fault
 from megatron_sov.train.lm import LanguageModelling
 from megatron_sov.train.stage import Stage, run_stage
 

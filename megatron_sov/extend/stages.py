@@ -10,13 +10,13 @@ from pathlib import Path
 
 from megatron_sov import recipes
 from megatron_sov.config import ExtendStageConfig, ModelConfig, RunConfig
-from megatron_sov.data.shards import Source, open_sources
+from megatron_sov.data.token_shards import Source, open_sources
 from megatron_sov.errors import UserError
 from megatron_sov.extend.blends import stage_blend
-from megatron_sov.mcore.ranks import num_ranks
 from megatron_sov.recipes.extension import PHASE, extended, length_settings, phase_setting
-from megatron_sov.train.arguments import stage_config
-from megatron_sov.train.run_folder import STAGES, RunFolder
+from megatron_sov.runs.folder import STAGES, RunFolder
+from megatron_sov.runs.launch_environment import num_ranks
+from megatron_sov.train.stage_config import stage_config
 
 
 @dataclass(frozen=True)

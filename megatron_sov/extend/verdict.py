@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from megatron_sov.config import GateConfig
-from megatron_sov.eval.needle import Cell
+from megatron_sov.eval.needle.suite import Cell
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ import torch
 
 from megatron_sov.generate.request import Batching, Generated, Sampling, Stop, Tokens
 from megatron_sov.generate.sampling import accepted_by_chance, accepted_greedily, draw, probabilities
-from megatron_sov.mcore.kv_cache import CacheSize, Piece
-from megatron_sov.mcore.policy import Policy
-from megatron_sov.mcore.reader import Read, Reader, over_shares, share_place
+from megatron_sov.mcore.decode.cached_decoder import Read, Reader, over_shares, share_place
+from megatron_sov.mcore.decode.forward_only import Policy
+from megatron_sov.mcore.model.kv_cache import CacheSize, Piece
 
 
 @dataclass

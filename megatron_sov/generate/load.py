@@ -15,10 +15,11 @@ from transformers import PreTrainedTokenizerFast
 from megatron_sov.config import RunConfig
 from megatron_sov.errors import UserError
 from megatron_sov.generate.target import Target, as_checkpoint, inference_config
-from megatron_sov.mcore import checkpoint, world
-from megatron_sov.mcore.model import build
-from megatron_sov.mcore.policy import Policy
-from megatron_sov.mcore.ranks import is_first
+from megatron_sov.mcore.checkpoint import load
+from megatron_sov.mcore.decode.forward_only import Policy
+from megatron_sov.mcore.model.language_model import build
+from megatron_sov.mcore.parallel import world
+from megatron_sov.runs.launch_environment import is_first
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,9 @@ def load_policy(path: Path, config: RunConfig) -> Policy:
     Raises:
         UserError: the checkpoint is damaged or belongs to another architecture than `config.model`.
     """
-    checkpoint.check(path)
+    load.check(path)
     model = build(config.model, config.parallel, config.train)
-    checkpoint.load_model(path, model)
+    load.load_model(path, model)
     return Policy(model, config.train.head_chunk_tokens)
 
 

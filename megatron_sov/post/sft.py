@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from megatron_sov.config import RunConfig
-from megatron_sov.data.shards import Source
+from megatron_sov.data.token_shards import Source
 from megatron_sov.errors import UserError
-from megatron_sov.mcore.logprobs import Head
-from megatron_sov.train.databatches import DataBatches
+from megatron_sov.mcore.model.logprobs import Head
+from megatron_sov.train.data_batches import DataBatches
 from megatron_sov.train.lm import MTP
 from megatron_sov.train.microbatch import MicroBatch, shifted_targets
 from megatron_sov.train.objective import GlobalBatch, LossSums, per_source, with_denominators

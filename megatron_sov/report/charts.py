@@ -9,8 +9,8 @@ import plotly.graph_objects as go
 
 from megatron_sov.obs.figures import number
 from megatron_sov.pages.charts import Chart, chart, colour, plain
-from megatron_sov.report.beside import curves, needle_curves
-from megatron_sov.report.model import ExpertLoad, Phase, Run
+from megatron_sov.report.evaluations import curves, needle_curves
+from megatron_sov.report.run_data import ExpertLoad, Phase, Run
 from megatron_sov.report.steps import Curve, downsample, moving_mean
 
 MAX_POINTS = 2000

@@ -7,7 +7,7 @@ import numpy as np
 from megatron_sov.obs.figures import number
 from megatron_sov.obs.incidents import KINDS, describe
 from megatron_sov.pages.content import Section, Table
-from megatron_sov.report.model import Run
+from megatron_sov.report.run_data import Run
 
 MAX_ROWS = 200
 

@@ -7,7 +7,7 @@ import time
 from megatron_sov import pages
 from megatron_sov.obs.figures import duration, figure, large
 from megatron_sov.pages.content import Chapter, Table
-from megatron_sov.report.model import Run
+from megatron_sov.report.run_data import Run
 from megatron_sov.report.sections import key_figures, last_value, sections
 
 

@@ -9,7 +9,7 @@ from megatron_sov.obs import routing
 from megatron_sov.pages.charts import Chart, chart, plain
 from megatron_sov.pages.content import Section, Table
 from megatron_sov.report.charts import expert_chart, scalar_charts
-from megatron_sov.report.model import ExpertLoad, RoutingHistory, Run
+from megatron_sov.report.run_data import ExpertLoad, RoutingHistory, Run
 
 MAX_COLUMNS = 400
 """Steps of one heat map at most."""

@@ -15,7 +15,7 @@ from megatron_sov.errors import UserError
 from megatron_sov.obs.attempts import Attempt
 from megatron_sov.obs.figures import duration, figure, large, number
 from megatron_sov.pages.content import Section, Table
-from megatron_sov.plan import schedule
+from megatron_sov.plan import timetable
 from megatron_sov.report.charts import (
     beside_charts,
     heldout_charts,
@@ -26,8 +26,8 @@ from megatron_sov.report.charts import (
 )
 from megatron_sov.report.gates import gate_section
 from megatron_sov.report.incidents import incident_section
-from megatron_sov.report.model import Phase, Provenance, Run
 from megatron_sov.report.routing import expert_section
+from megatron_sov.report.run_data import Phase, Provenance, Run
 from megatron_sov.report.steps import Curve
 from megatron_sov.report.times import time_section
 
@@ -115,7 +115,7 @@ def _plan_section(run: Run) -> Section:
         config = None
     if config is None or config.problems(run.start("num_ranks") or 1):
         return Section(title)
-    return Section(title, charts=schedule.charts(config), tables=[schedule.table(config)], side_by_side=True)
+    return Section(title, charts=timetable.charts(config), tables=[timetable.table(config)], side_by_side=True)
 
 
 def _beside_tables(run: Run) -> list[Table]:

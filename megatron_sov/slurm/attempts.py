@@ -16,13 +16,13 @@ from pathlib import Path
 
 from megatron_sov.artifacts import atomic_write, to_json
 from megatron_sov.errors import EXIT_CORRUPTION, EXIT_HANG, UserError
-from megatron_sov.mcore.run_checkpoints import CHECKPOINTS_OF_A_RUN
 from megatron_sov.obs.events import EVENTS, read_events
+from megatron_sov.runs.checkpoints import CHECKPOINTS_OF_A_RUN
+from megatron_sov.runs.folder import FAILURE
+from megatron_sov.runs.lock import forget, recorded_holder
 from megatron_sov.slurm.failures import EXIT_MISTAKE, first_failure, last_lines
 from megatron_sov.slurm.history import History, progress_of
 from megatron_sov.slurm.preflight import sick_nodes
-from megatron_sov.train.lock import forget, recorded_holder
-from megatron_sov.train.run_folder import FAILURE
 
 RUN, WAIT = "run", "wait"
 ASKED = {"": "its ranks were asked to stop", "limit": "its time limit came near", "way": "it had to make way for another job",

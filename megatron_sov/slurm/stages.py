@@ -11,12 +11,12 @@ from typing import Literal
 
 from megatron_sov import recipes
 from megatron_sov.artifacts import MANIFEST
+from megatron_sov.commands import convert
+from megatron_sov.commands import eval as eval_command
 from megatron_sov.config import RunConfig, apply_settings
 from megatron_sov.errors import UserError, nearest
-from megatron_sov.eval import command as eval_command
-from megatron_sov.eval import convert_command
-from megatron_sov.train.arguments import add_stage_arguments, data_paths
-from megatron_sov.train.run_folder import COMPLETION, JOBS
+from megatron_sov.runs.folder import COMPLETION, JOBS
+from megatron_sov.train.stage_config import add_stage_arguments, data_paths
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def _making(stage: str, arguments: list[str], output: Path, inputs: list[Path]) 
 
 def _convert(arguments: list[str]) -> Work:
     parser = _Parser(prog="submit convert")
-    convert_command.add_arguments(parser)
+    convert.add_arguments(parser)
     args = parser.parse_args(arguments)
     if args.action not in ("from-hf", "to-hf"):
         raise UserError(f"submit convert {args.action}: writes no folder; run it where you are (stages write: from-hf, to-hf)")

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 
 from megatron_sov.config import RunConfig
-from megatron_sov.mcore import probes, rng, schedule
-from megatron_sov.mcore.expert_load import ExpertLoad
-from megatron_sov.mcore.logprobs import head_of
-from megatron_sov.mcore.model import LanguageModel
-from megatron_sov.mcore.optim import Optimizer
-from megatron_sov.mcore.policy import split_depths
-from megatron_sov.mcore.waiting import ComputeClock
-from megatron_sov.train.faults import Faults
+from megatron_sov.mcore.decode.forward_only import split_depths
+from megatron_sov.mcore.model import pipeline, replica_checks
+from megatron_sov.mcore.model.expert_load import ExpertLoad
+from megatron_sov.mcore.model.language_model import LanguageModel
+from megatron_sov.mcore.model.logprobs import head_of
+from megatron_sov.mcore.optimizer.optimizer import Optimizer
+from megatron_sov.mcore.parallel import rng
+from megatron_sov.mcore.parallel.compute_timer import ComputeClock
+from megatron_sov.train.guards.fault_injection import Faults
 from megatron_sov.train.microbatch import MicroBatch
 from megatron_sov.train.objective import GlobalBatch, Objective, total_loss
 
@@ -46,16 +47,16 @@ class Computation:
         size = len(objective.coefficients) + 2 * self._num_sources
         local = torch.stack(parts).sum(0).cpu() if parts else torch.zeros(size, dtype=torch.float64)
         self.is_finite = bool(local.isfinite().all())
-        return schedule.from_last_stage(schedule.sum_over_data(local))
+        return pipeline.from_last_stage(pipeline.sum_over_data(local))
 
     def own_gradients(self, batch: GlobalBatch, objective: Objective, step: int, turn: int) -> None:
         """Leave only this process's gradients of the first micro-batches in the model; each turn draws the same dropout."""
         count = self._config.parallel.pp if self._config.parallel.vpp > 1 else 1
         rng.reseed(self._config.train.seed, step - 1)
-        with probes.unsynced(self._model, self._optimizer.wrapped):
+        with replica_checks.unsynced(self._model, self._optimizer.wrapped):
             self._passes(batch, batch.micro_batches[:count], objective, 1.0)
         if turn and self._faults.due("miscompute", "step", step):
-            probes.flip_bit(probes.gradients(self._model)[0])
+            replica_checks.flip_bit(replica_checks.gradients(self._model)[0])
         self._expert_load.forget()
         rng.reseed(self._config.train.seed, step - 1)
 
@@ -74,12 +75,12 @@ class Computation:
 
         self._optimizer.zero_grad()
         row_tokens = len(batch.micro_batches[0].inputs.tokens)
-        return schedule.run(self._optimizer.wrapped, micro_batches, loss, row_tokens, forward_only=False)
+        return pipeline.run(self._optimizer.wrapped, micro_batches, loss, row_tokens, forward_only=False)
 
     def _own_part_done(self) -> None:
         """Note that this process has its gradients, and now waits for those of others."""
         time.sleep(self._faults.delay_s(self._step))
         if self._faults.due("miscompute", "step", self._step):
-            probes.flip_bit(probes.gradients(self._model)[0])
+            replica_checks.flip_bit(replica_checks.gradients(self._model)[0])
         if self._clock is not None:
             self._clock.stop()

@@ -16,11 +16,11 @@ import torch
 
 from megatron_sov.data.order import Sample
 from megatron_sov.data.rows import Row, heldout_samples, join_rows, sample_row
-from megatron_sov.data.shards import Source
-from megatron_sov.mcore import schedule
-from megatron_sov.mcore.logprobs import Head
-from megatron_sov.mcore.policy import Policy
-from megatron_sov.mcore.world import World
+from megatron_sov.data.token_shards import Source
+from megatron_sov.mcore.decode.forward_only import Policy
+from megatron_sov.mcore.model import pipeline
+from megatron_sov.mcore.model.logprobs import Head
+from megatron_sov.mcore.parallel.world import World
 from megatron_sov.train.microbatch import MicroBatch, from_row, shifted_targets
 
 Around = Callable[[str, Callable[[], Any]], Any]
@@ -72,7 +72,7 @@ class HeldoutEvaluator:
             micro_batches = [from_row(r) for r in rows]
             sums = around(name, partial(policy.map, micro_batches, self._sums))
             local = torch.stack(sums).sum(0) if sums else torch.zeros(5, dtype=torch.float64)
-            nats, tokens, size_bytes, accepted, drafts = schedule.from_last_stage(schedule.sum_over_data(local.cpu())).tolist()
+            nats, tokens, size_bytes, accepted, drafts = pipeline.from_last_stage(pipeline.sum_over_data(local.cpu())).tolist()
             bits_per_byte = nats / math.log(2) / size_bytes if size_bytes else math.nan
             results[name] = HeldoutLoss(nats / max(tokens, 1), bits_per_byte, int(tokens), accepted / drafts if drafts else None)
         return results

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from megatron_sov.config import RunConfig
-from megatron_sov.mcore.logprobs import Head
-from megatron_sov.train.databatches import DataBatches
+from megatron_sov.mcore.model.logprobs import Head
+from megatron_sov.train.data_batches import DataBatches
 from megatron_sov.train.microbatch import MicroBatch, shifted_targets
 from megatron_sov.train.objective import GlobalBatch, LossSums, per_source, with_denominators
 

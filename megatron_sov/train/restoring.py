@@ -6,10 +6,11 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from megatron_sov.mcore import checkpoint, run_checkpoints
-from megatron_sov.mcore.world import World, on_main
+from megatron_sov.mcore.checkpoint import load
+from megatron_sov.mcore.parallel.world import World, on_main
 from megatron_sov.obs.events import EVENTS, EventLog
-from megatron_sov.train.run_folder import RunFolder
+from megatron_sov.runs import checkpoints
+from megatron_sov.runs.folder import RunFolder
 
 ANY_STEP = 2**62
 
@@ -20,8 +21,8 @@ def newest_sound(folder: RunFolder, place: World, not_after: int = ANY_STEP) -> 
     A damaged one is set aside, loudly, for the one before.
     """
     # one process looks: on a network file system the others may still see an older listing
-    while (newest := on_main(place, lambda: run_checkpoints.latest_not_after(folder.checkpoints, not_after))) is not None:
-        problem = checkpoint.damage(newest)
+    while (newest := on_main(place, lambda: checkpoints.latest_not_after(folder.checkpoints, not_after))) is not None:
+        problem = load.damage(newest)
         if problem is None:
             return Path(newest)
         on_main(place, partial(_set_aside, folder, newest, problem))
@@ -29,11 +30,11 @@ def newest_sound(folder: RunFolder, place: World, not_after: int = ANY_STEP) -> 
 
 
 def _set_aside(folder: RunFolder, damaged: Path, problem: str) -> None:
-    aside = run_checkpoints.set_aside(damaged)
+    aside = checkpoints.set_aside(damaged)
     text = f"{problem}; {damaged.name} is renamed to {aside.name}, and the run goes on from the checkpoint before it"
     print(f"warning: {text}", file=sys.stderr, flush=True)
     events = EventLog(folder.path / EVENTS)
-    events.write("warning", step=run_checkpoints.step_of(damaged), text=text)
+    events.write("warning", step=checkpoints.step_of(damaged), text=text)
     events.write("damaged_checkpoint", path=f"{folder.checkpoints.name}/{damaged.name}", reason=problem,
                  renamed_to=f"{folder.checkpoints.name}/{aside.name}")
     events.close()

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_sov.errors import UserError
-from megatron_sov.mcore import run_checkpoints
-from megatron_sov.mcore.world import on_main
+from megatron_sov.mcore.parallel.world import on_main
+from megatron_sov.runs import checkpoints
 from megatron_sov.train.restoring import newest_sound
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def roll_back(trainer: Trainer) -> None:
     guard.forget_refusals()
     trainer.batches.ledger.pass_over(back_to, now)
     guard.rollbacks = [*rollbacks, {"at": now, "to": back_to}]
-    on_main(trainer.world, lambda: run_checkpoints.drop_after(trainer.folder.checkpoints, back_to))
+    on_main(trainer.world, lambda: checkpoints.drop_after(trainer.folder.checkpoints, back_to))
     text = (f"steps {now - refused + 1} to {now} were refused in a row ({refusal.reason}): weights and optimizer are those of "
             f"step {back_to} again, and the samples of steps {back_to + 1} to {now} are passed over")
     trainer.events.write("rollback", step=now, back_to=back_to, refused=refused, text=text)
@@ -50,7 +50,7 @@ def roll_back(trainer: Trainer) -> None:
 def _target(trainer: Trainer, last_good: int) -> Path | None:
     """Return the newest sound checkpoint whose weights have not been returned to already, up to a step."""
     while (found := newest_sound(trainer.folder, trainer.world, last_good)) is not None:
-        step = run_checkpoints.step_of(found)
+        step = checkpoints.step_of(found)
         tried = [r for r in trainer.guard.rollbacks if step in (r["at"], r["to"])]
         if not tried:
             return found

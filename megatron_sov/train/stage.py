@@ -18,22 +18,23 @@ from megatron_sov import models
 from megatron_sov.artifacts import manifest_sha256
 from megatron_sov.config import RunConfig
 from megatron_sov.data.ledger import plan
-from megatron_sov.data.shards import Source, open_sources, tokenizer_folder
+from megatron_sov.data.token_shards import Source, open_sources, tokenizer_folder
 from megatron_sov.data.views import with_views
 from megatron_sov.data.vocabulary import refuse_other_tokens
 from megatron_sov.errors import GateFailed, StopRequested, UserError
-from megatron_sov.mcore import determinism, run_checkpoints, world
-from megatron_sov.mcore.ranks import is_first, num_ranks, under_launcher
-from megatron_sov.mcore.world import on_main
-from megatron_sov.obs.afterwards import RunEvents
+from megatron_sov.mcore.parallel import determinism, world
+from megatron_sov.mcore.parallel.world import on_main
 from megatron_sov.obs.events import EVENTS, EventLog
-from megatron_sov.train.beside import Beside
-from megatron_sov.train.faults import Fault, Faults, not_come
+from megatron_sov.runs import checkpoints
+from megatron_sov.runs.append import RunEvents
+from megatron_sov.runs.folder import RunFolder
+from megatron_sov.runs.launch_environment import is_first, num_ranks, under_launcher
+from megatron_sov.runs.lock import RunLock
 from megatron_sov.train.gate import Gate
-from megatron_sov.train.lock import RunLock
+from megatron_sov.train.guards.fault_injection import Fault, Faults, not_come
 from megatron_sov.train.loop import train
 from megatron_sov.train.restoring import newest_sound
-from megatron_sov.train.run_folder import RunFolder
+from megatron_sov.train.side_jobs.side_jobs import Beside
 from megatron_sov.train.stopping import StopFlag
 from megatron_sov.train.trainer import ObjectiveFactory, Trainer
 
@@ -96,10 +97,9 @@ def run_stage(stage: Stage, nproc: int | None, began_s: float | None = None) -> 
     if stage.start_from is not None:
         refuse_other_tokens(tokenizer_folder(sources), stage.start_from / "tokenizer")
     stage.folder.forget_failure()
-    restarts = world.Restarts(stage.config.train.max_restarts, lambda: run_checkpoints.latest(stage.folder.checkpoints),
+    restarts = world.Restarts(stage.config.train.max_restarts, lambda: checkpoints.latest(stage.folder.checkpoints),
                               partial(_note_restart, stage.folder, begin), partial(_note_giving_up, stage))
-    code = world.launch(lambda: _rank(stage, sources, begin.time_s), nproc, stage.config.train.num_threads,
-                        restarts)
+    code = world.launch(lambda: _rank(stage, sources, begin.time_s), nproc, stage.config.train.num_threads, restarts)
     if code != 0:
         raise SystemExit(code)  # the rank that failed has said why
     if stage.folder.completion() is not None:
@@ -134,32 +134,32 @@ class _Begin:
 def _note_restart(folder: RunFolder, begin: _Begin, code: int, cause: str) -> None:
     """Say that the processes are started again; they hold no records at that moment."""
     begin.time_s = time.time()
-    newest = run_checkpoints.latest(folder.checkpoints)
+    newest = checkpoints.latest(folder.checkpoints)
     text = f"{cause}; all processes are started again, from {newest.name if newest else 'the beginning'}"
     print(f"warning: {text}", file=sys.stderr, flush=True)
     events = EventLog(folder.path / EVENTS)
-    events.write("restart", step=run_checkpoints.step_of(newest) if newest else 0, exit_code=code, text=text)
+    events.write("restart", step=checkpoints.step_of(newest) if newest else 0, exit_code=code, text=text)
     events.close()
 
 
 def _note_giving_up(stage: Stage, code: int, cause: str) -> None:
     """Say that the processes are not started again."""
-    limit, newest = stage.config.train.max_restarts, run_checkpoints.latest(stage.folder.checkpoints)
+    limit, newest = stage.config.train.max_restarts, checkpoints.latest(stage.folder.checkpoints)
     text = (f"{cause}, and train.max_restarts = {limit} " + ("starts in a row have left no new checkpoint" if limit else
             "lets no process start again") + "; find the cause above, and go on with --resume")
     print(f"error: {text}", file=sys.stderr, flush=True)
     if (stage.folder.path / EVENTS).is_file():
         RunEvents(stage.folder.path).add(
-            "failure", step=run_checkpoints.step_of(newest) if newest else 0, exit_code=code, text=text)
+            "failure", step=checkpoints.step_of(newest) if newest else 0, exit_code=code, text=text)
 
 
 def _rank(stage: Stage, sources: list[Source], began_s: float) -> int:
     stop = StopFlag()
     if stage.config.train.deterministic:
         determinism.switch_on()
-    newest = run_checkpoints.latest(stage.folder.checkpoints)
+    newest = checkpoints.latest(stage.folder.checkpoints)
     faults = Faults(stage.faults, stage.folder.path, int(os.environ["RANK"]))
-    faults.strike("start", run_checkpoints.step_of(newest) if newest else 0)
+    faults.strike("start", checkpoints.step_of(newest) if newest else 0)
     place = world.join(stage.config.parallel)
     lock = RunLock(stage.folder.path) if place.is_main else None
     trainer: Trainer | None = None
@@ -200,13 +200,13 @@ def _lock(stage: Stage, lock: RunLock | None) -> None:
 def _restore(stage: Stage, trainer: Trainer) -> bool:
     """Load what the run starts from; returns whether it goes on from a checkpoint of its own."""
     folder = stage.folder.checkpoints
-    on_main(trainer.world, lambda: run_checkpoints.clear_leftovers(folder))
+    on_main(trainer.world, lambda: checkpoints.clear_leftovers(folder))
     newest = newest_sound(stage.folder, trainer.world)
     if newest is not None:
-        trainer.faults.strike("load", run_checkpoints.step_of(newest))
+        trainer.faults.strike("load", checkpoints.step_of(newest))
         trainer.resume(newest)
         return True
-    on_main(trainer.world, lambda: run_checkpoints.refuse_lost(folder))
+    on_main(trainer.world, lambda: checkpoints.refuse_lost(folder))
     if stage.start_from is not None:
         trainer.load_weights(stage.start_from)
     return False

@@ -17,35 +17,38 @@ from megatron_sov.artifacts import manifest_sha256
 from megatron_sov.config import RunConfig
 from megatron_sov.config.schedules import Schedule
 from megatron_sov.data.order import OrderState
-from megatron_sov.data.shards import Source, provenance, tokenizer_folder
 from megatron_sov.data.token_bytes import token_bytes
+from megatron_sov.data.token_shards import Source, provenance, tokenizer_folder
 from megatron_sov.errors import UserError
-from megatron_sov.mcore import checkpoint, init, probes, rng, run_checkpoints
-from megatron_sov.mcore.expert_load import ExpertLoad
-from megatron_sov.mcore.model import build
-from megatron_sov.mcore.optim import Optimizer
-from megatron_sov.mcore.policy import Policy
-from megatron_sov.mcore.saving import Companions, Saved, Saver
-from megatron_sov.mcore.world import World
+from megatron_sov.mcore.checkpoint import load
+from megatron_sov.mcore.checkpoint.save import Companions, Saved, Saver
+from megatron_sov.mcore.decode.forward_only import Policy
+from megatron_sov.mcore.model import init, replica_checks
+from megatron_sov.mcore.model.expert_load import ExpertLoad
+from megatron_sov.mcore.model.language_model import build
+from megatron_sov.mcore.optimizer.optimizer import Optimizer
+from megatron_sov.mcore.parallel import rng
+from megatron_sov.mcore.parallel.world import World
 from megatron_sov.models.count import num_params
 from megatron_sov.obs import routing
 from megatron_sov.obs.events import EVENTS, EventLog
-from megatron_sov.obs.progress import Progress
+from megatron_sov.obs.progress_bar import Progress
 from megatron_sov.obs.trackers import Trackers
-from megatron_sov.train.beside import Beside
+from megatron_sov.runs import checkpoints
+from megatron_sov.runs.folder import RunFolder
 from megatron_sov.train.computation import Computation
-from megatron_sov.train.corruption import CorruptionChecks
-from megatron_sov.train.databatches import DataBatches
+from megatron_sov.train.data_batches import DataBatches
 from megatron_sov.train.evaluate import HeldoutEvaluator, HeldoutLoss
-from megatron_sov.train.faults import Fault, Faults, corrupt
 from megatron_sov.train.gate import Gate
-from megatron_sov.train.guards import Refusal, StepGuard
+from megatron_sov.train.guards.fault_injection import Fault, Faults, corrupt
+from megatron_sov.train.guards.routing_monitor import RoutingWatch
+from megatron_sov.train.guards.sdc import CorruptionChecks
+from megatron_sov.train.guards.step_guard import Refusal, StepGuard
+from megatron_sov.train.guards.stragglers import Stragglers
+from megatron_sov.train.guards.watchdog import Watchdog
 from megatron_sov.train.objective import GlobalBatch, Objective
-from megatron_sov.train.routing import RoutingWatch
-from megatron_sov.train.run_folder import RunFolder
+from megatron_sov.train.side_jobs.side_jobs import Beside
 from megatron_sov.train.state import Progressed, StepResult
-from megatron_sov.train.stragglers import Stragglers
-from megatron_sov.train.watchdog import Watchdog
 
 ObjectiveFactory = Callable[[RunConfig, DataBatches], Objective]
 
@@ -119,8 +122,8 @@ class Trainer:
 
     def load_weights(self, path: Path) -> None:
         """Start from the weights of another run's checkpoint."""
-        checkpoint.check(path)
-        checkpoint.load_model(path, self.model)
+        load.check(path)
+        load.load_model(path, self.model)
         self.optimizer.adopt_model()
 
     def resume(self, path: Path) -> None:
@@ -129,7 +132,7 @@ class Trainer:
         Raises:
             UserError: a source is not what the run has read so far.
         """
-        state = checkpoint.read_state(path)
+        state = load.read_state(path)
         for name, read_so_far in state["data"].items():
             if self._data.get(name, read_so_far) != read_so_far:
                 raise UserError(f"source {name!r}: its data was packed anew since {path} was written, and the cursor "
@@ -144,15 +147,15 @@ class Trainer:
 
     def take_back(self, path: Path) -> int:
         """Return to the weights of a (sound) checkpoint and go on with the data where they are; returns the checkpoint's step."""
-        state = checkpoint.read_state(path)
+        state = load.read_state(path)
         self._load(path, state)
         self.done.tokens = state["tokens"]
         return int(state["step"])
 
     def _load(self, path: Path, state: dict[str, Any]) -> None:
-        checkpoint.load_model(path, self.model)
+        load.load_model(path, self.model)
         self.optimizer.adopt_model()
-        checkpoint.load_optimizer(path, self.optimizer, state["num_updates"])
+        load.load_optimizer(path, self.optimizer, state["num_updates"])
         if self.gate is not None and "gate" in state:
             self.gate.restore(state["gate"])
         if "guard" in state:
@@ -229,7 +232,7 @@ class Trainer:
         self.faults.tell(self.events)
         self.faults.strike("step", step)
         if self.faults.due("bitflip", "step", step):
-            probes.flip_bit(next(p for p in self.model.parameters() if p.dim() == 2))
+            replica_checks.flip_bit(next(p for p in self.model.parameters() if p.dim() == 2))
         if self.corruption.probe_is_due(step):
             compute = partial(self.computation.own_gradients, batch, self.objective, step)
             self.corruption.repeat(step, self.model, compute, self.events)
@@ -239,13 +242,13 @@ class Trainer:
         step = self.done.step
         if not self.config.guards.skip:
             self.saver.finish()
-            newest = run_checkpoints.latest(self.folder.checkpoints)
+            newest = checkpoints.latest(self.folder.checkpoints)
             start = f"--run --from {newest}, the last checkpoint" if newest else "--run, since there is no checkpoint yet"
             raise UserError(f"step {step}: the loss is {refusal.loss:g} and the gradient norm {refusal.grad_norm:g}; lower "
                             f"optim.lr = {self.config.optim.lr:g} and start a new {start}, or switch on guards.skip")
         self.expert_load.undo()
         self.batches.ledger.pass_over(step - 1, step)
-        ranks = probes.ranks_where(not self.computation.is_finite)
+        ranks = replica_checks.ranks_where(not self.computation.is_finite)
         self.events.write("skip", step=step, reason=refusal.reason, loss=refusal.loss, grad_norm=refusal.grad_norm, ranks=ranks)
         if self.world.is_main:
             where = f" (not finite on rank {', '.join(map(str, ranks))})" if ranks else ""
@@ -348,7 +351,7 @@ class Trainer:
         self.saver.begin(
             self.folder.checkpoint(self.done.step), self.model, self.optimizer,
             Companions(state, self.config.to_dict(), self.tokenizer),
-            then=lambda: run_checkpoints.prune(self.folder.checkpoints, settings.keep_checkpoints, settings.keep_every_steps))
+            then=lambda: checkpoints.prune(self.folder.checkpoints, settings.keep_checkpoints, settings.keep_every_steps))
         self.faults.strike("save", self.done.step)
         if not settings.async_save:
             self.saver.finish()

@@ -8,11 +8,11 @@ from megatron_sov.errors import UserError
 from megatron_sov.obs.attempts import UNFINISHED, Attempt
 from megatron_sov.obs.events import read_events
 from megatron_sov.obs.figures import number
+from megatron_sov.runs.folder import JOBS
 from megatron_sov.slurm import client
 from megatron_sov.slurm.history import ATTEMPTS
 from megatron_sov.slurm.submission import JOBS as SUBMISSIONS
 from megatron_sov.slurm.submission import last_words, submitted_jobs
-from megatron_sov.train.run_folder import JOBS
 
 SUBMITTED = f"{JOBS}/{SUBMISSIONS}"
 """Where a run folder has the submissions of its jobs; the first file of a run that Slurm is to start."""

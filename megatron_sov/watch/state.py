@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 
 from megatron_sov.errors import UserError
-from megatron_sov.mcore.run_checkpoints import CHECKPOINTS_OF_A_RUN, latest, step_of
 from megatron_sov.obs.attempts import COMPLETE, UNFINISHED, Attempt, Attempts
 from megatron_sov.obs.events import EVENTS, read_events
 from megatron_sov.obs.figures import number
 from megatron_sov.obs.incidents import is_incident
 from megatron_sov.obs.wall_time import Timekeeper, WallTime
-from megatron_sov.train.lock import living_holder
-from megatron_sov.train.run_folder import COMPLETION, CONFIG, STAGES, RunFolder
+from megatron_sov.runs.checkpoints import CHECKPOINTS_OF_A_RUN, latest, step_of
+from megatron_sov.runs.folder import COMPLETION, CONFIG, STAGES, RunFolder
+from megatron_sov.runs.lock import living_holder
 from megatron_sov.watch.jobs import SUBMITTED, explain, living_job, why_not_begun
 
 RECENT_STEPS = 50

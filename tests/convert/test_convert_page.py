@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from megatron_sov.cli import main
-from megatron_sov.mcore.cpu import open_door
+from megatron_sov.mcore.parallel.cpu_shims import open_door
 
 open_door()
 

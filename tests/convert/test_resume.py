@@ -15,7 +15,7 @@ import pytest
 
 from megatron_sov import convert
 from megatron_sov.artifacts import MANIFEST
-from megatron_sov.convert import resume, shards
+from megatron_sov.convert import resume, shard_writer
 from megatron_sov.convert.resume import partial_folder, resumable_artifact
 from megatron_sov.errors import UserError
 
@@ -26,13 +26,13 @@ KILLED = f"""
     from megatron_sov.convert import intake, shards
 
     def convert_and_die(action, source, out, kill_after):
-        def counted(*args, real=shards.write_file, count=[0], lock=threading.Lock()):
+        def counted(*args, real=shard_writer.write_file, count=[0], lock=threading.Lock()):
             with lock:
                 count[0] += 1
                 if count[0] > kill_after:
                     os.kill(os.getpid(), signal.SIGKILL)
             return real(*args)
-        shards.write_file, intake.MAX_FILE_BYTES = counted, {FILE_BYTES}
+        shard_writer.write_file, intake.MAX_FILE_BYTES = counted, {FILE_BYTES}
         getattr(convert, action)(source, out, workers=2, **({{}} if action == "from_hf" else {{"max_shard_bytes": {FILE_BYTES}}}))
 
     for job in json.loads(sys.argv[1]):
@@ -54,7 +54,7 @@ def content(folder: Path) -> dict[str, object]:
 
 @pytest.fixture
 def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_sov.convert.intake.MAX_FILE_BYTES", FILE_BYTES)
+    monkeypatch.setattr("megatron_sov.convert.hf_import.MAX_FILE_BYTES", FILE_BYTES)
 
 
 def test_a_killed_conversion_goes_on_to_the_same_bytes(solar_dir: Path, tmp_path: Path, small_files: None,
@@ -74,14 +74,14 @@ def test_a_killed_conversion_goes_on_to_the_same_bytes(solar_dir: Path, tmp_path
             finished[action].append({json.loads(line)["name"] for line in lines})
             killer.stdin.write("go on\n")
             killer.stdin.flush()
-    real = shards.write_file
+    real = shard_writer.write_file
     for action, source in sources.items():
         first, second = finished[action]
         assert first and first < second, "the second attempt went on from the first"
         out, written = tmp_path / action, []
         work = partial_folder(out) / resume.CONTENT
         (work / "half-written").write_text("stray")
-        monkeypatch.setattr(shards, "write_file",
+        monkeypatch.setattr(shard_writer, "write_file",
                             lambda path, *rest, written=written: (written.append(path), real(path, *rest))[1])
         arguments = {} if action == "from_hf" else {"max_shard_bytes": FILE_BYTES}
         getattr(convert, action)(source, out, **arguments)
@@ -99,7 +99,7 @@ def test_another_plan_a_changed_source_or_a_lost_file_begin_anew(tmp_path: Path)
             before = sorted(artifact.finished)
             for name in {"a", "b"} - artifact.finished.keys():
                 (artifact.path / name).write_bytes(b"1234")
-                artifact.finish(name, shards.FileRecord("hash", 4))
+                artifact.finish(name, shard_writer.FileRecord("hash", 4))
             raise KeyboardInterrupt
         return before
 

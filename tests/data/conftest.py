@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_sov.data.shards import Source
+from megatron_sov.data.token_shards import Source
 
 
 class Numbered:

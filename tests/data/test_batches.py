@@ -17,7 +17,7 @@ from megatron_sov.data import streams
 from megatron_sov.data.batches import BatchStream, RankBatch
 from megatron_sov.data.order import OrderState, SampleOrder
 from megatron_sov.data.rows import sample_row
-from megatron_sov.data.shards import Source
+from megatron_sov.data.token_shards import Source
 
 STEPS = 12
 MakeSource = Callable[..., Source]

@@ -10,7 +10,7 @@ import pytest
 from megatron_sov import recipes
 from megatron_sov.config import DataConfig, PhaseConfig, RunConfig, TrainConfig
 from megatron_sov.data.ledger import Entry, Ledger, plan
-from megatron_sov.data.shards import Source
+from megatron_sov.data.token_shards import Source
 from megatron_sov.errors import UserError
 
 MakeSource = Callable[..., Source]

@@ -16,7 +16,7 @@ from megatron_sov.config import DataConfig, PhaseConfig, RunConfig
 from megatron_sov.data.ledger import plan
 from megatron_sov.data.long_documents import LongDocuments
 from megatron_sov.data.order import SampleOrder
-from megatron_sov.data.shards import ChainedLengths, Source, open_sources
+from megatron_sov.data.token_shards import ChainedLengths, Source, open_sources
 from megatron_sov.data.views import with_views
 from megatron_sov.errors import UserError
 

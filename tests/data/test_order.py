@@ -19,7 +19,7 @@ from megatron_sov.config import DataConfig, PhaseConfig, RunConfig, TrainConfig
 from megatron_sov.data import streams
 from megatron_sov.data.ledger import Entry, Ledger
 from megatron_sov.data.order import OrderState, Sample, SampleOrder, next_source
-from megatron_sov.data.shards import Source, open_sources
+from megatron_sov.data.token_shards import Source, open_sources
 
 Steps = list[tuple[Entry, list[Sample]]]
 MakeSource = Callable[..., Source]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from data_prep.pack import PackSettings, Source, pack
-from megatron_sov.data.shards import open_sources
+from megatron_sov.data.token_shards import open_sources
 from megatron_sov.documents import Reading
 from megatron_sov.errors import UserError
 
@@ -59,7 +59,7 @@ def test_other_layouts_and_formats_are_refused(packed: tuple[Path, Path], tmp_pa
 LIMITED = """
 import resource, sys
 from pathlib import Path
-from megatron_sov.data.shards import ShardChain
+from megatron_sov.data.token_shards import ShardChain
 from megatron_sov.errors import UserError
 resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[2]), int(sys.argv[3])))
 try:

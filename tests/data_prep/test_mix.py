@@ -14,7 +14,7 @@ from data_prep.cli import main
 from data_prep.mix import Part, mix, parse_part
 from data_prep.pack import PackSettings, Source, pack
 from megatron_sov.artifacts import read_manifest
-from megatron_sov.data.shards import open_sources
+from megatron_sov.data.token_shards import open_sources
 from megatron_sov.documents import Reading
 from megatron_sov.errors import UserError
 

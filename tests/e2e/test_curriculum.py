@@ -14,7 +14,7 @@ from megatron_sov import recipes
 from megatron_sov.cli import main
 from megatron_sov.config import RunConfig, from_dict
 from megatron_sov.config.schedules import Schedule
-from megatron_sov.data.shards import open_sources
+from megatron_sov.data.token_shards import open_sources
 from megatron_sov.obs.events import read_events
 
 STEPS, SEQ_LEN, LONG_SEQ_LEN = 16, 32, 64

@@ -13,8 +13,8 @@ import pytest
 
 from megatron_sov.artifacts import MANIFEST, read_manifest
 from megatron_sov.cli import main
-from megatron_sov.mcore.run_checkpoints import damage
 from megatron_sov.obs.events import read_events
+from megatron_sov.runs.checkpoints import damage
 
 STEPS = 8
 SETTINGS = (f"train.steps={STEPS}", "train.checkpoint_every_steps=1", "train.keep_checkpoints=0", "train.eval_every_steps=0",

@@ -13,7 +13,7 @@ import pytest
 
 from megatron_sov.obs.events import read_events
 from megatron_sov.report.incidents import incident_section
-from megatron_sov.report.model import read_run
+from megatron_sov.report.run_data import read_run
 
 SMALL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.head_dim=8", "model.expert_ffn_dim=16",
          'data.phases=[{"name": "main", "seq_len": 32}]', "train.global_batch_size=8", "train.micro_batch_size=2",
@@ -35,10 +35,10 @@ def runs(data: str, folder: str) -> dict[str, int]:
     """Runs in a process that has imported everything: forks launchers of two ranks; returns exit codes."""
     from megatron_sov import recipes
     from megatron_sov.config import apply_settings
-    from megatron_sov.mcore.world import STORE_PORT
-    from megatron_sov.train.faults import parse
+    from megatron_sov.mcore.parallel.world import STORE_PORT
+    from megatron_sov.runs.folder import RunFolder
+    from megatron_sov.train.guards.fault_injection import parse
     from megatron_sov.train.lm import LanguageModelling
-    from megatron_sov.train.run_folder import RunFolder
     from megatron_sov.train.stage import Stage, run_stage
 
     def run(name: str, settings: tuple[str, ...], faults: tuple[str, ...] = ()) -> int:

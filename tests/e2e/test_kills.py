@@ -25,12 +25,12 @@ def run_and_kill(data: str, folder: str) -> dict[str, Any]:
     """Runs in a process that has imported everything: forks runs of two ranks, and kills all but the last."""
     from megatron_sov import recipes
     from megatron_sov.config import apply_settings
-    from megatron_sov.mcore.run_checkpoints import damage
-    from megatron_sov.mcore.snapshot import Snapshot
-    from megatron_sov.mcore.world import STORE_PORT
+    from megatron_sov.mcore.checkpoint.host_snapshot import Snapshot
+    from megatron_sov.mcore.parallel.world import STORE_PORT
     from megatron_sov.obs.events import read_events
+    from megatron_sov.runs.checkpoints import damage
+    from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.lm import LanguageModelling
-    from megatron_sov.train.run_folder import RunFolder
     from megatron_sov.train.stage import Stage, run_stage
 
     config = apply_settings(recipes.get("tiny-solar-open"), [f"data.paths={json.dumps({data: 1.0})}", *SETTINGS])

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sov.mcore.tensors import TensorReader
+from megatron_sov.mcore.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.obs.events import final_steps, read_events
 
 STEPS, MIDDLE = 30, 20

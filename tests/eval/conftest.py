@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sov.data.shards import open_sources
-from megatron_sov.eval.haystack import Haystack, open_haystacks
-from megatron_sov.eval.needle_text import NeedleForm
+from megatron_sov.data.token_shards import open_sources
+from megatron_sov.eval.needle.haystack import Haystack, open_haystacks
+from megatron_sov.eval.needle.text import NeedleForm
 
 
 @pytest.fixture(scope="session")

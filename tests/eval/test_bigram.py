@@ -8,11 +8,11 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from megatron_sov.mcore.cpu import open_door
+from megatron_sov.mcore.parallel.cpu_shims import open_door
 
 open_door()
 
-from megatron_sov.data.shards import Source  # noqa: E402
+from megatron_sov.data.token_shards import Source  # noqa: E402
 from megatron_sov.eval import bigram  # noqa: E402
 from megatron_sov.eval.bigram import KneserNeyBigram, token_blocks, train_bigram  # noqa: E402
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from megatron_sov.cli import main
-from megatron_sov.mcore.cpu import open_door
+from megatron_sov.mcore.parallel.cpu_shims import open_door
 
 open_door()
 

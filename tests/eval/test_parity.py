@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sov.cli import main
-from megatron_sov.mcore.cpu import open_door
+from megatron_sov.mcore.parallel.cpu_shims import open_door
 from megatron_sov.obs.events import EVENTS, EventLog, read_events
 
 open_door()

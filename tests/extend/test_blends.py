@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from megatron_sov.config import ExtendStageConfig, PartConfig
-from megatron_sov.data.shards import Source
+from megatron_sov.data.token_shards import Source
 from megatron_sov.errors import UserError
 from megatron_sov.extend.blends import stage_blend
 

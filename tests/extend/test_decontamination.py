@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_sov.data.shards import Source
+from megatron_sov.data.token_shards import Source
 from megatron_sov.errors import UserError
 from megatron_sov.extend.decontamination import WINDOW_TOKENS, refuse_contaminated, search, window_hashes
 

@@ -13,13 +13,13 @@ import pytest
 
 from megatron_sov.config import NeedleConfig, NeedleKind, PhaseConfig, RunConfig, apply_settings
 from megatron_sov.errors import UserError
-from megatron_sov.mcore.cpu import open_door
+from megatron_sov.mcore.parallel.cpu_shims import open_door
 from megatron_sov.recipes import get
 
 open_door()
 
-from megatron_sov.data.shards import Source  # noqa: E402
-from megatron_sov.eval.needle import make_suite  # noqa: E402
+from megatron_sov.data.token_shards import Source  # noqa: E402
+from megatron_sov.eval.needle.suite import make_suite  # noqa: E402
 from megatron_sov.extend.decontamination import search  # noqa: E402
 from megatron_sov.extend.needles import make_needles, with_needles_in_blends  # noqa: E402
 

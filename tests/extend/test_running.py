@@ -6,7 +6,7 @@ import pytest
 
 from megatron_sov import recipes
 from megatron_sov.config import apply_settings
-from megatron_sov.mcore.cpu import open_door
+from megatron_sov.mcore.parallel.cpu_shims import open_door
 
 open_door()
 from megatron_sov.extend.running import asks_too_little  # noqa: E402

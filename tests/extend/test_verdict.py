@@ -8,7 +8,7 @@ import pytest
 
 from megatron_sov.config import GateConfig, NeedleKind
 from megatron_sov.eval.intervals import wilson_interval
-from megatron_sov.eval.needle import Cell
+from megatron_sov.eval.needle.suite import Cell
 from megatron_sov.extend.verdict import judge
 
 GATE = GateConfig(every_steps=1, min_accuracy=0.9, loss_tolerance_nats=0.05)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sov.mcore.cpu import open_door
+from megatron_sov.mcore.parallel.cpu_shims import open_door
 
 WINDOW, NEW = 8, 12
 PROMPTS = [[5, 9, 2, 70], [30], list(range(20, 60)), [7] * 9, [80, 81, 82, 83, 84], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7]]
@@ -25,9 +25,10 @@ def continuations(layout: dict[str, Any], *, full: bool = False, family: str = "
     from megatron_sov.config import ParallelConfig, apply_settings
     from megatron_sov.generate.generator import generate
     from megatron_sov.generate.request import Batching, Sampling, Stop
-    from megatron_sov.mcore import init, world
-    from megatron_sov.mcore.model import build
-    from megatron_sov.mcore.policy import Inputs, Policy
+    from megatron_sov.mcore.decode.forward_only import Inputs, Policy
+    from megatron_sov.mcore.model import init
+    from megatron_sov.mcore.model.language_model import build
+    from megatron_sov.mcore.parallel import world
 
     parallel = ParallelConfig(**layout)
     config = apply_settings(recipes.get(f"tiny-{family}"), [*SETTINGS, *settings])
@@ -135,7 +136,7 @@ def test_greedy_text_is_that_of_transformers(folders: tuple[Path, Path], one_ran
     from megatron_sov.generate.load import load_policy
     from megatron_sov.generate.request import Batching, Sampling
     from megatron_sov.generate.target import inference_config
-    from megatron_sov.mcore import world
+    from megatron_sov.mcore.parallel import world
 
     hf, imported = folders
     model = load_hf(hf)

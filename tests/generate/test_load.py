@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sov.errors import UserError
-from megatron_sov.mcore.cpu import open_door
+from megatron_sov.mcore.parallel.cpu_shims import open_door
 
 open_door()
 

@@ -12,13 +12,14 @@ import torch.distributed as dist
 
 from megatron_sov import recipes
 from megatron_sov.config import RunConfig, apply_settings
-from megatron_sov.data.shards import open_sources
-from megatron_sov.mcore import checkpoint, world
-from megatron_sov.mcore.blocks import of
-from megatron_sov.mcore.tensors import TensorReader
+from megatron_sov.data.token_shards import open_sources
+from megatron_sov.mcore.checkpoint import load
+from megatron_sov.mcore.checkpoint.sharded_tensors import TensorReader
+from megatron_sov.mcore.model.local_shards import of
+from megatron_sov.mcore.parallel import world
 from megatron_sov.post.sft import SupervisedFineTuning
+from megatron_sov.runs.folder import RunFolder
 from megatron_sov.train.lm import LanguageModelling
-from megatron_sov.train.run_folder import RunFolder
 from megatron_sov.train.trainer import Trainer
 
 SMALL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_heads=4", "model.num_kv_heads=2", "model.head_dim=8",
@@ -60,7 +61,7 @@ def curve(recipe: str, settings: list[str], paths: list[str], out: str, objectiv
     trainer = _trainer(config)
     taken = [_step(trainer) for _ in range(steps)]
     state = {"step": steps, "tokens": 0}
-    checkpoint.save(Path(out), trainer.model, trainer.optimizer, state, config.to_dict(), trainer.tokenizer)
+    load.save(Path(out), trainer.model, trainer.optimizer, state, config.to_dict(), trainer.tokenizer)
     world.leave()
     return taken
 
@@ -85,7 +86,7 @@ def one_batch(recipe: str, settings: list[str], paths: list[str], objective: str
     trainer = _trainer(config)
     # before the step, which moves router biases
     state = {"step": 0, "tokens": 0}
-    checkpoint.save(Path(out) / "weights", trainer.model, None, state, config.to_dict(), trainer.tokenizer)
+    load.save(Path(out) / "weights", trainer.model, None, state, config.to_dict(), trainer.tokenizer)
     batch = trainer.objective.prepare(trainer.objective.collect(trainer.policy, 0))
     sums = trainer.computation.sums(batch, trainer.objective, 1).tolist()
     terms = sorted(trainer.objective.coefficients)
@@ -93,7 +94,7 @@ def one_batch(recipe: str, settings: list[str], paths: list[str], objective: str
     with torch.no_grad():
         for parameter in trainer.model.parameters():
             parameter.copy_(parameter.main_grad)
-    checkpoint.save(Path(out) / "gradients", trainer.model, None, state, config.to_dict(), trainer.tokenizer)
+    load.save(Path(out) / "gradients", trainer.model, None, state, config.to_dict(), trainer.tokenizer)
     world.leave()
     return {"losses": losses, "loss": sum(trainer.objective.coefficients[t] * v for t, v in losses.items()),
             "micro_batches": [{"bounds": m.inputs.cu_seqlens.tolist(), "padding": m.inputs.padding.tolist(),

@@ -16,9 +16,10 @@ from torch.utils._pytree import tree_leaves
 sys.path.insert(0, str(Path(__file__).parent))
 from layout_run import _trainer, small_config
 
-from megatron_sov.mcore import determinism, logprobs, world
-from megatron_sov.mcore.router import BalancedRouter
-from megatron_sov.train.run_folder import RunFolder
+from megatron_sov.mcore.model import logprobs
+from megatron_sov.mcore.model.router import BalancedRouter
+from megatron_sov.mcore.parallel import determinism, world
+from megatron_sov.runs.folder import RunFolder
 from megatron_sov.train.trainer import Trainer
 
 

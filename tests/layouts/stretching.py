@@ -16,15 +16,16 @@ from typing import Any
 import torch
 
 from megatron_sov.config import RunConfig
-from megatron_sov.data.shards import open_sources
-from megatron_sov.mcore import schedule, world
-from megatron_sov.mcore.logprobs import Head
-from megatron_sov.mcore.model import ModelInputs
-from megatron_sov.train.databatches import DataBatches
+from megatron_sov.data.token_shards import open_sources
+from megatron_sov.mcore.model import pipeline
+from megatron_sov.mcore.model.language_model import ModelInputs
+from megatron_sov.mcore.model.logprobs import Head
+from megatron_sov.mcore.parallel import world
+from megatron_sov.runs.folder import RunFolder
+from megatron_sov.train.data_batches import DataBatches
 from megatron_sov.train.lm import LanguageModelling
 from megatron_sov.train.microbatch import MicroBatch
 from megatron_sov.train.objective import GlobalBatch, LossSums, per_source, with_denominators
-from megatron_sov.train.run_folder import RunFolder
 from megatron_sov.train.trainer import Trainer
 
 LENGTHS = ((13, 5, 9, 21), (31, 1, 3, 13), (12, 12, 12, 12), (1, 2, 40, 5))
@@ -71,7 +72,7 @@ class _Synthetic:
         self._num_sources = batches.num_sources
 
     def collect(self, policy: Any, step: int) -> GlobalBatch:
-        rank, size = schedule.data_place()
+        rank, size = pipeline.data_place()
         rows = tuple(_row(step, i, self._vocab_size) for i in range(rank, len(LENGTHS), size))
         return GlobalBatch(rows, sum(LENGTHS[0]), len(LENGTHS), "synthetic")
 

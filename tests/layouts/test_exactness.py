@@ -89,16 +89,17 @@ def run(names: list[str], layout: dict[str, Any], folder: str, label: str) -> No
 
     from megatron_sov.artifacts import read_manifest
     from megatron_sov.config import ParallelConfig, apply_settings, from_dict
-    from megatron_sov.mcore import checkpoint, world
-    from megatron_sov.mcore.model import build
-    from megatron_sov.mcore.policy import Inputs, Policy
+    from megatron_sov.mcore.checkpoint import load
+    from megatron_sov.mcore.decode.forward_only import Inputs, Policy
+    from megatron_sov.mcore.model.language_model import build
+    from megatron_sov.mcore.parallel import world
 
     place = world.join(ParallelConfig(**layout))
     for name in names:
         source = Path(folder) / name / "ckpt"
         config = apply_settings(from_dict(read_manifest(source, "checkpoint").settings), ["train.precision=fp32"])
         model = build(config.model, ParallelConfig(**layout), config.train)
-        checkpoint.load_model(source, model)
+        load.load_model(source, model)
         row = Inputs(documents(config.model.vocab_size), torch.device("cpu"))
         logits = Policy(model, 100).logits(row, torch.arange(BEFORE, BEFORE + LENGTH))
         out = Path(folder) / name / label
@@ -106,7 +107,7 @@ def run(names: list[str], layout: dict[str, Any], folder: str, label: str) -> No
             out.mkdir()
             save_file({"logits": logits.contiguous()}, out / "logits.safetensors")
         torch.distributed.barrier()
-        checkpoint.save(out / "ckpt", model, None, {"step": 0, "tokens": 0}, config.to_dict(), None)
+        load.save(out / "ckpt", model, None, {"step": 0, "tokens": 0}, config.to_dict(), None)
     world.leave()
 
 

@@ -23,7 +23,7 @@ def config_of(recipe: str, **settings: Any) -> RunConfig:
 
 def stages_hold_the_whole_model(recipe: str, layout: dict[str, int], num_ranks: int) -> list[int]:
     """Return [parameters of all stages with all experts, parameters of the model]; runs in a process of its own."""
-    from megatron_sov.mcore.meta import stage_params
+    from megatron_sov.mcore.model.meta import stage_params
 
     config = config_of(recipe, **{f"parallel__{name}": value for name, value in layout.items()})
     stages = stage_params(config, num_ranks)
@@ -37,8 +37,9 @@ def saved_bytes_of_a_layer() -> list[int]:
     """Return [bytes that autograd keeps for one more layer, the account of it]."""
     import torch
 
-    from megatron_sov.mcore import init, world
-    from megatron_sov.mcore.model import ModelInputs, build
+    from megatron_sov.mcore.model import init
+    from megatron_sov.mcore.model.language_model import ModelInputs, build
+    from megatron_sov.mcore.parallel import world
 
     tokens, kept = 512, []
     config = config_of("tiny-solar-open", train__precision="fp32", train__recompute="false", train__micro_batch_size=1)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_sov.errors import UserError
-from megatron_sov.mcore.cpu import open_door
+from megatron_sov.mcore.parallel.cpu_shims import open_door
 
 open_door()
 from megatron_sov import recipes  # noqa: E402
@@ -41,8 +41,8 @@ def terms(num_texts: int, swap_texts: bool) -> dict[str, Any]:
     """Runs inside a rank: losses and gradient for one response and some copies of a text, through a head of 32 tokens."""
     import torch
 
-    from megatron_sov.mcore import world
-    from megatron_sov.mcore.logprobs import Head
+    from megatron_sov.mcore.model.logprobs import Head
+    from megatron_sov.mcore.parallel import world
     from megatron_sov.post.sft import SupervisedFineTuning
     from megatron_sov.train.microbatch import from_row
     from megatron_sov.train.objective import GlobalBatch, total_loss

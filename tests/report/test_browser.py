@@ -6,8 +6,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_sov.report.model import read_run
 from megatron_sov.report.page import render
+from megatron_sov.report.run_data import read_run
 
 OpenPage = Callable[[Path], tuple[str, list[str]]]
 

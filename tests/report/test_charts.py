@@ -13,8 +13,8 @@ import pytest
 from megatron_sov.obs.events import EventLog
 from megatron_sov.pages.charts import Chart
 from megatron_sov.report.charts import expert_chart, heldout_charts, loss_charts, needle_charts, plan_chart
-from megatron_sov.report.model import ExpertLoad, read_run
 from megatron_sov.report.page import render
+from megatron_sov.report.run_data import ExpertLoad, read_run
 
 
 def traces(chart: Chart) -> list[dict[str, Any]]:

@@ -11,8 +11,8 @@ import pytest
 from plotly.offline import get_plotlyjs
 
 from megatron_sov.obs.events import EventLog
-from megatron_sov.report.model import read_run
 from megatron_sov.report.page import render
+from megatron_sov.report.run_data import read_run
 from megatron_sov.report.sections import sections
 
 EVERYTHING = ["Training loss", "Held-out loss", "Learning rate and gradient norm", "Plan: learning rate, batch size, blends",

@@ -11,8 +11,8 @@ import pytest
 
 from megatron_sov.obs.events import EventLog
 from megatron_sov.pages.content import Section
-from megatron_sov.report.model import read_run
 from megatron_sov.report.routing import MAX_COLUMNS, expert_section
+from megatron_sov.report.run_data import read_run
 
 
 def written(tmp_path: Path, num_records: int, biases: bool = True) -> Section:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from megatron_sov.obs.events import EventLog
 from megatron_sov.pages.content import Section
-from megatron_sov.report.model import read_run
 from megatron_sov.report.page import render
+from megatron_sov.report.run_data import read_run
 from megatron_sov.report.sections import key_figures, sections
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from megatron_sov.obs.wall_time import CATEGORIES, WallTime
-from megatron_sov.report.model import read_run
+from megatron_sov.report.run_data import read_run
 from megatron_sov.report.times import MEANINGS, time_section
-from megatron_sov.train.lock import RunLock
+from megatron_sov.runs.lock import RunLock
 
 
 def test_the_bar_and_the_table_say_the_same() -> None:

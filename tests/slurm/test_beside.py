@@ -12,7 +12,7 @@ import pytest
 
 from megatron_sov import recipes
 from megatron_sov.config import apply_settings
-from megatron_sov.train.evaluations import Evaluations
+from megatron_sov.train.side_jobs.evaluations import Evaluations
 from megatron_sov.watch.logs import log_files
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from megatron_sov.errors import UserError
+from megatron_sov.runs.background import environment_outside_jobs
 from megatron_sov.slurm import client
-from megatron_sov.train.humble import environment_outside_jobs
 
 
 @pytest.mark.parametrize(("text", "said"), [

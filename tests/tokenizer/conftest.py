@@ -14,12 +14,12 @@ import pytest
 import regex
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from tokenizer.hf_files import finished
-from tokenizer.learning import learn_superwords, learn_words
+from tokenizer.bpe.pretoken_table import WordTable
+from tokenizer.bpe.pretokenizer import Splitter
+from tokenizer.bpe.superbpe import learn_superwords, learn_words
+from tokenizer.bpe.vocabulary import Vocabulary
+from tokenizer.formats.hf_files import finished
 from tokenizer.presets import NUM_BYTES, Preset
-from tokenizer.splitting import Splitter
-from tokenizer.vocabulary import Vocabulary
-from tokenizer.words import WordTable
 
 SPLIT = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+"
 GAP = "Ġ"  # a space in the byte-level alphabet

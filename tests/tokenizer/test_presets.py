@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_sov.errors import UserError
+from tokenizer.bpe.pretokenizer import untrained
 from tokenizer.presets import K_EXAONE, PRESETS, SOLAR_OPEN, Preset, load_preset
-from tokenizer.splitting import untrained
 
 
 def test_published_ids() -> None:

@@ -17,7 +17,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from megatron_sov.artifacts import read_manifest
-from tokenizer import pipeline
+from tokenizer.bpe import count_pipeline
 from tokenizer.cli import main
 
 PROSE = "The quick brown fox jumps over the lazy dog. 다람쥐 헌 쳇바퀴에 타고파. " * 40
@@ -105,8 +105,8 @@ def train_large(folder: Path, output: Path, *more: str) -> list[str]:
 @pytest.fixture
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     """Units and workers as for much more text."""
-    monkeypatch.setattr(pipeline, "UNIT_BYTES", 300_000)
-    monkeypatch.setattr(pipeline, "WORKER_BYTES", 300_000)
+    monkeypatch.setattr(count_pipeline, "UNIT_BYTES", 300_000)
+    monkeypatch.setattr(count_pipeline, "WORKER_BYTES", 300_000)
 
 
 @pytest.fixture(scope="module")

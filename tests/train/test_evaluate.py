@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sov.data.shards import open_sources
+from megatron_sov.data.token_shards import open_sources
 
 
 def evaluation(data: str, out: str | None, cp: int = 1, recipe: str = "tiny-solar-open") -> dict[str, Any]:
@@ -20,9 +20,10 @@ def evaluation(data: str, out: str | None, cp: int = 1, recipe: str = "tiny-sola
 
     from megatron_sov import recipes
     from megatron_sov.config import apply_settings
-    from megatron_sov.mcore import checkpoint, world
+    from megatron_sov.mcore.checkpoint import load
+    from megatron_sov.mcore.parallel import world
+    from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.lm import LanguageModelling
-    from megatron_sov.train.run_folder import RunFolder
     from megatron_sov.train.trainer import Trainer
 
     config = apply_settings(recipes.get(recipe), [
@@ -33,7 +34,7 @@ def evaluation(data: str, out: str | None, cp: int = 1, recipe: str = "tiny-sola
     trainer = Trainer(config, place, RunFolder(Path("not-written")), open_sources({data: 1.0}, 368), LanguageModelling)
     results = {name: asdict(r) for name, r in trainer.evaluate().items()}
     if out is not None:
-        checkpoint.save(Path(out), trainer.model, None, {"step": 0, "tokens": 0}, config.to_dict(), trainer.tokenizer)
+        load.save(Path(out), trainer.model, None, {"step": 0, "tokens": 0}, config.to_dict(), trainer.tokenizer)
     world.leave()
     return results
 

@@ -10,7 +10,7 @@ import torch
 
 from megatron_sov import recipes
 from megatron_sov.data.rows import Row
-from megatron_sov.mcore.cpu import open_door
+from megatron_sov.mcore.parallel.cpu_shims import open_door
 
 open_door()
 from megatron_sov.train.lm import LanguageModelling  # noqa: E402

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.mcore.cpu import open_door
+from megatron_sov.mcore.parallel.cpu_shims import open_door
 
 open_door()
 from megatron_sov.train.loop import train  # noqa: E402

@@ -11,11 +11,11 @@ import pytest
 from megatron_sov.config import GuardConfig
 from megatron_sov.data.ledger import Entry, Ledger
 from megatron_sov.errors import UserError
-from megatron_sov.mcore.cpu import open_door
+from megatron_sov.mcore.parallel.cpu_shims import open_door
 
 open_door()
 from megatron_sov.train import rollback  # noqa: E402
-from megatron_sov.train.guards import Refusal, StepGuard  # noqa: E402
+from megatron_sov.train.guards.step_guard import Refusal, StepGuard  # noqa: E402
 
 
 class Run:

@@ -12,8 +12,8 @@ import pytest
 def agreement(number: int) -> list[Any]:
     """Runs inside ranks: only rank 1 gets the signal."""
     from megatron_sov.config import ParallelConfig
-    from megatron_sov.mcore import world
-    from megatron_sov.mcore.saving import Saver
+    from megatron_sov.mcore.checkpoint.save import Saver
+    from megatron_sov.mcore.parallel import world
     from megatron_sov.train.stopping import StopFlag
 
     stop = StopFlag()

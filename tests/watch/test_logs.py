@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_sov import cli, recipes
+from megatron_sov.commands import logs
 from megatron_sov.obs.events import EventLog
-from megatron_sov.watch import logs_command
 from megatron_sov.watch.logs import LONGEST_LINE_BYTES, LogFile, Tail, log_files
 
 
@@ -87,10 +87,10 @@ def test_following_sees_new_lines_files_and_events_and_ends_with_the_run(
         log.write("stop", step=9, reason="SIGUSR1")
         log.close()
 
-    monkeypatch.setattr(logs_command, "time", SimpleNamespace(sleep=sleep, monotonic=lambda: sum(slept_s)))
+    monkeypatch.setattr(logs, "time", SimpleNamespace(sleep=sleep, monotonic=lambda: sum(slept_s)))
     lines = printed(capsys, str(run), "--follow", "--tail", "1")
     quiet_s = sum(slept_s[2:])
-    assert logs_command.ENDED_AFTER_S < quiet_s <= logs_command.ENDED_AFTER_S + logs_command.LOOK_EVERY_S
+    assert logs.ENDED_AFTER_S < quiet_s <= logs.ENDED_AFTER_S + logs.LOOK_EVERY_S
     assert "[job 17 rank 0] connection lost" in lines and "[job 17 rank 0] step 2/9" not in lines
     new = [line for line in lines if "17 start" in line]
     assert new == ["[job 17 start 2 rank 0] step 9/9, loss 3.1", "[job 17 start 2 rank 0] an unfinished line ends",

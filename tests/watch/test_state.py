@@ -13,12 +13,12 @@ import psutil
 import pytest
 
 from megatron_sov import cli, recipes
+from megatron_sov.commands.status import bar, in_full
 from megatron_sov.config import apply_settings
 from megatron_sov.errors import UserError
 from megatron_sov.obs.attempts import UNFINISHED
 from megatron_sov.obs.wall_time import CATEGORIES, WallTime
 from megatron_sov.watch.state import RunState, find_runs, read_state
-from megatron_sov.watch.status_command import bar, in_full
 
 NOW_S = 10_000.0
 STARTED = {"recipe": "tiny-solar-open", "num_ranks": 2, "num_steps": 40}

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from megatron_sov.artifacts import atomic_write, to_json
 from megatron_sov.errors import UserError
 from megatron_sov.pages.content import Table
-from tokenizer.opening import open_tokenizer
+from tokenizer.formats.loaders import open_tokenizer
 from tokenizer.report.command import TOKENIZER_HELP, add_text_arguments, prepare_output
 from tokenizer.report.texts import NamedText, read_texts
 

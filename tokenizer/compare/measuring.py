@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from tokenizer.opening import Opened
+from tokenizer.formats.loaders import Opened
 from tokenizer.report.measures import Measured
 from tokenizer.report.texts import NamedText
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_sov.artifacts import atomic_write, disk_errors, sha256_file, to_json
 from megatron_sov.errors import UserError, nearest
-from tokenizer.opening import open_tokenizer
+from tokenizer.formats.loaders import open_tokenizer
 from tokenizer.report.texts import DEFAULT_MB, read_texts
 
 HELP = "check a tokenizer and write what was found as a page"

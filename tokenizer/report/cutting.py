@@ -8,7 +8,7 @@ import re
 import unicodedata
 
 from megatron_sov.pages.content import Table
-from tokenizer.opening import Opened
+from tokenizer.formats.loaders import Opened
 from tokenizer.report.charts import lines
 from tokenizer.report.check import Check, Verdict, cut, shown
 

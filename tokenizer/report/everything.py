@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 import numpy as np
 from tqdm import tqdm
 
-from tokenizer.opening import Opened
+from tokenizer.formats.loaders import Opened
 from tokenizer.report.check import Check
 from tokenizer.report.cutting import check_digits, check_whitespace
 from tokenizer.report.inventory import check_inventory, check_superwords

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from megatron_sov.pages.content import Table
-from tokenizer.opening import Opened
+from tokenizer.formats.loaders import Opened
 from tokenizer.report.charts import bars
 from tokenizer.report.check import Check, is_text, shown
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_sov.pages.content import Table
-from tokenizer.opening import Opened
+from tokenizer.formats.loaders import Opened
 from tokenizer.report.charts import bars
 from tokenizer.report.check import Check, is_text
 from tokenizer.report.texts import NamedText

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from megatron_sov.pages.content import Table
-from tokenizer.opening import Opened
+from tokenizer.formats.loaders import Opened
 from tokenizer.report.check import Check, cut, shown
 from tokenizer.report.cutting import pieces
 

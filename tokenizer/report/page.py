@@ -6,7 +6,7 @@ from markupsafe import Markup
 
 from megatron_sov import pages
 from megatron_sov.pages.content import Chapter, Section, Table
-from tokenizer.opening import Opened
+from tokenizer.formats.loaders import Opened
 from tokenizer.report.check import Check
 
 VERDICTS = {"good": Markup('<span class="good">good</span>'), "note": "note", "bad": Markup('<span class="bad">BAD</span>')}

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_sov.pages.content import Table
-from tokenizer.opening import Opened
+from tokenizer.formats.loaders import Opened
 from tokenizer.report.charts import lines
 from tokenizer.report.check import Check, Verdict, cut, is_text, shown
 from tokenizer.report.measures import Measured

@@ -6,7 +6,7 @@ import unicodedata
 from collections import Counter
 
 from megatron_sov.pages.content import Table
-from tokenizer.opening import Opened
+from tokenizer.formats.loaders import Opened
 from tokenizer.report.check import Check, Verdict, cut
 from tokenizer.report.cutting import pieces
 

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Sequence
 
 from megatron_sov.pages.content import Table
-from tokenizer.opening import Opened, open_tokenizer
+from tokenizer.formats.loaders import Opened, open_tokenizer
 from tokenizer.report.check import Check, Verdict, shown
 from tokenizer.report.texts import NamedText
 

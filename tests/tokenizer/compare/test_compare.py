@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from tokenizer.cli import main
 from tokenizer.compare.cuts import different_lines, different_words
 from tokenizer.compare.measuring import ModelSize, names_of, overlap, speeds
-from tokenizer.opening import open_tokenizer
+from tokenizer.formats.loaders import open_tokenizer
 from tokenizer.report.texts import read_texts
 
 Build = Callable[..., Path]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import tiktoken
 
-from tokenizer.opening import Opened, Tiktoken, open_tokenizer
+from tokenizer.formats.loaders import Opened, Tiktoken, open_tokenizer
 from tokenizer.report.check import Check
 from tokenizer.report.cutting import check_digits, check_whitespace
 from tokenizer.report.everything import CHECKS, check_all

@@ -11,7 +11,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from megatron_sov.errors import UserError
-from tokenizer.opening import open_tokenizer
+from tokenizer.formats.loaders import open_tokenizer
 from tokenizer.report.measures import check_texts, measure
 from tokenizer.report.texts import parse_text, read_text, read_texts
 

@@ -1,0 +1,157 @@
+"""`megatron-sov convert from-hf | to-hf | verify | inspect`.
+
+The command stands here and not in `convert`, since `verify` runs both models, which rooms above that one do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+from megatron_sov.artifacts import to_json
+from megatron_sov.commands.eval import EXIT_GATE_FAILED, EXIT_OK, PARITY_LENGTHS, with_ranks
+from megatron_sov.convert import DEFAULT_WORKERS, MAX_SHARD_BYTES
+from megatron_sov.errors import UserError
+from megatron_sov.models.count import num_params
+from megatron_sov.runs.append import RunEvents
+from megatron_sov.runs.launch_environment import is_first
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the four actions."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    def action(name: str, text: str) -> argparse.ArgumentParser:
+        return actions.add_parser(name, help=text, description=text)
+
+    def conversion(sub: argparse.ArgumentParser, keeps: str) -> None:
+        sub.add_argument("--dtype", default="keep", metavar="D",
+                         help=f"float32, bfloat16, float16, float64, or keep (default): {keeps}")
+        sub.add_argument("--overwrite", action="store_true", help="replace an artifact of the same kind that is already at OUT")
+        _add_workers(sub)
+
+    from_hf = action("from-hf", "write a Hugging Face folder as a checkpoint that any layout can load")
+    from_hf.add_argument("hf_dir", metavar="HF_DIR", type=Path, help="folder with config.json and safetensors files")
+    from_hf.add_argument("out", metavar="OUT", type=Path, help="checkpoint folder to write")
+    conversion(from_hf, "the folder's own")
+
+    to_hf = action("to-hf", "write a checkpoint as a Hugging Face folder")
+    to_hf.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="checkpoint, or run (its newest one)")
+    to_hf.add_argument("out", metavar="OUT", type=Path, help="Hugging Face folder to write")
+    to_hf.add_argument("--max-shard-bytes", type=int, default=MAX_SHARD_BYTES, metavar="N",
+                       help="largest safetensors file (default: %(default)s)")
+    conversion(to_hf, "the checkpoint's own, float32 for float64")
+
+    verify = action("verify", "compare two models, checkpoint or Hugging Face folder each; exit code 3 where they differ")
+    verify.add_argument("a", metavar="A", type=Path)
+    verify.add_argument("b", metavar="B", type=Path)
+    verify.add_argument("--no-load", action="store_true", help="compare files alone: load and run no model (saves memory)")
+    verify.add_argument("--lengths", type=int, nargs="+", default=PARITY_LENGTHS, metavar="N",
+                        help="tokens of the random prompts that both sides are run on (default: %(default)s)")
+    verify.add_argument("--json", action="store_true", help="print the checks as JSON")
+    verify.add_argument("--card", type=Path, metavar="FILE", help="also write a verification card, e.g. OUT.verification.json")
+    verify.add_argument("--run", type=Path, metavar="DIR", help="also add the checks to this run's events, for its report")
+    with_ranks(verify)
+    _add_workers(verify)
+
+    inspect = action("inspect", "show a checkpoint's or Hugging Face folder's architecture, parameters and dtypes")
+    inspect.add_argument("a", metavar="A", type=Path)
+    inspect.add_argument("--json", action="store_true", help="print as JSON")
+
+
+def _add_workers(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--workers", type=int, default=DEFAULT_WORKERS, metavar="N",
+                     help="files at a time, each with a tensor in memory (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the chosen action; returns the exit code."""
+    if getattr(args, "workers", 1) < 1:
+        raise UserError(f"--workers {args.workers}: must be at least 1")
+    return {"from-hf": _from_hf, "to-hf": _to_hf, "verify": _verify, "inspect": _inspect}[args.action](args)
+
+
+def _from_hf(args: argparse.Namespace) -> int:
+    from megatron_sov import convert
+
+    convert.from_hf(args.hf_dir, args.out, args.dtype, workers=args.workers, overwrite=args.overwrite)
+    print(f"wrote checkpoint {args.out}")
+    return EXIT_OK
+
+
+def _to_hf(args: argparse.Namespace) -> int:
+    from megatron_sov import convert
+
+    convert.to_hf(args.checkpoint, args.out, args.dtype, max_shard_bytes=args.max_shard_bytes, workers=args.workers,
+                  overwrite=args.overwrite)
+    print(f"wrote Hugging Face folder {args.out}")
+    return EXIT_OK
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from megatron_sov import convert
+    from megatron_sov.mcore.parallel.cpu_shims import open_door
+
+    open_door()  # before anything imports megatron
+    from megatron_sov.eval.conversion import LogitsProof, card, prove_logits, write_card
+
+    if min(args.lengths) < 1:
+        raise UserError(f"--lengths {min(args.lengths)}: must be at least 1")
+    events = RunEvents(args.run)
+    # first, since ranks are forked from this process and threads that later work starts would be missing in them
+    logits = LogitsProof([], {"not compared": "--no-load"}) if args.no_load else prove_logits(
+        args.a, args.b, args.lengths, args.settings, args.nproc)
+    if not is_first():
+        return EXIT_OK
+    weights = convert.verify(args.a, args.b, load=not args.no_load, workers=args.workers)
+    checks = [*weights.checks, *logits.checks]
+    passed = all(check.passed for check in checks)
+    if args.card:
+        write_card(args.card, card(args.a, args.b, weights, logits))
+    events.add("conversion", target=f"{args.a} and {args.b}", checks=[dataclasses.asdict(check) for check in checks])
+    if args.json:
+        print(to_json({"passed": passed, "checks": checks}), end="")
+    else:
+        for check in checks:
+            mark = "ok  " if check.passed else "FAIL"
+            print(f"{mark}  {check.name}: {check.value:g} (limit {check.limit:g}){'; ' + check.detail if check.detail else ''}")
+        if "not compared" in logits.method:
+            print(f"      logits were not compared: {logits.method['not compared']}")
+        print("verified: the same model" if passed else "NOT verified: see the lines marked FAIL")
+    return EXIT_OK if passed else EXIT_GATE_FAILED
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    facts = _facts(args.a)
+    if args.json:
+        print(to_json(facts), end="")
+    else:
+        for section in ("weights", "parameters", "model"):
+            print(section)
+            for name, value in facts[section].items():
+                print(f"  {name:<24} {value:,}" if type(value) is int else f"  {name:<24} {value}")
+    return EXIT_OK
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    """Return what `inspect` shows, from headers alone."""
+    from megatron_sov import convert
+
+    weights = convert.open_weights(path)
+    dtypes: dict[str, int] = {}
+    size_bytes = 0
+    for link in weights.links:
+        for name, shape in link.hf_shapes().items():
+            dtype = weights.dtype(name)
+            label = str(dtype).removeprefix("torch.")
+            dtypes[label] = dtypes.get(label, 0) + 1
+            size_bytes += math.prod(shape) * dtype.itemsize
+    return {
+        "weights": {"path": str(path), "num_tensors": len(weights.names()), "size_bytes": size_bytes,
+                    "dtypes": ", ".join(f"{label} x {n:,}" for label, n in sorted(dtypes.items()))},
+        "parameters": dataclasses.asdict(num_params(weights.model)),
+        "model": dataclasses.asdict(weights.model),
+    }

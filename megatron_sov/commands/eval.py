@@ -1,0 +1,194 @@
+"""`megatron-sov eval ppl | needle | logits | bigram`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_sov.artifacts import check_output, to_json, write_output
+from megatron_sov.commands.eval_needle import add_needle_arguments, suite_of
+from megatron_sov.errors import UserError
+from megatron_sov.runs.append import RunEvents
+from megatron_sov.train.stage_config import data_paths
+
+if TYPE_CHECKING:
+    from megatron_sov.generate.target import Target
+
+EXIT_OK, EXIT_GATE_FAILED = 0, 3
+DEFAULT_SEQ_LEN, DEFAULT_HELDOUT_TOKENS, DEFAULT_TRAIN_TOKENS = 4096, 65536, 100_000_000
+PARITY_LENGTHS = [1, 7, 64, 200]
+
+
+def with_ranks(sub: argparse.ArgumentParser) -> None:
+    """Declare how the side that is a checkpoint runs."""
+    sub.add_argument("--nproc", type=int, default=None, metavar="N", help="local processes (checkpoints)")
+    sub.add_argument("--set", dest="settings", action="append", default=[], metavar="key=value",
+                     help="layout and precision, e.g. --set parallel.ep=2 --set train.precision=bf16 (checkpoints)")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the four judges."""
+    judges = parser.add_subparsers(dest="judge", required=True, metavar="JUDGE")
+
+    def judge(name: str, text: str) -> argparse.ArgumentParser:
+        sub = judges.add_parser(name, help=text, description=text)
+        sub.add_argument("--json", action="store_true", help="print the figures as JSON")
+        sub.add_argument("--run", type=Path, metavar="DIR", help="also add the figures to this run's events, for its report")
+        return sub
+
+    def with_data(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--data", action="append", required=True, metavar="DIR", help="token shards with held-out documents")
+
+    def with_cut(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--seq-len", type=int, metavar="N", help="tokens of a row (default: the longest that was trained on)")
+        sub.add_argument("--max-tokens", type=int, metavar="N", help="held-out tokens of a source (default: the run's setting)")
+
+    target = {"metavar": "TARGET", "type": Path, "help": "checkpoint, run (its newest one) or Hugging Face folder"}
+    ppl = judge("ppl", "loss and bits per byte on held-out documents, per source")
+    ppl.add_argument("target", **target)  # type: ignore[arg-type]
+    needle = judge("needle", "find what a context says again, at any depth of any length, among other needles")
+    needle.add_argument("target", **target)  # type: ignore[arg-type]
+    add_needle_arguments(needle)
+    logits = judge("logits", "compare a checkpoint's logits with those of its Hugging Face folder in transformers; exit code 3")
+    logits.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="checkpoint or run (its newest one)")
+    logits.add_argument("hf_dir", metavar="HF_DIR", type=Path, help="Hugging Face folder of the same model")
+    logits.add_argument("--lengths", type=int, nargs="+", default=PARITY_LENGTHS, metavar="N",
+                        help="tokens of the random documents that are compared (default 1 7 64 200)")
+    bigram = judge("bigram", "the Kneser-Ney bigram baseline on the same held-out documents")
+    bigram.add_argument("--max-train-tokens", type=int, default=DEFAULT_TRAIN_TOKENS, metavar="N",
+                        help="training tokens of each source that are counted at most (default %(default)s)")
+    for sub in (ppl, bigram):
+        with_data(sub)
+    for sub in (ppl, needle):
+        sub.add_argument("--out", type=Path, metavar="FILE", help="also write the figures into a JSON file, which appears whole")
+    for sub in (ppl, needle, logits):
+        with_ranks(sub)
+    for sub in (ppl, bigram):
+        with_cut(sub)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the chosen judge; returns the exit code."""
+    events = RunEvents(args.run)
+    if getattr(args, "out", None) is not None:
+        check_output("--out", args.out)
+    from megatron_sov.mcore.parallel.cpu_shims import open_door
+
+    open_door()
+    return {"ppl": _ppl, "needle": _needle, "logits": _logits, "bigram": _bigram}[args.judge](args, events)
+
+
+def _ppl(args: argparse.Namespace, events: RunEvents) -> int:
+    from megatron_sov.eval.heldout import open_heldout
+    from megatron_sov.eval.perplexity import evaluate_hf, evaluate_policy
+    from megatron_sov.generate.target import find_target
+
+    target = find_target(args.target)
+    config = target.config
+    seq_len = args.seq_len or target.trained_tokens
+    max_tokens = args.max_tokens or (config.data.heldout_tokens if config else DEFAULT_HELDOUT_TOKENS)
+    data = open_heldout(data_paths(args.data), seq_len, max_tokens, model_vocab_size=target.vocab_size,
+                        model_tokenizer=target.tokenizer_folder)
+
+    def policy_losses(loaded: Any) -> dict[str, Any]:
+        return {name: asdict(r) for name, r in evaluate_policy(loaded, data).items()}
+
+    def hf_losses(model: Any) -> dict[str, Any]:
+        return {name: asdict(r) for name, r in evaluate_hf(model, data).items()}
+
+    found = _judge(args, target, policy_losses, hf_losses)
+    if found is not None:
+        _write(args.out, found)
+        events.add("eval", step=_step(target, events), heldout=found)
+        _show(args.json, found, _loss_table(found))
+    return EXIT_OK
+
+
+def _judge(args: argparse.Namespace, target: Target, on_policy: Callable[[Any], Any], on_hf: Callable[[Any], Any]) -> Any:
+    """Return what the judge found, a checkpoint on ranks, a Hugging Face folder in transformers; None: not ours to print."""
+    if not target.is_hf:
+        from megatron_sov.generate.load import run_policy
+
+        return run_policy(target, args.settings, args.nproc, on_policy)
+    if args.settings or args.nproc is not None:
+        raise UserError(f"--set {args.settings} and --nproc {args.nproc} are for checkpoints, {target.path} is a Hugging Face "
+                        "folder; leave them out, or convert it first with `megatron-sov convert from-hf`")
+    from megatron_sov.generate.hf import load_hf
+
+    return on_hf(load_hf(target.path))
+
+
+def _needle(args: argparse.Namespace, events: RunEvents) -> int:
+    from megatron_sov.eval.needle.engines import hf_engine, policy_engine
+    from megatron_sov.eval.needle.suite import result_of, run_suite, table
+    from megatron_sov.generate.target import find_target
+
+    target = find_target(args.target)
+    suite = suite_of(args, target)
+    found = _judge(args, target, lambda loaded: run_suite(suite, policy_engine(loaded.policy)).to_dict(),
+                   lambda model: run_suite(suite, hf_engine(model)).to_dict())
+    if found is not None:
+        _write(args.out, found)
+        events.add("needle", when="eval", step=_step(target, events), **found)
+        _show(args.json, found, table(result_of(found)))
+    return EXIT_OK
+
+
+def _logits(args: argparse.Namespace, events: RunEvents) -> int:
+    from megatron_sov.convert import is_hf_folder
+    from megatron_sov.eval.parity import compare_logits, random_prompts
+    from megatron_sov.generate.target import Target
+    from megatron_sov.runs.checkpoints import find_checkpoint
+
+    if not is_hf_folder(args.hf_dir):
+        raise UserError(f"{args.hf_dir}: is not a Hugging Face folder; pass what `megatron-sov convert to-hf` wrote")
+    if min(args.lengths) < 1:
+        raise UserError(f"--lengths {min(args.lengths)}: must be at least 1")
+    checkpoint = find_checkpoint(args.checkpoint)
+    prompts = random_prompts(args.lengths, Target(checkpoint, False).vocab_size)
+    checks = compare_logits(checkpoint, args.hf_dir, prompts, settings=args.settings, nproc=args.nproc)
+    if not checks:
+        return EXIT_OK
+    events.add("conversion", target="the logits", checks=[asdict(c) for c in checks])
+    lines = [f"{'ok  ' if c.passed else 'FAIL'}  {c.name}: {c.value:g} (limit {c.limit:g}) {c.detail}".rstrip() for c in checks]
+    _show(args.json, [asdict(c) for c in checks], "\n".join(lines))
+    return EXIT_OK if all(c.passed for c in checks) else EXIT_GATE_FAILED
+
+
+def _bigram(args: argparse.Namespace, events: RunEvents) -> int:
+    from megatron_sov.eval.bigram import evaluate_bigram
+    from megatron_sov.eval.heldout import open_heldout
+    from megatron_sov.runs.folder import RunFolder
+
+    config = RunFolder(args.run).config() if args.run else None
+    seq_len = args.seq_len or (max(p.seq_len for p in config.data.phases) if config else DEFAULT_SEQ_LEN)
+    max_tokens = args.max_tokens or (config.data.heldout_tokens if config else DEFAULT_HELDOUT_TOKENS)
+    data = open_heldout(data_paths(args.data), seq_len, max_tokens)
+    found = {name: asdict(r) for name, r in evaluate_bigram(data, args.max_train_tokens).items()}
+    events.add("baseline", bigram=found)
+    _show(args.json, found, _loss_table(found))
+    return EXIT_OK
+
+
+def _step(target: Target, events: RunEvents) -> int | None:
+    """Return the step of a checkpoint; an export is taken to be of the run's last one."""
+    return events.last_step() if target.step is None else target.step
+
+
+def _loss_table(found: dict[str, dict[str, float]]) -> str:
+    width = max(map(len, [*found, "source"]))
+    rows = [f"{name:<{width}}  {r['tokens']:>9,}  {r['loss']:>8.4f}  {r['bits_per_byte']:>13.4f}" for name, r in found.items()]
+    return "\n".join([f"{'source':<{width}}  {'tokens':>9}  {'loss':>8}  {'bits per byte':>13}", *rows])
+
+
+def _write(out: Path | None, values: Any) -> None:
+    if out is not None:
+        write_output(out, to_json(values))
+
+
+def _show(as_json: bool, values: Any, text: str) -> None:
+    print(json.dumps(values, indent=1, ensure_ascii=False) if as_json else text)

@@ -1,0 +1,45 @@
+"""`megatron-sov extend RECIPE --from CHECKPOINT --data DIR[:weight] ... --run DIR`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+
+from megatron_sov.runs.folder import STAGES
+from megatron_sov.runs.launch_environment import num_ranks
+from megatron_sov.train.guards.fault_injection import parse
+from megatron_sov.train.stage_config import add_stage_arguments, resolve_start, stage_config
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    add_stage_arguments(parser, needs_start=True)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train on at longer contexts, stage by stage; returns 0 when the last one is complete.
+
+    Every stage's settings, data and folder are checked before the first one starts.
+    """
+    stage_config(args, None)
+    start = resolve_start(args.start_from, args.run)
+    assert start is not None, f"--from is required, it is {args.start_from}"
+    from megatron_sov.mcore.parallel.cpu_shims import open_door
+
+    open_door()
+    from megatron_sov.extend.stages import planned_stages
+
+    faults = parse(args.inject, num_ranks(args.nproc))
+    stages = planned_stages(args, start)
+    for stage in stages:
+        stage.config.check(num_ranks(args.nproc))
+        stage.folder.enter(stage.config, args.resume)
+    from megatron_sov.extend.running import run_stages
+
+    try:
+        run_stages(stages, start, args.nproc, args.resume, args.began_s, faults)
+    finally:
+        for folder in (args.run / STAGES, args.run):
+            with contextlib.suppress(OSError):  # not empty: a stage has begun
+                folder.rmdir()
+    return 0

@@ -1,0 +1,163 @@
+"""`megatron-sov generate TARGET --prompt TEXT ...`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_sov.errors import UserError
+from megatron_sov.generate.prompts import Prompt, read_prompts
+from megatron_sov.generate.request import Batching, Generated, Sampling, Stop
+from megatron_sov.runs.append import RunEvents
+
+if TYPE_CHECKING:
+    from megatron_sov.generate.target import Target
+
+ENGINES = ("megatron", "transformers", "vllm")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("target", metavar="TARGET", type=Path, help="checkpoint, run (its newest one) or Hugging Face folder")
+    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="text to continue; repeat it")
+    parser.add_argument("--prompts", type=Path, metavar="FILE.jsonl", help='lines with "prompt" and, if wanted, "target"')
+    parser.add_argument("--chat", action="store_true", help="frame each prompt as a user's message by the chat template")
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="longest continuation (default %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the most probable token (default)")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="sample from the K most probable tokens (default: all)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P",
+                        help="sample from the smallest set of tokens that holds this probability (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the samples (default %(default)s)")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="text that ends a continuation; repeat it")
+    parser.add_argument("--speculative", type=int, default=0, metavar="K",
+                        help="have the prediction layer draft K tokens for each pass of the model (engine megatron)")
+    parser.add_argument("--compare-speed", action="store_true",
+                        help="with --speculative: decode without drafts as well and tell how much faster drafts are")
+    parser.add_argument("--batch-size", type=int, default=Batching.max_sequences, metavar="N",
+                        help="prompts that are continued at a time (default %(default)s)")
+    parser.add_argument("--prefill-tokens", type=int, default=Batching.prefill_tokens, metavar="N",
+                        help="tokens of prompts that are read at a time (default %(default)s)")
+    parser.add_argument("--engine", choices=ENGINES, help="what runs the model (default: transformers for a Hugging Face folder)")
+    parser.add_argument("--nproc", type=int, default=None, metavar="N", help="local processes (engine megatron)")
+    parser.add_argument("--set", dest="settings", action="append", default=[], metavar="key=value",
+                        help="layout and precision, e.g. --set parallel.ep=2 --set train.precision=bf16 (engine megatron)")
+    parser.add_argument("--run", type=Path, metavar="DIR", help="also add the texts to this run's events, for its report")
+    parser.add_argument("--json", action="store_true", help="print the texts and tokens as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Continue the prompts and print what the model wrote."""
+    prompts = read_prompts(args.prompt, args.prompts)
+    sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
+    batching = Batching(args.batch_size, args.prefill_tokens)
+    _check(args, sampling.problems() + batching.problems())
+    events = RunEvents(args.run)
+
+    from megatron_sov.mcore.parallel.cpu_shims import open_door
+
+    open_door()
+    from megatron_sov.generate.load import load_tokenizer
+    from megatron_sov.generate.target import find_target
+
+    target = find_target(args.target)
+    tokenizer = load_tokenizer(target.tokenizer_folder)
+    if args.chat and not tokenizer.chat_template:
+        raise UserError(f"--chat: {target.tokenizer_folder} has no chat template; leave --chat out, or fine-tune on chats first")
+    ids = [_encode(tokenizer, p, args.chat) for p in prompts]
+    def decode(tokens: list[int]) -> str:
+        return str(tokenizer.decode(tokens, skip_special_tokens=True))
+
+    stop = Stop(() if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,), tuple(args.stop), decode)
+    found = _continue(args, target, ids, sampling, stop, batching)
+    if found is None:
+        return 0  # the job's first process prints
+    continuations = found.continuations
+    texts = [stop.cut_text(decode(c)) for c in continuations]
+    _show(args.json, prompts, texts, continuations)
+    step = events.last_step() if target.step is None else target.step
+    for prompt, text in zip(prompts, texts, strict=True):
+        events.add("sample", step=step, prompt=prompt.text, text=text, target=prompt.target)
+    return 0
+
+
+def _check(args: argparse.Namespace, problems: list[str]) -> None:
+    rules = [(args.speculative >= 0, f"--speculative {args.speculative}: must not be negative"),
+             (args.speculative or not args.compare_speed, f"--compare-speed: --speculative {args.speculative} drafts nothing; "
+                                                          "add --speculative 1"),
+             ("" not in args.stop, "--stop '': must hold at least one character")]
+    problems += [sentence for holds, sentence in rules if not holds]
+    if problems:
+        raise UserError(problems[0])
+
+
+def _encode(tokenizer, prompt: Prompt, chat: bool) -> list[int]:  # type: ignore[no-untyped-def]
+    """Return a prompt's ids, begun as documents in token shards begin: with nothing before the text."""
+    if not chat:
+        return list(tokenizer.encode(prompt.text, add_special_tokens=False))
+    return list(tokenizer.apply_chat_template([{"role": "user", "content": prompt.text}], add_generation_prompt=True,
+                                              tokenize=True, return_dict=False))
+
+
+def _continue(args: argparse.Namespace, target: Target, ids: list[list[int]], sampling: Sampling, stop: Stop,
+              batching: Batching) -> Generated | None:
+    engine = args.engine or ("transformers" if target.is_hf else "megatron")
+    longest = max(map(len, ids)) + sampling.max_new_tokens
+    if longest > target.max_tokens:
+        raise UserError(f"prompt and --max-new-tokens make {longest} tokens, the model ends at {target.max_tokens}; shorten "
+                        "one of them")
+    if engine != "megatron":
+        if not target.is_hf:
+            raise UserError(f"--engine {engine}: {target.path} is a checkpoint; convert it first with `megatron-sov convert`")
+        if args.settings or args.nproc is not None or args.speculative:
+            raise UserError(f"--set {args.settings}, --nproc {args.nproc} and --speculative {args.speculative} are for "
+                            "--engine megatron; add it or leave them out")
+        if engine == "vllm":
+            from megatron_sov.generate.vllm import generate_vllm, load_vllm
+
+            return generate_vllm(load_vllm(target.path, longest, batching), ids, sampling, stop=stop)
+        from megatron_sov.generate.hf import generate_hf, load_hf
+
+        return generate_hf(load_hf(target.path), ids, sampling, stop=stop, batching=batching)
+    if args.speculative and not target.model.num_mtp_layers:
+        raise UserError(f"--speculative {args.speculative}: {target.path} has no multi-token prediction layer to draft with; "
+                        "leave it out")
+    return _on_megatron(args, target, ids, sampling, stop, batching)
+
+
+def _on_megatron(args: argparse.Namespace, target: Target, ids: list[list[int]], sampling: Sampling, stop: Stop,
+                 batching: Batching) -> Generated | None:
+    from megatron_sov.generate.generator import generate
+    from megatron_sov.generate.load import Loaded, run_policy
+
+    def work(loaded: Loaded) -> dict[str, object]:
+        def timed(num_drafts: int) -> tuple[Generated, float]:
+            began = time.monotonic()
+            found = generate(loaded.policy, ids, sampling, stop=stop, batching=batching, num_drafts=num_drafts)
+            return found, time.monotonic() - began
+
+        plain_s = timed(0)[1] if args.compare_speed else 0.0
+        found, drafting_s = timed(args.speculative)
+        return {"found": vars(found), "faster": plain_s / drafting_s}
+
+    answer = run_policy(target, args.settings, args.nproc, work)
+    if answer is None:
+        return None
+    found = Generated(**answer["found"])
+    if args.speculative:
+        share = found.accepted / found.drafted if found.drafted else 0.0
+        speed = f", {answer['faster']:.2f} times the speed without drafts" if args.compare_speed else ""
+        print(f"drafts: {found.drafted}, accepted {share:.1%}{speed}", file=sys.stderr)
+    return found
+
+
+def _show(as_json: bool, prompts: list[Prompt], texts: list[str], tokens: list[list[int]]) -> None:
+    if as_json:
+        print(json.dumps([{"prompt": p.text, "text": t, "tokens": c} for p, t, c in zip(prompts, texts, tokens, strict=True)],
+                         ensure_ascii=False, indent=1))
+        return
+    for prompt, text in zip(prompts, texts, strict=True):
+        print(f"{prompt.text}{text}\n" if len(prompts) > 1 else f"{prompt.text}{text}")

@@ -1,0 +1,92 @@
+"""A checkpoint becomes a Hugging Face folder; memory holds one tensor of each file that is being written."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from megatron_sov import models
+from megatron_sov.artifacts import atomic_write, manifest_sha256, refuse_existing, to_json
+from megatron_sov.convert import DEFAULT_WORKERS, MAX_SHARD_BYTES
+from megatron_sov.convert.companions import carry, ids_beside, split_conflict
+from megatron_sov.convert.resume import fingerprint, resumable_artifact
+from megatron_sov.convert.shard_writer import plan_shards, write_files
+from megatron_sov.convert.sources import CONFIG, INDEX, SINGLE_FILE, CheckpointWeights, check_dtypes, newest_of_run, refuse_damage
+from megatron_sov.convert.values import KEEP, check_dtype_name, check_space, converted, exported_dtype
+from megatron_sov.errors import UserError
+from megatron_sov.mcore.checkpoint.writer import TensorSpec
+
+KIND = "hf_model"
+
+
+def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *, max_shard_bytes: int = MAX_SHARD_BYTES,
+          workers: int = DEFAULT_WORKERS, overwrite: bool = False) -> None:
+    """Write a checkpoint as a Hugging Face folder (an artifact of kind "hf_model").
+
+    Args:
+        checkpoint: a checkpoint folder, written at any layout.
+        out: the folder to write; it appears only when complete, and a killed command goes on where it was.
+        dtype: "float32", "bfloat16", "float16", "float64", or "keep" for the checkpoint's own (float32 for one of float64,
+            which few readers expect); router biases are float32 always.
+        max_shard_bytes: largest size of one safetensors file.
+        workers: files that are written at a time.
+        overwrite: replace an "hf_model" artifact that is already there.
+
+    Raises:
+        UserError: the checkpoint is damaged, its family cannot express its model, a value is not finite or overflows `dtype`, the
+            disk is full; nothing is left then.
+    """
+    checkpoint, out = newest_of_run(Path(checkpoint)), Path(out)
+    check_dtype_name(dtype)
+    if max_shard_bytes <= 0:
+        raise UserError(f"--max-shard-bytes {max_shard_bytes}: must be positive")
+    refuse_existing(out, KIND, overwrite)
+    source = CheckpointWeights(checkpoint)
+    check_dtypes(source)
+    files = planned_files(source, dtype, max_shard_bytes)
+    specs = [spec for tensors in files.values() for spec in tensors]
+    tokens = ids_beside(checkpoint / "tokenizer")
+    config = models.get(source.model.family).to_hf_config(source.model, str(specs[0].dtype).removeprefix("torch."), tokens)
+    size_bytes = sum(spec.size_bytes for spec in specs)
+    plan = {"from": fingerprint(checkpoint), "manifest": manifest_sha256(checkpoint), "dtype": dtype,
+            "files": {name: [spec.name for spec in tensors] for name, tensors in files.items()}}
+    with resumable_artifact(out, KIND, plan, overwrite=overwrite) as artifact, \
+            tqdm(total=len(specs), desc="to-hf", unit="tensor", disable=None) as bar:
+        missing = {name: tensors for name, tensors in files.items() if name not in artifact.finished}
+        missing_bytes = sum(spec.size_bytes for tensors in missing.values() for spec in tensors)
+        check_space(out, missing_bytes)
+        bar.update(len(specs) - sum(map(len, missing.values())))
+
+        def read(spec: TensorSpec) -> torch.Tensor:
+            tensor = converted(source.read(spec.name), spec.dtype, checkpoint, spec.name)
+            bar.update()
+            return tensor
+
+        refuse_damage(source, workers)
+        write_files(artifact.path, missing, read, workers, artifact.finish)
+        if SINGLE_FILE not in files:
+            weight_map = {spec.name: name for name, tensors in files.items() for spec in tensors}
+            index = {"metadata": {"total_size": size_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+            atomic_write(artifact.path / INDEX, to_json(index))
+        atomic_write(artifact.path / CONFIG, to_json(config))
+        carry(checkpoint / "tokenizer", artifact.path, tokens)
+        artifact.writer.add_input(checkpoint)
+        artifact.writer.content = {"family": source.model.family, "num_tensors": len(specs), "dtype": config["dtype"],
+                                   "num_parameters": sum(spec.size_bytes // spec.dtype.itemsize for spec in specs)}
+        artifact.writer.settings = {"dtype": dtype, "max_shard_bytes": max_shard_bytes}
+    conflict = split_conflict(out, models.get(source.model.family).reader_split)
+    if conflict:
+        print(f"warning: {conflict}", file=sys.stderr)
+
+
+def planned_files(source: CheckpointWeights, dtype: str, max_shard_bytes: int) -> dict[str, list[TensorSpec]]:
+    """Return every Hugging Face tensor that a checkpoint becomes, once, by the name of its file."""
+    specs = [TensorSpec(name, shape, exported_dtype(dtype, link.fp32, source.dtype(name)))
+             for link in source.links for name, shape in link.hf_shapes().items()]
+    shards = plan_shards(specs, max_shard_bytes)
+    if len(shards) == 1:
+        return {SINGLE_FILE: shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}

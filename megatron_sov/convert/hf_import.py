@@ -1,0 +1,95 @@
+"""A Hugging Face folder becomes a checkpoint that any layout can load; memory holds one block of each file in the making."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from megatron_sov.artifacts import MANIFEST, refuse_existing
+from megatron_sov.config import RunConfig
+from megatron_sov.convert import DEFAULT_WORKERS
+from megatron_sov.convert.companions import carry, ids_in
+from megatron_sov.convert.resume import fingerprint, resumable_artifact
+from megatron_sov.convert.shard_writer import plan_shards, write_files
+from megatron_sov.convert.sources import CONFIG, PART, HfWeights, check_dtypes, refuse_damage
+from megatron_sov.convert.values import KEEP, check_dtype_name, check_space, converted, planned_dtype
+from megatron_sov.errors import UserError
+from megatron_sov.mcore.checkpoint.sharded_tensors import (
+    MAX_FILE_BYTES,
+    Index,
+    Piece,
+    add_piece,
+    block_name,
+    file_name,
+    write_index,
+)
+from megatron_sov.mcore.checkpoint.writer import TensorSpec
+from megatron_sov.models.weights import Link
+from megatron_sov.runs.checkpoints import KIND
+
+
+def from_hf(hf_dir: str | Path, out: str | Path, dtype: str = KEEP, *, workers: int = DEFAULT_WORKERS,
+            overwrite: bool = False) -> None:
+    """Write a Hugging Face folder as a checkpoint (part "model", step 0).
+
+    Args:
+        hf_dir: a folder with config.json and safetensors files.
+        out: the checkpoint to write; it appears only when complete, and a killed command goes on where it was.
+        dtype: "float32", "bfloat16", "float16", "float64", or "keep" for the folder's own; router biases are float32 always.
+        workers: files that are written at a time.
+        overwrite: replace a checkpoint that is already there.
+
+    Raises:
+        UserError: the config has fields that we do not honour, the tensors are not exactly those of its model, a value is not
+            finite, the disk is full; nothing is left then.
+    """
+    hf_dir, out = Path(hf_dir), Path(out)
+    check_dtype_name(dtype)
+    refuse_existing(out, KIND, overwrite)
+    if not (hf_dir / CONFIG).is_file():
+        raise UserError(f"{hf_dir}: has no {CONFIG}, so it is not a Hugging Face folder; pass the folder that holds the model")
+    source = HfWeights(hf_dir)
+    check_dtypes(source)
+    links = {block_name(link.key, link.offset): link for link in source.links}
+    files = planned_files(links, source, dtype)
+    plan = {"from": fingerprint(hf_dir), "dtype": dtype,
+            "files": {name: [spec.name for spec in blocks] for name, blocks in files.items()}}
+    with resumable_artifact(out, KIND, plan, overwrite=overwrite) as artifact, \
+            tqdm(total=len(links), desc="from-hf", unit="block", disable=None) as bar:
+        missing = {name: blocks for name, blocks in files.items() if name not in artifact.finished}
+        check_space(out, sum(spec.size_bytes for blocks in missing.values() for spec in blocks))
+        bar.update(len(links) - sum(map(len, missing.values())))
+
+        def read(spec: TensorSpec) -> torch.Tensor:
+            link = links[spec.name]
+            parts = {name: converted(source.read(name), spec.dtype, hf_dir, name) for name in link.hf_names}
+            block: torch.Tensor = link.join(parts)
+            bar.update()
+            return block
+
+        if (hf_dir / MANIFEST).is_file():
+            refuse_damage(source, workers)
+            artifact.writer.add_input(hf_dir)
+        write_files(artifact.path, missing, read, workers, artifact.finish)
+        write_index(artifact.path, PART, [_index(files, links)])
+        carry(hf_dir, artifact.path / "tokenizer", ids_in(source.config))
+        artifact.writer.content = {"step": 0, "parts": [PART], "tokens": 0}
+        artifact.writer.settings = RunConfig(recipe="from-hf", model=source.model).to_dict()
+
+
+def planned_files(links: dict[str, Link], source: HfWeights, dtype: str) -> dict[str, list[TensorSpec]]:
+    """Return every block that a Hugging Face folder becomes, once, by the name of its file."""
+    specs = [TensorSpec(name, link.block_shape, planned_dtype(dtype, link.fp32, source.dtype(link.hf_names[0])))
+             for name, link in links.items()]
+    return {file_name(PART, 0, i): shard for i, shard in enumerate(plan_shards(specs, MAX_FILE_BYTES))}
+
+
+def _index(files: dict[str, list[TensorSpec]], links: dict[str, Link]) -> Index:
+    index: Index = {}
+    for file, blocks in files.items():
+        for spec in blocks:
+            link = links[spec.name]
+            add_piece(index, link.key, spec.dtype, link.shape, Piece(file, spec.name, link.offset, link.extent))
+    return index

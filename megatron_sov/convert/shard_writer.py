@@ -1,0 +1,56 @@
+"""Writes safetensors files, several at a time, so that memory holds one tensor of each and not the files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+import torch
+
+from megatron_sov.artifacts import FileRecord
+from megatron_sov.mcore.checkpoint.writer import Reader, TensorSpec, write_file
+
+
+def plan_shards(specs: Iterable[TensorSpec], max_shard_bytes: int) -> list[list[TensorSpec]]:
+    """Divide tensors, in order, into files of at most `max_shard_bytes` (a larger tensor gets a file of its own)."""
+    shards: list[list[TensorSpec]] = [[]]
+    filled_bytes = 0
+    for spec in specs:
+        if shards[-1] and filled_bytes + spec.size_bytes > max_shard_bytes:
+            shards.append([])
+            filled_bytes = 0
+        shards[-1].append(spec)
+        filled_bytes += spec.size_bytes
+    return shards
+
+
+def write_files(folder: Path, files: dict[str, list[TensorSpec]], read: Reader, workers: int,
+                finish: Callable[[str, FileRecord], None]) -> None:
+    """Write the planned files, `workers` at a time; which of them is written when changes no byte.
+
+    Args:
+        folder: where to write.
+        files: name -> tensors, e.g. of `plan_shards`.
+        read: gives each tensor.
+        workers: threads; reading, hashing and writing all leave the interpreter free.
+        finish: called for each file when it is on disk, with hash and size.
+
+    Raises:
+        UserError: the first that `read` raised; files that have not begun are not written then.
+    """
+    def write(name: str, hasher: ThreadPoolExecutor) -> None:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        finish(name, write_file(path, files[name], read, hasher))
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a file's thread is busy by itself
+    pool, hasher = ThreadPoolExecutor(workers), ThreadPoolExecutor(workers)
+    try:
+        for done in as_completed([pool.submit(write, name, hasher) for name in files]):
+            done.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        hasher.shutdown()
+        torch.set_num_threads(threads)

@@ -1,0 +1,167 @@
+"""A copy in host memory of the blocks that a process owns, which threads write to files while training goes on.
+
+The copy is as large as what it copies.  Its memory is kept from one checkpoint to the next: on a CPU the pages of fresh
+memory take several times as long as the copy itself, and on a GPU pinned memory is slow to get.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_sov.artifacts import FileRecord
+from megatron_sov.mcore.checkpoint.sharded_tensors import MAX_FILE_BYTES, RANKS_PER_FOLDER, Index, TensorWriter
+from megatron_sov.mcore.model.local_shards import Block
+from megatron_sov.mcore.parallel import cpu_shims
+
+MAX_WRITERS = 4
+"""Threads that hash and write, at most; never more than this process's share of the cores."""
+MIN_FILE_BYTES = 64 << 20
+"""Files are made smaller than `MAX_FILE_BYTES` to give every thread one, but not smaller than this."""
+_ARENA_BYTES = 1 << 30
+_ALIGN_BYTES = 64
+INDICES = "indices"
+"""Folder, inside a checkpoint that is being written, of what each process has written; gone when it is complete."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """What one process wrote of a checkpoint."""
+
+    indices: dict[str, list[Index]]
+    """Part -> index of each of its files."""
+    files: dict[str, FileRecord]
+    """File relative to the checkpoint -> its record."""
+
+    @staticmethod
+    def file(folder: Path, rank: int) -> Path:
+        """Return where a rank says what it has written."""
+        return folder / INDICES / f"{rank // RANKS_PER_FOLDER:05d}" / f"rank-{rank:05d}.json"
+
+    @staticmethod
+    def read(folder: Path, rank: int) -> Written:
+        """Return what a rank has written."""
+        raw = json.loads(Written.file(folder, rank).read_text())
+        return Written(raw["indices"], {name: FileRecord(**record) for name, record in raw["files"].items()})
+
+
+class Snapshot:
+    """What this process owns, as it was when `take` was called."""
+
+    def __init__(self) -> None:
+        self._memory: dict[tuple[Any, ...], torch.Tensor] = {}
+        self._parts: dict[str, list[Block]] = {}
+
+    def take(self, sources: Mapping[str, Iterable[Block]]) -> None:
+        """Copy the owned blocks of each part; the live tensors may change afterwards."""
+        owned = {part: [b for b in blocks if b.owned] for part, blocks in sources.items()}
+        wanted = {_identity(part, b): b for part, blocks in owned.items() for b in blocks}
+        missing = {key: b for key, b in wanted.items() if key not in self._memory}
+        arena = _Arena(sum(_num_bytes(b.data) for b in missing.values()))
+        self._memory = {key: self._memory[key] if key in self._memory else arena.like(b.data) for key, b in wanted.items()}
+        for key, block in wanted.items():
+            self._memory[key].copy_(block.data.detach(), non_blocking=True)
+        self._parts = {part: [dataclasses.replace(b, data=self._memory[_identity(part, b)]) for b in blocks]
+                       for part, blocks in owned.items()}
+        if cpu_shims.on_gpu():
+            torch.cuda.synchronize()
+
+    def write(self, folder: Path, rank: int) -> None:
+        """Write the copy into files of `folder` and, last, what was written, for the process that completes the checkpoint.
+
+        Raises:
+            OSError: the disk is full or refuses.
+        """
+        files = [(part, number, blocks) for part, all_blocks in self._parts.items()
+                 for number, blocks in enumerate(_per_file(all_blocks))]
+        written: list[tuple[str, TensorWriter, Index]] = []
+
+        def write(part: str, number: int, blocks: list[Block]) -> None:
+            writer = TensorWriter(folder, part, rank, number)
+            for block in blocks:
+                writer.add(block.key, block.data, block.global_shape, block.offset)
+            written.append((part, writer, writer.finish()))
+
+        run_in_threads([lambda args=file: write(*args) for file in files], num_writers())  # type: ignore[misc]
+        result = Written({part: [i for p, _, i in written if p == part] for part in self._parts},
+                         {name: record for _, writer, _ in written for name, record in writer.files.items()})
+        file = Written.file(folder, rank)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(dataclasses.asdict(result)))
+
+
+class _Arena:
+    """Host memory in few large pieces: pinned memory is handed out in powers of two."""
+
+    def __init__(self, total_bytes: int) -> None:
+        self._piece_bytes = min(_ARENA_BYTES, total_bytes + _ALIGN_BYTES)
+        self._free = torch.empty(0, dtype=torch.uint8)
+
+    def like(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return contiguous memory of a tensor's shape and dtype."""
+        wanted = -(-_num_bytes(tensor) // _ALIGN_BYTES) * _ALIGN_BYTES
+        if self._free.numel() < wanted:
+            self._free = torch.empty(max(wanted, self._piece_bytes), dtype=torch.uint8, pin_memory=cpu_shims.on_gpu())
+        taken, self._free = self._free[:wanted], self._free[wanted:]
+        return taken[:_num_bytes(tensor)].view(tensor.dtype).view(tensor.shape)
+
+
+def _identity(part: str, block: Block) -> tuple[Any, ...]:
+    return part, block.key, block.offset, tuple(block.data.shape), block.data.dtype
+
+
+def _num_bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _per_file(blocks: list[Block]) -> list[list[Block]]:
+    """Cut a part's blocks into files: enough for all threads, none too large, none needlessly small."""
+    total_bytes = sum(_num_bytes(b.data) for b in blocks)
+    limit_bytes = min(MAX_FILE_BYTES, max(MIN_FILE_BYTES, -(-total_bytes // num_writers())))
+    files: list[list[Block]] = []
+    size_bytes = limit_bytes
+    for block in blocks:
+        if size_bytes + _num_bytes(block.data) > limit_bytes:
+            files.append([])
+            size_bytes = 0
+        files[-1].append(block)
+        size_bytes += _num_bytes(block.data)
+    return files
+
+
+def num_writers() -> int:
+    """Return how many threads of this process write."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(MAX_WRITERS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def run_in_threads(actions: list[Callable[[], None]], num_threads: int) -> None:
+    """Do all actions on threads that do not keep a process from ending; raises the first failure, after all have ended."""
+    waiting, problems = queue.SimpleQueue[Callable[[], None]](), list[Exception]()
+    for action in actions:
+        waiting.put(action)
+
+    def work() -> None:
+        try:
+            while not problems:
+                waiting.get_nowait()()
+        except queue.Empty:
+            return
+        except Exception as e:
+            problems.append(e)
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(min(num_threads, len(actions)))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if problems:
+        raise problems[0]

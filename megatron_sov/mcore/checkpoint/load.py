@@ -1,0 +1,133 @@
+"""Checkpoints that belong to no layout: every process writes the blocks it owns and reads the blocks it needs.
+
+A checkpoint is an artifact folder: `model` and `optimizer` tensors (see `sharded_tensors.py`), `state.json` (step, data cursors,
+counters), the run's settings and the tokenizer.  It appears under its name only when every file of every process is on disk
+(`save.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_sov.errors import UserError
+from megatron_sov.mcore.checkpoint.save import STATE, Companions, Saver
+from megatron_sov.mcore.checkpoint.sharded_tensors import TensorReader
+from megatron_sov.mcore.model.language_model import LanguageModel
+from megatron_sov.mcore.model.local_shards import Block, of
+from megatron_sov.mcore.optimizer.optimizer import Optimizer
+from megatron_sov.runs import checkpoints
+
+
+def save(path: Path, model: LanguageModel, optimizer: Optimizer | None, state: dict[str, Any], settings: dict[str, Any],
+         tokenizer: Path | None) -> None:
+    """Write one checkpoint and wait for it; called by every process together.  A run uses a `Saver`.
+
+    Args:
+        path: the checkpoint's folder; nothing may be there.
+        state: plain values of the loop (the same on every process): must hold `step` and `tokens`.
+        settings: the run's config.
+        tokenizer: folder whose files are carried along.
+
+    Raises:
+        UserError: any process could not write; nothing is left under `path`, and every process raises.
+    """
+    saver = Saver()
+    saver.begin(path, model, optimizer, Companions(state, settings, tokenizer))
+    saver.finish()
+
+
+@contextlib.contextmanager
+def _agreement() -> Iterator[None]:
+    """Run the block on every process; where it raises on any of them, every process raises, so that none waits for it."""
+    problem: Exception | None = None
+    try:
+        yield
+    except Exception as e:
+        problem = e
+    found = [p for p in _gather(problem) if p is not None]
+    if found:
+        raise found[0]
+
+
+def _gather(value: Any) -> list[Any]:
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def damage(path: Path, *, weights_only: bool = False) -> str | None:
+    """Return, on every process, what is wrong with a checkpoint's files, or None; each process looks at a share of them."""
+    problem: str | None = None
+    with _agreement():
+        problem = checkpoints.damage(path, rank=dist.get_rank(), size=dist.get_world_size(), weights_only=weights_only)
+    return next((p for p in _gather(problem) if p is not None), None)
+
+
+def check(path: Path) -> None:
+    """Check the weights of a checkpoint against its manifest, each process a share of the files.
+
+    Raises:
+        UserError: on every process, naming the first damaged file and what to use in its place.
+    """
+    problem = damage(path, weights_only=True)
+    if problem is not None:
+        raise UserError(f"{problem}; {checkpoints.instead_of(path)}")
+
+
+@torch.no_grad()
+def load_model(path: Path, model: LanguageModel) -> None:
+    """Read this process's part of the weights, from whatever layout wrote them.
+
+    Raises:
+        UserError: on every process; the checkpoint holds other tensors or shapes than the model, or is damaged.
+    """
+    reader = TensorReader(path, "model")
+    blocks = of(model)
+    names: set[str] = {key for keys in _gather({b.key for b in blocks}) for key in keys}
+    _refuse_difference(path, names, set(reader.keys()))
+    with _agreement():
+        _fill(path, reader, blocks)
+
+
+@torch.no_grad()
+def load_optimizer(path: Path, optimizer: Optimizer, num_updates: int) -> None:
+    """Read this process's part of the optimizer's state, from whatever layout wrote it.
+
+    Raises:
+        UserError: on every process; the checkpoint holds no such state, or is damaged.
+    """
+    reader = TensorReader(path, "optimizer")
+    with _agreement():
+        _fill(path, reader, list(optimizer.state_blocks()))
+    optimizer.restore_updates(num_updates)
+
+
+def _fill(path: Path, reader: TensorReader, blocks: list[Block]) -> None:
+    known = set(reader.keys())
+    for block in blocks:
+        if block.key not in known:
+            raise UserError(f"{path}: has no tensor {block.key}; was it written with another optimizer, precision or model?")
+        if reader.shape(block.key) != block.global_shape:
+            raise UserError(f"{path}: {block.key} has shape {reader.shape(block.key)}, the model needs {block.global_shape}; "
+                            "use the recipe and settings that the checkpoint was made with")
+        block.data.copy_(reader.read(block.key, block.offset, block.shape).reshape(block.data.shape))
+
+
+def _refuse_difference(path: Path, wanted: set[str], found: set[str]) -> None:
+    missing, extra = sorted(wanted - found), sorted(found - wanted)
+    if missing or extra:
+        what = [f"lacks {len(missing)} tensors, e.g. {missing[0]}"] if missing else []
+        what += [f"has {len(extra)} tensors that the model lacks, e.g. {extra[0]}"] if extra else []
+        raise UserError(f"{path}: {' and '.join(what)}; use the recipe and settings that the checkpoint was made with")
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Return the loop's values as they were saved."""
+    return dict(json.loads((path / STATE).read_text(encoding="utf-8")))

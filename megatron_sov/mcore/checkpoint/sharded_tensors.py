@@ -1,0 +1,253 @@
+"""Tensors on disk that belong to no layout: blocks of global tensors in safetensors files, with a JSON index.
+
+Every process writes the blocks that it owns, each with its place in the global tensor; a reader asks for any block of any
+tensor and gets it assembled from the pieces that overlap it.  Nothing is pickled, so foreign files can do no harm.
+
+A part ("model", "optimizer") of a checkpoint folder is `PART/RANGE/rank-R-FILE.safetensors` plus `PART.index.json`:
+``{key: {"dtype", "shape", "pieces": [{"file", "name", "offset", "shape"}]}}``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_sov.artifacts import FileRecord, atomic_write
+from megatron_sov.errors import UserError
+from megatron_sov.mcore.checkpoint.safetensors_file import TensorFile
+from megatron_sov.mcore.checkpoint.writer import TensorSpec, write_file
+
+MAX_FILE_BYTES = 4 << 30
+RANKS_PER_FOLDER = 256
+REMEDY = "use an earlier checkpoint"
+_DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64,
+                                                     torch.int32, torch.uint8, torch.bool)}
+Index = dict[str, dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """One block of a global tensor, as it stands in a file."""
+
+    file: str
+    """File relative to the checkpoint folder."""
+    name: str
+    """Name inside the file."""
+    offset: tuple[int, ...]
+    """First index of the block in the global tensor."""
+    shape: tuple[int, ...]
+    """Extent of the block."""
+
+
+def file_name(part: str, rank: int, number: int) -> str:
+    """Return the place, in a checkpoint's folder, of the file `number` that a process writes of a part."""
+    return f"{part}/{rank // RANKS_PER_FOLDER:05d}/rank-{rank:05d}-{number:05d}.safetensors"
+
+
+def block_name(key: str, offset: Sequence[int]) -> str:
+    """Return the name inside a file of the block of tensor `key` that begins at `offset`."""
+    return f"{key}@{','.join(map(str, offset))}"
+
+
+def add_piece(index: Index, key: str, dtype: torch.dtype, shape: Sequence[int], piece: Piece) -> None:
+    """Enter a block of the tensor `key` (of global `shape`) into an index."""
+    entry = index.setdefault(key, {"dtype": str(dtype).removeprefix("torch."), "shape": list(shape), "pieces": []})
+    entry["pieces"].append({"file": piece.file, "name": piece.name, "offset": list(piece.offset), "shape": list(piece.shape)})
+
+
+class TensorWriter:
+    """Collects one process's blocks and writes them to files of at most `MAX_FILE_BYTES`."""
+
+    def __init__(self, folder: Path, part: str, rank: int = 0, first_file: int = 0) -> None:
+        self.folder, self.part, self.rank = folder, part, rank
+        self.files: dict[str, FileRecord] = {}
+        """What has been written: file relative to the folder -> its record."""
+        self._pending: dict[str, torch.Tensor] = {}
+        self._pending_bytes = 0
+        self._number = first_file
+        self._index: Index = {}
+
+    def add(self, key: str, block: torch.Tensor, global_shape: Sequence[int] | None = None,
+            offset: Sequence[int] | None = None) -> None:
+        """Add the block of tensor `key` that starts at `offset`; without shape and offset it is the whole tensor.
+
+        A contiguous CPU tensor is not copied: it must stay as it is until the next `flush`.
+        """
+        shape = tuple(global_shape) if global_shape is not None else tuple(block.shape)
+        start = tuple(offset) if offset is not None else (0,) * len(shape)
+        extent = (1,) * (len(shape) - block.dim()) + tuple(block.shape)
+        size_bytes = block.numel() * block.element_size()
+        if self._pending and self._pending_bytes + size_bytes > MAX_FILE_BYTES:
+            self.flush()
+        name = block_name(key, start)
+        if name in self._pending:
+            raise ValueError(f"{name}: the same block was added twice")
+        self._pending[name] = block.detach().cpu().contiguous()
+        self._pending_bytes += size_bytes
+        add_piece(self._index, key, block.dtype, shape, Piece(self._next_file(), name, start, extent))
+
+    def _next_file(self) -> str:
+        return file_name(self.part, self.rank, self._number)
+
+    def flush(self) -> None:
+        """Write the collected blocks to their file and sync it.
+
+        Raises:
+            OSError: the disk is full or refuses.
+        """
+        if self._pending:
+            path = self.folder / self._next_file()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            specs = [TensorSpec(name, tuple(t.shape), t.dtype) for name, t in self._pending.items()]
+            pending = self._pending
+            self.files[self._next_file()] = write_file(path, specs, lambda spec: pending[spec.name])
+            self._pending, self._pending_bytes = {}, 0
+            self._number += 1
+
+    def finish(self) -> Index:
+        """Write what is left and return this process's index."""
+        self.flush()
+        return self._index
+
+
+def write_index(folder: Path, part: str, indices: Sequence[Index]) -> None:
+    """Merge the processes' indices and write `PART.index.json`; every element must be owned by exactly one block.
+
+    Raises:
+        ValueError: two processes disagree on a tensor, or its blocks do not cover it exactly.
+    """
+    merged: Index = {}
+    for index in indices:
+        for key, entry in index.items():
+            known = merged.setdefault(key, {**entry, "pieces": []})
+            if known["shape"] != entry["shape"] or known["dtype"] != entry["dtype"]:
+                raise ValueError(f"{key}: written as {known['dtype']} {known['shape']} and as {entry['dtype']} {entry['shape']}")
+            known["pieces"] += entry["pieces"]
+    for key, entry in merged.items():
+        owners = _owners(entry["shape"], entry["pieces"])
+        if (owners != 1).any():
+            raise ValueError(f"{key}: parts of the tensor {entry['shape']} are owned by {owners.min()} blocks and parts by "
+                             f"{owners.max()}, each must be owned by 1")
+    atomic_write(folder / f"{part}.index.json", json.dumps(merged))
+
+
+def _owners(shape: Sequence[int], pieces: Sequence[dict[str, Any]]) -> np.ndarray:
+    """Return how many pieces own each cell of the grid that is cut wherever a piece begins or ends.
+
+    Raises:
+        ValueError: a piece reaches beyond the tensor.
+    """
+    spans = [[(o, o + n) for o, n in zip(p["offset"], p["shape"], strict=True)] for p in pieces]
+    if any(a < 0 or b > n for span in spans for (a, b), n in zip(span, shape, strict=True)):
+        raise ValueError(f"a block reaches beyond its tensor of shape {list(shape)}")
+    cuts = [sorted({0, n, *(c for span in spans for c in span[axis])}) for axis, n in enumerate(shape)]
+    cell_of = [{c: i for i, c in enumerate(axis)} for axis in cuts]
+    owners = np.zeros([len(c) - 1 for c in cuts], np.int32)
+    for span in spans:
+        owners[tuple(slice(cells[a], cells[b]) for (a, b), cells in zip(span, cell_of, strict=True))] += 1
+    return owners
+
+
+class TensorReader:
+    """Reads any block of any tensor of one part of a checkpoint."""
+
+    def __init__(self, folder: str | Path, part: str = "model") -> None:
+        self.folder = Path(folder)
+        self._files: dict[str, TensorFile] = {}
+        file = self.folder / f"{part}.index.json"
+        try:
+            raw = json.loads(file.read_text())
+            self._shapes = {k: tuple(e["shape"]) for k, e in raw.items()}
+            self._dtypes = {k: _DTYPES[e["dtype"]] for k, e in raw.items()}
+            self._pieces = {k: [Piece(p["file"], p["name"], tuple(p["offset"]), tuple(p["shape"])) for p in e["pieces"]]
+                            for k, e in raw.items()}
+            self._refuse_foreign_paths(file)
+        except FileNotFoundError:
+            raise UserError(f"{self.folder}: has no {part}.index.json, so it holds no '{part}' tensors") from None
+        except (ValueError, KeyError, TypeError) as e:
+            raise UserError(f"{file}: is damaged ({e}); {REMEDY}") from None
+
+    def _refuse_foreign_paths(self, index: Path) -> None:
+        for key, pieces in self._pieces.items():
+            for piece in pieces:
+                parts = PurePosixPath(piece.file).parts
+                if not parts or parts[0] == "/" or ".." in parts:
+                    raise UserError(f"{index}: {key} would stand in {piece.file}, which is not a file below the checkpoint's "
+                                    f"folder; {REMEDY}")
+
+    def check_complete(self) -> None:
+        """Check, from the index alone, that every element of every tensor stands in exactly one piece.
+
+        Raises:
+            UserError: a part of a tensor is missing, or stands there twice; the message names it.
+        """
+        for key, pieces in self._pieces.items():
+            try:
+                owners = _owners(self._shapes[key], [dataclasses.asdict(p) for p in pieces])
+            except ValueError as e:
+                raise UserError(f"{self.folder}: {key}: {e}; {REMEDY}") from None
+            if (owners != 1).any():
+                what = "is missing" if (owners < 1).any() else "stands in several pieces"
+                raise UserError(f"{self.folder}: a part of {key} {list(self._shapes[key])} {what} (the pieces begin at "
+                                f"{', '.join(str(p.offset) for p in pieces[:8])}{' ...' if len(pieces) > 8 else ''}); {REMEDY}")
+
+    def keys(self) -> list[str]:
+        """Return the names of all tensors."""
+        return list(self._shapes)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Return a tensor's global shape."""
+        return self._shapes[key]
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Return a tensor's dtype."""
+        return self._dtypes[key]
+
+    def held_in(self, file: str) -> list[str]:
+        """Return the tensors of which a file (its path below the checkpoint's folder) holds a piece."""
+        return [key for key, pieces in self._pieces.items() if any(piece.file == file for piece in pieces)]
+
+    def read(self, key: str, offset: Sequence[int] | None = None, shape: Sequence[int] | None = None) -> torch.Tensor:
+        """Return the block of `shape` at `offset` (default: the whole tensor), assembled from the pieces that overlap it.
+
+        Raises:
+            UserError: a file is missing or damaged, or no piece holds a part of the block.
+        """
+        extent = tuple(shape) if shape is not None else self._shapes[key]
+        start = tuple(offset) if offset is not None else (0,) * len(extent)
+        for piece in self._pieces[key]:
+            if (piece.offset, piece.shape) == (start, extent):
+                return self._slice(key, piece, tuple(slice(0, n) for n in extent))  # as it stands in its file, with no copy
+        out = torch.empty(extent, dtype=self._dtypes[key])
+        found = 0
+        for piece in self._pieces[key]:
+            low = [max(a, b) for a, b in zip(start, piece.offset, strict=True)]
+            high = [min(a + n, b + m) for a, n, b, m in zip(start, extent, piece.offset, piece.shape, strict=True)]
+            if all(a < b for a, b in zip(low, high, strict=True)):
+                here = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, start, strict=True))
+                there = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, piece.offset, strict=True))
+                out[here] = self._slice(key, piece, there)
+                found += math.prod(b - a for a, b in zip(low, high, strict=True))
+        if found != out.numel():
+            raise UserError(f"{self.folder}: {key} is damaged (its index holds {found} of the {out.numel()} elements "
+                            f"at {start}); {REMEDY}")
+        return out
+
+    def _slice(self, key: str, piece: Piece, block: tuple[slice, ...]) -> torch.Tensor:
+        if piece.file not in self._files:
+            self._files[piece.file] = TensorFile(self.folder / piece.file, REMEDY)
+        file = self._files[piece.file]
+        found = file.entries.get(piece.name)
+        if found is None or math.prod(found.shape) != math.prod(piece.shape) or file.dtype(piece.name) != self._dtypes[key]:
+            holds = f"holds it as {found.dtype} {list(found.shape)}" if found else "lacks it"
+            raise UserError(f"{file.path}: {key} at {piece.offset} is {self._dtypes[key]} {list(piece.shape)} in the index, "
+                            f"but the file {holds}; {REMEDY}")
+        missing_axes = len(piece.shape) - len(found.shape)
+        return file.read(piece.name, block[missing_axes:]).reshape(tuple(s.stop - s.start for s in block))

@@ -1,0 +1,97 @@
+"""Writes a safetensors file tensor by tensor, hashed on the way, so that memory holds one tensor and not the file.
+
+The library's own writer takes all tensors of a file at once.  The format is short: the header's length as 8 bytes
+little-endian, a JSON header with dtype, shape and byte range of each tensor, then the bytes without gaps
+(https://github.com/huggingface/safetensors#format).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_sov.artifacts import FileRecord
+from megatron_sov.mcore.checkpoint.safetensors_file import DTYPES
+
+SAFETENSORS_DTYPES = {dtype: name for name, dtype in DTYPES.items()}
+_ALIGNMENT_BYTES = 8
+_CHUNK_BYTES = 4 << 20
+"""Bytes that are hashed and written at a time: few enough to stay in the processor's cache."""
+_WRITE_BYTES = 256 << 10
+"""Bytes of one system call: for larger ones Linux looks for larger runs of free memory, which costs up to five times the time."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor that will be written."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def size_bytes(self) -> int:
+        """Return how many bytes the tensor takes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+Reader = Callable[[TensorSpec], torch.Tensor]
+"""Returns the tensor of a spec; called once for each, in the order of its file, by several threads."""
+
+
+def write_file(path: Path, specs: list[TensorSpec], read: Reader, hasher: Executor | None = None) -> FileRecord:
+    """Write and sync one file, and return its hash and size; `hasher`, where given, takes the hash beside the writing.
+
+    Raises:
+        OSError: the disk is full or refuses.
+    """
+    # wider dtypes first, so that every tensor starts at a multiple of its item size
+    ordered = sorted(specs, key=lambda spec: -spec.dtype.itemsize)
+    head = _header(ordered)
+    digest, hashing = hashlib.sha256(head), Future[None]()
+    hashing.set_result(None)
+    with open(path, "wb", buffering=0) as f:
+        _write(f.fileno(), memoryview(head))
+        for spec in ordered:
+            tensor = read(spec)
+            if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
+                raise ValueError(f"{spec.name}: got {tensor.dtype} {tuple(tensor.shape)}, planned {spec.dtype} {spec.shape}")
+            raw = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+            for start in range(0, len(raw), _CHUNK_BYTES):
+                chunk = raw[start:start + _CHUNK_BYTES]
+                if hasher is None:
+                    digest.update(chunk)
+                else:
+                    hashing.result()
+                    hashing = hasher.submit(digest.update, chunk)
+                _write(f.fileno(), chunk)
+        hashing.result()
+        os.fsync(f.fileno())
+        size_bytes = f.tell()
+    return FileRecord(digest.hexdigest(), size_bytes)
+
+
+def _header(specs: list[TensorSpec]) -> bytes:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for spec in specs:
+        start, end = end, end + spec.size_bytes
+        header[spec.name] = {"dtype": SAFETENSORS_DTYPES[spec.dtype], "shape": spec.shape, "data_offsets": [start, end]}
+    if len(header) != len(specs) + 1:
+        raise ValueError(f"{next(n for n in header if [s.name for s in specs].count(n) > 1)}: would stand in one file twice")
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % _ALIGNMENT_BYTES)
+    return len(head).to_bytes(8, "little") + head
+
+
+def _write(fd: int, raw: memoryview) -> None:
+    while raw:
+        raw = raw[os.write(fd, raw[:_WRITE_BYTES]):]

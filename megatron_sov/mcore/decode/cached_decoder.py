@@ -1,0 +1,159 @@
+"""A model that reads sequences piece by piece, at any layout, with what it has read kept in a cache.
+
+A row of pieces passes through the pipeline stages one after the other, each stage's runs of layers in turn, so interleaved
+pipelines work as plain ones do.  Processes of a context-parallel group do not share rows here: like data-parallel ones they
+read sequences of their own, since a token that is read after the others leaves nothing to cut.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_sov.mcore.decode.forward_only import Policy
+from megatron_sov.mcore.model import pipeline
+from megatron_sov.mcore.model.kv_cache import CachedAttention, CacheSize, Piece, ReadRow, keep, read_row
+from megatron_sov.mcore.model.language_model import gather_sequence
+from megatron_sov.mcore.model.logprobs import Head, head_of
+from megatron_sov.mcore.parallel import context, cpu_shims
+
+
+def share_place() -> tuple[int, int]:
+    """Return this process's rank among the processes that read sequences of their own, and their number."""
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return group.rank(), group.size()
+
+
+def over_shares(values: torch.Tensor, operation: Any = dist.ReduceOp.SUM) -> torch.Tensor:
+    """Return the sum (or another operation) over the processes that read sequences of their own, on every one of them."""
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    if group.size() == 1:
+        return values
+    total = pipeline.to_comm_device(values.clone())
+    dist.all_reduce(total, operation, group)
+    return total.cpu()
+
+
+@dataclass(frozen=True)
+class Read:
+    """A row that has been read."""
+
+    row: ReadRow
+    """Its pieces."""
+    hidden: torch.Tensor | None
+    """[tokens / sequence-parallel size, 1, hidden] on the last pipeline stage, None elsewhere."""
+
+
+class Reader:
+    """A policy with a cache for its sequences; a context manager, within which the model does nothing else.
+
+    Every call is made by all processes of a replica together; `read` by all processes, wherever experts are shared.
+    """
+
+    def __init__(self, policy: Policy, size: CacheSize) -> None:
+        self._policy, self._model, self._size = policy, policy.model, size
+        self._layers: list[CachedAttention] = []
+        self._exit = contextlib.ExitStack()
+        self.last_stage = parallel_state.is_pipeline_last_stage()
+        """Whether this process sees the outputs."""
+
+    def __enter__(self) -> Reader:
+        """Put the model into evaluation mode, with empty caches."""
+        self._model.complete()
+        self._exit.callback(self._model.train, self._model.training)
+        self._model.eval()
+        self._exit.enter_context(torch.no_grad())
+        self._layers = self._exit.enter_context(keep(self._model, self._size))
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Put the model back as it was."""
+        self._layers = []
+        self._exit.close()
+
+    def common_row_tokens(self, num_tokens: int) -> int:
+        """Agree with the processes that read other sequences on the next row; returns its length here, 0 where all are done.
+
+        Called by all processes, with the number of tokens that each of them has to read (0: nothing).
+        """
+        longest = int(over_shares(torch.tensor([num_tokens]), dist.ReduceOp.MAX)[0])
+        if not longest:
+            return 0
+        # one of the library's ways to reach experts gathers rows, which must then be equally long
+        wanted = longest if self._model.config.moe_token_dispatcher_type == "allgather" else num_tokens
+        multiple = context.row_multiple()
+        return -(-max(wanted, 1) // multiple) * multiple
+
+    def read(self, pieces: Sequence[Piece], row_tokens: int) -> Read:
+        """Read new tokens, in a row of the length that `common_row_tokens` gave."""
+        row = read_row(pieces, row_tokens, cpu_shims.device())
+        config, hidden = self._model.config, None
+        first, stages = parallel_state.get_pipeline_model_parallel_rank() == 0, config.pipeline_model_parallel_size
+        shape = (row_tokens // (config.tensor_model_parallel_size if config.sequence_parallel else 1), 1, config.hidden_size)
+        group: Any = parallel_state.get_pipeline_model_parallel_group()
+        for number, chunk in enumerate(self._model.chunks):
+            if stages > 1 and not (first and number == 0):
+                hidden = torch.empty(shape, dtype=config.pipeline_dtype, device=cpu_shims.device())
+                dist.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank(), group)
+            chunk.set_input_tensor(hidden)
+            hidden = chunk.read(row)
+            if stages > 1 and not (self.last_stage and number == len(self._model.chunks) - 1):
+                dist.send(hidden.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank(), group)
+        return Read(row, hidden if self.last_stage else None)
+
+    def predict(self, read: Read, ahead: torch.Tensor) -> Read:
+        """Run the multi-token prediction layer over a row; called on the last stage.
+
+        Args:
+            read: states of the depth before.
+            ahead: [row tokens] int64, the token that follows each; what stands behind an unknown one is read again later.
+        """
+        ahead = ahead.to(cpu_shims.device())
+        return Read(read.row, self._model.chunks[-1].predict(read.row, read.hidden, ahead))
+
+    def pick(self, read: Read, places: Sequence[int], pieces: Sequence[Piece]) -> Read:
+        """Return some places' states as a row of their own, one token each (on the last stage)."""
+        multiple = context.row_multiple()
+        row = read_row(pieces, -(-len(places) // multiple) * multiple, cpu_shims.device())
+        states = self._states(read, [*places, *[0] * (len(row.tokens) - len(places))])[:, None]
+        if self._model.config.sequence_parallel:
+            states = states.chunk(parallel_state.get_tensor_model_parallel_world_size())[
+                parallel_state.get_tensor_model_parallel_rank()]
+        return Read(row, states)
+
+    def top_tokens(self, read: Read, places: Sequence[int]) -> torch.Tensor:
+        """Return the most probable next token [places] int64 behind row indices (on the last stage)."""
+        return self._head().top_tokens(self._states(read, places)).cpu()
+
+    def logits(self, read: Read, places: Sequence[int]) -> torch.Tensor:
+        """Return full logits [places, vocabulary] behind row indices (on the last stage)."""
+        return self._head().logits(self._states(read, places))
+
+    def move(self, source: int, target: int) -> None:
+        """Copy a sequence to another slot."""
+        for layer in self._layers:
+            layer.move(source, target)
+
+    def agree(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the int64 tensor as one process of the last stage holds it, on all processes of the replica's tp x pp part."""
+        group: Any = parallel_state.get_model_parallel_group()
+        if group.size() == 1:
+            return values
+        source = group.size() - parallel_state.get_tensor_model_parallel_world_size()
+        sent = pipeline.to_comm_device(values.clone())
+        dist.broadcast(sent, group=group, group_src=source)
+        return sent.cpu()
+
+    def _head(self) -> Head:
+        return head_of(self._model, self._policy.head_chunk_tokens)
+
+    def _states(self, read: Read, places: Sequence[int]) -> torch.Tensor:
+        assert read.hidden is not None
+        gathered = gather_sequence(read.hidden, self._model.config)
+        return gathered[torch.tensor(list(places), device=gathered.device)]

@@ -1,0 +1,181 @@
+"""Core attention for packed documents, where Transformer Engine does not serve and wherever a row is cut over processes.
+
+The library's own local attention refuses packed sequences and context parallelism, and replaces a document mask by the
+window mask on sliding layers, so documents would see each other.  Transformer Engine's context parallelism wants every
+document padded to a multiple of twice the group's size and does not slide over cut documents, so with `parallel.cp` > 1
+this attention serves there, too.
+
+Each document is attended on its own.  Queries stay where they are; keys and values come to them by an all-gather over the
+context-parallel group (Llama 3, arXiv 2407.21783, section 3.3.2): those of the whole row for global attention, and only the
+last window - 1 of each piece for sliding windows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.module import MegatronModule
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
+
+from megatron_sov.mcore.parallel import context
+
+QUERY_BLOCK = 1024
+"""Queries attended at a time where a mask is needed: it holds at most QUERY_BLOCK x (keys of the document up to the last
+query) booleans, with a sliding window QUERY_BLOCK x (QUERY_BLOCK + window)."""
+
+Span = tuple[int, int, int]
+"""Row indices: start of a document, first query, end of the queries; the keys are those from the start to the end."""
+
+
+@dataclass
+class PackedDocuments(PackedSeqParams):
+    """The documents of a row.
+
+    Where `DocumentAttention` serves, the row is one sequence to the library, which otherwise applies the rotary embedding in
+    a loop over documents and cuts each of them over the context-parallel group.  Its cut of the one sequence is ours; it
+    must then be given the frequencies of every place of the row, not of every position in a document.
+    """
+
+    bounds: torch.Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int32))
+    """[documents + 1] int32: cumulative lengths of the documents."""
+    spans: list[list[Span]] = field(default_factory=list)
+    """For each local piece of the row its documents (parts of documents), in order."""
+
+
+def pack(bounds: torch.Tensor, max_document_tokens: int, row_tokens: int, *, own: bool = True) -> PackedDocuments:
+    """Return the documents of a row.
+
+    Args:
+        bounds: [documents + 1] int32, cumulative lengths, from 0 to `row_tokens`.
+        max_document_tokens: length of the longest document.
+        row_tokens: length of the row.
+        own: whether `DocumentAttention` serves; else the parameters are those that the library's attention takes.
+    """
+    if not own:
+        return PackedDocuments(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=max_document_tokens,
+                               max_seqlen_kv=max_document_tokens, bounds=bounds)
+    documents = [(a, b) for a, b in pairwise(bounds.tolist()) if b > a]
+    spans = [[(a, max(a, first), min(b, end)) for a, b in documents if a < end and first < b]
+             for first, end in context.pieces(row_tokens)]
+    whole = torch.tensor([0, row_tokens], dtype=torch.int32)  # on the CPU, where the library reads it in every layer
+    return PackedDocuments(qkv_format="thd", cu_seqlens_q=whole, cu_seqlens_kv=whole, max_seqlen_q=row_tokens,
+                           max_seqlen_kv=row_tokens, bounds=bounds, spans=spans)
+
+
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window_tokens: int) -> torch.Tensor:
+    """Attend from the last m of L tokens of a document: [m, heads, head_dim], [L, kv_heads, head_dim] -> [m, heads, head_dim].
+
+    Args:
+        scale: factor on the products of queries and keys.
+        window_tokens: sliding window, the current token included; 0: every token before.
+    """
+    q, k, v = (t.transpose(0, 1)[None] for t in (query, key, value))  # the fused kernels need a batch axis
+    m, total = q.shape[2], k.shape[2]
+    gqa = q.shape[1] != k.shape[1]
+    slides = 0 < window_tokens < total
+    if m == total and not slides:
+        out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=gqa)
+        return out[0].transpose(0, 1)
+    blocks = []
+    for start in range(0, m, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, m)
+        first_key, end_key = 0, total - m + stop
+        if slides:
+            first_key = max(0, total - m + start - window_tokens + 1)
+            mask = _band(stop - start, end_key - first_key, window_tokens, q.device)
+        else:
+            mask = causal_lower_right(stop - start, end_key)  # becomes a mask only where no fused kernel serves
+        keys = slice(first_key, end_key)
+        attended = partial(scaled_dot_product_attention, attn_mask=mask, scale=scale, enable_gqa=gqa)
+        part = q[:, :, start:stop], k[:, :, keys], v[:, :, keys]
+        if slides or q.is_cuda or not torch.is_grad_enabled():
+            blocks.append(attended(*part))
+        else:  # without a fused kernel every block would keep its mask, together as many numbers as the row's length squared
+            blocks.append(checkpoint(attended, *part, use_reentrant=False, preserve_rng_state=False))
+    return torch.cat(blocks, dim=2)[0].transpose(0, 1)
+
+
+def _band(queries: int, keys: int, window_tokens: int, device: torch.device) -> torch.Tensor:
+    """Return [queries, keys] bool, True where a query sees a key; the last query stands at the last key."""
+    distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
+    return (distance >= 0) & (distance < window_tokens)
+
+
+class DocumentAttention(MegatronModule):
+    """Causal attention inside each packed document, optionally within a sliding window.
+
+    With `parallel.cp` > 1 the backward pass needs the gathered keys and values of every global layer, 2 x row tokens x
+    key/value heads x head size per layer; `train.recompute` keeps one layer's at a time.
+    """
+
+    def __init__(self, config: Any, layer_number: int, attn_mask_type: Any, attention_type: str,
+                 attention_dropout: float | None = None, softmax_scale: float | None = None, cp_comm_type: str | None = None,
+                 pg_collection: Any = None, window_tokens: int = 0) -> None:
+        super().__init__(config=config)
+        self.window_tokens = window_tokens
+        self.softmax_scale = softmax_scale or config.kv_channels ** -0.5
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: None,
+                attn_mask_type: Any = None, attention_bias: None = None,
+                packed_seq_params: PackedDocuments | None = None) -> torch.Tensor:
+        """Attend.
+
+        Args:
+            query: [local tokens, heads, head_dim]; key, value: [local tokens, kv_heads, head_dim].
+            packed_seq_params: the row's documents.
+
+        Returns:
+            [local tokens, heads * head_dim], to which the caller adds the batch axis.
+        """
+        if packed_seq_params is None:
+            raise ValueError("DocumentAttention needs packed_seq_params: micro-batches are rows of packed documents")
+        spans = packed_seq_params.spans
+        outputs = []
+        for queries, (keys, values, first), documents in zip(query.chunk(len(spans)), self._reachable(key, value), spans,
+                                                             strict=True):
+            # split, not indexed: the backward pass then writes each gradient once, and not zeros of a whole row per document
+            begins = [max(a, start - self.window_tokens + 1) if self.window_tokens else a for a, start, _ in documents]
+            lengths = [begins[0] - first, *(stop - begin for begin, (_, _, stop) in zip(begins, documents, strict=True))]
+            parts = (queries.split([stop - start for _, start, stop in documents]), keys.split(lengths)[1:],
+                     values.split(lengths)[1:])
+            outputs += [attend(q, k, v, self.softmax_scale, self.window_tokens) for q, k, v in zip(*parts, strict=True)]
+        return torch.cat(outputs).reshape(len(query), -1)
+
+    def _reachable(self, key: torch.Tensor, value: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
+        """Return for each local piece the keys and values that its queries may need, and the row index of the first.
+
+        Args:
+            key, value: [local tokens, kv_heads, head_dim].
+
+        Returns:
+            [keys, kv_heads, head_dim] each, ending with the last token of the piece.
+        """
+        if context.size() == 1:
+            return [(key, value, 0)]
+        local = torch.stack([key, value], dim=1)
+        pieces = context.pieces(len(local) * context.size())
+        length, tail = len(local) // 2, self.window_tokens - 1
+        if not 0 <= tail <= length:
+            row = context.gather_keys(local)
+            return [(row[:end, 0], row[:end, 1], 0) for _, end in pieces]
+        own = local.split(length)
+        tails = context.gather_keys(torch.cat([piece[length - tail:] for piece in own])) if tail else local[:0]
+        found = []
+        for piece, (first, _) in zip(own, pieces, strict=True):
+            number = first // length
+            before = tails[max(0, number - 1) * tail:number * tail]
+            near = torch.cat([before, piece])
+            found.append((near[:, 0], near[:, 1], first - len(before)))
+        return found
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (),
+                           metadata: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Return nothing: attention itself has no state."""
+        return {}

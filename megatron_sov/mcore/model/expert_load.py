@@ -1,0 +1,89 @@
+"""What the routers of a model did: tokens per expert, and the biases by which experts are chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.distributed import finalize_model_grads
+
+from megatron_sov.mcore.model.language_model import LanguageModel
+from megatron_sov.mcore.model.pipeline import sum_everywhere
+
+
+class ExpertLoad:
+    """Tokens per expert and layer, collected before the library resets its counters, and the routers' selection biases."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self._model = model
+        self._counts: dict[int, torch.Tensor] = {}
+        self._gathered: torch.Tensor | None = None
+        self._biases_before: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.before_sync: Callable[[], None] = lambda: None
+        """Called when this process has its gradients, before it waits for those of others."""
+
+    def _routers(self) -> list[Any]:
+        return [m for m in self._model.modules() if hasattr(m, "local_tokens_per_expert")]
+
+    def finalize(self, chunks: list[Any], num_tokens: torch.Tensor | None = None, pg_collection: Any = None,
+                 force_all_reduce: bool | None = False) -> None:
+        """Sum gradients over processes and update router biases (the library's `finalize_model_grads_func`).
+
+        The division by a token count is left out: losses arrive divided by their own global denominators.
+        """
+        self.before_sync()
+        self._gathered = None
+        routers = self._routers()
+        self._counts = {router.layer_number: router.local_tokens_per_expert.clone() for router in routers}
+        self._biases_before = [(r.expert_bias, r.expert_bias.clone()) for r in routers if r.expert_bias is not None]
+        finalize_model_grads(chunks, None, pg_collection, bool(force_all_reduce))
+        self.forget()  # the library forgets the counts of routers with a selection bias only
+
+    def undo(self) -> None:
+        """Take back what `finalize` did to the biases, since the step is refused."""
+        for bias, before in self._biases_before:
+            bias.copy_(before)
+
+    def forget(self) -> None:
+        """Set all counters to zero."""
+        for router in self._routers():
+            router.local_tokens_per_expert.zero_()
+
+    def gather(self, num_layers: int, num_experts: int) -> torch.Tensor:
+        """Return [layers, experts] token counts of the last step, summed over all processes once (zero rows: dense layers)."""
+        if self._gathered is None:
+            self._gathered = self._sum(self._counts, num_layers, num_experts)
+        return self._gathered
+
+    def during(self, action: Callable[[], Any], num_layers: int, num_experts: int) -> tuple[Any, torch.Tensor]:
+        """Do something with the model in evaluation mode; returns its result and the [layers, experts] token counts of it."""
+        step = self._model.config.routing_step
+        self.forget()
+        step.counts_evaluation = True
+        try:
+            result = action()
+        finally:
+            step.counts_evaluation = False
+        counts = {router.layer_number: router.local_tokens_per_expert.clone() for router in self._routers()}
+        self.forget()
+        return result, self._sum(counts, num_layers, num_experts)
+
+    def biases(self, num_layers: int, num_experts: int) -> torch.Tensor:
+        """Return [layers, experts] selection biases; zero rows where a layer has none."""
+        with_bias = {r.layer_number: r.expert_bias for r in self._routers() if r.expert_bias is not None}
+        ones = {layer: torch.ones_like(bias) for layer, bias in with_bias.items()}
+        both = torch.stack([_rows(with_bias, num_layers, num_experts), _rows(ones, num_layers, num_experts)])
+        total, holders = sum_everywhere(both)[:, 1:]
+        return total / holders.clamp(min=1)
+
+    def _sum(self, counts: dict[int, torch.Tensor], num_layers: int, num_experts: int) -> torch.Tensor:
+        return sum_everywhere(_rows(counts, num_layers, num_experts))[1:]
+
+
+def _rows(by_layer: dict[int, torch.Tensor], num_layers: int, num_experts: int) -> torch.Tensor:
+    """Return [layers + 1, experts] float64; the first row belongs to no layer, since layers count from 1."""
+    rows = torch.zeros(num_layers + 1, num_experts, dtype=torch.float64)
+    for layer, values in by_layer.items():
+        rows[layer] = values.double().cpu()
+    return rows

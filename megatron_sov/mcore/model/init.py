@@ -1,0 +1,92 @@
+"""Initial weights as a function of (seed, name of the global tensor, index in it): the same at every layout.
+
+Numbers come from the counter-based generator Philox, keyed by seed and name, so that each process makes just the range of
+the flattened global tensor that its block spans.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import math
+
+import numpy as np
+import torch
+
+from megatron_sov.config import ModelConfig
+from megatron_sov.mcore.model.language_model import LanguageModel
+from megatron_sov.mcore.model.local_shards import Block, of
+
+ONES, ZEROS, NORMAL, RESIDUAL = "ones", "zeros", "normal", "normal into the residual"
+RULES = (
+    ("*norm.weight", ONES), ("*.layer_norm_weight", ONES), ("*.router.expert_bias", ZEROS),
+    ("*.linear_qkv.bias", ZEROS),
+    ("*.linear_proj.weight", RESIDUAL), ("*.linear_fc2.weight", RESIDUAL),
+    ("*.linear_qkv.weight", NORMAL), ("*.linear_fc1.weight", NORMAL), ("*.router.weight", NORMAL), ("*.eh_proj.weight", NORMAL),
+    ("*.word_embeddings.weight", NORMAL), ("output_layer.weight", NORMAL),
+)
+"""Tensor name pattern -> distribution; each tensor must match exactly one.  Matrices that write into the residual stream
+are scaled by 1 / sqrt(2 * num_layers) (GPT-2, Radford et al. 2019)."""
+_CHUNK = 1 << 22
+_PER_COUNTER = 8
+"""Normals made of one Philox counter step: four 64-bit words, two 32-bit halves each."""
+
+
+def rule_for(key: str) -> str:
+    """Return the distribution of a tensor.
+
+    Raises:
+        ValueError: no rule or several rules match its name.
+    """
+    matches = [rule for pattern, rule in RULES if fnmatch.fnmatchcase(key, pattern)]
+    if len(matches) != 1:
+        raise ValueError(f"{key}: {len(matches)} rules of mcore/init.py match this tensor's name, needs exactly one")
+    return matches[0]
+
+
+def normals(seed: int, key: str, start: int, count: int) -> np.ndarray:
+    """Return standard normals number `start` to `start + count` of the stream (seed, key), as float32.
+
+    Box-Muller on 32-bit uniforms: each counter step gives a fixed number of values, so any range can be made alone.
+    """
+    digest = hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=16).digest()
+    generator = np.random.Philox(key=np.frombuffer(digest, dtype=np.uint64))
+    first = start // _PER_COUNTER
+    generator.advance(first)
+    steps = -(-(start + count) // _PER_COUNTER) - first
+    words = generator.random_raw(steps * 4).view(np.uint32)
+    u = (words.astype(np.float64) + 0.5) / 2.0**32
+    radius, angle = np.sqrt(-2.0 * np.log(u[0::2])), 2.0 * np.pi * u[1::2]
+    values = np.empty(len(u), dtype=np.float32)
+    values[0::2], values[1::2] = radius * np.cos(angle), radius * np.sin(angle)
+    skip = start - first * _PER_COUNTER
+    return values[skip:skip + count]
+
+
+def fill_normal(block: Block, seed: int, std: float) -> None:
+    """Fill a block with its part of the global tensor's normals, a few million values at a time."""
+    leading = block.offset[: len(block.global_shape) - 2]
+    rows, columns = block.global_shape[-2:]
+    matrix = int(np.ravel_multi_index(leading, block.global_shape[:-2])) if leading else 0
+    row0, column0 = block.offset[-2:]
+    target = block.data.reshape(-1, block.data.shape[-1]) if block.data.is_contiguous() else block.data
+    step = max(1, _CHUNK // columns)
+    for row in range(0, target.shape[0], step):
+        count = min(step, target.shape[0] - row)
+        values = normals(seed, block.key, (matrix * rows + row0 + row) * columns, count * columns).reshape(count, columns)
+        part = torch.from_numpy(values[:, column0:column0 + target.shape[1]] * np.float32(std))
+        target[row:row + count].copy_(part)
+
+
+@torch.no_grad()
+def initialise(model: LanguageModel, config: ModelConfig, seed: int) -> None:
+    """Set every weight and buffer of this process's part of the model."""
+    residual_std = config.init_std / math.sqrt(2 * config.num_layers)
+    for block in of(model):
+        rule = rule_for(block.key)
+        if rule == ONES:
+            block.data.fill_(1.0)
+        elif rule == ZEROS:
+            block.data.zero_()
+        else:
+            fill_normal(block, seed, config.init_std if rule == NORMAL else residual_std)

@@ -1,0 +1,99 @@
+"""Forward and backward over the micro-batches of a step, by the library's pipeline schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_sov.mcore.model.language_model import ModelInputs
+
+
+class HasInputs(Protocol):
+    """A micro-batch: whatever the objective needs, plus what the model reads."""
+
+    @property
+    def inputs(self) -> ModelInputs:
+        """The model's inputs."""
+        ...
+
+
+Loss = Callable[[torch.Tensor, Any], tuple[torch.Tensor, Any]]
+"""(hidden states of the last stage, micro-batch) -> (scalar whose gradient is taken as it is, anything to return)."""
+
+
+def run(chunks: Sequence[Any], micro_batches: Sequence[HasInputs], loss: Loss, row_tokens: int, *,
+        forward_only: bool) -> list[Any]:
+    """Run all micro-batches through all pipeline stages.
+
+    Args:
+        chunks: the model's chunks, or their data-parallel wrappers when gradients are wanted.
+        micro_batches: this data-parallel rank's micro-batches, the same on every pipeline stage.
+        loss: called on the last stage only; scalars are summed over micro-batches and processes that read
+            different data, never averaged.
+        row_tokens: tokens of each micro-batch.
+        forward_only: without gradients.
+
+    Returns:
+        What `loss` returned beside the scalar for each micro-batch (empty on other stages than the last).
+    """
+
+    def forward(iterator: Iterator[HasInputs], model: Any) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]]:
+        batch = next(iterator)
+        return model(batch.inputs), partial(_finish, loss, batch)
+
+    interleaved = len(chunks) > 1
+    # an interleaved pipeline takes micro-batches in groups of its size; an evaluation's last group is filled up and cut again
+    count = len(micro_batches)
+    surplus: int = -count % parallel_state.get_pipeline_model_parallel_world_size() if interleaved and forward_only else 0
+    fed = [*micro_batches, *[micro_batches[-1]] * surplus]
+    results: list[Any] = get_forward_backward_func()(
+        forward_step_func=forward, data_iterator=[iter(fed) for _ in chunks] if interleaved else iter(fed),
+        model=list(chunks) if interleaved else chunks[0], num_microbatches=len(fed), seq_length=row_tokens, micro_batch_size=1,
+        decoder_seq_length=row_tokens, forward_only=forward_only)
+    return results[:count]
+
+
+def _finish(loss: Loss, batch: HasInputs, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    scalar, extra = loss(hidden, batch)
+    return scalar, torch.ones((), dtype=torch.int, device=scalar.device), extra
+
+
+def to_comm_device(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor where the process group's backend can send it."""
+    return tensor.cuda() if dist.get_backend() == "nccl" else tensor
+
+
+def data_place() -> tuple[int, int]:
+    """Return this process's rank among the processes that read different data, and their number."""
+    return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+
+
+def sum_over_data(values: torch.Tensor) -> torch.Tensor:
+    """Sum a float64 tensor over the processes that read different data, on every process.
+
+    Processes that share a row (context parallelism) hold the same value, which counts once.
+    """
+    total = to_comm_device(values.clone())
+    dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+    return total.cpu()
+
+
+def sum_everywhere(values: torch.Tensor) -> torch.Tensor:
+    """Sum a float64 tensor over all processes."""
+    total = to_comm_device(values.clone())
+    dist.all_reduce(total)
+    return total.cpu()
+
+
+def from_last_stage(values: torch.Tensor) -> torch.Tensor:
+    """Return the tensor as the last pipeline stage holds it, on every stage."""
+    sent = to_comm_device(values.clone())
+    dist.broadcast(sent, src=parallel_state.get_pipeline_model_parallel_last_rank(),
+                   group=parallel_state.get_pipeline_model_parallel_group())
+    return sent.cpu()

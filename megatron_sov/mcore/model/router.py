@@ -1,0 +1,129 @@
+"""The router: top-k routing as in transformers, with padding left out and the balancing loss normalised over the global batch.
+
+Three properties of megatron-core 0.16.1 make an own class necessary: with per-token losses its auxiliary losses are divided
+by the sequence- and context-parallel sizes (a result that depends on the layout); its expert counts cannot take a padding
+mask (shapes [tokens] and [tokens, experts] do not broadcast); and it does not normalise the weight of a single chosen expert.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.moe.router import TopKRouter
+
+from megatron_sov.mcore.parallel import context, cpu_shims
+
+EPSILON = 1e-20
+"""Added to the sum that weights are divided by, as in transformers."""
+
+
+@dataclass
+class RoutingStep:
+    """What routers need to know about the current optimizer step, and what they measured in it.
+
+    One object is shared by all routers of a process (`TransformerConfig.routing_step`).  It holds step constants only,
+    so recomputation in the backward pass sees the same values as the forward pass.
+    """
+
+    seq_len: int = 0
+    """Tokens of one sequence; a micro-batch is a row of whole sequences."""
+    num_sequences: int = 1
+    """Sequences of the global batch: the balancing loss is their mean."""
+    aux_loss: dict[int, torch.Tensor] = field(default_factory=dict)
+    """Layer number -> this process's part of the balancing loss of the step."""
+    counts_evaluation: bool = False
+    """Whether tokens are counted in evaluation mode too."""
+
+
+class BalancedRouter(TopKRouter):
+    """Top-k router whose balancing loss and expert counts ignore padding and do not depend on the layout.
+
+    The balancing loss is DeepSeek-V3's sequence-wise one (arXiv 2412.19437, eq. 17-20): for each sequence
+    ``coeff * sum_i f_i P_i`` with ``f_i = E / (K T) * (times expert i is among the top K)`` and ``P_i`` the mean normalised
+    score, averaged over the sequences of the global batch.
+    """
+
+    def __init__(self, config: Any, pg_collection: Any = None) -> None:
+        super().__init__(config, pg_collection)
+        if self.local_tokens_per_expert is None:  # the library counts for its selection bias only
+            del self.local_tokens_per_expert
+            zeros = torch.zeros(config.num_moe_experts, dtype=torch.float32, device=cpu_shims.device())
+            self.register_buffer("local_tokens_per_expert", zeros, persistent=False)
+
+    def routing(self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Choose experts.
+
+        Args:
+            logits: [tokens, 1, experts] float32 (float64 under fp64), this process's part of the micro-batch.
+            padding_mask: [tokens, 1] bool, True = padding; None = none.
+
+        Returns:
+            weights [tokens, experts] (zero where not chosen) and the choice [tokens, experts] bool.
+        """
+        logits = logits.view(-1, self.config.num_moe_experts)
+        valid = None if padding_mask is None else ~padding_mask.reshape(-1)
+        probs, routing_map = self._choose(logits)
+        if self.training and torch.is_grad_enabled():
+            probs = self._with_balancing_loss(probs, logits, valid)
+            self._count_tokens(routing_map, valid)
+        elif self.config.routing_step.counts_evaluation:
+            self._count_tokens(routing_map, valid)
+        return probs, routing_map
+
+    def _choose(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return weights and choice of the top K experts by score, plus bias where there is one (arXiv 2412.19437, eq. 12-16).
+
+        The library's `topk_routing_with_score_function` rounds scores to float32, and leaves a single expert's weight as it is.
+        """
+        scores = self._scores(logits)
+        _, chosen = torch.topk(scores if self.expert_bias is None else scores + self.expert_bias, self.topk, dim=1)
+        weights = scores.gather(1, chosen)
+        if self.config.norm_topk_prob:
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + EPSILON)
+        probs = torch.zeros_like(logits).scatter(1, chosen, weights * self.config.moe_router_topk_scaling_factor)
+        return probs, torch.zeros_like(logits, dtype=torch.bool).scatter(1, chosen, True)
+
+    def _scores(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits.softmax(dim=-1) if self.score_function == "softmax" else logits.sigmoid()
+
+    def _count_tokens(self, routing_map: torch.Tensor, valid: torch.Tensor | None) -> None:
+        with torch.no_grad():
+            chosen = routing_map if valid is None else routing_map & valid[:, None]
+            self.local_tokens_per_expert += chosen.sum(dim=0)
+
+    def _with_balancing_loss(self, probs: torch.Tensor, logits: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+        coeff = self.get_aux_loss_coeff("seq_aux_loss")
+        step: RoutingStep = self.config.routing_step
+        if coeff == 0:
+            return probs
+        scores = self._scores(logits)
+        scores = scores / (scores.sum(dim=-1, keepdim=True) + EPSILON)  # a softmax sums to 1 already
+        chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(1, scores.topk(self.topk, dim=-1).indices, True)
+        if valid is None:
+            valid = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+        chosen = (chosen & valid[:, None]).to(scores.dtype)
+        scores = scores * valid[:, None]
+        row, num_rows = self._rows(len(logits), step.seq_len, logits.device)
+        counts = scores.new_zeros(num_rows, logits.shape[1]).index_add_(0, row, chosen)
+        tokens = scores.new_zeros(num_rows).index_add_(0, row, valid.to(scores.dtype))
+        if self.tp_cp_group.size() > 1:
+            both = torch.cat([counts, tokens[:, None]], dim=1)
+            torch.distributed.all_reduce(both, group=self.tp_cp_group)
+            counts, tokens = both[:, :-1], both[:, -1]
+        tokens = tokens.clamp(min=1)[:, None]
+        frequency = counts * (logits.shape[1] / self.topk) / tokens
+        # linear in the local scores, so each process contributes its own tokens' part and gradients simply add up
+        mean_score = scores.new_zeros(num_rows, logits.shape[1]).index_add(0, row, scores) / tokens
+        loss = coeff * (frequency * mean_score).sum() / step.num_sequences
+        layer: Any = self.layer_number
+        step.aux_loss[layer] = step.aux_loss.get(layer, 0.0) + loss.detach()
+        return MoEAuxLossAutoScaler.apply(probs, loss)
+
+    def _rows(self, num_tokens: int, seq_len: int, device: torch.device) -> tuple[torch.Tensor, int]:
+        """Return each local token's sequence within the micro-batch, and the number of sequences."""
+        split = context.size() * (self.tp_group.size() if self.config.sequence_parallel else 1)
+        row = context.row_index(num_tokens * split, self.config.sequence_parallel, device) // seq_len
+        return row, max(1, num_tokens * split // seq_len)

@@ -1,0 +1,167 @@
+"""From a family's declaration to a megatron-core model: the only place that knows the library's configuration names."""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+from typing import Any
+
+import torch
+from torch.nn.functional import silu
+
+from megatron_sov.config import ModelConfig, ParallelConfig, TrainConfig
+from megatron_sov.mcore.model.router import BalancedRouter, RoutingStep
+from megatron_sov.mcore.parallel import cpu_shims
+
+PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+
+@cache
+def has_transformer_engine() -> bool:
+    """Return whether Transformer Engine imports and a GPU is there to run it (an empty meta package does not count)."""
+    if not cpu_shims.on_gpu() or importlib.util.find_spec("transformer_engine") is None:
+        return False
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except Exception:  # its import fails in many ways: missing libraries, wrong CUDA, RuntimeError of the meta package
+        return False
+    return True
+
+
+def uses_transformer_engine(dtype: torch.dtype) -> bool:
+    """Return whether a model of this parameter dtype is made of Transformer Engine's modules (they know no float64)."""
+    return dtype != torch.float64 and has_transformer_engine()
+
+
+def own_attention(config: Any) -> bool:
+    """Return whether `DocumentAttention` serves, for a model of the library's `config`."""
+    return not uses_transformer_engine(config.params_dtype) or config.context_parallel_size > 1
+
+
+def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig) -> Any:
+    """Return the library's `TransformerConfig` for a model, a layout and a precision."""
+    from megatron.core.transformer import TransformerConfig
+
+    dtype = PRECISION[train.precision]
+    te = uses_transformer_engine(dtype)
+    settings: dict[str, Any] = {
+        "num_layers": model.num_layers, "hidden_size": model.hidden_size, "num_attention_heads": model.num_heads,
+        "num_query_groups": model.num_kv_heads, "kv_channels": model.head_dim,
+        "ffn_hidden_size": model.dense_ffn_dim or model.expert_ffn_dim,
+        "normalization": "RMSNorm", "layernorm_epsilon": model.norm_eps, "gated_linear_unit": True, "activation_func": silu,
+        "add_bias_linear": False, "add_qkv_bias": model.qkv_bias, "qk_layernorm": model.qk_norm,
+        "hidden_dropout": train.hidden_dropout, "attention_dropout": 0.0,  # our attention has none
+        "perform_initialization": False, "use_cpu_initialization": not cpu_shims.on_gpu(),
+        "params_dtype": dtype, "pipeline_dtype": dtype, "bf16": train.precision == "bf16",
+        "tensor_model_parallel_size": parallel.tp, "sequence_parallel": parallel.sp,
+        "pipeline_model_parallel_size": parallel.pp,
+        "virtual_pipeline_model_parallel_size": parallel.vpp if parallel.vpp > 1 else None,
+        "expert_model_parallel_size": parallel.ep,
+        "expert_tensor_parallel_size": parallel.etp, "context_parallel_size": parallel.cp,
+        # an interleaved pipeline sends one peer two messages at a time: in a batch, gloo delivers the wrong one without an error
+        "batch_p2p_comm": cpu_shims.on_gpu() and parallel.vpp == 1, "overlap_p2p_comm": parallel.vpp > 1,
+        # losses are sums divided once by global counts; must stand here before the model is wrapped
+        "calculate_per_token_loss": True,
+        "deterministic_mode": train.deterministic,
+        "gradient_accumulation_fusion": False, "masked_softmax_fusion": False, "bias_activation_fusion": te,
+        # the fused rotary kernel does not know YaRN's factor on cosine and sine
+        "bias_dropout_fusion": te, "apply_rope_fusion": te and parallel.cp == 1 and model.yarn is None,
+        "hetereogenous_dist_checkpoint": True, "cuda_graph_scope": [],
+    }
+    if model.sliding_window_tokens:
+        # the library's window is (keys to the left, to the right), the current token not counted
+        settings["window_size"] = (model.sliding_window_tokens - 1, 0)
+    if model.num_mtp_layers:
+        settings |= {"mtp_num_layers": model.num_mtp_layers, "mtp_loss_scaling_factor": model.mtp_loss_coeff}
+    if model.num_moe_layers():
+        settings |= _moe_settings(model, parallel, te) | {"moe_router_dtype": "fp64" if dtype == torch.float64 else "fp32"}
+    if train.recompute:
+        settings |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    config = TransformerConfig(**settings)
+    _per_layer_lists(config, model)
+    _yarn(config, model)
+    config.routing_step, config.norm_topk_prob = RoutingStep(), model.norm_topk_prob
+    return config
+
+
+def _moe_settings(model: ModelConfig, parallel: ParallelConfig, te: bool) -> dict[str, Any]:
+    return {
+        "num_moe_experts": model.num_experts, "moe_router_topk": model.num_experts_per_token,
+        "moe_ffn_hidden_size": model.expert_ffn_dim,
+        "moe_shared_expert_intermediate_size": model.expert_ffn_dim * model.num_shared_experts or None,
+        "moe_router_score_function": model.router_score, "moe_router_topk_scaling_factor": model.routed_scaling_factor,
+        "moe_router_enable_expert_bias": model.router_bias, "moe_router_bias_update_rate": model.router_bias_update_rate,
+        # the choice of experts is the same before and after a softmax; without this the library refuses a single one
+        "moe_router_pre_softmax": model.router_score == "softmax",
+        "moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": model.seq_aux_loss_coeff,
+        "moe_token_dispatcher_type": parallel.expert_dispatcher, "moe_grouped_gemm": te, "moe_permute_fusion": te,
+        "moe_layer_freq": [0] * model.num_dense_layers + [1] * model.num_moe_layers(),
+    }
+
+
+def _per_layer_lists(config: Any, model: ModelConfig) -> None:
+    """Spell out per layer what slides and what rotates, with one entry more for the multi-token prediction layer.
+
+    The library looks both up by layer number, and that layer's number is num_layers + 1; its own validation allows only
+    num_layers entries, so the lists are set after it.
+    """
+    kinds = list(model.layer_types()) + [model.mtp_layer_type()] * model.num_mtp_layers
+    if model.sliding_window_tokens:
+        config.window_attn_skip_freq = [int(k == "sliding_attention") for k in kinds]
+    if not model.rope_on_global:
+        config.no_rope_freq = [int(k == "full_attention") for k in kinds]
+
+
+def _yarn(config: Any, model: ModelConfig) -> None:
+    if model.yarn is not None:
+        config.yarn_rotary_scaling_factor = model.yarn.factor
+        config.yarn_original_max_position_embeddings = model.yarn.original_max_position_tokens
+        config.yarn_beta_fast, config.yarn_beta_slow = model.yarn.beta_fast, model.yarn.beta_slow
+        config.yarn_mscale, config.yarn_mscale_all_dim = 1.0, 0.0
+        config.yarn_correction_range_round_to_int = True
+
+
+def layer_specs(config: Any, model: ModelConfig) -> list[Any]:
+    """Return the library's module spec of every trunk layer, with our router and, where it serves, our attention."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_layer_specs
+
+    specs = _own_copies(get_gpt_decoder_layer_specs(config, uses_transformer_engine(config.params_dtype), "RMSNorm"))
+    return [_finish_spec(config, spec, kind, model) for spec, kind in zip(specs, model.layer_types(), strict=True)]
+
+
+def mtp_layer_spec(config: Any, model: ModelConfig) -> Any:
+    """Return the spec of the dense transformer layer inside a multi-token prediction layer."""
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_layer_local_spec,
+        get_gpt_layer_with_transformer_engine_spec,
+    )
+
+    if uses_transformer_engine(config.params_dtype):
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_norm)
+    else:
+        spec = get_gpt_layer_local_spec(qk_layernorm=model.qk_norm, normalization="RMSNorm")
+    return _finish_spec(config, spec, model.mtp_layer_type(), model)
+
+
+def _own_copies(specs: list[Any]) -> list[Any]:
+    """The library returns the same object for layers of one kind; each layer needs its own to differ in attention."""
+    import copy
+
+    return [copy.deepcopy(spec) for spec in specs]
+
+
+def _finish_spec(config: Any, spec: Any, kind: str, model: ModelConfig) -> Any:
+    from megatron.core.transformer.moe.moe_layer import MoESubmodules
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    from megatron_sov.mcore.model.attention import DocumentAttention
+
+    if own_attention(config):
+        window = model.sliding_window_tokens if kind == "sliding_attention" else 0
+        spec.submodules.self_attention.submodules.core_attention = ModuleSpec(
+            module=DocumentAttention, params={"window_tokens": window})
+    if isinstance(spec.submodules.mlp.submodules, MoESubmodules):
+        spec.submodules.mlp.submodules.router = BalancedRouter
+        # with Transformer Engine this norm keeps its own name in checkpoints; one name for both
+        spec.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
+    return spec

@@ -1,0 +1,118 @@
+"""Gradients and optimizer: the library's data-parallel wrapper, AdamW and Muon, and their state as named global tensors."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+
+import megatron.core.optimizer as library_optimizer
+import torch
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+from megatron_sov.config import OptimConfig, ParallelConfig
+from megatron_sov.mcore.model.language_model import LanguageModel
+from megatron_sov.mcore.model.local_shards import Block
+from megatron_sov.mcore.optimizer import data_parallel, parameter_groups, state_shards
+from megatron_sov.mcore.parallel import cpu_shims
+
+NOT_SHARDED = ParallelConfig()
+"""Every process updates all of its parameters."""
+
+
+@contextlib.contextmanager
+def _torch_adam() -> Iterator[None]:
+    """Have the library make torch's AdamW also where Transformer Engine is installed, whose fused one refuses float64."""
+    found = library_optimizer.Adam, library_optimizer.USING_PYTORCH_OPTIMIZER
+    library_optimizer.Adam, library_optimizer.USING_PYTORCH_OPTIMIZER = torch.optim.AdamW, True
+    try:
+        yield
+    finally:
+        library_optimizer.Adam, library_optimizer.USING_PYTORCH_OPTIMIZER = found
+
+
+class Optimizer:
+    """Data-parallel gradients plus AdamW or Muon over one model; gradients are plain sums of what the losses give."""
+
+    def __init__(self, model: LanguageModel, config: OptimConfig, parallel: ParallelConfig = NOT_SHARDED) -> None:
+        self.model = model
+        rules = parameter_groups.rules(model, config)
+        parameter_groups.freeze(model, rules)
+        self.wrapped = data_parallel.wrap(model, parallel)
+        self._gather = model.pending_gather = data_parallel.deferred_gather(self.wrapped)
+        settings = OptimizerConfig(
+            optimizer="adam", lr=config.lr, weight_decay=config.weight_decay, adam_beta1=config.beta1, adam_beta2=config.beta2,
+            adam_eps=config.eps, bf16=model.config.bf16, params_dtype=model.config.params_dtype,
+            use_distributed_optimizer=parallel.zero1, overlap_param_gather=parallel.overlap_param_gather)
+        fp64 = model.config.params_dtype == torch.float64
+        with state_shards.any_float(), _torch_adam() if fp64 else contextlib.nullcontext():
+            # gloo groups would only serve the library's own checkpoints
+            self.library = get_megatron_optimizer(settings, self.wrapped, use_gloo_process_groups=False)
+        self.shards = parameter_groups.arrange(self.library, model, rules, config, zero1=parallel.zero1)
+        """What this process updates."""
+        self._clip_grad = config.clip_grad
+        self.num_updates = 0
+        """Updates so far; AdamW's bias correction counts them."""
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        for chunk in self.wrapped:
+            chunk.zero_grad_buffer()
+        self.library.zero_grad()
+
+    def step(self, lr: float, accept: Callable[[float], bool] = lambda grad_norm: True) -> float:
+        """Clip, update with learning rate `lr`, and return the global gradient norm before clipping.
+
+        Args:
+            accept: is given that norm, and must say the same on every process; where it says no, nothing is updated.
+        """
+        for group in self.library.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        state_shards.take_gradients(self.shards)
+        grad_norm = self._grad_norm()
+        if not accept(grad_norm):
+            return grad_norm
+        self._clip(grad_norm)
+        self.library.step_with_ready_grads()
+        self.model.pending_gather = self._gather
+        self.num_updates += 1
+        return grad_norm
+
+    @torch.no_grad()
+    def _grad_norm(self) -> float:
+        """Return the norm of all gradients of all processes, each parameter counted once, summed in float64.
+
+        The library sums squares in float32, where the norm of many parameters depends on how they are split.
+        """
+        total = torch.zeros((), dtype=torch.float64, device=cpu_shims.device())
+        for optimizer in self.library.chained_optimizers:
+            norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in optimizer.get_main_grads_for_grad_norm()]
+            squares = torch.stack(norms).square().sum() if norms else torch.zeros_like(total)
+            torch.distributed.all_reduce(squares, group=optimizer.get_grad_stats_parallel_group())
+            total += squares
+        return math.sqrt(total.item())
+
+    @torch.no_grad()
+    def _clip(self, grad_norm: float) -> None:
+        """Scale all gradients so that their norm is at most `clip_grad` (the divisor's 1e-6 as torch's clip_grad_norm_)."""
+        if 0 < self._clip_grad < grad_norm + 1e-6:
+            for optimizer in self.library.chained_optimizers:
+                gradients = [p.grad for p in optimizer.get_parameters() if p.grad is not None]
+                if gradients:  # a stage may be frozen
+                    torch._foreach_mul_(gradients, self._clip_grad / (grad_norm + 1e-6))
+
+    def adopt_model(self) -> None:
+        """Renew the fp32 master weights after weights were loaded into the model."""
+        self.library.reload_model_params()
+
+    def state_blocks(self) -> Iterator[Block]:
+        """Yield the moments or momentum (and, under bf16, master weights) of this process, named `exp_avg/KEY` and so on.
+
+        They are the same global tensors at every layout, with and without ZeRO-1.
+        """
+        return state_shards.state_blocks(self.model, self.shards)
+
+    def restore_updates(self, num_updates: int) -> None:
+        """Set the number of updates that the restored moments have seen."""
+        self.num_updates = num_updates
+        state_shards.set_updates(self.shards, num_updates)

@@ -1,0 +1,138 @@
+"""Which parameter is updated how: by AdamW or Muon, at which rate and weight decay, or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_sov.config import OptimConfig
+from megatron_sov.config.optim import Algorithm
+from megatron_sov.errors import UserError
+from megatron_sov.mcore.model.language_model import VOCABULARY_WEIGHTS, LanguageModel
+from megatron_sov.mcore.model.local_shards import ParameterLookup, of
+from megatron_sov.mcore.optimizer.muon import Muon, holders
+from megatron_sov.mcore.optimizer.state_shards import Inner, Shard, shards
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one parameter is updated."""
+
+    algorithm: Algorithm
+    lr_scale: float
+    weight_decay: float
+    frozen: bool
+
+
+Rules = dict[int, Rule]
+"""id of a parameter -> its rule."""
+
+
+class Combined:
+    """AdamW and Muon as one optimizer: what the library steps, clips and zeroes."""
+
+    def __init__(self, *inners: Inner) -> None:
+        self._inners = inners
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The groups of all."""
+        return [group for inner in self._inners for group in inner.param_groups]
+
+    def step(self) -> None:
+        """Update all shards by their gradients."""
+        for inner in self._inners:
+            inner.step()
+
+
+def rules(model: LanguageModel, config: OptimConfig) -> Rules:
+    """Return every parameter's rule; called by all processes together.
+
+    Raises:
+        UserError: on every process; a group's pattern matches no tensor, or nothing is left to train.
+    """
+    lookup, found, matched = ParameterLookup(list(model.parameters())), {}, set()
+    for block in of(model):
+        parameter = lookup.find(block)
+        if parameter is not None:
+            found[id(parameter)] = rule_for(config, block.key, parameter.dim())
+            matched |= {g.pattern for g in config.groups if fnmatch.fnmatchcase(block.key, g.pattern)}
+    everyones: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyones, (matched, any(not rule.frozen for rule in found.values())))
+    for i, group in enumerate(config.groups):
+        if not any(group.pattern in known for known, _ in everyones):
+            raise UserError(f"optim.groups.{i}.pattern = {group.pattern!r}: matches no parameter; a checkpoint's "
+                            "model.index.json has the names, and * stands for any text")
+    if not any(trains for _, trains in everyones):
+        frozen = ", ".join(group.pattern for group in config.groups if group.frozen)
+        raise UserError(f"optim.groups: {frozen} freeze every parameter, so there is nothing to train; leave one of them out")
+    return found
+
+
+def rule_for(config: OptimConfig, key: str, dim: int) -> Rule:
+    """Return the rule of the parameter `key` with `dim` axes."""
+    is_matrix = dim == 2 and key not in VOCABULARY_WEIGHTS
+    rule = Rule(config.name if is_matrix else "adamw", 1.0, config.weight_decay if dim > 1 else 0.0, frozen=False)
+    for group in config.groups:
+        if fnmatch.fnmatchcase(key, group.pattern):
+            rule = Rule((group.optimizer or config.name) if is_matrix else "adamw", group.lr_scale,
+                        group.weight_decay if group.weight_decay is not None else config.weight_decay if dim > 1 else 0.0,
+                        group.frozen)
+    return rule
+
+
+def freeze(model: LanguageModel, rules: Rules) -> None:
+    """Have frozen parameters get no gradients, and what lies before the others still pass theirs on."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(not rules[id(parameter)].frozen)
+    for chunk in model.chunks:
+        embedding = getattr(chunk, "embedding", None)
+        if embedding is not None and not embedding.word_embeddings.weight.requires_grad:
+            # recomputed layers and pipeline stages look at their input alone for whether there is anything to differentiate
+            embedding.register_forward_hook(_differentiable)
+
+
+def _differentiable(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    return output if output.requires_grad else output.detach().requires_grad_()
+
+
+def arrange(library: Any, model: LanguageModel, rules: Rules, config: OptimConfig, *, zero1: bool) -> list[Shard]:
+    """Give every shard to the optimizer of its rule, and return them all; called by all processes together.
+
+    The library made AdamW for all of them, which keeps those that are its own.
+    """
+    all_shards: list[Shard] = []
+    with_muon = "muon" in (config.name, *(group.optimizer for group in config.groups))
+    for optimizer in library.chained_optimizers:
+        found, adam = shards(optimizer), optimizer.optimizer
+        if adam is None:
+            continue
+        is_expert = adam.param_groups[0]["is_expert_parallel"]
+        adam_groups, muon_groups = _regroup(adam.param_groups, {id(s.main): rules[id(s.parameter)] for s in found})
+        adam.param_groups = adam_groups
+        if with_muon:
+            matrices = [s for s in found if rules[id(s.parameter)].algorithm == "muon"]
+            muon = Muon(config, model, matrices, muon_groups, holders(is_expert, zero1))
+            optimizer.optimizer = Combined(adam, muon)
+            found = [dataclasses.replace(s, inner=muon) if rules[id(s.parameter)].algorithm == "muon" else s for s in found]
+        all_shards += found
+    return all_shards
+
+
+def _regroup(groups: list[dict[str, Any]], rule_of: dict[int, Rule]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return AdamW's groups and Muon's: parameters of the same rule, in the order of the library's groups."""
+    made: dict[tuple[int, Rule], dict[str, Any]] = {}
+    for number, group in enumerate(groups):
+        for main in group["params"]:
+            rule = rule_of[id(main)]
+            own = {**group, "params": [], "lr_scale": rule.lr_scale, "weight_decay": rule.weight_decay}
+            made.setdefault((number, rule), own)["params"].append(main)
+    by_algorithm: dict[str, list[dict[str, Any]]] = {"adamw": [], "muon": []}
+    for (_, rule), own in made.items():
+        by_algorithm[rule.algorithm].append(own)
+    return by_algorithm["adamw"], by_algorithm["muon"]

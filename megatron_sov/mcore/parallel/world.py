@@ -1,0 +1,287 @@
+"""Processes and their groups: starting local ranks, joining them, and knowing one's place in the layout."""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import itertools
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_sov.config import ParallelConfig
+from megatron_sov.errors import EXIT_CORRUPTION, SilentCorruption, UserError
+from megatron_sov.mcore.parallel import cpu_shims
+from megatron_sov.runs.launch_environment import is_first, num_ranks, under_launcher
+from megatron_sov.runs.parent_death import FORWARDED, die_with_parent
+
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+FINAL = (0, 2, 75)
+"""Exit codes of ranks after which a restart would change nothing: done, a user's mistake, stopped in good order."""
+_joins = itertools.count()
+LOCALHOST = "127.0.0.1"
+STORE_PORT = "SOV_STORE_PORT"
+"""Environment variable: port of the rendezvous that the launcher of local ranks holds."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place in the layout."""
+
+    rank: int
+    """Rank among all processes."""
+    size: int
+    """Number of processes."""
+    dp_rank: int
+    """Rank among the processes that read different data."""
+    dp_size: int
+    """Data parallel size."""
+    first_stage: bool
+    """Whether this process holds the first pipeline stage (embedding)."""
+    last_stage: bool
+    """Whether this process holds the last pipeline stage (output head, loss)."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the run's events and manifests."""
+        return self.rank == 0
+
+
+def join(parallel: ParallelConfig) -> World:
+    """Join the process group that the environment describes (RANK, WORLD_SIZE, ...) and make the layout's groups."""
+    from megatron.core import parallel_state, tensor_parallel
+
+    # the library calls torch by names that newer versions replace; nobody who trains can mend that
+    warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if cpu_shims.on_gpu():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if not dist.is_initialized():
+        backend = "nccl" if cpu_shims.on_gpu() else "gloo"
+        dist.init_process_group(backend, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT, store=_rendezvous())
+    parallel_state.initialize_model_parallel(
+        parallel.tp, parallel.pp, parallel.vpp if parallel.vpp > 1 else None,
+        context_parallel_size=parallel.cp, expert_model_parallel_size=parallel.ep, expert_tensor_parallel_size=parallel.etp)
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    return World(
+        rank=rank, size=size, dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        first_stage=parallel_state.is_pipeline_first_stage(), last_stage=parallel_state.is_pipeline_last_stage(),
+    )
+
+
+def _rendezvous() -> dist.Store | None:
+    """Return the launcher's store, under a name that no other start of the processes has used; None: torch finds its own."""
+    environment = os.environ
+    if STORE_PORT in environment:
+        host, port, name = LOCALHOST, environment[STORE_PORT], ""
+    elif environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun keeps one store through all its restarts
+        host, port, name = environment["MASTER_ADDR"], environment["MASTER_PORT"], environment["TORCHELASTIC_RESTART_COUNT"]
+    else:
+        return None
+    return dist.PrefixStore(f"{name}/{next(_joins)}", dist.TCPStore(host, int(port), is_master=False))
+
+
+def leave() -> None:
+    """Dissolve the groups; a process can join another layout afterwards."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def on_main(place: World, action: Callable[[], Any]) -> Any:
+    """Do something on rank 0 and return its (plain) result on every rank.
+
+    Raises:
+        UserError: it failed there; on every rank, so that none waits for another.
+    """
+    result, problem = None, None
+    if place.is_main:
+        try:
+            result = action()
+        except UserError as e:
+            problem = str(e)
+    outcome = [result, problem]
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    return outcome[0]
+
+
+@dataclass(frozen=True)
+class Restarts:
+    """Whether the launcher of local ranks starts them again after a fault."""
+
+    limit: int
+    """How often, without progress in between."""
+    progress: Callable[[], Any]
+    """Returns something that changes when the run has got on."""
+    note: Callable[[int, str], None]
+    """Called before each restart with the exit code and what failed."""
+    give_up: Callable[[int, str], None]
+    """Called in place of `note` when there were too many."""
+
+
+def launch(main: Callable[[], Any], nproc: int | None, num_threads: int = 0, restarts: Restarts | None = None) -> int:
+    """Run `main` in every process of the run and return the command's exit code.
+
+    Under torchrun or Slurm (RANK is set) this process is one rank.  Otherwise `nproc` ranks are forked from this process
+    after the heavy imports, so they share memory and start at once.  SIGTERM, SIGINT and SIGUSR1 reach every rank, which
+    finish their step and save together; a rank that fails ends the others.
+
+    Args:
+        main: runs one rank; its integer return value is the exit code.
+        nproc: local processes.
+        num_threads: CPU threads of each rank; 0: cores / local ranks, or as torchrun or Slurm has set them.
+        restarts: how local ranks are started again when one of them fails for another reason than a user's mistake; the new
+            ones are forked from this process, which has imported everything.
+
+    Returns:
+        0, or 2 where a rank met a user's mistake, or the first nonzero exit code of any rank.
+    """
+    cpu_shims.open_door()
+    if under_launcher():
+        if num_threads:
+            torch.set_num_threads(num_threads)
+        return _rank_code(main)
+    count = num_ranks(nproc)
+    torch.set_num_threads(num_threads or max(1, (os.cpu_count() or 1) // count))
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    failures, reached = 0, restarts.progress() if restarts else None
+    while True:
+        outcome = _round(main, count)
+        if restarts is None or outcome.asked_to_stop or outcome.code in FINAL:
+            return outcome.code
+        now = restarts.progress()
+        failures, reached = 1 if now != reached else failures + 1, now
+        if failures > restarts.limit:
+            restarts.give_up(outcome.code, outcome.cause)
+            return outcome.code
+        restarts.note(outcome.code, outcome.cause)
+
+
+@dataclass
+class _Outcome:
+    """How a round of local ranks ended."""
+
+    code: int = 0
+    """Exit code of the first rank that failed; that of a mistake goes before others."""
+    cause: str = ""
+    """Which rank failed first, and how."""
+    asked_to_stop: bool = False
+    """Whether the launcher was asked to stop while they ran."""
+
+
+def _round(main: Callable[[], Any], count: int) -> _Outcome:
+    """Start `count` ranks and wait for their end."""
+    gc.freeze()  # or the collector would touch, and so copy, what ranks share
+    door = socket.create_server((LOCALHOST, 0), backlog=count)
+    port = door.getsockname()[1]
+    environment = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), STORE_PORT: str(port)}
+    signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # until `_wait` can pass them on
+    children = [_fork(main, rank, environment, door) for rank in range(count)]
+    # Held by the launcher, in memory: it survives any rank, and a full disk cannot stall it.  Its thread begins after the last
+    # fork: a rank forked while that thread holds a lock of the C library would wait for the lock for ever.
+    store = dist.TCPStore(LOCALHOST, port, is_master=True, wait_for_workers=False, master_listen_fd=door.detach())
+    outcome = _wait(children)
+    del store  # not before
+    return outcome
+
+
+def _fork(main: Callable[[], Any], rank: int, environment: dict[str, str], door: socket.socket) -> int:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    parent = os.getpid()
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        die_with_parent(parent)
+        door.close()  # the launcher's
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
+        os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
+        code = _rank_code(main)
+    except BaseException:
+        if not dist.is_initialized() or _fails_first():
+            traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _rank_code(main: Callable[[], Any]) -> int:
+    try:
+        return int(main() or 0)
+    except (UserError, SilentCorruption) as e:
+        if _fails_first():
+            print(f"error: {e}\n", end="", file=sys.stderr, flush=True)  # one write, whole also beside other ranks' lines
+        return 2 if isinstance(e, UserError) else EXIT_CORRUPTION
+
+
+def _fails_first() -> bool:
+    """Return whether this rank is the first of its run to fail; the others only lose their connections or say the same."""
+    if not dist.is_initialized():
+        return is_first()
+    try:
+        return bool(dist.distributed_c10d._get_default_store().add("failed_ranks", 1) == 1)
+    except RuntimeError:  # the store went with the rank that held it
+        return True
+
+
+def _wait(children: list[int]) -> _Outcome:
+    """Wait for all ranks, passing signals on; after a rank failed the others get 10 s before they are killed."""
+    alive, deadline, killed, outcome = set(children), float("inf"), "", _Outcome()
+
+    def forward(number: int, frame: Any) -> None:
+        outcome.asked_to_stop = True
+        _send(list(alive), number)
+
+    previous = {s: signal.signal(s, forward) for s in FORWARDED}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
+    try:
+        while alive:
+            child, status = os.waitpid(-1, os.WNOHANG)
+            if child == 0:
+                if time.monotonic() > deadline:
+                    _send(list(alive), signal.SIGKILL)
+                time.sleep(0.02)
+                continue
+            if child in alive:
+                alive.discard(child)
+                ended = os.waitstatus_to_exitcode(status)
+                # a mistake's code counts, not that of ranks which lose their peer
+                if ended == 2 or (ended != 0 and outcome.code == 0):
+                    how = f"ended with exit code {ended}"
+                    if ended < 0:
+                        how = killed = f"was ended by {signal.Signals(-ended).name}"
+                    outcome.cause = f"rank {children.index(child)} {how}"
+                    outcome.code = ended if ended > 0 else 128 - ended
+                    deadline = time.monotonic() + 10
+        if killed and outcome.code != 2:  # beside a mistake it is a rank that lost its peer
+            print(f"error: {outcome.cause}; if nobody sent it, look for a lack of memory\n", end="", file=sys.stderr, flush=True)
+        return outcome
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _send(children: list[int], number: int) -> None:
+    for child in children:
+        try:
+            os.kill(child, number)
+        except ProcessLookupError:
+            continue

@@ -1,0 +1,75 @@
+"""Evaluations of a run's exports beside training: the files that they left, as curves over steps."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_sov.obs.figures import number
+from megatron_sov.report.steps import Curve
+from megatron_sov.train.side_jobs.evaluations import EVALUATIONS
+
+FILE = re.compile(r"^step-(\d+)\.(\w+)\.(json|failed)$")
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What one judge found on one export."""
+
+    step: int
+    judge: str
+    """ppl or needle."""
+    figures: dict[str, Any]
+    """What `megatron-sov eval` gives; empty where it failed."""
+    failure: str = ""
+    """Why there are no figures."""
+
+
+def read_beside(run: Path) -> list[Beside]:
+    """Return the evaluations of a run by step; a file that cannot be read counts as a failure."""
+    found = []
+    for file in (run / EVALUATIONS).glob("step-*"):
+        name = FILE.match(file.name)
+        if name is None:
+            continue
+        figures, failure = {}, ""
+        try:
+            text = file.read_text(encoding="utf-8", errors="replace")
+            figures, failure = (json.loads(text), "") if name[3] == "json" else ({}, text.strip())
+        except (OSError, ValueError) as e:
+            failure = f"{file.name} cannot be read ({e})"
+        if not isinstance(figures, dict):
+            figures, failure = {}, f"{file.name} holds no figures"
+        found.append(Beside(int(name[1]), name[2], figures, failure))
+    return sorted(found, key=lambda b: (b.step, b.judge))
+
+
+def curves(evaluations: list[Beside], field: str) -> list[Curve]:
+    """Return one figure of each source over steps, e.g. bits_per_byte."""
+    values: dict[str, dict[int, float]] = {}
+    for one in evaluations:
+        if one.judge == "ppl":
+            for source, row in one.figures.items():
+                values.setdefault(source, {})[one.step] = number(row.get(field) if isinstance(row, dict) else None)
+    return [_curve(source, by_step) for source, by_step in values.items()]
+
+
+def needle_curves(evaluations: list[Beside]) -> list[Curve]:
+    """Return the share of right answers, in percent, of each kind and language over steps."""
+    rights: dict[str, dict[int, list[float]]] = {}
+    for one in evaluations:
+        for cell in one.figures.get("cells") or [] if one.judge == "needle" else []:
+            name = f"{cell.get('kind')}, {cell.get('language')}"
+            share = 100 * number(cell.get("correct")) / max(1.0, number(cell.get("samples")))
+            rights.setdefault(name, {}).setdefault(one.step, []).append(share)
+    return [_curve(name, {step: float(np.mean(shares)) for step, shares in by_step.items()}) for name, by_step in rights.items()]
+
+
+def _curve(name: str, by_step: dict[int, float]) -> Curve:
+    steps = sorted(by_step)
+    return Curve(name, np.array(steps, dtype=np.int64), np.array([by_step[step] for step in steps], dtype=np.float64))

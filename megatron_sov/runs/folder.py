@@ -1,0 +1,134 @@
+"""A run's folder: what lies where, how it is entered, and when it counts as complete."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from megatron_sov.artifacts import atomic_write, disk_errors, to_json
+from megatron_sov.config import OptimConfig, RunConfig, from_dict
+from megatron_sov.errors import UserError
+from megatron_sov.runs.checkpoints import CHECKPOINTS_OF_A_RUN
+from megatron_sov.runs.launch_environment import is_first
+from megatron_sov.runs.lock import LOCK
+
+CONFIG, COMPLETION, FAILURE, STAGES, JOBS = "config.json", "complete.json", "gate_failed.json", "stages", "slurm"
+OPTIM = tuple(f.name for f in dataclasses.fields(OptimConfig) if f.name != "rewarm")
+FIXED: dict[str, tuple[str, ...] | None] = {"model": None, "objective": None, "optim": OPTIM,
+                                            "train": ("seed", "precision", "hidden_dropout"), "data": ("packing",)}
+"""What a resumed run must not change: part of the config -> its settings (None: all)."""
+
+
+class RunFolder:
+    """Paths and states of RUN/."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / CHECKPOINTS_OF_A_RUN
+
+    def checkpoint(self, step: int) -> Path:
+        """Folder of the checkpoint after `step` optimizer steps."""
+        return self.checkpoints / f"step-{step}"
+
+    def completion(self) -> dict[str, Any] | None:
+        """Return the completion manifest of a stage that is complete, else None."""
+        file = self.path / COMPLETION
+        if not file.is_file():
+            return None
+        try:
+            return dict(json.loads(file.read_text()))
+        except (ValueError, TypeError) as e:
+            raise UserError(f"{file}: is damaged ({e}); delete it and run the same command with --resume") from None
+
+    def complete(self, content: dict[str, Any]) -> None:
+        """Declare the stage complete."""
+        atomic_write(self.path / COMPLETION, to_json(content))
+
+    def fail(self, failure: str) -> None:
+        """Record that the stage's gate has not passed."""
+        atomic_write(self.path / FAILURE, to_json({"failure": failure}))
+
+    def failure(self) -> str | None:
+        """Return what the gate did not pass by, or None."""
+        file = self.path / FAILURE
+        return str(json.loads(file.read_text(encoding="utf-8"))["failure"]) if file.is_file() else None
+
+    def forget_failure(self) -> None:
+        """Take back an earlier failure, before the run goes on."""
+        if is_first():
+            (self.path / FAILURE).unlink(missing_ok=True)
+
+    def config(self) -> RunConfig | None:
+        """Return the config that the folder was made with, or None for a new folder.
+
+        Raises:
+            UserError: the file is damaged or of another version.
+        """
+        file = self.path / CONFIG
+        if not file.is_file():
+            return None
+        try:
+            return from_dict(json.loads(file.read_text()))
+        except (ValueError, UserError) as e:
+            raise UserError(f"{file}: cannot be read as a run's settings ({e}); restore it or choose another --run") from None
+
+    def enter(self, config: RunConfig, resume: bool) -> None:
+        """Check that a run with `config` may work in this folder; changes nothing.
+
+        Raises:
+            UserError: the folder holds something else, a run that was not asked for, one with other settings, or a
+                complete one that is shorter.
+        """
+        nearest = next(p for p in (self.path.absolute(), *self.path.absolute().parents) if p.exists())
+        if not nearest.is_dir():
+            raise UserError(f"{nearest}: is a file; --run needs a folder")
+        if not os.access(nearest, os.W_OK):
+            raise UserError(f"{nearest}: cannot be written; choose another --run")
+        earlier = self.config()
+        if earlier is None:
+            expected = (LOCK, STAGES, JOBS)
+            if self.path.is_dir() and any(not p.name.startswith(".") and p.name not in expected for p in self.path.iterdir()):
+                raise UserError(f"{self.path}: is not empty and holds no run; choose another --run")
+            return
+        if not resume:
+            raise UserError(f"{self.path}: already holds a run of {earlier.recipe}; pass --resume to continue it, or choose "
+                            "another --run")
+        changed = _changed(earlier.to_dict(), config.to_dict())
+        if changed:
+            raise UserError(f"{self.path}: was started with {'; '.join(changed)}; resume with the same settings, or start "
+                            "a new --run --from its checkpoint")
+        completion = self.completion()
+        ended_early = completion is not None and (completion.get("gate") or {}).get("passed", False)
+        if completion is not None and completion["step"] < config.num_steps() and not ended_early:
+            raise UserError(f"{self.path}: is complete at step {completion['step']}, and train.steps = {config.num_steps()} "
+                            "asks for more; start a new --run --from it")
+
+    def create(self) -> None:
+        """Make the folder, empty."""
+        with disk_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+
+    def declare(self, config: RunConfig) -> None:
+        """Write the resolved config: from now on the folder holds a run."""
+        atomic_write(self.path / CONFIG, to_json(config.to_dict()))
+        with disk_errors(self.path):
+            self.checkpoints.mkdir(exist_ok=True)
+
+    def remove_if_empty(self) -> None:
+        """Take back `create` where nothing came of it."""
+        with contextlib.suppress(OSError):
+            self.path.rmdir()
+
+
+def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return "name = old, now it is new" for every fixed setting that differs."""
+    return [f"{part}.{name} = {before[part][name]}, now it is {now[part][name]}"
+            for part, names in FIXED.items() for name in (names or before[part]) if now[part][name] != before[part][name]]

@@ -1,0 +1,198 @@
+"""Evaluation beside training: every export of a run is judged by other processes or jobs, which never hold the run up.
+
+`RUN/evaluations/step-N.JUDGE.json` holds the figures, `step-N.JUDGE.failed` why there are none, `.step-N.JUDGE.submitted` that a
+job is to bring them.  An export with none of the three is still to be judged: so a stopped or killed run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_sov.artifacts import MANIFEST, atomic_write
+from megatron_sov.config import RunConfig
+from megatron_sov.errors import UserError
+from megatron_sov.runs.background import HumbleProcess
+from megatron_sov.train.side_jobs.exports import EXPORTS
+
+EVALUATIONS = "evaluations"
+LOOK_EVERY_S = 1.0
+_WAIT_S = 0.05
+
+
+@dataclass(frozen=True)
+class Task:
+    """One judge of one export."""
+
+    step: int
+    judge: str
+
+    @property
+    def name(self) -> str:
+        """Beginning of its files' names."""
+        return f"step-{self.step}.{self.judge}"
+
+
+CommandOf = Callable[[Task, Path, Path], list[str]]
+"""(task, export's folder, file for the figures) -> a command that writes them, or submits a job that does."""
+
+
+@dataclass
+class _Running:
+    task: Task
+    process: HumbleProcess
+
+
+class Evaluations:
+    """The evaluations beside one run; lives on rank 0."""
+
+    def __init__(self, run: Path, config: RunConfig, record: Callable[..., None], command_of: CommandOf | None = None) -> None:
+        """Find what an earlier process of the run left; starts nothing.
+
+        Args:
+            run: the run's folder.
+            config: its settings.
+            record: writes an event: `record(name, **fields)`.
+            command_of: what is run instead of `megatron-sov eval`.
+        """
+        self.folder, self._exports, self._settings = run / EVALUATIONS, run / EXPORTS, config.evaluate.beside
+        self._record = record
+        self._command_of = command_of or (lambda task, export, out: eval_command(config, task, export, out))
+        self._running: _Running | None = None
+        self._looked_s = -LOOK_EVERY_S
+        done = [int(p.name[5:]) for p in self._exports.glob("step-*") if p.name[5:].isdigit() and (p / MANIFEST).is_file()]
+        tasks = [Task(step, judge) for step in sorted(done) for judge in self._settings.judges]
+        self._submitted = [task for task in tasks if self._file(task, ".submitted").is_file() and self._is_open(task)]
+        self._waiting = [task for task in tasks if task not in self._submitted and self._is_open(task)]
+
+    def offer(self, step: int) -> None:
+        """Have an export judged; returns at once.  One that a resumed run made anew is judged anew."""
+        tasks = [Task(step, judge) for judge in self._settings.judges]
+        if self._running is not None and self._running.task in tasks:
+            self.close()
+        for task in tasks:
+            for file in (self._result(task), self._result(task).with_suffix(".failed"), self._file(task, ".submitted")):
+                file.unlink(missing_ok=True)
+        self._submitted = [task for task in self._submitted if task.step != step]
+        self._waiting = [*(task for task in self._waiting if task.step != step), *tasks]
+        steps = list(dict.fromkeys(task.step for task in self._waiting))
+        for task in [t for t in self._waiting if t.step in steps[:-self._settings.max_waiting]]:
+            self._waiting.remove(task)
+            self._fail(task, f"{self._settings.max_waiting} newer exports were ready before it was begun")
+        self.poll(now=True)
+
+    def poll(self, now: bool = False) -> None:
+        """Take note of what has ended or takes too long, and begin what is next; returns at once.
+
+        Args:
+            now: look even if the last look was less than `LOOK_EVERY_S` ago.
+        """
+        if not self._settings.judges or (not now and time.monotonic() - self._looked_s < LOOK_EVERY_S):
+            return
+        self._looked_s = time.monotonic()
+        if self._running is not None:
+            self._follow(self._running)
+        for task in list(self._submitted):
+            self._follow_job(task)
+        if self._running is None and self._waiting and len(self._submitted) < self._settings.max_waiting:
+            self._begin(self._waiting.pop(0))
+
+    def wait(self) -> None:
+        """Finish everything that this machine does itself, and submit the rest; for the end of a run."""
+        self.poll(now=True)
+        while self._running is not None or (self._waiting and len(self._submitted) < self._settings.max_waiting):
+            time.sleep(_WAIT_S)
+            self.poll(now=True)
+
+    def close(self) -> None:
+        """End the running judge, if any; it begins anew when the run is resumed."""
+        if self._running is not None:
+            self._running.process.kill()
+            self._running = None
+
+    def _result(self, task: Task) -> Path:
+        return self.folder / f"{task.name}.json"
+
+    def _file(self, task: Task, ending: str) -> Path:
+        return self.folder / f".{task.name}{ending}"
+
+    def _is_open(self, task: Task) -> bool:
+        result = self._result(task)
+        return not result.is_file() and not result.with_suffix(".failed").is_file()
+
+    def _begin(self, task: Task) -> None:
+        command = self._command_of(task, self._exports / f"step-{task.step}", self._result(task))
+        try:
+            self.folder.mkdir(exist_ok=True)
+            self._running = _Running(task, HumbleProcess(command, self._file(task, ".log")))
+        except OSError as e:
+            self._fail(task, f"its process cannot be started ({e})")
+
+    def _follow(self, running: _Running) -> None:
+        task, took_s = running.task, running.process.took_s
+        if running.process.exit_code is None:
+            if took_s > self._settings.timeout_s:
+                self.close()
+                self._fail(task, f"it took more than evaluate.beside.timeout_s = {self._settings.timeout_s:g}")
+            return
+        self._running = None
+        if running.process.exit_code:
+            self._fail(task, running.process.last_words)
+        elif self._result(task).is_file():
+            self._succeed(task, took_s)
+        elif self._settings.where == "slurm":
+            self._file(task, ".submitted").touch()
+            self._submitted.append(task)
+        else:
+            self._fail(task, "its process ended without a result")
+
+    def _follow_job(self, task: Task) -> None:
+        """Look for the figures of a job; a job that fails does so in silence, so only time tells."""
+        mark = self._file(task, ".submitted")
+        waited_s = time.time() - mark.stat().st_mtime if mark.is_file() else 0.0
+        if self._result(task).is_file():
+            self._submitted.remove(task)
+            mark.unlink(missing_ok=True)
+            self._succeed(task, waited_s)
+        elif waited_s > self._settings.timeout_s:
+            self._submitted.remove(task)
+            mark.unlink(missing_ok=True)
+            limit = f"evaluate.beside.timeout_s = {self._settings.timeout_s:g}"
+            self._fail(task, f"its job gave no result within {limit}; see its log")
+
+    def _succeed(self, task: Task, took_s: float) -> None:
+        self._file(task, ".log").unlink(missing_ok=True)
+        self._record("evaluation", step=task.step, judge=task.judge, path=f"{EVALUATIONS}/{task.name}.json", took_s=took_s)
+
+    def _fail(self, task: Task, why: str) -> None:
+        """Record a failure; where even that fails the run goes on."""
+        text = f"the {task.judge} of step {task.step} was not measured: {why}"
+        self._record("evaluation", step=task.step, judge=task.judge, error=why)
+        self._record("warning", step=task.step, text=text)
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+        try:
+            self.folder.mkdir(exist_ok=True)
+            atomic_write(self._result(task).with_suffix(".failed"), why + "\n")
+        except (UserError, OSError) as e:
+            print(f"warning: {self.folder}: {e}", file=sys.stderr, flush=True)
+
+
+def eval_command(config: RunConfig, task: Task, export: Path, out: Path) -> list[str]:
+    """Return the command that judges an export as the run's settings say, or submits a job that does."""
+    words = [task.judge, str(export), "--out", str(out)] + [w for path in config.data.paths for w in ("--data", path)]
+    if task.judge == "ppl":
+        words += ["--seq-len", str(max(phase.seq_len for phase in config.data.phases))]
+        words += ["--max-tokens", str(config.data.heldout_tokens)] if config.data.heldout_tokens else []
+    else:
+        needle = config.needle
+        several = {"--kinds": needle.kinds, "--languages": needle.languages, "--lengths": needle.lengths_tokens,
+                   "--depths": needle.depths}
+        words += [w for option, values in several.items() if values for w in (option, *map(str, values))]
+        words += ["--samples", str(needle.samples), "--distractor-share", str(needle.distractor_share)]
+    program = [sys.executable, "-m", "megatron_sov"]
+    if config.evaluate.beside.where == "slurm":
+        return [*program, "submit", "--cluster", config.evaluate.beside.cluster, "eval", *words]
+    return [*program, "eval", *words]

@@ -1,0 +1,131 @@
+"""Token shards, read against Megatron-Core's own writer and reader."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_sov.artifacts import new_artifact
+from megatron_sov.data.token_shards import TokenShard, open_sources, provenance, tokenizer_folder
+from megatron_sov.errors import UserError
+
+LENGTHS = [3, 1, 0, 700, 12]
+LIBRARY = """
+import json, sys, numpy as np, torch
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+folder, lengths = sys.argv[1], json.loads(sys.argv[2])
+for dtype in ("uint16", "int32"):
+    builder = IndexedDatasetBuilder(f"{folder}/{dtype}.bin", dtype=np.dtype(dtype).type)
+    rng = np.random.default_rng(0)
+    for n in lengths:
+        builder.add_item(torch.from_numpy(rng.integers(0, 60000, n)))
+        builder.end_document()
+    builder.finalize(f"{folder}/{dtype}.idx")
+    read = IndexedDataset(f"{folder}/{dtype}")
+    json.dump([read[i].tolist() for i in range(len(read))], open(f"{folder}/{dtype}.json", "w"))
+"""
+
+
+def test_shards_of_the_library_read_the_same(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-W", "ignore", "-c", LIBRARY, str(tmp_path), json.dumps(LENGTHS)], check=True,
+                   capture_output=True)
+    for dtype in ("uint16", "int32"):
+        shard = TokenShard(tmp_path / dtype)
+        expected = json.loads((tmp_path / f"{dtype}.json").read_text())
+        assert shard.dtype == dtype
+        assert shard.lengths.tolist() == LENGTHS
+        assert [shard.tokens(d, 0, n).tolist() for d, n in enumerate(LENGTHS)] == expected
+        assert shard.tokens(3, 600, 50).tolist() == expected[3][600:650]
+        assert shard.tokens(3, 0, 2).dtype == np.int64
+        assert shard.loss_weights(3, 5, 2).tolist() == [1.0, 1.0]
+        assert shard.types(3, 5, 2).tolist() == [0, 0]
+
+
+def write_shard(prefix: Path, documents: list[list[int]]) -> None:
+    lengths = np.array([len(d) for d in documents], np.int32)
+    starts = np.concatenate([[0], np.cumsum(lengths)])[:-1].astype(np.int64) * 2
+    prefix.with_suffix(".bin").write_bytes(np.array([t for d in documents for t in d], np.uint16).tobytes())
+    prefix.with_suffix(".idx").write_bytes(
+        b"MMIDIDX\x00\x00" + np.array([1], np.uint64).tobytes() + bytes([8])
+        + np.array([len(lengths), len(lengths) + 1], np.uint64).tobytes() + lengths.tobytes() + starts.tobytes()
+        + np.arange(len(lengths) + 1, dtype=np.int64).tobytes())
+
+
+def test_sidecars_have_the_geometry_of_the_tokens(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a", [[1, 2], [3, 4, 5]])
+    (tmp_path / "a.loss").write_bytes(np.float32([0, 1, 0, 0.5, 1]).tobytes())
+    (tmp_path / "a.type").write_bytes(bytes([1, 2, 1, 2, 2]))
+    shard = TokenShard(tmp_path / "a")
+    assert shard.loss_weights(1, 1, 2).tolist() == [0.5, 1.0]
+    assert shard.types(1, 0, 3).tolist() == [1, 2, 2]
+
+
+def test_an_empty_split_has_no_documents(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a", [])
+    assert len(TokenShard(tmp_path / "a").lengths) == 0
+
+
+@pytest.mark.parametrize(("suffix", "damage", "said"), [
+    (".bin", lambda b: b[:-2], "a.bin: has 8 bytes, the index asks for 10"),
+    (".loss", lambda b: b + b"1234", "a.loss: has 24 bytes, the index asks for 20"),
+    (".idx", lambda b: b"PK" + b[2:], "a.idx: is not a Megatron index"),
+    (".idx", lambda b: b[:40], "a: cannot be read as a token shard"),
+    (".idx", lambda b: b[:17] + bytes([99]) + b[18:], "a: cannot be read as a token shard"),
+    (".bin", None, "a: cannot be read as a token shard"),
+])
+def test_a_damaged_shard_is_refused(tmp_path: Path, suffix: str, damage, said: str) -> None:
+    write_shard(tmp_path / "a", [[1, 2], [3, 4, 5]])
+    (tmp_path / "a.loss").write_bytes(np.ones(5, np.float32).tobytes())
+    file = tmp_path / f"a{suffix}"
+    if damage is None:
+        file.unlink()
+    else:
+        file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(UserError, match=said):
+        TokenShard(tmp_path / "a")
+
+
+def artifact(path: Path, names: dict[str, int], *, tokenizer: str = "t" * 64, vocab_size: int = 50, format_: str = "text") -> str:
+    """An artifact with a training split of so many documents of two tokens for each source."""
+    with new_artifact(path, "tokens") as a:
+        described = []
+        for name, count in names.items():
+            write_shard(a.path / name, [[1, 2]] * count)
+            train = {"prefix": name, "shards": [{"prefix": name}], "num_tokens": 2 * count}
+            described.append({"name": name, "format": format_, "splits": {"train": train}})
+        (a.path / "tokenizer").mkdir()
+        (a.path / "tokenizer" / "tokenizer.json").write_text("{}")
+        a.content = {"content_version": 2, "tokenizer_sha256": tokenizer, "vocab_size": vocab_size, "format": format_,
+                     "sources": described}
+    return str(path)
+
+
+def test_sources_share_by_folder_weight_then_by_tokens(tmp_path: Path) -> None:
+    paths = {artifact(tmp_path / "a", {"web": 3, "code": 1}): 3.0, artifact(tmp_path / "b", {"chat": 9}, format_="chat"): 1.0}
+    sources = open_sources(paths, 64)
+    assert {s.name: s.share for s in sources} == {"web": 0.5625, "code": 0.1875, "chat": 0.25}
+    assert [s.name for s in sources if s.is_chat] == ["chat"]
+    assert sources[0].shard("train").tokens(2, 0, 2).tolist() == [1, 2]
+    assert tokenizer_folder(sources) == tmp_path / "a" / "tokenizer"
+    assert [p["path"] for p in provenance(sources)] == [str(tmp_path / "a"), str(tmp_path / "b")]
+
+
+def test_data_that_does_not_fit_together_is_refused(tmp_path: Path) -> None:
+    a = artifact(tmp_path / "a", {"web": 3})
+    with pytest.raises(UserError, match=r"data\.paths is empty"):
+        open_sources({}, 64)
+    with pytest.raises(UserError, match="pack all data with the same tokenizer"):
+        open_sources({a: 1, artifact(tmp_path / "other", {"x": 1}, tokenizer="u" * 64): 1}, 64)
+    with pytest.raises(UserError, match="source 'web': occurs in several"):
+        open_sources({a: 1, artifact(tmp_path / "same", {"web": 1}): 1}, 64)
+    with pytest.raises(UserError, match=r"has 50 ids, the model only model\.vocab_size = 32"):
+        open_sources({a: 1}, 32)
+    with pytest.raises(UserError, match="at least one must be positive"):
+        open_sources({a: 0}, 64)
+    with pytest.raises(UserError, match="holds no training tokens"):
+        open_sources({artifact(tmp_path / "none", {"x": 0}): 1}, 64)

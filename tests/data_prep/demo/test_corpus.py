@@ -1,0 +1,72 @@
+"""`sov-data demo-corpus`: sources that later commands read, from this machine or from one's own files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from data_prep.cli import main
+from data_prep.demo import corpus
+from data_prep.demo.corpus import select
+from data_prep.demo.korean import Unavailable
+from megatron_sov.artifacts import read_manifest
+from megatron_sov.documents import list_files, read_documents
+
+
+@pytest.fixture(autouse=True)
+def few_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read a twentieth of the standard library and no packages: the whole takes a quarter of a minute."""
+    library = corpus.stdlib_files()[::20]
+    monkeypatch.setattr(corpus, "stdlib_files", lambda: library)
+    monkeypatch.setattr(corpus, "package_files", list)
+    monkeypatch.setattr(corpus, "readmes", dict)
+
+
+def test_gathers_sources_and_goes_on_without_korean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                   capsys: pytest.CaptureFixture[str]) -> None:
+    def unavailable() -> dict[str, str]:
+        raise Unavailable("apt-get is not on this machine")
+
+    monkeypatch.setattr(corpus, "korean_pages", unavailable)
+    assert main(["demo-corpus", "--output", str(tmp_path / "corpus")]) == 0
+    assert "korean: left out, because apt-get is not on this machine" in capsys.readouterr().out
+    content = read_manifest(tmp_path / "corpus", "corpus").content
+    assert sorted(content) == ["chat", "code", "english"]
+    for name, counts in content.items():
+        found = list(read_documents(list_files(tmp_path / "corpus" / f"{name}.jsonl")))
+        assert len(found) == counts["num_documents"] > 10
+        assert all(bool(d.messages) == (name == "chat") for d in found)
+    code = [json.loads(line)["text"] for line in (tmp_path / "corpus/code.jsonl").read_text().splitlines()]
+    assert any("import " in text for text in code) and len(set(code)) == len(code)
+
+
+def test_korean_is_a_source_where_it_can_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pages = {f"page {i}": f"한국어 문서 {i}번입니다. " * 20 for i in range(12)} | {"short": "예"}
+    monkeypatch.setattr(corpus, "korean_pages", lambda: pages)
+    assert main(["demo-corpus", "--output", str(tmp_path / "a")]) == 0
+    assert main(["demo-corpus", "--output", str(tmp_path / "b")]) == 0
+    assert read_manifest(tmp_path / "a").content["korean"]["num_documents"] == 12
+    assert read_manifest(tmp_path / "a").files == read_manifest(tmp_path / "b").files
+
+
+def test_ones_own_text_replaces_what_is_gathered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/book.txt").write_text("".join(f"Paragraph {i} of a book.\n\n" for i in range(4000)))
+    (tmp_path / "mine/more.jsonl").write_text('{"text": "a line"}\n{"text": "a line"}\n{"text": "another"}\n')
+    assert main(["demo-corpus", "--output", str(tmp_path / "out"), "--user", str(tmp_path / "mine")]) == 0
+    assert sorted(read_manifest(tmp_path / "out").content) == ["chat", "user"]
+    texts = [d.text for d in read_documents([tmp_path / "out/user.jsonl"])]
+    assert "".join(texts[:-2]) == (tmp_path / "mine/book.txt").read_text() and texts[-2:] == ["a line", "another"]
+    assert len(texts) > 5
+    assert main(["demo-corpus", "--output", str(tmp_path / "out2"), "--user", str(tmp_path / "none")]) == 2
+    assert "does not exist" in capsys.readouterr().err and not (tmp_path / "out2").exists()
+
+
+def test_selection_is_bounded_fixed_and_drops_noise() -> None:
+    texts = {f"{i:02d}": f"{i} " * 100 for i in range(50)} | {"twin": "7 " * 100, "short": "x"}
+    chosen = select(texts, 5000)
+    assert sum(len(t) for t in chosen.values()) <= 5000 and len(chosen) >= 15
+    assert chosen == select(dict(reversed(texts.items())), 5000) and list(chosen) == sorted(chosen)
+    assert len(set(select(texts, 10**9).values())) == len(select(texts, 10**9)) == 50

@@ -1,0 +1,154 @@
+"""Checkpoints written beside the training: what was copied is what is written, and what goes wrong reaches every process."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def parts(layout: dict[str, Any]) -> tuple[Any, Any]:
+    """Return a tiny model and its optimizer at a layout."""
+    from megatron_sov import recipes
+    from megatron_sov.config import ParallelConfig, apply_settings
+    from megatron_sov.mcore.model import init
+    from megatron_sov.mcore.model.language_model import build
+    from megatron_sov.mcore.optimizer.optimizer import Optimizer
+    from megatron_sov.mcore.parallel import world
+
+    config = apply_settings(recipes.get("tiny-solar-open"), ["model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8",
+                                                             "model.expert_ffn_dim=16", "model.num_layers=2"])
+    world.join(ParallelConfig(**layout))
+    model = build(config.model, ParallelConfig(**layout), config.train)
+    init.initialise(model, config.model, 1)
+    return model, Optimizer(model, config.optim)
+
+
+def beside_the_training(folder: str) -> dict[str, Any]:
+    """Save at once and in the background, the second time into files for several threads, while the model changes."""
+    import torch
+
+    from megatron_sov.mcore.checkpoint import host_snapshot, load, sharded_tensors
+    from megatron_sov.mcore.checkpoint.save import Companions, Saved, Saver
+
+    model, optimizer = parts({"tp": 2, "sp": True})
+    at, saved, released = Path(folder), list[Saved](), threading.Event()
+    load.save(at / "step-1", model, optimizer, {"step": 1, "tokens": 1}, {}, None)
+
+    def write_later(*arguments: Any, now: Any = sharded_tensors.write_file) -> Any:
+        assert released.wait(60)
+        return now(*arguments)
+
+    sharded_tensors.write_file, host_snapshot.MIN_FILE_BYTES, host_snapshot.num_writers = write_later, 1, lambda: 3
+    saver = Saver(saved.append)
+    saver.begin(at / "step-2", model, optimizer, Companions({"step": 2, "tokens": 1}, {}, None))
+    memory = {key: t.data_ptr() for key, t in saver._snapshot._memory.items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(7.0)
+    for _ in range(3):
+        saver.advance(_sums(saver.progress()))
+    waiting = [p.name for p in at.iterdir() if p.name.startswith("step-2")]
+    released.set()
+    saver.begin(at / "step-3", model, None, Companions({"step": 3, "tokens": 1}, {}, None))  # waits for the one before
+    reused = all(memory[key] == t.data_ptr() for key, t in saver._snapshot._memory.items())
+    order = [(s.step, s.stall_s <= s.save_s) for s in saved]
+    saver.finish()
+    return {"waiting": waiting, "order": order, "reused": reused, "saved": [s.path.name for s in saved]}
+
+
+def _sums(progress: list[float]) -> list[float]:
+    import torch
+
+    from megatron_sov.mcore.model import pipeline
+
+    return [float(s) for s in pipeline.sum_everywhere(torch.tensor(progress, dtype=torch.float64))]
+
+
+def problems(folder: str) -> dict[str, Any]:
+    """Return what this process is told when a process cannot complete a checkpoint, hangs, or finds the name taken."""
+    import os
+
+    import torch.distributed as dist
+
+    from megatron_sov.errors import UserError
+    from megatron_sov.mcore.checkpoint import save
+    from megatron_sov.mcore.checkpoint.host_snapshot import Snapshot
+
+    model, optimizer = parts({"ep": 2})
+    at, rank, said = Path(folder), dist.get_rank(), {}
+
+    def told(name: str, timeout_s: float = 60) -> None:
+        saver = save.Saver(timeout_s=timeout_s)
+        try:
+            saver.begin(at / "step-1", model, optimizer, save.Companions({"step": 1, "tokens": 1}, {}, None))
+            saver.finish()
+        except (UserError, ValueError) as e:
+            said[name] = f"{type(e).__name__}: {e}"
+        said[f"{name}: left"] = sorted(p.name for p in at.iterdir())
+
+    publish, write, index, end = save.publish, Snapshot.write, save.write_index, os._exit
+    save.publish = _no_room
+    told("no room to complete")
+    save.publish = publish
+    save.write_index = _defect
+    told("defect")
+    save.write_index = index
+    Snapshot.write = _no_room if rank == 1 else write
+    told("no room to write")
+    Snapshot.write = write
+    told("sound")
+    dist.barrier()
+    told("taken")
+    dist.barrier()
+    left: list[int] = []
+    os._exit, save.LEAVE_WITHIN_S = left.append, 0.1
+    Snapshot.write = (lambda self, folder, rank: threading.Event().wait()) if rank == 1 else write
+    told("hangs", timeout_s=0.5)
+    threading.Event().wait(0.5)
+    os._exit = end
+    return {**said, "left with": left}
+
+
+def _no_room(*args: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def _defect(*args: Any) -> None:
+    raise ValueError("owned twice")
+
+
+@pytest.mark.distributed
+def test_the_copy_is_written_and_failures_reach_everyone(ranks: Any, job: Any, tmp_path: Path) -> None:
+    from megatron_sov.artifacts import damaged_files, read_manifest
+    from megatron_sov.mcore.checkpoint.sharded_tensors import TensorReader
+
+    for name in ("beside", "problems"):
+        (tmp_path / name).mkdir()
+    beside, wrong = ranks(job(__file__, "beside_the_training", 2, {"folder": str(tmp_path / "beside")}),
+                          job(__file__, "problems", 2, {"folder": str(tmp_path / "problems")}))
+    for found in beside:
+        assert found == {"waiting": [], "order": [[2, True]], "reused": True, "saved": ["step-2", "step-3"]}
+    at_once, later, changed = (tmp_path / "beside" / f"step-{n}" for n in (1, 2, 3))
+    assert len(list((at_once / "model").rglob("*.safetensors"))) == 2 < 6 <= len(list((later / "model").rglob("*.safetensors")))
+    assert damaged_files(at_once) == damaged_files(later) == damaged_files(changed) == []
+    assert not (later / "indices").exists() and sorted(p.name for p in (tmp_path / "beside").iterdir()) == [
+        "step-1", "step-2", "step-3"]
+    for part in ("model", "optimizer"):
+        ours, theirs = TensorReader(later, part), TensorReader(at_once, part)
+        assert sorted(ours.keys()) == sorted(theirs.keys())
+        assert all(ours.read(key).equal(theirs.read(key)) for key in ours.keys())  # noqa: SIM118  (a reader is no dict)
+    changed_norm = TensorReader(changed).read("decoder.final_layernorm.weight")
+    assert (changed_norm == 7).all() and read_manifest(changed).content == {"step": 3, "tokens": 1, "parts": ["model"]}
+    assert json.loads((later / "state.json").read_text()) == {"step": 2, "tokens": 1}
+    for said in wrong:
+        assert "step-1: rank 0 could not write its part of the checkpoint" in said["no room to complete"]
+        assert "step-1: rank 1 could not write its part of the checkpoint" in said["no room to write"]
+        assert "No space left on device" in said["no room to write"] and said["defect"] == "ValueError: owned twice"
+        assert said["no room to complete: left"] == said["no room to write: left"] == said["defect: left"] == []
+        assert said["sound: left"] == said["taken: left"] == ["step-1"] and "step-1: already exists" in said["taken"]
+        assert "rank 1 did not finish writing within train.save_timeout_s = 0.5; see what holds up" in said["hangs"]
+        assert said["left with"] == [2], "what hangs in leaving is ended"

@@ -1,0 +1,75 @@
+"""Reading piece by piece gives the states of whole sequences, of the trunk and of the prediction layer, at every layout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+SEQUENCES = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16], [1, 2, 3, 4, 90, 91, 92, 93]]
+CUTS = [(0, 5), (5, 6), (6, 8)]
+"""Pieces of both sequences, the last with the places that are compared."""
+
+
+def logits(layout: dict[str, Any]) -> dict[str, Any]:
+    """Return logits behind the last piece of both depths, read in pieces and (on one process) at once."""
+    import torch
+
+    from megatron_sov import recipes
+    from megatron_sov.config import ParallelConfig, apply_settings
+    from megatron_sov.mcore.decode.cached_decoder import Reader, over_shares, share_place
+    from megatron_sov.mcore.decode.forward_only import Inputs, Policy
+    from megatron_sov.mcore.model import init
+    from megatron_sov.mcore.model.kv_cache import CacheSize, Piece
+    from megatron_sov.mcore.model.language_model import build
+    from megatron_sov.mcore.model.logprobs import head_of
+    from megatron_sov.mcore.parallel import world
+
+    config = apply_settings(recipes.get("tiny-k-exaone"), [
+        "model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "model.expert_ffn_dim=16", "model.init_std=0.3",
+        "model.sliding_window_tokens=3", "model.num_layers=2", "train.precision=fp64"])
+    world.join(ParallelConfig(**layout))
+    model = build(config.model, ParallelConfig(**layout), config.train)
+    init.initialise(model, config.model, 1)
+    policy = Policy(model, 50)
+    found: dict[str, Any] = {"share": share_place(), "sum": over_shares(torch.tensor([1])).tolist()}
+    with Reader(policy, CacheSize(2, 12, 2)) as reader:
+        found["rows"] = [reader.common_row_tokens(n) for n in (3, 0)]
+        for first, end in CUTS:
+            pieces = [Piece(i, first, s[first:end]) for i, s in enumerate(SEQUENCES)]
+            length = end - first
+            read = reader.read(pieces, reader.common_row_tokens(2 * length))
+            places = list(range(2 * length))
+            if reader.last_stage:
+                found["trunk"] = reader.logits(read, places).tolist()
+                ahead = torch.zeros(len(read.row.tokens), dtype=torch.int64)
+                ahead[:2 * length] = torch.tensor([t for s in SEQUENCES for t in [*s, 0][first + 1:end + 1]])
+                found["predicted"] = reader.logits(reader.predict(read, ahead), places).tolist()
+        found["agreed"] = reader.agree(torch.tensor([torch.distributed.get_rank()])).tolist()
+    if not layout:
+        row = Inputs([s[:9] for s in SEQUENCES], torch.device("cpu"))
+        positions = torch.tensor([6, 7, 9 + 6, 9 + 7])
+        found["whole"] = policy.map([row], lambda depths, *_: [
+            head_of(model, 50).logits(d[positions, 0]).tolist() for d in depths])[0]
+    world.leave()
+    return found
+
+
+@pytest.mark.distributed
+def test_pieces_read_as_whole_sequences_do(ranks, job) -> None:
+    layouts = [(1, {}), (2, {"tp": 2, "sp": True}), (2, {"pp": 2}), (2, {"cp": 2})]
+    results = ranks(*(job(__file__, "logits", n, {"layout": x}) for n, x in layouts))
+    trunk, predicted = results[0][0]["whole"]
+    for (count, layout), per_rank in zip(layouts, results, strict=True):
+        shares = count if "cp" in layout else 1
+        assert [r["share"] for r in per_rank] == [[i % shares, shares] for i in range(count)]
+        assert all(r["sum"] == [shares] and r["rows"][1] == 0 for r in per_rank)
+        assert per_rank[0]["rows"][0] == {"tp": 4, "cp": 4}.get(next(iter(layout), ""), 3)  # 3 tokens and padding
+        if "cp" not in layout:
+            assert len({r["agreed"][0] for r in per_rank}) == 1
+        seen = [r for r in per_rank if "trunk" in r]
+        assert len(seen) == (1 if "pp" in layout else count)
+        for result in seen:
+            for name, expected in (("trunk", trunk), ("predicted", predicted)):
+                for row, other in zip(result[name], expected, strict=True):
+                    assert row == pytest.approx(other, abs=1e-9), (layout, name)

@@ -1,0 +1,70 @@
+"""Log-probabilities, best tokens and logits from a split head, against torch's log_softmax over the whole vocabulary."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+TOKENS, HIDDEN, VOCABULARY = 12, 16, 40
+
+
+def whole() -> tuple[Any, Any, Any, Any]:
+    """Return hidden states, head weight (with two rows alike), labels and the gradient from above."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(VOCABULARY, HIDDEN, generator=generator)
+    weight[30] = weight[3] = 3 * weight[3]  # a tie over the border between two processes
+    return (torch.randn(TOKENS, HIDDEN, generator=generator), weight,
+            torch.randint(VOCABULARY, (TOKENS,), generator=generator), torch.randn(TOKENS, generator=generator))
+
+
+def score(tp: int, sp: bool, chunk_tokens: int) -> dict[str, Any]:
+    """Return this process's results and its parts of the gradients; rows that pad the vocabulary would beat every token."""
+    from types import SimpleNamespace
+
+    import torch
+
+    from megatron_sov.config import ParallelConfig
+    from megatron_sov.mcore.model.logprobs import Head
+    from megatron_sov.mcore.parallel import world
+
+    place = world.join(ParallelConfig(tp=tp, sp=sp))
+    hidden, weight, labels, upstream = whole()
+    rows = -(-VOCABULARY // tp)
+    weight = torch.cat([weight, 9 * hidden[:rows * tp - VOCABULARY]])
+    part = weight[place.rank * rows:(place.rank + 1) * rows].clone().requires_grad_()
+    local = (hidden.chunk(tp)[place.rank] if sp else hidden)[:, None].clone().requires_grad_()
+    head = Head(part, SimpleNamespace(sequence_parallel=sp), chunk_tokens, VOCABULARY)
+    logprobs = head.logprobs(local, labels)
+    (logprobs * upstream).sum().backward()
+    return {"logprobs": logprobs.tolist(), "hidden_grad": local.grad[:, 0].tolist(), "weight_grad": part.grad.tolist(),
+            "top": head.top_tokens(hidden).tolist(), "logits": head.logits(hidden).tolist()}
+
+
+@pytest.mark.distributed
+def test_a_split_head_scores_like_a_whole_one(ranks, job) -> None:
+    import torch
+
+    cases = [(1, False, 64), (1, False, 5), (2, False, 1), (2, False, 5), (2, True, 5), (2, True, 12), (3, True, 5)]
+    results = ranks(*(job(__file__, "score", tp, {"tp": tp, "sp": sp, "chunk_tokens": c}) for tp, sp, c in cases))
+    hidden, weight, labels, upstream = (t.double() if t.is_floating_point() else t for t in whole())
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    logits = hidden @ weight.T
+    expected = logits.log_softmax(-1)[torch.arange(TOKENS), labels]
+    (expected * upstream).sum().backward()
+    best = logits.detach().clone()
+    best[:, 30] = -torch.inf  # of equal logits the lowest id wins
+    assert (best.argmax(-1) == 3).any()
+    for (_, sp, _), per_rank in zip(cases, results, strict=True):
+        for result in per_rank:
+            assert torch.allclose(torch.tensor(result["logprobs"]).double(), expected, atol=1e-5)
+            assert torch.allclose(torch.tensor(result["logits"]).double(), logits, atol=1e-4)
+            assert result["top"] == best.argmax(-1).tolist()
+        hidden_grad = [row for r in per_rank for row in r["hidden_grad"]] if sp else per_rank[-1]["hidden_grad"]
+        weight_grad = [row for r in per_rank for row in r["weight_grad"]]
+        assert torch.allclose(torch.tensor(hidden_grad).double(), hidden.grad, atol=1e-5)
+        assert torch.allclose(torch.tensor(weight_grad[:VOCABULARY]).double(), weight.grad, atol=1e-5)
+        assert not any(map(any, weight_grad[VOCABULARY:])), "no gradient reaches padding"

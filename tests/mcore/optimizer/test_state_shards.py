@@ -1,0 +1,91 @@
+"""What one process updates: ranges of parameters, and the count of updates."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+
+def counted(fused: bool) -> dict[str, Any]:
+    """Return how torch's Adam, or one that counts in its groups as fused ones do, knows the number of updates when restored."""
+    import torch
+    from torch.optim import AdamW, Optimizer
+
+    from megatron_sov.mcore.optimizer.state_shards import set_updates, shards
+
+    class Fused(Optimizer):
+        """Counts like transformer_engine.pytorch.optimizers.FusedAdam: in the group, from its first update on."""
+
+    class Library:
+        def __init__(self, inner: Optimizer) -> None:
+            self.optimizer = inner
+
+    parameters = [torch.nn.Parameter(torch.ones(2, 3)), torch.nn.Parameter(torch.ones(4))]
+    library = Library(Fused(parameters, {"lr": 0.1}) if fused else AdamW(parameters, lr=0.1))
+    made = [sorted(s.state()) for s in shards(library)]
+    set_updates(shards(library), 5)
+    states = [library.optimizer.state[p] for p in parameters]
+    own = [s["step"] for s in states if "step" in s]
+    if not fused:
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        library.optimizer.step()
+    return {"made": made, "groups": [g.get("step") for g in library.optimizer.param_groups], "own": [float(t) for t in own],
+            "shapes": [[list(s[name].shape) for name in ("exp_avg", "exp_avg_sq")] for s in states]}
+
+
+@pytest.mark.distributed
+def test_every_parameter_counts_its_own_updates_and_fused_optimizers_count_in_groups(ranks, job) -> None:
+    (plain,), (fused,) = ranks(job(__file__, "counted", 1, {"fused": False}), job(__file__, "counted", 1, {"fused": True}))
+    shapes = [[[2, 3], [2, 3]], [[4], [4]]]
+    assert plain == {"made": [["exp_avg", "exp_avg_sq"]] * 2, "groups": [None], "own": [6.0, 6.0], "shapes": shapes}
+    assert fused == {"made": [["exp_avg", "exp_avg_sq"]] * 2, "groups": [5], "own": [], "shapes": shapes}
+
+
+def zero1_shards(precision: str) -> dict[str, Any]:
+    """Return what both data-parallel processes update under ZeRO-1 before the first step."""
+    import torch.distributed as dist
+
+    from megatron_sov import recipes
+    from megatron_sov.config import ParallelConfig, apply_settings
+    from megatron_sov.mcore.model import init
+    from megatron_sov.mcore.model.language_model import build
+    from megatron_sov.mcore.optimizer.optimizer import Optimizer
+    from megatron_sov.mcore.parallel import world
+
+    config = apply_settings(recipes.get("tiny-k-exaone"), [
+        "model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "model.expert_ffn_dim=16",
+        f"train.precision={precision}"])
+    layout = ParallelConfig(zero1=True)
+    world.join(layout)
+    model = build(config.model, layout, config.train)
+    init.initialise(model, config.model, 1)
+    optimizer = Optimizer(model, config.optim, layout)
+    names = {id(p): name for name, p in model.named_parameters()}
+    mine = {names[id(s.parameter)]: [s.start, s.stop] for s in optimizer.shards}
+    blocks = [(b.key, b.offset, b.shape, str(b.data.dtype)) for b in optimizer.state_blocks() if b.owned]
+    everyones: list[Any] = [None] * dist.get_world_size()
+    names_of_state = {key.split("/")[0] for key, *_ in blocks}
+    dist.all_gather_object(everyones, (mine, len(blocks), sorted({dtype for *_, dtype in blocks}), sorted(names_of_state)))
+    return {"sizes": {names[id(p)]: p.numel() for p in model.parameters()}, "everyones": everyones}
+
+
+@pytest.mark.distributed
+def test_zero1_gives_every_process_its_part_of_the_parameters_and_no_other(ranks, job) -> None:
+    cases = (("fp32", ["exp_avg", "exp_avg_sq"], "float32"), ("bf16", ["exp_avg", "exp_avg_sq", "master"], "float32"),
+             ("fp64", ["exp_avg", "exp_avg_sq"], "float64"))
+    results = ranks(*(job(__file__, "zero1_shards", 2, {"precision": precision}) for precision, *_ in cases))
+    for (precision, kinds, dtype), (result, _) in zip(cases, results, strict=True):
+        updated = []
+        for ranges, num_blocks, dtypes, names in result["everyones"]:
+            assert names == kinds and dtypes == [f"torch.{dtype}"]
+            assert num_blocks >= len(kinds) * len(ranges)
+            updated.append(sum(stop - start for start, stop in ranges.values()))
+        whole = sum(result["sizes"].values())
+        assert sum(updated) == whole, precision
+        assert max(updated) < 0.55 * whole, "the halves are even but for padding"
+        for name, size in result["sizes"].items():
+            spans = sorted(ranges[name] for ranges, *_ in result["everyones"] if name in ranges)
+            assert spans[0][0] == 0 and spans[-1][1] == size and all(a[1] == b[0] for a, b in pairwise(spans))

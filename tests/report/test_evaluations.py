@@ -1,0 +1,41 @@
+"""Curves of what was judged beside training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from megatron_sov.obs.events import EventLog
+from megatron_sov.report.evaluations import curves, needle_curves, read_beside
+from megatron_sov.report.run_data import read_run
+from megatron_sov.report.sections import sections
+
+
+def write(run: Path) -> None:
+    (run / "evaluations").mkdir(parents=True)
+    for step, bits in ((20, 2.5), (100, 1.5)):
+        figures = {"ko": {"loss": 1.0, "bits_per_byte": bits, "tokens": 5}}
+        (run / f"evaluations/step-{step}.ppl.json").write_text(json.dumps(figures))
+    cells = [{"kind": "single", "language": "korean", "correct": right, "samples": 4} for right in (4, 1)]
+    (run / "evaluations/step-20.needle.json").write_text(json.dumps({"cells": cells}))
+    (run / "evaluations/step-100.needle.failed").write_text("no memory\n")
+    (run / "evaluations/step-40.ppl.json").write_text("{torn")
+    (run / "evaluations/.step-60.ppl.log").write_text("running")
+    EventLog(run / "events.jsonl").close()
+
+
+def test_files_become_curves_by_step_and_failures_a_table(tmp_path: Path) -> None:
+    write(tmp_path)
+    found = read_beside(tmp_path)
+    assert [(b.step, b.judge) for b in found] == [(20, "needle"), (20, "ppl"), (40, "ppl"), (100, "needle"), (100, "ppl")]
+    (bits,), (right,) = curves(found, "bits_per_byte"), needle_curves(found)
+    assert (bits.name, bits.steps.tolist(), bits.values.tolist()) == ("ko", [20, 100], [2.5, 1.5])
+    assert (right.name, right.steps.tolist(), right.values.tolist()) == ("single, korean", [20], [62.5])
+    (section,) = sections(read_run(tmp_path))
+    assert section.title == "Evaluation beside training" and len(section.charts) == 2
+    (table,) = section.tables
+    assert [row[:2] for row in table.rows] == [["40", "ppl"], ["100", "needle"]] and table.rows[1][2] == "no memory"
+
+
+def test_a_run_without_them_has_no_section(tmp_path: Path) -> None:
+    assert read_beside(tmp_path) == []

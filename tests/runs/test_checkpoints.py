@@ -1,0 +1,117 @@
+"""Which checkpoints of a run are found, and which stay when it is pruned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_sov.artifacts import new_artifact
+from megatron_sov.errors import UserError
+from megatron_sov.runs import checkpoints
+from megatron_sov.runs.checkpoints import (
+    clear_leftovers,
+    damage,
+    find_checkpoint,
+    instead_of,
+    latest,
+    prune,
+    refuse_lost,
+    set_aside,
+)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run with checkpoints after 5, 10 and 100 steps."""
+    for step in (5, 10, 100):
+        with new_artifact(tmp_path / "checkpoints" / f"step-{step}", "checkpoint"):
+            continue
+    return tmp_path
+
+
+def test_the_newest_counts_and_a_torn_one_is_named_with_the_one_before(run: Path) -> None:
+    newest = run / "checkpoints" / "step-100"
+    assert latest(run / "checkpoints") == find_checkpoint(run) == find_checkpoint(newest) == newest
+    (run / "checkpoints" / "step-200").mkdir()  # without a manifest
+    with pytest.raises(UserError, match=r"step-200/manifest.json: is missing; use the checkpoint before it, .*/step-100$"):
+        find_checkpoint(run)
+    assert latest(run / "checkpoints") == run / "checkpoints" / "step-200"
+
+
+def test_a_run_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="has no complete checkpoint yet"):
+        find_checkpoint(tmp_path)
+
+
+def test_a_file_that_is_not_what_was_written_is_named(run: Path) -> None:
+    path = run / "checkpoints/step-7"
+    with new_artifact(path, "checkpoint") as artifact:
+        for name in ("state.json", "optimizer.index.json", "model/a", "model/b"):
+            (artifact.path / name).parent.mkdir(exist_ok=True)
+            (artifact.path / name).write_text(name)
+    assert damage(path) is None and damage(run / "checkpoints/step-5") is None
+    (path / "optimizer.index.json").write_text("optimizer.inDex.json")
+    assert damage(path) == f"{path}/optimizer.index.json: its content differs from the hash in the manifest"
+    assert damage(path, weights_only=True) is None
+    (path / "model/b").unlink()
+    assert [damage(path, rank=r, size=2, weights_only=True) for r in range(2)] == [None, f"{path}/model/b: is missing"]
+    assert instead_of(path) == f"use the checkpoint before it, {run / 'checkpoints/step-5'}"
+    assert instead_of(run / "checkpoints/step-5") == "there is no checkpoint before it; restore it from a copy"
+    assert damage(run / "nowhere") == f"{run}/nowhere/manifest.json: is missing"
+
+
+def test_damaged_ones_are_set_aside_and_never_taken_for_a_beginning(run: Path) -> None:
+    folder = run / "checkpoints"
+    assert set_aside(folder / "step-100").name == "damaged-step-100"
+    (folder / "step-100").mkdir()
+    assert set_aside(folder / "step-100").name.startswith("damaged-step-100-")
+    assert latest(folder) == folder / "step-10"
+    refuse_lost(folder)
+    for step in (5, 10):
+        set_aside(folder / f"step-{step}")
+    assert latest(folder) is None and len(list(folder.iterdir())) == 4
+    with pytest.raises(UserError, match=r"no sound checkpoint is left .damaged-step-10, damaged-step-100.*restore one"):
+        refuse_lost(folder)
+
+
+def test_leftovers_of_killed_processes_go_and_checkpoints_stay(run: Path) -> None:
+    folder = run / "checkpoints"
+    before = sorted(folder.iterdir())
+    for name in (".writing-step-200-1f", ".deleting-step-1-2e"):
+        (folder / name / "model").mkdir(parents=True)
+    clear_leftovers(folder)
+    assert sorted(folder.iterdir()) == before
+
+
+@given(st.sets(st.integers(1, 40), max_size=12), st.sets(st.integers(1, 40)), st.integers(0, 4), st.integers(0, 7))
+def test_what_stays_is_what_brute_force_keeps(tmp_path_factory, steps: set[int], torn: set[int], keep: int, every: int) -> None:
+    """Newest `keep` of the complete ones, multiples of `every`, and everything that is no complete checkpoint."""
+    folder = tmp_path_factory.mktemp("run")
+    for step in steps:
+        (folder / f"step-{step}").mkdir()
+        if step not in torn:
+            (folder / f"step-{step}" / "manifest.json").write_text("{}")
+    (folder / ".writing-step-41-aa").mkdir()
+    (folder / "damaged-step-1").mkdir()
+    prune(folder, keep, every)
+    complete = steps - torn
+    expected = {s for s in steps if s in torn or keep == 0 or sum(o > s for o in complete) < keep or (every and s % every == 0)}
+    assert {p.name for p in folder.iterdir()} == {f"step-{s}" for s in expected} | {".writing-step-41-aa", "damaged-step-1"}
+
+
+def test_a_kill_while_deleting_leaves_no_torn_checkpoint_under_its_name(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(path: Path, **options: bool) -> None:
+        (path / "manifest.json").unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prune(run / "checkpoints", 2)
+    monkeypatch.undo()
+    assert {p.name for p in (run / "checkpoints").glob("step-*")} == {"step-10", "step-100"}
+    clear_leftovers(run / "checkpoints")
+    assert len(list((run / "checkpoints").iterdir())) == 2

@@ -1,0 +1,102 @@
+"""Entering a run folder: what is refused, and that looking changes nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from megatron_sov import recipes
+from megatron_sov.config import RunConfig, apply_settings
+from megatron_sov.errors import UserError
+from megatron_sov.runs.folder import COMPLETION, CONFIG, RunFolder
+
+CONFIG_OF_RUN = recipes.get("tiny-solar-open")
+
+
+def started(path: Path, config: RunConfig = CONFIG_OF_RUN) -> RunFolder:
+    folder = RunFolder(path)
+    folder.create()
+    folder.declare(config)
+    return folder
+
+
+def test_a_new_folder_is_entered_and_nothing_is_made(tmp_path: Path) -> None:
+    for resume in (False, True):
+        RunFolder(tmp_path / "new").enter(CONFIG_OF_RUN, resume)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_start_left_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / "lock.json").write_text("{}")
+    (tmp_path / ".config.json.tmp-123").write_text("{")
+    RunFolder(tmp_path).enter(CONFIG_OF_RUN, resume=False)
+
+
+def test_foreign_folders_and_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="is not empty and holds no run"):
+        RunFolder(tmp_path).enter(CONFIG_OF_RUN, resume=True)
+    with pytest.raises(UserError, match=r"notes.txt: is a file; --run needs a folder"):
+        RunFolder(tmp_path / "notes.txt").enter(CONFIG_OF_RUN, resume=False)
+
+
+def test_a_run_is_entered_again_only_by_resume(tmp_path: Path) -> None:
+    folder = started(tmp_path / "run")
+    assert folder.config() == CONFIG_OF_RUN
+    with pytest.raises(UserError, match="already holds a run of tiny-solar-open; pass --resume"):
+        folder.enter(CONFIG_OF_RUN, resume=False)
+    folder.enter(CONFIG_OF_RUN, resume=True)
+
+
+@pytest.mark.parametrize("setting", ["model.num_layers=2", "optim.lr=0.1", "train.seed=7", "train.precision=bf16",
+                                     "data.packing=concat"])
+def test_settings_that_make_another_run_are_refused(tmp_path: Path, setting: str) -> None:
+    folder = started(tmp_path / "run")
+    name, _, value = setting.partition("=")
+    with pytest.raises(UserError, match=rf"was started with {name} = .*, now it is {value}"):
+        folder.enter(apply_settings(CONFIG_OF_RUN, [setting]), resume=True)
+
+
+def test_all_differences_are_named_at_once(tmp_path: Path) -> None:
+    folder = started(tmp_path / "run")
+    with pytest.raises(UserError, match=r"optim.lr = 0.004.*; train.seed = 1234, now it is 1"):
+        folder.enter(apply_settings(CONFIG_OF_RUN, ["optim.lr=0.01", "train.seed=1"]), resume=True)
+
+
+@pytest.mark.parametrize("setting", ["parallel.ep=2", "train.micro_batch_size=1", "train.checkpoint_every_steps=7",
+                                     "train.steps=300", "optim.rewarm=[[100, 20]]"])
+def test_settings_of_the_machine_may_change(tmp_path: Path, setting: str) -> None:
+    started(tmp_path / "run").enter(apply_settings(CONFIG_OF_RUN, [setting]), resume=True)
+
+
+def test_a_complete_run_says_so_and_does_not_grow(tmp_path: Path) -> None:
+    folder = started(tmp_path / "run")
+    assert folder.completion() is None
+    folder.complete({"step": 200})
+    assert folder.completion() == {"step": 200}
+    folder.enter(CONFIG_OF_RUN, resume=True)
+    longer = dataclasses.replace(CONFIG_OF_RUN, train=dataclasses.replace(CONFIG_OF_RUN.train, steps=300))
+    with pytest.raises(UserError, match=r"is complete at step 200, and train.steps = 300 asks for more"):
+        folder.enter(longer, resume=True)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"recipe": 3}'])
+def test_damaged_files_are_named(tmp_path: Path, content: str) -> None:
+    folder = started(tmp_path / "run")
+    (tmp_path / "run" / CONFIG).write_text(content)
+    with pytest.raises(UserError, match=r"run/config.json: cannot be read as a run's settings"):
+        folder.enter(CONFIG_OF_RUN, resume=True)
+    (tmp_path / "run" / COMPLETION).write_text("{")
+    with pytest.raises(UserError, match=r"run/complete.json: is damaged"):
+        folder.completion()
+
+
+def test_an_unused_folder_is_taken_back_and_a_used_one_stays(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.create()
+    folder.remove_if_empty()
+    assert not folder.path.exists()
+    started(tmp_path / "run").remove_if_empty()
+    assert (tmp_path / "run" / CONFIG).is_file()

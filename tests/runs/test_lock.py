@@ -1,0 +1,140 @@
+"""One living run in a folder; a killed one does not bar the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from megatron_sov.errors import UserError
+from megatron_sov.runs.lock import LOCK, RunLock
+
+
+def write_record(run: Path, **changed: Any) -> None:
+    me = psutil.Process()
+    record = {"host": socket.gethostname(), "pid": me.pid, "started_s": me.create_time(), "expires_s": time.time() + 60}
+    (run / LOCK).write_text(json.dumps(record | changed))
+
+
+def take(run: Path) -> None:
+    lock = RunLock(run)
+    lock.acquire()
+    lock.release()
+    assert not (run / LOCK).exists()
+
+
+def test_a_living_holder_is_named(tmp_path: Path) -> None:
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    with pytest.raises(UserError, match=rf"held by a living run \(process {os.getpid()} on {socket.gethostname()}\)"):
+        RunLock(tmp_path).acquire()
+    lock.release()
+    take(tmp_path)
+
+
+def test_a_dead_process_of_this_machine_frees_the_folder_at_once(tmp_path: Path) -> None:
+    child = subprocess.Popen([sys.executable, "-c", "pass"])
+    child.wait()
+    write_record(tmp_path, pid=child.pid)
+    take(tmp_path)
+
+
+def test_a_dead_process_that_no_parent_has_taken_note_of_frees_the_folder_too(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", "pass"]) as child:
+        zombie = psutil.Process(child.pid)
+        while zombie.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.001)
+        write_record(tmp_path, pid=child.pid, started_s=zombie.create_time())
+        take(tmp_path)
+
+
+def test_another_process_with_the_dead_ones_number_does_not_count(tmp_path: Path) -> None:
+    write_record(tmp_path, started_s=psutil.Process().create_time() - 3600)
+    take(tmp_path)
+
+
+def test_a_clock_that_was_corrected_does_not_kill_a_living_holder(tmp_path: Path) -> None:
+    write_record(tmp_path, started_s=psutil.Process().create_time() + 1)
+    with pytest.raises(UserError, match="held by a living run"):
+        RunLock(tmp_path).acquire()
+
+
+def test_another_machines_lock_holds_until_its_lease_ends(tmp_path: Path) -> None:
+    write_record(tmp_path, host="elsewhere", expires_s=time.time() + 30)
+    with pytest.raises(UserError, match="on elsewhere"):
+        RunLock(tmp_path).acquire()
+    write_record(tmp_path, host="elsewhere", expires_s=time.time() - 1)
+    take(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "null", '{"host": 1}',
+                                     '{"host": "a", "pid": "x", "started_s": 1, "expires_s": 1}'])
+def test_a_damaged_lock_bars_nobody(tmp_path: Path, content: str) -> None:
+    (tmp_path / LOCK).write_text(content)
+    take(tmp_path)
+
+
+def test_the_lease_is_renewed(tmp_path: Path) -> None:
+    lock = RunLock(tmp_path, lease_s=0.2)
+    lock.acquire()
+    first = json.loads((tmp_path / LOCK).read_text())["expires_s"]
+    deadline = time.monotonic() + 60
+    while json.loads((tmp_path / LOCK).read_text())["expires_s"] == first:
+        assert time.monotonic() < deadline, "the lease was not renewed"
+        time.sleep(0.02)
+    lock.release()
+
+
+def test_a_holder_whose_folder_was_taken_ends_without_touching_it(tmp_path: Path) -> None:
+    code = ("import sys, time; from pathlib import Path; from megatron_sov.runs.lock import RunLock\n"
+            "RunLock(Path(sys.argv[1]), lease_s=0.2).acquire(); print('held', flush=True); time.sleep(30)")
+    child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                             text=True)
+    assert child.stdout is not None and child.stdout.readline() == "held\n"
+    while child.poll() is None:  # again and again: the holder may be between its look and its write
+        write_record(tmp_path, host="elsewhere")
+        time.sleep(0.01)
+    _, errors = child.communicate()
+    assert child.returncode == 1 and "another run took this folder" in errors
+    assert json.loads((tmp_path / LOCK).read_text())["host"] == "elsewhere"
+
+
+def test_two_starts_at_once_give_one_holder(tmp_path: Path) -> None:
+    write_record(tmp_path, pid=2 ** 22 + 1)  # no such process: both see a stale lock
+    code = ("import sys, time; from pathlib import Path; from megatron_sov.errors import UserError\n"
+            "from megatron_sov.runs.lock import RunLock\n"
+            "print('ready', flush=True); sys.stdin.readline()\n"
+            "try:\n    RunLock(Path(sys.argv[1])).acquire(); print('held', flush=True); sys.stdin.readline()\n"
+            "except UserError: print('refused', flush=True)")
+    starts = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                               text=True) for _ in range(4)]
+    for s in starts:
+        assert s.stdout is not None and s.stdout.readline() == "ready\n"
+    for s in starts:
+        assert s.stdin is not None
+        s.stdin.write("\n")
+        s.stdin.flush()
+    answers = [s.stdout.readline().strip() for s in starts if s.stdout is not None]
+    for s in starts:
+        s.communicate("\n", timeout=120)
+    assert sorted(answers) == ["held", "refused", "refused", "refused"]
+
+
+def test_the_start_before_of_the_same_slurm_job_does_not_bar_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm gave up that start's nodes; without it the lease of a node that died would have to run out."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    for job, restart in (("7", 1), ("7", 2), ("8", 0)):
+        write_record(tmp_path, host="elsewhere", slurm_job=job, slurm_restart=restart)
+        with pytest.raises(UserError, match="held by a living run"):
+            RunLock(tmp_path).acquire()
+    write_record(tmp_path, host="elsewhere", slurm_job="7", slurm_restart=0)
+    take(tmp_path)

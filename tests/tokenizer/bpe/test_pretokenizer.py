@@ -1,0 +1,96 @@
+"""Splitting: the three engines give one result on every character, and patterns that cannot work are refused."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_sov.errors import UserError
+from tokenizer.bpe.pretokenizer import NoAsciiForm, Splitter, ascii_pattern, check_coverage, disputed_characters, oniguruma
+from tokenizer.presets import K_EXAONE, PRESETS, SOLAR_OPEN
+
+PATTERNS = {"solar-open": SOLAR_OPEN.split_pattern, "k-exaone": K_EXAONE.split_pattern, "superwords": K_EXAONE.superword_pattern}
+
+
+def by_oniguruma(pattern: str, text: str) -> list[str]:
+    return [piece for piece, _ in oniguruma(pattern, "test").pre_tokenize_str(text)]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+def test_all_of_unicode_is_split_as_by_oniguruma(pattern: str) -> None:
+    splitter = Splitter(SOLAR_OPEN, pattern)
+    for start in range(0, 0x110000, 8192):
+        characters = [chr(c) for c in range(start, start + 8192) if not 0xD800 <= c < 0xE000]
+        for text in ("".join(characters), " ".join(characters[::7]), "a".join(characters[::7])):
+            assert splitter.split(text) == by_oniguruma(pattern, text), hex(start)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+@given(text=st.text(alphabet=st.one_of(st.sampled_from("ab'sT 019 \n\r\t\x1c가나./,"), st.characters(codec="utf-8"))))
+def test_any_text_is_split_as_by_oniguruma(pattern: str, text: str) -> None:
+    assert Splitter(SOLAR_OPEN, pattern).split(text) == by_oniguruma(pattern, text)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+def test_ascii_has_a_form_of_its_own(pattern: str) -> None:
+    assert r"\p" not in ascii_pattern(pattern)
+    splitter, drawn = Splitter(SOLAR_OPEN, pattern), random.Random(0)
+    for _ in range(2000):
+        text = "".join(drawn.choices("".join(map(chr, range(128))) + "   \n''sSaB", k=drawn.randint(1, 30)))
+        assert splitter.split(text) == by_oniguruma(pattern, text)
+
+
+@pytest.mark.parametrize("pattern", [r"\w+|.", r"[[:alpha:]]+|.", r"[\S]+|\s", r"\x41+|[^A]", r"\p{Lu}|.", r"\p{M}*+a|."])
+def test_what_has_no_sure_ascii_form_is_left_to_the_others(pattern: str) -> None:
+    with pytest.raises(NoAsciiForm):
+        ascii_pattern(pattern)
+
+
+def test_text_between_matches_and_groups_are_kept() -> None:
+    assert Splitter(SOLAR_OPEN, r"\p{L}+").split("ab 12 cd") == ["ab", " 12 ", "cd"]
+    assert Splitter(SOLAR_OPEN, r"(\p{L})(\p{N})|.").split("a1b") == ["a1", "b"]
+
+
+def test_characters_of_a_newer_unicode_are_disputed() -> None:
+    assert max(disputed_characters(SOLAR_OPEN.split_pattern)) > "\U000323af"
+    assert disputed_characters(r"[a-z]+|.") == frozenset()
+
+
+def test_an_engine_that_differs_is_not_used_again() -> None:
+    splitter = Splitter(SOLAR_OPEN, SOLAR_OPEN.split_pattern)
+    splitter._findall = splitter._findall_ascii = list  # an engine gone wrong: it cuts between all characters
+    assert splitter.split("wrong now") != ["wrong", " now"]
+    splitter.check("some text")
+    assert splitter.split("right now") == ["right", " now"]
+
+
+@pytest.mark.parametrize("pattern", ["a*", "a|", "(?=a)", r"\b", ".|^"])
+def test_a_pattern_that_matches_nothing_is_refused(pattern: str) -> None:
+    with pytest.raises(UserError, match="can match empty text"):
+        oniguruma(pattern, "mine")
+
+
+def test_a_pattern_that_does_not_compile_is_refused() -> None:
+    with pytest.raises(UserError, match="preset mine: split pattern '\\(' is no regular expression"):
+        oniguruma("(", "mine")
+
+
+def test_normalization_is_the_presets() -> None:
+    decomposed = "\u1112\u1161\u11ab"
+    assert Splitter(K_EXAONE, K_EXAONE.split_pattern).normalize(decomposed) == "한"
+    assert Splitter(SOLAR_OPEN, SOLAR_OPEN.split_pattern).normalize(decomposed) == decomposed
+
+
+def test_digits_stand_alone() -> None:
+    for preset in PRESETS.values():
+        assert by_oniguruma(preset.final_pattern, "in 2026") == ["in", " ", "2", "0", "2", "6"]
+
+
+def test_a_pattern_that_passes_over_text_is_refused() -> None:
+    for pattern in PATTERNS.values():
+        check_coverage(pattern, "known")
+    with pytest.raises(UserError, match=r"passes over some text, such as U\+0300"):
+        check_coverage(r"\p{L}+|\p{N}|[^\p{M}]", "mine")

@@ -1,0 +1,89 @@
+"""Merging by arrays: the merges of the textbook's loop and of Hugging Face's trainer, on every kind of tie and overlap."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import random
+import textwrap
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import pre_tokenizers, trainers
+
+from tokenizer.bpe import trainer
+from tokenizer.bpe.pretokenizer import untrained
+from tokenizer.bpe.trainer import Merge, MergeLearner, Words
+from tokenizer.bpe.vocabulary import Vocabulary, spelled
+from tokenizer.presets import K_EXAONE, SOLAR_OPEN
+
+TEXT = [inspect.getsource(textwrap), "한국어 문장은 한국어로 씁니다. 문장 하나.\n" * 20, "<|end|> for i in x:\n    i += 1\n" * 20]
+PLAIN = replace(SOLAR_OPEN, split_pattern=r"[^|]+|\|")
+
+
+def merges_of(vocabulary: Vocabulary) -> list[tuple[bytes, bytes]]:
+    return [(vocabulary.tokens[a], vocabulary.tokens[b]) for a, b in vocabulary.merges]
+
+
+@given(st.lists(st.text(alphabet="aab|", max_size=30), max_size=8), st.integers(2, 9))
+def test_few_letters_many_ties_and_overlaps(learn: Callable[..., Vocabulary], brute_force: Callable[..., list],
+                                            texts: list[str], max_token_bytes: int) -> None:
+    preset = replace(PLAIN, max_token_bytes=max_token_bytes)
+    assert merges_of(learn(preset, 256 + 40, texts)) == brute_force(preset, 256 + 40, texts)
+
+
+def test_real_text_as_in_the_textbook(learn: Callable[..., Vocabulary], brute_force: Callable[..., list]) -> None:
+    text = [TEXT[0][:4000], *TEXT[1:]]
+    assert merges_of(learn(SOLAR_OPEN, 700, text)) == brute_force(SOLAR_OPEN, 700, text)
+
+
+@pytest.mark.parametrize("hot_pairs", [3, 50_000])
+@pytest.mark.parametrize("preset", [SOLAR_OPEN, replace(K_EXAONE, superword_pattern="")], ids=lambda p: p.name)
+def test_hugging_faces_trainer_gives_the_same(learn: Callable[..., Vocabulary], preset, hot_pairs: int,
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "HOT_PAIRS", hot_pairs)  # however few pairs are in the heap at a time
+    monkeypatch.setattr(trainer, "FIRST_PLACES", 1000 * hot_pairs)
+    theirs = untrained(preset)
+    theirs.train_from_iterator(TEXT, trainers.BpeTrainer(
+        vocab_size=2000, min_frequency=2, show_progress=False, max_token_length=preset.max_token_bytes + 1,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    expected = json.loads(theirs.to_str())["model"]["merges"]
+    assert len(expected) > 800
+    found = merges_of(learn(preset, 2000, TEXT))
+    assert [[spelled(a), spelled(b)] for a, b in found] == [list(e) for e in expected]
+
+
+def test_order_of_texts_does_not_matter(learn: Callable[..., Vocabulary]) -> None:
+    shuffled = random.Random(0).sample(TEXT, len(TEXT))
+    assert learn(SOLAR_OPEN, 400, TEXT).merges == learn(SOLAR_OPEN, 400, shuffled).merges
+
+
+def test_a_smaller_vocabulary_is_the_beginning_of_a_larger_one(learn: Callable[..., Vocabulary]) -> None:
+    assert learn(SOLAR_OPEN, 600, TEXT).merges[:100] == learn(SOLAR_OPEN, 356, TEXT).merges
+
+
+def test_counts_are_those_of_the_text() -> None:
+    # "abab" five times, "ab" twice, "aaa" three times
+    words = Words(np.array([0, 1, 0, 1, 0, 0, 0, 0, 1]), np.array([4, 3, 2]), np.array([5, 3, 2]))
+    learner = MergeLearner(words, lambda left, right: np.ones(len(left), np.bool_), 2, 2)
+    assert list(learner.learn()) == [Merge(0, 1, 12), Merge(0, 0, 6), Merge(2, 2, 5), Merge(3, 0, 3)]
+
+
+def test_counts_beyond_32_bits() -> None:
+    words = Words(np.array([0, 1, 1, 0]), np.array([2, 2]), np.array([1 << 40, (1 << 40) - 1]))
+    learner = MergeLearner(words, lambda left, right: np.ones(len(left), np.bool_), 2, 2)
+    assert list(learner.learn()) == [Merge(0, 1, 1 << 40), Merge(1, 0, (1 << 40) - 1)]
+
+
+def test_no_words_no_merges() -> None:
+    words = Words(np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.int64))
+    assert list(MergeLearner(words, lambda left, right: left == right, 256, 2).learn()) == []
+
+
+def test_long_tokens_are_bounded(learn: Callable[..., Vocabulary]) -> None:
+    vocabulary = learn(replace(SOLAR_OPEN, max_token_bytes=8), 300, [("=" * 64 + "\n") * 3000, *TEXT])
+    assert max(map(len, vocabulary.tokens)) == 8

@@ -1,0 +1,83 @@
+"""Tokenizers of every form, opened from a path: the ids, bytes and text of their own libraries."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import tiktoken
+from tokenizers import Tokenizer
+
+from megatron_sov.errors import UserError
+from tokenizer.formats.loaders import open_tokenizer
+
+Build = Callable[..., Path]
+TEXT = "the other, 가나다 <|end|>  x\n"
+PATTERN = r"\p{L}+|\p{N}|\s+|[^\s\p{L}\p{N}]+"
+
+
+def write_ranks(path: Path, more: tuple[bytes, ...] = (b"th", b"the")) -> dict[bytes, int]:
+    ranks = {token: i for i, token in enumerate([*(bytes([b]) for b in range(256)), *more])}
+    path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()))
+    return ranks
+
+
+def test_hugging_face(build: Build) -> None:
+    folder = build(special=("<|end|>",), added=("<think>",))
+    for path in (folder, folder / "tokenizer.json"):
+        opened = open_tokenizer(path)
+        raw = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        assert opened.encode_special(TEXT) == raw.encode(TEXT).ids
+        assert raw.token_to_id("<|end|>") not in opened.encode(TEXT) == opened.encode_many([TEXT, "x"])[0]
+        assert opened.decode(opened.encode(TEXT)) == TEXT
+        assert list(opened.special.values()) == ["<|end|>"] and list(opened.added.values()) == ["<think>"]
+        assert opened.vocab_size == raw.get_vocab_size()
+        assert opened.tokens[raw.token_to_id("Ġthe")] == b" the" and len(opened.tokens) == raw.get_vocab_size() - 2
+        assert opened.merged_alone(raw.token_to_id("Ġthe")) == [raw.token_to_id("Ġthe")]
+
+
+def test_tiktoken(tmp_path: Path) -> None:
+    ranks = write_ranks(tmp_path / "it.tiktoken")
+    (tmp_path / "it.tiktoken.json").write_text(json.dumps({"pat_str": PATTERN, "special_tokens": {"<|end|>": 300}}))
+    reference = tiktoken.Encoding("it", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={"<|end|>": 300})
+    for path in (tmp_path, tmp_path / "it.tiktoken"):
+        opened = open_tokenizer(path)
+        assert opened.encode(TEXT) == reference.encode_ordinary(TEXT) == opened.encode_many([TEXT])[0]
+        assert opened.encode_special(TEXT) == reference.encode(TEXT, allowed_special="all")
+        assert opened.decode(opened.encode(TEXT)) == TEXT
+        assert opened.special == {300: "<|end|>"} and opened.vocab_size == 301 and opened.tokens[257] == b"the"
+
+
+def test_sentencepiece(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("the other theme\nthen the train 가나다\n" * 50)
+    sentencepiece.SentencePieceTrainer.train(input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "m"), vocab_size=300,
+                                             model_type="bpe", byte_fallback=True, minloglevel=2)
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "m.model"))
+    opened = open_tokenizer(tmp_path)
+    assert opened.encode(TEXT) == reference.encode(TEXT) == opened.encode_many([TEXT])[0]
+    assert opened.decode(opened.encode(TEXT)) == opened.normalize(TEXT) == "the other, 가나다 <|end|> x"
+    assert set(opened.special.values()) == {"<unk>", "<s>", "</s>"}
+    assert opened.tokens[reference.piece_to_id("▁the")] == b" the" and opened.tokens[reference.piece_to_id("<0x0A>")] == b"\n"
+
+
+def test_mistakes_cost_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.json").write_text("{}")
+    (tmp_path / "bad.model").write_bytes(b"nothing")
+    (tmp_path / "bad.tiktoken").write_bytes(b"nothing\n")
+    write_ranks(tmp_path / "alone.tiktoken")
+    write_ranks(tmp_path / "cut.tiktoken")
+    with open(tmp_path / "cut.tiktoken", "ab") as f:
+        f.write(b"dGg")
+    write_ranks(tmp_path / "form.tiktoken")
+    (tmp_path / "cut.tiktoken.json").write_text(json.dumps({"pat_str": PATTERN, "special_tokens": {}}))
+    (tmp_path / "form.tiktoken.json").write_text('{"pat_str": 1}')
+    for name, sentence in {"none": "does not exist", "empty": "holds", "bad.json": "bad.json", "bad.model": "bad.model",
+                           "bad.tiktoken": "bad.tiktoken", "alone.tiktoken": "pat_str", "cut.tiktoken": "cut.tiktoken:259",
+                           "form.tiktoken": "pat_str"}.items():
+        with pytest.raises(UserError, match=sentence):
+            open_tokenizer(tmp_path / name)

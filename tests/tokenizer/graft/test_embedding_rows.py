@@ -1,0 +1,62 @@
+"""Rows of tables in safetensors files, read back by the safetensors library: other tensors of any dtype stay as they are."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_sov.errors import UserError
+from tokenizer.graft.embedding_rows import RowPlan, copy_file, find_tables, graft_file, row_bytes, weight_files
+
+PLAN = RowPlan(old_rows=6, new_rows=9, known_ids=5, made_of={1: [2, 3], 5: [0, 0, 4], 6: [4], 7: []})
+OTHERS = {"a.scale": torch.tensor(1.5, dtype=torch.float64), "b.mask": torch.tensor([True, False, True]),
+          "c.weight": torch.randn(3, 5).to(torch.float8_e4m3fn), "d.ids": torch.arange(7), "e.weight": torch.randn(4, 6)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_rows_are_kept_averaged_and_filled(tmp_path: Path, dtype: torch.dtype) -> None:
+    table, bias = torch.randn(6, 4).to(dtype), torch.randn(6).to(dtype)
+    tensors = {**OTHERS, "model.embed_tokens.weight": table, "lm_head.bias": bias}
+    save_file(tensors, tmp_path / "in.safetensors", metadata={"format": "pt"})
+    tables = find_tables([tmp_path / "in.safetensors"], 6)
+    assert set(tables) == {"model.embed_tokens.weight", "lm_head.bias"} and row_bytes(tables) == 5 * dtype.itemsize
+    record = graft_file(tmp_path / "in.safetensors", tmp_path / "out.safetensors", set(tables), PLAN)
+    raw = (tmp_path / "out.safetensors").read_bytes()
+    assert (record.sha256, record.size_bytes) == (hashlib.sha256(raw).hexdigest(), len(raw))
+    found = load_file(tmp_path / "out.safetensors")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[n].view(torch.uint8) if n == "c.weight" else found[n],
+                           t.view(torch.uint8) if n == "c.weight" else t) for n, t in OTHERS.items())
+    for old, new in ((table, found["model.embed_tokens.weight"]), (bias, found["lm_head.bias"])):
+        wide = old.double()
+        mean = wide[:5].mean(0)
+        expected = [wide[0], (wide[2] + wide[3]) / 2, *wide[2:5], (2 * wide[0] + wide[4]) / 3, wide[4], mean, mean]
+        torch.testing.assert_close(new, torch.stack(expected).to(dtype), rtol=0 if dtype.itemsize == 2 else 1e-6, atol=0)
+        assert torch.equal(new[[0, 2, 3, 4]], old[[0, 2, 3, 4]]) and torch.equal(new[6], old[4])
+
+
+def test_files_without_tables_are_copied(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"x" * 40_000_000)
+    record = copy_file(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b").read_bytes() == (tmp_path / "a").read_bytes()
+    assert (record.size_bytes, record.sha256) == (40_000_000, hashlib.sha256(b"x" * 40_000_000).hexdigest())
+
+
+def test_what_is_unclear_or_damaged_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    save_file({"x.embed_tokens.weight": torch.zeros(6, 2), "x.codebook": torch.zeros(6, 2)}, file)
+    with pytest.raises(UserError, match=r"x\.codebook has 6 rows, as many as the vocabulary"):
+        find_tables([file], 6)
+    save_file({"x.embed_tokens.weight": torch.zeros(6, 2, dtype=torch.int8)}, file)
+    with pytest.raises(UserError, match="has dtype I8; rows can be averaged in F64, F32, BF16, F16"):
+        find_tables([file], 6)
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(UserError, match="cannot be read as safetensors"):
+        find_tables([file], 6)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../model.safetensors"}}')
+    with pytest.raises(UserError, match="weight_map to files in the same folder"):
+        weight_files(tmp_path)

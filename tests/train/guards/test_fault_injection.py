@@ -1,0 +1,72 @@
+"""Faults on purpose: how they are written, when they come, and that each comes once in the life of a run."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from megatron_sov.errors import UserError
+from megatron_sov.obs.events import EventLog, read_events
+from megatron_sov.train.guards.fault_injection import STATES, Fault, Faults, corrupt, not_come, parse
+
+
+def test_several_faults_stand_in_one_argument() -> None:
+    found = parse(["kill@step=5,rank=1,nan@step=9", "spike@step=3,factor=50", "slow-rank@rank=1,step=7,seconds=0.5"], 2)
+    assert found == (Fault("kill", "step", 5, 1), Fault("nan", "step", 9), Fault("spike", "step", 3, 0, {"factor": 50.0}),
+                     Fault("slow-rank", "step", 7, 1, {"seconds": 0.5, "steps": 100.0}))
+    assert [parse([f.name], 2)[0] for f in found] == list(found), "a fault's name is how it is written"
+    for kind, states in STATES.items():
+        assert [parse([f"{kind}@{state}=4"], 1)[0].state for state in states] == list(states)
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("kil@step=5", "there is no fault 'kil'; did you mean 'kill'?"),
+    ("kill", "'' must be start=NUMBER or load=NUMBER or step=NUMBER or save=NUMBER or rank=NUMBER"),
+    ("kill@rank=1", "must say once when it comes, by start=N or load=N or step=N or save=N"),
+    ("nan@save=3", "'save=3' must be step=NUMBER or rank=NUMBER"),
+    ("nan@step=x", "'step=x' must be"), ("nan@step=-1", "'step=-1' must be"), ("nan@step=1.5", "'step=1.5' must be"),
+    ("kill@step=1,load=2", "must say once when it comes"),
+    ("nan@step=1,rank=2", "rank 2 does not exist; the run has 2"),
+    ("nan@step=1,nan@step=1", "is given twice"),
+])
+def test_a_fault_that_cannot_be_is_refused(text: str, said: str) -> None:
+    with pytest.raises(UserError) as e:
+        parse([text], 2)
+    assert said in str(e.value) and str(e.value).startswith(f"--inject {text.split(',nan')[0]}: ")
+
+
+def test_a_fault_comes_once_to_its_process_from_its_step_on_and_is_told_once(tmp_path: Path) -> None:
+    faults = parse(["nan@step=5,rank=1", "spike@step=7,rank=1", "raise@save=4,rank=1"], 2)
+    other, mine = Faults(faults, tmp_path, 0), Faults(faults, tmp_path, 1)
+    assert other.loss_factor(5) == 1.0 and mine.loss_factor(4) == 1.0
+    assert math.isnan(mine.loss_factor(6)) and mine.loss_factor(6) == 1.0 and mine.loss_factor(9) == 1e4
+    mine.strike("step", 9)
+    again = Faults(faults, tmp_path, 1)
+    assert again.loss_factor(5) == 1.0, "after a restart too"
+    with pytest.raises(RuntimeError, match="--inject raise@save=4,rank=1"):
+        again.strike("save", 4)
+    for rank_zero in (other, Faults(faults, tmp_path, 0)):
+        log = EventLog(tmp_path / "events.jsonl")
+        rank_zero.tell(log)
+        log.close()
+    told = [(e["kind"], e["state"], e["step"], e["rank"]) for e in read_events(tmp_path / "events.jsonl")]
+    assert told == [("nan", "step", 6, 1), ("spike", "step", 9, 1), ("raise", "save", 4, 1)]
+    late = parse(["hang@step=99"], 2)
+    assert not_come([*faults, *late], tmp_path) == list(late)
+
+
+def test_a_slow_process_is_slow_for_a_while(tmp_path: Path) -> None:
+    slow = Faults(parse(["slow-rank@step=3,seconds=0.2,steps=2", "slow-rank@step=4,seconds=0.1,steps=9"], 1), tmp_path, 0)
+    assert [slow.delay_s(step) for step in (2, 3, 4, 5)] == pytest.approx([0, 0.2, 0.3, 0.1])
+
+
+def test_a_corrupted_checkpoint_differs_in_one_byte_of_its_largest_file(tmp_path: Path) -> None:
+    (tmp_path / "state.json").write_text(json.dumps({"step": 1}))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "a").write_bytes(bytes(1000))
+    corrupt(tmp_path)
+    assert sum(byte != 0 for byte in (tmp_path / "model" / "a").read_bytes()) == 1
+    assert json.loads((tmp_path / "state.json").read_text()) == {"step": 1}

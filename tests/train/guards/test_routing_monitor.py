@@ -1,0 +1,52 @@
+"""Alarms about routing: when they come, and that each comes once until it has passed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from megatron_sov.config import GuardConfig
+from megatron_sov.mcore.parallel.cpu_shims import open_door
+from megatron_sov.obs.events import EventLog, read_events
+
+open_door()
+from megatron_sov.train.guards.routing_monitor import RoutingWatch  # noqa: E402
+
+EVEN, ONE, HALF = [4.0, 4.0, 4.0, 4.0], [16.0, 0.0, 0.0, 0.0], [8.0, 8.0, 0.0, 0.0]
+DENSE, FLAT, APART = [0.0] * 4, [0.1] * 4, [0.9, 0.0, 0.0, -0.2]
+
+
+def alarms(tmp_path: Path, records: list[tuple[list[list[float]], list[list[float]]]]) -> list[tuple[int, str, int, str]]:
+    """Feed records of (load, biases); return (step, kind, layer, text) of each alarm."""
+    log = EventLog(tmp_path / "events.jsonl")
+    watch = RoutingWatch(GuardConfig(routing_every_steps=10, min_load_entropy=0.3, dead_after_records=2))
+    for step in range(10, 10 * len(records) + 10, 10):
+        assert watch.is_due(step) and not watch.is_due(step + 1)
+        load, biases = records[step // 10 - 1]
+        watch.follow(step, torch.tensor(load, dtype=torch.float64), torch.tensor(biases, dtype=torch.float64), log)
+    log.close()
+    raised = [e for e in read_events(tmp_path / "events.jsonl") if e["event"] == "alarm"]
+    return [(e["step"], e["kind"], e["layer"], e["text"]) for e in raised]
+
+
+def test_alarms_come_once_until_they_have_passed(tmp_path: Path) -> None:
+    quiet = [DENSE, FLAT]
+    loads = [EVEN, ONE, ONE, HALF, EVEN, ONE]
+    found = alarms(tmp_path, [([DENSE, load], [DENSE, APART] if load is HALF else quiet) for load in loads])
+    assert [(step, kind) for step, kind, _, _ in found] == [
+        (20, "collapse"), (30, "dead experts"), (40, "router bias"), (60, "collapse")]
+    assert {layer for _, _, layer, _ in found} == {2}, "layers count from 1, and the first one is dense"
+    assert "experts 1, 2, 3 got no token in 2 routing records in a row" in found[1][3]
+    assert "lie 1.100 apart" in found[2][3]
+
+
+def test_records_hold_the_figures_of_every_routed_layer(tmp_path: Path) -> None:
+    alarms(tmp_path, [([DENSE, HALF, EVEN], [DENSE, APART, FLAT])])
+    (record,) = [e for e in read_events(tmp_path / "events.jsonl") if e["event"] == "routing"]
+    assert record["layers"] == [2, 3] and record["dead"] == [2, 0] and record["max_violation"] == [1.0, 0.0]
+    assert [round(x, 3) for x in record["entropy"]] == [0.5, 1.0] and [round(x, 3) for x in record["bias_spread"]] == [1.1, 0.0]
+
+
+def test_a_dense_model_has_no_records(tmp_path: Path) -> None:
+    assert alarms(tmp_path, [([DENSE], [DENSE])]) == [] and list(read_events(tmp_path / "events.jsonl")) == []

@@ -1,0 +1,76 @@
+"""What is done when bits differ: it is told with rank and host, and ends the run or not, as the settings say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_sov.config import GuardConfig
+from megatron_sov.errors import SilentCorruption
+from megatron_sov.mcore.parallel.cpu_shims import open_door
+
+open_door()
+from megatron_sov.train.guards import sdc  # noqa: E402
+from megatron_sov.train.guards.sdc import CorruptionChecks  # noqa: E402
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Three processes on two machines, of which this one is rank 0; returns the events."""
+
+    def gather(hosts: list[Any], mine: str) -> None:
+        hosts[:] = ["n1", "n1", "n2"]
+
+    monkeypatch.setattr(sdc.dist, "get_world_size", lambda: 3)
+    monkeypatch.setattr(sdc.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(sdc.dist, "all_gather_object", gather)
+    return []
+
+
+class Events:
+    """Collects events."""
+
+    def __init__(self, told: list[dict[str, Any]]) -> None:
+        self.told = told
+
+    def write(self, event: str, **fields: Any) -> None:
+        """Keep one."""
+        self.told.append({"event": event, **fields})
+
+
+def test_replicas_that_differ_end_the_run_before_the_checkpoint(monkeypatch: pytest.MonkeyPatch, told: list[Any]) -> None:
+    monkeypatch.setattr(sdc.probes, "differing_replicas", lambda model: [2])
+    with pytest.raises(SilentCorruption, match=r"after step 7: weights differ .* \(rank 2 on n2\); nothing is saved"):
+        CorruptionChecks(GuardConfig()).compare(7, None, Events(told))  # type: ignore[arg-type]
+    assert told[0]["event"] == "corruption" and told[0]["ranks"] == [2] and told[0]["hosts"] == ["n2"]
+    CorruptionChecks(GuardConfig(compare_replicas=False)).compare(7, None, Events(told))  # type: ignore[arg-type]
+    assert len(told) == 1, "switched off nothing is looked at"
+
+
+def test_on_request_the_run_goes_on(monkeypatch: pytest.MonkeyPatch, told: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sdc.probes, "differing_replicas", lambda model: [0, 1])
+    CorruptionChecks(GuardConfig(on_corruption="record")).compare(7, None, Events(told))  # type: ignore[arg-type]
+    assert told[0]["ranks"] == [0, 1] and "rank 0 on n1, rank 1 on n1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("again", [0.0, 1e-7])
+def test_a_repetition_is_compared_bit_for_bit(monkeypatch: pytest.MonkeyPatch, told: list[Any], again: float) -> None:
+    gradients = [torch.ones(3), torch.ones(2)]
+    monkeypatch.setattr(sdc.probes, "gradients", lambda model: gradients)
+    monkeypatch.setattr(sdc.probes, "ranks_where", lambda holds: [0] if holds else [])
+    checks = CorruptionChecks(GuardConfig(probe_every_steps=5))
+    assert [step for step in range(1, 11) if checks.probe_is_due(step)] == [5, 10]
+    turns: list[int] = []
+
+    def compute(turn: int) -> None:
+        turns.append(turn)
+        gradients[1][1] += again * turn
+
+    if again:
+        with pytest.raises(SilentCorruption, match="rank 0 on n1"):
+            checks.repeat(5, None, compute, Events(told))  # type: ignore[arg-type]
+    else:
+        checks.repeat(5, None, compute, Events(told))  # type: ignore[arg-type]
+    assert turns == [0, 1] and bool(told) == bool(again)

@@ -1,0 +1,127 @@
+"""Which steps are refused: numbers that are not finite, and spikes by OLMo-core's rule; the ledger says so afterwards."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_sov.config import GuardConfig
+from megatron_sov.data.ledger import Entry, Ledger
+from megatron_sov.mcore.parallel.cpu_shims import open_door
+
+open_door()
+from megatron_sov.train.guards import step_guard  # noqa: E402
+from megatron_sov.train.guards.step_guard import StepGuard  # noqa: E402
+
+LEDGER = Ledger([Entry(0, "a", 32, 8, {"x": 1.0}), Entry(60, "b", 64, 8, {"x": 1.0}), Entry(70, "c", 64, 16, {"x": 1.0})])
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process; the sum over all is its own."""
+    monkeypatch.setattr(step_guard.schedule, "sum_everywhere", lambda values: values)
+
+
+def reference(losses: list[float], norms: list[float], window: int, sigma: float) -> bool:
+    """OLMo-core's rule, one-sided, in torch: the newest values against those before."""
+    if len(losses) < max(20, window // 2) + 1:
+        return True
+    return all(bool(v[-1] <= v[:-1].mean() + sigma * v[:-1].std())
+               for v in (torch.tensor(values[-window - 1:], dtype=torch.float64) for values in (losses, norms)))
+
+
+def test_spikes_are_those_of_the_rule() -> None:
+    draw = random.Random(3)
+    guard = StepGuard(GuardConfig(window_steps=40, sigma=4.0), is_main=True)
+    losses: list[float] = []
+    norms: list[float] = []
+    refused = []
+    for step in range(400):
+        loss, norm = draw.gauss(3, 0.1), draw.gauss(1, 0.05)
+        if step > 20 and step % 9 == 0:
+            loss, norm = draw.choice([(loss + draw.uniform(0, 2), norm), (loss, norm + draw.uniform(0, 1)), (2.0, 0.5)])
+        expected = reference([*losses, loss], [*norms, norm], 40, 4.0)
+        assert guard.accepts(loss, norm) == expected, step
+        losses.append(loss)
+        norms.append(norm)
+        if not expected:
+            refused.append(step)
+    assert len(refused) > 10 and min(refused) >= 20
+
+
+@pytest.mark.parametrize(("loss", "norm", "said"), [
+    (math.nan, 1.0, "the loss is nan"), (2.0, math.inf, "the gradient norm is inf")])
+def test_what_is_no_number_is_refused_from_the_first_step(loss: float, norm: float, said: str) -> None:
+    guard = StepGuard(GuardConfig(), is_main=True)
+    assert not guard.accepts(loss, norm)
+    assert guard.refusal is not None and guard.refusal.reason == said and not guard.refusal.finite
+    assert guard.accepts(2.0, 1.0) and guard.refusal is None and guard.in_a_row == 0
+
+
+def steady(settings: GuardConfig, steps: int) -> StepGuard:
+    """A guard that has seen so many usual steps."""
+    guard = StepGuard(settings, is_main=True)
+    assert all(guard.accepts(2.0 + 0.1 * (i % 3), 1.0 + 0.01 * (i % 2)) for i in range(steps))
+    return guard
+
+
+def test_high_losses_in_a_row_are_counted_and_the_history_survives_a_checkpoint() -> None:
+    settings = GuardConfig(rollback_after_skips=2)
+    guard = steady(settings, 100)
+    again = StepGuard(settings, is_main=True)
+    again.restore(guard.state())
+    for g in (guard, again):
+        assert not g.accepts(9.0, 1.0) and not g.gives_up
+        assert not g.accepts(9.0, 1.0) and g.gives_up and g.in_a_row == 2
+    assert guard.state() == again.state()
+    guard.forget_refusals()
+    assert not guard.gives_up and not StepGuard(GuardConfig(rollback_after_skips=0), is_main=True).gives_up
+
+
+def test_gradients_that_stay_large_become_usual_and_take_nothing_back() -> None:
+    guard = steady(GuardConfig(rollback_after_skips=2), 128)
+    decisions = [guard.accepts(2.0, 5.0) or guard.gives_up for _ in range(6)]
+    # k equal spikes in a window of n lie sqrt((n - k) / k) standard deviations above its mean: more than 6 up to k = 3
+    assert decisions == [False] * 4 + [True] * 2 and guard.in_a_row == 0 and not guard.gives_up
+
+
+def test_where_the_data_change_nothing_is_usual_yet() -> None:
+    guard = StepGuard(GuardConfig(window_steps=20), is_main=True)
+    for step in range(60):
+        guard.enter(step, LEDGER)
+        assert guard.accepts(2.0 + 0.01 * (step % 3), 1.0)
+    guard.enter(60, LEDGER)
+    assert guard.accepts(3.0, 2.0), "another length, another loss"
+    for step in range(61, 90):
+        guard.enter(step, LEDGER)
+        assert guard.accepts(3.0 + 0.01 * (step % 3), 2.0)
+    assert len(guard.state()["losses"]) == 20, "another batch size is no other kind of data"
+
+
+def test_switched_off_a_spike_is_learned_and_a_nan_still_refused() -> None:
+    guard = StepGuard(GuardConfig(skip=False, window_steps=20), is_main=True)
+    assert all(guard.accepts(2.0, 1.0) for _ in range(30)) and guard.accepts(99.0, 1.0)
+    assert not guard.accepts(math.nan, 1.0)
+
+
+def disagree() -> list[Any]:
+    """Runs inside ranks: only rank 1 sees a bad number; returns what each rank decides, and what it remembers."""
+    from megatron_sov.config import ParallelConfig
+    from megatron_sov.mcore.parallel import world
+
+    place = world.join(ParallelConfig())
+    guard = StepGuard(GuardConfig(), place.is_main)
+    first = guard.accepts(2.0 + 1e-9 * place.rank, 1.0)
+    second = guard.accepts(math.nan if place.rank == 1 else 2.0, 1.0)
+    world.leave()
+    return [first, second, guard.state()["losses"], guard.in_a_row]
+
+
+@pytest.mark.distributed
+def test_one_process_that_objects_is_enough_and_all_remember_the_same(ranks: Any, job: Any) -> None:
+    (found,) = ranks(job(__file__, "disagree", 2))
+    assert found == [[True, False, [2.0], 1]] * 2

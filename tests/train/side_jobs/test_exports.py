@@ -1,0 +1,114 @@
+"""Exports beside training: what `to_hf` writes, from a checkpoint that may be gone meanwhile; a failure is an event."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sov import convert
+from megatron_sov.artifacts import sha256_file
+from megatron_sov.config import TrainConfig
+from megatron_sov.obs.events import EVENTS, read_events
+from megatron_sov.train.side_jobs.exports import EXPORTS, Exports
+
+TRAIN = TrainConfig(checkpoint_every_steps=10, export_every_checkpoints=2)
+
+
+class Run:
+    """A run's folder with checkpoints, and the events that exports wrote."""
+
+    def __init__(self, path: Path, checkpoint: Path) -> None:
+        self.path, self._checkpoint = path, checkpoint
+        self.events: list[dict[str, Any]] = []
+
+    def exports(self, **changes: int) -> Exports:
+        return Exports(self.path, dataclasses.replace(TRAIN, **changes), lambda name, **fields: self.events.append(
+            {"event": name, **fields}))
+
+    def checkpoint(self, step: int) -> Path:
+        return Path(shutil.copytree(self._checkpoint, self.path / f"checkpoints/step-{step}"))
+
+    def listing(self) -> list[str]:
+        return sorted(p.name for p in (self.path / EXPORTS).iterdir())
+
+
+@pytest.fixture
+def run(tmp_path: Path, imported: dict[str, Path]) -> Run:
+    return Run(tmp_path / "run", imported["solar_open"])
+
+
+def test_every_second_checkpoint_and_the_last_are_exported_and_pruning_does_not_matter(run: Run, capsys) -> None:
+    exports = run.exports()
+    chosen = []
+    for step, last in ((10, False), (15, False), (20, False), (25, True)):
+        path = run.checkpoint(step)
+        exports.offer(step, path, last)
+        shutil.rmtree(path)
+        chosen.append((exports._running.step if exports._running else None, list(exports._waiting)))
+    assert chosen == [(None, []), (None, []), (20, []), (20, [25])]
+    exports.wait()
+    assert run.listing() == ["step-20", "step-25"]
+    assert [(e["event"], e["step"], e["path"]) for e in run.events] == [("export", s, f"exports/step-{s}") for s in (20, 25)]
+    convert.to_hf(run.checkpoint(30), run.path / "by-hand")
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert sha256_file(run.path / EXPORTS / "step-20" / name) == sha256_file(run.path / "by-hand" / name)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_failure_is_an_event_and_the_next_one_is_made(run: Run, capsys) -> None:
+    exports, bad = run.exports(), run.checkpoint(20)
+    (file,) = (bad / "model").rglob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-3])
+    exports.offer(20, bad, last=False)
+    exports.offer(40, run.checkpoint(40), last=False)
+    exports.offer(60, run.checkpoint(60), last=False)
+    exports.wait()
+    by_step = {e["step"]: e for e in run.events if e["event"] == "export"}
+    assert "bytes, the manifest says" in by_step[20]["error"]
+    assert "a newer checkpoint was ready" in by_step[40]["error"]
+    assert "path" in by_step[60] and run.listing() == ["step-60"]
+    assert sorted(e["step"] for e in run.events if e["event"] == "warning") == [20, 40]
+    assert "warning: the export of step 20 was not made" in capsys.readouterr().err
+
+
+def test_a_stopped_run_leaves_its_export_to_the_next_start(run: Run) -> None:
+    exports = run.exports()
+    exports.offer(20, run.checkpoint(20), last=False)
+    exports.close()
+    (torn := run.path / EXPORTS / ".step-40.source/model").mkdir(parents=True)
+    assert not (run.path / EXPORTS / "step-20").exists()
+    run.exports().wait()
+    assert run.listing() == ["step-20"] and not torn.exists()
+
+
+def test_checkpoints_that_cannot_be_linked_do_not_end_the_run(run: Run) -> None:
+    run.path.mkdir()
+    (run.path / EXPORTS).write_text("a file where the folder should be")
+    exports = run.exports(export_every_checkpoints=1)
+    exports.offer(10, run.checkpoint(10), last=False)
+    assert "cannot be linked" in run.events[0]["error"]
+
+
+@pytest.mark.distributed
+def test_a_run_exports_while_it_trains(packed_data: Any, tmp_path: Path) -> None:
+    begun_s = time.time()
+    sizes = ["model.vocab_size=368", "model.hidden_size=32", "model.num_layers=1", "train.global_batch_size=8",
+             'data.phases=[{"name": "main", "seq_len": 32}]', "train.steps=4", "train.checkpoint_every_steps=2",
+             "train.export_every_checkpoints=1", "train.keep_checkpoints=1", "data.heldout_tokens=64"]
+    subprocess.run([sys.executable, "-m", "megatron_sov", "pretrain", "tiny-solar-open", "--data", str(packed_data.text),
+                    "--run", str(tmp_path / "run"), *(f"--set={setting}" for setting in sizes)], check=True)
+    events = [e for e in read_events(tmp_path / "run" / EVENTS) if e["event"] == "export"]
+    made = [e for e in events if "path" in e]
+    assert {e["step"] for e in events} == {2, 4} and made[-1]["step"] == 4
+    convert.to_hf(tmp_path / "run", tmp_path / "by-hand")
+    exported = tmp_path / "run" / made[-1]["path"]
+    assert sha256_file(exported / "model.safetensors") == sha256_file(tmp_path / "by-hand/model.safetensors")
+    assert json.loads((exported / "manifest.json").read_text())["created_s"] > begun_s

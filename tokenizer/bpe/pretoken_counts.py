@@ -1,0 +1,169 @@
+"""Counting words: each unit becomes a file of (word, count), written in parts so that memory stays bounded.
+
+A worker's table is written out as a run whenever it has grown to its limit.  Runs are cut by a hash of the word into
+`NUM_PARTS` parts; all runs of one part together are small enough to be added up in memory (tokenizer/bpe/pretoken_table.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_sov.artifacts import atomic_write, disk_errors, fsync_path
+from megatron_sov.documents import in_processes
+from tokenizer.bpe.count_units import Unit
+from tokenizer.bpe.pretokenizer import Splitter
+from tokenizer.mixture import Share, pieces
+from tokenizer.presets import Preset
+
+NUM_PARTS = 64
+WORD_BYTES = 200
+"""What a word takes in a worker's table: its text, the entry, and the copies while a run is written."""
+LEAST_WORDS = 1000
+"""Words in a worker's table before it is written out, however small the bound."""
+CODE_VERSION = 1
+"""Raise it when the same text is counted differently, so that older files are not taken for new ones."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CountSettings:
+    """What the counts of a unit depend on."""
+
+    preset: Preset
+    """Its normalization matters here."""
+    pattern: str
+    """What splits text into words."""
+    shares: tuple[Share, ...]
+    """How often the pieces of each group are seen."""
+    samples: tuple[Share, ...]
+    """Pieces of each group that are kept as a sample of its text."""
+
+    def key(self, unit: Unit) -> str:
+        """Return the name of a unit's files."""
+        share, sample = (dataclasses.asdict(shares[unit.group]) for shares in (self.shares, self.samples))
+        return unit.key({"normalization": self.preset.normalization, "pattern": self.pattern, "share": share, "sample": sample,
+                         "code_version": CODE_VERSION})
+
+
+@dataclasses.dataclass(frozen=True)
+class UnitCounts:
+    """A counted unit."""
+
+    file: Path
+    """Arrow file of `NUM_PARTS` record batches (word, count) for each run."""
+    group: int
+    """Number of its group."""
+    seen_bytes: int
+    """Text counted, repetitions included."""
+    sample: tuple[str, ...]
+    """Pieces of text."""
+
+
+def count_units(units: list[Unit], settings: CountSettings, work: Path, workers: int, limit_bytes: int) -> Iterator[UnitCounts]:
+    """Yield the counts of each unit, in order; what is there already is kept.
+
+    Args:
+        units: what to read.
+        settings: how.
+        work: folder for the files.
+        workers: processes.
+        limit_bytes: memory for the tables of all workers together.
+
+    Raises:
+        UserError: a file cannot be read, the disk refuses, or a worker was ended from outside.
+    """
+    limit_words = max(limit_bytes // max(min(workers, len(units)), 1) // WORD_BYTES, LEAST_WORDS)
+    yield from in_processes(_counter, (settings, work, limit_words), units, workers)
+
+
+def _counter(settings: CountSettings, work: Path, limit_words: int) -> Callable[[Unit], UnitCounts]:
+    return _UnitCounter(settings, work, limit_words).count
+
+
+class _UnitCounter:
+    """Counts units; one per process."""
+
+    def __init__(self, settings: CountSettings, work: Path, limit_words: int) -> None:
+        self._settings, self._work, self._limit_words = settings, work, limit_words
+        self._splitter: Splitter | None = None
+
+    def count(self, unit: Unit) -> UnitCounts:
+        """Return the counts of a unit; it is read unless they are there."""
+        file = self._work / f"{self._settings.key(unit)}.arrow"
+        record = file.with_suffix(".json")
+        if not (record.exists() and file.exists()):
+            if self._splitter is None:  # made by the first unit that needs it
+                self._splitter = Splitter(self._settings.preset, self._settings.pattern)
+            temporary = file.with_name(f"{file.name}.tmp-{os.getpid()}")
+            with disk_errors(self._work):
+                try:
+                    facts = self._count(unit, self._splitter, temporary)
+                    fsync_path(temporary)
+                    os.replace(temporary, file)
+                finally:
+                    temporary.unlink(missing_ok=True)
+                atomic_write(record, json.dumps(facts, ensure_ascii=False))
+        facts = json.loads(record.read_text(encoding="utf-8"))
+        return UnitCounts(file, unit.group, facts["seen_bytes"], tuple(facts["sample"]))
+
+    def _count(self, unit: Unit, splitter: Splitter, file: Path) -> dict[str, Any]:
+        share, sampled = self._settings.shares[unit.group], self._settings.samples[unit.group]
+        tables = {times: Counter[str]() for times in (share.whole, share.whole + 1) if times}
+        seen_bytes, sample, checked = 0, [], False
+        with _RunWriter(file) as runs:
+            for document in unit.documents():
+                for piece in pieces(document):
+                    if sampled.times(piece.bucket):
+                        sample.append(piece.text)
+                    times = share.times(piece.bucket)
+                    if not times:
+                        continue
+                    text = splitter.normalize(piece.text)
+                    if not checked:
+                        splitter.check(text)
+                        checked = True
+                    tables[times].update(splitter.split(text))
+                    seen_bytes += times * piece.size_bytes
+                    if sum(map(len, tables.values())) > self._limit_words:
+                        runs.write(tables)
+            runs.write(tables)
+        return {"seen_bytes": seen_bytes, "sample": sample}
+
+
+class _RunWriter:
+    """Writes runs to one Arrow file."""
+
+    def __init__(self, file: Path) -> None:
+        import pyarrow as pa
+
+        self._schema = pa.schema([("word", pa.binary()), ("count", pa.int64())])
+        self._writer = pa.ipc.new_file(str(file), self._schema)
+
+    def __enter__(self) -> _RunWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._writer.close()
+
+    def write(self, tables: dict[int, Counter[str]]) -> None:
+        """Write tables (how often their text is seen -> counts), cut into parts, and empty them."""
+        import pyarrow as pa
+
+        words = [word.encode() for table in tables.values() for word in table]
+        counts = np.concatenate([np.fromiter(table.values(), np.int64, len(table)) * times for times, table in tables.items()])
+        for table in tables.values():
+            table.clear()
+        parts = np.fromiter(map(zlib.crc32, words), np.uint32, len(words)) % NUM_PARTS
+        order = np.argsort(parts, kind="stable")
+        batch = pa.record_batch([pa.array(words, pa.binary()), pa.array(counts)], schema=self._schema).take(pa.array(order))
+        ends = np.searchsorted(parts[order], np.arange(NUM_PARTS + 1))
+        for start, stop in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True):
+            self._writer.write_batch(batch.slice(start, stop - start))

@@ -1,0 +1,107 @@
+"""`sov-tokenizer export`: a tokenizer in the form of tiktoken or sentencepiece, with the same ids."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_sov.artifacts import refuse_nowhere, to_json, write_output
+from megatron_sov.errors import UserError
+
+HELP = "write a tokenizer for tiktoken or sentencepiece"
+DESCRIPTION = """Write a tokenizer for tiktoken (a file of ranks; pattern and special tokens in FILE.json beside it) or for
+sentencepiece (a .model file; byte-level BPE has no such form).
+
+Ids are compared before anything is written, on built-in texts of all scripts and on yours."""
+FORMATS = ("tiktoken", "sentencepiece")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.description = DESCRIPTION
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("path", type=Path, metavar="DIR",
+                        help="a tokenizer's folder, ours or Hugging Face's, or its tokenizer.json")
+    parser.add_argument("--format", required=True, choices=FORMATS, help="whose form")
+    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="the file of ranks, or the .model file")
+    parser.add_argument("--text", action="append", default=[], type=Path, metavar="PATH",
+                        help="text on which ids are compared, beside the built-in ones")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that are already there")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run `sov-tokenizer export`; returns 0."""
+    export_tokenizer(args.path, args.format, args.output, texts=args.text, overwrite=args.overwrite)
+    return 0
+
+
+def export_tokenizer(path: Path, form: str, output: Path, *, texts: list[Path] | None = None, overwrite: bool = False) -> None:
+    """Write a tokenizer in another form.
+
+    Args:
+        path: a folder with tokenizer.json, or the file.
+        form: one of `FORMATS`.
+        output: the file of ranks (rules are written to `output`.json) or the .model file.
+        texts: files and folders on which ids are compared besides.
+        overwrite: replace files that are already there.
+
+    Raises:
+        UserError: the tokenizer has no such form, or would give other ids; nothing is written then.
+    """
+    from tokenizer.formats.reader import find_file, open_hf
+    from tokenizer.formats.tiktoken_format import rules_path
+    from tokenizer.sample_texts import built_in, first_difference, users
+
+    refuse_nowhere(output)
+    targets = [output, rules_path(output)] if form == "tiktoken" else [output]
+    if (there := next((t for t in targets if t.exists()), None)) and (not overwrite or there.is_dir()):
+        raise UserError(f"{there}: exists already; choose another file or pass --overwrite")
+    file = find_file(path)
+    if file.suffix != ".json":
+        raise UserError(f"{file}: is no tokenizer.json; take it over by `sov-tokenizer import` first")
+    source = open_hf(file)
+    contents, encode = (_tiktoken if form == "tiktoken" else _sentencepiece)(source, output.stem)
+    samples = [*built_in(source.raw), *users(texts or [])]
+    if difference := first_difference(samples, encode, source.encode):
+        raise UserError(f"{file}: cannot be exported, since {form} would not give the same ids for {difference}")
+    for target, content in zip(targets, contents, strict=True):
+        write_output(target, content)
+        print(f"wrote {target}")
+    print(f"{form} gives the same ids on {sum(len(t.encode()) for t in samples) / 1e6:.2f} MB of text")
+
+
+Made = tuple[list[bytes], Callable[[str], list[int]]]
+
+
+def _tiktoken(source: Any, name: str) -> Made:
+    """Return the contents of ranks and rules, and the encoding by them."""
+    from megatron_sov.byte_bpe import NotByteBpe
+    from tokenizer.formats.tiktoken_format import encoder, encoding, ranks_text, to_tiktoken
+
+    try:
+        ranks, rules = to_tiktoken(source.raw, name, source.named)
+    except NotByteBpe as e:
+        raise UserError(f"{source.file}: has no form in tiktoken: {e}") from None
+    found = encoding(ranks, rules)
+    for token, id_ in ranks.items():
+        if found.decode_single_token_bytes(id_) != token or found.encode_single_token(token) != id_:
+            raise UserError(f"{source.file}: cannot be exported, since tiktoken would not keep token {token!r} with id {id_}")
+    for special, id_ in rules.special_tokens.items():
+        if found.encode(special, allowed_special="all") != [id_]:
+            raise UserError(f"{source.file}: cannot be exported, since tiktoken would not find special token {special!r} in text")
+    if rules.normalization:
+        print(f"tiktoken takes text as it is: apply {rules.normalization} to it beforehand")
+    return [ranks_text(ranks), to_json(rules).encode()], encoder(ranks, rules)
+
+
+def _sentencepiece(source: Any, name: str) -> Made:
+    """Return the content of the .model file, and the encoding by it."""
+    from tokenizer.formats.sentencepiece_format import NotSentencepiece, processor, to_sentencepiece
+
+    try:
+        model = to_sentencepiece(source.raw, source.named)
+    except NotSentencepiece as e:
+        raise UserError(f"{source.file}: has no form in sentencepiece: {e}") from None
+    return [model], processor(model).encode

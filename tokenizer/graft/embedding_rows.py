@@ -1,0 +1,203 @@
+"""Rows of embedding and output head for a changed vocabulary, copied from safetensors files to new ones.
+
+A new row is the mean of the rows of which its text was made before (sub-token mean); where there are none, the mean of all
+rows, which keeps the model's distribution over old tokens nearly as it was (Hewitt, "Initializing New Word Embeddings for
+Pretrained Language Models", 2021).  Means are taken in float64 and rounded once.  Old rows are copied as bytes; memory holds
+one tensor of a file that has such rows, and a block of any other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_sov.artifacts import FileRecord
+from megatron_sov.errors import UserError
+from tokenizer.formats.reader import read_json
+
+if TYPE_CHECKING:
+    import torch
+
+SINGLE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
+TABLES = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "lm_head.weight", "lm_head.bias",
+          "embed_out.weight", "shared_head.head.weight")
+"""Ends of the names of tensors with one row per id."""
+FLOATS = ("F64", "F32", "BF16", "F16")
+BLOCK_BYTES = 16 << 20
+BLOCK_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """What becomes of the rows."""
+
+    old_rows: int
+    new_rows: int
+    known_ids: int
+    """Rows up to here belong to tokens and count for the mean of all; the rest is padding."""
+    made_of: dict[int, list[int]]
+    """New id -> old ids whose mean it is; [] and ids above `old_rows` that are not named: the mean of all."""
+
+
+def weight_files(model: Path) -> list[Path]:
+    """Return the safetensors files of a Hugging Face folder.
+
+    Raises:
+        UserError: there are none, or the index names files elsewhere.
+    """
+    if (model / INDEX).is_file():
+        weight_map = read_json(model / INDEX).get("weight_map")
+        names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
+        if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
+            raise UserError(f"{model / INDEX}: lacks a weight_map to files in the same folder; restore it from its source")
+    else:
+        names = [SINGLE_FILE]
+    if missing := next((name for name in names if not (model / name).is_file()), None):
+        raise UserError(f"{model / missing}: does not exist; save the model with safetensors (pickled weights are not read)")
+    return [model / name for name in names]
+
+
+def find_tables(files: list[Path], old_rows: int) -> dict[str, Path]:
+    """Return the tensors with one row per id -> the file that holds each.
+
+    Raises:
+        UserError: a file is damaged, there is no such tensor, one is no floating-point table, or an unknown one has as many rows.
+    """
+    found: dict[str, Path] = {}
+    for file in files:
+        with _open(file) as opened:
+            for name in opened.keys():  # noqa: SIM118  (a method of the reader, not a dict)
+                part = opened.get_slice(name)
+                if part.get_shape()[:1] != [old_rows]:
+                    continue
+                if not name.endswith(TABLES):
+                    raise UserError(f"{file}: {name} has {old_rows} rows, as many as the vocabulary, but is neither a known "
+                                    "embedding nor head, so it is not clear what becomes of it")
+                if part.get_dtype() not in FLOATS:
+                    raise UserError(f"{file}: {name} has dtype {part.get_dtype()}; rows can be averaged in "
+                                    f"{', '.join(FLOATS)}")
+                found[name] = file
+    if not found:
+        raise UserError(f"{files[0].parent}: no tensor has {old_rows} rows, the vocab_size of its config.json; restore the "
+                        "folder from its source")
+    return found
+
+
+def _open(file: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(str(file), framework="pt")
+    except (SafetensorError, OSError) as e:
+        raise UserError(f"{file}: cannot be read as safetensors ({e}); copy or download it again") from None
+
+
+def copy_file(file: Path, target: Path) -> FileRecord:
+    """Copy a file in blocks; returns hash and size."""
+    def blocks() -> Iterator[bytes | memoryview]:
+        with open(file, "rb") as f:
+            while block := f.read(BLOCK_BYTES):
+                yield block
+
+    return _write(target, blocks())
+
+
+def graft_file(file: Path, target: Path, tables: set[str], plan: RowPlan) -> FileRecord:
+    """Copy a safetensors file with other rows in `tables`; returns hash and size."""
+    with _open(file) as source:
+        names = source.offset_keys()
+        slices = {name: source.get_slice(name) for name in names}
+        header: dict[str, Any] = {"__metadata__": source.metadata()} if source.metadata() else {}
+        end = 0
+        for name in names:
+            shape, size_bytes = slices[name].get_shape(), _size_bytes(slices[name])
+            if name in tables:
+                size_bytes = size_bytes // plan.old_rows * plan.new_rows
+                shape = [plan.new_rows, *shape[1:]]
+            header[name] = {"dtype": slices[name].get_dtype(), "shape": shape, "data_offsets": [end, end + size_bytes]}
+            end += size_bytes
+
+        def blocks() -> Iterator[bytes | memoryview]:
+            head = json.dumps(header, separators=(",", ":")).encode()
+            head += b" " * (-len(head) % 8)
+            yield len(head).to_bytes(8, "little") + head
+            for name in names:
+                if name in tables:
+                    yield from (_bytes(rows) for rows in _rows(slices[name], plan))
+                else:
+                    yield _bytes(source.get_tensor(name))
+
+        return _write(target, blocks())
+
+
+def _size_bytes(part: Any) -> int:
+    """Return the bytes of a tensor, from its shape and the digits in the name of its dtype (BOOL is a byte)."""
+    size = 1
+    for n in part.get_shape():
+        size *= n
+    digits = "".join(c for c in part.get_dtype().split("_")[0] if c.isdigit())
+    return size * (int(digits) if digits else 8) // 8
+
+
+def row_bytes(tables: dict[str, Path]) -> int:
+    """Return the bytes of one row in all tables together."""
+    total = 0
+    for name, file in tables.items():
+        with _open(file) as source:
+            part = source.get_slice(name)
+            total += _size_bytes(part) // int(part.get_shape()[0])
+    return total
+
+
+def _rows(table: Any, plan: RowPlan) -> Iterator[torch.Tensor]:
+    """Yield the rows of a table in blocks: the old ones, some of them replaced, and the new ones."""
+    import torch
+
+    mean = _mean(table, plan.known_ids)
+
+    def row(id_: int) -> torch.Tensor:
+        old = plan.made_of.get(id_)
+        if not old:
+            return mean
+        rows = torch.cat([table[i:i + 1] for i in old])
+        return rows.double().mean(0).to(rows.dtype)
+
+    for start in range(0, plan.new_rows, BLOCK_ROWS):
+        stop = min(start + BLOCK_ROWS, plan.new_rows)
+        block = table[start:min(stop, plan.old_rows)].clone() if start < plan.old_rows else None
+        if block is not None:
+            for id_ in range(start, min(stop, plan.old_rows)):
+                if id_ in plan.made_of:
+                    block[id_ - start] = row(id_)
+            yield block
+        fresh = [row(id_) for id_ in range(max(start, plan.old_rows), stop)]
+        if fresh:
+            yield torch.stack(fresh)
+
+
+def _mean(table: Any, num_rows: int) -> torch.Tensor:
+    """Return the mean of the first rows in the table's dtype."""
+    total = sum(table[start:min(start + BLOCK_ROWS, num_rows)].double().sum(0) for start in range(0, num_rows, BLOCK_ROWS))
+    mean: torch.Tensor = (total / num_rows).to(table[0:1].dtype)
+    return mean
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    import torch
+
+    raw: memoryview = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+    return raw
+
+
+def _write(target: Path, blocks: Iterator[bytes | memoryview]) -> FileRecord:
+    digest, size_bytes = hashlib.sha256(), 0
+    with open(target, "wb") as f:
+        for block in blocks:
+            digest.update(block)
+            f.write(block)
+            size_bytes += len(block)
+    return FileRecord(digest.hexdigest(), size_bytes)

@@ -1,0 +1,250 @@
+"""Surgery on a tokenizer.json: tokens are added as merges or as whole words, or take the place of others; old ids never move.
+
+Merges go behind all others, so every text is first cut as before, and only then do new tokens join what lies between: text in
+which no new token occurs keeps its ids.  A token of another tokenizer is added where the tokens of which the old merges make
+its text are two, which become one by a new merge; tokens learned in order, short ones first, mostly are by the time it is
+their turn.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_sov.byte_bpe import byte_characters, merges
+from megatron_sov.errors import UserError, nearest
+from tokenizer.bpe.segmenting import merged
+from tokenizer.formats.hf_files import special_token
+from tokenizer.formats.reader import ids_of, opened
+from tokenizer.formats.sentencepiece_format import NEVER, SPACE, byte_piece
+
+BYTE_LEVEL, CHARACTERS = "byte-level BPE", "character BPE"
+
+
+@dataclass(frozen=True)
+class NewToken:
+    """An id whose row is made anew."""
+
+    id: int
+    token: str
+    """As tokenizer.json spells it."""
+    text: str
+    """What it stands for; U+FFFD where it is a part of a character."""
+    how: str
+    """"merge", "character", "word", "special", or "instead of TOKEN"."""
+    old_ids: list[int]
+    """What its text was before; none: nothing that the old tokenizer knew."""
+
+
+def kind_of(raw: dict[str, Any]) -> str:
+    """Return what a tokenizer.json merges: `BYTE_LEVEL`, `CHARACTERS`, or the name of its model where it has no merges."""
+    if raw["model"]["type"] != "BPE":
+        return str(raw["model"]["type"])
+    step = raw.get("pre_tokenizer") or {}
+    return BYTE_LEVEL if "ByteLevel" in [step.get("type"), *(p["type"] for p in step.get("pretokenizers", []))] else CHARACTERS
+
+
+class Surgery:
+    """A tokenizer.json under the knife."""
+
+    def __init__(self, raw: dict[str, Any], where: str, protected: set[str]) -> None:
+        """Begin.
+
+        Args:
+            raw: the tokenizer.json; it is not changed.
+            where: its name in messages.
+            protected: tokens that may not be replaced, e.g. eos.
+        """
+        self.raw = copy.deepcopy(raw)
+        self.new: list[NewToken] = []
+        self.skipped: dict[str, list[str]] = {}
+        """Reason -> texts of another tokenizer's tokens that were not taken over."""
+        self._old, self._where, self._protected = raw, where, protected
+        self._tokenizer = opened(raw, where)
+        self.kind = kind_of(raw)
+        self._ids = ids_of(self.raw)
+        self.num_ids = max(self._ids.values()) + 1
+        """The largest id and one."""
+        self._old_ids_of = ids_of(raw)
+        self._ranks = {pair: i for i, pair in enumerate(merges(raw))} if raw["model"]["type"] == "BPE" else {}
+        self._old_ranks = dict(self._ranks)
+
+    def knows(self, token: str) -> bool:
+        """Return whether it is a token, as text or as tokenizer.json spells it."""
+        return token in self._ids or self._spelled(token) in self._ids
+
+    def replace(self, old: str, new: str) -> None:
+        """Let `new` take the id of `old`, a reserved token, or an ordinary one of which no other is made.
+
+        Raises:
+            UserError: `old` is no token or still needed, or `new` is one already.
+        """
+        self._refuse_known(new, "--replace")
+        contents = {token["content"]: token for token in self.raw["added_tokens"]}
+        spelled = old if old in self._ids else self._spelled(old)
+        if spelled not in self._ids:
+            raise UserError(f"--replace {old}={new}: {old!r} is no token of {self._where}{nearest(old, self._ids)}")
+        if spelled in self._protected:
+            raise UserError(f"--replace {old}={new}: {old!r} is in use (as bos, eos, pad or unknown token, in the chat template "
+                            "or the post-processor); replace a reserved token")
+        id_, before = self._ids[spelled], self._old_tokens(new)
+        if spelled in contents:
+            contents[spelled]["content"] = new
+        else:
+            self._forget(spelled, f"--replace {old}={new}")
+            self.raw["added_tokens"].append(special_token(id_, new) | {"special": False})
+            self.raw["added_tokens"].sort(key=lambda token: token["id"])
+        vocab = self.raw["model"]["vocab"]
+        if isinstance(vocab, list) and id_ < len(vocab):
+            vocab[id_] = [new, NEVER]
+        elif isinstance(vocab, dict) and spelled in vocab:
+            self.raw["model"]["vocab"] = {new if token == spelled else token: i for token, i in vocab.items()}
+        del self._ids[spelled]
+        self._ids[new] = id_
+        self.new.append(NewToken(id_, new, new, f"instead of {spelled}", [i for i in before if i != id_]))
+
+    def add_words(self, words: Iterable[str], *, special: bool) -> None:
+        """Add tokens that are found in text as they stand, before it is cut.
+
+        Raises:
+            UserError: one is a token already.
+        """
+        for word in words:
+            self._refuse_known(word, "--add")
+            id_ = self._take_id(word)
+            self.raw["added_tokens"].append(special_token(id_, word) | {"special": special})
+            self.new.append(NewToken(id_, word, word, "special" if special else "word", self._old_tokens(word)))
+
+    def add_tokens_of(self, other: dict[str, Any], name: str, max_ids: int | None) -> None:
+        """Add the tokens of another tokenizer as merges, in the order of its ids, until `max_ids` ids are taken.
+
+        Raises:
+            UserError: the two are not BPE of the same kind.
+        """
+        its = kind_of(other)
+        if self.kind != its or its not in (BYTE_LEVEL, CHARACTERS):
+            raise UserError(f"--add {name}: its tokens cannot become merges, since it is {its} and {self._where} is {self.kind}; "
+                            f"both must be {BYTE_LEVEL} or both {CHARACTERS}; add words by a .txt file instead")
+        ids = ids_of(other)
+        left_out = {token["content"] for token in other["added_tokens"]} | {byte_piece(b) for b in range(256)} | self._ids.keys()
+        waiting = [token for token in sorted(ids, key=ids.__getitem__) if token not in left_out]
+        self._pin()
+        while waiting:
+            left = [token for token in waiting if not self._merge(token, max_ids)]
+            if len(left) == len(waiting):
+                break
+            waiting = left
+        for token in waiting:
+            if max_ids is not None and self.num_ids >= max_ids and not self._obstacle(token):
+                self._skip("no room", token)
+            else:
+                self._skip(self._obstacle(token) or "its text is made of more than two tokens", token)
+        self.raw["model"]["merges"] = [list(pair) for pair in self._ranks]
+
+    def finished(self) -> dict[str, Any]:
+        """Return the tokenizer.json, which `tokenizers` reads with exactly these ids."""
+        tokenizer = opened(self.raw, self._where)
+        if any(tokenizer.token_to_id(token) != id_ for token, id_ in self._ids.items()):
+            self._pin()
+            tokenizer = opened(self.raw, self._where)
+        if wrong := next((token for token, id_ in self._ids.items() if tokenizer.token_to_id(token) != id_), None):
+            raise UserError(f"{self._where}: {wrong!r} cannot have id {self._ids[wrong]} in it, because its ids have gaps")
+        return self.raw
+
+    def text_of(self, token: str) -> str:
+        """Return what an ordinary token stands for."""
+        if self.kind == BYTE_LEVEL:
+            characters = byte_characters()
+            return bytes(characters[c] for c in token if c in characters).decode("utf-8", errors="replace")
+        return token.replace(SPACE, " ")
+
+    def _merge(self, token: str, max_ids: int | None) -> bool:
+        """Add a token where two tokens make it, or a character that has none yet; returns whether that is settled."""
+        if (max_ids is not None and self.num_ids >= max_ids) or self._obstacle(token):
+            return False
+        parts = merged(list(token), lambda a, b: self._ranks.get((a, b)))
+        if len(parts) > 2:
+            return False
+        old = self._old_parts(token)
+        id_ = self._take_id(token)
+        self.raw["model"]["vocab"][token] = id_
+        if len(parts) == 2:
+            self._ranks[parts[0], parts[1]] = len(self._ranks)
+        self.new.append(NewToken(id_, token, self.text_of(token), "merge" if len(parts) == 2 else "character", old))
+        return True
+
+    def _take_id(self, token: str) -> int:
+        """Give a new token the next id."""
+        self._ids[token] = self.num_ids
+        self.num_ids += 1
+        return self._ids[token]
+
+    def _obstacle(self, token: str) -> str | None:
+        """Return why no text would ever become this token."""
+        if len(token) > 1 and any(c not in self._ids for c in token):
+            return "it has a character that is no token"
+        text = self.text_of(token)
+        if "\ufffd" in text:
+            return None
+        normalizer, splitter = self._tokenizer.normalizer, self._tokenizer.pre_tokenizer
+        if self.kind == BYTE_LEVEL and normalizer is not None and normalizer.normalize_str(text) != text:
+            return "its text is changed by the normalizer"
+        if splitter is not None and self.kind == BYTE_LEVEL and len(splitter.pre_tokenize_str(text)) > 1:
+            return "its text is split before merging"
+        return None
+
+    def _skip(self, reason: str, token: str) -> None:
+        self.skipped.setdefault(reason, []).append(self.text_of(token))
+
+    def _old_parts(self, token: str) -> list[int]:
+        """Return the old ids of an ordinary token's text, by merges alone."""
+        parts = merged(list(token), lambda a, b: self._old_ranks.get((a, b)))
+        return [id_ for part in parts for id_ in self._ids_of_part(part)]
+
+    def _ids_of_part(self, part: str) -> list[int]:
+        if part in self._old_ids_of:
+            return [self._old_ids_of[part]]
+        pieces = [byte_piece(b) for b in part.encode()] if self._old["model"].get("byte_fallback") else []
+        return [self._old_ids_of[piece] for piece in pieces if piece in self._old_ids_of]
+
+    def _old_tokens(self, text: str) -> list[int]:
+        """Return the old ids of text, those that stand for the unknown left out."""
+        model = self._old["model"]
+        unknown = model.get("unk_id") if model["type"] == "Unigram" else self._old_ids_of.get(model.get("unk_token") or "")
+        return [id_ for id_ in self._tokenizer.encode(text, add_special_tokens=False).ids if id_ != unknown]
+
+    def _spelled(self, text: str) -> str:
+        if self.kind == BYTE_LEVEL:
+            of_byte = {byte: character for character, byte in byte_characters().items()}
+            return "".join(of_byte[b] for b in text.encode())
+        return text.replace(" ", SPACE)
+
+    def _refuse_known(self, text: str, option: str) -> None:
+        if not text.strip():  # an added token of spaces would cut every text anew
+            raise UserError(f"{option}: {text!r} is no token; give it at least one letter or sign")
+        if self.knows(text):
+            raise UserError(f"{option}: {text!r} is a token of {self._where} already; leave it out")
+
+    def _forget(self, token: str, option: str) -> None:
+        """Drop the merge that makes an ordinary token.
+
+        Raises:
+            UserError: other tokens are made of it, or text needs it.
+        """
+        if self.raw["model"]["type"] == "Unigram":
+            return
+        if maker := next((pair for pair in self._ranks if token in pair), None):
+            raise UserError(f"{option}: {token!r} is a part of {''.join(maker)!r} and cannot go; replace a reserved token, or "
+                            "one of which no other is made")
+        if len(token) == 1 or token in {byte_piece(b) for b in range(256)}:
+            raise UserError(f"{option}: {token!r} is a byte or character of which text is made and "
+                            "cannot go; replace a reserved token")
+        self._ranks = {pair: i for i, pair in enumerate(pair for pair in self._ranks if "".join(pair) != token)}
+        self.raw["model"]["merges"] = [list(pair) for pair in self._ranks]
+
+    def _pin(self) -> None:
+        """Write the added tokens of a BPE model into its vocabulary, so that they keep their ids whatever is added."""
+        if self.raw["model"]["type"] == "BPE":
+            self.raw["model"]["vocab"] |= {token["content"]: token["id"] for token in self.raw["added_tokens"]}
