@@ -101,7 +101,7 @@ def render(job: Job) -> str:
     environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
                                      keep_trailing_newline=True, autoescape=False)
     quoted = _quoted_ready if job.ready else _quoted
-    environment.filters |= {"sh": quoted, "directive": _directive, "lines": lambda words: _lines(words, quoted)}
+    environment.filters |= {"sh": quoted, "directive": _directive, "lines": lambda argv: _lines(argv, quoted)}
     for path in (job.work.records, *(() if job.ready else (job.cwd,))):
         if "%" in str(path) or "\\" in str(path) or "\n" in str(path):
             raise UserError(f"{path}: holds a character that Slurm reads as a placeholder (%, \\ or a line end); choose another")
@@ -149,10 +149,10 @@ def _directive(value: Any) -> str:
     return text if PLAIN.fullmatch(text) else '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-def _lines(words: list[str] | tuple[str, ...], quoted: Callable[[str], str]) -> str:
+def _lines(argv: list[str] | tuple[str, ...], quoted: Callable[[str], str]) -> str:
     """Return quoted words, a new line before each option."""
     lines: list[list[str]] = [[]]
-    for word in words:
+    for word in argv:
         if word.startswith("--"):
             lines.append([])
         lines[-1].append(quoted(word))

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +11,6 @@ from typing import Any
 import pytest
 
 from megatron_sov import cli, recipes
-from megatron_sov.artifacts import read_manifest
-from megatron_sov.obs.events import final_steps, read_events
 from megatron_sov.slurm import chain_file
 
 ROOT = Path(__file__).parents[2]
