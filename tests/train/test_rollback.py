@@ -37,7 +37,7 @@ class Run:
         self.events = SimpleNamespace(write=lambda event, **fields: self.told.append({"event": event, **fields}))
         monkeypatch.setattr(rollback, "newest_sound", self.newest_sound)
         monkeypatch.setattr(rollback, "on_main", lambda place, action: action())
-        monkeypatch.setattr(rollback.run_checkpoints, "drop_after", self.drop_after)
+        monkeypatch.setattr(rollback.checkpoints, "drop_after", self.drop_after)
 
     def newest_sound(self, folder: Any, place: Any, not_after: int) -> Path | None:
         found = [step for step in self.checkpoints if step <= not_after]

@@ -41,7 +41,7 @@ class Events:
 
 
 def test_replicas_that_differ_end_the_run_before_the_checkpoint(monkeypatch: pytest.MonkeyPatch, told: list[Any]) -> None:
-    monkeypatch.setattr(sdc.probes, "differing_replicas", lambda model: [2])
+    monkeypatch.setattr(sdc.replica_checks, "differing_replicas", lambda model: [2])
     with pytest.raises(SilentCorruption, match=r"after step 7: weights differ .* \(rank 2 on n2\); nothing is saved"):
         CorruptionChecks(GuardConfig()).compare(7, None, Events(told))  # type: ignore[arg-type]
     assert told[0]["event"] == "corruption" and told[0]["ranks"] == [2] and told[0]["hosts"] == ["n2"]
@@ -50,7 +50,7 @@ def test_replicas_that_differ_end_the_run_before_the_checkpoint(monkeypatch: pyt
 
 
 def test_on_request_the_run_goes_on(monkeypatch: pytest.MonkeyPatch, told: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sdc.probes, "differing_replicas", lambda model: [0, 1])
+    monkeypatch.setattr(sdc.replica_checks, "differing_replicas", lambda model: [0, 1])
     CorruptionChecks(GuardConfig(on_corruption="record")).compare(7, None, Events(told))  # type: ignore[arg-type]
     assert told[0]["ranks"] == [0, 1] and "rank 0 on n1, rank 1 on n1" in capsys.readouterr().err
 
@@ -58,8 +58,8 @@ def test_on_request_the_run_goes_on(monkeypatch: pytest.MonkeyPatch, told: list[
 @pytest.mark.parametrize("again", [0.0, 1e-7])
 def test_a_repetition_is_compared_bit_for_bit(monkeypatch: pytest.MonkeyPatch, told: list[Any], again: float) -> None:
     gradients = [torch.ones(3), torch.ones(2)]
-    monkeypatch.setattr(sdc.probes, "gradients", lambda model: gradients)
-    monkeypatch.setattr(sdc.probes, "ranks_where", lambda holds: [0] if holds else [])
+    monkeypatch.setattr(sdc.replica_checks, "gradients", lambda model: gradients)
+    monkeypatch.setattr(sdc.replica_checks, "ranks_where", lambda holds: [0] if holds else [])
     checks = CorruptionChecks(GuardConfig(probe_every_steps=5))
     assert [step for step in range(1, 11) if checks.probe_is_due(step)] == [5, 10]
     turns: list[int] = []

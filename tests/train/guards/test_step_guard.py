@@ -23,7 +23,7 @@ LEDGER = Ledger([Entry(0, "a", 32, 8, {"x": 1.0}), Entry(60, "b", 64, 8, {"x": 1
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """One process; the sum over all is its own."""
-    monkeypatch.setattr(step_guard.schedule, "sum_everywhere", lambda values: values)
+    monkeypatch.setattr(step_guard.pipeline, "sum_everywhere", lambda values: values)
 
 
 def reference(losses: list[float], norms: list[float], window: int, sigma: float) -> bool:

@@ -12,7 +12,7 @@ from megatron_sov.errors import EXIT_HANG
 PROGRAM = """
 import ctypes, json, sys, time
 from pathlib import Path
-from megatron_sov.train import watchdog
+from megatron_sov.train.guards import watchdog
 
 case, folder = sys.argv[1], Path(sys.argv[2])
 watchdog.MAX_GRACE_S = 0.5
