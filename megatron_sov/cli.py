@@ -9,9 +9,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+import time
 from dataclasses import dataclass
 
 from megatron_sov.errors import GateFailed, StopRequested, UserError, nearest
+from megatron_sov.obs.process_start import process_started_s
 
 EXIT_OK, EXIT_USER_ERROR, EXIT_GATE_FAILED, EXIT_STOPPED = 0, 2, 3, 75
 
@@ -60,8 +62,13 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run_command(argv: list[str]) -> int:
-    """Parse and run one command; raises what the command raises."""
+def run_command(argv: list[str], began_s: float) -> int:
+    """Parse and run one command; raises what the command raises.
+
+    Args:
+        argv: its name and arguments.
+        began_s: Unix time at which it began; commands find it in their arguments.
+    """
     parser = build_parser()
     if not argv or argv[0] in ("-h", "--help"):
         parser.print_help()
@@ -72,13 +79,20 @@ def run_command(argv: list[str]) -> int:
     module = importlib.import_module(COMMANDS[name].module)
     sub = argparse.ArgumentParser(prog=f"megatron-sov {name}", description=COMMANDS[name].help)
     module.add_arguments(sub)
+    sub.set_defaults(began_s=began_s)
     return int(module.run(sub.parse_args(rest)))
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run `megatron-sov`; a `UserError` becomes one message and exit code 2."""
+    """Run `megatron-sov`; a `UserError` becomes one message and exit code 2.
+
+    Args:
+        argv: command and arguments; None: those of this process, which then began when the process did.
+    """
     try:
-        return run_command(sys.argv[1:] if argv is None else argv)
+        if argv is None:
+            return run_command(sys.argv[1:], process_started_s())
+        return run_command(argv, time.time())
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return EXIT_USER_ERROR

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import resource
 import statistics
@@ -95,6 +96,23 @@ def test_exit_codes(
     monkeypatch.setattr(cli.importlib, "import_module", lambda name: module)
     assert cli.main(["doctor"]) == code
     assert capsys.readouterr().err == stderr
+
+
+def test_a_command_began_with_its_process_and_one_that_python_calls_begins_now(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    began_s = []
+
+    def run(args: argparse.Namespace) -> int:
+        began_s.append(args.began_s)
+        return 0
+
+    module = SimpleNamespace(add_arguments=lambda parser: None, run=run)
+    monkeypatch.setattr(cli.importlib, "import_module", lambda name: module)
+    monkeypatch.setattr(cli, "process_started_s", lambda: 1000.0)
+    monkeypatch.setattr(cli.time, "time", lambda: 5000.0)
+    monkeypatch.setattr(sys, "argv", ["megatron-sov", "doctor"])
+    assert cli.main() == cli.main(["doctor"]) == 0
+    assert began_s == [1000.0, 5000.0]
 
 
 def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

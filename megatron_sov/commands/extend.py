@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_sov.extend.running import run_stages
 
     try:
-        run_stages(stages, start, args.nproc, args.resume, faults)
+        run_stages(stages, start, args.nproc, args.resume, args.began_s, faults)
     finally:
         for folder in (args.run / STAGES, args.run):
             with contextlib.suppress(OSError):  # not empty: a stage has begun

@@ -29,5 +29,6 @@ def run(args: argparse.Namespace) -> int:
     from megatron_sov.train.lm import LanguageModelling
     from megatron_sov.train.stage import Stage, run_stage
 
-    run_stage(Stage(config, RunFolder(args.run), LanguageModelling, start, args.resume, faults=faults), args.nproc)
+    stage = Stage(config, RunFolder(args.run), LanguageModelling, start, args.resume, faults=faults)
+    run_stage(stage, args.nproc, args.began_s)
     return 0

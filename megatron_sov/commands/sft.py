@@ -31,5 +31,6 @@ def run(args: argparse.Namespace) -> int:
     from megatron_sov.train.stage import Stage, run_stage
 
     check_sources(config, open_sources(config.data.paths, config.model.vocab_size))
-    run_stage(Stage(config, RunFolder(args.run), SupervisedFineTuning, start, args.resume, faults=faults), args.nproc)
+    stage = Stage(config, RunFolder(args.run), SupervisedFineTuning, start, args.resume, faults=faults)
+    run_stage(stage, args.nproc, args.began_s)
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 
 from megatron_sov.config import RunConfig
@@ -19,7 +20,8 @@ from megatron_sov.train.lm import LanguageModelling
 from megatron_sov.train.stage import Stage, run_stage
 
 
-def run_stages(stages: list[PlannedStage], start: Path, nproc: int | None, resume: bool, faults: tuple[Fault, ...] = ()) -> None:
+def run_stages(stages: list[PlannedStage], start: Path, nproc: int | None, resume: bool, began_s: float,
+               faults: tuple[Fault, ...] = ()) -> None:
     """Run all stages; under a launcher it returns where one of them is not complete, else it raises.
 
     Args:
@@ -27,6 +29,7 @@ def run_stages(stages: list[PlannedStage], start: Path, nproc: int | None, resum
         start: the checkpoint that the first one starts from, and by whose short-context loss all are judged.
         nproc: local processes.
         resume: whether folders may hold the runs already.
+        began_s: Unix time at which the work on the first stage that is not complete began.
         faults: what is to come on purpose, once in each stage.
 
     Raises:
@@ -48,8 +51,11 @@ def run_stages(stages: list[PlannedStage], start: Path, nproc: int | None, resum
             gate = _gate(planned, needles, Target(first, False).trained_tokens, start_loss)
             stage = Stage(stage.config, stage.folder, stage.objective, start, resume, extra_sources=needles.sources,
                           after=gate.completion, gate=gate, faults=faults)
-        if not run_stage(stage, nproc):
+        was_complete = stage.folder.completion() is not None
+        if not run_stage(stage, nproc, began_s):
             return
+        if not was_complete:
+            began_s = time.time()  # with it begins the work on the next one
         start = find_checkpoint(planned.folder.path)
 
 

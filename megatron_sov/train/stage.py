@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +24,6 @@ from megatron_sov.data.vocabulary import refuse_other_tokens
 from megatron_sov.errors import GateFailed, StopRequested, UserError
 from megatron_sov.mcore.parallel import determinism, world
 from megatron_sov.mcore.parallel.world import on_main
-from megatron_sov.obs import process_start
 from megatron_sov.obs.events import EVENTS, EventLog
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.append import RunEvents
@@ -65,8 +65,13 @@ class Stage:
     """Faults that are to come on purpose."""
 
 
-def run_stage(stage: Stage, nproc: int | None) -> bool:
+def run_stage(stage: Stage, nproc: int | None, began_s: float | None = None) -> bool:
     """Run a stage to its end.
+
+    Args:
+        stage: what to run.
+        nproc: local processes.
+        began_s: Unix time at which the work on it began; None: now.
 
     Returns:
         Whether it is complete; False only under a launcher, whose ranks leave in peace however a run ended.
@@ -76,6 +81,7 @@ def run_stage(stage: Stage, nproc: int | None) -> bool:
         StopRequested: it was asked to stop, and everything is saved.
         GateFailed: its gate has not passed within its steps, and everything is saved.
     """
+    begin = _Begin(time.time() if began_s is None else began_s)
     stage.config.check(num_ranks(nproc))
     models.get(stage.config.model.family).check(stage.config.model)
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # torchrun starts the same command again
@@ -91,10 +97,9 @@ def run_stage(stage: Stage, nproc: int | None) -> bool:
     if stage.start_from is not None:
         refuse_other_tokens(tokenizer_folder(sources), stage.start_from / "tokenizer")
     stage.folder.forget_failure()
-    process_start.note_beginning()
     restarts = world.Restarts(stage.config.train.max_restarts, lambda: checkpoints.latest(stage.folder.checkpoints),
-                              partial(_note_restart, stage.folder), partial(_note_giving_up, stage))
-    code = world.launch(lambda: _rank(stage, sources), nproc, stage.config.train.num_threads, restarts)
+                              partial(_note_restart, stage.folder, begin), partial(_note_giving_up, stage))
+    code = world.launch(lambda: _rank(stage, sources, begin.time_s), nproc, stage.config.train.num_threads, restarts)
     if code != 0:
         raise SystemExit(code)  # the rank that failed has said why
     if stage.folder.completion() is not None:
@@ -118,9 +123,17 @@ def _finish_beside(stage: Stage) -> None:
         Beside(stage.folder.path, stage.config, RunEvents(stage.folder.path).add).wait()
 
 
-def _note_restart(folder: RunFolder, code: int, cause: str) -> None:
+@dataclass
+class _Begin:
+    """The beginning of the work of the ranks that are started next."""
+
+    time_s: float
+    """Unix time."""
+
+
+def _note_restart(folder: RunFolder, begin: _Begin, code: int, cause: str) -> None:
     """Say that the processes are started again; they hold no records at that moment."""
-    process_start.note_beginning()
+    begin.time_s = time.time()
     newest = checkpoints.latest(folder.checkpoints)
     text = f"{cause}; all processes are started again, from {newest.name if newest else 'the beginning'}"
     print(f"warning: {text}", file=sys.stderr, flush=True)
@@ -140,7 +153,7 @@ def _note_giving_up(stage: Stage, code: int, cause: str) -> None:
             "failure", step=checkpoints.step_of(newest) if newest else 0, exit_code=code, text=text)
 
 
-def _rank(stage: Stage, sources: list[Source]) -> int:
+def _rank(stage: Stage, sources: list[Source], began_s: float) -> int:
     stop = StopFlag()
     if stage.config.train.deterministic:
         determinism.switch_on()
@@ -152,7 +165,8 @@ def _rank(stage: Stage, sources: list[Source]) -> int:
     trainer: Trainer | None = None
     try:
         on_main(place, lambda: _lock(stage, lock))
-        trainer = Trainer(stage.config, place, stage.folder, sources, stage.objective, stage.gate, stage.faults)
+        trainer = Trainer(stage.config, place, stage.folder, sources, stage.objective, stage.gate,
+                          stage.faults, began_s)
         resumed = _restore(stage, trainer)
         on_main(place, lambda: _open(stage, trainer))
         if stage.before is not None and not resumed:

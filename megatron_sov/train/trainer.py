@@ -30,7 +30,7 @@ from megatron_sov.mcore.optimizer.optimizer import Optimizer
 from megatron_sov.mcore.parallel import rng
 from megatron_sov.mcore.parallel.world import World
 from megatron_sov.models.count import num_params
-from megatron_sov.obs import process_start, routing
+from megatron_sov.obs import routing
 from megatron_sov.obs.events import EVENTS, EventLog
 from megatron_sov.obs.progress_bar import Progress
 from megatron_sov.obs.trackers import Trackers
@@ -57,7 +57,20 @@ class Trainer:
     """Model, optimizer, data order and records of one rank."""
 
     def __init__(self, config: RunConfig, world: World, folder: RunFolder, sources: list[Source],
-                 objective: ObjectiveFactory, gate: Gate | None = None, faults: Sequence[Fault] = ()) -> None:
+                 objective: ObjectiveFactory, gate: Gate | None = None, faults: Sequence[Fault] = (),
+                 began_s: float | None = None) -> None:
+        """Build everything.
+
+        Args:
+            config: the run's settings.
+            world: this rank's place.
+            folder: the run's folder.
+            sources: what is read.
+            objective: makes what is learned.
+            gate: what must pass for the stage to be complete.
+            faults: what is to come on purpose.
+            began_s: Unix time at which the work on the run began; None: now.
+        """
         self.config, self.world, self.folder, self.sources = config, world, folder, sources
         self.schedule = Schedule(config)
         self.num_steps = self.schedule.num_steps
@@ -84,6 +97,7 @@ class Trainer:
         self._data = {s.name: manifest_sha256(s.artifact) for s in sources if s.artifact is not None}
         self._worn_out: set[str] = set()
         self._entered_s = time.monotonic()
+        self._began_s = time.time() if began_s is None else began_s
         self._watch(faults)
 
     def _watch(self, faults: Sequence[Fault]) -> None:
@@ -163,7 +177,7 @@ class Trainer:
         self.events.write(
             "run_start", recipe=self.config.recipe, num_ranks=self.world.size, layout=parallel, num_params=count.total,
             num_active_params=count.active, num_steps=self.num_steps, resumed_from=self.done.step,
-            began_s=process_start.began_s(),
+            began_s=self._began_s,
             inputs=provenance(self.sources),
             machine={"host": platform.node(), "python": platform.python_version(), "torch": torch.__version__,
                      "threads": torch.get_num_threads()})
