@@ -13,12 +13,8 @@ from megatron_sov.config.model import ModelConfig, YarnConfig
 from megatron_sov.config.needle import Language, NeedleConfig, NeedleKind
 from megatron_sov.config.optim import GroupConfig, OptimConfig
 from megatron_sov.config.reading import apply_settings, from_dict
-from megatron_sov.config.run import (
-    ObjectiveConfig,
-    ObsConfig,
-    RunConfig,
-    TrainConfig,
-)
+from megatron_sov.config.run import ObjectiveConfig, ObsConfig, RunConfig
+from megatron_sov.config.train import TrainConfig
 
 __all__ = [
     "BesideConfig", "DataConfig", "EvaluateConfig", "ExtendConfig", "ExtendStageConfig", "GateConfig", "GroupConfig",
