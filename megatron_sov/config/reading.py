@@ -9,7 +9,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from megatron_sov.config.run import RunConfig
-from megatron_sov.errors import UserError, nearest
+from megatron_sov.errors import UserError, list_problems, nearest
 
 
 def from_dict(raw: dict[str, Any]) -> RunConfig:
@@ -21,9 +21,7 @@ def from_dict(raw: dict[str, Any]) -> RunConfig:
     try:
         return TypeAdapter(RunConfig).validate_python(raw)
     except ValidationError as e:
-        lines = [_explain(error) for error in e.errors()]
-        count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
-        raise UserError(f"config: {count}\n" + "\n".join(f"  {line}" for line in lines)) from None
+        raise UserError(list_problems("config", [_explain(error) for error in e.errors()])) from None
 
 
 def _explain(error: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from megatron_sov.extend.gate import StageGate, loss_of_checkpoint, short_contex
 from megatron_sov.extend.needles import Needles, make_needles, with_needles_in_blends
 from megatron_sov.extend.stages import PlannedStage
 from megatron_sov.generate.target import Target
+from megatron_sov.obs.warning import warn
 from megatron_sov.runs.checkpoints import find_checkpoint, latest
 from megatron_sov.runs.launch_environment import is_first
 from megatron_sov.train.guards.fault_injection import Fault
@@ -64,7 +64,7 @@ def _gate(planned: PlannedStage, needles: Needles, short_tokens: int, start_loss
     config: RunConfig = planned.config
     settings = config.extend.gate
     if (text := asks_too_little(config)) and is_first():
-        print(f"warning: {planned.folder.path.name}: {text}", file=sys.stderr, flush=True)
+        warn(f"{planned.folder.path.name}: {text}")
     sources = open_sources(config.data.paths, config.model.vocab_size)
     clean = search(list(needles.suite.questions()), [*sources, *needles.sources], settings.scan_tokens)
     refuse_contaminated(clean, settings.max_overlap)

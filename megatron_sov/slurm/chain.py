@@ -9,18 +9,15 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pydantic import ConfigDict
-
 from megatron_sov.artifacts import atomic_write, to_json
 from megatron_sov.commands.submit import settings_by_nodes
+from megatron_sov.config.model import STRICT
 from megatron_sov.errors import UserError, nearest
 from megatron_sov.obs.events import read_events
 from megatron_sov.slurm import client, cluster, submission
 from megatron_sov.slurm.history import ATTEMPTS
 from megatron_sov.slurm.stages import check_inputs
 from megatron_sov.slurm.yaml_file import read_text, read_yaml
-
-STRICT = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from megatron_sov.errors import GateFailed, StopRequested, UserError
 from megatron_sov.mcore.parallel import determinism, world
 from megatron_sov.mcore.parallel.world import on_main
 from megatron_sov.obs.events import EVENTS, EventLog
+from megatron_sov.obs.warning import warn
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.folder import RunFolder
@@ -104,7 +105,7 @@ def run_stage(stage: Stage, nproc: int | None, began_s: float | None = None) -> 
         raise SystemExit(code)  # the rank that failed has said why
     if stage.folder.completion() is not None:
         for fault in not_come(stage.faults, stage.folder.path):
-            print(f"warning: --inject {fault.name}: never came\n", end="", file=sys.stderr)
+            warn(f"--inject {fault.name}: never came")
         _finish_beside(stage)
         return True
     failure = stage.folder.failure()
@@ -136,9 +137,8 @@ def _note_restart(folder: RunFolder, begin: _Begin, code: int, cause: str) -> No
     begin.time_s = time.time()
     newest = checkpoints.latest(folder.checkpoints)
     text = f"{cause}; all processes are started again, from {newest.name if newest else 'the beginning'}"
-    print(f"warning: {text}", file=sys.stderr, flush=True)
     events = EventLog(folder.path / EVENTS)
-    events.write("restart", step=checkpoints.step_of(newest) if newest else 0, exit_code=code, text=text)
+    warn(text, events.write, "restart", step=checkpoints.step_of(newest) if newest else 0, exit_code=code)
     events.close()
 
 

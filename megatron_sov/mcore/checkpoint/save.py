@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_sov.artifacts import MANIFEST, ArtifactWriter, atomic_write, publish, refuse_existing, to_json
-from megatron_sov.errors import UserError
+from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.mcore.checkpoint.host_snapshot import INDICES, Snapshot, Written
 from megatron_sov.mcore.checkpoint.sharded_tensors import write_index
 from megatron_sov.mcore.model import pipeline
@@ -192,7 +192,7 @@ class Saver:
     def _give_up(self, w: _Writing) -> None:
         hanging = [rank for rank, late in enumerate(_gather(w.late)) if late]
         self._writing = None
-        end = threading.Timer(LEAVE_WITHIN_S, os._exit, (2,))  # leaving meets the same file system
+        end = threading.Timer(LEAVE_WITHIN_S, os._exit, (ExitCode.USER_ERROR,))  # leaving meets the same file system
         end.daemon = True
         end.start()
         raise UserError(f"{w.path}: rank{'s' if len(hanging) > 1 else ''} {', '.join(map(str, hanging))} did not finish writing "

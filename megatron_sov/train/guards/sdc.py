@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import sys
 from collections.abc import Callable
 
 import torch.distributed as dist
@@ -13,6 +12,7 @@ from megatron_sov.errors import SilentCorruption
 from megatron_sov.mcore.model import replica_checks
 from megatron_sov.mcore.model.language_model import LanguageModel
 from megatron_sov.obs.events import EventLog
+from megatron_sov.obs.warning import warn
 
 
 class CorruptionChecks:
@@ -50,8 +50,9 @@ class CorruptionChecks:
         dist.all_gather_object(hosts, platform.node())
         named = ", ".join(f"rank {rank} on {hosts[rank]}" for rank in ranks)
         text = f"silent corruption after step {step}: {what} ({named})"
-        events.write("corruption", step=step, ranks=ranks, hosts=[hosts[r] for r in ranks], text=text)
+        fields = {"step": step, "ranks": ranks, "hosts": [hosts[r] for r in ranks]}
         if self._settings.on_corruption == "exit":
+            events.write("corruption", **fields, text=text)
             raise SilentCorruption(f"{text}; nothing is saved from here on, test that machine before it is used again")
         if dist.get_rank() == 0:
-            print(f"warning: {text}", file=sys.stderr, flush=True)
+            warn(text, events.write, "corruption", **fields)

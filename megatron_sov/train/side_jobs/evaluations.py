@@ -15,6 +15,7 @@ from pathlib import Path
 from megatron_sov.artifacts import MANIFEST, atomic_write
 from megatron_sov.config import RunConfig
 from megatron_sov.errors import UserError
+from megatron_sov.obs.warning import warn
 from megatron_sov.runs.background import HumbleProcess
 from megatron_sov.train.side_jobs.exports import EXPORTS
 
@@ -169,15 +170,13 @@ class Evaluations:
 
     def _fail(self, task: Task, why: str) -> None:
         """Record a failure; where even that fails the run goes on."""
-        text = f"the {task.judge} of step {task.step} was not measured: {why}"
         self._record("evaluation", step=task.step, judge=task.judge, error=why)
-        self._record("warning", step=task.step, text=text)
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        warn(f"the {task.judge} of step {task.step} was not measured: {why}", self._record, step=task.step)
         try:
             self.folder.mkdir(exist_ok=True)
             atomic_write(self._result(task).with_suffix(".failed"), why + "\n")
         except (UserError, OSError) as e:
-            print(f"warning: {self.folder}: {e}", file=sys.stderr, flush=True)
+            warn(f"{self.folder}: {e}")
 
 
 def eval_command(config: RunConfig, task: Task, export: Path, out: Path) -> list[str]:
