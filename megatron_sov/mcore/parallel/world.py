@@ -22,6 +22,7 @@ import torch.distributed as dist
 from megatron_sov.config import ParallelConfig
 from megatron_sov.errors import ExitCode, SilentCorruption, UserError
 from megatron_sov.mcore.parallel import cpu_shims
+from megatron_sov.mcore.parallel.object_collectives import broadcast_object
 from megatron_sov.runs.launch_environment import is_first, num_ranks, under_launcher
 from megatron_sov.runs.parent_death import FORWARDED, die_with_parent
 
@@ -113,11 +114,10 @@ def on_main(place: World, action: Callable[[], Any]) -> Any:
             result = action()
         except UserError as e:
             problem = str(e)
-    outcome = [result, problem]
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise UserError(outcome[1])
-    return outcome[0]
+    result, problem = broadcast_object((result, problem))
+    if problem is not None:
+        raise UserError(problem)
+    return result
 
 
 @dataclass(frozen=True)

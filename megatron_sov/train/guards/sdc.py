@@ -11,6 +11,7 @@ from megatron_sov.config import GuardConfig
 from megatron_sov.errors import SilentCorruption
 from megatron_sov.mcore.model import replica_checks
 from megatron_sov.mcore.model.language_model import LanguageModel
+from megatron_sov.mcore.parallel.object_collectives import gather_objects
 from megatron_sov.obs.events import EventLog
 from megatron_sov.obs.warning import warn
 
@@ -46,8 +47,7 @@ class CorruptionChecks:
     def _judge(self, step: int, ranks: list[int], what: str, events: EventLog) -> None:
         if not ranks:
             return
-        hosts: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(hosts, platform.node())
+        hosts = gather_objects(platform.node())
         named = ", ".join(f"rank {rank} on {hosts[rank]}" for rank in ranks)
         text = f"silent corruption after step {step}: {what} ({named})"
         fields = {"step": step, "ranks": ranks, "hosts": [hosts[r] for r in ranks]}
