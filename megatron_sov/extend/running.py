@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 
 from megatron_sov.config import RunConfig
-from megatron_sov.data.token_shards import open_sources
 from megatron_sov.extend.decontamination import refuse_contaminated, search
 from megatron_sov.extend.gate import StageGate, loss_of_checkpoint, short_context
 from megatron_sov.extend.needles import Needles, make_needles, with_needles_in_blends
@@ -41,15 +40,15 @@ def run_stages(stages: list[PlannedStage], start: Path, nproc: int | None, resum
     prepared = [make_needles(stage.config, start) for stage in stages]
     start_loss: float | None = None
     for planned, needles in zip(stages, prepared, strict=True):
-        stage = Stage(with_needles_in_blends(planned.config), planned.folder, LanguageModelling, start, resume,
-                      extra_sources=needles.sources, before=needles.before, after=needles.after, faults=faults)
+        stage = Stage(with_needles_in_blends(planned.config), planned.folder, LanguageModelling, start, resume, needles.data,
+                      needles.sources, before=needles.before, after=needles.after, faults=faults)
         if planned.config.extend.gate.every_steps:
             fresh = latest(planned.folder.checkpoints) is None
             if fresh and start_loss is None:
                 start_loss = loss_of_checkpoint(first, short_context(planned.config, Target(first, False).trained_tokens),
                                                 planned.config, nproc)
             gate = _gate(planned, needles, Target(first, False).trained_tokens, start_loss)
-            stage = Stage(stage.config, stage.folder, stage.objective, start, resume, extra_sources=needles.sources,
+            stage = Stage(stage.config, stage.folder, stage.objective, start, resume, needles.data, needles.sources,
                           after=gate.completion, gate=gate, faults=faults)
         was_complete = stage.folder.completion() is not None
         if not run_stage(stage, nproc, began_s):
@@ -65,8 +64,7 @@ def _gate(planned: PlannedStage, needles: Needles, short_tokens: int, start_loss
     settings = config.extend.gate
     if (text := asks_too_little(config)) and is_first():
         warn(f"{planned.folder.path.name}: {text}")
-    sources = open_sources(config.data.paths, config.model.vocab_size)
-    clean = search(list(needles.suite.questions()), [*sources, *needles.sources], settings.scan_tokens)
+    clean = search(list(needles.suite.questions()), [*needles.data, *needles.sources], settings.scan_tokens)
     refuse_contaminated(clean, settings.max_overlap)
     return StageGate(settings, needles, short_context(config, short_tokens), start_loss, planned.min_steps, clean)
 
