@@ -58,8 +58,9 @@ test: lint slurm  ## lint, then all tests on two cores
 demo: setup  ## raw text to a trained, converted and judged model on this machine, minutes on two cores
 	"$(PY)" demo.py $${CORPUS:+--corpus "$$CORPUS"}
 
-docs: setup  ## renew docs/config.md from the settings' docstrings
+docs: setup  ## renew docs/config.md and docs/recipes.md from settings and recipes
 	"$(PY)" docs/generate_config.py
+	"$(PY)" docs/generate_recipes.py
 
 # torch moves by hand (edit its line first): its builds differ per index, and it pins the CUDA libraries that come with it.
 lock: setup  ## renew constraints.txt: newest versions that fit setup.py, in a fresh environment; torch stays

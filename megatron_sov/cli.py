@@ -40,7 +40,7 @@ COMMANDS = {
     "report": Command("megatron_sov.commands.report", "write the self-contained HTML report of one or more runs"),
     "bundle": Command("megatron_sov.commands.bundle", "gather wheels, code and folders for a cluster without a network"),
     "doctor": Command("megatron_sov.commands.doctor", "what this machine has, what is missing, and how to add it"),
-    "recipes": Command("megatron_sov.commands.recipes", "list the recipes, or print one with its settings resolved"),
+    "recipes": Command("megatron_sov.commands.recipes", "list the recipes, or print one with every setting and its source"),
 }
 
 

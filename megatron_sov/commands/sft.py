@@ -23,9 +23,9 @@ def run(args: argparse.Namespace) -> int:
     faults = parse(args.inject, num_ranks(args.nproc))
 
     from megatron_sov.data.token_shards import open_sources
-    from megatron_sov.mcore.parallel.cpu_shims import open_door
+    from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
-    open_door()
+    prepare_megatron()
     from megatron_sov.post.sft import SupervisedFineTuning, check_sources
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.stage import Stage, run_stage

@@ -11,6 +11,9 @@ from pydantic import TypeAdapter, ValidationError
 from megatron_sov.config.run import RunConfig
 from megatron_sov.errors import UserError, list_problems, nearest
 
+RENAMED = {"evaluate.beside": "evaluate.background", "guards.on_corruption": "guards.on_sdc"}
+"""Setting of an earlier version -> what it is called now."""
+
 
 def from_dict(raw: dict[str, Any]) -> RunConfig:
     """Build a `RunConfig` from plain values.
@@ -27,8 +30,13 @@ def from_dict(raw: dict[str, Any]) -> RunConfig:
 def _explain(error: Any) -> str:
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return f"{where}: no such setting{nearest(str(error['loc'][-1]), _fields_at(error['loc'][:-1]))}"
+        return f"{where}: no such setting{_instead(where, _fields_at(error['loc'][:-1]))}"
     return f"{where} = {error.get('input')!r}: {error['msg']}"
+
+
+def _instead(key: str, known: list[str]) -> str:
+    """Return what to write in place of a setting that does not exist."""
+    return f"; it is called {RENAMED[key]} now" if key in RENAMED else nearest(key.rpartition(".")[2], known)
 
 
 def _fields_at(path: tuple[Any, ...]) -> list[str]:
@@ -82,7 +90,8 @@ def _assign(raw: Any, parts: list[str], value: Any, setting: str) -> None:
         else:
             known = [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else None
             if known is not None and part not in known:
-                raise UserError(f"--set {setting!r}: '{'.'.join(parts[:depth + 1])}' does not exist{nearest(part, known)}")
+                where = ".".join(parts[:depth + 1])
+                raise UserError(f"--set {setting!r}: '{where}' does not exist{_instead(where, known)}")
             index = part
         cls = _class_below(cls, part)
         if last:

@@ -91,7 +91,7 @@ class RunConfig:
         p += self.data.problems() + self._phase_problems() + self.train.problems() + self.objective.problems()
         p += self.optim.problems() + self.extend.problems()
         p += self.needle.problems() + self.guards.problems(self.train.deterministic)
-        p += self.evaluate.beside.problems(self.train.export_every_checkpoints)
+        p += self.evaluate.background.problems(self.train.export_every_checkpoints)
         return p + ([] if p else self._batch_problems(num_ranks))
 
     def _phase_problems(self) -> list[str]:

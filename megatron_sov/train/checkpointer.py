@@ -12,13 +12,13 @@ from megatron_sov.data.token_shards import Source, tokenizer_folder
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.checkpoint import load
 from megatron_sov.mcore.checkpoint.save import Companions, Saved, Saver
-from megatron_sov.mcore.model import pipeline
 from megatron_sov.mcore.model.language_model import LanguageModel
 from megatron_sov.mcore.optimizer.optimizer import Optimizer
+from megatron_sov.mcore.parallel import collectives
 from megatron_sov.mcore.parallel.named_values import sum_dict
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.folder import RunFolder
-from megatron_sov.train.state import Progressed
+from megatron_sov.train.state import TrainState
 from megatron_sov.train.stopping import StopFlag
 
 STOP = "asked to stop"
@@ -59,7 +59,7 @@ class Checkpointer:
         self._tokenizer = tokenizer_folder(sources)
         self._saver = Saver(on_saved, config.train.save_timeout_s)
 
-    def save(self, done: Progressed) -> None:
+    def save(self, done: TrainState) -> None:
         """Take a checkpoint, which is written in the background; waits for the one before.
 
         Args:
@@ -83,7 +83,7 @@ class Checkpointer:
         Raises:
             UserError: the outstanding checkpoint failed.
         """
-        sums = sum_dict({STOP: float(stop.reason is not None), **self._saver.progress()}, pipeline.sum_everywhere)
+        sums = sum_dict({STOP: float(stop.reason is not None), **self._saver.progress()}, collectives.all_reduce_world)
         self._saver.advance(sums)
         return sums[STOP] > 0
 
@@ -100,7 +100,7 @@ class Checkpointer:
         load.check(path)
         self._load_model(path)
 
-    def load(self, path: Path, *, data_too: bool = True) -> Progressed:
+    def load(self, path: Path, *, data_too: bool = True) -> TrainState:
         """Bring back what a (sound) checkpoint of this run holds, and return the loop's counters as they were.
 
         Args:
@@ -123,8 +123,8 @@ class Checkpointer:
                 part.restore(state[name])
         if data_too:
             self._batches.restore(state["order"])
-        return Progressed(state["step"], state["tokens"], state["wall_s"])
+        return TrainState(state["step"], state["tokens"], state["wall_s"])
 
     def _load_model(self, path: Path) -> None:
         load.load_model(path, self._model)
-        self._optimizer.adopt_model()
+        self._optimizer.sync_master_weights()

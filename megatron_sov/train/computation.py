@@ -16,7 +16,7 @@ from megatron_sov.mcore.model.expert_load import ExpertLoad
 from megatron_sov.mcore.model.language_model import LanguageModel
 from megatron_sov.mcore.model.logprobs import head_of
 from megatron_sov.mcore.optimizer.optimizer import Optimizer
-from megatron_sov.mcore.parallel import rng
+from megatron_sov.mcore.parallel import collectives, rng
 from megatron_sov.mcore.parallel.compute_timer import ComputeClock
 from megatron_sov.mcore.parallel.named_values import Shapes, pack, unpack
 from megatron_sov.train.guards.fault_injection import Faults
@@ -58,7 +58,7 @@ class Computation:
         # only the last stage has losses; one message over the data-parallel ranks, one over the stages
         local = torch.stack(parts).sum(0).cpu() if parts else torch.zeros(size, dtype=torch.float64)
         self.is_finite = bool(local.isfinite().all())
-        total = unpack(pipeline.from_last_stage(pipeline.sum_over_data(local)), self._shapes(objective))
+        total = unpack(collectives.broadcast_from_last_stage(collectives.all_reduce_dp(local)), self._shapes(objective))
         by_source = total.pop(BY_SOURCE)
         return StepSums({term: float(value) for term, value in total.items()}, by_source)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_sov.config import RunConfig
 from megatron_sov.data.batches import BatchStream, RankBatch
-from megatron_sov.data.ledger import Entry
+from megatron_sov.data.ledger import LedgerEntry
 from megatron_sov.data.order import OrderState, SampleOrder
 from megatron_sov.data.token_shards import Source
 from megatron_sov.mcore.parallel.world import World
@@ -19,7 +19,8 @@ from megatron_sov.train.objective import GlobalBatch
 class DataBatches:
     """This rank's batches, one for each optimizer step."""
 
-    def __init__(self, config: RunConfig, sources: list[Source], world: World, planned: Sequence[Entry] | None = None) -> None:
+    def __init__(self, config: RunConfig, sources: list[Source], world: World,
+                 planned: Sequence[LedgerEntry] | None = None) -> None:
         """Begin before the first step.
 
         Args:
@@ -52,7 +53,7 @@ class DataBatches:
         """Pass over the next step's batch."""
         self._advance()
 
-    def next_entry(self) -> Entry:
+    def next_entry(self) -> LedgerEntry:
         """Return the ledger's entry of the next step."""
         return self.ledger.at(self._step)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from megatron_sov.config import RunConfig
-from megatron_sov.mcore.decode.forward_only import Policy
+from megatron_sov.mcore.decode.forward_only import ForwardModel
 from megatron_sov.mcore.parallel.world import World
 from megatron_sov.obs.events import EventLog
 
@@ -29,7 +29,7 @@ class GateView(Protocol):
         ...
 
     @property
-    def policy(self) -> Policy:
+    def policy(self) -> ForwardModel:
         """The model, forward only."""
         ...
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_sov.train.rollback import roll_back
+from megatron_sov.train.rollback import rollback
 from megatron_sov.train.state import StepResult
 from megatron_sov.train.stopping import StopFlag
 from megatron_sov.train.trainer import Trainer
@@ -24,12 +24,12 @@ def train(trainer: Trainer, stop: StopFlag) -> bool:
         if trainer.side_jobs is not None:
             trainer.side_jobs.poll()
         if result is not None:
-            recorder.step(trainer.done, result, load)
+            recorder.step(trainer.state, result, load)
         guards.watchdog.end()
 
-        rolled_back = guards.step_guard.gives_up
+        rolled_back = guards.step_guard.wants_rollback
         if rolled_back:
-            roll_back(trainer)
+            rollback(trainer)
         if trainer.gate is not None:
             trainer.gate.check(trainer)
         step, last = trainer.step, trainer.finished

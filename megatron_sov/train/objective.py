@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 import torch
 
-from megatron_sov.mcore.model import pipeline
 from megatron_sov.mcore.model.logprobs import Head
+from megatron_sov.mcore.parallel import collectives
 from megatron_sov.mcore.parallel.named_values import sum_dict
 from megatron_sov.train.microbatch import MicroBatch
 
@@ -74,7 +74,8 @@ class Objective(Protocol):
 def with_denominators(batch: GlobalBatch, local_targets: Mapping[str, float]) -> GlobalBatch:
     """Sum each term's local target weight (and the token count) over data-parallel ranks and hand them to every micro-batch."""
     tokens = sum(int((~m.inputs.padding).sum()) for m in batch.micro_batches)
-    targets = sum_dict({**{name: local_targets[name] for name in sorted(local_targets)}, TOKENS: tokens}, pipeline.sum_over_data)
+    counts = {**{name: local_targets[name] for name in sorted(local_targets)}, TOKENS: tokens}
+    targets = sum_dict(counts, collectives.all_reduce_dp)
     num_tokens = int(targets.pop(TOKENS))
     micro_batches = tuple(dataclasses.replace(m, denominators=targets) for m in batch.micro_batches)
     return dataclasses.replace(batch, micro_batches=micro_batches, targets=targets, num_tokens=num_tokens)

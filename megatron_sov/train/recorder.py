@@ -15,20 +15,20 @@ from typing import Any
 import torch
 
 from megatron_sov.config import RunConfig
-from megatron_sov.data.ledger import Entry
+from megatron_sov.data.ledger import LedgerEntry
 from megatron_sov.data.token_shards import Source, provenance
 from megatron_sov.mcore.checkpoint.save import Saved
 from megatron_sov.mcore.parallel.world import World
 from megatron_sov.models.count import num_params
 from megatron_sov.obs.events import EVENTS, EventLog
 from megatron_sov.obs.incidents import BY_SETTING
-from megatron_sov.obs.progress_bar import Progress
+from megatron_sov.obs.progress_bar import ProgressBar
 from megatron_sov.obs.routing import max_violation
 from megatron_sov.obs.trackers import Trackers
 from megatron_sov.obs.warning import warn
 from megatron_sov.train.evaluate import HeldoutLoss
 from megatron_sov.train.guards.step_guard import Refusal
-from megatron_sov.train.state import Progressed, StepResult
+from megatron_sov.train.state import StepResult, TrainState
 
 
 class Recorder:
@@ -48,7 +48,7 @@ class Recorder:
         self.events = EventLog(None)
         """The run's events; open on rank 0, dropped elsewhere."""
         self._trackers: Trackers | None = None
-        self._progress: Progress | None = None
+        self._progress: ProgressBar | None = None
         self._over_epochs: set[str] = set()
 
     def open(self, run: Path) -> None:
@@ -56,7 +56,7 @@ class Recorder:
         self.events = EventLog(run / EVENTS)
         self._trackers = Trackers(self._config.obs, run, self._config.to_dict())
 
-    def begin(self, step: int, continued_from: str | None, sources: list[Source], entries: Sequence[Entry]) -> None:
+    def begin(self, step: int, continued_from: str | None, sources: list[Source], entries: Sequence[LedgerEntry]) -> None:
         """Tell what runs where.
 
         Args:
@@ -79,13 +79,13 @@ class Recorder:
             write("phase", step=entry.first_step, name=entry.phase, blend=entry.weights, seq_len=entry.seq_len,
                   global_batch_size=entry.global_batch_size, skip=entry.skip)
         if self._world.is_main:
-            self._progress = Progress(self._num_steps, step, config.recipe)
+            self._progress = ProgressBar(self._num_steps, step, config.recipe)
 
     def is_due(self, step: int) -> bool:
         """Return whether a step (1-based) is recorded."""
         return step % self._config.train.log_every_steps == 0 or step == self._num_steps
 
-    def step(self, done: Progressed, result: StepResult, load: torch.Tensor | None) -> None:
+    def step(self, done: TrainState, result: StepResult, load: torch.Tensor | None) -> None:
         """Tell what a step gave, if it is due.
 
         Args:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron_sov import models
 from megatron_sov.artifacts import manifest_sha256
 from megatron_sov.config import RunConfig
-from megatron_sov.data.ledger import Entry, plan
+from megatron_sov.data.ledger import LedgerEntry, plan
 from megatron_sov.data.token_shards import Source, open_sources, tokenizer_folder
 from megatron_sov.data.views import with_views
 from megatron_sov.data.vocabulary import refuse_other_tokens
@@ -35,7 +35,7 @@ from megatron_sov.train.gate import Gate, GateView
 from megatron_sov.train.guards.fault_injection import Fault, Faults, not_come
 from megatron_sov.train.loop import train
 from megatron_sov.train.restoring import newest_sound
-from megatron_sov.train.side_jobs.side_jobs import Beside
+from megatron_sov.train.side_jobs.side_jobs import SideJobs
 from megatron_sov.train.stopping import StopFlag
 from megatron_sov.train.trainer import ObjectiveFactory, Trainer
 
@@ -92,7 +92,7 @@ def run_stage(stage: Stage, nproc: int | None, began_s: float | None = None) -> 
     completion = stage.folder.completion()
     if completion is not None:
         print(f"{stage.folder.path}: is complete at step {completion['step']}")
-        _finish_beside(stage)
+        _finish_side_jobs(stage)
         return True
     data = _open_data(stage)
     if stage.start_from is not None:
@@ -106,7 +106,7 @@ def run_stage(stage: Stage, nproc: int | None, began_s: float | None = None) -> 
     if stage.folder.completion() is not None:
         for fault in not_come(stage.faults, stage.folder.path):
             warn(f"--inject {fault.name}: never came")
-        _finish_beside(stage)
+        _finish_side_jobs(stage)
         return True
     failure = stage.folder.failure()
     if under_launcher():
@@ -124,7 +124,7 @@ class _Data:
 
     sources: list[Source]
     """All sources, views and those made on the fly included."""
-    planned: list[Entry]
+    planned: list[LedgerEntry]
     """The ledger that the settings ask for."""
 
 
@@ -136,10 +136,10 @@ def _open_data(stage: Stage) -> _Data:
     return _Data(sources, plan(stage.config, sources))
 
 
-def _finish_beside(stage: Stage) -> None:
+def _finish_side_jobs(stage: Stage) -> None:
     """Make the exports that a complete run has begun, and judge them; no rank waits in a collective any more."""
     if is_first():
-        Beside(stage.folder.path, stage.config, RunEvents(stage.folder.path).add).wait()
+        SideJobs(stage.folder.path, stage.config, RunEvents(stage.folder.path).add).wait()
 
 
 @dataclass
@@ -177,7 +177,7 @@ def _rank(stage: Stage, data: _Data, began_s: float) -> int:
         determinism.switch_on()
     newest = checkpoints.latest(stage.folder.checkpoints)
     faults = Faults(stage.faults, stage.folder.path, int(os.environ["RANK"]))
-    faults.strike("start", checkpoints.step_of(newest) if newest else 0)
+    faults.trigger("start", checkpoints.step_of(newest) if newest else 0)
     place = world.join(stage.config.parallel)
     lock = RunLock(stage.folder.path) if place.is_main else None
     trainer: Trainer | None = None
@@ -221,7 +221,7 @@ def _restore(stage: Stage, trainer: Trainer) -> bool:
     on_main(trainer.world, lambda: checkpoints.clear_leftovers(folder))
     newest = newest_sound(stage.folder, trainer.world)
     if newest is not None:
-        trainer.guards.faults.strike("load", checkpoints.step_of(newest))
+        trainer.guards.faults.trigger("load", checkpoints.step_of(newest))
         trainer.resume(newest)
         return True
     on_main(trainer.world, lambda: checkpoints.refuse_lost(folder))
@@ -245,5 +245,5 @@ def _finish(stage: Stage, trainer: Trainer) -> None:
     extra = stage.after(trainer) if stage.after is not None else {}
     last = stage.folder.checkpoint(trainer.step)
     on_main(trainer.world, lambda: stage.folder.complete({
-        "step": trainer.step, "tokens": trainer.done.tokens, "wall_s": trainer.wall_s(),
+        "step": trainer.step, "tokens": trainer.state.tokens, "wall_s": trainer.wall_s(),
         "checkpoint": f"{stage.folder.checkpoints.name}/{last.name}", "checkpoint_sha256": manifest_sha256(last), **extra}))

@@ -13,11 +13,11 @@ import torch
 
 from megatron_sov.config import RunConfig
 from megatron_sov.config.schedules import Schedule
-from megatron_sov.data.ledger import Entry
+from megatron_sov.data.ledger import LedgerEntry
 from megatron_sov.data.token_shards import Source
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.checkpoint.save import Saved
-from megatron_sov.mcore.decode.forward_only import Policy
+from megatron_sov.mcore.decode.forward_only import ForwardModel
 from megatron_sov.mcore.model import init, replica_checks
 from megatron_sov.mcore.model.expert_load import ExpertLoad
 from megatron_sov.mcore.model.language_model import build
@@ -37,8 +37,8 @@ from megatron_sov.train.guards.guards import Guards
 from megatron_sov.train.guards.step_guard import Refusal
 from megatron_sov.train.objective import GlobalBatch, Objective
 from megatron_sov.train.recorder import Recorder
-from megatron_sov.train.side_jobs.side_jobs import Beside
-from megatron_sov.train.state import Progressed, StepResult
+from megatron_sov.train.side_jobs.side_jobs import SideJobs
+from megatron_sov.train.state import StepResult, TrainState
 
 ObjectiveFactory = Callable[[RunConfig, DataBatches], Objective]
 
@@ -48,7 +48,7 @@ class Trainer:
 
     def __init__(self, config: RunConfig, world: World, folder: RunFolder, sources: list[Source], objective: ObjectiveFactory,
                  gate: Gate | None = None, faults: Sequence[Fault] = (), began_s: float | None = None,
-                 planned: Sequence[Entry] | None = None) -> None:
+                 planned: Sequence[LedgerEntry] | None = None) -> None:
         """Build everything.
 
         Args:
@@ -65,13 +65,13 @@ class Trainer:
         self.config, self.world, self.folder, self.sources, self.gate = config, world, folder, sources, gate
         self.schedule = Schedule(config)
         self.num_steps = self.schedule.num_steps
-        self.done = Progressed()
+        self.state = TrainState()
         self.model = build(config.model, config.parallel, config.train)
         init.initialise(self.model, config.model, config.train.seed)
         self.optimizer = Optimizer(self.model, config.optim, config.parallel)
         self.expert_load = ExpertLoad(self.model)
         self.model.config.finalize_model_grads_func = self.expert_load.finalize
-        self.policy = Policy(self.model, config.train.head_chunk_tokens)
+        self.policy = ForwardModel(self.model, config.train.head_chunk_tokens)
         self.batches = DataBatches(config, sources, world, planned)
         self.objective = objective(config, self.batches)
         self.recorder = Recorder(config, world, self.num_steps, began_s)
@@ -81,7 +81,7 @@ class Trainer:
             {"guard": self.guards.step_guard} | ({"gate": gate} if gate is not None else {}), self._note_saved)
         self.computation = Computation(config, self.model, self.optimizer, self.expert_load, len(sources), self.guards.faults,
                                        self.guards.stragglers.clock)
-        self.side_jobs: Beside | None = None
+        self.side_jobs: SideJobs | None = None
         """On rank 0, once the records are open."""
         self._evaluator: HeldoutEvaluator | None = None
         self._continued_from: str | None = None
@@ -90,7 +90,7 @@ class Trainer:
     @property
     def step(self) -> int:
         """Optimizer steps done."""
-        return self.done.step
+        return self.state.step
 
     @property
     def finished(self) -> bool:
@@ -110,19 +110,19 @@ class Trainer:
         Raises:
             UserError: a source is not what the run has read so far.
         """
-        self.done = self.checkpointer.load(path)
+        self.state = self.checkpointer.load(path)
         self._continued_from = path.name
 
-    def take_back(self, path: Path) -> int:
+    def rollback_to(self, path: Path) -> int:
         """Return to the weights of a (sound) checkpoint and go on with the data where they are; returns the checkpoint's step."""
         then = self.checkpointer.load(path, data_too=False)
-        self.done.tokens = then.tokens
+        self.state.tokens = then.tokens
         return then.step
 
     def open_records(self) -> None:
         """Open events and trackers, and find the side jobs that were left; called on rank 0 only."""
         self.recorder.open(self.folder.path)
-        self.side_jobs = Beside(self.folder.path, self.config, self.events.write)
+        self.side_jobs = SideJobs(self.folder.path, self.config, self.events.write)
         self.guards.faults.tell(self.events)
 
     def announce(self) -> None:
@@ -139,14 +139,14 @@ class Trainer:
             SilentCorruption: a process does not compute the same twice.
         """
         start = time.monotonic()
-        step, guard = self.done.step, self.guards.step_guard
+        step, guard = self.state.step, self.guards.step_guard
         # random numbers are a function of (seed, step): a resumed run draws what the run that was left alone draws
         rng.reseed(self.config.train.seed, step)
         guard.enter(step, self.batches.ledger)
         if self.batches.next_entry().skip:
             # drawn all the same, so that the steps behind it see what they would have seen
             self.batches.skip()
-            self.done.step += 1
+            self.state.step += 1
             self.recorder.passed_over(self.step)
             return None
 
@@ -160,12 +160,12 @@ class Trainer:
         # the guard is asked when loss and gradient norm are known and nothing has changed yet
         lr = self.schedule.learning_rate(step)
         grad_norm = self.optimizer.step(lr, lambda norm: guard.accepts(loss, norm))
-        self.done.step += 1
+        self.state.step += 1
         if guard.refusal is not None:
             self._refuse(guard.refusal)
             return None
 
-        self.done.tokens += batch.num_tokens
+        self.state.tokens += batch.num_tokens
         self.recorder.epochs(self.step, self.batches.epochs)
         by_source = zip(self.sources, sums.by_source.tolist(), strict=True)
         return StepResult(
@@ -177,7 +177,7 @@ class Trainer:
         """Let faults on purpose come, and check that this process computes the same twice."""
         step, faults = self.step + 1, self.guards.faults
         faults.tell(self.events)
-        faults.strike("step", step)
+        faults.trigger("step", step)
         if faults.due("bitflip", "step", step):
             replica_checks.flip_bit(next(p for p in self.model.parameters() if p.dim() == 2))
         if self.guards.sdc.probe_is_due(step):
@@ -225,8 +225,8 @@ class Trainer:
     def save(self) -> None:
         """Take a checkpoint; it is written in the background, or at once where `train.async_save` is off."""
         self.guards.sdc.compare(self.step, self.model, self.events)
-        self.checkpointer.save(replace(self.done, wall_s=self.wall_s()))
-        self.guards.faults.strike("save", self.step)
+        self.checkpointer.save(replace(self.state, wall_s=self.wall_s()))
+        self.guards.faults.trigger("save", self.step)
         if not self.config.train.async_save:
             self.checkpointer.finish()
 
@@ -239,7 +239,7 @@ class Trainer:
 
     def wall_s(self) -> float:
         """Return the seconds that the run has worked, over all its restarts."""
-        return self.done.wall_s + time.monotonic() - self._entered_s
+        return self.state.wall_s + time.monotonic() - self._entered_s
 
     def close(self) -> None:
         """End the records, and what runs beside."""

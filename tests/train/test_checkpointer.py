@@ -21,7 +21,7 @@ def synced(run: str) -> dict[str, Any]:
     from megatron_sov.mcore.parallel import world
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.checkpointer import Checkpointer
-    from megatron_sov.train.state import Progressed
+    from megatron_sov.train.state import TrainState
 
     config = apply_settings(recipes.get("tiny-solar-open"), [
         "model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "model.expert_ffn_dim=16", "model.num_layers=1"])
@@ -33,7 +33,7 @@ def synced(run: str) -> dict[str, Any]:
     saved: list[Any] = []
     checkpointer = Checkpointer(config, folder, [], model, optimizer, parts["order"], {"guard": parts["guard"]}, saved.append)
     stop: Any = SimpleNamespace(reason=None)
-    checkpointer.save(Progressed(3, 77, 0.5))
+    checkpointer.save(TrainState(3, 77, 0.5))
     steps = 0
     while not saved and steps < 10_000:
         asked = checkpointer.sync(stop)

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.mcore.parallel.cpu_shims import open_door
+from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
-open_door()
+prepare_megatron()
 from megatron_sov.train.loop import train  # noqa: E402
 
 
@@ -18,13 +18,13 @@ class Recorded:
 
     def __init__(self, num_steps: int, step: int = 0, skipped: tuple[int, ...] = (), **settings: int) -> None:
         self.skipped = skipped
-        self.num_steps, self.step, self.done = num_steps, step, "counters"
+        self.num_steps, self.step, self.state = num_steps, step, "counters"
         self.config = SimpleNamespace(train=SimpleNamespace(**{"eval_every_steps": 0, "checkpoint_every_steps": 100, **settings}))
         self.actions: list[str] = []
         self.gate: Any = None
         self.stop_after = 10 ** 9
         self.watched: int | None = None
-        self.guards = SimpleNamespace(step_guard=SimpleNamespace(gives_up=False), watchdog=SimpleNamespace(
+        self.guards = SimpleNamespace(step_guard=SimpleNamespace(wants_rollback=False), watchdog=SimpleNamespace(
             begin=lambda step: setattr(self, "watched", step), end=lambda: setattr(self, "watched", None)))
         self.side_jobs: Any = SimpleNamespace(poll=lambda: self.note("poll"))
         self.checkpointer = SimpleNamespace(finish=lambda: self.note("saved"), sync=self.sync)
@@ -134,9 +134,9 @@ def test_weights_that_were_taken_back_are_saved_at_once(monkeypatch: pytest.Monk
 
     def update() -> Any:
         result = before()
-        trainer.guards.step_guard.gives_up = trainer.step == 3
+        trainer.guards.step_guard.wants_rollback = trainer.step == 3
         return result
 
     trainer.update = update  # type: ignore[method-assign]
-    monkeypatch.setattr("megatron_sov.train.loop.roll_back", lambda t: t.actions.append(f"roll back {t.step}"))
+    monkeypatch.setattr("megatron_sov.train.loop.rollback", lambda t: t.actions.append(f"roll back {t.step}"))
     assert actions(trainer) == (True, ["roll back 3", "save 3", "save 4", "evaluate 5", "save 5", "saved 5", "run_end 5"])

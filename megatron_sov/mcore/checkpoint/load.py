@@ -20,7 +20,7 @@ from megatron_sov.errors import UserError
 from megatron_sov.mcore.checkpoint.save import STATE, Companions, Saver
 from megatron_sov.mcore.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.mcore.model.language_model import LanguageModel
-from megatron_sov.mcore.model.local_shards import Block, of
+from megatron_sov.mcore.model.local_shards import LocalShard, local_shards
 from megatron_sov.mcore.optimizer.optimizer import Optimizer
 from megatron_sov.mcore.parallel.object_collectives import gather_objects
 from megatron_sov.runs import checkpoints
@@ -84,7 +84,7 @@ def load_model(path: Path, model: LanguageModel) -> None:
         UserError: on every process; the checkpoint holds other tensors or shapes than the model, or is damaged.
     """
     reader = TensorReader(path, "model")
-    blocks = of(model)
+    blocks = local_shards(model)
     names: set[str] = {key for keys in gather_objects({b.key for b in blocks}) for key in keys}
     _refuse_difference(path, names, set(reader.keys()))
     with _agreement():
@@ -100,11 +100,11 @@ def load_optimizer(path: Path, optimizer: Optimizer, num_updates: int) -> None:
     """
     reader = TensorReader(path, "optimizer")
     with _agreement():
-        _fill(path, reader, list(optimizer.state_blocks()))
+        _fill(path, reader, list(optimizer.state_shards()))
     optimizer.restore_updates(num_updates)
 
 
-def _fill(path: Path, reader: TensorReader, blocks: list[Block]) -> None:
+def _fill(path: Path, reader: TensorReader, blocks: list[LocalShard]) -> None:
     known = set(reader.keys())
     for block in blocks:
         if block.key not in known:

@@ -26,10 +26,10 @@ from megatron_sov.artifacts import MANIFEST, ArtifactWriter, atomic_write, publi
 from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.mcore.checkpoint.host_snapshot import INDICES, Snapshot, Written
 from megatron_sov.mcore.checkpoint.sharded_tensors import write_index
-from megatron_sov.mcore.model import pipeline
 from megatron_sov.mcore.model.language_model import LanguageModel
-from megatron_sov.mcore.model.local_shards import of
+from megatron_sov.mcore.model.local_shards import local_shards
 from megatron_sov.mcore.optimizer.optimizer import Optimizer
+from megatron_sov.mcore.parallel import collectives
 from megatron_sov.mcore.parallel.named_values import sum_dict
 from megatron_sov.mcore.parallel.object_collectives import broadcast_object, gather_objects
 from megatron_sov.runs.checkpoints import KIND, temporary
@@ -116,7 +116,7 @@ class Saver:
         """
         self.finish()
         writing = _Writing(path, temporary(path, self._token), companions.state["step"], time.monotonic())
-        sources = {"model": of(model)} | ({"optimizer": optimizer.state_blocks()} if optimizer else {})
+        sources = {"model": local_shards(model)} | ({"optimizer": optimizer.state_shards()} if optimizer else {})
         parts, state = list(sources), to_json(companions.state)
         self._snapshot.take(sources)
         rank = dist.get_rank()
@@ -180,7 +180,7 @@ class Saver:
         while self._writing is not None:
             waits_since_s = time.monotonic()
             self._writing.thread.join(_LOOK_EVERY_S)
-            sums = sum_dict(self.progress(), pipeline.sum_everywhere)
+            sums = sum_dict(self.progress(), collectives.all_reduce_world)
             self._writing.stall_s += time.monotonic() - waits_since_s
             self.advance(sums)
 

@@ -9,7 +9,7 @@ import torch
 from megatron.core.distributed import finalize_model_grads
 
 from megatron_sov.mcore.model.language_model import LanguageModel
-from megatron_sov.mcore.model.pipeline import sum_everywhere
+from megatron_sov.mcore.parallel.collectives import all_reduce_world
 
 
 class ExpertLoad:
@@ -75,11 +75,11 @@ class ExpertLoad:
         with_bias = {r.layer_number: r.expert_bias for r in self._routers() if r.expert_bias is not None}
         ones = {layer: torch.ones_like(bias) for layer, bias in with_bias.items()}
         both = torch.stack([self._rows(with_bias), self._rows(ones)])
-        total, holders = sum_everywhere(both)[:, 1:]
+        total, holders = all_reduce_world(both)[:, 1:]
         return total / holders.clamp(min=1)
 
     def _sum(self, counts: dict[int, torch.Tensor]) -> torch.Tensor:
-        return sum_everywhere(self._rows(counts))[1:]
+        return all_reduce_world(self._rows(counts))[1:]
 
     def _rows(self, by_layer: dict[int, torch.Tensor]) -> torch.Tensor:
         """Return [layers + 1, experts] float64; the first row belongs to no layer, since layers count from 1."""

@@ -15,7 +15,7 @@ from megatron_sov.mcore.model.language_model import LanguageModel
 from megatron_sov.mcore.optimizer.matrix_exchange import MatrixExchange, Place
 from megatron_sov.mcore.optimizer.newton_schulz import Matrix, orthogonalise, parts, update_scale
 from megatron_sov.mcore.optimizer.state_shards import Shard, pieces, shard_blocks
-from megatron_sov.mcore.parallel import cpu_shims
+from megatron_sov.mcore.parallel.device import local_device
 from megatron_sov.mcore.parallel.object_collectives import gather_objects
 
 MOMENTUM = "momentum"
@@ -111,13 +111,13 @@ class Muon:
 
     def _rows(self, matrix: Matrix) -> list[torch.Tensor]:
         if matrix not in self._parts:
-            self._parts[matrix] = [rows.to(cpu_shims.device()) for rows in parts(matrix, self._model)]
+            self._parts[matrix] = [rows.to(local_device()) for rows in parts(matrix, self._model)]
         return self._parts[matrix]
 
     def _scale(self, matrix: Matrix) -> torch.Tensor:
         """Return the factor of every row, [rows] float64."""
         if matrix not in self._scales:
-            scale = torch.empty(matrix.rows, dtype=torch.float64, device=cpu_shims.device())
+            scale = torch.empty(matrix.rows, dtype=torch.float64, device=local_device())
             for rows in self._rows(matrix):
                 scale[rows] = update_scale(self._config.muon_scale, len(rows), matrix.columns)
             self._scales[matrix] = scale

@@ -13,7 +13,7 @@ from megatron_sov.config import OptimConfig
 from megatron_sov.config.optim import Algorithm
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.model.language_model import VOCABULARY_WEIGHTS, LanguageModel
-from megatron_sov.mcore.model.local_shards import ParameterLookup, of
+from megatron_sov.mcore.model.local_shards import ParameterLookup, local_shards
 from megatron_sov.mcore.optimizer.muon import Muon, holders
 from megatron_sov.mcore.optimizer.state_shards import Inner, Shard, shards
 from megatron_sov.mcore.parallel.object_collectives import gather_objects
@@ -57,7 +57,7 @@ def rules(model: LanguageModel, config: OptimConfig) -> Rules:
         UserError: on every process; a group's pattern matches no tensor, or nothing is left to train.
     """
     lookup, found, matched = ParameterLookup(list(model.parameters())), {}, set()
-    for block in of(model):
+    for block in local_shards(model):
         parameter = lookup.find(block)
         if parameter is not None:
             found[id(parameter)] = rule_for(config, block.key, parameter.dim())

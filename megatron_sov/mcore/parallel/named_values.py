@@ -37,7 +37,7 @@ def sum_dict(values: Mapping[str, float], over: Callable[[torch.Tensor], torch.T
 
     Args:
         values: this process's; the same names in the same order on every process.
-        over: sums a float64 tensor over the processes that are meant, such as `sum_everywhere`.
+        over: sums a float64 tensor over the processes that are meant, such as `all_reduce_world`.
     """
     total = over(torch.tensor(list(values.values()), dtype=torch.float64))
     return dict(zip(values, total.tolist(), strict=True))

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from megatron_sov.config import ParallelConfig
 from megatron_sov.errors import ExitCode, SilentCorruption, UserError
 from megatron_sov.mcore.parallel import cpu_shims
+from megatron_sov.mcore.parallel.device import on_gpu
 from megatron_sov.mcore.parallel.object_collectives import broadcast_object
 from megatron_sov.runs.launch_environment import is_first, num_ranks, under_launcher
 from megatron_sov.runs.parent_death import FORWARDED, die_with_parent
@@ -65,10 +66,10 @@ def join(parallel: ParallelConfig) -> World:
     # the library calls torch by names that newer versions replace; nobody who trains can mend that
     warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if cpu_shims.on_gpu():
+    if on_gpu():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
-        backend = "nccl" if cpu_shims.on_gpu() else "gloo"
+        backend = "nccl" if on_gpu() else "gloo"
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT, store=_rendezvous())
     parallel_state.initialize_model_parallel(
         parallel.tp, parallel.pp, parallel.vpp if parallel.vpp > 1 else None,
@@ -151,7 +152,7 @@ def launch(main: Callable[[], Any], nproc: int | None, num_threads: int = 0, res
     Returns:
         0, or 2 where a rank met a user's mistake, or the first nonzero exit code of any rank.
     """
-    cpu_shims.open_door()
+    cpu_shims.prepare_megatron()
     if under_launcher():
         if num_threads:
             torch.set_num_threads(num_threads)

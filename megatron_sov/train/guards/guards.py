@@ -10,8 +10,8 @@ from megatron_sov.mcore.model.expert_load import ExpertLoad
 from megatron_sov.mcore.parallel.world import World
 from megatron_sov.obs.events import EventLog
 from megatron_sov.train.guards.fault_injection import Fault, Faults
-from megatron_sov.train.guards.routing_monitor import RoutingWatch
-from megatron_sov.train.guards.sdc import CorruptionChecks
+from megatron_sov.train.guards.routing_monitor import RoutingMonitor
+from megatron_sov.train.guards.sdc import SdcChecks
 from megatron_sov.train.guards.step_guard import StepGuard
 from megatron_sov.train.guards.stragglers import Stragglers
 from megatron_sov.train.guards.watchdog import Watchdog
@@ -35,11 +35,11 @@ class Guards:
         """Refuses steps that must not be learned."""
         self.watchdog = Watchdog(run, world.rank, settings.hang_timeout_s, on_hang)
         """Ends a process whose step stands still."""
-        self.sdc = CorruptionChecks(settings)
+        self.sdc = SdcChecks(settings)
         """Finds hardware that gives wrong bits."""
         self.stragglers = Stragglers(settings)
         """Finds slow processes."""
-        self.routing = RoutingWatch(settings)
+        self.routing = RoutingMonitor(settings)
         """Finds routers that collapse."""
         self.faults = Faults(faults, run, world.rank)
         """Does to the run what the others are there for."""

@@ -16,7 +16,7 @@ from megatron_sov.obs.events import EventLog
 from megatron_sov.obs.warning import warn
 
 
-class CorruptionChecks:
+class SdcChecks:
     """Compares replicas of weights, and repetitions of a computation."""
 
     def __init__(self, settings: GuardConfig) -> None:
@@ -36,23 +36,23 @@ class CorruptionChecks:
         for turn in range(2):
             compute(turn)
             found.append([int(replica_checks.checksum([g])) for g in replica_checks.gradients(model)])
-        self._judge(step, replica_checks.ranks_where(found[0] != found[1]),
+        self._measure(step, replica_checks.ranks_where(found[0] != found[1]),
                     "the same micro-batch gave other gradients when it was computed again", events)
 
     def compare(self, step: int, model: LanguageModel, events: EventLog) -> None:
         """Compare the weights that several processes hold; called by all processes together, before a checkpoint."""
         if self._settings.compare_replicas:
-            self._judge(step, replica_checks.differing_replicas(model), "weights differ from those of their replicas", events)
+            self._measure(step, replica_checks.differing_replicas(model), "weights differ from those of their replicas", events)
 
-    def _judge(self, step: int, ranks: list[int], what: str, events: EventLog) -> None:
+    def _measure(self, step: int, ranks: list[int], what: str, events: EventLog) -> None:
         if not ranks:
             return
         hosts = gather_objects(platform.node())
         named = ", ".join(f"rank {rank} on {hosts[rank]}" for rank in ranks)
         text = f"silent corruption after step {step}: {what} ({named})"
         fields = {"step": step, "ranks": ranks, "hosts": [hosts[r] for r in ranks]}
-        if self._settings.on_corruption == "exit":
-            events.write("corruption", **fields, text=text)
+        if self._settings.on_sdc == "exit":
+            events.write("sdc", **fields, text=text)
             raise SilentCorruption(f"{text}; nothing is saved from here on, test that machine before it is used again")
         if dist.get_rank() == 0:
-            warn(text, events.write, "corruption", **fields)
+            warn(text, events.write, "sdc", **fields)

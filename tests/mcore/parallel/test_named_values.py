@@ -43,11 +43,11 @@ def test_sums_are_found_under_their_names_and_travel_together() -> None:
 def sums() -> list[Any]:
     """Runs inside ranks: what each says, by name."""
     from megatron_sov.config import ParallelConfig
-    from megatron_sov.mcore.model.pipeline import sum_everywhere
     from megatron_sov.mcore.parallel import world
+    from megatron_sov.mcore.parallel.collectives import all_reduce_world
 
     place = world.join(ParallelConfig())
-    found = sum_dict({"rank": float(place.rank), "one": 1.0, "third": 1 / 3}, sum_everywhere)
+    found = sum_dict({"rank": float(place.rank), "one": 1.0, "third": 1 / 3}, all_reduce_world)
     world.leave()
     return [found[name] for name in ("one", "rank", "third")]
 
