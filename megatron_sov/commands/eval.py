@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 from megatron_sov.artifacts import check_output, to_json, write_output
 from megatron_sov.commands.eval_needle import add_needle_arguments, suite_of
 from megatron_sov.config import data_paths
-from megatron_sov.errors import UserError
+from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.runs.append import RunEvents
 
 if TYPE_CHECKING:
     from megatron_sov.generate.target import Target
 
-EXIT_OK, EXIT_GATE_FAILED = 0, 3
 DEFAULT_SEQ_LEN, DEFAULT_HELDOUT_TOKENS, DEFAULT_TRAIN_TOKENS = 4096, 65536, 100_000_000
 PARITY_LENGTHS = [1, 7, 64, 200]
 
@@ -105,7 +104,7 @@ def _ppl(args: argparse.Namespace, events: RunEvents) -> int:
         _write(args.out, found)
         events.add("eval", step=_step(target, events), heldout=found)
         _show(args.json, found, _loss_table(found))
-    return EXIT_OK
+    return ExitCode.OK
 
 
 def _measure(args: argparse.Namespace, target: Target, on_policy: Callable[[Any], Any], on_hf: Callable[[Any], Any]) -> Any:
@@ -135,7 +134,7 @@ def _needle(args: argparse.Namespace, events: RunEvents) -> int:
         _write(args.out, found)
         events.add("needle", when="eval", step=_step(target, events), **found)
         _show(args.json, found, table(result_of(found)))
-    return EXIT_OK
+    return ExitCode.OK
 
 
 def _logits(args: argparse.Namespace, events: RunEvents) -> int:
@@ -152,11 +151,11 @@ def _logits(args: argparse.Namespace, events: RunEvents) -> int:
     prompts = random_prompts(args.lengths, Target(checkpoint, False).vocab_size)
     checks = compare_logits(checkpoint, args.hf_dir, prompts, settings=args.settings, nproc=args.nproc)
     if not checks:
-        return EXIT_OK
+        return ExitCode.OK
     events.add("conversion", target="the logits", checks=[asdict(c) for c in checks])
     lines = [f"{'ok  ' if c.passed else 'FAIL'}  {c.name}: {c.value:g} (limit {c.limit:g}) {c.detail}".rstrip() for c in checks]
     _show(args.json, [asdict(c) for c in checks], "\n".join(lines))
-    return EXIT_OK if all(c.passed for c in checks) else EXIT_GATE_FAILED
+    return ExitCode.OK if all(c.passed for c in checks) else ExitCode.GATE_FAILED
 
 
 def _bigram(args: argparse.Namespace, events: RunEvents) -> int:
@@ -171,7 +170,7 @@ def _bigram(args: argparse.Namespace, events: RunEvents) -> int:
     found = {name: asdict(r) for name, r in evaluate_bigram(data, args.max_train_tokens).items()}
     events.add("baseline", bigram=found)
     _show(args.json, found, _loss_table(found))
-    return EXIT_OK
+    return ExitCode.OK
 
 
 def _step(target: Target, events: RunEvents) -> int | None:

@@ -30,7 +30,8 @@ def run(args: argparse.Namespace) -> int:
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.stage import Stage, run_stage
 
-    check_sources(config, open_sources(config.data.paths, config.model.vocab_size))
-    stage = Stage(config, RunFolder(args.run), SupervisedFineTuning, start, args.resume, faults=faults)
+    sources = open_sources(config.data.paths, config.model.vocab_size)
+    check_sources(config, sources)
+    stage = Stage(config, RunFolder(args.run), SupervisedFineTuning, start, args.resume, tuple(sources), faults=faults)
     run_stage(stage, args.nproc, args.began_s)
     return 0

@@ -11,7 +11,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from megatron_sov.config.run import RunConfig
-from megatron_sov.errors import UserError, nearest
+from megatron_sov.errors import UserError, list_problems, nearest
 
 RENAMED = {"evaluate.beside": "evaluate.background", "guards.on_corruption": "guards.on_sdc"}
 """Setting of an earlier version -> what it is called now."""
@@ -26,9 +26,7 @@ def from_dict(raw: dict[str, Any]) -> RunConfig:
     try:
         return TypeAdapter(RunConfig).validate_python(raw)
     except ValidationError as e:
-        lines = [_explain(error) for error in e.errors()]
-        count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
-        raise UserError(f"config: {count}\n" + "\n".join(f"  {line}" for line in lines)) from None
+        raise UserError(list_problems("config", [_explain(error) for error in e.errors()])) from None
 
 
 def _explain(error: Any) -> str:

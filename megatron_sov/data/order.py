@@ -7,6 +7,7 @@ and belongs into the checkpoint.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,10 +66,19 @@ class OrderState:
 class SampleOrder:
     """Gives the samples of each global batch, in order of steps."""
 
-    def __init__(self, config: RunConfig, sources: list[Source], state: OrderState | None = None) -> None:
+    def __init__(self, config: RunConfig, sources: list[Source], state: OrderState | None = None,
+                 planned: Sequence[LedgerEntry] | None = None) -> None:
+        """Go on behind a state.
+
+        Args:
+            config: the run's settings.
+            sources: what is read.
+            state: where an earlier order stood; None: the beginning.
+            planned: the ledger as `plan` gives it for these settings and sources; None: it is planned here.
+        """
         self.sources = sources
         self.state = state or OrderState()
-        self.ledger = Ledger(plan(config, sources), self.state.history, self.state.step)
+        self.ledger = Ledger(plan(config, sources) if planned is None else planned, self.state.history, self.state.step)
         self._seed = config.train.seed
         self._packing: Packing = config.data.packing
         self._index = {s.name: i for i, s in enumerate(sources)}

@@ -13,12 +13,10 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import ConfigDict
-
+from megatron_sov.config.model import STRICT
 from megatron_sov.errors import UserError, nearest
 from megatron_sov.slurm.yaml_file import read_text, read_yaml
 
-STRICT = ConfigDict(extra="forbid")
 WORK = re.compile(r"\$WORK\b|\$\{WORK\}")
 
 

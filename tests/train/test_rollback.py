@@ -24,13 +24,14 @@ class Run:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, checkpoints: list[int], now: int, refused: int,
                  rollbacks: list[dict[str, int]]) -> None:
         self.checkpoints = checkpoints
-        self.state = SimpleNamespace(step=now)
+        self.step = now
         self.guard = StepGuard(GuardConfig(), is_main=True)
         self.guard.refusal = Refusal("the loss is nan", 0.0, 0.0, finite=False, weights_suspect=True)
         self.guard.in_a_row, self.guard.rollbacks = refused, rollbacks
-        self.saver = SimpleNamespace(finish=lambda: None)
+        self.guards = SimpleNamespace(step_guard=self.guard)
+        self.checkpointer = SimpleNamespace(finish=lambda: None)
         self.folder = SimpleNamespace(checkpoints=Path("checkpoints"))
-        self.world = SimpleNamespace(is_main=False)
+        self.world = SimpleNamespace(is_main=True)
         self.config = SimpleNamespace(optim=SimpleNamespace(lr=0.1))
         self.batches = SimpleNamespace(ledger=Ledger([LedgerEntry(0, "a", 32, 8, {"x": 1.0})]))
         self.told: list[dict[str, Any]] = []

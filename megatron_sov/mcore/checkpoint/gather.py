@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from megatron_sov.mcore.model.local_shards import LocalShard
 from megatron_sov.mcore.parallel.device import local_device
+from megatron_sov.mcore.parallel.object_collectives import gather_objects
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,8 @@ class Gatherer:
             if block.owned:
                 self._mine.setdefault(block.key, []).append(block)
         places = [_Place(b.key, b.global_shape, b.offset, b.shape, b.data.dtype) for own in self._mine.values() for b in own]
-        gathered: list[list[_Place]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(gathered, places)
         self._places: dict[str, dict[int, list[_Place]]] = {}
-        for owner, found in enumerate(gathered):
+        for owner, found in enumerate(gather_objects(places)):
             for place in found:
                 self._places.setdefault(place.key, {}).setdefault(owner, []).append(place)
 

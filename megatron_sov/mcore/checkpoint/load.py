@@ -22,6 +22,7 @@ from megatron_sov.mcore.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.mcore.model.language_model import LanguageModel
 from megatron_sov.mcore.model.local_shards import LocalShard, local_shards
 from megatron_sov.mcore.optimizer.optimizer import Optimizer
+from megatron_sov.mcore.parallel.object_collectives import gather_objects
 from megatron_sov.runs import checkpoints
 
 
@@ -51,15 +52,9 @@ def _agreement() -> Iterator[None]:
         yield
     except Exception as e:
         problem = e
-    found = [p for p in _gather(problem) if p is not None]
+    found = [p for p in gather_objects(problem) if p is not None]
     if found:
         raise found[0]
-
-
-def _gather(value: Any) -> list[Any]:
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
-    return gathered
 
 
 def damage(path: Path, *, weights_only: bool = False) -> str | None:
@@ -67,7 +62,7 @@ def damage(path: Path, *, weights_only: bool = False) -> str | None:
     problem: str | None = None
     with _agreement():
         problem = checkpoints.damage(path, rank=dist.get_rank(), size=dist.get_world_size(), weights_only=weights_only)
-    return next((p for p in _gather(problem) if p is not None), None)
+    return next((p for p in gather_objects(problem) if p is not None), None)
 
 
 def check(path: Path) -> None:
@@ -90,7 +85,7 @@ def load_model(path: Path, model: LanguageModel) -> None:
     """
     reader = TensorReader(path, "model")
     blocks = local_shards(model)
-    names: set[str] = {key for keys in _gather({b.key for b in blocks}) for key in keys}
+    names: set[str] = {key for keys in gather_objects({b.key for b in blocks}) for key in keys}
     _refuse_difference(path, names, set(reader.keys()))
     with _agreement():
         _fill(path, reader, blocks)

@@ -17,6 +17,7 @@ from megatron.core import parallel_state
 
 from megatron_sov.mcore.model.language_model import LanguageModel
 from megatron_sov.mcore.parallel.collectives import all_reduce_world, to_comm_device
+from megatron_sov.mcore.parallel.object_collectives import gather_objects
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -65,9 +66,7 @@ def ranks_where(holds: bool) -> list[int]:
     """Return the ranks on which something holds; called by all processes together."""
     if not all_reduce_world(torch.tensor([float(holds)], dtype=torch.float64)).item():
         return []
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, holds)
-    return [rank for rank, found in enumerate(gathered) if found]
+    return [rank for rank, found in enumerate(gather_objects(holds)) if found]
 
 
 @contextlib.contextmanager

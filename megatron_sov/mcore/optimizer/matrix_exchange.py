@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from megatron_sov.mcore.optimizer.newton_schulz import Matrix
 from megatron_sov.mcore.parallel.device import local_device
+from megatron_sov.mcore.parallel.object_collectives import gather_objects
 
 ROUND_ELEMENTS = 1 << 24
 """Elements of matrices that a process receives in one round, unless a single matrix is larger."""
@@ -64,8 +65,7 @@ class MatrixExchange:
         """
         self._places, self._group = places, group
         size, rank = dist.get_world_size(group), dist.get_rank(group)
-        everyones: list[list[Place]] = [[] for _ in range(size)]
-        dist.all_gather_object(everyones, places, group=group)
+        everyones: list[list[Place]] = gather_objects(places, group)
         matrices = sorted({p.matrix for held in everyones for p in held}, key=lambda m: (-m.cost, m))
         largest = max((m.rows * m.columns for m in matrices), default=1)
         in_round = size * max(1, ROUND_ELEMENTS // largest)

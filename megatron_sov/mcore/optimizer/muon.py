@@ -16,6 +16,7 @@ from megatron_sov.mcore.optimizer.matrix_exchange import MatrixExchange, Place
 from megatron_sov.mcore.optimizer.newton_schulz import Matrix, orthogonalise, parts, update_scale
 from megatron_sov.mcore.optimizer.state_shards import Shard, pieces, shard_blocks
 from megatron_sov.mcore.parallel.device import local_device
+from megatron_sov.mcore.parallel.object_collectives import gather_objects
 
 MOMENTUM = "momentum"
 
@@ -137,8 +138,7 @@ def holders(is_expert: bool, zero1: bool) -> dist.ProcessGroup:
     if parallel_state.get_expert_tensor_parallel_world_size() == 1:
         return parallel_state.get_expert_data_parallel_group()
     mine = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_expert_model_parallel_rank()
-    everyones: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyones, mine)
+    everyones = gather_objects(mine)
     ranks = [[rank for rank, place in enumerate(everyones) if place == wanted] for wanted in sorted(set(everyones))]
     found, _ = dist.new_subgroups_by_enumeration(ranks)
     return found

@@ -15,6 +15,7 @@ from pathlib import Path
 from megatron_sov.artifacts import MANIFEST, atomic_write
 from megatron_sov.config import RunConfig
 from megatron_sov.errors import UserError
+from megatron_sov.obs.warning import warn
 from megatron_sov.runs.background import BackgroundProcess
 from megatron_sov.runs.folder import EVALUATIONS, EXPORTS
 
@@ -168,15 +169,13 @@ class Evaluations:
 
     def _fail(self, job: EvalJob, why: str) -> None:
         """Record a failure; where even that fails the run goes on."""
-        text = f"the {job.task} of step {job.step} was not measured: {why}"
         self._record("evaluation", step=job.step, task=job.task, error=why)
-        self._record("warning", step=job.step, text=text)
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        warn(f"the {job.task} of step {job.step} was not measured: {why}", self._record, step=job.step)
         try:
             self.folder.mkdir(exist_ok=True)
             atomic_write(self._result(job).with_suffix(".failed"), why + "\n")
         except (UserError, OSError) as e:
-            print(f"warning: {self.folder}: {e}", file=sys.stderr, flush=True)
+            warn(f"{self.folder}: {e}")
 
 
 def eval_command(config: RunConfig, job: EvalJob, export: Path, out: Path) -> list[str]:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from megatron_sov.artifacts import MANIFEST, read_manifest
 from megatron_sov.config import TrainConfig
+from megatron_sov.obs.warning import warn
 from megatron_sov.runs.background import BackgroundProcess
 from megatron_sov.runs.folder import EXPORTS
 
@@ -131,10 +132,8 @@ class Exports:
             self._fail(step, running.process.last_words)
 
     def _fail(self, step: int, why: str) -> None:
-        text = f"the export of step {step} was not made: {why}"
         self._record("export", step=step, error=why)
-        self._record("warning", step=step, text=text)
-        print(f"warning: {text}", file=sys.stderr)
+        warn(f"the export of step {step} was not made: {why}", self._record, step=step)
         self._forget(step)
 
     def _forget(self, step: int) -> None:

@@ -66,7 +66,7 @@ def step(recipe: str, layout: dict[str, Any], settings: tuple[str, ...] = ()) ->
         if getattr(module, "expert_bias", None) is not None:
             biases[module.layer_number] = module.expert_bias.double()
     biases = collectives.all_reduce_world(biases) / (place.size // layout.get("pp", 1))
-    return {"loss": float(total), "norm": norm, "load": load.gather(config.model.num_layers, config.model.num_experts).tolist(),
+    return {"loss": float(total), "norm": norm, "load": load.gather().tolist(),
             "rate": config.model.router_bias_update_rate, "bias": biases.tolist()}
 
 
