@@ -1,39 +1,62 @@
-"""`megatron-sov recipes [NAME] [--set key=value ...]`."""
+"""`megatron-sov recipes [RECIPE] [--set key=value ...]`."""
 
 from __future__ import annotations
 
 import argparse
 
-from megatron_sov import recipes
+from megatron_sov import models, recipes
 from megatron_sov.artifacts import to_json
-from megatron_sov.config import RunConfig, apply_settings
+from megatron_sov.config import RunConfig
 from megatron_sov.errors import UserError
 from megatron_sov.models.count import num_params
+from megatron_sov.plugins.entry_points import declared
+from megatron_sov.train import objectives
+from megatron_sov.train.requested import add_recipe_arguments, load_plugins, requested
+
+BUILT_IN = "built in"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `megatron-sov recipes`."""
-    parser.add_argument("name", nargs="?", metavar="NAME",
-                        help="print this recipe's settings as JSON (default: list all recipes)")
-    parser.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE",
-                        help="change a setting of NAME before it is printed, e.g. --set train.steps=100")
+    add_recipe_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """List the recipes with a line each, or print one with every setting resolved.
+    """List recipes, families and objectives with their origin, or print one recipe with every setting resolved.
 
     Raises:
-        UserError: NAME or a --set key does not exist, or --set stands without NAME.
+        UserError: the recipe or a --set key does not exist, or --set stands without a recipe.
     """
-    if args.name is None:
-        if args.settings:
-            raise UserError(f"--set {args.settings[0]}: needs a recipe to change; name one of {', '.join(recipes.names())}")
-        width = max(map(len, recipes.names()))
-        for name in recipes.names():
-            print(f"{name:<{width}}  {summary(recipes.get(name))}")
+    if args.recipe is not None or args.config is not None:
+        print(to_json(requested(args).config()), end="")
         return 0
-    print(to_json(apply_settings(recipes.get(args.name), args.settings)), end="")
+    if args.settings:
+        raise UserError(f"--set {args.settings[0]}: needs a recipe to change; name one of {', '.join(recipes.names())}")
+    load_plugins(args.plugins)
+    print(listing())
     return 0
+
+
+def listing() -> str:
+    """Return a line for each recipe, then one for each model family and objective, and for what packages add elsewhere."""
+    rows = [(name, BUILT_IN, summary(recipes.get(name))) for name in recipes.names()]
+    rows += [(name, origin, _tried(name)) for name, origin in recipes.OWN.listing()]
+    rows += [(name, BUILT_IN, "model family") for name in models.FAMILIES]
+    rows += [(name, origin, "model family") for name, origin in models.OWN.listing()]
+    rows += [(name, BUILT_IN, f"objective of `megatron-sov {command}`") for name, command in objectives.BUILT_IN.items()]
+    rows += [(name, origin, "objective") for name, origin in objectives.OWN.listing()]
+    for what, group in (("data step of `sov-data pack`", "megatron_sov.data_steps"), ("command", "megatron_sov.commands")):
+        rows += [(d.name, f"package {d.package}", what) for d in declared(group)]
+    widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
+    return "\n".join(f"{name:<{widths[0]}}  {origin:<{widths[1]}}  {text}" for name, origin, text in rows)
+
+
+def _tried(name: str) -> str:
+    """Return the summary of a package's recipe, or why there is none: one package must not hide all others."""
+    try:
+        return summary(recipes.get(name))
+    except UserError as e:
+        return str(e)
 
 
 def summary(config: RunConfig) -> str:

@@ -15,16 +15,18 @@ from megatron_sov.generate.target import Target
 from megatron_sov.runs.checkpoints import find_checkpoint, latest
 from megatron_sov.runs.launch_environment import is_first
 from megatron_sov.train.guards.fault_injection import Fault
-from megatron_sov.train.lm import LanguageModelling
 from megatron_sov.train.stage import Stage, run_stage
+from megatron_sov.train.trainer import ObjectiveFactory
 
 
-def run_stages(stages: list[PlannedStage], start: Path, nproc: int | None, resume: bool, faults: tuple[Fault, ...] = ()) -> None:
+def run_stages(stages: list[PlannedStage], start: Path, objective: ObjectiveFactory, nproc: int | None, resume: bool,
+               faults: tuple[Fault, ...] = ()) -> None:
     """Run all stages; under a launcher it returns where one of them is not complete, else it raises.
 
     Args:
         stages: as planned.
         start: the checkpoint that the first one starts from, and by whose short-context loss all are judged.
+        objective: what is learned.
         nproc: local processes.
         resume: whether folders may hold the runs already.
         faults: what is to come on purpose, once in each stage.
@@ -38,7 +40,7 @@ def run_stages(stages: list[PlannedStage], start: Path, nproc: int | None, resum
     prepared = [make_needles(stage.config, start) for stage in stages]
     start_loss: float | None = None
     for planned, needles in zip(stages, prepared, strict=True):
-        stage = Stage(with_needles_in_blends(planned.config), planned.folder, LanguageModelling, start, resume,
+        stage = Stage(with_needles_in_blends(planned.config), planned.folder, objective, start, resume,
                       extra_sources=needles.sources, before=needles.before, after=needles.after, faults=faults)
         if planned.config.extend.gate.every_steps:
             fresh = latest(planned.folder.checkpoints) is None

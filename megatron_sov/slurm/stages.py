@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_sov import recipes
 from megatron_sov.artifacts import MANIFEST
 from megatron_sov.commands import convert
 from megatron_sov.commands import eval as eval_command
 from megatron_sov.config import RunConfig, apply_settings
 from megatron_sov.errors import UserError, nearest
 from megatron_sov.runs.folder import COMPLETION, JOBS
-from megatron_sov.train.stage_config import add_stage_arguments, data_paths
+from megatron_sov.train.stage_config import add_stage_arguments, data_paths, submitted_config
 
 
 @dataclass(frozen=True)
@@ -102,11 +101,11 @@ def _training(stage: str, arguments: list[str]) -> Work:
     args = parser.parse_args(arguments)
     if args.nproc is not None:
         raise UserError(f"--nproc {args.nproc}: under Slurm the nodes and the profile decide; leave it out")
-    flags = ["train.deterministic=true"] if args.deterministic else []
-    config = apply_settings(recipes.get(args.recipe), [f"objective.name={STAGES[stage].objective}", *args.settings, *flags])
+    config = submitted_config(args, STAGES[stage].objective)
     run = args.run.absolute()
     words = arguments if args.resume else [*arguments, "--resume"]
-    inputs = [_path_of(text) for text in args.data] + ([args.start_from] if args.start_from is not None else [])
+    inputs = [_path_of(text) for text in args.data or config.data.paths]
+    inputs += [path for path in (args.start_from, args.config) if path is not None]
     return Work(stage, tuple(words), run, run / JOBS, run / COMPLETION, inputs=tuple(p.absolute() for p in inputs), config=config)
 
 

@@ -53,6 +53,8 @@ class Stage:
     """Checkpoint whose weights the run starts from; None: initial weights."""
     resume: bool = False
     """Continue a run that is already in the folder."""
+    check_sources: Callable[[RunConfig, list[Source]], None] | None = None
+    """Raises `UserError` where the objective can make nothing of the data."""
     extra_sources: tuple[Source, ...] = ()
     """Sources made on the fly, beside those of `config.data.paths`."""
     before: Callable[[Trainer], None] | None = None
@@ -86,6 +88,8 @@ def run_stage(stage: Stage, nproc: int | None) -> bool:
         _finish_beside(stage)
         return True
     packed = open_sources(stage.config.data.paths, stage.config.model.vocab_size)
+    if stage.check_sources is not None:
+        stage.check_sources(stage.config, packed)
     sources = [*with_views(stage.config, packed), *stage.extra_sources]
     plan(stage.config, sources)
     if stage.start_from is not None:
