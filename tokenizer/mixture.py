@@ -162,7 +162,7 @@ def share_bytes(sizes: Sizes, share: Share) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
+class Excerpt:
     """Text that is seen as a whole or not at all."""
 
     text: str
@@ -173,13 +173,13 @@ class Piece:
     """First two bytes of its hash."""
 
 
-def pieces(document: Document) -> Iterator[Piece]:
+def pieces(document: Document) -> Iterator[Excerpt]:
     """Yield the pieces of a document."""
     for text in document.texts():
         raw = text.encode()
         for piece in (raw,) if len(raw) <= PIECE_BYTES else cut_at_blank_lines([raw], PIECE_BYTES):
             bucket = int.from_bytes(hashlib.blake2b(piece, digest_size=2).digest(), "big")
-            yield Piece(text if piece is raw else piece.decode(), len(piece), bucket)
+            yield Excerpt(text if piece is raw else piece.decode(), len(piece), bucket)
 
 
 def describe(group: Group, sizes: Sizes, share: Share) -> dict[str, Any]:

@@ -97,9 +97,9 @@ def _to_hf(args: argparse.Namespace) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     from megatron_sov import convert
-    from megatron_sov.mcore.parallel.cpu_shims import open_door
+    from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
-    open_door()  # before anything imports megatron
+    prepare_megatron()  # before anything imports megatron
     from megatron_sov.eval.conversion import LogitsProof, card, prove_logits, write_card
 
     if min(args.lengths) < 1:

@@ -25,9 +25,9 @@ def run(args: argparse.Namespace) -> int:
     request = stage_request(args, "lm")
     faults = parse(args.inject, num_ranks(args.nproc))
 
-    from megatron_sov.mcore.parallel.cpu_shims import open_door
+    from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
-    open_door()
+    prepare_megatron()
     from megatron_sov.extend.stages import planned_stages
 
     stages = planned_stages(request, args.start_from, args.run, args.nproc)

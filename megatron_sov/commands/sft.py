@@ -16,9 +16,9 @@ def run(args: argparse.Namespace) -> int:
     """Fine-tune on conversations; returns 0 when the run is complete."""
     stage = parse_stage(args, "sft")
 
-    from megatron_sov.mcore.parallel.cpu_shims import open_door
+    from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
-    open_door()
+    prepare_megatron()
     from megatron_sov.post.sft import SupervisedFineTuning, check_sources
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.stage import Stage, run_stage

@@ -43,19 +43,19 @@ def run(args: argparse.Namespace) -> int:
     options = argparse.ArgumentParser(prog="megatron-sov submit", add_help=False, allow_abbrev=False,
                                       argument_default=argparse.SUPPRESS)
     _add_options(options)
-    found, words = options.parse_known_args(args.arguments)
+    found, argv = options.parse_known_args(args.arguments)
     vars(args).update(vars(found))
-    return _chain(args, words) if args.stage == "chain" else _stage(args, words)
+    return _chain(args, argv) if args.stage == "chain" else _stage(args, argv)
 
 
-def _stage(args: argparse.Namespace, words: list[str]) -> int:
+def _stage(args: argparse.Namespace, argv: list[str]) -> int:
     from megatron_sov.slurm import submission
     from megatron_sov.slurm.stages import check_inputs
 
     if args.continue_chain:
         raise UserError("--continue: belongs to a chain; a stage continues by itself when it is submitted again")
     profile = cluster.load(_cluster_name(args), account=args.account, partition=args.partition)
-    request = submission.Request(args.stage, tuple(words), profile, 1 if args.nodes is None else args.nodes,
+    request = submission.Request(args.stage, tuple(argv), profile, 1 if args.nodes is None else args.nodes,
                                  args.min_nodes, settings_by_nodes(args.nodes_set), args.array, time_limit=args.time)
     prepared = submission.prepare(request)
     if args.dry_run:
@@ -69,16 +69,16 @@ def _stage(args: argparse.Namespace, words: list[str]) -> int:
     return 0
 
 
-def _chain(args: argparse.Namespace, words: list[str]) -> int:
+def _chain(args: argparse.Namespace, argv: list[str]) -> int:
     from megatron_sov.slurm import chain
 
-    if len(words) != 1:
-        raise UserError(f"submit chain: takes one file, not {' '.join(words) or 'none'}; stages and their arguments stand in it")
+    if len(argv) != 1:
+        raise UserError(f"submit chain: takes one file, not {' '.join(argv) or 'none'}; stages and their arguments stand in it")
     given = [name for name in ("nodes", "min_nodes", "nodes_set", "array") if getattr(args, name)]
     if given:
-        raise UserError(f"submit chain: --{given[0].replace('_', '-')} belongs to a stage; write it into {words[0]}")
+        raise UserError(f"submit chain: --{given[0].replace('_', '-')} belongs to a stage; write it into {argv[0]}")
     options = chain.Options(args.cluster, args.account, args.partition, args.time)
-    return chain.run(Path(words[0]), options, resume=args.continue_chain, dry_run=args.dry_run)
+    return chain.run(Path(argv[0]), options, resume=args.continue_chain, dry_run=args.dry_run)
 
 
 def _cluster_name(args: argparse.Namespace) -> str:

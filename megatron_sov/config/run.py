@@ -141,7 +141,7 @@ class RunConfig:
         p += self.parallel.problems(self.model, num_ranks)
         p += self._phase_problems() + self._number_problems() + self.optim.problems() + self.extend.problems()
         p += self.needle.problems() + self.guards.problems(self.train.deterministic)
-        p += self.evaluate.beside.problems(self.train.export_every_checkpoints)
+        p += self.evaluate.background.problems(self.train.export_every_checkpoints)
         return p + ([] if p else self._batch_problems(num_ranks))
 
     def _phase_problems(self) -> list[str]:

@@ -16,7 +16,7 @@ import torch
 
 from megatron_sov import convert
 from megatron_sov.artifacts import MANIFEST, atomic_write, manifest_sha256, to_json
-from megatron_sov.convert import Check
+from megatron_sov.convert import ParityCheck
 from megatron_sov.convert.proof import Proof
 from megatron_sov.convert.sources import Weights
 from megatron_sov.errors import UserError
@@ -33,7 +33,7 @@ SEED = 0
 class LogitsProof:
     """What running both sides found."""
 
-    checks: list[Check]
+    checks: list[ParityCheck]
     """Empty where the logits were not compared."""
     method: dict[str, Any] = field(default_factory=dict)
     """For the card: prompts, precision, who ran each side; or why nothing was run."""

@@ -12,13 +12,13 @@ import torch
 
 from megatron_sov.config import GateConfig, RunConfig
 from megatron_sov.eval.heldout import HeldoutData, open_heldout
-from megatron_sov.eval.perplexity import evaluate_policy
+from megatron_sov.eval.perplexity import evaluate_forward_model
 from megatron_sov.extend.decontamination import Decontamination
 from megatron_sov.extend.needles import Needles
-from megatron_sov.extend.verdict import judge
-from megatron_sov.generate.load import Loaded, run_policy
+from megatron_sov.extend.verdict import decide
+from megatron_sov.generate.load import Loaded, run_forward_model
 from megatron_sov.generate.target import Target
-from megatron_sov.mcore.model import pipeline
+from megatron_sov.mcore.parallel import collectives
 from megatron_sov.train.evaluate import HeldoutLoss
 from megatron_sov.train.trainer import Trainer
 
@@ -41,8 +41,8 @@ def loss_of_checkpoint(start: Path, short: HeldoutData, config: RunConfig, nproc
         Nats per token; None on other processes than the first of a torchrun or Slurm job.
     """
     layout = [f"parallel.{name}={value}" for name, value in config.to_dict()["parallel"].items()]
-    found: float | None = run_policy(Target(start, False), [*layout, f"train.precision={config.train.precision}"], nproc,
-                                     lambda loaded: mean_loss(evaluate_policy(loaded, short)))
+    found: float | None = run_forward_model(Target(start, False), [*layout, f"train.precision={config.train.precision}"], nproc,
+                                     lambda loaded: mean_loss(evaluate_forward_model(loaded, short)))
     return found
 
 
@@ -69,22 +69,22 @@ class StageGate:
 
     def begin(self, trainer: Trainer) -> None:
         """Record what was searched, and judge the model as it is before the first step."""
-        trainer.events.write("decontamination", step=trainer.done.step, **self._clean.fields())
-        self._judge(trainer)
+        trainer.events.write("decontamination", step=trainer.state.step, **self._clean.fields())
+        self._measure(trainer)
 
     def check(self, trainer: Trainer) -> None:
         """Judge the model every `every_steps` steps and after the last one."""
-        step = trainer.done.step
+        step = trainer.state.step
         if step % self._settings.every_steps == 0 or step == trainer.num_steps or step == self._min_steps:
-            self._judge(trainer)
+            self._measure(trainer)
 
-    def _judge(self, trainer: Trainer) -> None:
-        step = trainer.done.step
+    def _measure(self, trainer: Trainer) -> None:
+        step = trainer.state.step
         result = self._needles.measure(trainer)
-        losses = evaluate_policy(Loaded(trainer.policy, trainer.config, trainer.world), self._short)
+        losses = evaluate_forward_model(Loaded(trainer.policy, trainer.config, trainer.world), self._short)
         known = self._start_loss if trainer.world.is_main and self._start_loss is not None else 0.0
-        start_loss = self._start_loss = float(pipeline.sum_everywhere(torch.tensor([known], dtype=torch.float64)))
-        verdict = judge(result.cells, mean_loss(losses), start_loss, self._settings)
+        start_loss = self._start_loss = float(collectives.all_reduce_world(torch.tensor([known], dtype=torch.float64)))
+        verdict = decide(result.cells, mean_loss(losses), start_loss, self._settings)
         self.passed = verdict.passed and step >= self._min_steps
         self._checks.append({"step": step, "passed": self.passed, "failures": verdict.lines()})
         trainer.events.write("gate", step=step, passed=self.passed, start_loss=start_loss,

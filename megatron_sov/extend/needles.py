@@ -41,7 +41,7 @@ class Needles:
 
     def record(self, trainer: Trainer, when: str, result: NeedleResult) -> dict[str, Any]:
         """Write a result into the run's events and show it; returns it as plain values."""
-        trainer.events.write("needle", when=when, step=trainer.done.step, **result.to_dict())
+        trainer.events.write("needle", when=when, step=trainer.state.step, **result.to_dict())
         if trainer.world.is_main:
             print(f"needle retrieval {when} the extension\n{table(result)}", flush=True)
         return result.to_dict()

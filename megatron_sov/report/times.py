@@ -36,5 +36,5 @@ def _bar(time: WallTime) -> Chart:
                                 hovertemplate=f"{label}: {share:.1f} %, {duration(time.spent_s[name])}<extra></extra>"))
     figure.update_layout(barmode="stack", xaxis={"title": "% of the wall time", "range": [0, 100]},
                          yaxis={"showticklabels": False})
-    caption = f"Of {duration(time.total_s)} since the first start, {time.effective_share:.1%} moved the model forward."
+    caption = f"Of {duration(time.total_s)} since the first start, {time.goodput:.1%} moved the model forward."
     return chart(figure, caption, height_px=190)

@@ -180,7 +180,7 @@ def end(job: Job) -> str:
 
 def _corrupt_nodes(job: Job) -> list[str]:
     """Return the nodes that the run's last `corruption` event names; none where they are half of the nodes, or more."""
-    named = [e["hosts"] for e in read_events(job.args.target / EVENTS) if e["event"] == "corruption"]
+    named = [e["hosts"] for e in read_events(job.args.target / EVENTS) if e["event"] == "sdc"]
     found = [node for node in job.args.nodes if named and node in {host.split(".")[0] for host in named[-1]} | set(named[-1])]
     return found if 2 * len(found) < len(job.args.nodes) else []
 

@@ -161,7 +161,7 @@ def _state(link: Link, before: Submitted, living: dict[str, str]) -> str:
             if r["event"] == "end" and r["time_s"] >= before.time_s and r["outcome"] != "complete"]
     if ends:
         return f"not complete, its job ended by: {ends[-1]['outcome']}, {ends[-1]['reason']}"
-    if said := [words for number in numbers if (words := submission.last_words(records, number))]:
+    if said := [argv for number in numbers if (argv := submission.last_words(records, number))]:
         return f"not complete, its job ended before it began its work: {said[-1]}"
     return f"not complete, its job {' and '.join(numbers) or '(none)'} never began: an earlier stage failed, or it was cancelled"
 
@@ -207,12 +207,12 @@ def _prepared(stage: ChainStage, chosen: str, options: Options, needs: tuple[Pat
         needs: completion manifests of the stages before it.
     """
     try:
-        words = tuple(shlex.split(stage.arguments, comments=True))
+        argv = tuple(shlex.split(stage.arguments, comments=True))
     except ValueError as e:
         raise UserError(f"arguments = {stage.arguments!r}: cannot be read as a shell would ({e}); mend its quotes") from None
     profile = cluster.load(chosen, account=options.account, partition=options.partition)
     return submission.prepare(submission.Request(
-        stage.stage, words, profile, stage.nodes, stage.min_nodes or None, settings_by_nodes(list(stage.nodes_set)), stage.array,
+        stage.stage, argv, profile, stage.nodes, stage.min_nodes or None, settings_by_nodes(list(stage.nodes_set)), stage.array,
         needs, stage.time_limit or options.time_limit))
 
 

@@ -89,10 +89,10 @@ def _directive(value: Any) -> str:
     return text if PLAIN.fullmatch(text) else '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-def _lines(words: list[str] | tuple[str, ...], indent: int = 2) -> str:
+def _lines(argv: list[str] | tuple[str, ...], indent: int = 2) -> str:
     """Return quoted words, a new line before each option."""
     lines: list[list[str]] = [[]]
-    for word in words:
+    for word in argv:
         if word.startswith("--"):
             lines.append([])
         lines[-1].append(shlex.quote(word))

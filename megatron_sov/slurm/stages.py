@@ -91,7 +91,7 @@ def work_of(stage: str, arguments: list[str]) -> Work:
         raise UserError(f"stage {stage!r}: does not exist{nearest(stage, STAGES)} (stages: {', '.join(STAGES)}, chain)")
     if STAGES[stage].ranks:
         return _training(stage, arguments)
-    reader: Callable[[list[str]], Work] = {"convert": _convert, "eval": _eval}.get(stage, lambda words: _artifact(stage, words))
+    reader: Callable[[list[str]], Work] = {"convert": _convert, "eval": _eval}.get(stage, lambda argv: _artifact(stage, argv))
     return reader(arguments)
 
 
@@ -103,10 +103,10 @@ def _training(stage: str, arguments: list[str]) -> Work:
         raise UserError(f"--nproc {args.nproc}: under Slurm the nodes and the profile decide; leave it out")
     config = submitted_config(args, STAGES[stage].objective)
     run = args.run.absolute()
-    words = arguments if args.resume else [*arguments, "--resume"]
+    argv = arguments if args.resume else [*arguments, "--resume"]
     inputs = [_path_of(text) for text in args.data or config.data.paths]
     inputs += [path for path in (args.start_from, args.config) if path is not None]
-    return Work(stage, tuple(words), run, run / JOBS, run / COMPLETION, inputs=tuple(p.absolute() for p in inputs), config=config)
+    return Work(stage, tuple(argv), run, run / JOBS, run / COMPLETION, inputs=tuple(p.absolute() for p in inputs), config=config)
 
 
 def _artifact(stage: str, arguments: list[str]) -> Work:
@@ -153,9 +153,9 @@ def _eval(arguments: list[str]) -> Work:
     found = vars(args)
     subject = next((found[name] for name in ("target", "checkpoint", "run") if found.get(name) is not None), None)
     if subject is None:
-        raise UserError(f"submit eval {args.judge}: names no model or run; pass --run, the job's records lie beside it")
+        raise UserError(f"submit eval {args.task}: names no model or run; pass --run, the job's records lie beside it")
     target = subject.absolute()
-    records = target.with_name(f"{target.name}.{args.judge}.slurm")
+    records = target.with_name(f"{target.name}.{args.task}.slurm")
     return Work("eval", tuple(arguments), target, records, records / COMPLETION, writes_done=False, inputs=(target,))
 
 

@@ -15,7 +15,7 @@ from megatron_sov.mcore.model.expert_load import ExpertLoad
 from megatron_sov.mcore.model.language_model import LanguageModel
 from megatron_sov.mcore.model.logprobs import head_of
 from megatron_sov.mcore.optimizer.optimizer import Optimizer
-from megatron_sov.mcore.parallel import rng
+from megatron_sov.mcore.parallel import collectives, rng
 from megatron_sov.mcore.parallel.compute_timer import ComputeClock
 from megatron_sov.train.guards.fault_injection import Faults
 from megatron_sov.train.microbatch import MicroBatch
@@ -47,7 +47,7 @@ class Computation:
         size = len(objective.coefficients) + 2 * self._num_sources
         local = torch.stack(parts).sum(0).cpu() if parts else torch.zeros(size, dtype=torch.float64)
         self.is_finite = bool(local.isfinite().all())
-        return pipeline.from_last_stage(pipeline.sum_over_data(local))
+        return collectives.broadcast_from_last_stage(collectives.all_reduce_dp(local))
 
     def own_gradients(self, batch: GlobalBatch, objective: Objective, step: int, turn: int) -> None:
         """Leave only this process's gradients of the first micro-batches in the model; each turn draws the same dropout."""

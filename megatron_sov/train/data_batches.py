@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_sov.config import RunConfig
 from megatron_sov.data.batches import BatchStream, RankBatch
-from megatron_sov.data.ledger import Entry
+from megatron_sov.data.ledger import LedgerEntry
 from megatron_sov.data.order import OrderState, SampleOrder
 from megatron_sov.data.token_shards import Source
 from megatron_sov.mcore.parallel.world import World
@@ -38,7 +38,7 @@ class DataBatches:
         """Pass over the next step's batch."""
         self._advance()
 
-    def next_entry(self) -> Entry:
+    def next_entry(self) -> LedgerEntry:
         """Return the ledger's entry of the next step."""
         return self.ledger.at(self._step)
 

@@ -17,9 +17,9 @@ import torch
 from megatron_sov.data.order import Sample
 from megatron_sov.data.rows import Row, heldout_samples, join_rows, sample_row
 from megatron_sov.data.token_shards import Source
-from megatron_sov.mcore.decode.forward_only import Policy
-from megatron_sov.mcore.model import pipeline
+from megatron_sov.mcore.decode.forward_only import ForwardModel
 from megatron_sov.mcore.model.logprobs import Head
+from megatron_sov.mcore.parallel import collectives
 from megatron_sov.mcore.parallel.world import World
 from megatron_sov.train.microbatch import MicroBatch, from_row, shifted_targets
 
@@ -61,7 +61,7 @@ class HeldoutEvaluator:
         first = world.dp_rank * self._rows_per_batch
         return [join_rows(rows[i:i + self._rows_per_batch]) for i in range(first, len(rows), per_round)]
 
-    def run(self, policy: Policy, around: Around = lambda source, action: action()) -> dict[str, HeldoutLoss]:
+    def run(self, policy: ForwardModel, around: Around = lambda source, action: action()) -> dict[str, HeldoutLoss]:
         """Return the result of every source that has held-out documents; called by all processes together.
 
         Args:
@@ -72,7 +72,7 @@ class HeldoutEvaluator:
             micro_batches = [from_row(r) for r in rows]
             sums = around(name, partial(policy.map, micro_batches, self._sums))
             local = torch.stack(sums).sum(0) if sums else torch.zeros(5, dtype=torch.float64)
-            nats, tokens, size_bytes, accepted, drafts = pipeline.from_last_stage(pipeline.sum_over_data(local.cpu())).tolist()
+            nats, tokens, size_bytes, accepted, drafts = collectives.broadcast_from_last_stage(collectives.all_reduce_dp(local.cpu())).tolist()
             bits_per_byte = nats / math.log(2) / size_bytes if size_bytes else math.nan
             results[name] = HeldoutLoss(nats / max(tokens, 1), bits_per_byte, int(tokens), accepted / drafts if drafts else None)
         return results

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_sov.train.rollback import roll_back
+from megatron_sov.train.rollback import rollback
 from megatron_sov.train.state import StepResult
 from megatron_sov.train.stopping import StopFlag
 from megatron_sov.train.trainer import Trainer
@@ -18,17 +18,17 @@ def train(trainer: Trainer, stop: StopFlag) -> bool:
     trainer.announce()
     result: StepResult | None = None
     while not trainer.finished:
-        trainer.watchdog.begin(trainer.done.step + 1)
+        trainer.watchdog.begin(trainer.state.step + 1)
         result = trainer.update()
         if result is not None:
             trainer.log(result)
         trainer.watchdog.end()
-        taken_back = trainer.guard.gives_up
-        if taken_back:
-            roll_back(trainer)
+        rolled_back = trainer.guard.wants_rollback
+        if rolled_back:
+            rollback(trainer)
         if trainer.gate is not None:
             trainer.gate.check(trainer)
-        step, last = trainer.done.step, trainer.finished
+        step, last = trainer.state.step, trainer.finished
         if last or (every.eval_every_steps and step % every.eval_every_steps == 0):
             if result is not None:
                 trainer.log_expert_load()
@@ -38,8 +38,8 @@ def train(trainer: Trainer, stop: StopFlag) -> bool:
             trainer.saver.finish()
             trainer.events.write("stop", step=step, reason=stop.reason or "another process was asked to stop")
             return False
-        if last or taken_back or step % every.checkpoint_every_steps == 0:
+        if last or rolled_back or step % every.checkpoint_every_steps == 0:
             trainer.save()
     trainer.saver.finish()
-    trainer.events.write("run_end", step=trainer.done.step, wall_s=trainer.wall_s(), final_loss=result.loss if result else None)
+    trainer.events.write("run_end", step=trainer.state.step, wall_s=trainer.wall_s(), final_loss=result.loss if result else None)
     return True

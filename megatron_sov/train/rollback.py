@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from megatron_sov.train.trainer import Trainer
 
 
-def roll_back(trainer: Trainer) -> None:
+def rollback(trainer: Trainer) -> None:
     """Go on with the weights of the last good checkpoint, behind the samples that were refused; called by all processes together.
 
     Raises:
         UserError: there is no checkpoint to return to that has not been tried.
     """
-    guard, now = trainer.guard, trainer.done.step
+    guard, now = trainer.guard, trainer.state.step
     refusal, refused, rollbacks = guard.refusal, guard.in_a_row, guard.rollbacks
     assert refusal is not None, f"{refused} steps were refused, and none says why"
     trainer.saver.finish()
@@ -35,7 +35,7 @@ def roll_back(trainer: Trainer) -> None:
         raise UserError(f"steps {now - refused + 1} to {now} were refused in a row (the last one: {refusal.reason}), and of "
                         f"checkpoints there is {tried}; lower optim.lr = {trainer.config.optim.lr:g} or look at the data, and "
                         "start a new --run --from a checkpoint that you trust")
-    back_to = trainer.take_back(target)
+    back_to = trainer.rollback_to(target)
     guard.forget_refusals()
     trainer.batches.ledger.pass_over(back_to, now)
     guard.rollbacks = [*rollbacks, {"at": now, "to": back_to}]

@@ -34,7 +34,7 @@ from megatron_sov.train.gate import Gate
 from megatron_sov.train.guards.fault_injection import Fault, Faults, not_come
 from megatron_sov.train.loop import train
 from megatron_sov.train.restoring import newest_sound
-from megatron_sov.train.side_jobs.side_jobs import Beside
+from megatron_sov.train.side_jobs.side_jobs import SideJobs
 from megatron_sov.train.stopping import StopFlag
 from megatron_sov.train.trainer import ObjectiveFactory, Trainer
 
@@ -85,7 +85,7 @@ def run_stage(stage: Stage, nproc: int | None) -> bool:
     completion = stage.folder.completion()
     if completion is not None:
         print(f"{stage.folder.path}: is complete at step {completion['step']}")
-        _finish_beside(stage)
+        _finish_side_jobs(stage)
         return True
     packed = open_sources(stage.config.data.paths, stage.config.model.vocab_size)
     if stage.check_sources is not None:
@@ -104,7 +104,7 @@ def run_stage(stage: Stage, nproc: int | None) -> bool:
     if stage.folder.completion() is not None:
         for fault in not_come(stage.faults, stage.folder.path):
             print(f"warning: --inject {fault.name}: never came\n", end="", file=sys.stderr)
-        _finish_beside(stage)
+        _finish_side_jobs(stage)
         return True
     failure = stage.folder.failure()
     if under_launcher():
@@ -116,10 +116,10 @@ def run_stage(stage: Stage, nproc: int | None) -> bool:
     raise StopRequested(f"{stage.folder.path}: everything is saved; continue with --resume")
 
 
-def _finish_beside(stage: Stage) -> None:
+def _finish_side_jobs(stage: Stage) -> None:
     """Make the exports that a complete run has begun, and judge them; no rank waits in a collective any more."""
     if is_first():
-        Beside(stage.folder.path, stage.config, RunEvents(stage.folder.path).add).wait()
+        SideJobs(stage.folder.path, stage.config, RunEvents(stage.folder.path).add).wait()
 
 
 def _note_restart(folder: RunFolder, code: int, cause: str) -> None:
@@ -150,7 +150,7 @@ def _rank(stage: Stage, sources: list[Source]) -> int:
         determinism.switch_on()
     newest = checkpoints.latest(stage.folder.checkpoints)
     faults = Faults(stage.faults, stage.folder.path, int(os.environ["RANK"]))
-    faults.strike("start", checkpoints.step_of(newest) if newest else 0)
+    faults.trigger("start", checkpoints.step_of(newest) if newest else 0)
     place = world.join(stage.config.parallel)
     lock = RunLock(stage.folder.path) if place.is_main else None
     trainer: Trainer | None = None
@@ -168,7 +168,7 @@ def _rank(stage: Stage, sources: list[Source]) -> int:
     except UserError as e:
         if trainer is not None:
             with contextlib.suppress(UserError):  # a full disk may be what the mistake is about
-                trainer.events.write("failure", step=trainer.done.step, text=str(e))
+                trainer.events.write("failure", step=trainer.state.step, text=str(e))
         raise
     finally:
         if trainer is not None:
@@ -193,7 +193,7 @@ def _restore(stage: Stage, trainer: Trainer) -> bool:
     on_main(trainer.world, lambda: checkpoints.clear_leftovers(folder))
     newest = newest_sound(stage.folder, trainer.world)
     if newest is not None:
-        trainer.faults.strike("load", checkpoints.step_of(newest))
+        trainer.faults.trigger("load", checkpoints.step_of(newest))
         trainer.resume(newest)
         return True
     on_main(trainer.world, lambda: checkpoints.refuse_lost(folder))
@@ -215,7 +215,7 @@ def _finish(stage: Stage, trainer: Trainer) -> None:
         on_main(trainer.world, lambda: stage.folder.fail(failure))
         return
     extra = stage.after(trainer) if stage.after is not None else {}
-    last = stage.folder.checkpoint(trainer.done.step)
+    last = stage.folder.checkpoint(trainer.state.step)
     on_main(trainer.world, lambda: stage.folder.complete({
-        "step": trainer.done.step, "tokens": trainer.done.tokens, "wall_s": trainer.wall_s(),
+        "step": trainer.state.step, "tokens": trainer.state.tokens, "wall_s": trainer.wall_s(),
         "checkpoint": f"{stage.folder.checkpoints.name}/{last.name}", "checkpoint_sha256": manifest_sha256(last), **extra}))

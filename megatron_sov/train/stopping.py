@@ -8,7 +8,7 @@ from types import FrameType
 import torch
 
 from megatron_sov.mcore.checkpoint.save import Saver
-from megatron_sov.mcore.model import pipeline
+from megatron_sov.mcore.parallel import collectives
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """SIGUSR1 is what Slurm is asked to send before the time limit."""
@@ -33,7 +33,7 @@ class StopFlag:
         Raises:
             UserError: the outstanding checkpoint failed.
         """
-        asked, *progress = pipeline.sum_everywhere(
+        asked, *progress = collectives.all_reduce_world(
             torch.tensor([float(self.reason is not None), *saver.progress()], dtype=torch.float64)).tolist()
         saver.advance(progress)
         return asked > 0

@@ -22,7 +22,7 @@ from megatron_sov.data.token_shards import Source, provenance, tokenizer_folder
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.checkpoint import load
 from megatron_sov.mcore.checkpoint.save import Companions, Saved, Saver
-from megatron_sov.mcore.decode.forward_only import Policy
+from megatron_sov.mcore.decode.forward_only import ForwardModel
 from megatron_sov.mcore.model import init, replica_checks
 from megatron_sov.mcore.model.expert_load import ExpertLoad
 from megatron_sov.mcore.model.language_model import build
@@ -32,7 +32,7 @@ from megatron_sov.mcore.parallel.world import World
 from megatron_sov.models.count import num_params
 from megatron_sov.obs import process_start, routing
 from megatron_sov.obs.events import EVENTS, EventLog
-from megatron_sov.obs.progress_bar import Progress
+from megatron_sov.obs.progress_bar import ProgressBar
 from megatron_sov.obs.trackers import Trackers
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.folder import RunFolder
@@ -41,14 +41,14 @@ from megatron_sov.train.data_batches import DataBatches
 from megatron_sov.train.evaluate import HeldoutEvaluator, HeldoutLoss
 from megatron_sov.train.gate import Gate
 from megatron_sov.train.guards.fault_injection import Fault, Faults, corrupt
-from megatron_sov.train.guards.routing_monitor import RoutingWatch
-from megatron_sov.train.guards.sdc import CorruptionChecks
+from megatron_sov.train.guards.routing_monitor import RoutingMonitor
+from megatron_sov.train.guards.sdc import SdcChecks
 from megatron_sov.train.guards.step_guard import Refusal, StepGuard
 from megatron_sov.train.guards.stragglers import Stragglers
 from megatron_sov.train.guards.watchdog import Watchdog
 from megatron_sov.train.objective import GlobalBatch, Objective
-from megatron_sov.train.side_jobs.side_jobs import Beside
-from megatron_sov.train.state import Progressed, StepResult
+from megatron_sov.train.side_jobs.side_jobs import SideJobs
+from megatron_sov.train.state import StepResult, TrainState
 
 ObjectiveFactory = Callable[[RunConfig, DataBatches], Objective]
 
@@ -62,14 +62,14 @@ class Trainer:
         self.schedule = Schedule(config)
         self.num_steps = self.schedule.num_steps
         self.gate = gate
-        self.done = Progressed()
+        self.state = TrainState()
         self.model = build(config.model, config.parallel, config.train)
         init.initialise(self.model, config.model, config.train.seed)
         self.optimizer = Optimizer(self.model, config.optim, config.parallel)
         self.expert_load = ExpertLoad(self.model)
         self._experts = config.model.num_layers, config.model.num_experts
         self.model.config.finalize_model_grads_func = self.expert_load.finalize
-        self.policy = Policy(self.model, config.train.head_chunk_tokens)
+        self.policy = ForwardModel(self.model, config.train.head_chunk_tokens)
         self.batches = DataBatches(config, sources, world)
         self._objective_factory = objective
         self.objective = objective(config, self.batches)
@@ -79,7 +79,7 @@ class Trainer:
         self.events = EventLog(None)
         self._trackers: Trackers | None = None
         self._progress: Progress | None = None
-        self._beside: Beside | None = None
+        self._side_jobs: SideJobs | None = None
         self._continues: str | None = None
         self._data = {s.name: manifest_sha256(s.artifact) for s in sources if s.artifact is not None}
         self._worn_out: set[str] = set()
@@ -92,9 +92,9 @@ class Trainer:
         self.guard = StepGuard(settings, self.world.is_main)
         self.watchdog = Watchdog(self.folder.path, self.world.rank, settings.hang_timeout_s,
                                  lambda step, places: self.events.write("hang", step=step, places=places))
-        self.corruption = CorruptionChecks(settings)
+        self.sdc = SdcChecks(settings)
         self.stragglers = Stragglers(settings)
-        self.routing = RoutingWatch(settings)
+        self.routing = RoutingMonitor(settings)
         self.faults = Faults(faults, self.folder.path, self.world.rank)
         self.computation = Computation(self.config, self.model, self.optimizer, self.expert_load, len(self.sources), self.faults,
                                        self.stragglers.clock)
@@ -102,7 +102,7 @@ class Trainer:
     @property
     def finished(self) -> bool:
         """Whether there is no more to train: the last step is done, or the gate has passed."""
-        return self.done.step >= self.num_steps or (self.gate is not None and self.gate.passed)
+        return self.state.step >= self.num_steps or (self.gate is not None and self.gate.passed)
 
     # starting and resuming
 
@@ -110,7 +110,7 @@ class Trainer:
         """Start from the weights of another run's checkpoint."""
         load.check(path)
         load.load_model(path, self.model)
-        self.optimizer.adopt_model()
+        self.optimizer.sync_master_weights()
 
     def resume(self, path: Path) -> None:
         """Continue exactly where a (sound) checkpoint of this run was taken.
@@ -125,22 +125,22 @@ class Trainer:
                                 "into it means nothing now; resume with the data of before, or start a new --run --from that "
                                 "checkpoint")
         self._load(path, state)
-        self.done = Progressed(state["step"], state["tokens"], state["wall_s"])
+        self.state = TrainState(state["step"], state["tokens"], state["wall_s"])
         self.batches.close()
         self.batches = DataBatches(self.config, self.sources, self.world, OrderState.from_dict(state["order"]))
         self.objective = self._objective_factory(self.config, self.batches)
         self._continues = path.name
 
-    def take_back(self, path: Path) -> int:
+    def rollback_to(self, path: Path) -> int:
         """Return to the weights of a (sound) checkpoint and go on with the data where they are; returns the checkpoint's step."""
         state = load.read_state(path)
         self._load(path, state)
-        self.done.tokens = state["tokens"]
+        self.state.tokens = state["tokens"]
         return int(state["step"])
 
     def _load(self, path: Path, state: dict[str, Any]) -> None:
         load.load_model(path, self.model)
-        self.optimizer.adopt_model()
+        self.optimizer.sync_master_weights()
         load.load_optimizer(path, self.optimizer, state["num_updates"])
         if self.gate is not None and "gate" in state:
             self.gate.restore(state["gate"])
@@ -151,18 +151,18 @@ class Trainer:
         """Open events and trackers; called on rank 0 only."""
         self.events = EventLog(self.folder.path / EVENTS)
         self._trackers = Trackers(self.config.obs, self.folder.path, self.config.to_dict())
-        self._beside = Beside(self.folder.path, self.config, self.events.write)
+        self._side_jobs = SideJobs(self.folder.path, self.config, self.events.write)
         self.faults.tell(self.events)
 
     def announce(self) -> None:
         """Record what runs where."""
         if self._continues is not None:
-            self.events.write("resume", step=self.done.step, reason=f"continued from {self._continues}")
+            self.events.write("resume", step=self.state.step, reason=f"continued from {self._continues}")
         count = num_params(self.config.model)
         parallel = {**asdict(self.config.parallel), "dp": self.world.dp_size}
         self.events.write(
             "run_start", recipe=self.config.recipe, num_ranks=self.world.size, layout=parallel, num_params=count.total,
-            num_active_params=count.active, num_steps=self.num_steps, resumed_from=self.done.step,
+            num_active_params=count.active, num_steps=self.num_steps, resumed_from=self.state.step,
             began_s=process_start.began_s(),
             inputs=provenance(self.sources),
             machine={"host": platform.node(), "python": platform.python_version(), "torch": torch.__version__,
@@ -171,7 +171,7 @@ class Trainer:
             self.events.write("phase", step=entry.first_step, name=entry.phase, blend=entry.weights, seq_len=entry.seq_len,
                               global_batch_size=entry.global_batch_size, skip=entry.skip)
         if self.world.is_main:
-            self._progress = Progress(self.num_steps, self.done.step, self.config.recipe)
+            self._progress = ProgressBar(self.num_steps, self.state.step, self.config.recipe)
 
     # one step
 
@@ -183,13 +183,13 @@ class Trainer:
             SilentCorruption: a process does not compute the same twice.
         """
         start = time.monotonic()
-        step = self.done.step
+        step = self.state.step
         rng.reseed(self.config.train.seed, step)
         self.guard.enter(step, self.batches.ledger)
         if self.batches.next_entry().skip:
             self.batches.skip()
-            self.done.step += 1
-            self.events.write("skip", step=self.done.step, reason="data.skip_steps")
+            self.state.step += 1
+            self.events.write("skip", step=self.state.step, reason="data.skip_steps")
             return None
         batch = self.objective.prepare(self.objective.collect(self.policy, step))
         self._before_computing(batch)
@@ -200,11 +200,11 @@ class Trainer:
         by_source = sums[len(terms):].reshape(-1, 2).tolist()
         loss = sum(self.objective.coefficients[t] * value for t, value in losses.items())
         grad_norm = self.optimizer.step(lr, lambda norm: self.guard.accepts(loss, norm))
-        self.done.step += 1
+        self.state.step += 1
         if self.guard.refusal is not None:
             self._refuse(self.guard.refusal)
             return None
-        self.done.tokens += batch.num_tokens
+        self.state.tokens += batch.num_tokens
         self._warn_of_epochs()
         return StepResult(
             loss=loss, losses=losses,
@@ -214,18 +214,18 @@ class Trainer:
 
     def _before_computing(self, batch: GlobalBatch) -> None:
         """Let faults on purpose come, and check that this process computes the same twice."""
-        step = self.done.step + 1
+        step = self.state.step + 1
         self.faults.tell(self.events)
-        self.faults.strike("step", step)
+        self.faults.trigger("step", step)
         if self.faults.due("bitflip", "step", step):
             replica_checks.flip_bit(next(p for p in self.model.parameters() if p.dim() == 2))
-        if self.corruption.probe_is_due(step):
+        if self.sdc.probe_is_due(step):
             compute = partial(self.computation.own_gradients, batch, self.objective, step)
-            self.corruption.repeat(step, self.model, compute, self.events)
+            self.sdc.repeat(step, self.model, compute, self.events)
 
     def _refuse(self, refusal: Refusal) -> None:
         """Take note that the step that was just computed is not learned."""
-        step = self.done.step
+        step = self.state.step
         if not self.config.guards.skip:
             self.saver.finish()
             newest = checkpoints.latest(self.folder.checkpoints)
@@ -248,7 +248,7 @@ class Trainer:
                 self._worn_out.add(name)
                 text = (f"source {name} is gone through {epochs:.1f} times, more than data.max_epochs = {limit:g}; "
                         "add data or lower its weight")
-                self.events.write("warning", step=self.done.step, text=text)
+                self.events.write("warning", step=self.state.step, text=text)
                 if self.world.is_main:
                     print(f"warning: {text}", file=sys.stderr)
 
@@ -256,20 +256,20 @@ class Trainer:
 
     def log(self, result: StepResult) -> None:
         """Record a step: events, trackers, progress bar."""
-        every, step = self.config.train.log_every_steps, self.done.step
+        every, step = self.config.train.log_every_steps, self.state.step
         self.stragglers.report(step, self.events)
         if self.routing.is_due(step):
             load, biases = self.expert_load.gather(*self._experts), self.expert_load.biases(*self._experts)
             self.routing.follow(step, load, biases, self.events)
-        if self._beside is not None:
-            self._beside.poll()
+        if self._side_jobs is not None:
+            self._side_jobs.poll()
         if step % every and step != self.num_steps:
             return
         balance = self._balance()
         tokens_per_s = result.num_tokens / result.seconds
         self.events.write(
             "step", step=step, loss=result.loss, losses=result.losses, losses_by_source=result.losses_by_source,
-            grad_norm=result.grad_norm, lr=result.lr, tokens=self.done.tokens, step_time_s=result.seconds,
+            grad_norm=result.grad_norm, lr=result.lr, tokens=self.state.tokens, step_time_s=result.seconds,
             tokens_per_s=tokens_per_s, phase=result.phase, padding_share=result.padding_share, **balance)
         if self._trackers is not None:
             self._trackers.log_step(step, {
@@ -292,7 +292,7 @@ class Trainer:
         layers = [i for i in range(len(load)) if load[i].sum() > 0]
         if layers:
             shares = [(load[i] / load[i].sum()).tolist() for i in layers]
-            self.events.write("expert_load", step=self.done.step, load=shares, layers=[i + 1 for i in layers], **fields)
+            self.events.write("expert_load", step=self.state.step, load=shares, layers=[i + 1 for i in layers], **fields)
 
     # evaluation and checkpoints
 
@@ -305,9 +305,9 @@ class Trainer:
                 self.sources, sizes, self.batches.ledger.max_seq_len(), self.config.train.micro_batch_size,
                 self.config.data.heldout_tokens, self.world)
         results = self._evaluator.run(self.policy, self._count_experts)
-        self.events.write("eval", step=self.done.step, heldout={name: asdict(r) for name, r in results.items()})
+        self.events.write("eval", step=self.state.step, heldout={name: asdict(r) for name, r in results.items()})
         consumed = self.batches.consumed_tokens()
-        self.events.write("data_consumed", step=self.done.step, tokens=consumed, plan=self._planned_tokens())
+        self.events.write("data_consumed", step=self.state.step, tokens=consumed, plan=self._planned_tokens())
         return results
 
     def _count_experts(self, source: str, action: Callable[[], Any]) -> Any:
@@ -321,7 +321,7 @@ class Trainer:
         plan = dict.fromkeys((s.name for s in self.sources), 0.0)
         entries = self.batches.ledger.entries
         for entry, after in zip(entries, [*(e.first_step for e in entries[1:]), self.num_steps], strict=True):
-            steps = max(0, min(self.done.step, after) - entry.first_step)
+            steps = max(0, min(self.state.step, after) - entry.first_step)
             for name, weight in entry.weights.items():
                 plan[name] = plan.get(name, 0.0) + steps * entry.global_batch_size * entry.seq_len * weight
         return {name: round(tokens) for name, tokens in plan.items()}
@@ -329,16 +329,16 @@ class Trainer:
     def save(self) -> None:
         """Take a checkpoint; it is written in the background, or at once where `train.async_save` is off."""
         settings = self.config.train
-        self.corruption.compare(self.done.step, self.model, self.events)
-        state = {"step": self.done.step, "tokens": self.done.tokens, "wall_s": self.wall_s(),
+        self.sdc.compare(self.state.step, self.model, self.events)
+        state = {"step": self.state.step, "tokens": self.state.tokens, "wall_s": self.wall_s(),
                  "num_updates": self.optimizer.num_updates, "order": self.batches.state(), "data": self._data,
                  "guard": self.guard.state(),
                  **({"gate": self.gate.state()} if self.gate is not None else {})}
         self.saver.begin(
-            self.folder.checkpoint(self.done.step), self.model, self.optimizer,
+            self.folder.checkpoint(self.state.step), self.model, self.optimizer,
             Companions(state, self.config.to_dict(), self.tokenizer),
             then=lambda: checkpoints.prune(self.folder.checkpoints, settings.keep_checkpoints, settings.keep_every_steps))
-        self.faults.strike("save", self.done.step)
+        self.faults.trigger("save", self.state.step)
         if not settings.async_save:
             self.saver.finish()
 
@@ -347,18 +347,18 @@ class Trainer:
                           save_s=saved.save_s, stall_s=saved.stall_s)
         if self.faults.due("corrupt-checkpoint", "save", saved.step):
             corrupt(saved.path)
-        if self._beside is not None:
-            self._beside.offer(saved.step, saved.path, last=self.finished and saved.step == self.done.step)
+        if self._side_jobs is not None:
+            self._side_jobs.offer(saved.step, saved.path, last=self.finished and saved.step == self.state.step)
 
     def wall_s(self) -> float:
         """Return the seconds that the run has worked, over all its restarts."""
-        return self.done.wall_s + time.monotonic() - self._entered_s
+        return self.state.wall_s + time.monotonic() - self._entered_s
 
     def close(self) -> None:
         """End the records, and what runs beside."""
         self.watchdog.close()
-        if self._beside is not None:
-            self._beside.close()
+        if self._side_jobs is not None:
+            self._side_jobs.close()
         if self._progress is not None:
             self._progress.close()
         if self._trackers is not None:

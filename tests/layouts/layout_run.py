@@ -15,7 +15,7 @@ from megatron_sov.config import RunConfig, apply_settings
 from megatron_sov.data.token_shards import open_sources
 from megatron_sov.mcore.checkpoint import load
 from megatron_sov.mcore.checkpoint.sharded_tensors import TensorReader
-from megatron_sov.mcore.model.local_shards import of
+from megatron_sov.mcore.model.local_shards import local_shards
 from megatron_sov.mcore.parallel import world
 from megatron_sov.post.sft import SupervisedFineTuning
 from megatron_sov.runs.folder import RunFolder
@@ -110,7 +110,7 @@ def trained(settings: list[str], paths: list[str], out: str) -> list[dict[str, A
     taken = []
     for _ in range(5):
         taken.append(_step(trainer))
-        if trainer.done.step in (3, 5):
+        if trainer.state.step in (3, 5):
             trainer.save()
             trainer.saver.finish()
     world.leave()
@@ -128,7 +128,7 @@ def compared(recipe: str, settings: list[str], paths: list[str], reference: str,
     scratch = []
     for _ in range(4):
         scratch.append(_step(trainer))
-        if is_reference and trainer.done.step in (2, 4):
+        if is_reference and trainer.state.step in (2, 4):
             trainer.save()
     trainer.saver.finish()
     found = {"scratch": scratch, "scratch apart": _apart(trainer, trainer.folder.checkpoint(4))}
@@ -162,7 +162,7 @@ def _tensors(path: Path, part: str) -> dict[str, tuple[torch.Tensor, float]]:
 def _apart(trainer: Trainer, path: Path) -> dict[str, float]:
     """Return how far weights and optimizer state are at most from a checkpoint's, beside each tensor's largest value."""
     found = {}
-    for part, blocks in (("model", of(trainer.model)), ("optimizer", trainer.optimizer.state_blocks())):
+    for part, blocks in (("model", local_shards(trainer.model)), ("optimizer", trainer.optimizer.state_shards())):
         apart = []
         for block in blocks:
             whole, largest = _tensors(path, part)[block.key]
@@ -188,7 +188,7 @@ def deferred(settings: list[str], paths: list[str]) -> dict[str, Any]:
     heldout = {name: result.loss for name, result in trainer.evaluate().items()}
     evaluated = _digest(trainer.model)
     losses += [trainer.update().loss for _ in range(2)]
-    trainer.model.complete()
+    trainer.model.finish_param_gather()
     result = {"losses": losses, "heldout": heldout, "updated": updated, "evaluated": evaluated, "ended": _digest(trainer.model),
               "groups": len(groups), "on their way": on_its_way, "place": trainer.world.dp_rank}
     world.leave()

@@ -11,9 +11,9 @@ from megatron_sov import recipes
 from megatron_sov.config import RunConfig, apply_settings
 from megatron_sov.data.order import OrderState, SampleOrder
 from megatron_sov.data.token_shards import open_sources
-from megatron_sov.mcore.parallel.cpu_shims import open_door
+from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
-open_door()
+prepare_megatron()
 from megatron_sov.mcore.parallel.world import World  # noqa: E402
 from megatron_sov.train.data_batches import DataBatches  # noqa: E402
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.mcore.parallel.cpu_shims import open_door
+from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
-open_door()
+prepare_megatron()
 from megatron_sov.train.loop import train  # noqa: E402
 
 
@@ -18,11 +18,11 @@ class Recorded:
 
     def __init__(self, num_steps: int, done: int = 0, skipped: tuple[int, ...] = (), **settings: int) -> None:
         self.skipped = skipped
-        self.num_steps, self.done = num_steps, SimpleNamespace(step=done)
+        self.num_steps, self.state = num_steps, SimpleNamespace(step=done)
         self.config = SimpleNamespace(train=SimpleNamespace(**{"eval_every_steps": 0, "checkpoint_every_steps": 100, **settings}))
         self.actions: list[str] = []
         self.gate: Any = None
-        self.guard = SimpleNamespace(gives_up=False)
+        self.guard = SimpleNamespace(wants_rollback=False)
         self.watched: int | None = None
         self.watchdog = SimpleNamespace(begin=lambda step: setattr(self, "watched", step),
                                         end=lambda: setattr(self, "watched", None))
@@ -30,26 +30,26 @@ class Recorded:
 
     @property
     def finished(self) -> bool:
-        return self.done.step >= self.num_steps or (self.gate is not None and self.gate.passed)
+        return self.state.step >= self.num_steps or (self.gate is not None and self.gate.passed)
 
     def update(self) -> Any:
-        self.done.step += 1
-        assert self.watched == self.done.step, "a hang in a step is noticed"
-        return None if self.done.step in self.skipped else SimpleNamespace(loss=1.0)
+        self.state.step += 1
+        assert self.watched == self.state.step, "a hang in a step is noticed"
+        return None if self.state.step in self.skipped else SimpleNamespace(loss=1.0)
 
     def log(self, result: Any) -> None:
-        self.actions.append(f"log {self.done.step}")
+        self.actions.append(f"log {self.state.step}")
 
     def wall_s(self) -> float:
         return 0.0
 
     def __getattr__(self, name: str) -> Any:
         if name == "saver":
-            return SimpleNamespace(finish=lambda: self.actions.append(f"saved {self.done.step}"))
+            return SimpleNamespace(finish=lambda: self.actions.append(f"saved {self.state.step}"))
         if name not in ("announce", "log_expert_load", "evaluate", "save"):
             raise AttributeError(name)
         assert self.watched is None, f"{name} may take longer than a step"
-        return lambda: self.actions.append(f"{name} {self.done.step}")
+        return lambda: self.actions.append(f"{name} {self.state.step}")
 
 
 class Stop:
@@ -61,7 +61,7 @@ class Stop:
         self.trainer, self.after = trainer, after
 
     def agreed(self, saver: Any) -> bool:
-        return self.trainer.done.step >= self.after
+        return self.trainer.state.step >= self.after
 
 
 def actions(trainer: Recorded, stop_after: int = 10 ** 9) -> tuple[bool, list[str]]:
@@ -95,7 +95,7 @@ def test_a_run_that_was_killed_behind_its_last_step_only_ends() -> None:
 def test_a_gate_that_passes_ends_the_run_with_all_that_the_last_step_gets() -> None:
     trainer = Recorded(9, eval_every_steps=2)
     trainer.gate = SimpleNamespace(passed=False)
-    trainer.gate.check = lambda trainer: setattr(trainer.gate, "passed", trainer.done.step == 5)
+    trainer.gate.check = lambda trainer: setattr(trainer.gate, "passed", trainer.state.step == 5)
     assert actions(trainer) == (True, ["evaluate 2", "evaluate 4", "evaluate 5", "save 5", "saved 5", "run_end 5"])
     assert actions(trainer)[1][-2:] == ["saved 5", "run_end 5"], "entered again it only ends"
 
@@ -112,9 +112,9 @@ def test_weights_that_were_taken_back_are_saved_at_once(monkeypatch: pytest.Monk
 
     def update() -> Any:
         result = before()
-        trainer.guard.gives_up = trainer.done.step == 3
+        trainer.guard.wants_rollback = trainer.state.step == 3
         return result
 
     trainer.update = update  # type: ignore[method-assign]
-    monkeypatch.setattr("megatron_sov.train.loop.roll_back", lambda t: t.actions.append(f"roll back {t.done.step}"))
+    monkeypatch.setattr("megatron_sov.train.loop.rollback", lambda t: t.actions.append(f"roll back {t.state.step}"))
     assert actions(trainer) == (True, ["roll back 3", "save 3", "save 4", "evaluate 5", "save 5", "saved 5", "run_end 5"])

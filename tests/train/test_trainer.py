@@ -33,7 +33,7 @@ def refusals(data: str, run: str) -> dict[str, Any]:
     trainer.save()
     trainer.saver.finish()
     saved = folder.checkpoint(1)
-    said = {"planned": planned, "consumed": consumed, "counted": trainer.done.tokens, "path": saved.name}
+    said = {"planned": planned, "consumed": consumed, "counted": trainer.state.tokens, "path": saved.name}
     again = Trainer(config, place, folder, sources, LanguageModelling)
     again._data = dict.fromkeys(again._data, "0" * 64)
     for name, action in (("packed anew", lambda: again.resume(saved)), ("no number", lambda: _spoil(trainer))):

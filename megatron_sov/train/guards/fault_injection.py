@@ -151,7 +151,7 @@ class Faults:
         print(f"warning: --inject {fault.name}: comes now\n", end="", file=sys.stderr, flush=True)
         return True
 
-    def strike(self, state: str, step: int) -> None:
+    def trigger(self, state: str, step: int) -> None:
         """Kill this process, raise an error, or stand still, where such a fault is due."""
         if not self._faults:
             return

@@ -15,7 +15,7 @@ from megatron_sov.mcore.model.language_model import LanguageModel
 from megatron_sov.obs.events import EventLog
 
 
-class CorruptionChecks:
+class SdcChecks:
     """Compares replicas of weights, and repetitions of a computation."""
 
     def __init__(self, settings: GuardConfig) -> None:
@@ -50,8 +50,8 @@ class CorruptionChecks:
         dist.all_gather_object(hosts, platform.node())
         named = ", ".join(f"rank {rank} on {hosts[rank]}" for rank in ranks)
         text = f"silent corruption after step {step}: {what} ({named})"
-        events.write("corruption", step=step, ranks=ranks, hosts=[hosts[r] for r in ranks], text=text)
-        if self._settings.on_corruption == "exit":
+        events.write("sdc", step=step, ranks=ranks, hosts=[hosts[r] for r in ranks], text=text)
+        if self._settings.on_sdc == "exit":
             raise SilentCorruption(f"{text}; nothing is saved from here on, test that machine before it is used again")
         if dist.get_rank() == 0:
             print(f"warning: {text}", file=sys.stderr, flush=True)

@@ -18,7 +18,7 @@ import torch
 
 from megatron_sov.config import GuardConfig
 from megatron_sov.data.ledger import Ledger
-from megatron_sov.mcore.model import pipeline
+from megatron_sov.mcore.parallel import collectives
 
 MIN_STEPS = 20
 """Steps that say what is usual, at least."""
@@ -56,7 +56,7 @@ class StepGuard:
         """Why the last step was refused, if it was."""
 
     @property
-    def gives_up(self) -> bool:
+    def wants_rollback(self) -> bool:
         """Whether so many steps were refused in a row, for more than their gradients, that the weights must be at fault."""
         return 0 < self._settings.rollback_after_skips <= self._suspect_in_a_row
 
@@ -75,7 +75,7 @@ class StepGuard:
         One process that sees a bad number is enough.  What is usual is judged by rank 0's figures, which go into the checkpoint.
         """
         mine = [loss, grad_norm] if self._is_main else [0.0, 0.0]
-        objections, main_loss, main_grad_norm = pipeline.sum_everywhere(
+        objections, main_loss, main_grad_norm = collectives.all_reduce_world(
             torch.tensor([float(self._objection(loss, grad_norm) is not None), *mine], dtype=torch.float64)).tolist()
         if not objections:
             self._remember(main_loss, main_grad_norm)

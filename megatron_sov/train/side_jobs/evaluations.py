@@ -1,6 +1,6 @@
 """Evaluation beside training: every export of a run is judged by other processes or jobs, which never hold the run up.
 
-`RUN/evaluations/step-N.JUDGE.json` holds the figures, `step-N.JUDGE.failed` why there are none, `.step-N.JUDGE.submitted` that a
+`RUN/evaluations/step-N.TASK.json` holds the figures, `step-N.TASK.failed` why there are none, `.step-N.TASK.submitted` that a
 job is to bring them.  An export with none of the three is still to be judged: so a stopped or killed run goes on where it was.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from megatron_sov.artifacts import MANIFEST, atomic_write
 from megatron_sov.config import RunConfig
 from megatron_sov.errors import UserError
-from megatron_sov.runs.background import HumbleProcess
+from megatron_sov.runs.background import BackgroundProcess
 from megatron_sov.train.side_jobs.exports import EXPORTS
 
 EVALUATIONS = "evaluations"
@@ -24,26 +24,26 @@ _WAIT_S = 0.05
 
 
 @dataclass(frozen=True)
-class Task:
-    """One judge of one export."""
+class EvalJob:
+    """One task on one export."""
 
     step: int
-    judge: str
+    task: str
 
     @property
     def name(self) -> str:
         """Beginning of its files' names."""
-        return f"step-{self.step}.{self.judge}"
+        return f"step-{self.step}.{self.task}"
 
 
-CommandOf = Callable[[Task, Path, Path], list[str]]
+CommandOf = Callable[[EvalJob, Path, Path], list[str]]
 """(task, export's folder, file for the figures) -> a command that writes them, or submits a job that does."""
 
 
 @dataclass
 class _Running:
-    task: Task
-    process: HumbleProcess
+    task: EvalJob
+    process: BackgroundProcess
 
 
 class Evaluations:
@@ -58,19 +58,19 @@ class Evaluations:
             record: writes an event: `record(name, **fields)`.
             command_of: what is run instead of `megatron-sov eval`.
         """
-        self.folder, self._exports, self._settings = run / EVALUATIONS, run / EXPORTS, config.evaluate.beside
+        self.folder, self._exports, self._settings = run / EVALUATIONS, run / EXPORTS, config.evaluate.background
         self._record = record
         self._command_of = command_of or (lambda task, export, out: eval_command(config, task, export, out))
         self._running: _Running | None = None
         self._looked_s = -LOOK_EVERY_S
         done = [int(p.name[5:]) for p in self._exports.glob("step-*") if p.name[5:].isdigit() and (p / MANIFEST).is_file()]
-        tasks = [Task(step, judge) for step in sorted(done) for judge in self._settings.judges]
+        tasks = [EvalJob(step, name) for step in sorted(done) for name in self._settings.tasks]
         self._submitted = [task for task in tasks if self._file(task, ".submitted").is_file() and self._is_open(task)]
         self._waiting = [task for task in tasks if task not in self._submitted and self._is_open(task)]
 
     def offer(self, step: int) -> None:
         """Have an export judged; returns at once.  One that a resumed run made anew is judged anew."""
-        tasks = [Task(step, judge) for judge in self._settings.judges]
+        tasks = [EvalJob(step, name) for name in self._settings.tasks]
         if self._running is not None and self._running.task in tasks:
             self.close()
         for task in tasks:
@@ -90,7 +90,7 @@ class Evaluations:
         Args:
             now: look even if the last look was less than `LOOK_EVERY_S` ago.
         """
-        if not self._settings.judges or (not now and time.monotonic() - self._looked_s < LOOK_EVERY_S):
+        if not self._settings.tasks or (not now and time.monotonic() - self._looked_s < LOOK_EVERY_S):
             return
         self._looked_s = time.monotonic()
         if self._running is not None:
@@ -108,26 +108,26 @@ class Evaluations:
             self.poll(now=True)
 
     def close(self) -> None:
-        """End the running judge, if any; it begins anew when the run is resumed."""
+        """End the running job, if any; it begins anew when the run is resumed."""
         if self._running is not None:
             self._running.process.kill()
             self._running = None
 
-    def _result(self, task: Task) -> Path:
+    def _result(self, task: EvalJob) -> Path:
         return self.folder / f"{task.name}.json"
 
-    def _file(self, task: Task, ending: str) -> Path:
+    def _file(self, task: EvalJob, ending: str) -> Path:
         return self.folder / f".{task.name}{ending}"
 
-    def _is_open(self, task: Task) -> bool:
+    def _is_open(self, task: EvalJob) -> bool:
         result = self._result(task)
         return not result.is_file() and not result.with_suffix(".failed").is_file()
 
-    def _begin(self, task: Task) -> None:
+    def _begin(self, task: EvalJob) -> None:
         command = self._command_of(task, self._exports / f"step-{task.step}", self._result(task))
         try:
             self.folder.mkdir(exist_ok=True)
-            self._running = _Running(task, HumbleProcess(command, self._file(task, ".log")))
+            self._running = _Running(task, BackgroundProcess(command, self._file(task, ".log")))
         except OSError as e:
             self._fail(task, f"its process cannot be started ({e})")
 
@@ -136,7 +136,7 @@ class Evaluations:
         if running.process.exit_code is None:
             if took_s > self._settings.timeout_s:
                 self.close()
-                self._fail(task, f"it took more than evaluate.beside.timeout_s = {self._settings.timeout_s:g}")
+                self._fail(task, f"it took more than evaluate.background.timeout_s = {self._settings.timeout_s:g}")
             return
         self._running = None
         if running.process.exit_code:
@@ -149,7 +149,7 @@ class Evaluations:
         else:
             self._fail(task, "its process ended without a result")
 
-    def _follow_job(self, task: Task) -> None:
+    def _follow_job(self, task: EvalJob) -> None:
         """Look for the figures of a job; a job that fails does so in silence, so only time tells."""
         mark = self._file(task, ".submitted")
         waited_s = time.time() - mark.stat().st_mtime if mark.is_file() else 0.0
@@ -160,17 +160,17 @@ class Evaluations:
         elif waited_s > self._settings.timeout_s:
             self._submitted.remove(task)
             mark.unlink(missing_ok=True)
-            limit = f"evaluate.beside.timeout_s = {self._settings.timeout_s:g}"
+            limit = f"evaluate.background.timeout_s = {self._settings.timeout_s:g}"
             self._fail(task, f"its job gave no result within {limit}; see its log")
 
-    def _succeed(self, task: Task, took_s: float) -> None:
+    def _succeed(self, task: EvalJob, took_s: float) -> None:
         self._file(task, ".log").unlink(missing_ok=True)
-        self._record("evaluation", step=task.step, judge=task.judge, path=f"{EVALUATIONS}/{task.name}.json", took_s=took_s)
+        self._record("evaluation", step=task.step, task=job.task, path=f"{EVALUATIONS}/{task.name}.json", took_s=took_s)
 
-    def _fail(self, task: Task, why: str) -> None:
+    def _fail(self, task: EvalJob, why: str) -> None:
         """Record a failure; where even that fails the run goes on."""
-        text = f"the {task.judge} of step {task.step} was not measured: {why}"
-        self._record("evaluation", step=task.step, judge=task.judge, error=why)
+        text = f"the {job.task} of step {task.step} was not measured: {why}"
+        self._record("evaluation", step=task.step, task=job.task, error=why)
         self._record("warning", step=task.step, text=text)
         print(f"warning: {text}", file=sys.stderr, flush=True)
         try:
@@ -180,19 +180,19 @@ class Evaluations:
             print(f"warning: {self.folder}: {e}", file=sys.stderr, flush=True)
 
 
-def eval_command(config: RunConfig, task: Task, export: Path, out: Path) -> list[str]:
+def eval_command(config: RunConfig, task: EvalJob, export: Path, out: Path) -> list[str]:
     """Return the command that judges an export as the run's settings say, or submits a job that does."""
-    words = [task.judge, str(export), "--out", str(out)] + [w for path in config.data.paths for w in ("--data", path)]
-    if task.judge == "ppl":
-        words += ["--seq-len", str(max(phase.seq_len for phase in config.data.phases))]
-        words += ["--max-tokens", str(config.data.heldout_tokens)] if config.data.heldout_tokens else []
+    argv = [job.task, str(export), "--out", str(out)] + [w for path in config.data.paths for w in ("--data", path)]
+    if job.task == "ppl":
+        argv += ["--seq-len", str(max(phase.seq_len for phase in config.data.phases))]
+        argv += ["--max-tokens", str(config.data.heldout_tokens)] if config.data.heldout_tokens else []
     else:
         needle = config.needle
         several = {"--kinds": needle.kinds, "--languages": needle.languages, "--lengths": needle.lengths_tokens,
                    "--depths": needle.depths}
-        words += [w for option, values in several.items() if values for w in (option, *map(str, values))]
-        words += ["--samples", str(needle.samples), "--distractor-share", str(needle.distractor_share)]
+        argv += [w for option, values in several.items() if values for w in (option, *map(str, values))]
+        argv += ["--samples", str(needle.samples), "--distractor-share", str(needle.distractor_share)]
     program = [sys.executable, "-m", "megatron_sov"]
-    if config.evaluate.beside.where == "slurm":
-        return [*program, "submit", "--cluster", config.evaluate.beside.cluster, "eval", *words]
-    return [*program, "eval", *words]
+    if config.evaluate.background.where == "slurm":
+        return [*program, "submit", "--cluster", config.evaluate.background.cluster, "eval", *argv]
+    return [*program, "eval", *argv]

@@ -19,7 +19,7 @@ from pathlib import Path
 from megatron_sov import models
 from megatron_sov.artifacts import MANIFEST, read_manifest
 from megatron_sov.config import TrainConfig
-from megatron_sov.runs.background import HumbleProcess
+from megatron_sov.runs.background import BackgroundProcess
 
 EXPORTS = "exports"
 _WAIT_S = 0.05
@@ -30,7 +30,7 @@ class _Running:
     """An export that is being made."""
 
     step: int
-    process: HumbleProcess
+    process: BackgroundProcess
 
 
 class Exports:
@@ -119,9 +119,9 @@ class Exports:
             os.link(checkpoint / name, source / name)
 
     def _begin(self, step: int) -> _Running:
-        words = ["convert", "to-hf", str(self._source(step)), str(self.folder / f"step-{step}"), "--workers", "1", "--overwrite"]
-        words += [word for reference in models.OWN.named() for word in ("--plugin", reference)]
-        return _Running(step, HumbleProcess([sys.executable, "-m", "megatron_sov", *words], self._log(step)))
+        argv = ["convert", "to-hf", str(self._source(step)), str(self.folder / f"step-{step}"), "--workers", "1", "--overwrite"]
+        argv += [word for reference in models.OWN.named() for word in ("--plugin", reference)]
+        return _Running(step, BackgroundProcess([sys.executable, "-m", "megatron_sov", *argv], self._log(step)))
 
     def _end(self, running: _Running) -> None:
         step, self._running = running.step, None

@@ -11,7 +11,7 @@ from megatron_sov.train.side_jobs.evaluations import Evaluations
 from megatron_sov.train.side_jobs.exports import Exports
 
 
-class Beside:
+class SideJobs:
     """Exports and evaluations of one run; nothing here holds the run up."""
 
     def __init__(self, run: Path, config: RunConfig, record: Callable[..., None]) -> None:

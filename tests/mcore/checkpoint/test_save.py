@@ -63,9 +63,8 @@ def beside_the_training(folder: str) -> dict[str, Any]:
 def _sums(progress: list[float]) -> list[float]:
     import torch
 
-    from megatron_sov.mcore.model import pipeline
 
-    return [float(s) for s in pipeline.sum_everywhere(torch.tensor(progress, dtype=torch.float64))]
+    return [float(s) for s in collectives.all_reduce_world(torch.tensor(progress, dtype=torch.float64))]
 
 
 def problems(folder: str) -> dict[str, Any]:

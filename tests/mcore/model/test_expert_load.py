@@ -43,7 +43,7 @@ def counted(data: str, run: str) -> dict[str, Any]:
     _, uncounted = experts.during(lambda: None, *shape)
     trainer.close()
     world.leave()
-    return {"seen": seen, "learned tokens": trainer.done.tokens, "result": result, "evaluated": load.sum(dim=1).tolist(),
+    return {"seen": seen, "learned tokens": trainer.state.tokens, "result": result, "evaluated": load.sum(dim=1).tolist(),
             "nothing": float((unseen + uncounted).sum()), "bias": float(states[0][0].abs().max()),
             "unmoved": all(torch.equal(a, b) for a, b in zip(*states, strict=True)),
             "passed over": [e.first_step for e in trainer.batches.ledger.entries if e.skip],
