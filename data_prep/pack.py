@@ -12,6 +12,7 @@ import hashlib
 import os
 import re
 import shutil
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,14 @@ from data_prep.assemble import EncodedSource, bad_rows, survey, write_quarantine
 from data_prep.encode import CONFIG_JSON, TOKENIZER_JSON, Encoder, EncodingSettings
 from data_prep.indexed import SIDECARS, token_dtype
 from data_prep.splits import HELDOUT, TRAIN, HeldoutRule
+from data_prep.steps import named_steps
 from data_prep.token_artifact import CONTENT_VERSION, KIND, QUARANTINE
 from data_prep.units import GROUP, UnitSettings
 from data_prep.workers import Unit, encode_units
 from megatron_sov.artifacts import ArtifactWriter, disk_errors, new_artifact, read_manifest, refuse_existing
 from megatron_sov.documents import KINDS, Document, Reading, list_files, plan_units, read_span
 from megatron_sov.errors import UserError
+from megatron_sov.plugins.code import Code
 
 HELP = "turn text, chats, preferences or prompts into token shards"
 DESCRIPTION = """Turn text, chats, preferences or prompts into token shards (.bin and .idx in Megatron-Core's format), with a part
@@ -64,6 +67,8 @@ class PackSettings:
     """"refuse": stop at the first bad record; "quarantine": list them and go on."""
     shard_tokens: int = 2_000_000_000
     """Most tokens of one shard."""
+    steps: tuple[Code, ...] = ()
+    """Data steps that documents go through before they are encoded, in order."""
 
     def problems(self) -> list[str]:
         """Return one sentence for each value that breaks a rule."""
@@ -103,6 +108,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="a longer record is a bad one (default %(default)s)")
     parser.add_argument("--shard-tokens", type=int, default=default.shard_tokens, metavar="N",
                         help="most tokens of one shard (default %(default)s)")
+    parser.add_argument("--step", dest="steps", action="append", default=[], metavar="FILE.py:FUNCTION",
+                        help="a function of your own that changes documents or leaves them out; several work in order")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
                         help="processes that encode; the output does not depend on it (default: this machine's cores)")
     parser.add_argument("--overwrite", action="store_true", help="replace token shards that are already there")
@@ -111,7 +118,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run `sov-data pack`; returns 0."""
     settings = PackSettings(args.heldout, Reading(args.format, args.text_field, args.max_document_bytes), args.bos, args.eod,
-                            args.on_bad, args.shard_tokens)
+                            args.on_bad, args.shard_tokens, named_steps(args.steps))
     pack(args.tokenizer, parse_sources(args.input), args.output, settings, workers=args.workers, overwrite=args.overwrite)
     return 0
 
@@ -168,7 +175,7 @@ def pack(tokenizer: Path, sources: list[Source], output: Path, settings: PackSet
     made = read_manifest(tokenizer)
     unit_settings = UnitSettings(tokenizer, made.content["tokenizer_sha256"], made.files[CONFIG_JSON].sha256,
                                  token_dtype(encoder.vocab_size), settings.reading,
-                                 EncodingSettings(settings.bos, settings.eod, fast))
+                                 EncodingSettings(settings.bos, settings.eod, fast), settings.steps)
     work = work_folder(output)
     encoded = _encode(sources, units, unit_settings, work, workers, settings.on_bad)
     with new_artifact(output, KIND, overwrite=overwrite) as artifact:
@@ -247,6 +254,8 @@ def _write(artifact: Path, encoded: list[EncodedSource], settings: UnitSettings,
         left = survey(source, work, settings.dtype, rule)
         if source.dropped and pack_settings.on_bad == "refuse":
             raise _refusal(source, work, settings.dtype)
+        if not left and left_out(source):
+            raise UserError(f"{source.path}: data steps leave out every document; see to their rules")
         if not left:
             raise UserError(f"{source.path}: holds no text; pass files with text in them")
     records = []
@@ -260,10 +269,16 @@ def _write(artifact: Path, encoded: list[EncodedSource], settings: UnitSettings,
                 "name": source.name, "format": source.kind, "group_documents": GROUP[source.kind],
                 "sidecars": [] if source.kind == "text" else list(SIDECARS),
                 "input_sha256": hashlib.sha256("".join(r.key for _, r in source.units).encode()).hexdigest(),
-                "num_bad": write_quarantine(source, work, settings.dtype, quarantine), "splits": splits})
+                "num_bad": write_quarantine(source, work, settings.dtype, quarantine),
+                **({"num_left_out": left_out(source)} if settings.steps else {}), "splits": splits})
     if not (artifact / QUARANTINE).stat().st_size:
         (artifact / QUARANTINE).unlink()
     return records
+
+
+def left_out(source: EncodedSource) -> dict[str, int]:
+    """Return reason -> documents of a source that data steps have left out."""
+    return dict(sum((Counter(record.num_left_out) for _, record in source.units), Counter()))
 
 
 def _carry_tokenizer(artifact: ArtifactWriter, tokenizer: Path) -> None:
@@ -278,6 +293,9 @@ def _tell(records: list[dict[str, Any]], output: Path) -> None:
     for record in records:
         splits = record["splits"]
         print(f"{record['name']}: {splits[TRAIN]['num_tokens']:,} tokens to train on, {splits[HELDOUT]['num_tokens']:,} held out")
+        if record.get("num_left_out"):
+            counts = ", ".join(f"{n:,} {reason}" for reason, n in sorted(record["num_left_out"].items()))
+            print(f"{record['name']}: {sum(record['num_left_out'].values()):,} documents left out by data steps ({counts})")
         if record["num_bad"]:
             counts = ", ".join(f"{n} {code}" for code, n in sorted(record["num_bad"].items()))
             print(f"{record['name']}: {sum(record['num_bad'].values()):,} records left out ({counts}): {output / QUARANTINE}")

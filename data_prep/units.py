@@ -14,7 +14,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,11 +23,14 @@ from numpy.typing import NDArray
 
 from data_prep.encode import EncodedBatch, Encoder, EncodingSettings
 from data_prep.splits import document_hash
+from data_prep.steps import Steps
 from megatron_sov.artifacts import disk_errors, fsync_path, to_json
-from megatron_sov.documents import BadRecord, Document, Reading, Span
+from megatron_sov.documents import BadRecord, Document, LeftOut, Reading, Span
 from megatron_sov.documents.files import PARQUET_SUFFIX, open_parquet
 from megatron_sov.documents.reading import CountedSpan
+from megatron_sov.documents.records import check_texts
 from megatron_sov.errors import UserError
+from megatron_sov.plugins.code import Code
 
 CODE_VERSION = 1
 """Raised when the same input and settings would give another unit."""
@@ -56,6 +59,8 @@ class UnitSettings:
     """What records hold."""
     encoding: EncodingSettings
     """How they are encoded."""
+    steps: tuple[Code, ...] = ()
+    """Data steps that each document goes through before, in order."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,8 @@ class UnitRecord:
     """Lines or rows of each span."""
     num_bad: dict[str, int]
     """Code -> bad records."""
+    num_left_out: dict[str, int] = field(default_factory=dict)
+    """Reason -> documents that a data step has left out."""
     encoded_now: bool = True
     """False where it was found complete."""
 
@@ -87,6 +94,7 @@ class UnitEncoder:
     def __init__(self, settings: UnitSettings, work: Path) -> None:
         """`work`: folder that holds the units."""
         self.settings, self.work = settings, work
+        self._steps = Steps(settings.steps)
         self._encoder: Encoder | None = None
 
     def encode(self, unit: tuple[Span, ...]) -> UnitRecord:
@@ -107,7 +115,7 @@ class UnitEncoder:
             shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had this number
             temporary.mkdir(parents=True)
             try:
-                with _UnitWriter(temporary, key, self.settings, self._encoder) as writer:
+                with _UnitWriter(temporary, key, self.settings, self._encoder, self._steps) as writer:
                     writer.read(unit)
                 for file in temporary.iterdir():
                     fsync_path(file)
@@ -124,14 +132,15 @@ class UnitEncoder:
 class _UnitWriter:
     """Writes one unit's files, batch after batch, so that memory does not grow with the unit."""
 
-    def __init__(self, folder: Path, key: str, settings: UnitSettings, encoder: Encoder) -> None:
-        self._folder, self._key, self._settings, self._encoder = folder, key, settings, encoder
+    def __init__(self, folder: Path, key: str, settings: UnitSettings, encoder: Encoder, steps: Steps) -> None:
+        self._folder, self._key, self._settings, self._encoder, self._steps = folder, key, settings, encoder, steps
         names = ["tokens", "sequences", "bad", *(["types"] if settings.reading.kind != "text" else []),
                  *(["extra"] if settings.reading.kind == "prompt" else [])]
         self._files: dict[str, IO[bytes]] = {name: open(folder / name, "wb") for name in names}  # noqa: SIM115  (closed in __exit__)
         self._num_sequences = self._num_tokens = 0
         self._num_lines: list[int] = []
         self._bad: Counter[str] = Counter()
+        self._left_out: Counter[str] = Counter()
 
     def __enter__(self) -> _UnitWriter:
         return self
@@ -144,7 +153,8 @@ class _UnitWriter:
 
     def record(self) -> UnitRecord:
         """Return what was written."""
-        return UnitRecord(self._key, self._num_sequences, self._num_tokens, tuple(self._num_lines), dict(self._bad))
+        return UnitRecord(self._key, self._num_sequences, self._num_tokens, tuple(self._num_lines), dict(self._bad),
+                          dict(self._left_out))
 
     def read(self, unit: tuple[Span, ...]) -> None:
         """Read and encode all spans."""
@@ -152,9 +162,11 @@ class _UnitWriter:
         size_bytes = 0
         for number, span in enumerate(unit):
             counted = CountedSpan(span, self._settings.reading)
-            for item in counted:
+            for read in counted:
+                item = read if isinstance(read, BadRecord) else self._stepped(read)
                 if isinstance(item, BadRecord):
                     self._write_bad(number, item)
+                if not isinstance(item, Document):
                     continue
                 batch.append((number, item))
                 size_bytes += sum(map(len, item.texts()))
@@ -163,6 +175,19 @@ class _UnitWriter:
                     batch, size_bytes = [], 0
             self._num_lines.append(counted.num_lines)
         self._write(batch)
+
+    def _stepped(self, document: Document) -> Document | BadRecord | None:
+        """Return what the data steps make of a document; None, and counted, where they leave it out."""
+        found = self._steps.apply(document)
+        if isinstance(found, LeftOut):
+            self._left_out[found.reason] += 1
+            return None
+        if found is not document:  # its text is no longer what the reader has checked
+            try:
+                check_texts(found.texts(), self._settings.reading)
+            except BadRecord as e:
+                return BadRecord(e.code, f"{e.reason} behind the data steps", document.line)
+        return found
 
     def _write_bad(self, span: int, bad: BadRecord) -> None:
         self._bad[bad.code] += 1
@@ -226,6 +251,9 @@ def unit_key(unit: tuple[Span, ...], settings: UnitSettings) -> str:
         UserError: a file cannot be read.
     """
     facts = {**dataclasses.asdict(settings), "tokenizer": None, "code_version": CODE_VERSION}
+    steps = facts.pop("steps")
+    if steps:
+        facts["steps"] = [[step["name"], step["files"]] for step in steps]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for span in unit:
         is_first = span.start == 0  # a byte order mark counts there only

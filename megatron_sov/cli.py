@@ -1,7 +1,8 @@
 """The door: `megatron-sov COMMAND ...`.
 
-Each command is a file of `commands/` with `add_arguments(parser)` and `run(args) -> exit code`.  Only the chosen
-command's module is imported, and none of them imports torch before its arguments are parsed and checked.
+Each command is a file of `commands/` with `add_arguments(parser)` and `run(args) -> exit code`, or such a module of an
+installed package.  Only the chosen command's module is imported, and none of ours imports torch before its arguments are
+parsed and checked.
 """
 
 from __future__ import annotations
@@ -11,9 +12,15 @@ import importlib
 import sys
 import time
 from dataclasses import dataclass
+from types import ModuleType
 
-from megatron_sov.errors import ExitCode, GateFailed, StopRequested, UserError, nearest
+from megatron_sov.command_line import exit_code, version_of
+from megatron_sov.errors import ExitCode, UserError, nearest
 from megatron_sov.obs.process_start import process_started_s
+from megatron_sov.plugins.entry_points import Declared, declared
+from megatron_sov.plugins.signatures import takes
+
+PROGRAM, GROUP = "megatron-sov", "megatron_sov.commands"
 
 
 @dataclass(frozen=True)
@@ -44,17 +51,19 @@ COMMANDS = {
 }
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the top-level parser; sub-commands parse their own arguments."""
-    width = max(map(len, COMMANDS))
-    lines = "\n".join(f"  {name:<{width}}  {c.help}" for name, c in COMMANDS.items())
+def build_parser(installed: list[Declared]) -> argparse.ArgumentParser:
+    """Return the top-level parser, for its help; sub-commands parse their own arguments."""
+    texts = {name: c.help for name, c in COMMANDS.items()} | {d.name: f"from package {d.package}" for d in installed}
+    width = max(map(len, texts))
+    lines = "\n".join(f"  {name:<{width}}  {text}" for name, text in texts.items())
     parser = argparse.ArgumentParser(
-        prog="megatron-sov", usage="megatron-sov COMMAND ...", formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog=PROGRAM, usage=f"{PROGRAM} COMMAND ...", formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Train your own language model, from raw text to a Hugging Face folder.",
-        epilog=f"commands:\n{lines}\n\nmegatron-sov COMMAND --help explains one of them.\n"
+        epilog=f"commands:\n{lines}\n\n{PROGRAM} COMMAND --help explains one of them.\n"
                "exit codes: 0 complete, 2 your input needs a change, 3 a gate did not pass, 75 stopped with everything saved,\n"
                "76 a step hung, 77 a process gave wrong bits",
     )
+    parser.add_argument("--version", action="version", version=version_of(PROGRAM))
     parser.add_argument("command", nargs="?", help=argparse.SUPPRESS)
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return parser
@@ -67,18 +76,38 @@ def run_command(argv: list[str], began_s: float) -> int:
         argv: its name and arguments.
         began_s: Unix time at which it began; commands find it in their arguments.
     """
-    parser = build_parser()
     if not argv or argv[0] in ("-h", "--help"):
-        parser.print_help()
+        build_parser([d for d in declared(GROUP) if d.name not in COMMANDS]).print_help()
         return ExitCode.OK if argv else ExitCode.USER_ERROR
     name, *rest = argv
-    if name not in COMMANDS:
-        raise UserError(f"command {name!r}: does not exist{nearest(name, COMMANDS)} (commands: {', '.join(COMMANDS)})")
-    module = importlib.import_module(COMMANDS[name].module)
-    sub = argparse.ArgumentParser(prog=f"megatron-sov {name}", description=COMMANDS[name].help)
+    if name == "--version":
+        print(version_of(PROGRAM))
+        return ExitCode.OK
+    module, text = _command(name)
+    sub = argparse.ArgumentParser(prog=f"{PROGRAM} {name}", description=text)
     module.add_arguments(sub)
     sub.set_defaults(began_s=began_s)
     return int(module.run(sub.parse_args(rest)))
+
+
+def _command(name: str) -> tuple[ModuleType, str]:
+    """Return a command's module and description; a built-in one goes before those of packages."""
+    if name in COMMANDS:
+        return importlib.import_module(COMMANDS[name].module), COMMANDS[name].help
+    installed = declared(GROUP)
+    entry = next((d for d in installed if d.name == name), None)
+    if entry is None:
+        known = [*COMMANDS, *(d.name for d in installed if d.name not in COMMANDS)]
+        raise UserError(f"command {name!r}: does not exist{nearest(name, known)} (commands: {', '.join(known)})")
+    where = f"command {name!r} of package {entry.package}"
+    try:
+        module = importlib.import_module(entry.reference)
+    except Exception as e:
+        raise UserError(f"{where}: {entry.reference} cannot be imported ({type(e).__name__}: {e})") from e
+    for function, argument in (("add_arguments", "parser"), ("run", "args")):
+        if not takes(getattr(module, function, None), (argument,)):
+            raise UserError(f"{where}: {entry.reference} needs a function {function}({argument})")
+    return module, getattr(module, "HELP", "") or where
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -87,21 +116,9 @@ def main(argv: list[str] | None = None) -> int:
     Args:
         argv: command and arguments; None: those of this process, which then began when the process did.
     """
-    try:
-        if argv is None:
-            return run_command(sys.argv[1:], process_started_s())
-        return run_command(argv, time.time())
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return ExitCode.USER_ERROR
-    except GateFailed as e:
-        print(f"gate: {e}", file=sys.stderr)
-        return ExitCode.GATE_FAILED
-    except StopRequested as e:
-        print(f"stopped: {e}", file=sys.stderr)
-        return ExitCode.STOPPED
-    except BrokenPipeError:
-        return ExitCode.OK
+    if argv is None:
+        return exit_code(lambda: run_command(sys.argv[1:], process_started_s()))
+    return exit_code(lambda: run_command(argv, time.time()))
 
 
 if __name__ == "__main__":

@@ -20,13 +20,14 @@ ROOT = Path(__file__).parents[1]
 DATA_ONLY = {"slurm"}
 """Packages at the top that the code reads and nobody imports."""
 
-BASE = {"errors", "version", "config", "artifacts", "byte_bpe", "documents", "obs", "pages"}
+BASE = {"errors", "version", "command_line", "plugins", "config", "artifacts", "byte_bpe", "documents", "obs", "pages"}
 GROUND = BASE | {"models", "recipes", "plan", "runs"}
 FIRST = GROUND | {"data", "mcore"}
 SECOND = FIRST | {"train", "convert", "generate"}
 THIRD = SECOND | {"eval"}
 MAY_IMPORT: dict[str, set[str]] = {
-    "errors": set(), "version": set(), "config": {"errors"}, "artifacts": {"errors", "version"},
+    "errors": set(), "version": set(), "command_line": {"errors", "version"}, "plugins": {"errors"},
+    "config": {"errors", "plugins"}, "artifacts": {"errors", "version"},
     "byte_bpe": set(), "documents": {"errors"}, "obs": BASE, "pages": {"version"},
     "models": BASE, "recipes": BASE | {"models"}, "plan": GROUND, "runs": BASE,
     "data": GROUND, "mcore": GROUND,
@@ -35,7 +36,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "extend": THIRD, "post": THIRD, "doctor": THIRD, "slurm": GROUND,
     "report": GROUND, "watch": GROUND | {"slurm"},
     "bundle": BASE, "commands": THIRD | {"extend", "post", "doctor", "slurm", "report", "watch", "bundle"},
-    "cli": BASE | {"commands"}, "__main__": {"cli"}, "tokenizer": BASE, "data_prep": BASE,
+    "cli": BASE | {"commands"}, "__main__": {"cli"}, "api": GROUND, "__init__": SECOND | {"api"},
+    "tokenizer": BASE, "data_prep": BASE,
 }
 """Room -> rooms of megatron_sov that it may import besides itself; a room of the same floor only where it is named."""
 
@@ -47,7 +49,8 @@ WINGS: dict[str, tuple[set[str], ...]] = {
 """Folder -> the floors of its wings from the ground up; "" stands for the files that lie in the folder itself, and where it does
 not stand they are free.  A wing imports those on lower floors only."""
 
-TORCH_FREE = GROUND | {"doctor", "report", "watch", "bundle", "commands", "cli", "tokenizer", "data_prep", "slurm"}
+TORCH_FREE = GROUND | {"doctor", "report", "watch", "bundle", "commands", "cli", "api", "__init__", "tokenizer", "data_prep",
+                       "slurm"}
 HEAVY = {"torch", "transformers", "megatron", "vllm", "transformer_engine"}
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 MAY_UNPICKLE: set[str] = set()

@@ -18,6 +18,7 @@ from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.models.count import num_params
 from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.launch_environment import is_first
+from megatron_sov.train.requested import add_plugin_argument, load_plugins
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
 
     def action(name: str, text: str) -> argparse.ArgumentParser:
-        return actions.add_parser(name, help=text, description=text)
+        sub = actions.add_parser(name, help=text, description=text)
+        add_plugin_argument(sub)
+        return sub
 
     def conversion(sub: argparse.ArgumentParser, keeps: str) -> None:
         sub.add_argument("--dtype", default="keep", metavar="D",
@@ -71,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the chosen action; returns the exit code."""
     if getattr(args, "workers", 1) < 1:
         raise UserError(f"--workers {args.workers}: must be at least 1")
+    load_plugins(args.plugins)
     return {"from-hf": _from_hf, "to-hf": _to_hf, "verify": _verify, "inspect": _inspect}[args.action](args)
 
 

@@ -8,7 +8,8 @@ import contextlib
 from megatron_sov.runs.folder import STAGES
 from megatron_sov.runs.launch_environment import num_ranks
 from megatron_sov.train.guards.fault_injection import parse
-from megatron_sov.train.stage_config import add_stage_arguments, resolve_start, stage_config
+from megatron_sov.train.objectives import factory
+from megatron_sov.train.stage_config import add_stage_arguments, resolve_start, stage_request
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,25 +20,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train on at longer contexts, stage by stage; returns 0 when the last one is complete.
 
-    Every stage's settings, data and folder are checked before the first one starts.
+    Every stage's settings, data and folder are checked before a Hugging Face folder is converted and the first one starts.
     """
-    stage_config(args, None)
-    start = resolve_start(args.start_from, args.run)
-    assert start is not None, f"--from is required, it is {args.start_from}"
+    request = stage_request(args, "lm")
+    faults = parse(args.inject, num_ranks(args.nproc))
+
     from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()
     from megatron_sov.extend.stages import planned_stages
 
-    faults = parse(args.inject, num_ranks(args.nproc))
-    stages = planned_stages(args, start)
+    stages = planned_stages(request, args.start_from, args.run, args.nproc)
     for stage in stages:
         stage.config.check(num_ranks(args.nproc))
         stage.folder.enter(stage.config, args.resume)
+    start = resolve_start(args.start_from, args.run)
+    assert start is not None, f"--from is required, it is {args.start_from}"
     from megatron_sov.extend.running import run_stages
+    from megatron_sov.train.lm import LanguageModelling
 
     try:
-        run_stages(stages, start, args.nproc, args.resume, args.began_s, faults)
+        run_stages(stages, start, factory(stages[-1].config, LanguageModelling), args.nproc, args.resume, args.began_s, faults)
     finally:
         for folder in (args.run / STAGES, args.run):
             with contextlib.suppress(OSError):  # not empty: a stage has begun

@@ -13,6 +13,7 @@ from megatron_sov.errors import UserError
 from megatron_sov.generate.prompts import Prompt, read_prompts
 from megatron_sov.generate.request import Batching, Generated, Sampling, Stop
 from megatron_sov.runs.append import RunEvents
+from megatron_sov.train.requested import add_plugin_argument, load_plugins
 
 if TYPE_CHECKING:
     from megatron_sov.generate.target import Target
@@ -45,12 +46,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nproc", type=int, default=None, metavar="N", help="local processes (engine megatron)")
     parser.add_argument("--set", dest="settings", action="append", default=[], metavar="key=value",
                         help="layout and precision, e.g. --set parallel.ep=2 --set train.precision=bf16 (engine megatron)")
+    add_plugin_argument(parser)
     parser.add_argument("--run", type=Path, metavar="DIR", help="also add the texts to this run's events, for its report")
     parser.add_argument("--json", action="store_true", help="print the texts and tokens as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """Continue the prompts and print what the model wrote."""
+    load_plugins(args.plugins)
     prompts = read_prompts(args.prompt, args.prompts)
     sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
     batching = Batching(args.batch_size, args.prefill_tokens)

@@ -7,12 +7,12 @@ import math
 import sys
 from pathlib import Path
 
+from megatron_sov.train.requested import add_recipe_arguments, requested
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `megatron-sov plan`."""
-    parser.add_argument("recipe", metavar="RECIPE", help="name of a recipe; `megatron-sov recipes` lists them")
-    parser.add_argument("--set", dest="settings", action="append", default=[], metavar="key=value",
-                        help="change a setting, e.g. --set optim.schedule=wsd")
+    add_recipe_arguments(parser)
     parser.add_argument("--nproc", type=int, default=None, metavar="N",
                         help="check the settings for so many processes (default: as few as the layout needs)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -25,14 +25,12 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: an unknown recipe or setting, or settings that make no schedule.
     """
-    from megatron_sov import recipes
     from megatron_sov.artifacts import check_output, to_json, write_output
-    from megatron_sov.config import apply_settings
     from megatron_sov.pages.content import Chapter, Section
     from megatron_sov.pages.page import render
     from megatron_sov.plan import timetable
 
-    config = apply_settings(recipes.get(args.recipe), args.settings)
+    config = requested(args).config()
     config.check(args.nproc or math.lcm(config.parallel.ranks_per_replica, config.parallel.ranks_per_expert_replica))
     if args.html is not None:
         check_output("--html", args.html)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_sov.runs.launch_environment import num_ranks
-from megatron_sov.train.guards.fault_injection import parse
-from megatron_sov.train.stage_config import add_stage_arguments, resolve_start, stage_config
+from megatron_sov.train.objectives import factory
+from megatron_sov.train.stage_config import add_stage_arguments, parse_stage
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,12 +14,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train by language modelling; returns 0 when the run is complete."""
-    stage_config(args, None)
-    start = resolve_start(args.start_from, args.run)
-    config = stage_config(args, start)
-    config.check(num_ranks(args.nproc))
-    faults = parse(args.inject, num_ranks(args.nproc))
+    """Train by language modelling, or an objective of your own; returns 0 when the run is complete."""
+    stage = parse_stage(args, "lm")
 
     from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
@@ -29,6 +24,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_sov.train.lm import LanguageModelling
     from megatron_sov.train.stage import Stage, run_stage
 
-    stage = Stage(config, RunFolder(args.run), LanguageModelling, start, args.resume, faults=faults)
-    run_stage(stage, args.nproc, args.began_s)
+    objective = factory(stage.config, LanguageModelling)
+    run_stage(Stage(stage.config, RunFolder(args.run), objective, stage.start, args.resume, faults=stage.faults), args.nproc,
+              args.began_s)
     return 0

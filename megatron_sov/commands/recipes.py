@@ -1,50 +1,50 @@
-"""`megatron-sov recipes [NAME] [--set key=value ...] [--json]`."""
+"""`megatron-sov recipes [RECIPE] [--set key=value ...] [--json]`."""
 
 from __future__ import annotations
 
 import argparse
 import json
 
-from megatron_sov import recipes
+from megatron_sov import models, recipes
 from megatron_sov.artifacts import to_json
-from megatron_sov.config import RunConfig, apply_settings
+from megatron_sov.config import RunConfig
 from megatron_sov.errors import UserError
 from megatron_sov.models.count import num_params
+from megatron_sov.plugins.entry_points import declared
 from megatron_sov.recipes.sources import Source, Sources, derive, relabelled, settings
+from megatron_sov.train import objectives
+from megatron_sov.train.requested import add_recipe_arguments, load_plugins, requested
 
+BUILT_IN = "built in"
 SET = Source("yours", "--set")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `megatron-sov recipes`."""
-    parser.add_argument("name", nargs="?", metavar="NAME",
-                        help="print this recipe's settings and where each comes from (default: list all)")
-    parser.add_argument("--set", dest="settings", action="append", default=[], metavar="KEY=VALUE",
-                        help="change a setting of NAME before it is printed, e.g. --set train.steps=100")
-    parser.add_argument("--json", action="store_true", help="print NAME's settings as JSON, without sources")
+    add_recipe_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print RECIPE's settings as JSON, without where each comes from")
 
 
 def run(args: argparse.Namespace) -> int:
-    """List the recipes with a line each, or print one with every setting resolved and its source.
+    """List recipes, families and objectives with their origin, or print one recipe: every setting, and where it comes from.
 
     Raises:
-        UserError: NAME or a --set key does not exist, or --set or --json stands without NAME.
+        UserError: the recipe or a --set key does not exist, or --set or --json stands without a recipe.
     """
-    if args.name is None:
-        if args.json:
-            raise UserError(f"--json: needs a recipe to print; name one of {', '.join(recipes.names())}")
-        if args.settings:
-            raise UserError(f"--set {args.settings[0]}: needs a recipe to change; name one of {', '.join(recipes.names())}")
-        width = max(map(len, recipes.names()))
-        for name in recipes.names():
-            print(f"{name:<{width}}  {summary(recipes.get(name))}")
+    if args.recipe is None and args.config is None:
+        if args.json or args.settings:
+            given = "--json: needs a recipe to print" if args.json else f"--set {args.settings[0]}: needs a recipe to change"
+            raise UserError(f"{given}; name one of {', '.join(recipes.names())}")
+        load_plugins(args.plugins)
+        print(listing())
         return 0
-    recipe = recipes.get(args.name)
-    config = apply_settings(recipe, args.settings)
+    asked = requested(args)
+    config = asked.config()
     if args.json:
         print(to_json(config), end="")
     else:
-        print(as_text(config, derive(recipes.sources(args.name), relabelled(recipe, config, SET))))
+        known = {} if asked.from_file else recipes.sources(args.recipe)
+        print(as_text(config, derive(known, relabelled(asked.base, config, SET))))
     return 0
 
 
@@ -58,14 +58,35 @@ def as_text(config: RunConfig, sources: Sources) -> str:
         for s, value in zip(found, values, strict=True))
 
 
+def listing() -> str:
+    """Return a line for each recipe, then one for each model family and objective, and for what packages add elsewhere."""
+    rows = [(name, BUILT_IN, summary(recipes.get(name))) for name in recipes.names()]
+    rows += [(name, origin, _tried(name)) for name, origin in recipes.OWN.listing()]
+    rows += [(name, BUILT_IN, "model family") for name in models.FAMILIES]
+    rows += [(name, origin, "model family") for name, origin in models.OWN.listing()]
+    rows += [(name, BUILT_IN, f"objective of `megatron-sov {command}`") for name, command in objectives.BUILT_IN.items()]
+    rows += [(name, origin, "objective") for name, origin in objectives.OWN.listing()]
+    for what, group in (("data step of `sov-data pack`", "megatron_sov.data_steps"), ("command", "megatron_sov.commands")):
+        rows += [(d.name, f"package {d.package}", what) for d in declared(group)]
+    widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
+    return "\n".join(f"{name:<{widths[0]}}  {origin:<{widths[1]}}  {text}" for name, origin, text in rows)
+
+
+def _tried(name: str) -> str:
+    """Return the summary of a package's recipe, or why there is none: one package must not hide all others."""
+    try:
+        return summary(recipes.get(name))
+    except UserError as e:
+        return str(e)
+
+
 def summary(config: RunConfig) -> str:
     """Return a recipe in one line: parameters, experts, attention, budget."""
     model, count = config.model, num_params(config.model)
     experts = f"{model.num_experts_per_token} of {model.num_experts} experts" if model.num_experts else "dense"
     attention = "sliding + global attention" if "L" in model.attention_pattern else "global attention"
     tokens = sum(p.tokens for p in config.data.phases) or config.train.tokens
-    budget = f"{config.train.steps:,} steps" if config.train.steps else \
-        f"{tokens / 1e12:.4g} T tokens" if tokens >= 1e12 else f"{tokens / 1e9:.4g} B tokens"
+    budget = f"{tokens / 1e12:g} T tokens" if not config.train.steps else f"{config.train.steps:,} steps"
     return f"{billions(count.total)} parameters ({billions(count.active)} active), {experts}, {attention}, {budget}"
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any
 
 from megatron_sov.config import curriculum
 from megatron_sov.config.data import DataConfig
@@ -19,6 +19,7 @@ from megatron_sov.config.needle import NeedleConfig
 from megatron_sov.config.optim import OptimConfig
 from megatron_sov.config.train import TrainConfig
 from megatron_sov.errors import UserError, list_problems
+from megatron_sov.plugins.code import Code
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,13 @@ class ObjectiveConfig:
     """What is learned, and the weights of its terms."""
 
     __pydantic_config__ = STRICT
-    name: Literal["lm", "sft"] = "lm"
-    """lm: next-token cross-entropy (with multi-token prediction where the model has it); sft: cross-entropy on responses."""
+    name: str = "lm"
+    """lm: next-token cross-entropy (with multi-token prediction where the model has it); sft: cross-entropy on responses;
+    or an objective of your own, FILE.py:NAME (docs/own_code.md)."""
     text_coeff: float = 0.0
     """sft: weight of an auxiliary cross-entropy on plain text, normalised over its own tokens."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Settings of an objective of your own: the arguments that it takes by name."""
 
     def problems(self) -> list[str]:
         """Return one sentence for every rule that these settings break."""
@@ -83,6 +87,8 @@ class RunConfig:
     """Trackers."""
     guards: GuardConfig = GuardConfig()
     """What watches the run."""
+    code: tuple[Code, ...] = ()
+    """Code of your own, or of installed packages, that the settings above name; written by the command."""
 
     def problems(self, num_ranks: int = 1) -> list[str]:
         """Return one sentence for every rule that this config breaks on `num_ranks` processes; empty when it is sound."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from megatron_sov import models
 from megatron_sov.artifacts import MANIFEST, refuse_existing
 from megatron_sov.config import RunConfig
 from megatron_sov.convert import DEFAULT_WORKERS
@@ -76,7 +77,8 @@ def from_hf(hf_dir: str | Path, out: str | Path, dtype: str = KEEP, *, workers: 
         write_index(artifact.path, PART, [_index(files, links)])
         carry(hf_dir, artifact.path / "tokenizer", ids_in(source.config))
         artifact.writer.content = {"step": 0, "parts": [PART], "tokens": 0}
-        artifact.writer.settings = RunConfig(recipe="from-hf", model=source.model).to_dict()
+        code = models.OWN.code(source.model.family)
+        artifact.writer.settings = RunConfig("from-hf", source.model, code=(code,) if code else ()).to_dict()
 
 
 def planned_files(links: dict[str, Link], source: HfWeights, dtype: str) -> dict[str, list[TensorSpec]]:

@@ -144,8 +144,9 @@ class CheckpointWeights:
     def __init__(self, path: Path) -> None:
         self.path = path
         manifest = read_manifest(path, "checkpoint")
-        self.model = from_dict(manifest.settings).model
-        self.links = models.get(self.model.family).links(self.model)
+        settings = from_dict(manifest.settings)
+        self.model = settings.model
+        self.links = models.get(self.model.family, settings.code).links(self.model)
         self._reader = TensorReader(path, PART)
         self._link_of = {name: link for link in self.links for name in link.hf_names}
         found = {key: self._reader.shape(key) for key in self._reader.keys()}  # noqa: SIM118  (a method of the reader, not a dict)

@@ -9,7 +9,7 @@ from megatron_sov.documents.cutting import cut_at_blank_lines, cut_text
 from megatron_sov.documents.files import DOCUMENT_BYTES, TEXT_SUFFIXES, WHOLE_FILE_BYTES, Span, list_files, plan_units
 from megatron_sov.documents.processes import in_processes
 from megatron_sov.documents.reading import read_documents, read_span
-from megatron_sov.documents.records import KINDS, ROLES, BadRecord, Document, Reading
+from megatron_sov.documents.records import KINDS, ROLES, BadRecord, Document, LeftOut, Reading
 
-__all__ = ["DOCUMENT_BYTES", "KINDS", "ROLES", "TEXT_SUFFIXES", "WHOLE_FILE_BYTES", "BadRecord", "Document", "Reading", "Span",
-           "cut_at_blank_lines", "cut_text", "in_processes", "list_files", "plan_units", "read_documents", "read_span"]
+__all__ = ["DOCUMENT_BYTES", "KINDS", "ROLES", "TEXT_SUFFIXES", "WHOLE_FILE_BYTES", "BadRecord", "Document", "LeftOut", "Reading",
+           "Span", "cut_at_blank_lines", "cut_text", "in_processes", "list_files", "plan_units", "read_documents", "read_span"]

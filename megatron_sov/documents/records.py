@@ -60,6 +60,14 @@ class Document:
         return tuple(content for _, content in (*self.messages, *self.chosen, *self.rejected))
 
 
+@dataclass(frozen=True)
+class LeftOut:
+    """What a data step returns for a document that is not to be packed."""
+
+    reason: str
+    """A few words to count by: documents of the same reason are one figure in the manifest."""
+
+
 class BadRecord(Exception):
     """A record that cannot become a document; the reader goes on behind it."""
 
@@ -117,7 +125,7 @@ def parse_record(record: dict[str, Any], where: str, number: int, reading: Readi
         fields["awaits_response"] = True
     id_ = record.get("id")
     document = Document(where, id=str(id_) if isinstance(id_, (str, int)) else None, line=number, **fields)
-    _check_texts(document.texts(), reading)
+    check_texts(document.texts(), reading)
     return document
 
 
@@ -177,7 +185,8 @@ def _preference(record: dict[str, Any]) -> dict[str, Messages]:
     return {"messages": prompt, "chosen": chosen, "rejected": rejected}
 
 
-def _check_texts(texts: tuple[str, ...], reading: Reading) -> None:
+def check_texts(texts: tuple[str, ...], reading: Reading) -> None:
+    """Raise `BadRecord` where a document's texts are too long, no text, or none at all."""
     size_bytes = 0
     for text in texts:
         try:

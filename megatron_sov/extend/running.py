@@ -15,17 +15,18 @@ from megatron_sov.obs.warning import warn
 from megatron_sov.runs.checkpoints import find_checkpoint, latest
 from megatron_sov.runs.launch_environment import is_first
 from megatron_sov.train.guards.fault_injection import Fault
-from megatron_sov.train.lm import LanguageModelling
 from megatron_sov.train.stage import Stage, run_stage
+from megatron_sov.train.trainer import ObjectiveFactory
 
 
-def run_stages(stages: list[PlannedStage], start: Path, nproc: int | None, resume: bool, began_s: float,
+def run_stages(stages: list[PlannedStage], start: Path, objective: ObjectiveFactory, nproc: int | None, resume: bool, began_s: float,
                faults: tuple[Fault, ...] = ()) -> None:
     """Run all stages; under a launcher it returns where one of them is not complete, else it raises.
 
     Args:
         stages: as planned.
         start: the checkpoint that the first one starts from, and by whose short-context loss all are judged.
+        objective: what is learned.
         nproc: local processes.
         resume: whether folders may hold the runs already.
         began_s: Unix time at which the work on the first stage that is not complete began.
@@ -40,16 +41,16 @@ def run_stages(stages: list[PlannedStage], start: Path, nproc: int | None, resum
     prepared = [make_needles(stage.config, start) for stage in stages]
     start_loss: float | None = None
     for planned, needles in zip(stages, prepared, strict=True):
-        stage = Stage(with_needles_in_blends(planned.config), planned.folder, LanguageModelling, start, resume, needles.data,
-                      needles.sources, before=needles.before, after=needles.after, faults=faults)
+        stage = Stage(with_needles_in_blends(planned.config), planned.folder, objective, start, resume, sources=needles.data,
+                      extra_sources=needles.sources, before=needles.before, after=needles.after, faults=faults)
         if planned.config.extend.gate.every_steps:
             fresh = latest(planned.folder.checkpoints) is None
             if fresh and start_loss is None:
                 start_loss = loss_of_checkpoint(first, short_context(planned.config, Target(first, False).trained_tokens),
                                                 planned.config, nproc)
             gate = _gate(planned, needles, Target(first, False).trained_tokens, start_loss)
-            stage = Stage(stage.config, stage.folder, stage.objective, start, resume, needles.data, needles.sources,
-                          after=gate.completion, gate=gate, faults=faults)
+            stage = Stage(stage.config, stage.folder, stage.objective, start, resume, sources=needles.data,
+                          extra_sources=needles.sources, after=gate.completion, gate=gate, faults=faults)
         was_complete = stage.folder.completion() is not None
         if not run_stage(stage, nproc, began_s):
             return

@@ -2,20 +2,48 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+
+from megatron_sov.config import ModelConfig
 from megatron_sov.errors import UserError, nearest
 from megatron_sov.models import exaone_moe, qwen, solar_open
 from megatron_sov.models.family import Family
+from megatron_sov.plugins.code import Code
+from megatron_sov.plugins.loading import Loaded
+from megatron_sov.plugins.registry import Registry
 
 FAMILIES = {family.name: family for family in (
     solar_open.FAMILY, exaone_moe.FAMILY, qwen.QWEN2, qwen.QWEN3, qwen.QWEN3_MOE)}
 
 
-def get(name: str) -> Family:
-    """Return the family of that name.
+def get(name: str, recorded: Sequence[Code] = ()) -> Family:
+    """Return the family of that name: built in, declared by an installed package, or named on the command line.
+
+    Args:
+        name: as `model.family` and transformers' `model_type` have it.
+        recorded: what a config or checkpoint says about its code, for the message alone.
 
     Raises:
         UserError: there is none; the message names the nearest and lists all.
     """
-    if name not in FAMILIES:
-        raise UserError(f"model family {name!r}: is not supported{nearest(name, FAMILIES)} (families: {', '.join(FAMILIES)})")
-    return FAMILIES[name]
+    return FAMILIES[name] if name in FAMILIES else OWN.get(name, recorded)
+
+
+def _check(loaded: Loaded) -> None:
+    family = loaded.value
+    if not isinstance(family, Family):
+        raise UserError(f"{loaded.reference}: is a {type(family).__name__}; a model family is a "
+                        "megatron_sov.models.family.Family")
+    if not family.name.isidentifier():
+        raise UserError(f"{loaded.reference}: is called {family.name!r}; its name must be transformers' model_type, of letters, "
+                        "digits and _")
+    fields = [f.name for f in dataclasses.fields(ModelConfig)]
+    unknown = [f"{name!r}{nearest(name, fields)}" for name in (*family.structure, *family.training) if name not in fields]
+    if unknown:
+        raise UserError(f"{loaded.reference}: structure and training hold settings of the model, which has no "
+                        f"{', '.join(unknown)}")
+
+
+OWN: Registry[Family] = Registry("model family", "megatron_sov.families", FAMILIES, _check, lambda family: family.name)
+"""Families that are not built in."""

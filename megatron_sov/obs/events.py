@@ -75,9 +75,9 @@ def _end_last_line(path: Path) -> None:
                 f.write(b"\n")
 
 
-def read_events(path: Path) -> Iterator[dict[str, Any]]:
+def read_events(path: str | Path) -> Iterator[dict[str, Any]]:
     """Yield a run's events in order; lines that a killed process left unfinished are passed over."""
-    if not path.exists():
+    if not Path(path).exists():
         return
     with open(path, encoding="utf-8", errors="replace") as f:
         for line in f:

@@ -1,6 +1,6 @@
 """Recipes: functions that return one `RunConfig`, each with a table of where its values come from.
 
-`get(name)` finds them; `names()` lists them; `sources(name)` returns the table.
+`get(name)` finds them; `names()` lists the built-in ones; `sources(name)` returns the table.
 """
 
 from __future__ import annotations
@@ -9,8 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
-from megatron_sov.config import RunConfig
-from megatron_sov.errors import UserError, nearest
+from megatron_sov.config import RunConfig, from_dict
+from megatron_sov.errors import UserError
+from megatron_sov.plugins.loading import Loaded, calling
+from megatron_sov.plugins.registry import Registry
+from megatron_sov.plugins.signatures import takes
 from megatron_sov.recipes import k_exaone, qwen, solar_open, typhoon_s, vibethinker
 from megatron_sov.recipes.sources import Sources, derive, relabelled
 from megatron_sov.recipes.tiny import SHRUNK, shrink
@@ -73,30 +76,50 @@ RECIPES |= {name: _tiny(name, RECIPES[big]) for name, big in TINY.items()}
 
 
 def names() -> list[str]:
-    """Return the names of all recipes."""
+    """Return the names of all built-in recipes."""
     return sorted(RECIPES)
 
 
 def get(name: str) -> RunConfig:
-    """Return the recipe of that name; a tiny one has the big one's whole name too: `tiny-solar-open-102b`.
+    """Return the recipe of that name: built in, declared by an installed package, or named on the command line.
+
+    A tiny one has the big one's whole name too: `tiny-solar-open-102b`.
 
     Raises:
-        UserError: there is none; the message names the nearest and lists all.
+        UserError: there is none (the message names the nearest and lists all), or it makes no config.
     """
-    return _find(name).build()
+    found = _short(name)
+    return RECIPES[found].build() if found in RECIPES else _made(name, OWN.get(name))
 
 
 def sources(name: str) -> Sources:
-    """Return where the values of a recipe come from; empty where its author did not say.
-
-    Raises:
-        UserError: there is no such recipe; the message names the nearest and lists all.
-    """
-    return _find(name).sources
+    """Return where the values of a recipe come from; empty where its author did not say."""
+    found = _short(name)
+    return RECIPES[found].sources if found in RECIPES else {}
 
 
-def _find(name: str) -> Recipe:
-    found = next((tiny for tiny, big in TINY.items() if name == f"tiny-{big}"), name)
-    if found not in RECIPES:
-        raise UserError(f"recipe {name!r}: does not exist{nearest(name, RECIPES)} (recipes: {', '.join(names())})")
-    return RECIPES[found]
+def _short(name: str) -> str:
+    return next((tiny for tiny, big in TINY.items() if name == f"tiny-{big}"), name)
+
+
+def _check(loaded: Loaded) -> None:
+    if not callable(loaded.value) or not takes(loaded.value, ()):
+        raise UserError(f"{loaded.reference}: is {loaded.value!r}; a recipe is a function without arguments that returns a "
+                        "RunConfig")
+
+
+OWN: Registry[Callable[[], RunConfig]] = Registry("recipe", "megatron_sov.recipes", RECIPES, _check)
+"""Recipes that are not built in."""
+
+
+def _made(name: str, recipe: Callable[[], RunConfig]) -> RunConfig:
+    """Return what somebody's recipe makes, with every value of the type that its setting has."""
+    code = OWN.code(name)
+    assert code is not None, name
+    config = calling(code.reference, recipe)
+    if not isinstance(config, RunConfig):
+        raise UserError(f"{code.reference}: returns a {type(config).__name__}; a recipe returns a RunConfig")
+    try:
+        return from_dict(config.to_dict())
+    except (UserError, TypeError, ValueError) as e:
+        raise UserError(f"{code.reference}: {e}") from None

@@ -103,6 +103,7 @@ class RunFolder:
         if not resume:
             raise UserError(f"{self.path}: already holds a run of {earlier.recipe}; pass --resume to continue it, or choose "
                             "another --run")
+        refuse_changed_code(self.path, earlier, config)
         changed = _changed(earlier.to_dict(), config.to_dict())
         if changed:
             raise UserError(f"{self.path}: was started with {'; '.join(changed)}; resume with the same settings, or start "
@@ -128,6 +129,27 @@ class RunFolder:
         """Take back `create` where nothing came of it."""
         with contextlib.suppress(OSError):
             self.path.rmdir()
+
+
+def refuse_changed_code(run: Path, before: RunConfig, now: RunConfig) -> None:
+    """Refuse to go on with code of the user's own that is not what the run was started with.
+
+    Raises:
+        UserError: a file has changed; the message names it, and how to go on.
+    """
+    earlier = {(code.kind, code.name): code for code in before.code}
+    for code in now.code:
+        started = earlier.get((code.kind, code.name))
+        if started is None or not started.files or not code.files:
+            continue
+        files = dict(code.files)
+        files[next(iter(started.files))] = files.pop(next(iter(files)))  # the file itself, whatever it is called now
+        for name, sha256 in started.files.items():
+            if files.get(name, sha256) != sha256:
+                recipe = f", pass --config {run / CONFIG} in the recipe's place," if code.kind == "recipe" else ","
+                raise UserError(f"{run}: was started with {code.kind} {code.name} of {started.reference}, and {name} has "
+                                f"changed since (sha256 {sha256[:12]}, now {files[name][:12]}); put it back as it was{recipe} "
+                                "or start a new --run --from its checkpoint")
 
 
 def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

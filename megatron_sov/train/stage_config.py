@@ -1,36 +1,159 @@
-"""The arguments that all training commands share, and how they become a config.  No torch here."""
+"""The arguments that all training commands share, and how they become a stage.  No torch until --from is read."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from megatron_sov.artifacts import MANIFEST, read_manifest
-from megatron_sov.config import RunConfig, data_paths, from_dict
+from megatron_sov.config import ModelConfig, RunConfig, data_paths, from_dict
+from megatron_sov.config.reading import check_data_folder
 from megatron_sov.errors import UserError
+from megatron_sov.runs.checkpoints import KIND, find_checkpoint
 from megatron_sov.runs.launch_environment import num_ranks
-from megatron_sov.train.guards.fault_injection import STATES
+from megatron_sov.train.guards.fault_injection import STATES, Fault, parse
+from megatron_sov.train.objectives import BUILT_IN
+from megatron_sov.train.requested import Request, add_recipe_arguments, requested
+
+BuiltIn = Literal["lm", "sft"]
+
+
+@dataclass(frozen=True)
+class ParsedStage:
+    """A training command's arguments, checked."""
+
+    config: RunConfig
+    """Resolved settings."""
+    start: Path | None
+    """Checkpoint to start from; None: initial weights."""
+    faults: tuple[Fault, ...]
+    """What is to come on purpose."""
 
 
 def add_stage_arguments(parser: argparse.ArgumentParser, *, needs_start: bool) -> None:
-    """Add RECIPE --data --run --from --nproc --set --deterministic --inject --resume."""
-    parser.add_argument("recipe", help="name of a recipe; `megatron-sov recipes` lists them")
-    parser.add_argument("--data", action="append", required=True, metavar="DIR[:weight]",
-                        help="token shards made by `sov-data pack`; several are mixed by weight")
+    """Add RECIPE --config --plugin --set --data --run --from --nproc --deterministic --inject --resume."""
+    add_recipe_arguments(parser)
+    parser.add_argument("--data", action="append", default=[], metavar="DIR[:weight]",
+                        help="token shards made by `sov-data pack`; several are mixed by weight (needed, except where "
+                             "--config names them)")
     parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="folder of this run")
     parser.add_argument("--from", dest="start_from", type=Path, required=needs_start, metavar="CHECKPOINT|RUN|HF_DIR",
                         help="start from these weights (and their architecture)")
     parser.add_argument("--nproc", type=int, default=None, metavar="N",
                         help="local processes to start (under Slurm or torchrun the environment decides)")
-    parser.add_argument("--set", dest="settings", action="append", default=[], metavar="key=value",
-                        help="change a setting, e.g. --set train.steps=100 --set parallel.ep=2")
     parser.add_argument("--deterministic", action="store_true",
                         help="the same bits in every run (--set train.deterministic=true)")
     parser.add_argument("--inject", action="append", default=[], metavar="FAULT@step=N[,rank=R]",
                         help=f"do this to the run, once, to see what it does ({', '.join(STATES)})")
     parser.add_argument("--resume", action="store_true", help="continue the run that is in --run")
+
+
+def parse_stage(args: argparse.Namespace, objective: BuiltIn) -> ParsedStage:
+    """Return what a training command is to do.
+
+    A Hugging Face folder is converted last: every mistake that its headers show is found before that.
+
+    Raises:
+        UserError: a mistake in the arguments, settings or layout, missing data, another family or objective than the
+            command's, or nothing to start from.
+    """
+    config = stage_config(stage_request(args, objective), objective)
+    config.check(num_ranks(args.nproc))
+    faults = parse(args.inject, num_ranks(args.nproc))
+    return ParsedStage(config, resolve_start(args.start_from, args.run), faults)
+
+
+def stage_request(args: argparse.Namespace, objective: BuiltIn) -> Request:
+    """Return what a training command was asked for, with its data, and its checkpoint's architecture in the recipe's place.
+
+    Raises:
+        UserError: it cannot be used, data is missing, or --from names nothing to start from, or another family.
+    """
+    asked = _request(args, objective)
+    base, paths = asked.base, data_paths(args.data)
+    for path in base.data.paths if not paths else ():
+        check_data_folder(path)
+    base = dataclasses.replace(base, data=dataclasses.replace(base.data, paths=paths or base.data.paths))
+    if args.start_from is not None:
+        base = dataclasses.replace(base, model=_model_of(args.start_from, asked))
+    return dataclasses.replace(asked, base=base)
+
+
+def submitted_config(args: argparse.Namespace, objective: BuiltIn) -> RunConfig:
+    """Return what is known of a training command's settings before its data and checkpoint exist, as a job is submitted.
+
+    Raises:
+        UserError: a mistake in the arguments or settings.
+    """
+    return stage_config(_request(args, objective), objective)
+
+
+def _request(args: argparse.Namespace, objective: BuiltIn) -> Request:
+    asked = requested(args)
+    if not args.data and not asked.base.data.paths:
+        raise UserError("--data: is missing; pass a folder made by `sov-data pack`")
+    learned = asked.base.objective
+    if learned.name == "lm":  # what every recipe says that leaves it open
+        learned = dataclasses.replace(learned, name=objective)
+    flags = ("train.deterministic=true",) if args.deterministic else ()
+    return dataclasses.replace(asked, base=dataclasses.replace(asked.base, objective=learned),
+                               settings=(*asked.settings, *flags))
+
+
+def stage_config(request: Request, objective: BuiltIn, defaults: tuple[str, ...] = (),
+                 own: tuple[str, ...] = ()) -> RunConfig:
+    """Return the resolved settings of a training command.
+
+    Args:
+        request: what was asked for.
+        objective: what the command trains by; those of your own go by commands that train by "lm".
+        defaults: settings that --set goes before.
+        own: settings that go before --set.
+
+    Raises:
+        UserError: an unknown setting, or another objective than the command's.
+    """
+    config = request.config(defaults, own)
+    name = config.objective.name
+    if name != objective and (name in BUILT_IN or objective != "lm"):
+        raise UserError(f"objective.name = {name}: this command trains by {objective!r}; leave the setting out, "
+                        f"or use `megatron-sov {BUILT_IN.get(name, 'pretrain')}`")
+    return config
+
+
+def _model_of(start_from: Path, asked: Request) -> ModelConfig:
+    """Return the architecture of what --from names, from headers alone.
+
+    Raises:
+        UserError: it is no checkpoint, run or Hugging Face folder, or of another family than the recipe.
+    """
+    start = find_start(start_from)
+    from megatron_sov import convert
+
+    model = convert.open_weights(start).model if convert.is_hf_folder(start) else from_dict(
+        read_manifest(start, KIND).settings).model
+    family = next((value.strip('"') for key, _, value in (s.partition("=") for s in reversed(asked.settings))
+                   if key == "model.family"), asked.base.model.family)
+    if model.family != family:
+        raise UserError(f"--from {start_from}: is a {model.family} model, recipe {asked.base.recipe} is for {family}; choose "
+                        "a recipe of that family")
+    return model
+
+
+def find_start(start_from: Path) -> Path:
+    """Return the checkpoint, or Hugging Face folder, that --from means.
+
+    Raises:
+        UserError: it is neither, and no run with a checkpoint.
+    """
+    if not start_from.is_dir():
+        raise UserError(f"--from {start_from}: does not exist; pass a checkpoint, a run or a Hugging Face folder")
+    from megatron_sov import convert
+
+    return start_from if convert.is_hf_folder(start_from) else find_checkpoint(start_from)
 
 
 def resolve_start(start_from: Path | None, run: Path) -> Path | None:
@@ -41,12 +164,10 @@ def resolve_start(start_from: Path | None, run: Path) -> Path | None:
     """
     if start_from is None:
         return None
-    if not start_from.is_dir():
-        raise UserError(f"--from {start_from}: does not exist; pass a checkpoint, a run or a Hugging Face folder")
+    start = find_start(start_from)
     from megatron_sov import convert
-    from megatron_sov.runs.checkpoints import find_checkpoint
 
-    return _converted(start_from, run) if convert.is_hf_folder(start_from) else find_checkpoint(start_from)
+    return _converted(start, run) if convert.is_hf_folder(start) else start
 
 
 def _converted(hf_dir: Path, run: Path) -> Path:
@@ -66,42 +187,3 @@ def _converted(hf_dir: Path, run: Path) -> Path:
     if code:
         raise SystemExit(code)
     return out
-
-
-def stage_config(args: argparse.Namespace, checkpoint: Path | None, *, objective: Literal["lm", "sft"] = "lm",
-                 defaults: tuple[str, ...] = ()) -> RunConfig:
-    """Return the resolved settings of a training command: recipe, checkpoint's architecture, data, then --set.
-
-    Without a checkpoint (before --from is resolved, which may take long) it finds the mistakes that need none.
-
-    Raises:
-        UserError: unknown recipe or setting, missing data, another family or objective than the command's.
-    """
-    from megatron_sov import recipes
-    from megatron_sov.config import apply_settings
-
-    config = recipes.get(args.recipe)
-    if checkpoint is not None:
-        config = _with_model_of(config, checkpoint)
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, paths=data_paths(args.data)))
-    flags = ["train.deterministic=true"] if args.deterministic else []
-    config = apply_settings(config, [f"objective.name={objective}", *defaults, *args.settings, *flags])
-    if config.objective.name != objective:
-        raise UserError(f"objective.name = {config.objective.name}: this command trains by {objective!r}; leave the setting out, "
-                        f"or use `megatron-sov {'sft' if objective == 'lm' else 'pretrain'}`")
-    return config
-
-
-def _with_model_of(config: RunConfig, start_from: Path) -> RunConfig:
-    """Return `config` with the architecture that a checkpoint was made with.
-
-    Raises:
-        UserError: the checkpoint belongs to another family than the recipe.
-    """
-    from megatron_sov.runs.checkpoints import KIND
-
-    made_with = from_dict(read_manifest(start_from, KIND).settings).model
-    if made_with.family != config.model.family:
-        raise UserError(f"--from {start_from}: is a {made_with.family} model, recipe {config.recipe} is for "
-                        f"{config.model.family}; choose a recipe of that family")
-    return dataclasses.replace(config, model=made_with)

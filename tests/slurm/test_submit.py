@@ -28,7 +28,7 @@ BESIDE = ("--set", "train.export_every_checkpoints=1", "--set", 'evaluate.backgr
     (("pretrain", *HERE, "--nodes", "2", *RUN, "--set", "parallel.ep=16"), "parallel.ep = 16 must divide model.num_experts = 8"),
     (("pretrain", *HERE, *RUN, "--nproc", "2"), "--nproc 2: under Slurm the nodes and the profile decide"),
     (("pretrain", *HERE, *RUN, "--set", "train.stpes=5"), "'train.stpes' does not exist; did you mean 'steps'?"),
-    (("pretrain", *HERE, "tiny-solar-open", "--run", "x"), "the following arguments are required: --data"),
+    (("pretrain", *HERE, "tiny-solar-open", "--run", "x"), "--data: is missing; pass a folder made by `sov-data pack`"),
     (("pretrain", *HERE, *RUN, "--nodes-set", "two:a=1"), "--nodes-set two:a=1: must have the form N:key=value"),
     (("pretrain", *HERE, "--partition", "bacth", *RUN), "partition 'bacth': does not exist here; did you mean 'batch'?"),
     (("pretrain", *HERE, "--time", "soon", *RUN), "time limit 'soon': must be minutes"),

@@ -7,14 +7,29 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sov import recipes
+from megatron_sov.artifacts import to_json
+from megatron_sov.config import RunConfig, apply_settings
 from megatron_sov.errors import UserError
-from megatron_sov.train.stage_config import add_stage_arguments, resolve_start, stage_config
+from megatron_sov.train import stage_config as module
+from megatron_sov.train.stage_config import (
+    add_stage_arguments,
+    parse_stage,
+    resolve_start,
+    stage_config,
+    stage_request,
+    submitted_config,
+)
 
 
 def parsed(*argv: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     add_stage_arguments(parser, needs_start=False)
-    return parser.parse_args(list(argv))
+    return parser.parse_args([*argv, "--run", "r"])
+
+
+def config_of(*argv: str) -> RunConfig:
+    return parse_stage(parsed(*argv), "lm").config
 
 
 @pytest.fixture
@@ -25,15 +40,44 @@ def data(tmp_path: Path) -> Path:
 
 
 def test_settings_override_the_recipe(data: Path) -> None:
-    config = stage_config(parsed("tiny-k-exaone", "--data", f"{data}/a:3", "--run", "r", "--set", "train.steps=7"), None,
-                          defaults=("train.steps=5", "train.micro_batch_size=1"))
+    args = parsed("tiny-k-exaone", "--data", f"{data}/a:3", "--set", "train.steps=7")
+    config = stage_config(stage_request(args, "lm"), "lm", ("train.steps=5", "train.micro_batch_size=1"))
     assert (config.train.steps, config.train.micro_batch_size, config.data.paths) == (7, 1, {f"{data}/a": 3.0})
     assert (config.recipe, config.objective.name) == ("tiny-k-exaone", "lm")
     assert not config.train.deterministic
+    assert stage_config(stage_request(args, "lm"), "lm", own=("train.steps=9",)).train.steps == 9
 
 
 def test_deterministic_is_a_setting_with_a_flag(data: Path) -> None:
-    assert stage_config(parsed("tiny-k-exaone", "--data", f"{data}/a", "--run", "r", "--deterministic"), None).train.deterministic
+    assert config_of("tiny-k-exaone", "--data", f"{data}/a", "--deterministic").train.deterministic
+
+
+def test_a_run_config_stands_in_for_the_recipe_and_gives_the_same_settings_again(data: Path) -> None:
+    first = config_of("tiny-k-exaone", "--data", f"{data}/a:3", "--set", "train.steps=7", "--deterministic")
+    (data / "config.json").write_text(to_json(first.to_dict()))
+    assert config_of("--config", str(data / "config.json")) == first
+    changed = config_of("--config", str(data / "config.json"), "--data", f"{data}/b:2", "--set", "train.steps=8")
+    assert (changed.data.paths, changed.train.steps) == ({f"{data}/b:2": 1.0}, 8)
+    assert changed.train.deterministic
+
+
+def test_a_config_of_pretraining_serves_for_fine_tuning_and_not_the_other_way_round(data: Path) -> None:
+    lm = recipes.get("tiny-qwen3")
+    for name, config in {"lm": lm, "sft": apply_settings(lm, ["objective.name=sft"])}.items():
+        (data / f"{name}.json").write_text(to_json(config.to_dict()))
+    arguments = ("--data", f"{data}/a")
+    assert parse_stage(parsed("--config", str(data / "lm.json"), *arguments), "sft").config.objective.name == "sft"
+    with pytest.raises(UserError, match=r"objective.name = sft: this command trains by 'lm'.*use `megatron-sov sft`"):
+        config_of("--config", str(data / "sft.json"), *arguments)
+
+
+def test_the_data_of_a_config_must_still_be_there(data: Path) -> None:
+    config = apply_settings(recipes.get("tiny-qwen3"), ['data.paths={"/gone": 1}'])
+    (data / "config.json").write_text(to_json(config.to_dict()))
+    with pytest.raises(UserError, match=r"--data /gone: does not exist"):
+        config_of("--config", str(data / "config.json"))
+    with pytest.raises(UserError, match=r"--data: is missing"):
+        config_of("tiny-qwen3")
 
 
 @pytest.mark.parametrize(("recipe", "setting", "message"), [
@@ -41,10 +85,35 @@ def test_deterministic_is_a_setting_with_a_flag(data: Path) -> None:
     ("tiny-solar-open", "train.step=1", "'train.step' does not exist; did you mean 'steps'"),
     ("tiny-solar-open", "train.steps=many", "train.steps = 'many'"),
     ("tiny-solar-open", "objective.name=sft", "objective.name = sft: this command trains by 'lm'.*`megatron-sov sft`"),
+    ("tiny-solar-open", "objective.name=ml", "objective 'ml': does not exist; did you mean 'lm'"),
+    ("tiny-solar-open", "objective.options.gamma=2", "objective.options = {'gamma': 2}: belong to an objective of your own"),
+    ("tiny-solar-open", "model.family=solar-open", "model family 'solar-open': is not supported; did you mean 'solar_open'"),
 ])
 def test_bad_settings_are_refused(data: Path, recipe: str, setting: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        stage_config(parsed(recipe, "--data", f"{data}/a", "--run", "r", "--set", setting), None)
+        config_of(recipe, "--data", f"{data}/a", "--set", setting)
+    with pytest.raises(UserError, match=message):  # as a job is submitted, before its data is there
+        submitted_config(parsed(recipe, "--data", "not-yet", "--set", setting), "lm")
+
+
+def test_mistakes_are_found_before_a_hugging_face_folder_is_converted(
+    data: Path, hf_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def convert(*_: object) -> Path:
+        raise AssertionError("converted")
+
+    monkeypatch.setattr(module, "_converted", convert)
+    start = ("--data", f"{data}/a", "--from", str(hf_models["solar_open"]))
+    for arguments, message in {
+        ("tiny-qwen3", *start): "is a solar_open model, recipe tiny-qwen3 is for qwen3",
+        ("tiny-solar-open", *start, "--set", "train.stpes=1"): "did you mean 'steps'",
+        ("tiny-solar-open", *start, "--nproc", "3", "--set", "parallel.tp=3"): "parallel.tp = 3 must divide",
+        ("tiny-solar-open", *start, "--inject", "crash@step=x"): "--inject crash@step=x",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            config_of(*arguments)
+    with pytest.raises(AssertionError, match="converted"):
+        config_of("tiny-solar-open", *start)
 
 
 def test_from_must_be_something_to_start_from(data: Path) -> None:

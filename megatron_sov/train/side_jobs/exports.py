@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_sov import models
 from megatron_sov.artifacts import MANIFEST, read_manifest
 from megatron_sov.config import TrainConfig
 from megatron_sov.obs.warning import warn
@@ -120,6 +121,7 @@ class Exports:
 
     def _begin(self, step: int) -> _Running:
         argv = ["convert", "to-hf", str(self._source(step)), str(self.folder / f"step-{step}"), "--workers", "1", "--overwrite"]
+        argv += [word for reference in models.OWN.named() for word in ("--plugin", reference)]
         return _Running(step, BackgroundProcess([sys.executable, "-m", "megatron_sov", *argv], self._log(step)))
 
     def _end(self, running: _Running) -> None:

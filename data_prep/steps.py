@@ -1,0 +1,81 @@
+"""Data steps: functions of the user's own that change or leave out documents before they are encoded."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from megatron_sov.documents import Document, LeftOut
+from megatron_sov.errors import UserError
+from megatron_sov.plugins.code import Code
+from megatron_sov.plugins.loading import Loaded, is_reference, load, telling
+from megatron_sov.plugins.registry import Registry
+from megatron_sov.plugins.signatures import takes
+
+Step = Callable[[Document], Document | LeftOut]
+MAX_REASON_CHARS = 80
+
+
+def _check(loaded: Loaded) -> None:
+    if not callable(loaded.value) or not takes(loaded.value, ("document",)):
+        raise UserError(f"{loaded.reference}: is {loaded.value!r}; a data step is a function of one Document that returns a "
+                        "Document or LeftOut(reason)")
+
+
+OWN: Registry[Step] = Registry("data step", "megatron_sov.data_steps", (), _check)
+"""All data steps: none is built in."""
+
+
+def named_steps(names: Sequence[str]) -> tuple[Code, ...]:
+    """Return the record of each step that the command line names, in order; runs the files.
+
+    Raises:
+        UserError: one of them cannot be run, or is no data step.
+    """
+    found = []
+    for name in names:
+        known = OWN.load(name) if is_reference(name) else name
+        OWN.get(known)
+        code = OWN.code(known)
+        assert code is not None, name
+        found.append(code)
+    return tuple(found)
+
+
+class Steps:
+    """Data steps in order, as one process applies them."""
+
+    def __init__(self, codes: Sequence[Code]) -> None:
+        """Load the steps that `named_steps` has recorded.
+
+        Raises:
+            UserError: a file has changed since.
+        """
+        self._steps: list[tuple[str, Step]] = []
+        for code in codes:
+            loaded = load(code.reference)
+            if changed := [name for name, sha256 in loaded.files.items() if code.files.get(name, sha256) != sha256]:
+                raise UserError(f"{code.reference}: {changed[0]} has changed while it was at work; run the command again")
+            self._steps.append((code.reference, loaded.value))
+
+    def apply(self, document: Document) -> Document | LeftOut:
+        """Return what the steps make of a document.
+
+        Raises:
+            UserError: a step fails, or returns something else.
+        """
+        for reference, step in self._steps:
+            try:
+                with telling(reference.rpartition(":")[0]):
+                    found: Any = step(document)
+            except UserError as e:
+                raise UserError(f"{document.where}: data step {e}") from None
+            if isinstance(found, LeftOut) and isinstance(found.reason, str) and 0 < len(found.reason) <= MAX_REASON_CHARS:
+                return found
+            if not isinstance(found, Document) or found.kind != document.kind:
+                what = f"a Document of another kind, {found.kind}" if isinstance(found, Document) else repr(found)[:100]
+                raise UserError(f"{document.where}: data step {reference} returned {what}; it must return a Document of the "
+                                f"same kind, or LeftOut(reason) with a reason of at most {MAX_REASON_CHARS} characters")
+            document = dataclasses.replace(found, where=document.where, line=document.line)
+        return document

@@ -1,0 +1,43 @@
+"""What all our programs do alike: their version, and how an error becomes one sentence and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping
+from types import ModuleType
+
+from megatron_sov.errors import ExitCode, GateFailed, StopRequested, UserError
+from megatron_sov.version import __version__
+
+
+def version_of(program: str) -> str:
+    """Return what `PROGRAM --version` prints."""
+    return f"{program} {__version__}"
+
+
+def parser_of(program: str, description: str, commands: Mapping[str, ModuleType]) -> argparse.ArgumentParser:
+    """Return the parser of a program whose commands are modules with `HELP`, `add_arguments` and `run`."""
+    parser = argparse.ArgumentParser(prog=program, description=description)
+    parser.add_argument("--version", action="version", version=version_of(program))
+    actions = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, module in commands.items():
+        module.add_arguments(actions.add_parser(name, help=module.HELP))
+    return parser
+
+
+def exit_code(action: Callable[[], int]) -> int:
+    """Run a command and return its exit code; what a user can mend becomes one message."""
+    try:
+        return action()
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return ExitCode.USER_ERROR
+    except GateFailed as e:
+        print(f"gate: {e}", file=sys.stderr)
+        return ExitCode.GATE_FAILED
+    except StopRequested as e:
+        print(f"stopped: {e}", file=sys.stderr)
+        return ExitCode.STOPPED
+    except BrokenPipeError:
+        return ExitCode.OK
