@@ -8,7 +8,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint slurm browser demo docs lock wheel clean
+.PHONY: help setup test lint slurm browser demo docs scripts lock wheel clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -61,8 +61,15 @@ test: lint slurm browser  ## lint, then all tests on two cores
 demo: setup  ## raw text to a trained, converted and judged model on this machine, minutes on two cores
 	"$(PY)" demo.py $${CORPUS:+--corpus "$$CORPUS"}
 
-docs: setup  ## renew docs/config.md from the settings' docstrings
+docs: setup  ## renew docs/config.md and docs/recipes.md from settings and recipes
 	"$(PY)" docs/generate_config.py
+	"$(PY)" docs/generate_recipes.py
+
+scripts: setup  ## renew slurm/scripts from slurm/chains
+	rm -rf slurm/scripts
+	for chain in slurm/chains/*.yaml; do \
+	  name=$$(basename "$$chain" .yaml); "$(PY)" -m megatron_sov submit chain "$$name" --scripts "slurm/scripts/$$name"; \
+	done
 
 # torch moves by hand (edit its line first): its builds differ per index, and it pins the CUDA libraries that come with it.
 lock: setup  ## renew constraints.txt: newest versions that fit setup.py, in a fresh environment; torch stays

@@ -12,10 +12,8 @@ import sys
 import time
 from dataclasses import dataclass
 
-from megatron_sov.errors import GateFailed, StopRequested, UserError, nearest
+from megatron_sov.errors import ExitCode, GateFailed, StopRequested, UserError, nearest
 from megatron_sov.obs.process_start import process_started_s
-
-EXIT_OK, EXIT_USER_ERROR, EXIT_GATE_FAILED, EXIT_STOPPED = 0, 2, 3, 75
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ COMMANDS = {
     "report": Command("megatron_sov.commands.report", "write the self-contained HTML report of one or more runs"),
     "bundle": Command("megatron_sov.commands.bundle", "gather wheels, code and folders for a cluster without a network"),
     "doctor": Command("megatron_sov.commands.doctor", "what this machine has, what is missing, and how to add it"),
-    "recipes": Command("megatron_sov.commands.recipes", "list the recipes, or print one with its settings resolved"),
+    "recipes": Command("megatron_sov.commands.recipes", "list the recipes, or print one with every setting and its source"),
 }
 
 
@@ -72,7 +70,7 @@ def run_command(argv: list[str], began_s: float) -> int:
     parser = build_parser()
     if not argv or argv[0] in ("-h", "--help"):
         parser.print_help()
-        return EXIT_OK if argv else EXIT_USER_ERROR
+        return ExitCode.OK if argv else ExitCode.USER_ERROR
     name, *rest = argv
     if name not in COMMANDS:
         raise UserError(f"command {name!r}: does not exist{nearest(name, COMMANDS)} (commands: {', '.join(COMMANDS)})")
@@ -84,7 +82,7 @@ def run_command(argv: list[str], began_s: float) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run `megatron-sov`; a `UserError` becomes one message and exit code 2.
+    """Run `megatron-sov`; a `UserError` becomes one message and `ExitCode.USER_ERROR`.
 
     Args:
         argv: command and arguments; None: those of this process, which then began when the process did.
@@ -95,15 +93,15 @@ def main(argv: list[str] | None = None) -> int:
         return run_command(argv, time.time())
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return ExitCode.USER_ERROR
     except GateFailed as e:
         print(f"gate: {e}", file=sys.stderr)
-        return EXIT_GATE_FAILED
+        return ExitCode.GATE_FAILED
     except StopRequested as e:
         print(f"stopped: {e}", file=sys.stderr)
-        return EXIT_STOPPED
+        return ExitCode.STOPPED
     except BrokenPipeError:
-        return EXIT_OK
+        return ExitCode.OK
 
 
 if __name__ == "__main__":

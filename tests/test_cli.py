@@ -145,4 +145,4 @@ def test_a_wrong_argument_ends_with_2(capsys: pytest.CaptureFixture[str]) -> Non
 def test_the_door_to_megatron_is_opened_before_megatron_is_imported(command: str, first: str) -> None:
     """Behind a closed door every function that megatron compiles is compiled, 9 s in a CPU's first step, and warnings abound."""
     text = (ROOT / "megatron_sov" / command).read_text(encoding="utf-8")
-    assert 0 < text.index("    open_door()\n") < text.index(f"    from megatron_sov.{first}")
+    assert 0 < text.index("    prepare_megatron()\n") < text.index(f"    from megatron_sov.{first}")

@@ -22,9 +22,9 @@ def run(args: argparse.Namespace) -> int:
     config.check(num_ranks(args.nproc))
     faults = parse(args.inject, num_ranks(args.nproc))
 
-    from megatron_sov.mcore.parallel.cpu_shims import open_door
+    from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
-    open_door()
+    prepare_megatron()
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.lm import LanguageModelling
     from megatron_sov.train.stage import Stage, run_stage

@@ -18,7 +18,7 @@ from megatron_sov.config.model import STRICT, ModelConfig
 from megatron_sov.config.needle import NeedleConfig
 from megatron_sov.config.optim import OptimConfig
 from megatron_sov.config.train import TrainConfig
-from megatron_sov.errors import UserError
+from megatron_sov.errors import UserError, list_problems
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class RunConfig:
         p += self.data.problems() + self._phase_problems() + self.train.problems() + self.objective.problems()
         p += self.optim.problems() + self.extend.problems()
         p += self.needle.problems() + self.guards.problems(self.train.deterministic)
-        p += self.evaluate.beside.problems(self.train.export_every_checkpoints)
+        p += self.evaluate.background.problems(self.train.export_every_checkpoints)
         return p + ([] if p else self._batch_problems(num_ranks))
 
     def _phase_problems(self) -> list[str]:
@@ -135,8 +135,7 @@ class RunConfig:
         """Raise `UserError` listing every problem, if there is any."""
         problems = self.problems(num_ranks)
         if problems:
-            count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-            raise UserError(f"recipe {self.recipe}: {count}\n" + "\n".join(f"  {p}" for p in problems))
+            raise UserError(list_problems(f"recipe {self.recipe}", problems))
 
     def num_steps(self) -> int:
         """Return the run's optimizer steps."""

@@ -14,7 +14,7 @@ from megatron_sov.commands.status import SIGNS, as_table, bar, in_full
 from megatron_sov.obs.wall_time import CATEGORIES, WallTime
 from megatron_sov.watch.state import RunState, Start
 
-SPENT_S = {"kept": 6000.0, "lost": 600.0, "evaluation": 0.0, "saving": 300.0, "startup": 60.0,
+SPENT_S = {"productive": 6000.0, "lost": 600.0, "evaluation": 0.0, "saving": 300.0, "startup": 60.0,
            "waiting": 240.0}
 RUNNING = RunState(
     Path("runs/a"), stage="sft", recipe="tiny-solar-open", phase="main", state="running", why="in job 17",
@@ -38,8 +38,8 @@ runs/a: sft, tiny-solar-open
       2  –  from step 900 to no step, 1 process: running
   time        2 h 0 min, of which 83.3% moved the model forward
     [##########################################xxxxss..]
-    # steps kept         83.3%  1 h 40 min
-    x steps lost          8.3%  10 min 0 s
+    # productive steps   83.3%  1 h 40 min
+    x lost steps          8.3%  10 min 0 s
     s saving              4.2%  5 min 0 s
     > start-up            0.8%  1 min 0 s
     . between attempts    3.3%  4 min 0 s"""

@@ -11,9 +11,9 @@ import pytest
 
 from megatron_sov import recipes
 from megatron_sov.config import apply_settings
-from megatron_sov.mcore.parallel.cpu_shims import open_door
+from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
-open_door()
+prepare_megatron()
 from megatron_sov.extend import running  # noqa: E402
 from megatron_sov.extend.running import asks_too_little, run_stages  # noqa: E402
 
@@ -42,7 +42,7 @@ def test_the_first_stage_that_works_began_with_the_command_and_each_later_one_wi
 
     monkeypatch.setattr(running, "run_stage", run_stage)
     monkeypatch.setattr(running, "make_needles",
-                        lambda config, start: SimpleNamespace(sources=(), before=None, after=None))
+                        lambda config, start: SimpleNamespace(data=(), sources=(), before=None, after=None))
     monkeypatch.setattr(running, "with_needles_in_blends", lambda config: config)
     monkeypatch.setattr(running, "find_checkpoint", lambda path: path / "checkpoints/step-4")
     monkeypatch.setattr(running, "time", SimpleNamespace(time=lambda: 4000.0 + 1000 * len(ran)))

@@ -18,8 +18,8 @@ from megatron_sov.runs.background import LOWEST_PRIORITY, humble_environment
 PARENT = """
 import sys, time
 from pathlib import Path
-from megatron_sov.runs.background import HumbleProcess
-child = HumbleProcess([sys.executable, "-c", sys.argv[1], sys.argv[2]], Path(sys.argv[2] + ".log"))
+from megatron_sov.runs.background import BackgroundProcess
+child = BackgroundProcess([sys.executable, "-c", sys.argv[1], sys.argv[2]], Path(sys.argv[2] + ".log"))
 time.sleep(600)
 """
 CHILD = """

@@ -11,9 +11,9 @@ import pytest
 @pytest.fixture
 def alone(one_rank: None) -> Iterator[Any]:
     """This process's place in a world of its own."""
-    from megatron_sov.mcore.parallel.cpu_shims import open_door
+    from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
-    open_door()
+    prepare_megatron()
     from megatron_sov.config import ParallelConfig
     from megatron_sov.mcore.parallel import world
 

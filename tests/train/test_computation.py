@@ -41,11 +41,16 @@ def make(alone: Any, packed_data: Any, tmp_path: Path) -> Iterator[Make]:
         return SimpleNamespace(
             computation=trainer.computation, objective=trainer.objective, batch=batch, model=trainer.model,
             seed=config.train.seed,
-            load=lambda: trainer.expert_load.gather(config.model.num_layers, config.model.num_experts))
+            load=trainer.expert_load.gather)
 
     yield run
     for trainer in made:
         trainer.close()
+
+
+def flat(sums: Any) -> torch.Tensor:
+    """Return all sums of a step, as one vector."""
+    return torch.cat([torch.tensor(list(sums.terms.values()), dtype=torch.float64), sums.by_source.flatten()])
 
 
 def gradients(model: Any) -> torch.Tensor:
@@ -61,7 +66,7 @@ def test_gradients_and_sums_are_those_of_the_whole_batch_however_it_is_cut(make:
         run = make(f"train.micro_batch_size={size}")
         assert len(run.batch.micro_batches) == 8 // size
         sums = run.computation.sums(run.batch, run.objective, 1)
-        found.append((sums, gradients(run.model)))
+        found.append((flat(sums), gradients(run.model)))
         assert run.computation.is_finite
     for sums, gradient in found[1:]:
         torch.testing.assert_close(sums, found[0][0], rtol=1e-6, atol=0)
@@ -71,12 +76,12 @@ def test_gradients_and_sums_are_those_of_the_whole_batch_however_it_is_cut(make:
 
 def test_sums_are_terms_then_loss_and_targets_of_each_source(make: Make) -> None:
     run = make("train.micro_batch_size=2")
-    terms = sorted(run.objective.coefficients)
     sums = run.computation.sums(run.batch, run.objective, 1)
-    losses, targets = sums[len(terms):].reshape(-1, 2).T
+    assert list(sums.terms) == sorted(run.objective.coefficients)
+    losses, targets = sums.by_source.T
     assert len(losses) == 2, "even and odd"
     assert targets.sum() == run.batch.targets["lm"] > 0
-    assert float(losses.sum()) == pytest.approx(float(sums[terms.index("lm")]), rel=1e-6)
+    assert float(losses.sum()) == pytest.approx(sums.terms["lm"], rel=1e-6)
     assert float(losses.sum() / targets.sum()) == pytest.approx(math.log(368), rel=0.1), (
         "it knows nothing yet")
 
@@ -87,7 +92,7 @@ def test_a_loss_that_is_no_number_is_known_to_the_process_that_computed_it(make:
     for step in (1, 2, 3):
         sums = run.computation.sums(run.batch, run.objective, step)
         finite.append([run.computation.is_finite,
-                       *(bool(v.isfinite().all()) for v in (sums, gradients(run.model)))])
+                       *(bool(v.isfinite().all()) for v in (flat(sums), gradients(run.model)))])
     assert finite == [[True] * 3, [False] * 3, [True] * 3]
 
 
@@ -101,9 +106,9 @@ def test_what_is_computed_twice_is_equal_though_dropout_draws_and_leaves_no_trac
         probed.computation.own_gradients(probed.batch, probed.objective, 1, turn)
         own.append(gradients(probed.model))
     assert torch.equal(own[0], own[1])
-    probed_sums = probed.computation.sums(probed.batch, probed.objective, 1)
+    probed_sums = flat(probed.computation.sums(probed.batch, probed.objective, 1))
     rng.reseed(plain.seed, 0)
-    assert torch.equal(plain.computation.sums(plain.batch, plain.objective, 1), probed_sums)
+    assert torch.equal(flat(plain.computation.sums(plain.batch, plain.objective, 1)), probed_sums)
     assert torch.equal(gradients(plain.model), gradients(probed.model))
     assert torch.equal(plain.load(), probed.load()), "experts are counted once"
     assert not torch.equal(gradients(probed.model), own[0]), "a part of the batch is not the batch"

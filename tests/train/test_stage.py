@@ -16,11 +16,11 @@ import pytest
 from megatron_sov import recipes
 from megatron_sov.config import apply_settings
 from megatron_sov.errors import GateFailed, StopRequested, UserError
-from megatron_sov.mcore.parallel.cpu_shims import open_door
+from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 from megatron_sov.obs.events import EVENTS, read_events
 from megatron_sov.runs.folder import RunFolder
 
-open_door()
+prepare_megatron()
 from megatron_sov.mcore.parallel.world import Restarts  # noqa: E402
 from megatron_sov.train import stage as stage_module  # noqa: E402
 from megatron_sov.train.guards.fault_injection import parse  # noqa: E402
@@ -119,7 +119,7 @@ def test_processes_are_told_when_the_work_began_and_after_a_restart_anew(
         stage: Callable[..., Stage], launcher: Launcher, monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str]) -> None:
     begun_s: list[float] = []
-    monkeypatch.setattr(stage_module, "_rank", lambda stage, sources, began_s: begun_s.append(began_s) or 0)
+    monkeypatch.setattr(stage_module, "_rank", lambda stage, data, began_s: begun_s.append(began_s) or 0)
 
     def started_three_times(main: Callable[[], int], restarts: Restarts) -> int:
         open_run(ready)

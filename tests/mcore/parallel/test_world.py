@@ -17,7 +17,7 @@ PROGRAM = """
 import json, os, signal, sys, time
 from pathlib import Path
 from megatron_sov.errors import UserError
-from megatron_sov.mcore import world
+from megatron_sov.mcore.parallel import world
 
 folder, case = Path(sys.argv[1]), sys.argv[2]
 
