@@ -157,7 +157,7 @@ def write(path: Path, text: str) -> Path:
 
 
 class Forgetful(Tiktoken):
-    """Gives other ids the second time, and takes longer and longer."""
+    """Gives other ids the second time."""
 
     def __init__(self, opened: Opened) -> None:
         self.__dict__.update(opened.__dict__)
@@ -165,11 +165,10 @@ class Forgetful(Tiktoken):
 
     def encode(self, text: str) -> list[int]:
         self.calls += 1
-        wasted = [i * j for i in range(len(text) // 100) for j in range(len(text) // 100)]
-        return [wasted[-1] % 2 if wasted else self.calls % 2] * len(text)
+        return [self.calls % 2] * len(text)
 
 
-def test_chance_and_quadratic_time_are_found(tmp_path: Path) -> None:
+def test_chance_is_found(tmp_path: Path) -> None:
     ranks = tmp_path / "bytes.tiktoken"
     write(ranks, "".join(f"{b64(bytes([b]))} {b}\n" for b in range(256)))
     rules = {"pat_str": r"\p{L}+|\s+|[^\p{L}\s]+", "special_tokens": {"<|end|>": 256}}
@@ -177,9 +176,6 @@ def test_chance_and_quadratic_time_are_found(tmp_path: Path) -> None:
     opened = open_tokenizer(ranks)
     assert check_determinism(opened, []).verdict == "good"
     assert check_determinism(Forgetful(opened), []).verdict == "bad"
-    slow, sound = time_input(Forgetful(opened), "a", 300_000), time_input(opened, "a", 300_000)
-    assert slow.exponent is not None and slow.exponent > 1.6
-    assert sound.num_tokens == 300_000 and (sound.exponent is None or sound.exponent < 1.5)
 
 
 def b64(token: bytes) -> str:

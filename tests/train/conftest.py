@@ -1,0 +1,21 @@
+"""A world of one process, inside the process of the tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture
+def alone(one_rank: None) -> Iterator[Any]:
+    """This process's place in a world of its own."""
+    from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
+
+    prepare_megatron()
+    from megatron_sov.config import ParallelConfig
+    from megatron_sov.mcore.parallel import world
+
+    yield world.join(ParallelConfig())
+    world.leave()

@@ -1,0 +1,123 @@
+"""Passes of a step: the same gradients however the batch is cut, sums that add up,
+and what is computed twice is equal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_sov import recipes
+from megatron_sov.config import apply_settings
+from megatron_sov.data.token_shards import open_sources
+from megatron_sov.runs.folder import RunFolder
+
+SETTINGS = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.head_dim=8",
+            "model.expert_ffn_dim=16", 'data.phases=[{"name": "main", "seq_len": 32}]',
+            "train.global_batch_size=8", "train.precision=fp32", "guards.hang_timeout_s=0")
+Make = Callable[..., Any]
+
+
+@pytest.fixture
+def make(alone: Any, packed_data: Any, tmp_path: Path) -> Iterator[Make]:
+    """Return `make(*settings, faults)`: computation, objective and the first batch of a small run."""
+    from megatron_sov.train.guards.fault_injection import parse
+    from megatron_sov.train.lm import LanguageModelling
+    from megatron_sov.train.trainer import Trainer
+
+    made = []
+
+    def run(*settings: str, faults: str = "") -> Any:
+        config = apply_settings(recipes.get("tiny-solar-open"), [*SETTINGS, *settings])
+        trainer = Trainer(config, alone, RunFolder(tmp_path), open_sources({str(packed_data.text): 1.0}, 368),
+                          LanguageModelling, faults=parse([faults] if faults else [], 1))
+        made.append(trainer)
+        batch = trainer.objective.prepare(trainer.objective.collect(trainer.policy, 0))
+        return SimpleNamespace(
+            computation=trainer.computation, objective=trainer.objective, batch=batch, model=trainer.model,
+            seed=config.train.seed,
+            load=trainer.expert_load.gather)
+
+    yield run
+    for trainer in made:
+        trainer.close()
+
+
+def flat(sums: Any) -> torch.Tensor:
+    """Return all sums of a step, as one vector."""
+    return torch.cat([torch.tensor(list(sums.terms.values()), dtype=torch.float64), sums.by_source.flatten()])
+
+
+def gradients(model: Any) -> torch.Tensor:
+    """Return copies of all gradients, as one vector."""
+    from megatron_sov.mcore.model.replica_checks import gradients as of
+
+    return torch.cat([g.detach().flatten().clone() for g in of(model)])
+
+
+def test_gradients_and_sums_are_those_of_the_whole_batch_however_it_is_cut(make: Make) -> None:
+    found = []
+    for size in (1, 4, 8):
+        run = make(f"train.micro_batch_size={size}")
+        assert len(run.batch.micro_batches) == 8 // size
+        sums = run.computation.sums(run.batch, run.objective, 1)
+        found.append((flat(sums), gradients(run.model)))
+        assert run.computation.is_finite
+    for sums, gradient in found[1:]:
+        torch.testing.assert_close(sums, found[0][0], rtol=1e-6, atol=0)
+        torch.testing.assert_close(gradient, found[0][1], rtol=1e-3, atol=1e-6)
+    assert found[0][1].abs().max() > 1e-3
+
+
+def test_sums_are_terms_then_loss_and_targets_of_each_source(make: Make) -> None:
+    run = make("train.micro_batch_size=2")
+    sums = run.computation.sums(run.batch, run.objective, 1)
+    assert list(sums.terms) == sorted(run.objective.coefficients)
+    losses, targets = sums.by_source.T
+    assert len(losses) == 2, "even and odd"
+    assert targets.sum() == run.batch.targets["lm"] > 0
+    assert float(losses.sum()) == pytest.approx(sums.terms["lm"], rel=1e-6)
+    assert float(losses.sum() / targets.sum()) == pytest.approx(math.log(368), rel=0.1), (
+        "it knows nothing yet")
+
+
+def test_a_loss_that_is_no_number_is_known_to_the_process_that_computed_it(make: Make) -> None:
+    run = make("train.micro_batch_size=2", faults="nan@step=2")
+    finite = []
+    for step in (1, 2, 3):
+        sums = run.computation.sums(run.batch, run.objective, step)
+        finite.append([run.computation.is_finite,
+                       *(bool(v.isfinite().all()) for v in (flat(sums), gradients(run.model)))])
+    assert finite == [[True] * 3, [False] * 3, [True] * 3]
+
+
+def test_what_is_computed_twice_is_equal_though_dropout_draws_and_leaves_no_trace(make: Make) -> None:
+    from megatron_sov.mcore.parallel import rng
+
+    settings = ("train.micro_batch_size=2", "train.hidden_dropout=0.2")
+    probed, plain = make(*settings), make(*settings)
+    own = []
+    for turn in (0, 1):
+        probed.computation.own_gradients(probed.batch, probed.objective, 1, turn)
+        own.append(gradients(probed.model))
+    assert torch.equal(own[0], own[1])
+    probed_sums = flat(probed.computation.sums(probed.batch, probed.objective, 1))
+    rng.reseed(plain.seed, 0)
+    assert torch.equal(flat(plain.computation.sums(plain.batch, plain.objective, 1)), probed_sums)
+    assert torch.equal(gradients(plain.model), gradients(probed.model))
+    assert torch.equal(plain.load(), probed.load()), "experts are counted once"
+    assert not torch.equal(gradients(probed.model), own[0]), "a part of the batch is not the batch"
+
+
+def test_a_process_that_lies_the_second_time_is_off_by_one_bit(make: Make) -> None:
+    run = make("train.micro_batch_size=2", faults="miscompute@step=1")
+    own = []
+    for turn in (0, 1):
+        run.computation.own_gradients(run.batch, run.objective, 1, turn)
+        own.append(gradients(run.model))
+    assert int((own[0] != own[1]).sum()) == 1

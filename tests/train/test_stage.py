@@ -1,0 +1,223 @@
+"""A stage from the outside: what is refused before any process starts, what restarts are told,
+how every end is said."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megatron_sov import recipes
+from megatron_sov.config import apply_settings
+from megatron_sov.errors import GateFailed, StopRequested, UserError
+from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
+from megatron_sov.obs.events import EVENTS, read_events
+from megatron_sov.runs.folder import RunFolder
+
+prepare_megatron()
+from megatron_sov.mcore.parallel.world import Restarts  # noqa: E402
+from megatron_sov.train import stage as stage_module  # noqa: E402
+from megatron_sov.train.guards.fault_injection import parse  # noqa: E402
+from megatron_sov.train.stage import Stage, run_stage  # noqa: E402
+
+SMALL = ("model.vocab_size=368", 'data.phases=[{"name": "main", "seq_len": 32}]', "train.steps=4",
+         "train.global_batch_size=8", "train.micro_batch_size=2", "train.max_restarts=2")
+Launched = Callable[[Callable[[], int], Restarts], int]
+
+
+class Launcher:
+    """Stands for `world.launch`: starts no process, and does what a test says."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.does: Launched = lambda main, restarts: 0
+
+    def __call__(self, main: Callable[[], int], nproc: int | None, num_threads: int,
+                 restarts: Restarts) -> int:
+        self.calls += 1
+        return self.does(main, restarts)
+
+
+@pytest.fixture
+def launcher(monkeypatch: pytest.MonkeyPatch) -> Launcher:
+    found = Launcher()
+    monkeypatch.setattr(stage_module.world, "launch", found)
+    return found
+
+
+@pytest.fixture
+def stage(packed_data: Any, tmp_path: Path) -> Callable[..., Stage]:
+    """Return `stage(*settings, **fields)`: a stage that has not begun, on small data."""
+
+    def made(*settings: str, **fields: Any) -> Stage:
+        paths = f"data.paths={json.dumps({str(packed_data.text): 1.0})}"
+        config = apply_settings(recipes.get("tiny-solar-open"), [*SMALL, paths, *settings])
+        return Stage(config, RunFolder(tmp_path / "run"), SimpleNamespace(), resume=True, **fields)
+
+    return made
+
+
+def events(folder: RunFolder, kind: str) -> list[dict[str, Any]]:
+    return [e for e in read_events(folder.path / EVENTS) if e["event"] == kind]
+
+
+def open_run(stage: Stage) -> None:
+    """Do what the processes of a stage do before their first step."""
+    stage.folder.create()
+    stage.folder.declare(stage.config)
+    (stage.folder.path / EVENTS).touch()
+
+
+@pytest.mark.parametrize(("settings", "says"), [
+    (("parallel.ep=2",), "parallel"), (("model.vocab_size=300",), "vocab_size"),
+    (("model.qk_norm=true",), "qk_norm"),
+    (('data.phases=[{"name": "main", "seq_len": 32, "blend": {"french": 1.0}}]',), "french")])
+def test_what_cannot_be_is_refused_before_anything_is_started_or_written(
+        settings: tuple[str, ...], says: str, stage: Callable[..., Stage], launcher: Launcher) -> None:
+    with pytest.raises(UserError, match=says):
+        run_stage(stage(*settings), 1)
+    assert launcher.calls == 0 and not stage().folder.path.exists()
+
+
+def test_weights_that_know_other_tokens_are_refused(
+        stage: Callable[..., Stage], launcher: Launcher, packed_data: Any, tmp_path: Path) -> None:
+    shutil.copytree(packed_data.tokenizer, tmp_path / "start/tokenizer")
+    with pytest.raises(StopRequested):
+        run_stage(stage(start_from=tmp_path / "start"), 1)
+    file = tmp_path / "start/tokenizer/tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    names = {token: name for name, token in tokenizer["model"]["vocab"].items()}
+    tokenizer["model"]["vocab"][names[367] + "x"] = tokenizer["model"]["vocab"].pop(names[367])
+    file.write_text(json.dumps(tokenizer))
+    with pytest.raises(UserError, match="1 ids mean other tokens than in"):
+        run_stage(stage(start_from=tmp_path / "start"), 1)
+    assert launcher.calls == 1
+
+
+def test_processes_that_leave_no_result_were_stopped(stage: Callable[..., Stage], launcher: Launcher) -> None:
+    with pytest.raises(StopRequested, match=r"run: everything is saved; continue with --resume"):
+        run_stage(stage(), 1)
+
+
+def test_a_complete_stage_starts_nothing(
+        stage: Callable[..., Stage], launcher: Launcher, capsys: pytest.CaptureFixture[str]) -> None:
+    ready = stage()
+    open_run(ready)
+    ready.folder.complete({"step": 4})
+    assert run_stage(ready, 1)
+    assert launcher.calls == 0
+    assert capsys.readouterr().out == f"{ready.folder.path}: is complete at step 4\n"
+
+
+def test_processes_are_told_when_the_work_began_and_after_a_restart_anew(
+        stage: Callable[..., Stage], launcher: Launcher, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    begun_s: list[float] = []
+    monkeypatch.setattr(stage_module, "_rank", lambda stage, data, began_s: begun_s.append(began_s) or 0)
+
+    def started_three_times(main: Callable[[], int], restarts: Restarts) -> int:
+        open_run(ready)
+        main()
+        restarts.note(137, "rank 1 was ended by SIGKILL")
+        main()
+        ready.folder.checkpoint(3).mkdir()
+        restarts.note(1, "rank 0 ended with exit code 1")
+        main()
+        assert restarts.limit == 2 and restarts.progress() == ready.folder.checkpoint(3)
+        return 0
+
+    ready, launcher.does = stage(), started_three_times
+    before_s = time.time()
+    with pytest.raises(StopRequested):
+        run_stage(ready, 2, began_s=1000.0)
+    assert begun_s[0] == 1000.0 and before_s <= begun_s[1] <= begun_s[2] <= time.time()
+    told = events(ready.folder, "restart")
+    assert [(e["step"], e["exit_code"]) for e in told] == [(0, 137), (3, 1)]
+    assert [e["text"] for e in told] == [
+        "rank 1 was ended by SIGKILL; all processes are started again, from the beginning",
+        "rank 0 ended with exit code 1; all processes are started again, from step-3"]
+    assert capsys.readouterr().err.count("warning: ") == 2
+    launcher.does = lambda main, restarts: main()
+    with pytest.raises(StopRequested):
+        run_stage(stage(), 1)
+    assert before_s <= begun_s[-1] <= time.time(), "who calls it from Python begins when it is called"
+
+
+@pytest.mark.parametrize(("max_restarts", "says"), [
+    (0, "= 0 lets no process start again"), (2, "= 2 starts in a row have left no new checkpoint")])
+def test_giving_up_is_said_and_the_run_keeps_the_code(
+        max_restarts: int, says: str, stage: Callable[..., Stage], launcher: Launcher,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    ready = stage(f"train.max_restarts={max_restarts}")
+
+    def fails(main: Callable[[], int], restarts: Restarts) -> int:
+        restarts.give_up(137, "rank 1 was ended by SIGKILL")
+        assert not (ready.folder.path / EVENTS).exists(), "there is no run to add to"
+        open_run(ready)
+        ready.folder.checkpoint(2).mkdir()
+        restarts.give_up(137, "rank 1 was ended by SIGKILL")
+        return 137
+
+    launcher.does = fails
+    with pytest.raises(SystemExit) as raised:
+        run_stage(ready, 2)
+    assert raised.value.code == 137
+    (failure,) = events(ready.folder, "failure")
+    assert (failure["step"], failure["exit_code"]) == (2, 137)
+    assert says in failure["text"]
+    assert capsys.readouterr().err == f"error: {failure['text']}\n" * 2
+
+
+def test_a_gate_that_did_not_pass_is_an_error_and_is_forgotten_by_the_next_start(
+        stage: Callable[..., Stage], launcher: Launcher) -> None:
+    ready, seen = stage(), []
+
+    def fails(main: Callable[[], int], restarts: Restarts) -> int:
+        seen.append(ready.folder.failure())
+        open_run(ready)
+        ready.folder.fail("7 of 9 needles found")
+        return 0
+
+    launcher.does = fails
+    for _ in range(2):
+        with pytest.raises(GateFailed, match=r"run: 7 of 9 needles found$"):
+            run_stage(ready, 1)
+    assert seen == [None, None]
+
+
+@pytest.mark.parametrize(("rank", "said"), [("0", "gate: {run}: too few\n"), ("1", "")])
+def test_under_a_launcher_ranks_leave_in_peace_and_the_first_says_why(
+        rank: str, said: str, stage: Callable[..., Stage], launcher: Launcher,
+        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    ready = stage()
+    assert not run_stage(ready, None), "it was stopped"
+    assert capsys.readouterr().err == ""
+    open_run(ready)
+    launcher.does = lambda main, restarts: ready.folder.fail("too few") or 0
+    assert not run_stage(ready, None)
+    assert capsys.readouterr().err == said.format(run=ready.folder.path)
+
+
+def test_faults_on_purpose_that_never_came_are_named_at_the_end(
+        stage: Callable[..., Stage], launcher: Launcher, capsys: pytest.CaptureFixture[str]) -> None:
+    faults = parse(["nan@step=2,kill@step=9"], 1)
+    ready = stage(faults=faults)
+
+    def completes(main: Callable[[], int], restarts: Restarts) -> int:
+        open_run(ready)
+        stage_module.Faults(faults, ready.folder.path, 0).loss_factor(2)
+        ready.folder.complete({"step": 4})
+        return 0
+
+    launcher.does = completes
+    assert run_stage(ready, 1)
+    assert [line for line in capsys.readouterr().err.splitlines() if "never came" in line] == [
+        f"warning: --inject {faults[1].name}: never came"]
