@@ -14,8 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sov.version import OUR_PACKAGES
+
 ROOT = Path(__file__).parents[1]
-SOURCES = ("megatron_sov", "tokenizer", "data_prep")
+DATA_ONLY = {"slurm"}
+"""Packages at the top that the code reads and nobody imports."""
 
 BASE = {"errors", "version", "config", "artifacts", "byte_bpe", "documents", "obs", "pages"}
 GROUND = BASE | {"models", "recipes", "plan", "runs"}
@@ -29,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": GROUND, "mcore": GROUND,
     "convert": FIRST, "train": FIRST | {"convert"}, "generate": FIRST | {"convert"},  # both accept a Hugging Face folder
     "eval": SECOND,
-    "extend": THIRD, "post": THIRD, "doctor": THIRD, "slurm": GROUND | {"train", "commands"},
+    "extend": THIRD, "post": THIRD, "doctor": THIRD, "slurm": GROUND,
     "report": GROUND, "watch": GROUND | {"slurm"},
     "bundle": BASE, "commands": THIRD | {"extend", "post", "doctor", "slurm", "report", "watch", "bundle"},
     "cli": BASE | {"commands"}, "__main__": {"cli"}, "tokenizer": BASE, "data_prep": BASE,
@@ -98,7 +101,7 @@ def _top_level(tree: ast.AST) -> Iterator[ast.AST]:
 
 def sources(root: Path) -> list[Source]:
     """Return all sources of the rooms, and scripts at the top such as demo.py."""
-    inside = [p for package in SOURCES for p in (root / package).rglob("*.py")]
+    inside = [p for package in OUR_PACKAGES for p in (root / package).rglob("*.py")]
     return [Source(root, p) for p in sorted([*inside, *root.glob("*.py")])]
 
 
@@ -194,7 +197,15 @@ def size_problems(source: Source) -> Iterator[str]:
                 yield f"{source.name}:{node.lineno}: {node.name} has {length} lines, at most {MAX_FUNCTION_LINES}"
 
 
-RULES = (import_problems, wing_problems, room_problems, loading_problems, size_problems)
+def data_problems(source: Source) -> Iterator[str]:
+    """Code in a package that holds data alone: it would be a second place for the same."""
+    package = source.path.relative_to(source.root).parts[0]
+    only_says_what_it_is = source.path.name == "__init__.py" and ast.get_docstring(source.tree) and len(source.tree.body) == 1
+    if package in DATA_ONLY and not only_says_what_it_is:
+        yield f"{source.name}: {package} holds data alone; its code belongs into megatron_sov/{package}"
+
+
+RULES = (import_problems, wing_problems, room_problems, loading_problems, size_problems, data_problems)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
@@ -235,6 +246,10 @@ BAD = [
     ("megatron_sov/data/order.py", "x = np.load(f, allow_pickle=True)", "allow_pickle"),
     ("megatron_sov/data/utils.py", "", "named after nothing"),
     ("megatron_sov/cellar/wine.py", "", "has no floor"),
+    ("megatron_sov/slurm/stages.py", "from megatron_sov.commands import eval", "room 'slurm' may not import 'commands'"),
+    ("megatron_sov/slurm/chain.py", "from megatron_sov.train import stage_config", "room 'slurm' may not import 'train'"),
+    ("slurm/__init__.py", "import megatron_sov.version", "slurm holds data alone"),
+    ("slurm/chains.py", "", "slurm holds data alone"),
     ("megatron_sov/data/order.py", "x = 1\n" * 401, "has 401 lines"),
     ("megatron_sov/data/order.py", "def f():\n" + "    x = 1\n" * 60, "f has 61 lines"),
 ]

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_sov.artifacts import check_output, to_json, write_output
 from megatron_sov.commands.eval_needle import add_needle_arguments, suite_of
+from megatron_sov.config import data_paths
 from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.runs.append import RunEvents
-from megatron_sov.train.stage_config import data_paths
 
 if TYPE_CHECKING:
     from megatron_sov.generate.target import Target

@@ -1,9 +1,11 @@
-"""Reading settings: from JSON, and from `--set key=value`."""
+"""Reading settings: from JSON, from `--set key=value`, and from `--data DIR[:weight]`."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
+from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
@@ -116,3 +118,29 @@ def _class_below(cls: Any, part: str) -> Any:
     if get_origin(hint) in (tuple, list):
         return hint
     return next((o for o in (hint, *get_args(hint)) if dataclasses.is_dataclass(o)), None)
+
+
+def data_paths(data: list[str]) -> dict[str, float]:
+    """Return folder -> weight of --data arguments; the weight after the last colon defaults to 1.
+
+    Raises:
+        UserError: a folder that does not exist or is given twice, or a weight that is not a number.
+    """
+    paths: dict[str, float] = {}
+    for argument in data:
+        path, weight = argument, 1.0
+        if not Path(argument).exists() and ":" in argument:
+            path, _, text = argument.rpartition(":")
+            try:
+                weight = float(text)
+            except ValueError:
+                raise UserError(f"--data {argument}: does not exist, and {text!r} after the colon is not a weight") from None
+        if not 0 <= weight < math.inf:
+            raise UserError(f"--data {argument}: the weight must be a number that is not negative")
+        if not Path(path).is_dir():
+            raise UserError(f"--data {path}: {'is not a folder' if Path(path).exists() else 'does not exist'}; "
+                            "pass a folder made by `sov-data pack`")
+        if path in paths:
+            raise UserError(f"--data {path}: is given twice; name it once, with a weight if you like")
+        paths[path] = weight
+    return paths

@@ -124,7 +124,10 @@ def _is_living(record: dict[str, Any]) -> bool:
     if record["host"] != socket.gethostname():
         return bool(time.time() < record["expires_s"])
     try:
-        return bool(abs(psutil.Process(record["pid"]).create_time() - record["started_s"]) < CLOCK_TOLERANCE_S)
+        holder = psutil.Process(record["pid"])
+        if holder.status() == psutil.STATUS_ZOMBIE:  # it has ended, and its parent may never take note of it
+            return False
+        return bool(abs(holder.create_time() - record["started_s"]) < CLOCK_TOLERANCE_S)
     except psutil.NoSuchProcess:
         return False
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 from pathlib import Path
 from typing import Literal
 
 from megatron_sov.artifacts import MANIFEST, read_manifest
-from megatron_sov.config import RunConfig, from_dict
+from megatron_sov.config import RunConfig, data_paths, from_dict
 from megatron_sov.errors import UserError
 from megatron_sov.runs.launch_environment import num_ranks
 from megatron_sov.train.guards.fault_injection import STATES
@@ -32,32 +31,6 @@ def add_stage_arguments(parser: argparse.ArgumentParser, *, needs_start: bool) -
     parser.add_argument("--inject", action="append", default=[], metavar="FAULT@step=N[,rank=R]",
                         help=f"do this to the run, once, to see what it does ({', '.join(STATES)})")
     parser.add_argument("--resume", action="store_true", help="continue the run that is in --run")
-
-
-def data_paths(data: list[str]) -> dict[str, float]:
-    """Return folder -> weight of --data arguments; the weight after the last colon defaults to 1.
-
-    Raises:
-        UserError: a folder that does not exist or is given twice, or a weight that is not a number.
-    """
-    paths: dict[str, float] = {}
-    for argument in data:
-        path, weight = argument, 1.0
-        if not Path(argument).exists() and ":" in argument:
-            path, _, text = argument.rpartition(":")
-            try:
-                weight = float(text)
-            except ValueError:
-                raise UserError(f"--data {argument}: does not exist, and {text!r} after the colon is not a weight") from None
-        if not 0 <= weight < math.inf:
-            raise UserError(f"--data {argument}: the weight must be a number that is not negative")
-        if not Path(path).is_dir():
-            raise UserError(f"--data {path}: {'is not a folder' if Path(path).exists() else 'does not exist'}; "
-                            "pass a folder made by `sov-data pack`")
-        if path in paths:
-            raise UserError(f"--data {path}: is given twice; name it once, with a weight if you like")
-        paths[path] = weight
-    return paths
 
 
 def resolve_start(start_from: Path | None, run: Path) -> Path | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sov.errors import UserError
-from megatron_sov.train.stage_config import add_stage_arguments, data_paths, resolve_start, stage_config
+from megatron_sov.train.stage_config import add_stage_arguments, resolve_start, stage_config
 
 
 def parsed(*argv: str) -> argparse.Namespace:
@@ -22,27 +22,6 @@ def data(tmp_path: Path) -> Path:
     (tmp_path / "a").mkdir()
     (tmp_path / "b:2").mkdir()
     return tmp_path
-
-
-def test_weights_stand_after_the_last_colon(data: Path) -> None:
-    assert data_paths([f"{data}/a:0.5", f"{data}/b:2"]) == {f"{data}/a": 0.5, f"{data}/b:2": 1.0}
-    assert data_paths([f"{data}/b:2:3"]) == {f"{data}/b:2": 3.0}
-
-
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["none"], r"--data none: does not exist; pass a folder made by `sov-data pack`"),
-    (["a:x"], r"--data a:x: does not exist, and 'x' after the colon is not a weight"),
-    (["a:-1"], "must be a number that is not negative"),
-    (["a:nan"], "must be a number that is not negative"),
-    (["a:inf"], "must be a number that is not negative"),
-    (["a", "a:2"], "--data a: is given twice"),
-    (["file"], "--data file: is not a folder"),
-])
-def test_bad_data_is_refused(data: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str) -> None:
-    (data / "file").write_text("")
-    monkeypatch.chdir(data)
-    with pytest.raises(UserError, match=message):
-        data_paths(arguments)
 
 
 def test_settings_override_the_recipe(data: Path) -> None:

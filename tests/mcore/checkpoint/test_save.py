@@ -33,7 +33,7 @@ def beside_the_training(folder: str) -> dict[str, Any]:
 
     from megatron_sov.mcore.checkpoint import host_snapshot, load, sharded_tensors
     from megatron_sov.mcore.checkpoint.save import Companions, Saved, Saver
-    from megatron_sov.mcore.model.pipeline import sum_everywhere
+    from megatron_sov.mcore.parallel.collectives import all_reduce_world
     from megatron_sov.mcore.parallel.named_values import sum_dict
 
     model, optimizer = parts({"tp": 2, "sp": True})
@@ -52,7 +52,7 @@ def beside_the_training(folder: str) -> dict[str, Any]:
         for parameter in model.parameters():
             parameter.fill_(7.0)
     for _ in range(3):
-        saver.advance(sum_dict(saver.progress(), sum_everywhere))
+        saver.advance(sum_dict(saver.progress(), all_reduce_world))
     waiting = [p.name for p in at.iterdir() if p.name.startswith("step-2")]
     released.set()
     saver.begin(at / "step-3", model, None, Companions({"step": 3, "tokens": 1}, {}, None))  # waits for the one before

@@ -21,6 +21,14 @@ from megatron_sov.train.side_jobs import evaluations
 from megatron_sov.train.side_jobs.evaluations import EvalJob, Evaluations, eval_command
 
 WRITES = "import sys, json; json.dump({'x': 1}, open(sys.argv[1], 'w'))"
+WAITS = f"""
+import os, sys, time
+deadline_s = time.monotonic() + 60
+while not os.path.exists(os.path.join(os.path.dirname(sys.argv[1]), "goes-on")):
+    assert time.monotonic() < deadline_s
+    time.sleep(0.01)
+{WRITES}
+"""
 FAILS = "import sys; sys.exit('error: no memory')"
 HANGS = "import time; time.sleep(600)"
 SUBMITS = "print('submitted eval as job 12')"
@@ -67,13 +75,15 @@ def run(tmp_path: Path) -> Run:
 
 
 def test_judges_follow_one_another_and_training_never_waits(run: Run) -> None:
+    run.programs = {10: WAITS}
     beside = run.evaluations('evaluate.background.tasks=["ppl", "needle"]')
-    began_s = time.monotonic()
     beside.offer(run.export(10))
-    assert time.monotonic() - began_s < 0.5 and run.told() == []
+    beside.poll(now=True)
+    assert run.told() == [], "the judge waits for this test, so nobody has waited for the judge"
+    (run.path / EVALUATIONS / "goes-on").touch()
     beside.wait()
     assert run.told() == [(10, "ppl", None), (10, "needle", None)] and all(e["took_s"] > 0 for e in run.events)
-    assert run.files() == ["step-10.needle.json", "step-10.ppl.json"]
+    assert run.files() == ["goes-on", "step-10.needle.json", "step-10.ppl.json"]
 
 
 def test_failing_hanging_and_crowded_out_judges_are_told_and_left(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
