@@ -13,6 +13,7 @@ import platform
 import statistics
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,7 @@ def main() -> None:
     from megatron_sov import recipes
     from megatron_sov.config import apply_settings
     from megatron_sov.data.token_shards import Source, TokenShard
-    from megatron_sov.generate.generator import generate
+    from megatron_sov.generate.generator import MegatronEngine
     from megatron_sov.generate.request import Sampling
     from megatron_sov.mcore.parallel import world
     from megatron_sov.runs.folder import RunFolder
@@ -81,10 +82,11 @@ def main() -> None:
               f"behind {PROMPT_TOKENS}; median of {args.rounds} rounds in turns\n")
         print(f"{'sampling':<16}{'prompts':>8}{'drafts':>8}{'accepted':>10}{'tokens/s':>10}{'wall ratio':>12}{'CPU ratio':>11}"
               f"{'same text':>11}")
+        engine = MegatronEngine(trainer.policy)
         for sampling in (Sampling(NEW_TOKENS), Sampling(NEW_TOKENS, temperature=0.8, top_p=0.95)):
             for batch in BATCHES:
                 prompts = documents[:batch, :PROMPT_TOKENS].tolist()
-                _compare(lambda k, p=prompts, s=sampling: generate(trainer.policy, p, s, num_drafts=k),  # type: ignore[misc]
+                _compare(lambda k, p=prompts, s=sampling: engine.generate(p, replace(s, num_drafts=k)),  # type: ignore[misc]
                          args.rounds, batch, "greedy" if sampling.temperature == 0 else "T 0.8, p 0.95")
     world.leave()
 

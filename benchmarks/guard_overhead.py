@@ -38,20 +38,22 @@ def make_step(config: RunConfig, place: world.World, source: Source, folder: Pat
     from megatron_sov.train.trainer import Trainer
 
     trainer, stop = Trainer(config, place, RunFolder(folder), [source], LanguageModelling), StopFlag()
-    trainer.events = EventLog(folder.with_suffix(".jsonl") if place.is_main else None)
+    guards = trainer.guards
+    if place.is_main:
+        trainer.recorder.events = EventLog(folder.with_suffix(".jsonl"))
     if guarded:  # as after many steps, and none is a spike
         usual = [100.0 + i % 7 for i in range(config.guards.window_steps)]
-        trainer.guard.restore({"losses": usual, "grad_norms": usual, "in_a_row": 0, "rollbacks": []})
+        guards.step_guard.restore({"losses": usual, "grad_norms": usual, "in_a_row": 0, "suspect_in_a_row": 0, "rollbacks": []})
     else:
-        trainer.guard.accepts = lambda loss, grad_norm: True  # type: ignore[method-assign]
+        guards.step_guard.accepts = lambda loss, grad_norm: True  # type: ignore[method-assign]
 
     def step() -> None:
-        trainer.watchdog.begin(trainer.state.step + 1)
+        guards.watchdog.begin(trainer.step + 1)
         result = trainer.update()
         assert result is not None, "a step was refused"
-        trainer.log(result)
-        trainer.watchdog.end()
-        stop.agreed(trainer.saver)
+        trainer.recorder.step(trainer.state, result, trainer.observe())
+        guards.watchdog.end()
+        trainer.checkpointer.sync(stop)
 
     return step
 

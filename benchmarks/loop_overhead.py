@@ -58,13 +58,14 @@ def our_step(config: RunConfig, place: world.World, source: Source, folder: Path
     from megatron_sov.train.trainer import Trainer
 
     trainer, stop = Trainer(config, place, RunFolder(folder / "run"), [source], LanguageModelling), StopFlag()
-    trainer.events = EventLog(folder / "events.jsonl" if place.is_main else None)
+    if place.is_main:
+        trainer.recorder.events = EventLog(folder / "events.jsonl")
 
     def step() -> None:
         result = trainer.update()
         assert result is not None
-        trainer.log(result)
-        stop.agreed(trainer.saver)
+        trainer.recorder.step(trainer.state, result, trainer.observe())
+        trainer.checkpointer.sync(stop)
 
     return step
 

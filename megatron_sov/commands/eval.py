@@ -122,14 +122,15 @@ def _measure(args: argparse.Namespace, target: Target, on_policy: Callable[[Any]
 
 
 def _needle(args: argparse.Namespace, events: RunEvents) -> int:
-    from megatron_sov.eval.needle.engines import hf_engine, policy_engine
     from megatron_sov.eval.needle.suite import result_of, run_suite, table
+    from megatron_sov.generate.generator import MegatronEngine
+    from megatron_sov.generate.hf import HfEngine
     from megatron_sov.generate.target import find_target
 
     target = find_target(args.target)
     suite = suite_of(args, target)
-    found = _measure(args, target, lambda loaded: run_suite(suite, policy_engine(loaded.policy)).to_dict(),
-                   lambda model: run_suite(suite, hf_engine(model)).to_dict())
+    found = _measure(args, target, lambda loaded: run_suite(suite, MegatronEngine(loaded.policy)).to_dict(),
+                   lambda model: run_suite(suite, HfEngine(model)).to_dict())
     if found is not None:
         _write(args.out, found)
         events.add("needle", when="eval", step=_step(target, events), **found)

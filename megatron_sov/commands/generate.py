@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_sov.errors import UserError
+from megatron_sov.generate.engine import ENGINES, MEGATRON, TRANSFORMERS, Engine, run_engine
 from megatron_sov.generate.prompts import Prompt, read_prompts
 from megatron_sov.generate.request import Batching, Generated, Sampling, Stop
 from megatron_sov.runs.append import RunEvents
@@ -17,8 +19,6 @@ from megatron_sov.train.requested import add_plugin_argument, load_plugins
 
 if TYPE_CHECKING:
     from megatron_sov.generate.target import Target
-
-ENGINES = ("megatron", "transformers", "vllm")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     """Continue the prompts and print what the model wrote."""
     load_plugins(args.plugins)
     prompts = read_prompts(args.prompt, args.prompts)
-    sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
+    sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed, args.speculative)
     batching = Batching(args.batch_size, args.prefill_tokens)
     _check(args, sampling.problems() + batching.problems())
     events = RunEvents(args.run)
@@ -88,8 +88,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace, problems: list[str]) -> None:
-    rules = [(args.speculative >= 0, f"--speculative {args.speculative}: must not be negative"),
-             (args.speculative or not args.compare_speed, f"--compare-speed: --speculative {args.speculative} drafts nothing; "
+    rules = [(args.speculative or not args.compare_speed, f"--compare-speed: --speculative {args.speculative} drafts nothing; "
                                                           "add --speculative 1"),
              ("" not in args.stop, "--stop '': must hold at least one character")]
     problems += [sentence for holds, sentence in rules if not holds]
@@ -107,54 +106,44 @@ def _encode(tokenizer, prompt: Prompt, chat: bool) -> list[int]:  # type: ignore
 
 def _continue(args: argparse.Namespace, target: Target, ids: list[list[int]], sampling: Sampling, stop: Stop,
               batching: Batching) -> Generated | None:
-    engine = args.engine or ("transformers" if target.is_hf else "megatron")
+    """Return what the chosen engine writes; None where another process of the job prints."""
     longest = max(map(len, ids)) + sampling.max_new_tokens
-    if longest > target.max_tokens:
-        raise UserError(f"prompt and --max-new-tokens make {longest} tokens, the model ends at {target.max_tokens}; shorten "
-                        "one of them")
-    if engine != "megatron":
-        if not target.is_hf:
-            raise UserError(f"--engine {engine}: {target.path} is a checkpoint; convert it first with `megatron-sov convert`")
-        if args.settings or args.nproc is not None or args.speculative:
-            raise UserError(f"--set {args.settings}, --nproc {args.nproc} and --speculative {args.speculative} are for "
-                            "--engine megatron; add it or leave them out")
-        if engine == "vllm":
-            from megatron_sov.generate.vllm import generate_vllm, load_vllm
+    engine_name = args.engine or (TRANSFORMERS if target.is_hf else MEGATRON)
+    _check_engine(args, target, engine_name, longest)
 
-            return generate_vllm(load_vllm(target.path, longest, batching), ids, sampling, stop=stop)
-        from megatron_sov.generate.hf import generate_hf, load_hf
+    def work(engine: Engine) -> dict[str, object]:
+        def timed(sampling: Sampling) -> tuple[Generated, float]:
+            began_s = time.monotonic()
+            return engine.generate(ids, sampling, stop=stop), time.monotonic() - began_s
 
-        return generate_hf(load_hf(target.path), ids, sampling, stop=stop, batching=batching)
-    if args.speculative and not target.model.num_mtp_layers:
-        raise UserError(f"--speculative {args.speculative}: {target.path} has no multi-token prediction layer to draft with; "
-                        "leave it out")
-    return _on_megatron(args, target, ids, sampling, stop, batching)
+        plain_s = timed(dataclasses.replace(sampling, num_drafts=0))[1] if args.compare_speed else 0.0
+        found, took_s = timed(sampling)
+        return {"found": vars(found), "faster": plain_s / took_s}
 
-
-def _on_megatron(args: argparse.Namespace, target: Target, ids: list[list[int]], sampling: Sampling, stop: Stop,
-                 batching: Batching) -> Generated | None:
-    from megatron_sov.generate.generator import generate
-    from megatron_sov.generate.load import Loaded, run_forward_model
-
-    def work(loaded: Loaded) -> dict[str, object]:
-        def timed(num_drafts: int) -> tuple[Generated, float]:
-            began = time.monotonic()
-            found = generate(loaded.policy, ids, sampling, stop=stop, batching=batching, num_drafts=num_drafts)
-            return found, time.monotonic() - began
-
-        plain_s = timed(0)[1] if args.compare_speed else 0.0
-        found, drafting_s = timed(args.speculative)
-        return {"found": vars(found), "faster": plain_s / drafting_s}
-
-    answer = run_forward_model(target, args.settings, args.nproc, work)
+    answer = run_engine(engine_name, target, work, longest=longest, batching=batching, settings=args.settings, nproc=args.nproc)
     if answer is None:
         return None
     found = Generated(**answer["found"])
-    if args.speculative:
+    if sampling.num_drafts:
         share = found.accepted / found.drafted if found.drafted else 0.0
         speed = f", {answer['faster']:.2f} times the speed without drafts" if args.compare_speed else ""
         print(f"drafts: {found.drafted}, accepted {share:.1%}{speed}", file=sys.stderr)
     return found
+
+
+def _check_engine(args: argparse.Namespace, target: Target, engine: str, longest: int) -> None:
+    """Raise `UserError` where the engine cannot do what is asked of this model."""
+    if longest > target.max_tokens:
+        raise UserError(f"prompt and --max-new-tokens make {longest} tokens, the model ends at {target.max_tokens}; shorten "
+                        "one of them")
+    if engine != MEGATRON and not target.is_hf:
+        raise UserError(f"--engine {engine}: {target.path} is a checkpoint; convert it first with `megatron-sov convert`")
+    if engine != MEGATRON and (args.settings or args.nproc is not None or args.speculative):
+        raise UserError(f"--set {args.settings}, --nproc {args.nproc} and --speculative {args.speculative} are for "
+                        f"--engine {MEGATRON}; add it or leave them out")
+    if args.speculative and not target.model.num_mtp_layers:
+        raise UserError(f"--speculative {args.speculative}: {target.path} has no multi-token prediction layer to draft with; "
+                        "leave it out")
 
 
 def _show(as_json: bool, prompts: list[Prompt], texts: list[str], tokens: list[list[int]]) -> None:

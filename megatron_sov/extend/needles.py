@@ -12,9 +12,9 @@ from megatron_sov.data.token_shards import Source, open_sources, tokenizer_folde
 from megatron_sov.data.views import SHORT
 from megatron_sov.errors import UserError
 from megatron_sov.eval.needle.documents import SOURCE_NAME, NeedleDocuments, needle_source
-from megatron_sov.eval.needle.engines import policy_engine
 from megatron_sov.eval.needle.haystack import open_haystacks
 from megatron_sov.eval.needle.suite import NeedleResult, NeedleSuite, make_suite, run_suite, table
+from megatron_sov.generate.generator import MegatronEngine
 from megatron_sov.train.gate import GateView
 
 
@@ -39,7 +39,7 @@ class Needles:
 
     def measure(self, run: GateView) -> NeedleResult:
         """Judge the model as it is; called by all processes together."""
-        return run_suite(self.suite, policy_engine(run.policy))
+        return run_suite(self.suite, MegatronEngine(run.policy))
 
     def record(self, run: GateView, when: str, result: NeedleResult) -> dict[str, Any]:
         """Write a result into the run's events and show it; returns it as plain values."""

@@ -18,11 +18,15 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from megatron_sov.generate.choosing import best_words, rows_of
 from megatron_sov.generate.request import Batching, Generated, Sampling, Stop, Tokens
 from megatron_sov.generate.sampling import accepted_by_chance, accepted_greedily, draw, probabilities
 from megatron_sov.mcore.decode.cached_decoder import CachedDecoder, DecodeOutput, over_shares, share_place
-from megatron_sov.mcore.decode.forward_only import ForwardModel
+from megatron_sov.mcore.decode.forward_only import ForwardModel, Inputs
 from megatron_sov.mcore.model.kv_cache import CacheSize, Span
+from megatron_sov.mcore.parallel import collectives
+from megatron_sov.mcore.parallel.device import local_device
+from megatron_sov.mcore.parallel.named_values import pack, unpack
 
 
 @dataclass
@@ -68,53 +72,81 @@ class _Item:
         return [end - 1] if self.span.past + len(self.span.tokens) == self.sequence.prompt_tokens else []
 
 
-def generate(policy: ForwardModel, prompts: Sequence[Tokens], sampling: Sampling, *, stop: Stop | None = None,
-             batching: Batching | None = None, num_drafts: int = 0, streams: Sequence[int] | None = None) -> Generated:
-    """Continue prompts; called by all processes together, every one gets the same result.
+class MegatronEngine:
+    """A `ForwardModel` as an engine, at its layout and for as long as it lives; called by all processes together."""
 
-    Args:
-        policy: the model.
-        prompts: token ids of each prompt, at least one.
-        sampling: how tokens are chosen.
-        stop: what ends a continuation early.
-        batching: what bounds memory.
-        num_drafts: tokens that the multi-token prediction layer drafts for each pass of the model; 0: none.
-        streams: number of each prompt's stream of random numbers, which with the seed decides its samples; the prompt's
-            place in the list unless given.
-    """
-    if 0 in map(len, prompts):
-        raise ValueError(f"prompt {[len(p) for p in prompts].index(0)} has no token; every prompt needs at least one")
-    if num_drafts and not policy.model.architecture.num_mtp_layers:
-        raise ValueError(f"num_drafts = {num_drafts} needs a multi-token prediction layer, the model has none")
-    batching = batching or Batching()
-    numbers = range(len(prompts)) if streams is None else streams
-    rank, size = share_place()
-    mine = [_Sequence(i, list(map(int, prompts[i])), len(prompts[i]),
-                      np.random.Generator(np.random.Philox(key=[sampling.seed, numbers[i]])))
-            for i in range(rank, len(prompts), size)]
-    longest = max((s.prompt_tokens for s in mine), default=0) + sampling.max_new_tokens
-    cache = CacheSize(batching.slots(len(mine), longest), longest, 1 + num_drafts)
-    with CachedDecoder(policy, cache) as decoder:
-        run = _Run(decoder, cache, mine, sampling, stop or Stop(), batching.prefill_tokens, num_drafts)
-        while run.iterate():
-            continue
-    # every sequence is on one process: the sums are its tokens and its counts
-    table = torch.zeros(len(prompts) + 1, 1 + max(2, sampling.max_new_tokens), dtype=torch.int64)
-    for sequence in mine:
-        found = sequence.tokens[sequence.prompt_tokens:]
-        table[sequence.index, :1 + len(found)] = torch.tensor([len(found), *found])
-    table[-1, :2] = torch.tensor([run.drafted, run.accepted])
-    rows: list[list[int]] = over_shares(table).tolist()
-    return Generated([row[1:1 + row[0]] for row in rows[:-1]], *rows[-1][:2])
+    def __init__(self, model: ForwardModel, batching: Batching | None = None) -> None:
+        """Take a model.
+
+        Args:
+            model: which continues prompts.
+            batching: what bounds memory.
+        """
+        self._model, self._batching = model, batching or Batching()
+
+    def generate(self, prompts: Sequence[Tokens], sampling: Sampling, *, stop: Stop | None = None,
+                 streams: Sequence[int] | None = None) -> Generated:
+        """Continue prompts, see `Engine`; samples depend neither on the layout nor on the other prompts."""
+        if 0 in map(len, prompts):
+            raise ValueError(f"prompt {[len(p) for p in prompts].index(0)} has no token; every prompt needs at least one")
+        if sampling.num_drafts and not self._model.model.architecture.num_mtp_layers:
+            raise ValueError(f"num_drafts = {sampling.num_drafts} needs a multi-token prediction layer, the model has none")
+        numbers = range(len(prompts)) if streams is None else streams
+        rank, size = share_place()
+        mine = [_Sequence(i, list(map(int, prompts[i])), len(prompts[i]),
+                          np.random.Generator(np.random.Philox(key=[sampling.seed, numbers[i]])))
+                for i in range(rank, len(prompts), size)]
+        longest = max((s.prompt_tokens for s in mine), default=0) + sampling.max_new_tokens
+        cache = CacheSize(self._batching.slots(len(mine), longest), longest, 1 + sampling.num_drafts)
+        with CachedDecoder(self._model, cache) as decoder:
+            run = _Run(decoder, cache, mine, sampling, stop or Stop(), self._batching.prefill_tokens)
+            while run.iterate():
+                continue
+        own: list[list[int]] = [[] for _ in prompts]
+        for sequence in mine:
+            own[sequence.index] = sequence.tokens[sequence.prompt_tokens:]
+        # a sequence is on one process, and zeros on the others: the sums are its tokens
+        told = {"tokens": _table(own, sampling.max_new_tokens), "drafted": torch.tensor(run.drafted),
+                "accepted": torch.tensor(run.accepted)}
+        total = unpack(over_shares(pack(told)), {name: tuple(value.shape) for name, value in told.items()})
+        return Generated(_lists(total["tokens"]), int(total["drafted"]), int(total["accepted"]))
+
+    def choose(self, documents: Sequence[Tokens], count: int, words: Sequence[int]) -> list[list[int]]:
+        """Return the most probable words, see `ChoosingEngine`."""
+        rank, size = collectives.data_place()
+        rows = rows_of(documents)
+        rows += [[]] * (-len(rows) % size)  # processes that share experts must run forward equally often
+        found = torch.zeros(len(documents), count, dtype=torch.float64)
+        for row in rows[rank::size]:
+            batch = Inputs([documents[i][:-1] for i in row] or [[0]], local_device())
+            positions = (batch.ends[:, None] - torch.arange(count - 1, -1, -1)).flatten() if row else batch.ends
+            logits = self._model.logits(batch, positions)
+            if row:
+                found[row] = best_words(logits, words).double().reshape(len(row), count)
+        tokens: list[list[int]] = collectives.all_reduce_dp(found).long().tolist()
+        return tokens
+
+
+def _table(lists: Sequence[Sequence[int]], width: int) -> torch.Tensor:
+    """Return lists of up to `width` tokens as one tensor [lists, 1 + width]: the length of each, then its tokens."""
+    table = torch.zeros(len(lists), 1 + width, dtype=torch.int64)
+    for row, tokens in zip(table, lists, strict=True):
+        row[:1 + len(tokens)] = torch.tensor([len(tokens), *tokens])
+    return table
+
+
+def _lists(table: torch.Tensor) -> list[list[int]]:
+    """Return the lists that `_table` laid out."""
+    return [row[1:1 + row[0]] for row in table.tolist()]
 
 
 class _Run:
     """One process's sequences on their way; `iterate` reads one row and moves all on."""
 
     def __init__(self, decoder: CachedDecoder, cache: CacheSize, sequences: list[_Sequence], sampling: Sampling, stop: Stop,
-                 prefill_tokens: int, num_drafts: int) -> None:
+                 prefill_tokens: int) -> None:
         self._decoder, self._sampling, self._stop = decoder, sampling, stop
-        self._prefill_tokens, self._num_drafts = prefill_tokens, num_drafts
+        self._prefill_tokens, self._num_drafts = prefill_tokens, sampling.num_drafts
         self._waiting = deque(sequences)
         self._slots: list[_Sequence] = [self._waiting.popleft() for _ in range(min(cache.slots, len(sequences)))]
         self.drafted = self.accepted = 0
@@ -155,15 +187,12 @@ class _Run:
 
     def _written(self, read: DecodeOutput, items: list[_Item]) -> list[list[int]]:
         """Return each item's new tokens, the same on all processes that read them: accepted drafts and one more."""
-        width = 1 + self._num_drafts
-        table = torch.zeros(len(items), 1 + width, dtype=torch.int64)
         if not items:
             return []
+        found: list[list[int]] = [[] for _ in items]
         if self._decoder.last_stage:
             found = self._best(read, items) if self._sampling.temperature == 0 else self._drawn(read, items)
-            for row, new in zip(table, found, strict=True):
-                row[:1 + len(new)] = torch.tensor([len(new), *new])
-        return [row[1:1 + row[0]] for row in self._decoder.agree(table).tolist()]
+        return _lists(self._decoder.agree(_table(found, 1 + self._num_drafts)))
 
     def _best(self, read: DecodeOutput, items: list[_Item]) -> list[list[int]]:
         best = iter(self._decoder.top_tokens(read, [p for i in items for p in i.places]).tolist())
@@ -213,20 +242,28 @@ class _Run:
         return bool(continuation) and (len(continuation) >= self._sampling.max_new_tokens or self._stop.ends(continuation))
 
     def _draft(self, read: DecodeOutput, items: list[_Item]) -> None:
-        """Have the prediction layer read the row, which its own cache needs, and draft behind every sequence that goes on."""
+        """Have the prediction layer read the row, which its own cache needs, and draft behind every sequence that goes on.
+
+        The layer takes the trunk's state at a token t together with token t + 1, and predicts token t + 2.  So behind a sequence
+        of n tokens (0 to n - 1), the first draft comes from place n - 2, whose follower n - 1 was just chosen.
+        """
         going = [i for i in items if not i.sequence.in_prompt and not self._ended(i.sequence)]
         drafts = torch.zeros(len(going), self._num_drafts, dtype=torch.int64)
         if self._decoder.last_stage:
+            # What follows each token of the row, now that the model has chosen.  Where a draft was refused nothing follows what
+            # stands behind it; those places are read again in a later row.
             ahead = torch.zeros(len(read.row.tokens), dtype=torch.int64)
             for item in items:
                 follow = item.sequence.tokens[item.span.past + 1:][:len(item.span.tokens)]
                 ahead[item.start:item.start + len(follow)] = torch.tensor(follow, dtype=torch.int64)
             read = self._decoder.predict(read, ahead)
-            # behind the last token that has one ahead
+            # row index of token n - 2, the last one that has a follower; the span began at token `past`
             places = [i.start + len(i.sequence.tokens) - 2 - i.span.past for i in going]
             guesses: list[torch.Tensor] = []
             for depth in range(self._num_drafts if going else 0):
                 if depth:
+                    # To look further ahead the layer reads its own states: a row of one token for each sequence, one place on,
+                    # with the draft before as what follows.
                     spans = [Span(i.span.slot, len(i.sequence.tokens) - 2 + depth, [0]) for i in going]
                     read = self._decoder.pick(read, places, spans)
                     places = list(range(len(going)))
@@ -234,9 +271,10 @@ class _Run:
                     ahead[:len(going)] = drafts[:, depth - 1]
                     read = self._decoder.predict(read, ahead)
                 drafts[:, depth] = self._guess(read, places, going, guesses)
+            # what each draft was drawn from decides later whether it is taken (`accepted_by_chance`); greedy ones need none
             for number, item in enumerate(going if guesses else []):
                 item.sequence.guesses = torch.stack([g[number] for g in guesses])
-        if going:
+        if going:  # stages before the last read the same drafts in the next row
             for item, row in zip(going, self._decoder.agree(drafts).tolist(), strict=True):
                 item.sequence.drafts = row
 

@@ -1,4 +1,4 @@
-"""The same requests answered by transformers, with its continuous batching."""
+"""transformers as an engine, with its continuous batching."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
 from megatron_sov.errors import UserError
-from megatron_sov.generate.request import Batching, Generated, Sampling, Stop, Tokens
+from megatron_sov.generate.choosing import best_words, rows_of
+from megatron_sov.generate.request import Batching, Generated, Sampling, Stop, Tokens, refuse_drafts
+from megatron_sov.generate.sampling import seed_of
 
 PAGE_TOKENS = 16
 """Tokens of a page of transformers' cache."""
@@ -36,39 +38,61 @@ def load_hf(folder: Path, dtype: str | torch.dtype = "auto") -> Any:
     return model.eval().to(device)
 
 
-@torch.no_grad()
-def generate_hf(model: Any, prompts: Sequence[Tokens], sampling: Sampling, *, stop: Stop | None = None,
-                batching: Batching | None = None) -> Generated:
-    """Continue prompts; arguments and result as in `generator.generate`.
+class HfEngine:
+    """A transformers model as an engine."""
 
-    Greedy continuations are the same; samples follow the same distribution with other random numbers, which depend on the
-    whole batch.
+    def __init__(self, model: Any, batching: Batching | None = None) -> None:
+        """Take a model.
 
-    Raises:
-        UserError: transformers gave a prompt up, as where memory is too small for it.
-    """
-    if not prompts:
-        return Generated([])
-    stop, batching = stop or Stop(), batching or Batching()
-    longest = max(map(len, prompts)) + sampling.max_new_tokens
-    slots, pages, pass_tokens = cache_sizes(len(prompts), longest, batching)
-    chosen: dict[str, Any] = {"do_sample": False}
-    if sampling.temperature:
-        chosen = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
-    # -1: no token ends a continuation
-    asked = GenerationConfig(max_new_tokens=sampling.max_new_tokens, eos_token_id=list(stop.ids) or -1, pad_token_id=0, **chosen)
-    # without sizes of its own the cache is made for the whole memory, and is slow
-    sizes = ContinuousBatchingConfig(
-        page_size=PAGE_TOKENS, num_blocks=pages, max_requests_per_batch=slots, max_batch_tokens=pass_tokens, seed=sampling.seed)
-    found = model.generate_batch(inputs=[list(p) for p in prompts], generation_config=asked, continuous_batching_config=sizes,
-                                 warmup=False)
-    outputs = list(found.values())
-    failed = [o.error for o in outputs if o.error is not None]
-    if failed or len(outputs) != len(prompts):
-        why = failed[0] if failed else "it says more above"
-        raise UserError(f"transformers answered {len(outputs) - len(failed)} of {len(prompts)} prompts of up to {longest} tokens "
-                        f"({why}); with more memory, or with shorter prompts and continuations, it may")
-    return Generated([stop.cut(o.generated_tokens) for o in outputs])
+        Args:
+            model: as `load_hf` gives it.
+            batching: what bounds memory.
+        """
+        self._model, self._batching = model, batching or Batching()
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[Tokens], sampling: Sampling, *, stop: Stop | None = None,
+                 streams: Sequence[int] | None = None) -> Generated:
+        """Continue prompts, see `Engine`; samples depend on the whole batch, of whose streams one seed is made.
+
+        Raises:
+            UserError: transformers gave a prompt up, as where memory is too small for it.
+        """
+        refuse_drafts("transformers", sampling)
+        if not prompts:
+            return Generated([])
+        stop = stop or Stop()
+        longest = max(map(len, prompts)) + sampling.max_new_tokens
+        slots, pages, pass_tokens = cache_sizes(len(prompts), longest, self._batching)
+        chosen: dict[str, Any] = {"do_sample": False}
+        if sampling.temperature:
+            chosen = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+        # -1: no token ends a continuation
+        asked = GenerationConfig(max_new_tokens=sampling.max_new_tokens, eos_token_id=list(stop.ids) or -1, pad_token_id=0,
+                                 **chosen)
+        # without sizes of its own the cache is made for the whole memory, and is slow
+        sizes = ContinuousBatchingConfig(
+            page_size=PAGE_TOKENS, num_blocks=pages, max_requests_per_batch=slots, max_batch_tokens=pass_tokens,
+            seed=sampling.seed if streams is None else seed_of(sampling.seed, *streams))
+        found = self._model.generate_batch(inputs=[list(p) for p in prompts], generation_config=asked,
+                                           continuous_batching_config=sizes, warmup=False)
+        outputs = list(found.values())
+        failed = [o.error for o in outputs if o.error is not None]
+        if failed or len(outputs) != len(prompts):
+            why = failed[0] if failed else "it says more above"
+            raise UserError(f"transformers answered {len(outputs) - len(failed)} of {len(prompts)} prompts of up to {longest} "
+                            f"tokens ({why}); with more memory, or with shorter prompts and continuations, it may")
+        return Generated([stop.cut(o.generated_tokens) for o in outputs])
+
+    @torch.no_grad()
+    def choose(self, documents: Sequence[Tokens], count: int, words: Sequence[int]) -> list[list[int]]:
+        """Return the most probable words, see `ChoosingEngine`."""
+        found: list[list[int]] = []
+        for row in rows_of(documents):
+            ids = torch.tensor([list(documents[i][:-1]) for i in row], device=self._model.device)
+            logits = self._model(input_ids=ids, logits_to_keep=count, use_cache=False).logits
+            found += best_words(logits.flatten(0, 1), words).reshape(len(row), count).tolist()
+        return found
 
 
 def cache_sizes(num_prompts: int, longest: int, batching: Batching) -> tuple[int, int, int]:

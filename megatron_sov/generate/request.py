@@ -22,6 +22,9 @@ class Sampling:
     """Then from the smallest set of them that holds this much probability (Holtzman et al., arXiv 1904.09751)."""
     seed: int = 0
     """Of the samples."""
+    num_drafts: int = 0
+    """Tokens that the multi-token prediction layer drafts for each pass of the model (engine megatron); 0: none.  Greedy
+    continuations stay the same, samples follow the same distribution with other random numbers."""
 
     def problems(self) -> list[str]:
         """Return one sentence for each value that has no meaning, by the name of the command's option."""
@@ -29,8 +32,15 @@ class Sampling:
                  (self.temperature >= 0, f"--temperature {self.temperature}: must not be negative"),
                  (self.top_k >= 0, f"--top-k {self.top_k}: must not be negative"),
                  (0 < self.top_p <= 1, f"--top-p {self.top_p}: must lie in (0, 1]"),
-                 (self.seed >= 0, f"--seed {self.seed}: must not be negative")]
+                 (self.seed >= 0, f"--seed {self.seed}: must not be negative"),
+                 (self.num_drafts >= 0, f"--speculative {self.num_drafts}: must not be negative")]
         return [sentence for holds, sentence in rules if not holds]
+
+
+def refuse_drafts(engine: str, sampling: Sampling) -> None:
+    """Raise `ValueError` where drafts are asked of an engine that has none."""
+    if sampling.num_drafts:
+        raise ValueError(f"num_drafts = {sampling.num_drafts}: the engine {engine} does not draft")
 
 
 @dataclass(frozen=True)

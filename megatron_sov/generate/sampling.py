@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from megatron_sov.generate.request import Sampling
@@ -29,6 +30,11 @@ def probabilities(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     ordered[before >= sampling.top_p] = 0
     kept = torch.zeros_like(shares).scatter(1, tokens, ordered)
     return kept / kept.sum(dim=-1, keepdim=True)
+
+
+def seed_of(*numbers: int) -> int:
+    """Return a seed of 31 bits made of numbers that are not negative, for libraries that take a single one."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0]) >> 1
 
 
 def draw(distributions: torch.Tensor, uniforms: Sequence[float]) -> list[int]:

@@ -136,12 +136,14 @@ class _Account:
         """Book the stretch up to a mark."""
         stretch_s, self._at_s, before_s = mark.time_s - self._at_s, mark.time_s, self._at_s
         if mark.kind == "run_start":
+            # nobody worked until this attempt's process began (`value`); clocks may disagree, so not longer than the stretch
             idle_s = 0.0 if i == 0 else min(stretch_s, max(0.0, mark.value - before_s))
             self._book("waiting", idle_s)
             self._book("startup", stretch_s - idle_s)
             self._step, self._stepped, self._ended = mark.step, False, False
             self._owed = self._stalls(i)
         elif mark.kind == "restart" or self._ended:
+            # the processes were gone; what is measured on a run after its end is no training
             self._book("evaluation" if mark.kind == "needle" else "waiting", stretch_s)
         else:
             booking: Callable[[_Mark, float], None] = {"step": self._book_steps, "checkpoint": self._book_checkpoint}.get(
@@ -154,6 +156,7 @@ class _Account:
         self._book("waiting" if waits or self._ended else "productive" if self._stepped else "startup", now_s - self._at_s)
 
     def _stalls(self, start: int) -> list[tuple[int, float]]:
+        # Its event tells what a checkpoint held up, and comes when it is on disk, steps later: so looked for ahead.
         found = []
         for mark in self._marks[start + 1:]:
             if mark.kind == "run_start":
@@ -168,8 +171,10 @@ class _Account:
         self._step_time_s = mark.value
         computing_s = min(stretch_s, num_steps * mark.value)
         if not self._stepped:
+            # before an attempt's first step: loading, compiling, filling caches
             self._book("startup", stretch_s - computing_s)
             stretch_s = computing_s
+        # what is longer than the steps themselves was a checkpoint, as far as one held training up; the rest is the loop's own
         stretch_s -= self._book_saving(stretch_s - computing_s, mark.step)
         self._book_computing(mark, stretch_s, num_steps)
         self._step, self._stepped = mark.step, True
@@ -183,18 +188,21 @@ class _Account:
     def _book_checkpoint(self, mark: _Mark, stretch_s: float) -> None:
         """Book a stretch that ends with a checkpoint: as much as it held up is saving, the rest belongs to steps."""
         stretch_s -= self._book_saving(stretch_s, mark.step + 1)
+        # what had no room before its own event is given up: it would be taken from steps that it did not hold up
         self._owed = [(step, seconds) for step, seconds in self._owed if step != mark.step]
         self._book_rest(mark, stretch_s)
 
     def _book_other(self, mark: _Mark, stretch_s: float) -> None:
         """Book a stretch that ends with an evaluation, a refusal, a roll-back, a hang or the end."""
         if mark.kind in EVALUATIONS:
+            # with log_every_steps > 1 steps were done since the last event; they took about as long as those before
             unlogged_s = min(stretch_s, max(0, mark.step - self._step) * self._step_time_s)
             if unlogged_s:
                 self._book_computing(mark, unlogged_s, mark.step - self._step)
                 self._step = mark.step
             self._book("evaluation", stretch_s - unlogged_s)
         elif mark.kind in ("skip", "rollback", "hang"):
+            # computed, or stood still, and not part of the model
             self._book("lost", stretch_s)
             self._step = max(self._step, mark.step)
         else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import torch
 
@@ -12,8 +11,8 @@ from megatron_sov.data.token_shards import Source
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.model.logprobs import Head
 from megatron_sov.train.data_batches import DataBatches
-from megatron_sov.train.lm import MTP
-from megatron_sov.train.microbatch import MicroBatch, shifted_targets
+from megatron_sov.train.data_objective import DataObjective
+from megatron_sov.train.microbatch import MicroBatch
 from megatron_sov.train.objective import GlobalBatch, LossSums, per_source, with_denominators
 
 RESPONSE, TEXT = "response", "text"
@@ -21,7 +20,7 @@ TYPE_OF = {TEXT: 0, RESPONSE: 2}
 """Term -> token type (the `.type` sidecar) of the labels that it learns; prompts (1) belong to none."""
 
 
-class SupervisedFineTuning:
+class SupervisedFineTuning(DataObjective):
     """``CE(responses) / response tokens + text_coeff * CE(text) / text tokens`` (+ multi-token prediction on responses).
 
     Each term is divided by its own count over the global batch, so the share of text in the data changes how often the
@@ -29,44 +28,34 @@ class SupervisedFineTuning:
     """
 
     def __init__(self, config: RunConfig, batches: DataBatches) -> None:
-        self._batches = batches
-        self._depths = config.model.num_mtp_layers
-        self._num_sources = batches.num_sources
+        super().__init__(config, batches)
         self.coefficients = {RESPONSE: 1.0}
         if config.objective.text_coeff > 0:
             self.coefficients[TEXT] = config.objective.text_coeff
-        if self._depths:
-            self.coefficients[MTP] = config.model.mtp_loss_coeff
-
-    def collect(self, policy: Any, step: int) -> GlobalBatch:
-        """Return the next batch of the data order."""
-        return self._batches.next()
+        self.coefficients |= self._mtp_coefficient
 
     def prepare(self, batch: GlobalBatch) -> GlobalBatch:
         """Count each term's targets over the global batch."""
         targets = {term: sum(float(_weights(m, term).double().sum()) for m in batch.micro_batches) for term in TYPE_OF
                    if term in self.coefficients}
-        if self._depths:
-            targets[MTP] = sum(float(w.double().sum()) for m in batch.micro_batches for _, w in self._further(m))
-        return with_denominators(batch, targets)
+        return with_denominators(batch, targets | self._mtp_targets(map(_responses, batch.micro_batches)))
 
     def loss(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> LossSums:
         """Return the summed cross-entropy of each term."""
         losses = -head.logprobs(hidden[0], batch.labels)
         terms = {term: (losses * _weights(batch, term)).sum() for term in TYPE_OF if term in self.coefficients}
-        for states, (labels, weights) in zip(hidden[1:], self._further(batch), strict=True):
-            terms[MTP] = terms.get(MTP, 0.0) - (head.logprobs(states, labels) * weights).sum()
+        terms |= self._mtp_sum(hidden, head, _responses(batch))
         return LossSums(terms, per_source(losses, batch.weights, batch.sources, self._num_sources))
-
-    def _further(self, batch: MicroBatch) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Return labels and weights of each prediction depth; only responses count."""
-        responses = dataclasses.replace(batch, weights=_weights(batch, RESPONSE))
-        return [shifted_targets(responses, depth) for depth in range(1, self._depths + 1)]
 
 
 def _weights(batch: MicroBatch, term: str) -> torch.Tensor:
     """Return [n]: the weight of each label in a term."""
     return batch.weights * (batch.types == TYPE_OF[term])
+
+
+def _responses(batch: MicroBatch) -> MicroBatch:
+    """Return the micro-batch with no other targets than responses."""
+    return dataclasses.replace(batch, weights=_weights(batch, RESPONSE))
 
 
 def check_sources(config: RunConfig, sources: list[Source]) -> None:

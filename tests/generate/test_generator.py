@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ def continuations(layout: dict[str, Any], *, full: bool = False, family: str = "
     """Return what a drawn model writes, in several ways, on this process."""
     from megatron_sov import recipes
     from megatron_sov.config import ParallelConfig, apply_settings
-    from megatron_sov.generate.generator import generate
+    from megatron_sov.generate.generator import MegatronEngine
     from megatron_sov.generate.request import Batching, Sampling, Stop
     from megatron_sov.mcore.decode.forward_only import ForwardModel, Inputs
     from megatron_sov.mcore.model import init
@@ -40,18 +41,21 @@ def continuations(layout: dict[str, Any], *, full: bool = False, family: str = "
     drafts = 2 if config.model.num_mtp_layers else 0
     warm = Sampling(NEW, temperature=1.0, top_k=40, top_p=0.9, seed=3)
 
-    def write(prompts: Any, sampling: Any, **more: Any) -> Any:
-        return generate(policy, prompts, sampling, **more).continuations
+    def write(prompts: Any, sampling: Any, batching: Any = None, **more: Any) -> Any:
+        return MegatronEngine(policy, batching).generate(prompts, sampling, **more).continuations
+
+    def drafting(sampling: Any, num_drafts: int) -> Any:
+        return dataclasses.replace(sampling, num_drafts=num_drafts)
 
     greedy = write(PROMPTS, Sampling(NEW))
     found = {"greedy": greedy, "sampled": write(PROMPTS, warm),
-             "drafted": vars(generate(policy, PROMPTS, Sampling(NEW), num_drafts=drafts, batching=Batching(4, 5))),
-             "drafted samples": write(PROMPTS, warm, num_drafts=drafts)}
+             "drafted": vars(MegatronEngine(policy, Batching(4, 5)).generate(PROMPTS, drafting(Sampling(NEW), drafts))),
+             "drafted samples": write(PROMPTS, drafting(warm, drafts))}
     if full:
         found["end"] = greedy[2][5]
-        found["stopped"] = write(PROMPTS, Sampling(NEW), stop=Stop((found["end"],)), num_drafts=min(1, drafts))
-        found["pieces"] = write(PROMPTS, Sampling(NEW), batching=Batching(2, 3))
-        found["one slot"] = write(PROMPTS, Sampling(NEW), batching=Batching(cache_tokens=1))
+        found["stopped"] = write(PROMPTS, drafting(Sampling(NEW), min(1, drafts)), stop=Stop((found["end"],)))
+        found["pieces"] = write(PROMPTS, Sampling(NEW), Batching(2, 3))
+        found["one slot"] = write(PROMPTS, Sampling(NEW), Batching(cache_tokens=1))
         found["alone"] = [write([p], warm, streams=[i])[0] for i, p in enumerate(PROMPTS)]
         row = [Inputs([[*p, *c]], torch.device("cpu")) for p, c in zip(PROMPTS, greedy, strict=True)]
         found["full"] = [policy.logits(r, torch.arange(len(p) - 1, len(p) + NEW - 1)).argmax(-1).tolist()
@@ -131,7 +135,7 @@ def test_greedy_text_is_that_of_transformers(folders: tuple[Path, Path], one_ran
     """Token by token on an exported folder, prompts of mixed lengths, far past the sliding window of 8 tokens."""
     prepare_megatron()
     from megatron_sov.config import ParallelConfig
-    from megatron_sov.generate.generator import generate
+    from megatron_sov.generate.generator import MegatronEngine
     from megatron_sov.generate.hf import load_hf
     from megatron_sov.generate.load import load_forward_model
     from megatron_sov.generate.request import Batching, Sampling
@@ -146,12 +150,13 @@ def test_greedy_text_is_that_of_transformers(folders: tuple[Path, Path], one_ran
     world.join(ParallelConfig())
     try:
         policy = load_forward_model(imported, inference_config(imported, [], 1))
-        assert generate(policy, PROMPTS, Sampling(40)).continuations == expected
-        assert generate(policy, PROMPTS, Sampling(40), batching=Batching(3, 6)).continuations == expected
+        engine = MegatronEngine(policy)
+        assert engine.generate(PROMPTS, Sampling(40)).continuations == expected
+        assert MegatronEngine(policy, Batching(3, 6)).generate(PROMPTS, Sampling(40)).continuations == expected
         with pytest.raises(ValueError, match="prompt 1 has no token"):
-            generate(policy, [[1], []], Sampling(4))
+            engine.generate([[1], []], Sampling(4))
         with pytest.raises(ValueError, match="num_drafts = 1 needs a multi-token prediction layer"):
-            generate(policy, PROMPTS, Sampling(4), num_drafts=1)
-        assert generate(policy, [], Sampling(4)).continuations == []
+            engine.generate(PROMPTS, Sampling(4, num_drafts=1))
+        assert engine.generate([], Sampling(4)).continuations == []
     finally:
         world.leave()

@@ -11,18 +11,18 @@ import torch
 
 from megatron_sov.errors import UserError
 from megatron_sov.generate import hf
-from megatron_sov.generate.hf import PAGE_TOKENS, cache_sizes, generate_hf, load_hf
+from megatron_sov.generate.hf import PAGE_TOKENS, HfEngine, cache_sizes, load_hf
 from megatron_sov.generate.request import Batching, Sampling, Stop
 
 PROMPTS = [[5, 9, 2, 70], [300], [8, 8, 8, 8], list(range(100, 140))]
 
 
 def test_the_defaults_of_the_folder_do_not_count(hf_models: dict[str, Path], tmp_path: Path, caplog) -> None:
-    plain = generate_hf(load_hf(hf_models["solar_open"]), PROMPTS, Sampling(10)).continuations
+    plain = HfEngine(load_hf(hf_models["solar_open"])).generate(PROMPTS, Sampling(10)).continuations
     opinionated = shutil.copytree(hf_models["solar_open"], tmp_path / "opinionated")
     defaults = {"do_sample": True, "temperature": 3.0, "repetition_penalty": 5.0, "eos_token_id": plain[0][0]}
     (opinionated / "generation_config.json").write_text(json.dumps(defaults))
-    assert generate_hf(load_hf(opinionated), PROMPTS, Sampling(10)).continuations == plain
+    assert HfEngine(load_hf(opinionated)).generate(PROMPTS, Sampling(10)).continuations == plain
     assert all(len(c) == 10 for c in plain)
     assert not caplog.records
 
@@ -32,18 +32,26 @@ def test_batches_give_what_prompts_give_alone(hf_models: dict[str, Path], family
     model = load_hf(hf_models[family])
     alone = [model.generate(input_ids=torch.tensor([p]), max_new_tokens=24, do_sample=False, pad_token_id=0)[0, len(p):].tolist()
              for p in PROMPTS]
-    assert generate_hf(model, PROMPTS, Sampling(24)).continuations == alone
-    assert generate_hf(model, PROMPTS, Sampling(24), batching=Batching(2, 5)).continuations == alone
+    assert HfEngine(model).generate(PROMPTS, Sampling(24)).continuations == alone
+    assert HfEngine(model, Batching(2, 5)).generate(PROMPTS, Sampling(24)).continuations == alone
     end = alone[0][4]
     stop = Stop((end,), ("<9>",), lambda tokens: "".join(f"<{t}>" for t in tokens))
-    ended = generate_hf(model, PROMPTS, Sampling(24), stop=stop).continuations
+    ended = HfEngine(model).generate(PROMPTS, Sampling(24), stop=stop).continuations
     assert ended == [stop.cut(c) for c in alone] and ended[0][-1] == end
 
 
 def test_samples_depend_on_the_seed(hf_models: dict[str, Path]) -> None:
     model = load_hf(hf_models["solar_open"])
-    first, again, other = (generate_hf(model, PROMPTS, Sampling(8, temperature=1.0, top_p=0.9, seed=s)) for s in (1, 1, 2))
+    first, again, other = (HfEngine(model).generate(PROMPTS, Sampling(8, temperature=1.0, top_p=0.9, seed=s)) for s in (1, 1, 2))
     assert first == again != other
+
+
+def test_streams_are_part_of_the_seed_and_drafts_are_refused(hf_models: dict[str, Path]) -> None:
+    engine = HfEngine(load_hf(hf_models["solar_open"]))
+    first, again, other = (engine.generate(PROMPTS, Sampling(8, temperature=1.0), streams=range(s, s + 4)) for s in (0, 0, 4))
+    assert first == again != other
+    with pytest.raises(ValueError, match="num_drafts = 2: the engine transformers does not draft"):
+        engine.generate(PROMPTS, Sampling(8, num_drafts=2))
 
 
 def test_a_folder_that_does_not_load_is_named(hf_models: dict[str, Path], tmp_path: Path) -> None:
@@ -64,13 +72,13 @@ def test_the_mask_stays_as_small_at_any_length(longest: int) -> None:
 
 def test_small_passes_answer_the_same(hf_models: dict[str, Path], monkeypatch) -> None:
     model = load_hf(hf_models["exaone_moe"])
-    plain = generate_hf(model, PROMPTS, Sampling(10)).continuations
+    plain = HfEngine(model).generate(PROMPTS, Sampling(10)).continuations
     monkeypatch.setattr(hf, "MASK_PLACES", 400)
     monkeypatch.setattr(hf, "PASS_TOKENS", 4)
     assert cache_sizes(len(PROMPTS), 50, Batching())[::2] == (1, 5)
-    assert generate_hf(model, PROMPTS, Sampling(10)).continuations == plain
+    assert HfEngine(model).generate(PROMPTS, Sampling(10)).continuations == plain
 
 
 def test_prompts_that_do_not_fit_are_told(hf_models: dict[str, Path]) -> None:
     with pytest.raises(UserError, match=r"transformers answered 0 of 1 prompts of up to 10000000003 tokens \(Memory footprint"):
-        generate_hf(load_hf(hf_models["solar_open"]), [[5, 9, 2]], Sampling(10_000_000_000))
+        HfEngine(load_hf(hf_models["solar_open"])).generate([[5, 9, 2]], Sampling(10_000_000_000))

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 from megatron_sov.errors import UserError
+from megatron_sov.generate.engine import VLLM, Engine, run_engine
 from megatron_sov.generate.request import Batching, Sampling, Stop
-from megatron_sov.generate.vllm import generate_vllm, load_vllm
+from megatron_sov.generate.target import Target
+from megatron_sov.generate.vllm import VllmEngine
 
 
 class StandIn(types.ModuleType):
@@ -39,19 +41,34 @@ class StandIn(types.ModuleType):
 
 def test_what_is_asked_reaches_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", StandIn())
-    engine = load_vllm(Path("folder"), 30, Batching(4, 2))
-    assert engine.settings["max_model_len"] == 30 and engine.settings["max_num_seqs"] == 4
-    assert engine.settings["max_num_batched_tokens"] == 4 and engine.settings["generation_config"] == "vllm"
-    assert engine.settings["trust_remote_code"] is False
+    engine = VllmEngine(Path("folder"), 30, Batching(4, 2))
+    settings = engine._llm.settings
+    assert settings["max_model_len"] == 30 and settings["max_num_seqs"] == 4
+    assert settings["max_num_batched_tokens"] == 4 and settings["generation_config"] == "vllm"
+    assert settings["trust_remote_code"] is False
     stop = Stop((8,), ("EE",), lambda tokens: "".join(chr(60 + t) + "E" * (t == 3) for t in tokens))
-    found = generate_vllm(engine, [[1], [6, 7], [4]], Sampling(5, temperature=0.5, top_p=0.9, seed=2), stop=stop)
+    found = engine.generate([[1], [6, 7], [4]], Sampling(5, temperature=0.5, top_p=0.9, seed=2), stop=stop)
     assert found.continuations == [[2, 3, 4, 5, 6], [8], [5, 6, 7, 8]]
-    (first, second, _) = engine.asked
+    (first, second, _) = engine._llm.asked
     assert (first.temperature, first.top_p, first.top_k, first.stop_token_ids, first.ignore_eos) == (0.5, 0.9, -1, [8], True)
     assert first.seed != second.seed
+    engine.generate([[1]], Sampling(5, seed=2), streams=[1])
+    assert engine._llm.asked[0].seed == second.seed, "a stream has the same seed in any place"
+    with pytest.raises(ValueError, match="num_drafts = 1: the engine vllm does not draft"):
+        engine.generate([[1]], Sampling(5, num_drafts=1))
+
+
+def test_work_reaches_it_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", StandIn())
+
+    def work(engine: Engine) -> Any:
+        assert isinstance(engine, VllmEngine) and engine._llm.settings["max_model_len"] == 9
+        return engine.generate([[1], [6]], Sampling(2)).continuations
+
+    assert run_engine(VLLM, Target(Path("folder"), True), work, longest=9) == [[2, 3], [7, 8]]
 
 
 def test_it_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"would run folder, is not installed for this Python; install megatron-sov\[rollout\]"):
-        load_vllm(Path("folder"), 30)
+        VllmEngine(Path("folder"), 30)

@@ -60,7 +60,3 @@ def test_the_token_after_the_next_counts_inside_a_document_only(batch: MicroBatc
     logprobs = logits[1].log_softmax(-1)
     assert float(sums.terms["mtp"]) == pytest.approx(-float(logprobs[0, 3] + logprobs[3, 6] + 0.5 * logprobs[4, 7]))
     assert found.coefficients == {"lm": 1.0, "mtp": 0.05}
-
-
-def test_batches_come_from_the_order() -> None:
-    assert objective("tiny-solar-open").collect(None, 7) == "the next batch"  # type: ignore[comparison-overlap]

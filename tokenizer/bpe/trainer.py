@@ -148,20 +148,25 @@ class MergeLearner:
         while heap or self._fill_heap():
             negative, key, start, length = heapq.heappop(heap)
             left, right = key >> _ID_BITS, key & _ID_MASK
+            # Of the places that were found once, those are left at which both tokens still stand: other merges may have
+            # swallowed either of them since.
             places = all_places[start : start + length]
             alive = symbols.take(places) == left
             alive &= symbols.take(places + self._spans[left]) == right
             num_alive = int(np.count_nonzero(alive))
-            if num_alive == length:
+            if num_alive == length:  # nothing changed, so the count on the heap is right, and the heap says it is the best
                 return Merge(left, right, -negative), places
             if not num_alive:
                 continue
+            # The count on the heap was an upper bound.  With the right one the pair may still be the best: it is, where neither
+            # the heap nor (`_limit`) any of the waiting pairs has a bound above it.
             places = places.compress(alive)
             count = int(self._weights(places).sum())
             if count < self._min_count:
                 continue
             if (-count, key) < min(self._limit, heap[0][:2] if heap else (0, 0)):
                 return Merge(left, right, count), places
+            # Else it goes back under its right count, with its places moved together, so that they are looked through once.
             all_places[start : start + num_alive] = places
             if (-count, key) < self._limit:
                 heapq.heappush(heap, (-count, key, start, num_alive))

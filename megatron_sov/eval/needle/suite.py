@@ -8,7 +8,7 @@ that values are made of: greedy decoding that can only say values, in one forwar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -21,20 +21,12 @@ from megatron_sov.eval.intervals import wilson_interval
 from megatron_sov.eval.needle.haystack import Haystack
 from megatron_sov.eval.needle.kinds import PAIR_TOKENS, PHRASES_OF, Example, distractors_of, make_example
 from megatron_sov.eval.needle.phrases import Language
+from megatron_sov.generate.engine import ChoosingEngine
+from megatron_sov.generate.request import Sampling
 
 Way = Literal["generation", "likelihood"]
 BATCH_TOKENS = 1 << 21
 """Tokens of prompts that exist at a time."""
-
-
-@dataclass(frozen=True)
-class Engine:
-    """A model that answers; where it runs on several processes, called by all together, and all get the same."""
-
-    generate: Callable[[list[list[int]], int], list[list[int]]]
-    """(prompts, n) -> the n tokens that greedy decoding puts behind each."""
-    choose: Callable[[list[list[int]], int, tuple[int, ...]], list[list[int]]]
-    """(documents, n, words) -> which of the words is the most probable in the place of each of a document's last n tokens."""
 
 
 @dataclass(frozen=True)
@@ -164,11 +156,11 @@ def make_suite(config: NeedleConfig, haystacks: Sequence[Haystack], *, seed: int
                        config.distractor_share, seed, by)
 
 
-def answers(examples: Sequence[Example], words: tuple[int, ...], engine: Engine, by: Way) -> list[list[int]]:
+def answers(examples: Sequence[Example], words: tuple[int, ...], engine: ChoosingEngine, by: Way) -> list[list[int]]:
     """Return what the model says to examples of equal length: the tokens in the places of each answer."""
     count = examples[0].answer_tokens
     if by == "generation":
-        return engine.generate([e.prompt for e in examples], count)
+        return engine.generate([e.prompt for e in examples], Sampling(count)).continuations
     return engine.choose([[*e.prompt, *(token for pair in e.answer for token in pair)] for e in examples], count, words)
 
 
@@ -184,7 +176,7 @@ def is_right(example: Example, given: Sequence[int], by: Way) -> bool:
                for i, pair in enumerate(pairs))
 
 
-def run_suite(suite: NeedleSuite, engine: Engine) -> NeedleResult:
+def run_suite(suite: NeedleSuite, engine: ChoosingEngine) -> NeedleResult:
     """Judge a model; where it runs on several processes, called by all together."""
     correct: dict[tuple[NeedleKind, Language, int, float], int] = {}
     for haystack, cells, examples in suite.examples():

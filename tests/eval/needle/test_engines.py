@@ -1,4 +1,4 @@
-"""Both engines agree, item by item, with plain transformers calls on one prompt at a time."""
+"""Engines on the suite: each agrees, item by item, with plain transformers calls on one prompt at a time."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
 prepare_megatron()
 
-from megatron_sov.eval.needle.engines import hf_engine, policy_engine  # noqa: E402
-from megatron_sov.generate.hf import load_hf  # noqa: E402
+from megatron_sov.generate.generator import MegatronEngine  # noqa: E402
+from megatron_sov.generate.hf import HfEngine, load_hf  # noqa: E402
 from megatron_sov.generate.load import run_forward_model  # noqa: E402
 from megatron_sov.generate.target import Target  # noqa: E402
 
@@ -68,12 +68,12 @@ def test_every_answer_is_that_of_plain_transformers(family: str, by: Way, import
     words = haystack.form.words
     model = AutoModelForCausalLM.from_pretrained(hf_models[family]).eval()
     reference = [[plain_answer(model, e, words, by) for e in examples] for examples in batches(haystack)]
-    engine = hf_engine(load_hf(hf_models[family]))
+    engine = HfEngine(load_hf(hf_models[family]))
     ours = [answers(examples, words, engine, by) for examples in batches(haystack)]
     assert ours == reference
     target = Target(imported[family], False)
     assert run_forward_model(target, [], None, lambda loaded: [
-        answers(examples, words, policy_engine(loaded.policy), by) for examples in batches(haystack)]) == reference
+        answers(examples, words, MegatronEngine(loaded.policy), by) for examples in batches(haystack)]) == reference
     if by == "likelihood":
         assert all(token in words for rows in reference for row in rows for token in row)
 
@@ -106,7 +106,7 @@ def sharded_answers(checkpoint: str, shards: str, layout: dict[str, Any]) -> dic
     config = inference_config(path, [*settings, "train.precision=fp64"], size)
     (haystack,) = open_haystacks(open_sources({shards: 1.0}, 1024), "heldout", Path(shards) / "tokenizer")
     world.join(config.parallel)
-    engine = policy_engine(load_forward_model(path, config))
+    engine = MegatronEngine(load_forward_model(path, config))
     suite = NeedleSuite((haystack,), ("multi-key", "multi-query"), (130,), (0.1, 0.8), 2, 0.2)
     found = {by: [answers(e, haystack.form.words, engine, by) for _, _, e in suite.examples()]
              for by in ("generation", "likelihood")}

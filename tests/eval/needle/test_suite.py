@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -11,8 +13,9 @@ from megatron_sov.errors import UserError
 from megatron_sov.eval.intervals import wilson_interval
 from megatron_sov.eval.needle.haystack import Haystack
 from megatron_sov.eval.needle.kinds import Example
-from megatron_sov.eval.needle.suite import Engine, NeedleSuite, is_right, result_of, run_suite, table
+from megatron_sov.eval.needle.suite import NeedleSuite, is_right, result_of, run_suite, table
 from megatron_sov.eval.needle.text import fill
+from megatron_sov.generate.request import Generated, Sampling
 
 
 def answer_by_looking(prompts: list[list[int]], count: int) -> list[list[int]]:
@@ -40,7 +43,17 @@ def choose_by_looking(documents: list[list[int]], count: int, words: tuple[int, 
     return [[answer_by_looking([d[:len(d) - k]], 1)[0][0] for k in range(count, 0, -1)] for d in documents]
 
 
-PERFECT = Engine(answer_by_looking, choose_by_looking)
+@dataclasses.dataclass(frozen=True)
+class Looking:
+    """An engine that answers by looking, and may spoil its answers."""
+
+    spoil: Callable[[list[list[int]]], list[list[int]]] = lambda found: found
+
+    def generate(self, prompts: Any, sampling: Sampling, **more: Any) -> Generated:
+        return Generated(self.spoil(answer_by_looking(prompts, sampling.max_new_tokens)))
+
+    def choose(self, documents: Any, count: int, words: Any) -> list[list[int]]:
+        return self.spoil(choose_by_looking(documents, count, words))
 
 
 @pytest.fixture
@@ -50,7 +63,7 @@ def suite(haystacks: dict[str, Haystack]) -> NeedleSuite:
 
 @pytest.mark.parametrize("by", ["generation", "likelihood"])
 def test_a_perfect_reader_is_right_everywhere(suite: NeedleSuite, by: str) -> None:
-    result = run_suite(dataclasses.replace(suite, by=by), PERFECT)  # type: ignore[arg-type]
+    result = run_suite(dataclasses.replace(suite, by=by), Looking())  # type: ignore[arg-type]
     assert result.score == 1.0 and result.by == by
     assert [(c.kind, c.language, c.length_tokens, c.depth) for c in result.cells] \
         == [(kind, "code", length, depth) for kind in suite.kinds for length in suite.lengths for depth in suite.depths]
@@ -67,8 +80,7 @@ def test_one_wrong_token_makes_an_answer_wrong(suite: NeedleSuite, by: str) -> N
                 answer[number % 4] = -1
         return found
 
-    engine = Engine(lambda p, n: spoil(answer_by_looking(p, n)), lambda d, n, w: spoil(choose_by_looking(d, n, w)))
-    result = run_suite(dataclasses.replace(suite, by=by), engine)  # type: ignore[arg-type]
+    result = run_suite(dataclasses.replace(suite, by=by), Looking(spoil))  # type: ignore[arg-type]
     assert {c.correct for c in result.cells} == {2} and result.score == 0.5
     told = result.to_dict()
     assert json.loads(json.dumps(told)) == told and result_of(told) == result

@@ -64,12 +64,12 @@ def test_what_the_library_says_where_it_gives_up_is_kept_and_the_readers_ctrl_c_
     class Panic(BaseException):
         pass
 
-    def gives_up(text: str) -> float:
+    def wants_rollback(text: str) -> float:
         if len(text) > 500_000:
             raise timer.problem
         return 1.0
 
-    timer.costs_s, timer.problem = gives_up, Panic("stack\n  overflow")
+    timer.costs_s, timer.problem = wants_rollback, Panic("stack\n  overflow")
     found = time_input(timer, "a")
     assert found.error == "Panic at 1,000,000 bytes: stack overflow" and len(found.times_s) == 3
     timer.problem = KeyboardInterrupt()

@@ -1,0 +1,82 @@
+"""One interface to whatever runs a model: our own generator on Megatron-Core, transformers, vLLM.  No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from megatron_sov.generate.request import Batching, Generated, Sampling, Stop, Tokens
+
+if TYPE_CHECKING:
+    from megatron_sov.generate.target import Target
+
+MEGATRON, TRANSFORMERS, VLLM = ENGINES = ("megatron", "transformers", "vllm")
+"""Engines by name: the first runs checkpoints at any layout, the others Hugging Face folders."""
+
+
+class Engine(Protocol):
+    """A loaded model that continues prompts; where it runs on several processes, called by all together, and all get the same."""
+
+    def generate(self, prompts: Sequence[Tokens], sampling: Sampling, *, stop: Stop | None = None,
+                 streams: Sequence[int] | None = None) -> Generated:
+        """Continue prompts.
+
+        Greedy continuations are those of any other engine, up to rounding; samples follow the same distribution, and are the
+        same only for the same engine.
+
+        Args:
+            prompts: token ids of each prompt, at least one.
+            sampling: how tokens are chosen.
+            stop: what ends a continuation early.
+            streams: number of each prompt's stream of random numbers, which with the seed decides its samples; the prompt's
+                place in the list unless given.
+        """
+        ...
+
+
+class ChoosingEngine(Engine, Protocol):
+    """An engine that also compares given words, which takes probabilities of more than the best few tokens."""
+
+    def choose(self, documents: Sequence[Tokens], count: int, words: Sequence[int]) -> list[list[int]]:
+        """Return which word is the most probable in the place of each of a document's last tokens.
+
+        Args:
+            documents: of equal length.
+            count: places of each document, its last ones; what stands before a place is read as it is.
+            words: token ids to choose from.
+        """
+        ...
+
+
+def run_engine(name: str, target: Target, work: Callable[[Engine], Any], *, longest: int, batching: Batching | None = None,
+               settings: Sequence[str] = (), nproc: int | None = None) -> Any:
+    """Load a model into an engine, and return what some work with it gave.
+
+    Args:
+        name: one of `ENGINES`; all but megatron need a Hugging Face folder.
+        target: the model.
+        work: is given the engine, on every process that it runs on; its result must be plain JSON values.
+        longest: tokens of the longest sequence, prompt and continuation.
+        batching: what bounds memory.
+        settings: `key=value` changes of layout and precision (megatron).
+        nproc: local processes (megatron).
+
+    Returns:
+        The result; None on other processes than the first of a torchrun or Slurm job.
+
+    Raises:
+        UserError: the engine is not installed, or cannot load the model.
+        SystemExit: a process failed, after it has said why.
+    """
+    if name == MEGATRON:
+        from megatron_sov.generate.generator import MegatronEngine
+        from megatron_sov.generate.load import run_forward_model
+
+        return run_forward_model(target, list(settings), nproc, lambda loaded: work(MegatronEngine(loaded.policy, batching)))
+    if name == VLLM:
+        from megatron_sov.generate.vllm import VllmEngine
+
+        return work(VllmEngine(target.path, longest, batching))
+    from megatron_sov.generate.hf import HfEngine, load_hf
+
+    return work(HfEngine(load_hf(target.path), batching))

@@ -1,0 +1,115 @@
+"""What a run tells about itself, event by event; on other processes than the first nothing is written and all may be called."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_sov import recipes
+from megatron_sov.config import RunConfig, apply_settings
+from megatron_sov.data.ledger import LedgerEntry
+from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
+from megatron_sov.obs.events import EVENTS, read_events
+
+prepare_megatron()
+from megatron_sov.mcore.checkpoint.save import Saved  # noqa: E402
+from megatron_sov.mcore.parallel.world import World  # noqa: E402
+from megatron_sov.train.evaluate import HeldoutLoss  # noqa: E402
+from megatron_sov.train.guards.step_guard import Refusal  # noqa: E402
+from megatron_sov.train.recorder import Recorder  # noqa: E402
+from megatron_sov.train.state import StepResult, TrainState  # noqa: E402
+
+NUM_STEPS = 7
+RESULT = StepResult(loss=2.5, losses={"lm": 2.5}, losses_by_source={"web": 2.4}, grad_norm=1.5, lr=1e-3, num_tokens=64,
+                    phase="main", padding_share=0.25, seconds=0.5)
+LOAD = torch.tensor([[0.0, 0.0], [3.0, 1.0], [2.0, 2.0]])
+"""A dense layer and two routed ones."""
+MAIN, OTHER = World(0, 2, 0, 2, True, True), World(1, 2, 1, 2, True, True)
+
+
+def config(*settings: str) -> RunConfig:
+    return apply_settings(recipes.get("tiny-solar-open"), list(settings))
+
+
+def recorder(run: Path, *settings: str, place: World = MAIN) -> Recorder:
+    found = Recorder(config(*settings), place, NUM_STEPS, began_s=1000.5)
+    if place.is_main:
+        found.open(run)
+    return found
+
+
+def told(run: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in e.items() if k != "time_s"} for e in read_events(run / EVENTS)]
+
+
+def tell_all(r: Recorder) -> None:
+    """Call everything that a run calls."""
+    r.begin(0, None, [], [LedgerEntry(0, "main", 32, 2, {"web": 1.0})])
+    r.epochs(1, {"web": 9.0})
+    r.step(TrainState(1, 64), RESULT, LOAD)
+    r.passed_over(2)
+    r.refused(3, Refusal("the loss is nan", float("nan"), 1.0, finite=False, weights_suspect=True), [1])
+    r.expert_load(4, LOAD)
+    r.evaluated(4, {"web": HeldoutLoss(2.0, 1.0, 10)}, {"web": 128}, {"web": 130})
+    r.saved(Saved(Path("run/checkpoints/step-4"), 4, 0.1, 0.2))
+    r.hang(5, {"loop.py, train": [0, 1]})
+    r.stopped(6, None)
+    r.ended(7, 12.5, None)
+    r.close()
+
+
+def test_every_word_is_an_event_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tell_all(recorder(tmp_path, "data.max_epochs=4"))
+    events = told(tmp_path)
+    assert [(e["event"], e.get("step")) for e in events] == [
+        ("run_start", None), ("phase", 0), ("warning", 1), ("step", 1), ("skip", 2), ("skip", 3), ("expert_load", 4), ("eval", 4),
+        ("data_consumed", 4), ("checkpoint", 4), ("hang", 5), ("stop", 6), ("run_end", 7)]
+    start, _, warning, step, passed_over, refused, load, *_ = events
+    assert (start["began_s"], start["resumed_from"], start["layout"]["dp"], start["num_ranks"]) == (1000.5, 0, 2, 2)
+    assert (step["loss"], step["tokens"], step["tokens_per_s"], step["max_violation"]) == (2.5, 64, 128.0, 0.5)
+    assert passed_over["reason"] == "data.skip_steps" and refused["ranks"] == [1]
+    assert (load["layers"], load["load"]) == ([2, 3], [[0.75, 0.25], [0.5, 0.5]])
+    assert next(e["path"] for e in events if e["event"] == "checkpoint") == "checkpoints/step-4"
+    assert next(e["reason"] for e in events if e["event"] == "stop") == "another process was asked to stop"
+    said = capsys.readouterr().err
+    assert f"warning: {warning['text']}\n" in said and "source web is gone through 9.0 times" in said
+    assert "warning: step 3 is not learned: the loss is nan (not finite on rank 1)\n" in said
+
+
+def test_other_processes_say_and_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tell_all(recorder(tmp_path, "data.max_epochs=4", place=OTHER))
+    assert list(tmp_path.iterdir()) == [] and capsys.readouterr() == ("", "")
+
+
+def test_a_resumed_run_says_from_where(tmp_path: Path) -> None:
+    r = recorder(tmp_path)
+    r.begin(5, "step-5", [], [])
+    r.close()
+    resume, start = told(tmp_path)
+    assert (resume["event"], resume["step"], resume["reason"]) == ("resume", 5, "continued from step-5")
+    assert start["resumed_from"] == 5
+
+
+def test_steps_are_recorded_in_their_rhythm_and_at_the_end(tmp_path: Path) -> None:
+    r = recorder(tmp_path, "train.log_every_steps=3")
+    assert [step for step in range(1, NUM_STEPS + 1) if r.is_due(step)] == [3, 6, 7]
+    r.step(TrainState(2), RESULT, None)
+    r.step(TrainState(3), dataclasses.replace(RESULT, loss=2.0), torch.zeros(3, 2))
+    r.close()
+    (event,) = told(tmp_path)
+    assert (event["step"], event["loss"]) == (3, 2.0) and "max_violation" not in event, "of a dense model there is none"
+
+
+def test_a_source_is_named_once_and_only_above_the_limit(tmp_path: Path) -> None:
+    r = recorder(tmp_path, "data.max_epochs=4")
+    for step, epochs in enumerate([{"web": 4.0}, {"web": 4.1, "rare": 1.0}, {"web": 5.0, "rare": 6.0}], start=1):
+        r.epochs(step, epochs)
+    free = recorder(tmp_path, "data.max_epochs=0")
+    free.epochs(4, {"web": 99.0})
+    for one in (r, free):
+        one.close()
+    assert [(e["step"], e["text"].split()[1]) for e in told(tmp_path)] == [(2, "web"), (3, "rare")]
