@@ -7,7 +7,7 @@ import sys
 
 from data_prep import inspect_tokens, mix, pack, sample, stats, trajectories, verify
 from data_prep.demo import corpus
-from megatron_sov.errors import UserError
+from megatron_sov.errors import ExitCode, UserError
 
 COMMANDS = {"pack": pack, "mix": mix, "inspect": inspect_tokens, "stats": stats, "sample": sample, "verify": verify,
             "trajectories": trajectories, "demo-corpus": corpus}
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
         return COMMANDS[args.command].run(args)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
-        return 2
+        return ExitCode.USER_ERROR
 
 
 if __name__ == "__main__":

@@ -9,11 +9,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+import time
 from dataclasses import dataclass
 
-from megatron_sov.errors import GateFailed, StopRequested, UserError, nearest
-
-EXIT_OK, EXIT_USER_ERROR, EXIT_GATE_FAILED, EXIT_STOPPED = 0, 2, 3, 75
+from megatron_sov.errors import ExitCode, GateFailed, StopRequested, UserError, nearest
+from megatron_sov.obs.process_start import process_started_s
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ COMMANDS = {
     "report": Command("megatron_sov.commands.report", "write the self-contained HTML report of one or more runs"),
     "bundle": Command("megatron_sov.commands.bundle", "gather wheels, code and folders for a cluster without a network"),
     "doctor": Command("megatron_sov.commands.doctor", "what this machine has, what is missing, and how to add it"),
-    "recipes": Command("megatron_sov.commands.recipes", "list the recipes, or print one with its settings resolved"),
+    "recipes": Command("megatron_sov.commands.recipes", "list the recipes, or print one with every setting and its source"),
 }
 
 
@@ -60,36 +60,48 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run_command(argv: list[str]) -> int:
-    """Parse and run one command; raises what the command raises."""
+def run_command(argv: list[str], began_s: float) -> int:
+    """Parse and run one command; raises what the command raises.
+
+    Args:
+        argv: its name and arguments.
+        began_s: Unix time at which it began; commands find it in their arguments.
+    """
     parser = build_parser()
     if not argv or argv[0] in ("-h", "--help"):
         parser.print_help()
-        return EXIT_OK if argv else EXIT_USER_ERROR
+        return ExitCode.OK if argv else ExitCode.USER_ERROR
     name, *rest = argv
     if name not in COMMANDS:
         raise UserError(f"command {name!r}: does not exist{nearest(name, COMMANDS)} (commands: {', '.join(COMMANDS)})")
     module = importlib.import_module(COMMANDS[name].module)
     sub = argparse.ArgumentParser(prog=f"megatron-sov {name}", description=COMMANDS[name].help)
     module.add_arguments(sub)
+    sub.set_defaults(began_s=began_s)
     return int(module.run(sub.parse_args(rest)))
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run `megatron-sov`; a `UserError` becomes one message and exit code 2."""
+    """Run `megatron-sov`; a `UserError` becomes one message and `ExitCode.USER_ERROR`.
+
+    Args:
+        argv: command and arguments; None: those of this process, which then began when the process did.
+    """
     try:
-        return run_command(sys.argv[1:] if argv is None else argv)
+        if argv is None:
+            return run_command(sys.argv[1:], process_started_s())
+        return run_command(argv, time.time())
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return ExitCode.USER_ERROR
     except GateFailed as e:
         print(f"gate: {e}", file=sys.stderr)
-        return EXIT_GATE_FAILED
+        return ExitCode.GATE_FAILED
     except StopRequested as e:
         print(f"stopped: {e}", file=sys.stderr)
-        return EXIT_STOPPED
+        return ExitCode.STOPPED
     except BrokenPipeError:
-        return EXIT_OK
+        return ExitCode.OK
 
 
 if __name__ == "__main__":

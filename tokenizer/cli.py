@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from megatron_sov.errors import UserError
+from megatron_sov.errors import ExitCode, UserError
 from tokenizer import train
 from tokenizer.compare import command as compare
 from tokenizer.formats import export_command, import_command
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         return COMMANDS[args.command].run(args)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
-        return 2
+        return ExitCode.USER_ERROR
 
 
 if __name__ == "__main__":

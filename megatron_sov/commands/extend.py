@@ -24,9 +24,9 @@ def run(args: argparse.Namespace) -> int:
     stage_config(args, None)
     start = resolve_start(args.start_from, args.run)
     assert start is not None, f"--from is required, it is {args.start_from}"
-    from megatron_sov.mcore.parallel.cpu_shims import open_door
+    from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
-    open_door()
+    prepare_megatron()
     from megatron_sov.extend.stages import planned_stages
 
     faults = parse(args.inject, num_ranks(args.nproc))
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_sov.extend.running import run_stages
 
     try:
-        run_stages(stages, start, args.nproc, args.resume, faults)
+        run_stages(stages, start, args.nproc, args.resume, args.began_s, faults)
     finally:
         for folder in (args.run / STAGES, args.run):
             with contextlib.suppress(OSError):  # not empty: a stage has begun

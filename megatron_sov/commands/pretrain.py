@@ -22,12 +22,13 @@ def run(args: argparse.Namespace) -> int:
     config.check(num_ranks(args.nproc))
     faults = parse(args.inject, num_ranks(args.nproc))
 
-    from megatron_sov.mcore.parallel.cpu_shims import open_door
+    from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
-    open_door()
+    prepare_megatron()
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.lm import LanguageModelling
     from megatron_sov.train.stage import Stage, run_stage
 
-    run_stage(Stage(config, RunFolder(args.run), LanguageModelling, start, args.resume, faults=faults), args.nproc)
+    stage = Stage(config, RunFolder(args.run), LanguageModelling, start, args.resume, faults=faults)
+    run_stage(stage, args.nproc, args.began_s)
     return 0

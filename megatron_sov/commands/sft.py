@@ -23,13 +23,15 @@ def run(args: argparse.Namespace) -> int:
     faults = parse(args.inject, num_ranks(args.nproc))
 
     from megatron_sov.data.token_shards import open_sources
-    from megatron_sov.mcore.parallel.cpu_shims import open_door
+    from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
-    open_door()
+    prepare_megatron()
     from megatron_sov.post.sft import SupervisedFineTuning, check_sources
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.stage import Stage, run_stage
 
-    check_sources(config, open_sources(config.data.paths, config.model.vocab_size))
-    run_stage(Stage(config, RunFolder(args.run), SupervisedFineTuning, start, args.resume, faults=faults), args.nproc)
+    sources = open_sources(config.data.paths, config.model.vocab_size)
+    check_sources(config, sources)
+    stage = Stage(config, RunFolder(args.run), SupervisedFineTuning, start, args.resume, tuple(sources), faults=faults)
+    run_stage(stage, args.nproc, args.began_s)
     return 0

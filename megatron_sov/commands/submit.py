@@ -50,12 +50,12 @@ def run(args: argparse.Namespace) -> int:
     options = argparse.ArgumentParser(prog="megatron-sov submit", add_help=False, allow_abbrev=False,
                                       argument_default=argparse.SUPPRESS)
     _add_options(options)
-    found, words = options.parse_known_args(args.arguments)
+    found, argv = options.parse_known_args(args.arguments)
     vars(args).update(vars(found))
-    return _chain(args, words) if args.stage == "chain" else _stage(args, words)
+    return _chain(args, argv) if args.stage == "chain" else _stage(args, argv)
 
 
-def _stage(args: argparse.Namespace, words: list[str]) -> int:
+def _stage(args: argparse.Namespace, argv: list[str]) -> int:
     from megatron_sov.slurm import submission
     from megatron_sov.slurm.stages import check_inputs
 
@@ -64,7 +64,7 @@ def _stage(args: argparse.Namespace, words: list[str]) -> int:
     if args.scripts is not None:
         raise UserError(f"--scripts {args.scripts}: belongs to a chain; --dry-run prints the script of a stage")
     profile = cluster.load(_cluster_name(args), account=args.account, partition=args.partition)
-    request = submission.Request(args.stage, tuple(words), profile, 1 if args.nodes is None else args.nodes,
+    request = submission.Request(args.stage, tuple(argv), profile, 1 if args.nodes is None else args.nodes,
                                  args.min_nodes, cluster.settings_by_nodes(args.nodes_set), args.array,
                                  time_limit=args.time)
     prepared = submission.prepare(request, COMMANDS)
@@ -79,22 +79,22 @@ def _stage(args: argparse.Namespace, words: list[str]) -> int:
     return 0
 
 
-def _chain(args: argparse.Namespace, words: list[str]) -> int:
+def _chain(args: argparse.Namespace, argv: list[str]) -> int:
     from megatron_sov.slurm import chain
     from megatron_sov.slurm.ready_scripts import write_scripts
 
-    if len(words) != 1:
-        raise UserError(f"submit chain: takes one file, not {' '.join(words) or 'none'}; stages and their arguments stand in it "
+    if len(argv) != 1:
+        raise UserError(f"submit chain: takes one file, not {' '.join(argv) or 'none'}; stages and their arguments stand in it "
                         f"(chains of the package: {', '.join(chain_file.names())})")
     given = [name for name in ("nodes", "min_nodes", "nodes_set", "array") if getattr(args, name)]
     if given:
-        raise UserError(f"submit chain: --{given[0].replace('_', '-')} belongs to a stage; write it into {words[0]}")
+        raise UserError(f"submit chain: --{given[0].replace('_', '-')} belongs to a stage; write it into {argv[0]}")
     if args.scripts is not None and (args.dry_run or args.continue_chain):
         raise UserError(f"--scripts {args.scripts}: submits nothing; leave out --dry-run and --continue")
     options = chain.Options(args.cluster, args.account, args.partition, args.time)
     if args.scripts is None:
-        return chain.run(words[0], options, COMMANDS, resume=args.continue_chain, dry_run=args.dry_run)
-    for script in write_scripts(words[0], args.scripts, options, COMMANDS):
+        return chain.run(argv[0], options, COMMANDS, resume=args.continue_chain, dry_run=args.dry_run)
+    for script in write_scripts(argv[0], args.scripts, options, COMMANDS):
         print(script)
     return 0
 

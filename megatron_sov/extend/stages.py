@@ -51,7 +51,8 @@ def planned_stages(args: argparse.Namespace, start: Path) -> list[PlannedStage]:
     model, before_tokens = made.model, trained_tokens
     for number, stage in enumerate(wanted.extend.stages, 1):
         try:
-            model = extended(model, before_tokens, stage.seq_len, stage.rope_theta, stage.yarn_factor)
+            model = extended(model, before_tokens, stage.seq_len, stage.rope_theta, stage.yarn_factor,
+                             stage.yarn_original_tokens)
         except UserError as e:
             raise UserError(f"extend.stages.{number - 1} ({stage.name}): {e}") from None
         last = number == len(wanted.extend.stages)

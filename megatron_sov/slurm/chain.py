@@ -132,7 +132,7 @@ def _state(link: Link, before: Submitted, living: dict[str, str]) -> str:
             if r["event"] == "end" and r["time_s"] >= before.time_s and r["outcome"] != "complete"]
     if ends:
         return f"not complete, its job ended by: {ends[-1]['outcome']}, {ends[-1]['reason']}"
-    if said := [words for number in numbers if (words := submission.last_words(records, number))]:
+    if said := [argv for number in numbers if (argv := submission.last_words(records, number))]:
         return f"not complete, its job ended before it began its work: {said[-1]}"
     return f"not complete, its job {' and '.join(numbers) or '(none)'} never began: an earlier stage failed, or it was cancelled"
 
@@ -177,7 +177,7 @@ def _request(config: ChainConfig, stage: ChainStage, options: Options, needs: tu
         raise UserError("names no cluster; add a line `cluster: PROFILE` to the file, or pass --cluster")
     profile = cluster.load(chosen, account=options.account, partition=options.partition, needs_account=ready is None)
     return submission.Request(
-        stage.stage, stage.words(READY_ROOT if ready else None), profile, stage.nodes, stage.min_nodes or None,
+        stage.stage, stage.argv(READY_ROOT if ready else None), profile, stage.nodes, stage.min_nodes or None,
         cluster.settings_by_nodes(list(stage.nodes_set)), stage.array, needs, stage.time_limit or options.time_limit, ready)
 
 

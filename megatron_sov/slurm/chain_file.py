@@ -13,12 +13,10 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import ConfigDict
-
+from megatron_sov.config.model import STRICT
 from megatron_sov.errors import UserError, nearest
 from megatron_sov.slurm.yaml_file import read_text, read_yaml
 
-STRICT = ConfigDict(extra="forbid")
 WORK = re.compile(r"\$WORK\b|\$\{WORK\}")
 
 
@@ -55,7 +53,7 @@ class ChainStage:
         """Its name in the chain."""
         return self.name or self.stage
 
-    def words(self, work: str | None) -> tuple[str, ...]:
+    def argv(self, work: str | None) -> tuple[str, ...]:
         """Return the arguments as a shell would split them.
 
         Args:
@@ -65,10 +63,10 @@ class ChainStage:
             UserError: quotes do not match, or $WORK is used and not set.
         """
         try:
-            words = shlex.split(self.arguments, comments=True)
+            argv = shlex.split(self.arguments, comments=True)
         except ValueError as e:
             raise UserError(f"arguments = {self.arguments!r}: cannot be read as a shell would ({e}); mend its quotes") from None
-        return tuple(WORK.sub(lambda found: work_folder() if work is None else work, word) for word in words)
+        return tuple(WORK.sub(lambda found: work_folder() if work is None else work, word) for word in argv)
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ConfigDict
-
+from megatron_sov.config.model import STRICT
 from megatron_sov.errors import UserError, nearest
 from megatron_sov.slurm.yaml_file import read_text, read_yaml
 
-STRICT = ConfigDict(extra="forbid")
 SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|API_?KEY|PRIVATE_KEY)S?$", re.IGNORECASE)
 """How the names of variables end that hold what must not stand in a file."""
 TIME_LIMIT = re.compile(r"(?P<d>\d+)-(?P<dh>\d+)(:(?P<dm>\d+)(:(?P<ds>\d+))?)?|((?P<h>\d+):(?=\d+:))?(?P<m>\d+)(:(?P<s>\d+))?")

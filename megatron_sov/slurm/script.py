@@ -117,7 +117,7 @@ def _environment(ready: bool) -> jinja2.Environment:
     environment = jinja2.Environment(loader=jinja2.FunctionLoader(_source), undefined=jinja2.StrictUndefined, trim_blocks=True,
                                      lstrip_blocks=True, keep_trailing_newline=True, autoescape=False)
     quoted = _quoted_ready if ready else _quoted
-    environment.filters |= {"sh": quoted, "directive": _directive, "lines": lambda words: _lines(words, quoted)}
+    environment.filters |= {"sh": quoted, "directive": _directive, "lines": lambda argv: _lines(argv, quoted)}
     return environment
 
 
@@ -155,10 +155,10 @@ def _directive(value: Any) -> str:
     return text if PLAIN.fullmatch(text) else '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-def _lines(words: list[str] | tuple[str, ...], quoted: Callable[[str], str]) -> str:
+def _lines(argv: list[str] | tuple[str, ...], quoted: Callable[[str], str]) -> str:
     """Return quoted words, a new line before each option."""
     lines: list[list[str]] = [[]]
-    for word in words:
+    for word in argv:
         if word.startswith("--"):
             lines.append([])
         lines[-1].append(quoted(word))

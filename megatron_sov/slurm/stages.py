@@ -120,7 +120,7 @@ def work_of(stage: str, arguments: list[str], commands: Commands) -> Work:
         return _artifact(stage, arguments)
     parser = _Parser(prog=f"submit {stage}")
     commands[stage](parser)
-    reader = {"convert": _convert, "eval": _eval}.get(stage, lambda words, args: _training(stage, words, args))
+    reader = {"convert": _convert, "eval": _eval}.get(stage, lambda argv, args: _training(stage, argv, args))
     return reader(arguments, parser.parse_args(arguments))
 
 
@@ -130,9 +130,9 @@ def _training(stage: str, arguments: list[str], args: argparse.Namespace) -> Wor
     flags = ["train.deterministic=true"] if args.deterministic else []
     config = apply_settings(recipes.get(args.recipe), [f"objective.name={STAGES[stage].objective}", *args.settings, *flags])
     run = args.run.absolute()
-    words = arguments if args.resume else [*arguments, "--resume"]
+    argv = arguments if args.resume else [*arguments, "--resume"]
     inputs = [_path_of(text) for text in args.data] + ([args.start_from] if args.start_from is not None else [])
-    return Work(stage, tuple(words), run, run / JOBS, run / COMPLETION, inputs=tuple(p.absolute() for p in inputs),
+    return Work(stage, tuple(argv), run, run / JOBS, run / COMPLETION, inputs=tuple(p.absolute() for p in inputs),
                 data=tuple(args.data), config=config)
 
 
@@ -174,9 +174,9 @@ def _eval(arguments: list[str], args: argparse.Namespace) -> Work:
     found = vars(args)
     subject = next((found[name] for name in ("target", "checkpoint", "run") if found.get(name) is not None), None)
     if subject is None:
-        raise UserError(f"submit eval {args.judge}: names no model or run; pass --run, the job's records lie beside it")
+        raise UserError(f"submit eval {args.task}: names no model or run; pass --run, the job's records lie beside it")
     target = subject.absolute()
-    records = target.with_name(f"{target.name}.{args.judge}.slurm")
+    records = target.with_name(f"{target.name}.{args.task}.slurm")
     return Work("eval", tuple(arguments), target, records, records / COMPLETION, writes_done=False, inputs=(target,))
 
 

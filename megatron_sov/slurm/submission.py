@@ -96,11 +96,11 @@ def prepare(request: Request, commands: Commands) -> Prepared:
 
 def _check_side_jobs(work: Work) -> None:
     """Raise `UserError` where the jobs that are to judge a run's exports could never be submitted; the run would only warn."""
-    if work.config is not None and work.config.evaluate.beside.judges and work.config.evaluate.beside.where == "slurm":
+    if work.config is not None and work.config.evaluate.background.tasks and work.config.evaluate.background.where == "slurm":
         try:
-            cluster.load(work.config.evaluate.beside.cluster)
+            cluster.load(work.config.evaluate.background.cluster)
         except UserError as e:
-            raise UserError(f"evaluate.beside.cluster = {work.config.evaluate.beside.cluster}: the jobs beside the run would be "
+            raise UserError(f"evaluate.background.cluster = {work.config.evaluate.background.cluster}: the jobs beside the run would be "
                             f"refused ({e})") from None
 
 
@@ -123,15 +123,15 @@ def _time_limit(request: Request, work: Work) -> str:
 def _parts(base: Job, count: int) -> tuple[Job, ...]:
     """Return the array that packs a part in each task, and the job that joins them."""
     work = base.work
-    words = list(work.arguments)
-    if work.stage != "data" or words[0] != "pack":
+    argv = list(work.arguments)
+    if work.stage != "data" or argv[0] != "pack":
         raise UserError(f"--array {count}: shares the inputs of `data pack`; leave it out for {work.stage}")
     inputs, others = [], []
-    while words:
-        word = words.pop(0)
+    while argv:
+        word = argv.pop(0)
         name, equals, value = word.partition("=")
         if name in ("--input", "--output"):
-            value = value if equals else words.pop(0)
+            value = value if equals else argv.pop(0)
             if name == "--input":
                 inputs.append(value)
         else:

@@ -13,8 +13,6 @@ from typing import Any
 import pytest
 
 from megatron_sov import cli, recipes
-from megatron_sov.artifacts import read_manifest
-from megatron_sov.obs.events import final_steps, read_events
 from megatron_sov.slurm import chain_file
 
 ROOT = Path(__file__).parents[2]
