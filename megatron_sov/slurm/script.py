@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.resources
 import json
 import re
@@ -97,11 +98,6 @@ def render(job: Job) -> str:
     Raises:
         UserError: a path holds what Slurm would take for something else.
     """
-    loader = jinja2.FunctionLoader(_source)
-    environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-                                     keep_trailing_newline=True, autoescape=False)
-    quoted = _quoted_ready if job.ready else _quoted
-    environment.filters |= {"sh": quoted, "directive": _directive, "lines": lambda argv: _lines(argv, quoted)}
     for path in (job.work.records, *(() if job.ready else (job.cwd,))):
         if "%" in str(path) or "\\" in str(path) or "\n" in str(path):
             raise UserError(f"{path}: holds a character that Slurm reads as a placeholder (%, \\ or a line end); choose another")
@@ -109,10 +105,20 @@ def render(job: Job) -> str:
     limits = {**dataclasses.asdict(profile.preflight), "num_gpus": profile.gpus_per_node,
               "ranks_per_node": profile.tasks_per_node}
     template = "array" if job.array else "training" if work.kind.ranks else "work"
-    return environment.get_template(f"{template}.sbatch.j2").render(
+    return _environment(job.ready is not None).get_template(f"{template}.sbatch.j2").render(
         work=work, kind=work.kind, profile=profile, job=job, ready=job.ready, name=_job_name(job), nodes=max(job.layouts),
         least=min(job.layouts), limits=json.dumps(limits), first_port=PORTS[0], num_ports=PORTS[1], python=_python(job),
         own_python=not profile.python and profile.container.kind == "none", command=["-m", *work.kind.program, *work.arguments])
+
+
+@functools.cache
+def _environment(ready: bool) -> jinja2.Environment:
+    """Return what fills templates; compiled ones are kept."""
+    environment = jinja2.Environment(loader=jinja2.FunctionLoader(_source), undefined=jinja2.StrictUndefined, trim_blocks=True,
+                                     lstrip_blocks=True, keep_trailing_newline=True, autoescape=False)
+    quoted = _quoted_ready if ready else _quoted
+    environment.filters |= {"sh": quoted, "directive": _directive, "lines": lambda argv: _lines(argv, quoted)}
+    return environment
 
 
 def _source(name: str) -> str:
