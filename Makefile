@@ -8,7 +8,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint slurm demo docs lock wheel clean
+.PHONY: help setup test lint slurm browser demo docs scripts lock wheel clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -52,14 +52,24 @@ lint: setup  ## ruff and mypy
 slurm:  ## install Slurm's daemons for tests/slurm, where root can do it on Debian or Ubuntu
 	@tests/slurm/install.sh
 
-test: lint slurm  ## lint, then all tests on two cores
+browser:  ## install Chromium for the tests that open pages in a browser, where root can do it on Debian
+	@tests/pages/install.sh
+
+test: lint slurm browser  ## lint, then all tests on two cores
 	OMP_NUM_THREADS=1 "$(PY)" -m pytest -n 2 --dist worksteal --durations 25
 
 demo: setup  ## raw text to a trained, converted and judged model on this machine, minutes on two cores
 	"$(PY)" demo.py $${CORPUS:+--corpus "$$CORPUS"}
 
-docs: setup  ## renew docs/config.md from the settings' docstrings
+docs: setup  ## renew docs/config.md and docs/recipes.md from settings and recipes
 	"$(PY)" docs/generate_config.py
+	"$(PY)" docs/generate_recipes.py
+
+scripts: setup  ## renew slurm/scripts from slurm/chains
+	rm -rf slurm/scripts
+	for chain in slurm/chains/*.yaml; do \
+	  name=$$(basename "$$chain" .yaml); "$(PY)" -m megatron_sov submit chain "$$name" --scripts "slurm/scripts/$$name"; \
+	done
 
 # torch moves by hand (edit its line first): its builds differ per index, and it pins the CUDA libraries that come with it.
 lock: setup  ## renew constraints.txt: newest versions that fit setup.py, in a fresh environment; torch stays

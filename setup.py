@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-import re
+import ast
 from pathlib import Path
+from typing import Any
 
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-ROOMS = ["megatron_sov", "tokenizer", "data_prep"]
 
-VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "megatron_sov/version.py").read_text(encoding="utf-8"), re.MULTILINE)
-assert VERSION, "megatron_sov/version.py: has no line __version__ = \"...\""
+
+def constants(file: Path) -> dict[str, Any]:
+    """Return the plain values that a module assigns; it is read and not imported, for its package may lack what it needs."""
+    body = ast.parse(file.read_text(encoding="utf-8")).body
+    return {ast.unparse(node.targets[0]): ast.literal_eval(node.value) for node in body if isinstance(node, ast.Assign)}
+
+
+DISTRIBUTED = constants(ROOT / "megatron_sov/version.py")
+DATA_FILES = ("j2", "css", "js", "json", "yaml", "sh", "sbatch", "md")
 
 INSTALL_REQUIRES = [
     "torch>=2.6",
@@ -46,15 +53,16 @@ EXTRAS = {
 
 setup(
     name="megatron-sov",
-    version=VERSION.group(1),
+    version=DISTRIBUTED["__version__"],
     description="Train your own language model on Megatron-Core, from raw text to a Hugging Face folder.",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=find_packages(include=[pattern for room in ROOMS for pattern in (room, f"{room}.*")]),
-    package_data={"": [f"**/*.{ending}" for ending in ("j2", "css", "js", "json", "yaml", "sh", "sbatch")] + ["py.typed"]},
+    packages=find_packages(include=[
+        pattern for package in DISTRIBUTED["OUR_PACKAGES"] for pattern in (package, f"{package}.*")]),
+    package_data={"": [f"**/*.{ending}" for ending in DATA_FILES] + ["py.typed"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS,
     entry_points={

@@ -75,7 +75,7 @@ def measure(folder: Path, config: RunConfig, rounds: int) -> int:
     model = build(config.model, config.parallel, config.train)
     init.initialise(model, config.model, 1)
     optimizer = Optimizer(model, config.optim)
-    for block in optimizer.state_blocks():
+    for block in optimizer.state_shards():
         with torch.no_grad():
             block.data.normal_()
     saved = list[Saved]()
@@ -126,7 +126,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5, help="how often each is measured (default %(default)s)")
     parser.add_argument("--nproc", type=int, default=1, help="processes (default %(default)s)")
     args = parser.parse_args()
-    cpu_shims.open_door()
+    cpu_shims.prepare_megatron()
     config = config_of(args.megabytes * 1e6)
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
         code = world.launch(lambda: measure(Path(folder), config, args.rounds), args.nproc, 1)

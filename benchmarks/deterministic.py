@@ -41,8 +41,9 @@ def write_shard(prefix: Path, vocab_size: int) -> None:
 def measure(folder: Path, recipe: str, settings: list[str], steps: int) -> dict[str, object]:
     """Train `steps` steps in this process; returns median wall and CPU seconds of a step, and a hash of the weights."""
     from megatron_sov.mcore.parallel import cpu_shims
+    from megatron_sov.mcore.parallel.device import on_gpu
 
-    cpu_shims.open_door()
+    cpu_shims.prepare_megatron()
     import torch
 
     from megatron_sov import recipes
@@ -71,7 +72,7 @@ def measure(folder: Path, recipe: str, settings: list[str], steps: int) -> dict[
     digest = hashlib.sha256()
     for parameter in trainer.model.parameters():
         digest.update(parameter.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes())
-    device = torch.cuda.get_device_name() if cpu_shims.on_gpu() else f"CPU, {torch.get_num_threads()} threads"
+    device = torch.cuda.get_device_name() if on_gpu() else f"CPU, {torch.get_num_threads()} threads"
     world.leave()
     return {"wall_s": statistics.median(wall[WARM_UP_STEPS:]), "cpu_s": statistics.median(cpu_s[WARM_UP_STEPS:]),
             "device": device, "weights": digest.hexdigest()}

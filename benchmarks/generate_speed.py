@@ -47,8 +47,9 @@ def main() -> None:
     args = parser.parse_args()
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(args.port))
     from megatron_sov.mcore.parallel import cpu_shims
+    from megatron_sov.mcore.parallel.device import on_gpu
 
-    cpu_shims.open_door()
+    cpu_shims.prepare_megatron()
     import torch
 
     from megatron_sov import recipes
@@ -73,7 +74,7 @@ def main() -> None:
         trainer = Trainer(config, place, RunFolder(Path(folder) / "run"), [source], LanguageModelling)
         for _ in range(args.steps):
             trainer.update()
-        device = torch.cuda.get_device_name() if cpu_shims.on_gpu() else "CPU, 1 thread"
+        device = torch.cuda.get_device_name() if on_gpu() else "CPU, 1 thread"
         print(f"{platform.machine()}, {os.cpu_count()} cores (load {os.getloadavg()[0]:.1f}), {device}, "
               f"Python {platform.python_version()}, torch {torch.__version__}")
         print(f"{RECIPE}, {args.layers} layers, {args.steps} steps of training on drawn sentences; {NEW_TOKENS} new tokens "

@@ -46,7 +46,7 @@ def make_step(config: RunConfig, place: world.World, source: Source, folder: Pat
         trainer.guard.accepts = lambda loss, grad_norm: True  # type: ignore[method-assign]
 
     def step() -> None:
-        trainer.watchdog.begin(trainer.done.step + 1)
+        trainer.watchdog.begin(trainer.state.step + 1)
         result = trainer.update()
         assert result is not None, "a step was refused"
         trainer.log(result)

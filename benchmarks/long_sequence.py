@@ -108,7 +108,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[32_768, 65_536, 131_072])
     args = parser.parse_args()
-    cpu_shims.open_door()
+    cpu_shims.prepare_megatron()
     print(f"{platform.machine()}, {os.cpu_count()} cores (load {os.getloadavg()[0]:.1f} at the start), Python "
           f"{platform.python_version()}; {NPROC} processes of one thread\nMiB of one process, float32, recomputation on\n")
     print(f"{'tokens':>8}{'before':>8}{'grown':>8}{'account':>9}{'ratio':>7}{'seconds':>9}{'loss':>7}   account: "

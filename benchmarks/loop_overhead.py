@@ -29,7 +29,7 @@ import numpy as np
 from megatron_sov import recipes
 from megatron_sov.config import RunConfig, apply_settings
 from megatron_sov.data.token_shards import ShardChain, Source
-from megatron_sov.mcore.parallel import cpu_shims, world
+from megatron_sov.mcore.parallel import collectives, cpu_shims, world
 from megatron_sov.obs.events import EventLog
 
 VOCAB_SIZE, SEQ_LEN, DOCUMENT_TOKENS, NUM_DOCUMENTS = 8192, 512, 512, 4000
@@ -102,7 +102,7 @@ def same_model_step(config: RunConfig, place: world.World, source: Source) -> Ca
         row_tokens = config.train.micro_batch_size * SEQ_LEN
         parts = pipeline.run(optimizer.wrapped, next(ready), loss, row_tokens, forward_only=False)
         optimizer.step(config.optim.lr)
-        pipeline.sum_over_data(torch.stack(parts).sum().double())
+        collectives.all_reduce_dp(torch.stack(parts).sum().double())
 
     return step
 
@@ -116,8 +116,8 @@ def stock_step(config: RunConfig, place: world.World) -> Callable[[], None]:
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from megatron_sov.mcore.model.pipeline import sum_over_data
     from megatron_sov.mcore.model.specs import transformer_config
+    from megatron_sov.mcore.parallel.collectives import all_reduce_dp
 
     library = transformer_config(config.model, config.parallel, config.train)
     spec = get_gpt_decoder_block_spec(library, use_transformer_engine=False, normalization="RMSNorm")
@@ -149,7 +149,7 @@ def stock_step(config: RunConfig, place: world.World) -> Callable[[], None]:
             forward_step_func=forward, data_iterator=iter([tokens] * count), model=wrapped, num_microbatches=count,
             seq_length=SEQ_LEN, micro_batch_size=size, decoder_seq_length=SEQ_LEN, forward_only=False)
         optimizer.step()
-        sum_over_data(torch.stack([p["loss"] for p in parts]).sum().double())
+        all_reduce_dp(torch.stack([p["loss"] for p in parts]).sum().double())
 
     return step
 
@@ -187,7 +187,7 @@ def on_one_and_more(measure: Callable[[int, Path], None], description: str | Non
     parser.add_argument("--nproc", type=int, default=2)
     parser.add_argument("--turns", type=int, default=turns)
     args = parser.parse_args()
-    cpu_shims.open_door()
+    cpu_shims.prepare_megatron()
     print(f"{platform.machine()}, {os.cpu_count()} cores (load {os.getloadavg()[0]:.1f} at the start), "
           f"Python {platform.python_version()}", flush=True)
     for nproc in sorted({1, args.nproc}):

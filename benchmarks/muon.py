@@ -83,7 +83,7 @@ def train(tokens: Path, recipe: str, settings: list[str]) -> dict[str, float]:
         losses.append(result.loss)
         of_step.append(time.process_time() - began)
     heldout = trainer.evaluate()
-    state = sum(b.data.numel() * b.data.element_size() for b in trainer.optimizer.state_blocks())
+    state = sum(b.data.numel() * b.data.element_size() for b in trainer.optimizer.state_shards())
     world.leave()
     tokens_seen = sum(h.tokens for h in heldout.values())
     return {"heldout": sum(h.loss * h.tokens for h in heldout.values()) / tokens_seen, "training": statistics.mean(losses[-20:]),

@@ -106,7 +106,7 @@ def print_histogram(events: list[dict[str, Any]]) -> None:
     print(f"started again in place: {sum(codes.values())} times (exit codes "
           + ", ".join(f"{code}: {n}" for code, n in sorted(codes.items())) + ")")
     kinds = Counter(e["event"] for e in events)
-    print(f"refused steps: {kinds['skip']}; rollbacks: {kinds['rollback']}; corruption found: {kinds['corruption']}; damaged "
+    print(f"refused steps: {kinds['skip']}; rollbacks: {kinds['rollback']}; corruption found: {kinds['sdc']}; damaged "
           f"checkpoints set aside: {kinds['damaged_checkpoint']}; hangs ended: {codes[76]}; steps done: {kinds['step']}")
 
 

@@ -22,7 +22,7 @@ _MARKS = re.compile("\ue000(\\d+)\ue001")
 
 
 @dataclass(frozen=True)
-class Piece:
+class Segment:
     """A part of a rendered chat."""
 
     text: str
@@ -49,7 +49,7 @@ class ChatForm:
         except TemplateError as e:
             raise UserError(f"{where}: its chat_template is not valid Jinja ({e}); mend the template") from None
 
-    def pieces(self, messages: Messages, awaits_response: bool = False) -> Iterator[Piece]:
+    def pieces(self, messages: Messages, awaits_response: bool = False) -> Iterator[Segment]:
         """Yield the pieces of a chat of (role, content) pairs, in order; `awaits_response` opens the assistant's turn at the end.
 
         Raises:
@@ -67,9 +67,9 @@ class ChatForm:
                                         f"(roles: {roles}); change the chat or the template")
         for i, part in enumerate(parts):
             if i % 2:
-                yield Piece(messages[int(part)][1], int(part))
+                yield Segment(messages[int(part)][1], int(part))
             elif part:
-                yield Piece(part, None)
+                yield Segment(part, None)
 
 
 def _refuse(message: str) -> None:

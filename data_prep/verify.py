@@ -15,7 +15,7 @@ from data_prep.indexed import SIDECARS, IndexedSplit
 from data_prep.splits import HELDOUT, SPLITS, TRAIN
 from data_prep.token_artifact import Shard, read_tokens_manifest, shards_of
 from megatron_sov.artifacts import damaged_files
-from megatron_sov.errors import UserError
+from megatron_sov.errors import UserError, list_problems
 
 HELP = "check token shards: hashes, indices, ids, splits, duplicates, epochs"
 _BLOCK_ITEMS = 1 << 22
@@ -43,9 +43,7 @@ def run(args: argparse.Namespace) -> int:
     weights = blend_weights(content, args.blend)
     problems, notes = check(args.data)
     if problems:
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise UserError(f"{args.data}: {count}; pack the data again or restore it from a copy\n"
-                        + "\n".join(f"  {p}" for p in problems))
+        raise UserError(list_problems(str(args.data), problems, "pack the data again or restore it from a copy"))
     print(f"{args.data}: sound")
     for line in [*notes, *(epochs(content, args.tokens, weights) if args.tokens else [])]:
         print(line)

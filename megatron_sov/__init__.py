@@ -42,7 +42,7 @@ def __getattr__(name: str) -> Any:
     if name in _ROOMS:
         return importlib.import_module(f"{__name__}.{name}")
     if name in _ON_MEGATRON:
-        importlib.import_module(f"{__name__}.mcore.parallel.cpu_shims").open_door()
+        importlib.import_module(f"{__name__}.mcore.parallel.cpu_shims").prepare_megatron()
     place = _PLACES.get(name) or _ON_MEGATRON.get(name)
     if place is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.artifacts import to_json
-from megatron_sov.command_line import EXIT_GATE_FAILED, EXIT_STOPPED, EXIT_USER_ERROR
 from megatron_sov.config import RunConfig
-from megatron_sov.errors import GateFailed, StopRequested, UserError
+from megatron_sov.errors import ExitCode, GateFailed, StopRequested, UserError
 from megatron_sov.runs.folder import RunFolder
 
 AnyPath = str | Path
-_ERRORS: dict[int, type[Exception]] = {EXIT_USER_ERROR: UserError, EXIT_GATE_FAILED: GateFailed, EXIT_STOPPED: StopRequested}
+_ERRORS: dict[int, type[Exception]] = {
+    ExitCode.USER_ERROR: UserError, ExitCode.GATE_FAILED: GateFailed, ExitCode.STOPPED: StopRequested}
 _MARKS = ("error: ", "gate: ", "stopped: ")
 
 

@@ -265,12 +265,19 @@ def clear_leftovers(path: Path) -> None:
     name = glob.escape(path.name)
     for leftover in sorted([*path.parent.glob(f".{name}.tmp-*"), *path.parent.glob(f".{name}.old-*")]):
         stem, _, pid = leftover.name.rpartition("-")
-        if not pid.isdigit() or psutil.pid_exists(int(pid)):
+        if not pid.isdigit() or not _has_ended(int(pid)):
             continue
         if stem.endswith(".old") and not path.exists():
             os.rename(leftover, path)
         else:
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _has_ended(pid: int) -> bool:
+    """Return whether a process has ended, be it that its parent has not yet taken note of it."""
+    with contextlib.suppress(psutil.Error):
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    return not psutil.pid_exists(pid)
 
 
 def read_manifest(path: str | Path, kind: str | None = None) -> Manifest:

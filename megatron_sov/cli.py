@@ -10,11 +10,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+import time
 from dataclasses import dataclass
 from types import ModuleType
 
-from megatron_sov.command_line import EXIT_OK, EXIT_USER_ERROR, exit_code, version_of
-from megatron_sov.errors import UserError, nearest
+from megatron_sov.command_line import exit_code, version_of
+from megatron_sov.errors import ExitCode, UserError, nearest
+from megatron_sov.obs.process_start import process_started_s
 from megatron_sov.plugins.entry_points import Declared, declared
 from megatron_sov.plugins.signatures import takes
 
@@ -45,7 +47,7 @@ COMMANDS = {
     "report": Command("megatron_sov.commands.report", "write the self-contained HTML report of one or more runs"),
     "bundle": Command("megatron_sov.commands.bundle", "gather wheels, code and folders for a cluster without a network"),
     "doctor": Command("megatron_sov.commands.doctor", "what this machine has, what is missing, and how to add it"),
-    "recipes": Command("megatron_sov.commands.recipes", "list the recipes, or print one with its settings resolved"),
+    "recipes": Command("megatron_sov.commands.recipes", "list the recipes, or print one with every setting and its source"),
 }
 
 
@@ -67,20 +69,25 @@ def build_parser(installed: list[Declared]) -> argparse.ArgumentParser:
     return parser
 
 
-def run_command(argv: list[str]) -> int:
-    """Parse and run one command; raises what the command raises."""
+def run_command(argv: list[str], began_s: float) -> int:
+    """Parse and run one command; raises what the command raises.
+
+    Args:
+        argv: its name and arguments.
+        began_s: Unix time at which it began; commands find it in their arguments.
+    """
     if not argv or argv[0] in ("-h", "--help"):
         build_parser([d for d in declared(GROUP) if d.name not in COMMANDS]).print_help()
-        return EXIT_OK if argv else EXIT_USER_ERROR
+        return ExitCode.OK if argv else ExitCode.USER_ERROR
     name, *rest = argv
     if name == "--version":
         print(version_of(PROGRAM))
-        return EXIT_OK
+        return ExitCode.OK
     module, text = _command(name)
     sub = argparse.ArgumentParser(prog=f"{PROGRAM} {name}", description=text)
     module.add_arguments(sub)
-    args = sub.parse_args(rest)
-    return int(module.run(args))
+    sub.set_defaults(began_s=began_s)
+    return int(module.run(sub.parse_args(rest)))
 
 
 def _command(name: str) -> tuple[ModuleType, str]:
@@ -104,8 +111,14 @@ def _command(name: str) -> tuple[ModuleType, str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run `megatron-sov`; a `UserError` becomes one message and exit code 2."""
-    return exit_code(lambda: run_command(sys.argv[1:] if argv is None else argv))
+    """Run `megatron-sov`; a `UserError` becomes one message and `ExitCode.USER_ERROR`.
+
+    Args:
+        argv: command and arguments; None: those of this process, which then began when the process did.
+    """
+    if argv is None:
+        return exit_code(lambda: run_command(sys.argv[1:], process_started_s()))
+    return exit_code(lambda: run_command(argv, time.time()))
 
 
 if __name__ == "__main__":

@@ -7,10 +7,8 @@ import sys
 from collections.abc import Callable, Mapping
 from types import ModuleType
 
-from megatron_sov.errors import GateFailed, StopRequested, UserError
+from megatron_sov.errors import ExitCode, GateFailed, StopRequested, UserError
 from megatron_sov.version import __version__
-
-EXIT_OK, EXIT_USER_ERROR, EXIT_GATE_FAILED, EXIT_STOPPED = 0, 2, 3, 75
 
 
 def version_of(program: str) -> str:
@@ -34,12 +32,12 @@ def exit_code(action: Callable[[], int]) -> int:
         return action()
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
-        return EXIT_USER_ERROR
+        return ExitCode.USER_ERROR
     except GateFailed as e:
         print(f"gate: {e}", file=sys.stderr)
-        return EXIT_GATE_FAILED
+        return ExitCode.GATE_FAILED
     except StopRequested as e:
         print(f"stopped: {e}", file=sys.stderr)
-        return EXIT_STOPPED
+        return ExitCode.STOPPED
     except BrokenPipeError:
-        return EXIT_OK
+        return ExitCode.OK

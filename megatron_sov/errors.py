@@ -1,33 +1,56 @@
-"""Mistakes that a user can mend: one sentence, no traceback, exit code 2."""
+"""How a command can end, other than well: mistakes that a user can mend (one sentence, no traceback), stops, gates, defects."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Exit codes of commands and of ranks; scripts hold on to them."""
+
+    OK = 0
+    """Complete."""
+    CRASH = 1
+    """A defect, or a process that another one took down."""
+    USER_ERROR = 2
+    """The user has to change something; one sentence says what."""
+    GATE_FAILED = 3
+    """A gate, or another check, did not pass."""
+    STOPPED = 75
+    """Asked to stop, and everything is saved: to be queued again (EX_TEMPFAIL of sysexits.h)."""
+    HANG = 76
+    """A step stood still too long."""
+    CORRUPTION = 77
+    """A process computes or remembers wrong bits."""
 
 
 class UserError(Exception):
     """A mistake in the user's input, settings or files.
 
     The message is one clear sentence (or a short list) that names the file or field, its value, the rule it breaks
-    and what to do.  Commands print it without a traceback and end with exit code 2.
+    and what to do.  Commands print it without a traceback and end with `ExitCode.USER_ERROR`.
     """
 
 
 class StopRequested(Exception):
-    """The run was asked to stop (signal or time limit) and everything is saved; commands end with exit code 75."""
+    """The run was asked to stop (signal or time limit) and everything is saved; commands end with `ExitCode.STOPPED`."""
 
 
 class GateFailed(Exception):
-    """A gate did not pass and everything is saved; commands say which figures failed and end with exit code 3."""
+    """A gate did not pass and everything is saved; commands say which figures failed and end with
+    `ExitCode.GATE_FAILED`."""
 
 
 class SilentCorruption(Exception):
-    """A process computes or remembers other bits than it should; the ranks end with `EXIT_CORRUPTION`."""
+    """A process computes or remembers other bits than it should; the ranks end with `ExitCode.CORRUPTION`."""
 
 
-EXIT_HANG, EXIT_CORRUPTION = 76, 77
-"""Exit codes of ranks that stood still too long, and of ranks of which one computes wrongly."""
+def list_problems(what: str, problems: Sequence[str], way_out: str = "") -> str:
+    """Return ``"what: 2 problems; way out"`` and a line for each of them."""
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    return "\n".join([f"{what}: {count}{way_out and f'; {way_out}'}", *(f"  {problem}" for problem in problems)])
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

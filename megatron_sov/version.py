@@ -1,5 +1,11 @@
-"""The version of the framework, for the wheel and for provenance."""
+"""What is distributed: the version, for the wheel and for provenance, and the packages.
+
+setup.py reads both constants without importing anything, so they stay plain values.
+"""
 
 from __future__ import annotations
 
 __version__ = "0.1.0"
+
+OUR_PACKAGES = ("megatron_sov", "tokenizer", "data_prep", "slurm")
+"""Packages at the top of the tree, in the wheel and in the copy of the code that jobs run; `slurm` holds data alone."""

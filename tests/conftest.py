@@ -8,15 +8,18 @@ import inspect
 import json
 import optparse
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from hypothesis import settings
 
@@ -37,6 +40,29 @@ class Job:
     """Ranks."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments, plain JSON values."""
+
+
+def refuse_to_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
+    """Let a skip be a failure where SOV_NEEDS_ALL is set, as `.ci/run` does: what is lacking must be installed there."""
+    if report.skipped and isinstance(report.longrepr, tuple) and os.environ.get("SOV_NEEDS_ALL"):  # else it is an xfail
+        report.outcome, report.longrepr = "failed", f"SOV_NEEDS_ALL is set, and this would be {report.longrepr[-1]}"
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """See `refuse_to_skip`; whether a test for a GPU can run is not a matter of installing."""
+    report = yield
+    if not item.get_closest_marker("gpu"):
+        refuse_to_skip(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """See `refuse_to_skip`: a file can be skipped as a whole."""
+    report = yield
+    refuse_to_skip(report)
+    return report
 
 
 Ranks = Callable[..., list[list[Any]]]
@@ -63,6 +89,56 @@ def ranks(tmp_path: Path) -> Ranks:
 def job() -> type[Job]:
     """Return the class that describes what `ranks` runs (test modules cannot import this file)."""
     return Job
+
+
+def has_ended(pid: int) -> bool:
+    """Return whether a process has ended; one that nobody has taken note of yet still has its number."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+@pytest.fixture
+def ends() -> Callable[[int], bool]:
+    """Return `ends(pid)`: whether that process, of whatever parent, ends within a minute."""
+
+    def wait(pid: int) -> bool:
+        deadline_s = time.monotonic() + 60
+        while not has_ended(pid) and time.monotonic() < deadline_s:
+            time.sleep(0.02)
+        return has_ended(pid)
+
+    return wait
+
+
+BROWSERS = ("chromium", "google-chrome", "chrome", "chromium-browser")
+BROWSER_FLAGS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync", "--enable-logging=stderr", "--window-size=1200,900",
+    "--virtual-time-budget=10000", "--dump-dom")
+OpenPage = Callable[[Path], tuple[str, list[str]]]
+
+
+@pytest.fixture(scope="session")
+def browser() -> str:
+    """Program name of a Chromium that starts; `make browser` installs one where that can be done."""
+    for name in BROWSERS:
+        if shutil.which(name) and subprocess.run([name, "--version"], capture_output=True, check=False).returncode == 0:
+            return name
+    pytest.skip("there is no Chromium on this machine (make browser)")
+
+
+@pytest.fixture
+def open_page(browser: str, tmp_path: Path) -> OpenPage:
+    """Return `open_page(file)`: its document after its scripts ran, and what they wrote to the console."""
+
+    def opened(file: Path) -> tuple[str, list[str]]:
+        done = subprocess.run([browser, *BROWSER_FLAGS, f"--user-data-dir={tmp_path / 'profile'}", file.as_uri()],
+                              capture_output=True, text=True, timeout=240, check=True)
+        return done.stdout, re.findall(r"CONSOLE.*", done.stderr)
+
+    return opened
 
 
 VOCAB_SIZE = 1024

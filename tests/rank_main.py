@@ -45,5 +45,5 @@ def main(jobs_file: Path) -> int:
 if __name__ == "__main__":
     from megatron_sov.mcore.parallel import cpu_shims
 
-    cpu_shims.open_door()
+    cpu_shims.prepare_megatron()
     sys.exit(main(Path(sys.argv[1])))

@@ -9,15 +9,19 @@ import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
+from megatron_sov.version import OUR_PACKAGES
+
 ROOT = Path(__file__).parents[1]
-SOURCES = ("megatron_sov", "tokenizer", "data_prep")
+DATA_ONLY = {"slurm"}
+"""Packages at the top that the code reads and nobody imports."""
 
 BASE = {"errors", "version", "command_line", "plugins", "config", "artifacts", "byte_bpe", "documents", "obs", "pages"}
-GROUND = BASE | {"models", "recipes", "plan", "runs"}
+GROUND = BASE | {"models", "objectives", "recipes", "plan", "runs"}
 FIRST = GROUND | {"data", "mcore"}
 SECOND = FIRST | {"train", "convert", "generate"}
 THIRD = SECOND | {"eval"}
@@ -25,17 +29,25 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(), "version": set(), "command_line": {"errors", "version"}, "plugins": {"errors"},
     "config": {"errors", "plugins"}, "artifacts": {"errors", "version"},
     "byte_bpe": set(), "documents": {"errors"}, "obs": BASE, "pages": {"version"},
-    "models": BASE, "recipes": BASE | {"models"}, "plan": GROUND, "runs": BASE,
+    "models": BASE, "objectives": BASE, "recipes": BASE | {"models", "objectives"}, "plan": GROUND, "runs": BASE,
     "data": GROUND, "mcore": GROUND,
     "convert": FIRST, "train": FIRST | {"convert"}, "generate": FIRST | {"convert"},  # both accept a Hugging Face folder
     "eval": SECOND,
-    "extend": THIRD, "post": THIRD, "doctor": THIRD, "slurm": GROUND | {"train", "commands"},
-    "report": GROUND | {"train"}, "watch": GROUND | {"slurm"},
+    "extend": THIRD, "post": THIRD, "doctor": THIRD, "slurm": GROUND,
+    "report": GROUND, "watch": GROUND | {"slurm"},
     "bundle": BASE, "commands": THIRD | {"extend", "post", "doctor", "slurm", "report", "watch", "bundle"},
     "cli": BASE | {"commands"}, "__main__": {"cli"}, "api": GROUND, "__init__": SECOND | {"api"},
     "tokenizer": BASE, "data_prep": BASE,
 }
 """Room -> rooms of megatron_sov that it may import besides itself; a room of the same floor only where it is named."""
+
+WINGS: dict[str, tuple[set[str], ...]] = {
+    "megatron_sov/mcore": ({"parallel"}, {"model"}, {"optimizer", "decode"}, {"checkpoint"}),
+    "megatron_sov/train": ({"guards", "side_jobs"}, {""}),
+    "tokenizer": ({"bpe"}, {"formats"}, {"report", "graft"}, {"compare"}),
+}
+"""Folder -> the floors of its wings from the ground up; "" stands for the files that lie in the folder itself, and where it does
+not stand they are free.  A wing imports those on lower floors only."""
 
 TORCH_FREE = GROUND | {"doctor", "report", "watch", "bundle", "commands", "cli", "api", "__init__", "tokenizer", "data_prep",
                        "slurm"}
@@ -92,7 +104,7 @@ def _top_level(tree: ast.AST) -> Iterator[ast.AST]:
 
 def sources(root: Path) -> list[Source]:
     """Return all sources of the rooms, and scripts at the top such as demo.py."""
-    inside = [p for package in SOURCES for p in (root / package).rglob("*.py")]
+    inside = [p for package in OUR_PACKAGES for p in (root / package).rglob("*.py")]
     return [Source(root, p) for p in sorted([*inside, *root.glob("*.py")])]
 
 
@@ -119,6 +131,41 @@ def import_problems(source: Source) -> Iterator[str]:
         for line, name in source.imports(top_level_only=True):
             if name.split(".")[0] in HEAVY:
                 yield f"{source.name}:{line}: imports {name} at module level; import it inside the function that needs it"
+
+
+def wing_problems(source: Source) -> Iterator[str]:
+    """Inside a room its wings stand on floors too."""
+    for folder, floors in WINGS.items():
+        here = _wing(source.path, source.root / folder)
+        level = {wing: i for i, wings in enumerate(floors) for wing in wings}
+        if here not in level:
+            continue
+        for line, name in source.imports():
+            target = source.root.joinpath(*name.split("."))
+            there = _wing(target, source.root / folder)
+            if there in level and there != here and level[there] >= level[here]:
+                yield f"{source.name}:{line}: imports {name}: wing '{here}' of {folder} may not import '{there}'"
+
+
+def _wing(path: Path, folder: Path) -> str | None:
+    """Return the sub-folder of `folder` that a module lies in, "" for a file of its own, None outside."""
+    if not path.is_relative_to(folder) or path == folder:
+        return None
+    first = path.relative_to(folder).parts[0]
+    return first if (folder / first).is_dir() else ""
+
+
+def circles(found: list[Source]) -> list[str]:
+    """Return the files that import each other in a loop, lazily or for types alone counted in."""
+    modules = {source.name.removesuffix(".py").removesuffix("/__init__").replace("/", "."): source for source in found}
+    arrows = {name: {target for _, imported in source.imports() for target in (imported, imported.rpartition(".")[0])
+                     if target in modules and target != name and modules[target].path.name != "__init__.py"}
+              for name, source in modules.items()}
+    try:
+        list(TopologicalSorter(arrows).static_order())
+    except CycleError as e:
+        return list(map(str, e.args[1]))
+    return []
 
 
 def room_problems(source: Source) -> Iterator[str]:
@@ -153,7 +200,15 @@ def size_problems(source: Source) -> Iterator[str]:
                 yield f"{source.name}:{node.lineno}: {node.name} has {length} lines, at most {MAX_FUNCTION_LINES}"
 
 
-RULES = (import_problems, room_problems, loading_problems, size_problems)
+def data_problems(source: Source) -> Iterator[str]:
+    """Code in a package that holds data alone: it would be a second place for the same."""
+    package = source.path.relative_to(source.root).parts[0]
+    only_says_what_it_is = source.path.name == "__init__.py" and ast.get_docstring(source.tree) and len(source.tree.body) == 1
+    if package in DATA_ONLY and not only_says_what_it_is:
+        yield f"{source.name}: {package} holds data alone; its code belongs into megatron_sov/{package}"
+
+
+RULES = (import_problems, wing_problems, room_problems, loading_problems, size_problems, data_problems)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
@@ -161,6 +216,14 @@ def test_the_house_keeps_its_rules(rule) -> None:
     found = sources(ROOT)
     assert {"config", "artifacts", "mcore", "tokenizer", "data_prep"} <= {s.room for s in found}
     assert [problem for source in found for problem in rule(source)] == []
+
+
+def test_no_files_import_each_other_in_a_circle(tmp_path: Path) -> None:
+    assert circles(sources(ROOT)) == []
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer/a.py").write_text("from tokenizer import b")
+    (tmp_path / "tokenizer/b.py").write_text("def f():\n    from tokenizer.a import x")
+    assert sorted(set(circles(sources(tmp_path)))) == ["tokenizer.a", "tokenizer.b"]
 
 
 BAD = [
@@ -175,6 +238,8 @@ BAD = [
     ("demo.py", "from megatron.core import parallel_state", "only megatron_sov/mcore imports megatron"),
     ("megatron_sov/mcore/model/specs.py", "from megatron.training import get_args", "only megatron.core is used"),
     ("megatron_sov/mcore/model/specs.py", "import apex", "apex is not used"),
+    ("megatron_sov/watch/state.py", "from megatron_sov.train import stage", "room 'watch' may not import 'train'"),
+    ("megatron_sov/report/page.py", "def f():\n    from megatron_sov import mcore", "room 'report' may not import 'mcore'"),
     ("megatron_sov/data/order.py", "import pickle", "not unpickled"),
     ("megatron_sov/recipes/tiny.py", "try:\n    import torch\nexcept ImportError:\n    torch = None", "at module level"),
     ("megatron_sov/commands/pretrain.py", "from transformers import AutoTokenizer", "at module level"),
@@ -184,6 +249,10 @@ BAD = [
     ("megatron_sov/data/order.py", "x = np.load(f, allow_pickle=True)", "allow_pickle"),
     ("megatron_sov/data/utils.py", "", "named after nothing"),
     ("megatron_sov/cellar/wine.py", "", "has no floor"),
+    ("megatron_sov/slurm/stages.py", "from megatron_sov.commands import eval", "room 'slurm' may not import 'commands'"),
+    ("megatron_sov/slurm/chain.py", "from megatron_sov.train import stage_config", "room 'slurm' may not import 'train'"),
+    ("slurm/__init__.py", "import megatron_sov.version", "slurm holds data alone"),
+    ("slurm/chains.py", "", "slurm holds data alone"),
     ("megatron_sov/data/order.py", "x = 1\n" * 401, "has 401 lines"),
     ("megatron_sov/data/order.py", "def f():\n" + "    x = 1\n" * 60, "f has 61 lines"),
 ]
@@ -198,6 +267,20 @@ def test_each_rule_sees_its_breach(tmp_path: Path, name: str, text: str, expecte
     assert len(problems) == 1
     assert expected in problems[0]
     assert problems[0].startswith(name)
+
+
+def test_a_wing_sees_only_what_lies_below_it(tmp_path: Path) -> None:
+    for wing in ("parallel", "model", "optimizer", "decode"):
+        (tmp_path / "megatron_sov/mcore" / wing).mkdir(parents=True)
+    mcore = tmp_path / "megatron_sov/mcore"
+    (mcore / "parallel/world.py").write_text("from megatron_sov.mcore.model import specs")
+    (mcore / "model/specs.py").write_text("from megatron_sov.mcore.parallel import world")
+    (mcore / "decode/cached.py").write_text("def f():\n    from megatron_sov.mcore.optimizer.muon import Muon")
+    assert [problem for source in sources(tmp_path) for problem in wing_problems(source)] == [
+        "megatron_sov/mcore/decode/cached.py:2: imports megatron_sov.mcore.optimizer.muon.Muon: "
+        "wing 'decode' of megatron_sov/mcore may not import 'optimizer'",
+        "megatron_sov/mcore/parallel/world.py:1: imports megatron_sov.mcore.model.specs: "
+        "wing 'parallel' of megatron_sov/mcore may not import 'model'"]
 
 
 def test_lazy_and_type_checking_imports_are_allowed_where_torch_is_not(tmp_path: Path) -> None:

@@ -10,9 +10,11 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from megatron_sov import artifacts
@@ -106,6 +108,15 @@ def test_the_folder_of_a_living_process_is_left_alone(tmp_path: Path) -> None:
     other.mkdir()
     build(tmp_path / "a")
     assert other.exists()
+
+
+def test_the_folder_of_a_process_that_has_ended_is_cleared_even_if_its_parent_took_no_note(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", "pass"]) as child:
+        while psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.001)
+        (leftover := tmp_path / f".a.tmp-{child.pid}").mkdir()
+        build(tmp_path / "a")
+        assert not leftover.exists()
 
 
 def test_an_exception_leaves_nothing_behind(tmp_path: Path) -> None:

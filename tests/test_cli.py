@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import resource
-import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,8 @@ from megatron_sov import cli
 from megatron_sov.errors import StopRequested, UserError
 
 ROOT = Path(__file__).parents[1]
-HELP_CPU_LIMIT_S = 0.5
+HELP_CPU_LIMIT = 6.0
+"""CPU time of a command's --help, in imports of numpy: the largest takes 3, an import of torch alone 12."""
 HEAVY = ("torch", "transformers", "megatron.core")
 ENTRIES = {"megatron-sov": "megatron_sov.cli", "sov-tokenizer": "tokenizer.cli", "sov-data": "data_prep.cli"}
 
@@ -36,16 +38,23 @@ def run_main(module: str, *argv: str) -> subprocess.CompletedProcess[str]:
                           env={**os.environ, "COLUMNS": "200"})
 
 
+def cpu_s(action: Callable[[], subprocess.CompletedProcess[str]]) -> float:
+    """Return the CPU time of the process that an action runs, which must end well and complain of nothing."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = action()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert (done.returncode, done.stderr) == (0, "")
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
 @pytest.mark.parametrize("module", ENTRIES.values(), ids=ENTRIES)
-def test_help_needs_no_torch_and_half_a_second(module: str) -> None:
-    cpu_s = []
-    for _ in range(3):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = run_main(module, "--help")
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert (done.returncode, done.stderr) == (0, "")
-        cpu_s.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert statistics.median(cpu_s) < HELP_CPU_LIMIT_S
+def test_help_needs_no_torch_and_little_time(module: str) -> None:
+    """Beside a process that imports numpy, on the same machine at the same time: how fast it is does not matter."""
+    measure = [sys.executable, "-c", "import numpy"]
+    pairs = [(cpu_s(lambda: run_main(module, "--help")),
+              cpu_s(lambda: subprocess.run(measure, capture_output=True, text=True, check=True))) for _ in range(3)]
+    helps_s, numpys_s = zip(*pairs, strict=True)
+    assert min(helps_s) < HELP_CPU_LIMIT * min(numpys_s), pairs
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
@@ -97,6 +106,23 @@ def test_exit_codes(
     assert capsys.readouterr().err == stderr
 
 
+def test_a_command_began_with_its_process_and_one_that_python_calls_begins_now(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    began_s = []
+
+    def run(args: argparse.Namespace) -> int:
+        began_s.append(args.began_s)
+        return 0
+
+    module = SimpleNamespace(add_arguments=lambda parser: None, run=run)
+    monkeypatch.setattr(cli.importlib, "import_module", lambda name: module)
+    monkeypatch.setattr(cli, "process_started_s", lambda: 1000.0)
+    monkeypatch.setattr(cli.time, "time", lambda: 5000.0)
+    monkeypatch.setattr(sys, "argv", ["megatron-sov", "doctor"])
+    assert cli.main() == cli.main(["doctor"]) == 0
+    assert began_s == [1000.0, 5000.0]
+
+
 def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(args: object) -> int:
         raise ZeroDivisionError
@@ -119,7 +145,7 @@ def test_a_wrong_argument_ends_with_2(capsys: pytest.CaptureFixture[str]) -> Non
 def test_the_door_to_megatron_is_opened_before_megatron_is_imported(command: str, first: str) -> None:
     """Behind a closed door every function that megatron compiles is compiled, 9 s in a CPU's first step, and warnings abound."""
     text = (ROOT / "megatron_sov" / command).read_text(encoding="utf-8")
-    assert 0 < text.index("    open_door()\n") < text.index(f"    from megatron_sov.{first}")
+    assert 0 < text.index("    prepare_megatron()\n") < text.index(f"    from megatron_sov.{first}")
 
 
 @pytest.fixture

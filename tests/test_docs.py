@@ -78,9 +78,11 @@ def test_the_readme_lists_every_command() -> None:
     assert [name for name in cli.COMMANDS if f"`megatron-sov {name}`" not in readme] == []
 
 
-def test_the_page_of_settings_is_fresh() -> None:
-    spec = importlib.util.spec_from_file_location("generate_config", ROOT / "docs/generate_config.py")
+@pytest.mark.parametrize("name", ["config", "recipes"])
+def test_pages_that_are_written_from_the_code_are_fresh(name: str) -> None:
+    spec = importlib.util.spec_from_file_location(f"generate_{name}", ROOT / f"docs/generate_{name}.py")
     assert spec is not None and spec.loader is not None
     generator = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(generator)
-    assert (ROOT / "docs/config.md").read_text() == generator.page(), "docs/config.md is stale: run `make docs`"
+    written = (ROOT / f"docs/{name}.md").read_text()
+    assert written == generator.page(), f"docs/{name}.md is stale: run `make docs`"

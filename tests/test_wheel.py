@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sov.version import OUR_PACKAGES
+
 pytest.importorskip("setuptools", minversion="77")
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("megatron_sov", "tokenizer", "data_prep")
 COMMANDS = ("megatron-sov", "sov-tokenizer", "sov-data")
 
 
@@ -27,7 +28,7 @@ def pip(*arguments: str, cwd: Path) -> None:
 @pytest.fixture(scope="module")
 def files_of_the_rooms() -> set[str]:
     """Return every file below the packages, leaving out what Python and editors put there."""
-    return {p.relative_to(ROOT).as_posix() for package in PACKAGES for p in (ROOT / package).rglob("*")
+    return {p.relative_to(ROOT).as_posix() for package in OUR_PACKAGES for p in (ROOT / package).rglob("*")
             if p.is_file() and "__pycache__" not in p.parts and not p.name.startswith(".")}
 
 
@@ -72,6 +73,15 @@ def test_the_commands_run_elsewhere(installed: Path, command: str) -> None:
     done = run_installed(installed, sys.executable, str(installed / "bin" / command), "--help")
     assert (done.returncode, done.stderr) == (0, "")
     assert command in done.stdout
+
+
+def test_ready_scripts_are_written_from_the_wheel(installed: Path) -> None:
+    done = run_installed(installed, sys.executable, str(installed / "bin/megatron-sov"), "submit", "chain", "tiny-solar-open",
+                         "--scripts", "scripts")
+    assert (done.returncode, done.stderr) == (0, "")
+    written = sorted(p.name for p in (installed.parent / "scripts").iterdir())
+    assert written == sorted(p.name for p in (ROOT / "slurm/scripts/tiny-solar-open").iterdir())
+    assert "export WORK=/a/folder" in (installed.parent / "scripts" / written[0]).read_text()
 
 
 def test_what_runs_is_the_wheel_with_its_data_files(installed: Path) -> None:

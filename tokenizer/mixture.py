@@ -28,7 +28,8 @@ MIXTURES: dict[str, dict[str, float]] = {
     "solar-open": {"en": 40, "ko": 22, "code": 12, "math": 10, "multi": 8, "domain": 4},
     "k-exaone": {"en": 2, "ko": 3, "multi": 1},
 }
-"""Weights by bytes as published (arXiv 2601.07022; the K-EXAONE report); Solar Open's are percents that add up to 96."""
+"""Weights by bytes as published (arXiv 2601.07022, arXiv 2601.01739); Solar Open's are percents, 96 in all.
+`multi` of K-EXAONE is Spanish, German, Japanese and Vietnamese."""
 _NAMED = re.compile(r"([A-Za-z0-9_.-]+)=(.+)", re.DOTALL)
 
 
@@ -162,7 +163,7 @@ def share_bytes(sizes: Sizes, share: Share) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
+class Excerpt:
     """Text that is seen as a whole or not at all."""
 
     text: str
@@ -173,13 +174,13 @@ class Piece:
     """First two bytes of its hash."""
 
 
-def pieces(document: Document) -> Iterator[Piece]:
+def pieces(document: Document) -> Iterator[Excerpt]:
     """Yield the pieces of a document."""
     for text in document.texts():
         raw = text.encode()
         for piece in (raw,) if len(raw) <= PIECE_BYTES else cut_at_blank_lines([raw], PIECE_BYTES):
             bucket = int.from_bytes(hashlib.blake2b(piece, digest_size=2).digest(), "big")
-            yield Piece(text if piece is raw else piece.decode(), len(piece), bucket)
+            yield Excerpt(text if piece is raw else piece.decode(), len(piece), bucket)
 
 
 def describe(group: Group, sizes: Sizes, share: Share) -> dict[str, Any]:

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.artifacts import to_json
-from megatron_sov.commands.eval import EXIT_GATE_FAILED, EXIT_OK, PARITY_LENGTHS, with_ranks
+from megatron_sov.commands.eval import PARITY_LENGTHS, with_ranks
 from megatron_sov.convert import DEFAULT_WORKERS, MAX_SHARD_BYTES
-from megatron_sov.errors import UserError
+from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.models.count import num_params
+from megatron_sov.recipes.requested import add_plugin_argument, load_plugins
 from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.launch_environment import is_first
-from megatron_sov.train.requested import add_plugin_argument, load_plugins
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,7 +83,7 @@ def _from_hf(args: argparse.Namespace) -> int:
 
     convert.from_hf(args.hf_dir, args.out, args.dtype, workers=args.workers, overwrite=args.overwrite)
     print(f"wrote checkpoint {args.out}")
-    return EXIT_OK
+    return ExitCode.OK
 
 
 def _to_hf(args: argparse.Namespace) -> int:
@@ -92,14 +92,14 @@ def _to_hf(args: argparse.Namespace) -> int:
     convert.to_hf(args.checkpoint, args.out, args.dtype, max_shard_bytes=args.max_shard_bytes, workers=args.workers,
                   overwrite=args.overwrite)
     print(f"wrote Hugging Face folder {args.out}")
-    return EXIT_OK
+    return ExitCode.OK
 
 
 def _verify(args: argparse.Namespace) -> int:
     from megatron_sov import convert
-    from megatron_sov.mcore.parallel.cpu_shims import open_door
+    from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
-    open_door()  # before anything imports megatron
+    prepare_megatron()  # before anything imports megatron
     from megatron_sov.eval.conversion import LogitsProof, card, prove_logits, write_card
 
     if min(args.lengths) < 1:
@@ -109,7 +109,7 @@ def _verify(args: argparse.Namespace) -> int:
     logits = LogitsProof([], {"not compared": "--no-load"}) if args.no_load else prove_logits(
         args.a, args.b, args.lengths, args.settings, args.nproc)
     if not is_first():
-        return EXIT_OK
+        return ExitCode.OK
     weights = convert.verify(args.a, args.b, load=not args.no_load, workers=args.workers)
     checks = [*weights.checks, *logits.checks]
     passed = all(check.passed for check in checks)
@@ -125,7 +125,7 @@ def _verify(args: argparse.Namespace) -> int:
         if "not compared" in logits.method:
             print(f"      logits were not compared: {logits.method['not compared']}")
         print("verified: the same model" if passed else "NOT verified: see the lines marked FAIL")
-    return EXIT_OK if passed else EXIT_GATE_FAILED
+    return ExitCode.OK if passed else ExitCode.GATE_FAILED
 
 
 def _inspect(args: argparse.Namespace) -> int:
@@ -137,7 +137,7 @@ def _inspect(args: argparse.Namespace) -> int:
             print(section)
             for name, value in facts[section].items():
                 print(f"  {name:<24} {value:,}" if type(value) is int else f"  {name:<24} {value}")
-    return EXIT_OK
+    return ExitCode.OK
 
 
 def _facts(path: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import dataclasses
 
 from megatron_sov.artifacts import to_json
 from megatron_sov.doctor.checks import Check, all_checks
+from megatron_sov.errors import ExitCode
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(as_text(checks))
         print("\nThis machine can train." if works else "\nThis machine cannot train yet: mend what is broken above.")
-    return 0 if works else 2
+    return ExitCode.OK if works else ExitCode.USER_ERROR
 
 
 def as_text(checks: list[Check]) -> str:

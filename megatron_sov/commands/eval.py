@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_sov.artifacts import check_output, to_json, write_output
 from megatron_sov.commands.eval_needle import add_needle_arguments, suite_of
-from megatron_sov.errors import UserError
+from megatron_sov.config import data_paths
+from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.runs.append import RunEvents
-from megatron_sov.train.stage_config import data_paths
 
 if TYPE_CHECKING:
     from megatron_sov.generate.target import Target
 
-EXIT_OK, EXIT_GATE_FAILED = 0, 3
 DEFAULT_SEQ_LEN, DEFAULT_HELDOUT_TOKENS, DEFAULT_TRAIN_TOKENS = 4096, 65536, 100_000_000
 PARITY_LENGTHS = [1, 7, 64, 200]
 
@@ -31,11 +30,11 @@ def with_ranks(sub: argparse.ArgumentParser) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the four judges."""
-    judges = parser.add_subparsers(dest="judge", required=True, metavar="JUDGE")
+    """Declare the four tasks."""
+    tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
 
-    def judge(name: str, text: str) -> argparse.ArgumentParser:
-        sub = judges.add_parser(name, help=text, description=text)
+    def task(name: str, text: str) -> argparse.ArgumentParser:
+        sub = tasks.add_parser(name, help=text, description=text)
         sub.add_argument("--json", action="store_true", help="print the figures as JSON")
         sub.add_argument("--run", type=Path, metavar="DIR", help="also add the figures to this run's events, for its report")
         return sub
@@ -48,17 +47,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         sub.add_argument("--max-tokens", type=int, metavar="N", help="held-out tokens of a source (default: the run's setting)")
 
     target = {"metavar": "TARGET", "type": Path, "help": "checkpoint, run (its newest one) or Hugging Face folder"}
-    ppl = judge("ppl", "loss and bits per byte on held-out documents, per source")
+    ppl = task("ppl", "loss and bits per byte on held-out documents, per source")
     ppl.add_argument("target", **target)  # type: ignore[arg-type]
-    needle = judge("needle", "find what a context says again, at any depth of any length, among other needles")
+    needle = task("needle", "find what a context says again, at any depth of any length, among other needles")
     needle.add_argument("target", **target)  # type: ignore[arg-type]
     add_needle_arguments(needle)
-    logits = judge("logits", "compare a checkpoint's logits with those of its Hugging Face folder in transformers; exit code 3")
+    logits = task("logits", "compare a checkpoint's logits with those of its Hugging Face folder in transformers; exit code 3")
     logits.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="checkpoint or run (its newest one)")
     logits.add_argument("hf_dir", metavar="HF_DIR", type=Path, help="Hugging Face folder of the same model")
     logits.add_argument("--lengths", type=int, nargs="+", default=PARITY_LENGTHS, metavar="N",
                         help="tokens of the random documents that are compared (default 1 7 64 200)")
-    bigram = judge("bigram", "the Kneser-Ney bigram baseline on the same held-out documents")
+    bigram = task("bigram", "the Kneser-Ney bigram baseline on the same held-out documents")
     bigram.add_argument("--max-train-tokens", type=int, default=DEFAULT_TRAIN_TOKENS, metavar="N",
                         help="training tokens of each source that are counted at most (default %(default)s)")
     for sub in (ppl, bigram):
@@ -72,19 +71,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the chosen judge; returns the exit code."""
+    """Run the chosen task; returns the exit code."""
     events = RunEvents(args.run)
     if getattr(args, "out", None) is not None:
         check_output("--out", args.out)
-    from megatron_sov.mcore.parallel.cpu_shims import open_door
+    from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
-    open_door()
-    return {"ppl": _ppl, "needle": _needle, "logits": _logits, "bigram": _bigram}[args.judge](args, events)
+    prepare_megatron()
+    return {"ppl": _ppl, "needle": _needle, "logits": _logits, "bigram": _bigram}[args.task](args, events)
 
 
 def _ppl(args: argparse.Namespace, events: RunEvents) -> int:
     from megatron_sov.eval.heldout import open_heldout
-    from megatron_sov.eval.perplexity import evaluate_hf, evaluate_policy
+    from megatron_sov.eval.perplexity import evaluate_forward_model, evaluate_hf
     from megatron_sov.generate.target import find_target
 
     target = find_target(args.target)
@@ -95,25 +94,25 @@ def _ppl(args: argparse.Namespace, events: RunEvents) -> int:
                         model_tokenizer=target.tokenizer_folder)
 
     def policy_losses(loaded: Any) -> dict[str, Any]:
-        return {name: asdict(r) for name, r in evaluate_policy(loaded, data).items()}
+        return {name: asdict(r) for name, r in evaluate_forward_model(loaded, data).items()}
 
     def hf_losses(model: Any) -> dict[str, Any]:
         return {name: asdict(r) for name, r in evaluate_hf(model, data).items()}
 
-    found = _judge(args, target, policy_losses, hf_losses)
+    found = _measure(args, target, policy_losses, hf_losses)
     if found is not None:
         _write(args.out, found)
         events.add("eval", step=_step(target, events), heldout=found)
         _show(args.json, found, _loss_table(found))
-    return EXIT_OK
+    return ExitCode.OK
 
 
-def _judge(args: argparse.Namespace, target: Target, on_policy: Callable[[Any], Any], on_hf: Callable[[Any], Any]) -> Any:
-    """Return what the judge found, a checkpoint on ranks, a Hugging Face folder in transformers; None: not ours to print."""
+def _measure(args: argparse.Namespace, target: Target, on_policy: Callable[[Any], Any], on_hf: Callable[[Any], Any]) -> Any:
+    """Return what the task found, a checkpoint on ranks, a Hugging Face folder in transformers; None: not ours to print."""
     if not target.is_hf:
-        from megatron_sov.generate.load import run_policy
+        from megatron_sov.generate.load import run_forward_model
 
-        return run_policy(target, args.settings, args.nproc, on_policy)
+        return run_forward_model(target, args.settings, args.nproc, on_policy)
     if args.settings or args.nproc is not None:
         raise UserError(f"--set {args.settings} and --nproc {args.nproc} are for checkpoints, {target.path} is a Hugging Face "
                         "folder; leave them out, or convert it first with `megatron-sov convert from-hf`")
@@ -129,13 +128,13 @@ def _needle(args: argparse.Namespace, events: RunEvents) -> int:
 
     target = find_target(args.target)
     suite = suite_of(args, target)
-    found = _judge(args, target, lambda loaded: run_suite(suite, policy_engine(loaded.policy)).to_dict(),
+    found = _measure(args, target, lambda loaded: run_suite(suite, policy_engine(loaded.policy)).to_dict(),
                    lambda model: run_suite(suite, hf_engine(model)).to_dict())
     if found is not None:
         _write(args.out, found)
         events.add("needle", when="eval", step=_step(target, events), **found)
         _show(args.json, found, table(result_of(found)))
-    return EXIT_OK
+    return ExitCode.OK
 
 
 def _logits(args: argparse.Namespace, events: RunEvents) -> int:
@@ -152,11 +151,11 @@ def _logits(args: argparse.Namespace, events: RunEvents) -> int:
     prompts = random_prompts(args.lengths, Target(checkpoint, False).vocab_size)
     checks = compare_logits(checkpoint, args.hf_dir, prompts, settings=args.settings, nproc=args.nproc)
     if not checks:
-        return EXIT_OK
+        return ExitCode.OK
     events.add("conversion", target="the logits", checks=[asdict(c) for c in checks])
     lines = [f"{'ok  ' if c.passed else 'FAIL'}  {c.name}: {c.value:g} (limit {c.limit:g}) {c.detail}".rstrip() for c in checks]
     _show(args.json, [asdict(c) for c in checks], "\n".join(lines))
-    return EXIT_OK if all(c.passed for c in checks) else EXIT_GATE_FAILED
+    return ExitCode.OK if all(c.passed for c in checks) else ExitCode.GATE_FAILED
 
 
 def _bigram(args: argparse.Namespace, events: RunEvents) -> int:
@@ -171,7 +170,7 @@ def _bigram(args: argparse.Namespace, events: RunEvents) -> int:
     found = {name: asdict(r) for name, r in evaluate_bigram(data, args.max_train_tokens).items()}
     events.add("baseline", bigram=found)
     _show(args.json, found, _loss_table(found))
-    return EXIT_OK
+    return ExitCode.OK
 
 
 def _step(target: Target, events: RunEvents) -> int | None:

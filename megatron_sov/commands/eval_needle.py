@@ -8,9 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from megatron_sov.config import Language, NeedleConfig, NeedleKind
+from megatron_sov.config import Language, NeedleConfig, NeedleKind, data_paths
 from megatron_sov.errors import UserError
-from megatron_sov.train.stage_config import data_paths
 
 if TYPE_CHECKING:
     from megatron_sov.eval.needle.suite import NeedleSuite

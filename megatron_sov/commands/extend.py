@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 
+from megatron_sov.objectives import factory
 from megatron_sov.runs.folder import STAGES
 from megatron_sov.runs.launch_environment import num_ranks
 from megatron_sov.train.guards.fault_injection import parse
-from megatron_sov.train.objectives import factory
 from megatron_sov.train.stage_config import add_stage_arguments, resolve_start, stage_request
 
 
@@ -25,9 +25,9 @@ def run(args: argparse.Namespace) -> int:
     request = stage_request(args, "lm")
     faults = parse(args.inject, num_ranks(args.nproc))
 
-    from megatron_sov.mcore.parallel.cpu_shims import open_door
+    from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
-    open_door()
+    prepare_megatron()
     from megatron_sov.extend.stages import planned_stages
 
     stages = planned_stages(request, args.start_from, args.run, args.nproc)
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_sov.train.lm import LanguageModelling
 
     try:
-        run_stages(stages, start, factory(stages[-1].config, LanguageModelling), args.nproc, args.resume, faults)
+        run_stages(stages, start, factory(stages[-1].config, LanguageModelling), args.nproc, args.resume, args.began_s, faults)
     finally:
         for folder in (args.run / STAGES, args.run):
             with contextlib.suppress(OSError):  # not empty: a stage has begun

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from megatron_sov.errors import UserError
 from megatron_sov.generate.prompts import Prompt, read_prompts
 from megatron_sov.generate.request import Batching, Generated, Sampling, Stop
+from megatron_sov.recipes.requested import add_plugin_argument, load_plugins
 from megatron_sov.runs.append import RunEvents
-from megatron_sov.train.requested import add_plugin_argument, load_plugins
 
 if TYPE_CHECKING:
     from megatron_sov.generate.target import Target
@@ -60,9 +60,9 @@ def run(args: argparse.Namespace) -> int:
     _check(args, sampling.problems() + batching.problems())
     events = RunEvents(args.run)
 
-    from megatron_sov.mcore.parallel.cpu_shims import open_door
+    from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
-    open_door()
+    prepare_megatron()
     from megatron_sov.generate.load import load_tokenizer
     from megatron_sov.generate.target import find_target
 
@@ -134,7 +134,7 @@ def _continue(args: argparse.Namespace, target: Target, ids: list[list[int]], sa
 def _on_megatron(args: argparse.Namespace, target: Target, ids: list[list[int]], sampling: Sampling, stop: Stop,
                  batching: Batching) -> Generated | None:
     from megatron_sov.generate.generator import generate
-    from megatron_sov.generate.load import Loaded, run_policy
+    from megatron_sov.generate.load import Loaded, run_forward_model
 
     def work(loaded: Loaded) -> dict[str, object]:
         def timed(num_drafts: int) -> tuple[Generated, float]:
@@ -146,7 +146,7 @@ def _on_megatron(args: argparse.Namespace, target: Target, ids: list[list[int]],
         found, drafting_s = timed(args.speculative)
         return {"found": vars(found), "faster": plain_s / drafting_s}
 
-    answer = run_policy(target, args.settings, args.nproc, work)
+    answer = run_forward_model(target, args.settings, args.nproc, work)
     if answer is None:
         return None
     found = Generated(**answer["found"])

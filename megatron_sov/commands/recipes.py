@@ -1,39 +1,50 @@
-"""`megatron-sov recipes [RECIPE] [--set key=value ...]`."""
+"""`megatron-sov recipes [RECIPE] [--set key=value ...] [--json]`."""
 
 from __future__ import annotations
 
 import argparse
+import json
 
-from megatron_sov import models, recipes
+from megatron_sov import models, objectives, recipes
 from megatron_sov.artifacts import to_json
 from megatron_sov.config import RunConfig
 from megatron_sov.errors import UserError
 from megatron_sov.models.count import num_params
 from megatron_sov.plugins.entry_points import declared
-from megatron_sov.train import objectives
-from megatron_sov.train.requested import add_recipe_arguments, load_plugins, requested
+from megatron_sov.plugins.loading import is_reference
+from megatron_sov.recipes.requested import add_recipe_arguments, load_plugins, requested
+from megatron_sov.recipes.sources import Source, Sources, derive, relabelled, settings
 
 BUILT_IN = "built in"
+SET = Source("yours", "--set")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `megatron-sov recipes`."""
     add_recipe_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print RECIPE's settings as JSON, without sources")
 
 
 def run(args: argparse.Namespace) -> int:
-    """List recipes, families and objectives with their origin, or print one recipe with every setting resolved.
+    """List recipes, families and objectives with their origin, or print one recipe's settings and their sources.
 
     Raises:
-        UserError: the recipe or a --set key does not exist, or --set stands without a recipe.
+        UserError: the recipe or a --set key does not exist, or --set or --json stands without a recipe.
     """
-    if args.recipe is not None or args.config is not None:
-        print(to_json(requested(args).config()), end="")
+    if args.recipe is None and args.config is None:
+        for given, used in (("--json", args.json), (f"--set {''.join(args.settings[:1])}", args.settings)):
+            if used:
+                raise UserError(f"{given}: needs a recipe; name one of {', '.join(recipes.names())}")
+        load_plugins(args.plugins)
+        print(listing())
         return 0
-    if args.settings:
-        raise UserError(f"--set {args.settings[0]}: needs a recipe to change; name one of {', '.join(recipes.names())}")
-    load_plugins(args.plugins)
-    print(listing())
+    asked = requested(args)
+    config = asked.config()
+    if args.json:
+        print(to_json(config), end="")
+    else:
+        sources = recipes.sources(args.recipe) if args.recipe and not is_reference(args.recipe) else {}
+        print(as_text(config, derive(sources, relabelled(asked.base, config, SET))))
     return 0
 
 
@@ -59,13 +70,24 @@ def _tried(name: str) -> str:
         return str(e)
 
 
+def as_text(config: RunConfig, sources: Sources) -> str:
+    """Return a line for every setting: name, value, kind of source, and where it stands or why."""
+    found = settings(config, sources)
+    values = [json.dumps(s.value, ensure_ascii=False) for s in found]
+    width, value_width = max(len(s.key) for s in found), max(map(len, values))
+    return "\n".join(
+        f"{s.key:<{width}}  {value:<{value_width}}  {s.source.kind:<11}  {s.source.where}".rstrip()
+        for s, value in zip(found, values, strict=True))
+
+
 def summary(config: RunConfig) -> str:
     """Return a recipe in one line: parameters, experts, attention, budget."""
     model, count = config.model, num_params(config.model)
     experts = f"{model.num_experts_per_token} of {model.num_experts} experts" if model.num_experts else "dense"
     attention = "sliding + global attention" if "L" in model.attention_pattern else "global attention"
     tokens = sum(p.tokens for p in config.data.phases) or config.train.tokens
-    budget = f"{tokens / 1e12:g} T tokens" if not config.train.steps else f"{config.train.steps:,} steps"
+    budget = f"{config.train.steps:,} steps" if config.train.steps else \
+        f"{tokens / 1e12:.4g} T tokens" if tokens >= 1e12 else f"{tokens / 1e9:.4g} B tokens"
     return f"{billions(count.total)} parameters ({billions(count.active)} active), {experts}, {attention}, {budget}"
 
 

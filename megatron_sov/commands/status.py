@@ -51,8 +51,8 @@ def _plain(state: RunState) -> dict[str, Any]:
     """Return a state as plain JSON values: NaN becomes null."""
     raw = {**asdict(state), "path": str(state.path), "restarts": state.restarts}
     if state.wall_time is not None:
-        share = state.wall_time.effective_share
-        raw["wall_time"] |= {"total_s": state.wall_time.total_s, "effective_share": share if math.isfinite(share) else None}
+        share = state.wall_time.goodput
+        raw["wall_time"] |= {"total_s": state.wall_time.total_s, "goodput": share if math.isfinite(share) else None}
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in raw.items()}
 
 
@@ -98,7 +98,7 @@ def _starts(state: RunState) -> list[str]:
 def _time(time: WallTime | None) -> list[str]:
     if time is None or time.total_s <= 0:
         return []
-    lines = [f"  time        {duration(time.total_s)}, of which {time.effective_share:.1%} moved the model forward",
+    lines = [f"  time        {duration(time.total_s)}, of which {time.goodput:.1%} moved the model forward",
              f"    [{bar(time)}]"]
     return lines + [f"    {SIGNS[name]} {label:<17} {time.spent_s[name] / time.total_s:>6.1%}  {duration(time.spent_s[name])}"
                     for name, label in CATEGORIES.items() if time.spent_s[name] > 0]
@@ -123,7 +123,7 @@ def as_table(states: list[RunState]) -> str:
 
 def _row(state: RunState) -> list[str]:
     left = duration(state.eta_s) if math.isfinite(state.eta_s) else "–"
-    effective = f"{state.wall_time.effective_share:.0%}" if state.wall_time and state.wall_time.total_s else "–"
+    effective = f"{state.wall_time.goodput:.0%}" if state.wall_time and state.wall_time.total_s else "–"
     checkpoint = f"{state.checkpoint_step:,}" if state.checkpoint else "–"
     return [str(state.path), state.stage or "–", state.state, f"{state.step:,}/{state.num_steps:,}", figure(state.loss),
             figure(state.tokens_per_s), left, checkpoint, str(state.restarts), effective]

@@ -1,4 +1,4 @@
-"""`megatron-sov submit STAGE --cluster P --nodes N ARGUMENTS...` and `megatron-sov submit chain CHAIN.yaml`."""
+"""`megatron-sov submit STAGE --cluster P --nodes N ARGUMENTS...` and `megatron-sov submit chain CHAIN`."""
 
 from __future__ import annotations
 
@@ -6,19 +6,24 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from megatron_sov.commands import convert, extend, pretrain, sft
+from megatron_sov.commands import eval as eval_command
 from megatron_sov.errors import UserError
-from megatron_sov.slurm import cluster
-from megatron_sov.slurm.stages import STAGES
+from megatron_sov.slurm import chain_file, cluster
+from megatron_sov.slurm.stages import STAGES, Commands
 
 DEFAULTS: dict[str, Any] = {
     "cluster": None, "nodes": None, "min_nodes": None, "nodes_set": [], "array": 0, "account": None,
-    "partition": None, "time": None, "dry_run": False, "continue_chain": False}
+    "partition": None, "time": None, "dry_run": False, "continue_chain": False, "scripts": None}
+COMMANDS: Commands = {name: module.add_arguments for name, module in {
+    "pretrain": pretrain, "extend": extend, "sft": sft, "convert": convert, "eval": eval_command}.items()}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments; its options may stand before the stage or among the stage's own arguments."""
     parser.epilog = ("ARGUMENTS are what follows the stage's own command: megatron-sov pretrain, extend, sft, convert, eval; "
-                     "sov-tokenizer; sov-data.")
+                     "sov-tokenizer; sov-data.  Chains that come with the package, besides files of your own: "
+                     f"{', '.join(chain_file.names())}.")
     parser.add_argument("stage", metavar="STAGE", help=f"{', '.join(STAGES)}, or chain: several, from a file")
     parser.add_argument("arguments", metavar="ARGUMENTS", nargs=argparse.REMAINDER, help="the stage's own, or the chain's file")
     _add_options(parser)
@@ -35,6 +40,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--partition", help="instead of the profile's")
     parser.add_argument("--time", metavar="LIMIT", help="time limit instead of the profile's: minutes, H:MM:SS or D-HH:MM:SS")
     parser.add_argument("--dry-run", action="store_true", help="print what would be submitted; writes nothing, needs no Slurm")
+    parser.add_argument("--scripts", type=Path, metavar="DIR",
+                        help="chain: submit nothing, write a script of each stage for `sbatch`, with paths that begin with $WORK")
     parser.add_argument("--continue", dest="continue_chain", action="store_true", help="chain: submit what is not complete yet")
 
 
@@ -43,21 +50,24 @@ def run(args: argparse.Namespace) -> int:
     options = argparse.ArgumentParser(prog="megatron-sov submit", add_help=False, allow_abbrev=False,
                                       argument_default=argparse.SUPPRESS)
     _add_options(options)
-    found, words = options.parse_known_args(args.arguments)
+    found, argv = options.parse_known_args(args.arguments)
     vars(args).update(vars(found))
-    return _chain(args, words) if args.stage == "chain" else _stage(args, words)
+    return _chain(args, argv) if args.stage == "chain" else _stage(args, argv)
 
 
-def _stage(args: argparse.Namespace, words: list[str]) -> int:
+def _stage(args: argparse.Namespace, argv: list[str]) -> int:
     from megatron_sov.slurm import submission
     from megatron_sov.slurm.stages import check_inputs
 
     if args.continue_chain:
         raise UserError("--continue: belongs to a chain; a stage continues by itself when it is submitted again")
+    if args.scripts is not None:
+        raise UserError(f"--scripts {args.scripts}: belongs to a chain; --dry-run prints the script of a stage")
     profile = cluster.load(_cluster_name(args), account=args.account, partition=args.partition)
-    request = submission.Request(args.stage, tuple(words), profile, 1 if args.nodes is None else args.nodes,
-                                 args.min_nodes, settings_by_nodes(args.nodes_set), args.array, time_limit=args.time)
-    prepared = submission.prepare(request)
+    request = submission.Request(args.stage, tuple(argv), profile, 1 if args.nodes is None else args.nodes,
+                                 args.min_nodes, cluster.settings_by_nodes(args.nodes_set), args.array,
+                                 time_limit=args.time)
+    prepared = submission.prepare(request, COMMANDS)
     if args.dry_run:
         submission.show(prepared)
         return 0
@@ -69,34 +79,27 @@ def _stage(args: argparse.Namespace, words: list[str]) -> int:
     return 0
 
 
-def _chain(args: argparse.Namespace, words: list[str]) -> int:
+def _chain(args: argparse.Namespace, argv: list[str]) -> int:
     from megatron_sov.slurm import chain
+    from megatron_sov.slurm.ready_scripts import write_scripts
 
-    if len(words) != 1:
-        raise UserError(f"submit chain: takes one file, not {' '.join(words) or 'none'}; stages and their arguments stand in it")
+    if len(argv) != 1:
+        raise UserError(f"submit chain: takes one file, not {' '.join(argv) or 'none'}; stages and their arguments stand in it "
+                        f"(chains of the package: {', '.join(chain_file.names())})")
     given = [name for name in ("nodes", "min_nodes", "nodes_set", "array") if getattr(args, name)]
     if given:
-        raise UserError(f"submit chain: --{given[0].replace('_', '-')} belongs to a stage; write it into {words[0]}")
+        raise UserError(f"submit chain: --{given[0].replace('_', '-')} belongs to a stage; write it into {argv[0]}")
+    if args.scripts is not None and (args.dry_run or args.continue_chain):
+        raise UserError(f"--scripts {args.scripts}: submits nothing; leave out --dry-run and --continue")
     options = chain.Options(args.cluster, args.account, args.partition, args.time)
-    return chain.run(Path(words[0]), options, resume=args.continue_chain, dry_run=args.dry_run)
+    if args.scripts is None:
+        return chain.run(argv[0], options, COMMANDS, resume=args.continue_chain, dry_run=args.dry_run)
+    for script in write_scripts(argv[0], args.scripts, options, COMMANDS):
+        print(script)
+    return 0
 
 
 def _cluster_name(args: argparse.Namespace) -> str:
     if args.cluster is None:
         raise UserError(f"--cluster: is missing; pass one of {', '.join(cluster.names())}, or a YAML file of your own")
     return str(args.cluster)
-
-
-def settings_by_nodes(given: list[str]) -> dict[int, tuple[str, ...]]:
-    """Return number of nodes -> settings, of N:key=value arguments.
-
-    Raises:
-        UserError: one of another form.
-    """
-    settings: dict[int, tuple[str, ...]] = {}
-    for text in given:
-        count, colon, setting = text.partition(":")
-        if not colon or not count.isdigit() or "=" not in setting:
-            raise UserError(f"--nodes-set {text}: must have the form N:key=value, e.g. 2:parallel.ep=2")
-        settings[int(count)] = (*settings.get(int(count), ()), setting)
-    return settings

@@ -5,23 +5,20 @@ Types are checked and converted by pydantic when a config is read from JSON or c
 """
 
 from megatron_sov.config.data import DataConfig, PhaseConfig
-from megatron_sov.config.evaluate import BesideConfig, EvaluateConfig
+from megatron_sov.config.evaluate import BackgroundEvalConfig, EvaluateConfig
 from megatron_sov.config.extend import ExtendConfig, ExtendStageConfig, GateConfig, PartConfig
 from megatron_sov.config.guards import GuardConfig
 from megatron_sov.config.layout import ParallelConfig
 from megatron_sov.config.model import ModelConfig, YarnConfig
 from megatron_sov.config.needle import Language, NeedleConfig, NeedleKind
 from megatron_sov.config.optim import GroupConfig, OptimConfig
-from megatron_sov.config.reading import apply_settings, from_dict
-from megatron_sov.config.run import (
-    ObjectiveConfig,
-    ObsConfig,
-    RunConfig,
-    TrainConfig,
-)
+from megatron_sov.config.reading import apply_settings, data_paths, from_dict
+from megatron_sov.config.run import ObjectiveConfig, ObsConfig, RunConfig
+from megatron_sov.config.train import TrainConfig
 
 __all__ = [
-    "BesideConfig", "DataConfig", "EvaluateConfig", "ExtendConfig", "ExtendStageConfig", "GateConfig", "GroupConfig",
+    "BackgroundEvalConfig", "DataConfig", "EvaluateConfig", "ExtendConfig", "ExtendStageConfig", "GateConfig", "GroupConfig",
     "GuardConfig", "Language", "ModelConfig", "NeedleConfig", "NeedleKind", "ObjectiveConfig", "ObsConfig", "OptimConfig",
-    "ParallelConfig", "PartConfig", "PhaseConfig", "RunConfig", "TrainConfig", "YarnConfig", "apply_settings", "from_dict",
+    "ParallelConfig", "PartConfig", "PhaseConfig", "RunConfig", "TrainConfig", "YarnConfig", "apply_settings",
+    "data_paths", "from_dict",
 ]

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from itertools import accumulate
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from megatron_sov.config.data import DataConfig, PhaseConfig
-    from megatron_sov.config.run import TrainConfig
+from megatron_sov.config.data import DataConfig, PhaseConfig
+from megatron_sov.config.train import TrainConfig
 
 
 def batch_size_at(train: TrainConfig, phase: PhaseConfig, step: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -36,6 +37,25 @@ class PhaseConfig:
     schedule: Schedule | None = None
     """Form of the phase's own schedule; null: `optim.schedule`."""
 
+    def problems(self, where: str) -> list[str]:
+        """Return one sentence for every rule that this phase breaks by itself; `where` names it, as in data.phases.0 (main)."""
+        rules = [
+            (self.tokens >= 0, f"{where}.tokens = {self.tokens} must not be negative"),
+            (self.global_batch_size >= 0, f"{where}.global_batch_size = {self.global_batch_size} must not be negative"),
+            (self.rewarm_steps >= 0, f"{where}.rewarm_steps = {self.rewarm_steps} must not be negative"),
+            (0 <= self.min_lr <= self.lr < math.inf,
+             f"{where}.min_lr = {self.min_lr} must lie between 0 and the phase's lr = {self.lr}"),
+            (not self.schedule or bool(self.lr),
+             f"{where}.schedule = {self.schedule} needs a rate of the phase's own; set its lr"),
+            (self.share > 0, f"{where}.share = {self.share} must be positive"),
+            (self.seq_len > 1, f"{where}.seq_len = {self.seq_len} must be at least 2"),
+            *((weight >= 0, f"{where}.blend.{source} = {weight} must not be negative")
+              for source, weight in self.blend.items()),
+            (not self.blend or sum(self.blend.values()) > 0,
+             f"{where}.blend has only zero weights; give at least one source a weight"),
+        ]
+        return [sentence for holds, sentence in rules if not holds]
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -57,3 +77,21 @@ class DataConfig:
     """Batches that are prepared ahead of the step, in a thread; 0: none."""
     heldout_tokens: int = 65536
     """Held-out tokens of each source that an evaluation reads at most."""
+
+    def problems(self) -> list[str]:
+        """Return one sentence for every rule that these settings break by themselves."""
+        p = []
+        if not self.phases:
+            p.append("data.phases = () must hold at least one phase")
+        if len({bool(phase.tokens) for phase in self.phases}) > 1:
+            p.append("data.phases: some phases have a budget in tokens and some have none; give one to all or to none")
+        p += [f"data.skip_steps has [{first}, {last}]; a stretch is [first, last] with 1 <= first <= last"
+              for first, last in self.skip_steps if not 0 < first <= last]
+        for i, phase in enumerate(self.phases):
+            p += phase.problems(f"data.phases.{i} ({phase.name})")
+        rules = [
+            (self.prefetch_steps >= 0, f"data.prefetch_steps = {self.prefetch_steps} must not be negative"),
+            (self.max_epochs >= 0, f"data.max_epochs = {self.max_epochs} must not be negative"),
+            (self.heldout_tokens >= 0, f"data.heldout_tokens = {self.heldout_tokens} must not be negative"),
+        ]
+        return p + [sentence for holds, sentence in rules if not holds]

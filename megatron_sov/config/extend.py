@@ -57,6 +57,9 @@ class ExtendStageConfig:
     yarn_factor: float = 0.0
     """How far YaRN stretches the original context, for models whose layers are all global; 1: not at all; 0: new / original
     length, or not at all where `rope_theta` changes the base instead."""
+    yarn_original_tokens: int = 0
+    """Context that YaRN stretches, where a released config names another one than the lengths give; 0: the
+    longest context that was trained without YaRN."""
 
     def problems(self, where: str) -> list[str]:
         """Return one sentence for every rule that the stage breaks."""
@@ -80,6 +83,8 @@ class ExtendStageConfig:
              f"{where}.kind = midtraining needs a part named trajectories; use kind extension without one"),
             (min(self.lr, self.rope_theta) >= 0, f"{where}: lr {self.lr} and rope_theta {self.rope_theta} must not be negative"),
             (self.yarn_factor == 0 or self.yarn_factor >= 1, f"{where}.yarn_factor = {self.yarn_factor} must be 0 or at least 1"),
+            (self.yarn_original_tokens >= 0,
+             f"{where}.yarn_original_tokens = {self.yarn_original_tokens} must not be negative"),
         ]
         return [sentence for holds, sentence in rules if not holds]
 

@@ -31,7 +31,7 @@ class GuardConfig:
     """Before each checkpoint, compare the weights of processes that must hold the same, bit for bit."""
     probe_every_steps: int = 0
     """Every so many steps each process computes a micro-batch twice and compares the gradients, bit for bit; 0: never."""
-    on_corruption: Literal["exit", "record"] = "exit"
+    on_sdc: Literal["exit", "record"] = "exit"
     """When replicas or repetitions differ: end with exit code 77 before the next checkpoint, or record it and go on."""
     straggler_every_steps: int = 100
     """Steps over which each process's computing time is averaged for the report; 0: never."""

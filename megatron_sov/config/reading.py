@@ -1,15 +1,20 @@
-"""Reading settings: from JSON, and from `--set key=value`."""
+"""Reading settings: from JSON, from `--set key=value`, and from `--data DIR[:weight]`."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
+from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
 from megatron_sov.config.run import RunConfig
-from megatron_sov.errors import UserError, nearest
+from megatron_sov.errors import UserError, list_problems, nearest
+
+RENAMED = {"evaluate.beside": "evaluate.background", "guards.on_corruption": "guards.on_sdc"}
+"""Setting of an earlier version -> what it is called now."""
 
 
 def from_dict(raw: dict[str, Any]) -> RunConfig:
@@ -21,16 +26,19 @@ def from_dict(raw: dict[str, Any]) -> RunConfig:
     try:
         return TypeAdapter(RunConfig).validate_python(raw)
     except ValidationError as e:
-        lines = [_explain(error) for error in e.errors()]
-        count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
-        raise UserError(f"config: {count}\n" + "\n".join(f"  {line}" for line in lines)) from None
+        raise UserError(list_problems("config", [_explain(error) for error in e.errors()])) from None
 
 
 def _explain(error: Any) -> str:
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return f"{where}: no such setting{nearest(str(error['loc'][-1]), _fields_at(error['loc'][:-1]))}"
+        return f"{where}: no such setting{_instead(where, _fields_at(error['loc'][:-1]))}"
     return f"{where} = {error.get('input')!r}: {error['msg']}"
+
+
+def _instead(key: str, known: list[str]) -> str:
+    """Return what to write in place of a setting that does not exist."""
+    return f"; it is called {RENAMED[key]} now" if key in RENAMED else nearest(key.rpartition(".")[2], known)
 
 
 def _fields_at(path: tuple[Any, ...]) -> list[str]:
@@ -84,7 +92,8 @@ def _assign(raw: Any, parts: list[str], value: Any, setting: str) -> None:
         else:
             known = [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else None
             if known is not None and part not in known:
-                raise UserError(f"--set {setting!r}: '{'.'.join(parts[:depth + 1])}' does not exist{nearest(part, known)}")
+                where = ".".join(parts[:depth + 1])
+                raise UserError(f"--set {setting!r}: '{where}' does not exist{_instead(where, known)}")
             index = part
         cls = _class_below(cls, part)
         if last:
@@ -109,3 +118,29 @@ def _class_below(cls: Any, part: str) -> Any:
     if get_origin(hint) in (tuple, list):
         return hint
     return next((o for o in (hint, *get_args(hint)) if dataclasses.is_dataclass(o)), None)
+
+
+def data_paths(data: list[str]) -> dict[str, float]:
+    """Return folder -> weight of --data arguments; the weight after the last colon defaults to 1.
+
+    Raises:
+        UserError: a folder that does not exist or is given twice, or a weight that is not a number.
+    """
+    paths: dict[str, float] = {}
+    for argument in data:
+        path, weight = argument, 1.0
+        if not Path(argument).exists() and ":" in argument:
+            path, _, text = argument.rpartition(":")
+            try:
+                weight = float(text)
+            except ValueError:
+                raise UserError(f"--data {argument}: does not exist, and {text!r} after the colon is not a weight") from None
+        if not 0 <= weight < math.inf:
+            raise UserError(f"--data {argument}: the weight must be a number that is not negative")
+        if not Path(path).is_dir():
+            raise UserError(f"--data {path}: {'is not a folder' if Path(path).exists() else 'does not exist'}; "
+                            "pass a folder made by `sov-data pack`")
+        if path in paths:
+            raise UserError(f"--data {path}: is given twice; name it once, with a weight if you like")
+        paths[path] = weight
+    return paths

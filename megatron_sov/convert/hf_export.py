@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ from megatron_sov.convert.sources import CONFIG, INDEX, SINGLE_FILE, CheckpointW
 from megatron_sov.convert.values import KEEP, check_dtype_name, check_space, converted, exported_dtype
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.checkpoint.writer import TensorSpec
+from megatron_sov.obs.warning import warn
 
 KIND = "hf_model"
 
@@ -79,7 +79,7 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *, max_sha
         artifact.writer.settings = {"dtype": dtype, "max_shard_bytes": max_shard_bytes}
     conflict = split_conflict(out, models.get(source.model.family).reader_split)
     if conflict:
-        print(f"warning: {conflict}", file=sys.stderr)
+        warn(conflict)
 
 
 def planned_files(source: CheckpointWeights, dtype: str, max_shard_bytes: int) -> dict[str, list[TensorSpec]]:

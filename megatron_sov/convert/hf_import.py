@@ -20,8 +20,8 @@ from megatron_sov.errors import UserError
 from megatron_sov.mcore.checkpoint.sharded_tensors import (
     MAX_FILE_BYTES,
     Index,
-    Piece,
-    add_piece,
+    StoredBlock,
+    add_block,
     block_name,
     file_name,
     write_index,
@@ -93,5 +93,5 @@ def _index(files: dict[str, list[TensorSpec]], links: dict[str, Link]) -> Index:
     for file, blocks in files.items():
         for spec in blocks:
             link = links[spec.name]
-            add_piece(index, link.key, spec.dtype, link.shape, Piece(file, spec.name, link.offset, link.extent))
+            add_block(index, link.key, spec.dtype, link.shape, StoredBlock(file, spec.name, link.offset, link.extent))
     return index

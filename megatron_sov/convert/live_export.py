@@ -13,8 +13,8 @@ from megatron_sov import models
 from megatron_sov.convert.sources import check_exact
 from megatron_sov.convert.values import KEEP, check_dtype_name, exported_dtype
 from megatron_sov.mcore.checkpoint.gather import Gatherer, in_order
-from megatron_sov.mcore.model import local_shards
 from megatron_sov.mcore.model.language_model import LanguageModel
+from megatron_sov.mcore.model.local_shards import local_shards
 from megatron_sov.models.weights import Link
 
 
@@ -44,7 +44,7 @@ def export_weights(model: LanguageModel, dtype: str = KEEP, *, everywhere: bool 
     by_key: dict[str, list[Link]] = {}
     for link in links:
         by_key.setdefault(link.key, []).append(link)
-    gatherer = Gatherer(local_shards.of(model), everywhere=everywhere)
+    gatherer = Gatherer(local_shards(model), everywhere=everywhere)
     check_exact("the running model", gatherer.shapes(), {link.key: link.shape for link in links}, "mend its family's weight map")
     tensors = in_order(gatherer, list(by_key))
     try:

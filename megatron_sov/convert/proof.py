@@ -26,7 +26,7 @@ _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
 
 @dataclass(frozen=True)
-class Check:
+class ParityCheck:
     """One measured statement about a conversion."""
 
     name: str
@@ -41,8 +41,8 @@ class Check:
     """What does not fit, if anything."""
 
 
-def _count(name: str, found: list[str]) -> Check:
-    return Check(name, len(found), 0, not found, listed(found))
+def _count(name: str, found: list[str]) -> ParityCheck:
+    return ParityCheck(name, len(found), 0, not found, listed(found))
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class TensorRecord:
 class Proof:
     """What a comparison found."""
 
-    checks: list[Check]
+    checks: list[ParityCheck]
     """Every statement, passed or not."""
     tensors: dict[str, TensorRecord]
     """Hugging Face name -> record, of all tensors that both sides have."""
@@ -107,12 +107,12 @@ def _differing_fields(a: Weights, b: Weights) -> list[str]:
     return [f"{name} ({one.get(name)} and {other.get(name)})" for name in {**one, **other} if one.get(name) != other.get(name)]
 
 
-def _tensor_checks(a: Weights, b: Weights, records: dict[str, TensorRecord]) -> list[Check]:
+def _tensor_checks(a: Weights, b: Weights, records: dict[str, TensorRecord]) -> list[ParityCheck]:
     largest = max((record.difference for record in records.values()), default=0.0)
     return [
         _count("tensors that only one side has", sorted(set(a.names()).symmetric_difference(b.names()))),
         _count("tensors whose values differ", [name for name, record in records.items() if not record.equal]),
-        Check("largest difference of a weight", largest, 0.0, largest == 0.0),
+        ParityCheck("largest difference of a weight", largest, 0.0, largest == 0.0),
     ]
 
 
@@ -153,7 +153,7 @@ def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.dtype == other.dtype and torch.equal(one.contiguous().view(bits), other.contiguous().view(bits))
 
 
-def _loading_checks(side: HfWeights) -> list[Check]:
+def _loading_checks(side: HfWeights) -> list[ParityCheck]:
     """Load with transformers as a user would, and count the keys that it reports."""
     _check_memory(side.path)
     from transformers import AutoModelForCausalLM
@@ -163,7 +163,7 @@ def _loading_checks(side: HfWeights) -> list[Check]:
         _, info = AutoModelForCausalLM.from_pretrained(
             side.path, dtype="auto", output_loading_info=True, local_files_only=True, use_safetensors=True)
     except (RuntimeError, ValueError, OSError) as e:
-        return [Check(f"{side.path}: transformers loads it", 1, 0, False, str(e).strip().splitlines()[0])]
+        return [ParityCheck(f"{side.path}: transformers loads it", 1, 0, False, str(e).strip().splitlines()[0])]
     return [_count(f"{title} {kind}", sorted(map(str, info[f"{kind}_keys"]))) for kind in ("missing", "unexpected", "mismatched")]
 
 

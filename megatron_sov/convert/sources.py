@@ -90,7 +90,7 @@ def check_exact(where: object, found: dict[str, tuple[int, ...]], expected: dict
 
 
 def refuse_damage(weights: Weights, workers: int) -> None:
-    """Check the files of an artifact that conversion reads (all but other parts, as the optimizer's) against its manifest.
+    """ParityCheck the files of an artifact that conversion reads (all but other parts, as the optimizer's) against its manifest.
 
     Raises:
         UserError: a file is missing or was changed since it was written; the message names it, and what it holds.
@@ -188,7 +188,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def check_dtypes(weights: Weights) -> None:
-    """Check, before anything is converted, that every tensor has a dtype that can be kept.
+    """ParityCheck, before anything is converted, that every tensor has a dtype that can be kept.
 
     Raises:
         UserError: weights that are no floating-point numbers, router biases that were rounded (they move in steps that vanish in

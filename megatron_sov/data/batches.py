@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_sov.config import RunConfig
-from megatron_sov.data.ledger import Entry
+from megatron_sov.data.ledger import LedgerEntry
 from megatron_sov.data.order import Sample, SampleOrder
 from megatron_sov.data.rows import Row, join_rows, sample_row
 
@@ -17,7 +17,7 @@ from megatron_sov.data.rows import Row, join_rows, sample_row
 class RankBatch:
     """One rank's part of a global batch."""
 
-    entry: Entry
+    entry: LedgerEntry
     """The ledger's entry that the batch follows."""
     rows: tuple[Row, ...]
     """One row of `micro_batch_size` samples per micro-batch; none where the entry says to skip."""

@@ -17,7 +17,7 @@ from megatron_sov.errors import UserError, nearest
 
 
 @dataclass(frozen=True)
-class Entry:
+class LedgerEntry:
     """What holds from one step on, until the next entry."""
 
     first_step: int
@@ -33,12 +33,12 @@ class Entry:
     skip: bool = False
     """Whether the steps' samples are passed over: drawn, and not learned."""
 
-    def continues(self, other: Entry) -> bool:
+    def continues(self, other: LedgerEntry) -> bool:
         """Return whether this entry says the same as `other`, apart from the step."""
         return dataclasses.replace(self, first_step=other.first_step) == other
 
 
-def plan(config: RunConfig, sources: list[Source]) -> list[Entry]:
+def plan(config: RunConfig, sources: list[Source]) -> list[LedgerEntry]:
     """Return the entries that the settings ask for, over the whole run; phases too short for a step have none.
 
     Raises:
@@ -46,14 +46,14 @@ def plan(config: RunConfig, sources: list[Source]) -> list[Entry]:
     """
     starts = [*config.phase_starts(), config.num_steps()]
     skips = [s for first, last in config.data.skip_steps for s in (first - 1, last)]
-    entries: list[Entry] = []
+    entries: list[LedgerEntry] = []
     for i, (phase, start, end) in enumerate(zip(config.data.phases, starts, starts[1:], strict=False)):
         weights = _weights(i, phase, sources)
         changes = [start, *curriculum.ramp_changes(config.train, phase), *skips]
         for step in sorted({s for s in changes if start <= s < end}):
             skip = any(first - 1 <= step < last for first, last in config.data.skip_steps)
             size = curriculum.batch_size_at(config.train, phase, step)
-            entries.append(Entry(step, phase.name, phase.seq_len, size, weights, skip))
+            entries.append(LedgerEntry(step, phase.name, phase.seq_len, size, weights, skip))
     return [e for e, before in zip(entries, [None, *entries], strict=False) if before is None or not e.continues(before)]
 
 
@@ -77,7 +77,7 @@ def _weights(index: int, phase: PhaseConfig, sources: list[Source]) -> dict[str,
 class Ledger:
     """History up to the current step, and the plan from there on."""
 
-    def __init__(self, planned: Sequence[Entry], history: Sequence[Entry] = (), step: int = 0) -> None:
+    def __init__(self, planned: Sequence[LedgerEntry], history: Sequence[LedgerEntry] = (), step: int = 0) -> None:
         past = [e for e in history if e.first_step < step]
         running = next((e for e in reversed(planned) if e.first_step <= step), None)
         future = [e for e in planned if e.first_step > step]
@@ -85,13 +85,13 @@ class Ledger:
             past.append(dataclasses.replace(running, first_step=step))
         self.entries = past + future
 
-    def at(self, step: int) -> Entry:
+    def at(self, step: int) -> LedgerEntry:
         """Return the entry that holds at a step."""
         return next(e for e in reversed(self.entries) if e.first_step <= step)
 
     def pass_over(self, first: int, end: int) -> None:
         """Mark the steps from `first` to before `end` (0-based): their samples were drawn, and are not learned."""
-        entries: list[Entry] = []
+        entries: list[LedgerEntry] = []
         for step in sorted({first, end, *(e.first_step for e in self.entries)}):
             at = self.at(step)
             entry = dataclasses.replace(at, first_step=step, skip=at.skip or first <= step < end)
@@ -99,7 +99,7 @@ class Ledger:
                 entries.append(entry)
         self.entries = entries  # at once: the batches of later steps are prepared in another thread
 
-    def history(self, step: int) -> list[Entry]:
+    def history(self, step: int) -> list[LedgerEntry]:
         """Return the entries that the steps before `step` followed."""
         return [e for e in self.entries if e.first_step < step]
 

@@ -7,11 +7,12 @@ and belongs into the checkpoint.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_sov.config import RunConfig
-from megatron_sov.data.ledger import Entry, Ledger, plan
+from megatron_sov.data.ledger import Ledger, LedgerEntry, plan
 from megatron_sov.data.packing import Row
 from megatron_sov.data.streams import Cursor, Packing, Stream
 from megatron_sov.data.token_shards import Documents, Source
@@ -44,7 +45,7 @@ class OrderState:
 
     cursors: dict[str, Cursor] = field(default_factory=dict)
     """Source name -> cursor."""
-    history: list[Entry] = field(default_factory=list)
+    history: list[LedgerEntry] = field(default_factory=list)
     """The ledger up to now."""
     step: int = 0
     """Steps whose batches were given."""
@@ -58,24 +59,33 @@ class OrderState:
     @staticmethod
     def from_dict(raw: dict[str, Any]) -> OrderState:
         """Return the state that `to_dict` gave."""
-        return OrderState({n: Cursor(**c) for n, c in raw["cursors"].items()}, [Entry(**e) for e in raw["history"]],
+        return OrderState({n: Cursor(**c) for n, c in raw["cursors"].items()}, [LedgerEntry(**e) for e in raw["history"]],
                           raw["step"], dict(raw["taken"]))
 
 
 class SampleOrder:
     """Gives the samples of each global batch, in order of steps."""
 
-    def __init__(self, config: RunConfig, sources: list[Source], state: OrderState | None = None) -> None:
+    def __init__(self, config: RunConfig, sources: list[Source], state: OrderState | None = None,
+                 planned: Sequence[LedgerEntry] | None = None) -> None:
+        """Go on behind a state.
+
+        Args:
+            config: the run's settings.
+            sources: what is read.
+            state: where an earlier order stood; None: the beginning.
+            planned: the ledger as `plan` gives it for these settings and sources; None: it is planned here.
+        """
         self.sources = sources
         self.state = state or OrderState()
-        self.ledger = Ledger(plan(config, sources), self.state.history, self.state.step)
+        self.ledger = Ledger(plan(config, sources) if planned is None else planned, self.state.history, self.state.step)
         self._seed = config.train.seed
         self._packing: Packing = config.data.packing
         self._index = {s.name: i for i, s in enumerate(sources)}
         self._documents: dict[int, Documents] = {}
         self._streams: dict[str, Stream] = {}
 
-    def next_batch(self) -> tuple[Entry, list[Sample]]:
+    def next_batch(self) -> tuple[LedgerEntry, list[Sample]]:
         """Return the ledger's entry and the samples of the next global batch, and move all cursors behind them."""
         s = self.state
         entry = self.ledger.at(s.step)
@@ -86,7 +96,7 @@ class SampleOrder:
         s.history = self.ledger.history(s.step)
         return entry, samples
 
-    def _next_sample(self, entry: Entry) -> Sample:
+    def _next_sample(self, entry: LedgerEntry) -> Sample:
         name = next_source(entry.weights, self.state.taken)
         self.state.taken[name] = self.state.taken.get(name, 0) + 1
         return Sample(self._index[name], self._stream(name).next_sample(entry.seq_len))

@@ -21,6 +21,8 @@ from typing import Literal
 
 import psutil
 
+from megatron_sov.version import OUR_PACKAGES
+
 Status = Literal["ok", "missing", "warning", "broken"]
 
 MIN_PYTHON = (3, 11)
@@ -29,7 +31,6 @@ MIN_FREE_MEMORY_BYTES = 4 * 10**9
 REQUIRED_PACKAGES = ("numpy", "megatron-core", "transformers", "tokenizers", "safetensors", "pydantic", "plotly", "jinja2",
                      "tqdm", "psutil", "tiktoken", "pyarrow", "zstandard")
 OPTIONAL_PACKAGES = {"tensorboard": "dev", "wandb": "dev", "vllm": "rollout"}
-OUR_PACKAGES = ("megatron_sov", "tokenizer", "data_prep")
 TE_COMMAND = "pip install --no-build-isolation 'megatron-sov[gpu]' (needs a CUDA toolchain, see docs/install.md)"
 _COMMAND_TIMEOUT_S = 10
 

@@ -16,10 +16,10 @@ import torch
 
 from megatron_sov import convert
 from megatron_sov.artifacts import MANIFEST, atomic_write, manifest_sha256, to_json
-from megatron_sov.convert import Check
+from megatron_sov.convert import ParityCheck
 from megatron_sov.convert.proof import Proof
 from megatron_sov.convert.sources import Weights
-from megatron_sov.errors import UserError
+from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.eval.parity import MAX_DIFFERENCE, compare_hf_logits, compare_logits, random_prompts
 from megatron_sov.generate.target import Target, as_checkpoint
 from megatron_sov.mcore.parallel import world
@@ -33,7 +33,7 @@ SEED = 0
 class LogitsProof:
     """What running both sides found."""
 
-    checks: list[Check]
+    checks: list[ParityCheck]
     """Empty where the logits were not compared."""
     method: dict[str, Any] = field(default_factory=dict)
     """For the card: prompts, precision, who ran each side; or why nothing was run."""
@@ -91,7 +91,7 @@ def _same_weights(checkpoint: Weights, folder: Weights) -> Iterator[tuple[Path, 
         with tempfile.TemporaryDirectory(prefix="sov-export-") as parent:
             # in a process of its own: threads that torch starts here would be missing in the ranks, forked from this one
             if world.launch(lambda: convert.to_hf(checkpoint.path, Path(parent) / "hf"), 1):
-                raise SystemExit(1)
+                raise SystemExit(ExitCode.CRASH)
             yield checkpoint.path, Path(parent) / "hf"
     else:
         yield checkpoint.path, folder.path

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_sov.convert import Check
+from megatron_sov.convert import ParityCheck
 from megatron_sov.eval.filling import rows_of
 from megatron_sov.generate.hf import load_hf
-from megatron_sov.generate.load import Loaded, run_policy
+from megatron_sov.generate.load import Loaded, run_forward_model
 from megatron_sov.generate.target import Target
-from megatron_sov.mcore.decode.forward_only import Inputs, Policy
-from megatron_sov.mcore.parallel import cpu_shims
+from megatron_sov.mcore.decode.forward_only import ForwardModel, Inputs
+from megatron_sov.mcore.parallel.device import local_device
 
 MAX_DIFFERENCE = 1e-4
 """Largest difference of a logit, relative to the largest logit (or to 1, if that is smaller)."""
@@ -26,7 +26,7 @@ LOGITS_BYTES = 1 << 30
 
 
 def compare_logits(checkpoint: Path, hf_dir: Path, prompts: Sequence[Sequence[int]], *, settings: Sequence[str] = (),
-                   nproc: int | None = None) -> list[Check]:
+                   nproc: int | None = None) -> list[ParityCheck]:
     """Compare a checkpoint's logits with those of transformers on a Hugging Face folder, in fp32.
 
     Args:
@@ -46,8 +46,8 @@ def compare_logits(checkpoint: Path, hf_dir: Path, prompts: Sequence[Sequence[in
         hf = load_hf(hf_dir, torch.float32) if loaded.world.is_main else None
         return [asdict(c) for c in _checks(loaded.policy, hf, prompts)]
 
-    found = run_policy(Target(checkpoint, False), ["train.precision=fp32", *settings], nproc, work)
-    return [Check(**c) for c in found or []]
+    found = run_forward_model(Target(checkpoint, False), ["train.precision=fp32", *settings], nproc, work)
+    return [ParityCheck(**c) for c in found or []]
 
 
 def random_prompts(lengths: Sequence[int], vocab_size: int, seed: int = 0) -> list[list[int]]:
@@ -56,7 +56,7 @@ def random_prompts(lengths: Sequence[int], vocab_size: int, seed: int = 0) -> li
     return [generator.integers(0, vocab_size, n).tolist() for n in lengths]
 
 
-def compare_hf_logits(a: Path, b: Path, prompts: Sequence[Sequence[int]]) -> list[Check]:
+def compare_hf_logits(a: Path, b: Path, prompts: Sequence[Sequence[int]]) -> list[ParityCheck]:
     """Compare the logits of two Hugging Face folders in fp32, both run by transformers, one after the other.
 
     Raises:
@@ -87,19 +87,19 @@ class _Difference:
         self._other += _clearly_different(ours, reference)
         self._compared += len(reference)
 
-    def checks(self) -> list[Check]:
+    def checks(self) -> list[ParityCheck]:
         """Return the largest difference and the number of other most probable tokens, with their limits."""
         limit = MAX_DIFFERENCE * self._scale
-        return [Check("largest difference of a logit", self._largest, limit, self._largest <= limit, self._worst),
-                Check("greedy tokens that differ", self._other, 0, self._other == 0, f"of {self._compared}")]
+        return [ParityCheck("largest difference of a logit", self._largest, limit, self._largest <= limit, self._worst),
+                ParityCheck("greedy tokens that differ", self._other, 0, self._other == 0, f"of {self._compared}")]
 
 
-def _checks(policy: Policy, hf: Any, prompts: Sequence[Sequence[int]]) -> list[Check]:
+def _checks(policy: ForwardModel, hf: Any, prompts: Sequence[Sequence[int]]) -> list[ParityCheck]:
     """Return the checks on the process that has transformers' model, nothing of meaning elsewhere."""
     difference = _Difference()
     limit_tokens = max(LOGITS_BYTES // (4 * policy.model.vocab_size), max(map(len, prompts)))
     for row in rows_of([len(p) for p in prompts], limit_tokens):
-        batch = Inputs([prompts[i] for i in row], cpu_shims.device())
+        batch = Inputs([prompts[i] for i in row], local_device())
         ours = policy.logits(batch, torch.arange(sum(len(prompts[i]) for i in row)))
         if hf is None:
             continue

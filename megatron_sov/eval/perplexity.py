@@ -15,7 +15,7 @@ from megatron_sov.generate.load import Loaded
 from megatron_sov.train.evaluate import HeldoutEvaluator, HeldoutLoss
 
 
-def evaluate_policy(loaded: Loaded, data: HeldoutData) -> dict[str, HeldoutLoss]:
+def evaluate_forward_model(loaded: Loaded, data: HeldoutData) -> dict[str, HeldoutLoss]:
     """Return the loss per source of a running policy; called by all processes together."""
     multiple = loaded.config.parallel.row_multiple
     step = multiple // math.gcd(multiple, data.seq_len)  # so many samples in a row that the layout can cut it

@@ -12,15 +12,15 @@ import torch
 
 from megatron_sov.config import GateConfig, RunConfig
 from megatron_sov.eval.heldout import HeldoutData, open_heldout
-from megatron_sov.eval.perplexity import evaluate_policy
+from megatron_sov.eval.perplexity import evaluate_forward_model
 from megatron_sov.extend.decontamination import Decontamination
 from megatron_sov.extend.needles import Needles
-from megatron_sov.extend.verdict import judge
-from megatron_sov.generate.load import Loaded, run_policy
+from megatron_sov.extend.verdict import decide
+from megatron_sov.generate.load import Loaded, run_forward_model
 from megatron_sov.generate.target import Target
-from megatron_sov.mcore.model import pipeline
+from megatron_sov.mcore.parallel import collectives
 from megatron_sov.train.evaluate import HeldoutLoss
-from megatron_sov.train.trainer import Trainer
+from megatron_sov.train.gate import GateView
 
 
 def short_context(config: RunConfig, trained_tokens: int) -> HeldoutData:
@@ -41,8 +41,8 @@ def loss_of_checkpoint(start: Path, short: HeldoutData, config: RunConfig, nproc
         Nats per token; None on other processes than the first of a torchrun or Slurm job.
     """
     layout = [f"parallel.{name}={value}" for name, value in config.to_dict()["parallel"].items()]
-    found: float | None = run_policy(Target(start, False), [*layout, f"train.precision={config.train.precision}"], nproc,
-                                     lambda loaded: mean_loss(evaluate_policy(loaded, short)))
+    found: float | None = run_forward_model(Target(start, False), [*layout, f"train.precision={config.train.precision}"], nproc,
+                                     lambda loaded: mean_loss(evaluate_forward_model(loaded, short)))
     return found
 
 
@@ -67,34 +67,34 @@ class StageGate:
         self._checks: list[dict[str, Any]] = []
         self._result: dict[str, Any] | None = None
 
-    def begin(self, trainer: Trainer) -> None:
+    def begin(self, run: GateView) -> None:
         """Record what was searched, and judge the model as it is before the first step."""
-        trainer.events.write("decontamination", step=trainer.done.step, **self._clean.fields())
-        self._judge(trainer)
+        run.events.write("decontamination", step=run.step, **self._clean.fields())
+        self._measure(run)
 
-    def check(self, trainer: Trainer) -> None:
+    def check(self, run: GateView) -> None:
         """Judge the model every `every_steps` steps and after the last one."""
-        step = trainer.done.step
-        if step % self._settings.every_steps == 0 or step == trainer.num_steps or step == self._min_steps:
-            self._judge(trainer)
+        step = run.step
+        if step % self._settings.every_steps == 0 or step == run.num_steps or step == self._min_steps:
+            self._measure(run)
 
-    def _judge(self, trainer: Trainer) -> None:
-        step = trainer.done.step
-        result = self._needles.measure(trainer)
-        losses = evaluate_policy(Loaded(trainer.policy, trainer.config, trainer.world), self._short)
-        known = self._start_loss if trainer.world.is_main and self._start_loss is not None else 0.0
-        start_loss = self._start_loss = float(pipeline.sum_everywhere(torch.tensor([known], dtype=torch.float64)))
-        verdict = judge(result.cells, mean_loss(losses), start_loss, self._settings)
+    def _measure(self, run: GateView) -> None:
+        step = run.step
+        result = self._needles.measure(run)
+        losses = evaluate_forward_model(Loaded(run.policy, run.config, run.world), self._short)
+        known = self._start_loss if run.world.is_main and self._start_loss is not None else 0.0
+        start_loss = self._start_loss = float(collectives.all_reduce_world(torch.tensor([known], dtype=torch.float64)))
+        verdict = decide(result.cells, mean_loss(losses), start_loss, self._settings)
         self.passed = verdict.passed and step >= self._min_steps
         self._checks.append({"step": step, "passed": self.passed, "failures": verdict.lines()})
-        trainer.events.write("gate", step=step, passed=self.passed, start_loss=start_loss,
+        run.events.write("gate", step=step, passed=self.passed, start_loss=start_loss,
                              losses={name: r.loss for name, r in losses.items()}, seq_len=self._short.seq_len,
                              min_steps=self._min_steps, **verdict.fields())
         if step == 0:
-            self._needles.record(trainer, "before", result)
-        elif trainer.finished:
-            self._result = self._needles.record(trainer, "after", result)
-        if trainer.world.is_main:
+            self._needles.record(run, "before", result)
+        elif run.finished:
+            self._result = self._needles.record(run, "after", result)
+        if run.world.is_main:
             said = "passes" if verdict.passed else "does not pass\n  " + "\n  ".join(verdict.lines())
             early = f", and the stage goes on to step {self._min_steps}" if verdict.passed and not self.passed else ""
             print(f"gate at step {step} {said}{early}", flush=True)
@@ -106,7 +106,7 @@ class StageGate:
         return (f"the gate has not passed within its {last['step']} steps; give the stage more with max_steps (or train.steps) "
                 f"and --resume, or change its data\n{lines}")
 
-    def completion(self, trainer: Trainer) -> dict[str, Any]:
+    def completion(self, run: GateView) -> dict[str, Any]:
         """Return what joins the completion manifest."""
         return {"needle": self._result, "gate": {"passed": self.passed, "start_loss": self._start_loss, "checks": self._checks,
                          "decontamination": self._clean.fields()}}

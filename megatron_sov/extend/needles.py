@@ -15,7 +15,7 @@ from megatron_sov.eval.needle.documents import SOURCE_NAME, NeedleDocuments, nee
 from megatron_sov.eval.needle.engines import policy_engine
 from megatron_sov.eval.needle.haystack import open_haystacks
 from megatron_sov.eval.needle.suite import NeedleResult, NeedleSuite, make_suite, run_suite, table
-from megatron_sov.train.trainer import Trainer
+from megatron_sov.train.gate import GateView
 
 
 @dataclass(frozen=True)
@@ -24,25 +24,27 @@ class Needles:
 
     suite: NeedleSuite
     """Held-out text, keys and values kept for tests."""
+    data: tuple[Source, ...]
+    """The packed data, open."""
     sources: tuple[Source, ...]
     """Documents for training; none where `needle.train_share` is 0 and no blend names them."""
 
-    def before(self, trainer: Trainer) -> None:
+    def before(self, run: GateView) -> None:
         """Judge the model as it will be trained: with stretched rotations, if it gets them, before any step."""
-        self.record(trainer, "before", self.measure(trainer))
+        self.record(run, "before", self.measure(run))
 
-    def after(self, trainer: Trainer) -> dict[str, Any]:
+    def after(self, run: GateView) -> dict[str, Any]:
         """Judge the trained model; returns what joins the completion manifest."""
-        return {"needle": self.record(trainer, "after", self.measure(trainer))}
+        return {"needle": self.record(run, "after", self.measure(run))}
 
-    def measure(self, trainer: Trainer) -> NeedleResult:
+    def measure(self, run: GateView) -> NeedleResult:
         """Judge the model as it is; called by all processes together."""
-        return run_suite(self.suite, policy_engine(trainer.policy))
+        return run_suite(self.suite, policy_engine(run.policy))
 
-    def record(self, trainer: Trainer, when: str, result: NeedleResult) -> dict[str, Any]:
+    def record(self, run: GateView, when: str, result: NeedleResult) -> dict[str, Any]:
         """Write a result into the run's events and show it; returns it as plain values."""
-        trainer.events.write("needle", when=when, step=trainer.done.step, **result.to_dict())
-        if trainer.world.is_main:
+        run.events.write("needle", when=when, step=run.step, **result.to_dict())
+        if run.world.is_main:
             print(f"needle retrieval {when} the extension\n{table(result)}", flush=True)
         return result.to_dict()
 
@@ -66,9 +68,9 @@ def make_needles(config: RunConfig, start: Path) -> Needles:
     suite = make_suite(needle, open_haystacks(data, "heldout", tokenizer, languages=needle.languages))
     lengths = _document_lengths(config)
     if not lengths:
-        return Needles(suite, ())
+        return Needles(suite, tuple(data), ())
     haystacks = open_haystacks(data, "train", tokenizer, languages=needle.languages)
-    return Needles(suite, tuple(
+    return Needles(suite, tuple(data), tuple(
         needle_source(NeedleDocuments(haystacks, length, config.train.seed, needle),
                       needle.train_share if name == SOURCE_NAME else 0.0, name) for name, length in lengths.items()))
 

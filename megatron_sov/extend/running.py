@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import sys
+import time
 from pathlib import Path
 
 from megatron_sov.config import RunConfig
-from megatron_sov.data.token_shards import open_sources
 from megatron_sov.extend.decontamination import refuse_contaminated, search
 from megatron_sov.extend.gate import StageGate, loss_of_checkpoint, short_context
 from megatron_sov.extend.needles import Needles, make_needles, with_needles_in_blends
 from megatron_sov.extend.stages import PlannedStage
 from megatron_sov.generate.target import Target
+from megatron_sov.obs.warning import warn
 from megatron_sov.runs.checkpoints import find_checkpoint, latest
 from megatron_sov.runs.launch_environment import is_first
 from megatron_sov.train.guards.fault_injection import Fault
@@ -20,7 +20,7 @@ from megatron_sov.train.trainer import ObjectiveFactory
 
 
 def run_stages(stages: list[PlannedStage], start: Path, objective: ObjectiveFactory, nproc: int | None, resume: bool,
-               faults: tuple[Fault, ...] = ()) -> None:
+               began_s: float, faults: tuple[Fault, ...] = ()) -> None:
     """Run all stages; under a launcher it returns where one of them is not complete, else it raises.
 
     Args:
@@ -29,6 +29,7 @@ def run_stages(stages: list[PlannedStage], start: Path, objective: ObjectiveFact
         objective: what is learned.
         nproc: local processes.
         resume: whether folders may hold the runs already.
+        began_s: Unix time at which the work on the first stage that is not complete began.
         faults: what is to come on purpose, once in each stage.
 
     Raises:
@@ -40,18 +41,21 @@ def run_stages(stages: list[PlannedStage], start: Path, objective: ObjectiveFact
     prepared = [make_needles(stage.config, start) for stage in stages]
     start_loss: float | None = None
     for planned, needles in zip(stages, prepared, strict=True):
-        stage = Stage(with_needles_in_blends(planned.config), planned.folder, objective, start, resume,
-                      extra_sources=needles.sources, before=needles.before, after=needles.after, faults=faults)
+        stage = Stage(with_needles_in_blends(planned.config), planned.folder, objective, start, resume, needles.data,
+                      needles.sources, before=needles.before, after=needles.after, faults=faults)
         if planned.config.extend.gate.every_steps:
             fresh = latest(planned.folder.checkpoints) is None
             if fresh and start_loss is None:
                 start_loss = loss_of_checkpoint(first, short_context(planned.config, Target(first, False).trained_tokens),
                                                 planned.config, nproc)
             gate = _gate(planned, needles, Target(first, False).trained_tokens, start_loss)
-            stage = Stage(stage.config, stage.folder, stage.objective, start, resume, extra_sources=needles.sources,
+            stage = Stage(stage.config, stage.folder, stage.objective, start, resume, needles.data, needles.sources,
                           after=gate.completion, gate=gate, faults=faults)
-        if not run_stage(stage, nproc):
+        was_complete = stage.folder.completion() is not None
+        if not run_stage(stage, nproc, began_s):
             return
+        if not was_complete:
+            began_s = time.time()  # with it begins the work on the next one
         start = find_checkpoint(planned.folder.path)
 
 
@@ -60,9 +64,8 @@ def _gate(planned: PlannedStage, needles: Needles, short_tokens: int, start_loss
     config: RunConfig = planned.config
     settings = config.extend.gate
     if (text := asks_too_little(config)) and is_first():
-        print(f"warning: {planned.folder.path.name}: {text}", file=sys.stderr, flush=True)
-    sources = open_sources(config.data.paths, config.model.vocab_size)
-    clean = search(list(needles.suite.questions()), [*sources, *needles.sources], settings.scan_tokens)
+        warn(f"{planned.folder.path.name}: {text}")
+    clean = search(list(needles.suite.questions()), [*needles.data, *needles.sources], settings.scan_tokens)
     refuse_contaminated(clean, settings.max_overlap)
     return StageGate(settings, needles, short_context(config, short_tokens), start_loss, planned.min_steps, clean)
 

@@ -51,7 +51,7 @@ def _place(cell: dict[str, Any]) -> str:
     return f"{cell['kind']}, {cell['language']}, {cell['length_tokens']:,} tokens"
 
 
-def judge(cells: Sequence[Cell], loss: float, start_loss: float, gate: GateConfig) -> Verdict:
+def decide(cells: Sequence[Cell], loss: float, start_loss: float, gate: GateConfig) -> Verdict:
     """Return the verdict.
 
     A cell of 20 samples cannot prove 90 %: one that is right 97 % of the time misses two or more in 12 % of all tests.  So a

@@ -1,7 +1,7 @@
 """Continuations from a policy at any layout, with cached keys and values: batched, in bounded memory, with drafts if wanted.
 
 Sequences join and leave the batch one by one: a prompt takes the slot of a sequence that has ended.  Prompts are read in rows
-of a bounded number of tokens, long ones in pieces.  Where several processes have sequences of their own, each iteration is
+of a bounded number of tokens, long ones in spans.  Where several processes have sequences of their own, each iteration is
 one row on every one of them, whatever it holds, since they may share experts.
 
 Speculative decoding: the multi-token prediction layer drafts k tokens behind every sequence (reapplied to its own states
@@ -20,9 +20,9 @@ import torch
 
 from megatron_sov.generate.request import Batching, Generated, Sampling, Stop, Tokens
 from megatron_sov.generate.sampling import accepted_by_chance, accepted_greedily, draw, probabilities
-from megatron_sov.mcore.decode.cached_decoder import Read, Reader, over_shares, share_place
-from megatron_sov.mcore.decode.forward_only import Policy
-from megatron_sov.mcore.model.kv_cache import CacheSize, Piece
+from megatron_sov.mcore.decode.cached_decoder import CachedDecoder, DecodeOutput, over_shares, share_place
+from megatron_sov.mcore.decode.forward_only import ForwardModel
+from megatron_sov.mcore.model.kv_cache import CacheSize, Span
 
 
 @dataclass
@@ -52,23 +52,23 @@ class _Sequence:
 
 @dataclass
 class _Item:
-    """A piece of a row."""
+    """A span of a row."""
 
     sequence: _Sequence
-    piece: Piece
+    span: Span
     start: int
     """Row index of its first token."""
 
     @property
     def places(self) -> list[int]:
-        """Row indices behind which tokens are chosen: all of a step, the last of a prompt's last piece."""
-        end = self.start + len(self.piece.tokens)
+        """Row indices behind which tokens are chosen: all of a step, the last of a prompt's last span."""
+        end = self.start + len(self.span.tokens)
         if not self.sequence.in_prompt:
             return list(range(self.start, end))
-        return [end - 1] if self.piece.past + len(self.piece.tokens) == self.sequence.prompt_tokens else []
+        return [end - 1] if self.span.past + len(self.span.tokens) == self.sequence.prompt_tokens else []
 
 
-def generate(policy: Policy, prompts: Sequence[Tokens], sampling: Sampling, *, stop: Stop | None = None,
+def generate(policy: ForwardModel, prompts: Sequence[Tokens], sampling: Sampling, *, stop: Stop | None = None,
              batching: Batching | None = None, num_drafts: int = 0, streams: Sequence[int] | None = None) -> Generated:
     """Continue prompts; called by all processes together, every one gets the same result.
 
@@ -94,8 +94,8 @@ def generate(policy: Policy, prompts: Sequence[Tokens], sampling: Sampling, *, s
             for i in range(rank, len(prompts), size)]
     longest = max((s.prompt_tokens for s in mine), default=0) + sampling.max_new_tokens
     cache = CacheSize(batching.slots(len(mine), longest), longest, 1 + num_drafts)
-    with Reader(policy, cache) as reader:
-        run = _Run(reader, cache, mine, sampling, stop or Stop(), batching.prefill_tokens, num_drafts)
+    with CachedDecoder(policy, cache) as decoder:
+        run = _Run(decoder, cache, mine, sampling, stop or Stop(), batching.prefill_tokens, num_drafts)
         while run.iterate():
             continue
     # every sequence is on one process: the sums are its tokens and its counts
@@ -111,9 +111,9 @@ def generate(policy: Policy, prompts: Sequence[Tokens], sampling: Sampling, *, s
 class _Run:
     """One process's sequences on their way; `iterate` reads one row and moves all on."""
 
-    def __init__(self, reader: Reader, cache: CacheSize, sequences: list[_Sequence], sampling: Sampling, stop: Stop,
+    def __init__(self, decoder: CachedDecoder, cache: CacheSize, sequences: list[_Sequence], sampling: Sampling, stop: Stop,
                  prefill_tokens: int, num_drafts: int) -> None:
-        self._reader, self._sampling, self._stop = reader, sampling, stop
+        self._decoder, self._sampling, self._stop = decoder, sampling, stop
         self._prefill_tokens, self._num_drafts = prefill_tokens, num_drafts
         self._waiting = deque(sequences)
         self._slots: list[_Sequence] = [self._waiting.popleft() for _ in range(min(cache.slots, len(sequences)))]
@@ -122,51 +122,51 @@ class _Run:
     def iterate(self) -> bool:
         """Read one row together with all processes; returns whether there was anything to read on any of them."""
         items = self._next_row()
-        row_tokens = self._reader.common_row_tokens(sum(len(i.piece.tokens) for i in items))
+        row_tokens = self._decoder.common_row_tokens(sum(len(i.span.tokens) for i in items))
         if not row_tokens:
             return False
-        read = self._reader.read([i.piece for i in items], row_tokens)
+        read = self._decoder.read([i.span for i in items], row_tokens)
         chosen = [i for i in items if i.places]
         written = self._written(read, chosen)
         self._move_on(items, written)
         if self._num_drafts and items:
             self._draft(read, items)
-        for slot in [i.piece.slot for i in reversed(chosen) if self._ended(i.sequence)]:
+        for slot in [i.span.slot for i in reversed(chosen) if self._ended(i.sequence)]:
             self._vacate(slot)
         return True
 
     def _next_row(self) -> list[_Item]:
-        """Return pieces of prompts while there are any, then one step of every sequence."""
+        """Return spans of prompts while there are any, then one step of every sequence."""
         items: list[_Item] = []
         filled = 0
         for slot, sequence in enumerate(self._slots):
             room = self._prefill_tokens - filled
             if sequence.in_prompt and room > 0:
-                piece = Piece(slot, sequence.read, sequence.tokens[sequence.read:sequence.read + room])
-                items.append(_Item(sequence, piece, filled))
-                filled += len(piece.tokens)
+                span = Span(slot, sequence.read, sequence.tokens[sequence.read:sequence.read + room])
+                items.append(_Item(sequence, span, filled))
+                filled += len(span.tokens)
         if items:
             return items
         for slot, sequence in enumerate(self._slots):
-            piece = Piece(slot, sequence.read, [sequence.tokens[-1], *sequence.drafts])
-            items.append(_Item(sequence, piece, filled))
-            filled += len(piece.tokens)
+            span = Span(slot, sequence.read, [sequence.tokens[-1], *sequence.drafts])
+            items.append(_Item(sequence, span, filled))
+            filled += len(span.tokens)
         return items
 
-    def _written(self, read: Read, items: list[_Item]) -> list[list[int]]:
+    def _written(self, read: DecodeOutput, items: list[_Item]) -> list[list[int]]:
         """Return each item's new tokens, the same on all processes that read them: accepted drafts and one more."""
         width = 1 + self._num_drafts
         table = torch.zeros(len(items), 1 + width, dtype=torch.int64)
         if not items:
             return []
-        if self._reader.last_stage:
+        if self._decoder.last_stage:
             found = self._best(read, items) if self._sampling.temperature == 0 else self._drawn(read, items)
             for row, new in zip(table, found, strict=True):
                 row[:1 + len(new)] = torch.tensor([len(new), *new])
-        return [row[1:1 + row[0]] for row in self._reader.agree(table).tolist()]
+        return [row[1:1 + row[0]] for row in self._decoder.agree(table).tolist()]
 
-    def _best(self, read: Read, items: list[_Item]) -> list[list[int]]:
-        best = iter(self._reader.top_tokens(read, [p for i in items for p in i.places]).tolist())
+    def _best(self, read: DecodeOutput, items: list[_Item]) -> list[list[int]]:
+        best = iter(self._decoder.top_tokens(read, [p for i in items for p in i.places]).tolist())
         found = []
         for item in items:
             behind = [next(best) for _ in item.places]
@@ -174,8 +174,8 @@ class _Run:
             found.append([*item.sequence.drafts[:count], behind[count]])
         return found
 
-    def _drawn(self, read: Read, items: list[_Item]) -> list[list[int]]:
-        logits = self._reader.logits(read, [p for i in items for p in i.places])
+    def _drawn(self, read: DecodeOutput, items: list[_Item]) -> list[list[int]]:
+        logits = self._decoder.logits(read, [p for i in items for p in i.places])
         targets = probabilities(logits, self._sampling).split([len(i.places) for i in items])
         taken, finals = [], []
         for item, target in zip(items, targets, strict=True):
@@ -197,7 +197,7 @@ class _Run:
         for item in items:
             sequence = item.sequence
             if not item.places:
-                sequence.read += len(item.piece.tokens)
+                sequence.read += len(item.span.tokens)
                 continue
             tokens = next(new)
             sequence.read = len(sequence.tokens) + len(tokens) - 1
@@ -212,39 +212,39 @@ class _Run:
         continuation = sequence.tokens[sequence.prompt_tokens:]
         return bool(continuation) and (len(continuation) >= self._sampling.max_new_tokens or self._stop.ends(continuation))
 
-    def _draft(self, read: Read, items: list[_Item]) -> None:
+    def _draft(self, read: DecodeOutput, items: list[_Item]) -> None:
         """Have the prediction layer read the row, which its own cache needs, and draft behind every sequence that goes on."""
         going = [i for i in items if not i.sequence.in_prompt and not self._ended(i.sequence)]
         drafts = torch.zeros(len(going), self._num_drafts, dtype=torch.int64)
-        if self._reader.last_stage:
+        if self._decoder.last_stage:
             ahead = torch.zeros(len(read.row.tokens), dtype=torch.int64)
             for item in items:
-                follow = item.sequence.tokens[item.piece.past + 1:][:len(item.piece.tokens)]
+                follow = item.sequence.tokens[item.span.past + 1:][:len(item.span.tokens)]
                 ahead[item.start:item.start + len(follow)] = torch.tensor(follow, dtype=torch.int64)
-            read = self._reader.predict(read, ahead)
+            read = self._decoder.predict(read, ahead)
             # behind the last token that has one ahead
-            places = [i.start + len(i.sequence.tokens) - 2 - i.piece.past for i in going]
+            places = [i.start + len(i.sequence.tokens) - 2 - i.span.past for i in going]
             guesses: list[torch.Tensor] = []
             for depth in range(self._num_drafts if going else 0):
                 if depth:
-                    pieces = [Piece(i.piece.slot, len(i.sequence.tokens) - 2 + depth, [0]) for i in going]
-                    read = self._reader.pick(read, places, pieces)
+                    spans = [Span(i.span.slot, len(i.sequence.tokens) - 2 + depth, [0]) for i in going]
+                    read = self._decoder.pick(read, places, spans)
                     places = list(range(len(going)))
                     ahead = torch.zeros(len(read.row.tokens), dtype=torch.int64)
                     ahead[:len(going)] = drafts[:, depth - 1]
-                    read = self._reader.predict(read, ahead)
+                    read = self._decoder.predict(read, ahead)
                 drafts[:, depth] = self._guess(read, places, going, guesses)
             for number, item in enumerate(going if guesses else []):
                 item.sequence.guesses = torch.stack([g[number] for g in guesses])
         if going:
-            for item, row in zip(going, self._reader.agree(drafts).tolist(), strict=True):
+            for item, row in zip(going, self._decoder.agree(drafts).tolist(), strict=True):
                 item.sequence.drafts = row
 
-    def _guess(self, read: Read, places: list[int], going: list[_Item], guesses: list[torch.Tensor]) -> torch.Tensor:
+    def _guess(self, read: DecodeOutput, places: list[int], going: list[_Item], guesses: list[torch.Tensor]) -> torch.Tensor:
         """Return a draft [sequences] behind each place; when sampling, what they were drawn from joins `guesses`."""
         if self._sampling.temperature == 0:
-            return self._reader.top_tokens(read, places)
-        guesses.append(probabilities(self._reader.logits(read, places), self._sampling))
+            return self._decoder.top_tokens(read, places)
+        guesses.append(probabilities(self._decoder.logits(read, places), self._sampling))
         return torch.tensor(draw(guesses[-1], [i.sequence.random.random() for i in going]))
 
     def _vacate(self, slot: int) -> None:
@@ -254,5 +254,5 @@ class _Run:
             return
         last = self._slots.pop()
         if slot < len(self._slots):
-            self._reader.move(len(self._slots), slot)
+            self._decoder.move(len(self._slots), slot)
             self._slots[slot] = last

@@ -16,7 +16,7 @@ from megatron_sov.config import RunConfig
 from megatron_sov.errors import UserError
 from megatron_sov.generate.target import Target, as_checkpoint, inference_config
 from megatron_sov.mcore.checkpoint import load
-from megatron_sov.mcore.decode.forward_only import Policy
+from megatron_sov.mcore.decode.forward_only import ForwardModel
 from megatron_sov.mcore.model.language_model import build
 from megatron_sov.mcore.parallel import world
 from megatron_sov.runs.launch_environment import is_first
@@ -26,7 +26,7 @@ from megatron_sov.runs.launch_environment import is_first
 class Loaded:
     """A model that runs on all processes together."""
 
-    policy: Policy
+    policy: ForwardModel
     """Forward only."""
     config: RunConfig
     """Architecture, layout, precision."""
@@ -34,7 +34,7 @@ class Loaded:
     """This process's place."""
 
 
-def load_policy(path: Path, config: RunConfig) -> Policy:
+def load_forward_model(path: Path, config: RunConfig) -> ForwardModel:
     """Build this process's part of a checkpoint's model; called by every process of a joined world.
 
     Raises:
@@ -43,10 +43,10 @@ def load_policy(path: Path, config: RunConfig) -> Policy:
     load.check(path)
     model = build(config.model, config.parallel, config.train)
     load.load_model(path, model)
-    return Policy(model, config.train.head_chunk_tokens)
+    return ForwardModel(model, config.train.head_chunk_tokens)
 
 
-def run_policy(target: Target, settings: list[str], nproc: int | None, work: Callable[[Loaded], Any]) -> Any:
+def run_forward_model(target: Target, settings: list[str], nproc: int | None, work: Callable[[Loaded], Any]) -> Any:
     """Start processes, load the target on them, and return what `work` gave on the first one.
 
     Args:
@@ -68,7 +68,7 @@ def run_policy(target: Target, settings: list[str], nproc: int | None, work: Cal
         def rank() -> int:
             place = world.join(config.parallel)
             try:
-                value = work(Loaded(load_policy(path, config), config, place))
+                value = work(Loaded(load_forward_model(path, config), config, place))
                 if place.is_main:
                     result.write_text(json.dumps(value), encoding="utf-8")
                 dist.barrier()

@@ -15,7 +15,8 @@ from megatron_sov import convert
 from megatron_sov.artifacts import read_manifest
 from megatron_sov.config import ModelConfig, ParallelConfig, RunConfig, apply_settings, from_dict
 from megatron_sov.errors import UserError
-from megatron_sov.mcore.parallel import cpu_shims, world
+from megatron_sov.mcore.parallel import world
+from megatron_sov.mcore.parallel.device import on_gpu
 from megatron_sov.runs.checkpoints import KIND, find_checkpoint
 from megatron_sov.runs.launch_environment import num_ranks
 
@@ -118,7 +119,7 @@ def inference_config(checkpoint: Path, settings: list[str], nproc: int | None) -
         UserError: a setting does not exist, or the layout does not fit the model and the number of processes.
     """
     made_with = _settings(checkpoint)
-    train = dataclasses.replace(made_with.train, precision="bf16" if cpu_shims.on_gpu() else "fp32", num_threads=0,
+    train = dataclasses.replace(made_with.train, precision="bf16" if on_gpu() else "fp32", num_threads=0,
                                 deterministic=False)
     config = apply_settings(dataclasses.replace(made_with, parallel=ParallelConfig(), train=train), settings)
     problems = config.model.problems() + config.parallel.problems(config.model, num_ranks(nproc))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from megatron_sov.models.weights import QKV, Entry, Experts, GateUp, Same, Section
+from megatron_sov.models.weights import QKV, Experts, GateUp, Same, Section, WeightEntry
 
 EMBEDDINGS_AND_HEAD = (
     Section("once", "", "", (
@@ -14,28 +14,28 @@ EMBEDDINGS_AND_HEAD = (
     Section("untied", "", "", (Same("output_layer.weight", "lm_head.weight", "V H"),)),
 )
 
-ATTENTION: tuple[Entry, ...] = (
+ATTENTION: tuple[WeightEntry, ...] = (
     Same("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", "H"),
     QKV("self_attention.linear_qkv.weight", "self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
     Same("self_attention.linear_proj.weight", "self_attn.o_proj.weight", "H A"),
 )
 
-QKV_BIAS: tuple[Entry, ...] = (
+QKV_BIAS: tuple[WeightEntry, ...] = (
     QKV("self_attention.linear_qkv.bias", "self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias", columns=""),
 )
 
-QK_NORM: tuple[Entry, ...] = (
+QK_NORM: tuple[WeightEntry, ...] = (
     Same("self_attention.q_layernorm.weight", "self_attn.q_norm.weight", "D"),
     Same("self_attention.k_layernorm.weight", "self_attn.k_norm.weight", "D"),
 )
 
-DENSE_FFN: tuple[Entry, ...] = (
+DENSE_FFN: tuple[WeightEntry, ...] = (
     Same("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight", "H"),
     GateUp("mlp.linear_fc1.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight", "F H"),
     Same("mlp.linear_fc2.weight", "mlp.down_proj.weight", "H F"),
 )
 
-ROUTED_EXPERTS: tuple[Entry, ...] = (
+ROUTED_EXPERTS: tuple[WeightEntry, ...] = (
     Same("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", "H"),
     Same("mlp.router.weight", "mlp.gate.weight", "E H"),
     Experts(GateUp("mlp.experts.experts.linear_fc1.weight",
@@ -44,7 +44,7 @@ ROUTED_EXPERTS: tuple[Entry, ...] = (
 )
 """All of a mixture-of-experts block but shared experts and the router's selection bias."""
 
-SHARED_EXPERTS: tuple[Entry, ...] = (
+SHARED_EXPERTS: tuple[WeightEntry, ...] = (
     GateUp("mlp.shared_experts.linear_fc1.weight",
            "mlp.shared_experts.gate_proj.weight", "mlp.shared_experts.up_proj.weight", "S H"),
     Same("mlp.shared_experts.linear_fc2.weight", "mlp.shared_experts.down_proj.weight", "H S"),
@@ -56,6 +56,6 @@ def router_bias(hf_name: str) -> Same:
     return Same("mlp.router.expert_bias", hf_name, "E", fp32=True)
 
 
-def trunk(where: Literal["every layer", "dense layers", "moe layers"], *parts: tuple[Entry, ...]) -> Section:
+def trunk(where: Literal["every layer", "dense layers", "moe layers"], *parts: tuple[WeightEntry, ...]) -> Section:
     """Return the section of parts that stand in the trunk's layers, under the prefixes that all families share."""
     return Section(where, "decoder.layers.{l}.", "model.layers.{l}.", tuple(entry for part in parts for entry in part))

@@ -28,7 +28,8 @@ QWEN2 = Family(
     name="qwen2",
     hf_classes=("Qwen2ForCausalLM",),
     weights=(*EMBEDDINGS_AND_HEAD, trunk("every layer", ATTENTION, QKV_BIAS, DENSE_FFN)),
-    config=(*_CONFIG, SlidingSwitch(by_layer=True), Renamed("head_dim", "head_dim", hidden_over_heads)),
+    config=(*_CONFIG, SlidingSwitch(by_layer=True), Renamed("head_dim", "head_dim", hidden_over_heads),
+            Fixed("use_mrope", False, written=False)),  # configs of Qwen2.5 say so
     structure={**_DENSE, "qkv_bias": True, "qk_norm": False},
     reader_split=QWEN2_SPLIT,
 )

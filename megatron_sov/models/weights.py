@@ -70,7 +70,7 @@ class Layout:
         return [sum(self.lengths[:i]) for i in range(len(self.lengths))]
 
 
-class Entry(Protocol):
+class WeightEntry(Protocol):
     """One line of a weight map."""
 
     @property
@@ -205,7 +205,7 @@ class Section:
     """Prefix of the Megatron names; "{l}" is the layer."""
     hf: str
     """Prefix of the Hugging Face names; "{l}" is the layer."""
-    entries: tuple[Entry, ...]
+    entries: tuple[WeightEntry, ...]
 
     def __post_init__(self) -> None:
         per_layer = self.where.endswith(("layer", "layers"))

@@ -12,7 +12,7 @@ LINE_EVERY_S = 10.0
 """Seconds between plain lines at least; a log file is read by people, and steps may take milliseconds."""
 
 
-class Progress:
+class ProgressBar:
     """Shows step, loss, tokens per second and the time that is left.
 
     Args:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import secrets
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,6 +11,7 @@ from typing import Any, Protocol
 from megatron_sov.artifacts import atomic_write
 from megatron_sov.config import ObsConfig
 from megatron_sov.errors import UserError
+from megatron_sov.obs.warning import warn
 
 WANDB_ID = "wandb-id"
 """File in the run folder with the Weights & Biases run, so that a resumed run goes on in the same one."""
@@ -129,4 +129,4 @@ class Trackers:
 
 
 def _warn(name: str, error: Exception) -> None:
-    print(f"warning: {name} failed ({type(error).__name__}: {error}); the run goes on without it", file=sys.stderr)
+    warn(f"{name} failed ({type(error).__name__}: {error}); the run goes on without it")

@@ -2,7 +2,7 @@
 
 Every moment from the first start to the end falls into one category:
 
-- kept: optimizer steps that are part of the model;
+- productive: optimizer steps that are part of the model;
 - lost: steps that were done again after a restart, taken back or refused, and the step in which a run stood still;
 - evaluation: held-out loss, needles, gates;
 - saving: training stood still for a checkpoint;
@@ -22,7 +22,7 @@ from typing import Any
 
 from megatron_sov.obs.figures import number
 
-CATEGORIES = {"kept": "steps kept", "lost": "steps lost", "evaluation": "evaluation", "saving": "saving", "startup": "start-up",
+CATEGORIES = {"productive": "productive steps", "lost": "lost steps", "evaluation": "evaluation", "saving": "saving", "startup": "start-up",
               "waiting": "between attempts"}
 """Category -> what people call it."""
 EVALUATIONS = ("expert_load", "data_consumed", "needle", "gate", "decontamination")
@@ -46,9 +46,9 @@ class WallTime:
         return sum(self.spent_s.values())
 
     @property
-    def effective_share(self) -> float:
+    def goodput(self) -> float:
         """Share of the wall time that moved the model forward; NaN without any."""
-        return self.spent_s["kept"] / self.total_s if self.total_s > 0 else math.nan
+        return self.spent_s["productive"] / self.total_s if self.total_s > 0 else math.nan
 
 
 @dataclass(slots=True)
@@ -99,12 +99,12 @@ class Timekeeper:
             return None
         marks = self._marks[starts[0]:]
         _find_limits(marks, ended=now_s is None or waits)
-        reckoning = _Reckoning(marks)
+        account = _Account(marks)
         for i, mark in enumerate(marks):
-            reckoning.pass_to(i, mark)
+            account.pass_to(i, mark)
         if now_s is not None:
-            reckoning.go_on(max(now_s, marks[-1].time_s), waits)
-        return WallTime(reckoning.began_s, reckoning.spent_s)
+            account.go_on(max(now_s, marks[-1].time_s), waits)
+        return WallTime(account.began_s, account.spent_s)
 
 
 def _find_limits(marks: list[_Mark], ended: bool) -> None:
@@ -119,7 +119,7 @@ def _find_limits(marks: list[_Mark], ended: bool) -> None:
             limit = min(limit, mark.step if mark.kind == "run_start" else mark.value)
 
 
-class _Reckoning:
+class _Account:
     """Walks along the marks and books every stretch."""
 
     def __init__(self, marks: list[_Mark]) -> None:
@@ -151,7 +151,7 @@ class _Reckoning:
 
     def go_on(self, now_s: float, waits: bool) -> None:
         """Book the time since the last mark of a run that lives or waits."""
-        self._book("waiting" if waits or self._ended else "kept" if self._stepped else "startup", now_s - self._at_s)
+        self._book("waiting" if waits or self._ended else "productive" if self._stepped else "startup", now_s - self._at_s)
 
     def _stalls(self, start: int) -> list[tuple[int, float]]:
         found = []
@@ -175,9 +175,9 @@ class _Reckoning:
         self._step, self._stepped = mark.step, True
 
     def _book_computing(self, mark: _Mark, stretch_s: float, num_steps: int) -> None:
-        """Book steps as kept or lost: where a restart cut into the steps of one event, by their number."""
+        """Book steps as productive or lost: where a restart cut into the steps of one event, by their number."""
         kept = min(max(mark.limit - self._step, 0), num_steps)
-        self._book("kept", stretch_s * kept / num_steps)
+        self._book("productive", stretch_s * kept / num_steps)
         self._book("lost", stretch_s * (num_steps - kept) / num_steps)
 
     def _book_checkpoint(self, mark: _Mark, stretch_s: float) -> None:
@@ -202,7 +202,7 @@ class _Reckoning:
 
     def _book_rest(self, mark: _Mark, stretch_s: float) -> None:
         """Book what is left between steps, with the step before it."""
-        self._book("kept" if mark.limit >= self._step else "lost", stretch_s)
+        self._book("productive" if mark.limit >= self._step else "lost", stretch_s)
 
     def _book_saving(self, room_s: float, before_step: int) -> float:
         """Book what checkpoints of earlier steps held up, as far as there is room; returns the seconds booked."""

@@ -22,7 +22,7 @@ BAR_CHARACTERS = 32
 
 
 @dataclass(frozen=True)
-class Row:
+class TimetableRow:
     """One step of the plan."""
 
     step: int
@@ -47,7 +47,7 @@ def steps_to_show(schedule: Schedule, evenly: int) -> list[int]:
     return sorted(found | {s for turn in schedule.turns() for s in (turn - 1, turn) if 0 <= s <= last})
 
 
-def rows(config: RunConfig, evenly: int = EVENLY) -> list[Row]:
+def rows(config: RunConfig, evenly: int = EVENLY) -> list[TimetableRow]:
     """Return the plan's table."""
     schedule = Schedule(config)
     steps = steps_to_show(schedule, evenly)
@@ -56,7 +56,7 @@ def rows(config: RunConfig, evenly: int = EVENLY) -> list[Row]:
     for step, lr in zip(steps, rates, strict=True):
         stretch = schedule.stretch(step)
         name = schedule.phases[stretch.phase].name
-        found.append(Row(step + 1, schedule.tokens(step), name, stretch.batch_size, stretch.seq_len, lr, lr / max(rates)))
+        found.append(TimetableRow(step + 1, schedule.tokens(step), name, stretch.batch_size, stretch.seq_len, lr, lr / max(rates)))
     return found
 
 

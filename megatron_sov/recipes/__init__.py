@@ -1,32 +1,78 @@
-"""Recipes: functions that return one `RunConfig`.  `get(name)` finds them; `names()` lists the built-in ones."""
+"""Recipes: functions that return one `RunConfig`, each with a table of where its values come from.
+
+`get(name)` finds them; `names()` lists the built-in ones; `sources(name)` returns the table.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 
 from megatron_sov.config import RunConfig, from_dict
 from megatron_sov.errors import UserError
 from megatron_sov.plugins.loading import Loaded, calling
 from megatron_sov.plugins.registry import Registry
 from megatron_sov.plugins.signatures import takes
-from megatron_sov.recipes.k_exaone import k_exaone_236b
-from megatron_sov.recipes.qwen import qwen2_1_5b, qwen3_8b, qwen3_moe_30b
-from megatron_sov.recipes.solar_open import solar_open_102b, solar_open_102b_mid
-from megatron_sov.recipes.tiny import shrink
+from megatron_sov.recipes import k_exaone, qwen, solar_open, typhoon_s, vibethinker
+from megatron_sov.recipes.sources import Sources, derive, relabelled
+from megatron_sov.recipes.tiny import SHRUNK, shrink
 
-RECIPES: dict[str, Callable[[], RunConfig]] = {
-    "solar-open-102b": solar_open_102b,
-    "solar-open-102b-mid": solar_open_102b_mid,
-    "k-exaone-236b": k_exaone_236b,
-    "qwen2-1.5b": qwen2_1_5b,
-    "qwen3-8b": qwen3_8b,
-    "qwen3-moe-30b": qwen3_moe_30b,
-    "tiny-solar-open": lambda: shrink(solar_open_102b()),
-    "tiny-k-exaone": lambda: shrink(k_exaone_236b()),
-    "tiny-qwen2": lambda: shrink(qwen2_1_5b()),
-    "tiny-qwen3": lambda: shrink(qwen3_8b()),
-    "tiny-qwen3-moe": lambda: shrink(qwen3_moe_30b()),
+
+@dataclass(frozen=True)
+class Recipe:
+    """One entry of the list."""
+
+    build: Callable[[], RunConfig]
+    """Returns the configuration, whose `recipe` is the entry's name."""
+    sources: Sources = field(default_factory=dict)
+    """Where its values come from; empty: they are the user's."""
+
+
+RECIPES: dict[str, Recipe] = {
+    "solar-open-102b": Recipe(solar_open.solar_open_102b, solar_open.SOURCES),
+    "solar-open-102b-mid": Recipe(solar_open.solar_open_102b_mid, solar_open.MID_SOURCES),
+    "solar-open-102b-extend": Recipe(solar_open.solar_open_102b_extend, solar_open.EXTEND_SOURCES),
+    "k-exaone-236b": Recipe(k_exaone.k_exaone_236b, k_exaone.SOURCES),
+    "k-exaone-236b-extend": Recipe(k_exaone.k_exaone_236b_extend, k_exaone.EXTEND_SOURCES),
+    "typhoon-s-8b": Recipe(typhoon_s.typhoon_s_8b, typhoon_s.SOURCES),
+    "vibethinker-1.5b": Recipe(vibethinker.vibethinker_1_5b, vibethinker.SOURCES),
+    "qwen2-1.5b": Recipe(qwen.qwen2_1_5b, qwen.dense_sources("Qwen/Qwen2.5-Math-1.5B")),
+    "qwen3-4b": Recipe(qwen.qwen3_4b, qwen.dense_sources("Qwen/Qwen3-4B")),
+    "qwen3-4b-2507": Recipe(qwen.qwen3_4b_2507, qwen.dense_sources("Qwen/Qwen3-4B-Instruct-2507")),
+    "qwen3-8b": Recipe(qwen.qwen3_8b, qwen.dense_sources("Qwen/Qwen3-8B")),
+    "qwen3-moe-30b": Recipe(qwen.qwen3_moe_30b, qwen.moe_sources("Qwen/Qwen3-30B-A3B")),
+    "qwen3-30b-a3b-2507": Recipe(qwen.qwen3_30b_a3b_2507,
+                                 qwen.moe_sources("Qwen/Qwen3-30B-A3B-Instruct-2507")),
 }
+TINY = {
+    "tiny-solar-open": "solar-open-102b",
+    "tiny-solar-open-mid": "solar-open-102b-mid",
+    "tiny-solar-open-extend": "solar-open-102b-extend",
+    "tiny-k-exaone": "k-exaone-236b",
+    "tiny-k-exaone-extend": "k-exaone-236b-extend",
+    "tiny-typhoon-s": "typhoon-s-8b",
+    "tiny-vibethinker": "vibethinker-1.5b",
+    "tiny-qwen2": "qwen2-1.5b",
+    "tiny-qwen3-4b": "qwen3-4b",
+    "tiny-qwen3-4b-2507": "qwen3-4b-2507",
+    "tiny-qwen3": "qwen3-8b",
+    "tiny-qwen3-moe": "qwen3-moe-30b",
+    "tiny-qwen3-30b-a3b-2507": "qwen3-30b-a3b-2507",
+}
+"""Tiny recipe -> the one whose structure it has."""
+
+
+def _tiny(name: str, big: Recipe) -> Recipe:
+    build = partial(_shrunk, name, big)
+    return Recipe(build, derive(big.sources, relabelled(big.build(), build(), SHRUNK)))
+
+
+def _shrunk(name: str, big: Recipe) -> RunConfig:
+    return shrink(name, big.build())
+
+
+RECIPES |= {name: _tiny(name, RECIPES[big]) for name, big in TINY.items()}
 
 
 def names() -> list[str]:
@@ -37,10 +83,26 @@ def names() -> list[str]:
 def get(name: str) -> RunConfig:
     """Return the recipe of that name: built in, declared by an installed package, or named on the command line.
 
+    A tiny one has the big one's whole name too: `tiny-solar-open-102b`.
+
     Raises:
         UserError: there is none (the message names the nearest and lists all), or it makes no config.
     """
-    return RECIPES[name]() if name in RECIPES else _made(name, OWN.get(name))
+    return _find(name).build()
+
+
+def sources(name: str) -> Sources:
+    """Return where the values of a recipe come from; empty where its author did not say.
+
+    Raises:
+        UserError: there is no such recipe; the message names the nearest and lists all.
+    """
+    return _find(name).sources
+
+
+def _find(name: str) -> Recipe:
+    found = next((tiny for tiny, big in TINY.items() if name == f"tiny-{big}"), name)
+    return RECIPES[found] if found in RECIPES else Recipe(partial(_made, name, OWN.get(name)))
 
 
 def _check(loaded: Loaded) -> None:

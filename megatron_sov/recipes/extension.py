@@ -7,19 +7,46 @@ import json
 from dataclasses import replace
 
 from megatron_sov.artifacts import to_json
-from megatron_sov.config import ModelConfig, PhaseConfig, RunConfig, YarnConfig
+from megatron_sov.config import (
+    ExtendStageConfig,
+    ModelConfig,
+    OptimConfig,
+    PhaseConfig,
+    RunConfig,
+    YarnConfig,
+)
 from megatron_sov.errors import UserError
+from megatron_sov.recipes.sources import Sources, ours
 
 PHASE = "extend"
+PHASE_SOURCES: Sources = dict.fromkeys(
+    (f"data.phases.*.{name}"
+     for name in ("name", "tokens", "seq_len", "global_batch_size", "rewarm_steps", "lr")),
+    ours("the stage's with all its steps, so that `plan` shows it"))
+"""Where the values of `stage_phases` come from."""
+SET_IN_A_STAGE = tuple(
+    f"extend.stages.*.{name}" for name in ("name", "steps", "max_steps", "global_batch_size"))
+"""What a recipe with stages has to choose where only their lengths and parts are published."""
+
+
+def stage_phases(stages: tuple[ExtendStageConfig, ...], optim: OptimConfig) -> tuple[PhaseConfig, ...]:
+    """Return an extension's stages as phases that take all their steps, each with a schedule of its own.
+
+    `extend` trains by the stages; these phases are for what looks at a recipe as a curriculum.
+    """
+    return tuple(PhaseConfig(
+        s.name, tokens=s.tokens or max(s.steps, s.max_steps) * s.global_batch_size * s.seq_len,
+        seq_len=s.seq_len, global_batch_size=s.global_batch_size, lr=s.lr or optim.lr,
+        rewarm_steps=optim.warmup_steps) for s in stages)
 
 
 def extended(model: ModelConfig, trained_tokens: int, new_tokens: int, rope_theta: float = 0.0,
-             yarn_factor: float = 0.0) -> ModelConfig:
+             yarn_factor: float = 0.0, yarn_original_tokens: int = 0) -> ModelConfig:
     """Return `model` ready for a longer context.
 
-    Where all layers are global, YaRN stretches the rotations by new / original length (arXiv 2309.00071); the original length
-    is the one before any earlier extension.  Sliding layers see no farther than before and NoPE layers have no rotations, so
-    hybrids of the two stay as they are.
+    Where all layers are global, YaRN stretches the rotations by new / original length (arXiv 2309.00071); the
+    original length is the one before any earlier extension, unless the stage names it.  Sliding layers see no
+    farther than before and NoPE layers have no rotations, so hybrids of the two stay as they are.
 
     Args:
         model: the architecture as trained.
@@ -27,15 +54,18 @@ def extended(model: ModelConfig, trained_tokens: int, new_tokens: int, rope_thet
         new_tokens: context that it is to be trained on.
         rope_theta: new base of the rotations, which then stretches them in YaRN's stead; 0: as it was.
         yarn_factor: YaRN's factor; 1: none, 0: by the lengths.
+        yarn_original_tokens: length that YaRN stretches; 0: the one before any earlier extension.
 
     Raises:
         UserError: rotations are to be changed where sliding layers keep theirs.
     """
-    if "L" in model.attention_pattern and (rope_theta or yarn_factor):
-        raise UserError(f"rope_theta = {rope_theta:g}, yarn_factor = {yarn_factor:g}: the model has sliding layers, whose "
-                        "rotations reach as far as their window at any length; leave both out")
+    if "L" in model.attention_pattern and (rope_theta or yarn_factor or yarn_original_tokens):
+        raise UserError(f"rope_theta = {rope_theta:g}, yarn_factor = {yarn_factor:g}, yarn_original_tokens = "
+                        f"{yarn_original_tokens}: the model has sliding layers, whose rotations reach as far "
+                        "as their window at any length; leave them out")
     longest = max(model.max_position_tokens, new_tokens)
-    original = model.yarn.original_max_position_tokens if model.yarn else trained_tokens
+    before = model.yarn.original_max_position_tokens if model.yarn else trained_tokens
+    original = yarn_original_tokens or before
     reached = original * model.yarn.factor if model.yarn else original
     if rope_theta:
         model = replace(model, rope_theta=rope_theta)

@@ -1,4 +1,7 @@
-"""Solar Open 102B-A12B (arXiv 2601.07022): architecture, curriculum and optimizer as published."""
+"""Solar Open 102B-A12B (arXiv 2601.07022): architecture, curriculum and optimizer as published.
+
+The form of the learning rate's decay, the rates after pretraining and the layouts are ours, and labelled so.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,23 @@ from dataclasses import replace
 
 from megatron_sov.config import (
     DataConfig,
+    ExtendConfig,
+    ExtendStageConfig,
+    GateConfig,
     ModelConfig,
+    NeedleConfig,
     OptimConfig,
     ParallelConfig,
+    PartConfig,
     PhaseConfig,
     RunConfig,
     TrainConfig,
     YarnConfig,
 )
+from megatron_sov.recipes.extension import PHASE_SOURCES, SET_IN_A_STAGE, stage_phases
+from megatron_sov.recipes.sources import DEFAULT, Sources, config_json, derive, ours, published
 
+REPORT, RELEASED = "arXiv 2601.07022", "upstage/Solar-Open-100B"
 TRILLION = 1_000_000_000_000
 
 
@@ -41,14 +52,35 @@ MID_TRAINING = (
 """Trajectory documents (a query and 2 to 5 solutions), long documents, and a part of phase 2.C's data again."""
 
 
+def _stage(name: str, seq_len: int, batch_size: int, long_share: float, rehearsal_share: float,
+           yarn_factor: float, yarn_original_tokens: int = 0) -> ExtendStageConfig:
+    """Return a stage of the extension: long documents, phase 2.C again, and trajectories as the rest."""
+    rehearsal = {"web-l3/4096": 20.0, "korean/4096": 12.0, "synthetic/4096": 58.0, "needle/4096": 10.0}
+    return ExtendStageConfig(
+        name, seq_len=seq_len, steps=1000, max_steps=2000, global_batch_size=batch_size,
+        blend={"reasoning-trajectories": 1.0},
+        yarn_factor=yarn_factor, yarn_original_tokens=yarn_original_tokens,
+        parts=(PartConfig("long", long_share), PartConfig("rehearsal", rehearsal_share, rehearsal)))
+
+
+STAGES = (_stage("32k", 32768, 1440, 0.4, 0.3, yarn_factor=1),
+          _stage("100k", 102400, 480, 0.6, 0.2, yarn_factor=2, yarn_original_tokens=65536))
+"""Plain rotations reach over the first stage; those of the second are the released ones."""
+
+
 def model() -> ModelConfig:
-    """Return the architecture: 48 mixture-of-experts layers, all global attention, released at 128K with YaRN."""
+    """Return what pretraining begins with: 48 mixture-of-experts layers, all global, plain rotations."""
     return ModelConfig(
         family="solar_open", vocab_size=196608, hidden_size=4096, num_layers=48, num_heads=64, num_kv_heads=8, head_dim=128,
         num_experts=128, num_experts_per_token=8, num_shared_experts=1, expert_ffn_dim=1280, routed_scaling_factor=1.0,
         router_bias_update_rate=1e-3, seq_aux_loss_coeff=1e-4, rope_theta=1e6, norm_eps=1e-5,
-        yarn=YarnConfig(factor=2.0, original_max_position_tokens=65536), max_position_tokens=131072,
+        max_position_tokens=131072,
     )
+
+
+def released_model() -> ModelConfig:
+    """Return the architecture as released, with the rotations of the last stage: 128K by YaRN over 64K."""
+    return replace(model(), yarn=YarnConfig(factor=2.0, original_max_position_tokens=65536))
 
 
 def solar_open_102b() -> RunConfig:
@@ -68,4 +100,74 @@ def solar_open_102b_mid() -> RunConfig:
     run = solar_open_102b()
     return replace(
         run, recipe="solar-open-102b-mid", data=replace(run.data, phases=MID_TRAINING),
-        optim=replace(run.optim, lr=5e-5, schedule="wsd", warmup_steps=500, decay_share=1.0))
+        optim=replace(run.optim, lr=5e-5, schedule="linear", warmup_steps=500))
+
+
+def solar_open_102b_extend() -> RunConfig:
+    """Return the extension 4K -> 32K -> 100K of the pretrained model, to be run by `extend`: gated stages."""
+    run = solar_open_102b()
+    optim = replace(run.optim, lr=5e-5, schedule="linear", warmup_steps=100)
+    return replace(
+        run, recipe="solar-open-102b-extend", model=released_model(),
+        parallel=ParallelConfig(tp=4, sp=True, cp=8, ep=32, zero1=True),
+        data=DataConfig(phases=stage_phases(STAGES, optim)), optim=optim,
+        train=replace(run.train, global_batch_size=1440),
+        needle=NeedleConfig(lengths_tokens=(4096, 32768, 102400)),
+        extend=ExtendConfig(stages=STAGES, gate=GateConfig(every_steps=250, min_accuracy=0.98)))
+
+
+_OPTIMIZER = published(f"{REPORT}, pretraining: optimizer")
+_CURRICULUM = published(f"{REPORT}, pretraining: phases")
+SOURCES: Sources = {
+    "model.*": config_json(RELEASED),
+    "model.yarn": ours("no source has YaRN before the last stage; the released config has it"),
+    "model.router_bias_update_rate": published(f"{REPORT}, router"),
+    "model.seq_aux_loss_coeff": published(f"{REPORT}, router"),
+    "model.mtp_*": DEFAULT,
+    "parallel.*": ours("a layout that fits; published is HSDP, 6 x 10 nodes of 8 B200"),
+    "data.phases.*.name": _CURRICULUM,
+    "data.phases.*.tokens": _CURRICULUM,
+    "data.phases.*.seq_len": _OPTIMIZER,
+    "data.phases.*.blend.korean": _CURRICULUM,
+    "data.phases.*.blend.synthetic": _CURRICULUM,
+    "data.phases.*.blend.web-*": ours("the rest, if Korean and synthetic text do not overlap"),
+    **dict.fromkeys(("optim.name", "optim.lr", "optim.min_lr", "optim.warmup_steps", "optim.weight_decay",
+                     "optim.beta1", "optim.beta2", "optim.eps", "optim.clip_grad", "train.global_batch_size"),
+                    _OPTIMIZER),
+    "optim.schedule": ours("the report gives both ends of the decay, not its form"),
+    "train.micro_batch_size": ours("memory"),
+    "train.precision": ours("published is FP8 beside bf16"),
+    "train.recompute": published(f"{REPORT}, infrastructure"),
+}
+_MID_TRAINING = published(f"{REPORT}, mid-training")
+MID_SOURCES = derive(SOURCES, {
+    "data.phases.*.name": _MID_TRAINING,
+    "data.phases.*.tokens": _MID_TRAINING,
+    "data.phases.*.global_batch_size": _OPTIMIZER,
+    "data.phases.*.blend.*": _MID_TRAINING,
+    "data.phases.*.blend.long@8192": published(f"{REPORT}, mid-training; that long means 8,192 is ours"),
+    "optim.lr": ours("not published"),
+    "optim.min_lr": ours("where pretraining ends; not published"),
+    "optim.warmup_steps": ours("not published"),
+    "optim.schedule": ours("not published"),
+    "train.global_batch_size": ours("the phase has its own"),
+})
+EXTEND_SOURCES = derive(SOURCES, {
+    "model.yarn.*": config_json(RELEASED),
+    **PHASE_SOURCES,
+    "optim.lr": ours("not published"),
+    "optim.min_lr": ours("where pretraining ends; not published"),
+    "optim.warmup_steps": ours("not published"),
+    "optim.schedule": ours("not published"),
+    "train.global_batch_size": _OPTIMIZER,
+    "needle.lengths_tokens": ours("the lengths of pretraining and both stages"),
+    **dict.fromkeys(SET_IN_A_STAGE, ours("not published")),
+    "extend.stages.*.seq_len": published(f"{REPORT}, pretraining: 32K, 100K (102,400 is our reading)"),
+    "extend.stages.*.global_batch_size": _OPTIMIZER,
+    **dict.fromkeys(("extend.stages.*.yarn_factor", "extend.stages.*.yarn_original_tokens"),
+                    ours("the released config's, at the last stage: nothing says when YaRN began")),
+    "extend.stages.*.blend.*": ours("sources of the published mid-training"),
+    "extend.stages.*.parts.*": ours("not published; rehearsal is phase 2.C again, as in mid-training"),
+    "extend.gate.every_steps": ours("not published"),
+    "extend.gate.min_accuracy": ours("not published"),
+})

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megatron_sov.config import NeedleConfig, ParallelConfig, PhaseConfig, RunConfig
+from megatron_sov.config import (
+    ExtendConfig,
+    ExtendStageConfig,
+    NeedleConfig,
+    ParallelConfig,
+    PhaseConfig,
+    RunConfig,
+)
+from megatron_sov.recipes.sources import ours
 
 SEQ_LEN = 256
+SHRUNK = ours("a size for two CPU cores, and what goes with it")
+"""Where every value comes from that shrinking changes; the others come from where the big recipe has them."""
 
 
-def shrink(run: RunConfig) -> RunConfig:
-    """Return `run` with every size reduced and every structural choice (routing, attention, norms, MTP) kept.
+def shrink(name: str, run: RunConfig) -> RunConfig:
+    """Return `run` as recipe `name`, with every size reduced and every structural choice kept.
 
-    The optimizer is AdamW, which is quicker at this size; `--set optim.name=muon` takes the same rates.
+    Routing, attention, norms and multi-token prediction are such choices.  The optimizer is AdamW, which is
+    quicker at this size; `--set optim.name=muon` takes the same rates.
     """
     model = run.model
     small = replace(
@@ -24,19 +35,44 @@ def shrink(run: RunConfig) -> RunConfig:
     )
     if model.num_experts:
         small = replace(small, num_experts=8, num_experts_per_token=2, expert_ffn_dim=128)
+    extend = _small_extension(run.extend)
+    lengths = {stage.name: stage.seq_len for stage in extend.stages}
     return replace(
         run,
-        recipe="tiny-" + run.recipe.rpartition("-")[0],
+        recipe=name,
         model=small,
         parallel=ParallelConfig(),
-        data=replace(run.data, phases=tuple(_small(p) for p in run.data.phases), heldout_tokens=16384),
+        data=replace(run.data, heldout_tokens=16384,
+                     phases=tuple(_small(p, lengths.get(p.name, SEQ_LEN)) for p in run.data.phases)),
         optim=replace(run.optim, name="adamw", lr=4e-3, min_lr=2e-4, warmup_steps=20),
         train=replace(run.train, steps=200, tokens=0, global_batch_size=16, micro_batch_size=8, precision="fp32", recompute=False,
                       checkpoint_every_steps=50, eval_every_steps=100),
         needle=NeedleConfig(lengths_tokens=(256, 512), depths=(0.0, 0.5, 0.95), samples=20),
+        extend=extend,
     )
 
 
-def _small(phase: PhaseConfig) -> PhaseConfig:
+def _small_extension(extend: ExtendConfig) -> ExtendConfig:
+    """Return an extension of as many stages, each twice as long as what was trained before.
+
+    Its gate counts needles and judges the loss alone: a model of this size, trained for minutes, finds none.
+    """
+    if not extend.stages:
+        return extend
+    stages = tuple(_small_stage(stage, SEQ_LEN << i) for i, stage in enumerate(extend.stages, 1))
+    gate = replace(extend.gate, every_steps=20, min_accuracy=0.0, loss_tolerance_nats=0.5)
+    return replace(extend, stages=stages, gate=gate)
+
+
+def _small_stage(stage: ExtendStageConfig, seq_len: int) -> ExtendStageConfig:
+    """Return a stage of that length with its parts, over whatever sources the data has."""
+    return replace(
+        stage, seq_len=seq_len, steps=20, max_steps=40, tokens=0, global_batch_size=0, blend={},
+        yarn_original_tokens=seq_len // 2 if stage.yarn_original_tokens else 0,
+        parts=tuple(replace(part, blend={}) for part in stage.parts))
+
+
+def _small(phase: PhaseConfig, seq_len: int) -> PhaseConfig:
     """Return a phase with its part of the run kept, over whatever sources the data has."""
-    return replace(phase, tokens=0, share=phase.tokens or phase.share, blend={}, seq_len=SEQ_LEN, global_batch_size=0)
+    return replace(phase, tokens=0, share=phase.tokens or phase.share, blend={}, seq_len=seq_len,
+                   global_batch_size=0, lr=0.0, rewarm_steps=0)

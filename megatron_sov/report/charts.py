@@ -18,7 +18,7 @@ MAX_POINTS = 2000
 SMOOTH_FROM_STEPS = 50
 """Shorter curves are drawn as they are; longer ones also as a moving mean over a fiftieth of the steps."""
 MARKS = {"skip": ("step not learned", "x"), "rollback": ("weights taken back", "triangle-left"), "alarm": ("alarm", "diamond"),
-         "corruption": ("silent corruption", "star")}
+         "sdc": ("silent corruption", "star")}
 """Incidents that are marked on the loss: event -> name and symbol."""
 MAX_MARKS = 500
 """Marks of one kind at most, the newest ones."""
@@ -134,8 +134,8 @@ def heldout_charts(run: Run) -> list[Chart]:
 
 def beside_charts(run: Run) -> list[Chart]:
     """Return what judges beside training found over the run."""
-    charts = [_curves(curves(run.beside, "bits_per_byte"), "bits per byte", "Bits per byte of the exports.", run),
-              _curves(needle_curves(run.beside), "% right", "Needles found by the exports, over all lengths and depths.", run)]
+    charts = [_curves(curves(run.evaluations, "bits_per_byte"), "bits per byte", "Bits per byte of the exports.", run),
+              _curves(needle_curves(run.evaluations), "% right", "Needles found by the exports, over all lengths and depths.", run)]
     return [c for c in charts if c]
 
 

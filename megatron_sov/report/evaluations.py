@@ -12,17 +12,17 @@ import numpy as np
 
 from megatron_sov.obs.figures import number
 from megatron_sov.report.steps import Curve
-from megatron_sov.train.side_jobs.evaluations import EVALUATIONS
+from megatron_sov.runs.folder import EVALUATIONS
 
 FILE = re.compile(r"^step-(\d+)\.(\w+)\.(json|failed)$")
 
 
 @dataclass(frozen=True)
-class Beside:
-    """What one judge found on one export."""
+class ExportEvaluation:
+    """What one task found on one export."""
 
     step: int
-    judge: str
+    task: str
     """ppl or needle."""
     figures: dict[str, Any]
     """What `megatron-sov eval` gives; empty where it failed."""
@@ -30,7 +30,7 @@ class Beside:
     """Why there are no figures."""
 
 
-def read_beside(run: Path) -> list[Beside]:
+def read_evaluations(run: Path) -> list[ExportEvaluation]:
     """Return the evaluations of a run by step; a file that cannot be read counts as a failure."""
     found = []
     for file in (run / EVALUATIONS).glob("step-*"):
@@ -45,25 +45,25 @@ def read_beside(run: Path) -> list[Beside]:
             failure = f"{file.name} cannot be read ({e})"
         if not isinstance(figures, dict):
             figures, failure = {}, f"{file.name} holds no figures"
-        found.append(Beside(int(name[1]), name[2], figures, failure))
-    return sorted(found, key=lambda b: (b.step, b.judge))
+        found.append(ExportEvaluation(int(name[1]), name[2], figures, failure))
+    return sorted(found, key=lambda b: (b.step, b.task))
 
 
-def curves(evaluations: list[Beside], field: str) -> list[Curve]:
+def curves(evaluations: list[ExportEvaluation], field: str) -> list[Curve]:
     """Return one figure of each source over steps, e.g. bits_per_byte."""
     values: dict[str, dict[int, float]] = {}
     for one in evaluations:
-        if one.judge == "ppl":
+        if one.task == "ppl":
             for source, row in one.figures.items():
                 values.setdefault(source, {})[one.step] = number(row.get(field) if isinstance(row, dict) else None)
     return [_curve(source, by_step) for source, by_step in values.items()]
 
 
-def needle_curves(evaluations: list[Beside]) -> list[Curve]:
+def needle_curves(evaluations: list[ExportEvaluation]) -> list[Curve]:
     """Return the share of right answers, in percent, of each kind and language over steps."""
     rights: dict[str, dict[int, list[float]]] = {}
     for one in evaluations:
-        for cell in one.figures.get("cells") or [] if one.judge == "needle" else []:
+        for cell in one.figures.get("cells") or [] if one.task == "needle" else []:
             name = f"{cell.get('kind')}, {cell.get('language')}"
             share = 100 * number(cell.get("correct")) / max(1.0, number(cell.get("samples")))
             rights.setdefault(name, {}).setdefault(one.step, []).append(share)

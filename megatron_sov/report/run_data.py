@@ -21,7 +21,7 @@ from megatron_sov.obs.events import EVENTS, final_steps, read_events
 from megatron_sov.obs.figures import number
 from megatron_sov.obs.incidents import BY_SETTING, KINDS, is_incident
 from megatron_sov.obs.wall_time import Timekeeper, WallTime
-from megatron_sov.report.evaluations import Beside, read_beside
+from megatron_sov.report.evaluations import ExportEvaluation, read_evaluations
 from megatron_sov.report.steps import Curve, StepTable
 from megatron_sov.runs.lock import living_holder
 
@@ -125,7 +125,7 @@ class Run:
     searches: list[dict[str, Any]] = field(default_factory=list)
     """Searches of the training data for what the gate asks."""
     needles: list[dict[str, Any]] = field(default_factory=list)
-    beside: list[Beside] = field(default_factory=list)
+    evaluations: list[ExportEvaluation] = field(default_factory=list)
     """Evaluations of exports beside training."""
     samples: list[dict[str, Any]] = field(default_factory=list)
     conversions: list[dict[str, Any]] = field(default_factory=list)
@@ -199,7 +199,7 @@ def read_run(path: Path) -> Run:
     run.warnings = kept["warning"]
     run.skipped_steps = [int(e["step"]) for e in final_steps(kept["skip"], "skip") if e.get("reason") == BY_SETTING]
     run.incidents = sorted((e for kind in KINDS for e in kept[kind] if is_incident(e)), key=lambda e: number(e.get("time_s")))
-    run.beside = read_beside(path)
+    run.evaluations = read_evaluations(path)
     run.provenance = _provenance(path, run.start("inputs") or [])
     return run
 

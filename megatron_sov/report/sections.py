@@ -53,8 +53,8 @@ def key_figures(run: Run) -> list[tuple[str, str, str]]:
     if run.wall_s() > 0:
         ranks = run.start("num_ranks")
         found.append(("Wall time", duration(run.wall_s()), f"{ranks:,} process{'es' if ranks > 1 else ''}" if ranks else ""))
-    if run.wall_time is not None and math.isfinite(run.wall_time.effective_share):
-        found.append(("Effective training time", f"{run.wall_time.effective_share:.1%}", "of the time since the first start"))
+    if run.wall_time is not None and math.isfinite(run.wall_time.goodput):
+        found.append(("Effective training time", f"{run.wall_time.goodput:.1%}", "of the time since the first start"))
     speed = run.curve("tokens_per_s")
     if speed and len(speed.finite().steps):
         found.append(("Tokens a second", f"{np.median(speed.finite().values):,.0f}", "median over steps"))
@@ -119,8 +119,8 @@ def _plan_section(run: Run) -> Section:
 
 
 def _beside_tables(run: Run) -> list[Table]:
-    rows = [[f"{b.step:,}", b.judge, b.failure] for b in run.beside if b.failure]
-    return [Table(["step", "judge", "why there is no figure"], rows)] if rows else []
+    rows = [[f"{b.step:,}", b.task, b.failure] for b in run.evaluations if b.failure]
+    return [Table(["step", "task", "why there is no figure"], rows)] if rows else []
 
 
 def _provenance_tables(provenance: list[Provenance]) -> list[Table]:

@@ -10,7 +10,7 @@ from megatron_sov.pages.charts import Chart, chart, colour
 from megatron_sov.pages.content import Section, Table
 
 MEANINGS = {
-    "kept": "optimizer steps that are part of the model",
+    "productive": "optimizer steps that are part of the model",
     "lost": "steps done again after a restart, taken back or refused",
     "evaluation": "held-out loss, needles, gates",
     "saving": "training stood still for a checkpoint",
@@ -36,5 +36,5 @@ def _bar(time: WallTime) -> Chart:
                                 hovertemplate=f"{label}: {share:.1f} %, {duration(time.spent_s[name])}<extra></extra>"))
     figure.update_layout(barmode="stack", xaxis={"title": "% of the wall time", "range": [0, 100]},
                          yaxis={"showticklabels": False})
-    caption = f"Of {duration(time.total_s)} since the first start, {time.effective_share:.1%} moved the model forward."
+    caption = f"Of {duration(time.total_s)} since the first start, {time.goodput:.1%} moved the model forward."
     return chart(figure, caption, height_px=190)

@@ -45,7 +45,7 @@ def be_humble(parent: int) -> None:
         psutil.Process().ionice(psutil.IOPRIO_CLASS_IDLE)
 
 
-class HumbleProcess:
+class BackgroundProcess:
     """A command that runs beside this process, humbly, with its output in a log."""
 
     def __init__(self, command: list[str], log: Path) -> None:

@@ -17,6 +17,8 @@ from megatron_sov.runs.launch_environment import is_first
 from megatron_sov.runs.lock import LOCK
 
 CONFIG, COMPLETION, FAILURE, STAGES, JOBS = "config.json", "complete.json", "gate_failed.json", "stages", "slurm"
+EXPORTS, EVALUATIONS = "exports", "evaluations"
+"""Hugging Face folders of checkpoints, and the figures measured on them, beside training."""
 OPTIM = tuple(f.name for f in dataclasses.fields(OptimConfig) if f.name != "rewarm")
 FIXED: dict[str, tuple[str, ...] | None] = {"model": None, "objective": None, "optim": OPTIM,
                                             "train": ("seed", "precision", "hidden_dropout"), "data": ("packing",)}

@@ -21,7 +21,8 @@ from typing import Any
 import psutil
 
 from megatron_sov.artifacts import atomic_write, disk_errors
-from megatron_sov.errors import UserError
+from megatron_sov.errors import ExitCode, UserError
+from megatron_sov.obs.warning import warn
 
 LOCK = "lock.json"
 LEASE_S = 60.0
@@ -71,10 +72,10 @@ class RunLock:
                 if self._is_lost():
                     print(f"error: {self._file.parent}: another run took this folder while this one was silent for "
                           f"{self._lease_s:g} s; this one ends here", file=sys.stderr, flush=True)
-                    os._exit(1)  # two runs must not write into one folder, not even a last checkpoint
+                    os._exit(ExitCode.CRASH)  # two runs must not write into one folder, not even a last checkpoint
                 atomic_write(self._file, self._record())
             except (UserError, OSError) as e:  # the lease is good for some more attempts
-                print(f"warning: {self._file}: the lease could not be renewed ({e})", file=sys.stderr, flush=True)
+                warn(f"{self._file}: the lease could not be renewed ({e})")
 
     def _is_lost(self) -> bool:
         record = recorded_holder(self._file.parent)
@@ -123,7 +124,10 @@ def _is_living(record: dict[str, Any]) -> bool:
     if record["host"] != socket.gethostname():
         return bool(time.time() < record["expires_s"])
     try:
-        return bool(abs(psutil.Process(record["pid"]).create_time() - record["started_s"]) < CLOCK_TOLERANCE_S)
+        holder = psutil.Process(record["pid"])
+        if holder.status() == psutil.STATUS_ZOMBIE:  # it has ended, and its parent may never take note of it
+            return False
+        return bool(abs(holder.create_time() - record["started_s"]) < CLOCK_TOLERANCE_S)
     except psutil.NoSuchProcess:
         return False
 

@@ -7,8 +7,11 @@ import os
 import signal
 import sys
 
+from megatron_sov.errors import ExitCode
+
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-"""Signals that ask for a stop; the launcher passes them on to its ranks."""
+"""Signals that ask for a stop; the launcher passes them on to its ranks.  SIGUSR1 is what Slurm is asked to send before the
+time limit."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -17,4 +20,4 @@ def die_with_parent(parent: int) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
-            os._exit(1)
+            os._exit(ExitCode.CRASH)

@@ -15,12 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_sov.artifacts import atomic_write, to_json
-from megatron_sov.errors import EXIT_CORRUPTION, EXIT_HANG, UserError
+from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.obs.events import EVENTS, read_events
 from megatron_sov.runs.checkpoints import CHECKPOINTS_OF_A_RUN
 from megatron_sov.runs.folder import FAILURE
 from megatron_sov.runs.lock import forget, recorded_holder
-from megatron_sov.slurm.failures import EXIT_MISTAKE, first_failure, last_lines
+from megatron_sov.slurm.failures import first_failure, last_lines
 from megatron_sov.slurm.history import History, progress_of
 from megatron_sov.slurm.preflight import sick_nodes
 
@@ -28,7 +28,6 @@ RUN, WAIT = "run", "wait"
 ASKED = {"": "its ranks were asked to stop", "limit": "its time limit came near", "way": "it had to make way for another job",
          "cancel": "it was cancelled, or put back by hand"}
 """What asked a job to stop -> in words."""
-EXIT_CRASH_LOOP, EXIT_GATE, EXIT_CANCELLED = 1, 3, 75
 
 
 class Job:
@@ -51,12 +50,12 @@ class Job:
             ended = [a.end for a in self.history.attempts if a.end is not None]
             say(f"stops here: {failures} attempts in a row left nothing new, the last by this: {ended[-1]['reason']}; "
                 "look at the logs, mend it and submit again")
-            return f"exit {EXIT_CRASH_LOOP}"
+            return f"exit {ExitCode.CRASH}"
         left = [node for node in self.args.usable if node not in excluded]
         if excluded and self.args.usable and len(left) < self.args.min_nodes:
             say(f"stops here: without {', '.join(excluded)} the partition has {len(left)} usable nodes, and the job needs "
                 f"{self.args.min_nodes}; mend them, or submit again with fewer --nodes")
-            return f"exit {EXIT_CRASH_LOOP}"
+            return f"exit {ExitCode.CRASH}"
         if excluded:
             say(f"goes on without {', '.join(excluded)}")
         return f"requeue {','.join(excluded)}".strip()
@@ -119,7 +118,7 @@ def _held_by_another(job: Job, queue: str) -> str | None:
             return WAIT
         else:
             say(f"{folder} is in use by job {holder['slurm_job']}, which is {state}; wait for it or cancel it")
-            return f"exit {EXIT_MISTAKE}"
+            return f"exit {ExitCode.USER_ERROR}"
     return None
 
 
@@ -153,10 +152,10 @@ def end(job: Job) -> str:
         return "exit 0"
     if gate := next((f for f in (args.target / FAILURE, *args.target.glob(f"stages/*/{FAILURE}")) if f.is_file()), None):
         ended("gate", str(json.loads(gate.read_text())["failure"]))
-        return f"exit {EXIT_GATE}"
+        return f"exit {ExitCode.GATE_FAILED}"
     if args.asked == "cancel":
         ended("cancelled", f"{ASKED[args.asked]}; saved so far: {_saved(job)}")
-        return f"exit {EXIT_CANCELLED}"
+        return f"exit {ExitCode.STOPPED}"
     if args.asked or args.code == 0:
         ended("stopped", f"{ASKED[args.asked]}; saved so far: {_saved(job)}")
         return job.again()
@@ -165,13 +164,13 @@ def end(job: Job) -> str:
         return job.again()
     shown = last_lines(args.logs / f"rank-{failure.rank}.log")
     print(shown, file=sys.stderr, flush=True)
-    if failure.exit_code == EXIT_MISTAKE:
+    if failure.exit_code == ExitCode.USER_ERROR:
         sentences = [line.strip() for line in shown.splitlines() if line.strip().startswith("error:")]
         ended("mistake", f"{failure}: {sentences[-1] if sentences else 'a setting, the data or the disk needs a change'}")
-        return f"exit {EXIT_MISTAKE}"
-    if failure.exit_code == EXIT_CORRUPTION:
+        return f"exit {ExitCode.USER_ERROR}"
+    if failure.exit_code == ExitCode.CORRUPTION:
         ended("corruption", f"a rank computed wrongly, see {args.target / EVENTS}", sick=_corrupt_nodes(job))
-    elif failure.exit_code == EXIT_HANG:  # the first to give up is not the one that the others waited for
+    elif failure.exit_code == ExitCode.HANG:  # the first to give up is not the one that the others waited for
         ended("hang", f"the ranks stood still; their stacks are in {args.target / 'hang'}")
     else:
         ended("crash", str(failure), [failure.node])
@@ -180,7 +179,7 @@ def end(job: Job) -> str:
 
 def _corrupt_nodes(job: Job) -> list[str]:
     """Return the nodes that the run's last `corruption` event names; none where they are half of the nodes, or more."""
-    named = [e["hosts"] for e in read_events(job.args.target / EVENTS) if e["event"] == "corruption"]
+    named = [e["hosts"] for e in read_events(job.args.target / EVENTS) if e["event"] == "sdc"]
     found = [node for node in job.args.nodes if named and node in {host.split(".")[0] for host in named[-1]} | set(named[-1])]
     return found if 2 * len(found) < len(job.args.nodes) else []
 
@@ -219,7 +218,7 @@ def main(argv: list[str] | None = None) -> int:
         print(answers[job.args.action](), flush=True)
     except UserError as e:
         say(str(e))
-        print(f"exit {EXIT_MISTAKE}", flush=True)
+        print(f"exit {ExitCode.USER_ERROR}", flush=True)
     return 0
 
 

@@ -3,62 +3,19 @@
 from __future__ import annotations
 
 import json
-import shlex
 import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pydantic import ConfigDict
-
 from megatron_sov.artifacts import atomic_write, to_json
-from megatron_sov.commands.submit import settings_by_nodes
-from megatron_sov.errors import UserError, nearest
+from megatron_sov.errors import UserError
 from megatron_sov.obs.events import read_events
 from megatron_sov.slurm import client, cluster, submission
+from megatron_sov.slurm.chain_file import ChainConfig, ChainStage, names, read_chain, work_folder
 from megatron_sov.slurm.history import ATTEMPTS
-from megatron_sov.slurm.stages import check_inputs
-from megatron_sov.slurm.yaml_file import read_text, read_yaml
-
-STRICT = ConfigDict(extra="forbid")
-
-
-@dataclass(frozen=True)
-class ChainStage:
-    """One stage of a chain file."""
-
-    __pydantic_config__ = STRICT
-    stage: str
-    """Which stage."""
-    arguments: str
-    """What follows its command, quoted as in a shell."""
-    name: str = ""
-    """Its name in the chain; empty: the stage's."""
-    after: tuple[str, ...] | None = None
-    """Names of the stages that have to be complete; null: the one before."""
-    cluster: str = ""
-    """Profile; empty: the chain's."""
-    nodes: int = 1
-    """Nodes of a training stage."""
-    min_nodes: int = 0
-    """Fewest nodes to go on with; 0: all."""
-    nodes_set: tuple[str, ...] = ()
-    """N:key=value: settings that change when there are N nodes."""
-    array: int = 0
-    """data pack: tasks that share the inputs."""
-    time_limit: str | None = None
-    """Time limit instead of the profile's."""
-
-
-@dataclass(frozen=True)
-class ChainConfig:
-    """A chain file."""
-
-    __pydantic_config__ = STRICT
-    stages: tuple[ChainStage, ...]
-    """In order."""
-    cluster: str = ""
-    """Profile of all stages; empty: --cluster."""
+from megatron_sov.slurm.script import READY_ROOT, Ready
+from megatron_sov.slurm.stages import Commands, check_inputs
 
 
 @dataclass(frozen=True)
@@ -69,6 +26,8 @@ class Options:
     account: str | None = None
     partition: str | None = None
     time_limit: str | None = None
+    scripts: Path | None = None
+    """Folder for ready scripts; None: the chain is submitted from here."""
 
 
 @dataclass(frozen=True)
@@ -95,17 +54,22 @@ class Submitted:
     """Stage -> its jobs, of which the last is the one that others wait for."""
 
 
-def run(file: Path, options: Options, *, resume: bool, dry_run: bool) -> int:
+def run(chain: str, options: Options, commands: Commands, *, resume: bool, dry_run: bool) -> int:
     """Submit a chain, or what is not complete of it; returns 0.
 
     Everything is checked before the first job is submitted.
 
+    Args:
+        chain: name of one that comes with the package, or a file.
+        options: the command line's.
+        commands: the parsers of the stages' commands.
+        resume: whether to submit what is not complete of a chain that was submitted before.
+        dry_run: whether to print the scripts instead.
+
     Raises:
         UserError: the file, a stage, Slurm or the state of an earlier submission does not allow it.
     """
-    links = _links(file, options)
-    state_file = file.with_name(f"{file.name}.jobs.json")
-    before = Submitted(**json.loads(state_file.read_text())) if state_file.is_file() else Submitted()
+    links = links_of(chain, options, commands)
     if dry_run:
         for link in links:
             state = "complete" if link.complete else "to be submitted"
@@ -116,21 +80,28 @@ def run(file: Path, options: Options, *, resume: bool, dry_run: bool) -> int:
     for link in links:
         check_inputs(link.prepared.work, promised)
         promised.add(link.prepared.work.target)
+    state_file = _state_file(chain)
+    before = Submitted(**json.loads(state_file.read_text())) if state_file.is_file() else Submitted()
     if before.jobs:
         living = client.states([number for numbers in before.jobs.values() for number in numbers])
         for link in links:
             print(f"{link.name}: {_state(link, before, living)}")
         if living:
-            raise UserError(f"{file}: jobs of it wait or run; wait for them, or `scancel {' '.join(living)}`")
+            raise UserError(f"{chain}: jobs of it wait or run; wait for them, or `scancel {' '.join(living)}`")
         if not resume:
-            raise UserError(f"{file}: was submitted before; pass --continue to submit what is not complete")
+            raise UserError(f"{chain}: was submitted before; pass --continue to submit what is not complete")
     open_links = [link for link in links if not link.complete]
     for link in open_links:
         submission.check(link.prepared)
     _submit(open_links, before, state_file)
     if not open_links:
-        print(f"{file}: every stage is complete")
+        print(f"{chain}: every stage is complete")
     return 0
+
+
+def _state_file(chain: str) -> Path:
+    """Return where it stands what was submitted: beside a user's file, in $WORK for a chain that comes with the package."""
+    return Path(work_folder(), f"{chain}.yaml.jobs.json") if chain in names() else Path(f"{chain}.jobs.json")
 
 
 def _submit(links: list[Link], before: Submitted, state_file: Path) -> None:
@@ -161,70 +132,58 @@ def _state(link: Link, before: Submitted, living: dict[str, str]) -> str:
             if r["event"] == "end" and r["time_s"] >= before.time_s and r["outcome"] != "complete"]
     if ends:
         return f"not complete, its job ended by: {ends[-1]['outcome']}, {ends[-1]['reason']}"
-    if said := [words for number in numbers if (words := submission.last_words(records, number))]:
+    if said := [argv for number in numbers if (argv := submission.last_words(records, number))]:
         return f"not complete, its job ended before it began its work: {said[-1]}"
     return f"not complete, its job {' and '.join(numbers) or '(none)'} never began: an earlier stage failed, or it was cancelled"
 
 
-def _links(file: Path, options: Options) -> list[Link]:
-    """Return the stages of a file with their scripts.
+def links_of(chain: str, options: Options, commands: Commands) -> list[Link]:
+    """Return the stages of a chain with their scripts; nothing is written and Slurm is not asked.
 
     Raises:
         UserError: something about them does not fit.
     """
-    config = read_chain(file)
-    names = [s.name or s.stage for s in config.stages]
-    if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise UserError(f"{file}: {twice[0]!r} names two stages; give one of them another `name`")
+    config = read_chain(chain)
     links: list[Link] = []
     for number, stage in enumerate(config.stages):
-        after = stage.after if stage.after is not None else tuple(names[number - 1:number])
-        for name in after:
-            if name not in names[:number]:
-                raise UserError(f"{file}: {names[number]} comes after {name!r}, which is no stage before it"
-                                f"{nearest(name, names[:number])}")
-        chosen = stage.cluster or options.cluster or config.cluster
-        if not chosen:
-            raise UserError(f"{file}: names no cluster; add a line `cluster: PROFILE`, or pass --cluster")
+        before = (config.stages[number - 1].label,) if number else ()
+        after = before if stage.after is None else stage.after
         needs = tuple(link.prepared.work.done for link in links if link.name in after)
+        ready = _ready(chain, number, stage, options) if options.scripts is not None else None
         try:
-            links.append(Link(names[number], after, _prepared(stage, chosen, options, needs)))
+            request = _request(config, stage, options, needs, ready)
+            links.append(Link(stage.label, after, submission.prepare(request, commands)))
         except UserError as e:
-            raise UserError(f"{file}: stage {names[number]}: {e}") from None
+            raise UserError(f"{chain}: stage {stage.label}: {e}") from None
     targets = Counter((link.prepared.work.records, link.prepared.work.stage) for link in links)
     if same := [records for (records, _), count in targets.items() if count > 1]:
-        raise UserError(f"{file}: two stages write to {same[0].parent}; give each a folder of its own")
+        raise UserError(f"{chain}: two stages write to {same[0].parent}; give each a folder of its own")
     return links
 
 
-def _prepared(stage: ChainStage, chosen: str, options: Options, needs: tuple[Path, ...]) -> submission.Prepared:
-    """Return the scripts of one stage.
+def _request(config: ChainConfig, stage: ChainStage, options: Options, needs: tuple[Path, ...],
+             ready: Ready | None) -> submission.Request:
+    """Return what a stage of a chain asks for.
 
     Args:
+        config: its chain.
         stage: what the file says.
-        chosen: name of its profile.
         options: the command line's.
         needs: completion manifests of the stages before it.
+        ready: what its ready script says of itself.
     """
-    try:
-        words = tuple(shlex.split(stage.arguments, comments=True))
-    except ValueError as e:
-        raise UserError(f"arguments = {stage.arguments!r}: cannot be read as a shell would ({e}); mend its quotes") from None
-    profile = cluster.load(chosen, account=options.account, partition=options.partition)
-    return submission.prepare(submission.Request(
-        stage.stage, words, profile, stage.nodes, stage.min_nodes or None, settings_by_nodes(list(stage.nodes_set)), stage.array,
-        needs, stage.time_limit or options.time_limit))
+    chosen = stage.cluster or options.cluster or config.cluster
+    if not chosen:
+        raise UserError("names no cluster; add a line `cluster: PROFILE` to the file, or pass --cluster")
+    profile = cluster.load(chosen, account=options.account, partition=options.partition, needs_account=ready is None)
+    return submission.Request(
+        stage.stage, stage.argv(READY_ROOT if ready else None), profile, stage.nodes, stage.min_nodes or None,
+        cluster.settings_by_nodes(list(stage.nodes_set)), stage.array, needs, stage.time_limit or options.time_limit, ready)
 
 
-def read_chain(file: Path) -> ChainConfig:
-    """Read a chain file.
-
-    Raises:
-        UserError: it is not there, is no YAML, or has other fields.
-    """
-    if not file.is_file():
-        raise UserError(f"{file}: does not exist; a chain is a YAML file with `stages` (docs/slurm.md)")
-    config = read_yaml(str(file), read_text(str(file), file), ChainConfig, (ChainStage,), "chain")
-    if not config.stages:
-        raise UserError(f"{file}: has no stages")
-    return config
+def _ready(chain: str, number: int, stage: ChainStage, options: Options) -> Ready:
+    assert options.scripts is not None, chain
+    name = f"{Path(chain).stem}-{stage.label}"
+    chosen = f" --cluster {options.cluster}" if options.cluster else ""
+    return Ready(name, options.scripts / f"{number + 1:02}-{stage.label}.sbatch",
+                 f"megatron-sov submit chain {chain}{chosen} --scripts {options.scripts}", stage.note)

@@ -11,12 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ConfigDict
-
+from megatron_sov.config.model import STRICT
 from megatron_sov.errors import UserError, nearest
 from megatron_sov.slurm.yaml_file import read_text, read_yaml
 
-STRICT = ConfigDict(extra="forbid")
 SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|API_?KEY|PRIVATE_KEY)S?$", re.IGNORECASE)
 """How the names of variables end that hold what must not stand in a file."""
 TIME_LIMIT = re.compile(r"(?P<d>\d+)-(?P<dh>\d+)(:(?P<dm>\d+)(:(?P<ds>\d+))?)?|((?P<h>\d+):(?=\d+:))?(?P<m>\d+)(:(?P<s>\d+))?")
@@ -161,7 +159,7 @@ class ClusterProfile:
 
 def names() -> list[str]:
     """Return the names of the profiles that come with the package."""
-    folder = importlib.resources.files("megatron_sov.slurm").joinpath("clusters")
+    folder = importlib.resources.files("slurm").joinpath("clusters")
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
@@ -180,13 +178,29 @@ def time_limit_s(text: str) -> float:
     return sum(int(found[name] or 0) * seconds for name, seconds in units.items()) or math.inf
 
 
-def load(name: str, *, account: str | None = None, partition: str | None = None) -> ClusterProfile:
+def settings_by_nodes(given: list[str]) -> dict[int, tuple[str, ...]]:
+    """Return number of nodes -> settings, of N:key=value arguments.
+
+    Raises:
+        UserError: one of another form.
+    """
+    settings: dict[int, tuple[str, ...]] = {}
+    for text in given:
+        count, colon, setting = text.partition(":")
+        if not colon or not count.isdigit() or "=" not in setting:
+            raise UserError(f"--nodes-set {text}: must have the form N:key=value, e.g. 2:parallel.ep=2")
+        settings[int(count)] = (*settings.get(int(count), ()), setting)
+    return settings
+
+
+def load(name: str, *, account: str | None = None, partition: str | None = None, needs_account: bool = True) -> ClusterProfile:
     """Return a profile: one that comes with the package, or a YAML file of the user's.
 
     Args:
         name: name of a shipped profile, or path of a file that ends with .yaml.
         account: Slurm account of the command line; None: as the profile says.
         partition: partition of the command line; None: as the profile says.
+        needs_account: whether an account that the profile leaves to the command line has to be given.
 
     Raises:
         UserError: there is none, it cannot be read, it has no such field, or it breaks a rule.
@@ -197,7 +211,7 @@ def load(name: str, *, account: str | None = None, partition: str | None = None)
             raise UserError(f"--cluster {name}: does not exist; pass a file, or one of {', '.join(names())}")
         text = read_text(f"--cluster {name}", file)
     elif name in names():
-        text = importlib.resources.files("megatron_sov.slurm").joinpath("clusters", f"{name}.yaml").read_text(encoding="utf-8")
+        text = importlib.resources.files("slurm").joinpath("clusters", f"{name}.yaml").read_text(encoding="utf-8")
     else:
         raise UserError(f"--cluster {name}: there is no such profile{nearest(name, names())} (profiles: {', '.join(names())}; "
                         "your own: a path that ends with .yaml)")
@@ -205,7 +219,7 @@ def load(name: str, *, account: str | None = None, partition: str | None = None)
     profile = dataclasses.replace(profile, account=profile.account if account is None else account,
                                   partition=profile.partition if partition is None else partition)
     problems = profile.problems()
-    if profile.account is None:
+    if profile.account is None and needs_account:
         problems.append("account is missing; pass --account NAME, or put it into a profile of your own (\"\" where the cluster "
                         "asks for none)")
     if problems:

@@ -7,10 +7,10 @@ from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_sov.errors import ExitCode
+
 LINE = re.compile(r"^srun: error: (?P<node>[^\s:]+): tasks? (?P<ranks>[\d,\-]+): (?P<how>.*)$", re.MULTILINE)
 EXIT_CODE = re.compile(r"Exited with exit code (\d+)")
-EXIT_MISTAKE = 2
-"""Of a command whose user has to change something."""
 LAST_LINES = 15
 
 
@@ -33,7 +33,7 @@ class Failure:
 def first_failure(srun_log: str) -> Failure | None:
     """Return the failure that srun reports first, or None; a user's mistake goes before ranks that only lost their peer by it."""
     found = [_failure(match) for match in LINE.finditer(srun_log)]
-    return next((failure for failure in found if failure.exit_code == EXIT_MISTAKE), found[0] if found else None)
+    return next((failure for failure in found if failure.exit_code == ExitCode.USER_ERROR), found[0] if found else None)
 
 
 def _failure(match: re.Match[str]) -> Failure:

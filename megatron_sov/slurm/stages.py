@@ -1,27 +1,33 @@
-"""The stages that can be submitted: which command each one is, where its records lie, and when it is complete."""
+"""The stages that can be submitted: which command each one is, where its records lie, and when it is complete.
+
+Arguments are read by the commands' own parsers.  Commands stand above this room, so they hand their `add_arguments` in.
+"""
 
 from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from megatron_sov.artifacts import MANIFEST
-from megatron_sov.commands import convert
-from megatron_sov.commands import eval as eval_command
-from megatron_sov.config import RunConfig, apply_settings
+from megatron_sov.config import RunConfig, apply_settings, data_paths
 from megatron_sov.errors import UserError, nearest
+from megatron_sov.recipes.requested import training_request
 from megatron_sov.runs.folder import COMPLETION, JOBS
-from megatron_sov.train.stage_config import add_stage_arguments, data_paths, submitted_config
+
+Commands = Mapping[str, Callable[[argparse.ArgumentParser], None]]
+"""Stage -> what declares the arguments of its command to a parser; for every stage of `megatron-sov` itself."""
 
 
 @dataclass(frozen=True)
 class StageKind:
     """One stage that can be submitted."""
 
+    title: str
+    """What it does, at the top of its script."""
     program: tuple[str, ...]
     """What follows `python -m`."""
     ranks: bool
@@ -35,13 +41,27 @@ class StageKind:
 
 
 STAGES = {
-    "tokenizer": StageKind(("tokenizer.cli",), ranks=False, gpus=False),
-    "data": StageKind(("data_prep.cli",), ranks=False, gpus=False),
-    "pretrain": StageKind(("megatron_sov", "pretrain"), ranks=True, gpus=True),
-    "extend": StageKind(("megatron_sov", "extend"), ranks=True, gpus=True),
-    "sft": StageKind(("megatron_sov", "sft"), ranks=True, gpus=True, objective="sft"),
-    "convert": StageKind(("megatron_sov", "convert"), ranks=False, gpus=False, time_limit="4:00:00"),
-    "eval": StageKind(("megatron_sov", "eval"), ranks=False, gpus=True, time_limit="4:00:00"),
+    "tokenizer": StageKind(
+        "Tokenizer: text to a tokenizer.  One process on one node.",
+        ("tokenizer.cli",), ranks=False, gpus=False),
+    "data": StageKind(
+        "Data: text to token shards, on all cores of one node.  A killed job continues where it was.",
+        ("data_prep.cli",), ranks=False, gpus=False),
+    "pretrain": StageKind(
+        "Pretraining: token shards to checkpoints.",
+        ("megatron_sov", "pretrain"), ranks=True, gpus=True),
+    "extend": StageKind(
+        "Context extension: trains on at longer and longer contexts, each behind its gate (exit code 3 where it does not pass).",
+        ("megatron_sov", "extend"), ranks=True, gpus=True),
+    "sft": StageKind(
+        "Supervised fine-tuning on chats.",
+        ("megatron_sov", "sft"), ranks=True, gpus=True, objective="sft"),
+    "convert": StageKind(
+        "Conversion: a Hugging Face folder from a checkpoint, or the other way round.  Reads and writes files, needs no GPU.",
+        ("megatron_sov", "convert"), ranks=False, gpus=False, time_limit="4:00:00"),
+    "eval": StageKind(
+        "Evaluation of a checkpoint or Hugging Face folder on one node.",
+        ("megatron_sov", "eval"), ranks=False, gpus=True, time_limit="4:00:00"),
 }
 ARTIFACTS = {"tokenizer": ("train",), "data": ("pack", "mix", "demo-corpus")}
 """Commands of `sov-tokenizer` and `sov-data` that leave a folder with a manifest."""
@@ -65,6 +85,8 @@ class Work:
     """Whether the command itself leaves `done`; where it does not the job writes it."""
     inputs: tuple[Path, ...] = ()
     """Folders of earlier stages that it reads."""
+    data: tuple[str, ...] = ()
+    """--data of a training stage, as a user would type it."""
     config: RunConfig | None = None
     """Settings of a training stage, as far as they are known before its checkpoint is."""
 
@@ -81,32 +103,37 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{self.prog}: {message}")
 
 
-def work_of(stage: str, arguments: list[str]) -> Work:
+def work_of(stage: str, arguments: list[str], commands: Commands) -> Work:
     """Return what a job has to do; looks at the arguments alone, not at what they name.
+
+    Args:
+        stage: name in `STAGES`.
+        arguments: what follows its command.
+        commands: the parsers of those commands.
 
     Raises:
         UserError: there is no such stage, or its arguments or settings are wrong.
     """
     if stage not in STAGES:
         raise UserError(f"stage {stage!r}: does not exist{nearest(stage, STAGES)} (stages: {', '.join(STAGES)}, chain)")
-    if STAGES[stage].ranks:
-        return _training(stage, arguments)
-    reader: Callable[[list[str]], Work] = {"convert": _convert, "eval": _eval}.get(stage, lambda words: _artifact(stage, words))
-    return reader(arguments)
-
-
-def _training(stage: str, arguments: list[str]) -> Work:
+    if stage not in commands:
+        return _artifact(stage, arguments)
     parser = _Parser(prog=f"submit {stage}")
-    add_stage_arguments(parser, needs_start=stage != "pretrain")
-    args = parser.parse_args(arguments)
+    commands[stage](parser)
+    reader = {"convert": _convert, "eval": _eval}.get(stage, lambda argv, args: _training(stage, argv, args))
+    return reader(arguments, parser.parse_args(arguments))
+
+
+def _training(stage: str, arguments: list[str], args: argparse.Namespace) -> Work:
     if args.nproc is not None:
         raise UserError(f"--nproc {args.nproc}: under Slurm the nodes and the profile decide; leave it out")
-    config = submitted_config(args, STAGES[stage].objective)
+    config = training_request(args, STAGES[stage].objective).config()
     run = args.run.absolute()
-    words = arguments if args.resume else [*arguments, "--resume"]
+    argv = arguments if args.resume else [*arguments, "--resume"]
     inputs = [_path_of(text) for text in args.data or config.data.paths]
     inputs += [path for path in (args.start_from, args.config) if path is not None]
-    return Work(stage, tuple(words), run, run / JOBS, run / COMPLETION, inputs=tuple(p.absolute() for p in inputs), config=config)
+    return Work(stage, tuple(argv), run, run / JOBS, run / COMPLETION, inputs=tuple(p.absolute() for p in inputs),
+                data=tuple(args.data), config=config)
 
 
 def _artifact(stage: str, arguments: list[str]) -> Work:
@@ -137,37 +164,30 @@ def _making(stage: str, arguments: list[str], output: Path, inputs: list[Path]) 
                 inputs=tuple(p.absolute() for p in inputs))
 
 
-def _convert(arguments: list[str]) -> Work:
-    parser = _Parser(prog="submit convert")
-    convert.add_arguments(parser)
-    args = parser.parse_args(arguments)
+def _convert(arguments: list[str], args: argparse.Namespace) -> Work:
     if args.action not in ("from-hf", "to-hf"):
         raise UserError(f"submit convert {args.action}: writes no folder; run it where you are (stages write: from-hf, to-hf)")
     return _making("convert", arguments, args.out, [args.hf_dir if args.action == "from-hf" else args.checkpoint])
 
 
-def _eval(arguments: list[str]) -> Work:
-    parser = _Parser(prog="submit eval")
-    eval_command.add_arguments(parser)
-    args = parser.parse_args(arguments)
+def _eval(arguments: list[str], args: argparse.Namespace) -> Work:
     found = vars(args)
     subject = next((found[name] for name in ("target", "checkpoint", "run") if found.get(name) is not None), None)
     if subject is None:
-        raise UserError(f"submit eval {args.judge}: names no model or run; pass --run, the job's records lie beside it")
+        raise UserError(f"submit eval {args.task}: names no model or run; pass --run, the job's records lie beside it")
     target = subject.absolute()
-    records = target.with_name(f"{target.name}.{args.judge}.slurm")
+    records = target.with_name(f"{target.name}.{args.task}.slurm")
     return Work("eval", tuple(arguments), target, records, records / COMPLETION, writes_done=False, inputs=(target,))
 
 
 def check_inputs(work: Work, promised: set[Path]) -> None:
     """Raise `UserError` where a stage reads what is not there and no earlier stage of its chain makes it."""
+    made = [path for path in work.inputs if any(path.is_relative_to(folder) for folder in promised)]
     for path in work.inputs:
-        if path not in promised and not path.exists():
+        if path not in made and not path.exists():
             raise UserError(f"{work.stage}: {path} does not exist; make it before, or submit its stage in the same chain")
-    if work.config is not None and not any(path in promised for path in work.inputs):
-        parser = argparse.ArgumentParser()
-        add_stage_arguments(parser, needs_start=False)
-        data_paths(parser.parse_args(work.arguments).data)
+    if not made:
+        data_paths(list(work.data))
 
 
 def fitting_nodes(work: Work, profile_ranks: int, num_nodes: int, least: int,

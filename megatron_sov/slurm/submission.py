@@ -17,13 +17,13 @@ from megatron_sov.errors import UserError
 from megatron_sov.obs.events import EventLog, read_events
 from megatron_sov.slurm import client, cluster
 from megatron_sov.slurm.cluster import ClusterProfile, time_limit_s
-from megatron_sov.slurm.script import Job, render
-from megatron_sov.slurm.stages import Work, fitting_nodes, work_of
+from megatron_sov.slurm.script import READY_ROOT, Job, Ready, render
+from megatron_sov.slurm.stages import Commands, Work, fitting_nodes, work_of
+from megatron_sov.version import OUR_PACKAGES
 
 JOBS = "jobs.jsonl"
 SIGNAL_TOLERANCE_S = 60
 """How much earlier than asked for sbatch's --signal may come."""
-PACKAGES = ("megatron_sov", "tokenizer", "data_prep")
 ROOT = Path(megatron_sov.__file__).parents[1]
 
 
@@ -45,6 +45,8 @@ class Request:
     """Completion manifests of earlier stages."""
     time_limit: str | None = None
     """Time limit; None: the stage's, or the profile's."""
+    ready: Ready | None = None
+    """What a ready script says of itself; None: a script to be submitted from here."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +58,20 @@ class Prepared:
     texts: tuple[str, ...]
 
 
-def prepare(request: Request) -> Prepared:
+def prepare(request: Request, commands: Commands) -> Prepared:
     """Return a stage's scripts; nothing is written and Slurm is not asked.
+
+    Args:
+        request: the stage.
+        commands: the parsers of the stages' commands.
 
     Raises:
         UserError: the stage, its arguments or the nodes do not fit.
     """
-    work = work_of(request.stage, list(request.arguments))
+    work = work_of(request.stage, list(request.arguments), commands)
+    if request.ready and not str(work.target).startswith(READY_ROOT):
+        raise UserError(f"{request.stage}: writes to {work.target}, which means nothing elsewhere; in a ready script "
+                        "the paths that a stage writes to begin with $WORK")
     least = request.nodes if request.least is None else request.least
     if request.nodes < 1 or not 1 <= least <= request.nodes:
         raise UserError(f"--nodes {request.nodes} --min-nodes {least}: must be at least 1, and the second not above the first")
@@ -77,20 +86,21 @@ def prepare(request: Request) -> Prepared:
     if work.kind.ranks:
         layouts = fitting_nodes(work, request.profile.tasks_per_node, request.nodes, least, request.settings)
     _check_side_jobs(work)
-    code = work.records / _code_name(ROOT)
-    base = Job(work, request.profile, Path.cwd(), code, work.records / f"{request.stage}.sbatch", layouts, needs=request.needs,
-               time_limit=_time_limit(request, work))
+    code = None if request.ready else work.records / _code_name(ROOT)
+    script = request.ready.script if request.ready else work.records / f"{request.stage}.sbatch"
+    base = Job(work, request.profile, Path.cwd(), code, script, layouts, needs=request.needs,
+               time_limit=_time_limit(request, work), ready=request.ready)
     jobs = _parts(base, request.array) if request.array else (base,)
     return Prepared(work, jobs, tuple(render(job) for job in jobs))
 
 
 def _check_side_jobs(work: Work) -> None:
     """Raise `UserError` where the jobs that are to judge a run's exports could never be submitted; the run would only warn."""
-    if work.config is not None and work.config.evaluate.beside.judges and work.config.evaluate.beside.where == "slurm":
+    if work.config is not None and work.config.evaluate.background.tasks and work.config.evaluate.background.where == "slurm":
         try:
-            cluster.load(work.config.evaluate.beside.cluster)
+            cluster.load(work.config.evaluate.background.cluster)
         except UserError as e:
-            raise UserError(f"evaluate.beside.cluster = {work.config.evaluate.beside.cluster}: the jobs beside the run would be "
+            raise UserError(f"evaluate.background.cluster = {work.config.evaluate.background.cluster}: the jobs beside the run would be "
                             f"refused ({e})") from None
 
 
@@ -113,15 +123,15 @@ def _time_limit(request: Request, work: Work) -> str:
 def _parts(base: Job, count: int) -> tuple[Job, ...]:
     """Return the array that packs a part in each task, and the job that joins them."""
     work = base.work
-    words = list(work.arguments)
-    if work.stage != "data" or words[0] != "pack":
+    argv = list(work.arguments)
+    if work.stage != "data" or argv[0] != "pack":
         raise UserError(f"--array {count}: shares the inputs of `data pack`; leave it out for {work.stage}")
     inputs, others = [], []
-    while words:
-        word = words.pop(0)
+    while argv:
+        word = argv.pop(0)
         name, equals, value = word.partition("=")
         if name in ("--input", "--output"):
-            value = value if equals else words.pop(0)
+            value = value if equals else argv.pop(0)
             if name == "--input":
                 inputs.append(value)
         else:
@@ -133,7 +143,7 @@ def _parts(base: Job, count: int) -> tuple[Job, ...]:
     joining = dataclasses.replace(work, arguments=("mix", *parts, "--output", str(work.target)))
     needs = tuple(Path(p) / "manifest.json" for p in parts)
     return (dataclasses.replace(base, work=packing, array=count, array_inputs=tuple(inputs),
-                                script=work.records / "data-parts.sbatch"),
+                                script=base.script.with_name(f"{base.script.stem}-parts.sbatch")),
             dataclasses.replace(base, work=joining, needs=needs))
 
 
@@ -180,7 +190,7 @@ def submit(prepared: Prepared, after: list[str]) -> list[str]:
             records.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
             raise UserError(f"{records}: cannot be made, since a file is in the way; choose another folder") from None
-        _copy_code(prepared.jobs[0].code)
+        _copy_code(_code_of(prepared.jobs[0]))
     numbers: list[str] = []
     log = EventLog(records / JOBS)
     try:
@@ -198,17 +208,22 @@ def submit(prepared: Prepared, after: list[str]) -> list[str]:
     return numbers
 
 
+def _code_of(job: Job) -> Path:
+    assert job.code is not None, f"{job.script}: a ready script is not submitted from here"
+    return job.code
+
+
 def _settings(job: Job) -> dict[str, Any]:
     """Return what a script was made from, for people and for `status`."""
     return {"stage": job.work.stage, "arguments": list(job.work.arguments), "target": str(job.work.target),
             "done": str(job.work.done), "nodes": {str(n): list(s) for n, s in job.layouts.items()},
-            "profile": dataclasses.asdict(job.profile), "cwd": str(job.cwd), "code": job.code.name,
+            "profile": dataclasses.asdict(job.profile), "cwd": str(job.cwd), "code": _code_of(job).name,
             "config": job.work.config.to_dict() if job.work.config is not None else None}
 
 
 def _sources(root: Path) -> list[tuple[Path, str]]:
     """Return (file, its place in a copy) of all our code below a folder."""
-    return [(p, p.relative_to(root).as_posix()) for package in PACKAGES for p in sorted((root / package).rglob("*"))
+    return [(p, p.relative_to(root).as_posix()) for package in OUR_PACKAGES for p in sorted((root / package).rglob("*"))
             if p.is_file() and "__pycache__" not in p.parts]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,11 +16,24 @@ from megatron_sov.mcore.model.expert_load import ExpertLoad
 from megatron_sov.mcore.model.language_model import LanguageModel
 from megatron_sov.mcore.model.logprobs import head_of
 from megatron_sov.mcore.optimizer.optimizer import Optimizer
-from megatron_sov.mcore.parallel import rng
+from megatron_sov.mcore.parallel import collectives, rng
 from megatron_sov.mcore.parallel.compute_timer import ComputeClock
+from megatron_sov.mcore.parallel.named_values import Shapes, pack, unpack
 from megatron_sov.train.guards.fault_injection import Faults
 from megatron_sov.train.microbatch import MicroBatch
 from megatron_sov.train.objective import GlobalBatch, Objective, total_loss
+
+BY_SOURCE = "by source"
+
+
+@dataclass(frozen=True)
+class StepSums:
+    """What a step's losses add up to, over the whole global batch."""
+
+    terms: dict[str, float]
+    """Term -> weighted sum of its losses, in order of name."""
+    by_source: torch.Tensor
+    """[sources, 2] float64: sum of losses and number of targets of each source."""
 
 
 class Computation:
@@ -34,20 +48,19 @@ class Computation:
         """Whether the sums of this process's own part of the last step were numbers."""
         expert_load.before_sync = self._own_part_done
 
-    def sums(self, batch: GlobalBatch, objective: Objective, step: int) -> torch.Tensor:
-        """Leave the gradients of the whole global batch in the model.
-
-        Returns:
-            The sums of all terms (in order of name), then loss and targets of each source, over the whole global batch.
-        """
+    def sums(self, batch: GlobalBatch, objective: Objective, step: int) -> StepSums:
+        """Leave the gradients of the whole global batch in the model, and return what its losses add up to."""
         self._step = step
         if self._clock is not None:
             self._clock.start()
         parts = self._passes(batch, batch.micro_batches, objective, self._faults.loss_factor(step))
         size = len(objective.coefficients) + 2 * self._num_sources
+        # only the last stage has losses; one message over the data-parallel ranks, one over the stages
         local = torch.stack(parts).sum(0).cpu() if parts else torch.zeros(size, dtype=torch.float64)
         self.is_finite = bool(local.isfinite().all())
-        return pipeline.from_last_stage(pipeline.sum_over_data(local))
+        total = unpack(collectives.broadcast_from_last_stage(collectives.all_reduce_dp(local)), self._shapes(objective))
+        by_source = total.pop(BY_SOURCE)
+        return StepSums({term: float(value) for term, value in total.items()}, by_source)
 
     def own_gradients(self, batch: GlobalBatch, objective: Objective, step: int, turn: int) -> None:
         """Leave only this process's gradients of the first micro-batches in the model; each turn draws the same dropout."""
@@ -60,8 +73,12 @@ class Computation:
         self._expert_load.forget()
         rng.reseed(self._config.train.seed, step - 1)
 
+    def _shapes(self, objective: Objective) -> Shapes:
+        """Return how the sums of a micro-batch lie in one flat tensor."""
+        return {**dict.fromkeys(sorted(objective.coefficients), ()), BY_SOURCE: (self._num_sources, 2)}
+
     def _passes(self, batch: GlobalBatch, micro_batches: Sequence[MicroBatch], objective: Objective, factor: float) -> list[Any]:
-        """Return, on the last pipeline stage, the sums of each micro-batch; `factor` is 1, or a fault on purpose."""
+        """Return, on the last pipeline stage, the packed sums of each micro-batch; `factor` is 1, or a fault on purpose."""
         routing = self._model.config.routing_step
         routing.seq_len, routing.num_sequences, routing.aux_loss = batch.seq_len, batch.num_sequences, {}
         terms = sorted(objective.coefficients)
@@ -69,9 +86,9 @@ class Computation:
         def loss(hidden: torch.Tensor, micro_batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
             head = head_of(self._model, self._config.train.head_chunk_tokens)
             sums = objective.loss(split_depths(hidden, self._config.model.num_mtp_layers), head, micro_batch)
-            values = torch.stack([sums.terms[t].detach().double() for t in terms])
+            values = {term: sums.terms[term].detach().double() * factor for term in terms}
             total = total_loss(sums, objective.coefficients, micro_batch.denominators)
-            return total * factor, torch.cat([values * factor, sums.by_source.flatten()])
+            return total * factor, pack({**values, BY_SOURCE: sums.by_source})
 
         self._optimizer.zero_grad()
         row_tokens = len(batch.micro_batches[0].inputs.tokens)

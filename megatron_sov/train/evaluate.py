@@ -14,15 +14,20 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_sov.config import RunConfig
 from megatron_sov.data.order import Sample
 from megatron_sov.data.rows import Row, heldout_samples, join_rows, sample_row
-from megatron_sov.data.token_shards import Source
-from megatron_sov.mcore.decode.forward_only import Policy
-from megatron_sov.mcore.model import pipeline
+from megatron_sov.data.token_bytes import token_bytes
+from megatron_sov.data.token_shards import Source, tokenizer_folder
+from megatron_sov.mcore.decode.forward_only import ForwardModel
 from megatron_sov.mcore.model.logprobs import Head
+from megatron_sov.mcore.parallel import collectives
+from megatron_sov.mcore.parallel.named_values import Shapes, pack, unpack
 from megatron_sov.mcore.parallel.world import World
 from megatron_sov.train.microbatch import MicroBatch, from_row, shifted_targets
 
+SUMS: Shapes = dict.fromkeys(("nats", "tokens", "size_bytes", "accepted", "drafts"), ())
+"""What is summed over the targets of a source: loss, targets, their bytes, drafts that the trunk accepts, drafts."""
 Around = Callable[[str, Callable[[], Any]], Any]
 """(source, action) -> what the action returns."""
 
@@ -52,6 +57,13 @@ class HeldoutEvaluator:
         self._batches = {s.name: self._load(i, s, seq_len, max_tokens, world) for i, s in enumerate(sources)
                          if s.num_tokens.get("heldout", 0) > 1}
 
+    @classmethod
+    def of(cls, config: RunConfig, sources: list[Source], max_seq_len: int, world: World) -> HeldoutEvaluator:
+        """Return the evaluator of a run, whose documents are cut as long as its longest samples."""
+        tokenizer = tokenizer_folder(sources)
+        sizes = token_bytes(tokenizer, config.model.vocab_size) if tokenizer else None
+        return cls(sources, sizes, max_seq_len, config.train.micro_batch_size, config.data.heldout_tokens, world)
+
     def _load(self, index: int, source: Source, seq_len: int, max_tokens: int, world: World) -> list[Row]:
         """Return this rank's micro-batches; every rank has the same number, the last ones may be padding only."""
         shard = source.shard("heldout")
@@ -61,7 +73,7 @@ class HeldoutEvaluator:
         first = world.dp_rank * self._rows_per_batch
         return [join_rows(rows[i:i + self._rows_per_batch]) for i in range(first, len(rows), per_round)]
 
-    def run(self, policy: Policy, around: Around = lambda source, action: action()) -> dict[str, HeldoutLoss]:
+    def run(self, policy: ForwardModel, around: Around = lambda source, action: action()) -> dict[str, HeldoutLoss]:
         """Return the result of every source that has held-out documents; called by all processes together.
 
         Args:
@@ -71,10 +83,9 @@ class HeldoutEvaluator:
         for name, rows in self._batches.items():
             micro_batches = [from_row(r) for r in rows]
             sums = around(name, partial(policy.map, micro_batches, self._sums))
-            local = torch.stack(sums).sum(0) if sums else torch.zeros(5, dtype=torch.float64)
-            nats, tokens, size_bytes, accepted, drafts = pipeline.from_last_stage(pipeline.sum_over_data(local.cpu())).tolist()
-            bits_per_byte = nats / math.log(2) / size_bytes if size_bytes else math.nan
-            results[name] = HeldoutLoss(nats / max(tokens, 1), bits_per_byte, int(tokens), accepted / drafts if drafts else None)
+            local = torch.stack(sums).sum(0) if sums else torch.zeros(len(SUMS), dtype=torch.float64)
+            total = unpack(collectives.broadcast_from_last_stage(collectives.all_reduce_dp(local.cpu())), SUMS)
+            results[name] = _result(**{key: float(value) for key, value in total.items()})
         return results
 
     def _sums(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> torch.Tensor:
@@ -85,7 +96,15 @@ class HeldoutEvaluator:
         else:
             size_bytes = self._bytes.to(batch.labels.device)[batch.labels].double()
         accepted, drafts = _drafts(hidden, head, batch) if len(hidden) > 1 else losses.new_zeros(2)
-        return torch.stack([(losses * counted).sum(), counted.sum(), (size_bytes * counted).sum(), accepted, drafts])
+        sums = {"nats": (losses * counted).sum(), "tokens": counted.sum(), "size_bytes": (size_bytes * counted).sum(),
+                "accepted": accepted, "drafts": drafts}
+        return pack({name: sums[name] for name in SUMS})
+
+
+def _result(nats: float, tokens: float, size_bytes: float, accepted: float, drafts: float) -> HeldoutLoss:
+    """Return the means that a source's sums make."""
+    bits_per_byte = nats / math.log(2) / size_bytes if size_bytes else math.nan
+    return HeldoutLoss(nats / max(tokens, 1), bits_per_byte, int(tokens), accepted / drafts if drafts else None)
 
 
 def _drafts(hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> torch.Tensor:

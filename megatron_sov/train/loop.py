@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_sov.train.rollback import roll_back
+from megatron_sov.train.rollback import rollback
 from megatron_sov.train.state import StepResult
 from megatron_sov.train.stopping import StopFlag
 from megatron_sov.train.trainer import Trainer
@@ -14,32 +14,38 @@ def train(trainer: Trainer, stop: StopFlag) -> bool:
     Returns:
         True when there is no more to train, False when it was asked to stop (everything is saved either way).
     """
-    every = trainer.config.train
-    trainer.announce()
+    guards, recorder, checkpointer, every = trainer.guards, trainer.recorder, trainer.checkpointer, trainer.config.train
     result: StepResult | None = None
+    trainer.announce()
     while not trainer.finished:
-        trainer.watchdog.begin(trainer.done.step + 1)
-        result = trainer.update()
+        guards.watchdog.begin(trainer.step + 1)
+        result = trainer.update()  # None: its samples are passed over, or it is refused
+        load = trainer.observe() if result is not None else None
+        if trainer.side_jobs is not None:
+            trainer.side_jobs.poll()
         if result is not None:
-            trainer.log(result)
-        trainer.watchdog.end()
-        taken_back = trainer.guard.gives_up
-        if taken_back:
-            roll_back(trainer)
+            recorder.step(trainer.state, result, load)
+        guards.watchdog.end()
+
+        rolled_back = guards.step_guard.wants_rollback
+        if rolled_back:
+            rollback(trainer)
         if trainer.gate is not None:
             trainer.gate.check(trainer)
-        step, last = trainer.done.step, trainer.finished
+        step, last = trainer.step, trainer.finished
         if last or (every.eval_every_steps and step % every.eval_every_steps == 0):
             if result is not None:
-                trainer.log_expert_load()
+                recorder.expert_load(step, trainer.expert_load.gather())
             trainer.evaluate()
-        if stop.agreed(trainer.saver) and not last:
+
+        asked_to_stop = checkpointer.sync(stop)  # also, a checkpoint that all processes have written appears
+        if asked_to_stop and not last:
             trainer.save()
-            trainer.saver.finish()
-            trainer.events.write("stop", step=step, reason=stop.reason or "another process was asked to stop")
+            checkpointer.finish()
+            recorder.stopped(step, stop.reason)
             return False
-        if last or taken_back or step % every.checkpoint_every_steps == 0:
+        if last or rolled_back or step % every.checkpoint_every_steps == 0:
             trainer.save()
-    trainer.saver.finish()
-    trainer.events.write("run_end", step=trainer.done.step, wall_s=trainer.wall_s(), final_loss=result.loss if result else None)
+    checkpointer.finish()
+    recorder.ended(trainer.step, trainer.wall_s(), result.loss if result is not None else None)
     return True

@@ -8,7 +8,7 @@ import torch
 
 from megatron_sov.data.rows import Row
 from megatron_sov.mcore.model.language_model import ModelInputs
-from megatron_sov.mcore.parallel import cpu_shims
+from megatron_sov.mcore.parallel.device import local_device
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class MicroBatch:
 
 def from_row(row: Row) -> MicroBatch:
     """Copy a row to the device."""
-    device = cpu_shims.device()
+    device = local_device()
     inputs = ModelInputs(
         tokens=torch.from_numpy(row.tokens).to(device), positions=torch.from_numpy(row.positions).to(device),
         cu_seqlens=torch.from_numpy(row.bounds).to(device), max_document_tokens=int((row.bounds[1:] - row.bounds[:-1]).max()),

@@ -9,9 +9,12 @@ from typing import Any, Protocol
 
 import torch
 
-from megatron_sov.mcore.model import pipeline
 from megatron_sov.mcore.model.logprobs import Head
+from megatron_sov.mcore.parallel import collectives
+from megatron_sov.mcore.parallel.named_values import sum_dict
 from megatron_sov.train.microbatch import MicroBatch
+
+TOKENS = "all tokens"
 
 
 @dataclass(frozen=True)
@@ -70,12 +73,12 @@ class Objective(Protocol):
 
 def with_denominators(batch: GlobalBatch, local_targets: Mapping[str, float]) -> GlobalBatch:
     """Sum each term's local target weight (and the token count) over data-parallel ranks and hand them to every micro-batch."""
-    names = sorted(local_targets)
     tokens = sum(int((~m.inputs.padding).sum()) for m in batch.micro_batches)
-    total = pipeline.sum_over_data(torch.tensor([*(local_targets[n] for n in names), tokens], dtype=torch.float64)).tolist()
-    targets = dict(zip(names, total[:-1], strict=True))
+    counts = {**{name: local_targets[name] for name in sorted(local_targets)}, TOKENS: tokens}
+    targets = sum_dict(counts, collectives.all_reduce_dp)
+    num_tokens = int(targets.pop(TOKENS))
     micro_batches = tuple(dataclasses.replace(m, denominators=targets) for m in batch.micro_batches)
-    return dataclasses.replace(batch, micro_batches=micro_batches, targets=targets, num_tokens=int(total[-1]))
+    return dataclasses.replace(batch, micro_batches=micro_batches, targets=targets, num_tokens=num_tokens)
 
 
 def total_loss(sums: LossSums, coefficients: Mapping[str, float], denominators: Mapping[str, float]) -> torch.Tensor:

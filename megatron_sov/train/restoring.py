@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 from pathlib import Path
 
 from megatron_sov.mcore.checkpoint import load
 from megatron_sov.mcore.parallel.world import World, on_main
 from megatron_sov.obs.events import EVENTS, EventLog
+from megatron_sov.obs.warning import warn
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.folder import RunFolder
 
@@ -32,9 +32,8 @@ def newest_sound(folder: RunFolder, place: World, not_after: int = ANY_STEP) -> 
 def _set_aside(folder: RunFolder, damaged: Path, problem: str) -> None:
     aside = checkpoints.set_aside(damaged)
     text = f"{problem}; {damaged.name} is renamed to {aside.name}, and the run goes on from the checkpoint before it"
-    print(f"warning: {text}", file=sys.stderr, flush=True)
     events = EventLog(folder.path / EVENTS)
-    events.write("warning", step=checkpoints.step_of(damaged), text=text)
+    warn(text, events.write, step=checkpoints.step_of(damaged))
     events.write("damaged_checkpoint", path=f"{folder.checkpoints.name}/{damaged.name}", reason=problem,
                  renamed_to=f"{folder.checkpoints.name}/{aside.name}")
     events.close()

@@ -6,12 +6,12 @@ them, as the ledger then says, and the run goes on behind them (PaLM did so by h
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.parallel.world import on_main
+from megatron_sov.obs.warning import warn
 from megatron_sov.runs import checkpoints
 from megatron_sov.train.restoring import newest_sound
 
@@ -19,39 +19,38 @@ if TYPE_CHECKING:
     from megatron_sov.train.trainer import Trainer
 
 
-def roll_back(trainer: Trainer) -> None:
+def rollback(trainer: Trainer) -> None:
     """Go on with the weights of the last good checkpoint, behind the samples that were refused; called by all processes together.
 
     Raises:
         UserError: there is no checkpoint to return to that has not been tried.
     """
-    guard, now = trainer.guard, trainer.done.step
+    guard, now = trainer.guards.step_guard, trainer.step
     refusal, refused, rollbacks = guard.refusal, guard.in_a_row, guard.rollbacks
     assert refusal is not None, f"{refused} steps were refused, and none says why"
-    trainer.saver.finish()
+    trainer.checkpointer.finish()
     target = _target(trainer, now - refused)
     if target is None:
         tried = f"none before step {rollbacks[-1]['to']}, which was tried" if rollbacks else "none before them"
         raise UserError(f"steps {now - refused + 1} to {now} were refused in a row (the last one: {refusal.reason}), and of "
                         f"checkpoints there is {tried}; lower optim.lr = {trainer.config.optim.lr:g} or look at the data, and "
                         "start a new --run --from a checkpoint that you trust")
-    back_to = trainer.take_back(target)
+    back_to = trainer.rollback_to(target)
     guard.forget_refusals()
     trainer.batches.ledger.pass_over(back_to, now)
     guard.rollbacks = [*rollbacks, {"at": now, "to": back_to}]
     on_main(trainer.world, lambda: checkpoints.drop_after(trainer.folder.checkpoints, back_to))
     text = (f"steps {now - refused + 1} to {now} were refused in a row ({refusal.reason}): weights and optimizer are those of "
             f"step {back_to} again, and the samples of steps {back_to + 1} to {now} are passed over")
-    trainer.events.write("rollback", step=now, back_to=back_to, refused=refused, text=text)
     if trainer.world.is_main:
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        warn(text, trainer.events.write, "rollback", step=now, back_to=back_to, refused=refused)
 
 
 def _target(trainer: Trainer, last_good: int) -> Path | None:
     """Return the newest sound checkpoint whose weights have not been returned to already, up to a step."""
     while (found := newest_sound(trainer.folder, trainer.world, last_good)) is not None:
         step = checkpoints.step_of(found)
-        tried = [r for r in trainer.guard.rollbacks if step in (r["at"], r["to"])]
+        tried = [r for r in trainer.guards.step_guard.rollbacks if step in (r["at"], r["to"])]
         if not tried:
             return found
         last_good = min(r["to"] for r in tried) - 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,25 +17,25 @@ import torch.distributed as dist
 from megatron_sov import models
 from megatron_sov.artifacts import manifest_sha256
 from megatron_sov.config import RunConfig
-from megatron_sov.data.ledger import plan
+from megatron_sov.data.ledger import LedgerEntry, plan
 from megatron_sov.data.token_shards import Source, open_sources, tokenizer_folder
 from megatron_sov.data.views import with_views
 from megatron_sov.data.vocabulary import refuse_other_tokens
 from megatron_sov.errors import GateFailed, StopRequested, UserError
 from megatron_sov.mcore.parallel import determinism, world
 from megatron_sov.mcore.parallel.world import on_main
-from megatron_sov.obs import process_start
 from megatron_sov.obs.events import EVENTS, EventLog
+from megatron_sov.obs.warning import warn
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.launch_environment import is_first, num_ranks, under_launcher
 from megatron_sov.runs.lock import RunLock
-from megatron_sov.train.gate import Gate
+from megatron_sov.train.gate import Gate, GateView
 from megatron_sov.train.guards.fault_injection import Fault, Faults, not_come
 from megatron_sov.train.loop import train
 from megatron_sov.train.restoring import newest_sound
-from megatron_sov.train.side_jobs.side_jobs import Beside
+from megatron_sov.train.side_jobs.side_jobs import SideJobs
 from megatron_sov.train.stopping import StopFlag
 from megatron_sov.train.trainer import ObjectiveFactory, Trainer
 
@@ -53,13 +54,13 @@ class Stage:
     """Checkpoint whose weights the run starts from; None: initial weights."""
     resume: bool = False
     """Continue a run that is already in the folder."""
-    check_sources: Callable[[RunConfig, list[Source]], None] | None = None
-    """Raises `UserError` where the objective can make nothing of the data."""
+    sources: tuple[Source, ...] | None = None
+    """Those of `config.data.paths`, where they are open already; None: they are opened here."""
     extra_sources: tuple[Source, ...] = ()
     """Sources made on the fly, beside those of `config.data.paths`."""
-    before: Callable[[Trainer], None] | None = None
+    before: Callable[[GateView], None] | None = None
     """Called on every rank before the first step of a new run."""
-    after: Callable[[Trainer], dict[str, Any]] | None = None
+    after: Callable[[GateView], dict[str, Any]] | None = None
     """Called on every rank after the last step; what it returns joins the completion manifest."""
     gate: Gate | None = None
     """What must pass for the stage to be complete."""
@@ -67,8 +68,13 @@ class Stage:
     """Faults that are to come on purpose."""
 
 
-def run_stage(stage: Stage, nproc: int | None) -> bool:
+def run_stage(stage: Stage, nproc: int | None, began_s: float | None = None) -> bool:
     """Run a stage to its end.
+
+    Args:
+        stage: what to run.
+        nproc: local processes.
+        began_s: Unix time at which the work on it began; None: now.
 
     Returns:
         Whether it is complete; False only under a launcher, whose ranks leave in peace however a run ended.
@@ -78,6 +84,7 @@ def run_stage(stage: Stage, nproc: int | None) -> bool:
         StopRequested: it was asked to stop, and everything is saved.
         GateFailed: its gate has not passed within its steps, and everything is saved.
     """
+    begin = _Begin(time.time() if began_s is None else began_s)
     stage.config.check(num_ranks(nproc))
     models.get(stage.config.model.family).check(stage.config.model)
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # torchrun starts the same command again
@@ -85,26 +92,21 @@ def run_stage(stage: Stage, nproc: int | None) -> bool:
     completion = stage.folder.completion()
     if completion is not None:
         print(f"{stage.folder.path}: is complete at step {completion['step']}")
-        _finish_beside(stage)
+        _finish_side_jobs(stage)
         return True
-    packed = open_sources(stage.config.data.paths, stage.config.model.vocab_size)
-    if stage.check_sources is not None:
-        stage.check_sources(stage.config, packed)
-    sources = [*with_views(stage.config, packed), *stage.extra_sources]
-    plan(stage.config, sources)
+    data = _open_data(stage)
     if stage.start_from is not None:
-        refuse_other_tokens(tokenizer_folder(sources), stage.start_from / "tokenizer")
+        refuse_other_tokens(tokenizer_folder(data.sources), stage.start_from / "tokenizer")
     stage.folder.forget_failure()
-    process_start.note_beginning()
     restarts = world.Restarts(stage.config.train.max_restarts, lambda: checkpoints.latest(stage.folder.checkpoints),
-                              partial(_note_restart, stage.folder), partial(_note_giving_up, stage))
-    code = world.launch(lambda: _rank(stage, sources), nproc, stage.config.train.num_threads, restarts)
+                              partial(_note_restart, stage.folder, begin), partial(_note_giving_up, stage))
+    code = world.launch(lambda: _rank(stage, data, begin.time_s), nproc, stage.config.train.num_threads, restarts)
     if code != 0:
         raise SystemExit(code)  # the rank that failed has said why
     if stage.folder.completion() is not None:
         for fault in not_come(stage.faults, stage.folder.path):
-            print(f"warning: --inject {fault.name}: never came\n", end="", file=sys.stderr)
-        _finish_beside(stage)
+            warn(f"--inject {fault.name}: never came")
+        _finish_side_jobs(stage)
         return True
     failure = stage.folder.failure()
     if under_launcher():
@@ -116,20 +118,45 @@ def run_stage(stage: Stage, nproc: int | None) -> bool:
     raise StopRequested(f"{stage.folder.path}: everything is saved; continue with --resume")
 
 
-def _finish_beside(stage: Stage) -> None:
+@dataclass(frozen=True)
+class _Data:
+    """What the ranks read, opened and planned once: they are forked, and inherit it."""
+
+    sources: list[Source]
+    """All sources, views and those made on the fly included."""
+    planned: list[LedgerEntry]
+    """The ledger that the settings ask for."""
+
+
+def _open_data(stage: Stage) -> _Data:
+    packed = stage.sources
+    if packed is None:
+        packed = tuple(open_sources(stage.config.data.paths, stage.config.model.vocab_size))
+    sources = [*with_views(stage.config, list(packed)), *stage.extra_sources]
+    return _Data(sources, plan(stage.config, sources))
+
+
+def _finish_side_jobs(stage: Stage) -> None:
     """Make the exports that a complete run has begun, and judge them; no rank waits in a collective any more."""
     if is_first():
-        Beside(stage.folder.path, stage.config, RunEvents(stage.folder.path).add).wait()
+        SideJobs(stage.folder.path, stage.config, RunEvents(stage.folder.path).add).wait()
 
 
-def _note_restart(folder: RunFolder, code: int, cause: str) -> None:
+@dataclass
+class _Begin:
+    """The beginning of the work of the ranks that are started next."""
+
+    time_s: float
+    """Unix time."""
+
+
+def _note_restart(folder: RunFolder, begin: _Begin, code: int, cause: str) -> None:
     """Say that the processes are started again; they hold no records at that moment."""
-    process_start.note_beginning()
+    begin.time_s = time.time()
     newest = checkpoints.latest(folder.checkpoints)
     text = f"{cause}; all processes are started again, from {newest.name if newest else 'the beginning'}"
-    print(f"warning: {text}", file=sys.stderr, flush=True)
     events = EventLog(folder.path / EVENTS)
-    events.write("restart", step=checkpoints.step_of(newest) if newest else 0, exit_code=code, text=text)
+    warn(text, events.write, "restart", step=checkpoints.step_of(newest) if newest else 0, exit_code=code)
     events.close()
 
 
@@ -144,19 +171,20 @@ def _note_giving_up(stage: Stage, code: int, cause: str) -> None:
             "failure", step=checkpoints.step_of(newest) if newest else 0, exit_code=code, text=text)
 
 
-def _rank(stage: Stage, sources: list[Source]) -> int:
+def _rank(stage: Stage, data: _Data, began_s: float) -> int:
     stop = StopFlag()
     if stage.config.train.deterministic:
         determinism.switch_on()
     newest = checkpoints.latest(stage.folder.checkpoints)
     faults = Faults(stage.faults, stage.folder.path, int(os.environ["RANK"]))
-    faults.strike("start", checkpoints.step_of(newest) if newest else 0)
+    faults.trigger("start", checkpoints.step_of(newest) if newest else 0)
     place = world.join(stage.config.parallel)
     lock = RunLock(stage.folder.path) if place.is_main else None
     trainer: Trainer | None = None
     try:
         on_main(place, lambda: _lock(stage, lock))
-        trainer = Trainer(stage.config, place, stage.folder, sources, stage.objective, stage.gate, stage.faults)
+        trainer = Trainer(stage.config, place, stage.folder, data.sources, stage.objective, stage.gate,
+                          stage.faults, began_s, data.planned)
         resumed = _restore(stage, trainer)
         on_main(place, lambda: _open(stage, trainer))
         if stage.before is not None and not resumed:
@@ -168,7 +196,7 @@ def _rank(stage: Stage, sources: list[Source]) -> int:
     except UserError as e:
         if trainer is not None:
             with contextlib.suppress(UserError):  # a full disk may be what the mistake is about
-                trainer.events.write("failure", step=trainer.done.step, text=str(e))
+                trainer.events.write("failure", step=trainer.step, text=str(e))
         raise
     finally:
         if trainer is not None:
@@ -193,12 +221,12 @@ def _restore(stage: Stage, trainer: Trainer) -> bool:
     on_main(trainer.world, lambda: checkpoints.clear_leftovers(folder))
     newest = newest_sound(stage.folder, trainer.world)
     if newest is not None:
-        trainer.faults.strike("load", checkpoints.step_of(newest))
+        trainer.guards.faults.trigger("load", checkpoints.step_of(newest))
         trainer.resume(newest)
         return True
     on_main(trainer.world, lambda: checkpoints.refuse_lost(folder))
     if stage.start_from is not None:
-        trainer.load_weights(stage.start_from)
+        trainer.checkpointer.load_weights(stage.start_from)
     return False
 
 
@@ -215,7 +243,7 @@ def _finish(stage: Stage, trainer: Trainer) -> None:
         on_main(trainer.world, lambda: stage.folder.fail(failure))
         return
     extra = stage.after(trainer) if stage.after is not None else {}
-    last = stage.folder.checkpoint(trainer.done.step)
+    last = stage.folder.checkpoint(trainer.step)
     on_main(trainer.world, lambda: stage.folder.complete({
-        "step": trainer.done.step, "tokens": trainer.done.tokens, "wall_s": trainer.wall_s(),
+        "step": trainer.step, "tokens": trainer.state.tokens, "wall_s": trainer.wall_s(),
         "checkpoint": f"{stage.folder.checkpoints.name}/{last.name}", "checkpoint_sha256": manifest_sha256(last), **extra}))

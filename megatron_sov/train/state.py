@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 
 @dataclass
-class Progressed:
+class TrainState:
     """The loop's own counters; in every checkpoint."""
 
     step: int = 0

@@ -1,39 +1,21 @@
-"""Stopping in good order: signals set a flag, and all processes agree on the step after which they save and leave."""
+"""Stopping in good order: a signal only sets a flag, and all processes leave after the same step."""
 
 from __future__ import annotations
 
 import signal
 from types import FrameType
 
-import torch
-
-from megatron_sov.mcore.checkpoint.save import Saver
-from megatron_sov.mcore.model import pipeline
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-"""SIGUSR1 is what Slurm is asked to send before the time limit."""
+from megatron_sov.runs.parent_death import FORWARDED
 
 
 class StopFlag:
-    """Remembers a signal; `agreed` tells all processes whether any of them got one."""
+    """Remembers that this process was asked to stop; `Trainer.sync` tells the others."""
 
     def __init__(self) -> None:
         self.reason: str | None = None
-        for number in SIGNALS:
+        """Name of the last signal that asked for it; None: nobody asked this process."""
+        for number in FORWARDED:
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.reason = signal.Signals(number).name
-
-    def agreed(self, saver: Saver) -> bool:
-        """Return whether any process was asked to stop; called by every process after every step.
-
-        How far the outstanding checkpoint is travels in the same all-reduce.
-
-        Raises:
-            UserError: the outstanding checkpoint failed.
-        """
-        asked, *progress = pipeline.sum_everywhere(
-            torch.tensor([float(self.reason is not None), *saver.progress()], dtype=torch.float64)).tolist()
-        saver.advance(progress)
-        return asked > 0

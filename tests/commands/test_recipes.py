@@ -1,4 +1,4 @@
-"""`megatron-sov recipes`: the list and one recipe as JSON."""
+"""`megatron-sov recipes`: the list, one recipe with its sources, and as JSON."""
 
 from __future__ import annotations
 
@@ -22,8 +22,20 @@ def test_lists_every_recipe_with_its_size(capsys: pytest.CaptureFixture[str]) ->
     assert "20 T tokens" in solar
 
 
+def test_prints_where_each_value_comes_from(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes", "k-exaone-236b", "--set", "train.steps=7", "--set", "optim.lr=1e-3"]) == 0
+    lines = {line.split()[0]: line.split(maxsplit=3)[1:] for line in capsys.readouterr().out.splitlines()}
+    assert lines["model.num_layers"] == ["48", "config.json", "LGAI-EXAONE/K-EXAONE-236B-A23B"]
+    assert lines["optim.name"] == ['"muon"', "published", "arXiv 2601.01739, pre-training setup"]
+    assert lines["optim.weight_decay"] == ["0.1", "ours", "not published"]
+    assert lines["train.seed"] == ["1234", "default"]
+    assert lines["train.steps"] == ["7", "yours", "--set"]
+    assert lines["optim.lr"] == ["0.001", "yours", "--set"]
+
+
 def test_prints_a_recipe_that_reads_back(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["recipes", "tiny-k-exaone", "--set", "train.steps=7", "--set", "parallel.ep=2"]) == 0
+    changes = ["--set", "train.steps=7", "--set", "parallel.ep=2"]
+    assert main(["recipes", "tiny-k-exaone", "--json", *changes]) == 0
     config = from_dict(json.loads(capsys.readouterr().out))
     assert (config.train.steps, config.parallel.ep) == (7, 2)
     assert config.model == recipes.get("tiny-k-exaone").model
@@ -33,6 +45,7 @@ def test_prints_a_recipe_that_reads_back(capsys: pytest.CaptureFixture[str]) -> 
     (["tiny-solar-opne"], "did you mean 'tiny-solar-open'?"),
     (["tiny-solar-open", "--set", "train.stpes=7"], "did you mean 'steps'?"),
     (["--set", "train.steps=7"], "needs a recipe"),
+    (["--json"], "needs a recipe"),
 ])
 def test_mistakes_end_with_one_sentence(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes", *arguments]) == 2

@@ -1,9 +1,10 @@
-"""Settings survive JSON; `--set` knows types and neighbours."""
+"""Settings survive JSON; `--set` knows types and neighbours; `--data` knows folders and weights."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from megatron_sov.config import (
     TrainConfig,
     YarnConfig,
     apply_settings,
+    data_paths,
     from_dict,
 )
 from megatron_sov.errors import UserError
@@ -111,3 +113,40 @@ def test_unknown_fields_and_wrong_types_of_a_file_are_all_named(small: Small) ->
     assert "train.stepz: no such setting; did you mean 'steps'?" in text
     assert "model.num_expert: no such setting; did you mean 'num_experts'?" in text
     assert "train.micro_batch_size = 'two'" in text
+
+
+def test_a_setting_of_an_earlier_version_is_refused_with_its_name_of_today(small: Small) -> None:
+    with pytest.raises(UserError, match=r"'evaluate.beside' does not exist; it is called evaluate.background now$"):
+        apply_settings(small(), ['evaluate.beside.judges=["ppl"]'])
+    old = small().to_dict()
+    old["guards"]["on_corruption"] = old["guards"].pop("on_sdc")
+    with pytest.raises(UserError, match=r"guards.on_corruption: no such setting; it is called guards.on_sdc now"):
+        from_dict(old)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b:2").mkdir()
+    return tmp_path
+
+
+def test_weights_stand_after_the_last_colon(data: Path) -> None:
+    assert data_paths([f"{data}/a:0.5", f"{data}/b:2"]) == {f"{data}/a": 0.5, f"{data}/b:2": 1.0}
+    assert data_paths([f"{data}/b:2:3"]) == {f"{data}/b:2": 3.0}
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["none"], r"--data none: does not exist; pass a folder made by `sov-data pack`"),
+    (["a:x"], r"--data a:x: does not exist, and 'x' after the colon is not a weight"),
+    (["a:-1"], "must be a number that is not negative"),
+    (["a:nan"], "must be a number that is not negative"),
+    (["a:inf"], "must be a number that is not negative"),
+    (["a", "a:2"], "--data a: is given twice"),
+    (["file"], "--data file: is not a folder"),
+])
+def test_bad_data_is_refused(data: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str) -> None:
+    (data / "file").write_text("")
+    monkeypatch.chdir(data)
+    with pytest.raises(UserError, match=message):
+        data_paths(arguments)

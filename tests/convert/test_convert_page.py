@@ -8,9 +8,9 @@ import shutil
 from pathlib import Path
 
 from megatron_sov.cli import main
-from megatron_sov.mcore.parallel.cpu_shims import open_door
+from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
-open_door()
+prepare_megatron()
 
 PAGE = (Path(__file__).parents[2] / "docs/convert.md").read_text(encoding="utf-8")
 

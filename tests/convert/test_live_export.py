@@ -49,7 +49,7 @@ def exported(recipe: str, precision: str, layout: dict[str, Any], path: str) -> 
     world.join(ParallelConfig(**layout))
     model = build(config.model, ParallelConfig(**layout), config.train)
     init.initialise(model, config.model, 1)
-    for block in local_shards.of(model):
+    for block in local_shards(model):
         if block.key.endswith("expert_bias"):
             block.data.copy_(torch.arange(block.data.numel()) / 7)
     load.save(Path(path), model, None, {"step": 1, "tokens": 1}, config.to_dict(), None)

@@ -23,7 +23,7 @@ FILE_BYTES = 6_000
 KILLED = f"""
     import json, os, signal, sys, threading
     from megatron_sov import convert
-    from megatron_sov.convert import intake, shards
+    from megatron_sov.convert import hf_import, shard_writer
 
     def convert_and_die(action, source, out, kill_after):
         def counted(*args, real=shard_writer.write_file, count=[0], lock=threading.Lock()):
@@ -32,7 +32,7 @@ KILLED = f"""
                 if count[0] > kill_after:
                     os.kill(os.getpid(), signal.SIGKILL)
             return real(*args)
-        shard_writer.write_file, intake.MAX_FILE_BYTES = counted, {FILE_BYTES}
+        shard_writer.write_file, hf_import.MAX_FILE_BYTES = counted, {FILE_BYTES}
         getattr(convert, action)(source, out, workers=2, **({{}} if action == "from_hf" else {{"max_shard_bytes": {FILE_BYTES}}}))
 
     for job in json.loads(sys.argv[1]):

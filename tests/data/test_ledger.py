@@ -9,7 +9,7 @@ import pytest
 
 from megatron_sov import recipes
 from megatron_sov.config import DataConfig, PhaseConfig, RunConfig, TrainConfig
-from megatron_sov.data.ledger import Entry, Ledger, plan
+from megatron_sov.data.ledger import Ledger, LedgerEntry, plan
 from megatron_sov.data.token_shards import Source
 from megatron_sov.errors import UserError
 
@@ -26,7 +26,7 @@ def sources(make_source: MakeSource) -> list[Source]:
     return [make_source("web", [9], 0.6), make_source("code", [9], 0.2), make_source("empty", [], 0.2)]
 
 
-def steps_of(entries: list[Entry]) -> list[tuple[int, str, int, bool]]:
+def steps_of(entries: list[LedgerEntry]) -> list[tuple[int, str, int, bool]]:
     return [(e.first_step, e.phase, e.global_batch_size, e.skip) for e in entries]
 
 
@@ -67,8 +67,8 @@ def test_data_without_tokens_is_refused(make_source: MakeSource) -> None:
         plan(config(PhaseConfig("main")), [make_source("empty", [])])
 
 
-def entry(first_step: int, phase: str = "a", seq_len: int = 64) -> Entry:
-    return Entry(first_step, phase, seq_len, 8, {"web": 1.0})
+def entry(first_step: int, phase: str = "a", seq_len: int = 64) -> LedgerEntry:
+    return LedgerEntry(first_step, phase, seq_len, 8, {"web": 1.0})
 
 
 def test_unchanged_settings_leave_the_ledger_as_it_was() -> None:
@@ -94,7 +94,7 @@ def test_history_holds_what_earlier_steps_followed() -> None:
 
 
 def test_steps_that_are_passed_over_afterwards_stand_in_the_history_like_those_of_the_settings() -> None:
-    first, second = Entry(0, "a", 32, 8, {"x": 1.0}), Entry(10, "b", 64, 8, {"x": 1.0})
+    first, second = LedgerEntry(0, "a", 32, 8, {"x": 1.0}), LedgerEntry(10, "b", 64, 8, {"x": 1.0})
     ledger = Ledger([first, second])
     ledger.pass_over(4, 5)
     ledger.pass_over(8, 12)

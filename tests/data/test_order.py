@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from megatron_sov import recipes
 from megatron_sov.config import DataConfig, PhaseConfig, RunConfig, TrainConfig
 from megatron_sov.data import streams
-from megatron_sov.data.ledger import Entry, Ledger
+from megatron_sov.data.ledger import Ledger, LedgerEntry
 from megatron_sov.data.order import OrderState, Sample, SampleOrder, next_source
 from megatron_sov.data.token_shards import Source, open_sources
 
-Steps = list[tuple[Entry, list[Sample]]]
+Steps = list[tuple[LedgerEntry, list[Sample]]]
 MakeSource = Callable[..., Source]
 Settings = tuple[RunConfig, list[Source]]
 
@@ -104,7 +104,7 @@ def test_the_order_is_a_function_of_seed_and_ledger(seed: int, make_source: Make
     written = json.loads(json.dumps(order.state.to_dict()))["history"]
     recomputed = SampleOrder(dataclasses.replace(recipes.get("tiny-solar-open"), data=DataConfig(packing=order._packing),  # type: ignore[arg-type]
                                                  train=TrainConfig(steps=len(taken))), order.sources)
-    recomputed.ledger = Ledger([Entry(**e) for e in written])
+    recomputed.ledger = Ledger([LedgerEntry(**e) for e in written])
     assert [recomputed.next_batch() for _ in taken] == taken
 
 

@@ -27,7 +27,9 @@ def test_equal_longer_and_renamed_special_tokens_pass(tmp_path: Path) -> None:
     data = tokenizer(tmp_path / "data", ["one", "two"])
     for name, words, special in (("same", ["one", "two"], "<end>"), ("longer", ["one", "two", "three"], "<end>"),
                                  ("renamed", ["one", "two"], "<stop>")):
-        refuse_other_tokens(data, tokenizer(tmp_path / name, words, special))
+        other = tokenizer(tmp_path / name, words, special)
+        refuse_other_tokens(data, other)
+        refuse_other_tokens(other, data)
 
 
 def test_an_id_with_two_meanings_is_refused(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.chat import ChatForm, Piece
+from data_prep.chat import ChatForm, Segment
 from megatron_sov.documents import BadRecord
 from megatron_sov.errors import UserError
 
@@ -15,7 +15,7 @@ FORM = ChatForm("{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</>{%
 
 def test_pieces_alternate() -> None:
     assert list(FORM.pieces((("user", "hi"), ("assistant", "yo")))) == [
-        Piece("<user>", None), Piece("hi", 0), Piece("</><assistant>", None), Piece("yo", 1), Piece("</></s>", None)]
+        Segment("<user>", None), Segment("hi", 0), Segment("</><assistant>", None), Segment("yo", 1), Segment("</></s>", None)]
 
 
 @given(st.lists(st.tuples(st.sampled_from(["user", "assistant"]), st.text()), min_size=1, max_size=12))
@@ -27,7 +27,7 @@ def test_no_content_reaches_the_template(messages: list[tuple[str, str]]) -> Non
 
 @pytest.mark.parametrize("content", ["{{ 7 * 7 }}", "{% raw %}", "\ue0000\ue001", "<user>"])
 def test_hostile_content_stays_content(content: str) -> None:
-    assert list(FORM.pieces((("user", content),)))[1] == Piece(content, 0)
+    assert list(FORM.pieces((("user", content),)))[1] == Segment(content, 0)
 
 
 def test_templates_that_drop_or_refuse_messages() -> None:

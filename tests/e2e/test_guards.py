@@ -102,10 +102,10 @@ def _storm_is_told(run: Path) -> None:
     codes = [e["exit_code"] for e in events_of(run, "restart")]
     assert codes == [1, 137, 77, 1, 137, 1, 76], "start, kill, bitflip, load, save, raise, hang"
     assert [e["step"] for e in events_of(run, "restart")] == [0, 0, 8, 8, 8, 16, 16]
-    (damaged,), (corruption,), (hang,) = (events_of(run, kind) for kind in ("damaged_checkpoint", "corruption", "hang"))
+    (damaged,), (corruption,), (hang,) = (events_of(run, kind) for kind in ("damaged_checkpoint", "sdc", "hang"))
     assert damaged["path"] == "checkpoints/step-16"
     assert corruption["step"] == 12 and corruption["ranks"] == [0, 1], "of two replicas both are named"
-    assert hang["step"] == 20 and hang["places"]["faults.py, strike"] == [1], "the others wait somewhere else"
+    assert hang["step"] == 20 and hang["places"]["faults.py, trigger"] == [1], "the others wait somewhere else"
     assert "strike" in (run / "hang" / "step-20-rank-00001.txt").read_text()
     skips = {e["step"]: e for e in events_of(run, "skip")}
     assert sorted(skips) == [21, 27] and skips[21]["ranks"] == [1]

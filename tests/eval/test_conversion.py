@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from megatron_sov import convert
 from megatron_sov.artifacts import manifest_sha256
 from megatron_sov.cli import main
-from megatron_sov.mcore.parallel.cpu_shims import open_door
+from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 from megatron_sov.obs.events import EVENTS, EventLog, read_events
 
-open_door()
+prepare_megatron()
 
 from megatron_sov.eval.conversion import prove_logits  # noqa: E402
 

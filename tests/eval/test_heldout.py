@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from megatron_sov.cli import main
-from megatron_sov.mcore.parallel.cpu_shims import open_door
+from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
-open_door()
+prepare_megatron()
 
 from megatron_sov.eval.heldout import evaluate_rows, open_heldout  # noqa: E402
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from megatron_sov.cli import main
-from megatron_sov.mcore.parallel.cpu_shims import open_door
+from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 from megatron_sov.obs.events import EVENTS, EventLog, read_events
 
-open_door()
+prepare_megatron()
 
 from megatron_sov.eval.parity import compare_logits, random_prompts  # noqa: E402
 

@@ -10,10 +10,10 @@ import pytest
 
 from megatron_sov.artifacts import atomic_write, to_json
 from megatron_sov.cli import main
-from megatron_sov.mcore.parallel.cpu_shims import open_door
+from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 from megatron_sov.obs.events import EVENTS, EventLog, read_events
 
-open_door()
+prepare_megatron()
 
 from megatron_sov.data.token_shards import open_sources  # noqa: E402
 from megatron_sov.eval.bigram import evaluate_bigram  # noqa: E402

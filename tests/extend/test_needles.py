@@ -13,10 +13,10 @@ import pytest
 
 from megatron_sov.config import NeedleConfig, NeedleKind, PhaseConfig, RunConfig, apply_settings
 from megatron_sov.errors import UserError
-from megatron_sov.mcore.parallel.cpu_shims import open_door
+from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 from megatron_sov.recipes import get
 
-open_door()
+prepare_megatron()
 
 from megatron_sov.data.token_shards import Source  # noqa: E402
 from megatron_sov.eval.needle.suite import make_suite  # noqa: E402

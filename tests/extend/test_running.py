@@ -6,9 +6,9 @@ import pytest
 
 from megatron_sov import recipes
 from megatron_sov.config import apply_settings
-from megatron_sov.mcore.parallel.cpu_shims import open_door
+from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
-open_door()
+prepare_megatron()
 from megatron_sov.extend.running import asks_too_little  # noqa: E402
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -12,7 +13,11 @@ from typing import Any
 import pytest
 
 from megatron_sov.cli import main
+from megatron_sov.config import YarnConfig
+from megatron_sov.extend.stages import planned_stages
 from megatron_sov.obs.events import EVENTS, read_events
+from megatron_sov.runs.checkpoints import find_checkpoint
+from megatron_sov.train.stage_config import add_stage_arguments
 
 SHORT = {"model.vocab_size": 1024, "model.hidden_size": 32, "model.head_dim": 16, "model.expert_ffn_dim": 16, "train.steps": 1,
          "train.global_batch_size": 4, "train.micro_batch_size": 4, "train.eval_every_steps": 0, "data.heldout_tokens": 300,
@@ -66,6 +71,24 @@ def test_two_stages_with_rehearsal_behind_an_open_gate(short_run: Path, token_sh
     (found,) = events_of(near, "decontamination")
     assert (found["questions_found"], found["questions"] > 100, found["scanned_tokens"]["needle"] > 0) == (0, True, True)
     assert main(command(short_run, token_shards, run, stages, "--resume", every_steps=1, min_accuracy=0)) == 0
+
+
+def test_the_stages_of_a_recipe_are_its_own(short_run: Path, token_shards: Path, tmp_path: Path) -> None:
+    """The published stages of Solar Open, tiny: long documents and rehearsal in both, YaRN in the second."""
+    parser = argparse.ArgumentParser()
+    add_stage_arguments(parser, needs_start=True)
+    shorter = words({"extend.stages.0.seq_len": 80, "extend.stages.1.seq_len": 96,
+                     "extend.stages.1.yarn_original_tokens": 48, "train.micro_batch_size": 1})
+    args = parser.parse_args(["tiny-solar-open-extend", "--from", str(short_run), "--data", str(token_shards),
+                              "--run", str(tmp_path / "long"), *shorter])
+    near, far = (stage.config for stage in planned_stages(args, find_checkpoint(short_run)))
+    assert near.problems(1) == far.problems(1) == []
+    (first,), (second,) = near.data.phases, far.data.phases
+    assert (first.name, first.seq_len, near.train.steps) == ("32k", 80, 40)
+    assert (second.name, second.seq_len, far.train.steps) == ("100k", 96, 40)
+    assert (near.model.yarn, far.model.yarn) == (None, YarnConfig(2.0, 48))
+    assert {"first@65", "first/64", "needle/64"} <= set(first.blend)
+    assert near.extend.gate.every_steps == 20
 
 
 def test_a_gate_that_does_not_pass_ends_with_3_and_passes_later(short_run: Path, token_shards: Path, tmp_path: Path) -> None:

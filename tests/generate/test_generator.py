@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sov.mcore.parallel.cpu_shims import open_door
+from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
 WINDOW, NEW = 8, 12
 PROMPTS = [[5, 9, 2, 70], [30], list(range(20, 60)), [7] * 9, [80, 81, 82, 83, 84], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7]]
@@ -25,7 +25,7 @@ def continuations(layout: dict[str, Any], *, full: bool = False, family: str = "
     from megatron_sov.config import ParallelConfig, apply_settings
     from megatron_sov.generate.generator import generate
     from megatron_sov.generate.request import Batching, Sampling, Stop
-    from megatron_sov.mcore.decode.forward_only import Inputs, Policy
+    from megatron_sov.mcore.decode.forward_only import ForwardModel, Inputs
     from megatron_sov.mcore.model import init
     from megatron_sov.mcore.model.language_model import build
     from megatron_sov.mcore.parallel import world
@@ -35,7 +35,7 @@ def continuations(layout: dict[str, Any], *, full: bool = False, family: str = "
     world.join(parallel)
     model = build(config.model, parallel, config.train)
     init.initialise(model, config.model, 1)
-    policy = Policy(model, 50)
+    policy = ForwardModel(model, 50)
     attention = [type(m.core_attention).__name__ for m in model.modules() if hasattr(m, "core_attention")]
     drafts = 2 if config.model.num_mtp_layers else 0
     warm = Sampling(NEW, temperature=1.0, top_k=40, top_p=0.9, seed=3)
@@ -129,11 +129,11 @@ def folders(request, imported: dict[str, Path], hf_models: dict[str, Path], toke
 
 def test_greedy_text_is_that_of_transformers(folders: tuple[Path, Path], one_rank: None) -> None:
     """Token by token on an exported folder, prompts of mixed lengths, far past the sliding window of 8 tokens."""
-    open_door()
+    prepare_megatron()
     from megatron_sov.config import ParallelConfig
     from megatron_sov.generate.generator import generate
     from megatron_sov.generate.hf import load_hf
-    from megatron_sov.generate.load import load_policy
+    from megatron_sov.generate.load import load_forward_model
     from megatron_sov.generate.request import Batching, Sampling
     from megatron_sov.generate.target import inference_config
     from megatron_sov.mcore.parallel import world
@@ -145,7 +145,7 @@ def test_greedy_text_is_that_of_transformers(folders: tuple[Path, Path], one_ran
     expected = [e[len(p):] for e, p in zip(expected, PROMPTS, strict=True)]
     world.join(ParallelConfig())
     try:
-        policy = load_policy(imported, inference_config(imported, [], 1))
+        policy = load_forward_model(imported, inference_config(imported, [], 1))
         assert generate(policy, PROMPTS, Sampling(40)).continuations == expected
         assert generate(policy, PROMPTS, Sampling(40), batching=Batching(3, 6)).continuations == expected
         with pytest.raises(ValueError, match="prompt 1 has no token"):

@@ -10,18 +10,18 @@ from pathlib import Path
 import pytest
 
 from megatron_sov.errors import UserError
-from megatron_sov.mcore.parallel.cpu_shims import open_door
+from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
-open_door()
+prepare_megatron()
 
-from megatron_sov.generate.load import load_tokenizer, run_policy  # noqa: E402
+from megatron_sov.generate.load import load_tokenizer, run_forward_model  # noqa: E402
 from megatron_sov.generate.target import Target  # noqa: E402
 
 
 def test_work_gets_the_model_and_gives_its_result_back(one_rank: None, imported: dict[str, Path],
                                                         hf_models: dict[str, Path]) -> None:
     for target in (Target(imported["exaone_moe"], False), Target(hf_models["exaone_moe"], True)):
-        found = run_policy(target, ["train.head_chunk_tokens=7"], None, lambda loaded: [
+        found = run_forward_model(target, ["train.head_chunk_tokens=7"], None, lambda loaded: [
             loaded.world.size, loaded.config.train.head_chunk_tokens, sum(p.numel() for p in loaded.policy.model.parameters())])
         manifest = json.loads((imported["exaone_moe"] / "model.index.json").read_text())
         biases = 4 * 8  # router biases are buffers, not parameters
@@ -36,7 +36,7 @@ def test_a_damaged_checkpoint_is_named(one_rank: None, imported: dict[str, Path]
     raw[-5] ^= 1
     file.write_bytes(raw)
     with pytest.raises(SystemExit) as e:
-        run_policy(Target(damaged, False), [], None, lambda loaded: 1)
+        run_forward_model(Target(damaged, False), [], None, lambda loaded: 1)
     assert e.value.code == 2
     assert f"error: {file}: its content differs from the hash" in capsys.readouterr().err
 

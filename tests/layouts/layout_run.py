@@ -12,10 +12,10 @@ import torch.distributed as dist
 
 from megatron_sov import recipes
 from megatron_sov.config import RunConfig, apply_settings
-from megatron_sov.data.token_shards import open_sources
+from megatron_sov.data.token_shards import open_sources, tokenizer_folder
 from megatron_sov.mcore.checkpoint import load
 from megatron_sov.mcore.checkpoint.sharded_tensors import TensorReader
-from megatron_sov.mcore.model.local_shards import of
+from megatron_sov.mcore.model.local_shards import local_shards
 from megatron_sov.mcore.parallel import world
 from megatron_sov.post.sft import SupervisedFineTuning
 from megatron_sov.runs.folder import RunFolder
@@ -43,12 +43,12 @@ def small_config(recipe: str, settings: list[str], paths: list[str], objective: 
     return apply_settings(config, [f"data.paths={{{', '.join(f'{chr(34)}{p}{chr(34)}: 1' for p in paths)}}}"])
 
 
-def _trainer(config: RunConfig) -> Trainer:
+def _trainer(config: RunConfig, run: str = "not-written") -> Trainer:
     place = world.join(config.parallel)
     config.check(place.size)
     factory = LanguageModelling if config.objective.name == "lm" else SupervisedFineTuning
     sources = open_sources(config.data.paths, config.model.vocab_size)
-    return Trainer(config, place, RunFolder(Path("not-written")), sources, factory)
+    return Trainer(config, place, RunFolder(Path(run)), sources, factory)
 
 
 def curve(recipe: str, settings: list[str], paths: list[str], out: str, objective: str = "lm",
@@ -61,14 +61,13 @@ def curve(recipe: str, settings: list[str], paths: list[str], out: str, objectiv
     trainer = _trainer(config)
     taken = [_step(trainer) for _ in range(steps)]
     state = {"step": steps, "tokens": 0}
-    load.save(Path(out), trainer.model, trainer.optimizer, state, config.to_dict(), trainer.tokenizer)
+    load.save(Path(out), trainer.model, trainer.optimizer, state, config.to_dict(), tokenizer_folder(trainer.sources))
     world.leave()
     return taken
 
 
 def _step(trainer: Trainer) -> dict[str, Any]:
     result = trainer.update()
-    model = trainer.config.model
     biases: list[Any] = [None] * trainer.world.size
     dist.all_gather_object(biases, {m.layer_number: m.expert_bias.tolist() for m in trainer.model.modules()
                                     if getattr(m, "expert_bias", None) is not None})
@@ -76,7 +75,7 @@ def _step(trainer: Trainer) -> dict[str, Any]:
     return {"loss": result.loss, "grad_norm": result.grad_norm, "lr": result.lr, "tokens": result.num_tokens,
             **{f"term {name}": value for name, value in result.losses.items()},
             **{f"source {name}": value for name, value in result.losses_by_source.items()},
-            **({"load": trainer.expert_load.gather(model.num_layers, model.num_experts).tolist()} if model.num_experts else {}),
+            **({"load": trainer.expert_load.gather().tolist()} if trainer.config.model.num_experts else {}),
             **({"router bias": [layers[i] for i in sorted(layers)]} if layers else {})}
 
 
@@ -86,15 +85,14 @@ def one_batch(recipe: str, settings: list[str], paths: list[str], objective: str
     trainer = _trainer(config)
     # before the step, which moves router biases
     state = {"step": 0, "tokens": 0}
-    load.save(Path(out) / "weights", trainer.model, None, state, config.to_dict(), trainer.tokenizer)
+    load.save(Path(out) / "weights", trainer.model, None, state, config.to_dict(), tokenizer_folder(trainer.sources))
     batch = trainer.objective.prepare(trainer.objective.collect(trainer.policy, 0))
-    sums = trainer.computation.sums(batch, trainer.objective, 1).tolist()
-    terms = sorted(trainer.objective.coefficients)
-    losses = {t: sums[i] / batch.targets[t] for i, t in enumerate(terms)}
+    sums = trainer.computation.sums(batch, trainer.objective, 1)
+    losses = {t: total / batch.targets[t] for t, total in sums.terms.items()}
     with torch.no_grad():
         for parameter in trainer.model.parameters():
             parameter.copy_(parameter.main_grad)
-    load.save(Path(out) / "gradients", trainer.model, None, state, config.to_dict(), trainer.tokenizer)
+    load.save(Path(out) / "gradients", trainer.model, None, state, config.to_dict(), tokenizer_folder(trainer.sources))
     world.leave()
     return {"losses": losses, "loss": sum(trainer.objective.coefficients[t] * v for t, v in losses.items()),
             "micro_batches": [{"bounds": m.inputs.cu_seqlens.tolist(), "padding": m.inputs.padding.tolist(),
@@ -104,15 +102,14 @@ def one_batch(recipe: str, settings: list[str], paths: list[str], objective: str
 
 def trained(settings: list[str], paths: list[str], out: str) -> list[dict[str, Any]]:
     """Train five steps; OUT/checkpoints holds step-3 and step-5, which another layout is to continue and to reach."""
-    trainer = _trainer(small_config("tiny-k-exaone", settings, paths, "lm"))
-    trainer.folder = RunFolder(Path(out))
+    trainer = _trainer(small_config("tiny-k-exaone", settings, paths, "lm"), out)
     trainer.folder.checkpoints.mkdir(parents=True, exist_ok=True)
     taken = []
     for _ in range(5):
         taken.append(_step(trainer))
-        if trainer.done.step in (3, 5):
+        if trainer.step in (3, 5):
             trainer.save()
-            trainer.saver.finish()
+            trainer.checkpointer.finish()
     world.leave()
     return taken
 
@@ -122,15 +119,14 @@ def compared(recipe: str, settings: list[str], paths: list[str], reference: str,
 
     REFERENCE is the run folder of the one process that everything is compared with, which is trained first.
     """
-    trainer = _trainer(small_config(recipe, settings, paths, "lm"))
-    trainer.folder = RunFolder(Path(reference))
+    trainer = _trainer(small_config(recipe, settings, paths, "lm"), reference)
     trainer.folder.checkpoints.mkdir(parents=True, exist_ok=True)
     scratch = []
     for _ in range(4):
         scratch.append(_step(trainer))
-        if is_reference and trainer.done.step in (2, 4):
+        if is_reference and trainer.step in (2, 4):
             trainer.save()
-    trainer.saver.finish()
+    trainer.checkpointer.finish()
     found = {"scratch": scratch, "scratch apart": _apart(trainer, trainer.folder.checkpoint(4))}
     trainer.resume(trainer.folder.checkpoint(2))
     found |= {"continued": [_step(trainer) for _ in range(2)], "continued apart": _apart(trainer, trainer.folder.checkpoint(4))}
@@ -162,7 +158,7 @@ def _tensors(path: Path, part: str) -> dict[str, tuple[torch.Tensor, float]]:
 def _apart(trainer: Trainer, path: Path) -> dict[str, float]:
     """Return how far weights and optimizer state are at most from a checkpoint's, beside each tensor's largest value."""
     found = {}
-    for part, blocks in (("model", of(trainer.model)), ("optimizer", trainer.optimizer.state_blocks())):
+    for part, blocks in (("model", local_shards(trainer.model)), ("optimizer", trainer.optimizer.state_shards())):
         apart = []
         for block in blocks:
             whole, largest = _tensors(path, part)[block.key]
@@ -188,7 +184,7 @@ def deferred(settings: list[str], paths: list[str]) -> dict[str, Any]:
     heldout = {name: result.loss for name, result in trainer.evaluate().items()}
     evaluated = _digest(trainer.model)
     losses += [trainer.update().loss for _ in range(2)]
-    trainer.model.complete()
+    trainer.model.finish_param_gather()
     result = {"losses": losses, "heldout": heldout, "updated": updated, "evaluated": evaluated, "ended": _digest(trainer.model),
               "groups": len(groups), "on their way": on_its_way, "place": trainer.world.dp_rank}
     world.leave()

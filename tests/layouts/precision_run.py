@@ -87,7 +87,7 @@ def dtypes(recipe: str, settings: list[str], data: str) -> dict[str, Any]:
     for parameter in built.model.parameters():
         note("weights", parameter)
         note("gradients", parameter.main_grad)
-    for block in built.optimizer.state_blocks():
+    for block in built.optimizer.state_shards():
         note(block.key.split("/")[0], block.data)
     gradients = sum(p.numel() for p in built.model.parameters())
     world.leave()
@@ -110,7 +110,7 @@ def _noted(cls: type, method: str, note: Any) -> Any:
 def bits(built: Trainer) -> str:
     """Return a hash of every weight, buffer and state of the optimizer on this process."""
     digest = hashlib.sha256()
-    named = [*built.model.state_dict().items(), *((b.key, b.data) for b in built.optimizer.state_blocks())]
+    named = [*built.model.state_dict().items(), *((b.key, b.data) for b in built.optimizer.state_shards())]
     for name, tensor in named:
         if torch.is_tensor(tensor):
             digest.update(name.encode() + tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())

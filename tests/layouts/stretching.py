@@ -17,10 +17,9 @@ import torch
 
 from megatron_sov.config import RunConfig
 from megatron_sov.data.token_shards import open_sources
-from megatron_sov.mcore.model import pipeline
 from megatron_sov.mcore.model.language_model import ModelInputs
 from megatron_sov.mcore.model.logprobs import Head
-from megatron_sov.mcore.parallel import world
+from megatron_sov.mcore.parallel import collectives, world
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.train.data_batches import DataBatches
 from megatron_sov.train.lm import LanguageModelling
@@ -72,7 +71,7 @@ class _Synthetic:
         self._num_sources = batches.num_sources
 
     def collect(self, policy: Any, step: int) -> GlobalBatch:
-        rank, size = pipeline.data_place()
+        rank, size = collectives.data_place()
         rows = tuple(_row(step, i, self._vocab_size) for i in range(rank, len(LENGTHS), size))
         return GlobalBatch(rows, sum(LENGTHS[0]), len(LENGTHS), "synthetic")
 

@@ -90,7 +90,7 @@ def run(names: list[str], layout: dict[str, Any], folder: str, label: str) -> No
     from megatron_sov.artifacts import read_manifest
     from megatron_sov.config import ParallelConfig, apply_settings, from_dict
     from megatron_sov.mcore.checkpoint import load
-    from megatron_sov.mcore.decode.forward_only import Inputs, Policy
+    from megatron_sov.mcore.decode.forward_only import ForwardModel, Inputs
     from megatron_sov.mcore.model.language_model import build
     from megatron_sov.mcore.parallel import world
 
@@ -101,7 +101,7 @@ def run(names: list[str], layout: dict[str, Any], folder: str, label: str) -> No
         model = build(config.model, ParallelConfig(**layout), config.train)
         load.load_model(source, model)
         row = Inputs(documents(config.model.vocab_size), torch.device("cpu"))
-        logits = Policy(model, 100).logits(row, torch.arange(BEFORE, BEFORE + LENGTH))
+        logits = ForwardModel(model, 100).logits(row, torch.arange(BEFORE, BEFORE + LENGTH))
         out = Path(folder) / name / label
         if place.is_main:
             out.mkdir()

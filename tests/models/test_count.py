@@ -16,13 +16,27 @@ from megatron_sov.recipes import get, names
     ("qwen2-1.5b", 1.54, 1.54, 0.0),
     ("qwen3-8b", 8.19, 8.19, 0.0),
     ("qwen3-moe-30b", 30.53, 3.35, 0.0),
+    ("qwen3-4b", 4.02, 4.02, 0.0),
+    ("qwen3-4b-2507", 4.02, 4.02, 0.0),
+    ("qwen3-30b-a3b-2507", 30.53, 3.35, 0.0),
+    ("typhoon-s-8b", 8.19, 8.19, 0.0),
+    ("vibethinker-1.5b", 1.54, 1.54, 0.0),
 ])
 def test_published_figures(recipe: str, total_b: float, active_b: float, mtp_b: float) -> None:
     count = num_params(get(recipe).model)
     assert [round(n / 1e9, 2) for n in (count.total, count.active, count.mtp)] == [total_b, active_b, mtp_b]
 
 
-@pytest.mark.parametrize("recipe", names())
+def test_the_4b_without_its_embeddings_as_published() -> None:
+    model = get("qwen3-4b-2507").model
+    assert round((num_params(model).total - model.vocab_size * model.hidden_size) / 1e9, 1) == 3.6
+
+
+ONE_OF_EACH = {get(name).model: name for name in reversed(names())}
+"""Architecture -> a recipe that has it: stages of one model share theirs."""
+
+
+@pytest.mark.parametrize("recipe", sorted(ONE_OF_EACH.values()))
 def test_total_equals_the_model_class_of_transformers(recipe: str) -> None:
     """transformers builds the trunk (it has no multi-token prediction layers) on meta tensors, which take no memory."""
     torch = pytest.importorskip("torch")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -37,32 +38,26 @@ def test_layer_types_are_explicit_and_last_layer_is_what_the_pattern_says() -> N
     assert models.get("exaone_moe").from_hf_config(config) == model
 
 
-PUBLISHED_SOLAR = {
-    "architectures": ["SolarOpenForCausalLM"], "model_type": "solar_open", "partial_rotary_factor": 1.0, "hidden_size": 4096,
-    "num_hidden_layers": 48, "num_attention_heads": 64, "head_dim": 128, "num_key_value_heads": 8, "vocab_size": 196608,
-    "intermediate_size": 10240, "moe_intermediate_size": 1280, "rms_norm_eps": 1e-05, "rope_theta": 1000000,
-    "max_position_embeddings": 131072, "n_routed_experts": 128, "n_shared_experts": 1, "norm_topk_prob": True,
-    "routed_scaling_factor": 1.0, "num_experts_per_tok": 8, "tie_word_embeddings": False, "first_k_dense_replace": 0,
-    "rope_scaling": {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 65536}, "torch_dtype": "bfloat16",
-}
-PUBLISHED_EXAONE = {
-    "architectures": ["ExaoneMoEForCausalLM"], "model_type": "exaone_moe", "hidden_size": 6144, "num_hidden_layers": 48,
-    "num_attention_heads": 64, "head_dim": 128, "num_key_value_heads": 8, "vocab_size": 153600, "intermediate_size": 18432,
-    "moe_intermediate_size": 2048, "num_experts": 128, "num_experts_per_tok": 8, "num_shared_experts": 1, "n_group": 1,
-    "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 2.5, "scoring_func": "sigmoid", "topk_method": "noaux_tc",
-    "first_last_k_dense_replace": 1, "is_moe_layer": [False] + [True] * 47, "sliding_window": 128,
-    "sliding_window_pattern": "LLLG", "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 12,
-    "rope_scaling": None, "rope_theta": 1000000, "max_position_embeddings": 262144, "num_nextn_predict_layers": 1,
-    "sliding_windows": [128, 128, 128, 0] * 12, "mtp_layer_types": ["full_attention"], "mtp_sliding_windows": [0],
-    "tokenizer_class": "GPT2Tokenizer", "dtype": "bfloat16", "eos_token_id": 53,
-}
-"""The older spelling (rope_theta, rope_scaling, is_moe_layer) of the released models' configs."""
+PUBLISHED = json.loads(Path(__file__).with_name("published_configs.json").read_text())
+"""The config.json of released models, in the older spelling (rope_theta, rope_scaling, is_moe_layer)."""
+RELEASED = {
+    "solar-open-102b-extend": "upstage/Solar-Open-100B", "k-exaone-236b": "LGAI-EXAONE/K-EXAONE-236B-A23B",
+    "k-exaone-236b-extend": "LGAI-EXAONE/K-EXAONE-236B-A23B", "qwen2-1.5b": "Qwen/Qwen2.5-Math-1.5B",
+    "qwen3-4b": "Qwen/Qwen3-4B", "qwen3-4b-2507": "Qwen/Qwen3-4B-Instruct-2507", "qwen3-8b": "Qwen/Qwen3-8B",
+    "typhoon-s-8b": "Qwen/Qwen3-8B-Base", "qwen3-moe-30b": "Qwen/Qwen3-30B-A3B",
+    "qwen3-30b-a3b-2507": "Qwen/Qwen3-30B-A3B-Instruct-2507"}
 
 
-@pytest.mark.parametrize(("name", "config"), [("solar-open-102b", PUBLISHED_SOLAR), ("k-exaone-236b", PUBLISHED_EXAONE)])
-def test_configs_in_the_older_spelling_are_the_recipes_models(name: str, config: dict) -> None:
+@pytest.mark.parametrize(("name", "released"), RELEASED.items())
+def test_released_configs_are_the_recipes_models(name: str, released: str) -> None:
     model = recipes.get(name).model
-    assert models.get(model.family).from_hf_config(config) == model
+    assert models.get(model.family).from_hf_config(PUBLISHED[released]) == model
+
+
+def test_solar_trains_with_plain_rotations_before_its_last_stage() -> None:
+    released = models.get("solar_open").from_hf_config(PUBLISHED["upstage/Solar-Open-100B"])
+    for name in ("solar-open-102b", "solar-open-102b-mid"):
+        assert recipes.get(name).model == replace(released, yarn=None)
 
 
 def test_yarn_means_the_same_frequencies_in_transformers() -> None:

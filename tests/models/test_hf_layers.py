@@ -71,6 +71,7 @@ def test_the_prediction_layer_of_k_exaone_is_global_unless_the_config_says_other
 
 @pytest.mark.parametrize(("recipe", "fields", "sentence"), [
     ("tiny-qwen2", {"use_sliding_window": True, "sliding_window": None}, "use_sliding_window = True needs sliding_window"),
+    ("tiny-qwen2", {"use_mrope": True}, "use_mrope = True, but only False"),
     ("tiny-qwen3", {"layer_types": ["sliding_attention"] * 4}, "layer_types = .* names sliding layers, but"),
     ("tiny-qwen3", {"attention_bias": True}, "attention_bias = True, but only False"),
     ("tiny-qwen3-moe", {"decoder_sparse_step": 2}, "mlp_only_layers and decoder_sparse_step must name dense layers first"),

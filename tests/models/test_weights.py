@@ -75,8 +75,9 @@ def test_gate_comes_before_up_and_experts_are_stacked() -> None:
 def test_every_link_of_every_recipe_inverts_on_meta_and_covers_its_tensor() -> None:
     from megatron_sov import models
 
-    for name in recipes.names():
-        model = recipes.get(name).model
+    built = (recipes.get(name).model for name in recipes.names())
+    # rotations and lengths shape no tensor
+    for model in {replace(m, rope_theta=1e6, yarn=None, max_position_tokens=1) for m in built}:
         elements: dict[str, int] = {}
         shapes: dict[str, tuple[int, ...]] = {}
         for link in models.get(model.family).links(model):

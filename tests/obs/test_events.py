@@ -8,6 +8,7 @@ import struct
 import tempfile
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -69,10 +70,12 @@ def test_a_run_without_events_reads_as_none(tmp_path: Path) -> None:
     assert list(read_events(tmp_path / EVENTS)) == []
 
 
-def test_a_null_log_drops_events() -> None:
+def test_a_null_log_drops_events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     log = EventLog(None)
     log.write("step", step=1)
     log.close()
+    assert not log.is_open and list(tmp_path.iterdir()) == []
 
 
 def test_of_a_step_done_again_after_a_restart_the_last_one_counts() -> None:

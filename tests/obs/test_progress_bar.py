@@ -7,7 +7,7 @@ import io
 import pytest
 
 from megatron_sov.obs import progress_bar
-from megatron_sov.obs.progress_bar import Progress
+from megatron_sov.obs.progress_bar import ProgressBar
 
 
 class Terminal(io.StringIO):
@@ -27,7 +27,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def test_a_log_gets_a_line_every_ten_seconds_and_the_last_state(clock: list[float]) -> None:
     log = io.StringIO()
-    bar = Progress(100, 0, "pretrain", stream=log)
+    bar = ProgressBar(100, 0, "pretrain", stream=log)
     for step in range(1, 101):
         clock[0] += 0.3  # 30 s for all
         bar.update(step, loss=5.0 - step / 100, tokens_per_s=12345.6)
@@ -40,7 +40,7 @@ def test_a_log_gets_a_line_every_ten_seconds_and_the_last_state(clock: list[floa
 
 def test_time_left_after_a_resume_counts_own_steps_only(clock: list[float]) -> None:
     log = io.StringIO()
-    bar = Progress(1000, 900, "pretrain", stream=log)
+    bar = ProgressBar(1000, 900, "pretrain", stream=log)
     clock[0] += 20
     bar.update(910, loss=float("nan"), tokens_per_s=1.0)
     assert log.getvalue() == "pretrain: step 910/1000, loss nan, 1 tokens/s, 03:00 left\n"  # 90 steps x 2 s
@@ -48,7 +48,7 @@ def test_time_left_after_a_resume_counts_own_steps_only(clock: list[float]) -> N
 
 def test_a_terminal_gets_a_bar_that_starts_where_the_run_resumes() -> None:
     screen = Terminal()
-    bar = Progress(40, 10, "pretrain", stream=screen)
+    bar = ProgressBar(40, 10, "pretrain", stream=screen)
     bar.update(20, loss=2.5, tokens_per_s=4096)
     bar.update(40, loss=2.25, tokens_per_s=4096)
     bar.close()
@@ -59,5 +59,5 @@ def test_a_terminal_gets_a_bar_that_starts_where_the_run_resumes() -> None:
 
 def test_closing_before_the_first_step_writes_nothing() -> None:
     log = io.StringIO()
-    Progress(10, 0, "pretrain", stream=log).close()
+    ProgressBar(10, 0, "pretrain", stream=log).close()
     assert log.getvalue() == ""

@@ -63,27 +63,27 @@ PLANTED = [
 def test_a_planted_log_gives_the_answer_by_hand() -> None:
     found = account(*PLANTED)
     assert found.spent_s == pytest.approx({
-        "kept": 10 + 30 + 20 + 10 + 0.5 + 10 + 10,  # steps 1-4; 5, 6 and 8 of the second attempt; 11; 12
+        "productive": 10 + 30 + 20 + 10 + 0.5 + 10 + 10,  # steps 1-4; 5, 6 and 8 of the second attempt; 11; 12
         "lost": 10.5 + 10 + 10 + 20 + 2 + 60,       # steps 5 and 6 of the first attempt, with 0.5 s; refused; taken back; hang
         "evaluation": 6 + 10, "saving": 3 + 4 + 2, "startup": 32 + 20 + 6 + 5, "waiting": 120 + 4 + 2})
     assert found.total_s == pytest.approx(417) == pytest.approx(1417 - found.began_s)
-    assert found.effective_share == pytest.approx(90.5 / 417)
+    assert found.goodput == pytest.approx(90.5 / 417)
 
 
 def test_steps_after_the_last_checkpoint_are_kept_only_while_the_run_lives() -> None:
     events = [start(0, 0), step(10, 1), (10, "checkpoint", {"step": 1, "stall_s": 0.0}), step(20, 2)]
     assert account(*events).spent_s["lost"] == 10
     alive = account(*events, now_s=25)
-    assert (alive.spent_s["lost"], alive.spent_s["kept"], alive.total_s) == (0, 25, 25)
+    assert (alive.spent_s["lost"], alive.spent_s["productive"], alive.total_s) == (0, 25, 25)
     queued = account(*events, now_s=25, waits=True)
-    assert (queued.spent_s["lost"], queued.spent_s["kept"], queued.spent_s["waiting"]) == (10, 10, 5)
+    assert (queued.spent_s["lost"], queued.spent_s["productive"], queued.spent_s["waiting"]) == (10, 10, 5)
 
 
 def test_rare_events_stand_for_all_steps_since_the_one_before() -> None:
     """log_every_steps = 10: five of the ten steps of an event are done again, and an evaluation came in between."""
     found = account(start(0, 0), step(100, 10), (135, "data_consumed", {"step": 13}), step(205, 20), start(205, 205, 15),
                     step(255, 20), (255, "run_end", {"step": 20}))
-    assert found.spent_s == pytest.approx({"kept": 100 + 30 + 20 + 50, "lost": 50, "evaluation": 5, "saving": 0, "startup": 0,
+    assert found.spent_s == pytest.approx({"productive": 100 + 30 + 20 + 50, "lost": 50, "evaluation": 5, "saving": 0, "startup": 0,
                                            "waiting": 0})
 
 
@@ -114,4 +114,4 @@ def test_categories_add_up_to_the_wall_time_whatever_the_log_says(drawn: list[An
     assert set(found.spent_s) == set(CATEGORIES)
     assert min(found.spent_s.values()) >= -1e-6
     assert found.total_s == pytest.approx(max(last_s, lived_s or 0.0), abs=1e-3)
-    assert math.isnan(found.effective_share) or -1e-9 <= found.effective_share <= 1 + 1e-9
+    assert math.isnan(found.goodput) or -1e-9 <= found.goodput <= 1 + 1e-9

@@ -40,7 +40,8 @@ def test_the_command_prints_writes_and_refuses(tmp_path: Path, capsys: pytest.Ca
     page = tmp_path / "plan.html"
     assert main(["plan", "k-exaone-236b", "--html", str(page)]) == 0
     printed = capsys.readouterr().out
-    assert "foundation: web 70 %, korean 10 %, multilingual 10 %, code 10 %" in printed
+    others = "spanish 2.5 %, german 2.5 %, japanese 2.5 %, vietnamese 2.5 %"
+    assert f"foundation: web 70 %, korean 10 %, {others}, code 10 %" in printed
     assert "#" * timetable.BAR_CHARACTERS in printed
     html = page.read_text()
     assert "Planned learning rate." in html and "Planned blend of each phase." in html and "reasoning-trajectories" in html
@@ -51,3 +52,14 @@ def test_the_command_prints_writes_and_refuses(tmp_path: Path, capsys: pytest.Ca
     assert "optim.decay_share = 2.0 must lie in (0, 1]" in capsys.readouterr().err
     assert main(["plan", "k-exaone-236b", "--nproc", "24"]) == 2
     assert "must divide the number of processes, 24" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("recipe", "lengths"), [
+    ("solar-open-102b-extend", [32768, 102400]), ("k-exaone-236b-extend", [32768, 262144]),
+    ("tiny-solar-open-extend", [512, 1024])])
+def test_the_stages_of_an_extension_are_planned_as_phases(recipe: str, lengths: list[int],
+                                                         capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", recipe, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert [p["name"] for p in plan["phases"]] == [s.name for s in recipes.get(recipe).extend.stages]
+    assert sorted({row["seq_len"] for row in plan["schedule"]}) == lengths

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from megatron_sov.errors import UserError
-from megatron_sov.mcore.parallel.cpu_shims import open_door
+from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
-open_door()
+prepare_megatron()
 from megatron_sov import recipes  # noqa: E402
 from megatron_sov.config import RunConfig, apply_settings  # noqa: E402
 from megatron_sov.data.rows import Row, join_rows  # noqa: E402

@@ -6,9 +6,16 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_sov.config import apply_settings
+from megatron_sov.config import ExtendStageConfig, OptimConfig, PhaseConfig, apply_settings
+from megatron_sov.errors import UserError
 from megatron_sov.recipes import get
-from megatron_sov.recipes.extension import extended, length_settings, micro_batch_size, phase_setting
+from megatron_sov.recipes.extension import (
+    extended,
+    length_settings,
+    micro_batch_size,
+    phase_setting,
+    stage_phases,
+)
 
 
 def test_rotations_are_stretched_only_where_every_layer_is_global() -> None:
@@ -29,9 +36,24 @@ def test_a_second_extension_counts_from_the_first_length() -> None:
     assert extended(twice, 1024, 4096) == twice, "its rotations reach as far already"
 
 
-def test_the_published_solar_has_its_rotations_from_the_start() -> None:
+def test_a_stage_may_name_the_context_that_is_stretched() -> None:
     solar = get("solar-open-102b").model
-    assert extended(solar, 4096, 131072) == solar
+    assert extended(solar, 4096, 32768, yarn_factor=1) == solar
+    far = extended(solar, 32768, 102400, yarn_factor=2, yarn_original_tokens=65536)
+    assert far.yarn is not None
+    assert (far.yarn.factor, far.yarn.original_max_position_tokens) == (2.0, 65536)
+    assert far.max_position_tokens == 131072
+    assert extended(solar, 32768, 65536, yarn_original_tokens=65536) == solar, "reached without stretching"
+    with pytest.raises(UserError, match=r"yarn_original_tokens = 256: the model has sliding layers"):
+        extended(get("tiny-k-exaone").model, 256, 1024, yarn_original_tokens=256)
+
+
+def test_stages_as_phases_take_all_their_steps() -> None:
+    stages = (ExtendStageConfig("a", seq_len=64, steps=3, max_steps=5, global_batch_size=2, lr=1e-3),
+              ExtendStageConfig("b", seq_len=128, tokens=999, global_batch_size=1))
+    near, far = stage_phases(stages, OptimConfig(lr=1e-4, warmup_steps=7))
+    assert near == PhaseConfig("a", tokens=640, seq_len=64, global_batch_size=2, lr=1e-3, rewarm_steps=7)
+    assert (far.tokens, far.lr) == (999, 1e-4)
 
 
 @pytest.mark.parametrize(("limit_tokens", "seq_len", "per_rank", "expected"),

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import math
+import re
+from pathlib import Path
 
 import pytest
 
 from megatron_sov.config import RunConfig, from_dict
 from megatron_sov.errors import UserError
-from megatron_sov.recipes import get, names
+from megatron_sov.recipes import TINY, get, names
+from megatron_sov.recipes.extension import extended
 
 STRUCTURE = (
     "family", "num_dense_layers", "num_shared_experts", "routed_scaling_factor", "router_bias_update_rate", "seq_aux_loss_coeff",
@@ -19,8 +24,7 @@ STRUCTURE = (
 
 def smallest_world(config: RunConfig) -> int:
     """Return a number of processes that the recipe's layout accepts."""
-    p = config.parallel
-    return p.pp * max(p.tp, p.ep * p.etp)
+    return math.lcm(config.parallel.ranks_per_replica, config.parallel.ranks_per_expert_replica)
 
 
 @pytest.mark.parametrize("name", names())
@@ -31,17 +35,24 @@ def test_every_recipe_builds_and_is_sound(name: str) -> None:
     assert from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
-@pytest.mark.parametrize("name", [n for n in names() if n.startswith("tiny-")])
+def test_every_recipe_has_a_tiny_one_that_its_whole_name_finds() -> None:
+    assert sorted(TINY.values()) == [name for name in names() if not name.startswith("tiny-")]
+    assert all(get(f"tiny-{big}") == get(tiny) for tiny, big in TINY.items())
+
+
+@pytest.mark.parametrize("name", TINY)
 def test_tiny_keeps_the_structure_of_the_big_recipe(name: str) -> None:
-    tiny = get(name)
-    big = next(get(n) for n in names() if n.startswith(name.removeprefix("tiny-")))
+    tiny, big = get(name), get(TINY[name])
     assert {f: getattr(tiny.model, f) for f in STRUCTURE} == {f: getattr(big.model, f) for f in STRUCTURE}
     assert bool(tiny.model.sliding_window_tokens) == bool(big.model.sliding_window_tokens)
     assert set(tiny.model.layer_types()) == set(big.model.layer_types())
     assert tiny.model.num_heads // tiny.model.num_kv_heads > 1, "grouped-query attention stays grouped"
     assert [(p.name, p.share) for p in tiny.data.phases] == [(p.name, p.tokens) for p in big.data.phases]
     assert not any(p.tokens or p.blend or p.global_batch_size for p in tiny.data.phases), "any data will do"
-    assert tiny.optim.schedule == big.optim.schedule
+    assert (tiny.optim.schedule, tiny.objective) == (big.optim.schedule, big.objective)
+    assert [(s.name, s.kind, [(p.name, p.share) for p in s.parts]) for s in tiny.extend.stages] \
+        == [(s.name, s.kind, [(p.name, p.share) for p in s.parts]) for s in big.extend.stages]
+    assert not any(s.blend or p.blend for s in tiny.extend.stages for p in s.parts), "any data will do"
 
 
 def test_k_exaone_as_published() -> None:
@@ -53,15 +64,16 @@ def test_k_exaone_as_published() -> None:
     assert (model.vocab_size, model.max_position_tokens, model.routed_scaling_factor) == (153600, 262144, 2.5)
     phases = get("k-exaone-236b").data.phases
     assert sum(p.tokens for p in phases) == 11e12 and {p.seq_len for p in phases} == {8192}
+    six = {"web", "korean", "spanish", "german", "japanese", "vietnamese"}
+    assert six <= set(phases[0].blend), "English is the rest of the web"
 
 
 def test_solar_open_as_published() -> None:
-    """All layers global and mixture-of-experts; 128K by YaRN factor 2 over 64K."""
+    """All layers global and mixture-of-experts; pretrained at 4K with plain rotations."""
     config = get("solar-open-102b")
     model = config.model
     assert set(model.layer_types()) == {"full_attention"}
-    assert model.yarn is not None
-    assert model.yarn.factor * model.yarn.original_max_position_tokens == model.max_position_tokens == 131072
+    assert model.yarn is None
     assert (model.vocab_size, model.num_dense_layers, model.qk_norm, model.num_mtp_layers) == (196608, 0, False, 0)
     assert [(p.tokens / 1e12, p.blend["korean"], p.blend["synthetic"]) for p in config.data.phases] \
         == [(10.8, 3.3, 10.2), (5.3, 3.2, 32.0), (2.7, 16.4, 36.1), (1.2, 13.6, 64.5)]
@@ -78,6 +90,50 @@ def test_solar_opens_mid_training_as_published() -> None:
     assert (phase.seq_len, phase.global_batch_size) == (32768, 1440)
     assert config.num_steps() == round(1.155e12 / (1440 * 32768))
     assert config.model == get("solar-open-102b").model
+
+
+@pytest.mark.parametrize(("name", "before", "published"), [
+    ("solar-open-102b", 4096, [(32768, 1440), (102400, 480)]),
+    ("k-exaone-236b", 8192, [(32768, 1024), (262144, 128)])])
+def test_the_published_extension_ends_at_the_released_model(name: str, before: int,
+                                                            published: list[tuple[int, int]]) -> None:
+    """Lengths and, for Solar, batch sizes as published; rehearsal in every stage, and the gate on."""
+    config = get(f"{name}-extend")
+    assert [(s.seq_len, s.global_batch_size) for s in config.extend.stages] == published
+    assert [(p.seq_len, p.global_batch_size) for p in config.data.phases] == published, "what `plan` shows"
+    assert all({"long", "rehearsal"} == {part.name for part in s.parts} for s in config.extend.stages)
+    assert config.extend.gate.every_steps > 0 and config.extend.gate.min_accuracy >= 0.98
+    model = get(name).model
+    for stage in config.extend.stages:
+        model = extended(model, before, stage.seq_len, stage.rope_theta, stage.yarn_factor,
+                         stage.yarn_original_tokens)
+        assert (model.yarn is None) == (stage.seq_len < 65536 or name.startswith("k-exaone"))
+        before = stage.seq_len
+    assert model == config.model
+
+
+def test_the_base_of_vibethinker_is_made_ready_for_what_it_generates() -> None:
+    config, base = get("vibethinker-1.5b"), get("qwen2-1.5b").model
+    (stage,) = config.extend.stages
+    assert (base.max_position_tokens, stage.seq_len) == (4096, 40960)
+    assert extended(base, 4096, stage.seq_len, stage.rope_theta) == config.model
+
+
+def test_typhoon_s_is_fine_tuned_as_the_authors_script_does() -> None:
+    """2e-5 to 0 by a cosine, 5 % of warm-up, 32 packed samples of 16,384; else the trainer's default."""
+    spec = importlib.util.find_spec("transformers")
+    assert spec is not None and spec.origin is not None
+    trainer = Path(spec.origin).with_name("training_args.py").read_text()  # importing it takes seconds
+    fields = re.findall(r"^    (\w+): float = field\(\s*default=([\d.e-]+)", trainer, re.MULTILINE)
+    defaults = {name: float(text) for name, text in fields}
+    config = get("typhoon-s-8b")
+    optim, train = config.optim, config.train
+    assert (optim.lr, optim.min_lr, optim.schedule, train.seed) == (2e-5, 0.0, "cosine", 42)
+    assert (train.global_batch_size, config.data.phases[0].seq_len) == (32, 16384)
+    assert (config.objective.name, optim.warmup_steps) == ("sft", round(0.05 * config.num_steps()))
+    assert (optim.weight_decay, optim.clip_grad) == (defaults["weight_decay"], defaults["max_grad_norm"])
+    assert (optim.beta1, optim.beta2, optim.eps) == tuple(
+        defaults[f"adam_{name}"] for name in ("beta1", "beta2", "epsilon"))
 
 
 def test_unknown_recipe_names_the_nearest_and_lists_all() -> None:

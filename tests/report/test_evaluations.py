@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from megatron_sov.obs.events import EventLog
-from megatron_sov.report.evaluations import curves, needle_curves, read_beside
+from megatron_sov.report.evaluations import curves, needle_curves, read_evaluations
 from megatron_sov.report.run_data import read_run
 from megatron_sov.report.sections import sections
 
@@ -26,8 +26,8 @@ def write(run: Path) -> None:
 
 def test_files_become_curves_by_step_and_failures_a_table(tmp_path: Path) -> None:
     write(tmp_path)
-    found = read_beside(tmp_path)
-    assert [(b.step, b.judge) for b in found] == [(20, "needle"), (20, "ppl"), (40, "ppl"), (100, "needle"), (100, "ppl")]
+    found = read_evaluations(tmp_path)
+    assert [(b.step, b.task) for b in found] == [(20, "needle"), (20, "ppl"), (40, "ppl"), (100, "needle"), (100, "ppl")]
     (bits,), (right,) = curves(found, "bits_per_byte"), needle_curves(found)
     assert (bits.name, bits.steps.tolist(), bits.values.tolist()) == ("ko", [20, 100], [2.5, 1.5])
     assert (right.name, right.steps.tolist(), right.values.tolist()) == ("single, korean", [20], [62.5])
@@ -38,4 +38,4 @@ def test_files_become_curves_by_step_and_failures_a_table(tmp_path: Path) -> Non
 
 
 def test_a_run_without_them_has_no_section(tmp_path: Path) -> None:
-    assert read_beside(tmp_path) == []
+    assert read_evaluations(tmp_path) == []

@@ -54,7 +54,7 @@ def test_nothing_is_loaded_from_anywhere(page: str, document: Document) -> None:
     assert references and all(value.startswith("#") for value in references)
     css = "".join(document.text["style"])
     assert "url(" not in css and "@import" not in css
-    policy = next(a["content"] for tag, a in document.elements if a.get("http-equiv") == "Content-Security-Policy")
+    policy = next(a["content"] for tag, a in document.elements if a.get("http-equiv") == "Content-Security-ForwardModel")
     assert policy.startswith("default-src 'none'") and "http" not in policy and "script-src 'unsafe" not in policy
 
 

@@ -14,7 +14,7 @@ from megatron_sov.runs.lock import RunLock
 
 
 def test_the_bar_and_the_table_say_the_same() -> None:
-    spent_s = {"kept": 3000.0, "lost": 600.0, "evaluation": 120.0, "saving": 30.0, "startup": 150.0, "waiting": 100.0}
+    spent_s = {"productive": 3000.0, "lost": 600.0, "evaluation": 120.0, "saving": 30.0, "startup": 150.0, "waiting": 100.0}
     section = time_section(WallTime(0.0, spent_s))
     (chart,), (table,) = section.charts, section.tables
     bars = json.loads(chart.figure_json)["data"]
@@ -37,5 +37,5 @@ def test_a_living_run_keeps_its_steps_after_the_last_checkpoint(tmp_path: Path) 
     living = read_run(tmp_path).wall_time
     lock.release()
     ended = read_run(tmp_path).wall_time
-    assert living is not None and living.spent_s["kept"] == 8
+    assert living is not None and living.spent_s["productive"] == 8
     assert ended is not None and ended.spent_s["lost"] == 8

@@ -8,9 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
 
 from megatron_sov.runs.background import LOWEST_PRIORITY, humble_environment
@@ -18,8 +18,8 @@ from megatron_sov.runs.background import LOWEST_PRIORITY, humble_environment
 PARENT = """
 import sys, time
 from pathlib import Path
-from megatron_sov.runs.background import HumbleProcess
-child = HumbleProcess([sys.executable, "-c", sys.argv[1], sys.argv[2]], Path(sys.argv[2] + ".log"))
+from megatron_sov.runs.background import BackgroundProcess
+child = BackgroundProcess([sys.executable, "-c", sys.argv[1], sys.argv[2]], Path(sys.argv[2] + ".log"))
 time.sleep(600)
 """
 CHILD = """
@@ -28,26 +28,32 @@ state = {"pid": os.getpid(), "nice": os.nice(0), "term": signal.getsignal(signal
 with open(sys.argv[1] + ".tmp", "w") as f:
     json.dump(state, f)
 os.rename(sys.argv[1] + ".tmp", sys.argv[1])
+while not os.path.exists(sys.argv[1] + ".asked"):
+    time.sleep(0.01)
+open(sys.argv[1] + ".answered", "w").close()
 time.sleep(600)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a child that ends with its parent is Linux's")
-def test_it_has_the_lowest_priority_and_ends_with_its_parent(tmp_path: Path) -> None:
+def test_it_has_the_lowest_priority_and_ends_with_its_parent(tmp_path: Path, ends: Callable[[int], bool]) -> None:
     parent = subprocess.Popen([sys.executable, "-c", PARENT, CHILD, str(tmp_path / "state")])
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "state").exists():
-        assert time.monotonic() < deadline and parent.poll() is None
-        time.sleep(0.02)
+
+    def wait_for(name: str) -> None:
+        deadline_s = time.monotonic() + 120
+        while not (tmp_path / name).exists():
+            assert time.monotonic() < deadline_s and parent.poll() is None, f"there is no {name}"
+            time.sleep(0.02)
+
+    wait_for("state")
     state = json.loads((tmp_path / "state").read_text())
     assert state["nice"] == LOWEST_PRIORITY and state["term"]
     os.kill(state["pid"], signal.SIGTERM)  # what stops the run does not stop its work beside
-    time.sleep(0.2)
-    assert psutil.pid_exists(state["pid"])
+    (tmp_path / "state.asked").touch()
+    wait_for("state.answered")
     parent.kill()
     parent.wait()
-    psutil.wait_procs([p for p in psutil.process_iter() if p.pid == state["pid"]], timeout=60)
-    assert not psutil.pid_exists(state["pid"]) or psutil.Process(state["pid"]).status() == psutil.STATUS_ZOMBIE
+    assert ends(state["pid"])
 
 
 def test_it_does_not_take_itself_for_a_rank_or_a_part_of_a_job(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,7 +119,7 @@ def test_a_node_that_fails_twice_is_left_out(question: Question, run: Path) -> N
 def test_a_rank_that_computes_wrongly_takes_its_node_out(question: Question, run: Path) -> None:
     logs = srun_says(run, "srun: error: n1: task 0: Exited with exit code 77\n")
     question("begin")
-    (run / "events.jsonl").write_text('{"event": "corruption", "step": 7, "ranks": [1], "hosts": ["n2.site.org"]}\n')
+    (run / "events.jsonl").write_text('{"event": "sdc", "step": 7, "ranks": [1], "hosts": ["n2.site.org"]}\n')
     four = ("--nodes", "n1,n2,n3,n4")
     assert question("end", "--code", "77", *logs, *four) == "requeue n2", "not n1, which only said so first"
     question("begin", restart=1)

@@ -24,8 +24,8 @@ def test_a_job_brings_the_figures_of_an_export(site: Path, until: Callable[..., 
     (run / "exports/step-10/manifest.json").write_text("{}")
     config = apply_settings(recipes.get("tiny-solar-open"), [
         f"data.paths={json.dumps({str(token_shards): 1.0})}", 'data.phases=[{"name": "main", "seq_len": 64}]',
-        "data.heldout_tokens=128", "train.export_every_checkpoints=1", 'evaluate.beside.judges=["ppl"]',
-        "evaluate.beside.where=slurm", f"evaluate.beside.cluster={site / 'site.yaml'}"])
+        "data.heldout_tokens=128", "train.export_every_checkpoints=1", 'evaluate.background.tasks=["ppl"]',
+        "evaluate.background.where=slurm", f"evaluate.background.cluster={site / 'site.yaml'}"])
     events: list[dict[str, Any]] = []
     beside = Evaluations(run, config, lambda name, **fields: events.append({"event": name, **fields}))
     beside.wait()

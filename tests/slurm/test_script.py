@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
+from megatron_sov.commands.submit import COMMANDS
 from megatron_sov.errors import UserError
 from megatron_sov.slurm import client, cluster
 from megatron_sov.slurm.cluster import ClusterProfile, ContainerConfig
 from megatron_sov.slurm.stages import STAGES
-from megatron_sov.slurm.submission import Request, prepare
+from megatron_sov.slurm.submission import Prepared, Request, prepare
 
 TRAIN = ("--data", "tokens", "--run", "runs/a b", "--set", "train.steps=5", "--set", "train.global_batch_size=64",
          "--set", "train.micro_batch_size=1")
@@ -30,8 +31,12 @@ ARGUMENTS = {
 NASTY = "it's $HOME `id` \"x\" \\ & | ; > * ? # ! ~ {} ()\t한국어"
 
 
+def prepared(stage: str, words: tuple[str, ...], profile: ClusterProfile, **request: Any) -> Prepared:
+    return prepare(Request(stage, words, profile, **request), COMMANDS)
+
+
 def script(stage: str, profile: ClusterProfile, *more: str, **request: Any) -> str:
-    return prepare(Request(stage, (*ARGUMENTS[stage], *more), profile, **request)).texts[0]
+    return prepared(stage, (*ARGUMENTS[stage], *more), profile, **request).texts[0]
 
 
 def words_of(text: str, array: str = "command") -> list[str]:
@@ -48,9 +53,9 @@ def test_every_stage_has_a_template() -> None:
 @pytest.mark.parametrize("name", cluster.names())
 def test_a_real_slurm_takes_every_template(site: Path, name: str) -> None:
     profile = dataclasses.replace(cluster.load(name, account="me"), account="me" if name != "local" else "")
-    texts = [text for stage in STAGES for text in prepare(Request(stage, ARGUMENTS[stage], profile)).texts]
-    texts += prepare(Request("data", ARGUMENTS["data"], profile, array=2)).texts
-    texts += prepare(Request("pretrain", ARGUMENTS["pretrain"], profile, nodes=4, least=1)).texts
+    texts = [text for stage in STAGES for text in prepared(stage, ARGUMENTS[stage], profile).texts]
+    texts += prepared("data", ARGUMENTS["data"], profile, array=2).texts
+    texts += prepared("pretrain", ARGUMENTS["pretrain"], profile, nodes=4, least=1).texts
     for text in texts:
         client.check_script(text)
         assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
@@ -99,7 +104,7 @@ def test_the_clusters_own_lines_may_name_variables_that_are_not_set(stage: str, 
 def test_what_a_user_types_reaches_the_program_unchanged(tmp_path: Path) -> None:
     words = ("tiny-solar-open", "--data", NASTY, "--run", str(tmp_path / "a b'c"),
              "--set", 'data.phases=[{"name": "$x", "seq_len": 8}]')
-    text = prepare(Request("pretrain", words, cluster.load("local"))).texts[0]
+    text = prepared("pretrain", words, cluster.load("local")).texts[0]
     assert words_of(text) == ["-m", "megatron_sov", "pretrain", *words, "--resume"]
 
 
@@ -118,7 +123,7 @@ def test_slurm_reads_odd_paths_as_they_are(site: Path, cluster: Any) -> None:
     work = ("pack", "--tokenizer", "t", "--input", "i", "--output", str(folder / "tokens"))
     from megatron_sov.slurm.cluster import load
 
-    header = [line for line in prepare(Request("data", work, load("local"))).texts[0].splitlines() if line.startswith("#SBATCH")]
+    header = [line for line in prepared("data", work, load("local")).texts[0].splitlines() if line.startswith("#SBATCH")]
     folder.mkdir()
     (folder / "tokens.slurm").mkdir()
     (site / "job.sh").write_text("\n".join(["#!/bin/bash", *header, "echo here"]))
@@ -129,7 +134,7 @@ def test_slurm_reads_odd_paths_as_they_are(site: Path, cluster: Any) -> None:
 
 def test_a_path_that_slurm_would_rewrite_is_refused() -> None:
     with pytest.raises(UserError, match="placeholder"):
-        prepare(Request("pretrain", ("tiny-solar-open", "--data", "d", "--run", "runs/100%j"), cluster.load("local")))
+        prepared("pretrain", ("tiny-solar-open", "--data", "d", "--run", "runs/100%j"), cluster.load("local"))
 
 
 def test_no_secret_of_the_submitter_stands_in_a_script(monkeypatch: pytest.MonkeyPatch) -> None:

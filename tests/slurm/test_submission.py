@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sov.commands.submit import COMMANDS
 from megatron_sov.errors import UserError
 from megatron_sov.slurm import client, cluster, submission
 from megatron_sov.slurm.stages import check_inputs, work_of
@@ -19,7 +20,7 @@ PACK = ("pack", "--tokenizer", "t", "--input", "a=x.jsonl", "--input=b.jsonl", "
 
 def test_an_array_shares_the_inputs_and_a_second_job_joins_the_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    parts, join = submission.prepare(submission.Request("data", PACK, cluster.load("local"), array=2)).jobs
+    parts, join = submission.prepare(submission.Request("data", PACK, cluster.load("local"), array=2), COMMANDS).jobs
     assert parts.array_inputs == ("a=x.jsonl", "b.jsonl", "c")
     assert parts.work.arguments == ("pack", "--tokenizer", "t", "--workers", "2")
     made = [tmp_path / "out.parts/part-0", tmp_path / "out.parts/part-1"]
@@ -29,7 +30,7 @@ def test_an_array_shares_the_inputs_and_a_second_job_joins_the_parts(tmp_path: P
 
 def test_a_task_takes_every_nth_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    text = submission.prepare(submission.Request("data", PACK, cluster.load("local"), array=2)).texts[0]
+    text = submission.prepare(submission.Request("data", PACK, cluster.load("local"), array=2), COMMANDS).texts[0]
     block = text[text.index("inputs=("):text.index("run_step \"$attempt/srun.log\"")]
 
     def inputs(task: int) -> list[str]:
@@ -43,19 +44,23 @@ def test_a_task_takes_every_nth_input(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_job_runs_the_code_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "submit", lambda script, after: "17")
     words = ("to-hf", str(tmp_path / "run"), str(tmp_path / "hf"))
-    prepared = submission.prepare(submission.Request("convert", words, cluster.load("local")))
+    prepared = submission.prepare(submission.Request("convert", words, cluster.load("local")), COMMANDS)
     assert submission.submit(prepared, []) == ["17"]
     assert submission.submit(prepared, []) == ["17"], "the same code is not copied twice"
     (code,) = (tmp_path / "hf.slurm").glob("code-*")
-    program = "import megatron_sov.slurm.attempts as a, tokenizer, data_prep; print(a.__file__, tokenizer.__file__)"
+    program = ("import megatron_sov.slurm.attempts as a, tokenizer, data_prep, slurm\n"
+               "print(a.__file__, tokenizer.__file__, slurm.__file__)")
     done = subprocess.run([sys.executable, "-P", "-c", program], env={"PYTHONPATH": str(code)}, capture_output=True, text=True,
                           check=True)
-    assert done.stdout.split() == [f"{code}/megatron_sov/slurm/attempts.py", f"{code}/tokenizer/__init__.py"]
+    files = ("megatron_sov/slurm/attempts.py", "tokenizer/__init__.py", "slurm/__init__.py")
+    assert done.stdout.split() == [f"{code}/{file}" for file in files]
+    assert (code / "slurm/templates/header.sbatch.j2").is_file() and (code / "slurm/clusters/local.yaml").is_file()
     assert submission.submitted_jobs(tmp_path / "hf.slurm") == ["17", "17"]
 
 
 def test_code_that_changes_while_it_is_copied_is_not_submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prepared = submission.prepare(submission.Request("convert", ("to-hf", "run", str(tmp_path / "hf")), cluster.load("local")))
+    words = ("to-hf", "run", str(tmp_path / "hf"))
+    prepared = submission.prepare(submission.Request("convert", words, cluster.load("local")), COMMANDS)
     copies = submission.shutil.copyfile
     monkeypatch.setattr(submission.shutil, "copyfile", lambda a, b: copies(a, b) and b.write_text("#") if b.name == "cli.py" else
                         copies(a, b))
@@ -70,7 +75,7 @@ def test_code_that_changes_while_it_is_copied_is_not_submitted(tmp_path: Path, m
     (("train", "--input", "there/a:b", "--output", "o"), "there/a:b"),
 ])
 def test_inputs_are_looked_for_without_name_and_weight(arguments: tuple[str, ...], path: str) -> None:
-    work = work_of("tokenizer", list(arguments))
+    work = work_of("tokenizer", list(arguments), COMMANDS)
     assert work.inputs == (Path(path).absolute(),)
     with pytest.raises(UserError, match="does not exist; make it before"):
         check_inputs(work, set())

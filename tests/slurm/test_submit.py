@@ -13,8 +13,8 @@ from megatron_sov import cli
 RUN = ("tiny-solar-open", "--data", "tokens", "--run", "runs/a", "--set", "train.steps=5", "--set", "train.global_batch_size=8",
        "--set", "train.micro_batch_size=1")
 HERE = ("--cluster", "site.yaml")
-BESIDE = ("--set", "train.export_every_checkpoints=1", "--set", 'evaluate.beside.judges=["ppl"]',
-          "--set", "evaluate.beside.where=slurm", "--set")
+BESIDE = ("--set", "train.export_every_checkpoints=1", "--set", 'evaluate.background.tasks=["ppl"]',
+          "--set", "evaluate.background.where=slurm", "--set")
 
 
 @pytest.mark.parametrize(("words", "sentence"), [
@@ -46,7 +46,7 @@ BESIDE = ("--set", "train.export_every_checkpoints=1", "--set", 'evaluate.beside
     (("convert", *HERE, "inspect", "a"), "submit convert inspect: writes no folder"),
     (("eval", *HERE, "bigram", "--data", "tokens"), "submit eval bigram: names no model or run; pass --run"),
     (("pretrain", *HERE, "--continue", *RUN), "--continue: belongs to a chain"),
-    (("pretrain", *HERE, *RUN, *BESIDE, "evaluate.beside.cluster=h100"), "evaluate.beside.cluster = h100: the jobs beside"),
+    (("pretrain", *HERE, *RUN, *BESIDE, "evaluate.background.cluster=h100"), "evaluate.background.cluster = h100: the jobs beside"),
 ])
 def test_a_mistake_is_one_sentence_and_leaves_nothing(
     site: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], sentence: str,

@@ -45,6 +45,9 @@ PropagateResourceLimits=NONE
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
+SuspendProgram=/bin/true
+ResumeProgram=/bin/true
+SuspendTime=-1
 FirstJobId={first_job}
 JobRequeue=1
 ReturnToService=1
@@ -68,6 +71,8 @@ NAMESPACES = ("unshare", "--pid", "--fork", "--uts", "--mount", "--mount-proc")
 DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch", "unshare", "setpriv")
 CPUS, GPUS = 224, 8
 """What each node claims: as much as the largest of the shipped profiles asks for."""
+WIDE = 64
+"""Nodes of the partition `wide`, which are never started: they are there for `sbatch --test-only`."""
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
 
@@ -126,8 +131,10 @@ class VirtualCluster:
                            first_job=random.randrange(1, 1_000_000))  # ranks meet at a port made from it; clusters share a host
         conf += "".join(f"NodeName={n} NodeHostname={n} NodeAddr=127.0.0.1 Port={port + i}\n"
                         for i, n in enumerate(self.names, 1))
-        conf += "".join(f"PartitionName={p} Nodes=ALL Default={'YES' if i == 0 else 'NO'} MaxTime=UNLIMITED DefaultTime=10\n"
-                        for i, p in enumerate(self.partitions))
+        conf += f"NodeName=w[1-{WIDE}] NodeAddr=127.0.0.1 Port={port} State=CLOUD\n"
+        nodes = {**dict.fromkeys(self.partitions, ",".join(self.names)), "wide": f"w[1-{WIDE}]"}
+        conf += "".join(f"PartitionName={p} Nodes={n} Default={'YES' if i == 0 else 'NO'} MaxTime=UNLIMITED DefaultTime=10\n"
+                        for i, (p, n) in enumerate(nodes.items()))
         (self.folder / "etc/slurm.conf").write_text(conf)
         (self.folder / "etc/gres.conf").write_text(f"Name=gpu File={self.folder}/dev/nvidia[0-{GPUS - 1}]\n")
         (self.folder / "etc/cgroup.conf").write_text("CgroupAutomount=no\n")

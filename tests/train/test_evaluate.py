@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sov.data.token_shards import open_sources
+from megatron_sov.data.token_shards import open_sources, tokenizer_folder
 
 
 def evaluation(data: str, out: str | None, cp: int = 1, recipe: str = "tiny-solar-open") -> dict[str, Any]:
@@ -34,7 +34,7 @@ def evaluation(data: str, out: str | None, cp: int = 1, recipe: str = "tiny-sola
     trainer = Trainer(config, place, RunFolder(Path("not-written")), open_sources({data: 1.0}, 368), LanguageModelling)
     results = {name: asdict(r) for name, r in trainer.evaluate().items()}
     if out is not None:
-        load.save(Path(out), trainer.model, None, {"step": 0, "tokens": 0}, config.to_dict(), trainer.tokenizer)
+        load.save(Path(out), trainer.model, None, {"step": 0, "tokens": 0}, config.to_dict(), tokenizer_folder(trainer.sources))
     world.leave()
     return results
 

@@ -10,9 +10,9 @@ import torch
 
 from megatron_sov import recipes
 from megatron_sov.data.rows import Row
-from megatron_sov.mcore.parallel.cpu_shims import open_door
+from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
-open_door()
+prepare_megatron()
 from megatron_sov.train.lm import LanguageModelling  # noqa: E402
 from megatron_sov.train.microbatch import MicroBatch, from_row  # noqa: E402
 

@@ -7,66 +7,70 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.mcore.parallel.cpu_shims import open_door
+from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
-open_door()
+prepare_megatron()
 from megatron_sov.train.loop import train  # noqa: E402
 
 
 class Recorded:
-    """Stands for a trainer: notes what the loop asks for."""
+    """Stands for a trainer and what it is made of: notes what the loop asks for."""
 
-    def __init__(self, num_steps: int, done: int = 0, skipped: tuple[int, ...] = (), **settings: int) -> None:
+    def __init__(self, num_steps: int, step: int = 0, skipped: tuple[int, ...] = (), **settings: int) -> None:
         self.skipped = skipped
-        self.num_steps, self.done = num_steps, SimpleNamespace(step=done)
+        self.num_steps, self.step, self.state = num_steps, step, "counters"
         self.config = SimpleNamespace(train=SimpleNamespace(**{"eval_every_steps": 0, "checkpoint_every_steps": 100, **settings}))
         self.actions: list[str] = []
         self.gate: Any = None
-        self.guard = SimpleNamespace(gives_up=False)
+        self.stop_after = 10 ** 9
         self.watched: int | None = None
-        self.watchdog = SimpleNamespace(begin=lambda step: setattr(self, "watched", step),
-                                        end=lambda: setattr(self, "watched", None))
-        self.events = SimpleNamespace(write=lambda event, **fields: self.actions.append(f"{event} {fields['step']}"))
+        self.guards = SimpleNamespace(step_guard=SimpleNamespace(wants_rollback=False), watchdog=SimpleNamespace(
+            begin=lambda step: setattr(self, "watched", step), end=lambda: setattr(self, "watched", None)))
+        self.side_jobs: Any = SimpleNamespace(poll=lambda: self.note("poll"))
+        self.checkpointer = SimpleNamespace(finish=lambda: self.note("saved"), sync=self.sync)
+        self.recorder = SimpleNamespace(
+            step=lambda done, result, load: self.note("record"), stopped=lambda step, reason: self.note("stop"),
+            expert_load=lambda step, load: self.note("expert load"), ended=lambda step, wall_s, loss: self.note("run_end"))
+        self.expert_load = SimpleNamespace(gather=lambda: None)
+
+    def note(self, action: str) -> None:
+        self.actions.append(f"{action} {self.step}")
 
     @property
     def finished(self) -> bool:
-        return self.done.step >= self.num_steps or (self.gate is not None and self.gate.passed)
+        return self.step >= self.num_steps or (self.gate is not None and self.gate.passed)
 
     def update(self) -> Any:
-        self.done.step += 1
-        assert self.watched == self.done.step, "a hang in a step is noticed"
-        return None if self.done.step in self.skipped else SimpleNamespace(loss=1.0)
+        self.step += 1
+        assert self.watched == self.step, "a hang in a step is noticed"
+        return None if self.step in self.skipped else SimpleNamespace(loss=1.0)
 
-    def log(self, result: Any) -> None:
-        self.actions.append(f"log {self.done.step}")
+    def observe(self) -> Any:
+        assert self.watched == self.step, "collectives can hang"
+        self.note("observe")
+
+    def sync(self, stop: Any) -> bool:
+        self.note("sync")
+        return self.step >= self.stop_after
 
     def wall_s(self) -> float:
         return 0.0
 
     def __getattr__(self, name: str) -> Any:
-        if name == "saver":
-            return SimpleNamespace(finish=lambda: self.actions.append(f"saved {self.done.step}"))
-        if name not in ("announce", "log_expert_load", "evaluate", "save"):
+        if name not in ("announce", "evaluate", "save"):
             raise AttributeError(name)
         assert self.watched is None, f"{name} may take longer than a step"
-        return lambda: self.actions.append(f"{name} {self.done.step}")
+        return lambda: self.note(name)
 
 
-class Stop:
-    """A flag that is raised after some step."""
-
-    reason = "SIGTERM"
-
-    def __init__(self, trainer: Recorded, after: int = 10 ** 9) -> None:
-        self.trainer, self.after = trainer, after
-
-    def agreed(self, saver: Any) -> bool:
-        return self.trainer.done.step >= self.after
+EVERY_STEP = ("announce", "observe", "poll", "record", "expert load", "sync")
 
 
 def actions(trainer: Recorded, stop_after: int = 10 ** 9) -> tuple[bool, list[str]]:
-    complete = train(trainer, Stop(trainer, stop_after))  # type: ignore[arg-type]
-    return complete, [a for a in trainer.actions if not a.startswith(("log", "announce"))]
+    """Return what `train` does, and of the actions those that are not due at every step."""
+    trainer.stop_after = stop_after
+    complete = train(trainer, SimpleNamespace(reason="SIGTERM"))  # type: ignore[arg-type]
+    return complete, [a for a in trainer.actions if not a.startswith(EVERY_STEP)]
 
 
 def test_evaluations_and_checkpoints_come_when_they_are_due_and_at_the_end() -> None:
@@ -89,21 +93,39 @@ def test_a_stop_at_the_last_step_completes_the_run() -> None:
 
 
 def test_a_run_that_was_killed_behind_its_last_step_only_ends() -> None:
-    assert actions(Recorded(3, done=3)) == (True, ["saved 3", "run_end 3"])
+    assert actions(Recorded(3, step=3)) == (True, ["saved 3", "run_end 3"])
 
 
 def test_a_gate_that_passes_ends_the_run_with_all_that_the_last_step_gets() -> None:
     trainer = Recorded(9, eval_every_steps=2)
     trainer.gate = SimpleNamespace(passed=False)
-    trainer.gate.check = lambda trainer: setattr(trainer.gate, "passed", trainer.done.step == 5)
+    trainer.gate.check = lambda trainer: setattr(trainer.gate, "passed", trainer.step == 5)
     assert actions(trainer) == (True, ["evaluate 2", "evaluate 4", "evaluate 5", "save 5", "saved 5", "run_end 5"])
     assert actions(trainer)[1][-2:] == ["saved 5", "run_end 5"], "entered again it only ends"
 
 
-def test_a_skipped_step_keeps_the_rhythm_and_has_nothing_to_log() -> None:
+def test_a_step_is_looked_at_recorded_and_then_agreed_on() -> None:
+    trainer = Recorded(1)
+    actions(trainer)
+    assert trainer.actions == ["announce 0", "observe 1", "poll 1", "record 1", "expert load 1", "evaluate 1", "sync 1", "save 1",
+                               "saved 1", "run_end 1"]
+
+
+def test_a_skipped_step_keeps_the_rhythm_and_has_nothing_to_record() -> None:
     trainer = Recorded(4, skipped=(2, 4), eval_every_steps=2, checkpoint_every_steps=2)
     assert actions(trainer) == (True, ["evaluate 2", "save 2", "evaluate 4", "save 4", "saved 4", "run_end 4"])
-    assert [a for a in trainer.actions if a.startswith("log")] == ["log 1", "log 3"]
+    seen = [a for a in trainer.actions if a.startswith(("observe", "record"))]
+    assert seen == ["observe 1", "record 1", "observe 3", "record 3"]
+    assert [a for a in trainer.actions if a.startswith("expert load")] == [], "both evaluations follow a step without tokens"
+
+
+def test_side_jobs_are_followed_whether_a_step_is_learned_or_not() -> None:
+    trainer = Recorded(4, skipped=(2, 3))
+    actions(trainer)
+    assert [a for a in trainer.actions if a.startswith("poll")] == ["poll 1", "poll 2", "poll 3", "poll 4"]
+    elsewhere = Recorded(4)
+    elsewhere.side_jobs = None  # rank 0 has them
+    assert actions(elsewhere)[0]
 
 
 def test_weights_that_were_taken_back_are_saved_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,9 +134,9 @@ def test_weights_that_were_taken_back_are_saved_at_once(monkeypatch: pytest.Monk
 
     def update() -> Any:
         result = before()
-        trainer.guard.gives_up = trainer.done.step == 3
+        trainer.guards.step_guard.wants_rollback = trainer.step == 3
         return result
 
     trainer.update = update  # type: ignore[method-assign]
-    monkeypatch.setattr("megatron_sov.train.loop.roll_back", lambda t: t.actions.append(f"roll back {t.done.step}"))
+    monkeypatch.setattr("megatron_sov.train.loop.rollback", lambda t: t.actions.append(f"roll back {t.step}"))
     assert actions(trainer) == (True, ["roll back 3", "save 3", "save 4", "evaluate 5", "save 5", "saved 5", "run_end 5"])

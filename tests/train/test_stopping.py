@@ -1,34 +1,26 @@
-"""A signal to one process stops all of them after the same step."""
+"""A signal that asks for a stop is remembered, and ends nothing by itself."""
 
 from __future__ import annotations
 
 import os
 import signal
-from typing import Any
+import subprocess
+import sys
 
 import pytest
 
-
-def agreement(number: int) -> list[Any]:
-    """Runs inside ranks: only rank 1 gets the signal."""
-    from megatron_sov.config import ParallelConfig
-    from megatron_sov.mcore.checkpoint.save import Saver
-    from megatron_sov.mcore.parallel import world
-    from megatron_sov.train.stopping import StopFlag
-
-    stop = StopFlag()
-    place = world.join(ParallelConfig())
-    saver = Saver()
-    before = stop.agreed(saver)
-    if place.rank == 1:
-        os.kill(os.getpid(), number)
-    after = stop.agreed(saver)
-    world.leave()
-    return [before, after, stop.reason]
+PROGRAM = """
+import os, sys
+from megatron_sov.train.stopping import StopFlag
+stop = StopFlag()
+before = stop.reason
+os.kill(os.getpid(), int(sys.argv[1]))
+print(before, stop.reason)
+"""
 
 
-@pytest.mark.distributed
-def test_one_signal_is_everybodys(ranks: Any, job: Any) -> None:
-    numbers = {s.name: int(s) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    found = ranks(*(job(__file__, "agreement", 2, {"number": n}) for n in numbers.values()))
-    assert found == [[[False, True, None], [False, True, name]] for name in numbers]
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_sets_the_flag(number: signal.Signals) -> None:
+    done = subprocess.run([sys.executable, "-c", PROGRAM, str(int(number))], capture_output=True, text=True, env=os.environ,
+                          check=False)
+    assert (done.returncode, done.stdout.split()) == (0, ["None", number.name]), done.stderr

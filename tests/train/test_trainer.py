@@ -29,13 +29,13 @@ def refusals(data: str, run: str) -> dict[str, Any]:
     sources = open_sources({data: 1.0}, 368)
     trainer = Trainer(config, place, folder, sources, LanguageModelling)
     trainer.update()
-    planned, consumed = trainer._planned_tokens(), trainer.batches.consumed_tokens()
+    planned, consumed = trainer.batches.planned_tokens(), trainer.batches.consumed_tokens()
     trainer.save()
-    trainer.saver.finish()
+    trainer.checkpointer.finish()
     saved = folder.checkpoint(1)
-    said = {"planned": planned, "consumed": consumed, "counted": trainer.done.tokens, "path": saved.name}
+    said = {"planned": planned, "consumed": consumed, "counted": trainer.state.tokens, "path": saved.name}
     again = Trainer(config, place, folder, sources, LanguageModelling)
-    again._data = dict.fromkeys(again._data, "0" * 64)
+    again.checkpointer._data = dict.fromkeys(again.checkpointer._data, "0" * 64)
     for name, action in (("packed anew", lambda: again.resume(saved)), ("no number", lambda: _spoil(trainer))):
         try:
             action()

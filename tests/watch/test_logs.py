@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import threading
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -73,11 +72,13 @@ def test_one_rank_over_all_starts_and_only_what_matches(run: Path, capsys: pytes
 
 def test_following_sees_new_lines_files_and_events_and_ends_with_the_run(
         run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logs, "LOOK_EVERY_S", 0.02)
-    monkeypatch.setattr(logs, "ENDED_AFTER_S", 0.5)
+    slept_s: list[float] = []
 
-    def go_on() -> None:
-        time.sleep(0.2)
+    def sleep(seconds: float) -> None:
+        """Let the run go on while the command sleeps for the second time."""
+        slept_s.append(seconds)
+        if len(slept_s) != 2:
+            return
         with open(run / "slurm/logs/17-1/rank-0.log", "a") as f:
             f.write(" ends\nstep 10")
         (run / "slurm/logs/17-2").mkdir()
@@ -86,10 +87,10 @@ def test_following_sees_new_lines_files_and_events_and_ends_with_the_run(
         log.write("stop", step=9, reason="SIGUSR1")
         log.close()
 
-    writer = threading.Thread(target=go_on)
-    writer.start()
+    monkeypatch.setattr(logs, "time", SimpleNamespace(sleep=sleep, monotonic=lambda: sum(slept_s)))
     lines = printed(capsys, str(run), "--follow", "--tail", "1")
-    writer.join()
+    quiet_s = sum(slept_s[2:])
+    assert logs.ENDED_AFTER_S < quiet_s <= logs.ENDED_AFTER_S + logs.LOOK_EVERY_S
     assert "[job 17 rank 0] connection lost" in lines and "[job 17 rank 0] step 2/9" not in lines
     new = [line for line in lines if "17 start" in line]
     assert new == ["[job 17 start 2 rank 0] step 9/9, loss 3.1", "[job 17 start 2 rank 0] an unfinished line ends",

@@ -63,7 +63,7 @@ def test_a_living_run_has_speed_time_left_and_starts_with_reasons(tmp_path: Path
     assert state.starts[0].outcome == "rank 1 was ended by SIGKILL"
     # 4 steps stay, then 16 and the present second; step 5 is done again; restarted 4 s after the last sign, and 5 s went by
     assert state.wall_time is not None and state.wall_time.spent_s == pytest.approx({
-        "kept": 4 * 2 + 16 * 2 + 1, "lost": 2 + 1, "evaluation": 0, "saving": 0, "startup": 10 + 10 + 37, "waiting": 4 + 5})
+        "productive": 4 * 2 + 16 * 2 + 1, "lost": 2 + 1, "evaluation": 0, "saving": 0, "startup": 10 + 10 + 37, "waiting": 4 + 5})
     text = in_full(state)
     assert "step        20 of 40 (50%), phase main, 20 K tokens, loss 3.0000" in text
     assert "500 tokens/s, 39.0 s left" in text and "from step 0 to step 5, 2 processes: rank 1 was ended by SIGKILL" in text

@@ -10,28 +10,28 @@ from megatron_sov.eval.needle.suite import Engine
 from megatron_sov.generate.generator import generate
 from megatron_sov.generate.hf import generate_hf
 from megatron_sov.generate.request import Sampling
-from megatron_sov.mcore.decode.forward_only import Inputs, Policy
-from megatron_sov.mcore.model import pipeline
-from megatron_sov.mcore.parallel import cpu_shims
+from megatron_sov.mcore.decode.forward_only import ForwardModel, Inputs
+from megatron_sov.mcore.parallel import collectives
+from megatron_sov.mcore.parallel.device import local_device
 
 ROW_TOKENS, ROW_DOCUMENTS = 8192, 16
 """What a forward pass reads at a time, unless one document alone is longer: bounds memory, that of the logits too."""
 
 
-def policy_engine(policy: Policy) -> Engine:
+def policy_engine(policy: ForwardModel) -> Engine:
     """Return a policy as an engine, for as long as the policy lives."""
     def choose(documents: list[list[int]], count: int, words: tuple[int, ...]) -> list[list[int]]:
-        rank, size = pipeline.data_place()
+        rank, size = collectives.data_place()
         rows = _rows(documents)
         rows += [[]] * (-len(rows) % size)  # processes that share experts must run forward equally often
         found = torch.zeros(len(documents), count, dtype=torch.float64)
         for row in rows[rank::size]:
-            batch = Inputs([documents[i][:-1] for i in row] or [[0]], cpu_shims.device())
+            batch = Inputs([documents[i][:-1] for i in row] or [[0]], local_device())
             positions = (batch.ends[:, None] - torch.arange(count - 1, -1, -1)).flatten() if row else batch.ends
             logits = policy.logits(batch, positions)
             if row:
                 found[row] = _best(logits, words).double().reshape(len(row), count)
-        tokens: list[list[int]] = pipeline.sum_over_data(found).long().tolist()
+        tokens: list[list[int]] = collectives.all_reduce_dp(found).long().tolist()
         return tokens
 
     return Engine(lambda prompts, count: generate(policy, prompts, Sampling(count)).continuations, choose)

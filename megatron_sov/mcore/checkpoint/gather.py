@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megatron_sov.mcore.model.local_shards import Block
-from megatron_sov.mcore.parallel import cpu_shims
+from megatron_sov.mcore.model.local_shards import LocalShard
+from megatron_sov.mcore.parallel.device import local_device
+from megatron_sov.mcore.parallel.object_collectives import gather_objects
 
 
 @dataclass(frozen=True)
@@ -30,23 +31,21 @@ class _Place:
 class Gatherer:
     """Gathers tensors that the processes of a world hold in blocks; every call is made by all of them together."""
 
-    def __init__(self, blocks: Sequence[Block], *, everywhere: bool = False) -> None:
+    def __init__(self, blocks: Sequence[LocalShard], *, everywhere: bool = False) -> None:
         """Exchange who owns what; the blocks may change their numbers afterwards, not their memory.
 
         Args:
-            blocks: this process's, as `blocks.of` gives them.
+            blocks: this process's, as `local_shards` gives them.
             everywhere: every process receives each tensor; else rank 0 alone.
         """
         self._rank, self._everywhere = dist.get_rank(), everywhere
-        self._mine: dict[str, list[Block]] = {}
+        self._mine: dict[str, list[LocalShard]] = {}
         for block in blocks:
             if block.owned:
                 self._mine.setdefault(block.key, []).append(block)
         places = [_Place(b.key, b.global_shape, b.offset, b.shape, b.data.dtype) for own in self._mine.values() for b in own]
-        gathered: list[list[_Place]] = [[] for _ in range(dist.get_world_size())]
-        dist.all_gather_object(gathered, places)
         self._places: dict[str, dict[int, list[_Place]]] = {}
-        for owner, found in enumerate(gathered):
+        for owner, found in enumerate(gather_objects(places)):
             for place in found:
                 self._places.setdefault(place.key, {}).setdefault(owner, []).append(place)
 
@@ -63,7 +62,7 @@ class Gatherer:
         receives = self._everywhere or self._rank == 0
         owners = self._places[key]
         first = next(iter(owners.values()))[0]
-        whole = torch.empty(first.global_shape, dtype=first.dtype, device=cpu_shims.device()) if receives else None
+        whole = torch.empty(first.global_shape, dtype=first.dtype, device=local_device()) if receives else None
         for owner, places in owners.items():
             share = self._pass_on(key, owner, places)
             if whole is None or share is None:
@@ -82,7 +81,7 @@ class Gatherer:
             share = torch.cat([block.data.detach().flatten() for block in self._mine[key]])
         elif self._everywhere or self._rank == 0:
             num_elements = sum(torch.Size(place.shape).numel() for place in places)
-            share = torch.empty(num_elements, dtype=places[0].dtype, device=cpu_shims.device())
+            share = torch.empty(num_elements, dtype=places[0].dtype, device=local_device())
         if self._everywhere:
             assert share is not None, "every process sends or receives"
             dist.broadcast(share, src=owner)

@@ -19,8 +19,8 @@ import torch
 
 from megatron_sov.artifacts import FileRecord
 from megatron_sov.mcore.checkpoint.sharded_tensors import MAX_FILE_BYTES, RANKS_PER_FOLDER, Index, TensorWriter
-from megatron_sov.mcore.model.local_shards import Block
-from megatron_sov.mcore.parallel import cpu_shims
+from megatron_sov.mcore.model.local_shards import LocalShard
+from megatron_sov.mcore.parallel.device import on_gpu
 
 MAX_WRITERS = 4
 """Threads that hash and write, at most; never more than this process's share of the cores."""
@@ -58,9 +58,9 @@ class Snapshot:
 
     def __init__(self) -> None:
         self._memory: dict[tuple[Any, ...], torch.Tensor] = {}
-        self._parts: dict[str, list[Block]] = {}
+        self._parts: dict[str, list[LocalShard]] = {}
 
-    def take(self, sources: Mapping[str, Iterable[Block]]) -> None:
+    def take(self, sources: Mapping[str, Iterable[LocalShard]]) -> None:
         """Copy the owned blocks of each part; the live tensors may change afterwards."""
         owned = {part: [b for b in blocks if b.owned] for part, blocks in sources.items()}
         wanted = {_identity(part, b): b for part, blocks in owned.items() for b in blocks}
@@ -71,7 +71,7 @@ class Snapshot:
             self._memory[key].copy_(block.data.detach(), non_blocking=True)
         self._parts = {part: [dataclasses.replace(b, data=self._memory[_identity(part, b)]) for b in blocks]
                        for part, blocks in owned.items()}
-        if cpu_shims.on_gpu():
+        if on_gpu():
             torch.cuda.synchronize()
 
     def write(self, folder: Path, rank: int) -> None:
@@ -84,7 +84,7 @@ class Snapshot:
                  for number, blocks in enumerate(_per_file(all_blocks))]
         written: list[tuple[str, TensorWriter, Index]] = []
 
-        def write(part: str, number: int, blocks: list[Block]) -> None:
+        def write(part: str, number: int, blocks: list[LocalShard]) -> None:
             writer = TensorWriter(folder, part, rank, number)
             for block in blocks:
                 writer.add(block.key, block.data, block.global_shape, block.offset)
@@ -109,12 +109,12 @@ class _Arena:
         """Return contiguous memory of a tensor's shape and dtype."""
         wanted = -(-_num_bytes(tensor) // _ALIGN_BYTES) * _ALIGN_BYTES
         if self._free.numel() < wanted:
-            self._free = torch.empty(max(wanted, self._piece_bytes), dtype=torch.uint8, pin_memory=cpu_shims.on_gpu())
+            self._free = torch.empty(max(wanted, self._piece_bytes), dtype=torch.uint8, pin_memory=on_gpu())
         taken, self._free = self._free[:wanted], self._free[wanted:]
         return taken[:_num_bytes(tensor)].view(tensor.dtype).view(tensor.shape)
 
 
-def _identity(part: str, block: Block) -> tuple[Any, ...]:
+def _identity(part: str, block: LocalShard) -> tuple[Any, ...]:
     return part, block.key, block.offset, tuple(block.data.shape), block.data.dtype
 
 
@@ -122,11 +122,11 @@ def _num_bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _per_file(blocks: list[Block]) -> list[list[Block]]:
+def _per_file(blocks: list[LocalShard]) -> list[list[LocalShard]]:
     """Cut a part's blocks into files: enough for all threads, none too large, none needlessly small."""
     total_bytes = sum(_num_bytes(b.data) for b in blocks)
     limit_bytes = min(MAX_FILE_BYTES, max(MIN_FILE_BYTES, -(-total_bytes // num_writers())))
-    files: list[list[Block]] = []
+    files: list[list[LocalShard]] = []
     size_bytes = limit_bytes
     for block in blocks:
         if size_bytes + _num_bytes(block.data) > limit_bytes:

@@ -20,8 +20,9 @@ from megatron_sov.errors import UserError
 from megatron_sov.mcore.checkpoint.save import STATE, Companions, Saver
 from megatron_sov.mcore.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.mcore.model.language_model import LanguageModel
-from megatron_sov.mcore.model.local_shards import Block, of
+from megatron_sov.mcore.model.local_shards import LocalShard, local_shards
 from megatron_sov.mcore.optimizer.optimizer import Optimizer
+from megatron_sov.mcore.parallel.object_collectives import gather_objects
 from megatron_sov.runs import checkpoints
 
 
@@ -51,15 +52,9 @@ def _agreement() -> Iterator[None]:
         yield
     except Exception as e:
         problem = e
-    found = [p for p in _gather(problem) if p is not None]
+    found = [p for p in gather_objects(problem) if p is not None]
     if found:
         raise found[0]
-
-
-def _gather(value: Any) -> list[Any]:
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
-    return gathered
 
 
 def damage(path: Path, *, weights_only: bool = False) -> str | None:
@@ -67,7 +62,7 @@ def damage(path: Path, *, weights_only: bool = False) -> str | None:
     problem: str | None = None
     with _agreement():
         problem = checkpoints.damage(path, rank=dist.get_rank(), size=dist.get_world_size(), weights_only=weights_only)
-    return next((p for p in _gather(problem) if p is not None), None)
+    return next((p for p in gather_objects(problem) if p is not None), None)
 
 
 def check(path: Path) -> None:
@@ -89,8 +84,8 @@ def load_model(path: Path, model: LanguageModel) -> None:
         UserError: on every process; the checkpoint holds other tensors or shapes than the model, or is damaged.
     """
     reader = TensorReader(path, "model")
-    blocks = of(model)
-    names: set[str] = {key for keys in _gather({b.key for b in blocks}) for key in keys}
+    blocks = local_shards(model)
+    names: set[str] = {key for keys in gather_objects({b.key for b in blocks}) for key in keys}
     _refuse_difference(path, names, set(reader.keys()))
     with _agreement():
         _fill(path, reader, blocks)
@@ -105,11 +100,11 @@ def load_optimizer(path: Path, optimizer: Optimizer, num_updates: int) -> None:
     """
     reader = TensorReader(path, "optimizer")
     with _agreement():
-        _fill(path, reader, list(optimizer.state_blocks()))
+        _fill(path, reader, list(optimizer.state_shards()))
     optimizer.restore_updates(num_updates)
 
 
-def _fill(path: Path, reader: TensorReader, blocks: list[Block]) -> None:
+def _fill(path: Path, reader: TensorReader, blocks: list[LocalShard]) -> None:
     known = set(reader.keys())
     for block in blocks:
         if block.key not in known:

@@ -30,7 +30,7 @@ _READ_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """A tensor as the header describes it."""
 
     dtype: str
@@ -92,7 +92,7 @@ class TensorFile:
         return out
 
 
-def _entries(path: Path) -> dict[str, Entry]:
+def _entries(path: Path) -> dict[str, TensorEntry]:
     """Return the file's tensors; ValueError, KeyError or TypeError where the header is not sound."""
     with open(path, "rb") as f:
         size_bytes = os.fstat(f.fileno()).st_size
@@ -118,14 +118,14 @@ def _entries(path: Path) -> dict[str, Entry]:
     return entries
 
 
-def _entry(name: str, raw: dict[str, Any], first: int) -> Entry:
+def _entry(name: str, raw: dict[str, Any], first: int) -> TensorEntry:
     start, stop = raw["data_offsets"]
     shape = tuple(int(n) for n in raw["shape"])
     size_bytes = stop - start
     known = DTYPES.get(raw["dtype"])
     if min(shape, default=0) < 0 or size_bytes < 0 or (known and math.prod(shape) * known.itemsize != size_bytes):
         raise ValueError(f"{name} has {size_bytes} bytes, which is not {raw['dtype']} {list(shape)}")
-    return Entry(str(raw["dtype"]), shape, first + start, size_bytes)
+    return TensorEntry(str(raw["dtype"]), shape, first + start, size_bytes)
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

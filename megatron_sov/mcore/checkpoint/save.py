@@ -15,27 +15,30 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from megatron_sov.artifacts import MANIFEST, ArtifactWriter, atomic_write, publish, refuse_existing, to_json
-from megatron_sov.errors import UserError
+from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.mcore.checkpoint.host_snapshot import INDICES, Snapshot, Written
 from megatron_sov.mcore.checkpoint.sharded_tensors import write_index
-from megatron_sov.mcore.model import pipeline
 from megatron_sov.mcore.model.language_model import LanguageModel
-from megatron_sov.mcore.model.local_shards import of
+from megatron_sov.mcore.model.local_shards import local_shards
 from megatron_sov.mcore.optimizer.optimizer import Optimizer
+from megatron_sov.mcore.parallel import collectives
+from megatron_sov.mcore.parallel.named_values import sum_dict
+from megatron_sov.mcore.parallel.object_collectives import broadcast_object, gather_objects
 from megatron_sov.runs.checkpoints import KIND, temporary
 
 STATE = "state.json"
 SAVE_TIMEOUT_S = 1800.0
 _LOOK_EVERY_S = 0.02
+PROGRESS = ("written", "completed", "failed", "late")
+"""What processes tell one another about the checkpoint that is being written: each counts those for which it holds."""
 LEAVE_WITHIN_S = 30.0
 """Time to leave in good order when a file system hangs; then the process ends at once."""
 
@@ -98,9 +101,7 @@ class Saver:
         self._on_saved, self._timeout_s = on_saved, timeout_s
         self._snapshot = Snapshot()
         self._writing: _Writing | None = None
-        token = [secrets.token_hex(4)]
-        dist.broadcast_object_list(token, src=0)
-        self._token = token[0]
+        self._token = broadcast_object(secrets.token_hex(4))
 
     def begin(self, path: Path, model: LanguageModel, optimizer: Optimizer | None, companions: Companions,
               then: Callable[[], None] | None = None) -> None:
@@ -115,7 +116,7 @@ class Saver:
         """
         self.finish()
         writing = _Writing(path, temporary(path, self._token), companions.state["step"], time.monotonic())
-        sources = {"model": of(model)} | ({"optimizer": optimizer.state_blocks()} if optimizer else {})
+        sources = {"model": local_shards(model)} | ({"optimizer": optimizer.state_shards()} if optimizer else {})
         parts, state = list(sources), to_json(companions.state)
         self._snapshot.take(sources)
         rank = dist.get_rank()
@@ -138,16 +139,17 @@ class Saver:
         writing.start(write, lambda: setattr(writing, "written", True))
         self._writing = writing
 
-    def progress(self) -> list[float]:
-        """Return this process's part of what `advance` needs, summed over all: written, completed, failed, too late."""
+    def progress(self) -> dict[str, float]:
+        """Return this process's part of what `advance` needs, summed over all."""
         w = self._writing
         if w is None:
-            return [0.0] * 4
+            return dict.fromkeys(PROGRESS, 0.0)
         ended = w.problem is not None or w.completed or (w.written and not w.completing)
         w.late = w.late or (not ended and time.monotonic() - w.began_s > self._timeout_s)
-        return [float(w.written and w.problem is None), float(w.completed), float(w.problem is not None), float(w.late)]
+        found = (w.written and w.problem is None, w.completed, w.problem is not None, w.late)
+        return {name: float(holds) for name, holds in zip(PROGRESS, found, strict=True)}
 
-    def advance(self, sums: Sequence[float]) -> None:
+    def advance(self, sums: Mapping[str, float]) -> None:
         """Take the next step where all processes are ready for it, given `progress` summed over them.
 
         Raises:
@@ -156,7 +158,7 @@ class Saver:
         w = self._writing
         if w is None:
             return
-        written, completed, failed, late = (round(s) for s in sums)
+        written, completed, failed, late = (round(sums[name]) for name in PROGRESS)
         if late:
             self._give_up(w)
         elif failed and written + failed == dist.get_world_size():
@@ -178,7 +180,7 @@ class Saver:
         while self._writing is not None:
             waits_since_s = time.monotonic()
             self._writing.thread.join(_LOOK_EVERY_S)
-            sums = pipeline.sum_everywhere(torch.tensor(self.progress(), dtype=torch.float64)).tolist()
+            sums = sum_dict(self.progress(), collectives.all_reduce_world)
             self._writing.stall_s += time.monotonic() - waits_since_s
             self.advance(sums)
 
@@ -187,12 +189,12 @@ class Saver:
         if dist.get_rank() == 0:
             shutil.rmtree(w.folder, ignore_errors=True)
         self._writing = None
-        raise next(p for p in _gather(w.problem) if p is not None)
+        raise next(p for p in gather_objects(w.problem) if p is not None)
 
     def _give_up(self, w: _Writing) -> None:
-        hanging = [rank for rank, late in enumerate(_gather(w.late)) if late]
+        hanging = [rank for rank, late in enumerate(gather_objects(w.late)) if late]
         self._writing = None
-        end = threading.Timer(LEAVE_WITHIN_S, os._exit, (2,))  # leaving meets the same file system
+        end = threading.Timer(LEAVE_WITHIN_S, os._exit, (ExitCode.USER_ERROR,))  # leaving meets the same file system
         end.daemon = True
         end.start()
         raise UserError(f"{w.path}: rank{'s' if len(hanging) > 1 else ''} {', '.join(map(str, hanging))} did not finish writing "
@@ -226,9 +228,3 @@ def _complete(writing: _Writing, parts: list[str], state: str, companions: Compa
     artifact.settings = companions.settings
     artifact.complete()
     publish(folder, writing.path)
-
-
-def _gather(value: Any) -> list[Any]:
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
-    return gathered

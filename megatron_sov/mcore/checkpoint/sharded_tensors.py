@@ -33,7 +33,7 @@ Index = dict[str, dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
+class StoredBlock:
     """One block of a global tensor, as it stands in a file."""
 
     file: str
@@ -56,7 +56,7 @@ def block_name(key: str, offset: Sequence[int]) -> str:
     return f"{key}@{','.join(map(str, offset))}"
 
 
-def add_piece(index: Index, key: str, dtype: torch.dtype, shape: Sequence[int], piece: Piece) -> None:
+def add_block(index: Index, key: str, dtype: torch.dtype, shape: Sequence[int], piece: StoredBlock) -> None:
     """Enter a block of the tensor `key` (of global `shape`) into an index."""
     entry = index.setdefault(key, {"dtype": str(dtype).removeprefix("torch."), "shape": list(shape), "pieces": []})
     entry["pieces"].append({"file": piece.file, "name": piece.name, "offset": list(piece.offset), "shape": list(piece.shape)})
@@ -91,7 +91,7 @@ class TensorWriter:
             raise ValueError(f"{name}: the same block was added twice")
         self._pending[name] = block.detach().cpu().contiguous()
         self._pending_bytes += size_bytes
-        add_piece(self._index, key, block.dtype, shape, Piece(self._next_file(), name, start, extent))
+        add_block(self._index, key, block.dtype, shape, StoredBlock(self._next_file(), name, start, extent))
 
     def _next_file(self) -> str:
         return file_name(self.part, self.rank, self._number)
@@ -166,7 +166,7 @@ class TensorReader:
             raw = json.loads(file.read_text())
             self._shapes = {k: tuple(e["shape"]) for k, e in raw.items()}
             self._dtypes = {k: _DTYPES[e["dtype"]] for k, e in raw.items()}
-            self._pieces = {k: [Piece(p["file"], p["name"], tuple(p["offset"]), tuple(p["shape"])) for p in e["pieces"]]
+            self._pieces = {k: [StoredBlock(p["file"], p["name"], tuple(p["offset"]), tuple(p["shape"])) for p in e["pieces"]]
                             for k, e in raw.items()}
             self._refuse_foreign_paths(file)
         except FileNotFoundError:
@@ -240,7 +240,7 @@ class TensorReader:
                             f"at {start}); {REMEDY}")
         return out
 
-    def _slice(self, key: str, piece: Piece, block: tuple[slice, ...]) -> torch.Tensor:
+    def _slice(self, key: str, piece: StoredBlock, block: tuple[slice, ...]) -> torch.Tensor:
         if piece.file not in self._files:
             self._files[piece.file] = TensorFile(self.folder / piece.file, REMEDY)
         file = self._files[piece.file]

@@ -1,6 +1,6 @@
-"""A model that reads sequences piece by piece, at any layout, with what it has read kept in a cache.
+"""A model that reads sequences span by span, at any layout, with what it has read kept in a cache.
 
-A row of pieces passes through the pipeline stages one after the other, each stage's runs of layers in turn, so interleaved
+A row of spans passes through the pipeline stages one after the other, each stage's runs of layers in turn, so interleaved
 pipelines work as plain ones do.  Processes of a context-parallel group do not share rows here: like data-parallel ones they
 read sequences of their own, since a token that is read after the others leaves nothing to cut.
 """
@@ -16,12 +16,12 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_sov.mcore.decode.forward_only import Policy
-from megatron_sov.mcore.model import pipeline
-from megatron_sov.mcore.model.kv_cache import CachedAttention, CacheSize, Piece, ReadRow, keep, read_row
+from megatron_sov.mcore.decode.forward_only import ForwardModel
+from megatron_sov.mcore.model.kv_cache import CachedAttention, CacheSize, ReadRow, Span, keep, read_row
 from megatron_sov.mcore.model.language_model import gather_sequence
 from megatron_sov.mcore.model.logprobs import Head, head_of
-from megatron_sov.mcore.parallel import context, cpu_shims
+from megatron_sov.mcore.parallel import collectives, context
+from megatron_sov.mcore.parallel.device import local_device
 
 
 def share_place() -> tuple[int, int]:
@@ -35,37 +35,37 @@ def over_shares(values: torch.Tensor, operation: Any = dist.ReduceOp.SUM) -> tor
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     if group.size() == 1:
         return values
-    total = pipeline.to_comm_device(values.clone())
+    total = collectives.to_comm_device(values.clone())
     dist.all_reduce(total, operation, group)
     return total.cpu()
 
 
 @dataclass(frozen=True)
-class Read:
+class DecodeOutput:
     """A row that has been read."""
 
     row: ReadRow
-    """Its pieces."""
+    """Its spans."""
     hidden: torch.Tensor | None
     """[tokens / sequence-parallel size, 1, hidden] on the last pipeline stage, None elsewhere."""
 
 
-class Reader:
+class CachedDecoder:
     """A policy with a cache for its sequences; a context manager, within which the model does nothing else.
 
     Every call is made by all processes of a replica together; `read` by all processes, wherever experts are shared.
     """
 
-    def __init__(self, policy: Policy, size: CacheSize) -> None:
+    def __init__(self, policy: ForwardModel, size: CacheSize) -> None:
         self._policy, self._model, self._size = policy, policy.model, size
         self._layers: list[CachedAttention] = []
         self._exit = contextlib.ExitStack()
         self.last_stage = parallel_state.is_pipeline_last_stage()
         """Whether this process sees the outputs."""
 
-    def __enter__(self) -> Reader:
+    def __enter__(self) -> CachedDecoder:
         """Put the model into evaluation mode, with empty caches."""
-        self._model.complete()
+        self._model.finish_param_gather()
         self._exit.callback(self._model.train, self._model.training)
         self._model.eval()
         self._exit.enter_context(torch.no_grad())
@@ -90,48 +90,48 @@ class Reader:
         multiple = context.row_multiple()
         return -(-max(wanted, 1) // multiple) * multiple
 
-    def read(self, pieces: Sequence[Piece], row_tokens: int) -> Read:
+    def read(self, spans: Sequence[Span], row_tokens: int) -> DecodeOutput:
         """Read new tokens, in a row of the length that `common_row_tokens` gave."""
-        row = read_row(pieces, row_tokens, cpu_shims.device())
+        row = read_row(spans, row_tokens, local_device())
         config, hidden = self._model.config, None
         first, stages = parallel_state.get_pipeline_model_parallel_rank() == 0, config.pipeline_model_parallel_size
         shape = (row_tokens // (config.tensor_model_parallel_size if config.sequence_parallel else 1), 1, config.hidden_size)
         group: Any = parallel_state.get_pipeline_model_parallel_group()
         for number, chunk in enumerate(self._model.chunks):
             if stages > 1 and not (first and number == 0):
-                hidden = torch.empty(shape, dtype=config.pipeline_dtype, device=cpu_shims.device())
+                hidden = torch.empty(shape, dtype=config.pipeline_dtype, device=local_device())
                 dist.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank(), group)
             chunk.set_input_tensor(hidden)
             hidden = chunk.read(row)
             if stages > 1 and not (self.last_stage and number == len(self._model.chunks) - 1):
                 dist.send(hidden.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank(), group)
-        return Read(row, hidden if self.last_stage else None)
+        return DecodeOutput(row, hidden if self.last_stage else None)
 
-    def predict(self, read: Read, ahead: torch.Tensor) -> Read:
+    def predict(self, read: DecodeOutput, ahead: torch.Tensor) -> DecodeOutput:
         """Run the multi-token prediction layer over a row; called on the last stage.
 
         Args:
             read: states of the depth before.
             ahead: [row tokens] int64, the token that follows each; what stands behind an unknown one is read again later.
         """
-        ahead = ahead.to(cpu_shims.device())
-        return Read(read.row, self._model.chunks[-1].predict(read.row, read.hidden, ahead))
+        ahead = ahead.to(local_device())
+        return DecodeOutput(read.row, self._model.chunks[-1].predict(read.row, read.hidden, ahead))
 
-    def pick(self, read: Read, places: Sequence[int], pieces: Sequence[Piece]) -> Read:
+    def pick(self, read: DecodeOutput, places: Sequence[int], spans: Sequence[Span]) -> DecodeOutput:
         """Return some places' states as a row of their own, one token each (on the last stage)."""
         multiple = context.row_multiple()
-        row = read_row(pieces, -(-len(places) // multiple) * multiple, cpu_shims.device())
+        row = read_row(spans, -(-len(places) // multiple) * multiple, local_device())
         states = self._states(read, [*places, *[0] * (len(row.tokens) - len(places))])[:, None]
         if self._model.config.sequence_parallel:
             states = states.chunk(parallel_state.get_tensor_model_parallel_world_size())[
                 parallel_state.get_tensor_model_parallel_rank()]
-        return Read(row, states)
+        return DecodeOutput(row, states)
 
-    def top_tokens(self, read: Read, places: Sequence[int]) -> torch.Tensor:
+    def top_tokens(self, read: DecodeOutput, places: Sequence[int]) -> torch.Tensor:
         """Return the most probable next token [places] int64 behind row indices (on the last stage)."""
         return self._head().top_tokens(self._states(read, places)).cpu()
 
-    def logits(self, read: Read, places: Sequence[int]) -> torch.Tensor:
+    def logits(self, read: DecodeOutput, places: Sequence[int]) -> torch.Tensor:
         """Return full logits [places, vocabulary] behind row indices (on the last stage)."""
         return self._head().logits(self._states(read, places))
 
@@ -146,14 +146,14 @@ class Reader:
         if group.size() == 1:
             return values
         source = group.size() - parallel_state.get_tensor_model_parallel_world_size()
-        sent = pipeline.to_comm_device(values.clone())
+        sent = collectives.to_comm_device(values.clone())
         dist.broadcast(sent, group=group, group_src=source)
         return sent.cpu()
 
     def _head(self) -> Head:
         return head_of(self._model, self._policy.head_chunk_tokens)
 
-    def _states(self, read: Read, places: Sequence[int]) -> torch.Tensor:
+    def _states(self, read: DecodeOutput, places: Sequence[int]) -> torch.Tensor:
         assert read.hidden is not None
         gathered = gather_sequence(read.hidden, self._model.config)
         return gathered[torch.tensor(list(places), device=gathered.device)]

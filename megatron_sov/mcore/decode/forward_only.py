@@ -11,7 +11,7 @@ from megatron_sov.mcore.model import pipeline
 from megatron_sov.mcore.model.language_model import LanguageModel, ModelInputs, gather_sequence
 from megatron_sov.mcore.model.logprobs import Head, head_of
 from megatron_sov.mcore.model.pipeline import HasInputs
-from megatron_sov.mcore.parallel import context
+from megatron_sov.mcore.parallel import collectives, context
 
 Outputs = Callable[[list[torch.Tensor], Head, Any], Any]
 """(hidden states per depth, head, micro-batch) -> anything; called on the last pipeline stage."""
@@ -22,7 +22,7 @@ def split_depths(hidden: torch.Tensor, num_mtp_layers: int) -> list[torch.Tensor
     return list(hidden.chunk(1 + num_mtp_layers, dim=0))
 
 
-class Policy:
+class ForwardModel:
     """A model in evaluation mode; every call is made by all processes together."""
 
     def __init__(self, model: LanguageModel, head_chunk_tokens: int) -> None:
@@ -38,7 +38,7 @@ class Policy:
             depths = split_depths(hidden, self._depths)
             return torch.zeros((), device=hidden.device), outputs(depths, head_of(self.model, self.head_chunk_tokens), batch)
 
-        self.model.complete()
+        self.model.finish_param_gather()
         was_training = self.model.training
         self.model.eval()
         try:
@@ -58,7 +58,7 @@ class Policy:
         found = self.map([micro_batch], outputs)
         shape = (len(positions), self.model.vocab_size)
         dtype = torch.promote_types(self.config.params_dtype, torch.float32)
-        return pipeline.from_last_stage(found[0] if found else torch.zeros(shape, dtype=dtype))
+        return collectives.broadcast_from_last_stage(found[0] if found else torch.zeros(shape, dtype=dtype))
 
 
 class Inputs:

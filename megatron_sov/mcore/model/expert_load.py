@@ -9,7 +9,7 @@ import torch
 from megatron.core.distributed import finalize_model_grads
 
 from megatron_sov.mcore.model.language_model import LanguageModel
-from megatron_sov.mcore.model.pipeline import sum_everywhere
+from megatron_sov.mcore.parallel.collectives import all_reduce_world
 
 
 class ExpertLoad:
@@ -17,6 +17,7 @@ class ExpertLoad:
 
     def __init__(self, model: LanguageModel) -> None:
         self._model = model
+        self._shape = model.architecture.num_layers + 1, model.architecture.num_experts
         self._counts: dict[int, torch.Tensor] = {}
         self._gathered: torch.Tensor | None = None
         self._biases_before: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -50,13 +51,13 @@ class ExpertLoad:
         for router in self._routers():
             router.local_tokens_per_expert.zero_()
 
-    def gather(self, num_layers: int, num_experts: int) -> torch.Tensor:
+    def gather(self) -> torch.Tensor:
         """Return [layers, experts] token counts of the last step, summed over all processes once (zero rows: dense layers)."""
         if self._gathered is None:
-            self._gathered = self._sum(self._counts, num_layers, num_experts)
+            self._gathered = self._sum(self._counts)
         return self._gathered
 
-    def during(self, action: Callable[[], Any], num_layers: int, num_experts: int) -> tuple[Any, torch.Tensor]:
+    def during(self, action: Callable[[], Any]) -> tuple[Any, torch.Tensor]:
         """Do something with the model in evaluation mode; returns its result and the [layers, experts] token counts of it."""
         step = self._model.config.routing_step
         self.forget()
@@ -67,23 +68,22 @@ class ExpertLoad:
             step.counts_evaluation = False
         counts = {router.layer_number: router.local_tokens_per_expert.clone() for router in self._routers()}
         self.forget()
-        return result, self._sum(counts, num_layers, num_experts)
+        return result, self._sum(counts)
 
-    def biases(self, num_layers: int, num_experts: int) -> torch.Tensor:
+    def biases(self) -> torch.Tensor:
         """Return [layers, experts] selection biases; zero rows where a layer has none."""
         with_bias = {r.layer_number: r.expert_bias for r in self._routers() if r.expert_bias is not None}
         ones = {layer: torch.ones_like(bias) for layer, bias in with_bias.items()}
-        both = torch.stack([_rows(with_bias, num_layers, num_experts), _rows(ones, num_layers, num_experts)])
-        total, holders = sum_everywhere(both)[:, 1:]
+        both = torch.stack([self._rows(with_bias), self._rows(ones)])
+        total, holders = all_reduce_world(both)[:, 1:]
         return total / holders.clamp(min=1)
 
-    def _sum(self, counts: dict[int, torch.Tensor], num_layers: int, num_experts: int) -> torch.Tensor:
-        return sum_everywhere(_rows(counts, num_layers, num_experts))[1:]
+    def _sum(self, counts: dict[int, torch.Tensor]) -> torch.Tensor:
+        return all_reduce_world(self._rows(counts))[1:]
 
-
-def _rows(by_layer: dict[int, torch.Tensor], num_layers: int, num_experts: int) -> torch.Tensor:
-    """Return [layers + 1, experts] float64; the first row belongs to no layer, since layers count from 1."""
-    rows = torch.zeros(num_layers + 1, num_experts, dtype=torch.float64)
-    for layer, values in by_layer.items():
-        rows[layer] = values.double().cpu()
-    return rows
+    def _rows(self, by_layer: dict[int, torch.Tensor]) -> torch.Tensor:
+        """Return [layers + 1, experts] float64; the first row belongs to no layer, since layers count from 1."""
+        rows = torch.zeros(self._shape, dtype=torch.float64)
+        for layer, values in by_layer.items():
+            rows[layer] = values.double().cpu()
+        return rows

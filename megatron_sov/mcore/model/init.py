@@ -15,7 +15,7 @@ import torch
 
 from megatron_sov.config import ModelConfig
 from megatron_sov.mcore.model.language_model import LanguageModel
-from megatron_sov.mcore.model.local_shards import Block, of
+from megatron_sov.mcore.model.local_shards import LocalShard, local_shards
 
 ONES, ZEROS, NORMAL, RESIDUAL = "ones", "zeros", "normal", "normal into the residual"
 RULES = (
@@ -63,7 +63,7 @@ def normals(seed: int, key: str, start: int, count: int) -> np.ndarray:
     return values[skip:skip + count]
 
 
-def fill_normal(block: Block, seed: int, std: float) -> None:
+def fill_normal(block: LocalShard, seed: int, std: float) -> None:
     """Fill a block with its part of the global tensor's normals, a few million values at a time."""
     leading = block.offset[: len(block.global_shape) - 2]
     rows, columns = block.global_shape[-2:]
@@ -82,7 +82,7 @@ def fill_normal(block: Block, seed: int, std: float) -> None:
 def initialise(model: LanguageModel, config: ModelConfig, seed: int) -> None:
     """Set every weight and buffer of this process's part of the model."""
     residual_std = config.init_std / math.sqrt(2 * config.num_layers)
-    for block in of(model):
+    for block in local_shards(model):
         rule = rule_for(block.key)
         if rule == ONES:
             block.data.fill_(1.0)

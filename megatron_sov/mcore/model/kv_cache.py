@@ -1,4 +1,4 @@
-"""Attention that keeps keys and values, so that a sequence can be read piece by piece and continued token by token.
+"""Attention that keeps keys and values, so that a sequence can be read span by span and continued token by token.
 
 A cache has slots, one for each sequence that is being read; a process keeps its own layers and key/value heads of them.  Global
 layers keep every token.  Sliding layers keep a ring: a token's place is its position modulo the size of the ring, which is
@@ -32,11 +32,11 @@ class CacheSize:
     max_tokens: int
     """Longest sequence, in tokens, drafts included."""
     step_tokens: int = 1
-    """Most tokens of a piece that may be taken back; longer pieces stay."""
+    """Most tokens of a span that may be taken back; longer spans stay."""
 
 
 @dataclass(frozen=True)
-class Piece:
+class Span:
     """New tokens of one sequence."""
 
     slot: int
@@ -54,16 +54,16 @@ class Group:
     start: int
     """Row index of the first token."""
     slot: int
-    """Slot of the first piece."""
+    """Slot of the first span."""
     length: int
-    """Tokens of each piece."""
+    """Tokens of each span."""
     past: list[int]
     """Tokens that the cache holds of each sequence."""
 
 
 @dataclass
-class PackedPieces(PackedSeqParams):
-    """What attention needs to know about a row of pieces; to the library the row is one sequence."""
+class PackedSpans(PackedSeqParams):
+    """What attention needs to know about a row of spans; to the library the row is one sequence."""
 
     groups: list[Group] = field(default_factory=list)
     """In the order of the row."""
@@ -78,9 +78,9 @@ class ReadRow:
     positions: torch.Tensor
     """[tokens] int64, counted from the start of each sequence."""
     ends: list[int]
-    """Row index after each piece."""
-    packed: PackedPieces
-    """The pieces."""
+    """Row index after each span."""
+    packed: PackedSpans
+    """The spans."""
 
     def padding(self, sequence_parallel: bool) -> torch.Tensor:
         """Return [tokens] bool, True where a token is padding; under sequence parallelism this process's part."""
@@ -91,27 +91,27 @@ class ReadRow:
         return mask
 
 
-def read_row(pieces: Sequence[Piece], row_tokens: int, device: torch.device) -> ReadRow:
-    """Put pieces into a row of `row_tokens`, which the layout must be able to split."""
+def read_row(spans: Sequence[Span], row_tokens: int, device: torch.device) -> ReadRow:
+    """Put spans into a row of `row_tokens`, which the layout must be able to split."""
     groups: list[Group] = []
     ends: list[int] = []
     tokens: list[int] = []
     positions: list[torch.Tensor] = [torch.zeros(0, dtype=torch.int64)]
-    for piece in pieces:
+    for span in spans:
         last = groups[-1] if groups else None
-        if last is not None and (piece.slot, len(piece.tokens)) == (last.slot + len(last.past), last.length):
-            last.past.append(piece.past)
+        if last is not None and (span.slot, len(span.tokens)) == (last.slot + len(last.past), last.length):
+            last.past.append(span.past)
         else:
-            groups.append(Group(len(tokens), piece.slot, len(piece.tokens), [piece.past]))
-        tokens += piece.tokens
-        positions.append(torch.arange(piece.past, piece.past + len(piece.tokens)))
+            groups.append(Group(len(tokens), span.slot, len(span.tokens), [span.past]))
+        tokens += span.tokens
+        positions.append(torch.arange(span.past, span.past + len(span.tokens)))
         ends.append(len(tokens))
     gap = row_tokens - len(tokens)
     place = torch.cat([*positions, torch.zeros(gap, dtype=torch.int64)])
     # rotations are tabled by length: powers of two make few tables
     longest = 1 << int(place.max()).bit_length()
     whole = torch.tensor([0, row_tokens * context.size()], dtype=torch.int32)  # on the CPU, where the library reads it
-    packed = PackedPieces(qkv_format="thd", cu_seqlens_q=whole, cu_seqlens_kv=whole, max_seqlen_q=longest, max_seqlen_kv=longest,
+    packed = PackedSpans(qkv_format="thd", cu_seqlens_q=whole, cu_seqlens_kv=whole, max_seqlen_q=longest, max_seqlen_kv=longest,
                           groups=groups)
     return ReadRow(torch.tensor(tokens + [0] * gap).to(device), place.to(device), ends, packed)
 
@@ -129,12 +129,12 @@ class CachedAttention(torch.nn.Module):
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: None,
                 attn_mask_type: Any = None, attention_bias: None = None,
-                packed_seq_params: PackedPieces | None = None) -> torch.Tensor:
+                packed_seq_params: PackedSpans | None = None) -> torch.Tensor:
         """Keep the new keys and values and attend to them and to those kept before.
 
         Args:
             query: [tokens, heads, head_dim]; key, value: [tokens, kv_heads, head_dim].
-            packed_seq_params: the row's pieces.
+            packed_seq_params: the row's spans.
 
         Returns:
             [tokens, heads * head_dim]; zeros at padding.
@@ -180,7 +180,7 @@ class CachedAttention(torch.nn.Module):
         return out.unflatten(2, (heads, group.length)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
     def _piece(self, slot: int, past: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Attend from a piece of one sequence, longer than a step: [new, heads, head_dim]."""
+        """Attend from a span of one sequence, longer than a step: [new, heads, head_dim]."""
         assert self.stored is not None
         kept = [stored[slot] for stored in self.stored]
         before = torch.arange(max(0, past - self.window_tokens + 1) if self.window_tokens else 0, past, device=query.device)

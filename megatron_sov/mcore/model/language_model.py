@@ -26,7 +26,7 @@ from megatron.core.utils import make_viewless_tensor
 
 from megatron_sov.config import ModelConfig, ParallelConfig, TrainConfig
 from megatron_sov.mcore.model.attention import PackedDocuments, pack
-from megatron_sov.mcore.model.kv_cache import PackedPieces, ReadRow
+from megatron_sov.mcore.model.kv_cache import PackedSpans, ReadRow
 from megatron_sov.mcore.model.rotary import widen
 from megatron_sov.mcore.model.specs import (
     layer_specs,
@@ -129,7 +129,7 @@ class PredictionLayer(MultiTokenPredictionLayer):
         embedded = embedding(input_ids=context.local(ahead)[None], position_ids=position_ids)
         return ahead, position_ids, embedded, make_viewless_tensor(hidden_states, requires_grad=True, keep_graph=True)
 
-    def transform(self, hidden: torch.Tensor, embedded: torch.Tensor, rotary: torch.Tensor, packed: PackedPieces) -> torch.Tensor:
+    def transform(self, hidden: torch.Tensor, embedded: torch.Tensor, rotary: torch.Tensor, packed: PackedSpans) -> torch.Tensor:
         """Run the layer on given states and embeddings of the tokens ahead, both [tokens / sequence-parallel size, 1, hidden]."""
         states: torch.Tensor = self._proj_and_transformer_layer(hidden_states=hidden, decoder_input=embedded,
                                                                 rotary_pos_emb=rotary, packed_seq_params=packed)
@@ -173,10 +173,10 @@ class LanguageModel(torch.nn.ModuleList):
         self.pending_gather: Callable[[], None] | None = None
         """Brings the last update's weights to the data-parallel processes that did not compute them; None: all have them."""
 
-    def complete(self) -> None:
+    def finish_param_gather(self) -> None:
         """Make every weight the same on all processes that hold it; called by all processes together.
 
-        Whatever reads weights outside of a training step comes through here: `blocks.of`, `Policy.map` and `Reader`.
+        Whatever reads weights outside of a training step comes through here: `local_shards`, `ForwardModel.map` and `CachedDecoder`.
         """
         if self.pending_gather is not None:
             gather, self.pending_gather = self.pending_gather, None

@@ -17,7 +17,7 @@ from megatron_sov.mcore.model.language_model import VOCABULARY_WEIGHTS, Language
 
 
 @dataclass(frozen=True)
-class Block:
+class LocalShard:
     """A contiguous part of a global tensor, held by this process."""
 
     key: str
@@ -42,20 +42,20 @@ class Block:
         return (1,) * (len(self.global_shape) - self.data.dim()) + tuple(self.data.shape)
 
 
-def of(model: LanguageModel) -> list[Block]:
+def local_shards(model: LanguageModel) -> list[LocalShard]:
     """Return the blocks of this process's part of the model, ordered by name and place; called by all processes together."""
-    model.complete()
+    model.finish_param_gather()
     blocks = []
     for chunk in model.chunks:
         declared = chunk.sharded_state_dict(metadata={})
         apply_factories(declared)  # splits fused gate-and-up matrices, which are cut along each half
-        blocks += [Block(t.key, t.data, tuple(t.global_shape), tuple(t.global_offset), tuple(t.replica_id))
+        blocks += [LocalShard(t.key, t.data, tuple(t.global_shape), tuple(t.global_offset), tuple(t.replica_id))
                    for t in nested_values(declared) if isinstance(t, ShardedTensor)]
     blocks = [_without_padding(b, model.vocab_size) if b.key in VOCABULARY_WEIGHTS else b for b in blocks]
     return sorted((b for b in blocks if b.data.numel()), key=lambda b: (b.key, b.offset))
 
 
-def _without_padding(block: Block, vocab_size: int) -> Block:
+def _without_padding(block: LocalShard, vocab_size: int) -> LocalShard:
     """Return the part of an embedding's or head's block that belongs to token ids; how many rows follow depends on the layout."""
     rows = valid_rows(block.data, vocab_size)
     return replace(block, data=block.data[:rows], global_shape=(vocab_size, *block.global_shape[1:]))
@@ -68,7 +68,7 @@ class ParameterLookup:
         self._parameters = sorted(parameters, key=lambda p: p.data_ptr())
         self._starts = [p.data_ptr() for p in self._parameters]
 
-    def find(self, block: Block) -> torch.nn.Parameter | None:
+    def find(self, block: LocalShard) -> torch.nn.Parameter | None:
         """Return the parameter whose memory holds the block, or None for a buffer."""
         address = block.data.data_ptr()
         i = bisect.bisect_right(self._starts, address) - 1

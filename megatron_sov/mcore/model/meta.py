@@ -25,7 +25,7 @@ def stage_params(config: RunConfig, num_ranks: int) -> list[StageParams]:
 
     Must run in a process that is in no process group; nothing is sent anywhere.
     """
-    cpu_shims.open_door()
+    cpu_shims.prepare_megatron()
     import torch
     import torch.distributed as dist
     from megatron.core import parallel_state

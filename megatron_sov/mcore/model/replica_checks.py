@@ -16,7 +16,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_sov.mcore.model.language_model import LanguageModel
-from megatron_sov.mcore.model.pipeline import sum_everywhere, to_comm_device
+from megatron_sov.mcore.parallel.collectives import all_reduce_world, to_comm_device
+from megatron_sov.mcore.parallel.object_collectives import gather_objects
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -40,7 +41,7 @@ def differing_replicas(model: LanguageModel) -> list[int]:
 
     Where there is no majority (two replicas) all of them are named.
     """
-    model.complete()
+    model.finish_param_gather()
     tensors = {False: list[torch.Tensor](), True: list[torch.Tensor]()}
     for parameter in model.parameters():
         tensors[not getattr(parameter, "allreduce", True)].append(parameter)  # routed experts have replicas elsewhere
@@ -63,11 +64,9 @@ def _differs(mine: torch.Tensor, group: Any) -> bool:
 
 def ranks_where(holds: bool) -> list[int]:
     """Return the ranks on which something holds; called by all processes together."""
-    if not sum_everywhere(torch.tensor([float(holds)], dtype=torch.float64)).item():
+    if not all_reduce_world(torch.tensor([float(holds)], dtype=torch.float64)).item():
         return []
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, holds)
-    return [rank for rank, found in enumerate(gathered) if found]
+    return [rank for rank, found in enumerate(gather_objects(holds)) if found]
 
 
 @contextlib.contextmanager

@@ -14,7 +14,8 @@ import torch
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 
-from megatron_sov.mcore.parallel import context, cpu_shims
+from megatron_sov.mcore.parallel import context
+from megatron_sov.mcore.parallel.device import local_device
 
 EPSILON = 1e-20
 """Added to the sum that weights are divided by, as in transformers."""
@@ -50,7 +51,7 @@ class BalancedRouter(TopKRouter):
         super().__init__(config, pg_collection)
         if self.local_tokens_per_expert is None:  # the library counts for its selection bias only
             del self.local_tokens_per_expert
-            zeros = torch.zeros(config.num_moe_experts, dtype=torch.float32, device=cpu_shims.device())
+            zeros = torch.zeros(config.num_moe_experts, dtype=torch.float32, device=local_device())
             self.register_buffer("local_tokens_per_expert", zeros, persistent=False)
 
     def routing(self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,7 +11,7 @@ from torch.nn.functional import silu
 
 from megatron_sov.config import ModelConfig, ParallelConfig, TrainConfig
 from megatron_sov.mcore.model.router import BalancedRouter, RoutingStep
-from megatron_sov.mcore.parallel import cpu_shims
+from megatron_sov.mcore.parallel.device import on_gpu
 
 PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
@@ -19,7 +19,7 @@ PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float6
 @cache
 def has_transformer_engine() -> bool:
     """Return whether Transformer Engine imports and a GPU is there to run it (an empty meta package does not count)."""
-    if not cpu_shims.on_gpu() or importlib.util.find_spec("transformer_engine") is None:
+    if not on_gpu() or importlib.util.find_spec("transformer_engine") is None:
         return False
     try:
         import transformer_engine.pytorch  # noqa: F401
@@ -51,7 +51,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
         "normalization": "RMSNorm", "layernorm_epsilon": model.norm_eps, "gated_linear_unit": True, "activation_func": silu,
         "add_bias_linear": False, "add_qkv_bias": model.qkv_bias, "qk_layernorm": model.qk_norm,
         "hidden_dropout": train.hidden_dropout, "attention_dropout": 0.0,  # our attention has none
-        "perform_initialization": False, "use_cpu_initialization": not cpu_shims.on_gpu(),
+        "perform_initialization": False, "use_cpu_initialization": not on_gpu(),
         "params_dtype": dtype, "pipeline_dtype": dtype, "bf16": train.precision == "bf16",
         "tensor_model_parallel_size": parallel.tp, "sequence_parallel": parallel.sp,
         "pipeline_model_parallel_size": parallel.pp,
@@ -59,7 +59,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
         "expert_model_parallel_size": parallel.ep,
         "expert_tensor_parallel_size": parallel.etp, "context_parallel_size": parallel.cp,
         # an interleaved pipeline sends one peer two messages at a time: in a batch, gloo delivers the wrong one without an error
-        "batch_p2p_comm": cpu_shims.on_gpu() and parallel.vpp == 1, "overlap_p2p_comm": parallel.vpp > 1,
+        "batch_p2p_comm": on_gpu() and parallel.vpp == 1, "overlap_p2p_comm": parallel.vpp > 1,
         # losses are sums divided once by global counts; must stand here before the model is wrapped
         "calculate_per_token_loss": True,
         "deterministic_mode": train.deterministic,

@@ -9,7 +9,7 @@ Rectangle = tuple[tuple[int, ...], tuple[int, ...]]
 """(first index, extent)."""
 
 
-def rectangles(shape: Sequence[int], start: int, stop: int) -> Iterator[Rectangle]:
+def flat_ranges(shape: Sequence[int], start: int, stop: int) -> Iterator[Rectangle]:
     """Cut the elements [start, stop) of a row-major tensor into at most 2 * axes - 1 rectangles.
 
     They come in the order of the elements: the end of a row, whole rows, the beginning of a row, and so on inwards.
@@ -31,5 +31,5 @@ def rectangles(shape: Sequence[int], start: int, stop: int) -> Iterator[Rectangl
 
 
 def _in_row(shape: Sequence[int], index: int, start: int, stop: int) -> Iterator[Rectangle]:
-    for place, extent in rectangles(shape[1:], start, stop):
+    for place, extent in flat_ranges(shape[1:], start, stop):
         yield (index, *place), (1, *extent)

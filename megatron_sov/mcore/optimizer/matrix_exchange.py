@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_sov.mcore.optimizer.newton_schulz import Matrix
-from megatron_sov.mcore.parallel import cpu_shims
+from megatron_sov.mcore.parallel.device import local_device
+from megatron_sov.mcore.parallel.object_collectives import gather_objects
 
 ROUND_ELEMENTS = 1 << 24
 """Elements of matrices that a process receives in one round, unless a single matrix is larger."""
@@ -64,8 +65,7 @@ class MatrixExchange:
         """
         self._places, self._group = places, group
         size, rank = dist.get_world_size(group), dist.get_rank(group)
-        everyones: list[list[Place]] = [[] for _ in range(size)]
-        dist.all_gather_object(everyones, places, group=group)
+        everyones: list[list[Place]] = gather_objects(places, group)
         matrices = sorted({p.matrix for held in everyones for p in held}, key=lambda m: (-m.cost, m))
         largest = max((m.rows * m.columns for m in matrices), default=1)
         in_round = size * max(1, ROUND_ELEMENTS // largest)
@@ -99,7 +99,7 @@ class MatrixExchange:
                 for place, part in zip(owned, flat.split([p.size for p in owned]), strict=True):
                     m = place.matrix
                     if m not in wholes:
-                        wholes[m] = torch.empty(m.rows, m.columns, dtype=dtype, device=cpu_shims.device())
+                        wholes[m] = torch.empty(m.rows, m.columns, dtype=dtype, device=local_device())
                     place.of(wholes[m]).copy_(part.view(place.shape))
             results = {matrix: compute(matrix, whole) for matrix, whole in wholes.items()}
             returned = [_joined((p.of(results[p.matrix]) for p in held), dtype) for held in one.held]
@@ -116,7 +116,7 @@ class MatrixExchange:
         if len(to_each) == 1:
             return to_each
         dtype, item = to_each[0].dtype, to_each[0].element_size()
-        received = torch.empty(sum(counts), dtype=dtype, device=cpu_shims.device())
+        received = torch.empty(sum(counts), dtype=dtype, device=local_device())
         # as bytes, since not every backend knows every dtype
         dist.all_to_all_single(received.view(torch.uint8), torch.cat(to_each).view(torch.uint8), [item * n for n in counts],
                                [item * len(t) for t in to_each], group=self._group)
@@ -125,4 +125,4 @@ class MatrixExchange:
 
 def _joined(tensors: Iterable[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     """Return all elements in a row, which may be none."""
-    return torch.cat([torch.empty(0, dtype=dtype, device=cpu_shims.device()), *(t.flatten() for t in tensors)])
+    return torch.cat([torch.empty(0, dtype=dtype, device=local_device()), *(t.flatten() for t in tensors)])

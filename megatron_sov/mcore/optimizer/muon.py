@@ -15,7 +15,8 @@ from megatron_sov.mcore.model.language_model import LanguageModel
 from megatron_sov.mcore.optimizer.matrix_exchange import MatrixExchange, Place
 from megatron_sov.mcore.optimizer.newton_schulz import Matrix, orthogonalise, parts, update_scale
 from megatron_sov.mcore.optimizer.state_shards import Shard, pieces, shard_blocks
-from megatron_sov.mcore.parallel import cpu_shims
+from megatron_sov.mcore.parallel.device import local_device
+from megatron_sov.mcore.parallel.object_collectives import gather_objects
 
 MOMENTUM = "momentum"
 
@@ -110,13 +111,13 @@ class Muon:
 
     def _rows(self, matrix: Matrix) -> list[torch.Tensor]:
         if matrix not in self._parts:
-            self._parts[matrix] = [rows.to(cpu_shims.device()) for rows in parts(matrix, self._model)]
+            self._parts[matrix] = [rows.to(local_device()) for rows in parts(matrix, self._model)]
         return self._parts[matrix]
 
     def _scale(self, matrix: Matrix) -> torch.Tensor:
         """Return the factor of every row, [rows] float64."""
         if matrix not in self._scales:
-            scale = torch.empty(matrix.rows, dtype=torch.float64, device=cpu_shims.device())
+            scale = torch.empty(matrix.rows, dtype=torch.float64, device=local_device())
             for rows in self._rows(matrix):
                 scale[rows] = update_scale(self._config.muon_scale, len(rows), matrix.columns)
             self._scales[matrix] = scale
@@ -137,8 +138,7 @@ def holders(is_expert: bool, zero1: bool) -> dist.ProcessGroup:
     if parallel_state.get_expert_tensor_parallel_world_size() == 1:
         return parallel_state.get_expert_data_parallel_group()
     mine = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_expert_model_parallel_rank()
-    everyones: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyones, mine)
+    everyones = gather_objects(mine)
     ranks = [[rank for rank, place in enumerate(everyones) if place == wanted] for wanted in sorted(set(everyones))]
     found, _ = dist.new_subgroups_by_enumeration(ranks)
     return found

@@ -12,9 +12,9 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
 from megatron_sov.config import OptimConfig, ParallelConfig
 from megatron_sov.mcore.model.language_model import LanguageModel
-from megatron_sov.mcore.model.local_shards import Block
+from megatron_sov.mcore.model.local_shards import LocalShard
 from megatron_sov.mcore.optimizer import data_parallel, parameter_groups, state_shards
-from megatron_sov.mcore.parallel import cpu_shims
+from megatron_sov.mcore.parallel.device import local_device
 
 NOT_SHARDED = ParallelConfig()
 """Every process updates all of its parameters."""
@@ -84,7 +84,7 @@ class Optimizer:
 
         The library sums squares in float32, where the norm of many parameters depends on how they are split.
         """
-        total = torch.zeros((), dtype=torch.float64, device=cpu_shims.device())
+        total = torch.zeros((), dtype=torch.float64, device=local_device())
         for optimizer in self.library.chained_optimizers:
             norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in optimizer.get_main_grads_for_grad_norm()]
             squares = torch.stack(norms).square().sum() if norms else torch.zeros_like(total)
@@ -101,16 +101,16 @@ class Optimizer:
                 if gradients:  # a stage may be frozen
                     torch._foreach_mul_(gradients, self._clip_grad / (grad_norm + 1e-6))
 
-    def adopt_model(self) -> None:
+    def sync_master_weights(self) -> None:
         """Renew the fp32 master weights after weights were loaded into the model."""
         self.library.reload_model_params()
 
-    def state_blocks(self) -> Iterator[Block]:
+    def state_shards(self) -> Iterator[LocalShard]:
         """Yield the moments or momentum (and, under bf16, master weights) of this process, named `exp_avg/KEY` and so on.
 
         They are the same global tensors at every layout, with and without ZeRO-1.
         """
-        return state_shards.state_blocks(self.model, self.shards)
+        return state_shards.state_shards(self.model, self.shards)
 
     def restore_updates(self, num_updates: int) -> None:
         """Set the number of updates that the restored moments have seen."""

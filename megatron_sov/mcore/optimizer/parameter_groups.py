@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_sov.config import OptimConfig
 from megatron_sov.config.optim import Algorithm
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.model.language_model import VOCABULARY_WEIGHTS, LanguageModel
-from megatron_sov.mcore.model.local_shards import ParameterLookup, of
+from megatron_sov.mcore.model.local_shards import ParameterLookup, local_shards
 from megatron_sov.mcore.optimizer.muon import Muon, holders
 from megatron_sov.mcore.optimizer.state_shards import Inner, Shard, shards
+from megatron_sov.mcore.parallel.object_collectives import gather_objects
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,12 @@ def rules(model: LanguageModel, config: OptimConfig) -> Rules:
         UserError: on every process; a group's pattern matches no tensor, or nothing is left to train.
     """
     lookup, found, matched = ParameterLookup(list(model.parameters())), {}, set()
-    for block in of(model):
+    for block in local_shards(model):
         parameter = lookup.find(block)
         if parameter is not None:
             found[id(parameter)] = rule_for(config, block.key, parameter.dim())
             matched |= {g.pattern for g in config.groups if fnmatch.fnmatchcase(block.key, g.pattern)}
-    everyones: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyones, (matched, any(not rule.frozen for rule in found.values())))
+    everyones = gather_objects((matched, any(not rule.frozen for rule in found.values())))
     for i, group in enumerate(config.groups):
         if not any(group.pattern in known for known, _ in everyones):
             raise UserError(f"optim.groups.{i}.pattern = {group.pattern!r}: matches no parameter; a checkpoint's "

@@ -18,8 +18,8 @@ import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_sov.mcore.model.language_model import LanguageModel
-from megatron_sov.mcore.model.local_shards import Block, ParameterLookup, of
-from megatron_sov.mcore.optimizer.flat_ranges import rectangles
+from megatron_sov.mcore.model.local_shards import LocalShard, ParameterLookup, local_shards
+from megatron_sov.mcore.optimizer.flat_ranges import flat_ranges
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MASTER = "master"
@@ -129,17 +129,17 @@ def any_float() -> Iterator[None]:
         torch.Tensor.type = original  # type: ignore[method-assign]
 
 
-def shard_blocks(model: LanguageModel, shards: Iterable[Shard]) -> Iterator[tuple[Block, Shard]]:
+def shard_blocks(model: LanguageModel, shards: Iterable[Shard]) -> Iterator[tuple[LocalShard, Shard]]:
     """Yield the model's blocks that this process updates, with the shard that holds (a part of) each."""
     of_parameter = {id(shard.parameter): shard for shard in shards}
     lookup = ParameterLookup(list(model.parameters()))
-    for block in of(model):
+    for block in local_shards(model):
         shard = of_parameter.get(id(lookup.find(block)))
         if shard is not None:
             yield block, shard
 
 
-def state_blocks(model: LanguageModel, shards: Iterable[Shard]) -> Iterator[Block]:
+def state_shards(model: LanguageModel, shards: Iterable[Shard]) -> Iterator[LocalShard]:
     """Yield the state of this process's shards, named `exp_avg/KEY`, `exp_avg_sq/KEY`, `momentum/KEY` and `master/KEY`."""
     for block, shard in shard_blocks(model, shards):
         for name, flat in shard.state().items():
@@ -147,7 +147,7 @@ def state_blocks(model: LanguageModel, shards: Iterable[Shard]) -> Iterator[Bloc
                 yield dataclasses.replace(piece, key=f"{name}/{block.key}")
 
 
-def pieces(block: Block, shard: Shard, flat: torch.Tensor) -> Iterator[Block]:
+def pieces(block: LocalShard, shard: Shard, flat: torch.Tensor) -> Iterator[LocalShard]:
     """Yield `flat` [elements of the shard], as far as it belongs to `block` of the parameter, in blocks of the global tensor."""
     if not block.data.is_contiguous():
         raise ValueError(f"{block.key}: its block is not a contiguous part of the parameter, so its state cannot be cut alike")
@@ -155,11 +155,11 @@ def pieces(block: Block, shard: Shard, flat: torch.Tensor) -> Iterator[Block]:
     start, stop = max(shard.start, first), min(shard.stop, first + block.data.numel())
     leading = len(block.global_shape) - block.data.dim()
     replica = (*block.replica[:-1], 0) if shard.exclusive else block.replica
-    for place, extent in rectangles(block.data.shape, start - first, stop - first):
+    for place, extent in flat_ranges(block.data.shape, start - first, stop - first):
         count = math.prod(extent)
         inner = (o + p for o, p in zip(block.offset[leading:], place, strict=True))
         begin = start - shard.start
-        yield Block(block.key, flat[begin:begin + count].view(extent), block.global_shape,
+        yield LocalShard(block.key, flat[begin:begin + count].view(extent), block.global_shape,
                     (*block.offset[:leading], *inner), replica)
         start += count
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_sov.mcore.parallel import cpu_shims
+from megatron_sov.mcore.parallel.device import on_gpu
 
 _waited_s = 0.0
 _counting = False
@@ -43,7 +43,7 @@ class ComputeClock:
     """
 
     def __init__(self) -> None:
-        self._on_gpu = cpu_shims.on_gpu()
+        self._on_gpu = on_gpu()
         self._start: Any = None
         self._stop: Any = None
         if not self._on_gpu:

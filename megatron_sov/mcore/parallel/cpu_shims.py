@@ -1,6 +1,6 @@
 """The CPU door: lets the unmodified megatron-core run on a machine without CUDA, over gloo.
 
-`open_door()` is called once, before megatron is imported anywhere else.  It does nothing where CUDA works.  Each patch is
+`prepare_megatron()` is called once, before megatron is imported anywhere else.  It does nothing where CUDA works.  Each patch is
 one function whose docstring names the defect or assumption that it answers; patches of library defects look whether the
 defect is still there and leave a mended library alone.  No second implementation of anything is switched in: model,
 schedules, dispatchers, optimizers and process groups are the library's own, on CPU tensors.
@@ -18,26 +18,14 @@ from typing import Any
 
 import torch
 
-CPU = torch.device("cpu")
-_opened = False
+from megatron_sov.mcore.parallel.device import CPU, compute_on_cpu, computes_on_cpu, on_gpu
 
 
-def on_gpu() -> bool:
-    """Return whether this process computes on a CUDA device."""
-    return not _opened and torch.cuda.is_available()
-
-
-def device() -> torch.device:
-    """Return the device of this process's parameters and batches."""
-    return torch.device("cuda", torch.cuda.current_device()) if on_gpu() else CPU
-
-
-def open_door() -> None:
+def prepare_megatron() -> None:
     """Prepare this process for megatron-core; a no-op with CUDA, and when called again."""
-    global _opened
-    if _opened or torch.cuda.is_available():
+    if on_gpu() or computes_on_cpu():
         return
-    _opened = True
+    compute_on_cpu()
     _current_device_is_cpu()
     _cuda_requests_land_on_cpu()
     _tensor_type_names()

@@ -7,7 +7,7 @@ import hashlib
 import torch
 from megatron.core import parallel_state, tensor_parallel
 
-from megatron_sov.mcore.model import pipeline
+from megatron_sov.mcore.parallel import collectives
 
 
 def reseed(seed: int, step: int) -> None:
@@ -16,7 +16,7 @@ def reseed(seed: int, step: int) -> None:
     Processes that read the same data at the same pipeline stage share the default generator (what tensor parallelism does
     not split is dropped alike there); the library's own generators differ among them by offsets.
     """
-    data_rank, _ = pipeline.data_place()
+    data_rank, _ = collectives.data_place()
     place = f"{seed}:{step}:{data_rank}:{parallel_state.get_pipeline_model_parallel_rank()}"
     drawn = int.from_bytes(hashlib.blake2b(place.encode(), digest_size=7).digest(), "little")  # room for the offsets in 63 bits
     torch.manual_seed(drawn)

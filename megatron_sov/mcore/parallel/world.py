@@ -20,13 +20,15 @@ import torch
 import torch.distributed as dist
 
 from megatron_sov.config import ParallelConfig
-from megatron_sov.errors import EXIT_CORRUPTION, SilentCorruption, UserError
+from megatron_sov.errors import ExitCode, SilentCorruption, UserError
 from megatron_sov.mcore.parallel import cpu_shims
+from megatron_sov.mcore.parallel.device import on_gpu
+from megatron_sov.mcore.parallel.object_collectives import broadcast_object
 from megatron_sov.runs.launch_environment import is_first, num_ranks, under_launcher
 from megatron_sov.runs.parent_death import FORWARDED, die_with_parent
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
-FINAL = (0, 2, 75)
+FINAL = (ExitCode.OK, ExitCode.USER_ERROR, ExitCode.STOPPED)
 """Exit codes of ranks after which a restart would change nothing: done, a user's mistake, stopped in good order."""
 _joins = itertools.count()
 LOCALHOST = "127.0.0.1"
@@ -64,10 +66,10 @@ def join(parallel: ParallelConfig) -> World:
     # the library calls torch by names that newer versions replace; nobody who trains can mend that
     warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if cpu_shims.on_gpu():
+    if on_gpu():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
-        backend = "nccl" if cpu_shims.on_gpu() else "gloo"
+        backend = "nccl" if on_gpu() else "gloo"
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT, store=_rendezvous())
     parallel_state.initialize_model_parallel(
         parallel.tp, parallel.pp, parallel.vpp if parallel.vpp > 1 else None,
@@ -113,11 +115,10 @@ def on_main(place: World, action: Callable[[], Any]) -> Any:
             result = action()
         except UserError as e:
             problem = str(e)
-    outcome = [result, problem]
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise UserError(outcome[1])
-    return outcome[0]
+    result, problem = broadcast_object((result, problem))
+    if problem is not None:
+        raise UserError(problem)
+    return result
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ def launch(main: Callable[[], Any], nproc: int | None, num_threads: int = 0, res
     Returns:
         0, or 2 where a rank met a user's mistake, or the first nonzero exit code of any rank.
     """
-    cpu_shims.open_door()
+    cpu_shims.prepare_megatron()
     if under_launcher():
         if num_threads:
             torch.set_num_threads(num_threads)
@@ -207,7 +208,7 @@ def _fork(main: Callable[[], Any], rank: int, environment: dict[str, str], door:
     child = os.fork()
     if child:
         return child
-    code = 1
+    code: int = ExitCode.CRASH
     try:
         die_with_parent(parent)
         door.close()  # the launcher's
@@ -229,7 +230,7 @@ def _rank_code(main: Callable[[], Any]) -> int:
     except (UserError, SilentCorruption) as e:
         if _fails_first():
             print(f"error: {e}\n", end="", file=sys.stderr, flush=True)  # one write, whole also beside other ranks' lines
-        return 2 if isinstance(e, UserError) else EXIT_CORRUPTION
+        return ExitCode.USER_ERROR if isinstance(e, UserError) else ExitCode.CORRUPTION
 
 
 def _fails_first() -> bool:
@@ -264,14 +265,14 @@ def _wait(children: list[int]) -> _Outcome:
                 alive.discard(child)
                 ended = os.waitstatus_to_exitcode(status)
                 # a mistake's code counts, not that of ranks which lose their peer
-                if ended == 2 or (ended != 0 and outcome.code == 0):
+                if ended == ExitCode.USER_ERROR or (ended != 0 and outcome.code == 0):
                     how = f"ended with exit code {ended}"
                     if ended < 0:
                         how = killed = f"was ended by {signal.Signals(-ended).name}"
                     outcome.cause = f"rank {children.index(child)} {how}"
                     outcome.code = ended if ended > 0 else 128 - ended
                     deadline = time.monotonic() + 10
-        if killed and outcome.code != 2:  # beside a mistake it is a rank that lost its peer
+        if killed and outcome.code != ExitCode.USER_ERROR:  # beside a mistake it is a rank that lost its peer
             print(f"error: {outcome.cause}; if nobody sent it, look for a lack of memory\n", end="", file=sys.stderr, flush=True)
         return outcome
     finally:

@@ -13,7 +13,6 @@ import json
 import math
 import os
 import signal
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from pathlib import Path
 
 from megatron_sov.errors import UserError, nearest
 from megatron_sov.obs.events import EventLog
+from megatron_sov.obs.warning import warn
 
 FOLDER = "faults"
 STATES: dict[str, tuple[str, ...]] = {
@@ -148,10 +148,10 @@ class Faults:
                 os.fsync(f.fileno())
         except FileExistsError:
             return False
-        print(f"warning: --inject {fault.name}: comes now\n", end="", file=sys.stderr, flush=True)
+        warn(f"--inject {fault.name}: comes now")
         return True
 
-    def strike(self, state: str, step: int) -> None:
+    def trigger(self, state: str, step: int) -> None:
         """Kill this process, raise an error, or stand still, where such a fault is due."""
         if not self._faults:
             return

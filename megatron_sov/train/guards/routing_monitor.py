@@ -15,7 +15,7 @@ MAX_SHOWN = 8
 """Experts that an alarm names."""
 
 
-class RoutingWatch:
+class RoutingMonitor:
     """Records the figures of each routed layer now and then; an alarm comes once, and again only when it had passed."""
 
     def __init__(self, settings: GuardConfig) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import sys
 from collections.abc import Callable
 
 import torch.distributed as dist
@@ -12,10 +11,12 @@ from megatron_sov.config import GuardConfig
 from megatron_sov.errors import SilentCorruption
 from megatron_sov.mcore.model import replica_checks
 from megatron_sov.mcore.model.language_model import LanguageModel
+from megatron_sov.mcore.parallel.object_collectives import gather_objects
 from megatron_sov.obs.events import EventLog
+from megatron_sov.obs.warning import warn
 
 
-class CorruptionChecks:
+class SdcChecks:
     """Compares replicas of weights, and repetitions of a computation."""
 
     def __init__(self, settings: GuardConfig) -> None:
@@ -35,23 +36,23 @@ class CorruptionChecks:
         for turn in range(2):
             compute(turn)
             found.append([int(replica_checks.checksum([g])) for g in replica_checks.gradients(model)])
-        self._judge(step, replica_checks.ranks_where(found[0] != found[1]),
+        self._measure(step, replica_checks.ranks_where(found[0] != found[1]),
                     "the same micro-batch gave other gradients when it was computed again", events)
 
     def compare(self, step: int, model: LanguageModel, events: EventLog) -> None:
         """Compare the weights that several processes hold; called by all processes together, before a checkpoint."""
         if self._settings.compare_replicas:
-            self._judge(step, replica_checks.differing_replicas(model), "weights differ from those of their replicas", events)
+            self._measure(step, replica_checks.differing_replicas(model), "weights differ from those of their replicas", events)
 
-    def _judge(self, step: int, ranks: list[int], what: str, events: EventLog) -> None:
+    def _measure(self, step: int, ranks: list[int], what: str, events: EventLog) -> None:
         if not ranks:
             return
-        hosts: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(hosts, platform.node())
+        hosts = gather_objects(platform.node())
         named = ", ".join(f"rank {rank} on {hosts[rank]}" for rank in ranks)
         text = f"silent corruption after step {step}: {what} ({named})"
-        events.write("corruption", step=step, ranks=ranks, hosts=[hosts[r] for r in ranks], text=text)
-        if self._settings.on_corruption == "exit":
+        fields = {"step": step, "ranks": ranks, "hosts": [hosts[r] for r in ranks]}
+        if self._settings.on_sdc == "exit":
+            events.write("sdc", **fields, text=text)
             raise SilentCorruption(f"{text}; nothing is saved from here on, test that machine before it is used again")
         if dist.get_rank() == 0:
-            print(f"warning: {text}", file=sys.stderr, flush=True)
+            warn(text, events.write, "sdc", **fields)

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from megatron_sov.config import GuardConfig
 from megatron_sov.data.ledger import Ledger
-from megatron_sov.mcore.model import pipeline
+from megatron_sov.mcore.parallel import collectives
+from megatron_sov.mcore.parallel.named_values import sum_dict
 
 MIN_STEPS = 20
 """Steps that say what is usual, at least."""
@@ -56,7 +56,7 @@ class StepGuard:
         """Why the last step was refused, if it was."""
 
     @property
-    def gives_up(self) -> bool:
+    def wants_rollback(self) -> bool:
         """Whether so many steps were refused in a row, for more than their gradients, that the weights must be at fault."""
         return 0 < self._settings.rollback_after_skips <= self._suspect_in_a_row
 
@@ -74,10 +74,12 @@ class StepGuard:
 
         One process that sees a bad number is enough.  What is usual is judged by rank 0's figures, which go into the checkpoint.
         """
-        mine = [loss, grad_norm] if self._is_main else [0.0, 0.0]
-        objections, main_loss, main_grad_norm = pipeline.sum_everywhere(
-            torch.tensor([float(self._objection(loss, grad_norm) is not None), *mine], dtype=torch.float64)).tolist()
-        if not objections:
+        objects = self._objection(loss, grad_norm) is not None
+        # of all but rank 0 zeros, so that the sums are rank 0's figures
+        told = sum_dict({"objections": float(objects), "loss": loss if self._is_main else 0.0,
+                         "grad_norm": grad_norm if self._is_main else 0.0}, collectives.all_reduce_world)
+        main_loss, main_grad_norm = told["loss"], told["grad_norm"]
+        if not told["objections"]:
             self._remember(main_loss, main_grad_norm)
             self.forget_refusals()
             return True

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_sov.config import GuardConfig
-from megatron_sov.mcore.model import pipeline
+from megatron_sov.mcore.parallel import collectives
 from megatron_sov.mcore.parallel.compute_timer import ComputeClock
 from megatron_sov.obs.events import EventLog
 
@@ -35,7 +35,7 @@ class Stragglers:
         mine = torch.zeros(dist.get_world_size(), dtype=torch.float64)
         mine[dist.get_rank()] = self._total_s / self._steps
         self._total_s, self._steps = 0.0, 0
-        compute_s = pipeline.sum_everywhere(mine).tolist()
+        compute_s = collectives.all_reduce_world(mine).tolist()
         median_s = statistics.median_low(compute_s)
         slowest = sorted(range(len(compute_s)), key=lambda rank: -compute_s[rank])[:MAX_SHOWN]
         slow = [rank for rank in slowest if compute_s[rank] > self._ratio * median_s]

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_sov.errors import EXIT_HANG
+from megatron_sov.errors import ExitCode
 
 HANG = "hang"
 """Folder inside a run folder with the stacks of processes that stood still."""
@@ -79,7 +79,7 @@ class Watchdog:
             else:
                 time.sleep(grace_s)  # the end of a process breaks the connections of rank 0, which has to tell first
         finally:
-            os._exit(EXIT_HANG)
+            os._exit(ExitCode.HANG)
 
     def _tell(self, step: int) -> None:
         places: dict[str, list[int]] = {}

@@ -1,6 +1,6 @@
 """Evaluation beside training: every export of a run is judged by other processes or jobs, which never hold the run up.
 
-`RUN/evaluations/step-N.JUDGE.json` holds the figures, `step-N.JUDGE.failed` why there are none, `.step-N.JUDGE.submitted` that a
+`RUN/evaluations/step-N.TASK.json` holds the figures, `step-N.TASK.failed` why there are none, `.step-N.TASK.submitted` that a
 job is to bring them.  An export with none of the three is still to be judged: so a stopped or killed run goes on where it was.
 """
 
@@ -15,35 +15,35 @@ from pathlib import Path
 from megatron_sov.artifacts import MANIFEST, atomic_write
 from megatron_sov.config import RunConfig
 from megatron_sov.errors import UserError
-from megatron_sov.runs.background import HumbleProcess
-from megatron_sov.train.side_jobs.exports import EXPORTS
+from megatron_sov.obs.warning import warn
+from megatron_sov.runs.background import BackgroundProcess
+from megatron_sov.runs.folder import EVALUATIONS, EXPORTS
 
-EVALUATIONS = "evaluations"
 LOOK_EVERY_S = 1.0
 _WAIT_S = 0.05
 
 
 @dataclass(frozen=True)
-class Task:
-    """One judge of one export."""
+class EvalJob:
+    """One task on one export."""
 
     step: int
-    judge: str
+    task: str
 
     @property
     def name(self) -> str:
         """Beginning of its files' names."""
-        return f"step-{self.step}.{self.judge}"
+        return f"step-{self.step}.{self.task}"
 
 
-CommandOf = Callable[[Task, Path, Path], list[str]]
-"""(task, export's folder, file for the figures) -> a command that writes them, or submits a job that does."""
+CommandOf = Callable[[EvalJob, Path, Path], list[str]]
+"""(job, export's folder, file for the figures) -> a command that writes them, or submits a job that does."""
 
 
 @dataclass
 class _Running:
-    task: Task
-    process: HumbleProcess
+    job: EvalJob
+    process: BackgroundProcess
 
 
 class Evaluations:
@@ -58,30 +58,30 @@ class Evaluations:
             record: writes an event: `record(name, **fields)`.
             command_of: what is run instead of `megatron-sov eval`.
         """
-        self.folder, self._exports, self._settings = run / EVALUATIONS, run / EXPORTS, config.evaluate.beside
+        self.folder, self._exports, self._settings = run / EVALUATIONS, run / EXPORTS, config.evaluate.background
         self._record = record
-        self._command_of = command_of or (lambda task, export, out: eval_command(config, task, export, out))
+        self._command_of = command_of or (lambda job, export, out: eval_command(config, job, export, out))
         self._running: _Running | None = None
         self._looked_s = -LOOK_EVERY_S
         done = [int(p.name[5:]) for p in self._exports.glob("step-*") if p.name[5:].isdigit() and (p / MANIFEST).is_file()]
-        tasks = [Task(step, judge) for step in sorted(done) for judge in self._settings.judges]
-        self._submitted = [task for task in tasks if self._file(task, ".submitted").is_file() and self._is_open(task)]
-        self._waiting = [task for task in tasks if task not in self._submitted and self._is_open(task)]
+        jobs = [EvalJob(step, name) for step in sorted(done) for name in self._settings.tasks]
+        self._submitted = [job for job in jobs if self._file(job, ".submitted").is_file() and self._is_open(job)]
+        self._waiting = [job for job in jobs if job not in self._submitted and self._is_open(job)]
 
     def offer(self, step: int) -> None:
         """Have an export judged; returns at once.  One that a resumed run made anew is judged anew."""
-        tasks = [Task(step, judge) for judge in self._settings.judges]
-        if self._running is not None and self._running.task in tasks:
+        jobs = [EvalJob(step, name) for name in self._settings.tasks]
+        if self._running is not None and self._running.job in jobs:
             self.close()
-        for task in tasks:
-            for file in (self._result(task), self._result(task).with_suffix(".failed"), self._file(task, ".submitted")):
+        for job in jobs:
+            for file in (self._result(job), self._result(job).with_suffix(".failed"), self._file(job, ".submitted")):
                 file.unlink(missing_ok=True)
-        self._submitted = [task for task in self._submitted if task.step != step]
-        self._waiting = [*(task for task in self._waiting if task.step != step), *tasks]
-        steps = list(dict.fromkeys(task.step for task in self._waiting))
-        for task in [t for t in self._waiting if t.step in steps[:-self._settings.max_waiting]]:
-            self._waiting.remove(task)
-            self._fail(task, f"{self._settings.max_waiting} newer exports were ready before it was begun")
+        self._submitted = [job for job in self._submitted if job.step != step]
+        self._waiting = [*(job for job in self._waiting if job.step != step), *jobs]
+        steps = list(dict.fromkeys(job.step for job in self._waiting))
+        for job in [t for t in self._waiting if t.step in steps[:-self._settings.max_waiting]]:
+            self._waiting.remove(job)
+            self._fail(job, f"{self._settings.max_waiting} newer exports were ready before it was begun")
         self.poll(now=True)
 
     def poll(self, now: bool = False) -> None:
@@ -90,13 +90,13 @@ class Evaluations:
         Args:
             now: look even if the last look was less than `LOOK_EVERY_S` ago.
         """
-        if not self._settings.judges or (not now and time.monotonic() - self._looked_s < LOOK_EVERY_S):
+        if not self._settings.tasks or (not now and time.monotonic() - self._looked_s < LOOK_EVERY_S):
             return
         self._looked_s = time.monotonic()
         if self._running is not None:
             self._follow(self._running)
-        for task in list(self._submitted):
-            self._follow_job(task)
+        for job in list(self._submitted):
+            self._follow_job(job)
         if self._running is None and self._waiting and len(self._submitted) < self._settings.max_waiting:
             self._begin(self._waiting.pop(0))
 
@@ -108,91 +108,89 @@ class Evaluations:
             self.poll(now=True)
 
     def close(self) -> None:
-        """End the running judge, if any; it begins anew when the run is resumed."""
+        """End the running job, if any; it begins anew when the run is resumed."""
         if self._running is not None:
             self._running.process.kill()
             self._running = None
 
-    def _result(self, task: Task) -> Path:
-        return self.folder / f"{task.name}.json"
+    def _result(self, job: EvalJob) -> Path:
+        return self.folder / f"{job.name}.json"
 
-    def _file(self, task: Task, ending: str) -> Path:
-        return self.folder / f".{task.name}{ending}"
+    def _file(self, job: EvalJob, ending: str) -> Path:
+        return self.folder / f".{job.name}{ending}"
 
-    def _is_open(self, task: Task) -> bool:
-        result = self._result(task)
+    def _is_open(self, job: EvalJob) -> bool:
+        result = self._result(job)
         return not result.is_file() and not result.with_suffix(".failed").is_file()
 
-    def _begin(self, task: Task) -> None:
-        command = self._command_of(task, self._exports / f"step-{task.step}", self._result(task))
+    def _begin(self, job: EvalJob) -> None:
+        command = self._command_of(job, self._exports / f"step-{job.step}", self._result(job))
         try:
             self.folder.mkdir(exist_ok=True)
-            self._running = _Running(task, HumbleProcess(command, self._file(task, ".log")))
+            self._running = _Running(job, BackgroundProcess(command, self._file(job, ".log")))
         except OSError as e:
-            self._fail(task, f"its process cannot be started ({e})")
+            self._fail(job, f"its process cannot be started ({e})")
 
     def _follow(self, running: _Running) -> None:
-        task, took_s = running.task, running.process.took_s
+        job, took_s = running.job, running.process.took_s
         if running.process.exit_code is None:
             if took_s > self._settings.timeout_s:
                 self.close()
-                self._fail(task, f"it took more than evaluate.beside.timeout_s = {self._settings.timeout_s:g}")
+                self._fail(job, f"it took more than evaluate.background.timeout_s = {self._settings.timeout_s:g}")
             return
         self._running = None
         if running.process.exit_code:
-            self._fail(task, running.process.last_words)
-        elif self._result(task).is_file():
-            self._succeed(task, took_s)
+            self._fail(job, running.process.last_words)
+        elif self._result(job).is_file():
+            self._succeed(job, took_s)
         elif self._settings.where == "slurm":
-            self._file(task, ".submitted").touch()
-            self._submitted.append(task)
+            self._file(job, ".submitted").touch()
+            self._submitted.append(job)
         else:
-            self._fail(task, "its process ended without a result")
+            self._fail(job, "its process ended without a result")
 
-    def _follow_job(self, task: Task) -> None:
+    def _follow_job(self, job: EvalJob) -> None:
         """Look for the figures of a job; a job that fails does so in silence, so only time tells."""
-        mark = self._file(task, ".submitted")
+        mark = self._file(job, ".submitted")
         waited_s = time.time() - mark.stat().st_mtime if mark.is_file() else 0.0
-        if self._result(task).is_file():
-            self._submitted.remove(task)
+        if self._result(job).is_file():
+            self._submitted.remove(job)
             mark.unlink(missing_ok=True)
-            self._succeed(task, waited_s)
+            self._succeed(job, waited_s)
         elif waited_s > self._settings.timeout_s:
-            self._submitted.remove(task)
+            self._submitted.remove(job)
             mark.unlink(missing_ok=True)
-            limit = f"evaluate.beside.timeout_s = {self._settings.timeout_s:g}"
-            self._fail(task, f"its job gave no result within {limit}; see its log")
+            limit = f"evaluate.background.timeout_s = {self._settings.timeout_s:g}"
+            self._fail(job, f"its job gave no result within {limit}; see its log")
 
-    def _succeed(self, task: Task, took_s: float) -> None:
-        self._file(task, ".log").unlink(missing_ok=True)
-        self._record("evaluation", step=task.step, judge=task.judge, path=f"{EVALUATIONS}/{task.name}.json", took_s=took_s)
+    def _succeed(self, job: EvalJob, took_s: float) -> None:
+        self._file(job, ".log").unlink(missing_ok=True)
+        self._record("evaluation", step=job.step, task=job.task, path=f"{EVALUATIONS}/{job.name}.json", took_s=took_s)
 
-    def _fail(self, task: Task, why: str) -> None:
+    def _fail(self, job: EvalJob, why: str) -> None:
         """Record a failure; where even that fails the run goes on."""
-        text = f"the {task.judge} of step {task.step} was not measured: {why}"
-        self._record("evaluation", step=task.step, judge=task.judge, error=why)
-        self._record("warning", step=task.step, text=text)
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        self._record("evaluation", step=job.step, task=job.task, error=why)
+        warn(f"the {job.task} of step {job.step} was not measured: {why}", self._record, step=job.step)
         try:
             self.folder.mkdir(exist_ok=True)
-            atomic_write(self._result(task).with_suffix(".failed"), why + "\n")
+            atomic_write(self._result(job).with_suffix(".failed"), why + "\n")
         except (UserError, OSError) as e:
-            print(f"warning: {self.folder}: {e}", file=sys.stderr, flush=True)
+            warn(f"{self.folder}: {e}")
 
 
-def eval_command(config: RunConfig, task: Task, export: Path, out: Path) -> list[str]:
+def eval_command(config: RunConfig, job: EvalJob, export: Path, out: Path) -> list[str]:
     """Return the command that judges an export as the run's settings say, or submits a job that does."""
-    words = [task.judge, str(export), "--out", str(out)] + [w for path in config.data.paths for w in ("--data", path)]
-    if task.judge == "ppl":
-        words += ["--seq-len", str(max(phase.seq_len for phase in config.data.phases))]
-        words += ["--max-tokens", str(config.data.heldout_tokens)] if config.data.heldout_tokens else []
+    argv = [job.task, str(export), "--out", str(out)] + [w for path in config.data.paths for w in ("--data", path)]
+    if job.task == "ppl":
+        argv += ["--seq-len", str(max(phase.seq_len for phase in config.data.phases))]
+        argv += ["--max-tokens", str(config.data.heldout_tokens)] if config.data.heldout_tokens else []
     else:
         needle = config.needle
         several = {"--kinds": needle.kinds, "--languages": needle.languages, "--lengths": needle.lengths_tokens,
                    "--depths": needle.depths}
-        words += [w for option, values in several.items() if values for w in (option, *map(str, values))]
-        words += ["--samples", str(needle.samples), "--distractor-share", str(needle.distractor_share)]
+        argv += [w for option, values in several.items() if values for w in (option, *map(str, values))]
+        argv += ["--samples", str(needle.samples), "--distractor-share", str(needle.distractor_share)]
     program = [sys.executable, "-m", "megatron_sov"]
-    if config.evaluate.beside.where == "slurm":
-        return [*program, "submit", "--cluster", config.evaluate.beside.cluster, "eval", *words]
-    return [*program, "eval", *words]
+    if config.evaluate.background.where == "slurm":
+        return [*program, "submit", "--cluster", config.evaluate.background.cluster, "eval", *argv]
+    return [*program, "eval", *argv]

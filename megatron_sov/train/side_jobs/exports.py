@@ -19,9 +19,10 @@ from pathlib import Path
 from megatron_sov import models
 from megatron_sov.artifacts import MANIFEST, read_manifest
 from megatron_sov.config import TrainConfig
-from megatron_sov.runs.background import HumbleProcess
+from megatron_sov.obs.warning import warn
+from megatron_sov.runs.background import BackgroundProcess
+from megatron_sov.runs.folder import EXPORTS
 
-EXPORTS = "exports"
 _WAIT_S = 0.05
 
 
@@ -30,7 +31,7 @@ class _Running:
     """An export that is being made."""
 
     step: int
-    process: HumbleProcess
+    process: BackgroundProcess
 
 
 class Exports:
@@ -119,9 +120,9 @@ class Exports:
             os.link(checkpoint / name, source / name)
 
     def _begin(self, step: int) -> _Running:
-        words = ["convert", "to-hf", str(self._source(step)), str(self.folder / f"step-{step}"), "--workers", "1", "--overwrite"]
-        words += [word for reference in models.OWN.named() for word in ("--plugin", reference)]
-        return _Running(step, HumbleProcess([sys.executable, "-m", "megatron_sov", *words], self._log(step)))
+        argv = ["convert", "to-hf", str(self._source(step)), str(self.folder / f"step-{step}"), "--workers", "1", "--overwrite"]
+        argv += [word for reference in models.OWN.named() for word in ("--plugin", reference)]
+        return _Running(step, BackgroundProcess([sys.executable, "-m", "megatron_sov", *argv], self._log(step)))
 
     def _end(self, running: _Running) -> None:
         step, self._running = running.step, None
@@ -133,10 +134,8 @@ class Exports:
             self._fail(step, running.process.last_words)
 
     def _fail(self, step: int, why: str) -> None:
-        text = f"the export of step {step} was not made: {why}"
         self._record("export", step=step, error=why)
-        self._record("warning", step=step, text=text)
-        print(f"warning: {text}", file=sys.stderr)
+        warn(f"the export of step {step} was not made: {why}", self._record, step=step)
         self._forget(step)
 
     def _forget(self, step: int) -> None:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from megatron_sov.config import RunConfig
+from megatron_sov.obs.warning import warn
 from megatron_sov.train.side_jobs.evaluations import Evaluations
 from megatron_sov.train.side_jobs.exports import Exports
 
 
-class Beside:
+class SideJobs:
     """Exports and evaluations of one run; nothing here holds the run up."""
 
     def __init__(self, run: Path, config: RunConfig, record: Callable[..., None]) -> None:
@@ -50,4 +50,4 @@ def _without_harm(action: Callable[[], None]) -> None:
     try:
         action()
     except OSError as e:
-        print(f"warning: evaluations beside training cannot be followed ({e})", file=sys.stderr, flush=True)
+        warn(f"evaluations beside training cannot be followed ({e})")

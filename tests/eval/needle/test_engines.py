@@ -13,13 +13,13 @@ from transformers import AutoModelForCausalLM
 from megatron_sov.eval.needle.haystack import Haystack
 from megatron_sov.eval.needle.kinds import Example
 from megatron_sov.eval.needle.suite import NeedleSuite, Way, answers, is_right
-from megatron_sov.mcore.parallel.cpu_shims import open_door
+from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
-open_door()
+prepare_megatron()
 
 from megatron_sov.eval.needle.engines import hf_engine, policy_engine  # noqa: E402
 from megatron_sov.generate.hf import load_hf  # noqa: E402
-from megatron_sov.generate.load import run_policy  # noqa: E402
+from megatron_sov.generate.load import run_forward_model  # noqa: E402
 from megatron_sov.generate.target import Target  # noqa: E402
 
 KINDS = ("multi-key", "multi-value")
@@ -72,7 +72,7 @@ def test_every_answer_is_that_of_plain_transformers(family: str, by: Way, import
     ours = [answers(examples, words, engine, by) for examples in batches(haystack)]
     assert ours == reference
     target = Target(imported[family], False)
-    assert run_policy(target, [], None, lambda loaded: [
+    assert run_forward_model(target, [], None, lambda loaded: [
         answers(examples, words, policy_engine(loaded.policy), by) for examples in batches(haystack)]) == reference
     if by == "likelihood":
         assert all(token in words for rows in reference for row in rows for token in row)
@@ -96,7 +96,7 @@ def sharded_answers(checkpoint: str, shards: str, layout: dict[str, Any]) -> dic
     """What a checkpoint says at a layout, on this process, by both ways."""
     from megatron_sov.data.token_shards import open_sources
     from megatron_sov.eval.needle.haystack import open_haystacks
-    from megatron_sov.generate.load import load_policy
+    from megatron_sov.generate.load import load_forward_model
     from megatron_sov.generate.target import inference_config
     from megatron_sov.mcore.parallel import world
 
@@ -106,7 +106,7 @@ def sharded_answers(checkpoint: str, shards: str, layout: dict[str, Any]) -> dic
     config = inference_config(path, [*settings, "train.precision=fp64"], size)
     (haystack,) = open_haystacks(open_sources({shards: 1.0}, 1024), "heldout", Path(shards) / "tokenizer")
     world.join(config.parallel)
-    engine = policy_engine(load_policy(path, config))
+    engine = policy_engine(load_forward_model(path, config))
     suite = NeedleSuite((haystack,), ("multi-key", "multi-query"), (130,), (0.1, 0.8), 2, 0.2)
     found = {by: [answers(e, haystack.form.words, engine, by) for _, _, e in suite.examples()]
              for by in ("generation", "likelihood")}

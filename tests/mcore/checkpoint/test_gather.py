@@ -13,7 +13,7 @@ def gathered(everywhere: bool) -> dict[str, Any]:
 
     from megatron_sov.config import ParallelConfig
     from megatron_sov.mcore.checkpoint.gather import Gatherer, in_order
-    from megatron_sov.mcore.model.local_shards import Block
+    from megatron_sov.mcore.model.local_shards import LocalShard
     from megatron_sov.mcore.parallel import world
 
     rank = world.join(ParallelConfig()).rank
@@ -23,9 +23,9 @@ def gathered(everywhere: bool) -> dict[str, Any]:
     for owner, places in cuts.items():
         for offset, shape in places:
             part = whole[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
-            blocks.append(Block("spread", part, (2, 3, 5), offset, (int(rank != owner),)))  # both hold it, one owns it
+            blocks.append(LocalShard("spread", part, (2, 3, 5), offset, (int(rank != owner),)))  # both hold it, one owns it
     if rank == 1:
-        blocks.append(Block("lonely", torch.full((4,), 7, dtype=torch.bfloat16), (4,), (0,), (0,)))
+        blocks.append(LocalShard("lonely", torch.full((4,), 7, dtype=torch.bfloat16), (4,), (0,), (0,)))
     gatherer = Gatherer(blocks, everywhere=everywhere)
     found = dict(in_order(gatherer, ["lonely", "spread"]))
     first = in_order(gatherer, ["spread", "lonely", "spread"])

@@ -9,24 +9,24 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_sov.mcore.parallel.cpu_shims import open_door
+from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
-open_door()
+prepare_megatron()
 from megatron_sov.mcore.checkpoint import host_snapshot  # noqa: E402
 from megatron_sov.mcore.checkpoint.host_snapshot import Snapshot, Written, run_in_threads  # noqa: E402
 from megatron_sov.mcore.checkpoint.sharded_tensors import TensorReader, write_index  # noqa: E402
-from megatron_sov.mcore.model.local_shards import Block  # noqa: E402
+from megatron_sov.mcore.model.local_shards import LocalShard  # noqa: E402
 
 
-def blocks_of(whole: dict[str, torch.Tensor]) -> list[Block]:
+def blocks_of(whole: dict[str, torch.Tensor]) -> list[LocalShard]:
     """Halves of each tensor's rows, of which both are owned, and once more a half that another process owns."""
     found = []
     for key, tensor in whole.items():
         middle = len(tensor) // 2
         rest = (0,) * (tensor.dim() - 1)
-        found += [Block(key, tensor[:middle], tuple(tensor.shape), (0, *rest), (0,)),
-                  Block(key, tensor[middle:], tuple(tensor.shape), (middle, *rest), (0,)),
-                  Block(key, tensor[middle:], tuple(tensor.shape), (middle, *rest), (1,))]
+        found += [LocalShard(key, tensor[:middle], tuple(tensor.shape), (0, *rest), (0,)),
+                  LocalShard(key, tensor[middle:], tuple(tensor.shape), (middle, *rest), (0,)),
+                  LocalShard(key, tensor[middle:], tuple(tensor.shape), (middle, *rest), (1,))]
     return found
 
 

@@ -29,7 +29,7 @@ def parts(layout: dict[str, Any], precision: str = "fp32", vocab_size: int = 96)
     model = build(config.model, ParallelConfig(**layout), config.train)
     init.initialise(model, config.model, 1)
     optimizer = Optimizer(model, config.optim)
-    optimizer.adopt_model()
+    optimizer.sync_master_weights()
     return model, optimizer
 
 
@@ -37,10 +37,10 @@ def fill(model: Any, optimizer: Any) -> None:
     """Give every number of weights and state a value that its name and place in the whole tensor decide."""
     import torch
 
-    from megatron_sov.mcore.model import local_shards
     from megatron_sov.mcore.model.init import fill_normal, normals
+    from megatron_sov.mcore.model.local_shards import local_shards
 
-    for block in [*local_shards.of(model), *optimizer.state_blocks()]:
+    for block in [*local_shards(model), *optimizer.state_shards()]:
         with torch.no_grad():
             if len(block.global_shape) > 1:
                 fill_normal(block, 9, 1.0)
@@ -74,7 +74,7 @@ def continued(path: str) -> dict[str, Any]:
     import torch
 
     from megatron_sov.mcore.checkpoint import load
-    from megatron_sov.mcore.model import local_shards
+    from megatron_sov.mcore.model.local_shards import local_shards
 
     def update(model: Any, optimizer: Any, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -84,7 +84,7 @@ def continued(path: str) -> dict[str, Any]:
         optimizer.step(1e-3)
 
     def everything(model: Any, optimizer: Any) -> dict[str, torch.Tensor]:
-        return {f"{b.key}@{b.offset}": b.data.clone() for b in [*local_shards.of(model), *optimizer.state_blocks()]}
+        return {f"{b.key}@{b.offset}": b.data.clone() for b in [*local_shards(model), *optimizer.state_shards()]}
 
     model, optimizer = parts({}, "bf16")
     for name, buffer in model.named_buffers():
@@ -96,7 +96,7 @@ def continued(path: str) -> dict[str, Any]:
     expected = everything(model, optimizer)
     model, optimizer = parts({}, "bf16")
     load.load_model(Path(path), model)
-    optimizer.adopt_model()
+    optimizer.sync_master_weights()
     load.load_optimizer(Path(path), optimizer, 1)
     loaded = everything(model, optimizer)
     update(model, optimizer, 2)

@@ -33,6 +33,8 @@ def beside_the_training(folder: str) -> dict[str, Any]:
 
     from megatron_sov.mcore.checkpoint import host_snapshot, load, sharded_tensors
     from megatron_sov.mcore.checkpoint.save import Companions, Saved, Saver
+    from megatron_sov.mcore.parallel.collectives import all_reduce_world
+    from megatron_sov.mcore.parallel.named_values import sum_dict
 
     model, optimizer = parts({"tp": 2, "sp": True})
     at, saved, released = Path(folder), list[Saved](), threading.Event()
@@ -50,7 +52,7 @@ def beside_the_training(folder: str) -> dict[str, Any]:
         for parameter in model.parameters():
             parameter.fill_(7.0)
     for _ in range(3):
-        saver.advance(_sums(saver.progress()))
+        saver.advance(sum_dict(saver.progress(), all_reduce_world))
     waiting = [p.name for p in at.iterdir() if p.name.startswith("step-2")]
     released.set()
     saver.begin(at / "step-3", model, None, Companions({"step": 3, "tokens": 1}, {}, None))  # waits for the one before
@@ -58,14 +60,6 @@ def beside_the_training(folder: str) -> dict[str, Any]:
     order = [(s.step, s.stall_s <= s.save_s) for s in saved]
     saver.finish()
     return {"waiting": waiting, "order": order, "reused": reused, "saved": [s.path.name for s in saved]}
-
-
-def _sums(progress: list[float]) -> list[float]:
-    import torch
-
-    from megatron_sov.mcore.model import pipeline
-
-    return [float(s) for s in pipeline.sum_everywhere(torch.tensor(progress, dtype=torch.float64))]
 
 
 def problems(folder: str) -> dict[str, Any]:

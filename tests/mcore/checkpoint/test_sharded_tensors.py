@@ -20,15 +20,15 @@ from megatron_sov.errors import UserError
 from megatron_sov.mcore.checkpoint import sharded_tensors
 from megatron_sov.mcore.checkpoint.sharded_tensors import TensorReader, TensorWriter, write_index
 
-Block = tuple[tuple[int, ...], tuple[int, ...]]
+LocalShard = tuple[tuple[int, ...], tuple[int, ...]]
 """Offset and shape."""
 
 
 @st.composite
-def grids(draw: st.DrawFn) -> tuple[tuple[int, ...], list[Block]]:
+def grids(draw: st.DrawFn) -> tuple[tuple[int, ...], list[LocalShard]]:
     """A tensor's shape and blocks that cover it: cut anew inside each block, so that most grids are irregular."""
     shape = tuple(draw(st.lists(st.integers(1, 7), min_size=1, max_size=3)))
-    blocks: list[Block] = [((0,) * len(shape), shape)]
+    blocks: list[LocalShard] = [((0,) * len(shape), shape)]
     for _ in range(draw(st.integers(0, 4))):
         offset, extent = blocks.pop(draw(st.integers(0, len(blocks) - 1)))
         axis = draw(st.integers(0, len(shape) - 1))
@@ -38,11 +38,11 @@ def grids(draw: st.DrawFn) -> tuple[tuple[int, ...], list[Block]]:
     return shape, blocks
 
 
-def part(whole: torch.Tensor, block: Block) -> torch.Tensor:
+def part(whole: torch.Tensor, block: LocalShard) -> torch.Tensor:
     return whole[tuple(slice(o, o + n) for o, n in zip(*block, strict=True))]
 
 
-def write(folder: Path, whole: torch.Tensor, blocks: list[Block], num_ranks: int = 1) -> None:
+def write(folder: Path, whole: torch.Tensor, blocks: list[LocalShard], num_ranks: int = 1) -> None:
     indices = []
     for rank in range(num_ranks):
         writer = TensorWriter(folder, "model", rank)
@@ -53,7 +53,7 @@ def write(folder: Path, whole: torch.Tensor, blocks: list[Block], num_ranks: int
 
 
 @given(grids(), st.sampled_from([torch.float32, torch.bfloat16, torch.int64]), st.integers(1, 3), st.data())
-def test_any_grid_is_read_in_any_block(tmp_path_factory, grid: tuple[tuple[int, ...], list[Block]], dtype: torch.dtype,
+def test_any_grid_is_read_in_any_block(tmp_path_factory, grid: tuple[tuple[int, ...], list[LocalShard]], dtype: torch.dtype,
                                        num_ranks: int, data: st.DataObject) -> None:
     shape, blocks = grid
     folder = tmp_path_factory.mktemp("grid")
@@ -68,7 +68,7 @@ def test_any_grid_is_read_in_any_block(tmp_path_factory, grid: tuple[tuple[int, 
 
 
 @given(grids(), st.data())
-def test_gaps_and_overlaps_are_refused(tmp_path_factory, grid: tuple[tuple[int, ...], list[Block]], data: st.DataObject) -> None:
+def test_gaps_and_overlaps_are_refused(tmp_path_factory, grid: tuple[tuple[int, ...], list[LocalShard]], data: st.DataObject) -> None:
     """Brute force over elements decides whether blocks that were shifted, dropped or repeated still own each exactly once."""
     shape, blocks = grid
     i = data.draw(st.integers(0, len(blocks) - 1))

@@ -1,4 +1,4 @@
-"""Reading piece by piece gives the states of whole sequences, of the trunk and of the prediction layer, at every layout."""
+"""Reading span by span gives the states of whole sequences, of the trunk and of the prediction layer, at every layout."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ CUTS = [(0, 5), (5, 6), (6, 8)]
 
 
 def logits(layout: dict[str, Any]) -> dict[str, Any]:
-    """Return logits behind the last piece of both depths, read in pieces and (on one process) at once."""
+    """Return logits behind the last span of both depths, read in spans and (on one process) at once."""
     import torch
 
     from megatron_sov import recipes
     from megatron_sov.config import ParallelConfig, apply_settings
-    from megatron_sov.mcore.decode.cached_decoder import Reader, over_shares, share_place
-    from megatron_sov.mcore.decode.forward_only import Inputs, Policy
+    from megatron_sov.mcore.decode.cached_decoder import CachedDecoder, over_shares, share_place
+    from megatron_sov.mcore.decode.forward_only import ForwardModel, Inputs
     from megatron_sov.mcore.model import init
-    from megatron_sov.mcore.model.kv_cache import CacheSize, Piece
+    from megatron_sov.mcore.model.kv_cache import CacheSize, Span
     from megatron_sov.mcore.model.language_model import build
     from megatron_sov.mcore.model.logprobs import head_of
     from megatron_sov.mcore.parallel import world
@@ -31,21 +31,21 @@ def logits(layout: dict[str, Any]) -> dict[str, Any]:
     world.join(ParallelConfig(**layout))
     model = build(config.model, ParallelConfig(**layout), config.train)
     init.initialise(model, config.model, 1)
-    policy = Policy(model, 50)
+    policy = ForwardModel(model, 50)
     found: dict[str, Any] = {"share": share_place(), "sum": over_shares(torch.tensor([1])).tolist()}
-    with Reader(policy, CacheSize(2, 12, 2)) as reader:
-        found["rows"] = [reader.common_row_tokens(n) for n in (3, 0)]
+    with CachedDecoder(policy, CacheSize(2, 12, 2)) as decoder:
+        found["rows"] = [decoder.common_row_tokens(n) for n in (3, 0)]
         for first, end in CUTS:
-            pieces = [Piece(i, first, s[first:end]) for i, s in enumerate(SEQUENCES)]
+            spans = [Span(i, first, s[first:end]) for i, s in enumerate(SEQUENCES)]
             length = end - first
-            read = reader.read(pieces, reader.common_row_tokens(2 * length))
+            read = decoder.read(spans, decoder.common_row_tokens(2 * length))
             places = list(range(2 * length))
-            if reader.last_stage:
-                found["trunk"] = reader.logits(read, places).tolist()
+            if decoder.last_stage:
+                found["trunk"] = decoder.logits(read, places).tolist()
                 ahead = torch.zeros(len(read.row.tokens), dtype=torch.int64)
                 ahead[:2 * length] = torch.tensor([t for s in SEQUENCES for t in [*s, 0][first + 1:end + 1]])
-                found["predicted"] = reader.logits(reader.predict(read, ahead), places).tolist()
-        found["agreed"] = reader.agree(torch.tensor([torch.distributed.get_rank()])).tolist()
+                found["predicted"] = decoder.logits(decoder.predict(read, ahead), places).tolist()
+        found["agreed"] = decoder.agree(torch.tensor([torch.distributed.get_rank()])).tolist()
     if not layout:
         row = Inputs([s[:9] for s in SEQUENCES], torch.device("cpu"))
         positions = torch.tensor([6, 7, 9 + 6, 9 + 7])

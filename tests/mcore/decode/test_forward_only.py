@@ -13,7 +13,7 @@ def answers(layout: dict[str, Any]) -> dict[str, Any]:
 
     from megatron_sov import recipes
     from megatron_sov.config import ParallelConfig, apply_settings
-    from megatron_sov.mcore.decode.forward_only import Inputs, Policy
+    from megatron_sov.mcore.decode.forward_only import ForwardModel, Inputs
     from megatron_sov.mcore.model import init
     from megatron_sov.mcore.model.language_model import build
     from megatron_sov.mcore.parallel import world
@@ -23,7 +23,7 @@ def answers(layout: dict[str, Any]) -> dict[str, Any]:
     world.join(ParallelConfig(**layout))
     model = build(config.model, ParallelConfig(**layout), config.train)
     init.initialise(model, config.model, 1)
-    policy = Policy(model, 3)
+    policy = ForwardModel(model, 3)
     row = Inputs([[5, 6, 7, 8, 9, 10, 11], [1, 2, 3, 4]], torch.device("cpu"), min_tokens=13)
     logits = policy.logits(row, row.ends)
     counts = [float(m.local_tokens_per_expert.sum()) for m in model.modules() if hasattr(m, "local_tokens_per_expert")]

@@ -30,20 +30,19 @@ def counted(data: str, run: str) -> dict[str, Any]:
     trainer = Trainer(config, place, RunFolder(Path(run)), open_sources({data: 1.0}, 368), LanguageModelling,
                       faults=parse(["nan@step=2,rank=1"], place.size))
     experts = trainer.expert_load
-    shape = config.model.num_layers, config.model.num_experts
     seen, states = [], []
     for _ in range(2):
         trainer.update()
-        seen.append(experts.gather(*shape).sum(dim=1).tolist())
-        states.append([experts.biases(*shape), *(p.detach().clone() for p in trainer.model.parameters())])
+        seen.append(experts.gather().sum(dim=1).tolist())
+        states.append([experts.biases(), *(p.detach().clone() for p in trainer.model.parameters())])
     documents = Inputs([[1, 2, 3], [4, 5]], torch.device("cpu"), min_tokens=16)
-    result, load = experts.during(lambda: trainer.policy.map([documents], lambda hidden, head, batch: len(hidden)), *shape)
-    _, unseen = experts.during(lambda: None, *shape)
+    result, load = experts.during(lambda: trainer.policy.map([documents], lambda hidden, head, batch: len(hidden)))
+    _, unseen = experts.during(lambda: None)
     trainer.policy.map([documents], lambda hidden, head, batch: len(hidden))
-    _, uncounted = experts.during(lambda: None, *shape)
+    _, uncounted = experts.during(lambda: None)
     trainer.close()
     world.leave()
-    return {"seen": seen, "learned tokens": trainer.done.tokens, "result": result, "evaluated": load.sum(dim=1).tolist(),
+    return {"seen": seen, "learned tokens": trainer.state.tokens, "result": result, "evaluated": load.sum(dim=1).tolist(),
             "nothing": float((unseen + uncounted).sum()), "bias": float(states[0][0].abs().max()),
             "unmoved": all(torch.equal(a, b) for a, b in zip(*states, strict=True)),
             "passed over": [e.first_step for e in trainer.batches.ledger.entries if e.skip],

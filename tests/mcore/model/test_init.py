@@ -45,7 +45,7 @@ def initial(recipe: str, layout: dict[str, Any], folder: str, *, reference: bool
         for tensor in [*model.parameters(), *model.buffers()]:
             tensor.fill_(torch.nan if tensor.is_floating_point() else 0)
     init.initialise(model, config.model, 11)
-    local = local_shards.of(model)
+    local = local_shards(model)
     file = Path(folder) / f"{recipe}.safetensors"
     if reference:
         whole: dict[str, torch.Tensor] = {}

@@ -1,4 +1,4 @@
-"""Cached attention against a dense softmax over whole sequences, with pieces of any length and tokens taken back."""
+"""Cached attention against a dense softmax over whole sequences, with spans of any length and tokens taken back."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import random
 import pytest
 import torch
 
-from megatron_sov.mcore.parallel.cpu_shims import open_door
+from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
-open_door()
+prepare_megatron()
 
 from megatron_sov.mcore.model import attention  # noqa: E402
-from megatron_sov.mcore.model.kv_cache import CachedAttention, CacheSize, Group, PackedPieces  # noqa: E402
+from megatron_sov.mcore.model.kv_cache import CachedAttention, CacheSize, Group, PackedSpans  # noqa: E402
 
 HEADS, KV_HEADS, DIM, SLOTS, LONGEST = 4, 2, 8, 3, 60
 
@@ -59,7 +59,7 @@ def test_pieces_give_what_whole_sequences_give(window: int, step: int, monkeypat
             Group(sum(lengths[:i]), i, lengths[i], [done[i]]) for i in range(SLOTS)]
         row = [torch.cat([getattr(s, name)[d:d + n] for s, d, n in zip(sequences, done, lengths, strict=True)]
                          + [torch.full((2, HEADS if name == "q" else KV_HEADS, DIM), torch.nan).double()]) for name in "qkv"]
-        found = layer(*row, None, packed_seq_params=PackedPieces(groups=groups))
+        found = layer(*row, None, packed_seq_params=PackedSpans(groups=groups))
         expected = torch.cat([s.dense(window)[d:d + n] for s, d, n in zip(sequences, done, lengths, strict=True)])
         assert torch.allclose(found[:-2], expected, atol=1e-12), turn
         assert not found[-2:].any(), "padding"

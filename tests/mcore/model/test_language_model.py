@@ -18,7 +18,7 @@ def hidden(recipe: str, layout: dict[str, Any], documents: list[list[int]]) -> l
 
     from megatron_sov import recipes
     from megatron_sov.config import ParallelConfig, apply_settings
-    from megatron_sov.mcore.decode.forward_only import Inputs, Policy
+    from megatron_sov.mcore.decode.forward_only import ForwardModel, Inputs
     from megatron_sov.mcore.model import init
     from megatron_sov.mcore.model.language_model import build, gather_sequence
     from megatron_sov.mcore.parallel import context, world
@@ -29,7 +29,7 @@ def hidden(recipe: str, layout: dict[str, Any], documents: list[list[int]]) -> l
     init.initialise(model, config.model, 1)
     row = Inputs(documents, torch.device("cpu"))
     first, last = (int(row.inputs.cu_seqlens[len(documents) - 1]), int(row.inputs.cu_seqlens[len(documents)]))
-    found = Policy(model, 64).map([row], lambda depths, *_: [
+    found = ForwardModel(model, 64).map([row], lambda depths, *_: [
         context.gather(gather_sequence(d, model.config))[first:last] for d in depths])
     if not place.last_stage:
         return None

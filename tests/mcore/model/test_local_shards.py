@@ -14,8 +14,8 @@ def covered(layout: dict[str, Any]) -> dict[str, Any]:
 
     from megatron_sov import recipes
     from megatron_sov.config import ParallelConfig, apply_settings
-    from megatron_sov.mcore.model import local_shards
     from megatron_sov.mcore.model.language_model import build
+    from megatron_sov.mcore.model.local_shards import local_shards
     from megatron_sov.mcore.parallel import world
 
     config = apply_settings(recipes.get("tiny-k-exaone"), [
@@ -23,7 +23,7 @@ def covered(layout: dict[str, Any]) -> dict[str, Any]:
     world.join(ParallelConfig(**layout))
     model = build(config.model, ParallelConfig(**layout), config.train)
     parameters = list(model.parameters())
-    local = local_shards.of(model)
+    local = local_shards(model)
     lookup = local_shards.ParameterLookup(parameters)
     found = {b.key: lookup.find(b) for b in local}
     with torch.no_grad():
@@ -63,8 +63,8 @@ def full_size(recipe: str) -> dict[str, Any]:
 
     from megatron_sov import models, recipes
     from megatron_sov.config import ParallelConfig
-    from megatron_sov.mcore.model import local_shards
     from megatron_sov.mcore.model.language_model import build
+    from megatron_sov.mcore.model.local_shards import local_shards
     from megatron_sov.mcore.parallel import world
 
     config = recipes.get(recipe)
@@ -72,7 +72,7 @@ def full_size(recipe: str) -> dict[str, Any]:
     with torch.device("meta"):
         model = build(config.model, ParallelConfig(), config.train)
     found: dict[str, list[Any]] = {}
-    for block in local_shards.of(model):
+    for block in local_shards(model):
         tensor = found.setdefault(block.key, [0, list(block.global_shape), str(block.data.dtype)])
         tensor[0] += block.data.numel()
     expected: dict[str, list[Any]] = {}

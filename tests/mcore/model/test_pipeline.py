@@ -23,7 +23,7 @@ def step(recipe: str, layout: dict[str, Any], settings: tuple[str, ...] = ()) ->
     from megatron_sov.mcore.model.language_model import ModelInputs, build
     from megatron_sov.mcore.model.logprobs import head_of
     from megatron_sov.mcore.optimizer.optimizer import Optimizer
-    from megatron_sov.mcore.parallel import world
+    from megatron_sov.mcore.parallel import collectives, world
 
     @dataclasses.dataclass
     class Row:
@@ -56,17 +56,17 @@ def step(recipe: str, layout: dict[str, Any], settings: tuple[str, ...] = ()) ->
         return total / 121, total.detach().double()
 
     optimizer.zero_grad()
-    dp_rank, dp_size = pipeline.data_place()
+    dp_rank, dp_size = collectives.data_place()
     parts = pipeline.run(optimizer.wrapped, rows[dp_rank::dp_size], loss, 32, forward_only=False)
     local = torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.float64)
-    total = pipeline.from_last_stage(pipeline.sum_over_data(local))
+    total = collectives.broadcast_from_last_stage(collectives.all_reduce_dp(local))
     norm = optimizer.step(1e-3)
     biases = torch.zeros(config.model.num_layers + 1, config.model.num_experts, dtype=torch.float64)
     for module in model.modules():
         if getattr(module, "expert_bias", None) is not None:
             biases[module.layer_number] = module.expert_bias.double()
-    biases = pipeline.sum_everywhere(biases) / (place.size // layout.get("pp", 1))
-    return {"loss": float(total), "norm": norm, "load": load.gather(config.model.num_layers, config.model.num_experts).tolist(),
+    biases = collectives.all_reduce_world(biases) / (place.size // layout.get("pp", 1))
+    return {"loss": float(total), "norm": norm, "load": load.gather().tolist(),
             "rate": config.model.router_bias_update_rate, "bias": biases.tolist()}
 
 

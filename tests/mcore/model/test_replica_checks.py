@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sov.mcore.parallel.cpu_shims import open_door
+from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
-open_door()
+prepare_megatron()
 from megatron_sov.mcore.model.replica_checks import checksum, flip_bit  # noqa: E402
 
 

@@ -32,10 +32,10 @@ def put_gradients(optimizer: Any, model: Any, seed: int) -> None:
     """Write this process's parts of all gradients, as if they had been summed over the data."""
     import torch
 
-    from megatron_sov.mcore.model.local_shards import ParameterLookup, of
+    from megatron_sov.mcore.model.local_shards import ParameterLookup, local_shards
 
     lookup = ParameterLookup(list(model.parameters()))
-    for block in of(model):
+    for block in local_shards(model):
         parameter = lookup.find(block)
         if parameter is None:
             continue
@@ -53,11 +53,11 @@ def gathered(model: Any, optimizer: Any) -> dict[str, Any]:
     import torch
 
     from megatron_sov.mcore.checkpoint.gather import Gatherer
-    from megatron_sov.mcore.model.local_shards import of
+    from megatron_sov.mcore.model.local_shards import local_shards
 
-    blocks = of(model)
+    blocks = local_shards(model)
     if model.config.params_dtype == torch.bfloat16:
-        blocks = [dataclasses.replace(b, key=b.key.removeprefix("master/")) for b in optimizer.state_blocks()
+        blocks = [dataclasses.replace(b, key=b.key.removeprefix("master/")) for b in optimizer.state_shards()
                   if b.key.startswith("master/")]
     gatherer = Gatherer(blocks, everywhere=True)
     return {key: gatherer.gather(key) for key in sorted(gatherer.shapes())}
@@ -143,7 +143,7 @@ def updates(settings: list[str], seed: int, shards_alone: bool = False) -> dict[
     model = build(config.model, config.parallel, config.train)
     init.initialise(model, config.model, seed)
     optimizer = Optimizer(model, config.optim, config.parallel)
-    optimizer.adopt_model()
+    optimizer.sync_master_weights()
     if shards_alone:
         mock.patch.object(matrix_exchange.MatrixExchange, "run", on_shards_alone).start()
     start = gathered(model, optimizer)
@@ -165,7 +165,7 @@ def updates(settings: list[str], seed: int, shards_alone: bool = False) -> dict[
         for key, theirs in reference.rest.items():
             apart[key] = max(apart.get(key, 0.0), float((now[key].to(full) - theirs.detach()).abs().max()))
             moved[key] = float((now[key].to(full) - start[key].to(full)).abs().max())
-    kinds = sorted({block.key.split("/")[0] for block in optimizer.state_blocks()})
+    kinds = sorted({block.key.split("/")[0] for block in optimizer.state_shards()})
     world.leave()
     return {"apart": apart, "moved": moved, "kinds": kinds}
 

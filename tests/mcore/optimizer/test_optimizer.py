@@ -34,7 +34,7 @@ def updates(precision: str, clip_grad: float) -> dict[str, Any]:
             optimizer = Optimizer(model, config.optim)
     else:
         optimizer = Optimizer(model, config.optim)
-    optimizer.adopt_model()
+    optimizer.sync_master_weights()
     names, parameters = zip(*model.named_parameters(), strict=True)
     copies = [torch.nn.Parameter(p.detach().to(full, copy=True)) for p in parameters]
     o = config.optim
@@ -53,8 +53,8 @@ def updates(precision: str, clip_grad: float) -> dict[str, Any]:
             group["lr"] = lr
         reference.step()
         norms.append([optimizer.step(lr), float(expected)])
-    state = {b.key: b.data.dtype for b in optimizer.state_blocks()}
-    masters = [b.data for b in optimizer.state_blocks() if b.key.startswith(MASTER)]
+    state = {b.key: b.data.dtype for b in optimizer.state_shards()}
+    masters = [b.data for b in optimizer.state_shards() if b.key.startswith(MASTER)]
     main = masters or [p.detach() for p in parameters]
     apart = {n: float((p.detach().to(full) - c.detach()).abs().max()) for n, p, c in zip(names, parameters, copies, strict=True)}
     total = sum(float(t.double().square().sum()) for t in main)

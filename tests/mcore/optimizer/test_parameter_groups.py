@@ -33,7 +33,7 @@ def grouped(settings: list[str]) -> dict[str, float]:
     from megatron_sov.config import apply_settings
     from megatron_sov.mcore.model import init
     from megatron_sov.mcore.model.language_model import build
-    from megatron_sov.mcore.model.local_shards import ParameterLookup, of
+    from megatron_sov.mcore.model.local_shards import ParameterLookup, local_shards
     from megatron_sov.mcore.optimizer.optimizer import Optimizer
     from megatron_sov.mcore.parallel import world
 
@@ -43,7 +43,7 @@ def grouped(settings: list[str]) -> dict[str, float]:
     init.initialise(model, config.model, 1)
     optimizer = Optimizer(model, config.optim, config.parallel)
     lookup = ParameterLookup(list(model.parameters()))
-    key_of = {id(lookup.find(block)): block.key for block in of(model)}
+    key_of = {id(lookup.find(block)): block.key for block in local_shards(model)}
     parameters = list(model.parameters())
     copies = [torch.nn.Parameter(p.detach().clone()) for p in parameters]
     groups = []

@@ -65,7 +65,7 @@ def zero1_shards(precision: str) -> dict[str, Any]:
     optimizer = Optimizer(model, config.optim, layout)
     names = {id(p): name for name, p in model.named_parameters()}
     mine = {names[id(s.parameter)]: [s.start, s.stop] for s in optimizer.shards}
-    blocks = [(b.key, b.offset, b.shape, str(b.data.dtype)) for b in optimizer.state_blocks() if b.owned]
+    blocks = [(b.key, b.offset, b.shape, str(b.data.dtype)) for b in optimizer.state_shards() if b.owned]
     everyones: list[Any] = [None] * dist.get_world_size()
     names_of_state = {key.split("/")[0] for key, *_ in blocks}
     dist.all_gather_object(everyones, (mine, len(blocks), sorted({dtype for *_, dtype in blocks}), sorted(names_of_state)))

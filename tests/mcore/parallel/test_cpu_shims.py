@@ -34,9 +34,10 @@ def opened() -> dict:
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
     from megatron_sov.mcore.parallel import cpu_shims
+    from megatron_sov.mcore.parallel.device import local_device, on_gpu
 
     before = torch.zeros
-    cpu_shims.open_door()
+    cpu_shims.prepare_megatron()
     config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1, normalization="RMSNorm")
     config.sequence_parallel = True
     norm = WrappedTorchNorm(config, 8)
@@ -45,7 +46,7 @@ def opened() -> dict:
     torch.manual_seed(3)
     asked = (torch.zeros(1, device="cuda"), torch.tensor([1], device="cuda:0"), torch.ones(1).cuda(), torch.ones(1).to("cuda"),
              torch.empty(1, pin_memory=True), torch.ones(1, device=torch.cuda.current_device()))
-    return {"once": torch.zeros is before, "device": str(cpu_shims.device()), "on_gpu": cpu_shims.on_gpu(),
+    return {"once": torch.zeros is before, "device": str(local_device()), "on_gpu": on_gpu(),
             "landed": [str(t.device) for t in asked], "meta": str(torch.zeros(1, device="meta").device),
             "type": torch.ones(1).type(), "cast": str(torch.ones(1).type(torch.int64).dtype),
             "marked": norm.weight.sequence_parallel, "flag": config.sequence_parallel,

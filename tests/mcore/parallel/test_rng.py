@@ -18,7 +18,7 @@ def pieces(data: str, run: str, layout: dict[str, Any], dropout: float, recomput
     from megatron_sov.config import ParallelConfig, apply_settings
     from megatron_sov.data.token_shards import open_sources
     from megatron_sov.mcore.checkpoint import load
-    from megatron_sov.mcore.model import local_shards
+    from megatron_sov.mcore.model.local_shards import local_shards
     from megatron_sov.mcore.parallel import world
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.lm import LanguageModelling
@@ -53,7 +53,7 @@ def pieces(data: str, run: str, layout: dict[str, Any], dropout: float, recomput
     assert load.damage(folder.checkpoint(FIRST)) is None
     second.resume(folder.checkpoint(FIRST))
     found += steps(second, STEPS - FIRST)
-    tensors = [{b.key: b.data for b in [*local_shards.of(t.model), *t.optimizer.state_blocks()]} for t in (whole, second)]
+    tensors = [{b.key: b.data for b in [*local_shards(t.model), *t.optimizer.state_shards()]} for t in (whole, second)]
     differing = [key for key, value in tensors[0].items() if not value.equal(tensors[1][key])]
     world.leave()
     return {"losses": expected, "same": expected == found, "differing": differing}

@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 
 from megatron_sov import convert
 from megatron_sov.artifacts import damaged_files, read_manifest
-from megatron_sov.mcore.parallel.cpu_shims import open_door
+from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 from tokenizer.cli import main
 
-open_door()
+prepare_megatron()
 
 ENGLISH = "The quick brown fox jumps over the lazy dog, and the other dogs jump over it. def f(x):\n    return x + 12\n" * 40
 THAI = "กำลังเรียนภาษาไทย น้ำใจไมตรี เป็นมนุษย์สุดประเสริฐ ภาษาไทย มนุษย์ ประเทศไทย 다람쥐 헌 쳇바퀴에 타고파 quickly browse " * 40

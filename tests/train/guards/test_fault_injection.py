@@ -43,11 +43,11 @@ def test_a_fault_comes_once_to_its_process_from_its_step_on_and_is_told_once(tmp
     other, mine = Faults(faults, tmp_path, 0), Faults(faults, tmp_path, 1)
     assert other.loss_factor(5) == 1.0 and mine.loss_factor(4) == 1.0
     assert math.isnan(mine.loss_factor(6)) and mine.loss_factor(6) == 1.0 and mine.loss_factor(9) == 1e4
-    mine.strike("step", 9)
+    mine.trigger("step", 9)
     again = Faults(faults, tmp_path, 1)
     assert again.loss_factor(5) == 1.0, "after a restart too"
     with pytest.raises(RuntimeError, match="--inject raise@save=4,rank=1"):
-        again.strike("save", 4)
+        again.trigger("save", 4)
     for rank_zero in (other, Faults(faults, tmp_path, 0)):
         log = EventLog(tmp_path / "events.jsonl")
         rank_zero.tell(log)

@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 
 from megatron_sov.config import GuardConfig
-from megatron_sov.mcore.parallel.cpu_shims import open_door
+from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 from megatron_sov.obs.events import EventLog, read_events
 
-open_door()
-from megatron_sov.train.guards.routing_monitor import RoutingWatch  # noqa: E402
+prepare_megatron()
+from megatron_sov.train.guards.routing_monitor import RoutingMonitor  # noqa: E402
 
 EVEN, ONE, HALF = [4.0, 4.0, 4.0, 4.0], [16.0, 0.0, 0.0, 0.0], [8.0, 8.0, 0.0, 0.0]
 DENSE, FLAT, APART = [0.0] * 4, [0.1] * 4, [0.9, 0.0, 0.0, -0.2]
@@ -20,7 +20,7 @@ DENSE, FLAT, APART = [0.0] * 4, [0.1] * 4, [0.9, 0.0, 0.0, -0.2]
 def alarms(tmp_path: Path, records: list[tuple[list[list[float]], list[list[float]]]]) -> list[tuple[int, str, int, str]]:
     """Feed records of (load, biases); return (step, kind, layer, text) of each alarm."""
     log = EventLog(tmp_path / "events.jsonl")
-    watch = RoutingWatch(GuardConfig(routing_every_steps=10, min_load_entropy=0.3, dead_after_records=2))
+    watch = RoutingMonitor(GuardConfig(routing_every_steps=10, min_load_entropy=0.3, dead_after_records=2))
     for step in range(10, 10 * len(records) + 10, 10):
         assert watch.is_due(step) and not watch.is_due(step + 1)
         load, biases = records[step // 10 - 1]

@@ -9,23 +9,18 @@ import torch
 
 from megatron_sov.config import GuardConfig
 from megatron_sov.errors import SilentCorruption
-from megatron_sov.mcore.parallel.cpu_shims import open_door
+from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
-open_door()
+prepare_megatron()
 from megatron_sov.train.guards import sdc  # noqa: E402
-from megatron_sov.train.guards.sdc import CorruptionChecks  # noqa: E402
+from megatron_sov.train.guards.sdc import SdcChecks  # noqa: E402
 
 
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Three processes on two machines, of which this one is rank 0; returns the events."""
-
-    def gather(hosts: list[Any], mine: str) -> None:
-        hosts[:] = ["n1", "n1", "n2"]
-
-    monkeypatch.setattr(sdc.dist, "get_world_size", lambda: 3)
     monkeypatch.setattr(sdc.dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(sdc.dist, "all_gather_object", gather)
+    monkeypatch.setattr(sdc, "gather_objects", lambda mine: ["n1", "n1", "n2"])
     return []
 
 
@@ -41,26 +36,26 @@ class Events:
 
 
 def test_replicas_that_differ_end_the_run_before_the_checkpoint(monkeypatch: pytest.MonkeyPatch, told: list[Any]) -> None:
-    monkeypatch.setattr(sdc.probes, "differing_replicas", lambda model: [2])
+    monkeypatch.setattr(sdc.replica_checks, "differing_replicas", lambda model: [2])
     with pytest.raises(SilentCorruption, match=r"after step 7: weights differ .* \(rank 2 on n2\); nothing is saved"):
-        CorruptionChecks(GuardConfig()).compare(7, None, Events(told))  # type: ignore[arg-type]
-    assert told[0]["event"] == "corruption" and told[0]["ranks"] == [2] and told[0]["hosts"] == ["n2"]
-    CorruptionChecks(GuardConfig(compare_replicas=False)).compare(7, None, Events(told))  # type: ignore[arg-type]
+        SdcChecks(GuardConfig()).compare(7, None, Events(told))  # type: ignore[arg-type]
+    assert told[0]["event"] == "sdc" and told[0]["ranks"] == [2] and told[0]["hosts"] == ["n2"]
+    SdcChecks(GuardConfig(compare_replicas=False)).compare(7, None, Events(told))  # type: ignore[arg-type]
     assert len(told) == 1, "switched off nothing is looked at"
 
 
 def test_on_request_the_run_goes_on(monkeypatch: pytest.MonkeyPatch, told: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sdc.probes, "differing_replicas", lambda model: [0, 1])
-    CorruptionChecks(GuardConfig(on_corruption="record")).compare(7, None, Events(told))  # type: ignore[arg-type]
+    monkeypatch.setattr(sdc.replica_checks, "differing_replicas", lambda model: [0, 1])
+    SdcChecks(GuardConfig(on_sdc="record")).compare(7, None, Events(told))  # type: ignore[arg-type]
     assert told[0]["ranks"] == [0, 1] and "rank 0 on n1, rank 1 on n1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("again", [0.0, 1e-7])
 def test_a_repetition_is_compared_bit_for_bit(monkeypatch: pytest.MonkeyPatch, told: list[Any], again: float) -> None:
     gradients = [torch.ones(3), torch.ones(2)]
-    monkeypatch.setattr(sdc.probes, "gradients", lambda model: gradients)
-    monkeypatch.setattr(sdc.probes, "ranks_where", lambda holds: [0] if holds else [])
-    checks = CorruptionChecks(GuardConfig(probe_every_steps=5))
+    monkeypatch.setattr(sdc.replica_checks, "gradients", lambda model: gradients)
+    monkeypatch.setattr(sdc.replica_checks, "ranks_where", lambda holds: [0] if holds else [])
+    checks = SdcChecks(GuardConfig(probe_every_steps=5))
     assert [step for step in range(1, 11) if checks.probe_is_due(step)] == [5, 10]
     turns: list[int] = []
 

@@ -10,20 +10,20 @@ import pytest
 import torch
 
 from megatron_sov.config import GuardConfig
-from megatron_sov.data.ledger import Entry, Ledger
-from megatron_sov.mcore.parallel.cpu_shims import open_door
+from megatron_sov.data.ledger import Ledger, LedgerEntry
+from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
-open_door()
+prepare_megatron()
 from megatron_sov.train.guards import step_guard  # noqa: E402
 from megatron_sov.train.guards.step_guard import StepGuard  # noqa: E402
 
-LEDGER = Ledger([Entry(0, "a", 32, 8, {"x": 1.0}), Entry(60, "b", 64, 8, {"x": 1.0}), Entry(70, "c", 64, 16, {"x": 1.0})])
+LEDGER = Ledger([LedgerEntry(0, "a", 32, 8, {"x": 1.0}), LedgerEntry(60, "b", 64, 8, {"x": 1.0}), LedgerEntry(70, "c", 64, 16, {"x": 1.0})])
 
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """One process; the sum over all is its own."""
-    monkeypatch.setattr(step_guard.schedule, "sum_everywhere", lambda values: values)
+    monkeypatch.setattr(step_guard.collectives, "all_reduce_world", lambda values: values)
 
 
 def reference(losses: list[float], norms: list[float], window: int, sigma: float) -> bool:
@@ -75,18 +75,18 @@ def test_high_losses_in_a_row_are_counted_and_the_history_survives_a_checkpoint(
     again = StepGuard(settings, is_main=True)
     again.restore(guard.state())
     for g in (guard, again):
-        assert not g.accepts(9.0, 1.0) and not g.gives_up
-        assert not g.accepts(9.0, 1.0) and g.gives_up and g.in_a_row == 2
+        assert not g.accepts(9.0, 1.0) and not g.wants_rollback
+        assert not g.accepts(9.0, 1.0) and g.wants_rollback and g.in_a_row == 2
     assert guard.state() == again.state()
     guard.forget_refusals()
-    assert not guard.gives_up and not StepGuard(GuardConfig(rollback_after_skips=0), is_main=True).gives_up
+    assert not guard.wants_rollback and not StepGuard(GuardConfig(rollback_after_skips=0), is_main=True).wants_rollback
 
 
 def test_gradients_that_stay_large_become_usual_and_take_nothing_back() -> None:
     guard = steady(GuardConfig(rollback_after_skips=2), 128)
-    decisions = [guard.accepts(2.0, 5.0) or guard.gives_up for _ in range(6)]
+    decisions = [guard.accepts(2.0, 5.0) or guard.wants_rollback for _ in range(6)]
     # k equal spikes in a window of n lie sqrt((n - k) / k) standard deviations above its mean: more than 6 up to k = 3
-    assert decisions == [False] * 4 + [True] * 2 and guard.in_a_row == 0 and not guard.gives_up
+    assert decisions == [False] * 4 + [True] * 2 and guard.in_a_row == 0 and not guard.wants_rollback
 
 
 def test_where_the_data_change_nothing_is_usual_yet() -> None:

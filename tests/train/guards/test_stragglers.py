@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from megatron_sov.config import GuardConfig
-from megatron_sov.mcore.parallel.cpu_shims import open_door
+from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
-open_door()
+prepare_megatron()
 from megatron_sov.train.guards import stragglers  # noqa: E402
 from megatron_sov.train.guards.stragglers import MAX_SHOWN, Stragglers  # noqa: E402
 
@@ -21,7 +21,7 @@ def reported(monkeypatch: pytest.MonkeyPatch, others: list[float], own: list[flo
     told: list[dict[str, Any]] = []
     monkeypatch.setattr(stragglers.dist, "get_world_size", lambda: len(others) + 1)
     monkeypatch.setattr(stragglers.dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(stragglers.schedule, "sum_everywhere",
+    monkeypatch.setattr(stragglers.collectives, "all_reduce_world",
                         lambda mine: mine + torch.tensor([0.0, *others], dtype=torch.float64))
     watch = Stragglers(GuardConfig(straggler_every_steps=4, straggler_ratio=ratio))
     events: Any = SimpleNamespace(write=lambda event, **fields: told.append({"event": event, **fields}))

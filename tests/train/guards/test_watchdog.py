@@ -7,12 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from megatron_sov.errors import EXIT_HANG
+from megatron_sov.errors import ExitCode
 
 PROGRAM = """
 import ctypes, json, sys, time
 from pathlib import Path
-from megatron_sov.train import watchdog
+from megatron_sov.train.guards import watchdog
 
 case, folder = sys.argv[1], Path(sys.argv[2])
 watchdog.MAX_GRACE_S = 0.5
@@ -33,7 +33,7 @@ dog.close()
 
 
 def test_a_hang_is_told_and_ended_and_what_may_take_long_is_not_watched(tmp_path: Path) -> None:
-    cases = {"hang": EXIT_HANG, "lock": 1, "off": 0, "evaluation": 0}
+    cases = {"hang": ExitCode.HANG, "lock": ExitCode.CRASH, "off": ExitCode.OK, "evaluation": ExitCode.OK}
     started = {}
     for case in cases:
         (tmp_path / case).mkdir()

@@ -16,10 +16,19 @@ from megatron_sov import cli, recipes
 from megatron_sov.commands import eval
 from megatron_sov.config import RunConfig, apply_settings
 from megatron_sov.obs.events import EVENTS, read_events
+from megatron_sov.runs.folder import EVALUATIONS
 from megatron_sov.train.side_jobs import evaluations
-from megatron_sov.train.side_jobs.evaluations import EVALUATIONS, Evaluations, Task, eval_command
+from megatron_sov.train.side_jobs.evaluations import EvalJob, Evaluations, eval_command
 
 WRITES = "import sys, json; json.dump({'x': 1}, open(sys.argv[1], 'w'))"
+WAITS = f"""
+import os, sys, time
+deadline_s = time.monotonic() + 60
+while not os.path.exists(os.path.join(os.path.dirname(sys.argv[1]), "goes-on")):
+    assert time.monotonic() < deadline_s
+    time.sleep(0.01)
+{WRITES}
+"""
 FAILS = "import sys; sys.exit('error: no memory')"
 HANGS = "import time; time.sleep(600)"
 SUBMITS = "print('submitted eval as job 12')"
@@ -27,7 +36,7 @@ SUBMITS = "print('submitted eval as job 12')"
 
 def settings(*changes: str) -> RunConfig:
     return apply_settings(recipes.get("tiny-solar-open"), [
-        "train.export_every_checkpoints=1", 'evaluate.beside.judges=["ppl"]', *changes])
+        "train.export_every_checkpoints=1", 'evaluate.background.tasks=["ppl"]', *changes])
 
 
 class Run:
@@ -39,7 +48,7 @@ class Run:
         self.programs: dict[int, str] = {}
 
     def evaluations(self, *changes: str) -> Evaluations:
-        def command_of(task: Task, export: Path, out: Path) -> list[str]:
+        def command_of(task: EvalJob, export: Path, out: Path) -> list[str]:
             assert export == self.path / f"exports/step-{task.step}"
             return [sys.executable, "-c", self.programs.get(task.step, WRITES), str(out)]
 
@@ -57,7 +66,7 @@ class Run:
         return sorted(p.name for p in (self.path / EVALUATIONS).iterdir())
 
     def told(self) -> list[tuple[int, str, str | None]]:
-        return [(e["step"], e["judge"], e.get("error")) for e in self.events if e["event"] == "evaluation"]
+        return [(e["step"], e["task"], e.get("error")) for e in self.events if e["event"] == "evaluation"]
 
 
 @pytest.fixture
@@ -66,18 +75,20 @@ def run(tmp_path: Path) -> Run:
 
 
 def test_judges_follow_one_another_and_training_never_waits(run: Run) -> None:
-    beside = run.evaluations('evaluate.beside.judges=["ppl", "needle"]')
-    began_s = time.monotonic()
+    run.programs = {10: WAITS}
+    beside = run.evaluations('evaluate.background.tasks=["ppl", "needle"]')
     beside.offer(run.export(10))
-    assert time.monotonic() - began_s < 0.5 and run.told() == []
+    beside.poll(now=True)
+    assert run.told() == [], "the judge waits for this test, so nobody has waited for the judge"
+    (run.path / EVALUATIONS / "goes-on").touch()
     beside.wait()
     assert run.told() == [(10, "ppl", None), (10, "needle", None)] and all(e["took_s"] > 0 for e in run.events)
-    assert run.files() == ["step-10.needle.json", "step-10.ppl.json"]
+    assert run.files() == ["goes-on", "step-10.needle.json", "step-10.ppl.json"]
 
 
 def test_failing_hanging_and_crowded_out_judges_are_told_and_left(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     run.programs = {10: FAILS, 20: HANGS, 30: HANGS}
-    beside = run.evaluations("evaluate.beside.timeout_s=1000", "evaluate.beside.max_waiting=2")
+    beside = run.evaluations("evaluate.background.timeout_s=1000", "evaluate.background.max_waiting=2")
     beside.offer(run.export(10))
     beside.wait()
     for step in (20, 30, 40, 50):
@@ -86,7 +97,7 @@ def test_failing_hanging_and_crowded_out_judges_are_told_and_left(run: Run, caps
     beside._running.process.began_s -= 1001
     beside.wait()
     assert run.told() == [(10, "ppl", "no memory"), (30, "ppl", "2 newer exports were ready before it was begun"),
-                          (20, "ppl", "it took more than evaluate.beside.timeout_s = 1000"), (40, "ppl", None), (50, "ppl", None)]
+                          (20, "ppl", "it took more than evaluate.background.timeout_s = 1000"), (40, "ppl", None), (50, "ppl", None)]
     assert next(e["text"] for e in run.events if e["event"] == "warning") == "the ppl of step 10 was not measured: no memory"
     assert (run.path / EVALUATIONS / "step-10.ppl.failed").read_text() == "no memory\n"
     assert capsys.readouterr().err.count("warning: the ppl of step") == 3
@@ -110,7 +121,7 @@ def test_a_stopped_run_goes_on_where_it_was_and_a_step_done_again_is_judged_agai
 
 def test_jobs_bring_their_figures_when_they_do(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     run.programs = {10: SUBMITS, 20: SUBMITS, 30: SUBMITS}
-    slurm = ("evaluate.beside.where=slurm", "evaluate.beside.cluster=local", "evaluate.beside.timeout_s=100")
+    slurm = ("evaluate.background.where=slurm", "evaluate.background.cluster=local", "evaluate.background.timeout_s=100")
     beside = run.evaluations(*slurm)
     for step in (10, 20, 30):
         beside.offer(run.export(step))
@@ -122,40 +133,40 @@ def test_jobs_bring_their_figures_when_they_do(run: Run, monkeypatch: pytest.Mon
     later_s = time.time() + 200
     monkeypatch.setattr(evaluations.time, "time", lambda: later_s)
     resumed.poll(now=True)
-    assert run.told() == [(20, "ppl", "its job gave no result within evaluate.beside.timeout_s = 100; see its log")]
+    assert run.told() == [(20, "ppl", "its job gave no result within evaluate.background.timeout_s = 100; see its log")]
 
 
 def test_commands_are_what_the_parsers_take(tmp_path: Path) -> None:
     config = settings(f"data.paths={json.dumps({str(tmp_path): 1.0})}", "data.heldout_tokens=512",
                       "needle.lengths_tokens=[64, 96]")
     for judge in ("ppl", "needle"):
-        _, *program, first = (words := eval_command(config, Task(10, judge), tmp_path / "export", tmp_path / "out.json"))[:4]
+        _, *program, first = (argv := eval_command(config, EvalJob(10, judge), tmp_path / "export", tmp_path / "out.json"))[:4]
         assert program == ["-m", "megatron_sov"] and first == "eval"
         parser = argparse.ArgumentParser()
         eval.add_arguments(parser)
-        found = parser.parse_args(words[4:])
-        assert (found.judge, found.target, found.out) == (judge, tmp_path / "export", tmp_path / "out.json")
+        found = parser.parse_args(argv[4:])
+        assert (found.task, found.target, found.out) == (judge, tmp_path / "export", tmp_path / "out.json")
         assert found.data == [str(tmp_path)]
     assert found.lengths == [64, 96] and found.samples == config.needle.samples
 
 
 def test_a_job_is_what_submit_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = settings(f"data.paths={json.dumps({str(tmp_path): 1.0})}", "evaluate.beside.where=slurm",
-                      "evaluate.beside.cluster=local")
-    words = eval_command(config, Task(10, "needle"), tmp_path / "step-10", tmp_path / "out.json")
-    assert words[1:4] == ["-m", "megatron_sov", "submit"]
-    assert cli.main([*words[3:], "--dry-run"]) == 0
+    config = settings(f"data.paths={json.dumps({str(tmp_path): 1.0})}", "evaluate.background.where=slurm",
+                      "evaluate.background.cluster=local")
+    argv = eval_command(config, EvalJob(10, "needle"), tmp_path / "step-10", tmp_path / "out.json")
+    assert argv[1:4] == ["-m", "megatron_sov", "submit"]
+    assert cli.main([*argv[3:], "--dry-run"]) == 0
     script = capsys.readouterr().out
     assert "megatron_sov eval needle" in script.replace("\\\n", "") and f"--out {tmp_path / 'out.json'}" in script
 
 
 @pytest.mark.parametrize(("changes", "says"), [
     (["train.export_every_checkpoints=0"], "export_every_checkpoints = 0 makes none"),
-    (["evaluate.beside.timeout_s=0"], "timeout_s = 0"),
-    (["evaluate.beside.max_waiting=0"], "max_waiting = 0"), (["evaluate.beside.where=slurm"], "needs evaluate.beside.cluster"),
-    (['evaluate.beside.judges=["ppl", "ppl"]'], "names a judge twice")])
+    (["evaluate.background.timeout_s=0"], "timeout_s = 0"),
+    (["evaluate.background.max_waiting=0"], "max_waiting = 0"), (["evaluate.background.where=slurm"], "needs evaluate.background.cluster"),
+    (['evaluate.background.tasks=["ppl", "ppl"]'], "names a task twice")])
 def test_settings_that_cannot_be(changes: list[str], says: str) -> None:
-    (problem,) = settings(*changes).evaluate.beside.problems(settings(*changes).train.export_every_checkpoints)
+    (problem,) = settings(*changes).evaluate.background.problems(settings(*changes).train.export_every_checkpoints)
     assert says in problem
 
 
@@ -164,7 +175,7 @@ def test_a_run_judges_its_exports_as_it_judges_itself(packed_data: Any, tmp_path
     changes = ["model.vocab_size=368", "model.hidden_size=32", "model.num_layers=1", "train.global_batch_size=8",
                'data.phases=[{"name": "main", "seq_len": 32}]', "train.steps=2", "train.checkpoint_every_steps=2",
                "train.export_every_checkpoints=1", "data.heldout_tokens=256", "train.precision=fp32",
-               'evaluate.beside.judges=["ppl"]']
+               'evaluate.background.tasks=["ppl"]']
     subprocess.run([sys.executable, "-m", "megatron_sov", "pretrain", "tiny-solar-open", "--data", str(packed_data.text),
                     "--run", str(tmp_path / "run"), *(f"--set={change}" for change in changes)], check=True)
     events = list(read_events(tmp_path / "run" / EVENTS))

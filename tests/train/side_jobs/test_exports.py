@@ -17,7 +17,8 @@ from megatron_sov import convert
 from megatron_sov.artifacts import sha256_file
 from megatron_sov.config import TrainConfig
 from megatron_sov.obs.events import EVENTS, read_events
-from megatron_sov.train.side_jobs.exports import EXPORTS, Exports
+from megatron_sov.runs.folder import EXPORTS
+from megatron_sov.train.side_jobs.exports import Exports
 
 TRAIN = TrainConfig(checkpoint_every_steps=10, export_every_checkpoints=2)
 

@@ -1,0 +1,29 @@
+"""Where this process computes: on its CUDA device, or on the CPU once the shims for it are in place."""
+
+from __future__ import annotations
+
+import torch
+
+CPU = torch.device("cpu")
+_on_cpu = False
+
+
+def compute_on_cpu() -> None:
+    """Note that the CPU shims are in place: from now on `torch.cuda` answers for the CPU and no longer says what is there."""
+    global _on_cpu
+    _on_cpu = True
+
+
+def computes_on_cpu() -> bool:
+    """Return whether the CPU shims are in place."""
+    return _on_cpu
+
+
+def on_gpu() -> bool:
+    """Return whether this process computes on a CUDA device."""
+    return not _on_cpu and torch.cuda.is_available()
+
+
+def local_device() -> torch.device:
+    """Return the device of this process's parameters and batches."""
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu() else CPU

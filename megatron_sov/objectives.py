@@ -1,0 +1,86 @@
+"""Which objective a run learns by: a built-in one, or one of your own."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+from megatron_sov.config import RunConfig
+from megatron_sov.errors import UserError, nearest
+from megatron_sov.plugins.loading import Loaded
+from megatron_sov.plugins.registry import Registry
+from megatron_sov.plugins.signatures import check_methods, takes
+
+Factory = Callable[[RunConfig, Any], Any]
+"""(resolved settings, the run's `train.data_batches.DataBatches`) -> a `train.objective.Objective`."""
+BUILT_IN = {"lm": "pretrain", "sft": "sft"}
+"""Built-in objective -> the command that trains by it."""
+METHODS = {"collect": ("policy", "step"), "prepare": ("batch",), "loss": ("hidden", "head", "batch")}
+"""What an objective has to have: method -> what it is given (`megatron_sov.train.objective.Objective`)."""
+
+
+def _check(loaded: Loaded) -> None:
+    check_methods(loaded.value, loaded.reference, "an objective", METHODS)
+    if not takes(loaded.value, ("config", "batches")):
+        raise UserError(f"{loaded.reference}: is made by {loaded.attribute}{inspect.signature(loaded.value)}; an objective is "
+                        f"made by {loaded.attribute}(config, batches), with its own settings behind them, by name and with "
+                        "defaults")
+
+
+OWN: Registry[Callable[..., Any]] = Registry("objective", "megatron_sov.objectives", BUILT_IN, _check)
+"""Objectives that are not built in."""
+
+
+def check(config: RunConfig) -> None:
+    """Check that the objective is known and takes `objective.options`, by the types that it declares.
+
+    Raises:
+        UserError: it is not, or does not; every wrong option is named.
+    """
+    name, options = config.objective.name, config.objective.options
+    if name in BUILT_IN:
+        if options:
+            raise UserError(f"objective.options = {options}: belong to an objective of your own, not to {name}")
+        return
+    made = OWN.get(name, config.code)
+    known = list(inspect.signature(made).parameters)[2:]
+    hints = _hints(made)
+    problems = [f"objective.options.{option}: objective {name} has no such setting{nearest(option, known)}"
+                for option in options if option not in known]
+    for option, value in options.items():
+        try:
+            TypeAdapter(hints.get(option, Any)).validate_python(value)
+        except ValidationError as e:
+            problems.append(f"objective.options.{option} = {value!r}: {e.errors()[0]['msg']}")
+    if problems:
+        raise UserError("; ".join(problems))
+
+
+def _hints(made: Callable[..., Any]) -> dict[str, Any]:
+    """Return the types that an objective declares for its settings; none where a name in them is not known at run time."""
+    try:
+        return get_type_hints(made.__init__)  # type: ignore[misc]
+    except NameError:
+        return {}
+
+
+def factory(config: RunConfig, built_in: Factory) -> Factory:
+    """Return what makes the run's objective.
+
+    Args:
+        config: resolved settings.
+        built_in: the command's own objective, for runs that name no other.
+    """
+    name = config.objective.name
+    return built_in if name in BUILT_IN else partial(_make, name, OWN.get(name), config.objective.options)
+
+
+def _make(name: str, made: Callable[..., Any], options: dict[str, Any], config: RunConfig, batches: Any) -> Any:
+    objective = made(config, batches, **options)
+    if not isinstance(getattr(objective, "coefficients", None), Mapping):
+        raise UserError(f"objective {name}: has no `coefficients`, a dict of term -> its weight in the loss; set it in __init__")
+    return objective

@@ -1,0 +1,168 @@
+"""What a run tells about itself: events, trackers, the progress bar, and warnings that concern no single step.
+
+Rank 0 opens the records; on the other processes the same calls drop what they are given.  Nothing here is a collective.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_sov.config import RunConfig
+from megatron_sov.data.ledger import LedgerEntry
+from megatron_sov.data.token_shards import Source, provenance
+from megatron_sov.mcore.checkpoint.save import Saved
+from megatron_sov.mcore.parallel.world import World
+from megatron_sov.models.count import num_params
+from megatron_sov.obs.events import EVENTS, EventLog
+from megatron_sov.obs.incidents import BY_SETTING
+from megatron_sov.obs.progress_bar import ProgressBar
+from megatron_sov.obs.routing import max_violation
+from megatron_sov.obs.trackers import Trackers
+from megatron_sov.obs.warning import warn
+from megatron_sov.train.evaluate import HeldoutLoss
+from megatron_sov.train.guards.step_guard import Refusal
+from megatron_sov.train.state import StepResult, TrainState
+
+
+class Recorder:
+    """The records of one run, as one process sees them."""
+
+    def __init__(self, config: RunConfig, world: World, num_steps: int, began_s: float | None = None) -> None:
+        """Open nothing yet.
+
+        Args:
+            config: the run's settings.
+            world: this process's place.
+            num_steps: the run's last step.
+            began_s: Unix time at which the work on the run began; None: now.
+        """
+        self._config, self._world, self._num_steps = config, world, num_steps
+        self._began_s = time.time() if began_s is None else began_s
+        self.events = EventLog(None)
+        """The run's events; open on rank 0, dropped elsewhere."""
+        self._trackers: Trackers | None = None
+        self._progress: ProgressBar | None = None
+        self._over_epochs: set[str] = set()
+
+    def open(self, run: Path) -> None:
+        """Open events and trackers; called on rank 0 only."""
+        self.events = EventLog(run / EVENTS)
+        self._trackers = Trackers(self._config.obs, run, self._config.to_dict())
+
+    def begin(self, step: int, continued_from: str | None, sources: list[Source], entries: Sequence[LedgerEntry]) -> None:
+        """Tell what runs where.
+
+        Args:
+            step: optimizer steps done before.
+            continued_from: name of the run's own checkpoint that it goes on from.
+            sources: what is read.
+            entries: the ledger.
+        """
+        config, write = self._config, self.events.write
+        if continued_from is not None:
+            write("resume", step=step, reason=f"continued from {continued_from}")
+        count = num_params(config.model)
+        write("run_start", recipe=config.recipe, num_ranks=self._world.size,
+              layout={**asdict(config.parallel), "dp": self._world.dp_size}, num_params=count.total,
+              num_active_params=count.active, num_steps=self._num_steps, resumed_from=step, began_s=self._began_s,
+              inputs=provenance(sources),
+              machine={"host": platform.node(), "python": platform.python_version(), "torch": torch.__version__,
+                       "threads": torch.get_num_threads()})
+        for entry in entries:
+            write("phase", step=entry.first_step, name=entry.phase, blend=entry.weights, seq_len=entry.seq_len,
+                  global_batch_size=entry.global_batch_size, skip=entry.skip)
+        if self._world.is_main:
+            self._progress = ProgressBar(self._num_steps, step, config.recipe)
+
+    def is_due(self, step: int) -> bool:
+        """Return whether a step (1-based) is recorded."""
+        return step % self._config.train.log_every_steps == 0 or step == self._num_steps
+
+    def step(self, done: TrainState, result: StepResult, load: torch.Tensor | None) -> None:
+        """Tell what a step gave, if it is due.
+
+        Args:
+            done: how far the run is, this step included.
+            result: what the step gave.
+            load: [layers, experts] tokens of its experts; rows of dense layers are zero, None is for a step that is not due.
+        """
+        if load is None:
+            return
+        routed = load[load.sum(dim=1) > 0]
+        figures = {"max_violation": float(max_violation(routed.numpy()).max())} if len(routed) else {}
+        tokens_per_s = result.num_tokens / result.seconds
+        self.events.write(
+            "step", step=done.step, loss=result.loss, losses=result.losses, losses_by_source=result.losses_by_source,
+            grad_norm=result.grad_norm, lr=result.lr, tokens=done.tokens, step_time_s=result.seconds,
+            tokens_per_s=tokens_per_s, phase=result.phase, padding_share=result.padding_share, **figures)
+        if self._trackers is not None:
+            self._trackers.log_step(done.step, {
+                "loss": result.loss, "grad_norm": result.grad_norm, "lr": result.lr, "tokens_per_s": tokens_per_s,
+                **figures, **{f"loss/{t}": v for t, v in result.losses.items()}})
+        if self._progress is not None:
+            self._progress.update(done.step, result.loss, tokens_per_s)
+
+    def passed_over(self, step: int) -> None:
+        """Tell that a step's batch was passed over, since the settings say so."""
+        self.events.write("skip", step=step, reason=BY_SETTING)
+
+    def refused(self, step: int, refusal: Refusal, ranks: list[int]) -> None:
+        """Tell that a step was computed and is not learned, and on which ranks its numbers are not finite."""
+        self.events.write("skip", step=step, reason=refusal.reason, loss=refusal.loss, grad_norm=refusal.grad_norm, ranks=ranks)
+        if self._world.is_main:
+            where = f" (not finite on rank {', '.join(map(str, ranks))})" if ranks else ""
+            warn(f"step {step} is not learned: {refusal.reason}{where}")
+
+    def epochs(self, step: int, epochs: dict[str, float]) -> None:
+        """Warn, once for each source, that it is gone through more often than `data.max_epochs`."""
+        limit = self._config.data.max_epochs
+        for name, count in epochs.items():
+            if limit and count > limit and name not in self._over_epochs:
+                self._over_epochs.add(name)
+                if self._world.is_main:
+                    warn(f"source {name} is gone through {count:.1f} times, more than data.max_epochs = {limit:g}; "
+                         "add data or lower its weight", self.events.write, step=step)
+
+    def expert_load(self, step: int, load: torch.Tensor, **fields: Any) -> None:
+        """Tell every expert's share of its layer's tokens, of [layers, experts] counts; rows of dense layers are zero."""
+        layers = [i for i in range(len(load)) if load[i].sum() > 0]
+        if layers:
+            shares = [(load[i] / load[i].sum()).tolist() for i in layers]
+            self.events.write("expert_load", step=step, load=shares, layers=[i + 1 for i in layers], **fields)
+
+    def evaluated(self, step: int, results: dict[str, HeldoutLoss], consumed: dict[str, int], planned: dict[str, int]) -> None:
+        """Tell the held-out losses, and how much of each source was read beside what the ledger asks for, in tokens."""
+        self.events.write("eval", step=step, heldout={name: asdict(r) for name, r in results.items()})
+        self.events.write("data_consumed", step=step, tokens=consumed, plan=planned)
+
+    def saved(self, saved: Saved) -> None:
+        """Tell of a checkpoint that is complete."""
+        self.events.write("checkpoint", step=saved.step, path=f"{saved.path.parent.name}/{saved.path.name}",
+                          save_s=saved.save_s, stall_s=saved.stall_s)
+
+    def hang(self, step: int, places: dict[str, list[int]]) -> None:
+        """Tell where processes stood when a step made no progress: place -> ranks."""
+        self.events.write("hang", step=step, places=places)
+
+    def stopped(self, step: int, reason: str | None) -> None:
+        """Tell that the run ends before its last step, with everything saved; None: this process was not asked."""
+        self.events.write("stop", step=step, reason=reason or "another process was asked to stop")
+
+    def ended(self, step: int, wall_s: float, final_loss: float | None) -> None:
+        """Tell that there is no more to train."""
+        self.events.write("run_end", step=step, wall_s=wall_s, final_loss=final_loss)
+
+    def close(self) -> None:
+        """End the records."""
+        if self._progress is not None:
+            self._progress.close()
+        if self._trackers is not None:
+            self._trackers.close()
+        self.events.close()

@@ -1,0 +1,21 @@
+"""What commands say and end with: lists of problems, near names, and exit codes that scripts rely on."""
+
+from __future__ import annotations
+
+from megatron_sov.errors import ExitCode, list_problems, nearest
+
+
+def test_exit_codes_stay_what_scripts_know() -> None:
+    assert {code.name: int(code) for code in ExitCode} == {
+        "OK": 0, "CRASH": 1, "USER_ERROR": 2, "GATE_FAILED": 3, "STOPPED": 75, "HANG": 76, "CORRUPTION": 77}
+    assert f"exit {ExitCode.STOPPED}" == "exit 75", "job scripts read it as a number"
+
+
+def test_problems_are_counted_and_listed() -> None:
+    assert list_problems("run.json", ["a = 1 is odd"]) == "run.json: 1 problem\n  a = 1 is odd"
+    assert list_problems("data", ["x", "y"], "pack it again") == "data: 2 problems; pack it again\n  x\n  y"
+
+
+def test_the_nearest_name_is_proposed() -> None:
+    assert nearest("pretrian", ["pretrain", "extend"]) == "; did you mean 'pretrain'?"
+    assert nearest("zzz", ["pretrain", "extend"]) == ""

@@ -1,0 +1,41 @@
+"""Where nothing may be lacking, a skipped test is a failed one; a test for GPUs stays skipped."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+ONE = """
+import pytest
+def test_passes(): pass
+def test_lacks(): pytest.skip("there is no Chromium")
+@pytest.mark.skipif(True, reason="there is no disk")
+def test_lacks_too(): pass
+@pytest.mark.gpu
+def test_gpu(): pytest.skip("there is no GPU")
+@pytest.mark.xfail(reason="known")
+def test_known(): assert False
+"""
+WHOLE = 'import pytest\npytest.importorskip("no_such_package")\n'
+
+
+@pytest.mark.parametrize(("needs_all", "outcome"), [
+    ("", "1 passed, 4 skipped, 1 xfailed"), ("1", "1 failed, 1 passed, 1 skipped, 1 xfailed, 2 errors")])
+def test_skips_count_as_failures_where_all_is_needed(needs_all: str, outcome: str, tmp_path: Path) -> None:
+    (tmp_path / "test_one.py").write_text(ONE)
+    (tmp_path / "test_whole.py").write_text(WHOLE)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "conftest", "-c", str(TESTS.parent / "pyproject.toml"), "--rootdir",
+         str(tmp_path), "-p", "no:cacheprovider", "--continue-on-collection-errors", str(tmp_path)],
+        capture_output=True, text=True, check=False, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(TESTS), "SOV_NEEDS_ALL": needs_all})
+    assert f"= {outcome} in " in done.stdout, done.stdout
+    assert done.returncode == (1 if needs_all else 0)
+    for reason in ("there is no Chromium", "there is no disk", "no_such_package"):
+        told = any(reason in line and "SOV_NEEDS_ALL is set" in line for line in done.stdout.splitlines())
+        assert told == bool(needs_all), done.stdout
