@@ -20,7 +20,8 @@ from megatron_sov.errors import ExitCode, GateFailed, StopRequested, UserError
 from megatron_sov.runs.folder import RunFolder
 
 AnyPath = str | Path
-_ERRORS: dict[int, type[Exception]] = {ExitCode.USER_ERROR: UserError, ExitCode.GATE_FAILED: GateFailed, ExitCode.STOPPED: StopRequested}
+_ERRORS: dict[int, type[Exception]] = {
+    ExitCode.USER_ERROR: UserError, ExitCode.GATE_FAILED: GateFailed, ExitCode.STOPPED: StopRequested}
 _MARKS = ("error: ", "gate: ", "stopped: ")
 
 

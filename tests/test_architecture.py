@@ -21,7 +21,7 @@ DATA_ONLY = {"slurm"}
 """Packages at the top that the code reads and nobody imports."""
 
 BASE = {"errors", "version", "command_line", "plugins", "config", "artifacts", "byte_bpe", "documents", "obs", "pages"}
-GROUND = BASE | {"models", "recipes", "plan", "runs"}
+GROUND = BASE | {"models", "objectives", "recipes", "plan", "runs"}
 FIRST = GROUND | {"data", "mcore"}
 SECOND = FIRST | {"train", "convert", "generate"}
 THIRD = SECOND | {"eval"}
@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(), "version": set(), "command_line": {"errors", "version"}, "plugins": {"errors"},
     "config": {"errors", "plugins"}, "artifacts": {"errors", "version"},
     "byte_bpe": set(), "documents": {"errors"}, "obs": BASE, "pages": {"version"},
-    "models": BASE, "recipes": BASE | {"models"}, "plan": GROUND, "runs": BASE,
+    "models": BASE, "objectives": BASE, "recipes": BASE | {"models", "objectives"}, "plan": GROUND, "runs": BASE,
     "data": GROUND, "mcore": GROUND,
     "convert": FIRST, "train": FIRST | {"convert"}, "generate": FIRST | {"convert"},  # both accept a Hugging Face folder
     "eval": SECOND,

@@ -16,9 +16,9 @@ from megatron_sov.commands.eval import PARITY_LENGTHS, with_ranks
 from megatron_sov.convert import DEFAULT_WORKERS, MAX_SHARD_BYTES
 from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.models.count import num_params
+from megatron_sov.recipes.requested import add_plugin_argument, load_plugins
 from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.launch_environment import is_first
-from megatron_sov.train.requested import add_plugin_argument, load_plugins
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 
+from megatron_sov.objectives import factory
 from megatron_sov.runs.folder import STAGES
 from megatron_sov.runs.launch_environment import num_ranks
 from megatron_sov.train.guards.fault_injection import parse
-from megatron_sov.train.objectives import factory
 from megatron_sov.train.stage_config import add_stage_arguments, resolve_start, stage_request
 
 

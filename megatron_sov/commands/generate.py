@@ -14,8 +14,8 @@ from megatron_sov.errors import UserError
 from megatron_sov.generate.engine import ENGINES, MEGATRON, TRANSFORMERS, Engine, run_engine
 from megatron_sov.generate.prompts import Prompt, read_prompts
 from megatron_sov.generate.request import Batching, Generated, Sampling, Stop
+from megatron_sov.recipes.requested import add_plugin_argument, load_plugins
 from megatron_sov.runs.append import RunEvents
-from megatron_sov.train.requested import add_plugin_argument, load_plugins
 
 if TYPE_CHECKING:
     from megatron_sov.generate.target import Target

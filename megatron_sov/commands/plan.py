@@ -7,7 +7,7 @@ import math
 import sys
 from pathlib import Path
 
-from megatron_sov.train.requested import add_recipe_arguments, requested
+from megatron_sov.recipes.requested import add_recipe_arguments, requested
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

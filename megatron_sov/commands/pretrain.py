@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_sov.train.objectives import factory
+from megatron_sov.objectives import factory
 from megatron_sov.train.stage_config import add_stage_arguments, parse_stage
 
 
@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train by language modelling, or an objective of your own; returns 0 when the run is complete."""
-    stage = parse_stage(args, "lm")
+    parsed = parse_stage(args, "lm")
 
     from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_sov.train.lm import LanguageModelling
     from megatron_sov.train.stage import Stage, run_stage
 
-    objective = factory(stage.config, LanguageModelling)
-    run_stage(Stage(stage.config, RunFolder(args.run), objective, stage.start, args.resume, faults=stage.faults), args.nproc,
-              args.began_s)
+    objective = factory(parsed.config, LanguageModelling)
+    stage = Stage(parsed.config, RunFolder(args.run), objective, parsed.start, args.resume, faults=parsed.faults)
+    run_stage(stage, args.nproc, args.began_s)
     return 0

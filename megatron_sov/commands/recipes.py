@@ -5,15 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 
-from megatron_sov import models, recipes
+from megatron_sov import models, objectives, recipes
 from megatron_sov.artifacts import to_json
 from megatron_sov.config import RunConfig
 from megatron_sov.errors import UserError
 from megatron_sov.models.count import num_params
 from megatron_sov.plugins.entry_points import declared
+from megatron_sov.plugins.loading import is_reference
+from megatron_sov.recipes.requested import add_recipe_arguments, load_plugins, requested
 from megatron_sov.recipes.sources import Source, Sources, derive, relabelled, settings
-from megatron_sov.train import objectives
-from megatron_sov.train.requested import add_recipe_arguments, load_plugins, requested
 
 BUILT_IN = "built in"
 SET = Source("yours", "--set")
@@ -22,19 +22,19 @@ SET = Source("yours", "--set")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `megatron-sov recipes`."""
     add_recipe_arguments(parser)
-    parser.add_argument("--json", action="store_true", help="print RECIPE's settings as JSON, without where each comes from")
+    parser.add_argument("--json", action="store_true", help="print RECIPE's settings as JSON, without sources")
 
 
 def run(args: argparse.Namespace) -> int:
-    """List recipes, families and objectives with their origin, or print one recipe: every setting, and where it comes from.
+    """List recipes, families and objectives with their origin, or print one recipe's settings and their sources.
 
     Raises:
         UserError: the recipe or a --set key does not exist, or --set or --json stands without a recipe.
     """
     if args.recipe is None and args.config is None:
-        if args.json or args.settings:
-            given = "--json: needs a recipe to print" if args.json else f"--set {args.settings[0]}: needs a recipe to change"
-            raise UserError(f"{given}; name one of {', '.join(recipes.names())}")
+        for given, used in (("--json", args.json), (f"--set {''.join(args.settings[:1])}", args.settings)):
+            if used:
+                raise UserError(f"{given}: needs a recipe; name one of {', '.join(recipes.names())}")
         load_plugins(args.plugins)
         print(listing())
         return 0
@@ -43,19 +43,9 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(to_json(config), end="")
     else:
-        known = {} if asked.from_file else recipes.sources(args.recipe)
-        print(as_text(config, derive(known, relabelled(asked.base, config, SET))))
+        sources = recipes.sources(args.recipe) if args.recipe and not is_reference(args.recipe) else {}
+        print(as_text(config, derive(sources, relabelled(asked.base, config, SET))))
     return 0
-
-
-def as_text(config: RunConfig, sources: Sources) -> str:
-    """Return a line for every setting: name, value, kind of source, and where it stands or why."""
-    found = settings(config, sources)
-    values = [json.dumps(s.value, ensure_ascii=False) for s in found]
-    width, value_width = max(len(s.key) for s in found), max(map(len, values))
-    return "\n".join(
-        f"{s.key:<{width}}  {value:<{value_width}}  {s.source.kind:<11}  {s.source.where}".rstrip()
-        for s, value in zip(found, values, strict=True))
 
 
 def listing() -> str:
@@ -80,13 +70,24 @@ def _tried(name: str) -> str:
         return str(e)
 
 
+def as_text(config: RunConfig, sources: Sources) -> str:
+    """Return a line for every setting: name, value, kind of source, and where it stands or why."""
+    found = settings(config, sources)
+    values = [json.dumps(s.value, ensure_ascii=False) for s in found]
+    width, value_width = max(len(s.key) for s in found), max(map(len, values))
+    return "\n".join(
+        f"{s.key:<{width}}  {value:<{value_width}}  {s.source.kind:<11}  {s.source.where}".rstrip()
+        for s, value in zip(found, values, strict=True))
+
+
 def summary(config: RunConfig) -> str:
     """Return a recipe in one line: parameters, experts, attention, budget."""
     model, count = config.model, num_params(config.model)
     experts = f"{model.num_experts_per_token} of {model.num_experts} experts" if model.num_experts else "dense"
     attention = "sliding + global attention" if "L" in model.attention_pattern else "global attention"
     tokens = sum(p.tokens for p in config.data.phases) or config.train.tokens
-    budget = f"{tokens / 1e12:g} T tokens" if not config.train.steps else f"{config.train.steps:,} steps"
+    budget = f"{config.train.steps:,} steps" if config.train.steps else \
+        f"{tokens / 1e12:.4g} T tokens" if tokens >= 1e12 else f"{tokens / 1e9:.4g} B tokens"
     return f"{billions(count.total)} parameters ({billions(count.active)} active), {experts}, {attention}, {budget}"
 
 

@@ -14,8 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Fine-tune on conversations; returns 0 when the run is complete."""
-    stage = parse_stage(args, "sft")
+    parsed = parse_stage(args, "sft")
 
+    from megatron_sov.data.token_shards import open_sources
     from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()
@@ -23,6 +24,9 @@ def run(args: argparse.Namespace) -> int:
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.stage import Stage, run_stage
 
-    run_stage(Stage(stage.config, RunFolder(args.run), SupervisedFineTuning, stage.start, args.resume, faults=stage.faults,
-                    check_sources=check_sources), args.nproc, args.began_s)
+    sources = open_sources(parsed.config.data.paths, parsed.config.model.vocab_size)
+    check_sources(parsed.config, sources)
+    stage = Stage(parsed.config, RunFolder(args.run), SupervisedFineTuning, parsed.start, args.resume, tuple(sources),
+                  faults=parsed.faults)
+    run_stage(stage, args.nproc, args.began_s)
     return 0

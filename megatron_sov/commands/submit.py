@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +10,13 @@ from megatron_sov.commands import convert, extend, pretrain, sft
 from megatron_sov.commands import eval as eval_command
 from megatron_sov.errors import UserError
 from megatron_sov.slurm import chain_file, cluster
-from megatron_sov.slurm.stages import STAGES, Commands, StageCommand
-from megatron_sov.train.stage_config import submitted_config
+from megatron_sov.slurm.stages import STAGES, Commands
 
 DEFAULTS: dict[str, Any] = {
     "cluster": None, "nodes": None, "min_nodes": None, "nodes_set": [], "array": 0, "account": None,
     "partition": None, "time": None, "dry_run": False, "continue_chain": False, "scripts": None}
-COMMANDS: Commands = {
-    "pretrain": StageCommand(pretrain.add_arguments, partial(submitted_config, objective="lm")),
-    "extend": StageCommand(extend.add_arguments, partial(submitted_config, objective="lm")),
-    "sft": StageCommand(sft.add_arguments, partial(submitted_config, objective="sft")),
-    "convert": StageCommand(convert.add_arguments),
-    "eval": StageCommand(eval_command.add_arguments),
-}
+COMMANDS: Commands = {name: module.add_arguments for name, module in {
+    "pretrain": pretrain, "extend": extend, "sft": sft, "convert": convert, "eval": eval_command}.items()}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -137,15 +137,10 @@ def data_paths(data: list[str]) -> dict[str, float]:
                 raise UserError(f"--data {argument}: does not exist, and {text!r} after the colon is not a weight") from None
         if not 0 <= weight < math.inf:
             raise UserError(f"--data {argument}: the weight must be a number that is not negative")
-        check_data_folder(path)
+        if not Path(path).is_dir():
+            raise UserError(f"--data {path}: {'is not a folder' if Path(path).exists() else 'does not exist'}; "
+                            "pass a folder made by `sov-data pack`")
         if path in paths:
             raise UserError(f"--data {path}: is given twice; name it once, with a weight if you like")
         paths[path] = weight
     return paths
-
-
-def check_data_folder(path: str) -> None:
-    """Raise `UserError` where --data, or --config in its place, names no folder."""
-    if not Path(path).is_dir():
-        raise UserError(f"--data {path}: {'is not a folder' if Path(path).exists() else 'does not exist'}; "
-                        "pass a folder made by `sov-data pack`")

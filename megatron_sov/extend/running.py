@@ -19,8 +19,8 @@ from megatron_sov.train.stage import Stage, run_stage
 from megatron_sov.train.trainer import ObjectiveFactory
 
 
-def run_stages(stages: list[PlannedStage], start: Path, objective: ObjectiveFactory, nproc: int | None, resume: bool, began_s: float,
-               faults: tuple[Fault, ...] = ()) -> None:
+def run_stages(stages: list[PlannedStage], start: Path, objective: ObjectiveFactory, nproc: int | None, resume: bool,
+               began_s: float, faults: tuple[Fault, ...] = ()) -> None:
     """Run all stages; under a launcher it returns where one of them is not complete, else it raises.
 
     Args:
@@ -41,16 +41,16 @@ def run_stages(stages: list[PlannedStage], start: Path, objective: ObjectiveFact
     prepared = [make_needles(stage.config, start) for stage in stages]
     start_loss: float | None = None
     for planned, needles in zip(stages, prepared, strict=True):
-        stage = Stage(with_needles_in_blends(planned.config), planned.folder, objective, start, resume, sources=needles.data,
-                      extra_sources=needles.sources, before=needles.before, after=needles.after, faults=faults)
+        stage = Stage(with_needles_in_blends(planned.config), planned.folder, objective, start, resume, needles.data,
+                      needles.sources, before=needles.before, after=needles.after, faults=faults)
         if planned.config.extend.gate.every_steps:
             fresh = latest(planned.folder.checkpoints) is None
             if fresh and start_loss is None:
                 start_loss = loss_of_checkpoint(first, short_context(planned.config, Target(first, False).trained_tokens),
                                                 planned.config, nproc)
             gate = _gate(planned, needles, Target(first, False).trained_tokens, start_loss)
-            stage = Stage(stage.config, stage.folder, stage.objective, start, resume, sources=needles.data,
-                          extra_sources=needles.sources, after=gate.completion, gate=gate, faults=faults)
+            stage = Stage(stage.config, stage.folder, stage.objective, start, resume, needles.data, needles.sources,
+                          after=gate.completion, gate=gate, faults=faults)
         was_complete = stage.folder.completion() is not None
         if not run_stage(stage, nproc, began_s):
             return

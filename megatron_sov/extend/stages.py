@@ -13,10 +13,9 @@ from megatron_sov.errors import UserError
 from megatron_sov.extend.blends import stage_blend
 from megatron_sov.generate.target import find_target
 from megatron_sov.recipes.extension import PHASE, extended, length_settings, phase_setting
+from megatron_sov.recipes.requested import Request
 from megatron_sov.runs.folder import STAGES, RunFolder
 from megatron_sov.runs.launch_environment import num_ranks
-from megatron_sov.train.requested import Request
-from megatron_sov.train.stage_config import stage_config
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ def planned_stages(request: Request, start_from: Path, run: Path, nproc: int | N
     """
     start, model = find_target(start_from), request.base.model
     trained_tokens = start.trained_tokens if start.config is not None else model.max_position_tokens
-    wanted = stage_config(request, "lm", () if request.from_file else (phase_setting(2 * trained_tokens),))
+    wanted = request.config([] if request.from_file else [phase_setting(2 * trained_tokens)])
     if not wanted.extend.stages:
         return [PlannedStage(_as_set(request, trained_tokens, wanted, nproc), RunFolder(run), 0)]
     sources = open_sources(wanted.data.paths, wanted.model.vocab_size)
@@ -74,8 +73,8 @@ def _as_set(request: Request, trained_tokens: int, wanted: RunConfig, nproc: int
     longer = length_settings(request.base, extended(request.base.model, trained_tokens, new_tokens), trained_tokens, new_tokens,
                              _per_rank(wanted, nproc))
     if request.from_file:  # a run's own settings have been through this, all but the checkpoint's architecture
-        return stage_config(request, "lm", tuple(s for s in longer if s.startswith("model.")))
-    return stage_config(request, "lm", (phase_setting(2 * trained_tokens), *longer))
+        return request.config([s for s in longer if s.startswith("model.")])
+    return request.config([phase_setting(2 * trained_tokens), *longer])
 
 
 def _resolved(request: Request, stage: ExtendStageConfig, model: ModelConfig, trained_tokens: int, blend: dict[str, float],
@@ -86,9 +85,9 @@ def _resolved(request: Request, stage: ExtendStageConfig, model: ModelConfig, tr
         own.append(f"train.global_batch_size={stage.global_batch_size}")
     if stage.lr:
         own += [f"optim.lr={stage.lr}"]
-    first = stage_config(request, "lm", own=tuple(own))
+    first = request.config(own=own)
     longer = length_settings(request.base, model, trained_tokens, stage.seq_len, _per_rank(first, nproc))
-    config = stage_config(request, "lm", longer, tuple(own))
+    config = request.config(longer, own)
     size = config.train.global_batch_size
     min_steps = stage.steps or math.ceil(stage.tokens / (size * stage.seq_len)) or config.num_steps()
     steps = max(stage.max_steps, min_steps)

@@ -134,7 +134,7 @@ def telling(where: str) -> Iterator[None]:
     except UserError:
         raise
     except SyntaxError as e:
-        raise UserError(f"{e.filename or where}:{e.lineno}: {e.msg}; mend the line") from None
+        raise UserError(f"{e.filename or where}{f':{e.lineno}' if e.lineno else ''}: {e.msg}; mend the line") from None
     except (Exception, SystemExit) as e:
         lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == where]
         raise UserError(f"{where}{f':{lines[-1]}' if lines else ''}: {type(e).__name__}: {e}") from e

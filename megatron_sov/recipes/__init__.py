@@ -88,18 +88,21 @@ def get(name: str) -> RunConfig:
     Raises:
         UserError: there is none (the message names the nearest and lists all), or it makes no config.
     """
-    found = _short(name)
-    return RECIPES[found].build() if found in RECIPES else _made(name, OWN.get(name))
+    return _find(name).build()
 
 
 def sources(name: str) -> Sources:
-    """Return where the values of a recipe come from; empty where its author did not say."""
-    found = _short(name)
-    return RECIPES[found].sources if found in RECIPES else {}
+    """Return where the values of a recipe come from; empty where its author did not say.
+
+    Raises:
+        UserError: there is no such recipe; the message names the nearest and lists all.
+    """
+    return _find(name).sources
 
 
-def _short(name: str) -> str:
-    return next((tiny for tiny, big in TINY.items() if name == f"tiny-{big}"), name)
+def _find(name: str) -> Recipe:
+    found = next((tiny for tiny, big in TINY.items() if name == f"tiny-{big}"), name)
+    return RECIPES[found] if found in RECIPES else Recipe(partial(_made, name, OWN.get(name)))
 
 
 def _check(loaded: Loaded) -> None:

@@ -1,6 +1,6 @@
 """The stages that can be submitted: which command each one is, where its records lie, and when it is complete.
 
-Arguments are read by the commands' own parsers.  Commands stand above this room, so they are handed in.
+Arguments are read by the commands' own parsers.  Commands stand above this room, so they hand their `add_arguments` in.
 """
 
 from __future__ import annotations
@@ -10,25 +10,16 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from megatron_sov.artifacts import MANIFEST
 from megatron_sov.config import RunConfig, apply_settings, data_paths
 from megatron_sov.errors import UserError, nearest
+from megatron_sov.recipes.requested import training_request
 from megatron_sov.runs.folder import COMPLETION, JOBS
 
-
-@dataclass(frozen=True)
-class StageCommand:
-    """What the command of a stage tells of itself."""
-
-    add_arguments: Callable[[argparse.ArgumentParser], None]
-    """Declares its arguments to a parser."""
-    settings: Callable[[argparse.Namespace], RunConfig] | None = None
-    """A training command's settings, as far as they are known before its data and checkpoint exist."""
-
-
-Commands = Mapping[str, StageCommand]
-"""Stage -> its command, for every stage of `megatron-sov` itself."""
+Commands = Mapping[str, Callable[[argparse.ArgumentParser], None]]
+"""Stage -> what declares the arguments of its command to a parser; for every stage of `megatron-sov` itself."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +36,8 @@ class StageKind:
     """Whether it uses GPUs."""
     time_limit: str = ""
     """Time limit where nobody says another, and the profile's is not shorter; empty: the profile's."""
+    objective: Literal["lm", "sft"] = "lm"
+    """What a training stage learns."""
 
 
 STAGES = {
@@ -62,7 +55,7 @@ STAGES = {
         ("megatron_sov", "extend"), ranks=True, gpus=True),
     "sft": StageKind(
         "Supervised fine-tuning on chats.",
-        ("megatron_sov", "sft"), ranks=True, gpus=True),
+        ("megatron_sov", "sft"), ranks=True, gpus=True, objective="sft"),
     "convert": StageKind(
         "Conversion: a Hugging Face folder from a checkpoint, or the other way round.  Reads and writes files, needs no GPU.",
         ("megatron_sov", "convert"), ranks=False, gpus=False, time_limit="4:00:00"),
@@ -116,7 +109,7 @@ def work_of(stage: str, arguments: list[str], commands: Commands) -> Work:
     Args:
         stage: name in `STAGES`.
         arguments: what follows its command.
-        commands: those commands.
+        commands: the parsers of those commands.
 
     Raises:
         UserError: there is no such stage, or its arguments or settings are wrong.
@@ -126,19 +119,15 @@ def work_of(stage: str, arguments: list[str], commands: Commands) -> Work:
     if stage not in commands:
         return _artifact(stage, arguments)
     parser = _Parser(prog=f"submit {stage}")
-    command = commands[stage]
-    command.add_arguments(parser)
-    args = parser.parse_args(arguments)
-    if command.settings is not None:
-        return _training(stage, arguments, args, command.settings)
-    return {"convert": _convert, "eval": _eval}[stage](arguments, args)
+    commands[stage](parser)
+    reader = {"convert": _convert, "eval": _eval}.get(stage, lambda argv, args: _training(stage, argv, args))
+    return reader(arguments, parser.parse_args(arguments))
 
 
-def _training(stage: str, arguments: list[str], args: argparse.Namespace,
-              settings: Callable[[argparse.Namespace], RunConfig]) -> Work:
+def _training(stage: str, arguments: list[str], args: argparse.Namespace) -> Work:
     if args.nproc is not None:
         raise UserError(f"--nproc {args.nproc}: under Slurm the nodes and the profile decide; leave it out")
-    config = settings(args)
+    config = training_request(args, STAGES[stage].objective).config()
     run = args.run.absolute()
     argv = arguments if args.resume else [*arguments, "--resume"]
     inputs = [_path_of(text) for text in args.data or config.data.paths]

@@ -56,8 +56,6 @@ class Stage:
     """Continue a run that is already in the folder."""
     sources: tuple[Source, ...] | None = None
     """Those of `config.data.paths`, where they are open already; None: they are opened here."""
-    check_sources: Callable[[RunConfig, list[Source]], None] | None = None
-    """Raises `UserError` where the objective can make nothing of the data."""
     extra_sources: tuple[Source, ...] = ()
     """Sources made on the fly, beside those of `config.data.paths`."""
     before: Callable[[GateView], None] | None = None
@@ -134,8 +132,6 @@ def _open_data(stage: Stage) -> _Data:
     packed = stage.sources
     if packed is None:
         packed = tuple(open_sources(stage.config.data.paths, stage.config.model.vocab_size))
-    if stage.check_sources is not None:
-        stage.check_sources(stage.config, list(packed))
     sources = [*with_views(stage.config, list(packed)), *stage.extra_sources]
     return _Data(sources, plan(stage.config, sources))
 

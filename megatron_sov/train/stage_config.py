@@ -6,19 +6,14 @@ import argparse
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from megatron_sov.artifacts import MANIFEST, read_manifest
 from megatron_sov.config import ModelConfig, RunConfig, data_paths, from_dict
-from megatron_sov.config.reading import check_data_folder
 from megatron_sov.errors import UserError
+from megatron_sov.recipes.requested import BuiltIn, Request, add_recipe_arguments, training_request
 from megatron_sov.runs.checkpoints import KIND, find_checkpoint
 from megatron_sov.runs.launch_environment import num_ranks
 from megatron_sov.train.guards.fault_injection import STATES, Fault, parse
-from megatron_sov.train.objectives import BUILT_IN
-from megatron_sov.train.requested import Request, add_recipe_arguments, requested
-
-BuiltIn = Literal["lm", "sft"]
 
 
 @dataclass(frozen=True)
@@ -60,7 +55,7 @@ def parse_stage(args: argparse.Namespace, objective: BuiltIn) -> ParsedStage:
         UserError: a mistake in the arguments, settings or layout, missing data, another family or objective than the
             command's, or nothing to start from.
     """
-    config = stage_config(stage_request(args, objective), objective)
+    config = stage_request(args, objective).config()
     config.check(num_ranks(args.nproc))
     faults = parse(args.inject, num_ranks(args.nproc))
     return ParsedStage(config, resolve_start(args.start_from, args.run), faults)
@@ -72,56 +67,13 @@ def stage_request(args: argparse.Namespace, objective: BuiltIn) -> Request:
     Raises:
         UserError: it cannot be used, data is missing, or --from names nothing to start from, or another family.
     """
-    asked = _request(args, objective)
-    base, paths = asked.base, data_paths(args.data)
-    for path in base.data.paths if not paths else ():
-        check_data_folder(path)
-    base = dataclasses.replace(base, data=dataclasses.replace(base.data, paths=paths or base.data.paths))
+    asked = training_request(args, objective)
+    base = asked.base
+    paths = data_paths(args.data) or {path: base.data.paths[path] for path in data_paths(list(base.data.paths))}
+    base = dataclasses.replace(base, data=dataclasses.replace(base.data, paths=paths))
     if args.start_from is not None:
         base = dataclasses.replace(base, model=_model_of(args.start_from, asked))
     return dataclasses.replace(asked, base=base)
-
-
-def submitted_config(args: argparse.Namespace, objective: BuiltIn) -> RunConfig:
-    """Return what is known of a training command's settings before its data and checkpoint exist, as a job is submitted.
-
-    Raises:
-        UserError: a mistake in the arguments or settings.
-    """
-    return stage_config(_request(args, objective), objective)
-
-
-def _request(args: argparse.Namespace, objective: BuiltIn) -> Request:
-    asked = requested(args)
-    if not args.data and not asked.base.data.paths:
-        raise UserError("--data: is missing; pass a folder made by `sov-data pack`")
-    learned = asked.base.objective
-    if learned.name == "lm":  # what every recipe says that leaves it open
-        learned = dataclasses.replace(learned, name=objective)
-    flags = ("train.deterministic=true",) if args.deterministic else ()
-    return dataclasses.replace(asked, base=dataclasses.replace(asked.base, objective=learned),
-                               settings=(*asked.settings, *flags))
-
-
-def stage_config(request: Request, objective: BuiltIn, defaults: tuple[str, ...] = (),
-                 own: tuple[str, ...] = ()) -> RunConfig:
-    """Return the resolved settings of a training command.
-
-    Args:
-        request: what was asked for.
-        objective: what the command trains by; those of your own go by commands that train by "lm".
-        defaults: settings that --set goes before.
-        own: settings that go before --set.
-
-    Raises:
-        UserError: an unknown setting, or another objective than the command's.
-    """
-    config = request.config(defaults, own)
-    name = config.objective.name
-    if name != objective and (name in BUILT_IN or objective != "lm"):
-        raise UserError(f"objective.name = {name}: this command trains by {objective!r}; leave the setting out, "
-                        f"or use `megatron-sov {BUILT_IN.get(name, 'pretrain')}`")
-    return config
 
 
 def _model_of(start_from: Path, asked: Request) -> ModelConfig:

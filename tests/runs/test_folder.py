@@ -10,6 +10,7 @@ import pytest
 from megatron_sov import recipes
 from megatron_sov.config import RunConfig, apply_settings
 from megatron_sov.errors import UserError
+from megatron_sov.plugins.code import Code
 from megatron_sov.runs.folder import COMPLETION, CONFIG, RunFolder
 
 CONFIG_OF_RUN = recipes.get("tiny-solar-open")
@@ -100,3 +101,27 @@ def test_an_unused_folder_is_taken_back_and_a_used_one_stays(tmp_path: Path) -> 
     assert not folder.path.exists()
     started(tmp_path / "run").remove_if_empty()
     assert (tmp_path / "run" / CONFIG).is_file()
+
+
+def with_code(kind: str, files: dict[str, str], reference: str = "/home/me/mine.py:Mine") -> RunConfig:
+    code = Code(kind, "mine", reference, files=files)  # type: ignore[arg-type]
+    return dataclasses.replace(CONFIG_OF_RUN, code=(code,))
+
+
+@pytest.mark.parametrize("kind", ["recipe", "model family", "objective"])
+def test_a_run_whose_code_has_changed_is_refused_by_the_file(tmp_path: Path, kind: str) -> None:
+    files = {"mine.py": "a" * 64, "beside.py": "b" * 64}
+    folder = started(tmp_path / "run", with_code(kind, files))
+    folder.enter(with_code(kind, files), resume=True)
+    for changed in files:
+        with pytest.raises(UserError, match=rf"was started with {kind} mine of /home/me/mine.py:Mine, and {changed} has changed "
+                                            r"since \(sha256 .{12}, now c{12}\); put it back as it was") as e:
+            folder.enter(with_code(kind, files | {changed: "c" * 64}), resume=True)
+        assert ("pass --config" in str(e.value)) == (kind == "recipe")
+
+
+def test_code_that_was_moved_or_imports_more_by_now_is_the_same(tmp_path: Path) -> None:
+    folder = started(tmp_path / "run", with_code("objective", {"mine.py": "a" * 64}))
+    folder.enter(with_code("objective", {"renamed.py": "a" * 64, "new.py": "d" * 64}, "/else/renamed.py:Mine"), resume=True)
+    with pytest.raises(UserError, match=r"mine.py has changed since"):
+        folder.enter(with_code("objective", {"other.py": "e" * 64}, "/else/other.py:Mine"), resume=True)

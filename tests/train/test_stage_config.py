@@ -11,15 +11,9 @@ from megatron_sov import recipes
 from megatron_sov.artifacts import to_json
 from megatron_sov.config import RunConfig, apply_settings
 from megatron_sov.errors import UserError
+from megatron_sov.recipes.requested import training_request
 from megatron_sov.train import stage_config as module
-from megatron_sov.train.stage_config import (
-    add_stage_arguments,
-    parse_stage,
-    resolve_start,
-    stage_config,
-    stage_request,
-    submitted_config,
-)
+from megatron_sov.train.stage_config import add_stage_arguments, parse_stage, resolve_start, stage_request
 
 
 def parsed(*argv: str) -> argparse.Namespace:
@@ -41,11 +35,11 @@ def data(tmp_path: Path) -> Path:
 
 def test_settings_override_the_recipe(data: Path) -> None:
     args = parsed("tiny-k-exaone", "--data", f"{data}/a:3", "--set", "train.steps=7")
-    config = stage_config(stage_request(args, "lm"), "lm", ("train.steps=5", "train.micro_batch_size=1"))
+    config = stage_request(args, "lm").config(["train.steps=5", "train.micro_batch_size=1"])
     assert (config.train.steps, config.train.micro_batch_size, config.data.paths) == (7, 1, {f"{data}/a": 3.0})
     assert (config.recipe, config.objective.name) == ("tiny-k-exaone", "lm")
     assert not config.train.deterministic
-    assert stage_config(stage_request(args, "lm"), "lm", own=("train.steps=9",)).train.steps == 9
+    assert stage_request(args, "lm").config(own=["train.steps=9"]).train.steps == 9
 
 
 def test_deterministic_is_a_setting_with_a_flag(data: Path) -> None:
@@ -93,7 +87,7 @@ def test_bad_settings_are_refused(data: Path, recipe: str, setting: str, message
     with pytest.raises(UserError, match=message):
         config_of(recipe, "--data", f"{data}/a", "--set", setting)
     with pytest.raises(UserError, match=message):  # as a job is submitted, before its data is there
-        submitted_config(parsed(recipe, "--data", "not-yet", "--set", setting), "lm")
+        training_request(parsed(recipe, "--data", "not-yet", "--set", setting), "lm").config()
 
 
 def test_mistakes_are_found_before_a_hugging_face_folder_is_converted(

@@ -1,11 +1,11 @@
-"""Which objective a run learns by: a built-in one, or one of your own.  No torch here."""
+"""Which objective a run learns by: a built-in one, or one of your own."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -15,11 +15,8 @@ from megatron_sov.plugins.loading import Loaded
 from megatron_sov.plugins.registry import Registry
 from megatron_sov.plugins.signatures import check_methods, takes
 
-if TYPE_CHECKING:
-    from megatron_sov.train.data_batches import DataBatches
-    from megatron_sov.train.objective import Objective
-    from megatron_sov.train.trainer import ObjectiveFactory
-
+Factory = Callable[[RunConfig, Any], Any]
+"""(resolved settings, the run's `train.data_batches.DataBatches`) -> a `train.objective.Objective`."""
 BUILT_IN = {"lm": "pretrain", "sft": "sft"}
 """Built-in objective -> the command that trains by it."""
 METHODS = {"collect": ("policy", "step"), "prepare": ("batch",), "loss": ("hidden", "head", "batch")}
@@ -71,7 +68,7 @@ def _hints(made: Callable[..., Any]) -> dict[str, Any]:
         return {}
 
 
-def factory(config: RunConfig, built_in: ObjectiveFactory) -> ObjectiveFactory:
+def factory(config: RunConfig, built_in: Factory) -> Factory:
     """Return what makes the run's objective.
 
     Args:
@@ -82,8 +79,8 @@ def factory(config: RunConfig, built_in: ObjectiveFactory) -> ObjectiveFactory:
     return built_in if name in BUILT_IN else partial(_make, name, OWN.get(name), config.objective.options)
 
 
-def _make(name: str, made: Callable[..., Any], options: dict[str, Any], config: RunConfig, batches: DataBatches) -> Objective:
-    objective: Objective = made(config, batches, **options)
+def _make(name: str, made: Callable[..., Any], options: dict[str, Any], config: RunConfig, batches: Any) -> Any:
+    objective = made(config, batches, **options)
     if not isinstance(getattr(objective, "coefficients", None), Mapping):
         raise UserError(f"objective {name}: has no `coefficients`, a dict of term -> its weight in the loss; set it in __init__")
     return objective

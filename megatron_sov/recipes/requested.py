@@ -12,15 +12,17 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
-from megatron_sov import models, recipes
+from megatron_sov import models, objectives, recipes
 from megatron_sov.config import RunConfig, apply_settings, from_dict
 from megatron_sov.errors import UserError
 from megatron_sov.models.family import Family
 from megatron_sov.plugins.loading import is_reference, load
 from megatron_sov.plugins.registry import Registry
-from megatron_sov.train import objectives
 
+BuiltIn = Literal["lm", "sft"]
+"""Objectives that come with the framework (`objectives.BUILT_IN`)."""
 NAMED_BY_SETTINGS: dict[str, Registry] = {"model.family": models.OWN, "objective.name": objectives.OWN}
 """Settings whose value may be code: FILE.py:NAME."""
 
@@ -63,6 +65,8 @@ class Request:
     """--set, with names in place of files."""
     from_file: bool
     """Whether it is --config."""
+    trains_by: BuiltIn | None = None
+    """Objective of a training command; None: any."""
 
     def config(self, defaults: Sequence[str] = (), own: Sequence[str] = ()) -> RunConfig:
         """Return the resolved settings, with the code that they name on record.
@@ -72,11 +76,13 @@ class Request:
             own: settings that go before --set.
 
         Raises:
-            UserError: a setting does not exist, or a family or objective that nobody has named.
+            UserError: a setting does not exist, a family or objective that nobody has named, or one of another command.
         """
         config = apply_settings(self.base, [*defaults, *self.settings, *own])
         models.get(config.model.family, config.code)
         objectives.check(config)
+        if self.trains_by is not None:
+            _check_command(config.objective.name, self.trains_by)
         used = [models.OWN.code(config.model.family), objectives.OWN.code(config.objective.name)]
         code = (*(c for c in config.code if c.kind == "recipe"), *(c for c in used if c is not None))
         return dataclasses.replace(config, code=code)
@@ -94,6 +100,33 @@ def requested(args: argparse.Namespace) -> Request:
         raise UserError(f"{given}; name a recipe (`megatron-sov recipes` lists them), or pass --config FILE in its place")
     base = _of_recipe(args.recipe) if args.recipe else _of_file(args.config)
     return Request(base, tuple(_named(setting) for setting in args.settings), args.recipe is None)
+
+
+def training_request(args: argparse.Namespace, objective: BuiltIn) -> Request:
+    """Return what a training command was asked for; neither its data nor its checkpoint need be there.
+
+    Args:
+        args: of `train.stage_config.add_stage_arguments`.
+        objective: what the command trains by; objectives of your own go by commands that train by "lm".
+
+    Raises:
+        UserError: as `requested`, or no data is named.
+    """
+    asked = requested(args)
+    if not args.data and not asked.base.data.paths:
+        raise UserError("--data: is missing; pass a folder made by `sov-data pack`")
+    learned = asked.base.objective
+    if learned.name == "lm":  # what every recipe says that leaves it open
+        learned = dataclasses.replace(learned, name=objective)
+    flags = ("train.deterministic=true",) if args.deterministic else ()
+    return dataclasses.replace(asked, base=dataclasses.replace(asked.base, objective=learned),
+                               settings=(*asked.settings, *flags), trains_by=objective)
+
+
+def _check_command(name: str, trains_by: BuiltIn) -> None:
+    if name != trains_by and (name in objectives.BUILT_IN or trains_by != "lm"):
+        raise UserError(f"objective.name = {name}: this command trains by {trains_by!r}; leave the setting out, "
+                        f"or use `megatron-sov {objectives.BUILT_IN.get(name, 'pretrain')}`")
 
 
 def _of_recipe(recipe: str) -> RunConfig:

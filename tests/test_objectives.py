@@ -1,0 +1,79 @@
+"""Objectives of one's own: what a class has to be, and what becomes of its settings."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sov import objectives, recipes
+from megatron_sov.config import RunConfig
+from megatron_sov.errors import UserError
+
+METHODS = """
+    def collect(self, policy, step): ...
+    def prepare(self, batch): ...
+    def loss(self, hidden, head, batch): ...
+"""
+
+
+@pytest.fixture(autouse=True)
+def nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(objectives.OWN, "_known", {})
+
+
+def config_of(name: str, **options: Any) -> RunConfig:
+    config = recipes.get("tiny-qwen3")
+    return replace(config, objective=replace(config.objective, name=name, options=options))
+
+
+def load(tmp_path: Path, text: str) -> str:
+    (tmp_path / "mine.py").write_text(text)
+    return objectives.OWN.load(f"{tmp_path}/mine.py:Mine")
+
+
+def test_the_built_in_one_is_the_commands(tmp_path: Path) -> None:
+    def built_in(config: Any, batches: Any) -> Any: ...
+
+    for name in objectives.BUILT_IN:
+        objectives.check(config_of(name))
+        assert objectives.factory(config_of(name), built_in) is built_in
+
+
+def test_its_settings_are_its_arguments(tmp_path: Path) -> None:
+    name = load(tmp_path, "class Mine:\n    def __init__(self, config, batches, *, gamma: float = 2.0, kind='a'):\n"
+                          "        self.made = config, batches, gamma, kind\n"
+                          "        self.coefficients = {'x': 1.0}\n" + METHODS)
+    config = config_of(name, gamma=3, kind=["any"])
+    objectives.check(config)
+    made: Any = objectives.factory(config, None)(config, "batches")  # type: ignore[arg-type]
+    assert made.made == (config, "batches", 3, ["any"])
+    with pytest.raises(UserError, match=r"options.gama: objective Mine has no such setting; did you mean 'gamma'\?; "
+                                        r"objective.options.gamma = None: Input should be a valid number"):
+        objectives.check(config_of(name, gama=1, gamma=None))
+
+
+def test_types_that_are_known_to_checkers_alone_are_not_checked(tmp_path: Path) -> None:
+    name = load(tmp_path, "from __future__ import annotations\nclass Mine:\n    def __init__(self, config: RunConfig, batches, "
+                          f"size: Size = 1): ...\n{METHODS}")
+    objectives.check(config_of(name, size="anything"))
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    (f"class Mine:\n    def __init__(self, config): ...\n{METHODS}", r"is made by Mine\(config\); an objective is made by"),
+    (f"class Mine:\n    def __init__(self, config, batches, *, must): ...\n{METHODS}", r"by name and with defaults"),
+    ("class Mine:\n    def loss(self, hidden, head): ...",
+     r"needs collect\(.*prepare\(.*loss\(self, hidden, head, batch\); it has loss\(self, hidden, head\)"),
+    ("def Mine(config, batches): ...", r"is a function; an objective is a class with collect\(self, policy, step\)"),
+])
+def test_what_is_none(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load(tmp_path, text)
+
+
+def test_one_without_coefficients_says_so_when_it_is_made(tmp_path: Path) -> None:
+    config = config_of(load(tmp_path, f"class Mine:\n    def __init__(self, config, batches): ...\n{METHODS}"))
+    with pytest.raises(UserError, match="objective Mine: has no `coefficients`, a dict of term -> its weight"):
+        objectives.factory(config, None)(config, None)  # type: ignore[arg-type]
