@@ -15,10 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from megatron_sov.errors import UserError, nearest
-
-OURS = frozenset({"megatron_sov", "tokenizer", "data_prep"})
-"""Packages whose files are no part of a user's code, even where that lies in a checkout of them."""
-
+from megatron_sov.version import OUR_PACKAGES
 
 @dataclass(frozen=True)
 class Loaded:
@@ -164,11 +161,14 @@ def _file_of(reference: str) -> Path | None:
 
 
 def _beside(path: Path) -> dict[str, str]:
-    """Return file -> sha256 of the loaded modules that lie in a file's folder, packages in it included."""
+    """Return file -> sha256 of the loaded modules that lie in a file's folder, packages in it included.
+
+    Our own packages are no part of a user's code, even where that lies in a checkout of them.
+    """
     found = {}
     for name, module in sorted(sys.modules.items()):
         top = sys.modules.get(name.partition(".")[0])
-        if top is None or top.__name__ in OURS or not _has_file(top) or not _has_file(module):
+        if top is None or top.__name__ in OUR_PACKAGES or not _has_file(top) or not _has_file(module):
             continue
         first = Path(str(top.__file__))
         place = first.parent if first.name == "__init__.py" else first
