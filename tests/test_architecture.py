@@ -26,7 +26,7 @@ FIRST = GROUND | {"data", "mcore"}
 SECOND = FIRST | {"train", "convert", "generate"}
 THIRD = SECOND | {"eval"}
 MAY_IMPORT: dict[str, set[str]] = {
-    "errors": set(), "version": set(), "command_line": {"errors", "version"}, "plugins": {"errors"},
+    "errors": set(), "version": set(), "command_line": {"errors", "version"}, "plugins": {"errors", "version"},
     "config": {"errors", "plugins"}, "artifacts": {"errors", "version"},
     "byte_bpe": set(), "documents": {"errors"}, "obs": BASE, "pages": {"version"},
     "models": BASE, "objectives": BASE, "recipes": BASE | {"models", "objectives"}, "plan": GROUND, "runs": BASE,

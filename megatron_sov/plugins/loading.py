@@ -17,6 +17,7 @@ from typing import Any
 from megatron_sov.errors import UserError, nearest
 from megatron_sov.version import OUR_PACKAGES
 
+
 @dataclass(frozen=True)
 class Loaded:
     """Something that stands in a user's file or module."""
