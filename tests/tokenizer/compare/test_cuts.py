@@ -38,11 +38,11 @@ def test_where_spaces_part_no_words_there_are_none(toy: Toy) -> None:
 
 
 def test_lines_come_by_the_ratio_of_tokens_and_only_those_that_fit(toy: Toy) -> None:
-    lines = ["a" * 30, "b" * 20 + "a" * 10, "b" * 40, "a" * 19, "a" * 121, "  " + "a" * 30 + " "]
+    lines = ["b" * 40 + "a" * 36, "a" * 30, "b" * 40, "a" * 19, "a" * 121, "  " + "a" * 30 + " "]
     found = different_lines([toy("aa"), toy()], text("\n".join(lines), "a" * 31))
-    assert [line["text"] for line in found] == ["a" * 30, "a" * 31, "b" * 20 + "a" * 10], (
+    assert [line["text"] for line in found] == ["a" * 30, "a" * 31, "b" * 40 + "a" * 36], (
         "each once, without its margins")
-    assert [line["num_tokens"] for line in found] == [[15, 30], [16, 31], [25, 30]]
+    assert [line["num_tokens"] for line in found] == [[15, 30], [16, 31], [58, 76]]
     assert found[0]["cuts"] == ["|".join(["aa"] * 15), "|".join("a" * 30)]
 
 
