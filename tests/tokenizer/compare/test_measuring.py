@@ -1,0 +1,71 @@
+"""Costs, overlap and speed of several tokenizers, by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tokenizer.compare import measuring
+from tokenizer.compare.measuring import ModelSize, costs, names_of, overlap, speeds
+from tokenizer.report.measures import measure
+from tokenizer.report.texts import NamedText
+
+Toy = Callable[..., Any]
+TEXTS = [NamedText("en", "en", ["the cat the", " hat"], True), NamedText("ko", "ko", ["한국"], True)]
+
+
+def test_flops_of_a_token_by_hand() -> None:
+    size = ModelSize(hidden_size=10, body_params=1000)
+    assert size.embedding_params(300) == 6000, "embedding and head"
+    assert size.inference_flops_per_token(300) == 2 * (1000 + 3000), "the embedding is looked up"
+    assert size.training_flops_per_token(300) == 6 * 4000
+
+
+def test_fewer_tokens_against_a_larger_head(toy: Toy) -> None:
+    first, second = toy(), toy("the", "한국", special=("<|end|>",))
+    size = ModelSize(hidden_size=4, body_params=1000)
+    found = costs(second, [measure(second, t) for t in TEXTS], first,
+                  [measure(first, t) for t in TEXTS], size)
+    assert (found["en"]["num_tokens"] == 15 - 2 * 2
+            and found["en"]["relative_tokens"] == pytest.approx(11 / 15))
+    dearer = (1000 + 4 * 259) / (1000 + 4 * 256)
+    assert found["en"]["relative_flops"] == pytest.approx(11 / 15 * dearer)
+    assert found["ko"]["relative_tokens"] == pytest.approx(1 / 6)
+    assert found["ko"]["inference_flops_per_mb"] == pytest.approx(1 * 2 * (1000 + 4 * 259) / 6 * 1e6)
+    assert found["ko"]["training_flops_per_mb"] == pytest.approx(3 * found["ko"]["inference_flops_per_mb"])
+
+
+def test_names_are_short_where_they_tell_tokenizers_apart() -> None:
+    def opened(path: str) -> Any:
+        return SimpleNamespace(path=Path(path), name=Path(path).name)
+
+    assert names_of([opened("a/x"), opened("a/y")]) == ["x", "y"]
+    assert names_of([opened("a/x"), opened("b/x"), opened("y")]) == ["a/x", "b/x", "y"]
+
+
+def test_shared_tokens_are_those_of_the_same_bytes(toy: Toy) -> None:
+    found = overlap(toy("the", "cat", special=("<x>",)), toy("cat", "hat", "rat", special=("<x>",)))
+    assert found == {"num_shared": 257, "share_of_first": 257 / 258, "share_of_second": 257 / 259,
+                     "jaccard": 257 / 260}
+
+
+def test_speed_is_the_best_round_of_each_taken_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine is busy in the first round: everything takes four times as long."""
+    clock, order = SimpleNamespace(now_s=0.0), []
+    monkeypatch.setattr(measuring, "time", SimpleNamespace(process_time=lambda: clock.now_s))
+
+    def made(name: str, s_per_chunk: float) -> Any:
+        def encode(text: str) -> None:
+            order.append(name)
+            clock.now_s += s_per_chunk * (4 if len(order) <= 6 else 1)
+
+        return SimpleNamespace(encode=encode)
+
+    found = speeds([made("slow", 3.0), made("fast", 1.0)], TEXTS)
+    num_mb = 21 / 1e6
+    assert found == pytest.approx([num_mb / 9, num_mb / 3])
+    assert order == (["slow"] * 3 + ["fast"] * 3) * measuring.SPEED_ROUNDS
