@@ -13,7 +13,8 @@ from pydantic import TypeAdapter, ValidationError
 from megatron_sov.config.run import RunConfig
 from megatron_sov.errors import UserError, list_problems, nearest
 
-RENAMED = {"evaluate.beside": "evaluate.background", "guards.on_corruption": "guards.on_sdc"}
+RENAMED = {"evaluate.beside": "evaluate.background", "evaluate.background.judges": "evaluate.background.tasks",
+           "guards.on_corruption": "guards.on_sdc"}
 """Setting of an earlier version -> what it is called now."""
 
 

@@ -118,6 +118,8 @@ def test_unknown_fields_and_wrong_types_of_a_file_are_all_named(small: Small) ->
 def test_a_setting_of_an_earlier_version_is_refused_with_its_name_of_today(small: Small) -> None:
     with pytest.raises(UserError, match=r"'evaluate.beside' does not exist; it is called evaluate.background now$"):
         apply_settings(small(), ['evaluate.beside.judges=["ppl"]'])
+    with pytest.raises(UserError, match=r"it is called evaluate.background.tasks now$"):
+        apply_settings(small(), ['evaluate.background.judges=["ppl"]'])
     old = small().to_dict()
     old["guards"]["on_corruption"] = old["guards"].pop("on_sdc")
     with pytest.raises(UserError, match=r"guards.on_corruption: no such setting; it is called guards.on_sdc now"):
