@@ -162,8 +162,8 @@ class _UnitWriter:
         size_bytes = 0
         for number, span in enumerate(unit):
             counted = CountedSpan(span, self._settings.reading)
-            for item in counted:
-                item = item if isinstance(item, BadRecord) else self._stepped(item)
+            for read in counted:
+                item = read if isinstance(read, BadRecord) else self._stepped(read)
                 if isinstance(item, BadRecord):
                     self._write_bad(number, item)
                 if not isinstance(item, Document):

@@ -63,7 +63,7 @@ def check(config: RunConfig) -> None:
 def _hints(made: Callable[..., Any]) -> dict[str, Any]:
     """Return the types that an objective declares for its settings; none where a name in them is not known at run time."""
     try:
-        return get_type_hints(made.__init__)  # type: ignore[misc]
+        return get_type_hints(made.__init__)
     except NameError:
         return {}
 
