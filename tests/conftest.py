@@ -23,6 +23,7 @@ import psutil
 import pytest
 from hypothesis import settings
 
+ROOT = Path(__file__).parents[1]
 settings.register_profile("house", deadline=None, derandomize=True)
 settings.load_profile("house")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -264,3 +265,39 @@ def packed_data(tmp_path_factory: pytest.TempPathFactory) -> Packed:
     assert sov_data(["pack", *common, "--format", "chat", "--input", str(folder / "chat.jsonl"),
                      "--output", str(packed.chats)]) == 0
     return packed
+
+
+def _pip(*arguments: str, cwd: Path) -> None:
+    command = [sys.executable, "-m", "pip", "--quiet", "--no-input", *arguments]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="session")
+def files_of_the_rooms() -> set[str]:
+    """Return every file below the packages, leaving out what Python and editors put there."""
+    from megatron_sov.version import OUR_PACKAGES
+
+    return {p.relative_to(ROOT).as_posix() for package in OUR_PACKAGES for p in (ROOT / package).rglob("*")
+            if p.is_file() and "__pycache__" not in p.parts and not p.name.startswith(".")}
+
+
+@pytest.fixture(scope="session")
+def wheel(files_of_the_rooms: set[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the wheel from a copy of the sources, so that nothing is written beside them."""
+    pytest.importorskip("setuptools", minversion="77")
+    folder = tmp_path_factory.mktemp("wheel")
+    for name in files_of_the_rooms | {"setup.py", "pyproject.toml", "README.md", "LICENSE"}:
+        (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / "source" / name)
+    _pip("wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(folder), ".", cwd=folder / "source")
+    (built,) = folder.glob("megatron_sov-*.whl")
+    return built
+
+
+@pytest.fixture(scope="session")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Install the wheel alone into a folder; its dependencies come from the running environment."""
+    target = tmp_path_factory.mktemp("elsewhere") / "site"
+    _pip("install", "--no-deps", "--no-index", "--target", str(target), str(wheel), cwd=target.parent)
+    return target

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -11,45 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sov.version import OUR_PACKAGES
-
-pytest.importorskip("setuptools", minversion="77")
-
 ROOT = Path(__file__).parents[1]
 COMMANDS = ("megatron-sov", "sov-tokenizer", "sov-data")
-
-
-def pip(*arguments: str, cwd: Path) -> None:
-    command = [sys.executable, "-m", "pip", "--quiet", "--no-input", *arguments]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.fixture(scope="module")
-def files_of_the_rooms() -> set[str]:
-    """Return every file below the packages, leaving out what Python and editors put there."""
-    return {p.relative_to(ROOT).as_posix() for package in OUR_PACKAGES for p in (ROOT / package).rglob("*")
-            if p.is_file() and "__pycache__" not in p.parts and not p.name.startswith(".")}
-
-
-@pytest.fixture(scope="module")
-def wheel(files_of_the_rooms: set[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the wheel from a copy of the sources, so that nothing is written beside them."""
-    folder = tmp_path_factory.mktemp("wheel")
-    for name in files_of_the_rooms | {"setup.py", "pyproject.toml", "README.md", "LICENSE"}:
-        (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, folder / "source" / name)
-    pip("wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(folder), ".", cwd=folder / "source")
-    (built,) = folder.glob("megatron_sov-*.whl")
-    return built
-
-
-@pytest.fixture(scope="module")
-def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Install the wheel alone into a folder; its dependencies come from the running environment."""
-    target = tmp_path_factory.mktemp("elsewhere") / "site"
-    pip("install", "--no-deps", "--no-index", "--target", str(target), str(wheel), cwd=target.parent)
-    return target
 
 
 def run_installed(installed: Path, *command: str) -> subprocess.CompletedProcess[str]:

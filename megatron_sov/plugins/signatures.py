@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from megatron_sov.errors import UserError
 
 
-def takes(function: Callable[..., Any] | None, names: tuple[str, ...]) -> bool:
-    """Return whether a function can be called with so many arguments by position."""
-    if function is None:
-        return False
+def takes(function: Any, names: tuple[str, ...]) -> bool:
+    """Return whether something can be called with so many arguments by position."""
     try:
         inspect.signature(function).bind(*names)
     except (TypeError, ValueError):

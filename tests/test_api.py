@@ -1,0 +1,80 @@
+"""The interface from Python: the page and the package agree, nothing heavy is imported, the page's example runs."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import megatron_sov
+from megatron_sov import api
+from megatron_sov.errors import GateFailed, StopRequested, UserError
+
+PAGE = (Path(__file__).parents[1] / "docs/api.md").read_text()
+
+
+def python(program: str, **more: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, **more)
+
+
+def test_the_page_has_every_name_and_no_other() -> None:
+    rows = re.findall(r"^\| (`.*?) \|", PAGE, re.MULTILINE)
+    named = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    assert sorted(named) == sorted(megatron_sov.__all__) == sorted(dir(megatron_sov))
+    for name in megatron_sov.__all__:
+        assert getattr(megatron_sov, name) is not None
+
+
+def test_what_importing_brings() -> None:
+    """Nothing heavy; and names on megatron prepare the process first, or warnings about missing GPU packages abound."""
+    done = python("import sys, megatron_sov\nprint([m for m in ('torch', 'pydantic', 'numpy') if m in sys.modules])\n"
+                  "from megatron_sov import recipes, RunConfig, pretrain, convert, read_events, Family, Document\n"
+                  "print('torch' in sys.modules)\n"
+                  "from megatron_sov import Objective\nprint('megatron.core' in sys.modules)")
+    assert (done.stdout.splitlines(), done.stderr) == (["[]", "False", "True"], "")
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'megatron_sov' has no attribute 'pretrian'"):
+        megatron_sov.pretrian  # noqa: B018
+
+
+def test_the_example_of_the_page_runs(packed_data: Any, tmp_path: Path) -> None:
+    shutil.copytree(packed_data.text, tmp_path / "tokens")
+    example = re.search(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    assert example is not None
+    done = python(example[1], cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    steps = [line.split() for line in done.stdout.splitlines()[-4:-1]]
+    assert [step for step, _ in steps] == ["1", "2", "3"]
+    assert float(steps[2][1]) < float(steps[0][1])
+    assert re.fullmatch(r"\d+ tokens", done.stdout.splitlines()[-1])
+
+
+def test_mistakes_are_raised_with_the_commands_own_words(tmp_path: Path) -> None:
+    config = megatron_sov.recipes.get("tiny-qwen3")
+    with pytest.raises(UserError, match=r"^--data .*none: does not exist; pass a folder made by `sov-data pack`$"):
+        api.pretrain(config, [tmp_path / "none"], tmp_path / "run")
+
+
+@pytest.mark.parametrize(("code", "said", "error"), [
+    (2, "warning: x\nerror: a: 2 problems\n  one\n  two\n", UserError("a: 2 problems\n  one\n  two")),
+    (3, "gate: too low\n", GateFailed("too low")), (75, "step 3\nstopped: saved\n", StopRequested("saved")),
+    (1, "Traceback ...\n", RuntimeError("megatron-sov eval ended with exit code 1; its last words stand on stderr")),
+])
+def test_how_a_command_ended_is_how_the_function_ends(
+    code: int, said: str, error: Exception, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+) -> None:
+    program = f"import sys; sys.stderr.write({said!r}); sys.exit({code})"
+    real = subprocess.Popen
+    monkeypatch.setattr(api.subprocess, "Popen", lambda argv, **more: real([sys.executable, "-c", program], **more))
+    with pytest.raises(type(error)) as e:
+        api._run(["eval"])
+    assert str(e.value) == str(error)
+    assert capfd.readouterr().err == said

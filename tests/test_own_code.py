@@ -1,0 +1,110 @@
+"""docs/own_code.md: its files and commands as they stand there, in a folder elsewhere, with the installed wheel."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PAGE = Path(__file__).parents[1] / "docs/own_code.md"
+
+
+def files_of(text: str) -> dict[str, str]:
+    """Return name -> content of the Python files on a page: each block stands behind its name."""
+    return dict(re.findall(r"^`([a-z_]+\.py)`:\n\n```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
+
+
+def commands_of(text: str) -> list[str]:
+    """Return the commands in the sh blocks of a page, continued lines joined."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def site(installed: Path, packed_data: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the page's files and some data; no file of the repository is found from there."""
+    folder = tmp_path_factory.mktemp("site")
+    for name, text in files_of(PAGE.read_text()).items():
+        (folder / name).write_text(text)
+    shutil.copytree(packed_data.text, folder / "tokens")
+    shutil.copytree(packed_data.tokenizer, folder / "tokenizer")
+    shutil.copy(packed_data.tokenizer.parent / "even.jsonl", folder / "corpus.jsonl")
+    return folder
+
+
+def run(site: Path, installed: Path, command: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of the page as a shell would, by the installed programs."""
+    environment = {**os.environ, "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1",
+                   "PATH": f"{installed / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+    program, rest = command.split(" ", 1)
+    return subprocess.run(f"{sys.executable} {installed / 'bin' / program} {rest}", shell=True, cwd=site, text=True,
+                          capture_output=True, env=environment, timeout=300, check=False)
+
+
+def done(site: Path, installed: Path, section: str) -> dict[str, Any]:
+    """Run all commands of a section of the page; returns the config of the last run."""
+    commands = commands_of(PAGE.read_text().partition(f"## {section}\n")[2].partition("\n## ")[0])
+    assert commands, section
+    for command in commands:
+        result = run(site, installed, command)
+        assert result.returncode == 0, (command, result.stderr)
+    runs = re.findall(r"--run (\S+)", " ".join(commands))
+    return dict(json.loads((site / runs[-1] / "config.json").read_text())) if runs else {}
+
+
+def test_a_recipe(site: Path, installed: Path) -> None:
+    config = done(site, installed, "A recipe")
+    assert (config["recipe"], config["train"]["steps"]) == ("my-tiny", 3)
+    assert [code["reference"] for code in config["code"]] == [f"{site}/my_recipe.py:tiny"]
+    assert json.loads((site / "runs/tiny/complete.json").read_text())["step"] == 3
+
+
+def test_an_objective(site: Path, installed: Path) -> None:
+    config = done(site, installed, "An objective")
+    assert config["objective"] == {"name": "Focal", "text_coeff": 0.0, "options": {"gamma": 1.5}}
+    steps = [event for event in map(json.loads, (site / "runs/focal/events.jsonl").open()) if event["event"] == "step"]
+    losses = [event["losses"]["focal"] for event in steps]
+    plain = [next(iter(event["losses_by_source"].values())) for event in steps]
+    assert losses == [event["loss"] for event in steps] and losses[-1] < losses[0]
+    assert 0 < losses[-1] < plain[-1]  # what the model knows already counts less
+
+
+def test_a_model_family(site: Path, installed: Path) -> None:
+    config = done(site, installed, "A model family")
+    assert (config["model"]["family"], [code["kind"] for code in config["code"]]) == ("llama", ["recipe", "model family"])
+    assert list(config["code"][0]["files"]) == ["my_family.py", "my_recipe.py"]
+    assert json.loads((site / "hf/config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    refused = run(site, installed, "megatron-sov convert to-hf runs/llama other")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert f"add --plugin {site}/my_family.py:LLAMA" in refused.stderr
+
+
+def test_a_data_step(site: Path, installed: Path) -> None:
+    done(site, installed, "A data step")
+    manifest = json.loads((site / "cleaned/manifest.json").read_text())
+    short = sum(len(json.loads(line)["text"]) < 60 for line in (site / "corpus.jsonl").open())
+    assert manifest["content"]["sources"][0]["num_left_out"] == ({"short": short} if short else {})
+    assert [step["name"] for step in manifest["settings"]["steps"]] == ["long_enough", "one_space"]
+
+
+def test_a_run_whose_code_has_changed_is_not_continued(site: Path, installed: Path) -> None:
+    """The refusal comes before the run is found complete, so the run of the page serves."""
+    if not (site / "runs/tiny/complete.json").exists():
+        done(site, installed, "A recipe")
+    shutil.copy(site / "my_recipe.py", site / "before.py")
+    with open(site / "my_recipe.py", "a") as file:
+        file.write("# a thought\n")
+    again = "megatron-sov pretrain ./my_recipe.py:tiny --data tokens --run runs/tiny --resume"
+    refused = run(site, installed, again)
+    assert refused.returncode == 2 and "my_recipe.py has changed since (sha256 " in refused.stderr
+    assert "pass --config runs/tiny/config.json in the recipe's place" in refused.stderr
+    went_on = run(site, installed, "megatron-sov pretrain --config runs/tiny/config.json --run runs/tiny --resume")
+    assert (went_on.returncode, went_on.stderr) == (0, "")
+    shutil.move(site / "before.py", site / "my_recipe.py")
