@@ -105,6 +105,4 @@ def test_a_run_whose_code_has_changed_is_not_continued(site: Path, installed: Pa
     refused = run(site, installed, again)
     assert refused.returncode == 2 and "my_recipe.py has changed since (sha256 " in refused.stderr
     assert "pass --config runs/tiny/config.json in the recipe's place" in refused.stderr
-    went_on = run(site, installed, "megatron-sov pretrain --config runs/tiny/config.json --run runs/tiny --resume")
-    assert (went_on.returncode, went_on.stderr) == (0, "")
     shutil.move(site / "before.py", site / "my_recipe.py")

@@ -190,6 +190,16 @@ def test_a_config_takes_what_the_command_line_names(site: Path) -> None:
     assert config_of("--config", "config.json", *named) == first
 
 
+def test_a_recipe_of_ones_own_is_submitted_as_it_was_named(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (site / "tokens").mkdir()
+    command = ["submit", "pretrain", "--cluster", "local", "--dry-run", "./recipe.py:plain", "--data", "tokens", "--run", "r"]
+    assert cli.main(command) == 0
+    assert "./recipe.py:plain" in capsys.readouterr().out
+    command[5] = "./recipe.py:plian"
+    assert cli.main(command) == 2
+    assert "did you mean 'plain'" in capsys.readouterr().err
+
+
 def test_a_hugging_face_folder_runs_nothing_that_it_names(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (site / "hf").mkdir()
     (site / "hf" / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")

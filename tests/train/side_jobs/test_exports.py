@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 
-from megatron_sov import convert
+from megatron_sov import convert, models
 from megatron_sov.artifacts import sha256_file
 from megatron_sov.config import TrainConfig
 from megatron_sov.obs.events import EVENTS, read_events
 from megatron_sov.runs.folder import EXPORTS
+from megatron_sov.train.side_jobs import exports as exports_module
 from megatron_sov.train.side_jobs.exports import Exports
 
 TRAIN = TrainConfig(checkpoint_every_steps=10, export_every_checkpoints=2)
@@ -44,6 +45,21 @@ class Run:
 @pytest.fixture
 def run(tmp_path: Path, imported: dict[str, Path]) -> Run:
     return Run(tmp_path / "run", imported["solar_open"])
+
+
+def test_the_process_is_given_the_family_that_the_command_line_named(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(exports_module, "BackgroundProcess", lambda argv, log: started.append(argv))
+    monkeypatch.setattr(models.OWN, "_known", {})
+    run.exports().offer(20, run.checkpoint(20), False)
+    (tmp_path / "mine.py").write_text("from dataclasses import replace\nfrom megatron_sov.models.qwen import QWEN3\n"
+                                      "MINE = replace(QWEN3, name='mine')\n")
+    models.OWN.load(f"{tmp_path}/mine.py:MINE")
+    run.exports().offer(40, run.checkpoint(40), False)
+    assert "--plugin" not in started[0]
+    assert started[1][-2:] == ["--plugin", f"{tmp_path}/mine.py:MINE"]
 
 
 def test_every_second_checkpoint_and_the_last_are_exported_and_pruning_does_not_matter(run: Run, capsys) -> None:
