@@ -20,7 +20,7 @@ def test_users_files_come_in_pieces_and_not_without_end(tmp_path: Path) -> None:
     assert pieces[-2:] == ["one", "two"], "what one file has too much is not taken from another"
     sizes = [len(piece.encode()) for piece in pieces[:-2]]
     assert max(sizes) <= CHUNK_BYTES and BYTES_PER_FILE <= sum(sizes) < BYTES_PER_FILE + CHUNK_BYTES
-    with pytest.raises(UserError, match="none.txt"):
+    with pytest.raises(UserError, match=r"none\.txt"):
         list(users([tmp_path / "none.txt"]))
 
 
