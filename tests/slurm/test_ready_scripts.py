@@ -1,4 +1,5 @@
-"""slurm/scripts: what the chains give, what a real Slurm takes, and what runs when somebody types `sbatch`."""
+"""slurm/scripts: what the chains give, what a real Slurm takes,
+and what runs when somebody types `sbatch`."""
 
 from __future__ import annotations
 
@@ -33,14 +34,16 @@ def test_there_are_scripts_for_the_published_recipes_and_their_tiny_ones() -> No
 
 
 @pytest.mark.parametrize("name", [*BIG, *TINY])
-def test_scripts_are_what_their_chain_gives(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scripts_are_what_their_chain_gives(name: str, tmp_path: Path,
+                                            monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     folder = f"slurm/scripts/{name}"
     assert cli.main(["submit", "chain", name, "--scripts", folder]) == 0
     fresh = {p.name: p.read_text() for p in (tmp_path / folder).iterdir()}
     kept = {p.name: p.read_text() for p in (SCRIPTS / name).iterdir()}
     assert sorted(fresh) == sorted(kept), "slurm/scripts is stale: run `make scripts`"
-    assert [file for file in fresh if fresh[file] != kept[file]] == [], "slurm/scripts is stale: run `make scripts`"
+    assert [file for file in fresh if fresh[file] != kept[file]] == [], (
+        "slurm/scripts is stale: run `make scripts`")
 
 
 def test_nothing_of_one_machine_stands_in_a_script() -> None:
@@ -59,8 +62,8 @@ def test_slurm_would_take_every_script_as_it_stands(cluster: Any, site: Path) ->
         assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0, script
         cluster.run("sbatch", "--test-only", "--partition=wide", str(script))
     pretrain = SCRIPTS / "k-exaone-236b/04-pretrain.sbatch"
-    refused = subprocess.run(["sbatch", "--test-only", "--partition=wide", "--nodes=65", str(pretrain)], env=cluster.env,
-                             capture_output=True, text=True, check=False)
+    refused = subprocess.run(["sbatch", "--test-only", "--partition=wide", "--nodes=65", str(pretrain)],
+                             env=cluster.env, capture_output=True, text=True, check=False)
     assert refused.returncode != 0 and "node configuration is not available" in refused.stderr
 
 
@@ -71,8 +74,8 @@ def exported(**variables: object) -> str:
 
 def log_of(job: str, work: Path) -> str:
     """Return what a job's script has written: to where sbatch was typed, and to its records."""
-    files = [file for folder, find in ((Path(), Path.glob), (work, Path.rglob)) for end in (f"{job}.log", f"{job}_*.log")
-             for file in find(folder, f"*{end}")]
+    files = [file for folder, find in ((Path(), Path.glob), (work, Path.rglob))
+             for end in (f"{job}.log", f"{job}_*.log") for file in find(folder, f"*{end}")]
     return "".join(file.read_text() for file in files)
 
 
@@ -109,7 +112,8 @@ TRAINING = ("train.steps=2", "train.num_threads=1", "train.eval_every_steps=0", 
             "data.max_epochs=0")
 MODEL = ("model.vocab_size=1024", "model.hidden_size=32", "model.num_layers=2", "model.num_heads=4",
          "model.num_kv_heads=2", "model.head_dim=8", "model.expert_ffn_dim=16")
-NEEDLES = ("needle.lengths_tokens=[512]", "needle.depths=[0.5]", "needle.samples=1", 'needle.kinds=["single"]')
+NEEDLES = ("needle.lengths_tokens=[512]", "needle.depths=[0.5]", "needle.samples=1",
+           'needle.kinds=["single"]')
 
 
 def settings(*given: str) -> tuple[str, ...]:
@@ -118,7 +122,8 @@ def settings(*given: str) -> tuple[str, ...]:
 
 SMALLER = {
     "tokenizer": ("--vocab-size", "1024"), "tokens": ("--heldout", "0.2"), "chats": ("--heldout", "0.2"),
-    "pretrain": settings(*TRAINING, *MODEL), "extend-512": settings(*TRAINING, *NEEDLES), "sft": settings(*TRAINING)}
+    "pretrain": settings(*TRAINING, *MODEL), "extend-512": settings(*TRAINING, *NEEDLES),
+    "sft": settings(*TRAINING)}
 """Stage -> what is added to the command of its script, so that it takes seconds."""
 
 
@@ -137,18 +142,21 @@ def work(site: Path, token_shards: Path, packed_data: Any) -> Path:
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_the_scripts_of_a_tiny_recipe_run_to_their_end(cluster: Any, site: Path, work: Path) -> None:
-    """Each after the one before: `pretrain` as it stands, with the look at the node and two ranks; the others made for this
-    cluster, with one rank."""
-    assert cli.main(["submit", "chain", "tiny-k-exaone", "--cluster", "site.yaml", "--scripts", "scripts"]) == 0
+    """Each after the one before: `pretrain` as it stands, with the look at the node and two ranks; the others
+    made for this cluster, with one rank."""
+    assert cli.main(["submit", "chain", "tiny-k-exaone", "--cluster", "site.yaml", "--scripts",
+                     "scripts"]) == 0
     shipped = shutil.copy(SCRIPTS / "tiny-k-exaone/05-pretrain.sbatch", "scripts")
     jobs: dict[str, str] = {}
 
     def send(script: Path, *options: str) -> str:
         stage = script.stem.partition("-")[2]
-        return cluster.sbatch(exported(PYTHON=sys.executable), *options, str(script), *SMALLER.get(stage, ()), cwd=site)
+        return cluster.sbatch(exported(PYTHON=sys.executable), *options, str(script),
+                              *SMALLER.get(stage, ()), cwd=site)
 
     for script in sorted(Path("scripts").iterdir()):
-        after = (f"--dependency=afterok:{list(jobs.values())[-1]}", "--kill-on-invalid-dep=yes") if jobs else ()
+        after = ((f"--dependency=afterok:{list(jobs.values())[-1]}", "--kill-on-invalid-dep=yes")
+                 if jobs else ())
         jobs[script.stem.partition("-")[2]] = send(script, *after)
     for stage, job in jobs.items():
         found = cluster.wait(job, timeout_s=600)
