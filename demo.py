@@ -1,7 +1,9 @@
-"""`make demo`: from raw text on this machine to a judged model in Hugging Face form, through the ordinary commands.
+"""`make demo`: from raw text on this machine to a judged model in Hugging Face form,
+through the ordinary commands.
 
-Each stage is one command that a user could type; the demo prints it, runs it, and compares its time with a written budget
-for two cores.  A killed demo continues where it was: complete artifacts are kept, and runs resume from their checkpoints.
+Each stage is one command that a user could type; the demo prints it, runs it, and compares its time with a
+written budget for two cores.  A killed demo continues where it was: complete artifacts are kept, and runs
+resume from their checkpoints.
 """
 
 from __future__ import annotations
@@ -73,7 +75,8 @@ def corpus_stage(root: Path, user: str | None) -> Stage:
     """Return the stage that gathers the text."""
     corpus = root / "corpus"
     own = ("--user", user) if user else ()
-    return Stage("corpus", 30, ("sov-data", "demo-corpus", "--output", str(corpus), *own), corpus / "manifest.json")
+    return Stage("corpus", 30, ("sov-data", "demo-corpus", "--output", str(corpus), *own),
+                 corpus / "manifest.json")
 
 
 def data_stages(root: Path, sources: list[str]) -> list[Stage]:
@@ -83,89 +86,101 @@ def data_stages(root: Path, sources: list[str]) -> list[Stage]:
     tokenizer, text, chat = (root / name for name in ("tokenizer", "text", "chat"))
     pack = ("sov-data", "pack", "--tokenizer", str(tokenizer))
     return [
-        Stage("tokenizer", 15, ("sov-tokenizer", "train", "--preset", "solar-open", "--vocab-size", str(VOCAB_SIZE), *inputs,
-                                "--output", str(tokenizer)), tokenizer / "manifest.json"),
+        Stage("tokenizer", 15, ("sov-tokenizer", "train", "--preset", "solar-open", "--vocab-size",
+                                str(VOCAB_SIZE), *inputs, "--output", str(tokenizer)),
+              tokenizer / "manifest.json"),
         Stage("pack text", 15, (*pack, *inputs, "--output", str(text)), text / "manifest.json"),
-        Stage("pack chats", 10, (*pack, "--input", str(root / "corpus/chat.jsonl"), "--format", "chat", "--output", str(chat)),
-              chat / "manifest.json"),
+        Stage("pack chats", 10, (*pack, "--input", str(root / "corpus/chat.jsonl"), "--format", "chat",
+                                 "--output", str(chat)), chat / "manifest.json"),
     ]
 
 
 def training_stages(root: Path, sources: list[str]) -> list[Stage]:
     """Return the three runs and the baseline that the first one has to beat."""
-    text, chat, pretrain, extend, sft = (str(root / name) for name in ("text", "chat", "pretrain", "extend", "sft"))
+    text, chat, pretrain, extend, sft = (str(root / name)
+                                         for name in ("text", "chat", "pretrain", "extend", "sft"))
     layout = ("--nproc", str(NPROC), "--resume", *settings(parallel__ep=2))
     batch = settings(train__global_batch_size=8, train__micro_batch_size=4)
     first = settings(model__vocab_size=VOCAB_SIZE, data__phases=phases(sources), train__steps=PRETRAIN_STEPS,
                      train__checkpoint_every_steps=100, train__eval_every_steps=200)
-    longer = settings(train__steps=EXTEND_STEPS, train__global_batch_size=4, train__micro_batch_size=2, optim__lr=1e-3,
-                      data__phases=json.dumps([{"name": "extend", "seq_len": LONG_SEQ_LEN}]),
+    longer = settings(train__steps=EXTEND_STEPS, train__global_batch_size=4, train__micro_batch_size=2,
+                      optim__lr=1e-3, data__phases=json.dumps([{"name": "extend", "seq_len": LONG_SEQ_LEN}]),
                       needle__lengths_tokens=json.dumps([SEQ_LEN, LONG_SEQ_LEN]),
-                      needle__languages=json.dumps([s for s in sources if s == "english"]))  # all three would take thrice as long
+                      # all three would take thrice as long
+                      needle__languages=json.dumps([s for s in sources if s == "english"]))
     chats = settings(train__steps=SFT_STEPS, optim__lr=1e-3, objective__text_coeff=0.1)
     return [
-        Stage("pretrain", 190, ("megatron-sov", "pretrain", RECIPE, "--data", text, "--run", pretrain, *layout, *batch, *first),
-              root / "pretrain/complete.json"),
+        Stage("pretrain", 190, ("megatron-sov", "pretrain", RECIPE, "--data", text, "--run", pretrain,
+                                *layout, *batch, *first), root / "pretrain/complete.json"),
         Stage("bigram baseline", 10, ("megatron-sov", "eval", "bigram", "--data", text, "--run", pretrain)),
-        Stage("extend", 60, ("megatron-sov", "extend", RECIPE, "--from", pretrain, "--data", text, "--run", extend,
-                             *layout, *longer), root / "extend/complete.json"),
-        Stage("sft", 40, ("megatron-sov", "sft", RECIPE, "--from", extend, "--data", f"{chat}:0.8", "--data", f"{text}:0.2",
-                          "--run", sft, *layout, *batch, *chats), root / "sft/complete.json"),
+        Stage("extend", 60, ("megatron-sov", "extend", RECIPE, "--from", pretrain, "--data", text, "--run",
+                             extend, *layout, *longer), root / "extend/complete.json"),
+        Stage("sft", 40, ("megatron-sov", "sft", RECIPE, "--from", extend, "--data", f"{chat}:0.8", "--data",
+                          f"{text}:0.2", "--run", sft, *layout, *batch, *chats), root / "sft/complete.json"),
     ]
 
 
 def retrieval_stages(root: Path, sources: list[str]) -> list[Stage]:
-    """Return the runs of a small K-EXAONE that learns to retrieve, and whose context is then extended behind a gate.
+    """Return the runs of a small K-EXAONE that learns to retrieve, and whose context is then
+    extended behind a gate.
 
-    The gate fails before the first step.  On text that is too hard for the steps it may fail to the end; the report says so.
-    Manual pages repeat one another, so that more of the held-out text may stand in the training text than by default.
+    The gate fails before the first step.  On text that is too hard for the steps it may fail to the end; the
+    report says so.  Manual pages repeat one another, so that more of the held-out text may stand in the
+    training text than by default.
     """
-    text, begin, near, far = (str(root / name) for name in ("text", "retrieval-begin", "retrieval", "retrieval-far"))
+    text, begin, near, far = (str(root / name)
+                              for name in ("text", "retrieval-begin", "retrieval", "retrieval-far"))
     language = next((s for s in sources if s == "english"), sources[0])
     layout = ("--data", text, "--nproc", str(NPROC), "--resume")
-    sizes = settings(model__vocab_size=VOCAB_SIZE, model__hidden_size=64, model__dense_ffn_dim=128, model__num_experts=4,
-                     model__expert_ffn_dim=64, model__sliding_window_tokens=16, model__init_std=0.1, model__num_mtp_layers=0)
-    common = settings(train__eval_every_steps=0, train__checkpoint_every_steps=200, data__heldout_tokens=16384,
-                      data__max_epochs=0, needle__train_share=0, needle__depths="[0.0, 0.5, 0.95]",
-                      needle__languages=json.dumps([s for s in sources if s == "english"]),
-                      optim__name="muon", optim__muon_scale="original", optim__weight_decay=0, optim__schedule="wsd",
-                      optim__decay_share=0.4,
-                      guards__sigma=0)  # a small model that begins to retrieve has gradients that look like spikes
+    sizes = settings(model__vocab_size=VOCAB_SIZE, model__hidden_size=64, model__dense_ffn_dim=128,
+                     model__num_experts=4, model__expert_ffn_dim=64, model__sliding_window_tokens=16,
+                     model__init_std=0.1, model__num_mtp_layers=0)
+    common = settings(
+        train__eval_every_steps=0, train__checkpoint_every_steps=200, data__heldout_tokens=16384,
+        data__max_epochs=0, needle__train_share=0, needle__depths="[0.0, 0.5, 0.95]",
+        needle__languages=json.dumps([s for s in sources if s == "english"]), optim__name="muon",
+        optim__muon_scale="original", optim__weight_decay=0, optim__schedule="wsd", optim__decay_share=0.4,
+        guards__sigma=0)  # a small model that begins to retrieve has gradients that look like spikes
     batch = settings(train__global_batch_size=24, train__micro_batch_size=12)
-    needles = settings(data__phases=json.dumps([{"name": "needles", "seq_len": NEAR, "blend": {language: 1, "needle": 7}}]),
-                       train__steps=RETRIEVAL_STEPS, optim__lr=1e-2, optim__min_lr=1e-3, needle__lengths_tokens=f"[{NEAR}]")
+    needles = settings(
+        data__phases=json.dumps([{"name": "needles", "seq_len": NEAR, "blend": {language: 1, "needle": 7}}]),
+        train__steps=RETRIEVAL_STEPS, optim__lr=1e-2, optim__min_lr=1e-3, needle__lengths_tokens=f"[{NEAR}]")
     short = {"name": "rehearsal", "share": 0.25, "blend": {f"{language}/{NEAR}": 1, f"needle/{NEAR}": 1}}
-    stage = {"name": str(FAR), "seq_len": FAR, "steps": GATE_STEPS, "max_steps": GATE_MAX_STEPS, "blend": {"needle": 1},
-             "parts": [short]}
-    gate = settings(extend__stages=json.dumps([stage]), extend__gate__every_steps=GATE_STEPS, extend__gate__min_accuracy=0.8,
-                    extend__gate__loss_tolerance_nats=0.1, extend__gate__max_overlap=0.3, train__global_batch_size=4,
-                    train__micro_batch_size=2, optim__lr=5e-3, optim__min_lr=5e-4)
-    texts = settings(data__phases=json.dumps([{"name": "text", "seq_len": NEAR, "blend": {language: 1}}]), train__steps=20)
+    stage = {"name": str(FAR), "seq_len": FAR, "steps": GATE_STEPS, "max_steps": GATE_MAX_STEPS,
+             "blend": {"needle": 1}, "parts": [short]}
+    gate = settings(extend__stages=json.dumps([stage]), extend__gate__every_steps=GATE_STEPS,
+                    extend__gate__min_accuracy=0.8, extend__gate__loss_tolerance_nats=0.1,
+                    extend__gate__max_overlap=0.3, train__global_batch_size=4, train__micro_batch_size=2,
+                    optim__lr=5e-3, optim__min_lr=5e-4)
+    texts = settings(data__phases=json.dumps([{"name": "text", "seq_len": NEAR, "blend": {language: 1}}]),
+                     train__steps=20)
     recipe = RETRIEVAL_RECIPE
     return [
-        Stage("retrieval: begin", 15, ("megatron-sov", "pretrain", recipe, "--run", begin, *layout, *sizes, *common, *batch,
-                                       *texts), root / "retrieval-begin/complete.json"),
-        Stage("retrieval: learn", 75, ("megatron-sov", "extend", recipe, "--from", begin, "--run", near, *layout, *common,
-                                       *batch, *needles), root / "retrieval/complete.json"),
-        Stage("gate", 60, ("megatron-sov", "extend", recipe, "--from", near, "--run", far, *layout, *common, *gate),
-              root / "retrieval-far/complete.json", codes=(0, GATE_FAILED)),
+        Stage("retrieval: begin", 15, ("megatron-sov", "pretrain", recipe, "--run", begin, *layout, *sizes,
+                                       *common, *batch, *texts), root / "retrieval-begin/complete.json"),
+        Stage("retrieval: learn", 75, ("megatron-sov", "extend", recipe, "--from", begin, "--run", near,
+                                       *layout, *common, *batch, *needles), root / "retrieval/complete.json"),
+        Stage("gate", 60, ("megatron-sov", "extend", recipe, "--from", near, "--run", far, *layout, *common,
+                           *gate), root / "retrieval-far/complete.json", codes=(0, GATE_FAILED)),
     ]
 
 
 def judging_stages(root: Path) -> list[Stage]:
     """Return the stages from the last checkpoint to the report."""
-    pretrain, extend, sft, far, hf = (str(root / name) for name in ("pretrain", "extend", "sft", "retrieval-far", "hf"))
+    pretrain, extend, sft, far, hf = (str(root / name)
+                                      for name in ("pretrain", "extend", "sft", "retrieval-far", "hf"))
     sampling = ("--max-new-tokens", "48", "--temperature", "0.7")
     return [
         Stage("export", 10, ("megatron-sov", "convert", "to-hf", sft, hf), root / "hf/manifest.json"),
         Stage("verify weights", 10, ("megatron-sov", "convert", "verify", sft, hf)),
         Stage("compare logits", 10, ("megatron-sov", "eval", "logits", sft, hf, "--run", sft)),
-        Stage("continue text", 10, ("megatron-sov", "generate", extend, *sampling, *repeated("--prompt", TEXTS),
-                                    "--run", extend)),
-        Stage("answer", 10, ("megatron-sov", "generate", sft, "--chat", *sampling, *repeated("--prompt", QUESTIONS),
-                             "--run", sft)),
+        Stage("continue text", 10,
+              ("megatron-sov", "generate", extend, *sampling, *repeated("--prompt", TEXTS), "--run", extend)),
+        Stage("answer", 10, ("megatron-sov", "generate", sft, "--chat", *sampling,
+                             *repeated("--prompt", QUESTIONS), "--run", sft)),
         Stage("transformers", 10, (sys.executable, "-c", TRANSFORMERS_ALONE, hf)),
-        Stage("report", 10, ("megatron-sov", "report", pretrain, extend, sft, far, "--out", str(root / "report.html"))),
+        Stage("report", 10, ("megatron-sov", "report", pretrain, extend, sft, far, "--out",
+                             str(root / "report.html"))),
     ]
 
 
@@ -214,8 +229,8 @@ def run(stage: Stage) -> float:
     start = time.monotonic()
     code = subprocess.run(program(stage.command), check=False).returncode
     if code not in stage.codes:
-        print(f"demo: stage '{stage.name}' ended with exit code {code}; mend what it says and run the same command again",
-              file=sys.stderr)
+        print(f"demo: stage '{stage.name}' ended with exit code {code}; mend what it says and run the "
+              "same command again", file=sys.stderr)
         raise SystemExit(code if code > 0 else 1)
     return time.monotonic() - start
 
@@ -228,13 +243,15 @@ def summary(root: Path, times: list[tuple[Stage, float]]) -> None:
     print(f"{'total':18} {sum(s for _, s in times):5.0f} s  {sum(s.budget_s for s, _ in times):5d} s")
     peak_mib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     print(f"largest process: {peak_mib:.0f} MiB of memory")
-    print(f"\nthe model, for transformers: {root / 'hf'}\nthe report, for a browser:   {(root / 'report.html').resolve()}")
+    print(f"\nthe model, for transformers: {root / 'hf'}\n"
+          f"the report, for a browser:   {(root / 'report.html').resolve()}")
 
 
 def main() -> int:
     """Run the demo."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--corpus", metavar="PATH", help="a file or folder of your own text, instead of this machine's")
+    parser.add_argument("--corpus", metavar="PATH",
+                        help="a file or folder of your own text, instead of this machine's")
     parser.add_argument("--fresh", action="store_true", help="forget an earlier demo and start anew")
     args = parser.parse_args()
     root = RUNS / (f"demo-{Path(args.corpus).stem}" if args.corpus else "demo")
@@ -245,7 +262,8 @@ def main() -> int:
     times = [(first, run(first))]
     sources = sources_of(root / "corpus")
     times += [(s, run(s)) for s in [
-        *data_stages(root, sources), *training_stages(root, sources), *retrieval_stages(root, sources), *judging_stages(root)]]
+        *data_stages(root, sources), *training_stages(root, sources), *retrieval_stages(root, sources),
+        *judging_stages(root)]]
     summary(root, times)
     return 0
 

@@ -12,9 +12,11 @@ ROOT = Path(__file__).parent
 
 
 def constants(file: Path) -> dict[str, Any]:
-    """Return the plain values that a module assigns; it is read and not imported, for its package may lack what it needs."""
+    """Return the plain values that a module assigns; it is read and not imported,
+    for its package may lack what it needs."""
     body = ast.parse(file.read_text(encoding="utf-8")).body
-    return {ast.unparse(node.targets[0]): ast.literal_eval(node.value) for node in body if isinstance(node, ast.Assign)}
+    return {ast.unparse(node.targets[0]): ast.literal_eval(node.value)
+            for node in body if isinstance(node, ast.Assign)}
 
 
 DISTRIBUTED = constants(ROOT / "megatron_sov/version.py")

@@ -2,9 +2,10 @@
 
     python benchmarks/checkpoint_speed.py [--megabytes 400] [--rounds 5] [--nproc 1]
 
-Saves the weights and moments of a model of about the given size, in float32, and loads them again.  `cp` copies the files
-of the same checkpoint and syncs each.  Every round measures everything, one after the other, so that what else the machine
-does falls on all alike; ratios are of the medians.  Loading is from the page cache, as is what `cp` reads.
+Saves the weights and moments of a model of about the given size, in float32, and loads them again.  `cp`
+copies the files of the same checkpoint and syncs each.  Every round measures everything, one after the other,
+so that what else the machine does falls on all alike; ratios are of the medians.  Loading is from the page
+cache, as is what `cp` reads.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from megatron_sov.models.count import num_params
 
 BYTES_PER_PARAMETER = 12
 """Weight and two moments in float32."""
-MEASURES = ("cp + fsync of every file", "save, waiting (async_save=false)", "stall of the same save (async_save=true)",
-            "check: hash every file", "load weights and moments")
+MEASURES = ("cp + fsync of every file", "save, waiting (async_save=false)",
+            "stall of the same save (async_save=true)", "check: hash every file", "load weights and moments")
 
 
 def config_of(num_bytes: float) -> RunConfig:
@@ -62,7 +63,8 @@ def cpu_s() -> float:
 
 
 def measure(folder: Path, config: RunConfig, rounds: int) -> int:
-    """Run on every rank; rank 0 writes the wall and CPU seconds of each measure and the bytes of the checkpoint."""
+    """Run on every rank; rank 0 writes the wall and CPU seconds of each measure and the bytes
+    of the checkpoint."""
     import torch
     import torch.distributed as dist
 
@@ -115,15 +117,18 @@ def measure(folder: Path, config: RunConfig, rounds: int) -> int:
 def machine() -> str:
     """Return processor, cores and Python."""
     with open("/proc/cpuinfo", encoding="utf-8") as f:
-        model = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), platform.machine())
+        model = next((line.split(":")[1].strip() for line in f if line.startswith("model name")),
+                     platform.machine())
     return f"{model}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}"
 
 
 def main() -> int:
     """Run everything."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--megabytes", type=float, default=400, help="size of the checkpoint (default %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="how often each is measured (default %(default)s)")
+    parser.add_argument("--megabytes", type=float, default=400,
+                        help="size of the checkpoint (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5,
+                        help="how often each is measured (default %(default)s)")
     parser.add_argument("--nproc", type=int, default=1, help="processes (default %(default)s)")
     args = parser.parse_args()
     cpu_shims.prepare_megatron()
@@ -133,15 +138,18 @@ def main() -> int:
         if code:
             return code
         found = json.loads((Path(folder) / "seconds.json").read_text())
-    median_s = {name: statistics.median(wall_s for wall_s, _ in values) for name, values in found["seconds"].items()}
-    median_cpu_s = {name: statistics.median(cpu_s for _, cpu_s in values) for name, values in found["seconds"].items()}
+    median_s = {name: statistics.median(wall_s for wall_s, _ in values)
+                for name, values in found["seconds"].items()}
+    median_cpu_s = {name: statistics.median(cpu_s for _, cpu_s in values)
+                    for name, values in found["seconds"].items()}
     cp_s = median_s[MEASURES[0]]
-    print(f"{machine()}\n{found['bytes'] / 1e6:.0f} MB on {args.nproc} process(es), median of {args.rounds} rounds, "
-          f"load {os.getloadavg()[0]:.1f}")
+    print(f"{machine()}\n{found['bytes'] / 1e6:.0f} MB on {args.nproc} process(es), median of {args.rounds} "
+          f"rounds, load {os.getloadavg()[0]:.1f}")
     print(f"{'':<42} {'s':>7} {'GB/s':>7} {'rate / cp':>10} {'CPU s':>7}")
     for name in MEASURES:
         rate = found["bytes"] / 1e9 / median_s[name]
-        print(f"{name:<42} {median_s[name]:7.3f} {rate:7.2f} {cp_s / median_s[name]:10.2f} {median_cpu_s[name]:7.3f}")
+        print(f"{name:<42} {median_s[name]:7.3f} {rate:7.2f} {cp_s / median_s[name]:10.2f} "
+              f"{median_cpu_s[name]:7.3f}")
     share = median_s[MEASURES[2]] / median_s[MEASURES[1]]
     print(f"the stall in the background is {share:.1%} of the stall of waiting")
     return 0

@@ -1,7 +1,9 @@
-"""The trainer's data order: start-up at 10^9 documents, samples a second beside Megatron's GPTDataset, and what packing costs.
+"""The trainer's data order: start-up at 10^9 documents, samples a second beside Megatron's GPTDataset, and
+what packing costs.
 
 Usage: python benchmarks/data_order.py > benchmarks/results/data_order.txt
-Every measurement runs in a process of its own.  CPU seconds stand beside wall seconds, for machines that are shared.
+Every measurement runs in a process of its own.  CPU seconds stand beside wall seconds,
+for machines that are shared.
 """
 
 from __future__ import annotations
@@ -66,16 +68,18 @@ def source_of(folder: Path, prefixes: tuple[str, ...], num_tokens: int) -> Sourc
 
 
 def settings(seq_len: int, batch_size: int) -> RunConfig:
-    """Return settings that matter for the order; nothing is prepared ahead, so that all work is counted where it is asked for."""
+    """Return settings that matter for the order; nothing is prepared ahead, so that all work is counted
+    where it is asked for."""
     data = DataConfig(phases=(PhaseConfig("main", seq_len=seq_len),), prefetch_steps=0)
-    return dataclasses.replace(recipes.get("tiny-solar-open"), data=data,
-                               train=TrainConfig(steps=10**9, global_batch_size=batch_size, micro_batch_size=1))
+    return dataclasses.replace(recipes.get("tiny-solar-open"), data=data, train=TrainConfig(
+        steps=10**9, global_batch_size=batch_size, micro_batch_size=1))
 
 
 def memory_mib() -> dict[str, float]:
     """Return this process's resident memory: its own, and mapped pages of files (which processes share)."""
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return {name: int(fields[key].split()[0]) / 1024 for name, key in (("own", "RssAnon"), ("files", "RssFile"))}
+    return {name: int(fields[key].split()[0]) / 1024
+            for name, key in (("own", "RssAnon"), ("files", "RssFile"))}
 
 
 def timed(action: Callable[[], Any]) -> tuple[Any, float, float]:
@@ -90,7 +94,8 @@ def timed(action: Callable[[], Any]) -> tuple[Any, float, float]:
 
 def measure_startup(folder: Path) -> Iterator[dict[str, Any]]:
     """Open 10^9 documents and take batches; yields a row for each action."""
-    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))  # as a login shell has it
+    # as a login shell has it
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
     lengths = document_lengths("web", DOCUMENTS_OF_A_SHARD)
     source = source_of(folder, tuple(f"s{i:04}" for i in range(NUM_SHARDS)), int(lengths.sum()) * NUM_SHARDS)
     config = settings(8192, 512)
@@ -101,7 +106,8 @@ def measure_startup(folder: Path) -> Iterator[dict[str, Any]]:
     yield {"what": "before", "wall_s": 0.0, "cpu_s": 0.0, **memory_mib()}
     opened = timed(lambda: SampleOrder(config, [source]))
     order = opened[0]
-    yield row(f"open {NUM_SHARDS:,} shards, {NUM_SHARDS * DOCUMENTS_OF_A_SHARD:,} documents", timed(lambda: order.documents(0)))
+    yield row(f"open {NUM_SHARDS:,} shards, {NUM_SHARDS * DOCUMENTS_OF_A_SHARD:,} documents",
+              timed(lambda: order.documents(0)))
     stream = BatchStream(config, order, 0, 8, 10**9)
     yield row("first batch: 512 samples of 8K ordered, a rank's 64 rows made", timed(stream.next))
     yield row("ten batches more", timed(lambda: sum(len(stream.next().rows) for _ in range(10))))
@@ -109,14 +115,17 @@ def measure_startup(folder: Path) -> Iterator[dict[str, Any]]:
     stream.close()
 
     def resume() -> Any:
-        return BatchStream(config, SampleOrder(config, [source], OrderState.from_dict(state)), 0, 8, 10**9).next()
+        return BatchStream(config, SampleOrder(config, [source], OrderState.from_dict(state)), 0, 8,
+                           10**9).next()
 
     yield row("resume from a checkpoint's state to its first batch, shards opened anew", timed(resume))
-    yield row("NAME@8192: find the long documents among all", timed(lambda: LongDocuments(source.shard("train"), 8192).lengths))
+    yield row("NAME@8192: find the long documents among all",
+              timed(lambda: LongDocuments(source.shard("train"), 8192).lengths))
 
 
 def rate(next_samples: Callable[[], int]) -> dict[str, float]:
-    """Return time for a sample, the first call not counted, and the growth of the largest resident memory by all of them."""
+    """Return time for a sample, the first call not counted, and the growth of the largest resident
+    memory by all of them."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     next_samples()
     wall, cpu, count = time.perf_counter(), time.process_time(), 0
@@ -124,7 +133,8 @@ def rate(next_samples: Callable[[], int]) -> dict[str, float]:
         count += next_samples()
     cpu_s, wall_s = time.process_time() - cpu, time.perf_counter() - wall
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    return {"cpu_ms": 1e3 * cpu_s / count, "wall_ms": 1e3 * wall_s / count, "peak_growth_mib": grown, "samples": count}
+    return {"cpu_ms": 1e3 * cpu_s / count, "wall_ms": 1e3 * wall_s / count, "peak_growth_mib": grown,
+            "samples": count}
 
 
 def measure_ours(folder: Path, seq_len: int) -> Iterator[dict[str, Any]]:
@@ -154,14 +164,15 @@ class Tokenizer:
 
 
 def measure_theirs(folder: Path, seq_len: int, masked: bool) -> Iterator[dict[str, Any]]:
-    """Megatron-Core's GPTDataset: with its attention mask of separate documents, or with documents that see each other."""
+    """Megatron-Core's GPTDataset: with its attention mask of separate documents,
+    or with documents that see each other."""
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
     config = GPTDatasetConfig(
-        random_seed=1, sequence_length=seq_len, reset_position_ids=masked, reset_attention_mask=masked, eod_mask_loss=masked,
-        create_attention_mask=masked, tokenizer=Tokenizer(), blend=([str(folder / "real")], None), split="1,0,0",
-        path_to_cache=str(folder / "cache"))
+        random_seed=1, sequence_length=seq_len, reset_position_ids=masked, reset_attention_mask=masked,
+        eod_mask_loss=masked, create_attention_mask=masked, tokenizer=Tokenizer(),
+        blend=([str(folder / "real")], None), split="1,0,0", path_to_cache=str(folder / "cache"))
     dataset = BlendedMegatronDatasetBuilder(GPTDataset, [100_000, 0, 0], lambda: True, config).build()[0]
     place = iter(range(len(dataset)))
 
@@ -176,7 +187,8 @@ def measure_theirs(folder: Path, seq_len: int, masked: bool) -> Iterator[dict[st
 
 
 def fewest_rows(counts: list[int], seq_len: int) -> int:
-    """Return the optimum by branch and bound: the longest item goes into each row of another room, or into a new one."""
+    """Return the optimum by branch and bound: the longest item goes into each row of another room,
+    or into a new one."""
     items = sorted(counts, reverse=True)
     best = len(items)
 
@@ -228,11 +240,13 @@ def optimum_table(num_sets: int = 200, set_size: int = 14) -> Iterator[str]:
     for kind, seq_len in (("web", 2048), ("web", 4096), ("code", 4096), ("books", 32768), ("chats", 2048)):
         more, totals = np.zeros(num_sets, np.int64), np.zeros(3)
         for seed in range(num_sets):
-            pieces = cut([Segment(i, 0, n) for i, n in enumerate(document_lengths(kind, set_size, seed).tolist())], seq_len)
+            pieces = cut([Segment(i, 0, n)
+                          for i, n in enumerate(document_lengths(kind, set_size, seed).tolist())], seq_len)
             rows, optimum = best_fit(pieces, seq_len), fewest_rows([p.count for p in pieces], seq_len)
             more[seed] = len(rows) - optimum
             totals += (len(rows) * seq_len, optimum * seq_len, sum(p.count for p in pieces))
-        yield (f"{kind:<8}{seq_len:>8,} | {1 - totals[2] / totals[0]:>18.1%}{1 - totals[2] / totals[1]:>13.1%} | "
+        yield (f"{kind:<8}{seq_len:>8,} | "
+               f"{1 - totals[2] / totals[0]:>18.1%}{1 - totals[2] / totals[1]:>13.1%} | "
                f"{(more == 0).mean():>26.1%}{(more == 1).mean():>15.1%}")
 
 
@@ -254,17 +268,21 @@ def startup_report(folder: Path) -> Iterator[str]:
         for suffix in (".idx", ".bin"):
             os.link(folder / f"one{suffix}", folder / f"s{i:04}{suffix}")
     yield f"{int(lengths.sum()) * NUM_SHARDS / 1e12:.2f} T tokens; limit on open files 1,024"
-    yield f"the shards are links to one index of {DOCUMENTS_OF_A_SHARD:,} documents and one sparse token file: no disk is read"
-    yield "own: memory of the process; files: pages of mapped files, which processes share (the one index counts for each link)"
+    yield (f"the shards are links to one index of {DOCUMENTS_OF_A_SHARD:,} documents and one sparse token "
+           "file: no disk is read")
+    yield ("own: memory of the process; files: pages of mapped files, which processes share (the one index "
+           "counts for each link)")
     yield f"{'':<84}{'wall s':>8}{'CPU s':>8}{'own MiB':>9}{'files MiB':>11}"
     for row in in_process("startup", folder):
-        yield f"{row['what']:<84}{row['wall_s']:>8.2f}{row['cpu_s']:>8.2f}{row['own']:>9.0f}{row['files']:>11.0f}"
+        yield (f"{row['what']:<84}{row['wall_s']:>8.2f}{row['cpu_s']:>8.2f}{row['own']:>9.0f}"
+               f"{row['files']:>11.0f}")
 
 
 def rates_report(folder: Path) -> Iterator[str]:
     lengths = document_lengths("web", 30_000)
     write_shard(folder / "real", lengths, sparse=False)
-    yield f"one shard of {len(lengths):,} documents, {int(lengths.sum()):,} tokens, in the page cache; one thread"
+    yield (f"one shard of {len(lengths):,} documents, {int(lengths.sum()):,} tokens, "
+           "in the page cache; one thread")
     yield (f"{'sample':>8}  {'':<42}{'CPU ms':>10}{'wall ms':>10}{'samples/s':>11}{'MiB more':>10}"
            f"{'CPU time against ours':>23}")
     for seq_len in (2048, 8192, 16384, 131072):
@@ -274,7 +292,8 @@ def rates_report(folder: Path) -> Iterator[str]:
             rows += [("GPTDataset, mask of separate documents", in_process("masked", folder, seq_len)[0]),
                      ("GPTDataset, documents see each other", in_process("unmasked", folder, seq_len)[0])]
         for name, r in rows:
-            yield (f"{seq_len:>8,}  {name:<42}{r['cpu_ms']:>10.3f}{r['wall_ms']:>10.3f}{1e3 / r['cpu_ms']:>11,.0f}"
+            yield (f"{seq_len:>8,}  "
+                   f"{name:<42}{r['cpu_ms']:>10.3f}{r['wall_ms']:>10.3f}{1e3 / r['cpu_ms']:>11,.0f}"
                    f"{r['peak_growth_mib']:>10.0f}{r['cpu_ms'] / ours['cpu_ms']:>22.2f}x")
 
 
@@ -283,13 +302,14 @@ def report() -> None:
     began = time.perf_counter()
     cpu = Path("/proc/cpuinfo").read_text().splitlines()
     model = next((line.split(":")[1].strip() for line in cpu if "model name" in line), "")
-    print(f"{platform.machine()} {model}, {os.cpu_count()} cores (load {os.getloadavg()[0]:.1f} at the start), "
-          f"Python {platform.python_version()}")
+    print(f"{platform.machine()} {model}, {os.cpu_count()} cores (load {os.getloadavg()[0]:.1f} at the "
+          f"start), Python {platform.python_version()}")
     parts: list[tuple[str, Callable[[Path], Iterator[str]]]] = [
         ("Start-up at 10^9 documents", startup_report),
         ("Samples a second, beside Megatron-Core's GPTDataset", rates_report),
         (f"Packing a window of {WINDOW_DOCUMENTS:,} documents", lambda _: packing_table()),
-        ("Best fit beside the fewest rows there can be, sets of 14 documents (branch and bound)", lambda _: optimum_table()),
+        ("Best fit beside the fewest rows there can be, sets of 14 documents (branch and bound)",
+         lambda _: optimum_table()),
     ]
     for title, lines in parts:
         with tempfile.TemporaryDirectory() as folder:
@@ -310,7 +330,8 @@ def main() -> None:
     if args.measurement is None:
         report()
         return
-    measure = {"startup": lambda: measure_startup(args.folder), "ours": lambda: measure_ours(args.folder, args.seq_len),
+    measure = {"startup": lambda: measure_startup(args.folder),
+               "ours": lambda: measure_ours(args.folder, args.seq_len),
                "masked": lambda: measure_theirs(args.folder, args.seq_len, True),
                "unmasked": lambda: measure_theirs(args.folder, args.seq_len, False)}
     for row in measure[args.measurement]():

@@ -1,10 +1,12 @@
-"""How fast `sov-data pack` is beside Megatron-LM's way and datatrove, on the same text, with the same bytes as a result.
+"""How fast `sov-data pack` is beside Megatron-LM's way and datatrove, on the same text,
+with the same bytes as a result.
 
     python benchmarks/data_pack.py [--megabytes 40] [--input PATH ...] [--datatrove-python PYTHON]
 
-Megatron-LM's way is that of its tools/preprocess_data.py: JSON line, `encode_batch` of Hugging Face `tokenizers`,
-`IndexedDatasetBuilder`.  datatrove (`MegatronDocumentTokenizer`) is run by another interpreter, since it is no dependency.
-CPU seconds are those of all processes of a command, start-up included; they depend little on what else a machine does.
+Megatron-LM's way is that of its tools/preprocess_data.py: JSON line, `encode_batch` of Hugging Face
+`tokenizers`, `IndexedDatasetBuilder`.  datatrove (`MegatronDocumentTokenizer`) is run by another interpreter,
+since it is no dependency.  CPU seconds are those of all processes of a command, start-up included; they
+depend little on what else a machine does.
 """
 
 from __future__ import annotations
@@ -105,15 +107,18 @@ def measured(command: list[str], **environment: str) -> Cost:
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
             errors.seek(0)
-            raise SystemExit(f"{command[:3]}: exit code {process.returncode}\n{errors.read().decode()[-2000:]}")
+            raise SystemExit(f"{command[:3]}: exit code {process.returncode}\n"
+                             f"{errors.read().decode()[-2000:]}")
     return Cost(usage.ru_utime + usage.ru_stime, time.monotonic() - start_s, usage.ru_maxrss / 1024)
 
 
 def texts(inputs: list[Path], limit_bytes: int) -> Iterator[str]:
-    """Yield documents of the inputs, taken in turn so that each is there from the start, up to a total of bytes."""
+    """Yield documents of the inputs, taken in turn so that each is there from the start,
+    up to a total of bytes."""
     reading = Reading()
-    streams = [(item.text for unit in plan_units(list_files(path)) for span in unit for item in read_span(span, reading)
-                if isinstance(item, Document) and item.text) for path in inputs]
+    streams = [(item.text for unit in plan_units(list_files(path)) for span in unit
+                for item in read_span(span, reading) if isinstance(item, Document) and item.text)
+               for path in inputs]
     passed = 0
     while streams and passed < limit_bytes:
         for stream in list(streams):
@@ -137,8 +142,8 @@ def write_corpus(file: Path, inputs: list[Path], limit_bytes: int) -> int:
 
 def pack_command(tokenizer: Path, corpus: Path, output: Path, workers: int) -> list[str]:
     """Return the command that packs the corpus into one split."""
-    return [sys.executable, "-m", "data_prep.cli", "pack", "--tokenizer", str(tokenizer), "--input", f"all={corpus}", "--output",
-            str(output), "--heldout", "0", "--workers", str(workers)]
+    return [sys.executable, "-m", "data_prep.cli", "pack", "--tokenizer", str(tokenizer), "--input",
+            f"all={corpus}", "--output", str(output), "--heldout", "0", "--workers", str(workers)]
 
 
 def hashes(prefix: Path) -> tuple[str, str]:
@@ -149,8 +154,8 @@ def hashes(prefix: Path) -> tuple[str, str]:
 def compare(preset: str, corpus: Path, size_bytes: int, work: Path, datatrove_python: str | None) -> None:
     """Print the table of one tokenizer."""
     tokenizer, megatron = work / preset, work / f"megatron-{preset}"
-    costs = {"Megatron-LM: encode_batch + IndexedDatasetBuilder":
-             measured([sys.executable, "-W", "ignore", "-c", MEGATRON, str(tokenizer), str(corpus), str(megatron)])}
+    costs = {"Megatron-LM: encode_batch + IndexedDatasetBuilder": measured(
+        [sys.executable, "-W", "ignore", "-c", MEGATRON, str(tokenizer), str(corpus), str(megatron)])}
     results = {"megatron": hashes(megatron)}
     if datatrove_python:
         folder = work / f"datatrove-{preset}"
@@ -161,15 +166,18 @@ def compare(preset: str, corpus: Path, size_bytes: int, work: Path, datatrove_py
         results["datatrove"] = hashes(index.with_suffix(""))
     for workers in (1, 2):
         output = work / f"ours-{preset}-{workers}"
-        costs[f"sov-data pack --workers {workers}"] = measured(pack_command(tokenizer, corpus, output, workers))
+        costs[f"sov-data pack --workers {workers}"] = measured(
+            pack_command(tokenizer, corpus, output, workers))
         results[f"ours-{workers}"] = hashes(output / "all/train-00000")
     slowest = next(iter(costs.values())).cpu_s
     print(f"\n{preset}, {VOCAB_SIZE:,} ids ({read_manifest(output).settings['encoder']})")
     print(f"{'':<52} {'CPU s':>8} {'MB/CPU s':>9} {'times':>6} {'wall s':>7} {'peak MiB':>9}")
     for name, cost in costs.items():
         rate = size_bytes / 1e6 / cost.cpu_s
-        print(f"{name:<52} {cost.cpu_s:8.1f} {rate:9.2f} {slowest / cost.cpu_s:6.2f} {cost.wall_s:7.1f} {cost.peak_mib:9.0f}")
-    print(f".bin and .idx of all {len(results)} byte-identical: {len(set(results.values())) == 1}", flush=True)
+        print(f"{name:<52} {cost.cpu_s:8.1f} {rate:9.2f} {slowest / cost.cpu_s:6.2f} {cost.wall_s:7.1f} "
+              f"{cost.peak_mib:9.0f}")
+    print(f".bin and .idx of all {len(results)} byte-identical: {len(set(results.values())) == 1}",
+          flush=True)
 
 
 def threads_or_processes(corpus: Path, work: Path) -> None:
@@ -178,8 +186,8 @@ def threads_or_processes(corpus: Path, work: Path) -> None:
     script.write_text(THREADS_OR_PROCESSES)
     print()
     for kind in ("threads", "processes"):
-        cost = measured([sys.executable, str(script), str(work / PRESETS[0]), str(corpus), str(work / f"units-{kind}"), kind],
-                        PYTHONPATH=str(Path(__file__).parents[1]))
+        cost = measured([sys.executable, str(script), str(work / PRESETS[0]), str(corpus),
+                         str(work / f"units-{kind}"), kind], PYTHONPATH=str(Path(__file__).parents[1]))
         print(f"two {kind}: {cost.cpu_s:.1f} CPU s, {cost.wall_s:.1f} s on the clock", flush=True)
 
 
@@ -189,7 +197,8 @@ def complete_units(work: Path) -> int:
 
 
 def killed(corpus: Path, work: Path) -> None:
-    """Kill the command again and again, soon after each further unit; let it end; compare with the undisturbed one."""
+    """Kill the command again and again, soon after each further unit; let it end;
+    compare with the undisturbed one."""
     output, command = work / "killed", pack_command(work / PRESETS[0], corpus, work / "killed", 2)
     drawn = random.Random(0)
     expected = read_manifest(work / f"ours-{PRESETS[0]}-2").files
@@ -208,14 +217,15 @@ def killed(corpus: Path, work: Path) -> None:
             else:
                 equal.append(read_manifest(output).files == expected)
     units = ", ".join(map(str, kept))
-    print(f"\nkilled {len(kept)} times (units complete by then: {units}); it came to its end {len(equal)} times, "
-          f"all files as undisturbed: {all(equal)}")
+    print(f"\nkilled {len(kept)} times (units complete by then: {units}); "
+          f"it came to its end {len(equal)} times, all files as undisturbed: {all(equal)}")
 
 
 def machine() -> str:
     """Return processor, cores and Python."""
     with open("/proc/cpuinfo", encoding="utf-8") as f:
-        model = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), platform.machine())
+        model = next((line.split(":")[1].strip() for line in f if line.startswith("model name")),
+                     platform.machine())
     return f"{model}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}"
 
 
@@ -225,7 +235,8 @@ def main() -> int:
     parser.add_argument("--megabytes", type=float, default=40, help="text to pack (default %(default)s)")
     parser.add_argument("--input", action="append", type=Path,
                         help="text to take (default: this Python's library and packages); repeat it")
-    parser.add_argument("--datatrove-python", metavar="PYTHON", help="an interpreter that has datatrove; left out without it")
+    parser.add_argument("--datatrove-python", metavar="PYTHON",
+                        help="an interpreter that has datatrove; left out without it")
     args = parser.parse_args()
     inputs = args.input or [Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib")]
     with tempfile.TemporaryDirectory() as folder:
@@ -236,8 +247,8 @@ def main() -> int:
         write_corpus(work / "sample.jsonl", inputs, TRAIN_TOKENIZER_BYTES)
         print(f"{machine()}\n{size_bytes / 1e6:.1f} MB of text, load {os.getloadavg()[0]:.1f}", flush=True)
         for preset in PRESETS:
-            measured([sys.executable, "-m", "tokenizer.cli", "train", "--preset", preset, "--vocab-size", str(VOCAB_SIZE),
-                      "--input", str(work / "sample.jsonl"), "--output", str(work / preset)])
+            measured([sys.executable, "-m", "tokenizer.cli", "train", "--preset", preset, "--vocab-size",
+                      str(VOCAB_SIZE), "--input", str(work / "sample.jsonl"), "--output", str(work / preset)])
             compare(preset, corpus, size_bytes, work, args.datatrove_python)
         threads_or_processes(corpus, work)
         killed(corpus, work)

@@ -1,7 +1,9 @@
-"""What `train.deterministic` costs: steps of one model with it and without, in turns, on this machine's CPU or GPU.
+"""What `train.deterministic` costs: steps of one model with it and without, in turns,
+on this machine's CPU or GPU.
 
 Usage: python benchmarks/deterministic.py > benchmarks/results/deterministic.txt
-Every measurement runs in a process of its own, on drawn tokens; the first steps of each warm up and do not count.
+Every measurement runs in a process of its own, on drawn tokens; the first steps of each warm
+up and do not count.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ import numpy as np
 
 VARIANTS = (("tiny-solar-open", "fp32"), ("tiny-k-exaone", "fp32"), ("tiny-k-exaone", "bf16"))
 SMALL = ("train.num_threads=1", "train.global_batch_size=8", "train.micro_batch_size=4")
-"""One thread: on a machine that is shared, threads that wait for each other are all that two would measure."""
+"""One thread: on a machine that is shared, threads that wait for each other are all that
+two would measure."""
 WARM_UP_STEPS, DOCUMENTS, DOCUMENT_TOKENS = 2, 400, 300
 
 
@@ -33,13 +36,14 @@ def write_shard(prefix: Path, vocab_size: int) -> None:
     tokens = np.random.default_rng(0).zipf(1.3, DOCUMENTS * DOCUMENT_TOKENS) % vocab_size
     header = b"MMIDIDX\x00\x00" + np.array([1], np.uint64).tobytes() + bytes([4])
     prefix.with_suffix(".idx").write_bytes(
-        header + np.array([DOCUMENTS, DOCUMENTS + 1], np.uint64).tobytes() + lengths.tobytes() + starts.tobytes()
-        + np.arange(DOCUMENTS + 1, dtype=np.int64).tobytes())
+        header + np.array([DOCUMENTS, DOCUMENTS + 1], np.uint64).tobytes() + lengths.tobytes()
+        + starts.tobytes() + np.arange(DOCUMENTS + 1, dtype=np.int64).tobytes())
     tokens.astype(np.int32).tofile(prefix.with_suffix(".bin"))
 
 
 def measure(folder: Path, recipe: str, settings: list[str], steps: int) -> dict[str, object]:
-    """Train `steps` steps in this process; returns median wall and CPU seconds of a step, and a hash of the weights."""
+    """Train `steps` steps in this process; returns median wall and CPU seconds of a step,
+    and a hash of the weights."""
     from megatron_sov.mcore.parallel import cpu_shims
     from megatron_sov.mcore.parallel.device import on_gpu
 
@@ -54,14 +58,16 @@ def measure(folder: Path, recipe: str, settings: list[str], steps: int) -> dict[
     from megatron_sov.train.lm import LanguageModelling
     from megatron_sov.train.trainer import Trainer
 
-    config = apply_settings(recipes.get(recipe), [f"train.steps={steps + WARM_UP_STEPS}", "train.tokens=0", *settings])
+    config = apply_settings(recipes.get(recipe),
+                            [f"train.steps={steps + WARM_UP_STEPS}", "train.tokens=0", *settings])
     prefix = folder / f"tokens-{config.model.vocab_size}"
     write_shard(prefix, config.model.vocab_size)
     torch.set_num_threads(config.train.num_threads or os.cpu_count() or 1)
     if config.train.deterministic:
         determinism.switch_on()
     place = world.join(config.parallel)
-    source = Source("drawn", None, False, {}, {"train": DOCUMENTS * DOCUMENT_TOKENS}, 1.0, made=TokenShard(prefix))
+    source = Source("drawn", None, False, {}, {"train": DOCUMENTS * DOCUMENT_TOKENS}, 1.0,
+                    made=TokenShard(prefix))
     trainer = Trainer(config, place, RunFolder(folder / "run"), [source], LanguageModelling)
     wall, cpu_s = [], []
     for _ in range(steps + WARM_UP_STEPS):
@@ -74,15 +80,18 @@ def measure(folder: Path, recipe: str, settings: list[str], steps: int) -> dict[
         digest.update(parameter.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes())
     device = torch.cuda.get_device_name() if on_gpu() else f"CPU, {torch.get_num_threads()} threads"
     world.leave()
-    return {"wall_s": statistics.median(wall[WARM_UP_STEPS:]), "cpu_s": statistics.median(cpu_s[WARM_UP_STEPS:]),
-            "device": device, "weights": digest.hexdigest()}
+    return {"wall_s": statistics.median(wall[WARM_UP_STEPS:]),
+            "cpu_s": statistics.median(cpu_s[WARM_UP_STEPS:]), "device": device,
+            "weights": digest.hexdigest()}
 
 
-def in_process(folder: Path, recipe: str, settings: list[str], steps: int, port: int) -> dict[str, float | str]:
+def in_process(folder: Path, recipe: str, settings: list[str], steps: int,
+               port: int) -> dict[str, float | str]:
     """Run `measure` as the one rank of a run of its own."""
-    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port)}
-    command = [sys.executable, "-W", "ignore", __file__, "--measure", str(folder), "--recipe", recipe, "--steps", str(steps)]
+    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0",
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, "-W", "ignore", __file__, "--measure", str(folder), "--recipe", recipe,
+               "--steps", str(steps)]
     command += [a for s in settings for a in ("--set", s)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:

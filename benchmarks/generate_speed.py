@@ -1,8 +1,10 @@
-"""Cached generation with drafts of the prediction layer against the same generator without, on a tiny K-EXAONE trained here.
+"""Cached generation with drafts of the prediction layer against the same generator without, on a tiny
+K-EXAONE trained here.
 
 Usage: python benchmarks/generate_speed.py > benchmarks/results/generate_speed.txt
-The text is drawn from a few sentences, so that a tiny model learns it in minutes; how many drafts are accepted depends on the
-text.  One process, one thread; plain and speculative decoding take turns, and medians of their times are compared.
+The text is drawn from a few sentences, so that a tiny model learns it in minutes; how many drafts are
+accepted depends on the text.  One process, one thread; plain and speculative decoding take turns, and medians
+of their times are compared.
 """
 
 from __future__ import annotations
@@ -24,11 +26,12 @@ DRAFTS, BATCHES, NEW_TOKENS, PROMPT_TOKENS = (1, 2, 3), (1, 8), 96, 40
 
 
 def write_text(prefix: Path) -> np.ndarray:
-    """Write a token shard of documents made of sentences in a random order; returns the tokens [documents, tokens]."""
+    """Write a token shard of documents made of sentences in a random order;
+    returns the tokens [documents, tokens]."""
     random = np.random.default_rng(0)
     sentences = [random.integers(1, VOCAB, random.integers(*SENTENCE_TOKENS)) for _ in range(SENTENCES)]
-    documents = np.stack([np.concatenate([sentences[i] for i in random.integers(0, SENTENCES, DOCUMENT_TOKENS)])[:DOCUMENT_TOKENS]
-                          for _ in range(DOCUMENTS)])
+    documents = np.stack([np.concatenate([sentences[i] for i in random.integers(
+        0, SENTENCES, DOCUMENT_TOKENS)])[:DOCUMENT_TOKENS] for _ in range(DOCUMENTS)])
     starts = (4 * DOCUMENT_TOKENS * np.arange(DOCUMENTS)).astype(np.int64)
     lengths, places = np.full(DOCUMENTS, DOCUMENT_TOKENS, np.int32), np.arange(DOCUMENTS + 1, dtype=np.int64)
     header = b"MMIDIDX\x00\x00" + np.array([1], np.uint64).tobytes() + bytes([4])
@@ -46,7 +49,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--port", type=int, default=29517, help="a free port")
     args = parser.parse_args()
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(args.port))
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(args.port))
     from megatron_sov.mcore.parallel import cpu_shims
     from megatron_sov.mcore.parallel.device import on_gpu
 
@@ -65,28 +69,30 @@ def main() -> None:
 
     torch.set_num_threads(1)
     config = apply_settings(recipes.get(RECIPE), [
-        f"model.vocab_size={VOCAB}", f"model.num_layers={args.layers}", "model.mtp_loss_coeff=0.3", f"train.steps={args.steps}",
-        "train.tokens=0", "train.global_batch_size=8", "train.micro_batch_size=8",
-        'data.phases=[{"name": "sentences", "seq_len": 128}]'])
+        f"model.vocab_size={VOCAB}", f"model.num_layers={args.layers}", "model.mtp_loss_coeff=0.3",
+        f"train.steps={args.steps}", "train.tokens=0", "train.global_batch_size=8",
+        "train.micro_batch_size=8", 'data.phases=[{"name": "sentences", "seq_len": 128}]'])
     place = world.join(config.parallel)
     with tempfile.TemporaryDirectory() as folder:
         documents = write_text(Path(folder) / "text")
-        source = Source("sentences", None, False, {}, {"train": documents.size}, 1.0, made=TokenShard(Path(folder) / "text"))
+        source = Source("sentences", None, False, {}, {"train": documents.size}, 1.0,
+                        made=TokenShard(Path(folder) / "text"))
         trainer = Trainer(config, place, RunFolder(Path(folder) / "run"), [source], LanguageModelling)
         for _ in range(args.steps):
             trainer.update()
         device = torch.cuda.get_device_name() if on_gpu() else "CPU, 1 thread"
         print(f"{platform.machine()}, {os.cpu_count()} cores (load {os.getloadavg()[0]:.1f}), {device}, "
               f"Python {platform.python_version()}, torch {torch.__version__}")
-        print(f"{RECIPE}, {args.layers} layers, {args.steps} steps of training on drawn sentences; {NEW_TOKENS} new tokens "
-              f"behind {PROMPT_TOKENS}; median of {args.rounds} rounds in turns\n")
-        print(f"{'sampling':<16}{'prompts':>8}{'drafts':>8}{'accepted':>10}{'tokens/s':>10}{'wall ratio':>12}{'CPU ratio':>11}"
-              f"{'same text':>11}")
+        print(f"{RECIPE}, {args.layers} layers, {args.steps} steps of training on drawn sentences; "
+              f"{NEW_TOKENS} new tokens behind {PROMPT_TOKENS}; median of {args.rounds} rounds in turns\n")
+        print(f"{'sampling':<16}{'prompts':>8}{'drafts':>8}{'accepted':>10}{'tokens/s':>10}{'wall ratio':>12}"
+              f"{'CPU ratio':>11}{'same text':>11}")
         engine = MegatronEngine(trainer.policy)
         for sampling in (Sampling(NEW_TOKENS), Sampling(NEW_TOKENS, temperature=0.8, top_p=0.95)):
             for batch in BATCHES:
                 prompts = documents[:batch, :PROMPT_TOKENS].tolist()
-                _compare(lambda k, p=prompts, s=sampling: engine.generate(p, replace(s, num_drafts=k)),  # type: ignore[misc]
+                _compare(lambda k, p=prompts, s=sampling: engine.generate(
+                    p, replace(s, num_drafts=k)),  # type: ignore[misc]
                          args.rounds, batch, "greedy" if sampling.temperature == 0 else "T 0.8, p 0.95")
     world.leave()
 
@@ -104,8 +110,10 @@ def _compare(run, rounds: int, batch: int, label: str) -> None:  # type: ignore[
     wall, cpu_s = ({k: statistics.median(t[i] for t in taken) for k, taken in times.items()} for i in (0, 1))
     for k, result in found.items():
         accepted = f"{result.accepted / result.drafted:.1%}" if result.drafted else "-"
-        same = "-" if k == 0 or label != "greedy" else "yes" if result.continuations == found[0].continuations else "NO"
-        print(f"{label:<16}{batch:>8}{k:>8}{accepted:>10}{batch * NEW_TOKENS / wall[k]:>10.0f}{wall[0] / wall[k]:>11.2f}x"
+        same = ("-" if k == 0 or label != "greedy" else "yes"
+                if result.continuations == found[0].continuations else "NO")
+        print(f"{label:<16}{batch:>8}{k:>8}{accepted:>10}{batch * NEW_TOKENS / wall[k]:>10.0f}"
+              f"{wall[0] / wall[k]:>11.2f}x"
               f"{cpu_s[0] / cpu_s[k]:>10.2f}x{same:>11}", flush=True)
 
 

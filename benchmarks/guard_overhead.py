@@ -2,10 +2,11 @@
 
     python benchmarks/guard_overhead.py [--nproc 2] [--turns 60] > benchmarks/results/guard_overhead.txt
 
-Two trainers of the same model take turns, so that whatever else the machine does hits both: one with all guards at their
-defaults (refusal of steps, hang watch, routing records and alarms, computing time, which is compared more often than by default,
-every 20 steps), one with none, not even the agreement of the processes before an update.  Ratios are medians over turns of
-with / without.  CPU time is that of rank 0 with all its threads.  What is done before a checkpoint only is timed by itself.
+Two trainers of the same model take turns, so that whatever else the machine does hits both: one with all
+guards at their defaults (refusal of steps, hang watch, routing records and alarms, computing time, which is
+compared more often than by default, every 20 steps), one with none, not even the agreement of the processes
+before an update.  Ratios are medians over turns of with / without.  CPU time is that of rank 0 with all its
+threads.  What is done before a checkpoint only is timed by itself.
 """
 
 from __future__ import annotations
@@ -24,13 +25,16 @@ from megatron_sov.data.token_shards import ShardChain, Source
 from megatron_sov.mcore.parallel import world
 from megatron_sov.obs.events import EventLog
 
-SMALLER = ("train.global_batch_size=4", "train.micro_batch_size=2", 'data.phases=[{"name": "main", "seq_len": 256}]')
+SMALLER = ("train.global_batch_size=4", "train.micro_batch_size=2",
+           'data.phases=[{"name": "main", "seq_len": 256}]')
 """Steps of a quarter of loop_overhead's tokens: the shorter a step, the more of it guards can be."""
 WITH = ("guards.straggler_every_steps=20",)
-WITHOUT = ("guards.skip=false", "guards.hang_timeout_s=0", "guards.straggler_every_steps=0", "guards.routing_every_steps=0")
+WITHOUT = ("guards.skip=false", "guards.hang_timeout_s=0", "guards.straggler_every_steps=0",
+           "guards.routing_every_steps=0")
 
 
-def make_step(config: RunConfig, place: world.World, source: Source, folder: Path, guarded: bool) -> Callable[[], None]:
+def make_step(config: RunConfig, place: world.World, source: Source, folder: Path,
+              guarded: bool) -> Callable[[], None]:
     """Return one step of the training loop, as `train.loop` does it."""
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.lm import LanguageModelling
@@ -43,7 +47,8 @@ def make_step(config: RunConfig, place: world.World, source: Source, folder: Pat
         trainer.recorder.events = EventLog(folder.with_suffix(".jsonl"))
     if guarded:  # as after many steps, and none is a spike
         usual = [100.0 + i % 7 for i in range(config.guards.window_steps)]
-        guards.step_guard.restore({"losses": usual, "grad_norms": usual, "in_a_row": 0, "suspect_in_a_row": 0, "rollbacks": []})
+        guards.step_guard.restore({"losses": usual, "grad_norms": usual, "in_a_row": 0, "suspect_in_a_row": 0,
+                                   "rollbacks": []})
     else:
         guards.step_guard.accepts = lambda loss, grad_norm: True  # type: ignore[method-assign]
 
@@ -78,9 +83,11 @@ def measure(turns: int, folder: Path) -> None:
     """Take turns and print a table; runs on every rank."""
     plain = apply_settings(recipes.get("tiny-solar-open"), [*SETTINGS, *SMALLER])
     place = world.join(plain.parallel)
-    source = Source("web", None, False, {}, {"train": NUM_DOCUMENTS * DOCUMENT_TOKENS}, 1.0, ShardChain([folder / "train"]))
-    steps = {name: make_step(apply_settings(plain, list(settings)), place, source, folder / name, name == "with")
-             for name, settings in (("with", WITH), ("without", WITHOUT))}
+    source = Source("web", None, False, {}, {"train": NUM_DOCUMENTS * DOCUMENT_TOKENS}, 1.0,
+                    ShardChain([folder / "train"]))
+    steps = {
+        name: make_step(apply_settings(plain, list(settings)), place, source, folder / name, name == "with")
+        for name, settings in (("with", WITH), ("without", WITHOUT))}
     wall: dict[str, list[float]] = {name: [] for name in steps}
     busy: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(turns + WARMUP_TURNS):
@@ -93,10 +100,12 @@ def measure(turns: int, folder: Path) -> None:
     compare_s = time_comparison(plain, place)
     world.leave()
     if place.is_main:
-        print(f"\n{place.size} process(es), {turns} steps each of 4 x 256 tokens; load {os.getloadavg()[0]:.1f} at the end")
+        print(f"\n{place.size} process(es), {turns} steps each of 4 x 256 tokens; "
+              f"load {os.getloadavg()[0]:.1f} at the end")
         print(f"{'guards':<10}{'wall ms':>10}{'CPU ms':>10}")
         for name in steps:
-            print(f"{name:<10}{1e3 * statistics.median(wall[name]):>10.1f}{1e3 * statistics.median(busy[name]):>10.1f}")
+            print(f"{name:<10}{1e3 * statistics.median(wall[name]):>10.1f}"
+                  f"{1e3 * statistics.median(busy[name]):>10.1f}")
         for label, times in (("wall", wall), ("CPU", busy)):
             ratio = statistics.median(a / b for a, b in zip(times["with"], times["without"], strict=True))
             sums = sum(times["with"]) / sum(times["without"])

@@ -1,11 +1,13 @@
-"""One optimizer step on a single sequence of 131,072 tokens: its peak memory against the account of `plan/memory.py`.
+"""One optimizer step on a single sequence of 131,072 tokens: its peak memory against the account
+of `plan/memory.py`.
 
 Usage: python benchmarks/long_sequence.py [--lengths 32768 131072] > benchmarks/results/long_sequence.txt
 
-A thin K-EXAONE (three sliding layers and a global one, experts, float32) is trained for one step of the ordinary loop on two
-processes that share the sequence (`parallel.cp` 2), each layer recomputed.  For each length new processes are started.  `grown`
-is the peak of a process's resident memory beyond what it had before the model was built, of the fuller process; `account` the sum
-that docs/memory.md has for the big models.  What the account leaves out is said there.
+A thin K-EXAONE (three sliding layers and a global one, experts, float32) is trained for one step of the
+ordinary loop on two processes that share the sequence (`parallel.cp` 2), each layer recomputed.  For each
+length new processes are started.  `grown` is the peak of a process's resident memory beyond what it had
+before the model was built, of the fuller process; `account` the sum that docs/memory.md has for the big
+models.  What the account leaves out is said there.
 """
 
 from __future__ import annotations
@@ -29,9 +31,10 @@ from megatron_sov.mcore.parallel import cpu_shims, world
 from megatron_sov.plan.memory import Account, account
 
 NPROC, MIB = 2, 1 << 20
-SETTINGS = ("parallel.cp=2", "train.recompute=true", "model.hidden_size=256", "model.num_heads=1", "model.num_kv_heads=1",
-            "model.dense_ffn_dim=256", "model.sliding_window_tokens=128", "model.mtp_attention=L", "train.steps=1",
-            "train.global_batch_size=1", "train.micro_batch_size=1", "train.eval_every_steps=0", "data.prefetch_steps=0")
+SETTINGS = ("parallel.cp=2", "train.recompute=true", "model.hidden_size=256", "model.num_heads=1",
+            "model.num_kv_heads=1", "model.dense_ffn_dim=256", "model.sliding_window_tokens=128",
+            "model.mtp_attention=L", "train.steps=1", "train.global_batch_size=1", "train.micro_batch_size=1",
+            "train.eval_every_steps=0", "data.prefetch_steps=0")
 
 
 class OneDocument:
@@ -45,7 +48,8 @@ class OneDocument:
 
     def tokens(self, document: int, start: int, count: int) -> np.ndarray:
         """Return token ids, int64."""
-        return np.random.default_rng(document).integers(1, self._vocab_size, int(self.lengths[0]))[start:start + count]
+        return np.random.default_rng(document).integers(1, self._vocab_size,
+                                                        int(self.lengths[0]))[start:start + count]
 
     def loss_weights(self, document: int, start: int, count: int) -> np.ndarray:
         """Return ones."""
@@ -66,7 +70,8 @@ def resident_bytes(which: str) -> int:
 def config_of(tokens: int) -> RunConfig:
     """Return the settings at a length."""
     return apply_settings(recipes.get("tiny-k-exaone"), [
-        *SETTINGS, f"model.max_position_tokens={tokens}", f'data.phases=[{{"name": "long", "seq_len": {tokens}}}]'])
+        *SETTINGS, f"model.max_position_tokens={tokens}",
+        f'data.phases=[{{"name": "long", "seq_len": {tokens}}}]'])
 
 
 def step(config: RunConfig, folder: Path) -> None:
@@ -78,7 +83,8 @@ def step(config: RunConfig, folder: Path) -> None:
     place = world.join(config.parallel)
     tokens = config.data.phases[0].seq_len
     before, start = resident_bytes("VmRSS"), time.perf_counter()
-    source = Source("long", None, False, {}, {"train": 2 * tokens}, 1.0, made=OneDocument(tokens, config.model.vocab_size))
+    source = Source("long", None, False, {}, {"train": 2 * tokens}, 1.0,
+                    made=OneDocument(tokens, config.model.vocab_size))
     trainer = Trainer(config, place, RunFolder(folder / "run"), [source], LanguageModelling)
     result = trainer.update()
     assert result is not None and result.num_tokens == tokens
@@ -105,21 +111,24 @@ def measured(config: RunConfig) -> tuple[float, float, float, float]:
 
 def main() -> None:
     """Measure each length and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[32_768, 65_536, 131_072])
     args = parser.parse_args()
     cpu_shims.prepare_megatron()
-    print(f"{platform.machine()}, {os.cpu_count()} cores (load {os.getloadavg()[0]:.1f} at the start), Python "
-          f"{platform.python_version()}; {NPROC} processes of one thread\nMiB of one process, float32, recomputation on\n")
-    print(f"{'tokens':>8}{'before':>8}{'grown':>8}{'account':>9}{'ratio':>7}{'seconds':>9}{'loss':>7}   account: "
-          + ", ".join(Account.__annotations__))
+    print(f"{platform.machine()}, {os.cpu_count()} cores (load {os.getloadavg()[0]:.1f} at the start), "
+          f"Python {platform.python_version()}; {NPROC} processes of one thread\n"
+          "MiB of one process, float32, recomputation on\n")
+    print(f"{'tokens':>8}{'before':>8}{'grown':>8}{'account':>9}{'ratio':>7}{'seconds':>9}{'loss':>7}   "
+          "account: " + ", ".join(Account.__annotations__))
     for tokens in args.lengths:
         config = config_of(tokens)
         (stage,) = stage_params(config, NPROC)
         planned = account(config, stage.dense, stage.experts, stage.layers, NPROC, 0, tokens)
         before, grown, seconds, loss = measured(config)
-        print(f"{tokens:>8,}{before / MIB:>8.0f}{grown / MIB:>8.0f}{planned.total / MIB:>9.0f}{grown / planned.total:>7.2f}"
-              f"{seconds:>9.0f}{loss:>7.3f}   " + ", ".join(f"{v / MIB:.0f}" for v in asdict(planned).values()), flush=True)
+        print(f"{tokens:>8,}{before / MIB:>8.0f}{grown / MIB:>8.0f}{planned.total / MIB:>9.0f}"
+              f"{grown / planned.total:>7.2f}{seconds:>9.0f}{loss:>7.3f}   "
+              + ", ".join(f"{v / MIB:.0f}" for v in asdict(planned).values()), flush=True)
 
 
 if __name__ == "__main__":

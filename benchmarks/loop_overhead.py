@@ -2,12 +2,15 @@
 
 Usage: python benchmarks/loop_overhead.py [--nproc 2] > benchmarks/results/loop_overhead.txt
 
-Three loops train the same architecture at the same number of tokens a step and take turns, so that whatever else the machine does
-hits all of them:
+Three loops train the same architecture at the same number of tokens a step and take turns, so that whatever
+else the machine does hits all of them:
   ours    `train.loop`'s step: data order, objective, schedule, optimizer, events, stop flag
-  same    our model and loss on batches that lie ready in memory: library schedule and optimizer step, nothing else
-  stock   the library's own GPTModel (its attention, router and loss) on ready batches, as Megatron-LM's train_step does it
-Ratios are medians over turns of ours / it.  CPU time is that of rank 0 with all its threads (data preparation among them).
+  same    our model and loss on batches that lie ready in memory: library schedule and optimizer
+          step, nothing else
+  stock   the library's own GPTModel (its attention, router and loss) on ready batches, as Megatron-LM's
+          train_step does it
+Ratios are medians over turns of ours / it.  CPU time is that of rank 0 with all its threads (data
+preparation among them).
 """
 
 from __future__ import annotations
@@ -33,21 +36,24 @@ from megatron_sov.mcore.parallel import collectives, cpu_shims, world
 from megatron_sov.obs.events import EventLog
 
 VOCAB_SIZE, SEQ_LEN, DOCUMENT_TOKENS, NUM_DOCUMENTS = 8192, 512, 512, 4000
-SETTINGS = (f"model.vocab_size={VOCAB_SIZE}", "model.hidden_size=256", "model.head_dim=64", "model.expert_ffn_dim=256",
-            "train.steps=100000", "train.global_batch_size=8", "train.micro_batch_size=4", "train.eval_every_steps=0",
+SETTINGS = (f"model.vocab_size={VOCAB_SIZE}", "model.hidden_size=256", "model.head_dim=64",
+            "model.expert_ffn_dim=256", "train.steps=100000", "train.global_batch_size=8",
+            "train.micro_batch_size=4", "train.eval_every_steps=0",
             f'data.phases=[{{"name": "main", "seq_len": {SEQ_LEN}}}]')
 WARMUP_TURNS = 2
 
 
 def write_shard(folder: Path) -> None:
-    """Write documents of the length of a sequence, so that all three loops attend to the same number of pairs."""
+    """Write documents of the length of a sequence, so that all three loops attend to the
+    same number of pairs."""
     lengths = np.full(NUM_DOCUMENTS, DOCUMENT_TOKENS, np.int32)
     ends = np.cumsum(lengths.astype(np.int64))
     header = b"MMIDIDX\x00\x00" + np.array([1], np.uint64).tobytes() + bytes([4])
     (folder / "train.idx").write_bytes(
         header + np.array([NUM_DOCUMENTS, NUM_DOCUMENTS + 1], np.uint64).tobytes() + lengths.tobytes()
         + (4 * (ends - lengths)).tobytes() + np.arange(NUM_DOCUMENTS + 1, dtype=np.int64).tobytes())
-    np.random.default_rng(0).integers(1, VOCAB_SIZE, int(ends[-1]), dtype=np.int32).tofile(folder / "train.bin")
+    np.random.default_rng(0).integers(1, VOCAB_SIZE, int(ends[-1]),
+                                      dtype=np.int32).tofile(folder / "train.bin")
 
 
 def our_step(config: RunConfig, place: world.World, source: Source, folder: Path) -> Callable[[], None]:
@@ -111,7 +117,11 @@ def same_model_step(config: RunConfig, place: world.World, source: Source) -> Ca
 def stock_step(config: RunConfig, place: world.World) -> Callable[[], None]:
     """Return Megatron-LM's train_step over the library's GPTModel."""
     import torch
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -147,8 +157,9 @@ def stock_step(config: RunConfig, place: world.World) -> Callable[[], None]:
         wrapped.zero_grad_buffer()
         optimizer.zero_grad()
         parts = get_forward_backward_func()(
-            forward_step_func=forward, data_iterator=iter([tokens] * count), model=wrapped, num_microbatches=count,
-            seq_length=SEQ_LEN, micro_batch_size=size, decoder_seq_length=SEQ_LEN, forward_only=False)
+            forward_step_func=forward, data_iterator=iter([tokens] * count), model=wrapped,
+            num_microbatches=count, seq_length=SEQ_LEN, micro_batch_size=size, decoder_seq_length=SEQ_LEN,
+            forward_only=False)
         optimizer.step()
         all_reduce_dp(torch.stack([p["loss"] for p in parts]).sum().double())
 
@@ -159,7 +170,8 @@ def measure(turns: int, folder: Path) -> None:
     """Take turns and print a table; runs on every rank."""
     config = apply_settings(recipes.get("tiny-solar-open"), SETTINGS)
     place = world.join(config.parallel)
-    source = Source("web", None, False, {}, {"train": NUM_DOCUMENTS * DOCUMENT_TOKENS}, 1.0, ShardChain([folder / "train"]))
+    source = Source("web", None, False, {}, {"train": NUM_DOCUMENTS * DOCUMENT_TOKENS}, 1.0,
+                    ShardChain([folder / "train"]))
     steps = {"ours": our_step(config, place, source, folder), "same": same_model_step(config, place, source),
              "stock": stock_step(config, place)}
     times: dict[str, list[float]] = {name: [] for name in steps}
@@ -173,18 +185,22 @@ def measure(turns: int, folder: Path) -> None:
                 cpu_times[name].append(time.process_time() - cpu_start)
     world.leave()
     if place.is_main:
-        print(f"\n{place.size} process(es), {turns} steps of {config.train.global_batch_size} x {SEQ_LEN} tokens each")
+        print(f"\n{place.size} process(es), {turns} steps of {config.train.global_batch_size} x "
+              f"{SEQ_LEN} tokens each")
         print(f"{'loop':<8}{'wall ms':>12}{'CPU ms':>12}{'ours / it, wall':>18}{'CPU':>8}")
         for name in steps:
             wall, cpu_ms = (1e3 * statistics.median(taken[name]) for taken in (times, cpu_times))
             ratios = (statistics.median(o / t for o, t in zip(taken["ours"], taken[name], strict=True))
                       for taken in (times, cpu_times))
-            print(f"{name:<8}{wall:>12.1f}{cpu_ms:>12.1f}{next(ratios):>18.3f}{next(ratios):>8.3f}", flush=True)
+            print(f"{name:<8}{wall:>12.1f}{cpu_ms:>12.1f}{next(ratios):>18.3f}{next(ratios):>8.3f}",
+                  flush=True)
 
 
 def on_one_and_more(measure: Callable[[int, Path], None], description: str | None, turns: int) -> None:
-    """Read the command line, and measure on one process and on `--nproc`; `turns` is the default of `--turns`."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Read the command line, and measure on one process and on `--nproc`;
+    `turns` is the default of `--turns`."""
+    parser = argparse.ArgumentParser(description=description,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nproc", type=int, default=2)
     parser.add_argument("--turns", type=int, default=turns)
     args = parser.parse_args()

@@ -2,9 +2,10 @@
 
 Usage: python benchmarks/muon.py > benchmarks/results/muon.txt
 
-The text is Python's own library, tokenized by the project's commands, a tenth of it held out.  Each optimizer first gets the
-best of a few learning rates by its held-out loss with the first seed, then runs with the other seeds (of weights and data order)
-at that rate.  Every run has a process of its own with one thread; times are CPU seconds, since the machine may do other work.
+The text is Python's own library, tokenized by the project's commands, a tenth of it held out.  Each optimizer
+first gets the best of a few learning rates by its held-out loss with the first seed, then runs with the other
+seeds (of weights and data order) at that rate.  Every run has a process of its own with one thread; times are
+CPU seconds, since the machine may do other work.
 """
 
 from __future__ import annotations
@@ -44,9 +45,10 @@ def write_data(folder: Path, num_files: int) -> Path:
             for part in file.read_text(encoding="utf-8", errors="ignore").split("\n\n\n"):
                 out.write(json.dumps({"text": part}) + "\n")
     common = ["--input", str(text)]
-    sov_tokenizer(["train", "--preset", "solar-open", "--vocab-size", "2048", *common, "--output", str(folder / "tokenizer")])
-    sov_data(["pack", "--tokenizer", str(folder / "tokenizer"), *common, "--output", str(folder / "tokens"), "--heldout", "0.1",
-              "--workers", "1"])
+    sov_tokenizer(["train", "--preset", "solar-open", "--vocab-size", "2048", *common, "--output",
+                   str(folder / "tokenizer")])
+    sov_data(["pack", "--tokenizer", str(folder / "tokenizer"), *common, "--output", str(folder / "tokens"),
+              "--heldout", "0.1", "--workers", "1"])
     return folder / "tokens"
 
 
@@ -63,10 +65,11 @@ def train(tokens: Path, recipe: str, settings: list[str]) -> dict[str, float]:
     from megatron_sov.train.trainer import Trainer
 
     torch.set_num_threads(1)
-    config = apply_settings(recipes.get(recipe), [*SETTINGS, *settings, f'data.paths={json.dumps({str(tokens): 1})}'])
+    config = apply_settings(recipes.get(recipe),
+                            [*SETTINGS, *settings, f'data.paths={json.dumps({str(tokens): 1})}'])
     place = world.join(config.parallel)
-    trainer = Trainer(config, place, RunFolder(tokens / "not-written"), open_sources(config.data.paths, config.model.vocab_size),
-                      LanguageModelling)
+    trainer = Trainer(config, place, RunFolder(tokens / "not-written"),
+                      open_sources(config.data.paths, config.model.vocab_size), LanguageModelling)
     update, of_optimizer, of_step, losses = trainer.optimizer.step, [], [], []
 
     def timed(*arguments: Any) -> float:
@@ -86,15 +89,16 @@ def train(tokens: Path, recipe: str, settings: list[str]) -> dict[str, float]:
     state = sum(b.data.numel() * b.data.element_size() for b in trainer.optimizer.state_shards())
     world.leave()
     tokens_seen = sum(h.tokens for h in heldout.values())
-    return {"heldout": sum(h.loss * h.tokens for h in heldout.values()) / tokens_seen, "training": statistics.mean(losses[-20:]),
-            "step_s": statistics.median(of_step[WARM_UP_STEPS:]), "optimizer_s": statistics.median(of_optimizer[WARM_UP_STEPS:]),
-            "state_bytes": state}
+    return {"heldout": sum(h.loss * h.tokens for h in heldout.values()) / tokens_seen,
+            "training": statistics.mean(losses[-20:]), "step_s": statistics.median(of_step[WARM_UP_STEPS:]),
+            "optimizer_s": statistics.median(of_optimizer[WARM_UP_STEPS:]), "state_bytes": state}
 
 
 def in_process(tokens: Path, recipe: str, settings: list[str]) -> dict[str, float]:
     """Run `train` in a process of its own."""
-    done = subprocess.run([sys.executable, "-W", "ignore", __file__, "--one", str(tokens), recipe, *settings], check=False,
-                          stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run([sys.executable, "-W", "ignore", __file__, "--one", str(tokens), recipe, *settings],
+                          check=False, stdout=subprocess.PIPE, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
     if done.returncode:
         raise SystemExit(f"{recipe} {' '.join(settings)}: the run failed")
     return dict(json.loads(done.stdout.splitlines()[-1]))
@@ -109,32 +113,38 @@ def compare(tokens: Path, recipe: str, steps: int, rates: list[float], seeds: in
     def run(name: str, lr: float, seed: int) -> dict[str, float]:
         found = in_process(tokens, recipe, [f"train.steps={steps}", f"optim.name={name}", f"optim.lr={lr}",
                                             f"optim.min_lr={lr / 20}", f"train.seed={seed}"])
-        print(f"{name:<10}{lr:>8g}{seed:>6}{found['heldout']:>10.4f}{found['training']:>10.4f}{found['step_s']:>13.4f}"
-              f"{found['optimizer_s']:>18.4f}{found['state_bytes'] / 1e6:>11.2f}", flush=True)
+        print(f"{name:<10}{lr:>8g}{seed:>6}{found['heldout']:>10.4f}{found['training']:>10.4f}"
+              f"{found['step_s']:>13.4f}{found['optimizer_s']:>18.4f}{found['state_bytes'] / 1e6:>11.2f}",
+              flush=True)
         return found
 
     with ThreadPoolExecutor(jobs) as pool:
         tried = {(name, lr): pool.submit(run, name, lr, 1) for lr in rates for name in NAMES}
         best = {name: min(rates, key=lambda lr: tried[name, lr].result()["heldout"]) for name in NAMES}
-        others = {(name, seed): pool.submit(run, name, best[name], seed) for seed in range(2, seeds + 1) for name in NAMES}
-        runs = {name: [tried[name, best[name]].result(), *(others[name, s].result() for s in range(2, seeds + 1))]
-                for name in NAMES}
+        others = {(name, seed): pool.submit(run, name, best[name], seed) for seed in range(2, seeds + 1)
+                  for name in NAMES}
+        runs = {
+            name: [tried[name, best[name]].result(), *(others[name, s].result() for s in range(2, seeds + 1))]
+            for name in NAMES}
     adamw, muon = runs["adamw"], runs["muon"]
     gains = [a["heldout"] - m["heldout"] for a, m in zip(adamw, muon, strict=True)]
     ratio = {what: statistics.median(m[what] for m in muon) / statistics.median(a[what] for a in adamw)
              for what in ("step_s", "optimizer_s", "state_bytes")}
     print(f"Muon's held-out loss is lower by {statistics.mean(gains):.4f} nats on average (by seed: "
-          f"{', '.join(f'{g:.4f}' for g in gains)}).\nIts steps take {ratio['step_s']:.2f} times AdamW's CPU time, the optimizer "
-          f"alone {ratio['optimizer_s']:.2f} times; its state has {ratio['state_bytes']:.2f} times the bytes.", flush=True)
+          f"{', '.join(f'{g:.4f}' for g in gains)}).\nIts steps take {ratio['step_s']:.2f} times AdamW's CPU "
+          f"time, the optimizer alone {ratio['optimizer_s']:.2f} times; "
+          f"its state has {ratio['state_bytes']:.2f} times the bytes.", flush=True)
 
 
 def main() -> None:
     """Compare on both tiny recipes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--one", nargs="+", metavar="TOKENS RECIPE SETTING", help=argparse.SUPPRESS)
     parser.add_argument("--recipes", nargs="+", default=["tiny-k-exaone", "tiny-solar-open"])
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--rates", nargs="+", type=float, default=[2.5e-3, 5e-3, 1e-2], help="learning rates to try")
+    parser.add_argument("--rates", nargs="+", type=float, default=[2.5e-3, 5e-3, 1e-2],
+                        help="learning rates to try")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--files", type=int, default=40, help="files of Python's library")
@@ -143,7 +153,8 @@ def main() -> None:
         from megatron_sov.mcore.parallel import world
 
         tokens, recipe, *settings = args.one
-        sys.exit(world.launch(lambda: print(json.dumps(train(Path(tokens), recipe, settings))), 1, num_threads=1))
+        sys.exit(world.launch(lambda: print(json.dumps(train(Path(tokens), recipe, settings))), 1,
+                              num_threads=1))
     print(f"{platform.machine()}, {os.cpu_count()} cores (load {os.getloadavg()[0]:.1f} at the start), "
           f"Python {platform.python_version()}", flush=True)
     with tempfile.TemporaryDirectory() as name:

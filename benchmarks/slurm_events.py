@@ -1,10 +1,12 @@
-"""What happens to a job on a cluster, and what each kind of event costs: real Slurm daemons, virtual nodes that die and freeze.
+"""What happens to a job on a cluster, and what each kind of event costs: real Slurm daemons, virtual nodes
+that die and freeze.
 
     python benchmarks/slurm_events.py [--events abcdef] [--soak 30] [--seed 0]
 
-Needs root and Slurm's daemons (`make slurm`).  First a run on 4 nodes is disturbed once in each of six ways and compared with the
-run that was left alone; then one run on 2 nodes goes through many events, drawn at random, at moments drawn at random.  Lost is
-the time from the event until the run did a step that it had not done before.
+Needs root and Slurm's daemons (`make slurm`).  First a run on 4 nodes is disturbed once in each of six ways
+and compared with the run that was left alone; then one run on 2 nodes goes through many events, drawn at
+random, at moments drawn at random.  Lost is the time from the event until the run did a step that it
+had not done before.
 """
 
 from __future__ import annotations
@@ -34,10 +36,12 @@ from megatron_sov.obs.events import final_steps, read_events
 STEPS, EVENT_STEP, SOAK_STEPS = 60, 25, 200
 PATIENCE_S = 1800.0
 ENDED_BADLY = ("FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-SETTINGS = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.num_heads=4", "model.num_kv_heads=2",
-            "model.head_dim=8", "model.expert_ffn_dim=16", 'data.phases=[{"name": "main", "seq_len": 32}]',
-            "train.global_batch_size=8", "train.micro_batch_size=2", "data.heldout_tokens=128", "train.num_threads=1",
-            "train.checkpoint_every_steps=5", "train.eval_every_steps=0", "data.max_epochs=0", "parallel.ep=2")
+SETTINGS = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.num_heads=4",
+            "model.num_kv_heads=2", "model.head_dim=8", "model.expert_ffn_dim=16",
+            'data.phases=[{"name": "main", "seq_len": 32}]', "train.global_batch_size=8",
+            "train.micro_batch_size=2", "data.heldout_tokens=128", "train.num_threads=1",
+            "train.checkpoint_every_steps=5", "train.eval_every_steps=0", "data.max_epochs=0",
+            "parallel.ep=2")
 PROFILE = """description: virtual nodes of one rank
 partition: batch
 account: ""
@@ -67,15 +71,16 @@ class Disturbed:
 
     def __init__(self, cluster: Any, work: Path, name: str, data: Path, steps: int) -> None:
         self.cluster, self.run = cluster, work / name
-        self._words = ["tiny-solar-open", "--data", str(data), "--run", str(self.run), "--set", f"train.steps={steps}",
-                       *(word for s in SETTINGS for word in ("--set", s))]
+        self._words = ["tiny-solar-open", "--data", str(data), "--run", str(self.run), "--set",
+                       f"train.steps={steps}", *(word for s in SETTINGS for word in ("--set", s))]
         self._profile = str(work / "site.yaml")
         self.job = ""
 
     def submit(self, nodes: int) -> None:
         """Submit, or submit again."""
         with contextlib.redirect_stdout(io.StringIO()):
-            code = cli.main(["submit", "pretrain", "--cluster", self._profile, "--nodes", str(nodes), *self._words])
+            code = cli.main(["submit", "pretrain", "--cluster", self._profile, "--nodes", str(nodes),
+                             *self._words])
         assert code == 0, f"submit ended with {code}"
         self.job = [str(r["job"]) for r in read_events(self.run / "slurm/jobs.jsonl")][-1]
 
@@ -108,7 +113,8 @@ class Disturbed:
             return []
         return str(self.cluster.run("scontrol", "show", "hostnames", found["NodeList"])).split()
 
-    # events, each on the last node of the job, where it has nodes; they return the nodes to bring back afterwards
+    # events, each on the last node of the job, where it has nodes; they return the nodes to
+    # bring back afterwards
 
     def _until_put_back(self, event: Callable[[str], None]) -> list[str]:
         """Do something to a node, and wait until Slurm has put the job back into the queue for it."""
@@ -133,7 +139,8 @@ class Disturbed:
         count = nodes or int(self.cluster.job(self.job)["NumNodes"].split("-")[0])
         self.cluster.run("scancel", self.job)
         self.cluster.wait(self.job, timeout_s=PATIENCE_S)
-        while "COMPLETING" in self.cluster.run("squeue", "--noheader", f"--jobs={self.job}", "--format=%T", check=False):
+        while "COMPLETING" in self.cluster.run("squeue", "--noheader", f"--jobs={self.job}", "--format=%T",
+                                               check=False):
             time.sleep(0.1)
         self.submit(count)
         return []
@@ -156,16 +163,17 @@ class Disturbed:
 
 EVENTS: dict[str, tuple[str, Callable[[Disturbed], list[str]]]] = {
     "a": ("node crash", Disturbed.node_crash), "b": ("time-limit signal", Disturbed.time_limit),
-    "c": ("scancel + resubmit", Disturbed.cancel_and_submit), "d": ("SIGKILL of a rank", Disturbed.rank_killed),
-    "e": ("node that hangs", Disturbed.node_hangs), "f": ("restart on 2 nodes", Disturbed.fewer_nodes),
+    "c": ("scancel + resubmit", Disturbed.cancel_and_submit),
+    "d": ("SIGKILL of a rank", Disturbed.rank_killed), "e": ("node that hangs", Disturbed.node_hangs),
+    "f": ("restart on 2 nodes", Disturbed.fewer_nodes),
 }
 
 
 def left_alone(work: Path, name: str, data: Path, steps: int, nproc: int) -> list[tuple[int, float]]:
     """Run on this machine without Slurm; returns (step, loss) of every step."""
     alone = Disturbed(None, work, name, data, steps)
-    subprocess.run([sys.executable, "-W", "ignore", "-m", "megatron_sov", "pretrain", *alone._words, "--nproc", str(nproc)],
-                   check=True, stderr=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-W", "ignore", "-m", "megatron_sov", "pretrain", *alone._words,
+                    "--nproc", str(nproc)], check=True, stderr=subprocess.DEVNULL)
     return alone.losses()
 
 
@@ -187,15 +195,17 @@ def one_event(cluster: Any, work: Path, data: Path, letter: str, expected: list[
     back_s = min(e["time_s"] for e in steps if e["time_s"] > anew_s and e["step"] > stood_at)
     losses = run.losses()
     furthest = max(abs(loss - wanted) for (_, loss), (_, wanted) in zip(losses, expected, strict=True))
-    verdict = "every loss equal, bit for bit" if losses == expected else f"losses differ by {furthest:.1e} at most"
-    print(f"({letter}) {name:19} lost {back_s - event_s:6.1f} s, {len(again):2d} steps done again; final loss "
-          f"{losses[-1][1]:.6f}, {verdict}; {time.time() - start_s:.0f} s in all", flush=True)
+    verdict = ("every loss equal, bit for bit" if losses == expected
+               else f"losses differ by {furthest:.1e} at most")
+    print(f"({letter}) {name:19} lost {back_s - event_s:6.1f} s, {len(again):2d} steps done again; "
+          f"final loss {losses[-1][1]:.6f}, {verdict}; {time.time() - start_s:.0f} s in all", flush=True)
     for node in down:
         cluster.resume(node)
 
 
 def soak(cluster: Any, work: Path, data: Path, count: int, seed: int, limit_s: float) -> bool:
-    """Drive one run through many events, none after `limit_s`; returns whether it ended as the run left alone."""
+    """Drive one run through many events, none after `limit_s`; returns whether it ended as
+    the run left alone."""
     expected = left_alone(work, "soak-alone", data, SOAK_STEPS, 2)
     drawn, kinds, moments = random.Random(seed), Counter[str](), Counter[str]()
     run = Disturbed(cluster, work, "soak", data, SOAK_STEPS)
@@ -216,7 +226,8 @@ def soak(cluster: Any, work: Path, data: Path, count: int, seed: int, limit_s: f
         name, event = EVENTS[drawn.choice("abcde")]
         kinds[name] += 1
         moments[moment] += 1
-        print(f"event {kinds.total()}: {name}, {time.time() - start_s:.0f} s after the start", file=sys.stderr, flush=True)
+        print(f"event {kinds.total()}: {name}, {time.time() - start_s:.0f} s after the start",
+              file=sys.stderr, flush=True)
         for node in event(run):
             cluster.resume(node)
     run.finish()
@@ -225,12 +236,13 @@ def soak(cluster: Any, work: Path, data: Path, count: int, seed: int, limit_s: f
     alone = read_manifest(work / f"soak-alone/checkpoints/step-{SOAK_STEPS}").files
     same = losses == expected and all(done[name] == alone[name] for name in alone if name != "state.json")
     useful_s, wall_s = sum(e["step_time_s"] for e in final_steps(steps)), time.time() - start_s
-    outcomes = Counter(r["outcome"] for r in read_events(run.run / "slurm/attempts.jsonl") if r["event"] == "end")
+    outcomes = Counter(r["outcome"] for r in read_events(run.run / "slurm/attempts.jsonl")
+                       if r["event"] == "end")
     print(f"soak: {kinds.total()} events ({', '.join(f'{k} {n}' for k, n in sorted(kinds.items()))}), "
           f"{', '.join(f'{n} {m}' for m, n in sorted(moments.items()))}")
     print(f"  attempts ended: {', '.join(f'{k} {n}' for k, n in sorted(outcomes.items()))}")
-    print(f"  {len(losses)} steps, {len(steps) - len(losses)} done again; every loss and all files of the last checkpoint as in "
-          f"the run left alone: {same}")
+    print(f"  {len(losses)} steps, {len(steps) - len(losses)} done again; "
+          f"every loss and all files of the last checkpoint as in the run left alone: {same}")
     print(f"  effective training time: {useful_s / wall_s:.1%} of {wall_s:.0f} s", flush=True)
     return same
 
@@ -239,9 +251,11 @@ def main() -> int:
     """Run everything."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--events", default="".join(EVENTS), help="which of the six (default %(default)s)")
-    parser.add_argument("--soak", type=int, default=30, metavar="N", help="events of the soak; 0: none (default %(default)s)")
+    parser.add_argument("--soak", type=int, default=30, metavar="N",
+                        help="events of the soak; 0: none (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the soak (default %(default)s)")
-    parser.add_argument("--limit-s", type=float, default=7200, help="no event of the soak comes later (default %(default)s)")
+    parser.add_argument("--limit-s", type=float, default=7200,
+                        help="no event of the soak comes later (default %(default)s)")
     args = parser.parse_args()
     module = virtual_cluster()
     if (reason := module.why_not()) is not None:
@@ -255,8 +269,9 @@ def main() -> int:
             os.environ["SLURM_CONF"] = cluster.env["SLURM_CONF"]
             if args.events:
                 expected = left_alone(work, "alone", data, STEPS, 4)
-                print(f"left alone: {STEPS} steps on 4 ranks, final loss {expected[-1][1]:.6f}; a checkpoint every 5 steps; "
-                      f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.0f}", flush=True)
+                print(f"left alone: {STEPS} steps on 4 ranks, final loss {expected[-1][1]:.6f}; "
+                      f"a checkpoint every 5 steps; {os.cpu_count()} cores, load {os.getloadavg()[0]:.0f}",
+                      flush=True)
                 for letter in args.events:
                     one_event(cluster, work, data, letter, expected)
             if args.soak:

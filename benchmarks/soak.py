@@ -1,11 +1,12 @@
 """A run that meets faults of every kind at every state ends as the run that met none.
 
-    python benchmarks/soak.py [--steps 1000] [--faults 100] [--seed 0] [--work DIR] > benchmarks/results/soak.txt
+    python benchmarks/soak.py [--steps 1000] [--faults 100] [--seed 0] [--work DIR] >
+    benchmarks/results/soak.txt
 
-One command trains a tiny model under `--inject`: kinds, states, steps and processes of the faults are drawn.  The run takes care
-of itself: it is started once.  Then the run is done again without faults, leaving out by `data.skip_steps` what the first one's
-ledger says was refused, and all files of the last checkpoints are compared.  With --work the runs stay there, and one that is
-complete is not done again.
+One command trains a tiny model under `--inject`: kinds, states, steps and processes of the faults are drawn.
+The run takes care of itself: it is started once.  Then the run is done again without faults, leaving out by
+`data.skip_steps` what the first one's ledger says was refused, and all files of the last checkpoints are
+compared.  With --work the runs stay there, and one that is complete is not done again.
 """
 
 from __future__ import annotations
@@ -28,14 +29,16 @@ from megatron_sov.obs.events import read_events
 from megatron_sov.runs.checkpoints import latest
 from megatron_sov.train.guards.fault_injection import STATES, parse
 
-SETTINGS = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.num_heads=4", "model.num_kv_heads=2",
-            "model.head_dim=8", "model.expert_ffn_dim=16", 'data.phases=[{"name": "main", "seq_len": 32}]',
-            "train.global_batch_size=4", "train.micro_batch_size=2", "data.heldout_tokens=128", "train.num_threads=1",
-            "train.eval_every_steps=0", "train.hidden_dropout=0.1", "data.max_epochs=0", "train.deterministic=true",
-            "optim.lr=1e-3")
-SOAKED = ("train.checkpoint_every_steps=10", "train.keep_checkpoints=8", "train.max_restarts=50", "guards.hang_timeout_s=10",
-          "guards.probe_every_steps=1")
-"""What a run needs that is to survive all this: many checkpoints, and each step's gradients computed twice."""
+SETTINGS = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.num_heads=4",
+            "model.num_kv_heads=2", "model.head_dim=8", "model.expert_ffn_dim=16",
+            'data.phases=[{"name": "main", "seq_len": 32}]', "train.global_batch_size=4",
+            "train.micro_batch_size=2", "data.heldout_tokens=128", "train.num_threads=1",
+            "train.eval_every_steps=0", "train.hidden_dropout=0.1", "data.max_epochs=0",
+            "train.deterministic=true", "optim.lr=1e-3")
+SOAKED = ("train.checkpoint_every_steps=10", "train.keep_checkpoints=8", "train.max_restarts=50",
+          "guards.hang_timeout_s=10", "guards.probe_every_steps=1")
+"""What a run needs that is to survive all this: many checkpoints,
+and each step's gradients computed twice."""
 STORMS, STORM_STEPS = 3, 4
 """Stretches of steps in each of which a number is not finite, long enough that weights are taken back."""
 SLOW = "seconds=0.05,steps=5"
@@ -43,7 +46,8 @@ SLOW = "seconds=0.05,steps=5"
 
 
 def draw_faults(steps: int, count: int, nproc: int, seed: int) -> list[str]:
-    """Return so many faults: storms, then every kind and state about equally often, anywhere in the run, on any process."""
+    """Return so many faults: storms, then every kind and state about equally often,
+    anywhere in the run, on any process."""
     drawn = random.Random(seed)
     places = [(kind, state) for kind, states in STATES.items() for state in states]
     found: list[str] = []
@@ -64,8 +68,9 @@ def train(data: Path, run: Path, nproc: int, settings: list[str], faults: list[s
     chosen = [part for s in (*SETTINGS, *settings) for part in ("--set", s)]
     inject = [part for fault in faults for part in ("--inject", fault)]
     with open(run.with_suffix(".log"), "a", encoding="utf-8") as log:
-        code = subprocess.run([sys.executable, "-W", "ignore", "-m", "megatron_sov", "pretrain", "tiny-solar-open", "--data",
-                               str(data), "--run", str(run), "--nproc", str(nproc), "--resume", *chosen, *inject],
+        code = subprocess.run([sys.executable, "-W", "ignore", "-m", "megatron_sov", "pretrain",
+                               "tiny-solar-open", "--data", str(data), "--run", str(run), "--nproc",
+                               str(nproc), "--resume", *chosen, *inject],
                               stdout=log, stderr=log, check=False).returncode
     if code:
         raise SystemExit(f"{run.name}: exit code {code}\n{run.with_suffix('.log').read_text()[-4000:]}")
@@ -78,10 +83,12 @@ def took(events: list[dict[str, Any]]) -> str:
 
 
 def final(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the hashes of all files of the last checkpoint, and the loop's state without what happened on the way."""
+    """Return the hashes of all files of the last checkpoint, and the loop's state without what
+    happened on the way."""
     path = latest(run / "checkpoints")
     assert path is not None, f"{run} has no checkpoint"
-    hashes = {name: record.sha256 for name, record in read_manifest(path).files.items() if name != "state.json"}
+    hashes = {name: record.sha256 for name, record in read_manifest(path).files.items()
+              if name != "state.json"}
     state = json.loads((path / "state.json").read_text())
     return hashes, {name: value for name, value in state.items() if name not in ("wall_s", "guard")}
 
@@ -100,14 +107,16 @@ def print_histogram(events: list[dict[str, Any]]) -> None:
     print(f"{'fault':<20}" + "".join(f"{state:>7}" for state in states) + f"{'all':>7}")
     for kind in STATES:
         row = [came[kind, state] for state in states]
-        cells = "".join(f"{n if state in STATES[kind] else '-':>7}" for state, n in zip(states, row, strict=True))
+        cells = "".join(f"{n if state in STATES[kind] else '-':>7}"
+                        for state, n in zip(states, row, strict=True))
         print(f"{kind:<20}{cells}{sum(row):>7}")
     codes = Counter(e["exit_code"] for e in events if e["event"] == "restart")
     print(f"started again in place: {sum(codes.values())} times (exit codes "
           + ", ".join(f"{code}: {n}" for code, n in sorted(codes.items())) + ")")
     kinds = Counter(e["event"] for e in events)
-    print(f"refused steps: {kinds['skip']}; rollbacks: {kinds['rollback']}; corruption found: {kinds['sdc']}; damaged "
-          f"checkpoints set aside: {kinds['damaged_checkpoint']}; hangs ended: {codes[76]}; steps done: {kinds['step']}")
+    print(f"refused steps: {kinds['skip']}; rollbacks: {kinds['rollback']}; corruption found: "
+          f"{kinds['sdc']}; damaged checkpoints set aside: {kinds['damaged_checkpoint']}; "
+          f"hangs ended: {codes[76]}; steps done: {kinds['step']}")
 
 
 def main() -> int:
@@ -130,13 +139,15 @@ def main() -> int:
         print(f"{args.steps} steps on {args.nproc} processes with {len(faults)} faults drawn: {took(events)} "
               f"(load {os.getloadavg()[0]:.1f} at the end)", flush=True)
         print_histogram(events)
-        never = {f.name for f in parse(faults, args.nproc)} - {e["fault"] for e in events if e["event"] == "fault"}
+        never = {f.name for f in parse(faults, args.nproc)} - {e["fault"]
+                                                               for e in events if e["event"] == "fault"}
         if never:
             print(f"never came, since no start or checkpoint followed: {len(never)}", flush=True)
         left_out = skipped(work / "soaked", args.steps)
-        events = train(data, work / "by hand", args.nproc, [*length, f"data.skip_steps={json.dumps(left_out)}"], [])
-        print(f"without faults, and without the {sum(last - first + 1 for first, last in left_out)} steps that its ledger says "
-              f"were left out: {took(events)}")
+        events = train(data, work / "by hand", args.nproc,
+                       [*length, f"data.skip_steps={json.dumps(left_out)}"], [])
+        print(f"without faults, and without the {sum(last - first + 1 for first, last in left_out)} steps "
+              f"that its ledger says were left out: {took(events)}")
         ours, theirs = final(work / "soaked"), final(work / "by hand")
         equal = ours == theirs
         print(f"last checkpoints: all {len(ours[0])} files and the loop's state equal: {equal}")

@@ -1,11 +1,13 @@
-"""Trained tokenizers on text that they did not learn from: bytes per token, one step against two, tiktoken, worst inputs.
+"""Trained tokenizers on text that they did not learn from: bytes per token, one step against two,
+tiktoken, worst inputs.
 
     python benchmarks/tokenizer_heldout.py --trained FOLDER [--authors FOLDER]
 
-FOLDER is what benchmarks/tokenizer_train.py kept: the tokenizers solar, plain, super and published, and held-out text in
-held/<language>.jsonl; that of --authors is tokenizer_json of github.com/PythonNut/superbpe, the tokenizers of SuperBPE's paper.
-Two steps are the definition of SuperBPE: text split into words and encoded by the merges of stage 1 alone, then, inside each
-unit of the finished pattern, the merges of stage 2 over those tokens, by a naive loop.
+FOLDER is what benchmarks/tokenizer_train.py kept: the tokenizers solar, plain, super and published, and
+held-out text in held/<language>.jsonl; that of --authors is tokenizer_json of github.com/PythonNut/superbpe,
+the tokenizers of SuperBPE's paper.  Two steps are the definition of SuperBPE: text split into words and
+encoded by the merges of stage 1 alone, then, inside each unit of the finished pattern, the merges of stage 2
+over those tokens, by a naive loop.
 """
 
 from __future__ import annotations
@@ -33,10 +35,13 @@ from tokenizer.report.worst import check_worst
 PARTS = ("steps", "worst", "ratios", "paper")
 CHUNK_BYTES = 100_000
 IN_THE_PAPER = {200_000: 4.457, 180_000: 6.092, 160_000: 6.337, 80_000: 6.634}
-"""Transition size -> bytes per token on 1 GB of the authors' text (notebooks/superbpe_encoding_efficiency_analysis.ipynb)."""
+"""Transition size -> bytes per token on 1 GB of the authors' text
+(notebooks/superbpe_encoding_efficiency_analysis.ipynb)."""
 PROSE_LINE_CHARS = 200
-"""The authors learn from the web, where a paragraph is a line; in documentation longer lines are such paragraphs."""
-AUTHORS_SUPER, AUTHORS_PLAIN = "olmo2_p99_truncate_10G_{}K_extend_200K_mw4_colon", "olmo2_p99_truncate_pretok_10G_200K"
+"""The authors learn from the web, where a paragraph is a line; in documentation longer lines
+are such paragraphs."""
+AUTHORS_SUPER, AUTHORS_PLAIN = ("olmo2_p99_truncate_10G_{}K_extend_200K_mw4_colon",
+                                "olmo2_p99_truncate_pretok_10G_200K")
 Encode = Callable[[str], list[int]]
 
 
@@ -62,7 +67,8 @@ class Trained:
         """Return the encoder of the definition."""
         first = tiktoken_format.encoding({t: i for t, i in self.ranks.items() if i < self.transition_size},
                                        tiktoken_format.Rules(ANYTHING, {})).encode_ordinary
-        words, units = (Splitter(self.preset, p) for p in (self.preset.split_pattern, self.preset.final_pattern))
+        words, units = (Splitter(self.preset, p)
+                        for p in (self.preset.split_pattern, self.preset.final_pattern))
         spelling, vocab = byte_characters(), self.raw["model"]["vocab"]
         pairs = {}
         for left, right in self.raw["model"]["merges"]:
@@ -84,7 +90,8 @@ class Trained:
                     raise SystemExit(f"{self.name}: a word reaches over the end of the unit {unit!r}")
                 if (key := tuple(inside)) not in known:
                     parts = [tokens[i] for piece in inside for i in first(piece)]
-                    known[key] = [self.ranks[token] for token in merged(parts, lambda a, b: pairs.get((a, b)))]
+                    known[key] = [self.ranks[token]
+                                  for token in merged(parts, lambda a, b: pairs.get((a, b)))]
                 ids += known[key]
             return ids
 
@@ -94,7 +101,8 @@ class Trained:
 def bytes_per_token(held: Path, plain: Trained, *others: Trained) -> None:
     """Print bytes per token of each language, and how many tokens fewer than plain BPE of the same size."""
     num_ids = len(plain.ranks) + len(plain.raw["added_tokens"])
-    print(f"\nbytes per token on held-out text, {num_ids:,} ids each; fewer: tokens, in %, against plain BPE\n"
+    print(f"\nbytes per token on held-out text, {num_ids:,} ids each; fewer: "
+          "tokens, in %, against plain BPE\n"
           f"{'':<8} {'MB':>6} {'plain':>7}" + "".join(f" {t.name:>10} {'fewer':>6}" for t in others))
     total_bytes, totals = 0, [0] * (1 + len(others))
     for file in sorted(held.glob("*.jsonl")):
@@ -110,13 +118,16 @@ def print_ratios(name: str, size_bytes: int, counts: list[int]) -> None:
     """Print one line: bytes per token, and tokens fewer than the first has."""
     if size_bytes:
         print(f"{name:<8} {size_bytes / 1e6:6.2f} {size_bytes / counts[0]:7.3f}" + "".join(
-            f" {size_bytes / count:10.3f} {100 * (1 - count / counts[0]):6.1f}" for count in counts[1:]), flush=True)
+            f" {size_bytes / count:10.3f} {100 * (1 - count / counts[0]):6.1f}" for count in counts[1:]),
+              flush=True)
 
 
 def as_in_the_paper(trained: Path, authors: Path | None) -> None:
-    """Print bytes per token of English by the tokenizers made as in the paper of SuperBPE, and by the authors' own."""
+    """Print bytes per token of English by the tokenizers made as in the paper of SuperBPE,
+    and by the authors' own."""
     documents = first_texts(trained / "held/en.jsonl", float("inf"))
-    prose = [line for text in documents for line in text.splitlines(keepends=True) if len(line) > PROSE_LINE_CHARS]
+    prose = [line for text in documents for line in text.splitlines(keepends=True)
+             if len(line) > PROSE_LINE_CHARS]
     made = {}
     for folder in trained.glob("paper-*"):
         tokenizer = Trained(folder)
@@ -126,12 +137,16 @@ def as_in_the_paper(trained: Path, authors: Path | None) -> None:
     for name, texts in (("", documents), (", prose", prose)):
         size_bytes = sum(len(text.encode()) for text in texts)
         for whose, tokenizers in (("ours", made), ("theirs", theirs)):
-            encoded = {size: t.encode_batch_fast(texts, add_special_tokens=False) for size, t in tokenizers.items()}
-            columns[whose + name] = {size: size_bytes / sum(len(e.ids) for e in found) for size, found in encoded.items()}
-        print(f"{'prose, lines of more than ' + str(PROSE_LINE_CHARS) + ' characters' if name else 'held-out English'}: "
-              f"{size_bytes / 1e6:.2f} MB")
-    print("\nSuperBPE as in its paper, English, 200,000 ids: bytes per token, and tokens fewer than plain BPE in %\n"
-          f"published: theirs on 1 GB of their own held-out text\n{'':<23} " + " ".join(f"{name:>16}" for name in columns))
+            encoded = {size: t.encode_batch_fast(texts, add_special_tokens=False)
+                       for size, t in tokenizers.items()}
+            columns[whose + name] = {size: size_bytes / sum(len(e.ids) for e in found)
+                                     for size, found in encoded.items()}
+        what = f"prose, lines of more than {PROSE_LINE_CHARS} characters" if name else "held-out English"
+        print(f"{what}: {size_bytes / 1e6:.2f} MB")
+    print("\nSuperBPE as in its paper, English, 200,000 ids: bytes per token, "
+          "and tokens fewer than plain BPE in %\n"
+          f"published: theirs on 1 GB of their own held-out text\n{'':<23} "
+          + " ".join(f"{name:>16}" for name in columns))
     for size in IN_THE_PAPER:
         cells = (f"{by[size]:8.3f} {100 * (1 - by[PAPER_VOCAB_SIZE] / by[size]):6.1f}%" if size in by else ""
                  for by in columns.values())
@@ -144,7 +159,8 @@ def authors_tokenizer(folder: Path, transition_size: int) -> Tokenizer:
     files = folder / (AUTHORS_PLAIN if plain else AUTHORS_SUPER.format(transition_size // 1000))
     tokenizer = Tokenizer(models.BPE.from_file(str(files / "vocab.json"), str(files / "merges.txt")))
     split = pre_tokenizers.Split(Regex(PAPER_SPLIT if plain else PAPER_SUPERWORDS), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     return tokenizer
 
 
@@ -182,7 +198,8 @@ def segmentation(held: Path, trained: Trained, max_bytes: float) -> None:
 
 def print_counts(name: str, counts: list[int]) -> None:
     """Print documents, bytes as MB, tokens, and what differs."""
-    print(f"{name:<8} {counts[0]:9,} {counts[1] / 1e6:9.2f} " + " ".join(f"{n:9,}" for n in counts[2:]), flush=True)
+    print(f"{name:<8} {counts[0]:9,} {counts[1] / 1e6:9.2f} " + " ".join(f"{n:9,}" for n in counts[2:]),
+          flush=True)
 
 
 def worst(folder: Path) -> None:
@@ -199,11 +216,15 @@ def worst(folder: Path) -> None:
 def main() -> int:
     """Run everything."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--trained", required=True, type=Path, help="folder that benchmarks/tokenizer_train.py kept")
-    parser.add_argument("--authors", type=Path, metavar="FOLDER", help="the paper's tokenizers; left out without it")
+    parser.add_argument("--trained", required=True, type=Path,
+                        help="folder that benchmarks/tokenizer_train.py kept")
+    parser.add_argument("--authors", type=Path, metavar="FOLDER",
+                        help="the paper's tokenizers; left out without it")
     parser.add_argument("--steps-mb", type=float, default=float("inf"),
-                        help="text of each language on which two steps are compared with one (default: everything)")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: everything)")
+                        help="text of each language on which two steps are compared with one "
+                             "(default: everything)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS,
+                        help="what to measure (default: everything)")
     args = parser.parse_args()
     print(machine(), flush=True)
     superwords = [folder for name in ("super", "published") if (folder := args.trained / name).exists()]

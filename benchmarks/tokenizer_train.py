@@ -1,10 +1,12 @@
 """Training a tokenizer: its cost beside Hugging Face `tokenizers` and sentencepiece on the same text.
 
-    python benchmarks/tokenizer_train.py --text FOLDER --keep FOLDER [--sentencepiece-python PYTHON] [--bounded-gb 5]
+    python benchmarks/tokenizer_train.py --text FOLDER --keep FOLDER [--sentencepiece-python
+    PYTHON] [--bounded-gb 5]
 
-FOLDER holds one `<language>.jsonl` (field `text`) for each language.  Every 50th document, by a hash, is held out; it and the
-tokenizers are kept for benchmarks/tokenizer_heldout.py and benchmarks/tokenizer_roundtrip.py.  CPU seconds are compared, those
-of all processes; memory is the largest sum of resident memory over a command's processes.
+FOLDER holds one `<language>.jsonl` (field `text`) for each language.  Every 50th document, by a hash, is held
+out; it and the tokenizers are kept for benchmarks/tokenizer_heldout.py and benchmarks/tokenizer_roundtrip.py.
+CPU seconds are compared, those of all processes; memory is the largest sum of resident memory over a
+command's processes.
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ PAPER_DIGITS = r"\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))"
 """Digits in threes, from the right."""
 PAPER_SPLIT = rf" ?\p{{L}}+|{PAPER_DIGITS}| ?[^\s\p{{L}}\p{{N}}]+|\s+(?!\S)|\s+"
 PAPER_SUPERWORDS = rf"[^\r\n\p{{N}}]*[\r\n]+|[^\r\n\p{{N}}]+|{PAPER_DIGITS}"
-"""A line up to its first digit, or to its end: the authors learn line by line, and only digits end a unit within a line."""
+"""A line up to its first digit, or to its end: the authors learn line by line,
+and only digits end a unit within a line."""
 
 HUGGING_FACE = """
 import json, sys
@@ -54,9 +57,11 @@ from tokenizer.presets import PRESETS
 from tokenizer.bpe.pretokenizer import untrained
 preset = PRESETS[sys.argv[1]]
 t = untrained(preset, preset.split_pattern)
-trainer = trainers.BpeTrainer(vocab_size=int(sys.argv[2]) - preset.num_special_ids, min_frequency=2, show_progress=False,
+trainer = trainers.BpeTrainer(
+    vocab_size=int(sys.argv[2]) - preset.num_special_ids, min_frequency=2, show_progress=False,
     max_token_length=preset.max_token_bytes + 1, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-texts = (piece.text for document in read_documents(list_files(Path(sys.argv[3]))) for piece in pieces(document))
+documents = read_documents(list_files(Path(sys.argv[3])))
+texts = (piece.text for document in documents for piece in pieces(document))
 t.train_from_iterator(texts, trainer)
 t.save(sys.argv[4])
 """
@@ -66,8 +71,9 @@ import json, sys, pathlib, sentencepiece
 lines = (line for f in sorted(pathlib.Path(sys.argv[2]).glob("*.jsonl")) for r in open(f, encoding="utf-8")
          for line in json.loads(r)["text"].split("\\n") if line)
 sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_prefix=sys.argv[3], model_type="bpe",
-    vocab_size=int(sys.argv[1]), byte_fallback=True, split_digits=True, character_coverage=0.9995, num_threads=2,
-    normalization_rule_name="identity", remove_extra_whitespaces=False, max_sentence_length=100000, minloglevel=2)
+    vocab_size=int(sys.argv[1]), byte_fallback=True, split_digits=True, character_coverage=0.9995,
+    num_threads=2, normalization_rule_name="identity", remove_extra_whitespaces=False,
+    max_sentence_length=100000, minloglevel=2)
 """
 
 
@@ -106,15 +112,17 @@ def measured(command: list[str]) -> Cost:
         watcher.join()
         if process.returncode:
             output.seek(0)
-            raise SystemExit(f"{command[:4]}: exit code {process.returncode}\n{output.read().decode()[-2000:]}")
-    return Cost(usage.ru_utime + usage.ru_stime, time.monotonic() - start_s, max(max(peaks) / 1e9, usage.ru_maxrss * 1024 / 1e9))
+            raise SystemExit(f"{command[:4]}: exit code {process.returncode}\n"
+                             f"{output.read().decode()[-2000:]}")
+    return Cost(usage.ru_utime + usage.ru_stime, time.monotonic() - start_s,
+                max(max(peaks) / 1e9, usage.ru_maxrss * 1024 / 1e9))
 
 
 def train_command(preset: str, vocab_size: int, text: Path, output: Path, *more: str) -> list[str]:
     """Return our command for all languages of a folder, as they are."""
     inputs = [word for f in sorted(text.glob("*.jsonl")) for word in ("--input", f"{f.stem}={f}")]
-    return [sys.executable, "-m", "tokenizer.cli", "train", "--preset", preset, "--vocab-size", str(vocab_size), *inputs,
-            "--output", str(output), *more]
+    return [sys.executable, "-m", "tokenizer.cli", "train", "--preset", preset, "--vocab-size",
+            str(vocab_size), *inputs, "--output", str(output), *more]
 
 
 def split(source: Path, work: Path) -> dict[str, int]:
@@ -123,7 +131,8 @@ def split(source: Path, work: Path) -> dict[str, int]:
     for name in ("train", "held"):
         (work / name).mkdir()
     for file in sorted(source.glob("*.jsonl")):
-        with open(work / "train" / file.name, "w") as train, open(work / "held" / file.name, "w") as held, open(file) as lines:
+        with (open(work / "train" / file.name, "w") as train, open(work / "held" / file.name, "w") as held,
+              open(file) as lines):
             for line in lines:
                 text = json.loads(line)["text"].encode()
                 out = int.from_bytes(hashlib.sha256(text).digest()[:4], "big") % HELD_OUT_OF == 0
@@ -137,8 +146,8 @@ def table(costs: dict[str, Cost]) -> None:
     first = next(iter(costs.values()))
     print(f"{'':<58} {'CPU s':>8} {'ratio':>6} {'wall s':>8} {'peak GB':>8} {'ratio':>6}")
     for name, cost in costs.items():
-        print(f"{name:<58} {cost.cpu_s:8.1f} {cost.cpu_s / first.cpu_s:6.2f} {cost.wall_s:8.1f} {cost.peak_gb:8.2f} "
-              f"{cost.peak_gb / first.peak_gb:6.2f}", flush=True)
+        print(f"{name:<58} {cost.cpu_s:8.1f} {cost.cpu_s / first.cpu_s:6.2f} {cost.wall_s:8.1f} "
+              f"{cost.peak_gb:8.2f} {cost.peak_gb / first.peak_gb:6.2f}", flush=True)
 
 
 def merges(file: Path) -> list[list[str]]:
@@ -165,7 +174,8 @@ def superwords(work: Path) -> None:
     """K-EXAONE's tokenizer at its full size: cost beside plain BPE."""
     preset, vocab_size = EXAONE
     text = work / "train"
-    hugging_face = [sys.executable, "-c", HUGGING_FACE, preset, str(vocab_size), str(text), str(work / "hf-exaone.json")]
+    hugging_face = [sys.executable, "-c", HUGGING_FACE, preset, str(vocab_size), str(text),
+                    str(work / "hf-exaone.json")]
     kinds = {"super": ("SuperBPE, a fifth superwords: --superword-share 0.2",),
              "plain": ("plain BPE: --superword-share 0", "--superword-share", "0"),
              "published": ("SuperBPE as published: --transition-size 122880", "--transition-size", "122880")}
@@ -178,22 +188,27 @@ def superwords(work: Path) -> None:
     for name in kinds:
         content = read_manifest(work / name).content
         share = content["num_superwords"] / vocab_size
-        print(f"{name}: superwords {content['num_superwords']:,} = {100 * share:.2f} %; {content['checked']}", flush=True)
+        print(f"{name}: superwords {content['num_superwords']:,} = {100 * share:.2f} %; {content['checked']}",
+              flush=True)
 
 
 def paper(work: Path) -> None:
-    """SuperBPE as in its paper (arXiv 2503.13423): English, 200,000 ids, GPT-2's words, all of the text in both stages."""
-    rules = {field: value for field, value in asdict(PRESETS[SOLAR[0]]).items() if field not in ("name", "superword_share")}
+    """SuperBPE as in its paper (arXiv 2503.13423): English, 200,000 ids, GPT-2's words,
+    all of the text in both stages."""
+    rules = {field: value for field, value in asdict(PRESETS[SOLAR[0]]).items()
+             if field not in ("name", "superword_share")}
     rules |= {"split_pattern": PAPER_SPLIT, "superword_pattern": PAPER_SUPERWORDS, "superword_share": 0.5}
     (work / "paper.json").write_text(json.dumps(rules))
     english = f"en={work / 'train/en.jsonl'}"
     costs = {}
     for size in (PAPER_VOCAB_SIZE, *PAPER_TRANSITION_SIZES):
         costs[f"transition size {size:,}"] = measured(
-            [sys.executable, "-m", "tokenizer.cli", "train", "--preset", "custom", "--config", str(work / "paper.json"),
-             "--vocab-size", str(PAPER_VOCAB_SIZE), "--transition-size", str(size), "--input", english, "--superword-sample-mb",
-             str(ALL_MB), "--output", str(work / f"paper-{size}")])
-    print(f"\nSuperBPE as in its paper: English, {PAPER_VOCAB_SIZE:,} ids; first plain BPE; load {os.getloadavg()[0]:.0f}")
+            [sys.executable, "-m", "tokenizer.cli", "train", "--preset", "custom", "--config",
+             str(work / "paper.json"), "--vocab-size", str(PAPER_VOCAB_SIZE), "--transition-size", str(size),
+             "--input", english, "--superword-sample-mb", str(ALL_MB), "--output",
+             str(work / f"paper-{size}")])
+    print(f"\nSuperBPE as in its paper: English, {PAPER_VOCAB_SIZE:,} ids; first plain BPE; "
+          f"load {os.getloadavg()[0]:.0f}")
     table(costs)
 
 
@@ -214,7 +229,8 @@ def bounded(work: Path, size_gb: float, memory_gb: float) -> None:
         with open(folder / f"round-{round_}.jsonl", "w", encoding="utf-8") as f:
             for text in documents:
                 words = text.split(" ")
-                for i in drawn.sample(range(len(words)), round(PERTURBED_SHARE * len(words)) if round_ else 0):
+                for i in drawn.sample(range(len(words)),
+                                      round(PERTURBED_SHARE * len(words)) if round_ else 0):
                     words[i] = words[i][::-1] + "".join(drawn.choices(ascii_lowercase, k=3))
                 f.write(json.dumps({"text": " ".join(words)}, ensure_ascii=False) + "\n")
                 size_bytes += len(text.encode())
@@ -223,43 +239,52 @@ def bounded(work: Path, size_gb: float, memory_gb: float) -> None:
         round_ += 1
     del documents
     preset, vocab_size = EXAONE
-    cost = measured([sys.executable, "-m", "tokenizer.cli", "train", "--preset", preset, "--vocab-size", str(vocab_size),
-                     "--input", f"large={folder}", "--output", str(work / "bounded"), "--max-memory-gb", str(memory_gb)])
+    cost = measured([sys.executable, "-m", "tokenizer.cli", "train", "--preset", preset, "--vocab-size",
+                     str(vocab_size), "--input", f"large={folder}", "--output", str(work / "bounded"),
+                     "--max-memory-gb", str(memory_gb)])
     shutil.rmtree(folder)
-    print(f"\n{size_bytes / 1e9:.2f} GB of text, repeated and perturbed, {preset} {vocab_size:,}, --max-memory-gb {memory_gb:g}: "
-          f"{cost.cpu_s:.0f} CPU s, {cost.wall_s:.0f} s on the clock, peak {cost.peak_gb:.2f} GB")
+    print(f"\n{size_bytes / 1e9:.2f} GB of text, repeated and perturbed, {preset} {vocab_size:,}, "
+          f"--max-memory-gb {memory_gb:g}: {cost.cpu_s:.0f} CPU s, {cost.wall_s:.0f} s on the clock, "
+          f"peak {cost.peak_gb:.2f} GB")
     for stage in read_manifest(work / "bounded").settings["stages"]:
-        print(f"  to {stage['reaches_tokens']:,} ids: {stage['seen_bytes'] / 1e6:.0f} MB of text, {stage['distinct_words']:,} "
-              f"distinct words kept, {stage['dropped_words']:,} rarer ones left out "
-              f"({100 * stage['dropped_share']:.2f} % of the text)", flush=True)
+        print(f"  to {stage['reaches_tokens']:,} ids: {stage['seen_bytes'] / 1e6:.0f} MB of text, "
+              f"{stage['distinct_words']:,} distinct words kept, {stage['dropped_words']:,} rarer ones left "
+              f"out ({100 * stage['dropped_share']:.2f} % of the text)", flush=True)
 
 
 def machine() -> str:
     """Return processor, cores, load and versions."""
     with open("/proc/cpuinfo", encoding="utf-8") as f:
-        model = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), platform.machine())
-    versions = ", ".join(f"{name} {version(name)}" for name in ("tokenizers", "tiktoken", "transformers", "numpy"))
-    return (f"{model}, {len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f}, Python {platform.python_version()}, "
-            f"{versions}")
+        model = next((line.split(":")[1].strip() for line in f if line.startswith("model name")),
+                     platform.machine())
+    versions = ", ".join(f"{name} {version(name)}"
+                         for name in ("tokenizers", "tiktoken", "transformers", "numpy"))
+    return (f"{model}, {len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f}, "
+            f"Python {platform.python_version()}, {versions}")
 
 
 def main() -> int:
     """Run everything."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--text", required=True, type=Path, help="folder of <language>.jsonl")
-    parser.add_argument("--keep", required=True, type=Path, help="new folder for the tokenizers and the held-out text")
+    parser.add_argument("--keep", required=True, type=Path,
+                        help="new folder for the tokenizers and the held-out text")
     parser.add_argument("--sentencepiece-python", metavar="PYTHON",
                         help="an interpreter that has sentencepiece; left out without it")
-    parser.add_argument("--bounded-gb", type=float, default=5, help="text of the run with bounded memory (default %(default)s)")
-    parser.add_argument("--max-memory-gb", type=float, default=4, help="bound of that run (default %(default)s)")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what to measure (default: everything)")
+    parser.add_argument("--bounded-gb", type=float, default=5,
+                        help="text of the run with bounded memory (default %(default)s)")
+    parser.add_argument("--max-memory-gb", type=float, default=4,
+                        help="bound of that run (default %(default)s)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS,
+                        help="what to measure (default: everything)")
     args = parser.parse_args()
     args.keep.mkdir(parents=True)
     sizes = split(args.text, args.keep)
     print(f"{machine()}\n{sum(sizes.values()) / 1e6:.1f} MB of text: "
           + ", ".join(f"{name} {size / 1e6:.1f}" for name, size in sizes.items()), flush=True)
-    parts = {"superwords": lambda: superwords(args.keep), "plain": lambda: plain(args.keep, args.sentencepiece_python),
-             "paper": lambda: paper(args.keep), "bounded": lambda: bounded(args.keep, args.bounded_gb, args.max_memory_gb)}
+    parts = {"superwords": lambda: superwords(args.keep),
+             "plain": lambda: plain(args.keep, args.sentencepiece_python), "paper": lambda: paper(args.keep),
+             "bounded": lambda: bounded(args.keep, args.bounded_gb, args.max_memory_gb)}
     for part in args.parts:
         parts[part]()
     return 0

@@ -1,4 +1,5 @@
-"""From complete units to the shards of a source: in the order of the input, divided into training and held-out documents."""
+"""From complete units to the shards of a source: in the order of the input, divided into training and
+held-out documents."""
 
 from __future__ import annotations
 
@@ -66,7 +67,8 @@ def survey(source: EncodedSource, work: Path, dtype: str, rule: HeldoutRule) -> 
     for unit in np.unique(unit_of[repeated]).tolist():
         documents = np.flatnonzero(repeated & (unit_of == unit)) - starts[unit]
         source.dropped[unit] = (documents[:, None] * source.group + np.arange(source.group)).reshape(-1)
-    hashes = np.concatenate([s["hash"] for s in sequences])[~repeated] if sequences else np.zeros(0, np.uint64)
+    hashes = (np.concatenate([s["hash"] for s in sequences])[~repeated] if sequences
+              else np.zeros(0, np.uint64))
     if len(hashes):
         rule.learn_source(int(hashes.min()), int(hashes.max()))
     return len(hashes)
@@ -78,7 +80,8 @@ def write_shards(source: EncodedSource, work: Path, artifact: Path, dtype: str, 
     sidecars, extra = source.kind != "text", source.kind == "prompt"
     with ExitStack() as stack:
         writers = {split: stack.enter_context(ShardedWriter(
-            artifact, f"{source.name}/{split}", dtype, sidecars, extra, source.group, shard_tokens)) for split in SPLITS}
+            artifact, f"{source.name}/{split}", dtype, sidecars, extra, source.group, shard_tokens))
+                   for split in SPLITS}
         for number, (_, record) in enumerate(source.units):
             unit = open_unit(work, record.key, dtype)
             heldout = rule.is_heldout(unit.sequences["hash"])
@@ -103,8 +106,8 @@ def _blocks(unit: StoredUnit) -> Iterator[tuple[slice, slice]]:
         start, passed = stop, int(ends[stop - 1])
 
 
-def _write_block(writer: ShardedWriter, unit: StoredUnit, block: slice, tokens: slice, chosen: NDArray[np.bool_],
-                 lines: list[bytes]) -> None:
+def _write_block(writer: ShardedWriter, unit: StoredUnit, block: slice, tokens: slice,
+                 chosen: NDArray[np.bool_], lines: list[bytes]) -> None:
     """Write the chosen sequences of a block."""
     if not chosen.any():
         return
@@ -115,11 +118,13 @@ def _write_block(writer: ShardedWriter, unit: StoredUnit, block: slice, tokens: 
         columns["type"] = unit.types[tokens][mask]
         columns["loss"] = (columns["type"] == TYPE_RESPONSE).astype(np.float32)
     extra = [line for line, keep in zip(lines, chosen, strict=True) if keep] if lines else []
-    writer.write(lengths[chosen].astype(np.int32), unit.sequences["bytes"][block][chosen].astype(np.int64), columns, extra)
+    writer.write(lengths[chosen].astype(np.int32), unit.sequences["bytes"][block][chosen].astype(np.int64),
+                 columns, extra)
 
 
 def write_quarantine(source: EncodedSource, work: Path, dtype: str, file: IO[str]) -> dict[str, int]:
-    """Append a source's bad records to the open `quarantine.jsonl`, in the order of the input; returns code -> records."""
+    """Append a source's bad records to the open `quarantine.jsonl`, in the order of the input;
+    returns code -> records."""
     counts: Counter[str] = Counter()
     for row in bad_rows(source, work, dtype):
         counts[row["code"]] += 1
@@ -128,7 +133,8 @@ def write_quarantine(source: EncodedSource, work: Path, dtype: str, file: IO[str
 
 
 def bad_rows(source: EncodedSource, work: Path, dtype: str) -> Iterator[dict[str, Any]]:
-    """Yield file, line (or row), code, reason and the content's beginning of each bad record, repeated ids among them."""
+    """Yield file, line (or row), code, reason and the content's beginning of each bad record,
+    repeated ids among them."""
     lines_before: Counter[Path] = Counter()
     for number, (spans, record) in enumerate(source.units):
         firsts = []
@@ -138,11 +144,12 @@ def bad_rows(source: EncodedSource, work: Path, dtype: str) -> Iterator[dict[str
         if not record.num_bad and number not in source.dropped:
             continue
         unit = open_unit(work, record.key, dtype)
-        found = [(row["span"], row["line"], row["code"], row["reason"], row["content"]) for row in unit.bad_rows()]
+        found = [(row["span"], row["line"], row["code"], row["reason"], row["content"])
+                 for row in unit.bad_rows()]
         for i in source.dropped.get(number, np.zeros(0, np.int64))[:: source.group].tolist():
             sequence = unit.sequences[i]
             found.append((int(sequence["span"]), int(sequence["line"]), "duplicate_id",
                           "has an id that came before in this source; give it its own", ""))
         for span_number, line, code, reason, content in sorted(found, key=lambda f: (f[0], f[1] or math.inf)):
-            yield {"file": str(spans[span_number].file), "line": firsts[span_number] + line if line else None, "code": code,
-                   "reason": reason, "content": content[:SHOWN_BAD_CHARS]}
+            yield {"file": str(spans[span_number].file), "line": firsts[span_number] + line if line else None,
+                   "code": code, "reason": reason, "content": content[:SHOWN_BAD_CHARS]}

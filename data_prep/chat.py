@@ -1,7 +1,8 @@
-"""Chats as tokens with exact masks: the tokenizer's own template, rendered around the messages instead of through them.
+"""Chats as tokens with exact masks: the tokenizer's own template, rendered around the messages
+instead of through them.
 
-Contents are replaced by marks before the template runs and encoded on their own, as ordinary text, so that no content can
-write a special token and every token is known to come from the template or from one message.
+Contents are replaced by marks before the template runs and encoded on their own, as ordinary text, so that no
+content can write a special token and every token is known to come from the template or from one message.
 """
 
 from __future__ import annotations
@@ -47,24 +48,30 @@ class ChatForm:
         try:
             self._template = environment.from_string(template)
         except TemplateError as e:
-            raise UserError(f"{where}: its chat_template is not valid Jinja ({e}); mend the template") from None
+            raise UserError(f"{where}: its chat_template is not valid Jinja ({e}); "
+                            "mend the template") from None
 
     def pieces(self, messages: Messages, awaits_response: bool = False) -> Iterator[Segment]:
-        """Yield the pieces of a chat of (role, content) pairs, in order; `awaits_response` opens the assistant's turn at the end.
+        """Yield the pieces of a chat of (role, content) pairs, in order; `awaits_response` opens the
+        assistant's turn at the end.
 
         Raises:
-            BadRecord: the template refuses these roles, or does not show every message exactly once and in order.
+            BadRecord: the template refuses these roles, or does not show every message exactly
+                once and in order.
         """
         marked = [{"role": role, "content": _MARK.format(i)} for i, (role, _) in enumerate(messages)]
         try:
-            rendered = self._template.render(messages=marked, add_generation_prompt=awaits_response, **self._tokens)
+            rendered = self._template.render(messages=marked, add_generation_prompt=awaits_response,
+                                             **self._tokens)
         except TemplateError as e:
-            raise BadRecord("template", f"is refused by the chat template of {self._where} ({e}); change its roles") from None
+            raise BadRecord("template", f"is refused by the chat template of {self._where} ({e}); "
+                                        "change its roles") from None
         parts = _MARKS.split(rendered)  # template text and message numbers, in turn
         if parts[1::2] != [str(i) for i in range(len(messages))]:
             roles = ", ".join(role for role, _ in messages)
-            raise BadRecord("template", f"is not shown by the chat template of {self._where} with each message once and in order "
-                                        f"(roles: {roles}); change the chat or the template")
+            raise BadRecord("template", f"is not shown by the chat template of {self._where} with each "
+                                        f"message once and in order (roles: {roles}); "
+                                        "change the chat or the template")
         for i, part in enumerate(parts):
             if i % 2:
                 yield Segment(messages[int(part)][1], int(part))

@@ -9,8 +9,8 @@ from data_prep import inspect_tokens, mix, pack, sample, stats, trajectories, ve
 from data_prep.demo import corpus
 from megatron_sov.command_line import exit_code, parser_of
 
-COMMANDS = {"pack": pack, "mix": mix, "inspect": inspect_tokens, "stats": stats, "sample": sample, "verify": verify,
-            "trajectories": trajectories, "demo-corpus": corpus}
+COMMANDS = {"pack": pack, "mix": mix, "inspect": inspect_tokens, "stats": stats, "sample": sample,
+            "verify": verify, "trajectories": trajectories, "demo-corpus": corpus}
 
 
 def build_parser() -> argparse.ArgumentParser:

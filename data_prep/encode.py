@@ -19,7 +19,8 @@ from megatron_sov.documents.records import Messages
 from megatron_sov.errors import UserError
 
 TYPE_TEXT, TYPE_PROMPT, TYPE_RESPONSE = 0, 1, 2
-"""What a token is: plain text, part of a prompt (template, system, user, tools), or of a response to learn."""
+"""What a token is: plain text, part of a prompt (template, system, user, tools),
+or of a response to learn."""
 TOKENIZER_JSON, CONFIG_JSON = "tokenizer.json", "tokenizer_config.json"
 SPECIAL_TEXTS = 4096
 """Pieces of templates whose ids are remembered."""
@@ -32,7 +33,8 @@ class EncodingSettings:
     bos: str = "none"
     """"start": every document begins with the tokenizer's bos; "none"."""
     eod: str = "append"
-    """"append": every document ends with the tokenizer's eos; "none".  Prompts never do: their response follows."""
+    """"append": every document ends with the tokenizer's eos; "none".  Prompts never do:
+    their response follows."""
     fast: bool = False
     """Whether tiktoken encodes, proven equal beforehand."""
 
@@ -50,7 +52,8 @@ class EncodedBatch:
 
 
 class Encoder:
-    """A tokenizer artifact ready to encode; special tokens that are spelled out in documents stay ordinary text."""
+    """A tokenizer artifact ready to encode; special tokens that are spelled out in documents
+    stay ordinary text."""
 
     def __init__(self, folder: Path, settings: EncodingSettings | None = None) -> None:
         """Load the tokenizer of an artifact of kind "tokenizer".
@@ -70,19 +73,23 @@ class Encoder:
             self.plain = Tokenizer.from_file(str(self.file))
             config = json.loads((folder / CONFIG_JSON).read_text(encoding="utf-8"))
         except Exception as e:  # the binding raises a bare Exception
-            raise UserError(f"{folder}: its tokenizer cannot be read ({e}); make it again or restore it from a copy") from None
+            raise UserError(f"{folder}: its tokenizer cannot be read ({e}); "
+                            "make it again or restore it from a copy") from None
         self.plain.encode_special_tokens = True
-        self._special = {id_ for id_, token in self._with_special.get_added_tokens_decoder().items() if token.special}
+        self._special = {id_ for id_, token in self._with_special.get_added_tokens_decoder().items()
+                         if token.special}
         template, bos, eos = (config.get(key) or "" for key in ("chat_template", "bos_token", "eos_token"))
         self._chat_form = ChatForm(template, bos, eos, str(folder))
-        self.bos_id: int | None = self._with_special.token_to_id(bos) if self.settings.bos == "start" else None
+        self.bos_id: int | None = (self._with_special.token_to_id(bos)
+                                   if self.settings.bos == "start" else None)
         if self.settings.bos == "start" and self.bos_id is None:
             raise UserError(f"--bos start: the tokenizer {folder} has no bos_token; use --bos none")
         self._fast = FastBpe(self.file, self.plain) if self.settings.fast else None
         self._template_ids = lru_cache(SPECIAL_TEXTS)(self._encode_template)
 
     def prove_fast(self, samples: list[str]) -> tuple[bool, str]:
-        """Return whether tiktoken gives the ids of this tokenizer on `samples` and adversarial text, and a sentence about it."""
+        """Return whether tiktoken gives the ids of this tokenizer on `samples` and adversarial text, and a
+        sentence about it."""
         fast, sentence = load_fast(self.file, self.plain, samples)
         return fast is not None, sentence
 
@@ -123,18 +130,20 @@ class Encoder:
                     for side in (document.chosen, document.rejected)]
         return [self._conversation(document.messages, 0)]
 
-    def _conversation(self, messages: Messages, num_prompt: int, awaits_response: bool = False) -> tuple[list[int], bytes]:
+    def _conversation(self, messages: Messages, num_prompt: int,
+                      awaits_response: bool = False) -> tuple[list[int], bytes]:
         """Return ids and types; responses are an assistant's content and the special token that ends it.
 
-        The first `num_prompt` messages are the prompt, whoever speaks.  EOS ends the chat; where the template's last token is
-        EOS already, none is added.
+        The first `num_prompt` messages are the prompt, whoever speaks.  EOS ends the chat; where the
+        template's last token is EOS already, none is added.
         """
         ids: list[int] = []
         types = bytearray()
         responded = False
         for piece in self._chat_form.pieces(messages, awaits_response):
             new = self._template_ids(piece.text) if piece.message is None else self._content(piece.text)
-            response = piece.message is not None and piece.message >= num_prompt and messages[piece.message][0] == "assistant"
+            response = (piece.message is not None and piece.message >= num_prompt
+                        and messages[piece.message][0] == "assistant")
             new_types = bytearray([TYPE_RESPONSE if response else TYPE_PROMPT]) * len(new)
             if responded and piece.message is None and new[0] in self._special:
                 new_types[0] = TYPE_RESPONSE
@@ -150,7 +159,8 @@ class Encoder:
         return ids, bytes(types)
 
     def _content(self, text: str) -> list[int]:
-        return self._fast.encode(text) if self._fast is not None else self.plain.encode(text, add_special_tokens=False).ids
+        return (self._fast.encode(text) if self._fast is not None
+                else self.plain.encode(text, add_special_tokens=False).ids)
 
     def _encode_template(self, text: str) -> list[int]:
         return self._with_special.encode(text, add_special_tokens=False).ids

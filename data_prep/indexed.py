@@ -1,7 +1,9 @@
-"""Megatron-Core's indexed token format: `PREFIX.bin` holds tokens, `PREFIX.idx` says where each document lies.
+"""Megatron-Core's indexed token format: `PREFIX.bin` holds tokens,
+`PREFIX.idx` says where each document lies.
 
-The index is (little endian): magic, version (int64), dtype code (int8), number of sequences and of document bounds (int64
-each), lengths in tokens (int32), starts in bytes (int64), document bounds (int64).  Here one document is one sequence.
+The index is (little endian): magic, version (int64), dtype code (int8), number of sequences and of document
+bounds (int64 each), lengths in tokens (int32), starts in bytes (int64), document bounds (int64).  Here one
+document is one sequence.
 """
 
 from __future__ import annotations
@@ -37,13 +39,15 @@ class IndexedWriter:
     """Writes one split: tokens and sidecars as they come, the index when closed."""
 
     def __init__(self, prefix: Path, dtype: str, sidecars: bool) -> None:
-        """Open `PREFIX.bin` (and `PREFIX.loss`, `PREFIX.type` with `sidecars`); `dtype` is a key of `DTYPE_CODES`."""
+        """Open `PREFIX.bin` (and `PREFIX.loss`, `PREFIX.type` with `sidecars`);
+        `dtype` is a key of `DTYPE_CODES`."""
         prefix.parent.mkdir(parents=True, exist_ok=True)
         self.prefix, self.dtype = prefix, dtype
         self.lengths_tokens = array("i")
         names = {"bin": dtype} | (SIDECARS if sidecars else {})
         self._dtypes = {suffix: np.dtype(name).newbyteorder("<") for suffix, name in names.items()}
-        self._files = {suffix: open(f"{prefix}.{suffix}", "wb") for suffix in names}  # noqa: SIM115  (closed in __exit__)
+        self._files = {suffix: open(f"{prefix}.{suffix}", "wb")  # noqa: SIM115  (closed in __exit__)
+                       for suffix in names}
 
     def write(self, lengths_tokens: NDArray[np.int32], columns: dict[str, NDArray[np.generic]]) -> None:
         """Append documents.
@@ -59,14 +63,16 @@ class IndexedWriter:
     def __enter__(self) -> IndexedWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
         for file in self._files.values():
             file.close()
         if kind is None:
             self._write_index()
 
     def _write_index(self) -> None:
-        lengths = np.frombuffer(self.lengths_tokens, dtype=np.int32) if self.lengths_tokens else np.zeros(0, np.int32)
+        lengths = (np.frombuffer(self.lengths_tokens, dtype=np.int32) if self.lengths_tokens
+                   else np.zeros(0, np.int32))
         starts = np.zeros(len(lengths), dtype="<i8")
         np.cumsum(lengths[:-1], out=starts[1:])
         starts *= np.dtype(self.dtype).itemsize
@@ -108,15 +114,19 @@ def open_split(prefix: Path) -> IndexedSplit:
         raw = index.read_bytes()
         size_bytes = Path(f"{prefix}.bin").stat().st_size
     except OSError as e:
-        raise UserError(f"{e.filename}: cannot be read ({e.strerror}); pack the data again or restore it from a copy") from None
+        raise UserError(f"{e.filename}: cannot be read ({e.strerror}); pack the data again or restore "
+                        "it from a copy") from None
     if len(raw) < HEADER.size:
-        raise UserError(f"{index}: has {len(raw)} bytes, an index has at least {HEADER.size}; pack the data again")
+        raise UserError(f"{index}: has {len(raw)} bytes, an index has at least {HEADER.size}; "
+                        "pack the data again")
     magic, version, code, num_sequences, num_bounds = HEADER.unpack_from(raw)
     dtypes = {c: name for name, c in DTYPE_CODES.items()}
     if magic != MAGIC or version != VERSION or code not in dtypes:
-        raise UserError(f"{index}: is no index of version {VERSION} with ids of {' or '.join(DTYPE_CODES)}; pack the data again")
+        raise UserError(f"{index}: is no index of version {VERSION} with ids of {' or '.join(DTYPE_CODES)}; "
+                        "pack the data again")
     if len(raw) != HEADER.size + 12 * num_sequences + 8 * num_bounds:
-        raise UserError(f"{index}: has {len(raw)} bytes, which does not fit its {num_sequences} sequences; pack the data again")
+        raise UserError(f"{index}: has {len(raw)} bytes, which does not fit its {num_sequences} sequences; "
+                        "pack the data again")
     dtype = np.dtype(dtypes[code])
     lengths = np.frombuffer(raw, "<i4", num_sequences, HEADER.size)
     starts = np.frombuffer(raw, "<i8", num_sequences, HEADER.size + 4 * num_sequences)
@@ -127,6 +137,8 @@ def open_split(prefix: Path) -> IndexedSplit:
         raise UserError(f"{index}: its documents do not follow one another without gaps; pack the data again")
     expected_bytes = int(ends[-1]) if num_sequences else 0
     if size_bytes != expected_bytes:
-        raise UserError(f"{prefix}.bin: has {size_bytes} bytes, the index says {expected_bytes}; pack the data again")
-    tokens = np.memmap(f"{prefix}.bin", dtype.newbyteorder("<"), mode="r") if num_sequences else np.zeros(0, dtype)
+        raise UserError(f"{prefix}.bin: has {size_bytes} bytes, the index says {expected_bytes}; "
+                        "pack the data again")
+    tokens = (np.memmap(f"{prefix}.bin", dtype.newbyteorder("<"), mode="r") if num_sequences
+              else np.zeros(0, dtype))
     return IndexedSplit(dtype.name, lengths, starts, tokens)

@@ -1,7 +1,8 @@
-"""`sov-data mix`: several artifacts of token shards as one, with weights; the shards themselves are shared, not copied.
+"""`sov-data mix`: several artifacts of token shards as one, with weights;
+the shards themselves are shared, not copied.
 
-Shards are hard links to those of the inputs where the file system allows it, and copies elsewhere.  An artifact is never
-changed in place, so a link cannot be pulled away from under a mix.
+Shards are hard links to those of the inputs where the file system allows it, and copies elsewhere.  An
+artifact is never changed in place, so a link cannot be pulled away from under a mix.
 """
 
 from __future__ import annotations
@@ -37,11 +38,14 @@ class Part:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.description = ("Join token shards of several folders into one. A weight is the folder's share of a run relative to "
-                          "the others; without weights the tokens decide. Within a folder its own weights, or tokens, decide.")
-    parser.add_argument("data", nargs="+", metavar="DIR[:WEIGHT]", help="folder that `sov-data pack` or `sov-data mix` wrote")
+    parser.description = ("Join token shards of several folders into one. A weight is the folder's share of "
+                          "a run relative to the others; without weights the tokens decide. "
+                          "Within a folder its own weights, or tokens, decide.")
+    parser.add_argument("data", nargs="+", metavar="DIR[:WEIGHT]",
+                        help="folder that `sov-data pack` or `sov-data mix` wrote")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder for the mix")
-    parser.add_argument("--overwrite", action="store_true", help="replace token shards that are already there")
+    parser.add_argument("--overwrite", action="store_true",
+                        help="replace token shards that are already there")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -69,10 +73,12 @@ def parse_part(argument: str) -> Part:
 
 
 def mix(parts: list[Part], output: Path, *, overwrite: bool = False) -> None:
-    """Write an artifact of kind "tokens" that holds the sources of all parts, each with its `weight` (they sum to 1).
+    """Write an artifact of kind "tokens" that holds the sources of all parts,
+    each with its `weight` (they sum to 1).
 
     Raises:
-        UserError: parts that do not fit together, weights for some only, or an output that may not be replaced.
+        UserError: parts that do not fit together, weights for some only, or an output that
+            may not be replaced.
     """
     manifests = [read_tokens_manifest(part.path) for part in parts]
     _check_fit(parts, manifests)
@@ -88,7 +94,8 @@ def mix(parts: list[Part], output: Path, *, overwrite: bool = False) -> None:
         artifact.content = {"content_version": CONTENT_VERSION, **shared, "sources": sources}
         artifact.settings = {"parts": parts}
     for source in sources:
-        print(f"{source['name']}: {source['weight']:.1%}, {source['splits'][TRAIN]['num_tokens']:,} tokens to train on")
+        print(f"{source['name']}: {source['weight']:.1%}, {source['splits'][TRAIN]['num_tokens']:,} "
+              "tokens to train on")
     print(f"wrote {output}")
 
 
@@ -98,18 +105,21 @@ def _check_fit(parts: list[Part], manifests: list[Manifest]) -> None:
         for field in SHARED_FIELDS:
             found, wanted = manifest.content[field], manifests[0].content[field]
             if found != wanted:
-                raise UserError(f"{part.path}: {field} is {found}, that of {first} is {wanted}; pack both in the same way")
+                raise UserError(f"{part.path}: {field} is {found}, that of {first} is {wanted}; "
+                                "pack both in the same way")
     names = [s["name"] for m in manifests for s in m.content["sources"]]
     if twice := sorted({n for n in names if names.count(n) > 1}):
-        raise UserError(f"source {twice[0]!r}: occurs in several folders; pack it under another name (--input NAME=PATH)")
+        raise UserError(f"source {twice[0]!r}: occurs in several folders; "
+                        "pack it under another name (--input NAME=PATH)")
     if len({part.weight is None for part in parts}) > 1:
-        raise UserError("give a weight to every folder or to none: those by tokens and those by weight cannot be compared")
+        raise UserError("give a weight to every folder or to none: those by tokens and those by weight "
+                        "cannot be compared")
 
 
 def _shares(parts: list[Part], manifests: list[Manifest]) -> list[float]:
     """Return each part's share of a run."""
-    raw = [float(sum(s["splits"][TRAIN]["num_tokens"] for s in m.content["sources"])) if p.weight is None else p.weight
-           for p, m in zip(parts, manifests, strict=True)]
+    raw = [float(sum(s["splits"][TRAIN]["num_tokens"] for s in m.content["sources"])) if p.weight is None
+           else p.weight for p, m in zip(parts, manifests, strict=True)]
     return [r / (sum(raw) or 1.0) for r in raw]
 
 

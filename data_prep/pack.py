@@ -1,8 +1,9 @@
 """`sov-data pack`: documents to token shards that Megatron-Core and the trainer read by memory map.
 
-The input is cut into units that worker processes encode (`units`), each kept in a hidden folder beside the output until
-the whole is complete; then the units are joined, in the order of the input, into shards per source and split
-(`assemble`).  So the bytes depend neither on the number of workers nor on how often the command was killed.
+The input is cut into units that worker processes encode (`units`), each kept in a hidden folder beside the
+output until the whole is complete; then the units are joined, in the order of the input, into shards per
+source and split (`assemble`).  So the bytes depend neither on the number of workers nor on how often the
+command was killed.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ from megatron_sov.errors import UserError
 from megatron_sov.plugins.code import Code
 
 HELP = "turn text, chats, preferences or prompts into token shards"
-DESCRIPTION = """Turn text, chats, preferences or prompts into token shards (.bin and .idx in Megatron-Core's format), with a part
-of the documents held out. Special tokens that are spelled out in documents stay ordinary text. A killed command continues
-where it was when it is run again."""
+DESCRIPTION = """Turn text, chats, preferences or prompts into token shards (.bin and .idx in Megatron-Core's
+format), with a part of the documents held out. Special tokens that are spelled out in documents stay ordinary
+text. A killed command continues where it was when it is run again."""
 SAMPLE_SPANS, SAMPLE_CHARS = 16, 32_000
 """Places of each source from which the self-check of the fast encoder takes text, and how much at each."""
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
@@ -78,7 +79,8 @@ class PackSettings:
         if self.shard_tokens < 1:
             p.append(f"--shard-tokens {self.shard_tokens}: must be at least 1")
         if not 1 <= self.reading.max_document_bytes < 1 << 31:
-            p.append(f"--max-document-bytes {self.reading.max_document_bytes}: must lie in 1..{(1 << 31) - 1}")
+            p.append(f"--max-document-bytes {self.reading.max_document_bytes}: "
+                     f"must lie in 1..{(1 << 31) - 1}")
         return p
 
 
@@ -86,16 +88,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     default, reading = PackSettings(), Reading()
     parser.description = DESCRIPTION
-    parser.add_argument("--tokenizer", required=True, type=Path, metavar="DIR", help="tokenizer that `sov-tokenizer train` wrote")
+    parser.add_argument("--tokenizer", required=True, type=Path, metavar="DIR",
+                        help="tokenizer that `sov-tokenizer train` wrote")
     parser.add_argument("--input", required=True, action="append", metavar="[NAME=]PATH",
-                        help="a text, .jsonl or .parquet file (.gz and .zst too) or a folder of them; each is one source, "
-                             "named after the file or folder unless NAME is given; repeat it")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder for the token shards")
+                        help="a text, .jsonl or .parquet file (.gz and .zst too) or a folder of them; each "
+                             "is one source, named after the file or folder unless NAME is given; repeat it")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR",
+                        help="folder for the token shards")
     parser.add_argument("--heldout", type=float, default=default.heldout_share, metavar="SHARE",
-                        help="part of the documents kept from training, chosen by a hash of their text (default %(default)s)")
+                        help="part of the documents kept from training, chosen by a hash of their text "
+                             "(default %(default)s)")
     parser.add_argument("--format", choices=KINDS, default="text",
-                        help="what records hold: text; chat: messages; preference: chosen and rejected; prompt: a prompt to "
-                             "respond to (default %(default)s)")
+                        help="what records hold: text; chat: messages; preference: chosen and rejected; "
+                             "prompt: a prompt to respond to (default %(default)s)")
     parser.add_argument("--text-field", default=reading.text_field, metavar="NAME",
                         help="field or column that holds the text (default %(default)s)")
     parser.add_argument("--bos", choices=("none", "start"), default=default.bos,
@@ -103,23 +108,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--eod", choices=("append", "none"), default=default.eod,
                         help="append: documents end with eos; prompts never do (default %(default)s)")
     parser.add_argument("--on-bad", choices=("refuse", "quarantine"), default=default.on_bad,
-                        help=f"bad records: stop at the first, or list them in {QUARANTINE} and go on (default %(default)s)")
+                        help=f"bad records: stop at the first, or list them in {QUARANTINE} and go on "
+                             "(default %(default)s)")
     parser.add_argument("--max-document-bytes", type=int, default=reading.max_document_bytes, metavar="N",
                         help="a longer record is a bad one (default %(default)s)")
     parser.add_argument("--shard-tokens", type=int, default=default.shard_tokens, metavar="N",
                         help="most tokens of one shard (default %(default)s)")
     parser.add_argument("--step", dest="steps", action="append", default=[], metavar="FILE.py:FUNCTION",
-                        help="a function of your own that changes documents or leaves them out; several work in order")
+                        help="a function of your own that changes documents or leaves them out; "
+                             "several work in order")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
-                        help="processes that encode; the output does not depend on it (default: this machine's cores)")
-    parser.add_argument("--overwrite", action="store_true", help="replace token shards that are already there")
+                        help="processes that encode; the output does not depend on it (default: "
+                             "this machine's cores)")
+    parser.add_argument("--overwrite", action="store_true",
+                        help="replace token shards that are already there")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run `sov-data pack`; returns 0."""
-    settings = PackSettings(args.heldout, Reading(args.format, args.text_field, args.max_document_bytes), args.bos, args.eod,
-                            args.on_bad, args.shard_tokens, named_steps(args.steps))
-    pack(args.tokenizer, parse_sources(args.input), args.output, settings, workers=args.workers, overwrite=args.overwrite)
+    settings = PackSettings(args.heldout, Reading(args.format, args.text_field, args.max_document_bytes),
+                            args.bos, args.eod, args.on_bad, args.shard_tokens, named_steps(args.steps))
+    pack(args.tokenizer, parse_sources(args.input), args.output, settings, workers=args.workers,
+         overwrite=args.overwrite)
     return 0
 
 
@@ -138,17 +148,17 @@ def parse_sources(arguments: list[str]) -> list[Source]:
             if Path(argument).is_file():
                 name = name.split(".")[0] if name.endswith((".gz", ".zst")) else Path(name).stem
         if not _NAME.fullmatch(name) or name == "tokenizer":
-            raise UserError(f"--input {argument!r}: {name!r} cannot name a source (letters, digits, '.', '_', '-', and not "
-                            f"'tokenizer'); give a name, e.g. --input web={path}")
+            raise UserError(f"--input {argument!r}: {name!r} cannot name a source (letters, digits, '.', "
+                            f"'_', '-', and not 'tokenizer'); give a name, e.g. --input web={path}")
         if name in (s.name for s in sources):
-            raise UserError(f"--input {argument!r}: a source named {name!r} is given already; name them apart, "
-                            f"e.g. --input {name}2={path}")
+            raise UserError(f"--input {argument!r}: a source named {name!r} is given already; "
+                            f"name them apart, e.g. --input {name}2={path}")
         sources.append(Source(name, Path(path)))
     return sources
 
 
-def pack(tokenizer: Path, sources: list[Source], output: Path, settings: PackSettings | None = None, *, workers: int = 1,
-         overwrite: bool = False) -> None:
+def pack(tokenizer: Path, sources: list[Source], output: Path, settings: PackSettings | None = None, *,
+         workers: int = 1, overwrite: bool = False) -> None:
     """Encode sources with a tokenizer and write an artifact of kind "tokens".
 
     Args:
@@ -160,7 +170,8 @@ def pack(tokenizer: Path, sources: list[Source], output: Path, settings: PackSet
         overwrite: replace an artifact that is already there.
 
     Raises:
-        UserError: settings or input that break a rule; no output is written then, and what is encoded is kept for the next try.
+        UserError: settings or input that break a rule; no output is written then,
+            and what is encoded is kept for the next try.
     """
     settings = settings or PackSettings()
     if problems := settings.problems():
@@ -181,8 +192,8 @@ def pack(tokenizer: Path, sources: list[Source], output: Path, settings: PackSet
     with new_artifact(output, KIND, overwrite=overwrite) as artifact:
         artifact.content = {
             "content_version": CONTENT_VERSION, "tokenizer_sha256": unit_settings.tokenizer_sha256,
-            "vocab_size": encoder.vocab_size, "eos_id": encoder.eos_id, "eod": settings.eod, "bos_id": encoder.bos_id,
-            "dtype": unit_settings.dtype,
+            "vocab_size": encoder.vocab_size, "eos_id": encoder.eos_id, "eod": settings.eod,
+            "bos_id": encoder.bos_id, "dtype": unit_settings.dtype,
             "sources": _write(artifact.path, encoded, unit_settings, work, settings)}
         artifact.settings = {**vars(settings), "encoder": sentence, "inputs": sources}
         _carry_tokenizer(artifact, tokenizer)
@@ -196,8 +207,10 @@ def work_folder(output: Path) -> Path:
 
 
 def _delete_work(work: Path, output: Path) -> None:
-    """Delete the units: first their name, so that a kill on the way leaves no torn unit that a later command would trust."""
-    doomed = output.with_name(f".{output.name}.tmp-{os.getpid()}")  # what `new_artifact` clears away after a kill
+    """Delete the units: first their name, so that a kill on the way leaves no torn unit that a later
+    command would trust."""
+    # what `new_artifact` clears away after a kill
+    doomed = output.with_name(f".{output.name}.tmp-{os.getpid()}")
     os.rename(work, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 
@@ -217,10 +230,11 @@ def sample_texts(units: list[Unit], reading: Reading) -> list[str]:
     return texts
 
 
-def _encode(sources: list[Source], units: list[tuple[Source, Unit]], settings: UnitSettings, work: Path, workers: int,
-            on_bad: str) -> list[EncodedSource]:
+def _encode(sources: list[Source], units: list[tuple[Source, Unit]], settings: UnitSettings, work: Path,
+            workers: int, on_bad: str) -> list[EncodedSource]:
     """Bring all units to completion."""
-    encoded = {source.name: EncodedSource(source.name, settings.reading.kind or "text", source.path) for source in sources}
+    encoded = {source.name: EncodedSource(source.name, settings.reading.kind or "text", source.path)
+               for source in sources}
     kept = 0
     with disk_errors(work):
         work.mkdir(parents=True, exist_ok=True)
@@ -292,11 +306,14 @@ def _carry_tokenizer(artifact: ArtifactWriter, tokenizer: Path) -> None:
 def _tell(records: list[dict[str, Any]], output: Path) -> None:
     for record in records:
         splits = record["splits"]
-        print(f"{record['name']}: {splits[TRAIN]['num_tokens']:,} tokens to train on, {splits[HELDOUT]['num_tokens']:,} held out")
+        print(f"{record['name']}: {splits[TRAIN]['num_tokens']:,} tokens to train on, "
+              f"{splits[HELDOUT]['num_tokens']:,} held out")
         if record.get("num_left_out"):
             counts = ", ".join(f"{n:,} {reason}" for reason, n in sorted(record["num_left_out"].items()))
-            print(f"{record['name']}: {sum(record['num_left_out'].values()):,} documents left out by data steps ({counts})")
+            print(f"{record['name']}: {sum(record['num_left_out'].values()):,} documents left out by data "
+                  f"steps ({counts})")
         if record["num_bad"]:
             counts = ", ".join(f"{n} {code}" for code, n in sorted(record["num_bad"].items()))
-            print(f"{record['name']}: {sum(record['num_bad'].values()):,} records left out ({counts}): {output / QUARANTINE}")
+            print(f"{record['name']}: {sum(record['num_bad'].values()):,} records left out ({counts}): "
+                  f"{output / QUARANTINE}")
     print(f"wrote {output}")

@@ -1,4 +1,5 @@
-"""Token shards of one source and split: a new one is begun where the next document would make one too large."""
+"""Token shards of one source and split: a new one is begun where the next document would
+make one too large."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ class ShardRecord:
 class ShardedWriter:
     """Writes one split as one or more shards; there is always one, which may be empty."""
 
-    def __init__(self, artifact: Path, name: str, dtype: str, sidecars: bool, extra: bool, group: int, shard_tokens: int) -> None:
+    def __init__(self, artifact: Path, name: str, dtype: str, sidecars: bool, extra: bool, group: int,
+                 shard_tokens: int) -> None:
         """Begin the first shard.
 
         Args:
@@ -43,7 +45,8 @@ class ShardedWriter:
             group: sequences that stay together.
             shard_tokens: most tokens of a shard, unless one document has more.
         """
-        self._artifact, self._name, self._dtype, self._sidecars, self._extra = artifact, name, dtype, sidecars, extra
+        self._artifact, self._name, self._dtype, self._sidecars, self._extra = (artifact, name, dtype,
+                                                                                sidecars, extra)
         self._group, self._shard_tokens = group, shard_tokens
         self.shards: list[ShardRecord] = []
         self._begin()
@@ -51,14 +54,16 @@ class ShardedWriter:
     def __enter__(self) -> ShardedWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
         self._end(kind, error, trace)
 
     def _begin(self) -> None:
         self.shards.append(ShardRecord(f"{self._name}-{len(self.shards):05d}"))
         prefix = self._artifact / self.shards[-1].prefix
         self._writer = IndexedWriter(prefix, self._dtype, self._sidecars)
-        self._lines: IO[bytes] | None = open(f"{prefix}.extra.jsonl", "wb") if self._extra else None  # noqa: SIM115  (closed in _end)
+        self._lines: IO[bytes] | None = (open(f"{prefix}.extra.jsonl", "wb")  # noqa: SIM115  (closed in _end)
+                                         if self._extra else None)
 
     def _end(self, kind: type[BaseException] | None = None, error: BaseException | None = None,
              trace: TracebackType | None = None) -> None:
@@ -66,14 +71,16 @@ class ShardedWriter:
         if self._lines is not None:
             self._lines.close()
 
-    def write(self, lengths_tokens: NDArray[np.int32], sizes_bytes: NDArray[np.int64], columns: dict[str, NDArray[np.generic]],
-              extra: Sequence[bytes]) -> None:
-        """Append sequences: tokens and bytes of each, columns as in `IndexedWriter`, extra lines (one each, or none at all)."""
+    def write(self, lengths_tokens: NDArray[np.int32], sizes_bytes: NDArray[np.int64],
+              columns: dict[str, NDArray[np.generic]], extra: Sequence[bytes]) -> None:
+        """Append sequences: tokens and bytes of each, columns as in `IndexedWriter`,
+        extra lines (one each, or none at all)."""
         ends = np.cumsum(lengths_tokens, dtype=np.int64)
         done = 0
         while done < len(lengths_tokens):
             passed = int(ends[done - 1]) if done else 0
-            stop = int(np.searchsorted(ends, passed + self._shard_tokens - self.shards[-1].num_tokens, side="right"))
+            stop = int(np.searchsorted(ends, passed + self._shard_tokens - self.shards[-1].num_tokens,
+                                       side="right"))
             stop = done + (stop - done) // self._group * self._group
             if stop <= done:
                 if self.shards[-1].num_documents:
@@ -82,7 +89,8 @@ class ShardedWriter:
                     continue
                 stop = done + self._group  # a document above the limit has a shard of its own
             part = slice(passed, int(ends[stop - 1]))
-            self._writer.write(lengths_tokens[done:stop], {suffix: column[part] for suffix, column in columns.items()})
+            self._writer.write(lengths_tokens[done:stop],
+                               {suffix: column[part] for suffix, column in columns.items()})
             if self._lines is not None:
                 self._lines.writelines(extra[done:stop])
             shard = self.shards[-1]

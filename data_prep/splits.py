@@ -16,9 +16,11 @@ _HASH_RANGE = 1 << 64
 
 
 def document_hash(document: Document) -> int:
-    """Return a 64-bit hash of a document's content; of a preference or a prompt, of the prompt, whose variants stay together.
+    """Return a 64-bit hash of a document's content; of a preference or a prompt, of the prompt, whose
+    variants stay together.
 
-    Text is hashed in composed Unicode form, because a tokenizer that composes makes such twins one and the same.
+    Text is hashed in composed Unicode form, because a tokenizer that composes makes such
+    twins one and the same.
     """
     digest = hashlib.blake2b(digest_size=8)
     contents = [content for _, content in document.messages] or [document.text]
@@ -29,7 +31,8 @@ def document_hash(document: Document) -> int:
 
 
 class HeldoutRule:
-    """Holds out the documents whose hash falls below the share, and from each source of two or more at least one."""
+    """Holds out the documents whose hash falls below the share, and from each source of two or
+    more at least one."""
 
     def __init__(self, share: float) -> None:
         """`share`: expected part of all documents, in [0, 1)."""
@@ -38,7 +41,8 @@ class HeldoutRule:
         """Hashes that are held out although they lie above the threshold."""
 
     def learn_source(self, smallest: int, largest: int) -> None:
-        """Take note of a source's smallest and largest document hash: a small source gives up its smallest."""
+        """Take note of a source's smallest and largest document hash:
+        a small source gives up its smallest."""
         if self.threshold and smallest >= self.threshold and smallest != largest:
             self.chosen.add(smallest)
 

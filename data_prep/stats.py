@@ -1,4 +1,5 @@
-"""`sov-data stats`: how long documents are, what shares the token types have, and which special tokens occur."""
+"""`sov-data stats`: how long documents are, what shares the token types have,
+and which special tokens occur."""
 
 from __future__ import annotations
 
@@ -23,8 +24,10 @@ PERCENTILES = (5, 50, 95)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.description = "Show, per source: a histogram of document lengths, tokens that are learned, special tokens, unused ids."
-    parser.add_argument("data", type=Path, metavar="DIR", help="folder that `sov-data pack` or `sov-data mix` wrote")
+    parser.description = ("Show, per source: a histogram of document lengths, tokens that are learned, "
+                          "special tokens, unused ids.")
+    parser.add_argument("data", type=Path, metavar="DIR",
+                        help="folder that `sov-data pack` or `sov-data mix` wrote")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
 
 
@@ -54,7 +57,8 @@ def statistics(data: Path) -> dict[str, Any]:
             opened = shard.open()
             lengths.append(opened.lengths_tokens)
             for i in range(0, len(opened.tokens), _BLOCK_ITEMS):
-                counts += np.bincount(opened.tokens[i : i + _BLOCK_ITEMS].astype(np.int64), minlength=len(counts))[: len(counts)]
+                counts += np.bincount(opened.tokens[i : i + _BLOCK_ITEMS].astype(np.int64),
+                                      minlength=len(counts))[: len(counts)]
             if "type" in source["sidecars"] and len(opened.tokens):
                 types += np.bincount(np.memmap(f"{shard.prefix}.type", np.uint8, "r"), minlength=3)[:3]
         used += counts
@@ -68,12 +72,15 @@ def _of_source(source: dict[str, Any], lengths: np.ndarray, counts: np.ndarray, 
     powers = Counter((int(n) - 1).bit_length() for n in lengths.tolist())
     splits = [source["splits"][name] for name in SPLITS]
     return {
-        "num_documents": len(lengths), "num_tokens": int(counts.sum()), "num_bytes": sum(s["num_bytes"] for s in splits),
-        "length_percentiles_tokens": {p: int(np.percentile(lengths, p)) for p in PERCENTILES} if len(lengths) else {},
-        "longest_tokens": int(lengths.max(initial=0)),
-        "documents_up_to_tokens": {2**p: powers[p] for p in range(min(powers, default=0), max(powers, default=-1) + 1)},
+        "num_documents": len(lengths), "num_tokens": int(counts.sum()),
+        "num_bytes": sum(s["num_bytes"] for s in splits),
+        "length_percentiles_tokens": {p: int(np.percentile(lengths, p)) for p in PERCENTILES} if len(lengths)
+        else {}, "longest_tokens": int(lengths.max(initial=0)),
+        "documents_up_to_tokens": {2**p: powers[p]
+                                   for p in range(min(powers, default=0), max(powers, default=-1) + 1)},
         "num_prompt_tokens": int(types[TYPE_PROMPT]), "num_response_tokens": int(types[TYPE_RESPONSE]),
-        "special_tokens": {name: int(counts[id_]) for id_, name in sorted(special.items()) if id_ < len(counts) and counts[id_]},
+        "special_tokens": {name: int(counts[id_])
+                           for id_, name in sorted(special.items()) if id_ < len(counts) and counts[id_]},
         "num_bad": source["num_bad"],
     }
 
@@ -82,17 +89,21 @@ def _shown(found: dict[str, Any]) -> list[str]:
     lines = []
     for name, s in found["sources"].items():
         ratio = s["num_bytes"] / max(1, s["num_tokens"])
-        lines.append(f"{name}: {s['num_documents']:,} documents, {s['num_tokens']:,} tokens, {ratio:.3f} bytes per token")
+        lines.append(f"{name}: {s['num_documents']:,} documents, {s['num_tokens']:,} tokens, "
+                     f"{ratio:.3f} bytes per token")
         if s["num_prompt_tokens"] or s["num_response_tokens"]:
             share = s["num_response_tokens"] / max(1, s["num_prompt_tokens"] + s["num_response_tokens"])
-            lines.append(f"  responses: {s['num_response_tokens']:,} tokens ({share:.1%}), prompts: {s['num_prompt_tokens']:,}")
+            lines.append(f"  responses: {s['num_response_tokens']:,} tokens ({share:.1%}), prompts: "
+                         f"{s['num_prompt_tokens']:,}")
         percentiles = ", ".join(f"{p} %: {n:,}" for p, n in s["length_percentiles_tokens"].items())
         lines.append(f"  tokens of a document: {percentiles}, longest {s['longest_tokens']:,}")
         most = max(s["documents_up_to_tokens"].values(), default=1)
         lines += [f"  up to {limit:>10,} {n:>12,} {'#' * round(_BAR_CHARS * n / most)}"
                   for limit, n in s["documents_up_to_tokens"].items()]
-        lines.append("  special tokens: " + (", ".join(f"{t} {n:,}" for t, n in s["special_tokens"].items()) or "none"))
+        lines.append("  special tokens: "
+                     + (", ".join(f"{t} {n:,}" for t, n in s["special_tokens"].items()) or "none"))
         if s["num_bad"]:
             lines.append("  left out: " + ", ".join(f"{n:,} {code}" for code, n in s["num_bad"].items()))
-    lines.append(f"ordinary ids that never occur: {found['num_unused_ordinary_ids']:,} of {found['vocab_size']:,}")
+    lines.append(f"ordinary ids that never occur: {found['num_unused_ordinary_ids']:,} of "
+                 f"{found['vocab_size']:,}")
     return lines

@@ -19,8 +19,8 @@ MAX_REASON_CHARS = 80
 
 def _check(loaded: Loaded) -> None:
     if not callable(loaded.value) or not takes(loaded.value, ("document",)):
-        raise UserError(f"{loaded.reference}: is {loaded.value!r}; a data step is a function of one Document that returns a "
-                        "Document or LeftOut(reason)")
+        raise UserError(f"{loaded.reference}: is {loaded.value!r}; a data step is a function of one Document "
+                        "that returns a Document or LeftOut(reason)")
 
 
 OWN: Registry[Step] = Registry("data step", "megatron_sov.data_steps", (), _check)
@@ -55,8 +55,10 @@ class Steps:
         self._steps: list[tuple[str, Step]] = []
         for code in codes:
             loaded = load(code.reference)
-            if changed := [name for name, sha256 in loaded.files.items() if code.files.get(name, sha256) != sha256]:
-                raise UserError(f"{code.reference}: {changed[0]} has changed while it was at work; run the command again")
+            if changed := [name for name, sha256 in loaded.files.items()
+                           if code.files.get(name, sha256) != sha256]:
+                raise UserError(f"{code.reference}: {changed[0]} has changed while it was at work; "
+                                "run the command again")
             self._steps.append((code.reference, loaded.value))
 
     def apply(self, document: Document) -> Document | LeftOut:
@@ -71,11 +73,14 @@ class Steps:
                     found: Any = step(document)
             except UserError as e:
                 raise UserError(f"{document.where}: data step {e}") from None
-            if isinstance(found, LeftOut) and isinstance(found.reason, str) and 0 < len(found.reason) <= MAX_REASON_CHARS:
+            if (isinstance(found, LeftOut) and isinstance(found.reason, str)
+                    and 0 < len(found.reason) <= MAX_REASON_CHARS):
                 return found
             if not isinstance(found, Document) or found.kind != document.kind:
-                what = f"a Document of another kind, {found.kind}" if isinstance(found, Document) else repr(found)[:100]
-                raise UserError(f"{document.where}: data step {reference} returned {what}; it must return a Document of the "
-                                f"same kind, or LeftOut(reason) with a reason of at most {MAX_REASON_CHARS} characters")
+                what = (f"a Document of another kind, {found.kind}" if isinstance(found, Document)
+                        else repr(found)[:100])
+                raise UserError(f"{document.where}: data step {reference} returned {what}; "
+                                "it must return a Document of the same kind, or LeftOut(reason) with a "
+                                f"reason of at most {MAX_REASON_CHARS} characters")
             document = dataclasses.replace(found, where=document.where, line=document.line)
         return document

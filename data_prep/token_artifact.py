@@ -48,11 +48,13 @@ def read_tokens_manifest(data: Path) -> Manifest:
     """
     manifest = read_manifest(data, KIND)
     if (found := manifest.content.get("content_version", 1)) != CONTENT_VERSION:
-        raise UserError(f"{data}: was packed in layout {found}, this version reads layout {CONTENT_VERSION}; pack the data again")
+        raise UserError(f"{data}: was packed in layout {found}, this version reads layout {CONTENT_VERSION}; "
+                        "pack the data again")
     return manifest
 
 
-def shards_of(data: Path, content: dict[str, Any], source: str | None = None, split: str | None = None) -> Iterator[Shard]:
+def shards_of(data: Path, content: dict[str, Any], source: str | None = None,
+              split: str | None = None) -> Iterator[Shard]:
     """Yield the shards of an artifact, or of one source or split, in order.
 
     Raises:

@@ -1,8 +1,8 @@
 """`sov-data trajectories`: a query with two to five solutions that differ, as one document of mid-training.
 
-Solar Open (arXiv 2601.07022) trains on such documents.  Of many solutions those are kept that lie farthest apart: each next one
-is the solution whose largest similarity to those chosen before is smallest (Gonzalez, 1985), where the similarity is the
-Jaccard index of the sets of three words in a row (Broder, 1997).
+Solar Open (arXiv 2601.07022) trains on such documents.  Of many solutions those are kept that lie farthest
+apart: each next one is the solution whose largest similarity to those chosen before is smallest (Gonzalez,
+1985), where the similarity is the Jaccard index of the sets of three words in a row (Broder, 1997).
 """
 
 from __future__ import annotations
@@ -54,9 +54,11 @@ class TrajectorySettings:
     def problems(self) -> list[str]:
         """Return one sentence for each value that breaks a rule."""
         rules = [
-            (1 <= self.least <= self.most, f"--least {self.least} and --most {self.most}: need 1 <= least <= most"),
+            (1 <= self.least <= self.most,
+             f"--least {self.least} and --most {self.most}: need 1 <= least <= most"),
             (0 <= self.max_similarity <= 1, f"--max-similarity {self.max_similarity}: must lie in [0, 1]"),
-            (self.heading.count("{}") == 1, f"--heading {self.heading!r}: must hold {{}} once, for the solution's number"),
+            (self.heading.count("{}") == 1,
+             f"--heading {self.heading!r}: must hold {{}} once, for the solution's number"),
         ]
         return [sentence for holds, sentence in rules if not holds]
 
@@ -64,9 +66,10 @@ class TrajectorySettings:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     default = TrajectorySettings()
-    parser.description = ("Join each query with two to five solutions that differ to one document of text, for `sov-data pack`. "
-                          'A line of the input is {"query": ..., "solutions": [...]}; a solution is a string or '
-                          '{"thinking": ..., "answer": ...}.')
+    parser.description = ("Join each query with two to five solutions that differ to one document of text, "
+                          "for `sov-data pack`. "
+                          'A line of the input is {"query": ..., "solutions": [...]}; '
+                          'a solution is a string or {"thinking": ..., "answer": ...}.')
     parser.add_argument("--input", required=True, type=Path, metavar="FILE",
                         help="a .jsonl file, one query with its solutions a line")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help=f"folder for {FILE}")
@@ -75,7 +78,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--most", type=int, default=default.most, metavar="N",
                         help="solutions of a document at most (default %(default)s)")
     parser.add_argument("--max-similarity", type=float, default=default.max_similarity, metavar="S",
-                        help="Jaccard index of word triples above which two solutions are the same one (default %(default)s)")
+                        help="Jaccard index of word triples above which two solutions are the same one "
+                             "(default %(default)s)")
     parser.add_argument("--think", choices=get_args(Think), default=default.think,
                         help="thoughts between <think> tags, without tags, or left out (default %(default)s)")
     parser.add_argument("--heading", default=default.heading, metavar="TEXT",
@@ -90,11 +94,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def write_trajectories(file: Path, output: Path, settings: TrajectorySettings, *, overwrite: bool = False) -> None:
+def write_trajectories(file: Path, output: Path, settings: TrajectorySettings, *,
+                       overwrite: bool = False) -> None:
     """Write an artifact of kind "corpus" with one document for each query that has enough solutions.
 
     Raises:
-        UserError: settings or a record break a rule, or no query has enough solutions; nothing is written then.
+        UserError: settings or a record break a rule, or no query has enough solutions;
+            nothing is written then.
     """
     if problems := settings.problems():
         raise UserError("; ".join(problems))
@@ -108,14 +114,16 @@ def write_trajectories(file: Path, output: Path, settings: TrajectorySettings, *
                     short += 1
                     continue
                 made, solutions = made + 1, solutions + len(chosen)
-                out.write(json.dumps({"id": number, "text": document(query, chosen, settings)}, ensure_ascii=False) + "\n")
+                out.write(json.dumps({"id": number, "text": document(query, chosen, settings)},
+                                     ensure_ascii=False) + "\n")
         if not made:
-            raise UserError(f"{file}: none of its {short} queries has {settings.least} different solutions; add solutions, or "
-                            "lower --least or raise --max-similarity")
-        artifact.content = {"trajectories": {"num_documents": made, "num_solutions": solutions, "num_left_out": short}}
+            raise UserError(f"{file}: none of its {short} queries has {settings.least} different solutions; "
+                            "add solutions, or lower --least or raise --max-similarity")
+        artifact.content = {"trajectories": {"num_documents": made, "num_solutions": solutions,
+                                             "num_left_out": short}}
         artifact.settings = vars(settings)
-    print(f"{made:,} documents with {solutions / made:.1f} solutions each; {short:,} queries with fewer than {settings.least} "
-          "different ones left out")
+    print(f"{made:,} documents with {solutions / made:.1f} solutions each; {short:,} queries with fewer than "
+          f"{settings.least} different ones left out")
 
 
 def read_queries(file: Path) -> Iterator[tuple[str, list[Solution]]]:
@@ -130,7 +138,8 @@ def read_queries(file: Path) -> Iterator[tuple[str, list[Solution]]]:
                 if line.strip():
                     yield _record(line, f"{file}:{number}")
     except OSError as e:
-        raise UserError(f"{file}: cannot be read ({e.strerror or e}); check the path and its permissions") from None
+        raise UserError(f"{file}: cannot be read ({e.strerror or e}); "
+                        "check the path and its permissions") from None
 
 
 def _record(line: bytes, where: str) -> tuple[str, list[Solution]]:
@@ -140,7 +149,8 @@ def _record(line: bytes, where: str) -> tuple[str, list[Solution]]:
         raise UserError(f"{where}: {e.reason}") from None
     except (ValueError, RecursionError) as e:
         raise UserError(f"{where}: is not valid JSON ({e}); every line must be one JSON object") from None
-    query, solutions = (record.get("query"), record.get("solutions")) if isinstance(record, dict) else (None, None)
+    query, solutions = ((record.get("query"), record.get("solutions")) if isinstance(record, dict)
+                        else (None, None))
     if not isinstance(query, str) or not query.strip() or not isinstance(solutions, list):
         raise UserError(f"{where}: needs a string 'query' and a list 'solutions'; add them")
     return query, [_solution(value, f"{where}: solutions[{i}]") for i, value in enumerate(solutions)]
@@ -148,15 +158,17 @@ def _record(line: bytes, where: str) -> tuple[str, list[Solution]]:
 
 def _solution(value: Any, where: str) -> Solution:
     fields = {"answer": value} if isinstance(value, str) else value
-    if not isinstance(fields, dict) or not set(fields) <= {"answer", "thinking"} or not isinstance(fields.get("answer"), str) \
-            or not isinstance(fields.get("thinking", ""), str) or not fields["answer"].strip():
-        raise UserError(f"{where} is {json.dumps(value, ensure_ascii=False)[:80]}, must be a string or an object with the "
-                        "strings 'answer' and, if you like, 'thinking'")
+    if (not isinstance(fields, dict) or not set(fields) <= {"answer", "thinking"}
+            or not isinstance(fields.get("answer"), str) or not isinstance(fields.get("thinking", ""), str)
+            or not fields["answer"].strip()):
+        raise UserError(f"{where} is {json.dumps(value, ensure_ascii=False)[:80]}, must be a string or an "
+                        "object with the strings 'answer' and, if you like, 'thinking'")
     return Solution(**fields)
 
 
 def diverse(solutions: list[Solution], most: int, max_similarity: float) -> list[Solution]:
-    """Return up to `most` solutions, the first one and then always the one that is least similar to those before it."""
+    """Return up to `most` solutions, the first one and then always the one that is least similar
+    to those before it."""
     shingles = [_shingles(f"{s.thinking} {s.answer}") for s in solutions]
     nearest = [0.0] * len(solutions)
     chosen: list[int] = [0] if solutions else []

@@ -1,8 +1,8 @@
 """Units of work: a part of the input encoded into a folder of its own, kept until the whole is complete.
 
-A unit's folder is named by a hash of its input's bytes and of every setting that its content depends on, and appears by
-a rename when it is complete.  A command that was killed therefore continues with the units that are there, and a unit
-whose input or settings changed is not found and made anew.
+A unit's folder is named by a hash of its input's bytes and of every setting that its content depends on, and
+appears by a rename when it is complete.  A command that was killed therefore continues with the units that
+are there, and a unit whose input or settings changed is not found and made anew.
 """
 
 from __future__ import annotations
@@ -38,8 +38,10 @@ BATCH_BYTES = 1_000_000
 """Text that is encoded at a time."""
 GROUP = {"text": 1, "chat": 1, "preference": 2, "prompt": 1}
 """Sequences of a document, which stay together."""
-SEQUENCE = np.dtype([("tokens", "<i4"), ("bytes", "<u4"), ("hash", "<u8"), ("id", "<u8"), ("span", "<u4"), ("line", "<u8")])
-"""What is kept of each sequence: its tokens, bytes of text, hash for the held-out rule, hash of its id (0: none), place."""
+SEQUENCE = np.dtype([("tokens", "<i4"), ("bytes", "<u4"), ("hash", "<u8"), ("id", "<u8"), ("span", "<u4"),
+                     ("line", "<u8")])
+"""What is kept of each sequence: its tokens, bytes of text, hash for the held-out rule,
+hash of its id (0: none), place."""
 _BLOCK_BYTES = 1 << 20
 
 
@@ -132,11 +134,14 @@ class UnitEncoder:
 class _UnitWriter:
     """Writes one unit's files, batch after batch, so that memory does not grow with the unit."""
 
-    def __init__(self, folder: Path, key: str, settings: UnitSettings, encoder: Encoder, steps: Steps) -> None:
-        self._folder, self._key, self._settings, self._encoder, self._steps = folder, key, settings, encoder, steps
+    def __init__(self, folder: Path, key: str, settings: UnitSettings, encoder: Encoder,
+                 steps: Steps) -> None:
+        self._folder, self._key, self._settings, self._encoder, self._steps = (folder, key, settings,
+                                                                               encoder, steps)
         names = ["tokens", "sequences", "bad", *(["types"] if settings.reading.kind != "text" else []),
                  *(["extra"] if settings.reading.kind == "prompt" else [])]
-        self._files: dict[str, IO[bytes]] = {name: open(folder / name, "wb") for name in names}  # noqa: SIM115  (closed in __exit__)
+        self._files: dict[str, IO[bytes]] = {
+            name: open(folder / name, "wb") for name in names}  # noqa: SIM115  (closed in __exit__)
         self._num_sequences = self._num_tokens = 0
         self._num_lines: list[int] = []
         self._bad: Counter[str] = Counter()
@@ -153,8 +158,8 @@ class _UnitWriter:
 
     def record(self) -> UnitRecord:
         """Return what was written."""
-        return UnitRecord(self._key, self._num_sequences, self._num_tokens, tuple(self._num_lines), dict(self._bad),
-                          dict(self._left_out))
+        return UnitRecord(self._key, self._num_sequences, self._num_tokens, tuple(self._num_lines),
+                          dict(self._bad), dict(self._left_out))
 
     def read(self, unit: tuple[Span, ...]) -> None:
         """Read and encode all spans."""
@@ -203,7 +208,8 @@ class _UnitWriter:
         except BadRecord as e:
             if len(batch) == 1:
                 number, document = batch[0]
-                self._write_bad(number, BadRecord(e.code, e.reason, document.line, "\n".join(document.texts()).encode()[:1000]))
+                self._write_bad(number, BadRecord(e.code, e.reason, document.line,
+                                                  "\n".join(document.texts()).encode()[:1000]))
             else:  # find out which of them it is
                 self._write(batch[: len(batch) // 2])
                 self._write(batch[len(batch) // 2 :])
@@ -221,7 +227,8 @@ class _UnitWriter:
             row["id"] = _id_hash(document.id)
             if "extra" in self._files:
                 self._files["extra"].write(document.extra.encode() + b"\n")
-        self._files["tokens"].write(encoded.ids.astype(np.dtype(self._settings.dtype).newbyteorder("<")).tobytes())
+        self._files["tokens"].write(
+            encoded.ids.astype(np.dtype(self._settings.dtype).newbyteorder("<")).tobytes())
         self._files["sequences"].write(sequences.tobytes())
         if "types" in self._files:
             self._files["types"].write(encoded.types.tobytes())
@@ -234,14 +241,16 @@ def _sizes_bytes(document: Document) -> list[int]:
     if document.kind != "preference":
         return [sum(len(text.encode()) for text in document.texts())]
     prompt = sum(len(content.encode()) for _, content in document.messages)
-    return [prompt + sum(len(content.encode()) for _, content in side) for side in (document.chosen, document.rejected)]
+    return [prompt + sum(len(content.encode()) for _, content in side)
+            for side in (document.chosen, document.rejected)]
 
 
 def _id_hash(id_: str | None) -> int:
     """Return 64 bits that stand for an id; 0 for none."""
     if id_ is None:
         return 0
-    return int.from_bytes(hashlib.blake2b(id_.encode(errors="replace"), digest_size=8).digest(), "little") or 1
+    return (int.from_bytes(hashlib.blake2b(id_.encode(errors="replace"), digest_size=8).digest(), "little")
+            or 1)
 
 
 def unit_key(unit: tuple[Span, ...], settings: UnitSettings) -> str:
@@ -257,12 +266,14 @@ def unit_key(unit: tuple[Span, ...], settings: UnitSettings) -> str:
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for span in unit:
         is_first = span.start == 0  # a byte order mark counts there only
-        digest.update(f"\n{span.suffix} {span.compression} {span.document_bytes} {span.stop - span.start} {is_first}\n".encode())
+        digest.update(f"\n{span.suffix} {span.compression} {span.document_bytes} {span.stop - span.start} "
+                      f"{is_first}\n".encode())
         try:
             for block in _content(span):
                 digest.update(block)
         except OSError as e:
-            raise UserError(f"{span.file}: cannot be read ({e.strerror or e}); check the path and its permissions") from e
+            raise UserError(f"{span.file}: cannot be read ({e.strerror or e}); "
+                            "check the path and its permissions") from e
     return digest.hexdigest()
 
 
@@ -288,7 +299,8 @@ def _parquet_bytes(metadata: Any, row_groups: range) -> tuple[int, int]:
     """Return the range of a Parquet file in which row groups lie."""
     columns = [metadata.row_group(i).column(c) for i in row_groups for c in range(metadata.num_columns)]
     starts = [min(filter(None, (c.dictionary_page_offset, c.data_page_offset))) for c in columns]
-    return min(starts, default=0), max((s + c.total_compressed_size for s, c in zip(starts, columns, strict=True)), default=0)
+    return (min(starts, default=0),
+            max((s + c.total_compressed_size for s, c in zip(starts, columns, strict=True)), default=0))
 
 
 @dataclass(frozen=True)
@@ -320,4 +332,5 @@ def open_unit(work: Path, key: str, dtype: str) -> StoredUnit:
         return np.memmap(file, dtype, "r") if file.stat().st_size else np.zeros(0, dtype)
 
     types = mapped("types", np.dtype(np.uint8)) if (folder / "types").exists() else None
-    return StoredUnit(mapped("sequences", SEQUENCE), mapped("tokens", np.dtype(dtype).newbyteorder("<")), types, folder)
+    return StoredUnit(mapped("sequences", SEQUENCE), mapped("tokens", np.dtype(dtype).newbyteorder("<")),
+                      types, folder)

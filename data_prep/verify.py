@@ -1,4 +1,5 @@
-"""`sov-data verify`: is an artifact of token shards whole and sound, and is it enough for what it is meant for?"""
+"""`sov-data verify`: is an artifact of token shards whole and sound, and is it enough for
+what it is meant for?"""
 
 from __future__ import annotations
 
@@ -26,11 +27,15 @@ MANY_EPOCHS = 4
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.description = ("Check token shards before a run: file hashes, indices, range of ids, ends of documents, no document "
-                          "in both splits; count duplicates; with --tokens, how often a run of that size repeats each source.")
-    parser.add_argument("data", type=Path, metavar="DIR", help="folder that `sov-data pack` or `sov-data mix` wrote")
-    parser.add_argument("--tokens", type=float, metavar="N", help="tokens that the run will consume, e.g. 2e9")
-    parser.add_argument("--blend", metavar="NAME=W,...", help="weights of the sources in that run (default: by their tokens)")
+    parser.description = ("Check token shards before a run: file hashes, indices, range of ids, "
+                          "ends of documents, no document in both splits; count duplicates; "
+                          "with --tokens, how often a run of that size repeats each source.")
+    parser.add_argument("data", type=Path, metavar="DIR",
+                        help="folder that `sov-data pack` or `sov-data mix` wrote")
+    parser.add_argument("--tokens", type=float, metavar="N",
+                        help="tokens that the run will consume, e.g. 2e9")
+    parser.add_argument("--blend", metavar="NAME=W,...",
+                        help="weights of the sources in that run (default: by their tokens)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -43,7 +48,8 @@ def run(args: argparse.Namespace) -> int:
     weights = blend_weights(content, args.blend)
     problems, notes = check(args.data)
     if problems:
-        raise UserError(list_problems(str(args.data), problems, "pack the data again or restore it from a copy"))
+        raise UserError(list_problems(str(args.data), problems,
+                                      "pack the data again or restore it from a copy"))
     print(f"{args.data}: sound")
     for line in [*notes, *(epochs(content, args.tokens, weights) if args.tokens else [])]:
         print(line)
@@ -73,7 +79,8 @@ def check(data: Path) -> tuple[list[str], list[str]]:
         problems.append(f"{data}: {both} documents are in both splits, train and heldout")
     for split in SPLITS:
         if repeated := len(hashes[split]) - len(distinct[split]):
-            notes.append(f"{split}: {repeated:,} of {len(hashes[split]):,} documents repeat an earlier one, token by token")
+            notes.append(f"{split}: {repeated:,} of {len(hashes[split]):,} documents repeat an earlier one, "
+                         "token by token")
     return problems, notes
 
 
@@ -82,26 +89,31 @@ def _document_hashes(split: IndexedSplit, group: int) -> list[int]:
     item_bytes = np.dtype(split.dtype).itemsize
     starts = (split.starts_bytes[::group] // item_bytes).tolist()
     stops = [*starts[1:], len(split.tokens)] if starts else []
-    return [int.from_bytes(hashlib.blake2b(split.tokens[start:stop].tobytes(), digest_size=8).digest(), "little")
-            for start, stop in zip(starts, stops, strict=True)]
+    return [
+        int.from_bytes(hashlib.blake2b(split.tokens[start:stop].tobytes(), digest_size=8).digest(), "little")
+        for start, stop in zip(starts, stops, strict=True)]
 
 
 def _shard_problems(shard: Shard, split: IndexedSplit, content: dict[str, Any]) -> list[str]:
     problems = []
     prefix, num_documents = shard.prefix, len(split.lengths_tokens)
-    for field, value in {"num_documents": num_documents, "num_tokens": int(split.lengths_tokens.sum(dtype=np.int64))}.items():
+    for field, value in {"num_documents": num_documents,
+                         "num_tokens": int(split.lengths_tokens.sum(dtype=np.int64))}.items():
         if value != shard.record[field]:
             problems.append(f"{prefix}.idx: {field} is {value}, the manifest says {shard.record[field]}")
     if num_documents % shard.source["group_documents"]:
-        problems.append(f"{prefix}.idx: holds {num_documents} sequences, which are not pairs of chosen and rejected")
+        problems.append(f"{prefix}.idx: holds {num_documents} sequences, "
+                        "which are not pairs of chosen and rejected")
     if split.dtype != content["dtype"]:
         problems.append(f"{prefix}.idx: ids are {split.dtype}, the manifest says {content['dtype']}")
     smallest, largest = _range(split.tokens)
     if smallest < 0 or largest >= content["vocab_size"]:
-        problems.append(f"{prefix}.bin: ids reach from {smallest} to {largest}, must lie in 0..{content['vocab_size'] - 1}")
+        problems.append(f"{prefix}.bin: ids reach from {smallest} to {largest}, "
+                        f"must lie in 0..{content['vocab_size'] - 1}")
     if num_documents:
         stops = np.cumsum(split.lengths_tokens, dtype=np.int64)
-        problems += _edge_problems(shard, split.tokens[stops - split.lengths_tokens], split.tokens[stops - 1], content)
+        problems += _edge_problems(shard, split.tokens[stops - split.lengths_tokens],
+                                   split.tokens[stops - 1], content)
     for suffix in shard.source["sidecars"]:
         problems += _sidecar_problems(Path(f"{prefix}.{suffix}"), suffix, len(split.tokens))
     return problems
@@ -113,13 +125,17 @@ def _range(tokens: NDArray[np.generic]) -> tuple[int, int]:
     return min((int(b.min()) for b in blocks), default=0), max((int(b.max()) for b in blocks), default=0)
 
 
-def _edge_problems(shard: Shard, first: NDArray[np.generic], last: NDArray[np.generic], content: dict[str, Any]) -> list[str]:
+def _edge_problems(shard: Shard, first: NDArray[np.generic], last: NDArray[np.generic],
+                   content: dict[str, Any]) -> list[str]:
     """Look at the first and the last id of each document."""
     problems = []
-    if content["eod"] == "append" and shard.source["format"] != "prompt" and (n := int((last != content["eos_id"]).sum())):
-        problems.append(f"{shard.prefix}.bin: {n} documents do not end with id {content['eos_id']}, the end of a document")
+    if (content["eod"] == "append" and shard.source["format"] != "prompt"
+            and (n := int((last != content["eos_id"]).sum()))):
+        problems.append(f"{shard.prefix}.bin: {n} documents do not end with id {content['eos_id']}, "
+                        "the end of a document")
     if content["bos_id"] is not None and (n := int((first != content["bos_id"]).sum())):
-        problems.append(f"{shard.prefix}.bin: {n} documents do not begin with id {content['bos_id']}, the begin of a document")
+        problems.append(f"{shard.prefix}.bin: {n} documents do not begin with id {content['bos_id']}, "
+                        "the begin of a document")
     return problems
 
 
@@ -128,7 +144,8 @@ def _sidecar_problems(file: Path, suffix: str, num_tokens: int) -> list[str]:
     if not file.is_file():
         return []  # a missing file is reported with the hashes
     if file.stat().st_size != num_tokens * dtype.itemsize:
-        return [f"{file}: has {file.stat().st_size} bytes, {num_tokens} tokens need {num_tokens * dtype.itemsize}"]
+        return [f"{file}: has {file.stat().st_size} bytes, {num_tokens} tokens need "
+                f"{num_tokens * dtype.itemsize}"]
     values = np.memmap(file, dtype.newbyteorder("<"), mode="r") if num_tokens else np.zeros(0, dtype)
     for i in range(0, num_tokens, _BLOCK_ITEMS):
         if not np.isin(values[i : i + _BLOCK_ITEMS], SIDECAR_VALUES[suffix]).all():
@@ -137,19 +154,22 @@ def _sidecar_problems(file: Path, suffix: str, num_tokens: int) -> list[str]:
 
 
 def blend_weights(content: dict[str, Any], blend: str | None) -> dict[str, float]:
-    """Return source -> share of a run's tokens, from `NAME=W,...`, the weights of a mix, or the sources' tokens.
+    """Return source -> share of a run's tokens, from `NAME=W,...`, the weights of a mix,
+    or the sources' tokens.
 
     Raises:
         UserError: a name that is no source, or a weight that is no positive number.
     """
     names = [s["name"] for s in content["sources"]]
-    weights = {s["name"]: float(s.get("weight", s["splits"][TRAIN]["num_tokens"])) for s in content["sources"]}
+    weights = {s["name"]: float(s.get("weight", s["splits"][TRAIN]["num_tokens"]))
+               for s in content["sources"]}
     if blend is not None:
         weights = {}
         for part in blend.split(","):
             name, _, number = part.partition("=")
             if name not in names:
-                raise UserError(f"--blend {part!r}: there is no source {name!r} (sources: {', '.join(names)})")
+                raise UserError(f"--blend {part!r}: there is no source {name!r} (sources: "
+                                f"{', '.join(names)})")
             try:
                 weights[name] = float(number)
             except ValueError:
@@ -167,6 +187,8 @@ def epochs(content: dict[str, Any], num_tokens: float, weights: dict[str, float]
         share = weights.get(source["name"], 0.0)
         held = source["splits"][TRAIN]["num_tokens"]
         passes = share * num_tokens / held if held else float("inf") if share else 0.0
-        warning = f"; more than {MANY_EPOCHS} teach little: add text or lower its weight" if passes > MANY_EPOCHS else ""
-        lines.append(f"{source['name']}: {share:.1%} of {num_tokens:,.0f} tokens is {passes:.2f} epochs of {held:,}{warning}")
+        warning = (f"; more than {MANY_EPOCHS} teach little: add text or lower its weight"
+                   if passes > MANY_EPOCHS else "")
+        lines.append(f"{source['name']}: {share:.1%} of {num_tokens:,.0f} tokens is {passes:.2f} epochs of "
+                     f"{held:,}{warning}")
     return lines

@@ -11,11 +11,12 @@ from megatron_sov.documents import Span, in_processes
 Unit = tuple[Span, ...]
 
 
-def encode_units(units: list[Unit], settings: UnitSettings, work: Path, workers: int) -> Generator[UnitRecord, None, None]:
+def encode_units(units: list[Unit], settings: UnitSettings, work: Path,
+                 workers: int) -> Generator[UnitRecord, None, None]:
     """Yield the record of each unit, in order; what is there already is kept.
 
-    Processes and not threads: two threads are as quick (benchmarks/data_pack.py), but about a third of the work, reading JSON
-    and making arrays, holds Python's lock, so more than three would wait for one another.
+    Processes and not threads: two threads are as quick (benchmarks/data_pack.py), but about a third of the
+    work, reading JSON and making arrays, holds Python's lock, so more than three would wait for one another.
 
     Raises:
         UserError: a file cannot be read, the disk refuses, or a worker was ended from outside.

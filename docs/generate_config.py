@@ -1,4 +1,5 @@
-"""Writes docs/config.md from the settings' own types, defaults and docstrings: `python docs/generate_config.py`."""
+"""Writes docs/config.md from the settings' own types, defaults and docstrings: `python
+docs/generate_config.py`."""
 
 from __future__ import annotations
 
@@ -19,10 +20,11 @@ HEAD = """# Settings
 
 <!-- Written by docs/generate_config.py from megatron_sov/config; change it there. -->
 
-A recipe (`megatron-sov recipes`) sets all of these; `--set key=value` changes one, e.g. `--set train.steps=100`,
-`--set data.phases.0.seq_len=512`, `--set 'data.phases.0.blend={"en": 2, "ko": 1}'`, `--set model.yarn=null`. Values are read
-as JSON where they parse, else as text. A key that does not exist is refused, with the nearest one that does; all broken
-rules of a configuration are listed at once. The resolved settings of a run stand in its `config.json`.
+A recipe (`megatron-sov recipes`) sets all of these; `--set key=value` changes one, e.g.
+`--set train.steps=100`, `--set data.phases.0.seq_len=512`, `--set 'data.phases.0.blend={"en": 2, "ko": 1}'`,
+`--set model.yarn=null`. Values are read as JSON where they parse, else as text. A key that does not exist is
+refused, with the nearest one that does; all broken rules of a configuration are listed at once. The resolved
+settings of a run stand in its `config.json`.
 """
 
 
@@ -37,7 +39,8 @@ def field_docs(cls: type) -> dict[str, str]:
 
 def nested_class(hint: Any) -> type | None:
     """Return the settings class that a field holds, directly, optionally or as the items of a tuple."""
-    return next((c for c in (hint, *get_args(hint)) if dataclasses.is_dataclass(c) and isinstance(c, type)), None)
+    return next((c for c in (hint, *get_args(hint)) if dataclasses.is_dataclass(c) and isinstance(c, type)),
+                None)
 
 
 def default_of(field: dataclasses.Field[Any]) -> str:
@@ -50,7 +53,8 @@ def default_of(field: dataclasses.Field[Any]) -> str:
 
 
 def sections(cls: type, path: str, title: str) -> Iterator[str]:
-    """Yield one table of a class's settings, then the tables of the classes that it holds; `path` ends with a dot."""
+    """Yield one table of a class's settings, then the tables of the classes that it holds;
+    `path` ends with a dot."""
     docs, hints = field_docs(cls), get_type_hints(cls)
     rows, tables = [], []
     for field in dataclasses.fields(cls):
@@ -60,9 +64,11 @@ def sections(cls: type, path: str, title: str) -> Iterator[str]:
             tables += sections(inner, f"{below}.", f"`{below}`")
         if inner is None or annotation != inner.__name__:
             default = "the table below" if inner and field.default is not None else default_of(field)
-            rows.append(f"| `{key}` | `{annotation}` | {default} | {docs[field.name]} |".replace(" | None`", " \\| None`"))
+            rows.append(f"| `{key}` | `{annotation}` | {default} | {docs[field.name]} |".replace(
+                " | None`", " \\| None`"))
     about = " ".join(inspect.cleandoc(cls.__doc__ or "").split())
-    yield f"\n## {title}\n\n{about}\n\n| setting | type | default | meaning |\n|---|---|---|---|\n" + "\n".join(rows) + "\n"
+    yield (f"\n## {title}\n\n{about}\n\n| setting | type | default | meaning |\n|---|---|---|---|\n"
+           + "\n".join(rows) + "\n")
     yield from tables
 
 

@@ -1,4 +1,5 @@
-"""Writes docs/memory.md: what one process needs at 262,144 tokens, from the built modules: `python docs/generate_memory.py`."""
+"""Writes docs/memory.md: what one process needs at 262,144 tokens, from the built modules: `python
+docs/generate_memory.py`."""
 
 from __future__ import annotations
 
@@ -25,12 +26,14 @@ HEAD = f"""# Memory at {SEQ_LEN:,} tokens
 
 <!-- Written by docs/generate_memory.py; change it there. -->
 
-GiB of the fullest process, in bf16 with ZeRO-1, micro-batches of one sample and every layer recomputed. Parameters are counted on
-the modules that training builds, on meta tensors; activations are an account (`megatron_sov/plan/memory.py`): the input of every
-layer, the inside of one layer with its gradients, the logits of one chunk. Routing is taken to be even. What the allocator, the
-communication library and the CUDA context take comes on top.
+GiB of the fullest process, in bf16 with ZeRO-1, micro-batches of one sample and every layer recomputed.
+Parameters are counted on the modules that training builds, on meta tensors; activations are an account
+(`megatron_sov/plan/memory.py`): the input of every layer, the inside of one layer with its gradients, the
+logits of one chunk. Routing is taken to be even. What the allocator, the communication library and the CUDA
+context take comes on top.
 
-| recipe | processes | layout | stage | weights | gradients | optimizer | layer inputs | one layer | head | sum |
+| recipe | processes | layout | stage | weights | gradients | optimizer | layer inputs | one layer \
+| head | sum |
 |---|---|---|---|---|---|---|---|---|---|---|
 """
 
@@ -56,7 +59,8 @@ def row(recipe: str, num_ranks: int, layout: dict[str, int | bool]) -> str:
     stage, a = fullest(recipe, num_ranks, layout)
     said = ", ".join(name if value is True else f"{name} {value}" for name, value in layout.items())
     figures = (a.weights, a.gradients, a.optimizer, a.layer_inputs, a.one_layer, a.head, a.total)
-    return f"| `{recipe}` | {num_ranks} | {said} | {stage + 1} | " + " | ".join(f"{v / GIB:.1f}" for v in figures) + " |\n"
+    return (f"| `{recipe}` | {num_ranks} | {said} | {stage + 1} | "
+            + " | ".join(f"{v / GIB:.1f}" for v in figures) + " |\n")
 
 
 def page() -> str:

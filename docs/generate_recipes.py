@@ -81,7 +81,7 @@ def overview() -> str:
     tiny = {big: name for name, big in TINY.items()}
     rows = []
     for name in (n for n in RECIPES if n not in TINY):
-        first = (inspect.getdoc(RECIPES[name].build) or "").splitlines()[0]
+        first = " ".join((inspect.getdoc(RECIPES[name].build) or "").partition("\n\n")[0].split())
         about = first.removeprefix("Return ").rstrip(".")
         rows.append(f"| `{name}` | `{tiny[name]}` | {about} | {summary(get(name))} |\n")
     return "".join(rows)

@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from megatron_sov.version import __version__
 
 __all__ = [
-    "Document", "Family", "GlobalBatch", "LanguageModelling", "LeftOut", "LossSums", "Objective", "RunConfig", "UserError",
-    "__version__", "apply_settings", "convert", "from_dict", "generate_text", "per_source", "pretrain", "read_events",
-    "recipes", "with_denominators",
+    "Document", "Family", "GlobalBatch", "LanguageModelling", "LeftOut", "LossSums", "Objective", "RunConfig",
+    "UserError", "__version__", "apply_settings", "convert", "from_dict", "generate_text", "per_source",
+    "pretrain", "read_events", "recipes", "with_denominators",
 ]
 _PLACES = {
-    "__version__": "version", "UserError": "errors", "RunConfig": "config", "apply_settings": "config", "from_dict": "config",
-    "Family": "models.family", "Document": "documents", "LeftOut": "documents", "read_events": "obs.events",
-    "pretrain": "api", "generate_text": "api",
+    "__version__": "version", "UserError": "errors", "RunConfig": "config", "apply_settings": "config",
+    "from_dict": "config", "Family": "models.family", "Document": "documents", "LeftOut": "documents",
+    "read_events": "obs.events", "pretrain": "api", "generate_text": "api",
 }
 _ON_MEGATRON = {
     "LanguageModelling": "train.lm", "GlobalBatch": "train.objective", "LossSums": "train.objective",

@@ -1,7 +1,7 @@
 """Commands as functions, for scripts and notebooks: the same programs, in processes of their own.
 
-A process that has computed with torch cannot be forked into ranks, and a notebook has; so nothing is started from here
-but a command, which says on stderr what it always says.
+A process that has computed with torch cannot be forked into ranks, and a notebook has; so nothing is started
+from here but a command, which says on stderr what it always says.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ _ERRORS: dict[int, type[Exception]] = {
 _MARKS = ("error: ", "gate: ", "stopped: ")
 
 
-def pretrain(config: RunConfig, data: Mapping[AnyPath, float] | Iterable[AnyPath], run: AnyPath, *, nproc: int | None = None,
-             start_from: AnyPath | None = None, resume: bool = False, plugins: Sequence[str] = ()) -> dict[str, Any]:
+def pretrain(config: RunConfig, data: Mapping[AnyPath, float] | Iterable[AnyPath], run: AnyPath, *,
+             nproc: int | None = None, start_from: AnyPath | None = None, resume: bool = False,
+             plugins: Sequence[str] = ()) -> dict[str, Any]:
     """Train a model as `megatron-sov pretrain --config` does, and wait for its end.
 
     Args:
@@ -53,15 +54,16 @@ def pretrain(config: RunConfig, data: Mapping[AnyPath, float] | Iterable[AnyPath
         words = ["pretrain", "--config", str(file), "--run", str(run)]
         words += [word for path, weight in weights.items() for word in ("--data", f"{path}:{float(weight)}")]
         words += _plugins(plugins) + ([] if nproc is None else ["--nproc", str(nproc)])
-        words += ([] if start_from is None else ["--from", str(start_from)]) + (["--resume"] if resume else [])
+        words += (([] if start_from is None else ["--from", str(start_from)])
+                  + (["--resume"] if resume else []))
         sys.stdout.write(_run(words))
     completion = RunFolder(Path(run)).completion()
     assert completion is not None, f"{run}: pretrain ended with 0"
     return completion
 
 
-def generate_text(model: AnyPath, prompts: Sequence[str], *, max_new_tokens: int = 64, temperature: float = 0.0,
-                  nproc: int | None = None) -> list[str]:
+def generate_text(model: AnyPath, prompts: Sequence[str], *, max_new_tokens: int = 64,
+                  temperature: float = 0.0, nproc: int | None = None) -> list[str]:
     """Continue prompts as `megatron-sov generate` does; the model is loaded once for all of them.
 
     Args:
@@ -81,8 +83,9 @@ def generate_text(model: AnyPath, prompts: Sequence[str], *, max_new_tokens: int
     with tempfile.TemporaryDirectory(prefix="sov-prompts-") as folder:
         file = Path(folder) / "prompts.jsonl"
         file.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts), encoding="utf-8")
-        words = ["generate", str(model), "--prompts", str(file), "--max-new-tokens", str(max_new_tokens), "--json",
-                 "--temperature", str(temperature)] + ([] if nproc is None else ["--nproc", str(nproc)])
+        words = (["generate", str(model), "--prompts", str(file), "--max-new-tokens", str(max_new_tokens),
+                  "--json", "--temperature", str(temperature)]
+                 + ([] if nproc is None else ["--nproc", str(nproc)]))
         return [found["text"] for found in json.loads(_run(words))]
 
 
@@ -93,7 +96,8 @@ def _plugins(references: Sequence[str]) -> list[str]:
 def _run(words: list[str]) -> str:
     """Run a command, pass on what it says on stderr, and return what it prints."""
     with tempfile.TemporaryFile("w+", encoding="utf-8") as printed, subprocess.Popen(
-            [sys.executable, "-m", "megatron_sov", *words], stdout=printed, stderr=subprocess.PIPE, text=True) as process:
+            [sys.executable, "-m", "megatron_sov", *words], stdout=printed, stderr=subprocess.PIPE,
+            text=True) as process:
         assert process.stderr is not None, words
         try:
             message = _passed_on(process.stderr)
@@ -104,7 +108,8 @@ def _run(words: list[str]) -> str:
         if code in _ERRORS:
             raise _ERRORS[code](message or f"megatron-sov {words[0]} ended with exit code {code}")
         if code:
-            raise RuntimeError(f"megatron-sov {words[0]} ended with exit code {code}; its last words stand on stderr")
+            raise RuntimeError(f"megatron-sov {words[0]} ended with exit code {code}; "
+                               "its last words stand on stderr")
         printed.seek(0)
         return printed.read()
 

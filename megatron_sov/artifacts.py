@@ -1,8 +1,8 @@
 """Artifacts: folders with a hashed `manifest.json`, written atomically.
 
-A tokenizer, a set of token shards, a checkpoint: each is a folder whose manifest holds a format version, the hash of
-every file, the settings and the manifests that it was made from.  An artifact is built under a temporary name, synced
-to disk, and renamed; a half-written artifact therefore does not exist.
+A tokenizer, a set of token shards, a checkpoint: each is a folder whose manifest holds a format version, the
+hash of every file, the settings and the manifests that it was made from.  An artifact is built under a
+temporary name, synced to disk, and renamed; a half-written artifact therefore does not exist.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ class Manifest:
     format_version: int = FORMAT_VERSION
     """Version of this layout; a newer one than the code knows is refused."""
     sha256: str = ""
-    """Hash of the manifest's own bytes with zeros in this place; empty in manifests of earlier versions.  Stays last."""
+    """Hash of the manifest's own bytes with zeros in this place; empty in manifests of earlier
+    versions.  Stays last."""
 
 
 def sha256_file(path: Path) -> str:
@@ -111,7 +112,8 @@ def check_output(option: str, path: Path) -> None:
         raise UserError(f"{option} {path}: is a folder; name the file to write, e.g. {path / 'result'}")
     nearest = _nearest_folder(path, f"{option} {path}")
     if not os.access(nearest, os.W_OK):
-        raise UserError(f"{option} {path}: {nearest} cannot be written; choose a folder that you may write to")
+        raise UserError(f"{option} {path}: {nearest} cannot be written; "
+                        "choose a folder that you may write to")
 
 
 def write_output(path: Path, data: str | bytes) -> None:
@@ -127,14 +129,17 @@ def write_output(path: Path, data: str | bytes) -> None:
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk, a missing permission or a read-only file system into a `UserError` that names `path`."""
+    """Turn a full disk, a missing permission or a read-only file system into a `UserError`
+    that names `path`."""
     try:
         yield
     except OSError as e:
         if e.errno in _NO_ROOM:
-            raise UserError(f"{path}: {_NO_ROOM[e.errno]}; free some space and run the same command again") from e
+            raise UserError(f"{path}: {_NO_ROOM[e.errno]}; free some space and run the "
+                            "same command again") from e
         if e.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise UserError(f"{path}: cannot be written ({os.strerror(e.errno)}); choose a folder that you may write to") from e
+            raise UserError(f"{path}: cannot be written ({os.strerror(e.errno)}); "
+                            "choose a folder that you may write to") from e
         raise
 
 
@@ -166,7 +171,8 @@ class ArtifactWriter:
 
     def add_input(self, path: Path) -> None:
         """Record another artifact as an input of this one."""
-        self.inputs.append({"kind": read_manifest(path).kind, "path": str(path), "manifest_sha256": manifest_sha256(path)})
+        self.inputs.append({"kind": read_manifest(path).kind, "path": str(path),
+                            "manifest_sha256": manifest_sha256(path)})
 
     def complete(self) -> None:
         """Hash and sync every file, then write the manifest (still under the temporary name)."""
@@ -178,7 +184,8 @@ class ArtifactWriter:
             fsync_path(file)
         for folder in (p for p in self.path.rglob("*") if p.is_dir()):
             fsync_path(folder)
-        manifest = Manifest(self.kind, self.content, self.settings, self.inputs, files, time.time(), sha256=_NO_HASH)
+        manifest = Manifest(self.kind, self.content, self.settings, self.inputs, files, time.time(),
+                            sha256=_NO_HASH)
         head, _, tail = to_json(manifest).rpartition(_NO_HASH)
         atomic_write(self.path / MANIFEST, head + _hash_around(head.encode(), tail.encode()) + tail)
 
@@ -240,20 +247,24 @@ def refuse_existing(path: Path, kind: str, overwrite: bool) -> None:
             path.rmdir()
         return
     if not overwrite:
-        raise UserError(f"{path}: already exists; choose another output folder, or pass --overwrite to replace it")
+        raise UserError(f"{path}: already exists; choose another output folder, "
+                        "or pass --overwrite to replace it")
     if not (path / MANIFEST).is_file() or read_manifest(path).kind != kind:
-        raise UserError(f"{path}: exists and is not a '{kind}' artifact, so it is not replaced; choose another output folder")
+        raise UserError(f"{path}: exists and is not a '{kind}' artifact, so it is not replaced; "
+                        "choose another output folder")
 
 
 def refuse_nowhere(path: Path) -> None:
-    """Raise `UserError` where `path` has no name of its own (``.``, ``..``, ``/``), or goes through a file."""
+    """Raise `UserError` where `path` has no name of its own (``.``, ``..``, ``/``),
+    or goes through a file."""
     if path.name in ("", ".."):
         raise UserError(f"{path}: has no name of its own; name what is to be made, e.g. {path / 'result'}")
     _nearest_folder(path, str(path))
 
 
 def _nearest_folder(path: Path, said: str) -> Path:
-    """Return what exists of the folders above a path, which `said` names; `UserError` where that is a file."""
+    """Return what exists of the folders above a path, which `said` names;
+    `UserError` where that is a file."""
     nearest = next(p for p in path.absolute().parents if p.exists())
     if not nearest.is_dir():
         raise UserError(f"{said}: {nearest} is a file, so nothing can lie in it; choose another path")
@@ -261,7 +272,8 @@ def _nearest_folder(path: Path, said: str) -> Path:
 
 
 def clear_leftovers(path: Path) -> None:
-    """Clear what killed processes left beside `path`: delete temporary folders, put back an artifact moved out of the way."""
+    """Clear what killed processes left beside `path`: delete temporary folders,
+    put back an artifact moved out of the way."""
     name = glob.escape(path.name)
     for leftover in sorted([*path.parent.glob(f".{name}.tmp-*"), *path.parent.glob(f".{name}.old-*")]):
         stem, _, pid = leftover.name.rpartition("-")
@@ -284,7 +296,8 @@ def read_manifest(path: str | Path, kind: str | None = None) -> Manifest:
     """Read an artifact's manifest.
 
     Raises:
-        UserError: there is no readable manifest, its format is newer than this code, or its kind is not `kind`.
+        UserError: there is no readable manifest, its format is newer than this code,
+            or its kind is not `kind`.
     """
     file = Path(path) / MANIFEST
     try:
@@ -303,7 +316,8 @@ def read_manifest(path: str | Path, kind: str | None = None) -> Manifest:
         raise UserError(f"{path}: has no {MANIFEST}, so it is not {wanted}; "
                         "pass the folder that the earlier step wrote") from None
     except (ValueError, TypeError, KeyError, AttributeError) as e:
-        raise UserError(f"{file}: is damaged ({e}); make the artifact again or restore it from a copy") from None
+        raise UserError(f"{file}: is damaged ({e}); make the artifact again or restore "
+                        "it from a copy") from None
     if kind is not None and manifest.kind != kind:
         raise UserError(f"{path}: is a '{manifest.kind}' artifact where a '{kind}' artifact is needed")
     return manifest
@@ -324,7 +338,8 @@ def damaged_files(path: str | Path, names: Iterable[str] | None = None, workers:
     """
     records = read_manifest(path).files
     with ThreadPoolExecutor(workers) as pool:
-        found = pool.map(lambda name: file_damage(Path(path) / name, records[name]), records if names is None else names)
+        found = pool.map(lambda name: file_damage(Path(path) / name, records[name]),
+                         records if names is None else names)
         return [sentence for sentence in found if sentence]
 
 
@@ -334,4 +349,5 @@ def file_damage(file: Path, record: FileRecord) -> str | None:
         return f"{file}: is missing"
     if file.stat().st_size != record.size_bytes:
         return f"{file}: has {file.stat().st_size} bytes, the manifest says {record.size_bytes}"
-    return None if sha256_file(file) == record.sha256 else f"{file}: its content differs from the hash in the manifest"
+    return (None if sha256_file(file) == record.sha256
+            else f"{file}: its content differs from the hash in the manifest")

@@ -1,8 +1,8 @@
 """The door: `megatron-sov COMMAND ...`.
 
-Each command is a file of `commands/` with `add_arguments(parser)` and `run(args) -> exit code`, or such a module of an
-installed package.  Only the chosen command's module is imported, and none of ours imports torch before its arguments are
-parsed and checked.
+Each command is a file of `commands/` with `add_arguments(parser)` and `run(args) -> exit code`, or such a
+module of an installed package.  Only the chosen command's module is imported, and none of ours imports torch
+before its arguments are parsed and checked.
 """
 
 from __future__ import annotations
@@ -34,33 +34,47 @@ class Command:
 
 
 COMMANDS = {
-    "pretrain": Command("megatron_sov.commands.pretrain", "train a model from token shards, from scratch or --from a checkpoint"),
-    "extend": Command("megatron_sov.commands.extend", "train on at longer contexts, stage by stage, each behind a needle gate"),
+    "pretrain": Command("megatron_sov.commands.pretrain",
+                        "train a model from token shards, from scratch or --from a checkpoint"),
+    "extend": Command("megatron_sov.commands.extend",
+                      "train on at longer contexts, stage by stage, each behind a needle gate"),
     "sft": Command("megatron_sov.commands.sft", "fine-tune on chats, with an auxiliary text term"),
-    "convert": Command("megatron_sov.commands.convert", "from-hf, to-hf, verify, inspect: checkpoints, Hugging Face folders"),
-    "generate": Command("megatron_sov.commands.generate", "continue prompts with a checkpoint or a Hugging Face folder"),
-    "eval": Command("megatron_sov.commands.eval", "ppl, needle, bigram, logits: judge a checkpoint or a Hugging Face folder"),
-    "submit": Command("megatron_sov.commands.submit", "submit a stage or a chain of stages to a Slurm cluster"),
-    "status": Command("megatron_sov.commands.status", "how runs stand: step, speed, time left, restarts, use of time"),
+    "convert": Command("megatron_sov.commands.convert",
+                       "from-hf, to-hf, verify, inspect: checkpoints, Hugging Face folders"),
+    "generate": Command("megatron_sov.commands.generate",
+                        "continue prompts with a checkpoint or a Hugging Face folder"),
+    "eval": Command("megatron_sov.commands.eval",
+                    "ppl, needle, bigram, logits: judge a checkpoint or a Hugging Face folder"),
+    "submit": Command("megatron_sov.commands.submit",
+                      "submit a stage or a chain of stages to a Slurm cluster"),
+    "status": Command("megatron_sov.commands.status",
+                      "how runs stand: step, speed, time left, restarts, use of time"),
     "logs": Command("megatron_sov.commands.logs", "what a run's processes wrote, across ranks and restarts"),
-    "plan": Command("megatron_sov.commands.plan", "what a run will do at each step: learning rate, batch size, blends"),
-    "report": Command("megatron_sov.commands.report", "write the self-contained HTML report of one or more runs"),
-    "bundle": Command("megatron_sov.commands.bundle", "gather wheels, code and folders for a cluster without a network"),
-    "doctor": Command("megatron_sov.commands.doctor", "what this machine has, what is missing, and how to add it"),
-    "recipes": Command("megatron_sov.commands.recipes", "list the recipes, or print one with every setting and its source"),
+    "plan": Command("megatron_sov.commands.plan",
+                    "what a run will do at each step: learning rate, batch size, blends"),
+    "report": Command("megatron_sov.commands.report",
+                      "write the self-contained HTML report of one or more runs"),
+    "bundle": Command("megatron_sov.commands.bundle",
+                      "gather wheels, code and folders for a cluster without a network"),
+    "doctor": Command("megatron_sov.commands.doctor",
+                      "what this machine has, what is missing, and how to add it"),
+    "recipes": Command("megatron_sov.commands.recipes",
+                       "list the recipes, or print one with every setting and its source"),
 }
 
 
 def build_parser(installed: list[Declared]) -> argparse.ArgumentParser:
     """Return the top-level parser, for its help; sub-commands parse their own arguments."""
-    texts = {name: c.help for name, c in COMMANDS.items()} | {d.name: f"from package {d.package}" for d in installed}
+    texts = {name: c.help for name, c in COMMANDS.items()} | {d.name: f"from package {d.package}"
+                                                              for d in installed}
     width = max(map(len, texts))
     lines = "\n".join(f"  {name:<{width}}  {text}" for name, text in texts.items())
     parser = argparse.ArgumentParser(
         prog=PROGRAM, usage=f"{PROGRAM} COMMAND ...", formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Train your own language model, from raw text to a Hugging Face folder.",
         epilog=f"commands:\n{lines}\n\n{PROGRAM} COMMAND --help explains one of them.\n"
-               "exit codes: 0 complete, 2 your input needs a change, 3 a gate did not pass, 75 stopped with everything saved,\n"
+               "exit codes: 0 complete, 2 your input needs a change, 3 a gate did not pass, 75 stopped with "
+               "everything saved,\n"
                "76 a step hung, 77 a process gave wrong bits",
     )
     parser.add_argument("--version", action="version", version=version_of(PROGRAM))
@@ -98,7 +112,8 @@ def _command(name: str) -> tuple[ModuleType, str]:
     entry = next((d for d in installed if d.name == name), None)
     if entry is None:
         known = [*COMMANDS, *(d.name for d in installed if d.name not in COMMANDS)]
-        raise UserError(f"command {name!r}: does not exist{nearest(name, known)} (commands: {', '.join(known)})")
+        raise UserError(f"command {name!r}: does not exist{nearest(name, known)} (commands: "
+                        f"{', '.join(known)})")
     where = f"command {name!r} of package {entry.package}"
     try:
         module = importlib.import_module(entry.reference)

@@ -1,4 +1,5 @@
-"""How a command can end, other than well: mistakes that a user can mend (one sentence, no traceback), stops, gates, defects."""
+"""How a command can end, other than well: mistakes that a user can mend (one sentence, no traceback),
+stops, gates, defects."""
 
 from __future__ import annotations
 
@@ -29,13 +30,14 @@ class ExitCode(IntEnum):
 class UserError(Exception):
     """A mistake in the user's input, settings or files.
 
-    The message is one clear sentence (or a short list) that names the file or field, its value, the rule it breaks
-    and what to do.  Commands print it without a traceback and end with `ExitCode.USER_ERROR`.
+    The message is one clear sentence (or a short list) that names the file or field, its value, the rule it
+    breaks and what to do.  Commands print it without a traceback and end with `ExitCode.USER_ERROR`.
     """
 
 
 class StopRequested(Exception):
-    """The run was asked to stop (signal or time limit) and everything is saved; commands end with `ExitCode.STOPPED`."""
+    """The run was asked to stop (signal or time limit) and everything is saved; commands end with
+    `ExitCode.STOPPED`."""
 
 
 class GateFailed(Exception):
@@ -50,7 +52,8 @@ class SilentCorruption(Exception):
 def list_problems(what: str, problems: Sequence[str], way_out: str = "") -> str:
     """Return ``"what: 2 problems; way out"`` and a line for each of them."""
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    return "\n".join([f"{what}: {count}{way_out and f'; {way_out}'}", *(f"  {problem}" for problem in problems)])
+    return "\n".join([f"{what}: {count}{way_out and f'; {way_out}'}",
+                      *(f"  {problem}" for problem in problems)])
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

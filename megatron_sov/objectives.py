@@ -26,9 +26,10 @@ METHODS = {"collect": ("policy", "step"), "prepare": ("batch",), "loss": ("hidde
 def _check(loaded: Loaded) -> None:
     check_methods(loaded.value, loaded.reference, "an objective", METHODS)
     if not takes(loaded.value, ("config", "batches")):
-        raise UserError(f"{loaded.reference}: is made by {loaded.attribute}{inspect.signature(loaded.value)}; an objective is "
-                        f"made by {loaded.attribute}(config, batches), with its own settings behind them, by name and with "
-                        "defaults")
+        raise UserError(f"{loaded.reference}: is made by "
+                        f"{loaded.attribute}{inspect.signature(loaded.value)}; "
+                        f"an objective is made by {loaded.attribute}(config, batches), with its own settings "
+                        "behind them, by name and with defaults")
 
 
 OWN: Registry[Callable[..., Any]] = Registry("objective", "megatron_sov.objectives", BUILT_IN, _check)
@@ -44,7 +45,8 @@ def check(config: RunConfig) -> None:
     name, options = config.objective.name, config.objective.options
     if name in BUILT_IN:
         if options:
-            raise UserError(f"objective.options = {options}: belong to an objective of your own, not to {name}")
+            raise UserError(f"objective.options = {options}: belong to an objective of your own, "
+                            f"not to {name}")
         return
     made = OWN.get(name, config.code)
     known = list(inspect.signature(made).parameters)[2:]
@@ -61,7 +63,8 @@ def check(config: RunConfig) -> None:
 
 
 def _hints(made: Callable[..., Any]) -> dict[str, Any]:
-    """Return the types that an objective declares for its settings; none where a name in them is not known at run time."""
+    """Return the types that an objective declares for its settings; none where a name in them is not
+    known at run time."""
     try:
         return get_type_hints(made.__init__)
     except NameError:
@@ -79,8 +82,10 @@ def factory(config: RunConfig, built_in: Factory) -> Factory:
     return built_in if name in BUILT_IN else partial(_make, name, OWN.get(name), config.objective.options)
 
 
-def _make(name: str, made: Callable[..., Any], options: dict[str, Any], config: RunConfig, batches: Any) -> Any:
+def _make(name: str, made: Callable[..., Any], options: dict[str, Any], config: RunConfig,
+          batches: Any) -> Any:
     objective = made(config, batches, **options)
     if not isinstance(getattr(objective, "coefficients", None), Mapping):
-        raise UserError(f"objective {name}: has no `coefficients`, a dict of term -> its weight in the loss; set it in __init__")
+        raise UserError(f"objective {name}: has no `coefficients`, a dict of term -> its weight in the loss; "
+                        "set it in __init__")
     return objective

@@ -8,4 +8,5 @@ from __future__ import annotations
 __version__ = "0.1.0"
 
 OUR_PACKAGES = ("megatron_sov", "tokenizer", "data_prep", "slurm")
-"""Packages at the top of the tree, in the wheel and in the copy of the code that jobs run; `slurm` holds data alone."""
+"""Packages at the top of the tree, in the wheel and in the copy of the code that jobs run;
+`slurm` holds data alone."""

@@ -1,4 +1,5 @@
-"""Settings and fixtures of all tests: drawn examples are the same in every run, ranks are real processes, models are tiny."""
+"""Settings and fixtures of all tests: drawn examples are the same in every run,
+ranks are real processes, models are tiny."""
 
 from __future__ import annotations
 
@@ -44,9 +45,12 @@ class Job:
 
 
 def refuse_to_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
-    """Let a skip be a failure where SOV_NEEDS_ALL is set, as `.ci/run` does: what is lacking must be installed there."""
-    if report.skipped and isinstance(report.longrepr, tuple) and os.environ.get("SOV_NEEDS_ALL"):  # else it is an xfail
-        report.outcome, report.longrepr = "failed", f"SOV_NEEDS_ALL is set, and this would be {report.longrepr[-1]}"
+    """Let a skip be a failure where SOV_NEEDS_ALL is set, as `.ci/run` does:
+    what is lacking must be installed there."""
+    # else it is an xfail
+    if report.skipped and isinstance(report.longrepr, tuple) and os.environ.get("SOV_NEEDS_ALL"):
+        report.outcome, report.longrepr = ("failed",
+                                           f"SOV_NEEDS_ALL is set, and this would be {report.longrepr[-1]}")
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -71,17 +75,19 @@ Ranks = Callable[..., list[list[Any]]]
 
 @pytest.fixture
 def ranks(tmp_path: Path) -> Ranks:
-    """Return `run(Job, ...)`, which gives each job's results, one per rank; one process imports megatron for all jobs."""
+    """Return `run(Job, ...)`, which gives each job's results, one per rank;
+    one process imports megatron for all jobs."""
 
     def run(*jobs: Job, timeout_s: float = 300) -> list[list[Any]]:
         folder = tmp_path / "jobs"
         folder.mkdir(exist_ok=True)
         (folder / "jobs.json").write_text(json.dumps([asdict(j) for j in jobs]))
         worker = Path(__file__).with_name("rank_main.py")
-        done = subprocess.run([sys.executable, "-W", "ignore", str(worker), str(folder / "jobs.json")], capture_output=True,
-                              text=True, timeout=timeout_s, check=False)
+        done = subprocess.run([sys.executable, "-W", "ignore", str(worker), str(folder / "jobs.json")],
+                              capture_output=True, text=True, timeout=timeout_s, check=False)
         assert done.returncode == 0, done.stderr[-4000:]
-        return [[json.loads((folder / f"{n}-{r}.json").read_text()) for r in range(job.nproc)] for n, job in enumerate(jobs)]
+        return [[json.loads((folder / f"{n}-{r}.json").read_text()) for r in range(job.nproc)]
+                for n, job in enumerate(jobs)]
 
     return run
 
@@ -115,9 +121,9 @@ def ends() -> Callable[[int], bool]:
 
 BROWSERS = ("chromium", "google-chrome", "chrome", "chromium-browser")
 BROWSER_FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--enable-logging=stderr", "--window-size=1200,900",
-    "--virtual-time-budget=10000", "--dump-dom")
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--enable-logging=stderr", "--window-size=1200,900", "--virtual-time-budget=10000", "--dump-dom")
 OpenPage = Callable[[Path], tuple[str, list[str]]]
 
 
@@ -125,7 +131,8 @@ OpenPage = Callable[[Path], tuple[str, list[str]]]
 def browser() -> str:
     """Program name of a Chromium that starts; `make browser` installs one where that can be done."""
     for name in BROWSERS:
-        if shutil.which(name) and subprocess.run([name, "--version"], capture_output=True, check=False).returncode == 0:
+        if (shutil.which(name)
+                and subprocess.run([name, "--version"], capture_output=True, check=False).returncode == 0):
             return name
     pytest.skip("there is no Chromium on this machine (make browser)")
 
@@ -135,22 +142,24 @@ def open_page(browser: str, tmp_path: Path) -> OpenPage:
     """Return `open_page(file)`: its document after its scripts ran, and what they wrote to the console."""
 
     def opened(file: Path) -> tuple[str, list[str]]:
-        done = subprocess.run([browser, *BROWSER_FLAGS, f"--user-data-dir={tmp_path / 'profile'}", file.as_uri()],
-                              capture_output=True, text=True, timeout=240, check=True)
+        done = subprocess.run([browser, *BROWSER_FLAGS, f"--user-data-dir={tmp_path / 'profile'}",
+                               file.as_uri()], capture_output=True, text=True, timeout=240, check=True)
         return done.stdout, re.findall(r"CONSOLE.*", done.stderr)
 
     return opened
 
 
 VOCAB_SIZE = 1024
-SIZES = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
-         "moe_intermediate_size": 24, "num_experts_per_tok": 2, "max_position_embeddings": 512, "initializer_range": 0.25}
+SIZES = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
+         "head_dim": 16, "moe_intermediate_size": 24, "num_experts_per_tok": 2,
+         "max_position_embeddings": 512, "initializer_range": 0.25}
 """A large spread of initial weights: logits of several units, so that a wrong detail of the model shows."""
 
 
 @pytest.fixture(scope="session")
 def token_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A token artifact with two sources, "first" and "second", a fifth of each held out; the tokenizer lies inside."""
+    """A token artifact with two sources, "first" and "second", a fifth of each held out;
+    the tokenizer lies inside."""
     from data_prep import cli as data_cli
     from tokenizer import cli as tokenizer_cli
 
@@ -161,8 +170,8 @@ def token_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     inputs = ["--input", str(folder / "first.jsonl"), "--input", str(folder / "second.jsonl")]
     assert tokenizer_cli.main(["train", "--preset", "solar-open", "--vocab-size", str(VOCAB_SIZE), *inputs,
                                "--output", str(folder / "tokenizer")]) == 0
-    assert data_cli.main(["pack", "--tokenizer", str(folder / "tokenizer"), *inputs, "--output", str(folder / "shards"),
-                          "--heldout", "0.2", "--workers", "1"]) == 0
+    assert data_cli.main(["pack", "--tokenizer", str(folder / "tokenizer"), *inputs, "--output",
+                          str(folder / "shards"), "--heldout", "0.2", "--workers", "1"]) == 0
     return folder / "shards"
 
 
@@ -171,8 +180,8 @@ def _random_solar() -> Any:
 
     yarn = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 2.0, "original_max_position_embeddings": 256}
     return SolarOpenForCausalLM(SolarOpenConfig(
-        num_hidden_layers=2, n_routed_experts=8, n_shared_experts=1, rope_parameters=yarn, routed_scaling_factor=1.7,
-        bos_token_id=None, eos_token_id=None, pad_token_id=None, **SIZES))
+        num_hidden_layers=2, n_routed_experts=8, n_shared_experts=1, rope_parameters=yarn,
+        routed_scaling_factor=1.7, bos_token_id=None, eos_token_id=None, pad_token_id=None, **SIZES))
 
 
 def _random_exaone() -> Any:
@@ -216,22 +225,24 @@ def imported(tmp_path_factory: pytest.TempPathFactory, hf_models: dict[str, Path
 
 @pytest.fixture
 def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands run as the one rank of a torchrun: pytest's process has threads, which a fork would not survive."""
+    """Commands run as the one rank of a torchrun: pytest's process has threads,
+    which a fork would not survive."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}.items():
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+                        "MASTER_PORT": str(port)}.items():
         monkeypatch.setenv(name, value)
 
 
 DOCUMENTS = tuple(
     f"Chapter {i}.\n\n" + " ".join(f"{word} {i * k} of {k + i} parts" for k, word in enumerate(
-        ["water", "stone", "light", "river", "한국어", "mountain", "winter", "letter"][:3 + i % 6])) + f".\nEnd of chapter {i}."
-    for i in range(160))
+        ["water", "stone", "light", "river", "한국어", "mountain", "winter", "letter"][:3 + i % 6]))
+    + f".\nEnd of chapter {i}." for i in range(160))
 """Small real documents, 60 to 250 bytes each."""
 CHATS = tuple(
-    {"messages": [{"role": "user", "content": f"What is {i} plus {i % 7}?"},
-                  {"role": "assistant", "content": f"{i} plus {i % 7} is {i + i % 7}." + " I am sure." * (i % 3)}]}
+    {"messages": [{"role": "user", "content": f"What is {i} plus {i % 7}?"}, {
+        "role": "assistant", "content": f"{i} plus {i % 7} is {i + i % 7}." + " I am sure." * (i % 3)}]}
     for i in range(80))
 
 
@@ -290,7 +301,8 @@ def wheel(files_of_the_rooms: set[str], tmp_path_factory: pytest.TempPathFactory
     for name in files_of_the_rooms | {"setup.py", "pyproject.toml", "README.md", "LICENSE"}:
         (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / "source" / name)
-    _pip("wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(folder), ".", cwd=folder / "source")
+    _pip("wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(folder), ".",
+         cwd=folder / "source")
     (built,) = folder.glob("megatron_sov-*.whl")
     return built
 

@@ -1,4 +1,5 @@
-"""Runs functions of a test file on several ranks, in a process of its own: the worker behind the `ranks` fixture.
+"""Runs functions of a test file on several ranks, in a process of its own:
+the worker behind the `ranks` fixture.
 
 Usage: rank_main.py JOBS.json; what jobs need is imported once, then each job's ranks are forked.
 """
@@ -31,7 +32,8 @@ def main(jobs_file: Path) -> int:
     for number, job in enumerate(jobs):
         function = _function(job["file"], job["function"])  # here: in each rank it would be imported again
 
-        def rank(number: int = number, job: dict[str, Any] = job, function: Callable[..., Any] = function) -> int:
+        def rank(number: int = number, job: dict[str, Any] = job,
+                 function: Callable[..., Any] = function) -> int:
             result = function(**job["arguments"])
             (jobs_file.parent / f"{number}-{os.environ['RANK']}.json").write_text(json.dumps(result))
             return 0

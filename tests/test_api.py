@@ -1,4 +1,5 @@
-"""The interface from Python: the page and the package agree, nothing heavy is imported, the page's example runs."""
+"""The interface from Python: the page and the package agree, nothing heavy is imported,
+the page's example runs."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ PAGE = (Path(__file__).parents[1] / "docs/api.md").read_text()
 
 
 def python(program: str, **more: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, **more)
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
+                          check=False, **more)
 
 
 def test_the_page_has_every_name_and_no_other() -> None:
@@ -32,11 +34,13 @@ def test_the_page_has_every_name_and_no_other() -> None:
 
 
 def test_what_importing_brings() -> None:
-    """Nothing heavy; and names on megatron prepare the process first, or warnings about missing GPU packages abound."""
-    done = python("import sys, megatron_sov\nprint([m for m in ('torch', 'pydantic', 'numpy') if m in sys.modules])\n"
-                  "from megatron_sov import recipes, RunConfig, pretrain, convert, read_events, Family, Document\n"
-                  "print('torch' in sys.modules)\n"
-                  "from megatron_sov import Objective\nprint('megatron.core' in sys.modules)")
+    """Nothing heavy; and names on megatron prepare the process first,
+    or warnings about missing GPU packages abound."""
+    done = python(
+        "import sys, megatron_sov\nprint([m for m in ('torch', 'pydantic', 'numpy') if m in sys.modules])\n"
+        "from megatron_sov import recipes, RunConfig, pretrain, convert, read_events, Family, Document\n"
+        "print('torch' in sys.modules)\n"
+        "from megatron_sov import Objective\nprint('megatron.core' in sys.modules)")
     assert (done.stdout.splitlines(), done.stderr) == (["[]", "False", "True"], "")
 
 
@@ -59,21 +63,25 @@ def test_the_example_of_the_page_runs(packed_data: Any, tmp_path: Path) -> None:
 
 def test_mistakes_are_raised_with_the_commands_own_words(tmp_path: Path) -> None:
     config = megatron_sov.recipes.get("tiny-qwen3")
-    with pytest.raises(UserError, match=r"^--data .*none: does not exist; pass a folder made by `sov-data pack`$"):
+    with pytest.raises(UserError,
+                       match=r"^--data .*none: does not exist; pass a folder made by `sov-data pack`$"):
         api.pretrain(config, [tmp_path / "none"], tmp_path / "run")
 
 
 @pytest.mark.parametrize(("code", "said", "error"), [
     (2, "warning: x\nerror: a: 2 problems\n  one\n  two\n", UserError("a: 2 problems\n  one\n  two")),
     (3, "gate: too low\n", GateFailed("too low")), (75, "step 3\nstopped: saved\n", StopRequested("saved")),
-    (1, "Traceback ...\n", RuntimeError("megatron-sov eval ended with exit code 1; its last words stand on stderr")),
+    (1, "Traceback ...\n",
+     RuntimeError("megatron-sov eval ended with exit code 1; its last words stand on stderr")),
 ])
 def test_how_a_command_ended_is_how_the_function_ends(
-    code: int, said: str, error: Exception, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+    code: int, said: str, error: Exception, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     program = f"import sys; sys.stderr.write({said!r}); sys.exit({code})"
     real = subprocess.Popen
-    monkeypatch.setattr(api.subprocess, "Popen", lambda argv, **more: real([sys.executable, "-c", program], **more))
+    monkeypatch.setattr(api.subprocess, "Popen",
+                        lambda argv, **more: real([sys.executable, "-c", program], **more))
     with pytest.raises(type(error)) as e:
         api._run(["eval"])
     assert str(e.value) == str(error)

@@ -1,6 +1,8 @@
-"""The rules of the house, read from the syntax trees of all sources: who may import whom, and how large things may be.
+"""The rules of the house, read from the syntax trees of all sources: who may import whom,
+and how large things may be.
 
-Each rule is proven on a bad tree as well, so that a rule that sees nothing cannot pass for a rule that is kept.
+Each rule is proven on a bad tree as well, so that a rule that sees nothing cannot pass for a
+rule that is kept.
 """
 
 from __future__ import annotations
@@ -20,18 +22,20 @@ ROOT = Path(__file__).parents[1]
 DATA_ONLY = {"slurm"}
 """Packages at the top that the code reads and nobody imports."""
 
-BASE = {"errors", "version", "command_line", "plugins", "config", "artifacts", "byte_bpe", "documents", "obs", "pages"}
+BASE = {"errors", "version", "command_line", "plugins", "config", "artifacts", "byte_bpe", "documents",
+        "obs", "pages"}
 GROUND = BASE | {"models", "objectives", "recipes", "plan", "runs"}
 FIRST = GROUND | {"data", "mcore"}
 SECOND = FIRST | {"train", "convert", "generate"}
 THIRD = SECOND | {"eval"}
 MAY_IMPORT: dict[str, set[str]] = {
-    "errors": set(), "version": set(), "command_line": {"errors", "version"}, "plugins": {"errors", "version"},
-    "config": {"errors", "plugins"}, "artifacts": {"errors", "version"},
+    "errors": set(), "version": set(), "command_line": {"errors", "version"},
+    "plugins": {"errors", "version"}, "config": {"errors", "plugins"}, "artifacts": {"errors", "version"},
     "byte_bpe": set(), "documents": {"errors"}, "obs": BASE, "pages": {"version"},
-    "models": BASE, "objectives": BASE, "recipes": BASE | {"models", "objectives"}, "plan": GROUND, "runs": BASE,
-    "data": GROUND, "mcore": GROUND,
-    "convert": FIRST, "train": FIRST | {"convert"}, "generate": FIRST | {"convert"},  # both accept a Hugging Face folder
+    "models": BASE, "objectives": BASE, "recipes": BASE | {"models", "objectives"}, "plan": GROUND,
+    "runs": BASE, "data": GROUND, "mcore": GROUND,
+    # both accept a Hugging Face folder
+    "convert": FIRST, "train": FIRST | {"convert"}, "generate": FIRST | {"convert"},
     "eval": SECOND,
     "extend": THIRD, "post": THIRD, "doctor": THIRD, "slurm": GROUND,
     "report": GROUND, "watch": GROUND | {"slurm"},
@@ -39,18 +43,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": BASE | {"commands"}, "__main__": {"cli"}, "api": GROUND, "__init__": SECOND | {"api"},
     "tokenizer": BASE, "data_prep": BASE,
 }
-"""Room -> rooms of megatron_sov that it may import besides itself; a room of the same floor only where it is named."""
+"""Room -> rooms of megatron_sov that it may import besides itself; a room of the same floor only
+where it is named."""
 
 WINGS: dict[str, tuple[set[str], ...]] = {
     "megatron_sov/mcore": ({"parallel"}, {"model"}, {"optimizer", "decode"}, {"checkpoint"}),
     "megatron_sov/train": ({"guards", "side_jobs"}, {""}),
     "tokenizer": ({"bpe"}, {"formats"}, {"report", "graft"}, {"compare"}),
 }
-"""Folder -> the floors of its wings from the ground up; "" stands for the files that lie in the folder itself, and where it does
-not stand they are free.  A wing imports those on lower floors only."""
+"""Folder -> the floors of its wings from the ground up; "" stands for the files that lie in the folder
+itself, and where it does not stand they are free.  A wing imports those on lower floors only."""
 
-TORCH_FREE = GROUND | {"doctor", "report", "watch", "bundle", "commands", "cli", "api", "__init__", "tokenizer", "data_prep",
-                       "slurm"}
+TORCH_FREE = GROUND | {"doctor", "report", "watch", "bundle", "commands", "cli", "api", "__init__",
+                       "tokenizer", "data_prep", "slurm"}
 HEAVY = {"torch", "transformers", "megatron", "vllm", "transformer_engine"}
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 MAY_UNPICKLE: set[str] = set()
@@ -80,7 +85,8 @@ class Source:
         return ast.parse(self.path.read_text(encoding="utf-8"))
 
     def imports(self, top_level_only: bool = False) -> Iterator[tuple[int, str]]:
-        """Yield (line, dotted name) of every import; `from a import b` yields a.b, since b may be a module."""
+        """Yield (line, dotted name) of every import; `from a import b` yields a.b,
+        since b may be a module."""
         for node in _top_level(self.tree) if top_level_only else ast.walk(self.tree):
             if isinstance(node, ast.Import):
                 yield from ((node.lineno, alias.name) for alias in node.names)
@@ -127,10 +133,12 @@ def import_problems(source: Source) -> Iterator[str]:
             yield f"{where}: apex is not used"
         if parts[0] in PICKLES and source.name not in MAY_UNPICKLE:
             yield f"{where}: foreign files are not unpickled"
-    if source.room in TORCH_FREE or source.path.stem in ("cli", "command") or source.path.stem.endswith("_command"):
+    if (source.room in TORCH_FREE or source.path.stem in ("cli", "command")
+            or source.path.stem.endswith("_command")):
         for line, name in source.imports(top_level_only=True):
             if name.split(".")[0] in HEAVY:
-                yield f"{source.name}:{line}: imports {name} at module level; import it inside the function that needs it"
+                yield (f"{source.name}:{line}: imports {name} at module level; "
+                       "import it inside the function that needs it")
 
 
 def wing_problems(source: Source) -> Iterator[str]:
@@ -144,7 +152,8 @@ def wing_problems(source: Source) -> Iterator[str]:
             target = source.root.joinpath(*name.split("."))
             there = _wing(target, source.root / folder)
             if there in level and there != here and level[there] >= level[here]:
-                yield f"{source.name}:{line}: imports {name}: wing '{here}' of {folder} may not import '{there}'"
+                yield (f"{source.name}:{line}: imports {name}: wing '{here}' of {folder} may not "
+                       f"import '{there}'")
 
 
 def _wing(path: Path, folder: Path) -> str | None:
@@ -157,8 +166,10 @@ def _wing(path: Path, folder: Path) -> str | None:
 
 def circles(found: list[Source]) -> list[str]:
     """Return the files that import each other in a loop, lazily or for types alone counted in."""
-    modules = {source.name.removesuffix(".py").removesuffix("/__init__").replace("/", "."): source for source in found}
-    arrows = {name: {target for _, imported in source.imports() for target in (imported, imported.rpartition(".")[0])
+    modules = {source.name.removesuffix(".py").removesuffix("/__init__").replace("/", "."): source
+               for source in found}
+    arrows = {name: {target
+                     for _, imported in source.imports() for target in (imported, imported.rpartition(".")[0])
                      if target in modules and target != name and modules[target].path.name != "__init__.py"}
               for name, source in modules.items()}
     try:
@@ -170,7 +181,8 @@ def circles(found: list[Source]) -> list[str]:
 
 def room_problems(source: Source) -> Iterator[str]:
     """Every room stands in the table, so that a new one is given its floor."""
-    if source.path.parent != source.root and source.room not in MAY_IMPORT and source.path.name != "__init__.py":
+    if (source.path.parent != source.root and source.room not in MAY_IMPORT
+            and source.path.name != "__init__.py"):
         yield f"{source.name}: room '{source.room}' has no floor; add it to MAY_IMPORT"
 
 
@@ -197,13 +209,15 @@ def size_problems(source: Source) -> Iterator[str]:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.end_lineno is not None:
             length = node.end_lineno - node.lineno + 1
             if length > MAX_FUNCTION_LINES:
-                yield f"{source.name}:{node.lineno}: {node.name} has {length} lines, at most {MAX_FUNCTION_LINES}"
+                yield (f"{source.name}:{node.lineno}: {node.name} has {length} lines, "
+                       f"at most {MAX_FUNCTION_LINES}")
 
 
 def data_problems(source: Source) -> Iterator[str]:
     """Code in a package that holds data alone: it would be a second place for the same."""
     package = source.path.relative_to(source.root).parts[0]
-    only_says_what_it_is = source.path.name == "__init__.py" and ast.get_docstring(source.tree) and len(source.tree.body) == 1
+    only_says_what_it_is = (source.path.name == "__init__.py" and ast.get_docstring(source.tree)
+                            and len(source.tree.body) == 1)
     if package in DATA_ONLY and not only_says_what_it_is:
         yield f"{source.name}: {package} holds data alone; its code belongs into megatron_sov/{package}"
 
@@ -227,21 +241,29 @@ def test_no_files_import_each_other_in_a_circle(tmp_path: Path) -> None:
 
 
 BAD = [
-    ("megatron_sov/config/run.py", "from megatron_sov.artifacts import to_json", "room 'config' may not import 'artifacts'"),
-    ("megatron_sov/data/order.py", "def f():\n    import megatron_sov.train.loop", "room 'data' may not import 'train'"),
+    ("megatron_sov/config/run.py", "from megatron_sov.artifacts import to_json",
+     "room 'config' may not import 'artifacts'"),
+    ("megatron_sov/data/order.py", "def f():\n    import megatron_sov.train.loop",
+     "room 'data' may not import 'train'"),
     ("megatron_sov/data/order.py", "from ..train import loop", "room 'data' may not import 'train'"),
-    ("megatron_sov/mcore/model/specs.py", "from megatron_sov import data", "room 'mcore' may not import 'data'"),
+    ("megatron_sov/mcore/model/specs.py", "from megatron_sov import data",
+     "room 'mcore' may not import 'data'"),
     ("megatron_sov/train/loop.py", "from megatron_sov import post", "room 'train' may not import 'post'"),
-    ("tokenizer/train.py", "from megatron_sov.models import count", "room 'tokenizer' may not import 'models'"),
+    ("tokenizer/train.py", "from megatron_sov.models import count",
+     "room 'tokenizer' may not import 'models'"),
     ("data_prep/pack.py", "import tokenizer.train", "rooms meet 'tokenizer' in artifacts only"),
     ("data_prep/pack.py", "def f():\n    import megatron.core", "only megatron_sov/mcore imports megatron"),
     ("demo.py", "from megatron.core import parallel_state", "only megatron_sov/mcore imports megatron"),
-    ("megatron_sov/mcore/model/specs.py", "from megatron.training import get_args", "only megatron.core is used"),
+    ("megatron_sov/mcore/model/specs.py", "from megatron.training import get_args",
+     "only megatron.core is used"),
     ("megatron_sov/mcore/model/specs.py", "import apex", "apex is not used"),
-    ("megatron_sov/watch/state.py", "from megatron_sov.train import stage", "room 'watch' may not import 'train'"),
-    ("megatron_sov/report/page.py", "def f():\n    from megatron_sov import mcore", "room 'report' may not import 'mcore'"),
+    ("megatron_sov/watch/state.py", "from megatron_sov.train import stage",
+     "room 'watch' may not import 'train'"),
+    ("megatron_sov/report/page.py", "def f():\n    from megatron_sov import mcore",
+     "room 'report' may not import 'mcore'"),
     ("megatron_sov/data/order.py", "import pickle", "not unpickled"),
-    ("megatron_sov/recipes/tiny.py", "try:\n    import torch\nexcept ImportError:\n    torch = None", "at module level"),
+    ("megatron_sov/recipes/tiny.py", "try:\n    import torch\nexcept ImportError:\n    torch = None",
+     "at module level"),
     ("megatron_sov/commands/pretrain.py", "from transformers import AutoTokenizer", "at module level"),
     ("megatron_sov/commands/sft.py", "import torch.distributed as dist", "at module level"),
     ("megatron_sov/train/loop.py", "x = torch.load(f)", "weights_only=True"),
@@ -249,8 +271,10 @@ BAD = [
     ("megatron_sov/data/order.py", "x = np.load(f, allow_pickle=True)", "allow_pickle"),
     ("megatron_sov/data/utils.py", "", "named after nothing"),
     ("megatron_sov/cellar/wine.py", "", "has no floor"),
-    ("megatron_sov/slurm/stages.py", "from megatron_sov.commands import eval", "room 'slurm' may not import 'commands'"),
-    ("megatron_sov/slurm/chain.py", "from megatron_sov.train import stage_config", "room 'slurm' may not import 'train'"),
+    ("megatron_sov/slurm/stages.py", "from megatron_sov.commands import eval",
+     "room 'slurm' may not import 'commands'"),
+    ("megatron_sov/slurm/chain.py", "from megatron_sov.train import stage_config",
+     "room 'slurm' may not import 'train'"),
     ("slurm/__init__.py", "import megatron_sov.version", "slurm holds data alone"),
     ("slurm/chains.py", "", "slurm holds data alone"),
     ("megatron_sov/data/order.py", "x = 1\n" * 401, "has 401 lines"),
@@ -275,7 +299,8 @@ def test_a_wing_sees_only_what_lies_below_it(tmp_path: Path) -> None:
     mcore = tmp_path / "megatron_sov/mcore"
     (mcore / "parallel/world.py").write_text("from megatron_sov.mcore.model import specs")
     (mcore / "model/specs.py").write_text("from megatron_sov.mcore.parallel import world")
-    (mcore / "decode/cached.py").write_text("def f():\n    from megatron_sov.mcore.optimizer.muon import Muon")
+    (mcore / "decode/cached.py").write_text(
+        "def f():\n    from megatron_sov.mcore.optimizer.muon import Muon")
     assert [problem for source in sources(tmp_path) for problem in wing_problems(source)] == [
         "megatron_sov/mcore/decode/cached.py:2: imports megatron_sov.mcore.optimizer.muon.Muon: "
         "wing 'decode' of megatron_sov/mcore may not import 'optimizer'",
@@ -286,5 +311,6 @@ def test_a_wing_sees_only_what_lies_below_it(tmp_path: Path) -> None:
 def test_lazy_and_type_checking_imports_are_allowed_where_torch_is_not(tmp_path: Path) -> None:
     path = tmp_path / "megatron_sov/commands/pretrain.py"
     path.parent.mkdir(parents=True)
-    path.write_text("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch\ndef run():\n    import torch\n")
+    path.write_text("from typing import TYPE_CHECKING\n"
+                    "if TYPE_CHECKING:\n    import torch\ndef run():\n    import torch\n")
     assert [problem for source in sources(tmp_path) for rule in RULES for problem in rule(source)] == []

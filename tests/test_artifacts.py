@@ -65,12 +65,14 @@ def test_an_artifact_holds_what_was_written_and_says_so(tmp_path: Path) -> None:
     manifest = read_manifest(tmp_path / "deep/er/a", "tokens")
     assert (manifest.content, manifest.settings) == ({"num_tokens": 3}, {"seed": 7})
     assert manifest.files == {"data.bin": FileRecord(hashlib.sha256(b"abc").hexdigest(), 3)}
-    assert manifest.inputs == [{"kind": "corpus", "path": str(source), "manifest_sha256": manifest_sha256(source)}]
+    assert manifest.inputs == [{"kind": "corpus", "path": str(source),
+                                "manifest_sha256": manifest_sha256(source)}]
     assert damaged_files(tmp_path / "deep/er/a") == []
     assert [p.name for p in (tmp_path / "deep/er").iterdir()] == ["a"]
 
 
-def test_an_artifact_whose_process_is_killed_does_not_exist_and_its_remains_are_cleared(tmp_path: Path) -> None:
+def test_an_artifact_whose_process_is_killed_does_not_exist_and_its_remains_are_cleared(
+        tmp_path: Path) -> None:
     path = tmp_path / "a"
     killed_in_the_middle("""
         with artifacts.new_artifact(path, "tokens") as writer:
@@ -110,7 +112,8 @@ def test_the_folder_of_a_living_process_is_left_alone(tmp_path: Path) -> None:
     assert other.exists()
 
 
-def test_the_folder_of_a_process_that_has_ended_is_cleared_even_if_its_parent_took_no_note(tmp_path: Path) -> None:
+def test_the_folder_of_a_process_that_has_ended_is_cleared_even_if_its_parent_took_no_note(
+        tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", "pass"]) as child:
         while psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE:
             time.sleep(0.001)
@@ -128,13 +131,15 @@ def test_an_exception_leaves_nothing_behind(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
 def test_a_full_disk_is_one_sentence_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="a: no space left on the device; free some"), new_artifact(tmp_path / "a", "tokens"):
+    with (pytest.raises(UserError, match="a: no space left on the device; free some"),
+          new_artifact(tmp_path / "a", "tokens")):
         Path("/dev/full").write_text("x")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("code", "sentence"), [
-    (errno.ENOSPC, "no space left on the device"), (errno.EROFS, "cannot be written"), (errno.EACCES, "cannot be written"),
+    (errno.ENOSPC, "no space left on the device"), (errno.EROFS, "cannot be written"),
+    (errno.EACCES, "cannot be written"),
 ])
 def test_atomic_write_keeps_the_old_content_when_the_disk_refuses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, sentence: str,
@@ -161,7 +166,8 @@ def test_atomic_write_takes_text_and_bytes(tmp_path: Path) -> None:
 
 def test_where_a_result_cannot_lie_is_said_before_the_work(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    for path, sentence in ((tmp_path, "is a folder; name the file"), (tmp_path / "file/a/b", "file is a file, so nothing")):
+    for path, sentence in ((tmp_path, "is a folder; name the file"),
+                           (tmp_path / "file/a/b", "file is a file, so nothing")):
         with pytest.raises(UserError, match=rf"--out {path}: .*{sentence}"):
             check_output("--out", path)
     check_output("--out", tmp_path / "new/folders/page.html")
@@ -171,7 +177,8 @@ def test_where_a_result_cannot_lie_is_said_before_the_work(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(("path", "sentence"), [
-    (".", "has no name of its own"), ("..", "has no name of its own"), ("file/x", "file is a file, so nothing can lie in it")])
+    (".", "has no name of its own"), ("..", "has no name of its own"),
+    ("file/x", "file is a file, so nothing can lie in it")])
 def test_where_no_artifact_can_lie_is_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, sentence: str,
 ) -> None:
@@ -232,7 +239,8 @@ def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
 
 
 def rewritten(path: Path, **changes: Any) -> Path:
-    """Change fields of an artifact's manifest by hand, which has no hash of itself then, as in earlier versions."""
+    """Change fields of an artifact's manifest by hand, which has no hash of itself then,
+    as in earlier versions."""
     manifest = json.loads((path / MANIFEST).read_text())
     (path / MANIFEST).write_text(json.dumps(manifest | {"sha256": ""} | changes))
     return path
@@ -240,7 +248,8 @@ def rewritten(path: Path, **changes: Any) -> Path:
 
 def test_a_newer_format_is_refused_even_where_it_has_other_fields(tmp_path: Path) -> None:
     path = rewritten(build(tmp_path / "a"), format_version=artifacts.FORMAT_VERSION + 1, shards=[])
-    with pytest.raises(UserError, match="format_version 2 is newer than 1, the newest that this version reads; update"):
+    with pytest.raises(UserError,
+                       match="format_version 2 is newer than 1, the newest that this version reads; update"):
         read_manifest(path)
 
 
@@ -274,7 +283,8 @@ def test_a_manifest_knows_its_own_bytes(tmp_path: Path) -> None:
 def test_what_is_not_the_artifact_that_is_needed_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for name in ("nowhere", "file"):
-        with pytest.raises(UserError, match=f"{name}: has no manifest.json, so it is not a 'tokens' artifact"):
+        with pytest.raises(UserError,
+                           match=f"{name}: has no manifest.json, so it is not a 'tokens' artifact"):
             read_manifest(tmp_path / name, "tokens")
     with pytest.raises(UserError, match="is a 'tokens' artifact where a 'tokenizer' artifact is needed"):
         read_manifest(build(tmp_path / "a"), "tokenizer")

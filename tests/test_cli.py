@@ -24,7 +24,8 @@ ENTRIES = {"megatron-sov": "megatron_sov.cli", "sov-tokenizer": "tokenizer.cli",
 
 
 def run_main(module: str, *argv: str) -> subprocess.CompletedProcess[str]:
-    """Run a command's `main` in a fresh interpreter; it ends with exit code 99 when something heavy was imported."""
+    """Run a command's `main` in a fresh interpreter; it ends with exit code 99 when something
+    heavy was imported."""
     program = (
         "import importlib, sys\n"
         "sys.argv[0] = sys.argv.pop(1)\n"
@@ -34,8 +35,8 @@ def run_main(module: str, *argv: str) -> subprocess.CompletedProcess[str]:
         "print('heavy:', heavy, file=sys.stderr) if heavy else None\n"
         "sys.exit(99 if heavy else code)\n"
     )
-    return subprocess.run([sys.executable, "-c", program, module, *argv], capture_output=True, text=True, cwd=ROOT, timeout=60,
-                          env={**os.environ, "COLUMNS": "200"})
+    return subprocess.run([sys.executable, "-c", program, module, *argv], capture_output=True, text=True,
+                          cwd=ROOT, timeout=60, env={**os.environ, "COLUMNS": "200"})
 
 
 def cpu_s(action: Callable[[], subprocess.CompletedProcess[str]]) -> float:
@@ -49,10 +50,11 @@ def cpu_s(action: Callable[[], subprocess.CompletedProcess[str]]) -> float:
 
 @pytest.mark.parametrize("module", ENTRIES.values(), ids=ENTRIES)
 def test_help_needs_no_torch_and_little_time(module: str) -> None:
-    """Beside a process that imports numpy, on the same machine at the same time: how fast it is does not matter."""
+    """Beside a process that imports numpy, on the same machine at the same time:
+    how fast it is does not matter."""
     measure = [sys.executable, "-c", "import numpy"]
-    pairs = [(cpu_s(lambda: run_main(module, "--help")),
-              cpu_s(lambda: subprocess.run(measure, capture_output=True, text=True, check=True))) for _ in range(3)]
+    pairs = [(cpu_s(lambda: run_main(module, "--help")), cpu_s(
+        lambda: subprocess.run(measure, capture_output=True, text=True, check=True))) for _ in range(3)]
     helps_s, numpys_s = zip(*pairs, strict=True)
     assert min(helps_s) < HELP_CPU_LIMIT * min(numpys_s), pairs
 
@@ -93,7 +95,8 @@ def test_no_command_prints_the_help_and_is_a_mistake(capsys: pytest.CaptureFixtu
     (BrokenPipeError(), 0, ""),
 ])
 def test_exit_codes(
-    outcome: object, code: int, stderr: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    outcome: object, code: int, stderr: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def run(args: object) -> int:
         if isinstance(outcome, BaseException):
@@ -127,7 +130,8 @@ def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(args: object) -> int:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(cli.importlib, "import_module", lambda name: SimpleNamespace(add_arguments=lambda parser: None, run=run))
+    monkeypatch.setattr(cli.importlib, "import_module",
+                        lambda name: SimpleNamespace(add_arguments=lambda parser: None, run=run))
     with pytest.raises(ZeroDivisionError):
         cli.main(["doctor"])
 
@@ -139,11 +143,12 @@ def test_a_wrong_argument_ends_with_2(capsys: pytest.CaptureFixture[str]) -> Non
     assert "--jsno" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("command", "first"), [("commands/pretrain.py", "train.stage"), ("commands/extend.py", "extend.stages"),
-                                                ("commands/sft.py", "post.sft import"),
-                                                ("commands/generate.py", "generate.load")])
+@pytest.mark.parametrize(("command", "first"),
+                         [("commands/pretrain.py", "train.stage"), ("commands/extend.py", "extend.stages"),
+                          ("commands/sft.py", "post.sft import"), ("commands/generate.py", "generate.load")])
 def test_the_door_to_megatron_is_opened_before_megatron_is_imported(command: str, first: str) -> None:
-    """Behind a closed door every function that megatron compiles is compiled, 9 s in a CPU's first step, and warnings abound."""
+    """Behind a closed door every function that megatron compiles is compiled, 9 s in a CPU's first step,
+    and warnings abound."""
     text = (ROOT / "megatron_sov" / command).read_text(encoding="utf-8")
     assert 0 < text.index("    prepare_megatron()\n") < text.index(f"    from megatron_sov.{first}")
 
@@ -166,7 +171,8 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_a_package_adds_a_command(package, capsys: pytest.CaptureFixture[str]) -> None:
     package("measure = lab_commands\npretrain = lab_commands",
-            "HELP = 'measure it'\ndef add_arguments(parser): parser.add_argument('--twice', action='store_true')\n"
+            "HELP = 'measure it'\ndef add_arguments(parser): parser.add_argument('--twice', "
+            "action='store_true')\n"
             "def run(args): print('measured', args.twice); return 4\n")
     assert cli.main(["measure", "--twice"]) == 4
     assert cli.main(["--help"]) == 0

@@ -17,8 +17,8 @@ ENTRIES = {"megatron-sov": "megatron_sov.cli", "sov-tokenizer": "tokenizer.cli",
 
 @pytest.mark.parametrize("program", ENTRIES)
 def test_every_program_tells_its_version(program: str) -> None:
-    done = subprocess.run([sys.executable, "-m", ENTRIES[program], "--version"], capture_output=True, text=True, check=False,
-                          cwd=Path(__file__).parents[1])
+    done = subprocess.run([sys.executable, "-m", ENTRIES[program], "--version"], capture_output=True,
+                          text=True, check=False, cwd=Path(__file__).parents[1])
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{program} {__version__}\n", "")
 
 

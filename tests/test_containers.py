@@ -1,4 +1,5 @@
-"""The container definitions: both make the same image, from what lies in the repository, at the versions of constraints.txt."""
+"""The container definitions: both make the same image, from what lies in the repository,
+at the versions of constraints.txt."""
 
 from __future__ import annotations
 
@@ -49,7 +50,8 @@ def test_all_that_setup_needs_is_copied() -> None:
     places = docker_copies()
     assert {name for name in places if not (ROOT / name).exists()} == set()
     packages = {p.parent.name for p in ROOT.glob("*/__init__.py") if p.parent.name != "tests"}
-    wanted = {"setup.py", "pyproject.toml", "constraints.txt", "README.md", "LICENSE", "containers/install.sh"} | packages
+    wanted = {"setup.py", "pyproject.toml", "constraints.txt", "README.md", "LICENSE",
+              "containers/install.sh"} | packages
     assert places == {name: f"/opt/megatron-sov/{name}" for name in wanted}
 
 
@@ -57,11 +59,13 @@ def test_pins_are_those_of_the_repository_but_for_the_torch_of_the_image(tmp_pat
     python = tmp_path / "python"
     python.write_text(RECORDER)
     python.chmod(python.stat().st_mode | stat.S_IXUSR)
-    environment = os.environ | {"PYTHON": str(python), "RECORD": str(tmp_path), "PIP_CONSTRAINT": "/etc/pip/constraint.txt"}
+    environment = os.environ | {"PYTHON": str(python), "RECORD": str(tmp_path),
+                                "PIP_CONSTRAINT": "/etc/pip/constraint.txt"}
     subprocess.run(["sh", str(ROOT / "containers/install.sh")], env=environment, check=True)
     *options, source = (tmp_path / "arguments").read_text().splitlines()
     assert options[:4] == ["-m", "pip", "install", "--no-cache-dir"] and source == str(ROOT)
-    ours = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("torch==")]
+    ours = [line for line in (ROOT / "constraints.txt").read_text().splitlines()
+            if not line.startswith("torch==")]
     assert (tmp_path / "pins").read_text().splitlines() == [*ours, "torch==2.13.0a0+nv26.07"]
     assert "megatron-core==0.16.1" in ours
     assert (tmp_path / "constraint").read_text() == "unset"
@@ -73,9 +77,11 @@ def test_every_dependency_of_setup_is_pinned_within_its_bounds() -> None:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
     pinned = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in pins.items()}
-    listed = re.search(r"^INSTALL_REQUIRES = \[\n(.*?)^\]", (ROOT / "setup.py").read_text(), re.MULTILINE | re.DOTALL)
+    listed = re.search(r"^INSTALL_REQUIRES = \[\n(.*?)^\]", (ROOT / "setup.py").read_text(),
+                       re.MULTILINE | re.DOTALL)
     assert listed is not None
     needs = [Requirement(text) for text in re.findall(r'"([^"]+)"', listed[1])]
     assert len(needs) > 10
     for need in needs:
-        assert need.specifier.contains(pinned[re.sub(r"[-_.]+", "-", need.name).lower()]), f"{need}: constraints.txt disagrees"
+        assert need.specifier.contains(pinned[re.sub(r"[-_.]+", "-", need.name).lower()]), (
+            f"{need}: constraints.txt disagrees")

@@ -22,9 +22,11 @@ TRAINS = ("pretrain", "extend", "sft")
 
 
 def commands_of(text: str) -> list[str]:
-    """Return our commands in the fenced blocks of a page, with continued lines joined and prompts and folders removed."""
+    """Return our commands in the fenced blocks of a page, with continued lines joined and prompts
+    and folders removed."""
     blocks = re.findall(r"^```[a-z]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    lines = [line.strip().removeprefix("$ ") for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    lines = [line.strip().removeprefix("$ ") for block in blocks
+             for line in block.replace("\\\n", " ").splitlines()]
     lines = [line.removeprefix(".venv/bin/") for line in lines]
     return [line for line in lines if line.split(" ")[0] in ENTRIES]
 
@@ -39,7 +41,8 @@ def parse(line: str) -> argparse.Namespace:
     return parser.parse_args(argv[1:])
 
 
-COMMANDS = [pytest.param(line, id=f"{page.name}: {line[:60]}") for page in PAGES for line in commands_of(page.read_text())]
+COMMANDS = [pytest.param(line, id=f"{page.name}: {line[:60]}") for page in PAGES
+            for line in commands_of(page.read_text())]
 
 
 @pytest.mark.parametrize("line", COMMANDS)
@@ -47,10 +50,12 @@ def test_every_command_on_a_page_parses(line: str) -> None:
     parse(line)
 
 
-@pytest.mark.parametrize("line", [c for c in COMMANDS if " --set " in c.values[0] and c.values[0].split()[1] in TRAINS])
+@pytest.mark.parametrize(
+    "line", [c for c in COMMANDS if " --set " in c.values[0] and c.values[0].split()[1] in TRAINS])
 def test_every_setting_on_a_page_is_one_that_the_recipe_takes(line: str) -> None:
     args = parse(line)
-    if args.recipe is None or is_reference(args.recipe):  # tests/test_own_code.py runs those with a recipe of one's own
+    # tests/test_own_code.py runs those with a recipe of one's own
+    if args.recipe is None or is_reference(args.recipe):
         assert args.config is not None or line in commands_of((ROOT / "docs/own_code.md").read_text())
         return
     changed = apply_settings(recipes.get(args.recipe), args.settings)

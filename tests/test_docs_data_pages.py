@@ -22,7 +22,8 @@ MAINS = {"sov-tokenizer": tokenizer.cli.main, "sov-data": data_prep.cli.main}
 
 
 def blocks(page: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", (DOCS / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return re.findall(rf"^```{language}\n(.*?)^```$", (DOCS / page).read_text(encoding="utf-8"),
+                      re.MULTILINE | re.DOTALL)
 
 
 def commands(page: str) -> list[list[str]]:
@@ -32,7 +33,8 @@ def commands(page: str) -> list[list[str]]:
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hf_models: dict[str, Path]) -> Path:
     """A folder with the files that the pages name; gathering text from this machine is cut short."""
-    texts = {"english": textwrap.TextWrapper.__doc__ or "", "code": inspect.getsource(textwrap), "korean": "한국어 문장. " * 9}
+    texts = {"english": textwrap.TextWrapper.__doc__ or "", "code": inspect.getsource(textwrap),
+             "korean": "한국어 문장. " * 9}
     (tmp_path / "corpus").mkdir()
     (tmp_path / "my-texts").mkdir()
     shutil.copytree(hf_models["solar_open"], tmp_path / "my-model")
@@ -43,13 +45,16 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hf_models: dict[s
         (tmp_path / f"corpus/{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
         (tmp_path / f"my-texts/{name}.txt").write_text(text)
         (tmp_path / f"heldout/{name}.jsonl").write_text(json.dumps({"text": text[::-1]}))
-    chats = [{"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i}!"}]} for i in range(30)]
+    chats = [{"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i}!"}]}
+             for i in range(30)]
     (tmp_path / "corpus/chat.jsonl").write_text("\n".join(map(json.dumps, chats)))
     (tmp_path / "pairs.jsonl").write_text("\n".join(
         json.dumps({"prompt": f"{i} + 1?", "chosen": f"{i + 1}", "rejected": "No idea."}) for i in range(30)))
-    (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": f"{i} + 1?", "answer": i + 1}) for i in range(30)))
+    (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": f"{i} + 1?", "answer": i + 1})
+                                                      for i in range(30)))
     (tmp_path / "solutions.jsonl").write_text("\n".join(
-        json.dumps({"query": f"{i} + 1?", "solutions": [f"Count on from {i}.", {"thinking": "One more.", "answer": f"{i + 1}"}]})
+        json.dumps({"query": f"{i} + 1?",
+                    "solutions": [f"Count on from {i}.", {"thinking": "One more.", "answer": f"{i + 1}"}]})
         for i in range(30)))
     (tmp_path / "crawl.jsonl").write_text('{"text": "a good line"}\n{"text": "cut o')
     (tmp_path / "rules.json").write_text(blocks("tokenizer.md", "json")[0])
@@ -66,8 +71,10 @@ def test_what_the_pages_show_runs(workplace: Path) -> None:
     shown = [command for page in ("tokenizer.md", "data.md") for command in commands(page)]
     assert len(shown) == 21
     for name, *arguments in shown:
-        arguments += ["--skip", "worst"] * (arguments[0] == "report")  # megabytes of one letter take their time
-        smaller = ["600" if a == "2048" else a for a in arguments]  # the text here is too small for the page's vocabulary
+        # megabytes of one letter take their time
+        arguments += ["--skip", "worst"] * (arguments[0] == "report")
+        # the text here is too small for the page's vocabulary
+        smaller = ["600" if a == "2048" else a for a in arguments]
         assert MAINS[name](smaller) == 0, (name, arguments)
     for snippet in blocks("tokenizer.md", "python"):
         exec(compile(snippet, "tokenizer.md", "exec"), {})

@@ -43,30 +43,35 @@ def test_the_built_in_one_is_the_commands(tmp_path: Path) -> None:
 
 
 def test_its_settings_are_its_arguments(tmp_path: Path) -> None:
-    name = load(tmp_path, "class Mine:\n    def __init__(self, config, batches, *, gamma: float = 2.0, kind='a'):\n"
+    name = load(tmp_path, "class Mine:\n    def __init__(self, config, batches, *, gamma: "
+                          "float = 2.0, kind='a'):\n"
                           "        self.made = config, batches, gamma, kind\n"
                           "        self.coefficients = {'x': 1.0}\n" + METHODS)
     config = config_of(name, gamma=3, kind=["any"])
     objectives.check(config)
     made: Any = objectives.factory(config, None)(config, "batches")  # type: ignore[arg-type]
     assert made.made == (config, "batches", 3, ["any"])
-    with pytest.raises(UserError, match=r"options.gama: objective Mine has no such setting; did you mean 'gamma'\?; "
-                                        r"objective.options.gamma = None: Input should be a valid number"):
+    with pytest.raises(UserError, match=r"options.gama: objective Mine has no such setting; "
+                                        r"did you mean 'gamma'\?; objective.options.gamma = None: "
+                                        r"Input should be a valid number"):
         objectives.check(config_of(name, gama=1, gamma=None))
 
 
 def test_types_that_are_known_to_checkers_alone_are_not_checked(tmp_path: Path) -> None:
-    name = load(tmp_path, "from __future__ import annotations\nclass Mine:\n    def __init__(self, config: RunConfig, batches, "
-                          f"size: Size = 1): ...\n{METHODS}")
+    name = load(tmp_path, "from __future__ import annotations\nclass Mine:\n    def __init__(self, config: "
+                          f"RunConfig, batches, size: Size = 1): ...\n{METHODS}")
     objectives.check(config_of(name, size="anything"))
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    (f"class Mine:\n    def __init__(self, config): ...\n{METHODS}", r"is made by Mine\(config\); an objective is made by"),
-    (f"class Mine:\n    def __init__(self, config, batches, *, must): ...\n{METHODS}", r"by name and with defaults"),
+    (f"class Mine:\n    def __init__(self, config): ...\n{METHODS}",
+     r"is made by Mine\(config\); an objective is made by"),
+    (f"class Mine:\n    def __init__(self, config, batches, *, must): ...\n{METHODS}",
+     r"by name and with defaults"),
     ("class Mine:\n    def loss(self, hidden, head): ...",
      r"needs collect\(.*prepare\(.*loss\(self, hidden, head, batch\); it has loss\(self, hidden, head\)"),
-    ("def Mine(config, batches): ...", r"is a function; an objective is a class with collect\(self, policy, step\)"),
+    ("def Mine(config, batches): ...",
+     r"is a function; an objective is a class with collect\(self, policy, step\)"),
 ])
 def test_what_is_none(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
@@ -74,6 +79,8 @@ def test_what_is_none(tmp_path: Path, text: str, message: str) -> None:
 
 
 def test_one_without_coefficients_says_so_when_it_is_made(tmp_path: Path) -> None:
-    config = config_of(load(tmp_path, f"class Mine:\n    def __init__(self, config, batches): ...\n{METHODS}"))
-    with pytest.raises(UserError, match="objective Mine: has no `coefficients`, a dict of term -> its weight"):
+    config = config_of(load(tmp_path,
+                            f"class Mine:\n    def __init__(self, config, batches): ...\n{METHODS}"))
+    with pytest.raises(UserError,
+                       match="objective Mine: has no `coefficients`, a dict of term -> its weight"):
         objectives.factory(config, None)(config, None)  # type: ignore[arg-type]

@@ -1,4 +1,5 @@
-"""docs/own_code.md: its files and commands as they stand there, in a folder elsewhere, with the installed wheel."""
+"""docs/own_code.md: its files and commands as they stand there, in a folder elsewhere,
+with the installed wheel."""
 
 from __future__ import annotations
 
@@ -44,8 +45,8 @@ def run(site: Path, installed: Path, command: str) -> subprocess.CompletedProces
     environment = {**os.environ, "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1",
                    "PATH": f"{installed / 'bin'}{os.pathsep}{os.environ['PATH']}"}
     program, rest = command.split(" ", 1)
-    return subprocess.run(f"{sys.executable} {installed / 'bin' / program} {rest}", shell=True, cwd=site, text=True,
-                          capture_output=True, env=environment, timeout=300, check=False)
+    return subprocess.run(f"{sys.executable} {installed / 'bin' / program} {rest}", shell=True, cwd=site,
+                          text=True, capture_output=True, env=environment, timeout=300, check=False)
 
 
 def done(site: Path, installed: Path, section: str) -> dict[str, Any]:
@@ -69,7 +70,8 @@ def test_a_recipe(site: Path, installed: Path) -> None:
 def test_an_objective(site: Path, installed: Path) -> None:
     config = done(site, installed, "An objective")
     assert config["objective"] == {"name": "Focal", "text_coeff": 0.0, "options": {"gamma": 1.5}}
-    steps = [event for event in map(json.loads, (site / "runs/focal/events.jsonl").open()) if event["event"] == "step"]
+    steps = [event for event in map(json.loads, (site / "runs/focal/events.jsonl").open())
+             if event["event"] == "step"]
     losses = [event["losses"]["focal"] for event in steps]
     plain = [next(iter(event["losses_by_source"].values())) for event in steps]
     assert losses == [event["loss"] for event in steps] and losses[-1] < losses[0]
@@ -78,7 +80,8 @@ def test_an_objective(site: Path, installed: Path) -> None:
 
 def test_a_model_family(site: Path, installed: Path) -> None:
     config = done(site, installed, "A model family")
-    assert (config["model"]["family"], [code["kind"] for code in config["code"]]) == ("llama", ["recipe", "model family"])
+    assert (config["model"]["family"], [code["kind"] for code in config["code"]]) == (
+        "llama", ["recipe", "model family"])
     assert list(config["code"][0]["files"]) == ["my_family.py", "my_recipe.py"]
     assert json.loads((site / "hf/config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
     refused = run(site, installed, "megatron-sov convert to-hf runs/llama other")

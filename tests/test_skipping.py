@@ -30,8 +30,9 @@ def test_skips_count_as_failures_where_all_is_needed(needs_all: str, outcome: st
     (tmp_path / "test_one.py").write_text(ONE)
     (tmp_path / "test_whole.py").write_text(WHOLE)
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "conftest", "-c", str(TESTS.parent / "pyproject.toml"), "--rootdir",
-         str(tmp_path), "-p", "no:cacheprovider", "--continue-on-collection-errors", str(tmp_path)],
+        [sys.executable, "-m", "pytest", "-p", "conftest", "-c", str(TESTS.parent / "pyproject.toml"),
+         "--rootdir", str(tmp_path), "-p", "no:cacheprovider", "--continue-on-collection-errors",
+         str(tmp_path)],
         capture_output=True, text=True, check=False, cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(TESTS), "SOV_NEEDS_ALL": needs_all})
     assert f"= {outcome} in " in done.stdout, done.stdout

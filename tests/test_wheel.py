@@ -20,10 +20,12 @@ def run_installed(installed: Path, *command: str) -> subprocess.CompletedProcess
                           env={**os.environ, "PYTHONPATH": str(installed)})
 
 
-def test_the_wheel_holds_every_file_of_the_rooms_and_nothing_else(wheel: Path, files_of_the_rooms: set[str]) -> None:
+def test_the_wheel_holds_every_file_of_the_rooms_and_nothing_else(wheel: Path,
+                                                                  files_of_the_rooms: set[str]) -> None:
     with zipfile.ZipFile(wheel) as archive:
         inside = {name for name in archive.namelist() if ".dist-info/" not in name}
-        metadata = archive.read(next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))).decode()
+        metadata = archive.read(next(n for n in archive.namelist()
+                                     if n.endswith(".dist-info/METADATA"))).decode()
     assert inside == files_of_the_rooms
     assert "Name: megatron-sov" in metadata
     assert "License: Apache-2.0" in metadata
@@ -38,8 +40,8 @@ def test_the_commands_run_elsewhere(installed: Path, command: str) -> None:
 
 
 def test_ready_scripts_are_written_from_the_wheel(installed: Path) -> None:
-    done = run_installed(installed, sys.executable, str(installed / "bin/megatron-sov"), "submit", "chain", "tiny-solar-open",
-                         "--scripts", "scripts")
+    done = run_installed(installed, sys.executable, str(installed / "bin/megatron-sov"), "submit", "chain",
+                         "tiny-solar-open", "--scripts", "scripts")
     assert (done.returncode, done.stderr) == (0, "")
     written = sorted(p.name for p in (installed.parent / "scripts").iterdir())
     assert written == sorted(p.name for p in (ROOT / "slurm/scripts/tiny-solar-open").iterdir())
@@ -53,4 +55,5 @@ def test_what_runs_is_the_wheel_with_its_data_files(installed: Path) -> None:
     )
     done = run_installed(installed, sys.executable, "-c", program)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [str(installed / "megatron_sov/recipes/__init__.py"), "True", "k-exaone-236b"]
+    assert done.stdout.split() == [str(installed / "megatron_sov/recipes/__init__.py"), "True",
+                                   "k-exaone-236b"]

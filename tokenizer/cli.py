@@ -12,8 +12,8 @@ from tokenizer.formats import export_command, import_command
 from tokenizer.graft import command
 from tokenizer.report import command as report
 
-COMMANDS = {"train": train, "import": import_command, "export": export_command, "graft": command, "report": report,
-            "compare": compare}
+COMMANDS = {"train": train, "import": import_command, "export": export_command, "graft": command,
+            "report": report, "compare": compare}
 
 
 def build_parser() -> argparse.ArgumentParser:

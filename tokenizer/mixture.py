@@ -1,8 +1,9 @@
 """What text a tokenizer learns from: groups of inputs, their weights, and which pieces are seen how often.
 
-Text is taken in pieces of at most `PIECE_BYTES`, cut at blank lines.  A group seen 2.3 times has all its pieces twice, and a
-third time those whose hash lies below a bound that gives 0.3 of the group's bytes.  So what is seen depends on the content
-alone, not on the order of files, and a smaller share is a part of a larger one.
+Text is taken in pieces of at most `PIECE_BYTES`, cut at blank lines.  A group seen 2.3 times has all its
+pieces twice, and a third time those whose hash lies below a bound that gives 0.3 of the group's bytes.  So
+what is seen depends on the content alone, not on the order of files, and a smaller share is a
+part of a larger one.
 """
 
 from __future__ import annotations
@@ -90,13 +91,15 @@ def parse_input(argument: str) -> Group:
             head = rest
         else:
             if not (weight > 0 and math.isfinite(weight)):
-                raise UserError(f"--input {argument!r}: weight {tail} must be a positive number, e.g. {head}:2")
+                raise UserError(f"--input {argument!r}: weight {tail} must be a positive number, "
+                                f"e.g. {head}:2")
             rest = head
     return Group(named[1] if named else rest, (Path(rest),), weight)
 
 
 def gather_groups(arguments: list[str], mixture: str | None) -> list[Group]:
-    """Return the groups of all `--input`, in the order of their names; `mixture`: a published one gives the weights.
+    """Return the groups of all `--input`, in the order of their names; `mixture`:
+    a published one gives the weights.
 
     Raises:
         UserError: weights that contradict one another or the mixture.
@@ -106,8 +109,8 @@ def gather_groups(arguments: list[str], mixture: str | None) -> list[Group]:
         group = parse_input(argument)
         known = found.setdefault(group.name, dataclasses.replace(group, paths=()))
         if None not in (known.weight, group.weight) and known.weight != group.weight:
-            raise UserError(f"--input {argument!r}: the group {group.name} has weight {known.weight:g} already; "
-                            "a weight belongs to the whole group, so give it once")
+            raise UserError(f"--input {argument!r}: the group {group.name} has weight {known.weight:g} "
+                            "already; a weight belongs to the whole group, so give it once")
         weight = group.weight if known.weight is None else known.weight
         if group.paths[0] in known.paths:
             raise UserError(f"--input {argument!r}: is given twice; use a weight to have it seen more often")
@@ -120,26 +123,29 @@ def gather_groups(arguments: list[str], mixture: str | None) -> list[Group]:
 def _weighted(groups: dict[str, Group], mixture: str) -> dict[str, Group]:
     """Give groups the weights of a published mixture."""
     if mixture not in MIXTURES:
-        raise UserError(f"--mixture {mixture!r}: does not exist{nearest(mixture, MIXTURES)} (mixtures: {', '.join(MIXTURES)})")
+        raise UserError(f"--mixture {mixture!r}: does not exist{nearest(mixture, MIXTURES)} (mixtures: "
+                        f"{', '.join(MIXTURES)})")
     weights = MIXTURES[mixture]
     for group in groups.values():
         if group.name not in weights:
-            raise UserError(f"--mixture {mixture}: has no group {group.name!r} (groups: {', '.join(weights)}); "
-                            f"name each input, e.g. --input {next(iter(weights))}=PATH")
+            raise UserError(f"--mixture {mixture}: has no group {group.name!r} (groups: "
+                            f"{', '.join(weights)}); name each input, e.g. "
+                            f"--input {next(iter(weights))}=PATH")
         if group.weight is not None:
-            raise UserError(f"--input {group.name}: has weight {group.weight:g}, but --mixture {mixture} gives the weights; "
-                            "drop one of them")
+            raise UserError(f"--input {group.name}: has weight {group.weight:g}, but --mixture {mixture} "
+                            "gives the weights; drop one of them")
     if missing := [name for name in weights if name not in groups]:
-        raise UserError(f"--mixture {mixture}: has a group {missing[0]!r} that no input belongs to; add --input "
-                        f"{missing[0]}=PATH, or give the weights yourself as --input NAME=PATH:weight")
+        raise UserError(f"--mixture {mixture}: has a group {missing[0]!r} that no input belongs to; "
+                        f"add --input {missing[0]}=PATH, or give the weights yourself as --input "
+                        "NAME=PATH:weight")
     return {name: dataclasses.replace(group, weight=weights[name]) for name, group in groups.items()}
 
 
 def repeats(groups: list[Group], sizes: list[Sizes]) -> list[float]:
     """Return how often each group is to be seen.
 
-    Groups without a weight are seen once.  The weighted ones share their own total of bytes in proportion to their weights,
-    so the amount of text stays the same.
+    Groups without a weight are seen once.  The weighted ones share their own total of bytes in proportion to
+    their weights, so the amount of text stays the same.
     """
     weighted = [(g.weight, s.num_bytes) for g, s in zip(groups, sizes, strict=True) if g.weight is not None]
     total_weight, total_bytes = sum(w for w, _ in weighted), sum(n for _, n in weighted)
@@ -148,7 +154,8 @@ def repeats(groups: list[Group], sizes: list[Sizes]) -> list[float]:
 
 
 def share_of(sizes: Sizes, factor: float) -> Share:
-    """Return the share of a group that comes nearest to `factor` times its bytes, and holds at least one piece."""
+    """Return the share of a group that comes nearest to `factor` times its bytes,
+    and holds at least one piece."""
     whole = math.floor(factor)
     bytes_below = np.concatenate(([0], np.cumsum(sizes.bucket_bytes)))
     buckets = int(np.argmin(np.abs(bytes_below - (factor - whole) * sizes.num_bytes)))
@@ -186,4 +193,5 @@ def pieces(document: Document) -> Iterator[Excerpt]:
 def describe(group: Group, sizes: Sizes, share: Share) -> dict[str, Any]:
     """Return what the manifest says about a group."""
     return {"group": group.name, "paths": [str(p) for p in group.paths], "weight": group.weight,
-            "num_documents": sizes.num_documents, "num_bytes": sizes.num_bytes, "seen_bytes": share_bytes(sizes, share)}
+            "num_documents": sizes.num_documents, "num_bytes": sizes.num_bytes,
+            "seen_bytes": share_bytes(sizes, share)}

@@ -1,8 +1,8 @@
 """Presets: everything that makes a tokenizer what it is, except its text, as data.
 
-The split patterns are those of the Solar Open report (arXiv 2601.07022) and of K-EXAONE's released tokenizer.  Both split
-digits one by one.  The first ids (64 in the presets) are special or reserved, the next 256 are the bytes, merges follow: a
-fixed place for every id that a model's config names, whatever the vocabulary's size.
+The split patterns are those of the Solar Open report (arXiv 2601.07022) and of K-EXAONE's released tokenizer.
+Both split digits one by one.  The first ids (64 in the presets) are special or reserved, the next 256 are the
+bytes, merges follow: a fixed place for every id that a model's config names, whatever the vocabulary's size.
 """
 
 from __future__ import annotations
@@ -32,9 +32,11 @@ class Preset:
     name: str
     """Name on the command line and in the manifest."""
     split_pattern: str
-    """Regular expression (Oniguruma) whose matches, and the text between them, are the units within which bytes merge."""
+    """Regular expression (Oniguruma) whose matches, and the text between them,
+    are the units within which bytes merge."""
     normalization: Literal["nfc", "none"]
-    """nfc: composed Unicode form, so that decomposed Hangul meets composed; none: bytes are kept as they are."""
+    """nfc: composed Unicode form, so that decomposed Hangul meets composed; none:
+    bytes are kept as they are."""
     special_tokens: dict[str, int]
     """Special token -> id below `num_special_ids`; the ids in between become `<|reserved_N|>`."""
     bos_token: str
@@ -50,7 +52,8 @@ class Preset:
     num_special_ids: int = 64
     """Ids kept for special tokens, those reserved for later among them."""
     superword_pattern: str = ""
-    """Split pattern of the finished tokenizer where words may join to superwords (SuperBPE); empty: they may not."""
+    """Split pattern of the finished tokenizer where words may join to superwords (SuperBPE);
+    empty: they may not."""
     superword_share: float = 0.0
     """Share of the vocabulary that spans words."""
     max_superword_words: int = 4
@@ -68,7 +71,8 @@ class Preset:
 
     def problems(self) -> list[str]:
         """Return one sentence for each rule that this preset breaks."""
-        p = [f"special_tokens[{token!r}] = {id_} must lie in 0..{self.num_special_ids - 1}, below num_special_ids"
+        p = [f"special_tokens[{token!r}] = {id_} must lie in 0..{self.num_special_ids - 1}, "
+             "below num_special_ids"
              for token, id_ in self.special_tokens.items() if not 0 <= id_ < self.num_special_ids]
         if len(set(self.special_tokens.values())) < len(self.special_tokens):
             p.append("special_tokens gives one id to two tokens; give each its own")
@@ -85,7 +89,8 @@ class Preset:
         if not 0 <= self.superword_share < 1:
             p.append(f"superword_share = {self.superword_share} must lie between 0 and 1")
         if self.superword_share > 0 and not self.superword_pattern:
-            p.append(f"superword_share = {self.superword_share} needs a superword_pattern in which words join; add it, or set 0")
+            p.append(f"superword_share = {self.superword_share} needs a superword_pattern in which words "
+                     "join; add it, or set 0")
         if self.max_superword_words < 2:
             p.append(f"max_superword_words = {self.max_superword_words} must be at least 2")
         return [*p, *_template_problems(self.chat_template)]
@@ -101,8 +106,10 @@ def _template_problems(template: str) -> list[str]:
     from jinja2 import TemplateSyntaxError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    text = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)  # transformers' own tag around what is to be learned
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    # transformers' own tag around what is to be learned
+    text = re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template)
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                extensions=["jinja2.ext.loopcontrols"])
     try:
         environment.from_string(text)
     except TemplateSyntaxError as e:
@@ -116,12 +123,13 @@ def _reserved_name(id_: int) -> str:
 
 SOLAR_OPEN = Preset(
     name="solar-open",
-    split_pattern=r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    split_pattern=r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+                  r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
                   r"|\s+(?!\S)|\s+",
     normalization="none",
     special_tokens={
-        "<|unk|>": 0, "<|startoftext|>": 1, "<|endoftext|>": 2, "<|begin|>": 20, "<|end|>": 21, "<|think|>": 22,
-        "<|content|>": 23, "<|flush|>": 24, "<|calls|>": 25, "<|tool_calls|>": 30,
+        "<|unk|>": 0, "<|startoftext|>": 1, "<|endoftext|>": 2, "<|begin|>": 20, "<|end|>": 21,
+        "<|think|>": 22, "<|content|>": 23, "<|flush|>": 24, "<|calls|>": 25, "<|tool_calls|>": 30,
     },
     bos_token="<|startoftext|>", eos_token="<|endoftext|>", pad_token="<|endoftext|>",
     chat_template="{% for message in messages %}"
@@ -131,15 +139,18 @@ SOLAR_OPEN = Preset(
 
 K_EXAONE = Preset(
     name="k-exaone",
-    split_pattern=r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?(?:\p{L}\p{M}*)+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]"
+    split_pattern=r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?(?:\p{L}\p{M}*)+|\p{N}"
+                  r"| ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]"
                   r"|\s+(?!\S)|\s+",
-    superword_pattern=r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?(?:\p{L}\p{M}*(?: \p{L}\p{M}*)*)+|\p{N}"
+    superword_pattern=r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?(?:\p{L}\p{M}*(?: \p{L}\p{M}*)*)+"
+                      r"|\p{N}"
                       r"| ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]|\s+(?!\S)|\s+",
     superword_share=0.2,
     normalization="nfc",
     special_tokens={
-        "[PAD]": 0, "[BOS]": 1, "[UNK]": 3, "<|system|>": 49, "<|user|>": 50, "<|assistant|>": 51, "<|tool|>": 52,
-        "<|endofturn|>": 53, "<think>": 54, "</think>": 55, "<tool_call>": 56, "</tool_call>": 57,
+        "[PAD]": 0, "[BOS]": 1, "[UNK]": 3, "<|system|>": 49, "<|user|>": 50, "<|assistant|>": 51,
+        "<|tool|>": 52, "<|endofturn|>": 53, "<think>": 54, "</think>": 55, "<tool_call>": 56,
+        "</tool_call>": 57,
     },
     bos_token="[BOS]", eos_token="<|endofturn|>", pad_token="[PAD]",
     chat_template="{% for message in messages %}"
@@ -154,20 +165,24 @@ CUSTOM = "custom"
 def load_preset(name: str, file: Path | None) -> Preset:
     """Return the preset of that name; `custom` is read from a JSON or YAML file with the fields of `Preset`.
 
-    Instead of `split_pattern` the file may have `digits` (single, triples, runs) and `whitespace` (runs, single).
+    Instead of `split_pattern` the file may have `digits` (single, triples,
+    runs) and `whitespace` (runs, single).
 
     Raises:
         UserError: an unknown name, a missing or malformed file, or fields that break a rule.
     """
     if name != CUSTOM:
         if file is not None:
-            raise UserError(f"--config {file}: belongs to --preset custom, not to --preset {name}; drop one of them")
+            raise UserError(f"--config {file}: belongs to --preset custom, not to --preset {name}; "
+                            "drop one of them")
         if name not in PRESETS:
             known = [*PRESETS, CUSTOM]
-            raise UserError(f"--preset {name!r}: does not exist{nearest(name, known)} (presets: {', '.join(known)})")
+            raise UserError(f"--preset {name!r}: does not exist{nearest(name, known)} (presets: "
+                            f"{', '.join(known)})")
         return PRESETS[name]
     if file is None:
-        raise UserError(f"--preset {name}: needs --config FILE with the tokenizer's rules, JSON or YAML (see docs/tokenizer.md)")
+        raise UserError(f"--preset {name}: needs --config FILE with the tokenizer's rules, JSON or YAML (see "
+                        "docs/tokenizer.md)")
     try:
         preset = TypeAdapter(Preset).validate_python(_with_pattern({"name": CUSTOM, **_read_config(file)}))
     except OSError as e:
@@ -220,7 +235,8 @@ def _unique_loader(yaml: Any) -> Any:
 
     def mapping(loader: Any, node: Any) -> dict[Any, Any]:
         """Return a mapping node as a dict."""
-        return _unique([(loader.construct_object(k, deep=True), loader.construct_object(v, deep=True)) for k, v in node.value])
+        return _unique([(loader.construct_object(k, deep=True), loader.construct_object(v, deep=True))
+                        for k, v in node.value])
 
     Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
     return Loader
@@ -244,4 +260,5 @@ def _with_pattern(raw: dict[str, Any]) -> dict[str, Any]:
         rules[key] = known[value]
     punctuation = r" ?[^\s\p{L}\p{N}]+[\r\n]*"
     word = r"[^\r\n\p{L}\p{N}]?(?:\p{L}\p{M}*)+"
-    return {**raw, "split_pattern": "|".join((_CONTRACTIONS, word, rules["digits"], punctuation, rules["whitespace"]))}
+    return {**raw, "split_pattern": "|".join((_CONTRACTIONS, word, rules["digits"], punctuation,
+                                              rules["whitespace"]))}

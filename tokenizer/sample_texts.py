@@ -16,22 +16,27 @@ TOKENS_PER_TEXT = 500
 BYTES_PER_FILE = 2_000_000
 """Text of each of the user's files that is looked at, at most."""
 
-SENTENCES: tuple[str, ...] = tuple(json.loads(Path(__file__).with_name("sample_texts.json").read_text(encoding="utf-8")))
-"""All scripts of large languages, digits, white space, emoji, code, composed and decomposed forms, names of special tokens."""
+SENTENCES: tuple[str, ...] = tuple(
+    json.loads(Path(__file__).with_name("sample_texts.json").read_text(encoding="utf-8")))
+"""All scripts of large languages, digits, white space, emoji, code, composed and decomposed forms,
+names of special tokens."""
 
 DISORDERED_MARKS = "a\u030a\u0323 o\u0302\u0323"
-"""Marks in another order than Unicode's canonical one: the only text on which conversions of one kind are known to differ."""
+"""Marks in another order than Unicode's canonical one: the only text on which conversions of one kind
+are known to differ."""
 
 
 def built_in(raw: dict[str, Any]) -> Iterator[str]:
-    """Yield the built-in texts and a tokenizer.json's own tokens; if it is byte-level, characters of every Unicode block too."""
+    """Yield the built-in texts and a tokenizer.json's own tokens; if it is byte-level, characters of every
+    Unicode block too."""
     yield from SENTENCES
     yield "\n".join(SENTENCES)
     if (raw.get("decoder") or {}).get("type") == "ByteLevel":
         yield from adversarial_texts(raw)
         return
     vocab = raw["model"]["vocab"]
-    tokens = [str(token).replace("▁", " ") for token in (vocab if isinstance(vocab, dict) else (piece for piece, _ in vocab))]
+    tokens = [str(token).replace("▁", " ")
+              for token in (vocab if isinstance(vocab, dict) else (piece for piece, _ in vocab))]
     for start in range(0, len(tokens), TOKENS_PER_TEXT):
         yield from (separator.join(tokens[start:start + TOKENS_PER_TEXT]) for separator in ("", " "))
 
@@ -53,7 +58,8 @@ def users(paths: Iterable[Path]) -> Iterator[str]:
 
 
 def first_difference(texts: Iterable[str], one: Encode, other: Encode) -> str | None:
-    """Return the first text, shortened, to which two encoders give different ids; None where all are the same."""
+    """Return the first text, shortened, to which two encoders give different ids;
+    None where all are the same."""
     for text in texts:
         if (found := one(text)) != (expected := other(text)):
             shorter = min(len(found), len(expected))

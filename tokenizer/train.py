@@ -11,7 +11,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_sov.artifacts import ArtifactWriter, disk_errors, new_artifact, refuse_existing, sha256_file, to_json
+from megatron_sov.artifacts import (
+    ArtifactWriter,
+    disk_errors,
+    new_artifact,
+    refuse_existing,
+    sha256_file,
+    to_json,
+)
 from megatron_sov.errors import UserError
 from tokenizer.mixture import MIXTURES, Group, gather_groups
 from tokenizer.presets import CUSTOM, PRESETS, Preset, load_preset
@@ -24,8 +31,9 @@ if TYPE_CHECKING:
 HELP = "learn a byte-level BPE or SuperBPE tokenizer from text"
 DESCRIPTION = """Learn a byte-level BPE tokenizer from text; with a preset that has superwords, SuperBPE.
 
-The vocabulary has exactly the size that you ask for. The same text gives the same file, byte for byte, whatever the number of
-workers and the order of files. A command that was ended goes on where it was when it is given again."""
+The vocabulary has exactly the size that you ask for. The same text gives the same file, byte for byte,
+whatever the number of workers and the order of files. A command that was ended goes on where it was when it
+is given again."""
 SUPERWORD_SAMPLE_MB = 100
 
 
@@ -33,30 +41,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.description = DESCRIPTION
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--preset", required=True, metavar="NAME", help=f"the tokenizer's rules: {', '.join([*PRESETS, CUSTOM])}")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="the rules of --preset custom, JSON or YAML")
+    parser.add_argument("--preset", required=True, metavar="NAME",
+                        help=f"the tokenizer's rules: {', '.join([*PRESETS, CUSTOM])}")
+    parser.add_argument("--config", type=Path, metavar="FILE",
+                        help="the rules of --preset custom, JSON or YAML")
     parser.add_argument("--vocab-size", required=True, type=int, metavar="N",
                         help="number of ids, special ones and bytes included")
     parser.add_argument("--input", required=True, action="append", metavar="[NAME=]PATH[:WEIGHT]",
-                        help="a text, .jsonl (field text, or messages) or .parquet file (.gz and .zst too) or a folder of them; "
-                             "repeat it. Inputs of one NAME are one group. Weighted groups share their bytes by weight, by "
-                             "leaving out or repeating text; others are taken as they are")
-    parser.add_argument("--mixture", metavar="NAME", help=f"weights as published, for groups named so: {', '.join(MIXTURES)}")
+                        help="a text, .jsonl (field text, or messages) or .parquet file (.gz and .zst too) "
+                             "or a folder of them; repeat it. Inputs of one NAME are one group. "
+                             "Weighted groups share their bytes by weight, by leaving out or repeating text; "
+                             "others are taken as they are")
+    parser.add_argument("--mixture", metavar="NAME",
+                        help=f"weights as published, for groups named so: {', '.join(MIXTURES)}")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder for the tokenizer")
     superwords = parser.add_mutually_exclusive_group()
     superwords.add_argument("--superword-share", type=float, metavar="SHARE",
-                            help="part of the vocabulary that spans words (default: the preset's; 0: plain BPE)")
+                            help="part of the vocabulary that spans words (default: the "
+                                 "preset's; 0: plain BPE)")
     superwords.add_argument("--transition-size", type=int, metavar="N",
-                            help="ids before words join; merging then goes on across words and within them, as published, and "
-                                 "how many superwords there will be depends on the text")
-    parser.add_argument("--max-superword-words", type=int, metavar="N", help="most words in one token (default: the preset's, 4)")
+                            help="ids before words join; merging then goes on across words and within them, "
+                                 "as published, and how many superwords there will be depends on the text")
+    parser.add_argument("--max-superword-words", type=int, metavar="N",
+                        help="most words in one token (default: the preset's, 4)")
     parser.add_argument("--superword-sample-mb", type=float, default=SUPERWORD_SAMPLE_MB, metavar="MB",
                         help="text that superwords are learned from, chosen by hash (default %(default)s)")
     parser.add_argument("--max-memory-gb", type=float, metavar="GB",
-                        help="bound on memory; the rarest words are left out where they do not fit, and the manifest says so "
-                             "(default: counting goes through the disk, learning takes what the distinct words need)")
+                        help="bound on memory; the rarest words are left out where they do not fit, "
+                             "and the manifest says so (default: counting goes through the disk, "
+                             "learning takes what the distinct words need)")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N",
-                        help="processes that read; the result does not depend on it (default: this machine's cores)")
+                        help="processes that read; the result does not depend on it (default: "
+                             "this machine's cores)")
     parser.add_argument("--overwrite", action="store_true", help="replace a tokenizer that is already there")
 
 
@@ -74,17 +90,19 @@ def adjusted(preset: Preset, args: argparse.Namespace) -> Preset:
     """Return the preset with what the command line says about superwords.
 
     Raises:
-        UserError: superwords are asked for where the preset has no pattern for them, or a number is out of range.
+        UserError: superwords are asked for where the preset has no pattern for them,
+            or a number is out of range.
     """
-    for option, value in (("--superword-share", args.superword_share), ("--transition-size", args.transition_size),
+    for option, value in (("--superword-share", args.superword_share),
+                          ("--transition-size", args.transition_size),
                           ("--max-superword-words", args.max_superword_words)):
         if value and not preset.superword_pattern:
-            raise UserError(f"{option} {value}: preset {preset.name} has no superword_pattern; use --preset k-exaone, or add one "
-                            "to your own rules")
+            raise UserError(f"{option} {value}: preset {preset.name} has no superword_pattern; "
+                            "use --preset k-exaone, or add one to your own rules")
     if args.max_superword_words is not None:
         if args.max_superword_words < 2:
-            raise UserError(f"--max-superword-words {args.max_superword_words}: must be at least 2; for no superwords use "
-                            "--superword-share 0")
+            raise UserError(f"--max-superword-words {args.max_superword_words}: must be at least 2; "
+                            "for no superwords use --superword-share 0")
         preset = dataclasses.replace(preset, max_superword_words=args.max_superword_words)
     if args.superword_share is not None:
         if not 0 <= args.superword_share < 1:
@@ -92,8 +110,9 @@ def adjusted(preset: Preset, args: argparse.Namespace) -> Preset:
         preset = dataclasses.replace(preset, superword_share=args.superword_share)
     if args.transition_size is not None:
         if not preset.smallest_vocab <= args.transition_size <= args.vocab_size:
-            raise UserError(f"--transition-size {args.transition_size}: must lie between {preset.smallest_vocab} (special ids "
-                            f"and bytes) and --vocab-size {args.vocab_size}")
+            raise UserError(f"--transition-size {args.transition_size}: "
+                            f"must lie between {preset.smallest_vocab} (special ids and bytes) and "
+                            f"--vocab-size {args.vocab_size}")
         preset = dataclasses.replace(preset, superword_share=1 - args.transition_size / args.vocab_size)
     return preset if preset.superword_share else dataclasses.replace(preset, superword_pattern="")
 
@@ -111,13 +130,13 @@ def make_plan(preset: Preset, args: argparse.Namespace) -> Plan:
         raise UserError(f"--vocab-size {args.vocab_size}: must be at least {preset.smallest_vocab} "
                         f"({preset.num_special_ids} special ids + 256 bytes)")
     if args.max_memory_gb is not None and not SMALLEST_MEMORY_GB <= args.max_memory_gb < math.inf:
-        raise UserError(f"--max-memory-gb {args.max_memory_gb:g}: must be at least {SMALLEST_MEMORY_GB:g}; leave it out for no "
-                        "bound")
+        raise UserError(f"--max-memory-gb {args.max_memory_gb:g}: must be at least {SMALLEST_MEMORY_GB:g}; "
+                        "leave it out for no bound")
     if args.workers < 1:
         raise UserError(f"--workers {args.workers}: must be at least 1")
     if not 0 < args.superword_sample_mb < math.inf:
-        raise UserError(f"--superword-sample-mb {args.superword_sample_mb:g}: must be positive; a number above the "
-                        "text's size takes all of it")
+        raise UserError(f"--superword-sample-mb {args.superword_sample_mb:g}: must be positive; "
+                        "a number above the text's size takes all of it")
     for pattern in {preset.split_pattern, preset.final_pattern}:
         oniguruma(pattern, preset.name)
         if preset.name not in PRESETS:  # those are known to be whole
@@ -125,16 +144,16 @@ def make_plan(preset: Preset, args: argparse.Namespace) -> Plan:
     transition = max(round(args.vocab_size * (1 - preset.superword_share)), preset.smallest_vocab)
     memory_bytes = None if args.max_memory_gb is None else round(args.max_memory_gb * 1e9)
     work = args.output.with_name(f".{args.output.name}.work")
-    return Plan(preset, args.vocab_size, transition, args.transition_size is None, round(args.superword_sample_mb * 1e6),
-                memory_bytes, args.workers, work)
+    return Plan(preset, args.vocab_size, transition, args.transition_size is None,
+                round(args.superword_sample_mb * 1e6), memory_bytes, args.workers, work)
 
 
 def train_tokenizer(plan: Plan, groups: list[Group], output: Path, *, overwrite: bool = False) -> None:
     """Train a tokenizer and write it as an artifact of kind "tokenizer".
 
     Raises:
-        UserError: unreadable input, a vocabulary that cannot be reached, or an output that may not be replaced; no output is
-            written then, and what is counted is kept for the next try.
+        UserError: unreadable input, a vocabulary that cannot be reached, or an output that may not be
+            replaced; no output is written then, and what is counted is kept for the next try.
     """
     from tokenizer.bpe.count_pipeline import learn
     from tokenizer.formats.hf_files import finished
@@ -145,7 +164,8 @@ def train_tokenizer(plan: Plan, groups: list[Group], output: Path, *, overwrite:
     learned = learn(plan, groups)
     num_superwords = learned.vocabulary.num_superwords()
     print(f"{plan.vocab_size} tokens learned in {time.monotonic() - started_s:.1f} s" + (
-        f"; {num_superwords:,} span words, {100 * num_superwords / plan.vocab_size:.2f} %" if num_superwords else ""))
+        f"; {num_superwords:,} span words, {100 * num_superwords / plan.vocab_size:.2f} %"
+        if num_superwords else ""))
     trained = finished(plan.preset, learned.vocabulary)
     with new_artifact(output, "tokenizer", overwrite=overwrite) as artifact:
         _write(artifact, trained, plan, learned)
@@ -165,7 +185,8 @@ def _write(artifact: ArtifactWriter, trained: Tokenizer, plan: Plan, learned: Le
     trained.save(str(artifact.path / TOKENIZER_JSON), pretty=False)
     (artifact.path / CONFIG_JSON).write_text(to_json(tokenizer_config(preset)), encoding="utf-8")
     samples = learned.samples
-    checked = check(trained, preset, learned.vocabulary, learned.stage_1_tokens, artifact.path, list(samples.values()))
+    checked = check(trained, preset, learned.vocabulary, learned.stage_1_tokens, artifact.path,
+                    list(samples.values()))
     print(checked.sentence)
     ratios = dict(zip(samples, checked.bytes_per_token, strict=True))
     for name, ratio in ratios.items():
@@ -181,6 +202,7 @@ def _write(artifact: ArtifactWriter, trained: Tokenizer, plan: Plan, learned: Le
         "bytes_per_token": ratios,
         "checked": checked.sentence,
     }
-    artifact.settings = {"preset": preset, "vocab_size": plan.vocab_size, "transition_size": plan.transition_size,
-                         "only_superwords": plan.only_superwords, "max_memory_bytes": plan.max_memory_bytes,
-                         "groups": learned.facts, "stages": learned.stages}
+    artifact.settings = {"preset": preset, "vocab_size": plan.vocab_size,
+                         "transition_size": plan.transition_size, "only_superwords": plan.only_superwords,
+                         "max_memory_bytes": plan.max_memory_bytes, "groups": learned.facts,
+                         "stages": learned.stages}

@@ -1,4 +1,5 @@
-"""`sov-data demo-corpus`: real text that is present on any fresh machine, or one's own files, as JSONL sources."""
+"""`sov-data demo-corpus`: real text that is present on any fresh machine,
+or one's own files, as JSONL sources."""
 
 from __future__ import annotations
 
@@ -36,12 +37,13 @@ USER_DOCUMENT_BYTES = 20_000
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.description = ("Gather english.jsonl, code.jsonl, korean.jsonl and chat.jsonl from this machine's Python, its "
-                          "packages and Debian documentation packages; or, with --user, user.jsonl and chat.jsonl.")
+    parser.description = ("Gather english.jsonl, code.jsonl, korean.jsonl and chat.jsonl from this machine's "
+                          "Python, its packages and Debian documentation packages; "
+                          "or, with --user, user.jsonl and chat.jsonl.")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder for the corpus")
     parser.add_argument("--user", type=Path, metavar="PATH",
-                        help="your own text: a file, a .jsonl file or a folder; replaces the gathered text (chats are still made "
-                             "from docstrings)")
+                        help="your own text: a file, a .jsonl file or a folder; "
+                             "replaces the gathered text (chats are still made from docstrings)")
     parser.add_argument("--overwrite", action="store_true", help="replace a corpus that is already there")
 
 
@@ -65,13 +67,15 @@ def gather(output: Path, *, user: Path | None = None, overwrite: bool = False) -
         texts = {"user": user_documents(user)}
     else:
         english = {**topics(), **documentation(found), **readmes()}
-        texts = {"english": select(english, ENGLISH_BYTES), "code": select({n: sources[n] for n, _ in library}, CODE_BYTES)}
+        texts = {"english": select(english, ENGLISH_BYTES),
+                 "code": select({n: sources[n] for n, _ in library}, CODE_BYTES)}
         try:
             texts["korean"] = select(korean_pages(), KOREAN_BYTES)
         except Unavailable as e:
             print(f"korean: left out, because {e}")
     records: dict[str, list[dict[str, object]]] = {
-        name: [{"id": id_, "text": text} for id_, text in documents.items()] for name, documents in texts.items()}
+        name: [{"id": id_, "text": text} for id_, text in documents.items()]
+        for name, documents in texts.items()}
     records["chat"] = chats(found)
     with new_artifact(output, KIND, overwrite=overwrite) as artifact:
         for name, lines in records.items():
@@ -99,8 +103,8 @@ def user_documents(path: Path) -> dict[str, str]:
 
 
 def select(texts: dict[str, str], limit_bytes: int) -> dict[str, str]:
-    """Return documents up to a total of bytes: near-empty ones and exact duplicates dropped, the rest a fixed random choice,
-    in order of their ids."""
+    """Return documents up to a total of bytes: near-empty ones and exact duplicates dropped, the rest a fixed
+    random choice, in order of their ids."""
     chosen: dict[str, str] = {}
     seen: set[str] = set()
     total_bytes = 0
@@ -115,7 +119,8 @@ def select(texts: dict[str, str], limit_bytes: int) -> dict[str, str]:
 
 
 def chats(found: list[Docstring]) -> list[dict[str, object]]:
-    """Return question and answer pairs from docstrings, `NUM_CHATS` at most, each answer once, ordered by question."""
+    """Return question and answer pairs from docstrings, `NUM_CHATS` at most, each answer once,
+    ordered by question."""
     pairs = {answer: question for question, answer in filter(None, map(question_and_answer, found))}
     chosen = sorted(pairs.items(), key=lambda pair: order_key(pair[1]))[:NUM_CHATS]
     return [{"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}

@@ -17,15 +17,16 @@ PACKAGES = ("libreoffice-help-ko", "gnome-user-docs", "debian-faq-ko")
 TIMEOUT_S = 150
 """Time for everything: package lists, downloads, unpacking."""
 MIN_HANGUL_SHARE = 0.3
-"""A line counts as Korean where at least this part of its letters is Hangul (names of menus and keys stay English)."""
+"""A line counts as Korean where at least this part of its letters is Hangul (names of menus and
+keys stay English)."""
 MIN_REPEATED_CHARS = 30
 """Lines of this length or more are kept once over the whole package: notes that stand on every page."""
 _SKIPPED_TAGS = frozenset([
     "script", "style", "head", "header", "aside", "nav", "footer", "noscript", "info",
 ])
 _BLOCK_TAGS = frozenset([
-    "p", "div", "li", "h1", "h2", "h3", "h4", "h5", "h6", "tr", "td", "th", "dt", "dd", "pre", "table", "ul", "ol", "section",
-    "br", "title", "blockquote",
+    "p", "div", "li", "h1", "h2", "h3", "h4", "h5", "h6", "tr", "td", "th", "dt", "dd", "pre", "table", "ul",
+    "ol", "section", "br", "title", "blockquote",
 ])
 
 
@@ -59,7 +60,8 @@ def korean_pages() -> dict[str, str]:
 
 
 def _pages(archive: bytes) -> dict[str, str]:
-    """Return the text of the pages in a package's archive that lie in a folder `ko`; nothing is written to disk."""
+    """Return the text of the pages in a package's archive that lie in a folder `ko`;
+    nothing is written to disk."""
     texts = {}
     with tarfile.open(fileobj=io.BytesIO(archive)) as members:
         for member in members:
@@ -148,7 +150,8 @@ def is_korean(line: str) -> bool:
 
 
 def korean_only(pages: dict[str, str]) -> dict[str, str]:
-    """Return the pages with only their Korean lines, long repeated lines once; pages without any are left out."""
+    """Return the pages with only their Korean lines, long repeated lines once;
+    pages without any are left out."""
     seen: set[str] = set()
     result = {}
     for name, text in pages.items():

@@ -1,4 +1,5 @@
-"""Text that comes with every Python: sources, docstrings, documentation topics, and questions made from docstrings."""
+"""Text that comes with every Python: sources, docstrings, documentation topics,
+and questions made from docstrings."""
 
 from __future__ import annotations
 
@@ -12,15 +13,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-PACKAGES = ("numpy", "networkx", "sympy", "jinja2", "pydantic", "torch/nn", "torch/optim", "torch/utils", "torch/distributions")
+PACKAGES = ("numpy", "networkx", "sympy", "jinja2", "pydantic", "torch/nn", "torch/optim", "torch/utils",
+            "torch/distributions")
 """Installed packages (or folders of them) whose docstrings are read where they are present."""
 SKIPPED_FOLDERS = frozenset([
-    "test", "tests", "testing", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings", "lib2to3",
-    "_vendor", "licenses", "turtledemo",
+    "test", "tests", "testing", "idle_test", "site-packages", "dist-packages", "__pycache__", "encodings",
+    "lib2to3", "_vendor", "licenses", "turtledemo",
 ])
 """Tests, other people's packages, and folders that are tables rather than text."""
 _ROLE = re.compile(r":[a-zA-Z:+-]+:`[~!]?([^`<]+?)(?:\s*<[^>`]*>)?`")
-_NOISE_LINE = re.compile(r"^\s*(\.\. [\w:-]+::.*|\.\. _.*|([=\-~^\"*#+`_.])\2{2,}|<[^>]*>.*|.*!\[.*|\[!?\[.*)$", re.MULTILINE)
+_NOISE_LINE = re.compile(r"^\s*(\.\. [\w:-]+::.*|\.\. _.*|([=\-~^\"*#+`_.])\2{2,}|<[^>]*>.*"
+                         r"|.*!\[.*|\[!?\[.*)$", re.MULTILINE)
 _ANSWER_CHARS = (40, 600)
 QUESTIONS = (
     "What does `{}` do?",
@@ -50,7 +53,8 @@ def order_key(identity: str) -> bytes:
 
 
 def stdlib_files() -> list[tuple[str, Path]]:
-    """Return (path inside the library, file) of the running Python's own sources, sorted; tests are left out."""
+    """Return (path inside the library, file) of the running Python's own sources, sorted;
+    tests are left out."""
     return _python_files(Path(sysconfig.get_path("stdlib")), "")
 
 
@@ -94,7 +98,8 @@ def docstrings(name: str, source: str) -> list[Docstring]:
 
 
 def _walk(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
-    if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and (text := ast.get_docstring(node)):
+    if (isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+            and (text := ast.get_docstring(node))):
         yield name, text
     if isinstance(node, (ast.Module, ast.ClassDef)):
         for child in node.body:
@@ -103,7 +108,8 @@ def _walk(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
 
 
 def clean(text: str) -> str:
-    """Return documentation without markup noise: roles, directives, underlines, badges and interactive sessions."""
+    """Return documentation without markup noise: roles, directives, underlines,
+    badges and interactive sessions."""
     text = _ROLE.sub(r"\1", text).replace("``", "`")
     text = _NOISE_LINE.sub("", text).replace("::\n", ":\n")
     paragraphs = [p.rstrip() for p in re.split(r"\n(?:[ \t]*\n)+", text.expandtabs())]
@@ -115,7 +121,8 @@ def documentation(found: list[Docstring]) -> dict[str, str]:
     parts: dict[str, list[str]] = {}
     for d in found:
         if text := clean(d.text):
-            parts.setdefault(d.module, []).append(f"{d.module}.{d.name}\n\n{text}" if d.name else f"{d.module}\n\n{text}")
+            parts.setdefault(d.module, []).append(f"{d.module}.{d.name}\n\n{text}" if d.name
+                                                  else f"{d.module}\n\n{text}")
     return {module: "\n\n".join(texts) for module, texts in parts.items()}
 
 
@@ -129,18 +136,22 @@ def topics() -> dict[str, str]:
 def readmes() -> dict[str, str]:
     """Return the documentation files (.rst, .md and descriptions) that lie beside installed packages."""
     site = Path(sysconfig.get_path("purelib"))
-    files = [p for p in _files(site) if p.suffix in (".rst", ".md") or (p.name == "METADATA" and p.parent.suffix == ".dist-info")]
+    files = [p for p in _files(site)
+             if p.suffix in (".rst", ".md") or (p.name == "METADATA" and p.parent.suffix == ".dist-info")]
     texts = {p.relative_to(site).as_posix(): read_source(p) for p in files}
     # what precedes the first blank line of METADATA are mail-like headers
-    return {name: clean(text.partition("\n\n")[2] if name.endswith("METADATA") else text) for name, text in texts.items()}
+    return {name: clean(text.partition("\n\n")[2] if name.endswith("METADATA") else text)
+            for name, text in texts.items()}
 
 
 def question_and_answer(found: Docstring) -> tuple[str, str] | None:
-    """Return a question about a public name and the first paragraph of its docstring, or None where it makes no answer."""
+    """Return a question about a public name and the first paragraph of its docstring,
+    or None where it makes no answer."""
     name = f"{found.module}.{found.name}" if found.name else found.module
     if any(part.startswith("_") for part in name.split(".")):
         return None
     answer = " ".join(clean(found.text).partition("\n\n")[0].split())
-    if not _ANSWER_CHARS[0] <= len(answer) <= _ANSWER_CHARS[1] or not answer.endswith(".") or not answer[0].isupper():
+    if (not _ANSWER_CHARS[0] <= len(answer) <= _ANSWER_CHARS[1] or not answer.endswith(".")
+            or not answer[0].isupper()):
         return None
     return QUESTIONS[order_key(name)[0] % len(QUESTIONS)].format(name), answer

@@ -1,4 +1,5 @@
-"""Checks a bundle on the machine that it is to be installed on; lies in the bundle and needs Python's own library alone."""
+"""Checks a bundle on the machine that it is to be installed on; lies in the bundle and needs Python's
+own library alone."""
 
 from __future__ import annotations
 
@@ -19,10 +20,13 @@ def problems(bundle: Path) -> list[str]:
     found = []
     here = ".".join(map(str, sys.version_info[:2]))
     if here != wanted:
-        found.append(f"the bundle is for Python {wanted}, {sys.executable} is {here}; name another with PYTHON=/path/to/python")
+        found.append(f"the bundle is for Python {wanted}, {sys.executable} is {here}; "
+                     "name another with PYTHON=/path/to/python")
     if platform.machine() != machine:
-        found.append(f"the bundle is for {machine}, this machine is {platform.machine()}; make one with --platform")
-    return found or [text for name, record in manifest["files"].items() if (text := _damage(bundle / name, record))]
+        found.append(f"the bundle is for {machine}, this machine is {platform.machine()}; "
+                     "make one with --platform")
+    return found or [text for name, record in manifest["files"].items()
+                     if (text := _damage(bundle / name, record))]
 
 
 def _damage(file: Path, record: dict[str, Any]) -> str:
@@ -32,7 +36,8 @@ def _damage(file: Path, record: dict[str, Any]) -> str:
     with open(file, "rb") as f:
         while block := f.read(BLOCK_BYTES):
             digest.update(block)
-    return "" if digest.hexdigest() == record["sha256"] else f"{file}: differs from its hash; copy the bundle again"
+    return ("" if digest.hexdigest() == record["sha256"]
+            else f"{file}: differs from its hash; copy the bundle again")
 
 
 def main() -> int:

@@ -1,8 +1,10 @@
-"""Gathers what a cluster without a network needs: our code and all that it depends on as wheels, and folders of the user's.
+"""Gathers what a cluster without a network needs: our code and all that it depends on as wheels,
+and folders of the user's.
 
     BUNDLE/wheels/            our wheel and every dependency's, at the versions of constraints.txt
     BUNDLE/folders/<name>/    tokenizers, Hugging Face folders, checkpoints
-    BUNDLE/install.sh         makes an environment from it; check.py compares every file with manifest.json before
+    BUNDLE/install.sh         makes an environment from it; check.py compares every file with
+                              manifest.json before
 """
 
 from __future__ import annotations
@@ -69,10 +71,12 @@ class Bundle:
             raise UserError(f"--python {self.python}: must be two numbers, e.g. 3.12")
         for folder in self.folders:
             if not folder.is_dir():
-                raise UserError(f"--with {folder}: is no folder; pass a tokenizer, a Hugging Face folder or a checkpoint")
+                raise UserError(f"--with {folder}: is no folder; pass a tokenizer, "
+                                "a Hugging Face folder or a checkpoint")
             if (folder / MANIFEST).is_file() and (damage := damaged_files(folder, workers=2)):
                 raise UserError(f"--with {damage[0]}; make it again, or restore it from a copy")
-        twice = [name for name, count in Counter(folder.resolve().name for folder in self.folders).items() if count > 1]
+        twice = [name for name, count in Counter(folder.resolve().name for folder in self.folders).items()
+                 if count > 1]
         if twice:
             raise UserError(f"--with: two folders are named {twice[0]}; rename one of them")
 
@@ -104,13 +108,15 @@ def gather(bundle: Bundle, output: Path, *, overwrite: bool = False) -> Manifest
             if (folder / MANIFEST).is_file():
                 writer.add_input(folder)
         for name in SCRIPTS:
-            (writer.path / name).write_bytes(importlib.resources.files("megatron_sov.bundle").joinpath(name).read_bytes())
+            (writer.path / name).write_bytes(
+                importlib.resources.files("megatron_sov.bundle").joinpath(name).read_bytes())
         name, version = own.name.split("-")[:2]
         extras = f"[{','.join(bundle.extras)}]" if bundle.extras else ""
         (writer.path / "requirements.txt").write_text(f"{name}{extras}=={version}\n")
         (writer.path / "python-version").write_text(f"{bundle.python_version}\n")
-        writer.content = {"python": bundle.python_version, "machine": bundle.machine, "platforms": list(bundle.platforms),
-                          "extras": list(bundle.extras), "version": version, "wheels": len(list(wheels.iterdir())),
+        writer.content = {"python": bundle.python_version, "machine": bundle.machine,
+                          "platforms": list(bundle.platforms), "extras": list(bundle.extras),
+                          "version": version, "wheels": len(list(wheels.iterdir())),
                           "folders": [folder.resolve().name for folder in bundle.folders]}
     return read_manifest(output, KIND)
 
@@ -135,11 +141,13 @@ def _build(source: Path, wheels: Path) -> Path:
 def _refuse_unknown_extras(own: Path, extras: tuple[str, ...]) -> None:
     """Raise `UserError` where our wheel has no such extra; pip itself only warns."""
     with zipfile.ZipFile(own) as archive:
-        metadata = archive.read(next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))).decode()
+        metadata = archive.read(next(name for name in archive.namelist()
+                                     if name.endswith(".dist-info/METADATA"))).decode()
     known = re.findall(r"^Provides-Extra: (\S+)", metadata, re.MULTILINE)
     for extra in extras:
         if extra not in known:
-            raise UserError(f"--extra {extra}: does not exist{nearest(extra, known)} (extras: {', '.join(known)})")
+            raise UserError(f"--extra {extra}: does not exist{nearest(extra, known)} (extras: "
+                            f"{', '.join(known)})")
 
 
 def _download(bundle: Bundle, own: Path, folder: Path) -> None:
@@ -147,15 +155,16 @@ def _download(bundle: Bundle, own: Path, folder: Path) -> None:
     if bundle.python or bundle.platforms:
         chosen += [f"--python-version={bundle.python_version}", "--implementation=cp"]
     extras = f"[{','.join(bundle.extras)}]" if bundle.extras else ""
-    _pip("download", "--only-binary=:all:", *chosen, "--constraint", str(folder / CONSTRAINTS), "--dest", str(own.parent),
-         f"{own}{extras}")
+    _pip("download", "--only-binary=:all:", *chosen, "--constraint", str(folder / CONSTRAINTS), "--dest",
+         str(own.parent), f"{own}{extras}")
 
 
 def _pip(*arguments: str) -> None:
-    command: Sequence[str] = (sys.executable, "-m", "pip", "--quiet", "--no-input", "--disable-pip-version-check", *arguments)
+    command: Sequence[str] = (sys.executable, "-m", "pip", "--quiet", "--no-input",
+                              "--disable-pip-version-check", *arguments)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         said = [line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if line.startswith("ERROR")]
         why = (said or done.stderr.strip().splitlines() or ["failed"])[-1]
-        raise UserError(f"pip {arguments[0]}: {why}; look at the versions in {CONSTRAINTS}, --python and --platform, or at where "
-                        "pip's settings make it look")
+        raise UserError(f"pip {arguments[0]}: {why}; look at the versions in {CONSTRAINTS}, "
+                        "--python and --platform, or at where pip's settings make it look")

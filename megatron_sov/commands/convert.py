@@ -33,34 +33,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     def conversion(sub: argparse.ArgumentParser, keeps: str) -> None:
         sub.add_argument("--dtype", default="keep", metavar="D",
                          help=f"float32, bfloat16, float16, float64, or keep (default): {keeps}")
-        sub.add_argument("--overwrite", action="store_true", help="replace an artifact of the same kind that is already at OUT")
+        sub.add_argument("--overwrite", action="store_true",
+                         help="replace an artifact of the same kind that is already at OUT")
         _add_workers(sub)
 
     from_hf = action("from-hf", "write a Hugging Face folder as a checkpoint that any layout can load")
-    from_hf.add_argument("hf_dir", metavar="HF_DIR", type=Path, help="folder with config.json and safetensors files")
+    from_hf.add_argument("hf_dir", metavar="HF_DIR", type=Path,
+                         help="folder with config.json and safetensors files")
     from_hf.add_argument("out", metavar="OUT", type=Path, help="checkpoint folder to write")
     conversion(from_hf, "the folder's own")
 
     to_hf = action("to-hf", "write a checkpoint as a Hugging Face folder")
-    to_hf.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="checkpoint, or run (its newest one)")
+    to_hf.add_argument("checkpoint", metavar="CHECKPOINT", type=Path,
+                       help="checkpoint, or run (its newest one)")
     to_hf.add_argument("out", metavar="OUT", type=Path, help="Hugging Face folder to write")
     to_hf.add_argument("--max-shard-bytes", type=int, default=MAX_SHARD_BYTES, metavar="N",
                        help="largest safetensors file (default: %(default)s)")
     conversion(to_hf, "the checkpoint's own, float32 for float64")
 
-    verify = action("verify", "compare two models, checkpoint or Hugging Face folder each; exit code 3 where they differ")
+    verify = action("verify", "compare two models, checkpoint or Hugging Face folder each; "
+                              "exit code 3 where they differ")
     verify.add_argument("a", metavar="A", type=Path)
     verify.add_argument("b", metavar="B", type=Path)
-    verify.add_argument("--no-load", action="store_true", help="compare files alone: load and run no model (saves memory)")
+    verify.add_argument("--no-load", action="store_true",
+                        help="compare files alone: load and run no model (saves memory)")
     verify.add_argument("--lengths", type=int, nargs="+", default=PARITY_LENGTHS, metavar="N",
                         help="tokens of the random prompts that both sides are run on (default: %(default)s)")
     verify.add_argument("--json", action="store_true", help="print the checks as JSON")
-    verify.add_argument("--card", type=Path, metavar="FILE", help="also write a verification card, e.g. OUT.verification.json")
-    verify.add_argument("--run", type=Path, metavar="DIR", help="also add the checks to this run's events, for its report")
+    verify.add_argument("--card", type=Path, metavar="FILE",
+                        help="also write a verification card, e.g. OUT.verification.json")
+    verify.add_argument("--run", type=Path, metavar="DIR",
+                        help="also add the checks to this run's events, for its report")
     with_ranks(verify)
     _add_workers(verify)
 
-    inspect = action("inspect", "show a checkpoint's or Hugging Face folder's architecture, parameters and dtypes")
+    inspect = action("inspect",
+                     "show a checkpoint's or Hugging Face folder's architecture, parameters and dtypes")
     inspect.add_argument("a", metavar="A", type=Path)
     inspect.add_argument("--json", action="store_true", help="print as JSON")
 
@@ -89,8 +97,8 @@ def _from_hf(args: argparse.Namespace) -> int:
 def _to_hf(args: argparse.Namespace) -> int:
     from megatron_sov import convert
 
-    convert.to_hf(args.checkpoint, args.out, args.dtype, max_shard_bytes=args.max_shard_bytes, workers=args.workers,
-                  overwrite=args.overwrite)
+    convert.to_hf(args.checkpoint, args.out, args.dtype, max_shard_bytes=args.max_shard_bytes,
+                  workers=args.workers, overwrite=args.overwrite)
     print(f"wrote Hugging Face folder {args.out}")
     return ExitCode.OK
 
@@ -105,7 +113,8 @@ def _verify(args: argparse.Namespace) -> int:
     if min(args.lengths) < 1:
         raise UserError(f"--lengths {min(args.lengths)}: must be at least 1")
     events = RunEvents(args.run)
-    # first, since ranks are forked from this process and threads that later work starts would be missing in them
+    # first, since ranks are forked from this process and threads that later work starts would
+    # be missing in them
     logits = LogitsProof([], {"not compared": "--no-load"}) if args.no_load else prove_logits(
         args.a, args.b, args.lengths, args.settings, args.nproc)
     if not is_first():
@@ -115,13 +124,15 @@ def _verify(args: argparse.Namespace) -> int:
     passed = all(check.passed for check in checks)
     if args.card:
         write_card(args.card, card(args.a, args.b, weights, logits))
-    events.add("conversion", target=f"{args.a} and {args.b}", checks=[dataclasses.asdict(check) for check in checks])
+    events.add("conversion", target=f"{args.a} and {args.b}",
+               checks=[dataclasses.asdict(check) for check in checks])
     if args.json:
         print(to_json({"passed": passed, "checks": checks}), end="")
     else:
         for check in checks:
             mark = "ok  " if check.passed else "FAIL"
-            print(f"{mark}  {check.name}: {check.value:g} (limit {check.limit:g}){'; ' + check.detail if check.detail else ''}")
+            print(f"{mark}  {check.name}: {check.value:g} (limit "
+                  f"{check.limit:g}){'; ' + check.detail if check.detail else ''}")
         if "not compared" in logits.method:
             print(f"      logits were not compared: {logits.method['not compared']}")
         print("verified: the same model" if passed else "NOT verified: see the lines marked FAIL")

@@ -16,14 +16,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print every check; return 0 when training on this machine's CPU works, 2 when something it needs is broken."""
+    """Print every check; return 0 when training on this machine's CPU works,
+    2 when something it needs is broken."""
     checks = all_checks()
     works = not any(check.status == "broken" for check in checks)
     if args.json:
         print(to_json({"works": works, "checks": [dataclasses.asdict(check) for check in checks]}), end="")
     else:
         print(as_text(checks))
-        print("\nThis machine can train." if works else "\nThis machine cannot train yet: mend what is broken above.")
+        print("\nThis machine can train." if works
+              else "\nThis machine cannot train yet: mend what is broken above.")
     return ExitCode.OK if works else ExitCode.USER_ERROR
 
 

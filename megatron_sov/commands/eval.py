@@ -26,7 +26,8 @@ def with_ranks(sub: argparse.ArgumentParser) -> None:
     """Declare how the side that is a checkpoint runs."""
     sub.add_argument("--nproc", type=int, default=None, metavar="N", help="local processes (checkpoints)")
     sub.add_argument("--set", dest="settings", action="append", default=[], metavar="key=value",
-                     help="layout and precision, e.g. --set parallel.ep=2 --set train.precision=bf16 (checkpoints)")
+                     help="layout and precision, e.g. --set parallel.ep=2 --set "
+                          "train.precision=bf16 (checkpoints)")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,24 +37,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     def task(name: str, text: str) -> argparse.ArgumentParser:
         sub = tasks.add_parser(name, help=text, description=text)
         sub.add_argument("--json", action="store_true", help="print the figures as JSON")
-        sub.add_argument("--run", type=Path, metavar="DIR", help="also add the figures to this run's events, for its report")
+        sub.add_argument("--run", type=Path, metavar="DIR",
+                         help="also add the figures to this run's events, for its report")
         return sub
 
     def with_data(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--data", action="append", required=True, metavar="DIR", help="token shards with held-out documents")
+        sub.add_argument("--data", action="append", required=True, metavar="DIR",
+                         help="token shards with held-out documents")
 
     def with_cut(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--seq-len", type=int, metavar="N", help="tokens of a row (default: the longest that was trained on)")
-        sub.add_argument("--max-tokens", type=int, metavar="N", help="held-out tokens of a source (default: the run's setting)")
+        sub.add_argument("--seq-len", type=int, metavar="N",
+                         help="tokens of a row (default: the longest that was trained on)")
+        sub.add_argument("--max-tokens", type=int, metavar="N",
+                         help="held-out tokens of a source (default: the run's setting)")
 
-    target = {"metavar": "TARGET", "type": Path, "help": "checkpoint, run (its newest one) or Hugging Face folder"}
+    target = {"metavar": "TARGET", "type": Path,
+              "help": "checkpoint, run (its newest one) or Hugging Face folder"}
     ppl = task("ppl", "loss and bits per byte on held-out documents, per source")
     ppl.add_argument("target", **target)  # type: ignore[arg-type]
     needle = task("needle", "find what a context says again, at any depth of any length, among other needles")
     needle.add_argument("target", **target)  # type: ignore[arg-type]
     add_needle_arguments(needle)
-    logits = task("logits", "compare a checkpoint's logits with those of its Hugging Face folder in transformers; exit code 3")
-    logits.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="checkpoint or run (its newest one)")
+    logits = task("logits", "compare a checkpoint's logits with those of its Hugging Face folder in "
+                            "transformers; exit code 3")
+    logits.add_argument("checkpoint", metavar="CHECKPOINT", type=Path,
+                        help="checkpoint or run (its newest one)")
     logits.add_argument("hf_dir", metavar="HF_DIR", type=Path, help="Hugging Face folder of the same model")
     logits.add_argument("--lengths", type=int, nargs="+", default=PARITY_LENGTHS, metavar="N",
                         help="tokens of the random documents that are compared (default 1 7 64 200)")
@@ -63,7 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for sub in (ppl, bigram):
         with_data(sub)
     for sub in (ppl, needle):
-        sub.add_argument("--out", type=Path, metavar="FILE", help="also write the figures into a JSON file, which appears whole")
+        sub.add_argument("--out", type=Path, metavar="FILE",
+                         help="also write the figures into a JSON file, which appears whole")
     for sub in (ppl, needle, logits):
         with_ranks(sub)
     for sub in (ppl, bigram):
@@ -107,15 +116,18 @@ def _ppl(args: argparse.Namespace, events: RunEvents) -> int:
     return ExitCode.OK
 
 
-def _measure(args: argparse.Namespace, target: Target, on_policy: Callable[[Any], Any], on_hf: Callable[[Any], Any]) -> Any:
-    """Return what the task found, a checkpoint on ranks, a Hugging Face folder in transformers; None: not ours to print."""
+def _measure(args: argparse.Namespace, target: Target, on_policy: Callable[[Any], Any],
+             on_hf: Callable[[Any], Any]) -> Any:
+    """Return what the task found, a checkpoint on ranks, a Hugging Face folder in transformers; None:
+    not ours to print."""
     if not target.is_hf:
         from megatron_sov.generate.load import run_forward_model
 
         return run_forward_model(target, args.settings, args.nproc, on_policy)
     if args.settings or args.nproc is not None:
-        raise UserError(f"--set {args.settings} and --nproc {args.nproc} are for checkpoints, {target.path} is a Hugging Face "
-                        "folder; leave them out, or convert it first with `megatron-sov convert from-hf`")
+        raise UserError(f"--set {args.settings} and --nproc {args.nproc} are for checkpoints, {target.path} "
+                        "is a Hugging Face folder; leave them out, or convert it first with `megatron-sov "
+                        "convert from-hf`")
     from megatron_sov.generate.hf import load_hf
 
     return on_hf(load_hf(target.path))
@@ -145,7 +157,8 @@ def _logits(args: argparse.Namespace, events: RunEvents) -> int:
     from megatron_sov.runs.checkpoints import find_checkpoint
 
     if not is_hf_folder(args.hf_dir):
-        raise UserError(f"{args.hf_dir}: is not a Hugging Face folder; pass what `megatron-sov convert to-hf` wrote")
+        raise UserError(f"{args.hf_dir}: is not a Hugging Face folder; "
+                        "pass what `megatron-sov convert to-hf` wrote")
     if min(args.lengths) < 1:
         raise UserError(f"--lengths {min(args.lengths)}: must be at least 1")
     checkpoint = find_checkpoint(args.checkpoint)
@@ -154,7 +167,8 @@ def _logits(args: argparse.Namespace, events: RunEvents) -> int:
     if not checks:
         return ExitCode.OK
     events.add("conversion", target="the logits", checks=[asdict(c) for c in checks])
-    lines = [f"{'ok  ' if c.passed else 'FAIL'}  {c.name}: {c.value:g} (limit {c.limit:g}) {c.detail}".rstrip() for c in checks]
+    lines = [f"{'ok  ' if c.passed else 'FAIL'}  {c.name}: {c.value:g} (limit "
+             f"{c.limit:g}) {c.detail}".rstrip() for c in checks]
     _show(args.json, [asdict(c) for c in checks], "\n".join(lines))
     return ExitCode.OK if all(c.passed for c in checks) else ExitCode.GATE_FAILED
 
@@ -181,7 +195,8 @@ def _step(target: Target, events: RunEvents) -> int | None:
 
 def _loss_table(found: dict[str, dict[str, float]]) -> str:
     width = max(map(len, [*found, "source"]))
-    rows = [f"{name:<{width}}  {r['tokens']:>9,}  {r['loss']:>8.4f}  {r['bits_per_byte']:>13.4f}" for name, r in found.items()]
+    rows = [f"{name:<{width}}  {r['tokens']:>9,}  {r['loss']:>8.4f}  {r['bits_per_byte']:>13.4f}"
+            for name, r in found.items()]
     return "\n".join([f"{'source':<{width}}  {'tokens':>9}  {'loss':>8}  {'bits per byte':>13}", *rows])
 
 

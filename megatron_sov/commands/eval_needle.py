@@ -20,21 +20,27 @@ LANGUAGES: tuple[Language, ...] = get_args(Language)
 
 def add_needle_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what the suite can be told; what is left out comes from the run's settings."""
-    parser.add_argument("--data", action="append", default=[], metavar="DIR", help="token shards with held-out documents")
+    parser.add_argument("--data", action="append", default=[], metavar="DIR",
+                        help="token shards with held-out documents")
     parser.add_argument("--text", action="append", default=[], metavar="LANGUAGE=FILE",
                         help=f"a text file that needles are hidden in; languages: {', '.join(LANGUAGES)}")
     parser.add_argument("--language", action="append", default=[], metavar="SOURCE=LANGUAGE",
                         help="a source's language, where its text does not show it")
-    parser.add_argument("--kinds", nargs="+", choices=get_args(NeedleKind), help="what is asked (default: the setting)")
-    parser.add_argument("--languages", nargs="+", choices=LANGUAGES, help="languages of the text (default: all that there is)")
-    parser.add_argument("--lengths", type=int, nargs="+", metavar="N", help="context lengths in tokens (default: the setting)")
-    parser.add_argument("--depths", type=float, nargs="+", metavar="D", help="places of the first needle, 0 = start, 1 = end")
+    parser.add_argument("--kinds", nargs="+", choices=get_args(NeedleKind),
+                        help="what is asked (default: the setting)")
+    parser.add_argument("--languages", nargs="+", choices=LANGUAGES,
+                        help="languages of the text (default: all that there is)")
+    parser.add_argument("--lengths", type=int, nargs="+", metavar="N",
+                        help="context lengths in tokens (default: the setting)")
+    parser.add_argument("--depths", type=float, nargs="+", metavar="D",
+                        help="places of the first needle, 0 = start, 1 = end")
     parser.add_argument("--samples", type=int, metavar="N", help="examples of a cell (default: the setting)")
     parser.add_argument("--distractor-share", type=float, metavar="S",
                         help="part of each context that needles with other keys fill (default: the setting)")
     parser.add_argument("--by", choices=("generation", "likelihood"), default="generation",
                         help="greedy decoding, or the most probable of all words (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of keys, values and text (default 0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N",
+                        help="of keys, values and text (default 0)")
 
 
 def suite_of(args: argparse.Namespace, target: Target) -> NeedleSuite:
@@ -54,16 +60,20 @@ def suite_of(args: argparse.Namespace, target: Target) -> NeedleSuite:
     refuse_other_tokens(tokenizer_folder(sources), target.tokenizer_folder)
     config = _config(args, target.config.needle if target.config else NeedleConfig())
     told = {name: language for language, name in (_named(word, "--language", True) for word in args.language)}
-    files = [(language, Path(name)) for language, name in (_named(word, "--text", False) for word in args.text)]
-    haystacks = open_haystacks(sources, "heldout", target.tokenizer_folder, languages=config.languages, told=told, files=files)
+    files = [(language, Path(name))
+             for language, name in (_named(word, "--text", False) for word in args.text)]
+    haystacks = open_haystacks(sources, "heldout", target.tokenizer_folder, languages=config.languages,
+                               told=told, files=files)
     return make_suite(config, haystacks, seed=args.seed, by=args.by)
 
 
 def _config(args: argparse.Namespace, defaults: NeedleConfig) -> NeedleConfig:
-    given = {"kinds": args.kinds, "languages": args.languages, "lengths_tokens": args.lengths, "depths": args.depths}
+    given = {"kinds": args.kinds, "languages": args.languages, "lengths_tokens": args.lengths,
+             "depths": args.depths}
     found = {name: tuple(values) for name, values in given.items() if values}
     numbers = {"samples": args.samples, "distractor_share": args.distractor_share}
-    return dataclasses.replace(defaults, **found, **{k: v for k, v in numbers.items() if v is not None})  # type: ignore[arg-type]
+    return dataclasses.replace(defaults, **found,  # type: ignore[arg-type]
+                               **{k: v for k, v in numbers.items() if v is not None})
 
 
 def _named(word: str, option: str, language_last: bool) -> tuple[Language, str]:

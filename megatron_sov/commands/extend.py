@@ -20,7 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train on at longer contexts, stage by stage; returns 0 when the last one is complete.
 
-    Every stage's settings, data and folder are checked before a Hugging Face folder is converted and the first one starts.
+    Every stage's settings, data and folder are checked before a Hugging Face folder is converted and
+    the first one starts.
     """
     request = stage_request(args, "lm")
     faults = parse(args.inject, num_ranks(args.nproc))
@@ -40,7 +41,8 @@ def run(args: argparse.Namespace) -> int:
     from megatron_sov.train.lm import LanguageModelling
 
     try:
-        run_stages(stages, start, factory(stages[-1].config, LanguageModelling), args.nproc, args.resume, args.began_s, faults)
+        run_stages(stages, start, factory(stages[-1].config, LanguageModelling), args.nproc, args.resume,
+                   args.began_s, faults)
     finally:
         for folder in (args.run / STAGES, args.run):
             with contextlib.suppress(OSError):  # not empty: a stage has begun

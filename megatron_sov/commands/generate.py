@@ -23,31 +23,47 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("target", metavar="TARGET", type=Path, help="checkpoint, run (its newest one) or Hugging Face folder")
-    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="text to continue; repeat it")
-    parser.add_argument("--prompts", type=Path, metavar="FILE.jsonl", help='lines with "prompt" and, if wanted, "target"')
-    parser.add_argument("--chat", action="store_true", help="frame each prompt as a user's message by the chat template")
-    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="longest continuation (default %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the most probable token (default)")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="sample from the K most probable tokens (default: all)")
+    parser.add_argument("target", metavar="TARGET", type=Path,
+                        help="checkpoint, run (its newest one) or Hugging Face folder")
+    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT",
+                        help="text to continue; repeat it")
+    parser.add_argument("--prompts", type=Path, metavar="FILE.jsonl",
+                        help='lines with "prompt" and, if wanted, "target"')
+    parser.add_argument("--chat", action="store_true",
+                        help="frame each prompt as a user's message by the chat template")
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N",
+                        help="longest continuation (default %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T",
+                        help="0 takes the most probable token (default)")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K",
+                        help="sample from the K most probable tokens (default: all)")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P",
-                        help="sample from the smallest set of tokens that holds this probability (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the samples (default %(default)s)")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="text that ends a continuation; repeat it")
+                        help="sample from the smallest set of tokens that holds this probability "
+                             "(default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S",
+                        help="seed of the samples (default %(default)s)")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT",
+                        help="text that ends a continuation; repeat it")
     parser.add_argument("--speculative", type=int, default=0, metavar="K",
-                        help="have the prediction layer draft K tokens for each pass of the model (engine megatron)")
+                        help="have the prediction layer draft K tokens for each pass of the model "
+                             "(engine megatron)")
     parser.add_argument("--compare-speed", action="store_true",
-                        help="with --speculative: decode without drafts as well and tell how much faster drafts are")
+                        help="with --speculative: decode without drafts as well and tell how much "
+                             "faster drafts are")
     parser.add_argument("--batch-size", type=int, default=Batching.max_sequences, metavar="N",
                         help="prompts that are continued at a time (default %(default)s)")
     parser.add_argument("--prefill-tokens", type=int, default=Batching.prefill_tokens, metavar="N",
                         help="tokens of prompts that are read at a time (default %(default)s)")
-    parser.add_argument("--engine", choices=ENGINES, help="what runs the model (default: transformers for a Hugging Face folder)")
-    parser.add_argument("--nproc", type=int, default=None, metavar="N", help="local processes (engine megatron)")
+    parser.add_argument("--engine", choices=ENGINES,
+                        help="what runs the model (default: transformers for a Hugging Face folder)")
+    parser.add_argument("--nproc", type=int, default=None, metavar="N",
+                        help="local processes (engine megatron)")
     parser.add_argument("--set", dest="settings", action="append", default=[], metavar="key=value",
-                        help="layout and precision, e.g. --set parallel.ep=2 --set train.precision=bf16 (engine megatron)")
+                        help="layout and precision, e.g. --set parallel.ep=2 --set train.precision=bf16 "
+                             "(engine megatron)")
     add_plugin_argument(parser)
-    parser.add_argument("--run", type=Path, metavar="DIR", help="also add the texts to this run's events, for its report")
+    parser.add_argument("--run", type=Path, metavar="DIR",
+                        help="also add the texts to this run's events, for its report")
     parser.add_argument("--json", action="store_true", help="print the texts and tokens as JSON")
 
 
@@ -55,7 +71,8 @@ def run(args: argparse.Namespace) -> int:
     """Continue the prompts and print what the model wrote."""
     load_plugins(args.plugins)
     prompts = read_prompts(args.prompt, args.prompts)
-    sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed, args.speculative)
+    sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed,
+                        args.speculative)
     batching = Batching(args.batch_size, args.prefill_tokens)
     _check(args, sampling.problems() + batching.problems())
     events = RunEvents(args.run)
@@ -69,7 +86,8 @@ def run(args: argparse.Namespace) -> int:
     target = find_target(args.target)
     tokenizer = load_tokenizer(target.tokenizer_folder)
     if args.chat and not tokenizer.chat_template:
-        raise UserError(f"--chat: {target.tokenizer_folder} has no chat template; leave --chat out, or fine-tune on chats first")
+        raise UserError(f"--chat: {target.tokenizer_folder} has no chat template; "
+                        "leave --chat out, or fine-tune on chats first")
     ids = [_encode(tokenizer, p, args.chat) for p in prompts]
     def decode(tokens: list[int]) -> str:
         return str(tokenizer.decode(tokens, skip_special_tokens=True))
@@ -88,7 +106,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace, problems: list[str]) -> None:
-    rules = [(args.speculative or not args.compare_speed, f"--compare-speed: --speculative {args.speculative} drafts nothing; "
+    rules = [(args.speculative or not args.compare_speed, "--compare-speed: --speculative "
+                                                          f"{args.speculative} drafts nothing; "
                                                           "add --speculative 1"),
              ("" not in args.stop, "--stop '': must hold at least one character")]
     problems += [sentence for holds, sentence in rules if not holds]
@@ -100,8 +119,8 @@ def _encode(tokenizer, prompt: Prompt, chat: bool) -> list[int]:  # type: ignore
     """Return a prompt's ids, begun as documents in token shards begin: with nothing before the text."""
     if not chat:
         return list(tokenizer.encode(prompt.text, add_special_tokens=False))
-    return list(tokenizer.apply_chat_template([{"role": "user", "content": prompt.text}], add_generation_prompt=True,
-                                              tokenize=True, return_dict=False))
+    return list(tokenizer.apply_chat_template([{"role": "user", "content": prompt.text}],
+                                              add_generation_prompt=True, tokenize=True, return_dict=False))
 
 
 def _continue(args: argparse.Namespace, target: Target, ids: list[list[int]], sampling: Sampling, stop: Stop,
@@ -120,7 +139,8 @@ def _continue(args: argparse.Namespace, target: Target, ids: list[list[int]], sa
         found, took_s = timed(sampling)
         return {"found": vars(found), "faster": plain_s / took_s}
 
-    answer = run_engine(engine_name, target, work, longest=longest, batching=batching, settings=args.settings, nproc=args.nproc)
+    answer = run_engine(engine_name, target, work, longest=longest, batching=batching, settings=args.settings,
+                        nproc=args.nproc)
     if answer is None:
         return None
     found = Generated(**answer["found"])
@@ -134,21 +154,23 @@ def _continue(args: argparse.Namespace, target: Target, ids: list[list[int]], sa
 def _check_engine(args: argparse.Namespace, target: Target, engine: str, longest: int) -> None:
     """Raise `UserError` where the engine cannot do what is asked of this model."""
     if longest > target.max_tokens:
-        raise UserError(f"prompt and --max-new-tokens make {longest} tokens, the model ends at {target.max_tokens}; shorten "
-                        "one of them")
+        raise UserError(f"prompt and --max-new-tokens make {longest} tokens, the model ends at "
+                        f"{target.max_tokens}; shorten one of them")
     if engine != MEGATRON and not target.is_hf:
-        raise UserError(f"--engine {engine}: {target.path} is a checkpoint; convert it first with `megatron-sov convert`")
+        raise UserError(f"--engine {engine}: {target.path} is a checkpoint; "
+                        "convert it first with `megatron-sov convert`")
     if engine != MEGATRON and (args.settings or args.nproc is not None or args.speculative):
-        raise UserError(f"--set {args.settings}, --nproc {args.nproc} and --speculative {args.speculative} are for "
-                        f"--engine {MEGATRON}; add it or leave them out")
+        raise UserError(f"--set {args.settings}, --nproc {args.nproc} and --speculative {args.speculative} "
+                        f"are for --engine {MEGATRON}; add it or leave them out")
     if args.speculative and not target.model.num_mtp_layers:
-        raise UserError(f"--speculative {args.speculative}: {target.path} has no multi-token prediction layer to draft with; "
-                        "leave it out")
+        raise UserError(f"--speculative {args.speculative}: {target.path} has no multi-token prediction "
+                        "layer to draft with; leave it out")
 
 
 def _show(as_json: bool, prompts: list[Prompt], texts: list[str], tokens: list[list[int]]) -> None:
     if as_json:
-        print(json.dumps([{"prompt": p.text, "text": t, "tokens": c} for p, t, c in zip(prompts, texts, tokens, strict=True)],
+        print(json.dumps([{"prompt": p.text, "text": t, "tokens": c}
+                          for p, t, c in zip(prompts, texts, tokens, strict=True)],
                          ensure_ascii=False, indent=1))
         return
     for prompt, text in zip(prompts, texts, strict=True):

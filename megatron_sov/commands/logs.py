@@ -25,8 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="run folder")
     parser.add_argument("--rank", type=int, action="append", default=[], metavar="N",
                         help="only what this rank wrote, in all its starts; may be given several times")
-    parser.add_argument("--grep", metavar="PATTERN", help="only lines in which this regular expression is found")
-    parser.add_argument("--tail", type=int, default=0, metavar="N", help="only the last N lines of each file (default: all)")
+    parser.add_argument("--grep", metavar="PATTERN",
+                        help="only lines in which this regular expression is found")
+    parser.add_argument("--tail", type=int, default=0, metavar="N",
+                        help="only the last N lines of each file (default: all)")
     parser.add_argument("--follow", action="store_true", help="go on with new lines until the run has ended")
 
 
@@ -40,16 +42,20 @@ def run(args: argparse.Namespace) -> int:
     from megatron_sov.watch.state import find_runs
 
     if find_runs(args.run)[-1] != args.run:
-        raise UserError(f"{args.run}: holds runs and is none; name one of them: {', '.join(map(str, find_runs(args.run)))}")
+        raise UserError(f"{args.run}: holds runs and is none; name one of them: "
+                        f"{', '.join(map(str, find_runs(args.run)))}")
     try:
         wanted = re.compile(args.grep or "")
     except re.error as e:
-        raise UserError(f"--grep {args.grep}: is no regular expression ({e}); put a backslash before its signs") from None
+        raise UserError(f"--grep {args.grep}: is no regular expression ({e}); "
+                        "put a backslash before its signs") from None
     files = log_files(args.run)
     ranks = sorted({f.rank for f in files if f.rank is not None})
     if args.rank and not set(args.rank) & set(ranks) and not args.follow:
-        known = f"ranks with files: {ranks[0]} to {ranks[-1]}" if ranks else "a run on one machine writes to its terminal"
-        raise UserError(f"--rank {args.rank[0]}: no file of {args.run} is this rank's ({known}); leave --rank out")
+        known = (f"ranks with files: {ranks[0]} to {ranks[-1]}" if ranks
+                 else "a run on one machine writes to its terminal")
+        raise UserError(f"--rank {args.rank[0]}: no file of {args.run} is this rank's ({known}); "
+                        "leave --rank out")
     try:
         _print(_Reader(args.run, set(args.rank), args.tail).everything(args.follow), wanted)
     except KeyboardInterrupt:

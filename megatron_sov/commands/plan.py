@@ -1,4 +1,5 @@
-"""`megatron-sov plan RECIPE [--set key=value ...] [--nproc N] [--json] [--html FILE]`: a run step by step, before it runs."""
+"""`megatron-sov plan RECIPE [--set key=value ...] [--nproc N] [--json] [--html FILE]`:
+a run step by step, before it runs."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nproc", type=int, default=None, metavar="N",
                         help="check the settings for so many processes (default: as few as the layout needs)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write the charts into this self-contained page as well")
+    parser.add_argument("--html", type=Path, metavar="FILE",
+                        help="write the charts into this self-contained page as well")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -31,10 +33,12 @@ def run(args: argparse.Namespace) -> int:
     from megatron_sov.plan import timetable
 
     config = requested(args).config()
-    config.check(args.nproc or math.lcm(config.parallel.ranks_per_replica, config.parallel.ranks_per_expert_replica))
+    config.check(args.nproc
+                 or math.lcm(config.parallel.ranks_per_replica, config.parallel.ranks_per_expert_replica))
     if args.html is not None:
         check_output("--html", args.html)
-        section = Section("Schedule", charts=timetable.charts(config), tables=[timetable.table(config)], side_by_side=True)
+        section = Section("Schedule", charts=timetable.charts(config), tables=[timetable.table(config)],
+                          side_by_side=True)
         page = render("plan", config.recipe, "", [Chapter(config.recipe, "", [], [section])])
         write_output(args.html, page)
     print(to_json(timetable.as_json(config)) if args.json else timetable.as_text(config))

@@ -25,6 +25,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_sov.train.stage import Stage, run_stage
 
     objective = factory(parsed.config, LanguageModelling)
-    stage = Stage(parsed.config, RunFolder(args.run), objective, parsed.start, args.resume, faults=parsed.faults)
+    stage = Stage(parsed.config, RunFolder(args.run), objective, parsed.start, args.resume,
+                  faults=parsed.faults)
     run_stage(stage, args.nproc, args.began_s)
     return 0

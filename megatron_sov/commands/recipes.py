@@ -22,11 +22,13 @@ SET = Source("yours", "--set")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `megatron-sov recipes`."""
     add_recipe_arguments(parser)
-    parser.add_argument("--json", action="store_true", help="print RECIPE's settings as JSON, without sources")
+    parser.add_argument("--json", action="store_true",
+                        help="print RECIPE's settings as JSON, without sources")
 
 
 def run(args: argparse.Namespace) -> int:
-    """List recipes, families and objectives with their origin, or print one recipe's settings and their sources.
+    """List recipes, families and objectives with their origin, or print one recipe's settings
+    and their sources.
 
     Raises:
         UserError: the recipe or a --set key does not exist, or --set or --json stands without a recipe.
@@ -49,21 +51,25 @@ def run(args: argparse.Namespace) -> int:
 
 
 def listing() -> str:
-    """Return a line for each recipe, then one for each model family and objective, and for what packages add elsewhere."""
+    """Return a line for each recipe, then one for each model family and objective,
+    and for what packages add elsewhere."""
     rows = [(name, BUILT_IN, summary(recipes.get(name))) for name in recipes.names()]
     rows += [(name, origin, _tried(name)) for name, origin in recipes.OWN.listing()]
     rows += [(name, BUILT_IN, "model family") for name in models.FAMILIES]
     rows += [(name, origin, "model family") for name, origin in models.OWN.listing()]
-    rows += [(name, BUILT_IN, f"objective of `megatron-sov {command}`") for name, command in objectives.BUILT_IN.items()]
+    rows += [(name, BUILT_IN, f"objective of `megatron-sov {command}`")
+             for name, command in objectives.BUILT_IN.items()]
     rows += [(name, origin, "objective") for name, origin in objectives.OWN.listing()]
-    for what, group in (("data step of `sov-data pack`", "megatron_sov.data_steps"), ("command", "megatron_sov.commands")):
+    for what, group in (("data step of `sov-data pack`", "megatron_sov.data_steps"),
+                        ("command", "megatron_sov.commands")):
         rows += [(d.name, f"package {d.package}", what) for d in declared(group)]
     widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
     return "\n".join(f"{name:<{widths[0]}}  {origin:<{widths[1]}}  {text}" for name, origin, text in rows)
 
 
 def _tried(name: str) -> str:
-    """Return the summary of a package's recipe, or why there is none: one package must not hide all others."""
+    """Return the summary of a package's recipe, or why there is none:
+    one package must not hide all others."""
     try:
         return summary(recipes.get(name))
     except UserError as e:
@@ -83,12 +89,14 @@ def as_text(config: RunConfig, sources: Sources) -> str:
 def summary(config: RunConfig) -> str:
     """Return a recipe in one line: parameters, experts, attention, budget."""
     model, count = config.model, num_params(config.model)
-    experts = f"{model.num_experts_per_token} of {model.num_experts} experts" if model.num_experts else "dense"
+    experts = (f"{model.num_experts_per_token} of {model.num_experts} experts" if model.num_experts
+               else "dense")
     attention = "sliding + global attention" if "L" in model.attention_pattern else "global attention"
     tokens = sum(p.tokens for p in config.data.phases) or config.train.tokens
     budget = f"{config.train.steps:,} steps" if config.train.steps else \
         f"{tokens / 1e12:.4g} T tokens" if tokens >= 1e12 else f"{tokens / 1e9:.4g} B tokens"
-    return f"{billions(count.total)} parameters ({billions(count.active)} active), {experts}, {attention}, {budget}"
+    return (f"{billions(count.total)} parameters ({billions(count.active)} active), {experts}, "
+            f"{attention}, {budget}")
 
 
 def billions(count: int) -> str:

@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
 
     sources = open_sources(parsed.config.data.paths, parsed.config.model.vocab_size)
     check_sources(parsed.config, sources)
-    stage = Stage(parsed.config, RunFolder(args.run), SupervisedFineTuning, parsed.start, args.resume, tuple(sources),
-                  faults=parsed.faults)
+    stage = Stage(parsed.config, RunFolder(args.run), SupervisedFineTuning, parsed.start, args.resume,
+                  tuple(sources), faults=parsed.faults)
     run_stage(stage, args.nproc, args.began_s)
     return 0

@@ -24,7 +24,8 @@ SIGNS = dict(zip(CATEGORIES, "#x%s>.", strict=True))
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `megatron-sov status`."""
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, or folders that hold runs")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN",
+                        help="run folders, or folders that hold runs")
     parser.add_argument("--json", action="store_true", help="print the state of every run as JSON")
 
 
@@ -52,15 +53,18 @@ def _plain(state: RunState) -> dict[str, Any]:
     raw = {**asdict(state), "path": str(state.path), "restarts": state.restarts}
     if state.wall_time is not None:
         share = state.wall_time.goodput
-        raw["wall_time"] |= {"total_s": state.wall_time.total_s, "goodput": share if math.isfinite(share) else None}
+        raw["wall_time"] |= {"total_s": state.wall_time.total_s,
+                             "goodput": share if math.isfinite(share) else None}
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in raw.items()}
 
 
 def in_full(state: RunState) -> str:
     """Return everything about one run."""
     lines = [f"{state.path}: {', '.join(w for w in (state.stage, state.recipe) if w)}".rstrip(": "),
-             f"  state       {state.state}{f' ({state.why})' if state.why else ''}{_ago(', last event', state.last_event_age_s)}",
-             f"  step        {_progress(state)}{f', phase {state.phase}' if state.phase else ''}{_measured(state)}"]
+             f"  state       {state.state}{f' ({state.why})' if state.why else ''}"
+             f"{_ago(', last event', state.last_event_age_s)}",
+             "  step        "
+             f"{_progress(state)}{f', phase {state.phase}' if state.phase else ''}{_measured(state)}"]
     if math.isfinite(state.tokens_per_s):
         left = f", {duration(state.eta_s)} left" if math.isfinite(state.eta_s) else ""
         lines.append(f"  speed       {state.tokens_per_s:,.0f} tokens/s{left}")
@@ -88,7 +92,8 @@ def _ago(before: str, age_s: float) -> str:
 def _starts(state: RunState) -> list[str]:
     rows = []
     for i, start in enumerate(state.starts, 1):
-        began = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(start.began_s)) if math.isfinite(start.began_s) else "–"
+        began = (time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(start.began_s))
+                 if math.isfinite(start.began_s) else "–")
         reached = "no step" if start.to_step is None else f"step {start.to_step:,}"
         rows.append(f"    {i:>3}  {began}  from step {start.from_step:,} to {reached}, {start.num_ranks:,} "
                     f"process{'' if start.num_ranks == 1 else 'es'}: {start.outcome}")
@@ -100,12 +105,14 @@ def _time(time: WallTime | None) -> list[str]:
         return []
     lines = [f"  time        {duration(time.total_s)}, of which {time.goodput:.1%} moved the model forward",
              f"    [{bar(time)}]"]
-    return lines + [f"    {SIGNS[name]} {label:<17} {time.spent_s[name] / time.total_s:>6.1%}  {duration(time.spent_s[name])}"
+    return lines + [f"    {SIGNS[name]} {label:<17} {time.spent_s[name] / time.total_s:>6.1%}  "
+                    f"{duration(time.spent_s[name])}"
                     for name, label in CATEGORIES.items() if time.spent_s[name] > 0]
 
 
 def bar(time: WallTime, width: int = BAR_CHARACTERS) -> str:
-    """Return a line of `width` characters, as many of each category as its share of the time; the largest remainders round up."""
+    """Return a line of `width` characters, as many of each category as its share of the time; the largest
+    remainders round up."""
     exact = {name: width * spent_s / time.total_s for name, spent_s in time.spent_s.items()}
     counts = {name: int(value) for name, value in exact.items()}
     for name in sorted(exact, key=lambda n: counts[n] - exact[n])[:width - sum(counts.values())]:
@@ -115,15 +122,17 @@ def bar(time: WallTime, width: int = BAR_CHARACTERS) -> str:
 
 def as_table(states: list[RunState]) -> str:
     """Return one line for each run."""
-    head = ["run", "stage", "state", "step", "loss", "tokens/s", "left", "checkpoint", "restarts", "effective"]
+    head = ["run", "stage", "state", "step", "loss", "tokens/s", "left", "checkpoint", "restarts",
+            "effective"]
     rows = [head, *map(_row, states)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+                     for row in rows)
 
 
 def _row(state: RunState) -> list[str]:
     left = duration(state.eta_s) if math.isfinite(state.eta_s) else "–"
     effective = f"{state.wall_time.goodput:.0%}" if state.wall_time and state.wall_time.total_s else "–"
     checkpoint = f"{state.checkpoint_step:,}" if state.checkpoint else "–"
-    return [str(state.path), state.stage or "–", state.state, f"{state.step:,}/{state.num_steps:,}", figure(state.loss),
-            figure(state.tokens_per_s), left, checkpoint, str(state.restarts), effective]
+    return [str(state.path), state.stage or "–", state.state, f"{state.step:,}/{state.num_steps:,}",
+            figure(state.loss), figure(state.tokens_per_s), left, checkpoint, str(state.restarts), effective]

@@ -20,29 +20,38 @@ COMMANDS: Commands = {name: module.add_arguments for name, module in {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments; its options may stand before the stage or among the stage's own arguments."""
-    parser.epilog = ("ARGUMENTS are what follows the stage's own command: megatron-sov pretrain, extend, sft, convert, eval; "
-                     "sov-tokenizer; sov-data.  Chains that come with the package, besides files of your own: "
-                     f"{', '.join(chain_file.names())}.")
+    """Declare the command's arguments; its options may stand before the stage or among the
+    stage's own arguments."""
+    parser.epilog = ("ARGUMENTS are what follows the stage's own command: megatron-sov pretrain, extend, "
+                     "sft, convert, eval; sov-tokenizer; sov-data.  Chains that come with the package, "
+                     f"besides files of your own: {', '.join(chain_file.names())}.")
     parser.add_argument("stage", metavar="STAGE", help=f"{', '.join(STAGES)}, or chain: several, from a file")
-    parser.add_argument("arguments", metavar="ARGUMENTS", nargs=argparse.REMAINDER, help="the stage's own, or the chain's file")
+    parser.add_argument("arguments", metavar="ARGUMENTS", nargs=argparse.REMAINDER,
+                        help="the stage's own, or the chain's file")
     _add_options(parser)
     parser.set_defaults(**DEFAULTS)
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--cluster", metavar="PROFILE", help=f"{', '.join(cluster.names())}, or a YAML file of your own")
+    parser.add_argument("--cluster", metavar="PROFILE",
+                        help=f"{', '.join(cluster.names())}, or a YAML file of your own")
     parser.add_argument("--nodes", type=int, metavar="N", help="nodes of a training stage (default 1)")
-    parser.add_argument("--min-nodes", type=int, metavar="N", help="go on with as few nodes as this when others are missing")
-    parser.add_argument("--nodes-set", action="append", metavar="N:key=value", help="a setting that changes with N nodes")
+    parser.add_argument("--min-nodes", type=int, metavar="N",
+                        help="go on with as few nodes as this when others are missing")
+    parser.add_argument("--nodes-set", action="append", metavar="N:key=value",
+                        help="a setting that changes with N nodes")
     parser.add_argument("--array", type=int, metavar="N", help="data pack: share the inputs out over N jobs")
     parser.add_argument("--account", help="instead of the profile's")
     parser.add_argument("--partition", help="instead of the profile's")
-    parser.add_argument("--time", metavar="LIMIT", help="time limit instead of the profile's: minutes, H:MM:SS or D-HH:MM:SS")
-    parser.add_argument("--dry-run", action="store_true", help="print what would be submitted; writes nothing, needs no Slurm")
-    parser.add_argument("--scripts", type=Path, metavar="DIR",
-                        help="chain: submit nothing, write a script of each stage for `sbatch`, with paths that begin with $WORK")
-    parser.add_argument("--continue", dest="continue_chain", action="store_true", help="chain: submit what is not complete yet")
+    parser.add_argument("--time", metavar="LIMIT",
+                        help="time limit instead of the profile's: minutes, H:MM:SS or D-HH:MM:SS")
+    parser.add_argument("--dry-run", action="store_true",
+                        help="print what would be submitted; writes nothing, needs no Slurm")
+    parser.add_argument("--scripts", type=Path, metavar="DIR", help="chain: submit nothing, write a script "
+                                                                    "of each stage for `sbatch`, "
+                                                                    "with paths that begin with $WORK")
+    parser.add_argument("--continue", dest="continue_chain", action="store_true",
+                        help="chain: submit what is not complete yet")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -60,9 +69,11 @@ def _stage(args: argparse.Namespace, argv: list[str]) -> int:
     from megatron_sov.slurm.stages import check_inputs
 
     if args.continue_chain:
-        raise UserError("--continue: belongs to a chain; a stage continues by itself when it is submitted again")
+        raise UserError("--continue: belongs to a chain; a stage continues by itself when it is "
+                        "submitted again")
     if args.scripts is not None:
-        raise UserError(f"--scripts {args.scripts}: belongs to a chain; --dry-run prints the script of a stage")
+        raise UserError(f"--scripts {args.scripts}: belongs to a chain; "
+                        "--dry-run prints the script of a stage")
     profile = cluster.load(_cluster_name(args), account=args.account, partition=args.partition)
     request = submission.Request(args.stage, tuple(argv), profile, 1 if args.nodes is None else args.nodes,
                                  args.min_nodes, cluster.settings_by_nodes(args.nodes_set), args.array,
@@ -84,11 +95,12 @@ def _chain(args: argparse.Namespace, argv: list[str]) -> int:
     from megatron_sov.slurm.ready_scripts import write_scripts
 
     if len(argv) != 1:
-        raise UserError(f"submit chain: takes one file, not {' '.join(argv) or 'none'}; stages and their arguments stand in it "
-                        f"(chains of the package: {', '.join(chain_file.names())})")
+        raise UserError(f"submit chain: takes one file, not {' '.join(argv) or 'none'}; stages and their "
+                        f"arguments stand in it (chains of the package: {', '.join(chain_file.names())})")
     given = [name for name in ("nodes", "min_nodes", "nodes_set", "array") if getattr(args, name)]
     if given:
-        raise UserError(f"submit chain: --{given[0].replace('_', '-')} belongs to a stage; write it into {argv[0]}")
+        raise UserError(f"submit chain: --{given[0].replace('_', '-')} belongs to a stage; "
+                        f"write it into {argv[0]}")
     if args.scripts is not None and (args.dry_run or args.continue_chain):
         raise UserError(f"--scripts {args.scripts}: submits nothing; leave out --dry-run and --continue")
     options = chain.Options(args.cluster, args.account, args.partition, args.time)
@@ -101,5 +113,6 @@ def _chain(args: argparse.Namespace, argv: list[str]) -> int:
 
 def _cluster_name(args: argparse.Namespace) -> str:
     if args.cluster is None:
-        raise UserError(f"--cluster: is missing; pass one of {', '.join(cluster.names())}, or a YAML file of your own")
+        raise UserError(f"--cluster: is missing; pass one of {', '.join(cluster.names())}, "
+                        "or a YAML file of your own")
     return str(args.cluster)

@@ -1,7 +1,8 @@
 """Every setting of a training run, as frozen dataclasses.
 
-`RunConfig.problems()` lists everything that is wrong at once and changes nothing.  Nothing here imports torch.
-Types are checked and converted by pydantic when a config is read from JSON or changed by `--set key=value`.
+`RunConfig.problems()` lists everything that is wrong at once and changes nothing.  Nothing here imports
+torch.  Types are checked and converted by pydantic when a config is read from JSON or changed by
+`--set key=value`.
 """
 
 from megatron_sov.config.data import DataConfig, PhaseConfig
@@ -17,8 +18,8 @@ from megatron_sov.config.run import ObjectiveConfig, ObsConfig, RunConfig
 from megatron_sov.config.train import TrainConfig
 
 __all__ = [
-    "BackgroundEvalConfig", "DataConfig", "EvaluateConfig", "ExtendConfig", "ExtendStageConfig", "GateConfig", "GroupConfig",
-    "GuardConfig", "Language", "ModelConfig", "NeedleConfig", "NeedleKind", "ObjectiveConfig", "ObsConfig", "OptimConfig",
-    "ParallelConfig", "PartConfig", "PhaseConfig", "RunConfig", "TrainConfig", "YarnConfig", "apply_settings",
-    "data_paths", "from_dict",
+    "BackgroundEvalConfig", "DataConfig", "EvaluateConfig", "ExtendConfig", "ExtendStageConfig", "GateConfig",
+    "GroupConfig", "GuardConfig", "Language", "ModelConfig", "NeedleConfig", "NeedleKind", "ObjectiveConfig",
+    "ObsConfig", "OptimConfig", "ParallelConfig", "PartConfig", "PhaseConfig", "RunConfig", "TrainConfig",
+    "YarnConfig", "apply_settings", "data_paths", "from_dict",
 ]

@@ -11,7 +11,8 @@ from megatron_sov.config.train import TrainConfig
 def batch_size_at(train: TrainConfig, phase: PhaseConfig, step: int) -> int:
     """Return the samples of step `step` (0-based) if it belongs to a phase.
 
-    The ramp counts from the start of the run and grows towards `train.global_batch_size`; a phase of smaller batches caps it.
+    The ramp counts from the start of the run and grows towards `train.global_batch_size`;
+    a phase of smaller batches caps it.
     """
     full = phase.global_batch_size or train.global_batch_size
     if step >= train.ramp_steps or not train.ramp_from_batch_size:
@@ -29,8 +30,8 @@ def ramp_changes(train: TrainConfig, phase: PhaseConfig) -> list[int]:
 def phase_steps(data: DataConfig, train: TrainConfig) -> list[int]:
     """Return the optimizer steps of each phase.
 
-    With `train.steps` the phases share those; else each phase lasts until its token budget (its own, or its share of
-    `train.tokens`) is spent, the ramp counted in.
+    With `train.steps` the phases share those; else each phase lasts until its token budget (its own, or its
+    share of `train.tokens`) is spent, the ramp counted in.
     """
     if train.steps:
         weights = [_full_steps(train, p, p.tokens) if p.tokens else p.share for p in data.phases]

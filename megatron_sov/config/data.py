@@ -20,10 +20,12 @@ class PhaseConfig:
     tokens: int = 0
     """Token budget of the phase; 0: by `share`.  Either every phase has one or none."""
     share: float = 1.0
-    """Part of the run that belongs to this phase, of `train.tokens` or of `train.steps`; normalised over all phases."""
+    """Part of the run that belongs to this phase, of `train.tokens` or of `train.steps`;
+    normalised over all phases."""
     blend: dict[str, float] = field(default_factory=dict)
-    """Source name -> weight (normalised); empty: each artifact by its --data weight, its sources in proportion to their
-    tokens.  NAME@N means the documents of NAME with at least N tokens, NAME/N all of them in pieces of at most N."""
+    """Source name -> weight (normalised); empty: each artifact by its --data weight, its sources in
+    proportion to their tokens.  NAME@N means the documents of NAME with at least N tokens, NAME/N all of them
+    in pieces of at most N."""
     seq_len: int = 4096
     """Tokens of one sample."""
     global_batch_size: int = 0
@@ -31,17 +33,20 @@ class PhaseConfig:
     rewarm_steps: int = 0
     """Steps over which the learning rate climbs anew from 0 when the phase begins."""
     lr: float = 0.0
-    """Peak learning rate of a schedule of the phase's own, from its first step to its last; 0: the run's schedule goes on."""
+    """Peak learning rate of a schedule of the phase's own, from its first step to its last; 0:
+    the run's schedule goes on."""
     min_lr: float = 0.0
     """Where the phase's own schedule ends; 0: `optim.min_lr`."""
     schedule: Schedule | None = None
     """Form of the phase's own schedule; null: `optim.schedule`."""
 
     def problems(self, where: str) -> list[str]:
-        """Return one sentence for every rule that this phase breaks by itself; `where` names it, as in data.phases.0 (main)."""
+        """Return one sentence for every rule that this phase breaks by itself; `where` names it, as in
+        data.phases.0 (main)."""
         rules = [
             (self.tokens >= 0, f"{where}.tokens = {self.tokens} must not be negative"),
-            (self.global_batch_size >= 0, f"{where}.global_batch_size = {self.global_batch_size} must not be negative"),
+            (self.global_batch_size >= 0,
+             f"{where}.global_batch_size = {self.global_batch_size} must not be negative"),
             (self.rewarm_steps >= 0, f"{where}.rewarm_steps = {self.rewarm_steps} must not be negative"),
             (0 <= self.min_lr <= self.lr < math.inf,
              f"{where}.min_lr = {self.min_lr} must lie between 0 and the phase's lr = {self.lr}"),
@@ -63,16 +68,20 @@ class DataConfig:
 
     __pydantic_config__ = STRICT
     paths: dict[str, float] = field(default_factory=dict)
-    """Token shard artifacts (`sov-data pack`) -> share of the data (normalised); given by --data DIR[:weight]."""
+    """Token shard artifacts (`sov-data pack`) -> share of the data (normalised);
+    given by --data DIR[:weight]."""
     packing: Literal["best_fit", "concat"] = "best_fit"
-    """best_fit: documents stay whole unless they are longer than a sample, what does not fit is padding; concat: documents
-    follow one another and are cut at the sample's end.  Conversations are always whole, their tail beyond a sample left out."""
+    """best_fit: documents stay whole unless they are longer than a sample, what does not fit is padding;
+    concat: documents follow one another and are cut at the sample's end.  Conversations are always whole,
+    their tail beyond a sample left out."""
     phases: tuple[PhaseConfig, ...] = (PhaseConfig("main"),)
     """The curriculum, in order."""
     max_epochs: float = 4.0
-    """Passes over a source above which the run warns (more than about four help little: arXiv 2305.16264); 0: never."""
+    """Passes over a source above which the run warns (more than about four help little:
+    arXiv 2305.16264); 0: never."""
     skip_steps: tuple[tuple[int, int], ...] = ()
-    """First and last optimizer step (1-based) of stretches whose samples are passed over without learning them."""
+    """First and last optimizer step (1-based) of stretches whose samples are passed over
+    without learning them."""
     prefetch_steps: int = 2
     """Batches that are prepared ahead of the step, in a thread; 0: none."""
     heldout_tokens: int = 65536
@@ -84,7 +93,8 @@ class DataConfig:
         if not self.phases:
             p.append("data.phases = () must hold at least one phase")
         if len({bool(phase.tokens) for phase in self.phases}) > 1:
-            p.append("data.phases: some phases have a budget in tokens and some have none; give one to all or to none")
+            p.append("data.phases: some phases have a budget in tokens and some have none; "
+                     "give one to all or to none")
         p += [f"data.skip_steps has [{first}, {last}]; a stretch is [first, last] with 1 <= first <= last"
               for first, last in self.skip_steps if not 0 < first <= last]
         for i, phase in enumerate(self.phases):

@@ -13,14 +13,16 @@ EvalTask = Literal["ppl", "needle"]
 
 @dataclass(frozen=True)
 class BackgroundEvalConfig:
-    """Jobs that measure a run's exports (`train.export_every_checkpoints`) beside training; they never hold it up."""
+    """Jobs that measure a run's exports (`train.export_every_checkpoints`) beside training;
+    they never hold it up."""
 
     __pydantic_config__ = STRICT
     tasks: tuple[EvalTask, ...] = ()
-    """What is measured on every export: ppl (loss and bits per byte of each source on held-out documents), needle (the suite that the
-    `needle` settings describe).  Empty: nothing."""
+    """What is measured on every export: ppl (loss and bits per byte of each source on held-out documents),
+    needle (the suite that the `needle` settings describe).  Empty: nothing."""
     where: Literal["local", "slurm"] = "local"
-    """local: a process on the machine of rank 0, at the lowest priority and without a GPU; slurm: a job of its own."""
+    """local: a process on the machine of rank 0, at the lowest priority and without a GPU;
+    slurm: a job of its own."""
     cluster: str = ""
     """slurm: profile of the jobs, as for `megatron-sov submit --cluster`."""
     timeout_s: float = 3600.0
@@ -31,12 +33,15 @@ class BackgroundEvalConfig:
     def problems(self, exports: int) -> list[str]:
         """Return one sentence for every broken rule; `exports` is `train.export_every_checkpoints`."""
         rules = [
-            (not self.tasks or exports > 0,
-             f"evaluate.background.tasks = {list(self.tasks)} measure exports, and train.export_every_checkpoints = 0 makes none"),
-            (len(set(self.tasks)) == len(self.tasks), f"evaluate.background.tasks = {list(self.tasks)} names a task twice"),
-            (0 < self.timeout_s < math.inf, f"evaluate.background.timeout_s = {self.timeout_s} must be a positive number"),
+            (not self.tasks or exports > 0, f"evaluate.background.tasks = {list(self.tasks)} measure "
+                                            "exports, and train.export_every_checkpoints = 0 makes none"),
+            (len(set(self.tasks)) == len(self.tasks),
+             f"evaluate.background.tasks = {list(self.tasks)} names a task twice"),
+            (0 < self.timeout_s < math.inf,
+             f"evaluate.background.timeout_s = {self.timeout_s} must be a positive number"),
             (self.max_waiting > 0, f"evaluate.background.max_waiting = {self.max_waiting} must be positive"),
-            (self.where == "local" or bool(self.cluster), "evaluate.background.where = slurm needs evaluate.background.cluster"),
+            (self.where == "local" or bool(self.cluster),
+             "evaluate.background.where = slurm needs evaluate.background.cluster"),
         ]
         return [sentence for holds, sentence in rules if not holds]
 

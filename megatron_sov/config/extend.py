@@ -17,14 +17,16 @@ class PartConfig:
 
     __pydantic_config__ = STRICT
     name: Literal["long", "rehearsal", "trajectories", "replay"]
-    """long: documents longer than what was trained on; rehearsal (extension) and replay (midtraining): documents in pieces as
-    short as those of the phases before; trajectories (midtraining): a query with its solutions."""
+    """long: documents longer than what was trained on; rehearsal (extension) and replay (midtraining):
+    documents in pieces as short as those of the phases before; trajectories (midtraining):
+    a query with its solutions."""
     share: float
     """Part of the stage's samples, needle documents not counted."""
     blend: dict[str, float] = field(default_factory=dict)
-    """Source name -> weight, as in `data.phases`; NAME@N: documents of at least N tokens, NAME/N: documents in pieces of at most
-    N.  Empty: long, every text source's documents longer than the trained length; rehearsal and replay, every text source in
-    pieces of the trained length; trajectories, every source of chats."""
+    """Source name -> weight, as in `data.phases`; NAME@N: documents of at least N tokens, NAME/N: documents
+    in pieces of at most N.  Empty: long, every text source's documents longer than the trained length;
+    rehearsal and replay, every text source in pieces of the trained length; trajectories,
+    every source of chats."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class ExtendStageConfig:
 
     __pydantic_config__ = STRICT
     name: str
-    """Name of the stage: its phase in the report and, but for the last stage, its folder RUN/stages/<number>-<name>."""
+    """Name of the stage: its phase in the report and, but for the last stage, its folder
+    RUN/stages/<number>-<name>."""
     seq_len: int
     """Tokens of one sample."""
     kind: Literal["extension", "midtraining"] = "extension"
@@ -55,8 +58,8 @@ class ExtendStageConfig:
     rope_theta: float = 0.0
     """New base of the rotary frequencies, for models whose layers are all global; 0: as it was."""
     yarn_factor: float = 0.0
-    """How far YaRN stretches the original context, for models whose layers are all global; 1: not at all; 0: new / original
-    length, or not at all where `rope_theta` changes the base instead."""
+    """How far YaRN stretches the original context, for models whose layers are all global; 1: not at all; 0:
+    new / original length, or not at all where `rope_theta` changes the base instead."""
     yarn_original_tokens: int = 0
     """Context that YaRN stretches, where a released config names another one than the lengths give; 0: the
     longest context that was trained without YaRN."""
@@ -66,23 +69,27 @@ class ExtendStageConfig:
         shares = sum(part.share for part in self.parts)
         names = [part.name for part in self.parts]
         rules = [
-            (self.name.isprintable() and self.name.strip() and "/" not in self.name and not self.name.startswith("."),
+            (self.name.isprintable() and self.name.strip() and "/" not in self.name
+             and not self.name.startswith("."),
              f"{where}.name = {self.name!r} must be usable as a folder's name"),
             (self.seq_len >= 2, f"{where}.seq_len = {self.seq_len} must be at least 2"),
             (min(self.steps, self.tokens, self.max_steps, self.global_batch_size) >= 0,
-             f"{where}: steps {self.steps}, tokens {self.tokens}, max_steps {self.max_steps} and global_batch_size "
-             f"{self.global_batch_size} must not be negative"),
+             f"{where}: steps {self.steps}, tokens {self.tokens}, max_steps {self.max_steps} and "
+             f"global_batch_size {self.global_batch_size} must not be negative"),
             (not self.max_steps or self.max_steps >= self.steps,
              f"{where}.max_steps = {self.max_steps} must be at least steps = {self.steps}"),
             (all(part.share > 0 for part in self.parts) and shares <= 1,
-             f"{where}.parts have shares {[part.share for part in self.parts]}; each must be positive and their sum at most 1"),
+             f"{where}.parts have shares {[part.share for part in self.parts]}; "
+             "each must be positive and their sum at most 1"),
             (len(set(names)) == len(names), f"{where}.parts = {names} names a part twice"),
             (set(names) <= set(PARTS[self.kind]),
              f"{where}.parts = {names}: a stage of kind {self.kind} has parts {', '.join(PARTS[self.kind])}"),
             (self.kind != "midtraining" or "trajectories" in names,
              f"{where}.kind = midtraining needs a part named trajectories; use kind extension without one"),
-            (min(self.lr, self.rope_theta) >= 0, f"{where}: lr {self.lr} and rope_theta {self.rope_theta} must not be negative"),
-            (self.yarn_factor == 0 or self.yarn_factor >= 1, f"{where}.yarn_factor = {self.yarn_factor} must be 0 or at least 1"),
+            (min(self.lr, self.rope_theta) >= 0,
+             f"{where}: lr {self.lr} and rope_theta {self.rope_theta} must not be negative"),
+            (self.yarn_factor == 0 or self.yarn_factor >= 1,
+             f"{where}.yarn_factor = {self.yarn_factor} must be 0 or at least 1"),
             (self.yarn_original_tokens >= 0,
              f"{where}.yarn_original_tokens = {self.yarn_original_tokens} must not be negative"),
         ]
@@ -97,12 +104,14 @@ class GateConfig:
     every_steps: int = 0
     """Optimizer steps between two checks; 0: no gate, a stage ends with its steps."""
     min_accuracy: float = 0.9
-    """Every row of cells (kind, language, length) must reach it, over all depths together, and no single cell may lie below it
-    with its whole confidence interval; 0: needles are counted and do not judge."""
+    """Every row of cells (kind, language, length) must reach it, over all depths together, and no single cell
+    may lie below it with its whole confidence interval; 0: needles are counted and do not judge."""
     loss_tolerance_nats: float = 0.05
-    """How much the held-out loss at the length before the first stage may rise above what it was there, in nats per token."""
+    """How much the held-out loss at the length before the first stage may rise above what it was there,
+    in nats per token."""
     scan_tokens: int = 20_000_000
-    """Training tokens of each source that are searched at most for what the gate asks and where it hides it."""
+    """Training tokens of each source that are searched at most for what the gate asks and
+    where it hides it."""
     max_overlap: float = 0.05
     """Part of the held-out text that may be found in the training text before the gate is refused."""
 
@@ -110,7 +119,8 @@ class GateConfig:
         """Return one sentence for every rule that the gate breaks."""
         rules = [
             (self.every_steps >= 0, f"extend.gate.every_steps = {self.every_steps} must not be negative"),
-            (0 <= self.min_accuracy <= 1, f"extend.gate.min_accuracy = {self.min_accuracy} must lie in [0, 1]"),
+            (0 <= self.min_accuracy <= 1,
+             f"extend.gate.min_accuracy = {self.min_accuracy} must lie in [0, 1]"),
             (self.loss_tolerance_nats >= 0,
              f"extend.gate.loss_tolerance_nats = {self.loss_tolerance_nats} must not be negative"),
             (self.scan_tokens > 0, f"extend.gate.scan_tokens = {self.scan_tokens} must be positive"),
@@ -131,8 +141,10 @@ class ExtendConfig:
 
     def problems(self) -> list[str]:
         """Return one sentence for every broken rule."""
-        p = [sentence for i, stage in enumerate(self.stages) for sentence in stage.problems(f"extend.stages.{i} ({stage.name})")]
+        p = [sentence for i, stage in enumerate(self.stages)
+             for sentence in stage.problems(f"extend.stages.{i} ({stage.name})")]
         lengths = [stage.seq_len for stage in self.stages]
         if lengths != sorted(lengths):
-            p.append(f"extend.stages have lengths {lengths}; a later stage is not shorter than an earlier one")
+            p.append(f"extend.stages have lengths {lengths}; a later stage is not shorter than "
+                     "an earlier one")
         return p + self.gate.problems()

@@ -20,22 +20,26 @@ class ParallelConfig:
     pp: int = 1
     """Pipeline parallel size."""
     vpp: int = 1
-    """Runs of layers on each pipeline stage: above 1 the pipeline is interleaved, and its bubble shrinks that many times."""
+    """Runs of layers on each pipeline stage: above 1 the pipeline is interleaved,
+    and its bubble shrinks that many times."""
     ep: int = 1
     """Expert parallel size."""
     etp: int = 1
     """Tensor parallel size inside each expert."""
     expert_dispatcher: Literal["alltoall", "allgather"] = "alltoall"
-    """How tokens reach their experts: each to its own (alltoall), or all to all processes (allgather; small `ep`, many experts
-    for each token)."""
+    """How tokens reach their experts: each to its own (alltoall), or all to all processes (allgather; small
+    `ep`, many experts for each token)."""
     zero1: bool = False
-    """ZeRO-1: every data-parallel process keeps and updates its share of the optimizer's state, not all of it."""
+    """ZeRO-1: every data-parallel process keeps and updates its share of the optimizer's
+    state, not all of it."""
     overlap_grad_reduce: bool = False
     """Sum gradients over data-parallel processes while the backward pass goes on, not after it."""
     overlap_param_gather: bool = False
-    """Gather updated weights while the next forward pass goes on, not before it; needs zero1 and overlap_grad_reduce."""
+    """Gather updated weights while the next forward pass goes on, not before it; needs zero1 and
+    overlap_grad_reduce."""
     bucket_params: int = 0
-    """Parameters that are sent at a time under overlap_grad_reduce; 0: 40 million, or 1 million per data-parallel process."""
+    """Parameters that are sent at a time under overlap_grad_reduce; 0: 40 million, or 1 million per
+    data-parallel process."""
     cp: int = 1
     """Context parallel size: processes that share each row of tokens, for long samples."""
 
@@ -51,7 +55,8 @@ class ParallelConfig:
 
     @property
     def row_multiple(self) -> int:
-        """What the length of every row must be a multiple of: each process gets an early and a late piece of it."""
+        """What the length of every row must be a multiple of: each process gets an early and
+        a late piece of it."""
         return self.tp * 2 * self.cp if self.cp > 1 else self.tp
 
     def problems(self, model: ModelConfig, num_ranks: int) -> list[str]:
@@ -67,31 +72,37 @@ class ParallelConfig:
             value = getattr(model, name)
             if value % self.tp:
                 p.append(f"parallel.tp = {self.tp} must divide model.{name} = {value}; {_divisors(value)}")
-        if (model.num_moe_layers() < model.num_layers or model.num_mtp_layers) and model.dense_ffn_dim % self.tp:
+        if ((model.num_moe_layers() < model.num_layers or model.num_mtp_layers)
+                and model.dense_ffn_dim % self.tp):
             p.append(f"parallel.tp = {self.tp} must divide model.dense_ffn_dim = {model.dense_ffn_dim}")
         if not model.num_moe_layers() and (self.ep > 1 or self.etp > 1):
-            p.append(f"parallel.ep = {self.ep} and parallel.etp = {self.etp} must be 1: model.num_experts = {model.num_experts}, "
-                     "so there are no experts to divide")
+            p.append(f"parallel.ep = {self.ep} and parallel.etp = {self.etp} must be 1: "
+                     f"model.num_experts = {model.num_experts}, so there are no experts to divide")
         elif model.num_moe_layers():
             if model.num_experts % self.ep:
                 p.append(f"parallel.ep = {self.ep} must divide model.num_experts = {model.num_experts}; "
                          f"{_divisors(model.num_experts)}")
             if model.expert_ffn_dim % self.etp:
-                p.append(f"parallel.etp = {self.etp} must divide model.expert_ffn_dim = {model.expert_ffn_dim}")
+                p.append(f"parallel.etp = {self.etp} must divide model.expert_ffn_dim = "
+                         f"{model.expert_ffn_dim}")
             if self.tp > 1 and not self.sp:
-                p.append(f"parallel.sp = {self.sp} must be true when experts meet parallel.tp = {self.tp} > 1")
+                p.append(f"parallel.sp = {self.sp} must be true when experts meet parallel.tp = "
+                         f"{self.tp} > 1")
         if self.sp and self.tp == 1:
             p.append("parallel.sp = True needs parallel.tp > 1; leave it out or raise tp")
         if model.num_layers % self.pp:
-            p.append(f"parallel.pp = {self.pp} must divide model.num_layers = {model.num_layers}; {_divisors(model.num_layers)}")
+            p.append(f"parallel.pp = {self.pp} must divide model.num_layers = {model.num_layers}; "
+                     f"{_divisors(model.num_layers)}")
         elif model.num_layers // self.pp % self.vpp:
             layers = model.num_layers // self.pp
-            p.append(f"parallel.vpp = {self.vpp} must divide the {layers} layers of each pipeline stage; {_divisors(layers)}")
+            p.append(f"parallel.vpp = {self.vpp} must divide the {layers} layers of each pipeline stage; "
+                     f"{_divisors(layers)}")
         if self.vpp > 1 and self.pp == 1:
             p.append(f"parallel.vpp = {self.vpp} needs parallel.pp > 1; leave it out or raise pp")
         if self.overlap_param_gather and not (self.zero1 and self.overlap_grad_reduce):
-            p.append(f"parallel.overlap_param_gather = True needs parallel.zero1 and parallel.overlap_grad_reduce, which are "
-                     f"{self.zero1} and {self.overlap_grad_reduce}; set both or leave it out")
+            p.append("parallel.overlap_param_gather = True needs parallel.zero1 and "
+                     f"parallel.overlap_grad_reduce, which are {self.zero1} and {self.overlap_grad_reduce}; "
+                     "set both or leave it out")
         if self.bucket_params < 0:
             p.append(f"parallel.bucket_params = {self.bucket_params} must not be negative")
         for names in (("tp", "pp", "cp"), ("etp", "ep", "pp")):

@@ -61,7 +61,8 @@ class ModelConfig:
     norm_topk_prob: bool = True
     """Whether the scores of a token's chosen experts are divided by their sum."""
     router_bias: bool = True
-    """Whether a bias that is added for the choice only balances the experts (arXiv 2408.15664); needs router_score sigmoid."""
+    """Whether a bias that is added for the choice only balances the experts (arXiv 2408.15664); needs
+    router_score sigmoid."""
     routed_scaling_factor: float = 1.0
     """Factor on the weights of the chosen experts."""
     router_bias_update_rate: float = 1e-3
@@ -89,18 +90,21 @@ class ModelConfig:
     num_mtp_layers: int = 0
     """Multi-token prediction layers after the trunk (DeepSeek-V3 form, dense)."""
     mtp_attention: Literal["G", "L"] = "G"
-    """Attention of the multi-token prediction layer: G = global (rotated as other global layers are), L = sliding window."""
+    """Attention of the multi-token prediction layer: G = global (rotated as other global layers are),
+    L = sliding window."""
     mtp_loss_coeff: float = 0.05
     """Weight of the multi-token prediction loss."""
     max_position_tokens: int = 131072
     """Longest context the model claims, in tokens."""
     init_std: float = 0.02
-    """Standard deviation of initial weights; matrices that write to the residual get it / sqrt(2 * num_layers)."""
+    """Standard deviation of initial weights; matrices that write to the residual get it /
+    sqrt(2 * num_layers)."""
 
     def layer_types(self) -> list[Literal["sliding_attention", "full_attention"]]:
         """Return the attention type of each trunk layer."""
         pattern = self.attention_pattern or "G"
-        return ["sliding_attention" if pattern[i % len(pattern)] == "L" else "full_attention" for i in range(self.num_layers)]
+        return ["sliding_attention" if pattern[i % len(pattern)] == "L" else "full_attention"
+                for i in range(self.num_layers)]
 
     def mtp_layer_type(self) -> Literal["sliding_attention", "full_attention"]:
         """Return the attention type of the multi-token prediction layer."""
@@ -117,25 +121,31 @@ class ModelConfig:
             if getattr(self, name) <= 0:
                 p.append(f"model.{name} = {getattr(self, name)} must be positive")
         if self.num_kv_heads > 0 and self.num_heads % self.num_kv_heads:
-            p.append(f"model.num_kv_heads = {self.num_kv_heads} must divide model.num_heads = {self.num_heads}")
+            p.append(f"model.num_kv_heads = {self.num_kv_heads} must divide model.num_heads = "
+                     f"{self.num_heads}")
         if self.head_dim % 2:
             p.append(f"model.head_dim = {self.head_dim} must be even (RoPE rotates pairs)")
         if not 0 <= self.num_dense_layers <= self.num_layers:
-            p.append(f"model.num_dense_layers = {self.num_dense_layers} must lie between 0 and num_layers = {self.num_layers}")
+            p.append(f"model.num_dense_layers = {self.num_dense_layers} must lie between 0 and num_layers = "
+                     f"{self.num_layers}")
         if (self.num_moe_layers() < self.num_layers or self.num_mtp_layers) and self.dense_ffn_dim <= 0:
-            p.append(f"model.dense_ffn_dim = {self.dense_ffn_dim} must be positive for dense and multi-token prediction layers")
+            p.append(f"model.dense_ffn_dim = {self.dense_ffn_dim} must be positive for dense and multi-token "
+                     "prediction layers")
         if self.num_moe_layers() and not 0 < self.num_experts_per_token <= self.num_experts:
             p.append(f"model.num_experts_per_token = {self.num_experts_per_token} must lie between 1 and "
                      f"num_experts = {self.num_experts}")
         if set(self.attention_pattern) - {"L", "G"} or not self.attention_pattern:
-            p.append(f"model.attention_pattern = {self.attention_pattern!r} may hold only the letters L and G")
+            p.append(f"model.attention_pattern = {self.attention_pattern!r} may hold only the "
+                     "letters L and G")
         if ("L" in self.attention_pattern) != (self.sliding_window_tokens > 0):
-            p.append(f"model.sliding_window_tokens = {self.sliding_window_tokens} must be positive exactly when "
-                     f"attention_pattern = {self.attention_pattern!r} has an L")
+            p.append(f"model.sliding_window_tokens = {self.sliding_window_tokens} must be positive exactly "
+                     f"when attention_pattern = {self.attention_pattern!r} has an L")
         if self.num_mtp_layers and self.mtp_attention == "L" and not self.sliding_window_tokens:
-            p.append(f"model.mtp_attention = 'L' needs model.sliding_window_tokens > 0, it is {self.sliding_window_tokens}")
+            p.append("model.mtp_attention = 'L' needs model.sliding_window_tokens > 0, "
+                     f"it is {self.sliding_window_tokens}")
         if self.router_bias and self.router_score != "sigmoid" and self.num_moe_layers():
-            p.append(f"model.router_bias = True needs model.router_score = 'sigmoid', it is {self.router_score!r}")
+            p.append("model.router_bias = True needs model.router_score = 'sigmoid', "
+                     f"it is {self.router_score!r}")
         if self.num_mtp_layers not in (0, 1):
             p.append(f"model.num_mtp_layers = {self.num_mtp_layers} must be 0 or 1")
         if self.init_std <= 0:

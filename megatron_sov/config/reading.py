@@ -13,8 +13,8 @@ from pydantic import TypeAdapter, ValidationError
 from megatron_sov.config.run import RunConfig
 from megatron_sov.errors import UserError, list_problems, nearest
 
-RENAMED = {"evaluate.beside": "evaluate.background", "evaluate.background.judges": "evaluate.background.tasks",
-           "guards.on_corruption": "guards.on_sdc"}
+RENAMED = {"evaluate.beside": "evaluate.background",
+           "evaluate.background.judges": "evaluate.background.tasks", "guards.on_corruption": "guards.on_sdc"}
 """Setting of an earlier version -> what it is called now."""
 
 
@@ -57,13 +57,15 @@ def _fields_at(path: tuple[Any, ...]) -> list[str]:
 
 
 def apply_settings(config: RunConfig, settings: list[str]) -> RunConfig:
-    """Return the config with `key=value` settings applied, e.g. ``train.steps=100`` or ``data.phases.0.seq_len=512``.
+    """Return the config with `key=value` settings applied, e.g. ``train.steps=100`` or
+    ``data.phases.0.seq_len=512``.
 
-    Values are read as JSON where they parse (`true`, `1e-4`, `{"en": 1}`, `null`), else as text, then converted to the
-    field's type.
+    Values are read as JSON where they parse (`true`, `1e-4`, `{"en": 1}`, `null`), else as text, then
+    converted to the field's type.
 
     Raises:
-        UserError: a key that does not exist (with the nearest), a malformed setting or a value of the wrong type.
+        UserError: a key that does not exist (with the nearest), a malformed setting or a value
+            of the wrong type.
     """
     raw = config.to_dict()
     for setting in settings:
@@ -88,7 +90,8 @@ def _assign(raw: Any, parts: list[str], value: Any, setting: str) -> None:
         last = depth == len(parts) - 1
         if isinstance(node, list):
             if not part.isdigit() or int(part) >= len(node):
-                raise UserError(f"--set {setting!r}: {'.'.join(parts[:depth])} has items 0 to {len(node) - 1}, not {part!r}")
+                raise UserError(f"--set {setting!r}: {'.'.join(parts[:depth])} has items 0 to "
+                                f"{len(node) - 1}, not {part!r}")
             index: Any = int(part)
         else:
             known = [f.name for f in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else None
@@ -105,7 +108,8 @@ def _assign(raw: Any, parts: list[str], value: Any, setting: str) -> None:
                 child = node[index] = {}
             node = child
             if not isinstance(node, (dict, list)):
-                raise UserError(f"--set {setting!r}: '{'.'.join(parts[:depth + 1])}' is a value and has no fields")
+                raise UserError(f"--set {setting!r}: '{'.'.join(parts[:depth + 1])}' is a value "
+                                "and has no fields")
 
 
 def _class_below(cls: Any, part: str) -> Any:
@@ -135,11 +139,13 @@ def data_paths(data: list[str]) -> dict[str, float]:
             try:
                 weight = float(text)
             except ValueError:
-                raise UserError(f"--data {argument}: does not exist, and {text!r} after the colon is not a weight") from None
+                raise UserError(f"--data {argument}: does not exist, and {text!r} after the colon "
+                                "is not a weight") from None
         if not 0 <= weight < math.inf:
             raise UserError(f"--data {argument}: the weight must be a number that is not negative")
         if not Path(path).is_dir():
-            raise UserError(f"--data {path}: {'is not a folder' if Path(path).exists() else 'does not exist'}; "
+            raise UserError(f"--data {path}: "
+                            f"{'is not a folder' if Path(path).exists() else 'does not exist'}; "
                             "pass a folder made by `sov-data pack`")
         if path in paths:
             raise UserError(f"--data {path}: is given twice; name it once, with a weight if you like")

@@ -28,8 +28,8 @@ class ObjectiveConfig:
 
     __pydantic_config__ = STRICT
     name: str = "lm"
-    """lm: next-token cross-entropy (with multi-token prediction where the model has it); sft: cross-entropy on responses;
-    or an objective of your own, FILE.py:NAME (docs/own_code.md)."""
+    """lm: next-token cross-entropy (with multi-token prediction where the model has it); sft: cross-entropy
+    on responses; or an objective of your own, FILE.py:NAME (docs/own_code.md)."""
     text_coeff: float = 0.0
     """sft: weight of an auxiliary cross-entropy on plain text, normalised over its own tokens."""
     options: dict[str, Any] = field(default_factory=dict)
@@ -91,7 +91,8 @@ class RunConfig:
     """Code of your own, or of installed packages, that the settings above name; written by the command."""
 
     def problems(self, num_ranks: int = 1) -> list[str]:
-        """Return one sentence for every rule that this config breaks on `num_ranks` processes; empty when it is sound."""
+        """Return one sentence for every rule that this config breaks on `num_ranks` processes;
+        empty when it is sound."""
         p = self.model.problems()
         p += self.parallel.problems(self.model, num_ranks)
         p += self.data.problems() + self._phase_problems() + self.train.problems() + self.objective.problems()
@@ -101,10 +102,13 @@ class RunConfig:
         return p + ([] if p else self._batch_problems(num_ranks))
 
     def _phase_problems(self) -> list[str]:
-        """Check every phase against what it is trained with: positions of the model, rows of the layout, a budget."""
+        """Check every phase against what it is trained with: positions of the model,
+        rows of the layout, a budget."""
         p = []
-        if not (self.train.steps > 0 or self.train.tokens > 0 or all(phase.tokens for phase in self.data.phases)):
-            p.append("train.steps = 0 needs a token budget; set train.steps, train.tokens or every phase's tokens")
+        if not (self.train.steps > 0 or self.train.tokens > 0
+                or all(phase.tokens for phase in self.data.phases)):
+            p.append("train.steps = 0 needs a token budget; set train.steps, "
+                     "train.tokens or every phase's tokens")
         for i, phase in enumerate(self.data.phases):
             where = f"data.phases.{i} ({phase.name})"
             if phase.seq_len > 1 and min(self.parallel.row_multiple, self.train.micro_batch_size) > 0:
@@ -115,13 +119,15 @@ class RunConfig:
         return p
 
     def _row_problems(self, where: str, seq_len: int) -> list[str]:
-        """Check that a row, which is a micro-batch of whole samples, can be cut over the processes that share it."""
-        samples, multiple, tp, cp = self.train.micro_batch_size, self.parallel.row_multiple, self.parallel.tp, self.parallel.cp
+        """Check that a row, which is a micro-batch of whole samples, can be cut over the
+        processes that share it."""
+        samples, multiple, tp, cp = (self.train.micro_batch_size, self.parallel.row_multiple,
+                                     self.parallel.tp, self.parallel.cp)
         if seq_len * samples % multiple == 0:
             return []
         why = f"2 x parallel.cp {cp} x parallel.tp {tp} = {multiple}" if cp > 1 else f"parallel.tp = {tp}"
-        return [f"{where}.seq_len = {seq_len} x train.micro_batch_size {samples} = {seq_len * samples}, the tokens of a row, "
-                f"must be a multiple of {why}"]
+        return [f"{where}.seq_len = {seq_len} x train.micro_batch_size {samples} = {seq_len * samples}, "
+                f"the tokens of a row, must be a multiple of {why}"]
 
     def _batch_problems(self, num_ranks: int) -> list[str]:
         """Check every batch size that the run will use."""
@@ -133,8 +139,8 @@ class RunConfig:
         interleaved = self.parallel.vpp > 1
         unit *= self.parallel.pp if interleaved else 1
         pipeline = f" x parallel.pp {self.parallel.pp}, since parallel.vpp > 1" if interleaved else ""
-        return [f"global_batch_size = {size} (phase {phase.name}) must be a multiple of train.micro_batch_size "
-                f"{t.micro_batch_size} x data parallel size {dp}{pipeline} = {unit}"
+        return [f"global_batch_size = {size} (phase {phase.name}) must be a multiple of "
+                f"train.micro_batch_size {t.micro_batch_size} x data parallel size {dp}{pipeline} = {unit}"
                 for size, phase in sorted(sizes.items(), key=lambda item: item[0]) if size % unit]
 
     def check(self, num_ranks: int = 1) -> None:

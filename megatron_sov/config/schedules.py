@@ -1,4 +1,5 @@
-"""What every optimizer step of a run will be: its phase, batch size, tokens and learning rate, as functions of the step alone.
+"""What every optimizer step of a run will be: its phase, batch size, tokens and learning rate, as functions
+of the step alone.
 
 So a run that is resumed, at whatever step and layout, goes on at the rate that it would have had.
 """
@@ -22,7 +23,8 @@ def decayed(form: str, done: float) -> float:
     """Return what is left of a decay, from 1 to 0, when the share `done` of it has passed.
 
     Args:
-        form: linear: 1 - t; cosine: (1 + cos(pi t)) / 2 (arXiv 1608.03983); one_minus_sqrt: 1 - sqrt(t) (arXiv 2405.18392).
+        form: linear: 1 - t; cosine: (1 + cos(pi t)) / 2 (arXiv 1608.03983); one_minus_sqrt: 1 - sqrt(t)
+            (arXiv 2405.18392).
         done: t in [0, 1].
     """
     if form == "cosine":
@@ -34,9 +36,9 @@ def rate(optim: OptimConfig, at: int, end: int, warmup: int) -> float:
     """Return the learning rate at a place of a run, counted in steps or in tokens.
 
     A linear warm-up (over half the run at most), then by `optim.schedule`:
-    cosine, linear: decay to `min_lr` over the rest; wsd: constant, then decay in `decay_form` over the last `decay_share`, all
-    that follows the warm-up at most (MiniCPM, arXiv 2404.06395); inverse_sqrt: lr sqrt(warmup / at) (arXiv 1706.03762), not below
-    `min_lr`; constant.
+    cosine, linear: decay to `min_lr` over the rest; wsd: constant, then decay in `decay_form` over the last
+    `decay_share`, all that follows the warm-up at most (MiniCPM, arXiv 2404.06395); inverse_sqrt: lr
+    sqrt(warmup / at) (arXiv 1706.03762), not below `min_lr`; constant.
 
     Args:
         optim: the schedule's settings.
@@ -62,7 +64,8 @@ def rate(optim: OptimConfig, at: int, end: int, warmup: int) -> float:
 def _turns(optim: OptimConfig, end: int, warmup: int) -> list[int]:
     """Return the steps or tokens after which the warm-up is over and a `wsd` decay begins."""
     warmup = min(warmup, end // 2)
-    return [warmup, max(warmup, end - round(end * optim.decay_share))] if optim.schedule == "wsd" else [warmup]
+    return ([warmup, max(warmup, end - round(end * optim.decay_share))] if optim.schedule == "wsd"
+            else [warmup])
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,8 @@ class Schedule:
         for first in self._changes():
             phase = bisect.bisect_right(self._starts, first) - 1
             before = self.tokens(first - 1) if first else 0
-            self.stretches.append(Stretch(first, phase, curriculum.batch_size_at(config.train, self.phases[phase], first),
+            self.stretches.append(Stretch(first, phase,
+                                          curriculum.batch_size_at(config.train, self.phases[phase], first),
                                           self.phases[phase].seq_len, before))
 
     def _changes(self) -> list[int]:
@@ -122,14 +126,16 @@ class Schedule:
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of step `step` (0-based).
 
-        The run's schedule passes over all phases; one with a rate of its own has a schedule of its own inside the phase.
+        The run's schedule passes over all phases; one with a rate of its own has a schedule of its
+        own inside the phase.
         """
         number = self.stretch(step).phase
         phase, start = self.phases[number], self._starts[number]
         if phase.lr:
             value = rate(self._own(phase), step - start + 1, self._end(number) - start, phase.rewarm_steps)
         elif self._optim.schedule_by == "tokens":
-            value = rate(self._optim, self.tokens(step), self.tokens(self.num_steps - 1), self._optim.warmup_tokens)
+            value = rate(self._optim, self.tokens(step), self.tokens(self.num_steps - 1),
+                         self._optim.warmup_tokens)
         else:
             value = rate(self._optim, step + 1, self.num_steps, self._optim.warmup_steps)
         rewarmed = [(start, phase.rewarm_steps)] if not phase.lr else []
@@ -148,10 +154,12 @@ class Schedule:
             found = _turns(optim, self.num_steps, optim.warmup_steps)
         for number, (phase, start) in enumerate(zip(self.phases, self._starts, strict=True)):
             if phase.lr:
-                found += [start + t for t in _turns(self._own(phase), self._end(number) - start, phase.rewarm_steps)]
+                found += [start + t for t in _turns(self._own(phase), self._end(number) - start,
+                                                    phase.rewarm_steps)]
             elif phase.rewarm_steps:
                 found.append(start + phase.rewarm_steps)
-        return [turn for turn in (*found, *(first + steps for first, steps in optim.rewarm)) if turn < self.num_steps]
+        return [turn for turn in (*found, *(first + steps for first, steps in optim.rewarm))
+                if turn < self.num_steps]
 
     def _own(self, phase: PhaseConfig) -> OptimConfig:
         """Return the settings of a phase's own schedule."""

@@ -31,12 +31,14 @@ class TrainConfig:
     seed: int = 1234
     """Seed of initial weights, data order and dropout."""
     precision: Literal["fp32", "bf16", "fp64"] = "bf16"
-    """Dtype of weights and activations; bf16 keeps fp32 master weights and reduces gradients in fp32; fp64 is slow, for
-    proofs that layouts agree."""
+    """Dtype of weights and activations; bf16 keeps fp32 master weights and reduces gradients in fp32; fp64 is
+    slow, for proofs that layouts agree."""
     deterministic: bool = False
-    """The same bits in every run with the same settings on the same machines: slower algorithms where fast ones do not repeat."""
+    """The same bits in every run with the same settings on the same machines: slower algorithms where fast
+    ones do not repeat."""
     hidden_dropout: float = 0.0
-    """Share of values dropped behind the embedding, attention and feed-forward layers; a function of seed, step and layout."""
+    """Share of values dropped behind the embedding, attention and feed-forward layers;
+    a function of seed, step and layout."""
     recompute: bool = False
     """Recompute every layer's activations in the backward pass instead of storing them."""
     head_chunk_tokens: int = 2048
@@ -46,11 +48,13 @@ class TrainConfig:
     keep_checkpoints: int = 2
     """How many of the newest checkpoints stay; 0 keeps all."""
     export_every_checkpoints: int = 0
-    """Every so many checkpoints, and the last one, become Hugging Face folders in RUN/exports beside training; 0: none."""
+    """Every so many checkpoints, and the last one, become Hugging Face folders in RUN/exports beside
+    training; 0: none."""
     keep_every_steps: int = 0
     """Checkpoints whose step is a multiple of this stay for ever, besides the newest; 0: none."""
     async_save: bool = True
-    """Write checkpoints in the background while training goes on; needs host memory for what each process writes."""
+    """Write checkpoints in the background while training goes on; needs host memory for what
+    each process writes."""
     save_timeout_s: float = 1800.0
     """Seconds after which a checkpoint that is still not on disk (a file system that hangs) ends the run."""
     eval_every_steps: int = 500
@@ -58,8 +62,8 @@ class TrainConfig:
     log_every_steps: int = 1
     """Steps between `step` events."""
     max_restarts: int = 3
-    """How often the local launcher starts the processes again after a fault, from the last checkpoint, without a new
-    checkpoint in between; under torchrun or Slurm they restart the ranks."""
+    """How often the local launcher starts the processes again after a fault, from the last checkpoint,
+    without a new checkpoint in between; under torchrun or Slurm they restart the ranks."""
     num_threads: int = 0
     """CPU threads of each process; 0: cores divided by local processes."""
 
@@ -70,24 +74,30 @@ class TrainConfig:
         rules = [
             (self.steps >= 0, f"train.steps = {self.steps} must not be negative"),
             (self.tokens >= 0, f"train.tokens = {self.tokens} must not be negative"),
-            (0 <= ramp_from <= max(0, full),
-             f"train.ramp_from_batch_size = {ramp_from} must lie between 0 and train.global_batch_size = {full}"),
+            (0 <= ramp_from <= max(0, full), f"train.ramp_from_batch_size = {ramp_from} must lie between 0 "
+                                             f"and train.global_batch_size = {full}"),
             (not ramp_from or (self.ramp_increment > 0 and self.ramp_steps > 0),
-             f"train.ramp_from_batch_size = {ramp_from} needs train.ramp_increment and train.ramp_steps above 0"),
+             f"train.ramp_from_batch_size = {ramp_from} needs train.ramp_increment and "
+             "train.ramp_steps above 0"),
             (full > 0, f"train.global_batch_size = {full} must be positive"),
             (self.micro_batch_size > 0, f"train.micro_batch_size = {self.micro_batch_size} must be positive"),
-            (self.head_chunk_tokens > 0, f"train.head_chunk_tokens = {self.head_chunk_tokens} must be positive"),
+            (self.head_chunk_tokens > 0,
+             f"train.head_chunk_tokens = {self.head_chunk_tokens} must be positive"),
             (every > 0, f"train.checkpoint_every_steps = {every} must be positive"),
             (self.log_every_steps > 0, f"train.log_every_steps = {self.log_every_steps} must be positive"),
             (self.export_every_checkpoints >= 0,
              f"train.export_every_checkpoints = {self.export_every_checkpoints} must not be negative"),
-            (self.keep_checkpoints >= 0, f"train.keep_checkpoints = {self.keep_checkpoints} must not be negative"),
+            (self.keep_checkpoints >= 0,
+             f"train.keep_checkpoints = {self.keep_checkpoints} must not be negative"),
             (self.keep_every_steps >= 0 and self.keep_every_steps % max(1, every) == 0,
              f"train.keep_every_steps = {self.keep_every_steps} must be a multiple of "
              f"train.checkpoint_every_steps = {every}, or 0"),
-            (0 < self.save_timeout_s < math.inf, f"train.save_timeout_s = {self.save_timeout_s} must be a positive number"),
-            (0 <= self.hidden_dropout < 1, f"train.hidden_dropout = {self.hidden_dropout} must lie in [0, 1)"),
-            (self.eval_every_steps >= 0, f"train.eval_every_steps = {self.eval_every_steps} must not be negative"),
+            (0 < self.save_timeout_s < math.inf,
+             f"train.save_timeout_s = {self.save_timeout_s} must be a positive number"),
+            (0 <= self.hidden_dropout < 1,
+             f"train.hidden_dropout = {self.hidden_dropout} must lie in [0, 1)"),
+            (self.eval_every_steps >= 0,
+             f"train.eval_every_steps = {self.eval_every_steps} must not be negative"),
             (self.max_restarts >= 0, f"train.max_restarts = {self.max_restarts} must not be negative"),
             (self.num_threads >= 0, f"train.num_threads = {self.num_threads} must not be negative"),
         ]

@@ -20,10 +20,10 @@ DEFAULT_WORKERS = max(1, min(4, os.cpu_count() or 1))
 """Files that are read and written at a time unless told; each holds a tensor in memory."""
 MAX_SHARD_BYTES = 5_000_000_000
 """Default of the largest safetensors file that is written."""
-_MODULES = {"ParityCheck": "proof", "export_weights": "live_export", "from_hf": "hf_import", "is_hf_folder": "sources", "open_weights": "sources",
-            "to_hf": "hf_export", "verify": "proof"}
-__all__ = ["DEFAULT_WORKERS", "MAX_SHARD_BYTES", "ParityCheck", "export_weights", "from_hf", "is_hf_folder", "open_weights", "to_hf",
-           "verify"]
+_MODULES = {"ParityCheck": "proof", "export_weights": "live_export", "from_hf": "hf_import",
+            "is_hf_folder": "sources", "open_weights": "sources", "to_hf": "hf_export", "verify": "proof"}
+__all__ = ["DEFAULT_WORKERS", "MAX_SHARD_BYTES", "ParityCheck", "export_weights", "from_hf", "is_hf_folder",
+           "open_weights", "to_hf", "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -13,7 +13,15 @@ from megatron_sov.convert import DEFAULT_WORKERS, MAX_SHARD_BYTES
 from megatron_sov.convert.companions import carry, ids_beside, split_conflict
 from megatron_sov.convert.resume import fingerprint, resumable_artifact
 from megatron_sov.convert.shard_writer import plan_shards, write_files
-from megatron_sov.convert.sources import CONFIG, INDEX, SINGLE_FILE, CheckpointWeights, check_dtypes, newest_of_run, refuse_damage
+from megatron_sov.convert.sources import (
+    CONFIG,
+    INDEX,
+    SINGLE_FILE,
+    CheckpointWeights,
+    check_dtypes,
+    newest_of_run,
+    refuse_damage,
+)
 from megatron_sov.convert.values import KEEP, check_dtype_name, check_space, converted, exported_dtype
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.checkpoint.writer import TensorSpec
@@ -22,22 +30,23 @@ from megatron_sov.obs.warning import warn
 KIND = "hf_model"
 
 
-def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *, max_shard_bytes: int = MAX_SHARD_BYTES,
-          workers: int = DEFAULT_WORKERS, overwrite: bool = False) -> None:
+def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
+          max_shard_bytes: int = MAX_SHARD_BYTES, workers: int = DEFAULT_WORKERS,
+          overwrite: bool = False) -> None:
     """Write a checkpoint as a Hugging Face folder (an artifact of kind "hf_model").
 
     Args:
         checkpoint: a checkpoint folder, written at any layout.
         out: the folder to write; it appears only when complete, and a killed command goes on where it was.
-        dtype: "float32", "bfloat16", "float16", "float64", or "keep" for the checkpoint's own (float32 for one of float64,
-            which few readers expect); router biases are float32 always.
+        dtype: "float32", "bfloat16", "float16", "float64", or "keep" for the checkpoint's own (float32 for
+            one of float64, which few readers expect); router biases are float32 always.
         max_shard_bytes: largest size of one safetensors file.
         workers: files that are written at a time.
         overwrite: replace an "hf_model" artifact that is already there.
 
     Raises:
-        UserError: the checkpoint is damaged, its family cannot express its model, a value is not finite or overflows `dtype`, the
-            disk is full; nothing is left then.
+        UserError: the checkpoint is damaged, its family cannot express its model, a value is not finite or
+            overflows `dtype`, the disk is full; nothing is left then.
     """
     checkpoint, out = newest_of_run(Path(checkpoint)), Path(out)
     check_dtype_name(dtype)
@@ -49,7 +58,8 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *, max_sha
     files = planned_files(source, dtype, max_shard_bytes)
     specs = [spec for tensors in files.values() for spec in tensors]
     tokens = ids_beside(checkpoint / "tokenizer")
-    config = models.get(source.model.family).to_hf_config(source.model, str(specs[0].dtype).removeprefix("torch."), tokens)
+    family = models.get(source.model.family)
+    config = family.to_hf_config(source.model, str(specs[0].dtype).removeprefix("torch."), tokens)
     size_bytes = sum(spec.size_bytes for spec in specs)
     plan = {"from": fingerprint(checkpoint), "manifest": manifest_sha256(checkpoint), "dtype": dtype,
             "files": {name: [spec.name for spec in tensors] for name, tensors in files.items()}}
@@ -74,11 +84,11 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *, max_sha
         atomic_write(artifact.path / CONFIG, to_json(config))
         carry(checkpoint / "tokenizer", artifact.path, tokens)
         artifact.writer.add_input(checkpoint)
-        artifact.writer.content = {"family": source.model.family, "num_tensors": len(specs), "dtype": config["dtype"],
-                                   "num_parameters": sum(spec.size_bytes // spec.dtype.itemsize for spec in specs)}
+        artifact.writer.content = {
+            "family": source.model.family, "num_tensors": len(specs), "dtype": config["dtype"],
+            "num_parameters": sum(spec.size_bytes // spec.dtype.itemsize for spec in specs)}
         artifact.writer.settings = {"dtype": dtype, "max_shard_bytes": max_shard_bytes}
-    conflict = split_conflict(out, models.get(source.model.family).reader_split)
-    if conflict:
+    if conflict := split_conflict(out, family.reader_split):
         warn(conflict)
 
 

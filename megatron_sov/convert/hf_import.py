@@ -1,4 +1,5 @@
-"""A Hugging Face folder becomes a checkpoint that any layout can load; memory holds one block of each file in the making."""
+"""A Hugging Face folder becomes a checkpoint that any layout can load; memory holds one block of each
+file in the making."""
 
 from __future__ import annotations
 
@@ -37,20 +38,23 @@ def from_hf(hf_dir: str | Path, out: str | Path, dtype: str = KEEP, *, workers: 
 
     Args:
         hf_dir: a folder with config.json and safetensors files.
-        out: the checkpoint to write; it appears only when complete, and a killed command goes on where it was.
-        dtype: "float32", "bfloat16", "float16", "float64", or "keep" for the folder's own; router biases are float32 always.
+        out: the checkpoint to write; it appears only when complete, and a killed command
+            goes on where it was.
+        dtype: "float32", "bfloat16", "float16", "float64", or "keep" for the folder's own;
+            router biases are float32 always.
         workers: files that are written at a time.
         overwrite: replace a checkpoint that is already there.
 
     Raises:
-        UserError: the config has fields that we do not honour, the tensors are not exactly those of its model, a value is not
-            finite, the disk is full; nothing is left then.
+        UserError: the config has fields that we do not honour, the tensors are not exactly those of its
+            model, a value is not finite, the disk is full; nothing is left then.
     """
     hf_dir, out = Path(hf_dir), Path(out)
     check_dtype_name(dtype)
     refuse_existing(out, KIND, overwrite)
     if not (hf_dir / CONFIG).is_file():
-        raise UserError(f"{hf_dir}: has no {CONFIG}, so it is not a Hugging Face folder; pass the folder that holds the model")
+        raise UserError(f"{hf_dir}: has no {CONFIG}, so it is not a Hugging Face folder; "
+                        "pass the folder that holds the model")
     source = HfWeights(hf_dir)
     check_dtypes(source)
     links = {block_name(link.key, link.offset): link for link in source.links}
@@ -83,8 +87,9 @@ def from_hf(hf_dir: str | Path, out: str | Path, dtype: str = KEEP, *, workers: 
 
 def planned_files(links: dict[str, Link], source: HfWeights, dtype: str) -> dict[str, list[TensorSpec]]:
     """Return every block that a Hugging Face folder becomes, once, by the name of its file."""
-    specs = [TensorSpec(name, link.block_shape, planned_dtype(dtype, link.fp32, source.dtype(link.hf_names[0])))
-             for name, link in links.items()]
+    specs = [
+        TensorSpec(name, link.block_shape, planned_dtype(dtype, link.fp32, source.dtype(link.hf_names[0])))
+        for name, link in links.items()]
     return {file_name(PART, 0, i): shard for i, shard in enumerate(plan_shards(specs, MAX_FILE_BYTES))}
 
 
@@ -93,5 +98,6 @@ def _index(files: dict[str, list[TensorSpec]], links: dict[str, Link]) -> Index:
     for file, blocks in files.items():
         for spec in blocks:
             link = links[spec.name]
-            add_block(index, link.key, spec.dtype, link.shape, StoredBlock(file, spec.name, link.offset, link.extent))
+            add_block(index, link.key, spec.dtype, link.shape,
+                      StoredBlock(file, spec.name, link.offset, link.extent))
     return index

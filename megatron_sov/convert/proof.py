@@ -1,7 +1,7 @@
 """The proof of a conversion: two folders hold the same model, and transformers loads what we wrote.
 
-Every check is a number with its limit.  Tensors are compared one at a time under their Hugging Face names, and every one leaves
-its checksums; where dtypes differ, both are rounded to the narrower one first.
+Every check is a number with its limit.  Tensors are compared one at a time under their Hugging Face names,
+and every one leaves its checksums; where dtypes differ, both are rounded to the narrower one first.
 """
 
 from __future__ import annotations
@@ -89,8 +89,9 @@ def verify(a: str | Path, b: str | Path, *, load: bool = True, workers: int = DE
         UserError: a folder cannot be opened, or is too large to be loaded here.
     """
     sides = [open_weights(a), open_weights(b)]
-    checks = [_count(f"{side.path}: files that differ from the manifest", damaged_files(side.path, workers=workers))
-              for side in sides if (side.path / MANIFEST).is_file()]
+    checks = [
+        _count(f"{side.path}: files that differ from the manifest", damaged_files(side.path, workers=workers))
+        for side in sides if (side.path / MANIFEST).is_file()]
     checks.append(_count("config fields that differ", _differing_fields(*sides)))
     records = _compare(sides[0], sides[1], workers)
     checks += _tensor_checks(sides[0], sides[1], records)
@@ -102,9 +103,12 @@ def verify(a: str | Path, b: str | Path, *, load: bool = True, workers: int = DE
 
 
 def _differing_fields(a: Weights, b: Weights) -> list[str]:
-    """Compare what both would write into config.json, so that settings which only steer training do not count."""
-    one, other = (models.get(side.model.family).to_hf_config(side.model, "any", TokenIds()) for side in (a, b))
-    return [f"{name} ({one.get(name)} and {other.get(name)})" for name in {**one, **other} if one.get(name) != other.get(name)]
+    """Compare what both would write into config.json, so that settings which only steer
+    training do not count."""
+    one, other = (models.get(side.model.family).to_hf_config(side.model, "any", TokenIds())
+                  for side in (a, b))
+    return [f"{name} ({one.get(name)} and {other.get(name)})"
+            for name in {**one, **other} if one.get(name) != other.get(name)]
 
 
 def _tensor_checks(a: Weights, b: Weights, records: dict[str, TensorRecord]) -> list[ParityCheck]:
@@ -121,20 +125,22 @@ def _compare(a: Weights, b: Weights, workers: int) -> dict[str, TensorRecord]:
     others = set(b.names())
     common = [name for name in a.names() if name in others]
     with ThreadPoolExecutor(workers) as pool:
-        found = tqdm(pool.map(lambda name: _record(a.read(name), b.read(name)), common), total=len(common), desc="verify",
-                     unit="tensor", disable=None)
+        found = tqdm(pool.map(lambda name: _record(a.read(name), b.read(name)), common), total=len(common),
+                     desc="verify", unit="tensor", disable=None)
         return dict(zip(common, found, strict=True))
 
 
 def _record(one: torch.Tensor, other: torch.Tensor) -> TensorRecord:
-    shapes, dtypes = (tuple(one.shape), tuple(other.shape)), tuple(str(t.dtype).removeprefix("torch.") for t in (one, other))
+    shapes, dtypes = (tuple(one.shape), tuple(other.shape)), tuple(str(t.dtype).removeprefix("torch.")
+                                                                   for t in (one, other))
     hashes = [_sha256(one)]
     if _same_bits(one, other):
         return TensorRecord(shapes, dtypes, (hashes[0], hashes[0]), True)
     hashes.append(_sha256(other))
     one, other = _in_one_dtype(one, other)
     equal = _same_bits(one, other)
-    difference = 0.0 if equal or one.shape != other.shape else float((one.double() - other.double()).abs().max())
+    difference = (0.0 if equal or one.shape != other.shape
+                  else float((one.double() - other.double()).abs().max()))
     return TensorRecord(shapes, dtypes, tuple(hashes), equal, difference)
 
 
@@ -150,7 +156,8 @@ def _in_one_dtype(one: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor,
 def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Compare bit patterns: NaN equals itself, and 0.0 is not -0.0."""
     bits = _BITS[one.dtype.itemsize]
-    return one.dtype == other.dtype and torch.equal(one.contiguous().view(bits), other.contiguous().view(bits))
+    return one.dtype == other.dtype and torch.equal(one.contiguous().view(bits),
+                                                    other.contiguous().view(bits))
 
 
 def _loading_checks(side: HfWeights) -> list[ParityCheck]:
@@ -163,13 +170,15 @@ def _loading_checks(side: HfWeights) -> list[ParityCheck]:
         _, info = AutoModelForCausalLM.from_pretrained(
             side.path, dtype="auto", output_loading_info=True, local_files_only=True, use_safetensors=True)
     except (RuntimeError, ValueError, OSError) as e:
-        return [ParityCheck(f"{side.path}: transformers loads it", 1, 0, False, str(e).strip().splitlines()[0])]
-    return [_count(f"{title} {kind}", sorted(map(str, info[f"{kind}_keys"]))) for kind in ("missing", "unexpected", "mismatched")]
+        return [ParityCheck(f"{side.path}: transformers loads it", 1, 0, False,
+                            str(e).strip().splitlines()[0])]
+    return [_count(f"{title} {kind}", sorted(map(str, info[f"{kind}_keys"])))
+            for kind in ("missing", "unexpected", "mismatched")]
 
 
 def _check_memory(path: Path) -> None:
     needed_bytes = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     free_bytes = psutil.virtual_memory().available
     if needed_bytes > free_bytes:
-        raise UserError(f"{path}: loading takes {needed_bytes / 1e9:.1f} GB, but {free_bytes / 1e9:.1f} GB are free; "
-                        "pass --no-load to compare the files alone")
+        raise UserError(f"{path}: loading takes {needed_bytes / 1e9:.1f} GB, but {free_bytes / 1e9:.1f} GB "
+                        "are free; pass --no-load to compare the files alone")

@@ -1,8 +1,10 @@
-"""Artifacts whose making goes on after a kill: finished files are kept with their hashes, and are not made again.
+"""Artifacts whose making goes on after a kill: finished files are kept with their hashes,
+and are not made again.
 
-While `OUT` is made, everything stands in `.OUT.partial` beside it: `plan.json` (what is made, from which files), `finished.jsonl`
-(name, hash and size of every file that is on disk) and `content/`, which becomes `OUT` by a rename when it is complete.  The same
-command goes on there after a kill; another one, or one whose source has changed, begins anew.  An error leaves nothing.
+While `OUT` is made, everything stands in `.OUT.partial` beside it: `plan.json` (what is made, from which
+files), `finished.jsonl` (name, hash and size of every file that is on disk) and `content/`, which becomes
+`OUT` by a rename when it is complete.  The same command goes on there after a kill; another one, or one whose
+source has changed, begins anew.  An error leaves nothing.
 """
 
 from __future__ import annotations
@@ -62,13 +64,15 @@ class ResumableArtifact:
 
 
 @contextlib.contextmanager
-def resumable_artifact(path: Path, kind: str, plan: dict[str, Any], *, overwrite: bool = False) -> Iterator[ResumableArtifact]:
+def resumable_artifact(path: Path, kind: str, plan: dict[str, Any], *,
+                       overwrite: bool = False) -> Iterator[ResumableArtifact]:
     """Make an artifact that appears under `path` only when complete; a killed one goes on where it was.
 
     Args:
         path: the folder that will hold the artifact.
         kind: the manifest's kind.
-        plan: JSON values that decide every byte of the files; where they differ from the killed one's, nothing of it is used.
+        plan: JSON values that decide every byte of the files; where they differ from the killed one's,
+            nothing of it is used.
         overwrite: replace an artifact of the same kind that is already there.
 
     Raises:
@@ -111,11 +115,13 @@ def _locked(work: Path, path: Path) -> Iterator[None]:
     with open(work / LOCK, "a", encoding="utf-8") as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = os.stat(work / LOCK).st_ino == os.fstat(f.fileno()).st_ino  # else the other one has just ended
+            # else the other one has just ended
+            ours = os.stat(work / LOCK).st_ino == os.fstat(f.fileno()).st_ino
         except (BlockingIOError, FileNotFoundError):
             ours = False
         if not ours:
-            raise UserError(f"{path}: another process is making it; wait for it, or choose another output folder")
+            raise UserError(f"{path}: another process is making it; wait for it, "
+                            "or choose another output folder")
         yield
 
 
@@ -131,7 +137,8 @@ def _begin(work: Path, plan: dict[str, Any]) -> None:
 
 
 def _finished(log: Path, content: Path) -> dict[str, FileRecord]:
-    """Return the files on record that stand on disk in their full size; a torn last line counts for nothing."""
+    """Return the files on record that stand on disk in their full size;
+    a torn last line counts for nothing."""
     found: dict[str, FileRecord] = {}
     for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
         with contextlib.suppress(ValueError):

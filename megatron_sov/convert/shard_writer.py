@@ -13,7 +13,8 @@ from megatron_sov.mcore.checkpoint.writer import Reader, TensorSpec, write_file
 
 
 def plan_shards(specs: Iterable[TensorSpec], max_shard_bytes: int) -> list[list[TensorSpec]]:
-    """Divide tensors, in order, into files of at most `max_shard_bytes` (a larger tensor gets a file of its own)."""
+    """Divide tensors, in order, into files of at most `max_shard_bytes` (a larger tensor gets
+    a file of its own)."""
     shards: list[list[TensorSpec]] = [[]]
     filled_bytes = 0
     for spec in specs:

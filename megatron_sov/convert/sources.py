@@ -1,6 +1,7 @@
 """Weights under their Hugging Face names, whether they stand in a Hugging Face folder or in a checkpoint.
 
-Names and shapes are checked when a folder is opened, from headers alone; tensors are read one at a time, by any thread.
+Names and shapes are checked when a folder is opened, from headers alone; tensors are read one at a
+time, by any thread.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ def open_weights(path: str | Path) -> Weights:
         return HfWeights(path)
     if (path / MANIFEST).is_file():
         return CheckpointWeights(path)
-    raise UserError(f"{path}: has neither {CONFIG} (Hugging Face folder) nor {MANIFEST} (checkpoint); pass one of the two")
+    raise UserError(f"{path}: has neither {CONFIG} (Hugging Face folder) nor {MANIFEST} (checkpoint); "
+                    "pass one of the two")
 
 
 def newest_of_run(path: Path) -> Path:
@@ -67,7 +69,8 @@ def newest_of_run(path: Path) -> Path:
 
 
 def is_hf_folder(path: Path) -> bool:
-    """Return whether a folder holds a Hugging Face model (a run folder has a config.json as well, but no weights beside it)."""
+    """Return whether a folder holds a Hugging Face model (a run folder has a config.json as well, but no
+    weights beside it)."""
     return (path / CONFIG).is_file() and any(path.glob("*.safetensors"))
 
 
@@ -77,29 +80,33 @@ def listed(names: list[str]) -> str:
     return ", ".join(names[:NAMES_SHOWN]) + more
 
 
-def check_exact(where: object, found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], remedy: str) -> None:
+def check_exact(where: object, found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]],
+                remedy: str) -> None:
     """Raise `UserError` naming every tensor that is missing, unexpected or of another shape."""
     missing = [name for name in expected if name not in found]
     unexpected = [name for name in found if name not in expected]
     shapes = [f"{name} {list(found[name])} instead of {list(shape)}"
               for name, shape in expected.items() if name in found and found[name] != shape]
-    problems = [f"{len(names)} {what} ({listed(names)})"
-                for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)) if names]
+    problems = [f"{len(names)} {what} ({listed(names)})" for what, names in (
+        ("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)) if names]
     if problems:
         raise UserError(f"{where}: its tensors are not those of the model: {'; '.join(problems)}; {remedy}")
 
 
 def refuse_damage(weights: Weights, workers: int) -> None:
-    """ParityCheck the files of an artifact that conversion reads (all but other parts, as the optimizer's) against its manifest.
+    """ParityCheck the files of an artifact that conversion reads (all but other parts, as the optimizer's)
+    against its manifest.
 
     Raises:
-        UserError: a file is missing or was changed since it was written; the message names it, and what it holds.
+        UserError: a file is missing or was changed since it was written; the message names it,
+            and what it holds.
     """
     path, manifest = weights.path, read_manifest(weights.path)
     others = tuple(f"{part}/" for part in manifest.content.get("parts", []) if part != PART)
     problems = damaged_files(path, [name for name in manifest.files if not name.startswith(others)], workers)
     if problems:
-        held = next((weights.held_in(name) for name in manifest.files if problems[0].startswith(f"{path / name}: ")), [])
+        held = next((weights.held_in(name)
+                     for name in manifest.files if problems[0].startswith(f"{path / name}: ")), [])
         holds = f" (it holds {listed(held)})" if held else ""
         raise UserError(f"{problems[0]}{holds}; {instead_of(path) if manifest.kind == KIND else DAMAGED_HF}")
 
@@ -149,8 +156,10 @@ class CheckpointWeights:
         self.links = models.get(self.model.family, settings.code).links(self.model)
         self._reader = TensorReader(path, PART)
         self._link_of = {name: link for link in self.links for name in link.hf_names}
-        found = {key: self._reader.shape(key) for key in self._reader.keys()}  # noqa: SIM118  (a method of the reader, not a dict)
-        check_exact(path, found, {link.key: link.shape for link in self.links}, "the checkpoint is damaged or of another version")
+        found = {key: self._reader.shape(key)
+                 for key in self._reader.keys()}  # noqa: SIM118  (a method of the reader, not a dict)
+        check_exact(path, found, {link.key: link.shape for link in self.links},
+                    "the checkpoint is damaged or of another version")
         self._reader.check_complete()
         self._of_thread = threading.local()
 
@@ -169,11 +178,13 @@ class CheckpointWeights:
     def read(self, name: str) -> torch.Tensor:
         """Return the tensor; `UserError` where its file is damaged."""
         link = self._link_of[name]
-        # query, key and value (gate and up) follow one another and come from one block, which is therefore kept
+        # query, key and value (gate and up) follow one another and come from one block,
+        # which is therefore kept
         last: tuple[Link, torch.Tensor] | None = getattr(self._of_thread, "last", None)
         if last is None or last[0] is not link:
             self._of_thread.last = None
-            last = self._of_thread.last = (link, self._reader.read(link.key, link.offset, link.extent).reshape(link.block_shape))
+            last = self._of_thread.last = (
+                link, self._reader.read(link.key, link.offset, link.extent).reshape(link.block_shape))
         return link.split(last[1])[name]
 
 
@@ -183,7 +194,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as e:
         raise UserError(f"{path}: cannot be read as JSON ({e}); restore it from its source") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path}: holds a {type(value).__name__} where an object is needed; restore it from its source")
+        raise UserError(f"{path}: holds a {type(value).__name__} where an object is needed; "
+                        "restore it from its source")
     return value
 
 
@@ -191,21 +203,24 @@ def check_dtypes(weights: Weights) -> None:
     """ParityCheck, before anything is converted, that every tensor has a dtype that can be kept.
 
     Raises:
-        UserError: weights that are no floating-point numbers, router biases that were rounded (they move in steps that vanish in
-            16 bits), or tensors of different dtypes where they become one (query and key, all experts of a layer).
+        UserError: weights that are no floating-point numbers, router biases that were rounded (they move in
+            steps that vanish in 16 bits), or tensors of different dtypes where they become one (query and
+            key, all experts of a layer).
     """
     first: dict[str, str] = {}
     for link in weights.links:
         for name in link.hf_names:
             found, other = weights.dtype(name), first.setdefault(link.key, name)
             if found not in FLOATS:
-                raise UserError(f"{weights.path}: {name} has dtype {found}; weights must be floating-point numbers")
+                raise UserError(f"{weights.path}: {name} has dtype {found}; "
+                                "weights must be floating-point numbers")
             if link.fp32 and found.itemsize < torch.float32.itemsize:
-                raise UserError(f"{weights.path}: {name} has dtype {found}, but it must be torch.float32: it was rounded when "
-                                "it was saved; save this tensor in float32")
+                raise UserError(f"{weights.path}: {name} has dtype {found}, but it must be torch.float32: "
+                                "it was rounded when it was saved; save this tensor in float32")
             if found != weights.dtype(other):
-                raise UserError(f"{weights.path}: {name} has dtype {found} and {other} {weights.dtype(other)}, "
-                                "but they become one tensor; save the model in one dtype")
+                raise UserError(f"{weights.path}: {name} has dtype {found} and {other} "
+                                f"{weights.dtype(other)}, but they become one tensor; "
+                                "save the model in one dtype")
 
 
 def _open_shards(path: Path) -> dict[str, TensorFile]:
@@ -218,11 +233,13 @@ def _open_shards(path: Path) -> dict[str, TensorFile]:
         return dict.fromkeys(shard.entries, shard)
     weight_map = _read_json(path / INDEX).get("weight_map")
     if not isinstance(weight_map, dict):
-        raise UserError(f"{path / INDEX}: lacks a weight_map from tensor names to files; restore it from its source")
-    outside = [f"{name} to {file}" for name, file in weight_map.items() if not isinstance(file, str) or Path(file).name != file]
-    if outside:
-        raise UserError(f"{path / INDEX}: weight_map must name files in the same folder, but it sends {listed(outside)}; "
+        raise UserError(f"{path / INDEX}: lacks a weight_map from tensor names to files; "
                         "restore it from its source")
+    outside = [f"{name} to {file}"
+               for name, file in weight_map.items() if not isinstance(file, str) or Path(file).name != file]
+    if outside:
+        raise UserError(f"{path / INDEX}: weight_map must name files in the same folder, "
+                        f"but it sends {listed(outside)}; restore it from its source")
     shards: dict[str, TensorFile] = {}
     file_of: dict[str, str] = {}
     for file in sorted(set(weight_map.values())):
@@ -230,9 +247,11 @@ def _open_shards(path: Path) -> dict[str, TensorFile]:
         shard = TensorFile(path / file, f"it should hold {held}; {DAMAGED_HF}")
         for name in shard.entries:
             if name in file_of:
-                raise UserError(f"{path / file}: holds {name}, which {file_of[name]} holds as well; remove one of them")
+                raise UserError(f"{path / file}: holds {name}, which {file_of[name]} holds as well; "
+                                "remove one of them")
             shards[name], file_of[name] = shard, file
     differing = sorted(name for name in {*file_of, *weight_map} if weight_map.get(name) != file_of.get(name))
     if differing:
-        raise UserError(f"{path / INDEX}: disagrees with the files about {listed(differing)}; restore it from its source")
+        raise UserError(f"{path / INDEX}: disagrees with the files about {listed(differing)}; "
+                        "restore it from its source")
     return shards

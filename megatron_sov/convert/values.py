@@ -1,4 +1,5 @@
-"""What conversion asks of values: finite numbers that fit the dtype they are written in, and room on the disk."""
+"""What conversion asks of values: finite numbers that fit the dtype they are written in,
+and room on the disk."""
 
 from __future__ import annotations
 
@@ -9,23 +10,27 @@ import torch
 
 from megatron_sov.errors import UserError, nearest
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
+          "float64": torch.float64}
 KEEP = "keep"
 
 
 def check_dtype_name(dtype: str) -> None:
     """Raise `UserError` where `--dtype` is neither a dtype nor "keep"."""
     if dtype not in (KEEP, *DTYPES):
-        raise UserError(f"--dtype {dtype!r}: does not exist{nearest(dtype, DTYPES)} (dtypes: {', '.join(DTYPES)}, {KEEP})")
+        raise UserError(f"--dtype {dtype!r}: does not exist{nearest(dtype, DTYPES)} (dtypes: "
+                        f"{', '.join(DTYPES)}, {KEEP})")
 
 
 def planned_dtype(dtype: str, fp32: bool, own: torch.dtype) -> torch.dtype:
-    """Return the dtype that a tensor is written in: float32 where it must be, else the chosen one or its own."""
+    """Return the dtype that a tensor is written in: float32 where it must be,
+    else the chosen one or its own."""
     return torch.float32 if fp32 else DTYPES.get(dtype, own)
 
 
 def exported_dtype(dtype: str, fp32: bool, own: torch.dtype) -> torch.dtype:
-    """Return the dtype that a tensor has in a Hugging Face folder: float64 only where it was asked for, few readers expect it."""
+    """Return the dtype that a tensor has in a Hugging Face folder: float64 only where it was asked for, few
+    readers expect it."""
     return planned_dtype(dtype, fp32, torch.float32 if own == torch.float64 else own)
 
 
@@ -37,13 +42,13 @@ def converted(tensor: torch.Tensor, dtype: torch.dtype, path: Path, name: str) -
     """
     if not _finite(tensor):
         kind = "NaN" if bool(tensor.isnan().any()) else "infinity"
-        raise UserError(f"{path}: {name} holds {kind} ({int((~tensor.isfinite()).sum())} of {tensor.numel()} values); "
-                        "use a checkpoint from before the model broke")
+        raise UserError(f"{path}: {name} holds {kind} ({int((~tensor.isfinite()).sum())} of {tensor.numel()} "
+                        "values); use a checkpoint from before the model broke")
     result = tensor.to(dtype)
     if result is not tensor and not _finite(result):
         largest, kind = tensor.abs().max().item(), str(dtype).removeprefix("torch.")
-        raise UserError(f"{name}: its largest value {largest:g} does not fit {kind} ({torch.finfo(dtype).max:g}); "
-                        "use --dtype bfloat16 or keep")
+        raise UserError(f"{name}: its largest value {largest:g} does not fit {kind} "
+                        f"({torch.finfo(dtype).max:g}); use --dtype bfloat16 or keep")
     return result
 
 
@@ -60,5 +65,5 @@ def check_space(out: Path, needed_bytes: int) -> None:
     folder = next(parent for parent in out.absolute().parents if parent.is_dir())
     free_bytes = shutil.disk_usage(folder).free
     if needed_bytes > free_bytes:
-        raise UserError(f"{out}: needs {needed_bytes / 1e9:.1f} GB, but {folder} has {free_bytes / 1e9:.1f} GB free; "
-                        "free some space or choose another disk")
+        raise UserError(f"{out}: needs {needed_bytes / 1e9:.1f} GB, but {folder} has {free_bytes / 1e9:.1f} "
+                        "GB free; free some space or choose another disk")

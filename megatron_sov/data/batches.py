@@ -28,9 +28,11 @@ class RankBatch:
 
 
 class BatchStream:
-    """Gives this rank's batches in order, `prefetch_steps` of them prepared in a thread while the model computes."""
+    """Gives this rank's batches in order, `prefetch_steps` of them prepared in a thread while
+    the model computes."""
 
-    def __init__(self, config: RunConfig, order: SampleOrder, dp_rank: int, dp_size: int, num_steps: int) -> None:
+    def __init__(self, config: RunConfig, order: SampleOrder, dp_rank: int, dp_size: int,
+                 num_steps: int) -> None:
         self.order = order
         self._micro_batch_size = config.train.micro_batch_size
         self._dp_rank, self._dp_size = dp_rank, dp_size
@@ -54,11 +56,13 @@ class BatchStream:
         entry, samples = self.order.next_batch()
         rows: tuple[Row, ...] = ()
         if not entry.skip:
-            rows = tuple(join_rows([self._row(s, entry.seq_len) for s in part]) for part in self._mine(samples))
+            rows = tuple(join_rows([self._row(s, entry.seq_len) for s in part])
+                         for part in self._mine(samples))
         return RankBatch(entry, rows, self.order.state.to_dict(), self.order.epochs())
 
     def _mine(self, samples: list[Sample]) -> list[list[Sample]]:
-        """Return this rank's samples, by micro-batch: rank r of n takes every n-th stretch of `micro_batch_size`."""
+        """Return this rank's samples, by micro-batch: rank r of n takes every n-th stretch of
+        `micro_batch_size`."""
         size = self._micro_batch_size
         return [samples[i:i + size] for i in range(self._dp_rank * size, len(samples), size * self._dp_size)]
 

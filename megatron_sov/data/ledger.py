@@ -1,8 +1,8 @@
 """The ledger: from which step on which sources were mixed, at which length and batch size.
 
-It is append-only and lives in the checkpoint.  The order of all samples is a function of (seed, ledger, documents): what
-has happened is never reinterpreted, and a changed setting or an added source is one more entry from the step on which
-the run resumed with it.
+It is append-only and lives in the checkpoint.  The order of all samples is a function of (seed, ledger,
+documents): what has happened is never reinterpreted, and a changed setting or an added source is one more
+entry from the step on which the run resumed with it.
 """
 
 from __future__ import annotations
@@ -39,10 +39,12 @@ class LedgerEntry:
 
 
 def plan(config: RunConfig, sources: list[Source]) -> list[LedgerEntry]:
-    """Return the entries that the settings ask for, over the whole run; phases too short for a step have none.
+    """Return the entries that the settings ask for, over the whole run; phases too short
+    for a step have none.
 
     Raises:
-        UserError: a blend names a source that the data does not have or that has no training tokens, or leaves none.
+        UserError: a blend names a source that the data does not have or that has no training
+            tokens, or leaves none.
     """
     starts = [*config.phase_starts(), config.num_steps()]
     skips = [s for first, last in config.data.skip_steps for s in (first - 1, last)]
@@ -54,7 +56,8 @@ def plan(config: RunConfig, sources: list[Source]) -> list[LedgerEntry]:
             skip = any(first - 1 <= step < last for first, last in config.data.skip_steps)
             size = curriculum.batch_size_at(config.train, phase, step)
             entries.append(LedgerEntry(step, phase.name, phase.seq_len, size, weights, skip))
-    return [e for e, before in zip(entries, [None, *entries], strict=False) if before is None or not e.continues(before)]
+    return [e for e, before in zip(entries, [None, *entries], strict=False)
+            if before is None or not e.continues(before)]
 
 
 def _weights(index: int, phase: PhaseConfig, sources: list[Source]) -> dict[str, float]:
@@ -65,8 +68,8 @@ def _weights(index: int, phase: PhaseConfig, sources: list[Source]) -> dict[str,
             raise UserError(f"data.phases.{index}.blend names source {name!r}, which the data does not have"
                             f"{nearest(name, tokens)} (sources: {', '.join(tokens)})")
         if weight > 0 and not tokens[name]:
-            raise UserError(f"data.phases.{index}.blend gives source {name!r} the weight {weight:g}, but it has no training "
-                            "tokens; leave it out or pack more of it")
+            raise UserError(f"data.phases.{index}.blend gives source {name!r} the weight {weight:g}, "
+                            "but it has no training tokens; leave it out or pack more of it")
     raw = phase.blend or {s.name: s.share for s in sources if tokens[s.name]}
     total = sum(raw.values())
     if total <= 0:
@@ -77,7 +80,8 @@ def _weights(index: int, phase: PhaseConfig, sources: list[Source]) -> dict[str,
 class Ledger:
     """History up to the current step, and the plan from there on."""
 
-    def __init__(self, planned: Sequence[LedgerEntry], history: Sequence[LedgerEntry] = (), step: int = 0) -> None:
+    def __init__(self, planned: Sequence[LedgerEntry], history: Sequence[LedgerEntry] = (),
+                 step: int = 0) -> None:
         past = [e for e in history if e.first_step < step]
         running = next((e for e in reversed(planned) if e.first_step <= step), None)
         future = [e for e in planned if e.first_step > step]
@@ -90,7 +94,8 @@ class Ledger:
         return next(e for e in reversed(self.entries) if e.first_step <= step)
 
     def pass_over(self, first: int, end: int) -> None:
-        """Mark the steps from `first` to before `end` (0-based): their samples were drawn, and are not learned."""
+        """Mark the steps from `first` to before `end` (0-based): their samples were drawn,
+        and are not learned."""
         entries: list[LedgerEntry] = []
         for step in sorted({first, end, *(e.first_step for e in self.entries)}):
             at = self.at(step)

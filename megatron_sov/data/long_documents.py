@@ -22,7 +22,8 @@ class LongDocuments:
         lengths = self._documents.lengths
         parts = lengths.parts if isinstance(lengths, ChainedLengths) else [np.asarray(lengths)]
         starts = np.cumsum([0, *(len(p) for p in parts)])
-        return np.concatenate([np.flatnonzero(p >= self._min_tokens) + s for p, s in zip(parts, starts[:-1], strict=True)])
+        return np.concatenate([np.flatnonzero(p >= self._min_tokens) + s
+                               for p, s in zip(parts, starts[:-1], strict=True)])
 
     @cached_property
     def lengths(self) -> np.ndarray:

@@ -1,7 +1,8 @@
-"""Which document a model sees, when: the order of samples as a function of (seed, ledger), with resumable cursors.
+"""Which document a model sees, when: the order of samples as a function of (seed, ledger),
+with resumable cursors.
 
-All state is a few integers per source and the ledger's entries, the same on every process and at any data-parallel size,
-and belongs into the checkpoint.
+All state is a few integers per source and the ledger's entries, the same on every process and at any
+data-parallel size, and belongs into the checkpoint.
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ class Sample:
 
 
 def next_source(weights: dict[str, float], taken: dict[str, int]) -> str:
-    """Return the source of the next sample, so that after n samples each source has more than n w - 1 and less than n w + 1.
+    """Return the source of the next sample, so that after n samples each source has more than n w - 1 and
+    less than n w + 1.
 
-    Of the sources that would not run ahead, the one whose next sample is due first (Tijdeman, "The chairman assignment
-    problem", 1980).  Taking the source that is furthest behind would not do: with many sources some fall further back.
+    Of the sources that would not run ahead, the one whose next sample is due first (Tijdeman, "The chairman
+    assignment problem", 1980).  Taking the source that is furthest behind would not do: with many sources
+    some fall further back.
     """
     due = sum(taken.values()) + 1
     behind = [name for name, weight in weights.items() if taken.get(name, 0) < weight * due]
@@ -59,8 +62,8 @@ class OrderState:
     @staticmethod
     def from_dict(raw: dict[str, Any]) -> OrderState:
         """Return the state that `to_dict` gave."""
-        return OrderState({n: Cursor(**c) for n, c in raw["cursors"].items()}, [LedgerEntry(**e) for e in raw["history"]],
-                          raw["step"], dict(raw["taken"]))
+        return OrderState({n: Cursor(**c) for n, c in raw["cursors"].items()},
+                          [LedgerEntry(**e) for e in raw["history"]], raw["step"], dict(raw["taken"]))
 
 
 class SampleOrder:
@@ -78,7 +81,8 @@ class SampleOrder:
         """
         self.sources = sources
         self.state = state or OrderState()
-        self.ledger = Ledger(plan(config, sources) if planned is None else planned, self.state.history, self.state.step)
+        self.ledger = Ledger(plan(config, sources) if planned is None else planned, self.state.history,
+                             self.state.step)
         self._seed = config.train.seed
         self._packing: Packing = config.data.packing
         self._index = {s.name: i for i, s in enumerate(sources)}
@@ -86,7 +90,8 @@ class SampleOrder:
         self._streams: dict[str, Stream] = {}
 
     def next_batch(self) -> tuple[LedgerEntry, list[Sample]]:
-        """Return the ledger's entry and the samples of the next global batch, and move all cursors behind them."""
+        """Return the ledger's entry and the samples of the next global batch,
+        and move all cursors behind them."""
         s = self.state
         entry = self.ledger.at(s.step)
         if s.step and entry.weights != self.ledger.at(s.step - 1).weights:

@@ -1,7 +1,7 @@
 """Packing documents into rows: best fit with as few cuts as possible, or one after another.
 
-By best fit only a document longer than a row is cut (Ding et al., "Fewer Truncations Improve Language Modeling", arXiv
-2404.10830); all others stay whole, and the rows' rest is padding.
+By best fit only a document longer than a row is cut (Ding et al., "Fewer Truncations Improve Language
+Modeling", arXiv 2404.10830); all others stay whole, and the rows' rest is padding.
 """
 
 from __future__ import annotations
@@ -34,21 +34,23 @@ def cut(parts: Iterable[Segment], seq_len: int) -> list[Segment]:
             pieces.append(part)
         else:
             end = first + count
-            pieces += [Segment(document, start, min(seq_len, end - start)) for start in range(first, end, seq_len)]
+            pieces += [Segment(document, start, min(seq_len, end - start))
+                       for start in range(first, end, seq_len)]
     return pieces
 
 
 def truncate(parts: Iterable[Segment], seq_len: int) -> list[Segment]:
-    """Return the parts without what goes beyond `seq_len` tokens: for conversations, whose later turns mean nothing alone."""
+    """Return the parts without what goes beyond `seq_len` tokens: for conversations,
+    whose later turns mean nothing alone."""
     return [p if p.count <= seq_len else Segment(p.document, p.start, seq_len) for p in parts]
 
 
 def best_fit(segments: Iterable[Segment], seq_len: int) -> list[Row]:
     """Return rows of segments, each of at most `seq_len` tokens in all.
 
-    Best-fit decreasing: the longest segment first, into the row with the least room that still holds it.  At most 11/9 of
-    the fewest possible rows, plus four (Johnson et al., SIAM J. Comput. 3, 1974).  Rows come in the order in which they were
-    opened.
+    Best-fit decreasing: the longest segment first, into the row with the least room that still holds it.  At
+    most 11/9 of the fewest possible rows, plus four (Johnson et al., SIAM J. Comput. 3, 1974).  Rows come in
+    the order in which they were opened.
     """
     rows: list[list[Segment]] = []
     room: list[tuple[int, int]] = []  # (free tokens, row), ascending
@@ -67,7 +69,8 @@ def best_fit(segments: Iterable[Segment], seq_len: int) -> list[Row]:
 
 
 def concatenate(parts: Iterable[Segment], seq_len: int) -> list[Row]:
-    """Return rows of documents one after another, cut wherever a row is full; only the last row may have room left."""
+    """Return rows of documents one after another, cut wherever a row is full; only the last row
+    may have room left."""
     rows: list[Row] = []
     row: list[Segment] = []
     room = seq_len

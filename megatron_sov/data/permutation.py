@@ -13,8 +13,9 @@ _U = np.uint64
 class Permutation:
     """A pseudo-random permutation of `size` indices, a function of its key alone.
 
-    A balanced Feistel network over the next power of four, walked along its cycle until the result is below `size`
-    (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).  Memory does not grow with `size`.
+    A balanced Feistel network over the next power of four, walked along its cycle until the result is below
+    `size` (Black and Rogaway, "Ciphers with Arbitrary Finite Domains",
+    2002).  Memory does not grow with `size`.
     """
 
     def __init__(self, size: int, *key: object) -> None:

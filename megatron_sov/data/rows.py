@@ -32,7 +32,8 @@ class Row:
     padding: np.ndarray
     """[n] bool."""
     bounds: np.ndarray
-    """[segments + 1] int32: cumulative lengths of the segments (and of padding, which is a segment of its own)."""
+    """[segments + 1] int32: cumulative lengths of the segments (and of padding,
+    which is a segment of its own)."""
 
 
 def sample_row(sample: Sample, documents: Documents, seq_len: int, pad_id: int = 0) -> Row:
@@ -75,14 +76,16 @@ def join_rows(rows: list[Row]) -> Row:
     if len(rows) == 1:
         return rows[0]
     starts = np.cumsum([0] + [len(r.tokens) for r in rows[:-1]])
-    bounds = np.concatenate([[0]] + [r.bounds[1:] + s for r, s in zip(rows, starts, strict=True)]).astype(np.int32)
+    bounds = np.concatenate([[0]] + [r.bounds[1:] + s
+                                     for r, s in zip(rows, starts, strict=True)]).astype(np.int32)
     columns = {name: np.concatenate([getattr(r, name) for r in rows])
                for name in ("tokens", "labels", "weights", "positions", "types", "sources", "padding")}
     return Row(**columns, bounds=bounds)
 
 
 def heldout_samples(documents: Documents, source: int, seq_len: int, max_tokens: int) -> list[Sample]:
-    """Return samples over a split in its stored order, up to `max_tokens`; documents are cut at a sample's end."""
+    """Return samples over a split in its stored order, up to `max_tokens`;
+    documents are cut at a sample's end."""
     return [Sample(source, row) for row in concatenate(_first_documents(documents, max_tokens), seq_len)]
 
 

@@ -1,4 +1,5 @@
-"""The documents of a source cut into short pieces: what a phase at that length would read, for rehearsal at a longer one."""
+"""The documents of a source cut into short pieces: what a phase at that length would read,
+for rehearsal at a longer one."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ class PieceLengths:
 
     def __getitem__(self, pieces: Any) -> Any:
         documents = np.searchsorted(self._ends, pieces, side="right")
-        left_behind = self._ends[documents] - 1 - np.asarray(pieces)  # pieces of the same document behind this one
+        # pieces of the same document behind this one
+        left_behind = self._ends[documents] - 1 - np.asarray(pieces)
         number = -(-self._tokens[documents] // self._max_tokens) - 1 - left_behind
         found = np.minimum(self._max_tokens, self._tokens[documents] - number * self._max_tokens)
         return int(found) if np.ndim(pieces) == 0 else found
@@ -39,7 +41,8 @@ class PieceLengths:
 
 
 class Pieces:
-    """The documents of `documents` in pieces of at most `max_tokens` tokens; a piece knows nothing of the one before."""
+    """The documents of `documents` in pieces of at most `max_tokens` tokens; a piece knows nothing
+    of the one before."""
 
     def __init__(self, documents: Documents, max_tokens: int) -> None:
         self._documents, self._max_tokens = documents, max_tokens

@@ -1,8 +1,9 @@
 """The endless, shuffled, packed documents of one source, with a cursor of a few integers.
 
-A stream goes through its source in windows of at most `WINDOW_DOCUMENTS` shuffled documents.  Each window is packed on its
-own, so memory and start-up do not depend on the size of the source.  When the sample length changes inside a window, what
-is left of the window is packed anew at the new length: no document is repeated or lost.
+A stream goes through its source in windows of at most `WINDOW_DOCUMENTS` shuffled documents.  Each window is
+packed on its own, so memory and start-up do not depend on the size of the source.  When the sample length
+changes inside a window, what is left of the window is packed anew at the new length:
+no document is repeated or lost.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from megatron_sov.errors import UserError
 WINDOW_DOCUMENTS = 8192
 Item = TypeVar("Item")
 Packing = Literal["best_fit", "truncate", "concat"]
-"""best_fit: whole documents, longer ones cut into rows; truncate: whole documents, longer ones lose their tail;
-concat: documents follow one another and are cut wherever a row ends."""
+"""best_fit: whole documents, longer ones cut into rows; truncate: whole documents, longer ones lose their
+tail; concat: documents follow one another and are cut wherever a row ends."""
 
 
 @dataclass
@@ -63,8 +64,9 @@ class Stream:
         while (row := self._take(seq_len)) is None:
             windows_without += 1
             if windows_without > self._num_windows + 1:  # the current one may be used up
-                raise UserError(f"source {self.name!r}: none of its {len(self.documents.lengths)} training documents holds a "
-                                "token, although its manifest counts some; run `sov-data verify` and pack the data again")
+                raise UserError(f"source {self.name!r}: none of its {len(self.documents.lengths)} training "
+                                "documents holds a token, although its manifest counts some; "
+                                "run `sov-data verify` and pack the data again")
             self._next_window()
         self.cursor.tokens += sum(s.count for s in row)
         self.cursor.samples += 1
@@ -134,11 +136,14 @@ class Stream:
         """Return rows in the reverse of the order in which they are given."""
         if self._packing == "concat":
             return concatenate(parts, seq_len)[::-1]
-        rows = best_fit(cut(parts, seq_len) if self._packing == "best_fit" else truncate(parts, seq_len), seq_len)
-        # best fit opens rows by length; shuffled, so that a row's length says nothing about its place in the window
+        rows = best_fit(cut(parts, seq_len) if self._packing == "best_fit" else truncate(parts, seq_len),
+                        seq_len)
+        # best fit opens rows by length; shuffled, so that a row's length says nothing about its
+        # place in the window
         return self._shuffled(rows, "rows")
 
     def _shuffled(self, items: list[Item], what: str) -> list[Item]:
         """Return the items in an order that is a function of the place in the source."""
-        shuffle = Permutation(len(items), *self._key, self.cursor.epoch, self.cursor.window, what, len(self.cursor.taken))
+        shuffle = Permutation(len(items), *self._key, self.cursor.epoch, self.cursor.window, what,
+                              len(self.cursor.taken))
         return [items[i] for i in shuffle.span(0, len(items))]

@@ -10,9 +10,11 @@ from megatron_sov.data.vocabulary import read_added_texts, read_vocabulary
 
 
 def token_bytes(tokenizer: Path, vocab_size: int) -> np.ndarray:
-    """Return [vocab_size] int64: UTF-8 bytes of each token of a byte-level BPE tokenizer; 0 for special and unused ids.
+    """Return [vocab_size] int64: UTF-8 bytes of each token of a byte-level BPE tokenizer;
+    0 for special and unused ids.
 
-    In a byte-level vocabulary every character of a token's name stands for one byte; added tokens are spelled as they are.
+    In a byte-level vocabulary every character of a token's name stands for one byte;
+    added tokens are spelled as they are.
     """
     sizes = np.zeros(vocab_size, np.int64)
     for token, name in read_vocabulary(tokenizer).items():

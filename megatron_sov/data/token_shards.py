@@ -1,4 +1,5 @@
-"""Reading token shards: Megatron-Core's `.bin`/`.idx` by numpy memory maps, with optional sidecars of the same geometry."""
+"""Reading token shards: Megatron-Core's `.bin`/`.idx` by numpy memory maps,
+with optional sidecars of the same geometry."""
 
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ from megatron_sov.artifacts import manifest_sha256, read_manifest
 from megatron_sov.errors import UserError
 
 IDX_MAGIC = b"MMIDIDX\x00\x00"
-IDX_DTYPES: dict[int, type[np.generic]] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64,
-                                           7: np.float32, 8: np.uint16}
+IDX_DTYPES: dict[int, type[np.generic]] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64,
+                                           6: np.float64, 7: np.float32, 8: np.uint16}
 """Dtype codes of the `.idx` header, as in megatron.core.datasets.indexed_dataset."""
 _HEADER_BYTES = len(IDX_MAGIC) + 8 + 1 + 8 + 8
 
@@ -74,20 +75,23 @@ class TokenShard:
         try:
             content = _mapped(idx)
             if content[:9] != IDX_MAGIC:
-                raise UserError(f"{idx}: is not a Megatron index (its first bytes are {content[:9]!r}); pack the data again")
+                raise UserError(f"{idx}: is not a Megatron index (its first bytes are {content[:9]!r}); "
+                                "pack the data again")
             self.dtype = np.dtype(IDX_DTYPES[content[17]])
             count = int(np.frombuffer(content, np.uint64, 1, offset=18)[0])
             self.lengths = np.frombuffer(content, np.int32, count, offset=_HEADER_BYTES)
             self.pointers = np.frombuffer(content, np.int64, count, offset=_HEADER_BYTES + 4 * count)
-            self._num_tokens = (int(self.pointers[-1]) // self.dtype.itemsize + int(self.lengths[-1])) if count else 0
+            self._num_tokens = ((int(self.pointers[-1]) // self.dtype.itemsize + int(self.lengths[-1]))
+                                if count else 0)
             self._tokens = self._map(".bin", self.dtype)
             self._loss = self._map(".loss", np.dtype(np.float32)) if self._file(".loss").exists() else None
             self._type = self._map(".type", np.dtype(np.uint8)) if self._file(".type").exists() else None
             self.is_plain = self._loss is None and self._type is None
         except OSError as e:
             if e.errno == errno.EMFILE:
-                raise UserError(f"{prefix}: {resource.getrlimit(resource.RLIMIT_NOFILE)[0]} files are open, and this process may "
-                                "not open more; raise `ulimit -n`, or pack into larger shards (--shard-tokens)") from None
+                raise UserError(f"{prefix}: {resource.getrlimit(resource.RLIMIT_NOFILE)[0]} files are open, "
+                                "and this process may not open more; raise `ulimit -n`, or pack into larger "
+                                "shards (--shard-tokens)") from None
             raise UserError(f"{prefix}: cannot be read as a token shard ({e}); pack the data again") from None
         except (IndexError, KeyError, ValueError) as e:
             raise UserError(f"{prefix}: cannot be read as a token shard ({e}); pack the data again") from None
@@ -99,7 +103,8 @@ class TokenShard:
         file = self._file(suffix)
         size_bytes, expected_bytes = file.stat().st_size, self._num_tokens * dtype.itemsize
         if size_bytes != expected_bytes:  # a slice beyond the end would silently be short
-            raise UserError(f"{file}: has {size_bytes} bytes, the index asks for {expected_bytes}; pack the data again")
+            raise UserError(f"{file}: has {size_bytes} bytes, the index asks for {expected_bytes}; "
+                            "pack the data again")
         return np.frombuffer(_mapped(file), dtype)
 
     def tokens(self, document: int, start: int, count: int) -> np.ndarray:
@@ -107,7 +112,8 @@ class TokenShard:
         return self._tokens[self._range(document, start, count)].astype(np.int64)
 
     def loss_weights(self, document: int, start: int, count: int) -> np.ndarray:
-        """Return the loss weight of each of these tokens as a target, float32 (1 where there is no sidecar)."""
+        """Return the loss weight of each of these tokens as a target,
+        float32 (1 where there is no sidecar)."""
         if self._loss is None:
             return np.ones(count, np.float32)
         return self._loss[self._range(document, start, count)]
@@ -130,7 +136,8 @@ def _mapped(file: Path) -> mmap.mmap | bytes:
 
 
 def _allow_open_files() -> None:
-    """Raise this process's limit on open files as far as it may: a mapped file keeps its descriptor (CPython's mmap)."""
+    """Raise this process's limit on open files as far as it may: a mapped file keeps its
+    descriptor (CPython's mmap)."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -163,7 +170,8 @@ class ChainedLengths:
         stops = np.searchsorted(ascending, self._ends)
         for part in np.flatnonzero(np.diff(stops, prepend=0)).tolist():
             here = slice(stops[part - 1] if part else 0, stops[part])
-            found[order[here]] = self.parts[part][ascending[here] - (self._ends[part] - len(self.parts[part]))]
+            found[order[here]] = self.parts[part][
+                ascending[here] - (self._ends[part] - len(self.parts[part]))]
         return found
 
     def __iter__(self) -> Iterator[int]:
@@ -172,7 +180,8 @@ class ChainedLengths:
 
 
 class ShardChain:
-    """The documents of several shards one after the other; opening it costs the same for shards of any size."""
+    """The documents of several shards one after the other; opening it costs the same for
+    shards of any size."""
 
     def __init__(self, prefixes: list[Path]) -> None:
         _allow_open_files()
@@ -224,31 +233,34 @@ class Source:
         return ShardChain([self.artifact / prefix for prefix in self.prefixes[split]])
 
 
-def open_sources(paths: dict[str, float], vocab_size: int, formats: tuple[str, ...] = ("text", "chat")) -> list[Source]:
+def open_sources(paths: dict[str, float], vocab_size: int,
+                 formats: tuple[str, ...] = ("text", "chat")) -> list[Source]:
     """Open the sources of all token artifacts, checking that they fit together and fit the model.
 
     Args:
         paths: folder -> weight.
         vocab_size: the model's.
-        formats: what the caller can learn from; the others are "preference" (documents 2i and 2i + 1 are the chosen and the
-            rejected response to one prompt) and "prompt".
+        formats: what the caller can learn from; the others are "preference" (documents 2i and 2i + 1 are the
+            chosen and the rejected response to one prompt) and "prompt".
 
     Raises:
-        UserError: no data, artifacts of different tokenizers, two sources of one name, or a vocabulary larger than the model's.
+        UserError: no data, artifacts of different tokenizers, two sources of one name,
+            or a vocabulary larger than the model's.
     """
     if not paths:
-        raise UserError("data.paths is empty: pass at least one folder made by `sov-data pack` with --data DIR")
+        raise UserError("data.paths is empty: pass at least one folder made by `sov-data pack` "
+                        "with --data DIR")
     manifests = {path: read_manifest(path, "tokens") for path in paths}
     for path, manifest in manifests.items():
         if manifest.content.get("content_version") != CONTENT_VERSION:
-            raise UserError(f"{path}: was packed in layout {manifest.content.get('content_version', 1)}, this version reads "
-                            f"layout {CONTENT_VERSION}; pack the data again")
+            raise UserError(f"{path}: was packed in layout {manifest.content.get('content_version', 1)}, "
+                            f"this version reads layout {CONTENT_VERSION}; pack the data again")
     hashes = {path: m.content["tokenizer_sha256"] for path, m in manifests.items()}
     first = next(iter(paths))
     for path, value in hashes.items():
         if value != hashes[first]:
-            raise UserError(f"{path}: was packed with tokenizer {value[:12]}, {first} with {hashes[first][:12]}; "
-                            "pack all data with the same tokenizer")
+            raise UserError(f"{path}: was packed with tokenizer {value[:12]}, {first} with "
+                            f"{hashes[first][:12]}; pack all data with the same tokenizer")
     total_weight = sum(paths.values())
     if total_weight <= 0:
         raise UserError(f"--data weights {list(paths.values())}: at least one must be positive")
@@ -256,12 +268,14 @@ def open_sources(paths: dict[str, float], vocab_size: int, formats: tuple[str, .
     for path, manifest in manifests.items():
         if manifest.content["vocab_size"] > vocab_size:
             raise UserError(f"{path}: its tokenizer has {manifest.content['vocab_size']} ids, the model only "
-                            f"model.vocab_size = {vocab_size}; set model.vocab_size or pack with another tokenizer")
+                            f"model.vocab_size = {vocab_size}; set model.vocab_size or pack with "
+                            "another tokenizer")
         sources += _of_artifact(Path(path), manifest.content, paths[path] / total_weight, formats)
     names = [s.name for s in sources]
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"source {name!r}: occurs in several --data folders; give each a name of its own (--input NAME=PATH)")
+            raise UserError(f"source {name!r}: occurs in several --data folders; "
+                            "give each a name of its own (--input NAME=PATH)")
     return sources
 
 
@@ -269,15 +283,15 @@ def _of_artifact(path: Path, content: dict[str, Any], share: float, formats: tup
     described = content["sources"]
     for s in described:
         if s["format"] not in formats:
-            raise UserError(f"{path}: source {s['name']!r} holds data of format {s['format']!r}, this stage learns from "
-                            f"{' or '.join(formats)}; pass other data")
+            raise UserError(f"{path}: source {s['name']!r} holds data of format {s['format']!r}, "
+                            f"this stage learns from {' or '.join(formats)}; pass other data")
     train_tokens = sum(s["splits"]["train"]["num_tokens"] for s in described)
     if train_tokens == 0:
         raise UserError(f"{path}: holds no training tokens; pack more text")
     return [
         Source(
-            name=s["name"], artifact=path, is_chat=s["format"] != "text",
-            prefixes={split: tuple(shard["prefix"] for shard in d["shards"]) for split, d in s["splits"].items()},
+            name=s["name"], artifact=path, is_chat=s["format"] != "text", prefixes={
+                split: tuple(shard["prefix"] for shard in d["shards"]) for split, d in s["splits"].items()},
             num_tokens={split: d["num_tokens"] for split, d in s["splits"].items()},
             share=share * s.get("weight", s["splits"]["train"]["num_tokens"] / train_tokens),
         )

@@ -1,4 +1,5 @@
-"""Parts of sources by the length of their documents, as sources of their own: NAME@N and NAME/N in a blend."""
+"""Parts of sources by the length of their documents, as sources of their own:
+NAME@N and NAME/N in a blend."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ LONG, SHORT = "@", "/"
 
 
 def with_views(config: RunConfig, sources: list[Source]) -> list[Source]:
-    """Return the sources and what the blends make of them: NAME@N, the documents of NAME with at least N tokens; NAME/N, all
-    its documents in pieces of at most N.
+    """Return the sources and what the blends make of them: NAME@N, the documents of NAME with at least N
+    tokens; NAME/N, all its documents in pieces of at most N.
 
     Each is a stream of its own: a long document is read by NAME in its turn as well.
 
@@ -35,15 +36,18 @@ def _view(name: str, known: dict[str, Source]) -> Source | None:
         return None
     base, _, number = name.rpartition(kind)
     if not number.isdecimal() or int(number) < 1:
-        raise UserError(f"data.phases blend {name!r}: after the {kind} stands a number of tokens, e.g. {base}{kind}8192")
+        raise UserError(f"data.phases blend {name!r}: after the {kind} stands a number of tokens, e.g. "
+                        f"{base}{kind}8192")
     source, tokens = known[base], int(number)
     if kind == SHORT:
         if source.is_chat:
-            raise UserError(f"data.phases blend {name!r}: conversations of {base} stay whole; name {base} alone")
+            raise UserError(f"data.phases blend {name!r}: conversations of {base} stay whole; "
+                            f"name {base} alone")
         return dataclasses.replace(source, name=name, share=0.0, made=Pieces(source.shard("train"), tokens),
                                    num_tokens={"train": source.num_tokens["train"], "heldout": 0})
     documents = LongDocuments(source.shard("train"), tokens)
     if not len(documents.index):
-        raise UserError(f"data.phases blend {name!r}: source {base} has no document of {tokens} tokens or more")
+        raise UserError(f"data.phases blend {name!r}: source {base} has no document of {tokens} "
+                        "tokens or more")
     return dataclasses.replace(source, name=name, share=0.0, made=documents,
                                num_tokens={"train": int(documents.lengths.sum()), "heldout": 0})

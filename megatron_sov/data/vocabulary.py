@@ -43,8 +43,8 @@ def _read(tokenizer: Path) -> tuple[dict[str, int], list[dict[str, Any]]]:
 def refuse_other_tokens(data: Path | None, weights: Path) -> None:
     """Refuse data whose ids mean other tokens than those that a checkpoint's embeddings were trained on.
 
-    Ordinary tokens are compared; added ones may be renamed, as a chat template does with reserved ids.  Where one side
-    carries no tokenizer.json nothing can be compared.
+    Ordinary tokens are compared; added ones may be renamed, as a chat template does with reserved ids.  Where
+    one side carries no tokenizer.json nothing can be compared.
 
     Args:
         data: the tokenizer folder that travels with the token shards.
@@ -59,5 +59,6 @@ def refuse_other_tokens(data: Path | None, weights: Path) -> None:
     differing = [token for token, name in ours.items() if theirs.get(token, name) != name]
     if differing:
         token = min(differing)
-        raise UserError(f"{data}: {len(differing)} ids mean other tokens than in {weights} (e.g. {token}: {ours[token]!r} here, "
-                        f"{theirs[token]!r} there); pack the data with the checkpoint's tokenizer")
+        raise UserError(f"{data}: {len(differing)} ids mean other tokens than in {weights} (e.g. "
+                        f"{token}: {ours[token]!r} here, {theirs[token]!r} there); "
+                        "pack the data with the checkpoint's tokenizer")

@@ -1,7 +1,8 @@
 """What this machine has: one function per subject, each returning checks; nothing here changes anything.
 
-Optional parts are looked for in the way that tells the truth: Transformer Engine by importing it (its bare package
-installs without a GPU and fails on import), apex by its files (a package of another kind bears the same name).
+Optional parts are looked for in the way that tells the truth: Transformer Engine by importing it (its bare
+package installs without a GPU and fails on import), apex by its files (a package of another kind
+bears the same name).
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ Status = Literal["ok", "missing", "warning", "broken"]
 MIN_PYTHON = (3, 11)
 MIN_FREE_DISK_BYTES = 5 * 10**9
 MIN_FREE_MEMORY_BYTES = 4 * 10**9
-REQUIRED_PACKAGES = ("numpy", "megatron-core", "transformers", "tokenizers", "safetensors", "pydantic", "plotly", "jinja2",
-                     "tqdm", "psutil", "tiktoken", "pyarrow", "zstandard")
+REQUIRED_PACKAGES = ("numpy", "megatron-core", "transformers", "tokenizers", "safetensors", "pydantic",
+                     "plotly", "jinja2", "tqdm", "psutil", "tiktoken", "pyarrow", "zstandard")
 OPTIONAL_PACKAGES = {"tensorboard": "dev", "wandb": "dev", "vllm": "rollout"}
-TE_COMMAND = "pip install --no-build-isolation 'megatron-sov[gpu]' (needs a CUDA toolchain, see docs/install.md)"
+TE_COMMAND = ("pip install --no-build-isolation 'megatron-sov[gpu]' (needs a CUDA toolchain, "
+              "see docs/install.md)")
 _COMMAND_TIMEOUT_S = 10
 
 
@@ -42,7 +44,8 @@ class Check:
     name: str
     """The subject."""
     status: Status
-    """ok: works; missing: an optional part is not there; warning: works, but look at it; broken: needed and does not work."""
+    """ok: works; missing: an optional part is not there; warning: works, but look at it; broken:
+    needed and does not work."""
     detail: str
     """What was found."""
     remedy: str = ""
@@ -50,9 +53,10 @@ class Check:
 
 
 def all_checks() -> list[Check]:
-    """Look at everything, in the order in which it is read: what is needed first, then accelerators, cluster, machine."""
-    groups = (python_checks, package_checks, shadow_checks, torch_checks, transformer_engine_checks, apex_checks, optional_checks,
-              slurm_checks, compiler_checks, machine_checks)
+    """Look at everything, in the order in which it is read: what is needed first,
+    then accelerators, cluster, machine."""
+    groups = (python_checks, package_checks, shadow_checks, torch_checks, transformer_engine_checks,
+              apex_checks, optional_checks, slurm_checks, compiler_checks, machine_checks)
     return [check for group in groups for check in group()]
 
 
@@ -85,7 +89,8 @@ def package_checks() -> Iterator[Check]:
 
 
 def shadow_checks() -> Iterator[Check]:
-    """Foreign packages that install a top-level name of ours and would be imported, or overwrite it, in our place."""
+    """Foreign packages that install a top-level name of ours and would be imported,
+    or overwrite it, in our place."""
     root = Path(__file__).parents[2]
     owners = importlib.metadata.packages_distributions()
     for name in OUR_PACKAGES:
@@ -93,7 +98,8 @@ def shadow_checks() -> Iterator[Check]:
         found = Path(spec.origin).parent if spec and spec.origin else None
         foreign = sorted(set(owners.get(name, [])) - {"megatron-sov"})
         if found != root / name:
-            remedy = f"pip uninstall {' '.join(foreign)}" if foreign else "remove that folder from PYTHONPATH, or start elsewhere"
+            remedy = (f"pip uninstall {' '.join(foreign)}" if foreign
+                      else "remove that folder from PYTHONPATH, or start elsewhere")
             yield Check(name, "broken", f"is imported from {found}, not from {root / name}", remedy)
         elif foreign:
             yield Check(name, "warning", f"{', '.join(foreign)} installs a package of the same name",
@@ -108,45 +114,53 @@ def torch_checks() -> Iterator[Check]:
         import torch
         import torch.distributed as dist
     except Exception as e:  # a broken CUDA library raises OSError, a broken build RuntimeError
-        yield Check("torch", "broken", f"cannot be imported ({type(e).__name__}: {e})", "make setup, or pip install torch again")
+        yield Check("torch", "broken", f"cannot be imported ({type(e).__name__}: {e})",
+                    "make setup, or pip install torch again")
         return
-    yield Check("torch", "ok", f"{torch.__version__}, " + (f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"))
+    yield Check("torch", "ok", f"{torch.__version__}, " + (f"CUDA {torch.version.cuda}" if torch.version.cuda
+                                                           else "CPU build"))
     if dist.is_available() and dist.is_gloo_available():
         yield Check("gloo", "ok", "processes on CPUs can talk to each other")
     else:
-        yield Check("gloo", "broken", "this torch has no gloo process group", "pip install the torch of constraints.txt")
+        yield Check("gloo", "broken", "this torch has no gloo process group",
+                    "pip install the torch of constraints.txt")
     if not torch.cuda.is_available():
         why = "no usable NVIDIA driver or device" if torch.version.cuda else "torch is a CPU build"
         yield Check("GPU", "missing", f"{why}; training runs on the CPU",
-                    "" if torch.version.cuda else "on a machine with an NVIDIA GPU: install torch from the default index")
+                    "" if torch.version.cuda else "on a machine with an NVIDIA GPU: "
+                                                  "install torch from the default index")
         return
     for i in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(i)
         memory_gib = gpu.total_memory / 2**30
-        yield Check(f"GPU {i}", "ok", f"{gpu.name}, {memory_gib:.0f} GiB, compute capability {gpu.major}.{gpu.minor}")
+        yield Check(f"GPU {i}", "ok",
+                    f"{gpu.name}, {memory_gib:.0f} GiB, compute capability {gpu.major}.{gpu.minor}")
     if dist.is_nccl_available():
         yield Check("NCCL", "ok", ".".join(map(str, torch.cuda.nccl.version())))
     else:
-        yield Check("NCCL", "broken", "this torch has no NCCL, which GPUs need", "pip install torch from the default index")
+        yield Check("NCCL", "broken", "this torch has no NCCL, which GPUs need",
+                    "pip install torch from the default index")
 
 
 def transformer_engine_checks() -> Iterator[Check]:
     """Transformer Engine, by importing it."""
     if importlib.util.find_spec("transformer_engine") is None:
-        yield Check("Transformer Engine", "missing", "is not installed; FP8 and fused GPU kernels need it", TE_COMMAND)
+        yield Check("Transformer Engine", "missing",
+                    "is not installed; FP8 and fused GPU kernels need it", TE_COMMAND)
         return
     try:
         importlib.import_module("transformer_engine.pytorch")
     except Exception as e:  # it raises RuntimeError, OSError or ImportError, depending on what is missing
         first_line = (str(e).splitlines() or ["no message"])[0]
-        yield Check("Transformer Engine", "warning", f"is installed but does not import ({type(e).__name__}: {first_line})",
-                    TE_COMMAND)
+        yield Check("Transformer Engine", "warning",
+                    f"is installed but does not import ({type(e).__name__}: {first_line})", TE_COMMAND)
         return
     yield Check("Transformer Engine", "ok", installed_version("transformer-engine") or "imports")
 
 
 def apex_checks() -> Iterator[Check]:
-    """NVIDIA's apex is not needed; PyPI's `apex` is another project and misleads libraries that look for the name."""
+    """NVIDIA's apex is not needed; PyPI's `apex` is another project and misleads libraries that
+    look for the name."""
     spec = importlib.util.find_spec("apex")
     if spec is None:
         yield Check("NVIDIA apex", "missing", "is not installed and not needed; "
@@ -156,7 +170,8 @@ def apex_checks() -> Iterator[Check]:
     if importlib.util.find_spec("amp_C") is not None or any((f / "normalization").is_dir() for f in folders):
         yield Check("NVIDIA apex", "ok", "is installed; it is not needed")
     else:
-        yield Check("NVIDIA apex", "warning", f"the 'apex' at {', '.join(map(str, folders)) or spec.origin} is not NVIDIA's",
+        yield Check("NVIDIA apex", "warning",
+                    f"the 'apex' at {', '.join(map(str, folders)) or spec.origin} is not NVIDIA's",
                     "pip uninstall apex")
 
 
@@ -186,7 +201,8 @@ def slurm_checks() -> Iterator[Check]:
     """The scheduler's client."""
     version = first_line_of(["sbatch", "--version"])
     if version is None:
-        yield Check("Slurm", "missing", "sbatch is not on PATH or does not answer; jobs run on this machine only",
+        yield Check("Slurm", "missing",
+                    "sbatch is not on PATH or does not answer; jobs run on this machine only",
                     "run on a login node of the cluster, or load its Slurm module")
     else:
         yield Check("Slurm", "ok", version)
@@ -212,7 +228,8 @@ def machine_checks() -> Iterator[Check]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     yield Check("CPU cores", "ok", str(cores))
     free_memory_bytes = psutil.virtual_memory().available
-    yield _room("Memory", free_memory_bytes, MIN_FREE_MEMORY_BYTES, "close other programs, or use a smaller micro-batch")
+    yield _room("Memory", free_memory_bytes, MIN_FREE_MEMORY_BYTES,
+                "close other programs, or use a smaller micro-batch")
     free_disk_bytes = shutil.disk_usage(Path.cwd()).free
     yield _room("Disk", free_disk_bytes, MIN_FREE_DISK_BYTES, f"free some space on the disk of {Path.cwd()}")
 
@@ -221,4 +238,5 @@ def _room(name: str, free_bytes: int, wanted_bytes: int, remedy: str) -> Check:
     detail = f"{free_bytes / 1e9:.1f} GB free"
     if free_bytes >= wanted_bytes:
         return Check(name, "ok", detail)
-    return Check(name, "warning", f"{detail}, less than the {wanted_bytes / 1e9:.0f} GB that the demo wants", remedy)
+    return Check(name, "warning", f"{detail}, less than the {wanted_bytes / 1e9:.0f} GB that the demo wants",
+                 remedy)

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 def cut_at_blank_lines(blocks: Iterable[bytes], limit_bytes: int) -> Iterator[bytes]:
     """Cut a stream of UTF-8 bytes into pieces of at most `limit_bytes`; joined, the pieces give the stream.
 
-    A cut stands behind the last blank line that fits, else behind the last line, else the last space, else between
-    characters.
+    A cut stands behind the last blank line that fits, else behind the last line, else the last space, else
+    between characters.
     """
     buffer = b""
     for block in blocks:

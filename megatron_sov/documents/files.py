@@ -15,12 +15,14 @@ WHOLE_FILE_BYTES = 1_000_000
 DOCUMENT_BYTES = 200_000
 JSONL_SUFFIXES = frozenset([".jsonl", ".ndjson"])
 TEXT_SUFFIXES = JSONL_SUFFIXES | frozenset([
-    ".txt", ".text", ".md", ".markdown", ".rst", ".adoc", ".org", ".tex", ".py", ".pyi", ".c", ".h", ".cc", ".cpp",
-    ".cxx", ".hpp", ".cu", ".cuh", ".java", ".kt", ".scala", ".go", ".rs", ".js", ".jsx", ".ts", ".tsx", ".mjs", ".rb",
-    ".php", ".pl", ".lua", ".r", ".jl", ".hs", ".ml", ".swift", ".cs", ".sh", ".bash", ".sql", ".cmake", ".html", ".htm",
-    ".css", ".xml", ".yaml", ".yml", ".toml", ".ini", ".cfg", ".csv", ".tsv", ".log", ".srt",
+    ".txt", ".text", ".md", ".markdown", ".rst", ".adoc", ".org", ".tex", ".py", ".pyi", ".c", ".h", ".cc",
+    ".cpp", ".cxx", ".hpp", ".cu", ".cuh", ".java", ".kt", ".scala", ".go", ".rs", ".js", ".jsx", ".ts",
+    ".tsx", ".mjs", ".rb", ".php", ".pl", ".lua", ".r", ".jl", ".hs", ".ml", ".swift", ".cs", ".sh", ".bash",
+    ".sql", ".cmake", ".html", ".htm", ".css", ".xml", ".yaml", ".yml", ".toml", ".ini", ".cfg", ".csv",
+    ".tsv", ".log", ".srt",
 ])
-"""Endings of the files that are read from a folder; a file that is named itself is read whatever its ending."""
+"""Endings of the files that are read from a folder; a file that is named itself is read
+whatever its ending."""
 PARQUET_SUFFIX = ".parquet"
 COMPRESSED_SUFFIXES = frozenset([".gz", ".zst"])
 SPAN_BYTES = 8 << 20
@@ -70,8 +72,8 @@ def list_files(path: Path) -> list[Path]:
     found = [p for p in path.rglob("*") if _is_read(p) and p.is_file()
              and not any(part.startswith(".") for part in p.relative_to(path).parts)]
     if not found:
-        raise UserError(f"{path}: holds no text file (endings such as .txt, .md, .py, .jsonl, .jsonl.gz, .parquet are read); "
-                        "pass a folder with text")
+        raise UserError(f"{path}: holds no text file (endings such as .txt, .md, .py, .jsonl, .jsonl.gz, "
+                        ".parquet are read); pass a folder with text")
     return sorted(found, key=lambda p: p.relative_to(path).parts)
 
 
@@ -108,7 +110,8 @@ def spans_of(file: Path, span_bytes: int = SPAN_BYTES) -> Iterator[Span]:
     """
     try:
         size_bytes = file.stat().st_size
-        whole = Span(file, 0, size_bytes, max(size_bytes, 1) if size_bytes <= WHOLE_FILE_BYTES else DOCUMENT_BYTES, size_bytes)
+        whole = Span(file, 0, size_bytes,
+                     max(size_bytes, 1) if size_bytes <= WHOLE_FILE_BYTES else DOCUMENT_BYTES, size_bytes)
         if whole.suffix == PARQUET_SUFFIX:
             yield from _row_groups(whole, span_bytes)
         elif whole.compression or size_bytes <= max(span_bytes, WHOLE_FILE_BYTES):
@@ -118,7 +121,8 @@ def spans_of(file: Path, span_bytes: int = SPAN_BYTES) -> Iterator[Span]:
             for start, stop in zip(starts, [*starts[1:], size_bytes], strict=True):
                 yield Span(file, start, stop, whole.document_bytes, stop - start)
     except OSError as e:
-        raise UserError(f"{file}: cannot be read ({e.strerror or e}); check the path and its permissions") from e
+        raise UserError(f"{file}: cannot be read ({e.strerror or e}); "
+                        "check the path and its permissions") from e
 
 
 def _starts(whole: Span, span_bytes: int) -> Iterator[int]:
@@ -167,4 +171,5 @@ def open_parquet(file: Path) -> Any:
         return parquet.ParquetFile(file)
     except (pyarrow.ArrowInvalid, pyarrow.ArrowException) as e:
         reason = str(e).splitlines()[0]
-        raise BadRecord("parquet", f"is not a Parquet file, or only a part of one ({reason}); fetch it again") from None
+        raise BadRecord("parquet",
+                        f"is not a Parquet file, or only a part of one ({reason}); fetch it again") from None

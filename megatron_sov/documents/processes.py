@@ -19,12 +19,13 @@ _work: Callable[[Any], Any]
 """What this worker process does with each item."""
 
 
-def in_processes(build: Callable[..., Callable[[Item], Result]], arguments: tuple[Any, ...], items: Sequence[Item],
-                 workers: int) -> Generator[Result, None, None]:
+def in_processes(build: Callable[..., Callable[[Item], Result]], arguments: tuple[Any, ...],
+                 items: Sequence[Item], workers: int) -> Generator[Result, None, None]:
     """Yield the result of each item, in order.  One worker is this process.
 
     Args:
-        build: a function of a module; called once in each process with `arguments`, it returns what is called with each item.
+        build: a function of a module; called once in each process with `arguments`,
+            it returns what is called with each item.
         arguments: plain values.
         items: what to work on.
         workers: processes.
@@ -37,7 +38,8 @@ def in_processes(build: Callable[..., Callable[[Item], Result]], arguments: tupl
         yield from map(build(*arguments), items)
         return
     # Fresh processes: forking one that runs a library's threads could deadlock.
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (build, arguments))
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker,
+                               (build, arguments))
     under_way: deque[Future[Result]] = deque()
     try:
         for item in items:
@@ -47,21 +49,23 @@ def in_processes(build: Callable[..., Callable[[Item], Result]], arguments: tupl
         while under_way:
             yield under_way.popleft().result()
     except BrokenProcessPool:
-        raise UserError("a worker process was ended from outside (for want of memory?); run the same command again, with fewer "
-                        "--workers: what is done is kept") from None
+        raise UserError("a worker process was ended from outside (for want of memory?); "
+                        "run the same command again, with fewer --workers: what is done is kept") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def _start_worker(build: Callable[..., Callable[[Any], Any]], arguments: tuple[Any, ...]) -> None:
     global _work
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread per process; the processes are the parallelism
+    # one thread per process; the processes are the parallelism
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _work = build(*arguments)
 
 
 def _end_with_parent() -> None:
-    """End this process when the one that started it is gone: a killed command must not leave workers that wait for ever."""
+    """End this process when the one that started it is gone: a killed command must not leave workers
+    that wait for ever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

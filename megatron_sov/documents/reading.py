@@ -19,7 +19,15 @@ from megatron_sov.documents.files import (
     open_parquet,
     spans_of,
 )
-from megatron_sov.documents.records import BadRecord, Document, Reading, decode, parse_line, parse_record, too_long
+from megatron_sov.documents.records import (
+    BadRecord,
+    Document,
+    Reading,
+    decode,
+    parse_line,
+    parse_record,
+    too_long,
+)
 from megatron_sov.errors import UserError
 
 KEPT_BYTES = 1000
@@ -60,7 +68,8 @@ def read_span(span: Span, reading: Reading) -> Iterator[Document | BadRecord]:
 
 
 class CountedSpan:
-    """The documents and bad records of a span; when all are read, `num_lines` is the number of its lines or rows."""
+    """The documents and bad records of a span; when all are read, `num_lines` is the number of
+    its lines or rows."""
 
     def __init__(self, span: Span, reading: Reading) -> None:
         self.span, self.reading = span, reading
@@ -82,7 +91,8 @@ class CountedSpan:
         except BadRecord as e:
             yield e
         except OSError as e:
-            raise UserError(f"{span.file}: cannot be read ({e.strerror or e}); check the path and its permissions") from e
+            raise UserError(f"{span.file}: cannot be read ({e.strerror or e}); "
+                            "check the path and its permissions") from e
 
     def _lines(self, f: IO[bytes]) -> Iterator[Document | BadRecord]:
         limit = self.reading.max_document_bytes
@@ -135,7 +145,8 @@ class CountedSpan:
                 self.num_lines += 1
                 try:
                     record = {name: _value(batch.column(name)[i]) for name in columns}
-                    yield parse_record(record, f"{self.span.file}:{self.num_lines}", self.num_lines, self.reading)
+                    yield parse_record(record, f"{self.span.file}:{self.num_lines}", self.num_lines,
+                                       self.reading)
                 except BadRecord as e:
                     yield _placed(e, self.num_lines, b"")
 
@@ -165,12 +176,14 @@ def _guarded(read: Callable[[int], bytes], size: int) -> bytes:
     try:
         return read(size)
     except (EOFError, zlib.error, gzip.BadGzipFile) as e:
-        raise BadRecord("truncated", f"is cut off or damaged ({e}); what came before is read; fetch the file again") from None
+        raise BadRecord("truncated", f"is cut off or damaged ({e}); what came before is read; "
+                                     "fetch the file again") from None
 
 
 def _blocks(f: IO[bytes], left: int | None) -> Iterator[bytes]:
     """Yield a stream's bytes up to `left` (None: all) in blocks."""
-    while (size := _BLOCK_BYTES if left is None else min(_BLOCK_BYTES, left)) and (block := _guarded(f.read, size)):
+    while ((size := _BLOCK_BYTES if left is None else min(_BLOCK_BYTES, left))
+           and (block := _guarded(f.read, size))):
         left = None if left is None else left - len(block)
         yield block
 
@@ -196,12 +209,13 @@ def _columns(names: list[str], reading: Reading) -> list[str]:
     """
     if reading.kind == "prompt":
         return names
-    wanted = {"text": (reading.text_field,), "chat": ("messages",), "preference": ("prompt", "chosen", "rejected"),
+    wanted = {"text": (reading.text_field,), "chat": ("messages",),
+              "preference": ("prompt", "chosen", "rejected"),
               None: (reading.text_field, "messages")}[reading.kind]
     found = [name for name in names if name in wanted]
     if not found:
-        raise BadRecord("parquet", f"has no column {' or '.join(map(repr, wanted))} (columns: {', '.join(names)}); "
-                                   "name the column of text with --text-field")
+        raise BadRecord("parquet", f"has no column {' or '.join(map(repr, wanted))} (columns: "
+                                   f"{', '.join(names)}); name the column of text with --text-field")
     return found + ["id"] * ("id" in names)
 
 
@@ -211,7 +225,8 @@ def _guarded_batches(file: Any, row_groups: range, columns: list[str]) -> Iterat
     try:
         yield from file.iter_batches(batch_size=_ROWS, row_groups=list(row_groups), columns=columns)
     except (pyarrow.ArrowException, OSError) as e:
-        raise BadRecord("parquet", f"is damaged ({str(e).splitlines()[0]}); what came before is read; fetch it again") from None
+        raise BadRecord("parquet", f"is damaged ({str(e).splitlines()[0]}); what came before is read; "
+                                   "fetch it again") from None
 
 
 def _value(scalar: Any) -> Any:

@@ -1,4 +1,5 @@
-"""One record of a user's file as a document: text, a chat, a preference (two answers to one prompt), or a prompt."""
+"""One record of a user's file as a document: text, a chat, a preference (two answers to one
+prompt), or a prompt."""
 
 from __future__ import annotations
 
@@ -72,7 +73,8 @@ class BadRecord(Exception):
     """A record that cannot become a document; the reader goes on behind it."""
 
     def __init__(self, code: str, reason: str, line: int = 0, content: bytes = b"") -> None:
-        """`code`: a word to count by; `reason`: completes a sentence that begins with the place; `line`: as in `Document`."""
+        """`code`: a word to count by; `reason`: completes a sentence that begins with the place;
+        `line`: as in `Document`."""
         super().__init__(reason)
         self.code, self.reason, self.line, self.content = code, reason, line, content
 
@@ -86,8 +88,8 @@ def decode(raw: bytes, start_bytes: int = 0) -> str:
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as e:
-        raise BadRecord("utf8", f"is not UTF-8 (byte {raw[e.start]:#04x} at offset {start_bytes + e.start}); convert it, "
-                                "e.g. iconv -f CP949 -t UTF-8") from None
+        raise BadRecord("utf8", f"is not UTF-8 (byte {raw[e.start]:#04x} at offset {start_bytes + e.start}); "
+                                "convert it, e.g. iconv -f CP949 -t UTF-8") from None
 
 
 def parse_line(line: bytes, where: str, number: int, reading: Reading) -> Document:
@@ -101,7 +103,8 @@ def parse_line(line: bytes, where: str, number: int, reading: Reading) -> Docume
     except (ValueError, RecursionError) as e:
         raise BadRecord("json", f"is not valid JSON ({e}); every line must be one JSON object") from None
     if not isinstance(record, dict):
-        raise BadRecord("json", f"is a JSON {type(record).__name__}, must be an object with 'text' or 'messages'")
+        raise BadRecord("json",
+                        f"is a JSON {type(record).__name__}, must be an object with 'text' or 'messages'")
     return parse_record(record, where, number, reading)
 
 
@@ -121,7 +124,8 @@ def parse_record(record: dict[str, Any], where: str, number: int, reading: Readi
         fields = _preference(record)
     else:
         fields["messages"] = _conversation(record["prompt"], "prompt", "user")
-        fields["extra"] = json.dumps({k: v for k, v in record.items() if k != "prompt"}, ensure_ascii=False, default=str)
+        fields["extra"] = json.dumps({k: v for k, v in record.items() if k != "prompt"}, ensure_ascii=False,
+                                     default=str)
         fields["awaits_response"] = True
     id_ = record.get("id")
     document = Document(where, id=str(id_) if isinstance(id_, (str, int)) else None, line=number, **fields)
@@ -130,7 +134,8 @@ def parse_record(record: dict[str, Any], where: str, number: int, reading: Readi
 
 
 def _kind(record: dict[str, Any], reading: Reading) -> str:
-    """Return the kind to read a record as; with an expected kind, a record of another one is refused by its name."""
+    """Return the kind to read a record as; with an expected kind, a record of another one is
+    refused by its name."""
     present = {"chat": "messages" in record, "text": isinstance(record.get(reading.text_field), str),
                "preference": "chosen" in record and "rejected" in record,
                "prompt": "prompt" in record and "chosen" not in record}
@@ -140,10 +145,13 @@ def _kind(record: dict[str, Any], reading: Reading) -> str:
     elif present[reading.kind]:
         return reading.kind
     elif found := next((k for k in KINDS if present[k]), None):
-        article = {"text": "plain text", "chat": "a chat", "preference": "a preference", "prompt": "a prompt"}[found]
-        raise BadRecord("fields", f"is {article}, but --format is {reading.kind}; pack it on its own with --format {found}")
-    wanted = {"text": f"string field {reading.text_field!r}", "chat": "'messages'", "preference": "'chosen' and 'rejected'",
-              "prompt": "'prompt'"}[reading.kind or "text"] + (" and no 'messages'" if reading.kind is None else "")
+        article = {"text": "plain text", "chat": "a chat", "preference": "a preference",
+                   "prompt": "a prompt"}[found]
+        raise BadRecord("fields", f"is {article}, but --format is {reading.kind}; "
+                                  f"pack it on its own with --format {found}")
+    wanted = ({"text": f"string field {reading.text_field!r}", "chat": "'messages'",
+               "preference": "'chosen' and 'rejected'", "prompt": "'prompt'"}[reading.kind or "text"]
+              + (" and no 'messages'" if reading.kind is None else ""))
     raise BadRecord("fields", f"has no {wanted} (fields: {', '.join(record) or 'none'}); add one"
                     + (", or name the field with --text-field" if reading.kind == "text" else ""))
 
@@ -166,7 +174,8 @@ def _conversation(value: Any, field: str, role: str) -> Messages:
 
 
 def _preference(record: dict[str, Any]) -> dict[str, Messages]:
-    """Return prompt, chosen and rejected; without a `prompt`, what both continuations begin with is the prompt."""
+    """Return prompt, chosen and rejected; without a `prompt`, what both continuations begin
+    with is the prompt."""
     chosen, rejected = (_conversation(record[field], field, "assistant") for field in ("chosen", "rejected"))
     if "prompt" in record:
         prompt = _conversation(record["prompt"], "prompt", "user")
@@ -176,9 +185,11 @@ def _preference(record: dict[str, Any]) -> dict[str, Messages]:
             shared += 1
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
     if not prompt:
-        raise BadRecord("fields", "has no prompt: give 'prompt', or begin 'chosen' and 'rejected' with the same messages")
+        raise BadRecord("fields", "has no prompt: give 'prompt', or begin 'chosen' and 'rejected' with "
+                                  "the same messages")
     if chosen == rejected:
-        raise BadRecord("fields", "has the same text as 'chosen' and as 'rejected'; there is nothing to prefer")
+        raise BadRecord("fields",
+                        "has the same text as 'chosen' and as 'rejected'; there is nothing to prefer")
     for field, messages in (("chosen", chosen), ("rejected", rejected)):
         if not any(role == "assistant" for role, _ in messages):
             raise BadRecord("fields", f"'{field}' holds no message of the assistant behind the prompt")
@@ -192,8 +203,8 @@ def check_texts(texts: tuple[str, ...], reading: Reading) -> None:
         try:
             size_bytes += len(text.encode())
         except UnicodeEncodeError:
-            raise BadRecord("utf8", "holds half of a surrogate pair (an escape such as \\ud800), which is no character; "
-                                    "remove it") from None
+            raise BadRecord("utf8", "holds half of a surrogate pair (an escape such as \\ud800), "
+                                    "which is no character; remove it") from None
     if size_bytes > reading.max_document_bytes:
         raise too_long(reading)
     if not any(text.strip() for text in texts):
@@ -202,4 +213,5 @@ def check_texts(texts: tuple[str, ...], reading: Reading) -> None:
 
 def too_long(reading: Reading) -> BadRecord:
     """Return the refusal of a document above the limit."""
-    return BadRecord("too_long", f"is longer than --max-document-bytes {reading.max_document_bytes}; cut it, or raise the limit")
+    return BadRecord("too_long", f"is longer than --max-document-bytes {reading.max_document_bytes}; "
+                                 "cut it, or raise the limit")

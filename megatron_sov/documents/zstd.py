@@ -1,4 +1,5 @@
-"""Reading `.zst` files of one or more frames, and noticing when one is cut off (the library's own reader does not)."""
+"""Reading `.zst` files of one or more frames, and noticing when one is cut off (the library's
+own reader does not)."""
 
 from __future__ import annotations
 

@@ -1,14 +1,15 @@
 """The baseline that every language model must beat: interpolated Kneser-Ney over pairs of tokens.
 
-With c(v w) how often w follows v in the training text, N(v .) the number of different tokens after v, N(. w) that of different
-tokens before w, and N(. .) the number of different pairs:
+With c(v w) how often w follows v in the training text, N(v .) the number of different tokens after v, N(. w)
+that of different tokens before w, and N(. .) the number of different pairs:
 
     p(w | v)  = max(c(v w) - D, 0) / c(v .)  +  D N(v .) / c(v .) q(w)
     q(w)      = max(N(. w) - E, 0) / N(. .)  +  E |{w : N(. w) > 0}| / N(. .) / V
 
-Kneser and Ney (ICASSP 1995) in the interpolated form of Chen and Goodman (Computer Speech and Language 13, 1999, eq. 25-29), with
-their estimate of the discounts: D = n1 / (n1 + 2 n2), where n1 and n2 pairs occur once and twice; E the same from N(. w).  The
-uniform part of q gives tokens a chance that never occurred.  A context that never occurred has p = q.
+Kneser and Ney (ICASSP 1995) in the interpolated form of Chen and Goodman (Computer Speech and Language 13,
+1999, eq. 25-29), with their estimate of the discounts: D = n1 / (n1 + 2 n2), where n1 and n2 pairs occur once
+and twice; E the same from N(. w).  The uniform part of q gives tokens a chance that never occurred.  A
+context that never occurred has p = q.
 """
 
 from __future__ import annotations
@@ -68,17 +69,20 @@ class KneserNeyBigram:
         total = self._context_count[contexts]
         known = total > 0
         weight = np.where(known, self._discount * self._followers[contexts] / np.maximum(total, 1), 1.0)
-        return np.log(np.where(known, seen / np.maximum(total, 1), 0.0) + weight * self._continuation[targets])
+        return np.log(np.where(known, seen / np.maximum(total, 1), 0.0)
+                      + weight * self._continuation[targets])
 
 
 def _discount(counts: np.ndarray) -> float:
-    """Return n1 / (n1 + 2 n2); 0.5 where nothing occurs once, since a discount of 0 would leave unseen pairs impossible."""
+    """Return n1 / (n1 + 2 n2); 0.5 where nothing occurs once, since a discount of 0 would leave
+    unseen pairs impossible."""
     once, twice = int((counts == 1).sum()), int((counts == 2).sum())
     return once / (once + 2 * twice) if once else 0.5
 
 
 def token_blocks(documents: Documents, max_tokens: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield neighbouring pairs (contexts, targets) inside documents, a few million at a time, from `max_tokens` tokens."""
+    """Yield neighbouring pairs (contexts, targets) inside documents, a few million at a time, from
+    `max_tokens` tokens."""
     pending: list[np.ndarray] = []
     size = 0
     for document, length in enumerate(documents.lengths):
@@ -105,7 +109,8 @@ def _pairs_inside(documents: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def train_bigram(sources: list[Source], vocab_size: int, max_tokens: int) -> KneserNeyBigram:
-    """Return a bigram fitted to the training splits of all sources together, to `max_tokens` tokens of each at most."""
+    """Return a bigram fitted to the training splits of all sources together,
+    to `max_tokens` tokens of each at most."""
     bigram = KneserNeyBigram(vocab_size)
     for source in sources:
         if source.num_tokens["train"]:
@@ -116,7 +121,8 @@ def train_bigram(sources: list[Source], vocab_size: int, max_tokens: int) -> Kne
 
 
 def evaluate_bigram(data: HeldoutData, max_train_tokens: int) -> dict[str, HeldoutLoss]:
-    """Return the baseline's loss per source on the pairs (token, following token) that models are judged on."""
+    """Return the baseline's loss per source on the pairs (token,
+    following token) that models are judged on."""
     bigram = train_bigram(data.sources, data.vocab_size, max_train_tokens)
 
     def losses_of(row: Row) -> np.ndarray:

@@ -1,4 +1,5 @@
-"""The logits of both sides of a conversion, and the verification card that says what was compared, how, and with what result."""
+"""The logits of both sides of a conversion, and the verification card that says what was compared, how,
+and with what result."""
 
 from __future__ import annotations
 
@@ -39,12 +40,13 @@ class LogitsProof:
     """For the card: prompts, precision, who ran each side; or why nothing was run."""
 
 
-def prove_logits(a: Path, b: Path, lengths: Sequence[int], settings: Sequence[str] = (), nproc: int | None = None) -> LogitsProof:
+def prove_logits(a: Path, b: Path, lengths: Sequence[int], settings: Sequence[str] = (),
+                 nproc: int | None = None) -> LogitsProof:
     """Run both sides on the same random prompts, in float32, and compare their logits.
 
-    A checkpoint is run by megatron-core, a Hugging Face folder by transformers.  Where one side is stored in a wider dtype, both
-    run with the narrower one's weights (the weights themselves are compared by `convert.verify`): the wider one is converted for
-    the while.
+    A checkpoint is run by megatron-core, a Hugging Face folder by transformers.  Where one side is stored in
+    a wider dtype, both run with the narrower one's weights (the weights themselves are compared by
+    `convert.verify`): the wider one is converted for the while.
 
     Args:
         a: checkpoint or Hugging Face folder.
@@ -54,7 +56,8 @@ def prove_logits(a: Path, b: Path, lengths: Sequence[int], settings: Sequence[st
         nproc: processes of the checkpoint's side.
 
     Returns:
-        The checks and how they were made; no checks on other processes than the first of a torchrun or Slurm job.
+        The checks and how they were made; no checks on other processes than the first of a
+        torchrun or Slurm job.
 
     Raises:
         UserError: a side cannot be opened or is too large to be run here.
@@ -63,21 +66,26 @@ def prove_logits(a: Path, b: Path, lengths: Sequence[int], settings: Sequence[st
     checkpoints = [side for side in sides if not convert.is_hf_folder(side.path)]
     folders = [side for side in sides if convert.is_hf_folder(side.path)]
     if len(checkpoints) == 2:
-        return LogitsProof([], {"not compared": "both sides are checkpoints, run by one program: equal weights, equal logits"})
+        return LogitsProof([], {"not compared": "both sides are checkpoints, run by one program: "
+                                                "equal weights, equal logits"})
     if len(folders) == 2 and _dtype(folders[0]) != _dtype(folders[1]):
-        return LogitsProof([], {"not compared": "both sides are run by transformers and differ in dtype: see the weights"})
+        return LogitsProof([], {"not compared": "both sides are run by transformers and differ in dtype: "
+                                                "see the weights"})
     _check_memory(sides)
     fitting = [n for n in lengths if n <= sides[0].model.max_position_tokens]
     prompts = random_prompts(fitting, min(side.model.vocab_size for side in sides), SEED)
     method = {"prompts": {"lengths": fitting, "tokens": "random", "seed": SEED}, "precision": "float32",
               "largest difference allowed": f"{MAX_DIFFERENCE} of the largest logit, or of 1",
-              "run by": {str(side.path): "transformers" if side in folders else "megatron-core" for side in sides}}
+              "run by": {str(side.path): "transformers" if side in folders else "megatron-core"
+                         for side in sides}}
     if len(folders) == 2:
         return LogitsProof(compare_hf_logits(folders[0].path, folders[1].path, prompts), method)
     with _same_weights(checkpoints[0], folders[0]) as (checkpoint, folder):
         if (checkpoint, folder) != (checkpoints[0].path, folders[0].path):
-            method["weights"] = f"of the narrower side, {min(sides, key=lambda side: _dtype(side).itemsize).path}"
-        return LogitsProof(compare_logits(checkpoint, folder, prompts, settings=settings, nproc=nproc), method)
+            method["weights"] = ("of the narrower side, "
+                                 f"{min(sides, key=lambda side: _dtype(side).itemsize).path}")
+        return LogitsProof(compare_logits(checkpoint, folder, prompts, settings=settings, nproc=nproc),
+                           method)
 
 
 @contextmanager
@@ -89,7 +97,8 @@ def _same_weights(checkpoint: Weights, folder: Weights) -> Iterator[tuple[Path, 
             yield narrow, folder.path
     elif wider < 0:
         with tempfile.TemporaryDirectory(prefix="sov-export-") as parent:
-            # in a process of its own: threads that torch starts here would be missing in the ranks, forked from this one
+            # in a process of its own: threads that torch starts here would be missing in the ranks,
+            # forked from this one
             if world.launch(lambda: convert.to_hf(checkpoint.path, Path(parent) / "hf"), 1):
                 raise SystemExit(ExitCode.CRASH)
             yield checkpoint.path, Path(parent) / "hf"
@@ -106,20 +115,23 @@ def _check_memory(sides: Sequence[Weights]) -> None:
     needed_bytes = (count.total + count.mtp) * 4 * 2
     free_bytes = psutil.virtual_memory().available
     if needed_bytes > free_bytes:
-        raise UserError(f"{sides[0].path}: running both sides in float32 takes {needed_bytes / 1e9:.1f} GB, but "
-                        f"{free_bytes / 1e9:.1f} GB are free; pass --no-load to compare the files alone")
+        raise UserError(f"{sides[0].path}: running both sides in float32 takes {needed_bytes / 1e9:.1f} GB, "
+                        f"but {free_bytes / 1e9:.1f} GB are free; pass --no-load to compare the files alone")
 
 
 def card(a: Path, b: Path, weights: Proof, logits: LogitsProof) -> dict[str, Any]:
-    """Return the verification card: what was compared, the tolerances, versions, every figure, every tensor's checksums."""
+    """Return the verification card: what was compared, the tolerances, versions, every figure,
+    every tensor's checksums."""
     checks = [*weights.checks, *logits.checks]
     return {
         "a": _identity(a), "b": _identity(b), "passed": all(check.passed for check in checks),
-        "checks": [{**vars(check), "value": check.value if math.isfinite(check.value) else str(check.value)} for check in checks],
-        "logits": logits.method,
-        "weights": "every tensor under its Hugging Face name, bit by bit; of two dtypes, after rounding to the narrower one",
+        "checks": [{**vars(check), "value": check.value if math.isfinite(check.value) else str(check.value)}
+                   for check in checks], "logits": logits.method,
+        "weights": "every tensor under its Hugging Face name, bit by bit; "
+                   "of two dtypes, after rounding to the narrower one",
         "tensors": {name: vars(record) for name, record in weights.tensors.items()},
-        "versions": {"megatron_sov": __version__, **{name: version(name) for name in ("megatron-core", "torch", "transformers")}},
+        "versions": {"megatron_sov": __version__,
+                     **{name: version(name) for name in ("megatron-core", "torch", "transformers")}},
     }
 
 

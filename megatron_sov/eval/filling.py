@@ -9,7 +9,8 @@ ROW_TOKENS = 8192
 
 
 def rows_of(lengths: Sequence[int], row_tokens: int = ROW_TOKENS) -> list[list[int]]:
-    """Return the documents (by index, in order) of each row; a row ends where the next document would not fit."""
+    """Return the documents (by index, in order) of each row; a row ends where the next
+    document would not fit."""
     rows: list[list[int]] = []
     filled = 0
     for index, length in enumerate(lengths):

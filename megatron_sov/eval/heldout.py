@@ -1,4 +1,5 @@
-"""Held-out documents as every judge reads them: the trainer, transformers and the bigram baseline see the same pairs."""
+"""Held-out documents as every judge reads them: the trainer, transformers and the bigram baseline
+see the same pairs."""
 
 from __future__ import annotations
 
@@ -48,8 +49,8 @@ class HeldoutData:
         return None if folder is None else token_bytes(folder, vocab_size)
 
 
-def open_heldout(paths: dict[str, float], seq_len: int, max_tokens: int, *, model_vocab_size: int = sys.maxsize,
-                 model_tokenizer: Path | None = None) -> HeldoutData:
+def open_heldout(paths: dict[str, float], seq_len: int, max_tokens: int, *,
+                 model_vocab_size: int = sys.maxsize, model_tokenizer: Path | None = None) -> HeldoutData:
     """Open token artifacts for judging.
 
     Args:
@@ -66,8 +67,8 @@ def open_heldout(paths: dict[str, float], seq_len: int, max_tokens: int, *, mode
     vocab_size = max(int(read_manifest(path, "tokens").content["vocab_size"]) for path in paths)
     data = HeldoutData(sources, vocab_size, seq_len, max_tokens)
     if not data.judged():
-        raise UserError(f"--data {', '.join(paths)}: holds no documents out, so there is nothing to judge by; "
-                        "pack with --heldout 0.02")
+        raise UserError(f"--data {', '.join(paths)}: holds no documents out, so there is nothing to judge "
+                        "by; pack with --heldout 0.02")
     if model_tokenizer is not None:
         refuse_other_tokens(tokenizer_folder(sources), model_tokenizer)
     return data

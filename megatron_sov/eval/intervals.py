@@ -9,7 +9,8 @@ CONFIDENCE = 0.95
 
 
 def wilson_interval(correct: int, samples: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Return Wilson's score interval of a share (J. Am. Stat. Assoc. 22, 1927): what `correct` of `samples` does not refute.
+    """Return Wilson's score interval of a share (J. Am. Stat. Assoc. 22, 1927):
+    what `correct` of `samples` does not refute.
 
     Its ends solve |correct / samples - p| = z sqrt(p (1 - p) / samples).
 

@@ -1,4 +1,5 @@
-"""The proof that our model is transformers' model: equal logits for equal tokens, documents packed here and alone there."""
+"""The proof that our model is transformers' model: equal logits for equal tokens,
+documents packed here and alone there."""
 
 from __future__ import annotations
 
@@ -25,8 +26,8 @@ LOGITS_BYTES = 1 << 30
 """Logits that are held at a time on either side."""
 
 
-def compare_logits(checkpoint: Path, hf_dir: Path, prompts: Sequence[Sequence[int]], *, settings: Sequence[str] = (),
-                   nproc: int | None = None) -> list[ParityCheck]:
+def compare_logits(checkpoint: Path, hf_dir: Path, prompts: Sequence[Sequence[int]], *,
+                   settings: Sequence[str] = (), nproc: int | None = None) -> list[ParityCheck]:
     """Compare a checkpoint's logits with those of transformers on a Hugging Face folder, in fp32.
 
     Args:
@@ -51,7 +52,8 @@ def compare_logits(checkpoint: Path, hf_dir: Path, prompts: Sequence[Sequence[in
 
 
 def random_prompts(lengths: Sequence[int], vocab_size: int, seed: int = 0) -> list[list[int]]:
-    """Return documents of random tokens: they visit rows of the embedding and experts that text seldom meets."""
+    """Return documents of random tokens: they visit rows of the embedding and experts that
+    text seldom meets."""
     generator = np.random.Generator(np.random.Philox(seed))
     return [generator.integers(0, vocab_size, n).tolist() for n in lengths]
 
@@ -90,8 +92,9 @@ class _Difference:
     def checks(self) -> list[ParityCheck]:
         """Return the largest difference and the number of other most probable tokens, with their limits."""
         limit = MAX_DIFFERENCE * self._scale
-        return [ParityCheck("largest difference of a logit", self._largest, limit, self._largest <= limit, self._worst),
-                ParityCheck("greedy tokens that differ", self._other, 0, self._other == 0, f"of {self._compared}")]
+        return [ParityCheck("largest difference of a logit", self._largest, limit, self._largest <= limit,
+                            self._worst), ParityCheck("greedy tokens that differ", self._other, 0,
+                                                      self._other == 0, f"of {self._compared}")]
 
 
 def _checks(policy: ForwardModel, hf: Any, prompts: Sequence[Sequence[int]]) -> list[ParityCheck]:
@@ -116,7 +119,8 @@ def _hf_logits(model: Any, prompt: Sequence[int]) -> torch.Tensor:
 
 
 def _clearly_different(ours: torch.Tensor, reference: torch.Tensor) -> int:
-    """Count positions with another most probable token, unless transformers' best two are as close as rounding."""
+    """Count positions with another most probable token, unless transformers' best two are as
+    close as rounding."""
     best = reference.topk(2, dim=-1).values
     clear = best[:, 0] - best[:, 1] > 2 * MAX_DIFFERENCE * max(1.0, float(reference.abs().max()))
     return int(((ours.argmax(-1) != reference.argmax(-1)) & clear).sum())

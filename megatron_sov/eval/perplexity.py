@@ -21,7 +21,8 @@ def evaluate_forward_model(loaded: Loaded, data: HeldoutData) -> dict[str, Heldo
     step = multiple // math.gcd(multiple, data.seq_len)  # so many samples in a row that the layout can cut it
     rows_per_batch = -(-max(1, min(ROW_TOKENS, data.max_tokens) // data.seq_len) // step) * step
     sizes = data.bytes_of_token(loaded.config.model.vocab_size)
-    evaluator = HeldoutEvaluator(data.sources, sizes, data.seq_len, rows_per_batch, data.max_tokens, loaded.world)
+    evaluator = HeldoutEvaluator(data.sources, sizes, data.seq_len, rows_per_batch, data.max_tokens,
+                                 loaded.world)
     return evaluator.run(loaded.policy)
 
 
@@ -40,6 +41,7 @@ def _row_losses(model: Any, row: Row) -> np.ndarray:
     inside = np.arange(lengths.max()) < lengths[:, None]
     lines = np.zeros(inside.shape, np.int64)
     lines[inside] = row.tokens
-    logits = model(input_ids=torch.from_numpy(lines).to(model.device), use_cache=False).logits[torch.from_numpy(inside)]
+    logits = model(input_ids=torch.from_numpy(lines).to(model.device),
+                   use_cache=False).logits[torch.from_numpy(inside)]
     labels = torch.from_numpy(row.labels).to(model.device)
     return torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none").cpu().numpy()

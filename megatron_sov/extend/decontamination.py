@@ -1,8 +1,8 @@
 """The proof that what the gate asks, and where it hides it, does not occur in what the stage trains on.
 
-Training documents are searched for every question of the test (all pairs of words kept for tests, not only those of this test)
-and for windows of the held-out text.  A window is known by a polynomial hash modulo 2^64 (Karp and Rabin, 1987): among 10^8
-places and 10^6 windows a chance hit has a probability of 5e-6.
+Training documents are searched for every question of the test (all pairs of words kept for tests, not only
+those of this test) and for windows of the held-out text.  A window is known by a polynomial hash modulo 2^64
+(Karp and Rabin, 1987): among 10^8 places and 10^6 windows a chance hit has a probability of 5e-6.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from megatron_sov.data.token_shards import Documents, Source
 from megatron_sov.errors import UserError
 
 WINDOW_TOKENS = 32
-"""Tokens of a window; one begins at every `WINDOW_TOKENS`-th token of a held-out document, so that every stretch of twice the
-length that training text shares with it is found."""
+"""Tokens of a window; one begins at every `WINDOW_TOKENS`-th token of a held-out document, so that every
+stretch of twice the length that training text shares with it is found."""
 PIECE_TOKENS = 1 << 20
 MADE_DOCUMENTS = 256
 """Documents made on the fly that are searched."""
@@ -55,7 +55,8 @@ class Decontamination:
 
 
 def window_hashes(tokens: np.ndarray, window: int) -> np.ndarray:
-    """Return the hash of the `window` tokens from each place on, [n - window + 1] uint64; empty for shorter texts."""
+    """Return the hash of the `window` tokens from each place on, [n - window + 1] uint64;
+    empty for shorter texts."""
     count = len(tokens) - window + 1
     if count < 1:
         return np.zeros(0, np.uint64)
@@ -67,7 +68,8 @@ def window_hashes(tokens: np.ndarray, window: int) -> np.ndarray:
 
 
 def search(questions: list[list[int]], sources: list[Source], scan_tokens: int) -> Decontamination:
-    """Search the training documents of all sources, in their stored order, up to `scan_tokens` tokens of each.
+    """Search the training documents of all sources, in their stored order,
+    up to `scan_tokens` tokens of each.
 
     Args:
         questions: token ids of every question that the test may ask.
@@ -76,28 +78,34 @@ def search(questions: list[list[int]], sources: list[Source], scan_tokens: int) 
     """
     asked: dict[int, np.ndarray] = {}
     for length in {len(q) for q in questions}:
-        asked[length] = np.unique(np.concatenate([window_hashes(np.array(q), length) for q in questions if len(q) == length]))
+        asked[length] = np.unique(np.concatenate([window_hashes(np.array(q), length)
+                                                  for q in questions if len(q) == length]))
     held = [np.zeros(0, np.uint64)]
     for source in sources:
         if source.made is None and not source.is_chat and source.num_tokens.get("heldout", 0):
-            held += [window_hashes(text, WINDOW_TOKENS)[::WINDOW_TOKENS] for text in _texts(source.shard("heldout"), scan_tokens)]
+            held += [window_hashes(text, WINDOW_TOKENS)[::WINDOW_TOKENS]
+                     for text in _texts(source.shard("heldout"), scan_tokens)]
     windows = np.unique(np.concatenate(held))
     met = np.zeros(len(windows), bool)
     hits, scanned = 0, {}
     for source in sources:
         scanned[source.name] = 0
-        limit = scan_tokens if source.made is None else min(scan_tokens, MADE_DOCUMENTS * int(source.made.lengths[0]))
+        limit = scan_tokens if source.made is None else min(scan_tokens,
+                                                            MADE_DOCUMENTS * int(source.made.lengths[0]))
         for text in _texts(source.shard("train"), limit):
             scanned[source.name] += int((text >= 0).sum())
-            hits += sum(int(np.isin(window_hashes(text, length), known).sum()) for length, known in asked.items())
-            if source.made is None:  # what is made hides its needles in training text, which is searched where it lies
+            hits += sum(int(np.isin(window_hashes(text, length), known).sum())
+                        for length, known in asked.items())
+            # what is made hides its needles in training text, which is searched where it lies
+            if source.made is None:
                 met |= np.isin(windows, window_hashes(text, WINDOW_TOKENS))
-    return Decontamination(scanned, {s.name: s.num_tokens["train"] for s in sources}, len(questions), hits, len(windows),
-                           int(met.sum()))
+    return Decontamination(scanned, {s.name: s.num_tokens["train"] for s in sources}, len(questions), hits,
+                           len(windows), int(met.sum()))
 
 
 def _texts(documents: Documents, limit_tokens: int) -> Iterator[np.ndarray]:
-    """Yield documents in pieces, joined by a token that no text has, so that many short ones cost no more than a long one."""
+    """Yield documents in pieces, joined by a token that no text has, so that many short ones cost no
+    more than a long one."""
     left, parts, size = limit_tokens, [], 0
     between = np.array([-2])
     for document, length in enumerate(documents.lengths):
@@ -117,8 +125,10 @@ def _texts(documents: Documents, limit_tokens: int) -> Iterator[np.ndarray]:
 def refuse_contaminated(found: Decontamination, max_overlap: float) -> None:
     """Raise `UserError` where the gate would measure memory."""
     if found.questions_found:
-        raise UserError(f"--data: {found.questions_found} questions of the needle test stand in the training text; take those "
-                        "documents out, or train a tokenizer whose rare words make other needles")
+        raise UserError(f"--data: {found.questions_found} questions of the needle test stand in the training "
+                        "text; take those documents out, or train a tokenizer whose rare words "
+                        "make other needles")
     if found.overlap > max_overlap:
-        raise UserError(f"--data: {found.overlap:.1%} of the held-out text stands in the training text as well, more than "
-                        f"extend.gate.max_overlap = {max_overlap:g}; remove duplicates before packing, or raise the limit")
+        raise UserError(f"--data: {found.overlap:.1%} of the held-out text stands in the training text as "
+                        f"well, more than extend.gate.max_overlap = {max_overlap:g}; "
+                        "remove duplicates before packing, or raise the limit")

@@ -1,4 +1,5 @@
-"""The gate of an extension stage: needle retrieval at all lengths and depths, with the short context as good as it was.
+"""The gate of an extension stage: needle retrieval at all lengths and depths,
+with the short context as good as it was.
 
 Every process comes to the same verdict: needle answers and held-out losses are the same on all of them.
 """
@@ -24,8 +25,10 @@ from megatron_sov.train.gate import GateView
 
 
 def short_context(config: RunConfig, trained_tokens: int) -> HeldoutData:
-    """Return the held-out text by which the short context is judged: rows as long as what was trained on before."""
-    return open_heldout(config.data.paths, trained_tokens, config.data.heldout_tokens, model_vocab_size=config.model.vocab_size)
+    """Return the held-out text by which the short context is judged: rows as long as what was
+    trained on before."""
+    return open_heldout(config.data.paths, trained_tokens, config.data.heldout_tokens,
+                        model_vocab_size=config.model.vocab_size)
 
 
 def mean_loss(losses: dict[str, HeldoutLoss]) -> float:
@@ -41,16 +44,17 @@ def loss_of_checkpoint(start: Path, short: HeldoutData, config: RunConfig, nproc
         Nats per token; None on other processes than the first of a torchrun or Slurm job.
     """
     layout = [f"parallel.{name}={value}" for name, value in config.to_dict()["parallel"].items()]
-    found: float | None = run_forward_model(Target(start, False), [*layout, f"train.precision={config.train.precision}"], nproc,
-                                     lambda loaded: mean_loss(evaluate_forward_model(loaded, short)))
+    found: float | None = run_forward_model(Target(start, False),
+                                            [*layout, f"train.precision={config.train.precision}"], nproc,
+                                            lambda loaded: mean_loss(evaluate_forward_model(loaded, short)))
     return found
 
 
 class StageGate:
     """A `train.gate.Gate` that judges needles and the short context."""
 
-    def __init__(self, settings: GateConfig, needles: Needles, short: HeldoutData, start_loss: float | None, min_steps: int,
-                 clean: Decontamination) -> None:
+    def __init__(self, settings: GateConfig, needles: Needles, short: HeldoutData, start_loss: float | None,
+                 min_steps: int, clean: Decontamination) -> None:
         """Make a gate that has seen nothing.
 
         Args:
@@ -83,7 +87,8 @@ class StageGate:
         result = self._needles.measure(run)
         losses = evaluate_forward_model(Loaded(run.policy, run.config, run.world), self._short)
         known = self._start_loss if run.world.is_main and self._start_loss is not None else 0.0
-        start_loss = self._start_loss = float(collectives.all_reduce_world(torch.tensor([known], dtype=torch.float64)))
+        start_loss = self._start_loss = float(collectives.all_reduce_world(
+            torch.tensor([known], dtype=torch.float64)))
         verdict = decide(result.cells, mean_loss(losses), start_loss, self._settings)
         self.passed = verdict.passed and step >= self._min_steps
         self._checks.append({"step": step, "passed": self.passed, "failures": verdict.lines()})
@@ -96,26 +101,30 @@ class StageGate:
             self._result = self._needles.record(run, "after", result)
         if run.world.is_main:
             said = "passes" if verdict.passed else "does not pass\n  " + "\n  ".join(verdict.lines())
-            early = f", and the stage goes on to step {self._min_steps}" if verdict.passed and not self.passed else ""
+            early = (f", and the stage goes on to step {self._min_steps}"
+                     if verdict.passed and not self.passed else "")
             print(f"gate at step {step} {said}{early}", flush=True)
 
     def failure(self) -> str:
         """Return what the last check found wanting."""
         last = self._checks[-1]
         lines = "\n".join(f"  {line}" for line in last["failures"])
-        return (f"the gate has not passed within its {last['step']} steps; give the stage more with max_steps (or train.steps) "
-                f"and --resume, or change its data\n{lines}")
+        return (f"the gate has not passed within its {last['step']} steps; give the stage more with "
+                f"max_steps (or train.steps) and --resume, or change its data\n{lines}")
 
     def completion(self, run: GateView) -> dict[str, Any]:
         """Return what joins the completion manifest."""
-        return {"needle": self._result, "gate": {"passed": self.passed, "start_loss": self._start_loss, "checks": self._checks,
+        return {"needle": self._result,
+                "gate": {"passed": self.passed, "start_loss": self._start_loss, "checks": self._checks,
                          "decontamination": self._clean.fields()}}
 
     def state(self) -> dict[str, Any]:
         """Return plain values for the checkpoint."""
-        return {"passed": self.passed, "start_loss": self._start_loss, "checks": self._checks, "result": self._result}
+        return {"passed": self.passed, "start_loss": self._start_loss, "checks": self._checks,
+                "result": self._result}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what `state` gave; a stage that was given up is judged anew with more steps."""
-        self.passed, self._start_loss, self._checks = state["passed"], state["start_loss"], list(state["checks"])
+        self.passed, self._start_loss, self._checks = (state["passed"], state["start_loss"],
+                                                       list(state["checks"]))
         self._result = state["result"]

@@ -30,7 +30,8 @@ class Needles:
     """Documents for training; none where `needle.train_share` is 0 and no blend names them."""
 
     def before(self, run: GateView) -> None:
-        """Judge the model as it will be trained: with stretched rotations, if it gets them, before any step."""
+        """Judge the model as it will be trained: with stretched rotations,
+        if it gets them, before any step."""
         self.record(run, "before", self.measure(run))
 
     def after(self, run: GateView) -> dict[str, Any]:
@@ -72,11 +73,13 @@ def make_needles(config: RunConfig, start: Path) -> Needles:
     haystacks = open_haystacks(data, "train", tokenizer, languages=needle.languages)
     return Needles(suite, tuple(data), tuple(
         needle_source(NeedleDocuments(haystacks, length, config.train.seed, needle),
-                      needle.train_share if name == SOURCE_NAME else 0.0, name) for name, length in lengths.items()))
+                      needle.train_share if name == SOURCE_NAME else 0.0, name)
+        for name, length in lengths.items()))
 
 
 def _document_lengths(config: RunConfig) -> dict[str, int]:
-    """Return source -> tokens of its documents: `needle`, as long as the longest phase, and `needle/N` where a blend has it.
+    """Return source -> tokens of its documents: `needle`, as long as the longest phase,
+    and `needle/N` where a blend has it.
 
     Raises:
         UserError: N is not a number.
@@ -96,7 +99,8 @@ def _document_lengths(config: RunConfig) -> dict[str, int]:
 
 
 def with_needles_in_blends(config: RunConfig) -> RunConfig:
-    """Return `config` with the share of needle documents in every blend that is spelled out and does not name them."""
+    """Return `config` with the share of needle documents in every blend that is spelled out and
+    does not name them."""
     share = config.needle.train_share
     if share == 0:
         return config

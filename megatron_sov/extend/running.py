@@ -1,4 +1,5 @@
-"""Runs the stages of an extension one after the other; each starts from the one before, when that is complete."""
+"""Runs the stages of an extension one after the other; each starts from the one before,
+when that is complete."""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ from megatron_sov.train.stage import Stage, run_stage
 from megatron_sov.train.trainer import ObjectiveFactory
 
 
-def run_stages(stages: list[PlannedStage], start: Path, objective: ObjectiveFactory, nproc: int | None, resume: bool,
-               began_s: float, faults: tuple[Fault, ...] = ()) -> None:
+def run_stages(stages: list[PlannedStage], start: Path, objective: ObjectiveFactory, nproc: int | None,
+               resume: bool, began_s: float, faults: tuple[Fault, ...] = ()) -> None:
     """Run all stages; under a launcher it returns where one of them is not complete, else it raises.
 
     Args:
@@ -41,16 +42,18 @@ def run_stages(stages: list[PlannedStage], start: Path, objective: ObjectiveFact
     prepared = [make_needles(stage.config, start) for stage in stages]
     start_loss: float | None = None
     for planned, needles in zip(stages, prepared, strict=True):
-        stage = Stage(with_needles_in_blends(planned.config), planned.folder, objective, start, resume, needles.data,
-                      needles.sources, before=needles.before, after=needles.after, faults=faults)
+        stage = Stage(with_needles_in_blends(planned.config), planned.folder, objective, start, resume,
+                      needles.data, needles.sources, before=needles.before, after=needles.after,
+                      faults=faults)
         if planned.config.extend.gate.every_steps:
             fresh = latest(planned.folder.checkpoints) is None
             if fresh and start_loss is None:
-                start_loss = loss_of_checkpoint(first, short_context(planned.config, Target(first, False).trained_tokens),
-                                                planned.config, nproc)
+                start_loss = loss_of_checkpoint(
+                    first, short_context(planned.config, Target(first, False).trained_tokens),
+                    planned.config, nproc)
             gate = _gate(planned, needles, Target(first, False).trained_tokens, start_loss)
-            stage = Stage(stage.config, stage.folder, stage.objective, start, resume, needles.data, needles.sources,
-                          after=gate.completion, gate=gate, faults=faults)
+            stage = Stage(stage.config, stage.folder, stage.objective, start, resume, needles.data,
+                          needles.sources, after=gate.completion, gate=gate, faults=faults)
         was_complete = stage.folder.completion() is not None
         if not run_stage(stage, nproc, began_s):
             return
@@ -67,13 +70,16 @@ def _gate(planned: PlannedStage, needles: Needles, short_tokens: int, start_loss
         warn(f"{planned.folder.path.name}: {text}")
     clean = search(list(needles.suite.questions()), [*needles.data, *needles.sources], settings.scan_tokens)
     refuse_contaminated(clean, settings.max_overlap)
-    return StageGate(settings, needles, short_context(config, short_tokens), start_loss, planned.min_steps, clean)
+    return StageGate(settings, needles, short_context(config, short_tokens), start_loss,
+                     planned.min_steps, clean)
 
 
 def asks_too_little(config: RunConfig) -> str | None:
-    """Return a sentence where a gate's needles do not reach the length of its stage, as only a setting can have it."""
+    """Return a sentence where a gate's needles do not reach the length of its stage,
+    as only a setting can have it."""
     longest, wanted = max(config.needle.lengths_tokens), max(phase.seq_len for phase in config.data.phases)
     if longest >= wanted:
         return None
-    return (f"needle.lengths_tokens = {list(config.needle.lengths_tokens)}: the gate asks at most {longest:,} tokens, and the "
-            f"stage has {wanted:,}; leave the setting out, and it asks at the old and the new length")
+    return (f"needle.lengths_tokens = {list(config.needle.lengths_tokens)}: "
+            f"the gate asks at most {longest:,} tokens, and the stage has {wanted:,}; "
+            "leave the setting out, and it asks at the old and the new length")

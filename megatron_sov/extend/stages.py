@@ -70,16 +70,18 @@ def planned_stages(request: Request, start_from: Path, run: Path, nproc: int | N
 def _as_set(request: Request, trained_tokens: int, wanted: RunConfig, nproc: int | None) -> RunConfig:
     """Return the settings of a run of one stage, whose phases and steps stand in `data` and `train`."""
     new_tokens = max(p.seq_len for p in wanted.data.phases)
-    longer = length_settings(request.base, extended(request.base.model, trained_tokens, new_tokens), trained_tokens, new_tokens,
-                             _per_rank(wanted, nproc))
-    if request.from_file:  # a run's own settings have been through this, all but the checkpoint's architecture
+    longer = length_settings(request.base, extended(request.base.model, trained_tokens, new_tokens),
+                             trained_tokens, new_tokens, _per_rank(wanted, nproc))
+    # a run's own settings have been through this, all but the checkpoint's architecture
+    if request.from_file:
         return request.config([s for s in longer if s.startswith("model.")])
     return request.config([phase_setting(2 * trained_tokens), *longer])
 
 
-def _resolved(request: Request, stage: ExtendStageConfig, model: ModelConfig, trained_tokens: int, blend: dict[str, float],
-              nproc: int | None) -> tuple[RunConfig, int]:
-    """Return a stage's settings, and its steps before the gate may end it; what the stage itself says wins over --set."""
+def _resolved(request: Request, stage: ExtendStageConfig, model: ModelConfig, trained_tokens: int,
+              blend: dict[str, float], nproc: int | None) -> tuple[RunConfig, int]:
+    """Return a stage's settings, and its steps before the gate may end it;
+    what the stage itself says wins over --set."""
     own = [phase_setting(stage.seq_len, stage.name or PHASE, blend)]
     if stage.global_batch_size:
         own.append(f"train.global_batch_size={stage.global_batch_size}")

@@ -1,4 +1,5 @@
-"""The gate's decision: from the cells of a needle test and the loss on the short context to passed, or what failed."""
+"""The gate's decision: from the cells of a needle test and the loss on the short context to
+passed, or what failed."""
 
 from __future__ import annotations
 
@@ -40,10 +41,12 @@ class Verdict:
         """Return what failed, a line each."""
         said = [f"{_place(r)}: {r['correct']} of {r['samples']} right over all depths = {r['accuracy']:.1%}, "
                 f"below {self.threshold:.0%}" for r in self.failing_rows]
-        said += [f"{_place(asdict(c))}, depth {c.depth:.0%}: {c.correct} of {c.samples} right, interval {c.interval[0]:.1%} to "
-                 f"{c.interval[1]:.1%}, below {self.threshold:.0%}" for c in self.failing_cells]
+        said += [f"{_place(asdict(c))}, depth {c.depth:.0%}: {c.correct} of {c.samples} right, "
+                 f"interval {c.interval[0]:.1%} to {c.interval[1]:.1%}, below {self.threshold:.0%}"
+                 for c in self.failing_cells]
         if not self.loss <= self.loss_limit:  # a loss that is no number is no pass
-            said.append(f"short context: held-out loss {self.loss:.4f} nats per token, above {self.loss_limit:.4f}")
+            said.append(f"short context: held-out loss {self.loss:.4f} nats per token, "
+                        f"above {self.loss_limit:.4f}")
         return said
 
 
@@ -54,8 +57,9 @@ def _place(cell: dict[str, Any]) -> str:
 def decide(cells: Sequence[Cell], loss: float, start_loss: float, gate: GateConfig) -> Verdict:
     """Return the verdict.
 
-    A cell of 20 samples cannot prove 90 %: one that is right 97 % of the time misses two or more in 12 % of all tests.  So a
-    single cell fails where its whole interval lies below the threshold, and the samples of a row together must reach it.
+    A cell of 20 samples cannot prove 90 %: one that is right 97 % of the time misses two or more in 12 % of
+    all tests.  So a single cell fails where its whole interval lies below the threshold, and the samples of a
+    row together must reach it.
 
     Args:
         cells: the test's cells.
@@ -74,4 +78,5 @@ def decide(cells: Sequence[Cell], loss: float, start_loss: float, gate: GateConf
     return Verdict(
         failing_cells=[c for c in cells if c.interval[1] < gate.min_accuracy],
         failing_rows=[r for r in described if r["accuracy"] < gate.min_accuracy],
-        loss=loss, loss_limit=start_loss + gate.loss_tolerance_nats, threshold=gate.min_accuracy, rows=described)
+        loss=loss, loss_limit=start_loss + gate.loss_tolerance_nats, threshold=gate.min_accuracy,
+        rows=described)

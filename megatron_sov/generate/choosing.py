@@ -9,7 +9,8 @@ import torch
 from megatron_sov.generate.request import Tokens
 
 ROW_TOKENS, ROW_DOCUMENTS = 8192, 16
-"""What a forward pass reads at a time, unless one document alone is longer: bounds memory, that of the logits too."""
+"""What a forward pass reads at a time, unless one document alone is longer: bounds memory,
+that of the logits too."""
 
 
 def rows_of(documents: Sequence[Tokens]) -> list[list[int]]:

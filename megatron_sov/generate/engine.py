@@ -1,4 +1,5 @@
-"""One interface to whatever runs a model: our own generator on Megatron-Core, transformers, vLLM.  No torch here."""
+"""One interface to whatever runs a model: our own generator on Megatron-Core, transformers,
+vLLM.  No torch here."""
 
 from __future__ import annotations
 
@@ -15,27 +16,29 @@ MEGATRON, TRANSFORMERS, VLLM = ENGINES = ("megatron", "transformers", "vllm")
 
 
 class Engine(Protocol):
-    """A loaded model that continues prompts; where it runs on several processes, called by all together, and all get the same."""
+    """A loaded model that continues prompts; where it runs on several processes, called by all together,
+    and all get the same."""
 
     def generate(self, prompts: Sequence[Tokens], sampling: Sampling, *, stop: Stop | None = None,
                  streams: Sequence[int] | None = None) -> Generated:
         """Continue prompts.
 
-        Greedy continuations are those of any other engine, up to rounding; samples follow the same distribution, and are the
-        same only for the same engine.
+        Greedy continuations are those of any other engine, up to rounding; samples follow the same
+        distribution, and are the same only for the same engine.
 
         Args:
             prompts: token ids of each prompt, at least one.
             sampling: how tokens are chosen.
             stop: what ends a continuation early.
-            streams: number of each prompt's stream of random numbers, which with the seed decides its samples; the prompt's
-                place in the list unless given.
+            streams: number of each prompt's stream of random numbers, which with the seed decides its
+                samples; the prompt's place in the list unless given.
         """
         ...
 
 
 class ChoosingEngine(Engine, Protocol):
-    """An engine that also compares given words, which takes probabilities of more than the best few tokens."""
+    """An engine that also compares given words, which takes probabilities of more than
+    the best few tokens."""
 
     def choose(self, documents: Sequence[Tokens], count: int, words: Sequence[int]) -> list[list[int]]:
         """Return which word is the most probable in the place of each of a document's last tokens.
@@ -48,8 +51,9 @@ class ChoosingEngine(Engine, Protocol):
         ...
 
 
-def run_engine(name: str, target: Target, work: Callable[[Engine], Any], *, longest: int, batching: Batching | None = None,
-               settings: Sequence[str] = (), nproc: int | None = None) -> Any:
+def run_engine(name: str, target: Target, work: Callable[[Engine], Any], *, longest: int,
+               batching: Batching | None = None, settings: Sequence[str] = (),
+               nproc: int | None = None) -> Any:
     """Load a model into an engine, and return what some work with it gave.
 
     Args:
@@ -72,7 +76,8 @@ def run_engine(name: str, target: Target, work: Callable[[Engine], Any], *, long
         from megatron_sov.generate.generator import MegatronEngine
         from megatron_sov.generate.load import run_forward_model
 
-        return run_forward_model(target, list(settings), nproc, lambda loaded: work(MegatronEngine(loaded.policy, batching)))
+        return run_forward_model(target, list(settings), nproc,
+                                 lambda loaded: work(MegatronEngine(loaded.policy, batching)))
     if name == VLLM:
         from megatron_sov.generate.vllm import VllmEngine
 

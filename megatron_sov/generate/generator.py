@@ -1,12 +1,14 @@
-"""Continuations from a policy at any layout, with cached keys and values: batched, in bounded memory, with drafts if wanted.
+"""Continuations from a policy at any layout, with cached keys and values: batched, in bounded memory,
+with drafts if wanted.
 
-Sequences join and leave the batch one by one: a prompt takes the slot of a sequence that has ended.  Prompts are read in rows
-of a bounded number of tokens, long ones in spans.  Where several processes have sequences of their own, each iteration is
-one row on every one of them, whatever it holds, since they may share experts.
+Sequences join and leave the batch one by one: a prompt takes the slot of a sequence that has ended.  Prompts
+are read in rows of a bounded number of tokens, long ones in spans.  Where several processes have sequences of
+their own, each iteration is one row on every one of them, whatever it holds, since they may share experts.
 
-Speculative decoding: the multi-token prediction layer drafts k tokens behind every sequence (reapplied to its own states
-beyond the first), and the model judges all of them in one pass over k + 1 tokens.  Greedy continuations are those of plain
-decoding; sampled ones follow the same distribution, with other random numbers.
+Speculative decoding: the multi-token prediction layer drafts k tokens behind every sequence (reapplied to its
+own states beyond the first), and the model judges all of them in one pass over k + 1 tokens.  Greedy
+continuations are those of plain decoding; sampled ones follow the same distribution,
+with other random numbers.
 """
 
 from __future__ import annotations
@@ -73,7 +75,8 @@ class _Item:
 
 
 class MegatronEngine:
-    """A `ForwardModel` as an engine, at its layout and for as long as it lives; called by all processes together."""
+    """A `ForwardModel` as an engine, at its layout and for as long as it lives;
+    called by all processes together."""
 
     def __init__(self, model: ForwardModel, batching: Batching | None = None) -> None:
         """Take a model.
@@ -88,9 +91,11 @@ class MegatronEngine:
                  streams: Sequence[int] | None = None) -> Generated:
         """Continue prompts, see `Engine`; samples depend neither on the layout nor on the other prompts."""
         if 0 in map(len, prompts):
-            raise ValueError(f"prompt {[len(p) for p in prompts].index(0)} has no token; every prompt needs at least one")
+            raise ValueError(f"prompt {[len(p) for p in prompts].index(0)} has no token; "
+                             "every prompt needs at least one")
         if sampling.num_drafts and not self._model.model.architecture.num_mtp_layers:
-            raise ValueError(f"num_drafts = {sampling.num_drafts} needs a multi-token prediction layer, the model has none")
+            raise ValueError(f"num_drafts = {sampling.num_drafts} needs a multi-token prediction layer, "
+                             "the model has none")
         numbers = range(len(prompts)) if streams is None else streams
         rank, size = share_place()
         mine = [_Sequence(i, list(map(int, prompts[i])), len(prompts[i]),
@@ -119,7 +124,8 @@ class MegatronEngine:
         found = torch.zeros(len(documents), count, dtype=torch.float64)
         for row in rows[rank::size]:
             batch = Inputs([documents[i][:-1] for i in row] or [[0]], local_device())
-            positions = (batch.ends[:, None] - torch.arange(count - 1, -1, -1)).flatten() if row else batch.ends
+            positions = ((batch.ends[:, None] - torch.arange(count - 1, -1, -1)).flatten() if row
+                         else batch.ends)
             logits = self._model.logits(batch, positions)
             if row:
                 found[row] = best_words(logits, words).double().reshape(len(row), count)
@@ -128,7 +134,8 @@ class MegatronEngine:
 
 
 def _table(lists: Sequence[Sequence[int]], width: int) -> torch.Tensor:
-    """Return lists of up to `width` tokens as one tensor [lists, 1 + width]: the length of each, then its tokens."""
+    """Return lists of up to `width` tokens as one tensor [lists, 1 + width]:
+    the length of each, then its tokens."""
     table = torch.zeros(len(lists), 1 + width, dtype=torch.int64)
     for row, tokens in zip(table, lists, strict=True):
         row[:1 + len(tokens)] = torch.tensor([len(tokens), *tokens])
@@ -143,16 +150,18 @@ def _lists(table: torch.Tensor) -> list[list[int]]:
 class _Run:
     """One process's sequences on their way; `iterate` reads one row and moves all on."""
 
-    def __init__(self, decoder: CachedDecoder, cache: CacheSize, sequences: list[_Sequence], sampling: Sampling, stop: Stop,
-                 prefill_tokens: int) -> None:
+    def __init__(self, decoder: CachedDecoder, cache: CacheSize, sequences: list[_Sequence],
+                 sampling: Sampling, stop: Stop, prefill_tokens: int) -> None:
         self._decoder, self._sampling, self._stop = decoder, sampling, stop
         self._prefill_tokens, self._num_drafts = prefill_tokens, sampling.num_drafts
         self._waiting = deque(sequences)
-        self._slots: list[_Sequence] = [self._waiting.popleft() for _ in range(min(cache.slots, len(sequences)))]
+        self._slots: list[_Sequence] = [self._waiting.popleft()
+                                        for _ in range(min(cache.slots, len(sequences)))]
         self.drafted = self.accepted = 0
 
     def iterate(self) -> bool:
-        """Read one row together with all processes; returns whether there was anything to read on any of them."""
+        """Read one row together with all processes; returns whether there was anything to
+        read on any of them."""
         items = self._next_row()
         row_tokens = self._decoder.common_row_tokens(sum(len(i.span.tokens) for i in items))
         if not row_tokens:
@@ -186,7 +195,8 @@ class _Run:
         return items
 
     def _written(self, read: DecodeOutput, items: list[_Item]) -> list[list[int]]:
-        """Return each item's new tokens, the same on all processes that read them: accepted drafts and one more."""
+        """Return each item's new tokens, the same on all processes that read them:
+        accepted drafts and one more."""
         if not items:
             return []
         found: list[list[int]] = [[] for _ in items]
@@ -218,7 +228,8 @@ class _Run:
             taken.append(count)
             finals.append(final)
         tokens = draw(torch.stack(finals), [i.sequence.random.random() for i in items])
-        return [[*i.sequence.drafts[:count], token] for i, count, token in zip(items, taken, tokens, strict=True)]
+        return [[*i.sequence.drafts[:count], token]
+                for i, count, token in zip(items, taken, tokens, strict=True)]
 
     def _move_on(self, items: list[_Item], written: list[list[int]]) -> None:
         """Count what has been read and write what was chosen, up to the end of a continuation."""
@@ -239,19 +250,22 @@ class _Run:
 
     def _ended(self, sequence: _Sequence) -> bool:
         continuation = sequence.tokens[sequence.prompt_tokens:]
-        return bool(continuation) and (len(continuation) >= self._sampling.max_new_tokens or self._stop.ends(continuation))
+        return bool(continuation) and (len(continuation) >= self._sampling.max_new_tokens
+                                       or self._stop.ends(continuation))
 
     def _draft(self, read: DecodeOutput, items: list[_Item]) -> None:
-        """Have the prediction layer read the row, which its own cache needs, and draft behind every sequence that goes on.
+        """Have the prediction layer read the row, which its own cache needs,
+        and draft behind every sequence that goes on.
 
-        The layer takes the trunk's state at a token t together with token t + 1, and predicts token t + 2.  So behind a sequence
-        of n tokens (0 to n - 1), the first draft comes from place n - 2, whose follower n - 1 was just chosen.
+        The layer takes the trunk's state at a token t together with token t + 1, and predicts token t + 2.
+        So behind a sequence of n tokens (0 to n - 1), the first draft comes from place n - 2, whose follower
+        n - 1 was just chosen.
         """
         going = [i for i in items if not i.sequence.in_prompt and not self._ended(i.sequence)]
         drafts = torch.zeros(len(going), self._num_drafts, dtype=torch.int64)
         if self._decoder.last_stage:
-            # What follows each token of the row, now that the model has chosen.  Where a draft was refused nothing follows what
-            # stands behind it; those places are read again in a later row.
+            # What follows each token of the row, now that the model has chosen.  Where a draft was refused
+            # nothing follows what stands behind it; those places are read again in a later row.
             ahead = torch.zeros(len(read.row.tokens), dtype=torch.int64)
             for item in items:
                 follow = item.sequence.tokens[item.span.past + 1:][:len(item.span.tokens)]
@@ -262,8 +276,8 @@ class _Run:
             guesses: list[torch.Tensor] = []
             for depth in range(self._num_drafts if going else 0):
                 if depth:
-                    # To look further ahead the layer reads its own states: a row of one token for each sequence, one place on,
-                    # with the draft before as what follows.
+                    # To look further ahead the layer reads its own states: a row of one token for each
+                    # sequence, one place on, with the draft before as what follows.
                     spans = [Span(i.span.slot, len(i.sequence.tokens) - 2 + depth, [0]) for i in going]
                     read = self._decoder.pick(read, places, spans)
                     places = list(range(len(going)))
@@ -271,15 +285,18 @@ class _Run:
                     ahead[:len(going)] = drafts[:, depth - 1]
                     read = self._decoder.predict(read, ahead)
                 drafts[:, depth] = self._guess(read, places, going, guesses)
-            # what each draft was drawn from decides later whether it is taken (`accepted_by_chance`); greedy ones need none
+            # what each draft was drawn from decides later whether it is taken (`accepted_by_chance`);
+            # greedy ones need none
             for number, item in enumerate(going if guesses else []):
                 item.sequence.guesses = torch.stack([g[number] for g in guesses])
         if going:  # stages before the last read the same drafts in the next row
             for item, row in zip(going, self._decoder.agree(drafts).tolist(), strict=True):
                 item.sequence.drafts = row
 
-    def _guess(self, read: DecodeOutput, places: list[int], going: list[_Item], guesses: list[torch.Tensor]) -> torch.Tensor:
-        """Return a draft [sequences] behind each place; when sampling, what they were drawn from joins `guesses`."""
+    def _guess(self, read: DecodeOutput, places: list[int], going: list[_Item],
+               guesses: list[torch.Tensor]) -> torch.Tensor:
+        """Return a draft [sequences] behind each place; when sampling,
+        what they were drawn from joins `guesses`."""
         if self._sampling.temperature == 0:
             return self._decoder.top_tokens(read, places)
         guesses.append(probabilities(self._decoder.logits(read, places), self._sampling))

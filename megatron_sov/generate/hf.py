@@ -17,24 +17,28 @@ from megatron_sov.generate.sampling import seed_of
 PAGE_TOKENS = 16
 """Tokens of a page of transformers' cache."""
 MASK_PLACES = 1 << 28
-"""Places of the mask (tokens of a pass x tokens of the cache), which SDPA and eager attention lay out whole: 1 GiB in fp32, and
-twice that for a model with sliding layers."""
+"""Places of the mask (tokens of a pass x tokens of the cache), which SDPA and eager attention lay out whole:
+1 GiB in fp32, and twice that for a model with sliding layers."""
 PASS_TOKENS = 1024
 """Tokens of a pass below which rather fewer sequences are continued at a time."""
 
 
 def load_hf(folder: Path, dtype: str | torch.dtype = "auto") -> Any:
-    """Return transformers' model in evaluation mode, on the GPU if there is one; code files in the folder are not run.
+    """Return transformers' model in evaluation mode, on the GPU if there is one;
+    code files in the folder are not run.
 
     Raises:
         UserError: transformers cannot load the folder.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True,
+                                                          use_safetensors=True)
     except (RuntimeError, ValueError, OSError) as e:
-        raise UserError(f"{folder}: transformers cannot load it ({str(e).strip().splitlines()[0]}); save it again") from None
-    model.generation_config = GenerationConfig()  # the folder's own defaults would answer for what a caller left open
+        raise UserError(f"{folder}: transformers cannot load it ({str(e).strip().splitlines()[0]}); "
+                        "save it again") from None
+    # the folder's own defaults would answer for what a caller left open
+    model.generation_config = GenerationConfig()
     return model.eval().to(device)
 
 
@@ -53,7 +57,8 @@ class HfEngine:
     @torch.no_grad()
     def generate(self, prompts: Sequence[Tokens], sampling: Sampling, *, stop: Stop | None = None,
                  streams: Sequence[int] | None = None) -> Generated:
-        """Continue prompts, see `Engine`; samples depend on the whole batch, of whose streams one seed is made.
+        """Continue prompts, see `Engine`; samples depend on the whole batch,
+        of whose streams one seed is made.
 
         Raises:
             UserError: transformers gave a prompt up, as where memory is too small for it.
@@ -66,13 +71,15 @@ class HfEngine:
         slots, pages, pass_tokens = cache_sizes(len(prompts), longest, self._batching)
         chosen: dict[str, Any] = {"do_sample": False}
         if sampling.temperature:
-            chosen = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+            chosen = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p,
+                      "top_k": sampling.top_k}
         # -1: no token ends a continuation
-        asked = GenerationConfig(max_new_tokens=sampling.max_new_tokens, eos_token_id=list(stop.ids) or -1, pad_token_id=0,
-                                 **chosen)
+        asked = GenerationConfig(max_new_tokens=sampling.max_new_tokens, eos_token_id=list(stop.ids) or -1,
+                                 pad_token_id=0, **chosen)
         # without sizes of its own the cache is made for the whole memory, and is slow
         sizes = ContinuousBatchingConfig(
-            page_size=PAGE_TOKENS, num_blocks=pages, max_requests_per_batch=slots, max_batch_tokens=pass_tokens,
+            page_size=PAGE_TOKENS, num_blocks=pages, max_requests_per_batch=slots,
+            max_batch_tokens=pass_tokens,
             seed=sampling.seed if streams is None else seed_of(sampling.seed, *streams))
         found = self._model.generate_batch(inputs=[list(p) for p in prompts], generation_config=asked,
                                            continuous_batching_config=sizes, warmup=False)
@@ -80,8 +87,9 @@ class HfEngine:
         failed = [o.error for o in outputs if o.error is not None]
         if failed or len(outputs) != len(prompts):
             why = failed[0] if failed else "it says more above"
-            raise UserError(f"transformers answered {len(outputs) - len(failed)} of {len(prompts)} prompts of up to {longest} "
-                            f"tokens ({why}); with more memory, or with shorter prompts and continuations, it may")
+            raise UserError(f"transformers answered {len(outputs) - len(failed)} of {len(prompts)} prompts "
+                            f"of up to {longest} tokens ({why}); with more memory, or with shorter prompts "
+                            "and continuations, it may")
         return Generated([stop.cut(o.generated_tokens) for o in outputs])
 
     @torch.no_grad()
@@ -98,7 +106,8 @@ class HfEngine:
 def cache_sizes(num_prompts: int, longest: int, batching: Batching) -> tuple[int, int, int]:
     """Return the sequences to continue at a time, the pages of their cache, and the tokens of a pass.
 
-    Both of the last two bound the mask, so that contexts of 262,144 tokens need no more memory for it than short ones.
+    Both of the last two bound the mask, so that contexts of 262,144 tokens need no more memory for
+    it than short ones.
 
     Args:
         num_prompts: all that are asked.
@@ -106,7 +115,8 @@ def cache_sizes(num_prompts: int, longest: int, batching: Batching) -> tuple[int
         batching: bounds of the caller.
     """
     pages = -(-longest // PAGE_TOKENS) + 1
-    slots = max(1, min(batching.slots(num_prompts, longest), MASK_PLACES // (PASS_TOKENS * PAGE_TOKENS * pages)))
+    slots = max(1,
+                min(batching.slots(num_prompts, longest), MASK_PLACES // (PASS_TOKENS * PAGE_TOKENS * pages)))
     cache_tokens = slots * pages * PAGE_TOKENS
     return slots, slots * pages, max(slots, min(batching.prefill_tokens, MASK_PLACES // cache_tokens))
 

@@ -1,4 +1,5 @@
-"""A checkpoint as a running policy: on the processes of a joined world, or on processes started for one piece of work."""
+"""A checkpoint as a running policy: on the processes of a joined world, or on processes started for
+one piece of work."""
 
 from __future__ import annotations
 
@@ -46,7 +47,8 @@ def load_forward_model(path: Path, config: RunConfig) -> ForwardModel:
     return ForwardModel(model, config.train.head_chunk_tokens)
 
 
-def run_forward_model(target: Target, settings: list[str], nproc: int | None, work: Callable[[Loaded], Any]) -> Any:
+def run_forward_model(target: Target, settings: list[str], nproc: int | None,
+                      work: Callable[[Loaded], Any]) -> Any:
     """Start processes, load the target on them, and return what `work` gave on the first one.
 
     Args:
@@ -89,9 +91,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         UserError: there is none, or it cannot be read.
     """
     if not (folder / "tokenizer.json").is_file():
-        raise UserError(f"{folder}: has no tokenizer.json; put the tokenizer that the model was trained with there")
+        raise UserError(f"{folder}: has no tokenizer.json; put the tokenizer that the model was "
+                        "trained with there")
     try:
-        tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(
+            folder, local_files_only=True)
     except Exception as e:  # the binding raises a bare Exception
         raise UserError(f"{folder}: its tokenizer cannot be read ({e}); restore it from a copy") from None
     return tokenizer

@@ -20,7 +20,8 @@ class Prompt:
 
 
 def read_prompts(texts: list[str], file: Path | None) -> list[Prompt]:
-    """Return the prompts given as texts, then those of a JSONL file with fields "prompt" and, if wanted, "target".
+    """Return the prompts given as texts, then those of a JSONL file with fields "prompt" and,
+    if wanted, "target".
 
     Raises:
         UserError: there is none, one is empty, or a line of the file is malformed (named by number).
@@ -46,9 +47,11 @@ def _read_file(file: Path) -> list[Prompt]:
         try:
             record = json.loads(line)
         except ValueError as e:
-            raise UserError(f"{file}:{number}: is not valid JSON ({e}); every line must be one JSON object") from None
+            raise UserError(f"{file}:{number}: is not valid JSON ({e}); "
+                            "every line must be one JSON object") from None
         if not isinstance(record, dict) or not isinstance(record.get("prompt"), str) \
                 or not isinstance(record.get("target", ""), str):
-            raise UserError(f'{file}:{number}: must be an object with "prompt" and, if wanted, "target", both strings')
+            raise UserError(f'{file}:{number}: must be an object with "prompt" and, if wanted, '
+                            '"target", both strings')
         prompts.append(Prompt(record["prompt"], record.get("target")))
     return prompts

@@ -19,12 +19,14 @@ class Sampling:
     top_k: int = 0
     """Samples come from this many most probable tokens; 0: from all."""
     top_p: float = 1.0
-    """Then from the smallest set of them that holds this much probability (Holtzman et al., arXiv 1904.09751)."""
+    """Then from the smallest set of them that holds this much probability (Holtzman et al.,
+    arXiv 1904.09751)."""
     seed: int = 0
     """Of the samples."""
     num_drafts: int = 0
-    """Tokens that the multi-token prediction layer drafts for each pass of the model (engine megatron); 0: none.  Greedy
-    continuations stay the same, samples follow the same distribution with other random numbers."""
+    """Tokens that the multi-token prediction layer drafts for each pass of the model (engine megatron); 0:
+    none.  Greedy continuations stay the same, samples follow the same distribution with
+    other random numbers."""
 
     def problems(self) -> list[str]:
         """Return one sentence for each value that has no meaning, by the name of the command's option."""
@@ -61,7 +63,8 @@ class Stop:
         if not self.texts:
             return False
         assert self.decode is not None, "texts need a decoder"
-        # every token but special ones is at least a byte, so the last ones decide; a few more for characters cut in two
+        # every token but special ones is at least a byte, so the last ones decide;
+        # a few more for characters cut in two
         tail = self.decode(list(continuation[-max(len(t.encode()) for t in self.texts) - 8:]))
         return any(text in tail for text in self.texts)
 
@@ -89,7 +92,8 @@ class Batching:
     """Tokens whose keys and values are kept at a time; one sequence at least, however long."""
 
     def slots(self, num_sequences: int, longest: int) -> int:
-        """Return how many sequences to continue at a time, of which the longest may grow to `longest` tokens."""
+        """Return how many sequences to continue at a time, of which the longest may grow
+        to `longest` tokens."""
         return max(1, min(num_sequences, self.max_sequences, self.cache_tokens // longest))
 
     def problems(self) -> list[str]:

@@ -1,4 +1,5 @@
-"""From logits to tokens: truncated distributions, draws by quantile, and drafts that the model takes or refuses.
+"""From logits to tokens: truncated distributions, draws by quantile, and drafts that the
+model takes or refuses.
 
 Shapes: n positions, V vocabulary, k drafts.  Probabilities are float64, over token ids in their order.
 """
@@ -16,8 +17,8 @@ from megatron_sov.generate.request import Sampling
 def probabilities(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     """Return the tempered, truncated distributions [n, V] of logits [n, V]; the temperature must not be 0.
 
-    As in transformers: the temperature first, then the top k, then the top p of what is left; of equally probable tokens the
-    lower ids come first.
+    As in transformers: the temperature first, then the top k, then the top p of what is left; of equally
+    probable tokens the lower ids come first.
     """
     shares = torch.softmax(logits.double() / sampling.temperature, dim=-1)
     if not sampling.top_k and sampling.top_p == 1:
@@ -33,7 +34,8 @@ def probabilities(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
 
 
 def seed_of(*numbers: int) -> int:
-    """Return a seed of 31 bits made of numbers that are not negative, for libraries that take a single one."""
+    """Return a seed of 31 bits made of numbers that are not negative,
+    for libraries that take a single one."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0]) >> 1
 
 
@@ -45,13 +47,15 @@ def draw(distributions: torch.Tensor, uniforms: Sequence[float]) -> list[int]:
     reached = distributions.cumsum(dim=-1)
     total = reached[:, -1:]
     wanted = torch.tensor(list(uniforms), dtype=torch.float64, device=total.device)[:, None] * total
-    wanted = torch.minimum(wanted, torch.nextafter(total, torch.zeros_like(total)))  # rounding must not step over the end
+    # rounding must not step over the end
+    wanted = torch.minimum(wanted, torch.nextafter(total, torch.zeros_like(total)))
     found: list[int] = torch.searchsorted(reached, wanted, right=True)[:, 0].tolist()
     return found
 
 
 def accepted_greedily(drafts: Sequence[int], best: Sequence[int]) -> int:
-    """Return how many drafts are the model's own choice; `best` [k + 1] stands behind the sequence and behind each draft."""
+    """Return how many drafts are the model's own choice; `best` [k + 1] stands behind the sequence and
+    behind each draft."""
     count = 0
     while count < len(drafts) and drafts[count] == best[count]:
         count += 1
@@ -60,10 +64,12 @@ def accepted_greedily(drafts: Sequence[int], best: Sequence[int]) -> int:
 
 def accepted_by_chance(drafts: Sequence[int], guesses: torch.Tensor, targets: torch.Tensor,
                        uniforms: Sequence[float]) -> tuple[int, torch.Tensor]:
-    """Judge drafts so that what is taken, with the next token drawn from what is returned, follows the targets alone.
+    """Judge drafts so that what is taken, with the next token drawn from what is returned,
+    follows the targets alone.
 
-    Leviathan et al., arXiv 2211.17192, algorithm 1: a draft x with probabilities q by the draft and p by the model is taken
-    with probability min(1, p(x) / q(x)); the token in the place of the first refused one is drawn from max(0, p - q).
+    Leviathan et al., arXiv 2211.17192, algorithm 1: a draft x with probabilities q by the draft and p by the
+    model is taken with probability min(1, p(x) / q(x)); the token in the place of the first refused one is
+    drawn from max(0, p - q).
 
     Args:
         drafts: k tokens, each drawn from its guess.

@@ -1,4 +1,5 @@
-"""What a command's TARGET means: a checkpoint, a run's newest checkpoint, or a Hugging Face folder.  Reads headers only."""
+"""What a command's TARGET means: a checkpoint, a run's newest checkpoint,
+or a Hugging Face folder.  Reads headers only."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ from megatron_sov.runs.checkpoints import KIND, find_checkpoint
 from megatron_sov.runs.launch_environment import num_ranks
 
 HF_SEQ_LEN = 4096
-"""Context, in tokens, in which a Hugging Face model is judged unless told: its own limit may be far longer."""
+"""Context, in tokens, in which a Hugging Face model is judged unless told:
+its own limit may be far longer."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ class Target:
 
     @property
     def config(self) -> RunConfig | None:
-        """The settings that a checkpoint was trained with; None where nothing tells them (imported models)."""
+        """The settings that a checkpoint was trained with;
+        None where nothing tells them (imported models)."""
         config = None if self.is_hf else _settings(self.path)
         return None if config is None or config.recipe == "from-hf" else config
 
@@ -61,7 +64,8 @@ class Target:
 
     @property
     def max_tokens(self) -> float:
-        """Longest sequence that it can be given, in tokens; infinite where a Hugging Face folder of another family says none."""
+        """Longest sequence that it can be given, in tokens; infinite where a Hugging Face folder of
+        another family says none."""
         if not self.is_hf:
             return self.model.max_position_tokens
         try:
@@ -71,9 +75,11 @@ class Target:
 
     @property
     def trained_tokens(self) -> int:
-        """Longest sequence that it was trained on, in tokens; of an imported model a sequence that it should be good for."""
+        """Longest sequence that it was trained on, in tokens; of an imported model a sequence that it
+        should be good for."""
         if self.config is None:
-            limit = self._hf_field("max_position_embeddings") if self.is_hf else self.model.max_position_tokens
+            limit = (self._hf_field("max_position_embeddings") if self.is_hf
+                     else self.model.max_position_tokens)
             return min(HF_SEQ_LEN, limit)
         return max(p.seq_len for p in self.config.data.phases)
 
@@ -81,7 +87,8 @@ class Target:
         try:
             return int(json.loads((self.path / "config.json").read_text(encoding="utf-8"))[name])
         except (OSError, ValueError, KeyError, TypeError) as e:
-            raise UserError(f"{self.path / 'config.json'}: has no readable {name} ({e!r}); restore it from its source") from None
+            raise UserError(f"{self.path / 'config.json'}: has no readable {name} ({e!r}); "
+                            "restore it from its source") from None
 
 
 def find_target(path: Path) -> Target:
@@ -105,7 +112,8 @@ def as_checkpoint(target: Target) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="sov-target-") as folder:
         out = Path(folder) / "checkpoint"
-        # in a process of its own: threads that torch starts here would be missing in the ranks, which are forked from this one
+        # in a process of its own: threads that torch starts here would be missing in the ranks, which are
+        # forked from this one
         code = world.launch(lambda: convert.from_hf(target.path, out), 1)
         if code:
             raise SystemExit(code)
@@ -113,7 +121,8 @@ def as_checkpoint(target: Target) -> Iterator[Path]:
 
 
 def inference_config(checkpoint: Path, settings: list[str], nproc: int | None) -> RunConfig:
-    """Return the settings to run a checkpoint with: its architecture, one process's layout and, on CPU, fp32; then `settings`.
+    """Return the settings to run a checkpoint with: its architecture, one process's layout and, on CPU,
+    fp32; then `settings`.
 
     Raises:
         UserError: a setting does not exist, or the layout does not fit the model and the number of processes.

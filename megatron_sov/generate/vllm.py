@@ -14,7 +14,8 @@ from megatron_sov.generate.sampling import seed_of
 class VllmEngine:
     """vLLM's engine for one Hugging Face folder."""
 
-    def __init__(self, folder: Path, longest: int, batching: Batching | None = None, dtype: str = "auto") -> None:
+    def __init__(self, folder: Path, longest: int, batching: Batching | None = None,
+                 dtype: str = "auto") -> None:
         """Load the folder; code in it is not run.
 
         Args:
@@ -27,14 +28,16 @@ class VllmEngine:
             UserError: vLLM is not installed.
         """
         if importlib.util.find_spec("vllm") is None:
-            raise UserError(f"--engine vllm: vllm, which would run {folder}, is not installed for this Python; install "
-                            "megatron-sov[rollout] on a machine with a GPU (docs/install.md), or use --engine transformers")
+            raise UserError(f"--engine vllm: vllm, which would run {folder}, is not installed for this "
+                            "Python; install megatron-sov[rollout] on a machine with a GPU "
+                            "(docs/install.md), or use --engine transformers")
         from vllm import LLM
 
         batching = batching or Batching()
         # "vllm": the folder's own sampling defaults would answer for what a caller left open
-        self._llm = LLM(model=str(folder), skip_tokenizer_init=True, trust_remote_code=False, generation_config="vllm",
-                        dtype=dtype, max_model_len=longest, max_num_seqs=batching.max_sequences, enable_chunked_prefill=True,
+        self._llm = LLM(model=str(folder), skip_tokenizer_init=True, trust_remote_code=False,
+                        generation_config="vllm", dtype=dtype, max_model_len=longest,
+                        max_num_seqs=batching.max_sequences, enable_chunked_prefill=True,
                         max_num_batched_tokens=max(batching.prefill_tokens, batching.max_sequences))
 
     def generate(self, prompts: Sequence[Tokens], sampling: Sampling, *, stop: Stop | None = None,
@@ -45,8 +48,9 @@ class VllmEngine:
         refuse_drafts("vllm", sampling)
         stop = stop or Stop()
         numbers = range(len(prompts)) if streams is None else streams
-        asked = [SamplingParams(max_tokens=sampling.max_new_tokens, temperature=sampling.temperature, top_p=sampling.top_p,
-                                top_k=sampling.top_k or -1, seed=seed_of(sampling.seed, number), stop_token_ids=list(stop.ids),
+        asked = [SamplingParams(max_tokens=sampling.max_new_tokens, temperature=sampling.temperature,
+                                top_p=sampling.top_p, top_k=sampling.top_k or -1,
+                                seed=seed_of(sampling.seed, number), stop_token_ids=list(stop.ids),
                                 ignore_eos=True, detokenize=False) for number in numbers]
         found = self._llm.generate([{"prompt_token_ids": list(p)} for p in prompts], asked, use_tqdm=False)
         return Generated([stop.cut(list(answer.outputs[0].token_ids)) for answer in found])

@@ -18,7 +18,8 @@ FAMILIES = {family.name: family for family in (
 
 
 def get(name: str, recorded: Sequence[Code] = ()) -> Family:
-    """Return the family of that name: built in, declared by an installed package, or named on the command line.
+    """Return the family of that name: built in, declared by an installed package,
+    or named on the command line.
 
     Args:
         name: as `model.family` and transformers' `model_type` have it.
@@ -36,14 +37,16 @@ def _check(loaded: Loaded) -> None:
         raise UserError(f"{loaded.reference}: is a {type(family).__name__}; a model family is a "
                         "megatron_sov.models.family.Family")
     if not family.name.isidentifier():
-        raise UserError(f"{loaded.reference}: is called {family.name!r}; its name must be transformers' model_type, of letters, "
-                        "digits and _")
+        raise UserError(f"{loaded.reference}: is called {family.name!r}; "
+                        "its name must be transformers' model_type, of letters, digits and _")
     fields = [f.name for f in dataclasses.fields(ModelConfig)]
-    unknown = [f"{name!r}{nearest(name, fields)}" for name in (*family.structure, *family.training) if name not in fields]
+    unknown = [f"{name!r}{nearest(name, fields)}" for name in (*family.structure, *family.training)
+               if name not in fields]
     if unknown:
-        raise UserError(f"{loaded.reference}: structure and training hold settings of the model, which has no "
-                        f"{', '.join(unknown)}")
+        raise UserError(f"{loaded.reference}: structure and training hold settings of the model, "
+                        f"which has no {', '.join(unknown)}")
 
 
-OWN: Registry[Family] = Registry("model family", "megatron_sov.families", FAMILIES, _check, lambda family: family.name)
+OWN: Registry[Family] = Registry("model family", "megatron_sov.families", FAMILIES, _check,
+                                 lambda family: family.name)
 """Families that are not built in."""

@@ -16,12 +16,14 @@ EMBEDDINGS_AND_HEAD = (
 
 ATTENTION: tuple[WeightEntry, ...] = (
     Same("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", "H"),
-    QKV("self_attention.linear_qkv.weight", "self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+    QKV("self_attention.linear_qkv.weight", "self_attn.q_proj.weight", "self_attn.k_proj.weight",
+        "self_attn.v_proj.weight"),
     Same("self_attention.linear_proj.weight", "self_attn.o_proj.weight", "H A"),
 )
 
 QKV_BIAS: tuple[WeightEntry, ...] = (
-    QKV("self_attention.linear_qkv.bias", "self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias", columns=""),
+    QKV("self_attention.linear_qkv.bias", "self_attn.q_proj.bias", "self_attn.k_proj.bias",
+        "self_attn.v_proj.bias", columns=""),
 )
 
 QK_NORM: tuple[WeightEntry, ...] = (
@@ -52,10 +54,14 @@ SHARED_EXPERTS: tuple[WeightEntry, ...] = (
 
 
 def router_bias(hf_name: str) -> Same:
-    """Return the entry of the router's selection bias: float32 always, since its steps of 1e-4 vanish in less."""
+    """Return the entry of the router's selection bias: float32 always, since its steps of
+    1e-4 vanish in less."""
     return Same("mlp.router.expert_bias", hf_name, "E", fp32=True)
 
 
-def trunk(where: Literal["every layer", "dense layers", "moe layers"], *parts: tuple[WeightEntry, ...]) -> Section:
-    """Return the section of parts that stand in the trunk's layers, under the prefixes that all families share."""
-    return Section(where, "decoder.layers.{l}.", "model.layers.{l}.", tuple(entry for part in parts for entry in part))
+def trunk(where: Literal["every layer", "dense layers", "moe layers"],
+          *parts: tuple[WeightEntry, ...]) -> Section:
+    """Return the section of parts that stand in the trunk's layers,
+    under the prefixes that all families share."""
+    return Section(where, "decoder.layers.{l}.", "model.layers.{l}.",
+                   tuple(entry for part in parts for entry in part))

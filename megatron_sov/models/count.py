@@ -1,7 +1,7 @@
 """How many parameters a model has, from its config alone.
 
-The sums are the shapes of the weights as they are published; a tied output head is the embedding matrix and counts once.
-The router's selection bias is a buffer that no gradient reaches, so it is not counted.
+The sums are the shapes of the weights as they are published; a tied output head is the embedding matrix and
+counts once.  The router's selection bias is a buffer that no gradient reaches, so it is not counted.
 """
 
 from __future__ import annotations
@@ -13,18 +13,21 @@ from megatron_sov.config import ModelConfig
 
 @dataclass(frozen=True)
 class ParamCount:
-    """Parameters of a model; `total` and `active` leave out the multi-token prediction layers, as published figures do."""
+    """Parameters of a model; `total` and `active` leave out the multi-token prediction layers,
+    as published figures do."""
 
     total: int
     """Parameters of the trunk, embeddings and output head included."""
     active: int
     """Parameters of the trunk that one token meets: `total` without the experts that it is not routed to."""
     mtp: int
-    """Parameters of the multi-token prediction layers (0 where there are none); embeddings and head are the trunk's."""
+    """Parameters of the multi-token prediction layers (0 where there are none);
+    embeddings and head are the trunk's."""
 
 
 def attention_params(model: ModelConfig) -> int:
-    """Return the weights of one attention block: query, key, value, output and, where it has them, biases and QK-norms."""
+    """Return the weights of one attention block: query, key, value, output and, where it has them,
+    biases and QK-norms."""
     projections = model.hidden_size * model.head_dim * 2 * (model.num_heads + model.num_kv_heads)
     bias = model.head_dim * (model.num_heads + 2 * model.num_kv_heads) if model.qkv_bias else 0
     return projections + bias + (2 * model.head_dim if model.qk_norm else 0)
@@ -38,8 +41,8 @@ def swiglu_params(hidden_size: int, ffn_dim: int) -> int:
 def num_params(model: ModelConfig) -> ParamCount:
     """Return the parameter counts of `model`.
 
-    A multi-token prediction layer has the form of DeepSeek-V3 (arXiv 2412.19437, section 2.2): two norms, a projection
-    from 2H to H, one dense transformer layer and a last norm.
+    A multi-token prediction layer has the form of DeepSeek-V3 (arXiv 2412.19437, section 2.2): two norms, a
+    projection from 2H to H, one dense transformer layer and a last norm.
     """
     h = model.hidden_size
     num_moe_layers = model.num_moe_layers()
@@ -49,7 +52,8 @@ def num_params(model: ModelConfig) -> ParamCount:
     moe_ffn = h * model.num_experts + (model.num_experts + model.num_shared_experts) * expert
     embeddings_and_head = (1 if model.tied_embeddings else 2) * model.vocab_size * h
 
-    total = embeddings_and_head + h + model.num_layers * block + num_dense_layers * dense_ffn + num_moe_layers * moe_ffn
+    total = (embeddings_and_head + h + model.num_layers * block + num_dense_layers * dense_ffn
+             + num_moe_layers * moe_ffn)
     idle = num_moe_layers * (model.num_experts - model.num_experts_per_token) * expert
     mtp = model.num_mtp_layers * (2 * h + 2 * h * h + block + dense_ffn + h)
     return ParamCount(total, total - idle, mtp)

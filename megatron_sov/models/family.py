@@ -12,17 +12,19 @@ from megatron_sov.models.hf_config import Fixed, Item, Renamed, Unused
 from megatron_sov.models.weights import Link, Section, links
 
 DECODER_CONFIG: tuple[Item, ...] = (
-    Renamed("vocab_size", "vocab_size"), Renamed("hidden_size", "hidden_size"), Renamed("num_hidden_layers", "num_layers"),
-    Renamed("num_attention_heads", "num_heads"), Renamed("num_key_value_heads", "num_kv_heads"),
-    Renamed("max_position_embeddings", "max_position_tokens"), Renamed("initializer_range", "init_std", 0.02),
-    Fixed("hidden_act", "silu"), Fixed("attention_dropout", 0.0),
-    Unused(("model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache", "output_router_logits",
-            "bos_token_id", "eos_token_id", "pad_token_id", "tokenizer_class", "_name_or_path", "auto_map")),
+    Renamed("vocab_size", "vocab_size"), Renamed("hidden_size", "hidden_size"),
+    Renamed("num_hidden_layers", "num_layers"), Renamed("num_attention_heads", "num_heads"),
+    Renamed("num_key_value_heads", "num_kv_heads"), Renamed("max_position_embeddings", "max_position_tokens"),
+    Renamed("initializer_range", "init_std", 0.02), Fixed("hidden_act", "silu"),
+    Fixed("attention_dropout", 0.0),
+    Unused(("model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache",
+            "output_router_logits", "bos_token_id", "eos_token_id", "pad_token_id", "tokenizer_class",
+            "_name_or_path", "auto_map")),
 )
 """What all families here have in common."""
 EXPERTS_CONFIG: tuple[Item, ...] = (
-    Renamed("num_experts_per_tok", "num_experts_per_token", 8), Renamed("moe_intermediate_size", "expert_ffn_dim"),
-    Fixed("attention_bias", False, written=False),
+    Renamed("num_experts_per_tok", "num_experts_per_token", 8),
+    Renamed("moe_intermediate_size", "expert_ffn_dim"), Fixed("attention_bias", False, written=False),
 )
 """What those with experts have in common."""
 DEEPSEEK_ROUTER_CONFIG: tuple[Item, ...] = (
@@ -61,8 +63,8 @@ class Family:
     needs_shared_expert: bool = False
     """Whether transformers' model always has a shared expert."""
     reader_split: str | None = None
-    """The regular expression by which transformers' tokenizer class for this family splits text, whatever tokenizer.json says;
-    None where it does what the file says."""
+    """The regular expression by which transformers' tokenizer class for this family splits text, whatever
+    tokenizer.json says; None where it does what the file says."""
 
     def links(self, model: ModelConfig) -> list[Link]:
         """Return every block of every tensor of `model`, with its Hugging Face tensors."""
@@ -73,7 +75,8 @@ class Family:
         p = [f"model.{name} = {getattr(model, name)!r}: family '{self.name}' only knows {value!r}"
              for name, value in self.structure.items() if getattr(model, name) != value]
         if self.needs_shared_expert and model.num_shared_experts < 1:
-            p.append(f"model.num_shared_experts = {model.num_shared_experts}: family '{self.name}' needs at least 1")
+            p.append(f"model.num_shared_experts = {model.num_shared_experts}: "
+                     f"family '{self.name}' needs at least 1")
         for item in self.config:
             try:
                 item.write(model)
@@ -111,7 +114,8 @@ class Family:
 
         Args:
             config: the parsed config.json.
-            tensor_names: names of the folder's tensors; they tell of a multi-token prediction layer where the config is silent.
+            tensor_names: names of the folder's tensors; they tell of a multi-token prediction layer where
+                the config is silent.
 
         Raises:
             UserError: a field is unknown, missing, of the wrong type or not supported; the message names it.
@@ -123,8 +127,8 @@ class Family:
             raise UserError(f"config.json: unknown fields for family '{self.name}': {', '.join(unknown)}; "
                             "transformers would ignore them, so remove those that have no effect")
         if not set(config.get("architectures", self.hf_classes)) <= set(self.hf_classes):
-            raise UserError(f"config.json: architectures = {config['architectures']}, but model_type '{self.name}' "
-                            f"is {self.hf_classes[0]}; make them agree")
+            raise UserError(f"config.json: architectures = {config['architectures']}, but model_type "
+                            f"'{self.name}' is {self.hf_classes[0]}; make them agree")
         if "num_mtp_layers" not in self.structure and any(name.startswith("mtp.") for name in tensor_names):
             config.setdefault("num_nextn_predict_layers", 1)
         fields: dict[str, Any] = {"family": self.name, **self.structure, **self.training}

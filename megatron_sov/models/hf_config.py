@@ -1,8 +1,8 @@
 """The vocabulary of a config map: fields of a Hugging Face config.json <-> fields of `ModelConfig`.
 
-Each item knows the config.json names that it answers for, writes them and reads them; a field of a foreign config.json
-that no item answers for is refused, since transformers would silently ignore it and we would train another model.  Items
-about layers of different kinds stand in `hf_layers.py`.
+Each item knows the config.json names that it answers for, writes them and reads them; a field of a foreign
+config.json that no item answers for is refused, since transformers would silently ignore it and we would
+train another model.  Items about layers of different kinds stand in `hf_layers.py`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class Item(Protocol):
     def write(self, model: ModelConfig) -> dict[str, Any]:
         """Return the config.json fields of a model."""
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return the `ModelConfig` fields that a config.json says; `UserError` where it says what we do not compute."""
+        """Return the `ModelConfig` fields that a config.json says; `UserError` where it says what
+        we do not compute."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ class Renamed:
         """Return the model's field; `UserError` where a required one is absent, or its names disagree."""
         found = {name: config[name] for name in self.names if name in config}
         if len(set(found.values())) > 1:
-            raise UserError(f"config.json: {' and '.join(f'{n} = {v}' for n, v in found.items())} disagree; remove one of them")
+            raise UserError(f"config.json: {' and '.join(f'{n} = {v}' for n, v in found.items())} disagree; "
+                            "remove one of them")
         if found:
             return {self.model: next(iter(found.values()))}
         if self.default is REQUIRED:
@@ -84,7 +86,8 @@ class Fixed:
         """Return nothing; `UserError` where the value is another one."""
         found = config.get(self.hf, self.value)
         if found != self.value:
-            raise UserError(f"config.json: {self.hf} = {found!r}, but only {self.value!r} is supported for this family")
+            raise UserError(f"config.json: {self.hf} = {found!r}, but only {self.value!r} is supported "
+                            "for this family")
         return {}
 
 
@@ -105,7 +108,8 @@ class Unused:
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary frequencies: `rope_parameters` of transformers 5, or the older `rope_theta` and `rope_scaling`."""
+    """Rotary frequencies: `rope_parameters` of transformers 5,
+    or the older `rope_theta` and `rope_scaling`."""
 
     default_theta: float
     """What transformers assumes where no theta is given."""
@@ -124,8 +128,8 @@ class Rope:
         """Return theta and YaRN; `UserError` for other kinds of scaling and for parameters without effect."""
         spellings = [config[name] for name in ("rope_parameters", "rope_scaling") if config.get(name)]
         if len(spellings) == 2 and spellings[0] != spellings[1]:
-            raise UserError(f"config.json: rope_parameters = {spellings[0]} and rope_scaling = {spellings[1]} "
-                            "disagree; remove one of them")
+            raise UserError(f"config.json: rope_parameters = {spellings[0]} and rope_scaling = "
+                            f"{spellings[1]} disagree; remove one of them")
         rope = dict(spellings[0]) if spellings else {}
         theta = float(rope.pop("rope_theta", config.get("rope_theta", self.default_theta)))
         old_kind = rope.pop("type", "default")
@@ -138,10 +142,11 @@ class Rope:
             raise UserError(f"config.json: rope_type = {kind!r}, but only 'default' and 'yarn' are supported")
         share = rope.pop("partial_rotary_factor", 1.0)
         if share != 1.0:
-            raise UserError(f"config.json: partial_rotary_factor = {share}, but only 1.0 is supported: heads rotate as a whole")
+            raise UserError(f"config.json: partial_rotary_factor = {share}, but only 1.0 is supported: "
+                            "heads rotate as a whole")
         if rope:
-            raise UserError(f"config.json: rope parameters {', '.join(sorted(rope))} are unknown for rope_type {kind!r}; "
-                            "remove them if they have no effect")
+            raise UserError(f"config.json: rope parameters {', '.join(sorted(rope))} are unknown for "
+                            f"rope_type {kind!r}; remove them if they have no effect")
         return {"rope_theta": theta, "yarn": yarn}
 
     @staticmethod
@@ -156,12 +161,14 @@ class Rope:
         expected = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
         attention_factor = rope.pop("attention_factor", None)
         if attention_factor is not None and not math.isclose(attention_factor, expected, rel_tol=1e-6):
-            raise UserError(f"config.json: attention_factor = {attention_factor}, but only 0.1 ln(factor) + 1 = {expected:.6f} "
-                            "is supported")
+            raise UserError(f"config.json: attention_factor = {attention_factor}, but only 0.1 ln(factor) + "
+                            f"1 = {expected:.6f} is supported")
         truncate = rope.pop("truncate", True)
         if truncate is not True:
-            raise UserError(f"config.json: truncate = {truncate}, but only true is supported for rope_type 'yarn'")
-        return YarnConfig(factor, original, float(rope.pop("beta_fast", None) or 32), float(rope.pop("beta_slow", None) or 1))
+            raise UserError(f"config.json: truncate = {truncate}, but only true is supported for "
+                            "rope_type 'yarn'")
+        return YarnConfig(factor, original, float(rope.pop("beta_fast", None) or 32),
+                          float(rope.pop("beta_slow", None) or 1))
 
 
 def hidden_over_heads(config: dict[str, Any]) -> int:

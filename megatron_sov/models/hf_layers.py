@@ -1,4 +1,5 @@
-"""Config items that say which layers slide, which are dense, and what the prediction layer is (see `hf_config.py`)."""
+"""Config items that say which layers slide, which are dense, and what the prediction layer is
+(see `hf_config.py`)."""
 
 from __future__ import annotations
 
@@ -16,14 +17,15 @@ def _letters(types: list[str], name: str, length: int) -> str:
     """Return a list of attention types as letters; `UserError` where it is not one known type per layer."""
     letters = "".join(_LETTER.get(kind, "?") for kind in types)
     if len(letters) != length or "?" in letters:
-        raise UserError(f"config.json: {name} must name sliding_attention or full_attention for each of {length} layers; "
-                        f"it has {types}")
+        raise UserError(f"config.json: {name} must name sliding_attention or full_attention for each of "
+                        f"{length} layers; it has {types}")
     return letters
 
 
 def _pattern(letters: str) -> str:
     """Return the shortest pattern whose repetition gives all letters."""
-    return next((letters[:n] for n in range(1, len(letters) + 1) if (letters[:n] * len(letters))[:len(letters)] == letters), "G")
+    return next((letters[:n] for n in range(1, len(letters) + 1)
+                 if (letters[:n] * len(letters))[:len(letters)] == letters), "G")
 
 
 def _num_layers(config: dict[str, Any]) -> int:
@@ -32,35 +34,42 @@ def _num_layers(config: dict[str, Any]) -> int:
 
 @dataclass(frozen=True)
 class SlidingLayers:
-    """Which layers slide: explicit `layer_types` (transformers derives a different list from the pattern alone)."""
+    """Which layers slide: explicit `layer_types` (transformers derives a different list from
+    the pattern alone)."""
 
     default_window: int
     """What transformers assumes where `sliding_window` is absent, in tokens."""
     names: tuple[str, ...] = ("layer_types", "sliding_window", "sliding_window_pattern", "sliding_windows")
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        """Return the explicit list, the window, the pattern, and the window of each layer (0: global), which vLLM reads."""
+        """Return the explicit list, the window, the pattern, and the window of each layer (0:
+        global), which vLLM reads."""
         return {"layer_types": model.layer_types(), "sliding_window": model.sliding_window_tokens,
                 "sliding_window_pattern": model.attention_pattern,
-                "sliding_windows": [model.sliding_window_tokens * (kind == "sliding_attention") for kind in model.layer_types()]}
+                "sliding_windows": [model.sliding_window_tokens * (kind == "sliding_attention")
+                                    for kind in model.layer_types()]}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return the shortest pattern that gives the list, and the window; `UserError` where windows differ or disagree."""
+        """Return the shortest pattern that gives the list, and the window;
+        `UserError` where windows differ or disagree."""
         num_layers = _num_layers(config)
-        types = config.get("layer_types") or self._from_period(config.get("sliding_window_pattern", 4), num_layers)
+        types = (config.get("layer_types")
+                 or self._from_period(config.get("sliding_window_pattern", 4), num_layers))
         letters = _letters(types, "layer_types", num_layers)
         window = config.get("sliding_window", self.default_window) if "L" in letters else 0
         expected = [window * (letter == "L") for letter in letters]
         if [w or 0 for w in config.get("sliding_windows", expected)] != expected:
-            raise UserError(f"config.json: sliding_windows = {config['sliding_windows']}, but only windows that follow from "
-                            f"layer_types and one sliding_window = {window} are supported")
+            raise UserError(f"config.json: sliding_windows = {config['sliding_windows']}, but only windows "
+                            f"that follow from layer_types and one sliding_window = {window} are supported")
         return {"attention_pattern": _pattern(letters), "sliding_window_tokens": window}
 
     @staticmethod
     def _from_period(period: Any, num_layers: int) -> list[str]:
-        """As transformers reads an integer: every `period`-th layer is global; it accepts nothing else without a list."""
+        """As transformers reads an integer: every `period`-th layer is global;
+        it accepts nothing else without a list."""
         if not isinstance(period, int) or period < 1:
-            raise UserError(f"config.json: sliding_window_pattern = {period!r} needs an explicit layer_types list beside it")
+            raise UserError(f"config.json: sliding_window_pattern = {period!r} needs an explicit layer_types "
+                            "list beside it")
         return ["full_attention" if (i + 1) % period == 0 else "sliding_attention" for i in range(num_layers)]
 
 
@@ -69,13 +78,15 @@ class SlidingSwitch:
     """Windows behind the switch `use_sliding_window`, as Qwen has them."""
 
     by_layer: bool
-    """True: layers from `max_window_layers` on slide, or those that `layer_types` names; False: every layer does."""
+    """True: layers from `max_window_layers` on slide, or those that `layer_types` names;
+    False: every layer does."""
     default_first: int = 28
     """What transformers assumes where `max_window_layers` is absent."""
     names: tuple[str, ...] = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        """Return the switch, the window and, where layers may differ, the explicit list; `UserError` where they may not."""
+        """Return the switch, the window and, where layers may differ, the explicit list;
+        `UserError` where they may not."""
         types = model.layer_types()
         slides = "sliding_attention" in types
         written = {"use_sliding_window": slides, "sliding_window": model.sliding_window_tokens or None}
@@ -83,8 +94,8 @@ class SlidingSwitch:
             first = types.index("sliding_attention") if slides else model.num_layers
             return {**written, "max_window_layers": first, "layer_types": types}
         if len(set(types)) > 1:
-            raise UserError(f"model.attention_pattern = {model.attention_pattern!r}: in family '{model.family}' either every "
-                            "layer slides or none does; use 'L' or 'G'")
+            raise UserError(f"model.attention_pattern = {model.attention_pattern!r}: in family "
+                            f"'{model.family}' either every layer slides or none does; use 'L' or 'G'")
         return written
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
@@ -92,25 +103,29 @@ class SlidingSwitch:
         num_layers = _num_layers(config)
         slides = config.get("use_sliding_window", False)
         if slides and "sliding_window" not in config:
-            raise UserError(f"config.json: use_sliding_window = {slides} needs sliding_window; add it, or switch it off")
+            raise UserError(f"config.json: use_sliding_window = {slides} needs sliding_window; "
+                            "add it, or switch it off")
         first = config.get("max_window_layers", self.default_first) if self.by_layer else 0
-        types = ["sliding_attention" if slides and i >= first else "full_attention" for i in range(num_layers)]
+        types = ["sliding_attention" if slides and i >= first else "full_attention"
+                 for i in range(num_layers)]
         if self.by_layer:
             types = config.get("layer_types", types)
         letters = _letters(types, "layer_types", num_layers)
         if "L" in letters and not slides:
-            raise UserError(f"config.json: layer_types = {types} names sliding layers, but use_sliding_window is {slides}; "
-                            "make them agree")
+            raise UserError(f"config.json: layer_types = {types} names sliding layers, "
+                            f"but use_sliding_window is {slides}; make them agree")
         window = config["sliding_window"] if "L" in letters else 0
         return {"attention_pattern": _pattern(letters), "sliding_window_tokens": window}
 
 
 def _leading_dense(config: dict[str, Any], dense: list[bool], what: str) -> dict[str, Any]:
-    """Return the number of dense layers; `UserError` where they do not all stand before the ones with experts."""
+    """Return the number of dense layers; `UserError` where they do not all stand before the
+    ones with experts."""
     num_layers = _num_layers(config)
     if len(dense) != num_layers or dense != sorted(dense, reverse=True):
         raise UserError(f"config.json: {what} must name dense layers first and layers with experts after, "
-                        f"for num_hidden_layers = {num_layers} layers; a dense layer behind one with experts is not supported")
+                        f"for num_hidden_layers = {num_layers} layers; a dense layer behind one with experts "
+                        "is not supported")
     return {"num_dense_layers": sum(dense)}
 
 
@@ -120,7 +135,8 @@ class LeadingDenseLayers:
 
     default: int
     """What transformers assumes where nothing is said."""
-    names: tuple[str, ...] = ("first_k_dense_replace", "mlp_layer_types", "is_moe_layer", "first_last_k_dense_replace")
+    names: tuple[str, ...] = ("first_k_dense_replace", "mlp_layer_types", "is_moe_layer",
+                              "first_last_k_dense_replace")
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
         """Return the count and the explicit list."""
@@ -129,7 +145,8 @@ class LeadingDenseLayers:
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return the count; `UserError` where two spellings disagree."""
-        leading: Callable[[Any], list[bool]] = lambda count: [i < count for i in range(_num_layers(config))]  # noqa: E731
+        leading: Callable[[Any], list[bool]] = lambda count: [i < count  # noqa: E731
+                                                              for i in range(_num_layers(config))]
         spellings: dict[str, Callable[[Any], list[bool]]] = {
             "mlp_layer_types": lambda kinds: [kind != "sparse" for kind in kinds],
             "is_moe_layer": lambda flags: [not flag for flag in flags],
@@ -139,7 +156,8 @@ class LeadingDenseLayers:
         said = {name: read(config[name]) for name, read in spellings.items() if name in config}
         dense = next(iter(said.values()), leading(self.default))
         if any(other != dense for other in said.values()):
-            raise UserError(f"config.json: {' and '.join(said)} disagree about which layers are dense; make them agree")
+            raise UserError(f"config.json: {' and '.join(said)} disagree about which layers are dense; "
+                            "make them agree")
         return _leading_dense(config, dense, next(iter(said), "first_k_dense_replace"))
 
 
@@ -166,8 +184,8 @@ class PredictionLayer:
 
     default_coeff: float = 0.05
     """Published weight of its loss, where the config is silent."""
-    names: tuple[str, ...] = ("num_nextn_predict_layers", "mtp_layer_types", "mtp_sliding_windows", "mtp_loss_scaling_factor",
-                              "mtp_share_layers", "mtp_num_speculative_steps")
+    names: tuple[str, ...] = ("num_nextn_predict_layers", "mtp_layer_types", "mtp_sliding_windows",
+                              "mtp_loss_scaling_factor", "mtp_share_layers", "mtp_num_speculative_steps")
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
         """Return everything explicit; without such a layer only that there is none."""
@@ -179,17 +197,20 @@ class PredictionLayer:
                 "mtp_sliding_windows": [window] * n, "mtp_loss_scaling_factor": model.mtp_loss_coeff}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return the number of layers, their attention (global where the config is silent) and the weight of their loss."""
+        """Return the number of layers, their attention (global where the config is silent) and the
+        weight of their loss."""
         num_layers = config.get("num_nextn_predict_layers", 0)
-        letters = _letters(config.get("mtp_layer_types", ["full_attention"] * num_layers), "mtp_layer_types", num_layers)
+        letters = _letters(config.get("mtp_layer_types", ["full_attention"] * num_layers),
+                           "mtp_layer_types", num_layers)
         window = config.get("sliding_window", 0) if "L" in letters else 0
         windows = config.get("mtp_sliding_windows", [window] * num_layers)
         if any((found or 0) != window for found in windows):
-            raise UserError(f"config.json: mtp_sliding_windows = {windows}, but only {window} is supported: the trunk's window "
-                            "for a sliding prediction layer, 0 for a global one")
+            raise UserError(f"config.json: mtp_sliding_windows = {windows}, but only {window} is supported: "
+                            "the trunk's window for a sliding prediction layer, 0 for a global one")
         if config.get("mtp_num_speculative_steps", num_layers) != num_layers:
-            raise UserError(f"config.json: mtp_num_speculative_steps = {config['mtp_num_speculative_steps']}, but only "
-                            f"num_nextn_predict_layers = {num_layers} is supported: no prediction layer is applied twice")
+            raise UserError("config.json: mtp_num_speculative_steps = "
+                            f"{config['mtp_num_speculative_steps']}, but only num_nextn_predict_layers = "
+                            f"{num_layers} is supported: no prediction layer is applied twice")
         return {"num_mtp_layers": num_layers, "mtp_attention": letters[:1] or "G",
                 "mtp_loss_coeff": config.get("mtp_loss_scaling_factor", self.default_coeff)}
 
@@ -213,5 +234,6 @@ class Unclamped:
         """Return nothing; `UserError` where a layer has a limit."""
         limits = config.get(self.hf, [])
         if any(limits):
-            raise UserError(f"config.json: {self.hf} = {limits}, but only layers without a limit (0) are supported")
+            raise UserError(f"config.json: {self.hf} = {limits}, but only layers without a limit "
+                            "(0) are supported")
         return {}

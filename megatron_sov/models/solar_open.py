@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
-from megatron_sov.models.blocks import ATTENTION, EMBEDDINGS_AND_HEAD, ROUTED_EXPERTS, SHARED_EXPERTS, router_bias, trunk
-from megatron_sov.models.family import DECODER_CONFIG, DEEPSEEK_ROUTER, DEEPSEEK_ROUTER_CONFIG, EXPERTS_CONFIG, Family
+from megatron_sov.models.blocks import (
+    ATTENTION,
+    EMBEDDINGS_AND_HEAD,
+    ROUTED_EXPERTS,
+    SHARED_EXPERTS,
+    router_bias,
+    trunk,
+)
+from megatron_sov.models.family import (
+    DECODER_CONFIG,
+    DEEPSEEK_ROUTER,
+    DEEPSEEK_ROUTER_CONFIG,
+    EXPERTS_CONFIG,
+    Family,
+)
 from megatron_sov.models.hf_config import Fixed, Renamed, Rope, Unused
 
 FAMILY = Family(
@@ -12,7 +25,8 @@ FAMILY = Family(
     weights=(
         *EMBEDDINGS_AND_HEAD,
         trunk("every layer", ATTENTION),
-        trunk("moe layers", ROUTED_EXPERTS, SHARED_EXPERTS, (router_bias("mlp.gate.e_score_correction_bias"),)),
+        trunk("moe layers", ROUTED_EXPERTS, SHARED_EXPERTS,
+              (router_bias("mlp.gate.e_score_correction_bias"),)),
     ),
     config=(
         *DECODER_CONFIG, *EXPERTS_CONFIG, *DEEPSEEK_ROUTER_CONFIG, Fixed("tie_word_embeddings", False),
@@ -21,10 +35,12 @@ FAMILY = Family(
         Renamed("routed_scaling_factor", "routed_scaling_factor", 1.0), Rope(default_theta=1e6),
         # transformers stores these and ignores them, so any other value would silently be another model
         Fixed("first_k_dense_replace", 0, written=False), Fixed("use_qk_norm", False, written=False),
-        Fixed("partial_rotary_factor", 1.0, written=False), Fixed("num_nextn_predict_layers", 0, written=False),
+        Fixed("partial_rotary_factor", 1.0, written=False),
+        Fixed("num_nextn_predict_layers", 0, written=False),
         Unused(("intermediate_size",)),  # the published config has it; no layer is dense
     ),
-    structure={**DEEPSEEK_ROUTER, "num_dense_layers": 0, "dense_ffn_dim": 0, "attention_pattern": "G", "sliding_window_tokens": 0,
-               "rope_on_global": True, "qkv_bias": False, "qk_norm": False, "tied_embeddings": False, "num_mtp_layers": 0},
+    structure={**DEEPSEEK_ROUTER, "num_dense_layers": 0, "dense_ffn_dim": 0, "attention_pattern": "G",
+               "sliding_window_tokens": 0, "rope_on_global": True, "qkv_bias": False, "qk_norm": False,
+               "tied_embeddings": False, "num_mtp_layers": 0},
     needs_shared_expert=True,
 )

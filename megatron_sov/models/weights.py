@@ -1,9 +1,9 @@
 """The vocabulary of a weight map: which Hugging Face tensors make up which megatron-core tensor.
 
-A declaration says once how a Megatron tensor is viewed and along which axis it falls into Hugging Face tensors
-(`Layout`); joining and splitting both follow from that, so a map cannot disagree with its inverse.  Shapes are written
-in letters (`SIZES`), e.g. "V H".  Tensors are only asked to `reshape`, `narrow`, `copy_` and `new_empty`, so nothing
-here needs torch.
+A declaration says once how a Megatron tensor is viewed and along which axis it falls into Hugging Face
+tensors (`Layout`); joining and splitting both follow from that, so a map cannot disagree with its inverse.
+Shapes are written in letters (`SIZES`), e.g. "V H".  Tensors are only asked to `reshape`, `narrow`, `copy_`
+and `new_empty`, so nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ SIZES: dict[str, Callable[[ModelConfig], int]] = {
     "I": lambda m: m.expert_ffn_dim,
     "S": lambda m: m.expert_ffn_dim * m.num_shared_experts,
 }
-"""Letters of a shape: Vocabulary, Hidden, heaD, All query heads, dense Ffn, Experts, expert's Inner, Shared experts' inner."""
+"""Letters of a shape: Vocabulary, Hidden, heaD, All query heads, dense Ffn, Experts, expert's Inner,
+Shared experts' inner."""
 _TOKEN = re.compile(r"(\d*)([A-Z])")
 
 
@@ -40,7 +41,8 @@ def _check_letters(letters: str, where: str) -> None:
     for token in letters.split() or [""]:
         match = _TOKEN.fullmatch(token)
         if not match or match[2] not in SIZES:
-            raise ValueError(f"{where}: {token!r} in the shape {letters!r} is none of {', '.join(SIZES)} with an optional factor")
+            raise ValueError(f"{where}: {token!r} in the shape {letters!r} is none of {', '.join(SIZES)} "
+                             "with an optional factor")
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,8 @@ class GateUp:
 
 @dataclass(frozen=True)
 class QKV:
-    """Query, key and value interleaved by key/value group: for each group its query heads, its key head, its value head."""
+    """Query, key and value interleaved by key/value group: for each group its query heads,
+    its key head, its value head."""
 
     megatron: str
     query: str
@@ -156,7 +159,8 @@ class QKV:
         return (self.query, self.key, self.value)
 
     def layout(self, model: ModelConfig) -> Layout:
-        """Return the parts of [groups, query heads + key + value, head_dim, columns], cut along the heads of a group."""
+        """Return the parts of [groups, query heads + key + value, head_dim, columns],
+        cut along the heads of a group."""
         heads = model.num_heads // model.num_kv_heads
         view = (model.num_kv_heads, heads + 2, model.head_dim, *shape_of(self.columns, model))
         return Layout(view, 1, (heads, 1, 1), 3)
@@ -164,14 +168,16 @@ class QKV:
 
 @dataclass(frozen=True)
 class Experts:
-    """An entry per expert ("{e}" in the Hugging Face names), stacked along a leading axis of the Megatron tensor."""
+    """An entry per expert ("{e}" in the Hugging Face names), stacked along a leading axis of
+    the Megatron tensor."""
 
     each: Same | GateUp
 
     def __post_init__(self) -> None:
         for name in self.each.hf_names:
             if "{e}" not in name:
-                raise ValueError(f"{self.megatron}: its counterpart {name!r} lacks the placeholder {{e}} of an expert")
+                raise ValueError(f"{self.megatron}: its counterpart {name!r} lacks the placeholder "
+                                 "{e} of an expert")
         if "{e}" in self.megatron:
             raise ValueError(f"{self.megatron}: holds all experts, so it has no placeholder {{e}}")
 
@@ -200,7 +206,8 @@ class Section:
     """Entries under common prefixes, and where they occur."""
 
     where: Literal["once", "untied", "mtp", "every layer", "dense layers", "moe layers"]
-    """untied: once, in models whose output head is not the embedding matrix; mtp: once, in models with multi-token prediction."""
+    """untied: once, in models whose output head is not the embedding matrix; mtp: once, in models with
+    multi-token prediction."""
     megatron: str
     """Prefix of the Megatron names; "{l}" is the layer."""
     hf: str
@@ -212,22 +219,27 @@ class Section:
         for prefix in (self.megatron, self.hf):
             if ("{l}" in prefix) != per_layer:
                 raise ValueError(f"section {self.megatron!r} <-> {self.hf!r} for {self.where}: "
-                                 f"{'both prefixes need' if per_layer else 'neither prefix may have'} the placeholder {{l}}")
+                                 f"{'both prefixes need' if per_layer else 'neither prefix may have'} the "
+                                 "placeholder {l}")
         for entry in self.entries:
             misplaced = ["{l}"] if isinstance(entry, Experts) else ["{l}", "{e}"]
-            if any(placeholder in name for placeholder in misplaced for name in (entry.megatron, *entry.hf_names)):
+            if any(placeholder in name for placeholder in misplaced
+                   for name in (entry.megatron, *entry.hf_names)):
                 raise ValueError(f"section {self.megatron!r}, entry {entry.megatron!r} <-> {entry.hf_names}: "
                                  "a layer's placeholder belongs in the prefixes, an expert's in Experts(...)")
-        for names in ([n for entry in self.entries for n in entry.hf_names], [entry.megatron for entry in self.entries]):
+        for names in ([n for entry in self.entries for n in entry.hf_names],
+                      [entry.megatron for entry in self.entries]):
             twice = sorted({name for name in names if names.count(name) > 1})
             if twice:
                 raise ValueError(f"section {self.megatron!r} <-> {self.hf!r}: {', '.join(twice)} stand twice")
 
     def layers(self, model: ModelConfig) -> Sequence[int | None]:
-        """Return the trunk layers for which the section holds; [None] or nothing for one that belongs to no layer."""
+        """Return the trunk layers for which the section holds; [None] or nothing for one that
+        belongs to no layer."""
         first_moe = model.num_layers - model.num_moe_layers()
-        return {"once": [None], "untied": [] if model.tied_embeddings else [None], "mtp": [None] if model.num_mtp_layers else [],
-                "every layer": range(model.num_layers), "dense layers": range(first_moe),
+        return {"once": [None], "untied": [] if model.tied_embeddings else [None],
+                "mtp": [None] if model.num_mtp_layers else [], "every layer": range(model.num_layers),
+                "dense layers": range(first_moe),
                 "moe layers": range(first_moe, model.num_layers)}[self.where]
 
 
@@ -257,7 +269,8 @@ class Link:
 
     def hf_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of each Hugging Face tensor."""
-        return {name: self.layout.stored(n) for name, n in zip(self.hf_names, self.layout.lengths, strict=True)}
+        return {name: self.layout.stored(n)
+                for name, n in zip(self.hf_names, self.layout.lengths, strict=True)}
 
     def _parts(self, viewed: Any) -> Iterator[tuple[str, int, Any]]:
         for name, start, length in zip(self.hf_names, self.layout.starts(), self.layout.lengths, strict=True):
@@ -279,14 +292,16 @@ class Link:
 
 
 def links(sections: Sequence[Section], model: ModelConfig) -> list[Link]:
-    """Return every block of every tensor of `model`: what stands once, then layer by layer, then multi-token prediction.
+    """Return every block of every tensor of `model`: what stands once, then layer by layer,
+    then multi-token prediction.
 
     Raises:
         ValueError: the map names a tensor twice.
     """
     trunk = [s for s in sections if s.where != "mtp"]
     prediction = [s for s in sections if s.where == "mtp"]
-    order = [(s, layer) for layer in (None, *range(model.num_layers)) for s in trunk] + [(s, None) for s in prediction]
+    order = ([(s, layer) for layer in (None, *range(model.num_layers)) for s in trunk]
+             + [(s, None) for s in prediction])
     found = [x for s, layer in order if layer in s.layers(model) for x in _expand(s, model, layer)]
     hf_names = [name for link in found for name in link.hf_names]
     blocks = [(link.key, link.offset) for link in found]
@@ -307,4 +322,5 @@ def _expand(section: Section, model: ModelConfig, layer: int | None = None) -> I
         for expert in range(model.num_experts if stacked else 1):
             shape = (model.num_experts, *block) if stacked else block
             offset = (expert if stacked else 0, *(0,) * (len(shape) - 1))
-            yield Link(key, shape, offset, tuple(named(section.hf, n, expert) for n in entry.hf_names), layout, entry.fp32)
+            yield Link(key, shape, offset, tuple(named(section.hf, n, expert) for n in entry.hf_names),
+                       layout, entry.fp32)

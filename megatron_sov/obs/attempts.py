@@ -1,4 +1,5 @@
-"""The starts of a run's processes, told by its events: from where each went on, how far it came, and how it ended."""
+"""The starts of a run's processes, told by its events: from where each went on, how far it
+came, and how it ended."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ class Attempt:
     last_time_s: float = 0.0
 
     def wall_s(self) -> float:
-        """Return the seconds from this attempt's start to its end, or to its last event where it did not end."""
+        """Return the seconds from this attempt's start to its end, or to its last event
+        where it did not end."""
         return max(0.0, self.last_time_s - number(self.start.get("time_s")))
 
 
@@ -35,7 +37,8 @@ class Attempts:
         self._resume_reason = ""
 
     def add(self, event: dict[str, Any]) -> None:
-        """Take one event in; one that comes after an attempt's end (a conversion, days later) belongs to none."""
+        """Take one event in; one that comes after an attempt's end (a conversion,
+        days later) belongs to none."""
         kind, last = event["event"], self.all[-1] if self.all else None
         if kind == "run_start":
             self.all.append(last := Attempt(event, resume_reason=self._resume_reason))

@@ -1,7 +1,8 @@
 """Run events: one JSON object per line in `events.jsonl`, appended as things happen.
 
-Every line has `event` and `time_s` (Unix time), usually `step`.  Floats are written by their shortest exact form, so
-they read back to the same bits.  Everything that watches a run (report, status, trackers) reads this file.
+Every line has `event` and `time_s` (Unix time), usually `step`.  Floats are written by their shortest exact
+form, so they read back to the same bits.  Everything that watches a run (report, status,
+trackers) reads this file.
 """
 
 from __future__ import annotations
@@ -90,6 +91,7 @@ def read_events(path: str | Path) -> Iterator[dict[str, Any]]:
 
 
 def final_steps(events: list[dict[str, Any]], event: str = "step") -> list[dict[str, Any]]:
-    """Return the events of one kind by step, ascending; of a step done again after a restart, the last one counts."""
+    """Return the events of one kind by step, ascending; of a step done again after a restart,
+    the last one counts."""
     by_step = {e["step"]: e for e in events if e["event"] == event and "step" in e}
     return [by_step[s] for s in sorted(by_step)]

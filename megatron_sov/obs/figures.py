@@ -7,7 +7,8 @@ from typing import Any
 
 
 def number(value: Any) -> float:
-    """Return an event's number as a float; absent and unreadable values are NaN ("nan", "inf" are spelt as text)."""
+    """Return an event's number as a float; absent and unreadable values are NaN ("nan",
+    "inf" are spelt as text)."""
     try:
         return float(value)
     except (TypeError, ValueError):

@@ -1,11 +1,12 @@
-"""What goes wrong in a run, and what the run does about it: the kinds of such events, and their words for people."""
+"""What goes wrong in a run, and what the run does about it: the kinds of such events,
+and their words for people."""
 
 from __future__ import annotations
 
 from typing import Any
 
-KINDS = {"skip": "step not learned", "rollback": "weights taken back", "restart": "started again", "hang": "hang",
-         "sdc": "silent corruption", "alarm": "alarm", "fault": "fault on purpose",
+KINDS = {"skip": "step not learned", "rollback": "weights taken back", "restart": "started again",
+         "hang": "hang", "sdc": "silent corruption", "alarm": "alarm", "fault": "fault on purpose",
          "damaged_checkpoint": "damaged checkpoint", "failure": "ended by an error"}
 """Event -> what people call it."""
 BY_SETTING = "data.skip_steps"
@@ -22,9 +23,11 @@ def describe(event: dict[str, Any]) -> str:
     kind = event["event"]
     if kind == "skip":
         ranks = event.get("ranks") or []
-        return str(event.get("reason", "")) + (f"; not finite on rank {', '.join(map(str, ranks))}" if ranks else "")
+        return str(event.get("reason", "")) + (f"; not finite on rank {', '.join(map(str, ranks))}"
+                                               if ranks else "")
     if kind == "hang":
-        places = (f"rank {', '.join(map(str, ranks))} in {place}" for place, ranks in (event.get("places") or {}).items())
+        places = (f"rank {', '.join(map(str, ranks))} in {place}"
+                  for place, ranks in (event.get("places") or {}).items())
         return f"no progress; every process wrote its stacks into hang/ and ended: {'; '.join(places)}"
     if kind == "fault":
         return f"--inject {event.get('fault', '')}"

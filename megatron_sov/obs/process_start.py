@@ -16,7 +16,8 @@ def process_started_s() -> float:
     On Linux it is reckoned back from now by the age of the process, so it is right after the clock was set;
     elsewhere the system keeps the time itself.
     """
-    if sys.platform == "linux":  # psutil adds ticks to the machine's start, which Linux tells in whole seconds
+    # psutil adds ticks to the machine's start, which Linux tells in whole seconds
+    if sys.platform == "linux":
         with open("/proc/self/stat", encoding="utf-8", errors="replace") as f:
             after_name = f.read().rpartition(")")[2].split()  # the name, field 2, may hold anything
         started_s = int(after_name[STARTTIME - 3]) / os.sysconf("SC_CLK_TCK")

@@ -29,8 +29,8 @@ class ProgressBar:
         self._line = ""
         self._bar: tqdm[Never] | None = None
         if self._stream.isatty():
-            self._bar = tqdm(total=total_steps, initial=first_step, desc=label, unit="step", dynamic_ncols=True,
-                             file=self._stream)
+            self._bar = tqdm(total=total_steps, initial=first_step, desc=label, unit="step",
+                             dynamic_ncols=True, file=self._stream)
 
     def update(self, step: int, loss: float, tokens_per_s: float) -> None:
         """Show that `step` is done; `loss` is the step's mean loss, `tokens_per_s` counts all processes."""
@@ -42,8 +42,8 @@ class ProgressBar:
         # A step's time is the mean over this process's own steps: those before a resume ran at another time.
         done = step - self._first_step
         left_s = (now_s - self._start_s) / done * (self._total_steps - step) if done > 0 else 0.0
-        self._line = (f"{self._label}: step {step}/{self._total_steps}, loss {loss:.4f}, {tokens_per_s:,.0f} tokens/s, "
-                      f"{tqdm.format_interval(left_s)} left")
+        self._line = (f"{self._label}: step {step}/{self._total_steps}, loss {loss:.4f}, {tokens_per_s:,.0f} "
+                      f"tokens/s, {tqdm.format_interval(left_s)} left")
         if now_s - self._last_line_s >= LINE_EVERY_S:
             self._write_line(now_s)
 
@@ -55,5 +55,6 @@ class ProgressBar:
             self._write_line(time.monotonic())
 
     def _write_line(self, now_s: float) -> None:
-        print(f"{self._line}\n", end="", file=self._stream, flush=True)  # one write: other ranks' lines must not come in between
+        # one write: other ranks' lines must not come in between
+        print(f"{self._line}\n", end="", file=self._stream, flush=True)
         self._line, self._last_line_s = "", now_s

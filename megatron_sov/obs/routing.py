@@ -10,12 +10,14 @@ Counts = npt.NDArray[np.float64]
 
 
 def max_violation(load: Counts) -> npt.NDArray[np.float64]:
-    """Return MaxVio of each layer (arXiv 2408.15664): the load of the busiest expert over the fair load, less 1; 0 is balance."""
+    """Return MaxVio of each layer (arXiv 2408.15664): the load of the busiest expert over the fair load,
+    less 1; 0 is balance."""
     return np.asarray(load.max(axis=1) / load.mean(axis=1) - 1)
 
 
 def load_entropy(load: Counts) -> npt.NDArray[np.float64]:
-    """Return each layer's entropy of the load over ``ln(experts)``: 1 is an even load, 0 all tokens at one expert."""
+    """Return each layer's entropy of the load over ``ln(experts)``: 1 is an even load,
+    0 all tokens at one expert."""
     if load.shape[1] < 2:
         return np.ones(len(load))
     share = load / load.sum(axis=1, keepdims=True)

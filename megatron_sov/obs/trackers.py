@@ -1,4 +1,5 @@
-"""TensorBoard and Weights & Biases, by setting.  They watch a run and never end it: events.jsonl holds everything anyway."""
+"""TensorBoard and Weights & Biases, by setting.  They watch a run and never end it: events.jsonl holds
+everything anyway."""
 
 from __future__ import annotations
 
@@ -59,9 +60,11 @@ class _Wandb:
         if not id_file.exists():
             atomic_write(id_file, secrets.token_hex(8))
         run_id = id_file.read_text(encoding="utf-8").strip()
-        self._run = wandb.init(project=project, id=run_id, resume="allow", dir=str(run_dir), name=run_dir.resolve().name,
-                               config=run_config_dict, settings=wandb.Settings(silent=True))
-        # wandb's own step may only grow; a run that went back to a checkpoint does steps again, so the step is a value.
+        self._run = wandb.init(project=project, id=run_id, resume="allow", dir=str(run_dir),
+                               name=run_dir.resolve().name, config=run_config_dict,
+                               settings=wandb.Settings(silent=True))
+        # wandb's own step may only grow; a run that went back to a checkpoint does steps again,
+        # so the step is a value.
         self._run.define_metric("*", step_metric="step")
 
     def log_step(self, step: int, values: dict[str, float]) -> None:
@@ -88,7 +91,8 @@ class Trackers:
 
     Args:
         config: which trackers.
-        run_dir: the run folder; TensorBoard files go to its `tensorboard/`, wandb's own files to its `wandb/`.
+        run_dir: the run folder; TensorBoard files go to its `tensorboard/`,
+            wandb's own files to its `wandb/`.
         run_config_dict: the resolved settings, shown beside the curves.
 
     Raises:

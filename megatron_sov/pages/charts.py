@@ -1,4 +1,5 @@
-"""Plotly figures on a page.  Colours are names of CSS variables, so that the page's light and dark themes reach into charts."""
+"""Plotly figures on a page.  Colours are names of CSS variables, so that the page's light and dark themes
+reach into charts."""
 
 from __future__ import annotations
 
@@ -27,12 +28,13 @@ def chart(figure: go.Figure, caption: str, notes: Iterable[str] = (), height_px:
     """Return a figure as a `Chart`; its margins, fonts and colours are the page's."""
     has_legend = len(figure.data) > 1
     figure.update_layout(template="none", height=height_px, showlegend=has_legend, hovermode="closest",
-                         margin={"l": 64, "r": 16, "t": 28, "b": 76 if has_legend else 56},
-                         legend={"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0},
-                         paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", font={"color": "var(--ink)", "size": 12})
+                         margin={"l": 64, "r": 16, "t": 28, "b": 76 if has_legend else 56}, legend={
+                             "orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0},
+                         paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)",
+                         font={"color": "var(--ink)", "size": 12})
     for axis in ("xaxis", "yaxis"):
-        figure.update_layout({axis: {"gridcolor": "var(--grid)", "linecolor": "var(--rule)", "zeroline": False,
-                                     "automargin": True}})
+        figure.update_layout({axis: {"gridcolor": "var(--grid)", "linecolor": "var(--rule)",
+                                     "zeroline": False, "automargin": True}})
     # "<" could close the script element that carries the figure, "&" and U+2028 trip other readers.
     text = figure.to_json()
     for character in "<>&\u2028\u2029":

@@ -15,12 +15,14 @@ from megatron_sov.pages.content import Chapter, Table
 from megatron_sov.version import __version__
 
 
-def render(kicker: str, title: str, subtitle: str, chapters: list[Chapter], *, overview: tuple[str, Table] | None = None,
-           anchor: str = "part", nothing: str = "There is nothing to show.", now_s: float | None = None) -> str:
+def render(kicker: str, title: str, subtitle: str, chapters: list[Chapter], *,
+           overview: tuple[str, Table] | None = None, anchor: str = "part",
+           nothing: str = "There is nothing to show.", now_s: float | None = None) -> str:
     """Return the HTML of a page.
 
-    Text is escaped by the template; a content security policy lets only the file's own two scripts run and forbids every
-    load, so that hostile text from a model or a corpus stays text even for a reader's browser with a defect elsewhere.
+    Text is escaped by the template; a content security policy lets only the file's own two scripts run and
+    forbids every load, so that hostile text from a model or a corpus stays text even for a reader's browser
+    with a defect elsewhere.
 
     Args:
         kicker: what kind of page it is, above the title.
@@ -38,19 +40,22 @@ def render(kicker: str, title: str, subtitle: str, chapters: list[Chapter], *, o
     return template.render(
         kicker=kicker, title=title, subtitle=subtitle, nothing=nothing,
         chapters=[_anchored(chapter, f"{anchor}-{i}") for i, chapter in enumerate(chapters, 1)],
-        overview=overview, overview_anchor=f"{anchor}s", css=_resource("page.css"), plotly_js=plotly_js, draw_js=draw_js,
-        script_hashes=f"{_csp_hash(plotly_js)} {_csp_hash(draw_js)}", version=__version__,
+        overview=overview, overview_anchor=f"{anchor}s", css=_resource("page.css"), plotly_js=plotly_js,
+        draw_js=draw_js, script_hashes=f"{_csp_hash(plotly_js)} {_csp_hash(draw_js)}", version=__version__,
         written=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(now_s)),
     )
 
 
 def _anchored(chapter: Chapter, anchor: str) -> dict[str, object]:
-    parts = [{"section": s, "anchor": f"{anchor}-{re.sub('[^a-z]+', '-', s.title.lower())}"} for s in chapter.sections]
-    return {"name": chapter.name, "detail": chapter.detail, "anchor": anchor, "figures": chapter.figures, "parts": parts}
+    parts = [{"section": s, "anchor": f"{anchor}-{re.sub('[^a-z]+', '-', s.title.lower())}"}
+             for s in chapter.sections]
+    return {"name": chapter.name, "detail": chapter.detail, "anchor": anchor, "figures": chapter.figures,
+            "parts": parts}
 
 
 def _resource(name: str) -> str:
-    return importlib.resources.files("megatron_sov.pages").joinpath("templates", name).read_text(encoding="utf-8")
+    return importlib.resources.files("megatron_sov.pages").joinpath("templates", name).read_text(
+        encoding="utf-8")
 
 
 def _csp_hash(script: str) -> str:

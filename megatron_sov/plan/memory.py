@@ -1,7 +1,9 @@
-"""Memory of one process while it trains: weights, gradients, optimizer and activations, as an account of single items.
+"""Memory of one process while it trains: weights, gradients, optimizer and activations,
+as an account of single items.
 
-Activations are those of full recomputation: each layer's input is kept, and one layer's inside exists at a time.  The account
-leaves out what the allocator, the communication library and the CUDA context take beside it.
+Activations are those of full recomputation: each layer's input is kept, and one layer's inside exists at a
+time.  The account leaves out what the allocator, the communication library and the CUDA
+context take beside it.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ class Account:
         return sum(asdict(self).values())
 
 
-def account(config: RunConfig, dense: int, experts: int, layers: int, num_ranks: int, stage: int, seq_len: int) -> Account:
+def account(config: RunConfig, dense: int, experts: int, layers: int, num_ranks: int, stage: int,
+            seq_len: int) -> Account:
     """Return the account of a process on pipeline stage `stage` (0-based).
 
     Args:
@@ -53,7 +56,8 @@ def account(config: RunConfig, dense: int, experts: int, layers: int, num_ranks:
     """
     p, item = config.parallel, ACTIVATION_BYTES[config.train.precision]
     params = dense + experts
-    shards, expert_shards = (num_ranks // (p.tp * p.pp), num_ranks // (p.etp * p.ep * p.pp)) if p.zero1 else (1, 1)
+    shards, expert_shards = ((num_ranks // (p.tp * p.pp), num_ranks // (p.etp * p.ep * p.pp)) if p.zero1
+                             else (1, 1))
     state, moment = (MASTER_AND_MOMENTS, MOMENT) if config.train.precision == "bf16" else (2 * item, item)
     of_matrices = state - moment if config.optim.name == "muon" else state
     tables = _vocabulary_tables(config, stage) * (config.model.vocab_size // p.tp) * config.model.hidden_size
@@ -74,11 +78,13 @@ def _vocabulary_tables(config: RunConfig, stage: int) -> int:
     """Return how many embeddings and heads a pipeline stage holds, which are AdamW's also beside Muon."""
     p, m = config.parallel, config.model
     last = stage == p.pp - 1
-    return (stage == 0) + (last and not (m.tied_embeddings and p.pp == 1)) + (last and p.pp > 1 and m.num_mtp_layers > 0)
+    return ((stage == 0) + (last and not (m.tied_embeddings and p.pp == 1))
+            + (last and p.pp > 1 and m.num_mtp_layers > 0))
 
 
 def layer_bytes(config: RunConfig, row_tokens: int) -> int:
-    """Return the bytes of what a layer with experts and global attention saves for its backward pass, routing being even.
+    """Return the bytes of what a layer with experts and global attention saves for its backward pass,
+    routing being even.
 
     Args:
         config: model, layout, precision.
@@ -88,10 +94,13 @@ def layer_bytes(config: RunConfig, row_tokens: int) -> int:
     local = row_tokens // p.cp
     share = local // (p.tp if p.sp else 1)
     heads, kv = m.num_heads * m.head_dim // p.tp, m.num_kv_heads * m.head_dim // p.tp
-    attention = local * (m.hidden_size + (heads + 2 * kv) + (heads + kv) + heads)  # input gathered, q k v, rotated, output
+    # input gathered, q k v, rotated, output
+    attention = local * (m.hidden_size + (heads + 2 * kv) + (heads + kv) + heads)
     gathered = row_tokens * 2 * kv if p.cp > 1 else 0  # keys and values of the whole row
     norms = 4 * share * m.hidden_size  # two norms and two residuals
     shared = local * (m.hidden_size + 3 * m.num_shared_experts * m.expert_ffn_dim // p.tp)
-    routed = share * m.num_experts_per_token * (4 * m.hidden_size + 3 * m.expert_ffn_dim // p.etp) if m.num_experts else 0
-    dense = local * (m.hidden_size + 3 * m.dense_ffn_dim // p.tp) if m.num_dense_layers or not m.num_experts else 0
+    routed = (share * m.num_experts_per_token * (4 * m.hidden_size + 3 * m.expert_ffn_dim // p.etp)
+              if m.num_experts else 0)
+    dense = (local * (m.hidden_size + 3 * m.dense_ffn_dim // p.tp)
+             if m.num_dense_layers or not m.num_experts else 0)
     return item * (attention + gathered + norms + max(shared + routed if m.num_experts else 0, dense))

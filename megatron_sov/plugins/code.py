@@ -10,7 +10,8 @@ Kind = Literal["recipe", "model family", "objective", "data step"]
 
 @dataclass(frozen=True)
 class Code:
-    """One piece of code that is not built in, noted by the command that loads it; in a file it is a record, and loads nothing."""
+    """One piece of code that is not built in, noted by the command that loads it; in a file it is a record,
+    and loads nothing."""
 
     __pydantic_config__ = {"extra": "forbid"}  # as settings have it, of which this is one
     kind: Kind

@@ -33,7 +33,8 @@ class Loaded:
 
 
 def is_reference(text: str) -> bool:
-    """Return whether a text names code (FILE.py:NAME, MODULE:NAME) and not something that has a name of its own."""
+    """Return whether a text names code (FILE.py:NAME, MODULE:NAME) and not something that has
+    a name of its own."""
     return ":" in text or "/" in text or text.endswith(".py")
 
 
@@ -43,7 +44,8 @@ def load(reference: str) -> Loaded:
     It runs code: pass only what a person wrote on this command's line, or what code that they named says.
 
     Raises:
-        UserError: the reference has another form, there is no such file or module, it fails, or has no such name.
+        UserError: the reference has another form, there is no such file or module, it fails,
+            or has no such name.
     """
     place, _, name = reference.rpartition(":")
     if not place or not name.isidentifier():
@@ -73,14 +75,17 @@ def calling(reference: str, action: Callable[[], Any]) -> Any:
 
 
 def files_of(module: ModuleType) -> dict[str, str]:
-    """Return file -> sha256 of an imported module and of what is loaded of its package; empty for modules without a file."""
+    """Return file -> sha256 of an imported module and of what is loaded of its package;
+    empty for modules without a file."""
     main = getattr(module, "__file__", None)
     if main is None:
         return {}
     top = module.__name__.partition(".")[0]
     root = Path(sys.modules[top].__file__ or main).parent
-    files = [m.__file__ for name, m in sorted(sys.modules.items()) if name.partition(".")[0] == top and _has_file(m)]
-    return {os.path.relpath(file, root): _sha256(Path(file)) for file in dict.fromkeys([main, *files]) if file}
+    files = [m.__file__ for name, m in sorted(sys.modules.items())
+             if name.partition(".")[0] == top and _has_file(m)]
+    return {os.path.relpath(file, root): _sha256(Path(file))
+            for file in dict.fromkeys([main, *files]) if file}
 
 
 _ran: dict[Path, tuple[str, ModuleType]] = {}
@@ -88,11 +93,13 @@ _ran: dict[Path, tuple[str, ModuleType]] = {}
 
 
 def _run(path: Path) -> tuple[ModuleType, str]:
-    """Return the module that a file makes, and the hash of its bytes; a file that has not changed is run once."""
+    """Return the module that a file makes, and the hash of its bytes; a file that has not
+    changed is run once."""
     try:
         source = path.read_bytes()
     except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror or e}); name a Python file, as FILE.py:NAME") from None
+        raise UserError(f"{path}: cannot be read ({e.strerror or e}); name a Python file, "
+                        "as FILE.py:NAME") from None
     digest = hashlib.sha256(source).hexdigest()
     if path in _ran and _ran[path][0] == digest:
         return _ran[path][1], digest
@@ -101,7 +108,8 @@ def _run(path: Path) -> tuple[ModuleType, str]:
     module.__file__ = str(path)
     sys.modules[module.__name__] = module
     try:
-        # not through importlib: it may take a .pyc of a second ago for the file, and the hash would be of other code
+        # not through importlib: it may take a .pyc of a second ago for the file,
+        # and the hash would be of other code
         with telling(str(path)), _importing_from(path.parent):
             exec(compile(source, str(path), "exec", dont_inherit=True), vars(module))
     except BaseException:
@@ -132,7 +140,8 @@ def telling(where: str) -> Iterator[None]:
     except UserError:
         raise
     except SyntaxError as e:
-        raise UserError(f"{e.filename or where}{f':{e.lineno}' if e.lineno else ''}: {e.msg}; mend the line") from None
+        raise UserError(f"{e.filename or where}{f':{e.lineno}' if e.lineno else ''}: {e.msg}; "
+                        "mend the line") from None
     except (Exception, SystemExit) as e:
         lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.filename == where]
         raise UserError(f"{where}{f':{lines[-1]}' if lines else ''}: {type(e).__name__}: {e}") from e
@@ -187,4 +196,5 @@ def _sha256(path: Path) -> str:
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror or e}), and the run keeps the hash of its code") from None
+        raise UserError(f"{path}: cannot be read ({e.strerror or e}), and the run keeps the "
+                        "hash of its code") from None

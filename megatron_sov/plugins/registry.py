@@ -1,4 +1,5 @@
-"""What is known by name of one kind of code: what is built in, what a person named, what installed packages declare."""
+"""What is known by name of one kind of code: what is built in, what a person named,
+what installed packages declare."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ class _Known(Generic[T]):
 class Registry(Generic[T]):
     """All code of one kind that is not built in.
 
-    `load` runs a file and is for what a person named; `get` never does, and is for what configs and checkpoints say.
+    `load` runs a file and is for what a person named; `get` never does,
+    and is for what configs and checkpoints say.
     """
 
     def __init__(self, kind: Kind, group: str, built_in: Collection[str], check: Callable[[Loaded], None],
@@ -64,10 +66,11 @@ class Registry(Generic[T]):
         name = self._own_name(loaded.value) if self._own_name else loaded.attribute
         known = self._known.get(name)
         if name in self._built_in:
-            raise UserError(f"{loaded.reference}: is called {name!r} like a built-in {self.kind}; give it another name")
+            raise UserError(f"{loaded.reference}: is called {name!r} like a built-in {self.kind}; "
+                            "give it another name")
         if known is not None and known.code.reference != loaded.reference:
-            raise UserError(f"{loaded.reference}: is called {name!r} like {known.code.reference}; give one of them "
-                            "another name")
+            raise UserError(f"{loaded.reference}: is called {name!r} like {known.code.reference}; "
+                            "give one of them another name")
         self._keep(name, loaded)
         return name
 
@@ -79,14 +82,15 @@ class Registry(Generic[T]):
             recorded: what a config or checkpoint says about its code, for the message alone.
 
         Raises:
-            UserError: there is none; the message names the nearest, or says how to name the file that it stands in.
+            UserError: there is none; the message names the nearest, or says how to name the file
+                that it stands in.
         """
         if name in self._known:
             return self._known[name].value
         found = [d for d in declared(self.group) if d.name == name]
         if len(found) > 1:
-            raise UserError(f"{self.kind} {name!r}: is declared by {' and by '.join(d.package for d in found)}; "
-                            "uninstall one of them")
+            raise UserError(f"{self.kind} {name!r}: is declared by "
+                            f"{' and by '.join(d.package for d in found)}; uninstall one of them")
         if not found:
             raise UserError(self._unknown(name, recorded))
         self._import(found[0])
@@ -97,12 +101,15 @@ class Registry(Generic[T]):
         return self._known[name].code if name in self._known else None
 
     def listing(self) -> list[tuple[str, str]]:
-        """Return (name, origin) of all that is known, and of all that installed packages declare; imports nothing."""
-        return [*((name, f"file {known.code.reference}") for name, known in self._known.items() if not known.code.package),
-                *((d.name, f"package {d.package}") for d in declared(self.group) if d.name not in self._built_in)]
+        """Return (name, origin) of all that is known, and of all that installed packages
+        declare; imports nothing."""
+        return [*((name, f"file {known.code.reference}") for name, known in self._known.items()
+                  if not known.code.package), *((d.name, f"package {d.package}") for d in declared(self.group)
+                                                if d.name not in self._built_in)]
 
     def named(self) -> list[str]:
-        """Return the references that a person named, so that a process started from this one can be given them."""
+        """Return the references that a person named, so that a process started from this one
+        can be given them."""
         return [known.code.reference for known in self._known.values() if not known.code.package]
 
     def _import(self, entry: Declared) -> None:
@@ -122,13 +129,15 @@ class Registry(Generic[T]):
 
     def _unknown(self, name: str, recorded: Sequence[Code]) -> str:
         if is_reference(name):
-            return (f"{self.kind} {name!r}: is a file or module, which is run only when the command line itself names it; "
-                    "if you know it and trust it, name it with --set or --plugin")
+            return (f"{self.kind} {name!r}: is a file or module, which is run only when the command line "
+                    "itself names it; if you know it and trust it, name it with --set or --plugin")
         for code in recorded:
-            if (code.kind, code.name) == (self.kind, name) and not code.package and code.reference.isprintable():
-                return (f"{self.kind} {name!r}: stands in {code.reference}, which is run only when the command line itself "
-                        f"names it; if you know it and trust it, add --plugin {shlex.quote(code.reference)}")
+            if ((code.kind, code.name) == (self.kind, name) and not code.package
+                    and code.reference.isprintable()):
+                return (f"{self.kind} {name!r}: stands in {code.reference}, which is run only when the "
+                        "command line itself names it; if you know it and trust it, "
+                        f"add --plugin {shlex.quote(code.reference)}")
         known = [*self._built_in, *(n for n, _ in self.listing())]
         absent, plural = ABSENT.get(self.kind, ("does not exist", f"{self.kind}s"))
-        return (f"{self.kind} {name!r}: {absent}{nearest(name, known)} ({plural}: {', '.join(known)}; your own are named "
-                "FILE.py:NAME)")
+        return (f"{self.kind} {name!r}: {absent}{nearest(name, known)} ({plural}: {', '.join(known)}; "
+                "your own are named FILE.py:NAME)")

@@ -1,4 +1,5 @@
-"""Checks at the moment of loading: a plug-in that is called wrongly must fail before the work, in one sentence."""
+"""Checks at the moment of loading: a plug-in that is called wrongly must fail before the
+work, in one sentence."""
 
 from __future__ import annotations
 
@@ -32,10 +33,13 @@ def check_methods(value: Any, reference: str, what: str, methods: Mapping[str, t
     """
     shapes = {name: f"{name}(self, {', '.join(arguments)})" for name, arguments in methods.items()}
     if not inspect.isclass(value):
-        raise UserError(f"{reference}: is a {type(value).__name__}; {what} is a class with {', '.join(shapes.values())}")
+        raise UserError(f"{reference}: is a {type(value).__name__}; "
+                        f"{what} is a class with {', '.join(shapes.values())}")
     wrong = [name for name, arguments in methods.items()
-             if not callable(getattr(value, name, None)) or not takes(getattr(value, name), ("self", *arguments))]
+             if not callable(getattr(value, name, None))
+             or not takes(getattr(value, name), ("self", *arguments))]
     if wrong:
-        found = [f"{name}{inspect.signature(getattr(value, name))}" for name in wrong if callable(getattr(value, name, None))]
+        found = [f"{name}{inspect.signature(getattr(value, name))}"
+                 for name in wrong if callable(getattr(value, name, None))]
         has = f"it has {', '.join(found)}" if found else "it has none"
         raise UserError(f"{reference}: {what} needs {', '.join(shapes[name] for name in wrong)}; {has}")

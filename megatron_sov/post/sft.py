@@ -1,4 +1,5 @@
-"""Supervised fine-tuning: cross-entropy on responses, with an auxiliary term on plain text normalised on its own."""
+"""Supervised fine-tuning: cross-entropy on responses, with an auxiliary term on plain text
+normalised on its own."""
 
 from __future__ import annotations
 
@@ -21,10 +22,11 @@ TYPE_OF = {TEXT: 0, RESPONSE: 2}
 
 
 class SupervisedFineTuning(DataObjective):
-    """``CE(responses) / response tokens + text_coeff * CE(text) / text tokens`` (+ multi-token prediction on responses).
+    """``CE(responses) / response tokens + text_coeff * CE(text) / text tokens`` (+ multi-token
+    prediction on responses).
 
-    Each term is divided by its own count over the global batch, so the share of text in the data changes how often the
-    auxiliary term is estimated, and never its weight.
+    Each term is divided by its own count over the global batch, so the share of text in the data changes how
+    often the auxiliary term is estimated, and never its weight.
     """
 
     def __init__(self, config: RunConfig, batches: DataBatches) -> None:
@@ -36,14 +38,15 @@ class SupervisedFineTuning(DataObjective):
 
     def prepare(self, batch: GlobalBatch) -> GlobalBatch:
         """Count each term's targets over the global batch."""
-        targets = {term: sum(float(_weights(m, term).double().sum()) for m in batch.micro_batches) for term in TYPE_OF
-                   if term in self.coefficients}
+        targets = {term: sum(float(_weights(m, term).double().sum()) for m in batch.micro_batches)
+                   for term in TYPE_OF if term in self.coefficients}
         return with_denominators(batch, targets | self._mtp_targets(map(_responses, batch.micro_batches)))
 
     def loss(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> LossSums:
         """Return the summed cross-entropy of each term."""
         losses = -head.logprobs(hidden[0], batch.labels)
-        terms = {term: (losses * _weights(batch, term)).sum() for term in TYPE_OF if term in self.coefficients}
+        terms = {term: (losses * _weights(batch, term)).sum()
+                 for term in TYPE_OF if term in self.coefficients}
         terms |= self._mtp_sum(hidden, head, _responses(batch))
         return LossSums(terms, per_source(losses, batch.weights, batch.sources, self._num_sources))
 
@@ -70,8 +73,9 @@ def check_sources(config: RunConfig, sources: list[Source]) -> None:
         raise UserError(f"--data: none of the sources ({', '.join(texts)}) holds conversations; "
                         "pack some with `sov-data pack --format chat`")
     if texts and config.objective.text_coeff <= 0:
-        raise UserError(f"objective.text_coeff = {config.objective.text_coeff}, but --data holds text ({', '.join(texts)}) that "
-                        "only the text term learns; set objective.text_coeff (e.g. 0.1) or leave that data out")
+        raise UserError(f"objective.text_coeff = {config.objective.text_coeff}, but --data holds text "
+                        f"({', '.join(texts)}) that only the text term learns; "
+                        "set objective.text_coeff (e.g. 0.1) or leave that data out")
     if not texts and config.objective.text_coeff > 0:
-        raise UserError(f"objective.text_coeff = {config.objective.text_coeff} needs text beside the conversations; "
-                        "add --data with packed text")
+        raise UserError(f"objective.text_coeff = {config.objective.text_coeff} needs text beside the "
+                        "conversations; add --data with packed text")

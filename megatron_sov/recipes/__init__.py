@@ -81,7 +81,8 @@ def names() -> list[str]:
 
 
 def get(name: str) -> RunConfig:
-    """Return the recipe of that name: built in, declared by an installed package, or named on the command line.
+    """Return the recipe of that name: built in, declared by an installed package,
+    or named on the command line.
 
     A tiny one has the big one's whole name too: `tiny-solar-open-102b`.
 
@@ -107,8 +108,8 @@ def _find(name: str) -> Recipe:
 
 def _check(loaded: Loaded) -> None:
     if not callable(loaded.value) or not takes(loaded.value, ()):
-        raise UserError(f"{loaded.reference}: is {loaded.value!r}; a recipe is a function without arguments that returns a "
-                        "RunConfig")
+        raise UserError(f"{loaded.reference}: is {loaded.value!r}; a recipe is a function without arguments "
+                        "that returns a RunConfig")
 
 
 OWN: Registry[Callable[[], RunConfig]] = Registry("recipe", "megatron_sov.recipes", RECIPES, _check)

@@ -81,7 +81,8 @@ def extended(model: ModelConfig, trained_tokens: int, new_tokens: int, rope_thet
 
 def phase_setting(seq_len: int, name: str = PHASE, blend: dict[str, float] | None = None) -> str:
     """Return the setting for a curriculum of one phase."""
-    return "data.phases=" + json.dumps([dataclasses.asdict(PhaseConfig(name, seq_len=seq_len, blend=blend or {}))])
+    return "data.phases=" + json.dumps(
+        [dataclasses.asdict(PhaseConfig(name, seq_len=seq_len, blend=blend or {}))])
 
 
 def length_settings(recipe: RunConfig, longer: ModelConfig, trained_tokens: int, new_tokens: int,
@@ -106,5 +107,6 @@ def length_settings(recipe: RunConfig, longer: ModelConfig, trained_tokens: int,
 
 
 def micro_batch_size(limit_tokens: int, seq_len: int, per_rank: int) -> int:
-    """Return the largest number of samples of `seq_len` within `limit_tokens` that divides `per_rank`; at least 1."""
+    """Return the largest number of samples of `seq_len` within `limit_tokens` that divides
+    `per_rank`; at least 1."""
     return max((m for m in range(1, limit_tokens // seq_len + 1) if per_rank % m == 0), default=1)

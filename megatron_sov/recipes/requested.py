@@ -1,7 +1,7 @@
 """RECIPE or --config, --plugin, --set: what all commands that start from a recipe share.  No torch here.
 
-Here, and nowhere else, stands which code is run: what the command line names, and what code so named says itself.  A
-config file is data; what it names is looked up among what is known already.
+Here, and nowhere else, stands which code is run: what the command line names, and what code so named says
+itself.  A config file is data; what it names is looked up among what is known already.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ NAMED_BY_SETTINGS: dict[str, Registry] = {"model.family": models.OWN, "objective
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     """Add RECIPE --config --plugin --set."""
-    parser.add_argument("recipe", nargs="?", metavar="RECIPE",
-                        help="name of a recipe (`megatron-sov recipes` lists them), or FILE.py:FUNCTION of your own")
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="name of a recipe (`megatron-sov "
+                                                                    "recipes` lists them), "
+                                                                    "or FILE.py:FUNCTION of your own")
     parser.add_argument("--config", type=Path, metavar="FILE",
                         help="in place of RECIPE: settings as a run's config.json has them")
     add_plugin_argument(parser)
@@ -41,7 +42,8 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
 def add_plugin_argument(parser: argparse.ArgumentParser) -> None:
     """Add --plugin."""
     parser.add_argument("--plugin", dest="plugins", action="append", default=[], metavar="FILE.py:NAME",
-                        help="run this file of yours, for a model family or objective that a checkpoint or --config has")
+                        help="run this file of yours, for a model family or objective that a checkpoint "
+                             "or --config has")
 
 
 def load_plugins(references: Sequence[str]) -> None:
@@ -76,7 +78,8 @@ class Request:
             own: settings that go before --set.
 
         Raises:
-            UserError: a setting does not exist, a family or objective that nobody has named, or one of another command.
+            UserError: a setting does not exist, a family or objective that nobody has named,
+                or one of another command.
         """
         config = apply_settings(self.base, [*defaults, *self.settings, *own])
         models.get(config.model.family, config.code)
@@ -96,8 +99,10 @@ def requested(args: argparse.Namespace) -> Request:
     """
     load_plugins(args.plugins)
     if (args.recipe is None) == (args.config is None):
-        given = f"{args.recipe} and --config {args.config}: both are given" if args.recipe else "RECIPE: is missing"
-        raise UserError(f"{given}; name a recipe (`megatron-sov recipes` lists them), or pass --config FILE in its place")
+        given = (f"{args.recipe} and --config {args.config}: both are given" if args.recipe
+                 else "RECIPE: is missing")
+        raise UserError(f"{given}; name a recipe (`megatron-sov recipes` lists them), "
+                        "or pass --config FILE in its place")
     base = _of_recipe(args.recipe) if args.recipe else _of_file(args.config)
     return Request(base, tuple(_named(setting) for setting in args.settings), args.recipe is None)
 
@@ -125,8 +130,8 @@ def training_request(args: argparse.Namespace, objective: BuiltIn) -> Request:
 
 def _check_command(name: str, trains_by: BuiltIn) -> None:
     if name != trains_by and (name in objectives.BUILT_IN or trains_by != "lm"):
-        raise UserError(f"objective.name = {name}: this command trains by {trains_by!r}; leave the setting out, "
-                        f"or use `megatron-sov {objectives.BUILT_IN.get(name, 'pretrain')}`")
+        raise UserError(f"objective.name = {name}: this command trains by {trains_by!r}; leave the setting "
+                        f"out, or use `megatron-sov {objectives.BUILT_IN.get(name, 'pretrain')}`")
 
 
 def _of_recipe(recipe: str) -> RunConfig:
@@ -134,14 +139,16 @@ def _of_recipe(recipe: str) -> RunConfig:
     config, code = recipes.get(name), recipes.OWN.code(name)
     if code is None:
         return config
-    # what the command line names may name more: families and objectives beside it, by paths from its own folder
+    # what the command line names may name more: families and objectives beside it,
+    # by paths from its own folder
     names = {}
     for setting, registry in NAMED_BY_SETTINGS.items():
         part, _, field = setting.partition(".")
         value = str(getattr(getattr(config, part), field))
         if is_reference(value):
             is_file = value.rpartition(":")[0].endswith(".py")
-            names[setting] = registry.load(os.path.join(os.path.dirname(code.reference), value) if is_file else value)
+            names[setting] = registry.load(os.path.join(os.path.dirname(code.reference), value)
+                                           if is_file else value)
     config = apply_settings(config, [f"{setting}={name}" for setting, name in names.items()])
     return dataclasses.replace(config, code=(code,))
 

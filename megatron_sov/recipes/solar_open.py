@@ -29,12 +29,15 @@ REPORT, RELEASED = "arXiv 2601.07022", "upstage/Solar-Open-100B"
 TRILLION = 1_000_000_000_000
 
 
-def _phase(name: str, tokens_t: float, filter_level: str, korean_pct: float, synthetic_pct: float) -> PhaseConfig:
+def _phase(name: str, tokens_t: float, filter_level: str, korean_pct: float,
+           synthetic_pct: float) -> PhaseConfig:
     """Return a pretraining phase at 4K: `web-LEVEL` is the rest beside Korean and synthetic text.
 
-    The report gives the two percentages and the quality filter of each phase; that they do not overlap is our reading.
+    The report gives the two percentages and the quality filter of each phase; that they do not
+    overlap is our reading.
     """
-    blend = {f"web-{filter_level}": 100 - korean_pct - synthetic_pct, "korean": korean_pct, "synthetic": synthetic_pct}
+    blend = {f"web-{filter_level}": 100 - korean_pct - synthetic_pct, "korean": korean_pct,
+             "synthetic": synthetic_pct}
     return PhaseConfig(name, tokens=round(tokens_t * TRILLION), blend=blend, seq_len=4096)
 
 
@@ -49,7 +52,8 @@ MID_TRAINING = (
     PhaseConfig("mid-training", tokens=round(1.155 * TRILLION), seq_len=32768, global_batch_size=1440,
                 blend={"reasoning-trajectories": 850.0, "long@8192": 135.0, "phase-2c": 170.0}),
 )
-"""Trajectory documents (a query and 2 to 5 solutions), long documents, and a part of phase 2.C's data again."""
+"""Trajectory documents (a query and 2 to 5 solutions), long documents, and a part of
+phase 2.C's data again."""
 
 
 def _stage(name: str, seq_len: int, batch_size: int, long_share: float, rehearsal_share: float,
@@ -71,10 +75,10 @@ STAGES = (_stage("32k", 32768, 1440, 0.4, 0.3, yarn_factor=1),
 def model() -> ModelConfig:
     """Return what pretraining begins with: 48 mixture-of-experts layers, all global, plain rotations."""
     return ModelConfig(
-        family="solar_open", vocab_size=196608, hidden_size=4096, num_layers=48, num_heads=64, num_kv_heads=8, head_dim=128,
-        num_experts=128, num_experts_per_token=8, num_shared_experts=1, expert_ffn_dim=1280, routed_scaling_factor=1.0,
-        router_bias_update_rate=1e-3, seq_aux_loss_coeff=1e-4, rope_theta=1e6, norm_eps=1e-5,
-        max_position_tokens=131072,
+        family="solar_open", vocab_size=196608, hidden_size=4096, num_layers=48, num_heads=64, num_kv_heads=8,
+        head_dim=128, num_experts=128, num_experts_per_token=8, num_shared_experts=1, expert_ffn_dim=1280,
+        routed_scaling_factor=1.0, router_bias_update_rate=1e-3, seq_aux_loss_coeff=1e-4, rope_theta=1e6,
+        norm_eps=1e-5, max_position_tokens=131072,
     )
 
 
@@ -90,13 +94,15 @@ def solar_open_102b() -> RunConfig:
         model=model(),
         parallel=ParallelConfig(ep=8, zero1=True),
         data=DataConfig(phases=PHASES),
-        optim=OptimConfig(lr=2.5e-4, min_lr=3e-6, schedule="cosine", warmup_steps=2000, weight_decay=0.1, beta2=0.95),
+        optim=OptimConfig(lr=2.5e-4, min_lr=3e-6, schedule="cosine", warmup_steps=2000, weight_decay=0.1,
+                          beta2=0.95),
         train=TrainConfig(global_batch_size=13440, micro_batch_size=1, recompute=True),
     )
 
 
 def solar_open_102b_mid() -> RunConfig:
-    """Return mid-training at 32K, to be run --from the pretrained model: the rate is warmed up again and decays linearly."""
+    """Return mid-training at 32K, to be run --from the pretrained model: the rate is warmed up again
+    and decays linearly."""
     run = solar_open_102b()
     return replace(
         run, recipe="solar-open-102b-mid", data=replace(run.data, phases=MID_TRAINING),

@@ -55,7 +55,8 @@ def curves(evaluations: list[ExportEvaluation], field: str) -> list[Curve]:
     for one in evaluations:
         if one.task == "ppl":
             for source, row in one.figures.items():
-                values.setdefault(source, {})[one.step] = number(row.get(field) if isinstance(row, dict) else None)
+                values.setdefault(source, {})[one.step] = number(
+                    row.get(field) if isinstance(row, dict) else None)
     return [_curve(source, by_step) for source, by_step in values.items()]
 
 
@@ -67,9 +68,11 @@ def needle_curves(evaluations: list[ExportEvaluation]) -> list[Curve]:
             name = f"{cell.get('kind')}, {cell.get('language')}"
             share = 100 * number(cell.get("correct")) / max(1.0, number(cell.get("samples")))
             rights.setdefault(name, {}).setdefault(one.step, []).append(share)
-    return [_curve(name, {step: float(np.mean(shares)) for step, shares in by_step.items()}) for name, by_step in rights.items()]
+    return [_curve(name, {step: float(np.mean(shares)) for step, shares in by_step.items()})
+            for name, by_step in rights.items()]
 
 
 def _curve(name: str, by_step: dict[int, float]) -> Curve:
     steps = sorted(by_step)
-    return Curve(name, np.array(steps, dtype=np.int64), np.array([by_step[step] for step in steps], dtype=np.float64))
+    return Curve(name, np.array(steps, dtype=np.int64),
+                 np.array([by_step[step] for step in steps], dtype=np.float64))

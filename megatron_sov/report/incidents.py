@@ -14,7 +14,8 @@ MAX_ROWS = 200
 
 def incident_section(run: Run) -> Section:
     """Return the section; without tables where nothing happened."""
-    return Section("Warnings, guards and faults", tables=[*_warning_tables(run), *_incident_tables(run), *_compute_tables(run)])
+    return Section("Warnings, guards and faults",
+                   tables=[*_warning_tables(run), *_incident_tables(run), *_compute_tables(run)])
 
 
 def _warning_tables(run: Run) -> list[Table]:
@@ -30,7 +31,8 @@ def _warning_tables(run: Run) -> list[Table]:
 
 def _incident_tables(run: Run) -> list[Table]:
     """Return one row for each incident in the order of time."""
-    rows = [[f"{int(e.get('step') or 0):,}", KINDS[e["event"]], describe(e)] for e in run.incidents[:MAX_ROWS]]
+    rows = [[f"{int(e.get('step') or 0):,}", KINDS[e["event"]], describe(e)]
+            for e in run.incidents[:MAX_ROWS]]
     if len(run.incidents) > MAX_ROWS:
         rows.append(["", "", f"… and {len(run.incidents) - MAX_ROWS:,} more in the run's events"])
     return [Table(["step", "incident", "what the run saw and did"], rows)] if rows else []
@@ -43,7 +45,8 @@ def _compute_tables(run: Run) -> list[Table]:
     seconds = sorted((measured.get("seconds") or {}).items(), key=lambda item: -number(item[1]))
     if len(seconds) < 2:
         return []
-    rows = [[rank, f"{number(s):.4g}", f"{number(s) / median_s:.2f}", "slow" if int(rank) in (measured.get("slow") or []) else ""]
+    rows = [[rank, f"{number(s):.4g}", f"{number(s) / median_s:.2f}",
+             "slow" if int(rank) in (measured.get("slow") or []) else ""]
             for rank, s in seconds[:16]]
     return [Table([f"process (step {int(measured.get('step') or 0):,})", "seconds of computing in a step",
                    "of the median process", ""], rows)]

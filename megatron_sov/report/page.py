@@ -21,8 +21,8 @@ def render(runs: list[Run], now_s: float | None = None) -> str:
     recipes = list(dict.fromkeys(run.recipe() for run in runs if run.recipe()))
     names = " + ".join(run.name for run in runs)
     chapters = [Chapter(run.name, run.recipe(), key_figures(run), sections(run)) for run in runs]
-    return pages.render("Training report", f"{recipes[0]}: {names}" if recipes else names, _subtitle(runs), chapters,
-                        overview=("All stages", _summary(runs)) if len(runs) > 1 else None,
+    return pages.render("Training report", f"{recipes[0]}: {names}" if recipes else names, _subtitle(runs),
+                        chapters, overview=("All stages", _summary(runs)) if len(runs) > 1 else None,
                         anchor="run", nothing="This run has recorded nothing yet.", now_s=now_s)
 
 
@@ -44,10 +44,12 @@ def _summary(runs: list[Run]) -> Table:
     rows = []
     for run in runs:
         loss, bits = run.curve("loss"), run.overall_bits_per_byte
-        rows.append([run.name, str(run.config.get("objective", {}).get("name", "–")), f"{int(loss.steps[-1]):,}" if loss else "–",
-                     _tokens(run), duration(run.wall_s()), figure(last_value(loss)), figure(last_value(bits)),
+        rows.append([run.name, str(run.config.get("objective", {}).get("name", "–")),
+                     f"{int(loss.steps[-1]):,}" if loss else "–", _tokens(run), duration(run.wall_s()),
+                     figure(last_value(loss)), figure(last_value(bits)),
                      run.attempts[-1].outcome if run.attempts else "–"])
-    return Table(["run", "objective", "steps", "tokens", "wall time", "last loss", "held-out bits per byte", "outcome"], rows)
+    return Table(["run", "objective", "steps", "tokens", "wall time", "last loss", "held-out bits per byte",
+                  "outcome"], rows)
 
 
 def _tokens(run: Run) -> str:

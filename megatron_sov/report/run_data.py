@@ -1,6 +1,7 @@
 """A run folder as plain data: its events, settings and artifacts, ready to be shown.
 
-Reads `config.json`, `events.jsonl` and the manifests below a run; one pass, and only what the report shows is kept.
+Reads `config.json`, `events.jsonl` and the manifests below a run; one pass, and only what the
+report shows is kept.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from megatron_sov.report.steps import Curve, StepTable
 from megatron_sov.runs.lock import living_holder
 
 CONFIG = "config.json"
-KEPT = ("phase", "eval", "baseline", "needle", "gate", "decontamination", "conversion", "checkpoint", "warning", "routing",
-        *KINDS)
+KEPT = ("phase", "eval", "baseline", "needle", "gate", "decontamination", "conversion", "checkpoint",
+        "warning", "routing", *KINDS)
 """Events that are kept whole; there are few of them and they are small."""
 
 
@@ -115,7 +116,8 @@ class Run:
     compute_time: dict[str, Any] | None = None
     """The last measurement of each process's computing time."""
     incidents: list[dict[str, Any]] = field(default_factory=list)
-    """What went wrong and what the run did, in the order of time; steps left out by the settings are not among it."""
+    """What went wrong and what the run did, in the order of time; steps left out by the
+    settings are not among it."""
     data_consumed: dict[str, Any] | None = None
     warnings: list[dict[str, Any]] = field(default_factory=list)
     skipped_steps: list[int] = field(default_factory=list)
@@ -156,7 +158,8 @@ def read_run(path: Path) -> Run:
         UserError: it is no run folder (neither events nor config), or its config.json is damaged.
     """
     if not (path / EVENTS).is_file() and not (path / CONFIG).is_file():
-        raise UserError(f"{path}: holds neither {EVENTS} nor {CONFIG}, so it is not a run folder; pass the folder given to --run")
+        raise UserError(f"{path}: holds neither {EVENTS} nor {CONFIG}, so it is not a run folder; "
+                        "pass the folder given to --run")
     run = Run(name=path.resolve().name, config=_read_config(path / CONFIG))
     steps = StepTable()
     last: dict[str, dict[str, Any]] = {}
@@ -190,15 +193,18 @@ def read_run(path: Path) -> Run:
     run.heldout = _heldout(evals, kept["baseline"])
     run.overall_bits_per_byte = _overall_bits_per_byte(evals)
     run.expert_load = _expert_load(last.get("expert_load"))
-    run.expert_load_by_source = {name: load for name, e in by_source.items() if (load := _expert_load(e)) is not None}
+    run.expert_load_by_source = {name: load
+                                 for name, e in by_source.items() if (load := _expert_load(e)) is not None}
     run.routing = _routing(final_steps(kept["routing"], "routing"))
     run.data_consumed, run.compute_time = last.get("data_consumed"), last.get("compute_time")
     run.gate_checks, run.searches = final_steps(kept["gate"], "gate"), kept["decontamination"]
     run.needles, run.conversions = _last_of_each_when(kept["needle"]), kept["conversion"]
     run.checkpoints = final_steps(kept["checkpoint"], "checkpoint")
     run.warnings = kept["warning"]
-    run.skipped_steps = [int(e["step"]) for e in final_steps(kept["skip"], "skip") if e.get("reason") == BY_SETTING]
-    run.incidents = sorted((e for kind in KINDS for e in kept[kind] if is_incident(e)), key=lambda e: number(e.get("time_s")))
+    run.skipped_steps = [int(e["step"]) for e in final_steps(kept["skip"], "skip")
+                         if e.get("reason") == BY_SETTING]
+    run.incidents = sorted((e for kind in KINDS for e in kept[kind] if is_incident(e)),
+                           key=lambda e: number(e.get("time_s")))
     run.evaluations = read_evaluations(path)
     run.provenance = _provenance(path, run.start("inputs") or [])
     return run
@@ -212,7 +218,8 @@ def _read_config(file: Path) -> dict[str, Any]:
     except ValueError as e:
         raise UserError(f"{file}: is not valid JSON ({e}); restore it from a copy") from None
     if not isinstance(config, dict):
-        raise UserError(f"{file}: holds a {type(config).__name__} where the run's settings are needed; restore it from a copy")
+        raise UserError(f"{file}: holds a {type(config).__name__} where the run's settings are needed; "
+                        "restore it from a copy")
     return config
 
 
@@ -223,7 +230,8 @@ def _phases(spans: list[tuple[str, int, int]], events: list[dict[str, Any]]) -> 
         announced = [e for e in events if e.get("name") == name]
         event = announced[-1] if announced else {}
         sizes = tuple(dict.fromkeys(int(e.get("global_batch_size") or 0) for e in announced))
-        found.append(Phase(name, first, last, int(event.get("seq_len") or 0), event.get("blend") or {}, sizes))
+        found.append(Phase(name, first, last, int(event.get("seq_len") or 0),
+                           event.get("blend") or {}, sizes))
     return found
 
 
@@ -237,13 +245,14 @@ def _heldout(evals: list[dict[str, Any]], baselines: list[dict[str, Any]]) -> di
         loss = np.array([number(row.get("loss")) for _, row in rows])
         bits_per_byte = np.array([number(row.get("bits_per_byte")) for _, row in rows])
         baseline = number(bigram.get(name, {}).get("bits_per_byte"))
-        found[name] = Heldout(Curve(name, at, loss), Curve(name, at, bits_per_byte), int(rows[-1][1].get("tokens") or 0),
-                              None if math.isnan(baseline) else baseline)
+        found[name] = Heldout(Curve(name, at, loss), Curve(name, at, bits_per_byte),
+                              int(rows[-1][1].get("tokens") or 0), None if math.isnan(baseline) else baseline)
     return found
 
 
 def _overall_bits_per_byte(evals: list[dict[str, Any]]) -> Curve | None:
-    """Return bits over bytes of all sources together; a source's bytes are loss x tokens / (ln 2 x bits per byte)."""
+    """Return bits over bytes of all sources together; a source's bytes are loss x tokens / (ln
+    2 x bits per byte)."""
     steps, values = [], []
     for event in evals:
         bits = num_bytes = 0.0
@@ -275,22 +284,28 @@ def _routing(events: list[dict[str, Any]]) -> RoutingHistory | None:
         return None
     values = {name: np.array([[number(x) for x in e[name]] for e in events])
               for name in ("max_violation", "entropy", "dead", "bias_spread")}
-    return RoutingHistory(np.array([int(e["step"]) for e in events], dtype=np.int64), [int(x) for x in layers], values)
+    return RoutingHistory(np.array([int(e["step"]) for e in events], dtype=np.int64),
+                          [int(x) for x in layers], values)
 
 
 def _last_of_each_when(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the newest needle test of each moment and way of judging, in the order of their first showing."""
+    """Return the newest needle test of each moment and way of judging,
+    in the order of their first showing."""
     return list({(str(e.get("when", "")), str(e.get("by", ""))): e for e in events}.values())
 
 
 def _provenance(path: Path, inputs: list[dict[str, str]]) -> list[Provenance]:
-    """Return what the run read, by the hashes of its `run_start`, then its newest checkpoint and what that was made from."""
-    found = {i["manifest_sha256"]: Provenance("read", i["kind"], i["path"], i["manifest_sha256"]) for i in inputs}
+    """Return what the run read, by the hashes of its `run_start`, then its newest checkpoint and what
+    that was made from."""
+    found = {i["manifest_sha256"]: Provenance("read", i["kind"], i["path"], i["manifest_sha256"])
+             for i in inputs}
     manifests = list((path / "checkpoints").glob(f"step-*/{MANIFEST}"))
     if manifests:
         newest = max(manifests, key=lambda m: int("0" + "".join(filter(str.isdigit, m.parent.name)))).parent
         manifest = read_manifest(newest)
         for item in manifest.inputs:
-            found.setdefault(item["manifest_sha256"], Provenance("read", item["kind"], item["path"], item["manifest_sha256"]))
-        found[newest.name] = Provenance("written", manifest.kind, str(newest.relative_to(path)), manifest_sha256(newest))
+            found.setdefault(item["manifest_sha256"],
+                             Provenance("read", item["kind"], item["path"], item["manifest_sha256"]))
+        found[newest.name] = Provenance("written", manifest.kind, str(newest.relative_to(path)),
+                                        manifest_sha256(newest))
     return list(found.values())

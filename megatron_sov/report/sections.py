@@ -45,23 +45,27 @@ def key_figures(run: Run) -> list[tuple[str, str, str]]:
     found = []
     if run.start("num_params"):
         active = run.start("num_active_params")
-        found.append(("Parameters", large(run.start("num_params")), f"{large(active)} active for each token" if active else ""))
+        found.append(("Parameters", large(run.start("num_params")),
+                      f"{large(active)} active for each token" if active else ""))
     tokens = last_value(run.curve("tokens"))
     if math.isfinite(tokens):
         loss = run.curve("loss")
         found.append(("Tokens trained", large(tokens), f"{int(loss.steps[-1]):,} steps" if loss else ""))
     if run.wall_s() > 0:
         ranks = run.start("num_ranks")
-        found.append(("Wall time", duration(run.wall_s()), f"{ranks:,} process{'es' if ranks > 1 else ''}" if ranks else ""))
+        found.append(("Wall time", duration(run.wall_s()),
+                      f"{ranks:,} process{'es' if ranks > 1 else ''}" if ranks else ""))
     if run.wall_time is not None and math.isfinite(run.wall_time.goodput):
-        found.append(("Effective training time", f"{run.wall_time.goodput:.1%}", "of the time since the first start"))
+        found.append(("Effective training time", f"{run.wall_time.goodput:.1%}",
+                      "of the time since the first start"))
     speed = run.curve("tokens_per_s")
     if speed and len(speed.finite().steps):
         found.append(("Tokens a second", f"{np.median(speed.finite().values):,.0f}", "median over steps"))
     bits = run.overall_bits_per_byte
     if bits:
         best = int(np.argmin(bits.values))
-        found.append(("Best held-out", f"{bits.values[best]:.4f}", f"bits per byte, step {int(bits.steps[best]):,}"))
+        found.append(("Best held-out", f"{bits.values[best]:.4f}",
+                      f"bits per byte, step {int(bits.steps[best]):,}"))
     final = run.curve("loss")
     if final and math.isfinite(last_value(final)):
         found.append(("Last training loss", f"{last_value(final):.4f}", "nats per token"))
@@ -77,7 +81,8 @@ def sections(run: Run) -> list[Section]:
     wanted = [
         Section("Training loss", charts=loss_charts(run), tables=_phase_tables(run)),
         Section("Held-out loss", charts=heldout_charts(run), tables=_heldout_tables(run), side_by_side=True),
-        Section("Evaluation beside training", charts=beside_charts(run), tables=_beside_tables(run), side_by_side=True),
+        Section("Evaluation beside training", charts=beside_charts(run), tables=_beside_tables(run),
+                side_by_side=True),
         Section("Learning rate and gradient norm", side_by_side=True, charts=scalar_charts(run, [
             ("lr", "learning rate", "Learning rate."),
             ("grad_norm", "gradient norm", "Global gradient norm, before clipping.")])),
@@ -90,18 +95,20 @@ def sections(run: Run) -> list[Section]:
         incident_section(run),
         Section("Needle in a haystack", side_by_side=True,
                 charts=[c for n in run.needles if n.get("cells") for c in needle_charts(n)],
-                text="Share of questions about hidden facts that the model answers, by the length of the context and their depth "
-                     "in it."),
+                text="Share of questions about hidden facts that the model answers, by the length of the "
+                     "context and their depth in it."),
         gate_section(run.gate_checks, run.searches),
         _sample_section(run),
-        Section("Proof of the conversion", tables=[_conversion_table(c) for c in run.conversions if c.get("checks")],
+        Section("Proof of the conversion",
+                tables=[_conversion_table(c) for c in run.conversions if c.get("checks")],
                 text="The exported model against the trained one."),
         time_section(run.wall_time),
         Section("Starts, stops and restarts", tables=_attempt_tables(run.attempts)),
         Section("Settings", json=json.dumps(run.config, indent=2, ensure_ascii=False) if run.config else "",
                 text="The resolved settings that the run was started with."),
         Section("Provenance", tables=_provenance_tables(run.provenance),
-                text="An artifact's manifest holds the hashes of all its files, so its own hash stands for them."),
+                text="An artifact's manifest holds the hashes of all its files, "
+                     "so its own hash stands for them."),
     ]
     return [s for s in wanted if s.charts or s.tables or s.samples or s.json]
 
@@ -115,7 +122,8 @@ def _plan_section(run: Run) -> Section:
         config = None
     if config is None or config.problems(run.start("num_ranks") or 1):
         return Section(title)
-    return Section(title, charts=timetable.charts(config), tables=[timetable.table(config)], side_by_side=True)
+    return Section(title, charts=timetable.charts(config), tables=[timetable.table(config)],
+                   side_by_side=True)
 
 
 def _beside_tables(run: Run) -> list[Table]:
@@ -142,10 +150,13 @@ def _phase_tables(run: Run) -> list[Table]:
         consumed = large(within[-1] - (before[-1] if len(before) else 0)) if len(within) else "–"
         tail = inside[-max(1, len(inside) // 20):]
         total = sum(phase.blend.values())
-        blend = ", ".join(f"{name} {weight / total:.0%}" for name, weight in phase.blend.items()) if total > 0 else "by size"
+        blend = (", ".join(f"{name} {weight / total:.0%}" for name, weight in phase.blend.items())
+                 if total > 0 else "by size")
         rows.append([phase.name, f"{phase.first_step:,} to {phase.last_step:,}", f"{phase.seq_len_tokens:,}",
-                     _batch_sizes(phase), blend, consumed, figure(float(inside[0])), figure(float(np.mean(tail)))])
-    head = ["phase", "steps", "sample (tokens)", "batch (samples)", "blend", "tokens", "first loss", "loss, mean of the last 5 %"]
+                     _batch_sizes(phase), blend, consumed, figure(float(inside[0])),
+                     figure(float(np.mean(tail)))])
+    head = ["phase", "steps", "sample (tokens)", "batch (samples)", "blend", "tokens", "first loss",
+            "loss, mean of the last 5 %"]
     return [Table(head, rows)] if rows else []
 
 
@@ -160,9 +171,10 @@ def _heldout_tables(run: Run) -> list[Table]:
     for name, h in run.heldout.items():
         bits, baseline = last_value(h.bits_per_byte), h.baseline_bits_per_byte
         gain = f"{1 - bits / baseline:.1%} fewer" if baseline and math.isfinite(bits) else "–"
-        rows.append([name, f"{h.num_tokens:,}", figure(float(h.loss.values[0])), figure(last_value(h.loss)), figure(bits),
-                     figure(baseline if baseline is not None else math.nan), gain])
-    head = ["source", "tokens", "first loss", "last loss", "bits per byte", "bigram's bits per byte", "bits against the bigram"]
+        rows.append([name, f"{h.num_tokens:,}", figure(float(h.loss.values[0])), figure(last_value(h.loss)),
+                     figure(bits), figure(baseline if baseline is not None else math.nan), gain])
+    head = ["source", "tokens", "first loss", "last loss", "bits per byte", "bigram's bits per byte",
+            "bits against the bigram"]
     return [Table(head, rows)] if rows else []
 
 
@@ -171,9 +183,10 @@ def _checkpoint_tables(run: Run) -> list[Table]:
     if not save_s:
         return []
     stall_s = [number(c.get("stall_s", c["save_s"])) for c in run.checkpoints if c.get("save_s") is not None]
-    row = [f"{len(save_s):,}", f"{int(run.checkpoints[-1]['step']):,}", duration(float(np.mean(save_s))), duration(max(save_s)),
-           duration(float(np.mean(stall_s)))]
-    return [Table(["checkpoints", "last at step", "mean time to save", "longest", "mean stall of training"], [row])]
+    row = [f"{len(save_s):,}", f"{int(run.checkpoints[-1]['step']):,}", duration(float(np.mean(save_s))),
+           duration(max(save_s)), duration(float(np.mean(stall_s)))]
+    return [Table(["checkpoints", "last at step", "mean time to save", "longest", "mean stall of training"],
+                  [row])]
 
 
 def _data_section(run: Run) -> Section:
@@ -186,7 +199,8 @@ def _data_section(run: Run) -> Section:
     rows = []
     for name in dict.fromkeys([*plan, *tokens]):
         got, wanted = number(tokens.get(name, 0)), number(plan.get(name, 0))
-        rows.append([name, f"{got:,.0f}", f"{wanted:,.0f}", f"{got / wanted - 1:+.2%}" if wanted else "not planned"])
+        rows.append([name, f"{got:,.0f}", f"{wanted:,.0f}",
+                     f"{got / wanted - 1:+.2%}" if wanted else "not planned"])
     table = Table(["source", "tokens consumed", "tokens planned", "difference"], rows)
     return Section("Data consumed", charts=[drawn, *padding], tables=[table])
 
@@ -208,10 +222,13 @@ def _cut(text: Any) -> str:
 
 
 def _conversion_table(conversion: dict[str, Any]) -> Table:
-    verdicts = {True: Markup('<span class="good">passed</span>'), False: Markup('<span class="bad">FAILED</span>')}
-    rows = [[str(c.get("name", "")), _measured(c.get("value")), _measured(c.get("limit")), verdicts[bool(c.get("passed"))]]
+    verdicts = {True: Markup('<span class="good">passed</span>'),
+                False: Markup('<span class="bad">FAILED</span>')}
+    rows = [[str(c.get("name", "")), _measured(c.get("value")), _measured(c.get("limit")),
+             verdicts[bool(c.get("passed"))]]
             for c in conversion["checks"]]
-    return Table([f"check of {conversion.get('target') or 'the export'}", "measured", "limit", "result"], rows)
+    return Table([f"check of {conversion.get('target') or 'the export'}", "measured", "limit", "result"],
+                 rows)
 
 
 def _measured(value: Any) -> str:
@@ -232,7 +249,8 @@ def _attempt_tables(attempts: list[Attempt]) -> list[Table]:
         layout = ", ".join(f"{k} {v}" for k, v in (start.get("layout") or {}).items())
         processes = f"{start.get('num_ranks', '–')}" + (f" ({layout})" if layout else "")
         rows.append([str(i), began, origin, processes, machine(start.get("machine")),
-                     "–" if attempt.last_step is None else f"{attempt.last_step:,}", duration(attempt.wall_s()), attempt.outcome])
+                     "–" if attempt.last_step is None else f"{attempt.last_step:,}",
+                     duration(attempt.wall_s()), attempt.outcome])
     head = ["", "started", "resumed", "processes (layout)", "machine", "last step", "time", "outcome"]
     return [Table(head, rows)] if rows else []
 

@@ -12,7 +12,8 @@ import numpy.typing as npt
 
 from megatron_sov.obs.figures import number
 
-SCALARS = ("loss", "grad_norm", "lr", "tokens", "step_time_s", "tokens_per_s", "max_violation", "padding_share")
+SCALARS = ("loss", "grad_norm", "lr", "tokens", "step_time_s", "tokens_per_s", "max_violation",
+           "padding_share")
 GROUPS = ("losses", "losses_by_source")
 
 
@@ -34,7 +35,8 @@ class Curve:
 
 
 class StepTable:
-    """Collects `step` events one by one; of a step done again after a restart the last one counts, as in `final_steps`."""
+    """Collects `step` events one by one; of a step done again after a restart the last one counts,
+    as in `final_steps`."""
 
     def __init__(self) -> None:
         self._steps = array("q")
@@ -46,7 +48,8 @@ class StepTable:
         """Take one `step` event in; fields that it lacks stay absent from their curves."""
         row = len(self._steps)
         self._steps.append(int(event["step"]))
-        self._phases.append(self._phase_names.setdefault(str(event.get("phase") or ""), len(self._phase_names)))
+        self._phases.append(self._phase_names.setdefault(str(event.get("phase") or ""),
+                                                         len(self._phase_names)))
         for name in SCALARS:
             if event.get(name) is not None:
                 self._put(("", name), row, event[name])
@@ -68,7 +71,8 @@ class StepTable:
         is_last[self._last_rows()] = True
         found: dict[str, dict[str, Curve]] = {"": {}, **{group: {} for group in GROUPS}}
         for (group, name), (row_array, value_array) in self._columns.items():
-            rows, values = np.frombuffer(row_array, dtype=np.int64), np.frombuffer(value_array, dtype=np.float64)
+            rows, values = (np.frombuffer(row_array, dtype=np.int64),
+                            np.frombuffer(value_array, dtype=np.float64))
             keep = is_last[rows]
             order = np.argsort(steps[rows[keep]], kind="stable")
             found[group][name] = Curve(name, steps[rows[keep]][order], values[keep][order])
@@ -82,7 +86,8 @@ class StepTable:
         steps, phases = _numbers(self._steps)[rows], _numbers(self._phases)[rows]
         starts = [0, *(np.flatnonzero(np.diff(phases)) + 1).tolist()]
         names = list(self._phase_names)
-        return [(names[phases[start]], int(steps[start]), int(steps[end - 1])) for start, end in pairwise([*starts, len(rows)])]
+        return [(names[phases[start]], int(steps[start]), int(steps[end - 1]))
+                for start, end in pairwise([*starts, len(rows)])]
 
     def _last_rows(self) -> npt.NDArray[np.int64]:
         """Return the row that counts of each distinct step, steps ascending."""
@@ -96,7 +101,8 @@ def _numbers(column: array[int]) -> npt.NDArray[np.int64]:
 
 
 def downsample(curve: Curve, max_points: int = 2000) -> Curve:
-    """Return at most `max_points` points of a curve: its ends, and the lowest and highest value of every stretch.
+    """Return at most `max_points` points of a curve: its ends, and the lowest and highest
+    value of every stretch.
 
     A moving minimum and maximum keeps every spike and dip visible, which taking each n-th point would lose.
     """

@@ -25,7 +25,8 @@ def time_section(time: WallTime | None) -> Section:
         return Section("Where the time went")
     rows = [[label, duration(time.spent_s[name]), f"{time.spent_s[name] / time.total_s:.1%}", MEANINGS[name]]
             for name, label in CATEGORIES.items()]
-    return Section("Where the time went", charts=[_bar(time)], tables=[Table(["", "time", "share", "what it is"], rows)])
+    return Section("Where the time went", charts=[_bar(time)],
+                   tables=[Table(["", "time", "share", "what it is"], rows)])
 
 
 def _bar(time: WallTime) -> Chart:
@@ -33,8 +34,10 @@ def _bar(time: WallTime) -> Chart:
     for i, (name, label) in enumerate(CATEGORIES.items()):
         share = 100 * time.spent_s[name] / time.total_s
         figure.add_trace(go.Bar(x=[share], y=[""], orientation="h", name=label, marker={"color": colour(i)},
-                                hovertemplate=f"{label}: {share:.1f} %, {duration(time.spent_s[name])}<extra></extra>"))
+                                hovertemplate=f"{label}: {share:.1f} %, "
+                                              f"{duration(time.spent_s[name])}<extra></extra>"))
     figure.update_layout(barmode="stack", xaxis={"title": "% of the wall time", "range": [0, 100]},
                          yaxis={"showticklabels": False})
-    caption = f"Of {duration(time.total_s)} since the first start, {time.goodput:.1%} moved the model forward."
+    caption = (f"Of {duration(time.total_s)} since the first start, "
+               f"{time.goodput:.1%} moved the model forward.")
     return chart(figure, caption, height_px=190)

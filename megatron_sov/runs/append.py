@@ -19,12 +19,14 @@ class RunEvents:
             UserError: it holds no run.
         """
         if run is not None and not (run / EVENTS).is_file():
-            raise UserError(f"--run {run}: holds no {EVENTS}, so it is not a run; pass the folder of a training command's --run")
+            raise UserError(f"--run {run}: holds no {EVENTS}, so it is not a run; "
+                            "pass the folder of a training command's --run")
         self._path = None if run is None else run / EVENTS
 
     def last_step(self) -> int | None:
         """Return the last optimizer step on record, or None."""
-        steps = [e["step"] for e in read_events(self._path) if e["event"] == "step" and "step" in e] if self._path else []
+        steps = ([e["step"] for e in read_events(self._path) if e["event"] == "step" and "step" in e]
+                 if self._path else [])
         return max(steps, default=None)
 
     def add(self, event: str, **fields: Any) -> None:

@@ -1,4 +1,5 @@
-"""Work beside training: as humble as the system allows, and only as long as the process that asked for it lives."""
+"""Work beside training: as humble as the system allows, and only as long as the process that
+asked for it lives."""
 
 from __future__ import annotations
 
@@ -23,8 +24,8 @@ OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADD
 def environment_outside_jobs() -> dict[str, str]:
     """Return this process's environment without its place in a job, and without what would overrule a script.
 
-    sbatch takes SBATCH_ACCOUNT before the script's account; a shell inside an allocation has SLURM_MEM_PER_CPU and the like,
-    which a job inherits and its srun refuses beside the job's own.
+    sbatch takes SBATCH_ACCOUNT before the script's account; a shell inside an allocation has
+    SLURM_MEM_PER_CPU and the like, which a job inherits and its srun refuses beside the job's own.
     """
     return {k: v for k, v in os.environ.items() if k in WHERE_SLURM_IS or not k.startswith(OF_A_JOB)}
 
@@ -61,7 +62,8 @@ class BackgroundProcess:
             out.write(f"{shlex.join(command)}\n".encode())
             out.flush()
             self._process = subprocess.Popen([sys.executable, "-m", __name__, str(os.getpid()), *command],
-                                             stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=humble_environment())
+                                             stdin=subprocess.DEVNULL, stdout=out, stderr=out,
+                                             env=humble_environment())
 
     @property
     def took_s(self) -> float:
@@ -77,7 +79,8 @@ class BackgroundProcess:
     def last_words(self) -> str:
         """What it said last: of a command that failed, why."""
         said = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[1:]
-        return said[-1].removeprefix("error: ") if said else f"its process ended with {self._process.returncode}"
+        return (said[-1].removeprefix("error: ") if said
+                else f"its process ended with {self._process.returncode}")
 
     def kill(self) -> None:
         """End it and wait for its end."""

@@ -1,7 +1,8 @@
-"""The checkpoints of a run: which one is the newest, which ones stay, and what is done with a damaged one.  No torch here.
+"""The checkpoints of a run: which one is the newest, which ones stay, and what is done with a damaged
+one.  No torch here.
 
-Inside a run's `checkpoints` folder: `step-N` is a checkpoint that was once complete, `damaged-step-N` one that was found
-damaged, `.writing-*` one under construction, and `.deleting-*` one on its way out.
+Inside a run's `checkpoints` folder: `step-N` is a checkpoint that was once complete, `damaged-step-N` one
+that was found damaged, `.writing-*` one under construction, and `.deleting-*` one on its way out.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ NOT_WEIGHTS = ("optimizer/", "optimizer.index.json")
 
 
 def temporary(path: Path, token: str) -> Path:
-    """Return the folder in which a checkpoint is built; `token` tells it from what an earlier process left."""
+    """Return the folder in which a checkpoint is built; `token` tells it from what an
+    earlier process left."""
     return path.with_name(f"{WRITING}{path.name}-{token}")
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Delete what killed processes left half-written or half-deleted; only for the one who holds the run's lock."""
+    """Delete what killed processes left half-written or half-deleted; only for the one who
+    holds the run's lock."""
     for leftover in sorted([*folder.glob(f"{WRITING}*"), *folder.glob(f"{DELETING}*")]):
         shutil.rmtree(leftover, ignore_errors=True)
 
@@ -46,14 +49,16 @@ def latest_not_after(folder: Path, step: int) -> Path | None:
 
 
 def drop_after(folder: Path, step: int) -> None:
-    """Delete the checkpoints of later steps, whose weights were taken back; the newest first: a kill leaves a sound run."""
+    """Delete the checkpoints of later steps, whose weights were taken back; the newest first:
+    a kill leaves a sound run."""
     for taken, path in reversed(_steps(folder)):
         if taken > step:
             _delete(path)
 
 
 def _delete(path: Path) -> None:
-    """Delete a checkpoint; it loses its name before its files, so that a kill leaves no torn one under a valid name."""
+    """Delete a checkpoint; it loses its name before its files, so that a kill leaves no torn one
+    under a valid name."""
     going = path.with_name(f"{DELETING}{path.name}-{secrets.token_hex(4)}")
     os.rename(path, going)
     shutil.rmtree(going, ignore_errors=True)
@@ -98,7 +103,8 @@ def manifest_damage(path: Path) -> str | None:
 
 
 def damage(path: Path, *, rank: int = 0, size: int = 1, weights_only: bool = False) -> str | None:
-    """Return one sentence about the first file of a checkpoint that is missing or not what was written, else None.
+    """Return one sentence about the first file of a checkpoint that is missing or not what was
+    written, else None.
 
     Args:
         rank: which share of the files this process looks at, of `size` shares; all look at the manifest.
@@ -117,7 +123,8 @@ def damage(path: Path, *, rank: int = 0, size: int = 1, weights_only: bool = Fal
             problem = file_damage(path / name, files[name])
         except OSError as e:
             if e.errno != errno.EIO:
-                raise UserError(f"{path / name}: cannot be read ({e.strerror}); see to it that it can, and start again") from e
+                raise UserError(f"{path / name}: cannot be read ({e.strerror}); see to it that it can, "
+                                "and start again") from e
             problem = f"{path / name}: cannot be read ({e.strerror})"
         if problem is not None:
             return problem
@@ -125,10 +132,13 @@ def damage(path: Path, *, rank: int = 0, size: int = 1, weights_only: bool = Fal
 
 
 def instead_of(path: Path) -> str:
-    """Return what to do about a damaged checkpoint: take the one before it, which is named, where there is one."""
+    """Return what to do about a damaged checkpoint: take the one before it, which is named,
+    where there is one."""
     step = path.name[5:]
-    before = [p for n, p in _steps(path.parent) if step.isdigit() and n < int(step) and manifest_damage(p) is None]
-    return f"use the checkpoint before it, {before[-1]}" if before else "there is no checkpoint before it; restore it from a copy"
+    before = [p for n, p in _steps(path.parent)
+              if step.isdigit() and n < int(step) and manifest_damage(p) is None]
+    return (f"use the checkpoint before it, {before[-1]}" if before
+            else "there is no checkpoint before it; restore it from a copy")
 
 
 def set_aside(path: Path) -> Path:
@@ -143,15 +153,17 @@ def set_aside(path: Path) -> Path:
 
 
 def refuse_lost(folder: Path) -> None:
-    """Raise `UserError` where a run has only damaged checkpoints: it must not begin anew as if nothing had been."""
+    """Raise `UserError` where a run has only damaged checkpoints: it must not begin anew as
+    if nothing had been."""
     damaged = sorted(p.name for p in folder.glob(f"{DAMAGED}*"))
     if damaged and not _steps(folder):
-        raise UserError(f"{folder}: no sound checkpoint is left ({', '.join(damaged)}); restore one from a copy as step-N, or "
-                        "start a new --run")
+        raise UserError(f"{folder}: no sound checkpoint is left ({', '.join(damaged)}); "
+                        "restore one from a copy as step-N, or start a new --run")
 
 
 def prune(folder: Path, keep: int, keep_every_steps: int = 0) -> None:
-    """Delete all complete checkpoints but the newest `keep` (0 keeps all) and those whose step `keep_every_steps` divides."""
+    """Delete all complete checkpoints but the newest `keep` (0 keeps all) and those whose step
+    `keep_every_steps` divides."""
     complete = [(step, path) for step, path in _steps(folder) if (path / MANIFEST).is_file()]
     for step, path in complete[:-keep] if keep else []:
         if not (keep_every_steps and step % keep_every_steps == 0):

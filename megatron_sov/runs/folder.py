@@ -16,12 +16,14 @@ from megatron_sov.runs.checkpoints import CHECKPOINTS_OF_A_RUN
 from megatron_sov.runs.launch_environment import is_first
 from megatron_sov.runs.lock import LOCK
 
-CONFIG, COMPLETION, FAILURE, STAGES, JOBS = "config.json", "complete.json", "gate_failed.json", "stages", "slurm"
+CONFIG, COMPLETION, FAILURE, STAGES, JOBS = ("config.json", "complete.json", "gate_failed.json",
+                                             "stages", "slurm")
 EXPORTS, EVALUATIONS = "exports", "evaluations"
 """Hugging Face folders of checkpoints, and the figures measured on them, beside training."""
 OPTIM = tuple(f.name for f in dataclasses.fields(OptimConfig) if f.name != "rewarm")
 FIXED: dict[str, tuple[str, ...] | None] = {"model": None, "objective": None, "optim": OPTIM,
-                                            "train": ("seed", "precision", "hidden_dropout"), "data": ("packing",)}
+                                            "train": ("seed", "precision", "hidden_dropout"),
+                                            "data": ("packing",)}
 """What a resumed run must not change: part of the config -> its settings (None: all)."""
 
 
@@ -48,7 +50,8 @@ class RunFolder:
         try:
             return dict(json.loads(file.read_text()))
         except (ValueError, TypeError) as e:
-            raise UserError(f"{file}: is damaged ({e}); delete it and run the same command with --resume") from None
+            raise UserError(f"{file}: is damaged ({e}); delete it and run the same "
+                            "command with --resume") from None
 
     def complete(self, content: dict[str, Any]) -> None:
         """Declare the stage complete."""
@@ -80,14 +83,15 @@ class RunFolder:
         try:
             return from_dict(json.loads(file.read_text()))
         except (ValueError, UserError) as e:
-            raise UserError(f"{file}: cannot be read as a run's settings ({e}); restore it or choose another --run") from None
+            raise UserError(f"{file}: cannot be read as a run's settings ({e}); "
+                            "restore it or choose another --run") from None
 
     def enter(self, config: RunConfig, resume: bool) -> None:
         """Check that a run with `config` may work in this folder; changes nothing.
 
         Raises:
-            UserError: the folder holds something else, a run that was not asked for, one with other settings, or a
-                complete one that is shorter.
+            UserError: the folder holds something else, a run that was not asked for, one with other settings,
+                or a complete one that is shorter.
         """
         nearest = next(p for p in (self.path.absolute(), *self.path.absolute().parents) if p.exists())
         if not nearest.is_dir():
@@ -97,22 +101,23 @@ class RunFolder:
         earlier = self.config()
         if earlier is None:
             expected = (LOCK, STAGES, JOBS)
-            if self.path.is_dir() and any(not p.name.startswith(".") and p.name not in expected for p in self.path.iterdir()):
+            if self.path.is_dir() and any(not p.name.startswith(".") and p.name not in expected
+                                          for p in self.path.iterdir()):
                 raise UserError(f"{self.path}: is not empty and holds no run; choose another --run")
             return
         if not resume:
-            raise UserError(f"{self.path}: already holds a run of {earlier.recipe}; pass --resume to continue it, or choose "
-                            "another --run")
+            raise UserError(f"{self.path}: already holds a run of {earlier.recipe}; "
+                            "pass --resume to continue it, or choose another --run")
         refuse_changed_code(self.path, earlier, config)
         changed = _changed(earlier.to_dict(), config.to_dict())
         if changed:
-            raise UserError(f"{self.path}: was started with {'; '.join(changed)}; resume with the same settings, or start "
-                            "a new --run --from its checkpoint")
+            raise UserError(f"{self.path}: was started with {'; '.join(changed)}; "
+                            "resume with the same settings, or start a new --run --from its checkpoint")
         completion = self.completion()
         ended_early = completion is not None and (completion.get("gate") or {}).get("passed", False)
         if completion is not None and completion["step"] < config.num_steps() and not ended_early:
-            raise UserError(f"{self.path}: is complete at step {completion['step']}, and train.steps = {config.num_steps()} "
-                            "asks for more; start a new --run --from it")
+            raise UserError(f"{self.path}: is complete at step {completion['step']}, and train.steps = "
+                            f"{config.num_steps()} asks for more; start a new --run --from it")
 
     def create(self) -> None:
         """Make the folder, empty."""
@@ -143,16 +148,20 @@ def refuse_changed_code(run: Path, before: RunConfig, now: RunConfig) -> None:
         if started is None or not started.files or not code.files:
             continue
         files = dict(code.files)
-        files[next(iter(started.files))] = files.pop(next(iter(files)))  # the file itself, whatever it is called now
+        # the file itself, whatever it is called now
+        files[next(iter(started.files))] = files.pop(next(iter(files)))
         for name, sha256 in started.files.items():
             if files.get(name, sha256) != sha256:
-                recipe = f", pass --config {run / CONFIG} in the recipe's place," if code.kind == "recipe" else ","
-                raise UserError(f"{run}: was started with {code.kind} {code.name} of {started.reference}, and {name} has "
-                                f"changed since (sha256 {sha256[:12]}, now {files[name][:12]}); put it back as it was{recipe} "
-                                "or start a new --run --from its checkpoint")
+                recipe = (f", pass --config {run / CONFIG} in the recipe's place,"
+                          if code.kind == "recipe" else ",")
+                raise UserError(f"{run}: was started with {code.kind} {code.name} of {started.reference}, "
+                                f"and {name} has changed since (sha256 {sha256[:12]}, "
+                                f"now {files[name][:12]}); put it back as it was{recipe} or start a new "
+                                "--run --from its checkpoint")
 
 
 def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Return "name = old, now it is new" for every fixed setting that differs."""
     return [f"{part}.{name} = {before[part][name]}, now it is {now[part][name]}"
-            for part, names in FIXED.items() for name in (names or before[part]) if now[part][name] != before[part][name]]
+            for part, names in FIXED.items() for name in (names or before[part])
+            if now[part][name] != before[part][name]]

@@ -8,17 +8,20 @@ from megatron_sov.errors import UserError
 
 
 def num_ranks(nproc: int | None) -> int:
-    """Return how many processes the run will have: the environment's under torchrun or Slurm, else `nproc` (default 1)."""
+    """Return how many processes the run will have: the environment's under torchrun or Slurm,
+    else `nproc` (default 1)."""
     if nproc is not None and nproc < 1:
         raise UserError(f"--nproc {nproc}: must be at least 1")
     return int(os.environ["WORLD_SIZE"]) if under_launcher() else nproc or 1
 
 
 def is_first() -> bool:
-    """Return whether this process is rank 0, or no rank: the one that speaks for all; needs no process groups."""
+    """Return whether this process is rank 0, or no rank: the one that speaks for all;
+    needs no process groups."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def under_launcher() -> bool:
-    """Return whether torchrun or Slurm started this process as one rank; it then ends with 0 after a stop in good order."""
+    """Return whether torchrun or Slurm started this process as one rank; it then ends with 0 after a
+    stop in good order."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ

@@ -1,7 +1,7 @@
 """A run folder's lock: one living run at a time, and a killed one can be continued.
 
-The lock is a file with a lease that its holder renews.  On the holder's own machine a dead process frees it at once; from
-another machine it is free when the lease has run out.
+The lock is a file with a lease that its holder renews.  On the holder's own machine a dead process frees it
+at once; from another machine it is free when the lease has run out.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from megatron_sov.obs.warning import warn
 LOCK = "lock.json"
 LEASE_S = 60.0
 CLOCK_TOLERANCE_S = 5.0
-"""Start times of one process, as read by two others, may differ by the corrections of the clock in between."""
+"""Start times of one process, as read by two others, may differ by the corrections of
+the clock in between."""
 
 
 class RunLock:
@@ -48,8 +49,8 @@ class RunLock:
         with disk_errors(self._file), _alone(self._file.parent):
             record = recorded_holder(self._file.parent)
             if record is not None and _is_living(record):
-                raise UserError(f"{self._file.parent}: is held by a living run (process {record['pid']} on {record['host']}); "
-                                "wait for it, stop it, or choose another --run")
+                raise UserError(f"{self._file.parent}: is held by a living run (process {record['pid']} on "
+                                f"{record['host']}); wait for it, stop it, or choose another --run")
             atomic_write(self._file, self._record())
         self._thread.start()
 
@@ -70,9 +71,10 @@ class RunLock:
         while not self._stop.wait(self._lease_s / 4):
             try:
                 if self._is_lost():
-                    print(f"error: {self._file.parent}: another run took this folder while this one was silent for "
-                          f"{self._lease_s:g} s; this one ends here", file=sys.stderr, flush=True)
-                    os._exit(ExitCode.CRASH)  # two runs must not write into one folder, not even a last checkpoint
+                    print(f"error: {self._file.parent}: another run took this folder while this one was "
+                          f"silent for {self._lease_s:g} s; this one ends here", file=sys.stderr, flush=True)
+                    # two runs must not write into one folder, not even a last checkpoint
+                    os._exit(ExitCode.CRASH)
                 atomic_write(self._file, self._record())
             except (UserError, OSError) as e:  # the lease is good for some more attempts
                 warn(f"{self._file}: the lease could not be renewed ({e})")
@@ -90,7 +92,8 @@ def recorded_holder(run: Path) -> dict[str, Any] | None:
     try:
         record = json.loads((run / LOCK).read_text())
         kinds = (("host", str), ("pid", int), ("started_s", float), ("expires_s", float))
-        return {"slurm_job": "", "slurm_restart": 0, **record, **{name: kind(record[name]) for name, kind in kinds}}
+        return {"slurm_job": "", "slurm_restart": 0, **record,
+                **{name: kind(record[name]) for name, kind in kinds}}
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return None
 
@@ -102,13 +105,15 @@ def forget(run: Path) -> None:
 
 
 def _slurm_job() -> dict[str, Any]:
-    """Return the Slurm job that this process belongs to, and how often it was started anew; nothing outside of Slurm."""
+    """Return the Slurm job that this process belongs to, and how often it was started anew;
+    nothing outside of Slurm."""
     job = os.environ.get("SLURM_JOB_ID", "")
     return {"slurm_job": job, "slurm_restart": int(os.environ.get("SLURM_RESTART_COUNT") or 0)} if job else {}
 
 
 def living_holder(run: Path) -> dict[str, Any] | None:
-    """Return the host, pid and lease of the living process that holds a run folder, as far as can be known from here, or None."""
+    """Return the host, pid and lease of the living process that holds a run folder, as far as can be known
+    from here, or None."""
     record = recorded_holder(run)
     return record if record is not None and _is_living(record) else None
 
@@ -116,7 +121,8 @@ def living_holder(run: Path) -> dict[str, Any] | None:
 def _is_living(record: dict[str, Any]) -> bool:
     """Return whether the process that wrote a record works still, as far as can be known from here.
 
-    Slurm starts a job anew when it has given up the nodes of the start before, so that one's processes need not be waited for.
+    Slurm starts a job anew when it has given up the nodes of the start before, so that one's processes need
+    not be waited for.
     """
     now = _slurm_job()
     if now and record["slurm_job"] == now["slurm_job"] and record["slurm_restart"] < now["slurm_restart"]:
@@ -134,10 +140,12 @@ def _is_living(record: dict[str, Any]) -> bool:
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Let one process at a time look at a folder's lock and take it, where the file system knows such a thing."""
+    """Let one process at a time look at a folder's lock and take it, where the file system
+    knows such a thing."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        with contextlib.suppress(OSError):  # network file systems may refuse; there two runs could start in the same millisecond
+        # network file systems may refuse; there two runs could start in the same millisecond
+        with contextlib.suppress(OSError):
             fcntl.flock(fd, fcntl.LOCK_EX)
         yield
     finally:

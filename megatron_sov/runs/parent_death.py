@@ -1,4 +1,5 @@
-"""Processes that live as long as the one that started them, and the signals that ask for a stop.  No torch here."""
+"""Processes that live as long as the one that started them, and the signals that ask for a
+stop.  No torch here."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ import sys
 from megatron_sov.errors import ExitCode
 
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-"""Signals that ask for a stop; the launcher passes them on to its ranks.  SIGUSR1 is what Slurm is asked to send before the
-time limit."""
+"""Signals that ask for a stop; the launcher passes them on to its ranks.  SIGUSR1 is what Slurm is asked to
+send before the time limit."""
 _PR_SET_PDEATHSIG = 1
 
 

@@ -1,8 +1,9 @@
-"""What a job's script asks at its begin, after the nodes were looked at, and at its end: `python -m megatron_sov.slurm.attempts`.
+"""What a job's script asks at its begin, after the nodes were looked at, and at its end: `python -m
+megatron_sov.slurm.attempts`.
 
-It talks to no scheduler: the script brings what Slurm knows and does what is answered, so that it runs in a container too.  One
-line on standard output is the answer: `run`, `wait`, `requeue NODE,...` (the nodes to exclude) or `exit CODE`; sentences for
-people go to standard error, which is the job's log.
+It talks to no scheduler: the script brings what Slurm knows and does what is answered, so that it runs in a
+container too.  One line on standard output is the answer: `run`, `wait`, `requeue NODE,...` (the nodes to
+exclude) or `exit CODE`; sentences for people go to standard error, which is the job's log.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from megatron_sov.slurm.history import History, progress_of
 from megatron_sov.slurm.preflight import sick_nodes
 
 RUN, WAIT = "run", "wait"
-ASKED = {"": "its ranks were asked to stop", "limit": "its time limit came near", "way": "it had to make way for another job",
-         "cancel": "it was cancelled, or put back by hand"}
+ASKED = {"": "its ranks were asked to stop", "limit": "its time limit came near",
+         "way": "it had to make way for another job", "cancel": "it was cancelled, or put back by hand"}
 """What asked a job to stop -> in words."""
 
 
@@ -48,13 +49,13 @@ class Job:
         failures, excluded = self.history.failures_in_a_row(), self.history.excluded(self.args.max_strikes)
         if failures >= self.args.max_failures:
             ended = [a.end for a in self.history.attempts if a.end is not None]
-            say(f"stops here: {failures} attempts in a row left nothing new, the last by this: {ended[-1]['reason']}; "
-                "look at the logs, mend it and submit again")
+            say(f"stops here: {failures} attempts in a row left nothing new, the last by this: "
+                f"{ended[-1]['reason']}; look at the logs, mend it and submit again")
             return f"exit {ExitCode.CRASH}"
         left = [node for node in self.args.usable if node not in excluded]
         if excluded and self.args.usable and len(left) < self.args.min_nodes:
-            say(f"stops here: without {', '.join(excluded)} the partition has {len(left)} usable nodes, and the job needs "
-                f"{self.args.min_nodes}; mend them, or submit again with fewer --nodes")
+            say(f"stops here: without {', '.join(excluded)} the partition has {len(left)} usable nodes, "
+                f"and the job needs {self.args.min_nodes}; mend them, or submit again with fewer --nodes")
             return f"exit {ExitCode.CRASH}"
         if excluded:
             say(f"goes on without {', '.join(excluded)}")
@@ -81,7 +82,8 @@ def begin(job: Job, queue: str) -> str:
     cut_off = job.history.cut_off(job.restart)
     if cut_off is not None:
         dead = sorted(set(cut_off.nodes) & set(job.args.down))
-        reason = f"{', '.join(dead)} went down" if dead else "Slurm took it away (preempted, cancelled or put back by hand)"
+        reason = (f"{', '.join(dead)} went down" if dead
+                  else "Slurm took it away (preempted, cancelled or put back by hand)")
         job.history.end(cut_off.restart, "cut_off", reason, job.progress(), blamed=dead)
         say(f"attempt {cut_off.restart + 1} was cut off: {reason}")
     excluded = sorted(set(job.history.excluded(job.args.max_strikes)) & set(job.args.nodes))
@@ -99,11 +101,13 @@ def begin(job: Job, queue: str) -> str:
 def _saved(job: Job) -> str:
     """Return what a stage has reached, in words."""
     count = job.progress()
-    return f"step {count}" if (job.args.target / CHECKPOINTS_OF_A_RUN).is_dir() else f"{count} files" if count else "nothing"
+    return (f"step {count}" if (job.args.target / CHECKPOINTS_OF_A_RUN).is_dir() else f"{count} files"
+            if count else "nothing")
 
 
 def _held_by_another(job: Job, queue: str) -> str | None:
-    """Return what to do while another job works in the run's folder; a lock that an ended job left is taken away."""
+    """Return what to do while another job works in the run's folder; a lock that an ended job
+    left is taken away."""
     states = dict(line.split()[:2] for line in queue.splitlines() if len(line.split()) >= 2)
     if job.number not in states:
         return None
@@ -117,7 +121,8 @@ def _held_by_another(job: Job, queue: str) -> str | None:
         elif state == "COMPLETING":
             return WAIT
         else:
-            say(f"{folder} is in use by job {holder['slurm_job']}, which is {state}; wait for it or cancel it")
+            say(f"{folder} is in use by job {holder['slurm_job']}, which is {state}; "
+                "wait for it or cancel it")
             return f"exit {ExitCode.USER_ERROR}"
     return None
 
@@ -143,14 +148,16 @@ def end(job: Job) -> str:
     log = args.logs / "srun.log"
     failure = first_failure(log.read_text(errors="replace")) if log.is_file() else None
 
-    def ended(outcome: str, reason: str, blamed: list[str] | None = None, sick: list[str] | None = None) -> None:
+    def ended(outcome: str, reason: str, blamed: list[str] | None = None,
+              sick: list[str] | None = None) -> None:
         job.history.end(job.restart, outcome, reason, job.progress(), blamed=blamed, sick=sick)
         say(f"attempt {job.restart + 1}: {outcome}, {reason}")
 
     if done.is_file():
         ended("complete", f"{done} exists")
         return "exit 0"
-    if gate := next((f for f in (args.target / FAILURE, *args.target.glob(f"stages/*/{FAILURE}")) if f.is_file()), None):
+    if gate := next((f for f in (args.target / FAILURE, *args.target.glob(f"stages/*/{FAILURE}"))
+                     if f.is_file()), None):
         ended("gate", str(json.loads(gate.read_text())["failure"]))
         return f"exit {ExitCode.GATE_FAILED}"
     if args.asked == "cancel":
@@ -166,7 +173,9 @@ def end(job: Job) -> str:
     print(shown, file=sys.stderr, flush=True)
     if failure.exit_code == ExitCode.USER_ERROR:
         sentences = [line.strip() for line in shown.splitlines() if line.strip().startswith("error:")]
-        ended("mistake", f"{failure}: {sentences[-1] if sentences else 'a setting, the data or the disk needs a change'}")
+        ended(
+            "mistake",
+            f"{failure}: {sentences[-1] if sentences else 'a setting, the data or the disk needs a change'}")
         return f"exit {ExitCode.USER_ERROR}"
     if failure.exit_code == ExitCode.CORRUPTION:
         ended("corruption", f"a rank computed wrongly, see {args.target / EVENTS}", sick=_corrupt_nodes(job))
@@ -178,9 +187,11 @@ def end(job: Job) -> str:
 
 
 def _corrupt_nodes(job: Job) -> list[str]:
-    """Return the nodes that the run's last `corruption` event names; none where they are half of the nodes, or more."""
+    """Return the nodes that the run's last `corruption` event names; none where they are half of
+    the nodes, or more."""
     named = [e["hosts"] for e in read_events(job.args.target / EVENTS) if e["event"] == "sdc"]
-    found = [node for node in job.args.nodes if named and node in {host.split(".")[0] for host in named[-1]} | set(named[-1])]
+    found = [node for node in job.args.nodes
+             if named and node in {host.split(".")[0] for host in named[-1]} | set(named[-1])]
     return found if 2 * len(found) < len(job.args.nodes) else []
 
 
@@ -194,7 +205,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("folder", type=Path, help="where the job's records lie")
     parser.add_argument("--target", type=Path, required=True, help="the run's or artifact's folder")
     parser.add_argument("--done", type=Path, required=True, help="what exists when the stage is complete")
-    parser.add_argument("--write-done", action="store_true", help="the stage's command leaves no such file: write it")
+    parser.add_argument("--write-done", action="store_true",
+                        help="the stage's command leaves no such file: write it")
     parser.add_argument("--max-failures", type=int, required=True)
     parser.add_argument("--max-strikes", type=int, required=True)
     parser.add_argument("--min-nodes", type=int, required=True)
@@ -203,7 +215,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--down", type=nodes, default=[], help="nodes of the cluster that do not")
     parser.add_argument("--logs", type=Path, default=Path(), help="end: folder with srun.log and rank-N.log")
     parser.add_argument("--code", type=int, default=0, help="end: exit code of srun")
-    parser.add_argument("--asked", default="", choices=ASKED, help="end: what asked the job to stop, if anything")
+    parser.add_argument("--asked", default="", choices=ASKED,
+                        help="end: what asked the job to stop, if anything")
     parser.add_argument("--reports", type=Path, default=Path(), help="preflight: folder of the reports")
     parser.add_argument("--limits", default="{}", help="preflight: JSON of the limits")
     return parser
@@ -213,7 +226,8 @@ def main(argv: list[str] | None = None) -> int:
     """Answer one question of a job's script."""
     job = Job(build_parser().parse_args(argv))
     answers: dict[str, Callable[[], str]] = {
-        "begin": lambda: begin(job, sys.stdin.read()), "preflight": lambda: preflight(job), "end": lambda: end(job)}
+        "begin": lambda: begin(job, sys.stdin.read()), "preflight": lambda: preflight(job),
+        "end": lambda: end(job)}
     try:
         print(answers[job.args.action](), flush=True)
     except UserError as e:

@@ -1,4 +1,5 @@
-"""Chains of stages from one file: each starts when those before it are complete, and a failed one stops what follows."""
+"""Chains of stages from one file: each starts when those before it are complete,
+and a failed one stops what follows."""
 
 from __future__ import annotations
 
@@ -87,7 +88,8 @@ def run(chain: str, options: Options, commands: Commands, *, resume: bool, dry_r
         for link in links:
             print(f"{link.name}: {_state(link, before, living)}")
         if living:
-            raise UserError(f"{chain}: jobs of it wait or run; wait for them, or `scancel {' '.join(living)}`")
+            raise UserError(f"{chain}: jobs of it wait or run; wait for them, "
+                            f"or `scancel {' '.join(living)}`")
         if not resume:
             raise UserError(f"{chain}: was submitted before; pass --continue to submit what is not complete")
     open_links = [link for link in links if not link.complete]
@@ -100,7 +102,8 @@ def run(chain: str, options: Options, commands: Commands, *, resume: bool, dry_r
 
 
 def _state_file(chain: str) -> Path:
-    """Return where it stands what was submitted: beside a user's file, in $WORK for a chain that comes with the package."""
+    """Return where it stands what was submitted: beside a user's file, in $WORK for a chain that
+    comes with the package."""
     return Path(work_folder(), f"{chain}.yaml.jobs.json") if chain in names() else Path(f"{chain}.jobs.json")
 
 
@@ -111,7 +114,8 @@ def _submit(links: list[Link], before: Submitted, state_file: Path) -> None:
         for link in links:
             after = [now.jobs[name][-1] for name in link.after if name in now.jobs]
             now.jobs[link.name] = jobs = submission.submit(link.prepared, after)
-            print(f"{link.name}: submitted as job {' and '.join(jobs)}" + (f", after job {' and '.join(after)}" if after else ""))
+            print(f"{link.name}: submitted as job {' and '.join(jobs)}"
+                  + (f", after job {' and '.join(after)}" if after else ""))
         if links:
             atomic_write(state_file, to_json(Submitted(now.time_s, before.jobs | now.jobs)))
     except UserError:
@@ -128,13 +132,15 @@ def _state(link: Link, before: Submitted, living: dict[str, str]) -> str:
         if number in living:
             return f"job {number} is {living[number].lower()}"
     records = link.prepared.work.records
-    ends = [r for file in (records / ATTEMPTS, *sorted(records.glob(f"task-*/{ATTEMPTS}"))) for r in read_events(file)
+    ends = [r for file in (records / ATTEMPTS, *sorted(records.glob(f"task-*/{ATTEMPTS}")))
+            for r in read_events(file)
             if r["event"] == "end" and r["time_s"] >= before.time_s and r["outcome"] != "complete"]
     if ends:
         return f"not complete, its job ended by: {ends[-1]['outcome']}, {ends[-1]['reason']}"
     if said := [argv for number in numbers if (argv := submission.last_words(records, number))]:
         return f"not complete, its job ended before it began its work: {said[-1]}"
-    return f"not complete, its job {' and '.join(numbers) or '(none)'} never began: an earlier stage failed, or it was cancelled"
+    return (f"not complete, its job {' and '.join(numbers) or '(none)'} never began: "
+            "an earlier stage failed, or it was cancelled")
 
 
 def links_of(chain: str, options: Options, commands: Commands) -> list[Link]:
@@ -175,10 +181,12 @@ def _request(config: ChainConfig, stage: ChainStage, options: Options, needs: tu
     chosen = stage.cluster or options.cluster or config.cluster
     if not chosen:
         raise UserError("names no cluster; add a line `cluster: PROFILE` to the file, or pass --cluster")
-    profile = cluster.load(chosen, account=options.account, partition=options.partition, needs_account=ready is None)
+    profile = cluster.load(chosen, account=options.account, partition=options.partition,
+                           needs_account=ready is None)
     return submission.Request(
         stage.stage, stage.argv(READY_ROOT if ready else None), profile, stage.nodes, stage.min_nodes or None,
-        cluster.settings_by_nodes(list(stage.nodes_set)), stage.array, needs, stage.time_limit or options.time_limit, ready)
+        cluster.settings_by_nodes(list(stage.nodes_set)), stage.array, needs,
+        stage.time_limit or options.time_limit, ready)
 
 
 def _ready(chain: str, number: int, stage: ChainStage, options: Options) -> Ready:

@@ -1,4 +1,5 @@
-"""Chain files: several stages, one after the other, as YAML; those of the package by name, a user's own by path.
+"""Chain files: several stages, one after the other, as YAML; those of the package by name,
+a user's own by path.
 
 `$WORK` in the arguments of a stage stands for the folder that the variable of that name holds.
 """
@@ -65,7 +66,8 @@ class ChainStage:
         try:
             argv = shlex.split(self.arguments, comments=True)
         except ValueError as e:
-            raise UserError(f"arguments = {self.arguments!r}: cannot be read as a shell would ({e}); mend its quotes") from None
+            raise UserError(f"arguments = {self.arguments!r}: cannot be read as a shell would ({e}); "
+                            "mend its quotes") from None
         return tuple(WORK.sub(lambda found: work_folder() if work is None else work, word) for word in argv)
 
 
@@ -96,17 +98,20 @@ def work_folder() -> str:
 def names() -> list[str]:
     """Return the names of the chains that come with the package."""
     folder = importlib.resources.files("slurm").joinpath("chains")
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return sorted(entry.name.removesuffix(".yaml")
+                  for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
 def read_chain(name: str) -> ChainConfig:
     """Read a chain: one that comes with the package, or a YAML file of the user's.
 
     Raises:
-        UserError: it is not there, is no YAML, has other fields, or stages that cannot be one after the other.
+        UserError: it is not there, is no YAML, has other fields, or stages that cannot be
+            one after the other.
     """
     if name in names():
-        text = importlib.resources.files("slurm").joinpath("chains", f"{name}.yaml").read_text(encoding="utf-8")
+        text = importlib.resources.files("slurm").joinpath("chains", f"{name}.yaml").read_text(
+            encoding="utf-8")
     elif Path(name).is_file():
         text = read_text(name, Path(name))
     else:

@@ -20,13 +20,15 @@ def ask(program: str, *arguments: str, script: str | None = None) -> subprocess.
         UserError: it is not installed, or the controller does not answer.
     """
     try:
-        return subprocess.run([program, *arguments], input=script, capture_output=True, text=True, timeout=TIMEOUT_S,
-                              check=False, env=environment_outside_jobs())
+        return subprocess.run([program, *arguments], input=script, capture_output=True, text=True,
+                              timeout=TIMEOUT_S, check=False, env=environment_outside_jobs())
     except FileNotFoundError:
-        raise UserError(f"{program}: is not on PATH, so Slurm is not installed here; submit from a login node, load the "
-                        "cluster's Slurm module, or look at the script with --dry-run") from None
+        raise UserError(f"{program}: is not on PATH, so Slurm is not installed here; "
+                        "submit from a login node, load the cluster's Slurm module, or look at the script "
+                        "with --dry-run") from None
     except subprocess.TimeoutExpired:
-        raise UserError(f"{program}: Slurm's controller has not answered for {TIMEOUT_S} s; try again later") from None
+        raise UserError(f"{program}: Slurm's controller has not answered for {TIMEOUT_S} s; "
+                        "try again later") from None
 
 
 def check_partition(partition: str) -> None:
@@ -36,15 +38,17 @@ def check_partition(partition: str) -> None:
         raise UserError(f"sinfo: {reason(done.stderr)}; see to it that Slurm's controller can be reached")
     known = sorted(set(done.stdout.split()))
     if partition and partition not in known:
-        raise UserError(f"partition {partition!r}: does not exist here{nearest(partition, known)} (partitions: "
-                        f"{', '.join(known)}); pass --partition, or put it into a profile of your own")
+        raise UserError(f"partition {partition!r}: does not exist here{nearest(partition, known)} "
+                        f"(partitions: {', '.join(known)}); pass --partition, "
+                        "or put it into a profile of your own")
 
 
 def check_script(text: str) -> None:
     """Raise `UserError` where Slurm would refuse a script; nothing is submitted."""
     done = ask("sbatch", "--test-only", script=text)
     if done.returncode:
-        raise UserError(f"Slurm refuses the job: {reason(done.stderr)}; change the profile or the arguments of submit")
+        raise UserError(f"Slurm refuses the job: {reason(done.stderr)}; "
+                        "change the profile or the arguments of submit")
 
 
 def submit(script: Path, *, after: list[str]) -> str:
@@ -68,7 +72,8 @@ def states(jobs: list[str]) -> dict[str, str]:
     """Return number -> state of those jobs that wait or run; of an array, any of its tasks."""
     if not jobs:
         return {}
-    done = ask("squeue", "--noheader", "--format=%F %T", f"--jobs={','.join(jobs)}")  # fails for one job that is long gone
+    # fails for one job that is long gone
+    done = ask("squeue", "--noheader", "--format=%F %T", f"--jobs={','.join(jobs)}")
     found = dict(line.split()[:2] for line in done.stdout.splitlines() if len(line.split()) == 2)
     return {number: state for number, state in found.items() if state in LIVING}
 

@@ -17,7 +17,8 @@ from megatron_sov.slurm.yaml_file import read_text, read_yaml
 
 SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|API_?KEY|PRIVATE_KEY)S?$", re.IGNORECASE)
 """How the names of variables end that hold what must not stand in a file."""
-TIME_LIMIT = re.compile(r"(?P<d>\d+)-(?P<dh>\d+)(:(?P<dm>\d+)(:(?P<ds>\d+))?)?|((?P<h>\d+):(?=\d+:))?(?P<m>\d+)(:(?P<s>\d+))?")
+TIME_LIMIT = re.compile(r"(?P<d>\d+)-(?P<dh>\d+)(:(?P<dm>\d+)(:(?P<ds>\d+))?)?"
+                        r"|((?P<h>\d+):(?=\d+:))?(?P<m>\d+)(:(?P<s>\d+))?")
 """The forms that sbatch's manual names: with days, or hours:minutes:seconds, minutes:seconds, minutes."""
 MAX_SIGNAL_LEAD_S = 65535
 """The most that sbatch's --signal takes."""
@@ -29,7 +30,8 @@ class ContainerConfig:
 
     __pydantic_config__ = STRICT
     kind: Literal["none", "apptainer", "enroot", "pyxis"] = "none"
-    """none: the Python of the login node; apptainer and enroot: started on each node; pyxis: enroot by srun's own options."""
+    """none: the Python of the login node; apptainer and enroot: started on each node; pyxis:
+    enroot by srun's own options."""
     image: str = ""
     """Image file or address, as the container program takes it."""
     mounts: tuple[str, ...] = ()
@@ -59,11 +61,16 @@ class PreflightConfig:
     def problems(self) -> list[str]:
         """Return one sentence for each limit that no node could keep to, or that is no number."""
         rules = [
-            (self.min_free_disk_bytes >= 0, f"min_free_disk_bytes = {self.min_free_disk_bytes} must not be negative"),
-            (0 < self.max_clock_skew_s < math.inf, f"max_clock_skew_s = {self.max_clock_skew_s} must be positive"),
-            (1 < self.max_matmul_ratio < math.inf, f"max_matmul_ratio = {self.max_matmul_ratio} must be above 1"),
-            (0 <= self.min_matmul_tflops < math.inf, f"min_matmul_tflops = {self.min_matmul_tflops} must not be negative"),
-            (0 < self.max_allreduce_s < math.inf, f"max_allreduce_s = {self.max_allreduce_s} must be positive"),
+            (self.min_free_disk_bytes >= 0,
+             f"min_free_disk_bytes = {self.min_free_disk_bytes} must not be negative"),
+            (0 < self.max_clock_skew_s < math.inf,
+             f"max_clock_skew_s = {self.max_clock_skew_s} must be positive"),
+            (1 < self.max_matmul_ratio < math.inf,
+             f"max_matmul_ratio = {self.max_matmul_ratio} must be above 1"),
+            (0 <= self.min_matmul_tflops < math.inf,
+             f"min_matmul_tflops = {self.min_matmul_tflops} must not be negative"),
+            (0 < self.max_allreduce_s < math.inf,
+             f"max_allreduce_s = {self.max_allreduce_s} must be positive"),
             (self.timeout_min >= 1, f"timeout_min = {self.timeout_min} must be at least 1"),
         ]
         return [f"preflight.{sentence}" for holds, sentence in rules if not holds]
@@ -85,9 +92,11 @@ class ClusterProfile:
     constraint: str = ""
     """Features that nodes must have; empty: any."""
     time_limit: str = "1-00:00:00"
-    """Time limit of training jobs, as Slurm writes it: minutes, H:MM:SS or D-HH:MM:SS.  Other stages ask for no more."""
+    """Time limit of training jobs, as Slurm writes it: minutes, H:MM:SS or D-HH:MM:SS.  Other
+    stages ask for no more."""
     signal_lead_s: int = 600
-    """Seconds before the time limit at which a run is asked to save and stop; Slurm may ask up to a minute earlier."""
+    """Seconds before the time limit at which a run is asked to save and stop; Slurm may ask up
+    to a minute earlier."""
     gpus_per_node: int = 8
     """GPUs of a node; one rank is started for each.  0: training runs on CPUs."""
     ranks_per_node: int = 1
@@ -107,9 +116,11 @@ class ClusterProfile:
     container: ContainerConfig = ContainerConfig()
     """What the Python of a job runs in."""
     python: str = ""
-    """Python program on the nodes or in the container; empty: that of the login node, or python3 in a container."""
+    """Python program on the nodes or in the container; empty: that of the login node,
+    or python3 in a container."""
     scratch: str = ""
-    """Folder on each node's own disk for temporary files and compiled kernels; made where it is missing; empty: the default."""
+    """Folder on each node's own disk for temporary files and compiled kernels; made where it is missing;
+    empty: the default."""
     preflight: PreflightConfig = PreflightConfig()
     """What every node has to show before each start."""
     max_strikes: int = 2
@@ -138,20 +149,24 @@ class ClusterProfile:
             (self.gpus_per_node >= 0, f"gpus_per_node = {self.gpus_per_node} must not be negative"),
             (self.ranks_per_node >= 1, f"ranks_per_node = {self.ranks_per_node} must be at least 1"),
             (self.cpus_per_node >= max(1, self.tasks_per_node),
-             f"cpus_per_node = {self.cpus_per_node} must be at least one for each of the {self.tasks_per_node} ranks of a node"),
+             f"cpus_per_node = {self.cpus_per_node} must be at least one for each of the "
+             f"{self.tasks_per_node} ranks of a node"),
             (0 < self.signal_lead_s <= MAX_SIGNAL_LEAD_S,
-             f"signal_lead_s = {self.signal_lead_s} must lie between 1 and {MAX_SIGNAL_LEAD_S}, as sbatch's --signal asks"),
+             f"signal_lead_s = {self.signal_lead_s} must lie between 1 and {MAX_SIGNAL_LEAD_S}, "
+             "as sbatch's --signal asks"),
             (not self.scratch or self.scratch.startswith("/"),
-             f"scratch = {self.scratch!r} must begin with /, for it is taken as it stands; where a variable names the folder, "
-             "leave it out and export TMPDIR in a line of setup"),
+             f"scratch = {self.scratch!r} must begin with /, for it is taken as it stands; "
+             "where a variable names the folder, leave it out and export TMPDIR in a line of setup"),
             (self.max_strikes >= 1, f"max_strikes = {self.max_strikes} must be at least 1"),
             (self.max_failures >= 1, f"max_failures = {self.max_failures} must be at least 1"),
             (self.container.kind == "none" or bool(self.container.image),
-             f"container.image is empty and container.kind is {self.container.kind}; name an image, or set kind to none"),
+             f"container.image is empty and container.kind is {self.container.kind}; "
+             "name an image, or set kind to none"),
         ]
         p = [sentence for holds, sentence in rules if not holds] + self.preflight.problems()
-        p += [f"environment.{name} looks like a secret, which must not stand in a script; export it in the shell that submits: "
-              "jobs inherit that" for name in self.environment if SECRET.search(name)]
+        p += [f"environment.{name} looks like a secret, which must not stand in a script; "
+              "export it in the shell that submits: jobs inherit that"
+              for name in self.environment if SECRET.search(name)]
         p += [f"environment.{name} is not a name of a variable" for name in self.environment
               if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name)]
         return p
@@ -160,7 +175,8 @@ class ClusterProfile:
 def names() -> list[str]:
     """Return the names of the profiles that come with the package."""
     folder = importlib.resources.files("slurm").joinpath("clusters")
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return sorted(entry.name.removesuffix(".yaml")
+                  for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
 def time_limit_s(text: str) -> float:
@@ -173,7 +189,8 @@ def time_limit_s(text: str) -> float:
         return math.inf
     found = TIME_LIMIT.fullmatch(text)
     if found is None:
-        raise UserError(f"time limit {text!r}: must be minutes, H:MM:SS or D-HH:MM:SS; set --time, or the profile's time_limit")
+        raise UserError(f"time limit {text!r}: must be minutes, H:MM:SS or D-HH:MM:SS; "
+                        "set --time, or the profile's time_limit")
     units = {"d": 86400, "dh": 3600, "dm": 60, "ds": 1, "h": 3600, "m": 60, "s": 1}
     return sum(int(found[name] or 0) * seconds for name, seconds in units.items()) or math.inf
 
@@ -193,7 +210,8 @@ def settings_by_nodes(given: list[str]) -> dict[int, tuple[str, ...]]:
     return settings
 
 
-def load(name: str, *, account: str | None = None, partition: str | None = None, needs_account: bool = True) -> ClusterProfile:
+def load(name: str, *, account: str | None = None, partition: str | None = None,
+         needs_account: bool = True) -> ClusterProfile:
     """Return a profile: one that comes with the package, or a YAML file of the user's.
 
     Args:
@@ -211,17 +229,19 @@ def load(name: str, *, account: str | None = None, partition: str | None = None,
             raise UserError(f"--cluster {name}: does not exist; pass a file, or one of {', '.join(names())}")
         text = read_text(f"--cluster {name}", file)
     elif name in names():
-        text = importlib.resources.files("slurm").joinpath("clusters", f"{name}.yaml").read_text(encoding="utf-8")
+        text = importlib.resources.files("slurm").joinpath("clusters", f"{name}.yaml").read_text(
+            encoding="utf-8")
     else:
-        raise UserError(f"--cluster {name}: there is no such profile{nearest(name, names())} (profiles: {', '.join(names())}; "
-                        "your own: a path that ends with .yaml)")
-    profile = read_yaml(f"--cluster {name}", text, ClusterProfile, (ContainerConfig, PreflightConfig), "profile")
+        raise UserError(f"--cluster {name}: there is no such profile{nearest(name, names())} (profiles: "
+                        f"{', '.join(names())}; your own: a path that ends with .yaml)")
+    profile = read_yaml(f"--cluster {name}", text, ClusterProfile,
+                        (ContainerConfig, PreflightConfig), "profile")
     profile = dataclasses.replace(profile, account=profile.account if account is None else account,
                                   partition=profile.partition if partition is None else partition)
     problems = profile.problems()
     if profile.account is None and needs_account:
-        problems.append("account is missing; pass --account NAME, or put it into a profile of your own (\"\" where the cluster "
-                        "asks for none)")
+        problems.append("account is missing; pass --account NAME, or put it into a profile of your own (\"\" "
+                        "where the cluster asks for none)")
     if problems:
         raise UserError(f"--cluster {name}: {'; '.join(problems)}")
     return profile

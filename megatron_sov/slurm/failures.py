@@ -26,19 +26,23 @@ class Failure:
     """None where a signal ended it."""
 
     def __str__(self) -> str:
-        ended = f"ended with exit code {self.exit_code}" if self.exit_code is not None else f"was ended by a signal ({self.how})"
+        ended = (f"ended with exit code {self.exit_code}" if self.exit_code is not None
+                 else f"was ended by a signal ({self.how})")
         return f"rank {self.rank} on {self.node} {ended}"
 
 
 def first_failure(srun_log: str) -> Failure | None:
-    """Return the failure that srun reports first, or None; a user's mistake goes before ranks that only lost their peer by it."""
+    """Return the failure that srun reports first, or None; a user's mistake goes before ranks that only
+    lost their peer by it."""
     found = [_failure(match) for match in LINE.finditer(srun_log)]
-    return next((failure for failure in found if failure.exit_code == ExitCode.USER_ERROR), found[0] if found else None)
+    return next((failure for failure in found if failure.exit_code == ExitCode.USER_ERROR),
+                found[0] if found else None)
 
 
 def _failure(match: re.Match[str]) -> Failure:
     code = EXIT_CODE.search(match["how"])
-    return Failure(match["node"], int(re.split("[-,]", match["ranks"])[0]), match["how"].strip(), int(code[1]) if code else None)
+    return Failure(match["node"], int(re.split("[-,]", match["ranks"])[0]), match["how"].strip(),
+                   int(code[1]) if code else None)
 
 
 def last_lines(log: Path) -> str:

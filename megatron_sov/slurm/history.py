@@ -1,7 +1,8 @@
 """What happened to a job so far: its attempts, told by `attempts.jsonl`, and what follows from them.
 
-Every start of a job's script is an attempt.  It writes `begin`, and `end` unless it was cut off (its node died, or Slurm took it
-away); the next one then writes the `end` in its place.  A new submission is a new job, and begins with a clean record.
+Every start of a job's script is an attempt.  It writes `begin`, and `end` unless it was cut off (its node
+died, or Slurm took it away); the next one then writes the `end` in its place.  A new submission is a new job,
+and begins with a clean record.
 """
 
 from __future__ import annotations
@@ -46,24 +47,29 @@ class History:
                          for r in records if r["event"] == "begin"]
 
     def cut_off(self, restart: int) -> Attempt | None:
-        """Return the attempt before `restart`, if it was ended from outside: it wrote no end, or took itself for cancelled.
+        """Return the attempt before `restart`, if it was ended from outside: it wrote no end,
+        or took itself for cancelled.
 
-        A cancelled job does not begin again, so this one was put back, as Slurm does when another node than the script's dies.
+        A cancelled job does not begin again, so this one was put back, as Slurm does when another node than
+        the script's dies.
         """
         before = [a for a in self.attempts if a.restart < restart]
-        return before[-1] if before and (before[-1].end or {"outcome": "cancelled"})["outcome"] == "cancelled" else None
+        return before[-1] if before and (before[-1].end
+                                         or {"outcome": "cancelled"})["outcome"] == "cancelled" else None
 
     def strikes(self) -> Counter[str]:
         """Return node -> failures that began there."""
         return Counter(node for a in self.attempts if a.end is not None for node in a.end["blamed"])
 
     def excluded(self, max_strikes: int) -> list[str]:
-        """Return the nodes that the job must not run on any more: sick ones, and those with too many failures."""
+        """Return the nodes that the job must not run on any more: sick ones,
+        and those with too many failures."""
         sick = {node for a in self.attempts if a.end is not None for node in a.end["sick"]}
         return sorted(sick | {node for node, count in self.strikes().items() if count >= max_strikes})
 
     def failures_in_a_row(self) -> int:
-        """Return how many of the last attempts left nothing new, not counting those that found a sick node."""
+        """Return how many of the last attempts left nothing new, not counting those that
+        found a sick node."""
         count = 0
         for attempt in reversed([a for a in self.attempts if a.end is not None]):
             if attempt.moved:
@@ -81,13 +87,15 @@ class History:
 
         Args:
             restart: which one.
-            outcome: complete, gate, mistake, cancelled, stopped, crash, hang, corruption, cut_off or sick_nodes.
+            outcome: complete, gate, mistake, cancelled, stopped, crash, hang, corruption,
+                cut_off or sick_nodes.
             reason: one sentence.
             progress: what is there now.
             blamed: nodes where the failure began.
             sick: nodes that did not pass the pre-flight check, or computed wrongly.
         """
-        self._write("end", restart, outcome=outcome, reason=reason, progress=progress, blamed=blamed or [], sick=sick or [])
+        self._write("end", restart, outcome=outcome, reason=reason, progress=progress, blamed=blamed or [],
+                    sick=sick or [])
 
     def _write(self, event: str, restart: int, **fields: Any) -> None:
         log = EventLog(self._file)
@@ -100,10 +108,12 @@ def progress_of(target: Path) -> int:
     """Return a number that grows whenever a stage leaves something new behind.
 
     Args:
-        target: the run's folder (steps of its newest checkpoints count, of all stages of an extension) or the artifact's
-            (files of its hidden, unfinished neighbours count).
+        target: the run's folder (steps of its newest checkpoints count, of all stages of an extension) or the
+            artifact's (files of its hidden, unfinished neighbours count).
     """
     steps = 0
     for folder in (target, *target.glob("stages/*")):
-        steps += max((int(p.name[5:]) for p in folder.glob("checkpoints/step-*") if p.name[5:].isdigit()), default=0)
-    return steps + sum(1 for hidden in target.parent.glob(f".{target.name}*") for p in hidden.rglob("*") if p.is_file())
+        steps += max((int(p.name[5:]) for p in folder.glob("checkpoints/step-*") if p.name[5:].isdigit()),
+                     default=0)
+    return steps + sum(1 for hidden in target.parent.glob(f".{target.name}*") for p in hidden.rglob("*")
+                       if p.is_file())

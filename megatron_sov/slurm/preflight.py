@@ -1,7 +1,9 @@
-"""The look at every node before a start: `python -m megatron_sov.slurm.preflight FOLDER`, one process for each rank.
+"""The look at every node before a start: `python -m megatron_sov.slurm.preflight FOLDER`,
+one process for each rank.
 
-Each rank writes FOLDER/rank-N.json, first with what it finds alone and then again with what all ranks find together, so that
-a rank which dies or hangs on the way is known by what it did not write.  `sick_nodes` judges the reports.
+Each rank writes FOLDER/rank-N.json, first with what it finds alone and then again with what all ranks find
+together, so that a rank which dies or hangs on the way is known by what it did not write.  `sick_nodes`
+judges the reports.
 """
 
 from __future__ import annotations
@@ -67,7 +69,8 @@ def look_alone(report: Report, scratch: Path) -> None:
         report.free_disk_bytes = status.f_bavail * status.f_frsize
     except OSError as e:
         report.disk_error = f"{scratch}: {e.strerror}"
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if report.num_gpus else torch.device("cpu")
+    device = (torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if report.num_gpus
+              else torch.device("cpu"))
     size, dtype = MATMUL_SIZE[device.type], torch.bfloat16 if device.type == "cuda" else torch.float32
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randint(-1, 2, (size, size), generator=generator).to(device, dtype) for _ in range(2))
@@ -89,7 +92,8 @@ def look_together(report: Report, timeout_s: float) -> None:
     kind = "cuda" if report.num_gpus else "cpu"
     if kind == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=datetime.timedelta(seconds=timeout_s))
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo",
+                            timeout=datetime.timedelta(seconds=timeout_s))
     device = torch.device(kind)
     values = torch.ones(ALLREDUCE_BYTES[kind] // 4, device=device)
     dist.all_reduce(values)
@@ -109,7 +113,8 @@ def look_together(report: Report, timeout_s: float) -> None:
 
 
 def sick_nodes(folder: Path, nodes: list[str], limits: dict[str, Any]) -> dict[str, str]:
-    """Return node -> why it is not fit, from the reports of its ranks; under "all nodes" what cannot be laid to one.
+    """Return node -> why it is not fit, from the reports of its ranks; under "all nodes" what
+    cannot be laid to one.
 
     Args:
         folder: where the reports lie.
@@ -143,8 +148,10 @@ def _problem(r: Report, limits: dict[str, Any], usual_s: float, usual_checksum: 
         (r.num_gpus >= limits["num_gpus"], f"{r.num_gpus} GPUs, {limits['num_gpus']} wanted"),
         (not r.disk_error, f"disk cannot be written ({r.disk_error})"),
         (r.disk_error or r.free_disk_bytes >= limits["min_free_disk_bytes"],
-         f"{r.free_disk_bytes / 1e9:.1f} GB of disk free, {limits['min_free_disk_bytes'] / 1e9:.1f} GB wanted"),
-        (r.checksum == usual_checksum, f"a matrix product sums to {r.checksum:g}, on the others to {usual_checksum:g}"),
+         f"{r.free_disk_bytes / 1e9:.1f} GB of disk free, {limits['min_free_disk_bytes'] / 1e9:.1f} "
+         "GB wanted"),
+        (r.checksum == usual_checksum,
+         f"a matrix product sums to {r.checksum:g}, on the others to {usual_checksum:g}"),
         (r.matmul_s <= limits["max_matmul_ratio"] * usual_s,
          f"a matrix product takes {r.matmul_s * 1e3:.2f} ms, the others' median is {usual_s * 1e3:.2f} ms"),
         (r.matmul_tflops >= limits["min_matmul_tflops"],

@@ -1,4 +1,5 @@
-"""Ready scripts: the stages of a chain as files for `sbatch`, which any folder and any Python with the package will do for."""
+"""Ready scripts: the stages of a chain as files for `sbatch`, which any folder and any Python with the
+package will do for."""
 
 from __future__ import annotations
 
@@ -21,12 +22,15 @@ def write_scripts(chain: str, folder: Path, options: Options, commands: Commands
         commands: the parsers of the stages' commands.
 
     Raises:
-        UserError: something about the chain does not fit, or a script of that name, which may have been changed, is there.
+        UserError: something about the chain does not fit, or a script of that name, which may have been
+            changed, is there.
     """
     links = links_of(chain, dataclasses.replace(options, scripts=folder), commands)
-    scripts = {job.script: text for link in links for job, text in zip(link.prepared.jobs, link.prepared.texts, strict=True)}
+    scripts = {job.script: text for link in links
+               for job, text in zip(link.prepared.jobs, link.prepared.texts, strict=True)}
     if there := [path for path in scripts if path.exists()]:
-        raise UserError(f"{there[0]}: is there already, and may have been changed; remove it, or choose another --scripts folder")
+        raise UserError(f"{there[0]}: is there already, and may have been changed; "
+                        "remove it, or choose another --scripts folder")
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     for path, text in scripts.items():

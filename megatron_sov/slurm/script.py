@@ -1,4 +1,5 @@
-"""Job scripts: templates filled with a stage and a cluster's profile.  Everything from outside is quoted for the shell."""
+"""Job scripts: templates filled with a stage and a cluster's profile.  Everything from outside is
+quoted for the shell."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ READY_ROOT = "/$WORK"
 
 @dataclass(frozen=True)
 class Ready:
-    """What makes a script ready for any folder: its paths begin with $WORK, and it runs the code that its Python has."""
+    """What makes a script ready for any folder: its paths begin with $WORK, and it runs the code
+    that its Python has."""
 
     name: str
     """Of the job."""
@@ -71,8 +73,8 @@ class Job:
     def title(self) -> str:
         """What it does, in a sentence."""
         if self.array:
-            return (f"Data, one task of {self.array}: packs every {self.array}th input into a part; a job that waits for all "
-                    "parts joins them.")
+            return (f"Data, one task of {self.array}: packs every {self.array}th input into a part; "
+                    "a job that waits for all parts joins them.")
         return self.work.kind.title
 
     @property
@@ -80,12 +82,16 @@ class Job:
         """What it needs, in a sentence."""
         profile, nodes = self.profile, max(self.layouts)
         if not self.work.kind.ranks:
-            gpus = f" and {profile.gpus_per_node} GPUs" if self.work.kind.gpus and profile.gpus_per_node else ""
-            return f"Asks for one node of {profile.cpus_per_node} cores{gpus}{' for each task' if self.array else ''}."
-        unit = f"{profile.gpus_per_node} GPUs" if profile.gpus_per_node else f"{profile.ranks_per_node} processes on CPUs"
+            gpus = (f" and {profile.gpus_per_node} GPUs" if self.work.kind.gpus and profile.gpus_per_node
+                    else "")
+            return (f"Asks for one node of {profile.cpus_per_node} "
+                    f"cores{gpus}{' for each task' if self.array else ''}.")
+        unit = (f"{profile.gpus_per_node} GPUs" if profile.gpus_per_node
+                else f"{profile.ranks_per_node} processes on CPUs")
         assert self.work.config is not None, self.work.stage
         layout = self.work.config.parallel
-        values = {f.name: getattr(layout, f.name) for f in dataclasses.fields(layout) if getattr(layout, f.name) != f.default}
+        values = {f.name: getattr(layout, f.name)
+                  for f in dataclasses.fields(layout) if getattr(layout, f.name) != f.default}
         chosen = [name if value is True else f"{name} {value}" for name, value in values.items()]
         num_ranks = nodes * profile.tasks_per_node
         chosen.append(f"data parallel {num_ranks // layout.ranks_per_replica}")
@@ -100,22 +106,25 @@ def render(job: Job) -> str:
     """
     for path in (job.work.records, *(() if job.ready else (job.cwd,))):
         if "%" in str(path) or "\\" in str(path) or "\n" in str(path):
-            raise UserError(f"{path}: holds a character that Slurm reads as a placeholder (%, \\ or a line end); choose another")
+            raise UserError(f"{path}: holds a character that Slurm reads as a placeholder (%, "
+                            "\\ or a line end); choose another")
     work, profile = job.work, job.profile
     limits = {**dataclasses.asdict(profile.preflight), "num_gpus": profile.gpus_per_node,
               "ranks_per_node": profile.tasks_per_node}
     template = "array" if job.array else "training" if work.kind.ranks else "work"
     return _environment(job.ready is not None).get_template(f"{template}.sbatch.j2").render(
-        work=work, kind=work.kind, profile=profile, job=job, ready=job.ready, name=_job_name(job), nodes=max(job.layouts),
-        least=min(job.layouts), limits=json.dumps(limits), first_port=PORTS[0], num_ports=PORTS[1], python=_python(job),
-        own_python=not profile.python and profile.container.kind == "none", command=["-m", *work.kind.program, *work.arguments])
+        work=work, kind=work.kind, profile=profile, job=job, ready=job.ready, name=_job_name(job),
+        nodes=max(job.layouts), least=min(job.layouts), limits=json.dumps(limits), first_port=PORTS[0],
+        num_ports=PORTS[1], python=_python(job), own_python=not profile.python
+        and profile.container.kind == "none", command=["-m", *work.kind.program, *work.arguments])
 
 
 @functools.cache
 def _environment(ready: bool) -> jinja2.Environment:
     """Return what fills templates; compiled ones are kept."""
-    environment = jinja2.Environment(loader=jinja2.FunctionLoader(_source), undefined=jinja2.StrictUndefined, trim_blocks=True,
-                                     lstrip_blocks=True, keep_trailing_newline=True, autoescape=False)
+    environment = jinja2.Environment(loader=jinja2.FunctionLoader(_source), undefined=jinja2.StrictUndefined,
+                                     trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+                                     autoescape=False)
     quoted = _quoted_ready if ready else _quoted
     environment.filters |= {"sh": quoted, "directive": _directive, "lines": lambda argv: _lines(argv, quoted)}
     return environment
@@ -126,7 +135,8 @@ def _source(name: str) -> str:
 
 
 def _job_name(job: Job) -> str:
-    name = f"{job.ready.name}{'-parts' if job.array else ''}" if job.ready else f"{job.work.stage}-{job.work.target.name}"
+    name = (f"{job.ready.name}{'-parts' if job.array else ''}" if job.ready
+            else f"{job.work.stage}-{job.work.target.name}")
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name)
 
 

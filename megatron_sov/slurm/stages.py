@@ -1,6 +1,8 @@
-"""The stages that can be submitted: which command each one is, where its records lie, and when it is complete.
+"""The stages that can be submitted: which command each one is, where its records lie,
+and when it is complete.
 
-Arguments are read by the commands' own parsers.  Commands stand above this room, so they hand their `add_arguments` in.
+Arguments are read by the commands' own parsers.  Commands stand above this room, so they hand their
+`add_arguments` in.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from megatron_sov.recipes.requested import training_request
 from megatron_sov.runs.folder import COMPLETION, JOBS
 
 Commands = Mapping[str, Callable[[argparse.ArgumentParser], None]]
-"""Stage -> what declares the arguments of its command to a parser; for every stage of `megatron-sov` itself."""
+"""Stage -> what declares the arguments of its command to a parser;
+for every stage of `megatron-sov` itself."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +54,14 @@ STAGES = {
         "Pretraining: token shards to checkpoints.",
         ("megatron_sov", "pretrain"), ranks=True, gpus=True),
     "extend": StageKind(
-        "Context extension: trains on at longer and longer contexts, each behind its gate (exit code 3 where it does not pass).",
-        ("megatron_sov", "extend"), ranks=True, gpus=True),
+        "Context extension: trains on at longer and longer contexts, each behind its gate (exit code 3 where "
+        "it does not pass).", ("megatron_sov", "extend"), ranks=True, gpus=True),
     "sft": StageKind(
         "Supervised fine-tuning on chats.",
         ("megatron_sov", "sft"), ranks=True, gpus=True, objective="sft"),
     "convert": StageKind(
-        "Conversion: a Hugging Face folder from a checkpoint, or the other way round.  Reads and writes files, needs no GPU.",
+        "Conversion: a Hugging Face folder from a checkpoint, or the other way round.  "
+        "Reads and writes files, needs no GPU.",
         ("megatron_sov", "convert"), ranks=False, gpus=False, time_limit="4:00:00"),
     "eval": StageKind(
         "Evaluation of a checkpoint or Hugging Face folder on one node.",
@@ -115,7 +119,8 @@ def work_of(stage: str, arguments: list[str], commands: Commands) -> Work:
         UserError: there is no such stage, or its arguments or settings are wrong.
     """
     if stage not in STAGES:
-        raise UserError(f"stage {stage!r}: does not exist{nearest(stage, STAGES)} (stages: {', '.join(STAGES)}, chain)")
+        raise UserError(f"stage {stage!r}: does not exist{nearest(stage, STAGES)} (stages: "
+                        f"{', '.join(STAGES)}, chain)")
     if stage not in commands:
         return _artifact(stage, arguments)
     parser = _Parser(prog=f"submit {stage}")
@@ -132,8 +137,8 @@ def _training(stage: str, arguments: list[str], args: argparse.Namespace) -> Wor
     argv = arguments if args.resume else [*arguments, "--resume"]
     inputs = [_path_of(text) for text in args.data or config.data.paths]
     inputs += [path for path in (args.start_from, args.config) if path is not None]
-    return Work(stage, tuple(argv), run, run / JOBS, run / COMPLETION, inputs=tuple(p.absolute() for p in inputs),
-                data=tuple(args.data), config=config)
+    return Work(stage, tuple(argv), run, run / JOBS, run / COMPLETION,
+                inputs=tuple(p.absolute() for p in inputs), data=tuple(args.data), config=config)
 
 
 def _artifact(stage: str, arguments: list[str]) -> Work:
@@ -143,8 +148,8 @@ def _artifact(stage: str, arguments: list[str]) -> Work:
     parser.add_argument("--input", action="append", default=[])
     args, _ = parser.parse_known_args(arguments)
     if arguments[0] not in ARTIFACTS[stage]:
-        raise UserError(f"submit {stage}: {arguments[0]!r} is no command that writes an artifact; begin with one of "
-                        f"{', '.join(ARTIFACTS[stage])}, and run others where you are")
+        raise UserError(f"submit {stage}: {arguments[0]!r} is no command that writes an artifact; "
+                        f"begin with one of {', '.join(ARTIFACTS[stage])}, and run others where you are")
     inputs = [_path_of(text) for text in args.input] + [p for p in (args.tokenizer,) if p]
     return _making(stage, arguments, args.output, inputs)
 
@@ -166,18 +171,23 @@ def _making(stage: str, arguments: list[str], output: Path, inputs: list[Path]) 
 
 def _convert(arguments: list[str], args: argparse.Namespace) -> Work:
     if args.action not in ("from-hf", "to-hf"):
-        raise UserError(f"submit convert {args.action}: writes no folder; run it where you are (stages write: from-hf, to-hf)")
-    return _making("convert", arguments, args.out, [args.hf_dir if args.action == "from-hf" else args.checkpoint])
+        raise UserError(f"submit convert {args.action}: writes no folder; "
+                        "run it where you are (stages write: from-hf, to-hf)")
+    return _making("convert", arguments, args.out,
+                   [args.hf_dir if args.action == "from-hf" else args.checkpoint])
 
 
 def _eval(arguments: list[str], args: argparse.Namespace) -> Work:
     found = vars(args)
-    subject = next((found[name] for name in ("target", "checkpoint", "run") if found.get(name) is not None), None)
+    subject = next((found[name] for name in ("target", "checkpoint", "run") if found.get(name) is not None),
+                   None)
     if subject is None:
-        raise UserError(f"submit eval {args.task}: names no model or run; pass --run, the job's records lie beside it")
+        raise UserError(f"submit eval {args.task}: names no model or run; pass --run, "
+                        "the job's records lie beside it")
     target = subject.absolute()
     records = target.with_name(f"{target.name}.{args.task}.slurm")
-    return Work("eval", tuple(arguments), target, records, records / COMPLETION, writes_done=False, inputs=(target,))
+    return Work("eval", tuple(arguments), target, records, records / COMPLETION, writes_done=False,
+                inputs=(target,))
 
 
 def check_inputs(work: Work, promised: set[Path]) -> None:
@@ -185,7 +195,8 @@ def check_inputs(work: Work, promised: set[Path]) -> None:
     made = [path for path in work.inputs if any(path.is_relative_to(folder) for folder in promised)]
     for path in work.inputs:
         if path not in made and not path.exists():
-            raise UserError(f"{work.stage}: {path} does not exist; make it before, or submit its stage in the same chain")
+            raise UserError(f"{work.stage}: {path} does not exist; make it before, or submit its stage in "
+                            "the same chain")
     if not made:
         data_paths(list(work.data))
 
@@ -202,7 +213,8 @@ def fitting_nodes(work: Work, profile_ranks: int, num_nodes: int, least: int,
         settings: number of nodes -> settings that change then.
 
     Raises:
-        UserError: the layout does not fit `num_nodes` or `least`, or a number has settings that do not fit it.
+        UserError: the layout does not fit `num_nodes` or `least`, or a number has settings
+            that do not fit it.
     """
     assert work.config is not None, work.stage
     fitting: dict[int, tuple[str, ...]] = {}
@@ -213,6 +225,7 @@ def fitting_nodes(work: Work, profile_ranks: int, num_nodes: int, least: int,
         if not problems:
             fitting[count] = chosen
         elif count in (num_nodes, least) or count in settings:
-            raise UserError(f"--nodes {count} x {profile_ranks} processes do not fit {config.recipe}: {'; '.join(problems)}")
+            raise UserError(f"--nodes {count} x {profile_ranks} processes do not fit {config.recipe}: "
+                            f"{'; '.join(problems)}")
     return fitting
 

@@ -1,4 +1,5 @@
-"""One submission: everything is checked, then code, settings and script are laid beside the run, then Slurm is asked."""
+"""One submission: everything is checked, then code, settings and script are laid beside the run,
+then Slurm is asked."""
 
 from __future__ import annotations
 
@@ -70,17 +71,20 @@ def prepare(request: Request, commands: Commands) -> Prepared:
     """
     work = work_of(request.stage, list(request.arguments), commands)
     if request.ready and not str(work.target).startswith(READY_ROOT):
-        raise UserError(f"{request.stage}: writes to {work.target}, which means nothing elsewhere; in a ready script "
-                        "the paths that a stage writes to begin with $WORK")
+        raise UserError(f"{request.stage}: writes to {work.target}, which means nothing elsewhere; "
+                        "in a ready script the paths that a stage writes to begin with $WORK")
     least = request.nodes if request.least is None else request.least
     if request.nodes < 1 or not 1 <= least <= request.nodes:
-        raise UserError(f"--nodes {request.nodes} --min-nodes {least}: must be at least 1, and the second not above the first")
+        raise UserError(f"--nodes {request.nodes} --min-nodes {least}: must be at least 1, and the second "
+                        "not above the first")
     if not work.kind.ranks and request.nodes > 1:
         raise UserError(f"--nodes {request.nodes}: {request.stage} works on one node; leave it out"
                         + (" (data pack: --array N shares its inputs)" if request.stage == "data" else ""))
-    if unused := [count for count in request.settings if not (work.kind.ranks and least <= count <= request.nodes)]:
+    if unused := [count
+                  for count in request.settings if not (work.kind.ranks and least <= count <= request.nodes)]:
         raise UserError(f"--nodes-set {unused[0]}:{request.settings[unused[0]][0]}: "
-                        + (f"the job has never {unused[0]} nodes; see to --nodes {request.nodes} and --min-nodes {least}"
+                        + (f"the job has never {unused[0]} nodes; see to --nodes {request.nodes} and "
+                           f"--min-nodes {least}"
                            if work.kind.ranks else f"{request.stage} works on one node; leave it out"))
     layouts: dict[int, tuple[str, ...]] = {1: ()}
     if work.kind.ranks:
@@ -95,28 +99,32 @@ def prepare(request: Request, commands: Commands) -> Prepared:
 
 
 def _check_side_jobs(work: Work) -> None:
-    """Raise `UserError` where the jobs that are to judge a run's exports could never be submitted; the run would only warn."""
-    if work.config is not None and work.config.evaluate.background.tasks and work.config.evaluate.background.where == "slurm":
+    """Raise `UserError` where the jobs that are to judge a run's exports could never be submitted;
+    the run would only warn."""
+    if (work.config is not None and work.config.evaluate.background.tasks
+            and work.config.evaluate.background.where == "slurm"):
         try:
             cluster.load(work.config.evaluate.background.cluster)
         except UserError as e:
-            raise UserError(f"evaluate.background.cluster = {work.config.evaluate.background.cluster}: the jobs beside the run would be "
-                            f"refused ({e})") from None
+            raise UserError(f"evaluate.background.cluster = {work.config.evaluate.background.cluster}: "
+                            f"the jobs beside the run would be refused ({e})") from None
 
 
 def _time_limit(request: Request, work: Work) -> str:
     """Return the time limit of a stage's jobs.
 
     Raises:
-        UserError: it is none, or so short that the job would be asked to stop as soon as it has begun, again and again.
+        UserError: it is none, or so short that the job would be asked to stop as soon as it has
+            begun, again and again.
     """
     defaults = [limit for limit in (work.kind.time_limit, request.profile.time_limit) if limit]
     limit = request.time_limit if request.time_limit is not None else min(defaults, key=time_limit_s)
     lead_s = request.profile.signal_lead_s
     if time_limit_s(limit) <= lead_s + SIGNAL_TOLERANCE_S:
-        raise UserError(f"time limit {limit!r}: is {time_limit_s(limit):g} s, and the job is asked to save signal_lead_s = "
-                        f"{lead_s} before it ends, by Slurm up to {SIGNAL_TOLERANCE_S} s earlier, so no work would be done; pass "
-                        "a longer --time, or a profile with a shorter signal_lead_s")
+        raise UserError(f"time limit {limit!r}: is {time_limit_s(limit):g} s, and the job is asked to save "
+                        f"signal_lead_s = {lead_s} before it ends, by Slurm up to {SIGNAL_TOLERANCE_S} s "
+                        "earlier, so no work would be done; pass a longer --time, or a profile with a "
+                        "shorter signal_lead_s")
     return limit
 
 
@@ -137,7 +145,8 @@ def _parts(base: Job, count: int) -> tuple[Job, ...]:
         else:
             others.append(word)
     if not 1 < count <= len(inputs):
-        raise UserError(f"--array {count}: must lie between 2 and the number of --input, {len(inputs)}; tasks pack whole ones")
+        raise UserError(f"--array {count}: must lie between 2 and the number of --input, {len(inputs)}; "
+                        "tasks pack whole ones")
     parts = [f"{work.target}.parts/part-{i}" for i in range(count)]
     packing = dataclasses.replace(work, arguments=tuple(others))
     joining = dataclasses.replace(work, arguments=("mix", *parts, "--output", str(work.target)))
@@ -151,7 +160,8 @@ def check(prepared: Prepared) -> None:
     """Ask Slurm whether it would take the scripts, and whether the stage is in its hands already.
 
     Raises:
-        UserError: Slurm is not there, has no such partition, refuses a script, or has a living job of this stage.
+        UserError: Slurm is not there, has no such partition, refuses a script, or has a living
+            job of this stage.
     """
     client.check_partition(prepared.jobs[0].profile.partition)
     for text in prepared.texts:
@@ -159,7 +169,8 @@ def check(prepared: Prepared) -> None:
     living = client.states(submitted_jobs(prepared.work.records))
     if living:
         number, state = next(iter(living.items()))
-        raise UserError(f"{prepared.work.target}: its job {number} is {state.lower()}; wait for it, or `scancel {number}`")
+        raise UserError(f"{prepared.work.target}: its job {number} is {state.lower()}; "
+                        f"wait for it, or `scancel {number}`")
 
 
 def submitted_jobs(records: Path) -> list[str]:
@@ -168,8 +179,10 @@ def submitted_jobs(records: Path) -> list[str]:
 
 
 def last_words(records: Path, number: str) -> str:
-    """Return the last line of a job's own log, which has some even where the job could not record an attempt; empty: none."""
-    logs = [file for pattern in (f"{number}.log", f"{number}_*.log") for file in sorted(records.glob(pattern))]
+    """Return the last line of a job's own log, which has some even where the job could not record an
+    attempt; empty: none."""
+    logs = [file for pattern in (f"{number}.log", f"{number}_*.log")
+            for file in sorted(records.glob(pattern))]
     text = "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in logs).strip()
     return text.splitlines()[-1].strip().removeprefix("job: ") if text else ""
 
@@ -189,7 +202,8 @@ def submit(prepared: Prepared, after: list[str]) -> list[str]:
         try:
             records.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
-            raise UserError(f"{records}: cannot be made, since a file is in the way; choose another folder") from None
+            raise UserError(f"{records}: cannot be made, since a file is in the way; "
+                            "choose another folder") from None
         _copy_code(_code_of(prepared.jobs[0]))
     numbers: list[str] = []
     log = EventLog(records / JOBS)
@@ -198,8 +212,8 @@ def submit(prepared: Prepared, after: list[str]) -> list[str]:
             atomic_write(job.script, text)
             atomic_write(job.script.with_suffix(".json"), to_json(_settings(job)))
             numbers.append(client.submit(job.script, after=numbers[-1:] or after))
-            log.write("submitted", job=numbers[-1], stage=job.work.stage, script=job.script.name, nodes=max(job.layouts),
-                      after=numbers[-2:-1] or after)
+            log.write("submitted", job=numbers[-1], stage=job.work.stage, script=job.script.name,
+                      nodes=max(job.layouts), after=numbers[-2:-1] or after)
     except UserError:
         client.cancel(numbers)
         raise
@@ -223,8 +237,8 @@ def _settings(job: Job) -> dict[str, Any]:
 
 def _sources(root: Path) -> list[tuple[Path, str]]:
     """Return (file, its place in a copy) of all our code below a folder."""
-    return [(p, p.relative_to(root).as_posix()) for package in OUR_PACKAGES for p in sorted((root / package).rglob("*"))
-            if p.is_file() and "__pycache__" not in p.parts]
+    return [(p, p.relative_to(root).as_posix()) for package in OUR_PACKAGES
+            for p in sorted((root / package).rglob("*")) if p.is_file() and "__pycache__" not in p.parts]
 
 
 def _code_name(root: Path) -> str:
@@ -236,7 +250,8 @@ def _code_name(root: Path) -> str:
 
 
 def _copy_code(folder: Path) -> None:
-    """Copy our code, so that a job that starts next week runs what was submitted; a copy of the same content is kept."""
+    """Copy our code, so that a job that starts next week runs what was submitted;
+    a copy of the same content is kept."""
     if folder.is_dir():
         return
     temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")

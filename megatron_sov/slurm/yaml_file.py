@@ -27,7 +27,8 @@ def read_text(name: str, file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as e:
-        raise UserError(f"{name}: is no text in UTF-8 (byte {e.start} is {e.object[e.start]:#04x}); pass a YAML file") from None
+        raise UserError(f"{name}: is no text in UTF-8 (byte {e.start} is {e.object[e.start]:#04x}); "
+                        "pass a YAML file") from None
     except OSError as e:
         raise UserError(f"{name}: cannot be read ({e.strerror}); see to its permissions") from None
 
@@ -53,10 +54,12 @@ def read_yaml(name: str, text: str, cls: type[T], parts: tuple[type, ...], what:
         return TypeAdapter(cls).validate_python(raw)
     except ValidationError as e:
         unknown = ("unexpected_keyword_argument", "extra_forbidden")
-        error = min(e.errors(), key=lambda found: found["type"] not in unknown)  # a misspelt field explains a missing one
+        # a misspelt field explains a missing one
+        error = min(e.errors(), key=lambda found: found["type"] not in unknown)
         where = ".".join(map(str, error["loc"])) or what
         if error["type"] in unknown:
             known = [f.name for c in (cls, *parts) for f in dataclasses.fields(c)]
-            raise UserError(f"{name}: {where} is no field of a {what}{nearest(str(error['loc'][-1]), known)}") from None
+            raise UserError(f"{name}: {where} is no field of a "
+                            f"{what}{nearest(str(error['loc'][-1]), known)}") from None
         quotes = "; put it in quotes" if error["type"] == "string_type" else ""  # YAML reads 2:00:00 as 7200
         raise UserError(f"{name}: {where} = {error.get('input')!r}: {error['msg']}{quotes}") from None

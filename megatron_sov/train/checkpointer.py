@@ -1,4 +1,5 @@
-"""The checkpoints of a run: what one holds beside tensors, how it is taken, and how a run gets all of it back."""
+"""The checkpoints of a run: what one holds beside tensors, how it is taken, and how a run
+gets all of it back."""
 
 from __future__ import annotations
 
@@ -39,8 +40,9 @@ class Stateful(Protocol):
 class Checkpointer:
     """Takes checkpoints of one run and loads them; every call is made by all processes together."""
 
-    def __init__(self, config: RunConfig, folder: RunFolder, sources: list[Source], model: LanguageModel, optimizer: Optimizer,
-                 batches: Stateful, parts: Mapping[str, Stateful], on_saved: Callable[[Saved], None]) -> None:
+    def __init__(self, config: RunConfig, folder: RunFolder, sources: list[Source], model: LanguageModel,
+                 optimizer: Optimizer, batches: Stateful, parts: Mapping[str, Stateful],
+                 on_saved: Callable[[Saved], None]) -> None:
         """Begin without a checkpoint.
 
         Args:
@@ -66,16 +68,20 @@ class Checkpointer:
             done: the loop's counters.
         """
         settings, folder = self._config.train, self._folder.checkpoints
-        state = {"step": done.step, "tokens": done.tokens, "wall_s": done.wall_s, "num_updates": self._optimizer.num_updates,
-                 "order": self._batches.state(), "data": self._data, **{name: part.state() for name, part in self._parts.items()}}
+        state = {"step": done.step, "tokens": done.tokens, "wall_s": done.wall_s,
+                 "num_updates": self._optimizer.num_updates, "order": self._batches.state(),
+                 "data": self._data, **{name: part.state() for name, part in self._parts.items()}}
         self._saver.begin(self._folder.checkpoint(done.step), self._model, self._optimizer,
                           Companions(state, self._config.to_dict(), self._tokenizer),
-                          then=lambda: checkpoints.prune(folder, settings.keep_checkpoints, settings.keep_every_steps))
+                          then=lambda: checkpoints.prune(folder, settings.keep_checkpoints,
+                                                         settings.keep_every_steps))
 
     def sync(self, stop: StopFlag) -> bool:
-        """Do the all-reduce at the end of a step: who was asked to stop, and how far the outstanding checkpoint is.
+        """Do the all-reduce at the end of a step: who was asked to stop,
+        and how far the outstanding checkpoint is.
 
-        Where all processes have written their part of the checkpoint it is completed, and appears under its name.
+        Where all processes have written their part of the checkpoint it is completed,
+        and appears under its name.
 
         Returns:
             Whether any process was asked to stop.
@@ -83,7 +89,8 @@ class Checkpointer:
         Raises:
             UserError: the outstanding checkpoint failed.
         """
-        sums = sum_dict({STOP: float(stop.reason is not None), **self._saver.progress()}, collectives.all_reduce_world)
+        sums = sum_dict({STOP: float(stop.reason is not None), **self._saver.progress()},
+                        collectives.all_reduce_world)
         self._saver.advance(sums)
         return sums[STOP] > 0
 
@@ -101,7 +108,8 @@ class Checkpointer:
         self._load_model(path)
 
     def load(self, path: Path, *, data_too: bool = True) -> TrainState:
-        """Bring back what a (sound) checkpoint of this run holds, and return the loop's counters as they were.
+        """Bring back what a (sound) checkpoint of this run holds, and return the loop's
+        counters as they were.
 
         Args:
             path: the checkpoint.
@@ -113,9 +121,9 @@ class Checkpointer:
         state = load.read_state(path)
         for name, read_so_far in state["data"].items():
             if self._data.get(name, read_so_far) != read_so_far:
-                raise UserError(f"source {name!r}: its data was packed anew since {path} was written, and the cursor "
-                                "into it means nothing now; resume with the data of before, or start a new --run --from that "
-                                "checkpoint")
+                raise UserError(f"source {name!r}: its data was packed anew since {path} was written, "
+                                "and the cursor into it means nothing now; resume with the data of before, "
+                                "or start a new --run --from that checkpoint")
         self._load_model(path)
         load.load_optimizer(path, self._optimizer, state["num_updates"])
         for name, part in self._parts.items():

@@ -49,7 +49,8 @@ class Computation:
         expert_load.before_sync = self._own_part_done
 
     def sums(self, batch: GlobalBatch, objective: Objective, step: int) -> StepSums:
-        """Leave the gradients of the whole global batch in the model, and return what its losses add up to."""
+        """Leave the gradients of the whole global batch in the model, and return what
+        its losses add up to."""
         self._step = step
         if self._clock is not None:
             self._clock.start()
@@ -58,12 +59,14 @@ class Computation:
         # only the last stage has losses; one message over the data-parallel ranks, one over the stages
         local = torch.stack(parts).sum(0).cpu() if parts else torch.zeros(size, dtype=torch.float64)
         self.is_finite = bool(local.isfinite().all())
-        total = unpack(collectives.broadcast_from_last_stage(collectives.all_reduce_dp(local)), self._shapes(objective))
+        total = unpack(collectives.broadcast_from_last_stage(collectives.all_reduce_dp(local)),
+                       self._shapes(objective))
         by_source = total.pop(BY_SOURCE)
         return StepSums({term: float(value) for term, value in total.items()}, by_source)
 
     def own_gradients(self, batch: GlobalBatch, objective: Objective, step: int, turn: int) -> None:
-        """Leave only this process's gradients of the first micro-batches in the model; each turn draws the same dropout."""
+        """Leave only this process's gradients of the first micro-batches in the model;
+        each turn draws the same dropout."""
         count = self._config.parallel.pp if self._config.parallel.vpp > 1 else 1
         rng.reseed(self._config.train.seed, step - 1)
         with replica_checks.unsynced(self._model, self._optimizer.wrapped):
@@ -77,8 +80,10 @@ class Computation:
         """Return how the sums of a micro-batch lie in one flat tensor."""
         return {**dict.fromkeys(sorted(objective.coefficients), ()), BY_SOURCE: (self._num_sources, 2)}
 
-    def _passes(self, batch: GlobalBatch, micro_batches: Sequence[MicroBatch], objective: Objective, factor: float) -> list[Any]:
-        """Return, on the last pipeline stage, the packed sums of each micro-batch; `factor` is 1, or a fault on purpose."""
+    def _passes(self, batch: GlobalBatch, micro_batches: Sequence[MicroBatch], objective: Objective,
+                factor: float) -> list[Any]:
+        """Return, on the last pipeline stage, the packed sums of each micro-batch; `factor` is 1,
+        or a fault on purpose."""
         routing = self._model.config.routing_step
         routing.seq_len, routing.num_sequences, routing.aux_loss = batch.seq_len, batch.num_sequences, {}
         terms = sorted(objective.coefficients)

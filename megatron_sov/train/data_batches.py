@@ -39,15 +39,16 @@ class DataBatches:
         self.ledger = order.ledger
         self._step = order.state.step
         self._state: dict[str, Any] = order.state.to_dict()
-        self._stream = BatchStream(self._config, order, self._world.dp_rank, self._world.dp_size, self._config.num_steps())
+        self._stream = BatchStream(self._config, order, self._world.dp_rank, self._world.dp_size,
+                                   self._config.num_steps())
         self.epochs: dict[str, float] = {}
         """How often each source was gone through, up to the last batch that was given."""
 
     def next(self) -> GlobalBatch:
         """Return this rank's part of the next step's batch."""
         batch = self._advance()
-        return GlobalBatch(tuple(from_row(row) for row in batch.rows), batch.entry.seq_len, batch.entry.global_batch_size,
-                           batch.entry.phase)
+        return GlobalBatch(tuple(from_row(row) for row in batch.rows), batch.entry.seq_len,
+                           batch.entry.global_batch_size, batch.entry.phase)
 
     def skip(self) -> None:
         """Pass over the next step's batch."""
@@ -74,13 +75,16 @@ class DataBatches:
         return {name: cursor["tokens"] for name, cursor in self._state["cursors"].items()}
 
     def planned_tokens(self) -> dict[str, int]:
-        """Return the tokens of each source that the ledger asks for so far; a source that was taken away keeps its own."""
+        """Return the tokens of each source that the ledger asks for so far;
+        a source that was taken away keeps its own."""
         planned = dict.fromkeys((s.name for s in self._sources), 0.0)
         entries = self.ledger.entries
-        for entry, after in zip(entries, [*(e.first_step for e in entries[1:]), self._config.num_steps()], strict=True):
+        for entry, after in zip(entries, [*(e.first_step for e in entries[1:]), self._config.num_steps()],
+                                strict=True):
             steps = max(0, min(self._step, after) - entry.first_step)
             for name, weight in entry.weights.items():
-                planned[name] = planned.get(name, 0.0) + steps * entry.global_batch_size * entry.seq_len * weight
+                planned[name] = (planned.get(name, 0.0)
+                                 + steps * entry.global_batch_size * entry.seq_len * weight)
         return {name: round(tokens) for name, tokens in planned.items()}
 
     def close(self) -> None:

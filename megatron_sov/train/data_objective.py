@@ -1,7 +1,8 @@
-"""What objectives have in common that learn from the data order: its batches, and the term of multi-token prediction.
+"""What objectives have in common that learn from the data order: its batches,
+and the term of multi-token prediction.
 
-That term is the one of DeepSeek-V3 (arXiv 2412.19437, eq. 24-25): each further depth's cross-entropy, summed over depths and
-divided by all their targets.  Without prediction layers there is no such term.
+That term is the one of DeepSeek-V3 (arXiv 2412.19437, eq. 24-25): each further depth's cross-entropy, summed
+over depths and divided by all their targets.  Without prediction layers there is no such term.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class DataObjective:
         """Return this process's targets of the prediction term; weights of labels say which count."""
         if not self._depths:
             return {}
-        return {MTP: sum(float(shifted_targets(m, depth)[1].double().sum()) for m in micro_batches for depth in self._depths)}
+        return {MTP: sum(float(shifted_targets(m, depth)[1].double().sum()) for m in micro_batches
+                         for depth in self._depths)}
 
     def _mtp_sum(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> dict[str, torch.Tensor]:
         """Return the prediction term's sum over a micro-batch, see `Objective.loss`."""

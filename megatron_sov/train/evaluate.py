@@ -1,6 +1,7 @@
 """Loss on held-out documents, per source, in nats per token and bits per byte.
 
-Bits per byte, not only the mean loss: it does not depend on the tokenizer, so runs with different ones can be compared.
+Bits per byte, not only the mean loss: it does not depend on the tokenizer, so runs with different
+ones can be compared.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from megatron_sov.mcore.parallel.world import World
 from megatron_sov.train.microbatch import MicroBatch, from_row, shifted_targets
 
 SUMS: Shapes = dict.fromkeys(("nats", "tokens", "size_bytes", "accepted", "drafts"), ())
-"""What is summed over the targets of a source: loss, targets, their bytes, drafts that the trunk accepts, drafts."""
+"""What is summed over the targets of a source: loss, targets, their bytes,
+drafts that the trunk accepts, drafts."""
 Around = Callable[[str, Callable[[], Any]], Any]
 """(source, action) -> what the action returns."""
 
@@ -43,15 +45,15 @@ class HeldoutLoss:
     tokens: int
     """Targets evaluated."""
     mtp_acceptance: float | None = None
-    """Share of the prediction layer's best tokens that the trunk then chooses too: what greedy self-speculative decoding would
-    accept of its drafts; None without such a layer."""
+    """Share of the prediction layer's best tokens that the trunk then chooses too: what greedy
+    self-speculative decoding would accept of its drafts; None without such a layer."""
 
 
 class HeldoutEvaluator:
     """Evaluates a policy on the held-out split of each source; the same documents each time."""
 
-    def __init__(self, sources: list[Source], bytes_of_token: np.ndarray | None, seq_len: int, rows_per_batch: int,
-                 max_tokens: int, world: World) -> None:
+    def __init__(self, sources: list[Source], bytes_of_token: np.ndarray | None, seq_len: int,
+                 rows_per_batch: int, max_tokens: int, world: World) -> None:
         self._bytes = None if bytes_of_token is None else torch.from_numpy(bytes_of_token)
         self._rows_per_batch = rows_per_batch
         self._batches = {s.name: self._load(i, s, seq_len, max_tokens, world) for i, s in enumerate(sources)
@@ -62,10 +64,12 @@ class HeldoutEvaluator:
         """Return the evaluator of a run, whose documents are cut as long as its longest samples."""
         tokenizer = tokenizer_folder(sources)
         sizes = token_bytes(tokenizer, config.model.vocab_size) if tokenizer else None
-        return cls(sources, sizes, max_seq_len, config.train.micro_batch_size, config.data.heldout_tokens, world)
+        return cls(sources, sizes, max_seq_len, config.train.micro_batch_size,
+                   config.data.heldout_tokens, world)
 
     def _load(self, index: int, source: Source, seq_len: int, max_tokens: int, world: World) -> list[Row]:
-        """Return this rank's micro-batches; every rank has the same number, the last ones may be padding only."""
+        """Return this rank's micro-batches; every rank has the same number,
+        the last ones may be padding only."""
         shard = source.shard("heldout")
         rows = [sample_row(s, shard, seq_len) for s in heldout_samples(shard, index, seq_len, max_tokens)]
         per_round = self._rows_per_batch * world.dp_size
@@ -73,7 +77,8 @@ class HeldoutEvaluator:
         first = world.dp_rank * self._rows_per_batch
         return [join_rows(rows[i:i + self._rows_per_batch]) for i in range(first, len(rows), per_round)]
 
-    def run(self, policy: ForwardModel, around: Around = lambda source, action: action()) -> dict[str, HeldoutLoss]:
+    def run(self, policy: ForwardModel,
+            around: Around = lambda source, action: action()) -> dict[str, HeldoutLoss]:
         """Return the result of every source that has held-out documents; called by all processes together.
 
         Args:
@@ -84,7 +89,8 @@ class HeldoutEvaluator:
             micro_batches = [from_row(r) for r in rows]
             sums = around(name, partial(policy.map, micro_batches, self._sums))
             local = torch.stack(sums).sum(0) if sums else torch.zeros(len(SUMS), dtype=torch.float64)
-            total = unpack(collectives.broadcast_from_last_stage(collectives.all_reduce_dp(local.cpu())), SUMS)
+            total = unpack(collectives.broadcast_from_last_stage(collectives.all_reduce_dp(local.cpu())),
+                           SUMS)
             results[name] = _result(**{key: float(value) for key, value in total.items()})
         return results
 
@@ -96,19 +102,21 @@ class HeldoutEvaluator:
         else:
             size_bytes = self._bytes.to(batch.labels.device)[batch.labels].double()
         accepted, drafts = _drafts(hidden, head, batch) if len(hidden) > 1 else losses.new_zeros(2)
-        sums = {"nats": (losses * counted).sum(), "tokens": counted.sum(), "size_bytes": (size_bytes * counted).sum(),
-                "accepted": accepted, "drafts": drafts}
+        sums = {"nats": (losses * counted).sum(), "tokens": counted.sum(),
+                "size_bytes": (size_bytes * counted).sum(), "accepted": accepted, "drafts": drafts}
         return pack({name: sums[name] for name in SUMS})
 
 
 def _result(nats: float, tokens: float, size_bytes: float, accepted: float, drafts: float) -> HeldoutLoss:
     """Return the means that a source's sums make."""
     bits_per_byte = nats / math.log(2) / size_bytes if size_bytes else math.nan
-    return HeldoutLoss(nats / max(tokens, 1), bits_per_byte, int(tokens), accepted / drafts if drafts else None)
+    return HeldoutLoss(nats / max(tokens, 1), bits_per_byte, int(tokens),
+                       accepted / drafts if drafts else None)
 
 
 def _drafts(hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> torch.Tensor:
-    """Return [2] float64: how many drafts of the first prediction layer the trunk accepts, and how many there are.
+    """Return [2] float64: how many drafts of the first prediction layer the trunk accepts,
+    and how many there are.
 
     The layer drafts at each place the token after the next one; the trunk chooses that one place further on.
     """

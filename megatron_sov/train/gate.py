@@ -11,7 +11,8 @@ from megatron_sov.obs.events import EventLog
 
 
 class GateView(Protocol):
-    """What a gate sees of the run that it judges: enough to measure the model and to record what was found."""
+    """What a gate sees of the run that it judges: enough to measure the model and to
+    record what was found."""
 
     @property
     def step(self) -> int:
@@ -50,7 +51,8 @@ class GateView(Protocol):
 
 
 class Gate(Protocol):
-    """Judges the model while it trains; a stage with a gate is complete when it has passed, and not before."""
+    """Judges the model while it trains; a stage with a gate is complete when it has
+    passed, and not before."""
 
     passed: bool
     """Whether the stage may end."""

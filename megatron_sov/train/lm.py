@@ -1,4 +1,5 @@
-"""Language modelling: cross-entropy of the next token, and of the ones after it where the model predicts them."""
+"""Language modelling: cross-entropy of the next token, and of the ones after it where the
+model predicts them."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ class LanguageModelling(DataObjective):
         self.coefficients = {LM: 1.0} | self._mtp_coefficient
 
     def prepare(self, batch: GlobalBatch) -> GlobalBatch:
-        """Count targets: every weighted label for the trunk, and those of all depths for multi-token prediction."""
+        """Count targets: every weighted label for the trunk, and those of all depths for
+        multi-token prediction."""
         targets = {LM: sum(float(m.weights.double().sum()) for m in batch.micro_batches)}
         return with_denominators(batch, targets | self._mtp_targets(batch.micro_batches))
 

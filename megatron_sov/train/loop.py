@@ -14,7 +14,8 @@ def train(trainer: Trainer, stop: StopFlag) -> bool:
     Returns:
         True when there is no more to train, False when it was asked to stop (everything is saved either way).
     """
-    guards, recorder, checkpointer, every = trainer.guards, trainer.recorder, trainer.checkpointer, trainer.config.train
+    guards, recorder, checkpointer, every = (trainer.guards, trainer.recorder, trainer.checkpointer,
+                                             trainer.config.train)
     result: StepResult | None = None
     trainer.announce()
     while not trainer.finished:

@@ -34,15 +34,18 @@ def from_row(row: Row) -> MicroBatch:
     device = local_device()
     inputs = ModelInputs(
         tokens=torch.from_numpy(row.tokens).to(device), positions=torch.from_numpy(row.positions).to(device),
-        cu_seqlens=torch.from_numpy(row.bounds).to(device), max_document_tokens=int((row.bounds[1:] - row.bounds[:-1]).max()),
+        cu_seqlens=torch.from_numpy(row.bounds).to(device),
+        max_document_tokens=int((row.bounds[1:] - row.bounds[:-1]).max()),
         padding=torch.from_numpy(row.padding).to(device))
     return MicroBatch(
-        inputs=inputs, labels=torch.from_numpy(row.labels).to(device), weights=torch.from_numpy(row.weights).to(device),
-        types=torch.from_numpy(row.types).to(device), sources=torch.from_numpy(row.sources).to(device))
+        inputs=inputs, labels=torch.from_numpy(row.labels).to(device),
+        weights=torch.from_numpy(row.weights).to(device), types=torch.from_numpy(row.types).to(device),
+        sources=torch.from_numpy(row.sources).to(device))
 
 
 def shifted_targets(batch: MicroBatch, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return labels and weights [n] of the token `depth` places further on than the next one, inside the same segment.
+    """Return labels and weights [n] of the token `depth` places further on than the next one,
+    inside the same segment.
 
     Position t of depth d predicts token t + 1 + d; the last d positions of a segment have none.
     """

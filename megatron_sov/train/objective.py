@@ -58,21 +58,24 @@ class Objective(Protocol):
         ...
 
     def prepare(self, batch: GlobalBatch) -> GlobalBatch:
-        """Count every term's denominator over the whole global batch and all ranks, before the first forward pass."""
+        """Count every term's denominator over the whole global batch and all ranks,
+        before the first forward pass."""
         ...
 
     def loss(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> LossSums:
         """Return the terms' sums, on the last pipeline stage.
 
         Args:
-            hidden: hidden states [tokens / sequence-parallel size, 1, hidden] of the trunk, then of each prediction depth.
+            hidden: hidden states [tokens / sequence-parallel size, 1, hidden] of the trunk,
+                then of each prediction depth.
             head: applies the output head in chunks.
         """
         ...
 
 
 def with_denominators(batch: GlobalBatch, local_targets: Mapping[str, float]) -> GlobalBatch:
-    """Sum each term's local target weight (and the token count) over data-parallel ranks and hand them to every micro-batch."""
+    """Sum each term's local target weight (and the token count) over data-parallel ranks and hand them to
+    every micro-batch."""
     tokens = sum(int((~m.inputs.padding).sum()) for m in batch.micro_batches)
     counts = {**{name: local_targets[name] for name in sorted(local_targets)}, TOKENS: tokens}
     targets = sum_dict(counts, collectives.all_reduce_dp)
@@ -81,16 +84,20 @@ def with_denominators(batch: GlobalBatch, local_targets: Mapping[str, float]) ->
     return dataclasses.replace(batch, micro_batches=micro_batches, targets=targets, num_tokens=num_tokens)
 
 
-def total_loss(sums: LossSums, coefficients: Mapping[str, float], denominators: Mapping[str, float]) -> torch.Tensor:
-    """Return ``sum over terms of coefficient * sum / denominator``; a term without targets anywhere adds nothing."""
+def total_loss(sums: LossSums, coefficients: Mapping[str, float],
+               denominators: Mapping[str, float]) -> torch.Tensor:
+    """Return ``sum over terms of coefficient * sum / denominator``;
+    a term without targets anywhere adds nothing."""
     total = torch.zeros((), dtype=torch.float32, device=next(iter(sums.terms.values())).device)
     for name, value in sums.terms.items():
         # `+ value * 0` keeps every parameter in the graph: each rank must run the same backward pass
-        total = total + (coefficients[name] * value / denominators[name] if denominators[name] > 0 else value * 0.0)
+        total = total + (coefficients[name] * value / denominators[name] if denominators[name] > 0
+                         else value * 0.0)
     return total
 
 
-def per_source(losses: torch.Tensor, weights: torch.Tensor, sources: torch.Tensor, num_sources: int) -> torch.Tensor:
+def per_source(losses: torch.Tensor, weights: torch.Tensor, sources: torch.Tensor,
+               num_sources: int) -> torch.Tensor:
     """Return [num_sources, 2] float64: sum of weighted losses and of weights per source."""
     both = torch.stack([losses.detach().double() * weights, weights.double()], dim=1)
     return torch.zeros(num_sources, 2, dtype=torch.float64, device=losses.device).index_add_(0, sources, both)

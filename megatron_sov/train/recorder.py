@@ -1,6 +1,8 @@
-"""What a run tells about itself: events, trackers, the progress bar, and warnings that concern no single step.
+"""What a run tells about itself: events, trackers, the progress bar,
+and warnings that concern no single step.
 
-Rank 0 opens the records; on the other processes the same calls drop what they are given.  Nothing here is a collective.
+Rank 0 opens the records; on the other processes the same calls drop what they are given.  Nothing
+here is a collective.
 """
 
 from __future__ import annotations
@@ -56,7 +58,8 @@ class Recorder:
         self.events = EventLog(run / EVENTS)
         self._trackers = Trackers(self._config.obs, run, self._config.to_dict())
 
-    def begin(self, step: int, continued_from: str | None, sources: list[Source], entries: Sequence[LedgerEntry]) -> None:
+    def begin(self, step: int, continued_from: str | None, sources: list[Source],
+              entries: Sequence[LedgerEntry]) -> None:
         """Tell what runs where.
 
         Args:
@@ -71,13 +74,13 @@ class Recorder:
         count = num_params(config.model)
         write("run_start", recipe=config.recipe, num_ranks=self._world.size,
               layout={**asdict(config.parallel), "dp": self._world.dp_size}, num_params=count.total,
-              num_active_params=count.active, num_steps=self._num_steps, resumed_from=step, began_s=self._began_s,
-              inputs=provenance(sources),
-              machine={"host": platform.node(), "python": platform.python_version(), "torch": torch.__version__,
-                       "threads": torch.get_num_threads()})
+              num_active_params=count.active, num_steps=self._num_steps, resumed_from=step,
+              began_s=self._began_s, inputs=provenance(sources),
+              machine={"host": platform.node(), "python": platform.python_version(),
+                       "torch": torch.__version__, "threads": torch.get_num_threads()})
         for entry in entries:
-            write("phase", step=entry.first_step, name=entry.phase, blend=entry.weights, seq_len=entry.seq_len,
-                  global_batch_size=entry.global_batch_size, skip=entry.skip)
+            write("phase", step=entry.first_step, name=entry.phase, blend=entry.weights,
+                  seq_len=entry.seq_len, global_batch_size=entry.global_batch_size, skip=entry.skip)
         if self._world.is_main:
             self._progress = ProgressBar(self._num_steps, step, config.recipe)
 
@@ -91,7 +94,8 @@ class Recorder:
         Args:
             done: how far the run is, this step included.
             result: what the step gave.
-            load: [layers, experts] tokens of its experts; rows of dense layers are zero, None is for a step that is not due.
+            load: [layers, experts] tokens of its experts; rows of dense layers are zero,
+                None is for a step that is not due.
         """
         if load is None:
             return
@@ -99,13 +103,15 @@ class Recorder:
         figures = {"max_violation": float(max_violation(routed.numpy()).max())} if len(routed) else {}
         tokens_per_s = result.num_tokens / result.seconds
         self.events.write(
-            "step", step=done.step, loss=result.loss, losses=result.losses, losses_by_source=result.losses_by_source,
-            grad_norm=result.grad_norm, lr=result.lr, tokens=done.tokens, step_time_s=result.seconds,
-            tokens_per_s=tokens_per_s, phase=result.phase, padding_share=result.padding_share, **figures)
+            "step", step=done.step, loss=result.loss, losses=result.losses,
+            losses_by_source=result.losses_by_source, grad_norm=result.grad_norm, lr=result.lr,
+            tokens=done.tokens, step_time_s=result.seconds, tokens_per_s=tokens_per_s, phase=result.phase,
+            padding_share=result.padding_share, **figures)
         if self._trackers is not None:
             self._trackers.log_step(done.step, {
-                "loss": result.loss, "grad_norm": result.grad_norm, "lr": result.lr, "tokens_per_s": tokens_per_s,
-                **figures, **{f"loss/{t}": v for t, v in result.losses.items()}})
+                "loss": result.loss, "grad_norm": result.grad_norm, "lr": result.lr,
+                "tokens_per_s": tokens_per_s, **figures,
+                **{f"loss/{t}": v for t, v in result.losses.items()}})
         if self._progress is not None:
             self._progress.update(done.step, result.loss, tokens_per_s)
 
@@ -115,7 +121,8 @@ class Recorder:
 
     def refused(self, step: int, refusal: Refusal, ranks: list[int]) -> None:
         """Tell that a step was computed and is not learned, and on which ranks its numbers are not finite."""
-        self.events.write("skip", step=step, reason=refusal.reason, loss=refusal.loss, grad_norm=refusal.grad_norm, ranks=ranks)
+        self.events.write("skip", step=step, reason=refusal.reason, loss=refusal.loss,
+                          grad_norm=refusal.grad_norm, ranks=ranks)
         if self._world.is_main:
             where = f" (not finite on rank {', '.join(map(str, ranks))})" if ranks else ""
             warn(f"step {step} is not learned: {refusal.reason}{where}")
@@ -127,18 +134,21 @@ class Recorder:
             if limit and count > limit and name not in self._over_epochs:
                 self._over_epochs.add(name)
                 if self._world.is_main:
-                    warn(f"source {name} is gone through {count:.1f} times, more than data.max_epochs = {limit:g}; "
-                         "add data or lower its weight", self.events.write, step=step)
+                    warn(f"source {name} is gone through {count:.1f} times, more than data.max_epochs = "
+                         f"{limit:g}; add data or lower its weight", self.events.write, step=step)
 
     def expert_load(self, step: int, load: torch.Tensor, **fields: Any) -> None:
-        """Tell every expert's share of its layer's tokens, of [layers, experts] counts; rows of dense layers are zero."""
+        """Tell every expert's share of its layer's tokens, of [layers, experts] counts;
+        rows of dense layers are zero."""
         layers = [i for i in range(len(load)) if load[i].sum() > 0]
         if layers:
             shares = [(load[i] / load[i].sum()).tolist() for i in layers]
             self.events.write("expert_load", step=step, load=shares, layers=[i + 1 for i in layers], **fields)
 
-    def evaluated(self, step: int, results: dict[str, HeldoutLoss], consumed: dict[str, int], planned: dict[str, int]) -> None:
-        """Tell the held-out losses, and how much of each source was read beside what the ledger asks for, in tokens."""
+    def evaluated(self, step: int, results: dict[str, HeldoutLoss], consumed: dict[str, int],
+                  planned: dict[str, int]) -> None:
+        """Tell the held-out losses, and how much of each source was read beside what the ledger
+        asks for, in tokens."""
         self.events.write("eval", step=step, heldout={name: asdict(r) for name, r in results.items()})
         self.events.write("data_consumed", step=step, tokens=consumed, plan=planned)
 
@@ -152,7 +162,8 @@ class Recorder:
         self.events.write("hang", step=step, places=places)
 
     def stopped(self, step: int, reason: str | None) -> None:
-        """Tell that the run ends before its last step, with everything saved; None: this process was not asked."""
+        """Tell that the run ends before its last step, with everything saved; None:
+        this process was not asked."""
         self.events.write("stop", step=step, reason=reason or "another process was asked to stop")
 
     def ended(self, step: int, wall_s: float, final_loss: float | None) -> None:

@@ -21,7 +21,8 @@ def newest_sound(folder: RunFolder, place: World, not_after: int = ANY_STEP) -> 
     A damaged one is set aside, loudly, for the one before.
     """
     # one process looks: on a network file system the others may still see an older listing
-    while (newest := on_main(place, lambda: checkpoints.latest_not_after(folder.checkpoints, not_after))) is not None:
+    while ((newest := on_main(place, lambda: checkpoints.latest_not_after(folder.checkpoints, not_after)))
+           is not None):
         problem = load.damage(newest)
         if problem is None:
             return Path(newest)
@@ -31,7 +32,8 @@ def newest_sound(folder: RunFolder, place: World, not_after: int = ANY_STEP) -> 
 
 def _set_aside(folder: RunFolder, damaged: Path, problem: str) -> None:
     aside = checkpoints.set_aside(damaged)
-    text = f"{problem}; {damaged.name} is renamed to {aside.name}, and the run goes on from the checkpoint before it"
+    text = (f"{problem}; {damaged.name} is renamed to {aside.name}, and the run goes on from the "
+            "checkpoint before it")
     events = EventLog(folder.path / EVENTS)
     warn(text, events.write, step=checkpoints.step_of(damaged))
     events.write("damaged_checkpoint", path=f"{folder.checkpoints.name}/{damaged.name}", reason=problem,

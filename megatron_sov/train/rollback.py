@@ -1,7 +1,8 @@
 """Taking weights back: where many steps in a row are refused, the weights are at fault and not one batch.
 
-Weights and optimizer return to the last good checkpoint.  The data do not: the samples since then are passed over, all of
-them, as the ledger then says, and the run goes on behind them (PaLM did so by hand, arXiv 2204.02311, section 5.1).
+Weights and optimizer return to the last good checkpoint.  The data do not: the samples since then are passed
+over, all of them, as the ledger then says, and the run goes on behind them (PaLM did so by hand, arXiv
+2204.02311, section 5.1).
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 
 
 def rollback(trainer: Trainer) -> None:
-    """Go on with the weights of the last good checkpoint, behind the samples that were refused; called by all processes together.
+    """Go on with the weights of the last good checkpoint, behind the samples that were refused; called by all
+    processes together.
 
     Raises:
         UserError: there is no checkpoint to return to that has not been tried.
@@ -31,17 +33,20 @@ def rollback(trainer: Trainer) -> None:
     trainer.checkpointer.finish()
     target = _target(trainer, now - refused)
     if target is None:
-        tried = f"none before step {rollbacks[-1]['to']}, which was tried" if rollbacks else "none before them"
-        raise UserError(f"steps {now - refused + 1} to {now} were refused in a row (the last one: {refusal.reason}), and of "
-                        f"checkpoints there is {tried}; lower optim.lr = {trainer.config.optim.lr:g} or look at the data, and "
-                        "start a new --run --from a checkpoint that you trust")
+        tried = (f"none before step {rollbacks[-1]['to']}, which was tried" if rollbacks
+                 else "none before them")
+        raise UserError(f"steps {now - refused + 1} to {now} were refused in a row (the last one: "
+                        f"{refusal.reason}), and of checkpoints there is {tried}; "
+                        f"lower optim.lr = {trainer.config.optim.lr:g} or look at the data, and start a new "
+                        "--run --from a checkpoint that you trust")
     back_to = trainer.rollback_to(target)
     guard.forget_refusals()
     trainer.batches.ledger.pass_over(back_to, now)
     guard.rollbacks = [*rollbacks, {"at": now, "to": back_to}]
     on_main(trainer.world, lambda: checkpoints.drop_after(trainer.folder.checkpoints, back_to))
-    text = (f"steps {now - refused + 1} to {now} were refused in a row ({refusal.reason}): weights and optimizer are those of "
-            f"step {back_to} again, and the samples of steps {back_to + 1} to {now} are passed over")
+    text = (f"steps {now - refused + 1} to {now} were refused in a row ({refusal.reason}): "
+            f"weights and optimizer are those of step {back_to} again, and the samples of steps "
+            f"{back_to + 1} to {now} are passed over")
     if trainer.world.is_main:
         warn(text, trainer.events.write, "rollback", step=now, back_to=back_to, refused=refused)
 

@@ -1,4 +1,5 @@
-"""Runs one training stage: checks everything that can be checked cheaply, starts the ranks, and says how it ended."""
+"""Runs one training stage: checks everything that can be checked cheaply, starts the ranks,
+and says how it ended."""
 
 from __future__ import annotations
 
@@ -87,7 +88,8 @@ def run_stage(stage: Stage, nproc: int | None, began_s: float | None = None) -> 
     begin = _Begin(time.time() if began_s is None else began_s)
     stage.config.check(num_ranks(nproc))
     models.get(stage.config.model.family).check(stage.config.model)
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # torchrun starts the same command again
+    # torchrun starts the same command again
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     stage.folder.enter(stage.config, stage.resume or restarted)
     completion = stage.folder.completion()
     if completion is not None:
@@ -98,9 +100,11 @@ def run_stage(stage: Stage, nproc: int | None, began_s: float | None = None) -> 
     if stage.start_from is not None:
         refuse_other_tokens(tokenizer_folder(data.sources), stage.start_from / "tokenizer")
     stage.folder.forget_failure()
-    restarts = world.Restarts(stage.config.train.max_restarts, lambda: checkpoints.latest(stage.folder.checkpoints),
+    restarts = world.Restarts(stage.config.train.max_restarts,
+                              lambda: checkpoints.latest(stage.folder.checkpoints),
                               partial(_note_restart, stage.folder, begin), partial(_note_giving_up, stage))
-    code = world.launch(lambda: _rank(stage, data, begin.time_s), nproc, stage.config.train.num_threads, restarts)
+    code = world.launch(lambda: _rank(stage, data, begin.time_s), nproc,
+                        stage.config.train.num_threads, restarts)
     if code != 0:
         raise SystemExit(code)  # the rank that failed has said why
     if stage.folder.completion() is not None:
@@ -137,7 +141,8 @@ def _open_data(stage: Stage) -> _Data:
 
 
 def _finish_side_jobs(stage: Stage) -> None:
-    """Make the exports that a complete run has begun, and judge them; no rank waits in a collective any more."""
+    """Make the exports that a complete run has begun, and judge them; no rank waits in a
+    collective any more."""
     if is_first():
         SideJobs(stage.folder.path, stage.config, RunEvents(stage.folder.path).add).wait()
 
@@ -163,8 +168,8 @@ def _note_restart(folder: RunFolder, begin: _Begin, code: int, cause: str) -> No
 def _note_giving_up(stage: Stage, code: int, cause: str) -> None:
     """Say that the processes are not started again."""
     limit, newest = stage.config.train.max_restarts, checkpoints.latest(stage.folder.checkpoints)
-    text = (f"{cause}, and train.max_restarts = {limit} " + ("starts in a row have left no new checkpoint" if limit else
-            "lets no process start again") + "; find the cause above, and go on with --resume")
+    text = (f"{cause}, and train.max_restarts = {limit} " + ("starts in a row have left no new checkpoint"
+            if limit else "lets no process start again") + "; find the cause above, and go on with --resume")
     print(f"error: {text}", file=sys.stderr, flush=True)
     if (stage.folder.path / EVENTS).is_file():
         RunEvents(stage.folder.path).add(
@@ -246,4 +251,5 @@ def _finish(stage: Stage, trainer: Trainer) -> None:
     last = stage.folder.checkpoint(trainer.step)
     on_main(trainer.world, lambda: stage.folder.complete({
         "step": trainer.step, "tokens": trainer.state.tokens, "wall_s": trainer.wall_s(),
-        "checkpoint": f"{stage.folder.checkpoints.name}/{last.name}", "checkpoint_sha256": manifest_sha256(last), **extra}))
+        "checkpoint": f"{stage.folder.checkpoints.name}/{last.name}",
+        "checkpoint_sha256": manifest_sha256(last), **extra}))

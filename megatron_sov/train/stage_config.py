@@ -1,4 +1,5 @@
-"""The arguments that all training commands share, and how they become a stage.  No torch until --from is read."""
+"""The arguments that all training commands share, and how they become a stage.  No torch
+until --from is read."""
 
 from __future__ import annotations
 
@@ -32,10 +33,11 @@ def add_stage_arguments(parser: argparse.ArgumentParser, *, needs_start: bool) -
     """Add RECIPE --config --plugin --set --data --run --from --nproc --deterministic --inject --resume."""
     add_recipe_arguments(parser)
     parser.add_argument("--data", action="append", default=[], metavar="DIR[:weight]",
-                        help="token shards made by `sov-data pack`; several are mixed by weight (needed, except where "
-                             "--config names them)")
+                        help="token shards made by `sov-data pack`; several are mixed by weight (needed, "
+                             "except where --config names them)")
     parser.add_argument("--run", type=Path, required=True, metavar="DIR", help="folder of this run")
-    parser.add_argument("--from", dest="start_from", type=Path, required=needs_start, metavar="CHECKPOINT|RUN|HF_DIR",
+    parser.add_argument("--from", dest="start_from", type=Path, required=needs_start,
+                        metavar="CHECKPOINT|RUN|HF_DIR",
                         help="start from these weights (and their architecture)")
     parser.add_argument("--nproc", type=int, default=None, metavar="N",
                         help="local processes to start (under Slurm or torchrun the environment decides)")
@@ -52,8 +54,8 @@ def parse_stage(args: argparse.Namespace, objective: BuiltIn) -> ParsedStage:
     A Hugging Face folder is converted last: every mistake that its headers show is found before that.
 
     Raises:
-        UserError: a mistake in the arguments, settings or layout, missing data, another family or objective than the
-            command's, or nothing to start from.
+        UserError: a mistake in the arguments, settings or layout, missing data, another family or objective
+            than the command's, or nothing to start from.
     """
     config = stage_request(args, objective).config()
     config.check(num_ranks(args.nproc))
@@ -62,14 +64,17 @@ def parse_stage(args: argparse.Namespace, objective: BuiltIn) -> ParsedStage:
 
 
 def stage_request(args: argparse.Namespace, objective: BuiltIn) -> Request:
-    """Return what a training command was asked for, with its data, and its checkpoint's architecture in the recipe's place.
+    """Return what a training command was asked for, with its data, and its checkpoint's architecture in
+    the recipe's place.
 
     Raises:
-        UserError: it cannot be used, data is missing, or --from names nothing to start from, or another family.
+        UserError: it cannot be used, data is missing, or --from names nothing to start from,
+            or another family.
     """
     asked = training_request(args, objective)
     base = asked.base
-    paths = data_paths(args.data) or {path: base.data.paths[path] for path in data_paths(list(base.data.paths))}
+    paths = data_paths(args.data) or {path: base.data.paths[path]
+                                      for path in data_paths(list(base.data.paths))}
     base = dataclasses.replace(base, data=dataclasses.replace(base.data, paths=paths))
     if args.start_from is not None:
         base = dataclasses.replace(base, model=_model_of(args.start_from, asked))
@@ -90,8 +95,8 @@ def _model_of(start_from: Path, asked: Request) -> ModelConfig:
     family = next((value.strip('"') for key, _, value in (s.partition("=") for s in reversed(asked.settings))
                    if key == "model.family"), asked.base.model.family)
     if model.family != family:
-        raise UserError(f"--from {start_from}: is a {model.family} model, recipe {asked.base.recipe} is for {family}; choose "
-                        "a recipe of that family")
+        raise UserError(f"--from {start_from}: is a {model.family} model, recipe {asked.base.recipe} is for "
+                        f"{family}; choose a recipe of that family")
     return model
 
 
@@ -102,7 +107,8 @@ def find_start(start_from: Path) -> Path:
         UserError: it is neither, and no run with a checkpoint.
     """
     if not start_from.is_dir():
-        raise UserError(f"--from {start_from}: does not exist; pass a checkpoint, a run or a Hugging Face folder")
+        raise UserError(f"--from {start_from}: does not exist; pass a checkpoint, "
+                        "a run or a Hugging Face folder")
     from megatron_sov import convert
 
     return start_from if convert.is_hf_folder(start_from) else find_checkpoint(start_from)
@@ -123,7 +129,8 @@ def resolve_start(start_from: Path | None, run: Path) -> Path | None:
 
 
 def _converted(hf_dir: Path, run: Path) -> Path:
-    """Convert, unless the run has a checkpoint and needs no weights: what lies there may come from another folder."""
+    """Convert, unless the run has a checkpoint and needs no weights: what lies there may come
+    from another folder."""
     from megatron_sov import convert
     from megatron_sov.mcore.parallel import world
     from megatron_sov.runs import checkpoints
@@ -132,9 +139,10 @@ def _converted(hf_dir: Path, run: Path) -> Path:
     if (out / MANIFEST).is_file() and checkpoints.latest(run / checkpoints.CHECKPOINTS_OF_A_RUN) is not None:
         return out
     if num_ranks(None) > 1:
-        raise UserError(f"--from {hf_dir}: many processes would convert it at once; run `megatron-sov convert from-hf` "
-                        "before, and pass its output")
-    # in a process of its own: threads that torch starts here would be missing in the ranks, which are forked from this process
+        raise UserError(f"--from {hf_dir}: many processes would convert it at once; "
+                        "run `megatron-sov convert from-hf` before, and pass its output")
+    # in a process of its own: threads that torch starts here would be missing in the ranks,
+    # which are forked from this process
     code = world.launch(lambda: convert.from_hf(hf_dir, out, overwrite=True), 1)
     if code:
         raise SystemExit(code)

@@ -1,4 +1,5 @@
-"""What one rank holds while it trains: model, optimizer, data order; and the actions that the loop is made of."""
+"""What one rank holds while it trains: model, optimizer, data order; and the actions that
+the loop is made of."""
 
 from __future__ import annotations
 
@@ -46,9 +47,9 @@ ObjectiveFactory = Callable[[RunConfig, DataBatches], Objective]
 class Trainer:
     """Model, optimizer and data order of one rank; a `GateView`, too."""
 
-    def __init__(self, config: RunConfig, world: World, folder: RunFolder, sources: list[Source], objective: ObjectiveFactory,
-                 gate: Gate | None = None, faults: Sequence[Fault] = (), began_s: float | None = None,
-                 planned: Sequence[LedgerEntry] | None = None) -> None:
+    def __init__(self, config: RunConfig, world: World, folder: RunFolder, sources: list[Source],
+                 objective: ObjectiveFactory, gate: Gate | None = None, faults: Sequence[Fault] = (),
+                 began_s: float | None = None, planned: Sequence[LedgerEntry] | None = None) -> None:
         """Build everything.
 
         Args:
@@ -78,9 +79,10 @@ class Trainer:
         self.guards = Guards(config.guards, world, folder.path, faults, self.recorder.hang)
         self.checkpointer = Checkpointer(
             config, folder, sources, self.model, self.optimizer, self.batches,
-            {"guard": self.guards.step_guard} | ({"gate": gate} if gate is not None else {}), self._note_saved)
-        self.computation = Computation(config, self.model, self.optimizer, self.expert_load, len(sources), self.guards.faults,
-                                       self.guards.stragglers.clock)
+            {"guard": self.guards.step_guard} | ({"gate": gate} if gate is not None else {}),
+            self._note_saved)
+        self.computation = Computation(config, self.model, self.optimizer, self.expert_load, len(sources),
+                                       self.guards.faults, self.guards.stragglers.clock)
         self.side_jobs: SideJobs | None = None
         """On rank 0, once the records are open."""
         self._evaluator: HeldoutEvaluator | None = None
@@ -114,7 +116,8 @@ class Trainer:
         self._continued_from = path.name
 
     def rollback_to(self, path: Path) -> int:
-        """Return to the weights of a (sound) checkpoint and go on with the data where they are; returns the checkpoint's step."""
+        """Return to the weights of a (sound) checkpoint and go on with the data where they are; returns the
+        checkpoint's step."""
         then = self.checkpointer.load(path, data_too=False)
         self.state.tokens = then.tokens
         return then.step
@@ -132,15 +135,18 @@ class Trainer:
     # one step
 
     def update(self) -> StepResult | None:
-        """Do one optimizer step; None where the ledger says to pass over its batch, or the guard refuses to learn it.
+        """Do one optimizer step; None where the ledger says to pass over its batch,
+        or the guard refuses to learn it.
 
         Raises:
-            UserError: loss or gradient is not a finite number, and `guards.skip` is off; nothing is saved then.
+            UserError: loss or gradient is not a finite number, and `guards.skip` is off;
+                nothing is saved then.
             SilentCorruption: a process does not compute the same twice.
         """
         start = time.monotonic()
         step, guard = self.state.step, self.guards.step_guard
-        # random numbers are a function of (seed, step): a resumed run draws what the run that was left alone draws
+        # random numbers are a function of (seed, step): a resumed run draws what the run that
+        # was left alone draws
         rng.reseed(self.config.train.seed, step)
         guard.enter(step, self.batches.ledger)
         if self.batches.next_entry().skip:
@@ -150,7 +156,8 @@ class Trainer:
             self.recorder.passed_over(self.step)
             return None
 
-        # the denominators of the whole global batch come first: losses are then plain sums over ranks and micro-batches
+        # the denominators of the whole global batch come first: losses are then plain sums over
+        # ranks and micro-batches
         batch = self.objective.prepare(self.objective.collect(self.policy, step))
         self._before_computing(batch)
         sums = self.computation.sums(batch, self.objective, step + 1)
@@ -169,9 +176,11 @@ class Trainer:
         self.recorder.epochs(self.step, self.batches.epochs)
         by_source = zip(self.sources, sums.by_source.tolist(), strict=True)
         return StepResult(
-            loss=loss, losses=losses, losses_by_source={s.name: total / n for s, (total, n) in by_source if n > 0},
-            grad_norm=grad_norm, lr=lr, num_tokens=batch.num_tokens, phase=batch.phase,
-            padding_share=1 - batch.num_tokens / (batch.num_sequences * batch.seq_len), seconds=time.monotonic() - start)
+            loss=loss, losses=losses,
+            losses_by_source={s.name: total / n for s, (total, n) in by_source if n > 0}, grad_norm=grad_norm,
+            lr=lr, num_tokens=batch.num_tokens, phase=batch.phase,
+            padding_share=1 - batch.num_tokens / (batch.num_sequences * batch.seq_len),
+            seconds=time.monotonic() - start)
 
     def _before_computing(self, batch: GlobalBatch) -> None:
         """Let faults on purpose come, and check that this process computes the same twice."""
@@ -190,9 +199,11 @@ class Trainer:
         if not self.config.guards.skip:
             self.checkpointer.finish()
             newest = checkpoints.latest(self.folder.checkpoints)
-            start = f"--run --from {newest}, the last checkpoint" if newest else "--run, since there is no checkpoint yet"
-            raise UserError(f"step {step}: the loss is {refusal.loss:g} and the gradient norm {refusal.grad_norm:g}; lower "
-                            f"optim.lr = {self.config.optim.lr:g} and start a new {start}, or switch on guards.skip")
+            start = (f"--run --from {newest}, the last checkpoint" if newest
+                     else "--run, since there is no checkpoint yet")
+            raise UserError(f"step {step}: the loss is {refusal.loss:g} and the gradient norm "
+                            f"{refusal.grad_norm:g}; lower optim.lr = {self.config.optim.lr:g} and start a "
+                            f"new {start}, or switch on guards.skip")
         self.expert_load.undo()
         self.batches.ledger.pass_over(step - 1, step)
         self.recorder.refused(step, refusal, replica_checks.ranks_where(not self.computation.is_finite))
@@ -209,9 +220,11 @@ class Trainer:
     # evaluation and checkpoints
 
     def evaluate(self) -> dict[str, HeldoutLoss]:
-        """Evaluate on held-out documents and record it, with the experts that each source's documents go to."""
+        """Evaluate on held-out documents and record it, with the experts that each
+        source's documents go to."""
         if self._evaluator is None:
-            self._evaluator = HeldoutEvaluator.of(self.config, self.sources, self.batches.ledger.max_seq_len(), self.world)
+            self._evaluator = HeldoutEvaluator.of(self.config, self.sources,
+                                                  self.batches.ledger.max_seq_len(), self.world)
 
         def counted(source: str, action: Callable[[], Any]) -> Any:
             result, load = self.expert_load.during(action)
@@ -219,7 +232,8 @@ class Trainer:
             return result
 
         results = self._evaluator.run(self.policy, counted)
-        self.recorder.evaluated(self.step, results, self.batches.consumed_tokens(), self.batches.planned_tokens())
+        self.recorder.evaluated(self.step, results, self.batches.consumed_tokens(),
+                                self.batches.planned_tokens())
         return results
 
     def save(self) -> None:

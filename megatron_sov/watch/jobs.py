@@ -1,4 +1,5 @@
-"""What Slurm's side knows about a run: how its jobs' attempts ended, and whether a job of it waits or runs."""
+"""What Slurm's side knows about a run: how its jobs' attempts ended, and whether a job
+of it waits or runs."""
 
 from __future__ import annotations
 
@@ -19,9 +20,10 @@ SUBMITTED = f"{JOBS}/{SUBMISSIONS}"
 
 
 def explain(run: Path, attempts: list[Attempt]) -> None:
-    """Give attempts that ended without a word, or by a signal, the reason that their job's script recorded."""
-    ends = [(number(r.get("time_s")), str(r.get("outcome")), str(r.get("reason"))) for r in read_events(run / JOBS / ATTEMPTS)
-            if r["event"] == "end"]
+    """Give attempts that ended without a word, or by a signal,
+    the reason that their job's script recorded."""
+    ends = [(number(r.get("time_s")), str(r.get("outcome")), str(r.get("reason")))
+            for r in read_events(run / JOBS / ATTEMPTS) if r["event"] == "end"]
     for i, attempt in enumerate(attempts):
         began_s = number(attempt.start.get("time_s"))
         after_s = number(attempts[i + 1].start.get("time_s")) if i + 1 < len(attempts) else float("inf")
@@ -33,14 +35,16 @@ def explain(run: Path, attempts: list[Attempt]) -> None:
 
 
 def why_not_begun(run: Path) -> str:
-    """Return how the last job of a run ended that never came to training, as its log says; empty where it has none."""
+    """Return how the last job of a run ended that never came to training, as its log says;
+    empty where it has none."""
     jobs = submitted_jobs(run / JOBS)
     words = last_words(run / JOBS, jobs[-1]) if jobs else ""
     return f"job {jobs[-1]}: {words}" if words else ""
 
 
 def living_job(run: Path) -> str:
-    """Return which job of a run waits or runs, in words; empty where there is none, or Slurm does not answer."""
+    """Return which job of a run waits or runs, in words; empty where there is none,
+    or Slurm does not answer."""
     try:
         states = client.states(submitted_jobs(run / JOBS))
     except UserError:

@@ -28,7 +28,8 @@ RECENT_STEPS = 50
 SILENT_AFTER_STEPS, SILENT_AFTER_S = 10, 60.0
 """A living run is called silent after so many times its time of a step, and not before so many seconds."""
 TOLD_ELSEWHERE = ("restart", "failure", "fault")
-"""Incidents that are not counted: how each start ended stands beside it, and faults on purpose were asked for."""
+"""Incidents that are not counted: how each start ended stands beside it,
+and faults on purpose were asked for."""
 MAX_DEPTH = 3
 """How deep a folder is searched for runs."""
 
@@ -64,7 +65,8 @@ class RunState:
     tokens_per_s: float = math.nan
     """Median over the present attempt's last steps."""
     eta_s: float = math.nan
-    """Seconds to the last step, at the speed of the last steps with all that came between them; NaN unless it runs."""
+    """Seconds to the last step, at the speed of the last steps with all that came between them;
+    NaN unless it runs."""
     checkpoint: str = ""
     """The newest one, from the run's folder."""
     checkpoint_step: int = 0
@@ -73,7 +75,8 @@ class RunState:
     starts: list[Start] = field(default_factory=list)
     warnings: int = 0
     incidents: dict[str, int] = field(default_factory=dict)
-    """Kind of incident -> how many there were in the whole life of the run, but for those of `TOLD_ELSEWHERE`."""
+    """Kind of incident -> how many there were in the whole life of the run,
+    but for those of `TOLD_ELSEWHERE`."""
     wall_time: WallTime | None = None
 
     @property
@@ -83,7 +86,8 @@ class RunState:
 
 
 def find_runs(path: Path) -> list[Path]:
-    """Return the run folders that a path means: itself with the stages of an extension, or those in a folder of runs.
+    """Return the run folders that a path means: itself with the stages of an extension,
+    or those in a folder of runs.
 
     Raises:
         UserError: there is none.
@@ -92,10 +96,11 @@ def find_runs(path: Path) -> list[Path]:
         found = [*sorted(p for p in (path / STAGES).glob("*") if _is_run(p)), path]
     else:
         found = sorted({p for depth in range(1, MAX_DEPTH + 1) for name in (CONFIG, EVENTS, SUBMITTED)
-                        for file in path.glob("/".join(["*"] * depth + [name])) if _is_run(p := file.parents[name.count("/")])})
+                        for file in path.glob("/".join(["*"] * depth + [name]))
+                        if _is_run(p := file.parents[name.count("/")])})
     if not found:
-        raise UserError(f"{path}: holds no run ({CONFIG} and {EVENTS}), nor do the folders in it; pass the folder of a training "
-                        "command's --run, or one that holds such folders")
+        raise UserError(f"{path}: holds no run ({CONFIG} and {EVENTS}), nor do the folders in it; "
+                        "pass the folder of a training command's --run, or one that holds such folders")
     return found
 
 
@@ -124,7 +129,8 @@ def read_state(path: Path, now_s: float | None = None) -> RunState:
     config = RunFolder(path).config()
     if config is not None:
         state.recipe, state.num_steps = config.recipe, config.num_steps()
-        state.stage = "sft" if config.objective.name == "sft" else "extend" if _extends(path, config) else "pretrain"
+        state.stage = ("sft" if config.objective.name == "sft" else "extend" if _extends(path, config)
+                       else "pretrain")
     attempts, keeper = Attempts(), Timekeeper()
     recent: deque[tuple[int, float, float, float]] = deque(maxlen=RECENT_STEPS)
     last_s = math.nan
@@ -134,10 +140,12 @@ def read_state(path: Path, now_s: float | None = None) -> RunState:
         last_s = number(event.get("time_s"))
         if event["event"] == "run_start":
             recent.clear()
-            state.recipe, state.num_steps = event.get("recipe") or state.recipe, event.get("num_steps") or state.num_steps
+            state.recipe, state.num_steps = (event.get("recipe") or state.recipe,
+                                             event.get("num_steps") or state.num_steps)
             state.step = int(event.get("resumed_from") or 0)
         elif event["event"] == "step":
-            recent.append((int(event["step"]), last_s, number(event.get("tokens_per_s")), number(event.get("step_time_s"))))
+            recent.append((int(event["step"]), last_s, number(event.get("tokens_per_s")),
+                           number(event.get("step_time_s"))))
             state.step, state.loss = int(event["step"]), number(event.get("loss"))
             state.tokens, state.phase = int(event.get("tokens") or 0), str(event.get("phase") or "")
         state.warnings += event["event"] == "warning"
@@ -166,16 +174,19 @@ def _start(attempt: Attempt) -> Start:
                  int(start.get("num_ranks") or 0), attempt.outcome)
 
 
-def _judge(state: RunState, attempts: list[Attempt], recent: deque[tuple[int, float, float, float]], now_s: float) -> None:
+def _judge(state: RunState, attempts: list[Attempt], recent: deque[tuple[int, float, float, float]],
+           now_s: float) -> None:
     """Say whether the run lives, and if not, why."""
     folder, holder = RunFolder(state.path), living_holder(state.path)
     outcome = attempts[-1].outcome if attempts else ""
     if holder is not None:
         step_times_s = [row[3] for row in recent if math.isfinite(row[3])]
-        patience_s = max(SILENT_AFTER_S, SILENT_AFTER_STEPS * float(np.median(step_times_s)) if step_times_s else 0.0)
+        patience_s = max(SILENT_AFTER_S,
+                         SILENT_AFTER_STEPS * float(np.median(step_times_s)) if step_times_s else 0.0)
         silent = state.last_event_age_s > patience_s
         state.state = "silent" if silent else "running"
-        state.why = f"process {holder['pid']} on {holder['host']}" + (" lives, and writes nothing" if silent else "")
+        state.why = f"process {holder['pid']} on {holder['host']}" + (" lives, and writes nothing"
+                                                                      if silent else "")
         if not attempts or (outcome != UNFINISHED and outcome != COMPLETE):
             state.why += ", starting"
     elif (folder.path / COMPLETION).is_file():
@@ -187,12 +198,14 @@ def _judge(state: RunState, attempts: list[Attempt], recent: deque[tuple[int, fl
     elif outcome.startswith("stopped: "):
         state.state, state.why = "stopped", f"{outcome.removeprefix('stopped: ')}, everything is saved"
     elif attempts:
-        state.state, state.why = "ended", "killed, or its machine went down" if outcome == UNFINISHED else outcome
+        state.state, state.why = ("ended",
+                                  "killed, or its machine went down" if outcome == UNFINISHED else outcome)
     else:
         state.why = why_not_begun(folder.path)
 
 
-def _speed(state: RunState, recent: deque[tuple[int, float, float, float]], now_s: float) -> tuple[float, float]:
+def _speed(state: RunState, recent: deque[tuple[int, float, float, float]],
+           now_s: float) -> tuple[float, float]:
     """Return tokens a second and the seconds to the last step; NaN without enough steps."""
     speeds = [row[2] for row in recent if math.isfinite(row[2])]
     tokens_per_s = float(np.median(speeds)) if speeds else math.nan

@@ -9,8 +9,9 @@ from megatron_sov.cli import main
 from megatron_sov.obs.events import EVENTS, EventLog, read_events
 
 
-def test_the_command_judges_checkpoints_and_folders_alike(one_rank: None, imported: dict[str, Path], hf_models: dict[str, Path],
-                                                          token_shards: Path, tmp_path: Path, capsys) -> None:
+def test_the_command_judges_checkpoints_and_folders_alike(one_rank: None, imported: dict[str, Path],
+                                                          hf_models: dict[str, Path], token_shards: Path,
+                                                          tmp_path: Path, capsys) -> None:
     EventLog(tmp_path / EVENTS).close()
     ask = ["--data", str(token_shards), "--lengths", "96", "128", "--depths", "0", "0.9", "--samples", "3",
            "--run", str(tmp_path)]
@@ -19,8 +20,9 @@ def test_the_command_judges_checkpoints_and_folders_alike(one_rank: None, import
         assert main(["eval", "needle", str(folder), *ask, "--kinds", "single", "multi-value", "--json"]) == 0
         shown.append(json.loads(capsys.readouterr().out))
     assert shown[0] == shown[1]
-    assert {(c["kind"], c["length_tokens"], c["depth"], c["samples"]) for c in shown[0]["cells"]} \
-        == {(kind, length, depth, 3) for kind in ("single", "multi-value") for length in (96, 128) for depth in (0.0, 0.9)}
+    assert ({(c["kind"], c["length_tokens"], c["depth"], c["samples"]) for c in shown[0]["cells"]}
+            == {(kind, length, depth, 3) for kind in ("single", "multi-value") for length in (96, 128)
+                for depth in (0.0, 0.9)})
     events = list(read_events(tmp_path / EVENTS))
     assert [(e["event"], e["when"], e["step"], e["cells"]) for e in events] \
         == [("needle", "eval", step, shown[0]["cells"]) for step in (0, None)]
@@ -38,9 +40,9 @@ def test_the_command_judges_checkpoints_and_folders_alike(one_rank: None, import
 def test_text_files_serve_without_data(hf_models: dict[str, Path], tmp_path: Path, capsys) -> None:
     (tmp_path / "a.txt").write_text("The clocks were striking thirteen.\n" * 50)
     (tmp_path / "b.txt").write_text("모든 권력은 국민으로부터 나온다.\n" * 50, encoding="utf-8")
-    assert main(["eval", "needle", str(hf_models["solar_open"]), "--text", f"english={tmp_path / 'a.txt'}", "--text",
-                 f"korean={tmp_path / 'b.txt'}", "--lengths", "200", "--depths", "0.5", "--samples", "2", "--seed", "4",
-                 "--by", "likelihood", "--distractor-share", "0.4", "--json"]) == 0
+    assert main(["eval", "needle", str(hf_models["solar_open"]), "--text", f"english={tmp_path / 'a.txt'}",
+                 "--text", f"korean={tmp_path / 'b.txt'}", "--lengths", "200", "--depths", "0.5", "--samples",
+                 "2", "--seed", "4", "--by", "likelihood", "--distractor-share", "0.4", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert (shown["by"], shown["seed"], shown["distractor_share"]) == ("likelihood", 4, 0.4)
     assert [(c["kind"], c["language"], c["samples"]) for c in shown["cells"]] \

@@ -1,4 +1,5 @@
-"""`megatron-sov generate`: one text whatever runs the model and however many processes, and events for the report."""
+"""`megatron-sov generate`: one text whatever runs the model and however many processes,
+and events for the report."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ def texts(capsys: pytest.CaptureFixture, *arguments: str) -> list[dict]:
 
 
 def test_checkpoint_run_and_hugging_face_folder_say_the_same(one_rank: None, imported: dict[str, Path],
-                                                             hf_models: dict[str, Path], tmp_path: Path, capsys) -> None:
+                                                             hf_models: dict[str, Path], tmp_path: Path,
+                                                             capsys) -> None:
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     (tmp_path / "run/checkpoints/step-00000007").symlink_to(imported["exaone_moe"])
     expected = texts(capsys, str(hf_models["exaone_moe"]), *ASK)
@@ -37,23 +39,26 @@ def test_checkpoint_run_and_hugging_face_folder_say_the_same(one_rank: None, imp
     assert texts(capsys, str(hf_models["exaone_moe"]), *ASK, "--engine", "megatron") == expected
 
 
-@pytest.mark.parametrize("layout", [["parallel.ep=2"], ["parallel.tp=2", "parallel.sp=true"]], ids=["ep", "tp"])
-def test_two_processes_sample_what_one_samples(layout: list[str], one_rank: None, imported: dict[str, Path], capsys) -> None:
+@pytest.mark.parametrize("layout", [["parallel.ep=2"], ["parallel.tp=2", "parallel.sp=true"]],
+                         ids=["ep", "tp"])
+def test_two_processes_sample_what_one_samples(layout: list[str], one_rank: None, imported: dict[str, Path],
+                                               capsys) -> None:
     ask = [str(imported["solar_open"]), *ASK, "--temperature", "0.8", "--top-p", "0.95", "--seed", "5"]
     settings = [part for setting in layout for part in ("--set", setting)]
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
-    two = subprocess.run([sys.executable, "-m", "megatron_sov", "generate", *ask, "--json", "--nproc", "2", *settings],
-                         capture_output=True, text=True, env=environment, timeout=120)
+    environment = {k: v for k, v in os.environ.items()
+                   if k not in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    two = subprocess.run([sys.executable, "-m", "megatron_sov", "generate", *ask, "--json", "--nproc", "2",
+                          *settings], capture_output=True, text=True, env=environment, timeout=120)
     assert two.returncode == 0, two.stderr
     assert json.loads(two.stdout) == texts(capsys, *ask)
 
 
-def test_prompts_come_from_a_file_and_texts_go_into_the_report(one_rank: None, imported: dict[str, Path], tmp_path: Path,
-                                                               capsys) -> None:
+def test_prompts_come_from_a_file_and_texts_go_into_the_report(one_rank: None, imported: dict[str, Path],
+                                                               tmp_path: Path, capsys) -> None:
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "import", "target": "os"}\n\n{"prompt": "return"}\n')
     EventLog(tmp_path / EVENTS).close()
-    assert main(["generate", str(imported["solar_open"]), "--prompts", str(tmp_path / "prompts.jsonl"), "--max-new-tokens", "4",
-                 "--run", str(tmp_path)]) == 0
+    assert main(["generate", str(imported["solar_open"]), "--prompts", str(tmp_path / "prompts.jsonl"),
+                 "--max-new-tokens", "4", "--run", str(tmp_path)]) == 0
     samples = list(read_events(tmp_path / EVENTS))
     assert [(s["event"], s["step"], s["prompt"], s["target"]) for s in samples] \
         == [("sample", 0, "import", "os"), ("sample", 0, "return", None)]
@@ -62,22 +67,24 @@ def test_prompts_come_from_a_file_and_texts_go_into_the_report(one_rank: None, i
 
 
 def test_a_chat_prompt_is_framed_by_the_template(one_rank: None, imported: dict[str, Path], capsys) -> None:
-    plain, framed = (texts(capsys, str(imported["solar_open"]), "--prompt", "Hello", "--max-new-tokens", "6", *chat)
-                     for chat in ([], ["--chat"]))
+    plain, framed = (texts(capsys, str(imported["solar_open"]), "--prompt", "Hello", "--max-new-tokens", "6",
+                           *chat) for chat in ([], ["--chat"]))
     assert plain[0]["tokens"] != framed[0]["tokens"]
 
 
-def test_a_text_ends_a_continuation(one_rank: None, imported: dict[str, Path], hf_models: dict[str, Path], capsys) -> None:
+def test_a_text_ends_a_continuation(one_rank: None, imported: dict[str, Path], hf_models: dict[str, Path],
+                                    capsys) -> None:
     plain = texts(capsys, str(imported["solar_open"]), *ASK)
     part = plain[0]["text"][4:7]
     for folder in (imported["solar_open"], hf_models["solar_open"]):
-        stopped = texts(capsys, str(folder), *ASK, "--stop", part, "--batch-size", "1", "--prefill-tokens", "2")
+        stopped = texts(capsys, str(folder), *ASK, "--stop", part, "--batch-size", "1",
+                        "--prefill-tokens", "2")
         assert [s["text"] for s in stopped] == [p["text"].split(part)[0] for p in plain]
         assert len(stopped[0]["tokens"]) < 9
 
 
-def test_drafts_change_nothing_but_the_speed(one_rank: None, imported: dict[str, Path], hf_models: dict[str, Path],
-                                             tmp_path: Path, capsys) -> None:
+def test_drafts_change_nothing_but_the_speed(one_rank: None, imported: dict[str, Path],
+                                             hf_models: dict[str, Path], tmp_path: Path, capsys) -> None:
     folder = shutil.copytree(hf_models["exaone_moe"], tmp_path / "with-mtp")
     add_prediction_layer(folder)
     expected = texts(capsys, str(folder), *ASK)
@@ -87,17 +94,22 @@ def test_drafts_change_nothing_but_the_speed(one_rank: None, imported: dict[str,
     assert json.loads(shown.out) == expected
     assert re.search(r"^drafts: \d+, accepted \d+\.\d%$", shown.err, re.MULTILINE)
     assert main(["generate", *ask, "--compare-speed"]) == 0
-    assert re.search(r"^drafts: .*%, \d\.\d\d times the speed without drafts$", capsys.readouterr().err, re.MULTILINE)
+    assert re.search(r"^drafts: .*%, \d\.\d\d times the speed without drafts$", capsys.readouterr().err,
+                     re.MULTILINE)
 
 
 def add_prediction_layer(folder: Path) -> None:
-    """Add a drawn prediction layer to an exported K-EXAONE: a copy of the dense layer, norms and a projection."""
+    """Add a drawn prediction layer to an exported K-EXAONE: a copy of the dense layer,
+    norms and a projection."""
     tensors = load_file(folder / "model.safetensors")
-    layer = {n.replace("model.", "mtp."): t.clone() for n, t in tensors.items() if n.startswith("model.layers.0.")}
+    layer = {n.replace("model.", "mtp."): t.clone()
+             for n, t in tensors.items() if n.startswith("model.layers.0.")}
     norm = tensors["model.norm.weight"]
-    own = {f"mtp.{n}.weight": torch.ones_like(norm) for n in ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")}
+    own = {f"mtp.{n}.weight": torch.ones_like(norm)
+           for n in ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")}
     fc = torch.randn(len(norm), 2 * len(norm), generator=torch.Generator().manual_seed(0)) * 0.2
-    save_file(tensors | layer | own | {"mtp.fc.weight": fc}, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors | layer | own | {"mtp.fc.weight": fc}, folder / "model.safetensors",
+              metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
 
@@ -128,7 +140,8 @@ def test_mistakes_are_named(arguments: list[str], sentence: str, imported: dict[
 
 def test_a_hugging_face_folder_ends_where_its_config_says(hf_models: dict[str, Path], capsys) -> None:
     limit = json.loads((hf_models["solar_open"] / "config.json").read_text())["max_position_embeddings"]
-    assert main(["generate", str(hf_models["solar_open"]), "--prompt", "a", "--max-new-tokens", str(limit)]) == 2
+    assert main(["generate", str(hf_models["solar_open"]), "--prompt", "a", "--max-new-tokens",
+                 str(limit)]) == 2
     assert f"the model ends at {limit}; shorten one of them" in capsys.readouterr().err
 
 

@@ -30,13 +30,16 @@ def test_missing_and_wrong_data(capsys: Any, packed_data: Any, tmp_path: Path) -
     run = tmp_path / "run"
     assert "--data none: does not exist" in refused(capsys, ["none"], run)
     assert "has no manifest.json, so it is not a 'tokens' artifact" in refused(capsys, [tmp_path], run)
-    assert "is a 'tokenizer' artifact where a 'tokens' artifact is needed" in refused(capsys, [packed_data.tokenizer], run)
+    assert "is a 'tokenizer' artifact where a 'tokens' artifact is needed" in refused(
+        capsys, [packed_data.tokenizer], run)
     small = refused(capsys, [packed_data.text], run, settings=("model.vocab_size=100",))
     assert "its tokenizer has 368 ids, the model only model.vocab_size = 100" in small
 
 
-def test_artifacts_of_two_tokenizers(capsys: Any, packed_data: Any, token_shards: Path, tmp_path: Path) -> None:
-    message = refused(capsys, [packed_data.text, token_shards], tmp_path / "run", settings=("model.vocab_size=1024",))
+def test_artifacts_of_two_tokenizers(capsys: Any, packed_data: Any, token_shards: Path,
+                                     tmp_path: Path) -> None:
+    message = refused(capsys, [packed_data.text, token_shards], tmp_path / "run",
+                      settings=("model.vocab_size=1024",))
     assert "was packed with tokenizer" in message and "pack all data with the same tokenizer" in message
 
 
@@ -45,46 +48,61 @@ def test_unknown_settings_sources_and_recipes(capsys: Any, packed_data: Any, tmp
     assert "did you mean 'num_layers'" in refused(capsys, text, run, settings=("model.num_layer=2",))
     assert "did you mean 'tiny-k-exaone'" in refused(capsys, text, run, recipe="tiny-kexaone")
     blend = ('data.phases=[{"name": "main", "seq_len": 32, "blend": {"evn": 1}}]',)
-    assert "names source 'evn', which the data does not have; did you mean 'even'?" in refused(capsys, text, run, settings=blend)
+    assert "names source 'evn', which the data does not have; did you mean 'even'?" in refused(
+        capsys, text, run, settings=blend)
 
 
 def test_impossible_layouts_list_every_problem(capsys: Any, packed_data: Any, tmp_path: Path) -> None:
     message = refused(capsys, [packed_data.text], tmp_path / "run", "--nproc", "12",
                       settings=("parallel.tp=3", "parallel.ep=5", "parallel.pp=4"))
-    for problem in ("parallel.tp = 3 must divide model.num_heads = 4", "parallel.ep = 5 must divide model.num_experts = 8",
-                    "parallel.pp = 4 must divide model.num_layers = 2", "etp 1 x ep 5 x pp 4 = 20 must divide the number of"):
+    for problem in ("parallel.tp = 3 must divide model.num_heads = 4",
+                    "parallel.ep = 5 must divide model.num_experts = 8",
+                    "parallel.pp = 4 must divide model.num_layers = 2",
+                    "etp 1 x ep 5 x pp 4 = 20 must divide the number of"):
         assert problem in message
     message = refused(capsys, [packed_data.text], tmp_path / "run", "--nproc", "3")
-    assert "global_batch_size = 16 (phase main) must be a multiple of train.micro_batch_size 8 x data parallel size 3" in message
-    assert "--nproc 0: must be at least 1" in refused(capsys, [packed_data.text], tmp_path / "run", "--nproc", "0")
+    assert ("global_batch_size = 16 (phase main) must be a multiple of train.micro_batch_size 8 x data "
+            "parallel size 3" in message)
+    assert "--nproc 0: must be at least 1" in refused(capsys, [packed_data.text], tmp_path / "run",
+                                                      "--nproc", "0")
 
 
 def test_folders_that_hold_something_else(capsys: Any, packed_data: Any, tmp_path: Path) -> None:
     (tmp_path / "notes").write_text("mine")
     assert "notes: is a file; --run needs a folder" in refused(capsys, [packed_data.text], tmp_path / "notes")
-    assert "notes: is a file; --run needs a folder" in refused(capsys, [packed_data.text], tmp_path / "notes" / "run")
+    assert "notes: is a file; --run needs a folder" in refused(capsys, [packed_data.text],
+                                                               tmp_path / "notes" / "run")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
-    assert "is not empty and holds no run" in refused(capsys, [packed_data.text], tmp_path / "full", "--resume")
+    assert "is not empty and holds no run" in refused(capsys, [packed_data.text],
+                                                      tmp_path / "full", "--resume")
 
 
-def test_weights_to_start_from_must_fit(capsys: Any, packed_data: Any, token_shards: Path, imported: Any, tmp_path: Path) -> None:
+def test_weights_to_start_from_must_fit(capsys: Any, packed_data: Any, token_shards: Path, imported: Any,
+                                        tmp_path: Path) -> None:
     run = tmp_path / "run"
-    other = refused(capsys, [token_shards], run, "--from", str(imported["exaone_moe"]), settings=("model.vocab_size=1024",))
+    other = refused(capsys, [token_shards], run, "--from", str(imported["exaone_moe"]),
+                    settings=("model.vocab_size=1024",))
     assert "is a exaone_moe model, recipe tiny-solar-open is for solar_open" in other
     assert "--from none: does not exist" in refused(capsys, [token_shards], run, "--from", "none")
-    assert "is a 'tokens' artifact where a 'checkpoint'" in refused(capsys, [token_shards], run, "--from", str(token_shards))
+    assert "is a 'tokens' artifact where a 'checkpoint'" in refused(capsys, [token_shards], run, "--from",
+                                                                    str(token_shards))
 
 
-def test_data_of_another_tokenizer_than_the_weights(capsys: Any, packed_data: Any, imported: Any, tmp_path: Path) -> None:
+def test_data_of_another_tokenizer_than_the_weights(capsys: Any, packed_data: Any, imported: Any,
+                                                    tmp_path: Path) -> None:
     """The ids fit into the vocabulary, and mean other tokens: nothing but this check would notice."""
-    same_sizes = ("model.vocab_size=1024", "model.hidden_size=32", "model.expert_ffn_dim=24", "model.head_dim=16")
-    message = refused(capsys, [packed_data.text], tmp_path / "run", "--from", str(imported["solar_open"]), settings=same_sizes)
-    assert "ids mean other tokens than in" in message and "pack the data with the checkpoint's tokenizer" in message
+    same_sizes = ("model.vocab_size=1024", "model.hidden_size=32", "model.expert_ffn_dim=24",
+                  "model.head_dim=16")
+    message = refused(capsys, [packed_data.text], tmp_path / "run", "--from", str(imported["solar_open"]),
+                      settings=same_sizes)
+    assert ("ids mean other tokens than in" in message
+            and "pack the data with the checkpoint's tokenizer" in message)
 
 
 def test_objective_of_another_command(capsys: Any, packed_data: Any, tmp_path: Path) -> None:
-    assert "use `megatron-sov sft`" in refused(capsys, [packed_data.text], tmp_path / "run", settings=("objective.name=sft",))
+    assert "use `megatron-sov sft`" in refused(capsys, [packed_data.text], tmp_path / "run",
+                                               settings=("objective.name=sft",))
     assert "objective.text_coeff = 0.5 belongs to objective sft" in refused(
         capsys, [packed_data.text], tmp_path / "run", settings=("objective.text_coeff=0.5",))
 

@@ -47,7 +47,8 @@ def test_prints_a_recipe_that_reads_back(capsys: pytest.CaptureFixture[str]) -> 
     (["--set", "train.steps=7"], "needs a recipe"),
     (["--json"], "needs a recipe"),
 ])
-def test_mistakes_end_with_one_sentence(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_end_with_one_sentence(arguments: list[str], sentence: str,
+                                        capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes", *arguments]) == 2
     captured = capsys.readouterr()
     assert sentence in captured.err and not captured.out

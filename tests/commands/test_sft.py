@@ -25,18 +25,22 @@ def command(name: str, data: list[Path], run: Path, *arguments: str, settings: t
 
 
 def complete(argv: list[str]) -> None:
-    done = subprocess.run([sys.executable, "-m", "megatron_sov", *argv], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-m", "megatron_sov", *argv], capture_output=True, text=True,
+                          check=False)
     assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
 
 
-def test_a_run_becomes_a_chat_model(packed_data: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_becomes_a_chat_model(packed_data: Any, tmp_path: Path,
+                                    capsys: pytest.CaptureFixture[str]) -> None:
     base, tuned = tmp_path / "base", tmp_path / "tuned"
     complete(command("pretrain", [packed_data.text], base, settings=MODEL))
     both = [packed_data.chats, packed_data.text]
-    complete(command("sft", both, tuned, "--from", str(base), "--nproc", "2", settings=("objective.text_coeff=0.3",)))
+    complete(command("sft", both, tuned, "--from", str(base), "--nproc", "2",
+                     settings=("objective.text_coeff=0.3",)))
     steps = [e for e in read_events(tuned / "events.jsonl") if e["event"] == "step"]
     assert len(steps) == 2 and set(steps[0]["losses"]) == {"response", "text"}
-    assert json.loads((tuned / "config.json").read_text())["objective"] == {"name": "sft", "text_coeff": 0.3, "options": {}}
+    assert json.loads((tuned / "config.json").read_text())["objective"] == {
+        "name": "sft", "text_coeff": 0.3, "options": {}}
     assert json.loads((tuned / "complete.json").read_text())["step"] == 2
 
     def refused(data: list[Path], *settings: str) -> str:

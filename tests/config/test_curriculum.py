@@ -1,4 +1,5 @@
-"""From token budgets, batch sizes and a ramp to optimizer steps: against adding up step by step, and by hand."""
+"""From token budgets, batch sizes and a ramp to optimizer steps: against adding up step by
+step, and by hand."""
 
 from __future__ import annotations
 
@@ -21,8 +22,10 @@ def test_the_ramp_by_hand() -> None:
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 9), st.integers(1, 60))
-def test_a_ramp_grows_by_its_increment_and_ends_on_time(first: int, more: int, increment: int, steps: int) -> None:
-    train = TrainConfig(global_batch_size=first + more, ramp_from_batch_size=first, ramp_increment=increment, ramp_steps=steps)
+def test_a_ramp_grows_by_its_increment_and_ends_on_time(first: int, more: int, increment: int,
+                                                        steps: int) -> None:
+    train = TrainConfig(global_batch_size=first + more, ramp_from_batch_size=first, ramp_increment=increment,
+                        ramp_steps=steps)
     sizes = [batch_size_at(train, PhaseConfig("a"), s) for s in range(steps + 1)]
     assert sizes[0] == first and sizes[-1] == first + more
     assert sizes == sorted(sizes)
@@ -31,14 +34,17 @@ def test_a_ramp_grows_by_its_increment_and_ends_on_time(first: int, more: int, i
     assert changes == [s for s in range(1, steps + 1) if sizes[s] > sizes[s - 1]]
 
 
-budgets = st.lists(st.tuples(st.integers(500, 20_000), st.sampled_from([8, 16, 50]), st.sampled_from([0, 3, 7])),
-                   min_size=1, max_size=4)
+budgets = st.lists(st.tuples(st.integers(500, 20_000), st.sampled_from([8, 16, 50]),
+                             st.sampled_from([0, 3, 7])), min_size=1, max_size=4)
 
 
 @given(budgets, st.sampled_from([0, 1, 2]), st.integers(1, 30))
-def test_a_phase_lasts_until_its_tokens_are_spent(raw: list[tuple[int, int, int]], ramp: int, ramp_steps: int) -> None:
-    phases = tuple(PhaseConfig(str(i), tokens=t, seq_len=n, global_batch_size=b) for i, (t, n, b) in enumerate(raw))
-    train = TrainConfig(global_batch_size=5, ramp_from_batch_size=ramp, ramp_increment=1, ramp_steps=ramp_steps)
+def test_a_phase_lasts_until_its_tokens_are_spent(raw: list[tuple[int, int, int]], ramp: int,
+                                                  ramp_steps: int) -> None:
+    phases = tuple(PhaseConfig(str(i), tokens=t, seq_len=n, global_batch_size=b)
+                   for i, (t, n, b) in enumerate(raw))
+    train = TrainConfig(global_batch_size=5, ramp_from_batch_size=ramp, ramp_increment=1,
+                        ramp_steps=ramp_steps)
     step = 0
     for phase, steps in zip(phases, phase_steps(DataConfig(phases=phases), train), strict=True):
         sizes = [batch_size_at(train, phase, s) * phase.seq_len for s in range(step, step + steps)]
@@ -53,7 +59,8 @@ def test_shares_of_a_token_budget_by_hand() -> None:
 
 
 def test_given_steps_are_shared_out_by_what_the_phases_need() -> None:
-    """By tokens: 10 steps of the first to 5 of the second, whose samples are twice as long; by share: as the shares say."""
+    """By tokens: 10 steps of the first to 5 of the second, whose samples are twice as long; by share:
+    as the shares say."""
     phases = (PhaseConfig("a", tokens=8000, seq_len=100), PhaseConfig("b", tokens=8000, seq_len=200))
     assert phase_steps(DataConfig(phases=phases), TrainConfig(steps=30, global_batch_size=8)) == [20, 10]
     shares = (PhaseConfig("a", share=10.8), PhaseConfig("b", share=5.3), PhaseConfig("c", share=3.9))

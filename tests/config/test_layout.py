@@ -22,8 +22,10 @@ Small = Callable[..., RunConfig]
     ({"ep": 3}, 3, "parallel.ep = 3 must divide model.num_experts = 8"),
     ({"etp": 5}, 5, "parallel.etp = 5 must divide model.expert_ffn_dim = 32"),
     ({"overlap_param_gather": True, "zero1": True}, 1,
-     "parallel.overlap_param_gather = True needs parallel.zero1 and parallel.overlap_grad_reduce, which are True and False"),
-    ({"overlap_param_gather": True, "overlap_grad_reduce": True}, 1, "parallel.overlap_param_gather = True needs"),
+     "parallel.overlap_param_gather = True needs parallel.zero1 and parallel.overlap_grad_reduce, "
+     "which are True and False"),
+    ({"overlap_param_gather": True, "overlap_grad_reduce": True}, 1,
+     "parallel.overlap_param_gather = True needs"),
     ({"bucket_params": -1}, 1, "parallel.bucket_params = -1 must not be negative"),
     ({"cp": 0}, 1, "parallel.cp = 0 must be at least 1"),
     ({"cp": 2, "pp": 2}, 6, "parallel tp 1 x pp 2 x cp 2 = 4 must divide the number of processes, 6"),

@@ -33,14 +33,16 @@ finite = st.floats(allow_nan=False, allow_infinity=False)
 count = st.integers(min_value=0, max_value=2**40)
 phases = st.lists(st.builds(PhaseConfig, name=st.text(max_size=8), tokens=count, share=finite, seq_len=count,
                             global_batch_size=count,
-                            blend=st.dictionaries(st.text(max_size=8), finite, max_size=3)), max_size=3).map(tuple)
+                            blend=st.dictionaries(st.text(max_size=8), finite, max_size=3)),
+                  max_size=3).map(tuple)
 run_configs = st.builds(
     RunConfig,
     recipe=st.text(max_size=8),
-    model=st.builds(ModelConfig, family=st.text(max_size=8), vocab_size=count, hidden_size=count, num_layers=count,
-                    num_heads=count, num_kv_heads=count, head_dim=count, rope_theta=finite,
+    model=st.builds(ModelConfig, family=st.text(max_size=8), vocab_size=count, hidden_size=count,
+                    num_layers=count, num_heads=count, num_kv_heads=count, head_dim=count, rope_theta=finite,
                     attention_pattern=st.text("LG", max_size=4),
-                    yarn=st.none() | st.builds(YarnConfig, factor=finite, original_max_position_tokens=count)),
+                    yarn=st.none() | st.builds(YarnConfig, factor=finite,
+                                               original_max_position_tokens=count)),
     parallel=st.builds(ParallelConfig, tp=count, sp=st.booleans(), ep=count),
     data=st.builds(DataConfig, phases=phases, packing=st.sampled_from(["best_fit", "concat"]),
                    skip_steps=st.lists(st.tuples(count, count), max_size=2).map(tuple)),
@@ -70,7 +72,8 @@ def test_a_config_reads_back_equal_from_its_json(config: RunConfig) -> None:
     ("needle.depths=[0, 0.5]", ("needle", "depths"), (0.0, 0.5)),
     ("obs.wandb_project=my run = 2", ("obs", "wandb_project"), "my run = 2"),
 ])
-def test_set_converts_to_the_type_of_the_field(setting: str, path: tuple[str | int, ...], value: object, small: Small) -> None:
+def test_set_converts_to_the_type_of_the_field(setting: str, path: tuple[str | int, ...], value: object,
+                                               small: Small) -> None:
     node: Any = apply_settings(small(), [setting])
     for part in path:
         node = node[part] if isinstance(node, (dict, tuple)) else getattr(node, str(part))
@@ -96,7 +99,8 @@ def test_later_settings_win_and_the_given_config_stays_as_it_was(small: Small) -
     ("train.steps=1.5", "train.steps = 1.5"),
     ("train.precision=fp16", "train.precision = 'fp16'"),
 ])
-def test_a_wrong_setting_is_refused_with_its_key_and_the_nearest_one(setting: str, message: str, small: Small) -> None:
+def test_a_wrong_setting_is_refused_with_its_key_and_the_nearest_one(setting: str, message: str,
+                                                                     small: Small) -> None:
     with pytest.raises(UserError) as e:
         apply_settings(small(), [setting])
     assert message in str(e.value)
@@ -116,13 +120,15 @@ def test_unknown_fields_and_wrong_types_of_a_file_are_all_named(small: Small) ->
 
 
 def test_a_setting_of_an_earlier_version_is_refused_with_its_name_of_today(small: Small) -> None:
-    with pytest.raises(UserError, match=r"'evaluate.beside' does not exist; it is called evaluate.background now$"):
+    with pytest.raises(UserError,
+                       match=r"'evaluate.beside' does not exist; it is called evaluate.background now$"):
         apply_settings(small(), ['evaluate.beside.judges=["ppl"]'])
     with pytest.raises(UserError, match=r"it is called evaluate.background.tasks now$"):
         apply_settings(small(), ['evaluate.background.judges=["ppl"]'])
     old = small().to_dict()
     old["guards"]["on_corruption"] = old["guards"].pop("on_sdc")
-    with pytest.raises(UserError, match=r"guards.on_corruption: no such setting; it is called guards.on_sdc now"):
+    with pytest.raises(UserError,
+                       match=r"guards.on_corruption: no such setting; it is called guards.on_sdc now"):
         from_dict(old)
 
 
@@ -147,7 +153,8 @@ def test_weights_stand_after_the_last_colon(data: Path) -> None:
     (["a", "a:2"], "--data a: is given twice"),
     (["file"], "--data file: is not a folder"),
 ])
-def test_bad_data_is_refused(data: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str) -> None:
+def test_bad_data_is_refused(data: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str],
+                             message: str) -> None:
     (data / "file").write_text("")
     monkeypatch.chdir(data)
     with pytest.raises(UserError, match=message):

@@ -12,7 +12,15 @@ from dataclasses import replace
 import pytest
 
 from megatron_sov import config as config_module
-from megatron_sov.config import DataConfig, NeedleConfig, OptimConfig, ParallelConfig, PhaseConfig, RunConfig, TrainConfig
+from megatron_sov.config import (
+    DataConfig,
+    NeedleConfig,
+    OptimConfig,
+    ParallelConfig,
+    PhaseConfig,
+    RunConfig,
+    TrainConfig,
+)
 from megatron_sov.errors import UserError
 
 Small = Callable[..., RunConfig]
@@ -27,7 +35,8 @@ def test_settings_are_frozen_and_every_field_is_explained(cls: type) -> None:
     assert cls.__dataclass_params__.frozen  # type: ignore[attr-defined]
     body = ast.parse(inspect.getsource(cls)).body[0].body  # type: ignore[attr-defined]
     explained = {field.target.id for field, text in itertools.pairwise(body)
-                 if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)}
+                 if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
+                 and isinstance(text.value, ast.Constant)}
     assert {f.name for f in dataclasses.fields(cls)} == explained
 
 
@@ -38,18 +47,21 @@ def test_a_sound_config_has_no_problems(small: Small) -> None:
 
 
 def test_every_problem_is_listed_at_once_with_field_value_and_rule(small: Small) -> None:
-    config = small(num_heads=4, num_kv_heads=3, head_dim=15, attention_pattern="LX", num_experts_per_token=9, init_std=0.0)
-    config = replace(config, optim=OptimConfig(lr=-1.0), train=TrainConfig(global_batch_size=0), data=DataConfig(
-        phases=(PhaseConfig("a", share=0.0, seq_len=1, blend={"en": -1.0}),)))
+    config = small(num_heads=4, num_kv_heads=3, head_dim=15, attention_pattern="LX", num_experts_per_token=9,
+                   init_std=0.0)
+    config = replace(config, optim=OptimConfig(lr=-1.0), train=TrainConfig(global_batch_size=0),
+                     data=DataConfig(
+                         phases=(PhaseConfig("a", share=0.0, seq_len=1, blend={"en": -1.0}),)))
     with pytest.raises(UserError) as e:
         config.check()
     head, *lines = str(e.value).splitlines()
     assert head == f"recipe small: {len(lines)} problems"
     for start in (
-        "model.num_kv_heads = 3", "model.head_dim = 15", "model.attention_pattern = 'LX'", "model.sliding_window_tokens = 0",
-        "model.num_experts_per_token = 9", "model.init_std = 0.0", "data.phases.0 (a).share = 0.0",
-        "data.phases.0 (a).seq_len = 1", "data.phases.0 (a).blend.en = -1.0", "data.phases.0 (a).blend has only zero",
-        "train.steps = 0 needs a token budget", "train.global_batch_size = 0", "optim.lr = -1.0",
+        "model.num_kv_heads = 3", "model.head_dim = 15", "model.attention_pattern = 'LX'",
+        "model.sliding_window_tokens = 0", "model.num_experts_per_token = 9", "model.init_std = 0.0",
+        "data.phases.0 (a).share = 0.0", "data.phases.0 (a).seq_len = 1", "data.phases.0 (a).blend.en = -1.0",
+        "data.phases.0 (a).blend has only zero", "train.steps = 0 needs a token budget",
+        "train.global_batch_size = 0", "optim.lr = -1.0",
     ):
         assert any(line.strip().startswith(start) for line in lines), start
 
@@ -64,8 +76,8 @@ def test_a_row_must_split_over_the_processes_that_share_it(small: Small) -> None
                        train=replace(config.train, micro_batch_size=micro_batch_size)).problems(num_ranks=4)
 
     assert problems(128, 1) == problems(12, 2) == []
-    assert problems(12, 1) == ["data.phases.0 (a).seq_len = 12 x train.micro_batch_size 1 = 12, the tokens of a row, must be a "
-                               "multiple of 2 x parallel.cp 2 x parallel.tp 2 = 8"]
+    assert problems(12, 1) == ["data.phases.0 (a).seq_len = 12 x train.micro_batch_size 1 = 12, the tokens "
+                               "of a row, must be a multiple of 2 x parallel.cp 2 x parallel.tp 2 = 8"]
     layout = ParallelConfig(tp=2, sp=True)
     assert problems(13, 2) == []
     (problem,) = problems(13, 1)
@@ -87,7 +99,8 @@ def test_the_batch_must_split_over_the_data_parallel_ranks(small: Small) -> None
 
 
 def test_needle_documents_need_sound_numbers(small: Small) -> None:
-    needle = NeedleConfig(train_share=1.0, train_needles=-1, train_questions=0, answer_weight=0, text_weight=-0.5)
+    needle = NeedleConfig(train_share=1.0, train_needles=-1, train_questions=0, answer_weight=0,
+                          text_weight=-0.5)
     assert replace(small(), needle=needle).problems() == [
         "needle.train_share = 1.0: must lie in [0, 1)", "needle.train_needles = -1 must not be negative",
         "needle.train_questions = 0 must be positive", "needle.answer_weight = 0 must be positive",
@@ -96,7 +109,7 @@ def test_needle_documents_need_sound_numbers(small: Small) -> None:
 
 def test_steps_follow_from_the_token_budget_unless_they_are_given(small: Small) -> None:
     """3/4 of the tokens at 100 tokens a sample and 1/4 at 200, 8 samples a step: 30 and 5 steps."""
-    config = replace(small(), train=TrainConfig(tokens=32_000, global_batch_size=8),
-                     data=DataConfig(phases=(PhaseConfig("a", share=3, seq_len=100), PhaseConfig("b", share=1, seq_len=200))))
+    config = replace(small(), train=TrainConfig(tokens=32_000, global_batch_size=8), data=DataConfig(
+        phases=(PhaseConfig("a", share=3, seq_len=100), PhaseConfig("b", share=1, seq_len=200))))
     assert (config.num_steps(), config.phase_starts()) == (35, [0, 30])
     assert replace(config, train=TrainConfig(steps=8)).num_steps() == 8

@@ -1,4 +1,5 @@
-"""Learning rates, batch sizes and tokens of steps against closed forms, torch's own schedulers and plain counting."""
+"""Learning rates, batch sizes and tokens of steps against closed forms,
+torch's own schedulers and plain counting."""
 
 from __future__ import annotations
 
@@ -19,8 +20,8 @@ from megatron_sov.config.schedules import Schedule, decayed
 SCHEDULES = ("cosine", "wsd", "linear", "inverse_sqrt", "constant")
 
 
-def run(num_steps: int, phases: tuple[PhaseConfig, ...] = (PhaseConfig("main", seq_len=8),), train: dict[str, Any] | None = None,
-        **optim: Any) -> RunConfig:
+def run(num_steps: int, phases: tuple[PhaseConfig, ...] = (PhaseConfig("main", seq_len=8),),
+        train: dict[str, Any] | None = None, **optim: Any) -> RunConfig:
     """Return a run of so many steps, at peak rate 1."""
     base = recipes.get("tiny-solar-open")
     config = OptimConfig(**{"lr": 1.0, "min_lr": 0.1, "warmup_steps": 4, **optim})
@@ -63,7 +64,8 @@ def test_linear_is_torchs() -> None:
 
 
 @pytest.mark.parametrize(("form", "left"), [("linear", [0.8, 0.6, 0.4, 0.2, 0.0]),
-                                            ("cosine", [(1 + math.cos(math.pi * k / 5)) / 2 for k in range(1, 6)]),
+                                            ("cosine",
+                                             [(1 + math.cos(math.pi * k / 5)) / 2 for k in range(1, 6)]),
                                             ("one_minus_sqrt", [1 - math.sqrt(k / 5) for k in range(1, 6)])])
 def test_wsd_is_constant_then_decays_in_its_form(form: str, left: list[float]) -> None:
     found = rates(20, schedule="wsd", decay_share=0.25, decay_form=form)
@@ -73,7 +75,8 @@ def test_wsd_is_constant_then_decays_in_its_form(form: str, left: list[float]) -
 
 
 def test_a_run_that_only_decays_goes_down_evenly_from_the_peak() -> None:
-    """As in mid-training --from another run: the rate is warmed up again, then falls by the same amount each step."""
+    """As in mid-training --from another run: the rate is warmed up again, then falls by the
+    same amount each step."""
     found = rates(20, schedule="wsd", decay_share=1.0)
     assert found == pytest.approx([0.25, 0.5, 0.75, 1.0, *(1.0 - 0.9 * k / 16 for k in range(1, 17))])
 
@@ -118,12 +121,14 @@ def test_tokens_and_batch_sizes_are_those_that_a_count_step_by_step_gives() -> N
 
 
 def test_counted_in_tokens_the_rate_follows_what_was_read_not_the_steps() -> None:
-    config = run(24, phases=PHASES, train=RAMP, schedule="linear", schedule_by="tokens", warmup_tokens=96, min_lr=0.0)
+    config = run(24, phases=PHASES, train=RAMP, schedule="linear", schedule_by="tokens",
+                 warmup_tokens=96, min_lr=0.0)
     schedule = Schedule(config)
     end = schedule.tokens(23)
     for step in range(24):
         at = schedule.tokens(step)
-        assert schedule.learning_rate(step) == pytest.approx(at / 96 if at <= 96 else 1 - (at - 96) / (end - 96))
+        assert schedule.learning_rate(step) == pytest.approx(at / 96 if at <= 96
+                                                             else 1 - (at - 96) / (end - 96))
     falls = [schedule.learning_rate(s) - schedule.learning_rate(s + 1) for s in (8, 14, 21)]
     assert falls == pytest.approx([64 / (end - 96), 128 / (end - 96), 128 / (end - 96)])
 
@@ -155,9 +160,12 @@ def test_rates_depend_on_the_step_alone() -> None:
 @pytest.mark.parametrize(("wrong", "sentence"), [
     ({"warmup_tokens": 5}, "optim.warmup_tokens = 5 needs optim.schedule_by = tokens"),
     ({"rewarm": ((5, 0),)}, r"optim.rewarm = \[\[5, 0\]\] must hold pairs"),
-    ({"phases": (PhaseConfig("a", min_lr=0.1),)}, r"data.phases.0 \(a\).min_lr = 0.1 must lie between 0 and the phase's lr = 0"),
-    ({"phases": (PhaseConfig("a", schedule="wsd"),)}, r"data.phases.0 \(a\).schedule = wsd needs a rate of the phase's own"),
-    ({"phases": (PhaseConfig("a", rewarm_steps=-1),)}, r"data.phases.0 \(a\).rewarm_steps = -1 must not be negative"),
+    ({"phases": (PhaseConfig("a", min_lr=0.1),)},
+     r"data.phases.0 \(a\).min_lr = 0.1 must lie between 0 and the phase's lr = 0"),
+    ({"phases": (PhaseConfig("a", schedule="wsd"),)},
+     r"data.phases.0 \(a\).schedule = wsd needs a rate of the phase's own"),
+    ({"phases": (PhaseConfig("a", rewarm_steps=-1),)},
+     r"data.phases.0 \(a\).rewarm_steps = -1 must not be negative"),
 ])
 def test_what_makes_no_schedule_is_said(wrong: dict[str, Any], sentence: str) -> None:
     problems = "\n".join(run(20, **wrong).problems())

@@ -25,24 +25,34 @@ def test_companions_travel(solar_dir: Path, tmp_path: Path) -> None:
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (1, 2, 2)
 
 
-def test_token_ids_come_from_the_tokenizer_where_nothing_else_says_them(solar_dir: Path, tmp_path: Path) -> None:
-    source = shutil.copytree(solar_dir, tmp_path / "source", ignore=shutil.ignore_patterns("generation_config.json"))
+def test_token_ids_come_from_the_tokenizer_where_nothing_else_says_them(solar_dir: Path,
+                                                                        tmp_path: Path) -> None:
+    source = shutil.copytree(solar_dir, tmp_path / "source",
+                             ignore=shutil.ignore_patterns("generation_config.json"))
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
     (source / "config.json").write_text(json.dumps(json.loads((source / "config.json").read_text()) | ids))
     convert.from_hf(source, tmp_path / "ckpt")
     convert.to_hf(tmp_path / "ckpt", tmp_path / "hf")
-    assert json.loads((tmp_path / "hf/generation_config.json").read_text()) == {"bos_token_id": 0, "eos_token_id": 1}
+    assert json.loads((tmp_path / "hf/generation_config.json").read_text()) == {
+        "bos_token_id": 0, "eos_token_id": 1}
 
 
-def test_a_tokenizer_that_transformers_would_read_otherwise_is_told(solar_dir: Path, tmp_path: Path,
-                                                                    capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_tokenizer_that_transformers_would_read_otherwise_is_told(
+        solar_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """transformers splits the text of every qwen2 folder its own way."""
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+    from transformers import (
+        AutoTokenizer,
+        PreTrainedTokenizerFast,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        Qwen2Tokenizer,
+    )
 
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
              "num_key_value_heads": 1}
     model = Qwen2ForCausalLM(Qwen2Config(vocab_size=1024, **sizes))
-    alphabet = {chr(i): n for n, i in enumerate([*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324)])}
+    alphabet = {chr(i): n for n, i in enumerate([*range(33, 127), *range(161, 173), *range(174, 256),
+                                                 *range(256, 324)])}
     for name in ("another", "its own"):
         model.save_pretrained(source := tmp_path / name)
         if name == "another":

@@ -16,7 +16,8 @@ from megatron_sov.artifacts import damaged_files
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     """Read all shards with the safetensors library."""
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    return {name: tensor for file in sorted(folder.glob("*.safetensors"))
+            for name, tensor in load_file(file).items()}
 
 
 def assert_same_bits(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -32,10 +33,11 @@ def test_round_trip_gives_back_every_bit(hf_dir: Path, tmp_path: Path) -> None:
     assert_same_bits(tensors_of(tmp_path / "hf"), tensors_of(hf_dir))
     assert damaged_files(tmp_path / "ckpt") == damaged_files(tmp_path / "hf") == []
     before, after = (json.loads((d / "config.json").read_text()) for d in (hf_dir, tmp_path / "hf"))
-    ours = {"sliding_window_pattern", "num_nextn_predict_layers"}  # said in another way, see the family's config tests
+    # said in another way, see the family's config tests
+    ours = {"sliding_window_pattern", "num_nextn_predict_layers"}
     assert {k: v for k, v in after.items() if k in before and k not in ours | {"rope_parameters"}} == {
-        k: v for k, v in before.items() if k not in ours | {"rope_parameters", "attention_bias", "output_router_logits",
-                                                            "transformers_version"}}
+        k: v for k, v in before.items() if k not in ours | {"rope_parameters", "attention_bias",
+                                                            "output_router_logits", "transformers_version"}}
     assert before["rope_parameters"].items() <= after["rope_parameters"].items()
 
 
@@ -61,7 +63,8 @@ def test_shards_are_bounded_and_load_in_transformers(exaone_dir: Path, tmp_path:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_dtype_is_cast_and_router_biases_stay_float32(hf_dir: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+def test_dtype_is_cast_and_router_biases_stay_float32(hf_dir: Path, tmp_path: Path,
+                                                      dtype: torch.dtype) -> None:
     convert.from_hf(hf_dir, tmp_path / "ckpt")
     convert.to_hf(tmp_path / "ckpt", tmp_path / "hf", str(dtype).removeprefix("torch."))
     expected = {name: t if "correction" in name else t.to(dtype) for name, t in tensors_of(hf_dir).items()}

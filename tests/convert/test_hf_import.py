@@ -20,7 +20,8 @@ def test_checkpoint_is_complete(exaone_dir: Path, tmp_path: Path) -> None:
     manifest = read_manifest(tmp_path / "ckpt", "checkpoint")
     assert manifest.content == {"step": 0, "parts": ["model"], "tokens": 0}
     model = from_dict(manifest.settings).model
-    assert (model.num_dense_layers, model.num_mtp_layers, model.attention_pattern, model.head_dim) == (1, 1, "LLLG", 16)
+    assert ((model.num_dense_layers, model.num_mtp_layers, model.attention_pattern, model.head_dim)
+            == (1, 1, "LLLG", 16))
     reader = TensorReader(tmp_path / "ckpt")
     assert reader.shape("decoder.layers.1.mlp.experts.experts.linear_fc1.weight") == (8, 48, 32)
     assert reader.dtype("decoder.layers.1.mlp.router.expert_bias") == torch.float32
@@ -43,7 +44,8 @@ def test_output_that_exists_is_kept(solar_dir: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_dtype_is_cast_and_router_biases_stay_float32(hf_dir: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+def test_dtype_is_cast_and_router_biases_stay_float32(hf_dir: Path, tmp_path: Path,
+                                                      dtype: torch.dtype) -> None:
     convert.from_hf(hf_dir, tmp_path / "ckpt", str(dtype).removeprefix("torch."))
     convert.to_hf(tmp_path / "ckpt", tmp_path / "hf")
     found, before = (load_file(folder / "model.safetensors") for folder in (tmp_path / "hf", hf_dir))

@@ -18,7 +18,8 @@ LAYOUTS = {
 }
 RECIPES = {"tiny-k-exaone": ("bf16", tuple(LAYOUTS)), "tiny-solar-open": ("fp32", ("TP2+SP",)),
            "tiny-qwen2": ("bf16", ("TP2+SP", "PP2"))}
-"""Recipe -> precision and layouts; tiny-qwen2's head is its embedding, of which each end of a pipeline has a copy."""
+"""Recipe -> precision and layouts; tiny-qwen2's head is its embedding, of which each end of a
+pipeline has a copy."""
 
 
 def bits(tensor: Any) -> str:
@@ -30,7 +31,8 @@ def bits(tensor: Any) -> str:
 
 
 def exported(recipe: str, precision: str, layout: dict[str, Any], path: str) -> dict[str, Any]:
-    """Write a checkpoint and return what live export gives: to rank 0, everywhere, in another dtype, and stopped early."""
+    """Write a checkpoint and return what live export gives: to rank 0, everywhere, in another dtype,
+    and stopped early."""
     import torch
     import torch.distributed as dist
 
@@ -77,18 +79,23 @@ def test_live_export_is_file_export(ranks, job, tmp_path: Path) -> None:
 
     cases = [(recipe, precision, name) for recipe, (precision, names) in RECIPES.items() for name in names]
     results = ranks(*(job(__file__, "exported", LAYOUTS[name][0], {
-        "recipe": recipe, "precision": precision, "layout": LAYOUTS[name][1], "path": str(tmp_path / f"{recipe}-{name}")})
+        "recipe": recipe, "precision": precision, "layout": LAYOUTS[name][1],
+        "path": str(tmp_path / f"{recipe}-{name}")})
         for recipe, precision, name in cases))
     for (recipe, _, name), per_rank in zip(cases, results, strict=True):
         convert.to_hf(tmp_path / f"{recipe}-{name}", tmp_path / f"{recipe}-{name}-hf")
-        written = {key: bits(t) for key, t in load_file(tmp_path / f"{recipe}-{name}-hf/model.safetensors").items()}
+        written = {key: bits(t)
+                   for key, t in load_file(tmp_path / f"{recipe}-{name}-hf/model.safetensors").items()}
         assert per_rank[0]["main"] == written, name
         assert all(result["main"] == {} for result in per_rank[1:]), name
         assert all(result["everywhere"] == written and result["own memory"] for result in per_rank), name
-        assert {dtype for key, dtype in per_rank[0]["bf16"].items() if "correction" not in key} == {"torch.bfloat16"}
-        assert all(dtype == "torch.float32" for key, dtype in per_rank[0]["bf16"].items() if "correction" in key)
+        assert ({dtype for key, dtype in per_rank[0]["bf16"].items() if "correction" not in key}
+                == {"torch.bfloat16"})
+        assert all(dtype == "torch.float32" for key, dtype in per_rank[0]["bf16"].items()
+                   if "correction" in key)
         assert [len(result["early"]) for result in per_rank] == [3] + [0] * (len(per_rank) - 1), name
     first = results[0][0]["main"]
     assert all(per_rank[0]["main"] == first for (recipe, *_), per_rank in zip(cases, results, strict=True)
-               if recipe == "tiny-k-exaone"), "initial weights are the same at every layout, and so are exports"
+               if recipe == "tiny-k-exaone"), ("initial weights are the same at every layout, "
+                                               "and so are exports")
     assert len(first) > 100

@@ -46,7 +46,8 @@ def test_all_three_folders_are_the_same_model(pair, exaone_dir: Path) -> None:
     for name, tensor in load_file(exaone_dir / "model.safetensors").items():
         sha256 = hashlib.sha256(tensor.view(torch.uint8).numpy().tobytes()).hexdigest()
         dtype = str(tensor.dtype).removeprefix("torch.")
-        assert proof.tensors.pop(name) == TensorRecord((tuple(tensor.shape),) * 2, (dtype,) * 2, (sha256,) * 2, True)
+        assert proof.tensors.pop(name) == TensorRecord((tuple(tensor.shape),) * 2, (dtype,) * 2,
+                                                       (sha256,) * 2, True)
     assert proof.tensors == {}
 
 
@@ -59,8 +60,9 @@ def test_one_changed_weight_is_found_and_measured(pair) -> None:
     proof = convert.verify(checkpoint, hf, load=False)
     assert [c.detail for c in proof.checks if c.name == "tensors whose values differ"] == [name]
     assert [n for n, record in proof.tensors.items() if len(set(record.sha256)) == 2] == [name]
-    assert failed(proof) == {f"{hf}: files that differ from the manifest": 1, "tensors whose values differ": 1,
-                              "largest difference of a weight": pytest.approx(0.5, abs=2e-3)}
+    assert failed(proof) == {f"{hf}: files that differ from the manifest": 1,
+                             "tensors whose values differ": 1,
+                             "largest difference of a weight": pytest.approx(0.5, abs=2e-3)}
 
 
 def test_a_cast_copy_is_equal_after_rounding(pair, tmp_path: Path) -> None:
@@ -78,10 +80,13 @@ def test_another_setting_in_config_json_is_found(pair) -> None:
 
 def test_negative_zero_is_not_zero(solar_dir: Path, tmp_path: Path) -> None:
     shutil.copytree(solar_dir, tmp_path / "b")
-    edit(tmp_path / "b", "model.norm.weight", load_file(solar_dir / "model.safetensors")["model.norm.weight"] * 0)
+    edit(tmp_path / "b", "model.norm.weight",
+         load_file(solar_dir / "model.safetensors")["model.norm.weight"] * 0)
     shutil.copytree(tmp_path / "b", tmp_path / "c")
-    edit(tmp_path / "c", "model.norm.weight", -load_file(tmp_path / "b/model.safetensors")["model.norm.weight"])
-    assert failed(convert.verify(tmp_path / "b", tmp_path / "c", load=False)) == {"tensors whose values differ": 1}
+    edit(tmp_path / "c", "model.norm.weight",
+         -load_file(tmp_path / "b/model.safetensors")["model.norm.weight"])
+    assert failed(convert.verify(tmp_path / "b", tmp_path / "c", load=False)) == {
+        "tensors whose values differ": 1}
 
 
 def test_inspect_counts_from_headers(pair, capsys) -> None:
@@ -96,4 +101,5 @@ def test_inspect_counts_from_headers(pair, capsys) -> None:
         assert weights["size_bytes"] == sum(t.nbytes for t in tensors.values())
         assert weights["dtypes"] == f"bfloat16 x {len(tensors) - 4}, float32 x 4"
     parameters = facts[0]["parameters"]
-    assert parameters["total"] + parameters["mtp"] == sum(t.numel() for name, t in tensors.items() if "correction" not in name)
+    assert parameters["total"] + parameters["mtp"] == sum(t.numel() for name, t in tensors.items()
+                                                          if "correction" not in name)

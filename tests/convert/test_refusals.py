@@ -1,4 +1,5 @@
-"""Everything that conversion refuses, in both directions: by the tensor's name, and with nothing left behind."""
+"""Everything that conversion refuses, in both directions: by the tensor's name,
+and with nothing left behind."""
 
 from __future__ import annotations
 
@@ -71,27 +72,38 @@ NORM, HEAD = "model.norm.weight", "lm_head.weight"
 HF = {
     "truncated shard": (lambda d: os.truncate(file_of(d, EXPERT), os.stat(file_of(d, EXPERT)).st_size - 9),
                         r"model-0.*safetensors: cannot be read .*\(model\.\S+ is cut off"),
-    "truncated header": (lambda d: os.truncate(file_of(d, EXPERT), 99), rf"it should hold .*{re.escape(EXPERT.split('.3.')[0])}"),
-    "missing shard": (lambda d: file_of(d, NORM).unlink(), r"No such file.*it should hold .*embed_tokens\.weight"),
+    "truncated header": (lambda d: os.truncate(file_of(d, EXPERT), 99),
+                         rf"it should hold .*{re.escape(EXPERT.split('.3.')[0])}"),
+    "missing shard": (lambda d: file_of(d, NORM).unlink(),
+                      r"No such file.*it should hold .*embed_tokens\.weight"),
     "missing expert": (in_shard(EXPERT, lambda t: t.pop(EXPERT)), rf"1 missing \({EXPERT}\)"),
     "extra key": (in_shard(NORM, lambda t: t.update(stray=torch.ones(2))), r"1 unexpected \(stray\)"),
-    "one expert too many": (in_shard(EXPERT, lambda t: t.update({EXPERT.replace(".3.", ".8."): t[EXPERT].clone()})),
+    "one expert too many": (in_shard(EXPERT,
+                                     lambda t: t.update({EXPERT.replace(".3.", ".8."): t[EXPERT].clone()})),
                             r"1 unexpected \(model\.layers\.1\.mlp\.experts\.8\.up_proj\.weight\)"),
-    "wrong shape": (in_shard(HEAD, lambda t: t.update({HEAD: torch.ones(96, 31)})), rf"{HEAD} \[96, 31\] instead of \[96, 32\]"),
+    "wrong shape": (in_shard(HEAD, lambda t: t.update({HEAD: torch.ones(96, 31)})),
+                    rf"{HEAD} \[96, 31\] instead of \[96, 32\]"),
     "nan": (in_shard(EXPERT, with_value(EXPERT, torch.nan)), rf"{EXPERT} holds NaN \(1 of 768 values\)"),
     "infinity": (in_shard(NORM, with_value(NORM, -torch.inf)), rf"{NORM} holds infinity"),
     "missing correction bias": (in_shard(BIAS, lambda t: t.pop(BIAS)), rf"1 missing \({BIAS}\)"),
-    "rounded bias": (in_shard(BIAS, lambda t: t.update({BIAS: t[BIAS].bfloat16()})), rf"{BIAS} has dtype torch.bfloat16"),
+    "rounded bias": (in_shard(BIAS, lambda t: t.update({BIAS: t[BIAS].bfloat16()})),
+                     rf"{BIAS} has dtype torch.bfloat16"),
     "integers": (in_shard(NORM, lambda t: t.update({NORM: t[NORM].int()})), rf"{NORM} has dtype torch.int32"),
-    "experts of two dtypes": (in_shard(EXPERT, lambda t: t.update({EXPERT: t[EXPERT].float()})), rf"{EXPERT} has .*one tensor"),
+    "experts of two dtypes": (in_shard(EXPERT, lambda t: t.update({EXPERT: t[EXPERT].float()})),
+                              rf"{EXPERT} has .*one tensor"),
     "config disagrees": (lambda d: edit_json(d / "config.json", lambda c: c.update(n_routed_experts=7)),
-                         r"unexpected \(model\.layers\.0\.mlp\.experts\.7.*mlp\.gate\.weight \[8, 32\] instead of \[7, 32\]"),
-    "two shards": (lambda d: in_shard(EXPERT, lambda t: t.update({NORM: torch.ones(32)}))(d), rf"holds {NORM}, which .* as well"),
-    "outside": (lambda d: edit_json(d / "model.safetensors.index.json", lambda i: i["weight_map"].update({NORM: "../x"})),
+                         r"unexpected \(model\.layers\.0\.mlp\.experts\.7.*mlp\.gate\.weight \[8, "
+                         r"32\] instead of \[7, 32\]"),
+    "two shards": (lambda d: in_shard(EXPERT, lambda t: t.update({NORM: torch.ones(32)}))(d),
+                   rf"holds {NORM}, which .* as well"),
+    "outside": (lambda d: edit_json(d / "model.safetensors.index.json",
+                                    lambda i: i["weight_map"].update({NORM: "../x"})),
                 rf"it sends {NORM} to ../x"),
-    "absolute": (lambda d: edit_json(d / "model.safetensors.index.json", lambda i: i["weight_map"].update({NORM: "/x"})),
+    "absolute": (lambda d: edit_json(d / "model.safetensors.index.json",
+                                     lambda i: i["weight_map"].update({NORM: "/x"})),
                  rf"it sends {NORM} to /x"),
-    "index without a tensor": (lambda d: edit_json(d / "model.safetensors.index.json", lambda i: i["weight_map"].pop(HEAD)),
+    "index without a tensor": (lambda d: edit_json(d / "model.safetensors.index.json",
+                                                   lambda i: i["weight_map"].pop(HEAD)),
                                rf"disagrees with the files about {HEAD}"),
 }
 
@@ -139,7 +151,8 @@ def in_index(change: Callable[[Any], Any]) -> Callable[[Path], None]:
 def reseal(folder: Path) -> None:
     def follow(manifest: dict[str, Any]) -> None:
         for name in manifest["files"]:
-            manifest["files"][name] = {"sha256": sha256_file(folder / name), "size_bytes": (folder / name).stat().st_size}
+            manifest["files"][name] = {"sha256": sha256_file(folder / name),
+                                       "size_bytes": (folder / name).stat().st_size}
 
     edit_json(folder / MANIFEST, follow)
 
@@ -154,23 +167,35 @@ FC1 = "decoder.layers.1.mlp.experts.experts.linear_fc1.weight"
 FC1_EXPERT = f"{FC1}@3,0,0"
 ROUTER, EXPERT_BIAS = "decoder.layers.1.mlp.router.weight", "decoder.layers.0.mlp.router.expert_bias"
 CHECKPOINT = {
-    "truncated file": (lambda d: os.truncate(weights_of(d), 20_000), r"safetensors: has 20000 bytes.*it holds embedding"),
+    "truncated file": (lambda d: os.truncate(weights_of(d), 20_000),
+                       r"safetensors: has 20000 bytes.*it holds embedding"),
     "flipped bit": (flip_a_bit, r"safetensors: its content differs from the hash .*it holds embedding"),
-    "truncated and sealed": (lambda d: (os.truncate(weights_of(d), 20_000), reseal(d)), r"cannot be read .*\S+ is cut off"),
-    "missing expert": (in_index(lambda i: i[FC1]["pieces"].pop(3)), rf"a part of {FC1} \[8, 48, 32\] is missing"),
-    "block missing in the file": (in_file(lambda t: t.pop(FC1_EXPERT)), rf"{FC1} at \(3, 0, 0\) .* the file lacks it"),
+    "truncated and sealed": (lambda d: (os.truncate(weights_of(d), 20_000), reseal(d)),
+                             r"cannot be read .*\S+ is cut off"),
+    "missing expert": (in_index(lambda i: i[FC1]["pieces"].pop(3)),
+                       rf"a part of {FC1} \[8, 48, 32\] is missing"),
+    "block missing in the file": (in_file(lambda t: t.pop(FC1_EXPERT)),
+                                  rf"{FC1} at \(3, 0, 0\) .* the file lacks it"),
     "extra key": (in_index(lambda i: i.update(stray=i[ROUTER])), r"1 unexpected \(stray\)"),
-    "wrong shape": (in_index(lambda i: i[ROUTER].update(shape=[8, 31])), rf"{ROUTER} \[8, 31\] instead of \[8, 32\]"),
+    "wrong shape": (in_index(lambda i: i[ROUTER].update(shape=[8, 31])),
+                    rf"{ROUTER} \[8, 31\] instead of \[8, 32\]"),
     "wrong shape in the file": (in_file(lambda t: t.update({f"{ROUTER}@0,0": torch.ones(8, 31).bfloat16()})),
-                                rf"{ROUTER} at \(0, 0\) is torch.bfloat16 \[8, 32\] in the index, but the file .* \[8, 31"),
-    "nan": (in_file(with_value(FC1_EXPERT, torch.nan)), r"layers\.1\.mlp\.experts\.3\.gate_proj\.weight holds NaN"),
-    "infinity": (in_file(with_value(f"{ROUTER}@0,0", torch.inf)), r"layers\.1\.mlp\.gate\.weight holds infinity"),
+                                rf"{ROUTER} at \(0, 0\) is torch.bfloat16 \[8, 32\] in the index, "
+                                r"but the file .* \[8, 31"),
+    "nan": (in_file(with_value(FC1_EXPERT, torch.nan)),
+            r"layers\.1\.mlp\.experts\.3\.gate_proj\.weight holds NaN"),
+    "infinity": (in_file(with_value(f"{ROUTER}@0,0", torch.inf)),
+                 r"layers\.1\.mlp\.gate\.weight holds infinity"),
     "missing correction bias": (in_index(lambda i: i.pop(EXPERT_BIAS)), rf"1 missing \({EXPERT_BIAS}\)"),
-    "rounded bias": (in_index(lambda i: i[EXPERT_BIAS].update(dtype="bfloat16")), rf"{BIAS} has dtype torch.bfloat16"),
-    "settings disagree": (lambda d: edit_json(d / MANIFEST, lambda m: m["settings"]["model"].update(num_experts=7)),
+    "rounded bias": (in_index(lambda i: i[EXPERT_BIAS].update(dtype="bfloat16")),
+                     rf"{BIAS} has dtype torch.bfloat16"),
+    "settings disagree": (lambda d: edit_json(d / MANIFEST,
+                                              lambda m: m["settings"]["model"].update(num_experts=7)),
                           rf"{re.escape(FC1.replace('.1.', '.0.'))} \[8, 48, 32\] instead of \[7, 48, 32\]"),
-    "a block twice": (in_index(lambda i: i[FC1]["pieces"].append(i[FC1]["pieces"][3])), rf"a part of {FC1} .* several pieces"),
-    "outside": (in_index(lambda i: i[ROUTER]["pieces"][0].update(file="model/../../x")), rf"{ROUTER} would stand in model"),
+    "a block twice": (in_index(lambda i: i[FC1]["pieces"].append(i[FC1]["pieces"][3])),
+                      rf"a part of {FC1} .* several pieces"),
+    "outside": (in_index(lambda i: i[ROUTER]["pieces"][0].update(file="model/../../x")),
+                rf"{ROUTER} would stand in model"),
 }
 
 
@@ -186,4 +211,5 @@ def test_a_value_that_does_not_fit_the_dtype(sound: dict[str, Path], tmp_path: P
     folder = shutil.copytree(sound["ckpt"], tmp_path / "large")
     in_file(with_value(f"{ROUTER}@0,0", 1e6))(folder)
     message = refused(lambda out: convert.to_hf(folder, out, "float16"), tmp_path / "out")
-    assert "layers.1.mlp.gate.weight: its largest value 999424 does not fit float16 (65504); use --dtype bfloat16" in message
+    assert ("layers.1.mlp.gate.weight: its largest value 999424 does not fit float16 (65504); "
+            "use --dtype bfloat16" in message)

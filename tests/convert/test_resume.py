@@ -1,4 +1,5 @@
-"""A killed conversion leaves nothing under its name, goes on where it was, and gives the bytes of an uninterrupted one."""
+"""A killed conversion leaves nothing under its name, goes on where it was, and gives the bytes of an
+uninterrupted one."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ KILLED = f"""
                     os.kill(os.getpid(), signal.SIGKILL)
             return real(*args)
         shard_writer.write_file, hf_import.MAX_FILE_BYTES = counted, {FILE_BYTES}
-        getattr(convert, action)(source, out, workers=2, **({{}} if action == "from_hf" else {{"max_shard_bytes": {FILE_BYTES}}}))
+        limits = {{}} if action == "from_hf" else {{"max_shard_bytes": {FILE_BYTES}}}
+        getattr(convert, action)(source, out, workers=2, **limits)
 
     for job in json.loads(sys.argv[1]):
         if (child := os.fork()) == 0:
@@ -42,13 +44,16 @@ KILLED = f"""
         print(-os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
         sys.stdin.readline()
 """
-"""Runs each conversion in a child of its own that dies when `kill_after` files have begun, and waits to be told to go on."""
+"""Runs each conversion in a child of its own that dies when `kill_after` files have begun,
+and waits to be told to go on."""
 
 
 def content(folder: Path) -> dict[str, object]:
     """Return the bytes of every file; of the manifest all but its time."""
-    found: dict[str, object] = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    found[MANIFEST] = {k: v for k, v in json.loads((folder / MANIFEST).read_text()).items() if k not in ("created_s", "sha256")}
+    found: dict[str, object] = {p.relative_to(folder).as_posix(): p.read_bytes()
+                                for p in folder.rglob("*") if p.is_file()}
+    found[MANIFEST] = {k: v for k, v in json.loads((folder / MANIFEST).read_text()).items()
+                       if k not in ("created_s", "sha256")}
     return found
 
 
@@ -118,12 +123,14 @@ def test_another_plan_a_changed_source_or_a_lost_file_begin_anew(tmp_path: Path)
 
 
 def test_two_processes_do_not_make_one_artifact(tmp_path: Path) -> None:
-    code = ("import sys, time; from pathlib import Path; from megatron_sov.convert.resume import resumable_artifact\n"
+    code = ("import sys, time; from pathlib import Path; from megatron_sov.convert.resume import "
+            "resumable_artifact\n"
             "with resumable_artifact(Path(sys.argv[1]), 'kind', {}): print('in', flush=True); time.sleep(60)")
     other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "out")], stdout=subprocess.PIPE)
     try:
         assert other.stdout is not None and other.stdout.readline() == b"in\n"
-        with pytest.raises(UserError, match="another process is making it"), resumable_artifact(tmp_path / "out", "kind", {}):
+        with (pytest.raises(UserError, match="another process is making it"),
+              resumable_artifact(tmp_path / "out", "kind", {})):
             raise AssertionError("unreachable")
         assert partial_folder(tmp_path / "out").is_dir()
     finally:

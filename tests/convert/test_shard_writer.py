@@ -1,4 +1,5 @@
-"""The streaming writer: files that the safetensors library reads, within their size, with the hash of their bytes."""
+"""The streaming writer: files that the safetensors library reads, within their size,
+with the hash of their bytes."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from megatron_sov.artifacts import FileRecord
 from megatron_sov.convert.shard_writer import plan_shards, write_files
 from megatron_sov.mcore.checkpoint.writer import SAFETENSORS_DTYPES, TensorSpec
 
-SPECS = st.lists(st.tuples(st.lists(st.integers(1, 5), min_size=1, max_size=3), st.sampled_from(list(SAFETENSORS_DTYPES))),
+SPECS = st.lists(st.tuples(st.lists(st.integers(1, 5), min_size=1, max_size=3),
+                           st.sampled_from(list(SAFETENSORS_DTYPES))),
                  min_size=1, max_size=8)
 
 
@@ -46,7 +48,8 @@ def test_the_library_reads_what_we_write(tmp_path_factory, shapes, max_shard_byt
 
 
 def test_memory_holds_one_tensor_of_each_file(tmp_path: Path) -> None:
-    """Forty tensors of one megabyte pass through while at most two of each file (one is hashed, the next one read) are alive."""
+    """Forty tensors of one megabyte pass through while at most two of each file (one is hashed,
+    the next one read) are alive."""
     import weakref
 
     alive: list[weakref.ref] = []
@@ -59,7 +62,8 @@ def test_memory_holds_one_tensor_of_each_file(tmp_path: Path) -> None:
         most = max(most, sum(ref() is not None for ref in alive))
         return tensor
 
-    files = {f"{k}.safetensors": [TensorSpec(f"t{i}", (1 << 18,), torch.float32) for i in range(20)] for k in range(2)}
+    files = {f"{k}.safetensors": [TensorSpec(f"t{i}", (1 << 18,), torch.float32) for i in range(20)]
+             for k in range(2)}
     write_files(tmp_path, files, read, 2, lambda name, record: None)
     assert all((tmp_path / name).stat().st_size > 20 << 20 for name in files)
     assert most <= 4
@@ -68,6 +72,7 @@ def test_memory_holds_one_tensor_of_each_file(tmp_path: Path) -> None:
 def test_a_tensor_stands_in_a_file_once_and_as_planned(tmp_path: Path) -> None:
     spec = TensorSpec("t", (2,), torch.float32)
     with pytest.raises(ValueError, match="t: would stand in one file twice"):
-        write_files(tmp_path, {"f": [TensorSpec("s", (1,), torch.float32), spec, spec]}, lambda s: torch.zeros(s.shape), 1, print)
+        write_files(tmp_path, {"f": [TensorSpec("s", (1,), torch.float32), spec, spec]},
+                    lambda s: torch.zeros(s.shape), 1, print)
     with pytest.raises(ValueError, match=r"t: got torch.float32 \(3,\), planned torch.float32 \(2,\)"):
         write_files(tmp_path, {"f": [spec]}, lambda s: torch.zeros(3), 1, print)

@@ -40,7 +40,8 @@ def test_a_prediction_layer_is_refused_where_the_family_has_none(solar_dir: Path
     assert "unexpected (mtp.norm.weight)" in refused(bad, tmp_path)
 
 
-def test_prediction_layer_is_found_by_its_tensors_where_the_config_is_silent(exaone_dir: Path, tmp_path: Path) -> None:
+def test_prediction_layer_is_found_by_its_tensors_where_the_config_is_silent(exaone_dir: Path,
+                                                                             tmp_path: Path) -> None:
     shutil.copytree(exaone_dir, tmp_path / "silent")
     set_config(tmp_path / "silent", num_nextn_predict_layers=None)
     assert convert.open_weights(tmp_path / "silent").model.num_mtp_layers == 1
@@ -53,26 +54,32 @@ def test_prediction_layer_is_found_by_its_tensors_where_the_config_is_silent(exa
     ({"hidden_act": "gelu"}, "hidden_act = 'gelu', but only 'silu'"),
     ({"tie_word_embeddings": True}, "tie_word_embeddings = True"),
     ({"layer_types": ["full_attention"]}, "layer_types must name"),
-    ({"mlp_layer_types": ["sparse", "dense"] + ["sparse"] * 3, "first_k_dense_replace": None}, "must name dense layers first"),
+    ({"mlp_layer_types": ["sparse", "dense"] + ["sparse"] * 3, "first_k_dense_replace": None},
+     "must name dense layers first"),
     ({"first_k_dense_replace": 2}, "mlp_layer_types and first_k_dense_replace disagree"),
     ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_type = 'llama3'"),
     ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "lacks 'original_max_position_embeddings'"),
-    ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_parameters = .* and rope_scaling = .* disagree"),
-    ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "factor": 2.0}}, "rope parameters factor are unknown"),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+     "rope_parameters = .* and rope_scaling = .* disagree"),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "factor": 2.0}},
+     "rope parameters factor are unknown"),
     ({"hidden_size": "wide"}, r"model\.hidden_size = 'wide'"),
     ({"model_type": "exaone_mo"}, r"did you mean 'exaone_moe'\?"),
     ({"architectures": ["ExaoneForCausalLM"]}, "make them agree"),
 ])
-def test_config_fields_that_we_would_not_honour_are_refused(exaone_dir: Path, tmp_path: Path, fields, expected: str) -> None:
+def test_config_fields_that_we_would_not_honour_are_refused(exaone_dir: Path, tmp_path: Path, fields,
+                                                            expected: str) -> None:
     shutil.copytree(exaone_dir, tmp_path / "bad")
     set_config(tmp_path / "bad", **fields)
     with pytest.raises(UserError, match=expected):
         convert.from_hf(tmp_path / "bad", tmp_path / "out")
 
 
-def test_fields_that_transformers_ignores_are_refused_unless_harmless(solar_dir: Path, tmp_path: Path) -> None:
+def test_fields_that_transformers_ignores_are_refused_unless_harmless(solar_dir: Path,
+                                                                      tmp_path: Path) -> None:
     shutil.copytree(solar_dir, tmp_path / "hf")
-    set_config(tmp_path / "hf", first_k_dense_replace=0, intermediate_size=10240, partial_rotary_factor=1.0, rope_scaling=None)
+    set_config(tmp_path / "hf", first_k_dense_replace=0, intermediate_size=10240, partial_rotary_factor=1.0,
+               rope_scaling=None)
     assert convert.open_weights(tmp_path / "hf").model.num_dense_layers == 0
     set_config(tmp_path / "hf", first_k_dense_replace=1)
     assert "first_k_dense_replace = 1, but only 0" in refused(tmp_path / "hf", tmp_path)

@@ -1,4 +1,5 @@
-"""One NaN or infinity anywhere is found, whatever the dtype; values that fit are converted as torch does it."""
+"""One NaN or infinity anywhere is found, whatever the dtype; values that fit are
+converted as torch does it."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ def test_one_bad_value_anywhere_is_found(dtype: torch.dtype, bad: float) -> None
     for place in (0, 7, 31, 200, 1022):  # wherever it falls in the vectors that a processor takes at a time
         tensor = torch.randn(1023).to(dtype)
         tensor[place] = bad
-        with pytest.raises(UserError, match=f"source: w holds {'NaN' if bad != bad else 'infinity'} .1 of 1023 values"):
+        with pytest.raises(UserError,
+                           match=f"source: w holds {'NaN' if bad != bad else 'infinity'} .1 of 1023 values"):
             converted(tensor, dtype, Path("source"), "w")
 
 
@@ -36,7 +38,8 @@ def test_planned_dtypes() -> None:
     assert planned_dtype("keep", False, torch.float64) == torch.float64
     assert exported_dtype("keep", False, torch.float64) == torch.float32
     assert exported_dtype("float64", False, torch.bfloat16) == torch.float64
-    assert planned_dtype("bfloat16", True, torch.float32) == exported_dtype("keep", True, torch.float64) == torch.float32
+    assert (planned_dtype("bfloat16", True, torch.float32) == exported_dtype("keep", True, torch.float64)
+            == torch.float32)
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path: Path) -> None:

@@ -34,17 +34,20 @@ def sources(make_source: MakeSource) -> list[Source]:
             make_source("chat", [6, 12, 30, 4] * 4, 0.3, is_chat=True)]
 
 
-def config(prefetch_steps: int = 2, skip_steps: tuple[tuple[int, int], ...] = (), micro_batch_size: int = 2) -> RunConfig:
+def config(prefetch_steps: int = 2, skip_steps: tuple[tuple[int, int], ...] = (),
+           micro_batch_size: int = 2) -> RunConfig:
     phases = (PhaseConfig("short", seq_len=16), PhaseConfig("long", seq_len=24, global_batch_size=8))
     return dataclasses.replace(
-        recipes.get("tiny-solar-open"), data=DataConfig(phases=phases, prefetch_steps=prefetch_steps, skip_steps=skip_steps),
-        train=TrainConfig(steps=STEPS, global_batch_size=16, micro_batch_size=micro_batch_size, ramp_from_batch_size=8,
-                          ramp_increment=8, ramp_steps=3))
+        recipes.get("tiny-solar-open"),
+        data=DataConfig(phases=phases, prefetch_steps=prefetch_steps, skip_steps=skip_steps),
+        train=TrainConfig(steps=STEPS, global_batch_size=16, micro_batch_size=micro_batch_size,
+                          ramp_from_batch_size=8, ramp_increment=8, ramp_steps=3))
 
 
-def batches(config_: RunConfig, sources: list[Source], rank: int = 0, size: int = 1, state: dict[str, Any] | None = None,
-            count: int = STEPS) -> list[RankBatch]:
-    order = SampleOrder(config_, sources, OrderState.from_dict(json.loads(json.dumps(state))) if state else None)
+def batches(config_: RunConfig, sources: list[Source], rank: int = 0, size: int = 1,
+            state: dict[str, Any] | None = None, count: int = STEPS) -> list[RankBatch]:
+    order = SampleOrder(config_, sources,
+                        OrderState.from_dict(json.loads(json.dumps(state))) if state else None)
     stream = BatchStream(config_, order, rank, size, STEPS)
     found = [stream.next() for _ in range(count)]
     stream.close()
@@ -59,14 +62,16 @@ def plain(batch: RankBatch) -> Any:
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("micro_batch_size", [1, 2])
-def test_ranks_together_hold_each_sample_once_in_order(sources: list[Source], size: int, micro_batch_size: int) -> None:
+def test_ranks_together_hold_each_sample_once_in_order(sources: list[Source], size: int,
+                                                       micro_batch_size: int) -> None:
     settings = config(micro_batch_size=micro_batch_size)
     per_rank = [batches(settings, sources, rank, size) for rank in range(size)]
     order = SampleOrder(settings, sources)
     for step in range(STEPS):
         entry, samples = order.next_batch()
         expected = [sample_row(s, sources[s.source].shard("train"), entry.seq_len).tokens for s in samples]
-        micro_batches = [row for round_ in zip(*(ranks[step].rows for ranks in per_rank), strict=True) for row in round_]
+        micro_batches = [row for round_ in zip(*(ranks[step].rows for ranks in per_rank), strict=True)
+                         for row in round_]
         assert {len(row.tokens) for row in micro_batches} == {micro_batch_size * entry.seq_len}
         assert np.array_equal(np.concatenate([row.tokens for row in micro_batches]), np.concatenate(expected))
         assert all(ranks[step].order_state == order.state.to_dict() for ranks in per_rank)
@@ -74,7 +79,8 @@ def test_ranks_together_hold_each_sample_once_in_order(sources: list[Source], si
 
 @pytest.mark.parametrize("ahead", [1, 2, 5, 50])
 def test_preparing_ahead_changes_nothing(sources: list[Source], ahead: int) -> None:
-    assert [plain(b) for b in batches(config(ahead), sources)] == [plain(b) for b in batches(config(0), sources)]
+    assert [plain(b) for b in batches(config(ahead), sources)] == [
+        plain(b) for b in batches(config(0), sources)]
 
 
 @pytest.mark.parametrize("killed", range(1, STEPS))
@@ -82,7 +88,8 @@ def test_a_checkpoint_after_any_step_goes_on_alike_at_any_size(sources: list[Sou
     """The state is that behind the batch that was given, not behind those that were ready."""
     whole = batches(config(), sources, rank=1, size=2)
     state = batches(config(3), sources, count=killed)[-1].order_state
-    assert [plain(b) for b in batches(config(), sources, 1, 2, state, STEPS - killed)] == [plain(b) for b in whole[killed:]]
+    assert [plain(b) for b in batches(config(), sources, 1, 2, state, STEPS - killed)] == [
+        plain(b) for b in whole[killed:]]
 
 
 def test_skipped_steps_are_drawn_and_not_read(sources: list[Source]) -> None:

@@ -35,7 +35,8 @@ def web(make_source: Callable[..., Source]) -> Source:
 
 def test_only_long_documents_are_read_and_under_their_own_cursor(web: Source) -> None:
     sources = with_views(config({"web@12": 1.0}, {"web": 0.5, "web@12": 0.5}), [web])
-    assert [(s.name, s.num_tokens["train"], s.share) for s in sources] == [("web", sum(LENGTHS), 1.0), ("web@12", 94, 0.0)]
+    assert [(s.name, s.num_tokens["train"], s.share) for s in sources] == [
+        ("web", sum(LENGTHS), 1.0), ("web@12", 94, 0.0)]
     order = SampleOrder(config({"web@12": 1.0}), sources)
     _, samples = order.next_batch()
     long = sources[1].shard("train")
@@ -62,11 +63,13 @@ def test_chained_lengths_are_one_sequence(parts: list[list[int]], data: st.DataO
     chained = ChainedLengths([np.array(p, np.int32) for p in parts])
     flat = [n for part in parts for n in part]
     chosen = data.draw(st.lists(st.integers(0, len(flat) - 1), max_size=8))
-    assert chained[np.array(chosen, np.int64)].tolist() == [flat[i] for i in chosen] == [chained[i] for i in chosen]
+    assert chained[np.array(chosen, np.int64)].tolist() == [flat[i] for i in chosen] == [
+        chained[i] for i in chosen]
     assert (list(chained), len(chained)) == (flat, len(flat))
 
 
-@given(st.lists(st.lists(st.integers(0, 9), max_size=6), min_size=1, max_size=6).filter(any), st.integers(1, 9))
+@given(st.lists(st.lists(st.integers(0, 9), max_size=6), min_size=1, max_size=6).filter(any),
+       st.integers(1, 9))
 def test_long_documents_are_found_in_every_shard(numbered: Any, parts: list[list[int]], minimum: int) -> None:
     flat = [n for part in parts for n in part]
     documents = numbered(flat)

@@ -32,7 +32,8 @@ def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @given(st.lists(st.floats(0.01, 1.0), min_size=1, max_size=9), st.integers(1, 300))
-@example([0.09, 0.74, 0.74, 0.21, 0.01], 130)  # taking the source that is furthest behind errs by more than a sample here
+# taking the source that is furthest behind errs by more than a sample here
+@example([0.09, 0.74, 0.74, 0.21, 0.01], 130)
 def test_no_source_is_a_whole_sample_from_its_weight(raw: list[float], num_samples: int) -> None:
     weights = {str(i): w / sum(raw) for i, w in enumerate(raw)}
     taken: dict[str, int] = dict.fromkeys(weights, 0)
@@ -51,11 +52,13 @@ class Drawn:
         self.steps = self.random.randint(6, 40)
 
     def sources(self, names: str) -> list[Source]:
-        return [self._make(name, [*(self.random.choice([0, 1, 5, 9, 17, 40]) for _ in range(self.random.randint(3, 60))), 7],
-                           self.random.random() + 0.1, is_chat=self.random.random() < 0.3) for name in names]
+        return [self._make(
+            name, [*(self.random.choice([0, 1, 5, 9, 17, 40]) for _ in range(self.random.randint(3, 60))), 7],
+            self.random.random() + 0.1, is_chat=self.random.random() < 0.3) for name in names]
 
     def settings(self, names: str) -> RunConfig:
-        """Phases with blends of some of the named sources, lengths and batch sizes; a ramp and skipped steps in some runs."""
+        """Phases with blends of some of the named sources, lengths and batch sizes;
+        a ramp and skipped steps in some runs."""
         draw = self.random
         phases = tuple(
             PhaseConfig(str(i), share=draw.random() + 0.1, seq_len=draw.choice([8, 16, 33]),
@@ -63,9 +66,11 @@ class Drawn:
                         blend={name: draw.random() + 0.01 for name in names if draw.random() < 0.8})
             for i in range(draw.randint(1, 4)))
         first = draw.randint(1, self.steps)
-        train = TrainConfig(steps=self.steps, global_batch_size=draw.choice([1, 4, 7]), ramp_from_batch_size=draw.choice([0, 1]),
-                            ramp_increment=draw.choice([1, 2]), ramp_steps=6)
-        data = DataConfig(phases=phases, packing=self.packing, skip_steps=draw.choice([(), ((first, first + 2),)]))  # type: ignore[arg-type]
+        train = TrainConfig(steps=self.steps, global_batch_size=draw.choice([1, 4, 7]),
+                            ramp_from_batch_size=draw.choice([0, 1]), ramp_increment=draw.choice([1, 2]),
+                            ramp_steps=6)
+        data = DataConfig(phases=phases, packing=self.packing,  # type: ignore[arg-type]
+                          skip_steps=draw.choice([(), ((first, first + 2),)]))
         return dataclasses.replace(recipes.get("tiny-solar-open"), train=train, data=data)
 
     def kills(self) -> list[int]:
@@ -73,17 +78,20 @@ class Drawn:
 
 
 def run(steps: int, begun: Settings, resumed: dict[int, Settings]) -> tuple[SampleOrder, Steps]:
-    """Take all steps; before some of them the state goes through JSON and on with (config, sources) of that step."""
+    """Take all steps; before some of them the state goes through JSON and on with (config,
+    sources) of that step."""
     order, taken = SampleOrder(*begun), []
     for step in range(steps):
         if step in resumed:
-            order = SampleOrder(*resumed[step], OrderState.from_dict(json.loads(json.dumps(order.state.to_dict()))))
+            order = SampleOrder(*resumed[step],
+                                OrderState.from_dict(json.loads(json.dumps(order.state.to_dict()))))
         taken.append(order.next_batch())
     return order, taken
 
 
 def changed_run(seed: int, make: MakeSource) -> tuple[SampleOrder, Steps]:
-    """A run that is killed several times and resumed with other settings, and with one more source from the first time on."""
+    """A run that is killed several times and resumed with other settings, and with one more source from
+    the first time on."""
     drawn = Drawn(seed, make)
     sources, (added,) = drawn.sources("abc"), drawn.sources("d")
     begun = (drawn.settings("abc"), sources)
@@ -94,7 +102,8 @@ def changed_run(seed: int, make: MakeSource) -> tuple[SampleOrder, Steps]:
 def test_a_run_killed_at_any_step_goes_on_as_if_it_had_not_been(seed: int, make_source: MakeSource) -> None:
     drawn = Drawn(seed, make_source)
     settings = (drawn.settings("abc"), drawn.sources("abc"))
-    assert run(drawn.steps, settings, dict.fromkeys(drawn.kills(), settings))[1] == run(drawn.steps, settings, {})[1]
+    assert (run(drawn.steps, settings, dict.fromkeys(drawn.kills(), settings))[1]
+            == run(drawn.steps, settings, {})[1])
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -102,7 +111,8 @@ def test_the_order_is_a_function_of_seed_and_ledger(seed: int, make_source: Make
     """What several restarts with changed settings gave comes again from the last ledger alone."""
     order, taken = changed_run(seed, make_source)
     written = json.loads(json.dumps(order.state.to_dict()))["history"]
-    recomputed = SampleOrder(dataclasses.replace(recipes.get("tiny-solar-open"), data=DataConfig(packing=order._packing),  # type: ignore[arg-type]
+    recomputed = SampleOrder(dataclasses.replace(recipes.get("tiny-solar-open"), data=DataConfig(
+        packing=order._packing),  # type: ignore[arg-type]
                                                  train=TrainConfig(steps=len(taken))), order.sources)
     recomputed.ledger = Ledger([LedgerEntry(**e) for e in written])
     assert [recomputed.next_batch() for _ in taken] == taken
@@ -110,14 +120,16 @@ def test_the_order_is_a_function_of_seed_and_ledger(seed: int, make_source: Make
 
 @pytest.mark.parametrize("seed", range(40))
 def test_no_token_is_ahead_of_another_by_more_than_the_epoch(seed: int, make_source: MakeSource) -> None:
-    """Over changed blends, lengths, batches, skips, an added source: each token as often as epochs are complete, or once more."""
+    """Over changed blends, lengths, batches, skips, an added source: each token as often as epochs are
+    complete, or once more."""
     order, taken = changed_run(seed, make_source)
     seen: dict[str, Counter[tuple[int, int]]] = {s.name: Counter() for s in order.sources}
     for entry, samples in taken:
         assert len(samples) == entry.global_batch_size
         for sample in samples:
             source = order.sources[sample.source]
-            assert entry.weights[source.name] > 0 and 0 < sum(s.count for s in sample.segments) <= entry.seq_len
+            assert (entry.weights[source.name] > 0
+                    and 0 < sum(s.count for s in sample.segments) <= entry.seq_len)
             for s in sample.segments:
                 seen[source.name].update((s.document, t) for t in range(s.start, s.start + s.count))
                 if source.is_chat:
@@ -127,7 +139,8 @@ def test_no_token_is_ahead_of_another_by_more_than_the_epoch(seed: int, make_sou
         counted, lengths = seen[source.name], lengths_of(source)
         assert set(counted) <= {(d, t) for d, n in enumerate(lengths) for t in range(n)}
         assert max(counted.values(), default=0) <= epochs + 1
-        # a conversation longer than a sample loses its end: judge it by its first tokens, which the shortest sample holds
+        # a conversation longer than a sample loses its end: judge it by its first tokens,
+        # which the shortest sample holds
         whole = [(d, t) for d, n in enumerate(lengths) for t in range(min(n, 8) if source.is_chat else n)]
         assert min((counted[token] for token in whole), default=0) >= epochs
 
@@ -149,14 +162,17 @@ def test_every_entry_has_the_samples_of_its_weights(seed: int, make_source: Make
 
 
 def test_a_ramp_does_not_starve_a_rare_source(make_source: MakeSource) -> None:
-    """Each stretch of the ramp is too short for one sample of the rare source; the count goes on through all of them."""
+    """Each stretch of the ramp is too short for one sample of the rare source;
+    the count goes on through all of them."""
     config = dataclasses.replace(
         recipes.get("tiny-solar-open"),
         data=DataConfig(phases=(PhaseConfig("main", blend={"web": 0.95, "rare": 0.05}, seq_len=8),)),
-        train=TrainConfig(steps=40, global_batch_size=11, ramp_from_batch_size=1, ramp_increment=1, ramp_steps=20))
+        train=TrainConfig(steps=40, global_batch_size=11, ramp_from_batch_size=1, ramp_increment=1,
+                          ramp_steps=20))
     order = SampleOrder(config, [make_source("web", [8] * 50), make_source("rare", [8] * 50)])
     samples = [s for _ in range(20) for s in order.next_batch()[1]]
-    assert len(samples) == 2 * sum(range(1, 11)) and abs(sum(s.source for s in samples) - 0.05 * len(samples)) < 1
+    assert (len(samples) == 2 * sum(range(1, 11))
+            and abs(sum(s.source for s in samples) - 0.05 * len(samples)) < 1)
 
 
 def test_a_later_phase_goes_on_behind_what_an_earlier_one_took(make_source: MakeSource) -> None:
@@ -172,7 +188,8 @@ def test_a_later_phase_goes_on_behind_what_an_earlier_one_took(make_source: Make
 def test_held_out_documents_never_occur(packed_data: Any) -> None:
     """Two epochs of real shards give every training document twice, and none of the other split."""
     sources = open_sources({str(packed_data.text): 1.0, str(packed_data.chats): 1.0}, 368)
-    config = dataclasses.replace(recipes.get("tiny-solar-open"), data=DataConfig(phases=(PhaseConfig("main", seq_len=512),)),
+    config = dataclasses.replace(recipes.get("tiny-solar-open"),
+                                 data=DataConfig(phases=(PhaseConfig("main", seq_len=512),)),
                                  train=TrainConfig(steps=10**6, global_batch_size=1))
     order = SampleOrder(config, sources)
     given_: dict[str, Counter[bytes]] = {s.name: Counter() for s in sources}
@@ -180,9 +197,11 @@ def test_held_out_documents_never_occur(packed_data: Any) -> None:
         for sample in order.next_batch()[1]:
             source = sources[sample.source]
             if order.state.cursors[source.name].epoch < 2:
-                given_[source.name].update(source.shard("train").tokens(*s).tobytes() for s in sample.segments)
+                given_[source.name].update(source.shard("train").tokens(*s).tobytes()
+                                           for s in sample.segments)
     for source in sources:
-        splits = {name: [source.shard(name).tokens(d, 0, n).tobytes() for d, n in enumerate(source.shard(name).lengths)]
+        splits = {name: [source.shard(name).tokens(d, 0, n).tobytes()
+                         for d, n in enumerate(source.shard(name).lengths)]
                   for name in ("train", "heldout")}
         assert splits["heldout"] and not set(given_[source.name]) & set(splits["heldout"])
         assert given_[source.name] == Counter(splits["train"] * 2)

@@ -28,7 +28,8 @@ def tokens(rows: list[Row]) -> list[tuple[int, int]]:
 @pytest.fixture(scope="module")
 def fewest_rows() -> Fewest:
     """The optimum by branch and bound, as in the benchmark."""
-    spec = importlib.util.spec_from_file_location("data_order", Path(__file__).parents[2] / "benchmarks/data_order.py")
+    spec = importlib.util.spec_from_file_location("data_order",
+                                                  Path(__file__).parents[2] / "benchmarks/data_order.py")
     assert spec is not None and spec.loader is not None
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)
@@ -47,7 +48,8 @@ def test_the_optimum_by_hand(fewest_rows: Fewest) -> None:
 @settings(max_examples=60)
 def test_the_optimum_is_that_of_all_ways_to_assign(fewest_rows: Fewest, counts: list[int]) -> None:
     ways = itertools.product(range(len(counts)), repeat=len(counts))
-    full = (w for w in ways if all(sum(c for c, row in zip(counts, w, strict=True) if row == r) <= SEQ_LEN for r in set(w)))
+    full = (w for w in ways if all(sum(c for c, row in zip(counts, w, strict=True) if row == r) <= SEQ_LEN
+                                   for r in set(w)))
     assert fewest_rows(counts, SEQ_LEN) == min(len(set(w)) for w in full)
 
 
@@ -72,7 +74,8 @@ def test_only_documents_longer_than_a_row_are_cut(parts: list[Segment]) -> None:
 @given(documents)
 def test_conversations_lose_what_is_beyond_a_row_and_nothing_else(parts: list[Segment]) -> None:
     rows = best_fit(truncate(parts, SEQ_LEN), SEQ_LEN)
-    assert sorted(s for row in rows for s in row) == [Segment(p.document, 0, min(p.count, SEQ_LEN)) for p in parts]
+    assert sorted(s for row in rows for s in row) == [Segment(p.document, 0, min(p.count, SEQ_LEN))
+                                                      for p in parts]
 
 
 @given(documents)

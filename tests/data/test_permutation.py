@@ -21,7 +21,8 @@ def test_every_index_occurs_once(size: int, seed: int, name: str, epoch: int) ->
 def test_any_stretch_is_the_network_walked_index_by_index(size: int, data: st.DataObject) -> None:
     first = data.draw(st.integers(0, size - 1))
     last = min(size, first + 5)
-    assert Permutation(size, "key").span(first, last).tolist() == [walked(i, size, "key") for i in range(first, last)]
+    assert Permutation(size, "key").span(first, last).tolist() == [
+        walked(i, size, "key") for i in range(first, last)]
 
 
 def walked(index: int, size: int, *key: object) -> int:

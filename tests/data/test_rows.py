@@ -28,7 +28,8 @@ def test_a_row_by_hand(numbered: Any) -> None:
 
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=8), st.integers(2, 16))
-def test_every_token_but_a_documents_first_is_a_label_once(numbered: Any, lengths: list[int], seq_len: int) -> None:
+def test_every_token_but_a_documents_first_is_a_label_once(numbered: Any, lengths: list[int],
+                                                           seq_len: int) -> None:
     documents = numbered(lengths)
     labels: list[int] = []
     for sample in heldout_samples(documents, 0, seq_len, 10**9):

@@ -20,7 +20,8 @@ from megatron_sov.errors import UserError
 def packed(token_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The same chats in one shard and in many."""
     folder = tmp_path_factory.mktemp("chain")
-    lines = [{"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i} " * (i % 9 + 1)}]}
+    lines = [{"messages": [{"role": "user", "content": f"{i}?"},
+                           {"role": "assistant", "content": f"{i} " * (i % 9 + 1)}]}
              for i in range(100)]
     (folder / "chat.jsonl").write_text("\n".join(map(json.dumps, lines)))
     tokenizer = token_shards.parent / "tokenizer"
@@ -50,7 +51,8 @@ def test_other_layouts_and_formats_are_refused(packed: tuple[Path, Path], tmp_pa
     raw = json.loads((packed[0] / "manifest.json").read_text())
     del raw["content"]["content_version"]
     (tmp_path / "manifest.json").write_text(json.dumps(raw | {"sha256": ""}))
-    with pytest.raises(UserError, match="was packed in layout 1, this version reads layout 2; pack the data again"):
+    with pytest.raises(UserError,
+                       match="was packed in layout 1, this version reads layout 2; pack the data again"):
         open_sources({str(tmp_path): 1.0}, 2000)
     with pytest.raises(UserError, match="holds data of format 'chat', this stage learns from preference"):
         open_sources({str(packed[0]): 1.0}, 2000, formats=("preference",))
@@ -63,7 +65,8 @@ from megatron_sov.data.token_shards import ShardChain
 from megatron_sov.errors import UserError
 resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[2]), int(sys.argv[3])))
 try:
-    print(f"{len(ShardChain(sorted({p.with_suffix('') for p in Path(sys.argv[1]).glob('train-*.idx')})).lengths)} documents")
+    shards = sorted({p.with_suffix('') for p in Path(sys.argv[1]).glob('train-*.idx')})
+    print(f"{len(ShardChain(shards).lengths)} documents")
 except UserError as e:
     print(e)
 """
@@ -71,10 +74,13 @@ except UserError as e:
 
 @pytest.mark.parametrize(("limits", "said"), [
     ((16, 4096), "93 documents"),
-    ((16, 16), "16 files are open, and this process may not open more; raise `ulimit -n`, or pack into larger shards"),
+    ((16, 16),
+     "16 files are open, and this process may not open more; raise `ulimit -n`, or pack into larger shards"),
 ])
-def test_more_shards_than_open_files_are_allowed(packed: tuple[Path, Path], limits: tuple[int, int], said: str) -> None:
-    """A mapped file keeps its descriptor; the limit that a shell sets is raised as far as the system allows."""
+def test_more_shards_than_open_files_are_allowed(packed: tuple[Path, Path], limits: tuple[int, int],
+                                                 said: str) -> None:
+    """A mapped file keeps its descriptor; the limit that a shell sets is raised as far as
+    the system allows."""
     argv = [sys.executable, "-c", LIMITED, str(packed[1] / "chat"), *map(str, limits)]
     done = subprocess.run(argv, capture_output=True, text=True, check=True)
     assert said in done.stdout

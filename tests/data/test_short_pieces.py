@@ -23,12 +23,14 @@ from megatron_sov.errors import UserError
 def test_pieces_are_the_documents_cut(numbered: Any, lengths: list[int], max_tokens: int) -> None:
     documents = numbered(lengths)
     pieces = Pieces(documents, max_tokens)
-    expected = [(d, first, min(max_tokens, n - first)) for d, n in enumerate(lengths) for first in range(0, n, max_tokens)]
+    expected = [(d, first, min(max_tokens, n - first)) for d, n in enumerate(lengths)
+                for first in range(0, n, max_tokens)]
     assert list(pieces.lengths) == [count for _, _, count in expected]
     assert np.array_equal(pieces.lengths[np.arange(len(expected))], [count for _, _, count in expected])
     for i, (document, first, count) in enumerate(expected):
         for name in ("tokens", "loss_weights", "types"):
-            assert np.array_equal(getattr(pieces, name)(i, 0, count), getattr(documents, name)(document, first, count))
+            assert np.array_equal(getattr(pieces, name)(i, 0, count),
+                                  getattr(documents, name)(document, first, count))
 
 
 def test_rows_are_packed_of_whole_pieces(make_source: Callable[..., Source]) -> None:

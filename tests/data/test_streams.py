@@ -40,7 +40,8 @@ def stream(corpus: list[int], packing: Packing, cursor: Cursor | None = None, se
 @given(corpora, packings, st.lists(st.sampled_from([5, 16, 33]), min_size=1, max_size=60))
 @SETTINGS
 def test_each_token_occurs_once_in_each_epoch(corpus: list[int], packing: Packing, wanted: list[int]) -> None:
-    """Samples of any lengths in any order; what an epoch gave is judged when it is over, and never more than once before."""
+    """Samples of any lengths in any order; what an epoch gave is judged when it is over,
+    and never more than once before."""
     source = stream(corpus, packing)
     seen: dict[int, Counter[tuple[int, int]]] = {}
     for seq_len in wanted:
@@ -49,7 +50,8 @@ def test_each_token_occurs_once_in_each_epoch(corpus: list[int], packing: Packin
         counted = seen.setdefault(source.cursor.epoch, Counter())
         counted.update((s.document, t) for s in row for t in range(s.start, s.start + s.count))
     everything = {(d, t) for d, n in enumerate(corpus) for t in range(n)}
-    beginnings = {(d, t) for d, n in enumerate(corpus) for t in range(min(n, 5))}  # a truncated document keeps at least these
+    # a truncated document keeps at least these
+    beginnings = {(d, t) for d, n in enumerate(corpus) for t in range(min(n, 5))}
     for epoch, counted in seen.items():
         assert max(counted.values()) == 1
         assert set(counted) <= everything
@@ -59,7 +61,8 @@ def test_each_token_occurs_once_in_each_epoch(corpus: list[int], packing: Packin
 
 @given(corpora, packings, st.lists(st.sampled_from([5, 16, 33]), min_size=1, max_size=40), st.integers(0, 40))
 @SETTINGS
-def test_a_cursor_from_json_goes_on_alike(corpus: list[int], packing: Packing, wanted: list[int], killed: int) -> None:
+def test_a_cursor_from_json_goes_on_alike(corpus: list[int], packing: Packing, wanted: list[int],
+                                          killed: int) -> None:
     whole, first = stream(corpus, packing), stream(corpus, packing)
     expected = [whole.next_sample(n) for n in wanted]
     before = [first.next_sample(n) for n in wanted[:killed]]
@@ -86,11 +89,13 @@ def test_the_order_depends_on_seed_name_and_epoch() -> None:
     epochs = [documents(first, 20), documents(first, 20)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(20)) and epochs[0] != epochs[1]
     assert documents(stream(corpus, "best_fit", seed=2), 20) != epochs[0]
-    assert documents(Stream("code", Lengths(corpus), 1, "best_fit", Cursor()), 20) != epochs[0]  # type: ignore[arg-type]
+    assert (documents(Stream("code", Lengths(corpus), 1, "best_fit", Cursor()), 20)  # type: ignore[arg-type]
+            != epochs[0])
 
 
 def test_windows_are_of_equal_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """15 documents in windows of at most 7 are three of 5, not two of 7 and a lone one that fills a row by itself."""
+    """15 documents in windows of at most 7 are three of 5, not two of 7 and a lone one that
+    fills a row by itself."""
     source = stream([1] * 15, "best_fit")
     rows = [source.next_sample(5) for _ in range(3)]
     assert [len(row) for row in rows] == [5, 5, 5]

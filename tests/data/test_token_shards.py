@@ -32,8 +32,8 @@ for dtype in ("uint16", "int32"):
 
 
 def test_shards_of_the_library_read_the_same(tmp_path: Path) -> None:
-    subprocess.run([sys.executable, "-W", "ignore", "-c", LIBRARY, str(tmp_path), json.dumps(LENGTHS)], check=True,
-                   capture_output=True)
+    subprocess.run([sys.executable, "-W", "ignore", "-c", LIBRARY, str(tmp_path), json.dumps(LENGTHS)],
+                   check=True, capture_output=True)
     for dtype in ("uint16", "int32"):
         shard = TokenShard(tmp_path / dtype)
         expected = json.loads((tmp_path / f"{dtype}.json").read_text())
@@ -52,8 +52,8 @@ def write_shard(prefix: Path, documents: list[list[int]]) -> None:
     prefix.with_suffix(".bin").write_bytes(np.array([t for d in documents for t in d], np.uint16).tobytes())
     prefix.with_suffix(".idx").write_bytes(
         b"MMIDIDX\x00\x00" + np.array([1], np.uint64).tobytes() + bytes([8])
-        + np.array([len(lengths), len(lengths) + 1], np.uint64).tobytes() + lengths.tobytes() + starts.tobytes()
-        + np.arange(len(lengths) + 1, dtype=np.int64).tobytes())
+        + np.array([len(lengths), len(lengths) + 1], np.uint64).tobytes() + lengths.tobytes()
+        + starts.tobytes() + np.arange(len(lengths) + 1, dtype=np.int64).tobytes())
 
 
 def test_sidecars_have_the_geometry_of_the_tokens(tmp_path: Path) -> None:
@@ -90,7 +90,8 @@ def test_a_damaged_shard_is_refused(tmp_path: Path, suffix: str, damage, said: s
         TokenShard(tmp_path / "a")
 
 
-def artifact(path: Path, names: dict[str, int], *, tokenizer: str = "t" * 64, vocab_size: int = 50, format_: str = "text") -> str:
+def artifact(path: Path, names: dict[str, int], *, tokenizer: str = "t" * 64, vocab_size: int = 50,
+             format_: str = "text") -> str:
     """An artifact with a training split of so many documents of two tokens for each source."""
     with new_artifact(path, "tokens") as a:
         described = []
@@ -100,13 +101,14 @@ def artifact(path: Path, names: dict[str, int], *, tokenizer: str = "t" * 64, vo
             described.append({"name": name, "format": format_, "splits": {"train": train}})
         (a.path / "tokenizer").mkdir()
         (a.path / "tokenizer" / "tokenizer.json").write_text("{}")
-        a.content = {"content_version": 2, "tokenizer_sha256": tokenizer, "vocab_size": vocab_size, "format": format_,
-                     "sources": described}
+        a.content = {"content_version": 2, "tokenizer_sha256": tokenizer, "vocab_size": vocab_size,
+                     "format": format_, "sources": described}
     return str(path)
 
 
 def test_sources_share_by_folder_weight_then_by_tokens(tmp_path: Path) -> None:
-    paths = {artifact(tmp_path / "a", {"web": 3, "code": 1}): 3.0, artifact(tmp_path / "b", {"chat": 9}, format_="chat"): 1.0}
+    paths = {artifact(tmp_path / "a", {"web": 3, "code": 1}): 3.0,
+             artifact(tmp_path / "b", {"chat": 9}, format_="chat"): 1.0}
     sources = open_sources(paths, 64)
     assert {s.name: s.share for s in sources} == {"web": 0.5625, "code": 0.1875, "chat": 0.25}
     assert [s.name for s in sources if s.is_chat] == ["chat"]

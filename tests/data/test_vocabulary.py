@@ -25,7 +25,8 @@ def test_ordinary_tokens_by_id(tmp_path: Path) -> None:
 
 def test_equal_longer_and_renamed_special_tokens_pass(tmp_path: Path) -> None:
     data = tokenizer(tmp_path / "data", ["one", "two"])
-    for name, words, special in (("same", ["one", "two"], "<end>"), ("longer", ["one", "two", "three"], "<end>"),
+    for name, words, special in (("same", ["one", "two"], "<end>"),
+                                 ("longer", ["one", "two", "three"], "<end>"),
                                  ("renamed", ["one", "two"], "<stop>")):
         other = tokenizer(tmp_path / name, words, special)
         refuse_other_tokens(data, other)
@@ -33,8 +34,10 @@ def test_equal_longer_and_renamed_special_tokens_pass(tmp_path: Path) -> None:
 
 
 def test_an_id_with_two_meanings_is_refused(tmp_path: Path) -> None:
-    data, weights = tokenizer(tmp_path / "data", ["one", "two"]), tokenizer(tmp_path / "weights", ["one", "drei"])
-    with pytest.raises(UserError, match=r"1 ids mean other tokens than in .*weights \(e.g. 1: 'two' here, 'drei' there\)"):
+    data, weights = (tokenizer(tmp_path / "data", ["one", "two"]),
+                     tokenizer(tmp_path / "weights", ["one", "drei"]))
+    with pytest.raises(UserError, match=r"1 ids mean other tokens than in .*weights \(e.g. 1: "
+                                        r"'two' here, 'drei' there\)"):
         refuse_other_tokens(data, weights)
 
 

@@ -22,15 +22,18 @@ REPEATED = (3, 7)
 
 
 @pytest.fixture(params=[1, 10**9], ids=["a unit a file", "one unit"])
-def source(request: pytest.FixtureRequest, tokenizers: dict[str, Path], tmp_path: Path) -> tuple[EncodedSource, Path]:
+def source(request: pytest.FixtureRequest, tokenizers: dict[str, Path],
+           tmp_path: Path) -> tuple[EncodedSource, Path]:
     """Nine documents in three files, and the folder of their units."""
     for number in range(3):
-        rows = [{"text": f"document {i}"} | ({} if IDS[i] is None else {"id": IDS[i]}) for i in range(3 * number, 3 * number + 3)]
+        rows = [{"text": f"document {i}"} | ({} if IDS[i] is None else {"id": IDS[i]})
+                for i in range(3 * number, 3 * number + 3)]
         (tmp_path / f"{number}.jsonl").write_text("\n".join(["{", *map(json.dumps, rows)]))
     settings = UnitSettings(tokenizers["solar-open"], "a", "b", "uint16", Reading("text"), EncodingSettings())
     encoder = UnitEncoder(settings, tmp_path / "work")
     found = EncodedSource("s", "text", tmp_path)
-    found.units += [(unit, encoder.encode(unit)) for unit in plan_units(sorted(tmp_path.glob("*.jsonl")), request.param)]
+    found.units += [(unit, encoder.encode(unit))
+                    for unit in plan_units(sorted(tmp_path.glob("*.jsonl")), request.param)]
     return found, tmp_path
 
 
@@ -51,20 +54,23 @@ def test_shards_hold_what_plain_reading_gives(source: tuple[EncodedSource, Path]
             expected[heldout].append(encoder.encode_batch([document]).ids.tolist())
     assert expected[True] and expected[False]
     for heldout, split in ((False, "train"), (True, "heldout")):
-        assert [d.tolist() for d in open_split(folder / f"out/s/{split}-00000").documents()] == expected[heldout]
+        assert ([d.tolist() for d in open_split(folder / f"out/s/{split}-00000").documents()]
+                == expected[heldout])
         assert splits[split]["num_bytes"] == len(expected[heldout]) * len("document 0")
 
 
-def test_bad_records_and_repeated_ids_stand_in_the_order_of_the_input(source: tuple[EncodedSource, Path]) -> None:
+def test_bad_records_and_repeated_ids_stand_in_the_order_of_the_input(
+        source: tuple[EncodedSource, Path]) -> None:
     encoded, folder = source
     survey(encoded, folder / "work", "uint16", HeldoutRule(0.0))
     rows = list(bad_rows(encoded, folder / "work", "uint16"))
     assert [(Path(r["file"]).name, r["line"], r["code"]) for r in rows] == [
-        ("0.jsonl", 1, "json"), ("1.jsonl", 1, "json"), ("1.jsonl", 2, "duplicate_id"), ("2.jsonl", 1, "json"),
-        ("2.jsonl", 3, "duplicate_id")]
+        ("0.jsonl", 1, "json"), ("1.jsonl", 1, "json"), ("1.jsonl", 2, "duplicate_id"),
+        ("2.jsonl", 1, "json"), ("2.jsonl", 3, "duplicate_id")]
     with open(folder / "list", "w", encoding="utf-8") as f:
         assert write_quarantine(encoded, folder / "work", "uint16", f) == {"json": 3, "duplicate_id": 2}
-    assert [json.loads(line) for line in (folder / "list").read_text().splitlines()] == [{"source": "s", **r} for r in rows]
+    assert [json.loads(line) for line in (folder / "list").read_text().splitlines()] == [
+        {"source": "s", **r} for r in rows]
 
 
 def test_lines_are_counted_through_the_spans_of_a_file(tokenizers: dict[str, Path], tmp_path: Path,

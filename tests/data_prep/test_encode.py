@@ -48,7 +48,8 @@ def test_text_is_transformers_ids_and_eos(folder: Path, encoder: Encoder) -> Non
 def test_chat_is_transformers_rendering_with_masks(folder: Path, encoder: Encoder) -> None:
     loaded = AutoTokenizer.from_pretrained(folder)
     ids, types = encode_chat(encoder, CHAT)
-    theirs = loaded.apply_chat_template([{"role": r, "content": c} for r, c in CHAT], tokenize=True, return_dict=False)
+    theirs = loaded.apply_chat_template([{"role": r, "content": c} for r, c in CHAT], tokenize=True,
+                                        return_dict=False)
     assert ids.tolist() == theirs + ([] if theirs[-1] == encoder.eos_id else [encoder.eos_id])
     end = "<|end|>" if "solar" in folder.name else "<|endofturn|>"
     responses = loaded.decode(ids[types == TYPE_RESPONSE], skip_special_tokens=False)
@@ -84,23 +85,27 @@ def test_begin_and_end_are_settings(folder: Path) -> None:
     assert encode_text(both, "some text").tolist() == [both.bos_id, *ids, both.eos_id]
     assert both.decode([both.bos_id or 0]) == AutoTokenizer.from_pretrained(folder).bos_token
     chat, types = encode_chat(both, CHAT)
-    assert chat[0] == both.bos_id and types[0] == TYPE_PROMPT and len(chat) == len(encode_chat(Encoder(folder), CHAT)[0]) + 1
+    assert (chat[0] == both.bos_id and types[0] == TYPE_PROMPT
+            and len(chat) == len(encode_chat(Encoder(folder), CHAT)[0]) + 1)
 
 
 def test_a_preference_is_two_sequences_that_differ_behind_the_prompt(encoder: Encoder) -> None:
     prompt = CHAT[:2]
-    pair = Document("", messages=prompt, chosen=(("assistant", "It is 4."),), rejected=(("assistant", "5, I guess."),))
+    pair = Document("", messages=prompt, chosen=(("assistant", "It is 4."),),
+                    rejected=(("assistant", "5, I guess."),))
     batch = encoder.encode_batch([pair, pair])
     assert len(batch.lengths_tokens) == 4 and batch.lengths_tokens[0] == batch.lengths_tokens[2]
     for i, side in enumerate((pair.chosen, pair.rejected)):
         start = int(batch.lengths_tokens[:i].sum())
         part = slice(start, start + int(batch.lengths_tokens[i]))
-        ids, types = encode_chat(encoder, (*prompt, *side))  # the prompt has no assistant, so the chat's mask is the pair's
+        # the prompt has no assistant, so the chat's mask is the pair's
+        ids, types = encode_chat(encoder, (*prompt, *side))
         assert np.array_equal(batch.ids[part], ids) and np.array_equal(batch.types[part], types)
 
 
 def test_an_assistant_in_the_prompt_of_a_preference_is_no_response(encoder: Encoder) -> None:
-    pair = Document("", messages=CHAT[:4], chosen=(("assistant", "안녕하세요!"),), rejected=(("assistant", "No."),))
+    pair = Document("", messages=CHAT[:4], chosen=(("assistant", "안녕하세요!"),),
+                    rejected=(("assistant", "No."),))
     batch = encoder.encode_batch([pair])
     chosen = slice(0, int(batch.lengths_tokens[0]))
     assert "It is 4." not in encoder.decode(batch.ids[chosen][batch.types[chosen] == TYPE_RESPONSE].tolist())
@@ -109,7 +114,8 @@ def test_an_assistant_in_the_prompt_of_a_preference_is_no_response(encoder: Enco
 def test_a_prompt_is_transformers_generation_prompt(folder: Path, encoder: Encoder) -> None:
     batch = encoder.encode_batch([Document("", messages=CHAT[:2], awaits_response=True)])
     theirs = AutoTokenizer.from_pretrained(folder).apply_chat_template(
-        [{"role": r, "content": c} for r, c in CHAT[:2]], tokenize=True, return_dict=False, add_generation_prompt=True)
+        [{"role": r, "content": c} for r, c in CHAT[:2]], tokenize=True, return_dict=False,
+        add_generation_prompt=True)
     assert batch.ids.tolist() == theirs and set(batch.types.tolist()) == {TYPE_PROMPT}
 
 

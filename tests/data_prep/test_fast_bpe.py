@@ -39,7 +39,8 @@ def test_every_kind_of_character_gives_the_same_ids(pair: Pair) -> None:
     fast, tokenizer = pair
     planes = [*range(0xD800), *range(0xE000, 0x20000), *range(0x20000, 0x110000, 17)]
     blocks = ["x".join(map(chr, planes[i : i + 4096])) for i in range(0, len(planes), 4096)]
-    for block, encoding in zip(blocks, tokenizer.encode_batch_fast(blocks, add_special_tokens=False), strict=True):
+    for block, encoding in zip(blocks, tokenizer.encode_batch_fast(blocks, add_special_tokens=False),
+                               strict=True):
         assert fast.encode(block) == encoding.ids, f"from U+{ord(block[0]):04X}"
 
 
@@ -88,17 +89,19 @@ def unmatched_text(raw: dict[str, Any]) -> None:
 @pytest.mark.parametrize(("edit", "reason"), [
     (swap_merges, "do not rise with its merges"),
     (lambda raw: raw.update(normalizer={"type": "Lowercase"}), "normalizer is Lowercase"),
-    (lambda raw: raw.update(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True,
-                                           "use_regex": True}),
+    (lambda raw: raw.update(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True,
+                                           "trim_offsets": True, "use_regex": True}),
      "not a split followed by bytes"),
-    (lambda raw: raw["pre_tokenizer"]["pretokenizers"][0].update(behavior="Removed"), "a regular expression that isolates"),
+    (lambda raw: raw["pre_tokenizer"]["pretokenizers"][0].update(behavior="Removed"),
+     "a regular expression that isolates"),
     (lambda raw: raw["added_tokens"][5].update(special=False), "is matched in ordinary text"),
     (lambda raw: raw["model"].update(dropout=0.1), "not plain byte-level BPE"),
     (lambda raw: raw["model"]["vocab"].update({"zqzqzq": 384}), "not 256 bytes and one token for each merge"),
     (unmatched_text, "tiktoken differs on"),
 ])
 def test_what_tiktoken_cannot_express_is_left_to_tokenizers(tokenizers: dict[str, Path], tmp_path: Path,
-                                                            edit: Callable[[dict[str, Any]], Any], reason: str) -> None:
+                                                            edit: Callable[[dict[str, Any]], Any],
+                                                            reason: str) -> None:
     file = edited(tokenizers["solar-open"] / "tokenizer.json", tmp_path / "tokenizer.json", edit)
     fast, sentence = load_fast(file, opened(file), ["some text"])
     assert fast is None and sentence.startswith("encoding with tokenizers, because") and reason in sentence

@@ -12,9 +12,11 @@ from data_prep.pack import PackSettings, Source, pack
 from megatron_sov.artifacts import read_manifest
 
 
-def test_inspect_shows_counts_per_source(tokenizers: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_shows_counts_per_source(tokenizers: dict[str, Path], tmp_path: Path,
+                                         capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "one.txt").write_text("some text of one document " * 100)
-    pack(tokenizers["solar-open"], [Source("one", tmp_path / "one.txt")], tmp_path / "shards", PackSettings(heldout_share=1e-9))
+    pack(tokenizers["solar-open"], [Source("one", tmp_path / "one.txt")], tmp_path / "shards",
+         PackSettings(heldout_share=1e-9))
     assert main(["inspect", str(tmp_path / "shards")]) == 0
     assert capsys.readouterr().out.splitlines()[-2:] == table(tmp_path / "shards")[2:]
     record = read_manifest(tmp_path / "shards").content["sources"][0]["splits"]["train"]

@@ -24,32 +24,41 @@ def parts(tokenizers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     """Text in two sources of 1 : 3 tokens, and chats."""
     folder = tmp_path_factory.mktemp("mix")
     for name, count in (("few", 50), ("many", 150)):
-        (folder / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": f"{1000 + i} words"}) for i in range(count)))
-    chats = [{"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i}!"}]} for i in range(40)]
+        (folder / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": f"{1000 + i} words"})
+                                                        for i in range(count)))
+    chats = [{"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i}!"}]}
+             for i in range(40)]
     (folder / "chat.jsonl").write_text("\n".join(map(json.dumps, chats)))
     settings = PackSettings(heldout_share=0)
-    pack(tokenizers["solar-open"], [Source(n, folder / f"{n}.jsonl") for n in ("few", "many")], folder / "text", settings)
-    pack(tokenizers["solar-open"], [Source("chat", folder / "chat.jsonl")], folder / "chats", PackSettings(0.1, Reading("chat")))
+    pack(tokenizers["solar-open"], [Source(n, folder / f"{n}.jsonl") for n in ("few", "many")],
+         folder / "text", settings)
+    pack(tokenizers["solar-open"], [Source("chat", folder / "chat.jsonl")], folder / "chats",
+         PackSettings(0.1, Reading("chat")))
     return folder / "text", folder / "chats"
 
 
-def test_weights_of_folders_are_divided_by_tokens_and_read_by_the_trainer(parts: tuple[Path, Path], tmp_path: Path) -> None:
+def test_weights_of_folders_are_divided_by_tokens_and_read_by_the_trainer(parts: tuple[Path, Path],
+                                                                          tmp_path: Path) -> None:
     text, chats = parts
     assert main(["mix", f"{text}:0.6", f"{chats}:0.2", "--output", str(tmp_path / "out")]) == 0
     weights = {s["name"]: s["weight"] for s in read_manifest(tmp_path / "out").content["sources"]}
     assert weights == pytest.approx({"few": 0.1875, "many": 0.5625, "chat": 0.25})
     sources = open_sources({str(tmp_path / "out"): 1.0}, 1000)
-    assert {s.name: s.share for s in sources} == weights and [s.is_chat for s in sources] == [False, False, True]
+    assert ({s.name: s.share for s in sources} == weights
+            and [s.is_chat for s in sources] == [False, False, True])
     direct = open_sources({str(text): 0.6, str(chats): 0.2}, 1000)
     assert [s.share for s in direct] == pytest.approx([s.share for s in sources])
     for pair in zip(sources, direct, strict=True):
-        ours, theirs = ([d.tokens(i, 0, n).tolist() for i, n in enumerate(d.lengths)] for d in (s.shard("train") for s in pair))
+        ours, theirs = ([d.tokens(i, 0, n).tolist() for i, n in enumerate(d.lengths)]
+                        for d in (s.shard("train") for s in pair))
         assert ours == theirs
     assert main(["verify", str(tmp_path / "out")]) == 0
-    assert (tmp_path / "out/many/train-00000.bin").stat().st_ino == (text / "many/train-00000.bin").stat().st_ino
+    assert ((tmp_path / "out/many/train-00000.bin").stat().st_ino
+            == (text / "many/train-00000.bin").stat().st_ino)
 
 
-def test_without_weights_tokens_decide_and_mixes_can_be_mixed(parts: tuple[Path, Path], tmp_path: Path) -> None:
+def test_without_weights_tokens_decide_and_mixes_can_be_mixed(parts: tuple[Path, Path],
+                                                              tmp_path: Path) -> None:
     text, chats = parts
     mix([Part(text, None), Part(chats, None)], tmp_path / "plain")
     content = read_manifest(tmp_path / "plain").content["sources"]
@@ -57,7 +66,8 @@ def test_without_weights_tokens_decide_and_mixes_can_be_mixed(parts: tuple[Path,
     assert [s["weight"] for s in content] == pytest.approx([t / sum(tokens) for t in tokens])
     mix([Part(text, 3.0)], tmp_path / "a")
     mix([Part(tmp_path / "a", 1.0), Part(chats, 1.0)], tmp_path / "b")
-    assert [s["weight"] for s in read_manifest(tmp_path / "b").content["sources"]] == pytest.approx([0.125, 0.375, 0.5])
+    assert ([s["weight"] for s in read_manifest(tmp_path / "b").content["sources"]]
+            == pytest.approx([0.125, 0.375, 0.5]))
 
 
 def test_files_are_copied_where_they_cannot_be_linked(parts: tuple[Path, Path], tmp_path: Path,
@@ -71,11 +81,14 @@ def test_files_are_copied_where_they_cannot_be_linked(parts: tuple[Path, Path], 
     assert (tmp_path / "out/few/train-00000.bin").stat().st_nlink == 1
 
 
-def test_what_does_not_fit_together_is_refused(parts: tuple[Path, Path], tokenizers: dict[str, Path], tmp_path: Path) -> None:
+def test_what_does_not_fit_together_is_refused(parts: tuple[Path, Path], tokenizers: dict[str, Path],
+                                               tmp_path: Path) -> None:
     text, chats = parts
     (tmp_path / "x.txt").write_text("one document")
-    pack(tokenizers["k-exaone"], [Source("x", tmp_path / "x.txt")], tmp_path / "other", PackSettings(heldout_share=0))
-    pack(tokenizers["solar-open"], [Source("y", tmp_path / "x.txt")], tmp_path / "bos", PackSettings(0, bos="start"))
+    pack(tokenizers["k-exaone"], [Source("x", tmp_path / "x.txt")], tmp_path / "other",
+         PackSettings(heldout_share=0))
+    pack(tokenizers["solar-open"], [Source("y", tmp_path / "x.txt")], tmp_path / "bos",
+         PackSettings(0, bos="start"))
     for given, rule in (([Part(text, None), Part(tmp_path / "other", None)], "tokenizer_sha256 is"),
                         ([Part(text, None), Part(tmp_path / "bos", None)], "bos_id is 1, that of .* is None"),
                         ([Part(text, None), Part(text, None)], "source 'few': occurs in several folders"),

@@ -50,8 +50,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def packed(corpus: Path, tokenizers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("out") / "shards"
-    assert main(["pack", "--tokenizer", str(tokenizers["solar-open"]), "--input", str(corpus / "web.jsonl"), "--input",
-                 f"mine={corpus / 'notes'}", "--output", str(output), "--heldout", "0.1", "--workers", "1"]) == 0
+    assert main(["pack", "--tokenizer", str(tokenizers["solar-open"]), "--input", str(corpus / "web.jsonl"),
+                 "--input", f"mine={corpus / 'notes'}", "--output", str(output), "--heldout", "0.1",
+                 "--workers", "1"]) == 0
     return output
 
 
@@ -65,10 +66,13 @@ def test_every_document_is_found_once_as_its_own_text(packed: Path, corpus: Path
     assert in_train == [t for t in texts if t in set(in_train)]  # the order of the file is kept
 
 
-def test_megatron_reads_the_shards_and_the_manifest_counts_them(packed: Path, tokenizers: dict[str, Path], corpus: Path) -> None:
+def test_megatron_reads_the_shards_and_the_manifest_counts_them(packed: Path, tokenizers: dict[str, Path],
+                                                                corpus: Path) -> None:
     content = read_manifest(packed, "tokens").content
-    assert content["tokenizer_sha256"] == hashlib.sha256((packed / "tokenizer/tokenizer.json").read_bytes()).hexdigest()
-    assert (content["vocab_size"], content["eos_id"], content["dtype"], content["bos_id"]) == (384, 2, "uint16", None)
+    assert (content["tokenizer_sha256"]
+            == hashlib.sha256((packed / "tokenizer/tokenizer.json").read_bytes()).hexdigest())
+    assert ((content["vocab_size"], content["eos_id"], content["dtype"], content["bos_id"])
+            == (384, 2, "uint16", None))
     assert [s["name"] for s in content["sources"]] == ["web", "mine"]
     for source in content["sources"]:
         assert source["format"] == "text"
@@ -79,15 +83,18 @@ def test_megatron_reads_the_shards_and_the_manifest_counts_them(packed: Path, to
             assert sum(len(theirs[i]) for i in range(len(theirs))) == record["num_tokens"]
             assert all(theirs[i][-1] == 2 and (theirs[i][:-1] >= 64).all() for i in range(len(theirs)))
     web = content["sources"][0]["splits"]
-    num_bytes = sum(len(json.loads(line)["text"].encode()) for line in (corpus / "web.jsonl").read_text().splitlines())
+    num_bytes = sum(len(json.loads(line)["text"].encode())
+                    for line in (corpus / "web.jsonl").read_text().splitlines())
     assert web["train"]["num_bytes"] + web["heldout"]["num_bytes"] == num_bytes
     assert 5 <= web["heldout"]["num_documents"] <= 40
     [made_from] = read_manifest(packed).inputs
-    assert made_from["kind"] == "tokenizer" and made_from["manifest_sha256"] == manifest_sha256(tokenizers["solar-open"])
+    assert (made_from["kind"] == "tokenizer"
+            and made_from["manifest_sha256"] == manifest_sha256(tokenizers["solar-open"]))
 
 
 def test_neither_workers_nor_units_nor_the_way_it_is_stored_change_the_bytes(
-        packed: Path, corpus: Path, tokenizers: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        packed: Path, corpus: Path, tokenizers: dict[str, Path], tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files.plan_units, "__defaults__", (500,))
     monkeypatch.setattr(files.spans_of, "__defaults__", (500,))
     web = (corpus / "web.jsonl").read_bytes()
@@ -95,8 +102,9 @@ def test_neither_workers_nor_units_nor_the_way_it_is_stored_change_the_bytes(
     (tmp_path / "zst.jsonl.zst").write_bytes(zstandard.compress(web[:4000]) + zstandard.compress(web[4000:]))
     table = pyarrow.table({"text": [json.loads(line)["text"] for line in web.splitlines()]})
     parquet.write_table(table, tmp_path / "rows.parquet", row_group_size=30)
-    sources = [Source("web", corpus / "web.jsonl"), Source("mine", corpus / "notes"), Source("gz", tmp_path / "gz.jsonl.gz"),
-               Source("zst", tmp_path / "zst.jsonl.zst"), Source("rows", tmp_path / "rows.parquet")]
+    sources = [Source("web", corpus / "web.jsonl"), Source("mine", corpus / "notes"),
+               Source("gz", tmp_path / "gz.jsonl.gz"), Source("zst", tmp_path / "zst.jsonl.zst"),
+               Source("rows", tmp_path / "rows.parquet")]
     pack(tokenizers["solar-open"], sources, tmp_path / "two", PackSettings(heldout_share=0.1), workers=2)
     ours, theirs = read_manifest(tmp_path / "two").files, read_manifest(packed).files
     for name, record in theirs.items():
@@ -105,9 +113,10 @@ def test_neither_workers_nor_units_nor_the_way_it_is_stored_change_the_bytes(
             assert {ours[name.replace("web", other)] for other in ("gz", "zst", "rows")} == {record}
 
 
-def test_small_shards_hold_the_same_documents_in_the_same_order(packed: Path, corpus: Path, tokenizers: dict[str, Path],
-                                                                tmp_path: Path) -> None:
-    pack(tokenizers["solar-open"], [Source("web", corpus / "web.jsonl")], tmp_path / "out", PackSettings(0.1, shard_tokens=500))
+def test_small_shards_hold_the_same_documents_in_the_same_order(
+        packed: Path, corpus: Path, tokenizers: dict[str, Path], tmp_path: Path) -> None:
+    pack(tokenizers["solar-open"], [Source("web", corpus / "web.jsonl")], tmp_path / "out",
+         PackSettings(0.1, shard_tokens=500))
     splits = read_manifest(tmp_path / "out").content["sources"][0]["splits"]
     for split in ("train", "heldout"):
         shards = splits[split]["shards"]
@@ -121,7 +130,8 @@ def test_small_shards_hold_the_same_documents_in_the_same_order(packed: Path, co
 
 def test_chats_have_sidecars(corpus: Path, tokenizers: dict[str, Path], tmp_path: Path) -> None:
     output = tmp_path / "chats"
-    pack(tokenizers["k-exaone"], [Source("chat", corpus / "chat.jsonl")], output, PackSettings(reading=Reading("chat")))
+    pack(tokenizers["k-exaone"], [Source("chat", corpus / "chat.jsonl")], output,
+         PackSettings(reading=Reading("chat")))
     [source] = read_manifest(output).content["sources"]
     assert source["format"] == "chat" and source["sidecars"] == ["loss", "type"]
     for split in ("train", "heldout"):
@@ -132,11 +142,14 @@ def test_chats_have_sidecars(corpus: Path, tokenizers: dict[str, Path], tmp_path
         assert ((loss == 1) == (types == 2)).all() and ((loss == 0) == (types == 1)).all()
     tokenizer = AutoTokenizer.from_pretrained(output / "tokenizer")
     first = next(open_split(output / "chat/train-00000").documents())
-    assert tokenizer.decode(first[np.fromfile(output / "chat/train-00000.loss", "<f4", len(first)) == 1]).startswith("It is ")
+    assert tokenizer.decode(
+        first[np.fromfile(output / "chat/train-00000.loss", "<f4", len(first)) == 1]).startswith("It is ")
 
 
-def test_preferences_are_pairs_on_one_side_and_in_one_shard(tokenizers: dict[str, Path], tmp_path: Path) -> None:
-    rows = [{"prompt": f"How much is {i // 2} + 1?", "chosen": f"It is {i // 2 + 1}.", "rejected": f"No idea {i}."}
+def test_preferences_are_pairs_on_one_side_and_in_one_shard(tokenizers: dict[str, Path],
+                                                            tmp_path: Path) -> None:
+    rows = [{"prompt": f"How much is {i // 2} + 1?", "chosen": f"It is {i // 2 + 1}.",
+             "rejected": f"No idea {i}."}
             for i in range(60)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     settings = PackSettings(0.2, Reading("preference"), shard_tokens=300)
@@ -181,13 +194,15 @@ def test_prompts_keep_what_a_reward_needs(tokenizers: dict[str, Path], tmp_path:
 def test_sources_are_named_after_files_and_folders(corpus: Path) -> None:
     found = parse_sources([str(corpus / "web.jsonl"), f"{corpus}/notes/", f"x.1={corpus}"])
     assert [s.name for s in found] == ["web", "notes", "x.1"]
-    for arguments, rule in ((["a.txt", "b/a.txt=x"], "cannot name a source"), (["a=x", "a=y"], "is given already"),
-                            (["tokenizer=x"], "cannot name a source"), (["../=x"], "cannot name a source")):
+    for arguments, rule in ((["a.txt", "b/a.txt=x"], "cannot name a source"),
+                            (["a=x", "a=y"], "is given already"), (["tokenizer=x"], "cannot name a source"),
+                            (["../=x"], "cannot name a source")):
         with pytest.raises(UserError, match=rule):
             parse_sources(arguments)
 
 
-def test_mistakes_cost_one_sentence_and_leave_nothing(corpus: Path, tokenizers: dict[str, Path], tmp_path: Path,
+def test_mistakes_cost_one_sentence_and_leave_nothing(corpus: Path, tokenizers: dict[str, Path],
+                                                      tmp_path: Path,
                                                       capsys: pytest.CaptureFixture[str]) -> None:
     data = tmp_path / "data"
     data.mkdir()
@@ -212,24 +227,28 @@ def test_mistakes_cost_one_sentence_and_leave_nothing(corpus: Path, tokenizers: 
         assert main([*base, "--input", *arguments]) == 2
         assert sentence in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
-    assert {p.name for p in tmp_path.iterdir()} == {"data", ".new.work"}  # what is encoded is kept for the next try
+    # what is encoded is kept for the next try
+    assert {p.name for p in tmp_path.iterdir()} == {"data", ".new.work"}
     assert main([*base, "--input", str(corpus / "web.jsonl")]) == 0
     assert {p.name for p in tmp_path.iterdir()} == {"data", "new"}
 
 
 def start_packing(tokenizer: Path, text: Path, output: Path, workers: int) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "data_prep.cli", "pack", "--tokenizer", str(tokenizer), "--input", str(text),
-               "--output", str(output), "--workers", str(workers)]
-    return subprocess.Popen(command, cwd=Path(__file__).parents[2], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "data_prep.cli", "pack", "--tokenizer", str(tokenizer), "--input",
+               str(text), "--output", str(output), "--workers", str(workers)]
+    return subprocess.Popen(command, cwd=Path(__file__).parents[2], stderr=subprocess.DEVNULL,
+                            stdout=subprocess.DEVNULL)
 
 
 def complete_units(output: Path) -> dict[Path, int]:
     """Return the complete units of a command under way, with the time at which each was written."""
-    return {p.parent: p.stat().st_mtime_ns for p in work_folder(output).glob("*/*/record.json") if ".tmp-" not in p.parent.name}
+    return {p.parent: p.stat().st_mtime_ns for p in work_folder(output).glob("*/*/record.json")
+            if ".tmp-" not in p.parent.name}
 
 
 def test_a_killed_command_leaves_no_worker_and_goes_on_where_it_was(
-        tokenizers: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], ends: Callable[[int], bool]) -> None:
+        tokenizers: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+        ends: Callable[[int], bool]) -> None:
     output, text = tmp_path / "out", tmp_path / "long.txt"
     text.write_text("".join(f"{i} words in a long file\n\n" for i in range(1_000_000)))  # a few units
     with start_packing(tokenizers["solar-open"], text, output, 2) as process:
@@ -259,9 +278,11 @@ def test_a_kill_while_units_are_deleted_leaves_none_to_trust(tokenizers: dict[st
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(pack_module, "shutil", SimpleNamespace(rmtree=killed, copyfile=shutil.copyfile))
-        pack(tokenizers["solar-open"], [Source("a", tmp_path / "a.jsonl")], tmp_path / "out", PackSettings(heldout_share=0))
+        pack(tokenizers["solar-open"], [Source("a", tmp_path / "a.jsonl")], tmp_path / "out",
+             PackSettings(heldout_share=0))
     assert (tmp_path / "out/manifest.json").is_file() and not work_folder(tmp_path / "out").exists()
-    [left] = tmp_path.glob(".out.tmp-*")  # cleared by the next command once its process is gone; here it is this one
+    # cleared by the next command once its process is gone; here it is this one
+    [left] = tmp_path.glob(".out.tmp-*")
     shutil.rmtree(left)
     pack(tokenizers["solar-open"], [Source("a", tmp_path / "a.jsonl")], tmp_path / "out", overwrite=True)
     assert main(["verify", str(tmp_path / "out")]) == 0
@@ -280,12 +301,14 @@ def test_units_of_other_input_or_settings_are_not_trusted(tokenizers: dict[str, 
         assert len(complete_units(tmp_path / "out")) == 2
 
     for text, settings, kept in ((None, PackSettings(), True), ("changed", PackSettings(), False),
-                                 (None, PackSettings(bos="start"), False), (None, PackSettings(heldout_share=0.5), True)):
+                                 (None, PackSettings(bos="start"), False),
+                                 (None, PackSettings(heldout_share=0.5), True)):
         (tmp_path / "good.jsonl").write_text("\n".join(lines))
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         leave_units()
         if text is not None:
-            (tmp_path / "good.jsonl").write_text("\n".join([*lines[:-1], json.dumps({"id": 19, "text": text})]))
+            (tmp_path / "good.jsonl").write_text("\n".join([*lines[:-1],
+                                                            json.dumps({"id": 19, "text": text})]))
         capsys.readouterr()
         pack(tokenizers["solar-open"], refused[:1], tmp_path / "out", settings)
         assert ("1 of 1 units were complete from before" in capsys.readouterr().out) == kept
@@ -302,20 +325,23 @@ BAD_LINES = {
     '{"id": 6, "text": "\\udc00"}': ("utf8", 8), '{"id": "first", "text": "again"}': ("duplicate_id", 9)}
 
 
-def test_bad_records_are_listed_with_their_place_and_no_good_one_is_lost(tokenizers: dict[str, Path], tmp_path: Path,
-                                                                         capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_records_are_listed_with_their_place_and_no_good_one_is_lost(
+        tokenizers: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
     good = ['{"id": "first", "text": "one"}', '{"id": "last", "text": "two"}']
-    (folder / "a.jsonl").write_bytes("\n".join([good[0], *BAD_LINES, good[1], ""]).encode() + b'{"text": "\xb0\xa1"}\n')
+    (folder / "a.jsonl").write_bytes("\n".join([good[0], *BAD_LINES, good[1], ""]).encode()
+                                     + b'{"text": "\xb0\xa1"}\n')
     (folder / "b.txt").write_bytes(b"three \xff")
-    (folder / "c.jsonl.gz").write_bytes(gzip.compress(b'{"text": "four"}\n' + os.urandom(60000).hex().encode())[:-2000])
-    (folder / "d.jsonl.zst").write_bytes(zstandard.compress(os.urandom(300_000).hex().encode() + b'\n{"text": "five"}\n')[:-20])
+    (folder / "c.jsonl.gz").write_bytes(
+        gzip.compress(b'{"text": "four"}\n' + os.urandom(60000).hex().encode())[:-2000])
+    (folder / "d.jsonl.zst").write_bytes(
+        zstandard.compress(os.urandom(300_000).hex().encode() + b'\n{"text": "five"}\n')[:-20])
     (folder / "e.parquet").write_bytes(b"PAR1 no more")
     parquet.write_table(pyarrow.table({"body": ["six"]}), folder / "f.parquet")
     parquet.write_table(pyarrow.table({"text": ["seven", None]}), folder / "g.parquet")
-    base = ["pack", "--tokenizer", str(tokenizers["solar-open"]), "--input", f"all={folder}", "--output", str(tmp_path / "out"),
-            "--max-document-bytes", "500", "--heldout", "0"]
+    base = ["pack", "--tokenizer", str(tokenizers["solar-open"]), "--input", f"all={folder}", "--output",
+            str(tmp_path / "out"), "--max-document-bytes", "500", "--heldout", "0"]
     assert main(base) == 2
     assert f"error: {folder}/a.jsonl:2: is not valid JSON" in capsys.readouterr().err
     assert main([*base, "--on-bad", "quarantine"]) == 0
@@ -323,9 +349,11 @@ def test_bad_records_are_listed_with_their_place_and_no_good_one_is_lost(tokeniz
     rows = [json.loads(line) for line in (tmp_path / "out/quarantine.jsonl").read_text().splitlines()]
     found = [(Path(r["file"]).name, r["line"], r["code"]) for r in rows]
     assert found == [*(("a.jsonl", line, code) for code, line in BAD_LINES.values()), ("a.jsonl", 11, "utf8"),
-                     ("b.txt", None, "utf8"), ("c.jsonl.gz", None, "truncated"), ("d.jsonl.zst", None, "truncated"),
-                     ("e.parquet", None, "parquet"), ("f.parquet", None, "parquet"), ("g.parquet", 2, "fields")]
-    assert all(len(r["content"]) <= 300 and r["reason"] for r in rows) and rows[0]["content"].startswith('{"id": 1')
+                     ("b.txt", None, "utf8"), ("c.jsonl.gz", None, "truncated"),
+                     ("d.jsonl.zst", None, "truncated"), ("e.parquet", None, "parquet"),
+                     ("f.parquet", None, "parquet"), ("g.parquet", 2, "fields")]
+    assert (all(len(r["content"]) <= 300 and r["reason"] for r in rows)
+            and rows[0]["content"].startswith('{"id": 1'))
     [source] = read_manifest(tmp_path / "out").content["sources"]
     assert sum(source["num_bad"].values()) == len(rows)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out/tokenizer")
@@ -348,25 +376,30 @@ def test_a_chat_that_the_template_refuses_is_named(tokenizers: dict[str, Path], 
     (tokenizer / "tokenizer_config.json").write_text(json.dumps(config))
     manifest = json.loads((tokenizer / "manifest.json").read_text())
     manifest["files"]["tokenizer_config.json"] = {"sha256": sha256_file(tokenizer / "tokenizer_config.json"),
-                                                  "size_bytes": (tokenizer / "tokenizer_config.json").stat().st_size}
+                                                  "size_bytes": (
+                                                      tokenizer / "tokenizer_config.json").stat().st_size}
     (tokenizer / "manifest.json").write_text(json.dumps(manifest | {"sha256": ""}))
-    lines = [{"messages": [{"role": role, "content": f"{i}"}]} for i, role in enumerate(["user", "user", "system", "user"])]
+    lines = [{"messages": [{"role": role, "content": f"{i}"}]}
+             for i, role in enumerate(["user", "user", "system", "user"])]
     (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    with pytest.raises(UserError, match=r"chat\.jsonl:3: is refused by the chat template of .*\(user first\)"):
-        pack(tokenizer, [Source("chat", tmp_path / "chat.jsonl")], tmp_path / "out", PackSettings(reading=Reading("chat")))
+    with pytest.raises(UserError,
+                       match=r"chat\.jsonl:3: is refused by the chat template of .*\(user first\)"):
+        pack(tokenizer, [Source("chat", tmp_path / "chat.jsonl")], tmp_path / "out",
+             PackSettings(reading=Reading("chat")))
 
 
-def test_a_line_of_many_megabytes_is_passed_over_in_bounded_memory(tokenizers: dict[str, Path], tmp_path: Path) -> None:
+def test_a_line_of_many_megabytes_is_passed_over_in_bounded_memory(tokenizers: dict[str, Path],
+                                                                   tmp_path: Path) -> None:
     with open(tmp_path / "huge.jsonl", "wb") as f:
         f.write(b'{"text": "before"}\n{"text": "')
         for _ in range(300):
             f.write(b"word " * 200_000)
         f.write(b'"}\n{"text": "after"}\n')
     command = [sys.executable, "-c", "import sys; from data_prep.cli import main; code = main(sys.argv[1:]);"
-               "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]); sys.exit(code)",
-               "pack", "--tokenizer", str(tokenizers["solar-open"]), "--input", str(tmp_path / "huge.jsonl"), "--output",
-               str(tmp_path / "out"), "--on-bad", "quarantine", "--max-document-bytes", "1000000", "--heldout", "0",
-               "--workers", "1"]
+                                     "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]); "
+                                     "sys.exit(code)", "pack", "--tokenizer", str(tokenizers["solar-open"]),
+               "--input", str(tmp_path / "huge.jsonl"), "--output", str(tmp_path / "out"), "--on-bad",
+               "quarantine", "--max-document-bytes", "1000000", "--heldout", "0", "--workers", "1"]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
     assert int(done.stdout.split()[-1]) < 250 * 1024  # KiB; the line alone has 286 MiB
     assert [len(d) > 1 for d in open_split(tmp_path / "out/huge/train-00000").documents()] == [True, True]
@@ -374,10 +407,12 @@ def test_a_line_of_many_megabytes_is_passed_over_in_bounded_memory(tokenizers: d
     assert (row["line"], row["code"]) == (2, "too_long")
 
 
-def test_one_document_goes_to_training_and_two_are_shared(tokenizers: dict[str, Path], tmp_path: Path) -> None:
+def test_one_document_goes_to_training_and_two_are_shared(tokenizers: dict[str, Path],
+                                                          tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("the only document")
     (tmp_path / "two.jsonl").write_text('{"text": "first"}\n{"text": "second"}\n')
-    pack(tokenizers["solar-open"], [Source("one", tmp_path / "one.txt"), Source("two", tmp_path / "two.jsonl")], tmp_path / "out",
+    pack(tokenizers["solar-open"],
+         [Source("one", tmp_path / "one.txt"), Source("two", tmp_path / "two.jsonl")], tmp_path / "out",
          PackSettings(heldout_share=1e-6))
     one, two = read_manifest(tmp_path / "out").content["sources"]
     assert [one["splits"][s]["num_documents"] for s in ("train", "heldout")] == [1, 0]

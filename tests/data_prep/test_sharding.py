@@ -18,13 +18,16 @@ def write(folder: Path, lengths: list[int], shard_tokens: int, group: int, batch
         for i in range(0, len(lengths), batch * group):
             part = np.array(lengths[i : i + batch * group], np.int32)
             ids = np.concatenate([np.full(n, i + k) for k, n in enumerate(part)])
-            writer.write(part, part.astype(np.int64) * 3, {"bin": ids}, [b"%d\n" % (i + k) for k in range(len(part))])
+            writer.write(part, part.astype(np.int64) * 3, {"bin": ids},
+                         [b"%d\n" % (i + k) for k in range(len(part))])
     return writer
 
 
 @settings(max_examples=40)
-@given(st.lists(st.integers(1, 30), min_size=2, max_size=40), st.integers(1, 60), st.sampled_from([1, 2]), st.integers(1, 7))
-def test_shards_keep_order_limit_and_groups(lengths: list[int], shard_tokens: int, group: int, batch: int) -> None:
+@given(st.lists(st.integers(1, 30), min_size=2, max_size=40), st.integers(1, 60), st.sampled_from([1, 2]),
+       st.integers(1, 7))
+def test_shards_keep_order_limit_and_groups(lengths: list[int], shard_tokens: int, group: int,
+                                            batch: int) -> None:
     lengths = lengths[: len(lengths) // group * group]
     with tempfile.TemporaryDirectory() as folder:
         writer = write(Path(folder), lengths, shard_tokens, group, batch)
@@ -37,8 +40,10 @@ def test_shards_keep_order_limit_and_groups(lengths: list[int], shard_tokens: in
             assert shard.num_tokens <= shard_tokens or len(documents) == group
             found += documents
             lines += Path(f"{folder}/{shard.prefix}.extra.jsonl").read_text().split()
-        assert found == [[i] * n for i, n in enumerate(lengths)] and lines == [str(i) for i in range(len(lengths))]
-        for shard, following in zip(writer.shards, writer.shards[1:], strict=False):  # none was closed with room for the next
+        assert (found == [[i] * n for i, n in enumerate(lengths)]
+                and lines == [str(i) for i in range(len(lengths))])
+        # none was closed with room for the next
+        for shard, following in zip(writer.shards, writer.shards[1:], strict=False):
             first = open_split(Path(folder) / following.prefix).lengths_tokens[:group].sum()
             assert shard.num_tokens + first > shard_tokens
 
@@ -51,5 +56,5 @@ def test_batches_do_not_move_the_limits(tmp_path: Path) -> None:
 
 def test_an_empty_split_has_one_empty_shard(tmp_path: Path) -> None:
     record = write(tmp_path, [], 10, 1, 1).record()
-    assert record == {"shards": [{"prefix": "s/train-00000", "num_documents": 0, "num_tokens": 0, "num_bytes": 0}],
-                      "num_documents": 0, "num_tokens": 0, "num_bytes": 0}
+    assert record == {"shards": [{"prefix": "s/train-00000", "num_documents": 0, "num_tokens": 0,
+                                  "num_bytes": 0}], "num_documents": 0, "num_tokens": 0, "num_bytes": 0}

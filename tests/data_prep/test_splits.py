@@ -27,19 +27,22 @@ def test_the_share_is_met_and_a_larger_share_holds_out_more_of_the_same() -> Non
 
 @given(st.text(), st.text())
 def test_equal_content_gives_equal_hashes_wherever_it_stands(a: str, b: str) -> None:
-    assert document_hash(Document("x.txt", a)) == document_hash(Document("y.jsonl:7", unicodedata.normalize("NFD", a)))
+    assert document_hash(Document("x.txt", a)) == document_hash(
+        Document("y.jsonl:7", unicodedata.normalize("NFD", a)))
     same = unicodedata.normalize("NFC", a) == unicodedata.normalize("NFC", b)
     assert (document_hash(Document("", a)) == document_hash(Document("", b))) == same
 
 
 def test_chats_differ_by_roles_and_by_where_messages_end() -> None:
-    chats = [(("user", "ab"), ("assistant", "c")), (("user", "a"), ("assistant", "bc")), (("system", "ab"), ("assistant", "c"))]
+    chats = [(("user", "ab"), ("assistant", "c")), (("user", "a"), ("assistant", "bc")),
+             (("system", "ab"), ("assistant", "c"))]
     assert len({document_hash(Document("", messages=chat)) for chat in chats}) == 3
 
 
 def test_answers_to_one_prompt_stay_together() -> None:
     prompt = (("user", "2 + 2?"),)
-    pairs = [Document("", messages=prompt, chosen=(("assistant", c),), rejected=(("assistant", "5"),)) for c in ("4", "four")]
+    pairs = [Document("", messages=prompt, chosen=(("assistant", c),), rejected=(("assistant", "5"),))
+             for c in ("4", "four")]
     asked = Document("", messages=prompt, awaits_response=True, extra='{"answer": 4}')
     assert len({document_hash(d) for d in (*pairs, asked)}) == 1
 

@@ -19,16 +19,20 @@ ANSWERS = [f"{i} and {'more ' * (i % 7)}" for i in range(40)]
 @pytest.fixture(scope="module")
 def chats(tokenizers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stats")
-    lines = [{"messages": [{"role": "user", "content": "Go on?"}, {"role": "assistant", "content": a}]} for a in ANSWERS]
+    lines = [{"messages": [{"role": "user", "content": "Go on?"}, {"role": "assistant", "content": a}]}
+             for a in ANSWERS]
     (folder / "chat.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    pack(tokenizers["solar-open"], [Source("chat", folder / "chat.jsonl")], folder / "out", PackSettings(0.2, Reading("chat")))
+    pack(tokenizers["solar-open"], [Source("chat", folder / "chat.jsonl")], folder / "out",
+         PackSettings(0.2, Reading("chat")))
     return folder / "out"
 
 
-def test_statistics_are_those_of_transformers_rendering(chats: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_statistics_are_those_of_transformers_rendering(chats: Path,
+                                                        capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(chats / "tokenizer")
     chats_ = [[{"role": "user", "content": "Go on?"}, {"role": "assistant", "content": a}] for a in ANSWERS]
-    rendered = [[*tokenizer.apply_chat_template(c, tokenize=True, return_dict=False), tokenizer.eos_token_id] for c in chats_]
+    rendered = [[*tokenizer.apply_chat_template(c, tokenize=True, return_dict=False), tokenizer.eos_token_id]
+                for c in chats_]
     found = statistics(chats)
     s = found["sources"]["chat"]
     assert (s["num_documents"], s["num_tokens"]) == (40, sum(map(len, rendered)))

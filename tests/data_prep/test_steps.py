@@ -67,9 +67,11 @@ def test_steps_work_in_order_and_a_document_keeps_its_place(file: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "message"), [
-    ("text", r"a.jsonl:7: data step .*steps.py:text returned 'abc'; it must return a Document of the same kind, or LeftOut"),
-    ("chat", "returned a Document of another kind, chat"), ("essay", "with a reason of at most 80 characters"),
-    ("fails", r"a.jsonl:7: data step .*steps.py:\d+: AttributeError: 'Document' object has no attribute 'nothing'"),
+    ("text", r"a.jsonl:7: data step .*steps.py:text returned 'abc'; it must return a Document of the same "
+             r"kind, or LeftOut"), ("chat", "returned a Document of another kind, chat"),
+    ("essay", "with a reason of at most 80 characters"),
+    ("fails",
+     r"a.jsonl:7: data step .*steps.py:\d+: AttributeError: 'Document' object has no attribute 'nothing'"),
 ])
 def test_what_a_step_must_not_do_names_step_and_document(file: Path, name: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
@@ -91,8 +93,8 @@ def test_a_file_that_changes_while_it_is_at_work_is_refused(file: Path) -> None:
 
 
 def packed(tokenizer: Path, folder: Path, name: str, *arguments: str) -> int:
-    return main(["pack", "--tokenizer", str(tokenizer), "--input", str(folder / "text.jsonl"), "--output", str(folder / name),
-                 "--heldout", "0.2", *arguments])
+    return main(["pack", "--tokenizer", str(tokenizer), "--input", str(folder / "text.jsonl"), "--output",
+                 str(folder / name), "--heldout", "0.2", *arguments])
 
 
 def test_packing_counts_what_is_left_out_and_records_the_code(
@@ -108,19 +110,22 @@ def test_packing_counts_what_is_left_out_and_records_the_code(
     assert packed(tokenizer, tmp_path, "shards", *both, "--workers", "1") == 0
     assert packed(tokenizer, tmp_path / "hand", "shards") == 0
     for kind in ("train-00000.bin", "heldout-00000.bin"):
-        assert (tmp_path / "shards/text" / kind).read_bytes() == (tmp_path / "hand/shards/text" / kind).read_bytes()
+        assert ((tmp_path / "shards/text" / kind).read_bytes()
+                == (tmp_path / "hand/shards/text" / kind).read_bytes())
     manifest = json.loads((tmp_path / "shards/manifest.json").read_text())
     left_out = sum(len(d) < 40 for d in documents)
     assert manifest["content"]["sources"][0]["num_left_out"] == {"short": left_out} and left_out > 0
     assert [s["name"] for s in manifest["settings"]["steps"]] == ["long_enough", "shout"]
     assert all(list(s["files"]) == ["steps.py"] for s in manifest["settings"]["steps"])
     assert f"text: {left_out} documents left out by data steps ({left_out} short)" in capsys.readouterr().out
-    assert "num_left_out" not in json.loads((tmp_path / "hand/shards/manifest.json").read_text())["content"]["sources"][0]
+    assert ("num_left_out"
+            not in json.loads((tmp_path / "hand/shards/manifest.json").read_text())["content"]["sources"][0])
 
 
 def test_other_steps_find_no_units_of_before(file: Path, tmp_path: Path, packed_data,
                                              capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"number {i} and more"}) + "\n" for i in range(20)))
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"number {i} and more"}) + "\n"
+                                                 for i in range(20)))
     assert packed(packed_data.tokenizer, tmp_path, "out", "--step", f"{file}:all_out") == 2
     assert "text.jsonl: data steps leave out every document; see to their rules" in capsys.readouterr().err
     assert packed(packed_data.tokenizer, tmp_path, "out", "--step", f"{file}:empty") == 2

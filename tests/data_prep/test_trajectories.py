@@ -1,4 +1,5 @@
-"""Trajectories: a query and solutions that differ become one document; what is the same or too few is left out."""
+"""Trajectories: a query and solutions that differ become one document; what is the same or
+too few is left out."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from data_prep.trajectories import Solution, TrajectorySettings, diverse, docume
 from megatron_sov.artifacts import read_manifest
 
 SAME = "Let a be two m plus one and b be two n plus one"
-QUERY = {"query": "Is odd plus odd even?", "solutions": [SAME, SAME + "!", {"thinking": "3 + 5 = 8", "answer": "Yes, it is."}]}
+QUERY = {"query": "Is odd plus odd even?",
+         "solutions": [SAME, SAME + "!", {"thinking": "3 + 5 = 8", "answer": "Yes, it is."}]}
 
 
 def write(path: Path, *records: Any) -> Path:
@@ -25,7 +27,8 @@ def test_a_query_and_its_solutions_are_one_document(tmp_path: Path, capsys) -> N
     file = write(tmp_path / "in.jsonl", QUERY, {"query": "One?", "solutions": ["Only this one."]})
     assert main(["trajectories", "--input", str(file), "--output", str(tmp_path / "out")]) == 0
     (line,) = (tmp_path / "out/trajectories.jsonl").read_text().splitlines()
-    assert json.loads(line) == {"id": 1, "text": f"Is odd plus odd even?\n\nSolution 1\n{SAME}\n\nSolution 2\n"
+    assert json.loads(line) == {"id": 1, "text": "Is odd plus odd even?\n\n"
+                                                 f"Solution 1\n{SAME}\n\nSolution 2\n"
                                                  "<think>\n3 + 5 = 8\n</think>\n\nYes, it is."}
     content = read_manifest(tmp_path / "out", "corpus").content["trajectories"]
     assert content == {"num_documents": 1, "num_solutions": 2, "num_left_out": 1}
@@ -33,7 +36,8 @@ def test_a_query_and_its_solutions_are_one_document(tmp_path: Path, capsys) -> N
 
 
 def test_solutions_are_chosen_far_apart() -> None:
-    """Words a to h: the second solution shares two of four triples with the first, the third none, the fourth all."""
+    """Words a to h: the second solution shares two of four triples with the first,
+    the third none, the fourth all."""
     texts = ["a b c d e", "a b c d x", "p q r s", "a b c d e"]
     solutions = [Solution(text) for text in texts]
     assert [s.answer for s in diverse(solutions, 2, 0.8)] == ["a b c d e", "p q r s"]
@@ -46,19 +50,22 @@ def test_solutions_are_chosen_far_apart() -> None:
     ("tags", "<think>\nhm\n</think>\n\nyes"), ("plain", "hm\n\nyes"), ("drop", "yes")])
 def test_thoughts_have_three_forms(think: Any, told: str) -> None:
     settings = TrajectorySettings(think=think, heading="풀이 {}:")
-    assert document(" why? ", [Solution("yes", "hm"), Solution("no")], settings) == f"why?\n\n풀이 1:\n{told}\n\n풀이 2:\nno"
+    assert (document(" why? ", [Solution("yes", "hm"), Solution("no")], settings)
+            == f"why?\n\n풀이 1:\n{told}\n\n풀이 2:\nno")
 
 
 @pytest.mark.parametrize(("record", "arguments", "said"), [
     ({"query": "a", "solutions": "b"}, [], "in.jsonl:1: needs a string 'query' and a list 'solutions'"),
-    ({"query": "a", "solutions": ["b", {"thinking": "c"}]}, [], "solutions[1] is {\"thinking\": \"c\"}, must be a string"),
+    ({"query": "a", "solutions": ["b", {"thinking": "c"}]}, [],
+     "solutions[1] is {\"thinking\": \"c\"}, must be a string"),
     ("{", [], "in.jsonl:1: is not valid JSON"),
     ({"query": "a", "solutions": ["b", "b"]}, [], "none of its 1 queries has 2 different solutions"),
     (QUERY, ["--least", "3", "--most", "2"], "need 1 <= least <= most"),
     (QUERY, ["--heading", "Solution"], "must hold {} once"),
     (QUERY, ["--max-similarity", "2"], "must lie in [0, 1]"),
 ])
-def test_mistakes_are_named_and_nothing_is_written(record: Any, arguments: list[str], said: str, tmp_path: Path, capsys) -> None:
+def test_mistakes_are_named_and_nothing_is_written(record: Any, arguments: list[str], said: str,
+                                                   tmp_path: Path, capsys) -> None:
     file = write(tmp_path / "in.jsonl", record)
     assert main(["trajectories", "--input", str(file), "--output", str(tmp_path / "out"), *arguments]) == 2
     assert said in capsys.readouterr().err

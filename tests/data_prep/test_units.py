@@ -36,8 +36,10 @@ def test_the_key_is_of_bytes_and_settings_not_of_places(settings: UnitSettings, 
     known = key(write(tmp_path), settings)
     moved = dataclasses.replace(settings, tokenizer=tmp_path / "elsewhere")
     assert key(write(tmp_path, "b.jsonl"), moved) == known
-    for changed in (dataclasses.replace(settings, tokenizer_sha256="c"), dataclasses.replace(settings, config_sha256="c"),
-                    dataclasses.replace(settings, dtype="int32"), dataclasses.replace(settings, reading=Reading("text", "body")),
+    for changed in (dataclasses.replace(settings, tokenizer_sha256="c"),
+                    dataclasses.replace(settings, config_sha256="c"),
+                    dataclasses.replace(settings, dtype="int32"),
+                    dataclasses.replace(settings, reading=Reading("text", "body")),
                     dataclasses.replace(settings, reading=Reading("text", max_document_bytes=99)),
                     dataclasses.replace(settings, encoding=EncodingSettings(bos="start"))):
         assert key(tmp_path / "a.jsonl", changed) != known
@@ -74,15 +76,17 @@ def test_what_is_stored_of_each_sequence(settings: UnitSettings, tmp_path: Path)
     record = UnitEncoder(settings, tmp_path / "work").encode(unit)
     stored = open_unit(tmp_path / "work", record.key, "uint16")
     assert stored.sequences["line"].tolist() == [1, 4, 0] and stored.sequences["span"].tolist() == [0, 0, 1]
-    assert stored.sequences["bytes"].tolist() == [len("line 0 한국어".encode()), len("line 1 한국어".encode()), 9]
+    assert stored.sequences["bytes"].tolist() == [len("line 0 한국어".encode()),
+                                                  len("line 1 한국어".encode()), 9]
     assert (stored.sequences["id"] != 0).tolist() == [True, True, False] and stored.types is None
     assert stored.sequences["tokens"].sum() == len(stored.tokens) == record.num_tokens
     assert [(r["span"], r["line"], r["code"]) for r in stored.bad_rows()] == [(0, 2, "json")]
     assert record.num_bad == {"json": 1} and record.num_lines == (4, 0)
 
 
-def test_documents_that_a_template_refuses_are_found_inside_a_batch(tokenizers: dict[str, Path], settings: UnitSettings,
-                                                                    tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_documents_that_a_template_refuses_are_found_inside_a_batch(tokenizers: dict[str, Path],
+                                                                    settings: UnitSettings, tmp_path: Path,
+                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     from data_prep.chat import ChatForm
     from megatron_sov.documents import BadRecord
 
@@ -95,9 +99,12 @@ def test_documents_that_a_template_refuses_are_found_inside_a_batch(tokenizers: 
 
     monkeypatch.setattr(ChatForm, "pieces", strict)
     refused = (3, 4, 17)
-    lines = [{"messages": [{"role": "system" if i in refused else "user", "content": str(i)}]} for i in range(20)]
+    lines = [{"messages": [{"role": "system" if i in refused else "user", "content": str(i)}]}
+             for i in range(20)]
     [unit] = plan_units([write(tmp_path, "chat.jsonl", list(map(json.dumps, lines)))])
-    record = UnitEncoder(dataclasses.replace(settings, reading=Reading("chat")), tmp_path / "work").encode(unit)
+    record = UnitEncoder(dataclasses.replace(settings, reading=Reading("chat")),
+                         tmp_path / "work").encode(unit)
     stored = open_unit(tmp_path / "work", record.key, "uint16")
     assert [r["line"] - 1 for r in stored.bad_rows()] == list(refused)
-    assert [line - 1 for line in stored.sequences["line"].tolist()] == [i for i in range(20) if i not in refused]
+    assert [line - 1 for line in stored.sequences["line"].tolist()] == [
+        i for i in range(20) if i not in refused]

@@ -22,14 +22,17 @@ from megatron_sov.documents import Reading
 @pytest.fixture(scope="module")
 def sound(tokenizers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("verify")
-    chats = [{"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i}!"}]} for i in range(40)]
+    chats = [{"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i}!"}]}
+             for i in range(40)]
     (folder / "chat.jsonl").write_text("\n".join(map(json.dumps, chats)))
-    pack(tokenizers["solar-open"], [Source("chat", folder / "chat.jsonl")], folder / "shards", PackSettings(0.2, Reading("chat")))
+    pack(tokenizers["solar-open"], [Source("chat", folder / "chat.jsonl")], folder / "shards",
+         PackSettings(0.2, Reading("chat")))
     return folder / "shards"
 
 
 def rehash(data: Path) -> None:
-    """Make the manifest's hashes fit the files, so that only the checks behind the hashes can see a change."""
+    """Make the manifest's hashes fit the files, so that only the checks behind the
+    hashes can see a change."""
     raw = json.loads((data / "manifest.json").read_text())
     raw["files"] = {name: {"sha256": sha256_file(data / name), "size_bytes": (data / name).stat().st_size}
                     for name in raw["files"]}
@@ -66,12 +69,16 @@ def test_sound_shards_pass(sound: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 def test_duplicates_are_counted_and_an_unknown_blend_is_refused(tokenizers: dict[str, Path], tmp_path: Path,
                                                                 capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "a.jsonl").write_text('{"text": "same"}\n{"text": "other"}\n{"text": "same"}\n{"text": "same"}\n')
-    pack(tokenizers["solar-open"], [Source("a", tmp_path / "a.jsonl")], tmp_path / "out", PackSettings(heldout_share=0))
+    (tmp_path / "a.jsonl").write_text('{"text": "same"}\n{"text": "other"}\n'
+                                      '{"text": "same"}\n{"text": "same"}\n')
+    pack(tokenizers["solar-open"], [Source("a", tmp_path / "a.jsonl")], tmp_path / "out",
+         PackSettings(heldout_share=0))
     capsys.readouterr()
     assert main(["verify", str(tmp_path / "out")]) == 0
-    assert capsys.readouterr().out.splitlines()[1:] == ["train: 2 of 4 documents repeat an earlier one, token by token"]
-    for blend, rule in (("b=1", "there is no source 'b'"), ("a=-1", "must be a positive"), ("a", "must be a positive")):
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "train: 2 of 4 documents repeat an earlier one, token by token"]
+    for blend, rule in (("b=1", "there is no source 'b'"), ("a=-1", "must be a positive"),
+                        ("a", "must be a positive")):
         assert main(["verify", str(tmp_path / "out"), "--blend", blend]) == 2
         assert rule in capsys.readouterr().err
 
@@ -80,12 +87,15 @@ def test_duplicates_are_counted_and_an_unknown_blend_is_refused(tokenizers: dict
     (lambda d: set_token(d, 3, 384), "ids reach from 2 to 384, must lie in 0..383"),
     (lambda d: set_token(d, -1, 100), "1 documents do not end with id 2"),
     (leak, "1 documents are in both splits"),
-    (lambda d: write_values(d / "chat/train-00000.loss", "<f4", 3), "train-00000.loss: holds values other than 0.0, 1.0"),
-    (lambda d: write_values(d / "chat/train-00000.type", "u1", 9), "train-00000.type: holds values other than 0, 1, 2"),
+    (lambda d: write_values(d / "chat/train-00000.loss", "<f4", 3),
+     "train-00000.loss: holds values other than 0.0, 1.0"),
+    (lambda d: write_values(d / "chat/train-00000.type", "u1", 9),
+     "train-00000.type: holds values other than 0, 1, 2"),
     (lambda d: (d / "chat/train-00000.type").write_bytes(b"\1"), "train-00000.type: has 1 bytes"),
     (lambda d: (d / "chat/train-00000.bin").write_bytes(b""), "train-00000.bin: has 0 bytes, the index says"),
 ])
-def test_damage_that_hashes_cannot_see(sound: Path, tmp_path: Path, damage: Callable[[Path], Any], sentence: str) -> None:
+def test_damage_that_hashes_cannot_see(sound: Path, tmp_path: Path, damage: Callable[[Path], Any],
+                                       sentence: str) -> None:
     data = tmp_path / "copy"
     shutil.copytree(sound, data)
     damage(data)

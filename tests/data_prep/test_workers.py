@@ -22,7 +22,8 @@ def worker_processes() -> list[psutil.Process]:
 
 def test_order_is_the_inputs_and_an_ended_worker_is_said(tokenizers: dict[str, Path], tmp_path: Path) -> None:
     for i in range(12):  # the first ones are the largest, so they end last
-        (tmp_path / f"{i:02}.jsonl").write_text("\n".join(json.dumps({"text": f"{i} {k}"}) for k in range(2000 - 160 * i)))
+        (tmp_path / f"{i:02}.jsonl").write_text("\n".join(json.dumps({"text": f"{i} {k}"})
+                                                          for k in range(2000 - 160 * i)))
     units = list(plan_units(sorted(tmp_path.glob("*.jsonl")), 1))
     settings = UnitSettings(tokenizers["solar-open"], "a", "b", "uint16", Reading("text"), EncodingSettings())
     records = encode_units(units, settings, tmp_path / "work", 2)

@@ -34,7 +34,8 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder in front of the import path."""
     monkeypatch.syspath_prepend(str(tmp_path))
     yield tmp_path
-    for name in [n for n, m in sys.modules.items() if str(getattr(m, "__file__", "")).startswith(str(tmp_path))]:
+    for name in [n for n, m in sys.modules.items()
+                 if str(getattr(m, "__file__", "")).startswith(str(tmp_path))]:
         del sys.modules[name]
 
 
@@ -46,12 +47,15 @@ def test_an_old_python_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_missing_library_is_broken_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert {c.name: c.status for c in checks.package_checks()} == dict.fromkeys(checks.REQUIRED_PACKAGES, "ok")
+    assert {c.name: c.status for c in checks.package_checks()} == dict.fromkeys(
+        checks.REQUIRED_PACKAGES, "ok")
     monkeypatch.setattr(checks, "REQUIRED_PACKAGES", ("numpy", "no-such-library"))
-    assert [(c.name, c.status) for c in checks.package_checks()] == [("numpy", "ok"), ("no-such-library", "broken")]
+    assert [(c.name, c.status) for c in checks.package_checks()] == [
+        ("numpy", "ok"), ("no-such-library", "broken")]
 
 
-def test_a_foreign_package_that_is_imported_in_our_place_is_broken(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_foreign_package_that_is_imported_in_our_place_is_broken(site: Path,
+                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     assert {c.status for c in checks.shadow_checks()} == {"ok"}
     module(site, "tokenizer")
     monkeypatch.delitem(sys.modules, "tokenizer", raising=False)
@@ -59,7 +63,8 @@ def test_a_foreign_package_that_is_imported_in_our_place_is_broken(site: Path, m
     assert found["data_prep"].status == "ok"
     assert found["tokenizer"].status == "broken"
     assert str(site / "tokenizer") in found["tokenizer"].detail
-    monkeypatch.setattr(importlib.metadata, "packages_distributions", lambda: {"tokenizer": ["other-tokenizer"]})
+    monkeypatch.setattr(importlib.metadata, "packages_distributions",
+                        lambda: {"tokenizer": ["other-tokenizer"]})
     assert {c.name: c.remedy for c in checks.shadow_checks()}["tokenizer"] == "pip uninstall other-tokenizer"
 
 
@@ -104,7 +109,8 @@ def test_a_torch_that_does_not_load_is_broken(site: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(("text", "status", "detail"), [
     ("", "ok", "imports"),
     ("raise RuntimeError('Found empty `transformer-engine` meta package installed.\\nmore')", "warning",
-     "is installed but does not import (RuntimeError: Found empty `transformer-engine` meta package installed.)"),
+     "is installed but does not import (RuntimeError: Found empty `transformer-engine` meta "
+     "package installed.)"),
     ("raise OSError", "warning", "is installed but does not import (OSError: no message)"),
 ])
 def test_transformer_engine_is_what_imports(site: Path, text: str, status: str, detail: str) -> None:
@@ -121,7 +127,8 @@ def test_without_transformer_engine_its_command_is_given(monkeypatch: pytest.Mon
 def test_apex_is_told_from_its_namesake_by_its_files(site: Path) -> None:
     assert "do not install it" in only(checks.apex_checks()).detail
     module(site, "apex", "raise SystemExit('never imported')")
-    assert (only(checks.apex_checks()).status, only(checks.apex_checks()).remedy) == ("warning", "pip uninstall apex")
+    assert (only(checks.apex_checks()).status, only(checks.apex_checks()).remedy) == (
+        "warning", "pip uninstall apex")
     (site / "apex/normalization").mkdir()
     assert only(checks.apex_checks()).status == "ok"
 
@@ -134,7 +141,8 @@ def only(found) -> Check:
 def test_programs_are_asked_for_their_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert only(checks.slurm_checks()).status == "missing"
-    assert {c.name: c.status for c in checks.compiler_checks()} == {"C++ compiler": "missing", "CUDA compiler": "missing"}
+    assert {c.name: c.status for c in checks.compiler_checks()} == {"C++ compiler": "missing",
+                                                                    "CUDA compiler": "missing"}
     program(tmp_path, "sbatch", "echo slurm 24.11.1")
     program(tmp_path, "c++", "echo 'c++ 12.2.0'\necho more")
     program(tmp_path, "nvcc", "exit 1")

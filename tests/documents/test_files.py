@@ -29,7 +29,8 @@ def test_a_folder_is_read_recursively_in_sorted_order_and_only_its_text(tmp_path
 
 
 @pytest.mark.parametrize("span_bytes", [150, 1000, 2_000_000])
-def test_spans_cut_between_lines_and_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, span_bytes: int) -> None:
+def test_spans_cut_between_lines_and_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                  span_bytes: int) -> None:
     texts = ["a", "b" * 700, *(f"text {i}\n한국어" for i in range(300))]
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in texts) + "\n\n")
     monkeypatch.setattr("megatron_sov.documents.files.WHOLE_FILE_BYTES", 100)

@@ -1,4 +1,5 @@
-"""Work in processes: results in order, mistakes as they are, and a worker that is ended from outside is said."""
+"""Work in processes: results in order, mistakes as they are, and a worker that is ended
+from outside is said."""
 
 from __future__ import annotations
 

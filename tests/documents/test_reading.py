@@ -81,9 +81,11 @@ def test_a_byte_order_mark_is_no_text_of_jsonl_either(tmp_path: Path) -> None:
 
 def test_rows_of_parquet_are_records_with_their_numbers(tmp_path: Path) -> None:
     chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
-    parquet.write_table(pyarrow.table({"id": ["a", "b"], "messages": [chat, chat[:1]]}), tmp_path / "a.parquet", row_group_size=1)
+    parquet.write_table(pyarrow.table({"id": ["a", "b"], "messages": [chat, chat[:1]]}),
+                        tmp_path / "a.parquet", row_group_size=1)
     first, second = read_documents([tmp_path / "a.parquet"])
-    assert first.messages == (("user", "hi"), ("assistant", "yo")) and (first.id, first.where) == ("a", f"{tmp_path}/a.parquet:1")
+    assert (first.messages == (("user", "hi"), ("assistant", "yo"))
+            and (first.id, first.where) == ("a", f"{tmp_path}/a.parquet:1"))
     assert second.messages == (("user", "hi"),)
     parquet.write_table(pyarrow.table({"body": ["one", None]}), tmp_path / "b.parquet")
     with pytest.raises(UserError, match=r"b\.parquet:2: has no string field 'body'"):

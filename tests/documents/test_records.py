@@ -40,25 +40,30 @@ def test_a_bad_line_is_named_by_file_and_number(tmp_path: Path, line: str | byte
 
 
 PREFERENCES = [
-    ({"prompt": "p", "chosen": "c", "rejected": "r"}, (("user", "p"),), (("assistant", "c"),), (("assistant", "r"),)),
+    ({"prompt": "p", "chosen": "c", "rejected": "r"}, (("user", "p"),), (("assistant", "c"),),
+     (("assistant", "r"),)),
     ({"chosen": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "c"}],
       "rejected": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "r"}]},
      (("user", "p"),), (("assistant", "c"),), (("assistant", "r"),)),
 ]
 
 
-@pytest.mark.parametrize(("record", "prompt", "chosen", "rejected"), PREFERENCES, ids=["strings", "shared beginning"])
-def test_preferences_have_a_prompt_and_two_continuations(tmp_path: Path, record: dict[str, object], prompt: Messages,
-                                                         chosen: Messages, rejected: Messages) -> None:
+@pytest.mark.parametrize(("record", "prompt", "chosen", "rejected"), PREFERENCES,
+                         ids=["strings", "shared beginning"])
+def test_preferences_have_a_prompt_and_two_continuations(tmp_path: Path, record: dict[str, object],
+                                                         prompt: Messages, chosen: Messages,
+                                                         rejected: Messages) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps(record))
     [found] = read_documents([tmp_path / "a.jsonl"], Reading("preference"))
-    assert (found.kind, found.messages, found.chosen, found.rejected) == ("preference", prompt, chosen, rejected)
+    assert (found.kind, found.messages, found.chosen, found.rejected) == (
+        "preference", prompt, chosen, rejected)
 
 
 @pytest.mark.parametrize(("record", "rule"), [
     ({"prompt": "p", "chosen": "same", "rejected": "same"}, "nothing to prefer"),
     ({"chosen": "c", "rejected": "r"}, "has no prompt"),
-    ({"prompt": "p", "chosen": [{"role": "user", "content": "c"}], "rejected": "r"}, "'chosen' holds no message of the assist"),
+    ({"prompt": "p", "chosen": [{"role": "user", "content": "c"}], "rejected": "r"},
+     "'chosen' holds no message of the assist"),
     ({"prompt": "p"}, "is a prompt, but --format is preference"),
     ({"text": "t"}, "is plain text, but --format is preference"),
 ])
@@ -69,7 +74,8 @@ def test_malformed_preferences_are_refused(tmp_path: Path, record: dict[str, obj
 
 
 def test_a_prompt_keeps_its_other_fields(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "2 + 2?", "answer": {"value": 4}, "level": "쉬움"}))
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "2 + 2?", "answer": {"value": 4},
+                                                  "level": "쉬움"}))
     [found] = read_documents([tmp_path / "a.jsonl"], Reading("prompt"))
     assert found.kind == "prompt" and found.messages == (("user", "2 + 2?"),)
     assert json.loads(found.extra) == {"answer": {"value": 4}, "level": "쉬움"}

@@ -1,4 +1,5 @@
-"""Compressed files: the same bytes as the library's, whatever the frames and the reads; a cut-off one is noticed."""
+"""Compressed files: the same bytes as the library's, whatever the frames and the reads;
+a cut-off one is noticed."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ def test_a_large_ratio_is_read_in_blocks(tmp_path: Path) -> None:
 def test_a_cut_or_damaged_file_is_noticed(tmp_path: Path, cut: int) -> None:
     raw = zstandard.compress(b"first") + zstandard.compress(bytes(range(256)) * 40, 1)
     (tmp_path / "a.zst").write_bytes(raw[: len(raw) - min(cut, len(raw) // 3)])
-    with pytest.raises(EOFError, match="inside a frame"), io.BufferedReader(ZstdFile(tmp_path / "a.zst")) as f:
+    with (pytest.raises(EOFError, match="inside a frame"),
+          io.BufferedReader(ZstdFile(tmp_path / "a.zst")) as f):
         f.read()
     (tmp_path / "b.zst").write_bytes(b"no zstd at all")
     with pytest.raises(EOFError), io.BufferedReader(ZstdFile(tmp_path / "b.zst")) as f:

@@ -1,4 +1,5 @@
-"""Checkpoints that are no longer what was written: found whatever the file and the damage, and replaced by the one before."""
+"""Checkpoints that are no longer what was written: found whatever the file and the damage,
+and replaced by the one before."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ from megatron_sov.obs.events import read_events
 from megatron_sov.runs.checkpoints import damage
 
 STEPS = 8
-SETTINGS = (f"train.steps={STEPS}", "train.checkpoint_every_steps=1", "train.keep_checkpoints=0", "train.eval_every_steps=0",
-            "train.hidden_dropout=0.1")
+SETTINGS = (f"train.steps={STEPS}", "train.checkpoint_every_steps=1", "train.keep_checkpoints=0",
+            "train.eval_every_steps=0", "train.hidden_dropout=0.1")
 EP2 = ("--nproc", "2", "--set", "parallel.ep=2")
 Damage = Callable[[Path], None]
 
@@ -62,26 +63,30 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.distributed
-def test_the_newest_sound_checkpoint_goes_on_to_the_same_bits(tmp_path: Path, pretrain: Any, kept: Path) -> None:
-    """One kind of file and of damage after the other stands in the way, from the newest checkpoint back to step 2."""
+def test_the_newest_sound_checkpoint_goes_on_to_the_same_bits(tmp_path: Path, pretrain: Any,
+                                                              kept: Path) -> None:
+    """One kind of file and of damage after the other stands in the way,
+    from the newest checkpoint back to step 2."""
     done = ended(pretrain(kept, *EP2, settings=SETTINGS))
     assert done.returncode == 0, done.stderr
     at_once = tmp_path / "at-once"
     assert ended(pretrain(at_once, *EP2, settings=(*SETTINGS, "train.async_save=false"))).returncode == 0
-    assert all(hashes(at_once, step) == hashes(kept, step) for step in range(1, STEPS + 1)), "in the background or at once"
+    assert all(hashes(at_once, step) == hashes(kept, step) for step in range(1, STEPS + 1)), (
+        "in the background or at once")
 
     broken = tmp_path / "broken"
     shutil.copytree(kept, broken)
     (broken / "complete.json").unlink()
-    in_the_way = {8: ("optimizer/00000/rank-00001-00000.safetensors", truncated), 7: ("model.index.json", flipped),
-                  6: ("state.json", deleted), 5: (MANIFEST, flipped), 4: ("tokenizer/tokenizer.json", truncated),
-                  3: (MANIFEST, deleted)}
+    in_the_way = {8: ("optimizer/00000/rank-00001-00000.safetensors", truncated),
+                  7: ("model.index.json", flipped), 6: ("state.json", deleted), 5: (MANIFEST, flipped),
+                  4: ("tokenizer/tokenizer.json", truncated), 3: (MANIFEST, deleted)}
     for step, (name, spoil) in in_the_way.items():
         spoil(folder_of(broken, step) / name)
     (broken / "checkpoints" / ".writing-step-9-0a1b2c3d").mkdir()
     done = ended(pretrain(broken, *EP2, "--resume", settings=SETTINGS))
     assert done.returncode == 0, done.stderr
-    found = [e for e in read_events(broken / "events.jsonl") if e["event"] in ("damaged_checkpoint", "resume")]
+    found = [e for e in read_events(broken / "events.jsonl")
+             if e["event"] in ("damaged_checkpoint", "resume")]
     assert [e.get("path") for e in found] == [*(f"checkpoints/step-{step}" for step in in_the_way), None]
     for event, (step, (name, _)) in zip(found, in_the_way.items(), strict=False):
         assert f"checkpoints/step-{step}/{name}: " in event["reason"]
@@ -98,7 +103,8 @@ def test_the_newest_sound_checkpoint_goes_on_to_the_same_bits(tmp_path: Path, pr
     for _ in range(2):  # and it stays refused
         done = ended(pretrain(lost, *EP2, "--resume", settings=SETTINGS))
         assert done.returncode == 2 and "Traceback" not in done.stderr
-        assert "no sound checkpoint is left (damaged-step-1); restore one from a copy as step-N" in done.stderr
+        assert ("no sound checkpoint is left (damaged-step-1); restore one from a copy as step-N"
+                in done.stderr)
 
 
 def test_every_damage_to_every_file_is_found(kept: Path, tmp_path: Path) -> None:
@@ -111,12 +117,14 @@ def test_every_damage_to_every_file_is_found(kept: Path, tmp_path: Path) -> None
             content = (path / name).read_bytes()
             spoil(path / name)
             problem = damage(path)
-            assert problem is not None and problem.startswith(f"{path / name}: "), (name, spoil.__name__, problem)
+            assert problem is not None and problem.startswith(f"{path / name}: "), (
+                name, spoil.__name__, problem)
             (path / name).write_bytes(content)
     assert damage(path) is None
 
 
-@pytest.mark.parametrize("command", [("convert", "to-hf", "RUN", "OUT"), ("generate", "RUN", "--prompt", "a")])
+@pytest.mark.parametrize("command",
+                         [("convert", "to-hf", "RUN", "OUT"), ("generate", "RUN", "--prompt", "a")])
 @pytest.mark.parametrize("name", [MANIFEST, "model/00000/rank-00000-00000.safetensors"])
 def test_commands_name_the_file_and_the_checkpoint_before(
         kept: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], command: tuple[str, ...], name: str,
@@ -132,12 +140,14 @@ def test_commands_name_the_file_and_the_checkpoint_before(
         code = e.code
     said = capfd.readouterr().err
     assert code == 2 and f"{folder_of(tmp_path / 'run', 8) / name}: " in said, said
-    assert f"use the checkpoint before it, {folder_of(tmp_path / 'run', 6)}" in said and not (tmp_path / "out").exists()
+    assert (f"use the checkpoint before it, {folder_of(tmp_path / 'run', 6)}" in said
+            and not (tmp_path / "out").exists())
 
 
 def test_a_run_does_not_start_from_a_damaged_one(kept: Path, tmp_path: Path, pretrain: Any) -> None:
     shutil.copytree(folder_of(kept, 8), folder_of(tmp_path / "run", 8))
     truncated(folder_of(tmp_path / "run", 8) / "model/00000/rank-00000-00000.safetensors")
     done = ended(pretrain(tmp_path / "new", "--from", str(tmp_path / "run"), settings=SETTINGS))
-    assert done.returncode == 2 and "there is no checkpoint before it; restore it from a copy" in done.stderr, done.stderr
+    assert done.returncode == 2 and ("there is no checkpoint before it; restore it from "
+                                     "a copy") in done.stderr, done.stderr
     assert not (tmp_path / "new").exists()

@@ -16,16 +16,17 @@ from megatron_sov.data.rows import sample_row
 from megatron_sov.data.token_shards import open_sources
 from megatron_sov.obs.events import read_events
 
-SETTINGS = ('data.phases=[{"name": "main", "seq_len": 64}]', "train.global_batch_size=4", "train.micro_batch_size=2",
-            "train.steps=2", "data.heldout_tokens=128")
+SETTINGS = ('data.phases=[{"name": "main", "seq_len": 64}]', "train.global_batch_size=4",
+            "train.micro_batch_size=2", "train.steps=2", "data.heldout_tokens=128")
 
 
-def test_the_first_step_has_the_models_own_loss(tmp_path: Path, hf_models: dict[str, Path], token_shards: Path) -> None:
+def test_the_first_step_has_the_models_own_loss(tmp_path: Path, hf_models: dict[str, Path],
+                                                token_shards: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     run = tmp_path / "run"
-    argv = [sys.executable, "-W", "ignore", "-m", "megatron_sov", "pretrain", "tiny-solar-open", "--data", str(token_shards),
-            "--run", str(run), "--from", str(hf_models["solar_open"]), "--nproc", "2"]
+    argv = [sys.executable, "-W", "ignore", "-m", "megatron_sov", "pretrain", "tiny-solar-open", "--data",
+            str(token_shards), "--run", str(run), "--from", str(hf_models["solar_open"]), "--nproc", "2"]
     done = subprocess.run([*argv, *(part for s in SETTINGS for part in ("--set", s))], capture_output=True,
                           text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -41,7 +42,8 @@ def test_the_first_step_has_the_models_own_loss(tmp_path: Path, hf_models: dict[
         for a, b in zip(row.bounds, row.bounds[1:], strict=False):
             with torch.no_grad():
                 logits = model(input_ids=torch.from_numpy(row.tokens[a:b])[None], use_cache=False).logits[0]
-            losses = torch.nn.functional.cross_entropy(logits, torch.from_numpy(row.labels[a:b]), reduction="none")
+            losses = torch.nn.functional.cross_entropy(logits, torch.from_numpy(row.labels[a:b]),
+                                                       reduction="none")
             nats += float((losses * torch.from_numpy(row.weights[a:b])).sum())
             targets += float(row.weights[a:b].sum())
     assert first["loss"] == pytest.approx(nats / targets, abs=1e-5)

@@ -15,18 +15,20 @@ from megatron_sov.obs.events import read_events
 from megatron_sov.report.incidents import incident_section
 from megatron_sov.report.run_data import read_run
 
-SMALL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.head_dim=8", "model.expert_ffn_dim=16",
-         'data.phases=[{"name": "main", "seq_len": 32}]', "train.global_batch_size=8", "train.micro_batch_size=2",
-         "data.heldout_tokens=128", "train.eval_every_steps=0", "train.hidden_dropout=0.1", "train.keep_checkpoints=0")
-STORM = (*SMALL, "train.steps=30", "train.checkpoint_every_steps=4", "train.async_save=false", "guards.window_steps=20",
-         "guards.hang_timeout_s=8", "guards.straggler_every_steps=6", "guards.straggler_ratio=1.2",
-         "guards.routing_every_steps=3")
-STORM_FAULTS = ("raise@start=0,rank=1", "kill@step=3,rank=1", "raise@load=4", "bitflip@step=11,rank=1", "kill@save=12",
-                "corrupt-checkpoint@save=16", "raise@step=18,rank=1", "hang@step=20,rank=1", "nan@step=21,rank=1",
-                "slow-rank@step=25,rank=1,seconds=0.3,steps=6", "spike@step=27")
+SMALL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.head_dim=8",
+         "model.expert_ffn_dim=16", 'data.phases=[{"name": "main", "seq_len": 32}]',
+         "train.global_batch_size=8", "train.micro_batch_size=2", "data.heldout_tokens=128",
+         "train.eval_every_steps=0", "train.hidden_dropout=0.1", "train.keep_checkpoints=0")
+STORM = (*SMALL, "train.steps=30", "train.checkpoint_every_steps=4", "train.async_save=false",
+         "guards.window_steps=20", "guards.hang_timeout_s=8", "guards.straggler_every_steps=6",
+         "guards.straggler_ratio=1.2", "guards.routing_every_steps=3")
+STORM_FAULTS = ("raise@start=0,rank=1", "kill@step=3,rank=1", "raise@load=4", "bitflip@step=11,rank=1",
+                "kill@save=12", "corrupt-checkpoint@save=16", "raise@step=18,rank=1", "hang@step=20,rank=1",
+                "nan@step=21,rank=1", "slow-rank@step=25,rank=1,seconds=0.3,steps=6", "spike@step=27")
 STORM_REFUSED = "data.skip_steps=[[21, 21], [27, 27]]"
-ROLLED = (*SMALL, "train.steps=14", "train.checkpoint_every_steps=3", "guards.rollback_after_skips=3", "guards.hang_timeout_s=0",
-          "parallel.zero1=true", "parallel.overlap_param_gather=true", "parallel.overlap_grad_reduce=true")
+ROLLED = (*SMALL, "train.steps=14", "train.checkpoint_every_steps=3", "guards.rollback_after_skips=3",
+          "guards.hang_timeout_s=0", "parallel.zero1=true", "parallel.overlap_param_gather=true",
+          "parallel.overlap_grad_reduce=true")
 ROLLED_FAULTS = tuple(f"nan@step={step},rank={step % 2}" for step in (8, 9, 10))
 ROLLED_PASSED_OVER = "data.skip_steps=[[7, 10]]"
 
@@ -49,8 +51,10 @@ def runs(data: str, folder: str) -> dict[str, int]:
             try:
                 for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", STORE_PORT):
                     os.environ.pop(variable, None)  # it is no rank, it starts some
-                config = apply_settings(recipes.get("tiny-solar-open"), [f"data.paths={json.dumps({data: 1.0})}", *settings])
-                run_stage(Stage(config, RunFolder(Path(folder) / name), LanguageModelling, faults=parse(faults, 2)), 2)
+                config = apply_settings(recipes.get("tiny-solar-open"),
+                                        [f"data.paths={json.dumps({data: 1.0})}", *settings])
+                run_stage(Stage(config, RunFolder(Path(folder) / name), LanguageModelling,
+                                faults=parse(faults, 2)), 2)
                 code = 0
             except SystemExit as e:
                 code = int(e.code or 0)
@@ -63,8 +67,10 @@ def runs(data: str, folder: str) -> dict[str, int]:
         return code
 
     return {
-        "storm": run("storm", STORM, STORM_FAULTS), "storm by hand": run("storm by hand", (*STORM, STORM_REFUSED)),
-        "rolled": run("rolled", ROLLED, ROLLED_FAULTS), "rolled by hand": run("rolled by hand", (*ROLLED, ROLLED_PASSED_OVER)),
+        "storm": run("storm", STORM, STORM_FAULTS),
+        "storm by hand": run("storm by hand", (*STORM, STORM_REFUSED)),
+        "rolled": run("rolled", ROLLED, ROLLED_FAULTS),
+        "rolled by hand": run("rolled by hand", (*ROLLED, ROLLED_PASSED_OVER)),
         "given up": run("given up", (*ROLLED, "train.checkpoint_every_steps=20"), ROLLED_FAULTS),
     }
 
@@ -74,11 +80,13 @@ def events_of(run: Path, *kinds: str) -> list[dict[str, Any]]:
 
 
 def last_checkpoint(run: Path) -> dict[str, Any]:
-    """Return the hashes of all files of a run's last checkpoint, and the loop's state apart from what happened on the way."""
+    """Return the hashes of all files of a run's last checkpoint, and the loop's state apart from what
+    happened on the way."""
     from megatron_sov.artifacts import read_manifest
 
     path = max((run / "checkpoints").glob("step-*"), key=lambda p: int(p.name.removeprefix("step-")))
-    files = {name: record.sha256 for name, record in read_manifest(path).files.items() if name != "state.json"}
+    files = {name: record.sha256 for name, record in read_manifest(path).files.items()
+             if name != "state.json"}
     state = json.loads((path / "state.json").read_text())
     return {**files, "state": {k: v for k, v in state.items() if k not in ("wall_s", "guard")}}
 
@@ -93,26 +101,32 @@ def test_whatever_comes_the_run_ends_as_one_from_which_the_same_samples_were_lef
     _storm_is_told(tmp_path / "storm")
     (rollback,) = events_of(tmp_path / "rolled", "rollback")
     assert (rollback["step"], rollback["back_to"], rollback["refused"]) == (10, 6, 3)
-    assert [e["ranks"] for e in events_of(tmp_path / "rolled", "skip")] == [[0], [1], [0]], "whose loss was no number"
+    assert [e["ranks"] for e in events_of(tmp_path / "rolled", "skip")] == [[0], [1], [0]], (
+        "whose loss was no number")
 
 
 def _storm_is_told(run: Path) -> None:
     """Every fault and what the run did about it stands in its events."""
-    assert {e["fault"].split(",")[0] for e in events_of(run, "fault")} == {f.split(",")[0] for f in STORM_FAULTS}
+    assert {e["fault"].split(",")[0] for e in events_of(run, "fault")} == {
+        f.split(",")[0] for f in STORM_FAULTS}
     codes = [e["exit_code"] for e in events_of(run, "restart")]
     assert codes == [1, 137, 77, 1, 137, 1, 76], "start, kill, bitflip, load, save, raise, hang"
     assert [e["step"] for e in events_of(run, "restart")] == [0, 0, 8, 8, 8, 16, 16]
-    (damaged,), (corruption,), (hang,) = (events_of(run, kind) for kind in ("damaged_checkpoint", "sdc", "hang"))
+    (damaged,), (corruption,), (hang,) = (events_of(run, kind)
+                                          for kind in ("damaged_checkpoint", "sdc", "hang"))
     assert damaged["path"] == "checkpoints/step-16"
     assert corruption["step"] == 12 and corruption["ranks"] == [0, 1], "of two replicas both are named"
-    assert hang["step"] == 20 and hang["places"]["fault_injection.py, trigger"] == [1], "the others wait somewhere else"
+    assert hang["step"] == 20 and hang["places"]["fault_injection.py, trigger"] == [1], (
+        "the others wait somewhere else")
     assert "strike" in (run / "hang" / "step-20-rank-00001.txt").read_text()
     skips = {e["step"]: e for e in events_of(run, "skip")}
     assert sorted(skips) == [21, 27] and skips[21]["ranks"] == [1]
     assert "standard deviations above" in skips[27]["reason"]
-    assert any(e["kind"] == "slow process" and e["rank"] == 1 for e in events_of(run, "alarm") if e["step"] == 30)
+    assert any(e["kind"] == "slow process" and e["rank"] == 1
+               for e in events_of(run, "alarm") if e["step"] == 30)
     assert {tuple(e["layers"]) for e in events_of(run, "routing")} == {(1, 2)}
     assert {e.get("source") for e in events_of(run, "expert_load")} == {None, "even", "odd"}
     _, incidents, _ = incident_section(read_run(run)).tables
     assert {row[1] for row in incidents.rows} == {
-        "step not learned", "started again", "hang", "silent corruption", "alarm", "fault on purpose", "damaged checkpoint"}
+        "step not learned", "started again", "hang", "silent corruption", "alarm", "fault on purpose",
+        "damaged checkpoint"}

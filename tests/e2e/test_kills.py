@@ -1,4 +1,5 @@
-"""SIGKILL at every state of a run: what stands under a checkpoint's name is whole, and the end is that of the run left alone."""
+"""SIGKILL at every state of a run: what stands under a checkpoint's name is whole, and the end is that of
+the run left alone."""
 
 from __future__ import annotations
 
@@ -15,10 +16,12 @@ import psutil
 import pytest
 
 STEPS = 12
-SETTINGS = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.head_dim=8", "model.expert_ffn_dim=16",
-            'data.phases=[{"name": "main", "seq_len": 32}]', "train.global_batch_size=8", "train.micro_batch_size=2",
-            "data.heldout_tokens=128", f"train.steps={STEPS}", "train.checkpoint_every_steps=2", "train.keep_checkpoints=1",
-            "train.keep_every_steps=8", "train.eval_every_steps=6", "train.hidden_dropout=0.1", "parallel.ep=2")
+SETTINGS = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.head_dim=8",
+            "model.expert_ffn_dim=16", 'data.phases=[{"name": "main", "seq_len": 32}]',
+            "train.global_batch_size=8", "train.micro_batch_size=2", "data.heldout_tokens=128",
+            f"train.steps={STEPS}", "train.checkpoint_every_steps=2", "train.keep_checkpoints=1",
+            "train.keep_every_steps=8", "train.eval_every_steps=6", "train.hidden_dropout=0.1",
+            "parallel.ep=2")
 
 
 def run_and_kill(data: str, folder: str) -> dict[str, Any]:
@@ -33,7 +36,8 @@ def run_and_kill(data: str, folder: str) -> dict[str, Any]:
     from megatron_sov.train.lm import LanguageModelling
     from megatron_sov.train.stage import Stage, run_stage
 
-    config = apply_settings(recipes.get("tiny-solar-open"), [f"data.paths={json.dumps({data: 1.0})}", *SETTINGS])
+    config = apply_settings(recipes.get("tiny-solar-open"),
+                            [f"data.paths={json.dumps({data: 1.0})}", *SETTINGS])
     whole, broken = Path(folder) / "whole", Path(folder) / "broken"
     checkpoints, left, found = broken / "checkpoints", list[int](), list[str]()
 
@@ -99,8 +103,8 @@ def run_and_kill(data: str, folder: str) -> dict[str, Any]:
     began_s = time.monotonic()
     hung = os.waitstatus_to_exitcode(os.waitpid(started(Path(folder) / "hung", limited, hangs), 0)[1])
     took_s = time.monotonic() - began_s
-    for reached in (lambda: True, loading(), stepping(1), writing("."), loading(), writing("model"), stepping(12),
-                    writing("indices"), loading(), writing("model.index.json")):
+    for reached in (lambda: True, loading(), stepping(1), writing("."), loading(), writing("model"),
+                    stepping(12), writing("indices"), loading(), writing("model.index.json")):
         killed(reached)
     assert os.waitpid(started(broken), 0)[1] == 0
     return {"hung": hung, "took_s": took_s, "whole_s": whole_s, "left": left, "damaged": found,
@@ -113,12 +117,14 @@ def test_kills_at_every_state_change_nothing(ranks: Any, job: Any, packed_data: 
 
     arguments = {"data": str(packed_data.text), "folder": str(tmp_path)}
     ((found,),) = ranks(job(__file__, "run_and_kill", 1, arguments))
-    assert found["hung"] == 2 and found["took_s"] < found["whole_s"] + 30, "a thread that hangs keeps no process from leaving"
+    assert found["hung"] == 2 and found["took_s"] < found["whole_s"] + 30, (
+        "a thread that hangs keeps no process from leaving")
     assert not list((tmp_path / "hung" / "checkpoints").glob("step-*"))
     assert found["damaged"] == [], "under its name a checkpoint is whole"
     assert sum(found["left"]) >= 1, "at least one kill came while a checkpoint was written"
     assert found["names"] == [f"step-{STEPS}", "step-8"], "no leftovers, newest and multiples stay"
     for step in (8, STEPS):
-        ours, theirs = (read_manifest(tmp_path / name / f"checkpoints/step-{step}").files for name in ("broken", "whole"))
+        ours, theirs = (read_manifest(tmp_path / name / f"checkpoints/step-{step}").files
+                        for name in ("broken", "whole"))
         state = ours.pop("state.json"), theirs.pop("state.json")  # holds the hours worked
         assert ours == theirs and abs(state[0].size_bytes - state[1].size_bytes) < 8

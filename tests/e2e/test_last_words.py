@@ -1,4 +1,5 @@
-"""A run that ends by an error says why in its own folder, where someone looks in the morning; and which fault never came."""
+"""A run that ends by an error says why in its own folder, where someone looks in the morning;
+and which fault never came."""
 
 from __future__ import annotations
 
@@ -14,19 +15,25 @@ SETTINGS = ("train.steps=6", "train.eval_every_steps=0")
 
 
 @pytest.mark.distributed
-def test_why_a_run_ended_stands_in_its_status(pretrain: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_why_a_run_ended_stands_in_its_status(pretrain: Any, tmp_path: Path,
+                                              capsys: pytest.CaptureFixture[str]) -> None:
     refused, crashed, learned = tmp_path / "refused", tmp_path / "crashed", tmp_path / "learned"
     arguments = {refused: ("--inject", "nan@step=1,nan@step=2", "--set", "guards.rollback_after_skips=2"),
-                 learned: ("--inject", "nan@step=3", "--set", "guards.skip=false", "--set", "train.checkpoint_every_steps=2"),
+                 learned: ("--inject", "nan@step=3", "--set", "guards.skip=false", "--set",
+                           "train.checkpoint_every_steps=2"),
                  crashed: ("--inject", "raise@step=2", "--set", "train.max_restarts=0")}
-    processes = {run: subprocess.Popen(pretrain(run, *words, settings=SETTINGS), stderr=subprocess.PIPE, text=True)
-                 for run, words in arguments.items()}
+    processes = {
+        run: subprocess.Popen(pretrain(run, *words, settings=SETTINGS), stderr=subprocess.PIPE, text=True)
+        for run, words in arguments.items()}
     said = {run: process.communicate()[1] for run, process in processes.items()}
     assert [processes[run].returncode for run in (refused, crashed, learned)] == [2, 1, 2]
-    sentences = {refused: "steps 1 to 2 were refused in a row (the last one: the loss is nan), and of checkpoints there is none",
-                 learned: "step 3: the loss is nan and the gradient norm nan; lower optim.lr = 0.004 and start a new --run "
-                          f"--from {learned}/checkpoints/step-2, the last checkpoint, or switch on guards.skip",
-                 crashed: "rank 0 ended with exit code 1, and train.max_restarts = 0 lets no process start again; find the cause"}
+    sentences = {refused: "steps 1 to 2 were refused in a row (the last one: "
+                          "the loss is nan), and of checkpoints there is none",
+                 learned: "step 3: the loss is nan and the gradient norm nan; "
+                          "lower optim.lr = 0.004 and start a new --run --from "
+                          f"{learned}/checkpoints/step-2, the last checkpoint, or switch on guards.skip",
+                 crashed: "rank 0 ended with exit code 1, and train.max_restarts = 0 lets no process start "
+                          "again; find the cause"}
     for run, sentence in sentences.items():
         assert f"error: {sentence}" in said[run]
         assert main(["status", str(run)]) == 0
@@ -40,7 +47,8 @@ def test_why_a_run_ended_stands_in_its_status(pretrain: Any, tmp_path: Path, cap
 @pytest.mark.distributed
 def test_a_fault_that_never_came_is_named(pretrain: Any, tmp_path: Path) -> None:
     words = ("--inject", "nan@step=2,raise@load=3")
-    done = subprocess.run(pretrain(tmp_path / "run", *words, settings=SETTINGS), capture_output=True, text=True, check=False)
+    done = subprocess.run(pretrain(tmp_path / "run", *words, settings=SETTINGS), capture_output=True,
+                          text=True, check=False)
     assert done.returncode == 0
     named = [line for line in done.stderr.splitlines() if "never came" in line]
     assert named == ["warning: --inject raise@load=3,rank=0: never came"]

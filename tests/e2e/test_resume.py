@@ -17,15 +17,16 @@ from megatron_sov.mcore.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.obs.events import final_steps, read_events
 
 STEPS, MIDDLE = 30, 20
-SETTINGS = (f"train.steps={STEPS}", "train.checkpoint_every_steps=5", "train.keep_checkpoints=0", "train.eval_every_steps=10",
-            "optim.warmup_steps=4", "optim.eps=1e-3")
+SETTINGS = (f"train.steps={STEPS}", "train.checkpoint_every_steps=5", "train.keep_checkpoints=0",
+            "train.eval_every_steps=10", "optim.warmup_steps=4", "optim.eps=1e-3")
 EP2 = ("--nproc", "2", "--set", "parallel.ep=2")
 
 
 def steps_of(run: Path) -> list[dict[str, Any]]:
     """Return every step's numbers, without times."""
     timed = ("time_s", "step_time_s", "tokens_per_s")
-    return [{k: v for k, v in e.items() if k not in timed} for e in final_steps(list(read_events(run / "events.jsonl")))]
+    return [{k: v for k, v in e.items() if k not in timed}
+            for e in final_steps(list(read_events(run / "events.jsonl")))]
 
 
 def last_step(run: Path) -> int:
@@ -38,11 +39,13 @@ def checkpoint_of(run: Path, step: int) -> Path:
 
 def tensors_of(run: Path) -> dict[str, torch.Tensor]:
     readers = {part: TensorReader(checkpoint_of(run, STEPS), part) for part in ("model", "optimizer")}
-    return {f"{part}/{key}": reader.read(key) for part, reader in readers.items() for key in reader.keys()}  # noqa: SIM118
+    return {f"{part}/{key}": reader.read(key) for part, reader in readers.items()
+            for key in reader.keys()}  # noqa: SIM118
 
 
 @pytest.mark.distributed
-def test_stopped_killed_and_continued_equals_uninterrupted(tmp_path: Path, pretrain: Any, start: Any, until: Any) -> None:
+def test_stopped_killed_and_continued_equals_uninterrupted(tmp_path: Path, pretrain: Any, start: Any,
+                                                           until: Any) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     subprocess.run(pretrain(whole, *EP2, settings=SETTINGS), check=True, capture_output=True)
 
@@ -50,8 +53,10 @@ def test_stopped_killed_and_continued_equals_uninterrupted(tmp_path: Path, pretr
     until(lambda: last_step(broken) >= 3, run)
     holder = json.loads((broken / "lock.json").read_text())["pid"]
     os.kill(holder, signal.SIGSTOP)  # the run lives and stands still while another one tries
-    second = subprocess.run(pretrain(broken, *EP2, "--resume", settings=SETTINGS), capture_output=True, text=True, check=False)
-    assert second.returncode == 2 and f"held by a living run (process {holder}" in second.stderr, second.stderr
+    second = subprocess.run(pretrain(broken, *EP2, "--resume", settings=SETTINGS), capture_output=True,
+                            text=True, check=False)
+    assert second.returncode == 2 and f"held by a living run (process {holder}" in second.stderr, (
+        second.stderr)
     run.send_signal(signal.SIGTERM)
     os.kill(holder, signal.SIGCONT)
     _, errors = run.communicate(timeout=60)
@@ -67,9 +72,11 @@ def test_stopped_killed_and_continued_equals_uninterrupted(tmp_path: Path, pretr
     run.wait(timeout=60)
     assert (broken / "lock.json").exists() and rank_zero != run.pid
 
-    done = subprocess.run(pretrain(broken, *EP2, "--resume", settings=SETTINGS), capture_output=True, text=True, check=False)
+    done = subprocess.run(pretrain(broken, *EP2, "--resume", settings=SETTINGS), capture_output=True,
+                          text=True, check=False)
     assert done.returncode == 0, done.stderr
-    reasons = [e["event"] for e in read_events(broken / "events.jsonl") if e["event"] in ("stop", "resume", "run_end")]
+    reasons = [e["event"] for e in read_events(broken / "events.jsonl")
+               if e["event"] in ("stop", "resume", "run_end")]
     assert reasons == ["stop", "resume", "resume", "run_end"]
     assert [s["step"] for s in steps_of(broken)] == list(range(1, STEPS + 1))
     for ours, theirs in zip(steps_of(broken), steps_of(whole), strict=True):
@@ -84,7 +91,8 @@ def _continues_at_another_size(whole: Path, other: Path, pretrain: Any) -> None:
     middle = checkpoint_of(whole, MIDDLE)
     shutil.copytree(middle, other / "checkpoints" / middle.name)
     shutil.copy(whole / "config.json", other)
-    done = subprocess.run(pretrain(other, "--resume", settings=SETTINGS), capture_output=True, text=True, check=False)
+    done = subprocess.run(pretrain(other, "--resume", settings=SETTINGS), capture_output=True, text=True,
+                          check=False)
     assert done.returncode == 0, done.stderr
     ours = {s["step"]: s for s in steps_of(other)}
     assert sorted(ours) == list(range(MIDDLE + 1, STEPS + 1))

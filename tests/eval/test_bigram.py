@@ -34,7 +34,8 @@ class Listed:
 def reference(context: int, target: int) -> float:
     pairs = Counter(pair for d in DOCUMENTS for pair in pairwise(d))
     before = Counter(w for _, w in pairs)
-    d, e = (sum(n == 1 for n in c.values()) / (sum(n == 1 for n in c.values()) + 2 * sum(n == 2 for n in c.values()))
+    d, e = (sum(n == 1 for n in c.values()) / (sum(n == 1 for n in c.values())
+                                               + 2 * sum(n == 2 for n in c.values()))
             for c in (pairs, before))
     q = max(before[target] - e, 0) / len(pairs) + e * len(before) / len(pairs) / VOCAB
     total = sum(n for (v, _), n in pairs.items() if v == context)

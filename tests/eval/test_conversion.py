@@ -1,4 +1,5 @@
-"""verify runs both sides and writes a card: the same model passes in any combination of dtypes, a wrong setting does not."""
+"""verify runs both sides and writes a card: the same model passes in any combination of dtypes,
+a wrong setting does not."""
 
 from __future__ import annotations
 
@@ -32,8 +33,8 @@ def figures(a: Path, b: Path) -> tuple[dict[str, bool], dict[str, object]]:
 SAME = {"largest difference of a logit": True, "greedy tokens that differ": True}
 
 
-def test_both_sides_run_with_the_narrower_weights(imported: dict[str, Path], hf_models: dict[str, Path], one_rank: None,
-                                                  tmp_path: Path) -> None:
+def test_both_sides_run_with_the_narrower_weights(imported: dict[str, Path], hf_models: dict[str, Path],
+                                                  one_rank: None, tmp_path: Path) -> None:
     checkpoint, hf = imported["exaone_moe"], hf_models["exaone_moe"]
     found, method = figures(checkpoint, hf)
     assert found == SAME and "weights" not in method
@@ -41,7 +42,8 @@ def test_both_sides_run_with_the_narrower_weights(imported: dict[str, Path], hf_
     assert method["prompts"] == {"lengths": [1, 5, 40], "tokens": "random", "seed": 0}
     convert.to_hf(checkpoint, tmp_path / "bf16", "bfloat16")
     convert.from_hf(tmp_path / "bf16", tmp_path / "narrow")
-    for a, b, narrower in ((tmp_path / "bf16", checkpoint, tmp_path / "bf16"), (tmp_path / "narrow", hf, tmp_path / "narrow")):
+    for a, b, narrower in ((tmp_path / "bf16", checkpoint, tmp_path / "bf16"),
+                           (tmp_path / "narrow", hf, tmp_path / "narrow")):
         found, method = figures(a, b)
         assert found == SAME and method["weights"] == f"of the narrower side, {narrower}"
     assert figures(hf, hf)[0] == SAME
@@ -49,17 +51,20 @@ def test_both_sides_run_with_the_narrower_weights(imported: dict[str, Path], hf_
     assert "equal weights, equal logits" in str(figures(checkpoint, tmp_path / "narrow"))
 
 
-def test_the_card_says_everything_and_the_run_hears_of_it(imported: dict[str, Path], hf_models: dict[str, Path], one_rank: None,
-                                                          tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_card_says_everything_and_the_run_hears_of_it(
+        imported: dict[str, Path], hf_models: dict[str, Path], one_rank: None, tmp_path: Path,
+        capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint, hf = imported["solar_open"], shutil.copytree(hf_models["solar_open"], tmp_path / "hf")
     EventLog(tmp_path / EVENTS).close()
-    command = ["convert", "verify", str(checkpoint), str(hf), "--lengths", "3", "30", "--card", str(tmp_path / "card.json")]
+    command = ["convert", "verify", str(checkpoint), str(hf), "--lengths", "3", "30", "--card",
+               str(tmp_path / "card.json")]
     assert main([*command, "--run", str(tmp_path)]) == 0
     assert "verified: the same model" in capsys.readouterr().out
     card = json.loads((tmp_path / "card.json").read_text())
     assert card["passed"] is True and {"largest difference of a logit", "tensors whose values differ"} <= {
         check["name"] for check in card["checks"]}
-    assert card["a"] == {"path": str(checkpoint), "kind": "checkpoint", "manifest_sha256": manifest_sha256(checkpoint)}
+    assert card["a"] == {"path": str(checkpoint), "kind": "checkpoint",
+                         "manifest_sha256": manifest_sha256(checkpoint)}
     assert card["b"] == {"path": str(hf), "kind": "hf_model"}
     assert card["logits"]["prompts"]["lengths"] == [3, 30] and card["versions"]["megatron-core"] == "0.16.1"
     assert card["tensors"]["model.norm.weight"] | {"sha256": 0} == {

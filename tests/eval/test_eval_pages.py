@@ -15,15 +15,19 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 
 @pytest.mark.parametrize(("page", "count"), [("generate.md", 4), ("eval.md", 6)])
-def test_what_the_page_shows_runs(page: str, count: int, one_rank: None, imported: dict[str, Path], hf_models: dict[str, Path],
-                                  token_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folders = {"my-checkpoint": imported["solar_open"], "my-model": hf_models["solar_open"], "shards": token_shards}
+def test_what_the_page_shows_runs(page: str, count: int, one_rank: None, imported: dict[str, Path],
+                                  hf_models: dict[str, Path], token_shards: Path, tmp_path: Path,
+                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = {"my-checkpoint": imported["solar_open"], "my-model": hf_models["solar_open"],
+               "shards": token_shards}
     for name, folder in folders.items():
         shutil.copytree(folder, tmp_path / name)
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"^```bash\n(.*?)^```$", (DOCS / page).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```bash\n(.*?)^```$", (DOCS / page).read_text(encoding="utf-8"),
+                        re.MULTILINE | re.DOTALL)
     commands = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    lines = [line for line in commands if not line.startswith("megatron-sov pretrain")]  # that one: tests/train
+    # that one: tests/train
+    lines = [line for line in commands if not line.startswith("megatron-sov pretrain")]
     assert len(lines) == count
     for line in lines:
         program, *arguments = shlex.split(line.split(" --nproc")[0])  # several processes: tests/generate

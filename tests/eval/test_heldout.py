@@ -23,15 +23,16 @@ def test_a_known_loss_per_byte_comes_out(token_shards: Path) -> None:
     data = open_heldout({str(token_shards): 1.0}, 90, 2000)
     sizes = data.bytes_of_token(1024)
     assert sizes is not None
-    results = evaluate_rows(data, lambda row: np.where(row.weights > 0, sizes[row.labels] * math.log(2), math.nan))
+    results = evaluate_rows(data,
+                            lambda row: np.where(row.weights > 0, sizes[row.labels] * math.log(2), math.nan))
     assert set(results) == {"first", "second"}
     for result in results.values():
         assert result.bits_per_byte == pytest.approx(1.0, rel=1e-12)
         assert 1000 < result.tokens < 2000
 
 
-def test_data_that_cannot_judge_is_refused(one_rank: None, imported: dict[str, Path], token_shards: Path, tmp_path: Path,
-                                           capsys) -> None:
+def test_data_that_cannot_judge_is_refused(one_rank: None, imported: dict[str, Path], token_shards: Path,
+                                           tmp_path: Path, capsys) -> None:
     other = shutil.copytree(token_shards, tmp_path / "other")
     tokenizer = json.loads((other / "tokenizer/tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]

@@ -13,7 +13,8 @@ from megatron_sov.eval.intervals import wilson_interval
 def test_the_ends_solve_the_score_equation(correct: int, samples: int) -> None:
     share = correct / samples
     for end in wilson_interval(correct, samples):
-        assert abs(share - end) == pytest.approx(1.959963984540054 * math.sqrt(end * (1 - end) / samples), rel=1e-9)
+        assert abs(share - end) == pytest.approx(1.959963984540054 * math.sqrt(end * (1 - end) / samples),
+                                                 rel=1e-9)
 
 
 def test_nothing_and_everything_right_leave_one_end_open() -> None:

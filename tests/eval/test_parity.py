@@ -1,4 +1,5 @@
-"""Our model is transformers' model: logits agree to rounding for both families, and a wrong detail is seen."""
+"""Our model is transformers' model: logits agree to rounding for both families,
+and a wrong detail is seen."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ def test_logits_agree_for_packed_documents(family: str, imported: dict[str, Path
 
 PLAIN = {"rope_type": "default", "rope_theta": 1e6}
 WRONG = [
-    ("solar_open", {"rope_parameters": PLAIN | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}}),
+    ("solar_open", {"rope_parameters": PLAIN | {"rope_type": "yarn", "factor": 4.0,
+                                                "original_max_position_embeddings": 256}}),
     ("solar_open", {"rope_parameters": PLAIN}),
     ("solar_open", {"routed_scaling_factor": 1.6}),
     ("solar_open", {"num_experts_per_tok": 3}),
@@ -43,8 +45,8 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("family", "change"), WRONG, ids=lambda x: str(x)[:40])
-def test_a_wrong_detail_is_seen(family: str, change: dict, imported: dict[str, Path], hf_models: dict[str, Path], one_rank: None,
-                                tmp_path: Path) -> None:
+def test_a_wrong_detail_is_seen(family: str, change: dict, imported: dict[str, Path],
+                                hf_models: dict[str, Path], one_rank: None, tmp_path: Path) -> None:
     other = shutil.copytree(hf_models[family], tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | change))
@@ -52,11 +54,12 @@ def test_a_wrong_detail_is_seen(family: str, change: dict, imported: dict[str, P
     assert not difference.passed and difference.value > 3 * difference.limit
 
 
-def test_the_command_prints_and_records_the_checks(imported: dict[str, Path], hf_models: dict[str, Path], one_rank: None,
-                                                   tmp_path: Path, capsys) -> None:
+def test_the_command_prints_and_records_the_checks(imported: dict[str, Path], hf_models: dict[str, Path],
+                                                   one_rank: None, tmp_path: Path, capsys) -> None:
     EventLog(tmp_path / EVENTS).close()
     ask = ["eval", "logits", str(imported["exaone_moe"])]
-    assert main([*ask, str(hf_models["exaone_moe"]), "--run", str(tmp_path), "--json", "--lengths", "5", "30"]) == 0
+    assert main([*ask, str(hf_models["exaone_moe"]), "--run", str(tmp_path), "--json", "--lengths",
+                 "5", "30"]) == 0
     shown = json.loads(capsys.readouterr().out)
     (event,) = read_events(tmp_path / EVENTS)
     assert (event["event"], event["checks"]) == ("conversion", shown)

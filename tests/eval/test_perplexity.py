@@ -28,8 +28,9 @@ def ask(capsys: pytest.CaptureFixture, *arguments: str) -> dict:
 
 
 @pytest.mark.parametrize("family", ["solar_open", "exaone_moe"])
-def test_checkpoint_and_hugging_face_folder_have_one_loss(family: str, one_rank: None, imported: dict[str, Path],
-                                                          hf_models: dict[str, Path], token_shards: Path, capsys) -> None:
+def test_checkpoint_and_hugging_face_folder_have_one_loss(
+        family: str, one_rank: None, imported: dict[str, Path], hf_models: dict[str, Path],
+        token_shards: Path, capsys) -> None:
     ours, theirs = (ask(capsys, "ppl", str(folders[family]), "--data", str(token_shards), *CUT)
                     for folders in (imported, hf_models))
     assert set(ours) == {"first", "second"}
@@ -39,8 +40,8 @@ def test_checkpoint_and_hugging_face_folder_have_one_loss(family: str, one_rank:
         assert result["bits_per_byte"] == pytest.approx(theirs[name]["bits_per_byte"], abs=2e-6)
 
 
-def test_the_baseline_is_judged_on_the_same_targets(one_rank: None, imported: dict[str, Path], token_shards: Path,
-                                                    capsys) -> None:
+def test_the_baseline_is_judged_on_the_same_targets(one_rank: None, imported: dict[str, Path],
+                                                    token_shards: Path, capsys) -> None:
     model = ask(capsys, "ppl", str(imported["solar_open"]), "--data", str(token_shards), *CUT)
     baseline = ask(capsys, "bigram", "--data", str(token_shards), *CUT)
     shards = {s.name: s.shard("heldout") for s in open_sources({str(token_shards): 1.0}, 1024)}
@@ -54,7 +55,8 @@ def test_the_baseline_is_judged_on_the_same_targets(one_rank: None, imported: di
         assert result["tokens"] == model[name]["tokens"] == expected
         assert 2.0 < result["loss"] < math.log(1024)
         bytes_judged = result["loss"] * result["tokens"] / math.log(2) / result["bits_per_byte"]
-        assert bytes_judged == pytest.approx(model[name]["loss"] * expected / math.log(2) / model[name]["bits_per_byte"])
+        assert bytes_judged == pytest.approx(model[name]["loss"] * expected / math.log(2)
+                                             / model[name]["bits_per_byte"])
 
 
 def test_more_training_text_makes_a_better_baseline(token_shards: Path) -> None:
@@ -63,13 +65,14 @@ def test_more_training_text_makes_a_better_baseline(token_shards: Path) -> None:
     assert all(all_[name].loss < few[name].loss - 0.5 for name in few)
 
 
-def test_figures_go_into_the_events_of_a_run(one_rank: None, imported: dict[str, Path], hf_models: dict[str, Path],
-                                             token_shards: Path, tmp_path: Path, capsys) -> None:
+def test_figures_go_into_the_events_of_a_run(one_rank: None, imported: dict[str, Path],
+                                             hf_models: dict[str, Path], token_shards: Path, tmp_path: Path,
+                                             capsys) -> None:
     log = EventLog(tmp_path / EVENTS)
     log.write("step", step=41, loss=1.0)
     log.close()
-    config = {"recipe": "tiny", "model": {"family": "solar_open", "vocab_size": 1024, "hidden_size": 32, "num_layers": 2,
-                                          "num_heads": 4, "num_kv_heads": 2, "head_dim": 16},
+    config = {"recipe": "tiny", "model": {"family": "solar_open", "vocab_size": 1024, "hidden_size": 32,
+                                          "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16},
               "data": {"phases": [{"name": "a", "seq_len": 100}], "heldout_tokens": 1500}}
     atomic_write(tmp_path / "config.json", to_json(config))
     run = ["--data", str(token_shards), "--run", str(tmp_path)]

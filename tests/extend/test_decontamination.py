@@ -1,5 +1,5 @@
-"""The search of the training text: what is planted is found, what is not there is not, and a gate that would measure memory is
-refused."""
+"""The search of the training text: what is planted is found, what is not there is not, and a gate that would
+measure memory is refused."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ class Packed(Source):
 
 def source(train: list[list[int]], heldout: list[list[int]]) -> Packed:
     splits = {"train": train, "heldout": heldout}
-    return Packed("web", None, False, {}, {name: sum(map(len, docs)) for name, docs in splits.items()}, 1.0, splits=splits)
+    return Packed("web", None, False, {}, {name: sum(map(len, docs)) for name, docs in splits.items()}, 1.0,
+                  splits=splits)
 
 
 def random_text(seed: int, count: int) -> list[int]:
@@ -75,7 +76,8 @@ def test_a_shared_stretch_of_twice_the_window_is_found_at_any_place() -> None:
 
 
 def test_a_question_is_found_inside_a_document_and_not_across_two() -> None:
-    inside = search([QUESTION], [source([random_text(1, 50), [1, *QUESTION, 2]], [random_text(2, 64)])], 10_000)
+    inside = search([QUESTION], [source([random_text(1, 50), [1, *QUESTION, 2]], [random_text(2, 64)])],
+                    10_000)
     across = search([QUESTION], [source([[1, 5, 6], [7, 2]], [random_text(2, 64)])], 10_000)
     assert (inside.questions_found, across.questions_found) == (1, 0)
     with pytest.raises(UserError, match="1 questions of the needle test stand in the training text"):
@@ -84,4 +86,5 @@ def test_a_question_is_found_inside_a_document_and_not_across_two() -> None:
 
 def test_the_search_ends_at_its_bound_and_says_so() -> None:
     found = search([QUESTION], [source([random_text(1, 900), [*QUESTION]], [random_text(2, 64)])], 500)
-    assert (found.scanned_tokens, found.train_tokens, found.questions_found) == ({"web": 500}, {"web": 903}, 0)
+    assert (found.scanned_tokens, found.train_tokens, found.questions_found) == (
+        {"web": 500}, {"web": 903}, 0)

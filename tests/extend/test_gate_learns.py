@@ -11,15 +11,17 @@ from typing import Any
 
 from megatron_sov.obs.events import EVENTS, read_events
 
-SIZES = {"model.vocab_size": 1024, "model.hidden_size": 64, "model.num_layers": 2, "model.attention_pattern": "LG",
-         "model.num_dense_layers": 2, "model.dense_ffn_dim": 64, "model.sliding_window_tokens": 16, "model.init_std": 0.1,
-         "model.num_mtp_layers": 0}
+SIZES = {"model.vocab_size": 1024, "model.hidden_size": 64, "model.num_layers": 2,
+         "model.attention_pattern": "LG", "model.num_dense_layers": 2, "model.dense_ffn_dim": 64,
+         "model.sliding_window_tokens": 16, "model.init_std": 0.1, "model.num_mtp_layers": 0}
 """A sliding layer and a NoPE one: what retrieval needs at least."""
-ALWAYS = {"train.num_threads": 1, "train.global_batch_size": 16, "train.micro_batch_size": 16, "train.eval_every_steps": 0,
-          "train.checkpoint_every_steps": 1000, "data.heldout_tokens": 1000, "data.max_epochs": 0}
-LEARN = {"optim.name": "muon", "optim.muon_scale": "original", "optim.lr": 2e-2, "optim.min_lr": 2e-2, "optim.weight_decay": 0,
-         "optim.schedule": "constant", "optim.warmup_steps": 20, "needle.kinds": '["single"]', "needle.lengths_tokens": "[64]",
-         "needle.depths": "[0.0,0.9]", "needle.samples": 10, "needle.train_share": 0, "extend.gate.every_steps": 50,
+ALWAYS = {"train.num_threads": 1, "train.global_batch_size": 16, "train.micro_batch_size": 16,
+          "train.eval_every_steps": 0, "train.checkpoint_every_steps": 1000, "data.heldout_tokens": 1000,
+          "data.max_epochs": 0}
+LEARN = {"optim.name": "muon", "optim.muon_scale": "original", "optim.lr": 2e-2, "optim.min_lr": 2e-2,
+         "optim.weight_decay": 0, "optim.schedule": "constant", "optim.warmup_steps": 20,
+         "needle.kinds": '["single"]', "needle.lengths_tokens": "[64]", "needle.depths": "[0.0,0.9]",
+         "needle.samples": 10, "needle.train_share": 0, "extend.gate.every_steps": 50,
          "extend.gate.min_accuracy": 0.7, "extend.gate.max_overlap": 1}
 
 
@@ -28,18 +30,22 @@ def words(settings: dict[str, Any]) -> list[str]:
 
 
 def train(*arguments: str) -> None:
-    """Run a command in a process of its own, with one thread: in pytest's the threads of torch would wait for each other."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-W", "ignore", "-m", "megatron_sov", *arguments], capture_output=True, text=True,
-                          check=False, env=environment)
+    """Run a command in a process of its own, with one thread: in pytest's the threads of torch would
+    wait for each other."""
+    environment = ({k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+                   | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run([sys.executable, "-W", "ignore", "-m", "megatron_sov", *arguments],
+                          capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
 
 
 def test_a_stage_ends_when_its_model_has_learned_to_retrieve(token_shards: Path, tmp_path: Path) -> None:
-    """From nothing: a plateau of some hundred steps, then the answers; no needle of the test was in training."""
+    """From nothing: a plateau of some hundred steps, then the answers; no needle of the
+    test was in training."""
     short, run = tmp_path / "short", tmp_path / "long"
     begin = {"data.phases": '[{"name":"text","seq_len":32}]', "train.steps": 1}
-    train("pretrain", "tiny-k-exaone", "--data", str(token_shards), "--run", str(short), *words(SIZES | ALWAYS | begin))
+    train("pretrain", "tiny-k-exaone", "--data", str(token_shards), "--run", str(short),
+          *words(SIZES | ALWAYS | begin))
     stage = {"name": "near", "seq_len": 64, "steps": 1, "max_steps": 800, "blend": {"needle": 1}}
     train("extend", "tiny-k-exaone", "--from", str(short), "--data", str(token_shards), "--run", str(run),
           *words(ALWAYS | LEARN | {"extend.stages": json.dumps([stage])}))

@@ -50,7 +50,8 @@ def test_documents_are_as_long_as_the_longest_phase_and_the_test_as_set(token_sh
     (source,) = needles.sources
     assert source.name == "needle" and int(source.shard("train").lengths[7]) == 128
     suite = needles.suite
-    assert (suite.kinds, suite.lengths, suite.depths, suite.samples) == (("multi-key",), (256, 512), (0.0, 0.5, 0.95), 20)
+    assert (suite.kinds, suite.lengths, suite.depths, suite.samples) == (
+        ("multi-key",), (256, 512), (0.0, 0.5, 0.95), 20)
     assert [h.language for h in suite.haystacks] == ["code"] and suite.distractor_share == 0.25
     assert make_needles(config_of(token_shards, 0.0), token_shards).sources == ()
 
@@ -110,7 +111,8 @@ def made(documents: Any) -> Source:
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_kind_of_document_holds_a_question_of_any_test(kind: NeedleKind, token_shards: Path) -> None:
     config = config_of(token_shards, 0.5)
-    config = dataclasses.replace(config, needle=NeedleConfig(train_kinds=(kind,), kinds=KINDS, lengths_tokens=(256,), samples=2))
+    config = dataclasses.replace(config, needle=NeedleConfig(train_kinds=(kind,), kinds=KINDS,
+                                                             lengths_tokens=(256,), samples=2))
     needles = make_needles(config, token_shards)
     questions = list(needles.suite.questions())
     clean = search(questions, list(needles.sources), 1 << 20)
@@ -118,4 +120,5 @@ def test_no_kind_of_document_holds_a_question_of_any_test(kind: NeedleKind, toke
     asked = make_suite(dataclasses.replace(config.needle, kinds=(kind,)), needles.suite.haystacks)
     for _, _, examples in asked.examples():
         for example in examples:
-            assert search(questions, [made(Text(example.prompt))], 1 << 20).questions_found > 0, "the search sees them"
+            assert search(questions, [made(Text(example.prompt))],
+                          1 << 20).questions_found > 0, "the search sees them"

@@ -1,4 +1,5 @@
-"""Stages of an extension: several in one command, a gate that gives up with exit code 3, goes on with more steps and passes."""
+"""Stages of an extension: several in one command, a gate that gives up with exit code 3,
+goes on with more steps and passes."""
 
 from __future__ import annotations
 
@@ -19,11 +20,13 @@ from megatron_sov.obs.events import EVENTS, read_events
 from megatron_sov.runs.checkpoints import find_checkpoint
 from megatron_sov.train.stage_config import add_stage_arguments
 
-SHORT = {"model.vocab_size": 1024, "model.hidden_size": 32, "model.head_dim": 16, "model.expert_ffn_dim": 16, "train.steps": 1,
-         "train.global_batch_size": 4, "train.micro_batch_size": 4, "train.eval_every_steps": 0, "data.heldout_tokens": 300,
+SHORT = {"model.vocab_size": 1024, "model.hidden_size": 32, "model.head_dim": 16, "model.expert_ffn_dim": 16,
+         "train.steps": 1, "train.global_batch_size": 4, "train.micro_batch_size": 4,
+         "train.eval_every_steps": 0, "data.heldout_tokens": 300,
          "data.phases": '[{"name":"main","seq_len":64}]'}
-LONG = {"train.global_batch_size": 4, "train.eval_every_steps": 0, "data.heldout_tokens": 300, "needle.depths": "[0.0,0.9]",
-        "needle.samples": 2, "train.num_threads": 1, "extend.gate.max_overlap": 1}
+LONG = {"train.global_batch_size": 4, "train.eval_every_steps": 0, "data.heldout_tokens": 300,
+        "needle.depths": "[0.0,0.9]", "needle.samples": 2, "train.num_threads": 1,
+        "extend.gate.max_overlap": 1}
 
 
 def words(settings: dict[str, Any]) -> list[str]:
@@ -34,34 +37,41 @@ def words(settings: dict[str, Any]) -> list[str]:
 def short_run(one_rank: None, token_shards: Path, tmp_path: Path) -> Path:
     """A run of one step at 64 tokens."""
     run = tmp_path / "short"
-    assert main(["pretrain", "tiny-solar-open", "--data", str(token_shards), "--run", str(run), *words(SHORT)]) == 0
+    assert main(["pretrain", "tiny-solar-open", "--data", str(token_shards), "--run", str(run),
+                 *words(SHORT)]) == 0
     return run
 
 
 def command(short_run: Path, token_shards: Path, run: Path, stages: list[dict[str, Any]], *more: str,
             **settings: Any) -> list[str]:
-    chosen = LONG | {"extend.stages": json.dumps(stages)} | {f"extend.gate.{name}": v for name, v in settings.items()}
-    return ["extend", "tiny-solar-open", "--from", str(short_run), "--data", str(token_shards), "--run", str(run), *words(chosen),
-            *more]
+    chosen = LONG | {"extend.stages": json.dumps(stages)} | {f"extend.gate.{name}": v
+                                                             for name, v in settings.items()}
+    return ["extend", "tiny-solar-open", "--from", str(short_run), "--data", str(token_shards), "--run",
+            str(run), *words(chosen), *more]
 
 
 def events_of(run: Path, kind: str) -> list[dict[str, Any]]:
     return [e for e in read_events(run / EVENTS) if e["event"] == kind]
 
 
-def test_two_stages_with_rehearsal_behind_an_open_gate(short_run: Path, token_shards: Path, tmp_path: Path) -> None:
+def test_two_stages_with_rehearsal_behind_an_open_gate(short_run: Path, token_shards: Path,
+                                                       tmp_path: Path) -> None:
     run = tmp_path / "long"
     rehearsal = {"name": "rehearsal", "share": 0.5, "blend": {"first/64": 1}}
     stages = [{"name": "near", "seq_len": 96, "steps": 2, "max_steps": 4, "parts": [rehearsal]},
               {"name": "far", "seq_len": 192, "steps": 1, "lr": 1e-3, "rope_theta": 5e6}]
-    assert main(command(short_run, token_shards, run, stages, every_steps=1, min_accuracy=0, loss_tolerance_nats=9)) == 0
+    assert main(command(short_run, token_shards, run, stages, every_steps=1, min_accuracy=0,
+                        loss_tolerance_nats=9)) == 0
     near, far = run / "stages" / "1-near", run
     first, second = (json.loads((folder / "config.json").read_text()) for folder in (near, far))
-    assert [(c["data"]["phases"][0]["seq_len"], c["train"]["steps"]) for c in (first, second)] == [(96, 4), (192, 1)]
-    assert (first["model"]["yarn"]["factor"], second["model"]["yarn"], second["model"]["rope_theta"]) == (1.5, None, 5e6)
+    assert ([(c["data"]["phases"][0]["seq_len"], c["train"]["steps"]) for c in (first, second)]
+            == [(96, 4), (192, 1)])
+    assert ((first["model"]["yarn"]["factor"], second["model"]["yarn"], second["model"]["rope_theta"])
+            == (1.5, None, 5e6))
     assert second["optim"]["lr"] == 1e-3
-    assert [(e["step"], e["judged"], e["passed"]) for e in events_of(near, "gate")] \
-        == [(0, True, False), (1, True, False), (2, True, True)], "neither before its steps nor long behind them"
+    assert ([(e["step"], e["judged"], e["passed"]) for e in events_of(near, "gate")]
+            == [(0, True, False), (1, True, False), (2, True, True)]), (
+        "neither before its steps nor long behind them")
     completion = json.loads((near / "complete.json").read_text())
     assert (completion["step"], completion["gate"]["passed"]) == (2, True)
     starts = {e["start_loss"] for folder in (near, far) for e in events_of(folder, "gate")}
@@ -69,7 +79,8 @@ def test_two_stages_with_rehearsal_behind_an_open_gate(short_run: Path, token_sh
     blend = first["data"]["phases"][0]["blend"]
     assert blend["first/64"] / sum(blend.values()) == pytest.approx(0.5 * 0.9), "half of what is not needles"
     (found,) = events_of(near, "decontamination")
-    assert (found["questions_found"], found["questions"] > 100, found["scanned_tokens"]["needle"] > 0) == (0, True, True)
+    assert ((found["questions_found"], found["questions"] > 100, found["scanned_tokens"]["needle"] > 0)
+            == (0, True, True))
     assert main(command(short_run, token_shards, run, stages, "--resume", every_steps=1, min_accuracy=0)) == 0
 
 
@@ -91,39 +102,46 @@ def test_the_stages_of_a_recipe_are_its_own(short_run: Path, token_shards: Path,
     assert near.extend.gate.every_steps == 20
 
 
-def test_a_gate_that_does_not_pass_ends_with_3_and_passes_later(short_run: Path, token_shards: Path, tmp_path: Path) -> None:
+def test_a_gate_that_does_not_pass_ends_with_3_and_passes_later(short_run: Path, token_shards: Path,
+                                                                tmp_path: Path) -> None:
     run = tmp_path / "long"
-    stages = [{"name": "near", "seq_len": 96, "steps": 1, "max_steps": 2}, {"name": "far", "seq_len": 128, "steps": 1}]
+    stages = [{"name": "near", "seq_len": 96, "steps": 1, "max_steps": 2},
+              {"name": "far", "seq_len": 128, "steps": 1}]
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     arguments = command(short_run, token_shards, run, stages, every_steps=1, min_accuracy=0.5)
-    done = subprocess.run([sys.executable, "-m", "megatron_sov", *arguments], capture_output=True, text=True, check=False,
-                          env=environment)
+    done = subprocess.run([sys.executable, "-m", "megatron_sov", *arguments], capture_output=True, text=True,
+                          check=False, env=environment)
     assert done.returncode == 3, done.stderr
     assert "the gate has not passed within its 2 steps" in done.stderr and "below 50%" in done.stderr
     near = run / "stages" / "1-near"
-    assert not (near / "complete.json").exists() and not (run / "config.json").exists(), "the next stage has not begun"
+    assert not (near / "complete.json").exists() and not (run / "config.json").exists(), (
+        "the next stage has not begun")
     assert (near / "checkpoints" / "step-2").is_dir()
     assert [e["passed"] for e in events_of(near, "gate")] == [False] * 3
     before = events_of(near, "gate")[0]["start_loss"]
     stages[0]["max_steps"] = 3
-    again = command(short_run, token_shards, run, stages, "--resume", every_steps=1, min_accuracy=0, loss_tolerance_nats=9)
+    again = command(short_run, token_shards, run, stages, "--resume", every_steps=1, min_accuracy=0,
+                    loss_tolerance_nats=9)
     assert main(again) == 0
     gate = json.loads((near / "complete.json").read_text())["gate"]
-    assert [(c["step"], c["passed"]) for c in gate["checks"]] == [(0, False), (1, False), (2, False), (3, True)]
+    assert [(c["step"], c["passed"]) for c in gate["checks"]] == [(0, False), (1, False),
+                                                                  (2, False), (3, True)]
     assert gate["start_loss"] == before, "the gate went on from the checkpoint's state"
     assert (run / "complete.json").is_file() and not (near / "gate_failed.json").exists()
 
 
 @pytest.mark.parametrize(("stage", "said"), [
     ({"seq_len": 96, "kind": "midtraining"}, "needs a part named trajectories"),
-    ({"seq_len": 96, "parts": [{"name": "replay", "share": 0.1}]}, "a stage of kind extension has parts long, rehearsal"),
+    ({"seq_len": 96, "parts": [{"name": "replay", "share": 0.1}]},
+     "a stage of kind extension has parts long, rehearsal"),
     ({"seq_len": 96, "parts": [{"name": "rehearsal", "share": 1.5}]}, "their sum at most 1"),
     ({"seq_len": 96, "steps": 3, "max_steps": 2}, "max_steps = 2 must be at least steps = 3"),
-    ({"seq_len": 96, "kind": "midtraining", "parts": [{"name": "trajectories", "share": 0.1}]}, "data has no source of chats"),
+    ({"seq_len": 96, "kind": "midtraining", "parts": [{"name": "trajectories", "share": 0.1}]},
+     "data has no source of chats"),
     ({"seq_len": 96, "yarn_factor": 0.5}, "yarn_factor = 0.5 must be 0 or at least 1"),
 ])
-def test_mistakes_are_named_before_anything_is_written(stage: dict[str, Any], said: str, short_run: Path, token_shards: Path,
-                                                       tmp_path: Path, capsys) -> None:
+def test_mistakes_are_named_before_anything_is_written(stage: dict[str, Any], said: str, short_run: Path,
+                                                       token_shards: Path, tmp_path: Path, capsys) -> None:
     run = tmp_path / "long"
     assert main(command(short_run, token_shards, run, [{"name": "a", "steps": 1} | stage])) == 2
     assert said in capsys.readouterr().err

@@ -22,13 +22,15 @@ def cells(*correct: int, samples: int = 20, length: int = 512, kind: NeedleKind 
 
 @pytest.mark.parametrize(("correct", "rows", "single"), [
     ((20, 20, 20, 20, 20), 0, 0),
-    ((18, 19, 17, 20, 18), 0, 0),  # one miss of 20 is 5 %: single cells below 90 % are no evidence, their row reaches it
+    # one miss of 20 is 5 %: single cells below 90 % are no evidence, their row reaches it
+    ((18, 19, 17, 20, 18), 0, 0),
     ((18, 18, 18, 18, 17), 1, 0),  # 89 of 100
     ((20, 20, 20, 20, 13), 0, 1),  # 93 of 100, and one depth that is plainly worse
     ((3, 4, 2, 5, 3), 1, 5),
     ((0, 0, 0, 0, 0), 1, 5),
 ])
-def test_a_row_reaches_the_threshold_and_no_cell_lies_below_it_for_sure(correct: tuple[int, ...], rows: int, single: int) -> None:
+def test_a_row_reaches_the_threshold_and_no_cell_lies_below_it_for_sure(correct: tuple[int, ...], rows: int,
+                                                                        single: int) -> None:
     verdict = decide(cells(*correct), 2.0, 2.0, GATE)
     assert (len(verdict.failing_rows), len(verdict.failing_cells)) == (rows, single)
     assert verdict.passed == (not rows and not single)
@@ -36,11 +38,13 @@ def test_a_row_reaches_the_threshold_and_no_cell_lies_below_it_for_sure(correct:
 
 
 def test_every_length_and_kind_is_a_row_of_its_own() -> None:
-    good, bad = cells(20, 20, 20, 20, 20), cells(20, 20, 15, 15, 15, length=2048) + cells(17, 17, 17, 17, 17, kind="multi-key")
+    good, bad = (cells(20, 20, 20, 20, 20),
+                 cells(20, 20, 15, 15, 15, length=2048) + cells(17, 17, 17, 17, 17, kind="multi-key"))
     verdict = decide(good + bad, 2.0, 2.0, GATE)
-    assert [(r["kind"], r["length_tokens"], r["correct"]) for r in verdict.failing_rows] == [("single", 2048, 85),
-                                                                                             ("multi-key", 512, 85)]
-    assert "single, english, 2,048 tokens: 85 of 100 right over all depths = 85.0%, below 90%" in verdict.lines()
+    assert [(r["kind"], r["length_tokens"], r["correct"]) for r in verdict.failing_rows] == [
+        ("single", 2048, 85), ("multi-key", 512, 85)]
+    assert ("single, english, 2,048 tokens: 85 of 100 right over all depths = 85.0%, below 90%"
+            in verdict.lines())
 
 
 @pytest.mark.parametrize(("loss", "passes"), [(1.9, True), (2.04, True), (2.051, False), (math.nan, False)])

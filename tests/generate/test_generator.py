@@ -1,4 +1,5 @@
-"""Cached generation: what a full forward pass says, at every layout, however prompts are cut, with drafts and without."""
+"""Cached generation: what a full forward pass says, at every layout, however prompts are cut,
+with drafts and without."""
 
 from __future__ import annotations
 
@@ -13,10 +14,12 @@ import torch
 from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
 WINDOW, NEW = 8, 12
-PROMPTS = [[5, 9, 2, 70], [30], list(range(20, 60)), [7] * 9, [80, 81, 82, 83, 84], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7]]
+PROMPTS = [[5, 9, 2, 70], [30], list(range(20, 60)), [7] * 9, [80, 81, 82, 83, 84],
+           [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7]]
 """Shorter and longer than the window."""
-SETTINGS = ["model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "model.expert_ffn_dim=16", "model.init_std=0.3",
-            f"model.sliding_window_tokens={WINDOW}", "model.num_layers=4", "model.num_experts=8", "train.precision=fp64"]
+SETTINGS = ["model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "model.expert_ffn_dim=16",
+            "model.init_std=0.3", f"model.sliding_window_tokens={WINDOW}", "model.num_layers=4",
+            "model.num_experts=8", "train.precision=fp64"]
 
 
 def continuations(layout: dict[str, Any], *, full: bool = False, family: str = "k-exaone",
@@ -49,7 +52,8 @@ def continuations(layout: dict[str, Any], *, full: bool = False, family: str = "
 
     greedy = write(PROMPTS, Sampling(NEW))
     found = {"greedy": greedy, "sampled": write(PROMPTS, warm),
-             "drafted": vars(MegatronEngine(policy, Batching(4, 5)).generate(PROMPTS, drafting(Sampling(NEW), drafts))),
+             "drafted": vars(MegatronEngine(policy, Batching(4, 5)).generate(
+                 PROMPTS, drafting(Sampling(NEW), drafts))),
              "drafted samples": write(PROMPTS, drafting(warm, drafts))}
     if full:
         found["end"] = greedy[2][5]
@@ -60,8 +64,8 @@ def continuations(layout: dict[str, Any], *, full: bool = False, family: str = "
         row = [Inputs([[*p, *c]], torch.device("cpu")) for p, c in zip(PROMPTS, greedy, strict=True)]
         found["full"] = [policy.logits(r, torch.arange(len(p) - 1, len(p) + NEW - 1)).argmax(-1).tolist()
                          for p, r in zip(PROMPTS, row, strict=True)]
-    found["as before"] = model.training and attention == [type(m.core_attention).__name__ for m in model.modules()
-                                                          if hasattr(m, "core_attention")]
+    found["as before"] = model.training and attention == [
+        type(m.core_attention).__name__ for m in model.modules() if hasattr(m, "core_attention")]
     world.leave()
     return found
 
@@ -84,7 +88,8 @@ def test_every_way_and_every_layout_write_the_same(ranks, job) -> None:
         greedy = found["greedy"]
         assert greedy == found["full"], "cached differs from a full forward pass"
         assert found["pieces"] == found["one slot"] == found["drafted"]["continuations"] == greedy
-        assert found["alone"] == found["sampled"] != greedy, "a prompt's samples depend on the others of its batch"
+        assert found["alone"] == found["sampled"] != greedy, ("a prompt's samples depend on the "
+                                                              "others of its batch")
         assert len({tuple(c) for c in greedy}) == len(PROMPTS) and {len(c) for c in greedy} == {NEW}
         end = found["end"]
         assert found["stopped"] == [c[:c.index(end) + 1] if end in c else c for c in greedy]
@@ -109,8 +114,9 @@ def qwen_folder(family: str, folder: Path, tokenizer: Path) -> Path:
 
     name, own = QWEN[family]
     torch.manual_seed(0)
-    sizes = {"vocab_size": 1024, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-             "intermediate_size": 40, "max_position_embeddings": 512, "initializer_range": 0.25}
+    sizes = {"vocab_size": 1024, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "intermediate_size": 40, "max_position_embeddings": 512,
+             "initializer_range": 0.25}
     sizes |= {} if family == "qwen2" else {"head_dim": 16}
     config = getattr(transformers, f"{name}Config")(**sizes, **own)
     getattr(transformers, f"{name}ForCausalLM")(config).save_pretrained(folder)
@@ -132,7 +138,8 @@ def folders(request, imported: dict[str, Path], hf_models: dict[str, Path], toke
 
 
 def test_greedy_text_is_that_of_transformers(folders: tuple[Path, Path], one_rank: None) -> None:
-    """Token by token on an exported folder, prompts of mixed lengths, far past the sliding window of 8 tokens."""
+    """Token by token on an exported folder, prompts of mixed lengths, far past the sliding
+    window of 8 tokens."""
     prepare_megatron()
     from megatron_sov.config import ParallelConfig
     from megatron_sov.generate.generator import MegatronEngine
@@ -144,15 +151,16 @@ def test_greedy_text_is_that_of_transformers(folders: tuple[Path, Path], one_ran
 
     hf, imported = folders
     model = load_hf(hf)
-    expected = [model.generate(input_ids=torch.tensor([p]), max_new_tokens=40, do_sample=False, pad_token_id=0)[0].tolist()
-                for p in PROMPTS]
+    expected = [model.generate(input_ids=torch.tensor([p]), max_new_tokens=40, do_sample=False,
+                               pad_token_id=0)[0].tolist() for p in PROMPTS]
     expected = [e[len(p):] for e, p in zip(expected, PROMPTS, strict=True)]
     world.join(ParallelConfig())
     try:
         policy = load_forward_model(imported, inference_config(imported, [], 1))
         engine = MegatronEngine(policy)
         assert engine.generate(PROMPTS, Sampling(40)).continuations == expected
-        assert MegatronEngine(policy, Batching(3, 6)).generate(PROMPTS, Sampling(40)).continuations == expected
+        assert (MegatronEngine(policy, Batching(3, 6)).generate(PROMPTS, Sampling(40)).continuations
+                == expected)
         with pytest.raises(ValueError, match="prompt 1 has no token"):
             engine.generate([[1], []], Sampling(4))
         with pytest.raises(ValueError, match="num_drafts = 1 needs a multi-token prediction layer"):

@@ -30,8 +30,8 @@ def test_the_defaults_of_the_folder_do_not_count(hf_models: dict[str, Path], tmp
 @pytest.mark.parametrize("family", ["solar_open", "exaone_moe"])
 def test_batches_give_what_prompts_give_alone(hf_models: dict[str, Path], family: str) -> None:
     model = load_hf(hf_models[family])
-    alone = [model.generate(input_ids=torch.tensor([p]), max_new_tokens=24, do_sample=False, pad_token_id=0)[0, len(p):].tolist()
-             for p in PROMPTS]
+    alone = [model.generate(input_ids=torch.tensor([p]), max_new_tokens=24, do_sample=False,
+                            pad_token_id=0)[0, len(p):].tolist() for p in PROMPTS]
     assert HfEngine(model).generate(PROMPTS, Sampling(24)).continuations == alone
     assert HfEngine(model, Batching(2, 5)).generate(PROMPTS, Sampling(24)).continuations == alone
     end = alone[0][4]
@@ -42,13 +42,15 @@ def test_batches_give_what_prompts_give_alone(hf_models: dict[str, Path], family
 
 def test_samples_depend_on_the_seed(hf_models: dict[str, Path]) -> None:
     model = load_hf(hf_models["solar_open"])
-    first, again, other = (HfEngine(model).generate(PROMPTS, Sampling(8, temperature=1.0, top_p=0.9, seed=s)) for s in (1, 1, 2))
+    first, again, other = (HfEngine(model).generate(PROMPTS, Sampling(8, temperature=1.0, top_p=0.9, seed=s))
+                           for s in (1, 1, 2))
     assert first == again != other
 
 
 def test_streams_are_part_of_the_seed_and_drafts_are_refused(hf_models: dict[str, Path]) -> None:
     engine = HfEngine(load_hf(hf_models["solar_open"]))
-    first, again, other = (engine.generate(PROMPTS, Sampling(8, temperature=1.0), streams=range(s, s + 4)) for s in (0, 0, 4))
+    first, again, other = (engine.generate(PROMPTS, Sampling(8, temperature=1.0), streams=range(s, s + 4))
+                           for s in (0, 0, 4))
     assert first == again != other
     with pytest.raises(ValueError, match="num_drafts = 2: the engine transformers does not draft"):
         engine.generate(PROMPTS, Sampling(8, num_drafts=2))
@@ -65,8 +67,10 @@ def test_a_folder_that_does_not_load_is_named(hf_models: dict[str, Path], tmp_pa
 def test_the_mask_stays_as_small_at_any_length(longest: int) -> None:
     slots, pages, pass_tokens = cache_sizes(20, longest, Batching())
     assert pages * PAGE_TOKENS >= slots * longest
-    assert 4 * pass_tokens * (pages * PAGE_TOKENS + pass_tokens) < 1.1 * 2**30, "bytes of a mask in fp32, whole"
-    assert pass_tokens >= min(1000, 2**28 // (longest + 2 * PAGE_TOKENS)), "one long sequence is not read token by token"
+    assert 4 * pass_tokens * (pages * PAGE_TOKENS + pass_tokens) < 1.1 * 2**30, (
+        "bytes of a mask in fp32, whole")
+    assert pass_tokens >= min(1000, 2**28 // (longest + 2 * PAGE_TOKENS)), (
+        "one long sequence is not read token by token")
     assert slots == (20 if longest < 13_000 else max(1, 2**18 // (longest + 2 * PAGE_TOKENS)))
 
 
@@ -80,5 +84,6 @@ def test_small_passes_answer_the_same(hf_models: dict[str, Path], monkeypatch) -
 
 
 def test_prompts_that_do_not_fit_are_told(hf_models: dict[str, Path]) -> None:
-    with pytest.raises(UserError, match=r"transformers answered 0 of 1 prompts of up to 10000000003 tokens \(Memory footprint"):
+    with pytest.raises(UserError, match=r"transformers answered 0 of 1 prompts of up to 10000000003 tokens "
+                                        r"\(Memory footprint"):
         HfEngine(load_hf(hf_models["solar_open"])).generate([[5, 9, 2]], Sampling(10_000_000_000))

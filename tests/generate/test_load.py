@@ -22,14 +22,16 @@ def test_work_gets_the_model_and_gives_its_result_back(one_rank: None, imported:
                                                         hf_models: dict[str, Path]) -> None:
     for target in (Target(imported["exaone_moe"], False), Target(hf_models["exaone_moe"], True)):
         found = run_forward_model(target, ["train.head_chunk_tokens=7"], None, lambda loaded: [
-            loaded.world.size, loaded.config.train.head_chunk_tokens, sum(p.numel() for p in loaded.policy.model.parameters())])
+            loaded.world.size, loaded.config.train.head_chunk_tokens,
+            sum(p.numel() for p in loaded.policy.model.parameters())])
         manifest = json.loads((imported["exaone_moe"] / "model.index.json").read_text())
         biases = 4 * 8  # router biases are buffers, not parameters
         sizes = [entry["shape"] for entry in manifest.values()]
         assert found == [1, 7, sum(map(math.prod, sizes)) - biases]
 
 
-def test_a_damaged_checkpoint_is_named(one_rank: None, imported: dict[str, Path], tmp_path: Path, capsys) -> None:
+def test_a_damaged_checkpoint_is_named(one_rank: None, imported: dict[str, Path], tmp_path: Path,
+                                       capsys) -> None:
     damaged = shutil.copytree(imported["solar_open"], tmp_path / "damaged")
     file = next(damaged.glob("model/*/*.safetensors"))
     raw = bytearray(file.read_bytes())

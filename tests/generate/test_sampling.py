@@ -13,9 +13,9 @@ from megatron_sov.generate.sampling import accepted_by_chance, accepted_greedily
 LOGITS = torch.tensor([[0.3, 2.0, -1.0, 1.1, 1.9], [0.0, 0.0, 0.0, 0.0, 5.0]])
 
 
-SAMPLINGS = [Sampling(temperature=0.7), Sampling(temperature=1.3, top_k=3), Sampling(temperature=1.0, top_p=0.8),
-             Sampling(temperature=0.9, top_k=4, top_p=0.6), Sampling(temperature=2.0, top_k=1),
-             Sampling(temperature=1.0, top_p=1e-9)]
+SAMPLINGS = [Sampling(temperature=0.7), Sampling(temperature=1.3, top_k=3),
+             Sampling(temperature=1.0, top_p=0.8), Sampling(temperature=0.9, top_k=4, top_p=0.6),
+             Sampling(temperature=2.0, top_k=1), Sampling(temperature=1.0, top_p=1e-9)]
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
@@ -30,7 +30,8 @@ def test_distributions_are_those_of_transformers(sampling: Sampling) -> None:
 
 
 def test_of_equally_probable_tokens_the_first_ones_stay() -> None:
-    assert probabilities(LOGITS[1:], Sampling(temperature=1.0, top_k=3))[0].nonzero()[:, 0].tolist() == [0, 1, 4]
+    assert (probabilities(LOGITS[1:], Sampling(temperature=1.0, top_k=3))[0].nonzero()[:, 0].tolist()
+            == [0, 1, 4])
 
 
 def test_a_draw_is_a_quantile() -> None:
@@ -50,13 +51,16 @@ def test_greedy_drafts_are_taken_up_to_the_first_other_token() -> None:
 
 
 def test_speculative_samples_follow_the_models_distribution() -> None:
-    """All pairs of tokens that two drafts lead to, against the product of the model's own conditional distributions."""
+    """All pairs of tokens that two drafts lead to, against the product of the model's own
+    conditional distributions."""
     generator = torch.Generator().manual_seed(1)
     vocab, count = 4, 12000
     first = torch.rand(vocab, generator=generator).double().pow(3)
-    second, guess = (torch.rand(vocab, vocab, generator=generator).double().pow(3) for _ in range(2))  # row: the token before
+    # row: the token before
+    second, guess = (torch.rand(vocab, vocab, generator=generator).double().pow(3) for _ in range(2))
     start_guess = torch.tensor([0.0, 0.2, 0.5, 0.3], dtype=torch.float64)  # never drafts token 0
-    first, second, guess = first / first.sum(), second / second.sum(1, keepdim=True), guess / guess.sum(1, keepdim=True)
+    first, second, guess = (first / first.sum(), second / second.sum(1, keepdim=True),
+                            guess / guess.sum(1, keepdim=True))
     numbers = np.random.Generator(np.random.Philox(0))
     pairs = np.zeros((vocab, vocab))
     taken = 0
@@ -64,7 +68,8 @@ def test_speculative_samples_follow_the_models_distribution() -> None:
         (a,) = draw(start_guess[None], [numbers.random()])
         (b,) = draw(guess[[a]], [numbers.random()])
         accepted, final = accepted_by_chance([a, b], torch.stack([start_guess, guess[a]]),
-                                             torch.stack([first, second[a], first]), numbers.random(2).tolist())
+                                             torch.stack([first, second[a], first]),
+                                             numbers.random(2).tolist())
         taken += accepted
         written = [*[a, b][:accepted], *draw(final[None], [numbers.random()])]
         if len(written) == 1:  # the next pass writes the second one

@@ -16,7 +16,8 @@ prepare_megatron()
 from megatron_sov.generate.target import Target, find_target, inference_config  # noqa: E402
 
 
-def test_each_kind_of_folder_is_known(imported: dict[str, Path], hf_models: dict[str, Path], tmp_path: Path) -> None:
+def test_each_kind_of_folder_is_known(imported: dict[str, Path], hf_models: dict[str, Path],
+                                      tmp_path: Path) -> None:
     checkpoint, folder = imported["exaone_moe"], hf_models["exaone_moe"]
     for step in (9, 10):
         (tmp_path / "run/checkpoints").mkdir(parents=True, exist_ok=True)
@@ -25,18 +26,22 @@ def test_each_kind_of_folder_is_known(imported: dict[str, Path], hf_models: dict
     assert find_target(tmp_path / "run") == Target(tmp_path / "run/checkpoints/step-10", False)
     assert find_target(checkpoint) == Target(checkpoint, False)
     assert find_target(folder) == Target(folder, True)
-    assert (find_target(folder).tokenizer_folder, find_target(checkpoint).tokenizer_folder) == (folder, checkpoint / "tokenizer")
+    assert (find_target(folder).tokenizer_folder, find_target(checkpoint).tokenizer_folder) == (
+        folder, checkpoint / "tokenizer")
 
 
-def test_a_target_tells_its_size_and_history(imported: dict[str, Path], hf_models: dict[str, Path], tmp_path: Path) -> None:
+def test_a_target_tells_its_size_and_history(imported: dict[str, Path], hf_models: dict[str, Path],
+                                             tmp_path: Path) -> None:
     ours, theirs = Target(imported["solar_open"], False), Target(hf_models["solar_open"], True)
     assert (ours.vocab_size, theirs.vocab_size) == (1024, 1024)
     assert (ours.step, theirs.step) == (0, None)
-    assert (ours.trained_tokens, theirs.trained_tokens) == (512, 512), "an imported model is judged up to its own limit"
+    assert (ours.trained_tokens, theirs.trained_tokens) == (512, 512), (
+        "an imported model is judged up to its own limit")
     assert ours.model == theirs.model
     trained = shutil.copytree(imported["solar_open"], tmp_path / "trained")
     manifest = json.loads((trained / "manifest.json").read_text())
-    manifest["settings"] |= {"recipe": "tiny", "data": {"phases": [{"name": "a", "seq_len": 64}, {"name": "b", "seq_len": 32}]}}
+    manifest["settings"] |= {"recipe": "tiny",
+                             "data": {"phases": [{"name": "a", "seq_len": 64}, {"name": "b", "seq_len": 32}]}}
     manifest["content"]["step"] = 70
     (trained / "manifest.json").write_text(json.dumps(manifest | {"sha256": ""}))
     assert (Target(trained, False).trained_tokens, Target(trained, False).step) == (64, 70)
@@ -47,7 +52,8 @@ def test_a_checkpoint_runs_in_fp32_on_a_cpu_and_as_asked(imported: dict[str, Pat
     assert (plain.train.precision, plain.parallel.tp, plain.model.family) == ("fp32", 1, "solar_open")
     asked = inference_config(imported["solar_open"], ["train.precision=bf16", "parallel.pp=2"], 2)
     assert (asked.train.precision, asked.parallel.pp) == ("bf16", 2)
-    with pytest.raises(UserError, match="parallel tp 1 x pp 2 x cp 1 = 2 must divide the number of processes, 1"):
+    with pytest.raises(UserError,
+                       match="parallel tp 1 x pp 2 x cp 1 = 2 must divide the number of processes, 1"):
         inference_config(imported["solar_open"], ["parallel.pp=2"], 1)
 
 

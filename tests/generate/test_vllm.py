@@ -1,4 +1,5 @@
-"""vLLM as an engine: what it is asked, and a clear word where it is not installed.  A stand-in answers in its place."""
+"""vLLM as an engine: what it is asked, and a clear word where it is not installed.  A stand-in
+answers in its place."""
 
 from __future__ import annotations
 
@@ -32,10 +33,12 @@ class StandIn(types.ModuleType):
         def __init__(self, **settings: Any) -> None:
             self.settings, self.asked = settings, []
 
-        def generate(self, prompts: list[dict[str, list[int]]], params: list[Any], use_tqdm: bool) -> list[Any]:
+        def generate(self, prompts: list[dict[str, list[int]]], params: list[Any],
+                     use_tqdm: bool) -> list[Any]:
             self.asked = params
             return [types.SimpleNamespace(outputs=[types.SimpleNamespace(
-                token_ids=tuple(range(p["prompt_token_ids"][-1] + 1, p["prompt_token_ids"][-1] + 1 + params[0].max_tokens)))])
+                token_ids=tuple(range(p["prompt_token_ids"][-1] + 1,
+                                      p["prompt_token_ids"][-1] + 1 + params[0].max_tokens)))])
                 for p in prompts]
 
 
@@ -50,7 +53,8 @@ def test_what_is_asked_reaches_the_engine(monkeypatch: pytest.MonkeyPatch) -> No
     found = engine.generate([[1], [6, 7], [4]], Sampling(5, temperature=0.5, top_p=0.9, seed=2), stop=stop)
     assert found.continuations == [[2, 3, 4, 5, 6], [8], [5, 6, 7, 8]]
     (first, second, _) = engine._llm.asked
-    assert (first.temperature, first.top_p, first.top_k, first.stop_token_ids, first.ignore_eos) == (0.5, 0.9, -1, [8], True)
+    assert ((first.temperature, first.top_p, first.top_k, first.stop_token_ids, first.ignore_eos)
+            == (0.5, 0.9, -1, [8], True))
     assert first.seed != second.seed
     engine.generate([[1]], Sampling(5, seed=2), streams=[1])
     assert engine._llm.asked[0].seed == second.seed, "a stream has the same seed in any place"
@@ -70,5 +74,6 @@ def test_work_reaches_it_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_it_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"would run folder, is not installed for this Python; install megatron-sov\[rollout\]"):
+    with pytest.raises(UserError, match=r"would run folder, is not installed for this Python; "
+                                        r"install megatron-sov\[rollout\]"):
         VllmEngine(Path("folder"), 30)

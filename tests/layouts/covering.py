@@ -1,4 +1,5 @@
-"""Which layouts are tried: every single one, and products in which every pair of settings that can meet does meet."""
+"""Which layouts are tried: every single one, and products in which every pair of settings that
+can meet does meet."""
 
 from __future__ import annotations
 
@@ -23,8 +24,8 @@ SETTINGS = {
     "PP2": ("parallel.pp=2",), "PP2 VPP2": ("parallel.pp=2", "parallel.vpp=2"), "CP2": ("parallel.cp=2",),
     "EP2": ("parallel.ep=2",), "EP2 allgather": ("parallel.ep=2", "parallel.expert_dispatcher=allgather"),
     "ETP2": ("parallel.etp=2",), "ZeRO-1": ("parallel.zero1=true",),
-    "ZeRO-1 overlap": ("parallel.zero1=true", "parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"),
-    "recompute": ("train.recompute=true",),
+    "ZeRO-1 overlap": ("parallel.zero1=true", "parallel.overlap_grad_reduce=true",
+                       "parallel.overlap_param_gather=true"), "recompute": ("train.recompute=true",),
 }
 MANDATORY = ("TP2+SP", "PP2", "CP2", "EP2", "", "ZeRO-1", "")
 """Everything at once, on eight processes."""
@@ -45,7 +46,8 @@ class Layout:
     @property
     def num_ranks(self) -> int:
         """The smallest number of processes at which the layout is what its name says."""
-        tensor, pipeline, context, expert, expert_tensor, optimizer, _ = (2 if part else 1 for part in self.choice)
+        tensor, pipeline, context, expert, expert_tensor, optimizer, _ = (2 if part else 1
+                                                                          for part in self.choice)
         count = max(tensor * pipeline * context, expert * expert_tensor * pipeline)
         if optimizer > 1:  # there must be something to share the optimizer's state with
             count = max(count, 2 * tensor * pipeline)
@@ -56,13 +58,15 @@ class Layout:
         """Arguments of --set."""
         chosen = [s for part in self.choice if part for s in SETTINGS[part]]
         data_parallel = self.num_ranks // (2 ** sum(bool(part) for part in self.choice[:3]))
-        # two micro-batches of the eight samples, as many as there are pipeline stages; four where they are interleaved
+        # two micro-batches of the eight samples, as many as there are pipeline stages;
+        # four where they are interleaved
         num_micro_batches = 4 if "VPP2" in self.name and data_parallel <= 2 else 2
         return [*chosen, f"train.micro_batch_size={8 // data_parallel // num_micro_batches}"]
 
 
 def _possible(choice: tuple[str, ...], experts: bool) -> bool:
-    """Return whether a choice (of the first factors) can be run: experts need SP beside TP, and without them is no EP."""
+    """Return whether a choice (of the first factors) can be run: experts need SP beside TP,
+    and without them is no EP."""
     parts = tuple(choice) + ("",) * (len(FACTORS) - len(choice))
     if parts[0] == "TP2" if experts else parts[3] or parts[4]:
         return False
@@ -72,16 +76,21 @@ def _possible(choice: tuple[str, ...], experts: bool) -> bool:
 def singles(experts: bool) -> list[Layout]:
     """Return plain data parallelism and every setting alone."""
     none = ("",) * len(FACTORS)
-    alone = [(*none[:i], part, *none[i + 1:]) for i, parts in enumerate(FACTORS.values()) for part in parts if part]
+    alone = [(*none[:i], part, *none[i + 1:]) for i, parts in enumerate(FACTORS.values())
+             for part in parts if part]
     return [Layout(choice) for choice in [none, *alone] if _possible(choice, experts)]
 
 
 def products(experts: bool) -> list[Layout]:
     """Return the mandatory product and a set of products that covers every possible pair of settings."""
-    found = [tuple(pair) for pair in AllPairs(list(FACTORS.values()), filter_func=lambda row: _possible(tuple(row), experts))]
-    chosen = [Layout(c) for c in dict.fromkeys([MANDATORY, *found] if experts else found) if sum(map(bool, c)) > 1]
-    every = sorted((Layout(c) for c in itertools.product(*FACTORS.values()) if _possible(c, experts)), key=lambda x: x.num_ranks)
-    for pair in sorted(possible_pairs(experts) - pairs(chosen)):  # the greedy search leaves some out where choices exclude others
+    found = [tuple(pair) for pair in AllPairs(list(FACTORS.values()),
+                                              filter_func=lambda row: _possible(tuple(row), experts))]
+    chosen = [Layout(c) for c in dict.fromkeys([MANDATORY, *found] if experts else found)
+              if sum(map(bool, c)) > 1]
+    every = sorted((Layout(c) for c in itertools.product(*FACTORS.values()) if _possible(c, experts)),
+                   key=lambda x: x.num_ranks)
+    # the greedy search leaves some out where choices exclude others
+    for pair in sorted(possible_pairs(experts) - pairs(chosen)):
         if pair not in pairs(chosen):
             chosen.append(next(layout for layout in every if pair in pairs([layout])))
     return chosen
@@ -89,7 +98,8 @@ def products(experts: bool) -> list[Layout]:
 
 def pairs(layouts: list[Layout]) -> set[tuple[str, str]]:
     """Return the pairs of settings that meet in any of the layouts."""
-    return {pair for layout in layouts for pair in itertools.combinations([part for part in layout.choice if part], 2)}
+    return {pair for layout in layouts
+            for pair in itertools.combinations([part for part in layout.choice if part], 2)}
 
 
 def possible_pairs(experts: bool) -> set[tuple[str, str]]:

@@ -22,11 +22,12 @@ from megatron_sov.runs.folder import RunFolder
 from megatron_sov.train.lm import LanguageModelling
 from megatron_sov.train.trainer import Trainer
 
-SMALL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_heads=4", "model.num_kv_heads=2", "model.head_dim=8",
-         "model.expert_ffn_dim=16", "train.global_batch_size=8", "train.micro_batch_size=2", "train.steps=20",
-         "train.head_chunk_tokens=24", "optim.warmup_steps=2")
+SMALL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_heads=4", "model.num_kv_heads=2",
+         "model.head_dim=8", "model.expert_ffn_dim=16", "train.global_batch_size=8",
+         "train.micro_batch_size=2", "train.steps=20", "train.head_chunk_tokens=24", "optim.warmup_steps=2")
 FAMILIES = {
-    "tiny-solar-open": ("model.num_layers=4", 'model.yarn={"factor": 4.0, "original_max_position_tokens": 16}'),
+    "tiny-solar-open": ("model.num_layers=4",
+                        'model.yarn={"factor": 4.0, "original_max_position_tokens": 16}'),
     "tiny-k-exaone": ("model.dense_ffn_dim=48", "model.sliding_window_tokens=8"),
     "tiny-qwen2": ("model.dense_ffn_dim=48",),
     "tiny-qwen3": ("model.dense_ffn_dim=48", "model.tied_embeddings=true"),
@@ -53,7 +54,8 @@ def _trainer(config: RunConfig, run: str = "not-written") -> Trainer:
 
 def curve(recipe: str, settings: list[str], paths: list[str], out: str, objective: str = "lm",
           steps: int = 4) -> list[dict[str, Any]]:
-    """Train; return each step's loss, losses of terms and sources, gradient norm, expert load and router biases.
+    """Train; return each step's loss, losses of terms and sources, gradient norm,
+    expert load and router biases.
 
     OUT is the checkpoint after the last step, moments included.
     """
@@ -61,7 +63,8 @@ def curve(recipe: str, settings: list[str], paths: list[str], out: str, objectiv
     trainer = _trainer(config)
     taken = [_step(trainer) for _ in range(steps)]
     state = {"step": steps, "tokens": 0}
-    load.save(Path(out), trainer.model, trainer.optimizer, state, config.to_dict(), tokenizer_folder(trainer.sources))
+    load.save(Path(out), trainer.model, trainer.optimizer, state, config.to_dict(),
+              tokenizer_folder(trainer.sources))
     world.leave()
     return taken
 
@@ -80,28 +83,33 @@ def _step(trainer: Trainer) -> dict[str, Any]:
 
 
 def one_batch(recipe: str, settings: list[str], paths: list[str], objective: str, out: str) -> dict[str, Any]:
-    """Return the loss of the first global batch and the batch itself; OUT/weights and OUT/gradients are checkpoints."""
+    """Return the loss of the first global batch and the batch itself;
+    OUT/weights and OUT/gradients are checkpoints."""
     config = small_config(recipe, settings, paths, objective)
     trainer = _trainer(config)
     # before the step, which moves router biases
     state = {"step": 0, "tokens": 0}
-    load.save(Path(out) / "weights", trainer.model, None, state, config.to_dict(), tokenizer_folder(trainer.sources))
+    load.save(Path(out) / "weights", trainer.model, None, state, config.to_dict(),
+              tokenizer_folder(trainer.sources))
     batch = trainer.objective.prepare(trainer.objective.collect(trainer.policy, 0))
     sums = trainer.computation.sums(batch, trainer.objective, 1)
     losses = {t: total / batch.targets[t] for t, total in sums.terms.items()}
     with torch.no_grad():
         for parameter in trainer.model.parameters():
             parameter.copy_(parameter.main_grad)
-    load.save(Path(out) / "gradients", trainer.model, None, state, config.to_dict(), tokenizer_folder(trainer.sources))
+    load.save(Path(out) / "gradients", trainer.model, None, state, config.to_dict(),
+              tokenizer_folder(trainer.sources))
     world.leave()
     return {"losses": losses, "loss": sum(trainer.objective.coefficients[t] * v for t, v in losses.items()),
             "micro_batches": [{"bounds": m.inputs.cu_seqlens.tolist(), "padding": m.inputs.padding.tolist(),
-                               "tokens": m.inputs.tokens.tolist(), "labels": m.labels.tolist(), "weights": m.weights.tolist(),
-                               "types": m.types.tolist()} for m in batch.micro_batches]}
+                               "tokens": m.inputs.tokens.tolist(), "labels": m.labels.tolist(),
+                               "weights": m.weights.tolist(), "types": m.types.tolist()}
+                              for m in batch.micro_batches]}
 
 
 def trained(settings: list[str], paths: list[str], out: str) -> list[dict[str, Any]]:
-    """Train five steps; OUT/checkpoints holds step-3 and step-5, which another layout is to continue and to reach."""
+    """Train five steps; OUT/checkpoints holds step-3 and step-5, which another layout is to
+    continue and to reach."""
     trainer = _trainer(small_config("tiny-k-exaone", settings, paths, "lm"), out)
     trainer.folder.checkpoints.mkdir(parents=True, exist_ok=True)
     taken = []
@@ -114,8 +122,10 @@ def trained(settings: list[str], paths: list[str], out: str) -> list[dict[str, A
     return taken
 
 
-def compared(recipe: str, settings: list[str], paths: list[str], reference: str, *, is_reference: bool) -> dict[str, Any]:
-    """Train four steps from scratch, and once more from the reference's step-2; the steps, and how far the ends are apart.
+def compared(recipe: str, settings: list[str], paths: list[str], reference: str, *,
+             is_reference: bool) -> dict[str, Any]:
+    """Train four steps from scratch, and once more from the reference's step-2; the steps,
+    and how far the ends are apart.
 
     REFERENCE is the run folder of the one process that everything is compared with, which is trained first.
     """
@@ -129,14 +139,17 @@ def compared(recipe: str, settings: list[str], paths: list[str], reference: str,
     trainer.checkpointer.finish()
     found = {"scratch": scratch, "scratch apart": _apart(trainer, trainer.folder.checkpoint(4))}
     trainer.resume(trainer.folder.checkpoint(2))
-    found |= {"continued": [_step(trainer) for _ in range(2)], "continued apart": _apart(trainer, trainer.folder.checkpoint(4))}
+    found |= {"continued": [_step(trainer) for _ in range(2)],
+              "continued apart": _apart(trainer, trainer.folder.checkpoint(4))}
     trainer.close()
     world.leave()
     return found
 
 
-def continued(settings: list[str], paths: list[str], sources: list[str], expected: list[str]) -> list[dict[str, Any]]:
-    """For each source: continue its step-3 for two steps; the two steps, and how far the end is from `expected`'s step-5."""
+def continued(settings: list[str], paths: list[str], sources: list[str],
+              expected: list[str]) -> list[dict[str, Any]]:
+    """For each source: continue its step-3 for two steps; the two steps, and how far the end is from
+    `expected`'s step-5."""
     trainer = _trainer(small_config("tiny-k-exaone", settings, paths, "lm"))
     results = []
     for source, reached in zip(sources, expected, strict=True):
@@ -156,9 +169,11 @@ def _tensors(path: Path, part: str) -> dict[str, tuple[torch.Tensor, float]]:
 
 
 def _apart(trainer: Trainer, path: Path) -> dict[str, float]:
-    """Return how far weights and optimizer state are at most from a checkpoint's, beside each tensor's largest value."""
+    """Return how far weights and optimizer state are at most from a checkpoint's,
+    beside each tensor's largest value."""
     found = {}
-    for part, blocks in (("model", local_shards(trainer.model)), ("optimizer", trainer.optimizer.state_shards())):
+    for part, blocks in (("model", local_shards(trainer.model)),
+                         ("optimizer", trainer.optimizer.state_shards())):
         apart = []
         for block in blocks:
             whole, largest = _tensors(path, part)[block.key]
@@ -169,9 +184,11 @@ def _apart(trainer: Trainer, path: Path) -> dict[str, float]:
 
 
 def deferred(settings: list[str], paths: list[str]) -> dict[str, Any]:
-    """Train, evaluate, train on: what every process holds after an update and after the evaluation, and what overlapped."""
+    """Train, evaluate, train on: what every process holds after an update and after the evaluation,
+    and what overlapped."""
     trainer = _trainer(small_config("tiny-k-exaone", settings, paths, "lm"))
-    groups = [g for chunk in trainer.optimizer.wrapped for g in chunk.bucket_groups + chunk.expert_parallel_bucket_groups]
+    groups = [g for chunk in trainer.optimizer.wrapped
+              for g in chunk.bucket_groups + chunk.expert_parallel_bucket_groups]
     finalize, on_its_way = trainer.model.config.finalize_model_grads_func, []
 
     def observed(*args: Any, **kwargs: Any) -> None:
@@ -185,8 +202,9 @@ def deferred(settings: list[str], paths: list[str]) -> dict[str, Any]:
     evaluated = _digest(trainer.model)
     losses += [trainer.update().loss for _ in range(2)]
     trainer.model.finish_param_gather()
-    result = {"losses": losses, "heldout": heldout, "updated": updated, "evaluated": evaluated, "ended": _digest(trainer.model),
-              "groups": len(groups), "on their way": on_its_way, "place": trainer.world.dp_rank}
+    result = {"losses": losses, "heldout": heldout, "updated": updated, "evaluated": evaluated,
+              "ended": _digest(trainer.model), "groups": len(groups), "on their way": on_its_way,
+              "place": trainer.world.dp_rank}
     world.leave()
     return result
 

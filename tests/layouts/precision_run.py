@@ -91,8 +91,8 @@ def dtypes(recipe: str, settings: list[str], data: str) -> dict[str, Any]:
         note(block.key.split("/")[0], block.data)
     gradients = sum(p.numel() for p in built.model.parameters())
     world.leave()
-    return {"dtypes": {name: sorted(kinds) for name, kinds in found.items()}, "reduced": seen.reduced, "gradients": gradients,
-            "loss": result.loss}
+    return {"dtypes": {name: sorted(kinds) for name, kinds in found.items()}, "reduced": seen.reduced,
+            "gradients": gradients, "loss": result.loss}
 
 
 def _noted(cls: type, method: str, note: Any) -> Any:
@@ -145,10 +145,12 @@ def repeatable(settings: list[str], data: str, threads: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
     built = trainer("tiny-solar-open", [
         "model.hidden_size=128", "model.head_dim=32", "model.expert_ffn_dim=128", "model.num_layers=1",
-        'data.phases=[{"name": "main", "seq_len": 256}]', "train.micro_batch_size=2", "train.global_batch_size=4",
-        "train.head_chunk_tokens=2048", "train.deterministic=true", *settings], data)
+        'data.phases=[{"name": "main", "seq_len": 256}]', "train.micro_batch_size=2",
+        "train.global_batch_size=4", "train.head_chunk_tokens=2048", "train.deterministic=true", *settings],
+                    data)
     losses = [built.update().loss for _ in range(2)]  # type: ignore[union-attr]
     found = {"losses": losses, "bits": bits(built), "threads": torch.get_num_threads(),
-             "torch": torch.are_deterministic_algorithms_enabled(), "library": built.model.config.deterministic_mode}
+             "torch": torch.are_deterministic_algorithms_enabled(),
+             "library": built.model.config.deterministic_mode}
     world.leave()
     return found

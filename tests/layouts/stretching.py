@@ -1,7 +1,9 @@
-"""Runs inside ranks: objectives of kinds that the project's own do not have, on synthetic batches, as plain numbers.
+"""Runs inside ranks: objectives of kinds that the project's own do not have,
+on synthetic batches, as plain numbers.
 
-`Pairs`: a loss on pairs of sequences that must stay together, with a cross-entropy term that is normalised on its own.
-`SequenceRatio`: a clipped importance ratio of whole sequences, longer than what one context-parallel process holds.
+`Pairs`: a loss on pairs of sequences that must stay together, with a cross-entropy term that is normalised on
+its own.  `SequenceRatio`: a clipped importance ratio of whole sequences, longer than what one
+context-parallel process holds.
 """
 
 from __future__ import annotations
@@ -81,7 +83,8 @@ class _Synthetic:
 
 
 class Pairs(_Synthetic):
-    """-log sigmoid(beta (log p(chosen) - log p(rejected))) over pairs, and cross-entropy on what was chosen."""
+    """-log sigmoid(beta (log p(chosen) - log p(rejected))) over pairs,
+    and cross-entropy on what was chosen."""
 
     def __init__(self, config: RunConfig, batches: DataBatches) -> None:
         super().__init__(config, batches)
@@ -89,7 +92,8 @@ class Pairs(_Synthetic):
 
     def prepare(self, batch: GlobalBatch) -> GlobalBatch:
         tokens = sum(float((m.weights * (m.document % 2 == 0)).sum()) for m in batch.micro_batches)
-        return with_denominators(batch, {"pair": sum(len(m.advantages) / 2 for m in batch.micro_batches), "ce": tokens})
+        return with_denominators(batch, {"pair": sum(len(m.advantages) / 2 for m in batch.micro_batches),
+                                         "ce": tokens})
 
     def loss(self, hidden: list[torch.Tensor], head: Head, batch: Sequences) -> LossSums:
         logprobs = head.logprobs(hidden[0], batch.labels)
@@ -101,7 +105,8 @@ class Pairs(_Synthetic):
 
 
 class SequenceRatio(_Synthetic):
-    """GSPO (arXiv 2507.18071, eq. 5-7): the ratio is the geometric mean over the sequence's tokens, clipped as a whole."""
+    """GSPO (arXiv 2507.18071, eq. 5-7): the ratio is the geometric mean over the sequence's tokens,
+    clipped as a whole."""
 
     def __init__(self, config: RunConfig, batches: DataBatches) -> None:
         super().__init__(config, batches)
@@ -114,8 +119,10 @@ class SequenceRatio(_Synthetic):
         logprobs = head.logprobs(hidden[0], batch.labels)
         lengths = self._of_sequences(torch.ones_like(logprobs), batch)
         ratio = (self._of_sequences(logprobs - batch.old_logprobs, batch) / lengths).exp()
-        gain = torch.minimum(ratio * batch.advantages, ratio.clamp(1 - EPSILON, 1 + EPSILON) * batch.advantages)
-        return LossSums({"policy": -gain.sum()}, per_source(-logprobs, batch.weights, batch.sources, self._num_sources))
+        gain = torch.minimum(ratio * batch.advantages,
+                             ratio.clamp(1 - EPSILON, 1 + EPSILON) * batch.advantages)
+        return LossSums({"policy": -gain.sum()},
+                        per_source(-logprobs, batch.weights, batch.sources, self._num_sources))
 
 
 OBJECTIVES = {"pairs": Pairs, "sequence ratio": SequenceRatio, "lm": LanguageModelling}
@@ -131,7 +138,8 @@ def _small_config(*arguments: Any) -> RunConfig:
     return config
 
 
-def steps(objective: str, recipe: str, settings: list[str], paths: list[str], count: int) -> list[dict[str, Any]]:
+def steps(objective: str, recipe: str, settings: list[str], paths: list[str],
+          count: int) -> list[dict[str, Any]]:
     """Train; return each step's loss, terms, losses of sources and gradient norm."""
     config = _small_config(recipe, settings, paths, "lm")
     place = world.join(config.parallel)
@@ -140,5 +148,6 @@ def steps(objective: str, recipe: str, settings: list[str], paths: list[str], co
     results = [trainer.update() for _ in range(count)]
     trainer.close()
     world.leave()
-    return [{"loss": r.loss, "grad_norm": r.grad_norm, **r.losses, **{f"source {k}": v for k, v in r.losses_by_source.items()}}
+    return [{"loss": r.loss, "grad_norm": r.grad_norm, **r.losses,
+             **{f"source {k}": v for k, v in r.losses_by_source.items()}}
             for r in results if r is not None]

@@ -1,8 +1,9 @@
-"""The table of docs/layout_agreement.md: at every layout a run gives the losses, gradient norms and weights of one process.
+"""The table of docs/layout_agreement.md: at every layout a run gives the losses,
+gradient norms and weights of one process.
 
-In float64, so that what differs is a mistake and not the order of a sum.  The two models with experts share the layouts: each is
-tried with one of them, the product of everything with both; of the dense model's products every second one is tried.
-SOV_WRITE_TABLE=1 tries all rows of the page and renews it.
+In float64, so that what differs is a mistake and not the order of a sum.  The two models with experts share
+the layouts: each is tried with one of them, the product of everything with both; of the dense model's
+products every second one is tried.  SOV_WRITE_TABLE=1 tries all rows of the page and renews it.
 """
 
 from __future__ import annotations
@@ -32,14 +33,15 @@ def _covering() -> Any:
 covering = _covering()
 WHOLE_TABLE = bool(os.environ.get("SOV_WRITE_TABLE"))
 MODELS: dict[str, tuple[str, list[str], bool]] = {
-    "dense, tied embeddings": ("tiny-qwen3", ["model.vocab_size=369"], False),  # which tensor parallelism pads
+    # which tensor parallelism pads
+    "dense, tied embeddings": ("tiny-qwen3", ["model.vocab_size=369"], False),
     "experts, YaRN": ("tiny-solar-open", [], True),
     "experts, sliding windows, multi-token prediction": ("tiny-k-exaone", [], True),
 }
 """Name in the table -> recipe, settings, whether it has experts.  All read rows of packed documents."""
 LIMITS = {"loss": 1e-12, "gradient norm": 1e-12, "weights": 2e-11, "other": 1e-12}
-"""Largest relative difference.  Where a gradient is all but zero, AdamW divides its last bits, some 1e-18, by eps = 1e-8: that
-moves a weight by 1e-10 of the learning rate, the only number that may exceed 1e-12."""
+"""Largest relative difference.  Where a gradient is all but zero, AdamW divides its last bits, some 1e-18, by
+eps = 1e-8: that moves a weight by 1e-10 of the learning rate, the only number that may exceed 1e-12."""
 
 
 def _apart(ours: Any, theirs: Any) -> float:
@@ -47,9 +49,12 @@ def _apart(ours: Any, theirs: Any) -> float:
     return float(np.abs(a - b).max(initial=0.0) / max(1e-3, np.abs(b).max(initial=0.0)))
 
 
-def _differences(steps: list[dict[str, Any]], expected: list[dict[str, Any]], apart: dict[str, float]) -> dict[str, float]:
-    """Return the largest differences of a run: of losses, of gradient norms, of anything else in its steps, and at its end."""
-    assert len(steps) == len(expected) and all(a.keys() == b.keys() for a, b in zip(steps, expected, strict=True))
+def _differences(steps: list[dict[str, Any]], expected: list[dict[str, Any]],
+                 apart: dict[str, float]) -> dict[str, float]:
+    """Return the largest differences of a run: of losses, of gradient norms,
+    of anything else in its steps, and at its end."""
+    assert len(steps) == len(expected) and all(a.keys() == b.keys()
+                                               for a, b in zip(steps, expected, strict=True))
     names = {"loss": "loss", "grad_norm": "gradient norm"}
     found = {"loss": 0.0, "gradient norm": 0.0, "other": apart["optimizer"], "weights": apart["model"]}
     for ours, theirs in zip(steps, expected, strict=True):
@@ -64,7 +69,8 @@ def _layouts(experts: bool) -> list[Any]:
 
 
 def _tried(model: str) -> list[Any]:
-    """Return the layouts that this run tries: of the table's rows of the two models with experts, alternate ones."""
+    """Return the layouts that this run tries: of the table's rows of the two models with
+    experts, alternate ones."""
     experts = MODELS[model][2]
     if WHOLE_TABLE:
         return _layouts(experts)
@@ -76,7 +82,8 @@ def _tried(model: str) -> list[Any]:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("model", MODELS)
-def test_every_layout_trains_as_one_process_does(ranks: Any, job: Any, packed_data: Any, tmp_path: Path, model: str) -> None:
+def test_every_layout_trains_as_one_process_does(ranks: Any, job: Any, packed_data: Any, tmp_path: Path,
+                                                 model: str) -> None:
     recipe, settings, _ = MODELS[model]
     layouts = _tried(model)
     common = {"recipe": recipe, "paths": [str(packed_data.text)], "reference": str(tmp_path)}
@@ -85,16 +92,19 @@ def test_every_layout_trains_as_one_process_does(ranks: Any, job: Any, packed_da
     (reference,), *others = ranks(one, *(job(RUN, "compared", x.num_ranks, {
         **common, "settings": [*base, *x.settings], "is_reference": False}) for x in layouts), timeout_s=1200)
     assert reference["scratch"][0]["loss"] > reference["scratch"][-1]["loss"]
-    assert reference["scratch"][2:] == reference["continued"] and reference["continued apart"] == {"model": 0, "optimizer": 0}
+    assert (reference["scratch"][2:] == reference["continued"]
+            and reference["continued apart"] == {"model": 0, "optimizer": 0})
     rows, problems = [], []
     for layout, per_rank in zip(layouts, others, strict=True):
-        assert all(r["scratch"] == per_rank[0]["scratch"] for r in per_rank), f"{layout.name}: processes report other numbers"
+        assert all(r["scratch"] == per_rank[0]["scratch"] for r in per_rank), (
+            f"{layout.name}: processes report other numbers")
         found = {}
         for start, steps in (("scratch", reference["scratch"]), ("continued", reference["scratch"][2:])):
-            apart = {part: max(r[f"{start} apart"][part] for r in per_rank) for part in ("model", "optimizer")}
+            apart = {part: max(r[f"{start} apart"][part] for r in per_rank)
+                     for part in ("model", "optimizer")}
             found[start] = _differences(per_rank[0][start], steps, apart)
-            problems += [f"{layout.name}, {start}: {what} differs by {value:.1e}" for what, value in found[start].items()
-                         if not value <= LIMITS[what]]
+            problems += [f"{layout.name}, {start}: {what} differs by {value:.1e}"
+                         for what, value in found[start].items() if not value <= LIMITS[what]]
         rows.append((layout, found))
     assert problems == [], "\n".join(problems)
     if WHOLE_TABLE:
@@ -103,11 +113,12 @@ def test_every_layout_trains_as_one_process_does(ranks: Any, job: Any, packed_da
 
 def _write(model: str, rows: list[tuple[Any, dict[str, dict[str, float]]]]) -> None:
     """Replace one model's table in the page."""
-    lines = [f"## {model[0].upper()}{model[1:]}", "",
-             "| Layout | Processes | Loss | Gradient norm | Weights | Loss, continued | Gradient norm | Weights |",
+    lines = [f"## {model[0].upper()}{model[1:]}", "", "| Layout | Processes | Loss | Gradient norm | Weights "
+                                                      "| Loss, continued | Gradient norm | Weights |",
              "|---|---|---|---|---|---|---|---|"]
     for layout, found in rows:
-        cells = [f"{run[what]:.0e}" for run in found.values() for what in ("loss", "gradient norm", "weights")]
+        cells = [f"{run[what]:.0e}" for run in found.values()
+                 for what in ("loss", "gradient norm", "weights")]
         lines.append(f"| {layout.name} | {layout.num_ranks} | {' | '.join(cells)} |")
     text = PAGE.read_text(encoding="utf-8")
     before, _, rest = text.partition(lines[0] + "\n")
@@ -121,8 +132,10 @@ def test_the_published_table_lists_every_layout() -> None:
         _, found, section = text.partition(f"## {model[0].upper()}{model[1:]}\n")
         assert found, model
         table = section.partition("\n## ")[0].splitlines()
-        rows = [line.split(" | ") for line in table if line.startswith("| ") and not line.startswith("| Layout")]
-        assert [(r[0].removeprefix("| "), int(r[1])) for r in rows] == [(x.name, x.num_ranks) for x in _layouts(experts)]
+        rows = [line.split(" | ")
+                for line in table if line.startswith("| ") and not line.startswith("| Layout")]
+        assert [(r[0].removeprefix("| "), int(r[1])) for r in rows] == [
+            (x.name, x.num_ranks) for x in _layouts(experts)]
         worst = max(float(cell.rstrip(" |")) for r in rows for cell in r[2:4] + r[5:7])
         assert worst <= LIMITS["loss"]
 
@@ -131,7 +144,8 @@ def test_no_layout_is_left_out() -> None:
     tried = {model: {x.name for x in _tried(model)} for model in MODELS}
     dense, *with_experts = tried.values()
     assert set().union(*with_experts) == {x.name for x in _layouts(True)}
-    assert {x.name for x in covering.singles(False)} < dense < {x.name for x in _layouts(False)} or WHOLE_TABLE
+    assert ({x.name for x in covering.singles(False)} < dense < {x.name for x in _layouts(False)}
+            or WHOLE_TABLE)
 
 
 @pytest.mark.parametrize("experts", [False, True])

@@ -1,4 +1,5 @@
-"""Odd random models of every family, made by transformers: their bits survive us at any layout, and their logits are ours."""
+"""Odd random models of every family, made by transformers: their bits survive us at any layout,
+and their logits are ours."""
 
 from __future__ import annotations
 
@@ -22,28 +23,32 @@ LAYOUTS = {
 
 
 def odd_config(family: str, seed: int) -> dict[str, Any]:
-    """Return a config.json with sizes that nothing divides neatly; choices of structure change with the seed."""
+    """Return a config.json with sizes that nothing divides neatly;
+    choices of structure change with the seed."""
     draw = random.Random(f"{family} {seed}")
     kv_heads = (2, 1, 4)[seed]
     heads = kv_heads * draw.choice((1, 2, 3))
     layers = draw.choice((2, 4))
     config: dict[str, Any] = {
-        "model_type": family, "vocab_size": draw.choice((97, 101, 113)), "hidden_size": draw.choice((24, 36, 40)),
-        "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
-        "head_dim": draw.choice((6, 10, 14)), "intermediate_size": draw.choice((22, 38)),
-        "max_position_embeddings": LENGTH, "initializer_range": 0.15,
-        "rms_norm_eps": draw.choice((1e-5, 1e-6)), "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+        "model_type": family, "vocab_size": draw.choice((97, 101, 113)),
+        "hidden_size": draw.choice((24, 36, 40)), "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads, "head_dim": draw.choice((6, 10, 14)),
+        "intermediate_size": draw.choice((22, 38)), "max_position_embeddings": LENGTH,
+        "initializer_range": 0.15,
+        "rms_norm_eps": draw.choice((1e-5, 1e-6)), "bos_token_id": None, "eos_token_id": None,
+        "pad_token_id": None,
         "rope_parameters": {"rope_type": "default", "rope_theta": draw.choice((1e4, 1e6))}}
     yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
     experts = {"moe_intermediate_size": draw.choice((14, 18)), "num_experts_per_tok": (2, 1, 3)[seed]}
     if family == "solar_open":
-        return {**config, **experts, "n_routed_experts": (8, 4, 12)[seed], "n_shared_experts": (1, 2, 1)[seed],
-                "routed_scaling_factor": 1.7, "rope_parameters": yarn}
+        return {**config, **experts, "n_routed_experts": (8, 4, 12)[seed],
+                "n_shared_experts": (1, 2, 1)[seed], "routed_scaling_factor": 1.7, "rope_parameters": yarn}
     if family == "exaone_moe":
-        return {**config, **experts, "num_experts": (8, 16, 4)[seed], "num_shared_experts": 1, "sliding_window": 9 + seed,
-                "layer_types": (["sliding_attention", "full_attention"] * layers)[:layers], "first_k_dense_replace": 1,
-                "mlp_layer_types": ["dense"] + ["sparse"] * (layers - 1), "routed_scaling_factor": 2.5,
-                "num_nextn_predict_layers": 1}
+        return {**config, **experts, "num_experts": (8, 16, 4)[seed], "num_shared_experts": 1,
+                "sliding_window": 9 + seed,
+                "layer_types": (["sliding_attention", "full_attention"] * layers)[:layers],
+                "first_k_dense_replace": 1, "mlp_layer_types": ["dense"] + ["sparse"] * (layers - 1),
+                "routed_scaling_factor": 2.5, "num_nextn_predict_layers": 1}
     config["tie_word_embeddings"] = seed != 1
     slides = {"use_sliding_window": seed == 2, "sliding_window": 11}
     if family == "qwen3_moe":
@@ -53,7 +58,8 @@ def odd_config(family: str, seed: int) -> dict[str, Any]:
 
 
 def make(config: dict[str, Any], folder: Path, seed: int) -> None:
-    """Write a random model as transformers does, with every bias away from zero; K-EXAONE's prediction layer is added by hand."""
+    """Write a random model as transformers does, with every bias away from zero;
+    K-EXAONE's prediction layer is added by hand."""
     import torch
     from safetensors.torch import load_file, save_file
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -69,9 +75,11 @@ def make(config: dict[str, Any], folder: Path, seed: int) -> None:
     model.save_pretrained(folder)
     if config["model_type"] == "exaone_moe":
         tensors = load_file(folder / "model.safetensors")
-        like_layer_0 = {n.replace("model.", "mtp."): torch.randn_like(t) for n, t in tensors.items() if ".layers.0." in n}
+        like_layer_0 = {n.replace("model.", "mtp."): torch.randn_like(t)
+                        for n, t in tensors.items() if ".layers.0." in n}
         norm, hidden = tensors["model.norm.weight"], config["hidden_size"]
-        own = {f"mtp.{n}.weight": torch.randn_like(norm) for n in ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")}
+        own = {f"mtp.{n}.weight": torch.randn_like(norm)
+               for n in ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")}
         fc = {"mtp.fc.weight": torch.randn(hidden, 2 * hidden).to(norm.dtype)}
         save_file(tensors | like_layer_0 | own | fc, folder / "model.safetensors", metadata={"format": "pt"})
 
@@ -83,7 +91,8 @@ def documents(vocab_size: int) -> list[list[int]]:
 
 
 def run(names: list[str], layout: dict[str, Any], folder: str, label: str) -> None:
-    """Load each checkpoint, write its logits as transformers would see them, and save it again from this layout."""
+    """Load each checkpoint, write its logits as transformers would see them,
+    and save it again from this layout."""
     import torch
     from safetensors.torch import save_file
 
@@ -97,7 +106,8 @@ def run(names: list[str], layout: dict[str, Any], folder: str, label: str) -> No
     place = world.join(ParallelConfig(**layout))
     for name in names:
         source = Path(folder) / name / "ckpt"
-        config = apply_settings(from_dict(read_manifest(source, "checkpoint").settings), ["train.precision=fp32"])
+        config = apply_settings(from_dict(read_manifest(source, "checkpoint").settings),
+                                ["train.precision=fp32"])
         model = build(config.model, ParallelConfig(**layout), config.train)
         load.load_model(source, model)
         row = Inputs(documents(config.model.vocab_size), torch.device("cpu"))
@@ -122,9 +132,11 @@ def hf_logits(folder: Path) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32,
+                                                 experts_implementation="eager").eval()
     with torch.no_grad():
-        return model(input_ids=torch.tensor(documents(model.config.vocab_size)[1:]), use_cache=False).logits[0]
+        return model(input_ids=torch.tensor(documents(model.config.vocab_size)[1:]),
+                     use_cache=False).logits[0]
 
 
 def same_bits(a: Path, b: Path) -> bool:
@@ -134,11 +146,13 @@ def same_bits(a: Path, b: Path) -> bool:
 
     one, other = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
     return one.keys() == other.keys() and all(
-        t.dtype == other[n].dtype and torch.equal(t.view(torch.uint8), other[n].view(torch.uint8)) for n, t in one.items())
+        t.dtype == other[n].dtype and torch.equal(t.view(torch.uint8), other[n].view(torch.uint8))
+        for n, t in one.items())
 
 
 @pytest.mark.distributed
-def test_bits_survive_every_layout_and_logits_are_those_of_transformers(ranks: Any, job: Any, tmp_path: Path) -> None:
+def test_bits_survive_every_layout_and_logits_are_those_of_transformers(ranks: Any, job: Any,
+                                                                        tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     from megatron_sov import convert, models
@@ -148,10 +162,12 @@ def test_bits_survive_every_layout_and_logits_are_those_of_transformers(ranks: A
         (tmp_path / name).mkdir()
         make(config, tmp_path / name / "hf", int(name[-1]))
         convert.from_hf(tmp_path / name / "hf", tmp_path / name / "ckpt")
-    at = {layout: [n for n, c in configs.items() if fits(c, settings)] for layout, (_, settings) in LAYOUTS.items()}
+    at = {layout: [n for n, c in configs.items() if fits(c, settings)]
+          for layout, (_, settings) in LAYOUTS.items()}
     at["EP4 x PP2"] = ["solar_open-0", "exaone_moe-1", "qwen3_moe-2"]
     assert min(map(len, at.values())) == 3 and len(at["one"]) == 15
-    ranks(*(job(__file__, "run", nproc, {"names": at[name], "layout": layout, "folder": str(tmp_path), "label": name})
+    ranks(*(job(__file__, "run", nproc,
+                {"names": at[name], "layout": layout, "folder": str(tmp_path), "label": name})
             for name, (nproc, layout) in LAYOUTS.items()))
     for name in configs:
         folder, expected = tmp_path / name, hf_logits(tmp_path / name / "hf")

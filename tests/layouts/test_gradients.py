@@ -1,4 +1,5 @@
-"""Loss and every gradient of a training step equal those of transformers' model classes, document by document.
+"""Loss and every gradient of a training step equal those of transformers' model classes,
+document by document.
 
 The multi-token prediction layer, which transformers does not have, is written out here in plain torch.
 """
@@ -16,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy, linear, rms_norm, silu
 
 RUN = str(Path(__file__).with_name("layout_run.py"))
-SETTINGS = ["train.precision=fp32", "model.seq_aux_loss_coeff=0", "model.num_mtp_layers=0", "model.init_std=0.2"]
+SETTINGS = ["train.precision=fp32", "model.seq_aux_loss_coeff=0", "model.num_mtp_layers=0",
+            "model.init_std=0.2"]
 """The reference knows no balancing loss; a large spread makes every detail matter."""
 PREDICTION = ["model.num_mtp_layers=1", "model.mtp_loss_coeff=0.3"]
 CASES = {
@@ -28,7 +30,8 @@ CASES = {
     "qwen3 lm": ("tiny-qwen3", "lm", ["model.tied_embeddings=false"]),
     "qwen3_moe lm": ("tiny-qwen3-moe", "lm", [
         "model.norm_topk_prob=false", "model.num_dense_layers=1", "model.dense_ffn_dim=48"]),
-    "solar sft": ("tiny-solar-open", "sft", ["objective.text_coeff=0.3", 'data.phases=[{"name": "main", "seq_len": 64}]']),
+    "solar sft": ("tiny-solar-open", "sft",
+                  ["objective.text_coeff=0.3", 'data.phases=[{"name": "main", "seq_len": 64}]']),
 }
 
 
@@ -42,7 +45,8 @@ def _segments(result: dict[str, Any]) -> Iterator[dict[str, torch.Tensor]]:
 
 def _predict(w: dict[str, torch.Tensor], config: dict[str, Any], hidden: torch.Tensor,
              next_embedding: torch.Tensor) -> torch.Tensor:
-    """Return the hidden states [n, H] of the prediction layer (DeepSeek-V3, arXiv 2412.19437, eq. 21-23; names as published).
+    """Return the hidden states [n, H] of the prediction layer (DeepSeek-V3, arXiv 2412.19437, eq. 21-23;
+    names as published).
 
     Args:
         w: the `mtp.*` tensors, without that prefix.
@@ -57,7 +61,8 @@ def _predict(w: dict[str, torch.Tensor], config: dict[str, Any], hidden: torch.T
         return linear(x, w[f"layers.0.self_attn.{name}_proj.weight"]).unflatten(-1, (-1, dim)).transpose(0, 1)
 
     n, dim, slides = len(hidden), config["head_dim"], config["mtp_layer_types"] == ["sliding_attention"]
-    x = linear(torch.cat([norm(next_embedding, "pre_fc_norm_embedding"), norm(hidden, "pre_fc_norm_hidden")], -1), w["fc.weight"])
+    x = linear(torch.cat([norm(next_embedding, "pre_fc_norm_embedding"), norm(hidden, "pre_fc_norm_hidden")],
+                         -1), w["fc.weight"])
     normed = norm(x, "layers.0.input_layernorm")
     q, k = (norm(heads(normed, name), f"layers.0.self_attn.{name}_norm") for name in "qk")
     v = heads(normed, "v")
@@ -65,7 +70,8 @@ def _predict(w: dict[str, torch.Tensor], config: dict[str, Any], hidden: torch.T
     visible = distance >= 0
     if slides:  # only sliding layers rotate
         visible &= distance < config["sliding_window"]
-        angle = torch.outer(torch.arange(n), config["rope_parameters"]["rope_theta"] ** (-torch.arange(0, dim, 2) / dim))
+        angle = torch.outer(torch.arange(n),
+                            config["rope_parameters"]["rope_theta"] ** (-torch.arange(0, dim, 2) / dim))
         cos, sin = (torch.cat([f(angle)] * 2, -1) for f in (torch.cos, torch.sin))
         q, k = (t * cos + torch.cat([-t[..., dim // 2:], t[..., :dim // 2]], -1) * sin for t in (q, k))
     k, v = (t.repeat_interleave(len(q) // len(t), 0) for t in (k, v))
@@ -77,20 +83,22 @@ def _predict(w: dict[str, torch.Tensor], config: dict[str, Any], hidden: torch.T
 
 
 def _reference(weights: Path, gradients: Path, result: dict[str, Any], objective: str) -> dict[str, float]:
-    """Run transformers on each segment alone; returns the losses and saves the model with gradients in the weights' place."""
+    """Run transformers on each segment alone; returns the losses and saves the model with gradients in
+    the weights' place."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32)
     config = json.loads((weights / "config.json").read_text())
-    prediction = {name.removeprefix("mtp."): tensor.requires_grad_()
-                  for name, tensor in load_file(weights / "model.safetensors").items() if name.startswith("mtp.")}
+    prediction = {name.removeprefix("mtp."): tensor.requires_grad_() for name, tensor in load_file(
+        weights / "model.safetensors").items() if name.startswith("mtp.")}
     predicted, num_predicted = torch.zeros(()), 0.0
     sums: dict[int, torch.Tensor] = {}
     counts: dict[int, float] = {}
     for s in _segments(result):
         hidden = model.model(input_ids=s["tokens"][None], use_cache=False).last_hidden_state[0]
         losses = cross_entropy(model.lm_head(hidden), s["labels"], reduction="none")
-        if prediction:  # the label of a place is the token that follows it; the last place has nothing further to predict
+        # the label of a place is the token that follows it; the last place has nothing further to predict
+        if prediction:
             states = _predict(prediction, config, hidden[:-1], model.model.embed_tokens(s["labels"][:-1]))
             further = cross_entropy(model.lm_head(states), s["labels"][1:], reduction="none")
             predicted = predicted + (further * s["weights"][1:]).sum()
@@ -104,23 +112,27 @@ def _reference(weights: Path, gradients: Path, result: dict[str, Any], objective
         "response": sums[response] / counts[response], "text": sums[text] / counts[text]}
     if prediction:
         terms["mtp"] = predicted / num_predicted
-    sum({"text": 0.3, "mtp": 0.3}.get(name, 1.0) * term for name, term in terms.items()).backward()  # type: ignore[union-attr]
+    sum({"text": 0.3, "mtp": 0.3}.get(name, 1.0) * term  # type: ignore[union-attr]
+        for name, term in terms.items()).backward()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.grad if parameter.grad is not None else 0.0)
     model.save_pretrained(gradients)
-    save_file({f"mtp.{name}": tensor.grad for name, tensor in prediction.items()}, gradients / "prediction.safetensors")
+    save_file({f"mtp.{name}": tensor.grad for name, tensor in prediction.items()},
+              gradients / "prediction.safetensors")
     return {name: term.item() for name, term in terms.items()}
 
 
-def test_loss_and_all_gradients_equal_transformers(ranks: Any, job: Any, packed_data: Any, tmp_path: Path) -> None:
+def test_loss_and_all_gradients_equal_transformers(ranks: Any, job: Any, packed_data: Any,
+                                                   tmp_path: Path) -> None:
     from megatron_sov.convert import to_hf
 
     jobs = []
     for name, (recipe, objective, settings) in CASES.items():
         paths = [str(packed_data.text)] + ([str(packed_data.chats)] if objective == "sft" else [])
-        jobs.append(job(RUN, "one_batch", 1, {"recipe": recipe, "settings": [*SETTINGS, *settings], "paths": paths,
-                                              "objective": objective, "out": str(tmp_path / name)}))
+        jobs.append(job(RUN, "one_batch", 1,
+                        {"recipe": recipe, "settings": [*SETTINGS, *settings], "paths": paths,
+                         "objective": objective, "out": str(tmp_path / name)}))
     for (name, (_, objective, _)), (result,) in zip(CASES.items(), ranks(*jobs), strict=True):
         out = tmp_path / name
         for part in ("weights", "gradients"):
@@ -128,10 +140,13 @@ def test_loss_and_all_gradients_equal_transformers(ranks: Any, job: Any, packed_
         expected = _reference(out / "hf-weights", out / "reference", result, objective)
         assert result["losses"] == pytest.approx(expected, abs=1e-5), name
         ours = load_file(out / "hf-gradients/model.safetensors")
-        theirs = load_file(out / "reference/model.safetensors") | load_file(out / "reference/prediction.safetensors")
+        theirs = load_file(out / "reference/model.safetensors") | load_file(
+            out / "reference/prediction.safetensors")
         checked = [key for key in theirs if not key.endswith("e_score_correction_bias")]
-        assert len(checked) > 30 and set(checked) == {key for key in ours if not key.endswith("e_score_correction_bias")}
+        assert (len(checked) > 30
+                and set(checked) == {key for key in ours if not key.endswith("e_score_correction_bias")})
         for key in checked:
             scale = theirs[key].abs().max()
             assert (ours[key] - theirs[key]).abs().max() <= 1e-4 * scale + 1e-8, f"{name}: {key}"
-        assert sum(bool(theirs[key].abs().max() > 1e-6) for key in checked) > 0.7 * len(checked), "gradients reach the experts"
+        assert sum(bool(theirs[key].abs().max() > 1e-6) for key in checked) > 0.7 * len(checked), (
+            "gradients reach the experts")

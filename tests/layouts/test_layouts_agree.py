@@ -1,4 +1,5 @@
-"""Objectives, families and precisions beside the table of test_agreement.py: every layout trains the same model.
+"""Objectives, families and precisions beside the table of test_agreement.py:
+every layout trains the same model.
 
 In float64 that order is some 1e-16, and nothing else can hide in a tolerance of 1e-12.
 """
@@ -17,8 +18,10 @@ from megatron_sov.mcore.checkpoint.sharded_tensors import TensorReader
 RUN = str(Path(__file__).with_name("layout_run.py"))
 TP2 = ["parallel.tp=2", "parallel.sp=true"]
 ZERO1 = ["parallel.zero1=true"]
-OVERLAP = [*ZERO1, "parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true", "parallel.bucket_params=9000"]
-"""Buckets of 9,000 parameters: several of them even in these models, so that an unfinished one can be read too early."""
+OVERLAP = [*ZERO1, "parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true",
+           "parallel.bucket_params=9000"]
+"""Buckets of 9,000 parameters: several of them even in these models, so that an unfinished one can
+be read too early."""
 LAYOUTS = {
     "TP2": (2, ["parallel.tp=2"]),
     "TP2+SP": (2, TP2),
@@ -37,8 +40,9 @@ TIED = ["model.tied_embeddings=true", "model.vocab_size=369"]
 STEPS = 3
 FP64 = (["train.precision=fp64"], 1e-12)
 FP32 = (["train.precision=fp32",
-         # Adam with eps 1e-8 turns float noise of near-zero gradients into whole updates: gradients still agree to 1e-6 then,
-         # but losses only to 1e-4 after some steps.  With a larger eps a disagreement of layouts cannot hide in that.
+         # Adam with eps 1e-8 turns float noise of near-zero gradients into whole updates: gradients still
+         # agree to 1e-6 then, but losses only to 1e-4 after some steps.  With a larger eps a disagreement of
+         # layouts cannot hide in that.
          "optim.eps=1e-3"], 5e-6)
 """Settings and largest relative difference."""
 CASES = {
@@ -53,13 +57,15 @@ CASES = {
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("case", CASES)
-def test_layouts_agree_with_one_rank(ranks: Any, job: Any, packed_data: Any, tmp_path: Path, case: str) -> None:
+def test_layouts_agree_with_one_rank(ranks: Any, job: Any, packed_data: Any, tmp_path: Path,
+                                     case: str) -> None:
     recipe, objective, extra, (precision, tolerance), names = CASES[case]
     layouts = {name: LAYOUTS[name] for name in names}
     paths = [str(packed_data.text)] + ([str(packed_data.chats)] if objective == "sft" else [])
-    jobs = [job(RUN, "curve", nproc, {"recipe": recipe, "settings": [*precision, *extra, *layout], "paths": paths,
-                                      "objective": objective, "steps": STEPS, "out": str(tmp_path / name)})
-            for name, (nproc, layout) in {"one rank": (1, []), **layouts}.items()]
+    jobs = [
+        job(RUN, "curve", nproc, {"recipe": recipe, "settings": [*precision, *extra, *layout], "paths": paths,
+                                  "objective": objective, "steps": STEPS, "out": str(tmp_path / name)})
+        for name, (nproc, layout) in {"one rank": (1, []), **layouts}.items()]
     (reference,), *others = ranks(*jobs)
     assert len(reference) == STEPS and reference[0]["loss"] > reference[-1]["loss"]
     terms = {"term lm"} if objective == "lm" else {"term response", "term text"}
@@ -72,26 +78,32 @@ def test_layouts_agree_with_one_rank(ranks: Any, job: Any, packed_data: Any, tmp
         for number, (ours, theirs) in enumerate(zip(per_rank[0], reference, strict=True), 1):
             assert ours.keys() == theirs.keys()
             for what, value in ours.items():
-                difference = np.abs(np.array(value) - np.array(theirs[what])).max() / max(1e-3, np.abs(theirs[what]).max())
+                difference = np.abs(np.array(value) - np.array(theirs[what])).max() / max(
+                    1e-3, np.abs(theirs[what]).max())
                 if difference > tolerance:
-                    problems.append(f"{name}: step {number}: {what} differs by {difference:.1e}: {value}, not {theirs[what]}")
+                    problems.append(f"{name}: step {number}: {what} differs by {difference:.1e}: "
+                                    f"{value}, not {theirs[what]}")
         if tolerance < 1e-7:
             problems += _different_tensors(tmp_path / name, tmp_path / "one rank")
     assert problems == []
 
 
 def _different_tensors(ours: Path, theirs: Path) -> list[str]:
-    """Compare moments (the gradients of all steps), weights and router biases, beside the largest value of each tensor.
+    """Compare moments (the gradients of all steps), weights and router biases,
+    beside the largest value of each tensor.
 
-    A gradient near zero is divided by Adam's eps of 1e-8, so that its last bits, some 1e-18, move a weight by lr * 1e-10.
+    A gradient near zero is divided by Adam's eps of 1e-8, so that its last bits, some 1e-18,
+    move a weight by lr * 1e-10.
     """
     problems = []
     for part, tolerance in (("model", 2e-11), ("optimizer", 1e-12)):
         a, b = TensorReader(ours, part), TensorReader(theirs, part)
         assert sorted(a.keys()) == sorted(b.keys()) and len(a.keys()) > 20
         for key in sorted(a.keys()):
-            assert b.dtype(key) == a.dtype(key) == (torch.float32 if key.endswith("expert_bias") else torch.float64), key
-            difference = float((a.read(key) - b.read(key)).abs().max() / b.read(key).abs().max().clamp(min=1e-12))
+            assert b.dtype(key) == a.dtype(key) == (torch.float32 if key.endswith("expert_bias")
+                                                    else torch.float64), key
+            difference = float(
+                (a.read(key) - b.read(key)).abs().max() / b.read(key).abs().max().clamp(min=1e-12))
             if difference > tolerance:
                 problems.append(f"{ours.name}: {part} {key} differs by {difference:.1e}")
     return problems

@@ -30,8 +30,8 @@ LAYOUT = ["parallel.tp=2", "parallel.sp=true", "parallel.ep=2"]
 
 @pytest.mark.distributed
 def test_nothing_of_a_float64_step_is_rounded_to_float32(ranks: Any, job: Any, packed_data: Any) -> None:
-    cases = [("tiny-solar-open", 1, [YARN]), ("tiny-k-exaone", 1, ["train.recompute=true"]), ("tiny-k-exaone", 2, LAYOUT),
-             ("tiny-solar-open", 2, ["parallel.pp=2"])]
+    cases = [("tiny-solar-open", 1, [YARN]), ("tiny-k-exaone", 1, ["train.recompute=true"]),
+             ("tiny-k-exaone", 2, LAYOUT), ("tiny-solar-open", 2, ["parallel.pp=2"])]
     jobs = [job(RUN, "operations", n, {"recipe": recipe, "settings": ["train.precision=fp64", *settings],
                                        "data": str(packed_data.text)}) for recipe, n, settings in cases]
     for (recipe, _, settings), per_rank in zip(cases, ranks(*jobs), strict=True):
@@ -41,15 +41,17 @@ def test_nothing_of_a_float64_step_is_rounded_to_float32(ranks: Any, job: Any, p
 
 
 @pytest.mark.distributed
-def test_bf16_keeps_master_weights_gradients_routing_and_loss_in_float32(ranks: Any, job: Any, packed_data: Any) -> None:
+def test_bf16_keeps_master_weights_gradients_routing_and_loss_in_float32(ranks: Any, job: Any,
+                                                                         packed_data: Any) -> None:
     arguments = {"recipe": "tiny-k-exaone", "data": str(packed_data.text)}
     jobs = [job(RUN, "dtypes", 2 if p == "bf16" else 1, {**arguments, "settings": [f"train.precision={p}"]})
             for p in ("bf16", "fp32", "fp64")]
     (bf16, _), (fp32,), (fp64,) = ranks(*jobs)
     single = ["torch.float32"]
     assert bf16["dtypes"] == {
-        "weights": ["torch.bfloat16"], "gradients": single, "master": single, "exp_avg": single, "exp_avg_sq": single,
-        "router logits": single, "router weights": single, "router bias": single, "log-probabilities": single}
+        "weights": ["torch.bfloat16"], "gradients": single, "master": single, "exp_avg": single,
+        "exp_avg_sq": single, "router logits": single, "router weights": single, "router bias": single,
+        "log-probabilities": single}
     # the data-parallel sum: experts' gradients and the others' travel in one buffer each
     assert bf16["reduced"]["torch.float32"] > 0.4 * bf16["gradients"]
     assert "torch.bfloat16" not in bf16["reduced"]
@@ -62,8 +64,9 @@ def test_bf16_keeps_master_weights_gradients_routing_and_loss_in_float32(ranks: 
 @pytest.mark.distributed
 def test_a_bf16_run_continues_bit_for_bit(ranks: Any, job: Any, packed_data: Any, tmp_path: Path) -> None:
     settings = ["train.precision=bf16", "parallel.tp=2", "parallel.sp=true"]
-    for rank in ranks(job(RUN, "continued", 2, {"recipe": "tiny-k-exaone", "settings": settings, "data": str(packed_data.text),
-                                                "run": str(tmp_path / "run")}))[0]:
+    for rank in ranks(job(RUN, "continued", 2,
+                          {"recipe": "tiny-k-exaone", "settings": settings, "data": str(packed_data.text),
+                           "run": str(tmp_path / "run")}))[0]:
         assert rank["losses"][0] == rank["losses"][1] and rank["losses"][0][0] > rank["losses"][0][-1]
         assert rank["bits"][0] == rank["bits"][1]
 
@@ -71,10 +74,12 @@ def test_a_bf16_run_continues_bit_for_bit(ranks: Any, job: Any, packed_data: Any
 @pytest.mark.distributed
 def test_deterministic_runs_repeat_their_bits(ranks: Any, job: Any, packed_data: Any) -> None:
     cases = [(1, 2, []), (2, 1, [*LAYOUT, "train.precision=bf16"])]
-    jobs = [job(RUN, "repeatable", n, {"settings": settings, "data": str(packed_data.text), "threads": threads})
-            for n, threads, settings in cases for _ in range(2)]
+    jobs = [
+        job(RUN, "repeatable", n, {"settings": settings, "data": str(packed_data.text), "threads": threads})
+        for n, threads, settings in cases for _ in range(2)]
     results = ranks(*jobs)
     for (_, threads, settings), once, again in zip(cases, results[::2], results[1::2], strict=True):
         assert once == again, settings
         assert once[0]["threads"] == threads and once[0]["torch"] and once[0]["library"]
-    assert len({r[0]["bits"] for r in results[::2]}) == len(cases), "the hash sees a difference where there is one"
+    assert len({r[0]["bits"] for r in results[::2]}) == len(cases), (
+        "the hash sees a difference where there is one")

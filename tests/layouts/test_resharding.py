@@ -1,6 +1,8 @@
-"""A checkpoint of any layout, with and without ZeRO-1, continues at any other as if it had never stopped, optimizer included.
+"""A checkpoint of any layout, with and without ZeRO-1, continues at any other as if it had never stopped,
+optimizer included.
 
-Each of the seven layouts continues what three of them saved, and each two meet; SOV_WRITE_TABLE=1 tries all pairs both ways.
+Each of the seven layouts continues what three of them saved, and each two meet;
+SOV_WRITE_TABLE=1 tries all pairs both ways.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ import pytest
 RUN = str(Path(__file__).with_name("layout_run.py"))
 TP2 = ["parallel.tp=2", "parallel.sp=true"]
 ZERO1 = ["parallel.zero1=true"]
-OVERLAP = [*ZERO1, "parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true", "parallel.bucket_params=9000"]
+OVERLAP = [*ZERO1, "parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true",
+           "parallel.bucket_params=9000"]
 PP2 = ["parallel.pp=2", "parallel.vpp=2"]
 LAYOUTS = {
     "one rank": (1, []),
@@ -27,18 +30,21 @@ LAYOUTS = {
     "PP2 VPP2 x DP2 ZeRO-1 overlapped": (4, [*PP2, *OVERLAP]),
 }
 WITH_MUON = ("one rank", "TP2+SP x EP2 x ZeRO-1", "PP2 VPP2 x DP2 ZeRO-1 overlapped")
-MUON = ["optim.name=muon", "optim.schedule=wsd",
-        'data.phases=[{"name": "a", "seq_len": 32}, {"name": "b", "seq_len": 32, "share": 4, "rewarm_steps": 2}]']
+MUON = ["optim.name=muon", "optim.schedule=wsd", 'data.phases=[{"name": "a", "seq_len": 32}, {"name": '
+                                                 '"b", "seq_len": 32, "share": 4, "rewarm_steps": 2}]']
 WHOLE_TABLE = bool(os.environ.get("SOV_WRITE_TABLE"))
 MEETING = (0, 1, 3)
-"""Differences of these give every number modulo 7: layout i continues what the layouts i, i + 1 and i + 3 saved."""
+"""Differences of these give every number modulo 7: layout i continues what the layouts i, i +
+1 and i + 3 saved."""
 FP64 = ["train.precision=fp64"]
 TOLERANCES = {"steps": 1e-12, "model": 2e-11, "optimizer": 1e-12}
-"""Relative; Adam divides gradients near zero by its eps, so that their last bits move a weight by some 1e-10 of the step."""
+"""Relative; Adam divides gradients near zero by its eps, so that their last bits move a weight by some
+1e-10 of the step."""
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("chosen", "names"), [([], tuple(LAYOUTS)), (MUON, WITH_MUON)], ids=["adamw", "muon"])
+@pytest.mark.parametrize(("chosen", "names"), [([], tuple(LAYOUTS)), (MUON, WITH_MUON)],
+                         ids=["adamw", "muon"])
 def test_any_layout_continues_what_any_other_saved(ranks: Any, job: Any, packed_data: Any, tmp_path: Path,
                                                    chosen: list[str], names: tuple[str, ...]) -> None:
     paths, folders = [str(packed_data.text)], {name: str(tmp_path / name) for name in names}
@@ -46,7 +52,8 @@ def test_any_layout_continues_what_any_other_saved(ranks: Any, job: Any, packed_
     saving = [job(RUN, "trained", n, {"settings": [*settings, *layout], "paths": paths, "out": folders[name]})
               for name, (n, layout) in ((name, LAYOUTS[name]) for name in names)]
     apart = range(len(names)) if WHOLE_TABLE else MEETING
-    sources = {name: list(dict.fromkeys(names[(i + d) % len(names)] for d in apart)) for i, name in enumerate(names)}
+    sources = {name: list(dict.fromkeys(names[(i + d) % len(names)] for d in apart))
+               for i, name in enumerate(names)}
     loading = [job(RUN, "continued", n, {"settings": [*settings, *layout], "paths": paths,
                                          "sources": [folders[source] for source in sources[name]],
                                          "expected": [folders["one rank"]] * len(sources[name])})
@@ -70,13 +77,16 @@ def test_any_layout_continues_what_any_other_saved(ranks: Any, job: Any, packed_
 def _distance(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
     """Return the largest relative difference of any number of a step."""
     assert ours.keys() == theirs.keys() and {"loss", "grad_norm", "router bias", "load"} <= ours.keys()
-    return max(float(np.abs(np.array(value) - np.array(theirs[what])).max() / max(1e-3, np.abs(theirs[what]).max()))
-               for what, value in ours.items())
+    return max(
+        float(np.abs(np.array(value) - np.array(theirs[what])).max() / max(1e-3, np.abs(theirs[what]).max()))
+        for what, value in ours.items())
 
 
 @pytest.mark.distributed
-def test_the_same_layout_continues_bit_for_bit(ranks: Any, job: Any, packed_data: Any, tmp_path: Path) -> None:
-    cases = [("bf16", 2, ZERO1), ("bf16", 4, [*TP2, *OVERLAP, "optim.name=muon"]), ("fp32", 4, [*PP2, *OVERLAP, "parallel.ep=2"])]
+def test_the_same_layout_continues_bit_for_bit(ranks: Any, job: Any, packed_data: Any,
+                                               tmp_path: Path) -> None:
+    cases = [("bf16", 2, ZERO1), ("bf16", 4, [*TP2, *OVERLAP, "optim.name=muon"]),
+             ("fp32", 4, [*PP2, *OVERLAP, "parallel.ep=2"])]
     jobs = []
     for number, (precision, n, layout) in enumerate(cases):
         common = {"settings": [f"train.precision={precision}", *layout], "paths": [str(packed_data.text)]}

@@ -16,13 +16,15 @@ STEPS, TOLERANCE = 3, 1e-12
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("objective", "settings"), [("pairs", []), ("sequence ratio", []), ("lm", LARGE_VOCABULARY)])
+@pytest.mark.parametrize(("objective", "settings"),
+                         [("pairs", []), ("sequence ratio", []), ("lm", LARGE_VOCABULARY)])
 def test_an_objective_is_the_same_at_every_layout(ranks: Any, job: Any, packed_data: Any, objective: str,
                                                   settings: list[str]) -> None:
     layouts = {"one rank": (1, []), **LAYOUTS}
     found = ranks(*(job(RUN, "steps", nproc, {
-        "objective": objective, "recipe": "tiny-k-exaone", "settings": ["train.precision=fp64", *settings, *layout],
-        "paths": [str(packed_data.text)], "count": STEPS}) for nproc, layout in layouts.values()), timeout_s=600)
+        "objective": objective, "recipe": "tiny-k-exaone",
+        "settings": ["train.precision=fp64", *settings, *layout], "paths": [str(packed_data.text)],
+        "count": STEPS}) for nproc, layout in layouts.values()), timeout_s=600)
     one = found[0][0]
     assert len({step["loss"] for step in one}) == STEPS
     for name, per_rank in zip(layouts, found, strict=True):

@@ -38,7 +38,8 @@ ONE_OF_EACH = {get(name).model: name for name in reversed(names())}
 
 @pytest.mark.parametrize("recipe", sorted(ONE_OF_EACH.values()))
 def test_total_equals_the_model_class_of_transformers(recipe: str) -> None:
-    """transformers builds the trunk (it has no multi-token prediction layers) on meta tensors, which take no memory."""
+    """transformers builds the trunk (it has no multi-token prediction layers) on meta tensors,
+    which take no memory."""
     torch = pytest.importorskip("torch")
     from transformers import AutoConfig, AutoModelForCausalLM
 

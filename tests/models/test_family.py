@@ -1,4 +1,5 @@
-"""Families against transformers: every key, shape and dtype of the full-size models, and their parameter totals."""
+"""Families against transformers: every key, shape and dtype of the full-size models,
+and their parameter totals."""
 
 from __future__ import annotations
 
@@ -29,8 +30,8 @@ def our_tensors(model: ModelConfig) -> dict[str, tuple[tuple[int, ...], torch.dt
 def transformers_tensors(model: ModelConfig) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Keys, shapes and dtypes that transformers saves for this config, from a model on meta tensors.
 
-    In memory it fuses experts to [E, 2I, H] and [E, H, I]; on disk each expert has its three matrices.  K-EXAONE's router
-    bias stands one level higher on disk.  A tied head is not saved.
+    In memory it fuses experts to [E, 2I, H] and [E, H, I]; on disk each expert has its three matrices.
+    K-EXAONE's router bias stands one level higher on disk.  A tied head is not saved.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -43,12 +44,15 @@ def transformers_tensors(model: ModelConfig) -> dict[str, tuple[tuple[int, ...],
         if name.endswith("experts.gate_up_proj"):
             for e in range(shape[0]):
                 for part in ("gate_proj", "up_proj"):
-                    found[name.replace("gate_up_proj", f"{e}.{part}.weight")] = ((shape[1] // 2, shape[2]), dtype)
+                    found[name.replace("gate_up_proj", f"{e}.{part}.weight")] = (
+                        (shape[1] // 2, shape[2]), dtype)
         elif name.endswith("experts.down_proj"):
-            found |= {name.replace("down_proj", f"{e}.down_proj.weight"): (shape[1:], dtype) for e in range(shape[0])}
+            found |= {name.replace("down_proj", f"{e}.down_proj.weight"): (shape[1:], dtype)
+                      for e in range(shape[0])}
         elif name.endswith("e_score_correction_bias"):
             on_disk = name.replace("mlp.gate.", "mlp.") if model.family == "exaone_moe" else name
-            found[on_disk] = (shape, torch.float32)  # kept in float32 by the model class (_keep_in_fp32_modules_strict)
+            # kept in float32 by the model class (_keep_in_fp32_modules_strict)
+            found[on_disk] = (shape, torch.float32)
         elif not (model.tied_embeddings and name == "lm_head.weight"):
             found[name] = (shape, dtype)
     return found
@@ -66,8 +70,10 @@ def test_full_size_tensors_are_those_of_transformers(name: str) -> None:
 
 def test_prediction_layer_has_the_published_names_and_shapes() -> None:
     ours = our_tensors(recipes.get("k-exaone-236b").model)
-    trunk_layer_0 = {key.replace("model.", "mtp."): v for key, v in ours.items() if key.startswith("model.layers.0.")}
-    norms = {f"mtp.{n}.weight": ((6144,), torch.bfloat16) for n in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")}
+    trunk_layer_0 = {key.replace("model.", "mtp."): v
+                     for key, v in ours.items() if key.startswith("model.layers.0.")}
+    norms = {f"mtp.{n}.weight": ((6144,), torch.bfloat16)
+             for n in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")}
     expected = trunk_layer_0 | norms | {"mtp.fc.weight": ((6144, 12288), torch.bfloat16)}
     assert {key: v for key, v in ours.items() if key.startswith("mtp.")} == expected
 
@@ -77,7 +83,8 @@ def test_prediction_layer_has_the_published_names_and_shapes() -> None:
     ("qwen3-4b", 4.0225e9, 0), ("qwen3-8b", 8.1907e9, 0), ("qwen3-moe-30b", 30.532e9, 0)])
 def test_parameter_totals_are_the_published_ones(name: str, trunk: float, mtp: float) -> None:
     model = recipes.get(name).model
-    sizes = {key: torch.Size(shape).numel() for key, (shape, _) in our_tensors(model).items() if "correction_bias" not in key}
+    sizes = {key: torch.Size(shape).numel() for key, (shape, _) in our_tensors(model).items()
+             if "correction_bias" not in key}
     counted_mtp = sum(n for key, n in sizes.items() if key.startswith("mtp."))
     counted = sum(sizes.values()) - counted_mtp
     assert counted == pytest.approx(trunk, rel=5e-5)
@@ -86,12 +93,14 @@ def test_parameter_totals_are_the_published_ones(name: str, trunk: float, mtp: f
 
 
 def test_a_model_that_its_family_cannot_express_is_refused_with_every_reason() -> None:
-    model = replace(recipes.get("tiny-solar-open").model, qk_norm=True, rope_on_global=False, num_shared_experts=0)
+    model = replace(recipes.get("tiny-solar-open").model, qk_norm=True, rope_on_global=False,
+                    num_shared_experts=0)
     with pytest.raises(UserError) as e:
         hf_config(model)
     assert len(re.findall(r"model\.(qk_norm|rope_on_global|num_shared_experts) =", str(e.value))) == 3
 
 
 def test_an_unknown_family_is_answered_with_the_nearest() -> None:
-    with pytest.raises(UserError, match=r"did you mean 'solar_open'\? \(families: solar_open, exaone_moe, qwen2, "):
+    with pytest.raises(UserError,
+                       match=r"did you mean 'solar_open'\? \(families: solar_open, exaone_moe, qwen2, "):
         models.get("solar-open")

@@ -20,7 +20,8 @@ def hf_config(model: ModelConfig) -> dict:
 
 @pytest.mark.parametrize("name", recipes.names())
 def test_config_goes_to_transformers_and_comes_back(name: str) -> None:
-    """Our config.json survives transformers' own config class: what it writes back describes the same architecture."""
+    """Our config.json survives transformers' own config class: what it writes back describes the
+    same architecture."""
     from transformers import AutoConfig
 
     model = recipes.get(name).model
@@ -61,7 +62,8 @@ def test_solar_trains_with_plain_rotations_before_its_last_stage() -> None:
 
 
 def test_yarn_means_the_same_frequencies_in_transformers() -> None:
-    """A YaRN that is not the default survives, and transformers computes its attention factor as 0.1 ln(factor) + 1."""
+    """A YaRN that is not the default survives, and transformers computes its attention factor as
+    0.1 ln(factor) + 1."""
     from transformers import AutoConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 

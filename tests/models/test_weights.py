@@ -1,4 +1,5 @@
-"""The weight map's vocabulary: interleaving against loops and against megatron, inversion, declarations that fail early."""
+"""The weight map's vocabulary: interleaving against loops and against megatron, inversion,
+declarations that fail early."""
 
 from __future__ import annotations
 
@@ -23,9 +24,11 @@ def qkv_link(model: ModelConfig) -> Link:
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.integers(1, 5))
-def test_qkv_rows_stand_as_a_loop_over_groups_puts_them(groups: int, heads_per_group: int, half_dim: int, hidden: int) -> None:
+def test_qkv_rows_stand_as_a_loop_over_groups_puts_them(groups: int, heads_per_group: int, half_dim: int,
+                                                        hidden: int) -> None:
     dim = 2 * half_dim
-    model = replace(TINY, num_heads=groups * heads_per_group, num_kv_heads=groups, head_dim=dim, hidden_size=hidden)
+    model = replace(TINY, num_heads=groups * heads_per_group, num_kv_heads=groups, head_dim=dim,
+                    hidden_size=hidden)
     q, k, v = (torch.randn(heads * dim, hidden) for heads in (groups * heads_per_group, groups, groups))
     rows = []
     for group in range(groups):
@@ -67,7 +70,8 @@ def test_gate_comes_before_up_and_experts_are_stacked() -> None:
     found = links([section], TINY)
     assert len(found) == TINY.num_experts
     link = found[3]
-    assert (link.key, link.shape, link.offset, link.extent) == ("mlp.fc1", (8, 256, 128), (3, 0, 0), (1, 256, 128))
+    assert (link.key, link.shape, link.offset, link.extent) == ("mlp.fc1", (8, 256, 128), (3, 0, 0),
+                                                                (1, 256, 128))
     gate, up = torch.randn(128, 128), torch.randn(128, 128)
     assert torch.equal(link.join({"m.3.gate": gate, "m.3.up": up}), torch.cat([gate, up]))
 

@@ -50,7 +50,8 @@ def test_events_are_readable_before_the_log_is_closed(tmp_path: Path) -> None:
     log.close()
 
 
-def test_a_line_that_a_killed_process_left_unfinished_is_passed_over_and_the_next_one_is_whole(tmp_path: Path) -> None:
+def test_a_line_that_a_killed_process_left_unfinished_is_passed_over_and_the_next_one_is_whole(
+        tmp_path: Path) -> None:
     path = tmp_path / EVENTS
     path.write_text('{"event": "step", "step": 1}\n{"event": "step", "st')
     assert [e["step"] for e in read_events(path)] == [1]
@@ -79,7 +80,8 @@ def test_a_null_log_drops_events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_of_a_step_done_again_after_a_restart_the_last_one_counts() -> None:
-    events = [{"event": "step", "step": s, "loss": loss} for s, loss in [(1, 5.0), (2, 4.0), (3, 3.0), (2, 4.5)]]
+    events = [{"event": "step", "step": s, "loss": loss}
+              for s, loss in [(1, 5.0), (2, 4.0), (3, 3.0), (2, 4.5)]]
     events += [{"event": "eval", "step": 2, "loss": 9.0}, {"event": "step"}]
     assert [(e["step"], e["loss"]) for e in final_steps(events)] == [(1, 5.0), (2, 4.5), (3, 3.0)]
     assert [e["loss"] for e in final_steps(events, "eval")] == [9.0]

@@ -15,7 +15,8 @@ def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
-@pytest.mark.parametrize(("value", "text"), [(102.65e9, "102.7 B"), (11e12, "11 T"), (1000, "1 K"), (12, "12")])
+@pytest.mark.parametrize(("value", "text"), [(102.65e9, "102.7 B"), (11e12, "11 T"), (1000, "1 K"),
+                                             (12, "12")])
 def test_large_numbers(value: float, text: str) -> None:
     assert large(value) == text
 

@@ -37,7 +37,8 @@ def test_neither_the_fraction_of_the_boot_second_nor_setting_the_clock_counts(
         booted_s: float, set_by_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """It started 12.34 s after the machine, and asks 20 s after it; somebody set the clock in between."""
     fields = ["4711", "(a ) name (R) 7)", "S", *["0"] * 18, "1234", "555"]
-    monkeypatch.setattr(process_start, "open", lambda *a, **options: io.StringIO(" ".join(fields)), raising=False)
+    monkeypatch.setattr(process_start, "open", lambda *a, **options: io.StringIO(" ".join(fields)),
+                        raising=False)
     monkeypatch.setattr(process_start.os, "sysconf", {"SC_CLK_TCK": 100}.__getitem__)
     monkeypatch.setattr(process_start.time, "clock_gettime", {time.CLOCK_BOOTTIME: 20.0}.__getitem__)
     monkeypatch.setattr(process_start.time, "time", lambda: booted_s + 20 + set_by_s)

@@ -33,7 +33,8 @@ def test_a_log_gets_a_line_every_ten_seconds_and_the_last_state(clock: list[floa
         bar.update(step, loss=5.0 - step / 100, tokens_per_s=12345.6)
     bar.close()
     lines = log.getvalue().splitlines()
-    assert lines[0] == "pretrain: step 34/100, loss 4.6600, 12,346 tokens/s, 00:19 left"  # 66 steps x 0.3 s = 19.8 s
+    # 66 steps x 0.3 s = 19.8 s
+    assert lines[0] == "pretrain: step 34/100, loss 4.6600, 12,346 tokens/s, 00:19 left"
     assert [line.split()[2] for line in lines] == ["34/100,", "68/100,", "100/100,"]
     assert lines[-1].endswith("00:00 left")
 

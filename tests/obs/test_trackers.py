@@ -32,7 +32,8 @@ def test_tensorboard_reads_back_the_values(tmp_path: Path) -> None:
     def value(event: TensorEvent) -> float:
         return float(event.tensor_proto.float_val[0])
 
-    assert [(e.step, value(e)) for e in events.Tensors("lr")] == [(s, pytest.approx(1e-3 * s)) for s in (1, 2, 3)]
+    assert [(e.step, value(e)) for e in events.Tensors("lr")] == [(s, pytest.approx(1e-3 * s))
+                                                                  for s in (1, 2, 3)]
     loss = events.Tensors("loss")
     assert [value(e) for e in loss[:3]] == pytest.approx([1, 0.5, 1 / 3])
     assert math.isnan(value(loss[3])) and loss[3].step == 4
@@ -41,7 +42,8 @@ def test_tensorboard_reads_back_the_values(tmp_path: Path) -> None:
 def wandb_records(file: Path) -> Iterator[bytes]:
     """Yield the records of an offline run: LevelDB's log format after a 7-byte header, blocks of 32 KB.
 
-    A chunk is crc32 (4 bytes), length (2), type (1: whole record, 2: first part, 3: middle, 4: last), payload.
+    A chunk is crc32 (4 bytes), length (2), type (1: whole record, 2: first part, 3: middle,
+    4: last), payload.
     """
     data, at, parts = file.read_bytes(), 7, []
     assert data[:4] == b":W&B"
@@ -67,16 +69,19 @@ def read_wandb(file: Path) -> tuple[str, list[dict[str, float]]]:
         if record.WhichOneof("record_type") == "run":
             run_id = record.run.run_id
         if record.WhichOneof("record_type") == "history":
-            items = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+            items = {item.key or item.nested_key[0]: json.loads(item.value_json)
+                     for item in record.history.item}
             history.append({key: value for key, value in items.items() if not key.startswith("_")})
     return run_id, history
 
 
-def test_wandb_offline_keeps_its_run_and_accepts_steps_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_offline_keeps_its_run_and_accepts_steps_done_again(tmp_path: Path,
+                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     attempts = []
     for steps in ((1, 2, 3), (2, 3, 4)):  # the second attempt goes back to a checkpoint after step 1
-        trackers = Trackers(ObsConfig(wandb=True, wandb_project="test"), tmp_path, {"recipe": "tiny-solar-open"})
+        trackers = Trackers(ObsConfig(wandb=True, wandb_project="test"), tmp_path,
+                            {"recipe": "tiny-solar-open"})
         for step in steps:
             trackers.log_step(step, {"loss": 1.0 / step})
         trackers.close()
@@ -84,7 +89,8 @@ def test_wandb_offline_keeps_its_run_and_accepts_steps_done_again(tmp_path: Path
         attempts.append(read_wandb(file))
         shutil.rmtree(tmp_path / "wandb")  # an attempt's folder is named by the second in which it began
     run_id = (tmp_path / "wandb-id").read_text()
-    assert attempts == [(run_id, [{"step": s, "loss": 1.0 / s} for s in steps]) for steps in ((1, 2, 3), (2, 3, 4))]
+    assert attempts == [(run_id, [{"step": s, "loss": 1.0 / s} for s in steps])
+                        for steps in ((1, 2, 3), (2, 3, 4))]
 
 
 def test_a_failing_tracker_is_named_once_and_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -121,7 +127,8 @@ def test_a_missing_package_is_named_with_the_command_that_adds_it(package: str, 
     for name in [n for n in sys.modules if n.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(UserError, match=rf"obs\.{package} = true needs the package {package}.*pip install 'megatron-sov\[dev\]'"):
+    with pytest.raises(UserError, match=rf"obs\.{package} = true needs the package {package}.*pip install "
+                                        r"'megatron-sov\[dev\]'"):
         Trackers(ObsConfig(**{package: True}), tmp_path, {})
 
 

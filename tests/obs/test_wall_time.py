@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from megatron_sov.obs.wall_time import CATEGORIES, Timekeeper, WallTime
 
 
-def account(*events: tuple[float, str, dict[str, Any]], now_s: float | None = None, waits: bool = False) -> WallTime:
+def account(*events: tuple[float, str, dict[str, Any]], now_s: float | None = None,
+            waits: bool = False) -> WallTime:
     keeper = Timekeeper()
     for time_s, kind, fields in events:
         keeper.add({"event": kind, "time_s": time_s, **fields})
@@ -39,7 +40,8 @@ PLANTED = [
     (1091.5, "checkpoint", {"step": 4, "stall_s": 3.0}),     # 0.5 s between steps, goes to step 5
     step(1101.5, 6),                                         # 10 s step 6; killed in step 7
     (1120, "warning", {"text": "something that marks no time"}),
-    start(1241.5, began_s=1221.5, resumed_from=4),           # 120 s waiting, 20 s start-up; steps 5, 6 are done again
+    # 120 s waiting, 20 s start-up; steps 5, 6 are done again
+    start(1241.5, began_s=1221.5, resumed_from=4),
     step(1251.5, 5), step(1261.5, 6),                        # 20 s
     (1271.5, "skip", {"step": 7, "reason": "spike"}),        # 10 s refused
     step(1281.5, 8),                                         # 10 s
@@ -63,8 +65,10 @@ PLANTED = [
 def test_a_planted_log_gives_the_answer_by_hand() -> None:
     found = account(*PLANTED)
     assert found.spent_s == pytest.approx({
-        "productive": 10 + 30 + 20 + 10 + 0.5 + 10 + 10,  # steps 1-4; 5, 6 and 8 of the second attempt; 11; 12
-        "lost": 10.5 + 10 + 10 + 20 + 2 + 60,       # steps 5 and 6 of the first attempt, with 0.5 s; refused; taken back; hang
+        # steps 1-4; 5, 6 and 8 of the second attempt; 11; 12
+        "productive": 10 + 30 + 20 + 10 + 0.5 + 10 + 10,
+        # steps 5 and 6 of the first attempt, with 0.5 s; refused; taken back; hang
+        "lost": 10.5 + 10 + 10 + 20 + 2 + 60,
         "evaluation": 6 + 10, "saving": 3 + 4 + 2, "startup": 32 + 20 + 6 + 5, "waiting": 120 + 4 + 2})
     assert found.total_s == pytest.approx(417) == pytest.approx(1417 - found.began_s)
     assert found.goodput == pytest.approx(90.5 / 417)
@@ -80,11 +84,12 @@ def test_steps_after_the_last_checkpoint_are_kept_only_while_the_run_lives() -> 
 
 
 def test_rare_events_stand_for_all_steps_since_the_one_before() -> None:
-    """log_every_steps = 10: five of the ten steps of an event are done again, and an evaluation came in between."""
-    found = account(start(0, 0), step(100, 10), (135, "data_consumed", {"step": 13}), step(205, 20), start(205, 205, 15),
-                    step(255, 20), (255, "run_end", {"step": 20}))
-    assert found.spent_s == pytest.approx({"productive": 100 + 30 + 20 + 50, "lost": 50, "evaluation": 5, "saving": 0, "startup": 0,
-                                           "waiting": 0})
+    """log_every_steps = 10: five of the ten steps of an event are done again,
+    and an evaluation came in between."""
+    found = account(start(0, 0), step(100, 10), (135, "data_consumed", {"step": 13}), step(205, 20),
+                    start(205, 205, 15), step(255, 20), (255, "run_end", {"step": 20}))
+    assert found.spent_s == pytest.approx({"productive": 100 + 30 + 20 + 50, "lost": 50, "evaluation": 5,
+                                           "saving": 0, "startup": 0, "waiting": 0})
 
 
 def test_a_log_without_a_start_has_no_time() -> None:
@@ -93,16 +98,19 @@ def test_a_log_without_a_start_has_no_time() -> None:
     assert keeper.account() is None
 
 
-KINDS = ("run_start", "step", "skip", "checkpoint", "data_consumed", "rollback", "hang", "restart", "stop", "run_end", "needle",
-         "warning")
+KINDS = ("run_start", "step", "skip", "checkpoint", "data_consumed", "rollback", "hang", "restart", "stop",
+         "run_end", "needle", "warning")
 SECONDS = st.floats(0, 1e6, allow_nan=False)
-EVENTS = st.lists(st.tuples(st.sampled_from(KINDS), SECONDS, st.integers(0, 30), SECONDS, st.integers(0, 30)), max_size=40)
+EVENTS = st.lists(st.tuples(st.sampled_from(KINDS), SECONDS, st.integers(0, 30), SECONDS, st.integers(0, 30)),
+                  max_size=40)
 
 
 @given(EVENTS, st.none() | SECONDS, st.booleans())
-def test_categories_add_up_to_the_wall_time_whatever_the_log_says(drawn: list[Any], lived_s: float | None, waits: bool) -> None:
-    events = [(time_s, kind, {"step": at, "resumed_from": other, "back_to": other, "began_s": value, "stall_s": value,
-                              "step_time_s": value}) for kind, time_s, at, value, other in drawn]
+def test_categories_add_up_to_the_wall_time_whatever_the_log_says(drawn: list[Any], lived_s: float | None,
+                                                                  waits: bool) -> None:
+    events = [(time_s, kind, {"step": at, "resumed_from": other, "back_to": other, "began_s": value,
+                              "stall_s": value, "step_time_s": value})
+              for kind, time_s, at, value, other in drawn]
     events = [(0.0, "run_start", {"began_s": 0.0}), *events]
     last_s, ended = 0.0, False
     for time_s, kind, _ in events:  # what the sum must be: from the start to the last event that marks time

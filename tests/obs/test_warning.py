@@ -10,7 +10,8 @@ from megatron_sov.obs.events import EventLog, read_events
 from megatron_sov.obs.warning import warn
 
 
-def test_a_warning_is_said_and_recorded_in_the_same_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_warning_is_said_and_recorded_in_the_same_words(tmp_path: Path,
+                                                          capsys: pytest.CaptureFixture[str]) -> None:
     events = EventLog(tmp_path / "events.jsonl")
     warn("the disk is slow", events.write, step=3)
     warn("weights went back", events.write, "rollback", step=4, back_to=2)

@@ -16,14 +16,16 @@ HOSTILE = "</script><script>window.hacked = 1</script>"
 def test_text_is_escaped_and_only_the_files_own_scripts_are_allowed() -> None:
     drawn = chart(go.Figure(go.Bar(x=[HOSTILE], y=[1])), HOSTILE)
     page = pages.render("Report", HOSTILE, HOSTILE, [Chapter(HOSTILE, HOSTILE, [(HOSTILE,) * 3], [
-        Section(HOSTILE, HOSTILE, [drawn], [Table([HOSTILE], [[HOSTILE]])])])], overview=(HOSTILE, Table([HOSTILE], [[HOSTILE]])))
+        Section(HOSTILE, HOSTILE, [drawn], [Table([HOSTILE], [[HOSTILE]])])])],
+                        overview=(HOSTILE, Table([HOSTILE], [[HOSTILE]])))
     assert "<script>window" not in page
     policy = re.search(r'Content-Security-ForwardModel" content="([^"]*)"', page).group(1)
     assert policy.startswith("default-src 'none'") and policy.count("sha256-") == 2
 
 
 def test_every_section_can_be_reached_and_an_empty_chapter_says_so() -> None:
-    page = pages.render("Report", "t", "", [Chapter("a", "", [], [Section("One two", "x")]), Chapter("b", "", [], [])],
+    page = pages.render("Report", "t", "",
+                        [Chapter("a", "", [], [Section("One two", "x")]), Chapter("b", "", [], [])],
                         anchor="it", nothing="Nothing here.", now_s=0)
     assert re.findall(r'href="#([^"]*)"', page) == ["it-1", "it-1-one-two", "it-2"]
     assert all(f'id="{anchor}"' in page for anchor in ("it-1", "it-1-one-two", "it-2"))

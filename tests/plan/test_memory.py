@@ -1,4 +1,5 @@
-"""The memory table: parameters against published shapes, activations against what autograd really keeps, the page as made."""
+"""The memory table: parameters against published shapes, activations against what autograd really
+keeps, the page as made."""
 
 from __future__ import annotations
 
@@ -18,17 +19,20 @@ ROOT = Path(__file__).parents[2]
 
 
 def config_of(recipe: str, **settings: Any) -> RunConfig:
-    return apply_settings(recipes.get(recipe), [f"{name.replace('__', '.')}={value}" for name, value in settings.items()])
+    return apply_settings(recipes.get(recipe),
+                          [f"{name.replace('__', '.')}={value}" for name, value in settings.items()])
 
 
 def stages_hold_the_whole_model(recipe: str, layout: dict[str, int], num_ranks: int) -> list[int]:
-    """Return [parameters of all stages with all experts, parameters of the model]; runs in a process of its own."""
+    """Return [parameters of all stages with all experts, parameters of the model];
+    runs in a process of its own."""
     from megatron_sov.mcore.model.meta import stage_params
 
     config = config_of(recipe, **{f"parallel__{name}": value for name, value in layout.items()})
     stages = stage_params(config, num_ranks)
     count = num_params(config.model)
-    copies = layout["pp"] > 1 and config.model.num_mtp_layers  # the last stage embeds for the prediction layer as well
+    # the last stage embeds for the prediction layer as well
+    copies = layout["pp"] > 1 and config.model.num_mtp_layers
     copied = config.model.vocab_size * config.model.hidden_size if copies else 0
     return [sum(s.dense + s.experts * layout["ep"] for s in stages), count.total + count.mtp + copied]
 
@@ -42,7 +46,8 @@ def saved_bytes_of_a_layer() -> list[int]:
     from megatron_sov.mcore.parallel import world
 
     tokens, kept = 512, []
-    config = config_of("tiny-solar-open", train__precision="fp32", train__recompute="false", train__micro_batch_size=1)
+    config = config_of("tiny-solar-open", train__precision="fp32", train__recompute="false",
+                       train__micro_batch_size=1)
     for layers in (2, 3):
         settings = apply_settings(config, [f"model.num_layers={layers}"])
         world.join(ParallelConfig())
@@ -51,7 +56,8 @@ def saved_bytes_of_a_layer() -> list[int]:
         weights = {w.untyped_storage().data_ptr() for w in model.parameters()}
         storages: dict[int, int] = {}
 
-        def keep(tensor: torch.Tensor, weights: set[int] = weights, storages: dict[int, int] = storages) -> torch.Tensor:
+        def keep(tensor: torch.Tensor, weights: set[int] = weights,
+                 storages: dict[int, int] = storages) -> torch.Tensor:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in weights:
                 storages[storage.data_ptr()] = storage.nbytes()
@@ -59,7 +65,8 @@ def saved_bytes_of_a_layer() -> list[int]:
 
         routing = model.config.routing_step
         routing.seq_len, routing.num_sequences, routing.aux_loss = tokens, 1, {}
-        inputs = ModelInputs(torch.arange(tokens), torch.arange(tokens), torch.tensor([0, tokens], dtype=torch.int32), tokens,
+        inputs = ModelInputs(torch.arange(tokens), torch.arange(tokens),
+                             torch.tensor([0, tokens], dtype=torch.int32), tokens,
                              torch.zeros(tokens, dtype=torch.bool))
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             model.chunks[0](inputs)
@@ -72,7 +79,8 @@ def test_stages_hold_the_model_and_a_layer_what_the_account_says(ranks: Any, job
     here = __file__
     solar = {"recipe": "solar-open-102b", "layout": {"tp": 1, "pp": 2, "ep": 64}, "num_ranks": 128}
     exaone = {"recipe": "k-exaone-236b", "layout": {"tp": 1, "pp": 4, "ep": 64}, "num_ranks": 256}
-    results = ranks(job(here, "stages_hold_the_whole_model", 1, solar), job(here, "stages_hold_the_whole_model", 1, exaone),
+    results = ranks(job(here, "stages_hold_the_whole_model", 1, solar),
+                    job(here, "stages_hold_the_whole_model", 1, exaone),
                     job(here, "saved_bytes_of_a_layer", 1, {}))
     for (held, counted), in results[:2]:
         assert held == counted
@@ -88,12 +96,14 @@ def test_stages_hold_the_model_and_a_layer_what_the_account_says(ranks: Any, job
     ({"optim__name": "muon", "model__vocab_size": 1000}, "optimizer", (8 + 4 * 2 * 1000 * 4096 / 1e9) / 12)])
 def test_each_item_follows_its_setting(change: dict[str, Any], item: str, factor: float) -> None:
     base = {"parallel__ep": 1, "parallel__zero1": "false"}
-    before, after = (account(config_of("solar-open-102b", **(base | c)), 10**9, 0, 24, 16, 0, 131072) for c in ({}, change))
+    before, after = (account(config_of("solar-open-102b", **(base | c)), 10**9, 0, 24, 16, 0, 131072)
+                     for c in ({}, change))
     assert getattr(after, item) / getattr(before, item) == pytest.approx(factor)
 
 
 def test_the_page_is_what_the_script_writes() -> None:
     script = ROOT / "docs" / "generate_memory.py"
     code = ("import sys, runpy; page = runpy.run_path(sys.argv[1])['page']; sys.stdout.write(page())")
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(script)], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(script)], capture_output=True,
+                          text=True, check=True)
     assert done.stdout.endswith((ROOT / "docs" / "memory.md").read_text(encoding="utf-8"))

@@ -17,7 +17,8 @@ RAMP = ["train.ramp_from_batch_size=8", "train.ramp_increment=8", "train.ramp_st
 
 
 def test_the_table_shows_every_place_at_which_something_changes() -> None:
-    config = apply_settings(recipes.get("tiny-solar-open"), ["optim.schedule=wsd", "optim.rewarm=[[70, 9]]", *RAMP])
+    config = apply_settings(recipes.get("tiny-solar-open"),
+                            ["optim.schedule=wsd", "optim.rewarm=[[70, 9]]", *RAMP])
     found = {row.step: row for row in timetable.rows(config)}
     # warm-up over, ramp over, re-warmed, decay begins; then the four phases' first steps
     assert {20, 21, 40, 41, 79, 80, 160, 161} <= set(found)
@@ -30,8 +31,8 @@ def test_the_table_shows_every_place_at_which_something_changes() -> None:
 
 
 def test_a_ramp_of_many_stretches_does_not_fill_the_page() -> None:
-    config = apply_settings(recipes.get("solar-open-102b"), ["train.ramp_from_batch_size=480", "train.ramp_increment=480",
-                                                             "train.ramp_steps=20000"])
+    config = apply_settings(recipes.get("solar-open-102b"), [
+        "train.ramp_from_batch_size=480", "train.ramp_increment=480", "train.ramp_steps=20000"])
     assert 30 < len(timetable.rows(config)) < 100
     assert len(Schedule(config).stretches) == 27 + 4
 
@@ -44,7 +45,8 @@ def test_the_command_prints_writes_and_refuses(tmp_path: Path, capsys: pytest.Ca
     assert f"foundation: web 70 %, korean 10 %, {others}, code 10 %" in printed
     assert "#" * timetable.BAR_CHARACTERS in printed
     html = page.read_text()
-    assert "Planned learning rate." in html and "Planned blend of each phase." in html and "reasoning-trajectories" in html
+    assert ("Planned learning rate." in html and "Planned blend of each phase." in html
+            and "reasoning-trajectories" in html)
     assert main(["plan", "k-exaone-236b", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["tokens"] == pytest.approx(11e12, rel=1e-4) and plan["schedule"][-1]["step"] == plan["steps"]

@@ -25,7 +25,8 @@ def file(tmp_path: Path) -> Path:
 
 def test_a_name_in_a_file_with_its_whole_path_and_hash(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(file.parent)
-    for reference in ("mine.py:answer", "./mine.py:answer", f"{file}:answer", "../" + file.parent.name + "/mine.py:answer"):
+    for reference in ("mine.py:answer", "./mine.py:answer", f"{file}:answer",
+                      "../" + file.parent.name + "/mine.py:answer"):
         found = load(reference)
         assert (found.value, found.attribute, found.reference) == (42, "answer", f"{file}:answer")
         assert found.files == {"mine.py": sha256(file)}
@@ -110,13 +111,15 @@ def test_a_file_that_fails_leaves_no_module(file: Path) -> None:
 
 
 @pytest.mark.parametrize(("reference", "message"), [
-    ("mine.py", "must have the form FILE.py:NAME"), (":x", "must have the form"), ("mine.py:", "must have the form"),
-    ("mine.py:a b", "must have the form"), ("mine.py:a.b", "must have the form"),
-    ("none.py:x", r"none.py: cannot be read \(No such file"), ("./folder:x", r"folder: cannot be read \(Is a directory"),
+    ("mine.py", "must have the form FILE.py:NAME"), (":x", "must have the form"),
+    ("mine.py:", "must have the form"), ("mine.py:a b", "must have the form"),
+    ("mine.py:a.b", "must have the form"), ("none.py:x", r"none.py: cannot be read \(No such file"),
+    ("./folder:x", r"folder: cannot be read \(Is a directory"),
     ("none_such.deep:x", "none_such.deep: ModuleNotFoundError.*a file of your own is named FILE.py:NAME"),
     ("math:none", "math has no 'none'"),
 ])
-def test_references_that_lead_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference: str, message: str) -> None:
+def test_references_that_lead_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference: str,
+                                      message: str) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     with pytest.raises(UserError, match=message):
@@ -126,7 +129,8 @@ def test_references_that_lead_nowhere(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_function_is_called_with_its_folder_and_its_errors_are_told(tmp_path: Path) -> None:
     (tmp_path / "late_helper.py").write_text("value = 5\n")
     (tmp_path / "late.py").write_text(
-        "def good():\n    from late_helper import value\n    return value\n\ndef bad():\n    return {}['x']\n")
+        "def good():\n    from late_helper import value\n    return value\n\ndef bad():\n    "
+        "return {}['x']\n")
     for name in ("good", "bad"):
         found = load(f"{tmp_path}/late.py:{name}")
         if name == "good":

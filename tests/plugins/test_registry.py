@@ -1,4 +1,5 @@
-"""What is known by name: built in, named by a person, declared by packages; and that a record runs nothing."""
+"""What is known by name: built in, named by a person, declared by packages;
+and that a record runs nothing."""
 
 from __future__ import annotations
 
@@ -80,11 +81,13 @@ def test_names_that_are_taken_and_things_of_another_kind_are_refused(file: Path,
 def test_looking_up_never_runs_a_file_whatever_the_record_says(file: Path) -> None:
     shapes = registry()
     record = Code("objective", "flat", f"{file}:flat", files={"shapes.py": "0" * 64})
-    with pytest.raises(UserError, match=rf"objective 'flat': stands in {file}:flat, which is run only when the command line "
-                                        rf"itself names it; if you know it and trust it, add --plugin {file}:flat$"):
+    with pytest.raises(UserError, match=rf"objective 'flat': stands in {file}:flat, which is run only when "
+                                        r"the command line itself names it; if you know it and trust it, "
+                                        rf"add --plugin {file}:flat$"):
         shapes.get("flat", [record])
     for name in (f"{file}:flat", "shapes.py:flat", "os:system"):
-        with pytest.raises(UserError, match="is a file or module, which is run only when the command line itself names it"):
+        with pytest.raises(UserError, match="is a file or module, which is run only when the command line "
+                                            "itself names it"):
             shapes.get(name, [record])
     assert not file.with_name("ran").exists()
 
@@ -103,8 +106,9 @@ def test_a_record_cannot_slip_a_command_into_what_is_copied_from_the_message() -
 
 def test_an_unknown_name_is_answered_with_the_nearest(package) -> None:
     package("shapely", "cube = shapely_code:cube", "raise SystemExit('imported')")
-    with pytest.raises(UserError, match=r"objective 'squar': does not exist; did you mean 'square'\? \(objectives: round, "
-                                        r"square, cube; your own are named FILE.py:NAME\)"):
+    with pytest.raises(UserError, match=r"objective 'squar': does not exist; "
+                                        r"did you mean 'square'\? \(objectives: round, square, cube; "
+                                        r"your own are named FILE.py:NAME\)"):
         registry().get("squar")
 
 
@@ -122,14 +126,16 @@ def test_packages_declare_and_are_imported_when_their_name_is_asked_for(package)
 
 def test_what_is_wrong_with_a_package_names_it(package) -> None:
     package("shapes_b", "bad = shapes_b_code:none\ntext = shapes_b_code:text\ntwice = shapes_b_code:good\n"
-                        "other = shapes_b_code:good\nwhole = shapes_b_code", "text = ''\ngood = {'name': 'good'}")
+                        "other = shapes_b_code:good\nwhole = shapes_b_code",
+            "text = ''\ngood = {'name': 'good'}")
     package("shapes_c", "twice = shapes_c_code:good")
     shapes = registry(own_name=lambda shape: shape["name"])
     for name, message in {
         "bad": "objective 'bad' of package shapes_b 1.2: shapes_b_code:none: shapes_b_code has no 'none'",
         "text": "of package shapes_b 1.2: shapes_b_code:text: is no dict",
         "twice": "objective 'twice': is declared by shapes_b 1.2 and by shapes_c 1.2; uninstall one of them",
-        "other": "objective 'other' of package shapes_b 1.2: calls itself 'good'; its entry point must have that name",
+        "other": "objective 'other' of package shapes_b 1.2: calls itself 'good'; "
+                 "its entry point must have that name",
         "whole": "of package shapes_b 1.2: shapes_b_code: must have the form FILE.py:NAME or MODULE:NAME",
     }.items():
         with pytest.raises(UserError, match=message):

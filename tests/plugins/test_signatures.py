@@ -26,10 +26,11 @@ def test_arguments_by_position() -> None:
 
 def test_methods_of_a_class() -> None:
     check_methods(Good, "mine.py:Good", "a store", METHODS)
-    with pytest.raises(UserError, match=r"^mine.py:Bad: a store needs read\(self, path\), write\(self, path, text\); it has "
-                                        r"read\(self\)$"):
+    with pytest.raises(UserError, match=r"^mine.py:Bad: a store needs read\(self, path\), write\(self, path, "
+                                        r"text\); it has read\(self\)$"):
         check_methods(Bad, "mine.py:Bad", "a store", METHODS)
-    with pytest.raises(UserError, match=r"is a Good; a store is a class with read\(self, path\), write\(self, path, text\)"):
+    with pytest.raises(UserError, match=r"is a Good; a store is a class with read\(self, path\), "
+                                        r"write\(self, path, text\)"):
         check_methods(Good(), "mine.py:good", "a store", METHODS)
     with pytest.raises(UserError, match=r"a store needs .*; it has none"):
         check_methods(int, "mine.py:int", "a store", METHODS)

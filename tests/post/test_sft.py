@@ -28,17 +28,19 @@ def a_row(kind: int, seed: int) -> Row:
     if kind == RESPONSE:
         types[:4], weights[:4] = PROMPT, 0
     labels[9:], weights[9:], types[9:] = 0, 0, 0
-    return Row(tokens=np.roll(labels, 1), labels=labels, weights=weights, positions=np.arange(LENGTH), types=types,
-               sources=np.full(LENGTH, int(kind == TEXT)), padding=np.arange(LENGTH) >= 10,
+    return Row(tokens=np.roll(labels, 1), labels=labels, weights=weights, positions=np.arange(LENGTH),
+               types=types, sources=np.full(LENGTH, int(kind == TEXT)), padding=np.arange(LENGTH) >= 10,
                bounds=np.array([0, 10, LENGTH], np.int32))
 
 
 def config_of(*settings: str) -> RunConfig:
-    return apply_settings(recipes.get("tiny-k-exaone"), ["objective.name=sft", "objective.text_coeff=0.3", *settings])
+    return apply_settings(recipes.get("tiny-k-exaone"),
+                          ["objective.name=sft", "objective.text_coeff=0.3", *settings])
 
 
 def terms(num_texts: int, swap_texts: bool) -> dict[str, Any]:
-    """Runs inside a rank: losses and gradient for one response and some copies of a text, through a head of 32 tokens."""
+    """Runs inside a rank: losses and gradient for one response and some copies of a text,
+    through a head of 32 tokens."""
     import torch
 
     from megatron_sov.mcore.model.logprobs import Head
@@ -53,7 +55,8 @@ def terms(num_texts: int, swap_texts: bool) -> dict[str, Any]:
     objective = SupervisedFineTuning(config, SimpleNamespace(num_sources=2))  # type: ignore[arg-type]
     batch = objective.prepare(GlobalBatch((from_row(row),), LENGTH, 1 + num_texts, "main"))
     generator = torch.Generator().manual_seed(0)
-    one, text = torch.randn(2, LENGTH, 1, 8, generator=generator), torch.randn(2, LENGTH, 1, 8, generator=generator)
+    one, text = (torch.randn(2, LENGTH, 1, 8, generator=generator),
+                 torch.randn(2, LENGTH, 1, 8, generator=generator))
     hidden = torch.cat([one] + [text] * num_texts, dim=1)
     weight = torch.randn(32, 8, generator=generator).requires_grad_()
     head = Head(weight, SimpleNamespace(sequence_parallel=False), 7, len(weight))
@@ -61,23 +64,28 @@ def terms(num_texts: int, swap_texts: bool) -> dict[str, Any]:
     loss = total_loss(sums, objective.coefficients, batch.targets)
     loss.backward()
     logp = torch.log_softmax(hidden[..., 0, :] @ weight.detach().T, dim=-1)
-    picked = [-logp[depth].gather(1, torch.from_numpy(np.roll(row.labels, -depth))[:, None])[:, 0] for depth in (0, 1)]
+    picked = [-logp[depth].gather(1, torch.from_numpy(np.roll(row.labels, -depth))[:, None])[:, 0]
+              for depth in (0, 1)]
     world.leave()
-    return {"loss": loss.item(), "gradient": weight.grad.tolist(), "targets": dict(batch.targets), "tokens": batch.num_tokens,
+    return {"loss": loss.item(), "gradient": weight.grad.tolist(), "targets": dict(batch.targets),
+            "tokens": batch.num_tokens,
             "terms": {name: value.item() / batch.targets[name] for name, value in sums.terms.items()},
-            "expected": {"response": picked[0][4:9].mean().item(), "text": picked[0][LENGTH:LENGTH + 9].mean().item(),
+            "expected": {"response": picked[0][4:9].mean().item(),
+                         "text": picked[0][LENGTH:LENGTH + 9].mean().item(),
                          "mtp": picked[1][3:8].mean().item()}}
 
 
 def test_terms_are_means_over_their_own_tokens(ranks: Any, job: Any) -> None:
     (once,), (twice,), (other,) = ranks(*(job(__file__, "terms", 1, {"num_texts": n, "swap_texts": s})
                                           for n, s in ((1, False), (2, False), (1, True))))
-    assert once["targets"] == {"response": 5, "text": 9, "mtp": 5} and twice["targets"] == {"response": 5, "text": 18, "mtp": 5}
+    assert (once["targets"] == {"response": 5, "text": 9, "mtp": 5}
+            and twice["targets"] == {"response": 5, "text": 18, "mtp": 5})
     assert (once["tokens"], twice["tokens"]) == (20, 30)
     for found in (once, twice):
         assert found["terms"] == pytest.approx(found["expected"], rel=1e-5)
         assert found["loss"] == pytest.approx(
-            found["terms"]["response"] + 0.3 * found["terms"]["text"] + 0.05 * found["terms"]["mtp"], rel=1e-6)
+            found["terms"]["response"] + 0.3 * found["terms"]["text"] + 0.05 * found["terms"]["mtp"],
+            rel=1e-6)
     # twice the text: the text term is estimated from more tokens, and weighs the same
     assert twice["loss"] == pytest.approx(once["loss"], rel=1e-6)
     np.testing.assert_allclose(twice["gradient"], once["gradient"], rtol=1e-5, atol=1e-7)
@@ -89,7 +97,8 @@ def test_without_text_there_is_no_term_for_it() -> None:
     from megatron_sov.post.sft import SupervisedFineTuning
 
     batches: Any = SimpleNamespace(num_sources=1)
-    assert SupervisedFineTuning(config_of("objective.text_coeff=0"), batches).coefficients == {"response": 1.0, "mtp": 0.05}
+    assert SupervisedFineTuning(config_of("objective.text_coeff=0"), batches).coefficients == {
+        "response": 1.0, "mtp": 0.05}
 
 
 @pytest.mark.parametrize(("chats", "texts", "coeff", "message"), [
@@ -97,7 +106,8 @@ def test_without_text_there_is_no_term_for_it() -> None:
     (["chat"], ["web"], 0, r"--data holds text \(web\) that only the text term learns"),
     (["chat"], [], 0.1, "text_coeff = 0.1 needs text beside the conversations"),
 ])
-def test_data_that_leaves_a_term_without_targets(chats: list[str], texts: list[str], coeff: float, message: str) -> None:
+def test_data_that_leaves_a_term_without_targets(chats: list[str], texts: list[str], coeff: float,
+                                                 message: str) -> None:
     sources: Any = [SimpleNamespace(name=n, is_chat=n in chats) for n in [*chats, *texts]]
     with pytest.raises(UserError, match=message):
         check_sources(config_of(f"objective.text_coeff={coeff}"), sources)

@@ -56,8 +56,8 @@ def test_stages_as_phases_take_all_their_steps() -> None:
     assert (far.tokens, far.lr) == (999, 1e-4)
 
 
-@pytest.mark.parametrize(("limit_tokens", "seq_len", "per_rank", "expected"),
-                         [(2048, 512, 16, 4), (2048, 512, 6, 3), (2048, 1024, 7, 1), (256, 512, 8, 1), (2048, 256, 4, 4)])
+@pytest.mark.parametrize(("limit_tokens", "seq_len", "per_rank", "expected"), [
+    (2048, 512, 16, 4), (2048, 512, 6, 3), (2048, 1024, 7, 1), (256, 512, 8, 1), (2048, 256, 4, 4)])
 def test_micro_batches_keep_their_tokens_and_divide_the_batch(limit_tokens: int, seq_len: int, per_rank: int,
                                                              expected: int) -> None:
     assert micro_batch_size(limit_tokens, seq_len, per_rank) == expected
@@ -69,7 +69,8 @@ def test_settings_make_a_sound_run_of_every_recipe() -> None:
         trained = max(p.seq_len for p in recipe.data.phases)
         longer = extended(recipe.model, trained, 2 * trained)
         settings = length_settings(recipe, longer, trained, 2 * trained, recipe.train.global_batch_size)
-        config = apply_settings(recipe, ["parallel.ep=1", "train.steps=100", phase_setting(2 * trained), *settings])
+        config = apply_settings(recipe,
+                                ["parallel.ep=1", "train.steps=100", phase_setting(2 * trained), *settings])
         assert config.problems(1) == []
         assert [p.seq_len for p in config.data.phases] == [2 * trained]
         assert config.needle.lengths_tokens == (trained, 2 * trained)

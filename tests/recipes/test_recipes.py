@@ -16,8 +16,9 @@ from megatron_sov.recipes import TINY, get, names
 from megatron_sov.recipes.extension import extended
 
 STRUCTURE = (
-    "family", "num_dense_layers", "num_shared_experts", "routed_scaling_factor", "router_bias_update_rate", "seq_aux_loss_coeff",
-    "attention_pattern", "rope_on_global", "rope_theta", "qk_norm", "norm_eps", "num_mtp_layers", "mtp_loss_coeff",
+    "family", "num_dense_layers", "num_shared_experts", "routed_scaling_factor", "router_bias_update_rate",
+    "seq_aux_loss_coeff", "attention_pattern", "rope_on_global", "rope_theta", "qk_norm", "norm_eps",
+    "num_mtp_layers", "mtp_loss_coeff",
 )
 """Fields of a model that are choices and not sizes; shrinking must not touch them."""
 
@@ -56,11 +57,14 @@ def test_tiny_keeps_the_structure_of_the_big_recipe(name: str) -> None:
 
 
 def test_k_exaone_as_published() -> None:
-    """48 layers in the pattern LLLG: 36 sliding, 12 global, the last one global, without rotation on the global ones."""
+    """48 layers in the pattern LLLG: 36 sliding, 12 global, the last one global,
+    without rotation on the global ones."""
     model = get("k-exaone-236b").model
     types = model.layer_types()
-    assert (types.count("sliding_attention"), types.count("full_attention"), types[-1]) == (36, 12, "full_attention")
-    assert (model.sliding_window_tokens, model.rope_on_global, model.qk_norm, model.num_dense_layers) == (128, False, True, 1)
+    assert (types.count("sliding_attention"), types.count("full_attention"), types[-1]) == (
+        36, 12, "full_attention")
+    assert ((model.sliding_window_tokens, model.rope_on_global, model.qk_norm, model.num_dense_layers)
+            == (128, False, True, 1))
     assert (model.vocab_size, model.max_position_tokens, model.routed_scaling_factor) == (153600, 262144, 2.5)
     phases = get("k-exaone-236b").data.phases
     assert sum(p.tokens for p in phases) == 11e12 and {p.seq_len for p in phases} == {8192}
@@ -74,7 +78,8 @@ def test_solar_open_as_published() -> None:
     model = config.model
     assert set(model.layer_types()) == {"full_attention"}
     assert model.yarn is None
-    assert (model.vocab_size, model.num_dense_layers, model.qk_norm, model.num_mtp_layers) == (196608, 0, False, 0)
+    assert ((model.vocab_size, model.num_dense_layers, model.qk_norm, model.num_mtp_layers)
+            == (196608, 0, False, 0))
     assert [(p.tokens / 1e12, p.blend["korean"], p.blend["synthetic"]) for p in config.data.phases] \
         == [(10.8, 3.3, 10.2), (5.3, 3.2, 32.0), (2.7, 16.4, 36.1), (1.2, 13.6, 64.5)]
     assert all(sum(p.blend.values()) == pytest.approx(100) for p in config.data.phases)
@@ -82,10 +87,12 @@ def test_solar_open_as_published() -> None:
 
 
 def test_solar_opens_mid_training_as_published() -> None:
-    """1.15 T tokens at 32K and 1,440 samples a step: 850 B of trajectories, 135 B of long documents, 170 B of phase 2.C again."""
+    """1.15 T tokens at 32K and 1,440 samples a step: 850 B of trajectories, 135 B of long documents,
+    170 B of phase 2.C again."""
     config = get("solar-open-102b-mid")
     (phase,) = config.data.phases
-    tokens = {name: weight / sum(phase.blend.values()) * phase.tokens / 1e9 for name, weight in phase.blend.items()}
+    tokens = {name: weight / sum(phase.blend.values()) * phase.tokens / 1e9
+              for name, weight in phase.blend.items()}
     assert tokens == pytest.approx({"reasoning-trajectories": 850, "long@8192": 135, "phase-2c": 170})
     assert (phase.seq_len, phase.global_batch_size) == (32768, 1440)
     assert config.num_steps() == round(1.155e12 / (1440 * 32768))
@@ -137,6 +144,7 @@ def test_typhoon_s_is_fine_tuned_as_the_authors_script_does() -> None:
 
 
 def test_unknown_recipe_names_the_nearest_and_lists_all() -> None:
-    with pytest.raises(UserError, match=r"'solar-open-102': does not exist; did you mean 'solar-open-102b'\?") as e:
+    with pytest.raises(UserError,
+                       match=r"'solar-open-102': does not exist; did you mean 'solar-open-102b'\?") as e:
         get("solar-open-102")
     assert all(name in str(e.value) for name in names())

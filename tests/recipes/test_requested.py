@@ -99,19 +99,21 @@ def test_a_recipe_of_ones_own_is_on_record(site: Path) -> None:
     assert list(code.files) == ["recipe.py"]
 
 
-def test_what_a_named_recipe_names_is_run_too_from_its_own_folder(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_named_recipe_names_is_run_too_from_its_own_folder(site: Path,
+                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     (site / "elsewhere").mkdir()
     monkeypatch.chdir(site / "elsewhere")
     config = config_of("../recipe.py:whole")
     assert (config.model.family, config.objective.name) == ("mine", "Halved")
     assert [(c.kind, c.reference.rpartition("/")[2]) for c in config.code] == [
-        ("recipe", "recipe.py:whole"), ("model family", "family.py:MINE"), ("objective", "objective.py:Halved")]
+        ("recipe", "recipe.py:whole"), ("model family", "family.py:MINE"),
+        ("objective", "objective.py:Halved")]
     assert models.get("mine").name == "mine"
 
 
 def test_families_and_objectives_by_set_and_their_settings(site: Path) -> None:
-    config = config_of("tiny-qwen3", "--set", "model.family=family.py:MINE", "--set", "objective.name=objective.py:Halved",
-                       "--set", "objective.options.share=0.25")
+    config = config_of("tiny-qwen3", "--set", "model.family=family.py:MINE", "--set",
+                       "objective.name=objective.py:Halved", "--set", "objective.options.share=0.25")
     assert (config.model.family, config.objective.options) == ("mine", {"share": 0.25})
     made = objectives.factory(config, lambda config, batches: pytest.fail("the built-in one"))
     with pytest.raises(UserError, match="objective Halved: has no `coefficients`"):
@@ -122,7 +124,8 @@ def test_families_and_objectives_by_set_and_their_settings(site: Path) -> None:
     ("recipe.py:wrong_type", r"recipe.py:wrong_type: returns a dict; a recipe returns a RunConfig"),
     ("recipe.py:wrong_value", r"(?s)recipe.py:wrong_value: config: 1 problem.*train.steps = 'many'"),
     ("recipe.py:fails", r"recipe.py:\d+: AttributeError: 'RunConfig' object has no attribute 'nothing'"),
-    ("recipe.py:takes_something", r"takes_something: is <function .*>; a recipe is a function without arguments"),
+    ("recipe.py:takes_something",
+     r"takes_something: is <function .*>; a recipe is a function without arguments"),
     ("recipe.py:recipes", r"recipes: is <module .*>; a recipe is a function without arguments"),
     ("recipe.py:plian", r"did you mean 'plain'"),
 ])
@@ -132,11 +135,14 @@ def test_recipes_that_are_none(site: Path, argument: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(("setting", "message"), [
-    ("model.family=family.py:WRONG", r"structure and training hold settings of the model, which has no 'qk_nrom'; did you mean"),
+    ("model.family=family.py:WRONG",
+     r"structure and training hold settings of the model, which has no 'qk_nrom'; did you mean"),
     ("model.family=family.py:SPACED", r"is called 'my family'; its name must be transformers' model_type"),
     ("model.family=objective.py:Halved", r"objective.py:Halved: is a type; a model family is a"),
-    ("objective.name=family.py:MINE", r"family.py:MINE: is a Family; an objective is a class with collect\(self, policy, step\)"),
-    ("objective.options.shaer=1", r"objective.options.shaer: objective Halved has no such setting; did you mean 'share'\?"),
+    ("objective.name=family.py:MINE",
+     r"family.py:MINE: is a Family; an objective is a class with collect\(self, policy, step\)"),
+    ("objective.options.shaer=1",
+     r"objective.options.shaer: objective Halved has no such setting; did you mean 'share'\?"),
     ("objective.options.share=much", r"objective.options.share = 'much': Input should be a valid number"),
 ])
 def test_families_objectives_and_options_that_are_none(site: Path, setting: str, message: str) -> None:
@@ -150,11 +156,14 @@ def attacks(site: Path) -> dict[str, str]:
     family, objective = {"kind": "model family", "name": "mine", **code}, f"{site}/objective.py:Halved"
     halved = {"kind": "objective", "name": "Halved", **code, "reference": objective}
     return {
-        written(site / "a.json", model__family=f"{site}/family.py:MINE"): "is a file or module, which is run only when",
+        written(site / "a.json", model__family=f"{site}/family.py:MINE"): "is a file or module, "
+                                                                          "which is run only when",
         written(site / "b.json", model__family="mine", code=[family]): f"add --plugin {site}/family.py:MINE",
-        written(site / "c.json", objective__name="objective.py:Halved"): "is a file or module, which is run only when",
+        written(site / "c.json", objective__name="objective.py:Halved"): "is a file or module, "
+                                                                         "which is run only when",
         written(site / "d.json", objective__name="Halved", code=[halved]): f"add --plugin {objective}",
-        written(site / "e.json", recipe=f"{site}/recipe.py:whole", model__family="os:system"): "is a file or module",
+        written(site / "e.json", recipe=f"{site}/recipe.py:whole",
+                model__family="os:system"): "is a file or module",
         written(site / "f.json", code=[{**family, "kind": "command"}]): "code.0.kind = 'command'",
         written(site / "g.json", code=[{**family, "run": True}]): "code.0.run: no such setting",
     }
@@ -167,7 +176,8 @@ def test_a_config_runs_nothing_that_it_names(site: Path, capsys: pytest.CaptureF
         assert message in str(e.value), path
         for command in (["plan"], ["recipes"], ["pretrain", "--data", str(site), "--run", "run"],
                         ["extend", "--data", str(site), "--run", "run", "--from", "none"],
-                        ["submit", "pretrain", "--cluster", "local", "--dry-run", "--data", str(site), "--run", "run"]):
+                        ["submit", "pretrain", "--cluster", "local", "--dry-run", "--data", str(site),
+                         "--run", "run"]):
             assert cli.main([*command, "--config", path]) == 2, command
             capsys.readouterr()
     assert not (site / "ran").exists()
@@ -190,9 +200,12 @@ def test_a_config_takes_what_the_command_line_names(site: Path) -> None:
     assert config_of("--config", "config.json", *named) == first
 
 
-def test_a_recipe_of_ones_own_is_submitted_as_it_was_named(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_recipe_of_ones_own_is_submitted_as_it_was_named(
+    site: Path, capsys: pytest.CaptureFixture[str],
+) -> None:
     (site / "tokens").mkdir()
-    command = ["submit", "pretrain", "--cluster", "local", "--dry-run", "./recipe.py:plain", "--data", "tokens", "--run", "r"]
+    command = ["submit", "pretrain", "--cluster", "local", "--dry-run", "./recipe.py:plain", "--data", "tokens",
+               "--run", "r"]
     assert cli.main(command) == 0
     assert "./recipe.py:plain" in capsys.readouterr().out
     command[5] = "./recipe.py:plian"
@@ -200,7 +213,8 @@ def test_a_recipe_of_ones_own_is_submitted_as_it_was_named(site: Path, capsys: p
     assert "did you mean 'plain'" in capsys.readouterr().err
 
 
-def test_a_hugging_face_folder_runs_nothing_that_it_names(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_hugging_face_folder_runs_nothing_that_it_names(site: Path,
+                                                           capsys: pytest.CaptureFixture[str]) -> None:
     (site / "hf").mkdir()
     (site / "hf" / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
     for model_type in (f"{site}/family.py:MINE", "family.py:MINE", "mine"):
@@ -219,9 +233,12 @@ def test_a_checkpoint_runs_nothing_that_it_names(site: Path, capsys: pytest.Capt
             artifact.content = {"step": 1, "tokens": 0, "parts": ["model"]}
             artifact.settings = json.loads(Path(path).read_text())
         names_family = artifact.settings["model"]["family"] != "qwen3"
-        expected = message if names_family or "code.0" in message else "model.index.json"  # objectives are not converted
-        for command in (["convert", "to-hf", f"checkpoint-{number}", "out"], ["convert", "inspect", f"checkpoint-{number}"],
-                        ["pretrain", "tiny-qwen3", "--data", str(site), "--run", "run", "--from", f"checkpoint-{number}"]):
+        # objectives are not converted
+        expected = message if names_family or "code.0" in message else "model.index.json"
+        for command in (["convert", "to-hf", f"checkpoint-{number}", "out"],
+                        ["convert", "inspect", f"checkpoint-{number}"],
+                        ["pretrain", "tiny-qwen3", "--data", str(site), "--run", "run", "--from",
+                         f"checkpoint-{number}"]):
             assert cli.main(command) == 2, (path, command)
             if command[0] == "pretrain" and "code.0" not in message:
                 expected = " model, recipe tiny-qwen3 is for qwen3" if names_family else "tokens"
@@ -241,7 +258,8 @@ def test_files_that_are_no_settings(site: Path, text: str, message: str) -> None
 
 
 def test_one_of_recipe_and_config(site: Path) -> None:
-    with pytest.raises(UserError, match=r"^RECIPE: is missing; name a recipe .*, or pass --config FILE in its place$"):
+    with pytest.raises(UserError,
+                       match=r"^RECIPE: is missing; name a recipe .*, or pass --config FILE in its place$"):
         config_of()
     with pytest.raises(UserError, match=r"^tiny-qwen3 and --config x: both are given; "):
         config_of("tiny-qwen3", "--config", "x")
@@ -262,5 +280,6 @@ def test_settings_that_hold_references_as_part_of_something_else_run_nothing(sit
     model = json.dumps({**recipes.get("tiny-qwen3").to_dict()["model"], "family": "family.py:MINE"})
     with pytest.raises(UserError, match="is a file or module"):
         config_of("tiny-qwen3", "--set", f"model={model}")
-    assert apply_settings(recipes.get("tiny-qwen3"), ["model.family=family.py:MINE"]).model.family == "family.py:MINE"
+    assert (apply_settings(recipes.get("tiny-qwen3"), ["model.family=family.py:MINE"]).model.family
+            == "family.py:MINE")
     assert not (site / "ran").exists()

@@ -14,17 +14,20 @@ from megatron_sov.artifacts import manifest_sha256, new_artifact
 from megatron_sov.obs.events import EventLog
 
 SOURCES = ("english", "korean", "code")
-HOSTILE = "</script><script>window.hacked = 1</script><img src=https://evil.example/x.png onerror=window.hacked=1> & <b>bold</b>"
+HOSTILE = ("</script><script>window.hacked = 1</script><img src=https://evil.example/x.png "
+           "onerror=window.hacked=1> & <b>bold</b>")
 NUM_STEPS, CRASH, CHECKPOINT = 400, 233, 200
 
 
 def _step(log: EventLog, step: int, noise: random.Random) -> None:
     loss = 2.1 + 5.5 * math.exp(-step / 60) + noise.gauss(0, 0.04)
     shift = {"english": 0.1, "korean": 0.25, "code": -0.4}
-    log.write("step", step=step, loss=loss, losses={"lm": loss, "mtp": loss + 0.4, "balance": 0.02 + abs(noise.gauss(0, 0.002))},
+    log.write("step", step=step, loss=loss,
+              losses={"lm": loss, "mtp": loss + 0.4, "balance": 0.02 + abs(noise.gauss(0, 0.002))},
               losses_by_source={name: loss + shift[name] + noise.gauss(0, 0.05) for name in SOURCES},
-              grad_norm=0.4 + 3 * math.exp(-step / 25) + abs(noise.gauss(0, 0.1)), lr=4e-3 * min(1, step / 20) * (1 - step / 450),
-              tokens=step * 4096, step_time_s=0.8 + abs(noise.gauss(0, 0.03)), tokens_per_s=4096 / 0.82 + noise.gauss(0, 90),
+              grad_norm=0.4 + 3 * math.exp(-step / 25) + abs(noise.gauss(0, 0.1)),
+              lr=4e-3 * min(1, step / 20) * (1 - step / 450), tokens=step * 4096,
+              step_time_s=0.8 + abs(noise.gauss(0, 0.03)), tokens_per_s=4096 / 0.82 + noise.gauss(0, 90),
               phase="1" if step <= 250 else "2.A", padding_share=abs(noise.gauss(0.01, 0.004)),
               max_violation=0.15 + 2 * math.exp(-step / 40) + abs(noise.gauss(0, 0.05)))
 
@@ -38,26 +41,32 @@ def _announce(log: EventLog) -> None:
 
 
 def _evaluate(log: EventLog, step: int) -> None:
-    loss = {name: at + 5 * math.exp(-step / 70) for name, at in (("english", 2.3), ("korean", 2.6), ("code", 1.8))}
-    log.write("eval", step=step, heldout={name: {"loss": value, "bits_per_byte": value / math.log(2) / 3.4, "tokens": 16384}
-                                          for name, value in loss.items()})
+    loss = {name: at + 5 * math.exp(-step / 70)
+            for name, at in (("english", 2.3), ("korean", 2.6), ("code", 1.8))}
+    log.write("eval", step=step,
+              heldout={name: {"loss": value, "bits_per_byte": value / math.log(2) / 3.4, "tokens": 16384}
+                       for name, value in loss.items()})
 
 
 def _watch(log: EventLog, noise: random.Random) -> None:
-    """Write what the guards saw: routing of four layers, a refused step, an alarm, computing times, load by source."""
+    """Write what the guards saw: routing of four layers, a refused step, an alarm,
+    computing times, load by source."""
     for step in range(20, NUM_STEPS + 1, 20):
-        log.write("routing", step=step, layers=[1, 2, 3, 4], max_violation=[abs(noise.gauss(1, 0.2)) for _ in range(4)],
+        log.write("routing", step=step, layers=[1, 2, 3, 4],
+                  max_violation=[abs(noise.gauss(1, 0.2)) for _ in range(4)],
                   entropy=[min(1.0, abs(noise.gauss(0.9, 0.03))) for _ in range(4)], dead=[0, 0, 1, 0],
                   bias_spread=[0.001 * step * layer for layer in range(4)])
     log.write("skip", step=150, reason="the loss is nan", loss=math.nan, grad_norm=math.nan, ranks=[1])
     log.write("alarm", step=240, kind="collapse", layer=3, text=f"layer 3: its entropy is low {HOSTILE}")
     log.write("compute_time", step=400, median_s=0.7, seconds={"0": 0.7, "1": 0.72}, slow=[])
     for source in SOURCES[:2]:
-        log.write("expert_load", step=NUM_STEPS, source=source, layers=[1, 2], load=[[0.25] * 4, [0.1, 0.2, 0.3, 0.4]])
+        log.write("expert_load", step=NUM_STEPS, source=source, layers=[1, 2],
+                  load=[[0.25] * 4, [0.1, 0.2, 0.3, 0.4]])
 
 
 def write_run(path: Path, *, when: tuple[str, ...] = (), num_experts: int = 16) -> Path:
-    """Write a run of `NUM_STEPS` steps that crashed once, after step `CRASH`, and went on from step `CHECKPOINT`."""
+    """Write a run of `NUM_STEPS` steps that crashed once, after step `CRASH`,
+    and went on from step `CHECKPOINT`."""
     path.mkdir(parents=True)
     corpus = path.parent / "tokens"
     if not corpus.exists():
@@ -67,38 +76,45 @@ def write_run(path: Path, *, when: tuple[str, ...] = (), num_experts: int = 16) 
     config["data"]["paths"] = {str(corpus): 1.0}
     (path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     log, noise = EventLog(path / "events.jsonl"), random.Random(7)
-    start = {"recipe": "tiny-solar-open", "num_ranks": 2, "layout": {"tp": 1, "pp": 1, "ep": 2, "dp": 2}, "num_params": 2_891_264,
-             "num_active_params": 1_120_000, "num_steps": NUM_STEPS, "machine": {"cpu": "Example CPU", "cores": 2},
+    start = {"recipe": "tiny-solar-open", "num_ranks": 2, "layout": {"tp": 1, "pp": 1, "ep": 2, "dp": 2},
+             "num_params": 2_891_264, "num_active_params": 1_120_000, "num_steps": NUM_STEPS,
+             "machine": {"cpu": "Example CPU", "cores": 2},
              "inputs": [{"kind": "tokens", "path": str(corpus), "manifest_sha256": manifest_sha256(corpus)}]}
     log.write("run_start", **start, resumed_from=0)
     _announce(log)
-    log.write("baseline", bigram={name: {"bits_per_byte": 2.9, "loss": 6.8, "tokens": 16384} for name in SOURCES})
+    log.write("baseline", bigram={name: {"bits_per_byte": 2.9, "loss": 6.8, "tokens": 16384}
+                                  for name in SOURCES})
     for step in range(1, CRASH + 1):
         _step(log, step, noise)
     log.write("checkpoint", step=CHECKPOINT, path="checkpoints/step-200", save_s=1.4)
     log.write("resume", step=CHECKPOINT, reason="continued from step-200")
     log.write("run_start", **start, resumed_from=CHECKPOINT)
     _announce(log)
-    log.write("warning", step=350, text="source korean is gone through 4.1 times, more than data.max_epochs = 4; add data")
+    log.write("warning", step=350,
+              text="source korean is gone through 4.1 times, more than data.max_epochs = 4; add data")
     for step in range(CHECKPOINT + 1, NUM_STEPS + 1):
         _step(log, step, noise)
     for step in range(0, NUM_STEPS + 1, 50):
         _evaluate(log, step)
     _watch(log, noise)
     load = [[1 + noise.gauss(0, 0.25) for _ in range(num_experts)] for _ in range(4)]
-    log.write("expert_load", step=NUM_STEPS, layers=[1, 2, 3, 4], load=[[x / sum(row) for x in row] for row in load])
-    log.write("data_consumed", step=NUM_STEPS, tokens={"english": 820_000, "korean": 490_000, "code": 328_400},
+    log.write("expert_load", step=NUM_STEPS, layers=[1, 2, 3, 4],
+              load=[[x / sum(row) for x in row] for row in load])
+    log.write("data_consumed", step=NUM_STEPS,
+              tokens={"english": 820_000, "korean": 490_000, "code": 328_400},
               plan={"english": 819_200, "korean": 491_520, "code": 327_680})
     for moment in when:
         height = 0.3 if moment == "before" else 0.97
-        cells = [{"kind": "multi-key", "language": language, "length_tokens": length, "depth": depth, "distractors": length // 40,
-                  "correct": round(20 * max(0.0, min(1.0, height - 0.04 * i + noise.gauss(0, 0.03)))), "samples": 20,
-                  "interval": [0.5, 1.0]}
+        cells = [{"kind": "multi-key", "language": language, "length_tokens": length, "depth": depth,
+                  "distractors": length // 40,
+                  "correct": round(20 * max(0.0, min(1.0, height - 0.04 * i + noise.gauss(0, 0.03)))),
+                  "samples": 20, "interval": [0.5, 1.0]}
                  for language in ("english", "korean") for i, length in enumerate((256, 512, 1024, 2048))
                  for depth in (0.0, 0.25, 0.5, 0.75, 0.95)]
-        log.write("needle", step=NUM_STEPS, when=moment, by="generation", seed=0, distractor_share=0.25, cells=cells,
-                  score=height)
-    log.write("sample", step=NUM_STEPS, prompt="한국의 수도는", text=" 서울이다. 서울은 한강을 끼고 있다.", target=None)
+        log.write("needle", step=NUM_STEPS, when=moment, by="generation", seed=0, distractor_share=0.25,
+                  cells=cells, score=height)
+    log.write("sample", step=NUM_STEPS, prompt="한국의 수도는", text=" 서울이다. 서울은 한강을 끼고 있다.",
+              target=None)
     log.write("sample", step=NUM_STEPS, prompt="The capital of France is", text=HOSTILE, target="Paris")
     if "after" not in when:
         log.write("conversion", target="hf", checks=[

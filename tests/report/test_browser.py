@@ -17,7 +17,8 @@ def write(page: str, folder: Path) -> Path:
     return file
 
 
-def test_every_chart_is_drawn_and_nothing_complains(runs: list[Path], tmp_path: Path, open_page: OpenPage) -> None:
+def test_every_chart_is_drawn_and_nothing_complains(runs: list[Path], tmp_path: Path,
+                                                    open_page: OpenPage) -> None:
     page = render([read_run(path) for path in runs])
     dom, console = open_page(write(page, tmp_path))
     assert console == []
@@ -31,10 +32,13 @@ def test_every_chart_is_drawn_and_nothing_complains(runs: list[Path], tmp_path: 
     assert "<img" not in body  # the hostile sample
 
 
-def test_a_script_that_hostile_text_smuggles_in_is_refused(runs: list[Path], tmp_path: Path, open_page: OpenPage) -> None:
-    """Even if escaping failed somewhere: the page's policy stops the script and the load, and the console says so."""
+def test_a_script_that_hostile_text_smuggles_in_is_refused(runs: list[Path], tmp_path: Path,
+                                                           open_page: OpenPage) -> None:
+    """Even if escaping failed somewhere: the page's policy stops the script and the load,
+    and the console says so."""
     page = render([read_run(runs[0])])
-    broken = page.replace("</footer>", "<script>document.title = 'hacked'</script><img src='https://evil.example/x.png'></footer>")
+    broken = page.replace("</footer>", "<script>document.title = 'hacked'</script><img "
+                                       "src='https://evil.example/x.png'></footer>")
     dom, console = open_page(write(broken, tmp_path))
     assert "<title>hacked</title>" not in dom
     assert len([line for line in console if "Content Security ForwardModel" in line]) == 2

@@ -22,7 +22,8 @@ def traces(chart: Chart) -> list[dict[str, Any]]:
 
 
 def numbers(packed: dict[str, str]) -> np.ndarray:
-    """Return plotly's typed array: base64 of little-endian numbers, with a shape where there are several dimensions."""
+    """Return plotly's typed array: base64 of little-endian numbers, with a shape where there are
+    several dimensions."""
     values = np.frombuffer(base64.b64decode(packed["bdata"]), dtype=packed["dtype"])
     return values.reshape([int(n) for n in packed["shape"].split(",")]) if "shape" in packed else values
 
@@ -39,14 +40,16 @@ def test_the_loss_is_drawn_at_every_step_with_its_moving_mean(runs: list[Path]) 
 
 def test_phases_are_shaded_and_restarts_marked(runs: list[Path]) -> None:
     layout = json.loads(loss_charts(read_run(runs[0]))[0].figure_json)["layout"]
-    assert [(s["type"], s["x0"], s["x1"]) for s in layout["shapes"]] == [("rect", 251, 400), ("line", 233, 233)]
+    assert [(s["type"], s["x0"], s["x1"]) for s in layout["shapes"]] == [
+        ("rect", 251, 400), ("line", 233, 233)]
     assert [a["text"] for a in layout["annotations"]] == ["1", "2.A"]
 
 
 def test_a_diverged_run_is_reported_and_says_so(tmp_path: Path) -> None:
     log = EventLog(tmp_path / "events.jsonl")
     for step in range(1, 101):
-        log.write("step", step=step, loss=2.0 if step < 60 else float("nan"), grad_norm=float("inf"), tokens=step)
+        log.write("step", step=step, loss=2.0 if step < 60 else float("nan"), grad_norm=float("inf"),
+                  tokens=step)
     page = render([read_run(tmp_path)])
     assert "41 values are not finite and not drawn (first at step 60)." in page
     assert "Global gradient norm" not in page  # nothing left to draw
@@ -66,22 +69,26 @@ def test_expert_load_is_shown_in_multiples_of_the_fair_share() -> None:
 
 
 def test_needles_have_a_map_for_each_kind_and_language() -> None:
-    cells = [{"kind": kind, "language": "english", "length_tokens": length, "depth": depth, "distractors": length // 64,
-              "correct": round(20 * share), "samples": 20, "interval": [0.25, 0.75]}
-             for kind, gain in (("single", 0.1), ("multi-key", 0.0))
-             for length, shares in ((4096, (0.9, 0.8, 0.7)), (8192, (0.6, 0.5, 0.4)))
-             for depth, share in zip((0.0, 0.5, 0.95), (s + gain for s in shares), strict=True)]
+    cells = [
+        {"kind": kind, "language": "english", "length_tokens": length, "depth": depth,
+         "distractors": length // 64, "correct": round(20 * share), "samples": 20, "interval": [0.25, 0.75]}
+        for kind, gain in (("single", 0.1), ("multi-key", 0.0))
+        for length, shares in ((4096, (0.9, 0.8, 0.7)), (8192, (0.6, 0.5, 0.4)))
+        for depth, share in zip((0.0, 0.5, 0.95), (s + gain for s in shares), strict=True)]
     single, many = needle_charts({"step": 7, "when": "after", "by": "likelihood", "cells": cells})
     heat = traces(many)[0]
     assert (heat["x"], heat["y"]) == (["4,096", "8,192"], ["0%", "50%", "95%"])
     np.testing.assert_allclose(numbers(heat["z"]), [[0.9, 0.6], [0.8, 0.5], [0.7, 0.4]], rtol=1e-6)
-    np.testing.assert_allclose(numbers(traces(single)[0]["z"]), [[1.0, 0.7], [0.9, 0.6], [0.8, 0.5]], rtol=1e-6)
+    np.testing.assert_allclose(numbers(traces(single)[0]["z"]),
+                               [[1.0, 0.7], [0.9, 0.6], [0.8, 0.5]], rtol=1e-6)
     assert heat["customdata"][0][1] == "12 of 20 right, 95 % interval 25% to 75%<br>128 other needles"
-    assert many.caption == "After the extension, step 7: multi-key, english by likelihood, 20 samples a cell; 65.0% right."
+    assert many.caption == ("After the extension, step 7: multi-key, english by likelihood, "
+                            "20 samples a cell; 65.0% right.")
 
 
 def test_plan_and_consumption_are_shares_of_their_own_totals() -> None:
-    plan, consumed = traces(plan_chart({"step": 1, "tokens": {"en": 30, "extra": 10}, "plan": {"en": 50, "ko": 50}}))
+    plan, consumed = traces(plan_chart({"step": 1, "tokens": {"en": 30, "extra": 10},
+                                        "plan": {"en": 50, "ko": 50}}))
     assert plan["y"] == consumed["y"] == ["en", "ko", "extra"]
     assert plan["x"] == [50, 50, 0] and consumed["x"] == pytest.approx([75, 0, 25])
     assert plan_chart({}) is None

@@ -27,14 +27,16 @@ def write(run: Path) -> None:
 def test_files_become_curves_by_step_and_failures_a_table(tmp_path: Path) -> None:
     write(tmp_path)
     found = read_evaluations(tmp_path)
-    assert [(b.step, b.task) for b in found] == [(20, "needle"), (20, "ppl"), (40, "ppl"), (100, "needle"), (100, "ppl")]
+    assert [(b.step, b.task) for b in found] == [(20, "needle"), (20, "ppl"), (40, "ppl"), (100, "needle"),
+                                                 (100, "ppl")]
     (bits,), (right,) = curves(found, "bits_per_byte"), needle_curves(found)
     assert (bits.name, bits.steps.tolist(), bits.values.tolist()) == ("ko", [20, 100], [2.5, 1.5])
     assert (right.name, right.steps.tolist(), right.values.tolist()) == ("single, korean", [20], [62.5])
     (section,) = sections(read_run(tmp_path))
     assert section.title == "Evaluation beside training" and len(section.charts) == 2
     (table,) = section.tables
-    assert [row[:2] for row in table.rows] == [["40", "ppl"], ["100", "needle"]] and table.rows[1][2] == "no memory"
+    assert ([row[:2] for row in table.rows] == [["40", "ppl"], ["100", "needle"]]
+            and table.rows[1][2] == "no memory")
 
 
 def test_a_run_without_them_has_no_section(tmp_path: Path) -> None:

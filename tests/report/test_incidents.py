@@ -22,13 +22,17 @@ def run(tmp_path: Path) -> Path:
             log.write("step", step=step, loss=4.0 - step / 40, phase="1")
     log.write("skip", step=9, reason="the loss is nan", loss=float("nan"), grad_norm=float("nan"), ranks=[3])
     log.write("skip", step=20, reason="data.skip_steps")
-    log.write("alarm", step=24, kind="collapse", layer=2, text="layer 2: the entropy of its expert load is 0.31")
+    log.write("alarm", step=24, kind="collapse", layer=2,
+              text="layer 2: the entropy of its expert load is 0.31")
     log.write("fault", step=30, fault="hang@step=30,rank=1", kind="hang", state="step", rank=1)
     log.write("hang", step=30, places={"faults.py, trigger": [1], "schedule.py, all_reduce_world": [0, 2]})
-    log.write("restart", step=20, exit_code=76, text="rank 1 ended with exit code 76; all processes are started again")
-    log.write("damaged_checkpoint", path="checkpoints/step-20", reason="model/0 has another hash", renamed_to="damaged-step-20")
+    log.write("restart", step=20, exit_code=76,
+              text="rank 1 ended with exit code 76; all processes are started again")
+    log.write("damaged_checkpoint", path="checkpoints/step-20", reason="model/0 has another hash",
+              renamed_to="damaged-step-20")
     log.write("sdc", step=35, ranks=[1], hosts=["n7"], text="silent corruption after step 35: weights differ")
-    log.write("rollback", step=38, back_to=30, refused=4, text="weights and optimizer are those of step 30 again")
+    log.write("rollback", step=38, back_to=30, refused=4,
+              text="weights and optimizer are those of step 30 again")
     log.write("compute_time", step=20, median_s=0.2, seconds={"0": 0.2, "1": 0.3}, slow=[])
     log.write("compute_time", step=40, median_s=0.2, seconds={"0": 0.2, "1": 0.5, "2": 0.2}, slow=[1])
     log.close()
@@ -42,8 +46,8 @@ def test_incidents_stand_in_the_order_of_time(run: Path) -> None:
         ["9", "step not learned", "the loss is nan; not finite on rank 3"],
         ["24", "alarm", "layer 2: the entropy of its expert load is 0.31"],
         ["30", "fault on purpose", "--inject hang@step=30,rank=1"],
-        ["30", "hang", "no progress; every process wrote its stacks into hang/ and ended: rank 1 in faults.py, trigger; "
-                       "rank 0, 2 in schedule.py, all_reduce_world"],
+        ["30", "hang", "no progress; every process wrote its stacks into hang/ and ended: "
+                       "rank 1 in faults.py, trigger; rank 0, 2 in schedule.py, all_reduce_world"],
         ["20", "started again", "rank 1 ended with exit code 76; all processes are started again"],
         ["0", "damaged checkpoint", "model/0 has another hash; set aside as damaged-step-20"],
         ["35", "silent corruption", "silent corruption after step 35: weights differ"],

@@ -15,9 +15,10 @@ from megatron_sov.report.page import render
 from megatron_sov.report.run_data import read_run
 from megatron_sov.report.sections import sections
 
-EVERYTHING = ["Training loss", "Held-out loss", "Learning rate and gradient norm", "Plan: learning rate, batch size, blends",
-              "Expert load", "Speed", "Data consumed", "Warnings, guards and faults", "Needle in a haystack", "Samples",
-              "Proof of the conversion", "Where the time went", "Starts, stops and restarts", "Settings", "Provenance"]
+EVERYTHING = ["Training loss", "Held-out loss", "Learning rate and gradient norm",
+              "Plan: learning rate, batch size, blends", "Expert load", "Speed", "Data consumed",
+              "Warnings, guards and faults", "Needle in a haystack", "Samples", "Proof of the conversion",
+              "Where the time went", "Starts, stops and restarts", "Settings", "Provenance"]
 
 
 class Document(HTMLParser):
@@ -54,8 +55,10 @@ def test_nothing_is_loaded_from_anywhere(page: str, document: Document) -> None:
     assert references and all(value.startswith("#") for value in references)
     css = "".join(document.text["style"])
     assert "url(" not in css and "@import" not in css
-    policy = next(a["content"] for tag, a in document.elements if a.get("http-equiv") == "Content-Security-ForwardModel")
-    assert policy.startswith("default-src 'none'") and "http" not in policy and "script-src 'unsafe" not in policy
+    policy = next(a["content"]
+                  for tag, a in document.elements if a.get("http-equiv") == "Content-Security-ForwardModel")
+    assert (policy.startswith("default-src 'none'") and "http" not in policy
+            and "script-src 'unsafe" not in policy)
 
 
 def test_hostile_model_output_stays_text(document: Document, hostile: str) -> None:
@@ -72,13 +75,15 @@ def test_hostile_names_stay_text_everywhere(tmp_path: Path, hostile: str) -> Non
     log.write("phase", step=2, name=hostile + "1", seq_len=8, blend={hostile: 1})
     for step in (1, 2, 3):
         parts = {hostile: 1.0, "b": 2.0}
-        log.write("step", step=step, loss=1.0, tokens=8, phase=hostile + str(step // 2), losses_by_source=parts, losses=parts)
+        log.write("step", step=step, loss=1.0, tokens=8, phase=hostile + str(step // 2),
+                  losses_by_source=parts, losses=parts)
     log.write("eval", step=3, heldout={hostile: {"loss": 1.0, "bits_per_byte": 1.0, "tokens": 5}})
     log.write("data_consumed", step=3, tokens={hostile: 1}, plan={hostile: 1})
     log.write("needle", step=3, when=hostile, by=hostile, score=1.0, cells=[{
-        "kind": hostile, "language": hostile, "length_tokens": 8, "depth": 0.5, "distractors": 0, "correct": 1, "samples": 1,
-        "interval": [0.2, 1.0]}])
-    log.write("conversion", target=hostile, checks=[{"name": hostile, "value": hostile, "limit": 1, "passed": False}])
+        "kind": hostile, "language": hostile, "length_tokens": 8, "depth": 0.5, "distractors": 0,
+        "correct": 1, "samples": 1, "interval": [0.2, 1.0]}])
+    log.write("conversion", target=hostile,
+              checks=[{"name": hostile, "value": hostile, "limit": 1, "passed": False}])
     log.write("stop", step=3, reason=hostile)
     document = Document(render([read_run(tmp_path)]))
     assert not [tag for tag, _ in document.elements if tag in ("img", "b")]
@@ -100,11 +105,13 @@ def test_all_sections_stand_in_order_and_in_the_contents(runs: list[Path], docum
 def test_three_hundred_thousand_steps_give_a_small_file(tmp_path: Path) -> None:
     with open(tmp_path / "events.jsonl", "w", encoding="utf-8") as f:
         for step in range(1, 300_001):
-            f.write(f'{{"event":"step","time_s":{step},"step":{step},"loss":{2 + (step * 7919 % 1000) / 1000},'
-                    f'"tokens":{step * 4096},"lr":0.001,'
-                    f'"grad_norm":1.5,"losses_by_source":{{"en":{2 + step % 7},"ko":{3 + step % 11}}}}}\n')
+            f.write(
+                f'{{"event":"step","time_s":{step},"step":{step},"loss":{2 + (step * 7919 % 1000) / 1000},'
+                f'"tokens":{step * 4096},"lr":0.001,'
+                f'"grad_norm":1.5,"losses_by_source":{{"en":{2 + step % 7},"ko":{3 + step % 11}}}}}\n')
     start_s = time.process_time()
     page = render([read_run(tmp_path)])
     assert time.process_time() - start_s < 20  # about 3 s on one core
     assert len(page) - len(get_plotlyjs()) < 300_000  # bytes of everything but the plotting library
-    assert "Of 300,000 points at most 2,000 are drawn; the lowest and highest value of every stretch are kept." in page
+    assert ("Of 300,000 points at most 2,000 are drawn; the lowest and highest value of every "
+            "stretch are kept." in page)

@@ -9,7 +9,8 @@ import pytest
 from megatron_sov.cli import main
 
 
-def test_the_command_writes_into_the_last_run(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_into_the_last_run(runs: list[Path], tmp_path: Path,
+                                              capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", *map(str, runs)]) == 0
     assert "All stages" in (runs[1] / "report.html").read_text(encoding="utf-8")
     assert str(runs[1] / "report.html") in capsys.readouterr().out
@@ -19,7 +20,8 @@ def test_the_command_writes_into_the_last_run(runs: list[Path], tmp_path: Path, 
     assert [p.name for p in out.parent.iterdir()] == ["one.html"]
 
 
-def test_mistakes_end_with_one_sentence(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_end_with_one_sentence(runs: list[Path], tmp_path: Path,
+                                        capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path / "nowhere")]) == 2
     assert "is not a run folder" in capsys.readouterr().err
     assert main(["report", str(runs[0]), "--out", str(tmp_path)]) == 2

@@ -21,9 +21,10 @@ def written(tmp_path: Path, num_records: int, biases: bool = True) -> Section:
     for step in range(10, 10 * num_records + 10, 10):
         log.write("step", step=step, loss=1.0, max_violation=0.5)
         spread = [0.001 * step, 0.0] if biases else [0.0, 0.0]
-        log.write("routing", step=step, layers=[2, 3], max_violation=[1.0, 0.5], entropy=[0.9, 0.95], dead=[1, 0],
-                  bias_spread=spread)
-    for source, load in (("ko", [[0.4, 0.4, 0.1, 0.1], [0.25] * 4]), ("en", [[0.0, 0.2, 0.4, 0.4], [0.25] * 4])):
+        log.write("routing", step=step, layers=[2, 3], max_violation=[1.0, 0.5], entropy=[0.9, 0.95],
+                  dead=[1, 0], bias_spread=spread)
+    for source, load in (("ko", [[0.4, 0.4, 0.1, 0.1], [0.25] * 4]),
+                         ("en", [[0.0, 0.2, 0.4, 0.4], [0.25] * 4])):
         log.write("expert_load", step=10 * num_records, source=source, layers=[2, 3], load=load)
     log.close()
     return expert_section(read_run(tmp_path))
@@ -37,7 +38,8 @@ def decoded(array: dict[str, str]) -> np.ndarray:
 def test_each_figure_is_a_map_of_layers_over_steps(tmp_path: Path) -> None:
     found = {c.caption: json.loads(c.figure_json)["data"][0] for c in written(tmp_path, 6).charts}
     entropy = next(data for caption, data in found.items() if caption.startswith("Entropy"))
-    assert entropy["y"] == ["2", "3"] and entropy["reversescale"] is True, "low is bad here, and high elsewhere"
+    assert entropy["y"] == ["2", "3"] and entropy["reversescale"] is True, (
+        "low is bad here, and high elsewhere")
     assert [caption.split(" of ")[0] for caption in found] == [
         "MaxVio", "MaxVio", "Entropy", "Experts", "Selection biases", "Load", "Load"]
 
@@ -50,7 +52,8 @@ def test_the_worst_record_of_a_long_run_is_drawn(tmp_path: Path) -> None:
     written(tmp_path, 2 * MAX_COLUMNS + 1)
     log = EventLog(tmp_path / "events.jsonl")
     bad = {"max_violation": [2.5, 0.5], "entropy": [0.125, 0.75], "dead": [2, 3], "bias_spread": [0.1, 0.1]}
-    log.write("routing", step=10 * 302, layers=[2, 3], **bad)  # done again, so that it counts: the 302nd, amid a column
+    # done again, so that it counts: the 302nd, amid a column
+    log.write("routing", step=10 * 302, layers=[2, 3], **bad)
     log.close()
     for name, drawn in (("Entropy", [0.125, 0.75]), ("Experts", [2, 3])):
         chart = next(c for c in expert_section(read_run(tmp_path)).charts if c.caption.startswith(name))

@@ -22,13 +22,15 @@ def test_a_crash_and_a_restart_make_two_attempts_and_one_curve(runs: list[Path])
     assert run.curve("loss").values[219] == written[1]["loss"]
     first, second = run.attempts
     assert (first.last_step, first.outcome) == (233, "ended without a word (killed, or still running)")
-    assert (second.last_step, second.outcome, second.resume_reason) == (400, "complete", "continued from step-200")
+    assert (second.last_step, second.outcome, second.resume_reason) == (
+        400, "complete", "continued from step-200")
 
 
 def test_wall_time_leaves_out_the_pause_between_attempts(tmp_path: Path) -> None:
     times = [("run_start", 100.0), ("step", 130.0), ("run_start", 5000.0), ("step", 5010.0), ("stop", 5020.0),
              ("conversion", 99999.0)]
-    lines = [json.dumps({"event": event, "time_s": time_s, "step": 1, "reason": "time limit"}) for event, time_s in times]
+    lines = [json.dumps({"event": event, "time_s": time_s, "step": 1, "reason": "time limit"})
+             for event, time_s in times]
     (tmp_path / "events.jsonl").write_text("\n".join(lines) + "\n")
     run = read_run(tmp_path)
     assert run.wall_s() == 30 + 20
@@ -48,7 +50,8 @@ def test_phases_announced_ahead_are_shown_once_reached(tmp_path: Path) -> None:
     for step in range(1, 7):
         log.write("step", step=step, loss=1.0, phase="short" if step < 5 else "long")
     phases = read_run(tmp_path).phases
-    assert [(p.name, p.first_step, p.last_step, p.seq_len_tokens) for p in phases] == [("short", 1, 4, 64), ("long", 5, 6, 128)]
+    assert [(p.name, p.first_step, p.last_step, p.seq_len_tokens) for p in phases] == [
+        ("short", 1, 4, 64), ("long", 5, 6, 128)]
 
 
 def test_the_last_start_says_what_the_phases_are(tmp_path: Path) -> None:
@@ -63,7 +66,8 @@ def test_the_last_start_says_what_the_phases_are(tmp_path: Path) -> None:
     assert (phase.seq_len_tokens, phase.batch_sizes) == (128, (4, 6))
 
 
-def test_a_resume_is_told_by_the_attempt_that_it_opens_whether_before_or_after_its_start(tmp_path: Path) -> None:
+def test_a_resume_is_told_by_the_attempt_that_it_opens_whether_before_or_after_its_start(
+        tmp_path: Path) -> None:
     log = EventLog(tmp_path / "events.jsonl")
     for before in (True, False):
         if before:
@@ -72,7 +76,8 @@ def test_a_resume_is_told_by_the_attempt_that_it_opens_whether_before_or_after_i
         if not before:
             log.write("resume", step=1, reason="the node was lost")
         log.write("step", step=2, loss=1.0)
-    assert [a.resume_reason for a in read_run(tmp_path).attempts] == ["continued from step-1", "the node was lost"]
+    assert [a.resume_reason for a in read_run(tmp_path).attempts] == [
+        "continued from step-1", "the node was lost"]
 
 
 def test_bits_per_byte_of_all_sources_are_weighted_by_bytes(tmp_path: Path) -> None:
@@ -112,7 +117,8 @@ def test_provenance_names_data_and_checkpoint_by_their_manifests(runs: list[Path
 
 
 def test_a_line_cut_off_by_a_kill_is_passed_over(tmp_path: Path) -> None:
-    (tmp_path / "events.jsonl").write_text('{"event": "step", "time_s": 1.0, "step": 1, "loss": 2.0}\n{"event": "step", "time_')
+    (tmp_path / "events.jsonl").write_text('{"event": "step", "time_s": 1.0, "step": 1, "loss": '
+                                           '2.0}\n{"event": "step", "time_')
     assert read_run(tmp_path).curve("loss").values.tolist() == [2.0]
 
 

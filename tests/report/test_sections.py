@@ -18,7 +18,8 @@ def section(run_dir: Path, title: str) -> Section:
 
 def test_sections_without_data_are_left_out(tmp_path: Path) -> None:
     log = EventLog(tmp_path / "events.jsonl")
-    log.write("conversion", target="hf", checks=[{"name": "logits", "value": 2e-3, "limit": 1e-3, "passed": False}])
+    log.write("conversion", target="hf",
+              checks=[{"name": "logits", "value": 2e-3, "limit": 1e-3, "passed": False}])
     run = read_run(tmp_path)
     assert [s.title for s in sections(run)] == ["Proof of the conversion"]
     assert key_figures(run) == []
@@ -35,14 +36,16 @@ def test_key_figures(runs: list[Path]) -> None:
     assert found["Parameters"] == ("2.891 M", "1.12 M active for each token")
     assert found["Tokens trained"] == ("1.638 M", "400 steps")
     assert found["Needle score"] == ("97.0%", "up to 2,048 tokens")
-    # The three sources have the same tokens and bytes a token, so all together have the mean loss's bits per byte.
+    # The three sources have the same tokens and bytes a token, so all together have the mean
+    # loss's bits per byte.
     best = (2.3 + 2.6 + 1.8) / 3 + 5 * math.exp(-400 / 70)
     assert found["Best held-out"] == (f"{best / math.log(2) / 3.4:.4f}", "bits per byte, step 400")
 
 
 def test_the_plan_of_the_settings_stands_beside_what_was_done(runs: list[Path], tmp_path: Path) -> None:
     (plan,) = [s for s in sections(read_run(runs[0])) if s.title.startswith("Plan")]
-    assert [c.caption for c in plan.charts] == ["Planned learning rate.", "Planned tokens of a step: samples times their length."]
+    assert [c.caption for c in plan.charts] == ["Planned learning rate.",
+                                                "Planned tokens of a step: samples times their length."]
     assert plan.tables[0].rows[-1][0] == "200"
     for settings in ('{"recipe": "of-another-version", "model": {}}', '{"data": 3}'):
         (tmp_path / "config.json").write_text(settings)
@@ -52,7 +55,8 @@ def test_the_plan_of_the_settings_stands_beside_what_was_done(runs: list[Path], 
 def test_phase_table_counts_tokens_and_loss_of_each_phase(runs: list[Path]) -> None:
     loss = read_run(runs[0]).curve("loss").values
     first, second = section(runs[0], "Training loss").tables[0].rows
-    assert first[:6] == ["1", "1 to 250", "256", "8 to 16", "english 60%, korean 20%, code 20%", "1.024 M"]  # 250 x 4096
+    # 250 x 4096
+    assert first[:6] == ["1", "1 to 250", "256", "8 to 16", "english 60%, korean 20%, code 20%", "1.024 M"]
     assert second[:6] == ["2.A", "251 to 400", "256", "16", "english 25%, korean 50%, code 25%", "614.4 K"]
     assert second[6:] == [f"{loss[250]:.4g}", f"{loss[393:].mean():.4g}"]  # the last 7 of 150 steps
 
@@ -64,7 +68,8 @@ def test_heldout_table_sets_bits_beside_the_bigrams(runs: list[Path]) -> None:
 
 
 def test_padding_is_drawn_beside_the_data(runs: list[Path]) -> None:
-    assert [c.caption for c in section(runs[0], "Data consumed").charts][1:] == ["Part of each batch that is padding."]
+    assert [c.caption for c in section(runs[0], "Data consumed").charts][1:] == [
+        "Part of each batch that is padding."]
 
 
 def test_warnings_and_skipped_stretches_stand_by_step(tmp_path: Path) -> None:
@@ -84,8 +89,10 @@ def test_data_table_gives_the_difference_to_the_plan(runs: list[Path]) -> None:
 
 def test_starts_and_restarts_are_told_with_their_reasons(runs: list[Path]) -> None:
     first, second = section(runs[0], "Starts, stops and restarts").tables[0].rows
-    assert first[2] == "from the beginning" and first[5] == "233" and first[7].startswith("ended without a word")
-    assert second[2] == "from step 200 (continued from step-200)" and second[5] == "400" and second[7] == "complete"
+    assert (first[2] == "from the beginning" and first[5] == "233"
+            and first[7].startswith("ended without a word"))
+    assert (second[2] == "from step 200 (continued from step-200)" and second[5] == "400"
+            and second[7] == "complete")
     assert second[3:5] == ["2 (tp 1, pp 1, ep 2, dp 2)", "cpu Example CPU, cores 2"]
 
 

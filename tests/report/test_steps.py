@@ -13,8 +13,9 @@ from megatron_sov.obs.events import final_steps
 from megatron_sov.report.steps import Curve, StepTable, downsample, moving_mean
 
 steps_in_any_order = st.lists(st.fixed_dictionaries(
-    {"event": st.just("step"), "step": st.integers(0, 30), "loss": st.floats(0, 10)},
-    optional={"losses_by_source": st.dictionaries(st.sampled_from(["en", "ko"]), st.floats(0, 10), max_size=2)}), max_size=60)
+    {"event": st.just("step"), "step": st.integers(0, 30), "loss": st.floats(0, 10)}, optional={
+        "losses_by_source": st.dictionaries(st.sampled_from(["en", "ko"]), st.floats(0, 10), max_size=2)}),
+                              max_size=60)
 
 
 @given(steps_in_any_order)
@@ -29,14 +30,17 @@ def test_the_last_of_a_repeated_step_counts_as_in_final_steps(events: list[dict]
         assert loss.steps.tolist() == [e["step"] for e in final]
         assert loss.values.tolist() == [e["loss"] for e in final]
     for name in ("en", "ko"):
-        expected = {e["step"]: e["losses_by_source"][name] for e in final if name in e.get("losses_by_source", {})}
+        expected = {e["step"]: e["losses_by_source"][name]
+                    for e in final if name in e.get("losses_by_source", {})}
         found = curves["losses_by_source"].get(name)
-        assert expected == (dict(zip(found.steps.tolist(), found.values.tolist(), strict=True)) if found else {})
+        assert expected == (dict(zip(found.steps.tolist(), found.values.tolist(), strict=True))
+                            if found else {})
 
 
 def test_phases_are_what_the_steps_name() -> None:
     table = StepTable()
-    for step, phase in ((1, "a"), (2, "a"), (3, "b"), (4, "b"), (2, "a"), (3, "a"), (4, "b"), (5, "a")):  # step 3 done again
+    # step 3 done again
+    for step, phase in ((1, "a"), (2, "a"), (3, "b"), (4, "b"), (2, "a"), (3, "a"), (4, "b"), (5, "a")):
         table.add({"event": "step", "step": step, "phase": phase})
     assert table.phases() == [("a", 1, 3), ("b", 4, 4), ("a", 5, 5)]
     assert StepTable().phases() == []
@@ -47,7 +51,8 @@ def test_numbers_spelt_as_text_are_read() -> None:
     for step, loss in enumerate((1.5, "nan", "inf", "-inf", None)):
         table.add({"event": "step", "step": step, "loss": loss})
     loss = table.curves()[""]["loss"]
-    assert loss.values[0] == 1.5 and math.isnan(loss.values[1]) and loss.values[2:].tolist() == [math.inf, -math.inf]
+    assert (loss.values[0] == 1.5 and math.isnan(loss.values[1])
+            and loss.values[2:].tolist() == [math.inf, -math.inf])
     assert loss.steps.tolist() == [0, 1, 2, 3]  # a step without a loss has no point
     assert loss.finite().steps.tolist() == [0]
 

@@ -36,7 +36,8 @@ time.sleep(600)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a child that ends with its parent is Linux's")
-def test_it_has_the_lowest_priority_and_ends_with_its_parent(tmp_path: Path, ends: Callable[[int], bool]) -> None:
+def test_it_has_the_lowest_priority_and_ends_with_its_parent(tmp_path: Path,
+                                                             ends: Callable[[int], bool]) -> None:
     parent = subprocess.Popen([sys.executable, "-c", PARENT, CHILD, str(tmp_path / "state")])
 
     def wait_for(name: str) -> None:

@@ -36,7 +36,8 @@ def test_the_newest_counts_and_a_torn_one_is_named_with_the_one_before(run: Path
     newest = run / "checkpoints" / "step-100"
     assert latest(run / "checkpoints") == find_checkpoint(run) == find_checkpoint(newest) == newest
     (run / "checkpoints" / "step-200").mkdir()  # without a manifest
-    with pytest.raises(UserError, match=r"step-200/manifest.json: is missing; use the checkpoint before it, .*/step-100$"):
+    with pytest.raises(UserError, match=r"step-200/manifest.json: is missing; use the checkpoint before "
+                                        r"it, .*/step-100$"):
         find_checkpoint(run)
     assert latest(run / "checkpoints") == run / "checkpoints" / "step-200"
 
@@ -58,9 +59,11 @@ def test_a_file_that_is_not_what_was_written_is_named(run: Path) -> None:
     assert damage(path) == f"{path}/optimizer.index.json: its content differs from the hash in the manifest"
     assert damage(path, weights_only=True) is None
     (path / "model/b").unlink()
-    assert [damage(path, rank=r, size=2, weights_only=True) for r in range(2)] == [None, f"{path}/model/b: is missing"]
+    assert [damage(path, rank=r, size=2, weights_only=True) for r in range(2)] == [
+        None, f"{path}/model/b: is missing"]
     assert instead_of(path) == f"use the checkpoint before it, {run / 'checkpoints/step-5'}"
-    assert instead_of(run / "checkpoints/step-5") == "there is no checkpoint before it; restore it from a copy"
+    assert (instead_of(run / "checkpoints/step-5")
+            == "there is no checkpoint before it; restore it from a copy")
     assert damage(run / "nowhere") == f"{run}/nowhere/manifest.json: is missing"
 
 
@@ -74,7 +77,8 @@ def test_damaged_ones_are_set_aside_and_never_taken_for_a_beginning(run: Path) -
     for step in (5, 10):
         set_aside(folder / f"step-{step}")
     assert latest(folder) is None and len(list(folder.iterdir())) == 4
-    with pytest.raises(UserError, match=r"no sound checkpoint is left .damaged-step-10, damaged-step-100.*restore one"):
+    with pytest.raises(UserError,
+                       match=r"no sound checkpoint is left .damaged-step-10, damaged-step-100.*restore one"):
         refuse_lost(folder)
 
 
@@ -87,9 +91,12 @@ def test_leftovers_of_killed_processes_go_and_checkpoints_stay(run: Path) -> Non
     assert sorted(folder.iterdir()) == before
 
 
-@given(st.sets(st.integers(1, 40), max_size=12), st.sets(st.integers(1, 40)), st.integers(0, 4), st.integers(0, 7))
-def test_what_stays_is_what_brute_force_keeps(tmp_path_factory, steps: set[int], torn: set[int], keep: int, every: int) -> None:
-    """Newest `keep` of the complete ones, multiples of `every`, and everything that is no complete checkpoint."""
+@given(st.sets(st.integers(1, 40), max_size=12), st.sets(st.integers(1, 40)), st.integers(0, 4),
+       st.integers(0, 7))
+def test_what_stays_is_what_brute_force_keeps(tmp_path_factory, steps: set[int], torn: set[int], keep: int,
+                                              every: int) -> None:
+    """Newest `keep` of the complete ones, multiples of `every`,
+    and everything that is no complete checkpoint."""
     folder = tmp_path_factory.mktemp("run")
     for step in steps:
         (folder / f"step-{step}").mkdir()
@@ -99,11 +106,14 @@ def test_what_stays_is_what_brute_force_keeps(tmp_path_factory, steps: set[int],
     (folder / "damaged-step-1").mkdir()
     prune(folder, keep, every)
     complete = steps - torn
-    expected = {s for s in steps if s in torn or keep == 0 or sum(o > s for o in complete) < keep or (every and s % every == 0)}
-    assert {p.name for p in folder.iterdir()} == {f"step-{s}" for s in expected} | {".writing-step-41-aa", "damaged-step-1"}
+    expected = {s for s in steps if s in torn or keep == 0 or sum(o > s for o in complete) < keep
+                or (every and s % every == 0)}
+    assert ({p.name for p in folder.iterdir()}
+            == {f"step-{s}" for s in expected} | {".writing-step-41-aa", "damaged-step-1"})
 
 
-def test_a_kill_while_deleting_leaves_no_torn_checkpoint_under_its_name(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_while_deleting_leaves_no_torn_checkpoint_under_its_name(
+        run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def killed(path: Path, **options: bool) -> None:
         (path / "manifest.json").unlink()
         raise KeyboardInterrupt

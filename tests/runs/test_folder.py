@@ -51,8 +51,8 @@ def test_a_run_is_entered_again_only_by_resume(tmp_path: Path) -> None:
     folder.enter(CONFIG_OF_RUN, resume=True)
 
 
-@pytest.mark.parametrize("setting", ["model.num_layers=2", "optim.lr=0.1", "train.seed=7", "train.precision=bf16",
-                                     "data.packing=concat"])
+@pytest.mark.parametrize("setting", ["model.num_layers=2", "optim.lr=0.1", "train.seed=7",
+                                     "train.precision=bf16", "data.packing=concat"])
 def test_settings_that_make_another_run_are_refused(tmp_path: Path, setting: str) -> None:
     folder = started(tmp_path / "run")
     name, _, value = setting.partition("=")
@@ -66,8 +66,9 @@ def test_all_differences_are_named_at_once(tmp_path: Path) -> None:
         folder.enter(apply_settings(CONFIG_OF_RUN, ["optim.lr=0.01", "train.seed=1"]), resume=True)
 
 
-@pytest.mark.parametrize("setting", ["parallel.ep=2", "train.micro_batch_size=1", "train.checkpoint_every_steps=7",
-                                     "train.steps=300", "optim.rewarm=[[100, 20]]"])
+@pytest.mark.parametrize("setting",
+                         ["parallel.ep=2", "train.micro_batch_size=1", "train.checkpoint_every_steps=7",
+                          "train.steps=300", "optim.rewarm=[[100, 20]]"])
 def test_settings_of_the_machine_may_change(tmp_path: Path, setting: str) -> None:
     started(tmp_path / "run").enter(apply_settings(CONFIG_OF_RUN, [setting]), resume=True)
 
@@ -114,14 +115,16 @@ def test_a_run_whose_code_has_changed_is_refused_by_the_file(tmp_path: Path, kin
     folder = started(tmp_path / "run", with_code(kind, files))
     folder.enter(with_code(kind, files), resume=True)
     for changed in files:
-        with pytest.raises(UserError, match=rf"was started with {kind} mine of /home/me/mine.py:Mine, and {changed} has changed "
-                                            r"since \(sha256 .{12}, now c{12}\); put it back as it was") as e:
+        with pytest.raises(UserError, match=rf"was started with {kind} mine of /home/me/mine.py:Mine, "
+                                            rf"and {changed} has changed since \(sha256 .{{12}}, "
+                                            r"now c{12}\); put it back as it was") as e:
             folder.enter(with_code(kind, files | {changed: "c" * 64}), resume=True)
         assert ("pass --config" in str(e.value)) == (kind == "recipe")
 
 
 def test_code_that_was_moved_or_imports_more_by_now_is_the_same(tmp_path: Path) -> None:
     folder = started(tmp_path / "run", with_code("objective", {"mine.py": "a" * 64}))
-    folder.enter(with_code("objective", {"renamed.py": "a" * 64, "new.py": "d" * 64}, "/else/renamed.py:Mine"), resume=True)
+    folder.enter(with_code("objective", {"renamed.py": "a" * 64, "new.py": "d" * 64},
+                           "/else/renamed.py:Mine"), resume=True)
     with pytest.raises(UserError, match=r"mine.py has changed since"):
         folder.enter(with_code("objective", {"other.py": "e" * 64}, "/else/other.py:Mine"), resume=True)

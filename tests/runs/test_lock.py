@@ -20,7 +20,8 @@ from megatron_sov.runs.lock import LOCK, RunLock
 
 def write_record(run: Path, **changed: Any) -> None:
     me = psutil.Process()
-    record = {"host": socket.gethostname(), "pid": me.pid, "started_s": me.create_time(), "expires_s": time.time() + 60}
+    record = {"host": socket.gethostname(), "pid": me.pid, "started_s": me.create_time(),
+              "expires_s": time.time() + 60}
     (run / LOCK).write_text(json.dumps(record | changed))
 
 
@@ -34,7 +35,8 @@ def take(run: Path) -> None:
 def test_a_living_holder_is_named(tmp_path: Path) -> None:
     lock = RunLock(tmp_path)
     lock.acquire()
-    with pytest.raises(UserError, match=rf"held by a living run \(process {os.getpid()} on {socket.gethostname()}\)"):
+    with pytest.raises(UserError,
+                       match=rf"held by a living run \(process {os.getpid()} on {socket.gethostname()}\)"):
         RunLock(tmp_path).acquire()
     lock.release()
     take(tmp_path)
@@ -96,8 +98,8 @@ def test_the_lease_is_renewed(tmp_path: Path) -> None:
 def test_a_holder_whose_folder_was_taken_ends_without_touching_it(tmp_path: Path) -> None:
     code = ("import sys, time; from pathlib import Path; from megatron_sov.runs.lock import RunLock\n"
             "RunLock(Path(sys.argv[1]), lease_s=0.2).acquire(); print('held', flush=True); time.sleep(30)")
-    child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                             text=True)
+    child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE, text=True)
     assert child.stdout is not None and child.stdout.readline() == "held\n"
     while child.poll() is None:  # again and again: the holder may be between its look and its write
         write_record(tmp_path, host="elsewhere")
@@ -112,10 +114,11 @@ def test_two_starts_at_once_give_one_holder(tmp_path: Path) -> None:
     code = ("import sys, time; from pathlib import Path; from megatron_sov.errors import UserError\n"
             "from megatron_sov.runs.lock import RunLock\n"
             "print('ready', flush=True); sys.stdin.readline()\n"
-            "try:\n    RunLock(Path(sys.argv[1])).acquire(); print('held', flush=True); sys.stdin.readline()\n"
+            "try:\n    RunLock(Path(sys.argv[1])).acquire(); print('held', flush=True); "
+            "sys.stdin.readline()\n"
             "except UserError: print('refused', flush=True)")
-    starts = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                               text=True) for _ in range(4)]
+    starts = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, text=True) for _ in range(4)]
     for s in starts:
         assert s.stdout is not None and s.stdout.readline() == "ready\n"
     for s in starts:
@@ -128,7 +131,8 @@ def test_two_starts_at_once_give_one_holder(tmp_path: Path) -> None:
     assert sorted(answers) == ["held", "refused", "refused", "refused"]
 
 
-def test_the_start_before_of_the_same_slurm_job_does_not_bar_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_start_before_of_the_same_slurm_job_does_not_bar_the_way(tmp_path: Path,
+                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     """Slurm gave up that start's nodes; without it the lease of a node that died would have to run out."""
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")

@@ -25,14 +25,16 @@ cpus_per_node: 1
 preflight:
   enabled: false
 """
-SMALL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.num_heads=4", "model.num_kv_heads=2",
-         "model.head_dim=8", "model.expert_ffn_dim=16", 'data.phases=[{"name": "main", "seq_len": 32}]',
-         "train.global_batch_size=8", "train.micro_batch_size=2", "data.heldout_tokens=128", "train.num_threads=1",
-         "data.max_epochs=0", "train.eval_every_steps=0")
+SMALL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.num_heads=4",
+         "model.num_kv_heads=2", "model.head_dim=8", "model.expert_ffn_dim=16",
+         'data.phases=[{"name": "main", "seq_len": 32}]', "train.global_batch_size=8",
+         "train.micro_batch_size=2", "data.heldout_tokens=128", "train.num_threads=1", "data.max_epochs=0",
+         "train.eval_every_steps=0")
 
 
 def _module() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("virtual_cluster", Path(__file__).with_name("virtual_cluster.py"))
+    spec = importlib.util.spec_from_file_location("virtual_cluster",
+                                                  Path(__file__).with_name("virtual_cluster.py"))
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules["virtual_cluster"] = module
@@ -61,7 +63,8 @@ def until() -> Callable[..., None]:
 
 @pytest.fixture
 def site(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with `site.yaml`, the virtual cluster's profile; commands of this process go to that cluster."""
+    """A folder with `site.yaml`, the virtual cluster's profile; commands of this process
+    go to that cluster."""
     for name in os.environ:
         if name.startswith(("SLURM", "SBATCH", "SRUN")) or name in ("RANK", "WORLD_SIZE"):
             monkeypatch.delenv(name)
@@ -79,7 +82,8 @@ def small() -> tuple[str, ...]:
 
 @pytest.fixture
 def submit(site: Path) -> Callable[..., str]:
-    """Return `submit(records, *words) -> job`: runs `megatron-sov submit` and returns the number of the last job in `records`."""
+    """Return `submit(records, *words) -> job`: runs `megatron-sov submit` and returns the number of the
+    last job in `records`."""
 
     def run(records: Path, *words: str) -> str:
         assert cli.main(["submit", *words]) == 0

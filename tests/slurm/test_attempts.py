@@ -26,14 +26,16 @@ def run(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def question(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Question:
-    """Return `question(action, *words, restart=, queue=) -> answer`, asked by job 7 on n1 and n2 of four nodes."""
+    """Return `question(action, *words, restart=, queue=) -> answer`, asked by job 7 on n1
+    and n2 of four nodes."""
 
-    def ask(action: str, *words: str, restart: int = 0, queue: str = "7 RUNNING\n", usable: str = "n1,n2,n3,n4") -> str:
+    def ask(action: str, *words: str, restart: int = 0, queue: str = "7 RUNNING\n",
+            usable: str = "n1,n2,n3,n4") -> str:
         monkeypatch.setenv("SLURM_JOB_ID", "7")
         monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
         monkeypatch.setattr(sys, "stdin", io.StringIO(queue))
-        fixed = ["--target", str(run), "--done", str(run / "complete.json"), "--max-failures", "3", "--max-strikes", "2",
-                 "--min-nodes", "2", "--nodes", "n1,n2", "--usable", usable]
+        fixed = ["--target", str(run), "--done", str(run / "complete.json"), "--max-failures", "3",
+                 "--max-strikes", "2", "--min-nodes", "2", "--nodes", "n1,n2", "--usable", usable]
         assert attempts.main([action, str(run / "slurm"), *fixed, *words]) == 0
         return capsys.readouterr().out.strip()
 
@@ -58,8 +60,8 @@ def srun_says(run: Path, text: str, rank_log: str = "") -> tuple[str, ...]:
 
 def test_a_first_attempt_runs(question: Question, run: Path) -> None:
     assert question("begin") == "run"
-    assert ended(run) | {"time_s": 0} == {"event": "begin", "time_s": 0, "job": "7", "restart": 0, "nodes": ["n1", "n2"],
-                                         "progress": 0}
+    assert ended(run) | {"time_s": 0} == {"event": "begin", "time_s": 0, "job": "7", "restart": 0,
+                                          "nodes": ["n1", "n2"], "progress": 0}
 
 
 def test_a_complete_stage_ends_the_job(question: Question, run: Path) -> None:
@@ -98,11 +100,14 @@ def test_a_mistake_ends_the_job_with_the_sentence_of_the_rank(
     question: Question, run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:
     question("begin")
-    logs = srun_says(run, "srun: error: n2: task 1: Exited with exit code 2\n", "error: --data x: does not exist\n")
+    logs = srun_says(run, "srun: error: n2: task 1: Exited with exit code 2\n",
+                     "error: --data x: does not exist\n")
     told: list[str] = []
     monkeypatch.setattr(attempts, "say", told.append)
-    assert question("end", "--code", "143", *logs) == "exit 2", "the siblings' 143 hides the code of the first"
-    assert told == ["attempt 1: mistake, rank 1 on n2 ended with exit code 2: error: --data x: does not exist"]
+    assert question("end", "--code", "143", *logs) == "exit 2", (
+        "the siblings' 143 hides the code of the first")
+    assert told == ["attempt 1: mistake, rank 1 on n2 ended with exit code 2: error: --data x: "
+                    "does not exist"]
 
 
 def test_a_node_that_fails_twice_is_left_out(question: Question, run: Path) -> None:
@@ -142,7 +147,8 @@ def test_failures_without_progress_stop_the_job(question: Question, run: Path) -
     assert answers == ["requeue", "requeue", "exit 1"]
 
 
-def test_a_job_that_nobody_could_run_any_more_stops_instead_of_waiting_for_ever(question: Question, run: Path) -> None:
+def test_a_job_that_nobody_could_run_any_more_stops_instead_of_waiting_for_ever(question: Question,
+                                                                                run: Path) -> None:
     logs = srun_says(run, "srun: error: n2: task 1: Killed\n")
     question("begin")
     assert question("end", "--code", "137", *logs, "--max-strikes", "1", usable="n1,n2") == "exit 1"
@@ -155,10 +161,12 @@ def test_a_node_that_went_down_gets_a_strike(question: Question, run: Path) -> N
     history = attempts.History(run / "slurm", "7")
     assert history.strikes() == {"n2": 1}
     first = history.attempts[0].end
-    assert first is not None and (first["outcome"], first["reason"], first["progress"]) == ("cut_off", "n2 went down", 10)
+    assert (first is not None
+            and (first["outcome"], first["reason"], first["progress"]) == ("cut_off", "n2 went down", 10))
 
 
-def test_a_job_that_took_itself_for_cancelled_and_begins_again_was_cut_off(question: Question, run: Path) -> None:
+def test_a_job_that_took_itself_for_cancelled_and_begins_again_was_cut_off(question: Question,
+                                                                           run: Path) -> None:
     """Slurm ends the script of a job whose other node died as it ends that of a cancelled one."""
     for restart in (0, 1):
         assert question("begin", "--down", "n2", restart=restart) == "run"
@@ -182,9 +190,11 @@ def test_a_job_that_is_cut_off_again_and_again_stops(question: Question) -> None
     ("7", "7 RUNNING\n", "run", True),  # this job's own: the run itself knows that its start before has ended
     ("", "7 RUNNING\n", "run", True),  # not of Slurm: the lease decides
 ])
-def test_another_job_in_the_folder(question: Question, run: Path, holder: str, queue: str, answer: str, stays: bool) -> None:
+def test_another_job_in_the_folder(question: Question, run: Path, holder: str, queue: str, answer: str,
+                                   stays: bool) -> None:
     lock: dict[str, Any] = {"host": "n9", "pid": 1, "started_s": 0.0, "expires_s": 9e9}
-    (run / "lock.json").write_text(json.dumps(lock | ({"slurm_job": holder, "slurm_restart": 0} if holder else {})))
+    (run / "lock.json").write_text(
+        json.dumps(lock | ({"slurm_job": holder, "slurm_restart": 0} if holder else {})))
     assert question("begin", queue=queue) == answer
     assert (run / "lock.json").exists() is stays
 

@@ -17,8 +17,8 @@ from megatron_sov.watch.logs import log_files
 
 
 @pytest.mark.distributed
-def test_a_job_brings_the_figures_of_an_export(site: Path, until: Callable[..., None], hf_models: dict[str, Path],
-                                               token_shards: Path) -> None:
+def test_a_job_brings_the_figures_of_an_export(site: Path, until: Callable[..., None],
+                                               hf_models: dict[str, Path], token_shards: Path) -> None:
     run = site / "run"
     shutil.copytree(hf_models["solar_open"], run / "exports/step-10")
     (run / "exports/step-10/manifest.json").write_text("{}")
@@ -29,7 +29,8 @@ def test_a_job_brings_the_figures_of_an_export(site: Path, until: Callable[..., 
     events: list[dict[str, Any]] = []
     beside = Evaluations(run, config, lambda name, **fields: events.append({"event": name, **fields}))
     beside.wait()
-    assert events == [] and len(beside._submitted) == 1  # the job is in Slurm's hands, and nobody waits for it
+    # the job is in Slurm's hands, and nobody waits for it
+    assert events == [] and len(beside._submitted) == 1
 
     def told() -> bool:
         beside.poll(now=True)

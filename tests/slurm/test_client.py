@@ -13,7 +13,8 @@ from megatron_sov.slurm import client
 
 
 @pytest.mark.parametrize(("text", "said"), [
-    ("sbatch: error: invalid partition specified: x\nsbatch: error: Batch job submission failed: Invalid partition\n",
+    ("sbatch: error: invalid partition specified: x\n"
+     "sbatch: error: Batch job submission failed: Invalid partition\n",
      "invalid partition specified: x; Batch job submission failed: Invalid partition"),
     ("allocation failure: Requested node configuration is not available\n",
      "allocation failure: Requested node configuration is not available"),

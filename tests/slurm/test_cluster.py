@@ -28,16 +28,22 @@ def test_options_win_over_the_profile() -> None:
     ("description: x\npartitoin: a", "partitoin is no field of a profile; did you mean 'partition'"),
     ("description: x\ncontainer: {kind: docker}", "container.kind = 'docker'"),
     ("description: x\ncontainer: {kind: pyxis}", "container.image is empty and container.kind is pyxis"),
-    ("description: x\ngpus_per_node: 8\ncpus_per_node: 4", "cpus_per_node = 4 must be at least one for each of the 8 ranks"),
+    ("description: x\ngpus_per_node: 8\ncpus_per_node: 4",
+     "cpus_per_node = 4 must be at least one for each of the 8 ranks"),
     ("description: x", "account is missing; pass --account NAME"),
-    ('description: x\naccount: ""\nenvironment: {WANDB_API_KEY: abc}', "environment.WANDB_API_KEY looks like a secret"),
+    ('description: x\naccount: ""\nenvironment: {WANDB_API_KEY: abc}',
+     "environment.WANDB_API_KEY looks like a secret"),
     ('description: x\naccount: ""\nenvironment: {"A B": abc}', "environment.A B is not a name of a variable"),
     ('description: x\naccount: ""\nmax_failures: 0', "max_failures = 0 must be at least 1"),
-    ("description: x\ntime_limit: 2:00:00", "time_limit = 7200: Input should be a valid string; put it in quotes"),
-    ('description: x\naccount: ""\nsignal_lead_s: 70000', "signal_lead_s = 70000 must lie between 1 and 65535"),
+    ("description: x\ntime_limit: 2:00:00",
+     "time_limit = 7200: Input should be a valid string; put it in quotes"),
+    ('description: x\naccount: ""\nsignal_lead_s: 70000',
+     "signal_lead_s = 70000 must lie between 1 and 65535"),
     ('description: x\naccount: ""\nscratch: $SLURM_TMPDIR', "scratch = '$SLURM_TMPDIR' must begin with /"),
-    ('description: x\naccount: ""\npreflight: {max_matmul_ratio: 0.9}', "preflight.max_matmul_ratio = 0.9 must be above 1"),
-    ('description: x\naccount: ""\npreflight: {max_clock_skew_s: .nan}', "preflight.max_clock_skew_s = nan must be positive"),
+    ('description: x\naccount: ""\npreflight: {max_matmul_ratio: 0.9}',
+     "preflight.max_matmul_ratio = 0.9 must be above 1"),
+    ('description: x\naccount: ""\npreflight: {max_clock_skew_s: .nan}',
+     "preflight.max_clock_skew_s = nan must be positive"),
     ("a: [", "is no YAML"),
     ("5", "profile = 5"),
 ])
@@ -50,8 +56,8 @@ def test_a_mistake_is_named(tmp_path: Path, text: str, sentence: str) -> None:
 
 
 @pytest.mark.parametrize(("text", "seconds"), [  # the forms of sbatch's manual
-    ("90", 5400), ("90:30", 5430), ("2:00:00", 7200), ("1-12", 129600), ("1-12:30", 131400), ("1-12:30:15", 131415),
-    ("0", float("inf")), ("UNLIMITED", float("inf")),
+    ("90", 5400), ("90:30", 5430), ("2:00:00", 7200), ("1-12", 129600), ("1-12:30", 131400),
+    ("1-12:30:15", 131415), ("0", float("inf")), ("UNLIMITED", float("inf")),
 ])
 def test_a_time_limit_is_read_as_slurm_reads_it(text: str, seconds: float) -> None:
     assert cluster.time_limit_s(text) == seconds

@@ -32,7 +32,8 @@ def test_the_first_to_fail_is_named(log: str, sentence: str, code: int | None) -
 
 
 def test_other_words_of_srun_are_no_failure() -> None:
-    assert first_failure("srun: Job step aborted: Waiting up to 4 seconds for job step to finish.\nsrun: got SIGCONT\n") is None
+    assert first_failure("srun: Job step aborted: Waiting up to 4 seconds for job step to finish.\n"
+                         "srun: got SIGCONT\n") is None
 
 
 def test_the_end_of_a_log_shows_what_a_progress_bar_showed_last(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""Generated scripts on a real Slurm, submitted unchanged: what becomes of a run whose nodes are sick, die, or run out of time."""
+"""Generated scripts on a real Slurm, submitted unchanged: what becomes of a run whose nodes are sick, die,
+or run out of time."""
 
 from __future__ import annotations
 
@@ -40,20 +41,24 @@ def test_a_run_survives_a_sick_node_the_time_limit_a_crash_and_a_killed_rank(
     """The final loss is that of the run that nothing happened to, bit for bit."""
     length = ("--set", f"train.steps={STEPS}", "--set", "train.checkpoint_every_steps=10")
     undisturbed = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-m", "megatron_sov", "pretrain", *pretrain(packed_data, site / "whole", small, *length),
-         "--nproc", "2"], stderr=subprocess.DEVNULL)
+        [sys.executable, "-W", "ignore", "-m", "megatron_sov", "pretrain",
+         *pretrain(packed_data, site / "whole", small, *length), "--nproc", "2"], stderr=subprocess.DEVNULL)
     (site / "scratch").mkdir()
-    cluster.in_node("n1", "mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(site / "scratch"))  # n1's own disk is broken
-    profile = (site / "site.yaml").read_text().replace("enabled: false", "min_free_disk_bytes: 1\n  max_matmul_ratio: 1000")
+    # n1's own disk is broken
+    cluster.in_node("n1", "mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(site / "scratch"))
+    profile = (site / "site.yaml").read_text().replace("enabled: false",
+                                                       "min_free_disk_bytes: 1\n  max_matmul_ratio: 1000")
     (site / "looks.yaml").write_text(profile + f"scratch: {site / 'scratch'}\n")
     run, records = site / "run", site / "run/slurm"
     cluster.wait_idle(["n1", "n2", "n3", "n4"])  # else the job would begin on others than the sick one
-    job = submit(records, "pretrain", "--cluster", "looks.yaml", "--nodes", "2", *pretrain(packed_data, run, small, *length))
+    job = submit(records, "pretrain", "--cluster", "looks.yaml", "--nodes", "2",
+                 *pretrain(packed_data, run, small, *length))
 
     def reaches(step: int, restarts: int) -> None:
         def there() -> bool:
             found = cluster.job(job)
-            assert found["JobState"] in ("PENDING", "RUNNING", "COMPLETING"), (found, (records / f"{job}.log").read_text())
+            assert found["JobState"] in ("PENDING", "RUNNING", "COMPLETING"), (
+                found, (records / f"{job}.log").read_text())
             return len(steps(run)) >= step and found["Restarts"] == str(restarts)
 
         until(there, 600, f"step {step}")
@@ -73,11 +78,13 @@ def test_a_run_survives_a_sick_node_the_time_limit_a_crash_and_a_killed_rank(
         cluster.resume("n2")
     log = (records / f"{job}.log").read_text()
     assert (found["JobState"], found["ExitCode"]) == ("COMPLETED", "0:0"), log
-    assert [e["outcome"] for e in ends(records)] == ["sick_nodes", "stopped", "cut_off", "crash", "complete"], log
+    assert [e["outcome"]
+            for e in ends(records)] == ["sick_nodes", "stopped", "cut_off", "crash", "complete"], log
     assert ends(records)[2]["reason"] == "n2 went down" and "rank 1 on n4" in ends(records)[3]["reason"]
     assert "n1 is not fit: rank 0: disk cannot be written" in log
     assert undisturbed.wait(600) == 0
-    assert [(s["step"], s["loss"]) for s in steps(run)] == [(s["step"], s["loss"]) for s in steps(site / "whole")]
+    assert [(s["step"], s["loss"]) for s in steps(run)] == [(s["step"], s["loss"])
+                                                            for s in steps(site / "whole")]
     assert len(steps(run)) == STEPS
     script = (records / "pretrain.sbatch").read_text()
     code = next(records.glob("code-*"))
@@ -88,7 +95,8 @@ def test_a_run_survives_a_sick_node_the_time_limit_a_crash_and_a_killed_rank(
 
 
 def test_failures_without_progress_stop_and_a_second_submission_is_refused(
-    cluster: Any, site: Path, submit: Submit, small: tuple[str, ...], packed_data: Any, capsys: pytest.CaptureFixture[str],
+    cluster: Any, site: Path, submit: Submit, small: tuple[str, ...], packed_data: Any,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     python = site / "python"  # its training always dies
     python.write_text("#!/bin/bash\n"
@@ -96,7 +104,8 @@ def test_failures_without_progress_stop_and_a_second_submission_is_refused(
                       f'exec {sys.executable} "$@"\n')
     python.chmod(0o755)
     (site / "dies.yaml").write_text((site / "site.yaml").read_text() + f"python: {python}\nmax_failures: 2\n")
-    words = ("pretrain", "--cluster", "dies.yaml", *pretrain(packed_data, site / "run", small, "--set", "train.steps=5"))
+    words = ("pretrain", "--cluster", "dies.yaml",
+             *pretrain(packed_data, site / "run", small, "--set", "train.steps=5"))
     records = site / "run/slurm"
     job = submit(records, *words)
     assert cli.main(["submit", *words]) == 2
@@ -110,7 +119,9 @@ def test_failures_without_progress_stop_and_a_second_submission_is_refused(
 CHAIN = """cluster: site.yaml
 stages:
   - stage: data
-    arguments: pack --tokenizer {tokenizer} --input even={even} --input odd={odd} --workers 1 --heldout 0.1 --output tokens
+    arguments: >-
+      pack --tokenizer {tokenizer} --input even={even} --input odd={odd}
+      --workers 1 --heldout 0.1 --output tokens
     array: 2
   - stage: pretrain
     arguments: {pretrain}

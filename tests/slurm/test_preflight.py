@@ -17,8 +17,8 @@ from megatron_sov.slurm.cluster import PreflightConfig
 from megatron_sov.slurm.preflight import Report, sick_nodes
 
 LIMITS = {**asdict(PreflightConfig()), "num_gpus": 8, "ranks_per_node": 1}
-SOUND = Report("n1", 0, num_gpus=8, free_disk_bytes=10**12, matmul_s=0.002, matmul_tflops=600.0, checksum=17.0,
-               clock_skew_s=0.01, allreduce_s=0.1)
+SOUND = Report("n1", 0, num_gpus=8, free_disk_bytes=10**12, matmul_s=0.002, matmul_tflops=600.0,
+               checksum=17.0, clock_skew_s=0.01, allreduce_s=0.1)
 
 
 def judge(folder: Path, *reports: Report, limits: dict[str, Any] = LIMITS) -> dict[str, str]:
@@ -70,9 +70,10 @@ def test_two_ranks_look_at_this_machine(tmp_path: Path) -> None:
         port = str(free.getsockname()[1])
     read_only = Path("/proc/scratch")  # nothing can be written there, not even by root
     processes = [subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-m", "megatron_sov.slurm.preflight", str(tmp_path), "--scratch", str(scratch)],
-        env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-             "SLURMD_NODENAME": f"n{rank + 1}", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+        [sys.executable, "-W", "ignore", "-m", "megatron_sov.slurm.preflight", str(tmp_path), "--scratch",
+         str(scratch)],
+        env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT":
+             port, "SLURMD_NODENAME": f"n{rank + 1}", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
         for rank, scratch in enumerate((tmp_path / "new", read_only))]
     assert [p.wait(120) for p in processes] == [0, 0]
     limits = {**LIMITS, "num_gpus": 0, "min_free_disk_bytes": 1, "max_matmul_ratio": 1000}

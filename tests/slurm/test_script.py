@@ -1,4 +1,5 @@
-"""Job scripts: what is filled in reaches the program as it was typed; a real Slurm takes every template with every profile."""
+"""Job scripts: what is filled in reaches the program as it was typed; a real Slurm takes every template
+with every profile."""
 
 from __future__ import annotations
 
@@ -19,11 +20,12 @@ from megatron_sov.slurm.cluster import ClusterProfile, ContainerConfig
 from megatron_sov.slurm.stages import STAGES
 from megatron_sov.slurm.submission import Prepared, Request, prepare
 
-TRAIN = ("--data", "tokens", "--run", "runs/a b", "--set", "train.steps=5", "--set", "train.global_batch_size=64",
-         "--set", "train.micro_batch_size=1")
+TRAIN = ("--data", "tokens", "--run", "runs/a b", "--set", "train.steps=5", "--set",
+         "train.global_batch_size=64", "--set", "train.micro_batch_size=1")
 ARGUMENTS = {
-    "tokenizer": ("train", "--preset", "solar-open", "--vocab-size", "512", "--input", "text", "--output", "tokenizer"),
-    "data": ("pack", "--tokenizer", "tokenizer", "--input", "a.jsonl", "--input", "b.jsonl", "--output", "tokens"),
+    "tokenizer": ("train", "--preset", "solar-open", "--vocab-size", "512", "--input", "text", "--output",
+                  "tokenizer"), "data": ("pack", "--tokenizer", "tokenizer", "--input", "a.jsonl", "--input",
+                                         "b.jsonl", "--output", "tokens"),
     "pretrain": ("tiny-solar-open", *TRAIN), "extend": ("tiny-solar-open", "--from", "runs/a", *TRAIN),
     "sft": ("tiny-solar-open", "--from", "runs/a", *TRAIN), "convert": ("to-hf", "runs/a", "hf"),
     "eval": ("ppl", "hf", "--data", "tokens"),
@@ -43,7 +45,8 @@ def words_of(text: str, array: str = "command") -> list[str]:
     """Let bash read the assignment of an array out of a script; returns its words."""
     (block,) = re.findall(rf"^{array}=\(.*?\)$", text, re.MULTILINE | re.DOTALL)
     program = f'settings=()\n{block}\nprintf "%s\\0" "${{{array}[@]}}"'
-    return subprocess.run(["bash", "-uc", program], capture_output=True, text=True, check=True).stdout.split("\0")[:-1]
+    return subprocess.run(["bash", "-uc", program], capture_output=True, text=True,
+                          check=True).stdout.split("\0")[:-1]
 
 
 def test_every_stage_has_a_template() -> None:
@@ -61,26 +64,31 @@ def test_a_real_slurm_takes_every_template(site: Path, name: str) -> None:
         assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
 
 
-@pytest.mark.parametrize(("stage", "kind"), [*itertools.product(("pretrain", "data"), ("apptainer", "enroot", "pyxis"))])
+@pytest.mark.parametrize(("stage", "kind"),
+                         [*itertools.product(("pretrain", "data"), ("apptainer", "enroot", "pyxis"))])
 def test_python_runs_in_the_container(stage: str, kind: Any) -> None:
     box = ContainerConfig(kind, "/images/my image.sif", ("/shared", "/raid:/scratch"))
-    profile = dataclasses.replace(cluster.load("h100", account="me"), container=box, environment={"NCCL_DEBUG": "WARN"})
+    profile = dataclasses.replace(cluster.load("h100", account="me"), container=box,
+                                  environment={"NCCL_DEBUG": "WARN"})
     text = script(stage, profile)
     assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
     expected = {
-        "apptainer": ["apptainer", "exec", "--nv", "--bind", "/shared", "--bind", "/raid:/scratch", box.image, "python3", "-P"],
+        "apptainer": ["apptainer", "exec", "--nv", "--bind", "/shared", "--bind", "/raid:/scratch", box.image,
+                      "python3", "-P"],
         "enroot": ["enroot", "start", "--rw", "--mount", "/shared:/shared", "--mount", "/raid:/scratch"],
         "pyxis": ["python3", "-P"]}[kind]
     assert words_of(text, "python")[:len(expected)] == expected
     if kind == "enroot":
         assert words_of(text, "python")[-5:] == ["--env", "NCCL_DEBUG", box.image, "python3", "-P"]
     if kind == "pyxis":
-        assert words_of(text, "srun_options") == [f"--container-image={box.image}", "--container-mounts=/shared,/raid:/scratch"]
+        assert words_of(text, "srun_options") == [f"--container-image={box.image}",
+                                                  "--container-mounts=/shared,/raid:/scratch"]
 
 
 def test_what_is_asked_for_wins_over_the_stage_and_the_stage_over_a_longer_profile() -> None:
     def limit(stage: str, name: str, **request: Any) -> str:
-        found = re.search(r"^#SBATCH --time=(.*)$", script(stage, cluster.load(name, account="me"), **request), re.MULTILINE)
+        found = re.search(r"^#SBATCH --time=(.*)$",
+                          script(stage, cluster.load(name, account="me"), **request), re.MULTILINE)
         assert found is not None
         return found[1]
 
@@ -91,14 +99,16 @@ def test_what_is_asked_for_wins_over_the_stage_and_the_stage_over_a_longer_profi
 
 @pytest.mark.parametrize(("stage", "loads"), [*itertools.product(("pretrain", "data"), ("true", "false"))])
 def test_the_clusters_own_lines_may_name_variables_that_are_not_set(stage: str, loads: str) -> None:
-    profile = dataclasses.replace(cluster.load("h100", account="me"), setup=('echo "$UNSET_BY_ALL"',), modules=("cuda/13.0",))
+    profile = dataclasses.replace(cluster.load("h100", account="me"), setup=('echo "$UNSET_BY_ALL"',),
+                                  modules=("cuda/13.0",))
     head = script(stage, profile).partition("# -- where things are")[0]
     shell = f"module() {{ {loads}; }}\n{head}\necho went on; echo $UNSET_BY_ALL; echo not reached"
     done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=False)
     if loads == "true":
         assert done.stdout == "\nwent on\n" and "UNSET_BY_ALL: unbound variable" in done.stderr
     else:
-        assert done.returncode == 2 and done.stdout == "\n" and done.stderr == "job: modules of the profile cannot be loaded\n"
+        assert (done.returncode == 2 and done.stdout == "\n"
+                and done.stderr == "job: modules of the profile cannot be loaded\n")
 
 
 def test_what_a_user_types_reaches_the_program_unchanged(tmp_path: Path) -> None:
@@ -114,7 +124,8 @@ def test_a_profile_is_quoted_too(site: Path, cluster: Any) -> None:
     profile = dataclasses.replace(load("local"), environment={"X": NASTY}, modules=(NASTY,), scratch=NASTY)
     text = script("pretrain", profile)
     (line,) = [line for line in text.splitlines() if line.startswith("export X=")]
-    assert subprocess.run(["bash", "-c", f'{line}; printf "%s" "$X"'], capture_output=True, text=True, check=True).stdout == NASTY
+    assert subprocess.run(["bash", "-c", f'{line}; printf "%s" "$X"'], capture_output=True, text=True,
+                          check=True).stdout == NASTY
     client.check_script(text)
 
 
@@ -123,7 +134,8 @@ def test_slurm_reads_odd_paths_as_they_are(site: Path, cluster: Any) -> None:
     work = ("pack", "--tokenizer", "t", "--input", "i", "--output", str(folder / "tokens"))
     from megatron_sov.slurm.cluster import load
 
-    header = [line for line in prepared("data", work, load("local")).texts[0].splitlines() if line.startswith("#SBATCH")]
+    header = [line for line in prepared("data", work, load("local")).texts[0].splitlines()
+              if line.startswith("#SBATCH")]
     folder.mkdir()
     (folder / "tokens.slurm").mkdir()
     (site / "job.sh").write_text("\n".join(["#!/bin/bash", *header, "echo here"]))
@@ -151,9 +163,11 @@ def test_settings_change_with_the_number_of_nodes() -> None:
     def chosen(count: int) -> str:
         block = text[text.index("case $SLURM_JOB_NUM_NODES"):text.index("esac") + 4]
         program = f'SLURM_JOB_NUM_NODES={count}\n{block}\necho $num_nodes "${{settings[@]}}"'
-        return subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=False).stdout.strip()
+        return subprocess.run(["bash", "-c", program], capture_output=True, text=True,
+                              check=False).stdout.strip()
 
-    assert [chosen(n) for n in (4, 3, 2, 1)] == ["4", "2 --set parallel.ep=2", "2 --set parallel.ep=2", "1 --set parallel.ep=1"]
+    assert [chosen(n) for n in (4, 3, 2, 1)] == ["4", "2 --set parallel.ep=2", "2 --set parallel.ep=2",
+                                                 "1 --set parallel.ep=1"]
     assert chosen(5) == ""
 
 
@@ -175,11 +189,13 @@ def test_the_first_node_is_where_ranks_meet_by_its_address_where_its_name_does_n
 
 def test_ranks_make_the_scratch_folder_that_slurm_did_not_find(tmp_path: Path) -> None:
     """Slurm gives a rank /tmp where the folder of TMPDIR is not on its node, before the rank can make it."""
-    profile = dataclasses.replace(cluster.load("h100", account="me"), scratch=str(tmp_path / "no such/folder"))
+    profile = dataclasses.replace(cluster.load("h100", account="me"),
+                                  scratch=str(tmp_path / "no such/folder"))
     text = script("pretrain", profile)
     (as_rank,) = re.findall(r"^as_rank='.*?'$", text, re.MULTILINE | re.DOTALL)
     exported = next(line for line in text.splitlines() if line.startswith("export TMPDIR="))
     carried = next(line for line in text.splitlines() if line.startswith("export JOB_TMPDIR="))
     shell = f'{exported}\n{carried}\n{as_rank}\nTMPDIR=/tmp bash -c "$as_rank" rank printenv TMPDIR'
-    done = subprocess.run(["bash", "-c", shell], env={"PATH": os.environ["PATH"], "USER": "ada"}, capture_output=True, text=True)
+    done = subprocess.run(["bash", "-c", shell], env={"PATH": os.environ["PATH"], "USER": "ada"},
+                          capture_output=True, text=True)
     assert done.stdout == f"{tmp_path}/no such/folder/ada\n" and (tmp_path / "no such/folder/ada").is_dir()

@@ -14,13 +14,15 @@ from megatron_sov.errors import UserError
 from megatron_sov.slurm import client, cluster, submission
 from megatron_sov.slurm.stages import check_inputs, work_of
 
-PACK = ("pack", "--tokenizer", "t", "--input", "a=x.jsonl", "--input=b.jsonl", "--workers", "2", "--input", "c",
-        "--output", "out")
+PACK = ("pack", "--tokenizer", "t", "--input", "a=x.jsonl", "--input=b.jsonl", "--workers", "2", "--input",
+        "c", "--output", "out")
 
 
-def test_an_array_shares_the_inputs_and_a_second_job_joins_the_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_array_shares_the_inputs_and_a_second_job_joins_the_parts(tmp_path: Path,
+                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    parts, join = submission.prepare(submission.Request("data", PACK, cluster.load("local"), array=2), COMMANDS).jobs
+    parts, join = submission.prepare(submission.Request("data", PACK, cluster.load("local"), array=2),
+                                     COMMANDS).jobs
     assert parts.array_inputs == ("a=x.jsonl", "b.jsonl", "c")
     assert parts.work.arguments == ("pack", "--tokenizer", "t", "--workers", "2")
     made = [tmp_path / "out.parts/part-0", tmp_path / "out.parts/part-1"]
@@ -30,12 +32,14 @@ def test_an_array_shares_the_inputs_and_a_second_job_joins_the_parts(tmp_path: P
 
 def test_a_task_takes_every_nth_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    text = submission.prepare(submission.Request("data", PACK, cluster.load("local"), array=2), COMMANDS).texts[0]
+    text = submission.prepare(submission.Request("data", PACK, cluster.load("local"), array=2),
+                              COMMANDS).texts[0]
     block = text[text.index("inputs=("):text.index("run_step \"$attempt/srun.log\"")]
 
     def inputs(task: int) -> list[str]:
         program = f'SLURM_ARRAY_TASK_ID={task} target=there\n{block}\nprintf "%s\\n" "${{command[@]}}"'
-        words = subprocess.run(["bash", "-uc", program], capture_output=True, text=True, check=True).stdout.splitlines()
+        words = subprocess.run(["bash", "-uc", program], capture_output=True, text=True,
+                               check=True).stdout.splitlines()
         return [word for flag, word in itertools.pairwise(words) if flag == "--input"]
 
     assert (inputs(0), inputs(1)) == (["a=x.jsonl", "c"], ["b.jsonl"])
@@ -50,20 +54,22 @@ def test_a_job_runs_the_code_as_it_was(tmp_path: Path, monkeypatch: pytest.Monke
     (code,) = (tmp_path / "hf.slurm").glob("code-*")
     program = ("import megatron_sov.slurm.attempts as a, tokenizer, data_prep, slurm\n"
                "print(a.__file__, tokenizer.__file__, slurm.__file__)")
-    done = subprocess.run([sys.executable, "-P", "-c", program], env={"PYTHONPATH": str(code)}, capture_output=True, text=True,
-                          check=True)
+    done = subprocess.run([sys.executable, "-P", "-c", program], env={"PYTHONPATH": str(code)},
+                          capture_output=True, text=True, check=True)
     files = ("megatron_sov/slurm/attempts.py", "tokenizer/__init__.py", "slurm/__init__.py")
     assert done.stdout.split() == [f"{code}/{file}" for file in files]
-    assert (code / "slurm/templates/header.sbatch.j2").is_file() and (code / "slurm/clusters/local.yaml").is_file()
+    assert ((code / "slurm/templates/header.sbatch.j2").is_file()
+            and (code / "slurm/clusters/local.yaml").is_file())
     assert submission.submitted_jobs(tmp_path / "hf.slurm") == ["17", "17"]
 
 
-def test_code_that_changes_while_it_is_copied_is_not_submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_that_changes_while_it_is_copied_is_not_submitted(tmp_path: Path,
+                                                               monkeypatch: pytest.MonkeyPatch) -> None:
     words = ("to-hf", "run", str(tmp_path / "hf"))
     prepared = submission.prepare(submission.Request("convert", words, cluster.load("local")), COMMANDS)
     copies = submission.shutil.copyfile
-    monkeypatch.setattr(submission.shutil, "copyfile", lambda a, b: copies(a, b) and b.write_text("#") if b.name == "cli.py" else
-                        copies(a, b))
+    monkeypatch.setattr(submission.shutil, "copyfile", lambda a, b: copies(a, b) and b.write_text("#")
+                        if b.name == "cli.py" else copies(a, b))
     with pytest.raises(UserError, match="the code changed while it was copied"):
         submission.submit(prepared, [])
     assert list((tmp_path / "hf.slurm").iterdir()) == []

@@ -10,8 +10,8 @@ import pytest
 
 from megatron_sov import cli
 
-RUN = ("tiny-solar-open", "--data", "tokens", "--run", "runs/a", "--set", "train.steps=5", "--set", "train.global_batch_size=8",
-       "--set", "train.micro_batch_size=1")
+RUN = ("tiny-solar-open", "--data", "tokens", "--run", "runs/a", "--set", "train.steps=5", "--set",
+       "train.global_batch_size=8", "--set", "train.micro_batch_size=1")
 HERE = ("--cluster", "site.yaml")
 BESIDE = ("--set", "train.export_every_checkpoints=1", "--set", 'evaluate.background.tasks=["ppl"]',
           "--set", "evaluate.background.where=slurm", "--set")
@@ -22,31 +22,45 @@ BESIDE = ("--set", "train.export_every_checkpoints=1", "--set", 'evaluate.backgr
     (("pretrain", *RUN), "--cluster: is missing; pass one of b200, h100, h200, local, one-node"),
     (("pretrain", "--cluster", "a100", *RUN), "--cluster a100: there is no such profile"),
     (("pretrain", "--cluster", "h100", *RUN), "--cluster h100: account is missing; pass --account NAME"),
-    (("pretrain", *HERE, "--nodes", "3", *RUN), "--nodes 3 x 1 processes do not fit tiny-solar-open: global_batch_size = 8"),
-    (("pretrain", *HERE, "--nodes", "4", "--min-nodes", "3", *RUN), "--nodes 3 x 1 processes do not fit tiny-solar-open"),
+    (("pretrain", *HERE, "--nodes", "3", *RUN), "--nodes 3 x 1 processes do not fit tiny-solar-open: "
+                                                "global_batch_size = 8"),
+    (("pretrain", *HERE, "--nodes", "4", "--min-nodes", "3", *RUN),
+     "--nodes 3 x 1 processes do not fit tiny-solar-open"),
     (("pretrain", *HERE, "--nodes", "2", "--min-nodes", "4", *RUN), "the second not above the first"),
-    (("pretrain", *HERE, "--nodes", "2", *RUN, "--set", "parallel.ep=16"), "parallel.ep = 16 must divide model.num_experts = 8"),
+    (("pretrain", *HERE, "--nodes", "2", *RUN, "--set", "parallel.ep=16"),
+     "parallel.ep = 16 must divide model.num_experts = 8"),
     (("pretrain", *HERE, *RUN, "--nproc", "2"), "--nproc 2: under Slurm the nodes and the profile decide"),
-    (("pretrain", *HERE, *RUN, "--set", "train.stpes=5"), "'train.stpes' does not exist; did you mean 'steps'?"),
-    (("pretrain", *HERE, "tiny-solar-open", "--run", "x"), "--data: is missing; pass a folder made by `sov-data pack`"),
-    (("pretrain", *HERE, *RUN, "--nodes-set", "two:a=1"), "--nodes-set two:a=1: must have the form N:key=value"),
-    (("pretrain", *HERE, "--partition", "bacth", *RUN), "partition 'bacth': does not exist here; did you mean 'batch'?"),
+    (("pretrain", *HERE, *RUN, "--set", "train.stpes=5"),
+     "'train.stpes' does not exist; did you mean 'steps'?"),
+    (("pretrain", *HERE, "tiny-solar-open", "--run", "x"),
+     "--data: is missing; pass a folder made by `sov-data pack`"),
+    (("pretrain", *HERE, *RUN, "--nodes-set", "two:a=1"),
+     "--nodes-set two:a=1: must have the form N:key=value"),
+    (("pretrain", *HERE, "--partition", "bacth", *RUN),
+     "partition 'bacth': does not exist here; did you mean 'batch'?"),
     (("pretrain", *HERE, "--time", "soon", *RUN), "time limit 'soon': must be minutes"),
     (("pretrain", *HERE, "--time", "2", *RUN), "time limit '2': is 120 s, and the job is asked to save"),
     (("pretrain", *HERE, "--nodes", "0", *RUN), "--nodes 0 --min-nodes 0: must be at least 1"),
-    (("pretrain", *HERE, "--nodes-set", "2:parallel.ep=2", *RUN), "--nodes-set 2:parallel.ep=2: the job has never 2 nodes"),
+    (("pretrain", *HERE, "--nodes-set", "2:parallel.ep=2", *RUN),
+     "--nodes-set 2:parallel.ep=2: the job has never 2 nodes"),
     (("pretrain", *HERE, "--nodes", "8", *RUN), "Slurm refuses the job: "),
     (("pretrain", *HERE, "tiny-solar-open", "--data", "nowhere", "--run", "x"), "pretrain: "),
-    (("pretrain", *HERE, *RUN[:4], "/dev/null/x", *RUN[5:]), "/dev/null/x/slurm: cannot be made, since a file is in the way"),
-    (("data", *HERE, "--nodes", "2", "pack", "--output", "x"), "--nodes 2: data works on one node; leave it out"),
-    (("data", *HERE, "--array", "3", "pack", "--input", "a", "--output", "x"), "--array 3: must lie between 2 and the number of"),
-    (("data", *HERE, "stats", "--output", "x"), "submit data: 'stats' is no command that writes an artifact; begin with one of"),
-    (("tokenizer", *HERE, "train", "--input", "en=nowhere:0.5", "--output", "x"), "/nowhere does not exist; make it before"),
+    (("pretrain", *HERE, *RUN[:4], "/dev/null/x", *RUN[5:]),
+     "/dev/null/x/slurm: cannot be made, since a file is in the way"),
+    (("data", *HERE, "--nodes", "2", "pack", "--output", "x"),
+     "--nodes 2: data works on one node; leave it out"),
+    (("data", *HERE, "--array", "3", "pack", "--input", "a", "--output", "x"),
+     "--array 3: must lie between 2 and the number of"),
+    (("data", *HERE, "stats", "--output", "x"),
+     "submit data: 'stats' is no command that writes an artifact; begin with one of"),
+    (("tokenizer", *HERE, "train", "--input", "en=nowhere:0.5", "--output", "x"),
+     "/nowhere does not exist; make it before"),
     (("data", *HERE, "pack", "--input", "a"), "submit data: the following arguments are required: --output"),
     (("convert", *HERE, "inspect", "a"), "submit convert inspect: writes no folder"),
     (("eval", *HERE, "bigram", "--data", "tokens"), "submit eval bigram: names no model or run; pass --run"),
     (("pretrain", *HERE, "--continue", *RUN), "--continue: belongs to a chain"),
-    (("pretrain", *HERE, *RUN, *BESIDE, "evaluate.background.cluster=h100"), "evaluate.background.cluster = h100: the jobs beside"),
+    (("pretrain", *HERE, *RUN, *BESIDE, "evaluate.background.cluster=h100"),
+     "evaluate.background.cluster = h100: the jobs beside"),
 ])
 def test_a_mistake_is_one_sentence_and_leaves_nothing(
     site: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], sentence: str,
@@ -87,7 +101,8 @@ ON_THE_PAGE = [line for block in re.findall(r"^```bash\n(.*?)^```", PAGE, re.MUL
 
 @pytest.mark.parametrize("line", ON_THE_PAGE)
 def test_what_the_page_shows_makes_scripts(site: Path, capsys: pytest.CaptureFixture[str], line: str) -> None:
-    (chain,) = (block for block in re.findall(r"^```yaml\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL) if "stages:" in block)
+    (chain,) = (block for block in re.findall(r"^```yaml\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+                if "stages:" in block)
     (site / "chain.yaml").write_text(chain)
     account = () if "--account" in line else ("--account", "mine")
     assert cli.main([*shlex.split(line)[1:], *account, "--dry-run"]) == 0
@@ -97,6 +112,7 @@ def test_what_the_page_shows_makes_scripts(site: Path, capsys: pytest.CaptureFix
 def test_the_profile_on_the_page_is_sound(site: Path) -> None:
     from megatron_sov.slurm.cluster import load
 
-    (profile,) = (block for block in re.findall(r"^```yaml\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL) if "partition:" in block)
+    (profile,) = (block for block in re.findall(r"^```yaml\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+                  if "partition:" in block)
     (site / "mine.yaml").write_text(profile)
     assert load("mine.yaml").container.kind == "apptainer"

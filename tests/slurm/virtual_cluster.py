@@ -1,8 +1,10 @@
-"""A private, real Slurm cluster on this machine: its own controller, and several nodes that can die and freeze.
+"""A private, real Slurm cluster on this machine: its own controller, and several nodes that
+can die and freeze.
 
-Daemons run in the foreground as children of this process.  Each node lives in its own process, host name and mount
-namespaces, so that its death is one SIGKILL and takes everything that ran there.  Needs root and Debian's packages (`make
-slurm`); claims more cores, memory and GPUs than there are, since nothing looks for them.
+Daemons run in the foreground as children of this process.  Each node lives in its own process, host name and
+mount namespaces, so that its death is one SIGKILL and takes everything that ran there.  Needs root and
+Debian's packages (`make slurm`); claims more cores, memory and GPUs than there are,
+since nothing looks for them.
 """
 
 from __future__ import annotations
@@ -65,7 +67,8 @@ SchedulerType=sched/backfill
 SchedulerParameters=bf_interval=1,sched_interval=1,sched_min_interval=0,batch_sched_delay=0
 PriorityType=priority/basic
 GresTypes=gpu
-NodeName=DEFAULT CPUs={cpus} Boards=1 SocketsPerBoard=1 CoresPerSocket={cpus} ThreadsPerCore=1 RealMemory=2000000 Gres=gpu:{gpus}
+NodeName=DEFAULT CPUs={cpus} Boards=1 SocketsPerBoard=1 CoresPerSocket={cpus} ThreadsPerCore=1 \
+RealMemory=2000000 Gres=gpu:{gpus}
 """
 NAMESPACES = ("unshare", "--pid", "--fork", "--uts", "--mount", "--mount-proc")
 DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch", "unshare", "setpriv")
@@ -100,9 +103,10 @@ class VirtualCluster:
         self._write_files()
         run = self.folder / "run"
         try:
-            self._daemon("munged", "munged", "-F", "--force", "--num-threads=2", f"--key-file={self.folder}/munge/munge.key",
-                         f"--socket={run}/munge.socket", f"--pid-file={run}/munged.pid",
-                         f"--seed-file={self.folder}/munge/seed", f"--log-file={self.folder}/log/munged.log")
+            self._daemon("munged", "munged", "-F", "--force", "--num-threads=2",
+                         f"--key-file={self.folder}/munge/munge.key", f"--socket={run}/munge.socket",
+                         f"--pid-file={run}/munged.pid", f"--seed-file={self.folder}/munge/seed",
+                         f"--log-file={self.folder}/log/munged.log")
             until((run / "munge.socket").exists, 10, "munged")
             self._daemon("slurmctld", "slurmctld", "-D", "-c", "-f", self.env["SLURM_CONF"])
             for name in self.names:
@@ -127,18 +131,21 @@ class VirtualCluster:
         for i in range(GPUS):
             (self.folder / f"dev/nvidia{i}").touch()
         port = _free_ports(len(self.names) + 1)
-        conf = CONF.format(folder=self.folder, host=socket.gethostname().split(".")[0], port=port, cpus=CPUS, gpus=GPUS,
-                           first_job=random.randrange(1, 1_000_000))  # ranks meet at a port made from it; clusters share a host
+        conf = CONF.format(folder=self.folder, host=socket.gethostname().split(".")[0], port=port, cpus=CPUS,
+                           gpus=GPUS,
+                           # ranks meet at a port made from it; clusters share a host
+                           first_job=random.randrange(1, 1_000_000))
         conf += "".join(f"NodeName={n} NodeHostname={n} NodeAddr=127.0.0.1 Port={port + i}\n"
                         for i, n in enumerate(self.names, 1))
         conf += f"NodeName=w[1-{WIDE}] NodeAddr=127.0.0.1 Port={port} State=CLOUD\n"
         nodes = {**dict.fromkeys(self.partitions, ",".join(self.names)), "wide": f"w[1-{WIDE}]"}
-        conf += "".join(f"PartitionName={p} Nodes={n} Default={'YES' if i == 0 else 'NO'} MaxTime=UNLIMITED DefaultTime=10\n"
-                        for i, (p, n) in enumerate(nodes.items()))
+        conf += "".join(f"PartitionName={p} Nodes={n} Default={'YES' if i == 0 else 'NO'} MaxTime=UNLIMITED "
+                        "DefaultTime=10\n" for i, (p, n) in enumerate(nodes.items()))
         (self.folder / "etc/slurm.conf").write_text(conf)
         (self.folder / "etc/gres.conf").write_text(f"Name=gpu File={self.folder}/dev/nvidia[0-{GPUS - 1}]\n")
         (self.folder / "etc/cgroup.conf").write_text("CgroupAutomount=no\n")
-        (self.folder / "etc/hosts").write_text(Path("/etc/hosts").read_text() + "".join(f"127.0.0.1 {n}\n" for n in self.names))
+        (self.folder / "etc/hosts").write_text(Path("/etc/hosts").read_text()
+                                               + "".join(f"127.0.0.1 {n}\n" for n in self.names))
         key = self.folder / "munge/munge.key"
         key.write_bytes(os.urandom(128))
         key.chmod(0o400)
@@ -148,10 +155,12 @@ class VirtualCluster:
     def start(self, node: str) -> None:
         """Switch a node on."""
         begin = f'hostname {node}; mount --bind "{self.folder}/etc/hosts" /etc/hosts'
-        self._daemon(node, *NAMESPACES, "--kill-child", "bash", "-c", f'{begin}; exec slurmd -D -N {node} -f "$SLURM_CONF"')
+        self._daemon(node, *NAMESPACES, "--kill-child", "bash", "-c",
+                     f'{begin}; exec slurmd -D -N {node} -f "$SLURM_CONF"')
 
     def crash(self, node: str) -> None:
-        """The whole node dies at once, and the controller is told (by itself it would notice after half a minute)."""
+        """The whole node dies at once, and the controller is told (by itself it would notice
+        after half a minute)."""
         self._kill(node, signal.SIGKILL)
         self.run("scontrol", "update", f"nodename={node}", "state=down", "reason=crash")
 
@@ -173,7 +182,8 @@ class VirtualCluster:
 
     def ranks(self, node: str) -> list[psutil.Process]:
         """Return the training processes of a node."""
-        return [p for p in self.processes(node) if p.name().startswith("python") and "--resume" in p.cmdline()]
+        return [p
+                for p in self.processes(node) if p.name().startswith("python") and "--resume" in p.cmdline()]
 
     def in_node(self, node: str, *command: str) -> None:
         """Run a command in a node's own view of the file systems."""
@@ -184,7 +194,8 @@ class VirtualCluster:
 
     def run(self, *command: str, check: bool = True, **options: Any) -> str:
         """Run a client program; returns what it printed."""
-        done = subprocess.run(command, env=self.env, text=True, capture_output=True, timeout=120, check=False, **options)
+        done = subprocess.run(command, env=self.env, text=True, capture_output=True, timeout=120,
+                              check=False, **options)
         assert not (check and done.returncode), (command, done.stdout, done.stderr)
         return done.stdout.strip()
 
@@ -195,7 +206,8 @@ class VirtualCluster:
     def job(self, number: str) -> dict[str, str]:
         """Return what the controller knows about a job; it is asked again where it has no time to answer."""
         for _ in range(20):
-            found = dict(re.findall(r"(\w+)=(\S*)", self.run("scontrol", "-o", "show", "job", number, check=False)))
+            found = dict(re.findall(r"(\w+)=(\S*)",
+                                    self.run("scontrol", "-o", "show", "job", number, check=False)))
             if "JobState" in found:
                 return found
             time.sleep(0.5)
@@ -209,7 +221,8 @@ class VirtualCluster:
     def wait_idle(self, nodes: list[str]) -> None:
         """Wait until the nodes can take jobs."""
         def idle() -> bool:
-            lines = self.run("sinfo", "-h", "-N", "-p", self.partitions[0], "-n", ",".join(nodes), "-o", "%N %t", check=False)
+            lines = self.run("sinfo", "-h", "-N", "-p", self.partitions[0], "-n", ",".join(nodes), "-o",
+                             "%N %t", check=False)
             return {tuple(line.split()) for line in lines.splitlines()} == {(n, "idle") for n in nodes}
 
         until(idle, 60, f"idle: {nodes}")
@@ -245,7 +258,8 @@ def until(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
 
 
 def _free_ports(count: int) -> int:
-    """Return the first of `count` free ports below those where ranks meet and those that the system hands out."""
+    """Return the first of `count` free ports below those where ranks meet and those that
+    the system hands out."""
     for _ in range(200):
         first = random.randrange(12000, 20000 - count)
         try:

@@ -1,4 +1,5 @@
-"""Small tokenizers made merge by merge, with planted defects; vocabularies learned in memory, the textbook's loop, and a toy."""
+"""Small tokenizers made merge by merge, with planted defects; vocabularies learned in memory,
+the textbook's loop, and a toy."""
 
 from __future__ import annotations
 
@@ -33,15 +34,16 @@ Build = Callable[..., Path]
 def build(tmp_path: Path) -> Build:
     """Return a function that writes a byte-level BPE tokenizer.json and returns its path."""
 
-    def write(name: str = "plain", *, pairs: list[tuple[str, str]] = PAIRS, extra: tuple[str, ...] = (), split: str = SPLIT,
-              without: str = "", special: tuple[str, ...] = ("<|end|>",), added: tuple[str, ...] = (),
-              normalizer: Any = None) -> Path:
+    def write(name: str = "plain", *, pairs: list[tuple[str, str]] = PAIRS, extra: tuple[str, ...] = (),
+              split: str = SPLIT, without: str = "", special: tuple[str, ...] = ("<|end|>",),
+              added: tuple[str, ...] = (), normalizer: Any = None) -> Path:
         alphabet = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - set(without))
         tokens = [*alphabet, *(a + b for a, b in pairs), *extra]
         tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=pairs))
         tokenizer.normalizer = normalizer
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-            pre_tokenizers.Split(Regex(split), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+            pre_tokenizers.Split(Regex(split), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
         tokenizer.decoder = decoders.ByteLevel()
         tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special])
         tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in added])
@@ -56,7 +58,8 @@ def build(tmp_path: Path) -> Build:
 def heldout(tmp_path: Path) -> dict[str, Path]:
     """Return small held-out texts by name."""
     english = ["The other man in there was on the train.", "a theme, then another in 2026", "x\n\n    y = 10"]
-    (tmp_path / "english.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in english), encoding="utf-8")
+    (tmp_path / "english.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in english),
+                                            encoding="utf-8")
     (tmp_path / "thai.txt").write_text("กำลังที่นี้ผู้ใหญ่เก็บน้ำผึ้ง", encoding="utf-8")
     return {"english": tmp_path / "english.jsonl", "thai": tmp_path / "thai.txt"}
 
@@ -79,13 +82,15 @@ Pair = tuple[bytes, bytes]
 def table_of(words: Counter[bytes]) -> WordTable:
     """Return a table of words, the most frequent first."""
     found = sorted(words.items(), key=lambda e: -e[1])
-    return WordTable(np.frombuffer(b"".join(w for w, _ in found), np.uint8), np.array([len(w) for w, _ in found], np.int64),
+    return WordTable(np.frombuffer(b"".join(w for w, _ in found), np.uint8),
+                     np.array([len(w) for w, _ in found], np.int64),
                      np.array([n for _, n in found], np.int64), 1, 0, 0.0)
 
 
 @pytest.fixture(scope="session")
 def learn() -> Callable[..., Vocabulary]:
-    """Return `learn(preset, num_tokens, texts, transition=None, only=False)`: bytes and merges, without special tokens.
+    """Return `learn(preset, num_tokens, texts, transition=None, only=False)`: bytes and merges,
+    without special tokens.
 
     From `transition` tokens on words join; `only`: to superwords alone.
     """
@@ -96,12 +101,13 @@ def learn() -> Callable[..., Vocabulary]:
 
         def count(pattern: str) -> WordTable:
             splitter = Splitter(preset, pattern)
-            return table_of(Counter(piece.encode() for text in texts for piece in splitter.split(splitter.normalize(text))))
+            return table_of(Counter(piece.encode() for text in texts
+                                    for piece in splitter.split(splitter.normalize(text))))
 
         learn_words(count(preset.split_pattern), vocabulary, transition or num_tokens, preset, lambda n: None)
         if transition:
-            learn_superwords(count(preset.final_pattern), vocabulary, num_tokens, preset.max_superword_words, only,
-                             lambda n: None)
+            learn_superwords(count(preset.final_pattern), vocabulary, num_tokens, preset.max_superword_words,
+                             only, lambda n: None)
         return vocabulary
 
     return learn
@@ -109,7 +115,8 @@ def learn() -> Callable[..., Vocabulary]:
 
 @pytest.fixture(scope="session")
 def tokenizer_of(learn: Callable[..., Vocabulary]) -> Callable[..., Tokenizer]:
-    """Return `tokenizer_of(preset, vocab_size, texts)`: a finished tokenizer that takes special tokens as text."""
+    """Return `tokenizer_of(preset, vocab_size, texts)`: a finished tokenizer that takes
+    special tokens as text."""
     def tokenizer_of(preset: Preset, vocab_size: int, texts: Iterable[str]) -> Tokenizer:
         trained = finished(preset, learn(preset, vocab_size - preset.num_special_ids, texts))
         trained.encode_special_tokens = True
@@ -121,8 +128,8 @@ def tokenizer_of(learn: Callable[..., Vocabulary]) -> Callable[..., Tokenizer]:
 class BruteForce:
     """BPE as the textbook has it: count all pairs, merge the best, again.
 
-    The best is the most frequent; of equal ones that of the lower left id, then of the lower right one.  Ids follow the
-    characters by which `tokenizers` spells bytes, then the order of the merges.
+    The best is the most frequent; of equal ones that of the lower left id, then of the lower right one.  Ids
+    follow the characters by which `tokenizers` spells bytes, then the order of the merges.
     """
 
     def __init__(self, alphabet: list[bytes], max_token_bytes: int) -> None:
@@ -171,18 +178,24 @@ class BruteForce:
 
 @pytest.fixture(scope="session")
 def brute_force() -> Callable[..., list[Pair]]:
-    """Return `brute_force(preset, num_tokens, texts, transition=None, only=False)`: the merges by the textbook, as `learn`."""
+    """Return `brute_force(preset, num_tokens, texts, transition=None, only=False)`: the merges by the
+    textbook, as `learn`."""
     def brute_force(preset: Preset, num_tokens: int, texts: list[str], transition: int | None = None,
                     only: bool = False) -> list[Pair]:
-        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that are spelled by their own character
-        alphabet = [bytes([b]) for b in printable] + [bytes([b]) for b in range(NUM_BYTES) if b not in printable]
+        # bytes that are spelled by their own character
+        printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+        alphabet = [bytes([b]) for b in printable] + [bytes([b])
+                                                      for b in range(NUM_BYTES) if b not in printable]
         book = BruteForce(alphabet, preset.max_token_bytes)
         words = Counter(m.group().encode() for t in texts for m in regex.finditer(preset.split_pattern, t))
-        book.learn(Counter({tuple(bytes([b]) for b in w): n for w, n in words.items()}), transition or num_tokens)
+        book.learn(Counter({tuple(bytes([b]) for b in w): n for w, n in words.items()}),
+                   transition or num_tokens)
         if transition:
-            whole = Counter(m.group().encode() for t in texts for m in regex.finditer(preset.superword_pattern, t))
+            whole = Counter(m.group().encode()
+                            for t in texts for m in regex.finditer(preset.superword_pattern, t))
             for fewest in (2, 0) if only else (0,):
-                book.learn(Counter({book.encode(w): n for w, n in whole.items()}), num_tokens, lambda token, fewest=fewest: (
+                book.learn(Counter({book.encode(w): n
+                                    for w, n in whole.items()}), num_tokens, lambda token, fewest=fewest: (
                     fewest <= len([w for w in token.split(b" ") if w]) <= preset.max_superword_words))
         return book.merges
 

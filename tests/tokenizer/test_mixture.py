@@ -67,7 +67,8 @@ def test_weights_that_contradict_are_refused(inputs: list[str], mixture: str | N
 
 
 def test_published_mixtures() -> None:
-    assert {g.name: g.weight for g in gather_groups(["en=a", "ko=b", "multi=c"], "k-exaone")} == {"en": 2, "ko": 3, "multi": 1}
+    assert {g.name: g.weight for g in gather_groups(["en=a", "ko=b", "multi=c"], "k-exaone")} == {
+        "en": 2, "ko": 3, "multi": 1}
     assert MIXTURES["solar-open"] == {"en": 40, "ko": 22, "code": 12, "math": 10, "multi": 8, "domain": 4}
 
 
@@ -78,7 +79,8 @@ def test_weighted_groups_share_their_bytes_and_others_stay() -> None:
     assert factors == [3.0, 100 / 300, 1.0]
 
 
-@given(st.dictionaries(st.integers(0, NUM_BUCKETS - 1), st.integers(1, 20_000), min_size=1, max_size=50), st.floats(0.001, 5))
+@given(st.dictionaries(st.integers(0, NUM_BUCKETS - 1), st.integers(1, 20_000), min_size=1, max_size=50),
+       st.floats(0.001, 5))
 def test_a_share_comes_nearest_and_is_never_empty(buckets: dict[int, int], factor: float) -> None:
     found = sizes_of(buckets)
     share = share_of(found, factor)
@@ -88,15 +90,18 @@ def test_a_share_comes_nearest_and_is_never_empty(buckets: dict[int, int], facto
 
 def test_a_smaller_share_is_a_part_of_a_larger_one() -> None:
     found = sizes_of(dict.fromkeys(range(0, NUM_BUCKETS, 64), 100))
-    assert [share_of(found, f) for f in (0.25, 0.5, 1, 2.5)] == [Share(0, 16321), Share(0, 32705), Share(1, 0), Share(2, 32705)]
+    assert [share_of(found, f) for f in (0.25, 0.5, 1, 2.5)] == [Share(0, 16321), Share(0, 32705),
+                                                                 Share(1, 0), Share(2, 32705)]
 
 
 def test_pieces_are_cut_at_blank_lines_and_chosen_by_their_content() -> None:
     text = "".join(f"paragraph {i} with words\n\n" for i in range(4000))
     found = list(pieces(Document("x", text)))
-    assert "".join(p.text for p in found) == text and all(p.size_bytes == len(p.text) <= PIECE_BYTES for p in found)
+    assert ("".join(p.text for p in found) == text
+            and all(p.size_bytes == len(p.text) <= PIECE_BYTES for p in found))
     assert all(p.text.endswith("\n\n") for p in found)
     buckets = [p.bucket for p in found]
     assert 0 < min(buckets) < NUM_BUCKETS // 4 and NUM_BUCKETS * 3 // 4 < max(buckets) < NUM_BUCKETS
     assert [p.bucket for p in pieces(Document("elsewhere", text))] == buckets
-    assert [p.text for p in pieces(Document("x", messages=(("user", "가"), ("assistant", "b"))))] == ["가", "b"]
+    assert ([p.text for p in pieces(Document("x", messages=(("user", "가"), ("assistant", "b"))))]
+            == ["가", "b"])

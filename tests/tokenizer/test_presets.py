@@ -18,11 +18,14 @@ from tokenizer.presets import K_EXAONE, PRESETS, SOLAR_OPEN, Preset, load_preset
 
 def test_published_ids() -> None:
     solar, exaone = SOLAR_OPEN.special_by_id(), K_EXAONE.special_by_id()
-    assert [solar.index(t) for t in (SOLAR_OPEN.bos_token, SOLAR_OPEN.eos_token, SOLAR_OPEN.pad_token)] == [1, 2, 2]
+    assert ([solar.index(t) for t in (SOLAR_OPEN.bos_token, SOLAR_OPEN.eos_token, SOLAR_OPEN.pad_token)]
+            == [1, 2, 2])
     assert [solar[i] for i in (20, 21, 22, 23, 24, 25, 30)] == [
         "<|begin|>", "<|end|>", "<|think|>", "<|content|>", "<|flush|>", "<|calls|>", "<|tool_calls|>"]
-    assert [exaone.index(t) for t in (K_EXAONE.pad_token, K_EXAONE.bos_token, K_EXAONE.eos_token)] == [0, 1, 53]
-    assert solar[40] == "<|reserved_40|>" and len(set(solar)) == len(set(exaone)) == SOLAR_OPEN.num_special_ids == 64
+    assert ([exaone.index(t) for t in (K_EXAONE.pad_token, K_EXAONE.bos_token, K_EXAONE.eos_token)]
+            == [0, 1, 53])
+    assert (solar[40] == "<|reserved_40|>"
+            and len(set(solar)) == len(set(exaone)) == SOLAR_OPEN.num_special_ids == 64)
 
 
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS.keys())
@@ -41,7 +44,8 @@ def test_a_custom_preset_comes_from_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("change", "rule"), [
-    ({"special_tokens": {"<a>": 64}, "bos_token": "<a>", "eos_token": "<a>", "pad_token": "<a>"}, "must lie in 0..63"),
+    ({"special_tokens": {"<a>": 64}, "bos_token": "<a>", "eos_token": "<a>", "pad_token": "<a>"},
+     "must lie in 0..63"),
     ({"eos_token": "<none>"}, "eos_token = '<none>' must stand in special_tokens"),
     ({"special_tokens": {**SOLAR_OPEN.special_tokens, "<x>": 1}}, "one id to two tokens"),
     ({"normalization": "NFKC"}, "normalization"),
@@ -50,7 +54,8 @@ def test_a_custom_preset_comes_from_a_file(tmp_path: Path) -> None:
     ({"superword_share": 1.0}, "superword_share = 1.0 must lie between 0 and 1"),
     ({"superword_share": 0.2, "superword_pattern": ""}, "needs a superword_pattern"),
     ({"max_superword_words": 1}, "max_superword_words = 1 must be at least 2"),
-    ({"special_tokens": {**SOLAR_OPEN.special_tokens, "<|reserved_9|>": 10}}, "the name of another reserved id"),
+    ({"special_tokens": {**SOLAR_OPEN.special_tokens, "<|reserved_9|>": 10}},
+     "the name of another reserved id"),
     ({"special_tokens": {**SOLAR_OPEN.special_tokens, "": 10}}, "an empty name"),
     ({"digits": "single"}, "has split_pattern and digits"),
     ({"chat_template": "a\n{% for m in %}"}, "chat_template is no Jinja template, line 2: "),
@@ -63,7 +68,8 @@ def test_bad_rules_are_named(tmp_path: Path, change: dict[str, object], rule: st
 
 
 def test_a_chat_template_may_use_what_transformers_adds_to_jinja(tmp_path: Path) -> None:
-    template = "{% for m in messages %}{%- generation -%}{{ m.content|tojson }}{% endgeneration %}{% break %}{% endfor %}"
+    template = ("{% for m in messages %}{%- generation -%}{{ m.content|tojson }}{% endgeneration %}{% break "
+                "%}{% endfor %}")
     file = tmp_path / "rules.json"
     file.write_text(json.dumps({**asdict(SOLAR_OPEN), "name": "mine", "chat_template": template}))
     assert load_preset("custom", file).chat_template == template
@@ -112,7 +118,8 @@ def test_yaml_is_read_as_json_is(tmp_path: Path) -> None:
     ("triples", "single", ["a", " ", " ", "\n", "\n", " ", "123", "45", "!"]),
     ("runs", "runs", ["a", "  \n\n", " ", "12345", "!"]),
 ])
-def test_rules_for_digits_and_whitespace(tmp_path: Path, digits: str, whitespace: str, found: list[str]) -> None:
+def test_rules_for_digits_and_whitespace(tmp_path: Path, digits: str, whitespace: str,
+                                         found: list[str]) -> None:
     rules = {k: v for k, v in asdict(SOLAR_OPEN).items() if k != "split_pattern"}
     (tmp_path / "rules.json").write_text(json.dumps({**rules, "digits": digits, "whitespace": whitespace}))
     split = untrained(load_preset("custom", tmp_path / "rules.json")).pre_tokenizer.__getitem__(0)

@@ -20,7 +20,7 @@ def test_users_files_come_in_pieces_and_not_without_end(tmp_path: Path) -> None:
     assert pieces[-2:] == ["one", "two"], "what one file has too much is not taken from another"
     sizes = [len(piece.encode()) for piece in pieces[:-2]]
     assert max(sizes) <= CHUNK_BYTES and BYTES_PER_FILE <= sum(sizes) < BYTES_PER_FILE + CHUNK_BYTES
-    with pytest.raises(UserError, match="none.txt"):
+    with pytest.raises(UserError, match=r"none\.txt"):
         list(users([tmp_path / "none.txt"]))
 
 
@@ -41,7 +41,8 @@ def test_sentences_stand_in_many_scripts_and_come_first_then_together() -> None:
     assert found[:len(SENTENCES)] == list(SENTENCES) and found[len(SENTENCES)] == "\n".join(SENTENCES)
     assert found[-2:] == [" thea", " the a"], "the tokenizer's own tokens, side by side and apart"
     scripts = {unicodedata.name(c, "none").split()[0] for c in "".join(SENTENCES)}
-    assert {"LATIN", "CJK", "HANGUL", "HIRAGANA", "THAI", "CYRILLIC", "ARABIC", "DEVANAGARI", "DIGIT"} <= scripts
+    assert {"LATIN", "CJK", "HANGUL", "HIRAGANA", "THAI", "CYRILLIC", "ARABIC", "DEVANAGARI",
+            "DIGIT"} <= scripts
 
 
 def test_a_byte_level_tokenizer_meets_every_block_of_unicode(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,5 @@
-"""`sov-tokenizer train`: the artifact, as transformers loads it, the same file by every way, and the command's manners."""
+"""`sov-tokenizer train`: the artifact, as transformers loads it, the same file by every way, and the
+command's manners."""
 
 from __future__ import annotations
 
@@ -27,14 +28,16 @@ PROSE = "The quick brown fox jumps over the lazy dog. 다람쥐 헌 쳇바퀴에
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("corpus")
     (folder / "prose.txt").write_text(PROSE)
-    lines = [{"text": "def f(x):\n    return x + 1\n" * 9}, {"messages": [{"role": "user", "content": "hello there, hello"}]}]
+    lines = [{"text": "def f(x):\n    return x + 1\n" * 9},
+             {"messages": [{"role": "user", "content": "hello there, hello"}]}]
     (folder / "more.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return folder
 
 
 def train(preset: str, corpus: Path, output: Path, *more: str) -> int:
-    return main(["train", "--preset", preset, "--vocab-size", "384", "--input", f"prose={corpus / 'prose.txt'}:1",
-                 "--input", f"more={corpus / 'more.jsonl'}:1", "--output", str(output), *more])
+    return main(["train", "--preset", preset, "--vocab-size", "384", "--input",
+                 f"prose={corpus / 'prose.txt'}:1", "--input", f"more={corpus / 'more.jsonl'}:1", "--output",
+                 str(output), *more])
 
 
 def tokenizer_sha256(folder: Path) -> str:
@@ -60,7 +63,8 @@ def test_manifest_states_the_facts(trained: Path) -> None:
     assert "tiktoken and transformers give the same ids" in content["checked"]
     assert (content["num_superwords"] > 10) == (content["preset"] == "k-exaone")
     assert [(g["group"], g["weight"]) for g in manifest.settings["groups"]] == [("more", 1), ("prose", 1)]
-    assert [s["dropped_words"] for s in manifest.settings["stages"]] == [0] * (2 if content["preset"] == "k-exaone" else 1)
+    assert ([s["dropped_words"] for s in manifest.settings["stages"]]
+            == [0] * (2 if content["preset"] == "k-exaone" else 1))
 
 
 def test_transformers_loads_it_and_adds_nothing(trained: Path) -> None:
@@ -80,7 +84,8 @@ def test_chat_template(trained: Path) -> None:
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
     rendered = loaded.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     assert rendered == {
-        "solar-open": "<|begin|>user<|content|>Hi<|end|><|begin|>assistant<|content|>Yes<|end|><|begin|>assistant<|content|>",
+        "solar-open": "<|begin|>user<|content|>Hi<|end|><|begin|>assistant<|content|>Yes<|end|><|begin|"
+                      ">assistant<|content|>",
         "k-exaone": "<|user|>\nHi<|endofturn|><|assistant|>\nYes<|endofturn|><|assistant|>\n",
     }[read_manifest(trained).content["preset"]]
 
@@ -98,8 +103,9 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train_large(folder: Path, output: Path, *more: str) -> list[str]:
     inputs = [f"a={folder / '0.jsonl'}:2", f"b={folder / '1.jsonl'}:1", f"b={folder / '2.jsonl'}"]
-    return ["train", "--preset", "k-exaone", "--vocab-size", "1000", *(word for i in inputs for word in ("--input", i)),
-            "--superword-sample-mb", "1", "--output", str(output), *more]
+    return ["train", "--preset", "k-exaone", "--vocab-size", "1000",
+            *(word for i in inputs for word in ("--input", i)), "--superword-sample-mb", "1", "--output",
+            str(output), *more]
 
 
 @pytest.fixture
@@ -117,8 +123,10 @@ def large_sha256(large: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.usefixtures("small_units")
-def test_workers_file_names_order_and_memory_do_not_matter(large: Path, large_sha256: str, tmp_path: Path) -> None:
-    other = tmp_path / "other"  # the same text, its lines in another order, in files of other names, one compressed
+def test_workers_file_names_order_and_memory_do_not_matter(large: Path, large_sha256: str,
+                                                           tmp_path: Path) -> None:
+    # the same text, its lines in another order, in files of other names, one compressed
+    other = tmp_path / "other"
     other.mkdir()
     for i, name in ((0, "0.jsonl"), (1, "2.jsonl"), (2, "1.jsonl")):
         lines = (large / f"{i}.jsonl").read_text().splitlines()
@@ -132,8 +140,10 @@ def test_workers_file_names_order_and_memory_do_not_matter(large: Path, large_sh
 
 @pytest.mark.usefixtures("small_units")
 def test_a_killed_command_goes_on_to_the_same_file(large: Path, large_sha256: str, tmp_path: Path) -> None:
-    small = "import sys, tokenizer.bpe.count_pipeline as p; p.UNIT_BYTES = 300_000; from tokenizer.cli import main; main(sys.argv[1:])"
-    work, command = tmp_path / ".t.work", [sys.executable, "-c", small, *train_large(large, tmp_path / "t", "--workers", "1")]
+    small = ("import sys, tokenizer.bpe.count_pipeline as p; p.UNIT_BYTES = 300_000; "
+             "from tokenizer.cli import main; main(sys.argv[1:])")
+    work, command = tmp_path / ".t.work", [sys.executable, "-c", small,
+                                           *train_large(large, tmp_path / "t", "--workers", "1")]
     root = Path(__file__).parents[2]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=root) as process:
         deadline_s = time.monotonic() + 120
@@ -148,7 +158,8 @@ def test_a_killed_command_goes_on_to_the_same_file(large: Path, large_sha256: st
     assert [p.name for p in tmp_path.iterdir()] == ["t"]
 
 
-def test_mistakes_cost_one_sentence_and_write_nothing(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_cost_one_sentence_and_write_nothing(corpus: Path, tmp_path: Path,
+                                                      capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "new"
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "tiny.txt").write_text("tiny")
@@ -157,15 +168,22 @@ def test_mistakes_cost_one_sentence_and_write_nothing(corpus: Path, tmp_path: Pa
     small = ["--vocab-size", "384", "--input", str(corpus)]
     solar, exaone = ["--preset", "solar-open"], ["--preset", "k-exaone"]
     mistakes = {
-        "error: --vocab-size 9000: the text is too small for it, only": [*solar, "--vocab-size", "9000", "--input", str(corpus)],
-        "(pairs must occur at least 2 times); give it about": [*exaone, "--vocab-size", "9000", "--input", str(corpus)],
-        "error: --vocab-size 300: must be at least 320": [*solar, "--vocab-size", "300", "--input", str(corpus)],
-        f"error: {tmp_path}/none: does not exist": [*solar, "--vocab-size", "384", "--input", f"{tmp_path}/none"],
+        "error: --vocab-size 9000: the text is too small for it, only": [*solar, "--vocab-size", "9000",
+                                                                         "--input", str(corpus)],
+        "(pairs must occur at least 2 times); give it about": [*exaone, "--vocab-size", "9000", "--input",
+                                                               str(corpus)],
+        "error: --vocab-size 300: must be at least 320": [*solar, "--vocab-size", "300", "--input",
+                                                          str(corpus)],
+        f"error: {tmp_path}/none: does not exist": [*solar, "--vocab-size", "384", "--input",
+                                                    f"{tmp_path}/none"],
         "error: --input 'x:0': weight 0 must be": [*solar, "--vocab-size", "384", "--input", "x:0"],
         "empty.txt holds no text": [*solar, *small, "--input", f"{tmp_path}/empty.txt"],
-        "latin.txt: is not UTF-8 (byte 0xfc at offset 1)": [*solar, *small, "--input", f"{tmp_path}/latin.txt"],
-        "asks for its": [*solar, "--vocab-size", "384", "--input", f"{corpus}/prose.txt:1", "--input", f"{tmp_path}/tiny.txt:1"],
-        "--superword-share 0.2: preset solar-open has no superword_pattern": [*solar, *small, "--superword-share", "0.2"],
+        "latin.txt: is not UTF-8 (byte 0xfc at offset 1)": [*solar, *small, "--input",
+                                                            f"{tmp_path}/latin.txt"],
+        "asks for its": [*solar, "--vocab-size", "384", "--input", f"{corpus}/prose.txt:1", "--input",
+                         f"{tmp_path}/tiny.txt:1"],
+        "--superword-share 0.2: preset solar-open has no superword_pattern": [*solar, *small,
+                                                                              "--superword-share", "0.2"],
         "--superword-share 1.0: must lie between 0 and 1": [*exaone, *small, "--superword-share", "1"],
         "--transition-size 100: must lie between 320": [*exaone, *small, "--transition-size", "100"],
         "--max-superword-words 1: must be at least 2": [*exaone, *small, "--max-superword-words", "1"],
@@ -188,7 +206,8 @@ def test_superwords_are_as_many_as_asked_for(corpus: Path, tmp_path: Path) -> No
     assert read_manifest(tmp_path / "none").content["num_superwords"] == 0
     assert train("k-exaone", corpus, tmp_path / "by-share", "--superword-share", "0.1") == 0
     assert read_manifest(tmp_path / "by-share").content["num_superwords"] == 38  # a tenth of 384 ids
-    assert train("k-exaone", corpus, tmp_path / "by-size", "--transition-size", "350", "--max-superword-words", "2") == 0
+    assert train("k-exaone", corpus, tmp_path / "by-size", "--transition-size", "350",
+                 "--max-superword-words", "2") == 0
     manifest = read_manifest(tmp_path / "by-size")
     assert manifest.settings["transition_size"] == 350 and 0 < manifest.content["num_superwords"] <= 34
     vocab = json.loads((tmp_path / "by-size/tokenizer.json").read_text())["model"]["vocab"]
@@ -196,16 +215,19 @@ def test_superwords_are_as_many_as_asked_for(corpus: Path, tmp_path: Path) -> No
 
 
 def test_rules_of_ones_own(corpus: Path, tmp_path: Path) -> None:
-    rules = {"digits": "triples", "normalization": "none", "special_tokens": {"<s>": 0, "</s>": 3}, "num_special_ids": 4,
-             "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", "chat_template": "", "max_token_bytes": 12}
+    rules = {"digits": "triples", "normalization": "none", "special_tokens": {"<s>": 0, "</s>": 3},
+             "num_special_ids": 4, "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>",
+             "chat_template": "", "max_token_bytes": 12}
     (tmp_path / "rules.json").write_text(json.dumps(rules))
-    assert main(["train", "--preset", "custom", "--config", str(tmp_path / "rules.json"), "--vocab-size", "300", "--input",
-                 str(corpus), "--output", str(tmp_path / "t")]) == 0
+    assert main(["train", "--preset", "custom", "--config", str(tmp_path / "rules.json"), "--vocab-size",
+                 "300", "--input", str(corpus), "--output", str(tmp_path / "t")]) == 0
     loaded = AutoTokenizer.from_pretrained(tmp_path / "t")
-    assert loaded.convert_ids_to_tokens([0, 1, 3, 4]) == ["<s>", "<|reserved_1|>", "</s>", "!"] and len(loaded) == 300
+    assert (loaded.convert_ids_to_tokens([0, 1, 3, 4]) == ["<s>", "<|reserved_1|>", "</s>", "!"]
+            and len(loaded) == 300)
 
 
-def test_an_existing_one_is_replaced_only_on_request(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_existing_one_is_replaced_only_on_request(corpus: Path, tmp_path: Path,
+                                                     capsys: pytest.CaptureFixture[str]) -> None:
     assert train("solar-open", corpus, tmp_path / "t") == 0
     assert train("solar-open", corpus, tmp_path / "t") == 2
     assert "--overwrite" in capsys.readouterr().err

@@ -1,4 +1,5 @@
-"""The all-reduce at the end of a step: one signal is everybody's, and a checkpoint appears when all have written it."""
+"""The all-reduce at the end of a step: one signal is everybody's, and a checkpoint appears when
+all have written it."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ import pytest
 
 
 def synced(run: str) -> dict[str, Any]:
-    """Runs inside ranks: take a checkpoint, and go on with steps that do nothing; only rank 1 is asked to stop."""
+    """Runs inside ranks: take a checkpoint, and go on with steps that do nothing;
+    only rank 1 is asked to stop."""
     import time
 
     from megatron_sov import recipes
@@ -24,14 +26,16 @@ def synced(run: str) -> dict[str, Any]:
     from megatron_sov.train.state import TrainState
 
     config = apply_settings(recipes.get("tiny-solar-open"), [
-        "model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "model.expert_ffn_dim=16", "model.num_layers=1"])
+        "model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "model.expert_ffn_dim=16",
+        "model.num_layers=1"])
     place, folder = world.join(config.parallel), RunFolder(Path(run))
     model = build(config.model, config.parallel, config.train)
     init.initialise(model, config.model, 1)
     optimizer = Optimizer(model, config.optim)
     parts = {name: Memory(name) for name in ("order", "guard")}
     saved: list[Any] = []
-    checkpointer = Checkpointer(config, folder, [], model, optimizer, parts["order"], {"guard": parts["guard"]}, saved.append)
+    checkpointer = Checkpointer(config, folder, [], model, optimizer, parts["order"],
+                                {"guard": parts["guard"]}, saved.append)
     stop: Any = SimpleNamespace(reason=None)
     checkpointer.save(TrainState(3, 77, 0.5))
     steps = 0
@@ -72,6 +76,7 @@ class Memory:
 def test_a_step_ends_with_what_all_processes_have_to_tell(ranks: Any, job: Any, tmp_path: Path) -> None:
     (found,) = ranks(job(__file__, "synced", 2, {"run": str(tmp_path / "run")}))
     for one in found:
-        assert one["told"] == [False, ["step-3"], True], "no call but `sync` completes a checkpoint while a run trains"
+        assert one["told"] == [False, ["step-3"], True], ("no call but `sync` completes a checkpoint "
+                                                          "while a run trains")
         assert one["done"] == [3, 77, 0.5]
         assert one["went on"] == ["changed", "guard"] and one["resumed"] == ["order", "guard"]

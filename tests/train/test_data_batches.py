@@ -1,4 +1,5 @@
-"""The order's batches as objectives get them: the same global batch however many processes share it, and the state behind it."""
+"""The order's batches as objectives get them: the same global batch however many processes share it,
+and the state behind it."""
 
 from __future__ import annotations
 
@@ -19,18 +20,21 @@ prepare_megatron()
 from megatron_sov.mcore.parallel.world import World  # noqa: E402
 from megatron_sov.train.data_batches import DataBatches  # noqa: E402
 
-PHASES = 'data.phases=[{"name": "main", "seq_len": 32}, {"name": "late", "seq_len": 64, "global_batch_size": 16}]'
+PHASES = ('data.phases=[{"name": "main", "seq_len": 32}, {"name": "late", "seq_len": '
+          '64, "global_batch_size": 16}]')
 
 
 def config(*settings: str) -> RunConfig:
-    return apply_settings(recipes.get("tiny-solar-open"), [PHASES, "train.global_batch_size=8", "train.steps=4", *settings])
+    return apply_settings(recipes.get("tiny-solar-open"),
+                          [PHASES, "train.global_batch_size=8", "train.steps=4", *settings])
 
 
 def rows_of(packed_data: Any, dp_size: int, micro_batch_size: int) -> list[list[int]]:
     """Return the token rows of all global batches, put together from what each data-parallel rank gets."""
     settings = config(f"train.micro_batch_size={micro_batch_size}")
     sources = open_sources({str(packed_data.text): 1.0}, 368)
-    ranks = [DataBatches(settings, sources, World(r, dp_size, r, dp_size, True, True)) for r in range(dp_size)]
+    ranks = [DataBatches(settings, sources, World(r, dp_size, r, dp_size, True, True))
+             for r in range(dp_size)]
     rows = []
     for size, seq_len, phase in [(8, 32, "main")] * 2 + [(16, 64, "late")] * 2:
         batches = [rank.next() for rank in ranks]
@@ -64,7 +68,8 @@ def test_what_a_checkpoint_holds_is_behind_the_last_batch_that_was_given(packed_
         else:
             batches.next()
         assert batches.state() == order.state.to_dict()
-        assert batches.consumed_tokens() == {name: cursor.tokens for name, cursor in order.state.cursors.items()}
+        assert batches.consumed_tokens() == {name: cursor.tokens
+                                             for name, cursor in order.state.cursors.items()}
         assert batches.epochs == order.epochs()
         resumed = DataBatches(settings, sources, place)
         resumed.next()  # which counts for nothing, nor does what it prepared ahead

@@ -1,4 +1,5 @@
-"""What objectives over the data order share: their batches, and the prediction term by brute force over documents."""
+"""What objectives over the data order share: their batches, and the prediction term by brute
+force over documents."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ class Logits:
 
 
 def objective(depths: int) -> DataObjective:
-    config = apply_settings(recipes.get("tiny-k-exaone"), [f"model.num_mtp_layers={depths}", "model.mtp_loss_coeff=0.3"])
+    config = apply_settings(recipes.get("tiny-k-exaone"),
+                            [f"model.num_mtp_layers={depths}", "model.mtp_loss_coeff=0.3"])
     batches: Any = SimpleNamespace(num_sources=1, next=lambda: "the next batch")
     return DataObjective(config, batches)
 
@@ -47,7 +49,8 @@ def test_every_depth_predicts_one_token_further_on_in_the_same_document(depths: 
                          sources=np.zeros(n, np.int64),
                          positions=np.concatenate([np.arange(b - a) for a, b in itertools.pairwise(BOUNDS)]),
                          padding=np.zeros(n, bool), bounds=np.array(BOUNDS, np.int32)))
-    logits = [torch.randn(n, VOCAB, generator=torch.Generator().manual_seed(depth)) for depth in range(depths + 1)]
+    logits = [torch.randn(n, VOCAB, generator=torch.Generator().manual_seed(depth))
+              for depth in range(depths + 1)]
     expected = counted = 0.0
     for depth, (first, end) in itertools.product(range(1, depths + 1), itertools.pairwise(BOUNDS)):
         for place in range(first, end - 1 - depth):
@@ -57,13 +60,15 @@ def test_every_depth_predicts_one_token_further_on_in_the_same_document(depths: 
     found = objective(depths)
     assert found._mtp_coefficient == {MTP: 0.3}
     assert found._mtp_targets([batch, batch]) == {MTP: pytest.approx(2 * counted)} and counted > 3
-    assert float(found._mtp_sum(logits, Logits(), batch)[MTP]) == pytest.approx(expected, rel=1e-5)  # type: ignore[arg-type]
+    assert (float(found._mtp_sum(logits, Logits(), batch)[MTP])  # type: ignore[arg-type]
+            == pytest.approx(expected, rel=1e-5))
 
 
 def test_without_prediction_layers_there_is_no_such_term() -> None:
     found = objective(0)
-    assert (found._mtp_coefficient, found._mtp_targets([]), found._mtp_sum([], None, SimpleNamespace(weights=torch.ones(1)))) \
-        == ({}, {}, {})  # type: ignore[arg-type]
+    batch: Any = SimpleNamespace(weights=torch.ones(1))
+    assert found._mtp_coefficient == {} and found._mtp_targets([]) == {}
+    assert found._mtp_sum([], None, batch) == {}  # type: ignore[arg-type]
 
 
 def test_batches_come_from_the_order() -> None:

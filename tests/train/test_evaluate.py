@@ -27,28 +27,32 @@ def evaluation(data: str, out: str | None, cp: int = 1, recipe: str = "tiny-sola
     from megatron_sov.train.trainer import Trainer
 
     config = apply_settings(recipes.get(recipe), [
-        "model.vocab_size=368", "model.hidden_size=32", "model.num_layers=1", 'data.phases=[{"name": "main", "seq_len": 48}]',
-        "train.global_batch_size=4", "train.micro_batch_size=2", "data.heldout_tokens=100000",
-        f"parallel.cp={cp}"])
+        "model.vocab_size=368", "model.hidden_size=32", "model.num_layers=1",
+        'data.phases=[{"name": "main", "seq_len": 48}]', "train.global_batch_size=4",
+        "train.micro_batch_size=2", "data.heldout_tokens=100000", f"parallel.cp={cp}"])
     place = world.join(config.parallel)
-    trainer = Trainer(config, place, RunFolder(Path("not-written")), open_sources({data: 1.0}, 368), LanguageModelling)
+    trainer = Trainer(config, place, RunFolder(Path("not-written")), open_sources({data: 1.0}, 368),
+                      LanguageModelling)
     results = {name: asdict(r) for name, r in trainer.evaluate().items()}
     if out is not None:
-        load.save(Path(out), trainer.model, None, {"step": 0, "tokens": 0}, config.to_dict(), tokenizer_folder(trainer.sources))
+        load.save(Path(out), trainer.model, None, {"step": 0, "tokens": 0}, config.to_dict(),
+                  tokenizer_folder(trainer.sources))
     world.leave()
     return results
 
 
 @pytest.mark.distributed
-def test_loss_and_bits_per_byte_by_brute_force(ranks: Any, job: Any, packed_data: Any, tmp_path: Path) -> None:
+def test_loss_and_bits_per_byte_by_brute_force(ranks: Any, job: Any, packed_data: Any,
+                                               tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from megatron_sov.convert import to_hf
 
     out = tmp_path / "checkpoint"
-    (alone,), shared, cut = ranks(job(__file__, "evaluation", 1, {"data": str(packed_data.text), "out": str(out)}),
-                             job(__file__, "evaluation", 2, {"data": str(packed_data.text), "out": None}),
-                             job(__file__, "evaluation", 2, {"data": str(packed_data.text), "out": None, "cp": 2}))
+    (alone,), shared, cut = ranks(
+        job(__file__, "evaluation", 1, {"data": str(packed_data.text), "out": str(out)}),
+        job(__file__, "evaluation", 2, {"data": str(packed_data.text), "out": None}),
+        job(__file__, "evaluation", 2, {"data": str(packed_data.text), "out": None, "cp": 2}))
     to_hf(out, tmp_path / "hf")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(packed_data.tokenizer)
@@ -58,25 +62,29 @@ def test_loss_and_bits_per_byte_by_brute_force(ranks: Any, job: Any, packed_data
         for document, length in enumerate(shard.lengths):
             ids = torch.from_numpy(shard.tokens(document, 0, length))
             text, first = tokenizer.decode(ids[:-1]), tokenizer.decode(ids[:1])
-            size_bytes += len(text.encode()) - len(first.encode())  # a document's first token is no target, its eos has no bytes
+            # a document's first token is no target, its eos has no bytes
+            size_bytes += len(text.encode()) - len(first.encode())
             start = 0
             while start < length:  # documents follow one another, and context ends where a sample ends
                 count = min(48 - place, length - start)
                 labels = ids[start + 1:start + count + 1]
                 with torch.no_grad():
-                    logits = model(input_ids=ids[None, start:start + count], use_cache=False).logits[0, :len(labels)]
+                    logits = model(input_ids=ids[None, start:start + count],
+                                   use_cache=False).logits[0, :len(labels)]
                 nats += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
                 targets += len(labels)
                 start, place = start + count, (place + count) % 48
         for found in (alone, *shared, *cut):
             assert found[source.name]["tokens"] == targets
             assert found[source.name]["loss"] == pytest.approx(nats / targets, rel=1e-6)
-            assert found[source.name]["bits_per_byte"] == pytest.approx(nats / math.log(2) / size_bytes, rel=1e-6)
+            assert found[source.name]["bits_per_byte"] == pytest.approx(
+                nats / math.log(2) / size_bytes, rel=1e-6)
     assert json.dumps(alone).count("NaN") == 0
 
 
 def drafts() -> list[list[float]]:
-    """Runs inside a rank: count accepted drafts of random tokens; return what the evaluator and a loop over documents find."""
+    """Runs inside a rank: count accepted drafts of random tokens; return what the evaluator and a loop
+    over documents find."""
     from types import SimpleNamespace
 
     from megatron_sov.train.evaluate import _drafts
@@ -87,7 +95,8 @@ def drafts() -> list[list[float]]:
     chosen, drafted = (torch.randint(3, (n,), generator=generator) for _ in range(2))
     weights = (torch.rand(n, generator=generator) > 0.2).float()
     head = SimpleNamespace(top_of_row=lambda states: states)
-    batch = SimpleNamespace(labels=torch.arange(n), weights=weights, inputs=SimpleNamespace(cu_seqlens=torch.tensor(bounds)))
+    batch = SimpleNamespace(labels=torch.arange(n), weights=weights,
+                            inputs=SimpleNamespace(cu_seqlens=torch.tensor(bounds)))
     accepted = counted = 0
     for first, end in itertools.pairwise(bounds):
         for place in range(first, end - 1):
@@ -98,7 +107,8 @@ def drafts() -> list[list[float]]:
 
 
 @pytest.mark.distributed
-def test_accepted_drafts_are_those_that_the_trunk_then_chooses(ranks: Any, job: Any, packed_data: Any) -> None:
+def test_accepted_drafts_are_those_that_the_trunk_then_chooses(ranks: Any, job: Any,
+                                                               packed_data: Any) -> None:
     arguments = {"data": str(packed_data.text), "out": None, "recipe": "tiny-k-exaone"}
     ((found, counted),), (alone,), cut, (without,) = ranks(
         job(__file__, "drafts"), job(__file__, "evaluation", 1, arguments),

@@ -31,8 +31,9 @@ def batch() -> MicroBatch:
 
     return from_row(Row(
         tokens=np.array([1, 2, 3, 4, 5, 6, 7, 0]), labels=np.array([2, 3, 0, 5, 6, 7, 0, 0]),
-        weights=np.array([1, 1, 0, 1, 1, 0.5, 0, 0], np.float32), positions=np.array([0, 1, 2, 0, 1, 2, 3, 0]),
-        types=np.zeros(8, np.uint8), sources=np.array([0] * 3 + [1] * 5), padding=np.array([False] * 7 + [True]),
+        weights=np.array([1, 1, 0, 1, 1, 0.5, 0, 0], np.float32),
+        positions=np.array([0, 1, 2, 0, 1, 2, 3, 0]), types=np.zeros(8, np.uint8),
+        sources=np.array([0] * 3 + [1] * 5), padding=np.array([False] * 7 + [True]),
         bounds=np.array([0, 3, 7, 8], np.int32)))
 
 
@@ -53,10 +54,12 @@ def test_each_label_counts_with_its_weight(batch: MicroBatch) -> None:
 
 
 def test_the_token_after_the_next_counts_inside_a_document_only(batch: MicroBatch) -> None:
-    """Position 0 predicts 3, position 3 predicts 6 and position 4 predicts 7, with the weights of those labels."""
+    """Position 0 predicts 3, position 3 predicts 6 and position 4 predicts 7,
+    with the weights of those labels."""
     logits = [torch.randn(8, 9, generator=torch.Generator().manual_seed(s)) for s in range(2)]
     found = objective("tiny-k-exaone")
     sums = found.loss(logits, Logits(), batch)  # type: ignore[arg-type]
     logprobs = logits[1].log_softmax(-1)
-    assert float(sums.terms["mtp"]) == pytest.approx(-float(logprobs[0, 3] + logprobs[3, 6] + 0.5 * logprobs[4, 7]))
+    assert float(sums.terms["mtp"]) == pytest.approx(
+        -float(logprobs[0, 3] + logprobs[3, 6] + 0.5 * logprobs[4, 7]))
     assert found.coefficients == {"lm": 1.0, "mtp": 0.05}

@@ -19,18 +19,23 @@ class Recorded:
     def __init__(self, num_steps: int, step: int = 0, skipped: tuple[int, ...] = (), **settings: int) -> None:
         self.skipped = skipped
         self.num_steps, self.step, self.state = num_steps, step, "counters"
-        self.config = SimpleNamespace(train=SimpleNamespace(**{"eval_every_steps": 0, "checkpoint_every_steps": 100, **settings}))
+        self.config = SimpleNamespace(train=SimpleNamespace(**{"eval_every_steps": 0,
+                                                               "checkpoint_every_steps": 100, **settings}))
         self.actions: list[str] = []
         self.gate: Any = None
         self.stop_after = 10 ** 9
         self.watched: int | None = None
-        self.guards = SimpleNamespace(step_guard=SimpleNamespace(wants_rollback=False), watchdog=SimpleNamespace(
-            begin=lambda step: setattr(self, "watched", step), end=lambda: setattr(self, "watched", None)))
+        self.guards = SimpleNamespace(step_guard=SimpleNamespace(wants_rollback=False),
+                                      watchdog=SimpleNamespace(
+                                          begin=lambda step: setattr(self, "watched", step),
+                                          end=lambda: setattr(self, "watched", None)))
         self.side_jobs: Any = SimpleNamespace(poll=lambda: self.note("poll"))
         self.checkpointer = SimpleNamespace(finish=lambda: self.note("saved"), sync=self.sync)
         self.recorder = SimpleNamespace(
-            step=lambda done, result, load: self.note("record"), stopped=lambda step, reason: self.note("stop"),
-            expert_load=lambda step, load: self.note("expert load"), ended=lambda step, wall_s, loss: self.note("run_end"))
+            step=lambda done, result, load: self.note("record"),
+            stopped=lambda step, reason: self.note("stop"),
+            expert_load=lambda step, load: self.note("expert load"),
+            ended=lambda step, wall_s, loss: self.note("run_end"))
         self.expert_load = SimpleNamespace(gather=lambda: None)
 
     def note(self, action: str) -> None:
@@ -75,8 +80,8 @@ def actions(trainer: Recorded, stop_after: int = 10 ** 9) -> tuple[bool, list[st
 
 def test_evaluations_and_checkpoints_come_when_they_are_due_and_at_the_end() -> None:
     found = actions(Recorded(7, eval_every_steps=3, checkpoint_every_steps=2))
-    assert found == (True, ["save 2", "evaluate 3", "save 4", "evaluate 6", "save 6", "evaluate 7", "save 7", "saved 7",
-                            "run_end 7"])
+    assert found == (True, ["save 2", "evaluate 3", "save 4", "evaluate 6", "save 6", "evaluate 7", "save 7",
+                            "saved 7", "run_end 7"])
 
 
 def test_without_a_rhythm_there_is_one_of_each_at_the_end() -> None:
@@ -85,7 +90,8 @@ def test_without_a_rhythm_there_is_one_of_each_at_the_end() -> None:
 
 @pytest.mark.parametrize("step", [1, 2])
 def test_a_stop_saves_once_and_leaves(step: int) -> None:
-    assert actions(Recorded(5, checkpoint_every_steps=2), step) == (False, [f"save {step}", f"saved {step}", f"stop {step}"])
+    assert actions(Recorded(5, checkpoint_every_steps=2), step) == (
+        False, [f"save {step}", f"saved {step}", f"stop {step}"])
 
 
 def test_a_stop_at_the_last_step_completes_the_run() -> None:
@@ -100,23 +106,26 @@ def test_a_gate_that_passes_ends_the_run_with_all_that_the_last_step_gets() -> N
     trainer = Recorded(9, eval_every_steps=2)
     trainer.gate = SimpleNamespace(passed=False)
     trainer.gate.check = lambda trainer: setattr(trainer.gate, "passed", trainer.step == 5)
-    assert actions(trainer) == (True, ["evaluate 2", "evaluate 4", "evaluate 5", "save 5", "saved 5", "run_end 5"])
+    assert actions(trainer) == (True, ["evaluate 2", "evaluate 4", "evaluate 5", "save 5", "saved 5",
+                                       "run_end 5"])
     assert actions(trainer)[1][-2:] == ["saved 5", "run_end 5"], "entered again it only ends"
 
 
 def test_a_step_is_looked_at_recorded_and_then_agreed_on() -> None:
     trainer = Recorded(1)
     actions(trainer)
-    assert trainer.actions == ["announce 0", "observe 1", "poll 1", "record 1", "expert load 1", "evaluate 1", "sync 1", "save 1",
-                               "saved 1", "run_end 1"]
+    assert trainer.actions == ["announce 0", "observe 1", "poll 1", "record 1", "expert load 1", "evaluate 1",
+                               "sync 1", "save 1", "saved 1", "run_end 1"]
 
 
 def test_a_skipped_step_keeps_the_rhythm_and_has_nothing_to_record() -> None:
     trainer = Recorded(4, skipped=(2, 4), eval_every_steps=2, checkpoint_every_steps=2)
-    assert actions(trainer) == (True, ["evaluate 2", "save 2", "evaluate 4", "save 4", "saved 4", "run_end 4"])
+    assert actions(trainer) == (True, ["evaluate 2", "save 2", "evaluate 4", "save 4", "saved 4",
+                                       "run_end 4"])
     seen = [a for a in trainer.actions if a.startswith(("observe", "record"))]
     assert seen == ["observe 1", "record 1", "observe 3", "record 3"]
-    assert [a for a in trainer.actions if a.startswith("expert load")] == [], "both evaluations follow a step without tokens"
+    assert [a for a in trainer.actions if a.startswith("expert load")] == [], (
+        "both evaluations follow a step without tokens")
 
 
 def test_side_jobs_are_followed_whether_a_step_is_learned_or_not() -> None:
@@ -139,4 +148,5 @@ def test_weights_that_were_taken_back_are_saved_at_once(monkeypatch: pytest.Monk
 
     trainer.update = update  # type: ignore[method-assign]
     monkeypatch.setattr("megatron_sov.train.loop.rollback", lambda t: t.actions.append(f"roll back {t.step}"))
-    assert actions(trainer) == (True, ["roll back 3", "save 3", "save 4", "evaluate 5", "save 5", "saved 5", "run_end 5"])
+    assert actions(trainer) == (True, ["roll back 3", "save 3", "save 4", "evaluate 5", "save 5", "saved 5",
+                                       "run_end 5"])

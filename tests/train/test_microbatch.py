@@ -21,8 +21,9 @@ def row_of(lengths: list[int]) -> Row:
     labels = np.arange(100, 100 + n)
     weights = np.linspace(0.5, 1.5, n).astype(np.float32)
     labels[ends], weights[ends] = 0, 0
-    return Row(tokens=np.arange(n), labels=labels, weights=weights, positions=np.concatenate([np.arange(k) for k in lengths]),
-               types=np.zeros(n, np.uint8), sources=np.zeros(n, np.int64), padding=np.zeros(n, bool),
+    return Row(tokens=np.arange(n), labels=labels, weights=weights,
+               positions=np.concatenate([np.arange(k) for k in lengths]), types=np.zeros(n, np.uint8),
+               sources=np.zeros(n, np.int64), padding=np.zeros(n, bool),
                bounds=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
 
 

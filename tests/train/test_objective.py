@@ -13,7 +13,8 @@ from megatron_sov.train.objective import LossSums, per_source, total_loss  # noq
 
 def test_each_term_is_divided_by_its_own_denominator() -> None:
     a, b = torch.tensor(6.0, requires_grad=True), torch.tensor(10.0, requires_grad=True)
-    loss = total_loss(LossSums({"a": a, "b": b}, torch.zeros(1, 2)), {"a": 1.0, "b": 0.5}, {"a": 3.0, "b": 20.0})
+    loss = total_loss(LossSums({"a": a, "b": b}, torch.zeros(1, 2)), {"a": 1.0, "b": 0.5},
+                      {"a": 3.0, "b": 20.0})
     loss.backward()
     assert loss.item() == pytest.approx(6 / 3 + 0.5 * 10 / 20)
     assert (a.grad, b.grad) == (torch.tensor(1 / 3), torch.tensor(0.5 / 20))

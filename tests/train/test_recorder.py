@@ -1,4 +1,5 @@
-"""What a run tells about itself, event by event; on other processes than the first nothing is written and all may be called."""
+"""What a run tells about itself, event by event; on other processes than the first nothing is written and
+all may be called."""
 
 from __future__ import annotations
 
@@ -24,8 +25,8 @@ from megatron_sov.train.recorder import Recorder  # noqa: E402
 from megatron_sov.train.state import StepResult, TrainState  # noqa: E402
 
 NUM_STEPS = 7
-RESULT = StepResult(loss=2.5, losses={"lm": 2.5}, losses_by_source={"web": 2.4}, grad_norm=1.5, lr=1e-3, num_tokens=64,
-                    phase="main", padding_share=0.25, seconds=0.5)
+RESULT = StepResult(loss=2.5, losses={"lm": 2.5}, losses_by_source={"web": 2.4}, grad_norm=1.5, lr=1e-3,
+                    num_tokens=64, phase="main", padding_share=0.25, seconds=0.5)
 LOAD = torch.tensor([[0.0, 0.0], [3.0, 1.0], [2.0, 2.0]])
 """A dense layer and two routed ones."""
 MAIN, OTHER = World(0, 2, 0, 2, True, True), World(1, 2, 1, 2, True, True)
@@ -66,11 +67,14 @@ def test_every_word_is_an_event_of_its_own(tmp_path: Path, capsys: pytest.Captur
     tell_all(recorder(tmp_path, "data.max_epochs=4"))
     events = told(tmp_path)
     assert [(e["event"], e.get("step")) for e in events] == [
-        ("run_start", None), ("phase", 0), ("warning", 1), ("step", 1), ("skip", 2), ("skip", 3), ("expert_load", 4), ("eval", 4),
-        ("data_consumed", 4), ("checkpoint", 4), ("hang", 5), ("stop", 6), ("run_end", 7)]
+        ("run_start", None), ("phase", 0), ("warning", 1), ("step", 1), ("skip", 2), ("skip", 3),
+        ("expert_load", 4), ("eval", 4), ("data_consumed", 4), ("checkpoint", 4), ("hang", 5), ("stop", 6),
+        ("run_end", 7)]
     start, _, warning, step, passed_over, refused, load, *_ = events
-    assert (start["began_s"], start["resumed_from"], start["layout"]["dp"], start["num_ranks"]) == (1000.5, 0, 2, 2)
-    assert (step["loss"], step["tokens"], step["tokens_per_s"], step["max_violation"]) == (2.5, 64, 128.0, 0.5)
+    assert ((start["began_s"], start["resumed_from"], start["layout"]["dp"], start["num_ranks"])
+            == (1000.5, 0, 2, 2))
+    assert ((step["loss"], step["tokens"], step["tokens_per_s"], step["max_violation"])
+            == (2.5, 64, 128.0, 0.5))
     assert passed_over["reason"] == "data.skip_steps" and refused["ranks"] == [1]
     assert (load["layers"], load["load"]) == ([2, 3], [[0.75, 0.25], [0.5, 0.5]])
     assert next(e["path"] for e in events if e["event"] == "checkpoint") == "checkpoints/step-4"
@@ -101,12 +105,14 @@ def test_steps_are_recorded_in_their_rhythm_and_at_the_end(tmp_path: Path) -> No
     r.step(TrainState(3), dataclasses.replace(RESULT, loss=2.0), torch.zeros(3, 2))
     r.close()
     (event,) = told(tmp_path)
-    assert (event["step"], event["loss"]) == (3, 2.0) and "max_violation" not in event, "of a dense model there is none"
+    assert (event["step"], event["loss"]) == (3, 2.0) and "max_violation" not in event, (
+        "of a dense model there is none")
 
 
 def test_a_source_is_named_once_and_only_above_the_limit(tmp_path: Path) -> None:
     r = recorder(tmp_path, "data.max_epochs=4")
-    for step, epochs in enumerate([{"web": 4.0}, {"web": 4.1, "rare": 1.0}, {"web": 5.0, "rare": 6.0}], start=1):
+    for step, epochs in enumerate([{"web": 4.0}, {"web": 4.1, "rare": 1.0}, {"web": 5.0, "rare": 6.0}],
+                                  start=1):
         r.epochs(step, epochs)
     free = recorder(tmp_path, "data.max_epochs=0")
     free.epochs(4, {"web": 99.0})

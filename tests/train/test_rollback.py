@@ -1,4 +1,5 @@
-"""Where weights are taken back to: the last good checkpoint, never the same one twice, and a clear end where none is left."""
+"""Where weights are taken back to: the last good checkpoint, never the same one twice,
+and a clear end where none is left."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ class Run:
         self.config = SimpleNamespace(optim=SimpleNamespace(lr=0.1))
         self.batches = SimpleNamespace(ledger=Ledger([LedgerEntry(0, "a", 32, 8, {"x": 1.0})]))
         self.told: list[dict[str, Any]] = []
-        self.events = SimpleNamespace(write=lambda event, **fields: self.told.append({"event": event, **fields}))
+        self.events = SimpleNamespace(
+            write=lambda event, **fields: self.told.append({"event": event, **fields}))
         monkeypatch.setattr(rollback, "newest_sound", self.newest_sound)
         monkeypatch.setattr(rollback, "on_main", lambda place, action: action())
         monkeypatch.setattr(rollback.checkpoints, "drop_after", self.drop_after)
@@ -57,10 +59,11 @@ def test_weights_go_back_and_the_data_go_on(monkeypatch: pytest.MonkeyPatch) -> 
     rollback.rollback(run)  # type: ignore[arg-type]
     assert run.checkpoints == [10, 20], "step 30 was taken when step 30 was refused"
     assert run.guard.rollbacks == [{"at": 33, "to": 20}] and run.guard.in_a_row == 0
-    assert [(e.first_step, e.skip) for e in run.batches.ledger.entries] == [(0, False), (20, True), (33, False)]
+    assert [(e.first_step, e.skip) for e in run.batches.ledger.entries] == [
+        (0, False), (20, True), (33, False)]
     assert run.told[0] == {"event": "rollback", "step": 33, "back_to": 20, "refused": 4, "text":
-                           "steps 30 to 33 were refused in a row (the loss is nan): weights and optimizer are those of step 20 "
-                           "again, and the samples of steps 21 to 33 are passed over"}
+                           "steps 30 to 33 were refused in a row (the loss is nan): weights and optimizer "
+                           "are those of step 20 again, and the samples of steps 21 to 33 are passed over"}
 
 
 def test_a_second_time_it_goes_further_than_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,7 +75,8 @@ def test_a_second_time_it_goes_further_than_the_first(monkeypatch: pytest.Monkey
     assert again.guard.rollbacks[-1] == {"at": 41, "to": 5}
 
 
-def test_after_steps_that_were_learned_the_newest_checkpoint_is_good_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_steps_that_were_learned_the_newest_checkpoint_is_good_again(
+        monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(monkeypatch, [10, 20, 33, 40], now=47, refused=4, rollbacks=[{"at": 33, "to": 20}])
     rollback.rollback(run)  # type: ignore[arg-type]
     assert run.guard.rollbacks[-1] == {"at": 47, "to": 40}

@@ -230,7 +230,8 @@ def test_faults_on_purpose_that_never_came_are_named_at_the_end(
 def with_views_and_skips(data: Path) -> RunConfig:
     phases = 'data.phases=[{"name": "main", "seq_len": 32, "blend": {"even": 1, "even/16": 1}}]'
     return apply_settings(recipes.get("tiny-solar-open"), [
-        "model.vocab_size=368", phases, f"data.paths={json.dumps({str(data): 1.0})}", "data.skip_steps=[[3, 4]]"])
+        "model.vocab_size=368", phases, f"data.paths={json.dumps({str(data): 1.0})}",
+        "data.skip_steps=[[3, 4]]"])
 
 
 def test_data_is_opened_and_planned_with_its_views(packed_data: Any) -> None:
@@ -241,7 +242,8 @@ def test_data_is_opened_and_planned_with_its_views(packed_data: Any) -> None:
     assert data.planned == plan(settings, expected) and [e.skip for e in data.planned] == [False, True, False]
 
 
-def test_what_a_command_has_opened_is_not_opened_again(packed_data: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_command_has_opened_is_not_opened_again(packed_data: Any,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
     settings = with_views_and_skips(packed_data.text)
     opened = tuple(open_sources(settings.data.paths, 368))
     monkeypatch.setattr(stage_module, "open_sources", None)

@@ -36,7 +36,8 @@ def data(tmp_path: Path) -> Path:
 def test_settings_override_the_recipe(data: Path) -> None:
     args = parsed("tiny-k-exaone", "--data", f"{data}/a:3", "--set", "train.steps=7")
     config = stage_request(args, "lm").config(["train.steps=5", "train.micro_batch_size=1"])
-    assert (config.train.steps, config.train.micro_batch_size, config.data.paths) == (7, 1, {f"{data}/a": 3.0})
+    assert (config.train.steps, config.train.micro_batch_size, config.data.paths) == (
+        7, 1, {f"{data}/a": 3.0})
     assert (config.recipe, config.objective.name) == ("tiny-k-exaone", "lm")
     assert not config.train.deterministic
     assert stage_request(args, "lm").config(own=["train.steps=9"]).train.steps == 9
@@ -50,7 +51,8 @@ def test_a_run_config_stands_in_for_the_recipe_and_gives_the_same_settings_again
     first = config_of("tiny-k-exaone", "--data", f"{data}/a:3", "--set", "train.steps=7", "--deterministic")
     (data / "config.json").write_text(to_json(first.to_dict()))
     assert config_of("--config", str(data / "config.json")) == first
-    changed = config_of("--config", str(data / "config.json"), "--data", f"{data}/b:2", "--set", "train.steps=8")
+    changed = config_of("--config", str(data / "config.json"), "--data", f"{data}/b:2", "--set",
+                        "train.steps=8")
     assert (changed.data.paths, changed.train.steps) == ({f"{data}/b:2": 1.0}, 8)
     assert changed.train.deterministic
 
@@ -60,8 +62,10 @@ def test_a_config_of_pretraining_serves_for_fine_tuning_and_not_the_other_way_ro
     for name, config in {"lm": lm, "sft": apply_settings(lm, ["objective.name=sft"])}.items():
         (data / f"{name}.json").write_text(to_json(config.to_dict()))
     arguments = ("--data", f"{data}/a")
-    assert parse_stage(parsed("--config", str(data / "lm.json"), *arguments), "sft").config.objective.name == "sft"
-    with pytest.raises(UserError, match=r"objective.name = sft: this command trains by 'lm'.*use `megatron-sov sft`"):
+    assert parse_stage(parsed("--config", str(data / "lm.json"), *arguments),
+                       "sft").config.objective.name == "sft"
+    with pytest.raises(UserError,
+                       match=r"objective.name = sft: this command trains by 'lm'.*use `megatron-sov sft`"):
         config_of("--config", str(data / "sft.json"), *arguments)
 
 
@@ -78,10 +82,13 @@ def test_the_data_of_a_config_must_still_be_there(data: Path) -> None:
     ("tiny-solar", "train.steps=1", "recipe 'tiny-solar': does not exist; did you mean 'tiny-solar-open'"),
     ("tiny-solar-open", "train.step=1", "'train.step' does not exist; did you mean 'steps'"),
     ("tiny-solar-open", "train.steps=many", "train.steps = 'many'"),
-    ("tiny-solar-open", "objective.name=sft", "objective.name = sft: this command trains by 'lm'.*`megatron-sov sft`"),
+    ("tiny-solar-open", "objective.name=sft",
+     "objective.name = sft: this command trains by 'lm'.*`megatron-sov sft`"),
     ("tiny-solar-open", "objective.name=ml", "objective 'ml': does not exist; did you mean 'lm'"),
-    ("tiny-solar-open", "objective.options.gamma=2", "objective.options = {'gamma': 2}: belong to an objective of your own"),
-    ("tiny-solar-open", "model.family=solar-open", "model family 'solar-open': is not supported; did you mean 'solar_open'"),
+    ("tiny-solar-open", "objective.options.gamma=2",
+     "objective.options = {'gamma': 2}: belong to an objective of your own"),
+    ("tiny-solar-open", "model.family=solar-open",
+     "model family 'solar-open': is not supported; did you mean 'solar_open'"),
 ])
 def test_bad_settings_are_refused(data: Path, recipe: str, setting: str, message: str) -> None:
     with pytest.raises(UserError, match=message):

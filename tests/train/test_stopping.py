@@ -21,6 +21,6 @@ print(before, stop.reason)
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_sets_the_flag(number: signal.Signals) -> None:
-    done = subprocess.run([sys.executable, "-c", PROGRAM, str(int(number))], capture_output=True, text=True, env=os.environ,
-                          check=False)
+    done = subprocess.run([sys.executable, "-c", PROGRAM, str(int(number))], capture_output=True, text=True,
+                          env=os.environ, check=False)
     assert (done.returncode, done.stdout.split()) == (0, ["None", number.name]), done.stderr

@@ -9,7 +9,8 @@ import torch
 
 
 def refusals(data: str, run: str) -> dict[str, Any]:
-    """Runs inside a rank: what a trainer says when its loss is no number, and when its data was packed anew."""
+    """Runs inside a rank: what a trainer says when its loss is no number,
+    and when its data was packed anew."""
     from megatron_sov import recipes
     from megatron_sov.config import apply_settings
     from megatron_sov.data.token_shards import open_sources
@@ -20,8 +21,9 @@ def refusals(data: str, run: str) -> dict[str, Any]:
     from megatron_sov.train.trainer import Trainer
 
     config = apply_settings(recipes.get("tiny-solar-open"), [
-        "model.vocab_size=368", "model.hidden_size=32", "model.num_layers=1", 'data.phases=[{"name": "main", "seq_len": 32}]',
-        "train.global_batch_size=2", "train.micro_batch_size=2", "train.steps=10", "guards.skip=false"])
+        "model.vocab_size=368", "model.hidden_size=32", "model.num_layers=1",
+        'data.phases=[{"name": "main", "seq_len": 32}]', "train.global_batch_size=2",
+        "train.micro_batch_size=2", "train.steps=10", "guards.skip=false"])
     place = world.join(config.parallel)
     folder = RunFolder(Path(run))
     folder.create()
@@ -36,7 +38,8 @@ def refusals(data: str, run: str) -> dict[str, Any]:
     said = {"planned": planned, "consumed": consumed, "counted": trainer.state.tokens, "path": saved.name}
     again = Trainer(config, place, folder, sources, LanguageModelling)
     again.checkpointer._data = dict.fromkeys(again.checkpointer._data, "0" * 64)
-    for name, action in (("packed anew", lambda: again.resume(saved)), ("no number", lambda: _spoil(trainer))):
+    for name, action in (("packed anew", lambda: again.resume(saved)),
+                         ("no number", lambda: _spoil(trainer))):
         try:
             action()
         except UserError as e:
@@ -54,10 +57,13 @@ def _spoil(trainer: Any) -> None:
     trainer.update()
 
 
-def test_a_spoilt_step_and_changed_data_are_refused(ranks: Any, job: Any, packed_data: Any, tmp_path: Path) -> None:
-    ((said,),) = ranks(job(__file__, "refusals", 1, {"data": str(packed_data.text), "run": str(tmp_path / "run")}))
+def test_a_spoilt_step_and_changed_data_are_refused(ranks: Any, job: Any, packed_data: Any,
+                                                    tmp_path: Path) -> None:
+    ((said,),) = ranks(job(__file__, "refusals", 1,
+                           {"data": str(packed_data.text), "run": str(tmp_path / "run")}))
     assert "source 'even': its data was packed anew since" in said["packed anew"]
     assert "step 2: the loss is nan" in said["no number"] and "lower optim.lr = 0.004" in said["no number"]
     assert said["saved"] == ["step-1"], "the spoilt step is not saved"
     assert sum(said["planned"].values()) == 2 * 32
-    assert sum(said["consumed"].values()) == said["counted"] < 2 * 32, "what is padding was planned and not consumed"
+    assert sum(said["consumed"].values()) == said["counted"] < 2 * 32, (
+        "what is padding was planned and not consumed")

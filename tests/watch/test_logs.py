@@ -54,18 +54,22 @@ def test_all_files_in_order_of_the_starts(run: Path, capsys: pytest.CaptureFixtu
     assert lines == [
         "[job 17] job: attempt 1 on n1, n2 begins at 0", "[job 17 preflight rank 0] fit",
         "[job 17 srun] srun: error: n2: task 10: Killed",
-        "[job 17 rank 0] step 2/9", "[job 17 rank 0] connection lost", "[job 17 rank 2] two", "[job 17 rank 10] out of memory",
-        "[job 17 start 2 rank 0] step 9/9, loss 3.1", "[job 17 start 2 rank 0] an unfinished line",
-        "[step-3 rank 2 hangs] waits in loop.py", "[exports step-4] error: disk"]
+        "[job 17 rank 0] step 2/9", "[job 17 rank 0] connection lost", "[job 17 rank 2] two",
+        "[job 17 rank 10] out of memory", "[job 17 start 2 rank 0] step 9/9, loss 3.1",
+        "[job 17 start 2 rank 0] an unfinished line", "[step-3 rank 2 hangs] waits in loop.py",
+        "[exports step-4] error: disk"]
     assert start.endswith("step 0: the run starts from step 0, with 2 rank(s)")
-    assert warning.startswith("[events] 20") and warning.endswith(" UTC step 1: warning: source korean is worn out")
+    assert (warning.startswith("[events] 20")
+            and warning.endswith(" UTC step 1: warning: source korean is worn out"))
     assert skip.endswith(" UTC step 3: step not learned: the loss is nan; not finite on rank 1")
     assert failure.endswith(" UTC step 3: ended by an error: the disk is full")
 
 
-def test_one_rank_over_all_starts_and_only_what_matches(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_rank_over_all_starts_and_only_what_matches(run: Path,
+                                                        capsys: pytest.CaptureFixture[str]) -> None:
     assert printed(capsys, str(run), "--rank", "0", "--grep", "step|unf") == [
-        "[job 17 rank 0] step 2/9", "[job 17 start 2 rank 0] step 9/9, loss 3.1", "[job 17 start 2 rank 0] an unfinished line"]
+        "[job 17 rank 0] step 2/9", "[job 17 start 2 rank 0] step 9/9, loss 3.1",
+        "[job 17 start 2 rank 0] an unfinished line"]
     assert printed(capsys, str(run), "--rank", "2", "--rank", "10", "--tail", "1") == [
         "[job 17 rank 2] two", "[job 17 rank 10] out of memory", "[step-3 rank 2 hangs] waits in loop.py"]
 
@@ -93,20 +97,24 @@ def test_following_sees_new_lines_files_and_events_and_ends_with_the_run(
     assert logs.ENDED_AFTER_S < quiet_s <= logs.ENDED_AFTER_S + logs.LOOK_EVERY_S
     assert "[job 17 rank 0] connection lost" in lines and "[job 17 rank 0] step 2/9" not in lines
     new = [line for line in lines if "17 start" in line]
-    assert new == ["[job 17 start 2 rank 0] step 9/9, loss 3.1", "[job 17 start 2 rank 0] an unfinished line ends",
-                   "[job 17 start 3 rank 0] again", "[job 17 start 2 rank 0] step 10"]
+    assert new == ["[job 17 start 2 rank 0] step 9/9, loss 3.1",
+                   "[job 17 start 2 rank 0] an unfinished line ends", "[job 17 start 3 rank 0] again",
+                   "[job 17 start 2 rank 0] step 10"]
     assert [line for line in lines if line.endswith("step 9: the run stops: SIGUSR1")]
 
 
 def test_what_is_no_text_stays_harmless(tmp_path: Path) -> None:
     (file := tmp_path / "rank-0.log").write_bytes(b"\x1b[31m\xff" + b"x" * (LONGEST_LINE_BYTES + 10))
     lines = list(Tail(LogFile(file, "x", 0)).lines(whole=True))
-    assert "".join(line.text for line in lines).startswith("·[31m\ufffdx") and not any("\x1b" in line.text for line in lines)
+    assert ("".join(line.text for line in lines).startswith("·[31m\ufffdx")
+            and not any("\x1b" in line.text for line in lines))
 
 
 @pytest.mark.parametrize(("arguments", "says"), [
-    (["--rank", "7"], "is this rank's (ranks with files: 0 to 10)"), (["--grep", "("], "--grep (: is no regular expression")])
-def test_mistakes_are_one_sentence(run: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str) -> None:
+    (["--rank", "7"], "is this rank's (ranks with files: 0 to 10)"),
+    (["--grep", "("], "--grep (: is no regular expression")])
+def test_mistakes_are_one_sentence(run: Path, capsys: pytest.CaptureFixture[str], arguments: list[str],
+                                   says: str) -> None:
     assert cli.main(["logs", str(run), *arguments]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and says in error

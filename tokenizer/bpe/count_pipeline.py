@@ -1,4 +1,5 @@
-"""From inputs to a learned vocabulary: look through, count, gather, merge; what is counted survives a kill."""
+"""From inputs to a learned vocabulary: look through, count, gather, merge;
+what is counted survives a kill."""
 
 from __future__ import annotations
 
@@ -24,14 +25,16 @@ BASE_BYTES = 400_000_000
 """Memory of the command itself: libraries, the vocabulary, buffers."""
 SMALLEST_MEMORY_GB = 1.0
 SAMPLE_BYTES = 300_000
-"""Text of each group that bytes per token are measured on and that the finished tokenizer is checked on, at most."""
+"""Text of each group that bytes per token are measured on and that the finished tokenizer is
+checked on, at most."""
 UNIT_BYTES = 32 << 20
 """Bytes on the disk of a unit: what is read again after a kill, at most, by each worker."""
 WORKER_BYTES = 32 << 20
 """Input on the disk for which a further process is worth its start."""
 MOST_REPEATS = 100
 NEEDED_POWER = 1.6
-"""Text for twice the merges is about 2^1.6 as much: measured on 2 to 280 MB of documentation in ten languages."""
+"""Text for twice the merges is about 2^1.6 as much: measured on 2 to 280 MB of
+documentation in ten languages."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +48,8 @@ class Plan:
     transition_size: int
     """Ids at which words begin to join; `vocab_size` where they never do."""
     only_superwords: bool
-    """From there on every token is a superword, as long as the text has any; else merging goes on within words too."""
+    """From there on every token is a superword, as long as the text has any;
+    else merging goes on within words too."""
     superword_sample_bytes: int
     """Text that superwords are learned from, at most."""
     max_memory_bytes: int | None
@@ -76,7 +80,8 @@ def learn(plan_: Plan, groups: list[Group]) -> Learned:
     """Learn a vocabulary.
 
     Raises:
-        UserError: unreadable input, weights that the text cannot follow, or too little text for the vocabulary.
+        UserError: unreadable input, weights that the text cannot follow,
+            or too little text for the vocabulary.
     """
     units = plan(groups, UNIT_BYTES)
     input_bytes = sum(unit.size_bytes for unit in units)
@@ -104,8 +109,8 @@ def learn(plan_: Plan, groups: list[Group]) -> Learned:
         sample_bytes = sum(share_bytes(s, share) for s, share in zip(sizes, some, strict=True))
         stages.append(_stage(plan_.vocab_size, sample_bytes, table))
         with _bar("joining words", plan_.vocab_size - plan_.transition_size, "merges") as progress:
-            superbpe.learn_superwords(table, vocabulary, plan_.vocab_size - special, plan_.preset.max_superword_words,
-                                      plan_.only_superwords, progress)
+            superbpe.learn_superwords(table, vocabulary, plan_.vocab_size - special,
+                                      plan_.preset.max_superword_words, plan_.only_superwords, progress)
         _check_reached(plan_, vocabulary, plan_.vocab_size, sample_bytes)
     return Learned(vocabulary, target, _samples(groups, counts), facts, stages)
 
@@ -122,8 +127,9 @@ def _bar(title: str, total: int, unit: str) -> Any:
 def _tell_group(group: Group, fact: dict[str, Any], factor: float) -> None:
     """Print a group's size, and refuse a weight that the text cannot follow."""
     if factor > MOST_REPEATS:
-        raise UserError(f"--input {group.name}: weight {group.weight:g} asks for its {fact['num_bytes'] / 1e6:.3g} MB to be seen "
-                        f"{factor:,.0f} times, at most {MOST_REPEATS} make sense; add text to it, or give it a weight of at most "
+        raise UserError(f"--input {group.name}: weight {group.weight:g} asks for its "
+                        f"{fact['num_bytes'] / 1e6:.3g} MB to be seen {factor:,.0f} times, "
+                        f"at most {MOST_REPEATS} make sense; add text to it, or give it a weight of at most "
                         f"{(group.weight or 0) * MOST_REPEATS / factor:.2g}")
     seen = f", seen {fact['seen_bytes'] / fact['num_bytes']:.2f} times" if group.weight is not None else ""
     print(f"{group.name}: {fact['num_bytes'] / 1e6:.2f} MB of text{seen}")
@@ -137,7 +143,8 @@ def _count(plan_: Plan, units: list[Unit], sizes: list[Sizes], shares: list[Shar
     limit_bytes = min(COUNTING_BYTES, (plan_.max_memory_bytes or 1 << 62) // 3)
     counts = []
     with _bar(f"counting {what}", sum(unit.size_bytes for unit in units), "B") as progress:
-        for unit, counted in zip(units, count_units(units, settings, plan_.work, plan_.workers, limit_bytes), strict=True):
+        for unit, counted in zip(units, count_units(units, settings, plan_.work, plan_.workers, limit_bytes),
+                                 strict=True):
             counts.append(counted)
             progress(unit.size_bytes)
     max_bytes = None
@@ -145,14 +152,16 @@ def _count(plan_: Plan, units: list[Unit], sizes: list[Sizes], shares: list[Shar
         max_bytes = (plan_.max_memory_bytes - BASE_BYTES) // superbpe.LEARNING_BYTES_PER_BYTE
     table = gather_words([counted.file for counted in counts], plan_.work, max_bytes)
     print(f"{len(table.counts):,} distinct {what}" + (
-        f"; {table.dropped_words:,} that occur less than {table.min_count} times are left out for --max-memory-gb, "
-        f"{100 * table.dropped_share:.3f} % of the text" if table.dropped_words else ""), flush=True)
+        f"; {table.dropped_words:,} that occur less than {table.min_count} times are left out for "
+        f"--max-memory-gb, {100 * table.dropped_share:.3f} % of the text" if table.dropped_words else ""),
+          flush=True)
     return counts, table
 
 
 def _stage(reaches: int, seen_bytes: int, table: WordTable) -> dict[str, Any]:
     return {"reaches_tokens": reaches, "seen_bytes": seen_bytes, "distinct_words": len(table.counts),
-            "least_count": table.min_count, "dropped_words": table.dropped_words, "dropped_share": table.dropped_share}
+            "least_count": table.min_count, "dropped_words": table.dropped_words,
+            "dropped_share": table.dropped_share}
 
 
 def _check_reached(plan_: Plan, vocabulary: Vocabulary, wanted: int, seen_bytes: int) -> None:
@@ -161,9 +170,11 @@ def _check_reached(plan_: Plan, vocabulary: Vocabulary, wanted: int, seen_bytes:
     if reached < wanted:
         least = plan_.preset.smallest_vocab
         needed_bytes = seen_bytes * ((wanted - least) / max(reached - least, 1)) ** NEEDED_POWER
-        raise UserError(f"--vocab-size {plan_.vocab_size}: the text is too small for it, only {reached} tokens were reached from "
-                        f"{seen_bytes / 1e6:.3g} MB (pairs must occur at least {superbpe.MIN_COUNT} times); give it about "
-                        f"{max(needed_bytes, 1.2 * seen_bytes) / 1e6:.3g} MB like it, or ask for at most {reached} tokens")
+        raise UserError(f"--vocab-size {plan_.vocab_size}: the text is too small for it, only {reached} "
+                        f"tokens were reached from {seen_bytes / 1e6:.3g} MB (pairs must occur at least "
+                        f"{superbpe.MIN_COUNT} times); give it about "
+                        f"{max(needed_bytes, 1.2 * seen_bytes) / 1e6:.3g} MB like it, or ask for at most "
+                        f"{reached} tokens")
 
 
 def _samples(groups: list[Group], counts: list[UnitCounts]) -> dict[str, str]:
@@ -171,4 +182,5 @@ def _samples(groups: list[Group], counts: list[UnitCounts]) -> dict[str, str]:
     found: dict[int, list[str]] = {number: [] for number in range(len(groups))}
     for counted in counts:
         found[counted.group] += counted.sample
-    return {group.name: "\n".join(sorted(found[number]))[:SAMPLE_BYTES] for number, group in enumerate(groups)}
+    return {group.name: "\n".join(sorted(found[number]))[:SAMPLE_BYTES]
+            for number, group in enumerate(groups)}

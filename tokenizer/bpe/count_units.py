@@ -1,4 +1,5 @@
-"""Reading the inputs in units of work: each can be read by a process of its own, and is known again by what it holds."""
+"""Reading the inputs in units of work: each can be read by a process of its own,
+and is known again by what it holds."""
 
 from __future__ import annotations
 
@@ -54,7 +55,8 @@ class Unit:
             try:
                 changed_ns = span.file.stat().st_mtime_ns
             except OSError as e:
-                raise UserError(f"{span.file}: cannot be read ({e.strerror or e}); check the path and its permissions") from e
+                raise UserError(f"{span.file}: cannot be read ({e.strerror or e}); "
+                                "check the path and its permissions") from e
             facts.append([str(span.file.resolve()), changed_ns, span.start, span.stop, span.document_bytes])
         return _digest(facts)
 
@@ -110,7 +112,8 @@ class UnitSizes:
 
 def look_through(groups: list[Group], units: list[Unit], work: Path, workers: int,
                  progress: Callable[[int], object]) -> list[Sizes]:
-    """Read everything once; returns the sizes of each group.  What an earlier command found in unchanged files is kept.
+    """Read everything once; returns the sizes of each group.  What an earlier command found in
+    unchanged files is kept.
 
     Raises:
         UserError: bad input, or a group without text.
@@ -132,7 +135,8 @@ def look_through(groups: list[Group], units: list[Unit], work: Path, workers: in
     for group, row in zip(groups, buckets, strict=True):
         if not row.any():
             paths = ", ".join(map(str, group.paths))
-            raise UserError(f"--input {group.name}: {paths} holds no text; pass files with text in them, or leave it out")
+            raise UserError(f"--input {group.name}: {paths} holds no text; pass files with text in them, "
+                            "or leave it out")
     return [Sizes(int(n), int(row.sum()), row) for n, row in zip(documents, buckets, strict=True)]
 
 

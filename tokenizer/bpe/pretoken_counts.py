@@ -1,7 +1,8 @@
 """Counting words: each unit becomes a file of (word, count), written in parts so that memory stays bounded.
 
-A worker's table is written out as a run whenever it has grown to its limit.  Runs are cut by a hash of the word into
-`NUM_PARTS` parts; all runs of one part together are small enough to be added up in memory (tokenizer/bpe/pretoken_table.py).
+A worker's table is written out as a run whenever it has grown to its limit.  Runs are cut by a hash of the
+word into `NUM_PARTS` parts; all runs of one part together are small enough to be added up in memory
+(tokenizer/bpe/pretoken_table.py).
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ class CountSettings:
     def key(self, unit: Unit) -> str:
         """Return the name of a unit's files."""
         share, sample = (dataclasses.asdict(shares[unit.group]) for shares in (self.shares, self.samples))
-        return unit.key({"normalization": self.preset.normalization, "pattern": self.pattern, "share": share, "sample": sample,
-                         "code_version": CODE_VERSION})
+        return unit.key({"normalization": self.preset.normalization, "pattern": self.pattern, "share": share,
+                         "sample": sample, "code_version": CODE_VERSION})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,8 @@ class UnitCounts:
     """Pieces of text."""
 
 
-def count_units(units: list[Unit], settings: CountSettings, work: Path, workers: int, limit_bytes: int) -> Iterator[UnitCounts]:
+def count_units(units: list[Unit], settings: CountSettings, work: Path, workers: int,
+                limit_bytes: int) -> Iterator[UnitCounts]:
     """Yield the counts of each unit, in order; what is there already is kept.
 
     Args:
@@ -158,12 +160,14 @@ class _RunWriter:
         import pyarrow as pa
 
         words = [word.encode() for table in tables.values() for word in table]
-        counts = np.concatenate([np.fromiter(table.values(), np.int64, len(table)) * times for times, table in tables.items()])
+        counts = np.concatenate([np.fromiter(table.values(), np.int64, len(table)) * times
+                                 for times, table in tables.items()])
         for table in tables.values():
             table.clear()
         parts = np.fromiter(map(zlib.crc32, words), np.uint32, len(words)) % NUM_PARTS
         order = np.argsort(parts, kind="stable")
-        batch = pa.record_batch([pa.array(words, pa.binary()), pa.array(counts)], schema=self._schema).take(pa.array(order))
+        batch = pa.record_batch([pa.array(words, pa.binary()), pa.array(counts)],
+                                schema=self._schema).take(pa.array(order))
         ends = np.searchsorted(parts[order], np.arange(NUM_PARTS + 1))
         for start, stop in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True):
             self._writer.write_batch(batch.slice(start, stop - start))

@@ -1,7 +1,7 @@
 """From the runs of all units to one table of distinct words, within a bound on memory.
 
-All distinct words are never in memory together: their sums lie on the disk in parts, which are read one at a time, first for
-how much text there is of each count, then for the words that are kept.
+All distinct words are never in memory together: their sums lie on the disk in parts, which are read one at a
+time, first for how much text there is of each count, then for the words that are kept.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def gather_words(files: list[Path], work: Path, max_bytes: int | None) -> WordTa
     Args:
         files: as `tokenizer.bpe.pretoken_counts` writes them.
         work: folder for the sums.
-        max_bytes: the most bytes that the words kept may have together; above it the rarest are left out, all words of one
-            count together, so that what is kept depends on the text alone.  None: all are kept.
+        max_bytes: the most bytes that the words kept may have together; above it the rarest are left out, all
+            words of one count together, so that what is kept depends on the text alone.  None: all are kept.
 
     Raises:
         UserError: the disk refuses.
@@ -75,7 +75,8 @@ def gather_words(files: list[Path], work: Path, max_bytes: int | None) -> WordTa
         raw = np.frombuffer(words.buffers()[2], np.uint8)[: int(lengths.sum())]
     text_bytes, dropped = levels.counts * levels.bytes_, levels.counts < min_count
     dropped_share = int(text_bytes[dropped].sum()) / max(int(text_bytes.sum()), 1)
-    return WordTable(raw, lengths[order], counts[order], min_count, int(levels.words[dropped].sum()), dropped_share)
+    return WordTable(raw, lengths[order], counts[order], min_count, int(levels.words[dropped].sum()),
+                     dropped_share)
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,8 @@ def _by_count(rows: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _cut_off(levels: _Levels, max_bytes: int) -> int:
-    """Return the smallest count at which the words that occur as often, or more often, fit with an end mark each."""
+    """Return the smallest count at which the words that occur as often, or more often,
+    fit with an end mark each."""
     sizes = np.cumsum((levels.bytes_ + levels.words)[::-1])
     fitting = int(np.searchsorted(sizes, max_bytes, side="right"))
     return 1 if fitting == len(sizes) else int(levels.counts[::-1][fitting]) + 1

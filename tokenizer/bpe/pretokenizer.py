@@ -1,9 +1,10 @@
-"""Splitting text into the units within which bytes merge: as `tokenizers` does, several times as fast where that is proven.
+"""Splitting text into the units within which bytes merge: as `tokenizers` does,
+several times as fast where that is proven.
 
-A finished tokenizer splits by Oniguruma.  Python's `regex` does the same faster, but knows a newer Unicode: text with a
-character that the two put into different classes is left to Oniguruma, and so is all text of a pattern on which the two are
-seen to differ.  ASCII text is split by Python's own `re`, twice as fast again, where the pattern can be written for it.
-The result therefore never depends on which of them did the work.
+A finished tokenizer splits by Oniguruma.  Python's `regex` does the same faster, but knows a newer Unicode:
+text with a character that the two put into different classes is left to Oniguruma, and so is all text of a
+pattern on which the two are seen to differ.  ASCII text is split by Python's own `re`, twice as fast again,
+where the pattern can be written for it.  The result therefore never depends on which of them did the work.
 """
 
 from __future__ import annotations
@@ -26,15 +27,17 @@ BEYOND_TABLE = re.compile("[\U00010000-\U0010ffff]")
 _CLASSES = re.compile(r"\\[pP]\{\^?\w+\}|\\[wdshWDSH]")
 _PARTS = re.compile(r"\\[pP]\{[^}]*\}|\\.|.", re.DOTALL)
 _ASCII = {r"\p{L}": "A-Za-z", r"\p{N}": "0-9", r"\p{M}": "", r"\s": r"\t-\r "}
-"""What classes come to in ASCII, inside brackets; `re` itself would take four control characters for white space."""
+"""What classes come to in ASCII, inside brackets; `re` itself would take four control
+characters for white space."""
 _NEGATED = {r"\P{L}": r"\p{L}", r"\P{N}": r"\p{N}", r"\S": r"\s"}
 _CONTROL = (r"\r", r"\n", r"\t", r"\f", r"\v")
-_PROBES = ("", " ", "  ", "\n", "a", "A1 b", "'s 'S 'ſ x", "한국어 1", "e\u0301 \u0e01\u0e33\u0e25 \u3000x", "!? \r\n\t z",
-           "\u00a0a \u00a0")
+_PROBES = ("", " ", "  ", "\n", "a", "A1 b", "'s 'S 'ſ x", "한국어 1", "e\u0301 \u0e01\u0e33\u0e25 \u3000x",
+           "!? \r\n\t z", "\u00a0a \u00a0")
 
 
 def untrained(preset: Preset, pattern: str | None = None) -> Tokenizer:
-    """Return a tokenizer with the preset's rules and no vocabulary; `pattern`: another split than the final one.
+    """Return a tokenizer with the preset's rules and no vocabulary; `pattern`:
+    another split than the final one.
 
     Raises:
         UserError: the split pattern is not a regular expression, or matches empty text.
@@ -81,8 +84,9 @@ def check_coverage(pattern: str, name: str) -> None:
     text = "".join(map(chr, _code_points()))
     for probe in (text, " " + text[::-1]):
         if left := normalizers.Replace(Regex(pattern), "").normalize_str(probe):
-            raise UserError(f"preset {name}: split pattern {pattern!r} passes over some text, such as U+{ord(left[0]):04X}; "
-                            "let it match every character, e.g. by |[\\s\\S] at its end")
+            raise UserError(f"preset {name}: split pattern {pattern!r} passes over some text, "
+                            f"such as U+{ord(left[0]):04X}; let it match every character, e.g. "
+                            "by |[\\s\\S] at its end")
 
 
 def _matches_empty(pattern: str) -> str:
@@ -116,7 +120,8 @@ class Splitter:
             if compiled.groups:  # findall would give the groups
                 return
             disputed = disputed_characters(pattern)
-            # one table for the 65,536 characters of two bytes is fast; in a mixed class `re` would go through all ranges
+            # one table for the 65,536 characters of two bytes is fast; in a mixed class `re` would go
+            # through all ranges
             in_table = sorted(re.escape(c) for c in disputed if c < LAST_IN_TABLE)
             self._disputed = re.compile(f"[{''.join(in_table)}{LAST_IN_TABLE}]")
             self._disputed_beyond = frozenset(c for c in disputed if c > LAST_IN_TABLE)
@@ -127,7 +132,8 @@ class Splitter:
 
     def normalize(self, text: str) -> str:
         """Return text in the form in which it is split."""
-        return text if self._normalizer is None or text.isascii() else str(self._normalizer.normalize_str(text))
+        return (text if self._normalizer is None or text.isascii()
+                else str(self._normalizer.normalize_str(text)))
 
     def split(self, text: str) -> list[str]:
         """Return the pieces of normalised text; joined they are the text."""
@@ -137,7 +143,8 @@ class Splitter:
             return self._split_slowly(text)
         else:
             pieces = self._findall(text)
-        return pieces if len("".join(pieces)) == len(text) else self._split_slowly(text)  # text between matches counts too
+        # text between matches counts too
+        return pieces if len("".join(pieces)) == len(text) else self._split_slowly(text)
 
     def _is_disputed(self, text: str) -> bool:
         return bool(self._disputed.search(text)) or (
@@ -199,7 +206,8 @@ def disputed_characters(pattern: str) -> frozenset[str]:
 
 
 def _code_points() -> Iterator[int]:
-    """Yield all code points except the inside of large blocks that are of one kind, and of planes without characters."""
+    """Yield all code points except the inside of large blocks that are of one kind,
+    and of planes without characters."""
     for code in range(0x40000):
         uniform = 0xAC10 <= code < 0xD790 or 0xE010 <= code < 0xF8F0 or 0x20010 <= code < 0x2A000
         if not 0xD800 <= code < 0xE000 and not uniform:

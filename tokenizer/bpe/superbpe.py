@@ -1,9 +1,9 @@
 """Byte-level BPE and SuperBPE (arXiv 2503.13423) from tables of words.
 
-Stage 1 merges bytes within words.  Stage 2 goes on where words are no longer split: the text is split by the finished
-tokenizer's pattern, each of its units is encoded with the merges of stage 1, and merging continues over those tokens.
-Both stages encode by the finished pattern, so that applying all merges in their order, in one step, gives the same tokens
-as stage 1 followed by stage 2.
+Stage 1 merges bytes within words.  Stage 2 goes on where words are no longer split: the text is split by the
+finished tokenizer's pattern, each of its units is encoded with the merges of stage 1, and merging continues
+over those tokens.  Both stages encode by the finished pattern, so that applying all merges in their order, in
+one step, gives the same tokens as stage 1 followed by stage 2.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ ANYTHING = r"[\s\S]+"
 Progress = Callable[[int], object]
 
 
-def learn_words(table: WordTable, vocabulary: Vocabulary, num_tokens: int, preset: Preset, progress: Progress) -> None:
+def learn_words(table: WordTable, vocabulary: Vocabulary, num_tokens: int, preset: Preset,
+                progress: Progress) -> None:
     """Merge bytes within words until there are `num_tokens` tokens, or no pair occurs often enough."""
     words = Words(byte_ids()[table.raw], table.lengths_bytes, table.counts)
     joinable = vocabulary.before_superwords if preset.superword_pattern else vocabulary.within_words
@@ -47,8 +48,9 @@ def learn_superwords(table: WordTable, vocabulary: Vocabulary, num_tokens: int, 
         vocabulary: what stage 1 learned.
         num_tokens: tokens to reach; fewer where no pair occurs often enough.
         max_words: most words in one token.
-        only: every further token is a superword, as long as the text has any, so that there are as many as asked for; else
-            merging also goes on within words, as published, and how many superwords there will be depends on the text.
+        only: every further token is a superword, as long as the text has any, so that there are as many as
+            asked for; else merging also goes on within words, as published, and how many superwords there
+            will be depends on the text.
         progress: told of each merge.
     """
     for joinable in [vocabulary.into_superwords] * only + [vocabulary.across_words]:
@@ -74,11 +76,13 @@ def _encoded(table: WordTable, vocabulary: Vocabulary) -> tuple[NDArray[np.int64
     return np.concatenate(lengths), np.concatenate(symbols)
 
 
-def _learn(words: Words, joinable: Joinable, vocabulary: Vocabulary, num_tokens: int, progress: Progress) -> None:
+def _learn(words: Words, joinable: Joinable, vocabulary: Vocabulary, num_tokens: int,
+           progress: Progress) -> None:
     if len(vocabulary.tokens) < num_tokens:
         for merge in MergeLearner(words, joinable, len(vocabulary.tokens), MIN_COUNT).learn():
             vocabulary.add(merge)
             progress(1)
             if len(vocabulary.tokens) == num_tokens:
                 break
-    assert len(set(vocabulary.tokens)) == len(vocabulary.tokens), "two merges gave the same bytes, which exact BPE never does"
+    assert len(set(vocabulary.tokens)) == len(vocabulary.tokens), (
+        "two merges gave the same bytes, which exact BPE never does")

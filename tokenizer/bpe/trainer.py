@@ -1,13 +1,15 @@
 """Learning merges: exact byte-pair encoding (arXiv 1508.07909) over counted words, by arrays.
 
-At each step the adjacent pair with the highest count is merged; of equal counts the pair with the smaller left id, then the
-smaller right id (the order of Hugging Face `tokenizers`, which therefore gives the same merges).  The count of a pair is the
-number of its adjacent places, so "aaa" has "aa" twice; merging goes from left to right.
+At each step the adjacent pair with the highest count is merged; of equal counts the pair with the smaller
+left id, then the smaller right id (the order of Hugging Face `tokenizers`, which therefore gives the same
+merges).  The count of a pair is the number of its adjacent places, so "aaa" has "aa" twice;
+merging goes from left to right.
 
-All words lie in one array of ids, with an end mark before and behind each.  A token of several places has its id at its
-first and at its last place and dead marks between, so both neighbours of a place are read without links.  The places of a
-pair are found once, when it comes into being; later steps only take places away, since a new place of a pair needs a new
-token.  So what was counted once is an upper bound, and a pair is counted again only when it reaches the top of the heap.
+All words lie in one array of ids, with an end mark before and behind each.  A token of several places has its
+id at its first and at its last place and dead marks between, so both neighbours of a place are read without
+links.  The places of a pair are found once, when it comes into being; later steps only take places away,
+since a new place of a pair needs a new token.  So what was counted once is an upper bound, and a pair is
+counted again only when it reaches the top of the heap.
 """
 
 from __future__ import annotations
@@ -95,12 +97,14 @@ class MergeLearner:
 
         Args:
             words: their ids are below `first_id`.
-            joinable: asked once for each pair that comes into being; it must know a token once its merge has been yielded.
+            joinable: asked once for each pair that comes into being; it must know a token once its
+                merge has been yielded.
             first_id: id of the first merge's token.
             min_count: a pair that occurs less often is not merged.
         """
         if len(words.symbols) + len(words.lengths) >= MAX_PLACES:
-            raise ValueError(f"{len(words.symbols)} symbols in {len(words.lengths)} words are too many for 32 bits")
+            raise ValueError(f"{len(words.symbols)} symbols in {len(words.lengths)} words are too "
+                             "many for 32 bits")
         self._joinable, self._next_id, self._min_count = joinable, first_id, min_count
         ends = np.r_[0, np.cumsum(words.lengths + 1)]
         self._symbols = np.full(int(ends[-1]) + 1, END, np.int32)
@@ -109,7 +113,8 @@ class MergeLearner:
         self._symbols[inside] = words.symbols
         del inside
         # words of equal count are neighbours, so the count at a place is found in a short list
-        changes = np.flatnonzero(np.r_[True, words.counts[1:] != words.counts[:-1]]) if len(words.counts) else np.zeros(0, int)
+        changes = (np.flatnonzero(np.r_[True, words.counts[1:] != words.counts[:-1]]) if len(words.counts)
+                   else np.zeros(0, int))
         self._level_starts, self._level_counts = ends[changes].astype(np.int32), words.counts[changes]
         self._spans = np.ones(first_id, np.int32)
         self._places = _Rows(1, np.int32, len(words.symbols))
@@ -120,7 +125,8 @@ class MergeLearner:
         self._find_first_pairs()
 
     def _find_first_pairs(self) -> None:
-        """Find the pairs of single symbols, some left symbols at a time, so that sorting takes little memory."""
+        """Find the pairs of single symbols, some left symbols at a time,
+        so that sorting takes little memory."""
         symbols = self._symbols
         places = np.flatnonzero((symbols[:-1] >= 0) & (symbols[1:] >= 0)).astype(np.int32)
         lefts = symbols[places]
@@ -148,25 +154,27 @@ class MergeLearner:
         while heap or self._fill_heap():
             negative, key, start, length = heapq.heappop(heap)
             left, right = key >> _ID_BITS, key & _ID_MASK
-            # Of the places that were found once, those are left at which both tokens still stand: other merges may have
-            # swallowed either of them since.
+            # Of the places that were found once, those are left at which both tokens still stand: other
+            # merges may have swallowed either of them since.
             places = all_places[start : start + length]
             alive = symbols.take(places) == left
             alive &= symbols.take(places + self._spans[left]) == right
             num_alive = int(np.count_nonzero(alive))
-            if num_alive == length:  # nothing changed, so the count on the heap is right, and the heap says it is the best
+            # nothing changed, so the count on the heap is right, and the heap says it is the best
+            if num_alive == length:
                 return Merge(left, right, -negative), places
             if not num_alive:
                 continue
-            # The count on the heap was an upper bound.  With the right one the pair may still be the best: it is, where neither
-            # the heap nor (`_limit`) any of the waiting pairs has a bound above it.
+            # The count on the heap was an upper bound.  With the right one the pair may still be the best: it
+            # is, where neither the heap nor (`_limit`) any of the waiting pairs has a bound above it.
             places = places.compress(alive)
             count = int(self._weights(places).sum())
             if count < self._min_count:
                 continue
             if (-count, key) < min(self._limit, heap[0][:2] if heap else (0, 0)):
                 return Merge(left, right, count), places
-            # Else it goes back under its right count, with its places moved together, so that they are looked through once.
+            # Else it goes back under its right count, with its places moved together,
+            # so that they are looked through once.
             all_places[start : start + num_alive] = places
             if (-count, key) < self._limit:
                 heapq.heappush(heap, (-count, key, start, num_alive))
@@ -219,15 +227,19 @@ class MergeLearner:
         symbols[places] = token
         symbols[behind - 1] = token
         before, after = symbols.take(places - 1), symbols.take(behind)
-        has_before, has_after = (before >= 0) & (before != token), after >= 0  # token token: counted at its left one
+        # token token: counted at its left one
+        has_before, has_after = (before >= 0) & (before != token), after >= 0
         weights = self._weights(places)
         before = before.compress(has_before).astype(np.int64)
         after = after.compress(has_after).astype(np.int64)
         keys = np.concatenate(((before << _ID_BITS) | token, after | (token << _ID_BITS)))
-        starts = np.concatenate((places.compress(has_before) - self._spans.take(before), places.compress(has_after)))
-        self._add_pairs(keys, starts, np.concatenate((weights.compress(has_before), weights.compress(has_after))))
+        starts = np.concatenate((places.compress(has_before) - self._spans.take(before),
+                                 places.compress(has_after)))
+        self._add_pairs(keys, starts,
+                        np.concatenate((weights.compress(has_before), weights.compress(has_after))))
 
-    def _add_pairs(self, keys: NDArray[np.int64], places: NDArray[np.int32], weights: NDArray[np.int64]) -> None:
+    def _add_pairs(self, keys: NDArray[np.int64], places: NDArray[np.int32],
+                   weights: NDArray[np.int64]) -> None:
         """Add pairs by their places: left id << 32 | right id, place and count of the word, [places] each."""
         if not len(keys):
             return
@@ -253,7 +265,8 @@ class MergeLearner:
 
 
 def _every_other(places: NDArray[np.int32], span: int) -> NDArray[np.bool_]:
-    """Return which places of a doubled token to merge, from left to right: of "aaaa" the first and the third."""
+    """Return which places of a doubled token to merge, from left to right:
+    of "aaaa" the first and the third."""
     begins = np.concatenate(([True], places[1:] != places[:-1] + span))
     numbers = np.arange(len(places))
     return (numbers - np.maximum.accumulate(np.where(begins, numbers, 0))) % 2 == 0

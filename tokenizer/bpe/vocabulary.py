@@ -1,7 +1,7 @@
 """What is learned: tokens as bytes, merges in their order, and which tokens may still join.
 
-Ids here count from 0 without the special tokens: first the 256 bytes, in the order of their characters in the byte-level
-alphabet (as `tokenizers` numbers them), then one id for each merge.
+Ids here count from 0 without the special tokens: first the 256 bytes, in the order of their characters in the
+byte-level alphabet (as `tokenizers` numbers them), then one id for each merge.
 """
 
 from __future__ import annotations
@@ -49,11 +49,14 @@ class Vocabulary:
 
     def __init__(self, max_tokens: int, max_token_bytes: int) -> None:
         """`max_tokens`: bytes and merges, at most."""
-        self.tokens: list[bytes] = [b for _, b in sorted((int(i), bytes([b])) for b, i in enumerate(byte_ids()))]
+        self.tokens: list[bytes] = [
+            b for _, b in sorted((int(i), bytes([b])) for b, i in enumerate(byte_ids()))]
         self.merges: list[tuple[int, int]] = []
         self.max_token_bytes = max_token_bytes
-        self._sizes_bytes, self._spaces, self._inner_spaces = (np.zeros(max_tokens, np.int64) for _ in range(3))
-        self._ends_in_word, self._begins_next_word, self._superword = (np.zeros(max_tokens, np.bool_) for _ in range(3))
+        self._sizes_bytes, self._spaces, self._inner_spaces = (np.zeros(max_tokens, np.int64)
+                                                               for _ in range(3))
+        self._ends_in_word, self._begins_next_word, self._superword = (np.zeros(max_tokens, np.bool_)
+                                                                       for _ in range(3))
         for id_, token in enumerate(self.tokens):
             self._note(id_, token)
 
@@ -79,19 +82,24 @@ class Vocabulary:
     def before_superwords(self, left: NDArray[np.int64], right: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Return which pairs may join before words do.
 
-        A letter, or the last byte of a wide space, and then a space: learned in a run of spaces, such a merge would join
-        two words of the finished tokenizer by their bytes before either word is whole, so it is never learned.
+        A letter, or the last byte of a wide space, and then a space: learned in a run of spaces, such a merge
+        would join two words of the finished tokenizer by their bytes before either word is whole,
+        so it is never learned.
         """
         return self.within_words(left, right) & ~(self._ends_in_word[left] & self._begins_next_word[right])
 
-    def across_words(self, max_words: int, left: NDArray[np.int64], right: NDArray[np.int64]) -> NDArray[np.bool_]:
+    def across_words(self, max_words: int, left: NDArray[np.int64],
+                     right: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Return which pairs may join to superwords: not too long, and of at most `max_words` words."""
         return self.within_words(left, right) & (self._inner_spaces[left] + self._spaces[right] < max_words)
 
-    def into_superwords(self, max_words: int, left: NDArray[np.int64], right: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Return which pairs may join where every token is to be a superword; within a word none may any more."""
+    def into_superwords(self, max_words: int, left: NDArray[np.int64],
+                        right: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Return which pairs may join where every token is to be a superword;
+        within a word none may any more."""
         joins = self._ends_in_word[left] & self._begins_next_word[right] & (self._sizes_bytes[right] > 1)
-        return self.across_words(max_words, left, right) & (joins | self._superword[left] | self._superword[right])
+        return self.across_words(max_words, left, right) & (
+            joins | self._superword[left] | self._superword[right])
 
     def num_superwords(self) -> int:
         """Return how many tokens hold a space between letters."""

@@ -17,8 +17,9 @@ from tokenizer.report.command import TOKENIZER_HELP, add_text_arguments, prepare
 from tokenizer.report.texts import NamedText, read_texts
 
 HELP = "compare tokenizers on the same text"
-DESCRIPTION = """Compare tokenizers on the same held-out text: bytes per token, tokens per word, cost in context and in FLOPs,
-shared vocabulary, what they cut differently, and speed. Figures that are ratios are against the first tokenizer."""
+DESCRIPTION = """Compare tokenizers on the same held-out text: bytes per token, tokens per word, cost in
+context and in FLOPs, shared vocabulary, what they cut differently, and speed. Figures that are ratios are
+against the first tokenizer."""
 DEFAULT_HIDDEN_SIZE, DEFAULT_BODY_PARAMS = 4096, 8e9
 
 
@@ -41,20 +42,23 @@ def run(args: argparse.Namespace) -> int:
     """Run `sov-tokenizer compare`; returns 0.
 
     Raises:
-        UserError: fewer than two tokenizers, no text, one that cannot be read, or an output that cannot be written.
+        UserError: fewer than two tokenizers, no text, one that cannot be read,
+            or an output that cannot be written.
     """
     from tokenizer.compare.page import overlap_table, render, text_table
 
     if len(args.tokenizers) < 2:
         raise UserError(f"{args.tokenizers[0]}: is the only tokenizer; name another one to compare it with")
     if not args.text:
-        raise UserError("--text is missing; name held-out text to compare on, e.g. --text korean=heldout/ko.jsonl")
+        raise UserError("--text is missing; name held-out text to compare on, e.g. "
+                        "--text korean=heldout/ko.jsonl")
     for option, value in (("--hidden-size", args.hidden_size), ("--body-params", args.body_params)):
         if not 0 < value < float("inf"):
             raise UserError(f"{option} {value:g}: must be above 0, e.g. that of the model you will train")
     prepare_output(args.output, "--output")
     prepare_output(args.json, "--json")
-    found = compare(args.tokenizers, read_texts(args.text, args.max_text_mb), args.hidden_size, args.body_params)
+    found = compare(args.tokenizers, read_texts(args.text, args.max_text_mb), args.hidden_size,
+                    args.body_params)
     for title, table in (("bytes per token", text_table(found, "bytes_per_token", "{:.3f}")),
                          ("tokens per word", text_table(found, "tokens_per_word", "{:.3f}")),
                          ("tokens against the first", text_table(found, "relative_tokens", "{:.3f}")),
@@ -71,7 +75,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def compare(paths: list[Path], texts: list[NamedText], hidden_size: int, body_params: float) -> dict[str, Any]:
+def compare(paths: list[Path], texts: list[NamedText], hidden_size: int,
+            body_params: float) -> dict[str, Any]:
     """Return everything that is known about some tokenizers beside each other, as plain values."""
     from tokenizer.compare.cuts import different_lines, different_words
     from tokenizer.compare.measuring import ModelSize, costs, names_of, overlap, speeds
@@ -100,9 +105,11 @@ def compare(paths: list[Path], texts: list[NamedText], hidden_size: int, body_pa
         head = tokenizer.vocab_size * hidden_size
         tokenizers[name] = {
             "path": str(tokenizer.path), "library": tokenizer.library, "vocab_size": tokenizer.vocab_size,
-            "embedding_params": size.embedding_params(tokenizer.vocab_size), "head_share_of_flops": head / (body_params + head),
-            "mb_per_cpu_s": speed, "texts": costs(tokenizer, m, opened[0], measured[0], size)}
-    return {"hidden_size": hidden_size, "body_params": body_params, "texts": [t.name for t in texts], "tokenizers": tokenizers,
+            "embedding_params": size.embedding_params(tokenizer.vocab_size),
+            "head_share_of_flops": head / (body_params + head), "mb_per_cpu_s": speed,
+            "texts": costs(tokenizer, m, opened[0], measured[0], size)}
+    return {"hidden_size": hidden_size, "body_params": body_params, "texts": [t.name for t in texts],
+            "tokenizers": tokenizers,
             "overlap": {a: {b: overlap(x, y) for b, y in named.items()} for a, x in named.items()},
             "cut_differently": cut}
 
@@ -110,6 +117,7 @@ def compare(paths: list[Path], texts: list[NamedText], hidden_size: int, body_pa
 def _plain(table: Table) -> str:
     """Return a table for a terminal."""
     widths = [max(len(row[i]) for row in (table.head, *table.rows)) for i in range(len(table.head))]
-    rows = [[cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
-            for row in (table.head, *table.rows)]
+    rows = [
+        [cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))]
+        for row in (table.head, *table.rows)]
     return "\n".join("  " + "  ".join(row) for row in rows)

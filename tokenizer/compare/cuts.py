@@ -21,8 +21,8 @@ def different_words(tokenizers: list[Opened], text: NamedText) -> list[dict[str,
         return []
     counts = Counter(word for chunk in text.part(SAMPLE_BYTES) for word in chunk.split())
     frequent = [word for word, _ in counts.most_common(MOST_FREQUENT)]
-    return [{"text": word, "count": counts[word], "cuts": cuts} for word, cuts, _ in
-            _different(tokenizers, [f" {word}" for word in frequent], lambda text: counts[text[1:]])[:NUM_WORDS]]
+    return [{"text": word, "count": counts[word], "cuts": cuts} for word, cuts, _ in _different(
+        tokenizers, [f" {word}" for word in frequent], lambda text: counts[text[1:]])[:NUM_WORDS]]
 
 
 def different_lines(tokenizers: list[Opened], text: NamedText) -> list[dict[str, Any]]:
@@ -33,12 +33,15 @@ def different_lines(tokenizers: list[Opened], text: NamedText) -> list[dict[str,
             _different(tokenizers, fitting, None)[:NUM_LINES]]
 
 
-def _different(tokenizers: list[Opened], samples: list[str], count: Any) -> list[tuple[str, list[str], list[int]]]:
-    """Return (sample, cut by each, tokens of each) of those that are not cut alike, the largest differences first."""
+def _different(tokenizers: list[Opened], samples: list[str],
+               count: Any) -> list[tuple[str, list[str], list[int]]]:
+    """Return (sample, cut by each, tokens of each) of those that are not cut alike,
+    the largest differences first."""
     encoded = [t.encode_many(samples) for t in tokenizers]
     found = []
     for i, sample in enumerate(samples):
-        pieces = [tuple(t.tokens.get(id_, b"") for id_ in ids[i]) for t, ids in zip(tokenizers, encoded, strict=True)]
+        pieces = [tuple(t.tokens.get(id_, b"") for id_ in ids[i])
+                  for t, ids in zip(tokenizers, encoded, strict=True)]
         if len(set(pieces)) > 1:
             sizes = [len(p) for p in pieces]
             weight = count(sample) * (max(sizes) - min(sizes)) if count else max(sizes) / max(1, min(sizes))

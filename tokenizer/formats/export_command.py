@@ -11,8 +11,8 @@ from megatron_sov.artifacts import refuse_nowhere, to_json, write_output
 from megatron_sov.errors import UserError
 
 HELP = "write a tokenizer for tiktoken or sentencepiece"
-DESCRIPTION = """Write a tokenizer for tiktoken (a file of ranks; pattern and special tokens in FILE.json beside it) or for
-sentencepiece (a .model file; byte-level BPE has no such form).
+DESCRIPTION = """Write a tokenizer for tiktoken (a file of ranks; pattern and special tokens in FILE.json
+beside it) or for sentencepiece (a .model file; byte-level BPE has no such form).
 
 Ids are compared before anything is written, on built-in texts of all scripts and on yours."""
 FORMATS = ("tiktoken", "sentencepiece")
@@ -25,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=Path, metavar="DIR",
                         help="a tokenizer's folder, ours or Hugging Face's, or its tokenizer.json")
     parser.add_argument("--format", required=True, choices=FORMATS, help="whose form")
-    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="the file of ranks, or the .model file")
+    parser.add_argument("--output", required=True, type=Path, metavar="FILE",
+                        help="the file of ranks, or the .model file")
     parser.add_argument("--text", action="append", default=[], type=Path, metavar="PATH",
                         help="text on which ids are compared, beside the built-in ones")
     parser.add_argument("--overwrite", action="store_true", help="replace files that are already there")
@@ -37,7 +38,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def export_tokenizer(path: Path, form: str, output: Path, *, texts: list[Path] | None = None, overwrite: bool = False) -> None:
+def export_tokenizer(path: Path, form: str, output: Path, *, texts: list[Path] | None = None,
+                     overwrite: bool = False) -> None:
     """Write a tokenizer in another form.
 
     Args:
@@ -65,7 +67,8 @@ def export_tokenizer(path: Path, form: str, output: Path, *, texts: list[Path] |
     contents, encode = (_tiktoken if form == "tiktoken" else _sentencepiece)(source, output.stem)
     samples = [*built_in(source.raw), *users(texts or [])]
     if difference := first_difference(samples, encode, source.encode):
-        raise UserError(f"{file}: cannot be exported, since {form} would not give the same ids for {difference}")
+        raise UserError(f"{file}: cannot be exported, since {form} would not give the same ids "
+                        f"for {difference}")
     for target, content in zip(targets, contents, strict=True):
         write_output(target, content)
         print(f"wrote {target}")
@@ -87,10 +90,12 @@ def _tiktoken(source: Any, name: str) -> Made:
     found = encoding(ranks, rules)
     for token, id_ in ranks.items():
         if found.decode_single_token_bytes(id_) != token or found.encode_single_token(token) != id_:
-            raise UserError(f"{source.file}: cannot be exported, since tiktoken would not keep token {token!r} with id {id_}")
+            raise UserError(f"{source.file}: cannot be exported, since tiktoken would not keep token "
+                            f"{token!r} with id {id_}")
     for special, id_ in rules.special_tokens.items():
         if found.encode(special, allowed_special="all") != [id_]:
-            raise UserError(f"{source.file}: cannot be exported, since tiktoken would not find special token {special!r} in text")
+            raise UserError(f"{source.file}: cannot be exported, since tiktoken would not find special token "
+                            f"{special!r} in text")
     if rules.normalization:
         print(f"tiktoken takes text as it is: apply {rules.normalization} to it beforehand")
     return [ranks_text(ranks), to_json(rules).encode()], encoder(ranks, rules)

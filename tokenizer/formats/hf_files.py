@@ -18,23 +18,25 @@ CONFIG_JSON = "tokenizer_config.json"
 
 def special_token(id_: int, token: str) -> dict[str, Any]:
     """Return a special token as tokenizer.json lists it: found in text as it stands."""
-    return {"id": id_, "content": token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-            "special": True}
+    return {"id": id_, "content": token, "single_word": False, "lstrip": False, "rstrip": False,
+            "normalized": False, "special": True}
 
 
 def finished(preset: Preset, vocabulary: Vocabulary) -> Tokenizer:
     """Return the tokenizer: special tokens, bytes, merges, in this order of ids.
 
     Raises:
-        UserError: a merge spells a special token (ordinary text would then become its id), or a special token is one byte.
+        UserError: a merge spells a special token (ordinary text would then become its id),
+            or a special token is one byte.
     """
     from tokenizers import AddedToken, models
 
     special = preset.special_by_id()
     tokens = [spelled(token) for token in vocabulary.tokens]
     if taken := sorted(set(tokens) & set(special)):
-        raise UserError(f"preset {preset.name}: text can become the special token {taken[0]!r}, since its bytes are an ordinary "
-                        "token as well; choose a split_pattern that separates its punctuation from its letters, or another name")
+        raise UserError(f"preset {preset.name}: text can become the special token {taken[0]!r}, "
+                        "since its bytes are an ordinary token as well; choose a split_pattern that "
+                        "separates its punctuation from its letters, or another name")
     vocab = {token: id_ for id_, token in enumerate([*special, *tokens])}
     merges = [(tokens[left], tokens[right]) for left, right in vocabulary.merges]
     tokenizer = untrained(preset)
@@ -49,7 +51,8 @@ def tokenizer_config(preset: Preset) -> dict[str, Any]:
 
 
 def config_json(bos: str | None, eos: str, pad: str, chat_template: str | None) -> dict[str, Any]:
-    """Return the content of tokenizer_config.json: special tokens, chat template, nothing added or cleaned by itself."""
+    """Return the content of tokenizer_config.json: special tokens, chat template,
+    nothing added or cleaned by itself."""
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": bos,
@@ -58,6 +61,7 @@ def config_json(bos: str | None, eos: str, pad: str, chat_template: str | None) 
         "add_bos_token": False,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
-        "model_max_length": int(1e30),  # transformers' own number for "no limit"; the model's config holds the real one
+        # transformers' own number for "no limit"; the model's config holds the real one
+        "model_max_length": int(1e30),
         "chat_template": chat_template,
     }

@@ -1,4 +1,5 @@
-"""`sov-tokenizer import`: a tokenizer of Hugging Face, tiktoken or sentencepiece becomes one of ours, with the same ids."""
+"""`sov-tokenizer import`: a tokenizer of Hugging Face, tiktoken or sentencepiece becomes one of ours,
+with the same ids."""
 
 from __future__ import annotations
 
@@ -10,11 +11,12 @@ from megatron_sov.artifacts import ArtifactWriter, new_artifact, refuse_existing
 from megatron_sov.errors import UserError, nearest
 
 HELP = "take over a tokenizer of Hugging Face, tiktoken or sentencepiece"
-DESCRIPTION = """Take over a tokenizer of Hugging Face (a folder with tokenizer.json, or the file), tiktoken (a file of ranks,
-its pattern and special tokens in FILE.json beside it) or sentencepiece (a .model file, BPE or unigram).
+DESCRIPTION = """Take over a tokenizer of Hugging Face (a folder with tokenizer.json, or the file), tiktoken
+(a file of ranks, its pattern and special tokens in FILE.json beside it) or sentencepiece (a .model file, BPE
+or unigram).
 
-What is written gives the same ids as the library that the tokenizer was made for, on built-in texts of all scripts and on
-yours; if it does not, nothing is written."""
+What is written gives the same ids as the library that the tokenizer was made for, on built-in texts of all
+scripts and on yours; if it does not, nothing is written."""
 PRESET = "imported"
 """What the manifest says where it names the preset of a trained tokenizer."""
 
@@ -27,22 +29,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder for the tokenizer")
     parser.add_argument("--rules", type=Path, metavar="FILE.json",
                         help="for tiktoken: pat_str and special_tokens, if they do not stand in PATH.json")
-    for name, what in (("bos", "begin of a document"), ("eos", "end of a document"), ("pad", "padding (default: eos)")):
-        parser.add_argument(f"--{name}", metavar="TOKEN", help=f"special token for the {what}, if the source names none")
+    for name, what in (("bos", "begin of a document"), ("eos", "end of a document"),
+                       ("pad", "padding (default: eos)")):
+        parser.add_argument(f"--{name}", metavar="TOKEN",
+                            help=f"special token for the {what}, if the source names none")
     parser.add_argument("--text", action="append", default=[], type=Path, metavar="PATH",
-                        help="text on which ids are compared, beside the built-in ones; bytes per token are measured on it")
+                        help="text on which ids are compared, beside the built-in ones; "
+                             "bytes per token are measured on it")
     parser.add_argument("--overwrite", action="store_true", help="replace a tokenizer that is already there")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run `sov-tokenizer import`; returns 0."""
     named = {f"{name}_token": getattr(args, name) for name in ("bos", "eos", "pad")}
-    import_tokenizer(args.path, args.output, rules=args.rules, named=named, texts=args.text, overwrite=args.overwrite)
+    import_tokenizer(args.path, args.output, rules=args.rules, named=named, texts=args.text,
+                     overwrite=args.overwrite)
     return 0
 
 
-def import_tokenizer(path: Path, output: Path, *, rules: Path | None = None, named: dict[str, str | None] | None = None,
-                     texts: list[Path] | None = None, overwrite: bool = False) -> None:
+def import_tokenizer(path: Path, output: Path, *, rules: Path | None = None,
+                     named: dict[str, str | None] | None = None, texts: list[Path] | None = None,
+                     overwrite: bool = False) -> None:
     """Write a foreign tokenizer as an artifact of kind "tokenizer".
 
     Args:
@@ -54,7 +61,8 @@ def import_tokenizer(path: Path, output: Path, *, rules: Path | None = None, nam
         overwrite: replace a tokenizer that is already there.
 
     Raises:
-        UserError: it cannot be read or represented, names no end of a document, or `output` may not be replaced.
+        UserError: it cannot be read or represented, names no end of a document,
+            or `output` may not be replaced.
     """
     from tokenizer.formats.hf_files import CONFIG_JSON, TOKENIZER_JSON, config_json
     from tokenizer.formats.reader import open_foreign, opened
@@ -63,8 +71,10 @@ def import_tokenizer(path: Path, output: Path, *, rules: Path | None = None, nam
     source = open_foreign(path, rules)
     special = _special_tokens(source, {k: v for k, v in (named or {}).items() if v is not None})
     with new_artifact(output, "tokenizer", overwrite=overwrite) as artifact:
-        (artifact.path / TOKENIZER_JSON).write_text(opened(source.raw, source.file).to_str(), encoding="utf-8")
-        config = config_json(special["bos_token"], special["eos_token"], special["pad_token"], source.chat_template)
+        (artifact.path / TOKENIZER_JSON).write_text(opened(source.raw, source.file).to_str(),
+                                                    encoding="utf-8")
+        config = config_json(special["bos_token"], special["eos_token"], special["pad_token"],
+                             source.chat_template)
         (artifact.path / CONFIG_JSON).write_text(to_json(config), encoding="utf-8")
         checked, ratios = _check(artifact.path, source, texts or [])
         _describe(artifact, source, special, checked, ratios)
@@ -90,13 +100,14 @@ def _special_tokens(source: Any, named: dict[str, str]) -> dict[str, Any]:
                             f"pass another one by --{name.removesuffix('_token')}")
     if not special.get("eos_token"):
         known = [t["content"] for t in source.raw["added_tokens"]][:8]
-        raise UserError(f"{source.file}: does not say which token ends a document; pass it by --eos (special tokens: "
-                        f"{', '.join(known) or 'none'})")
+        raise UserError(f"{source.file}: does not say which token ends a document; "
+                        f"pass it by --eos (special tokens: {', '.join(known) or 'none'})")
     return {"bos_token": None, **special, "pad_token": special.get("pad_token") or special["eos_token"]}
 
 
 def _check(folder: Path, source: Any, paths: list[Path]) -> tuple[str, dict[str, float]]:
-    """Compare the written files with the source's library; returns a sentence and bytes per token of each of the user's texts.
+    """Compare the written files with the source's library; returns a sentence and bytes per token of each
+    of the user's texts.
 
     Raises:
         UserError: ids or text differ.
@@ -111,25 +122,28 @@ def _check(folder: Path, source: Any, paths: list[Path]) -> tuple[str, dict[str,
     loaded = AutoTokenizer.from_pretrained(folder)
     own = {str(path): list(users([path])) for path in paths}
     texts = [*built_in(source.raw), *(text for group in own.values() for text in group)]
-    encoders = {"tokenizers": plain_ids(ours), "transformers": lambda text: loaded(text, add_special_tokens=False,
-                                                                                    split_special_tokens=True)["input_ids"]}
-    short = [text for text in texts if len(text) <= CHUNK_BYTES]  # transformers encodes by tokenizers, and slowly
+    encoders = {"tokenizers": plain_ids(ours), "transformers": lambda text: loaded(
+        text, add_special_tokens=False, split_special_tokens=True)["input_ids"]}
+    # transformers encodes by tokenizers, and slowly
+    short = [text for text in texts if len(text) <= CHUNK_BYTES]
     for library, encode in encoders.items():
         if difference := first_difference(texts if library == "tokenizers" else short, encode, source.encode):
-            raise UserError(f"{source.file}: cannot be represented, since {library} would not give the ids of {source.library} "
-                            f"for {difference}")
+            raise UserError(f"{source.file}: cannot be represented, since {library} would not give the ids "
+                            f"of {source.library} for {difference}")
     unknown = _unknown_id(source.raw)
     for text in texts:
         ids = source.encode(text)
-        if unknown not in ids and (found := ours.decode(ids, skip_special_tokens=False)) != (expected := source.decode(ids)):
-            raise UserError(f"{source.file}: cannot be represented, since ids of {text[:60]!r} would become {found[:60]!r}, not "
-                            f"{expected[:60]!r}")
+        if (unknown not in ids and (found := ours.decode(ids, skip_special_tokens=False))
+                != (expected := source.decode(ids))):
+            raise UserError(f"{source.file}: cannot be represented, since ids of {text[:60]!r} would become "
+                            f"{found[:60]!r}, not {expected[:60]!r}")
     sentence = (f"the same ids as {source.library}, by tokenizers and by transformers, on "
                 f"{sum(len(t.encode()) for t in texts) / 1e6:.2f} MB of text")
     if first_difference([DISORDERED_MARKS], encoders["tokenizers"], source.encode):
         sentence += ", but not for combining marks in an order other than Unicode's"
-    return sentence, {name: sum(len(t.encode()) for t in group) / max(1, sum(len(source.encode(t)) for t in group))
-                      for name, group in own.items()}
+    return (sentence,
+            {name: sum(len(t.encode()) for t in group) / max(1, sum(len(source.encode(t)) for t in group))
+             for name, group in own.items()})
 
 
 def _unknown_id(raw: dict[str, Any]) -> int | None:
@@ -137,10 +151,12 @@ def _unknown_id(raw: dict[str, Any]) -> int | None:
     from tokenizer.formats.reader import ids_of
 
     model = raw["model"]
-    return model["unk_id"] if model.get("unk_id") is not None else ids_of(raw).get(model.get("unk_token") or "")
+    return (model["unk_id"] if model.get("unk_id") is not None
+            else ids_of(raw).get(model.get("unk_token") or ""))
 
 
-def _describe(artifact: ArtifactWriter, source: Any, special: dict[str, Any], checked: str, ratios: dict[str, float]) -> None:
+def _describe(artifact: ArtifactWriter, source: Any, special: dict[str, Any], checked: str,
+              ratios: dict[str, float]) -> None:
     """State the same facts as of a trained tokenizer, and where it comes from."""
     from tokenizer.formats.hf_files import TOKENIZER_JSON
     from tokenizer.formats.reader import ids_of
@@ -154,4 +170,5 @@ def _describe(artifact: ArtifactWriter, source: Any, special: dict[str, Any], ch
         "bytes_per_token": ratios,
         "checked": checked,
     }
-    artifact.settings = {"source": str(source.file), "source_sha256": sha256_file(source.file), "library": source.library}
+    artifact.settings = {"source": str(source.file), "source_sha256": sha256_file(source.file),
+                         "library": source.library}

@@ -1,7 +1,7 @@
 """Any tokenizer given as a path, opened by the library that it was made for, behind one small interface.
 
-A path is what `reader.open_foreign` reads, but nothing is converted: what is reported is what the library itself does.  Files
-are data: nothing of them is run or unpickled, and nothing is fetched.
+A path is what `reader.open_foreign` reads, but nothing is converted: what is reported is what the library
+itself does.  Files are data: nothing of them is run or unpickled, and nothing is fetched.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ _BYTES = {byte_piece(b): bytes([b]) for b in range(256)}
 
 
 class Opened(ABC):
-    """A tokenizer that encodes ordinary text: special tokens spelled out in it stay text wherever its library can do that."""
+    """A tokenizer that encodes ordinary text: special tokens spelled out in it stay text wherever its
+    library can do that."""
 
     library: str
     """tokenizers, tiktoken or sentencepiece."""
@@ -63,10 +64,11 @@ class Opened(ABC):
         return text
 
     def merged_alone(self, id_: int) -> list[int] | None:
-        """Return what a token's own bytes become by merges alone, unsplit; None where the library does not tell.
+        """Return what a token's own bytes become by merges alone, unsplit;
+        None where the library does not tell.
 
-        In byte-pair encoding a token that its own bytes do not become is never given for any text: merges inside it come in
-        the same order whatever stands around it.
+        In byte-pair encoding a token that its own bytes do not become is never given for any text: merges
+        inside it come in the same order whatever stands around it.
         """
         return None
 
@@ -92,8 +94,10 @@ class HuggingFace(Opened):
         spelled = self._tokenizer.get_vocab(with_added_tokens=False)
         if (unknown := self._raw["model"].get("unk_token")) in spelled:
             self.special[spelled[unknown]] = unknown
-        self._spelled = {id_: token for token, id_ in spelled.items() if id_ not in found and id_ not in self.special}
-        self._prepends = "Prepend" in _kinds(self._raw.get("normalizer"))  # a space, which the decoder takes away again
+        self._spelled = {id_: token
+                         for token, id_ in spelled.items() if id_ not in found and id_ not in self.special}
+        # a space, which the decoder takes away again
+        self._prepends = "Prepend" in _kinds(self._raw.get("normalizer"))
         kinds = _kinds(self._raw.get("decoder"))
         self.tokens = {id_: self._bytes(id_, token, kinds) for id_, token in self._spelled.items()}
 
@@ -143,7 +147,8 @@ class Tiktoken(Opened):
     def __init__(self, path: Path, file: Path) -> None:
         """Raises: UserError: the ranks are damaged, or there are no rules for them."""
         super().__init__(path, file)
-        ranks, rules = tiktoken_format.read_ranks(file), tiktoken_format.read_rules(tiktoken_format.rules_path(file))
+        ranks, rules = (tiktoken_format.read_ranks(file),
+                        tiktoken_format.read_rules(tiktoken_format.rules_path(file)))
         self._encoding = tiktoken_format.encoding(ranks, rules)
         self._form: Any = rules.normalization
         self.special = {id_: token for token, id_ in rules.special_tokens.items()}
@@ -177,9 +182,11 @@ class SentencePiece(Opened):
         try:
             self._model = sentencepiece_format.processor(file.read_bytes())
         except (RuntimeError, OSError):
-            raise UserError(f"{file}: is none of the forms that are read (or a damaged one); pass {reader.FORMS}") from None
+            raise UserError(f"{file}: is none of the forms that are read (or a damaged one); "
+                            f"pass {reader.FORMS}") from None
         ids = range(self._model.get_piece_size())
-        self.special = {i: self._model.id_to_piece(i) for i in ids if self._model.is_control(i) or self._model.is_unknown(i)}
+        self.special = {i: self._model.id_to_piece(i)
+                        for i in ids if self._model.is_control(i) or self._model.is_unknown(i)}
         self.added = {}
         self.tokens = {i: _piece_bytes(self._model.id_to_piece(i)) for i in ids if i not in self.special}
         self._adds_space = self._model.normalize("a").startswith(SPACE)

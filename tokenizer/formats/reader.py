@@ -1,4 +1,5 @@
-"""Tokenizers of others, read as data: a Hugging Face folder or tokenizer.json, tiktoken's ranks, a sentencepiece model.
+"""Tokenizers of others, read as data: a Hugging Face folder or tokenizer.json, tiktoken's ranks, a
+sentencepiece model.
 
 Each comes as the tokenizer.json that says the same, beside the library that it was made for, to compare with.
 """
@@ -67,8 +68,8 @@ def find_file(path: Path) -> Path:
         return path / TOKENIZER_JSON
     found = sorted([*path.glob("*.tiktoken"), *path.glob("*.model")])
     if len(found) != 1:
-        raise UserError(f"{path}: holds {len(found)} tokenizers ({', '.join(f.name for f in found) or 'no tokenizer.json'}); "
-                        f"pass {FORMS}")
+        raise UserError(f"{path}: holds {len(found)} tokenizers "
+                        f"({', '.join(f.name for f in found) or 'no tokenizer.json'}); pass {FORMS}")
     return found[0]
 
 
@@ -118,16 +119,21 @@ def open_hf(file: Path) -> Foreign:
         UserError: a file is damaged, or encoding is random.
     """
     raw = read_json(file)
-    if not isinstance(raw.get("model"), dict) or not isinstance(raw.get("added_tokens"), list) or "vocab" not in raw["model"]:
-        raise UserError(f"{file}: has no model.vocab and added_tokens, so it is no tokenizer.json; pass {FORMS}")
+    if (not isinstance(raw.get("model"), dict) or not isinstance(raw.get("added_tokens"), list)
+            or "vocab" not in raw["model"]):
+        raise UserError(f"{file}: has no model.vocab and added_tokens, "
+                        f"so it is no tokenizer.json; pass {FORMS}")
     if raw["model"].get("dropout"):
-        raise UserError(f"{file}: model.dropout = {raw['model']['dropout']} makes encoding random; set it to null")
-    raw |= {"truncation": None, "padding": None}  # settings of one use of it, by which text would be cut off silently
+        raise UserError(f"{file}: model.dropout = {raw['model']['dropout']} makes encoding random; "
+                        "set it to null")
+    # settings of one use of it, by which text would be cut off silently
+    raw |= {"truncation": None, "padding": None}
     tokenizer = opened(raw, file)
     config = read_json(file.with_name(CONFIG_JSON)) if file.with_name(CONFIG_JSON).is_file() else {}
     named = {name: _content(config.get(name)) for name in NAMED}
-    return Foreign(file, "tokenizers", raw, plain_ids(tokenizer), lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
-                   named, _template(config, file.with_name("chat_template.jinja")))
+    return Foreign(file, "tokenizers", raw, plain_ids(tokenizer),
+                   lambda ids: tokenizer.decode(ids, skip_special_tokens=False), named,
+                   _template(config, file.with_name("chat_template.jinja")))
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -141,7 +147,8 @@ def read_json(file: Path) -> dict[str, Any]:
     except (OSError, ValueError) as e:
         raise UserError(f"{file}: cannot be read as JSON ({e}); restore it from its source") from None
     if not isinstance(value, dict):
-        raise UserError(f"{file}: holds a {type(value).__name__} where an object is needed; restore it from its source")
+        raise UserError(f"{file}: holds a {type(value).__name__} where an object is needed; "
+                        "restore it from its source")
     return value
 
 
@@ -177,6 +184,8 @@ def _open_sentencepiece(file: Path) -> Foreign:
         proto.ParseFromString(model)
         processor = sentencepiece_format.processor(model)
     except (DecodeError, RuntimeError):
-        raise UserError(f"{file}: is none of the forms that are read (or a damaged one); pass {FORMS}") from None
+        raise UserError(f"{file}: is none of the forms that are read (or a damaged "
+                        f"one); pass {FORMS}") from None
     raw = sentencepiece_format.from_sentencepiece(proto, str(file))
-    return Foreign(file, "sentencepiece", raw, processor.encode, processor.decode, sentencepiece_format.named_tokens(proto))
+    return Foreign(file, "sentencepiece", raw, processor.encode, processor.decode,
+                   sentencepiece_format.named_tokens(proto))

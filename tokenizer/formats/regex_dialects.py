@@ -1,10 +1,12 @@
-"""Split patterns of tiktoken (fancy-regex) for `tokenizers` (Oniguruma, Ruby's syntax): the same signs, not the same sense.
+"""Split patterns of tiktoken (fancy-regex) for `tokenizers` (Oniguruma, Ruby's syntax): the same signs,
+not the same sense.
 
 Where the two differ, silently:
 
-- `X{1,3}+` is possessive in fancy-regex; in Ruby's syntax it is a repetition of `X{1,3}`, so all digits become one piece.
-  The atomic group `(?>X{1,3})` means the same in both.
-- `$` and `^` are the ends of the text in fancy-regex, of a line in Ruby; `\\z` and `\\A` are the ends of the text in both.
+- `X{1,3}+` is possessive in fancy-regex; in Ruby's syntax it is a repetition of `X{1,3}`, so all digits
+  become one piece.  The atomic group `(?>X{1,3})` means the same in both.
+- `$` and `^` are the ends of the text in fancy-regex, of a line in Ruby; `\\z` and `\\A` are the ends
+  of the text in both.
 """
 
 from __future__ import annotations

@@ -61,19 +61,24 @@ def check(tokenizer: Tokenizer, preset: Preset, vocabulary: Vocabulary, stage_1:
     texts = [*samples, *_unicode()]
     ids = [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
     normal = [splitter.normalize(text) for text in texts]
-    _expect("decoding does not give back", texts, tokenizer.decode_batch(ids, skip_special_tokens=False), normal)
+    _expect("decoding does not give back", texts, tokenizer.decode_batch(ids, skip_special_tokens=False),
+            normal)
     encoding = vocabulary.as_tiktoken(preset.final_pattern)
     first = preset.num_special_ids
-    _expect("tiktoken differs on", texts, [[i + first for i in encoding.encode_ordinary(text)] for text in normal], ids)
+    _expect("tiktoken differs on", texts,
+            [[i + first for i in encoding.encode_ordinary(text)] for text in normal], ids)
     _expect("transformers differs on", texts, list(_by_transformers(folder, texts)), ids)
     if stage_1 < len(vocabulary.tokens):
         heads = [text[:TWO_STEP_CHARS] for text in normal[: len(samples)]]
         one_step = [encoding.encode_ordinary(text) for text in heads]
-        _expect("two steps differ from one on", heads, list(_in_two_steps(heads, vocabulary, stage_1, splitter)), one_step)
+        _expect("two steps differ from one on", heads,
+                list(_in_two_steps(heads, vocabulary, stage_1, splitter)), one_step)
     num_bytes = sum(len(text.encode()) for text in texts)
-    sentence = (f"checked on {num_bytes / 1e6:.1f} MB: decoding gives the text back, tiktoken and transformers give the same ids"
+    sentence = (f"checked on {num_bytes / 1e6:.1f} MB: decoding gives the text back, "
+                "tiktoken and transformers give the same ids"
                 + (", two steps the same as one" if stage_1 < len(vocabulary.tokens) else ""))
-    return Checked(sentence, [len(text.encode()) / max(1, len(found)) for text, found in zip(samples, ids, strict=False)])
+    return Checked(sentence, [len(text.encode()) / max(1, len(found))
+                              for text, found in zip(samples, ids, strict=False)])
 
 
 def _expect(message: str, texts: list[str], found: Sequence[object], expected: Sequence[object]) -> None:
@@ -90,9 +95,11 @@ def _by_transformers(folder: Path, texts: list[str]) -> Iterator[list[int]]:
         yield loaded(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
-def _in_two_steps(texts: list[str], vocabulary: Vocabulary, stage_1: int, splitter: Splitter) -> Iterator[list[int]]:
+def _in_two_steps(texts: list[str], vocabulary: Vocabulary, stage_1: int,
+                  splitter: Splitter) -> Iterator[list[int]]:
     """Yield the tokens of texts: each unit by the merges of stage 1, then by those of stage 2."""
-    ranks = {(vocabulary.tokens[a], vocabulary.tokens[b]): id_ for id_, (a, b) in enumerate(vocabulary.merges, 256)}
+    ranks = {(vocabulary.tokens[a], vocabulary.tokens[b]): id_
+             for id_, (a, b) in enumerate(vocabulary.merges, 256)}
     ids = {token: id_ for id_, token in enumerate(vocabulary.tokens)}
 
     def first(left: bytes, right: bytes) -> float | None:
@@ -116,8 +123,10 @@ def _in_two_steps(texts: list[str], vocabulary: Vocabulary, stage_1: int, splitt
 
 def _unicode() -> Iterator[str]:
     """Yield characters of all of Unicode, in blocks: alone, behind a letter, behind a space."""
-    for start in (*range(0, 0x40000, BLOCK_CHARS), 0xE0000, 0xF0000, 0x10F000):  # the planes between have no characters
+    # the planes between have no characters
+    for start in (*range(0, 0x40000, BLOCK_CHARS), 0xE0000, 0xF0000, 0x10F000):
         codes = [c for c in range(start, start + BLOCK_CHARS) if not 0xD800 <= c < 0xE000]
         for offset, separator in enumerate(("", "a", " ")):
             if codes:
-                yield separator.join(map(chr, codes[(start // BLOCK_CHARS + 4 * offset) % BLOCK_STEP :: BLOCK_STEP]))
+                yield separator.join(
+                    map(chr, codes[(start // BLOCK_CHARS + 4 * offset) % BLOCK_STEP :: BLOCK_STEP]))

@@ -1,8 +1,9 @@
-"""sentencepiece's form of a tokenizer, the protobuf of a `.model` file: BPE or unigram over characters, bytes for the rest.
+"""sentencepiece's form of a tokenizer, the protobuf of a `.model` file: BPE or unigram over characters,
+bytes for the rest.
 
-Why not through the converters of `transformers` and `tokenizers`: they know the model's class or assume the default
-normalizer, they let ordinary text that reads `<s>` or `<0x0A>` become that token, and they list every way to cut a token.
-What is made here is compared with the library itself before anything is written.
+Why not through the converters of `transformers` and `tokenizers`: they know the model's class or assume the
+default normalizer, they let ordinary text that reads `<s>` or `<0x0A>` become that token, and they list every
+way to cut a token.  What is made here is compared with the library itself before anything is written.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ def library() -> Any:
     try:
         import sentencepiece
     except ImportError:
-        raise UserError(f"sentencepiece is not installed, and every conversion is compared with it; {_REMEDY}") from None
+        raise UserError("sentencepiece is not installed, and every conversion is compared with "
+                        f"it; {_REMEDY}") from None
     return sentencepiece
 
 
@@ -71,7 +73,8 @@ def named_tokens(proto: Any) -> dict[str, str | None]:
     """Return bos_token, eos_token and pad_token; None where the model has none."""
     trainer = proto.trainer_spec
     ids = {"bos_token": trainer.bos_id, "eos_token": trainer.eos_id, "pad_token": trainer.pad_id}
-    return {name: proto.pieces[id_].piece if 0 <= id_ < len(proto.pieces) else None for name, id_ in ids.items()}
+    return {name: proto.pieces[id_].piece if 0 <= id_ < len(proto.pieces) else None
+            for name, id_ in ids.items()}
 
 
 def from_sentencepiece(proto: Any, name: str) -> dict[str, Any]:
@@ -82,12 +85,15 @@ def from_sentencepiece(proto: Any, name: str) -> dict[str, Any]:
     """
     trainer = proto.trainer_spec
     reasons = {
-        trainer.model_type not in (UNIGRAM, BPE): f"its model type is {_MODELS.get(trainer.model_type, trainer.model_type)}, "
+        trainer.model_type not in (UNIGRAM, BPE): "its model type is "
+                                                  f"{_MODELS.get(trainer.model_type, trainer.model_type)}, "
                                                   "and only bpe and unigram can be expressed",
         trainer.treat_whitespace_as_suffix: "it writes white space behind words (treat_whitespace_as_suffix)",
         not proto.normalizer_spec.escape_whitespaces: "it does not mark spaces (escape_whitespaces is false)",
-        bool(proto.denormalizer_spec.precompiled_charsmap): "it changes characters when decoding (denormalizer)",
-        trainer.model_type == BPE and any(p.type == UNUSED for p in proto.pieces): "it is BPE with unused pieces, cut again",
+        bool(proto.denormalizer_spec.precompiled_charsmap): "it changes characters when decoding "
+                                                            "(denormalizer)",
+        trainer.model_type == BPE
+        and any(p.type == UNUSED for p in proto.pieces): "it is BPE with unused pieces, cut again",
     }
     if reason := reasons.get(True):
         raise UserError(f"{name}: {reason}")
@@ -102,8 +108,8 @@ def from_sentencepiece(proto: Any, name: str) -> dict[str, Any]:
         "version": "1.0", "truncation": None, "padding": None,
         "added_tokens": [special_token(id_, piece) for id_, piece in special],
         "normalizer": {"type": "Sequence", "normalizers": _normalizers(proto.normalizer_spec)},
-        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "|".join(map(_escaped, users))}, "behavior": "Isolated",
-                          "invert": False} if users else None,
+        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "|".join(map(_escaped, users))},
+                          "behavior": "Isolated", "invert": False} if users else None,
         "post_processor": None,
         "decoder": {"type": "Sequence", "decoders": [
             _replace(SPACE, " "), {"type": "ByteFallback"}, {"type": "Fuse"},
@@ -122,11 +128,14 @@ def _replace(old: str, new: str, kind: str = "String") -> dict[str, Any]:
 
 
 def _normalizers(spec: Any) -> list[dict[str, Any]]:
-    """Return the steps from text to what is cut, in sentencepiece's order: characters, extra spaces, prefix, marked spaces."""
+    """Return the steps from text to what is cut, in sentencepiece's order: characters, extra spaces,
+    prefix, marked spaces."""
     charsmap = base64.b64encode(spec.precompiled_charsmap).decode()
-    steps: list[dict[str, Any]] = [{"type": "Precompiled", "precompiled_charsmap": charsmap}] if charsmap else []
+    steps: list[dict[str, Any]] = ([{"type": "Precompiled", "precompiled_charsmap": charsmap}]
+                                   if charsmap else [])
     if charsmap and composes(spec):
-        # `tokenizers` maps characters one by one, so letters and marks, and Hangul's parts, have to be composed before
+        # `tokenizers` maps characters one by one, so letters and marks, and Hangul's parts,
+        # have to be composed before
         steps.insert(0, {"type": "NFC"})
     if spec.remove_extra_whitespaces:
         steps += [_replace(_EDGES, "", "Regex"), _replace(_RUNS, " ", "Regex")]
@@ -148,14 +157,15 @@ def _bpe(proto: Any, name: str, unknown: str, whole_pieces: bool) -> dict[str, A
     rank_of: dict[str, float] = {p.piece: -p.score for _, p in normal}
     long = sorted((-p.score, id_, p.piece) for id_, p in normal if len(p.piece) > 1)
     if twice := next((b for a, b in pairwise(long) if a[0] == b[0]), None):
-        raise UserError(f"{name}: its pieces {twice[2]!r} and another one have the same score {-twice[0]}, so which merges first "
-                        "depends on the text, for which a list of merges has no form")
+        raise UserError(f"{name}: its pieces {twice[2]!r} and another one have the same score {-twice[0]}, "
+                        "so which merges first depends on the text, for which a list of merges has no form")
     pairs = [pair for _, _, piece in long if (pair := merge_of(list(piece), rank_of))]
     if broken := next((pair for pair in pairs if not set(pair) <= vocab.keys()), None):
-        raise UserError(f"{name}: its piece {''.join(broken)!r} has a character that is no piece of its own, for which a list "
-                        "of merges has no form")
-    return {"type": "BPE", "dropout": None, "unk_token": unknown, "continuing_subword_prefix": None, "end_of_word_suffix": None,
-            "fuse_unk": True, "byte_fallback": bool(proto.trainer_spec.byte_fallback), "ignore_merges": whole_pieces,
+        raise UserError(f"{name}: its piece {''.join(broken)!r} has a character that is no piece of its own, "
+                        "for which a list of merges has no form")
+    return {"type": "BPE", "dropout": None, "unk_token": unknown, "continuing_subword_prefix": None,
+            "end_of_word_suffix": None, "fuse_unk": True,
+            "byte_fallback": bool(proto.trainer_spec.byte_fallback), "ignore_merges": whole_pieces,
             "vocab": vocab, "merges": [list(pair) for pair in pairs]}
 
 
@@ -165,10 +175,13 @@ def _unigram(proto: Any, name: str, unknown: int) -> dict[str, Any]:
     for piece in (p.piece for p in proto.pieces if p.type in (CONTROL, UNKNOWN, UNUSED, BYTE)):
         if strange := next((c for c in piece if c not in normal), None):
             # what is unknown costs more than any piece, so more than this one
-            raise UserError(f"{name}: it has no piece for {strange!r}, so text that reads {piece!r} would become that piece")
+            raise UserError(f"{name}: it has no piece for {strange!r}, so text that reads {piece!r} would "
+                            "become that piece")
     scores = {NORMAL: None, USER_DEFINED: 0.0}
-    vocab = [[p.piece, p.score if scores.get(p.type, NEVER) is None else scores.get(p.type, NEVER)] for p in proto.pieces]
-    return {"type": "Unigram", "unk_id": unknown, "vocab": vocab, "byte_fallback": bool(proto.trainer_spec.byte_fallback)}
+    vocab = [[p.piece, p.score if scores.get(p.type, NEVER) is None else scores.get(p.type, NEVER)]
+             for p in proto.pieces]
+    return {"type": "Unigram", "unk_id": unknown, "vocab": vocab,
+            "byte_fallback": bool(proto.trainer_spec.byte_fallback)}
 
 
 def to_sentencepiece(raw: dict[str, Any], named: dict[str, str | None]) -> bytes:
@@ -210,7 +223,8 @@ def _pieces(raw: dict[str, Any]) -> dict[str, tuple[float, int]]:
         raise NotSentencepiece("its model has dropout, prefixes or suffixes")
     added = {token["content"]: token for token in raw["added_tokens"]}
     if model["type"] == "BPE":
-        ids, order = dict(model["vocab"]), {"".join(pair): -float(i) for i, pair in reversed(list(enumerate(merges(raw))))}
+        ids, order = dict(model["vocab"]), {"".join(pair): -float(i)
+                                            for i, pair in reversed(list(enumerate(merges(raw))))}
         unknown = model.get("unk_token")
     else:
         ids, order = {piece: id_ for id_, (piece, _) in enumerate(model["vocab"])}, dict(model["vocab"])
@@ -241,13 +255,17 @@ def _cut_out(raw: dict[str, Any]) -> list[str]:
     if step is None:
         return []
     if step["type"] == "ByteLevel" or "ByteLevel" in [p["type"] for p in step.get("pretokenizers", [])]:
-        raise NotSentencepiece("its tokens are merged bytes within the pieces of a regular expression, while sentencepiece "
-                               "merges characters and splits at spaces alone; take --format tiktoken")
+        raise NotSentencepiece("its tokens are merged bytes within the pieces of a regular expression, "
+                               "while sentencepiece merges characters and splits at spaces alone; "
+                               "take --format tiktoken")
     vocab = raw["model"]["vocab"]
-    pieces = {_escaped(piece): piece for piece in (vocab if isinstance(vocab, dict) else (p for p, _ in vocab))}
-    parts = step["pattern"].get("Regex", "").split("|") if step["type"] == "Split" and step["behavior"] == "Isolated" else []
+    pieces = {_escaped(piece): piece
+              for piece in (vocab if isinstance(vocab, dict) else (p for p, _ in vocab))}
+    parts = (step["pattern"].get("Regex", "").split("|")
+             if step["type"] == "Split" and step["behavior"] == "Isolated" else [])
     if not parts or not set(parts) <= pieces.keys():
-        raise NotSentencepiece(f"its pre-tokenizer {step['type']} splits text in a way that sentencepiece has not")
+        raise NotSentencepiece(f"its pre-tokenizer {step['type']} splits text in a way that "
+                               "sentencepiece has not")
     return [pieces[part] for part in parts]
 
 
@@ -268,5 +286,5 @@ def _read_normalizers(raw: dict[str, Any], spec: Any) -> None:
     left = left[1:] if spec.add_dummy_prefix else left
     spec.escape_whitespaces = True
     if left != [_replace(" ", SPACE)]:
-        raise NotSentencepiece(f"its normalizer is {step}, which is none of the steps of sentencepiece" if left else
-                               "its spaces are not marked as sentencepiece marks them")
+        raise NotSentencepiece(f"its normalizer is {step}, which is none of the steps of sentencepiece"
+                               if left else "its spaces are not marked as sentencepiece marks them")

@@ -1,4 +1,5 @@
-"""tiktoken's form of a tokenizer: a file of ranks (a token's bytes in base64, a space, its id) and rules beside it in JSON."""
+"""tiktoken's form of a tokenizer: a file of ranks (a token's bytes in base64, a space, its id) and rules
+beside it in JSON."""
 
 from __future__ import annotations
 
@@ -46,15 +47,18 @@ class Rules:
             if not isinstance(value, types.get(field.name, (str, type(None)))):
                 return f"{field.name} = {value!r} has the wrong type"
         if bad := next((t for t, i in self.special_tokens.items() if type(i) is not int or i < 0), None):
-            return f"special_tokens[{bad!r}] = {self.special_tokens[bad]!r} must be an id, a whole number from 0"
+            return (f"special_tokens[{bad!r}] = {self.special_tokens[bad]!r} must be an id, "
+                    "a whole number from 0")
         if len(set(self.special_tokens.values())) < len(self.special_tokens):
             return "special_tokens gives one id to two tokens"
         if self.normalization not in {None, *NORMALIZATIONS}:
-            return f"normalization = {self.normalization!r} must be one of {', '.join(sorted(NORMALIZATIONS))}, or null"
+            return (f"normalization = {self.normalization!r} must be one of "
+                    f"{', '.join(sorted(NORMALIZATIONS))}, or null")
         return None
 
 
-def to_tiktoken(raw: dict[str, Any], name: str, named: dict[str, str | None]) -> tuple[dict[bytes, int], Rules]:
+def to_tiktoken(raw: dict[str, Any], name: str,
+                named: dict[str, str | None]) -> tuple[dict[bytes, int], Rules]:
     """Return ranks and rules of a tokenizer.json.
 
     Args:
@@ -69,21 +73,24 @@ def to_tiktoken(raw: dict[str, Any], name: str, named: dict[str, str | None]) ->
     normalizer = raw.get("normalizer")
     kind = normalizer["type"] if normalizer else None
     if kind not in {None, *NORMALIZATIONS}:
-        raise UserError(f"{name}: its normalizer {kind} has no form in tiktoken, which takes text as it is; only "
-                        f"{', '.join(sorted(NORMALIZATIONS))} can be applied beforehand")
+        raise UserError(f"{name}: its normalizer {kind} has no form in tiktoken, which takes text as it is; "
+                        f"only {', '.join(sorted(NORMALIZATIONS))} can be applied beforehand")
     special = {token["content"]: token["id"] for token in raw["added_tokens"]}
     for token in raw["added_tokens"]:
         if way := next((w for w in ("lstrip", "rstrip", "single_word") if token.get(w)), None):
-            raise UserError(f"{name}: added token {token['content']!r} has {way}, for which tiktoken has no form")
-        if longer := next((s for s in special if s != token["content"] and s.startswith(token["content"])), None):
-            raise UserError(f"{name}: special token {token['content']!r} begins {longer!r}, and tiktoken does not say which "
-                            "of the two it finds; rename one")
+            raise UserError(f"{name}: added token {token['content']!r} has {way}, "
+                            "for which tiktoken has no form")
+        if longer := next((s for s in special if s != token["content"] and s.startswith(token["content"])),
+                          None):
+            raise UserError(f"{name}: special token {token['content']!r} begins {longer!r}, "
+                            "and tiktoken does not say which of the two it finds; rename one")
     return ranks(raw), Rules(split_pattern(raw), special, name, kind, **named)
 
 
 def ranks_text(found: dict[bytes, int]) -> bytes:
     """Return the content of a ranks file, in the order of ids."""
-    return b"".join(base64.b64encode(token) + b" %d\n" % id_ for token, id_ in sorted(found.items(), key=lambda e: e[1]))
+    return b"".join(base64.b64encode(token) + b" %d\n" % id_
+                    for token, id_ in sorted(found.items(), key=lambda e: e[1]))
 
 
 def rules_path(file: Path) -> Path:
@@ -118,16 +125,17 @@ def read_ranks(file: Path) -> dict[bytes, int]:
             if not line.strip():
                 continue
             if (entry := _rank_line(line)) is None:
-                raise UserError(f"{file}:{number}: {line[:40]!r} is not a token in base64, a space and its id; "
-                                "restore the file from its source")
+                raise UserError(f"{file}:{number}: {line[:40]!r} is not a token in base64, a space and its "
+                                "id; restore the file from its source")
             token, id_ = entry
             if token in found or id_ in ids:
-                raise UserError(f"{file}:{number}: token {token!r} or id {id_} stands twice; restore the file from its source")
+                raise UserError(f"{file}:{number}: token {token!r} or id {id_} stands twice; "
+                                "restore the file from its source")
             found[token] = id_
             ids.add(id_)
     if missing := [b for b in range(256) if bytes([b]) not in found]:
-        raise UserError(f"{file}: byte 0x{missing[0]:02X} is no token, so text that holds it could not be encoded; "
-                        "add all 256 bytes or take another tokenizer")
+        raise UserError(f"{file}: byte 0x{missing[0]:02X} is no token, so text that holds it could not be "
+                        "encoded; add all 256 bytes or take another tokenizer")
     return found
 
 
@@ -141,8 +149,8 @@ def read_rules(file: Path) -> Rules:
         value = json.loads(file.read_text(encoding="utf-8"))
         rules = Rules(**{f.name: value[f.name] for f in fields(Rules) if f.name in value})
     except FileNotFoundError:
-        raise UserError(f"{file}: does not exist, but a ranks file alone is no tokenizer; write pat_str and special_tokens "
-                        "there, or name such a file by --rules") from None
+        raise UserError(f"{file}: does not exist, but a ranks file alone is no tokenizer; "
+                        "write pat_str and special_tokens there, or name such a file by --rules") from None
     except (OSError, ValueError, TypeError) as e:
         raise UserError(f"{file}: is no JSON object with pat_str and special_tokens ({e})") from None
     if problem := rules.problem():
@@ -161,10 +169,11 @@ def encoding(found: dict[bytes, int], rules: Rules) -> tiktoken.Encoding:
     by_id = {id_: token for token, id_ in found.items()}
     if taken := next((t for t, id_ in rules.special_tokens.items() if id_ in by_id), None):
         id_ = rules.special_tokens[taken]
-        raise UserError(f"{rules.name}: special token {taken!r} has id {id_}, which is that of {by_id[id_]!r}; "
-                        "give it a free one")
+        raise UserError(f"{rules.name}: special token {taken!r} has id {id_}, which is that of "
+                        f"{by_id[id_]!r}; give it a free one")
     try:
-        return tiktoken.Encoding(rules.name, pat_str=rules.pat_str, mergeable_ranks=found, special_tokens=rules.special_tokens)
+        return tiktoken.Encoding(rules.name, pat_str=rules.pat_str, mergeable_ranks=found,
+                                 special_tokens=rules.special_tokens)
     except ValueError as e:
         raise UserError(f"{rules.name}: pat_str {rules.pat_str!r} is no regular expression ({e})") from None
 
@@ -179,14 +188,15 @@ def encoder(found: dict[bytes, int], rules: Rules) -> Callable[[str], list[int]]
 def from_tiktoken(found: dict[bytes, int], rules: Rules) -> dict[str, Any]:
     """Return the tokenizer.json of ranks and rules.
 
-    A token that merging never makes is found only where it is a whole piece of text, which is what `ignore_merges` says.
+    A token that merging never makes is found only where it is a whole piece of text, which is what
+    `ignore_merges` says.
     """
     characters = {byte: character for character, byte in byte_characters().items()}
     spelled = {token: "".join(characters[b] for b in token) for token in sorted(found, key=found.__getitem__)}
     vocab = {text: found[token] for token, text in spelled.items()}
     if taken := next((t for t in rules.special_tokens if t in vocab), None):
-        raise UserError(f"{rules.name}: special token {taken!r} is spelled like an ordinary token, so text could become its id; "
-                        "rename it")
+        raise UserError(f"{rules.name}: special token {taken!r} is spelled like an ordinary token, "
+                        "so text could become its id; rename it")
     as_ranks: dict[bytes, float] = dict(found)
     pairs = [merge_of([bytes([b]) for b in token], as_ranks) for token in spelled if len(token) > 1]
     added = sorted(rules.special_tokens.items(), key=lambda e: e[1])
@@ -195,11 +205,13 @@ def from_tiktoken(found: dict[bytes, int], rules: Rules) -> dict[str, Any]:
         "added_tokens": [special_token(id_, token) for token, id_ in added],
         "normalizer": {"type": rules.normalization} if rules.normalization else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
-            {"type": "Split", "pattern": {"Regex": for_oniguruma(rules.pat_str)}, "behavior": "Isolated", "invert": False},
+            {"type": "Split", "pattern": {"Regex": for_oniguruma(rules.pat_str)}, "behavior": "Isolated",
+             "invert": False},
             {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}]},
         "post_processor": None,
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
         "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": None in pairs,
-                  "vocab": vocab | dict(added), "merges": [[spelled[a], spelled[b]] for a, b in filter(None, pairs)]},
+                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+                  "ignore_merges": None in pairs, "vocab": vocab | dict(added),
+                  "merges": [[spelled[a], spelled[b]] for a, b in filter(None, pairs)]},
     }

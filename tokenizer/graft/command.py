@@ -8,20 +8,28 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.artifacts import MANIFEST, ArtifactWriter, atomic_write, new_artifact, refuse_existing, to_json
+from megatron_sov.artifacts import (
+    MANIFEST,
+    ArtifactWriter,
+    atomic_write,
+    new_artifact,
+    refuse_existing,
+    to_json,
+)
 from megatron_sov.errors import UserError
 
 HELP = "add or replace tokens of a Hugging Face model"
 DESCRIPTION = """Add tokens to a Hugging Face model's folder, or replace some, before training it on.
 
-Tokens come from a .txt file, one per line (found in text as they stand), or from another tokenizer of the same kind (BPE: they
-become merges). Each new row of embedding and head is the mean of the rows of which its text was made before. Old ids, and the ids
-of text without new tokens, stay."""
+Tokens come from a .txt file, one per line (found in text as they stand), or from another tokenizer of the
+same kind (BPE: they become merges). Each new row of embedding and head is the mean of the rows of which its
+text was made before. Old ids, and the ids of text without new tokens, stay."""
 KIND = "hf_model"
 """As `megatron-sov convert to-hf` names its folders."""
 LIST = "graft.json"
 CONFIG = "config.json"
-COMPANIONS = ("generation_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json")
+COMPANIONS = ("generation_config.json", "special_tokens_map.json", "chat_template.jinja",
+              "chat_template.json")
 """Files that stay true; vocab.json and the like would not, and code is not taken along."""
 
 
@@ -32,13 +40,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", type=Path, metavar="MODEL_DIR",
                         help="the model's folder: config.json, safetensors, tokenizer.json")
     parser.add_argument("--add", action="append", default=[], type=Path, metavar="TOKENS.txt|TOKENIZER",
-                        help="tokens to add: a text file, one per line, or a tokenizer (any form that import reads); repeat it")
-    parser.add_argument("--special", action="store_true", help="tokens of .txt files are special tokens, such as <|think|>")
-    parser.add_argument("--replace", action="append", default=[], metavar="OLD=NEW", help="let NEW take the id of OLD; repeat it")
+                        help="tokens to add: a text file, one per line, or a tokenizer (any form that import "
+                             "reads); repeat it")
+    parser.add_argument("--special", action="store_true",
+                        help="tokens of .txt files are special tokens, such as <|think|>")
+    parser.add_argument("--replace", action="append", default=[], metavar="OLD=NEW",
+                        help="let NEW take the id of OLD; repeat it")
     parser.add_argument("--vocab-size", type=int, metavar="N",
-                        help="rows of the finished model; tokens of a tokenizer fill them up, in its order (default: as many as "
-                             "needed)")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder for the grafted model")
+                        help="rows of the finished model; tokens of a tokenizer fill them up, "
+                             "in its order (default: as many as needed)")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR",
+                        help="folder for the grafted model")
     parser.add_argument("--text", action="append", default=[], type=Path, metavar="PATH",
                         help="text on which old and new ids are compared, beside the built-in one")
     parser.add_argument("--overwrite", action="store_true", help="replace a model that is already there")
@@ -46,13 +58,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run `sov-tokenizer graft`; returns 0."""
-    graft(args.model, args.output, add=args.add, special=args.special, replace=args.replace, vocab_size=args.vocab_size,
-          texts=args.text, overwrite=args.overwrite)
+    graft(args.model, args.output, add=args.add, special=args.special, replace=args.replace,
+          vocab_size=args.vocab_size, texts=args.text, overwrite=args.overwrite)
     return 0
 
 
-def graft(model: Path, output: Path, *, add: list[Path], special: bool = False, replace: list[str] | None = None,
-          vocab_size: int | None = None, texts: list[Path] | None = None, overwrite: bool = False) -> None:
+def graft(model: Path, output: Path, *, add: list[Path], special: bool = False,
+          replace: list[str] | None = None, vocab_size: int | None = None, texts: list[Path] | None = None,
+          overwrite: bool = False) -> None:
     """Write a model with other tokens, as an artifact of kind "hf_model".
 
     Args:
@@ -66,7 +79,8 @@ def graft(model: Path, output: Path, *, add: list[Path], special: bool = False, 
         overwrite: replace a model that is already there.
 
     Raises:
-        UserError: the folder is damaged or of an unknown make, a token cannot be added, or `output` may not be replaced.
+        UserError: the folder is damaged or of an unknown make, a token cannot be added,
+            or `output` may not be replaced.
     """
     from tokenizer.formats.reader import find_file, ids_of, open_hf, read_json
     from tokenizer.graft.embedding_rows import RowPlan, find_tables, weight_files
@@ -76,21 +90,22 @@ def graft(model: Path, output: Path, *, add: list[Path], special: bool = False, 
     if not add and not replace:
         raise UserError("sov-tokenizer graft: nothing to do; pass --add or --replace")
     if not (model / CONFIG).is_file():
-        raise UserError(f"{model}: has no {CONFIG}, so it is not a Hugging Face folder; pass the folder that holds the model")
+        raise UserError(f"{model}: has no {CONFIG}, so it is not a Hugging Face folder; "
+                        "pass the folder that holds the model")
     config = read_json(model / CONFIG)
     old_rows = _vocab_size(config, model)
     source = open_hf(find_file(model))
     if (known_ids := max(ids_of(source.raw).values()) + 1) > old_rows:
-        raise UserError(f"{model}: its tokenizer has {known_ids} ids, but vocab_size in {CONFIG} is {old_rows}; restore the "
-                        "folder from its source")
+        raise UserError(f"{model}: its tokenizer has {known_ids} ids, but vocab_size in {CONFIG} is "
+                        f"{old_rows}; restore the folder from its source")
     files = weight_files(model)
     tables = find_tables(files, old_rows)
     surgery = Surgery(source.raw, str(source.file), _protected(source, config))
     _operate(surgery, add, special, replace or [], vocab_size)
     new_rows = max(old_rows, surgery.num_ids) if vocab_size is None else vocab_size
     if new_rows < max(old_rows, surgery.num_ids):
-        raise UserError(f"--vocab-size {vocab_size}: must be at least {max(old_rows, surgery.num_ids)}, which the model has and "
-                        "the tokens need")
+        raise UserError(f"--vocab-size {vocab_size}: must be at least {max(old_rows, surgery.num_ids)}, "
+                        "which the model has and the tokens need")
     plan = RowPlan(old_rows, new_rows, known_ids, {token.id: token.old_ids for token in surgery.new})
     with new_artifact(output, KIND, overwrite=overwrite) as artifact:
         _write_tokenizer(artifact.path, model, surgery)
@@ -106,12 +121,14 @@ def _vocab_size(config: dict[str, Any], model: Path) -> int:
     """Return vocab_size of a config.json, which may stand in its text_config."""
     value = config.get("text_config", config).get("vocab_size")
     if type(value) is not int or value < 1:
-        raise UserError(f"{model / CONFIG}: vocab_size = {value!r} must be a positive number; restore it from its source")
+        raise UserError(f"{model / CONFIG}: vocab_size = {value!r} must be a positive number; "
+                        "restore it from its source")
     return value
 
 
 def _protected(source: Any, config: dict[str, Any]) -> set[str]:
-    """Return the tokens that something relies on: those named anywhere as bos, eos, pad or unknown, and those in templates."""
+    """Return the tokens that something relies on: those named anywhere as bos, eos, pad or unknown,
+    and those in templates."""
     from tokenizer.formats.reader import ids_of, read_json
 
     defaults = source.file.with_name("generation_config.json")
@@ -122,7 +139,8 @@ def _protected(source: Any, config: dict[str, Any]) -> set[str]:
             ids += value if isinstance(value, list) else [value]
     relied = json.dumps(source.raw.get("post_processor"), ensure_ascii=False) + (source.chat_template or "")
     named = {token for token in (*source.named.values(), source.raw["model"].get("unk_token")) if token}
-    named |= {token for token, id_ in ids_of(source.raw).items() if id_ in ids or id_ == source.raw["model"].get("unk_id")}
+    named |= {token for token, id_ in ids_of(source.raw).items()
+              if id_ in ids or id_ == source.raw["model"].get("unk_id")}
     return named | {token["content"] for token in source.raw["added_tokens"] if token["content"] in relied}
 
 
@@ -142,7 +160,8 @@ def _operate(surgery: Any, add: list[Path], special: bool, replace: list[str], m
         surgery.add_tokens_of(open_foreign(path).raw, str(path), max_ids)
     if not surgery.new:
         reasons = "; ".join(f"{len(texts)}: {reason}" for reason, texts in surgery.skipped.items())
-        raise UserError(f"--add: none of the tokens can be added ({reasons or 'the files hold none that are not there already'})")
+        raise UserError("--add: none of the tokens can be added "
+                        f"({reasons or 'the files hold none that are not there already'})")
 
 
 def _words(path: Path) -> list[str]:
@@ -154,12 +173,14 @@ def _words(path: Path) -> list[str]:
     try:
         words = [line for line in path.read_text(encoding="utf-8").split("\n") if line.rstrip("\r")]
     except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"--add {path}: cannot be read as UTF-8 text ({e}); pass a file with one token per line") from None
+        raise UserError(f"--add {path}: cannot be read as UTF-8 text ({e}); "
+                        "pass a file with one token per line") from None
     words = [word.rstrip("\r") for word in words]
     if not words:
         raise UserError(f"--add {path}: holds no tokens; write one per line")
     if len(set(words)) < len(words):
-        raise UserError(f"--add {path}: has {next(w for w in words if words.count(w) > 1)!r} twice; leave one out")
+        raise UserError(f"--add {path}: has {next(w for w in words if words.count(w) > 1)!r} "
+                        "twice; leave one out")
     return words
 
 
@@ -172,10 +193,12 @@ def _write_tokenizer(folder: Path, model: Path, surgery: Any) -> None:
     (folder / TOKENIZER_JSON).write_text(opened(raw, model).to_str(), encoding="utf-8")
     for name in (name for name in COMPANIONS if (model / name).is_file()):
         shutil.copyfile(model / name, folder / name)
-    renamed = {token.how.removeprefix("instead of "): token.token for token in surgery.new if token.how.startswith("instead of ")}
+    renamed = {token.how.removeprefix("instead of "): token.token
+               for token in surgery.new if token.how.startswith("instead of ")}
     config = read_json(model / CONFIG_JSON) if (model / CONFIG_JSON).is_file() else {}
     config.pop("added_tokens_decoder", None)  # tokenizer.json has them
-    # classes named after models build their own splitting around vocabulary and merges; this one reads tokenizer.json
+    # classes named after models build their own splitting around vocabulary and merges;
+    # this one reads tokenizer.json
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     (folder / CONFIG_JSON).write_text(to_json(_renamed(config, renamed)), encoding="utf-8")
     if (folder / "special_tokens_map.json").is_file():
@@ -195,8 +218,8 @@ def _renamed(value: Any, names: dict[str, str]) -> Any:
 def _check(folder: Path, source: Any, surgery: Any, paths: list[Path]) -> str:
     """Compare old and new ids, by tokenizers and transformers; returns a sentence.
 
-    `folder` holds config.json as well: for some model types transformers takes a tokenizer class of its own whatever
-    tokenizer_config.json says.
+    `folder` holds config.json as well: for some model types transformers takes a tokenizer class of its own
+    whatever tokenizer_config.json says.
 
     Raises:
         UserError: text without new tokens has other ids, or a new token is not found in its own text.
@@ -214,22 +237,25 @@ def _check(folder: Path, source: Any, surgery: Any, paths: list[Path]) -> str:
     texts = [*built_in(source.raw), *users(paths)]
     for text in texts:
         ids, before = encode(text), source.encode(text)
-        if len(text) <= CHUNK_BYTES and loaded(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] != ids:
-            raise UserError(f"{source.file}: after the graft, transformers would read it by its class {type(loaded).__name__}, "
-                            f"which gives other ids than the file says, e.g. for {text[:60]!r}; the model needs a tokenizer of "
-                            "that class")
+        if (len(text) <= CHUNK_BYTES
+                and loaded(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] != ids):
+            raise UserError(f"{source.file}: after the graft, transformers would read it by its class "
+                            f"{type(loaded).__name__}, which gives other ids than the file says, e.g. "
+                            f"for {text[:60]!r}; the model needs a tokenizer of that class")
         if fresh.isdisjoint(ids) and fresh.isdisjoint(before):
             num_same += 1
             if ids != before:
-                raise UserError(f"{source.file}: {text[:60]!r} has no new token but would get other ids, so this tokenizer "
-                                "cannot be grafted")
+                raise UserError(f"{source.file}: {text[:60]!r} has no new token but would get other ids, "
+                                "so this tokenizer cannot be grafted")
     for token in surgery.new:
         # a part of a character is no text, and sentencepiece's kind puts a space before its text
         alone = token.how in ("merge", "character") and ("\ufffd" in token.text or surgery.kind == CHARACTERS)
         found = [t.id for t in tokenizer.model.tokenize(token.token)] if alone else loaded.encode(token.text)
         if token.id not in found:
-            raise UserError(f"{source.file}: new token {token.text!r} would not be found in its own text; leave it out")
-    return f"each new token is found in its own text, and {num_same} of {len(texts)} texts, which have none, keep their ids"
+            raise UserError(f"{source.file}: new token {token.text!r} would not be found in its own "
+                            "text; leave it out")
+    return (f"each new token is found in its own text, and {num_same} of {len(texts)} texts, "
+            "which have none, keep their ids")
 
 
 def _write_weights(artifact: ArtifactWriter, files: list[Path], tables: dict[str, Path], plan: Any) -> None:
@@ -241,7 +267,8 @@ def _write_weights(artifact: ArtifactWriter, files: list[Path], tables: dict[str
 
     for file in tqdm(files, desc="graft", unit="file", disable=None):
         held, target = {name for name, place in tables.items() if place == file}, artifact.path / file.name
-        artifact.known_files[file.name] = graft_file(file, target, held, plan) if held else copy_file(file, target)
+        artifact.known_files[file.name] = (graft_file(file, target, held, plan) if held
+                                           else copy_file(file, target))
     index = files[0].with_name(INDEX)
     if index.is_file():
         value = read_json(index)
@@ -252,7 +279,8 @@ def _write_weights(artifact: ArtifactWriter, files: list[Path], tables: dict[str
         atomic_write(artifact.path / INDEX, to_json(value))
 
 
-def _describe(artifact: ArtifactWriter, model: Path, surgery: Any, plan: Any, checked: str, config: dict[str, Any]) -> None:
+def _describe(artifact: ArtifactWriter, model: Path, surgery: Any, plan: Any, checked: str,
+              config: dict[str, Any]) -> None:
     """Write the list of new tokens and the facts of the manifest."""
     from tokenizer.formats.reader import ids_of
 
@@ -261,8 +289,8 @@ def _describe(artifact: ArtifactWriter, model: Path, surgery: Any, plan: Any, ch
     atomic_write(artifact.path / LIST, to_json({"tokens": surgery.new, "mean_rows_from_to": padding}))
     if (model / MANIFEST).is_file():
         artifact.add_input(model)
-    artifact.content = {"family": config.get("model_type"), "vocab_size": plan.new_rows, "num_new_tokens": len(surgery.new),
-                        "new_tokens": LIST, "checked": checked}
+    artifact.content = {"family": config.get("model_type"), "vocab_size": plan.new_rows,
+                        "num_new_tokens": len(surgery.new), "new_tokens": LIST, "checked": checked}
     artifact.settings = {"model": model, "old_vocab_size": plan.old_rows,
                          "skipped": {reason: len(texts) for reason, texts in surgery.skipped.items()}}
 
@@ -273,8 +301,8 @@ def _tell(surgery: Any, plan: Any, checked: str, output: Path) -> None:
     for token in surgery.new:
         how = "replaced" if token.how.startswith("instead of ") else token.how
         counts[how] = counts.get(how, 0) + 1
-    print(f"{len(surgery.new)} new tokens ({', '.join(f'{n} {how}' for how, n in counts.items())}); {plan.old_rows} rows "
-          f"became {plan.new_rows}")
+    print(f"{len(surgery.new)} new tokens ({', '.join(f'{n} {how}' for how, n in counts.items())}); "
+          f"{plan.old_rows} rows became {plan.new_rows}")
     for reason, texts in surgery.skipped.items():
         print(f"not taken over: {len(texts)} tokens, {reason} (e.g. {', '.join(map(repr, texts[:3]))})")
     print(f"checked: {checked}")

@@ -1,9 +1,10 @@
 """Rows of embedding and output head for a changed vocabulary, copied from safetensors files to new ones.
 
-A new row is the mean of the rows of which its text was made before (sub-token mean); where there are none, the mean of all
-rows, which keeps the model's distribution over old tokens nearly as it was (Hewitt, "Initializing New Word Embeddings for
-Pretrained Language Models", 2021).  Means are taken in float64 and rounded once.  Old rows are copied as bytes; memory holds
-one tensor of a file that has such rows, and a block of any other.
+A new row is the mean of the rows of which its text was made before (sub-token mean); where there are none,
+the mean of all rows, which keeps the model's distribution over old tokens nearly as it was (Hewitt,
+"Initializing New Word Embeddings for Pretrained Language Models", 2021).  Means are taken in float64 and
+rounded once.  Old rows are copied as bytes; memory holds one tensor of a file that has such rows,
+and a block of any other.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
     import torch
 
 SINGLE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
-TABLES = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "lm_head.weight", "lm_head.bias",
-          "embed_out.weight", "shared_head.head.weight")
+TABLES = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight", "lm_head.weight",
+          "lm_head.bias", "embed_out.weight", "shared_head.head.weight")
 """Ends of the names of tensors with one row per id."""
 FLOATS = ("F64", "F32", "BF16", "F16")
 BLOCK_BYTES = 16 << 20
@@ -53,11 +54,13 @@ def weight_files(model: Path) -> list[Path]:
         weight_map = read_json(model / INDEX).get("weight_map")
         names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
         if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
-            raise UserError(f"{model / INDEX}: lacks a weight_map to files in the same folder; restore it from its source")
+            raise UserError(f"{model / INDEX}: lacks a weight_map to files in the same folder; "
+                            "restore it from its source")
     else:
         names = [SINGLE_FILE]
     if missing := next((name for name in names if not (model / name).is_file()), None):
-        raise UserError(f"{model / missing}: does not exist; save the model with safetensors (pickled weights are not read)")
+        raise UserError(f"{model / missing}: does not exist; save the model with safetensors (pickled "
+                        "weights are not read)")
     return [model / name for name in names]
 
 
@@ -65,7 +68,8 @@ def find_tables(files: list[Path], old_rows: int) -> dict[str, Path]:
     """Return the tensors with one row per id -> the file that holds each.
 
     Raises:
-        UserError: a file is damaged, there is no such tensor, one is no floating-point table, or an unknown one has as many rows.
+        UserError: a file is damaged, there is no such tensor, one is no floating-point table, or an unknown
+            one has as many rows.
     """
     found: dict[str, Path] = {}
     for file in files:
@@ -75,15 +79,16 @@ def find_tables(files: list[Path], old_rows: int) -> dict[str, Path]:
                 if part.get_shape()[:1] != [old_rows]:
                     continue
                 if not name.endswith(TABLES):
-                    raise UserError(f"{file}: {name} has {old_rows} rows, as many as the vocabulary, but is neither a known "
-                                    "embedding nor head, so it is not clear what becomes of it")
+                    raise UserError(f"{file}: {name} has {old_rows} rows, as many as the vocabulary, "
+                                    "but is neither a known embedding nor head, "
+                                    "so it is not clear what becomes of it")
                 if part.get_dtype() not in FLOATS:
                     raise UserError(f"{file}: {name} has dtype {part.get_dtype()}; rows can be averaged in "
                                     f"{', '.join(FLOATS)}")
                 found[name] = file
     if not found:
-        raise UserError(f"{files[0].parent}: no tensor has {old_rows} rows, the vocab_size of its config.json; restore the "
-                        "folder from its source")
+        raise UserError(f"{files[0].parent}: no tensor has {old_rows} rows, the vocab_size of its "
+                        "config.json; restore the folder from its source")
     return found
 
 
@@ -118,7 +123,8 @@ def graft_file(file: Path, target: Path, tables: set[str], plan: RowPlan) -> Fil
             if name in tables:
                 size_bytes = size_bytes // plan.old_rows * plan.new_rows
                 shape = [plan.new_rows, *shape[1:]]
-            header[name] = {"dtype": slices[name].get_dtype(), "shape": shape, "data_offsets": [end, end + size_bytes]}
+            header[name] = {"dtype": slices[name].get_dtype(), "shape": shape,
+                            "data_offsets": [end, end + size_bytes]}
             end += size_bytes
 
         def blocks() -> Iterator[bytes | memoryview]:
@@ -135,7 +141,8 @@ def graft_file(file: Path, target: Path, tables: set[str], plan: RowPlan) -> Fil
 
 
 def _size_bytes(part: Any) -> int:
-    """Return the bytes of a tensor, from its shape and the digits in the name of its dtype (BOOL is a byte)."""
+    """Return the bytes of a tensor, from its shape and the digits in the name of its
+    dtype (BOOL is a byte)."""
     size = 1
     for n in part.get_shape():
         size *= n
@@ -181,7 +188,8 @@ def _rows(table: Any, plan: RowPlan) -> Iterator[torch.Tensor]:
 
 def _mean(table: Any, num_rows: int) -> torch.Tensor:
     """Return the mean of the first rows in the table's dtype."""
-    total = sum(table[start:min(start + BLOCK_ROWS, num_rows)].double().sum(0) for start in range(0, num_rows, BLOCK_ROWS))
+    total = sum(table[start:min(start + BLOCK_ROWS, num_rows)].double().sum(0)
+                for start in range(0, num_rows, BLOCK_ROWS))
     mean: torch.Tensor = (total / num_rows).to(table[0:1].dtype)
     return mean
 

@@ -1,9 +1,10 @@
-"""Surgery on a tokenizer.json: tokens are added as merges or as whole words, or take the place of others; old ids never move.
+"""Surgery on a tokenizer.json: tokens are added as merges or as whole words, or take the place of others;
+old ids never move.
 
-Merges go behind all others, so every text is first cut as before, and only then do new tokens join what lies between: text in
-which no new token occurs keeps its ids.  A token of another tokenizer is added where the tokens of which the old merges make
-its text are two, which become one by a new merge; tokens learned in order, short ones first, mostly are by the time it is
-their turn.
+Merges go behind all others, so every text is first cut as before, and only then do new tokens join what lies
+between: text in which no new token occurs keeps its ids.  A token of another tokenizer is added where the
+tokens of which the old merges make its text are two, which become one by a new merge; tokens learned in
+order, short ones first, mostly are by the time it is their turn.
 """
 
 from __future__ import annotations
@@ -39,11 +40,13 @@ class NewToken:
 
 
 def kind_of(raw: dict[str, Any]) -> str:
-    """Return what a tokenizer.json merges: `BYTE_LEVEL`, `CHARACTERS`, or the name of its model where it has no merges."""
+    """Return what a tokenizer.json merges: `BYTE_LEVEL`, `CHARACTERS`, or the name of its model
+    where it has no merges."""
     if raw["model"]["type"] != "BPE":
         return str(raw["model"]["type"])
     step = raw.get("pre_tokenizer") or {}
-    return BYTE_LEVEL if "ByteLevel" in [step.get("type"), *(p["type"] for p in step.get("pretokenizers", []))] else CHARACTERS
+    return BYTE_LEVEL if "ByteLevel" in [step.get("type"),
+                                         *(p["type"] for p in step.get("pretokenizers", []))] else CHARACTERS
 
 
 class Surgery:
@@ -85,10 +88,11 @@ class Surgery:
         contents = {token["content"]: token for token in self.raw["added_tokens"]}
         spelled = old if old in self._ids else self._spelled(old)
         if spelled not in self._ids:
-            raise UserError(f"--replace {old}={new}: {old!r} is no token of {self._where}{nearest(old, self._ids)}")
+            raise UserError(f"--replace {old}={new}: {old!r} is no token of "
+                            f"{self._where}{nearest(old, self._ids)}")
         if spelled in self._protected:
-            raise UserError(f"--replace {old}={new}: {old!r} is in use (as bos, eos, pad or unknown token, in the chat template "
-                            "or the post-processor); replace a reserved token")
+            raise UserError(f"--replace {old}={new}: {old!r} is in use (as bos, eos, pad or unknown token, "
+                            "in the chat template or the post-processor); replace a reserved token")
         id_, before = self._ids[spelled], self._old_tokens(new)
         if spelled in contents:
             contents[spelled]["content"] = new
@@ -115,20 +119,24 @@ class Surgery:
             self._refuse_known(word, "--add")
             id_ = self._take_id(word)
             self.raw["added_tokens"].append(special_token(id_, word) | {"special": special})
-            self.new.append(NewToken(id_, word, word, "special" if special else "word", self._old_tokens(word)))
+            self.new.append(NewToken(id_, word, word, "special" if special else "word",
+                                     self._old_tokens(word)))
 
     def add_tokens_of(self, other: dict[str, Any], name: str, max_ids: int | None) -> None:
-        """Add the tokens of another tokenizer as merges, in the order of its ids, until `max_ids` ids are taken.
+        """Add the tokens of another tokenizer as merges, in the order of its ids,
+        until `max_ids` ids are taken.
 
         Raises:
             UserError: the two are not BPE of the same kind.
         """
         its = kind_of(other)
         if self.kind != its or its not in (BYTE_LEVEL, CHARACTERS):
-            raise UserError(f"--add {name}: its tokens cannot become merges, since it is {its} and {self._where} is {self.kind}; "
-                            f"both must be {BYTE_LEVEL} or both {CHARACTERS}; add words by a .txt file instead")
+            raise UserError(f"--add {name}: its tokens cannot become merges, since it is {its} and "
+                            f"{self._where} is {self.kind}; both must be {BYTE_LEVEL} or both {CHARACTERS}; "
+                            "add words by a .txt file instead")
         ids = ids_of(other)
-        left_out = {token["content"] for token in other["added_tokens"]} | {byte_piece(b) for b in range(256)} | self._ids.keys()
+        left_out = ({token["content"] for token in other["added_tokens"]}
+                    | {byte_piece(b) for b in range(256)} | self._ids.keys())
         waiting = [token for token in sorted(ids, key=ids.__getitem__) if token not in left_out]
         self._pin()
         while waiting:
@@ -149,8 +157,10 @@ class Surgery:
         if any(tokenizer.token_to_id(token) != id_ for token, id_ in self._ids.items()):
             self._pin()
             tokenizer = opened(self.raw, self._where)
-        if wrong := next((token for token, id_ in self._ids.items() if tokenizer.token_to_id(token) != id_), None):
-            raise UserError(f"{self._where}: {wrong!r} cannot have id {self._ids[wrong]} in it, because its ids have gaps")
+        if wrong := next((token for token, id_ in self._ids.items() if tokenizer.token_to_id(token) != id_),
+                         None):
+            raise UserError(f"{self._where}: {wrong!r} cannot have id {self._ids[wrong]} in it, "
+                            "because its ids have gaps")
         return self.raw
 
     def text_of(self, token: str) -> str:
@@ -161,7 +171,8 @@ class Surgery:
         return token.replace(SPACE, " ")
 
     def _merge(self, token: str, max_ids: int | None) -> bool:
-        """Add a token where two tokens make it, or a character that has none yet; returns whether that is settled."""
+        """Add a token where two tokens make it, or a character that has none yet;
+        returns whether that is settled."""
         if (max_ids is not None and self.num_ids >= max_ids) or self._obstacle(token):
             return False
         parts = merged(list(token), lambda a, b: self._ranks.get((a, b)))
@@ -172,7 +183,8 @@ class Surgery:
         self.raw["model"]["vocab"][token] = id_
         if len(parts) == 2:
             self._ranks[parts[0], parts[1]] = len(self._ranks)
-        self.new.append(NewToken(id_, token, self.text_of(token), "merge" if len(parts) == 2 else "character", old))
+        self.new.append(NewToken(id_, token, self.text_of(token),
+                                 "merge" if len(parts) == 2 else "character", old))
         return True
 
     def _take_id(self, token: str) -> int:
@@ -212,7 +224,8 @@ class Surgery:
     def _old_tokens(self, text: str) -> list[int]:
         """Return the old ids of text, those that stand for the unknown left out."""
         model = self._old["model"]
-        unknown = model.get("unk_id") if model["type"] == "Unigram" else self._old_ids_of.get(model.get("unk_token") or "")
+        unknown = (model.get("unk_id") if model["type"] == "Unigram"
+                   else self._old_ids_of.get(model.get("unk_token") or ""))
         return [id_ for id_ in self._tokenizer.encode(text, add_special_tokens=False).ids if id_ != unknown]
 
     def _spelled(self, text: str) -> str:
@@ -236,15 +249,18 @@ class Surgery:
         if self.raw["model"]["type"] == "Unigram":
             return
         if maker := next((pair for pair in self._ranks if token in pair), None):
-            raise UserError(f"{option}: {token!r} is a part of {''.join(maker)!r} and cannot go; replace a reserved token, or "
-                            "one of which no other is made")
+            raise UserError(f"{option}: {token!r} is a part of {''.join(maker)!r} and cannot go; "
+                            "replace a reserved token, or one of which no other is made")
         if len(token) == 1 or token in {byte_piece(b) for b in range(256)}:
             raise UserError(f"{option}: {token!r} is a byte or character of which text is made and "
                             "cannot go; replace a reserved token")
-        self._ranks = {pair: i for i, pair in enumerate(pair for pair in self._ranks if "".join(pair) != token)}
+        self._ranks = {pair: i
+                       for i, pair in enumerate(pair for pair in self._ranks if "".join(pair) != token)}
         self.raw["model"]["merges"] = [list(pair) for pair in self._ranks]
 
     def _pin(self) -> None:
-        """Write the added tokens of a BPE model into its vocabulary, so that they keep their ids whatever is added."""
+        """Write the added tokens of a BPE model into its vocabulary, so that they keep their ids
+        whatever is added."""
         if self.raw["model"]["type"] == "BPE":
-            self.raw["model"]["vocab"] |= {token["content"]: token["id"] for token in self.raw["added_tokens"]}
+            self.raw["model"]["vocab"] |= {token["content"]: token["id"]
+                                           for token in self.raw["added_tokens"]}

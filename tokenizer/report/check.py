@@ -31,7 +31,8 @@ class Check:
 def shown(token: bytes | str) -> str:
     """Return a token for people: spaces as ␣, controls and bytes that are no character as escapes."""
     text = token if isinstance(token, str) else token.decode("utf-8", errors="backslashreplace")
-    visible = (c if c.isprintable() and c != " " else "␣" if c == " " else c.encode("unicode_escape").decode() for c in text)
+    visible = (c if c.isprintable() and c != " " else "␣" if c == " " else c.encode("unicode_escape").decode()
+               for c in text)
     return "".join(visible)
 
 

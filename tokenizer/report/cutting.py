@@ -34,7 +34,8 @@ def digit_shape(tokenizer: Opened, number: str) -> tuple[int, ...]:
 
 
 def check_digits(tokenizer: Opened) -> Check:
-    """How numbers of 1 to 12 digits are cut: one by one, in regular groups, or depending on which digits they are."""
+    """How numbers of 1 to 12 digits are cut: one by one, in regular groups,
+    or depending on which digits they are."""
     several = [i for i, token in sorted(tokenizer.tokens.items()) if _several_digits(token)]
     draw = random.Random(0)
     learned = [run.decode() for i in several for run in _DIGITS.findall(tokenizer.tokens[i])]
@@ -47,16 +48,20 @@ def check_digits(tokenizer: Opened) -> Check:
     single = all(shape == (1,) * n for n, found in shapes.items() for shape in found)
     regular = all(len(found) == 1 for found in shapes.values())
     verdict: Verdict = "good" if single and not several else "note" if regular else "bad"
-    how = ("every digit is a token of its own" if single else "numbers are cut in groups that depend on their length alone"
+    how = ("every digit is a token of its own" if single
+           else "numbers are cut in groups that depend on their length alone"
            if regular else "how a number is cut depends on which digits it has")
     example = f", such as {shown(tokenizer.tokens[several[0]])}" if several else ""
     summary = f"{how}; {len(several):,} tokens hold several digits{example}"
     numbers = {"single_digits": single, "regular": regular, "num_multi_digit_tokens": len(several),
                "multi_digit_tokens": [shown(tokenizer.tokens[i]) for i in several[:200]],
-               "shapes": {str(n): {_sum(s): number for s, number in found.items()} for n, found in shapes.items()}}
-    rows = [[str(n), f"{len(found)}", "; ".join(f"{_sum(s)} ({number})" for s, number in list(found.items())[:4])]
-            for n, found in shapes.items()]
-    return Check("digits", "Digits", verdict, summary, numbers, [Table(["digits", "ways", "groups, with an example"], rows)])
+               "shapes": {str(n): {_sum(s): number for s, number in found.items()}
+                          for n, found in shapes.items()}}
+    rows = [
+        [str(n), f"{len(found)}", "; ".join(f"{_sum(s)} ({number})" for s, number in list(found.items())[:4])]
+        for n, found in shapes.items()]
+    return Check("digits", "Digits", verdict, summary, numbers,
+                 [Table(["digits", "ways", "groups, with an example"], rows)])
 
 
 def _sum(shape: tuple[int, ...]) -> str:
@@ -77,7 +82,8 @@ def _shapes(tokenizer: Opened, numbers: list[str]) -> dict[tuple[int, ...], str]
 
 
 def check_whitespace(tokenizer: Opened) -> Check:
-    """Indentation by 1 to 64 spaces and 1 to 16 tabs, line breaks and mixed white space: tokens, and whether it comes back."""
+    """Indentation by 1 to 64 spaces and 1 to 16 tabs, line breaks and mixed white space: tokens,
+    and whether it comes back."""
     indents = {" ": MAX_SPACES, "\t": MAX_TABS}
     base = len(tokenizer.encode("if x:\nreturn y"))
     cost = {unit: [len(tokenizer.encode(f"if x:\n{unit * n}return y")) - base for n in range(1, most + 1)]
@@ -92,11 +98,15 @@ def check_whitespace(tokenizer: Opened) -> Check:
                             for unit in (b" ", b"\t", b"\n"))
     dear = [n for n in USUAL_INDENTS if cost[" "][n - 1] > 1]
     verdict: Verdict = "bad" if lost else "note" if dear else "good"
-    comes_back = f"{len(lost)} of {len(texts)} do not come back, such as {shown(lost[0])}" if lost else "every run comes back"
-    summary = (f"{len(white)} tokens are white space (longest: spaces {spaces}, tabs {tabs}, line breaks {breaks}); {comes_back}"
-               + (f"; indentation by {', '.join(map(str, dear))} spaces takes more than one token more" if dear else ""))
-    numbers = {"num_whitespace_tokens": len(white), "longest_spaces": spaces, "longest_tabs": tabs, "longest_line_breaks": breaks,
-               "num_tried": len(texts), "not_given_back": [shown(t) for t in lost],
+    comes_back = (f"{len(lost)} of {len(texts)} do not come back, such as {shown(lost[0])}" if lost
+                  else "every run comes back")
+    summary = (f"{len(white)} tokens are white space (longest: spaces {spaces}, tabs {tabs}, "
+               f"line breaks {breaks}); {comes_back}"
+               + (f"; indentation by {', '.join(map(str, dear))} spaces takes more than one token more"
+                  if dear else ""))
+    numbers = {"num_whitespace_tokens": len(white), "longest_spaces": spaces, "longest_tabs": tabs,
+               "longest_line_breaks": breaks, "num_tried": len(texts),
+               "not_given_back": [shown(t) for t in lost],
                "tokens_more_for_spaces": cost[" "], "tokens_more_for_tabs": cost["\t"]}
     drawn = lines(list(range(1, MAX_SPACES + 1)), {"spaces": cost[" "], "tabs": cost["\t"]},
                   ("indentation", "tokens more than without"), "What indentation of a line of code costs.")

@@ -23,8 +23,8 @@ from tokenizer.report.worst import check_worst, worst_inputs
 
 BLOCKS_PER_STEP = 16
 """Blocks of Unicode that take about as long as another step."""
-CHECKS = ("texts", "used", "inventory", "superwords", "reach", "digits", "whitespace", "scalars", "scripts", "neutral",
-          "streaming", "determinism", "worst")
+CHECKS = ("texts", "used", "inventory", "superwords", "reach", "digits", "whitespace", "scalars", "scripts",
+          "neutral", "streaming", "determinism", "worst")
 """Names of all checks, in the order of the report."""
 NEED_TEXT = frozenset(["texts", "used"])
 
@@ -52,12 +52,14 @@ def check_all(tokenizer: Opened, texts: list[NamedText], skip: Collection[str] =
         scalars = try_scalars(tokenizer, bar.update, END if needs_unicode else 0)
         seen = scalars.seen | (np.sum([m.counts for m in measured], axis=0) > 0)
         runs: dict[str, Callable[[], Check]] = {
-            "texts": lambda: check_texts(tokenizer, measured), "used": lambda: check_used(tokenizer, measured),
-            "inventory": lambda: check_inventory(tokenizer), "superwords": lambda: check_superwords(tokenizer),
-            "reach": lambda: check_reach(tokenizer, seen), "digits": lambda: check_digits(tokenizer),
-            "whitespace": lambda: check_whitespace(tokenizer), "scalars": lambda: check_scalars(scalars),
-            "scripts": lambda: check_scripts(tokenizer), "neutral": lambda: check_neutral(tokenizer),
-            "streaming": lambda: check_streaming(tokenizer, texts), "determinism": lambda: check_determinism(tokenizer, texts),
+            "texts": lambda: check_texts(tokenizer, measured),
+            "used": lambda: check_used(tokenizer, measured), "inventory": lambda: check_inventory(tokenizer),
+            "superwords": lambda: check_superwords(tokenizer), "reach": lambda: check_reach(tokenizer, seen),
+            "digits": lambda: check_digits(tokenizer), "whitespace": lambda: check_whitespace(tokenizer),
+            "scalars": lambda: check_scalars(scalars), "scripts": lambda: check_scripts(tokenizer),
+            "neutral": lambda: check_neutral(tokenizer),
+            "streaming": lambda: check_streaming(tokenizer, texts),
+            "determinism": lambda: check_determinism(tokenizer, texts),
             "worst": lambda: check_worst(tokenizer, step),
         }
         done = []

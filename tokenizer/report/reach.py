@@ -41,14 +41,17 @@ def check_used(tokenizer: Opened, measured: list[Measured]) -> Check:
     num_bytes = sum(m.text.num_bytes for m in measured)
     spread = unused[::max(1, len(unused) // NUM_EXAMPLES)][:NUM_EXAMPLES]
     share = len(unused) / len(ordinary)
-    numbers = {"num_never_used": len(unused), "share_never_used": share, "num_bytes": num_bytes, "used_at_least": at_least,
-               "used_by_text": by_text, "examples": [{"id": int(i), "token": shown(tokenizer.tokens[int(i)])} for i in spread]}
-    summary = (f"{len(unused):,} of {len(ordinary):,} tokens ({share:.1%}) do not occur in {num_bytes / 1e6:.2f} MB of text"
+    numbers = {"num_never_used": len(unused), "share_never_used": share, "num_bytes": num_bytes,
+               "used_at_least": at_least, "used_by_text": by_text,
+               "examples": [{"id": int(i), "token": shown(tokenizer.tokens[int(i)])} for i in spread]}
+    summary = (f"{len(unused):,} of {len(ordinary):,} tokens ({share:.1%}) do not occur in "
+               f"{num_bytes / 1e6:.2f} MB of text"
                + ("; more text would use more of them" if share > 0.1 else ""))
     ranked = np.sort(counts[ordinary])[::-1]
     ranks = np.unique(np.geomspace(1, len(ranked), 60).astype(int))
-    drawn = lines([int(r) for r in ranks], {"count": [int(ranked[r - 1]) for r in ranks if ranked[r - 1] > 0]},
-                  ("rank of the token", "times it occurs"), "How often tokens occur, most frequent first.", log=True)
+    drawn = lines(
+        [int(r) for r in ranks], {"count": [int(ranked[r - 1]) for r in ranks if ranked[r - 1] > 0]},
+        ("rank of the token", "times it occurs"), "How often tokens occur, most frequent first.", log=True)
     rows = [[shown(tokenizer.tokens[int(i)]), f"{i:,}"] for i in spread]
     return Check("used", "Never used", "note" if share > 0.5 else "good", summary, numbers,
                  [Table(["never used: some of all ids", "id"], rows)] if rows else [], [drawn])
@@ -68,8 +71,8 @@ class Unreachable:
 def check_reach(tokenizer: Opened, seen: NDArray[np.bool_]) -> Check:
     """Look for every token in the encoding of its own text, alone and in context.
 
-    A part of a character is completed in many ways.  What is still not found and does not come out of merging its own bytes
-    is proven unreachable; the rest was only not found in the surroundings tried.
+    A part of a character is completed in many ways.  What is still not found and does not come out of merging
+    its own bytes is proven unreachable; the rest was only not found in the surroundings tried.
 
     Args:
         tokenizer: the tokenizer.
@@ -77,20 +80,22 @@ def check_reach(tokenizer: Opened, seen: NDArray[np.bool_]) -> Check:
     """
     tokens = tokenizer.tokens
     left = [i for i in sorted(tokens) if not seen[i] and len(tokens[i]) > 1]
-    bytes_alone = [i for i in sorted(tokens) if not seen[i] and len(tokens[i]) == 1 and tokens[i] not in NEVER_IN_UTF8]
+    bytes_alone = [i for i in sorted(tokens)
+                   if not seen[i] and len(tokens[i]) == 1 and tokens[i] not in NEVER_IN_UTF8]
     whole = _not_found(tokenizer, {i: _in_context(tokens[i].decode()) for i in left if is_text(tokens[i])})
     parts = _not_found(tokenizer, _completions({i: tokens[i] for i in left if not is_text(tokens[i])}))
     found = [_explained(tokenizer, i) for i in sorted([*whole, *parts])]
     proven = sum(u.reason == "its bytes merge to other tokens" for u in found)
     share = len(found) / tokenizer.vocab_size
-    summary = (f"{len(found):,} tokens ({share:.2%}) were given by no text, {proven:,} of them never can be" if found
-               else "every token is given by some text")
+    summary = (f"{len(found):,} tokens ({share:.2%}) were given by no text, {proven:,} of them never can be"
+               if found else "every token is given by some text")
     if bytes_alone:
         summary += f"; {len(bytes_alone)} single bytes never came up on their own"
     numbers: dict[str, Any] = {
-        "num_unreachable": len(found), "share": share, "num_proven": proven, "num_bytes_never_alone": len(bytes_alone),
-        "unreachable": [{"id": u.id, "token": shown(u.token), "becomes": [_name(tokenizer, i) for i in u.becomes],
-                         "reason": u.reason} for u in found]}
+        "num_unreachable": len(found), "share": share, "num_proven": proven,
+        "num_bytes_never_alone": len(bytes_alone), "unreachable": [
+            {"id": u.id, "token": shown(u.token), "becomes": [_name(tokenizer, i) for i in u.becomes],
+             "reason": u.reason} for u in found]}
     rows = [[shown(u.token), f"{u.id:,}", cut([tokens.get(i, b"") for i in u.becomes]), u.reason]
             for u in found[:3 * NUM_EXAMPLES]]
     verdict: Verdict = "good" if not found else "bad" if share > TOLERATED_SHARE else "note"
@@ -104,7 +109,8 @@ def _in_context(text: str) -> list[str]:
 
 
 def _not_found(tokenizer: Opened, tries: dict[int, list[str]]) -> list[int]:
-    """Return the ids that occur in the encoding of none of their texts; one round for each text, over all that are left."""
+    """Return the ids that occur in the encoding of none of their texts; one round for each text,
+    over all that are left."""
     left, turn = dict(tries), 0
     given_up = [i for i, texts in left.items() if not texts]
     left = {i: texts for i, texts in left.items() if texts}
@@ -123,7 +129,8 @@ def _completions(parts: dict[int, bytes]) -> dict[int, list[str]]:
     texts: dict[int, list[str]] = {}
     for id_, token in parts.items():
         start = next((k for k in range(len(token)) if token[k] & 0xC0 != 0x80), len(token))
-        stop = next((k for k in range(len(token) - 1, max(-1, len(token) - 5), -1) if token[k] & 0xC0 != 0x80), len(token))
+        stop = next((k for k in range(len(token) - 1, max(-1, len(token) - 5), -1)
+                     if token[k] & 0xC0 != 0x80), len(token))
         if stop < len(token) and is_text(token[stop:]):
             stop = len(token)
         if start == len(token):  # the inside of one character, which trying all of Unicode has covered
@@ -159,7 +166,8 @@ def _characters_by_part() -> tuple[dict[bytes, list[str]], dict[bytes, list[str]
 
 def _thinned(found: dict[bytes, list[str]]) -> dict[bytes, list[str]]:
     """Keep `MAX_CHARACTERS` of each list, from all over it."""
-    return defaultdict(list, {part: known[::-(-len(known) // MAX_CHARACTERS)] for part, known in found.items()})
+    return defaultdict(list,
+                       {part: known[::-(-len(known) // MAX_CHARACTERS)] for part, known in found.items()})
 
 
 def _explained(tokenizer: Opened, id_: int) -> Unreachable:
@@ -168,7 +176,8 @@ def _explained(tokenizer: Opened, id_: int) -> Unreachable:
     if merged is not None and merged != [id_]:
         return Unreachable(id_, token, merged, "its bytes merge to other tokens")
     becomes = tokenizer.encode(token.decode()) if is_text(token) else []
-    return Unreachable(id_, token, becomes, "text is split inside it, or it was only not found in the surroundings tried")
+    return Unreachable(id_, token, becomes,
+                       "text is split inside it, or it was only not found in the surroundings tried")
 
 
 def _name(tokenizer: Opened, id_: int) -> str:

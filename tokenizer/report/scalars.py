@@ -1,4 +1,5 @@
-"""Every Unicode scalar value, encoded and decoded: side by side and, in planes with characters, behind a letter and a space."""
+"""Every Unicode scalar value, encoded and decoded: side by side and, in planes with characters, behind a
+letter and a space."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ class Scalars:
 
 
 def try_scalars(tokenizer: Opened, progress: Callable[[int], object], end: int = END) -> Scalars:
-    """Encode and decode all 1,112,064 scalar values, or those below `end`; `progress` is told of each block."""
+    """Encode and decode all 1,112,064 scalar values, or those below `end`;
+    `progress` is told of each block."""
     found = Scalars(np.zeros(tokenizer.vocab_size, np.bool_))
     for codes in _blocks(end):
         found.num_tried += len(codes)
@@ -95,10 +97,12 @@ def check_scalars(found: Scalars) -> Check:
         summary += f", {len(found.changed):,} written in another, equivalent way (normalization)"
     if not bad and not found.changed:
         summary += ", all come back"
-    numbers = {"num_tried": found.num_tried, "num_lost": len(found.lost), "lost": [f"U+{c:04X}" for c in found.lost[:1000]],
-               "num_normalized": len(found.changed), "normalized": [f"U+{c:04X}" for c in found.changed[:NUM_EXAMPLES]],
+    numbers = {"num_tried": found.num_tried, "num_lost": len(found.lost),
+               "lost": [f"U+{c:04X}" for c in found.lost[:1000]], "num_normalized": len(found.changed),
+               "normalized": [f"U+{c:04X}" for c in found.changed[:NUM_EXAMPLES]],
                "lost_blocks": found.lost_blocks}
     rows = [[f"U+{c:04X}", unicodedata.name(chr(c), "–"), chr(c) if chr(c).isprintable() else "–"]
             for c in found.lost[:NUM_EXAMPLES]]
     tables = [Table(["lost", "name", "character"], rows)] if rows else []
-    return Check("scalars", "All of Unicode", "bad" if bad else "note" if found.changed else "good", summary, numbers, tables)
+    return Check("scalars", "All of Unicode", "bad" if bad else "note" if found.changed else "good", summary,
+                 numbers, tables)

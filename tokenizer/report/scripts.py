@@ -1,4 +1,5 @@
-"""Writing that tokenizers treat badly: Hangul in its parts, Thai marks, emoji sequences, and how dear each syllable is."""
+"""Writing that tokenizers treat badly: Hangul in its parts, Thai marks, emoji sequences,
+and how dear each syllable is."""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ SAMPLES: dict[str, dict[str, str]] = {
         "halfwidth jamo": "ﾤﾷﾱ", "old Hangul": "나랏말ᄊᆞ미 듕귁에 달아", "jamo alone": "ᄀ ᅡ ᆨ ᄀᅠ",
     },
     "Thai": {
-        "tone and vowel marks": "กำลังที่นี้ ผู้ใหญ่ เก็บน้ำผึ้ง", "sara am in two parts": "นํ้า กํา", "marks out of order": "ก่ี ก้ิ",
-        "mark without a letter": "่ ี", "digits": "๑๒๓๔๕๖",
+        "tone and vowel marks": "กำลังที่นี้ ผู้ใหญ่ เก็บน้ำผึ้ง", "sara am in two parts": "นํ้า กํา",
+        "marks out of order": "ก่ี ก้ิ", "mark without a letter": "่ ี", "digits": "๑๒๓๔๕๖",
     },
     "Emoji": {
         "joined family (ZWJ)": "👨\u200d👩\u200d👧\u200d👦", "flags": "🇰🇷🇹🇭🇯🇵", "skin tones": "👍🏻👍🏽👍🏿",
@@ -33,10 +34,11 @@ SAMPLES: dict[str, dict[str, str]] = {
         "profession with skin tone": "👩🏽\u200d🔬 🏳\ufe0f\u200d🌈",
     },
     "Others": {
-        "combining accents": "e\u0301 a\u0323\u0302 n\u0303", "Vietnamese": "Tiếng Việt", "Arabic marks": "العَرَبِيَّة",
-        "Hebrew points": "שָׁלוֹם",
-        "Devanagari": "क्षत्रिय हिन्दी", "direction marks": "a\u200eb\u200fc\u202ed\u202c", "zero width": "a\u200bb\u2060c\ufeffd",
-        "ligature and width forms": "ﬁ Ａ Å ½ ㎏", "kana with marks": "か\u3099 がﾊﾟ",
+        "combining accents": "e\u0301 a\u0323\u0302 n\u0303", "Vietnamese": "Tiếng Việt",
+        "Arabic marks": "العَرَبِيَّة", "Hebrew points": "שָׁלוֹם",
+        "Devanagari": "क्षत्रिय हिन्दी", "direction marks": "a\u200eb\u200fc\u202ed\u202c",
+        "zero width": "a\u200bb\u2060c\ufeffd", "ligature and width forms": "ﬁ Ａ Å ½ ㎏",
+        "kana with marks": "か\u3099 がﾊﾟ",
         "rare Han": "𠮷野家 㐀 﨎", "mathematics": "𝒜𝟙 ∑∫√",
         "replacement and noncharacters": "\ufffd \ufffe \uffff", "controls": "\x00\x01\x1b\x7f\x85",
     },
@@ -56,7 +58,8 @@ def check_scripts(tokenizer: Opened) -> Check:
             found[f"{group}: {name}"] = {
                 "text": text, "num_chars": len(text), "num_bytes": len(text.encode()), "num_tokens": len(ids),
                 "num_tokens_nfc": len(tokenizer.encode(_nfc(text))), "back": state}
-            rows.append([group, name, text, f"{len(text)}", f"{len(ids)}", state, cut(pieces(tokenizer, text))])
+            rows.append([group, name, text, f"{len(text)}", f"{len(ids)}", state,
+                         cut(pieces(tokenizer, text))])
     syllables = Counter(len(ids) for ids in tokenizer.encode_many([chr(c) for c in HANGUL_SYLLABLES]))
     decomposed, composed = (len(tokenizer.encode(SAMPLES["Hangul"][form]))
                             for form in ("decomposed (NFD)", "composed (NFC)"))
@@ -66,7 +69,8 @@ def check_scripts(tokenizer: Opened) -> Check:
     summary = (f"{syllables[1]:,} of {len(HANGUL_SYLLABLES):,} Hangul syllables are one token; "
                f"decomposed Korean costs {ratio:.1f} times as much as composed"
                + (", so normalize the corpus to NFC" if dear else "")
-               + (f"; {len(lost)} samples are lost: {', '.join(lost[:3])}" if lost else "; all samples come back")
+               + (f"; {len(lost)} samples are lost: {', '.join(lost[:3])}" if lost
+                  else "; all samples come back")
                + (f", {len(changed)} in an equivalent form" if changed else ""))
     numbers = {"hangul_syllables_by_tokens": {str(n): count for n, count in sorted(syllables.items())},
                "decomposed_over_composed": ratio, "samples": found, "lost": lost, "equivalent": changed}

@@ -40,9 +40,10 @@ def check_streaming(tokenizer: Opened, texts: Sequence[NamedText]) -> Check:
         most = max(back, default=0)
         where = text[:back.index(most) + 2] if back else text
         found[name] = {"num_chars": len(text), "num_tokens": len(grown[-1]), "most_taken_back": most,
-                       "mean_taken_back": sum(back) / max(1, len(back)), "prefixes_decode": name not in broken}
-        rows.append([name, f"{len(grown[-1])}", f"{most}", f"{sum(back) / max(1, len(back)):.2f}", shown(where[-24:]),
-                     "no" if name in broken else "yes"])
+                       "mean_taken_back": sum(back) / max(1, len(back)),
+                       "prefixes_decode": name not in broken}
+        rows.append([name, f"{len(grown[-1])}", f"{most}", f"{sum(back) / max(1, len(back)):.2f}",
+                     shown(where[-24:]), "no" if name in broken else "yes"])
     most = max(int(f["most_taken_back"]) for f in found.values())
     summary = f"one character more takes back at most {most} tokens; " + (
         f"decoding the first tokens gives other text than the beginning in {', '.join(broken)}" if broken
@@ -59,12 +60,14 @@ def _common(a: list[int], b: list[int]) -> int:
 
 def check_determinism(tokenizer: Opened, texts: Sequence[NamedText]) -> Check:
     """Encode the same text alone, among others, and by the same files opened again."""
-    chunks = [MIXED] + [chunk[:CHUNK_CHARS] for text in texts for chunk in text.chunks[:max(1, NUM_CHUNKS // len(texts))]]
+    chunks = [MIXED] + [chunk[:CHUNK_CHARS] for text in texts
+                        for chunk in text.chunks[:max(1, NUM_CHUNKS // len(texts))]]
     together = tokenizer.encode_many(chunks)
     again = open_tokenizer(tokenizer.path).encode_many(list(reversed(chunks)))[::-1]
     differ = [i for i, chunk in enumerate(chunks) if not together[i] == again[i] == tokenizer.encode(chunk)]
     digest = hashlib.sha256(repr(together).encode()).hexdigest()
     summary = f"{len(chunks):,} pieces of text encoded three times: " + (
-        f"{len(differ)} differ, the first {shown(chunks[differ[0]][:40])}" if differ else f"the same ids (SHA-256 {digest[:12]})")
+        f"{len(differ)} differ, the first {shown(chunks[differ[0]][:40])}" if differ
+        else f"the same ids (SHA-256 {digest[:12]})")
     numbers = {"num_chunks": len(chunks), "num_different": len(differ), "ids_sha256": digest}
     return Check("determinism", "Determinism", "bad" if differ else "good", summary, numbers)

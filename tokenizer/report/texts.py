@@ -1,4 +1,5 @@
-"""Held-out texts by name, one for each language or domain; of a large one, parts spread evenly over its files."""
+"""Held-out texts by name, one for each language or domain; of a large one,
+parts spread evenly over its files."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ CHUNK_BYTES = 100_000
 UNIT_BYTES = 1 << 20
 DEFAULT_MB = 10.0
 """Most text of each name that is read, in MB."""
-_WITHOUT_SPACES = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff]")
+_WITHOUT_SPACES = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff]")
 """Thai, Lao, Burmese, Khmer, kana, Han."""
 
 
@@ -70,7 +72,8 @@ def read_texts(arguments: list[str], max_mb: float) -> list[NamedText]:
     for argument in arguments:
         name, path = parse_text(argument)
         if name in (text.name for text in texts):
-            raise UserError(f"--text {argument!r}: the name {name!r} is taken by another text; name it, e.g. other={path}")
+            raise UserError(f"--text {argument!r}: the name {name!r} is taken by another text; name it, "
+                            f"e.g. other={path}")
         texts.append(read_text(name, path, round(1e6 * max_mb)))
     return texts
 

@@ -22,9 +22,9 @@ SLOW_EXPONENT = 1.6
 """Time as bytes to this power, or steeper, is called more than linear."""
 MEASURABLE_S = 0.1
 """Shorter times say nothing about growth."""
-UNITS = {"one letter": "a", "spaces": " ", "digits": "7", "line breaks": "\n", "tabs": "\t", "punctuation": "!",
-         "one syllable": "가", "emoji": "😀", "letters and spaces": "a ", "words": "the ", "Thai": "กำลัง",
-         "combining marks": "\u0301"}
+UNITS = {"one letter": "a", "spaces": " ", "digits": "7", "line breaks": "\n", "tabs": "\t",
+         "punctuation": "!", "one syllable": "가", "emoji": "😀", "letters and spaces": "a ", "words": "the ",
+         "Thai": "กำลัง", "combining marks": "\u0301"}
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ class Timed:
         """Power of the size with which time grows at the end; None where it is too short to tell."""
         if len(self.times_s) < 2 or self.times_s[-1] < MEASURABLE_S:
             return None
-        return math.log(self.times_s[-1] / max(self.times_s[-2], 1e-6)) / math.log(self.sizes_bytes[-1] / self.sizes_bytes[-2])
+        return math.log(self.times_s[-1] / max(self.times_s[-2], 1e-6)) / math.log(
+            self.sizes_bytes[-1] / self.sizes_bytes[-2])
 
 
 def worst_inputs() -> dict[str, str]:
@@ -64,7 +65,8 @@ def worst_inputs() -> dict[str, str]:
 
 
 def time_input(tokenizer: Opened, unit: str, size_bytes: int = SIZE_BYTES) -> Timed:
-    """Encode a repeated text at growing sizes, up to `size_bytes`, as long as the next size would not take too long."""
+    """Encode a repeated text at growing sizes, up to `size_bytes`, as long as the next size would
+    not take too long."""
     sizes: list[int] = []
     times: list[float] = []
     num_tokens = 0
@@ -79,7 +81,8 @@ def time_input(tokenizer: Opened, unit: str, size_bytes: int = SIZE_BYTES) -> Ti
         except BaseException as e:  # the bindings panic, which is no Exception
             if isinstance(e, (KeyboardInterrupt, SystemExit)):
                 raise
-            return Timed(sizes, times, num_tokens, f"{type(e).__name__} at {wanted:,} bytes: {' '.join(str(e).split())[:120]}")
+            return Timed(sizes, times, num_tokens,
+                         f"{type(e).__name__} at {wanted:,} bytes: {' '.join(str(e).split())[:120]}")
         sizes.append(len(text.encode()))
         times.append(time.process_time() - started_s)
     return Timed(sizes, times, num_tokens, "")
@@ -90,7 +93,8 @@ def check_worst(tokenizer: Opened, progress: Callable[[int], object], size_bytes
     found = {}
     for name, unit in worst_inputs().items():
         timed = time_input(tokenizer, unit, size_bytes)
-        if not timed.error and (timed.exponent or 0) >= SLOW_EXPONENT:  # a busy machine may have held up one size: look again
+        # a busy machine may have held up one size: look again
+        if not timed.error and (timed.exponent or 0) >= SLOW_EXPONENT:
             timed = timed.fastest(time_input(tokenizer, unit, size_bytes))
         found[name] = timed
         progress(1)
@@ -98,18 +102,22 @@ def check_worst(tokenizer: Opened, progress: Callable[[int], object], size_bytes
     steep = [name for name, t in found.items() if (t.exponent or 0) >= SLOW_EXPONENT]
     short = [name for name, t in found.items() if not t.error and t.sizes_bytes[-1] < 0.9 * size_bytes]
     slowest = min((name for name in found if found[name].times_s), key=lambda name: found[name].mb_per_s)
-    summary = f"slowest: {slowest}, {found[slowest].mb_per_s:.2f} MB per CPU second" + (
-        f"; time grows faster than the text for {', '.join(steep)}" if steep else "; time grows with the text") + (
-        f"; stopped early: {', '.join(short)}" if short else "") + (f"; fails on {', '.join(failed)}" if failed else "")
+    summary = (f"slowest: {slowest}, {found[slowest].mb_per_s:.2f} MB per CPU second" + (
+        f"; time grows faster than the text for {', '.join(steep)}" if steep
+        else "; time grows with the text") + (
+        f"; stopped early: {', '.join(short)}" if short else "")
+               + (f"; fails on {', '.join(failed)}" if failed else ""))
     numbers = {"size_bytes": size_bytes, "inputs": {name: {
-        "sizes_bytes": t.sizes_bytes, "cpu_s": t.times_s, "num_tokens": t.num_tokens, "exponent": t.exponent, "error": t.error}
+        "sizes_bytes": t.sizes_bytes, "cpu_s": t.times_s, "num_tokens": t.num_tokens, "exponent": t.exponent,
+        "error": t.error}
         for name, t in found.items()}}
     rows = []
     for name, t in found.items():
         power = "–" if t.exponent is None else f"{t.exponent:.2f}"
         size, cpu_s = (f"{t.sizes_bytes[-1]:,}", f"{t.times_s[-1]:.3f}") if t.times_s else ("–", "–")
         rows.append([name, size, f"{t.num_tokens:,}", cpu_s, power, t.error or "–"])
-    drawn = lines([size_bytes // FACTOR ** k for k in reversed(range(NUM_SIZES))], {name: t.times_s for name, t in found.items()},
-                  ("bytes", "CPU seconds"), "Time of one input by its size.", log=True)
-    return Check("worst", "Worst-case inputs", "bad" if failed or steep or short else "good", summary, numbers,
-                 [Table(["input", "bytes", "tokens", "CPU s", "power", "error"], rows)], [drawn])
+    drawn = lines([size_bytes // FACTOR ** k for k in reversed(range(NUM_SIZES))],
+                  {name: t.times_s for name, t in found.items()}, ("bytes", "CPU seconds"),
+                  "Time of one input by its size.", log=True)
+    return Check("worst", "Worst-case inputs", "bad" if failed or steep or short else "good", summary,
+                 numbers, [Table(["input", "bytes", "tokens", "CPU s", "power", "error"], rows)], [drawn])

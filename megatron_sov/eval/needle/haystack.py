@@ -1,4 +1,5 @@
-"""Text that needles are hidden in: a split of packed sources, or files of the user's, each source in a language of its own."""
+"""Text that needles are hidden in: a split of packed sources, or files of the user's, each source in a
+language of its own."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ DETECTED_TOKENS = 4096
 """Text of a source that decides on its language."""
 CODE_SIGNS = set("(){}[]=<>_;\"'#*/\\&|+:")
 CODE_SHARE = 0.06
-"""Part of a text's characters that are such signs, from which on it counts as code; prose has 2 %, code 8 % and more."""
+"""Part of a text's characters that are such signs, from which on it counts as code; prose has 2 %,
+code 8 % and more."""
 SCRIPT_SHARE = 0.3
 """Part of the letters that are Hangul or Thai, from which on a text counts as Korean or Thai."""
 READ_BYTES = 1 << 16
@@ -62,8 +64,9 @@ def pick(generator: np.random.Generator, sizes: Sequence[float]) -> int:
     return min(int(np.searchsorted(reached, generator.random(), side="right")), len(sizes) - 1)
 
 
-def open_haystacks(sources: Sequence[Source], split: str, tokenizer_folder: Path, *, languages: Sequence[Language] = (),
-                   told: dict[str, Language] | None = None, files: Sequence[tuple[Language, Path]] = ()) -> tuple[Haystack, ...]:
+def open_haystacks(sources: Sequence[Source], split: str, tokenizer_folder: Path, *,
+                   languages: Sequence[Language] = (), told: dict[str, Language] | None = None,
+                   files: Sequence[tuple[Language, Path]] = ()) -> tuple[Haystack, ...]:
     """Return a haystack for each language that there is text of, in the order of `LANGUAGES`.
 
     Args:
@@ -82,31 +85,35 @@ def open_haystacks(sources: Sequence[Source], split: str, tokenizer_folder: Path
     usable = [s for s in sources if not s.is_chat and s.num_tokens.get(split, 0) > 0]
     unknown = sorted(set(told) - {s.name for s in usable})
     if unknown:
-        raise UserError(f"--language {unknown[0]}={told[unknown[0]]}: the data has no such source with '{split}' text "
-                        f"(sources: {', '.join(s.name for s in usable)})")
+        raise UserError(f"--language {unknown[0]}={told[unknown[0]]}: the data has no such source with "
+                        f"'{split}' text (sources: {', '.join(s.name for s in usable)})")
     if not usable and not files:
-        raise UserError(f"--data: its sources hold no '{split}' text to hide needles in; pack text with --heldout 0.02")
+        raise UserError(f"--data: its sources hold no '{split}' text to hide needles in; "
+                        "pack text with --heldout 0.02")
     found: dict[Language, list[tuple[Text, float]]] = {}
     for source in usable:
         documents = source.shard(split)
         named = next((name for name in LANGUAGES if name == source.name), None)
         language = told.get(source.name) or named or detect_language(_sample(documents, tokenizer))
-        found.setdefault(language, []).append((documents_text(documents, tokenizer), source.num_tokens[split]))
+        found.setdefault(language, []).append((documents_text(documents, tokenizer),
+                                               source.num_tokens[split]))
     for language, file in files:
         text = FileText(file, tokenizer)
         found.setdefault(language, []).append((text, text.size_bytes))
     for language in languages:
         if language not in found:
             raise UserError(f"needle languages {list(languages)}: no '{split}' text is {language} (there is "
-                            f"{', '.join(sorted(found))}); add such text, or name a source's language with --language")
+                            f"{', '.join(sorted(found))}); add such text, "
+                            "or name a source's language with --language")
     return tuple(Haystack(needle_form(tokenizer_folder, name), *zip(*found[name], strict=True))
                  for name in LANGUAGES if name in found and (not languages or name in languages))
 
 
 def detect_language(text: str) -> Language:
     """Return the language of a text, by its letters and signs."""
-    signs = Counter("korean" if "\uac00" <= c <= "\ud7a3" else "thai" if "\u0e00" <= c <= "\u0e7f" else
-                    "letter" if c.isalpha() else "sign" if c in CODE_SIGNS else "other" for c in text if not c.isspace())
+    signs = Counter("korean" if "\uac00" <= c <= "\ud7a3" else "thai" if "\u0e00" <= c <= "\u0e7f"
+                    else "letter" if c.isalpha() else "sign" if c in CODE_SIGNS else "other"
+                    for c in text if not c.isspace())
     letters = max(1, signs["korean"] + signs["thai"] + signs["letter"])
     if max(signs["korean"], signs["thai"]) >= SCRIPT_SHARE * letters:
         return "korean" if signs["korean"] >= signs["thai"] else "thai"
@@ -118,7 +125,8 @@ def _sample(documents: Documents, tokenizer: Tokenizer) -> str:
     num = len(documents.lengths)
     chosen = np.unique(np.linspace(0, num - 1, 32).astype(np.int64)).tolist()
     each = DETECTED_TOKENS // len(chosen)
-    return str(tokenizer.decode([t for i in chosen for t in documents.tokens(i, 0, min(each, int(documents.lengths[i])))]))
+    return str(tokenizer.decode([t for i in chosen
+                                 for t in documents.tokens(i, 0, min(each, int(documents.lengths[i])))]))
 
 
 def documents_text(documents: Documents, tokenizer: Tokenizer) -> DocumentsText:
@@ -152,7 +160,8 @@ class DocumentsText:
 
 
 class FileText:
-    """A text file: a line anywhere, and the ones after it, until there is enough; no more than that is ever read."""
+    """A text file: a line anywhere, and the ones after it, until there is enough;
+    no more than that is ever read."""
 
     def __init__(self, file: Path, tokenizer: Tokenizer) -> None:
         """Look at the file.
@@ -169,7 +178,8 @@ class FileText:
         except (OSError, UnicodeDecodeError) as e:
             raise UserError(f"--text {file}: cannot be read as UTF-8 text ({e})") from None
         if not len(self._ids(start)) or not start.strip():
-            raise UserError(f"--text {file}: starts with {len(start)} characters that are no text; pass a file of text")
+            raise UserError(f"--text {file}: starts with {len(start)} characters that are no text; "
+                            "pass a file of text")
 
     def take(self, generator: np.random.Generator, count: int) -> np.ndarray:
         """As `Text.take`."""

@@ -1,12 +1,13 @@
-"""The kinds of needle tests, after RULER (arXiv 2404.06654): one example is a prompt and the pairs of words that have to follow.
+"""The kinds of needle tests, after RULER (arXiv 2404.06654): one example is a prompt and the pairs of words
+that have to follow.
 
-==================  ==============================================================================================
+==================  ==========================================================================================
 single              one needle; its key is asked for
 multi-key           one needle among needles with other keys
 multi-value         four needles with one key; all values have to follow, in any order
 multi-query         four needles; the values of four keys have to follow in the order of the question
 variable-tracking   a variable holds a value, the next one holds the first, and so on; all four have to follow
-==================  ==============================================================================================
+==================  ==========================================================================================
 
 Every kind but `single` has distractors: needles (chains of variables) with keys and values of their own.
 """
@@ -28,8 +29,9 @@ NUM_ASKED = 4
 """Values, queries, or variables of a chain."""
 MIN_DISTRACTORS = 3
 PHRASES_OF: dict[NeedleKind, tuple[str, str]] = {
-    "single": ("statement", "statement"), "multi-key": ("statement", "statement"), "multi-value": ("statement", "all_values"),
-    "multi-query": ("statement", "values_of"), "variable-tracking": ("assignment", "holders")}
+    "single": ("statement", "statement"), "multi-key": ("statement", "statement"),
+    "multi-value": ("statement", "all_values"), "multi-query": ("statement", "values_of"),
+    "variable-tracking": ("assignment", "holders")}
 """Phrases of each kind: what is told, and what asks."""
 PAIR_TOKENS = 2
 _Items = TypeVar("_Items", np.ndarray, list[list[int]])
@@ -73,8 +75,8 @@ class Plan:
         return told + sum(map(len, self.questions)) + sum(answer.size for answer in self.answers)
 
 
-def make_plan(kind: NeedleKind, form: NeedleForm, sentences: Sentences, generator: np.random.Generator, num_questions: int,
-              num_distractors: int, *, test: bool) -> Plan:
+def make_plan(kind: NeedleKind, form: NeedleForm, sentences: Sentences, generator: np.random.Generator,
+              num_questions: int, num_distractors: int, *, test: bool) -> Plan:
     """Return the sentences of a context with `num_questions` questions of a kind, beside distractors.
 
     Args:
@@ -96,7 +98,8 @@ def place_told(plan: Plan, generator: np.random.Generator, starts: Sequence[int]
     Args:
         plan: the sentences.
         generator: of places.
-        starts: the place of each question's first sentence; those that keep its order follow anywhere behind it.
+        starts: the place of each question's first sentence; those that keep its order follow
+            anywhere behind it.
         text_tokens: tokens of the text.
     """
     told: list[list[int]] = []
@@ -108,7 +111,8 @@ def place_told(plan: Plan, generator: np.random.Generator, starts: Sequence[int]
 
 
 def weave(text: np.ndarray, told: Sequence[Sequence[int] | np.ndarray], places: Sequence[int]) -> np.ndarray:
-    """Return a text (or its weights) with sentences (or theirs) in it, those of equal places in the order given."""
+    """Return a text (or its weights) with sentences (or theirs) in it, those of equal places
+    in the order given."""
     parts: list[Sequence[int] | np.ndarray] = []
     last = 0
     for i in np.argsort(np.array(places), kind="stable").tolist():
@@ -117,8 +121,8 @@ def weave(text: np.ndarray, told: Sequence[Sequence[int] | np.ndarray], places: 
     return np.concatenate([*parts, text[last:]])
 
 
-def make_example(kind: NeedleKind, haystack: Haystack, generator: np.random.Generator, length: int, depth: float,
-                 num_distractors: int) -> Example:
+def make_example(kind: NeedleKind, haystack: Haystack, generator: np.random.Generator, length: int,
+                 depth: float, num_distractors: int) -> Example:
     """Return an example of a test whose prompt and answer together have `length` tokens.
 
     Args:
@@ -143,7 +147,8 @@ def needles_asked(kind: NeedleKind) -> int:
 
 
 def distractors_of(kind: NeedleKind, form: NeedleForm, length: int, share: float) -> int:
-    """Return the number of distractors of a context: they fill `share` of it, as far as there are keys and room for them.
+    """Return the number of distractors of a context: they fill `share` of it, as far as there are keys
+    and room for them.
 
     Raises:
         UserError: the context is too short for the kind.
@@ -154,19 +159,22 @@ def distractors_of(kind: NeedleKind, form: NeedleForm, length: int, share: float
     needle_tokens = form.phrase_tokens(told, test=True)
     fixed = asked * needle_tokens + form.phrase_tokens(question, test=True) + asked * PAIR_TOKENS
     if length < fixed + least * needle_tokens:
-        raise UserError(f"needle length {length}: the needles and the question of kind {kind} in {form.language} alone take "
-                        f"{fixed + least * needle_tokens} tokens; test longer contexts")
-    keys = len(form.pairs[True]) // 2 - 2 * NUM_ASKED  # tracking takes variables and values from the same pairs
+        raise UserError(f"needle length {length}: the needles and the question of kind {kind} in "
+                        f"{form.language} alone take {fixed + least * needle_tokens} tokens; "
+                        "test longer contexts")
+    # tracking takes variables and values from the same pairs
+    keys = len(form.pairs[True]) // 2 - 2 * NUM_ASKED
     wanted = 0 if kind == "single" else max(least, int(share * length) // needle_tokens)
     return min(wanted, (length - fixed) // needle_tokens, max(least, keys))
 
 
-def _one(form: NeedleForm, sentences: Sentences, generator: np.random.Generator, num_questions: int, num_distractors: int,
-         test: bool) -> Plan:
+def _one(form: NeedleForm, sentences: Sentences, generator: np.random.Generator, num_questions: int,
+         num_distractors: int, test: bool) -> Plan:
     keys, values = (form.draw(generator, num_questions + num_distractors, test=test) for _ in range(2))
     told = _statements(sentences, keys, values)
     return Plan([[sentence] for sentence in told[:num_questions]], told[num_questions:],
-                [fill(sentences.statement, key) for key in keys[:num_questions]], [values[[i]] for i in range(num_questions)])
+                [fill(sentences.statement, key) for key in keys[:num_questions]],
+                [values[[i]] for i in range(num_questions)])
 
 
 def _multi_value(form: NeedleForm, sentences: Sentences, generator: np.random.Generator, num_questions: int,
@@ -176,7 +184,8 @@ def _multi_value(form: NeedleForm, sentences: Sentences, generator: np.random.Ge
     keys[:num_asked] = np.repeat(keys[:num_asked:NUM_ASKED], NUM_ASKED, axis=0)
     told = _statements(sentences, keys, values)
     return Plan(_groups(told, num_questions), told[num_asked:],
-                [fill(sentences.all_values, key) for key in keys[:num_asked:NUM_ASKED]], _groups(values, num_questions))
+                [fill(sentences.all_values, key) for key in keys[:num_asked:NUM_ASKED]],
+                _groups(values, num_questions))
 
 
 def _multi_query(form: NeedleForm, sentences: Sentences, generator: np.random.Generator, num_questions: int,
@@ -187,20 +196,23 @@ def _multi_query(form: NeedleForm, sentences: Sentences, generator: np.random.Ge
     order = [NUM_ASKED * i + generator.permutation(NUM_ASKED) for i in range(num_questions)]
     return Plan([[sentence] for sentence in told[:num_asked:NUM_ASKED]],
                 [sentence for i, sentence in enumerate(told) if i >= num_asked or i % NUM_ASKED],
-                [fill(sentences.values_of, *keys[asked]) for asked in order], [values[asked] for asked in order])
+                [fill(sentences.values_of, *keys[asked]) for asked in order],
+                [values[asked] for asked in order])
 
 
-def _tracking(form: NeedleForm, sentences: Sentences, generator: np.random.Generator, num_questions: int, num_distractors: int,
-              test: bool) -> Plan:
+def _tracking(form: NeedleForm, sentences: Sentences, generator: np.random.Generator, num_questions: int,
+              num_distractors: int, test: bool) -> Plan:
     num_asked = num_questions * NUM_ASKED
     num_chains = num_questions - (-num_distractors // NUM_ASKED)
     pairs = form.draw(generator, num_asked + num_distractors + num_chains, test=test)
     values, variables = pairs[:num_chains], pairs[num_chains:]
     # each variable holds the one before it in its chain; the first of a chain holds the value
     held = [values[i // NUM_ASKED] if i % NUM_ASKED == 0 else variables[i - 1] for i in range(len(variables))]
-    told = [fill(sentences.assignment, variable, value) for variable, value in zip(variables, held, strict=True)]
+    told = [fill(sentences.assignment, variable, value)
+            for variable, value in zip(variables, held, strict=True)]
     return Plan(_groups(told, num_questions), told[num_asked:],
-                [fill(sentences.holders, value) for value in values[:num_questions]], _groups(variables, num_questions))
+                [fill(sentences.holders, value) for value in values[:num_questions]],
+                _groups(variables, num_questions))
 
 
 def _statements(sentences: Sentences, keys: np.ndarray, values: np.ndarray) -> list[list[int]]:
@@ -213,4 +225,5 @@ def _groups(items: _Items, num_questions: int) -> list[_Items]:
 
 
 _PLANS: dict[NeedleKind, Callable[[NeedleForm, Sentences, np.random.Generator, int, int, bool], Plan]] = {
-    "single": _one, "multi-key": _one, "multi-value": _multi_value, "multi-query": _multi_query, "variable-tracking": _tracking}
+    "single": _one, "multi-key": _one, "multi-value": _multi_value, "multi-query": _multi_query,
+    "variable-tracking": _tracking}

@@ -1,8 +1,9 @@
 """The sentences of needle tests, in each language of a haystack, and which of them are for tests alone.
 
-A phrase is text with places ``{}`` for keys and values; a value stands right behind its key, so that repeating the sentence
-up to the key asks for the value.  Kinds of tests and their sentences follow RULER (arXiv 2404.06654).  A hash decides which
-phrases and which pairs of words belong to tests: training code asks the same function, so nothing is ever in both.
+A phrase is text with places ``{}`` for keys and values; a value stands right behind its key, so that
+repeating the sentence up to the key asks for the value.  Kinds of tests and their sentences follow RULER
+(arXiv 2404.06654).  A hash decides which phrases and which pairs of words belong to tests: training code asks
+the same function, so nothing is ever in both.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ def phrases(language: Language, *, test: bool) -> tuple[Phrases, ...]:
 
 def _english(noun: str, plural: str, variable: str, place: str) -> Phrases:
     return Phrases(f"\nThe {noun} {place}{{}}{{}}.", f"\nAll {plural} {place}{{}}:",
-                   f"\nThe {plural} {place}{{}},{{}},{{}},{{}}:", f"\n{variable}{{}} ={{}}.", f"\nEvery {variable} that is{{}}:")
+                   f"\nThe {plural} {place}{{}},{{}},{{}},{{}}:", f"\n{variable}{{}} ={{}}.",
+                   f"\nEvery {variable} that is{{}}:")
 
 
 def _korean(noun: str, variable: str) -> Phrases:
@@ -80,12 +82,14 @@ PHRASES: dict[Language, tuple[Phrases, ...]] = {
         _english("number", "numbers", "name", "for"), _english("label", "labels", "letter", "on"),
         _english("price", "prices", "unit", "of"), _english("owner", "owners", "entry", "of"),
     ),
-    "korean": tuple(_korean(n, v) for n, v in (("암호는", "변수"), ("번호는", "이름"), ("주소는", "항목"), ("비밀은", "기호"),
-                                               ("색깔은", "표시"), ("가격은", "단위"), ("주인은", "문자"), ("열쇠는", "상자"))),
-    "thai": tuple(_thai(n, v) for n, v in (("รหัสของ", "ตัวแปร"), ("หมายเลขของ", "ชื่อ"), ("ที่อยู่ของ", "รายการ"),
-                                           ("ความลับของ", "สัญลักษณ์"), ("สีของ", "เครื่องหมาย"), ("ราคาของ", "หน่วย"),
-                                           ("เจ้าของ", "ตัวอักษร"), ("กุญแจของ", "กล่อง"))),
-    "code": tuple(_code(n, v) for n, v in (("codes", "var"), ("table", "let"), ("registry", "auto"), ("cache", "val"),
-                                           ("lookup", "const"), ("index", "set"), ("store", "def"), ("mapping", "local"))),
+    "korean": tuple(_korean(n, v) for n, v in (("암호는", "변수"), ("번호는", "이름"), ("주소는", "항목"),
+                                               ("비밀은", "기호"), ("색깔은", "표시"), ("가격은", "단위"),
+                                               ("주인은", "문자"), ("열쇠는", "상자"))),
+    "thai": tuple(_thai(n, v) for n, v in (
+        ("รหัสของ", "ตัวแปร"), ("หมายเลขของ", "ชื่อ"), ("ที่อยู่ของ", "รายการ"), ("ความลับของ", "สัญลักษณ์"),
+        ("สีของ", "เครื่องหมาย"), ("ราคาของ", "หน่วย"), ("เจ้าของ", "ตัวอักษร"), ("กุญแจของ", "กล่อง"))),
+    "code": tuple(_code(n, v) for n, v in (("codes", "var"), ("table", "let"), ("registry", "auto"),
+                                           ("cache", "val"), ("lookup", "const"), ("index", "set"),
+                                           ("store", "def"), ("mapping", "local"))),
 }
 """Enough forms in each language that the hash gives some to both sides."""

@@ -1,9 +1,9 @@
 """Needle in a haystack: is what a context says found again, at any depth of any length, among other needles?
 
-Each cell (kind, language, length, depth) has several examples.  By generation an answer is right when greedy decoding gives all
-of it and nothing else.  By likelihood it is right when, behind every right prefix, a right word is the most probable of all words
-that values are made of: greedy decoding that can only say values, in one forward pass.  Blind choices pass `single` and
-`multi-key` with probability 1 / words^2, below 1 %.
+Each cell (kind, language, length, depth) has several examples.  By generation an answer is right when greedy
+decoding gives all of it and nothing else.  By likelihood it is right when, behind every right prefix, a right
+word is the most probable of all words that values are made of: greedy decoding that can only say values, in
+one forward pass.  Blind choices pass `single` and `multi-key` with probability 1 / words^2, below 1 %.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ class NeedleResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        return {"by": self.by, "seed": self.seed, "distractor_share": self.distractor_share, "score": self.score,
+        return {"by": self.by, "seed": self.seed, "distractor_share": self.distractor_share,
+                "score": self.score,
                 "cells": [asdict(cell) | {"interval": list(cell.interval)} for cell in self.cells]}
 
 
@@ -105,11 +106,11 @@ class NeedleSuite:
     def __post_init__(self) -> None:
         """Raise `UserError` where the numbers make no test."""
         if not (self.lengths and self.depths and self.kinds) or not all(0 <= d <= 1 for d in self.depths):
-            raise UserError(f"needle kinds {list(self.kinds)}, lengths {list(self.lengths)}, depths {list(self.depths)}: give at "
-                            "least one of each; depths lie in [0, 1]")
+            raise UserError(f"needle kinds {list(self.kinds)}, lengths {list(self.lengths)}, "
+                            f"depths {list(self.depths)}: give at least one of each; depths lie in [0, 1]")
         if self.samples < 1 or not 0 <= self.distractor_share < 1 or self.seed < 0:
-            raise UserError(f"needle samples = {self.samples} must be at least 1, distractor_share = {self.distractor_share} in "
-                            f"[0, 1), seed = {self.seed} not negative")
+            raise UserError(f"needle samples = {self.samples} must be at least 1, distractor_share = "
+                            f"{self.distractor_share} in [0, 1), seed = {self.seed} not negative")
         for kind, haystack, length in self._rows():
             distractors_of(kind, haystack.form, length, self.distractor_share)
 
@@ -119,7 +120,8 @@ class NeedleSuite:
                 for length in self.lengths:
                     yield kind, haystack, length
 
-    def example(self, kind: NeedleKind, haystack: Haystack, length: int, depth: float, sample: int) -> Example:
+    def example(self, kind: NeedleKind, haystack: Haystack, length: int, depth: float,
+                sample: int) -> Example:
         """Return one example; nothing but the suite's fields and these decides what it is."""
         generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(
             (self.seed, length, round(depth * 1e6), sample, *kind.encode(), 0, *haystack.language.encode()))))
@@ -127,16 +129,19 @@ class NeedleSuite:
                             distractors_of(kind, haystack.form, length, self.distractor_share))
 
     def questions(self) -> Iterator[list[int]]:
-        """Yield what a test of these kinds may tell or ask, up to where a value follows: what training text must not hold."""
+        """Yield what a test of these kinds may tell or ask, up to where a value follows:
+        what training text must not hold."""
         for haystack in self.haystacks:
-            names = {name for kind in self.kinds for name in PHRASES_OF[kind] if name != "values_of"}  # its keys are told too
+            # its keys are told too
+            names = {name for kind in self.kinds for name in PHRASES_OF[kind] if name != "values_of"}
             for sentences in haystack.form.sentences[True]:
                 for name in sorted(names):
                     for pair in haystack.form.pairs[True]:
                         yield [*getattr(sentences, name)[0], *pair.tolist()]
 
     def examples(self) -> Iterator[tuple[Haystack, list[tuple[NeedleKind, int, float]], list[Example]]]:
-        """Yield (haystack, cell of each example, examples) in the order of cells: equal lengths, no more tokens than a batch."""
+        """Yield (haystack, cell of each example, examples) in the order of cells: equal lengths, no more
+        tokens than a batch."""
         for kind, haystack, length in self._rows():
             places = [(depth, sample) for depth in self.depths for sample in range(self.samples)]
             at_once = max(1, BATCH_TOKENS // length)
@@ -146,7 +151,8 @@ class NeedleSuite:
                        [self.example(kind, haystack, length, depth, sample) for depth, sample in part])
 
 
-def make_suite(config: NeedleConfig, haystacks: Sequence[Haystack], *, seed: int = 0, by: Way = "generation") -> NeedleSuite:
+def make_suite(config: NeedleConfig, haystacks: Sequence[Haystack], *, seed: int = 0,
+               by: Way = "generation") -> NeedleSuite:
     """Return the suite that settings ask for, over held-out text.
 
     Raises:
@@ -156,12 +162,14 @@ def make_suite(config: NeedleConfig, haystacks: Sequence[Haystack], *, seed: int
                        config.distractor_share, seed, by)
 
 
-def answers(examples: Sequence[Example], words: tuple[int, ...], engine: ChoosingEngine, by: Way) -> list[list[int]]:
+def answers(examples: Sequence[Example], words: tuple[int, ...], engine: ChoosingEngine,
+            by: Way) -> list[list[int]]:
     """Return what the model says to examples of equal length: the tokens in the places of each answer."""
     count = examples[0].answer_tokens
     if by == "generation":
         return engine.generate([e.prompt for e in examples], Sampling(count)).continuations
-    return engine.choose([[*e.prompt, *(token for pair in e.answer for token in pair)] for e in examples], count, words)
+    return engine.choose([[*e.prompt, *(token for pair in e.answer for token in pair)] for e in examples],
+                         count, words)
 
 
 def is_right(example: Example, given: Sequence[int], by: Way) -> bool:
@@ -171,7 +179,8 @@ def is_right(example: Example, given: Sequence[int], by: Way) -> bool:
         return pairs == example.answer
     if by == "generation":
         return sorted(pairs) == sorted(example.answer)
-    # the model was told the answer in one order; in the place of each pair any that has not come yet may start
+    # the model was told the answer in one order; in the place of each pair any that has not
+    # come yet may start
     return all(pair[0] in {first for first, _ in example.answer[i:]} and pair[1] == example.answer[i][1]
                for i, pair in enumerate(pairs))
 
@@ -186,8 +195,9 @@ def run_suite(suite: NeedleSuite, engine: ChoosingEngine) -> NeedleResult:
             correct[cell] = correct.get(cell, 0) + is_right(example, said, suite.by)
     forms = {h.language: h.form for h in suite.haystacks}
     return NeedleResult(suite.by, suite.seed, suite.distractor_share, tuple(
-        Cell(kind, language, length, depth, distractors_of(kind, forms[language], length, suite.distractor_share), right,
-             suite.samples, wilson_interval(right, suite.samples))
+        Cell(kind, language, length, depth,
+             distractors_of(kind, forms[language], length, suite.distractor_share), right, suite.samples,
+             wilson_interval(right, suite.samples))
         for (kind, language, length, depth), right in correct.items()))
 
 
@@ -199,7 +209,9 @@ def table(result: NeedleResult) -> str:
         maps.setdefault((cell.kind, cell.language), {}).setdefault(cell.length_tokens, []).append(cell)
     for (kind, language), rows in maps.items():
         cells = next(iter(rows.values()))
-        lines += [f"{kind}, {language}", "length   distractors  " + "".join(f"{cell.depth:>7.0%}" for cell in cells)]
-        lines += [f"{length:>7,}  {row[0].distractors:>11,}  " + "".join(f"{c.correct / c.samples:>7.0%}" for c in row)
-                  for length, row in rows.items()]
-    return "\n".join([*lines, f"score {result.score:.1%} by {result.by}, {result.cells[0].samples} samples a cell"])
+        lines += [f"{kind}, {language}",
+                  "length   distractors  " + "".join(f"{cell.depth:>7.0%}" for cell in cells)]
+        lines += [f"{length:>7,}  {row[0].distractors:>11,}  "
+                  + "".join(f"{c.correct / c.samples:>7.0%}" for c in row) for length, row in rows.items()]
+    return "\n".join([*lines,
+                      f"score {result.score:.1%} by {result.by}, {result.cells[0].samples} samples a cell"])

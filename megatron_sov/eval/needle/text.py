@@ -1,6 +1,8 @@
-"""What needles are made of in a tokenizer's ids: rare words, tied together in pairs, and the sentences around them.
+"""What needles are made of in a tokenizer's ids: rare words, tied together in pairs,
+and the sentences around them.
 
-A key is two words, and so is a value.  Pairs and sentences for training and for testing never mix (`needle_phrases`).
+A key is two words, and so is a value.  Pairs and sentences for training and for testing never mix
+(`needle_phrases`).
 """
 
 from __future__ import annotations
@@ -62,7 +64,8 @@ class NeedleForm:
 
     def phrase_tokens(self, name: str, *, test: bool) -> int:
         """Return the tokens of the longest phrase of a name, its pairs included."""
-        return max(2 * (len(slots) - 1) + sum(map(len, slots)) for s in self.sentences[test] for slots in [getattr(s, name)])
+        return max(2 * (len(slots) - 1) + sum(map(len, slots)) for s in self.sentences[test]
+                   for slots in [getattr(s, name)])
 
     @cached_property
     def pairs(self) -> dict[bool, np.ndarray]:
@@ -84,7 +87,8 @@ class NeedleForm:
 
 
 def needle_form(tokenizer_folder: Path, language: Language) -> NeedleForm:
-    """Return the needle's parts in a tokenizer's ids; its words are the rarest whole ones, which are those merged last.
+    """Return the needle's parts in a tokenizer's ids; its words are the rarest whole ones,
+    which are those merged last.
 
     Raises:
         UserError: there is no tokenizer, or it has too few whole words.
@@ -95,16 +99,18 @@ def needle_form(tokenizer_folder: Path, language: Language) -> NeedleForm:
     if len(words) < MIN_WORDS:
         words = _words(tokenizer, special, lambda letter: True)
     if len(words) < MIN_WORDS:
-        raise UserError(f"{tokenizer_folder}: only {len(words)} of its tokens are whole words, needles need {MIN_WORDS}; "
-                        "train a tokenizer with a larger vocabulary")
+        raise UserError(f"{tokenizer_folder}: only {len(words)} of its tokens are whole words, "
+                        f"needles need {MIN_WORDS}; train a tokenizer with a larger vocabulary")
 
     def slots(text: str) -> Slots:
-        return tuple(tuple(tokenizer.encode(part, add_special_tokens=False).ids) if part else () for part in text.split(SLOT))
+        return tuple(tuple(tokenizer.encode(part, add_special_tokens=False).ids) if part else ()
+                     for part in text.split(SLOT))
 
     def sentences(form: Phrases) -> Sentences:
         return Sentences(**{name: slots(text) for name, text in form.texts().items()})
 
-    return NeedleForm(language, {test: tuple(map(sentences, phrases(language, test=test))) for test in (True, False)},
+    return NeedleForm(language,
+                      {test: tuple(map(sentences, phrases(language, test=test))) for test in (True, False)},
                       tuple(words), special)
 
 
@@ -117,7 +123,8 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     try:
         return Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as e:  # the binding raises a bare Exception
-        raise UserError(f"{folder}: has no readable tokenizer.json ({e}); needles are made of its words") from None
+        raise UserError(f"{folder}: has no readable tokenizer.json ({e}); "
+                        "needles are made of its words") from None
 
 
 def special_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -127,7 +134,8 @@ def special_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
 
 _SCRIPTS: dict[Language, Callable[[str], bool]] = {
     "english": str.isascii, "code": str.isascii,
-    "korean": lambda letter: "\uac00" <= letter <= "\ud7a3", "thai": lambda letter: "\u0e00" <= letter <= "\u0e7f",
+    "korean": lambda letter: "\uac00" <= letter <= "\ud7a3",
+    "thai": lambda letter: "\u0e00" <= letter <= "\u0e7f",
 }
 
 
@@ -146,6 +154,7 @@ def _words(tokenizer: Tokenizer, special: tuple[int, ...], of_script: Callable[[
 def _is_whole_word(tokenizer: Tokenizer, token: int, of_script: Callable[[str], bool]) -> bool:
     text = tokenizer.decode([token], skip_special_tokens=False)
     word = text[1:]
-    return (text[:1] == " " and len(word.encode()) >= MIN_WORD_BYTES and unicodedata.category(word[0]) in ("Ll", "Lu", "Lo")
+    return (text[:1] == " " and len(word.encode()) >= MIN_WORD_BYTES
+            and unicodedata.category(word[0]) in ("Ll", "Lu", "Lo")
             and all(unicodedata.category(letter)[0] in "LM" and of_script(letter) for letter in word)
             and tokenizer.encode(text, add_special_tokens=False).ids == [token])

@@ -29,7 +29,8 @@ class _Place:
 
 
 class Gatherer:
-    """Gathers tensors that the processes of a world hold in blocks; every call is made by all of them together."""
+    """Gathers tensors that the processes of a world hold in blocks; every call is made by
+    all of them together."""
 
     def __init__(self, blocks: Sequence[LocalShard], *, everywhere: bool = False) -> None:
         """Exchange who owns what; the blocks may change their numbers afterwards, not their memory.
@@ -43,7 +44,8 @@ class Gatherer:
         for block in blocks:
             if block.owned:
                 self._mine.setdefault(block.key, []).append(block)
-        places = [_Place(b.key, b.global_shape, b.offset, b.shape, b.data.dtype) for own in self._mine.values() for b in own]
+        places = [_Place(b.key, b.global_shape, b.offset, b.shape, b.data.dtype)
+                  for own in self._mine.values() for b in own]
         self._places: dict[str, dict[int, list[_Place]]] = {}
         for owner, found in enumerate(gather_objects(places)):
             for place in found:
@@ -55,14 +57,17 @@ class Gatherer:
 
     @torch.no_grad()
     def gather(self, key: str) -> torch.Tensor | None:
-        """Return a whole tensor in memory of its own, on the model's device; None on processes that do not receive.
+        """Return a whole tensor in memory of its own, on the model's device;
+        None on processes that do not receive.
 
-        A process sends its blocks of the tensor in one message: memory holds the tensor and one process's share of it.
+        A process sends its blocks of the tensor in one message: memory holds the tensor and one
+        process's share of it.
         """
         receives = self._everywhere or self._rank == 0
         owners = self._places[key]
         first = next(iter(owners.values()))[0]
-        whole = torch.empty(first.global_shape, dtype=first.dtype, device=local_device()) if receives else None
+        whole = (torch.empty(first.global_shape, dtype=first.dtype, device=local_device())
+                 if receives else None)
         for owner, places in owners.items():
             share = self._pass_on(key, owner, places)
             if whole is None or share is None:

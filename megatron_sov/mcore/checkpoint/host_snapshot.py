@@ -1,7 +1,9 @@
-"""A copy in host memory of the blocks that a process owns, which threads write to files while training goes on.
+"""A copy in host memory of the blocks that a process owns, which threads write to files
+while training goes on.
 
-The copy is as large as what it copies.  Its memory is kept from one checkpoint to the next: on a CPU the pages of fresh
-memory take several times as long as the copy itself, and on a GPU pinned memory is slow to get.
+The copy is as large as what it copies.  Its memory is kept from one checkpoint to the next: on a CPU the
+pages of fresh memory take several times as long as the copy itself, and on a GPU pinned
+memory is slow to get.
 """
 
 from __future__ import annotations
@@ -18,7 +20,12 @@ from typing import Any
 import torch
 
 from megatron_sov.artifacts import FileRecord
-from megatron_sov.mcore.checkpoint.sharded_tensors import MAX_FILE_BYTES, RANKS_PER_FOLDER, Index, TensorWriter
+from megatron_sov.mcore.checkpoint.sharded_tensors import (
+    MAX_FILE_BYTES,
+    RANKS_PER_FOLDER,
+    Index,
+    TensorWriter,
+)
 from megatron_sov.mcore.model.local_shards import LocalShard
 from megatron_sov.mcore.parallel.device import on_gpu
 
@@ -29,7 +36,8 @@ MIN_FILE_BYTES = 64 << 20
 _ARENA_BYTES = 1 << 30
 _ALIGN_BYTES = 64
 INDICES = "indices"
-"""Folder, inside a checkpoint that is being written, of what each process has written; gone when it is complete."""
+"""Folder, inside a checkpoint that is being written, of what each process has written;
+gone when it is complete."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +74,8 @@ class Snapshot:
         wanted = {_identity(part, b): b for part, blocks in owned.items() for b in blocks}
         missing = {key: b for key, b in wanted.items() if key not in self._memory}
         arena = _Arena(sum(_num_bytes(b.data) for b in missing.values()))
-        self._memory = {key: self._memory[key] if key in self._memory else arena.like(b.data) for key, b in wanted.items()}
+        self._memory = {key: self._memory[key] if key in self._memory else arena.like(b.data)
+                        for key, b in wanted.items()}
         for key, block in wanted.items():
             self._memory[key].copy_(block.data.detach(), non_blocking=True)
         self._parts = {part: [dataclasses.replace(b, data=self._memory[_identity(part, b)]) for b in blocks]
@@ -75,7 +84,8 @@ class Snapshot:
             torch.cuda.synchronize()
 
     def write(self, folder: Path, rank: int) -> None:
-        """Write the copy into files of `folder` and, last, what was written, for the process that completes the checkpoint.
+        """Write the copy into files of `folder` and, last, what was written,
+        for the process that completes the checkpoint.
 
         Raises:
             OSError: the disk is full or refuses.
@@ -90,7 +100,8 @@ class Snapshot:
                 writer.add(block.key, block.data, block.global_shape, block.offset)
             written.append((part, writer, writer.finish()))
 
-        run_in_threads([lambda args=file: write(*args) for file in files], num_writers())  # type: ignore[misc]
+        run_in_threads([lambda args=file: write(*args) for file in files],  # type: ignore[misc]
+                       num_writers())
         result = Written({part: [i for p, _, i in written if p == part] for part in self._parts},
                          {name: record for _, writer, _ in written for name, record in writer.files.items()})
         file = Written.file(folder, rank)
@@ -144,7 +155,8 @@ def num_writers() -> int:
 
 
 def run_in_threads(actions: list[Callable[[], None]], num_threads: int) -> None:
-    """Do all actions on threads that do not keep a process from ending; raises the first failure, after all have ended."""
+    """Do all actions on threads that do not keep a process from ending; raises the first failure,
+    after all have ended."""
     waiting, problems = queue.SimpleQueue[Callable[[], None]](), list[Exception]()
     for action in actions:
         waiting.put(action)

@@ -1,8 +1,9 @@
-"""Checkpoints that belong to no layout: every process writes the blocks it owns and reads the blocks it needs.
+"""Checkpoints that belong to no layout: every process writes the blocks it owns and reads
+the blocks it needs.
 
-A checkpoint is an artifact folder: `model` and `optimizer` tensors (see `sharded_tensors.py`), `state.json` (step, data cursors,
-counters), the run's settings and the tokenizer.  It appears under its name only when every file of every process is on disk
-(`save.py`).
+A checkpoint is an artifact folder: `model` and `optimizer` tensors (see `sharded_tensors.py`), `state.json`
+(step, data cursors, counters), the run's settings and the tokenizer.  It appears under its name only when
+every file of every process is on disk (`save.py`).
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from megatron_sov.mcore.parallel.object_collectives import gather_objects
 from megatron_sov.runs import checkpoints
 
 
-def save(path: Path, model: LanguageModel, optimizer: Optimizer | None, state: dict[str, Any], settings: dict[str, Any],
-         tokenizer: Path | None) -> None:
+def save(path: Path, model: LanguageModel, optimizer: Optimizer | None, state: dict[str, Any],
+         settings: dict[str, Any], tokenizer: Path | None) -> None:
     """Write one checkpoint and wait for it; called by every process together.  A run uses a `Saver`.
 
     Args:
@@ -46,7 +47,8 @@ def save(path: Path, model: LanguageModel, optimizer: Optimizer | None, state: d
 
 @contextlib.contextmanager
 def _agreement() -> Iterator[None]:
-    """Run the block on every process; where it raises on any of them, every process raises, so that none waits for it."""
+    """Run the block on every process; where it raises on any of them, every process raises,
+    so that none waits for it."""
     problem: Exception | None = None
     try:
         yield
@@ -58,10 +60,12 @@ def _agreement() -> Iterator[None]:
 
 
 def damage(path: Path, *, weights_only: bool = False) -> str | None:
-    """Return, on every process, what is wrong with a checkpoint's files, or None; each process looks at a share of them."""
+    """Return, on every process, what is wrong with a checkpoint's files, or None;
+    each process looks at a share of them."""
     problem: str | None = None
     with _agreement():
-        problem = checkpoints.damage(path, rank=dist.get_rank(), size=dist.get_world_size(), weights_only=weights_only)
+        problem = checkpoints.damage(path, rank=dist.get_rank(), size=dist.get_world_size(),
+                                     weights_only=weights_only)
     return next((p for p in gather_objects(problem) if p is not None), None)
 
 
@@ -81,7 +85,8 @@ def load_model(path: Path, model: LanguageModel) -> None:
     """Read this process's part of the weights, from whatever layout wrote them.
 
     Raises:
-        UserError: on every process; the checkpoint holds other tensors or shapes than the model, or is damaged.
+        UserError: on every process; the checkpoint holds other tensors or shapes than the
+            model, or is damaged.
     """
     reader = TensorReader(path, "model")
     blocks = local_shards(model)
@@ -108,10 +113,12 @@ def _fill(path: Path, reader: TensorReader, blocks: list[LocalShard]) -> None:
     known = set(reader.keys())
     for block in blocks:
         if block.key not in known:
-            raise UserError(f"{path}: has no tensor {block.key}; was it written with another optimizer, precision or model?")
+            raise UserError(f"{path}: has no tensor {block.key}; was it written with another optimizer, "
+                            "precision or model?")
         if reader.shape(block.key) != block.global_shape:
-            raise UserError(f"{path}: {block.key} has shape {reader.shape(block.key)}, the model needs {block.global_shape}; "
-                            "use the recipe and settings that the checkpoint was made with")
+            raise UserError(f"{path}: {block.key} has shape {reader.shape(block.key)}, the model needs "
+                            f"{block.global_shape}; use the recipe and settings that the "
+                            "checkpoint was made with")
         block.data.copy_(reader.read(block.key, block.offset, block.shape).reshape(block.data.shape))
 
 
@@ -120,7 +127,8 @@ def _refuse_difference(path: Path, wanted: set[str], found: set[str]) -> None:
     if missing or extra:
         what = [f"lacks {len(missing)} tensors, e.g. {missing[0]}"] if missing else []
         what += [f"has {len(extra)} tensors that the model lacks, e.g. {extra[0]}"] if extra else []
-        raise UserError(f"{path}: {' and '.join(what)}; use the recipe and settings that the checkpoint was made with")
+        raise UserError(f"{path}: {' and '.join(what)}; use the recipe and settings that the "
+                        "checkpoint was made with")
 
 
 def read_state(path: Path) -> dict[str, Any]:

@@ -1,8 +1,10 @@
-"""Reads safetensors files block by block with plain reads: memory holds what was asked for, and nothing stays mapped.
+"""Reads safetensors files block by block with plain reads: memory holds what was asked for,
+and nothing stays mapped.
 
-The library maps whole files, so that every page that was ever read counts as memory of the process.  The format is short
-(https://github.com/huggingface/safetensors#format): the header's length as 8 bytes little-endian, a JSON header with dtype, shape
-and byte range of each tensor, then the bytes without gaps.  All of that is checked when a file is opened.
+The library maps whole files, so that every page that was ever read counts as memory of the process.  The
+format is short (https://github.com/huggingface/safetensors#format): the header's length as 8 bytes
+little-endian, a JSON header with dtype, shape and byte range of each tensor, then the bytes without gaps.
+All of that is checked when a file is opened.
 """
 
 from __future__ import annotations
@@ -19,9 +21,10 @@ import torch
 
 from megatron_sov.errors import UserError
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64,
-          "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
-"""The format's names of the dtypes that are read here; files may hold others, which are refused when they are asked for."""
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
+          "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
+"""The format's names of the dtypes that are read here; files may hold others,
+which are refused when they are asked for."""
 MAX_HEADER_BYTES = 100_000_000
 _COVER_BYTES = 32 << 20
 """Bytes that are read at a time where only a part of each row is wanted."""
@@ -51,7 +54,8 @@ class TensorFile:
             remedy: how a message about a damaged file ends, e.g. "download it again".
 
         Raises:
-            UserError: the file is missing, cut, or no safetensors file; the message names the first tensor that suffers.
+            UserError: the file is missing, cut, or no safetensors file;
+                the message names the first tensor that suffers.
         """
         self.path, self._remedy = path, remedy
         try:
@@ -66,8 +70,8 @@ class TensorFile:
         """Return a tensor's dtype; `UserError` for one that cannot be read."""
         found = self.entries[name].dtype
         if found not in DTYPES:
-            raise UserError(f"{self.path}: {name} has dtype {found}, but only {', '.join(DTYPES)} can be read; "
-                            "save the model without quantisation")
+            raise UserError(f"{self.path}: {name} has dtype {found}, but only {', '.join(DTYPES)} can be "
+                            "read; save the model without quantisation")
         return DTYPES[found]
 
     def read(self, name: str, block: Sequence[slice] | None = None) -> torch.Tensor:
@@ -111,7 +115,8 @@ def _entries(path: Path) -> dict[str, TensorEntry]:
             raise ValueError(f"{name} does not begin where the tensor before it ends")
         end += entry.size_bytes
         if first + end > size_bytes:
-            raise ValueError(f"{name} is cut off: the file ends {first + end - size_bytes} bytes too early for it")
+            raise ValueError(f"{name} is cut off: the file ends {first + end - size_bytes} bytes "
+                             "too early for it")
         entries[name] = entry
     if first + end != size_bytes:
         raise ValueError(f"{size_bytes - first - end} bytes follow the last tensor")
@@ -123,7 +128,8 @@ def _entry(name: str, raw: dict[str, Any], first: int) -> TensorEntry:
     shape = tuple(int(n) for n in raw["shape"])
     size_bytes = stop - start
     known = DTYPES.get(raw["dtype"])
-    if min(shape, default=0) < 0 or size_bytes < 0 or (known and math.prod(shape) * known.itemsize != size_bytes):
+    if (min(shape, default=0) < 0 or size_bytes < 0
+            or (known and math.prod(shape) * known.itemsize != size_bytes)):
         raise ValueError(f"{name} has {size_bytes} bytes, which is not {raw['dtype']} {list(shape)}")
     return TensorEntry(str(raw["dtype"]), shape, first + start, size_bytes)
 
@@ -132,12 +138,14 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} stands in its header twice")
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} stands in "
+                         "its header twice")
     return found
 
 
 def _fill(fd: int, start: int, shape: Sequence[int], block: Sequence[slice], out: torch.Tensor) -> None:
-    """Read a block of the row-major tensor of `shape` that begins at byte `start` into the contiguous `out`."""
+    """Read a block of the row-major tensor of `shape` that begins at byte `start` into
+    the contiguous `out`."""
     if all(s.start == 0 and s.stop == n for s, n in zip(block[1:], shape[1:], strict=True)):
         row_bytes = math.prod(shape[1:]) * out.element_size()
         _read(fd, start + (block[0].start * row_bytes if block else 0), out)

@@ -1,9 +1,11 @@
-"""Writing a checkpoint beside the training: copied at once, written by threads, complete when every process agrees.
+"""Writing a checkpoint beside the training: copied at once, written by threads,
+complete when every process agrees.
 
     begin      every process copies what it owns and goes on training
     writing    threads of every process write, sync and hash their files (no collective in any thread)
     agreed     all have written, as the all-reduce at the end of a step tells
-    completing a thread of rank 0 merges what was written, writes the manifest, renames the folder and deletes old checkpoints
+    completing a thread of rank 0 merges what was written, writes the manifest,
+    renames the folder and deletes old checkpoints
     finished   as the all-reduce at the end of a later step tells
 """
 
@@ -38,7 +40,8 @@ STATE = "state.json"
 SAVE_TIMEOUT_S = 1800.0
 _LOOK_EVERY_S = 0.02
 PROGRESS = ("written", "completed", "failed", "late")
-"""What processes tell one another about the checkpoint that is being written: each counts those for which it holds."""
+"""What processes tell one another about the checkpoint that is being written:
+each counts those for which it holds."""
 LEAVE_WITHIN_S = 30.0
 """Time to leave in good order when a file system hangs; then the process ends at once."""
 
@@ -52,7 +55,8 @@ class Saved:
     step: int
     """Optimizer steps before it was taken."""
     stall_s: float
-    """Time in which this process did not train: the copy, and waiting where the run could not go on without the checkpoint."""
+    """Time in which this process did not train: the copy, and waiting where the run could not go on
+    without the checkpoint."""
     save_s: float
     """Time from the copy until the checkpoint was there."""
 
@@ -95,9 +99,11 @@ class _Writing:
 
 
 class Saver:
-    """Writes the checkpoints of a run, one at a time; every method but `progress` is called by all processes together."""
+    """Writes the checkpoints of a run, one at a time; every method but `progress` is called by all
+    processes together."""
 
-    def __init__(self, on_saved: Callable[[Saved], None] | None = None, timeout_s: float = SAVE_TIMEOUT_S) -> None:
+    def __init__(self, on_saved: Callable[[Saved], None] | None = None,
+                 timeout_s: float = SAVE_TIMEOUT_S) -> None:
         self._on_saved, self._timeout_s = on_saved, timeout_s
         self._snapshot = Snapshot()
         self._writing: _Writing | None = None
@@ -116,7 +122,8 @@ class Saver:
         """
         self.finish()
         writing = _Writing(path, temporary(path, self._token), companions.state["step"], time.monotonic())
-        sources = {"model": local_shards(model)} | ({"optimizer": optimizer.state_shards()} if optimizer else {})
+        sources = {"model": local_shards(model)} | ({"optimizer": optimizer.state_shards()}
+                                                    if optimizer else {})
         parts, state = list(sources), to_json(companions.state)
         self._snapshot.take(sources)
         rank = dist.get_rank()
@@ -153,7 +160,8 @@ class Saver:
         """Take the next step where all processes are ready for it, given `progress` summed over them.
 
         Raises:
-            UserError: on every process; one could not write or did not finish in time, and nothing is left under the name.
+            UserError: on every process; one could not write or did not finish in time,
+                and nothing is left under the name.
         """
         w = self._writing
         if w is None:
@@ -185,7 +193,8 @@ class Saver:
             self.advance(sums)
 
     def _fail(self, w: _Writing) -> None:
-        """Raise the first problem on every process, when no process writes any more and what was written is deleted."""
+        """Raise the first problem on every process, when no process writes any more and what was
+        written is deleted."""
         if dist.get_rank() == 0:
             shutil.rmtree(w.folder, ignore_errors=True)
         self._writing = None
@@ -194,12 +203,13 @@ class Saver:
     def _give_up(self, w: _Writing) -> None:
         hanging = [rank for rank, late in enumerate(gather_objects(w.late)) if late]
         self._writing = None
-        end = threading.Timer(LEAVE_WITHIN_S, os._exit, (ExitCode.USER_ERROR,))  # leaving meets the same file system
+        # leaving meets the same file system
+        end = threading.Timer(LEAVE_WITHIN_S, os._exit, (ExitCode.USER_ERROR,))
         end.daemon = True
         end.start()
-        raise UserError(f"{w.path}: rank{'s' if len(hanging) > 1 else ''} {', '.join(map(str, hanging))} did not finish writing "
-                        f"within train.save_timeout_s = {self._timeout_s:g}; see what holds up that file system, then go on "
-                        "with --resume from the checkpoint before")
+        raise UserError(f"{w.path}: rank{'s' if len(hanging) > 1 else ''} {', '.join(map(str, hanging))} did "
+                        f"not finish writing within train.save_timeout_s = {self._timeout_s:g}; see what "
+                        "holds up that file system, then go on with --resume from the checkpoint before")
 
 
 @contextlib.contextmanager
@@ -213,7 +223,8 @@ def _refusals(path: Path, rank: int) -> Iterator[None]:
 
 
 def _complete(writing: _Writing, parts: list[str], state: str, companions: Companions) -> None:
-    """Merge what all processes wrote, write what stands beside it and the manifest, and give the folder its name."""
+    """Merge what all processes wrote, write what stands beside it and the manifest,
+    and give the folder its name."""
     folder = writing.folder
     written = [Written.read(folder, rank) for rank in range(dist.get_world_size())]
     for part in parts:
@@ -224,7 +235,8 @@ def _complete(writing: _Writing, parts: list[str], state: str, companions: Compa
     atomic_write(folder / STATE, state)
     artifact = ArtifactWriter(folder, KIND)
     artifact.known_files = {name: record for w in written for name, record in w.files.items()}
-    artifact.content = {"step": companions.state["step"], "tokens": companions.state["tokens"], "parts": parts}
+    artifact.content = {"step": companions.state["step"], "tokens": companions.state["tokens"],
+                        "parts": parts}
     artifact.settings = companions.settings
     artifact.complete()
     publish(folder, writing.path)

@@ -1,10 +1,11 @@
 """Tensors on disk that belong to no layout: blocks of global tensors in safetensors files, with a JSON index.
 
-Every process writes the blocks that it owns, each with its place in the global tensor; a reader asks for any block of any
-tensor and gets it assembled from the pieces that overlap it.  Nothing is pickled, so foreign files can do no harm.
+Every process writes the blocks that it owns, each with its place in the global tensor; a reader asks for any
+block of any tensor and gets it assembled from the pieces that overlap it.  Nothing is pickled, so foreign
+files can do no harm.
 
-A part ("model", "optimizer") of a checkpoint folder is `PART/RANGE/rank-R-FILE.safetensors` plus `PART.index.json`:
-``{key: {"dtype", "shape", "pieces": [{"file", "name", "offset", "shape"}]}}``.
+A part ("model", "optimizer") of a checkpoint folder is `PART/RANGE/rank-R-FILE.safetensors` plus
+`PART.index.json`: ``{key: {"dtype", "shape", "pieces": [{"file", "name", "offset", "shape"}]}}``.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ from megatron_sov.mcore.checkpoint.writer import TensorSpec, write_file
 MAX_FILE_BYTES = 4 << 30
 RANKS_PER_FOLDER = 256
 REMEDY = "use an earlier checkpoint"
-_DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64,
-                                                     torch.int32, torch.uint8, torch.bool)}
+_DTYPES = {str(d).removeprefix("torch."): d
+           for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32,
+                     torch.uint8, torch.bool)}
 Index = dict[str, dict[str, Any]]
 
 
@@ -58,8 +60,10 @@ def block_name(key: str, offset: Sequence[int]) -> str:
 
 def add_block(index: Index, key: str, dtype: torch.dtype, shape: Sequence[int], piece: StoredBlock) -> None:
     """Enter a block of the tensor `key` (of global `shape`) into an index."""
-    entry = index.setdefault(key, {"dtype": str(dtype).removeprefix("torch."), "shape": list(shape), "pieces": []})
-    entry["pieces"].append({"file": piece.file, "name": piece.name, "offset": list(piece.offset), "shape": list(piece.shape)})
+    entry = index.setdefault(key, {"dtype": str(dtype).removeprefix("torch."), "shape": list(shape),
+                                   "pieces": []})
+    entry["pieces"].append({"file": piece.file, "name": piece.name, "offset": list(piece.offset),
+                            "shape": list(piece.shape)})
 
 
 class TensorWriter:
@@ -76,7 +80,8 @@ class TensorWriter:
 
     def add(self, key: str, block: torch.Tensor, global_shape: Sequence[int] | None = None,
             offset: Sequence[int] | None = None) -> None:
-        """Add the block of tensor `key` that starts at `offset`; without shape and offset it is the whole tensor.
+        """Add the block of tensor `key` that starts at `offset`; without shape and offset it
+        is the whole tensor.
 
         A contiguous CPU tensor is not copied: it must stay as it is until the next `flush`.
         """
@@ -118,7 +123,8 @@ class TensorWriter:
 
 
 def write_index(folder: Path, part: str, indices: Sequence[Index]) -> None:
-    """Merge the processes' indices and write `PART.index.json`; every element must be owned by exactly one block.
+    """Merge the processes' indices and write `PART.index.json`; every element must be owned by
+    exactly one block.
 
     Raises:
         ValueError: two processes disagree on a tensor, or its blocks do not cover it exactly.
@@ -128,13 +134,14 @@ def write_index(folder: Path, part: str, indices: Sequence[Index]) -> None:
         for key, entry in index.items():
             known = merged.setdefault(key, {**entry, "pieces": []})
             if known["shape"] != entry["shape"] or known["dtype"] != entry["dtype"]:
-                raise ValueError(f"{key}: written as {known['dtype']} {known['shape']} and as {entry['dtype']} {entry['shape']}")
+                raise ValueError(f"{key}: written as {known['dtype']} {known['shape']} and as "
+                                 f"{entry['dtype']} {entry['shape']}")
             known["pieces"] += entry["pieces"]
     for key, entry in merged.items():
         owners = _owners(entry["shape"], entry["pieces"])
         if (owners != 1).any():
-            raise ValueError(f"{key}: parts of the tensor {entry['shape']} are owned by {owners.min()} blocks and parts by "
-                             f"{owners.max()}, each must be owned by 1")
+            raise ValueError(f"{key}: parts of the tensor {entry['shape']} are owned by {owners.min()} "
+                             f"blocks and parts by {owners.max()}, each must be owned by 1")
     atomic_write(folder / f"{part}.index.json", json.dumps(merged))
 
 
@@ -166,11 +173,13 @@ class TensorReader:
             raw = json.loads(file.read_text())
             self._shapes = {k: tuple(e["shape"]) for k, e in raw.items()}
             self._dtypes = {k: _DTYPES[e["dtype"]] for k, e in raw.items()}
-            self._pieces = {k: [StoredBlock(p["file"], p["name"], tuple(p["offset"]), tuple(p["shape"])) for p in e["pieces"]]
+            self._pieces = {k: [StoredBlock(p["file"], p["name"], tuple(p["offset"]), tuple(p["shape"]))
+                                for p in e["pieces"]]
                             for k, e in raw.items()}
             self._refuse_foreign_paths(file)
         except FileNotFoundError:
-            raise UserError(f"{self.folder}: has no {part}.index.json, so it holds no '{part}' tensors") from None
+            raise UserError(f"{self.folder}: has no {part}.index.json, "
+                            f"so it holds no '{part}' tensors") from None
         except (ValueError, KeyError, TypeError) as e:
             raise UserError(f"{file}: is damaged ({e}); {REMEDY}") from None
 
@@ -179,8 +188,8 @@ class TensorReader:
             for piece in pieces:
                 parts = PurePosixPath(piece.file).parts
                 if not parts or parts[0] == "/" or ".." in parts:
-                    raise UserError(f"{index}: {key} would stand in {piece.file}, which is not a file below the checkpoint's "
-                                    f"folder; {REMEDY}")
+                    raise UserError(f"{index}: {key} would stand in {piece.file}, which is not a file below "
+                                    f"the checkpoint's folder; {REMEDY}")
 
     def check_complete(self) -> None:
         """Check, from the index alone, that every element of every tensor stands in exactly one piece.
@@ -195,8 +204,10 @@ class TensorReader:
                 raise UserError(f"{self.folder}: {key}: {e}; {REMEDY}") from None
             if (owners != 1).any():
                 what = "is missing" if (owners < 1).any() else "stands in several pieces"
-                raise UserError(f"{self.folder}: a part of {key} {list(self._shapes[key])} {what} (the pieces begin at "
-                                f"{', '.join(str(p.offset) for p in pieces[:8])}{' ...' if len(pieces) > 8 else ''}); {REMEDY}")
+                raise UserError(
+                    f"{self.folder}: a part of {key} {list(self._shapes[key])} {what} (the pieces begin at "
+                    f"{', '.join(str(p.offset) for p in pieces[:8])}{' ...' if len(pieces) > 8 else ''}); "
+                    f"{REMEDY}")
 
     def keys(self) -> list[str]:
         """Return the names of all tensors."""
@@ -214,8 +225,10 @@ class TensorReader:
         """Return the tensors of which a file (its path below the checkpoint's folder) holds a piece."""
         return [key for key, pieces in self._pieces.items() if any(piece.file == file for piece in pieces)]
 
-    def read(self, key: str, offset: Sequence[int] | None = None, shape: Sequence[int] | None = None) -> torch.Tensor:
-        """Return the block of `shape` at `offset` (default: the whole tensor), assembled from the pieces that overlap it.
+    def read(self, key: str, offset: Sequence[int] | None = None,
+             shape: Sequence[int] | None = None) -> torch.Tensor:
+        """Return the block of `shape` at `offset` (default: the whole tensor),
+        assembled from the pieces that overlap it.
 
         Raises:
             UserError: a file is missing or damaged, or no piece holds a part of the block.
@@ -224,20 +237,22 @@ class TensorReader:
         start = tuple(offset) if offset is not None else (0,) * len(extent)
         for piece in self._pieces[key]:
             if (piece.offset, piece.shape) == (start, extent):
-                return self._slice(key, piece, tuple(slice(0, n) for n in extent))  # as it stands in its file, with no copy
+                # as it stands in its file, with no copy
+                return self._slice(key, piece, tuple(slice(0, n) for n in extent))
         out = torch.empty(extent, dtype=self._dtypes[key])
         found = 0
         for piece in self._pieces[key]:
             low = [max(a, b) for a, b in zip(start, piece.offset, strict=True)]
-            high = [min(a + n, b + m) for a, n, b, m in zip(start, extent, piece.offset, piece.shape, strict=True)]
+            high = [min(a + n, b + m)
+                    for a, n, b, m in zip(start, extent, piece.offset, piece.shape, strict=True)]
             if all(a < b for a, b in zip(low, high, strict=True)):
                 here = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, start, strict=True))
                 there = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, piece.offset, strict=True))
                 out[here] = self._slice(key, piece, there)
                 found += math.prod(b - a for a, b in zip(low, high, strict=True))
         if found != out.numel():
-            raise UserError(f"{self.folder}: {key} is damaged (its index holds {found} of the {out.numel()} elements "
-                            f"at {start}); {REMEDY}")
+            raise UserError(f"{self.folder}: {key} is damaged (its index holds {found} of the {out.numel()} "
+                            f"elements at {start}); {REMEDY}")
         return out
 
     def _slice(self, key: str, piece: StoredBlock, block: tuple[slice, ...]) -> torch.Tensor:
@@ -245,9 +260,10 @@ class TensorReader:
             self._files[piece.file] = TensorFile(self.folder / piece.file, REMEDY)
         file = self._files[piece.file]
         found = file.entries.get(piece.name)
-        if found is None or math.prod(found.shape) != math.prod(piece.shape) or file.dtype(piece.name) != self._dtypes[key]:
+        if (found is None or math.prod(found.shape) != math.prod(piece.shape)
+                or file.dtype(piece.name) != self._dtypes[key]):
             holds = f"holds it as {found.dtype} {list(found.shape)}" if found else "lacks it"
-            raise UserError(f"{file.path}: {key} at {piece.offset} is {self._dtypes[key]} {list(piece.shape)} in the index, "
-                            f"but the file {holds}; {REMEDY}")
+            raise UserError(f"{file.path}: {key} at {piece.offset} is {self._dtypes[key]} "
+                            f"{list(piece.shape)} in the index, but the file {holds}; {REMEDY}")
         missing_axes = len(piece.shape) - len(found.shape)
         return file.read(piece.name, block[missing_axes:]).reshape(tuple(s.stop - s.start for s in block))

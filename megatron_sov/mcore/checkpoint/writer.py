@@ -1,8 +1,9 @@
-"""Writes a safetensors file tensor by tensor, hashed on the way, so that memory holds one tensor and not the file.
+"""Writes a safetensors file tensor by tensor, hashed on the way, so that memory holds one
+tensor and not the file.
 
-The library's own writer takes all tensors of a file at once.  The format is short: the header's length as 8 bytes
-little-endian, a JSON header with dtype, shape and byte range of each tensor, then the bytes without gaps
-(https://github.com/huggingface/safetensors#format).
+The library's own writer takes all tensors of a file at once.  The format is short: the header's length as 8
+bytes little-endian, a JSON header with dtype, shape and byte range of each tensor, then the bytes without
+gaps (https://github.com/huggingface/safetensors#format).
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ _ALIGNMENT_BYTES = 8
 _CHUNK_BYTES = 4 << 20
 """Bytes that are hashed and written at a time: few enough to stay in the processor's cache."""
 _WRITE_BYTES = 256 << 10
-"""Bytes of one system call: for larger ones Linux looks for larger runs of free memory, which costs up to five times the time."""
+"""Bytes of one system call: for larger ones Linux looks for larger runs of free memory, which costs up to
+five times the time."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,10 @@ Reader = Callable[[TensorSpec], torch.Tensor]
 """Returns the tensor of a spec; called once for each, in the order of its file, by several threads."""
 
 
-def write_file(path: Path, specs: list[TensorSpec], read: Reader, hasher: Executor | None = None) -> FileRecord:
-    """Write and sync one file, and return its hash and size; `hasher`, where given, takes the hash beside the writing.
+def write_file(path: Path, specs: list[TensorSpec], read: Reader,
+               hasher: Executor | None = None) -> FileRecord:
+    """Write and sync one file, and return its hash and size; `hasher`, where given,
+    takes the hash beside the writing.
 
     Raises:
         OSError: the disk is full or refuses.
@@ -63,7 +67,8 @@ def write_file(path: Path, specs: list[TensorSpec], read: Reader, hasher: Execut
         for spec in ordered:
             tensor = read(spec)
             if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
-                raise ValueError(f"{spec.name}: got {tensor.dtype} {tuple(tensor.shape)}, planned {spec.dtype} {spec.shape}")
+                raise ValueError(f"{spec.name}: got {tensor.dtype} {tuple(tensor.shape)}, "
+                                 f"planned {spec.dtype} {spec.shape}")
             raw = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
             for start in range(0, len(raw), _CHUNK_BYTES):
                 chunk = raw[start:start + _CHUNK_BYTES]
@@ -84,9 +89,11 @@ def _header(specs: list[TensorSpec]) -> bytes:
     end = 0
     for spec in specs:
         start, end = end, end + spec.size_bytes
-        header[spec.name] = {"dtype": SAFETENSORS_DTYPES[spec.dtype], "shape": spec.shape, "data_offsets": [start, end]}
+        header[spec.name] = {"dtype": SAFETENSORS_DTYPES[spec.dtype], "shape": spec.shape,
+                             "data_offsets": [start, end]}
     if len(header) != len(specs) + 1:
-        raise ValueError(f"{next(n for n in header if [s.name for s in specs].count(n) > 1)}: would stand in one file twice")
+        raise ValueError(f"{next(n for n in header if [s.name for s in specs].count(n) > 1)}: "
+                         "would stand in one file twice")
     head = json.dumps(header, separators=(",", ":")).encode()
     head += b" " * (-len(head) % _ALIGNMENT_BYTES)
     return len(head).to_bytes(8, "little") + head

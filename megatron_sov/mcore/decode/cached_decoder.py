@@ -1,8 +1,9 @@
 """A model that reads sequences span by span, at any layout, with what it has read kept in a cache.
 
-A row of spans passes through the pipeline stages one after the other, each stage's runs of layers in turn, so interleaved
-pipelines work as plain ones do.  Processes of a context-parallel group do not share rows here: like data-parallel ones they
-read sequences of their own, since a token that is read after the others leaves nothing to cut.
+A row of spans passes through the pipeline stages one after the other, each stage's runs of layers in turn, so
+interleaved pipelines work as plain ones do.  Processes of a context-parallel group do not share rows here:
+like data-parallel ones they read sequences of their own, since a token that is read after the others
+leaves nothing to cut.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ def share_place() -> tuple[int, int]:
 
 
 def over_shares(values: torch.Tensor, operation: Any = dist.ReduceOp.SUM) -> torch.Tensor:
-    """Return the sum (or another operation) over the processes that read sequences of their own, on every one of them."""
+    """Return the sum (or another operation) over the processes that read sequences of their own,
+    on every one of them."""
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     if group.size() == 1:
         return values
@@ -53,7 +55,8 @@ class DecodeOutput:
 class CachedDecoder:
     """A policy with a cache for its sequences; a context manager, within which the model does nothing else.
 
-    Every call is made by all processes of a replica together; `read` by all processes, wherever experts are shared.
+    Every call is made by all processes of a replica together; `read` by all processes,
+    wherever experts are shared.
     """
 
     def __init__(self, policy: ForwardModel, size: CacheSize) -> None:
@@ -78,7 +81,8 @@ class CachedDecoder:
         self._exit.close()
 
     def common_row_tokens(self, num_tokens: int) -> int:
-        """Agree with the processes that read other sequences on the next row; returns its length here, 0 where all are done.
+        """Agree with the processes that read other sequences on the next row; returns its length here, 0
+        where all are done.
 
         Called by all processes, with the number of tokens that each of them has to read (0: nothing).
         """
@@ -94,8 +98,10 @@ class CachedDecoder:
         """Read new tokens, in a row of the length that `common_row_tokens` gave."""
         row = read_row(spans, row_tokens, local_device())
         config, hidden = self._model.config, None
-        first, stages = parallel_state.get_pipeline_model_parallel_rank() == 0, config.pipeline_model_parallel_size
-        shape = (row_tokens // (config.tensor_model_parallel_size if config.sequence_parallel else 1), 1, config.hidden_size)
+        first, stages = (parallel_state.get_pipeline_model_parallel_rank() == 0,
+                         config.pipeline_model_parallel_size)
+        shape = (row_tokens // (config.tensor_model_parallel_size if config.sequence_parallel else 1), 1,
+                 config.hidden_size)
         group: Any = parallel_state.get_pipeline_model_parallel_group()
         for number, chunk in enumerate(self._model.chunks):
             if stages > 1 and not (first and number == 0):
@@ -112,7 +118,8 @@ class CachedDecoder:
 
         Args:
             read: states of the depth before.
-            ahead: [row tokens] int64, the token that follows each; what stands behind an unknown one is read again later.
+            ahead: [row tokens] int64, the token that follows each; what stands behind an unknown one
+                is read again later.
         """
         ahead = ahead.to(local_device())
         return DecodeOutput(read.row, self._model.chunks[-1].predict(read.row, read.hidden, ahead))
@@ -141,7 +148,8 @@ class CachedDecoder:
             layer.move(source, target)
 
     def agree(self, values: torch.Tensor) -> torch.Tensor:
-        """Return the int64 tensor as one process of the last stage holds it, on all processes of the replica's tp x pp part."""
+        """Return the int64 tensor as one process of the last stage holds it, on all processes of the
+        replica's tp x pp part."""
         group: Any = parallel_state.get_model_parallel_group()
         if group.size() == 1:
             return values

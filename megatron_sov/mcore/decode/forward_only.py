@@ -33,10 +33,12 @@ class ForwardModel:
 
     @torch.no_grad()
     def map(self, micro_batches: Sequence[HasInputs], outputs: Outputs) -> list[Any]:
-        """Run forward and return what `outputs` gave for each micro-batch (on the last stage; empty elsewhere)."""
+        """Run forward and return what `outputs` gave for each micro-batch (on the last
+        stage; empty elsewhere)."""
         def last_stage(hidden: torch.Tensor, batch: Any) -> tuple[torch.Tensor, Any]:
             depths = split_depths(hidden, self._depths)
-            return torch.zeros((), device=hidden.device), outputs(depths, head_of(self.model, self.head_chunk_tokens), batch)
+            return (torch.zeros((), device=hidden.device),
+                    outputs(depths, head_of(self.model, self.head_chunk_tokens), batch))
 
         self.model.finish_param_gather()
         was_training = self.model.training
@@ -74,5 +76,5 @@ class Inputs:
         """[documents] int64: position of each document's last token."""
         self.inputs = ModelInputs(
             tokens=flat.to(device), positions=torch.cat([torch.arange(n) for n in spans]).to(device),
-            cu_seqlens=torch.tensor([0, *spans]).cumsum(0).to(torch.int32).to(device), max_document_tokens=max(spans),
-            padding=(torch.arange(len(flat)) >= sum(lengths)).to(device))
+            cu_seqlens=torch.tensor([0, *spans]).cumsum(0).to(torch.int32).to(device),
+            max_document_tokens=max(spans), padding=(torch.arange(len(flat)) >= sum(lengths)).to(device))

@@ -1,13 +1,14 @@
-"""Core attention for packed documents, where Transformer Engine does not serve and wherever a row is cut over processes.
+"""Core attention for packed documents, where Transformer Engine does not serve and wherever a row is
+cut over processes.
 
-The library's own local attention refuses packed sequences and context parallelism, and replaces a document mask by the
-window mask on sliding layers, so documents would see each other.  Transformer Engine's context parallelism wants every
-document padded to a multiple of twice the group's size and does not slide over cut documents, so with `parallel.cp` > 1
-this attention serves there, too.
+The library's own local attention refuses packed sequences and context parallelism, and replaces a document
+mask by the window mask on sliding layers, so documents would see each other.  Transformer Engine's context
+parallelism wants every document padded to a multiple of twice the group's size and does not slide over cut
+documents, so with `parallel.cp` > 1 this attention serves there, too.
 
-Each document is attended on its own.  Queries stay where they are; keys and values come to them by an all-gather over the
-context-parallel group (Llama 3, arXiv 2407.21783, section 3.3.2): those of the whole row for global attention, and only the
-last window - 1 of each piece for sliding windows.
+Each document is attended on its own.  Queries stay where they are; keys and values come to them by an
+all-gather over the context-parallel group (Llama 3, arXiv 2407.21783, section 3.3.2): those of the whole row
+for global attention, and only the last window - 1 of each piece for sliding windows.
 """
 
 from __future__ import annotations
@@ -27,20 +28,22 @@ from torch.utils.checkpoint import checkpoint
 from megatron_sov.mcore.parallel import context
 
 QUERY_BLOCK = 1024
-"""Queries attended at a time where a mask is needed: it holds at most QUERY_BLOCK x (keys of the document up to the last
-query) booleans, with a sliding window QUERY_BLOCK x (QUERY_BLOCK + window)."""
+"""Queries attended at a time where a mask is needed: it holds at most QUERY_BLOCK x (keys of the document up
+to the last query) booleans, with a sliding window QUERY_BLOCK x (QUERY_BLOCK + window)."""
 
 Span = tuple[int, int, int]
-"""Row indices: start of a document, first query, end of the queries; the keys are those from the start to the end."""
+"""Row indices: start of a document, first query, end of the queries; the keys are those from
+the start to the end."""
 
 
 @dataclass
 class PackedDocuments(PackedSeqParams):
     """The documents of a row.
 
-    Where `DocumentAttention` serves, the row is one sequence to the library, which otherwise applies the rotary embedding in
-    a loop over documents and cuts each of them over the context-parallel group.  Its cut of the one sequence is ours; it
-    must then be given the frequencies of every place of the row, not of every position in a document.
+    Where `DocumentAttention` serves, the row is one sequence to the library, which otherwise applies the
+    rotary embedding in a loop over documents and cuts each of them over the context-parallel group.  Its cut
+    of the one sequence is ours; it must then be given the frequencies of every place of the row, not of every
+    position in a document.
     """
 
     bounds: torch.Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int32))
@@ -49,28 +52,34 @@ class PackedDocuments(PackedSeqParams):
     """For each local piece of the row its documents (parts of documents), in order."""
 
 
-def pack(bounds: torch.Tensor, max_document_tokens: int, row_tokens: int, *, own: bool = True) -> PackedDocuments:
+def pack(bounds: torch.Tensor, max_document_tokens: int, row_tokens: int, *,
+         own: bool = True) -> PackedDocuments:
     """Return the documents of a row.
 
     Args:
         bounds: [documents + 1] int32, cumulative lengths, from 0 to `row_tokens`.
         max_document_tokens: length of the longest document.
         row_tokens: length of the row.
-        own: whether `DocumentAttention` serves; else the parameters are those that the library's attention takes.
+        own: whether `DocumentAttention` serves; else the parameters are those that the
+            library's attention takes.
     """
     if not own:
-        return PackedDocuments(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=max_document_tokens,
-                               max_seqlen_kv=max_document_tokens, bounds=bounds)
+        return PackedDocuments(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds,
+                               max_seqlen_q=max_document_tokens, max_seqlen_kv=max_document_tokens,
+                               bounds=bounds)
     documents = [(a, b) for a, b in pairwise(bounds.tolist()) if b > a]
     spans = [[(a, max(a, first), min(b, end)) for a, b in documents if a < end and first < b]
              for first, end in context.pieces(row_tokens)]
-    whole = torch.tensor([0, row_tokens], dtype=torch.int32)  # on the CPU, where the library reads it in every layer
+    # on the CPU, where the library reads it in every layer
+    whole = torch.tensor([0, row_tokens], dtype=torch.int32)
     return PackedDocuments(qkv_format="thd", cu_seqlens_q=whole, cu_seqlens_kv=whole, max_seqlen_q=row_tokens,
                            max_seqlen_kv=row_tokens, bounds=bounds, spans=spans)
 
 
-def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window_tokens: int) -> torch.Tensor:
-    """Attend from the last m of L tokens of a document: [m, heads, head_dim], [L, kv_heads, head_dim] -> [m, heads, head_dim].
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
+           window_tokens: int) -> torch.Tensor:
+    """Attend from the last m of L tokens of a document: [m, heads, head_dim], [L, kv_heads,
+    head_dim] -> [m, heads, head_dim].
 
     Args:
         scale: factor on the products of queries and keys.
@@ -91,13 +100,16 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: f
             first_key = max(0, total - m + start - window_tokens + 1)
             mask = _band(stop - start, end_key - first_key, window_tokens, q.device)
         else:
-            mask = causal_lower_right(stop - start, end_key)  # becomes a mask only where no fused kernel serves
+            # becomes a mask only where no fused kernel serves
+            mask = causal_lower_right(stop - start, end_key)
         keys = slice(first_key, end_key)
         attended = partial(scaled_dot_product_attention, attn_mask=mask, scale=scale, enable_gqa=gqa)
         part = q[:, :, start:stop], k[:, :, keys], v[:, :, keys]
         if slides or q.is_cuda or not torch.is_grad_enabled():
             blocks.append(attended(*part))
-        else:  # without a fused kernel every block would keep its mask, together as many numbers as the row's length squared
+        # without a fused kernel every block would keep its mask, together as many numbers as the
+        # row's length squared
+        else:
             blocks.append(checkpoint(attended, *part, use_reentrant=False, preserve_rng_state=False))
     return torch.cat(blocks, dim=2)[0].transpose(0, 1)
 
@@ -111,13 +123,13 @@ def _band(queries: int, keys: int, window_tokens: int, device: torch.device) -> 
 class DocumentAttention(MegatronModule):
     """Causal attention inside each packed document, optionally within a sliding window.
 
-    With `parallel.cp` > 1 the backward pass needs the gathered keys and values of every global layer, 2 x row tokens x
-    key/value heads x head size per layer; `train.recompute` keeps one layer's at a time.
+    With `parallel.cp` > 1 the backward pass needs the gathered keys and values of every global layer, 2 x row
+    tokens x key/value heads x head size per layer; `train.recompute` keeps one layer's at a time.
     """
 
     def __init__(self, config: Any, layer_number: int, attn_mask_type: Any, attention_type: str,
-                 attention_dropout: float | None = None, softmax_scale: float | None = None, cp_comm_type: str | None = None,
-                 pg_collection: Any = None, window_tokens: int = 0) -> None:
+                 attention_dropout: float | None = None, softmax_scale: float | None = None,
+                 cp_comm_type: str | None = None, pg_collection: Any = None, window_tokens: int = 0) -> None:
         super().__init__(config=config)
         self.window_tokens = window_tokens
         self.softmax_scale = softmax_scale or config.kv_channels ** -0.5
@@ -135,21 +147,28 @@ class DocumentAttention(MegatronModule):
             [local tokens, heads * head_dim], to which the caller adds the batch axis.
         """
         if packed_seq_params is None:
-            raise ValueError("DocumentAttention needs packed_seq_params: micro-batches are rows of packed documents")
+            raise ValueError("DocumentAttention needs packed_seq_params: "
+                             "micro-batches are rows of packed documents")
         spans = packed_seq_params.spans
         outputs = []
-        for queries, (keys, values, first), documents in zip(query.chunk(len(spans)), self._reachable(key, value), spans,
-                                                             strict=True):
-            # split, not indexed: the backward pass then writes each gradient once, and not zeros of a whole row per document
-            begins = [max(a, start - self.window_tokens + 1) if self.window_tokens else a for a, start, _ in documents]
-            lengths = [begins[0] - first, *(stop - begin for begin, (_, _, stop) in zip(begins, documents, strict=True))]
+        for queries, (keys, values, first), documents in zip(query.chunk(len(spans)),
+                                                             self._reachable(key, value), spans, strict=True):
+            # split, not indexed: the backward pass then writes each gradient once,
+            # and not zeros of a whole row per document
+            begins = [max(a, start - self.window_tokens + 1) if self.window_tokens else a
+                      for a, start, _ in documents]
+            lengths = [begins[0] - first,
+                       *(stop - begin for begin, (_, _, stop) in zip(begins, documents, strict=True))]
             parts = (queries.split([stop - start for _, start, stop in documents]), keys.split(lengths)[1:],
                      values.split(lengths)[1:])
-            outputs += [attend(q, k, v, self.softmax_scale, self.window_tokens) for q, k, v in zip(*parts, strict=True)]
+            outputs += [attend(q, k, v, self.softmax_scale, self.window_tokens)
+                        for q, k, v in zip(*parts, strict=True)]
         return torch.cat(outputs).reshape(len(query), -1)
 
-    def _reachable(self, key: torch.Tensor, value: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
-        """Return for each local piece the keys and values that its queries may need, and the row index of the first.
+    def _reachable(self, key: torch.Tensor,
+                   value: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
+        """Return for each local piece the keys and values that its queries may need,
+        and the row index of the first.
 
         Args:
             key, value: [local tokens, kv_heads, head_dim].
@@ -166,7 +185,8 @@ class DocumentAttention(MegatronModule):
             row = context.gather_keys(local)
             return [(row[:end, 0], row[:end, 1], 0) for _, end in pieces]
         own = local.split(length)
-        tails = context.gather_keys(torch.cat([piece[length - tail:] for piece in own])) if tail else local[:0]
+        tails = (context.gather_keys(torch.cat([piece[length - tail:] for piece in own])) if tail
+                 else local[:0])
         found = []
         for piece, (first, _) in zip(own, pieces, strict=True):
             number = first // length

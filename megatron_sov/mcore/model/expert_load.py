@@ -13,7 +13,8 @@ from megatron_sov.mcore.parallel.collectives import all_reduce_world
 
 
 class ExpertLoad:
-    """Tokens per expert and layer, collected before the library resets its counters, and the routers' selection biases."""
+    """Tokens per expert and layer, collected before the library resets its counters,
+    and the routers' selection biases."""
 
     def __init__(self, model: LanguageModel) -> None:
         self._model = model
@@ -37,7 +38,8 @@ class ExpertLoad:
         self._gathered = None
         routers = self._routers()
         self._counts = {router.layer_number: router.local_tokens_per_expert.clone() for router in routers}
-        self._biases_before = [(r.expert_bias, r.expert_bias.clone()) for r in routers if r.expert_bias is not None]
+        self._biases_before = [(r.expert_bias, r.expert_bias.clone())
+                               for r in routers if r.expert_bias is not None]
         finalize_model_grads(chunks, None, pg_collection, bool(force_all_reduce))
         self.forget()  # the library forgets the counts of routers with a selection bias only
 
@@ -52,13 +54,15 @@ class ExpertLoad:
             router.local_tokens_per_expert.zero_()
 
     def gather(self) -> torch.Tensor:
-        """Return [layers, experts] token counts of the last step, summed over all processes once (zero rows: dense layers)."""
+        """Return [layers, experts] token counts of the last step, summed over all processes once (zero
+        rows: dense layers)."""
         if self._gathered is None:
             self._gathered = self._sum(self._counts)
         return self._gathered
 
     def during(self, action: Callable[[], Any]) -> tuple[Any, torch.Tensor]:
-        """Do something with the model in evaluation mode; returns its result and the [layers, experts] token counts of it."""
+        """Do something with the model in evaluation mode; returns its result and the [layers,
+        experts] token counts of it."""
         step = self._model.config.routing_step
         self.forget()
         step.counts_evaluation = True
@@ -82,7 +86,8 @@ class ExpertLoad:
         return all_reduce_world(self._rows(counts))[1:]
 
     def _rows(self, by_layer: dict[int, torch.Tensor]) -> torch.Tensor:
-        """Return [layers + 1, experts] float64; the first row belongs to no layer, since layers count from 1."""
+        """Return [layers + 1, experts] float64; the first row belongs to no layer,
+        since layers count from 1."""
         rows = torch.zeros(self._shape, dtype=torch.float64)
         for layer, values in by_layer.items():
             rows[layer] = values.double().cpu()

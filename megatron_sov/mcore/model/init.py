@@ -1,7 +1,7 @@
 """Initial weights as a function of (seed, name of the global tensor, index in it): the same at every layout.
 
-Numbers come from the counter-based generator Philox, keyed by seed and name, so that each process makes just the range of
-the flattened global tensor that its block spans.
+Numbers come from the counter-based generator Philox, keyed by seed and name, so that each process makes just
+the range of the flattened global tensor that its block spans.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ RULES = (
     ("*norm.weight", ONES), ("*.layer_norm_weight", ONES), ("*.router.expert_bias", ZEROS),
     ("*.linear_qkv.bias", ZEROS),
     ("*.linear_proj.weight", RESIDUAL), ("*.linear_fc2.weight", RESIDUAL),
-    ("*.linear_qkv.weight", NORMAL), ("*.linear_fc1.weight", NORMAL), ("*.router.weight", NORMAL), ("*.eh_proj.weight", NORMAL),
-    ("*.word_embeddings.weight", NORMAL), ("output_layer.weight", NORMAL),
+    ("*.linear_qkv.weight", NORMAL), ("*.linear_fc1.weight", NORMAL), ("*.router.weight", NORMAL),
+    ("*.eh_proj.weight", NORMAL), ("*.word_embeddings.weight", NORMAL), ("output_layer.weight", NORMAL),
 )
-"""Tensor name pattern -> distribution; each tensor must match exactly one.  Matrices that write into the residual stream
-are scaled by 1 / sqrt(2 * num_layers) (GPT-2, Radford et al. 2019)."""
+"""Tensor name pattern -> distribution; each tensor must match exactly one.  Matrices that write into the
+residual stream are scaled by 1 / sqrt(2 * num_layers) (GPT-2, Radford et al. 2019)."""
 _CHUNK = 1 << 22
 _PER_COUNTER = 8
 """Normals made of one Philox counter step: four 64-bit words, two 32-bit halves each."""
@@ -40,14 +40,16 @@ def rule_for(key: str) -> str:
     """
     matches = [rule for pattern, rule in RULES if fnmatch.fnmatchcase(key, pattern)]
     if len(matches) != 1:
-        raise ValueError(f"{key}: {len(matches)} rules of mcore/init.py match this tensor's name, needs exactly one")
+        raise ValueError(f"{key}: {len(matches)} rules of mcore/init.py match this tensor's name, "
+                         "needs exactly one")
     return matches[0]
 
 
 def normals(seed: int, key: str, start: int, count: int) -> np.ndarray:
     """Return standard normals number `start` to `start + count` of the stream (seed, key), as float32.
 
-    Box-Muller on 32-bit uniforms: each counter step gives a fixed number of values, so any range can be made alone.
+    Box-Muller on 32-bit uniforms: each counter step gives a fixed number of values,
+    so any range can be made alone.
     """
     digest = hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=16).digest()
     generator = np.random.Philox(key=np.frombuffer(digest, dtype=np.uint64))
@@ -73,7 +75,8 @@ def fill_normal(block: LocalShard, seed: int, std: float) -> None:
     step = max(1, _CHUNK // columns)
     for row in range(0, target.shape[0], step):
         count = min(step, target.shape[0] - row)
-        values = normals(seed, block.key, (matrix * rows + row0 + row) * columns, count * columns).reshape(count, columns)
+        values = normals(seed, block.key, (matrix * rows + row0 + row) * columns,
+                         count * columns).reshape(count, columns)
         part = torch.from_numpy(values[:, column0:column0 + target.shape[1]] * np.float32(std))
         target[row:row + count].copy_(part)
 

@@ -1,9 +1,10 @@
-"""Attention that keeps keys and values, so that a sequence can be read span by span and continued token by token.
+"""Attention that keeps keys and values, so that a sequence can be read span by span and
+continued token by token.
 
-A cache has slots, one for each sequence that is being read; a process keeps its own layers and key/value heads of them.  Global
-layers keep every token.  Sliding layers keep a ring: a token's place is its position modulo the size of the ring, which is
-the window and, for tokens that may be taken back, the longest step.  To take tokens back is to read the next ones at their
-positions: what stands further on is never seen.
+A cache has slots, one for each sequence that is being read; a process keeps its own layers and key/value
+heads of them.  Global layers keep every token.  Sliding layers keep a ring: a token's place is its position
+modulo the size of the ring, which is the window and, for tokens that may be taken back, the longest step.  To
+take tokens back is to read the next ones at their positions: what stands further on is never seen.
 """
 
 from __future__ import annotations
@@ -71,7 +72,8 @@ class PackedSpans(PackedSeqParams):
 
 @dataclass(frozen=True)
 class ReadRow:
-    """Pieces side by side, padded to a length that the layout can split; whole on every process that reads them."""
+    """Pieces side by side, padded to a length that the layout can split;
+    whole on every process that reads them."""
 
     tokens: torch.Tensor
     """[tokens] int64."""
@@ -83,8 +85,10 @@ class ReadRow:
     """The spans."""
 
     def padding(self, sequence_parallel: bool) -> torch.Tensor:
-        """Return [tokens] bool, True where a token is padding; under sequence parallelism this process's part."""
-        mask = torch.arange(len(self.tokens), device=self.tokens.device) >= (self.ends[-1] if self.ends else 0)
+        """Return [tokens] bool, True where a token is padding;
+        under sequence parallelism this process's part."""
+        mask = torch.arange(len(self.tokens), device=self.tokens.device) >= (
+            self.ends[-1] if self.ends else 0)
         if sequence_parallel:
             mask = mask.chunk(parallel_state.get_tensor_model_parallel_world_size())[
                 parallel_state.get_tensor_model_parallel_rank()]
@@ -110,9 +114,10 @@ def read_row(spans: Sequence[Span], row_tokens: int, device: torch.device) -> Re
     place = torch.cat([*positions, torch.zeros(gap, dtype=torch.int64)])
     # rotations are tabled by length: powers of two make few tables
     longest = 1 << int(place.max()).bit_length()
-    whole = torch.tensor([0, row_tokens * context.size()], dtype=torch.int32)  # on the CPU, where the library reads it
-    packed = PackedSpans(qkv_format="thd", cu_seqlens_q=whole, cu_seqlens_kv=whole, max_seqlen_q=longest, max_seqlen_kv=longest,
-                          groups=groups)
+    # on the CPU, where the library reads it
+    whole = torch.tensor([0, row_tokens * context.size()], dtype=torch.int32)
+    packed = PackedSpans(qkv_format="thd", cu_seqlens_q=whole, cu_seqlens_kv=whole, max_seqlen_q=longest,
+                         max_seqlen_kv=longest, groups=groups)
     return ReadRow(torch.tensor(tokens + [0] * gap).to(device), place.to(device), ends, packed)
 
 
@@ -155,7 +160,8 @@ class CachedAttention(torch.nn.Module):
                                        for i, past in enumerate(group.past)])
         return out.flatten(1)
 
-    def _step(self, group: Group, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def _step(self, group: Group, query: torch.Tensor, key: torch.Tensor,
+              value: torch.Tensor) -> torch.Tensor:
         """Attend from a few new tokens of many sequences at once: [sequences, new, heads, head_dim]."""
         assert self.stored is not None
         device, count = query.device, len(group.past)
@@ -167,23 +173,27 @@ class CachedAttention(torch.nn.Module):
         filled = min(self.capacity, max(group.past) + group.length)
         keys, values = (kept[group.slot:group.slot + count, :, :filled] for kept in self.stored)
         last = past + group.length - 1
-        held = last - (last - torch.arange(filled, device=device)) % self.capacity  # position at each place; negative: none yet
+        # position at each place; negative: none yet
+        held = last - (last - torch.arange(filled, device=device)) % self.capacity
         distance = positions[:, :, None] - held[:, None]
         visible = (held[:, None] >= 0) & (distance >= 0)
         if self.window_tokens:
             visible &= distance < self.window_tokens
-        # query heads of one key head become further queries: [sequences, kv_heads, heads / kv_heads x new, head_dim]
+        # query heads of one key head become further queries: [sequences, kv_heads,
+        # heads / kv_heads x new, head_dim]
         heads = query.shape[2] // keys.shape[1]
         grouped = query.unflatten(2, (keys.shape[1], heads)).permute(0, 2, 3, 1, 4).flatten(2, 3)
         mask = visible[:, None, None].expand(-1, -1, heads, -1, -1).flatten(2, 3)
         out = scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=self.softmax_scale)
         return out.unflatten(2, (heads, group.length)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
-    def _piece(self, slot: int, past: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def _piece(self, slot: int, past: int, query: torch.Tensor, key: torch.Tensor,
+               value: torch.Tensor) -> torch.Tensor:
         """Attend from a span of one sequence, longer than a step: [new, heads, head_dim]."""
         assert self.stored is not None
         kept = [stored[slot] for stored in self.stored]
-        before = torch.arange(max(0, past - self.window_tokens + 1) if self.window_tokens else 0, past, device=query.device)
+        before = torch.arange(max(0, past - self.window_tokens + 1) if self.window_tokens else 0, past,
+                              device=query.device)
         keys, values = (torch.cat([k[:, before % self.capacity].transpose(0, 1), new])
                         for k, new in zip(kept, (key, value), strict=True))
         out = attend(query, keys, values, self.softmax_scale, self.window_tokens)
@@ -201,7 +211,8 @@ class CachedAttention(torch.nn.Module):
 
 @contextlib.contextmanager
 def keep(model: Any, size: CacheSize) -> Iterator[list[CachedAttention]]:
-    """Have all attention of a `LanguageModel` keep keys and values; gives each layer's, and puts back what was there before."""
+    """Have all attention of a `LanguageModel` keep keys and values; gives each layer's,
+    and puts back what was there before."""
     config, architecture = model.config, model.architecture
     kinds = architecture.layer_types() + [architecture.mtp_layer_type()] * architecture.num_mtp_layers
     scale = config.softmax_scale or config.kv_channels ** -0.5
@@ -212,7 +223,8 @@ def keep(model: Any, size: CacheSize) -> Iterator[list[CachedAttention]]:
     try:
         for module in found:
             slides = kinds[module.layer_number - 1] == "sliding_attention"
-            module.core_attention = CachedAttention(size, scale, architecture.sliding_window_tokens if slides else 0)
+            module.core_attention = CachedAttention(size, scale,
+                                                    architecture.sliding_window_tokens if slides else 0)
         yield [m.core_attention for m in found]
     finally:
         config.apply_rope_fusion = fused

@@ -1,4 +1,5 @@
-"""The language model: megatron-core's GPTModel that ends in hidden states, so that objectives apply the head in chunks."""
+"""The language model: megatron-core's GPTModel that ends in hidden states,
+so that objectives apply the head in chunks."""
 
 from __future__ import annotations
 
@@ -58,10 +59,11 @@ class ModelInputs:
 
 
 class Chunk(GPTModel):
-    """A run of layers: GPTModel that takes `ModelInputs` and ends in hidden states [depths * local tokens, 1, hidden].
+    """A run of layers: GPTModel that takes `ModelInputs` and ends in hidden states [depths * local
+    tokens, 1, hidden].
 
-    Depth 0 is the trunk's output after its final norm; depth k that of the k-th multi-token prediction layer.  Local tokens
-    are those of this process, where context and sequence parallelism cut the row.
+    Depth 0 is the trunk's output after its final norm; depth k that of the k-th multi-token prediction layer.
+    Local tokens are those of this process, where context and sequence parallelism cut the row.
     """
 
     def forward(self, inputs: ModelInputs) -> torch.Tensor:
@@ -69,26 +71,31 @@ class Chunk(GPTModel):
         own = own_attention(self.config)
         packed = pack(inputs.cu_seqlens, inputs.max_document_tokens, len(inputs.tokens), own=own)
         tokens, positions = context.local(inputs.tokens)[None], context.local(inputs.positions)[None]
-        embedded, rotary, *_ = self._preprocess(input_ids=tokens, position_ids=positions, packed_seq_params=packed)
+        embedded, rotary, *_ = self._preprocess(input_ids=tokens, position_ids=positions,
+                                                packed_seq_params=packed)
         if own:
             rotary = rotary[inputs.positions]
-        hidden = self.decoder(hidden_states=embedded, attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=packed,
-                              padding_mask=self._local_padding(inputs.padding))
+        hidden = self.decoder(hidden_states=embedded, attention_mask=None, rotary_pos_emb=rotary,
+                              packed_seq_params=packed, padding_mask=self._local_padding(inputs.padding))
         if self.mtp_process:
-            hidden = self.mtp(input_ids=inputs.tokens, position_ids=positions, hidden_states=hidden, attention_mask=None,
-                              rotary_pos_emb=rotary, packed_seq_params=packed, embedding=self.embedding)
+            hidden = self.mtp(input_ids=inputs.tokens, position_ids=positions, hidden_states=hidden,
+                              attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=packed,
+                              embedding=self.embedding)
         return hidden
 
     def read(self, row: ReadRow) -> torch.Tensor:
-        """Run the trunk's layers on new tokens of sequences whose keys and values attention keeps (`kv_cache`).
+        """Run the trunk's layers on new tokens of sequences whose keys and values attention
+        keeps (`kv_cache`).
 
         Returns:
-            Hidden states [tokens / sequence-parallel size, 1, hidden] of a row that is not cut for context parallelism.
+            Hidden states [tokens / sequence-parallel size, 1, hidden] of a row that is not cut for
+            context parallelism.
         """
         embedded, rotary, *_ = self._preprocess(input_ids=row.tokens[None], position_ids=row.positions[None],
                                                 packed_seq_params=row.packed)
-        return self.decoder(hidden_states=embedded, attention_mask=None, rotary_pos_emb=context.spread(rotary[row.positions]),
-                            packed_seq_params=row.packed, padding_mask=row.padding(self.config.sequence_parallel)[None])
+        return self.decoder(
+            hidden_states=embedded, attention_mask=None, rotary_pos_emb=context.spread(rotary[row.positions]),
+            packed_seq_params=row.packed, padding_mask=row.padding(self.config.sequence_parallel)[None])
 
     def predict(self, row: ReadRow, hidden: torch.Tensor, ahead: torch.Tensor) -> torch.Tensor:
         """Run the multi-token prediction layer on new tokens of sequences whose keys and values it keeps.
@@ -101,52 +108,63 @@ class Chunk(GPTModel):
         Returns:
             Hidden states, as `read` does, behind which the head predicts one token further.
         """
-        _, rotary, *_ = self._preprocess(input_ids=ahead[None], position_ids=row.positions[None], packed_seq_params=row.packed,
-                                         decoder_input=hidden)
+        _, rotary, *_ = self._preprocess(input_ids=ahead[None], position_ids=row.positions[None],
+                                         packed_seq_params=row.packed, decoder_input=hidden)
         embedded = self.embedding(input_ids=ahead[None], position_ids=row.positions[None])
-        return self.mtp.layers[0].transform(hidden, embedded, context.spread(rotary[row.positions]), row.packed)
+        return self.mtp.layers[0].transform(hidden, embedded,
+                                            context.spread(rotary[row.positions]), row.packed)
 
     def _local_padding(self, padding: torch.Tensor) -> torch.Tensor:
         """Return this process's part of the padding mask, [1, tokens].
 
-        GPTModel itself splits it on the first pipeline stage only, and later stages would see masks of the wrong length.
+        GPTModel itself splits it on the first pipeline stage only, and later stages would see masks
+        of the wrong length.
         """
         return padding[context.row_index(len(padding), self.config.sequence_parallel, padding.device)][None]
 
 
 class PredictionLayer(MultiTokenPredictionLayer):
-    """Multi-token prediction layer for rows of packed documents, wherever they are cut, that can be recomputed.
+    """Multi-token prediction layer for rows of packed documents, wherever they are cut,
+    that can be recomputed.
 
-    The library moves tokens ahead in a loop over documents, and under context parallelism cuts each document for itself.
+    The library moves tokens ahead in a loop over documents, and under context parallelism cuts each
+    document for itself.
     """
 
-    def _get_embeddings(self, input_ids: torch.Tensor, position_ids: torch.Tensor, embedding: Callable[..., torch.Tensor],
-                        hidden_states: torch.Tensor,
+    def _get_embeddings(self, input_ids: torch.Tensor, position_ids: torch.Tensor,
+                        embedding: Callable[..., torch.Tensor], hidden_states: torch.Tensor,
                         packed_seq_params: PackedDocuments | None = None) -> tuple[torch.Tensor, ...]:
         """Return the whole row's tokens [tokens] moved one place further, and the local ones' embedding."""
         assert packed_seq_params is not None
         ahead = next_tokens(input_ids, packed_seq_params.bounds)
         embedded = embedding(input_ids=context.local(ahead)[None], position_ids=position_ids)
-        return ahead, position_ids, embedded, make_viewless_tensor(hidden_states, requires_grad=True, keep_graph=True)
+        return (ahead, position_ids, embedded,
+                make_viewless_tensor(hidden_states, requires_grad=True, keep_graph=True))
 
-    def transform(self, hidden: torch.Tensor, embedded: torch.Tensor, rotary: torch.Tensor, packed: PackedSpans) -> torch.Tensor:
-        """Run the layer on given states and embeddings of the tokens ahead, both [tokens / sequence-parallel size, 1, hidden]."""
-        states: torch.Tensor = self._proj_and_transformer_layer(hidden_states=hidden, decoder_input=embedded,
-                                                                rotary_pos_emb=rotary, packed_seq_params=packed)
+    def transform(self, hidden: torch.Tensor, embedded: torch.Tensor, rotary: torch.Tensor,
+                  packed: PackedSpans) -> torch.Tensor:
+        """Run the layer on given states and embeddings of the tokens ahead, both [tokens /
+        sequence-parallel size, 1, hidden]."""
+        states: torch.Tensor = self._proj_and_transformer_layer(
+            hidden_states=hidden, decoder_input=embedded, rotary_pos_emb=rotary, packed_seq_params=packed)
         return states
 
     def _checkpointed_forward(self, forward_func: Callable[..., torch.Tensor], *, hidden_states: torch.Tensor,
-                              decoder_input: torch.Tensor, rotary_pos_emb: torch.Tensor, **constants: Any) -> torch.Tensor:
+                              decoder_input: torch.Tensor, rotary_pos_emb: torch.Tensor,
+                              **constants: Any) -> torch.Tensor:
         # defect of 0.16.1: it hands all its arguments to the autograd function, which takes tensors only
         def forward(states: torch.Tensor, embedded: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
-            return forward_func(hidden_states=states, decoder_input=embedded, rotary_pos_emb=rotary, **constants)
+            return forward_func(hidden_states=states, decoder_input=embedded, rotary_pos_emb=rotary,
+                                **constants)
 
-        outputs: torch.Tensor = super()._checkpointed_forward(forward, hidden_states, decoder_input, rotary_pos_emb)
+        outputs: torch.Tensor = super()._checkpointed_forward(forward, hidden_states, decoder_input,
+                                                              rotary_pos_emb)
         return outputs
 
 
 def next_tokens(tokens: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
-    """Return [tokens] int64: at each place the token that follows in its document, and 0 at the document's last place.
+    """Return [tokens] int64: at each place the token that follows in its document,
+    and 0 at the document's last place.
 
     Args:
         tokens: [tokens] int64, a whole row.
@@ -171,12 +189,14 @@ class LanguageModel(torch.nn.ModuleList):
         self.vocab_size = architecture.vocab_size
         """Token ids; a chunk's own `vocab_size` is padded to a multiple of the tensor parallel size."""
         self.pending_gather: Callable[[], None] | None = None
-        """Brings the last update's weights to the data-parallel processes that did not compute them; None: all have them."""
+        """Brings the last update's weights to the data-parallel processes that did not compute them;
+        None: all have them."""
 
     def finish_param_gather(self) -> None:
         """Make every weight the same on all processes that hold it; called by all processes together.
 
-        Whatever reads weights outside of a training step comes through here: `local_shards`, `ForwardModel.map` and `CachedDecoder`.
+        Whatever reads weights outside of a training step comes through here: `local_shards`,
+        `ForwardModel.map` and `CachedDecoder`.
         """
         if self.pending_gather is not None:
             gather, self.pending_gather = self.pending_gather, None
@@ -184,7 +204,8 @@ class LanguageModel(torch.nn.ModuleList):
 
     @property
     def head_weight(self) -> torch.Tensor:
-        """[padded vocabulary / tensor parallel size, hidden] weight of the output head, which the last pipeline stage holds."""
+        """[padded vocabulary / tensor parallel size, hidden] weight of the output head, which the last
+        pipeline stage holds."""
         last = self.chunks[-1]
         tied = last.share_embeddings_and_output_weights
         weight: torch.Tensor = last.shared_embedding_or_output_weight() if tied else last.output_layer.weight
@@ -194,7 +215,8 @@ class LanguageModel(torch.nn.ModuleList):
 def build(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig) -> LanguageModel:
     """Build this process's part of the model; its weights are not initialised yet."""
     config = transformer_config(model, parallel, train)
-    return LanguageModel([_chunk(model, config, i if parallel.vpp > 1 else None) for i in range(parallel.vpp)], model)
+    return LanguageModel(
+        [_chunk(model, config, i if parallel.vpp > 1 else None) for i in range(parallel.vpp)], model)
 
 
 def _chunk(model: ModelConfig, config: Any, vp_stage: int | None) -> Chunk:
@@ -212,13 +234,15 @@ def _chunk(model: ModelConfig, config: Any, vp_stage: int | None) -> Chunk:
         mtp = MultiTokenPredictionBlockSubmodules(layer_specs=[layer] * model.num_mtp_layers)
     chunk = Chunk(
         config, TransformerBlockSubmodules(layer_specs=local, layer_norm=norm),
-        vocab_size=-(-model.vocab_size // config.tensor_model_parallel_size) * config.tensor_model_parallel_size,
-        max_sequence_length=model.max_position_tokens,
+        vocab_size=-(-model.vocab_size // config.tensor_model_parallel_size)
+        * config.tensor_model_parallel_size, max_sequence_length=model.max_position_tokens,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
-        post_process=last_stage, position_embedding_type="yarn" if model.yarn else "rope", rotary_base=model.rope_theta,
-        share_embeddings_and_output_weights=model.tied_embeddings, mtp_block_spec=mtp, vp_stage=vp_stage)
+        post_process=last_stage, position_embedding_type="yarn" if model.yarn else "rope",
+        rotary_base=model.rope_theta, share_embeddings_and_output_weights=model.tied_embeddings,
+        mtp_block_spec=mtp, vp_stage=vp_stage)
     for parameter in chunk.parameters():
-        # not the buffers: a router's bias moves in steps that vanish in bf16, and its counts stop at 256 there
+        # not the buffers: a router's bias moves in steps that vanish in bf16,
+        # and its counts stop at 256 there
         parameter.data = parameter.data.to(config.params_dtype)
     if config.params_dtype == torch.float64:
         widen(chunk.rotary_pos_emb, model)
@@ -229,7 +253,8 @@ def _chunk(model: ModelConfig, config: Any, vp_stage: int | None) -> Chunk:
 
 
 def valid_rows(weight: torch.Tensor, vocab_size: int) -> int:
-    """Return how many rows of this process's part of an embedding or head weight belong to token ids; padding follows them."""
+    """Return how many rows of this process's part of an embedding or head weight belong to token ids;
+    padding follows them."""
     first = parallel_state.get_tensor_model_parallel_rank() * weight.shape[0]
     return min(max(vocab_size - first, 0), weight.shape[0])
 
@@ -245,8 +270,8 @@ def _zero_padding_rows(chunk: Chunk, vocab_size: int) -> None:
 def _mark_expert_parameters(chunk: Chunk) -> None:
     """Have gradients of routed experts summed over the expert data-parallel group.
 
-    Defect of 0.16.1: the library marks them only for expert parallel sizes above 1, so with ep = 1 and etp != tp each
-    tensor-parallel process keeps the gradient of its own tokens.
+    Defect of 0.16.1: the library marks them only for expert parallel sizes above 1, so with ep = 1 and etp !=
+    tp each tensor-parallel process keeps the gradient of its own tokens.
     """
     for name, parameter in chunk.named_parameters():
         if ".mlp.experts." in name:
@@ -262,7 +287,8 @@ def _mark_split_parameters(chunk: Chunk) -> None:
         split = isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding, RowParallelLinear))
         # a tied head has no weight of its own
         if split and module.weight is not None and not hasattr(module.weight, "tensor_model_parallel"):
-            set_tensor_model_parallel_attributes(module.weight, True, int(isinstance(module, RowParallelLinear)), 1)
+            set_tensor_model_parallel_attributes(module.weight, True,
+                                                 int(isinstance(module, RowParallelLinear)), 1)
 
 
 def _block_norm(transformer_engine: bool) -> Any:
@@ -276,12 +302,15 @@ def _block_norm(transformer_engine: bool) -> Any:
 
 
 def gather_sequence(hidden: torch.Tensor, config: Any) -> torch.Tensor:
-    """Return hidden states [tokens, hidden] on every tensor-parallel process: of all tokens, or the local part of a cut row.
+    """Return hidden states [tokens, hidden] on every tensor-parallel process: of all tokens, or the local
+    part of a cut row.
 
-    The head that follows is split over the vocabulary, so gradients of its input are summed over the group on the way back.
+    The head that follows is split over the vocabulary, so gradients of its input are summed over the
+    group on the way back.
     """
     if config.sequence_parallel:
-        hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
+        hidden = tensor_parallel.gather_from_sequence_parallel_region(
+            hidden, tensor_parallel_output_grad=True)
     else:
         hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden)
     return hidden.flatten(0, 1)

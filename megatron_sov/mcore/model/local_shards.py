@@ -1,7 +1,8 @@
-"""The blocks of global tensors that live in this process: what initial weights, checkpoints and exports go through.
+"""The blocks of global tensors that live in this process: what initial weights,
+checkpoints and exports go through.
 
-A block is a view of a live parameter or buffer with its place in the global tensor, whose name and shape are the same at
-every layout.  Writing into the view changes the model.
+A block is a view of a live parameter or buffer with its place in the global tensor, whose name and shape are
+the same at every layout.  Writing into the view changes the model.
 """
 
 from __future__ import annotations
@@ -43,20 +44,23 @@ class LocalShard:
 
 
 def local_shards(model: LanguageModel) -> list[LocalShard]:
-    """Return the blocks of this process's part of the model, ordered by name and place; called by all processes together."""
+    """Return the blocks of this process's part of the model, ordered by name and place; called by all
+    processes together."""
     model.finish_param_gather()
     blocks = []
     for chunk in model.chunks:
         declared = chunk.sharded_state_dict(metadata={})
         apply_factories(declared)  # splits fused gate-and-up matrices, which are cut along each half
-        blocks += [LocalShard(t.key, t.data, tuple(t.global_shape), tuple(t.global_offset), tuple(t.replica_id))
-                   for t in nested_values(declared) if isinstance(t, ShardedTensor)]
+        blocks += [
+            LocalShard(t.key, t.data, tuple(t.global_shape), tuple(t.global_offset), tuple(t.replica_id))
+            for t in nested_values(declared) if isinstance(t, ShardedTensor)]
     blocks = [_without_padding(b, model.vocab_size) if b.key in VOCABULARY_WEIGHTS else b for b in blocks]
     return sorted((b for b in blocks if b.data.numel()), key=lambda b: (b.key, b.offset))
 
 
 def _without_padding(block: LocalShard, vocab_size: int) -> LocalShard:
-    """Return the part of an embedding's or head's block that belongs to token ids; how many rows follow depends on the layout."""
+    """Return the part of an embedding's or head's block that belongs to token ids; how many rows follow
+    depends on the layout."""
     rows = valid_rows(block.data, vocab_size)
     return replace(block, data=block.data[:rows], global_shape=(vocab_size, *block.global_shape[1:]))
 

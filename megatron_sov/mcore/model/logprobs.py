@@ -1,7 +1,8 @@
 """Log-probabilities of given tokens from hidden states: the only place where losses meet the vocabulary.
 
 Shapes: T tokens, H hidden size, V vocabulary (split over the tensor-parallel group), C tokens of a chunk.
-The output head is applied to C tokens at a time and recomputed in the backward pass, so T x V logits never exist.
+The output head is applied to C tokens at a time and recomputed in the backward pass,
+so T x V logits never exist.
 """
 
 from __future__ import annotations
@@ -39,33 +40,39 @@ class Head:
             labels: [T] int64, of the whole row.
 
         Returns:
-            [T] float32 (float64 under fp64) of the whole row, equal on all processes of the tensor- and context-parallel
-            groups, differentiable for losses that are computed alike on all of them.
+            [T] float32 (float64 under fp64) of the whole row, equal on all processes of the tensor- and
+            context-parallel groups, differentiable for losses that are computed alike on all of them.
         """
         states = gather_sequence(hidden, self.config)
         parts = []
-        for s, y in zip(states.split(self.chunk_tokens), context.local(labels).split(self.chunk_tokens), strict=True):
+        for s, y in zip(states.split(self.chunk_tokens), context.local(labels).split(self.chunk_tokens),
+                        strict=True):
             parts.append(checkpoint(_chunk_logprobs, s, self.weight, self._mask(), y, use_reentrant=False))
         return context.gather(torch.cat(parts))
 
     @torch.no_grad()
     def top_tokens(self, states: torch.Tensor) -> torch.Tensor:
-        """Return the most probable token [n] int64 after each of some positions' hidden states [n, H] (already gathered)."""
-        return torch.cat([_chunk_argmax(s, self.weight, self._mask()) for s in states.split(self.chunk_tokens)])
+        """Return the most probable token [n] int64 after each of some positions' hidden states [n, H]
+        (already gathered)."""
+        return torch.cat([_chunk_argmax(s, self.weight, self._mask())
+                          for s in states.split(self.chunk_tokens)])
 
     @torch.no_grad()
     def top_of_row(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Return the most probable token [T] int64 after each position of a row, from [local tokens, 1, H], on every process."""
+        """Return the most probable token [T] int64 after each position of a row, from [local tokens, 1,
+        H], on every process."""
         return context.gather(self.top_tokens(gather_sequence(hidden, self.config)))
 
     @torch.no_grad()
     def logits(self, states: torch.Tensor) -> torch.Tensor:
-        """Return full logits [n, token ids] float32 (float64 under fp64) of a few positions' states [n, H] (already gathered)."""
+        """Return full logits [n, token ids] float32 (float64 under fp64) of a few positions' states [n, H]
+        (already gathered)."""
         local = _logits(states, self.weight, None)
         return tensor_parallel.gather_from_tensor_model_parallel_region(local)[:, :self.vocab_size]
 
     def _mask(self) -> torch.Tensor | None:
-        """Return [V / tp] with 0 for token ids and -inf for padding, or None where this process has no padding."""
+        """Return [V / tp] with 0 for token ids and -inf for padding, or None where this
+        process has no padding."""
         rows = valid_rows(self.weight, self.vocab_size)
         if rows == len(self.weight):
             return None
@@ -79,15 +86,18 @@ def head_of(model: LanguageModel, chunk_tokens: int) -> Head:
     return Head(model.head_weight, model.config, chunk_tokens, model.vocab_size)
 
 
-def _chunk_logprobs(states: torch.Tensor, weight: torch.Tensor, mask: torch.Tensor | None, labels: torch.Tensor) -> torch.Tensor:
+def _chunk_logprobs(states: torch.Tensor, weight: torch.Tensor, mask: torch.Tensor | None,
+                    labels: torch.Tensor) -> torch.Tensor:
     """[C, H], [V / tp, H], [V / tp], [C] -> [C] float32 (float64 under fp64)."""
     logits = _logits(states, weight, mask)
-    chosen: torch.Tensor = _LabelLogprobs.apply(logits, labels, parallel_state.get_tensor_model_parallel_group())
+    chosen: torch.Tensor = _LabelLogprobs.apply(logits, labels,
+                                                parallel_state.get_tensor_model_parallel_group())
     return chosen
 
 
 def _logits(states: torch.Tensor, weight: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """[n, H], [V / tp, H], [V / tp] -> [n, V / tp] in float32, or float64 where the model is; without mask padding has 0."""
+    """[n, H], [V / tp, H], [V / tp] -> [n, V / tp] in float32, or float64 where the model is;
+    without mask padding has 0."""
     logits = torch.nn.functional.linear(states, weight, mask)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
@@ -119,7 +129,8 @@ class _LabelLogprobs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        """The derivative by logit i is ``(i is the label) - softmax_i``; it takes the place of the softmax in memory."""
+        """The derivative by logit i is ``(i is the label) - softmax_i``; it takes the place of the
+        softmax in memory."""
         softmax, place, here = ctx.saved_tensors
         gradient = softmax.mul_(-upstream[:, None])
         rows = torch.arange(len(place), device=place.device)

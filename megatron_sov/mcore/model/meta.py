@@ -1,4 +1,5 @@
-"""A process's part of a model without memory for it: built on meta tensors, in one process that plays any rank of any size."""
+"""A process's part of a model without memory for it: built on meta tensors,
+in one process that plays any rank of any size."""
 
 from __future__ import annotations
 
@@ -36,16 +37,19 @@ def stage_params(config: RunConfig, num_ranks: int) -> list[StageParams]:
     p = config.parallel
     found = []
     for stage in range(p.pp):
-        dist.init_process_group("fake", rank=stage * (num_ranks // p.pp), world_size=num_ranks, store=FakeStore())
+        dist.init_process_group("fake", rank=stage * (num_ranks // p.pp), world_size=num_ranks,
+                                store=FakeStore())
         try:
             parallel_state.initialize_model_parallel(
-                p.tp, p.pp, p.vpp if p.vpp > 1 else None, context_parallel_size=p.cp, expert_model_parallel_size=p.ep,
-                expert_tensor_parallel_size=p.etp, create_gloo_process_groups=False)
+                p.tp, p.pp, p.vpp if p.vpp > 1 else None, context_parallel_size=p.cp,
+                expert_model_parallel_size=p.ep, expert_tensor_parallel_size=p.etp,
+                create_gloo_process_groups=False)
             with torch.device("meta"):
                 model = build(config.model, p, config.train)
             experts = sum(w.numel() for w in model.parameters() if not getattr(w, "allreduce", True))
             total = sum(w.numel() for w in model.parameters())
-            layers = sum(len(c.decoder.layers) + (len(c.mtp.layers) if c.mtp_process else 0) for c in model.chunks)
+            layers = sum(len(c.decoder.layers) + (len(c.mtp.layers) if c.mtp_process else 0)
+                         for c in model.chunks)
             found.append(StageParams(total - experts, experts, layers))
         finally:
             parallel_state.destroy_model_parallel()

@@ -23,7 +23,8 @@ class HasInputs(Protocol):
 
 
 Loss = Callable[[torch.Tensor, Any], tuple[torch.Tensor, Any]]
-"""(hidden states of the last stage, micro-batch) -> (scalar whose gradient is taken as it is, anything to return)."""
+"""(hidden states of the last stage, micro-batch) -> (scalar whose gradient is taken as it is,
+anything to return)."""
 
 
 def run(chunks: Sequence[Any], micro_batches: Sequence[HasInputs], loss: Loss, row_tokens: int, *,
@@ -42,19 +43,22 @@ def run(chunks: Sequence[Any], micro_batches: Sequence[HasInputs], loss: Loss, r
         What `loss` returned beside the scalar for each micro-batch (empty on other stages than the last).
     """
 
-    def forward(iterator: Iterator[HasInputs], model: Any) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]]:
+    def forward(iterator: Iterator[HasInputs],
+                model: Any) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]]:
         batch = next(iterator)
         return model(batch.inputs), partial(_finish, loss, batch)
 
     interleaved = len(chunks) > 1
-    # an interleaved pipeline takes micro-batches in groups of its size; an evaluation's last group is filled up and cut again
+    # an interleaved pipeline takes micro-batches in groups of its size; an evaluation's last group is
+    # filled up and cut again
     count = len(micro_batches)
-    surplus: int = -count % parallel_state.get_pipeline_model_parallel_world_size() if interleaved and forward_only else 0
+    surplus: int = (-count % parallel_state.get_pipeline_model_parallel_world_size()
+                    if interleaved and forward_only else 0)
     fed = [*micro_batches, *[micro_batches[-1]] * surplus]
     results: list[Any] = get_forward_backward_func()(
         forward_step_func=forward, data_iterator=[iter(fed) for _ in chunks] if interleaved else iter(fed),
-        model=list(chunks) if interleaved else chunks[0], num_microbatches=len(fed), seq_length=row_tokens, micro_batch_size=1,
-        decoder_seq_length=row_tokens, forward_only=forward_only)
+        model=list(chunks) if interleaved else chunks[0], num_microbatches=len(fed), seq_length=row_tokens,
+        micro_batch_size=1, decoder_seq_length=row_tokens, forward_only=forward_only)
     return results[:count]
 
 

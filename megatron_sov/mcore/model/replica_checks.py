@@ -1,7 +1,8 @@
-"""Bits that should be equal: weights that several processes hold, and gradients that one process computes twice.
+"""Bits that should be equal: weights that several processes hold,
+and gradients that one process computes twice.
 
-Hardware that lies does not raise errors.  Two checks name the process: data-parallel replicas of a weight must agree after every
-update, and the same micro-batch must give the same gradients again.
+Hardware that lies does not raise errors.  Two checks name the process: data-parallel replicas of a weight
+must agree after every update, and the same micro-batch must give the same gradients again.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @torch.no_grad()
 def checksum(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Return the sum of all elements read as integers, int64 [], wrapping around; a single flipped bit changes it."""
+    """Return the sum of all elements read as integers, int64 [], wrapping around;
+    a single flipped bit changes it."""
     total = torch.zeros((), dtype=torch.int64)
     for tensor in tensors:
-        total += tensor.detach().contiguous().view(_INTEGERS[tensor.element_size()]).sum(dtype=torch.int64).cpu()
+        total += tensor.detach().contiguous().view(
+            _INTEGERS[tensor.element_size()]).sum(dtype=torch.int64).cpu()
     return total
 
 
@@ -37,23 +40,27 @@ def gradients(model: LanguageModel) -> list[torch.Tensor]:
 
 
 def differing_replicas(model: LanguageModel) -> list[int]:
-    """Return the ranks whose weights are not those that most of their replicas hold; called by all processes together.
+    """Return the ranks whose weights are not those that most of their replicas hold;
+    called by all processes together.
 
     Where there is no majority (two replicas) all of them are named.
     """
     model.finish_param_gather()
     tensors = {False: list[torch.Tensor](), True: list[torch.Tensor]()}
     for parameter in model.parameters():
-        tensors[not getattr(parameter, "allreduce", True)].append(parameter)  # routed experts have replicas elsewhere
+        # routed experts have replicas elsewhere
+        tensors[not getattr(parameter, "allreduce", True)].append(parameter)
     tensors[False] += [b for name, b in model.named_buffers() if name.endswith("expert_bias")]
     groups = {False: parallel_state.get_data_parallel_group(with_context_parallel=True),
               True: parallel_state.get_expert_data_parallel_group()}
-    differ = [_differs(checksum(tensors[routed]), groups[routed]) for routed in (False, True)]  # both, whatever the first says
+    # both, whatever the first says
+    differ = [_differs(checksum(tensors[routed]), groups[routed]) for routed in (False, True)]
     return ranks_where(any(differ))
 
 
 def _differs(mine: torch.Tensor, group: Any) -> bool:
-    """Return whether this process's number is not the one that more than half of the group have, or there is none such."""
+    """Return whether this process's number is not the one that more than half of the group have,
+    or there is none such."""
     sent = to_comm_device(mine.reshape(1))
     found = [torch.empty_like(sent) for _ in range(group.size())]
     dist.all_gather(found, sent, group=group)
@@ -71,7 +78,8 @@ def ranks_where(holds: bool) -> list[int]:
 
 @contextlib.contextmanager
 def unsynced(model: LanguageModel, wrapped: list[Any]) -> Iterator[None]:
-    """Have backward passes leave each process with its own gradients; nothing is summed over data-parallel processes."""
+    """Have backward passes leave each process with its own gradients;
+    nothing is summed over data-parallel processes."""
     config, settings = model.config, wrapped[0].ddp_config
     names = ("finalize_model_grads_func", "no_sync_func", "grad_sync_func")
     before, overlap = {name: getattr(config, name) for name in names}, settings.overlap_grad_reduce
@@ -88,6 +96,7 @@ def unsynced(model: LanguageModel, wrapped: list[Any]) -> Iterator[None]:
 
 @torch.no_grad()
 def flip_bit(tensor: torch.Tensor) -> None:
-    """Change one bit in a tensor's middle, as a fault on purpose: of the mantissa, so that no figure of the run shows it."""
+    """Change one bit in a tensor's middle, as a fault on purpose: of the mantissa,
+    so that no figure of the run shows it."""
     bits = tensor.view(-1).view(_INTEGERS[tensor.element_size()])
     bits[bits.numel() // 2] ^= 1 << 3 * tensor.element_size()

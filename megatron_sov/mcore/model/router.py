@@ -1,8 +1,10 @@
-"""The router: top-k routing as in transformers, with padding left out and the balancing loss normalised over the global batch.
+"""The router: top-k routing as in transformers, with padding left out and the balancing loss normalised
+over the global batch.
 
-Three properties of megatron-core 0.16.1 make an own class necessary: with per-token losses its auxiliary losses are divided
-by the sequence- and context-parallel sizes (a result that depends on the layout); its expert counts cannot take a padding
-mask (shapes [tokens] and [tokens, experts] do not broadcast); and it does not normalise the weight of a single chosen expert.
+Three properties of megatron-core 0.16.1 make an own class necessary: with per-token losses its auxiliary
+losses are divided by the sequence- and context-parallel sizes (a result that depends on the layout); its
+expert counts cannot take a padding mask (shapes [tokens] and [tokens, experts] do not broadcast); and it does
+not normalise the weight of a single chosen expert.
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ EPSILON = 1e-20
 class RoutingStep:
     """What routers need to know about the current optimizer step, and what they measured in it.
 
-    One object is shared by all routers of a process (`TransformerConfig.routing_step`).  It holds step constants only,
-    so recomputation in the backward pass sees the same values as the forward pass.
+    One object is shared by all routers of a process (`TransformerConfig.routing_step`).  It holds step
+    constants only, so recomputation in the backward pass sees the same values as the forward pass.
     """
 
     seq_len: int = 0
@@ -43,8 +45,8 @@ class BalancedRouter(TopKRouter):
     """Top-k router whose balancing loss and expert counts ignore padding and do not depend on the layout.
 
     The balancing loss is DeepSeek-V3's sequence-wise one (arXiv 2412.19437, eq. 17-20): for each sequence
-    ``coeff * sum_i f_i P_i`` with ``f_i = E / (K T) * (times expert i is among the top K)`` and ``P_i`` the mean normalised
-    score, averaged over the sequences of the global batch.
+    ``coeff * sum_i f_i P_i`` with ``f_i = E / (K T) * (times expert i is among the top K)`` and ``P_i`` the
+    mean normalised score, averaged over the sequences of the global batch.
     """
 
     def __init__(self, config: Any, pg_collection: Any = None) -> None:
@@ -54,7 +56,8 @@ class BalancedRouter(TopKRouter):
             zeros = torch.zeros(config.num_moe_experts, dtype=torch.float32, device=local_device())
             self.register_buffer("local_tokens_per_expert", zeros, persistent=False)
 
-    def routing(self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def routing(self, logits: torch.Tensor,
+                padding_mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Choose experts.
 
         Args:
@@ -75,16 +78,20 @@ class BalancedRouter(TopKRouter):
         return probs, routing_map
 
     def _choose(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return weights and choice of the top K experts by score, plus bias where there is one (arXiv 2412.19437, eq. 12-16).
+        """Return weights and choice of the top K experts by score, plus bias where there is one (arXiv
+        2412.19437, eq. 12-16).
 
-        The library's `topk_routing_with_score_function` rounds scores to float32, and leaves a single expert's weight as it is.
+        The library's `topk_routing_with_score_function` rounds scores to float32, and leaves a single
+        expert's weight as it is.
         """
         scores = self._scores(logits)
-        _, chosen = torch.topk(scores if self.expert_bias is None else scores + self.expert_bias, self.topk, dim=1)
+        _, chosen = torch.topk(scores if self.expert_bias is None else scores + self.expert_bias,
+                               self.topk, dim=1)
         weights = scores.gather(1, chosen)
         if self.config.norm_topk_prob:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + EPSILON)
-        probs = torch.zeros_like(logits).scatter(1, chosen, weights * self.config.moe_router_topk_scaling_factor)
+        probs = torch.zeros_like(logits).scatter(1, chosen,
+                                                 weights * self.config.moe_router_topk_scaling_factor)
         return probs, torch.zeros_like(logits, dtype=torch.bool).scatter(1, chosen, True)
 
     def _scores(self, logits: torch.Tensor) -> torch.Tensor:
@@ -95,14 +102,16 @@ class BalancedRouter(TopKRouter):
             chosen = routing_map if valid is None else routing_map & valid[:, None]
             self.local_tokens_per_expert += chosen.sum(dim=0)
 
-    def _with_balancing_loss(self, probs: torch.Tensor, logits: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    def _with_balancing_loss(self, probs: torch.Tensor, logits: torch.Tensor,
+                             valid: torch.Tensor | None) -> torch.Tensor:
         coeff = self.get_aux_loss_coeff("seq_aux_loss")
         step: RoutingStep = self.config.routing_step
         if coeff == 0:
             return probs
         scores = self._scores(logits)
         scores = scores / (scores.sum(dim=-1, keepdim=True) + EPSILON)  # a softmax sums to 1 already
-        chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(1, scores.topk(self.topk, dim=-1).indices, True)
+        chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(
+            1, scores.topk(self.topk, dim=-1).indices, True)
         if valid is None:
             valid = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
         chosen = (chosen & valid[:, None]).to(scores.dtype)
@@ -116,7 +125,8 @@ class BalancedRouter(TopKRouter):
             counts, tokens = both[:, :-1], both[:, -1]
         tokens = tokens.clamp(min=1)[:, None]
         frequency = counts * (logits.shape[1] / self.topk) / tokens
-        # linear in the local scores, so each process contributes its own tokens' part and gradients simply add up
+        # linear in the local scores, so each process contributes its own tokens' part and
+        # gradients simply add up
         mean_score = scores.new_zeros(num_rows, logits.shape[1]).index_add(0, row, scores) / tokens
         loss = coeff * (frequency * mean_score).sum() / step.num_sequences
         layer: Any = self.layer_number

@@ -1,4 +1,5 @@
-"""From a family's declaration to a megatron-core model: the only place that knows the library's configuration names."""
+"""From a family's declaration to a megatron-core model: the only place that knows the library's
+configuration names."""
 
 from __future__ import annotations
 
@@ -18,18 +19,21 @@ PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float6
 
 @cache
 def has_transformer_engine() -> bool:
-    """Return whether Transformer Engine imports and a GPU is there to run it (an empty meta package does not count)."""
+    """Return whether Transformer Engine imports and a GPU is there to run it (an empty meta
+    package does not count)."""
     if not on_gpu() or importlib.util.find_spec("transformer_engine") is None:
         return False
     try:
         import transformer_engine.pytorch  # noqa: F401
-    except Exception:  # its import fails in many ways: missing libraries, wrong CUDA, RuntimeError of the meta package
+    # its import fails in many ways: missing libraries, wrong CUDA, RuntimeError of the meta package
+    except Exception:
         return False
     return True
 
 
 def uses_transformer_engine(dtype: torch.dtype) -> bool:
-    """Return whether a model of this parameter dtype is made of Transformer Engine's modules (they know no float64)."""
+    """Return whether a model of this parameter dtype is made of Transformer Engine's modules
+    (they know no float64)."""
     return dtype != torch.float64 and has_transformer_engine()
 
 
@@ -45,11 +49,13 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
     dtype = PRECISION[train.precision]
     te = uses_transformer_engine(dtype)
     settings: dict[str, Any] = {
-        "num_layers": model.num_layers, "hidden_size": model.hidden_size, "num_attention_heads": model.num_heads,
-        "num_query_groups": model.num_kv_heads, "kv_channels": model.head_dim,
+        "num_layers": model.num_layers, "hidden_size": model.hidden_size,
+        "num_attention_heads": model.num_heads, "num_query_groups": model.num_kv_heads,
+        "kv_channels": model.head_dim,
         "ffn_hidden_size": model.dense_ffn_dim or model.expert_ffn_dim,
-        "normalization": "RMSNorm", "layernorm_epsilon": model.norm_eps, "gated_linear_unit": True, "activation_func": silu,
-        "add_bias_linear": False, "add_qkv_bias": model.qkv_bias, "qk_layernorm": model.qk_norm,
+        "normalization": "RMSNorm", "layernorm_epsilon": model.norm_eps, "gated_linear_unit": True,
+        "activation_func": silu, "add_bias_linear": False, "add_qkv_bias": model.qkv_bias,
+        "qk_layernorm": model.qk_norm,
         "hidden_dropout": train.hidden_dropout, "attention_dropout": 0.0,  # our attention has none
         "perform_initialization": False, "use_cpu_initialization": not on_gpu(),
         "params_dtype": dtype, "pipeline_dtype": dtype, "bf16": train.precision == "bf16",
@@ -58,7 +64,8 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
         "virtual_pipeline_model_parallel_size": parallel.vpp if parallel.vpp > 1 else None,
         "expert_model_parallel_size": parallel.ep,
         "expert_tensor_parallel_size": parallel.etp, "context_parallel_size": parallel.cp,
-        # an interleaved pipeline sends one peer two messages at a time: in a batch, gloo delivers the wrong one without an error
+        # an interleaved pipeline sends one peer two messages at a time: in a batch, gloo delivers the wrong
+        # one without an error
         "batch_p2p_comm": on_gpu() and parallel.vpp == 1, "overlap_p2p_comm": parallel.vpp > 1,
         # losses are sums divided once by global counts; must stand here before the model is wrapped
         "calculate_per_token_loss": True,
@@ -74,9 +81,11 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
     if model.num_mtp_layers:
         settings |= {"mtp_num_layers": model.num_mtp_layers, "mtp_loss_scaling_factor": model.mtp_loss_coeff}
     if model.num_moe_layers():
-        settings |= _moe_settings(model, parallel, te) | {"moe_router_dtype": "fp64" if dtype == torch.float64 else "fp32"}
+        settings |= _moe_settings(model, parallel, te) | {"moe_router_dtype": "fp64" if dtype == torch.float64
+                                                          else "fp32"}
     if train.recompute:
-        settings |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+        settings |= {"recompute_granularity": "full", "recompute_method": "uniform",
+                     "recompute_num_layers": 1}
     config = TransformerConfig(**settings)
     _per_layer_lists(config, model)
     _yarn(config, model)
@@ -89,21 +98,26 @@ def _moe_settings(model: ModelConfig, parallel: ParallelConfig, te: bool) -> dic
         "num_moe_experts": model.num_experts, "moe_router_topk": model.num_experts_per_token,
         "moe_ffn_hidden_size": model.expert_ffn_dim,
         "moe_shared_expert_intermediate_size": model.expert_ffn_dim * model.num_shared_experts or None,
-        "moe_router_score_function": model.router_score, "moe_router_topk_scaling_factor": model.routed_scaling_factor,
-        "moe_router_enable_expert_bias": model.router_bias, "moe_router_bias_update_rate": model.router_bias_update_rate,
-        # the choice of experts is the same before and after a softmax; without this the library refuses a single one
+        "moe_router_score_function": model.router_score,
+        "moe_router_topk_scaling_factor": model.routed_scaling_factor,
+        "moe_router_enable_expert_bias": model.router_bias,
+        "moe_router_bias_update_rate": model.router_bias_update_rate,
+        # the choice of experts is the same before and after a softmax;
+        # without this the library refuses a single one
         "moe_router_pre_softmax": model.router_score == "softmax",
         "moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": model.seq_aux_loss_coeff,
-        "moe_token_dispatcher_type": parallel.expert_dispatcher, "moe_grouped_gemm": te, "moe_permute_fusion": te,
+        "moe_token_dispatcher_type": parallel.expert_dispatcher, "moe_grouped_gemm": te,
+        "moe_permute_fusion": te,
         "moe_layer_freq": [0] * model.num_dense_layers + [1] * model.num_moe_layers(),
     }
 
 
 def _per_layer_lists(config: Any, model: ModelConfig) -> None:
-    """Spell out per layer what slides and what rotates, with one entry more for the multi-token prediction layer.
+    """Spell out per layer what slides and what rotates, with one entry more for the
+    multi-token prediction layer.
 
-    The library looks both up by layer number, and that layer's number is num_layers + 1; its own validation allows only
-    num_layers entries, so the lists are set after it.
+    The library looks both up by layer number, and that layer's number is num_layers + 1; its own validation
+    allows only num_layers entries, so the lists are set after it.
     """
     kinds = list(model.layer_types()) + [model.mtp_layer_type()] * model.num_mtp_layers
     if model.sliding_window_tokens:
@@ -122,11 +136,14 @@ def _yarn(config: Any, model: ModelConfig) -> None:
 
 
 def layer_specs(config: Any, model: ModelConfig) -> list[Any]:
-    """Return the library's module spec of every trunk layer, with our router and, where it serves, our attention."""
+    """Return the library's module spec of every trunk layer, with our router and,
+    where it serves, our attention."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_layer_specs
 
-    specs = _own_copies(get_gpt_decoder_layer_specs(config, uses_transformer_engine(config.params_dtype), "RMSNorm"))
-    return [_finish_spec(config, spec, kind, model) for spec, kind in zip(specs, model.layer_types(), strict=True)]
+    specs = _own_copies(get_gpt_decoder_layer_specs(config,
+                                                    uses_transformer_engine(config.params_dtype), "RMSNorm"))
+    return [_finish_spec(config, spec, kind, model)
+            for spec, kind in zip(specs, model.layer_types(), strict=True)]
 
 
 def mtp_layer_spec(config: Any, model: ModelConfig) -> Any:
@@ -144,7 +161,8 @@ def mtp_layer_spec(config: Any, model: ModelConfig) -> Any:
 
 
 def _own_copies(specs: list[Any]) -> list[Any]:
-    """The library returns the same object for layers of one kind; each layer needs its own to differ in attention."""
+    """The library returns the same object for layers of one kind; each layer needs its own to
+    differ in attention."""
     import copy
 
     return [copy.deepcopy(spec) for spec in specs]

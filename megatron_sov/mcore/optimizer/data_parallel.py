@@ -1,4 +1,5 @@
-"""Data parallelism: gradients are summed over processes and updated weights gathered, beside the computation if so set."""
+"""Data parallelism: gradients are summed over processes and updated weights gathered,
+beside the computation if so set."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from megatron_sov.mcore.model.language_model import LanguageModel
 def wrap(model: LanguageModel, parallel: ParallelConfig) -> list[Any]:
     """Wrap every chunk, and tell the pipeline schedules when to send.
 
-    Gradients are plain sums of what the losses give.  With ZeRO-1 the model's parameters move into one buffer per dtype.
+    Gradients are plain sums of what the losses give.  With ZeRO-1 the model's parameters move into
+    one buffer per dtype.
     """
     settings = DistributedDataParallelConfig(
         # bf16 gradients are accumulated and reduced in fp32, fp64 ones as they are
@@ -24,7 +26,8 @@ def wrap(model: LanguageModel, parallel: ParallelConfig) -> list[Any]:
         use_distributed_optimizer=parallel.zero1, overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         # stages of an interleaved pipeline send at the same time, since one that sends computes more slowly
-        align_param_gather=parallel.overlap_param_gather and parallel.vpp > 1, bucket_size=parallel.bucket_params or None)
+        align_param_gather=parallel.overlap_param_gather and parallel.vpp > 1,
+        bucket_size=parallel.bucket_params or None)
     # the first chunk's gradients are the last to be ready, and only they are sent in several buckets
     wrapped = [DistributedDataParallel(model.config, settings, chunk, disable_bucketing=i > 0)
                for i, chunk in enumerate(model.chunks)]
@@ -47,13 +50,15 @@ def _per_chunk(functions: list[Any]) -> Any:
 def _wait_for_head(wrapped: Any, weight: torch.Tensor, *_: Any) -> None:
     """Wait for the head's updated weight once the last hidden states are there.
 
-    The library waits whenever a module is called, but losses take the head's weight and never call its module.
+    The library waits whenever a module is called, but losses take the head's weight and
+    never call its module.
     """
     wrapped.param_to_bucket_group[weight].finish_param_sync(skip_next_bucket_dispatch=True)
 
 
 def deferred_gather(wrapped: list[Any]) -> Callable[[], None] | None:
-    """Return what gathers every process's updated weights at once, or None where the optimizer itself does so in each step."""
+    """Return what gathers every process's updated weights at once, or None where the optimizer itself
+    does so in each step."""
     if not wrapped[0].ddp_config.overlap_param_gather:
         return None
 

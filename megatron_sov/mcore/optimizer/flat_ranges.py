@@ -12,7 +12,8 @@ Rectangle = tuple[tuple[int, ...], tuple[int, ...]]
 def flat_ranges(shape: Sequence[int], start: int, stop: int) -> Iterator[Rectangle]:
     """Cut the elements [start, stop) of a row-major tensor into at most 2 * axes - 1 rectangles.
 
-    They come in the order of the elements: the end of a row, whole rows, the beginning of a row, and so on inwards.
+    They come in the order of the elements: the end of a row, whole rows, the beginning of a row,
+    and so on inwards.
     """
     if stop <= start:
         return

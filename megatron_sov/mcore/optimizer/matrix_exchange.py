@@ -1,9 +1,11 @@
-"""Bringing the pieces of matrices together on one process each, and the results back to wherever the pieces lie.
+"""Bringing the pieces of matrices together on one process each, and the results back to
+wherever the pieces lie.
 
-Matrices are cut by tensor parallelism, and by ZeRO-1 wherever a process's stretch of all parameters ends.  They are dealt out to
-the processes of a group in rounds, those of like cost in the same round: every process receives whole matrices of about the same
-work, and holds only one round's beside its own pieces.  (Moonlight's distributed Muon, arXiv 2502.16982, section 2.3, gathers as
-well, but computes a matrix on every process that holds a piece.)
+Matrices are cut by tensor parallelism, and by ZeRO-1 wherever a process's stretch of all parameters ends.
+They are dealt out to the processes of a group in rounds, those of like cost in the same round: every process
+receives whole matrices of about the same work, and holds only one round's beside its own pieces.
+(Moonlight's distributed Muon, arXiv 2502.16982, section 2.3, gathers as well, but computes a matrix on every
+process that holds a piece.)
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ class Place:
     column: int
     shape: tuple[int, int]
     owned: bool
-    """Whether this piece, of all equal ones in the group, is the one that is sent; every one receives its result."""
+    """Whether this piece, of all equal ones in the group, is the one that is sent;
+    every one receives its result."""
 
     @property
     def size(self) -> int:
@@ -70,7 +73,8 @@ class MatrixExchange:
         largest = max((m.rows * m.columns for m in matrices), default=1)
         in_round = size * max(1, ROUND_ELEMENTS // largest)
         number = {matrix: n for n, matrix in enumerate(matrices)}
-        self._rounds = [_Round([[] for _ in range(size)], [[] for _ in range(size)]) for _ in range(0, len(matrices), in_round)]
+        self._rounds = [_Round([[] for _ in range(size)], [[] for _ in range(size)])
+                        for _ in range(0, len(matrices), in_round)]
         for n, place in enumerate(places):
             at = number[place.matrix]
             self._rounds[at // in_round].sent[at % in_round % size].append(n)
@@ -80,7 +84,8 @@ class MatrixExchange:
                 if at % in_round % size == rank:
                     self._rounds[at // in_round].held[peer].append(place)
 
-    def run(self, read: Callable[[int], torch.Tensor], compute: Callable[[Matrix, torch.Tensor], torch.Tensor],
+    def run(self, read: Callable[[int], torch.Tensor],
+            compute: Callable[[Matrix, torch.Tensor], torch.Tensor],
             write: Callable[[int, torch.Tensor], None], dtype: torch.dtype) -> None:
         """Apply `compute` to every matrix.
 
@@ -91,7 +96,8 @@ class MatrixExchange:
             dtype: what is sent.
         """
         for one in self._rounds:
-            sent = [_joined((read(n) for n in numbers if self._places[n].owned), dtype) for numbers in one.sent]
+            sent = [_joined((read(n) for n in numbers if self._places[n].owned), dtype)
+                    for numbers in one.sent]
             received = self._send(sent, [sum(p.size for p in held if p.owned) for held in one.held])
             wholes: dict[Matrix, torch.Tensor] = {}
             for held, flat in zip(one.held, received, strict=True):
@@ -103,7 +109,9 @@ class MatrixExchange:
                     place.of(wholes[m]).copy_(part.view(place.shape))
             results = {matrix: compute(matrix, whole) for matrix, whole in wholes.items()}
             returned = [_joined((p.of(results[p.matrix]) for p in held), dtype) for held in one.held]
-            for numbers, flat in zip(one.sent, self._send(returned, [self._size(numbers) for numbers in one.sent]), strict=True):
+            for numbers, flat in zip(one.sent,
+                                     self._send(returned, [self._size(numbers) for numbers in one.sent]),
+                                     strict=True):
                 places = [self._places[n] for n in numbers]
                 for n, place, part in zip(numbers, places, flat.split([p.size for p in places]), strict=True):
                     write(n, part.view(place.shape))
@@ -118,8 +126,9 @@ class MatrixExchange:
         dtype, item = to_each[0].dtype, to_each[0].element_size()
         received = torch.empty(sum(counts), dtype=dtype, device=local_device())
         # as bytes, since not every backend knows every dtype
-        dist.all_to_all_single(received.view(torch.uint8), torch.cat(to_each).view(torch.uint8), [item * n for n in counts],
-                               [item * len(t) for t in to_each], group=self._group)
+        dist.all_to_all_single(received.view(torch.uint8), torch.cat(to_each).view(torch.uint8),
+                               [item * n for n in counts], [item * len(t) for t in to_each],
+                               group=self._group)
         return list(received.split(counts))
 
 

@@ -1,4 +1,5 @@
-"""Muon: matrices are updated by their momentum made orthogonal, each as a whole however it is cut over processes."""
+"""Muon: matrices are updated by their momentum made orthogonal, each as a whole however it is
+cut over processes."""
 
 from __future__ import annotations
 
@@ -39,13 +40,14 @@ class _Piece:
 class Muon:
     """Updates this process's shards of matrices, together with the other processes that hold parts of them.
 
-    The step of torch.optim.Muon: momentum, Newton-Schulz, decoupled weight decay.  Momentum lies where the shards lie.
+    The step of torch.optim.Muon: momentum, Newton-Schulz, decoupled weight decay.  Momentum lies
+    where the shards lie.
     """
 
     state_names = (MOMENTUM,)
 
-    def __init__(self, config: OptimConfig, model: LanguageModel, shards: list[Shard], param_groups: list[dict[str, Any]],
-                 group: dist.ProcessGroup) -> None:
+    def __init__(self, config: OptimConfig, model: LanguageModel, shards: list[Shard],
+                 param_groups: list[dict[str, Any]], group: dist.ProcessGroup) -> None:
         """Plan who computes what; called by all processes of `group` together.
 
         Args:
@@ -65,7 +67,8 @@ class Muon:
             matrix = Matrix(block.key, block.offset[:-2], *block.global_shape[-2:])
             for piece in pieces(block, shard, flat):
                 shape = (piece.data.shape[0], piece.data.shape[1])
-                self._pieces.append(_Piece(shard, int(piece.data.storage_offset() - flat.storage_offset()), shape))
+                self._pieces.append(_Piece(shard, int(piece.data.storage_offset() - flat.storage_offset()),
+                                           shape))
                 row, column = piece.offset[-2:]
                 self._places.append(Place(matrix, row, column, shape, owned=not any(piece.replica[:-1])))
         self._exchange = MatrixExchange(self._places, group)
@@ -99,7 +102,8 @@ class Muon:
         """Return the orthogonal update of each part of a matrix."""
         result = torch.empty_like(update)
         for rows in self._rows(matrix):
-            result[rows] = orthogonalise(update[rows], self._config.muon_ns_steps, self._config.muon_ns_coefficients)
+            result[rows] = orthogonalise(update[rows], self._config.muon_ns_steps,
+                                         self._config.muon_ns_coefficients)
         return result
 
     def _move(self, number: int, update: torch.Tensor) -> None:
@@ -127,8 +131,8 @@ class Muon:
 def holders(is_expert: bool, zero1: bool) -> dist.ProcessGroup:
     """Return the processes that hold all parts of this process's matrices between them.
 
-    Called by all processes of the world together: for experts that are cut themselves (`parallel.etp`) under ZeRO-1 the library
-    has no such group, and one is made.
+    Called by all processes of the world together: for experts that are cut themselves (`parallel.etp`) under
+    ZeRO-1 the library has no such group, and one is made.
     """
     if not is_expert:
         return (parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True) if zero1
@@ -139,6 +143,7 @@ def holders(is_expert: bool, zero1: bool) -> dist.ProcessGroup:
         return parallel_state.get_expert_data_parallel_group()
     mine = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_expert_model_parallel_rank()
     everyones = gather_objects(mine)
-    ranks = [[rank for rank, place in enumerate(everyones) if place == wanted] for wanted in sorted(set(everyones))]
+    ranks = [[rank for rank, place in enumerate(everyones) if place == wanted]
+             for wanted in sorted(set(everyones))]
     found, _ = dist.new_subgroups_by_enumeration(ranks)
     return found

@@ -1,4 +1,5 @@
-"""Gradients and optimizer: the library's data-parallel wrapper, AdamW and Muon, and their state as named global tensors."""
+"""Gradients and optimizer: the library's data-parallel wrapper, AdamW and Muon,
+and their state as named global tensors."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ NOT_SHARDED = ParallelConfig()
 
 @contextlib.contextmanager
 def _torch_adam() -> Iterator[None]:
-    """Have the library make torch's AdamW also where Transformer Engine is installed, whose fused one refuses float64."""
+    """Have the library make torch's AdamW also where Transformer Engine is installed,
+    whose fused one refuses float64."""
     found = library_optimizer.Adam, library_optimizer.USING_PYTORCH_OPTIMIZER
     library_optimizer.Adam, library_optimizer.USING_PYTORCH_OPTIMIZER = torch.optim.AdamW, True
     try:
@@ -32,18 +34,21 @@ def _torch_adam() -> Iterator[None]:
 
 
 class Optimizer:
-    """Data-parallel gradients plus AdamW or Muon over one model; gradients are plain sums of what the losses give."""
+    """Data-parallel gradients plus AdamW or Muon over one model; gradients are plain sums of
+    what the losses give."""
 
-    def __init__(self, model: LanguageModel, config: OptimConfig, parallel: ParallelConfig = NOT_SHARDED) -> None:
+    def __init__(self, model: LanguageModel, config: OptimConfig,
+                 parallel: ParallelConfig = NOT_SHARDED) -> None:
         self.model = model
         rules = parameter_groups.rules(model, config)
         parameter_groups.freeze(model, rules)
         self.wrapped = data_parallel.wrap(model, parallel)
         self._gather = model.pending_gather = data_parallel.deferred_gather(self.wrapped)
         settings = OptimizerConfig(
-            optimizer="adam", lr=config.lr, weight_decay=config.weight_decay, adam_beta1=config.beta1, adam_beta2=config.beta2,
-            adam_eps=config.eps, bf16=model.config.bf16, params_dtype=model.config.params_dtype,
-            use_distributed_optimizer=parallel.zero1, overlap_param_gather=parallel.overlap_param_gather)
+            optimizer="adam", lr=config.lr, weight_decay=config.weight_decay, adam_beta1=config.beta1,
+            adam_beta2=config.beta2, adam_eps=config.eps, bf16=model.config.bf16,
+            params_dtype=model.config.params_dtype, use_distributed_optimizer=parallel.zero1,
+            overlap_param_gather=parallel.overlap_param_gather)
         fp64 = model.config.params_dtype == torch.float64
         with state_shards.any_float(), _torch_adam() if fp64 else contextlib.nullcontext():
             # gloo groups would only serve the library's own checkpoints
@@ -64,7 +69,8 @@ class Optimizer:
         """Clip, update with learning rate `lr`, and return the global gradient norm before clipping.
 
         Args:
-            accept: is given that norm, and must say the same on every process; where it says no, nothing is updated.
+            accept: is given that norm, and must say the same on every process; where it says no,
+                nothing is updated.
         """
         for group in self.library.param_groups:
             group["lr"] = lr * group["lr_scale"]
@@ -86,7 +92,8 @@ class Optimizer:
         """
         total = torch.zeros((), dtype=torch.float64, device=local_device())
         for optimizer in self.library.chained_optimizers:
-            norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in optimizer.get_main_grads_for_grad_norm()]
+            norms = [torch.linalg.vector_norm(g, dtype=torch.float64)
+                     for g in optimizer.get_main_grads_for_grad_norm()]
             squares = torch.stack(norms).square().sum() if norms else torch.zeros_like(total)
             torch.distributed.all_reduce(squares, group=optimizer.get_grad_stats_parallel_group())
             total += squares
@@ -94,7 +101,8 @@ class Optimizer:
 
     @torch.no_grad()
     def _clip(self, grad_norm: float) -> None:
-        """Scale all gradients so that their norm is at most `clip_grad` (the divisor's 1e-6 as torch's clip_grad_norm_)."""
+        """Scale all gradients so that their norm is at most `clip_grad` (the divisor's 1e-6 as
+        torch's clip_grad_norm_)."""
         if 0 < self._clip_grad < grad_norm + 1e-6:
             for optimizer in self.library.chained_optimizers:
                 gradients = [p.grad for p in optimizer.get_parameters() if p.grad is not None]
@@ -106,7 +114,8 @@ class Optimizer:
         self.library.reload_model_params()
 
     def state_shards(self) -> Iterator[LocalShard]:
-        """Yield the moments or momentum (and, under bf16, master weights) of this process, named `exp_avg/KEY` and so on.
+        """Yield the moments or momentum (and, under bf16, master weights) of this process, named
+        `exp_avg/KEY` and so on.
 
         They are the same global tensors at every layout, with and without ZeRO-1.
         """

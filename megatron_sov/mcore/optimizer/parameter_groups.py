@@ -65,23 +65,25 @@ def rules(model: LanguageModel, config: OptimConfig) -> Rules:
     everyones = gather_objects((matched, any(not rule.frozen for rule in found.values())))
     for i, group in enumerate(config.groups):
         if not any(group.pattern in known for known, _ in everyones):
-            raise UserError(f"optim.groups.{i}.pattern = {group.pattern!r}: matches no parameter; a checkpoint's "
-                            "model.index.json has the names, and * stands for any text")
+            raise UserError(f"optim.groups.{i}.pattern = {group.pattern!r}: matches no parameter; "
+                            "a checkpoint's model.index.json has the names, and * stands for any text")
     if not any(trains for _, trains in everyones):
         frozen = ", ".join(group.pattern for group in config.groups if group.frozen)
-        raise UserError(f"optim.groups: {frozen} freeze every parameter, so there is nothing to train; leave one of them out")
+        raise UserError(f"optim.groups: {frozen} freeze every parameter, so there is nothing to train; "
+                        "leave one of them out")
     return found
 
 
 def rule_for(config: OptimConfig, key: str, dim: int) -> Rule:
     """Return the rule of the parameter `key` with `dim` axes."""
     is_matrix = dim == 2 and key not in VOCABULARY_WEIGHTS
-    rule = Rule(config.name if is_matrix else "adamw", 1.0, config.weight_decay if dim > 1 else 0.0, frozen=False)
+    rule = Rule(config.name if is_matrix else "adamw", 1.0, config.weight_decay if dim > 1 else 0.0,
+                frozen=False)
     for group in config.groups:
         if fnmatch.fnmatchcase(key, group.pattern):
             rule = Rule((group.optimizer or config.name) if is_matrix else "adamw", group.lr_scale,
-                        group.weight_decay if group.weight_decay is not None else config.weight_decay if dim > 1 else 0.0,
-                        group.frozen)
+                        group.weight_decay if group.weight_decay is not None else config.weight_decay
+                        if dim > 1 else 0.0, group.frozen)
     return rule
 
 
@@ -92,7 +94,8 @@ def freeze(model: LanguageModel, rules: Rules) -> None:
     for chunk in model.chunks:
         embedding = getattr(chunk, "embedding", None)
         if embedding is not None and not embedding.word_embeddings.weight.requires_grad:
-            # recomputed layers and pipeline stages look at their input alone for whether there is anything to differentiate
+            # recomputed layers and pipeline stages look at their input alone for whether there is
+            # anything to differentiate
             embedding.register_forward_hook(_differentiable)
 
 
@@ -100,7 +103,8 @@ def _differentiable(module: torch.nn.Module, inputs: Any, output: torch.Tensor) 
     return output if output.requires_grad else output.detach().requires_grad_()
 
 
-def arrange(library: Any, model: LanguageModel, rules: Rules, config: OptimConfig, *, zero1: bool) -> list[Shard]:
+def arrange(library: Any, model: LanguageModel, rules: Rules, config: OptimConfig, *,
+            zero1: bool) -> list[Shard]:
     """Give every shard to the optimizer of its rule, and return them all; called by all processes together.
 
     The library made AdamW for all of them, which keeps those that are its own.
@@ -112,18 +116,21 @@ def arrange(library: Any, model: LanguageModel, rules: Rules, config: OptimConfi
         if adam is None:
             continue
         is_expert = adam.param_groups[0]["is_expert_parallel"]
-        adam_groups, muon_groups = _regroup(adam.param_groups, {id(s.main): rules[id(s.parameter)] for s in found})
+        adam_groups, muon_groups = _regroup(adam.param_groups,
+                                            {id(s.main): rules[id(s.parameter)] for s in found})
         adam.param_groups = adam_groups
         if with_muon:
             matrices = [s for s in found if rules[id(s.parameter)].algorithm == "muon"]
             muon = Muon(config, model, matrices, muon_groups, holders(is_expert, zero1))
             optimizer.optimizer = Combined(adam, muon)
-            found = [dataclasses.replace(s, inner=muon) if rules[id(s.parameter)].algorithm == "muon" else s for s in found]
+            found = [dataclasses.replace(s, inner=muon) if rules[id(s.parameter)].algorithm == "muon" else s
+                     for s in found]
         all_shards += found
     return all_shards
 
 
-def _regroup(groups: list[dict[str, Any]], rule_of: dict[int, Rule]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _regroup(groups: list[dict[str, Any]],
+             rule_of: dict[int, Rule]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Return AdamW's groups and Muon's: parameters of the same rule, in the order of the library's groups."""
     made: dict[tuple[int, Rule], dict[str, Any]] = {}
     for number, group in enumerate(groups):

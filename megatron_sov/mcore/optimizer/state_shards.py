@@ -1,8 +1,10 @@
-"""What one process updates of each parameter, all of it or (ZeRO-1) a range, and its state as blocks of global tensors.
+"""What one process updates of each parameter, all of it or (ZeRO-1) a range,
+and its state as blocks of global tensors.
 
-The library's distributed optimizer lays all parameters end to end, whatever their shapes, and gives every data-parallel
-process an equal stretch of that: of a parameter it then updates the elements [start, stop) of the flattened tensor.  Cut out of
-a block, such a range is a few rectangles, so the state has the same names and shapes at every layout, with ZeRO-1 and without.
+The library's distributed optimizer lays all parameters end to end, whatever their shapes, and gives every
+data-parallel process an equal stretch of that: of a parameter it then updates the elements [start, stop) of
+the flattened tensor.  Cut out of a block, such a range is a few rectangles, so the state has the same names
+and shapes at every layout, with ZeRO-1 and without.
 """
 
 from __future__ import annotations
@@ -46,7 +48,8 @@ class Shard:
     start: int
     """First element."""
     main: torch.Tensor
-    """What torch's optimizer updates: the parameter's own memory, or under bf16 fp32 master weights; contiguous."""
+    """What torch's optimizer updates: the parameter's own memory,
+    or under bf16 fp32 master weights; contiguous."""
     inner: Inner
     """What updates `main` and holds its state."""
     exclusive: bool
@@ -58,7 +61,8 @@ class Shard:
         return self.start + self.main.numel()
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Return the moments or Muon's momentum and, under bf16, the master weights: each [elements], views of live memory."""
+        """Return the moments or Muon's momentum and, under bf16, the master weights: each [elements],
+        views of live memory."""
         state, names = self.inner.state[self.main], getattr(self.inner, "state_names", MOMENTS)
         if not state:  # before the first update: what that would begin with
             if _counts_per_parameter(self.inner):
@@ -72,7 +76,8 @@ class Shard:
 
 
 def shards(optimizer: Any) -> list[Shard]:
-    """Return what this process updates, parameter by parameter; parameters of which it updates nothing are left out.
+    """Return what this process updates, parameter by parameter; parameters of which it updates
+    nothing are left out.
 
     Args:
         optimizer: one of the library's (routed experts have one of their own), as the library makes it.
@@ -95,7 +100,8 @@ def _ranges(optimizer: DistributedOptimizer) -> Iterator[Shard]:
 def _wholes(optimizer: Any) -> Iterator[Shard]:
     """Yield whole parameters, from an optimizer that does the same update on every data-parallel process."""
     model_of = {}
-    low_groups, high_groups = getattr(optimizer, "float16_groups", []), getattr(optimizer, "fp32_from_float16_groups", [])
+    low_groups, high_groups = (getattr(optimizer, "float16_groups", []),
+                               getattr(optimizer, "fp32_from_float16_groups", []))
     for low, high in zip(low_groups, high_groups, strict=True):
         model_of.update({id(main): model for model, main in zip(low, high, strict=True)})
     for group in optimizer.optimizer.param_groups:
@@ -109,13 +115,15 @@ def take_gradients(shards: Iterable[Shard]) -> None:
     The library's own way makes float32 of them first.
     """
     for shard in shards:
-        gradient: torch.Tensor = shard.parameter.main_grad.view(-1)[shard.start:shard.stop]  # type: ignore[attr-defined]
+        gradient: torch.Tensor = (
+            shard.parameter.main_grad.view(-1)[shard.start:shard.stop])  # type: ignore[attr-defined]
         shard.main.grad = gradient.view(shard.main.shape)
 
 
 @contextlib.contextmanager
 def any_float() -> Iterator[None]:
-    """Have the library make its distributed optimizer for float64 too: it knows three dtypes, by the names of their types."""
+    """Have the library make its distributed optimizer for float64 too: it knows three dtypes,
+    by the names of their types."""
     original = torch.Tensor.type
 
     def type_(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -140,7 +148,8 @@ def shard_blocks(model: LanguageModel, shards: Iterable[Shard]) -> Iterator[tupl
 
 
 def state_shards(model: LanguageModel, shards: Iterable[Shard]) -> Iterator[LocalShard]:
-    """Yield the state of this process's shards, named `exp_avg/KEY`, `exp_avg_sq/KEY`, `momentum/KEY` and `master/KEY`."""
+    """Yield the state of this process's shards, named `exp_avg/KEY`, `exp_avg_sq/KEY`,
+    `momentum/KEY` and `master/KEY`."""
     for block, shard in shard_blocks(model, shards):
         for name, flat in shard.state().items():
             for piece in pieces(block, shard, flat):
@@ -148,9 +157,11 @@ def state_shards(model: LanguageModel, shards: Iterable[Shard]) -> Iterator[Loca
 
 
 def pieces(block: LocalShard, shard: Shard, flat: torch.Tensor) -> Iterator[LocalShard]:
-    """Yield `flat` [elements of the shard], as far as it belongs to `block` of the parameter, in blocks of the global tensor."""
+    """Yield `flat` [elements of the shard], as far as it belongs to `block` of the parameter, in blocks of
+    the global tensor."""
     if not block.data.is_contiguous():
-        raise ValueError(f"{block.key}: its block is not a contiguous part of the parameter, so its state cannot be cut alike")
+        raise ValueError(f"{block.key}: its block is not a contiguous part of the parameter, "
+                         "so its state cannot be cut alike")
     first = int(block.data.storage_offset()) - int(shard.parameter.storage_offset())
     start, stop = max(shard.start, first), min(shard.stop, first + block.data.numel())
     leading = len(block.global_shape) - block.data.dim()
@@ -167,8 +178,8 @@ def pieces(block: LocalShard, shard: Shard, flat: torch.Tensor) -> Iterator[Loca
 def set_updates(shards: Iterable[Shard], num_updates: int) -> None:
     """Set the number of updates that the state has seen, which AdamW's bias correction counts.
 
-    Each parameter gets a counter of its own: the library's own loading gives all of them one tensor, which torch's AdamW
-    then counts up once per parameter.
+    Each parameter gets a counter of its own: the library's own loading gives all of them one tensor, which
+    torch's AdamW then counts up once per parameter.
     """
     for shard in shards:
         if _counts_per_parameter(shard.inner):
@@ -180,5 +191,6 @@ def set_updates(shards: Iterable[Shard], num_updates: int) -> None:
 
 
 def _counts_per_parameter(inner: Inner) -> bool:
-    """Torch's Adam counts updates in every parameter's state, fused ones (Transformer Engine, Apex) in their groups."""
+    """Torch's Adam counts updates in every parameter's state, fused ones (Transformer Engine,
+    Apex) in their groups."""
     return isinstance(inner, (torch.optim.Adam, torch.optim.AdamW))

@@ -15,7 +15,8 @@ _counting = False
 
 
 def _count_waiting() -> None:
-    """Have every wait for a collective add to `_waited_s`: all of torch's collectives on CPU tensors end in `Work.wait`."""
+    """Have every wait for a collective add to `_waited_s`: all of torch's collectives on CPU tensors
+    end in `Work.wait`."""
     global _counting
     if _counting:
         return
@@ -35,11 +36,12 @@ def _count_waiting() -> None:
 
 
 class ComputeClock:
-    """Measures forward and backward passes up to the moment when gradients are summed over data-parallel processes.
+    """Measures forward and backward passes up to the moment when gradients are summed over
+    data-parallel processes.
 
-    On a CPU the time in collectives (of tensor, expert, context and pipeline parallelism) is taken away, so the figure is the
-    process's own.  On a GPU the host does not wait; there it is the time of the device up to that moment, which the processes
-    of one model replica share.
+    On a CPU the time in collectives (of tensor, expert, context and pipeline parallelism) is taken away, so
+    the figure is the process's own.  On a GPU the host does not wait; there it is the time of the device up
+    to that moment, which the processes of one model replica share.
     """
 
     def __init__(self) -> None:

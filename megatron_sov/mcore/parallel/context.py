@@ -1,11 +1,14 @@
-"""Context parallelism: a row of n tokens cut over c processes, so that each does the same share of causal attention.
+"""Context parallelism: a row of n tokens cut over c processes, so that each does the same share
+of causal attention.
 
-The row is cut into 2c equal pieces; process r holds pieces r and 2c - 1 - r, one early and one late ("zigzag", as in
-Megatron-LM's context parallelism and Llama 3, arXiv 2407.21783, section 3.3.2).  Under sequence parallelism the local
-tokens are cut once more, into consecutive parts over the tensor-parallel group.  With c = 1 everything is the identity.
+The row is cut into 2c equal pieces; process r holds pieces r and 2c - 1 - r, one early and one late
+("zigzag", as in Megatron-LM's context parallelism and Llama 3, arXiv 2407.21783, section 3.3.2).  Under
+sequence parallelism the local tokens are cut once more, into consecutive parts over the tensor-parallel
+group.  With c = 1 everything is the identity.
 
-Every process of a context-parallel group reads the same row and computes the same loss; only `local` tokens pass through
-its layers.  So losses and counts are never summed over this group, and gradients of parameters always are.
+Every process of a context-parallel group reads the same row and computes the same loss; only `local` tokens
+pass through its layers.  So losses and counts are never summed over this group,
+and gradients of parameters always are.
 """
 
 from __future__ import annotations
@@ -29,7 +32,8 @@ def row_multiple() -> int:
 
 
 def pieces(row_tokens: int) -> list[tuple[int, int]]:
-    """Return first row index and end of each piece that this process holds, in the order of its local tokens."""
+    """Return first row index and end of each piece that this process holds,
+    in the order of its local tokens."""
     if size() == 1:
         return [(0, row_tokens)]
     length = row_tokens // (2 * size())
@@ -51,7 +55,8 @@ def spread(values: torch.Tensor) -> torch.Tensor:
 
 
 def row_index(row_tokens: int, sequence_parallel: bool, device: torch.device) -> torch.Tensor:
-    """Return the row index [n / c] int64 of each local token, under sequence parallelism [n / c / tp] of this process's part."""
+    """Return the row index [n / c] int64 of each local token, under sequence parallelism [n / c / tp] of
+    this process's part."""
     index = local(torch.arange(row_tokens, device=device))
     if sequence_parallel:
         index = index.chunk(parallel_state.get_tensor_model_parallel_world_size())[
@@ -62,14 +67,15 @@ def row_index(row_tokens: int, sequence_parallel: bool, device: torch.device) ->
 def gather(values: torch.Tensor) -> torch.Tensor:
     """Return the whole row on every process: [n / c, ...] -> [n, ...].
 
-    Differentiable for losses that every process of the group computes alike: the gradient is this process's part of the
-    row's gradient, so each token counts once.
+    Differentiable for losses that every process of the group computes alike: the gradient is this process's
+    part of the row's gradient, so each token counts once.
     """
     return values if size() == 1 else _GatherAlike.apply(values)
 
 
 def gather_keys(values: torch.Tensor) -> torch.Tensor:
-    """Return the whole row on every process, [n / c, ...] -> [n, ...], for computations that differ between processes.
+    """Return the whole row on every process, [n / c, ...] -> [n, ...],
+    for computations that differ between processes.
 
     The gradient is the sum over the group of what each process found for these tokens.
     """
@@ -77,7 +83,8 @@ def gather_keys(values: torch.Tensor) -> torch.Tensor:
 
 
 def pick(values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Return values at some row indices on every process: [n / c, ...], [positions] -> [positions, ...] (no gradient)."""
+    """Return values at some row indices on every process: [n / c, ...], [positions] -> [positions,
+    ...] (no gradient)."""
     positions = positions.to(values.device)
     if size() == 1:
         return values[positions]
@@ -105,7 +112,8 @@ def _all_gather(values: torch.Tensor) -> torch.Tensor:
     """[n / c, ...] -> [n, ...] in row order."""
     c, half = size(), len(values) // 2
     by_rank = values.new_empty(c, 2, half, *values.shape[1:])
-    dist.all_gather_into_tensor(by_rank.view(2 * c * half, *values.shape[1:]), values.contiguous(), group=_group())
+    dist.all_gather_into_tensor(by_rank.view(2 * c * half, *values.shape[1:]), values.contiguous(),
+                                group=_group())
     return torch.cat([by_rank[:, 0], by_rank[:, 1].flip(0)]).flatten(0, 1)
 
 

@@ -1,9 +1,10 @@
 """The CPU door: lets the unmodified megatron-core run on a machine without CUDA, over gloo.
 
-`prepare_megatron()` is called once, before megatron is imported anywhere else.  It does nothing where CUDA works.  Each patch is
-one function whose docstring names the defect or assumption that it answers; patches of library defects look whether the
-defect is still there and leave a mended library alone.  No second implementation of anything is switched in: model,
-schedules, dispatchers, optimizers and process groups are the library's own, on CPU tensors.
+`prepare_megatron()` is called once, before megatron is imported anywhere else.  It does nothing where CUDA
+works.  Each patch is one function whose docstring names the defect or assumption that it answers; patches of
+library defects look whether the defect is still there and leave a mended library alone.  No second
+implementation of anything is switched in: model, schedules, dispatchers, optimizers and process groups are
+the library's own, on CPU tensors.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ class _Stream:
 
 
 def _current_device_is_cpu() -> None:
-    """megatron asks torch.cuda where it runs (`device=torch.cuda.current_device()`), and for streams and memory figures."""
+    """megatron asks torch.cuda where it runs (`device=torch.cuda.current_device()`),
+    and for streams and memory figures."""
     cuda: Any = torch.cuda
     cuda.current_device = lambda: CPU
     cuda.set_device = lambda *args: None
@@ -103,8 +105,8 @@ def _cuda_requests_land_on_cpu() -> None:
     from torch.utils._device import _device_constructors
 
     _device_constructors()  # caches the original functions, which `with torch.device(...)` recognises
-    for name in ("tensor", "as_tensor", "empty", "zeros", "ones", "full", "arange", "rand", "randn", "randint", "eye",
-                 "linspace", "empty_like", "zeros_like", "ones_like", "full_like"):
+    for name in ("tensor", "as_tensor", "empty", "zeros", "ones", "full", "arange", "rand", "randn",
+                 "randint", "eye", "linspace", "empty_like", "zeros_like", "ones_like", "full_like"):
         setattr(torch, name, on_cpu(getattr(torch, name)))
 
     tensor: Any = torch.Tensor
@@ -124,7 +126,8 @@ def _cuda_requests_land_on_cpu() -> None:
 
 
 def _tensor_type_names() -> None:
-    """megatron's optimizers accept parameters by name only: `param.type() == "torch.cuda.FloatTensor"` and so on."""
+    """megatron's optimizers accept parameters by name only: `param.type() ==
+    "torch.cuda.FloatTensor"` and so on."""
     tensor: Any = torch.Tensor
     original = tensor.type
 
@@ -137,7 +140,8 @@ def _tensor_type_names() -> None:
 
 
 def _cuda_generator_is_cpu_generator() -> None:
-    """Dropout and recomputation save and restore "the CUDA generator"; here it is the default CPU generator."""
+    """Dropout and recomputation save and restore "the CUDA generator";
+    here it is the default CPU generator."""
     cuda: Any = torch.cuda
     for module in (cuda, cuda.random):
         module.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
@@ -148,9 +152,11 @@ def _cuda_generator_is_cpu_generator() -> None:
 
 @contextlib.contextmanager
 def _eager_jit() -> Iterator[None]:
-    """megatron binds `jit_fuser = torch.compile` while it is imported; compiling costs about 9 s in a CPU's first step."""
+    """megatron binds `jit_fuser = torch.compile` while it is imported; compiling costs about 9 s in
+    a CPU's first step."""
     compile_ = torch.compile
-    torch.compile = lambda function=None, **kwargs: function if function is not None else (lambda f: f)  # type: ignore[assignment]
+    torch.compile = (lambda function=None, **kwargs: function  # type: ignore[assignment]
+                     if function is not None else (lambda f: f))
     try:
         yield
     finally:
@@ -158,7 +164,8 @@ def _eager_jit() -> Iterator[None]:
 
 
 def _rng_tracker() -> None:
-    """The tensor-parallel RNG tracker reads and writes CUDA states by private functions, and warns when the CPU's moves."""
+    """The tensor-parallel RNG tracker reads and writes CUDA states by private functions,
+    and warns when the CPU's moves."""
     import megatron.core.tensor_parallel.random as random
 
     random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
@@ -168,7 +175,8 @@ def _rng_tracker() -> None:
 
 
 def _router_gemm_name() -> None:
-    """Defect of 0.16.1: `te_general_gemm` is bound only when Transformer Engine imports, and read unconditionally."""
+    """Defect of 0.16.1: `te_general_gemm` is bound only when Transformer Engine imports,
+    and read unconditionally."""
     import megatron.core.transformer.moe.moe_utils as moe_utils
 
     if not hasattr(moe_utils, "te_general_gemm"):
@@ -176,7 +184,8 @@ def _router_gemm_name() -> None:
 
 
 def _dispatcher_split_sizes() -> None:
-    """Defect: the all-to-all dispatcher turns split sizes into numbers only for CUDA tensors; gloo then gets tensors."""
+    """Defect: the all-to-all dispatcher turns split sizes into numbers only for CUDA tensors;
+    gloo then gets tensors."""
     import megatron.core.transformer.moe.moe_utils as moe_utils
     import megatron.core.transformer.moe.token_dispatcher as dispatcher
 
@@ -190,7 +199,8 @@ def _dispatcher_split_sizes() -> None:
 
 
 def _uneven_gathers() -> None:
-    """gloo gathers and scatters equal parts only; tokens of experts that are split over processes come in unequal ones."""
+    """gloo gathers and scatters equal parts only; tokens of experts that are split over processes
+    come in unequal ones."""
     import megatron.core.tensor_parallel.mappings as mappings
 
     gather, reduce_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
@@ -201,7 +211,8 @@ def _uneven_gathers() -> None:
             even: torch.Tensor = gather(input_, group, output_split_sizes, use_global_buffer)
             return even
         longest = max(output_split_sizes)
-        parts = gather(_lengthened(input_, longest), group).unflatten(0, (-1, longest)) if longest else [input_] * group.size()
+        parts = (gather(_lengthened(input_, longest), group).unflatten(0, (-1, longest)) if longest
+                 else [input_] * group.size())
         return torch.cat([part[:n] for part, n in zip(parts, output_split_sizes, strict=True)])
 
     def reduce_scatter_any(input_: torch.Tensor, group: Any, input_split_sizes: list[int] | None = None,
@@ -216,7 +227,8 @@ def _uneven_gathers() -> None:
         own: torch.Tensor = reduce_scatter(parts, group)
         return own[:input_split_sizes[group.rank()]]
 
-    mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gather_any, reduce_scatter_any
+    mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = (
+        gather_any, reduce_scatter_any)
 
 
 def _lengthened(tensor: torch.Tensor, length: int) -> torch.Tensor:
@@ -225,8 +237,8 @@ def _lengthened(tensor: torch.Tensor, length: int) -> torch.Tensor:
 
 
 def _norms_under_sequence_parallelism() -> None:
-    """WrappedTorchNorm refuses sequence parallelism because torch's norms do not mark their weight for the gradient sum
-    over the tensor-parallel group; the mark is all that is missing."""
+    """WrappedTorchNorm refuses sequence parallelism because torch's norms do not mark their weight for the
+    gradient sum over the tensor-parallel group; the mark is all that is missing."""
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
     original = WrappedTorchNorm.__new__

@@ -13,15 +13,17 @@ VARIABLES = {
     "NCCL_ALGO": ("Ring", "Tree", "CollnetDirect", "CollnetChain", "^NVLS"),
     "NVTE_ALLOW_NONDETERMINISTIC_ALGO": ("0",),
 }
-"""Environment variable -> values under which results repeat; the first is set where the environment says nothing.
+"""Environment variable -> values under which results repeat; the first is set where the
+environment says nothing.
 
-Sources: cuBLAS' section on reproducibility; the list that Megatron-LM accepts for `--deterministic-mode` (in-switch reductions,
-NVLS, add up in no fixed order); Transformer Engine's variable for fused attention.
+Sources: cuBLAS' section on reproducibility; the list that Megatron-LM accepts for `--deterministic-mode`
+(in-switch reductions, NVLS, add up in no fixed order); Transformer Engine's variable for fused attention.
 """
 
 
 def switch_on() -> None:
-    """Have torch, cuBLAS, cuDNN, NCCL and Transformer Engine choose algorithms that give the same bits each time.
+    """Have torch, cuBLAS, cuDNN, NCCL and Transformer Engine choose algorithms that give the
+    same bits each time.
 
     An operation that has no such algorithm raises instead of running.  The model's part is the library's
     `deterministic_mode`, which `build.py` sets.
@@ -32,8 +34,8 @@ def switch_on() -> None:
     for name, allowed in VARIABLES.items():
         value = os.environ.setdefault(name, allowed[0])
         if value not in allowed:
-            raise UserError(f"train.deterministic = True: the environment has {name}={value}, with which results do not repeat; "
-                            f"unset it or use {' or '.join(allowed)}")
+            raise UserError(f"train.deterministic = True: the environment has {name}={value}, "
+                            f"with which results do not repeat; unset it or use {' or '.join(allowed)}")
     if torch.cuda.is_initialized():
         raise RuntimeError("CUDA has started before determinism.switch_on()")
     torch.use_deterministic_algorithms(True)

@@ -9,7 +9,8 @@ _on_cpu = False
 
 
 def compute_on_cpu() -> None:
-    """Note that the CPU shims are in place: from now on `torch.cuda` answers for the CPU and no longer says what is there."""
+    """Note that the CPU shims are in place: from now on `torch.cuda` answers for the CPU and no longer
+    says what is there."""
     global _on_cpu
     _on_cpu = True
 

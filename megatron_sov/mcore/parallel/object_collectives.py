@@ -1,4 +1,5 @@
-"""Plain Python values between processes: for what is small and rare, where a tensor would only hide what is meant."""
+"""Plain Python values between processes: for what is small and rare, where a tensor would only
+hide what is meant."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ import torch.distributed as dist
 
 
 def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """Return every process's value, by rank, on every process; called by all processes of the group (None: all) together."""
+    """Return every process's value, by rank, on every process; called by all processes of the group
+    (None: all) together."""
     gathered: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(gathered, value, group=group)
     return gathered

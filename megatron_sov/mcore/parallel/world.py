@@ -29,7 +29,8 @@ from megatron_sov.runs.parent_death import FORWARDED, die_with_parent
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 FINAL = (ExitCode.OK, ExitCode.USER_ERROR, ExitCode.STOPPED)
-"""Exit codes of ranks after which a restart would change nothing: done, a user's mistake, stopped in good order."""
+"""Exit codes of ranks after which a restart would change nothing: done, a user's mistake,
+stopped in good order."""
 _joins = itertools.count()
 LOCALHOST = "127.0.0.1"
 STORE_PORT = "SOV_STORE_PORT"
@@ -60,7 +61,8 @@ class World:
 
 
 def join(parallel: ParallelConfig) -> World:
-    """Join the process group that the environment describes (RANK, WORLD_SIZE, ...) and make the layout's groups."""
+    """Join the process group that the environment describes (RANK, WORLD_SIZE,
+    ...) and make the layout's groups."""
     from megatron.core import parallel_state, tensor_parallel
 
     # the library calls torch by names that newer versions replace; nobody who trains can mend that
@@ -70,25 +72,31 @@ def join(parallel: ParallelConfig) -> World:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
         backend = "nccl" if on_gpu() else "gloo"
-        dist.init_process_group(backend, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT, store=_rendezvous())
+        dist.init_process_group(backend, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT,
+                                store=_rendezvous())
     parallel_state.initialize_model_parallel(
         parallel.tp, parallel.pp, parallel.vpp if parallel.vpp > 1 else None,
-        context_parallel_size=parallel.cp, expert_model_parallel_size=parallel.ep, expert_tensor_parallel_size=parallel.etp)
+        context_parallel_size=parallel.cp, expert_model_parallel_size=parallel.ep,
+        expert_tensor_parallel_size=parallel.etp)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     return World(
         rank=rank, size=size, dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
-        first_stage=parallel_state.is_pipeline_first_stage(), last_stage=parallel_state.is_pipeline_last_stage(),
+        first_stage=parallel_state.is_pipeline_first_stage(),
+        last_stage=parallel_state.is_pipeline_last_stage(),
     )
 
 
 def _rendezvous() -> dist.Store | None:
-    """Return the launcher's store, under a name that no other start of the processes has used; None: torch finds its own."""
+    """Return the launcher's store, under a name that no other start of the processes has used; None:
+    torch finds its own."""
     environment = os.environ
     if STORE_PORT in environment:
         host, port, name = LOCALHOST, environment[STORE_PORT], ""
-    elif environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun keeps one store through all its restarts
-        host, port, name = environment["MASTER_ADDR"], environment["MASTER_PORT"], environment["TORCHELASTIC_RESTART_COUNT"]
+    # torchrun keeps one store through all its restarts
+    elif environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        host, port, name = (environment["MASTER_ADDR"], environment["MASTER_PORT"],
+                            environment["TORCHELASTIC_RESTART_COUNT"])
     else:
         return None
     return dist.PrefixStore(f"{name}/{next(_joins)}", dist.TCPStore(host, int(port), is_master=False))
@@ -135,19 +143,20 @@ class Restarts:
     """Called in place of `note` when there were too many."""
 
 
-def launch(main: Callable[[], Any], nproc: int | None, num_threads: int = 0, restarts: Restarts | None = None) -> int:
+def launch(main: Callable[[], Any], nproc: int | None, num_threads: int = 0,
+           restarts: Restarts | None = None) -> int:
     """Run `main` in every process of the run and return the command's exit code.
 
-    Under torchrun or Slurm (RANK is set) this process is one rank.  Otherwise `nproc` ranks are forked from this process
-    after the heavy imports, so they share memory and start at once.  SIGTERM, SIGINT and SIGUSR1 reach every rank, which
-    finish their step and save together; a rank that fails ends the others.
+    Under torchrun or Slurm (RANK is set) this process is one rank.  Otherwise `nproc` ranks are forked from
+    this process after the heavy imports, so they share memory and start at once.  SIGTERM, SIGINT and SIGUSR1
+    reach every rank, which finish their step and save together; a rank that fails ends the others.
 
     Args:
         main: runs one rank; its integer return value is the exit code.
         nproc: local processes.
         num_threads: CPU threads of each rank; 0: cores / local ranks, or as torchrun or Slurm has set them.
-        restarts: how local ranks are started again when one of them fails for another reason than a user's mistake; the new
-            ones are forked from this process, which has imported everything.
+        restarts: how local ranks are started again when one of them fails for another reason than a user's
+            mistake; the new ones are forked from this process, which has imported everything.
 
     Returns:
         0, or 2 where a rank met a user's mistake, or the first nonzero exit code of any rank.
@@ -193,9 +202,11 @@ def _round(main: Callable[[], Any], count: int) -> _Outcome:
     environment = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), STORE_PORT: str(port)}
     signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # until `_wait` can pass them on
     children = [_fork(main, rank, environment, door) for rank in range(count)]
-    # Held by the launcher, in memory: it survives any rank, and a full disk cannot stall it.  Its thread begins after the last
-    # fork: a rank forked while that thread holds a lock of the C library would wait for the lock for ever.
-    store = dist.TCPStore(LOCALHOST, port, is_master=True, wait_for_workers=False, master_listen_fd=door.detach())
+    # Held by the launcher, in memory: it survives any rank, and a full disk cannot stall it.  Its thread
+    # begins after the last fork: a rank forked while that thread holds a lock of the C library would wait for
+    # the lock for ever.
+    store = dist.TCPStore(LOCALHOST, port, is_master=True, wait_for_workers=False,
+                          master_listen_fd=door.detach())
     outcome = _wait(children)
     del store  # not before
     return outcome
@@ -229,12 +240,14 @@ def _rank_code(main: Callable[[], Any]) -> int:
         return int(main() or 0)
     except (UserError, SilentCorruption) as e:
         if _fails_first():
-            print(f"error: {e}\n", end="", file=sys.stderr, flush=True)  # one write, whole also beside other ranks' lines
+            # one write, whole also beside other ranks' lines
+            print(f"error: {e}\n", end="", file=sys.stderr, flush=True)
         return ExitCode.USER_ERROR if isinstance(e, UserError) else ExitCode.CORRUPTION
 
 
 def _fails_first() -> bool:
-    """Return whether this rank is the first of its run to fail; the others only lose their connections or say the same."""
+    """Return whether this rank is the first of its run to fail; the others only lose their
+    connections or say the same."""
     if not dist.is_initialized():
         return is_first()
     try:
@@ -244,7 +257,8 @@ def _fails_first() -> bool:
 
 
 def _wait(children: list[int]) -> _Outcome:
-    """Wait for all ranks, passing signals on; after a rank failed the others get 10 s before they are killed."""
+    """Wait for all ranks, passing signals on; after a rank failed the others get 10 s
+    before they are killed."""
     alive, deadline, killed, outcome = set(children), float("inf"), "", _Outcome()
 
     def forward(number: int, frame: Any) -> None:
@@ -273,7 +287,8 @@ def _wait(children: list[int]) -> _Outcome:
                     outcome.code = ended if ended > 0 else 128 - ended
                     deadline = time.monotonic() + 10
         if killed and outcome.code != ExitCode.USER_ERROR:  # beside a mistake it is a rank that lost its peer
-            print(f"error: {outcome.cause}; if nobody sent it, look for a lack of memory\n", end="", file=sys.stderr, flush=True)
+            print(f"error: {outcome.cause}; if nobody sent it, look for a lack of memory\n", end="",
+                  file=sys.stderr, flush=True)
         return outcome
     finally:
         for number, handler in previous.items():

@@ -2,9 +2,9 @@
 
     --inject kill@step=5,rank=1,nan@step=9 --inject corrupt-checkpoint@save=20
 
-A fault comes once in the life of a run folder: that it came is written to RUN/faults before it does its work, so that a run
-which starts again after it goes on.  `step=N` means the first step that is N or later; `save=N` the first checkpoint there;
-`load=N` and `start=N` the first start that goes on from step N or later.
+A fault comes once in the life of a run folder: that it came is written to RUN/faults before it does its work,
+so that a run which starts again after it goes on.  `step=N` means the first step that is N or later; `save=N`
+the first checkpoint there; `load=N` and `start=N` the first start that goes on from step N or later.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ from megatron_sov.obs.warning import warn
 
 FOLDER = "faults"
 STATES: dict[str, tuple[str, ...]] = {
-    "kill": ("start", "load", "step", "save"), "raise": ("start", "load", "step", "save"), "hang": ("step",), "nan": ("step",),
-    "spike": ("step",), "bitflip": ("step",), "miscompute": ("step",), "slow-rank": ("step",), "corrupt-checkpoint": ("save",)}
+    "kill": ("start", "load", "step", "save"), "raise": ("start", "load", "step", "save"), "hang": ("step",),
+    "nan": ("step",), "spike": ("step",), "bitflip": ("step",), "miscompute": ("step",),
+    "slow-rank": ("step",), "corrupt-checkpoint": ("save",)}
 """Kind of fault -> the states of a run in which it can come."""
-OPTIONS: dict[str, dict[str, float]] = {"spike": {"factor": 1e4}, "slow-rank": {"seconds": 0.1, "steps": 100.0}}
+OPTIONS: dict[str, dict[str, float]] = {"spike": {"factor": 1e4},
+                                        "slow-rank": {"seconds": 0.1, "steps": 100.0}}
 """Kind of fault -> what can be said beside where it comes, and what holds otherwise."""
 
 
@@ -54,17 +56,19 @@ def parse(texts: Sequence[str], num_ranks: int) -> tuple[Fault, ...]:
     """Return the faults that --inject arguments name.
 
     Raises:
-        UserError: an unknown kind, state or option, a value that is no number, a rank that does not exist, or a fault that is
-            given twice.
+        UserError: an unknown kind, state or option, a value that is no number, a rank that does not exist, or
+            a fault that is given twice.
     """
     faults: list[Fault] = []
     for text in texts:
         for part in _parts(text):
             fault = _parse_one(part)
             if fault.rank >= num_ranks:
-                raise UserError(f"--inject {part}: rank {fault.rank} does not exist; the run has {num_ranks} (counted from 0)")
+                raise UserError(f"--inject {part}: rank {fault.rank} does not exist; "
+                                f"the run has {num_ranks} (counted from 0)")
             if fault in faults:
-                raise UserError(f"--inject {part}: is given twice, and a fault comes once; give the other one another step")
+                raise UserError(f"--inject {part}: is given twice, and a fault comes once; "
+                                "give the other one another step")
             faults.append(fault)
     return tuple(faults)
 
@@ -83,7 +87,8 @@ def _parts(text: str) -> Iterator[str]:
 def _parse_one(text: str) -> Fault:
     kind, _, rest = text.partition("@")
     if kind not in STATES:
-        raise UserError(f"--inject {text}: there is no fault {kind!r}{nearest(kind, STATES)} (faults: {', '.join(STATES)})")
+        raise UserError(f"--inject {text}: there is no fault {kind!r}{nearest(kind, STATES)} (faults: "
+                        f"{', '.join(STATES)})")
     values: dict[str, float] = {}
     for setting in rest.split(","):
         name, _, value = setting.partition("=")
@@ -95,10 +100,12 @@ def _parse_one(text: str) -> Fault:
         known = whole or name in OPTIONS.get(kind, {})
         if not known or not 0 <= values[name] < math.inf or (whole and values[name] % 1):
             allowed = (*STATES[kind], "rank", *OPTIONS.get(kind, {}))
-            raise UserError(f"--inject {text}: {setting!r} must be {' or '.join(f'{a}=NUMBER' for a in allowed)}")
+            raise UserError(f"--inject {text}: {setting!r} must be "
+                            f"{' or '.join(f'{a}=NUMBER' for a in allowed)}")
     states = [name for name in STATES[kind] if name in values]
     if len(states) != 1:
-        raise UserError(f"--inject {text}: must say once when it comes, by {' or '.join(f'{s}=N' for s in STATES[kind])}")
+        raise UserError(f"--inject {text}: must say once when it comes, "
+                        f"by {' or '.join(f'{s}=N' for s in STATES[kind])}")
     options = {name: values.get(name, default) for name, default in OPTIONS.get(kind, {}).items()}
     return Fault(kind, states[0], int(values[states[0]]), int(values.get("rank", 0)), options)
 
@@ -132,7 +139,8 @@ class Faults:
         self._told: set[str] = set()
 
     def due(self, kind: str, state: str, step: int) -> Fault | None:
-        """Return a fault of this kind that comes to this process now, and has not come before; it is noted as come."""
+        """Return a fault of this kind that comes to this process now, and has not come before;
+        it is noted as come."""
         for fault in self._faults:
             here = (fault.kind, fault.state, fault.rank) == (kind, state, self._rank)
             if here and step >= fault.at and self._note(fault, step):
@@ -143,7 +151,8 @@ class Faults:
         self._folder.mkdir(parents=True, exist_ok=True)
         try:
             with open(_file(fault, self._folder), "x", encoding="utf-8") as f:
-                json.dump({"fault": fault.name, "kind": fault.kind, "state": fault.state, "step": step, "rank": fault.rank}, f)
+                json.dump({"fault": fault.name, "kind": fault.kind, "state": fault.state, "step": step,
+                           "rank": fault.rank}, f)
                 f.flush()
                 os.fsync(f.fileno())
         except FileExistsError:

@@ -16,7 +16,8 @@ MAX_SHOWN = 8
 
 
 class RoutingMonitor:
-    """Records the figures of each routed layer now and then; an alarm comes once, and again only when it had passed."""
+    """Records the figures of each routed layer now and then; an alarm comes once,
+    and again only when it had passed."""
 
     def __init__(self, settings: GuardConfig) -> None:
         self._settings = settings
@@ -37,7 +38,8 @@ class RoutingMonitor:
         spread = (biases[layers].max(dim=1).values - biases[layers].min(dim=1).values).numpy()
         names = (layers + 1).tolist()
         events.write("routing", step=step, layers=names, max_violation=routing.max_violation(counts).tolist(),
-                     entropy=entropy.tolist(), dead=routing.num_dead(counts).tolist(), bias_spread=spread.tolist())
+                     entropy=entropy.tolist(), dead=routing.num_dead(counts).tolist(),
+                     bias_spread=spread.tolist())
         idle = np.where(counts == 0, 1, 0) if self._idle is None else (self._idle + 1) * (counts == 0)
         self._idle = idle
         alarms = dict(self._alarms(names, entropy, spread, idle))
@@ -51,14 +53,16 @@ class RoutingMonitor:
         s = self._settings
         for i, layer in enumerate(layers):
             if entropy[i] < s.min_load_entropy:
-                yield ("collapse", layer), (f"layer {layer}: the entropy of its expert load is {entropy[i]:.3f} of that of an "
-                                            f"even load, below guards.min_load_entropy = {s.min_load_entropy:g}")
+                yield ("collapse", layer), (f"layer {layer}: the entropy of its expert load is "
+                                            f"{entropy[i]:.3f} of that of an even load, "
+                                            f"below guards.min_load_entropy = {s.min_load_entropy:g}")
             if spread[i] > s.max_bias_spread:
-                yield ("router bias", layer), (f"layer {layer}: its selection biases lie {spread[i]:.3f} apart, more than "
-                                               f"guards.max_bias_spread = {s.max_bias_spread:g}")
+                yield ("router bias", layer), (f"layer {layer}: its selection biases lie {spread[i]:.3f} "
+                                               "apart, more than guards.max_bias_spread = "
+                                               f"{s.max_bias_spread:g}")
             dead = np.flatnonzero(idle[i] >= s.dead_after_records).tolist()
             if dead:
                 more = f" and {len(dead) - MAX_SHOWN} others" if len(dead) > MAX_SHOWN else ""
                 yield ("dead experts", layer), (f"layer {layer}: expert{'s' if len(dead) > 1 else ''} "
-                                                f"{', '.join(map(str, dead[:MAX_SHOWN]))}{more} got no token in "
-                                                f"{s.dead_after_records} routing records in a row")
+                                                f"{', '.join(map(str, dead[:MAX_SHOWN]))}{more} got no token "
+                                                f"in {s.dead_after_records} routing records in a row")

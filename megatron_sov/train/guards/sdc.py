@@ -1,4 +1,5 @@
-"""Checks for hardware that lies: bits that should be equal are compared, and the process that differs is named."""
+"""Checks for hardware that lies: bits that should be equal are compared,
+and the process that differs is named."""
 
 from __future__ import annotations
 
@@ -26,11 +27,13 @@ class SdcChecks:
         """Return whether a micro-batch is computed twice in this step (1-based)."""
         return self._settings.probe_every_steps > 0 and step % self._settings.probe_every_steps == 0
 
-    def repeat(self, step: int, model: LanguageModel, compute: Callable[[int], None], events: EventLog) -> None:
+    def repeat(self, step: int, model: LanguageModel, compute: Callable[[int], None],
+               events: EventLog) -> None:
         """Compute twice and compare the gradients; called by all processes together.
 
         Args:
-            compute: runs forward and backward passes (turn 0, then 1) that leave this process's own gradients in the model.
+            compute: runs forward and backward passes (turn 0, then 1) that leave this process's own
+                gradients in the model.
         """
         found = []
         for turn in range(2):
@@ -40,9 +43,11 @@ class SdcChecks:
                     "the same micro-batch gave other gradients when it was computed again", events)
 
     def compare(self, step: int, model: LanguageModel, events: EventLog) -> None:
-        """Compare the weights that several processes hold; called by all processes together, before a checkpoint."""
+        """Compare the weights that several processes hold; called by all processes together,
+        before a checkpoint."""
         if self._settings.compare_replicas:
-            self._measure(step, replica_checks.differing_replicas(model), "weights differ from those of their replicas", events)
+            self._measure(step, replica_checks.differing_replicas(model),
+                          "weights differ from those of their replicas", events)
 
     def _measure(self, step: int, ranks: list[int], what: str, events: EventLog) -> None:
         if not ranks:
@@ -53,6 +58,7 @@ class SdcChecks:
         fields = {"step": step, "ranks": ranks, "hosts": [hosts[r] for r in ranks]}
         if self._settings.on_sdc == "exit":
             events.write("sdc", **fields, text=text)
-            raise SilentCorruption(f"{text}; nothing is saved from here on, test that machine before it is used again")
+            raise SilentCorruption(f"{text}; nothing is saved from here on, "
+                                   "test that machine before it is used again")
         if dist.get_rank() == 0:
             warn(text, events.write, "sdc", **fields)

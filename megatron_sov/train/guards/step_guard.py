@@ -1,10 +1,11 @@
-"""Steps that must not be learned: a loss or gradient norm that is no finite number, or far above what is usual.
+"""Steps that must not be learned: a loss or gradient norm that is no finite number,
+or far above what is usual.
 
-The rule is OLMo-core's (`SkipStepOptimizer`): more than `sigma` standard deviations above the mean of the last `window_steps`
-steps, once there are half as many, at least 20.  As there the values of refused steps enter the window, so that what lasts
-becomes usual.  Unlike there only values above the mean count.  Weights whose losses are too high for several batches in a row are
-at fault themselves; large gradients at a usual loss are not a reason to give weights up, for a model that begins to learn
-something new has them.
+The rule is OLMo-core's (`SkipStepOptimizer`): more than `sigma` standard deviations above the mean of the
+last `window_steps` steps, once there are half as many, at least 20.  As there the values of refused steps
+enter the window, so that what lasts becomes usual.  Unlike there only values above the mean count.  Weights
+whose losses are too high for several batches in a row are at fault themselves; large gradients at a usual
+loss are not a reason to give weights up, for a model that begins to learn something new has them.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ class StepGuard:
 
     @property
     def wants_rollback(self) -> bool:
-        """Whether so many steps were refused in a row, for more than their gradients, that the weights must be at fault."""
+        """Whether so many steps were refused in a row, for more than their gradients,
+        that the weights must be at fault."""
         return 0 < self._settings.rollback_after_skips <= self._suspect_in_a_row
 
     def forget_refusals(self) -> None:
@@ -70,9 +72,11 @@ class StepGuard:
             self._losses, self._grad_norms = [], []
 
     def accepts(self, loss: float, grad_norm: float) -> bool:
-        """Return whether the step with these figures may be learned; called by all processes together, before the update.
+        """Return whether the step with these figures may be learned; called by all processes together,
+        before the update.
 
-        One process that sees a bad number is enough.  What is usual is judged by rank 0's figures, which go into the checkpoint.
+        One process that sees a bad number is enough.  What is usual is judged by rank 0's figures, which go
+        into the checkpoint.
         """
         objects = self._objection(loss, grad_norm) is not None
         # of all but rank 0 zeros, so that the sums are rank 0's figures
@@ -84,7 +88,8 @@ class StepGuard:
             self.forget_refusals()
             return True
         self.refusal = self._objection(main_loss, main_grad_norm) or Refusal(
-            "another process has a number that is not finite", main_loss, main_grad_norm, finite=False, weights_suspect=True)
+            "another process has a number that is not finite", main_loss, main_grad_norm, finite=False,
+            weights_suspect=True)
         self.in_a_row += 1
         self._suspect_in_a_row += self.refusal.weights_suspect
         if self.refusal.finite:
@@ -100,15 +105,16 @@ class StepGuard:
         figures = (("loss", loss, self._losses), ("gradient norm", grad_norm, self._grad_norms))
         for name, value, _ in figures:
             if not math.isfinite(value):
-                return Refusal(f"the {name} is {value:g}", loss, grad_norm, finite=False, weights_suspect=True)
+                return Refusal(f"the {name} is {value:g}", loss, grad_norm, finite=False,
+                               weights_suspect=True)
         if not (self._settings.skip and self._settings.sigma):
             return None
         for name, value, usual in figures:
             if len(usual) >= max(MIN_STEPS, self._settings.window_steps // 2):
                 mean, sigma = float(np.mean(usual)), float(np.std(usual, ddof=1))
                 if value > mean + self._settings.sigma * sigma:
-                    reason = (f"the {name} is {value:g}, {(value - mean) / sigma if sigma else math.inf:.1f} standard deviations "
-                              f"above the mean {mean:g} of the last {len(usual)} steps")
+                    reason = (f"the {name} is {value:g}, {(value - mean) / sigma if sigma else math.inf:.1f} "
+                              f"standard deviations above the mean {mean:g} of the last {len(usual)} steps")
                     return Refusal(reason, loss, grad_norm, finite=True, weights_suspect=name == "loss")
         return None
 

@@ -39,8 +39,9 @@ class Stragglers:
         median_s = statistics.median_low(compute_s)
         slowest = sorted(range(len(compute_s)), key=lambda rank: -compute_s[rank])[:MAX_SHOWN]
         slow = [rank for rank in slowest if compute_s[rank] > self._ratio * median_s]
-        events.write("compute_time", step=step, median_s=median_s, seconds={str(r): compute_s[r] for r in sorted(slowest)},
-                     slow=slow)
+        events.write("compute_time", step=step, median_s=median_s,
+                     seconds={str(r): compute_s[r] for r in sorted(slowest)}, slow=slow)
         for rank in slow:
             events.write("alarm", step=step, kind="slow process", rank=rank,
-                         text=f"rank {rank} computes {compute_s[rank]:.3g} s a step, the median process {median_s:.3g} s")
+                         text=f"rank {rank} computes {compute_s[rank]:.3g} s a step, the median process "
+                              f"{median_s:.3g} s")

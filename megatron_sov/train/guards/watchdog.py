@@ -1,6 +1,7 @@
 """The watch over a step: where it stands still, every process says where it is, and ends.
 
-Processes wait for one another in every step, so one that hangs stops all, and all notice within the length of a step.
+Processes wait for one another in every step, so one that hangs stops all, and all notice within
+the length of a step.
 """
 
 from __future__ import annotations
@@ -25,11 +26,13 @@ OWN_CODE = f"{os.sep}megatron_sov{os.sep}"
 class Watchdog:
     """A thread that ends this process when a step takes longer than `timeout_s`; 0: no thread, no watch."""
 
-    def __init__(self, run: Path, rank: int, timeout_s: float, on_hang: Callable[[int, dict[str, list[int]]], None]) -> None:
+    def __init__(self, run: Path, rank: int, timeout_s: float,
+                 on_hang: Callable[[int, dict[str, list[int]]], None]) -> None:
         """Start watching nothing yet.
 
         Args:
-            on_hang: called on rank 0 with the step and, for each place in the code, the ranks that stand there.
+            on_hang: called on rank 0 with the step and, for each place in the code,
+                the ranks that stand there.
         """
         self._folder, self._rank, self._timeout_s, self._on_hang = run / HANG, rank, timeout_s, on_hang
         self._watched: tuple[int, float] | None = None
@@ -69,7 +72,8 @@ class Watchdog:
             self._folder.mkdir(exist_ok=True)
             file = self._folder / f"step-{step}-rank-{self._rank:05d}.txt"
             with open(file, "w", encoding="utf-8") as f:
-                f.write(f"{self._place()}\n\nrank {self._rank} stood still in step {step} for {self._timeout_s:g} s\n\n")
+                f.write(f"{self._place()}\n\nrank {self._rank} stood still in step {step} for "
+                        f"{self._timeout_s:g} s\n\n")
                 f.flush()
                 faulthandler.dump_traceback(f)
             grace_s = min(MAX_GRACE_S, max(1.0, self._timeout_s / 4))
@@ -77,7 +81,8 @@ class Watchdog:
             if self._rank == 0:
                 self._tell(step)
             else:
-                time.sleep(grace_s)  # the end of a process breaks the connections of rank 0, which has to tell first
+                # the end of a process breaks the connections of rank 0, which has to tell first
+                time.sleep(grace_s)
         finally:
             os._exit(ExitCode.HANG)
 
@@ -86,8 +91,8 @@ class Watchdog:
         for file in sorted(self._folder.glob(f"step-{step}-rank-*.txt")):
             place = file.read_text(encoding="utf-8").partition("\n")[0]
             places.setdefault(place, []).append(int(file.stem.rpartition("-")[2]))
-        print(f"error: step {step} made no progress for guards.hang_timeout_s = {self._timeout_s:g}; the stacks of all processes "
-              f"are in {self._folder}", file=sys.stderr, flush=True)
+        print(f"error: step {step} made no progress for guards.hang_timeout_s = {self._timeout_s:g}; "
+              f"the stacks of all processes are in {self._folder}", file=sys.stderr, flush=True)
         self._on_hang(step, places)
 
     def _place(self) -> str:
@@ -95,4 +100,5 @@ class Watchdog:
         frame = sys._current_frames().get(self._main_thread)
         while frame is not None and OWN_CODE not in frame.f_code.co_filename:
             frame = frame.f_back
-        return "outside" if frame is None else f"{Path(frame.f_code.co_filename).name}, {frame.f_code.co_name}"
+        return ("outside" if frame is None
+                else f"{Path(frame.f_code.co_filename).name}, {frame.f_code.co_name}")

@@ -1,7 +1,9 @@
-"""Evaluation beside training: every export of a run is judged by other processes or jobs, which never hold the run up.
+"""Evaluation beside training: every export of a run is judged by other processes or jobs,
+which never hold the run up.
 
-`RUN/evaluations/step-N.TASK.json` holds the figures, `step-N.TASK.failed` why there are none, `.step-N.TASK.submitted` that a
-job is to bring them.  An export with none of the three is still to be judged: so a stopped or killed run goes on where it was.
+`RUN/evaluations/step-N.TASK.json` holds the figures, `step-N.TASK.failed` why there are none,
+`.step-N.TASK.submitted` that a job is to bring them.  An export with none of the three is still to be judged:
+so a stopped or killed run goes on where it was.
 """
 
 from __future__ import annotations
@@ -49,7 +51,8 @@ class _Running:
 class Evaluations:
     """The evaluations beside one run; lives on rank 0."""
 
-    def __init__(self, run: Path, config: RunConfig, record: Callable[..., None], command_of: CommandOf | None = None) -> None:
+    def __init__(self, run: Path, config: RunConfig, record: Callable[..., None],
+                 command_of: CommandOf | None = None) -> None:
         """Find what an earlier process of the run left; starts nothing.
 
         Args:
@@ -58,14 +61,17 @@ class Evaluations:
             record: writes an event: `record(name, **fields)`.
             command_of: what is run instead of `megatron-sov eval`.
         """
-        self.folder, self._exports, self._settings = run / EVALUATIONS, run / EXPORTS, config.evaluate.background
+        self.folder, self._exports, self._settings = (run / EVALUATIONS, run / EXPORTS,
+                                                      config.evaluate.background)
         self._record = record
         self._command_of = command_of or (lambda job, export, out: eval_command(config, job, export, out))
         self._running: _Running | None = None
         self._looked_s = -LOOK_EVERY_S
-        done = [int(p.name[5:]) for p in self._exports.glob("step-*") if p.name[5:].isdigit() and (p / MANIFEST).is_file()]
+        done = [int(p.name[5:])
+                for p in self._exports.glob("step-*") if p.name[5:].isdigit() and (p / MANIFEST).is_file()]
         jobs = [EvalJob(step, name) for step in sorted(done) for name in self._settings.tasks]
-        self._submitted = [job for job in jobs if self._file(job, ".submitted").is_file() and self._is_open(job)]
+        self._submitted = [job
+                           for job in jobs if self._file(job, ".submitted").is_file() and self._is_open(job)]
         self._waiting = [job for job in jobs if job not in self._submitted and self._is_open(job)]
 
     def offer(self, step: int) -> None:
@@ -74,7 +80,8 @@ class Evaluations:
         if self._running is not None and self._running.job in jobs:
             self.close()
         for job in jobs:
-            for file in (self._result(job), self._result(job).with_suffix(".failed"), self._file(job, ".submitted")):
+            for file in (self._result(job), self._result(job).with_suffix(".failed"),
+                         self._file(job, ".submitted")):
                 file.unlink(missing_ok=True)
         self._submitted = [job for job in self._submitted if job.step != step]
         self._waiting = [*(job for job in self._waiting if job.step != step), *jobs]
@@ -103,7 +110,8 @@ class Evaluations:
     def wait(self) -> None:
         """Finish everything that this machine does itself, and submit the rest; for the end of a run."""
         self.poll(now=True)
-        while self._running is not None or (self._waiting and len(self._submitted) < self._settings.max_waiting):
+        while (self._running is not None
+               or (self._waiting and len(self._submitted) < self._settings.max_waiting)):
             time.sleep(_WAIT_S)
             self.poll(now=True)
 
@@ -136,7 +144,8 @@ class Evaluations:
         if running.process.exit_code is None:
             if took_s > self._settings.timeout_s:
                 self.close()
-                self._fail(job, f"it took more than evaluate.background.timeout_s = {self._settings.timeout_s:g}")
+                self._fail(job,
+                           f"it took more than evaluate.background.timeout_s = {self._settings.timeout_s:g}")
             return
         self._running = None
         if running.process.exit_code:
@@ -165,7 +174,8 @@ class Evaluations:
 
     def _succeed(self, job: EvalJob, took_s: float) -> None:
         self._file(job, ".log").unlink(missing_ok=True)
-        self._record("evaluation", step=job.step, task=job.task, path=f"{EVALUATIONS}/{job.name}.json", took_s=took_s)
+        self._record("evaluation", step=job.step, task=job.task, path=f"{EVALUATIONS}/{job.name}.json",
+                     took_s=took_s)
 
     def _fail(self, job: EvalJob, why: str) -> None:
         """Record a failure; where even that fails the run goes on."""
@@ -180,14 +190,15 @@ class Evaluations:
 
 def eval_command(config: RunConfig, job: EvalJob, export: Path, out: Path) -> list[str]:
     """Return the command that judges an export as the run's settings say, or submits a job that does."""
-    argv = [job.task, str(export), "--out", str(out)] + [w for path in config.data.paths for w in ("--data", path)]
+    argv = [job.task, str(export), "--out", str(out)] + [w for path in config.data.paths
+                                                         for w in ("--data", path)]
     if job.task == "ppl":
         argv += ["--seq-len", str(max(phase.seq_len for phase in config.data.phases))]
         argv += ["--max-tokens", str(config.data.heldout_tokens)] if config.data.heldout_tokens else []
     else:
         needle = config.needle
-        several = {"--kinds": needle.kinds, "--languages": needle.languages, "--lengths": needle.lengths_tokens,
-                   "--depths": needle.depths}
+        several = {"--kinds": needle.kinds, "--languages": needle.languages,
+                   "--lengths": needle.lengths_tokens, "--depths": needle.depths}
         argv += [w for option, values in several.items() if values for w in (option, *map(str, values))]
         argv += ["--samples", str(needle.samples), "--distractor-share", str(needle.distractor_share)]
     program = [sys.executable, "-m", "megatron_sov"]

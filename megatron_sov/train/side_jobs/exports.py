@@ -1,8 +1,9 @@
-"""Exports beside training: every k-th checkpoint becomes a Hugging Face folder, in a process that never holds the run up.
+"""Exports beside training: every k-th checkpoint becomes a Hugging Face folder,
+in a process that never holds the run up.
 
-`RUN/exports/step-N` is made from `RUN/exports/.step-N.source`, hard links to the checkpoint's files: the run may delete the
-checkpoint meanwhile.  One export is made at a time and one waits; what a stopped or killed run left goes on when it is resumed.
-A failure is an event of the run, and a warning.
+`RUN/exports/step-N` is made from `RUN/exports/.step-N.source`, hard links to the checkpoint's files: the run
+may delete the checkpoint meanwhile.  One export is made at a time and one waits; what a stopped or killed run
+left goes on when it is resumed.  A failure is an event of the run, and a warning.
 """
 
 from __future__ import annotations
@@ -110,7 +111,8 @@ class Exports:
         return self.folder / f".step-{step}.log"
 
     def _link(self, step: int, checkpoint: Path) -> None:
-        """Link the files that a conversion reads (not those of the optimizer), the manifest last: then they are all there."""
+        """Link the files that a conversion reads (not those of the optimizer), the manifest last:
+        then they are all there."""
         manifest = read_manifest(checkpoint)
         others = tuple(f"{part}/" for part in manifest.content["parts"] if part != "model")
         source = self._source(step)
@@ -120,9 +122,11 @@ class Exports:
             os.link(checkpoint / name, source / name)
 
     def _begin(self, step: int) -> _Running:
-        argv = ["convert", "to-hf", str(self._source(step)), str(self.folder / f"step-{step}"), "--workers", "1", "--overwrite"]
+        argv = ["convert", "to-hf", str(self._source(step)), str(self.folder / f"step-{step}"), "--workers",
+                "1", "--overwrite"]
         argv += [word for reference in models.OWN.named() for word in ("--plugin", reference)]
-        return _Running(step, BackgroundProcess([sys.executable, "-m", "megatron_sov", *argv], self._log(step)))
+        return _Running(step, BackgroundProcess([sys.executable, "-m", "megatron_sov", *argv],
+                                                self._log(step)))
 
     def _end(self, running: _Running) -> None:
         step, self._running = running.step, None

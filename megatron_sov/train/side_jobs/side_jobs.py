@@ -23,10 +23,12 @@ class SideJobs:
             record: writes an event: `record(name, **fields)`.
         """
         self._evaluations = Evaluations(run, config, record)
-        self._exports = Exports(run, config.train, record, lambda step: _without_harm(lambda: self._evaluations.offer(step)))
+        self._exports = Exports(run, config.train, record,
+                                lambda step: _without_harm(lambda: self._evaluations.offer(step)))
 
     def offer(self, step: int, checkpoint: Path, last: bool) -> None:
-        """Export a complete checkpoint, if it is one of those asked for, and have the export judged; returns at once."""
+        """Export a complete checkpoint, if it is one of those asked for,
+        and have the export judged; returns at once."""
         self._exports.offer(step, checkpoint, last)
 
     def poll(self) -> None:

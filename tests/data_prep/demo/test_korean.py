@@ -47,21 +47,24 @@ def fake_commands(folder: Path, monkeypatch: pytest.MonkeyPatch, **scripts: str)
 def test_packages_are_downloaded_unpacked_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = "usr/share/help/ko/a.html"
     with tarfile.open(tmp_path / "package.tar", "w") as archive:
-        files = {f"./{page}": PAGE, "./usr/share/help/ko/a.png": "그림", "./usr/share/help/de/b.html": "한국어가 아닌 곳"}
+        files = {f"./{page}": PAGE, "./usr/share/help/ko/a.png": "그림",
+                 "./usr/share/help/de/b.html": "한국어가 아닌 곳"}
         for name, text in files.items():
             member = tarfile.TarInfo(name)
             member.size = len(text.encode())
             archive.addfile(member, io.BytesIO(text.encode()))
-    fake_commands(tmp_path, monkeypatch,
-                  apt_get="sys.exit(1) if 'gnome' in sys.argv[-1] else pathlib.Path(sys.argv[-1] + '.deb').touch()",
-                  dpkg_deb=f"sys.stdout.buffer.write(pathlib.Path({str(tmp_path / 'package.tar')!r}).read_bytes())")
+    fake_commands(tmp_path, monkeypatch, apt_get="sys.exit(1) if 'gnome' in sys.argv[-1] else "
+                                                 "pathlib.Path(sys.argv[-1] + '.deb').touch()",
+                  dpkg_deb="sys.stdout.buffer.write(pathlib.Path("
+                           f"{str(tmp_path / 'package.tar')!r}).read_bytes())")
     assert korean_pages() == {page: "파일 & 폴더\n파일을 열려면 누르십시오.\n하나\n둘"}
 
 
-def test_fresh_package_lists_are_fetched_once_by_root_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fresh_package_lists_are_fetched_once_by_root_only(tmp_path: Path,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
     log = tmp_path / "log"
-    fake_commands(tmp_path, monkeypatch,
-                  apt_get=f"open({str(log)!r}, 'a').write(sys.argv[-1] + '\\n'); print('E: no lists'); sys.exit(100)")
+    fake_commands(tmp_path, monkeypatch, apt_get=f"open({str(log)!r}, 'a').write(sys.argv[-1] + '\\n'); "
+                                                 "print('E: no lists'); sys.exit(100)")
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(Unavailable, match="apt-get failed: E: no lists"):
         korean_pages()

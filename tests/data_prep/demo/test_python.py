@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import textwrap
 
-from data_prep.demo.python import Docstring, clean, docstrings, documentation, question_and_answer, stdlib_files, topics
+from data_prep.demo.python import (
+    Docstring,
+    clean,
+    docstrings,
+    documentation,
+    question_and_answer,
+    stdlib_files,
+    topics,
+)
 
 SOURCE = '''
 """Module words."""
@@ -20,7 +28,8 @@ class A:
 def test_docstrings_are_read_with_their_names() -> None:
     found = docstrings("pkg/mod.py", SOURCE)
     assert [(d.module, d.name, d.text) for d in found] == [
-        ("pkg.mod", "", "Module words."), ("pkg.mod", "A", "Class words."), ("pkg.mod", "A.f", "Function words.")]
+        ("pkg.mod", "", "Module words."), ("pkg.mod", "A", "Class words."),
+        ("pkg.mod", "A.f", "Function words.")]
     assert docstrings("pkg/__init__.py", SOURCE)[0].module == "pkg"
     assert docstrings("bad.py", "def (") == []
     assert documentation(found) == {
@@ -48,12 +57,14 @@ def test_markup_noise_goes_and_words_stay() -> None:
 def test_questions_are_about_public_names_and_answers_are_sentences() -> None:
     text = "Remove any common leading whitespace\nfrom every line in text.\n\nMore."
     question, answer = question_and_answer(Docstring("textwrap", "dedent", text)) or ("", "")
-    assert "`textwrap.dedent`" in question and answer == "Remove any common leading whitespace from every line in text."
+    assert ("`textwrap.dedent`" in question
+            and answer == "Remove any common leading whitespace from every line in text.")
     assert question_and_answer(Docstring("textwrap", "dedent", text)) == (question, answer)
     assert question_and_answer(Docstring("textwrap", "_private", text)) is None
     assert question_and_answer(Docstring("_collections", "f", text)) is None
     assert question_and_answer(Docstring("m", "f", "Too short.")) is None
-    assert question_and_answer(Docstring("m", "f", "no capital letter stands at the beginning of this one.")) is None
+    assert question_and_answer(Docstring("m", "f",
+                                         "no capital letter stands at the beginning of this one.")) is None
 
 
 def test_this_python_brings_text() -> None:

@@ -1,5 +1,5 @@
-"""Documents that teach retrieval: what they ask follows from what they tell, weights are on the answers, and a number gives the
-document."""
+"""Documents that teach retrieval: what they ask follows from what they tell, weights are on the answers, and
+a number gives the document."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ def statements_in(form: NeedleForm, ids: list[int]) -> list[tuple[int, tuple[int
     raise AssertionError("no sentence of a training form")
 
 
-def test_training_documents_ask_for_every_needle_they_state(form: NeedleForm, documents: NeedleDocuments) -> None:
+def test_training_documents_ask_for_every_needle_they_state(form: NeedleForm,
+                                                            documents: NeedleDocuments) -> None:
     train = {tuple(p) for p in form.pairs[False].tolist()}
     counts = set()
     for i in range(40):
@@ -57,7 +58,8 @@ def test_training_documents_ask_for_every_needle_they_state(form: NeedleForm, do
         assert all(s[:2] in train and s[2:] in train for s in stated)
         answers = {p + k for p, _ in found[num:] for k in (2, 3)}
         assert {int(k) for k in np.flatnonzero(weights == 30)} == answers
-        unforeseeable = {p + k for p, _ in found[:num] for k in range(4)} | {p + k for p, _ in found[num:] for k in (0, 1)}
+        unforeseeable = {p + k for p, _ in found[:num] for k in range(4)} | {p + k for p, _ in found[num:]
+                                                                             for k in (0, 1)}
         assert {int(k) for k in np.flatnonzero(weights == 0)} == unforeseeable
         assert (weights == 0.5).sum() == 256 - len(answers) - len(unforeseeable)
     assert min(counts) == 1 and max(counts) == documents.max_needles("multi-key", form) >= 8
@@ -78,15 +80,18 @@ def test_distractors_and_weights_are_as_set(form: NeedleForm, haystacks: dict[st
     assert min(counts) >= 3 and max(counts) == 10 == made.max_needles("multi-key", form)
 
 
-def test_without_a_number_they_are_as_dense_as_the_test(form: NeedleForm, haystacks: dict[str, Haystack]) -> None:
+def test_without_a_number_they_are_as_dense_as_the_test(form: NeedleForm,
+                                                        haystacks: dict[str, Haystack]) -> None:
     def most(length: int, **settings: Any) -> int:
-        return NeedleDocuments((haystacks["train"],), length, settings=NeedleConfig(**settings)).max_needles("multi-key", form)
+        return NeedleDocuments((haystacks["train"],), length, settings=NeedleConfig(**settings)).max_needles(
+            "multi-key", form)
 
     statement = form.phrase_tokens("statement", test=False)
     assert most(64 * statement, distractor_share=0.5) == 32
     assert most(64 * statement, distractor_share=0.0) == 12
     assert most(20 * statement, distractor_share=0.9) == 10, "as many questions as needles while they are few"
-    assert most(40 * statement, distractor_share=0.9, train_questions=12) == 28, "12 questions leave no room for more"
+    assert most(40 * statement, distractor_share=0.9, train_questions=12) == 28, (
+        "12 questions leave no room for more")
 
 
 def test_languages_have_documents_by_the_size_of_their_text(token_shards: Path) -> None:
@@ -105,7 +110,8 @@ def test_languages_have_documents_by_the_size_of_their_text(token_shards: Path) 
     assert counts["code"] + counts["english"] >= 60 and counts["code"] / 60 == pytest.approx(share, abs=0.2)
 
 
-def test_a_document_is_a_function_of_seed_and_number(haystacks: dict[str, Haystack], documents: NeedleDocuments) -> None:
+def test_a_document_is_a_function_of_seed_and_number(haystacks: dict[str, Haystack],
+                                                     documents: NeedleDocuments) -> None:
     again, other = (NeedleDocuments((haystacks["train"],), 256, seed=s) for s in (5, 6))
     far = len(documents.lengths) - 1
     for i in (0, 1, far):
@@ -130,8 +136,10 @@ def tokenizer(token_shards: Path) -> Tokenizer:
     return Tokenizer.from_file(str(token_shards / "tokenizer/tokenizer.json"))
 
 
-def made_of(haystacks: dict[str, Haystack], *kinds: NeedleKind, length: int = 256, **settings: Any) -> NeedleDocuments:
-    return NeedleDocuments((haystacks["train"],), length, seed=5, settings=NeedleConfig(kinds=kinds, **settings))
+def made_of(haystacks: dict[str, Haystack], *kinds: NeedleKind, length: int = 256,
+            **settings: Any) -> NeedleDocuments:
+    return NeedleDocuments((haystacks["train"],), length, seed=5,
+                           settings=NeedleConfig(kinds=kinds, **settings))
 
 
 def solved(kind: NeedleKind, told: list[tuple[str, str]], asked: list[str]) -> list[str]:
@@ -148,14 +156,18 @@ def solved(kind: NeedleKind, told: list[tuple[str, str]], asked: list[str]) -> l
     return [name for name, _ in told if root(name) == asked[0]]
 
 
-def read(kind: NeedleKind, text: str, *, test: bool) -> tuple[list[tuple[str, str]], list[tuple[list[str], str]]]:
-    """What a text tells, and its questions with the words behind each; read from the phrases as people write them."""
+def read(kind: NeedleKind, text: str, *,
+         test: bool) -> tuple[list[tuple[str, str]], list[tuple[list[str], str]]]:
+    """What a text tells, and its questions with the words behind each; read from the phrases as
+    people write them."""
     for form in phrases("code", test=test):
-        told, question = ((WORDS % 2).join(map(re.escape, getattr(form, name).split("{}"))) for name in PHRASES_OF[kind])
+        told, question = ((WORDS % 2).join(map(re.escape, getattr(form, name).split("{}")))
+                          for name in PHRASES_OF[kind])
         found = list(re.finditer(question + WORDS % 8, text))
         if found:
             ends = [*(m.start() for m in found[1:]), len(text)]
-            assert [m.end() for m in found] == ends, "questions follow one another, and nothing follows the last answer"
+            assert [m.end() for m in found] == ends, ("questions follow one another, "
+                                                      "and nothing follows the last answer")
             return re.findall(told, text), [(list(m.groups()[:-1]), m.groups()[-1]) for m in found]
     raise AssertionError(f"no question of a {kind} in {text!r}")
 
@@ -180,12 +192,15 @@ def test_a_reader_of_the_text_comes_to_the_answers(kind: NeedleKind, haystacks: 
     most = documents.max_needles(kind, documents.haystacks[0].form)
     assert min(counts)[0] == 4 and max(counts)[0] == most >= 12
     assert {questions for _, questions in counts} >= {1, 2}
-    assert {needles - 4 * questions > 0 for needles, questions in counts} == {True, False}, "with and without distractors"
+    assert {needles - 4 * questions > 0 for needles, questions in counts} == {True, False}, (
+        "with and without distractors")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_tests_tell_and_ask_in_the_same_way(kind: NeedleKind, haystacks: dict[str, Haystack], tokenizer: Tokenizer) -> None:
-    """The reader of the documents reads the test's examples, in the test's phrases, and finds neither's in the other's."""
+def test_tests_tell_and_ask_in_the_same_way(kind: NeedleKind, haystacks: dict[str, Haystack],
+                                            tokenizer: Tokenizer) -> None:
+    """The reader of the documents reads the test's examples, in the test's phrases,
+    and finds neither's in the other's."""
     for depth in (0.0, 0.4, 1.0):
         example = make_example(kind, haystacks["heldout"], np.random.default_rng(1), 300, depth, 6)
         text = tokenizer.decode([*example.prompt, *(token for pair in example.answer for token in pair)])
@@ -199,7 +214,8 @@ def test_tests_tell_and_ask_in_the_same_way(kind: NeedleKind, haystacks: dict[st
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_pair_of_a_document_is_kept_for_tests(kind: NeedleKind, haystacks: dict[str, Haystack], form: NeedleForm) -> None:
+def test_no_pair_of_a_document_is_kept_for_tests(kind: NeedleKind, haystacks: dict[str, Haystack],
+                                                 form: NeedleForm) -> None:
     documents = made_of(haystacks, kind)
     train = {tuple(p) for p in form.pairs[False].tolist()}
     seen = set()
@@ -211,53 +227,62 @@ def test_no_pair_of_a_document_is_kept_for_tests(kind: NeedleKind, haystacks: di
 
 
 @pytest.mark.parametrize("kind", ["multi-value", "variable-tracking"])
-def test_needles_stand_right_before_the_questions_in_three_of_ten(kind: NeedleKind, haystacks: dict[str, Haystack]) -> None:
+def test_needles_stand_right_before_the_questions_in_three_of_ten(kind: NeedleKind,
+                                                                  haystacks: dict[str, Haystack]) -> None:
     """Elsewhere the first of those that keep their order stands anywhere."""
     documents = made_of(haystacks, kind, train_needles=4, length=400)
     starts = np.array([np.flatnonzero(documents.loss_weights(i, 0, 400) == 0)[0] for i in range(100)])
     last = 400 - documents.least_tokens(kind, documents.haystacks[0].form)
     assert 20 <= (starts >= last - 8).sum() <= 42
-    assert (starts < 0.1 * 400).any() and all(((starts >= t) & (starts < t + 100)).sum() >= 8 for t in (0, 100, 200))
+    assert (starts < 0.1 * 400).any() and all(((starts >= t) & (starts < t + 100)).sum() >= 8
+                                              for t in (0, 100, 200))
 
 
-def test_documents_are_drawn_from_the_kinds_and_are_the_same_beside_others(haystacks: dict[str, Haystack]) -> None:
+def test_documents_are_drawn_from_the_kinds_and_are_the_same_beside_others(
+        haystacks: dict[str, Haystack]) -> None:
     kinds: tuple[NeedleKind, ...] = ("multi-key", *KINDS)
     mixed = made_of(haystacks, *kinds)
     pure = [made_of(haystacks, kind) for kind in kinds]
     counts = [0] * 4
     for i in range(120):
         equal = [np.array_equal(mixed.tokens(i, 0, 256), made.tokens(i, 0, 256))
-                 and np.array_equal(mixed.loss_weights(i, 0, 256), made.loss_weights(i, 0, 256)) for made in pure]
+                 and np.array_equal(mixed.loss_weights(i, 0, 256), made.loss_weights(i, 0, 256))
+                 for made in pure]
         assert sum(equal) == 1
         counts[equal.index(True)] += 1
     assert min(counts) >= 18, counts
     apart = made_of(haystacks, "single", train_kinds=("variable-tracking",))
-    assert np.array_equal(apart.tokens(3, 0, 256), pure[3].tokens(3, 0, 256)), "other kinds than those that are tested"
+    assert np.array_equal(apart.tokens(3, 0, 256), pure[3].tokens(3, 0, 256)), (
+        "other kinds than those that are tested")
     again = dataclasses.replace(mixed)
     assert np.array_equal(again.tokens(7, 100, 30), mixed.tokens(7, 0, 256)[100:130])
     assert not np.array_equal(dataclasses.replace(mixed, seed=6).tokens(7, 0, 256), mixed.tokens(7, 0, 256))
 
 
-def test_questions_and_needles_are_at_most_as_set(haystacks: dict[str, Haystack], tokenizer: Tokenizer) -> None:
+def test_questions_and_needles_are_at_most_as_set(haystacks: dict[str, Haystack],
+                                                  tokenizer: Tokenizer) -> None:
     documents = made_of(haystacks, "multi-value", train_needles=9, train_questions=1, length=300)
     counts = set()
     for i in range(30):
-        told, questions = read("multi-value", tokenizer.decode(documents.tokens(i, 0, 300).tolist()), test=False)
+        told, questions = read("multi-value", tokenizer.decode(documents.tokens(i, 0, 300).tolist()),
+                               test=False)
         assert len(questions) == 1
         counts.add(len(told))
     assert (min(counts), max(counts)) == (4, 9)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_shortest_documents_hold_one_question(kind: NeedleKind, haystacks: dict[str, Haystack], form: NeedleForm) -> None:
+def test_the_shortest_documents_hold_one_question(kind: NeedleKind, haystacks: dict[str, Haystack],
+                                                  form: NeedleForm) -> None:
     least = made_of(haystacks, kind).least_tokens(kind, form)
     documents = made_of(haystacks, kind, length=least)
     assert (needle_source(documents, 0.1).made, documents.max_needles(kind, form)) == (documents, 4)
     assert all((documents.loss_weights(i, 0, least) == 30).sum() == 8 for i in range(5))
-    with pytest.raises(UserError, match=f"of {least - 1} tokens hold no needle with its question of kind {kind} in code "
-                                        f"\\({least} tokens\\)"):
+    with pytest.raises(UserError, match=f"of {least - 1} tokens hold no needle with its question of kind "
+                                        f"{kind} in code \\({least} tokens\\)"):
         needle_source(made_of(haystacks, kind, length=least - 1), 0.1)
-    with pytest.raises(UserError, match=f"needle.train_needles = 3: a question of kind {kind} asks for 4 needles"):
+    with pytest.raises(UserError,
+                       match=f"needle.train_needles = 3: a question of kind {kind} asks for 4 needles"):
         needle_source(made_of(haystacks, kind, train_needles=3), 0.1)
 
 
@@ -269,16 +294,19 @@ class Numbers:
 
 
 def test_documents_of_single_needles_are_what_they_always_were() -> None:
-    """Runs that were begun with them resume, and figures measured with them stay comparable: bits, not manners."""
+    """Runs that were begun with them resume, and figures measured with them stay comparable:
+    bits, not manners."""
     def sentences(k: int) -> Sentences:
         return Sentences(((k, k + 1), (), (k + 2,)), ((k, k + 3), (k + 4,)),
-                         ((k, k + 5), (k + 6,), (k + 6,), (k + 6,), (k + 7,)), ((k, k + 8), (k + 9,), (k + 2,)),
-                         ((k, k + 10), (k + 4,)))
+                         ((k, k + 5), (k + 6,), (k + 6,), (k + 6,), (k + 7,)),
+                         ((k, k + 8), (k + 9,), (k + 2,)), ((k, k + 10), (k + 4,)))
 
-    form = NeedleForm("english", {True: (sentences(10), sentences(30)), False: (sentences(50), sentences(70))},
+    form = NeedleForm("english",
+                      {True: (sentences(10), sentences(30)), False: (sentences(50), sentences(70))},
                       tuple(range(100, 164)))
     haystack = Haystack(form, (Numbers(), Numbers()), (3.0, 1.0))
-    few = NeedleConfig(kinds=("single",), train_needles=9, train_questions=4, answer_weight=3.0, text_weight=0.25)
+    few = NeedleConfig(kinds=("single",), train_needles=9, train_questions=4, answer_weight=3.0,
+                       text_weight=0.25)
     found = hashlib.sha256()
     for length, seed, settings in ((128, 0, NeedleConfig()), (500, 7, few)):
         made = NeedleDocuments((haystack, haystack), length, seed, settings)

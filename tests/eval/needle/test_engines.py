@@ -26,7 +26,8 @@ KINDS = ("multi-key", "multi-value")
 
 
 def batches(haystack: Haystack) -> list[list[Example]]:
-    """Examples with and without an order; longer than K-EXAONE's window (8) and Solar's original context (256)."""
+    """Examples with and without an order; longer than K-EXAONE's window (8) and Solar's
+    original context (256)."""
     suite = NeedleSuite((haystack,), KINDS, (140, 300), (0.1, 0.8), 2, 0.2)
     return [examples for _, _, examples in suite.examples()]
 
@@ -36,8 +37,9 @@ def plain_answer(model: Any, example: Example, words: tuple[int, ...], by: Way) 
     """What transformers says to one prompt, without any of our code."""
     if by == "generation":
         ids = torch.tensor([example.prompt])
-        found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=example.answer_tokens,
-                               do_sample=False, eos_token_id=None, pad_token_id=0)
+        found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids),
+                               max_new_tokens=example.answer_tokens, do_sample=False, eos_token_id=None,
+                               pad_token_id=0)
         return found[0, len(example.prompt):].tolist()
     said = []
     ids = list(example.prompt)
@@ -56,14 +58,15 @@ def plain_verdict(example: Example, said: list[int], by: Way) -> bool:
         return len(given) == len(wanted) and set(given) == set(wanted)
     if by == "generation" or not example.in_any_order:
         return given == wanted
-    return all(said[2 * i] in [first for first, _ in example.answer[i:]] and said[2 * i + 1] == example.answer[i][1]
-               for i in range(len(wanted)))
+    return all(said[2 * i] in [first for first, _ in example.answer[i:]]
+               and said[2 * i + 1] == example.answer[i][1] for i in range(len(wanted)))
 
 
 @pytest.mark.parametrize("by", ["generation", "likelihood"])
 @pytest.mark.parametrize("family", ["solar_open", "exaone_moe"])
-def test_every_answer_is_that_of_plain_transformers(family: str, by: Way, imported: dict[str, Path], hf_models: dict[str, Path],
-                                                     haystacks: dict[str, Haystack], one_rank: None) -> None:
+def test_every_answer_is_that_of_plain_transformers(family: str, by: Way, imported: dict[str, Path],
+                                                    hf_models: dict[str, Path],
+                                                    haystacks: dict[str, Haystack], one_rank: None) -> None:
     haystack = haystacks["heldout"]
     words = haystack.form.words
     model = AutoModelForCausalLM.from_pretrained(hf_models[family]).eval()
@@ -72,15 +75,17 @@ def test_every_answer_is_that_of_plain_transformers(family: str, by: Way, import
     ours = [answers(examples, words, engine, by) for examples in batches(haystack)]
     assert ours == reference
     target = Target(imported[family], False)
-    assert run_forward_model(target, [], None, lambda loaded: [
-        answers(examples, words, MegatronEngine(loaded.policy), by) for examples in batches(haystack)]) == reference
+    assert (run_forward_model(target, [], None, lambda loaded: [
+        answers(examples, words, MegatronEngine(loaded.policy), by) for examples in batches(haystack)])
+            == reference)
     if by == "likelihood":
         assert all(token in words for rows in reference for row in rows for token in row)
 
     verdicts = []
     for examples, said in zip(batches(haystack), reference, strict=True):
         for number, (example, tokens) in enumerate(zip(examples, said, strict=True)):
-            if number % 2 and by == "generation":  # an untrained model says nothing right: ask for what it says
+            # an untrained model says nothing right: ask for what it says
+            if number % 2 and by == "generation":
                 pairs = [(a, b) for a, b in zip(tokens[::2], tokens[1::2], strict=True)]
                 example = dataclasses.replace(example, answer=pairs[::-1] if example.in_any_order else pairs)
             verdicts.append((is_right(example, tokens, by), plain_verdict(example, tokens, by)))
@@ -89,7 +94,8 @@ def test_every_answer_is_that_of_plain_transformers(family: str, by: Way, import
 
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "one": (1, {}), "tp sp": (2, {"tp": 2, "sp": True}), "dp ep": (2, {"ep": 2}), "pp": (2, {"pp": 2}), "cp": (2, {"cp": 2})}
+    "one": (1, {}), "tp sp": (2, {"tp": 2, "sp": True}), "dp ep": (2, {"ep": 2}), "pp": (2, {"pp": 2}),
+    "cp": (2, {"cp": 2})}
 
 
 def sharded_answers(checkpoint: str, shards: str, layout: dict[str, Any]) -> dict[str, list[list[list[int]]]]:
@@ -116,7 +122,8 @@ def sharded_answers(checkpoint: str, shards: str, layout: dict[str, Any]) -> dic
 
 def test_every_layout_says_the_same(ranks, job, imported: dict[str, Path], token_shards: Path) -> None:
     paths = {"checkpoint": str(imported["solar_open"]), "shards": str(token_shards)}
-    found = ranks(*(job(__file__, "sharded_answers", n, {**paths, "layout": layout}) for n, layout in LAYOUTS.values()))
+    found = ranks(*(job(__file__, "sharded_answers", n, {**paths, "layout": layout})
+                    for n, layout in LAYOUTS.values()))
     expected = found[0][0]
     assert len({token for batch in expected["likelihood"] for answer in batch for token in answer}) > 8
     for name, results in zip(LAYOUTS, found, strict=True):

@@ -21,8 +21,8 @@ PROSE = {
 }
 
 
-def test_text_goes_on_through_documents_and_leaves_special_tokens_out(form: NeedleForm, haystacks: dict[str, Haystack],
-                                                                      token_shards: Path) -> None:
+def test_text_goes_on_through_documents_and_leaves_special_tokens_out(
+        form: NeedleForm, haystacks: dict[str, Haystack], token_shards: Path) -> None:
     stored = []
     for source in open_sources({str(token_shards): 1.0}, 1024):
         shard = source.shard("heldout")
@@ -43,7 +43,8 @@ def test_languages_are_seen_or_told(token_shards: Path) -> None:
     tokenizer = token_shards / "tokenizer"
     told = open_haystacks(sources, "heldout", tokenizer, told={"second": "english"})
     assert [h.language for h in told] == ["english", "code"]
-    assert [h.sizes for h in told] == [(sources[1].num_tokens["heldout"],), (sources[0].num_tokens["heldout"],)]
+    assert [h.sizes for h in told] == [(sources[1].num_tokens["heldout"],),
+                                       (sources[0].num_tokens["heldout"],)]
     (only,) = open_haystacks(sources, "heldout", tokenizer, languages=["code"], told={"second": "english"})
     assert only.language == "code"
 
@@ -73,7 +74,8 @@ def test_mistakes_are_named(token_shards: Path, tmp_path: Path) -> None:
         open_haystacks([chats], "heldout", tokenizer)
     with pytest.raises(UserError, match=r"no 'heldout' text is thai \(there is code\)"):
         open_haystacks(sources, "heldout", tokenizer, languages=["code", "thai"])
-    with pytest.raises(UserError, match=r"--language third=thai: the data has no such source .*sources: first, second"):
+    with pytest.raises(UserError,
+                       match=r"--language third=thai: the data has no such source .*sources: first, second"):
         open_haystacks(sources, "heldout", tokenizer, told={"third": "thai"})
     (tmp_path / "empty.txt").write_text(" \n \n")
     with pytest.raises(UserError, match=r"empty\.txt: starts with 4 characters that are no text"):

@@ -15,7 +15,8 @@ from megatron_sov.eval.needle.text import MIN_WORDS, NeedleForm, fill
 Pair = tuple[int, int]
 
 
-def example_of(haystack: Haystack, kind: NeedleKind, depth: float = 0.5, distractors: int = 5, seed: int = 1, length: int = 300
+def example_of(haystack: Haystack, kind: NeedleKind, depth: float = 0.5, distractors: int = 5, seed: int = 1,
+               length: int = 300
                ) -> Example:
     return make_example(kind, haystack, np.random.default_rng(seed), length, depth, distractors)
 
@@ -96,14 +97,16 @@ def test_variables_are_followed_from_one_to_the_next(haystacks: dict[str, Haysta
 
 
 @pytest.mark.parametrize("kind", ["multi-key", "multi-value", "multi-query", "variable-tracking"])
-def test_training_documents_tell_nothing_as_a_test_does(kind: NeedleKind, haystacks: dict[str, Haystack]) -> None:
+def test_training_documents_tell_nothing_as_a_test_does(kind: NeedleKind,
+                                                        haystacks: dict[str, Haystack]) -> None:
     haystack = haystacks["train"]
     phrase = "assignment" if kind == "variable-tracking" else "statement"
     documents = NeedleDocuments((haystack,), 400, settings=NeedleConfig(kinds=(kind,)))
     seen: set[Pair] = set()
     for seed in range(12):
         assert not told(haystack.form, documents.tokens(seed, 0, 400).tolist(), phrase)
-        for _, key, value in told(haystack.form, example_of(haystack, kind, seed=seed, length=400).prompt, phrase):
+        for _, key, value in told(haystack.form, example_of(haystack, kind, seed=seed, length=400).prompt,
+                                  phrase):
             seen |= {key, value}
     assert len(seen) > 50 and not seen & {(a, b) for a, b in haystack.form.pairs[False].tolist()}
 
@@ -115,7 +118,8 @@ def test_distractors_grow_with_the_length_as_far_as_there_are_keys(form: NeedleF
     assert found[3] == len(form.pairs[True]) // 2 - 8
     assert distractors_of("single", form, 2048, 0.25) == 0
     assert distractors_of("multi-key", form, 128, 0.99) * size < 128 - 2 * size
-    with pytest.raises(UserError, match="needle length 60: the needles and the question of kind multi-query in code alone take"):
+    with pytest.raises(UserError, match="needle length 60: the needles and the question of kind multi-query "
+                                        "in code alone take"):
         distractors_of("multi-query", form, 60, 0.0)
 
 

@@ -10,7 +10,8 @@ from megatron_sov.eval.needle.phrases import LANGUAGES, is_for_tests, phrases
 
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_both_sides_have_phrases_and_share_none(language: Language) -> None:
-    sides = [[text for form in phrases(language, test=test) for text in form.texts().values()] for test in (True, False)]
+    sides = [[text for form in phrases(language, test=test) for text in form.texts().values()]
+             for test in (True, False)]
     assert all(sides) and not set(sides[0]) & set(sides[1])
     openings = [{text.split("{}")[0] for text in side} for side in sides]
     assert not openings[0] & openings[1], "a model that learned what stands before a key would know the test"

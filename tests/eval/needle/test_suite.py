@@ -65,8 +65,9 @@ def suite(haystacks: dict[str, Haystack]) -> NeedleSuite:
 def test_a_perfect_reader_is_right_everywhere(suite: NeedleSuite, by: str) -> None:
     result = run_suite(dataclasses.replace(suite, by=by), Looking())  # type: ignore[arg-type]
     assert result.score == 1.0 and result.by == by
-    assert [(c.kind, c.language, c.length_tokens, c.depth) for c in result.cells] \
-        == [(kind, "code", length, depth) for kind in suite.kinds for length in suite.lengths for depth in suite.depths]
+    assert ([(c.kind, c.language, c.length_tokens, c.depth) for c in result.cells]
+            == [(kind, "code", length, depth) for kind in suite.kinds for length in suite.lengths
+                for depth in suite.depths])
     assert all((c.correct, c.samples, c.interval) == (4, 4, wilson_interval(4, 4)) for c in result.cells)
     assert {c.length_tokens: c.distractors for c in result.cells if c.kind == "multi-key"} == {96: 3, 160: 4}
     assert {c.distractors for c in result.cells if c.kind == "single"} == {0}
@@ -76,7 +77,8 @@ def test_a_perfect_reader_is_right_everywhere(suite: NeedleSuite, by: str) -> No
 def test_one_wrong_token_makes_an_answer_wrong(suite: NeedleSuite, by: str) -> None:
     def spoil(found: list[list[int]]) -> list[list[int]]:
         for number, answer in enumerate(found):
-            if number % 4 < 2:  # of each cell the first sample's first token and the second one's second are wrong
+            # of each cell the first sample's first token and the second one's second are wrong
+            if number % 4 < 2:
                 answer[number % 4] = -1
         return found
 
@@ -90,7 +92,8 @@ def test_one_wrong_token_makes_an_answer_wrong(suite: NeedleSuite, by: str) -> N
 
 
 @pytest.mark.parametrize(("given", "ordered", "free"), [
-    ([1, 2, 3, 4], True, True), ([3, 4, 1, 2], False, True), ([1, 4, 3, 2], False, False), ([1, 2, 1, 2], False, False)])
+    ([1, 2, 3, 4], True, True), ([3, 4, 1, 2], False, True), ([1, 4, 3, 2], False, False),
+    ([1, 2, 1, 2], False, False)])
 def test_an_order_counts_only_where_the_question_has_one(given: list[int], ordered: bool, free: bool) -> None:
     pairs = [(1, 2), (3, 4)]
     assert is_right(Example([], pairs, False), given, "generation") == ordered
@@ -98,7 +101,8 @@ def test_an_order_counts_only_where_the_question_has_one(given: list[int], order
 
 
 @pytest.mark.parametrize(("given", "right"), [
-    ([1, 2, 3, 4], True), ([3, 2, 3, 4], True), ([1, 2, 1, 4], False), ([1, 4, 3, 4], False), ([5, 2, 3, 4], False)])
+    ([1, 2, 3, 4], True), ([3, 2, 3, 4], True), ([1, 2, 1, 4], False), ([1, 4, 3, 4], False),
+    ([5, 2, 3, 4], False)])
 def test_by_likelihood_any_pair_that_has_not_come_may_start(given: list[int], right: bool) -> None:
     assert is_right(Example([], [(1, 2), (3, 4)], True), given, "likelihood") == right
 
@@ -106,9 +110,11 @@ def test_by_likelihood_any_pair_that_has_not_come_may_start(given: list[int], ri
 def test_examples_are_the_same_whatever_else_is_asked(suite: NeedleSuite) -> None:
     other = dataclasses.replace(suite, kinds=("multi-key",), lengths=(160, 200), depths=(0.9,), samples=7)
     haystack = suite.haystacks[0]
-    assert suite.example("multi-key", haystack, 160, 0.9, 2) == other.example("multi-key", haystack, 160, 0.9, 2)
+    assert suite.example("multi-key", haystack, 160, 0.9, 2) == other.example(
+        "multi-key", haystack, 160, 0.9, 2)
     for change in ((96, 0.9, 2), (160, 0.4, 2), (160, 0.9, 3)):
-        assert suite.example("multi-key", haystack, *change).prompt != suite.example("multi-key", haystack, 160, 0.9, 2).prompt
+        assert (suite.example("multi-key", haystack, *change).prompt
+                != suite.example("multi-key", haystack, 160, 0.9, 2).prompt)
     reseeded = dataclasses.replace(suite, seed=1)
     assert reseeded.example("single", haystack, 160, 0.9, 2) != suite.example("single", haystack, 160, 0.9, 2)
 
@@ -124,7 +130,8 @@ def test_mistakes_are_named(haystacks: dict[str, Haystack]) -> None:
              share: float = 0.0) -> NeedleSuite:
         return NeedleSuite((haystacks["heldout"],), ("multi-key",), lengths, depths, samples, share)
 
-    with pytest.raises(UserError, match="needle length 12: the needles and the question of kind multi-key in code alone take"):
+    with pytest.raises(UserError, match="needle length 12: the needles and the question of kind multi-key in "
+                                        "code alone take"):
         make(lengths=(128, 12))
     with pytest.raises(UserError, match=r"depths \[1.5\]"):
         make(depths=(1.5,))
@@ -141,7 +148,8 @@ def test_questions_are_all_that_a_test_may_tell_or_ask(haystacks: dict[str, Hays
     assert len(asked) == 3 * len(haystack.form.pairs[True])
     for _, _, examples in suite.examples():
         for example in examples:
-            ends = {tuple(example.prompt[i:i + size]) for size in {len(q) for q in asked} for i in range(len(example.prompt))}
+            ends = {tuple(example.prompt[i:i + size]) for size in {len(q) for q in asked}
+                    for i in range(len(example.prompt))}
             assert len(ends & asked) >= 4
     train = haystacks["train"].form
     told = {tuple(fill(s.statement, pair)) for s in train.sentences[False] for pair in train.pairs[False]}

@@ -1,4 +1,5 @@
-"""What needles are made of: whole rare words of the language where there are any, and pairs that never mix."""
+"""What needles are made of: whole rare words of the language where there are any,
+and pairs that never mix."""
 
 from __future__ import annotations
 
@@ -32,14 +33,15 @@ def test_pairs_and_sentences_of_tests_and_of_training_never_mix(form: NeedleForm
     assert len(test) + len(train) == 64 * 63
     assert 0.15 < len(test) / (64 * 63) < 0.25
     fewer = NeedleForm(form.language, form.sentences, form.words[::-2])
-    assert {tuple(p) for p in fewer.pairs[True].tolist()} < test, "the split must not depend on which words there are"
+    assert {tuple(p) for p in fewer.pairs[True].tolist()} < test, (
+        "the split must not depend on which words there are")
     assert not {s.statement for s in form.sentences[True]} & {s.statement for s in form.sentences[False]}
 
 
-KOREAN = ["서울은", "바다가", "나무를", "하늘에", "사람들", "학교에", "도서관", "음악을", "자동차", "컴퓨터", "고양이", "강아지",
-          "비행기", "대한민국", "아침에", "저녁에"]
-THAI = ["น้ำ", "ภูเขา", "ต้นไม้", "บ้าน", "ทะเล", "แม่น้ำ", "ดอกไม้", "หนังสือ", "โรงเรียน", "ตลาด", "รถไฟ", "เรือ", "นก", "ปลา",
-        "แมว", "หมา"]
+KOREAN = ["서울은", "바다가", "나무를", "하늘에", "사람들", "학교에", "도서관", "음악을", "자동차", "컴퓨터",
+          "고양이", "강아지", "비행기", "대한민국", "아침에", "저녁에"]
+THAI = ["น้ำ", "ภูเขา", "ต้นไม้", "บ้าน", "ทะเล", "แม่น้ำ", "ดอกไม้", "หนังสือ", "โรงเรียน", "ตลาด", "รถไฟ",
+        "เรือ", "นก", "ปลา", "แมว", "หมา"]
 
 
 def word_tokenizer(folder: Path, words: list[str]) -> Path:

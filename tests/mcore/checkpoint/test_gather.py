@@ -18,12 +18,14 @@ def gathered(everywhere: bool) -> dict[str, Any]:
 
     rank = world.join(ParallelConfig()).rank
     whole = torch.arange(30.0).reshape(2, 3, 5)
-    cuts = {0: [((0, 0, 0), (2, 1, 5)), ((1, 1, 0), (1, 2, 4))], 1: [((0, 1, 0), (1, 2, 5)), ((1, 1, 4), (1, 2, 1))]}
+    cuts = {0: [((0, 0, 0), (2, 1, 5)), ((1, 1, 0), (1, 2, 4))],
+            1: [((0, 1, 0), (1, 2, 5)), ((1, 1, 4), (1, 2, 1))]}
     blocks = []
     for owner, places in cuts.items():
         for offset, shape in places:
             part = whole[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
-            blocks.append(LocalShard("spread", part, (2, 3, 5), offset, (int(rank != owner),)))  # both hold it, one owns it
+            # both hold it, one owns it
+            blocks.append(LocalShard("spread", part, (2, 3, 5), offset, (int(rank != owner),)))
     if rank == 1:
         blocks.append(LocalShard("lonely", torch.full((4,), 7, dtype=torch.bfloat16), (4,), (0,), (0,)))
     gatherer = Gatherer(blocks, everywhere=everywhere)
@@ -45,4 +47,5 @@ def test_any_grid_becomes_the_tensor(ranks: Any, job: Any) -> None:
     expected = {"lonely": ["torch.bfloat16", [7.0] * 4], "spread": ["torch.float32", spread]}
     assert [r["found"] for r in everywhere] == [expected, expected] and everywhere[1]["again"] == [7.0] * 4
     assert [r["found"] for r in main_only] == [expected, {"lonely": None, "spread": None}]
-    assert main_only[0]["again"] == [7.0] * 4 and main_only[0]["shapes"] == {"spread": [2, 3, 5], "lonely": [4]}
+    assert (main_only[0]["again"] == [7.0] * 4
+            and main_only[0]["shapes"] == {"spread": [2, 3, 5], "lonely": [4]})

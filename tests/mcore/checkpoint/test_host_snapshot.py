@@ -1,4 +1,5 @@
-"""A copy of blocks in host memory: written as it was taken, in memory that is used again, by several threads."""
+"""A copy of blocks in host memory: written as it was taken, in memory that is used again,
+by several threads."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from megatron_sov.mcore.model.local_shards import LocalShard  # noqa: E402
 
 
 def blocks_of(whole: dict[str, torch.Tensor]) -> list[LocalShard]:
-    """Halves of each tensor's rows, of which both are owned, and once more a half that another process owns."""
+    """Halves of each tensor's rows, of which both are owned, and once more a half that
+    another process owns."""
     found = []
     for key, tensor in whole.items():
         middle = len(tensor) // 2
@@ -34,8 +36,8 @@ def blocks_of(whole: dict[str, torch.Tensor]) -> list[LocalShard]:
 def tensors() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     return {"w": torch.randn(6, 5, generator=generator), "turned": torch.randn(3, 8, generator=generator).T,
-            "half": torch.randn(4, 3, generator=generator).bfloat16(), "bias": torch.randn(5, generator=generator),
-            "empty": torch.zeros(4, 0)}
+            "half": torch.randn(4, 3, generator=generator).bfloat16(),
+            "bias": torch.randn(5, generator=generator), "empty": torch.zeros(4, 0)}
 
 
 def test_what_was_taken_is_written_whatever_happens_to_the_live_tensors(
@@ -49,7 +51,8 @@ def test_what_was_taken_is_written_whatever_happens_to_the_live_tensors(
         tensor.zero_()
     copy.write(tmp_path, rank=300)
     written = Written.read(tmp_path, 300)
-    assert len(written.files) >= 3 and all(name.startswith("model/00001/rank-00300-") for name in written.files)
+    assert len(written.files) >= 3 and all(name.startswith("model/00001/rank-00300-")
+                                           for name in written.files)
     write_index(tmp_path, "model", written.indices["model"])
     reader = TensorReader(tmp_path)
     for key, tensor in before.items():

@@ -23,8 +23,8 @@ def parts(layout: dict[str, Any], precision: str = "fp32", vocab_size: int = 96)
 
     world.leave()
     config = apply_settings(recipes.get("tiny-k-exaone"), [
-        f"model.vocab_size={vocab_size}", "model.hidden_size=32", "model.head_dim=8", "model.expert_ffn_dim=16",
-        f"train.precision={precision}"])
+        f"model.vocab_size={vocab_size}", "model.hidden_size=32", "model.head_dim=8",
+        "model.expert_ffn_dim=16", f"train.precision={precision}"])
     world.join(ParallelConfig(**layout))
     model = build(config.model, ParallelConfig(**layout), config.train)
     init.initialise(model, config.model, 1)
@@ -70,7 +70,8 @@ def copied(layout: dict[str, Any], source: str, target: str) -> dict[str, Any]:
 
 
 def continued(path: str) -> dict[str, Any]:
-    """In bf16: update, save, update again; then load into a new model and update that: return whether they agree."""
+    """In bf16: update, save, update again; then load into a new model and update that:
+    return whether they agree."""
     import torch
 
     from megatron_sov.mcore.checkpoint import load
@@ -84,7 +85,8 @@ def continued(path: str) -> dict[str, Any]:
         optimizer.step(1e-3)
 
     def everything(model: Any, optimizer: Any) -> dict[str, torch.Tensor]:
-        return {f"{b.key}@{b.offset}": b.data.clone() for b in [*local_shards(model), *optimizer.state_shards()]}
+        return {f"{b.key}@{b.offset}": b.data.clone()
+                for b in [*local_shards(model), *optimizer.state_shards()]}
 
     model, optimizer = parts({}, "bf16")
     for name, buffer in model.named_buffers():
@@ -135,7 +137,8 @@ def test_any_layout_reads_what_another_wrote_to_the_bit_and_goes_on(ranks, job, 
                 assert first.read(key).std() > 0.5, key  # the known numbers, not initial ones
 
     assert goes_on["differing"] == []
-    assert (goes_on["dtype"], goes_on["counts"], goes_on["weights"]) == ("torch.float32", "torch.float32", ["torch.bfloat16"])
+    assert (goes_on["dtype"], goes_on["counts"], goes_on["weights"]) == (
+        "torch.float32", "torch.float32", ["torch.bfloat16"])
     assert goes_on["bias"] == pytest.approx(0.123456789, abs=1e-8)
     assert len(goes_on["finer"]) > 40
 
@@ -209,13 +212,16 @@ def test_where_one_process_fails_all_are_told(ranks, job, tmp_path: Path) -> Non
     for name in ("failures", "sound"):
         (tmp_path / name).mkdir()
     failed, _, other = ranks(job(__file__, "failures", 2, {"folder": str(tmp_path / "failures")}),
-                             job(__file__, "written", 2, {"layout": SP, "path": str(tmp_path / "sound/step-1")}),
+                             job(__file__, "written", 2,
+                                 {"layout": SP, "path": str(tmp_path / "sound/step-1")}),
                              job(__file__, "other_model", 2, {"path": str(tmp_path / "sound/step-1")}))
     for said in failed:
-        assert "rank 1 could not write its part of the checkpoint" in said["full disk"] and "No space left" in said["full disk"]
+        assert ("rank 1 could not write its part of the checkpoint" in said["full disk"]
+                and "No space left" in said["full disk"])
         assert said["left over"] == ""
         assert "foreign: already exists" in said["foreign"]
         assert said["sound"] == "nothing"
-        assert "rank-00001-00000.safetensors: its content differs from the hash in the manifest; there is no" in said["damaged"]
+        assert ("rank-00001-00000.safetensors: its content differs from the hash in the manifest; there is no"
+                in said["damaged"])
         assert "rank-00001-00000.safetensors: cannot be read" in said["missing"]
     assert all("has shape (96, 32), the model needs (64, 32)" in said for said in other)

@@ -1,4 +1,5 @@
-"""Safetensors files read block by block: the same bits as the library's, for any block, and damage is named."""
+"""Safetensors files read block by block: the same bits as the library's, for any block,
+and damage is named."""
 
 from __future__ import annotations
 
@@ -19,10 +20,10 @@ from megatron_sov.mcore.checkpoint import safetensors_file
 from megatron_sov.mcore.checkpoint.safetensors_file import TensorFile
 
 
-@given(st.data(), st.lists(st.integers(0, 6), max_size=4), st.sampled_from([torch.bfloat16, torch.float64, torch.bool]),
-       st.sampled_from([1, 24, 1 << 25]))
-def test_any_block_has_the_bits_that_were_saved(tmp_path_factory, data: st.DataObject, shape: list[int], dtype: torch.dtype,
-                                                cover_bytes: int) -> None:
+@given(st.data(), st.lists(st.integers(0, 6), max_size=4),
+       st.sampled_from([torch.bfloat16, torch.float64, torch.bool]), st.sampled_from([1, 24, 1 << 25]))
+def test_any_block_has_the_bits_that_were_saved(tmp_path_factory, data: st.DataObject, shape: list[int],
+                                                dtype: torch.dtype, cover_bytes: int) -> None:
     path = tmp_path_factory.mktemp("file") / "t.safetensors"
     whole = (torch.arange(math.prod(shape)) % 251).reshape(shape).to(dtype)
     save_file({"before": torch.ones(3, dtype=torch.uint8), "t": whole}, path, metadata={"format": "pt"})
@@ -39,25 +40,29 @@ def test_any_block_has_the_bits_that_were_saved(tmp_path_factory, data: st.DataO
 
 def _with_header(path: Path, change: Callable[[dict[str, Any]], Any], tail: bytes = b"") -> Path:
     """Write two float32 tensors [2] and change their header."""
-    header = {name: {"dtype": "F32", "shape": [2], "data_offsets": [8 * i, 8 * i + 8]} for i, name in enumerate("ab")}
+    header = {name: {"dtype": "F32", "shape": [2], "data_offsets": [8 * i, 8 * i + 8]}
+              for i, name in enumerate("ab")}
     text = change(header) or json.dumps(header)
     path.write_bytes(len(text).to_bytes(8, "little") + text.encode() + bytes(16) + tail)
     return path
 
 
 @pytest.mark.parametrize(("change", "tail", "expected"), [
-    (lambda h: h["b"].update(data_offsets=[8, 24], shape=[4]), b"", "b is cut off: the file ends 8 bytes too early"),
+    (lambda h: h["b"].update(data_offsets=[8, 24], shape=[4]), b"",
+     "b is cut off: the file ends 8 bytes too early"),
     (lambda h: h["b"].update(shape=[3]), b"", r"b has 8 bytes, which is not F32 \[3\]"),
     (lambda h: h["b"].update(data_offsets=[4, 12]), b"", "b does not begin where the tensor before it ends"),
     (lambda h: h["b"].update(shape=[-2]), b"", "b has 8 bytes"),
     (lambda h: h["b"].pop("dtype")[:0], b"", "dtype"),
     (lambda h: None, b"more", "4 bytes follow the last tensor"),
-    (lambda h: json.dumps(h)[:-1] + ', "a": ' + json.dumps(h["a"]) + "}", b"", "a stands in its header twice"),
+    (lambda h: json.dumps(h)[:-1] + ', "a": ' + json.dumps(h["a"]) + "}", b"",
+     "a stands in its header twice"),
     (lambda h: "[1, 2]", b"", "no JSON object"),
     (lambda h: "{", b"", "its header would have 1 of"),
 ])
 def test_damaged_headers_are_refused_by_name(tmp_path: Path, change, tail: bytes, expected: str) -> None:
-    with pytest.raises(UserError, match=rf"t\.safetensors: cannot be read as a safetensors file .*{expected}.*; copy it again"):
+    with pytest.raises(UserError, match=r"t\.safetensors: cannot be read as a safetensors file "
+                                        rf".*{expected}.*; copy it again"):
         TensorFile(_with_header(tmp_path / "t.safetensors", change, tail), "copy it again")
 
 

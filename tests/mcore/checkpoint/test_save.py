@@ -1,4 +1,5 @@
-"""Checkpoints written beside the training: what was copied is what is written, and what goes wrong reaches every process."""
+"""Checkpoints written beside the training: what was copied is what is written,
+and what goes wrong reaches every process."""
 
 from __future__ import annotations
 
@@ -19,8 +20,9 @@ def parts(layout: dict[str, Any]) -> tuple[Any, Any]:
     from megatron_sov.mcore.optimizer.optimizer import Optimizer
     from megatron_sov.mcore.parallel import world
 
-    config = apply_settings(recipes.get("tiny-solar-open"), ["model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8",
-                                                             "model.expert_ffn_dim=16", "model.num_layers=2"])
+    config = apply_settings(recipes.get("tiny-solar-open"),
+                            ["model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8",
+                             "model.expert_ffn_dim=16", "model.num_layers=2"])
     world.join(ParallelConfig(**layout))
     model = build(config.model, ParallelConfig(**layout), config.train)
     init.initialise(model, config.model, 1)
@@ -28,7 +30,8 @@ def parts(layout: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def beside_the_training(folder: str) -> dict[str, Any]:
-    """Save at once and in the background, the second time into files for several threads, while the model changes."""
+    """Save at once and in the background, the second time into files for several threads,
+    while the model changes."""
     import torch
 
     from megatron_sov.mcore.checkpoint import host_snapshot, load, sharded_tensors
@@ -44,7 +47,8 @@ def beside_the_training(folder: str) -> dict[str, Any]:
         assert released.wait(60)
         return now(*arguments)
 
-    sharded_tensors.write_file, host_snapshot.MIN_FILE_BYTES, host_snapshot.num_writers = write_later, 1, lambda: 3
+    sharded_tensors.write_file, host_snapshot.MIN_FILE_BYTES, host_snapshot.num_writers = (
+        write_later, 1, lambda: 3)
     saver = Saver(saved.append)
     saver.begin(at / "step-2", model, optimizer, Companions({"step": 2, "tokens": 1}, {}, None))
     memory = {key: t.data_ptr() for key, t in saver._snapshot._memory.items()}
@@ -55,7 +59,8 @@ def beside_the_training(folder: str) -> dict[str, Any]:
         saver.advance(sum_dict(saver.progress(), all_reduce_world))
     waiting = [p.name for p in at.iterdir() if p.name.startswith("step-2")]
     released.set()
-    saver.begin(at / "step-3", model, None, Companions({"step": 3, "tokens": 1}, {}, None))  # waits for the one before
+    # waits for the one before
+    saver.begin(at / "step-3", model, None, Companions({"step": 3, "tokens": 1}, {}, None))
     reused = all(memory[key] == t.data_ptr() for key, t in saver._snapshot._memory.items())
     order = [(s.step, s.stall_s <= s.save_s) for s in saved]
     saver.finish()
@@ -63,7 +68,8 @@ def beside_the_training(folder: str) -> dict[str, Any]:
 
 
 def problems(folder: str) -> dict[str, Any]:
-    """Return what this process is told when a process cannot complete a checkpoint, hangs, or finds the name taken."""
+    """Return what this process is told when a process cannot complete a checkpoint, hangs,
+    or finds the name taken."""
     import os
 
     import torch.distributed as dist
@@ -127,22 +133,29 @@ def test_the_copy_is_written_and_failures_reach_everyone(ranks: Any, job: Any, t
     for found in beside:
         assert found == {"waiting": [], "order": [[2, True]], "reused": True, "saved": ["step-2", "step-3"]}
     at_once, later, changed = (tmp_path / "beside" / f"step-{n}" for n in (1, 2, 3))
-    assert len(list((at_once / "model").rglob("*.safetensors"))) == 2 < 6 <= len(list((later / "model").rglob("*.safetensors")))
+    assert len(list((at_once / "model").rglob("*.safetensors"))) == 2 < 6 <= len(
+        list((later / "model").rglob("*.safetensors")))
     assert damaged_files(at_once) == damaged_files(later) == damaged_files(changed) == []
     assert not (later / "indices").exists() and sorted(p.name for p in (tmp_path / "beside").iterdir()) == [
         "step-1", "step-2", "step-3"]
     for part in ("model", "optimizer"):
         ours, theirs = TensorReader(later, part), TensorReader(at_once, part)
         assert sorted(ours.keys()) == sorted(theirs.keys())
-        assert all(ours.read(key).equal(theirs.read(key)) for key in ours.keys())  # noqa: SIM118  (a reader is no dict)
+        assert all(ours.read(key).equal(theirs.read(key))
+                   for key in ours.keys())  # noqa: SIM118  (a reader is no dict)
     changed_norm = TensorReader(changed).read("decoder.final_layernorm.weight")
-    assert (changed_norm == 7).all() and read_manifest(changed).content == {"step": 3, "tokens": 1, "parts": ["model"]}
+    assert ((changed_norm == 7).all()
+            and read_manifest(changed).content == {"step": 3, "tokens": 1, "parts": ["model"]})
     assert json.loads((later / "state.json").read_text()) == {"step": 2, "tokens": 1}
     for said in wrong:
         assert "step-1: rank 0 could not write its part of the checkpoint" in said["no room to complete"]
         assert "step-1: rank 1 could not write its part of the checkpoint" in said["no room to write"]
-        assert "No space left on device" in said["no room to write"] and said["defect"] == "ValueError: owned twice"
-        assert said["no room to complete: left"] == said["no room to write: left"] == said["defect: left"] == []
-        assert said["sound: left"] == said["taken: left"] == ["step-1"] and "step-1: already exists" in said["taken"]
-        assert "rank 1 did not finish writing within train.save_timeout_s = 0.5; see what holds up" in said["hangs"]
+        assert ("No space left on device" in said["no room to write"]
+                and said["defect"] == "ValueError: owned twice")
+        assert (said["no room to complete: left"] == said["no room to write: left"]
+                == said["defect: left"] == [])
+        assert (said["sound: left"] == said["taken: left"] == ["step-1"]
+                and "step-1: already exists" in said["taken"])
+        assert ("rank 1 did not finish writing within train.save_timeout_s = 0.5; see what holds up"
+                in said["hangs"])
         assert said["left with"] == [2], "what hangs in leaving is ended"

@@ -1,4 +1,5 @@
-"""Tensors on disk: any grid of blocks is read back in any other, and what does not fit together is refused."""
+"""Tensors on disk: any grid of blocks is read back in any other, and what does not fit
+together is refused."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ LocalShard = tuple[tuple[int, ...], tuple[int, ...]]
 
 @st.composite
 def grids(draw: st.DrawFn) -> tuple[tuple[int, ...], list[LocalShard]]:
-    """A tensor's shape and blocks that cover it: cut anew inside each block, so that most grids are irregular."""
+    """A tensor's shape and blocks that cover it: cut anew inside each block,
+    so that most grids are irregular."""
     shape = tuple(draw(st.lists(st.integers(1, 7), min_size=1, max_size=3)))
     blocks: list[LocalShard] = [((0,) * len(shape), shape)]
     for _ in range(draw(st.integers(0, 4))):
@@ -34,7 +36,8 @@ def grids(draw: st.DrawFn) -> tuple[tuple[int, ...], list[LocalShard]]:
         axis = draw(st.integers(0, len(shape) - 1))
         cuts = [0, *sorted(draw(st.sets(st.integers(1, max(1, extent[axis] - 1)), max_size=2))), extent[axis]]
         for a, b in pairwise(sorted(set(cuts))):
-            blocks.append(((*offset[:axis], offset[axis] + a, *offset[axis + 1:]), (*extent[:axis], b - a, *extent[axis + 1:])))
+            blocks.append(((*offset[:axis], offset[axis] + a, *offset[axis + 1:]),
+                           (*extent[:axis], b - a, *extent[axis + 1:])))
     return shape, blocks
 
 
@@ -53,8 +56,8 @@ def write(folder: Path, whole: torch.Tensor, blocks: list[LocalShard], num_ranks
 
 
 @given(grids(), st.sampled_from([torch.float32, torch.bfloat16, torch.int64]), st.integers(1, 3), st.data())
-def test_any_grid_is_read_in_any_block(tmp_path_factory, grid: tuple[tuple[int, ...], list[LocalShard]], dtype: torch.dtype,
-                                       num_ranks: int, data: st.DataObject) -> None:
+def test_any_grid_is_read_in_any_block(tmp_path_factory, grid: tuple[tuple[int, ...], list[LocalShard]],
+                                       dtype: torch.dtype, num_ranks: int, data: st.DataObject) -> None:
     shape, blocks = grid
     folder = tmp_path_factory.mktemp("grid")
     whole = torch.arange(math.prod(shape)).reshape(shape).to(dtype)
@@ -68,8 +71,10 @@ def test_any_grid_is_read_in_any_block(tmp_path_factory, grid: tuple[tuple[int, 
 
 
 @given(grids(), st.data())
-def test_gaps_and_overlaps_are_refused(tmp_path_factory, grid: tuple[tuple[int, ...], list[LocalShard]], data: st.DataObject) -> None:
-    """Brute force over elements decides whether blocks that were shifted, dropped or repeated still own each exactly once."""
+def test_gaps_and_overlaps_are_refused(tmp_path_factory, grid: tuple[tuple[int, ...], list[LocalShard]],
+                                       data: st.DataObject) -> None:
+    """Brute force over elements decides whether blocks that were shifted,
+    dropped or repeated still own each exactly once."""
     shape, blocks = grid
     i = data.draw(st.integers(0, len(blocks) - 1))
     offset, extent = blocks[i]
@@ -80,7 +85,8 @@ def test_gaps_and_overlaps_are_refused(tmp_path_factory, grid: tuple[tuple[int, 
     owners = torch.zeros(shape, dtype=torch.int)
     for block in changed:
         part(owners, block).add_(1)
-    pieces = [{"file": "f", "name": f"{n}", "offset": list(o), "shape": list(s)} for n, (o, s) in enumerate(changed)]
+    pieces = [{"file": "f", "name": f"{n}", "offset": list(o), "shape": list(s)}
+              for n, (o, s) in enumerate(changed)]
     index = {"w": {"dtype": "float32", "shape": list(shape), "pieces": pieces}}
     folder = tmp_path_factory.mktemp("owners")
     if (owners == 1).all():
@@ -125,7 +131,8 @@ def test_expert_matrices_are_blocks_of_one_tensor(tmp_path: Path) -> None:
     assert TensorReader(tmp_path).read("experts", (2, 1, 0), (1, 2, 2)).equal(whole[2:3, 1:])
 
 
-def test_large_parts_are_spread_over_files_and_none_stays_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_parts_are_spread_over_files_and_none_stays_open(tmp_path: Path,
+                                                               monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sharded_tensors, "MAX_FILE_BYTES", 100)
     whole = torch.randn(10, 20)
     write(tmp_path, whole, [((r, 0), (1, 20)) for r in range(10)])
@@ -154,7 +161,8 @@ def test_damage_is_one_sentence(tmp_path: Path) -> None:
         TensorReader(tmp_path).read("w", (0, 0), (9, 2))  # more than the tensor has
     file = next(tmp_path.glob("model/*/*"))
     file.write_bytes(file.read_bytes()[:-8])
-    cut = r"safetensors: cannot be read .*\bw@3,0 is cut off: .* 8 bytes too early.*; use an earlier checkpoint"
+    cut = (r"safetensors: cannot be read .*\bw@3,0 is cut off: .* 8 bytes too early.*; "
+           r"use an earlier checkpoint")
     with pytest.raises(UserError, match=cut):
         TensorReader(tmp_path).read("w", (0, 0), (1, 2))
     file.unlink()
@@ -173,10 +181,13 @@ def test_what_an_index_says_must_hold_in_the_files(tmp_path: Path) -> None:
             call(TensorReader(tmp_path))
         return str(e.value)
 
-    assert "w would stand in ../x, which is not a file below" in refused(lambda w: w["pieces"][0].update(file="../x"))
+    assert "w would stand in ../x, which is not a file below" in refused(
+        lambda w: w["pieces"][0].update(file="../x"))
     assert "w would stand in /x" in refused(lambda w: w["pieces"][0].update(file="/x"))
-    assert "a part of w [6, 2] is missing (the pieces begin at (0, 0))" in refused(lambda w: w["pieces"].pop())
-    assert "a part of w [6, 2] stands in several pieces" in refused(lambda w: w["pieces"].append(w["pieces"][0]))
+    assert "a part of w [6, 2] is missing (the pieces begin at (0, 0))" in refused(
+        lambda w: w["pieces"].pop())
+    assert "a part of w [6, 2] stands in several pieces" in refused(
+        lambda w: w["pieces"].append(w["pieces"][0]))
     assert "w: a block reaches beyond" in refused(lambda w: w["pieces"][0].update(shape=[9, 2]))
     read = partial(TensorReader.read, key="w")
     assert "w at (0, 0) is torch.float16 [3, 2] in the index, but the file holds it as F32" in refused(

@@ -1,4 +1,5 @@
-"""Reading span by span gives the states of whole sequences, of the trunk and of the prediction layer, at every layout."""
+"""Reading span by span gives the states of whole sequences, of the trunk and of the prediction
+layer, at every layout."""
 
 from __future__ import annotations
 
@@ -26,8 +27,8 @@ def logits(layout: dict[str, Any]) -> dict[str, Any]:
     from megatron_sov.mcore.parallel import world
 
     config = apply_settings(recipes.get("tiny-k-exaone"), [
-        "model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "model.expert_ffn_dim=16", "model.init_std=0.3",
-        "model.sliding_window_tokens=3", "model.num_layers=2", "train.precision=fp64"])
+        "model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "model.expert_ffn_dim=16",
+        "model.init_std=0.3", "model.sliding_window_tokens=3", "model.num_layers=2", "train.precision=fp64"])
     world.join(ParallelConfig(**layout))
     model = build(config.model, ParallelConfig(**layout), config.train)
     init.initialise(model, config.model, 1)
@@ -64,7 +65,8 @@ def test_pieces_read_as_whole_sequences_do(ranks, job) -> None:
         shares = count if "cp" in layout else 1
         assert [r["share"] for r in per_rank] == [[i % shares, shares] for i in range(count)]
         assert all(r["sum"] == [shares] and r["rows"][1] == 0 for r in per_rank)
-        assert per_rank[0]["rows"][0] == {"tp": 4, "cp": 4}.get(next(iter(layout), ""), 3)  # 3 tokens and padding
+        # 3 tokens and padding
+        assert per_rank[0]["rows"][0] == {"tp": 4, "cp": 4}.get(next(iter(layout), ""), 3)
         if "cp" not in layout:
             assert len({r["agreed"][0] for r in per_rank}) == 1
         seen = [r for r in per_rank if "trunk" in r]

@@ -19,14 +19,16 @@ def answers(layout: dict[str, Any]) -> dict[str, Any]:
     from megatron_sov.mcore.parallel import world
 
     config = apply_settings(recipes.get("tiny-k-exaone"), [
-        "model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "model.expert_ffn_dim=16", "model.init_std=0.3"])
+        "model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "model.expert_ffn_dim=16",
+        "model.init_std=0.3"])
     world.join(ParallelConfig(**layout))
     model = build(config.model, ParallelConfig(**layout), config.train)
     init.initialise(model, config.model, 1)
     policy = ForwardModel(model, 3)
     row = Inputs([[5, 6, 7, 8, 9, 10, 11], [1, 2, 3, 4]], torch.device("cpu"), min_tokens=13)
     logits = policy.logits(row, row.ends)
-    counts = [float(m.local_tokens_per_expert.sum()) for m in model.modules() if hasattr(m, "local_tokens_per_expert")]
+    counts = [float(m.local_tokens_per_expert.sum())
+              for m in model.modules() if hasattr(m, "local_tokens_per_expert")]
     return {"logits": logits.tolist(), "ends": row.ends.tolist(), "training": model.training,
             "counted": sum(counts), "tokens": len(row.inputs.tokens),
             "padding": int(row.inputs.padding.sum()), "bounds": row.inputs.cu_seqlens.tolist(),
@@ -42,7 +44,8 @@ def test_every_process_of_every_layout_answers_alike(ranks, job) -> None:
     assert alone["ends"] == [6, 10] and alone["tokens"] == 13 and alone["padding"] == 2
     assert alone["bounds"] == [0, 7, 11, 13] and alone["longest"] == 7
     assert alone["positions"] == [*range(7), *range(4), 0, 1]
-    assert [results[i][0]["tokens"] for i in (1, 4, 5)] == [14, 16, 16]  # lengths that the processes can share
+    # lengths that the processes can share
+    assert [results[i][0]["tokens"] for i in (1, 4, 5)] == [14, 16, 16]
     for (_, layout), per_rank in zip(layouts, results, strict=True):
         for result in per_rank:
             for row, expected in zip(result["logits"], alone["logits"], strict=True):

@@ -1,4 +1,5 @@
-"""Attention over packed documents, whole or cut over processes, against a dense softmax in double precision."""
+"""Attention over packed documents, whole or cut over processes,
+against a dense softmax in double precision."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ WATCHED = slice(1, None, 2)
 
 
 def _dense(inputs: list[Any], document: Any, window: int) -> Any:
-    """Return [tokens, heads * dim]: softmax over the whole row with one mask for documents, causality and window."""
+    """Return [tokens, heads * dim]: softmax over the whole row with one mask for documents,
+    causality and window."""
     import torch
 
     q, k, v = inputs
@@ -29,7 +31,8 @@ def _dense(inputs: list[Any], document: Any, window: int) -> Any:
 
 
 def attend(cp: int, rows: list[tuple[str, int, int]]) -> list[dict[str, Any]]:
-    """For each (documents, window, query block) return the largest errors of this process's output and gradients, and leaks.
+    """For each (documents, window, query block) return the largest errors of this process's output and
+    gradients, and leaks.
 
     A leak is a nonzero gradient of the watched documents' output with respect to another document's inputs.
     """
@@ -50,7 +53,8 @@ def attend(cp: int, rows: list[tuple[str, int, int]]) -> list[dict[str, Any]]:
         generator = torch.Generator().manual_seed(0)
         row = [torch.randn(total, heads, DIM, generator=generator) for heads in (HEADS, KV_HEADS, KV_HEADS)]
         upstream = torch.randn(total, HEADS * DIM, generator=generator)
-        packed = attention.pack(torch.cat([torch.zeros(1), documents.cumsum(0)]).to(torch.int32), int(documents.max()), total)
+        packed = attention.pack(torch.cat([torch.zeros(1), documents.cumsum(0)]).to(torch.int32),
+                                int(documents.max()), total)
 
         document = torch.repeat_interleave(torch.arange(len(documents)), documents)
         exact = [t.double().requires_grad_() for t in row]
@@ -60,19 +64,21 @@ def attend(cp: int, rows: list[tuple[str, int, int]]) -> list[dict[str, Any]]:
         inputs = [context.local(t).clone().requires_grad_() for t in row]
         out = layer(*inputs, None, packed_seq_params=packed)
         watched = context.local(torch.isin(document, torch.arange(len(documents))[WATCHED]))
-        leaks = torch.autograd.grad(out, inputs, context.local(upstream) * watched[:, None], retain_graph=True)
+        leaks = torch.autograd.grad(out, inputs, context.local(upstream) * watched[:, None],
+                                    retain_graph=True)
         out.backward(context.local(upstream))
         results.append({
             "output": float((out - context.local(expected)).abs().max()),
-            "gradients": max(float((a.grad - context.local(b.grad)).abs().max()) for a, b in zip(inputs, exact, strict=True)),
+            "gradients": max(float((a.grad - context.local(b.grad)).abs().max())
+                             for a, b in zip(inputs, exact, strict=True)),
             "leak": max(float((g.abs() * ~watched[:, None, None]).max()) for g in leaks),
             "watched": max(float(g.abs().max()) for g in leaks)})
     world.leave()
     return results
 
 
-CASES = [(documents, window, block) for documents in LENGTHS for window, block in ((0, 1024), (0, 5), (5, 1024), (5, 8), (1, 16),
-                                                                                 (17, 7), (64, 16))]
+CASES = [(documents, window, block) for documents in LENGTHS
+         for window, block in ((0, 1024), (0, 5), (5, 1024), (5, 8), (1, 16), (17, 7), (64, 16))]
 
 
 @pytest.mark.distributed
@@ -85,7 +91,8 @@ def test_each_document_attends_to_itself_alone(ranks, job, cp: int) -> None:
             assert result["gradients"] < 1e-5, (rank, case)
             assert result["leak"] == 0.0, (rank, case)
     for number, case in enumerate(CASES):
-        assert case[0] == "one" or max(r[number]["watched"] for r in per_rank) > 0.1, case  # there was something to leak
+        # there was something to leak
+        assert case[0] == "one" or max(r[number]["watched"] for r in per_rank) > 0.1, case
 
 
 def kept_bytes() -> list[int]:

@@ -24,8 +24,9 @@ def counted(data: str, run: str) -> dict[str, Any]:
     from megatron_sov.train.trainer import Trainer
 
     config = apply_settings(recipes.get("tiny-solar-open"), [
-        "model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", 'data.phases=[{"name": "main", "seq_len": 32}]',
-        "train.global_batch_size=8", "train.micro_batch_size=2", "train.steps=9", "guards.hang_timeout_s=0", "parallel.ep=2"])
+        "model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2",
+        'data.phases=[{"name": "main", "seq_len": 32}]', "train.global_batch_size=8",
+        "train.micro_batch_size=2", "train.steps=9", "guards.hang_timeout_s=0", "parallel.ep=2"])
     place = world.join(config.parallel)
     trainer = Trainer(config, place, RunFolder(Path(run)), open_sources({data: 1.0}, 368), LanguageModelling,
                       faults=parse(["nan@step=2,rank=1"], place.size))
@@ -36,24 +37,29 @@ def counted(data: str, run: str) -> dict[str, Any]:
         seen.append(experts.gather().sum(dim=1).tolist())
         states.append([experts.biases(), *(p.detach().clone() for p in trainer.model.parameters())])
     documents = Inputs([[1, 2, 3], [4, 5]], torch.device("cpu"), min_tokens=16)
-    result, load = experts.during(lambda: trainer.policy.map([documents], lambda hidden, head, batch: len(hidden)))
+    result, load = experts.during(lambda: trainer.policy.map([documents],
+                                                             lambda hidden, head, batch: len(hidden)))
     _, unseen = experts.during(lambda: None)
     trainer.policy.map([documents], lambda hidden, head, batch: len(hidden))
     _, uncounted = experts.during(lambda: None)
     trainer.close()
     world.leave()
-    return {"seen": seen, "learned tokens": trainer.state.tokens, "result": result, "evaluated": load.sum(dim=1).tolist(),
-            "nothing": float((unseen + uncounted).sum()), "bias": float(states[0][0].abs().max()),
+    return {"seen": seen, "learned tokens": trainer.state.tokens, "result": result,
+            "evaluated": load.sum(dim=1).tolist(), "nothing": float((unseen + uncounted).sum()),
+            "bias": float(states[0][0].abs().max()),
             "unmoved": all(torch.equal(a, b) for a, b in zip(*states, strict=True)),
             "passed over": [e.first_step for e in trainer.batches.ledger.entries if e.skip],
             "top k": config.model.num_experts_per_token, "rate": config.model.router_bias_update_rate}
 
 
 @pytest.mark.distributed
-def test_tokens_are_counted_once_and_a_refused_step_moves_no_bias(ranks: Any, job: Any, packed_data: Any, tmp_path: Any) -> None:
-    ((found, other),) = ranks(job(__file__, "counted", 2, {"data": str(packed_data.text), "run": str(tmp_path / "run")}))
+def test_tokens_are_counted_once_and_a_refused_step_moves_no_bias(ranks: Any, job: Any, packed_data: Any,
+                                                                  tmp_path: Any) -> None:
+    ((found, other),) = ranks(job(__file__, "counted", 2,
+                                  {"data": str(packed_data.text), "run": str(tmp_path / "run")}))
     assert found == other
     assert found["seen"][0] == [found["learned tokens"] * found["top k"]] * 2, "every token, in both layers"
     assert found["bias"] == pytest.approx(found["rate"]) and found["unmoved"] and found["passed over"] == [1]
-    assert found["evaluated"] == [2 * 5 * found["top k"]] * 2, "both processes ran five tokens; padding is left out"
+    assert found["evaluated"] == [2 * 5 * found["top k"]] * 2, ("both processes ran five tokens; "
+                                                                "padding is left out")
     assert found["result"] == [1] and found["nothing"] == 0

@@ -20,15 +20,17 @@ def numbers() -> dict[str, Any]:
     ranges = [(0, 1), (1, 1), (7, 2), (8, 8), (1001, 50_000), (199_990, 13)]
     with_itself = float(np.corrcoef(whole[:-1], whole[1:])[0, 1])
     with_other = float(np.corrcoef(whole, normals(5, "v", 0, 200_003))[0, 1])
-    return {"slices": all((normals(5, "w", a, n) == whole[a:a + n]).all() for a, n in ranges), "dtype": str(whole.dtype),
-            "mean": float(whole.mean()), "std": float(whole.std()), "kurtosis": float((whole.astype(float) ** 4).mean()),
-            "beyond_2": float((abs(whole) > 2).mean()), "with_itself": with_itself, "with_other": with_other,
+    return {"slices": all((normals(5, "w", a, n) == whole[a:a + n]).all() for a, n in ranges),
+            "dtype": str(whole.dtype), "mean": float(whole.mean()), "std": float(whole.std()),
+            "kurtosis": float((whole.astype(float) ** 4).mean()), "beyond_2": float((abs(whole) > 2).mean()),
+            "with_itself": with_itself, "with_other": with_other,
             "same": bool((normals(5, "w", 0, 99) == normals(5, "w", 0, 99)).all()),
             "seeds": int((normals(5, "w", 0, 99) == normals(6, "w", 0, 99)).sum())}
 
 
 def initial(recipe: str, layout: dict[str, Any], folder: str, *, reference: bool = False) -> dict[str, Any]:
-    """Initialise a model; the reference writes its tensors, the others count the blocks that differ from them."""
+    """Initialise a model; the reference writes its tensors, the others count the blocks
+    that differ from them."""
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -50,7 +52,8 @@ def initial(recipe: str, layout: dict[str, Any], folder: str, *, reference: bool
     if reference:
         whole: dict[str, torch.Tensor] = {}
         for b in local:
-            whole.setdefault(b.key, torch.full(b.global_shape, torch.nan))[_place(b)] = b.data.reshape(b.shape)
+            whole.setdefault(b.key,
+                             torch.full(b.global_shape, torch.nan))[_place(b)] = b.data.reshape(b.shape)
         save_file(whole, file)
     expected = load_file(file)
     differing = [b.key for b in local if not b.data.reshape(b.shape).equal(expected[b.key][_place(b)])]
@@ -100,4 +103,5 @@ def test_weights_are_functions_of_seed_name_and_index(ranks, job, tmp_path: Path
         for result in per_rank:
             assert result["differing"] == [] and result["unset"] == [], layout
 
-    assert said == "decoder.layers.0.mystery.weight: 0 rules of mcore/init.py match this tensor's name, needs exactly one"
+    assert said == ("decoder.layers.0.mystery.weight: 0 rules of mcore/init.py match this tensor's name, "
+                    "needs exactly one")

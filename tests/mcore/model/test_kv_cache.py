@@ -1,4 +1,5 @@
-"""Cached attention against a dense softmax over whole sequences, with spans of any length and tokens taken back."""
+"""Cached attention against a dense softmax over whole sequences, with spans of any length and
+tokens taken back."""
 
 from __future__ import annotations
 
@@ -30,12 +31,14 @@ class Whole:
         visible = (distance >= 0) & ((distance < window) if window else True)
         keys, values = (t.repeat_interleave(HEADS // KV_HEADS, 1) for t in (self.k, self.v))
         scores = torch.einsum("qhd,khd->hqk", self.q, keys) * DIM ** -0.5
-        return torch.einsum("hqk,khd->qhd", scores.masked_fill(~visible, -torch.inf).softmax(-1), values).flatten(1)
+        return torch.einsum("hqk,khd->qhd", scores.masked_fill(~visible, -torch.inf).softmax(-1),
+                            values).flatten(1)
 
 
 @pytest.mark.parametrize("step", [1, 3])
 @pytest.mark.parametrize("window", [0, 1, 5, 16, 100])
-def test_pieces_give_what_whole_sequences_give(window: int, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_give_what_whole_sequences_give(window: int, step: int,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "QUERY_BLOCK", 7)
     generator, choose = torch.Generator().manual_seed(window), random.Random(window)
     layer = CachedAttention(CacheSize(SLOTS, LONGEST, step), DIM ** -0.5, window)
@@ -45,7 +48,8 @@ def test_pieces_give_what_whole_sequences_give(window: int, step: int, monkeypat
     for turn in range(40):
         for slot in range(SLOTS):
             if lasts[slot] <= step and done[slot] and choose.random() < 0.4:
-                done[slot] -= choose.randrange(lasts[slot])  # all but one of a step's tokens may be taken back
+                # all but one of a step's tokens may be taken back
+                done[slot] -= choose.randrange(lasts[slot])
                 lasts[slot] = 1
         together = turn % 2 == 1
         lengths = [step] * SLOTS if together else [choose.choice((1, 2, step, 6, 11)) for _ in range(SLOTS)]
@@ -58,9 +62,11 @@ def test_pieces_give_what_whole_sequences_give(window: int, step: int, monkeypat
         groups = [Group(0, 0, step, list(done))] if together else [
             Group(sum(lengths[:i]), i, lengths[i], [done[i]]) for i in range(SLOTS)]
         row = [torch.cat([getattr(s, name)[d:d + n] for s, d, n in zip(sequences, done, lengths, strict=True)]
-                         + [torch.full((2, HEADS if name == "q" else KV_HEADS, DIM), torch.nan).double()]) for name in "qkv"]
+                         + [torch.full((2, HEADS if name == "q" else KV_HEADS, DIM), torch.nan).double()])
+               for name in "qkv"]
         found = layer(*row, None, packed_seq_params=PackedSpans(groups=groups))
-        expected = torch.cat([s.dense(window)[d:d + n] for s, d, n in zip(sequences, done, lengths, strict=True)])
+        expected = torch.cat([s.dense(window)[d:d + n]
+                              for s, d, n in zip(sequences, done, lengths, strict=True)])
         assert torch.allclose(found[:-2], expected, atol=1e-12), turn
         assert not found[-2:].any(), "padding"
         done = [d + n for d, n in zip(done, lengths, strict=True)]

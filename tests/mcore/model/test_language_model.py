@@ -6,14 +6,15 @@ from typing import Any
 
 import pytest
 
-SMALL = ["model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "model.expert_ffn_dim=16", "model.init_std=0.3",
-         "model.seq_aux_loss_coeff=0"]
+SMALL = ["model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "model.expert_ffn_dim=16",
+         "model.init_std=0.3", "model.seq_aux_loss_coeff=0"]
 DOCUMENT = [(7 * i + 3) % 96 for i in range(41)]  # longer than the window of 32
 BEFORE = [[(5 * i + 1) % 96 for i in range(n)] for n in (1, 38)]
 
 
 def hidden(recipe: str, layout: dict[str, Any], documents: list[list[int]]) -> list[list[float]] | None:
-    """Return the hidden states of the last document of a row, trunk then prediction depths (None before the last stage)."""
+    """Return the hidden states of the last document of a row, trunk then prediction depths (None
+    before the last stage)."""
     import torch
 
     from megatron_sov import recipes
@@ -34,16 +35,19 @@ def hidden(recipe: str, layout: dict[str, Any], documents: list[list[int]]) -> l
     if not place.last_stage:
         return None
     trunk, *depths = found[0]
-    return torch.cat([trunk, *(d[:-1] for d in depths)]).tolist()  # a depth's last place sees what follows, and is never learned
+    # a depth's last place sees what follows, and is never learned
+    return torch.cat([trunk, *(d[:-1] for d in depths)]).tolist()
 
 
 @pytest.mark.distributed
 def test_a_document_is_the_same_alone_and_behind_others(ranks, job) -> None:
     cases = [(recipe, *case) for recipe in ("tiny-k-exaone", "tiny-solar-open")
-             for case in [(1, {}, [DOCUMENT]), (1, {}, [*BEFORE, DOCUMENT]), (2, {"tp": 2, "sp": True}, [*BEFORE, DOCUMENT]),
+             for case in [(1, {}, [DOCUMENT]), (1, {}, [*BEFORE, DOCUMENT]),
+                          (2, {"tp": 2, "sp": True}, [*BEFORE, DOCUMENT]),
                           (2, {"pp": 2}, [*BEFORE, DOCUMENT]), (2, {"pp": 2, "vpp": 2}, [*BEFORE, DOCUMENT]),
                           (2, {"cp": 2}, [*BEFORE, DOCUMENT])]]
-    results = ranks(*(job(__file__, "hidden", n, {"recipe": recipe, "layout": x, "documents": d}) for recipe, n, x, d in cases))
+    results = ranks(*(job(__file__, "hidden", n, {"recipe": recipe, "layout": x, "documents": d})
+                      for recipe, n, x, d in cases))
     for (recipe, _, layout, documents), per_rank in zip(cases, results, strict=True):
         states = [[x for row in s for x in row] for s in per_rank if s is not None]
         assert len(states) == (1 if "pp" in layout else len(per_rank))
@@ -55,7 +59,8 @@ def test_a_document_is_the_same_alone_and_behind_others(ranks, job) -> None:
 
 
 def leak(recipe: str, layout: dict[str, Any]) -> dict[str, float]:
-    """Return the largest gradient of one document's log-probabilities at the embeddings of that document, and of the others."""
+    """Return the largest gradient of one document's log-probabilities at the embeddings of that document,
+    and of the others."""
     import torch
 
     from megatron_sov import recipes
@@ -85,7 +90,8 @@ def leak(recipe: str, layout: dict[str, Any]) -> dict[str, float]:
     index = context.row_index(len(labels), model.config.sequence_parallel, labels.device)
     inside = (index >= 38) & (index < 79)
     gradients = torch.stack([e.grad[:, 0].abs().amax(dim=1) for e in embedded]).amax(dim=0)
-    return {"own": float((gradients * inside).max()), "others": float((gradients * ~inside).max()), "calls": len(embedded)}
+    return {"own": float((gradients * inside).max()), "others": float((gradients * ~inside).max()),
+            "calls": len(embedded)}
 
 
 @pytest.mark.distributed
@@ -96,4 +102,5 @@ def test_no_gradient_reaches_another_document(ranks, job) -> None:
     for case, per_rank in zip(cases, results, strict=True):
         assert [r["others"] for r in per_rank] == [0.0] * len(per_rank), case
         assert max(r["own"] for r in per_rank) > 0.01, case
-        assert {r["calls"] for r in per_rank} == {2 if case[0] == "tiny-k-exaone" else 1}, "the prediction layer embeds as well"
+        assert {r["calls"] for r in per_rank} == {2 if case[0] == "tiny-k-exaone" else 1}, (
+            "the prediction layer embeds as well")

@@ -8,7 +8,8 @@ import pytest
 
 
 def covered(layout: dict[str, Any]) -> dict[str, Any]:
-    """Return which parameters blocks do not reach, and which elements are not owned by exactly one process."""
+    """Return which parameters blocks do not reach, and which elements are not owned by
+    exactly one process."""
     import torch
     import torch.distributed as dist
 
@@ -39,14 +40,15 @@ def covered(layout: dict[str, Any]) -> dict[str, Any]:
         place = tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
         owners.setdefault(key, torch.zeros(whole, dtype=torch.int))[place] += 1
     return {"once": once, "wrong": [k for k, t in owners.items() if not t.eq(1).all()],
-            "shapes": {k: list(t.shape) for k, t in owners.items()}, "buffers": sorted(k for k, p in found.items() if p is None),
+            "shapes": {k: list(t.shape) for k, t in owners.items()},
+            "buffers": sorted(k for k, p in found.items() if p is None),
             "sorted": [b.key for b in local] == sorted(b.key for b in local)}
 
 
 @pytest.mark.distributed
 def test_blocks_are_the_model_at_every_layout(ranks, job) -> None:
-    layouts = [(1, {}), (2, {"tp": 2, "sp": True}), (2, {"ep": 2}), (4, {"tp": 2, "sp": True, "pp": 2, "ep": 2}),
-               (2, {"pp": 2, "vpp": 2})]
+    layouts = [(1, {}), (2, {"tp": 2, "sp": True}), (2, {"ep": 2}),
+               (4, {"tp": 2, "sp": True, "pp": 2, "ep": 2}), (2, {"pp": 2, "vpp": 2})]
     results = ranks(*(job(__file__, "covered", n, {"layout": layout}) for n, layout in layouts))
     for (_, layout), per_rank in zip(layouts, results, strict=True):
         for result in per_rank:
@@ -58,7 +60,8 @@ def test_blocks_are_the_model_at_every_layout(ranks, job) -> None:
 
 
 def full_size(recipe: str) -> dict[str, Any]:
-    """Build a big recipe's whole model on meta tensors, which take no memory; return how it differs from its family's map."""
+    """Build a big recipe's whole model on meta tensors, which take no memory;
+    return how it differs from its family's map."""
     import torch
 
     from megatron_sov import models, recipes
@@ -77,7 +80,8 @@ def full_size(recipe: str) -> dict[str, Any]:
         tensor[0] += block.data.numel()
     expected: dict[str, list[Any]] = {}
     for link in models.get(config.model.family).links(config.model):
-        tensor = expected.setdefault(link.key, [0, list(link.shape), "torch.float32" if link.fp32 else "torch.bfloat16"])
+        tensor = expected.setdefault(link.key, [0, list(link.shape),
+                                                "torch.float32" if link.fp32 else "torch.bfloat16"])
         tensor[0] += torch.Size(link.block_shape).numel()
     return {"num_tensors": len(found), "all_on_meta": all(p.is_meta for p in model.parameters()),
             "differing": [k for k in {**found, **expected} if found.get(k) != expected.get(k)]}
@@ -87,6 +91,7 @@ def full_size(recipe: str) -> dict[str, Any]:
 def test_full_size_models_have_the_tensors_that_their_families_map(ranks, job) -> None:
     sizes = {"solar-open-102b": 48 * 10 + 3, "k-exaone-236b": 8 + 47 * 12 + 12 + 3, "qwen2-1.5b": 28 * 7 + 2,
              "qwen3-8b": 36 * 8 + 3, "qwen3-moe-30b": 48 * 9 + 3}
-    for name, (result,) in zip(sizes, ranks(*(job(__file__, "full_size", 1, {"recipe": name}) for name in sizes)), strict=True):
+    for name, (result,) in zip(
+            sizes, ranks(*(job(__file__, "full_size", 1, {"recipe": name}) for name in sizes)), strict=True):
         assert result["differing"] == [] and result["all_on_meta"], name
         assert result["num_tensors"] == sizes[name], name

@@ -1,4 +1,5 @@
-"""Log-probabilities, best tokens and logits from a split head, against torch's log_softmax over the whole vocabulary."""
+"""Log-probabilities, best tokens and logits from a split head, against torch's log_softmax over
+the whole vocabulary."""
 
 from __future__ import annotations
 
@@ -17,11 +18,13 @@ def whole() -> tuple[Any, Any, Any, Any]:
     weight = torch.randn(VOCABULARY, HIDDEN, generator=generator)
     weight[30] = weight[3] = 3 * weight[3]  # a tie over the border between two processes
     return (torch.randn(TOKENS, HIDDEN, generator=generator), weight,
-            torch.randint(VOCABULARY, (TOKENS,), generator=generator), torch.randn(TOKENS, generator=generator))
+            torch.randint(VOCABULARY, (TOKENS,), generator=generator),
+            torch.randn(TOKENS, generator=generator))
 
 
 def score(tp: int, sp: bool, chunk_tokens: int) -> dict[str, Any]:
-    """Return this process's results and its parts of the gradients; rows that pad the vocabulary would beat every token."""
+    """Return this process's results and its parts of the gradients; rows that pad the vocabulary
+    would beat every token."""
     from types import SimpleNamespace
 
     import torch
@@ -39,16 +42,19 @@ def score(tp: int, sp: bool, chunk_tokens: int) -> dict[str, Any]:
     head = Head(part, SimpleNamespace(sequence_parallel=sp), chunk_tokens, VOCABULARY)
     logprobs = head.logprobs(local, labels)
     (logprobs * upstream).sum().backward()
-    return {"logprobs": logprobs.tolist(), "hidden_grad": local.grad[:, 0].tolist(), "weight_grad": part.grad.tolist(),
-            "top": head.top_tokens(hidden).tolist(), "logits": head.logits(hidden).tolist()}
+    return {"logprobs": logprobs.tolist(), "hidden_grad": local.grad[:, 0].tolist(),
+            "weight_grad": part.grad.tolist(), "top": head.top_tokens(hidden).tolist(),
+            "logits": head.logits(hidden).tolist()}
 
 
 @pytest.mark.distributed
 def test_a_split_head_scores_like_a_whole_one(ranks, job) -> None:
     import torch
 
-    cases = [(1, False, 64), (1, False, 5), (2, False, 1), (2, False, 5), (2, True, 5), (2, True, 12), (3, True, 5)]
-    results = ranks(*(job(__file__, "score", tp, {"tp": tp, "sp": sp, "chunk_tokens": c}) for tp, sp, c in cases))
+    cases = [(1, False, 64), (1, False, 5), (2, False, 1), (2, False, 5), (2, True, 5), (2, True, 12),
+             (3, True, 5)]
+    results = ranks(*(job(__file__, "score", tp, {"tp": tp, "sp": sp, "chunk_tokens": c})
+                      for tp, sp, c in cases))
     hidden, weight, labels, upstream = (t.double() if t.is_floating_point() else t for t in whole())
     hidden.requires_grad_()
     weight.requires_grad_()
@@ -63,7 +69,8 @@ def test_a_split_head_scores_like_a_whole_one(ranks, job) -> None:
             assert torch.allclose(torch.tensor(result["logprobs"]).double(), expected, atol=1e-5)
             assert torch.allclose(torch.tensor(result["logits"]).double(), logits, atol=1e-4)
             assert result["top"] == best.argmax(-1).tolist()
-        hidden_grad = [row for r in per_rank for row in r["hidden_grad"]] if sp else per_rank[-1]["hidden_grad"]
+        hidden_grad = ([row for r in per_rank for row in r["hidden_grad"]] if sp
+                       else per_rank[-1]["hidden_grad"])
         weight_grad = [row for r in per_rank for row in r["weight_grad"]]
         assert torch.allclose(torch.tensor(hidden_grad).double(), hidden.grad, atol=1e-5)
         assert torch.allclose(torch.tensor(weight_grad[:VOCABULARY]).double(), weight.grad, atol=1e-5)

@@ -1,4 +1,5 @@
-"""A whole optimizer step at every layout: the same losses, gradients, expert counts and biases as on one process."""
+"""A whole optimizer step at every layout: the same losses, gradients, expert counts and biases
+as on one process."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from typing import Any
 import pytest
 
 LAYOUTS = {"dp2": (2, {}), "tp2 sp": (2, {"tp": 2, "sp": True}), "pp2": (2, {"pp": 2}), "ep2": (2, {"ep": 2}),
-           "tp2 sp etp2": (2, {"tp": 2, "sp": True, "etp": 2}), "tp2 sp ep2 pp2": (4, {"tp": 2, "sp": True, "ep": 2, "pp": 2})}
+           "tp2 sp etp2": (2, {"tp": 2, "sp": True, "etp": 2}),
+           "tp2 sp ep2 pp2": (4, {"tp": 2, "sp": True, "ep": 2, "pp": 2})}
 
 
 def step(recipe: str, layout: dict[str, Any], settings: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -47,12 +49,14 @@ def step(recipe: str, layout: dict[str, Any], settings: tuple[str, ...] = ()) ->
         bounds = torch.tensor([0, 5 + number, 16, 25, 32], dtype=torch.int32)
         positions = torch.cat([torch.arange(b - a) for a, b in pairwise(bounds.tolist())])
         padding = torch.arange(32) >= (25 if number == 3 else 32)
-        rows.append(Row(ModelInputs(torch.randint(96, (32,), generator=generator), positions, bounds, 16, padding),
+        rows.append(Row(ModelInputs(torch.randint(96, (32,), generator=generator), positions,
+                                    bounds, 16, padding),
                         torch.randint(96, (32,), generator=generator), (~padding).float()))
 
     def loss(hidden: torch.Tensor, row: Row) -> tuple[torch.Tensor, torch.Tensor]:
         head = head_of(model, 7)
-        total = -sum((head.logprobs(h, row.labels) * row.weights).sum() for h in hidden.chunk(1 + config.model.num_mtp_layers))
+        total = -sum((head.logprobs(h, row.labels) * row.weights).sum()
+                     for h in hidden.chunk(1 + config.model.num_mtp_layers))
         return total / 121, total.detach().double()
 
     optimizer.zero_grad()
@@ -76,7 +80,8 @@ def test_every_layout_gives_one_processs_step(ranks, job) -> None:
     cases = [("tiny-k-exaone", *case) for case in [(1, {}), *LAYOUTS.values()]]
     cases += [("tiny-solar-open", *case) for case in [(1, {}), LAYOUTS["tp2 sp"], LAYOUTS["dp2"]]]
     recomputed, *results = ranks(
-        job(__file__, "step", 1, {"recipe": "tiny-k-exaone", "layout": {}, "settings": ["train.recompute=true"]}),
+        job(__file__, "step", 1,
+            {"recipe": "tiny-k-exaone", "layout": {}, "settings": ["train.recompute=true"]}),
         *(job(__file__, "step", n, {"recipe": recipe, "layout": layout}) for recipe, n, layout in cases))
     assert recomputed == results[0]
     for (recipe, _, layout), per_rank in zip(cases, results, strict=True):

@@ -27,7 +27,8 @@ def test_a_flipped_bit_changes_the_checksum_and_little_else(dtype: torch.dtype) 
 
 
 def replicas(layout: dict[str, int], flipped_on: list[int], expert: bool) -> list[Any]:
-    """Runs inside ranks: who differs before and after a bit of some ranks is flipped, in a shared weight or a routed expert."""
+    """Runs inside ranks: who differs before and after a bit of some ranks is flipped,
+    in a shared weight or a routed expert."""
     from megatron_sov import recipes
     from megatron_sov.config import ParallelConfig, apply_settings
     from megatron_sov.mcore.model import init, replica_checks
@@ -40,24 +41,28 @@ def replicas(layout: dict[str, int], flipped_on: list[int], expert: bool) -> lis
     init.initialise(model, config.model, 1)
     found = [replica_checks.differing_replicas(model)]
     if place.rank in flipped_on:
-        replica_checks.flip_bit(next(p for p in model.parameters() if p.dim() == 2 and getattr(p, "allreduce", True) != expert))
+        replica_checks.flip_bit(next(p for p in model.parameters()
+                                     if p.dim() == 2 and getattr(p, "allreduce", True) != expert))
     found.append(replica_checks.differing_replicas(model))
     world.leave()
     return found
 
 
 @pytest.mark.distributed
-def test_the_process_whose_weight_changed_is_named_where_a_majority_knows_better(ranks: Any, job: Any) -> None:
+def test_the_process_whose_weight_changed_is_named_where_a_majority_knows_better(
+        ranks: Any, job: Any) -> None:
     cases = [({}, 3, [1], False, [1]), ({"ep": 2}, 2, [1], False, [0, 1]), ({"ep": 2}, 4, [3], True, [1, 3]),
              ({"tp": 2, "sp": True}, 2, [1], False, []), ({}, 3, [], False, [])]
-    found = ranks(*[job(__file__, "replicas", nproc, {"layout": layout, "flipped_on": flipped, "expert": expert})
-                    for layout, nproc, flipped, expert, _ in cases])
+    found = ranks(
+        *[job(__file__, "replicas", nproc, {"layout": layout, "flipped_on": flipped, "expert": expert})
+          for layout, nproc, flipped, expert, _ in cases])
     for per_rank, (layout, nproc, flipped, _, named) in zip(found, cases, strict=True):
         assert per_rank == [[[], named]] * nproc, (layout, flipped)
 
 
 def repeated(settings: list[str], data: str, run: str) -> list[Any]:
-    """Runs inside ranks: two steps without and with a probe, and with one process computing wrongly in the second one.
+    """Runs inside ranks: two steps without and with a probe, and with one process computing wrongly
+    in the second one.
 
     Returns the losses of each, and what is said at the end.
     """
@@ -76,12 +81,14 @@ def repeated(settings: list[str], data: str, run: str) -> list[Any]:
     found = []
     for every, lies in ((0, []), (1, []), (1, ["miscompute@step=2,rank=1"])):
         config = apply_settings(recipes.get("tiny-solar-open"), [
-            "model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", 'data.phases=[{"name": "main", "seq_len": 32}]',
-            "train.global_batch_size=8", "train.micro_batch_size=2", "train.steps=9", "train.deterministic=true",
-            "train.hidden_dropout=0.1", "guards.hang_timeout_s=0", f"guards.probe_every_steps={every}", *settings])
+            "model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2",
+            'data.phases=[{"name": "main", "seq_len": 32}]', "train.global_batch_size=8",
+            "train.micro_batch_size=2", "train.steps=9", "train.deterministic=true",
+            "train.hidden_dropout=0.1", "guards.hang_timeout_s=0",
+            f"guards.probe_every_steps={every}", *settings])
         place = world.join(config.parallel)
-        trainer = Trainer(config, place, RunFolder(Path(run)), open_sources({data: 1.0}, 368), LanguageModelling,
-                          faults=parse(lies, place.size))
+        trainer = Trainer(config, place, RunFolder(Path(run)), open_sources({data: 1.0}, 368),
+                          LanguageModelling, faults=parse(lies, place.size))
         losses, said = [], ""
         try:
             losses += [trainer.update().loss for _ in range(2)]
@@ -97,12 +104,15 @@ def repeated(settings: list[str], data: str, run: str) -> list[Any]:
 def test_a_process_that_computes_otherwise_the_second_time_is_named_and_probing_changes_nothing(
         ranks: Any, job: Any, packed_data: Any, tmp_path: Any) -> None:
     layouts = {"tp": ["parallel.tp=2", "parallel.sp=true"], "pp": ["parallel.pp=2"],
-               "zero1": ["parallel.zero1=true", "parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"]}
+               "zero1": ["parallel.zero1=true", "parallel.overlap_grad_reduce=true",
+                         "parallel.overlap_param_gather=true"]}
     data = str(packed_data.text)
-    found = ranks(*[job(__file__, "repeated", 2, {"settings": settings, "data": data, "run": str(tmp_path / name)})
-                    for name, settings in layouts.items()])
+    found = ranks(
+        *[job(__file__, "repeated", 2, {"settings": settings, "data": data, "run": str(tmp_path / name)})
+          for name, settings in layouts.items()])
     for name, per_rank in zip(layouts, found, strict=True):
         for plain, probed, (losses, said) in per_rank:
             assert plain == probed and len(plain[0]) == 2, name
-            assert losses == [] and "the same micro-batch gave other gradients when it was computed again" in said, name
+            assert losses == [] and ("the same micro-batch gave other gradients when it was "
+                                     "computed again") in said, name
             assert said.startswith("silent corruption after step 2: ") and "(rank 1 on " in said, name

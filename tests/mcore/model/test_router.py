@@ -1,4 +1,5 @@
-"""Routing against plain formulas: choice and weights as in transformers, the balancing loss as in DeepSeek-V3's paper."""
+"""Routing against plain formulas: choice and weights as in transformers, the balancing loss as in
+DeepSeek-V3's paper."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ def whole() -> tuple[Any, Any, Any]:
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    return (torch.randn(SEQ_LEN * SEQUENCES, EXPERTS, generator=generator), torch.randn(EXPERTS, generator=generator) * 0.3,
-            torch.randn(SEQ_LEN * SEQUENCES, EXPERTS, generator=generator))
+    return (torch.randn(SEQ_LEN * SEQUENCES, EXPERTS, generator=generator), torch.randn(
+        EXPERTS, generator=generator) * 0.3, torch.randn(SEQ_LEN * SEQUENCES, EXPERTS, generator=generator))
 
 
 def route(layout: dict[str, Any], padding: list[int], *, other_padding: bool = False) -> dict[str, Any]:
@@ -31,8 +32,8 @@ def route(layout: dict[str, Any], padding: list[int], *, other_padding: bool = F
     from megatron_sov.mcore.parallel import context, world
 
     config = apply_settings(recipes.get("tiny-solar-open"), [
-        f"model.num_experts={EXPERTS}", f"model.num_experts_per_token={TOP_K}", f"model.routed_scaling_factor={FACTOR}",
-        f"model.seq_aux_loss_coeff={COEFF}", "model.num_layers=1"])
+        f"model.num_experts={EXPERTS}", f"model.num_experts_per_token={TOP_K}",
+        f"model.routed_scaling_factor={FACTOR}", f"model.seq_aux_loss_coeff={COEFF}", "model.num_layers=1"])
     world.join(ParallelConfig(**layout))
     model = build(config.model, ParallelConfig(**layout), config.train)
     router = next(m for m in model.modules() if isinstance(m, BalancedRouter))
@@ -52,7 +53,8 @@ def route(layout: dict[str, Any], padding: list[int], *, other_padding: bool = F
     weights, chosen = router.routing(local[:, None], mask[mine][:, None])
     (weights * upstream[mine]).sum().backward()
     return {"weights": weights.tolist(), "chosen": chosen.tolist(), "grad": local.grad.tolist(),
-            "loss": float(step.aux_loss[1]), "index": mine.tolist(), "counts": router.local_tokens_per_expert.tolist()}
+            "loss": float(step.aux_loss[1]), "index": mine.tolist(),
+            "counts": router.local_tokens_per_expert.tolist()}
 
 
 def gate_bf16() -> dict[str, Any]:
@@ -73,7 +75,8 @@ def gate_bf16() -> dict[str, Any]:
     router.weight.data.copy_(torch.randn(router.weight.shape, generator=generator) * 0.1)
     hidden = torch.randn(16, 1, config.model.hidden_size, generator=generator).bfloat16()
     logits = router.gating(hidden)
-    return {"hidden": hidden[:, 0].tolist(), "weight": router.weight.tolist(), "logits": logits[:, 0].tolist(),
+    return {"hidden": hidden[:, 0].tolist(), "weight": router.weight.tolist(),
+            "logits": logits[:, 0].tolist(),
             "dtypes": [str(t.dtype) for t in (router.weight, logits, router.expert_bias)]}
 
 
@@ -92,7 +95,8 @@ def expected(padding: list[int]) -> dict[str, Any]:
     loss = torch.zeros((), dtype=torch.float64)
     for sequence in range(SEQUENCES):
         tokens = [t for t in valid if t // SEQ_LEN == sequence]
-        top = scores[tokens].topk(TOP_K).indices.flatten().tolist()  # the loss looks at the scores, not at the biased choice
+        # the loss looks at the scores, not at the biased choice
+        top = scores[tokens].topk(TOP_K).indices.flatten().tolist()
         for expert in range(EXPERTS):
             frequency = EXPERTS / (TOP_K * len(tokens)) * top.count(expert)
             share = scores[tokens, expert] / scores[tokens].sum(-1)
@@ -120,12 +124,14 @@ def test_routing_is_the_formula_at_every_layout_without_padding(ranks, job) -> N
         job(__file__, "route", 1, {"layout": {}, "padding": []}),
         job(__file__, "route", 1, {"layout": {}, "padding": PADDING}),
         job(__file__, "route", 1, {"layout": {}, "padding": PADDING, "other_padding": True}),
-        job(__file__, "route", 2, {"layout": sp, "padding": PADDING}),  # the border lies inside the second sequence
+        # the border lies inside the second sequence
+        job(__file__, "route", 2, {"layout": sp, "padding": PADDING}),
         job(__file__, "route", 2, {"layout": {"cp": 2}, "padding": PADDING}),
         job(__file__, "route", 4, {"layout": sp | {"cp": 2}, "padding": PADDING}))
     assert other[0]["loss"] == padded[0]["loss"] != plain[0]["loss"]
     assert other[0]["counts"] == padded[0]["counts"]
-    for padding, result in (([], plain), (PADDING, padded), (PADDING, split), (PADDING, cut), (PADDING, both)):
+    for padding, result in (([], plain), (PADDING, padded), (PADDING, split), (PADDING, cut),
+                            (PADDING, both)):
         formula = expected(padding)
         assert joined(result, "chosen").equal(formula["chosen"])
         assert torch.allclose(joined(result, "weights"), formula["weights"], atol=1e-6)
@@ -143,7 +149,8 @@ def test_bf16_logits_are_summed_in_float32_as_in_transformers(ranks, job) -> Non
     ((found,),) = ranks(job(__file__, "gate_bf16"))
     assert found["dtypes"] == ["torch.bfloat16", "torch.float32", "torch.float32"]
     hidden, weight, logits = (torch.tensor(found[name]) for name in ("hidden", "weight", "logits"))
-    router = SolarOpenTopkRouter(SolarOpenConfig(n_routed_experts=len(weight), hidden_size=hidden.shape[1])).bfloat16()
+    router = SolarOpenTopkRouter(SolarOpenConfig(n_routed_experts=len(weight),
+                                                 hidden_size=hidden.shape[1])).bfloat16()
     router.e_score_correction_bias = router.e_score_correction_bias.float()
     with torch.no_grad():
         router.weight.copy_(weight)
@@ -158,8 +165,8 @@ def test_the_formula_is_the_one_of_transformers() -> None:
     from transformers import SolarOpenConfig
     from transformers.models.solar_open.modeling_solar_open import SolarOpenTopkRouter
 
-    router = SolarOpenTopkRouter(SolarOpenConfig(n_routed_experts=EXPERTS, num_experts_per_tok=TOP_K, hidden_size=EXPERTS,
-                                                 routed_scaling_factor=FACTOR))
+    router = SolarOpenTopkRouter(SolarOpenConfig(n_routed_experts=EXPERTS, num_experts_per_tok=TOP_K,
+                                                 hidden_size=EXPERTS, routed_scaling_factor=FACTOR))
     logits, bias, _ = whole()
     with torch.no_grad():
         router.weight.copy_(torch.eye(EXPERTS))

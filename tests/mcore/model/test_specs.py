@@ -25,14 +25,16 @@ def settings(recipe: str, changes: list[str]) -> dict[str, Any]:
              "calculate_per_token_loss", "batch_p2p_comm", "recompute_granularity",
              "yarn_rotary_scaling_factor", "yarn_original_max_position_embeddings", "mtp_num_layers", "bf16")
     return {**{n: getattr(library, n, None) for n in names}, "dtype": str(library.params_dtype),
-            "windows": [s.submodules.self_attention.submodules.core_attention.params["window_tokens"] for s in specs],
+            "windows": [s.submodules.self_attention.submodules.core_attention.params["window_tokens"]
+                        for s in specs],
             "routers": [r is BalancedRouter for r in routers], "te": specs.has_transformer_engine()}
 
 
 @pytest.mark.distributed
 def test_a_recipes_structure_reaches_the_library(ranks, job) -> None:
     (exaone,), (solar,) = ranks(
-        job(__file__, "settings", 1, {"recipe": "tiny-k-exaone", "changes": ["model.num_layers=6", "train.recompute=true"]}),
+        job(__file__, "settings", 1,
+            {"recipe": "tiny-k-exaone", "changes": ["model.num_layers=6", "train.recompute=true"]}),
         job(__file__, "settings", 1, {"recipe": "tiny-solar-open", "changes": [
             "train.precision=bf16", 'model.yarn={"factor": 4.0, "original_max_position_tokens": 512}']}))
     # LLLG and a global prediction layer; global layers do not rotate
@@ -42,7 +44,8 @@ def test_a_recipes_structure_reaches_the_library(ranks, job) -> None:
     assert exaone["window_size"] == [31, 0]
     assert exaone["moe_layer_freq"] == [0, 1, 1, 1, 1, 1]
     assert exaone["routers"] == [False, True, True, True, True, True, False]
-    assert exaone["qk_layernorm"] and exaone["moe_router_topk_scaling_factor"] == 2.5 and exaone["mtp_num_layers"] == 1
+    assert (exaone["qk_layernorm"] and exaone["moe_router_topk_scaling_factor"] == 2.5
+            and exaone["mtp_num_layers"] == 1)
     assert exaone["recompute_granularity"] == "full" and exaone["dtype"] == "torch.float32"
     assert exaone["calculate_per_token_loss"] and not exaone["batch_p2p_comm"] and not exaone["te"]
     assert solar["windows"] == [0] * 4 and solar["window_size"] is None and solar["moe_layer_freq"] == [1] * 4

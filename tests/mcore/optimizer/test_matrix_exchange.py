@@ -21,8 +21,8 @@ def exchanged(round_elements: int) -> dict[str, Any]:
     from megatron_sov.mcore.parallel import world
 
     rank = world.join(ParallelConfig()).rank
-    wholes = {Matrix(name, (), *shape): torch.arange(shape[0] * shape[1], dtype=torch.float64).view(shape) + i / 8
-              for i, (name, shape) in enumerate(SHAPES.items())}
+    wholes = {Matrix(name, (), *shape): torch.arange(shape[0] * shape[1], dtype=torch.float64).view(shape)
+              + i / 8 for i, (name, shape) in enumerate(SHAPES.items())}
     places, values = [], []
     for matrix in wholes:
         cut = matrix.rows // 2
@@ -56,4 +56,5 @@ def test_every_matrix_is_computed_once_and_every_piece_gets_its_part(ranks: Any,
         assert [r["rounds"] for r in found] == [rounds] * 3
         assert sorted(name for r in found for name in r["computed"]) == sorted(SHAPES)
         assert [r["right"] for r in found] == [[True] * 4, [True] * 4, []]
-        assert found[2]["computed"] == ["small"] or found[2]["computed"] == ["one"], "who holds nothing computes as well"
+        assert found[2]["computed"] == ["small"] or found[2]["computed"] == ["one"], (
+            "who holds nothing computes as well")

@@ -10,9 +10,9 @@ import pytest
 
 STEPS, LR = 5, 0.02
 FP64 = "train.precision=fp64"
-SETTINGS = ("model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "model.num_heads=8", "model.num_kv_heads=2",
-            "model.num_experts=4", "model.dense_ffn_dim=40", "model.expert_ffn_dim=24", "optim.name=muon",
-            "optim.weight_decay=0.2", "optim.clip_grad=0.0")
+SETTINGS = ("model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "model.num_heads=8",
+            "model.num_kv_heads=2", "model.num_experts=4", "model.dense_ffn_dim=40",
+            "model.expert_ffn_dim=24", "optim.name=muon", "optim.weight_decay=0.2", "optim.clip_grad=0.0")
 TP2 = ("parallel.tp=2", "parallel.sp=true")
 OVERLAP = ("parallel.zero1=true", "parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true",
            "parallel.bucket_params=9000")
@@ -24,7 +24,8 @@ def gradient(key: str, shape: tuple[int, ...], seed: int) -> Any:
 
     import torch
 
-    generator = torch.Generator().manual_seed(int(hashlib.sha256(f"{seed}:{key}".encode()).hexdigest()[:12], 16))
+    generator = torch.Generator().manual_seed(int(hashlib.sha256(f"{seed}:{key}".encode()).hexdigest()[:12],
+                                                  16))
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
@@ -40,7 +41,8 @@ def put_gradients(optimizer: Any, model: Any, seed: int) -> None:
         if parameter is None:
             continue
         whole = gradient(block.key, block.global_shape, seed)
-        part = whole[tuple(slice(o, o + n) for o, n in zip(block.offset, block.shape, strict=True))].reshape(block.data.shape)
+        part = whole[tuple(slice(o, o + n) for o, n in zip(block.offset, block.shape, strict=True))].reshape(
+            block.data.shape)
         start = block.data.storage_offset() - parameter.storage_offset()
         with torch.no_grad():
             parameter.main_grad.view(-1)[start:start + part.numel()].view(part.shape).copy_(part)
@@ -64,13 +66,17 @@ def gathered(model: Any, optimizer: Any) -> dict[str, Any]:
 
 
 def matrices_of(key: str, tensor: Any) -> list[Any]:
-    """Return, as copies of their own, the matrices that a global tensor is made of, by the layout that Megatron documents."""
+    """Return, as copies of their own, the matrices that a global tensor is made of, by the layout that
+    Megatron documents."""
     if "experts.experts" in key:
-        return [part for expert in tensor for part in matrices_of(key.replace("experts.experts", "expert"), expert)]
-    if key.endswith("linear_qkv.weight"):  # for each of 2 key heads: its 4 queries, the key, the value, 8 rows each
+        return [part for expert in tensor
+                for part in matrices_of(key.replace("experts.experts", "expert"), expert)]
+    # for each of 2 key heads: its 4 queries, the key, the value, 8 rows each
+    if key.endswith("linear_qkv.weight"):
         groups = tensor.view(2, 6, 8, -1)
         return [groups[:, a:b].reshape(-1, tensor.shape[1]) for a, b in ((0, 4), (4, 5), (5, 6))]
-    return [part.clone() for part in tensor.chunk(2)] if key.endswith("linear_fc1.weight") else [tensor.clone()]
+    return ([part.clone() for part in tensor.chunk(2)] if key.endswith("linear_fc1.weight")
+            else [tensor.clone()])
 
 
 def is_matrix(key: str, tensor: Any, optim: Any) -> bool:
@@ -91,15 +97,17 @@ class Reference:
                      if key not in self.matrices and not key.endswith("expert_bias")}
         scale = None if optim.muon_scale == "original" else optim.muon_scale
         matrices = [m for ms in self.matrices.values() for m in ms] or [torch.nn.Parameter(torch.ones(1, 1))]
-        self.muon = torch.optim.Muon(matrices, lr=LR, weight_decay=optim.weight_decay, momentum=optim.muon_momentum,
-                                     nesterov=optim.muon_nesterov, adjust_lr_fn=scale)
+        self.muon = torch.optim.Muon(matrices, lr=LR, weight_decay=optim.weight_decay,
+                                     momentum=optim.muon_momentum, nesterov=optim.muon_nesterov,
+                                     adjust_lr_fn=scale)
         decays = [p for p in self.rest.values() if p.dim() > 1]
-        self.adamw = torch.optim.AdamW([{"params": decays, "weight_decay": optim.weight_decay},
-                                        {"params": [p for p in self.rest.values() if p.dim() == 1], "weight_decay": 0.0}],
+        self.adamw = torch.optim.AdamW([{"params": decays, "weight_decay": optim.weight_decay}, {
+            "params": [p for p in self.rest.values() if p.dim() == 1], "weight_decay": 0.0}],
                                        lr=LR, betas=(optim.beta1, optim.beta2), eps=optim.eps)
 
     def step(self, seed: int, *, low_precision: bool) -> None:
-        """Do one step; unless `low_precision` its Newton-Schulz runs in the weights' dtype, not in bfloat16."""
+        """Do one step; unless `low_precision` its Newton-Schulz runs in the weights'
+        dtype, not in bfloat16."""
         import torch
 
         for key, parameters in self.matrices.items():
@@ -127,7 +135,8 @@ def on_shards_alone(exchange: Any, read: Any, compute: Any, write: Any, dtype: A
 
 
 def updates(settings: list[str], seed: int, shards_alone: bool = False) -> dict[str, Any]:
-    """Do five steps on given gradients beside torch's optimizers; return how far each tensor is from torch's after each."""
+    """Do five steps on given gradients beside torch's optimizers; return how far each tensor is from
+    torch's after each."""
     import torch
 
     from megatron_sov import recipes
@@ -173,7 +182,8 @@ def updates(settings: list[str], seed: int, shards_alone: bool = False) -> dict[
 LAYOUTS = {
     "one rank": (1, ()),
     "TP2+SP": (2, TP2),
-    "EP2, original scale, no Nesterov": (2, ("parallel.ep=2", "optim.muon_scale=original", "optim.muon_nesterov=false")),
+    "EP2, original scale, no Nesterov": (2, ("parallel.ep=2", "optim.muon_scale=original",
+                                             "optim.muon_nesterov=false")),
     "PP2": (2, ("parallel.pp=2",)),
     "ZeRO-1": (2, ("parallel.zero1=true",)),
     "TP2+SP ETP2 x ZeRO-1": (4, (*TP2, "parallel.etp=2", "parallel.zero1=true")),
@@ -202,10 +212,13 @@ def test_every_matrix_moves_as_torchs_muon_moves_it_and_all_else_as_its_adamw(ra
 
 @pytest.mark.distributed
 def test_adamw_and_bf16_agree_as_well_and_pieces_made_orthogonal_alone_do_not(ranks: Any, job: Any) -> None:
-    adamw = job(__file__, "updates", 2, {"settings": [FP64, "parallel.ep=2", *OVERLAP, "optim.name=adamw"], "seed": 1})
-    bf16 = job(__file__, "updates", 2, {"settings": ["train.precision=bf16", "parallel.zero1=true"], "seed": 1})
-    alone = [job(__file__, "updates", 2, {"settings": [FP64, *LAYOUTS[name][1]], "seed": 1, "shards_alone": True})
-             for name in ("TP2+SP", "ZeRO-1")]
+    adamw = job(__file__, "updates", 2,
+                {"settings": [FP64, "parallel.ep=2", *OVERLAP, "optim.name=adamw"], "seed": 1})
+    bf16 = job(__file__, "updates", 2,
+               {"settings": ["train.precision=bf16", "parallel.zero1=true"], "seed": 1})
+    alone = [
+        job(__file__, "updates", 2, {"settings": [FP64, *LAYOUTS[name][1]], "seed": 1, "shards_alone": True})
+        for name in ("TP2+SP", "ZeRO-1")]
     of_adamw, of_bf16, *of_pieces = ranks(adamw, bf16, *alone, timeout_s=600)
     for result in of_adamw:
         assert worst(result)[0] < 1e-13 and result["kinds"] == ["exp_avg", "exp_avg_sq"]
@@ -214,4 +227,5 @@ def test_adamw_and_bf16_agree_as_well_and_pieces_made_orthogonal_alone_do_not(ra
         assert worst(result)[0] < 1e-6 and "master" in result["kinds"], worst(result)
     for result in of_pieces[0] + of_pieces[1]:
         apart, name = worst(result)
-        assert apart > 0.1 * result["moved"][name], "a matrix's pieces made orthogonal are not the matrix made orthogonal"
+        assert apart > 0.1 * result["moved"][name], ("a matrix's pieces made orthogonal are not the matrix "
+                                                     "made orthogonal")

@@ -8,7 +8,8 @@ import pytest
 
 
 def updates(precision: str, clip_grad: float) -> dict[str, Any]:
-    """Do four updates beside torch.optim.AdamW on copies (fp64 ones of fp64, else fp32) and return how far they end apart."""
+    """Do four updates beside torch.optim.AdamW on copies (fp64 ones of fp64,
+    else fp32) and return how far they end apart."""
     from unittest import mock
 
     import megatron.core.optimizer as library
@@ -30,7 +31,8 @@ def updates(precision: str, clip_grad: float) -> dict[str, Any]:
     init.initialise(model, config.model, 1)
     full = torch.float64 if precision == "fp64" else torch.float32
     if precision == "fp64":  # as with Transformer Engine: its Adam must not be taken for float64
-        with mock.patch.object(library, "Adam", None), mock.patch.object(library, "USING_PYTORCH_OPTIMIZER", False):
+        with (mock.patch.object(library, "Adam", None),
+              mock.patch.object(library, "USING_PYTORCH_OPTIMIZER", False)):
             optimizer = Optimizer(model, config.optim)
     else:
         optimizer = Optimizer(model, config.optim)
@@ -38,9 +40,10 @@ def updates(precision: str, clip_grad: float) -> dict[str, Any]:
     names, parameters = zip(*model.named_parameters(), strict=True)
     copies = [torch.nn.Parameter(p.detach().to(full, copy=True)) for p in parameters]
     o = config.optim
-    reference = torch.optim.AdamW([{"params": [c for c in copies if c.dim() > 1], "weight_decay": o.weight_decay},
-                                   {"params": [c for c in copies if c.dim() == 1], "weight_decay": 0.0}],
-                                  betas=(o.beta1, o.beta2), eps=o.eps)
+    reference = torch.optim.AdamW(
+        [{"params": [c for c in copies if c.dim() > 1], "weight_decay": o.weight_decay},
+         {"params": [c for c in copies if c.dim() == 1], "weight_decay": 0.0}],
+        betas=(o.beta1, o.beta2), eps=o.eps)
     generator = torch.Generator().manual_seed(2)
     norms = []
     for lr in (1e-2, 3e-2, 1e-3, 5e-3):
@@ -56,12 +59,14 @@ def updates(precision: str, clip_grad: float) -> dict[str, Any]:
     state = {b.key: b.data.dtype for b in optimizer.state_shards()}
     masters = [b.data for b in optimizer.state_shards() if b.key.startswith(MASTER)]
     main = masters or [p.detach() for p in parameters]
-    apart = {n: float((p.detach().to(full) - c.detach()).abs().max()) for n, p, c in zip(names, parameters, copies, strict=True)}
+    apart = {n: float((p.detach().to(full) - c.detach()).abs().max())
+             for n, p, c in zip(names, parameters, copies, strict=True)}
     total = sum(float(t.double().square().sum()) for t in main)
     return {"norms": norms, "updates": optimizer.num_updates, "masters": len(masters),
             "full_state": all(d == full for d in state.values()),
             "sum": total, "expected_sum": sum(float(c.detach().double().square().sum()) for c in copies),
-            "apart": apart, "size": {n: float(c.detach().abs().max()) for n, c in zip(names, copies, strict=True)}}
+            "apart": apart,
+            "size": {n: float(c.detach().abs().max()) for n, c in zip(names, copies, strict=True)}}
 
 
 @pytest.mark.distributed
@@ -80,7 +85,8 @@ def test_updates_are_torchs_adamw(ranks, job) -> None:
         assert max(result["apart"].values()) < 2e-6
         assert result["masters"] == 0
     assert max(fp64["apart"].values()) < 1e-14 and fp64["masters"] == 0
-    assert fp64["norms"] == [pytest.approx(n, rel=1e-13) for n in ([expected, expected] for _, expected in fp64["norms"])]
+    assert fp64["norms"] == [pytest.approx(n, rel=1e-13)
+                             for n in ([expected, expected] for _, expected in fp64["norms"])]
     assert bf16["masters"] > 40
     for name, apart in bf16["apart"].items():  # bf16 weights are the rounded fp32 ones: 8 bits
         assert apart <= bf16["size"][name] * 2 ** -8, name

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-SMALL = ("model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "model.expert_ffn_dim=16", "model.dense_ffn_dim=40",
-         "train.precision=fp64", "optim.clip_grad=0.0", "optim.weight_decay=0.2")
+SMALL = ("model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "model.expert_ffn_dim=16",
+         "model.dense_ffn_dim=40", "train.precision=fp64", "optim.clip_grad=0.0", "optim.weight_decay=0.2")
 GROUPS = ('optim.groups=[{"pattern": "*linear_proj.weight", "lr_scale": 0.5}, '
-          '{"pattern": "decoder.layers.1.*", "weight_decay": 0.0}, {"pattern": "*final_layernorm.weight", "weight_decay": 0.3}, '
-          '{"pattern": "output_layer.weight", "lr_scale": 0.0}]')
+          '{"pattern": "decoder.layers.1.*", "weight_decay": 0.0}, {"pattern": "*final_layernorm.weight", '
+          '"weight_decay": 0.3}, {"pattern": "output_layer.weight", "lr_scale": 0.0}]')
 
 
 def expected_setting(key: str) -> tuple[float, float]:
@@ -26,7 +26,8 @@ def expected_setting(key: str) -> tuple[float, float]:
 
 
 def grouped(settings: list[str]) -> dict[str, float]:
-    """Do three updates beside torch.optim.AdamW with a group for each tensor; return how far each is from torch's."""
+    """Do three updates beside torch.optim.AdamW with a group for each tensor;
+    return how far each is from torch's."""
     import torch
 
     from megatron_sov import recipes
@@ -50,7 +51,8 @@ def grouped(settings: list[str]) -> dict[str, float]:
     for parameter, copy in zip(parameters, copies, strict=True):
         scale, decay = expected_setting(key_of[id(parameter)])
         groups.append({"params": [copy], "lr": 0.01 * scale, "weight_decay": decay})
-    reference = torch.optim.AdamW(groups, betas=(config.optim.beta1, config.optim.beta2), eps=config.optim.eps)
+    reference = torch.optim.AdamW(groups, betas=(config.optim.beta1, config.optim.beta2),
+                                  eps=config.optim.eps)
     generator = torch.Generator().manual_seed(2)
     for _ in range(3):
         optimizer.zero_grad()
@@ -70,8 +72,10 @@ def rules_of(settings: list[str]) -> list[Any]:
     from megatron_sov.mcore.optimizer.parameter_groups import rule_for
 
     config = apply_settings(recipes.get("tiny-k-exaone"), [*SMALL, *settings]).optim
-    tensors = {"decoder.layers.1.mlp.router.weight": 2, "decoder.layers.1.self_attention.linear_qkv.weight": 2,
-               "decoder.layers.1.pre_mlp_layernorm.weight": 1, "embedding.word_embeddings.weight": 2, "output_layer.weight": 2}
+    tensors = {"decoder.layers.1.mlp.router.weight": 2,
+               "decoder.layers.1.self_attention.linear_qkv.weight": 2,
+               "decoder.layers.1.pre_mlp_layernorm.weight": 1, "embedding.word_embeddings.weight": 2,
+               "output_layer.weight": 2}
     rules = [rule_for(config, key, dim) for key, dim in tensors.items()]
     return [[r.algorithm, r.lr_scale, r.weight_decay, r.frozen] for r in rules]
 
@@ -99,8 +103,10 @@ def refusals(settings: list[list[str]]) -> list[str]:
 
 @pytest.mark.distributed
 def test_groups_change_what_their_names_match_and_nothing_else(ranks: Any, job: Any) -> None:
-    exceptions = 'optim.groups=[{"pattern": "*router.weight", "optimizer": "adamw"}, {"pattern": "decoder.*", "lr_scale": 0.5},' \
-                 ' {"pattern": "decoder.layers.1.pre*", "frozen": true}, {"pattern": "embedding.*", "optimizer": "muon"}]'
+    exceptions = ('optim.groups=[{"pattern": "*router.weight", "optimizer": "adamw"}, {"pattern": '
+                  '"decoder.*", "lr_scale": 0.5},'
+                  ' {"pattern": "decoder.layers.1.pre*", "frozen": true}, {"pattern": '
+                  '"embedding.*", "optimizer": "muon"}]')
     unknown = ['optim.groups=[{"pattern": "decoder.layers.0.*"}, {"pattern": "decoder.layer.1.*"}]']
     everything = ['optim.groups=[{"pattern": "*", "frozen": true}]']
     (apart,), (plain,), (muon,), *refused = ranks(
@@ -108,10 +114,11 @@ def test_groups_change_what_their_names_match_and_nothing_else(ranks: Any, job: 
         job(__file__, "rules_of", 1, {"settings": ["optim.name=muon", exceptions]}),
         job(__file__, "refusals", 2, {"settings": [unknown, everything]}))
     assert len(apart) > 60 and max(apart.values()) < 1e-14, max(apart, key=apart.get)
-    assert plain == [["adamw", 1.0, 0.2, False]] * 2 + [["adamw", 1.0, 0.0, False]] + [["adamw", 1.0, 0.2, False]] * 2
+    assert (plain == [["adamw", 1.0, 0.2, False]] * 2 + [["adamw", 1.0, 0.0, False]]
+            + [["adamw", 1.0, 0.2, False]] * 2)
     # the last pattern that matches holds: the router is Muon's again, at half the rate
-    assert muon == [["muon", 0.5, 0.2, False], ["muon", 0.5, 0.2, False], ["adamw", 1.0, 0.0, True], ["adamw", 1.0, 0.2, False],
-                    ["adamw", 1.0, 0.2, False]]
+    assert muon == [["muon", 0.5, 0.2, False], ["muon", 0.5, 0.2, False], ["adamw", 1.0, 0.0, True],
+                    ["adamw", 1.0, 0.2, False], ["adamw", 1.0, 0.2, False]]
     for told in refused[0]:
         assert "optim.groups.1.pattern = 'decoder.layer.1.*': matches no parameter" in told[0]
         assert "freeze every parameter" in told[1]

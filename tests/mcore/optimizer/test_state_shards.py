@@ -9,14 +9,16 @@ import pytest
 
 
 def counted(fused: bool) -> dict[str, Any]:
-    """Return how torch's Adam, or one that counts in its groups as fused ones do, knows the number of updates when restored."""
+    """Return how torch's Adam, or one that counts in its groups as fused ones do,
+    knows the number of updates when restored."""
     import torch
     from torch.optim import AdamW, Optimizer
 
     from megatron_sov.mcore.optimizer.state_shards import set_updates, shards
 
     class Fused(Optimizer):
-        """Counts like transformer_engine.pytorch.optimizers.FusedAdam: in the group, from its first update on."""
+        """Counts like transformer_engine.pytorch.optimizers.FusedAdam: in the group,
+        from its first update on."""
 
     class Library:
         def __init__(self, inner: Optimizer) -> None:
@@ -32,15 +34,18 @@ def counted(fused: bool) -> dict[str, Any]:
         for parameter in parameters:
             parameter.grad = torch.ones_like(parameter)
         library.optimizer.step()
-    return {"made": made, "groups": [g.get("step") for g in library.optimizer.param_groups], "own": [float(t) for t in own],
+    return {"made": made, "groups": [g.get("step") for g in library.optimizer.param_groups],
+            "own": [float(t) for t in own],
             "shapes": [[list(s[name].shape) for name in ("exp_avg", "exp_avg_sq")] for s in states]}
 
 
 @pytest.mark.distributed
 def test_every_parameter_counts_its_own_updates_and_fused_optimizers_count_in_groups(ranks, job) -> None:
-    (plain,), (fused,) = ranks(job(__file__, "counted", 1, {"fused": False}), job(__file__, "counted", 1, {"fused": True}))
+    (plain,), (fused,) = ranks(job(__file__, "counted", 1, {"fused": False}),
+                               job(__file__, "counted", 1, {"fused": True}))
     shapes = [[[2, 3], [2, 3]], [[4], [4]]]
-    assert plain == {"made": [["exp_avg", "exp_avg_sq"]] * 2, "groups": [None], "own": [6.0, 6.0], "shapes": shapes}
+    assert plain == {"made": [["exp_avg", "exp_avg_sq"]] * 2, "groups": [None], "own": [6.0, 6.0],
+                     "shapes": shapes}
     assert fused == {"made": [["exp_avg", "exp_avg_sq"]] * 2, "groups": [5], "own": [], "shapes": shapes}
 
 
@@ -68,13 +73,15 @@ def zero1_shards(precision: str) -> dict[str, Any]:
     blocks = [(b.key, b.offset, b.shape, str(b.data.dtype)) for b in optimizer.state_shards() if b.owned]
     everyones: list[Any] = [None] * dist.get_world_size()
     names_of_state = {key.split("/")[0] for key, *_ in blocks}
-    dist.all_gather_object(everyones, (mine, len(blocks), sorted({dtype for *_, dtype in blocks}), sorted(names_of_state)))
+    dist.all_gather_object(everyones, (mine, len(blocks), sorted({dtype for *_, dtype in blocks}),
+                                       sorted(names_of_state)))
     return {"sizes": {names[id(p)]: p.numel() for p in model.parameters()}, "everyones": everyones}
 
 
 @pytest.mark.distributed
 def test_zero1_gives_every_process_its_part_of_the_parameters_and_no_other(ranks, job) -> None:
-    cases = (("fp32", ["exp_avg", "exp_avg_sq"], "float32"), ("bf16", ["exp_avg", "exp_avg_sq", "master"], "float32"),
+    cases = (("fp32", ["exp_avg", "exp_avg_sq"], "float32"),
+             ("bf16", ["exp_avg", "exp_avg_sq", "master"], "float32"),
              ("fp64", ["exp_avg", "exp_avg_sq"], "float64"))
     results = ranks(*(job(__file__, "zero1_shards", 2, {"precision": precision}) for precision, *_ in cases))
     for (precision, kinds, dtype), (result, _) in zip(cases, results, strict=True):

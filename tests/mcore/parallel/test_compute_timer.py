@@ -57,7 +57,8 @@ def measured(folder: str) -> list[Any]:
 
 
 @pytest.mark.distributed
-def test_the_slow_process_is_named_and_those_that_wait_for_it_are_not(ranks: Any, job: Any, tmp_path: Path) -> None:
+def test_the_slow_process_is_named_and_those_that_wait_for_it_are_not(ranks: Any, job: Any,
+                                                                      tmp_path: Path) -> None:
     ((fast, fast_steps, waits, found), (slow, slow_steps, _, other)) = ranks(
         job(__file__, "measured", 2, {"folder": str(tmp_path)}))[0]
     for computed_s, step_s, waited_s in zip(fast, fast_steps, waits, strict=True):
@@ -66,5 +67,7 @@ def test_the_slow_process_is_named_and_those_that_wait_for_it_are_not(ranks: Any
     assert found == other, "all processes know, rank 0 writes"
     (measured_event, fields), (alarm_event, alarm) = found
     assert (measured_event, alarm_event) == ("compute_time", "alarm")
-    assert fields["step"] == 2 and fields["slow"] == [1] and fields["median_s"] == pytest.approx(sum(fast) / 2)
-    assert fields["seconds"]["1"] == pytest.approx(sum(slow) / 2) and alarm["rank"] == 1 and alarm["kind"] == "slow process"
+    assert (fields["step"] == 2 and fields["slow"] == [1]
+            and fields["median_s"] == pytest.approx(sum(fast) / 2))
+    assert (fields["seconds"]["1"] == pytest.approx(sum(slow) / 2) and alarm["rank"] == 1
+            and alarm["kind"] == "slow process")

@@ -1,4 +1,5 @@
-"""The CPU door: every patch of a library's defect is still needed, and opening it changes what it says it changes."""
+"""The CPU door: every patch of a library's defect is still needed, and opening it changes what
+it says it changes."""
 
 from __future__ import annotations
 
@@ -44,8 +45,9 @@ def opened() -> dict:
     torch.cuda.manual_seed(3)
     first = torch.rand(2)
     torch.manual_seed(3)
-    asked = (torch.zeros(1, device="cuda"), torch.tensor([1], device="cuda:0"), torch.ones(1).cuda(), torch.ones(1).to("cuda"),
-             torch.empty(1, pin_memory=True), torch.ones(1, device=torch.cuda.current_device()))
+    asked = (torch.zeros(1, device="cuda"), torch.tensor([1], device="cuda:0"), torch.ones(1).cuda(),
+             torch.ones(1).to("cuda"), torch.empty(1, pin_memory=True),
+             torch.ones(1, device=torch.cuda.current_device()))
     return {"once": torch.zeros is before, "device": str(local_device()), "on_gpu": on_gpu(),
             "landed": [str(t.device) for t in asked], "meta": str(torch.zeros(1, device="meta").device),
             "type": torch.ones(1).type(), "cast": str(torch.ones(1).type(torch.int64).dtype),
@@ -56,7 +58,8 @@ def opened() -> dict:
 
 
 def marks() -> dict[str, list[str]]:
-    """Return which weights the library itself leaves without the marks that gradients are summed and counted by."""
+    """Return which weights the library itself leaves without the marks that gradients are
+    summed and counted by."""
     from unittest import mock
 
     from megatron_sov import recipes
@@ -81,7 +84,8 @@ def test_the_library_still_has_the_defect(defect: str, defects: dict[str, bool])
 
 @pytest.fixture(scope="module")
 def defects() -> dict[str, bool]:
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", DEFECTS], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", DEFECTS], capture_output=True,
+                          text=True, check=True)
     return json.loads(done.stdout)
 
 

@@ -26,7 +26,8 @@ def _left_as_found(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_every_library_is_told() -> None:
     switch_on()
-    assert torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+    assert (torch.are_deterministic_algorithms_enabled()
+            and not torch.is_deterministic_algorithms_warn_only_enabled())
     assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
     assert [os.environ[name] for name in VARIABLES] == [":4096:8", "Ring", "0"]
 
@@ -36,7 +37,8 @@ def test_a_fitting_environment_stays_and_another_is_refused(monkeypatch: pytest.
     switch_on()
     assert os.environ["NCCL_ALGO"] == "Tree"
     monkeypatch.setenv("NCCL_ALGO", "NVLS")
-    with pytest.raises(UserError, match=r"the environment has NCCL_ALGO=NVLS, with which .* unset it or use Ring or Tree"):
+    with pytest.raises(UserError, match=r"the environment has NCCL_ALGO=NVLS, "
+                                        r"with which .* unset it or use Ring or Tree"):
         switch_on()
 
 

@@ -1,4 +1,5 @@
-"""Numbers by name: nothing is lost or mixed up on the way through a flat tensor, and sums are those of the tensor."""
+"""Numbers by name: nothing is lost or mixed up on the way through a flat tensor,
+and sums are those of the tensor."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from megatron_sov.mcore.parallel.named_values import pack, sum_dict, unpack
 
 
 def test_what_is_packed_comes_back_by_name() -> None:
-    values = {"loss": torch.tensor(2.5, dtype=torch.float64), "by source": torch.arange(6, dtype=torch.float64).view(3, 2),
+    values = {"loss": torch.tensor(2.5, dtype=torch.float64),
+              "by source": torch.arange(6, dtype=torch.float64).view(3, 2),
               "none": torch.zeros(0, 2, dtype=torch.float64)}
     flat = pack(values)
     assert flat.tolist() == [2.5, 0, 1, 2, 3, 4, 5]
@@ -37,7 +39,8 @@ def test_sums_are_found_under_their_names_and_travel_together() -> None:
         return 2 * values
 
     found = sum_dict({"stopped": 1.0, "written": 0.5}, two_processes)
-    assert found == {"stopped": 2.0, "written": 1.0} and len(messages) == 1 and messages[0].dtype == torch.float64
+    assert (found == {"stopped": 2.0, "written": 1.0} and len(messages) == 1
+            and messages[0].dtype == torch.float64)
 
 
 def sums() -> list[Any]:

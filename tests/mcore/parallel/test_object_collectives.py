@@ -17,7 +17,8 @@ def exchanged() -> list[Any]:
 
     place = world.join(ParallelConfig())
     alone = [dist.new_group([rank]) for rank in range(place.size)][place.rank]
-    found = [gather_objects({"rank": place.rank}), gather_objects(place.rank, alone), broadcast_object(f"of {place.rank}")]
+    found = [gather_objects({"rank": place.rank}), gather_objects(place.rank, alone),
+             broadcast_object(f"of {place.rank}")]
     world.leave()
     return found
 

@@ -60,7 +60,8 @@ for case in ("mistake", "code", "dies"):
     codes[case] = world.launch(rank, 2)
 for case in ("3", "9"):
     noted = []
-    restarts = world.Restarts(2, (folder / f"{case}-1").exists, lambda code, cause: noted.append([code, cause]),
+    restarts = world.Restarts(2, (folder / f"{case}-1").exists,
+                              lambda code, cause: noted.append([code, cause]),
                               lambda code, cause: noted.append([code, f"{cause}, for good"]))
     codes[case] = [world.launch(fails, 2, restarts=restarts), noted]
 (folder / "codes.json").write_text(json.dumps(codes))
@@ -70,7 +71,8 @@ for case in ("3", "9"):
 
 def start(folder: Path, case: str) -> subprocess.Popen:
     folder.mkdir()
-    return subprocess.Popen([sys.executable, "-W", "ignore", "-c", PROGRAM, str(folder), case], stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-W", "ignore", "-c", PROGRAM, str(folder), case],
+                            stderr=subprocess.PIPE, text=True)
 
 
 def pids(folder: Path) -> list[int]:
@@ -83,7 +85,8 @@ def pids(folder: Path) -> list[int]:
 
 
 @pytest.mark.distributed
-def test_ranks_share_signals_failures_and_their_launchers_end(tmp_path: Path, ends: Callable[[int], bool]) -> None:
+def test_ranks_share_signals_failures_and_their_launchers_end(tmp_path: Path,
+                                                              ends: Callable[[int], bool]) -> None:
     started = {case: start(tmp_path / case, case) for case in ("ends", "forward", "orphan")}
     pids(tmp_path / "forward")
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
@@ -94,8 +97,10 @@ def test_ranks_share_signals_failures_and_their_launchers_end(tmp_path: Path, en
     said = started["ends"].communicate(timeout=240)[1]
     assert started["forward"].wait(timeout=240) == 0
     assert {(tmp_path / "forward" / f"got-{r}").read_text() for r in range(2)} == {"SIGINT SIGTERM SIGUSR1"}
-    # progress is made once, in the second round, and two restarts are allowed without: the fourth round is the last
-    again, for_good = [[7, "rank 1 ended with exit code 7"]] * 3, [7, "rank 1 ended with exit code 7, for good"]
+    # progress is made once, in the second round, and two restarts are allowed without:
+    # the fourth round is the last
+    again, for_good = [[7, "rank 1 ended with exit code 7"]] * 3, [7,
+                                                                   "rank 1 ended with exit code 7, for good"]
     assert json.loads((tmp_path / "ends" / "codes.json").read_text()) == {
         "mistake": 2, "code": 75, "dies": 128 + signal.SIGKILL, "3": [0, again], "9": [7, [*again, for_good]]}
     assert len(list((tmp_path / "ends").glob("9-*"))) == 4
@@ -150,6 +155,7 @@ def on_main(fail: bool) -> list[Any]:
 
 @pytest.mark.distributed
 def test_every_rank_hears_of_an_answer_and_of_a_failure(ranks: Any, job: Any) -> None:
-    answered, refused = ranks(job(__file__, "on_main", 2, {"fail": False}), job(__file__, "on_main", 2, {"fail": True}))
+    answered, refused = ranks(job(__file__, "on_main", 2, {"fail": False}),
+                              job(__file__, "on_main", 2, {"fail": True}))
     assert answered == [["answer", [0]], ["answer", []]]
     assert refused == [["refused: the disk is full", [0]], ["refused: the disk is full", []]]

@@ -34,7 +34,8 @@ def make_plan(tmp_path: Path) -> Plan:
 
 
 def groups_of(corpus: Path, *weights: float | None) -> list[Group]:
-    return [Group(name, (corpus / f"{name}.jsonl",), weight) for name, weight in zip(("en", "ko"), weights, strict=True)]
+    return [Group(name, (corpus / f"{name}.jsonl",), weight)
+            for name, weight in zip(("en", "ko"), weights, strict=True)]
 
 
 def test_weights_are_met_by_bytes(corpus: Path, tmp_path: Path) -> None:
@@ -52,7 +53,8 @@ def test_superwords_come_from_a_sample(corpus: Path, tmp_path: Path) -> None:
     assert second["seen_bytes"] == pytest.approx(20_000, rel=0.05) and first["seen_bytes"] > 100_000
 
 
-def test_memory_bounds_the_words_and_the_stages_say_so(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_bounds_the_words_and_the_stages_say_so(corpus: Path, tmp_path: Path,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(count_pipeline, "BASE_BYTES", 0)
     monkeypatch.setattr(count_pipeline.superbpe, "LEARNING_BYTES_PER_BYTE", 1)
     [stage] = learn(replace(make_plan(tmp_path), vocab_size=340, transition_size=340, max_memory_bytes=300),
@@ -62,7 +64,8 @@ def test_memory_bounds_the_words_and_the_stages_say_so(corpus: Path, tmp_path: P
 
 def test_too_little_text_says_how_far_it_went_and_how_much_is_needed(corpus: Path, tmp_path: Path) -> None:
     plan = replace(make_plan(tmp_path), vocab_size=9000, transition_size=9000)
-    with pytest.raises(UserError, match=r"only \d+ tokens were reached from 0\.\d+ MB .* give it about \d+(\.\d+)? MB like it"):
+    with pytest.raises(UserError, match=r"only \d+ tokens were reached from 0\.\d+ MB .* give it about "
+                                        r"\d+(\.\d+)? MB like it"):
         learn(plan, groups_of(corpus, None, None))
 
 

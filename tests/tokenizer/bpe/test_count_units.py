@@ -18,13 +18,15 @@ def corpus(tmp_path: Path) -> Path:
     folder = tmp_path / "corpus"
     folder.mkdir()
     for i in range(3):
-        (folder / f"{i}.jsonl").write_text("\n".join(json.dumps({"text": f"가 {i} {k}"[:6]}) for k in range(2)))
+        (folder / f"{i}.jsonl").write_text("\n".join(json.dumps({"text": f"가 {i} {k}"[:6]})
+                                                     for k in range(2)))
     return folder
 
 
 def test_every_file_belongs_to_a_unit_of_its_group(corpus: Path) -> None:
     units = plan([Group("a", (corpus,)), Group("b", (corpus / "1.jsonl",))], 1)
-    assert [(u.group, u.spans[0].file.name) for u in units] == [(0, "0.jsonl"), (0, "1.jsonl"), (0, "2.jsonl"), (1, "1.jsonl")]
+    assert [(u.group, u.spans[0].file.name) for u in units] == [(0, "0.jsonl"), (0, "1.jsonl"),
+                                                                (0, "2.jsonl"), (1, "1.jsonl")]
     assert [u.group for u in plan([Group("a", (corpus,))], 1 << 20)] == [0]
 
 

@@ -36,7 +36,8 @@ def corpus(tmp_path: Path) -> Path:
     return folder
 
 
-def count(corpus: Path, work: Path, share: Share = ONCE, *, workers: int = 1, limit_bytes: int = 1 << 30) -> list[UnitCounts]:
+def count(corpus: Path, work: Path, share: Share = ONCE, *, workers: int = 1,
+          limit_bytes: int = 1 << 30) -> list[UnitCounts]:
     work.mkdir(exist_ok=True)
     settings = CountSettings(SOLAR_OPEN, SOLAR_OPEN.split_pattern, (share,), (NOWHERE,))
     return list(count_units(plan([Group("g", (corpus,))], 1), settings, work, workers, limit_bytes))
@@ -44,8 +45,10 @@ def count(corpus: Path, work: Path, share: Share = ONCE, *, workers: int = 1, li
 
 def expected(corpus: Path, times: int = 1) -> Counter[bytes]:
     splitter = Splitter(SOLAR_OPEN, SOLAR_OPEN.split_pattern)
-    texts = [json.loads(line)["text"] for file in list_files(corpus) for line in file.read_text().splitlines()]
-    return Counter({word.encode(): times * n for word, n in Counter(w for t in texts for w in splitter.split(t)).items()})
+    texts = [json.loads(line)["text"] for file in list_files(corpus)
+             for line in file.read_text().splitlines()]
+    return Counter({word.encode(): times * n
+                    for word, n in Counter(w for t in texts for w in splitter.split(t)).items()})
 
 
 def as_counter(table: WordTable) -> Counter[bytes]:
@@ -64,7 +67,8 @@ def test_a_table_that_is_written_out_many_times_gives_the_same(corpus: Path, tmp
     monkeypatch.setattr(pretoken_counts, "LEAST_WORDS", 50)
     counts = count(corpus, tmp_path / "work", limit_bytes=1)
     once = count(corpus, tmp_path / "other")
-    assert sum(c.file.stat().st_size for c in counts) > sum(c.file.stat().st_size for c in once)  # several runs
+    # several runs
+    assert sum(c.file.stat().st_size for c in counts) > sum(c.file.stat().st_size for c in once)
     assert as_counter(gather_words([c.file for c in counts], tmp_path / "work", None)) == expected(corpus)
 
 
@@ -89,6 +93,7 @@ def test_complete_units_are_kept_and_changed_ones_counted_again(corpus: Path, tm
 def test_mistakes_in_the_text_are_placed(corpus: Path, tmp_path: Path) -> None:
     with open(corpus / "1.jsonl", "ab") as f:
         f.write(b'\n{"text": "\xff"}')
-    with pytest.raises(UserError, match=r"1.jsonl:61: is not valid JSON .*invalid start byte|1.jsonl:61: is not UTF-8"):
+    with pytest.raises(UserError,
+                       match=r"1.jsonl:61: is not valid JSON .*invalid start byte|1.jsonl:61: is not UTF-8"):
         count(corpus, tmp_path / "work")
     assert not list((tmp_path / "work").glob("*.tmp-*"))

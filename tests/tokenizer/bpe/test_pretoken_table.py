@@ -26,15 +26,18 @@ def write_runs(file: Path, runs: list[Counter[bytes]]) -> Path:
             for word, count in run.items():
                 parts[zlib.crc32(word) % NUM_PARTS].append((word, count))
             for rows in parts:
-                writer.write_batch(pa.record_batch([[w for w, _ in rows], [n for _, n in rows]], schema=schema))
+                writer.write_batch(pa.record_batch([[w for w, _ in rows], [n for _, n in rows]],
+                                                   schema=schema))
     return file
 
 
 @pytest.fixture
 def files(tmp_path: Path) -> list[Path]:
     """Two units; the first has two runs, and all words stand in several of them."""
-    halves = [Counter({w: n // 3 for w, n in WORDS.items() if n // 3}), Counter({w: n - 2 * (n // 3) for w, n in WORDS.items()})]
-    return [write_runs(tmp_path / "a.arrow", [halves[0], halves[1]]), write_runs(tmp_path / "b.arrow", [halves[0]])]
+    halves = [Counter({w: n // 3 for w, n in WORDS.items() if n // 3}),
+              Counter({w: n - 2 * (n // 3) for w, n in WORDS.items()})]
+    return [write_runs(tmp_path / "a.arrow", [halves[0], halves[1]]),
+            write_runs(tmp_path / "b.arrow", [halves[0]])]
 
 
 def as_counter(table: WordTable) -> Counter[bytes]:
@@ -50,7 +53,8 @@ def test_runs_are_added_up(files: list[Path], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("max_bytes", [0, 200, 2000])
-def test_the_rarest_are_left_out_all_of_one_count_together(files: list[Path], tmp_path: Path, max_bytes: int) -> None:
+def test_the_rarest_are_left_out_all_of_one_count_together(files: list[Path], tmp_path: Path,
+                                                           max_bytes: int) -> None:
     table = gather_words(files, tmp_path, max_bytes)
     left_out = {w: n for w, n in WORDS.items() if n < table.min_count}
     assert as_counter(table) == Counter({w: n for w, n in WORDS.items() if n >= table.min_count})

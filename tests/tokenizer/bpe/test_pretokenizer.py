@@ -1,4 +1,5 @@
-"""Splitting: the three engines give one result on every character, and patterns that cannot work are refused."""
+"""Splitting: the three engines give one result on every character,
+and patterns that cannot work are refused."""
 
 from __future__ import annotations
 
@@ -9,10 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_sov.errors import UserError
-from tokenizer.bpe.pretokenizer import NoAsciiForm, Splitter, ascii_pattern, check_coverage, disputed_characters, oniguruma
+from tokenizer.bpe.pretokenizer import (
+    NoAsciiForm,
+    Splitter,
+    ascii_pattern,
+    check_coverage,
+    disputed_characters,
+    oniguruma,
+)
 from tokenizer.presets import K_EXAONE, PRESETS, SOLAR_OPEN
 
-PATTERNS = {"solar-open": SOLAR_OPEN.split_pattern, "k-exaone": K_EXAONE.split_pattern, "superwords": K_EXAONE.superword_pattern}
+PATTERNS = {"solar-open": SOLAR_OPEN.split_pattern, "k-exaone": K_EXAONE.split_pattern,
+            "superwords": K_EXAONE.superword_pattern}
 
 
 def by_oniguruma(pattern: str, text: str) -> list[str]:
@@ -29,7 +38,8 @@ def test_all_of_unicode_is_split_as_by_oniguruma(pattern: str) -> None:
 
 
 @pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
-@given(text=st.text(alphabet=st.one_of(st.sampled_from("ab'sT 019 \n\r\t\x1c가나./,"), st.characters(codec="utf-8"))))
+@given(text=st.text(alphabet=st.one_of(st.sampled_from("ab'sT 019 \n\r\t\x1c가나./,"),
+                                       st.characters(codec="utf-8"))))
 def test_any_text_is_split_as_by_oniguruma(pattern: str, text: str) -> None:
     assert Splitter(SOLAR_OPEN, pattern).split(text) == by_oniguruma(pattern, text)
 
@@ -43,7 +53,8 @@ def test_ascii_has_a_form_of_its_own(pattern: str) -> None:
         assert splitter.split(text) == by_oniguruma(pattern, text)
 
 
-@pytest.mark.parametrize("pattern", [r"\w+|.", r"[[:alpha:]]+|.", r"[\S]+|\s", r"\x41+|[^A]", r"\p{Lu}|.", r"\p{M}*+a|."])
+@pytest.mark.parametrize("pattern", [r"\w+|.", r"[[:alpha:]]+|.", r"[\S]+|\s", r"\x41+|[^A]", r"\p{Lu}|.",
+                                     r"\p{M}*+a|."])
 def test_what_has_no_sure_ascii_form_is_left_to_the_others(pattern: str) -> None:
     with pytest.raises(NoAsciiForm):
         ascii_pattern(pattern)

@@ -11,10 +11,12 @@ from tokenizer.bpe.segmenting import merge_of, merged
 
 
 def vocabulary(seed: int) -> dict[bytes, int]:
-    """Bytes, and random strings over three letters in any order: by no means all of them can be reached by merging."""
+    """Bytes, and random strings over three letters in any order: by no means all of them can be
+    reached by merging."""
     draw = random.Random(seed)
     words = {bytes(draw.choices(b"abc", k=draw.randint(2, 6))) for _ in range(40)}
-    return {bytes([b]): b for b in range(256)} | {word: 256 + i for i, word in enumerate(draw.sample(sorted(words), len(words)))}
+    return {bytes([b]): b for b in range(256)} | {word: 256 + i for i, word in enumerate(
+        draw.sample(sorted(words), len(words)))}
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -22,7 +24,8 @@ def test_one_pair_for_each_token_says_all_that_ranks_say(seed: int) -> None:
     ranks = vocabulary(seed)
     encoding = tiktoken.Encoding("drawn", pat_str=r"[\s\S]+", mergeable_ranks=ranks, special_tokens={})
     as_floats: dict[bytes, float] = dict(ranks)
-    pairs = {merge_of([bytes([b]) for b in token], as_floats): rank for token, rank in ranks.items() if len(token) > 1}
+    pairs = {merge_of([bytes([b]) for b in token], as_floats): rank
+             for token, rank in ranks.items() if len(token) > 1}
     draw = random.Random(seed)
     for _ in range(200):
         text = bytes(draw.choices(b"abc", k=draw.randint(1, 30)))

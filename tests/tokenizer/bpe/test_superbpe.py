@@ -1,4 +1,5 @@
-"""SuperBPE: the merges of a brute-force two-stage loop, tokens over several words, and one step the same as two."""
+"""SuperBPE: the merges of a brute-force two-stage loop, tokens over several words,
+and one step the same as two."""
 
 from __future__ import annotations
 
@@ -37,24 +38,29 @@ def test_both_stages_as_by_brute_force(learn: Callable[..., Vocabulary], brute_f
 
 
 @given(st.lists(st.text(alphabet="ab  ", max_size=60), min_size=1, max_size=6), st.booleans())
-def test_random_letters_and_spaces_as_by_brute_force(learn: Callable[..., Vocabulary], brute_force: Callable[..., list],
-                                                     texts: list[str], only: bool) -> None:
+def test_random_letters_and_spaces_as_by_brute_force(learn: Callable[..., Vocabulary],
+                                                     brute_force: Callable[..., list], texts: list[str],
+                                                     only: bool) -> None:
     found = learn(K_EXAONE, 300, texts, transition=262, only=only)
     assert merges_of(found) == brute_force(K_EXAONE, 300, texts, transition=262, only=only)
 
 
-def test_where_stage_2_is_for_superwords_they_are_as_many_as_its_tokens(learn: Callable[..., Vocabulary]) -> None:
+def test_where_stage_2_is_for_superwords_they_are_as_many_as_its_tokens(
+        learn: Callable[..., Vocabulary]) -> None:
     mixed, only = (learn(K_EXAONE, 420, TEXT, transition=275, only=only) for only in (False, True))
     assert mixed.num_superwords() < only.num_superwords() == 420 - 275
-    assert all(len(token.split()) > 1 for token in only.tokens[275:]) and mixed.tokens[:275] == only.tokens[:275]
+    assert (all(len(token.split()) > 1 for token in only.tokens[275:])
+            and mixed.tokens[:275] == only.tokens[:275])
 
 
 def test_no_merge_of_stage_1_joins_words_by_their_bytes(learn: Callable[..., Vocabulary]) -> None:
-    # wide spaces end in byte 0x80, as many letters do; merged with a following space they would join Korean words
+    # wide spaces end in byte 0x80, as many letters do; merged with a following space they
+    # would join Korean words
     text = ["1\u1680  2\u2000  3\u3000  ." * 50] * 40 + ["네가 내가 보가 했다"] * 30
     vocabulary = learn(K_EXAONE, 290, text)
     assert not [t for t in vocabulary.tokens if t[-1:] == b" " and t[-2:-1] > b"\x7f"]
-    assert any(t.endswith(b"\x80 ") for t in learn(SOLAR_OPEN, 290, text).tokens)  # where words never join it does no harm
+    # where words never join it does no harm
+    assert any(t.endswith(b"\x80 ") for t in learn(SOLAR_OPEN, 290, text).tokens)
 
 
 @pytest.fixture(scope="module")
@@ -83,9 +89,11 @@ def test_solar_gives_every_text_back(solar: Tokenizer, text: str) -> None:
     assert all(i >= 64 for i in ids)
 
 
-@given(st.text(alphabet=st.one_of(st.characters(codec="utf-8"), st.sampled_from("\u1112\u1161\u11ab\u0301e a  "))))
+@given(st.text(alphabet=st.one_of(st.characters(codec="utf-8"),
+                                  st.sampled_from("\u1112\u1161\u11ab\u0301e a  "))))
 def test_exaone_gives_back_the_composed_text(superwords: Tokenizer, text: str) -> None:
-    assert superwords.decode(superwords.encode(text, add_special_tokens=False).ids) == unicodedata.normalize("NFC", text)
+    assert (superwords.decode(superwords.encode(text, add_special_tokens=False).ids)
+            == unicodedata.normalize("NFC", text))
 
 
 def test_a_superword_is_one_token(superwords: Tokenizer) -> None:

@@ -1,4 +1,5 @@
-"""Merging by arrays: the merges of the textbook's loop and of Hugging Face's trainer, on every kind of tie and overlap."""
+"""Merging by arrays: the merges of the textbook's loop and of Hugging Face's trainer,
+on every kind of tie and overlap."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ from tokenizer.bpe.trainer import Merge, MergeLearner, Words
 from tokenizer.bpe.vocabulary import Vocabulary, spelled
 from tokenizer.presets import K_EXAONE, SOLAR_OPEN
 
-TEXT = [inspect.getsource(textwrap), "한국어 문장은 한국어로 씁니다. 문장 하나.\n" * 20, "<|end|> for i in x:\n    i += 1\n" * 20]
+TEXT = [inspect.getsource(textwrap), "한국어 문장은 한국어로 씁니다. 문장 하나.\n" * 20,
+        "<|end|> for i in x:\n    i += 1\n" * 20]
 PLAIN = replace(SOLAR_OPEN, split_pattern=r"[^|]+|\|")
 
 
@@ -30,19 +32,22 @@ def merges_of(vocabulary: Vocabulary) -> list[tuple[bytes, bytes]]:
 
 
 @given(st.lists(st.text(alphabet="aab|", max_size=30), max_size=8), st.integers(2, 9))
-def test_few_letters_many_ties_and_overlaps(learn: Callable[..., Vocabulary], brute_force: Callable[..., list],
-                                            texts: list[str], max_token_bytes: int) -> None:
+def test_few_letters_many_ties_and_overlaps(learn: Callable[..., Vocabulary],
+                                            brute_force: Callable[..., list], texts: list[str],
+                                            max_token_bytes: int) -> None:
     preset = replace(PLAIN, max_token_bytes=max_token_bytes)
     assert merges_of(learn(preset, 256 + 40, texts)) == brute_force(preset, 256 + 40, texts)
 
 
-def test_real_text_as_in_the_textbook(learn: Callable[..., Vocabulary], brute_force: Callable[..., list]) -> None:
+def test_real_text_as_in_the_textbook(learn: Callable[..., Vocabulary],
+                                      brute_force: Callable[..., list]) -> None:
     text = [TEXT[0][:4000], *TEXT[1:]]
     assert merges_of(learn(SOLAR_OPEN, 700, text)) == brute_force(SOLAR_OPEN, 700, text)
 
 
 @pytest.mark.parametrize("hot_pairs", [3, 50_000])
-@pytest.mark.parametrize("preset", [SOLAR_OPEN, replace(K_EXAONE, superword_pattern="")], ids=lambda p: p.name)
+@pytest.mark.parametrize("preset", [SOLAR_OPEN, replace(K_EXAONE, superword_pattern="")],
+                         ids=lambda p: p.name)
 def test_hugging_faces_trainer_gives_the_same(learn: Callable[..., Vocabulary], preset, hot_pairs: int,
                                               monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer, "HOT_PAIRS", hot_pairs)  # however few pairs are in the heap at a time

@@ -34,8 +34,10 @@ def test_the_command_writes_what_plain_counting_gives(build: Build, heldout: dic
     ratio = counts["none"] / counts["plain"]
     figures = found["tokenizers"]["none"]["texts"]["english"]
     assert figures["relative_tokens"] == pytest.approx(ratio) and figures["bytes_per_token"] == 1
-    assert figures["relative_flops"] == pytest.approx(ratio * (1e5 + 64 * sizes["none"]) / (1e5 + 64 * sizes["plain"]))
-    assert figures["training_flops_per_mb"] == pytest.approx(6e6 * (1e5 + 64 * sizes["none"]))  # 6 N for each token
+    assert figures["relative_flops"] == pytest.approx(
+        ratio * (1e5 + 64 * sizes["none"]) / (1e5 + 64 * sizes["plain"]))
+    # 6 N for each token
+    assert figures["training_flops_per_mb"] == pytest.approx(6e6 * (1e5 + 64 * sizes["none"]))
     assert found["tokenizers"]["none"]["embedding_params"] == 2 * 64 * sizes["none"]
     assert found["tokenizers"]["plain"]["texts"]["english"]["relative_flops"] == 1
     printed = capsys.readouterr().out
@@ -43,8 +45,10 @@ def test_the_command_writes_what_plain_counting_gives(build: Build, heldout: dic
 
 
 def test_vocabularies_share_tokens_by_their_bytes(build: Build) -> None:
-    a, b = open_tokenizer(build("a", special=("<x>", "<y>"))), open_tokenizer(build("b", pairs=[("t", "h"), ("o", "f")]))
-    assert overlap(a, b) == {"num_shared": 257, "share_of_first": 257 / 263, "share_of_second": 257 / 258, "jaccard": 257 / 264}
+    a, b = (open_tokenizer(build("a", special=("<x>", "<y>"))),
+            open_tokenizer(build("b", pairs=[("t", "h"), ("o", "f")])))
+    assert overlap(a, b) == {"num_shared": 257, "share_of_first": 257 / 263, "share_of_second": 257 / 258,
+                             "jaccard": 257 / 264}
 
 
 def test_different_cuts_are_shown_and_equal_ones_not(build: Build, tmp_path: Path) -> None:
@@ -72,7 +76,8 @@ def test_size_and_speed(build: Build, heldout: dict[str, Path]) -> None:
 def test_mistakes_cost_one_sentence_and_leave_nothing(build: Build, heldout: dict[str, Path], tmp_path: Path,
                                                       capsys: pytest.CaptureFixture[str]) -> None:
     it, text, output = str(build()), ["--text", str(heldout["english"])], tmp_path / "new.html"
-    mistakes = {"is the only tokenizer": [it, *text], "--text is missing": [it, it], "does not exist": [it, "none", *text],
+    mistakes = {"is the only tokenizer": [it, *text], "--text is missing": [it, it],
+                "does not exist": [it, "none", *text],
                 "--hidden-size 0: must be above 0": [it, it, *text, "--hidden-size", "0"],
                 "--body-params nan: must be above 0": [it, it, *text, "--body-params", "nan"]}
     for sentence, arguments in mistakes.items():

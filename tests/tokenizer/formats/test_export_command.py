@@ -1,4 +1,5 @@
-"""`sov-tokenizer export`: tiktoken and sentencepiece give the same ids from what was written, or nothing is written."""
+"""`sov-tokenizer export`: tiktoken and sentencepiece give the same ids from what was written,
+or nothing is written."""
 
 from __future__ import annotations
 
@@ -18,15 +19,16 @@ from tokenizers import Tokenizer
 
 from tokenizer.cli import main
 
-PROSE = "The quick brown fox doesn't jump over 12 lazy dogs.\n\n  다람쥐 헌 쳇바퀴에 타고파. กำลังเรียนภาษาไทย " * 40
+PROSE = ("The quick brown fox doesn't jump over 12 lazy dogs.\n\n  다람쥐 헌 쳇바퀴에 타고파. "
+         "กำลังเรียนภาษาไทย " * 40)
 
 
 @pytest.fixture(scope="module", params=["solar-open", "k-exaone"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("export")
     (root / "prose.txt").write_text(PROSE)
-    assert main(["train", "--preset", request.param, "--vocab-size", "420", "--input", str(root / "prose.txt"),
-                 "--output", str(root / "tokenizer")]) == 0
+    assert main(["train", "--preset", request.param, "--vocab-size", "420", "--input",
+                 str(root / "prose.txt"), "--output", str(root / "tokenizer")]) == 0
     return root / "tokenizer"
 
 
@@ -36,34 +38,42 @@ def exported(folder: Path) -> tuple[tiktoken.Encoding, dict[str, Any], Tokenizer
     assert main(["export", str(folder), "--format", "tiktoken", "--output", str(file),
                  "--text", str(folder.parent / "prose.txt")]) == 0
     rules = json.loads(file.with_name("my.tiktoken.json").read_text())
-    ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in file.read_bytes().splitlines())}
+    ranks = {base64.b64decode(token): int(rank)
+             for token, rank in (line.split() for line in file.read_bytes().splitlines())}
     encoding = tiktoken.Encoding(rules["name"], pat_str=rules["pat_str"], mergeable_ranks=ranks,
                                  special_tokens=rules["special_tokens"], explicit_n_vocab=420)
     return encoding, rules, Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 
 @settings(max_examples=200)
-@given(text=st.one_of(st.text(max_size=80), st.text(alphabet="ab'sS 가\u1100\u1161\u0301\n\r\t1/\u3000<|end|>", max_size=80)))
-def test_tiktoken_gives_the_same_ids(exported: tuple[tiktoken.Encoding, dict[str, Any], Tokenizer], text: str) -> None:
+@given(text=st.one_of(st.text(max_size=80),
+                      st.text(alphabet="ab'sS 가\u1100\u1161\u0301\n\r\t1/\u3000<|end|>", max_size=80)))
+def test_tiktoken_gives_the_same_ids(exported: tuple[tiktoken.Encoding, dict[str, Any], Tokenizer],
+                                     text: str) -> None:
     encoding, rules, tokenizer = exported
     normal = unicodedata.normalize("NFC", text) if rules["normalization"] else text
-    assert encoding.encode(normal, allowed_special="all") == tokenizer.encode(text, add_special_tokens=False).ids
+    assert (encoding.encode(normal, allowed_special="all")
+            == tokenizer.encode(text, add_special_tokens=False).ids)
     tokenizer.encode_special_tokens = True
     assert encoding.encode_ordinary(normal) == tokenizer.encode(text, add_special_tokens=False).ids
     tokenizer.encode_special_tokens = False
 
 
 @settings(max_examples=200)
-@given(raw=st.one_of(st.binary(max_size=60), st.text(max_size=20).map(lambda text: text.encode()[1:] + b"\xe0 \xff the")))
-def test_any_bytes_come_back_by_tiktoken(exported: tuple[tiktoken.Encoding, dict[str, Any], Tokenizer], raw: bytes) -> None:
+@given(raw=st.one_of(st.binary(max_size=60),
+                     st.text(max_size=20).map(lambda text: text.encode()[1:] + b"\xe0 \xff the")))
+def test_any_bytes_come_back_by_tiktoken(exported: tuple[tiktoken.Encoding, dict[str, Any], Tokenizer],
+                                         raw: bytes) -> None:
     encoding = exported[0]
     assert encoding.decode_bytes(encoding._encode_bytes(raw)) == raw
 
 
-def test_raw_bytes_and_special_tokens_keep_their_ids(exported: tuple[tiktoken.Encoding, dict[str, Any], Tokenizer]) -> None:
+def test_raw_bytes_and_special_tokens_keep_their_ids(
+        exported: tuple[tiktoken.Encoding, dict[str, Any], Tokenizer]) -> None:
     encoding, rules, tokenizer = exported
     assert sorted(encoding.encode_single_token(bytes([b])) for b in range(256)) == list(range(64, 320))
-    assert encoding.decode_bytes([encoding.encode_single_token(bytes([b])) for b in (0xff, 0x00, 0xe0)]) == b"\xff\x00\xe0"
+    assert (encoding.decode_bytes([encoding.encode_single_token(bytes([b])) for b in (0xff, 0x00, 0xe0)])
+            == b"\xff\x00\xe0")
     assert {t: encoding.encode_single_token(t) for t in rules["special_tokens"]} == {
         token.content: id_ for id_, token in tokenizer.get_added_tokens_decoder().items()}
     assert rules["eos_token"] in rules["special_tokens"]
@@ -84,14 +94,17 @@ def unmatched_text(raw: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("edit", "sentence"), [
     (unmatched_text, "cannot be exported, since tiktoken would not give the same ids for"),
-    (lambda raw: raw.update(normalizer={"type": "Lowercase"}), "its normalizer Lowercase has no form in tiktoken"),
+    (lambda raw: raw.update(normalizer={"type": "Lowercase"}),
+     "its normalizer Lowercase has no form in tiktoken"),
     (lambda raw: raw["added_tokens"][3].update(lstrip=True), "has lstrip, for which tiktoken has no form"),
-    (lambda raw: raw["model"]["merges"].reverse(), "has no form in tiktoken: its ids do not rise with its merges"),
+    (lambda raw: raw["model"]["merges"].reverse(),
+     "has no form in tiktoken: its ids do not rise with its merges"),
     (lambda raw: raw.pop("model"), "is no tokenizer.json"),
     (lambda raw: raw["model"].update(dropout=0.1), "model.dropout = 0.1 makes encoding random"),
 ])
-def test_what_tiktoken_has_no_form_for_is_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-                                                  edit: Callable[[dict[str, Any]], Any], sentence: str) -> None:
+def test_what_tiktoken_has_no_form_for_is_refused(
+        folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+        edit: Callable[[dict[str, Any]], Any], sentence: str) -> None:
     bad = edited(folder, tmp_path / "bad", edit)
     assert main(["export", str(bad), "--format", "tiktoken", "--output", str(tmp_path / "out.tiktoken")]) == 2
     error = capsys.readouterr().err
@@ -99,13 +112,17 @@ def test_what_tiktoken_has_no_form_for_is_refused(folder: Path, tmp_path: Path, 
     assert not list(tmp_path.glob("out*"))
 
 
-def test_byte_level_bpe_has_no_form_in_sentencepiece(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["export", str(folder), "--format", "sentencepiece", "--output", str(tmp_path / "out.model")]) == 2
-    assert "sentencepiece merges characters and splits at spaces alone; take --format tiktoken" in capsys.readouterr().err
+def test_byte_level_bpe_has_no_form_in_sentencepiece(folder: Path, tmp_path: Path,
+                                                     capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(folder), "--format", "sentencepiece", "--output",
+                 str(tmp_path / "out.model")]) == 2
+    assert ("sentencepiece merges characters and splits at spaces alone; take --format tiktoken"
+            in capsys.readouterr().err)
     assert not list(tmp_path.iterdir())
 
 
-def test_files_are_replaced_only_on_request(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_are_replaced_only_on_request(folder: Path, tmp_path: Path,
+                                            capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "t.tiktoken.json").write_text("mine")
     command = ["export", str(folder), "--format", "tiktoken", "--output", str(tmp_path / "t.tiktoken")]
     assert main(command) == 2 and "t.tiktoken.json: exists already" in capsys.readouterr().err

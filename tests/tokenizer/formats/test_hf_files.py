@@ -1,4 +1,5 @@
-"""Building the files: special tokens cannot be reached by text, and bytes are spelled as the library spells them."""
+"""Building the files: special tokens cannot be reached by text, and bytes are spelled as the
+library spells them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""`sov-tokenizer import`: the same ids as the library that a tokenizer was made for, or nothing is written."""
+"""`sov-tokenizer import`: the same ids as the library that a tokenizer was made for,
+or nothing is written."""
 
 from __future__ import annotations
 
@@ -21,10 +22,12 @@ from megatron_sov.artifacts import read_manifest
 from tokenizer.cli import main
 from tokenizer.formats.tiktoken_format import ranks_text
 
-PROSE = ("The quick brown fox doesn't jump over 12 lazy dogs, 1234567 of them.\n  다람쥐 헌 쳇바퀴에 타고파. กำลังเรียนภาษาไทย\n"
+PROSE = ("The quick brown fox doesn't jump over 12 lazy dogs, 1234567 of them.\n  다람쥐 헌 쳇바퀴에 타고파. "
+         "กำลังเรียนภาษาไทย\n"
          "f(x) < s / 2 > unk pad mask 0x1A2B3C4D5E6F7890\n"
          "Zwölf Boxkämpfer jagen Viktor. It is a fact that they have said so, haven't they? 東京タワー 333\n")
-CL100K = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"
+CL100K = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+          r"|\s++$|\s*[\r\n]"
           r"|\s+(?!\S)|\s")
 SENTENCEPIECE: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity",
@@ -32,10 +35,12 @@ SENTENCEPIECE: dict[str, dict[str, Any]] = {
               "character_coverage": 0.98},
     "bpe": {"model_type": "bpe", "user_defined_symbols": ["<mask>", "a fact"]},
     "unigram": {"model_type": "unigram", "pad_id": 3},
-    "gemma": {"model_type": "unigram", "byte_fallback": True, "normalization_rule_name": "identity", "add_dummy_prefix": False,
-              "remove_extra_whitespaces": False, "user_defined_symbols": ["<mask>", "  "], "character_coverage": 0.98},
+    "gemma": {"model_type": "unigram", "byte_fallback": True, "normalization_rule_name": "identity",
+              "add_dummy_prefix": False, "remove_extra_whitespaces": False,
+              "user_defined_symbols": ["<mask>", "  "], "character_coverage": 0.98},
 }
-TEXTS = st.one_of(st.text(max_size=40), st.text(alphabet="the fox'sS \u00a0\u3000\n\t12345ü가타ไท<mask>/s>▁", max_size=60))
+TEXTS = st.one_of(st.text(max_size=40), st.text(alphabet="the fox'sS \u00a0\u3000\n\t12345ü가타ไท<mask>/s>▁",
+                                                max_size=60))
 
 
 def learned_ranks() -> dict[bytes, int]:
@@ -49,17 +54,21 @@ def learned_ranks() -> dict[bytes, int]:
 @pytest.fixture(scope="module")
 def by_tiktoken(tmp_path_factory: pytest.TempPathFactory) -> tuple[tiktoken.Encoding, Path]:
     """tiktoken's encoding, and the folder of the imported one; ids 421 to 429 are free."""
-    root, ranks, special = tmp_path_factory.mktemp("tiktoken"), learned_ranks(), {"<|endoftext|>": 430, "<|pad|>": 431}
+    root, ranks, special = (tmp_path_factory.mktemp("tiktoken"), learned_ranks(),
+                            {"<|endoftext|>": 430, "<|pad|>": 431})
     (root / "cl.tiktoken").write_bytes(ranks_text(ranks))
-    (root / "rules.json").write_text(json.dumps({"pat_str": CL100K, "special_tokens": special, "comment": "ignored"}))
-    assert main(["import", str(root / "cl.tiktoken"), "--rules", str(root / "rules.json"), "--eos", "<|endoftext|>",
-                 "--output", str(root / "mine")]) == 0
-    return tiktoken.Encoding("cl", pat_str=CL100K, mergeable_ranks=ranks, special_tokens=special), root / "mine"
+    (root / "rules.json").write_text(json.dumps({"pat_str": CL100K, "special_tokens": special,
+                                                 "comment": "ignored"}))
+    assert main(["import", str(root / "cl.tiktoken"), "--rules", str(root / "rules.json"), "--eos",
+                 "<|endoftext|>", "--output", str(root / "mine")]) == 0
+    return (tiktoken.Encoding("cl", pat_str=CL100K, mergeable_ranks=ranks, special_tokens=special),
+            root / "mine")
 
 
 @pytest.fixture(scope="module", params=SENTENCEPIECE)
 def by_sentencepiece(request: pytest.FixtureRequest,
-                     tmp_path_factory: pytest.TempPathFactory) -> tuple[sentencepiece.SentencePieceProcessor, Path]:
+                     tmp_path_factory: pytest.TempPathFactory) -> tuple[
+        sentencepiece.SentencePieceProcessor, Path]:
     """sentencepiece's model, and the folder of the imported one, beside the file m.model."""
     root, out = tmp_path_factory.mktemp(request.param), io.BytesIO()
     options = {"character_coverage": 1.0, "vocab_size": 370, **SENTENCEPIECE[request.param]}
@@ -69,7 +78,8 @@ def by_sentencepiece(request: pytest.FixtureRequest,
                                              hard_vocab_limit=options["model_type"] == "bpe", **options)
     (root / "m.model").write_bytes(out.getvalue())
     (root / "prose.txt").write_text(PROSE)
-    assert main(["import", str(root / "m.model"), "--output", str(root / "mine"), "--text", str(root / "prose.txt")]) == 0
+    assert main(["import", str(root / "m.model"), "--output", str(root / "mine"), "--text",
+                 str(root / "prose.txt")]) == 0
     return sentencepiece.SentencePieceProcessor(model_proto=out.getvalue()), root / "mine"
 
 
@@ -86,25 +96,31 @@ def test_tiktokens_special_tokens_and_facts(by_tiktoken: tuple[tiktoken.Encoding
     loaded, text = AutoTokenizer.from_pretrained(folder), "a<|endoftext|>b<|pad|> c"
     assert loaded.encode(text) == encoding.encode(text, allowed_special="all")
     content = read_manifest(folder, "tokenizer").content
-    assert (content["vocab_size"], content["bos_id"], content["eos_id"], content["pad_id"]) == (432, None, 430, 430)
+    assert ((content["vocab_size"], content["bos_id"], content["eos_id"], content["pad_id"])
+            == (432, None, 430, 430))
     encoder = Encoder(folder)
-    assert (encoder.vocab_size, encoder.eos_id, encoder.plain.encode(text).ids) == (432, 430, encoding.encode_ordinary(text))
+    assert (encoder.vocab_size, encoder.eos_id, encoder.plain.encode(text).ids) == (
+        432, 430, encoding.encode_ordinary(text))
 
 
 @settings(max_examples=150)
 @given(text=TEXTS.filter(lambda t: not any("\u0300" <= c <= "\u036f" for c in t)))
-def test_sentencepieces_ids(by_sentencepiece: tuple[sentencepiece.SentencePieceProcessor, Path], text: str) -> None:
+def test_sentencepieces_ids(by_sentencepiece: tuple[sentencepiece.SentencePieceProcessor, Path],
+                            text: str) -> None:
     model, folder = by_sentencepiece
     ids = AutoTokenizer.from_pretrained(folder)(text, split_special_tokens=True)["input_ids"]
     assert ids == model.encode(text)
 
 
-def test_sentencepieces_pieces_names_and_text(by_sentencepiece: tuple[sentencepiece.SentencePieceProcessor, Path]) -> None:
+def test_sentencepieces_pieces_names_and_text(
+        by_sentencepiece: tuple[sentencepiece.SentencePieceProcessor, Path]) -> None:
     model, folder = by_sentencepiece
     loaded = AutoTokenizer.from_pretrained(folder)
-    assert loaded.convert_ids_to_tokens(range(len(model))) == [model.id_to_piece(i) for i in range(len(model))]
+    assert loaded.convert_ids_to_tokens(range(len(model))) == [model.id_to_piece(i)
+                                                               for i in range(len(model))]
     content = read_manifest(folder).content
-    assert (content["vocab_size"], content["bos_id"], content["eos_id"]) == (len(model), model.bos_id(), model.eos_id())
+    assert (content["vocab_size"], content["bos_id"], content["eos_id"]) == (
+        len(model), model.bos_id(), model.eos_id())
     assert content["pad_id"] == (model.pad_id() if model.pad_id() >= 0 else model.eos_id())
     assert content["bytes_per_token"][str(folder.parent / "prose.txt")] == pytest.approx(
         len(PROSE.encode()) / len(model.encode(PROSE)), rel=0.02)
@@ -115,7 +131,8 @@ def test_sentencepieces_pieces_names_and_text(by_sentencepiece: tuple[sentencepi
 
 def test_back_to_sentencepiece(by_sentencepiece: tuple[sentencepiece.SentencePieceProcessor, Path]) -> None:
     model, folder = by_sentencepiece
-    assert main(["export", str(folder), "--format", "sentencepiece", "--output", str(folder.parent / "back.model")]) == 0
+    assert main(["export", str(folder), "--format", "sentencepiece", "--output",
+                 str(folder.parent / "back.model")]) == 0
     back = sentencepiece.SentencePieceProcessor(model_file=str(folder.parent / "back.model"))
     texts = [PROSE, "  <mask> a fact  <s>", "<0x41>\u0000", "e\u0301\u1112\u1161\u11ab ①", ""]
     assert back.encode(texts) == model.encode(texts)
@@ -133,15 +150,18 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_ours_through_tiktoken_and_back_is_the_same_file(trained: Path, tmp_path: Path) -> None:
-    assert main(["export", str(trained), "--format", "tiktoken", "--output", str(tmp_path / "x.tiktoken")]) == 0
+    assert main(["export", str(trained), "--format", "tiktoken", "--output",
+                 str(tmp_path / "x.tiktoken")]) == 0
     assert main(["import", str(tmp_path / "x.tiktoken"), "--output", str(tmp_path / "back")]) == 0
     assert (tmp_path / "back/tokenizer.json").read_bytes() == (trained / "tokenizer.json").read_bytes()
     before, after = read_manifest(trained).content, read_manifest(tmp_path / "back").content
     assert before.keys() - after.keys() <= {"num_superwords"}
-    assert all(before[key] == after[key] for key in ("tokenizer_sha256", "vocab_size", "bos_id", "eos_id", "pad_id"))
+    assert all(before[key] == after[key]
+               for key in ("tokenizer_sha256", "vocab_size", "bos_id", "eos_id", "pad_id"))
 
 
-def edited(folder: Path, target: Path, edit: Callable[[dict[str, Any]], Any], name: str = "tokenizer.json") -> Path:
+def edited(folder: Path, target: Path, edit: Callable[[dict[str, Any]], Any],
+           name: str = "tokenizer.json") -> Path:
     shutil.copytree(folder, target)
     (target / "manifest.json").unlink()
     raw = json.loads((target / name).read_text())
@@ -156,12 +176,14 @@ def test_a_hugging_face_folder_is_not_cut_off(trained: Path, tmp_path: Path) -> 
     config = json.loads((source / "tokenizer_config.json").read_text())
     config |= {"eos_token": {"__type": "AddedToken", "content": "<|end|>"}, "pad_token": None,
                "tokenizer_class": "LlamaTokenizerFast",
-               "chat_template": [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "{{ messages }}"}]}
+               "chat_template": [{"name": "tool_use", "template": "T"},
+                                 {"name": "default", "template": "{{ messages }}"}]}
     (source / "tokenizer_config.json").write_text(json.dumps(config))
     assert main(["import", str(source), "--output", str(tmp_path / "mine")]) == 0
     loaded = AutoTokenizer.from_pretrained(tmp_path / "mine")
     assert loaded.encode(PROSE) == AutoTokenizer.from_pretrained(trained).encode(PROSE)
-    assert (loaded.eos_token, loaded.pad_token, loaded.chat_template) == ("<|end|>", "<|end|>", "{{ messages }}")
+    assert (loaded.eos_token, loaded.pad_token, loaded.chat_template) == (
+        "<|end|>", "<|end|>", "{{ messages }}")
     assert read_manifest(tmp_path / "mine").content["eos_id"] == 21
 
 
@@ -170,8 +192,9 @@ def charsmap() -> bytes:
     from sentencepiece import sentencepiece_model_pb2
 
     out = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(["a b"] * 9), model_writer=out, minloglevel=2, vocab_size=9,
-                                             model_type="bpe", hard_vocab_limit=False)
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(["a b"] * 9), model_writer=out,
+                                             minloglevel=2, vocab_size=9, model_type="bpe",
+                                             hard_vocab_limit=False)
     return sentencepiece_model_pb2.ModelProto.FromString(out.getvalue()).normalizer_spec.precompiled_charsmap
 
 
@@ -199,38 +222,47 @@ def broken_model(root: Path, **changes: Any) -> Path:
     ({"normalizer_spec__escape_whitespaces": False}, "it does not mark spaces"),
     ({"score__7": -6.0}, "its pieces 'ba' and another one have the same score -6.0"),
     ({"denormalizer_spec__precompiled_charsmap": charsmap}, "it changes characters when decoding"),
-    ({"trainer_spec__model_type": 1}, "it has no piece for '<', so text that reads '<unk>' would become that piece"),
+    ({"trainer_spec__model_type": 1},
+     "it has no piece for '<', so text that reads '<unk>' would become that piece"),
 ])
-def test_models_that_have_no_form_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any],
-                                              sentence: str) -> None:
+def test_models_that_have_no_form_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                              changes: dict[str, Any], sentence: str) -> None:
     assert main(["import", str(broken_model(tmp_path, **changes)), "--output", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1
     assert [p.name for p in tmp_path.iterdir()] == ["bad.model"]
 
 
-def test_mistakes_cost_one_sentence(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_cost_one_sentence(trained: Path, tmp_path: Path,
+                                    capsys: pytest.CaptureFixture[str]) -> None:
     ranks = ranks_text(learned_ranks())
-    files = {"a.tiktoken": ranks, "b.tiktoken": ranks, "b.tiktoken.json": json.dumps({"pat_str": "(", "special_tokens": {}}),
-             "c.tiktoken": ranks, "c.tiktoken.json": json.dumps({"pat_str": ".", "special_tokens": {"<e>": 5}}),
-             "d.tiktoken": ranks[:-3] + b"!\n", "d.tiktoken.json": "{}", "e.tiktoken": ranks.split(b"\n", 1)[1], "f.txt": "words",
-             "g.tiktoken": ranks, "h.tiktoken": ranks,
-             "g.tiktoken.json": json.dumps({"pat_str": "a+", "special_tokens": {"<e>": 999}, "eos_token": "<e>"}),
-             "h.tiktoken.json": json.dumps({"pat_str": ".", "special_tokens": {"<e>": "5"}})}
+    files = {
+        "a.tiktoken": ranks, "b.tiktoken": ranks,
+        "b.tiktoken.json": json.dumps({"pat_str": "(", "special_tokens": {}}), "c.tiktoken": ranks,
+        "c.tiktoken.json": json.dumps({"pat_str": ".", "special_tokens": {"<e>": 5}}),
+        "d.tiktoken": ranks[:-3] + b"!\n", "d.tiktoken.json": "{}", "e.tiktoken": ranks.split(b"\n", 1)[1],
+        "f.txt": "words", "g.tiktoken": ranks, "h.tiktoken": ranks,
+        "g.tiktoken.json": json.dumps({"pat_str": "a+", "special_tokens": {"<e>": 999}, "eos_token": "<e>"}),
+        "h.tiktoken.json": json.dumps({"pat_str": ".", "special_tokens": {"<e>": "5"}})}
     for name, content in files.items():
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    no_eos = edited(trained, tmp_path / "no-eos", lambda config: config.pop("eos_token"), "tokenizer_config.json")
-    wrong = edited(trained, tmp_path / "wrong", lambda config: config.update(eos_token="<|ends|>"), "tokenizer_config.json")
+    no_eos = edited(trained, tmp_path / "no-eos", lambda config: config.pop("eos_token"),
+                    "tokenizer_config.json")
+    wrong = edited(trained, tmp_path / "wrong", lambda config: config.update(eos_token="<|ends|>"),
+                   "tokenizer_config.json")
     random_ids = edited(trained, tmp_path / "dropout", lambda raw: raw["model"].update(dropout=0.1))
     mistakes = {
-        tmp_path / "none": "does not exist", tmp_path / "f.txt": "is none of the forms", tmp_path: "holds 7 tokenizers",
+        tmp_path / "none": "does not exist", tmp_path / "f.txt": "is none of the forms",
+        tmp_path: "holds 7 tokenizers",
         tmp_path / "a.tiktoken": "a.tiktoken.json: does not exist, but a ranks file alone",
         tmp_path / "b.tiktoken": "is no regular",
-        tmp_path / "c.tiktoken": "special token '<e>' has id 5, which is that of", tmp_path / "d.tiktoken": "d.tiktoken:421: ",
-        tmp_path / "e.tiktoken": "byte 0x00 is no token",
+        tmp_path / "c.tiktoken": "special token '<e>' has id 5, which is that of",
+        tmp_path / "d.tiktoken": "d.tiktoken:421: ", tmp_path / "e.tiktoken": "byte 0x00 is no token",
         tmp_path / "g.tiktoken": "cannot be represented, since tokenizers would not",
-        tmp_path / "h.tiktoken": "must be an id", no_eos: "does not say which token ends a document; pass it by --eos",
-        wrong: "eos_token = '<|ends|>' is no token of it; did you mean '<|end|>'?", random_ids: "makes encoding random",
+        tmp_path / "h.tiktoken": "must be an id",
+        no_eos: "does not say which token ends a document; pass it by --eos",
+        wrong: "eos_token = '<|ends|>' is no token of it; did you mean '<|end|>'?",
+        random_ids: "makes encoding random",
     }
     for path, sentence in mistakes.items():
         assert main(["import", str(path), "--output", str(tmp_path / "out")]) == 2

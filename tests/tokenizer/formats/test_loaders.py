@@ -36,32 +36,38 @@ def test_hugging_face(build: Build) -> None:
         assert opened.decode(opened.encode(TEXT)) == TEXT
         assert list(opened.special.values()) == ["<|end|>"] and list(opened.added.values()) == ["<think>"]
         assert opened.vocab_size == raw.get_vocab_size()
-        assert opened.tokens[raw.token_to_id("Ġthe")] == b" the" and len(opened.tokens) == raw.get_vocab_size() - 2
+        assert (opened.tokens[raw.token_to_id("Ġthe")] == b" the"
+                and len(opened.tokens) == raw.get_vocab_size() - 2)
         assert opened.merged_alone(raw.token_to_id("Ġthe")) == [raw.token_to_id("Ġthe")]
 
 
 def test_tiktoken(tmp_path: Path) -> None:
     ranks = write_ranks(tmp_path / "it.tiktoken")
-    (tmp_path / "it.tiktoken.json").write_text(json.dumps({"pat_str": PATTERN, "special_tokens": {"<|end|>": 300}}))
-    reference = tiktoken.Encoding("it", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={"<|end|>": 300})
+    (tmp_path / "it.tiktoken.json").write_text(json.dumps({"pat_str": PATTERN,
+                                                           "special_tokens": {"<|end|>": 300}}))
+    reference = tiktoken.Encoding("it", pat_str=PATTERN, mergeable_ranks=ranks,
+                                  special_tokens={"<|end|>": 300})
     for path in (tmp_path, tmp_path / "it.tiktoken"):
         opened = open_tokenizer(path)
         assert opened.encode(TEXT) == reference.encode_ordinary(TEXT) == opened.encode_many([TEXT])[0]
         assert opened.encode_special(TEXT) == reference.encode(TEXT, allowed_special="all")
         assert opened.decode(opened.encode(TEXT)) == TEXT
-        assert opened.special == {300: "<|end|>"} and opened.vocab_size == 301 and opened.tokens[257] == b"the"
+        assert (opened.special == {300: "<|end|>"} and opened.vocab_size == 301
+                and opened.tokens[257] == b"the")
 
 
 def test_sentencepiece(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("the other theme\nthen the train 가나다\n" * 50)
-    sentencepiece.SentencePieceTrainer.train(input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "m"), vocab_size=300,
+    sentencepiece.SentencePieceTrainer.train(input=str(tmp_path / "text.txt"),
+                                             model_prefix=str(tmp_path / "m"), vocab_size=300,
                                              model_type="bpe", byte_fallback=True, minloglevel=2)
     reference = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "m.model"))
     opened = open_tokenizer(tmp_path)
     assert opened.encode(TEXT) == reference.encode(TEXT) == opened.encode_many([TEXT])[0]
     assert opened.decode(opened.encode(TEXT)) == opened.normalize(TEXT) == "the other, 가나다 <|end|> x"
     assert set(opened.special.values()) == {"<unk>", "<s>", "</s>"}
-    assert opened.tokens[reference.piece_to_id("▁the")] == b" the" and opened.tokens[reference.piece_to_id("<0x0A>")] == b"\n"
+    assert (opened.tokens[reference.piece_to_id("▁the")] == b" the"
+            and opened.tokens[reference.piece_to_id("<0x0A>")] == b"\n")
 
 
 def test_mistakes_cost_one_sentence(tmp_path: Path) -> None:
@@ -76,8 +82,9 @@ def test_mistakes_cost_one_sentence(tmp_path: Path) -> None:
     write_ranks(tmp_path / "form.tiktoken")
     (tmp_path / "cut.tiktoken.json").write_text(json.dumps({"pat_str": PATTERN, "special_tokens": {}}))
     (tmp_path / "form.tiktoken.json").write_text('{"pat_str": 1}')
-    for name, sentence in {"none": "does not exist", "empty": "holds", "bad.json": "bad.json", "bad.model": "bad.model",
-                           "bad.tiktoken": "bad.tiktoken", "alone.tiktoken": "pat_str", "cut.tiktoken": "cut.tiktoken:259",
+    for name, sentence in {"none": "does not exist", "empty": "holds", "bad.json": "bad.json",
+                           "bad.model": "bad.model", "bad.tiktoken": "bad.tiktoken",
+                           "alone.tiktoken": "pat_str", "cut.tiktoken": "cut.tiktoken:259",
                            "form.tiktoken": "pat_str"}.items():
         with pytest.raises(UserError, match=sentence):
             open_tokenizer(tmp_path / name)

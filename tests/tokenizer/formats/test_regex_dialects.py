@@ -1,4 +1,5 @@
-"""Patterns of tiktoken split text the same way in `tokenizers`, once translated (the module `regex` reads them as they are)."""
+"""Patterns of tiktoken split text the same way in `tokenizers`, once translated (the module `regex` reads
+them as they are)."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ from tokenizers import Regex, pre_tokenizers
 
 from tokenizer.formats.regex_dialects import for_oniguruma
 
-CL100K = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"
+CL100K = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+          r"|\s++$|\s*[\r\n]"
           r"|\s+(?!\S)|\s")
 O200K_PART = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{M}]*[\p{Ll}\p{M}]+(?i:'s|'t)?"
               r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{M}]*(?i:'s|'t)?|\p{N}{1,3}"
@@ -21,8 +23,8 @@ def pieces(pattern: str, text: str) -> list[str]:
     return [piece for piece, _ in pre_tokenizers.Split(Regex(pattern), "isolated").pre_tokenize_str(text)]
 
 
-@pytest.mark.parametrize("pattern", [CL100K, O200K_PART, r"(?:a(b)?){1,2}+|[\]{1,2}+$]+|.|\n", r"^\p{L}+|\s|.",
-                                     r"x{2}+|\{2}+|[^x]|x"])
+@pytest.mark.parametrize("pattern", [CL100K, O200K_PART, r"(?:a(b)?){1,2}+|[\]{1,2}+$]+|.|\n",
+                                     r"^\p{L}+|\s|.", r"x{2}+|\{2}+|[^x]|x"])
 def test_translated_patterns_split_as_they_are_meant(pattern: str) -> None:
     for text in TEXTS:
         assert pieces(for_oniguruma(pattern), text) == [m.group() for m in regex.finditer(pattern, text)]

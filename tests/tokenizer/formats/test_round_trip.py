@@ -16,27 +16,32 @@ from tokenizer.presets import K_EXAONE, SOLAR_OPEN, Preset
 TEXT = ["one of the cats and one of the dogs, 그 고양이 그리고 그 강아지 " * 20]
 
 
-def run(preset: Preset, vocabulary: Vocabulary, folder: Path, built: Preset | None = None, stage_1: int = 290) -> str:
+def run(preset: Preset, vocabulary: Vocabulary, folder: Path, built: Preset | None = None,
+        stage_1: int = 290) -> str:
     tokenizer = finished(built or preset, vocabulary)
     tokenizer.save(str(folder / TOKENIZER_JSON))
     checked = check(tokenizer, preset, vocabulary, stage_1, folder, TEXT)
-    assert checked.bytes_per_token == [pytest.approx(len(TEXT[0].encode()) / len(tokenizer.encode(TEXT[0]).ids))]
+    assert checked.bytes_per_token == [pytest.approx(
+        len(TEXT[0].encode()) / len(tokenizer.encode(TEXT[0]).ids))]
     return checked.sentence
 
 
 def test_a_good_one_passes(learn: Callable[..., Vocabulary], tmp_path: Path) -> None:
-    assert run(K_EXAONE, learn(K_EXAONE, 320, TEXT, transition=290), tmp_path).endswith("two steps the same as one")
+    assert run(K_EXAONE, learn(K_EXAONE, 320, TEXT, transition=290), tmp_path).endswith(
+        "two steps the same as one")
     assert run(SOLAR_OPEN, learn(SOLAR_OPEN, 290, TEXT), tmp_path).endswith("transformers give the same ids")
 
 
 def test_text_that_does_not_come_back_is_seen(learn: Callable[..., Vocabulary], tmp_path: Path) -> None:
     with pytest.raises(CheckFailed, match="decoding does not give back"):
-        run(SOLAR_OPEN, learn(SOLAR_OPEN, 290, TEXT), tmp_path, built=replace(SOLAR_OPEN, normalization="nfc"))
+        run(SOLAR_OPEN, learn(SOLAR_OPEN, 290, TEXT), tmp_path,
+            built=replace(SOLAR_OPEN, normalization="nfc"))
 
 
 def test_another_split_is_seen(learn: Callable[..., Vocabulary], tmp_path: Path) -> None:
     with pytest.raises(CheckFailed, match="tiktoken differs on"):
-        run(K_EXAONE, learn(K_EXAONE, 320, TEXT, transition=290), tmp_path, built=replace(K_EXAONE, superword_pattern=r"\S|\s"))
+        run(K_EXAONE, learn(K_EXAONE, 320, TEXT, transition=290), tmp_path,
+            built=replace(K_EXAONE, superword_pattern=r"\S|\s"))
 
 
 def test_another_file_is_seen(learn: Callable[..., Vocabulary], tmp_path: Path) -> None:
@@ -51,6 +56,7 @@ def test_a_step_that_does_not_apply_is_seen(learn: Callable[..., Vocabulary], tm
     vocabulary = learn(K_EXAONE, 320, TEXT, transition=290)
     tokenizer = finished(K_EXAONE, vocabulary)
     tokenizer.save(str(tmp_path / TOKENIZER_JSON))
-    vocabulary.merges[290 - 256] = vocabulary.merges[0]  # the first of stage 2 is lost in the two steps, not in the files
+    # the first of stage 2 is lost in the two steps, not in the files
+    vocabulary.merges[290 - 256] = vocabulary.merges[0]
     with pytest.raises(CheckFailed, match="two steps differ from one on"):
         check(tokenizer, K_EXAONE, vocabulary, 290, tmp_path, TEXT)

@@ -1,4 +1,5 @@
-"""`sov-tokenizer graft`: models made here keep every old id and row to the bit, and new rows are the means that the list says."""
+"""`sov-tokenizer graft`: models made here keep every old id and row to the bit, and new rows are the means
+that the list says."""
 
 from __future__ import annotations
 
@@ -22,16 +23,18 @@ from tokenizer.cli import main
 
 prepare_megatron()
 
-ENGLISH = "The quick brown fox jumps over the lazy dog, and the other dogs jump over it. def f(x):\n    return x + 12\n" * 40
-THAI = "กำลังเรียนภาษาไทย น้ำใจไมตรี เป็นมนุษย์สุดประเสริฐ ภาษาไทย มนุษย์ ประเทศไทย 다람쥐 헌 쳇바퀴에 타고파 quickly browse " * 40
+ENGLISH = ("The quick brown fox jumps over the lazy dog, and the other dogs jump over it. "
+           "def f(x):\n    return x + 12\n" * 40)
+THAI = ("กำลังเรียนภาษาไทย น้ำใจไมตรี เป็นมนุษย์สุดประเสริฐ ภาษาไทย มนุษย์ ประเทศไทย 다람쥐 헌 쳇바퀴에 타고파 "
+        "quickly browse " * 40)
 OLD_TOKENS, OLD_ROWS = 370, 400
 
 
 def train(root: Path, name: str, text: str, vocab_size: int) -> Path:
     (root / f"{name}.text").mkdir(parents=True)
     (root / f"{name}.text/t.txt").write_text(text)
-    assert main(["train", "--preset", "solar-open", "--vocab-size", str(vocab_size), "--input", str(root / f"{name}.text"),
-                 "--output", str(root / name)]) == 0
+    assert main(["train", "--preset", "solar-open", "--vocab-size", str(vocab_size), "--input",
+                 str(root / f"{name}.text"), "--output", str(root / name)]) == 0
     return root / name
 
 
@@ -46,9 +49,9 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     root = tmp_path_factory.mktemp("model")
     base = train(root, "base", ENGLISH, OLD_TOKENS)
     torch.manual_seed(0)
-    config = Qwen2Config(vocab_size=OLD_ROWS, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                         num_key_value_heads=2, tie_word_embeddings=request.param, initializer_range=0.2, bos_token_id=1,
-                         eos_token_id=2)
+    config = Qwen2Config(vocab_size=OLD_ROWS, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=request.param,
+                         initializer_range=0.2, bos_token_id=1, eos_token_id=2)
     Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(root / "model", max_shard_size="30KB")
     shutil.copy(base / "tokenizer_config.json", root / "model")
     raw = json.loads((base / "tokenizer.json").read_text())
@@ -62,8 +65,8 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def grafted(model: Path, donor: Path) -> Path:
     words = model.parent / "words.txt"
     words.write_text("ประเทศไทย\nlazy dog\n")
-    assert main(["graft", str(model), "--add", str(words), "--add", str(donor), "--replace", "<|reserved_5|>=<|muse|>",
-                 "--output", str(model.parent / "grafted")]) == 0
+    assert main(["graft", str(model), "--add", str(words), "--add", str(donor), "--replace",
+                 "<|reserved_5|>=<|muse|>", "--output", str(model.parent / "grafted")]) == 0
     return model.parent / "grafted"
 
 
@@ -82,7 +85,8 @@ def test_old_logits_are_the_same_to_the_bit(model: Path, grafted: Path) -> None:
         old, new = before(ids).logits, after(ids).logits
     kept = [i for i in range(OLD_TOKENS) if i != 5]
     assert torch.equal(old[..., kept], new[..., kept])
-    assert new.shape[-1] == after.config.vocab_size > OLD_ROWS and torch.isfinite(new).all() and new.dtype == torch.bfloat16
+    assert (new.shape[-1] == after.config.vocab_size > OLD_ROWS and torch.isfinite(new).all()
+            and new.dtype == torch.bfloat16)
 
 
 def test_new_rows_are_means_of_the_listed_old_ones(model: Path, grafted: Path) -> None:
@@ -111,13 +115,16 @@ def test_new_rows_are_means_of_the_listed_old_ones(model: Path, grafted: Path) -
 def test_text_is_cut_as_before_and_new_tokens_are_found(model: Path, grafted: Path, donor: Path) -> None:
     before, after = AutoTokenizer.from_pretrained(model), AutoTokenizer.from_pretrained(grafted)
     tokens, fresh = {t["text"]: t for t in listed(grafted)}, {t["id"] for t in listed(grafted)}
-    for text in ("The quick fox, jumps\n\n  over 12 dogs!", "def g(y): return 3", "\u0e3f £ ½ 東京", "é\u0301 \u00a0 😀"):
+    for text in ("The quick fox, jumps\n\n  over 12 dogs!", "def g(y): return 3", "\u0e3f £ ½ 東京",
+                 "é\u0301 \u00a0 😀"):
         assert after.encode(text) == before.encode(text) or fresh & set(after.encode(text))
         assert after.decode(after.encode(text)) == unicodedata.normalize("NFC", text)
-    assert after.encode(ENGLISH.replace("lazy dog", "lazy cat")) == before.encode(ENGLISH.replace("lazy dog", "lazy cat"))
+    assert after.encode(ENGLISH.replace("lazy dog", "lazy cat")) == before.encode(
+        ENGLISH.replace("lazy dog", "lazy cat"))
     whole = [text for text, token in tokens.items() if token["how"] == "merge" and "\ufffd" not in text]
     longest = max((text for text in whole if text > "\u0e00"), key=len)
-    for text, how in (("ประเทศไทย", "word"), ("lazy dog", "word"), ("<|muse|>", "instead of <|reserved_5|>"), (longest, "merge")):
+    for text, how in (("ประเทศไทย", "word"), ("lazy dog", "word"), ("<|muse|>", "instead of <|reserved_5|>"),
+                      (longest, "merge")):
         assert tokens[text]["how"] == how
         assert after.encode(text) == [tokens[text]["id"]]
     assert len(after.encode(THAI)) < 0.4 * len(before.encode(THAI))
@@ -129,7 +136,8 @@ def test_text_is_cut_as_before_and_new_tokens_are_found(model: Path, grafted: Pa
 def test_the_folder_is_whole(grafted: Path) -> None:
     manifest = read_manifest(grafted, "hf_model")
     assert damaged_files(grafted) == []
-    assert manifest.content["num_new_tokens"] == len(listed(grafted)) and manifest.settings["old_vocab_size"] == OLD_ROWS
+    assert (manifest.content["num_new_tokens"] == len(listed(grafted))
+            and manifest.settings["old_vocab_size"] == OLD_ROWS)
     assert not (grafted / "vocab.json").exists() and not (grafted / "merges.txt").exists()
     assert json.loads((grafted / "tokenizer_config.json").read_text())["eos_token"] == "<|endoftext|>"
 
@@ -146,7 +154,8 @@ def test_our_conversion_and_our_import_take_it(grafted: Path, tmp_path: Path) ->
 
 def test_a_solar_model_grows_to_a_given_size(hf_models: dict[str, Path], donor: Path, tmp_path: Path) -> None:
     source = hf_models["solar_open"]
-    assert main(["graft", str(source), "--add", str(donor), "--vocab-size", "1034", "--output", str(tmp_path / "filled")]) == 0
+    assert main(["graft", str(source), "--add", str(donor), "--vocab-size", "1034", "--output",
+                 str(tmp_path / "filled")]) == 0
     assert [t["id"] for t in listed(tmp_path / "filled")] == list(range(1024, 1034))
     (tmp_path / "w.txt").write_text("<|listen|>\n")
     assert main(["graft", str(source), "--add", str(tmp_path / "w.txt"), "--special", "--vocab-size", "1056",
@@ -159,7 +168,8 @@ def test_a_solar_model_grows_to_a_given_size(hf_models: dict[str, Path], donor: 
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "padded")
     assert tokenizer.encode("<|listen|>") == [1024]
     assert 1024 not in tokenizer("<|listen|>", split_special_tokens=True)["input_ids"]
-    old, new = AutoModelForCausalLM.from_pretrained(source), AutoModelForCausalLM.from_pretrained(tmp_path / "padded")
+    old, new = (AutoModelForCausalLM.from_pretrained(source),
+                AutoModelForCausalLM.from_pretrained(tmp_path / "padded"))
     ids = torch.arange(64, 104)[None]
     with torch.no_grad():
         assert torch.equal(old(ids).logits, new(ids).logits[..., :1024])
@@ -181,7 +191,8 @@ def test_an_ordinary_token_at_the_end_of_merges_can_be_replaced(model: Path, tmp
     assert "is a part of" in capsys.readouterr().err
 
 
-def broken(model: Path, target: Path, edit: Callable[[dict[str, Any]], Any], name: str = "config.json") -> Path:
+def broken(model: Path, target: Path, edit: Callable[[dict[str, Any]], Any],
+           name: str = "config.json") -> Path:
     shutil.copytree(model, target)
     value = json.loads((target / name).read_text())
     edit(value)
@@ -191,8 +202,8 @@ def broken(model: Path, target: Path, edit: Callable[[dict[str, Any]], Any], nam
 
 def test_mistakes_cost_one_sentence_and_leave_nothing(model: Path, donor: Path, tmp_path: Path,
                                                       capsys: pytest.CaptureFixture[str]) -> None:
-    files = {"known.txt": b" the\n", "twice.txt": b"aq\naq\n", "empty.txt": b"\n", "bytes.txt": b"\xff\xfe", "space.txt": b"  \n",
-             "new.txt": b"wxyz\n"}
+    files = {"known.txt": b" the\n", "twice.txt": b"aq\naq\n", "empty.txt": b"\n", "bytes.txt": b"\xff\xfe",
+             "space.txt": b"  \n", "new.txt": b"wxyz\n"}
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     smaller = broken(model, tmp_path / "smaller", lambda config: config.update(vocab_size=360))
@@ -211,7 +222,8 @@ def test_mistakes_cost_one_sentence_and_leave_nothing(model: Path, donor: Path, 
         "holds no tokens": [model, "--add", tmp_path / "empty.txt"],
         "cannot be read as": [model, "--add", tmp_path / "bytes.txt"],
         "'  ' is no token": [model, "--add", tmp_path / "space.txt"],
-        "must be OLD=NEW": [model, "--replace", "x"], "is no token of": [model, "--replace", "<|reserved_5|=<|x|>"],
+        "must be OLD=NEW": [model, "--replace", "x"],
+        "is no token of": [model, "--replace", "<|reserved_5|=<|x|>"],
         "'<|endoftext|>' is in use": [model, "--replace", "<|endoftext|>=<|x|>"],
         "'<|begin|>' is in use (as bos": [model, "--replace", "<|begin|>=<|x|>"],
         "'Z' is a byte or character": [model, "--replace", "Z=<|x|>"],
@@ -224,5 +236,6 @@ def test_mistakes_cost_one_sentence_and_leave_nothing(model: Path, donor: Path, 
     for sentence, arguments in mistakes.items():
         assert main(["graft", *map(str, arguments), "--output", str(tmp_path / "out")]) == 2
         error = capsys.readouterr().err
-        assert sentence in error and error.count("error:") == 1 and len(error.splitlines()) == 1, (sentence, error)
+        assert sentence in error and error.count("error:") == 1 and len(error.splitlines()) == 1, (
+            sentence, error)
     assert not list(tmp_path.glob("*out*"))

@@ -1,4 +1,5 @@
-"""Rows of tables in safetensors files, read back by the safetensors library: other tensors of any dtype stay as they are."""
+"""Rows of tables in safetensors files, read back by the safetensors library:
+other tensors of any dtype stay as they are."""
 
 from __future__ import annotations
 
@@ -10,11 +11,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_sov.errors import UserError
-from tokenizer.graft.embedding_rows import RowPlan, copy_file, find_tables, graft_file, row_bytes, weight_files
+from tokenizer.graft.embedding_rows import (
+    RowPlan,
+    copy_file,
+    find_tables,
+    graft_file,
+    row_bytes,
+    weight_files,
+)
 
 PLAN = RowPlan(old_rows=6, new_rows=9, known_ids=5, made_of={1: [2, 3], 5: [0, 0, 4], 6: [4], 7: []})
 OTHERS = {"a.scale": torch.tensor(1.5, dtype=torch.float64), "b.mask": torch.tensor([True, False, True]),
-          "c.weight": torch.randn(3, 5).to(torch.float8_e4m3fn), "d.ids": torch.arange(7), "e.weight": torch.randn(4, 6)}
+          "c.weight": torch.randn(3, 5).to(torch.float8_e4m3fn), "d.ids": torch.arange(7),
+          "e.weight": torch.randn(4, 6)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -23,7 +32,8 @@ def test_rows_are_kept_averaged_and_filled(tmp_path: Path, dtype: torch.dtype) -
     tensors = {**OTHERS, "model.embed_tokens.weight": table, "lm_head.bias": bias}
     save_file(tensors, tmp_path / "in.safetensors", metadata={"format": "pt"})
     tables = find_tables([tmp_path / "in.safetensors"], 6)
-    assert set(tables) == {"model.embed_tokens.weight", "lm_head.bias"} and row_bytes(tables) == 5 * dtype.itemsize
+    assert (set(tables) == {"model.embed_tokens.weight", "lm_head.bias"}
+            and row_bytes(tables) == 5 * dtype.itemsize)
     record = graft_file(tmp_path / "in.safetensors", tmp_path / "out.safetensors", set(tables), PLAN)
     raw = (tmp_path / "out.safetensors").read_bytes()
     assert (record.sha256, record.size_bytes) == (hashlib.sha256(raw).hexdigest(), len(raw))
@@ -34,8 +44,10 @@ def test_rows_are_kept_averaged_and_filled(tmp_path: Path, dtype: torch.dtype) -
     for old, new in ((table, found["model.embed_tokens.weight"]), (bias, found["lm_head.bias"])):
         wide = old.double()
         mean = wide[:5].mean(0)
-        expected = [wide[0], (wide[2] + wide[3]) / 2, *wide[2:5], (2 * wide[0] + wide[4]) / 3, wide[4], mean, mean]
-        torch.testing.assert_close(new, torch.stack(expected).to(dtype), rtol=0 if dtype.itemsize == 2 else 1e-6, atol=0)
+        expected = [wide[0], (wide[2] + wide[3]) / 2, *wide[2:5], (2 * wide[0] + wide[4]) / 3,
+                    wide[4], mean, mean]
+        torch.testing.assert_close(new, torch.stack(expected).to(dtype),
+                                   rtol=0 if dtype.itemsize == 2 else 1e-6, atol=0)
         assert torch.equal(new[[0, 2, 3, 4]], old[[0, 2, 3, 4]]) and torch.equal(new[6], old[4])
 
 

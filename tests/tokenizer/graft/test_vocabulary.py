@@ -1,4 +1,5 @@
-"""Tokens of one sentencepiece model grafted onto another: characters that had only bytes, and merges of them."""
+"""Tokens of one sentencepiece model grafted onto another: characters that had only bytes,
+and merges of them."""
 
 from __future__ import annotations
 
@@ -14,15 +15,16 @@ from megatron_sov.errors import UserError
 from tokenizer.formats.sentencepiece_format import from_sentencepiece, new_proto
 from tokenizer.graft.vocabulary import CHARACTERS, Surgery, kind_of
 
-ENGLISH = ["the quick brown fox jumps over the lazy dog", "and the other dogs jump over it", "it is a fact that they said so"]
+ENGLISH = ["the quick brown fox jumps over the lazy dog", "and the other dogs jump over it",
+           "it is a fact that they said so"]
 THAI = ["กำลังเรียนภาษาไทย น้ำใจไมตรี เป็นมนุษย์สุดประเสริฐ", "ภาษาไทย มนุษย์ ประเทศไทย", "the dog"]
 
 
 def bpe(lines: list[str], vocab_size: int) -> dict[str, Any]:
     out, proto = io.BytesIO(), new_proto()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines * 5), model_writer=out, minloglevel=2, vocab_size=vocab_size, model_type="bpe",
-        byte_fallback=True, normalization_rule_name="identity", character_coverage=1.0)
+        sentence_iterator=iter(lines * 5), model_writer=out, minloglevel=2, vocab_size=vocab_size,
+        model_type="bpe", byte_fallback=True, normalization_rule_name="identity", character_coverage=1.0)
     proto.ParseFromString(out.getvalue())
     return from_sentencepiece(proto, "m")
 
@@ -40,7 +42,8 @@ def test_characters_and_merges_of_another_model() -> None:
     new = {token.token: token for token in surgery.new}
     assert {t.how for t in surgery.new} == {"character", "merge"}
     assert new["ท"].old_ids == [before.token_to_id(f"<0x{b:02X}>") for b in "ท".encode()]
-    assert ids(after, "ไทย") != ids(before, "ไทย") and len(ids(after, THAI[0])) < 0.4 * len(ids(before, THAI[0]))
+    assert (ids(after, "ไทย") != ids(before, "ไทย")
+            and len(ids(after, THAI[0])) < 0.4 * len(ids(before, THAI[0])))
     assert after.decode(ids(after, THAI[0])) == THAI[0]
     for text in (*ENGLISH, "東京 é", ""):
         assert ids(after, text) == ids(before, text)
@@ -59,6 +62,7 @@ def test_ids_stop_where_there_is_no_more_room() -> None:
 
 def test_kinds_do_not_mix() -> None:
     base = bpe(ENGLISH, 330)
-    byte_level = {"added_tokens": [], "pre_tokenizer": {"type": "ByteLevel"}, "model": {"type": "BPE", "vocab": {}, "merges": []}}
+    byte_level = {"added_tokens": [], "pre_tokenizer": {"type": "ByteLevel"},
+                  "model": {"type": "BPE", "vocab": {}, "merges": []}}
     with pytest.raises(UserError, match="since it is byte-level BPE and base is character BPE; both must be"):
         Surgery(base, "base", set()).add_tokens_of(byte_level, "donor", None)

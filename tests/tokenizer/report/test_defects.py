@@ -68,42 +68,50 @@ def test_a_missing_byte_loses_what_needs_it(build: Build) -> None:
 def test_composition_is_told_but_no_loss(build: Build, nfc: Any) -> None:
     check = scalars(open_tokenizer(build(normalizer=nfc)))
     assert check.verdict == "note" and check.numbers["num_lost"] == 0
-    assert {"U+0340", "U+0341"} <= set(check.numbers["normalized"])  # grave and acute tone marks have other spellings
+    # grave and acute tone marks have other spellings
+    assert {"U+0340", "U+0341"} <= set(check.numbers["normalized"])
 
 
 @pytest.mark.parametrize(("pairs", "split", "verdict", "single"), [
     (PAIRS, r"\p{L}+|\p{N}|\s+|.", "good", True),
     ([("1", "2"), ("12", "3")], r"\p{L}+|\p{N}+|\s+|.", "bad", False),
 ])
-def test_merging_digits_are_found(build: Build, pairs: list[tuple[str, str]], split: str, verdict: str, single: bool) -> None:
+def test_merging_digits_are_found(build: Build, pairs: list[tuple[str, str]], split: str, verdict: str,
+                                  single: bool) -> None:
     check = check_digits(open_tokenizer(build(pairs=pairs, split=split)))
     assert (check.verdict, check.numbers["single_digits"]) == (verdict, single)
     assert check.numbers["num_multi_digit_tokens"] == (0 if single else 2)
     if not single:
-        assert check.numbers["shapes"]["3"].keys() >= {"3", "1+1+1"} and check.numbers["shapes"]["3"]["3"] == "123"
+        assert (check.numbers["shapes"]["3"].keys() >= {"3", "1+1+1"}
+                and check.numbers["shapes"]["3"]["3"] == "123")
 
 
 def test_regular_groups_of_digits_are_no_defect(build: Build) -> None:
     digits = "0123456789"
     pairs = [(a, b) for a in digits for b in digits]
     check = check_digits(open_tokenizer(build(pairs=pairs, split=r"\p{L}+|\p{N}{1,2}|\s+|.")))
-    assert check.verdict == "note" and check.numbers["regular"] and check.numbers["shapes"]["5"].keys() == {"2+2+1"}
+    assert (check.verdict == "note" and check.numbers["regular"]
+            and check.numbers["shapes"]["5"].keys() == {"2+2+1"})
 
 
 def test_unreachable_tokens_are_found_and_explained(build: Build) -> None:
-    """`her` is spelled by merges that `the` always prevents; `q z` is cut by the split pattern; `qu` has no merge at all."""
-    opened = open_tokenizer(build(pairs=[("h", "e"), ("e", "r"), ("h", "er"), ("Ġ", "z"), ("q", "Ġz")], extra=("qu",)))
+    """`her` is spelled by merges that `the` always prevents; `q z` is cut by the split pattern;
+    `qu` has no merge at all."""
+    opened = open_tokenizer(build(pairs=[("h", "e"), ("e", "r"), ("h", "er"), ("Ġ", "z"), ("q", "Ġz")],
+                                  extra=("qu",)))
     check = reach(opened)
     found = {u["token"]: u for u in check.numbers["unreachable"]}
     assert found.keys() == {"her", "q␣z", "qu"}
-    assert found["her"]["becomes"] == ["he", "r"] and found["her"]["reason"] == "its bytes merge to other tokens"
+    assert (found["her"]["becomes"] == ["he", "r"]
+            and found["her"]["reason"] == "its bytes merge to other tokens")
     assert found["qu"]["becomes"] == ["q", "u"]
     assert "text is split inside it" in found["q␣z"]["reason"]
     assert check.verdict == "bad"
 
 
 def test_parts_of_characters_are_completed(build: Build) -> None:
-    """A space and the first two bytes of Hangul, the last byte and a space: both need characters around them."""
+    """A space and the first two bytes of Hangul, the last byte and a space:
+    both need characters around them."""
     across = [("Ġ", "ì"), ("Ġì", "ķ"), ("Ī", "t")]
     opened = open_tokenizer(build(pairs=across, split=r"[\s\S]+"))
     check = reach(opened)
@@ -114,16 +122,19 @@ def test_parts_of_characters_are_completed(build: Build) -> None:
 @pytest.mark.parametrize(("words", "verdict"), [
     ({"special": ("<|end|>",)}, "good"), ({"special": (), "added": ("<|end|>",)}, "bad"),
     ({"special": (), "added": ("    ",)}, "good")])
-def test_special_tokens_that_users_can_write_are_found(build: Build, words: dict[str, Any], verdict: str) -> None:
+def test_special_tokens_that_users_can_write_are_found(build: Build, words: dict[str, Any],
+                                                       verdict: str) -> None:
     check = check_neutral(open_tokenizer(build(**words)))
     assert check.verdict == verdict
     assert check.numbers["become_ids_in_text"] == (["<|end|>"] if verdict == "bad" else [])
 
 
 def test_superwords_are_counted(build: Build) -> None:
-    opened = open_tokenizer(build(pairs=[*PAIRS, ("a", "Ġthe"), ("aĠthe", "Ġthe")], split=r"[\p{L} ]+|\p{N}|\s+|."))
+    opened = open_tokenizer(build(pairs=[*PAIRS, ("a", "Ġthe"), ("aĠthe", "Ġthe")],
+                                  split=r"[\p{L} ]+|\p{N}|\s+|."))
     numbers = check_superwords(opened).numbers
-    assert (numbers["num_superwords"], numbers["by_num_words"], numbers["longest"][0]) == (2, {2: 1, 3: 1}, "a␣the␣the")
+    assert (numbers["num_superwords"], numbers["by_num_words"], numbers["longest"][0]) == (
+        2, {2: 1, 3: 1}, "a␣the␣the")
 
 
 def test_dear_indentation_is_told(build: Build) -> None:
@@ -135,8 +146,10 @@ def test_dear_indentation_is_told(build: Build) -> None:
 
 
 def test_decomposed_korean_is_dear_unless_it_is_composed(build: Build, nfc: Any) -> None:
-    plain, composed = (check_scripts(open_tokenizer(build(f"{n is None}", normalizer=n))) for n in (None, nfc))
-    assert plain.numbers["decomposed_over_composed"] > 1.5 and composed.numbers["decomposed_over_composed"] == 1
+    plain, composed = (check_scripts(open_tokenizer(build(f"{n is None}", normalizer=n)))
+                       for n in (None, nfc))
+    assert (plain.numbers["decomposed_over_composed"] > 1.5
+            and composed.numbers["decomposed_over_composed"] == 1)
     assert composed.verdict == "note" and "Hangul: decomposed (NFD)" in composed.numbers["equivalent"]
     assert plain.numbers["hangul_syllables_by_tokens"] == {"3": 11172} and plain.numbers["lost"] == []
 
@@ -146,8 +159,8 @@ def test_streaming_takes_back_what_longer_tokens_swallow(build: Build) -> None:
     texts = read_texts([str(write(Path(opened.path) / "t.txt", "abcd"))], 1)
     check = check_streaming(opened, texts)
     # a -> ab takes back 1, ab c takes back none, ab c -> abcd takes back both
-    assert check.numbers["texts"]["t"] == {"num_chars": 4, "num_tokens": 1, "most_taken_back": 2, "mean_taken_back": 1.0,
-                                           "prefixes_decode": True}
+    assert check.numbers["texts"]["t"] == {"num_chars": 4, "num_tokens": 1, "most_taken_back": 2,
+                                           "mean_taken_back": 1.0, "prefixes_decode": True}
     assert check_determinism(opened, texts).verdict == "good"
 
 
@@ -185,11 +198,12 @@ def b64(token: bytes) -> str:
 def test_what_the_library_cannot_do_is_told_and_not_raised(tmp_path: Path) -> None:
     """tiktoken's regular expressions give up on long runs that they have to go back in."""
     ranks = write(tmp_path / "bytes.tiktoken", "".join(f"{b64(bytes([b]))} {b}\n" for b in range(256)))
-    write(tmp_path / "bytes.tiktoken.json", json.dumps({"pat_str": r"\s+(?!\S)|\s+|\S+", "special_tokens": {}}))
+    write(tmp_path / "bytes.tiktoken.json",
+          json.dumps({"pat_str": r"\s+(?!\S)|\s+|\S+", "special_tokens": {}}))
     opened = open_tokenizer(ranks)
     with pytest.raises(BaseException):  # noqa: B017  (a panic of the binding is no Exception)
-        tiktoken.Encoding("x", pat_str=r"\s+(?!\S)|\s+|\S+", special_tokens={},
-                          mergeable_ranks={bytes([b]): b for b in range(256)}).encode_ordinary(" " * 1_000_000 + "x")
+        tiktoken.Encoding("x", pat_str=r"\s+(?!\S)|\s+|\S+", special_tokens={}, mergeable_ranks={
+            bytes([b]): b for b in range(256)}).encode_ordinary(" " * 1_000_000 + "x")
     found = time_input(opened, " ")
     assert " bytes: " in found.error and len(found.times_s) < 4
 
@@ -204,7 +218,8 @@ def test_never_used_tokens_against_plain_counting(build: Build, heldout: dict[st
 
 def test_a_busy_moment_is_not_taken_for_growth() -> None:
     held_up, calm = Timed([1, 4], [1.0, 16.0], 9, ""), Timed([1, 4], [1.1, 4.0], 9, "")
-    assert held_up.exponent == 2 and held_up.fastest(calm).times_s == [1.0, 4.0] and held_up.fastest(calm).exponent == 1
+    assert (held_up.exponent == 2 and held_up.fastest(calm).times_s == [1.0, 4.0]
+            and held_up.fastest(calm).exponent == 1)
 
 
 def test_every_input_is_long_enough() -> None:

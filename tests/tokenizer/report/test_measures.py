@@ -35,7 +35,8 @@ def test_figures_are_those_of_plain_counting(build: Build, heldout: dict[str, Pa
         assert numbers["tokens_per_char"] == pytest.approx(tokens[name] / len(text))
         assert numbers["share_of_flops"] == pytest.approx(tokens[name] / sum(tokens.values()))
     words = sum(len(d.split()) for d in docs["english"])
-    assert check.numbers["texts"]["english"]["tokens_per_1000_words"] == pytest.approx(1000 * tokens["english"] / words)
+    assert check.numbers["texts"]["english"]["tokens_per_1000_words"] == pytest.approx(
+        1000 * tokens["english"] / words)
     assert check.numbers["texts"]["thai"]["tokens_per_word"] is None
     assert check.numbers["texts"]["thai"]["share_of_partial_characters"] == 1  # nothing but single bytes
     assert check.verdict == "good"
@@ -77,13 +78,15 @@ def test_names_of_texts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("arguments", "sentence"), [
-    (["=x"], "must be a path or NAME=PATH"), (["none.txt"], "does not exist"), (["a.txt", "b/a.txt"], "the name 'a' is taken"),
-    (["empty.txt"], "holds no text"), (["latin.txt"], "is not UTF-8"), (["bad.jsonl"], "bad.jsonl: ")])
+    (["=x"], "must be a path or NAME=PATH"), (["none.txt"], "does not exist"),
+    (["a.txt", "b/a.txt"], "the name 'a' is taken"), (["empty.txt"], "holds no text"),
+    (["latin.txt"], "is not UTF-8"), (["bad.jsonl"], "bad.jsonl: ")])
 def test_bad_text_costs_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str],
                                      sentence: str) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "b").mkdir()
-    for name, raw in {"a.txt": b"x", "b/a.txt": b"y", "empty.txt": b" \n", "latin.txt": b"caf\xe9 ", "bad.jsonl": b"{"}.items():
+    for name, raw in {"a.txt": b"x", "b/a.txt": b"y", "empty.txt": b" \n", "latin.txt": b"caf\xe9 ",
+                      "bad.jsonl": b"{"}.items():
         (tmp_path / name).write_bytes(raw)
     with pytest.raises(UserError, match=sentence):
         read_texts(arguments, 1)

@@ -49,7 +49,8 @@ def test_both_pages_open_in_a_browser(build: Build, heldout: dict[str, Path], tm
         assert console == []
         body = re.sub(r"<script.*?</script>", "", dom, flags=re.DOTALL)
         plots = body.split('<div class="plot js-plotly-plot"')[1:]
-        assert len(plots) == num_plots and all('class="main-svg"' in plot and 'class="point' in plot for plot in plots)
+        assert len(plots) == num_plots and all('class="main-svg"' in plot and 'class="point' in plot
+                                               for plot in plots)
         assert "<img" not in body
 
 

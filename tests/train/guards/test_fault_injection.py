@@ -14,8 +14,10 @@ from megatron_sov.train.guards.fault_injection import STATES, Fault, Faults, cor
 
 
 def test_several_faults_stand_in_one_argument() -> None:
-    found = parse(["kill@step=5,rank=1,nan@step=9", "spike@step=3,factor=50", "slow-rank@rank=1,step=7,seconds=0.5"], 2)
-    assert found == (Fault("kill", "step", 5, 1), Fault("nan", "step", 9), Fault("spike", "step", 3, 0, {"factor": 50.0}),
+    found = parse(
+        ["kill@step=5,rank=1,nan@step=9", "spike@step=3,factor=50", "slow-rank@rank=1,step=7,seconds=0.5"], 2)
+    assert found == (Fault("kill", "step", 5, 1), Fault("nan", "step", 9),
+                     Fault("spike", "step", 3, 0, {"factor": 50.0}),
                      Fault("slow-rank", "step", 7, 1, {"seconds": 0.5, "steps": 100.0}))
     assert [parse([f.name], 2)[0] for f in found] == list(found), "a fault's name is how it is written"
     for kind, states in STATES.items():
@@ -27,8 +29,8 @@ def test_several_faults_stand_in_one_argument() -> None:
     ("kill", "'' must be start=NUMBER or load=NUMBER or step=NUMBER or save=NUMBER or rank=NUMBER"),
     ("kill@rank=1", "must say once when it comes, by start=N or load=N or step=N or save=N"),
     ("nan@save=3", "'save=3' must be step=NUMBER or rank=NUMBER"),
-    ("nan@step=x", "'step=x' must be"), ("nan@step=-1", "'step=-1' must be"), ("nan@step=1.5", "'step=1.5' must be"),
-    ("kill@step=1,load=2", "must say once when it comes"),
+    ("nan@step=x", "'step=x' must be"), ("nan@step=-1", "'step=-1' must be"),
+    ("nan@step=1.5", "'step=1.5' must be"), ("kill@step=1,load=2", "must say once when it comes"),
     ("nan@step=1,rank=2", "rank 2 does not exist; the run has 2"),
     ("nan@step=1,nan@step=1", "is given twice"),
 ])
@@ -59,7 +61,8 @@ def test_a_fault_comes_once_to_its_process_from_its_step_on_and_is_told_once(tmp
 
 
 def test_a_slow_process_is_slow_for_a_while(tmp_path: Path) -> None:
-    slow = Faults(parse(["slow-rank@step=3,seconds=0.2,steps=2", "slow-rank@step=4,seconds=0.1,steps=9"], 1), tmp_path, 0)
+    slow = Faults(parse(["slow-rank@step=3,seconds=0.2,steps=2", "slow-rank@step=4,seconds=0.1,steps=9"], 1),
+                  tmp_path, 0)
     assert [slow.delay_s(step) for step in (2, 3, 4, 5)] == pytest.approx([0, 0.2, 0.3, 0.1])
 
 

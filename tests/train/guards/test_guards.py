@@ -18,7 +18,8 @@ from megatron_sov.train.guards import stragglers  # noqa: E402
 from megatron_sov.train.guards.guards import Guards  # noqa: E402
 
 
-def test_computing_times_and_routing_are_looked_at_in_their_own_rhythms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_computing_times_and_routing_are_looked_at_in_their_own_rhythms(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stragglers.dist, "get_world_size", lambda: 1)
     monkeypatch.setattr(stragglers.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(stragglers.collectives, "all_reduce_world", lambda mine: mine)
@@ -36,5 +37,6 @@ def test_computing_times_and_routing_are_looked_at_in_their_own_rhythms(tmp_path
     events: Any = SimpleNamespace(write=lambda event, **fields: told.append((event, fields["step"])))
     for step in range(1, 7):
         guards.observe(step, load, events)
-    assert told == [("compute_time", 2), ("routing", 3), ("compute_time", 4), ("compute_time", 6), ("routing", 6)]
+    assert told == [("compute_time", 2), ("routing", 3), ("compute_time", 4), ("compute_time", 6),
+                    ("routing", 6)]
     assert gathered == [3, 6], "a step that is not due costs no all-reduce"

@@ -17,14 +17,16 @@ EVEN, ONE, HALF = [4.0, 4.0, 4.0, 4.0], [16.0, 0.0, 0.0, 0.0], [8.0, 8.0, 0.0, 0
 DENSE, FLAT, APART = [0.0] * 4, [0.1] * 4, [0.9, 0.0, 0.0, -0.2]
 
 
-def alarms(tmp_path: Path, records: list[tuple[list[list[float]], list[list[float]]]]) -> list[tuple[int, str, int, str]]:
+def alarms(tmp_path: Path,
+           records: list[tuple[list[list[float]], list[list[float]]]]) -> list[tuple[int, str, int, str]]:
     """Feed records of (load, biases); return (step, kind, layer, text) of each alarm."""
     log = EventLog(tmp_path / "events.jsonl")
     watch = RoutingMonitor(GuardConfig(routing_every_steps=10, min_load_entropy=0.3, dead_after_records=2))
     for step in range(10, 10 * len(records) + 10, 10):
         assert watch.is_due(step) and not watch.is_due(step + 1)
         load, biases = records[step // 10 - 1]
-        watch.follow(step, torch.tensor(load, dtype=torch.float64), torch.tensor(biases, dtype=torch.float64), log)
+        watch.follow(step, torch.tensor(load, dtype=torch.float64),
+                     torch.tensor(biases, dtype=torch.float64), log)
     log.close()
     raised = [e for e in read_events(tmp_path / "events.jsonl") if e["event"] == "alarm"]
     return [(e["step"], e["kind"], e["layer"], e["text"]) for e in raised]
@@ -45,7 +47,8 @@ def test_records_hold_the_figures_of_every_routed_layer(tmp_path: Path) -> None:
     alarms(tmp_path, [([DENSE, HALF, EVEN], [DENSE, APART, FLAT])])
     (record,) = [e for e in read_events(tmp_path / "events.jsonl") if e["event"] == "routing"]
     assert record["layers"] == [2, 3] and record["dead"] == [2, 0] and record["max_violation"] == [1.0, 0.0]
-    assert [round(x, 3) for x in record["entropy"]] == [0.5, 1.0] and [round(x, 3) for x in record["bias_spread"]] == [1.1, 0.0]
+    assert ([round(x, 3) for x in record["entropy"]] == [0.5, 1.0]
+            and [round(x, 3) for x in record["bias_spread"]] == [1.1, 0.0])
 
 
 def test_a_dense_model_has_no_records(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""Which steps are refused: numbers that are not finite, and spikes by OLMo-core's rule; the ledger says so afterwards."""
+"""Which steps are refused: numbers that are not finite, and spikes by OLMo-core's rule;
+the ledger says so afterwards."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ prepare_megatron()
 from megatron_sov.train.guards import step_guard  # noqa: E402
 from megatron_sov.train.guards.step_guard import StepGuard  # noqa: E402
 
-LEDGER = Ledger([LedgerEntry(0, "a", 32, 8, {"x": 1.0}), LedgerEntry(60, "b", 64, 8, {"x": 1.0}), LedgerEntry(70, "c", 64, 16, {"x": 1.0})])
+LEDGER = Ledger([LedgerEntry(0, "a", 32, 8, {"x": 1.0}), LedgerEntry(60, "b", 64, 8, {"x": 1.0}),
+                 LedgerEntry(70, "c", 64, 16, {"x": 1.0})])
 
 
 @pytest.fixture(autouse=True)
@@ -30,8 +32,8 @@ def reference(losses: list[float], norms: list[float], window: int, sigma: float
     """OLMo-core's rule, one-sided, in torch: the newest values against those before."""
     if len(losses) < max(20, window // 2) + 1:
         return True
-    return all(bool(v[-1] <= v[:-1].mean() + sigma * v[:-1].std())
-               for v in (torch.tensor(values[-window - 1:], dtype=torch.float64) for values in (losses, norms)))
+    return all(bool(v[-1] <= v[:-1].mean() + sigma * v[:-1].std()) for v in (
+        torch.tensor(values[-window - 1:], dtype=torch.float64) for values in (losses, norms)))
 
 
 def test_spikes_are_those_of_the_rule() -> None:
@@ -43,7 +45,8 @@ def test_spikes_are_those_of_the_rule() -> None:
     for step in range(400):
         loss, norm = draw.gauss(3, 0.1), draw.gauss(1, 0.05)
         if step > 20 and step % 9 == 0:
-            loss, norm = draw.choice([(loss + draw.uniform(0, 2), norm), (loss, norm + draw.uniform(0, 1)), (2.0, 0.5)])
+            loss, norm = draw.choice([(loss + draw.uniform(0, 2), norm), (loss, norm + draw.uniform(0, 1)),
+                                      (2.0, 0.5)])
         expected = reference([*losses, loss], [*norms, norm], 40, 4.0)
         assert guard.accepts(loss, norm) == expected, step
         losses.append(loss)
@@ -79,13 +82,15 @@ def test_high_losses_in_a_row_are_counted_and_the_history_survives_a_checkpoint(
         assert not g.accepts(9.0, 1.0) and g.wants_rollback and g.in_a_row == 2
     assert guard.state() == again.state()
     guard.forget_refusals()
-    assert not guard.wants_rollback and not StepGuard(GuardConfig(rollback_after_skips=0), is_main=True).wants_rollback
+    assert (not guard.wants_rollback
+            and not StepGuard(GuardConfig(rollback_after_skips=0), is_main=True).wants_rollback)
 
 
 def test_gradients_that_stay_large_become_usual_and_take_nothing_back() -> None:
     guard = steady(GuardConfig(rollback_after_skips=2), 128)
     decisions = [guard.accepts(2.0, 5.0) or guard.wants_rollback for _ in range(6)]
-    # k equal spikes in a window of n lie sqrt((n - k) / k) standard deviations above its mean: more than 6 up to k = 3
+    # k equal spikes in a window of n lie sqrt((n - k) / k) standard deviations above its mean:
+    # more than 6 up to k = 3
     assert decisions == [False] * 4 + [True] * 2 and guard.in_a_row == 0 and not guard.wants_rollback
 
 
@@ -109,7 +114,8 @@ def test_switched_off_a_spike_is_learned_and_a_nan_still_refused() -> None:
 
 
 def disagree() -> list[Any]:
-    """Runs inside ranks: only rank 1 sees a bad number; returns what each rank decides, and what it remembers."""
+    """Runs inside ranks: only rank 1 sees a bad number; returns what each rank decides,
+    and what it remembers."""
     from megatron_sov.config import ParallelConfig
     from megatron_sov.mcore.parallel import world
 

@@ -1,4 +1,5 @@
-"""The report of computing times: averages over a stretch, the slow ones named, large worlds cut to the slowest."""
+"""The report of computing times: averages over a stretch, the slow ones named,
+large worlds cut to the slowest."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ from megatron_sov.train.guards import stragglers  # noqa: E402
 from megatron_sov.train.guards.stragglers import MAX_SHOWN, Stragglers  # noqa: E402
 
 
-def reported(monkeypatch: pytest.MonkeyPatch, others: list[float], own: list[float], ratio: float = 1.5) -> list[dict[str, Any]]:
+def reported(monkeypatch: pytest.MonkeyPatch, others: list[float], own: list[float],
+             ratio: float = 1.5) -> list[dict[str, Any]]:
     """Report this process's times beside the averages of others; it is rank 0.  Returns the events."""
     told: list[dict[str, Any]] = []
     monkeypatch.setattr(stragglers.dist, "get_world_size", lambda: len(others) + 1)
@@ -33,8 +35,10 @@ def reported(monkeypatch: pytest.MonkeyPatch, others: list[float], own: list[flo
 
 def test_a_stretch_ends_at_multiples_whenever_it_began(monkeypatch: pytest.MonkeyPatch) -> None:
     found = reported(monkeypatch, [0.2, 0.2], [0.1, 0.3, 0.2, 0.2, 0.2, 0.6])
-    assert [(e["step"], e["seconds"]["0"]) for e in found] == [(4, pytest.approx(0.2)), (8, pytest.approx(0.3))]
-    assert all(e["event"] == "compute_time" and e["slow"] == [] for e in found), "1.5 times is not more than 1.5 times"
+    assert [(e["step"], e["seconds"]["0"]) for e in found] == [(4, pytest.approx(0.2)),
+                                                               (8, pytest.approx(0.3))]
+    assert all(e["event"] == "compute_time" and e["slow"] == [] for e in found), (
+        "1.5 times is not more than 1.5 times")
 
 
 def test_the_slow_are_those_far_above_the_median(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,5 @@
-"""A step that stands still ends the process with its own exit code and leaves its stacks; a slow evaluation does not."""
+"""A step that stands still ends the process with its own exit code and leaves its stacks;
+a slow evaluation does not."""
 
 from __future__ import annotations
 
@@ -37,8 +38,8 @@ def test_a_hang_is_told_and_ended_and_what_may_take_long_is_not_watched(tmp_path
     started = {}
     for case in cases:
         (tmp_path / case).mkdir()
-        started[case] = subprocess.Popen([sys.executable, "-c", PROGRAM, case, str(tmp_path / case)], stderr=subprocess.PIPE,
-                                         text=True)
+        started[case] = subprocess.Popen([sys.executable, "-c", PROGRAM, case, str(tmp_path / case)],
+                                         stderr=subprocess.PIPE, text=True)
     said = {case: process.communicate(timeout=60)[1] for case, process in started.items()}
     assert {case: process.returncode for case, process in started.items()} == cases
     step, places = json.loads((tmp_path / "hang" / "told.json").read_text())

@@ -1,4 +1,5 @@
-"""Evaluations beside training: one after the other, never in the way; what fails or hangs is said and left."""
+"""Evaluations beside training: one after the other, never in the way; what fails or
+hangs is said and left."""
 
 from __future__ import annotations
 
@@ -82,11 +83,13 @@ def test_judges_follow_one_another_and_training_never_waits(run: Run) -> None:
     assert run.told() == [], "the judge waits for this test, so nobody has waited for the judge"
     (run.path / EVALUATIONS / "goes-on").touch()
     beside.wait()
-    assert run.told() == [(10, "ppl", None), (10, "needle", None)] and all(e["took_s"] > 0 for e in run.events)
+    assert (run.told() == [(10, "ppl", None), (10, "needle", None)]
+            and all(e["took_s"] > 0 for e in run.events))
     assert run.files() == ["goes-on", "step-10.needle.json", "step-10.ppl.json"]
 
 
-def test_failing_hanging_and_crowded_out_judges_are_told_and_left(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_failing_hanging_and_crowded_out_judges_are_told_and_left(run: Run,
+                                                                  capsys: pytest.CaptureFixture[str]) -> None:
     run.programs = {10: FAILS, 20: HANGS, 30: HANGS}
     beside = run.evaluations("evaluate.background.timeout_s=1000", "evaluate.background.max_waiting=2")
     beside.offer(run.export(10))
@@ -96,9 +99,12 @@ def test_failing_hanging_and_crowded_out_judges_are_told_and_left(run: Run, caps
     assert beside._running is not None
     beside._running.process.began_s -= 1001
     beside.wait()
-    assert run.told() == [(10, "ppl", "no memory"), (30, "ppl", "2 newer exports were ready before it was begun"),
-                          (20, "ppl", "it took more than evaluate.background.timeout_s = 1000"), (40, "ppl", None), (50, "ppl", None)]
-    assert next(e["text"] for e in run.events if e["event"] == "warning") == "the ppl of step 10 was not measured: no memory"
+    assert run.told() == [(10, "ppl", "no memory"),
+                          (30, "ppl", "2 newer exports were ready before it was begun"),
+                          (20, "ppl", "it took more than evaluate.background.timeout_s = 1000"),
+                          (40, "ppl", None), (50, "ppl", None)]
+    assert (next(e["text"] for e in run.events if e["event"] == "warning")
+            == "the ppl of step 10 was not measured: no memory")
     assert (run.path / EVALUATIONS / "step-10.ppl.failed").read_text() == "no memory\n"
     assert capsys.readouterr().err.count("warning: the ppl of step") == 3
     assert run.evaluations()._waiting == []  # what failed is not tried again
@@ -121,26 +127,30 @@ def test_a_stopped_run_goes_on_where_it_was_and_a_step_done_again_is_judged_agai
 
 def test_jobs_bring_their_figures_when_they_do(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     run.programs = {10: SUBMITS, 20: SUBMITS, 30: SUBMITS}
-    slurm = ("evaluate.background.where=slurm", "evaluate.background.cluster=local", "evaluate.background.timeout_s=100")
+    slurm = ("evaluate.background.where=slurm", "evaluate.background.cluster=local",
+             "evaluate.background.timeout_s=100")
     beside = run.evaluations(*slurm)
     for step in (10, 20, 30):
         beside.offer(run.export(step))
     beside.wait()
-    assert run.told() == [] and [t.step for t in beside._submitted] == [10, 20]  # the third has to wait for one of them
+    # the third has to wait for one of them
+    assert run.told() == [] and [t.step for t in beside._submitted] == [10, 20]
     (run.path / EVALUATIONS / "step-10.ppl.json").write_text("{}")
     resumed = run.evaluations(*slurm)
     assert [t.step for t in resumed._submitted] == [20] and [t.step for t in resumed._waiting] == [30]
     later_s = time.time() + 200
     monkeypatch.setattr(evaluations.time, "time", lambda: later_s)
     resumed.poll(now=True)
-    assert run.told() == [(20, "ppl", "its job gave no result within evaluate.background.timeout_s = 100; see its log")]
+    assert run.told() == [(20, "ppl",
+                           "its job gave no result within evaluate.background.timeout_s = 100; see its log")]
 
 
 def test_commands_are_what_the_parsers_take(tmp_path: Path) -> None:
     config = settings(f"data.paths={json.dumps({str(tmp_path): 1.0})}", "data.heldout_tokens=512",
                       "needle.lengths_tokens=[64, 96]")
     for judge in ("ppl", "needle"):
-        _, *program, first = (argv := eval_command(config, EvalJob(10, judge), tmp_path / "export", tmp_path / "out.json"))[:4]
+        _, *program, first = (argv := eval_command(config, EvalJob(10, judge), tmp_path / "export",
+                                                   tmp_path / "out.json"))[:4]
         assert program == ["-m", "megatron_sov"] and first == "eval"
         parser = argparse.ArgumentParser()
         eval.add_arguments(parser)
@@ -157,27 +167,31 @@ def test_a_job_is_what_submit_takes(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert argv[1:4] == ["-m", "megatron_sov", "submit"]
     assert cli.main([*argv[3:], "--dry-run"]) == 0
     script = capsys.readouterr().out
-    assert "megatron_sov eval needle" in script.replace("\\\n", "") and f"--out {tmp_path / 'out.json'}" in script
+    assert ("megatron_sov eval needle" in script.replace("\\\n", "")
+            and f"--out {tmp_path / 'out.json'}" in script)
 
 
 @pytest.mark.parametrize(("changes", "says"), [
     (["train.export_every_checkpoints=0"], "export_every_checkpoints = 0 makes none"),
     (["evaluate.background.timeout_s=0"], "timeout_s = 0"),
-    (["evaluate.background.max_waiting=0"], "max_waiting = 0"), (["evaluate.background.where=slurm"], "needs evaluate.background.cluster"),
+    (["evaluate.background.max_waiting=0"], "max_waiting = 0"),
+    (["evaluate.background.where=slurm"], "needs evaluate.background.cluster"),
     (['evaluate.background.tasks=["ppl", "ppl"]'], "names a task twice")])
 def test_settings_that_cannot_be(changes: list[str], says: str) -> None:
-    (problem,) = settings(*changes).evaluate.background.problems(settings(*changes).train.export_every_checkpoints)
+    (problem,) = settings(*changes).evaluate.background.problems(
+        settings(*changes).train.export_every_checkpoints)
     assert says in problem
 
 
 @pytest.mark.distributed
 def test_a_run_judges_its_exports_as_it_judges_itself(packed_data: Any, tmp_path: Path) -> None:
-    changes = ["model.vocab_size=368", "model.hidden_size=32", "model.num_layers=1", "train.global_batch_size=8",
-               'data.phases=[{"name": "main", "seq_len": 32}]', "train.steps=2", "train.checkpoint_every_steps=2",
-               "train.export_every_checkpoints=1", "data.heldout_tokens=256", "train.precision=fp32",
-               'evaluate.background.tasks=["ppl"]']
-    subprocess.run([sys.executable, "-m", "megatron_sov", "pretrain", "tiny-solar-open", "--data", str(packed_data.text),
-                    "--run", str(tmp_path / "run"), *(f"--set={change}" for change in changes)], check=True)
+    changes = ["model.vocab_size=368", "model.hidden_size=32", "model.num_layers=1",
+               "train.global_batch_size=8", 'data.phases=[{"name": "main", "seq_len": 32}]', "train.steps=2",
+               "train.checkpoint_every_steps=2", "train.export_every_checkpoints=1",
+               "data.heldout_tokens=256", "train.precision=fp32", 'evaluate.background.tasks=["ppl"]']
+    subprocess.run([sys.executable, "-m", "megatron_sov", "pretrain", "tiny-solar-open", "--data",
+                    str(packed_data.text), "--run", str(tmp_path / "run"),
+                    *(f"--set={change}" for change in changes)], check=True)
     events = list(read_events(tmp_path / "run" / EVENTS))
     (told,) = [e for e in events if e["event"] == "evaluation"]
     beside = json.loads((tmp_path / "run" / told["path"]).read_text())

@@ -1,4 +1,5 @@
-"""Exports beside training: what `to_hf` writes, from a checkpoint that may be gone meanwhile; a failure is an event."""
+"""Exports beside training: what `to_hf` writes, from a checkpoint that may be gone meanwhile;
+a failure is an event."""
 
 from __future__ import annotations
 
@@ -32,8 +33,9 @@ class Run:
         self.events: list[dict[str, Any]] = []
 
     def exports(self, **changes: int) -> Exports:
-        return Exports(self.path, dataclasses.replace(TRAIN, **changes), lambda name, **fields: self.events.append(
-            {"event": name, **fields}))
+        return Exports(self.path, dataclasses.replace(TRAIN, **changes),
+                       lambda name, **fields: self.events.append(
+                           {"event": name, **fields}))
 
     def checkpoint(self, step: int) -> Path:
         return Path(shutil.copytree(self._checkpoint, self.path / f"checkpoints/step-{step}"))
@@ -62,7 +64,8 @@ def test_the_process_is_given_the_family_that_the_command_line_named(
     assert started[1][-2:] == ["--plugin", f"{tmp_path}/mine.py:MINE"]
 
 
-def test_every_second_checkpoint_and_the_last_are_exported_and_pruning_does_not_matter(run: Run, capsys) -> None:
+def test_every_second_checkpoint_and_the_last_are_exported_and_pruning_does_not_matter(
+        run: Run, capsys) -> None:
     exports = run.exports()
     chosen = []
     for step, last in ((10, False), (15, False), (20, False), (25, True)):
@@ -73,7 +76,8 @@ def test_every_second_checkpoint_and_the_last_are_exported_and_pruning_does_not_
     assert chosen == [(None, []), (None, []), (20, []), (20, [25])]
     exports.wait()
     assert run.listing() == ["step-20", "step-25"]
-    assert [(e["event"], e["step"], e["path"]) for e in run.events] == [("export", s, f"exports/step-{s}") for s in (20, 25)]
+    assert [(e["event"], e["step"], e["path"]) for e in run.events] == [
+        ("export", s, f"exports/step-{s}") for s in (20, 25)]
     convert.to_hf(run.checkpoint(30), run.path / "by-hand")
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         assert sha256_file(run.path / EXPORTS / "step-20" / name) == sha256_file(run.path / "by-hand" / name)
@@ -117,11 +121,13 @@ def test_checkpoints_that_cannot_be_linked_do_not_end_the_run(run: Run) -> None:
 @pytest.mark.distributed
 def test_a_run_exports_while_it_trains(packed_data: Any, tmp_path: Path) -> None:
     begun_s = time.time()
-    sizes = ["model.vocab_size=368", "model.hidden_size=32", "model.num_layers=1", "train.global_batch_size=8",
-             'data.phases=[{"name": "main", "seq_len": 32}]', "train.steps=4", "train.checkpoint_every_steps=2",
-             "train.export_every_checkpoints=1", "train.keep_checkpoints=1", "data.heldout_tokens=64"]
-    subprocess.run([sys.executable, "-m", "megatron_sov", "pretrain", "tiny-solar-open", "--data", str(packed_data.text),
-                    "--run", str(tmp_path / "run"), *(f"--set={setting}" for setting in sizes)], check=True)
+    sizes = ["model.vocab_size=368", "model.hidden_size=32", "model.num_layers=1",
+             "train.global_batch_size=8", 'data.phases=[{"name": "main", "seq_len": 32}]', "train.steps=4",
+             "train.checkpoint_every_steps=2", "train.export_every_checkpoints=1", "train.keep_checkpoints=1",
+             "data.heldout_tokens=64"]
+    subprocess.run([sys.executable, "-m", "megatron_sov", "pretrain", "tiny-solar-open", "--data",
+                    str(packed_data.text), "--run", str(tmp_path / "run"),
+                    *(f"--set={setting}" for setting in sizes)], check=True)
     events = [e for e in read_events(tmp_path / "run" / EVENTS) if e["event"] == "export"]
     made = [e for e in events if "path" in e]
     assert {e["step"] for e in events} == {2, 4} and made[-1]["step"] == 4

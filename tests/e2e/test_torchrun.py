@@ -1,0 +1,77 @@
+"""Two nodes without Slurm: a torchrun agent on each, as docs/torchrun.md shows;
+the same bits as two local processes."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sov.obs.events import final_steps, read_events
+
+PAGE = (Path(__file__).parents[2] / "docs/torchrun.md").read_text()
+STEPS = 6
+HERE = {"$NODE_RANK": "{rank}", "node-0": "127.0.0.1", "$PORT": "{port}",
+        "--nproc-per-node 8": "--nproc-per-node 1"}
+"""What stands on the page -> what it is on this machine, whose nodes have one process each."""
+
+
+def agent(rank: int, port: int, arguments: list[str]) -> list[str]:
+    """Return the page's command for one node, with other arguments of `pretrain`."""
+    (command,) = (block for block in re.findall(r"^```sh\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+                  if "--node-rank" in block)
+    for there, here in HERE.items():
+        assert there in command, there
+        command = command.replace(there, here.format(rank=rank, port=port))
+    program, *words = shlex.split(command.replace("\\\n", " "))
+    assert program == "torchrun", program
+    return [sys.executable, "-W", "ignore", "-m", "torch.distributed.run",
+            *words[:words.index("pretrain") + 1], *arguments]
+
+
+def losses(run: Path) -> list[tuple[int, float, float]]:
+    return [(e["step"], e["loss"], e["grad_norm"])
+            for e in final_steps(list(read_events(run / "events.jsonl")))]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_nodes_give_the_bits_of_two_local_processes(
+    pretrain: Callable[..., list[str]], start: Any, tmp_path: Path,
+) -> None:
+    """One process is killed on the way: both agents start theirs again,
+    which continue from the last checkpoint."""
+    settings = (f"train.steps={STEPS}", "train.checkpoint_every_steps=2", "train.eval_every_steps=0",
+                "parallel.ep=2")
+    local = start(pretrain(tmp_path / "local", "--nproc", "2", settings=settings))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = pretrain(tmp_path / "nodes", "--inject", "kill@step=5,rank=1", settings=settings)
+    arguments = command[command.index("pretrain") + 1:]
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    agents = [
+        subprocess.Popen(agent(rank, port, arguments), stderr=subprocess.PIPE, text=True, env=environment)
+        for rank in (0, 1)]
+    try:
+        said = [process.communicate(timeout=600)[1] for process in agents]
+    finally:
+        for process in agents:
+            process.terminate()  # an agent takes its ranks with it, unless it is killed
+            process.wait(60)
+    assert [process.returncode for process in agents] == [0, 0], said
+    assert local.wait(600) == 0
+    assert (tmp_path / "nodes/complete.json").is_file()
+    assert (losses(tmp_path / "nodes") == losses(tmp_path / "local")
+            and len(losses(tmp_path / "local")) == STEPS)
+    events = list(read_events(tmp_path / "nodes/events.jsonl"))
+    assert [e["num_ranks"] for e in events if e["event"] == "run_start"] == [2, 2]
+    assert [e["step"] for e in events if e["event"] == "resume"] == [4]
