@@ -204,8 +204,8 @@ def test_a_recipe_of_ones_own_is_submitted_as_it_was_named(
     site: Path, capsys: pytest.CaptureFixture[str],
 ) -> None:
     (site / "tokens").mkdir()
-    command = ["submit", "pretrain", "--cluster", "local", "--dry-run", "./recipe.py:plain", "--data", "tokens",
-               "--run", "r"]
+    command = ["submit", "pretrain", "--cluster", "local", "--dry-run", "./recipe.py:plain",
+               "--data", "tokens", "--run", "r"]
     assert cli.main(command) == 0
     assert "./recipe.py:plain" in capsys.readouterr().out
     command[5] = "./recipe.py:plian"

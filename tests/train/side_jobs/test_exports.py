@@ -56,8 +56,9 @@ def test_the_process_is_given_the_family_that_the_command_line_named(
     monkeypatch.setattr(exports_module, "BackgroundProcess", lambda argv, log: started.append(argv))
     monkeypatch.setattr(models.OWN, "_known", {})
     run.exports().offer(20, run.checkpoint(20), False)
-    (tmp_path / "mine.py").write_text("from dataclasses import replace\nfrom megatron_sov.models.qwen import QWEN3\n"
-                                      "MINE = replace(QWEN3, name='mine')\n")
+    (tmp_path / "mine.py").write_text(
+        "from dataclasses import replace\nfrom megatron_sov.models.qwen import QWEN3\n"
+        "MINE = replace(QWEN3, name='mine')\n")
     models.OWN.load(f"{tmp_path}/mine.py:MINE")
     run.exports().offer(40, run.checkpoint(40), False)
     assert "--plugin" not in started[0]
