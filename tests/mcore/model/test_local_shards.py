@@ -16,7 +16,7 @@ def covered(layout: dict[str, Any]) -> dict[str, Any]:
     from megatron_sov import recipes
     from megatron_sov.config import ParallelConfig, apply_settings
     from megatron_sov.mcore.model.language_model import build
-    from megatron_sov.mcore.model.local_shards import local_shards
+    from megatron_sov.mcore.model.local_shards import ParameterLookup, local_shards
     from megatron_sov.mcore.parallel import world
 
     config = apply_settings(recipes.get("tiny-k-exaone"), [
@@ -25,7 +25,7 @@ def covered(layout: dict[str, Any]) -> dict[str, Any]:
     model = build(config.model, ParallelConfig(**layout), config.train)
     parameters = list(model.parameters())
     local = local_shards(model)
-    lookup = local_shards.ParameterLookup(parameters)
+    lookup = ParameterLookup(parameters)
     found = {b.key: lookup.find(b) for b in local}
     with torch.no_grad():
         for p in parameters:
