@@ -41,8 +41,8 @@ def exported(recipe: str, precision: str, layout: dict[str, Any], path: str) -> 
     from megatron_sov.convert import export_weights
     from megatron_sov.mcore.checkpoint import load
     from megatron_sov.mcore.model import init
-    from megatron_sov.mcore.model.local_shards import local_shards
     from megatron_sov.mcore.model.language_model import build
+    from megatron_sov.mcore.model.local_shards import local_shards
     from megatron_sov.mcore.parallel import world
 
     sizes = ["model.vocab_size=95", "model.hidden_size=32", "model.head_dim=8"]

@@ -37,8 +37,8 @@ def initial(recipe: str, layout: dict[str, Any], folder: str, *, reference: bool
     from megatron_sov import recipes
     from megatron_sov.config import ParallelConfig, apply_settings
     from megatron_sov.mcore.model import init
-    from megatron_sov.mcore.model.local_shards import local_shards
     from megatron_sov.mcore.model.language_model import build
+    from megatron_sov.mcore.model.local_shards import local_shards
     from megatron_sov.mcore.parallel import world
 
     config = apply_settings(recipes.get(recipe), SETTINGS)
