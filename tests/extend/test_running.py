@@ -46,7 +46,8 @@ def test_the_first_stage_that_works_began_with_the_command_and_each_later_one_wi
     monkeypatch.setattr(running, "with_needles_in_blends", lambda config: config)
     monkeypatch.setattr(running, "find_checkpoint", lambda path: path / "checkpoints/step-4")
     monkeypatch.setattr(running, "time", SimpleNamespace(time=lambda: 4000.0 + 1000 * len(ran)))
-    run_stages(stages, Path("start"), 1, True, began_s=1000.0)  # type: ignore[arg-type]
+    objective: Any = SimpleNamespace()
+    run_stages(stages, Path("start"), objective, 1, True, began_s=1000.0)  # type: ignore[arg-type]
     starts = [Path("start"), *(Path(f"stage-{i}/checkpoints/step-4") for i in range(2))]
     assert ran == [(f"stage-{i}", starts[i], begins_s[i]) for i in range(3)]
 

@@ -18,7 +18,7 @@ from megatron_sov.config import YarnConfig
 from megatron_sov.extend.stages import planned_stages
 from megatron_sov.obs.events import EVENTS, read_events
 from megatron_sov.runs.checkpoints import find_checkpoint
-from megatron_sov.train.stage_config import add_stage_arguments
+from megatron_sov.train.stage_config import add_stage_arguments, stage_request
 
 SHORT = {"model.vocab_size": 1024, "model.hidden_size": 32, "model.head_dim": 16, "model.expert_ffn_dim": 16,
          "train.steps": 1, "train.global_batch_size": 4, "train.micro_batch_size": 4,
@@ -92,7 +92,8 @@ def test_the_stages_of_a_recipe_are_its_own(short_run: Path, token_shards: Path,
                      "extend.stages.1.yarn_original_tokens": 48, "train.micro_batch_size": 1})
     args = parser.parse_args(["tiny-solar-open-extend", "--from", str(short_run), "--data", str(token_shards),
                               "--run", str(tmp_path / "long"), *shorter])
-    near, far = (stage.config for stage in planned_stages(args, find_checkpoint(short_run)))
+    planned = planned_stages(stage_request(args, "lm"), find_checkpoint(short_run), args.run, 1)
+    near, far = (stage.config for stage in planned)
     assert near.problems(1) == far.problems(1) == []
     (first,), (second,) = near.data.phases, far.data.phases
     assert (first.name, first.seq_len, near.train.steps) == ("32k", 80, 40)
