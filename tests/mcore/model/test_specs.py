@@ -16,17 +16,17 @@ def settings(recipe: str, changes: list[str]) -> dict[str, Any]:
 
     config = apply_settings(recipes.get(recipe), changes)
     library = specs.transformer_config(config.model, ParallelConfig(), config.train)
-    specs = specs.layer_specs(library, config.model)
+    layers = specs.layer_specs(library, config.model)
     if config.model.num_mtp_layers:
-        specs.append(specs.mtp_layer_spec(library, config.model))
-    routers = [getattr(s.submodules.mlp.submodules, "router", None) for s in specs]
+        layers.append(specs.mtp_layer_spec(library, config.model))
+    routers = [getattr(s.submodules.mlp.submodules, "router", None) for s in layers]
     names = ("window_attn_skip_freq", "no_rope_freq", "window_size", "moe_layer_freq", "qk_layernorm",
              "moe_router_topk_scaling_factor", "moe_shared_expert_intermediate_size",
              "calculate_per_token_loss", "batch_p2p_comm", "recompute_granularity",
              "yarn_rotary_scaling_factor", "yarn_original_max_position_embeddings", "mtp_num_layers", "bf16")
     return {**{n: getattr(library, n, None) for n in names}, "dtype": str(library.params_dtype),
             "windows": [s.submodules.self_attention.submodules.core_attention.params["window_tokens"]
-                        for s in specs],
+                        for s in layers],
             "routers": [r is BalancedRouter for r in routers], "te": specs.has_transformer_engine()}
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-RUN = str(Path(__file__).parents[1] / "layouts/layout_run.py")
+RUN = str(Path(__file__).parents[2] / "layouts/layout_run.py")
 FP64, ZERO1 = "train.precision=fp64", "parallel.zero1=true"
 REDUCE, GATHER, BUCKETS = ("parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true",
                            "parallel.bucket_params=9000")
