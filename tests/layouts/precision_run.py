@@ -19,13 +19,12 @@ from layout_run import _trainer, small_config
 from megatron_sov.mcore.model import logprobs
 from megatron_sov.mcore.model.router import BalancedRouter
 from megatron_sov.mcore.parallel import determinism, world
-from megatron_sov.runs.folder import RunFolder
 from megatron_sov.train.trainer import Trainer
 
 
-def trainer(recipe: str, settings: list[str], data: str) -> Trainer:
+def trainer(recipe: str, settings: list[str], data: str, run: str = "not-written") -> Trainer:
     """Return a trainer of a small model on the text of DATA."""
-    return _trainer(small_config(recipe, settings, [data], "lm"))
+    return _trainer(small_config(recipe, settings, [data], "lm"), run)
 
 
 class Operations(TorchDispatchMode):
@@ -123,12 +122,11 @@ def continued(recipe: str, settings: list[str], data: str, run: str) -> dict[str
     losses = [whole.update().loss for _ in range(4)]  # type: ignore[union-attr]
     expected = bits(whole)
     world.leave()
-    first = trainer(recipe, settings, data)
-    first.folder = RunFolder(Path(run))
+    first = trainer(recipe, settings, data, run)
     first.folder.create()
     again = [first.update().loss for _ in range(2)]  # type: ignore[union-attr]
     first.save()
-    first.saver.finish()
+    first.checkpointer.finish()
     saved = first.folder.checkpoint(2)
     world.leave()
     second = trainer(recipe, settings, data)
