@@ -21,7 +21,7 @@ def test_the_bar_and_the_table_say_the_same() -> None:
     bars = json.loads(chart.figure_json)["data"]
     assert {b["name"]: b["x"][0] for b in bars} == pytest.approx({CATEGORIES[k]: v / 40
                                                                   for k, v in spent_s.items()})
-    assert table.rows[1][:3] == ["steps lost", "10 min 0 s", "15.0%"]
+    assert table.rows[1][:3] == ["lost steps", "10 min 0 s", "15.0%"]
     assert chart.caption == "Of 1 h 6 min since the first start, 75.0% moved the model forward."
     assert set(MEANINGS) == set(CATEGORIES)
 
