@@ -53,7 +53,7 @@ def _maker() -> str:
     """Return the innermost function of the project or the library on the stack."""
     for frame, _ in traceback.walk_stack(None):
         code = frame.f_code
-        if "/megatron" in code.co_filename and not code.co_filename.endswith("/mcore/cpu.py"):
+        if "/megatron" in code.co_filename and not code.co_filename.endswith("/parallel/cpu_shims.py"):
             return f"{Path(code.co_filename).name}:{code.co_name}"
     return "?"
 
