@@ -118,7 +118,7 @@ def _storm_is_told(run: Path) -> None:
     assert corruption["step"] == 12 and corruption["ranks"] == [0, 1], "of two replicas both are named"
     assert hang["step"] == 20 and hang["places"]["fault_injection.py, trigger"] == [1], (
         "the others wait somewhere else")
-    assert "strike" in (run / "hang" / "step-20-rank-00001.txt").read_text()
+    assert "trigger" in (run / "hang" / "step-20-rank-00001.txt").read_text()
     skips = {e["step"]: e for e in events_of(run, "skip")}
     assert sorted(skips) == [21, 27] and skips[21]["ranks"] == [1]
     assert "standard deviations above" in skips[27]["reason"]

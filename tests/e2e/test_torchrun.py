@@ -50,7 +50,7 @@ def test_two_nodes_give_the_bits_of_two_local_processes(
     """One process is killed on the way: both agents start theirs again,
     which continue from the last checkpoint."""
     settings = (f"train.steps={STEPS}", "train.checkpoint_every_steps=2", "train.eval_every_steps=0",
-                "parallel.ep=2")
+                "train.async_save=false", "parallel.ep=2")
     local = start(pretrain(tmp_path / "local", "--nproc", "2", settings=settings))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

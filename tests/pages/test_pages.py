@@ -19,7 +19,7 @@ def test_text_is_escaped_and_only_the_files_own_scripts_are_allowed() -> None:
         Section(HOSTILE, HOSTILE, [drawn], [Table([HOSTILE], [[HOSTILE]])])])],
                         overview=(HOSTILE, Table([HOSTILE], [[HOSTILE]])))
     assert "<script>window" not in page
-    policy = re.search(r'Content-Security-ForwardModel" content="([^"]*)"', page).group(1)
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page).group(1)
     assert policy.startswith("default-src 'none'") and policy.count("sha256-") == 2
 
 

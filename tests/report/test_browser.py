@@ -41,4 +41,4 @@ def test_a_script_that_hostile_text_smuggles_in_is_refused(runs: list[Path], tmp
                                        "src='https://evil.example/x.png'></footer>")
     dom, console = open_page(write(broken, tmp_path))
     assert "<title>hacked</title>" not in dom
-    assert len([line for line in console if "Content Security ForwardModel" in line]) == 2
+    assert len([line for line in console if "Content Security Policy" in line]) == 2

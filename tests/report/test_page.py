@@ -56,7 +56,7 @@ def test_nothing_is_loaded_from_anywhere(page: str, document: Document) -> None:
     css = "".join(document.text["style"])
     assert "url(" not in css and "@import" not in css
     policy = next(a["content"]
-                  for tag, a in document.elements if a.get("http-equiv") == "Content-Security-ForwardModel")
+                  for tag, a in document.elements if a.get("http-equiv") == "Content-Security-Policy")
     assert (policy.startswith("default-src 'none'") and "http" not in policy
             and "script-src 'unsafe" not in policy)
 

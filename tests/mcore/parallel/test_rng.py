@@ -52,7 +52,7 @@ def pieces(data: str, run: str, layout: dict[str, Any], dropout: float,
     first = trainer()
     found = steps(first, FIRST)
     first.save()
-    first.saver.finish()
+    first.checkpointer.finish()
     second = trainer()
     assert load.damage(folder.checkpoint(FIRST)) is None
     second.resume(folder.checkpoint(FIRST))
