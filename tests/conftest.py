@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Collection, Generator, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,21 +73,82 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
 Ranks = Callable[..., list[list[Any]]]
 
 
+NO_RANK = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class Worker:
+    """A process that has imported megatron once, and does everything that is asked of it in a fork."""
+
+    def __init__(self, folder: Path) -> None:
+        command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("rank_main.py"))]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._folder = folder
+        self._asked = 0
+
+    def run(self, timeout_s: float, file_limit_bytes: int | None = None, without: Collection[str] = (),
+            **asked: Any) -> subprocess.CompletedProcess[str]:
+        """Do what is asked, with this process's environment and folder, as `subprocess.run` would.
+
+        Args:
+            timeout_s: when it is killed.
+            file_limit_bytes: how large its files may be; None: as large as they will.
+            without: variables that it does not have.
+            asked: `jobs`, a file with jobs, or `argv`, the arguments of a command.
+        """
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._asked += 1
+        out, err = (self._folder / f"{self._asked}.{name}" for name in ("out", "err"))
+        order = asked | {"timeout_s": timeout_s, "file_limit_bytes": file_limit_bytes, "out": str(out),
+                         "err": str(err), "folder": os.getcwd()}
+        order["environment"] = {name: value for name, value in os.environ.items() if name not in without}
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            pytest.exit("the worker has ended; see its error above")
+        return subprocess.CompletedProcess(asked, int(answer),
+                                           *(f.read_text(errors="replace") for f in (out, err)))
+
+    def close(self) -> None:
+        """End it."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+@pytest.fixture(scope="session")
+def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+    """One worker for all tests."""
+    found = Worker(tmp_path_factory.mktemp("worker"))
+    yield found
+    found.close()
+
+
 @pytest.fixture
-def ranks(tmp_path: Path) -> Ranks:
-    """Return `run(Job, ...)`, which gives each job's results, one per rank;
-    one process imports megatron for all jobs."""
+def ranks(tmp_path: Path, worker: Worker) -> Ranks:
+    """Return `run(Job, ...)`, which gives each job's results, one per rank."""
 
     def run(*jobs: Job, timeout_s: float = 300) -> list[list[Any]]:
         folder = tmp_path / "jobs"
         folder.mkdir(exist_ok=True)
         (folder / "jobs.json").write_text(json.dumps([asdict(j) for j in jobs]))
-        worker = Path(__file__).with_name("rank_main.py")
-        done = subprocess.run([sys.executable, "-W", "ignore", str(worker), str(folder / "jobs.json")],
-                              capture_output=True, text=True, timeout=timeout_s, check=False)
-        assert done.returncode == 0, done.stderr[-4000:]
+        done = worker.run(timeout_s, jobs=str(folder / "jobs.json"))
+        assert done.returncode == 0, f"exit code {done.returncode}: {done.stderr[-4000:]}"
         return [[json.loads((folder / f"{n}-{r}.json").read_text()) for r in range(job.nproc)]
                 for n, job in enumerate(jobs)]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_command(worker: Worker) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Return `run_command(*argv, file_limit_bytes=None)`: `megatron-sov ARGV` in a process that is no rank.
+
+    It is a fork of one that has imported megatron: what a user waits for at the start, tests do not wait for.
+    """
+
+    def run(*argv: str, file_limit_bytes: int | None = None) -> subprocess.CompletedProcess[str]:
+        return worker.run(300, file_limit_bytes, NO_RANK, argv=argv)
 
     return run
 

@@ -1,7 +1,9 @@
-"""Runs functions of a test file on several ranks, in a process of its own:
-the worker behind the `ranks` fixture.
+"""Does work in forks of a process that has imported megatron: the worker behind the fixtures `ranks` and
+`run_command`.
 
-Usage: rank_main.py JOBS.json; what jobs need is imported once, then each job's ranks are forked.
+Each line of standard input asks for jobs (functions of a test file, on several ranks) or for a command.  It
+is done in a fork, as fresh as this process, and a line of standard output tells the exit code.  The worker
+ends with its standard input.
 """
 
 from __future__ import annotations
@@ -9,12 +11,18 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import resource
+import signal
 import sys
+import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_sov import cli
 from megatron_sov.mcore.parallel import world
+from megatron_sov.runs.parent_death import die_with_parent
 
 
 def _function(file: str, name: str) -> Any:
@@ -26,7 +34,7 @@ def _function(file: str, name: str) -> Any:
     return getattr(module, name)
 
 
-def main(jobs_file: Path) -> int:
+def run_jobs(jobs_file: Path) -> int:
     """Run every job; each rank writes its result as JSON beside the jobs file."""
     jobs = json.loads(jobs_file.read_text())
     for number, job in enumerate(jobs):
@@ -44,8 +52,67 @@ def main(jobs_file: Path) -> int:
     return 0
 
 
+def run_command(argv: list[str]) -> int:
+    """Run `megatron-sov ARGV` as its own process would."""
+    sys.argv = ["megatron-sov", *argv]
+    try:
+        return cli.main()
+    except SystemExit as e:
+        if isinstance(e.code, str):
+            print(e.code, file=sys.stderr)
+        return e.code if isinstance(e.code, int) else int(e.code is not None)
+
+
+def be_fresh(asked: dict[str, Any], parent: int) -> None:
+    """Let this fork have environment, folder, files and limits of its own."""
+    os.setpgid(0, 0)  # the leader of all that it starts
+    die_with_parent(parent)
+    said = [os.open(asked[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
+            for name in ("out", "err")]
+    for target, fd in enumerate((os.open(os.devnull, os.O_RDONLY), *said)):
+        os.dup2(fd, target)
+    os.chdir(asked["folder"])
+    os.environ.clear()
+    os.environ.update(asked["environment"])
+    if asked["file_limit_bytes"] is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (asked["file_limit_bytes"],) * 2)
+
+
+def fork(asked: dict[str, Any]) -> int:
+    """Start what is asked for; returns the number of its process."""
+    parent, child = os.getpid(), os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        be_fresh(asked, parent)
+        code = run_command(asked["argv"]) if "argv" in asked else run_jobs(Path(asked["jobs"]))
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def wait_for(child: int, timeout_s: float) -> int:
+    """Return a child's exit code; one that takes too long is killed with all that it started."""
+    deadline_s = time.monotonic() + timeout_s
+    while True:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > deadline_s:
+            os.killpg(child, signal.SIGKILL)
+        time.sleep(0.005)
+
+
 if __name__ == "__main__":
     from megatron_sov.mcore.parallel import cpu_shims
 
     cpu_shims.prepare_megatron()
-    sys.exit(main(Path(sys.argv[1])))
+    from megatron_sov.train import lm, stage  # noqa: F401  (most commands need them)
+
+    for line in sys.stdin:
+        order = json.loads(line)
+        print(wait_for(fork(order), order["timeout_s"]), flush=True)

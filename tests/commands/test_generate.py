@@ -4,12 +4,10 @@ and events for the report."""
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,13 +40,10 @@ def test_checkpoint_run_and_hugging_face_folder_say_the_same(one_rank: None, imp
 @pytest.mark.parametrize("layout", [["parallel.ep=2"], ["parallel.tp=2", "parallel.sp=true"]],
                          ids=["ep", "tp"])
 def test_two_processes_sample_what_one_samples(layout: list[str], one_rank: None, imported: dict[str, Path],
-                                               capsys) -> None:
+                                               run_command: Any, capsys) -> None:
     ask = [str(imported["solar_open"]), *ASK, "--temperature", "0.8", "--top-p", "0.95", "--seed", "5"]
     settings = [part for setting in layout for part in ("--set", setting)]
-    environment = {k: v for k, v in os.environ.items()
-                   if k not in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
-    two = subprocess.run([sys.executable, "-m", "megatron_sov", "generate", *ask, "--json", "--nproc", "2",
-                          *settings], capture_output=True, text=True, env=environment, timeout=120)
+    two = run_command("generate", *ask, "--json", "--nproc", "2", *settings)
     assert two.returncode == 0, two.stderr
     assert json.loads(two.stdout) == texts(capsys, *ask)
 

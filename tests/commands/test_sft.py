@@ -24,19 +24,16 @@ def command(name: str, data: list[Path], run: Path, *arguments: str, settings: t
     return [name, "tiny-solar-open", *shards, "--run", str(run), *arguments, *chosen]
 
 
-def complete(argv: list[str]) -> None:
+def test_a_run_becomes_a_chat_model(packed_data: Any, tmp_path: Path, run_command: Any,
+                                    capsys: pytest.CaptureFixture[str]) -> None:
+    base, tuned = tmp_path / "base", tmp_path / "tuned"
+    assert run_command(*command("pretrain", [packed_data.text], base, settings=MODEL)).returncode == 0
+    both = [packed_data.chats, packed_data.text]
+    argv = command("sft", both, tuned, "--from", str(base), "--nproc", "2",
+                   settings=("objective.text_coeff=0.3",))
     done = subprocess.run([sys.executable, "-m", "megatron_sov", *argv], capture_output=True, text=True,
                           check=False)
     assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr
-
-
-def test_a_run_becomes_a_chat_model(packed_data: Any, tmp_path: Path,
-                                    capsys: pytest.CaptureFixture[str]) -> None:
-    base, tuned = tmp_path / "base", tmp_path / "tuned"
-    complete(command("pretrain", [packed_data.text], base, settings=MODEL))
-    both = [packed_data.chats, packed_data.text]
-    complete(command("sft", both, tuned, "--from", str(base), "--nproc", "2",
-                     settings=("objective.text_coeff=0.3",)))
     steps = [e for e in read_events(tuned / "events.jsonl") if e["event"] == "step"]
     assert len(steps) == 2 and set(steps[0]["losses"]) == {"response", "text"}
     assert json.loads((tuned / "config.json").read_text())["objective"] == {

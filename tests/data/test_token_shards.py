@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,25 +14,27 @@ from megatron_sov.data.token_shards import TokenShard, open_sources, provenance,
 from megatron_sov.errors import UserError
 
 LENGTHS = [3, 1, 0, 700, 12]
-LIBRARY = """
-import json, sys, numpy as np, torch
-from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
-folder, lengths = sys.argv[1], json.loads(sys.argv[2])
-for dtype in ("uint16", "int32"):
-    builder = IndexedDatasetBuilder(f"{folder}/{dtype}.bin", dtype=np.dtype(dtype).type)
-    rng = np.random.default_rng(0)
-    for n in lengths:
-        builder.add_item(torch.from_numpy(rng.integers(0, 60000, n)))
-        builder.end_document()
-    builder.finalize(f"{folder}/{dtype}.idx")
-    read = IndexedDataset(f"{folder}/{dtype}")
-    json.dump([read[i].tolist() for i in range(len(read))], open(f"{folder}/{dtype}.json", "w"))
-"""
 
 
-def test_shards_of_the_library_read_the_same(tmp_path: Path) -> None:
-    subprocess.run([sys.executable, "-W", "ignore", "-c", LIBRARY, str(tmp_path), json.dumps(LENGTHS)],
-                   check=True, capture_output=True)
+def written_by_the_library(folder: str, lengths: list[int]) -> None:
+    """Runs inside a rank: Megatron's own builder writes documents of random tokens,
+    and its reader reads them."""
+    import torch
+    from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+
+    for dtype in ("uint16", "int32"):
+        builder = IndexedDatasetBuilder(f"{folder}/{dtype}.bin", dtype=np.dtype(dtype).type)
+        rng = np.random.default_rng(0)
+        for n in lengths:
+            builder.add_item(torch.from_numpy(rng.integers(0, 60000, n)))
+            builder.end_document()
+        builder.finalize(f"{folder}/{dtype}.idx")
+        read = IndexedDataset(f"{folder}/{dtype}")
+        Path(f"{folder}/{dtype}.json").write_text(json.dumps([read[i].tolist() for i in range(len(read))]))
+
+
+def test_shards_of_the_library_read_the_same(ranks: Any, job: Any, tmp_path: Path) -> None:
+    ranks(job(__file__, "written_by_the_library", 1, {"folder": str(tmp_path), "lengths": LENGTHS}))
     for dtype in ("uint16", "int32"):
         shard = TokenShard(tmp_path / dtype)
         expected = json.loads((tmp_path / f"{dtype}.json").read_text())

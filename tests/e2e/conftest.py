@@ -1,4 +1,4 @@
-"""Commands as a user starts them: processes of their own, with small settings."""
+"""Commands as a user gives them, with small settings."""
 
 from __future__ import annotations
 
@@ -18,25 +18,27 @@ SMALL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "
 Command = Callable[..., list[str]]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def pretrain(packed_data: Any) -> Command:
-    """Return `command(run, *arguments, **settings)`: the argv of a small `megatron-sov pretrain`."""
+    """Return `command(run, *arguments, **settings)`: a small `pretrain`,
+    what stands behind `megatron-sov`."""
 
     def command(run: Path, *arguments: str, settings: tuple[str, ...] = ()) -> list[str]:
         chosen = [part for s in (*SMALL, *settings) for part in ("--set", s)]
-        return [sys.executable, "-W", "ignore", "-m", "megatron_sov", "pretrain", "tiny-solar-open",
-                "--data", str(packed_data.text), "--run", str(run), *arguments, *chosen]
+        return ["pretrain", "tiny-solar-open", "--data", str(packed_data.text), "--run", str(run), *arguments,
+                *chosen]
 
     return command
 
 
 @pytest.fixture
 def start() -> Any:
-    """Return `start(argv) -> Popen`; what is still running at the end is killed."""
+    """Return `start(argv) -> Popen` of `megatron-sov ARGV`; what is still running at the end is killed."""
     running: list[subprocess.Popen[str]] = []
 
     def run(argv: list[str]) -> subprocess.Popen[str]:
-        running.append(subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        running.append(subprocess.Popen([sys.executable, "-W", "ignore", "-m", "megatron_sov", *argv],
+                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
         return running[-1]
 
     yield run

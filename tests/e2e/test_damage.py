@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,24 +52,23 @@ def hashes(run: Path, step: int) -> dict[str, str]:
         "state.json": json.dumps({k: v for k, v in state.items() if k != "wall_s"}, sort_keys=True)}
 
 
-def ended(argv: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(argv, capture_output=True, text=True, check=False)
-
-
 @pytest.fixture(scope="module")
-def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("kept") / "run"
+def kept(tmp_path_factory: pytest.TempPathFactory, pretrain: Any, run_command: Any) -> Path:
+    """A run on two processes that kept a checkpoint of every step."""
+    run = tmp_path_factory.mktemp("kept") / "run"
+    done = run_command(*pretrain(run, *EP2, settings=SETTINGS))
+    assert done.returncode == 0, done.stderr
+    return run
 
 
 @pytest.mark.distributed
-def test_the_newest_sound_checkpoint_goes_on_to_the_same_bits(tmp_path: Path, pretrain: Any,
-                                                              kept: Path) -> None:
+def test_the_newest_sound_checkpoint_goes_on_to_the_same_bits(
+        tmp_path: Path, pretrain: Any, run_command: Any, kept: Path) -> None:
     """One kind of file and of damage after the other stands in the way,
     from the newest checkpoint back to step 2."""
-    done = ended(pretrain(kept, *EP2, settings=SETTINGS))
-    assert done.returncode == 0, done.stderr
     at_once = tmp_path / "at-once"
-    assert ended(pretrain(at_once, *EP2, settings=(*SETTINGS, "train.async_save=false"))).returncode == 0
+    assert run_command(*pretrain(at_once, *EP2,
+                                 settings=(*SETTINGS, "train.async_save=false"))).returncode == 0
     assert all(hashes(at_once, step) == hashes(kept, step) for step in range(1, STEPS + 1)), (
         "in the background or at once")
 
@@ -83,7 +81,7 @@ def test_the_newest_sound_checkpoint_goes_on_to_the_same_bits(tmp_path: Path, pr
     for step, (name, spoil) in in_the_way.items():
         spoil(folder_of(broken, step) / name)
     (broken / "checkpoints" / ".writing-step-9-0a1b2c3d").mkdir()
-    done = ended(pretrain(broken, *EP2, "--resume", settings=SETTINGS))
+    done = run_command(*pretrain(broken, *EP2, "--resume", settings=SETTINGS))
     assert done.returncode == 0, done.stderr
     found = [e for e in read_events(broken / "events.jsonl")
              if e["event"] in ("damaged_checkpoint", "resume")]
@@ -101,7 +99,7 @@ def test_the_newest_sound_checkpoint_goes_on_to_the_same_bits(tmp_path: Path, pr
     (lost / "complete.json").unlink()
     deleted(folder_of(lost, 1) / "state.json")
     for _ in range(2):  # and it stays refused
-        done = ended(pretrain(lost, *EP2, "--resume", settings=SETTINGS))
+        done = run_command(*pretrain(lost, *EP2, "--resume", settings=SETTINGS))
         assert done.returncode == 2 and "Traceback" not in done.stderr
         assert ("no sound checkpoint is left (damaged-step-1); restore one from a copy as step-N"
                 in done.stderr)
@@ -144,10 +142,11 @@ def test_commands_name_the_file_and_the_checkpoint_before(
             and not (tmp_path / "out").exists())
 
 
-def test_a_run_does_not_start_from_a_damaged_one(kept: Path, tmp_path: Path, pretrain: Any) -> None:
+def test_a_run_does_not_start_from_a_damaged_one(
+        kept: Path, tmp_path: Path, pretrain: Any, run_command: Any) -> None:
     shutil.copytree(folder_of(kept, 8), folder_of(tmp_path / "run", 8))
     truncated(folder_of(tmp_path / "run", 8) / "model/00000/rank-00000-00000.safetensors")
-    done = ended(pretrain(tmp_path / "new", "--from", str(tmp_path / "run"), settings=SETTINGS))
+    done = run_command(*pretrain(tmp_path / "new", "--from", str(tmp_path / "run"), settings=SETTINGS))
     assert done.returncode == 2 and ("there is no checkpoint before it; restore it from "
                                      "a copy") in done.stderr, done.stderr
     assert not (tmp_path / "new").exists()

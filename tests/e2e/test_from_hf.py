@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,14 +20,13 @@ SETTINGS = ('data.phases=[{"name": "main", "seq_len": 64}]', "train.global_batch
 
 
 def test_the_first_step_has_the_models_own_loss(tmp_path: Path, hf_models: dict[str, Path],
-                                                token_shards: Path) -> None:
+                                                token_shards: Path, run_command: Any) -> None:
     from transformers import AutoModelForCausalLM
 
     run = tmp_path / "run"
-    argv = [sys.executable, "-W", "ignore", "-m", "megatron_sov", "pretrain", "tiny-solar-open", "--data",
-            str(token_shards), "--run", str(run), "--from", str(hf_models["solar_open"]), "--nproc", "2"]
-    done = subprocess.run([*argv, *(part for s in SETTINGS for part in ("--set", s))], capture_output=True,
-                          text=True, check=False)
+    done = run_command("pretrain", "tiny-solar-open", "--data", str(token_shards), "--run", str(run),
+                       "--from", str(hf_models["solar_open"]), "--nproc", "2",
+                       *(part for s in SETTINGS for part in ("--set", s)))
     assert done.returncode == 0, done.stderr
     first = next(e for e in read_events(run / "events.jsonl") if e["event"] == "step")
 

@@ -3,7 +3,6 @@ and which fault never came."""
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +14,15 @@ SETTINGS = ("train.steps=6", "train.eval_every_steps=0")
 
 
 @pytest.mark.distributed
-def test_why_a_run_ended_stands_in_its_status(pretrain: Any, tmp_path: Path,
+def test_why_a_run_ended_stands_in_its_status(pretrain: Any, run_command: Any, tmp_path: Path,
                                               capsys: pytest.CaptureFixture[str]) -> None:
     refused, crashed, learned = tmp_path / "refused", tmp_path / "crashed", tmp_path / "learned"
     arguments = {refused: ("--inject", "nan@step=1,nan@step=2", "--set", "guards.rollback_after_skips=2"),
                  learned: ("--inject", "nan@step=3", "--set", "guards.skip=false", "--set",
                            "train.checkpoint_every_steps=2"),
                  crashed: ("--inject", "raise@step=2", "--set", "train.max_restarts=0")}
-    processes = {
-        run: subprocess.Popen(pretrain(run, *words, settings=SETTINGS), stderr=subprocess.PIPE, text=True)
-        for run, words in arguments.items()}
-    said = {run: process.communicate()[1] for run, process in processes.items()}
-    assert [processes[run].returncode for run in (refused, crashed, learned)] == [2, 1, 2]
+    ended = {run: run_command(*pretrain(run, *words, settings=SETTINGS)) for run, words in arguments.items()}
+    assert [ended[run].returncode for run in (refused, crashed, learned)] == [2, 1, 2]
     sentences = {refused: "steps 1 to 2 were refused in a row (the last one: "
                           "the loss is nan), and of checkpoints there is none",
                  learned: "step 3: the loss is nan and the gradient norm nan; "
@@ -35,7 +31,7 @@ def test_why_a_run_ended_stands_in_its_status(pretrain: Any, tmp_path: Path,
                  crashed: "rank 0 ended with exit code 1, and train.max_restarts = 0 lets no process start "
                           "again; find the cause"}
     for run, sentence in sentences.items():
-        assert f"error: {sentence}" in said[run]
+        assert f"error: {sentence}" in ended[run].stderr
         assert main(["status", str(run)]) == 0
         status = capsys.readouterr().out
         assert f"  state       ended ({sentence}" in status
@@ -45,10 +41,9 @@ def test_why_a_run_ended_stands_in_its_status(pretrain: Any, tmp_path: Path,
 
 
 @pytest.mark.distributed
-def test_a_fault_that_never_came_is_named(pretrain: Any, tmp_path: Path) -> None:
+def test_a_fault_that_never_came_is_named(pretrain: Any, run_command: Any, tmp_path: Path) -> None:
     words = ("--inject", "nan@step=2,raise@load=3")
-    done = subprocess.run(pretrain(tmp_path / "run", *words, settings=SETTINGS), capture_output=True,
-                          text=True, check=False)
+    done = run_command(*pretrain(tmp_path / "run", *words, settings=SETTINGS))
     assert done.returncode == 0
     named = [line for line in done.stderr.splitlines() if "never came" in line]
     assert named == ["warning: --inject raise@load=3,rank=0: never came"]

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +43,16 @@ def tensors_of(run: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.distributed
-def test_stopped_killed_and_continued_equals_uninterrupted(tmp_path: Path, pretrain: Any, start: Any,
-                                                           until: Any) -> None:
+def test_stopped_killed_and_continued_equals_uninterrupted(
+        tmp_path: Path, pretrain: Any, run_command: Any, start: Any, until: Any) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    subprocess.run(pretrain(whole, *EP2, settings=SETTINGS), check=True, capture_output=True)
+    assert run_command(*pretrain(whole, *EP2, settings=SETTINGS)).returncode == 0
 
     run = start(pretrain(broken, *EP2, settings=SETTINGS))
     until(lambda: last_step(broken) >= 3, run)
     holder = json.loads((broken / "lock.json").read_text())["pid"]
     os.kill(holder, signal.SIGSTOP)  # the run lives and stands still while another one tries
-    second = subprocess.run(pretrain(broken, *EP2, "--resume", settings=SETTINGS), capture_output=True,
-                            text=True, check=False)
+    second = run_command(*pretrain(broken, *EP2, "--resume", settings=SETTINGS))
     assert second.returncode == 2 and f"held by a living run (process {holder}" in second.stderr, (
         second.stderr)
     run.send_signal(signal.SIGTERM)
@@ -72,8 +70,7 @@ def test_stopped_killed_and_continued_equals_uninterrupted(tmp_path: Path, pretr
     run.wait(timeout=60)
     assert (broken / "lock.json").exists() and rank_zero != run.pid
 
-    done = subprocess.run(pretrain(broken, *EP2, "--resume", settings=SETTINGS), capture_output=True,
-                          text=True, check=False)
+    done = run_command(*pretrain(broken, *EP2, "--resume", settings=SETTINGS))
     assert done.returncode == 0, done.stderr
     reasons = [e["event"] for e in read_events(broken / "events.jsonl")
                if e["event"] in ("stop", "resume", "run_end")]
@@ -83,16 +80,15 @@ def test_stopped_killed_and_continued_equals_uninterrupted(tmp_path: Path, pretr
         assert ours == theirs
     ours, theirs = tensors_of(broken), tensors_of(whole)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in theirs)
-    _continues_at_another_size(whole, tmp_path / "other", pretrain)
+    _continues_at_another_size(whole, tmp_path / "other", pretrain, run_command)
 
 
-def _continues_at_another_size(whole: Path, other: Path, pretrain: Any) -> None:
+def _continues_at_another_size(whole: Path, other: Path, pretrain: Any, run_command: Any) -> None:
     """From the middle of a run on two processes, one process goes on alike to the order of float sums."""
     middle = checkpoint_of(whole, MIDDLE)
     shutil.copytree(middle, other / "checkpoints" / middle.name)
     shutil.copy(whole / "config.json", other)
-    done = subprocess.run(pretrain(other, "--resume", settings=SETTINGS), capture_output=True, text=True,
-                          check=False)
+    done = run_command(*pretrain(other, "--resume", settings=SETTINGS))
     assert done.returncode == 0, done.stderr
     ours = {s["step"]: s for s in steps_of(other)}
     assert sorted(ours) == list(range(MIDDLE + 1, STEPS + 1))

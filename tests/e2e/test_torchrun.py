@@ -45,13 +45,13 @@ def losses(run: Path) -> list[tuple[int, float, float]]:
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_two_nodes_give_the_bits_of_two_local_processes(
-    pretrain: Callable[..., list[str]], start: Any, tmp_path: Path,
+    pretrain: Callable[..., list[str]], run_command: Any, tmp_path: Path,
 ) -> None:
     """One process is killed on the way: both agents start theirs again,
     which continue from the last checkpoint."""
     settings = (f"train.steps={STEPS}", "train.checkpoint_every_steps=2", "train.eval_every_steps=0",
                 "train.async_save=false", "parallel.ep=2")
-    local = start(pretrain(tmp_path / "local", "--nproc", "2", settings=settings))
+    assert run_command(*pretrain(tmp_path / "local", "--nproc", "2", settings=settings)).returncode == 0
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -68,7 +68,6 @@ def test_two_nodes_give_the_bits_of_two_local_processes(
             process.terminate()  # an agent takes its ranks with it, unless it is killed
             process.wait(60)
     assert [process.returncode for process in agents] == [0, 0], said
-    assert local.wait(600) == 0
     assert (tmp_path / "nodes/complete.json").is_file()
     assert (losses(tmp_path / "nodes") == losses(tmp_path / "local")
             and len(losses(tmp_path / "local")) == STEPS)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,26 +26,19 @@ def words(settings: dict[str, Any]) -> list[str]:
     return [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
 
 
-def train(*arguments: str) -> None:
-    """Run a command in a process of its own, with one thread: in pytest's the threads of torch would
-    wait for each other."""
-    environment = ({k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-                   | {"OMP_NUM_THREADS": "1"})
-    done = subprocess.run([sys.executable, "-W", "ignore", "-m", "megatron_sov", *arguments],
-                          capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode == 0, done.stderr
-
-
-def test_a_stage_ends_when_its_model_has_learned_to_retrieve(token_shards: Path, tmp_path: Path) -> None:
+def test_a_stage_ends_when_its_model_has_learned_to_retrieve(token_shards: Path, tmp_path: Path,
+                                                             run_command: Any) -> None:
     """From nothing: a plateau of some hundred steps, then the answers; no needle of the
     test was in training."""
     short, run = tmp_path / "short", tmp_path / "long"
     begin = {"data.phases": '[{"name":"text","seq_len":32}]', "train.steps": 1}
-    train("pretrain", "tiny-k-exaone", "--data", str(token_shards), "--run", str(short),
-          *words(SIZES | ALWAYS | begin))
+    done = run_command("pretrain", "tiny-k-exaone", "--data", str(token_shards), "--run", str(short),
+                       *words(SIZES | ALWAYS | begin))
+    assert done.returncode == 0, done.stderr
     stage = {"name": "near", "seq_len": 64, "steps": 1, "max_steps": 800, "blend": {"needle": 1}}
-    train("extend", "tiny-k-exaone", "--from", str(short), "--data", str(token_shards), "--run", str(run),
-          *words(ALWAYS | LEARN | {"extend.stages": json.dumps([stage])}))
+    done = run_command("extend", "tiny-k-exaone", "--from", str(short), "--data", str(token_shards), "--run",
+                       str(run), *words(ALWAYS | LEARN | {"extend.stages": json.dumps([stage])}))
+    assert done.returncode == 0, done.stderr
     gate = json.loads((run / "complete.json").read_text())["gate"]
     checks = [e for e in read_events(run / EVENTS) if e["event"] == "gate"]
     shares = [sum(r["correct"] for r in e["rows"]) / 20 for e in checks]

@@ -5,9 +5,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -103,15 +100,13 @@ def test_the_stages_of_a_recipe_are_its_own(short_run: Path, token_shards: Path,
     assert near.extend.gate.every_steps == 20
 
 
-def test_a_gate_that_does_not_pass_ends_with_3_and_passes_later(short_run: Path, token_shards: Path,
-                                                                tmp_path: Path) -> None:
+def test_a_gate_that_does_not_pass_ends_with_3_and_passes_later(
+        short_run: Path, token_shards: Path, tmp_path: Path, run_command: Any) -> None:
     run = tmp_path / "long"
     stages = [{"name": "near", "seq_len": 96, "steps": 1, "max_steps": 2},
               {"name": "far", "seq_len": 128, "steps": 1}]
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     arguments = command(short_run, token_shards, run, stages, every_steps=1, min_accuracy=0.5)
-    done = subprocess.run([sys.executable, "-m", "megatron_sov", *arguments], capture_output=True, text=True,
-                          check=False, env=environment)
+    done = run_command(*arguments)
     assert done.returncode == 3, done.stderr
     assert "the gate has not passed within its 2 steps" in done.stderr and "below 50%" in done.stderr
     near = run / "stages" / "1-near"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -71,8 +72,9 @@ for case in ("3", "9"):
 
 def start(folder: Path, case: str) -> subprocess.Popen:
     folder.mkdir()
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # of the libraries: threads are counted
     return subprocess.Popen([sys.executable, "-W", "ignore", "-c", PROGRAM, str(folder), case],
-                            stderr=subprocess.PIPE, text=True)
+                            stderr=subprocess.PIPE, text=True, env=one_thread)
 
 
 def pids(folder: Path) -> list[int]:

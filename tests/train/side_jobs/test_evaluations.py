@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -184,14 +183,15 @@ def test_settings_that_cannot_be(changes: list[str], says: str) -> None:
 
 
 @pytest.mark.distributed
-def test_a_run_judges_its_exports_as_it_judges_itself(packed_data: Any, tmp_path: Path) -> None:
+def test_a_run_judges_its_exports_as_it_judges_itself(packed_data: Any, tmp_path: Path,
+                                                      run_command: Any) -> None:
     changes = ["model.vocab_size=368", "model.hidden_size=32", "model.num_layers=1",
                "train.global_batch_size=8", 'data.phases=[{"name": "main", "seq_len": 32}]', "train.steps=2",
                "train.checkpoint_every_steps=2", "train.export_every_checkpoints=1",
                "data.heldout_tokens=256", "train.precision=fp32", 'evaluate.background.tasks=["ppl"]']
-    subprocess.run([sys.executable, "-m", "megatron_sov", "pretrain", "tiny-solar-open", "--data",
-                    str(packed_data.text), "--run", str(tmp_path / "run"),
-                    *(f"--set={change}" for change in changes)], check=True)
+    done = run_command("pretrain", "tiny-solar-open", "--data", str(packed_data.text), "--run",
+                       str(tmp_path / "run"), *(f"--set={change}" for change in changes))
+    assert done.returncode == 0, done.stderr
     events = list(read_events(tmp_path / "run" / EVENTS))
     (told,) = [e for e in events if e["event"] == "evaluation"]
     beside = json.loads((tmp_path / "run" / told["path"]).read_text())

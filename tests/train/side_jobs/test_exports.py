@@ -6,8 +6,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -120,15 +118,15 @@ def test_checkpoints_that_cannot_be_linked_do_not_end_the_run(run: Run) -> None:
 
 
 @pytest.mark.distributed
-def test_a_run_exports_while_it_trains(packed_data: Any, tmp_path: Path) -> None:
+def test_a_run_exports_while_it_trains(packed_data: Any, tmp_path: Path, run_command: Any) -> None:
     begun_s = time.time()
     sizes = ["model.vocab_size=368", "model.hidden_size=32", "model.num_layers=1",
              "train.global_batch_size=8", 'data.phases=[{"name": "main", "seq_len": 32}]', "train.steps=4",
              "train.checkpoint_every_steps=2", "train.export_every_checkpoints=1", "train.keep_checkpoints=1",
              "data.heldout_tokens=64"]
-    subprocess.run([sys.executable, "-m", "megatron_sov", "pretrain", "tiny-solar-open", "--data",
-                    str(packed_data.text), "--run", str(tmp_path / "run"),
-                    *(f"--set={setting}" for setting in sizes)], check=True)
+    done = run_command("pretrain", "tiny-solar-open", "--data", str(packed_data.text), "--run",
+                       str(tmp_path / "run"), *(f"--set={setting}" for setting in sizes))
+    assert done.returncode == 0, done.stderr
     events = [e for e in read_events(tmp_path / "run" / EVENTS) if e["event"] == "export"]
     made = [e for e in events if "path" in e]
     assert {e["step"] for e in events} == {2, 4} and made[-1]["step"] == 4
