@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from data_prep.chat import ChatForm
 from data_prep.fast_bpe import FastBpe, load_fast
 from megatron_sov.artifacts import damaged_files, read_manifest
+from megatron_sov.chat.encode import TYPE_PROMPT, TYPE_RESPONSE, ChatEncoder
+from megatron_sov.chat.template import ChatTemplate
 from megatron_sov.documents import Document
 from megatron_sov.documents.records import Messages
 from megatron_sov.errors import UserError
 
-TYPE_TEXT, TYPE_PROMPT, TYPE_RESPONSE = 0, 1, 2
-"""What a token is: plain text, part of a prompt (template, system, user, tools),
-or of a response to learn."""
 TOKENIZER_JSON, CONFIG_JSON = "tokenizer.json", "tokenizer_config.json"
-SPECIAL_TEXTS = 4096
-"""Pieces of templates whose ids are remembered."""
 
 
 @dataclass(frozen=True)
@@ -76,16 +71,14 @@ class Encoder:
             raise UserError(f"{folder}: its tokenizer cannot be read ({e}); "
                             "make it again or restore it from a copy") from None
         self.plain.encode_special_tokens = True
-        self._special = {id_ for id_, token in self._with_special.get_added_tokens_decoder().items()
-                         if token.special}
         template, bos, eos = (config.get(key) or "" for key in ("chat_template", "bos_token", "eos_token"))
-        self._chat_form = ChatForm(template, bos, eos, str(folder))
+        chat_template = ChatTemplate(template, bos, eos, str(folder))
         self.bos_id: int | None = (self._with_special.token_to_id(bos)
                                    if self.settings.bos == "start" else None)
         if self.settings.bos == "start" and self.bos_id is None:
             raise UserError(f"--bos start: the tokenizer {folder} has no bos_token; use --bos none")
         self._fast = FastBpe(self.file, self.plain) if self.settings.fast else None
-        self._template_ids = lru_cache(SPECIAL_TEXTS)(self._encode_template)
+        self._chat = ChatEncoder(chat_template, self._with_special, self._fast.encode if self._fast else None)
 
     def prove_fast(self, samples: list[str]) -> tuple[bool, str]:
         """Return whether tiktoken gives the ids of this tokenizer on `samples` and adversarial text, and a
@@ -132,38 +125,20 @@ class Encoder:
 
     def _conversation(self, messages: Messages, num_prompt: int,
                       awaits_response: bool = False) -> tuple[list[int], bytes]:
-        """Return ids and types; responses are an assistant's content and the special token that ends it.
+        """Return ids and types; the first `num_prompt` messages are the prompt, whoever speaks.
 
-        The first `num_prompt` messages are the prompt, whoever speaks.  EOS ends the chat; where the
+        EOS ends the chat, and is learned where nothing else ends its last response; where the
         template's last token is EOS already, none is added.
         """
-        ids: list[int] = []
-        types = bytearray()
-        responded = False
-        for piece in self._chat_form.pieces(messages, awaits_response):
-            new = self._template_ids(piece.text) if piece.message is None else self._content(piece.text)
-            response = (piece.message is not None and piece.message >= num_prompt
-                        and messages[piece.message][0] == "assistant")
-            new_types = bytearray([TYPE_RESPONSE if response else TYPE_PROMPT]) * len(new)
-            if responded and piece.message is None and new[0] in self._special:
-                new_types[0] = TYPE_RESPONSE
-            ids += new
-            types += new_types
-            responded = response
+        chat = self._chat.encode(messages, num_prompt, awaits_response)
+        ids, types = chat.ids, chat.types
         if self.bos_id is not None and ids[:1] != [self.bos_id]:
             ids.insert(0, self.bos_id)
             types.insert(0, TYPE_PROMPT)
         if not awaits_response and self.settings.eod == "append" and ids[-1:] != [self.eos_id]:
             ids.append(self.eos_id)
-            types.append(TYPE_PROMPT)
+            types.append(TYPE_RESPONSE if chat.is_open else TYPE_PROMPT)
         return ids, bytes(types)
-
-    def _content(self, text: str) -> list[int]:
-        return (self._fast.encode(text) if self._fast is not None
-                else self.plain.encode(text, add_special_tokens=False).ids)
-
-    def _encode_template(self, text: str) -> list[int]:
-        return self._with_special.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
         """Return text with special tokens spelled out."""

@@ -23,7 +23,7 @@ DATA_ONLY = {"slurm"}
 """Packages at the top that the code reads and nobody imports."""
 
 BASE = {"errors", "version", "command_line", "plugins", "config", "artifacts", "byte_bpe", "documents",
-        "obs", "pages"}
+        "chat", "obs", "pages"}
 GROUND = BASE | {"models", "objectives", "recipes", "plan", "runs"}
 FIRST = GROUND | {"data", "mcore"}
 SECOND = FIRST | {"train", "convert", "generate"}
@@ -31,7 +31,7 @@ THIRD = SECOND | {"eval"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(), "version": set(), "command_line": {"errors", "version"},
     "plugins": {"errors", "version"}, "config": {"errors", "plugins"}, "artifacts": {"errors", "version"},
-    "byte_bpe": set(), "documents": {"errors"}, "obs": BASE, "pages": {"version"},
+    "byte_bpe": set(), "documents": {"errors"}, "chat": {"errors", "documents"}, "obs": BASE, "pages": {"version"},
     "models": BASE, "objectives": BASE, "recipes": BASE | {"models", "objectives"}, "plan": GROUND,
     "runs": BASE, "data": GROUND, "mcore": GROUND,
     # both accept a Hugging Face folder

@@ -10,6 +10,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_sov.chat.encode import ChatEncoder
+from megatron_sov.chat.folder import read_chat_encoder
+from megatron_sov.documents import BadRecord
 from megatron_sov.errors import UserError
 from megatron_sov.generate.engine import ENGINES, MEGATRON, TRANSFORMERS, Engine, run_engine
 from megatron_sov.generate.prompts import Prompt, read_prompts
@@ -85,14 +88,18 @@ def run(args: argparse.Namespace) -> int:
 
     target = find_target(args.target)
     tokenizer = load_tokenizer(target.tokenizer_folder)
-    if args.chat and not tokenizer.chat_template:
-        raise UserError(f"--chat: {target.tokenizer_folder} has no chat template; "
-                        "leave --chat out, or fine-tune on chats first")
-    ids = [_encode(tokenizer, p, args.chat) for p in prompts]
+    ends = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
+    if args.chat:
+        chat = _chat_encoder(target.tokenizer_folder)
+        ids = [_encode_chat(chat, p) for p in prompts]
+        ends |= set(chat.end_ids())
+    else:  # begun as documents in token shards begin: with nothing before the text
+        ids = [list(tokenizer.encode(p.text, add_special_tokens=False)) for p in prompts]
+
     def decode(tokens: list[int]) -> str:
         return str(tokenizer.decode(tokens, skip_special_tokens=True))
 
-    stop = Stop(() if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,), tuple(args.stop), decode)
+    stop = Stop(tuple(sorted(ends)), tuple(args.stop), decode)
     found = _continue(args, target, ids, sampling, stop, batching)
     if found is None:
         return 0  # the job's first process prints
@@ -115,12 +122,20 @@ def _check(args: argparse.Namespace, problems: list[str]) -> None:
         raise UserError(problems[0])
 
 
-def _encode(tokenizer, prompt: Prompt, chat: bool) -> list[int]:  # type: ignore[no-untyped-def]
-    """Return a prompt's ids, begun as documents in token shards begin: with nothing before the text."""
-    if not chat:
-        return list(tokenizer.encode(prompt.text, add_special_tokens=False))
-    return list(tokenizer.apply_chat_template([{"role": "user", "content": prompt.text}],
-                                              add_generation_prompt=True, tokenize=True, return_dict=False))
+def _chat_encoder(folder: Path) -> ChatEncoder:
+    chat = read_chat_encoder(folder)
+    if chat is None:
+        raise UserError(f"--chat: {folder} has no chat template; "
+                        "leave --chat out, or fine-tune on chats first")
+    return chat
+
+
+def _encode_chat(chat: ChatEncoder, prompt: Prompt) -> list[int]:
+    """Return the ids of a prompt as a user's message: the very ones that training on chats has seen."""
+    try:
+        return chat.encode((("user", prompt.text),), awaits_response=True).ids
+    except BadRecord as e:
+        raise UserError(f"the prompt {prompt.text[:40]!r} {e}") from None
 
 
 def _continue(args: argparse.Namespace, target: Target, ids: list[list[int]], sampling: Sampling, stop: Stop,

@@ -69,13 +69,16 @@ def open_heldout(paths: dict[str, float], seq_len: int, max_tokens: int, *,
     if not data.judged():
         raise UserError(f"--data {', '.join(paths)}: holds no documents out, so there is nothing to judge "
                         "by; pack with --heldout 0.02")
+    if not any((row.weights > 0).any() for index, _ in data.judged() for row in data.rows(index)):
+        raise UserError(f"--data {', '.join(paths)}: none of its held-out tokens is learned (prompts alone), so "
+                        "there is nothing to judge by; look at them with `sov-data sample`")
     if model_tokenizer is not None:
         refuse_other_tokens(tokenizer_folder(sources), model_tokenizer)
     return data
 
 
 def evaluate_rows(data: HeldoutData, losses_of: Callable[[Row], np.ndarray]) -> dict[str, HeldoutLoss]:
-    """Return the result on every source.
+    """Return the result on every source that has held-out targets.
 
     Args:
         data: the documents.
@@ -90,6 +93,7 @@ def evaluate_rows(data: HeldoutData, losses_of: Callable[[Row], np.ndarray]) -> 
             nats += float(losses_of(row)[counted].sum(dtype=np.float64))
             tokens += int(counted.sum())
             size_bytes += int(sizes[row.labels[counted]].sum()) if sizes is not None else 0
-        bits_per_byte = nats / math.log(2) / size_bytes if size_bytes else math.nan
-        results[source.name] = HeldoutLoss(nats / max(tokens, 1), bits_per_byte, tokens)
+        if tokens:
+            bits_per_byte = nats / math.log(2) / size_bytes if size_bytes else math.nan
+            results[source.name] = HeldoutLoss(nats / tokens, bits_per_byte, tokens)
     return results

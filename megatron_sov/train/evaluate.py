@@ -79,7 +79,7 @@ class HeldoutEvaluator:
 
     def run(self, policy: ForwardModel,
             around: Around = lambda source, action: action()) -> dict[str, HeldoutLoss]:
-        """Return the result of every source that has held-out documents; called by all processes together.
+        """Return the result of every source that has held-out targets; called by all processes together.
 
         Args:
             around: does the forward passes of a source, and may look at the model meanwhile.
@@ -91,7 +91,8 @@ class HeldoutEvaluator:
             local = torch.stack(sums).sum(0) if sums else torch.zeros(len(SUMS), dtype=torch.float64)
             total = unpack(collectives.broadcast_from_last_stage(collectives.all_reduce_dp(local.cpu())),
                            SUMS)
-            results[name] = _result(**{key: float(value) for key, value in total.items()})
+            if total["tokens"] > 0:  # of prompts alone nothing is learned, and a loss of 0 would look perfect
+                results[name] = _result(**{key: float(value) for key, value in total.items()})
         return results
 
     def _sums(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> torch.Tensor:
@@ -110,7 +111,7 @@ class HeldoutEvaluator:
 def _result(nats: float, tokens: float, size_bytes: float, accepted: float, drafts: float) -> HeldoutLoss:
     """Return the means that a source's sums make."""
     bits_per_byte = nats / math.log(2) / size_bytes if size_bytes else math.nan
-    return HeldoutLoss(nats / max(tokens, 1), bits_per_byte, int(tokens),
+    return HeldoutLoss(nats / tokens, bits_per_byte, int(tokens),
                        accepted / drafts if drafts else None)
 
 

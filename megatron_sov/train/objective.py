@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
+from megatron_sov.errors import UserError
 from megatron_sov.mcore.model.logprobs import Head
 from megatron_sov.mcore.parallel import collectives
 from megatron_sov.mcore.parallel.named_values import sum_dict
@@ -82,6 +83,24 @@ def with_denominators(batch: GlobalBatch, local_targets: Mapping[str, float]) ->
     num_tokens = int(targets.pop(TOKENS))
     micro_batches = tuple(dataclasses.replace(m, denominators=targets) for m in batch.micro_batches)
     return dataclasses.replace(batch, micro_batches=micro_batches, targets=targets, num_tokens=num_tokens)
+
+
+def refuse_nothing_learned(batch: GlobalBatch, step: int) -> None:
+    """Refuse a prepared batch without a single target: its loss of 0 would look like a perfect one.
+
+    Args:
+        batch: as `prepare` gives it.
+        step: from 1, for the message.
+
+    Raises:
+        UserError: no term has a target; every process says the same.
+    """
+    if not any(count > 0 for count in batch.targets.values()):
+        raise UserError(f"step {step}: none of its {batch.num_tokens} tokens is learned "
+                        f"({', '.join(f'{term}: 0' for term in batch.targets)} targets): its samples hold "
+                        "prompts alone; look at the data with `sov-data sample`, make samples longer "
+                        f"(seq_len, now {batch.seq_len}), or leave the step out with "
+                        f"--set data.skip_steps=[[{step},{step}]]")
 
 
 def total_loss(sums: LossSums, coefficients: Mapping[str, float],

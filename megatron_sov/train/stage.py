@@ -136,6 +136,10 @@ def _open_data(stage: Stage) -> _Data:
     packed = stage.sources
     if packed is None:
         packed = tuple(open_sources(stage.config.data.paths, stage.config.model.vocab_size))
+    chats = [s.name for s in packed if s.is_chat]
+    if chats and stage.config.objective.name == "lm" and is_first():
+        warn(f"{', '.join(chats)}: holds conversations, of which the answers alone are learned; "
+             "`megatron-sov sft` is made for them")
     sources = [*with_views(stage.config, list(packed)), *stage.extra_sources]
     return _Data(sources, plan(stage.config, sources))
 

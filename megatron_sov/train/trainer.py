@@ -36,7 +36,7 @@ from megatron_sov.train.gate import Gate
 from megatron_sov.train.guards.fault_injection import Fault, corrupt
 from megatron_sov.train.guards.guards import Guards
 from megatron_sov.train.guards.step_guard import Refusal
-from megatron_sov.train.objective import GlobalBatch, Objective
+from megatron_sov.train.objective import GlobalBatch, Objective, refuse_nothing_learned
 from megatron_sov.train.recorder import Recorder
 from megatron_sov.train.side_jobs.side_jobs import SideJobs
 from megatron_sov.train.state import StepResult, TrainState
@@ -159,6 +159,7 @@ class Trainer:
         # the denominators of the whole global batch come first: losses are then plain sums over
         # ranks and micro-batches
         batch = self.objective.prepare(self.objective.collect(self.policy, step))
+        refuse_nothing_learned(batch, step + 1)
         self._before_computing(batch)
         sums = self.computation.sums(batch, self.objective, step + 1)
         losses = {t: total / batch.targets[t] for t, total in sums.terms.items() if batch.targets[t] > 0}

@@ -67,6 +67,18 @@ def test_a_chat_prompt_is_framed_by_the_template(one_rank: None, imported: dict[
     assert plain[0]["tokens"] != framed[0]["tokens"]
 
 
+def test_the_end_of_the_assistants_turn_ends_a_chat(one_rank: None, imported: dict[str, Path],
+                                                    hf_models: dict[str, Path], capsys,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    ask = ["--prompt", "Hello", "--max-new-tokens", "6", "--chat"]
+    (whole,) = texts(capsys, str(imported["solar_open"]), *ask)
+    end = whole["tokens"][3]
+    monkeypatch.setattr("megatron_sov.chat.encode.ChatEncoder.end_ids", lambda encoder: (end,))
+    for folder in (imported["solar_open"], hf_models["solar_open"]):
+        (found,) = texts(capsys, str(folder), *ask)
+        assert found["tokens"] == whole["tokens"][:whole["tokens"].index(end) + 1]
+
+
 def test_a_text_ends_a_continuation(one_rank: None, imported: dict[str, Path], hf_models: dict[str, Path],
                                     capsys) -> None:
     plain = texts(capsys, str(imported["solar_open"]), *ASK)

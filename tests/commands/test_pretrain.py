@@ -114,3 +114,28 @@ def test_damaged_data_is_named(capsys: Any, packed_data: Any, tmp_path: Path) ->
     del manifest["files"]
     (damaged / "manifest.json").write_text(json.dumps(manifest))
     assert "damaged/manifest.json: is damaged" in refused(capsys, [damaged], tmp_path / "run")
+
+
+def test_chats_without_an_answer_are_no_perfect_score(run_command: Any, packed_data: Any, tmp_path: Path,
+                                                      capsys: Any) -> None:
+    """A loss of 0 over no tokens is refused, in training and in evaluation."""
+    from data_prep.cli import main as sov_data
+
+    questions, data = tmp_path / "questions.jsonl", tmp_path / "data"
+    questions.write_text("".join(
+        json.dumps({"messages": [{"role": "user", "content": f"question {i} about things"}]}) + "\n"
+        for i in range(40)))
+    assert sov_data(["pack", "--tokenizer", str(packed_data.tokenizer), "--heldout", "0.1", "--workers", "1",
+                     "--format", "chat", "--input", str(questions), "--output", str(data)]) == 0
+    settings = [part for s in (*SMALL, "train.global_batch_size=2", "train.micro_batch_size=1")
+                for part in ("--set", s)]
+    done = run_command("pretrain", "tiny-solar-open", "--data", str(data), "--run", str(tmp_path / "run"), *settings)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "questions: holds conversations, of which the answers alone are learned" in done.stderr
+    assert "error: step 1: none of its" in done.stderr and "lm: 0 targets" in done.stderr
+    capsys.readouterr()
+    run = tmp_path / "good"
+    assert run_command("pretrain", "tiny-solar-open", "--data", str(packed_data.text), "--run", str(run),
+                       *settings).returncode == 0
+    assert main(["eval", "ppl", str(run), "--data", str(data)]) == 2
+    assert "none of its held-out tokens is learned" in capsys.readouterr().err

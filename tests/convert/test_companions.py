@@ -37,6 +37,23 @@ def test_token_ids_come_from_the_tokenizer_where_nothing_else_says_them(solar_di
         "bos_token_id": 0, "eos_token_id": 1}
 
 
+def test_what_ends_a_turn_ends_generation(solar_dir: Path, tmp_path: Path) -> None:
+    """Engines take their stop tokens from generation_config.json."""
+    source = shutil.copytree(solar_dir, tmp_path / "source",
+                             ignore=shutil.ignore_patterns("generation_config.json"))
+    tokenizer = json.loads((source / "tokenizer.json").read_text())
+    tokenizer["added_tokens"] = [
+        {"id": 3, "content": "<end>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+         "special": True}]
+    (source / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (source / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.content }}<end>{% endfor %}{{ eos_token }}")
+    convert.from_hf(source, tmp_path / "ckpt")
+    convert.to_hf(tmp_path / "ckpt", tmp_path / "hf")
+    eos = json.loads((source / "config.json").read_text())["eos_token_id"]
+    assert json.loads((tmp_path / "hf/generation_config.json").read_text())["eos_token_id"] == [eos, 3]
+
+
 def test_a_tokenizer_that_transformers_would_read_otherwise_is_told(
         solar_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """transformers splits the text of every qwen2 folder its own way."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from data_prep.encode import TYPE_PROMPT, TYPE_RESPONSE, Encoder, EncodingSettings
+from data_prep.encode import Encoder, EncodingSettings
+from megatron_sov.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
 from megatron_sov.documents import Document
 from megatron_sov.documents.records import Messages
 from megatron_sov.errors import UserError
@@ -87,6 +89,20 @@ def test_begin_and_end_are_settings(folder: Path) -> None:
     chat, types = encode_chat(both, CHAT)
     assert (chat[0] == both.bos_id and types[0] == TYPE_PROMPT
             and len(chat) == len(encode_chat(Encoder(folder), CHAT)[0]) + 1)
+
+
+def test_eos_is_learned_where_nothing_else_ends_the_response(folder: Path, tmp_path: Path,
+                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    bare = shutil.copytree(folder, tmp_path / "bare")
+    file = bare / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {
+        "chat_template": "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"}))
+    monkeypatch.setattr("data_prep.encode.damaged_files", lambda path: [])
+    encoder = Encoder(bare)
+    ids, types = encode_chat(encoder, (("user", "hi"), ("assistant", "yes")))
+    assert encoder.decode(ids[types == TYPE_RESPONSE].tolist()) == "yes" + encoder.decode([encoder.eos_id])
+    ids, types = encode_chat(encoder, (("assistant", "yes"), ("user", "hi")))
+    assert ids[-1] == encoder.eos_id and types[-1] == TYPE_PROMPT
 
 
 def test_a_preference_is_two_sequences_that_differ_behind_the_prompt(encoder: Encoder) -> None:

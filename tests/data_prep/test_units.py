@@ -87,17 +87,17 @@ def test_what_is_stored_of_each_sequence(settings: UnitSettings, tmp_path: Path)
 def test_documents_that_a_template_refuses_are_found_inside_a_batch(tokenizers: dict[str, Path],
                                                                     settings: UnitSettings, tmp_path: Path,
                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
-    from data_prep.chat import ChatForm
+    from megatron_sov.chat.template import ChatTemplate
     from megatron_sov.documents import BadRecord
 
-    pieces = ChatForm.pieces
+    pieces = ChatTemplate.pieces
 
-    def strict(self: ChatForm, messages: tuple[tuple[str, str], ...], awaits_response: bool = False):
+    def strict(self: ChatTemplate, messages: tuple[tuple[str, str], ...], awaits_response: bool = False):
         if messages[0][0] == "system":
             raise BadRecord("template", "is refused")
         return pieces(self, messages, awaits_response)
 
-    monkeypatch.setattr(ChatForm, "pieces", strict)
+    monkeypatch.setattr(ChatTemplate, "pieces", strict)
     refused = (3, 4, 17)
     lines = [{"messages": [{"role": "system" if i in refused else "user", "content": str(i)}]}
              for i in range(20)]

@@ -8,7 +8,14 @@ import torch
 from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
 prepare_megatron()
-from megatron_sov.train.objective import LossSums, per_source, total_loss  # noqa: E402
+from megatron_sov.errors import UserError  # noqa: E402
+from megatron_sov.train.objective import (  # noqa: E402
+    GlobalBatch,
+    LossSums,
+    per_source,
+    refuse_nothing_learned,
+    total_loss,
+)
 
 
 def test_each_term_is_divided_by_its_own_denominator() -> None:
@@ -31,3 +38,10 @@ def test_losses_by_source_are_weighted_sums_and_weights() -> None:
     losses, weights = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([1.0, 0.5, 0.0, 2.0])
     found = per_source(losses, weights, torch.tensor([0, 2, 2, 0]), 3)
     assert found.tolist() == [[9.0, 3.0], [0.0, 0.0], [1.0, 0.5]] and found.dtype == torch.float64
+
+
+def test_a_step_that_learns_nothing_is_refused() -> None:
+    batch = GlobalBatch((), 64, 2, "main", 128, {"response": 0.0, "mtp": 0.0})
+    with pytest.raises(UserError, match="step 3: none of its 128 tokens is learned .*response: 0, mtp: 0"):
+        refuse_nothing_learned(batch, 3)
+    refuse_nothing_learned(GlobalBatch((), 64, 2, "main", 128, {"response": 0.0, "text": 1.0}), 3)

@@ -1,0 +1,210 @@
+"""Conversations as token ids and types: the ids that a model is asked with, and which of them it learns.
+
+What the template writes and what a content says is encoded together wherever no special token stands between
+them, as the whole text is when a model is asked; only a response begins a text of its own, because the prompt
+before it was encoded when there was no response yet.  Special tokens come from the template alone: spelled out
+in a content they are ordinary text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+from tokenizers import Tokenizer
+
+from megatron_sov.chat.template import ChatTemplate, Segment
+from megatron_sov.documents import BadRecord
+from megatron_sov.documents.records import Messages
+
+TYPE_TEXT, TYPE_PROMPT, TYPE_RESPONSE = 0, 1, 2
+"""What a token is: plain text, part of a prompt (template, system, user, tools),
+or of a response to learn."""
+SPLIT_TEXTS = 4096
+"""Pieces of templates that are remembered, split at their special tokens."""
+PROBES: tuple[Messages, ...] = ((("user", "a"), ("assistant", "b")),
+                                (("user", "a"), ("assistant", "b"), ("user", "c")))
+"""Chats that show how a template ends the turn of an assistant: at the end, and before another turn."""
+
+
+@dataclass(frozen=True)
+class EncodedChat:
+    """A conversation as tokens."""
+
+    ids: list[int]
+    """Token ids."""
+    types: bytearray
+    """`TYPE_PROMPT` or `TYPE_RESPONSE` of each."""
+    is_open: bool
+    """Whether it ends in a response that no special token has ended: what is put behind it ends it."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Ordinary text, or one special token."""
+
+    text: str
+    special: int | None
+    type: int
+    begins_response: bool = False
+    is_asked_again: bool = False
+    """Whether it is a response that a model sees again when it is asked for a later turn."""
+
+
+Run = list[_Part]
+"""Texts that are encoded as one, or one special token."""
+
+
+class ChatEncoder:
+    """A tokenizer with its chat template."""
+
+    def __init__(self, template: ChatTemplate, tokenizer: Tokenizer,
+                 encode_plain: Callable[[str], list[int]] | None = None) -> None:
+        """Take both.
+
+        Args:
+            template: of this tokenizer.
+            tokenizer: finds special tokens in text.
+            encode_plain: gives the ids of ordinary text, in which special tokens are text, where something is
+                faster than the tokenizer itself.
+        """
+        self._template, self._with_special = template, tokenizer
+        self._plain = Tokenizer.from_str(tokenizer.to_str())
+        self._plain.encode_special_tokens = True
+        self._encode_plain = encode_plain or self._plain_ids
+        special = {id_: token for id_, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        self._special = {id_: token.content for id_, token in special.items()}
+        self._takes_spaces = any(t.lstrip or t.rstrip or t.single_word for t in special.values())
+        self._split = lru_cache(SPLIT_TEXTS)(self._split_at_special)
+
+    def encode(self, messages: Messages, num_prompt: int = 0, awaits_response: bool = False) -> EncodedChat:
+        """Return a chat of (role, content) pairs as tokens.
+
+        A response is an assistant's content and what the template ends its turn with: white space and a
+        special token, or, behind the last message, all up to the first special token.
+
+        Args:
+            messages: the chat.
+            num_prompt: so many messages are the prompt, whoever speaks.
+            awaits_response: open the assistant's turn at the end.
+
+        Raises:
+            BadRecord: the template refuses or changes the chat, or a model that is asked with the earlier
+                turns would see other ids than these.
+        """
+        pieces = self._template.pieces(messages, awaits_response)
+        learned = [p.message is not None and p.message >= num_prompt and messages[p.message][0] == "assistant"
+                   for p in pieces]
+        parts, is_open = self._parts(pieces, learned)
+        ids: list[int] = []
+        types = bytearray()
+        before: Run = []
+        for run in _runs(parts):
+            new_ids, new_types = self._encode_run(run)
+            if run[0].is_asked_again and before and before[0].special is None:
+                self._check_joint(before, run, new_ids)
+            ids += new_ids
+            types += new_types
+            before = run
+        if self._takes_spaces:
+            self._check_spaces(pieces, ids)
+        return EncodedChat(ids, types, is_open)
+
+    def end_ids(self) -> tuple[int, ...]:
+        """Return the special tokens with which the template ends an assistant's turn, in the middle of a chat
+        and at its end; none where it shows no such chat, or ends turns with text."""
+        found: dict[int, None] = {}
+        for messages in PROBES:
+            try:
+                pieces = self._template.pieces(messages)
+            except BadRecord:
+                continue
+            parts, _ = self._parts(pieces, [p.message == 1 for p in pieces])
+            found |= {p.special: None for p in parts
+                      if p.special is not None and p.type == TYPE_RESPONSE}
+        return tuple(found)
+
+    def _parts(self, pieces: list[Segment], learned: list[bool]) -> tuple[list[_Part], bool]:
+        """Return a chat as texts of one type and special tokens, and whether a response is open at its end."""
+        parts: list[_Part] = []
+        last, is_open = len(pieces) - 1, False
+        for i, piece in enumerate(pieces):
+            if piece.message is not None:
+                type_ = TYPE_RESPONSE if learned[i] else TYPE_PROMPT
+                later = any(p.message is not None for p in pieces[i + 1:])
+                parts.append(_Part(piece.text, None, type_, learned[i], learned[i] and later))
+                is_open = learned[i]
+                continue
+            split = self._split(piece.text)
+            end = _end_of_turn(split, i == last) if i and learned[i - 1] else 0
+            parts += [_Part(text, special, TYPE_RESPONSE if n < end else TYPE_PROMPT)
+                      for n, (text, special) in enumerate(split)]
+            is_open = is_open and all(special is None for _, special in split[:end])
+        return parts, is_open
+
+    def _encode_run(self, run: Run) -> tuple[list[int], bytes]:
+        if run[0].special is not None:
+            return [run[0].special], bytes([run[0].type])
+        text, types = "".join(p.text for p in run), {p.type for p in run if p.text}
+        if len(types) <= 1:
+            ids = self._encode_plain(text)
+            return ids, bytes(types or {TYPE_PROMPT}) * len(ids)
+        encoding = self._plain.encode(text, add_special_tokens=False)
+        of_chars = b"".join(bytes([p.type]) * len(p.text) for p in run)
+        return encoding.ids, bytes(TYPE_RESPONSE if TYPE_RESPONSE in of_chars[start:max(end, start + 1)]
+                                   else TYPE_PROMPT for start, end in encoding.offsets)
+
+    def _check_joint(self, before: Run, run: Run, ids: list[int]) -> None:
+        """Refuse a response whose first token would be another one together with what the template writes
+        before it: later turns would be trained behind other ids than a model is asked with."""
+        text = "".join(p.text for p in before)
+        if self._encode_plain(text + "".join(p.text for p in run)) != self._encode_plain(text) + ids:
+            raise BadRecord("template", f"has a response ({run[0].text[:20]!r}...) that joins the template's "
+                                        f"{text[-20:]!r} before it in one token when it is asked again, and does "
+                                        "not when it is written; remove the white space it begins with, or let "
+                                        "the template put a special token there")
+
+    def _check_spaces(self, pieces: list[Segment], ids: list[int]) -> None:
+        """Refuse a chat whose white space a special token takes when the whole text is encoded."""
+        if any(content in p.text for p in pieces if p.message is not None for content in self._special.values()):
+            return
+        if self._with_special.encode("".join(p.text for p in pieces), add_special_tokens=False).ids != ids:
+            raise BadRecord("template", "has white space that a special token of this tokenizer takes when a model "
+                                        "is asked; strip the contents")
+
+    def _split_at_special(self, text: str) -> tuple[tuple[str, int | None], ...]:
+        """Return a template's text as ordinary texts and special tokens, in order."""
+        found: list[tuple[str, int | None]] = []
+        start = 0
+        encoding = self._with_special.encode(text, add_special_tokens=False)
+        for id_, (first, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            if id_ in self._special:
+                found += [(text[start:first], None)] if start < first else []
+                found.append(("", id_))
+                start = end
+        return tuple(found + ([(text[start:], None)] if start < len(text) else []))
+
+    def _plain_ids(self, text: str) -> list[int]:
+        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
+        return ids
+
+
+def _end_of_turn(split: tuple[tuple[str, int | None], ...], is_last: bool) -> int:
+    """Return how many parts of what the template writes behind a response end its turn."""
+    first = next((n for n, (_, special) in enumerate(split) if special is not None), None)
+    if first is None:
+        return len(split) if is_last else 0
+    return first + 1 if is_last or not "".join(text for text, _ in split[:first]).strip() else 0
+
+
+def _runs(parts: list[_Part]) -> Iterator[Run]:
+    """Yield texts that stand together, up to where a response begins, and special tokens one by one."""
+    run: Run = []
+    for part in parts:
+        if run and (part.special is not None or part.begins_response or run[0].special is not None):
+            yield run
+            run = []
+        run.append(part)
+    if run:
+        yield run

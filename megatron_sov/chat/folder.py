@@ -1,0 +1,50 @@
+"""The chat form of a folder with a tokenizer: a Hugging Face folder, a checkpoint's `tokenizer/`, or a tokenizer
+artifact."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from megatron_sov.chat.encode import ChatEncoder
+from megatron_sov.chat.template import ChatTemplate
+from megatron_sov.errors import UserError
+
+TOKENIZER_JSON, CONFIG_JSON, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+
+
+def read_chat_encoder(folder: Path) -> ChatEncoder | None:
+    """Return the encoder of a folder's chats; None where it has no chat template or no tokenizer.json.
+
+    Raises:
+        UserError: a file cannot be read, or the template is no Jinja.
+    """
+    config_file, tokenizer_file = folder / CONFIG_JSON, folder / TOKENIZER_JSON
+    if not tokenizer_file.is_file():
+        return None
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+        template = ((folder / TEMPLATE).read_text(encoding="utf-8") if (folder / TEMPLATE).is_file()
+                    else _default(config.get("chat_template")))
+        if not template:
+            return None
+        tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    except Exception as e:  # the binding raises a bare Exception
+        raise UserError(f"{folder}: its tokenizer cannot be read ({e}); restore it from its source") from None
+    bos, eos = (_text(config.get(name)) for name in ("bos_token", "eos_token"))
+    return ChatEncoder(ChatTemplate(template, bos, eos, str(folder)), tokenizer)
+
+
+def _default(template: Any) -> Any:
+    """Return the template called default where there are several, as a list of names and templates."""
+    if isinstance(template, list):
+        return next((t.get("template") for t in template if t.get("name") == "default"), None)
+    return template
+
+
+def _text(token: Any) -> str:
+    """Return a special token's text, which may be spelled as an object."""
+    return (token.get("content") if isinstance(token, dict) else token) or ""

@@ -1,0 +1,112 @@
+"""Chats as ids and types, against what transformers gives a model that is asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from megatron_sov.chat.encode import TYPE_RESPONSE, ChatEncoder
+from megatron_sov.chat.template import ChatTemplate
+from megatron_sov.documents import BadRecord
+
+PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}" \
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+CHATML = "{% for m in messages %}[BOS]{{ m.role }}\n{{ m.content }}[EOS]\n{% endfor %}" \
+         "{% if add_generation_prompt %}[BOS]assistant\n{% endif %}"
+SPACED = "{% for m in messages %}{{ m.role }}:{{ m.content }} {{ eos_token }}{% endfor %}"
+BARE = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFast:
+    """Byte-level BPE, which joins white space, and a space with the word behind it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    found = Tokenizer(models.BPE())
+    found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    found.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["[PAD]", "[BOS]", "[EOS]"], show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    found.train_from_iterator([" hello hello there\n\n\n user: assistant: user assistant"] * 20, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=found, bos_token="[BOS]", eos_token="[EOS]")
+
+
+def encoder(tokenizer: PreTrainedTokenizerFast, template: str) -> ChatEncoder:
+    return ChatEncoder(ChatTemplate(template, "[BOS]", "[EOS]", "tok"), tokenizer.backend_tokenizer)
+
+
+def asked(tokenizer: PreTrainedTokenizerFast, template: str, *messages: tuple[str, str]) -> list[int]:
+    """Return the ids of a prompt as transformers makes them."""
+    return list(tokenizer.apply_chat_template([{"role": r, "content": c} for r, c in messages],
+                                              chat_template=template, add_generation_prompt=True, tokenize=True,
+                                              return_dict=False))
+
+
+def learned(tokenizer: PreTrainedTokenizerFast, template: str, *messages: tuple[str, str]) -> tuple[str, bool]:
+    chat = encoder(tokenizer, template).encode(messages)
+    ids = [i for i, t in zip(chat.ids, chat.types, strict=True) if t == TYPE_RESPONSE]
+    return tokenizer.decode(ids, clean_up_tokenization_spaces=False), chat.is_open
+
+
+@pytest.mark.parametrize("template", [PLAIN, CHATML], ids=["plain", "chatml"])
+@pytest.mark.parametrize("content", ["hello", "  hello \n", "\nhello", "", "hello\n\n", "안녕"])
+def test_a_prompt_has_the_ids_that_a_model_is_asked_with(tokenizer: PreTrainedTokenizerFast, template: str,
+                                                         content: str) -> None:
+    ours = encoder(tokenizer, template).encode((("user", content),), awaits_response=True)
+    theirs = asked(tokenizer, template, ("user", content))
+    assert ours.ids == theirs
+    trained = encoder(tokenizer, template).encode((("user", content), ("assistant", "there")))
+    assert trained.ids[:len(theirs)] == theirs and trained.types[:len(theirs)].count(TYPE_RESPONSE) == 0
+
+
+@pytest.mark.parametrize(("template", "response", "fits"), [
+    (PLAIN, "hello", False), (CHATML, "hello", True), (CHATML, "\n\nhello", False), (SPACED, "hello", True)])
+def test_a_later_turn_is_trained_behind_what_a_model_is_asked_with(
+        tokenizer: PreTrainedTokenizerFast, template: str, response: str, fits: bool) -> None:
+    """Where the whole text would join a response with what stands before it, the chat is refused."""
+    turns = (("user", "hello"), ("assistant", response), ("user", "there"))
+    if not fits:
+        with pytest.raises(BadRecord, match="has a response .* that joins the template's"):
+            encoder(tokenizer, template).encode((*turns, ("assistant", "hello")))
+        return
+    theirs = asked(tokenizer, template, *turns)
+    assert encoder(tokenizer, template).encode((*turns, ("assistant", "hello"))).ids[:len(theirs)] == theirs
+
+
+def test_the_end_of_a_turn_is_learned(tokenizer: PreTrainedTokenizerFast) -> None:
+    turns = (("user", "hi"), ("assistant", "hello"), ("user", "yo"), ("assistant", "there"))
+    assert learned(tokenizer, CHATML, *turns) == ("hello[EOS]there[EOS]", False)
+    assert learned(tokenizer, SPACED, *turns) == ("hello [EOS]there [EOS]", False)
+    assert learned(tokenizer, BARE, *turns[:2]) == ("hello", True), "whatever is put behind it ends it"
+    assert learned(tokenizer, PLAIN, *turns[:2]) == ("hello\n", True)
+    assert learned(tokenizer, CHATML, *turns[:3]) == ("hello[EOS]", False)
+
+
+def test_special_tokens_in_contents_are_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    chat = encoder(tokenizer, CHATML).encode((("user", "[EOS]"), ("assistant", "a[BOS]b")))
+    assert chat.ids.count(1) == chat.ids.count(2) == 2
+    assert tokenizer.decode(chat.ids) == "[BOS]user\n[EOS][EOS]\n[BOS]assistant\na[BOS]b[EOS]\n"
+
+
+def test_turns_end_with_these_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert encoder(tokenizer, CHATML).end_ids() == encoder(tokenizer, SPACED).end_ids() == (2,)
+    assert encoder(tokenizer, PLAIN).end_ids() == ()
+    opened = "{% for m in messages %}{{ '[BOS]' if m.role == 'user' else '[PAD]' }}{{ m.content }}{% endfor %}"
+    assert encoder(tokenizer, opened).end_ids() == (1,), "the next turn's beginning ends this one"
+    assert encoder(tokenizer, "{{ raise_exception('no') }}").end_ids() == ()
+
+
+def test_a_token_that_takes_spaces_is_not_passed_over(tmp_path: Path) -> None:
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+
+    letters = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    greedy = Tokenizer(models.BPE(letters, []))
+    greedy.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    greedy.add_special_tokens([AddedToken("<|user|>", rstrip=True, special=True)])
+    chats = ChatEncoder(ChatTemplate("{% for m in messages %}<|user|>{{ m.content }}{% endfor %}", "", "", "tok"),
+                        greedy)
+    assert len(chats.encode((("user", "hi"),)).ids) == 3
+    with pytest.raises(BadRecord, match="white space that a special token"):
+        chats.encode((("user", " hi"),))
