@@ -16,10 +16,10 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_sov.chat.encode import TYPE_RESPONSE
 from data_prep.sharding import ShardedWriter
 from data_prep.splits import HELDOUT, SPLITS, TRAIN, HeldoutRule
 from data_prep.units import GROUP, StoredUnit, UnitRecord, open_unit
+from megatron_sov.chat.encode import TYPE_RESPONSE
 from megatron_sov.documents import Span
 
 BLOCK_TOKENS = 1 << 22

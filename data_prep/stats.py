@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from data_prep.encode import TOKENIZER_JSON
-from megatron_sov.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
 from data_prep.splits import SPLITS
 from data_prep.token_artifact import read_tokens_manifest, shards_of
 from megatron_sov.artifacts import to_json
+from megatron_sov.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
 
 HELP = "show lengths of documents, token types and special tokens, per source"
 _BLOCK_ITEMS = 1 << 22

@@ -31,7 +31,8 @@ THIRD = SECOND | {"eval"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(), "version": set(), "command_line": {"errors", "version"},
     "plugins": {"errors", "version"}, "config": {"errors", "plugins"}, "artifacts": {"errors", "version"},
-    "byte_bpe": set(), "documents": {"errors"}, "chat": {"errors", "documents"}, "obs": BASE, "pages": {"version"},
+    "byte_bpe": set(), "documents": {"errors"}, "chat": {"errors", "documents"}, "obs": BASE,
+    "pages": {"version"},
     "models": BASE, "objectives": BASE, "recipes": BASE | {"models", "objectives"}, "plan": GROUND,
     "runs": BASE, "data": GROUND, "mcore": GROUND,
     # both accept a Hugging Face folder

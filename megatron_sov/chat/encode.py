@@ -1,9 +1,9 @@
 """Conversations as token ids and types: the ids that a model is asked with, and which of them it learns.
 
-What the template writes and what a content says is encoded together wherever no special token stands between
-them, as the whole text is when a model is asked; only a response begins a text of its own, because the prompt
-before it was encoded when there was no response yet.  Special tokens come from the template alone: spelled out
-in a content they are ordinary text.
+What the template writes and what a content says is encoded together wherever no special token stands
+between them, as the whole text is when a model is asked; only a response begins a text of its own, because
+the prompt before it was encoded when there was no response yet.  Special tokens come from the template
+alone: spelled out in a content they are ordinary text.
 """
 
 from __future__ import annotations
@@ -112,8 +112,8 @@ class ChatEncoder:
         return EncodedChat(ids, types, is_open)
 
     def end_ids(self) -> tuple[int, ...]:
-        """Return the special tokens with which the template ends an assistant's turn, in the middle of a chat
-        and at its end; none where it shows no such chat, or ends turns with text."""
+        """Return the special tokens with which the template ends an assistant's turn, in the middle of a
+        chat and at its end; none where it shows no such chat, or ends turns with text."""
         found: dict[int, None] = {}
         for messages in PROBES:
             try:
@@ -126,7 +126,7 @@ class ChatEncoder:
         return tuple(found)
 
     def _parts(self, pieces: list[Segment], learned: list[bool]) -> tuple[list[_Part], bool]:
-        """Return a chat as texts of one type and special tokens, and whether a response is open at its end."""
+        """Return a chat as texts of one type and special tokens, and whether it ends in an open response."""
         parts: list[_Part] = []
         last, is_open = len(pieces) - 1, False
         for i, piece in enumerate(pieces):
@@ -161,17 +161,18 @@ class ChatEncoder:
         text = "".join(p.text for p in before)
         if self._encode_plain(text + "".join(p.text for p in run)) != self._encode_plain(text) + ids:
             raise BadRecord("template", f"has a response ({run[0].text[:20]!r}...) that joins the template's "
-                                        f"{text[-20:]!r} before it in one token when it is asked again, and does "
-                                        "not when it is written; remove the white space it begins with, or let "
-                                        "the template put a special token there")
+                                        f"{text[-20:]!r} before it in one token when it is asked again, and "
+                                        "does not when it is written; remove the white space it begins "
+                                        "with, or let the template put a special token there")
 
     def _check_spaces(self, pieces: list[Segment], ids: list[int]) -> None:
         """Refuse a chat whose white space a special token takes when the whole text is encoded."""
-        if any(content in p.text for p in pieces if p.message is not None for content in self._special.values()):
+        contents = [p.text for p in pieces if p.message is not None]
+        if any(special in text for text in contents for special in self._special.values()):
             return
         if self._with_special.encode("".join(p.text for p in pieces), add_special_tokens=False).ids != ids:
-            raise BadRecord("template", "has white space that a special token of this tokenizer takes when a model "
-                                        "is asked; strip the contents")
+            raise BadRecord("template", "has white space that a special token of this tokenizer takes when a "
+                                        "model is asked; strip the contents")
 
     def _split_at_special(self, text: str) -> tuple[tuple[str, int | None], ...]:
         """Return a template's text as ordinary texts and special tokens, in order."""

@@ -1,5 +1,5 @@
-"""The chat form of a folder with a tokenizer: a Hugging Face folder, a checkpoint's `tokenizer/`, or a tokenizer
-artifact."""
+"""The chat form of a folder with a tokenizer: a Hugging Face folder, a checkpoint's `tokenizer/`,
+or a tokenizer artifact."""
 
 from __future__ import annotations
 

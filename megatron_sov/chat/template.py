@@ -47,7 +47,7 @@ class _Generation(Extension):
     """`{% generation %}...{% endgeneration %}`, by which templates mark what an assistant wrote:
     its body, as it is."""
 
-    tags = {"generation"}  # noqa: RUF012  (Jinja's own attribute)
+    tags = {"generation"}
 
     def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
         """Return the body of the block."""
@@ -57,10 +57,10 @@ class _Generation(Extension):
 
 
 class _Namespace(Namespace):
-    """What `namespace()` gives a template: like Jinja's own, but for names that begin with an underscore, behind
-    which Python's internals are."""
+    """What `namespace()` gives a template: like Jinja's own, but for names that begin with an underscore,
+    behind which Python's internals are."""
 
-    def __init__(*args: Any, **kwargs: Any) -> None:  # noqa: N805  (so that `self` may be one of the names)
+    def __init__(*args: Any, **kwargs: Any) -> None:
         self, *given = args
         names = dict(*given, **kwargs)
         if hidden := [name for name in names if str(name).startswith("_")]:
@@ -114,7 +114,8 @@ class ChatTemplate:
                 exactly once and in order, or shows a content otherwise than it is.
         """
         now = datetime.now()
-        rendered = self._render([_MARK.format(i) for i in range(len(messages))], messages, awaits_response, now)
+        marks = [_MARK.format(i) for i in range(len(messages))]
+        rendered = self._render(marks, messages, awaits_response, now)
         parts = _MARKS.split(rendered)  # template text and message numbers, in turn
         if parts[1::2] != [str(i) for i in range(len(messages))]:
             roles = ", ".join(role for role, _ in messages)
@@ -136,9 +137,9 @@ class ChatTemplate:
                 number = next((p.message for p in pieces[pieces.index(piece):] if p.message is not None),
                               len(messages) - 1)
                 raise BadRecord("template", f"is changed by the chat template of {self._where} at message "
-                                            f"{number + 1} ({messages[number][0]}): its content would be trained "
-                                            "on as it is, but shown otherwise; remove what the template "
-                                            "cuts or trims, such as white space around it")
+                                            f"{number + 1} ({messages[number][0]}): its content would be "
+                                            "trained on as it is, but shown otherwise; remove what the "
+                                            "template cuts or trims, such as white space around it")
             start += len(piece.text)
         if start != len(shown):
             raise BadRecord("template", f"is changed by the chat template of {self._where}, which adds text "

@@ -25,8 +25,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 
 
 def carry(source: Path, target: Path, tokens: TokenIds) -> None:
-    """Copy the companion files of `source` to `target`; generation defaults are made where there are none, from
-    `tokens` and what ends a turn in the chat template: an engine has to stop there too."""
+    """Copy the companion files of `source` to `target`; generation defaults are made where there are none,
+    from `tokens` and what ends a turn in the chat template: an engine has to stop there too."""
     target.mkdir(exist_ok=True)
     for name in TOKENIZER_FILES:
         if (source / name).is_file():

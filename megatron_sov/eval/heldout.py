@@ -70,8 +70,8 @@ def open_heldout(paths: dict[str, float], seq_len: int, max_tokens: int, *,
         raise UserError(f"--data {', '.join(paths)}: holds no documents out, so there is nothing to judge "
                         "by; pack with --heldout 0.02")
     if not any((row.weights > 0).any() for index, _ in data.judged() for row in data.rows(index)):
-        raise UserError(f"--data {', '.join(paths)}: none of its held-out tokens is learned (prompts alone), so "
-                        "there is nothing to judge by; look at them with `sov-data sample`")
+        raise UserError(f"--data {', '.join(paths)}: none of its held-out tokens is learned (prompts alone), "
+                        "so there is nothing to judge by; look at them with `sov-data sample`")
     if model_tokenizer is not None:
         refuse_other_tokens(tokenizer_folder(sources), model_tokenizer)
     return data

@@ -27,8 +27,8 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFa
     found = Tokenizer(models.BPE())
     found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     found.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["[PAD]", "[BOS]", "[EOS]"], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["[PAD]", "[BOS]", "[EOS]"],
+                                  show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     found.train_from_iterator([" hello hello there\n\n\n user: assistant: user assistant"] * 20, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=found, bos_token="[BOS]", eos_token="[EOS]")
 
@@ -40,11 +40,12 @@ def encoder(tokenizer: PreTrainedTokenizerFast, template: str) -> ChatEncoder:
 def asked(tokenizer: PreTrainedTokenizerFast, template: str, *messages: tuple[str, str]) -> list[int]:
     """Return the ids of a prompt as transformers makes them."""
     return list(tokenizer.apply_chat_template([{"role": r, "content": c} for r, c in messages],
-                                              chat_template=template, add_generation_prompt=True, tokenize=True,
-                                              return_dict=False))
+                                              chat_template=template, add_generation_prompt=True,
+                                              tokenize=True, return_dict=False))
 
 
-def learned(tokenizer: PreTrainedTokenizerFast, template: str, *messages: tuple[str, str]) -> tuple[str, bool]:
+def learned(tokenizer: PreTrainedTokenizerFast, template: str,
+            *messages: tuple[str, str]) -> tuple[str, bool]:
     chat = encoder(tokenizer, template).encode(messages)
     ids = [i for i, t in zip(chat.ids, chat.types, strict=True) if t == TYPE_RESPONSE]
     return tokenizer.decode(ids, clean_up_tokenization_spaces=False), chat.is_open
@@ -68,7 +69,7 @@ def test_a_later_turn_is_trained_behind_what_a_model_is_asked_with(
     """Where the whole text would join a response with what stands before it, the chat is refused."""
     turns = (("user", "hello"), ("assistant", response), ("user", "there"))
     if not fits:
-        with pytest.raises(BadRecord, match="has a response .* that joins the template's"):
+        with pytest.raises(BadRecord, match=r"has a response .* that joins the template's"):
             encoder(tokenizer, template).encode((*turns, ("assistant", "hello")))
         return
     theirs = asked(tokenizer, template, *turns)
@@ -93,7 +94,8 @@ def test_special_tokens_in_contents_are_text(tokenizer: PreTrainedTokenizerFast)
 def test_turns_end_with_these_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
     assert encoder(tokenizer, CHATML).end_ids() == encoder(tokenizer, SPACED).end_ids() == (2,)
     assert encoder(tokenizer, PLAIN).end_ids() == ()
-    opened = "{% for m in messages %}{{ '[BOS]' if m.role == 'user' else '[PAD]' }}{{ m.content }}{% endfor %}"
+    opened = ("{% for m in messages %}{{ '[BOS]' if m.role == 'user' else '[PAD]' }}{{ m.content }}"
+              "{% endfor %}")
     assert encoder(tokenizer, opened).end_ids() == (1,), "the next turn's beginning ends this one"
     assert encoder(tokenizer, "{{ raise_exception('no') }}").end_ids() == ()
 
@@ -105,8 +107,8 @@ def test_a_token_that_takes_spaces_is_not_passed_over(tmp_path: Path) -> None:
     greedy = Tokenizer(models.BPE(letters, []))
     greedy.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     greedy.add_special_tokens([AddedToken("<|user|>", rstrip=True, special=True)])
-    chats = ChatEncoder(ChatTemplate("{% for m in messages %}<|user|>{{ m.content }}{% endfor %}", "", "", "tok"),
-                        greedy)
+    template = "{% for m in messages %}<|user|>{{ m.content }}{% endfor %}"
+    chats = ChatEncoder(ChatTemplate(template, "", "", "tok"), greedy)
     assert len(chats.encode((("user", "hi"),)).ids) == 3
     with pytest.raises(BadRecord, match="white space that a special token"):
         chats.encode((("user", " hi"),))

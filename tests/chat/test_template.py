@@ -10,7 +10,7 @@ from megatron_sov.chat.template import ChatTemplate, Segment
 from megatron_sov.documents import BadRecord
 from megatron_sov.errors import UserError
 
-FORM = ChatTemplate("{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</>{% endfor %}{{ eos_token }}",
+FORM = ChatTemplate("{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}{{ eos_token }}",
                     "<s>", "</s>", "tok")
 
 
@@ -96,7 +96,8 @@ def test_templates_have_what_transformers_gives_them(template: str, says: str) -
 
 
 @pytest.mark.parametrize(("template", "says"), [
-    ("{{ 1 / 0 }}", "ZeroDivisionError"), ("{{ 1 + 'a' }}", "TypeError"), ("{{ 'a' * 10**15 }}", "asked for more"),
+    ("{{ 1 / 0 }}", "ZeroDivisionError"), ("{{ 1 + 'a' }}", "TypeError"),
+    ("{{ 'a' * 10**15 }}", "asked for more"),
     ("{% for i in range(10**6) %}{% endfor %}", "Range too big"),
     ("{{ 'a'.center(4 * 2**30) }}", "asked for more"),
     ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),

@@ -129,7 +129,8 @@ def test_chats_without_an_answer_are_no_perfect_score(run_command: Any, packed_d
                      "--format", "chat", "--input", str(questions), "--output", str(data)]) == 0
     settings = [part for s in (*SMALL, "train.global_batch_size=2", "train.micro_batch_size=1")
                 for part in ("--set", s)]
-    done = run_command("pretrain", "tiny-solar-open", "--data", str(data), "--run", str(tmp_path / "run"), *settings)
+    done = run_command("pretrain", "tiny-solar-open", "--data", str(data), "--run", str(tmp_path / "run"),
+                       *settings)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "questions: holds conversations, of which the answers alone are learned" in done.stderr
     assert "error: step 1: none of its" in done.stderr and "lm: 0 targets" in done.stderr

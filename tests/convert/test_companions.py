@@ -43,8 +43,8 @@ def test_what_ends_a_turn_ends_generation(solar_dir: Path, tmp_path: Path) -> No
                              ignore=shutil.ignore_patterns("generation_config.json"))
     tokenizer = json.loads((source / "tokenizer.json").read_text())
     tokenizer["added_tokens"] = [
-        {"id": 3, "content": "<end>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-         "special": True}]
+        {"id": 3, "content": "<end>", "single_word": False, "lstrip": False, "rstrip": False,
+         "normalized": False, "special": True}]
     (source / "tokenizer.json").write_text(json.dumps(tokenizer))
     (source / "chat_template.jinja").write_text(
         "{% for m in messages %}{{ m.content }}<end>{% endfor %}{{ eos_token }}")

@@ -42,6 +42,6 @@ def test_losses_by_source_are_weighted_sums_and_weights() -> None:
 
 def test_a_step_that_learns_nothing_is_refused() -> None:
     batch = GlobalBatch((), 64, 2, "main", 128, {"response": 0.0, "mtp": 0.0})
-    with pytest.raises(UserError, match="step 3: none of its 128 tokens is learned .*response: 0, mtp: 0"):
+    with pytest.raises(UserError, match=r"step 3: none of its 128 tokens is learned .*response: 0, mtp: 0"):
         refuse_nothing_learned(batch, 3)
     refuse_nothing_learned(GlobalBatch((), 64, 2, "main", 128, {"response": 0.0, "text": 1.0}), 3)
