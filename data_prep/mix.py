@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.encode import CONFIG_JSON, TOKENIZER_JSON
+from data_prep.overlap import refuse_overlap
 from data_prep.splits import TRAIN
 from data_prep.token_artifact import CONTENT_VERSION, KIND, read_tokens_manifest
 from megatron_sov.artifacts import ArtifactWriter, Manifest, new_artifact
@@ -82,6 +83,7 @@ def mix(parts: list[Part], output: Path, *, overwrite: bool = False) -> None:
     """
     manifests = [read_tokens_manifest(part.path) for part in parts]
     _check_fit(parts, manifests)
+    refuse_overlap([(part.path, manifest.content) for part, manifest in zip(parts, manifests, strict=True)])
     with new_artifact(output, KIND, overwrite=overwrite) as artifact:
         sources: list[dict[str, Any]] = []
         for part, manifest, share in zip(parts, manifests, _shares(parts, manifests), strict=True):
@@ -91,7 +93,8 @@ def mix(parts: list[Part], output: Path, *, overwrite: bool = False) -> None:
         for name in (TOKENIZER_JSON, CONFIG_JSON):
             shutil.copyfile(parts[0].path / "tokenizer" / name, artifact.path / "tokenizer" / name)
         shared = {field: manifests[0].content[field] for field in SHARED_FIELDS}
-        artifact.content = {"content_version": CONTENT_VERSION, **shared, "sources": sources}
+        artifact.content = {"content_version": CONTENT_VERSION, **shared, **_rule(manifests),
+                            "sources": sources}
         artifact.settings = {"parts": parts}
     for source in sources:
         print(f"{source['name']}: {source['weight']:.1%}, {source['splits'][TRAIN]['num_tokens']:,} "
@@ -114,6 +117,12 @@ def _check_fit(parts: list[Part], manifests: list[Manifest]) -> None:
     if len({part.weight is None for part in parts}) > 1:
         raise UserError("give a weight to every folder or to none: those by tokens and those by weight "
                         "cannot be compared")
+
+
+def _rule(manifests: list[Manifest]) -> dict[str, Any]:
+    """Return the held-out rule that all parts share, if they do."""
+    rules = [m.content.get("heldout") for m in manifests]
+    return {"heldout": rules[0]} if rules[0] is not None and all(r == rules[0] for r in rules) else {}
 
 
 def _shares(parts: list[Part], manifests: list[Manifest]) -> list[float]:

@@ -190,11 +190,13 @@ def pack(tokenizer: Path, sources: list[Source], output: Path, settings: PackSet
     work = work_folder(output)
     encoded = _encode(sources, units, unit_settings, work, workers, settings.on_bad)
     with new_artifact(output, KIND, overwrite=overwrite) as artifact:
+        rule = HeldoutRule(settings.heldout_share)
+        records = _write(artifact.path, encoded, unit_settings, work, settings, rule)
         artifact.content = {
             "content_version": CONTENT_VERSION, "tokenizer_sha256": unit_settings.tokenizer_sha256,
             "vocab_size": encoder.vocab_size, "eos_id": encoder.eos_id, "eod": settings.eod,
             "bos_id": encoder.bos_id, "dtype": unit_settings.dtype,
-            "sources": _write(artifact.path, encoded, unit_settings, work, settings)}
+            "heldout": rule.to_dict(), "sources": records}
         artifact.settings = {**vars(settings), "encoder": sentence, "inputs": sources}
         _carry_tokenizer(artifact, tokenizer)
     _delete_work(work, output)
@@ -261,9 +263,8 @@ def _refusal(source: EncodedSource, work: Path, dtype: str) -> UserError:
 
 
 def _write(artifact: Path, encoded: list[EncodedSource], settings: UnitSettings, work: Path,
-           pack_settings: PackSettings) -> list[dict[str, Any]]:
+           pack_settings: PackSettings, rule: HeldoutRule) -> list[dict[str, Any]]:
     """Write the shards of all sources and the quarantine; returns the manifest's records of the sources."""
-    rule = HeldoutRule(pack_settings.heldout_share)
     for source in encoded:
         left = survey(source, work, settings.dtype, rule)
         if source.dropped and pack_settings.on_bad == "refuse":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import unicodedata
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,7 +37,7 @@ class HeldoutRule:
 
     def __init__(self, share: float) -> None:
         """`share`: expected part of all documents, in [0, 1)."""
-        self.threshold = int(share * _HASH_RANGE)
+        self.share, self.threshold = share, int(share * _HASH_RANGE)
         self.chosen: set[int] = set()
         """Hashes that are held out although they lie above the threshold."""
 
@@ -45,6 +46,11 @@ class HeldoutRule:
         a small source gives up its smallest."""
         if self.threshold and smallest >= self.threshold and smallest != largest:
             self.chosen.add(smallest)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the rule as the manifest keeps it: what was packed by the same one, without exceptions, holds
+        the same documents out."""
+        return {"share": self.share, "chosen": sorted(self.chosen)}
 
     def is_heldout(self, hashes: NDArray[np.uint64]) -> NDArray[np.bool_]:
         """Return for each hash whether its document is held out."""

@@ -4,7 +4,6 @@ what it is meant for?"""
 from __future__ import annotations
 
 import argparse
-import hashlib
 from array import array
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.indexed import SIDECARS, IndexedSplit
+from data_prep.overlap import document_hashes
 from data_prep.splits import HELDOUT, SPLITS, TRAIN
 from data_prep.token_artifact import Shard, read_tokens_manifest, shards_of
 from megatron_sov.artifacts import damaged_files
@@ -72,7 +72,7 @@ def check(data: Path) -> tuple[list[str], list[str]]:
             problems.append(str(e))
             continue
         problems += _shard_problems(shard, opened, content)
-        hashes[shard.split].extend(_document_hashes(opened, shard.source["group_documents"]))
+        hashes[shard.split].extend(document_hashes(opened, shard.source["group_documents"]))
     distinct = {split: np.unique(np.frombuffer(values, np.uint64)) if values else np.zeros(0, np.uint64)
                 for split, values in hashes.items()}
     if both := len(np.intersect1d(distinct[TRAIN], distinct[HELDOUT], assume_unique=True)):
@@ -82,16 +82,6 @@ def check(data: Path) -> tuple[list[str], list[str]]:
             notes.append(f"{split}: {repeated:,} of {len(hashes[split]):,} documents repeat an earlier one, "
                          "token by token")
     return problems, notes
-
-
-def _document_hashes(split: IndexedSplit, group: int) -> list[int]:
-    """Return 64 bits for each document's ids; the sequences of a preference are one document."""
-    item_bytes = np.dtype(split.dtype).itemsize
-    starts = (split.starts_bytes[::group] // item_bytes).tolist()
-    stops = [*starts[1:], len(split.tokens)] if starts else []
-    return [
-        int.from_bytes(hashlib.blake2b(split.tokens[start:stop].tobytes(), digest_size=8).digest(), "little")
-        for start, stop in zip(starts, stops, strict=True)]
 
 
 def _shard_problems(shard: Shard, split: IndexedSplit, content: dict[str, Any]) -> list[str]:

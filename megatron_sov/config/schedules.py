@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from megatron_sov.config import curriculum
+from megatron_sov.errors import UserError
 
 if TYPE_CHECKING:
     from megatron_sov.config.data import PhaseConfig
@@ -168,3 +169,29 @@ class Schedule:
 
     def _end(self, phase: int) -> int:
         return self._starts[phase + 1] if phase + 1 < len(self._starts) else self.num_steps
+
+
+def changed_schedule(before: RunConfig, now: RunConfig, done: int) -> str | None:
+    """Return what a run that goes on with other settings should know about its learning rate; None where it
+    is what it would have been.
+
+    Args:
+        before: the settings that the run went by so far.
+        now: those that it goes on with.
+        done: steps that it has done.
+
+    Raises:
+        UserError: it has done more steps than are asked for now.
+    """
+    old, new = Schedule(before), Schedule(now)
+    if new.num_steps < done:
+        raise UserError(f"train.steps: the settings now make {new.num_steps} steps, and the run has done "
+                        f"{done}; ask for at least {done}, or start a new --run --from an earlier checkpoint")
+    if done in (new.num_steps, 0):
+        return None
+    was, is_ = old.learning_rate(min(done, old.num_steps - 1)), new.learning_rate(done)
+    if math.isclose(was, is_, rel_tol=1e-6):
+        return None
+    steps = f" of {old.num_steps} -> {new.num_steps} steps" if old.num_steps != new.num_steps else ""
+    return (f"the schedule{steps} is another one than before: step {done + 1} has the learning rate "
+            f"{is_:.4g}, by the earlier settings {was:.4g}")

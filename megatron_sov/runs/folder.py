@@ -12,6 +12,7 @@ from typing import Any
 from megatron_sov.artifacts import atomic_write, disk_errors, to_json
 from megatron_sov.config import OptimConfig, RunConfig, from_dict
 from megatron_sov.errors import UserError
+from megatron_sov.obs.events import EVENTS, read_events
 from megatron_sov.runs.checkpoints import CHECKPOINTS_OF_A_RUN
 from megatron_sov.runs.launch_environment import is_first
 from megatron_sov.runs.lock import LOCK
@@ -129,6 +130,19 @@ class RunFolder:
         atomic_write(self.path / CONFIG, to_json(config.to_dict()))
         with disk_errors(self.path):
             self.checkpoints.mkdir(exist_ok=True)
+
+    def remove_unstarted(self) -> None:
+        """Take back a run that was refused before its first step, so that the mended command finds the folder
+        as it was."""
+        events = self.path / EVENTS
+        if self.completion() is not None or any(self.checkpoints.glob("*")) or (
+                events.is_file() and any(event.get("step", 0) for event in read_events(events))):
+            return
+        with contextlib.suppress(OSError):
+            for file in (events, self.path / CONFIG):
+                file.unlink(missing_ok=True)
+            self.checkpoints.rmdir()
+            self.path.rmdir()
 
     def remove_if_empty(self) -> None:
         """Take back `create` where nothing came of it."""

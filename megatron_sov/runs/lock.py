@@ -1,7 +1,8 @@
 """A run folder's lock: one living run at a time, and a killed one can be continued.
 
-The lock is a file with a lease that its holder renews.  On the holder's own machine a dead process frees it
-at once; from another machine it is free when the lease has run out.
+The lock is a file with a lease that its holder renews.  Where the holder's process can be looked up, a dead
+one frees it at once; from another machine, or another container of the same machine, it is free when the
+lease has run out.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import socket
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,7 @@ class RunLock:
     def __init__(self, run: Path, lease_s: float = LEASE_S) -> None:
         self._file = run / LOCK
         self._lease_s = lease_s
+        self._token = uuid.uuid4().hex
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._renew, daemon=True)
 
@@ -65,7 +69,8 @@ class RunLock:
     def _record(self) -> str:
         me = psutil.Process()
         return json.dumps({"host": socket.gethostname(), "pid": me.pid, "started_s": me.create_time(),
-                           "expires_s": time.time() + self._lease_s, **_slurm_job()})
+                           "expires_s": time.time() + self._lease_s, "token": self._token,
+                           "process_table": _process_table(), **_slurm_job()})
 
     def _renew(self) -> None:
         while not self._stop.wait(self._lease_s / 4):
@@ -81,18 +86,19 @@ class RunLock:
 
     def _is_lost(self) -> bool:
         record = recorded_holder(self._file.parent)
-        return record is not None and (record["host"], record["pid"]) != (socket.gethostname(), os.getpid())
+        return record is not None and record["token"] != self._token
 
 
 def recorded_holder(run: Path) -> dict[str, Any] | None:
     """Return what a run folder's lock says, None where it says nothing.
 
-    Its fields: host, pid, started_s, expires_s, and slurm_job (empty outside of Slurm) with slurm_restart.
+    Its fields: host, pid, started_s, expires_s, token (the holder's own), process_table (where its pid means
+    something), and slurm_job (empty outside of Slurm) with slurm_restart.
     """
     try:
         record = json.loads((run / LOCK).read_text())
         kinds = (("host", str), ("pid", int), ("started_s", float), ("expires_s", float))
-        return {"slurm_job": "", "slurm_restart": 0, **record,
+        return {"slurm_job": "", "slurm_restart": 0, "token": "", "process_table": "", **record,
                 **{name: kind(record[name]) for name, kind in kinds}}
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return None
@@ -102,6 +108,17 @@ def forget(run: Path) -> None:
     """Take away a lock whose holder has ended; only for someone who knows that it has."""
     with disk_errors(run):
         (run / LOCK).unlink(missing_ok=True)
+
+
+@cache
+def _process_table() -> str:
+    """Return what tells one table of processes from others: the boot of the kernel, and the namespace of
+    process numbers in it, which a container has of its own.  Empty where the kernel does not say."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
 
 
 def _slurm_job() -> dict[str, Any]:
@@ -127,7 +144,8 @@ def _is_living(record: dict[str, Any]) -> bool:
     now = _slurm_job()
     if now and record["slurm_job"] == now["slurm_job"] and record["slurm_restart"] < now["slurm_restart"]:
         return False
-    if record["host"] != socket.gethostname():
+    here = (socket.gethostname(), _process_table())
+    if (record["host"], record["process_table"]) != here:  # its process number means nothing here
         return bool(time.time() < record["expires_s"])
     try:
         holder = psutil.Process(record["pid"])

@@ -18,11 +18,12 @@ import torch.distributed as dist
 from megatron_sov import models
 from megatron_sov.artifacts import manifest_sha256
 from megatron_sov.config import RunConfig
+from megatron_sov.config.schedules import changed_schedule
 from megatron_sov.data.ledger import LedgerEntry, plan
 from megatron_sov.data.token_shards import Source, open_sources, tokenizer_folder
 from megatron_sov.data.views import with_views
 from megatron_sov.data.vocabulary import refuse_other_tokens
-from megatron_sov.errors import GateFailed, StopRequested, UserError
+from megatron_sov.errors import ExitCode, GateFailed, StopRequested, UserError
 from megatron_sov.mcore.parallel import determinism, world
 from megatron_sov.mcore.parallel.world import on_main
 from megatron_sov.obs.events import EVENTS, EventLog
@@ -85,12 +86,13 @@ def run_stage(stage: Stage, nproc: int | None, began_s: float | None = None) -> 
         StopRequested: it was asked to stop, and everything is saved.
         GateFailed: its gate has not passed within its steps, and everything is saved.
     """
-    begin = _Begin(time.time() if began_s is None else began_s)
+    begin = _Begin(time.time() if began_s is None else began_s, stage.resume)
     stage.config.check(num_ranks(nproc))
     models.get(stage.config.model.family).check(stage.config.model)
     # torchrun starts the same command again
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    stage.folder.enter(stage.config, stage.resume or restarted)
+    begin.goes_on = stage.resume or restarted
+    stage.folder.enter(stage.config, begin.goes_on)
     completion = stage.folder.completion()
     if completion is not None:
         print(f"{stage.folder.path}: is complete at step {completion['step']}")
@@ -103,9 +105,10 @@ def run_stage(stage: Stage, nproc: int | None, began_s: float | None = None) -> 
     restarts = world.Restarts(stage.config.train.max_restarts,
                               lambda: checkpoints.latest(stage.folder.checkpoints),
                               partial(_note_restart, stage.folder, begin), partial(_note_giving_up, stage))
-    code = world.launch(lambda: _rank(stage, data, begin.time_s), nproc,
-                        stage.config.train.num_threads, restarts)
+    code = world.launch(lambda: _rank(stage, data, begin), nproc, stage.config.train.num_threads, restarts)
     if code != 0:
+        if code == ExitCode.USER_ERROR and not begin.goes_on:
+            stage.folder.remove_unstarted()
         raise SystemExit(code)  # the rank that failed has said why
     if stage.folder.completion() is not None:
         for fault in not_come(stage.faults, stage.folder.path):
@@ -157,13 +160,18 @@ class _Begin:
 
     time_s: float
     """Unix time."""
+    goes_on: bool
+    """Whether the folder may hold the run already."""
 
 
 def _note_restart(folder: RunFolder, begin: _Begin, code: int, cause: str) -> None:
     """Say that the processes are started again; they hold no records at that moment."""
-    begin.time_s = time.time()
+    begin.time_s, begin.goes_on = time.time(), True
     newest = checkpoints.latest(folder.checkpoints)
     text = f"{cause}; all processes are started again, from {newest.name if newest else 'the beginning'}"
+    if not (folder.path / EVENTS).is_file():  # it ended before the run had begun
+        warn(text)
+        return
     events = EventLog(folder.path / EVENTS)
     warn(text, events.write, "restart", step=checkpoints.step_of(newest) if newest else 0, exit_code=code)
     events.close()
@@ -180,7 +188,7 @@ def _note_giving_up(stage: Stage, code: int, cause: str) -> None:
             "failure", step=checkpoints.step_of(newest) if newest else 0, exit_code=code, text=text)
 
 
-def _rank(stage: Stage, data: _Data, began_s: float) -> int:
+def _rank(stage: Stage, data: _Data, begin: _Begin) -> int:
     stop = StopFlag()
     if stage.config.train.deterministic:
         determinism.switch_on()
@@ -191,9 +199,9 @@ def _rank(stage: Stage, data: _Data, began_s: float) -> int:
     lock = RunLock(stage.folder.path) if place.is_main else None
     trainer: Trainer | None = None
     try:
-        on_main(place, lambda: _lock(stage, lock))
+        on_main(place, lambda: _lock(stage, lock, begin))
         trainer = Trainer(stage.config, place, stage.folder, data.sources, stage.objective, stage.gate,
-                          stage.faults, began_s, data.planned)
+                          stage.faults, begin.time_s, data.planned)
         resumed = _restore(stage, trainer)
         on_main(place, lambda: _open(stage, trainer))
         if stage.before is not None and not resumed:
@@ -218,10 +226,12 @@ def _rank(stage: Stage, data: _Data, began_s: float) -> int:
     return 0
 
 
-def _lock(stage: Stage, lock: RunLock | None) -> None:
+def _lock(stage: Stage, lock: RunLock | None, begin: _Begin) -> None:
     stage.folder.create()
     if lock is not None:
         lock.acquire()
+    # another run may have come and gone since the folder was looked at, without a lock
+    stage.folder.enter(stage.config, begin.goes_on)
 
 
 def _restore(stage: Stage, trainer: Trainer) -> bool:
@@ -232,11 +242,20 @@ def _restore(stage: Stage, trainer: Trainer) -> bool:
     if newest is not None:
         trainer.guards.faults.trigger("load", checkpoints.step_of(newest))
         trainer.resume(newest)
+        _tell_changes(stage, trainer)
         return True
     on_main(trainer.world, lambda: checkpoints.refuse_lost(folder))
     if stage.start_from is not None:
         trainer.checkpointer.load_weights(stage.start_from)
     return False
+
+
+def _tell_changes(stage: Stage, trainer: Trainer) -> None:
+    """Say that a run goes on with another learning rate than it would have had."""
+    earlier = stage.folder.config()
+    told = changed_schedule(earlier, stage.config, trainer.step) if earlier is not None else None
+    if told is not None and trainer.world.is_main:
+        warn(f"{stage.folder.path}: {told}")
 
 
 def _open(stage: Stage, trainer: Trainer | None) -> None:

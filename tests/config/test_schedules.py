@@ -15,7 +15,8 @@ import torch
 from megatron_sov import recipes
 from megatron_sov.config import OptimConfig, PhaseConfig, RunConfig, TrainConfig
 from megatron_sov.config.curriculum import batch_size_at
-from megatron_sov.config.schedules import Schedule, decayed
+from megatron_sov.config.schedules import Schedule, changed_schedule, decayed
+from megatron_sov.errors import UserError
 
 SCHEDULES = ("cosine", "wsd", "linear", "inverse_sqrt", "constant")
 
@@ -170,3 +171,16 @@ def test_rates_depend_on_the_step_alone() -> None:
 def test_what_makes_no_schedule_is_said(wrong: dict[str, Any], sentence: str) -> None:
     problems = "\n".join(run(20, **wrong).problems())
     assert re.search(sentence, problems), problems
+
+
+def test_a_run_that_goes_on_with_another_schedule_is_told_its_rates() -> None:
+    short, long = run(6, schedule="cosine"), run(12, schedule="cosine")
+    told = changed_schedule(short, long, 4)
+    assert told is not None and "of 6 -> 12 steps" in told
+    was, now = Schedule(short).learning_rate(4), Schedule(long).learning_rate(4)
+    assert f"step 5 has the learning rate {now:.4g}, by the earlier settings {was:.4g}" in told
+    assert changed_schedule(short, short, 4) is None and changed_schedule(short, short, 6) is None
+    own = replace(short.data.phases[0], lr=0.5)
+    assert "step 5 has" in (changed_schedule(short, run(6, (own,), schedule="cosine"), 4) or "")
+    with pytest.raises(UserError, match="now make 6 steps, and the run has done 7; ask for at least 7"):
+        changed_schedule(long, short, 7)

@@ -13,9 +13,11 @@ from data_prep import mix as mix_module
 from data_prep.cli import main
 from data_prep.mix import Part, mix, parse_part
 from data_prep.pack import PackSettings, Source, pack
+from data_prep.splits import document_hash
+from data_prep.verify import check
 from megatron_sov.artifacts import read_manifest
 from megatron_sov.data.token_shards import open_sources
-from megatron_sov.documents import Reading
+from megatron_sov.documents import Document, Reading
 from megatron_sov.errors import UserError
 
 
@@ -99,3 +101,26 @@ def test_what_does_not_fit_together_is_refused(parts: tuple[Path, Path], tokeniz
         with pytest.raises(UserError, match="must be a positive number"):
             parse_part(argument)
     assert not (tmp_path / "new").exists()
+
+
+def test_what_one_part_holds_out_no_other_trains_on(tokenizers: dict[str, Path], tmp_path: Path,
+                                                    capsys: pytest.CaptureFixture[str]) -> None:
+    """The shared document is the one of smallest hash in one source, which gives it up, and not in the other."""
+    texts = sorted((f"document {i} of many" for i in range(60)),
+                   key=lambda text: document_hash(Document("", text)))
+    shared, contents = texts[20], {"one": texts[20:40], "other": [texts[20], *texts[:10]]}
+    for name, documents in contents.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in documents))
+    sources = [Source(name, tmp_path / f"{name}.jsonl") for name in contents]
+    settings = PackSettings(heldout_share=1e-9)
+    for source in sources:
+        pack(tokenizers["solar-open"], [source], tmp_path / source.name, settings)
+    parts = [Part(tmp_path / name, None) for name in contents]
+    with pytest.raises(UserError, match=r"other: trains on 1 documents that .*one holds out; pack both with one"):
+        mix(parts, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    capsys.readouterr()
+    open_sources({str(part.path): 1.0 for part in parts}, 1000)
+    assert "were held out by different rules" in capsys.readouterr().err
+    pack(tokenizers["solar-open"], sources, tmp_path / "together", settings)
+    assert check(tmp_path / "together")[0] == [] and shared in contents["other"]

@@ -283,7 +283,7 @@ def test_a_killed_command_leaves_no_worker_and_goes_on_where_it_was(
     assert not output.exists()
     kept = complete_units(output)
     pack(tokenizers["solar-open"], [Source("long", text)], output)
-    assert 1 <= len(kept) < num_units and num_units > 30
+    assert 1 <= len(kept) < num_units
     assert f"{len(kept)} of {num_units} units were complete from before" in capsys.readouterr().out
     assert sorted(p.name for p in tmp_path.iterdir()) == ["long.txt", "out"]
     pack(tokenizers["solar-open"], [Source("long", text)], tmp_path / "undisturbed")

@@ -15,13 +15,13 @@ import psutil
 import pytest
 
 from megatron_sov.errors import UserError
-from megatron_sov.runs.lock import LOCK, RunLock
+from megatron_sov.runs.lock import LOCK, RunLock, _process_table
 
 
 def write_record(run: Path, **changed: Any) -> None:
     me = psutil.Process()
     record = {"host": socket.gethostname(), "pid": me.pid, "started_s": me.create_time(),
-              "expires_s": time.time() + 60}
+              "expires_s": time.time() + 60, "process_table": _process_table(), "token": "another"}
     (run / LOCK).write_text(json.dumps(record | changed))
 
 
@@ -75,6 +75,35 @@ def test_another_machines_lock_holds_until_its_lease_ends(tmp_path: Path) -> Non
         RunLock(tmp_path).acquire()
     write_record(tmp_path, host="elsewhere", expires_s=time.time() - 1)
     take(tmp_path)
+
+
+def test_a_process_number_of_another_container_says_nothing(tmp_path: Path) -> None:
+    """Same host name, same process number, another namespace: it may live, or not."""
+    write_record(tmp_path, process_table="the same boot, another namespace")
+    with pytest.raises(UserError, match="held by a living run"):
+        RunLock(tmp_path).acquire()
+    write_record(tmp_path, pid=2 ** 22 + 1, process_table="the same boot, another namespace")
+    with pytest.raises(UserError, match="held by a living run"):
+        RunLock(tmp_path).acquire()
+    write_record(tmp_path, process_table="another one", expires_s=time.time() - 1)
+    take(tmp_path)
+
+
+@pytest.mark.skipif(subprocess.run(["unshare", "-pf", "--mount-proc", "true"], capture_output=True,
+                                   check=False).returncode != 0, reason="no right to make a namespace")
+def test_two_containers_of_one_host_name_are_two_holders(tmp_path: Path) -> None:
+    """Both are process 1 of their own namespace."""
+    code = ("import sys, time; from pathlib import Path; from megatron_sov.runs.lock import RunLock\n"
+            "lock = RunLock(Path(sys.argv[1])); lock.acquire(); print('held', flush=True); sys.stdin.readline()\n"
+            "print(lock._is_lost(), flush=True)")
+    command = ["unshare", "-pf", "--mount-proc", "--kill-child", sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdin is not None and first.stdout is not None and first.stdout.readline() == "held\n"
+        second = subprocess.run(command, input="", capture_output=True, text=True, check=False)
+        assert second.returncode != 0 and "is held by a living run" in second.stderr
+        first.stdin.write("\n")
+        first.stdin.flush()
+        assert first.stdout.readline() == "False\n"
 
 
 @pytest.mark.parametrize("content", ["", "[]", "null", '{"host": 1}',

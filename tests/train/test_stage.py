@@ -123,7 +123,7 @@ def test_processes_are_told_when_the_work_began_and_after_a_restart_anew(
         stage: Callable[..., Stage], launcher: Launcher, monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str]) -> None:
     begun_s: list[float] = []
-    monkeypatch.setattr(stage_module, "_rank", lambda stage, data, began_s: begun_s.append(began_s) or 0)
+    monkeypatch.setattr(stage_module, "_rank", lambda stage, data, begin: begun_s.append(begin.time_s) or 0)
 
     def started_three_times(main: Callable[[], int], restarts: Restarts) -> int:
         open_run(ready)
@@ -252,3 +252,21 @@ def test_what_a_command_has_opened_is_not_opened_again(packed_data: Any,
                                          extra_sources=(extra,)))
     assert [s.name for s in data.sources] == ["even", "odd", "even/16", "made"]
     assert data.sources[0] is opened[0] and data.sources[-1] is extra
+
+
+def test_ranks_that_end_before_the_run_has_begun_are_started_again(
+        stage: Callable[..., Stage], launcher: Launcher, capsys: pytest.CaptureFixture[str]) -> None:
+    """Such as those that find no room for the model: there is no folder to write into yet."""
+
+    def fails(main: Callable[[], int], restarts: Restarts) -> int:
+        restarts.note(1, "rank 0 ended with exit code 1")
+        restarts.give_up(1, "rank 0 ended with exit code 1")
+        return 1
+
+    launcher.does = fails
+    made = stage()
+    with pytest.raises(SystemExit):
+        run_stage(made, 2)
+    said = capsys.readouterr().err
+    assert "all processes are started again, from the beginning" in said and "Traceback" not in said
+    assert not made.folder.path.exists()
