@@ -168,7 +168,8 @@ def _loading_checks(side: HfWeights) -> list[ParityCheck]:
     title = f"{side.path}: transformers reports keys"
     try:
         _, info = AutoModelForCausalLM.from_pretrained(
-            side.path, dtype="auto", output_loading_info=True, local_files_only=True, use_safetensors=True)
+            side.path, dtype="auto", output_loading_info=True, local_files_only=True, use_safetensors=True,
+            trust_remote_code=False)
     except (RuntimeError, ValueError, OSError) as e:
         return [ParityCheck(f"{side.path}: transformers loads it", 1, 0, False,
                             str(e).strip().splitlines()[0])]

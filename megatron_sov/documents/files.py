@@ -159,7 +159,8 @@ def _row_groups(whole: Span, span_bytes: int) -> Iterator[Span]:
 
 
 def open_parquet(file: Path) -> Any:
-    """Return a Parquet file opened by pyarrow.
+    """Return a Parquet file opened by pyarrow; a string that many rows of a page share is held in memory once,
+    as it is in the file.
 
     Raises:
         BadRecord: it is not one, or only a part of one.
@@ -168,7 +169,11 @@ def open_parquet(file: Path) -> Any:
     from pyarrow import parquet
 
     try:
-        return parquet.ParquetFile(file)
+        opened = parquet.ParquetFile(file)
+        leaves = [opened.schema.column(i) for i in range(len(opened.schema))]
+        strings = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"
+                   and leaf.logical_type.type in ("STRING", "NONE")]
+        return parquet.ParquetFile(file, metadata=opened.metadata, read_dictionary=strings)
     except (pyarrow.ArrowInvalid, pyarrow.ArrowException) as e:
         reason = str(e).splitlines()[0]
         raise BadRecord("parquet",

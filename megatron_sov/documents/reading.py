@@ -36,6 +36,8 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 """Stands at the start of some files and is no text."""
 _BLOCK_BYTES = 1 << 20
 _ROWS = 256
+"""Rows of a Parquet file that are decoded at a time, and fewer of long ones."""
+_ROWS_BYTES = 64 << 20
 
 
 def read_documents(files: Iterable[Path], reading: Reading | None = None) -> Iterator[Document]:
@@ -140,7 +142,7 @@ class CountedSpan:
     def _rows(self) -> Iterator[Document | BadRecord]:
         file = open_parquet(self.span.file)
         columns = _columns(file.schema_arrow.names, self.reading)
-        for batch in _guarded_batches(file, range(self.span.start, self.span.stop), columns):
+        for batch in _batches(file, range(self.span.start, self.span.stop), columns):
             for i in range(batch.num_rows):
                 self.num_lines += 1
                 try:
@@ -219,11 +221,16 @@ def _columns(names: list[str], reading: Reading) -> list[str]:
     return found + ["id"] * ("id" in names)
 
 
-def _guarded_batches(file: Any, row_groups: range, columns: list[str]) -> Iterator[Any]:
+def _batches(file: Any, row_groups: range, columns: list[str]) -> Iterator[Any]:
+    """Yield the rows of row groups, so many at a time that they take about `_ROWS_BYTES`."""
     import pyarrow
 
     try:
-        yield from file.iter_batches(batch_size=_ROWS, row_groups=list(row_groups), columns=columns)
+        for number in row_groups:
+            group = file.metadata.row_group(number)
+            rows = _ROWS_BYTES * max(group.num_rows, 1) // max(group.total_byte_size, 1)
+            yield from file.iter_batches(batch_size=min(max(rows, 1), _ROWS), row_groups=[number],
+                                         columns=columns)
     except (pyarrow.ArrowException, OSError) as e:
         raise BadRecord("parquet", f"is damaged ({str(e).splitlines()[0]}); what came before is read; "
                                    "fetch it again") from None

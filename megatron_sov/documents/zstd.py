@@ -12,8 +12,8 @@ import zstandard
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-_INPUT_BYTES = 1 << 14
-"""Compressed bytes taken at a time: small, since a few of them can stand for many."""
+_INPUT_BYTES = 1 << 10
+"""Compressed bytes taken at a time: small, since four of them can stand for a block of 128 KiB."""
 
 
 class ZstdFile(io.RawIOBase):

@@ -33,7 +33,8 @@ def load_hf(folder: Path, dtype: str | torch.dtype = "auto") -> Any:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True,
-                                                          use_safetensors=True)
+                                                          use_safetensors=True,
+                                                          trust_remote_code=False)
     except (RuntimeError, ValueError, OSError) as e:
         raise UserError(f"{folder}: transformers cannot load it ({str(e).strip().splitlines()[0]}); "
                         "save it again") from None

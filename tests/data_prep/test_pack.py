@@ -270,7 +270,7 @@ def test_a_killed_command_leaves_no_worker_and_goes_on_where_it_was(
         ends: Callable[[int], bool], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files.plan_units, "__defaults__", (UNIT_BYTES,))
     output, text = tmp_path / "out", tmp_path / "long.txt"
-    text.write_text("".join(f"{i} words in a long file\n\n" for i in range(40_000)))
+    text.write_text("".join(f"{i} words in a long file\n\n" for i in range(80_000)))
     num_units = len(list(files.plan_units([text])))
     with start_packing(tokenizers["solar-open"], text, output, 2) as process:
         deadline_s = time.monotonic() + 300

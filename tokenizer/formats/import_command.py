@@ -119,7 +119,7 @@ def _check(folder: Path, source: Any, paths: list[Path]) -> tuple[str, dict[str,
     from tokenizer.sample_texts import CHUNK_BYTES, DISORDERED_MARKS, built_in, first_difference, users
 
     ours = opened(read_json(folder / TOKENIZER_JSON), source.file)
-    loaded = AutoTokenizer.from_pretrained(folder)
+    loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     own = {str(path): list(users([path])) for path in paths}
     texts = [*built_in(source.raw), *(text for group in own.values() for text in group)]
     encoders = {"tokenizers": plain_ids(ours), "transformers": lambda text: loaded(

@@ -232,7 +232,7 @@ def _check(folder: Path, source: Any, surgery: Any, paths: list[Path]) -> str:
     from tokenizer.sample_texts import CHUNK_BYTES, built_in, users
 
     tokenizer = opened(read_json(folder / TOKENIZER_JSON), folder)
-    loaded, encode = AutoTokenizer.from_pretrained(folder), plain_ids(tokenizer)
+    loaded, encode = AutoTokenizer.from_pretrained(folder, trust_remote_code=False), plain_ids(tokenizer)
     fresh, num_same = {token.id for token in surgery.new}, 0
     texts = [*built_in(source.raw), *users(paths)]
     for text in texts:
