@@ -65,8 +65,8 @@ def refuse_overlap(parts: list[Described]) -> None:
     if found:
         (one, other), count = next(iter(found.items()))
         raise UserError(f"{other}: trains on {count} documents that {one} holds out; pack both with one "
-                        "`sov-data pack`, which keeps such twins on one side, or both with the same --heldout, "
-                        "so large that each source gives up documents of its own accord")
+                        "`sov-data pack`, which keeps such twins on one side, or both with the same "
+                        "--heldout, so large that each source gives up documents of its own accord")
 
 
 def _splits(parts: list[Described], split: str) -> Iterator[tuple[Path, IndexedSplit, int]]:

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from data_prep.encode import TOKENIZER_JSON
 from data_prep.splits import SPLITS, TRAIN
 from data_prep.token_artifact import Shard, read_tokens_manifest, shards_of
+from megatron_sov.documents.visible import visible
 from megatron_sov.errors import UserError
 
 HELP = "print documents, decoded, with their loss mask"
@@ -78,7 +79,7 @@ def _shown(shard: Shard, document: int, max_tokens: int, tokenizer: Tokenizer) -
     runs = [(key, [id_ for _, id_ in group]) for key, group in groupby(pairs, key=lambda pair: pair[0])]
     text = "".join(f"{LEARNED[0]}{shown}{LEARNED[1]}" if key else shown
                    for key, run_ids in runs
-                   for shown in [tokenizer.decode(run_ids, skip_special_tokens=False)])
+                   for shown in [visible(tokenizer.decode(run_ids, skip_special_tokens=False))])
     side = {0: ", chosen", 1: ", rejected"}[document % 2] if shard.source["format"] == "preference" else ""
     cut = f", the first {max_tokens:,}" if length > max_tokens else ""
     return [f"== {shard.source['name']}/{shard.split}, document {document}{side}, {length:,} tokens{cut}",

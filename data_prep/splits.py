@@ -48,8 +48,8 @@ class HeldoutRule:
             self.chosen.add(smallest)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the rule as the manifest keeps it: what was packed by the same one, without exceptions, holds
-        the same documents out."""
+        """Return the rule as the manifest keeps it: what was packed by the same one holds the same
+        documents out."""
         return {"share": self.share, "chosen": sorted(self.chosen)}
 
     def is_heldout(self, hashes: NDArray[np.uint64]) -> NDArray[np.bool_]:

@@ -27,6 +27,10 @@ from megatron_sov.errors import UserError
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
+MADE_BY = {"corpus": "`sov-data demo-corpus`", "tokenizer": "`sov-tokenizer train` or `sov-tokenizer import`",
+           "tokens": "`sov-data pack` or `sov-data mix`",
+           "checkpoint": "a run (RUN/checkpoints/step-N) or `megatron-sov convert from-hf`"}
+"""Kind of an artifact -> the commands that write one."""
 _HASH_BLOCK_BYTES = 1 << 20
 _NO_HASH = "0" * 64
 _NO_ROOM = {errno.ENOSPC: "no space left on the device", errno.EDQUOT: "the disk quota is used up",
@@ -307,20 +311,45 @@ def read_manifest(path: str | Path, kind: str | None = None) -> Manifest:
             raise UserError(f"{file}: format_version {raw['format_version']} is newer than {FORMAT_VERSION}, "
                             "the newest that this version reads; update megatron-sov")
         files = {name: FileRecord(**record) for name, record in raw.pop("files").items()}
+        if outside := [name for name in files if not _is_inside(name)]:
+            raise ValueError(f"it names the file {outside[0]!r}, which is not inside the folder")
         manifest = Manifest(files=files, **raw)
         head, _, tail = written.rpartition(manifest.sha256.encode() or b"none")
         if manifest.sha256 and _hash_around(head, tail) != manifest.sha256:
             raise ValueError("its content differs from its own hash")
     except (FileNotFoundError, NotADirectoryError):
         wanted = f"a '{kind}' artifact" if kind else "an artifact"
+        if not Path(path).exists():
+            raise UserError(f"{path}: does not exist, so it is not {wanted}; check the path") from None
         raise UserError(f"{path}: has no {MANIFEST}, so it is not {wanted}; "
-                        "pass the folder that the earlier step wrote") from None
-    except (ValueError, TypeError, KeyError, AttributeError) as e:
+                        f"pass the folder that {MADE_BY.get(kind or '', 'the earlier step')} wrote") from None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as e:
         raise UserError(f"{file}: is damaged ({e}); make the artifact again or restore "
                         "it from a copy") from None
     if kind is not None and manifest.kind != kind:
-        raise UserError(f"{path}: is a '{manifest.kind}' artifact where a '{kind}' artifact is needed")
+        raise UserError(f"{path}: is a '{manifest.kind}' artifact where a '{kind}' artifact is needed; "
+                        f"pass what {MADE_BY.get(kind, 'the earlier step')} wrote")
     return manifest
+
+
+def refuse_link_outside(folder: Path, file: Path) -> None:
+    """Refuse a file of a foreign folder that is a link to somewhere else: it would be copied, and handed on.
+
+    A link inside the folder is fine, and one from a snapshot of Hugging Face's cache to its blobs.
+
+    Raises:
+        UserError: naming where it leads.
+    """
+    root, there = folder.resolve(), file.resolve()
+    cache = [root.parent.parent / "blobs"] if root.parent.name == "snapshots" else []
+    if not any(there.is_relative_to(allowed) for allowed in (root, *cache)):
+        raise UserError(f"{file}: is a link to {there}, outside of its folder, and would be copied and handed "
+                        "on; put the file itself there, or leave it out")
+
+
+def _is_inside(name: str) -> bool:
+    """Return whether a manifest's file name stays inside its folder."""
+    return bool(name) and not Path(name).is_absolute() and ".." not in Path(name).parts
 
 
 def manifest_sha256(path: str | Path) -> str:

@@ -39,5 +39,12 @@ def exit_code(action: Callable[[], int]) -> int:
     except StopRequested as e:
         print(f"stopped: {e}", file=sys.stderr)
         return ExitCode.STOPPED
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return ExitCode.INTERRUPTED
+    except MemoryError as e:
+        print(f"error: out of memory ({e or 'no more than that is known'}); free some, or give the command "
+              "less to do at a time", file=sys.stderr)
+        return ExitCode.CRASH
     except BrokenPipeError:
         return ExitCode.OK

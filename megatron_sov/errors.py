@@ -25,6 +25,8 @@ class ExitCode(IntEnum):
     """A step stood still too long."""
     CORRUPTION = 77
     """A process computes or remembers wrong bits."""
+    INTERRUPTED = 130
+    """Ctrl-C, before there was anything to save (128 + SIGINT, as shells have it)."""
 
 
 class UserError(Exception):

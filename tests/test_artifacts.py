@@ -28,6 +28,7 @@ from megatron_sov.artifacts import (
     new_artifact,
     read_manifest,
     refuse_existing,
+    refuse_link_outside,
     sha256_file,
     to_json,
     write_output,
@@ -282,9 +283,8 @@ def test_a_manifest_knows_its_own_bytes(tmp_path: Path) -> None:
 
 def test_what_is_not_the_artifact_that_is_needed_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    for name in ("nowhere", "file"):
-        with pytest.raises(UserError,
-                           match=f"{name}: has no manifest.json, so it is not a 'tokens' artifact"):
+    for name, says in (("nowhere", "does not exist"), ("file", "has no manifest.json")):
+        with pytest.raises(UserError, match=f"{name}: {says}, so it is not a 'tokens' artifact"):
             read_manifest(tmp_path / name, "tokens")
     with pytest.raises(UserError, match="is a 'tokens' artifact where a 'tokenizer' artifact is needed"):
         read_manifest(build(tmp_path / "a"), "tokenizer")
@@ -306,3 +306,38 @@ def test_json_of_dataclasses_and_paths(tmp_path: Path) -> None:
     assert json.loads(to_json({"p": Point(0.1, Path("a/b"))})) == {"p": {"x": 0.1, "where": "a/b"}}
     with pytest.raises(TypeError, match="set cannot be written as JSON"):
         to_json({1, 2})
+
+
+@pytest.mark.parametrize("files", [{"../outside": 1}, {"/etc/passwd": 1}, {"": 1}, {"a/../../b": 1}])
+def test_a_manifest_names_no_file_outside_of_its_folder(tmp_path: Path, files: dict[str, int]) -> None:
+    record = {"size_bytes": 1, "sha256": "0" * 64}
+    (tmp_path / "manifest.json").write_text(json.dumps({
+        "format_version": 1, "kind": "tokens", "files": dict.fromkeys(files, record)}))
+    with pytest.raises(UserError, match=r"is damaged .it names the file .*, which is not inside the folder"):
+        read_manifest(tmp_path)
+
+
+def test_json_without_end_is_a_damaged_manifest(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("[" * 200_000)
+    with pytest.raises(UserError, match=r"manifest\.json: is damaged"):
+        read_manifest(tmp_path)
+
+
+def test_links_out_of_a_foreign_folder_are_refused(tmp_path: Path) -> None:
+    secret, folder = tmp_path / "secret.txt", tmp_path / "model"
+    secret.write_text("secret")
+    folder.mkdir()
+    (folder / "own.txt").write_text("own")
+    for name, target in (("inside.txt", "own.txt"), ("outside.txt", secret), ("up.txt", "../secret.txt")):
+        (folder / name).symlink_to(target)
+    refuse_link_outside(folder, folder / "own.txt")
+    refuse_link_outside(folder, folder / "inside.txt")
+    for name in ("outside.txt", "up.txt"):
+        with pytest.raises(UserError, match=f"{name}: is a link to .*secret.txt, outside of its folder"):
+            refuse_link_outside(folder, folder / name)
+    snapshot, blobs = tmp_path / "models--a/snapshots/abc", tmp_path / "models--a/blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "123").write_text("{}")
+    (snapshot / "config.json").symlink_to("../../blobs/123")
+    refuse_link_outside(snapshot, snapshot / "config.json")

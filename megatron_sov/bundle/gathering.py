@@ -24,7 +24,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import megatron_sov
-from megatron_sov.artifacts import MANIFEST, Manifest, damaged_files, disk_errors, new_artifact, read_manifest
+from megatron_sov.artifacts import (
+    MANIFEST,
+    Manifest,
+    damaged_files,
+    disk_errors,
+    new_artifact,
+    read_manifest,
+    refuse_link_outside,
+)
 from megatron_sov.errors import UserError, nearest
 
 KIND = "bundle"
@@ -103,6 +111,8 @@ def gather(bundle: Bundle, output: Path, *, overwrite: bool = False) -> Manifest
         shutil.copyfile(bundle.source / CONSTRAINTS, writer.path / CONSTRAINTS)
         _download(bundle, own, writer.path)
         for folder in bundle.folders:
+            for path in folder.rglob("*"):
+                refuse_link_outside(folder, path)
             with disk_errors(writer.path):
                 shutil.copytree(folder, writer.path / FOLDERS / folder.resolve().name)
             if (folder / MANIFEST).is_file():

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from megatron_sov.chat.encode import ChatEncoder
 from megatron_sov.chat.folder import read_chat_encoder
 from megatron_sov.documents import BadRecord
+from megatron_sov.documents.visible import visible
 from megatron_sov.errors import UserError
 from megatron_sov.generate.engine import ENGINES, MEGATRON, TRANSFORMERS, Engine, run_engine
 from megatron_sov.generate.prompts import Prompt, read_prompts
@@ -189,4 +190,7 @@ def _show(as_json: bool, prompts: list[Prompt], texts: list[str], tokens: list[l
                          ensure_ascii=False, indent=1))
         return
     for prompt, text in zip(prompts, texts, strict=True):
-        print(f"{prompt.text}{text}\n" if len(prompts) > 1 else f"{prompt.text}{text}")
+        shown = f"{prompt.text}{text}"
+        if sys.stdout.isatty():
+            shown = visible(shown)
+        print(f"{shown}\n" if len(prompts) > 1 else shown)

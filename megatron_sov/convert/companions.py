@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.artifacts import atomic_write, to_json
+from megatron_sov.artifacts import atomic_write, refuse_link_outside, to_json
 from megatron_sov.chat.folder import read_chat_encoder
 from megatron_sov.errors import UserError
 from megatron_sov.models.family import TokenIds
@@ -30,6 +30,7 @@ def carry(source: Path, target: Path, tokens: TokenIds) -> None:
     target.mkdir(exist_ok=True)
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
+            refuse_link_outside(source, source / name)
             shutil.copyfile(source / name, target / name)
     if not (target / GENERATION_CONFIG).exists() and tokens != TokenIds():
         ids = {"bos_token_id": tokens.bos, "eos_token_id": _ends(source, tokens.eos),

@@ -159,8 +159,8 @@ def _row_groups(whole: Span, span_bytes: int) -> Iterator[Span]:
 
 
 def open_parquet(file: Path) -> Any:
-    """Return a Parquet file opened by pyarrow; a string that many rows of a page share is held in memory once,
-    as it is in the file.
+    """Return a Parquet file opened by pyarrow; a string that many rows of a page share is held in memory
+    once, as it is in the file.
 
     Raises:
         BadRecord: it is not one, or only a part of one.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
@@ -43,7 +45,8 @@ def in_processes(build: Callable[..., Callable[[Item], Result]], arguments: tupl
     under_way: deque[Future[Result]] = deque()
     try:
         for item in items:
-            under_way.append(pool.submit(_do, item))
+            with _without_interrupts():
+                under_way.append(pool.submit(_do, item))
             if len(under_way) >= 4 * workers:
                 yield under_way.popleft().result()
         while under_way:
@@ -53,6 +56,17 @@ def in_processes(build: Callable[..., Callable[[Item], Result]], arguments: tupl
                         "run the same command again, with fewer --workers: what is done is kept") from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Let processes that are started here never see Ctrl-C, which goes to all of a terminal's: this process
+    alone takes it, and ends them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start_worker(build: Callable[..., Callable[[Any], Any]], arguments: tuple[Any, ...]) -> None:

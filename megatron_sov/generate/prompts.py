@@ -37,7 +37,8 @@ def read_prompts(texts: list[str], file: Path | None) -> list[Prompt]:
 
 def _read_file(file: Path) -> list[Prompt]:
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        # at "\n" alone: `splitlines` also cuts at characters that may stand inside a JSON string
+        lines = file.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"--prompts {file}: cannot be read ({e}); pass a JSONL file in UTF-8") from None
     prompts = []
@@ -46,7 +47,7 @@ def _read_file(file: Path) -> list[Prompt]:
             continue
         try:
             record = json.loads(line)
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise UserError(f"{file}:{number}: is not valid JSON ({e}); "
                             "every line must be one JSON object") from None
         if not isinstance(record, dict) or not isinstance(record.get("prompt"), str) \

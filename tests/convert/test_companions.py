@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sov import convert
+from megatron_sov.errors import UserError
 
 
 def test_companions_travel(solar_dir: Path, tmp_path: Path) -> None:
@@ -23,6 +24,15 @@ def test_companions_travel(solar_dir: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "hf/modeling.py").exists()
     config = json.loads((tmp_path / "hf/config.json").read_text())
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (1, 2, 2)
+
+
+def test_a_link_is_not_followed_out_of_a_foreign_folder(solar_dir: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(solar_dir, tmp_path / "source")
+    (tmp_path / "secret").write_text("secret")
+    (source / "added_tokens.json").symlink_to("../secret")
+    with pytest.raises(UserError, match=r"added_tokens\.json: is a link to .*secret, outside of its folder"):
+        convert.from_hf(source, tmp_path / "ckpt")
+    assert not (tmp_path / "ckpt").exists()
 
 
 def test_token_ids_come_from_the_tokenizer_where_nothing_else_says_them(solar_dir: Path,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -87,3 +88,17 @@ def test_prompts_that_do_not_fit_are_told(hf_models: dict[str, Path]) -> None:
     with pytest.raises(UserError, match=r"transformers answered 0 of 1 prompts of up to 10000000003 tokens "
                                         r"\(Memory footprint"):
         HfEngine(load_hf(hf_models["solar_open"])).generate([[5, 9, 2]], Sampling(10_000_000_000))
+
+
+def test_code_of_a_folder_is_not_run_whoever_says_yes(hf_models: dict[str, Path], tmp_path: Path,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = shutil.copytree(hf_models["solar_open"], tmp_path / "foreign")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 10))
+    monkeypatch.setattr("builtins.input", lambda *asked: "y")
+    with pytest.raises(UserError, match="transformers cannot load it"):
+        load_hf(folder)
+    assert not (tmp_path / "ran").exists()

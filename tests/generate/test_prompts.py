@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ def test_texts_come_first_then_the_lines_of_the_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("line", "sentence"), [
     ("{", "is not valid JSON"),
+    ("[" * 200_000, "is not valid JSON"),
     ('["a"]', 'must be an object with "prompt"'),
     ('{"text": "a"}', 'must be an object with "prompt"'),
     ('{"prompt": "a", "target": 1}', 'must be an object with "prompt"'),
@@ -37,3 +39,10 @@ def test_nothing_to_ask_is_refused(tmp_path: Path) -> None:
         read_prompts(["a", ""], None)
     with pytest.raises(UserError, match=r"nowhere\.jsonl: cannot be read"):
         read_prompts([], tmp_path / "nowhere.jsonl")
+
+
+def test_characters_that_end_lines_elsewhere_may_stand_in_a_prompt(tmp_path: Path) -> None:
+    file, text = tmp_path / "prompts.jsonl", "a\u2028b\u0085c\u2029d"
+    file.write_text(json.dumps({"prompt": text}, ensure_ascii=False) + '\r\n{"prompt": "e"}\n',
+                    encoding="utf-8", newline="")
+    assert read_prompts([], file) == [Prompt(text), Prompt("e")]

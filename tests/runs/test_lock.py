@@ -94,8 +94,8 @@ def test_a_process_number_of_another_container_says_nothing(tmp_path: Path) -> N
 def test_two_containers_of_one_host_name_are_two_holders(tmp_path: Path) -> None:
     """Both are process 1 of their own namespace."""
     code = ("import sys, time; from pathlib import Path; from megatron_sov.runs.lock import RunLock\n"
-            "lock = RunLock(Path(sys.argv[1])); lock.acquire(); print('held', flush=True); sys.stdin.readline()\n"
-            "print(lock._is_lost(), flush=True)")
+            "lock = RunLock(Path(sys.argv[1])); lock.acquire(); print('held', flush=True)\n"
+            "sys.stdin.readline(); print(lock._is_lost(), flush=True)")
     command = ["unshare", "-pf", "--mount-proc", "--kill-child", sys.executable, "-c", code, str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
         assert first.stdin is not None and first.stdout is not None and first.stdout.readline() == "held\n"

@@ -172,6 +172,8 @@ def launch(main: Callable[[], Any], nproc: int | None, num_threads: int = 0,
     failures, reached = 0, restarts.progress() if restarts else None
     while True:
         outcome = _round(main, count)
+        if outcome.code == ExitCode.INTERRUPTED:
+            raise KeyboardInterrupt
         if restarts is None or outcome.asked_to_stop or outcome.code in FINAL:
             return outcome.code
         now = restarts.progress()
@@ -226,6 +228,8 @@ def _fork(main: Callable[[], Any], rank: int, environment: dict[str, str], door:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
         os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
         code = _rank_code(main)
+    except KeyboardInterrupt:  # before it could be taken as a wish to stop in good order
+        code = ExitCode.INTERRUPTED
     except BaseException:
         if not dist.is_initialized() or _fails_first():
             traceback.print_exc()
@@ -243,6 +247,21 @@ def _rank_code(main: Callable[[], Any]) -> int:
             # one write, whole also beside other ranks' lines
             print(f"error: {e}\n", end="", file=sys.stderr, flush=True)
         return ExitCode.USER_ERROR if isinstance(e, UserError) else ExitCode.CORRUPTION
+    except (MemoryError, RuntimeError) as e:
+        if not is_out_of_memory(e):
+            raise
+        if _fails_first():
+            said = (str(e).strip() or "Python says no more").splitlines()[0]
+            print(f"error: rank {os.environ['RANK']} is out of memory ({said}); lower "
+                  "train.micro_batch_size, set train.recompute=true, or split the model over more processes "
+                  "(parallel.*); `megatron-sov plan` tells what a layout needs\n", end="", file=sys.stderr,
+                  flush=True)
+        return ExitCode.CRASH
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that no memory was left, of the host or of a GPU."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 def _fails_first() -> bool:
