@@ -343,8 +343,8 @@ def refuse_link_outside(folder: Path, file: Path) -> None:
     root, there = folder.resolve(), file.resolve()
     cache = [root.parent.parent / "blobs"] if root.parent.name == "snapshots" else []
     if not any(there.is_relative_to(allowed) for allowed in (root, *cache)):
-        raise UserError(f"{file}: is a link to {there}, outside of its folder, and would be copied and handed "
-                        "on; put the file itself there, or leave it out")
+        raise UserError(f"{file}: is a link to {there}, outside of its folder, and would be copied "
+                        "and handed on; put the file itself there, or leave it out")
 
 
 def _is_inside(name: str) -> bool:
