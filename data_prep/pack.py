@@ -39,7 +39,7 @@ format), with a part of the documents held out. Special tokens that are spelled 
 text. A killed command continues where it was when it is run again."""
 SAMPLE_SPANS, SAMPLE_CHARS = 16, 32_000
 """Places of each source from which the self-check of the fast encoder takes text, and how much at each."""
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+_NAME = re.compile(r"\w[\w.-]*")
 
 
 @dataclass(frozen=True)

@@ -211,7 +211,7 @@ def new_artifact(path: str | Path, kind: str, *, overwrite: bool = False) -> Ite
     Raises:
         UserError: `path` exists and may not be replaced, or the disk refuses.
     """
-    path = Path(path)
+    path = behind_links(Path(path))
     refuse_nowhere(path)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     with disk_errors(path):
@@ -245,9 +245,10 @@ def refuse_existing(path: Path, kind: str, overwrite: bool) -> None:
 
     It is taken by anything without `overwrite`, by a foreign folder even with it.
     """
+    is_link, path = path.is_symlink(), behind_links(path)
     refuse_nowhere(path)
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        if path.is_dir():
+        if path.is_dir() and not is_link:
             path.rmdir()
         return
     if not overwrite:
@@ -256,6 +257,22 @@ def refuse_existing(path: Path, kind: str, overwrite: bool) -> None:
     if not (path / MANIFEST).is_file() or read_manifest(path).kind != kind:
         raise UserError(f"{path}: exists and is not a '{kind}' artifact, so it is not replaced; "
                         "choose another output folder")
+
+
+def behind_links(path: Path) -> Path:
+    """Return the folder that a link stands for, where `path` is one: the artifact comes to lie there, on
+    that disk, and the link stays.
+
+    Raises:
+        UserError: the link leads nowhere.
+    """
+    if not path.is_symlink():
+        return path
+    target = path.resolve()
+    if not target.exists():
+        raise UserError(f"{path}: is a link to {target}, which does not exist; make that folder, or remove "
+                        "the link")
+    return target
 
 
 def refuse_nowhere(path: Path) -> None:

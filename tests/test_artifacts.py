@@ -341,3 +341,22 @@ def test_links_out_of_a_foreign_folder_are_refused(tmp_path: Path) -> None:
     (blobs / "123").write_text("{}")
     (snapshot / "config.json").symlink_to("../../blobs/123")
     refuse_link_outside(snapshot, snapshot / "config.json")
+
+
+def test_an_output_behind_a_link_comes_to_lie_where_the_link_leads(tmp_path: Path) -> None:
+    """As where a folder is a link to a larger disk."""
+    (tmp_path / "disk/real").mkdir(parents=True)
+    (tmp_path / "out").symlink_to(tmp_path / "disk/real")
+    refuse_existing(tmp_path / "out", "tokens", overwrite=False)
+    build(tmp_path / "out")
+    assert (tmp_path / "out").is_symlink() and read_manifest(tmp_path / "disk/real").kind == "tokens"
+    with pytest.raises(UserError, match="already exists"):
+        build(tmp_path / "out")
+    build(tmp_path / "out", text="again", overwrite=True)
+    assert (tmp_path / "out").is_symlink() and (tmp_path / "disk/real/sub/data.bin").read_text() == "again"
+    assert sorted(p.name for p in (tmp_path / "disk").iterdir()) == ["real"]
+    (tmp_path / "lost").symlink_to(tmp_path / "nowhere")
+    lost = tmp_path / "lost"
+    for refuse in (lambda: refuse_existing(lost, "tokens", overwrite=False), lambda: build(lost)):
+        with pytest.raises(UserError, match=r"lost: is a link to .*nowhere, which does not exist"):
+            refuse()

@@ -209,7 +209,7 @@ def _read_config(file: Path) -> dict[str, Any]:
 
         try:
             raw = yaml.load(text, Loader=_unique_loader(yaml))
-        except yaml.YAMLError as e:
+        except (yaml.YAMLError, RecursionError) as e:
             raise ValueError(f"is not YAML ({' '.join(str(e).split())})") from None
     else:
         raw = json.loads(text, object_pairs_hook=_unique)

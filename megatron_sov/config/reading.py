@@ -79,7 +79,7 @@ def apply_settings(config: RunConfig, settings: list[str]) -> RunConfig:
 def _parse(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {"True": True, "False": False, "None": None}.get(text, text)
 
 

@@ -99,6 +99,6 @@ def split_conflict(folder: Path, split: str | None) -> str | None:
 def _read(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as e:
+    except (OSError, ValueError, TypeError, RecursionError) as e:
         raise UserError(f"{path}: cannot be read as a JSON object ({e}); "
                         "restore it from its source") from None

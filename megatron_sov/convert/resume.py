@@ -24,6 +24,7 @@ from megatron_sov.artifacts import (
     ArtifactWriter,
     FileRecord,
     atomic_write,
+    behind_links,
     clear_leftovers,
     disk_errors,
     publish,
@@ -78,6 +79,7 @@ def resumable_artifact(path: Path, kind: str, plan: dict[str, Any], *,
     Raises:
         UserError: `path` exists and may not be replaced, another process is making it, or the disk refuses.
     """
+    path = behind_links(path)
     work = partial_folder(path)
     with disk_errors(path), contextlib.ExitStack() as held:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -191,7 +191,7 @@ class CheckpointWeights:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise UserError(f"{path}: cannot be read as JSON ({e}); restore it from its source") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds a {type(value).__name__} where an object is needed; "

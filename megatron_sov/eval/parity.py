@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from megatron_sov.convert import ParityCheck
+from megatron_sov.errors import UserError
 from megatron_sov.eval.filling import rows_of
 from megatron_sov.generate.hf import load_hf
 from megatron_sov.generate.load import Loaded, run_forward_model
@@ -81,7 +82,14 @@ class _Difference:
         self._largest, self._scale, self._other, self._compared, self._worst = 0.0, 1.0, 0, 0, ""
 
     def add(self, document: int, ours: torch.Tensor, reference: torch.Tensor) -> None:
-        """Take in logits [tokens, vocabulary] of one document."""
+        """Take in logits [tokens, vocabulary] of one document.
+
+        Raises:
+            UserError: the two models have other vocabularies.
+        """
+        if ours.shape != reference.shape:
+            raise UserError(f"the models have {ours.shape[-1]} and {reference.shape[-1]} token ids, so their "
+                            "logits cannot be compared; pass two forms of one model")
         difference = float((ours - reference).abs().nan_to_num(nan=math.inf).max())
         self._scale = max(self._scale, float(reference.abs().max()))
         if difference > self._largest:

@@ -35,9 +35,9 @@ def load_hf(folder: Path, dtype: str | torch.dtype = "auto") -> Any:
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True,
                                                           use_safetensors=True,
                                                           trust_remote_code=False)
-    except (RuntimeError, ValueError, OSError) as e:
+    except Exception as e:  # safetensors raises one of its own for a file that is cut off
         raise UserError(f"{folder}: transformers cannot load it ({str(e).strip().splitlines()[0]}); "
-                        "save it again") from None
+                        "restore it from its source") from None
     # the folder's own defaults would answer for what a caller left open
     model.generation_config = GenerationConfig()
     return model.eval().to(device)

@@ -86,7 +86,7 @@ class Target:
     def _hf_field(self, name: str) -> int:
         try:
             return int(json.loads((self.path / "config.json").read_text(encoding="utf-8"))[name])
-        except (OSError, ValueError, KeyError, TypeError) as e:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
             raise UserError(f"{self.path / 'config.json'}: has no readable {name} ({e!r}); "
                             "restore it from its source") from None
 

@@ -126,14 +126,21 @@ class Family:
         if unknown:
             raise UserError(f"config.json: unknown fields for family '{self.name}': {', '.join(unknown)}; "
                             "transformers would ignore them, so remove those that have no effect")
-        if not set(config.get("architectures", self.hf_classes)) <= set(self.hf_classes):
+        architectures = config.get("architectures", self.hf_classes)
+        if not isinstance(architectures, (list, tuple)) or any(
+                name not in self.hf_classes for name in architectures):
             raise UserError(f"config.json: architectures = {config['architectures']}, but model_type "
                             f"'{self.name}' is {self.hf_classes[0]}; make them agree")
         if "num_mtp_layers" not in self.structure and any(name.startswith("mtp.") for name in tensor_names):
             config.setdefault("num_nextn_predict_layers", 1)
         fields: dict[str, Any] = {"family": self.name, **self.structure, **self.training}
         for item in self.config:
-            fields |= item.read(config)
+            try:
+                fields |= item.read(config)
+            except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as e:
+                found = ", ".join(f"{name} = {config[name]!r}" for name in item.names if name in config)
+                raise UserError(f"config.json: {found} cannot be understood ({type(e).__name__}: {e}); "
+                                "restore it from its source") from None
         model = from_dict({"recipe": "from-hf", "model": fields}).model
         self.check(model)
         return model

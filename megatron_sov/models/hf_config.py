@@ -154,7 +154,10 @@ class Rope:
         """Take YaRN's parameters out of `rope`; whatever is left there is not understood."""
         try:
             original = int(rope.pop("original_max_position_embeddings"))
-            factor = float(rope.pop("factor", None) or config["max_position_embeddings"] / original)
+            if original < 1:
+                raise UserError(f"config.json: original_max_position_embeddings = {original} "
+                                "must be at least 1")
+            factor = _given(rope, "factor", config["max_position_embeddings"] / original)
         except KeyError as e:
             raise UserError(f"config.json: rope_type 'yarn' lacks {e}; add it to rope_parameters") from None
         # transformers' default, formula of arXiv 2309.00071 section 3.4; the trainer computes the same
@@ -167,8 +170,13 @@ class Rope:
         if truncate is not True:
             raise UserError(f"config.json: truncate = {truncate}, but only true is supported for "
                             "rope_type 'yarn'")
-        return YarnConfig(factor, original, float(rope.pop("beta_fast", None) or 32),
-                          float(rope.pop("beta_slow", None) or 1))
+        return YarnConfig(factor, original, _given(rope, "beta_fast", 32.0), _given(rope, "beta_slow", 1.0))
+
+
+def _given(rope: dict[str, Any], name: str, default: float) -> float:
+    """Take a parameter out of `rope`; `default` where it is absent or null."""
+    value = rope.pop(name, None)
+    return default if value is None else float(value)
 
 
 def hidden_over_heads(config: dict[str, Any]) -> int:

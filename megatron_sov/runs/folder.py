@@ -83,7 +83,7 @@ class RunFolder:
             return None
         try:
             return from_dict(json.loads(file.read_text()))
-        except (ValueError, UserError) as e:
+        except (ValueError, UserError, RecursionError) as e:
             raise UserError(f"{file}: cannot be read as a run's settings ({e}); "
                             "restore it or choose another --run") from None
 

@@ -48,7 +48,7 @@ def read_yaml(name: str, text: str, cls: type[T], parts: tuple[type, ...], what:
     """
     try:
         raw: Any = yaml.safe_load(text)
-    except yaml.YAMLError as e:
+    except (yaml.YAMLError, RecursionError) as e:
         raise UserError(f"{name}: is no YAML ({' '.join(str(e).split())}); mend it") from None
     try:
         return TypeAdapter(cls).validate_python(raw)

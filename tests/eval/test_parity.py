@@ -8,8 +8,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_sov.cli import main
+from megatron_sov.errors import UserError
 from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 from megatron_sov.obs.events import EVENTS, EventLog, read_events
 
@@ -71,3 +73,10 @@ def test_the_command_prints_and_records_the_checks(imported: dict[str, Path], hf
     assert "FAIL  largest difference of a logit" in capsys.readouterr().out
     assert main([*ask, str(tmp_path)]) == 2
     assert "is not a Hugging Face folder" in capsys.readouterr().err
+
+
+def test_models_of_other_vocabularies_are_not_compared() -> None:
+    from megatron_sov.eval.parity import _Difference
+
+    with pytest.raises(UserError, match="the models have 10 and 12 token ids"):
+        _Difference().add(0, torch.zeros(3, 10), torch.zeros(3, 12))

@@ -59,6 +59,10 @@ def test_streams_are_part_of_the_seed_and_drafts_are_refused(hf_models: dict[str
 
 def test_a_folder_that_does_not_load_is_named(hf_models: dict[str, Path], tmp_path: Path) -> None:
     broken = shutil.copytree(hf_models["solar_open"], tmp_path / "broken")
+    whole = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(UserError, match="broken: transformers cannot load it"):
+        load_hf(broken)
     (broken / "model.safetensors").unlink()
     with pytest.raises(UserError, match="broken: transformers cannot load it"):
         load_hf(broken)

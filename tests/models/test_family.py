@@ -104,3 +104,19 @@ def test_an_unknown_family_is_answered_with_the_nearest() -> None:
     with pytest.raises(UserError,
                        match=r"did you mean 'solar_open'\? \(families: solar_open, exaone_moe, qwen2, "):
         models.get("solar-open")
+
+
+YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 256}
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("architectures", 3), ("architectures", [["a"]]), ("rope_parameters", 7), ("rope_parameters", [1]),
+    ("initializer_range", {}), ("num_hidden_layers", "x"), ("num_key_value_heads", 0), ("hidden_size", []),
+    *(("rope_parameters", YARN | wrong) for wrong in (
+        {"factor": []}, {"factor": "x"}, {"beta_slow": {}}, {"original_max_position_embeddings": 0},
+        {"original_max_position_embeddings": [1]}, {"rope_theta": {}}, {"attention_factor": "y"})),
+])
+def test_a_value_of_another_kind_is_named(field: str, value: object) -> None:
+    config = hf_config(recipes.get("tiny-solar-open").model) | {field: value}
+    with pytest.raises(UserError, match=rf"{field}|original_max|num_kv_heads|num_layers|hidden_size"):
+        models.get("solar_open").from_hf_config(config)

@@ -144,7 +144,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise UserError(f"{file}: cannot be read as JSON ({e}); restore it from its source") from None
     if not isinstance(value, dict):
         raise UserError(f"{file}: holds a {type(value).__name__} where an object is needed; "

@@ -151,7 +151,7 @@ def read_rules(file: Path) -> Rules:
     except FileNotFoundError:
         raise UserError(f"{file}: does not exist, but a ranks file alone is no tokenizer; "
                         "write pat_str and special_tokens there, or name such a file by --rules") from None
-    except (OSError, ValueError, TypeError) as e:
+    except (OSError, ValueError, TypeError, RecursionError) as e:
         raise UserError(f"{file}: is no JSON object with pat_str and special_tokens ({e})") from None
     if problem := rules.problem():
         raise UserError(f"{file}: {problem}")

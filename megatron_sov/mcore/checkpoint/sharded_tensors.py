@@ -180,7 +180,7 @@ class TensorReader:
         except FileNotFoundError:
             raise UserError(f"{self.folder}: has no {part}.index.json, "
                             f"so it holds no '{part}' tensors") from None
-        except (ValueError, KeyError, TypeError) as e:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             raise UserError(f"{file}: is damaged ({e}); {REMEDY}") from None
 
     def _refuse_foreign_paths(self, index: Path) -> None:
