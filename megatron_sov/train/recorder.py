@@ -169,6 +169,9 @@ class Recorder:
     def ended(self, step: int, wall_s: float, final_loss: float | None) -> None:
         """Tell that there is no more to train."""
         self.events.write("run_end", step=step, wall_s=wall_s, final_loss=final_loss)
+        if self._progress is not None:
+            self._progress.close()
+            self._progress = None
 
     def close(self) -> None:
         """End the records."""

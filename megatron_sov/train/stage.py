@@ -33,6 +33,7 @@ from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.launch_environment import is_first, num_ranks, under_launcher
 from megatron_sov.runs.lock import RunLock
+from megatron_sov.train.announcement import summary
 from megatron_sov.train.gate import Gate, GateView
 from megatron_sov.train.guards.fault_injection import Fault, Faults, not_come
 from megatron_sov.train.loop import train
@@ -276,3 +277,6 @@ def _finish(stage: Stage, trainer: Trainer) -> None:
         "step": trainer.step, "tokens": trainer.state.tokens, "wall_s": trainer.wall_s(),
         "checkpoint": f"{stage.folder.checkpoints.name}/{last.name}",
         "checkpoint_sha256": manifest_sha256(last), **extra}))
+    if trainer.world.is_main:
+        told = summary(stage.folder.path, last, trainer.state, trainer.wall_s(), trainer.heldout)
+        print(f"{told}\n", end="", file=sys.stderr, flush=True)

@@ -3,6 +3,7 @@ the loop is made of."""
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -28,6 +29,7 @@ from megatron_sov.mcore.parallel.world import World
 from megatron_sov.obs.events import EventLog
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.folder import RunFolder
+from megatron_sov.train.announcement import banner, memory_of
 from megatron_sov.train.checkpointer import Checkpointer
 from megatron_sov.train.computation import Computation
 from megatron_sov.train.data_batches import DataBatches
@@ -85,6 +87,8 @@ class Trainer:
                                        self.guards.faults, self.guards.stragglers.clock)
         self.side_jobs: SideJobs | None = None
         """On rank 0, once the records are open."""
+        self.heldout: dict[str, HeldoutLoss] = {}
+        """What the last evaluation gave."""
         self._evaluator: HeldoutEvaluator | None = None
         self._continued_from: str | None = None
         self._entered_s = time.monotonic()
@@ -130,7 +134,13 @@ class Trainer:
 
     def announce(self) -> None:
         """Record what runs where."""
-        self.recorder.begin(self.step, self._continued_from, self.sources, self.batches.ledger.entries)
+        entries = self.batches.ledger.entries
+        if self.world.is_main:
+            steps = range(self.step, self.num_steps)
+            told = banner(self.config, self.world, self.folder.path, steps, entries, self.sources,
+                          memory_of(self.config, self.model, self.world))
+            print(f"{told}\n", end="", file=sys.stderr, flush=True)
+        self.recorder.begin(self.step, self._continued_from, self.sources, entries)
 
     # one step
 
@@ -232,7 +242,7 @@ class Trainer:
             self.recorder.expert_load(self.step, load, source=source)
             return result
 
-        results = self._evaluator.run(self.policy, counted)
+        results = self.heldout = self._evaluator.run(self.policy, counted)
         self.recorder.evaluated(self.step, results, self.batches.consumed_tokens(),
                                 self.batches.planned_tokens())
         return results

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -136,7 +137,14 @@ def test_chats_without_an_answer_are_no_perfect_score(run_command: Any, packed_d
     assert "error: step 1: none of its" in done.stderr and "lm: 0 targets" in done.stderr
     capsys.readouterr()
     run = tmp_path / "good"
-    assert run_command("pretrain", "tiny-solar-open", "--data", str(packed_data.text), "--run", str(run),
-                       *settings).returncode == 0
+    done = run_command("pretrain", "tiny-solar-open", "--data", str(packed_data.text), "--run", str(run),
+                       *settings)
+    assert done.returncode == 0
+    told = done.stderr.splitlines()
+    assert re.match(r"tiny-solar-open: .* parameters \(.* active\), steps 1 to 2, 128 tokens", told[0])
+    assert "  data       even " in told[2] and "epochs)" in told[2]
+    assert f"  run        {run}, a checkpoint every " in told[3]
+    assert re.match("complete: step 2, [0-9]+ tokens in .* min; held-out loss even .*, odd ", told[-3]), told
+    assert told[-2] == f"  checkpoint  {run}/checkpoints/step-2" and "convert to-hf" in told[-1]
     assert main(["eval", "ppl", str(run), "--data", str(data)]) == 2
     assert "none of its held-out tokens is learned" in capsys.readouterr().err

@@ -1,0 +1,89 @@
+"""What a run says to the one who started it: before the first step what is about to happen, and behind the
+last one what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from megatron_sov.config import RunConfig
+from megatron_sov.data.ledger import LedgerEntry
+from megatron_sov.data.token_shards import Source
+from megatron_sov.mcore.model.language_model import LanguageModel
+from megatron_sov.mcore.parallel.world import World
+from megatron_sov.models.count import num_params
+from megatron_sov.plan.memory import Account, account
+from megatron_sov.train.evaluate import HeldoutLoss
+from megatron_sov.train.state import TrainState
+
+SCALES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def banner(config: RunConfig, world: World, run: Path, steps: range, entries: Sequence[LedgerEntry],
+           sources: Sequence[Source], memory: Account) -> str:
+    """Return what a run is about to do, a few lines.
+
+    Args:
+        config: its settings.
+        world: the processes.
+        run: its folder.
+        steps: those to come, 0-based.
+        entries: the ledger over the whole run.
+        sources: what is read.
+        memory: of this process.
+    """
+    count, p = num_params(config.model), config.parallel
+    planned = planned_tokens(entries, steps)
+    states_gib, total_gib = (n / 2**30 for n in (memory.weights + memory.gradients + memory.optimizer,
+                                                 memory.total))
+    activations = f", {total_gib:.2g} GiB with activations" if config.train.recompute else ""
+    layout = ", ".join(f"{name} {size}" for name, size in (
+        ("tp", p.tp), ("pp", p.pp), ("cp", p.cp), ("ep", p.ep), ("dp", world.dp_size)) if size > 1)
+    tokens = {s.name: s.num_tokens.get("train", 0) for s in sources}
+    read = ", ".join(
+        f"{name} {short(n)} tokens" + (f" ({n / tokens[name]:.3g} epochs)" if tokens.get(name) else "")
+        for name, n in planned.items() if n)
+    return (f"{config.recipe}: {short(count.total)} parameters ({short(count.active)} active), steps "
+            f"{steps.start + 1} to {steps.stop}, {short(sum(planned.values()))} tokens\n"
+            f"  processes  {world.size}{f': {layout}' if layout else ''}; {config.train.precision}, "
+            f"{states_gib:.2g} GiB of weights, gradients and optimizer each{activations}\n"
+            f"  data       {read}\n"
+            f"  run        {run}, a checkpoint every {config.train.checkpoint_every_steps} steps")
+
+
+def planned_tokens(entries: Sequence[LedgerEntry], steps: range) -> dict[str, float]:
+    """Return the tokens of each source that the ledger asks for in some steps (0-based)."""
+    planned: dict[str, float] = {}
+    ends = [*(e.first_step for e in entries[1:]), steps.stop]
+    for entry, end in zip(entries, ends, strict=True):
+        count = max(0, min(end, steps.stop) - max(entry.first_step, steps.start))
+        for name, weight in entry.weights.items():
+            planned[name] = planned.get(name, 0.0) + count * entry.global_batch_size * entry.seq_len * weight
+    return planned
+
+
+def memory_of(config: RunConfig, model: LanguageModel, world: World) -> Account:
+    """Return the account of the first process, from the parameters that it has."""
+    sizes = [(p.numel(), getattr(p, "allreduce", True)) for p in model.parameters()]
+    dense, experts = (sum(n for n, shared in sizes if shared is kind) for kind in (True, False))
+    layers = -(-config.model.num_layers // config.parallel.pp)
+    longest = max(phase.seq_len for phase in config.data.phases)
+    return account(config, dense, experts, layers, world.size, 0, longest)
+
+
+def summary(run: Path, checkpoint: Path, done: TrainState, wall_s: float,
+            heldout: Mapping[str, HeldoutLoss]) -> str:
+    """Return what came of a complete run, and what to type next."""
+    minutes, seconds = divmod(round(wall_s), 60)
+    losses = "".join(f", {name} {result.loss:.4f}" for name, result in heldout.items())
+    return (f"complete: step {done.step}, {short(done.tokens)} tokens in {minutes}:{seconds:02d} min"
+            + (f"; held-out loss{losses[1:]}" if losses else "")
+            + f"\n  checkpoint  {checkpoint}\n"
+            f"  next        megatron-sov report {run} | megatron-sov generate {run} --prompt TEXT | "
+            f"megatron-sov convert to-hf {run} HF_DIR")
+
+
+def short(number: float) -> str:
+    """Return a number with three digits and a letter for its thousands."""
+    scaled = (f"{number / scale:.3g} {letter}" for scale, letter in SCALES if number >= scale)
+    return next(scaled, f"{number:.3g}")

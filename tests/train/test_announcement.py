@@ -1,0 +1,56 @@
+"""What a run says before its first step and behind its last one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_sov import recipes
+from megatron_sov.config import apply_settings
+from megatron_sov.data.ledger import LedgerEntry
+from megatron_sov.data.token_shards import Source
+from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
+from megatron_sov.plan.memory import Account
+
+prepare_megatron()
+from megatron_sov.mcore.parallel.world import World  # noqa: E402
+from megatron_sov.train.announcement import banner, planned_tokens, short, summary  # noqa: E402
+from megatron_sov.train.evaluate import HeldoutLoss  # noqa: E402
+from megatron_sov.train.state import TrainState  # noqa: E402
+
+ENTRIES = (LedgerEntry(0, "one", 100, 2, {"web": 1.0}),
+           LedgerEntry(4, "two", 200, 2, {"web": 0.25, "code": 0.75}))
+
+
+def test_a_run_says_what_it_is_about_to_do() -> None:
+    config = apply_settings(recipes.get("tiny-solar-open"), ["parallel.ep=2", "train.recompute=true"])
+    sources = [Source(name, None, False, {}, {"train": tokens}, 0.5)
+               for name, tokens in (("web", 500), ("code", 600))]
+    gib = 2**30
+    told = banner(config, World(0, 2, 0, 2, True, True), Path("runs/a"), range(2, 6), ENTRIES, sources,
+                  Account(gib, gib, 4 * gib, gib, gib // 2, gib // 2)).splitlines()
+    assert told[0] == "tiny-solar-open: 2.5 M parameters (1.32 M active), steps 3 to 6, 1.2 k tokens"
+    assert told[1] == ("  processes  2: ep 2, dp 2; fp32, 6 GiB of weights, gradients and optimizer each, "
+                       "8 GiB with activations")
+    assert told[2] == "  data       web 600 tokens (1.2 epochs), code 600 tokens (1 epochs)"
+    assert told[3].startswith("  run        runs/a, a checkpoint every ")
+
+
+@pytest.mark.parametrize(("steps", "web", "code"), [
+    (range(6), 1000, 600), (range(4), 800, 0), (range(5, 6), 100, 300)])
+def test_tokens_are_those_of_the_ledger(steps: range, web: float, code: float) -> None:
+    found = planned_tokens(ENTRIES, steps)
+    assert (found["web"], found["code"]) == (web, code)
+
+
+def test_a_run_says_what_came_of_it() -> None:
+    told = summary(Path("runs/a"), Path("runs/a/checkpoints/step-6"), TrainState(6, 1_500_000), 125.4,
+                   {"web": HeldoutLoss(2.0, 1.0, 10), "code": HeldoutLoss(1.25, 1.0, 10)}).splitlines()
+    assert told[0] == "complete: step 6, 1.5 M tokens in 2:05 min; held-out loss web 2.0000, code 1.2500"
+    assert told[1] == "  checkpoint  runs/a/checkpoints/step-6" and "megatron-sov report runs/a" in told[2]
+
+
+def test_numbers_are_short() -> None:
+    assert [short(n) for n in (0, 12.0, 999, 1000, 2_502_144, 102_650_000_000, 20e12)] == [
+        "0", "12", "999", "1 k", "2.5 M", "103 G", "20 T"]
