@@ -14,6 +14,8 @@ from megatron_sov.chat.template import ChatTemplate
 from megatron_sov.errors import UserError
 
 TOKENIZER_JSON, CONFIG_JSON, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+SPECIAL_JSON = "special_tokens_map.json"
+"""Where older folders keep bos and eos."""
 
 
 def read_chat_encoder(folder: Path) -> ChatEncoder | None:
@@ -26,7 +28,9 @@ def read_chat_encoder(folder: Path) -> ChatEncoder | None:
     if not tokenizer_file.is_file():
         return None
     try:
-        config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
+        config: dict[str, Any] = {}
+        for file in (folder / SPECIAL_JSON, config_file):  # what the second one says counts
+            config |= json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         template = ((folder / TEMPLATE).read_text(encoding="utf-8") if (folder / TEMPLATE).is_file()
                     else _default(config.get("chat_template")))
         if not template:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,30 +26,31 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 
 
 def carry(source: Path, target: Path, tokens: TokenIds) -> None:
-    """Copy the companion files of `source` to `target`; generation defaults are made where there are none,
-    from `tokens` and what ends a turn in the chat template: an engine has to stop there too."""
+    """Copy the companion files of `source` to `target`; generation defaults are made from `tokens`
+    where there are none."""
     target.mkdir(exist_ok=True)
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             refuse_link_outside(source, source / name)
             shutil.copyfile(source / name, target / name)
     if not (target / GENERATION_CONFIG).exists() and tokens != TokenIds():
-        ids = {"bos_token_id": tokens.bos, "eos_token_id": _ends(source, tokens.eos),
-               "pad_token_id": tokens.pad}
+        ids = {"bos_token_id": tokens.bos, "eos_token_id": tokens.eos, "pad_token_id": tokens.pad}
         atomic_write(target / GENERATION_CONFIG,
                      to_json({name: value for name, value in ids.items() if value is not None}))
 
 
-def _ends(folder: Path, eos: int | list[int] | None) -> int | list[int] | None:
-    """Return the token ids at which generation ends: eos first, then the ends of an assistant's turn."""
+def with_turn_ends(folder: Path, tokens: TokenIds) -> TokenIds:
+    """Return token ids whose eos is all at which generation ends: eos itself, and what ends an assistant's
+    turn in the chat template of `folder`; engines stop there."""
     try:
         chat = read_chat_encoder(folder)
     except UserError as e:
         warn(f"{e}; generation stops at eos alone")
         chat = None
+    eos = tokens.eos
     found = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
     found += [id_ for id_ in (chat.end_ids() if chat else ()) if id_ not in found]
-    return found if len(found) > 1 else found[0] if found else None
+    return replace(tokens, eos=found if len(found) > 1 else found[0] if found else None)
 
 
 def ids_in(config: dict[str, Any]) -> TokenIds:

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from megatron_sov import models
 from megatron_sov.artifacts import atomic_write, manifest_sha256, refuse_existing, to_json
 from megatron_sov.convert import DEFAULT_WORKERS, MAX_SHARD_BYTES
-from megatron_sov.convert.companions import carry, ids_beside, split_conflict
+from megatron_sov.convert.companions import carry, ids_beside, split_conflict, with_turn_ends
 from megatron_sov.convert.resume import fingerprint, resumable_artifact
 from megatron_sov.convert.shard_writer import plan_shards, write_files
 from megatron_sov.convert.sources import (
@@ -82,7 +82,8 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
             index = {"metadata": {"total_size": size_bytes}, "weight_map": dict(sorted(weight_map.items()))}
             atomic_write(artifact.path / INDEX, to_json(index))
         atomic_write(artifact.path / CONFIG, to_json(config))
-        carry(checkpoint / "tokenizer", artifact.path, tokens)
+        carry(checkpoint / "tokenizer", artifact.path,
+              with_turn_ends(checkpoint / "tokenizer", tokens))
         artifact.writer.add_input(checkpoint)
         artifact.writer.content = {
             "family": source.model.family, "num_tensors": len(specs), "dtype": config["dtype"],

@@ -15,7 +15,7 @@ from megatron_sov.errors import UserError
 from megatron_sov.obs.events import EVENTS, read_events
 from megatron_sov.runs.checkpoints import CHECKPOINTS_OF_A_RUN
 from megatron_sov.runs.launch_environment import is_first
-from megatron_sov.runs.lock import LOCK
+from megatron_sov.runs.lock import LOCK, living_holder
 
 CONFIG, COMPLETION, FAILURE, STAGES, JOBS = ("config.json", "complete.json", "gate_failed.json",
                                              "stages", "slurm")
@@ -135,7 +135,7 @@ class RunFolder:
         """Take back a run that was refused before its first step, so that the mended command finds the folder
         as it was."""
         events = self.path / EVENTS
-        if self.completion() is not None or any(self.checkpoints.glob("*")) or (
+        if living_holder(self.path) or self.completion() is not None or any(self.checkpoints.glob("*")) or (
                 events.is_file() and any(event.get("step", 0) for event in read_events(events))):
             return
         with contextlib.suppress(OSError):

@@ -4,11 +4,12 @@ and says how it ended."""
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,7 @@ def run_stage(stage: Stage, nproc: int | None, began_s: float | None = None) -> 
                               partial(_note_restart, stage.folder, begin), partial(_note_giving_up, stage))
     code = world.launch(lambda: _rank(stage, data, begin), nproc, stage.config.train.num_threads, restarts)
     if code != 0:
-        if code == ExitCode.USER_ERROR and not begin.goes_on:
+        if code == ExitCode.USER_ERROR and begin.declared[0] and not begin.goes_on:
             stage.folder.remove_unstarted()
         raise SystemExit(code)  # the rank that failed has said why
     if stage.folder.completion() is not None:
@@ -163,6 +164,8 @@ class _Begin:
     """Unix time."""
     goes_on: bool
     """Whether the folder may hold the run already."""
+    declared: mmap.mmap = field(default_factory=lambda: mmap.mmap(-1, 1))
+    """One byte that the ranks share with this process: 1 once the folder holds this run."""
 
 
 def _note_restart(folder: RunFolder, begin: _Begin, code: int, cause: str) -> None:
@@ -204,7 +207,7 @@ def _rank(stage: Stage, data: _Data, begin: _Begin) -> int:
         trainer = Trainer(stage.config, place, stage.folder, data.sources, stage.objective, stage.gate,
                           stage.faults, begin.time_s, data.planned)
         resumed = _restore(stage, trainer)
-        on_main(place, lambda: _open(stage, trainer))
+        on_main(place, lambda: _open(stage, trainer, begin))
         if stage.before is not None and not resumed:
             stage.before(trainer)
         if stage.gate is not None and not resumed:
@@ -259,9 +262,10 @@ def _tell_changes(stage: Stage, trainer: Trainer) -> None:
         warn(f"{stage.folder.path}: {told}")
 
 
-def _open(stage: Stage, trainer: Trainer | None) -> None:
-    """Write the first files: nothing that can be refused comes after this."""
+def _open(stage: Stage, trainer: Trainer | None, begin: _Begin) -> None:
+    """Write the first files."""
     stage.folder.declare(stage.config)
+    begin.declared[0] = 1
     if trainer is not None:
         trainer.open_records()
 

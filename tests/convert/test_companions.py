@@ -58,10 +58,13 @@ def test_what_ends_a_turn_ends_generation(solar_dir: Path, tmp_path: Path) -> No
     (source / "tokenizer.json").write_text(json.dumps(tokenizer))
     (source / "chat_template.jinja").write_text(
         "{% for m in messages %}{{ m.content }}<end>{% endfor %}{{ eos_token }}")
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    (source / "config.json").write_text(json.dumps(json.loads((source / "config.json").read_text()) | ids))
     convert.from_hf(source, tmp_path / "ckpt")
     convert.to_hf(tmp_path / "ckpt", tmp_path / "hf")
-    eos = json.loads((source / "config.json").read_text())["eos_token_id"]
-    assert json.loads((tmp_path / "hf/generation_config.json").read_text())["eos_token_id"] == [eos, 3]
+    written = json.loads((tmp_path / "hf/generation_config.json").read_text())
+    assert written == {"bos_token_id": 0, "eos_token_id": [1, 3]}
+    assert json.loads((tmp_path / "hf/config.json").read_text())["eos_token_id"] == 1
 
 
 def test_a_tokenizer_that_transformers_would_read_otherwise_is_told(
