@@ -135,6 +135,7 @@ def test_chats_without_an_answer_are_no_perfect_score(run_command: Any, packed_d
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "questions: holds conversations, of which the answers alone are learned" in done.stderr
     assert "error: step 1: none of its" in done.stderr and "lm: 0 targets" in done.stderr
+    assert not (tmp_path / "run").exists(), "the mended command finds the folder as it was"
     capsys.readouterr()
     run = tmp_path / "good"
     done = run_command("pretrain", "tiny-solar-open", "--data", str(packed_data.text), "--run", str(run),

@@ -3,6 +3,7 @@ how every end is said."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import time
@@ -269,4 +270,45 @@ def test_ranks_that_end_before_the_run_has_begun_are_started_again(
         run_stage(made, 2)
     said = capsys.readouterr().err
     assert "all processes are started again, from the beginning" in said and "Traceback" not in said
+    assert not made.folder.path.exists()
+
+
+def test_what_was_checked_is_checked_again_under_the_lock(stage: Callable[..., Stage]) -> None:
+    """Another run may have come, and even gone, between the first look and the lock."""
+    ready, other = stage("train.seed=2"), stage()
+    ready.folder.enter(ready.config, resume=False)
+    open_run(other)
+    begin = stage_module._Begin(0.0, goes_on=False)
+    with pytest.raises(UserError, match="already holds a run of tiny-solar-open"):
+        stage_module._lock(ready, None, begin)
+    begin.goes_on = True
+    with pytest.raises(UserError, match=r"was started with train\.seed = "):
+        stage_module._lock(ready, None, begin)
+    stage_module._lock(other, None, begin)
+
+
+def test_a_refused_run_takes_back_what_it_made_and_nothing_else(
+        stage: Callable[..., Stage], launcher: Launcher) -> None:
+    made = stage()
+    made = dataclasses.replace(made, resume=False)
+
+    def refused(declares: bool) -> None:
+        def does(main: Callable[[], int], restarts: Restarts) -> int:
+            open_run(made)
+            if declares:
+                begins[-1].declared[0] = 1
+            return 2
+
+        launcher.does = does
+        with pytest.raises(SystemExit):
+            run_stage(made, 1)
+
+    begins: list[stage_module._Begin] = []
+    begin = stage_module._Begin
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage_module, "_Begin", lambda *given: begins.append(begin(*given)) or begins[-1])
+        refused(declares=False)
+        assert made.folder.config() is not None, "another run's, which came in between"
+        shutil.rmtree(made.folder.path)
+        refused(declares=True)
     assert not made.folder.path.exists()
