@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_sov.errors import UserError
 from tokenizer.formats import sentencepiece_format, tiktoken_format
 from tokenizer.formats.hf_files import CONFIG_JSON, TOKENIZER_JSON
+from tokenizer.formats.hostile import no_panics, refuse_far_ids
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -100,7 +101,11 @@ def opened(raw: dict[str, Any], where: object) -> Tokenizer:
     from tokenizers import Tokenizer
 
     try:
-        tokenizer = Tokenizer.from_str(json.dumps(raw, ensure_ascii=False))
+        with no_panics(where):
+            tokenizer = Tokenizer.from_str(json.dumps(raw, ensure_ascii=False))
+            tokenizer.encode(tiktoken_format.PROBE)  # some patterns only fail in use
+    except UserError:
+        raise
     except Exception as e:  # the binding raises a bare Exception
         raise UserError(f"{where}: tokenizers cannot read it ({e}); restore it from its source") from None
     tokenizer.encode_special_tokens = True
@@ -123,6 +128,12 @@ def open_hf(file: Path) -> Foreign:
             or "vocab" not in raw["model"]):
         raise UserError(f"{file}: has no model.vocab and added_tokens, "
                         f"so it is no tokenizer.json; pass {FORMS}")
+    try:
+        ids = list(ids_of(raw).values())
+    except (TypeError, ValueError, KeyError, AttributeError) as e:
+        raise UserError(f"{file}: model.vocab or added_tokens are not what they should be ({e!r}); "
+                        "restore it from its source") from None
+    refuse_far_ids(ids, file)
     if raw["model"].get("dropout"):
         raise UserError(f"{file}: model.dropout = {raw['model']['dropout']} makes encoding random; "
                         "set it to null")
@@ -154,7 +165,10 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def _content(token: Any) -> str | None:
     """Return a special token's text; transformers writes it as text or as an object."""
-    return token.get("content") if isinstance(token, dict) else token
+    text = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(text, str | None):
+        raise UserError(f"{CONFIG_JSON}: {text!r} is no special token; spell it as text")
+    return text
 
 
 def _template(config: dict[str, Any], file: Path) -> str | None:
@@ -163,7 +177,11 @@ def _template(config: dict[str, Any], file: Path) -> str | None:
         return file.read_text(encoding="utf-8")
     template = config.get("chat_template")
     if isinstance(template, list):
-        template = next((t["template"] for t in template if t.get("name") == "default"), None)
+        template = next((t.get("template") for t in template
+                         if isinstance(t, dict) and t.get("name") == "default"), None)
+    if not isinstance(template, str | None):
+        raise UserError(f"{file.with_name(CONFIG_JSON)}: chat_template is a {type(template).__name__}, "
+                        "must be text; correct it there")
     return template
 
 

@@ -16,12 +16,14 @@ from megatron_sov.byte_bpe import byte_characters, ranks, split_pattern
 from megatron_sov.errors import UserError
 from tokenizer.bpe.segmenting import merge_of
 from tokenizer.formats.hf_files import special_token
+from tokenizer.formats.hostile import ID_DIGITS, no_panics, refuse_far_ids
 from tokenizer.formats.regex_dialects import for_oniguruma
 
 if TYPE_CHECKING:
     import tiktoken
 
 NORMALIZATIONS = {"NFC", "NFD", "NFKC", "NFKD"}
+PROBE = "a b 1\n"
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,8 @@ def is_ranks_file(file: Path) -> bool:
 def _rank_line(line: bytes) -> tuple[bytes, int] | None:
     token, _, id_ = line.rstrip(b"\r\n").partition(b" ")
     try:
-        return (base64.b64decode(token, validate=True), int(id_)) if id_.isdigit() else None
+        is_id = id_.isdigit() and len(id_) <= ID_DIGITS
+        return (base64.b64decode(token, validate=True), int(id_)) if is_id else None
     except binascii.Error:
         return None
 
@@ -133,6 +136,7 @@ def read_ranks(file: Path) -> dict[bytes, int]:
                                 "restore the file from its source")
             found[token] = id_
             ids.add(id_)
+    refuse_far_ids(ids, file)
     if missing := [b for b in range(256) if bytes([b]) not in found]:
         raise UserError(f"{file}: byte 0x{missing[0]:02X} is no token, so text that holds it could not be "
                         "encoded; add all 256 bytes or take another tokenizer")
@@ -155,6 +159,8 @@ def read_rules(file: Path) -> Rules:
         raise UserError(f"{file}: is no JSON object with pat_str and special_tokens ({e})") from None
     if problem := rules.problem():
         raise UserError(f"{file}: {problem}")
+    if far := next((t for t, id_ in rules.special_tokens.items() if id_ >= 10**ID_DIGITS), None):
+        raise UserError(f"{file}: special_tokens[{far!r}] is no id that a tokenizer has; correct it")
     return rules
 
 
@@ -171,9 +177,15 @@ def encoding(found: dict[bytes, int], rules: Rules) -> tiktoken.Encoding:
         id_ = rules.special_tokens[taken]
         raise UserError(f"{rules.name}: special token {taken!r} has id {id_}, which is that of "
                         f"{by_id[id_]!r}; give it a free one")
+    refuse_far_ids([*found.values(), *rules.special_tokens.values()], rules.name)
+    if not rules.pat_str:
+        raise UserError(f"{rules.name}: pat_str is empty, and would split text nowhere; name the pattern")
     try:
-        return tiktoken.Encoding(rules.name, pat_str=rules.pat_str, mergeable_ranks=found,
-                                 special_tokens=rules.special_tokens)
+        with no_panics(rules.name):
+            made = tiktoken.Encoding(rules.name, pat_str=rules.pat_str, mergeable_ranks=found,
+                                     special_tokens=rules.special_tokens)
+            made.encode_ordinary(PROBE)  # some patterns only fail in use
+        return made
     except ValueError as e:
         raise UserError(f"{rules.name}: pat_str {rules.pat_str!r} is no regular expression ({e})") from None
 
