@@ -90,7 +90,7 @@ def run_command(argv: list[str], began_s: float) -> int:
         argv: its name and arguments.
         began_s: Unix time at which it began; commands find it in their arguments.
     """
-    if not argv or argv[0] in ("-h", "--help"):
+    if not argv or argv[0] in ("-h", "--help", "help"):
         build_parser([d for d in declared(GROUP) if d.name not in COMMANDS]).print_help()
         return ExitCode.OK if argv else ExitCode.USER_ERROR
     name, *rest = argv

@@ -67,8 +67,9 @@ def test_every_command_explains_itself_without_torch(command: str) -> None:
     assert cli.COMMANDS[command].help in " ".join(done.stdout.split())
 
 
-def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["--help"]) == 0
+@pytest.mark.parametrize("asked", ["--help", "-h", "help"])
+def test_help_lists_every_command(asked: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([asked]) == 0
     printed = capsys.readouterr().out
     for name, command in cli.COMMANDS.items():
         assert f"  {name}" in printed

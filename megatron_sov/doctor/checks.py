@@ -146,7 +146,7 @@ def transformer_engine_checks() -> Iterator[Check]:
     """Transformer Engine, by importing it."""
     if importlib.util.find_spec("transformer_engine") is None:
         yield Check("Transformer Engine", "missing",
-                    "is not installed; FP8 and fused GPU kernels need it", TE_COMMAND)
+                    "is not installed; fused GPU kernels need it", TE_COMMAND)
         return
     try:
         importlib.import_module("transformer_engine.pytorch")
