@@ -7,7 +7,8 @@ from megatron_sov.errors import ExitCode, list_problems, nearest
 
 def test_exit_codes_stay_what_scripts_know() -> None:
     assert {code.name: int(code) for code in ExitCode} == {
-        "OK": 0, "CRASH": 1, "USER_ERROR": 2, "GATE_FAILED": 3, "STOPPED": 75, "HANG": 76, "CORRUPTION": 77}
+        "OK": 0, "CRASH": 1, "USER_ERROR": 2, "GATE_FAILED": 3, "STOPPED": 75, "HANG": 76, "CORRUPTION": 77,
+        "INTERRUPTED": 130}
     assert f"exit {ExitCode.STOPPED}" == "exit 75", "job scripts read it as a number"
 
 

@@ -82,8 +82,7 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
             index = {"metadata": {"total_size": size_bytes}, "weight_map": dict(sorted(weight_map.items()))}
             atomic_write(artifact.path / INDEX, to_json(index))
         atomic_write(artifact.path / CONFIG, to_json(config))
-        carry(checkpoint / "tokenizer", artifact.path,
-              with_turn_ends(checkpoint / "tokenizer", tokens))
+        carry(checkpoint / "tokenizer", artifact.path, with_turn_ends(checkpoint / "tokenizer", tokens))
         artifact.writer.add_input(checkpoint)
         artifact.writer.content = {
             "family": source.model.family, "num_tensors": len(specs), "dtype": config["dtype"],

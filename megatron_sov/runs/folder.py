@@ -19,6 +19,8 @@ from megatron_sov.runs.lock import LOCK, living_holder
 
 CONFIG, COMPLETION, FAILURE, STAGES, JOBS = ("config.json", "complete.json", "gate_failed.json",
                                              "stages", "slurm")
+FAULTS = "faults"
+"""Which faults have come on purpose, one file each; one may come before there is a run."""
 EXPORTS, EVALUATIONS = "exports", "evaluations"
 """Hugging Face folders of checkpoints, and the figures measured on them, beside training."""
 OPTIM = tuple(f.name for f in dataclasses.fields(OptimConfig) if f.name != "rewarm")
@@ -101,7 +103,7 @@ class RunFolder:
             raise UserError(f"{nearest}: cannot be written; choose another --run")
         earlier = self.config()
         if earlier is None:
-            expected = (LOCK, STAGES, JOBS)
+            expected = (LOCK, STAGES, JOBS, FAULTS)
             if self.path.is_dir() and any(not p.name.startswith(".") and p.name not in expected
                                           for p in self.path.iterdir()):
                 raise UserError(f"{self.path}: is not empty and holds no run; choose another --run")

@@ -27,7 +27,7 @@ from megatron_sov.data.vocabulary import refuse_other_tokens
 from megatron_sov.errors import ExitCode, GateFailed, StopRequested, UserError
 from megatron_sov.mcore.parallel import determinism, world
 from megatron_sov.mcore.parallel.world import on_main
-from megatron_sov.obs.events import EVENTS, EventLog
+from megatron_sov.obs.events import EVENTS
 from megatron_sov.obs.warning import warn
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.append import RunEvents
@@ -166,6 +166,8 @@ class _Begin:
     """Whether the folder may hold the run already."""
     declared: mmap.mmap = field(default_factory=lambda: mmap.mmap(-1, 1))
     """One byte that the ranks share with this process: 1 once the folder holds this run."""
+    restarts: list[dict[str, Any]] = field(default_factory=list)
+    """Events of those that came before the folder held the run; whoever opens its records writes them."""
 
 
 def _note_restart(folder: RunFolder, begin: _Begin, code: int, cause: str) -> None:
@@ -173,12 +175,13 @@ def _note_restart(folder: RunFolder, begin: _Begin, code: int, cause: str) -> No
     begin.time_s, begin.goes_on = time.time(), True
     newest = checkpoints.latest(folder.checkpoints)
     text = f"{cause}; all processes are started again, from {newest.name if newest else 'the beginning'}"
+    warn(text)
+    event = {"step": checkpoints.step_of(newest) if newest else 0, "exit_code": code, "text": text}
     if not (folder.path / EVENTS).is_file():  # it ended before the run had begun
-        warn(text)
+        begin.restarts.append(event)
         return
-    events = EventLog(folder.path / EVENTS)
-    warn(text, events.write, "restart", step=checkpoints.step_of(newest) if newest else 0, exit_code=code)
-    events.close()
+    begin.restarts.clear()
+    RunEvents(folder.path).add("restart", **event)
 
 
 def _note_giving_up(stage: Stage, code: int, cause: str) -> None:
@@ -268,6 +271,8 @@ def _open(stage: Stage, trainer: Trainer | None, begin: _Begin) -> None:
     begin.declared[0] = 1
     if trainer is not None:
         trainer.open_records()
+        for restart in begin.restarts:
+            trainer.events.write("restart", **restart)
 
 
 def _finish(stage: Stage, trainer: Trainer) -> None:

@@ -21,8 +21,8 @@ from pathlib import Path
 from megatron_sov.errors import UserError, nearest
 from megatron_sov.obs.events import EventLog
 from megatron_sov.obs.warning import warn
+from megatron_sov.runs.folder import FAULTS
 
-FOLDER = "faults"
 STATES: dict[str, tuple[str, ...]] = {
     "kill": ("start", "load", "step", "save"), "raise": ("start", "load", "step", "save"), "hang": ("step",),
     "nan": ("step",), "spike": ("step",), "bitflip": ("step",), "miscompute": ("step",),
@@ -112,7 +112,7 @@ def _parse_one(text: str) -> Fault:
 
 def not_come(faults: Sequence[Fault], run: Path) -> list[Fault]:
     """Return the faults that have not come in the life of a run folder."""
-    return [fault for fault in faults if not _file(fault, run / FOLDER).is_file()]
+    return [fault for fault in faults if not _file(fault, run / FAULTS).is_file()]
 
 
 def _file(fault: Fault, folder: Path) -> Path:
@@ -135,7 +135,7 @@ class Faults:
     def __init__(self, faults: Sequence[Fault], run: Path, rank: int) -> None:
         self._faults = faults
         self._rank = rank
-        self._folder = run / FOLDER
+        self._folder = run / FAULTS
         self._told: set[str] = set()
 
     def due(self, kind: str, state: str, step: int) -> Fault | None:
