@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Never
 
 import numpy as np
+from tqdm import tqdm
 
 from megatron_sov.artifacts import read_manifest
+from megatron_sov.data.order import Sample
 from megatron_sov.data.rows import Row, heldout_samples, sample_row
 from megatron_sov.data.token_bytes import token_bytes
 from megatron_sov.data.token_shards import Source, open_sources, tokenizer_folder
@@ -37,10 +40,14 @@ class HeldoutData:
         """Return the sources that hold documents out, with their index."""
         return [(i, s) for i, s in enumerate(self.sources) if s.num_tokens.get("heldout", 0) > 1]
 
+    def samples(self, index: int) -> Iterable[Sample]:
+        """Return what the rows of one source are made of."""
+        return heldout_samples(self.sources[index].shard("heldout"), index, self.seq_len, self.max_tokens)
+
     def rows(self, index: int) -> Iterator[Row]:
         """Yield the rows of one source."""
         shard = self.sources[index].shard("heldout")
-        for sample in heldout_samples(shard, index, self.seq_len, self.max_tokens):
+        for sample in self.samples(index):
             yield sample_row(sample, shard, self.seq_len)
 
     def bytes_of_token(self, vocab_size: int) -> np.ndarray | None:
@@ -77,6 +84,11 @@ def open_heldout(paths: dict[str, float], seq_len: int, max_tokens: int, *,
     return data
 
 
+def judging(num_rows: int, shows: bool = True) -> tqdm[Never]:
+    """Return a bar over rows, which a terminal sees once the work takes longer than a moment."""
+    return tqdm(total=num_rows, desc="judging", unit="row", delay=2, disable=None if shows else True)
+
+
 def evaluate_rows(data: HeldoutData, losses_of: Callable[[Row], np.ndarray]) -> dict[str, HeldoutLoss]:
     """Return the result on every source that has held-out targets.
 
@@ -86,14 +98,16 @@ def evaluate_rows(data: HeldoutData, losses_of: Callable[[Row], np.ndarray]) -> 
     """
     results = {}
     sizes = data.bytes_of_token(data.vocab_size)
-    for index, source in data.judged():
-        nats, tokens, size_bytes = 0.0, 0, 0
-        for row in data.rows(index):
-            counted = row.weights > 0
-            nats += float(losses_of(row)[counted].sum(dtype=np.float64))
-            tokens += int(counted.sum())
-            size_bytes += int(sizes[row.labels[counted]].sum()) if sizes is not None else 0
-        if tokens:
-            bits_per_byte = nats / math.log(2) / size_bytes if size_bytes else math.nan
-            results[source.name] = HeldoutLoss(nats / tokens, bits_per_byte, tokens)
+    with judging(sum(1 for index, _ in data.judged() for _ in data.samples(index))) as bar:
+        for index, source in data.judged():
+            nats, tokens, size_bytes = 0.0, 0, 0
+            for row in data.rows(index):
+                counted = row.weights > 0
+                nats += float(losses_of(row)[counted].sum(dtype=np.float64))
+                tokens += int(counted.sum())
+                size_bytes += int(sizes[row.labels[counted]].sum()) if sizes is not None else 0
+                bar.update()
+            if tokens:
+                bits_per_byte = nats / math.log(2) / size_bytes if size_bytes else math.nan
+                results[source.name] = HeldoutLoss(nats / tokens, bits_per_byte, tokens)
     return results

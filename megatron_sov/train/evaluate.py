@@ -77,17 +77,28 @@ class HeldoutEvaluator:
         first = world.dp_rank * self._rows_per_batch
         return [join_rows(rows[i:i + self._rows_per_batch]) for i in range(first, len(rows), per_round)]
 
-    def run(self, policy: ForwardModel,
-            around: Around = lambda source, action: action()) -> dict[str, HeldoutLoss]:
+    @property
+    def num_micro_batches(self) -> int:
+        """Those of this process, of all sources."""
+        return sum(map(len, self._batches.values()))
+
+    def run(self, policy: ForwardModel, around: Around = lambda source, action: action(),
+            done: Callable[[], object] = lambda: None) -> dict[str, HeldoutLoss]:
         """Return the result of every source that has held-out targets; called by all processes together.
 
         Args:
             around: does the forward passes of a source, and may look at the model meanwhile.
+            done: called on the last pipeline stage after each micro-batch.
         """
+        def sums_of(hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> torch.Tensor:
+            sums = self._sums(hidden, head, batch)
+            done()
+            return sums
+
         results = {}
         for name, rows in self._batches.items():
             micro_batches = [from_row(r) for r in rows]
-            sums = around(name, partial(policy.map, micro_batches, self._sums))
+            sums = around(name, partial(policy.map, micro_batches, sums_of))
             local = torch.stack(sums).sum(0) if sums else torch.zeros(len(SUMS), dtype=torch.float64)
             total = unpack(collectives.broadcast_from_last_stage(collectives.all_reduce_dp(local.cpu())),
                            SUMS)

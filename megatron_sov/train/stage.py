@@ -23,7 +23,7 @@ from megatron_sov.config.schedules import changed_schedule
 from megatron_sov.data.ledger import LedgerEntry, plan
 from megatron_sov.data.token_shards import Source, open_sources, tokenizer_folder
 from megatron_sov.data.views import with_views
-from megatron_sov.data.vocabulary import refuse_other_tokens
+from megatron_sov.data.vocabulary import read_vocabulary, refuse_other_tokens
 from megatron_sov.errors import ExitCode, GateFailed, StopRequested, UserError
 from megatron_sov.mcore.parallel import determinism, world
 from megatron_sov.mcore.parallel.world import on_main
@@ -145,6 +145,9 @@ def _open_data(stage: Stage) -> _Data:
     if chats and stage.config.objective.name == "lm" and is_first():
         warn(f"{', '.join(chats)}: holds conversations, of which the answers alone are learned; "
              "`megatron-sov sft` is made for them")
+    tokenizer = tokenizer_folder(list(packed))
+    if tokenizer is not None:
+        read_vocabulary(tokenizer)  # a damaged one would be met only at the first evaluation, steps later
     sources = [*with_views(stage.config, list(packed)), *stage.extra_sources]
     return _Data(sources, plan(stage.config, sources))
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from megatron_sov.artifacts import atomic_write, to_json
@@ -16,6 +19,7 @@ from megatron_sov.obs.events import EVENTS, EventLog, read_events
 prepare_megatron()
 
 from megatron_sov.data.token_shards import open_sources  # noqa: E402
+from megatron_sov.eval import heldout  # noqa: E402
 from megatron_sov.eval.bigram import evaluate_bigram  # noqa: E402
 from megatron_sov.eval.heldout import open_heldout  # noqa: E402
 
@@ -84,3 +88,20 @@ def test_figures_go_into_the_events_of_a_run(one_rank: None, imported: dict[str,
     assert (baseline["event"], baseline["bigram"]) == ("baseline", cut)
     assert (checkpoint["event"], checkpoint["step"], checkpoint["heldout"]) == ("eval", 0, ours)
     assert (export["event"], export["step"], export["heldout"]) == ("eval", 41, theirs)
+
+
+def test_who_waits_is_told_of_every_row(token_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = open_heldout({str(token_shards): 1.0}, 100, 1500)
+    shown: list[int] = []
+
+    class Bar(heldout.tqdm):  # type: ignore[name-defined, misc]
+        def __init__(self, **settings: Any) -> None:
+            super().__init__(**settings | {"disable": False, "file": io.StringIO()})
+
+        def close(self) -> None:
+            shown[:] = [self.n, self.total]
+
+    monkeypatch.setattr(heldout, "tqdm", Bar)
+    heldout.evaluate_rows(data, lambda row: np.ones(len(row.tokens)))
+    num_rows = sum(len(list(data.rows(index))) for index, _ in data.judged())
+    assert shown == [num_rows, num_rows] and num_rows > 10
