@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Mapping
 from types import ModuleType
 
 from megatron_sov.errors import ExitCode, GateFailed, StopRequested, UserError
 from megatron_sov.version import __version__
+
+MAX_PATH_CHARS = 300
+"""Of a path that is shown; the longest that a disk takes are longer than a screen."""
 
 
 def version_of(program: str) -> str:
@@ -48,3 +52,10 @@ def exit_code(action: Callable[[], int]) -> int:
         return ExitCode.CRASH
     except BrokenPipeError:
         return ExitCode.OK
+    except OSError as e:
+        if e.filename is None:  # not about a file that somebody named: a defect
+            raise
+        path = os.fsdecode(e.filename)[:MAX_PATH_CHARS]
+        print(f"error: {path}: cannot be used ({e.strerror or e}); look at the path, its permissions and its "
+              "disk", file=sys.stderr)
+        return ExitCode.USER_ERROR

@@ -93,7 +93,7 @@ class Worker:
             timeout_s: when it is killed.
             file_limit_bytes: how large its files may be; None: as large as they will.
             without: variables that it does not have.
-            asked: `jobs`, a file with jobs, or `argv`, the arguments of a command.
+            asked: `jobs`, a file with jobs, or `program` and `argv`, a command and its arguments.
         """
         assert self._process.stdin is not None and self._process.stdout is not None
         self._asked += 1
@@ -142,13 +142,15 @@ def ranks(tmp_path: Path, worker: Worker) -> Ranks:
 
 @pytest.fixture(scope="session")
 def run_command(worker: Worker) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Return `run_command(*argv, file_limit_bytes=None)`: `megatron-sov ARGV` in a process that is no rank.
+    """Return `run_command(*argv, program="megatron-sov", file_limit_bytes=None, timeout_s=300)`: a command
+    in a process that is no rank.
 
     It is a fork of one that has imported megatron: what a user waits for at the start, tests do not wait for.
     """
 
-    def run(*argv: str, file_limit_bytes: int | None = None) -> subprocess.CompletedProcess[str]:
-        return worker.run(300, file_limit_bytes, NO_RANK, argv=argv)
+    def run(*argv: str, program: str = "megatron-sov", file_limit_bytes: int | None = None,
+            timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
+        return worker.run(timeout_s, file_limit_bytes, NO_RANK, program=program, argv=argv)
 
     return run
 

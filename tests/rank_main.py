@@ -20,9 +20,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_sov import cli
+import data_prep.cli
+import megatron_sov.cli
+import tokenizer.cli
 from megatron_sov.mcore.parallel import world
 from megatron_sov.runs.parent_death import die_with_parent
+
+PROGRAMS: dict[str, Callable[[], int]] = {
+    "megatron-sov": megatron_sov.cli.main, "sov-data": data_prep.cli.main,
+    "sov-tokenizer": tokenizer.cli.main}
 
 
 def _function(file: str, name: str) -> Any:
@@ -52,11 +58,11 @@ def run_jobs(jobs_file: Path) -> int:
     return 0
 
 
-def run_command(argv: list[str]) -> int:
-    """Run `megatron-sov ARGV` as its own process would."""
-    sys.argv = ["megatron-sov", *argv]
+def run_command(program: str, argv: list[str]) -> int:
+    """Run `PROGRAM ARGV` as its own process would."""
+    sys.argv = [program, *argv]
     try:
-        return cli.main()
+        return PROGRAMS[program]()
     except SystemExit as e:
         if isinstance(e.code, str):
             print(e.code, file=sys.stderr)
@@ -86,7 +92,8 @@ def fork(asked: dict[str, Any]) -> int:
     code = 1
     try:
         be_fresh(asked, parent)
-        code = run_command(asked["argv"]) if "argv" in asked else run_jobs(Path(asked["jobs"]))
+        code = (run_command(asked["program"], asked["argv"]) if "argv" in asked
+                else run_jobs(Path(asked["jobs"])))
     except BaseException:
         traceback.print_exc()
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,8 @@ def test_every_program_tells_its_version(program: str) -> None:
 @pytest.mark.parametrize(("outcome", "code", "said"), [
     (7, 7, ""), (UserError("a: is b"), 2, "error: a: is b\n"), (GateFailed("too low"), 3, "gate: too low\n"),
     (StopRequested("saved"), 75, "stopped: saved\n"), (BrokenPipeError(), 0, ""),
+    (OSError(36, "File name too long", "x" * 9999), 2, f"error: {'x' * 300}: cannot be used (File name too "
+     "long); look at the path, its permissions and its disk\n"),
 ])
 def test_what_a_user_can_mend_is_one_message_and_a_code(
     outcome: int | Exception, code: int, said: str, capsys: pytest.CaptureFixture[str],
@@ -41,3 +44,5 @@ def test_what_a_user_can_mend_is_one_message_and_a_code(
 def test_a_defect_keeps_its_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
         exit_code(lambda: 1 // 0)
+    with pytest.raises(OSError):
+        exit_code(lambda: os.close(10 ** 6))  # type: ignore[func-returns-value]

@@ -128,6 +128,10 @@ class TokenShard:
 
     def _range(self, document: int, start: int, count: int) -> slice:
         first = int(self.pointers[document]) // self.dtype.itemsize + start
+        if not 0 <= first <= first + count <= len(self._tokens):  # a slice beyond the end would be short
+            raise UserError(f"{self._file('.idx')}: document {document} has {self.lengths[document]} tokens "
+                            f"from byte {self.pointers[document]}, and the shard ends before; `sov-data "
+                            "verify` names what is damaged, pack the data again")
         return slice(first, first + count)
 
 

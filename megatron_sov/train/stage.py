@@ -147,7 +147,10 @@ def _open_data(stage: Stage) -> _Data:
              "`megatron-sov sft` is made for them")
     tokenizer = tokenizer_folder(list(packed))
     if tokenizer is not None:
-        read_vocabulary(tokenizer)  # a damaged one would be met only at the first evaluation, steps later
+        read_vocabulary(tokenizer)  # what is damaged would else be met at the first evaluation, steps later
+    for source in packed:
+        if source.num_tokens.get("heldout"):
+            source.shard("heldout")
     sources = [*with_views(stage.config, list(packed)), *stage.extra_sources]
     return _Data(sources, plan(stage.config, sources))
 

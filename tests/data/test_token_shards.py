@@ -91,6 +91,16 @@ def test_a_damaged_shard_is_refused(tmp_path: Path, suffix: str, damage, said: s
         TokenShard(tmp_path / "a")
 
 
+def test_a_document_beyond_the_end_is_refused_when_it_is_read(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a", [[1, 2], [3, 4, 5]])
+    content = bytearray((tmp_path / "a.idx").read_bytes())
+    content[34:38] = np.int32(9).tobytes()  # the length of the first document, which ends within the second
+    (tmp_path / "a.idx").write_bytes(content)
+    shard = TokenShard(tmp_path / "a")
+    with pytest.raises(UserError, match=r"a\.idx: document 0 has 9 tokens from byte 0, and"):
+        shard.tokens(0, 0, 9)
+
+
 def artifact(path: Path, names: dict[str, int], *, tokenizer: str = "t" * 64, vocab_size: int = 50,
              format_: str = "text") -> str:
     """An artifact with a training split of so many documents of two tokens for each source."""

@@ -95,10 +95,11 @@ def from_sentencepiece(proto: Any, name: str) -> dict[str, Any]:
         trainer.model_type == BPE
         and any(p.type == UNUSED for p in proto.pieces): "it is BPE with unused pieces, cut again",
     }
-    if reason := reasons.get(True):
+    unknown = [p.piece for p in proto.pieces if p.type == UNKNOWN]
+    if reason := reasons.get(True, "" if unknown else "none of its pieces is the unknown one, so it is empty "
+                                                      "or damaged"):
         raise UserError(f"{name}: {reason}")
     pieces = [p.piece for p in proto.pieces]
-    unknown = [p.piece for p in proto.pieces if p.type == UNKNOWN]
     users = sorted((p.piece for p in proto.pieces if p.type == USER_DEFINED), key=lambda p: (-len(p), p))
     model = _bpe(proto, name, unknown[0], bool(users)) if trainer.model_type == BPE \
         else _unigram(proto, name, pieces.index(unknown[0]))

@@ -233,6 +233,12 @@ def test_models_that_have_no_form_are_refused(tmp_path: Path, capsys: pytest.Cap
     assert [p.name for p in tmp_path.iterdir()] == ["bad.model"]
 
 
+def test_an_empty_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.model").write_bytes(b"")
+    assert main(["import", str(tmp_path / "a.model"), "--output", str(tmp_path / "out")]) == 2
+    assert "none of its pieces is the unknown one, so it is empty or damaged" in capsys.readouterr().err
+
+
 def test_mistakes_cost_one_sentence(trained: Path, tmp_path: Path,
                                     capsys: pytest.CaptureFixture[str]) -> None:
     ranks = ranks_text(learned_ranks())
