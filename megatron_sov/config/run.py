@@ -147,8 +147,8 @@ class RunConfig:
         """Check the steps that follow from the token budgets."""
         steps = self.num_steps()
         return [] if steps <= MAX_STEPS else [
-            f"the token budgets make {steps:,} steps, which must be at most {MAX_STEPS:,}; ask for fewer tokens, "
-            "or larger batches"]
+            f"the token budgets make {steps:,} steps, which must be at most {MAX_STEPS:,}; "
+            "ask for fewer tokens, or larger batches"]
 
     def check(self, num_ranks: int = 1) -> None:
         """Raise `UserError` listing every problem, if there is any."""

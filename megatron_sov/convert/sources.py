@@ -15,12 +15,18 @@ import torch
 
 from megatron_sov import models
 from megatron_sov.artifacts import MANIFEST, damaged_files, read_manifest
-from megatron_sov.config import ModelConfig, from_dict
+from megatron_sov.config import ModelConfig
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.checkpoint.safetensors_file import TensorFile
 from megatron_sov.mcore.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.models.weights import Link
-from megatron_sov.runs.checkpoints import CHECKPOINTS_OF_A_RUN, KIND, find_checkpoint, instead_of
+from megatron_sov.runs.checkpoints import (
+    CHECKPOINTS_OF_A_RUN,
+    KIND,
+    find_checkpoint,
+    instead_of,
+    settings_of,
+)
 
 CONFIG, SINGLE_FILE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PART = "model"
@@ -150,8 +156,7 @@ class CheckpointWeights:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        manifest = read_manifest(path, "checkpoint")
-        settings = from_dict(manifest.settings)
+        settings = settings_of(path)
         self.model = settings.model
         self.links = models.get(self.model.family, settings.code).links(self.model)
         self._reader = TensorReader(path, PART)

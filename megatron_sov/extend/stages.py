@@ -74,9 +74,9 @@ def _refuse_shorter(where: str, new_tokens: int, start: Target) -> None:
     """Raise `UserError` where an extension is shorter than what the start was trained on, which an imported
     model does not tell."""
     if start.config is not None and new_tokens < start.trained_tokens:
-        raise UserError(f"{where}: seq_len = {new_tokens} is shorter than the {start.trained_tokens} tokens that "
-                        f"{start.path} was trained on; extend to at least those, or train on at that length with "
-                        "`megatron-sov pretrain --from`")
+        raise UserError(f"{where}: seq_len = {new_tokens} is shorter than the {start.trained_tokens} tokens "
+                        f"that {start.path} was trained on; extend to at least those, or train on at that "
+                        "length with `megatron-sov pretrain --from`")
 
 
 def _as_set(request: Request, trained_tokens: int, wanted: RunConfig, nproc: int | None) -> RunConfig:

@@ -14,6 +14,7 @@ import shutil
 from pathlib import Path
 
 from megatron_sov.artifacts import MANIFEST, disk_errors, file_damage, fsync_path, read_manifest
+from megatron_sov.config import RunConfig, from_dict
 from megatron_sov.errors import UserError
 
 KIND = "checkpoint"
@@ -89,6 +90,24 @@ def find_checkpoint(path: Path) -> Path:
     if problem is not None:
         raise UserError(f"{problem}; {instead_of(newest)}")
     return newest
+
+
+def settings_of(path: Path) -> RunConfig:
+    """Return the settings that a checkpoint was written with, whose model is sound.
+
+    Raises:
+        UserError: its manifest is damaged, or holds no settings of a run.
+    """
+    raw = read_manifest(path, KIND).settings
+    try:
+        settings = from_dict(raw)
+        problems = settings.model.problems()
+    except UserError as e:
+        problems = [" ".join(str(e).split())]
+    if problems:
+        raise UserError(f"{path / MANIFEST}: its settings cannot be used ({'; '.join(problems)}); "
+                        f"{instead_of(path)}")
+    return settings
 
 
 def manifest_damage(path: Path) -> str | None:

@@ -8,11 +8,11 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_sov.artifacts import MANIFEST, read_manifest
-from megatron_sov.config import ModelConfig, RunConfig, data_paths, from_dict
+from megatron_sov.artifacts import MANIFEST
+from megatron_sov.config import ModelConfig, RunConfig, data_paths
 from megatron_sov.errors import UserError
 from megatron_sov.recipes.requested import BuiltIn, Request, add_recipe_arguments, training_request
-from megatron_sov.runs.checkpoints import KIND, find_checkpoint
+from megatron_sov.runs.checkpoints import find_checkpoint, settings_of
 from megatron_sov.runs.launch_environment import num_ranks
 from megatron_sov.train.guards.fault_injection import STATES, Fault, parse
 
@@ -90,8 +90,7 @@ def _model_of(start_from: Path, asked: Request) -> ModelConfig:
     start = find_start(start_from)
     from megatron_sov import convert
 
-    model = convert.open_weights(start).model if convert.is_hf_folder(start) else from_dict(
-        read_manifest(start, KIND).settings).model
+    model = convert.open_weights(start).model if convert.is_hf_folder(start) else settings_of(start).model
     family = next((value.strip('"') for key, _, value in (s.partition("=") for s in reversed(asked.settings))
                    if key == "model.family"), asked.base.model.family)
     if model.family != family:
