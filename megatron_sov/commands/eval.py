@@ -9,10 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_sov.artifacts import check_output, to_json, write_output
+from megatron_sov.artifacts import to_json, write_output
 from megatron_sov.commands.eval_needle import add_needle_arguments, suite_of
 from megatron_sov.config import data_paths
 from megatron_sov.errors import ExitCode, UserError
+from megatron_sov.outputs import check_output
 from megatron_sov.runs.append import RunEvents
 
 if TYPE_CHECKING:
