@@ -138,10 +138,9 @@ def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_wrong_argument_ends_with_2(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as e:
-        cli.main(["doctor", "--jsno"])
-    assert e.value.code == 2
-    assert "--jsno" in capsys.readouterr().err
+    assert cli.main(["doctor", "--jsno"]) == 2
+    assert capsys.readouterr().err == ("error: megatron-sov doctor: --jsno: nothing takes this; did you mean "
+                                       "'--json'? (--help lists what it takes)\n")
 
 
 @pytest.mark.parametrize(("command", "first"),
