@@ -23,7 +23,7 @@ from typing import Any
 
 import psutil
 
-from megatron_sov.errors import UserError
+from megatron_sov.errors import UserError, download
 from megatron_sov.outputs import behind_links, refuse_nowhere
 
 MANIFEST = "manifest.json"
@@ -291,7 +291,8 @@ def read_manifest(path: str | Path, kind: str | None = None) -> Manifest:
     except (FileNotFoundError, NotADirectoryError):
         wanted = f"a '{kind}' artifact" if kind else "an artifact"
         if not Path(path).exists():
-            raise UserError(f"{path}: does not exist, so it is not {wanted}; check the path") from None
+            raise UserError(f"{path}: does not exist, so it is not {wanted}; check the path"
+                            f"{download(path)}") from None
         raise UserError(f"{path}: has no {MANIFEST}, so it is not {wanted}; "
                         f"pass the folder that {MADE_BY.get(kind or '', 'the earlier step')} wrote") from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as e:

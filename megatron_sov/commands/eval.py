@@ -15,6 +15,7 @@ from megatron_sov.config import data_paths
 from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.outputs import check_output
 from megatron_sov.runs.append import RunEvents
+from megatron_sov.runs.checkpoints import refuse_missing
 
 if TYPE_CHECKING:
     from megatron_sov.generate.target import Target
@@ -85,6 +86,9 @@ def run(args: argparse.Namespace) -> int:
     events = RunEvents(args.run)
     if getattr(args, "out", None) is not None:
         check_output("--out", args.out)
+    for name in ("target", "checkpoint", "hf_dir"):
+        if (model := getattr(args, name, None)) is not None:
+            refuse_missing(model)
     from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()

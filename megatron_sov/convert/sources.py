@@ -25,6 +25,7 @@ from megatron_sov.runs.checkpoints import (
     KIND,
     find_checkpoint,
     instead_of,
+    refuse_missing,
     settings_of,
 )
 
@@ -60,6 +61,7 @@ def open_weights(path: str | Path) -> Weights:
     Raises:
         UserError: it is none of them, or its tensors are not exactly those of its model.
     """
+    refuse_missing(Path(path))
     path = newest_of_run(Path(path))
     if (path / CONFIG).is_file():
         return HfWeights(path)
@@ -132,7 +134,7 @@ class HfWeights:
             raise UserError(f"{path}: {e}") from None
         self.links = family.links(self.model)
         self._shapes = {name: shape for link in self.links for name, shape in link.hf_shapes().items()}
-        check_exact(path, shapes, self._shapes, "compare config.json with the files, or save the model again")
+        check_exact(path, shapes, self._shapes, f"compare {CONFIG} with the files, or {DAMAGED_HF}")
 
     def names(self) -> list[str]:
         """Return the names in the order of the weight map."""

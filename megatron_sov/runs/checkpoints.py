@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megatron_sov.artifacts import MANIFEST, disk_errors, file_damage, fsync_path, read_manifest
 from megatron_sov.config import RunConfig, from_dict
-from megatron_sov.errors import UserError
+from megatron_sov.errors import UserError, download
 
 KIND = "checkpoint"
 CHECKPOINTS_OF_A_RUN = "checkpoints"
@@ -72,6 +72,14 @@ def step_of(checkpoint: Path) -> int:
 
 def _steps(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(p.name[5:]), p) for p in folder.glob("step-*") if p.name[5:].isdigit())
+
+
+def refuse_missing(path: Path, option: str = "") -> None:
+    """Raise `UserError` where no model can lie, since there is no folder: what can be known before torch."""
+    if not path.is_dir():
+        what = "is no folder" if path.exists() else "does not exist"
+        raise UserError(f"{option}{path}: {what}; pass a checkpoint, a run or a Hugging Face "
+                        f"folder{download(path)}")
 
 
 def find_checkpoint(path: Path) -> Path:
