@@ -56,7 +56,7 @@ def test_without_the_two_dashes_torchrun_takes_our_option_for_its_own(
         capsys: pytest.CaptureFixture[str]) -> None:
     (said,) = re.findall(r"ends with `([^`]*)`", PAGE)
     with pytest.raises(SystemExit):
-        torchrun.parse_args("--nproc-per-node 2 -m megatron_sov pretrain --run r".split())
+        torchrun.parse_args(["--nproc-per-node", "2", "-m", "megatron_sov", "pretrain", "--run", "r"])
     assert said in capsys.readouterr().err
 
 
