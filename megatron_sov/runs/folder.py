@@ -99,7 +99,8 @@ class RunFolder:
         nearest = next(p for p in (self.path.absolute(), *self.path.absolute().parents) if p.exists())
         if not nearest.is_dir():
             raise UserError(f"{nearest}: is a file; --run needs a folder")
-        refuse_unwritable(nearest, f"--run {self.path}")
+        if is_first():  # thousands need not try it at once
+            refuse_unwritable(nearest, f"--run {self.path}")
         earlier = self.config()
         if earlier is None:
             expected = (LOCK, STAGES, JOBS, FAULTS)
