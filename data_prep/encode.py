@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from data_prep.fast_bpe import FastBpe, load_fast
-from megatron_sov.artifacts import damaged_files, read_manifest
+from megatron_sov.artifacts import MANIFEST, damaged_files, read_manifest
 from megatron_sov.chat.encode import TYPE_PROMPT, TYPE_RESPONSE, ChatEncoder
 from megatron_sov.chat.template import ChatTemplate
 from megatron_sov.documents import Document
@@ -19,6 +20,9 @@ from megatron_sov.documents.records import Messages
 from megatron_sov.errors import UserError
 
 TOKENIZER_JSON, CONFIG_JSON = "tokenizer.json", "tokenizer_config.json"
+SUFFIXES = (".json", ".tiktoken", ".model")
+FOREIGN = (TOKENIZER_JSON, "*.tiktoken", "*.model")
+"""What tokenizers of others consist of, which `sov-tokenizer import` reads."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class Encoder:
         Raises:
             UserError: there is none, its files are damaged, or it has no token that the settings ask for.
         """
+        _refuse_foreign(folder)
         manifest = read_manifest(folder, "tokenizer")
         if problems := damaged_files(folder):
             raise UserError(f"{problems[0]}; train the tokenizer again or restore it from a copy")
@@ -143,6 +148,23 @@ class Encoder:
     def decode(self, ids: list[int]) -> str:
         """Return text with special tokens spelled out."""
         return self._with_special.decode(ids, skip_special_tokens=False)
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Raise `UserError` with the command to type where a tokenizer lies that is no artifact yet.
+
+    That it gives the same ids here is proven when it is taken over, once and not at every use.
+    """
+    if (path / MANIFEST).is_file() and read_manifest(path).kind == "tokenizer":
+        return
+    holds = (place for place in (path, path / "tokenizer") if any(
+        True for pattern in FOREIGN for _ in place.glob(pattern)))
+    foreign = path if path.is_file() and path.suffix in SUFFIXES else next(holds, None)
+    if foreign is None:
+        return
+    output = shlex.quote(f"{path.stem if path.is_file() else path.resolve().name}-tokenizer")
+    raise UserError(f"--tokenizer {path}: holds a tokenizer that is not taken over yet; run `sov-tokenizer "
+                    f"import {shlex.quote(str(foreign))} --output {output}`, and pass --tokenizer {output}")
 
 
 def _flat(sequences: list[list[int]], num_tokens: int) -> NDArray[np.int32]:

@@ -19,7 +19,7 @@ from data_prep.encode import CONFIG_JSON, TOKENIZER_JSON
 from data_prep.overlap import refuse_overlap
 from data_prep.splits import TRAIN
 from data_prep.token_artifact import CONTENT_VERSION, KIND, read_tokens_manifest
-from megatron_sov.artifacts import ArtifactWriter, Manifest, new_artifact
+from megatron_sov.artifacts import ArtifactWriter, Manifest, new_artifact, refuse_existing
 from megatron_sov.errors import UserError
 
 HELP = "join token shards of several folders into one, with weights"
@@ -81,6 +81,7 @@ def mix(parts: list[Part], output: Path, *, overwrite: bool = False) -> None:
         UserError: parts that do not fit together, weights for some only, or an output that
             may not be replaced.
     """
+    refuse_existing(output, KIND, overwrite)
     manifests = [read_tokens_manifest(part.path) for part in parts]
     _check_fit(parts, manifests)
     refuse_overlap([(part.path, manifest.content) for part, manifest in zip(parts, manifests, strict=True)])

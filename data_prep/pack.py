@@ -90,9 +90,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = DESCRIPTION
     parser.add_argument("--tokenizer", required=True, type=Path, metavar="DIR",
                         help="tokenizer that `sov-tokenizer train` wrote")
-    parser.add_argument("--input", required=True, action="append", metavar="[NAME=]PATH",
+    parser.add_argument("--input", required=True, nargs="+", action="extend", metavar="[NAME=]PATH",
                         help="a text, .jsonl or .parquet file (.gz and .zst too) or a folder of them; each "
-                             "is one source, named after the file or folder unless NAME is given; repeat it")
+                             "is one source, named after the file or folder unless NAME is given; several "
+                             "may follow, and it may be repeated")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR",
                         help="folder for the token shards")
     parser.add_argument("--heldout", type=float, default=default.heldout_share, metavar="SHARE",

@@ -11,6 +11,7 @@ import argparse
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -70,8 +71,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                           "for `sov-data pack`. "
                           'A line of the input is {"query": ..., "solutions": [...]}; '
                           'a solution is a string or {"thinking": ..., "answer": ...}.')
-    parser.add_argument("--input", required=True, type=Path, metavar="FILE",
-                        help="a .jsonl file, one query with its solutions a line")
+    parser.add_argument("--input", required=True, nargs="+", action="extend", type=Path, metavar="FILE",
+                        help="a .jsonl file, one query with its solutions a line; several may follow, and it "
+                             "may be repeated")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help=f"folder for {FILE}")
     parser.add_argument("--least", type=int, default=default.least, metavar="N",
                         help="leave out queries with fewer different solutions (default %(default)s)")
@@ -94,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def write_trajectories(file: Path, output: Path, settings: TrajectorySettings, *,
+def write_trajectories(files: list[Path], output: Path, settings: TrajectorySettings, *,
                        overwrite: bool = False) -> None:
     """Write an artifact of kind "corpus" with one document for each query that has enough solutions.
 
@@ -108,7 +110,7 @@ def write_trajectories(file: Path, output: Path, settings: TrajectorySettings, *
     made = short = solutions = 0
     with new_artifact(output, KIND, overwrite=overwrite) as artifact:
         with open(artifact.path / FILE, "w", encoding="utf-8") as out:
-            for number, (query, offered) in enumerate(read_queries(file), 1):
+            for number, (query, offered) in enumerate(chain.from_iterable(map(read_queries, files)), 1):
                 chosen = diverse(offered, settings.most, settings.max_similarity)
                 if len(chosen) < settings.least:
                     short += 1
@@ -117,8 +119,8 @@ def write_trajectories(file: Path, output: Path, settings: TrajectorySettings, *
                 out.write(json.dumps({"id": number, "text": document(query, chosen, settings)},
                                      ensure_ascii=False) + "\n")
         if not made:
-            raise UserError(f"{file}: none of its {short} queries has {settings.least} different solutions; "
-                            "add solutions, or lower --least or raise --max-similarity")
+            raise UserError(f"{', '.join(map(str, files))}: none of {short} queries has {settings.least} "
+                            "different solutions; add solutions, or lower --least or raise --max-similarity")
         artifact.content = {"trajectories": {"num_documents": made, "num_solutions": solutions,
                                              "num_left_out": short}}
         artifact.settings = vars(settings)

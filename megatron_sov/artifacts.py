@@ -23,7 +23,8 @@ from typing import Any
 
 import psutil
 
-from megatron_sov.errors import UserError
+from megatron_sov.errors import UserError, download
+from megatron_sov.outputs import behind_links, refuse_nowhere
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
@@ -106,20 +107,6 @@ def atomic_write(path: Path, data: str | bytes) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def check_output(option: str, path: Path) -> None:
-    """Check before the work that `write_output` will be able to write its result; changes nothing.
-
-    Raises:
-        UserError: the path is a folder, or goes through a file or a folder that may not be written to.
-    """
-    if path.is_dir():
-        raise UserError(f"{option} {path}: is a folder; name the file to write, e.g. {path / 'result'}")
-    nearest = _nearest_folder(path, f"{option} {path}")
-    if not os.access(nearest, os.W_OK):
-        raise UserError(f"{option} {path}: {nearest} cannot be written; "
-                        "choose a folder that you may write to")
-
-
 def write_output(path: Path, data: str | bytes) -> None:
     """Write the result of a command, and the folders above it where they are missing.
 
@@ -141,7 +128,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         if e.errno in _NO_ROOM:
             raise UserError(f"{path}: {_NO_ROOM[e.errno]}; free some space and run the "
                             "same command again") from e
-        if e.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        if e.errno in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENAMETOOLONG):
             raise UserError(f"{path}: cannot be written ({os.strerror(e.errno)}); "
                             "choose a folder that you may write to") from e
         raise
@@ -245,7 +232,7 @@ def refuse_existing(path: Path, kind: str, overwrite: bool) -> None:
 
     It is taken by anything without `overwrite`, by a foreign folder even with it.
     """
-    is_link, path = path.is_symlink(), behind_links(path)
+    is_link, path = os.path.islink(path), behind_links(path)
     refuse_nowhere(path)
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         if path.is_dir() and not is_link:
@@ -257,39 +244,6 @@ def refuse_existing(path: Path, kind: str, overwrite: bool) -> None:
     if not (path / MANIFEST).is_file() or read_manifest(path).kind != kind:
         raise UserError(f"{path}: exists and is not a '{kind}' artifact, so it is not replaced; "
                         "choose another output folder")
-
-
-def behind_links(path: Path) -> Path:
-    """Return the folder that a link stands for, where `path` is one: the artifact comes to lie there, on
-    that disk, and the link stays.
-
-    Raises:
-        UserError: the link leads nowhere.
-    """
-    if not path.is_symlink():
-        return path
-    target = path.resolve()
-    if not target.exists():
-        raise UserError(f"{path}: is a link to {target}, which does not exist; make that folder, or remove "
-                        "the link")
-    return target
-
-
-def refuse_nowhere(path: Path) -> None:
-    """Raise `UserError` where `path` has no name of its own (``.``, ``..``, ``/``),
-    or goes through a file."""
-    if path.name in ("", ".."):
-        raise UserError(f"{path}: has no name of its own; name what is to be made, e.g. {path / 'result'}")
-    _nearest_folder(path, str(path))
-
-
-def _nearest_folder(path: Path, said: str) -> Path:
-    """Return what exists of the folders above a path, which `said` names;
-    `UserError` where that is a file."""
-    nearest = next(p for p in path.absolute().parents if p.exists())
-    if not nearest.is_dir():
-        raise UserError(f"{said}: {nearest} is a file, so nothing can lie in it; choose another path")
-    return nearest
 
 
 def clear_leftovers(path: Path) -> None:
@@ -337,7 +291,8 @@ def read_manifest(path: str | Path, kind: str | None = None) -> Manifest:
     except (FileNotFoundError, NotADirectoryError):
         wanted = f"a '{kind}' artifact" if kind else "an artifact"
         if not Path(path).exists():
-            raise UserError(f"{path}: does not exist, so it is not {wanted}; check the path") from None
+            raise UserError(f"{path}: does not exist, so it is not {wanted}; check the path"
+                            f"{download(path)}") from None
         raise UserError(f"{path}: has no {MANIFEST}, so it is not {wanted}; "
                         f"pass the folder that {MADE_BY.get(kind or '', 'the earlier step')} wrote") from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as e:

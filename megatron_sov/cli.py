@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 from types import ModuleType
 
-from megatron_sov.command_line import exit_code, version_of
+from megatron_sov.command_line import Parser, exit_code, version_of
 from megatron_sov.errors import ExitCode, UserError, nearest
 from megatron_sov.obs.process_start import process_started_s
 from megatron_sov.plugins.entry_points import Declared, declared
@@ -98,7 +98,7 @@ def run_command(argv: list[str], began_s: float) -> int:
         print(version_of(PROGRAM))
         return ExitCode.OK
     module, text = _command(name)
-    sub = argparse.ArgumentParser(prog=f"{PROGRAM} {name}", description=text)
+    sub = Parser(prog=f"{PROGRAM} {name}", description=text)
     module.add_arguments(sub)
     sub.set_defaults(began_s=began_s)
     return int(module.run(sub.parse_args(rest)))

@@ -1,14 +1,18 @@
-"""What all our programs do alike: their version, and how an error becomes one sentence and an exit code."""
+"""What all our programs do alike: their version, their arguments, and how an error becomes one sentence and
+an exit code."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
+import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
+from typing import Any, NoReturn
 
-from megatron_sov.errors import ExitCode, GateFailed, StopRequested, UserError
+from megatron_sov.errors import ExitCode, GateFailed, StopRequested, UserError, nearest
 from megatron_sov.version import __version__
 
 MAX_PATH_CHARS = 300
@@ -20,14 +24,54 @@ def version_of(program: str) -> str:
     return f"{program} {__version__}"
 
 
-def parser_of(program: str, description: str, commands: Mapping[str, ModuleType]) -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints are one sentence, raised as a `UserError`, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse complains about."""
+        raise UserError(f"{self.prog}: {message} (--help lists what it takes)")
+
+    def parse_args(self, args: Sequence[str] | None = None,  # type: ignore[override]
+                   namespace: Any = None) -> argparse.Namespace:
+        """Return the arguments; what nothing takes is told with what was meant, where that can be known."""
+        found, rest = self.parse_known_args(args, namespace)
+        if not rest:
+            return found
+        settings = [word for word in rest if re.match(r"[a-z]\w*(\.\w+)+=", word)]
+        options = _options_of(self)
+        if settings and "--set" in options:
+            written = " ".join(f"--set {shlex.quote(setting)}" for setting in settings)
+            raise UserError(f"{settings[0]}: every setting needs a --set of its own; write {written}")
+        near = nearest(rest[0].partition("=")[0], options)
+        self.error(f"{shlex.join(rest)}: nothing takes this{near if rest[0].startswith('-') else ''}")
+
+
+def _options_of(parser: argparse.ArgumentParser) -> list[str]:
+    """Return the options of a parser and of the commands below it."""
+    found = list(parser._option_string_actions)
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            found += [option for child in action.choices.values() for option in _options_of(child)]
+    return found
+
+
+def parser_of(program: str, description: str, commands: Mapping[str, ModuleType]) -> Parser:
     """Return the parser of a program whose commands are modules with `HELP`, `add_arguments` and `run`."""
-    parser = argparse.ArgumentParser(prog=program, description=description)
+    parser = Parser(prog=program, description=description)
     parser.add_argument("--version", action="version", version=version_of(program))
     actions = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module in commands.items():
         module.add_arguments(actions.add_parser(name, help=module.HELP))
     return parser
+
+
+def run_program(parser: Parser, commands: Mapping[str, ModuleType], argv: Sequence[str] | None) -> int:
+    """Parse and run a command of a parser of `parser_of`; returns its exit code."""
+    def action() -> int:
+        args = parser.parse_args(argv)
+        return int(commands[args.command].run(args))
+
+    return exit_code(action)
 
 
 def exit_code(action: Callable[[], int]) -> int:

@@ -4,6 +4,9 @@ stops, gates, defects."""
 from __future__ import annotations
 
 import difflib
+import os
+import re
+import shlex
 from collections.abc import Iterable, Sequence
 from enum import IntEnum
 
@@ -58,7 +61,19 @@ def list_problems(what: str, problems: Sequence[str], way_out: str = "") -> str:
                       *(f"  {problem}" for problem in problems)])
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` for the known name closest to `name`, or an empty string."""
+def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """Return ``"; did you mean 'x'?"`` for the known name closest to `name`, or an empty string;
+    `prefix` is what the name to write begins with."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean '{close[0]}'?" if close else ""
+    return f"; did you mean '{prefix}{close[0]}'?" if close else ""
+
+
+def download(path: str | os.PathLike[str]) -> str:
+    """Return the end of a message about a path that does not exist and may be a model's name on the Hugging
+    Face hub: the command that fetches it; empty where it cannot be one."""
+    found = re.fullmatch(r"\w[\w.-]*/(\w[\w.-]*)", os.fspath(path))
+    if found is None or os.path.exists(os.path.dirname(path)):
+        return ""
+    name = shlex.quote(found[1])
+    return (f"; nothing is fetched from the Hugging Face hub: run `hf download {os.fspath(path)} --local-dir "
+            f"{name}` where there is a network, and pass {name}")

@@ -22,7 +22,6 @@ from megatron_sov.artifacts import (
     MANIFEST,
     FileRecord,
     atomic_write,
-    check_output,
     damaged_files,
     manifest_sha256,
     new_artifact,
@@ -31,7 +30,6 @@ from megatron_sov.artifacts import (
     refuse_link_outside,
     sha256_file,
     to_json,
-    write_output,
 )
 from megatron_sov.errors import UserError
 
@@ -163,18 +161,6 @@ def test_atomic_write_takes_text_and_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_bytes() == "한국어".encode()
     atomic_write(tmp_path / "a", b"\x00\xff")
     assert (tmp_path / "a").read_bytes() == b"\x00\xff"
-
-
-def test_where_a_result_cannot_lie_is_said_before_the_work(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    for path, sentence in ((tmp_path, "is a folder; name the file"),
-                           (tmp_path / "file/a/b", "file is a file, so nothing")):
-        with pytest.raises(UserError, match=rf"--out {path}: .*{sentence}"):
-            check_output("--out", path)
-    check_output("--out", tmp_path / "new/folders/page.html")
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
-    write_output(tmp_path / "new/folders/page.html", "x")
-    assert (tmp_path / "new/folders/page.html").read_text() == "x"
 
 
 @pytest.mark.parametrize(("path", "sentence"), [

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_sov import cli
-from megatron_sov.errors import StopRequested, UserError
+from megatron_sov.errors import ExitCode, StopRequested, UserError
 
 ROOT = Path(__file__).parents[1]
 HELP_CPU_LIMIT = 6.0
@@ -137,11 +137,49 @@ def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
         cli.main(["doctor"])
 
 
+REFUSED = (
+    "pretrain tiny-solar-opne --data {there} --run r", "pretrain tiny-solar-open --data none --run r",
+    "pretrain tiny-solar-open --data {there} --run r --set train.stepz=1",
+    "pretrain tiny-solar-open --data {there} --run r --set train.steps=-1",
+    "sft tiny-solar-open --data none --from {there} --run r",
+    "sft tiny-solar-open --data {there} --from {there} --run r --set train.stepz=1",
+    "extend tiny-solar-open --data {there} --from none --run r",
+    "extend tiny-solar-open --data {there} --from {there} --run r --set train.stepz=1",
+    "generate none --prompt x", "eval ppl none --data {there}", "eval logits {there} none",
+    "convert to-hf none out", "convert from-hf none out", "convert verify none {there}",
+    "convert inspect none")
+
+
+def test_refusals_that_need_no_torch_come_without_it(tmp_path: Path) -> None:
+    """One interpreter for all: what one of them imported would be there for those that follow."""
+    lines = [line.format(there=tmp_path) for line in REFUSED]
+    program = (
+        "import sys\nfrom megatron_sov.cli import main\n"
+        f"for line in {lines!r}:\n"
+        "    code = main(line.split())\n"
+        f"    heavy = [m for m in {HEAVY!r} if m in sys.modules]\n"
+        "    if code != 2 or heavy:\n"
+        "        sys.exit(f'{line}: exit code {code}, imported {heavy}')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT,
+                          timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("error: ") == len(lines) and "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("line", ["generate Qwen/Qwen3-8B --prompt x", "convert from-hf Qwen/Qwen3-8B out",
+                                  "sft tiny-qwen3 --data {there} --from Qwen/Qwen3-8B --run r"])
+def test_a_name_on_the_hub_is_answered_with_the_command_that_fetches_it(
+        line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(line.format(there=tmp_path).split()) == ExitCode.USER_ERROR
+    assert "run `hf download Qwen/Qwen3-8B --local-dir Qwen3-8B`" in capsys.readouterr().err
+
+
 def test_a_wrong_argument_ends_with_2(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as e:
-        cli.main(["doctor", "--jsno"])
-    assert e.value.code == 2
-    assert "--jsno" in capsys.readouterr().err
+    assert cli.main(["doctor", "--jsno"]) == 2
+    assert capsys.readouterr().err == ("error: megatron-sov doctor: --jsno: nothing takes this; did you mean "
+                                       "'--json'? (--help lists what it takes)\n")
 
 
 @pytest.mark.parametrize(("command", "first"),

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from megatron_sov.command_line import exit_code
+from data_prep.cli import build_parser as sov_data
+from megatron_sov import cli
+from megatron_sov.command_line import Parser, exit_code
 from megatron_sov.errors import GateFailed, StopRequested, UserError
+from megatron_sov.slurm.stages import work_of
 from megatron_sov.version import __version__
+from tokenizer.cli import build_parser as sov_tokenizer
 
 ENTRIES = {"megatron-sov": "megatron_sov.cli", "sov-tokenizer": "tokenizer.cli", "sov-data": "data_prep.cli"}
 
@@ -46,3 +51,35 @@ def test_a_defect_keeps_its_traceback() -> None:
         exit_code(lambda: 1 // 0)
     with pytest.raises(OSError):
         exit_code(lambda: os.close(10 ** 6))  # type: ignore[func-returns-value]
+
+
+@pytest.mark.parametrize(("line", "said"), [
+    ("pretrain tiny-solar-open --data d --run r --set train.steps=1 train.seed=2",
+     "train.seed=2: every setting needs a --set of its own; write --set train.seed=2"),
+    ("recipes tiny-solar-open train.steps=3 'data.phases.0.blend={\"a b\": 1}'",
+     "train.steps=3: every setting needs a --set of its own; write --set train.steps=3 "
+     "--set 'data.phases.0.blend={\"a b\": 1}'"),
+    ("recipes train.steps=3", "train.steps=3: stands where the recipe does; write --set train.steps=3"),
+    ("eval ppl t --data d train.steps=3", "write --set train.steps=3"),
+    ("pretrain tiny-solar-open --run r more", "megatron-sov pretrain: more: nothing takes this (--help"),
+    ("pretrain tiny-solar-open --run r --resmue", "nothing takes this; did you mean '--resume'?"),
+    ("eval ppl", "megatron-sov eval ppl: the following arguments are required: "),
+    ("eval pll", "invalid choice: 'pll' (choose from"),
+])
+def test_what_a_command_does_not_take_is_one_sentence(line: str, said: str,
+                                                      capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(shlex.split(line)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and said in error and len(error.splitlines()) == 1, error
+
+
+@pytest.mark.parametrize("line", ["--input a b --input c", "--input a --input b --input c", "--input a b c"])
+def test_an_input_may_be_several_and_may_be_repeated(line: str) -> None:
+    def inputs(program: Parser, words: str) -> list[str]:
+        return [str(value) for value in program.parse_args(f"{words} {line} --output o".split()).input]
+
+    assert inputs(sov_data(), "pack --tokenizer t") == ["a", "b", "c"]
+    assert inputs(sov_data(), "trajectories") == ["a", "b", "c"]
+    assert inputs(sov_tokenizer(), "train --preset solar-open --vocab-size 9") == ["a", "b", "c"]
+    work = work_of("data", f"pack --tokenizer t {line} --output o".split(), {})
+    assert [path.name for path in work.inputs] == ["a", "b", "c", "t"]

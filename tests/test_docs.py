@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from megatron_sov import cli, recipes
+from megatron_sov.command_line import Parser
 from megatron_sov.config import apply_settings
+from megatron_sov.errors import UserError
 from megatron_sov.plugins.loading import is_reference
 
 ROOT = Path(__file__).parents[1]
@@ -36,7 +38,7 @@ def parse(line: str) -> argparse.Namespace:
     program, *argv = shlex.split(line, comments=True)
     if program != "megatron-sov":
         return importlib.import_module(ENTRIES[program]).build_parser().parse_args(argv)
-    parser = argparse.ArgumentParser(prog=f"megatron-sov {argv[0]}")
+    parser = Parser(prog=f"megatron-sov {argv[0]}")
     importlib.import_module(cli.COMMANDS[argv[0]].module).add_arguments(parser)
     return parser.parse_args(argv[1:])
 
@@ -67,7 +69,7 @@ def test_commands_are_found_and_wrong_ones_fail() -> None:
     text += ".venv/bin/megatron-sov doctor --jsno\n```\n"
     good, bad = commands_of(text)
     assert parse(good).json is True
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError, match="--jsno"):
         parse(bad)
 
 

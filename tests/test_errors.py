@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from megatron_sov.errors import ExitCode, list_problems, nearest
+from pathlib import Path
+
+import pytest
+
+from megatron_sov.errors import ExitCode, download, list_problems, nearest
 
 
 def test_exit_codes_stay_what_scripts_know() -> None:
@@ -20,3 +24,13 @@ def test_problems_are_counted_and_listed() -> None:
 def test_the_nearest_name_is_proposed() -> None:
     assert nearest("pretrian", ["pretrain", "extend"]) == "; did you mean 'pretrain'?"
     assert nearest("zzz", ["pretrain", "extend"]) == ""
+    assert nearest("stepz", ["steps"], "train.") == "; did you mean 'train.steps'?"
+
+
+def test_what_may_be_a_name_on_the_hub_is_told_how_it_is_fetched(tmp_path: Path,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    assert "`hf download Qwen/Qwen3-8B --local-dir Qwen3-8B`" in download(Path("Qwen/Qwen3-8B"))
+    for path in ("runs/sft", "sft", "/org/name", "./org/name", "../name", "a/b/c", "org/", "-x/name"):
+        assert download(path) == "", path

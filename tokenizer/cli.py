@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 
-from megatron_sov.command_line import exit_code, parser_of
+from megatron_sov.command_line import Parser, parser_of, run_program
 from tokenizer import train
 from tokenizer.compare import command as compare
 from tokenizer.formats import export_command, import_command
@@ -16,15 +15,14 @@ COMMANDS = {"train": train, "import": import_command, "export": export_command, 
             "report": report, "compare": compare}
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """Return the parser of all commands."""
     return parser_of("sov-tokenizer", "Train tokenizers and look after them.", COMMANDS)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run `sov-tokenizer`; a `UserError` becomes one message and exit code 2."""
-    args = build_parser().parse_args(argv)
-    return exit_code(lambda: COMMANDS[args.command].run(args))
+    return run_program(build_parser(), COMMANDS, argv)
 
 
 if __name__ == "__main__":

@@ -47,11 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="the rules of --preset custom, JSON or YAML")
     parser.add_argument("--vocab-size", required=True, type=int, metavar="N",
                         help="number of ids, special ones and bytes included")
-    parser.add_argument("--input", required=True, action="append", metavar="[NAME=]PATH[:WEIGHT]",
+    parser.add_argument("--input", required=True, nargs="+", action="extend",
+                        metavar="[NAME=]PATH[:WEIGHT]",
                         help="a text, .jsonl (field text, or messages) or .parquet file (.gz and .zst too) "
-                             "or a folder of them; repeat it. Inputs of one NAME are one group. "
-                             "Weighted groups share their bytes by weight, by leaving out or repeating text; "
-                             "others are taken as they are")
+                             "or a folder of them; several may follow, and it may be repeated. "
+                             "Inputs of one NAME are one group. Weighted groups share their bytes by weight, "
+                             "by leaving out or repeating text; others are taken as they are")
     parser.add_argument("--mixture", metavar="NAME",
                         help=f"weights as published, for groups named so: {', '.join(MIXTURES)}")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder for the tokenizer")

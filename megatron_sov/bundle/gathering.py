@@ -31,6 +31,7 @@ from megatron_sov.artifacts import (
     disk_errors,
     new_artifact,
     read_manifest,
+    refuse_existing,
     refuse_link_outside,
 )
 from megatron_sov.errors import UserError, nearest
@@ -102,6 +103,7 @@ def gather(bundle: Bundle, output: Path, *, overwrite: bool = False) -> Manifest
     Raises:
         UserError: something is missing or damaged, pip cannot find a wheel, or `output` may not be replaced.
     """
+    refuse_existing(output, KIND, overwrite)
     bundle.check()
     with new_artifact(output, KIND, overwrite=overwrite) as writer:
         wheels = writer.path / WHEELS

@@ -16,8 +16,10 @@ from megatron_sov.commands.eval import PARITY_LENGTHS, with_ranks
 from megatron_sov.convert import DEFAULT_WORKERS, MAX_SHARD_BYTES
 from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.models.count import num_params
+from megatron_sov.outputs import check_output
 from megatron_sov.recipes.requested import add_plugin_argument, load_plugins
 from megatron_sov.runs.append import RunEvents
+from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.launch_environment import is_first
 
 
@@ -82,6 +84,11 @@ def run(args: argparse.Namespace) -> int:
     """Run the chosen action; returns the exit code."""
     if getattr(args, "workers", 1) < 1:
         raise UserError(f"--workers {args.workers}: must be at least 1")
+    for name in ("hf_dir", "checkpoint", "a", "b"):
+        if (model := getattr(args, name, None)) is not None:
+            refuse_missing(model)
+    if getattr(args, "card", None) is not None:
+        check_output("--card", args.card)
     load_plugins(args.plugins)
     return {"from-hf": _from_hf, "to-hf": _to_hf, "verify": _verify, "inspect": _inspect}[args.action](args)
 

@@ -9,11 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_sov.artifacts import check_output, to_json, write_output
+from megatron_sov.artifacts import to_json, write_output
 from megatron_sov.commands.eval_needle import add_needle_arguments, suite_of
 from megatron_sov.config import data_paths
 from megatron_sov.errors import ExitCode, UserError
+from megatron_sov.outputs import check_output
 from megatron_sov.runs.append import RunEvents
+from megatron_sov.runs.checkpoints import refuse_missing
 
 if TYPE_CHECKING:
     from megatron_sov.generate.target import Target
@@ -84,6 +86,9 @@ def run(args: argparse.Namespace) -> int:
     events = RunEvents(args.run)
     if getattr(args, "out", None) is not None:
         check_output("--out", args.out)
+    for name in ("target", "checkpoint", "hf_dir"):
+        if (model := getattr(args, name, None)) is not None:
+            refuse_missing(model)
     from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()

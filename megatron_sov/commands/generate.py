@@ -20,6 +20,7 @@ from megatron_sov.generate.prompts import Prompt, read_prompts
 from megatron_sov.generate.request import Batching, Generated, Sampling, Stop
 from megatron_sov.recipes.requested import add_plugin_argument, load_plugins
 from megatron_sov.runs.append import RunEvents
+from megatron_sov.runs.checkpoints import refuse_missing
 
 if TYPE_CHECKING:
     from megatron_sov.generate.target import Target
@@ -79,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
                         args.speculative)
     batching = Batching(args.batch_size, args.prefill_tokens)
     _check(args, sampling.problems() + batching.problems())
+    refuse_missing(args.target)
     events = RunEvents(args.run)
 
     from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron

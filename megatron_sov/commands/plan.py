@@ -27,7 +27,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: an unknown recipe or setting, or settings that make no schedule.
     """
-    from megatron_sov.artifacts import check_output, to_json, write_output
+    from megatron_sov.artifacts import to_json, write_output
+    from megatron_sov.outputs import check_output
     from megatron_sov.pages.content import Chapter, Section
     from megatron_sov.pages.page import render
     from megatron_sov.plan import timetable

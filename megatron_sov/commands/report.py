@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_sov.artifacts import check_output, write_output
+from megatron_sov.artifacts import write_output
+from megatron_sov.outputs import check_output
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megatron_sov.config.bounds import MAX_BATCH_SIZE, MAX_SEQ_LEN, MAX_TOKENS, above
 from megatron_sov.config.model import STRICT
 from megatron_sov.config.optim import Schedule
 
@@ -59,7 +60,8 @@ class PhaseConfig:
             (not self.blend or sum(self.blend.values()) > 0,
              f"{where}.blend has only zero weights; give at least one source a weight"),
         ]
-        return [sentence for holds, sentence in rules if not holds]
+        return [sentence for holds, sentence in rules if not holds] + above(
+            where, self, tokens=MAX_TOKENS, global_batch_size=MAX_BATCH_SIZE, seq_len=MAX_SEQ_LEN)
 
 
 @dataclass(frozen=True)
@@ -104,4 +106,5 @@ class DataConfig:
             (self.max_epochs >= 0, f"data.max_epochs = {self.max_epochs} must not be negative"),
             (self.heldout_tokens >= 0, f"data.heldout_tokens = {self.heldout_tokens} must not be negative"),
         ]
-        return p + [sentence for holds, sentence in rules if not holds]
+        return p + [sentence for holds, sentence in rules if not holds] + above(
+            "data", self, prefetch_steps=10_000)

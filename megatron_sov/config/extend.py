@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megatron_sov.config.bounds import MAX_BATCH_SIZE, MAX_SEQ_LEN, MAX_STEPS, MAX_TOKENS, above
 from megatron_sov.config.model import STRICT
 
 PARTS = {"extension": ("long", "rehearsal"), "midtraining": ("trajectories", "long", "replay")}
@@ -93,7 +94,9 @@ class ExtendStageConfig:
             (self.yarn_original_tokens >= 0,
              f"{where}.yarn_original_tokens = {self.yarn_original_tokens} must not be negative"),
         ]
-        return [sentence for holds, sentence in rules if not holds]
+        return [sentence for holds, sentence in rules if not holds] + above(
+            where, self, seq_len=MAX_SEQ_LEN, steps=MAX_STEPS, tokens=MAX_TOKENS, max_steps=MAX_STEPS,
+            global_batch_size=MAX_BATCH_SIZE)
 
 
 @dataclass(frozen=True)

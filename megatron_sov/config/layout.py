@@ -85,6 +85,11 @@ class ParallelConfig:
             if model.expert_ffn_dim % self.etp:
                 p.append(f"parallel.etp = {self.etp} must divide model.expert_ffn_dim = "
                          f"{model.expert_ffn_dim}")
+            shared = model.num_shared_experts * model.expert_ffn_dim
+            if shared % self.tp:
+                p.append(f"parallel.tp = {self.tp} must divide the width of the shared experts, "
+                         f"model.num_shared_experts {model.num_shared_experts} x model.expert_ffn_dim "
+                         f"{model.expert_ffn_dim} = {shared}; {_divisors(shared)}")
             if self.tp > 1 and not self.sp:
                 p.append(f"parallel.sp = {self.sp} must be true when experts meet parallel.tp = "
                          f"{self.tp} > 1")

@@ -7,7 +7,11 @@ from typing import Literal
 
 from pydantic import ConfigDict
 
+from megatron_sov.config.bounds import MAX_SEQ_LEN, above
+
 STRICT = ConfigDict(extra="forbid")
+MAX_EXPERTS = 1_000_000
+"""Experts of all layers: each has tensors of its own under Hugging Face names."""
 
 
 @dataclass(frozen=True)
@@ -150,4 +154,11 @@ class ModelConfig:
             p.append(f"model.num_mtp_layers = {self.num_mtp_layers} must be 0 or 1")
         if self.init_std <= 0:
             p.append(f"model.init_std = {self.init_std} must be positive")
-        return p
+        if self.num_experts * self.num_layers > MAX_EXPERTS:
+            p.append(f"model.num_layers {self.num_layers} x model.num_experts {self.num_experts} must be "
+                     f"at most {MAX_EXPERTS:,} experts; count their zeros")
+        return p + above(
+            "model", self, vocab_size=100_000_000, hidden_size=10_000_000, num_layers=10_000,
+            num_heads=1_000_000, num_kv_heads=1_000_000, head_dim=1_000_000, dense_ffn_dim=100_000_000,
+            num_experts=100_000, num_shared_experts=1_000_000, expert_ffn_dim=100_000_000,
+            sliding_window_tokens=MAX_SEQ_LEN, max_position_tokens=MAX_SEQ_LEN)

@@ -39,7 +39,10 @@ def _explain(error: Any) -> str:
 
 def _instead(key: str, known: list[str]) -> str:
     """Return what to write in place of a setting that does not exist."""
-    return f"; it is called {RENAMED[key]} now" if key in RENAMED else nearest(key.rpartition(".")[2], known)
+    if key in RENAMED:
+        return f"; it is called {RENAMED[key]} now"
+    group, dot, name = key.rpartition(".")
+    return nearest(name, known, group + dot)
 
 
 def _fields_at(path: tuple[Any, ...]) -> list[str]:
@@ -64,22 +67,25 @@ def apply_settings(config: RunConfig, settings: list[str]) -> RunConfig:
     converted to the field's type.
 
     Raises:
-        UserError: a key that does not exist (with the nearest), a malformed setting or a value
-            of the wrong type.
+        UserError: a key that does not exist (with the nearest), a malformed setting, broken JSON or a
+            value of the wrong type.
     """
     raw = config.to_dict()
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or not key:
             raise UserError(f"--set {setting!r}: must have the form key=value, e.g. --set train.steps=100")
-        _assign(raw, key.split("."), _parse(text), setting)
+        _assign(raw, key.split("."), _parse(text, setting), setting)
     return from_dict(raw)
 
 
-def _parse(text: str) -> Any:
+def _parse(text: str, setting: str) -> Any:
     try:
         return json.loads(text)
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError) as e:
+        if text.startswith(("{", "[", '"')):
+            raise UserError(f"--set {setting!r}: the value begins like JSON and is none ({e}); close what is "
+                            "open, and put the whole setting into single quotes") from None
         return {"True": True, "False": False, "None": None}.get(text, text)
 
 

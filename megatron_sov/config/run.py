@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_sov.config import curriculum
+from megatron_sov.config.bounds import MAX_STEPS
 from megatron_sov.config.data import DataConfig
 from megatron_sov.config.evaluate import EvaluateConfig
 from megatron_sov.config.extend import ExtendConfig
@@ -99,14 +100,13 @@ class RunConfig:
         p += self.optim.problems() + self.extend.problems()
         p += self.needle.problems() + self.guards.problems(self.train.deterministic)
         p += self.evaluate.background.problems(self.train.export_every_checkpoints)
-        return p + ([] if p else self._batch_problems(num_ranks))
+        return p + ([] if p else self._batch_problems(num_ranks) + self._length_problems())
 
     def _phase_problems(self) -> list[str]:
         """Check every phase against what it is trained with: positions of the model,
         rows of the layout, a budget."""
         p = []
-        if not (self.train.steps > 0 or self.train.tokens > 0
-                or all(phase.tokens for phase in self.data.phases)):
+        if not (self.train.steps or self.train.tokens or all(phase.tokens for phase in self.data.phases)):
             p.append("train.steps = 0 needs a token budget; set train.steps, "
                      "train.tokens or every phase's tokens")
         for i, phase in enumerate(self.data.phases):
@@ -142,6 +142,13 @@ class RunConfig:
         return [f"global_batch_size = {size} (phase {phase.name}) must be a multiple of "
                 f"train.micro_batch_size {t.micro_batch_size} x data parallel size {dp}{pipeline} = {unit}"
                 for size, phase in sorted(sizes.items(), key=lambda item: item[0]) if size % unit]
+
+    def _length_problems(self) -> list[str]:
+        """Check the steps that follow from the token budgets."""
+        steps = self.num_steps()
+        return [] if steps <= MAX_STEPS else [
+            f"the token budgets make {steps:,} steps, which must be at most {MAX_STEPS:,}; "
+            "ask for fewer tokens, or larger batches"]
 
     def check(self, num_ranks: int = 1) -> None:
         """Raise `UserError` listing every problem, if there is any."""

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_sov.config.bounds import MAX_BATCH_SIZE, MAX_STEPS, MAX_TOKENS, above
 from megatron_sov.config.model import STRICT
 
 
@@ -101,4 +102,6 @@ class TrainConfig:
             (self.max_restarts >= 0, f"train.max_restarts = {self.max_restarts} must not be negative"),
             (self.num_threads >= 0, f"train.num_threads = {self.num_threads} must not be negative"),
         ]
-        return [sentence for holds, sentence in rules if not holds]
+        return [sentence for holds, sentence in rules if not holds] + above(
+            "train", self, steps=MAX_STEPS, tokens=MAX_TOKENS, global_batch_size=MAX_BATCH_SIZE,
+            micro_batch_size=MAX_BATCH_SIZE, ramp_steps=1_000_000, num_threads=4096)

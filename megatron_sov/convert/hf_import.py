@@ -29,7 +29,7 @@ from megatron_sov.mcore.checkpoint.sharded_tensors import (
 )
 from megatron_sov.mcore.checkpoint.writer import TensorSpec
 from megatron_sov.models.weights import Link
-from megatron_sov.runs.checkpoints import KIND
+from megatron_sov.runs.checkpoints import KIND, refuse_missing
 
 
 def from_hf(hf_dir: str | Path, out: str | Path, dtype: str = KEEP, *, workers: int = DEFAULT_WORKERS,
@@ -52,6 +52,7 @@ def from_hf(hf_dir: str | Path, out: str | Path, dtype: str = KEEP, *, workers: 
     hf_dir, out = Path(hf_dir), Path(out)
     check_dtype_name(dtype)
     refuse_existing(out, KIND, overwrite)
+    refuse_missing(hf_dir)
     if not (hf_dir / CONFIG).is_file():
         raise UserError(f"{hf_dir}: has no {CONFIG}, so it is not a Hugging Face folder; "
                         "pass the folder that holds the model")

@@ -21,6 +21,7 @@ from megatron_sov.convert import DEFAULT_WORKERS
 from megatron_sov.convert.sources import HfWeights, Weights, listed, open_weights
 from megatron_sov.errors import UserError
 from megatron_sov.models.family import TokenIds
+from megatron_sov.obs.figures import size
 
 _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
@@ -181,5 +182,5 @@ def _check_memory(path: Path) -> None:
     needed_bytes = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     free_bytes = psutil.virtual_memory().available
     if needed_bytes > free_bytes:
-        raise UserError(f"{path}: loading takes {needed_bytes / 1e9:.1f} GB, but {free_bytes / 1e9:.1f} GB "
+        raise UserError(f"{path}: loading takes {size(needed_bytes)} of memory, but {size(free_bytes)} "
                         "are free; pass --no-load to compare the files alone")

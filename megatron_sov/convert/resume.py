@@ -24,7 +24,6 @@ from megatron_sov.artifacts import (
     ArtifactWriter,
     FileRecord,
     atomic_write,
-    behind_links,
     clear_leftovers,
     disk_errors,
     publish,
@@ -32,6 +31,7 @@ from megatron_sov.artifacts import (
     to_json,
 )
 from megatron_sov.errors import UserError
+from megatron_sov.outputs import behind_links
 from megatron_sov.version import __version__
 
 PLAN, FINISHED, CONTENT, LOCK = "plan.json", "finished.jsonl", "content", "lock"

@@ -15,12 +15,19 @@ import torch
 
 from megatron_sov import models
 from megatron_sov.artifacts import MANIFEST, damaged_files, read_manifest
-from megatron_sov.config import ModelConfig, from_dict
+from megatron_sov.config import ModelConfig
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.checkpoint.safetensors_file import TensorFile
 from megatron_sov.mcore.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.models.weights import Link
-from megatron_sov.runs.checkpoints import CHECKPOINTS_OF_A_RUN, KIND, find_checkpoint, instead_of
+from megatron_sov.runs.checkpoints import (
+    CHECKPOINTS_OF_A_RUN,
+    KIND,
+    find_checkpoint,
+    instead_of,
+    refuse_missing,
+    settings_of,
+)
 
 CONFIG, SINGLE_FILE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PART = "model"
@@ -54,6 +61,7 @@ def open_weights(path: str | Path) -> Weights:
     Raises:
         UserError: it is none of them, or its tensors are not exactly those of its model.
     """
+    refuse_missing(Path(path))
     path = newest_of_run(Path(path))
     if (path / CONFIG).is_file():
         return HfWeights(path)
@@ -126,7 +134,7 @@ class HfWeights:
             raise UserError(f"{path}: {e}") from None
         self.links = family.links(self.model)
         self._shapes = {name: shape for link in self.links for name, shape in link.hf_shapes().items()}
-        check_exact(path, shapes, self._shapes, "compare config.json with the files, or save the model again")
+        check_exact(path, shapes, self._shapes, f"compare {CONFIG} with the files, or {DAMAGED_HF}")
 
     def names(self) -> list[str]:
         """Return the names in the order of the weight map."""
@@ -150,8 +158,7 @@ class CheckpointWeights:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        manifest = read_manifest(path, "checkpoint")
-        settings = from_dict(manifest.settings)
+        settings = settings_of(path)
         self.model = settings.model
         self.links = models.get(self.model.family, settings.code).links(self.model)
         self._reader = TensorReader(path, PART)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from megatron_sov.errors import UserError, nearest
+from megatron_sov.obs.figures import size
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
           "float64": torch.float64}
@@ -65,5 +66,5 @@ def check_space(out: Path, needed_bytes: int) -> None:
     folder = next(parent for parent in out.absolute().parents if parent.is_dir())
     free_bytes = shutil.disk_usage(folder).free
     if needed_bytes > free_bytes:
-        raise UserError(f"{out}: needs {needed_bytes / 1e9:.1f} GB, but {folder} has {free_bytes / 1e9:.1f} "
-                        "GB free; free some space or choose another disk")
+        raise UserError(f"{out}: needs {size(needed_bytes)}, but {folder} has {size(free_bytes)} "
+                        "free; free some space or choose another disk")

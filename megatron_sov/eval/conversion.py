@@ -16,7 +16,7 @@ import psutil
 import torch
 
 from megatron_sov import convert
-from megatron_sov.artifacts import MANIFEST, atomic_write, manifest_sha256, to_json
+from megatron_sov.artifacts import MANIFEST, manifest_sha256, to_json, write_output
 from megatron_sov.convert import ParityCheck
 from megatron_sov.convert.proof import Proof
 from megatron_sov.convert.sources import Weights
@@ -25,6 +25,7 @@ from megatron_sov.eval.parity import MAX_DIFFERENCE, compare_hf_logits, compare_
 from megatron_sov.generate.target import Target, as_checkpoint
 from megatron_sov.mcore.parallel import world
 from megatron_sov.models.count import num_params
+from megatron_sov.obs.figures import size
 from megatron_sov.version import __version__
 
 SEED = 0
@@ -115,8 +116,8 @@ def _check_memory(sides: Sequence[Weights]) -> None:
     needed_bytes = (count.total + count.mtp) * 4 * 2
     free_bytes = psutil.virtual_memory().available
     if needed_bytes > free_bytes:
-        raise UserError(f"{sides[0].path}: running both sides in float32 takes {needed_bytes / 1e9:.1f} GB, "
-                        f"but {free_bytes / 1e9:.1f} GB are free; pass --no-load to compare the files alone")
+        raise UserError(f"{sides[0].path}: running both sides in float32 takes {size(needed_bytes)}, "
+                        f"but {size(free_bytes)} are free; pass --no-load to compare the files alone")
 
 
 def card(a: Path, b: Path, weights: Proof, logits: LogitsProof) -> dict[str, Any]:
@@ -137,7 +138,7 @@ def card(a: Path, b: Path, weights: Proof, logits: LogitsProof) -> dict[str, Any
 
 def write_card(path: Path, content: dict[str, Any]) -> None:
     """Write the card as JSON."""
-    atomic_write(path, to_json(content))
+    write_output(path, to_json(content))
 
 
 def _identity(path: Path) -> dict[str, str]:

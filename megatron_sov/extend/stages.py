@@ -11,7 +11,7 @@ from megatron_sov.config import ExtendStageConfig, ModelConfig, RunConfig
 from megatron_sov.data.token_shards import open_sources
 from megatron_sov.errors import UserError
 from megatron_sov.extend.blends import stage_blend
-from megatron_sov.generate.target import find_target
+from megatron_sov.generate.target import Target, find_target
 from megatron_sov.recipes.extension import PHASE, extended, length_settings, phase_setting
 from megatron_sov.recipes.requested import Request
 from megatron_sov.runs.folder import STAGES, RunFolder
@@ -48,11 +48,14 @@ def planned_stages(request: Request, start_from: Path, run: Path, nproc: int | N
     trained_tokens = start.trained_tokens if start.config is not None else model.max_position_tokens
     wanted = request.config([] if request.from_file else [phase_setting(2 * trained_tokens)])
     if not wanted.extend.stages:
+        _refuse_shorter("data.phases", max(p.seq_len for p in wanted.data.phases), start)
         return [PlannedStage(_as_set(request, trained_tokens, wanted, nproc), RunFolder(run), 0)]
     sources = open_sources(wanted.data.paths, wanted.model.vocab_size)
     planned: list[PlannedStage] = []
     before_tokens = trained_tokens
     for number, stage in enumerate(wanted.extend.stages, 1):
+        if stage.kind == "extension":
+            _refuse_shorter(f"extend.stages.{number - 1} ({stage.name})", stage.seq_len, start)
         try:
             model = extended(model, before_tokens, stage.seq_len, stage.rope_theta, stage.yarn_factor,
                              stage.yarn_original_tokens)
@@ -65,6 +68,15 @@ def planned_stages(request: Request, start_from: Path, run: Path, nproc: int | N
         planned.append(PlannedStage(config, folder, min_steps))
         before_tokens = stage.seq_len
     return planned
+
+
+def _refuse_shorter(where: str, new_tokens: int, start: Target) -> None:
+    """Raise `UserError` where an extension is shorter than what the start was trained on, which an imported
+    model does not tell."""
+    if start.config is not None and new_tokens < start.trained_tokens:
+        raise UserError(f"{where}: seq_len = {new_tokens} is shorter than the {start.trained_tokens} tokens "
+                        f"that {start.path} was trained on; extend to at least those, or train on at that "
+                        "length with `megatron-sov pretrain --from`")
 
 
 def _as_set(request: Request, trained_tokens: int, wanted: RunConfig, nproc: int | None) -> RunConfig:

@@ -14,11 +14,11 @@ from pathlib import Path
 
 from megatron_sov import convert
 from megatron_sov.artifacts import read_manifest
-from megatron_sov.config import ModelConfig, ParallelConfig, RunConfig, apply_settings, from_dict
+from megatron_sov.config import ModelConfig, ParallelConfig, RunConfig, apply_settings
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.parallel import world
 from megatron_sov.mcore.parallel.device import on_gpu
-from megatron_sov.runs.checkpoints import KIND, find_checkpoint
+from megatron_sov.runs.checkpoints import KIND, find_checkpoint, refuse_missing, settings_of
 from megatron_sov.runs.launch_environment import num_ranks
 
 HF_SEQ_LEN = 4096
@@ -97,8 +97,7 @@ def find_target(path: Path) -> Target:
     Raises:
         UserError: it is neither a checkpoint, a run with one, nor a Hugging Face folder.
     """
-    if not path.is_dir():
-        raise UserError(f"{path}: does not exist; pass a checkpoint, a run or a Hugging Face folder")
+    refuse_missing(path)
     if convert.is_hf_folder(path):
         return Target(path, True)
     return Target(find_checkpoint(path), False)
@@ -138,4 +137,4 @@ def inference_config(checkpoint: Path, settings: list[str], nproc: int | None) -
 
 
 def _settings(checkpoint: Path) -> RunConfig:
-    return from_dict(read_manifest(checkpoint, KIND).settings)
+    return settings_of(checkpoint)

@@ -23,6 +23,14 @@ def large(value: float) -> str:
     return f"{value:.4g}"
 
 
+def size(num_bytes: float) -> str:
+    """Return a size in the largest unit of which there is one, e.g. 1.5 GB, 12 kB."""
+    for unit_bytes, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if num_bytes >= unit_bytes:
+            return f"{num_bytes / unit_bytes:.1f} {unit}"
+    return f"{num_bytes:.0f} B"
+
+
 def duration(seconds: float) -> str:
     """Return a time span in its two largest units, e.g. 3 d 4 h, 12 min 5 s."""
     if seconds < 60:

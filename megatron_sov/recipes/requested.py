@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import json
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -135,6 +136,9 @@ def _check_command(name: str, trains_by: BuiltIn) -> None:
 
 
 def _of_recipe(recipe: str) -> RunConfig:
+    if "=" in recipe and not is_reference(recipe):
+        raise UserError(f"{recipe}: stands where the recipe does; write --set {shlex.quote(recipe)}, and "
+                        "name a recipe (`megatron-sov recipes` lists them)")
     name = recipes.OWN.load(recipe) if is_reference(recipe) else recipe
     config, code = recipes.get(name), recipes.OWN.code(name)
     if code is None:

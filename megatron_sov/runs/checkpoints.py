@@ -14,7 +14,8 @@ import shutil
 from pathlib import Path
 
 from megatron_sov.artifacts import MANIFEST, disk_errors, file_damage, fsync_path, read_manifest
-from megatron_sov.errors import UserError
+from megatron_sov.config import RunConfig, from_dict
+from megatron_sov.errors import UserError, download
 
 KIND = "checkpoint"
 CHECKPOINTS_OF_A_RUN = "checkpoints"
@@ -73,6 +74,14 @@ def _steps(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(p.name[5:]), p) for p in folder.glob("step-*") if p.name[5:].isdigit())
 
 
+def refuse_missing(path: Path, option: str = "") -> None:
+    """Raise `UserError` where no model can lie, since there is no folder: what can be known before torch."""
+    if not path.is_dir():
+        what = "is no folder" if path.exists() else "does not exist"
+        raise UserError(f"{option}{path}: {what}; pass a checkpoint, a run or a Hugging Face "
+                        f"folder{download(path)}")
+
+
 def find_checkpoint(path: Path) -> Path:
     """Return the checkpoint that `path` means: itself, or the newest one of a run folder.
 
@@ -89,6 +98,24 @@ def find_checkpoint(path: Path) -> Path:
     if problem is not None:
         raise UserError(f"{problem}; {instead_of(newest)}")
     return newest
+
+
+def settings_of(path: Path) -> RunConfig:
+    """Return the settings that a checkpoint was written with, whose model is sound.
+
+    Raises:
+        UserError: its manifest is damaged, or holds no settings of a run.
+    """
+    raw = read_manifest(path, KIND).settings
+    try:
+        settings = from_dict(raw)
+        problems = settings.model.problems()
+    except UserError as e:
+        problems = [" ".join(str(e).split())]
+    if problems:
+        raise UserError(f"{path / MANIFEST}: its settings cannot be used ({'; '.join(problems)}); "
+                        f"{instead_of(path)}")
+    return settings
 
 
 def manifest_damage(path: Path) -> str | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from megatron_sov.artifacts import atomic_write, disk_errors, to_json
 from megatron_sov.config import OptimConfig, RunConfig, from_dict
 from megatron_sov.errors import UserError
 from megatron_sov.obs.events import EVENTS, read_events
+from megatron_sov.outputs import refuse_unwritable
 from megatron_sov.runs.checkpoints import CHECKPOINTS_OF_A_RUN
 from megatron_sov.runs.launch_environment import is_first
 from megatron_sov.runs.lock import LOCK, living_holder
@@ -90,7 +90,7 @@ class RunFolder:
                             "restore it or choose another --run") from None
 
     def enter(self, config: RunConfig, resume: bool) -> None:
-        """Check that a run with `config` may work in this folder; changes nothing.
+        """Check that a run with `config` may work in this folder; leaves it as it was.
 
         Raises:
             UserError: the folder holds something else, a run that was not asked for, one with other settings,
@@ -99,8 +99,8 @@ class RunFolder:
         nearest = next(p for p in (self.path.absolute(), *self.path.absolute().parents) if p.exists())
         if not nearest.is_dir():
             raise UserError(f"{nearest}: is a file; --run needs a folder")
-        if not os.access(nearest, os.W_OK):
-            raise UserError(f"{nearest}: cannot be written; choose another --run")
+        if is_first():  # thousands need not try it at once
+            refuse_unwritable(nearest, f"--run {self.path}")
         earlier = self.config()
         if earlier is None:
             expected = (LOCK, STAGES, JOBS, FAULTS)

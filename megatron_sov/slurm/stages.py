@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_sov.artifacts import MANIFEST
+from megatron_sov.command_line import Parser
 from megatron_sov.config import RunConfig, apply_settings, data_paths
 from megatron_sov.errors import UserError, nearest
 from megatron_sov.recipes.requested import training_request
@@ -100,13 +101,6 @@ class Work:
         return STAGES[self.stage]
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser that raises what others print."""
-
-    def error(self, message: str) -> None:  # type: ignore[override]
-        raise UserError(f"{self.prog}: {message}")
-
-
 def work_of(stage: str, arguments: list[str], commands: Commands) -> Work:
     """Return what a job has to do; looks at the arguments alone, not at what they name.
 
@@ -123,7 +117,7 @@ def work_of(stage: str, arguments: list[str], commands: Commands) -> Work:
                         f"{', '.join(STAGES)}, chain)")
     if stage not in commands:
         return _artifact(stage, arguments)
-    parser = _Parser(prog=f"submit {stage}")
+    parser = Parser(prog=f"submit {stage}")
     commands[stage](parser)
     reader = {"convert": _convert, "eval": _eval}.get(stage, lambda argv, args: _training(stage, argv, args))
     return reader(arguments, parser.parse_args(arguments))
@@ -142,10 +136,10 @@ def _training(stage: str, arguments: list[str], args: argparse.Namespace) -> Wor
 
 
 def _artifact(stage: str, arguments: list[str]) -> Work:
-    parser = _Parser(prog=f"submit {stage}", add_help=False, allow_abbrev=False)
+    parser = Parser(prog=f"submit {stage}", add_help=False, allow_abbrev=False)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path)
-    parser.add_argument("--input", action="append", default=[])
+    parser.add_argument("--input", nargs="+", action="extend", default=[])
     args, _ = parser.parse_known_args(arguments)
     if arguments[0] not in ARTIFACTS[stage]:
         raise UserError(f"submit {stage}: {arguments[0]!r} is no command that writes an artifact; "

@@ -14,6 +14,7 @@ from typing import Any
 
 import megatron_sov
 from megatron_sov.artifacts import atomic_write, disk_errors, to_json
+from megatron_sov.command_line import Parser
 from megatron_sov.errors import UserError
 from megatron_sov.obs.events import EventLog, read_events
 from megatron_sov.slurm import client, cluster
@@ -134,16 +135,11 @@ def _parts(base: Job, count: int) -> tuple[Job, ...]:
     argv = list(work.arguments)
     if work.stage != "data" or argv[0] != "pack":
         raise UserError(f"--array {count}: shares the inputs of `data pack`; leave it out for {work.stage}")
-    inputs, others = [], []
-    while argv:
-        word = argv.pop(0)
-        name, equals, value = word.partition("=")
-        if name in ("--input", "--output"):
-            value = value if equals else argv.pop(0)
-            if name == "--input":
-                inputs.append(value)
-        else:
-            others.append(word)
+    parser = Parser(prog="submit data pack", add_help=False, allow_abbrev=False)
+    parser.add_argument("--input", nargs="+", action="extend", default=[])
+    parser.add_argument("--output")
+    found, others = parser.parse_known_args(argv)
+    inputs = found.input
     if not 1 < count <= len(inputs):
         raise UserError(f"--array {count}: must lie between 2 and the number of --input, {len(inputs)}; "
                         "tasks pack whole ones")

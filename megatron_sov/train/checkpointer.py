@@ -102,6 +102,11 @@ class Checkpointer:
         """
         self._saver.finish()
 
+    def finish_alone(self) -> None:
+        """Let the outstanding checkpoint become complete where an error has ended the steps behind it; no
+        collective."""
+        self._saver.finish_alone()
+
     def load_weights(self, path: Path) -> None:
         """Start from the weights of another run's checkpoint."""
         load.check(path)

@@ -223,10 +223,12 @@ def _rank(stage: Stage, data: _Data, begin: _Begin) -> int:
             stage.gate.begin(trainer)
         if train(trainer, stop):
             _finish(stage, trainer)
-    except UserError as e:
+    except Exception as e:
         if trainer is not None:
             with contextlib.suppress(UserError):  # a full disk may be what the mistake is about
-                trainer.events.write("failure", step=trainer.step, text=str(e))
+                trainer.abandon()
+                if isinstance(e, UserError):
+                    trainer.events.write("failure", step=trainer.step, text=str(e))
         raise
     finally:
         if trainer is not None:

@@ -8,11 +8,11 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_sov.artifacts import MANIFEST, read_manifest
-from megatron_sov.config import ModelConfig, RunConfig, data_paths, from_dict
+from megatron_sov.artifacts import MANIFEST
+from megatron_sov.config import ModelConfig, RunConfig, data_paths
 from megatron_sov.errors import UserError
 from megatron_sov.recipes.requested import BuiltIn, Request, add_recipe_arguments, training_request
-from megatron_sov.runs.checkpoints import KIND, find_checkpoint
+from megatron_sov.runs.checkpoints import find_checkpoint, refuse_missing, settings_of
 from megatron_sov.runs.launch_environment import num_ranks
 from megatron_sov.train.guards.fault_injection import STATES, Fault, parse
 
@@ -40,7 +40,8 @@ def add_stage_arguments(parser: argparse.ArgumentParser, *, needs_start: bool) -
                         metavar="CHECKPOINT|RUN|HF_DIR",
                         help="start from these weights (and their architecture)")
     parser.add_argument("--nproc", type=int, default=None, metavar="N",
-                        help="local processes to start (under Slurm or torchrun the environment decides)")
+                        help="local processes to start (under Slurm, or torchrun ... -m -- megatron_sov, the "
+                             "environment decides)")
     parser.add_argument("--deterministic", action="store_true",
                         help="the same bits in every run (--set train.deterministic=true)")
     parser.add_argument("--inject", action="append", default=[], metavar="FAULT@step=N[,rank=R]",
@@ -77,6 +78,7 @@ def stage_request(args: argparse.Namespace, objective: BuiltIn) -> Request:
                                       for path in data_paths(list(base.data.paths))}
     base = dataclasses.replace(base, data=dataclasses.replace(base.data, paths=paths))
     if args.start_from is not None:
+        asked.config()  # mistakes in the settings are told before torch is imported for the checkpoint
         base = dataclasses.replace(base, model=_model_of(args.start_from, asked))
     return dataclasses.replace(asked, base=base)
 
@@ -90,8 +92,7 @@ def _model_of(start_from: Path, asked: Request) -> ModelConfig:
     start = find_start(start_from)
     from megatron_sov import convert
 
-    model = convert.open_weights(start).model if convert.is_hf_folder(start) else from_dict(
-        read_manifest(start, KIND).settings).model
+    model = convert.open_weights(start).model if convert.is_hf_folder(start) else settings_of(start).model
     family = next((value.strip('"') for key, _, value in (s.partition("=") for s in reversed(asked.settings))
                    if key == "model.family"), asked.base.model.family)
     if model.family != family:
@@ -106,9 +107,7 @@ def find_start(start_from: Path) -> Path:
     Raises:
         UserError: it is neither, and no run with a checkpoint.
     """
-    if not start_from.is_dir():
-        raise UserError(f"--from {start_from}: does not exist; pass a checkpoint, "
-                        "a run or a Hugging Face folder")
+    refuse_missing(start_from, "--from ")
     from megatron_sov import convert
 
     return start_from if convert.is_hf_folder(start_from) else find_checkpoint(start_from)

@@ -266,6 +266,11 @@ class Trainer:
         """Return the seconds that the run has worked, over all its restarts."""
         return self.state.wall_s + time.monotonic() - self._entered_s
 
+    def abandon(self) -> None:
+        """Keep what there is when an error has ended the steps; other processes may be gone."""
+        self.guards.watchdog.close()  # the step that it watches has ended
+        self.checkpointer.finish_alone()
+
     def close(self) -> None:
         """End the records, and what runs beside."""
         self.guards.watchdog.close()

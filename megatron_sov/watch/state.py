@@ -8,16 +8,17 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from megatron_sov.config import RunConfig
 from megatron_sov.errors import UserError
 from megatron_sov.obs.attempts import COMPLETE, UNFINISHED, Attempt, Attempts
 from megatron_sov.obs.events import EVENTS, read_events
 from megatron_sov.obs.figures import number
 from megatron_sov.obs.incidents import is_incident
 from megatron_sov.obs.wall_time import Timekeeper, WallTime
+from megatron_sov.recipes.extension import PHASE
 from megatron_sov.runs.checkpoints import CHECKPOINTS_OF_A_RUN, latest, step_of
 from megatron_sov.runs.folder import COMPLETION, CONFIG, STAGES, RunFolder
 from megatron_sov.runs.lock import living_holder
@@ -148,6 +149,8 @@ def read_state(path: Path, now_s: float | None = None) -> RunState:
                            number(event.get("step_time_s"))))
             state.step, state.loss = int(event["step"]), number(event.get("loss"))
             state.tokens, state.phase = int(event.get("tokens") or 0), str(event.get("phase") or "")
+        elif event["event"] == "needle" and event.get("when") == "before":  # only an extension asks then
+            state.stage = "extend"
         state.warnings += event["event"] == "warning"
         if is_incident(event) and event["event"] not in TOLD_ELSEWHERE:
             state.incidents[event["event"]] = state.incidents.get(event["event"], 0) + 1
@@ -163,9 +166,10 @@ def read_state(path: Path, now_s: float | None = None) -> RunState:
     return state
 
 
-def _extends(path: Path, config: Any) -> bool:
-    return path.parent.name == STAGES or (path / STAGES).is_dir() or bool(config.extend.stages) or bool(
-        config.extend.gate.every_steps)
+def _extends(path: Path, config: RunConfig) -> bool:
+    """Return whether a run's settings, or its place, are those of an extension."""
+    return (path.parent.name == STAGES or (path / STAGES).is_dir() or bool(config.extend.stages)
+            or bool(config.extend.gate.every_steps) or any(p.name == PHASE for p in config.data.phases))
 
 
 def _start(attempt: Attempt) -> Start:

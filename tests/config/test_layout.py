@@ -34,3 +34,16 @@ Small = Callable[..., RunConfig]
 def test_rules_of_the_layout(parallel: dict[str, Any], num_ranks: int, sentence: str, small: Small) -> None:
     (problem,) = replace(small(), parallel=ParallelConfig(**parallel)).problems(num_ranks)
     assert problem.startswith(sentence)
+
+
+def test_shared_experts_are_divided_like_attention_not_like_the_routed_ones(small: Small) -> None:
+    """They are one wide feed-forward network, of which every tensor parallel rank has a piece."""
+    def problems(expert_ffn_dim: int, num_shared_experts: int) -> list[str]:
+        model = small(num_heads=6, num_kv_heads=3, expert_ffn_dim=expert_ffn_dim,
+                      num_shared_experts=num_shared_experts).model
+        return ParallelConfig(tp=3, sp=True).problems(model, num_ranks=3)
+
+    (problem,) = problems(32, 2)
+    assert problem.startswith("parallel.tp = 3 must divide the width of the shared experts, "
+                              "model.num_shared_experts 2 x model.expert_ffn_dim 32 = 64; use one of 1, 2, 4")
+    assert problems(32, 0) == problems(32, 3) == problems(48, 1) == []

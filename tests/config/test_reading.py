@@ -87,15 +87,19 @@ def test_later_settings_win_and_the_given_config_stays_as_it_was(small: Small) -
 
 
 @pytest.mark.parametrize(("setting", "message"), [
-    ("train.step=1", "'train.step' does not exist; did you mean 'steps'?"),
+    ("train.step=1", "'train.step' does not exist; did you mean 'train.steps'?"),
     ("trian.steps=1", "'trian' does not exist; did you mean 'train'?"),
     ("train.steps", "must have the form key=value"),
     ("=1", "must have the form key=value"),
     ("data.phases.3.seq_len=1", "data.phases has items 0 to 0, not '3'"),
-    ("data.phases.0.seqlen=1", "'data.phases.0.seqlen' does not exist; did you mean 'seq_len'?"),
-    ("model.yarn.factr=1", "'model.yarn.factr' does not exist; did you mean 'factor'?"),
+    ("data.phases.0.seqlen=1",
+     "'data.phases.0.seqlen' does not exist; did you mean 'data.phases.0.seq_len'?"),
+    ("model.yarn.factr=1", "'model.yarn.factr' does not exist; did you mean 'model.yarn.factor'?"),
     ("train.steps.x=1", "'train.steps' is a value and has no fields"),
     ("train.steps=many", "train.steps = 'many'"),
+    ('data.phases=[{"name":"a"}', "the value begins like JSON and is none (Expecting ',' delimiter: line 1"),
+    ('data.phases.0.blend={en: 1}', "is none (Expecting property name enclosed in double quotes: line 1"),
+    ('obs.wandb_project="mine', "is none (Unterminated string starting at: line 1 column 1 (char 0)); close"),
     ("train.steps=1.5", "train.steps = 1.5"),
     ("train.precision=fp16", "train.precision = 'fp16'"),
 ])
@@ -114,8 +118,8 @@ def test_unknown_fields_and_wrong_types_of_a_file_are_all_named(small: Small) ->
         from_dict(raw)
     text = str(e.value)
     assert text.startswith("config: 3 problems")
-    assert "train.stepz: no such setting; did you mean 'steps'?" in text
-    assert "model.num_expert: no such setting; did you mean 'num_experts'?" in text
+    assert "train.stepz: no such setting; did you mean 'train.steps'?" in text
+    assert "model.num_expert: no such setting; did you mean 'model.num_experts'?" in text
     assert "train.micro_batch_size = 'two'" in text
 
 

@@ -20,6 +20,7 @@ from megatron_sov.config import (
     PhaseConfig,
     RunConfig,
     TrainConfig,
+    apply_settings,
 )
 from megatron_sov.errors import UserError
 
@@ -64,6 +65,28 @@ def test_every_problem_is_listed_at_once_with_field_value_and_rule(small: Small)
         "train.global_batch_size = 0", "optim.lr = -1.0",
     ):
         assert any(line.strip().startswith(start) for line in lines), start
+
+
+@pytest.mark.parametrize("setting", [
+    "train.steps=1e12", "train.global_batch_size=8e10", "train.ramp_steps=1e15", "train.num_threads=1e9",
+    "data.prefetch_steps=1e9", "model.num_layers=1e12", "model.max_position_tokens=1e13",
+    "data.phases.0.seq_len=1e12", "data.phases.0.global_batch_size=1e9", "data.phases.0.tokens=1e18",
+])
+def test_a_slip_of_some_zeros_is_refused(setting: str, small: Small) -> None:
+    key, _, value = setting.partition("=")
+    (problem, *_) = [p for p in apply_settings(small(), [setting]).problems() if "count its zeros" in p]
+    where = key.replace("phases.0", "phases.0 (main)")
+    assert problem.startswith(f"{where} = {int(float(value))} must be at most ")
+
+
+def test_a_token_budget_that_makes_too_many_steps_is_refused(small: Small) -> None:
+    (problem,) = replace(small(), train=TrainConfig(tokens=10**15, global_batch_size=8)).problems()
+    assert problem.startswith("the token budgets make 976,562,500,000 steps, which must be at most")
+
+
+def test_a_negative_number_of_steps_is_one_problem(small: Small) -> None:
+    assert replace(small(), train=TrainConfig(steps=-5, global_batch_size=8)).problems() == [
+        "train.steps = -5 must not be negative"]
 
 
 def test_a_row_must_split_over_the_processes_that_share_it(small: Small) -> None:

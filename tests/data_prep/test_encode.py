@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from megatron_sov.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
 from megatron_sov.documents import Document
 from megatron_sov.documents.records import Messages
 from megatron_sov.errors import UserError
+from tokenizer.cli import main as sov_tokenizer
 
 CHAT = (("system", "Be kind."), ("user", "What is 2+2?"), ("assistant", "It is 4."), ("user", "안녕"),
         ("assistant", "안녕하세요!"))
@@ -144,3 +146,39 @@ def test_a_changed_tokenizer_is_refused(folder: Path, tmp_path: Path) -> None:
         Encoder(tmp_path)
     with pytest.raises(UserError, match="is not a 'tokenizer' artifact"):
         Encoder(tmp_path / "none")
+
+
+@pytest.mark.parametrize(("given", "imported", "output"), [
+    ("hf", "hf", "hf-tokenizer"),
+    ("packed", "packed/tokenizer", "packed-tokenizer"),  # token shards, a checkpoint: it lies inside
+    ("hf/tokenizer.json", "hf/tokenizer.json", "tokenizer-tokenizer"),
+    ("old/my.tiktoken", "old/my.tiktoken", "my-tokenizer"),
+    ("old", "old", "old-tokenizer"),
+])
+def test_a_tokenizer_of_others_is_refused_with_the_command_that_takes_it_over(
+        given: str, imported: str, output: str, folder: Path, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("hf", "packed/tokenizer"):
+        (tmp_path / name).mkdir(parents=True)
+        shutil.copyfile(folder / "tokenizer.json", tmp_path / name / "tokenizer.json")
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/my.tiktoken").touch()
+    with pytest.raises(UserError) as e:
+        Encoder(Path(given))
+    assert f"run `sov-tokenizer import {imported} --output {output}`, and pass" in str(e.value)
+    with pytest.raises(UserError, match="none: does not exist"):
+        Encoder(Path("none"))
+
+
+def test_an_export_is_taken_over_by_the_command_that_the_refusal_names(
+        folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hf = tmp_path / "my hf"
+    shutil.copytree(folder, hf)
+    (hf / "manifest.json").unlink()
+    with pytest.raises(UserError) as e:
+        Encoder(hf)
+    words = shlex.split(str(e.value).split("`")[1])
+    monkeypatch.chdir(tmp_path)
+    assert sov_tokenizer(words[1:]) == 0
+    Encoder(tmp_path / "my hf-tokenizer")

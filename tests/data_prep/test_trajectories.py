@@ -59,7 +59,7 @@ def test_thoughts_have_three_forms(think: Any, told: str) -> None:
     ({"query": "a", "solutions": ["b", {"thinking": "c"}]}, [],
      "solutions[1] is {\"thinking\": \"c\"}, must be a string"),
     ("{", [], "in.jsonl:1: is not valid JSON"),
-    ({"query": "a", "solutions": ["b", "b"]}, [], "none of its 1 queries has 2 different solutions"),
+    ({"query": "a", "solutions": ["b", "b"]}, [], "none of 1 queries has 2 different solutions"),
     (QUERY, ["--least", "3", "--most", "2"], "need 1 <= least <= most"),
     (QUERY, ["--heading", "Solution"], "must hold {} once"),
     (QUERY, ["--max-similarity", "2"], "must lie in [0, 1]"),

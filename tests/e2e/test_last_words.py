@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_sov.cli import main
+from megatron_sov.obs.events import EVENTS, read_events
 
 SETTINGS = ("train.steps=6", "train.eval_every_steps=0")
 
@@ -38,6 +39,44 @@ def test_why_a_run_ended_stands_in_its_status(pretrain: Any, run_command: Any, t
         assert ("  incidents   2 x step not learned (megatron-sov logs" in status) == (run == refused)
         assert main(["logs", str(run)]) == 0
         assert f"ended by an error: {sentence}" in capsys.readouterr().out
+
+
+FAILING = """
+import os, time
+from megatron_sov.mcore.checkpoint.host_snapshot import Snapshot
+from megatron_sov.train.lm import LanguageModelling
+
+write = Snapshot.write
+
+
+def slowly(self, folder, rank):
+    time.sleep(1)
+    write(self, folder, rank)
+
+
+class Failing(LanguageModelling):
+    def __init__(self, config, batches):
+        super().__init__(config, batches)
+        Snapshot.write = slowly
+
+    def collect(self, policy, step):
+        if step == 3 and os.environ["RANK"] == "1":
+            raise ValueError("a defect of one process")
+        return super().collect(policy, step)
+"""
+
+
+@pytest.mark.distributed
+def test_a_checkpoint_that_is_being_written_when_an_error_comes_is_there_afterwards(
+        pretrain: Any, run_command: Any, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(FAILING)
+    settings = (*SETTINGS, f"objective.name={tmp_path}/mine.py:Failing", "train.checkpoint_every_steps=2",
+                "train.max_restarts=0")
+    done = run_command(*pretrain(tmp_path / "run", "--nproc", "2", settings=settings))
+    assert (done.returncode, "ValueError: a defect of one process" in done.stderr) == (1, True), done.stderr
+    assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step-2"]
+    saved = [e for e in read_events(tmp_path / "run" / EVENTS) if e["event"] == "checkpoint"]
+    assert [(e["step"], e["save_s"] > 1) for e in saved] == [(2, True)]
 
 
 @pytest.mark.distributed

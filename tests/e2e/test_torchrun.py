@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed import run as torchrun
 
 from megatron_sov.obs.events import final_steps, read_events
 
@@ -35,6 +36,28 @@ def agent(rank: int, port: int, arguments: list[str]) -> list[str]:
     assert program == "torchrun", program
     return [sys.executable, "-W", "ignore", "-m", "torch.distributed.run",
             *words[:words.index("pretrain") + 1], *arguments]
+
+
+PAGES = sorted((Path(__file__).parents[2] / "docs").glob("*.md"))
+COMMANDS = sorted({(page.name, found) for page in PAGES
+                   for found in re.findall(r"torchrun (-[^`]*?megatron_sov[^`]*)",
+                                           page.read_text().replace("\\\n", " "))})
+
+
+@pytest.mark.parametrize(("page", "command"), COMMANDS, ids=[page for page, _ in COMMANDS])
+def test_torchrun_leaves_our_options_alone_on_every_page(page: str, command: str) -> None:
+    words = shlex.split(command.replace("$NODE_RANK", "1").replace("$PORT", "1"))
+    ours = words[words.index("--") + 1:]
+    read = torchrun.parse_args(words)
+    assert (read.module, [read.training_script, *read.training_script_args]) == (True, ours), page
+
+
+def test_without_the_two_dashes_torchrun_takes_our_option_for_its_own(
+        capsys: pytest.CaptureFixture[str]) -> None:
+    (said,) = re.findall(r"ends with `([^`]*)`", PAGE)
+    with pytest.raises(SystemExit):
+        torchrun.parse_args(["--nproc-per-node", "2", "-m", "megatron_sov", "pretrain", "--run", "r"])
+    assert said in capsys.readouterr().err
 
 
 def losses(run: Path) -> list[tuple[int, float, float]]:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from megatron_sov.obs.figures import duration, figure, large, number
+from megatron_sov.obs.figures import duration, figure, large, number, size
 
 
 @pytest.mark.parametrize(("seconds", "text"), [
@@ -19,6 +19,12 @@ def test_durations(seconds: float, text: str) -> None:
                                              (12, "12")])
 def test_large_numbers(value: float, text: str) -> None:
     assert large(value) == text
+
+
+@pytest.mark.parametrize(("num_bytes", "text"), [(0, "0 B"), (999, "999 B"), (12_345, "12.3 kB"),
+                                                 (1.5e9, "1.5 GB"), (2e15, "2000.0 TB")])
+def test_sizes(num_bytes: float, text: str) -> None:
+    assert size(num_bytes) == text
 
 
 def test_what_is_no_number_is_none() -> None:

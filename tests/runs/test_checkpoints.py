@@ -8,10 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_sov import recipes
 from megatron_sov.artifacts import new_artifact
 from megatron_sov.errors import UserError
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.checkpoints import (
+    KIND,
     clear_leftovers,
     damage,
     find_checkpoint,
@@ -20,6 +22,7 @@ from megatron_sov.runs.checkpoints import (
     prune,
     refuse_lost,
     set_aside,
+    settings_of,
 )
 
 
@@ -65,6 +68,37 @@ def test_a_file_that_is_not_what_was_written_is_named(run: Path) -> None:
     assert (instead_of(run / "checkpoints/step-5")
             == "there is no checkpoint before it; restore it from a copy")
     assert damage(run / "nowhere") == f"{run}/nowhere/manifest.json: is missing"
+
+
+@pytest.mark.parametrize(("name", "value", "said"), [
+    ("num_kv_heads", 0, "model.num_kv_heads = 0 must be positive"),
+    ("num_kv_heads", -2, "model.num_kv_heads = -2 must be positive"),
+    ("num_layers", 10**29, "must be at most 10,000"),
+    ("num_experts", 10**29, "must be at most 1,000,000 experts"),
+    ("num_layers", [], "model.num_layers = []"),
+    ("num_layers", None, "model.num_layers = None"),
+    ("vocab_size", 1e300, "model.vocab_size = 1e+300"),
+    ("head_dim", True, "model.head_dim"),
+    ("attention_pattern", 5, "model.attention_pattern = 5"),
+    ("no_such_field", 1, "model.no_such_field: no such setting"),
+])
+def test_settings_that_make_no_model_are_one_sentence(name: str, value: object, said: str,
+                                                      tmp_path: Path) -> None:
+    raw = recipes.get("tiny-solar-open").to_dict()
+    raw["model"][name] = value
+    with new_artifact(tmp_path / "step-1", KIND) as artifact:
+        artifact.settings = raw
+    with pytest.raises(UserError) as e:
+        settings_of(tmp_path / "step-1")
+    assert "manifest.json: its settings cannot be used" in str(e.value) and said in str(e.value)
+
+
+@pytest.mark.parametrize("raw", [{}, {"recipe": "x", "model": None}, {"recipe": "x", "model": []}], ids=str)
+def test_settings_of_another_kind_are_one_sentence(raw: dict[str, object], tmp_path: Path) -> None:
+    with new_artifact(tmp_path / "step-1", KIND) as artifact:
+        artifact.settings = raw
+    with pytest.raises(UserError, match="its settings cannot be used"):
+        settings_of(tmp_path / "step-1")
 
 
 def test_damaged_ones_are_set_aside_and_never_taken_for_a_beginning(run: Path) -> None:

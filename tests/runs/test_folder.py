@@ -41,6 +41,8 @@ def test_foreign_folders_and_files_are_refused(tmp_path: Path) -> None:
         RunFolder(tmp_path).enter(CONFIG_OF_RUN, resume=True)
     with pytest.raises(UserError, match=r"notes.txt: is a file; --run needs a folder"):
         RunFolder(tmp_path / "notes.txt").enter(CONFIG_OF_RUN, resume=False)
+    with pytest.raises(UserError, match=r"--run /proc/x: nothing can be made in /proc "):
+        RunFolder(Path("/proc/x")).enter(CONFIG_OF_RUN, resume=False)
 
 
 def test_a_run_is_entered_again_only_by_resume(tmp_path: Path) -> None:

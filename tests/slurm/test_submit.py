@@ -31,7 +31,7 @@ BESIDE = ("--set", "train.export_every_checkpoints=1", "--set", 'evaluate.backgr
      "parallel.ep = 16 must divide model.num_experts = 8"),
     (("pretrain", *HERE, *RUN, "--nproc", "2"), "--nproc 2: under Slurm the nodes and the profile decide"),
     (("pretrain", *HERE, *RUN, "--set", "train.stpes=5"),
-     "'train.stpes' does not exist; did you mean 'steps'?"),
+     "'train.stpes' does not exist; did you mean 'train.steps'?"),
     (("pretrain", *HERE, "tiny-solar-open", "--run", "x"),
      "--data: is missing; pass a folder made by `sov-data pack`"),
     (("pretrain", *HERE, *RUN, "--nodes-set", "two:a=1"),

@@ -80,7 +80,7 @@ def test_the_data_of_a_config_must_still_be_there(data: Path) -> None:
 
 @pytest.mark.parametrize(("recipe", "setting", "message"), [
     ("tiny-solar", "train.steps=1", "recipe 'tiny-solar': does not exist; did you mean 'tiny-solar-open'"),
-    ("tiny-solar-open", "train.step=1", "'train.step' does not exist; did you mean 'steps'"),
+    ("tiny-solar-open", "train.step=1", "'train.step' does not exist; did you mean 'train.steps'"),
     ("tiny-solar-open", "train.steps=many", "train.steps = 'many'"),
     ("tiny-solar-open", "objective.name=sft",
      "objective.name = sft: this command trains by 'lm'.*`megatron-sov sft`"),
@@ -107,7 +107,7 @@ def test_mistakes_are_found_before_a_hugging_face_folder_is_converted(
     start = ("--data", f"{data}/a", "--from", str(hf_models["solar_open"]))
     for arguments, message in {
         ("tiny-qwen3", *start): "is a solar_open model, recipe tiny-qwen3 is for qwen3",
-        ("tiny-solar-open", *start, "--set", "train.stpes=1"): "did you mean 'steps'",
+        ("tiny-solar-open", *start, "--set", "train.stpes=1"): "did you mean 'train.steps'",
         ("tiny-solar-open", *start, "--nproc", "3", "--set", "parallel.tp=3"): "parallel.tp = 3 must divide",
         ("tiny-solar-open", *start, "--inject", "crash@step=x"): "--inject crash@step=x",
     }.items():

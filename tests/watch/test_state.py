@@ -196,6 +196,17 @@ def test_a_folder_of_runs_is_a_table_and_json_has_no_nan(tmp_path: Path,
     assert raw["wall_time"]["total_s"] == pytest.approx(26)
 
 
+@pytest.mark.parametrize(("phase", "events"), [
+    ("extend", ()),  # as `extend` names its phase where nobody does
+    ("far", ((99.0, "needle", {"when": "before", "step": 0}),)),
+], ids=["named by the command", "named by the user"])
+def test_an_extension_without_stages_or_gate_is_called_one(
+        tmp_path: Path, phase: str, events: tuple[tuple[float, str, dict[str, Any]], ...]) -> None:
+    phases = json.dumps([{"name": phase, "seq_len": 128}])
+    run = write_run(tmp_path / "long", begin(100), *events, settings=(f"data.phases={phases}",))
+    assert read_state(run, NOW_S).stage == "extend"
+
+
 def test_the_bar_rounds_to_its_width() -> None:
     time_ = WallTime(0.0, dict(zip(CATEGORIES, (66.6, 11.1, 11.1, 0.0, 11.2, 0.0), strict=True)))
     assert bar(time_, 10) == "#######x%>"

@@ -9,11 +9,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_sov.artifacts import atomic_write, to_json
+from megatron_sov.artifacts import to_json, write_output
 from megatron_sov.errors import UserError
+from megatron_sov.outputs import check_output
 from megatron_sov.pages.content import Table
 from tokenizer.formats.loaders import open_tokenizer
-from tokenizer.report.command import TOKENIZER_HELP, add_text_arguments, prepare_output
+from tokenizer.report.command import TOKENIZER_HELP, add_text_arguments
 from tokenizer.report.texts import NamedText, read_texts
 
 HELP = "compare tokenizers on the same text"
@@ -55,8 +56,9 @@ def run(args: argparse.Namespace) -> int:
     for option, value in (("--hidden-size", args.hidden_size), ("--body-params", args.body_params)):
         if not 0 < value < float("inf"):
             raise UserError(f"{option} {value:g}: must be above 0, e.g. that of the model you will train")
-    prepare_output(args.output, "--output")
-    prepare_output(args.json, "--json")
+    for option, path in (("--output", args.output), ("--json", args.json)):
+        if path is not None:
+            check_output(option, path)
     found = compare(args.tokenizers, read_texts(args.text, args.max_text_mb), args.hidden_size,
                     args.body_params)
     for title, table in (("bytes per token", text_table(found, "bytes_per_token", "{:.3f}")),
@@ -68,10 +70,10 @@ def run(args: argparse.Namespace) -> int:
     for name, facts in found["tokenizers"].items():
         print(f"{name}: {facts['vocab_size']:,} ids, {facts['mb_per_cpu_s']:.2f} MB per CPU second")
     if args.output is not None:
-        atomic_write(args.output, render(found))
+        write_output(args.output, render(found))
         print(f"{args.output}: opens in any browser without a network")
     if args.json is not None:
-        atomic_write(args.json, to_json(found))
+        write_output(args.json, to_json(found))
     return 0
 
 

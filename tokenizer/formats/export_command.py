@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.artifacts import refuse_nowhere, to_json, write_output
+from megatron_sov.artifacts import to_json, write_output
 from megatron_sov.errors import UserError
+from megatron_sov.outputs import check_output
 
 HELP = "write a tokenizer for tiktoken or sentencepiece"
 DESCRIPTION = """Write a tokenizer for tiktoken (a file of ranks; pattern and special tokens in FILE.json
@@ -56,10 +57,11 @@ def export_tokenizer(path: Path, form: str, output: Path, *, texts: list[Path] |
     from tokenizer.formats.tiktoken_format import rules_path
     from tokenizer.sample_texts import built_in, first_difference, users
 
-    refuse_nowhere(output)
     targets = [output, rules_path(output)] if form == "tiktoken" else [output]
     if (there := next((t for t in targets if t.exists()), None)) and (not overwrite or there.is_dir()):
         raise UserError(f"{there}: exists already; choose another file or pass --overwrite")
+    for target in targets:
+        check_output("--output", target)
     file = find_file(path)
     if file.suffix != ".json":
         raise UserError(f"{file}: is no tokenizer.json; take it over by `sov-tokenizer import` first")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_sov.errors import UserError
+from megatron_sov.errors import UserError, download
 from tokenizer.formats import sentencepiece_format, tiktoken_format
 from tokenizer.formats.hf_files import CONFIG_JSON, TOKENIZER_JSON
 from tokenizer.formats.hostile import no_panics, refuse_far_ids
@@ -64,7 +64,7 @@ def find_file(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        raise UserError(f"{path}: does not exist; pass {FORMS}")
+        raise UserError(f"{path}: does not exist; pass {FORMS}{download(path)}")
     if (path / TOKENIZER_JSON).is_file():
         return path / TOKENIZER_JSON
     found = sorted([*path.glob("*.tiktoken"), *path.glob("*.model")])

@@ -56,11 +56,14 @@ def weight_files(model: Path) -> list[Path]:
         if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
             raise UserError(f"{model / INDEX}: lacks a weight_map to files in the same folder; "
                             "restore it from its source")
+        if missing := next((name for name in names if not (model / name).is_file()), None):
+            raise UserError(f"{model / missing}: is missing, and {INDEX} names it; "
+                            "copy or download it again")
     else:
         names = [SINGLE_FILE]
-    if missing := next((name for name in names if not (model / name).is_file()), None):
-        raise UserError(f"{model / missing}: does not exist; save the model with safetensors (pickled "
-                        "weights are not read)")
+        if not (model / SINGLE_FILE).is_file():
+            raise UserError(f"{model / SINGLE_FILE}: does not exist; save the model with safetensors "
+                            "(pickled weights are not read)")
     return [model / name for name in names]
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_sov.artifacts import atomic_write, disk_errors, sha256_file, to_json
+from megatron_sov.artifacts import sha256_file, to_json, write_output
 from megatron_sov.errors import UserError, nearest
+from megatron_sov.outputs import check_output
 from tokenizer.formats.loaders import open_tokenizer
 from tokenizer.report.texts import DEFAULT_MB, read_texts
 
@@ -58,32 +59,19 @@ def run(args: argparse.Namespace) -> int:
         if name not in CHECKS:
             raise UserError(f"--skip {name}: is no check{nearest(name, CHECKS)} (checks: "
                             f"{', '.join(CHECKS)})")
-    prepare_output(args.output, "--output")
-    prepare_output(args.json, "--json")
+    for option, path in (("--output", args.output), ("--json", args.json)):
+        if path is not None:
+            check_output(option, path)
     opened = open_tokenizer(args.tokenizer)
     checks = check_all(opened, read_texts(args.text, args.max_text_mb), args.skip)
     for check in checks:
         print(f"{check.verdict:>4}  {check.title}: {check.summary}")
-    atomic_write(args.output, render(opened, checks))
+    write_output(args.output, render(opened, checks))
     if args.json is not None:
         found = {c.name: {"title": c.title, "verdict": c.verdict, "summary": c.summary, "numbers": c.numbers}
                  for c in checks}
         facts = {"tokenizer": str(args.tokenizer), "library": opened.library, "vocab_size": opened.vocab_size,
                  "sha256": sha256_file(opened.file)}
-        atomic_write(args.json, to_json(facts | {"checks": found}))
+        write_output(args.json, to_json(facts | {"checks": found}))
     print(f"{args.output}: opens in any browser without a network")
     return 0
-
-
-def prepare_output(path: Path | None, option: str) -> None:
-    """Make the folder of a file that will be written.
-
-    Raises:
-        UserError: the path is a folder, or its own folder cannot be made.
-    """
-    if path is None:
-        return
-    if path.is_dir():
-        raise UserError(f"{option} {path}: is a folder; name the file to write, e.g. {path / 'report.html'}")
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)

@@ -106,7 +106,9 @@ class Snapshot:
                          {name: record for _, writer, _ in written for name, record in writer.files.items()})
         file = Written.file(folder, rank)
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(dataclasses.asdict(result)))
+        unfinished = file.with_suffix(".part")  # its name says that it is whole: nobody has to be asked
+        unfinished.write_text(json.dumps(dataclasses.asdict(result)))
+        os.replace(unfinished, file)
 
 
 class _Arena:

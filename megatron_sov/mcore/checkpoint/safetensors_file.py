@@ -60,7 +60,7 @@ class TensorFile:
         self.path, self._remedy = path, remedy
         try:
             self.entries = _entries(path)
-        except (OSError, ValueError, KeyError, TypeError) as e:
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as e:
             raise self._damaged(e) from None
 
     def _damaged(self, why: object) -> UserError:
@@ -97,7 +97,8 @@ class TensorFile:
 
 
 def _entries(path: Path) -> dict[str, TensorEntry]:
-    """Return the file's tensors; ValueError, KeyError or TypeError where the header is not sound."""
+    """Return the file's tensors; ValueError, KeyError, TypeError, OverflowError or RecursionError
+    where the header is not sound."""
     with open(path, "rb") as f:
         size_bytes = os.fstat(f.fileno()).st_size
         length = int.from_bytes(f.read(8), "little")

@@ -42,6 +42,10 @@ _LOOK_EVERY_S = 0.02
 PROGRESS = ("written", "completed", "failed", "late")
 """What processes tell one another about the checkpoint that is being written:
 each counts those for which it holds."""
+FINISH_WITHIN_S = 60.0
+"""Time that an outstanding checkpoint has where an error has ended the steps behind it."""
+STILL_S = 1.0
+"""Time without a new byte after which nobody is taken to write a checkpoint any more."""
 LEAVE_WITHIN_S = 30.0
 """Time to leave in good order when a file system hangs; then the process ends at once."""
 
@@ -192,6 +196,24 @@ class Saver:
             self._writing.stall_s += time.monotonic() - waits_since_s
             self.advance(sums)
 
+    def finish_alone(self) -> None:
+        """Let the outstanding checkpoint become complete where an error has ended the steps behind it.
+
+        No collective: other processes may be gone.  Each one sees its own files written before it leaves, for
+        `FINISH_WITHIN_S` at most; rank 0 looks for those of the others and completes what is whole.  Nothing
+        is raised: the error that ended the steps is what has to be told.
+        """
+        w, self._writing = self._writing, None
+        if w is None:
+            return
+        end_s = time.monotonic() + FINISH_WITHIN_S
+        w.thread.join(FINISH_WITHIN_S)
+        if dist.get_rank() == 0 and w.written and not w.completing and _all_have_written(w.folder, end_s):
+            w.start(w.complete, lambda: setattr(w, "completed", True))
+            w.thread.join(max(0.0, end_s - time.monotonic()))
+        if w.completed and self._on_saved is not None:
+            self._on_saved(Saved(w.path, w.step, w.stall_s, time.monotonic() - w.began_s))
+
     def _fail(self, w: _Writing) -> None:
         """Raise the first problem on every process, when no process writes any more and what was
         written is deleted."""
@@ -210,6 +232,27 @@ class Saver:
         raise UserError(f"{w.path}: rank{'s' if len(hanging) > 1 else ''} {', '.join(map(str, hanging))} did "
                         f"not finish writing within train.save_timeout_s = {self._timeout_s:g}; see what "
                         "holds up that file system, then go on with --resume from the checkpoint before")
+
+
+def _all_have_written(folder: Path, end_s: float) -> bool:
+    """Wait, while a file of the folder grows, until every process has said what it wrote there."""
+    size, grew_s = -1, time.monotonic()
+    while not all(Written.file(folder, rank).is_file() for rank in range(dist.get_world_size())):
+        now_s = time.monotonic()
+        if (found := _bytes_in(folder)) != size:
+            size, grew_s = found, now_s
+        if now_s - grew_s > STILL_S or now_s > end_s:
+            return False
+        time.sleep(STILL_S / 10)
+    return True
+
+
+def _bytes_in(folder: Path) -> int:
+    total_bytes = 0
+    for file in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # it has got its final name just now
+            total_bytes += file.stat().st_size
+    return total_bytes
 
 
 @contextlib.contextmanager

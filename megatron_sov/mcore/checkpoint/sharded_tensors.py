@@ -162,6 +162,22 @@ def _owners(shape: Sequence[int], pieces: Sequence[dict[str, Any]]) -> np.ndarra
     return owners
 
 
+def _sizes(value: Any) -> tuple[int, ...]:
+    """Return a shape or an offset of an index; ValueError where it is none."""
+    if not isinstance(value, list) or not all(type(n) is int and n >= 0 for n in value):
+        raise ValueError(f"{str(value)[:80]} is no list of sizes")
+    return tuple(value)
+
+
+def _stored(raw: Any, axes: int) -> StoredBlock:
+    """Return a piece of an index; ValueError where it is none of a tensor with so many axes."""
+    block = StoredBlock(raw["file"], raw["name"], _sizes(raw["offset"]), _sizes(raw["shape"]))
+    if not (isinstance(block.file, str) and isinstance(block.name, str)
+            and len(block.offset) == len(block.shape) == axes):
+        raise ValueError(f"{str(raw)[:200]} is no piece of a tensor with {axes} axes")
+    return block
+
+
 class TensorReader:
     """Reads any block of any tensor of one part of a checkpoint."""
 
@@ -171,10 +187,9 @@ class TensorReader:
         file = self.folder / f"{part}.index.json"
         try:
             raw = json.loads(file.read_text())
-            self._shapes = {k: tuple(e["shape"]) for k, e in raw.items()}
+            self._shapes = {k: _sizes(e["shape"]) for k, e in raw.items()}
             self._dtypes = {k: _DTYPES[e["dtype"]] for k, e in raw.items()}
-            self._pieces = {k: [StoredBlock(p["file"], p["name"], tuple(p["offset"]), tuple(p["shape"]))
-                                for p in e["pieces"]]
+            self._pieces = {k: [_stored(p, len(self._shapes[k])) for p in e["pieces"]]
                             for k, e in raw.items()}
             self._refuse_foreign_paths(file)
         except FileNotFoundError:

@@ -58,6 +58,8 @@ def _with_header(path: Path, change: Callable[[dict[str, Any]], Any], tail: byte
     (lambda h: json.dumps(h)[:-1] + ', "a": ' + json.dumps(h["a"]) + "}", b"",
      "a stands in its header twice"),
     (lambda h: "[1, 2]", b"", "no JSON object"),
+    (lambda h: json.dumps(h).replace("[2]", "[1e999]"), b"", "cannot convert float infinity to integer"),
+    (lambda h: "[" * 100_000, b"", "recursion"),
     (lambda h: "{", b"", "its header would have 1 of"),
 ])
 def test_damaged_headers_are_refused_by_name(tmp_path: Path, change, tail: bytes, expected: str) -> None:

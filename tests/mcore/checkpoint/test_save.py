@@ -113,6 +113,43 @@ def problems(folder: str) -> dict[str, Any]:
     return {**said, "left with": left}
 
 
+def behind_an_error(folder: str) -> dict[str, Any]:
+    """Return what is there when every process has looked after its own part: where the other one is slower,
+    and where it never writes."""
+    import time
+
+    import torch.distributed as dist
+
+    from megatron_sov.mcore.checkpoint import save
+    from megatron_sov.mcore.checkpoint.host_snapshot import Snapshot
+
+    model, optimizer = parts({"ep": 2})
+    at, rank, write, saved = Path(folder), dist.get_rank(), Snapshot.write, list[str]()
+
+    def slowly(self: Snapshot, folder: Path, rank: int) -> None:
+        time.sleep(0.5 * rank)
+        write(self, folder, rank)
+
+    def never(self: Snapshot, folder: Path, rank: int) -> None:
+        if rank == 0:
+            write(self, folder, rank)
+        else:
+            threading.Event().wait()
+
+    save.FINISH_WITHIN_S = 30.0 if rank == 0 else 1.0
+    for step, how in ((1, slowly), (2, never)):
+        Snapshot.write = how  # type: ignore[method-assign]
+        saver = save.Saver(lambda found: saved.append(found.path.name))
+        saver.begin(at / f"step-{step}", model, optimizer,
+                    save.Companions({"step": step, "tokens": 1}, {}, None))
+        began_s = time.monotonic()
+        saver.finish_alone()
+        saver.finish_alone()  # there is nothing more to do
+        waited_s = time.monotonic() - began_s
+        dist.barrier()
+    return {"saved": saved, "waited_s": waited_s, "there": sorted(p.name for p in at.glob("step-*"))}
+
+
 def _no_room(*args: Any) -> None:
     raise OSError(28, "No space left on device")
 
@@ -159,3 +196,13 @@ def test_the_copy_is_written_and_failures_reach_everyone(ranks: Any, job: Any, t
         assert ("rank 1 did not finish writing within train.save_timeout_s = 0.5; see what holds up"
                 in said["hangs"])
         assert said["left with"] == [2], "what hangs in leaving is ended"
+
+
+@pytest.mark.distributed
+def test_behind_an_error_what_all_have_written_becomes_complete(ranks: Any, job: Any, tmp_path: Path) -> None:
+    from megatron_sov.artifacts import damaged_files
+
+    (found,) = ranks(job(__file__, "behind_an_error", 2, {"folder": str(tmp_path)}))
+    assert [f["there"] for f in found] == [["step-1"]] * 2 and damaged_files(tmp_path / "step-1") == []
+    assert [f["saved"] for f in found] == [["step-1"], []], "rank 0 tells"
+    assert all(0.9 < f["waited_s"] < 10 for f in found), "nobody waits long for one who writes nothing"

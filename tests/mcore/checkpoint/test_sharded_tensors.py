@@ -173,6 +173,26 @@ def test_damage_is_one_sentence(tmp_path: Path) -> None:
         TensorReader(tmp_path)
 
 
+@pytest.mark.parametrize("value", [[[]], [None, 2], ["6", 2], [6.0, 2], [True, 2], [-6, 2], [6], [6, 2, 1],
+                                   {}, "62", 6, None, [10**30, 2]], ids=str)
+@pytest.mark.parametrize("place", ["shape", "offset", "tensor"])
+def test_sizes_of_another_kind_are_one_sentence(place: str, value: Any, tmp_path: Path) -> None:
+    write(tmp_path, torch.randn(6, 2), [((0, 0), (3, 2)), ((3, 0), (3, 2))])
+    damaged(tmp_path, lambda index: (index["w"] if place == "tensor" else index["w"]["pieces"][0]).update(
+        {"shape" if place == "tensor" else place: value}))
+    with pytest.raises(UserError, match=r"is damaged|a block reaches beyond|a part of w"):
+        TensorReader(tmp_path).check_complete()
+
+
+@pytest.mark.parametrize("value", [5, None, ["x"], {}, "\0", "x" * 5000], ids=lambda v: str(v)[:8])
+@pytest.mark.parametrize("name", ["file", "name"])
+def test_names_of_another_kind_are_one_sentence(name: str, value: Any, tmp_path: Path) -> None:
+    write(tmp_path, torch.randn(6, 2), [((0, 0), (6, 2))])
+    damaged(tmp_path, lambda index: index["w"]["pieces"][0].update({name: value}))
+    with pytest.raises(UserError, match=r"is damaged|cannot be read|the file lacks it"):
+        TensorReader(tmp_path).read("w")
+
+
 def test_what_an_index_says_must_hold_in_the_files(tmp_path: Path) -> None:
     def refused(change: Any, call: Callable[[TensorReader], Any] = TensorReader.check_complete) -> str:
         write(tmp_path, torch.randn(6, 2), [((0, 0), (3, 2)), ((3, 0), (3, 2))])

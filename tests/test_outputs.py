@@ -1,0 +1,71 @@
+"""Where a result cannot come to lie is said before the work, by every command that makes one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_prep.cli import main as sov_data
+from megatron_sov.artifacts import refuse_existing, write_output
+from megatron_sov.cli import main as megatron_sov
+from megatron_sov.errors import UserError
+from megatron_sov.outputs import check_output, refuse_unwritable
+from tokenizer.cli import main as sov_tokenizer
+
+NOWHERE = "/proc/x"
+"""A folder in which not even root makes anything, though nothing forbids it."""
+
+
+def test_where_a_file_cannot_lie_is_said_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path, sentence in ((tmp_path, "is a folder; name the file"),
+                           (tmp_path / "file/a/b", "file is a file, so nothing"),
+                           (tmp_path / ("a" * 999), "File name too long"),
+                           (Path("/dev/null"), "is no regular file"), (Path(NOWHERE), "nothing can be made")):
+        with pytest.raises(UserError, match=rf"--out {path}: .*{sentence}"):
+            check_output("--out", path)
+    check_output("--out", tmp_path / "new/folders/page.html")
+    with pytest.raises(UserError, match="File name too long"):
+        refuse_existing(tmp_path / ("a" * 999), "tokens", overwrite=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    write_output(tmp_path / "new/folders/page.html", "x")
+    assert (tmp_path / "new/folders/page.html").read_text() == "x"
+
+
+def test_trying_leaves_nothing(tmp_path: Path) -> None:
+    refuse_unwritable(tmp_path, "--run x")
+    assert list(tmp_path.iterdir()) == []
+
+
+COMMANDS = {
+    "pack": (sov_data, "pack --tokenizer {data.tokenizer} --input {text} --output {out}"),
+    "mix": (sov_data, "mix {data.text} --output {out}"),
+    "trajectories": (sov_data, "trajectories --input {text} --output {out}"),
+    "demo-corpus": (sov_data, "demo-corpus --output {out}"),
+    "tokenizer train": (sov_tokenizer,
+                        "train --preset solar-open --vocab-size 300 --input {text} --output {out}"),
+    "tokenizer import": (sov_tokenizer, "import {data.tokenizer} --output {out}"),
+    "tokenizer export": (sov_tokenizer, "export {data.tokenizer} --format tiktoken --output {out}"),
+    "tokenizer report": (sov_tokenizer, "report {data.tokenizer} --output {out}"),
+    "tokenizer compare": (sov_tokenizer,
+                          "compare {data.tokenizer} {data.tokenizer} --text a={text} --output {out}"),
+    "graft": (sov_tokenizer, "graft {data.tokenizer} --add {text} --output {out}"),
+    "plan": (megatron_sov, "plan tiny-solar-open --html {out}"),
+    "report": (megatron_sov, "report {text} --out {out}"),
+    "eval": (megatron_sov, "eval ppl nowhere --data {data.text} --out {out}"),
+    "bundle": (megatron_sov, "bundle --output {out}"),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_refuses_a_place_where_nothing_can_be_made(
+        name: str, packed_data: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    main, line = COMMANDS[name]
+    text = packed_data.tokenizer.parent / "even.jsonl"
+    for out, why in ((NOWHERE, "nothing can be made in /proc"), (text / "x", "even.jsonl is a file")):
+        words = line.format(data=packed_data, text=text, out=out).split()
+        assert main(words) == 2
+        error = capsys.readouterr().err
+        assert why in error and len(error.splitlines()) == 1, error
