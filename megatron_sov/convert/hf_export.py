@@ -8,11 +8,12 @@ import torch
 from tqdm import tqdm
 
 from megatron_sov import models
-from megatron_sov.artifacts import atomic_write, manifest_sha256, refuse_existing, to_json
+from megatron_sov.artifacts import FileRecord, atomic_write, manifest_sha256, refuse_existing, to_json
 from megatron_sov.convert import DEFAULT_WORKERS, MAX_SHARD_BYTES
 from megatron_sov.convert.companions import carry, ids_beside, split_conflict, with_turn_ends
 from megatron_sov.convert.resume import fingerprint, resumable_artifact
 from megatron_sov.convert.shard_writer import plan_shards, write_files
+from megatron_sov.convert.source_check import checked_source
 from megatron_sov.convert.sources import (
     CONFIG,
     INDEX,
@@ -20,7 +21,6 @@ from megatron_sov.convert.sources import (
     CheckpointWeights,
     check_dtypes,
     newest_of_run,
-    refuse_damage,
 )
 from megatron_sov.convert.values import KEEP, check_dtype_name, check_space, converted, exported_dtype
 from megatron_sov.errors import UserError
@@ -75,8 +75,12 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
             bar.update()
             return tensor
 
-        refuse_damage(source, workers)
-        write_files(artifact.path, missing, read, workers, artifact.finish)
+        with checked_source(source, workers) as check:
+            def finish(name: str, record: FileRecord) -> None:
+                check.require(spec.name for spec in files[name])
+                artifact.finish(name, record)
+
+            write_files(artifact.path, missing, read, workers, finish)
         if SINGLE_FILE not in files:
             weight_map = {spec.name: name for name, tensors in files.items() for spec in tensors}
             index = {"metadata": {"total_size": size_bytes}, "weight_map": dict(sorted(weight_map.items()))}
