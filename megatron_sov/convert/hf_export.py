@@ -60,7 +60,6 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
     tokens = ids_beside(checkpoint / "tokenizer")
     family = models.get(source.model.family)
     config = family.to_hf_config(source.model, str(specs[0].dtype).removeprefix("torch."), tokens)
-    size_bytes = sum(spec.size_bytes for spec in specs)
     plan = {"from": fingerprint(checkpoint), "manifest": manifest_sha256(checkpoint), "dtype": dtype,
             "files": {name: [spec.name for spec in tensors] for name, tensors in files.items()}}
     with resumable_artifact(out, KIND, plan, overwrite=overwrite) as artifact, \
@@ -82,9 +81,7 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
 
             write_files(artifact.path, missing, read, workers, finish)
         if SINGLE_FILE not in files:
-            weight_map = {spec.name: name for name, tensors in files.items() for spec in tensors}
-            index = {"metadata": {"total_size": size_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-            atomic_write(artifact.path / INDEX, to_json(index))
+            _write_index(artifact.path, files)
         atomic_write(artifact.path / CONFIG, to_json(config))
         carry(checkpoint / "tokenizer", artifact.path, with_turn_ends(checkpoint / "tokenizer", tokens))
         artifact.writer.add_input(checkpoint)
@@ -104,3 +101,10 @@ def planned_files(source: CheckpointWeights, dtype: str, max_shard_bytes: int) -
     if len(shards) == 1:
         return {SINGLE_FILE: shards[0]}
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
+
+
+def _write_index(folder: Path, files: dict[str, list[TensorSpec]]) -> None:
+    weight_map = {spec.name: name for name, tensors in files.items() for spec in tensors}
+    size_bytes = sum(spec.size_bytes for tensors in files.values() for spec in tensors)
+    atomic_write(folder / INDEX, to_json({"metadata": {"total_size": size_bytes},
+                                          "weight_map": dict(sorted(weight_map.items()))}))

@@ -192,7 +192,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def check_dtypes(weights: Weights) -> None:
-    """ParityCheck, before anything is converted, that every tensor has a dtype that can be kept.
+    """Check, before anything is converted, that every tensor has a dtype that can be kept.
 
     Raises:
         UserError: weights that are no floating-point numbers, router biases that were rounded (they move in
