@@ -80,8 +80,7 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
                 artifact.finish(name, record)
 
             write_files(artifact.path, missing, read, workers, finish)
-        if SINGLE_FILE not in files:
-            _write_index(artifact.path, files)
+        _write_index(artifact.path, files)
         atomic_write(artifact.path / CONFIG, to_json(config))
         carry(checkpoint / "tokenizer", artifact.path, with_turn_ends(checkpoint / "tokenizer", tokens))
         artifact.writer.add_input(checkpoint)
@@ -104,6 +103,9 @@ def planned_files(source: CheckpointWeights, dtype: str, max_shard_bytes: int) -
 
 
 def _write_index(folder: Path, files: dict[str, list[TensorSpec]]) -> None:
+    """Write which file holds which tensor, where there are several."""
+    if SINGLE_FILE in files:
+        return
     weight_map = {spec.name: name for name, tensors in files.items() for spec in tensors}
     size_bytes = sum(spec.size_bytes for tensors in files.values() for spec in tensors)
     atomic_write(folder / INDEX, to_json({"metadata": {"total_size": size_bytes},
