@@ -2,8 +2,9 @@
 
     python benchmarks/checkpoint_speed.py [--megabytes 400] [--rounds 5] [--nproc 1]
 
-Saves the weights and moments of a model of about the given size, in float32, and loads them again.  `cp`
-copies the files of the same checkpoint and syncs each.  Every round measures everything, one after the other,
+Saves the weights and moments of a model of about the given size, in float32, and loads them again.  Beside it
+the files of the same checkpoint are copied in three ways: `cp`; `cp` and a sync of each; both and the
+`sha256sum` of each, which is what a save does.  Every round measures everything, one after the other,
 so that what else the machine does falls on all alike; ratios are of the medians.  Loading is from the page
 cache, as is what `cp` reads.
 """
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from megatron_sov import recipes
@@ -32,8 +34,11 @@ from megatron_sov.models.count import num_params
 
 BYTES_PER_PARAMETER = 12
 """Weight and two moments in float32."""
-MEASURES = ("cp + fsync of every file", "save, waiting (async_save=false)",
-            "stall of the same save (async_save=true)", "check: hash every file", "load weights and moments")
+HASHES = {"openssl": ["openssl", "dgst", "-sha256"], "sha256sum": ["sha256sum"]}
+COPIES = ("cp", "cp + fsync", *(f"cp + fsync + {name}" for name in HASHES))
+SAVE, STALL = "save, waiting (async_save=false)", "stall of the same save (async_save=true)"
+CHECK, LOAD = "check: hash every file", "load weights and moments"
+MEASURES = (*COPIES, SAVE, STALL, CHECK, LOAD)
 
 
 def config_of(num_bytes: float) -> RunConfig:
@@ -47,13 +52,16 @@ def config_of(num_bytes: float) -> RunConfig:
     return config
 
 
-def copy_synced(source: Path, target: Path) -> None:
-    """Copy a folder by `cp`, then sync every file."""
+def copy(source: Path, target: Path, name: str) -> None:
+    """Copy a folder by `cp`; where the way's name says so, then sync and hash every file."""
     subprocess.run(["cp", "-r", str(source), str(target)], check=True)
-    for file in (p for p in target.rglob("*") if p.is_file()):
+    files = [p for p in target.rglob("*") if p.is_file()]
+    for file in files if "fsync" in name else ():
         fd = os.open(file, os.O_RDONLY)
         os.fsync(fd)
         os.close(fd)
+    for command in [HASHES[hash_] for hash_ in HASHES if hash_ in name]:
+        subprocess.run([*command, *map(str, files)], check=True, stdout=subprocess.DEVNULL)
 
 
 def cpu_s() -> float:
@@ -99,13 +107,16 @@ def measure(folder: Path, config: RunConfig, rounds: int) -> int:
     path = folder / "step-0"
     num_bytes = sum(r.size_bytes for r in read_manifest(path).files.values())
     for _ in range(rounds):
-        timed(MEASURES[0], lambda: copy_synced(path, folder / "copy") if place.is_main else None)
-        timed(MEASURES[1], lambda: (begin("step-1"), saver.finish()))
-        timed(MEASURES[2], lambda: begin("step-2"))
+        for name in COPIES:
+            timed(name, partial(copy, path, folder / "copy", name) if place.is_main else lambda: None)
+            if place.is_main:
+                shutil.rmtree(folder / "copy")
+        timed(SAVE, lambda: (begin("step-1"), saver.finish()))
+        timed(STALL, lambda: begin("step-2"))
         saver.finish()
-        timed(MEASURES[3], lambda: load.damage(path))
-        timed(MEASURES[4], lambda: (load.load_model(path, model), load.load_optimizer(path, optimizer, 1)))
-        for old in ("copy", "step-1", "step-2") if place.is_main else ():
+        timed(CHECK, lambda: load.damage(path))
+        timed(LOAD, lambda: (load.load_model(path, model), load.load_optimizer(path, optimizer, 1)))
+        for old in ("step-1", "step-2") if place.is_main else ():
             shutil.rmtree(folder / old)
     if place.is_main:
         (folder / "seconds.json").write_text(json.dumps({"bytes": num_bytes, "seconds": seconds}))
@@ -142,16 +153,14 @@ def main() -> int:
                 for name, values in found["seconds"].items()}
     median_cpu_s = {name: statistics.median(cpu_s for _, cpu_s in values)
                     for name, values in found["seconds"].items()}
-    cp_s = median_s[MEASURES[0]]
     print(f"{machine()}\n{found['bytes'] / 1e6:.0f} MB on {args.nproc} process(es), median of {args.rounds} "
           f"rounds, load {os.getloadavg()[0]:.1f}")
-    print(f"{'':<42} {'s':>7} {'GB/s':>7} {'rate / cp':>10} {'CPU s':>7}")
+    print(f"{'':<42} {'s':>7} {'CPU s':>7} {'GB/s':>6}   rate / cp, + fsync, + openssl, + sha256sum")
     for name in MEASURES:
-        rate = found["bytes"] / 1e9 / median_s[name]
-        print(f"{name:<42} {median_s[name]:7.3f} {rate:7.2f} {cp_s / median_s[name]:10.2f} "
-              f"{median_cpu_s[name]:7.3f}")
-    share = median_s[MEASURES[2]] / median_s[MEASURES[1]]
-    print(f"the stall in the background is {share:.1%} of the stall of waiting")
+        ratios = "  ".join(f"{median_s[copied] / median_s[name]:6.2f}" for copied in COPIES)
+        print(f"{name:<42} {median_s[name]:7.3f} {median_cpu_s[name]:7.3f} "
+              f"{found['bytes'] / 1e9 / median_s[name]:6.2f}   {ratios}")
+    print(f"the stall in the background is {median_s[STALL] / median_s[SAVE]:.1%} of the stall of waiting")
     return 0
 
 

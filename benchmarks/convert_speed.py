@@ -1,18 +1,20 @@
-"""How fast conversion is beside `cp` of the same bytes, and how much memory it takes, in both directions.
+"""How fast conversion is beside copying the same bytes, and how much memory it takes, in both directions.
 
-    python benchmarks/convert_speed.py [--gigabytes 4.5] [--workers 2] [--folder DIR]
+    python benchmarks/convert_speed.py [--gigabytes 4.5] [--workers 2] [--rounds 3] [--folder DIR]
 
-A Hugging Face folder of random bfloat16 weights is made (structure of Solar Open, small experts, several
-files), then converted to a checkpoint and back.  `cp -r` copies the same source in the same state of the page
-cache; like the conversion it is followed by a sync of what it wrote.  The rounds alternate, and the best of
-each counts.  Conversion reads, checks for NaN and infinity, rearranges, hashes twice (the source against its
-manifest, where it has one, and what is written) and syncs.  Its memory is the largest resident set of its
-process, Python and torch included.
+A Hugging Face folder of random bfloat16 weights is made (structure of Solar Open, small experts), then
+converted to a checkpoint and back.  Beside it the same source is copied: by `cp`; by `cp` and a sync of what
+it wrote; by both and a SHA-256 of what it wrote, by `openssl` (the code that Python uses) and by `sha256sum`
+(on some systems half as fast).  The last two do to files what conversion does; `to_hf` also hashes its source
+against its manifest, and both directions check every value and rearrange them.  Every round runs everything,
+one after the other, and the best of each counts.  Conversion is the whole command with Python and torch,
+whose start stands in a line of its own.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import platform
 import shutil
@@ -23,6 +25,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+SHA_BLOCKS = 128
 IDLE = "import megatron_sov.convert.hf_export, megatron_sov.convert.hf_import"
 CONVERT = """
 import sys
@@ -85,10 +88,30 @@ def measured(command: list[str]) -> Cost:
     return Cost(time.monotonic() - start_s, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
 
 
-def copied(source: Path, target: Path) -> Cost:
-    """Copy a folder with `cp -r` and sync the copy."""
-    return measured(["bash", "-c", 'cp -r "$1" "$2" && sync $(find "$2" -type f)', "copy", str(source),
-                     str(target)])
+def machine() -> str:
+    """Return processor, cores and Python."""
+    with open("/proc/cpuinfo", encoding="utf-8") as f:
+        model = next((line.split(":")[1].strip() for line in f if line.startswith("model name")),
+                     platform.machine())
+    return f"{model}, {os.cpu_count()} cores, Python {platform.python_version()}"
+
+
+def sha256_rate() -> float:
+    """Return the GB that one core hashes in a second of its time."""
+    block = bytes(1 << 20)
+    start_s = time.process_time()
+    for _ in range(SHA_BLOCKS):
+        hashlib.sha256(block)
+    return SHA_BLOCKS * len(block) / 1e9 / (time.process_time() - start_s)
+
+
+COPIES = {"cp": 'cp -r "$1" "$2"',
+          "cp + fsync": 'cp -r "$1" "$2" && sync $(find "$2" -type f)',
+          "cp + fsync + openssl": 'cp -r "$1" "$2" && sync $(find "$2" -type f) && '
+                                  'find "$2" -type f -exec openssl dgst -sha256 {} + > /dev/null',
+          "cp + fsync + sha256sum": 'cp -r "$1" "$2" && sync $(find "$2" -type f) && '
+                                    'find "$2" -type f -exec sha256sum {} + > /dev/null'}
+"""Ways to copy a folder: name -> shell command."""
 
 
 def size_of(folder: Path) -> int:
@@ -97,21 +120,26 @@ def size_of(folder: Path) -> int:
 
 
 def compare(action: str, source: Path, out: Path, workers: int, rounds: int, idle: Cost) -> None:
-    """Print one line: `cp` and conversion of the same source."""
-    copies, conversions = [], []
+    """Print one table: the copies and the conversion of the same source."""
+    commands = {name: ["bash", "-c", text, "copy", str(source), str(out)] for name, text in COPIES.items()}
+    commands[action] = [sys.executable, "-c", CONVERT, action, str(source), str(out), str(workers)]
+    costs: dict[str, list[Cost]] = {name: [] for name in commands}
     for _ in range(rounds):
-        for costs in (copies, conversions):
+        for name, command in commands.items():
             shutil.rmtree(out, ignore_errors=True)
             os.sync()
-            command = [sys.executable, "-c", CONVERT, action, str(source), str(out), str(workers)]
-            costs.append(copied(source, out) if costs is copies else measured(command))
-    best, copy = (min(costs, key=lambda cost: cost.wall_s) for costs in (conversions, copies))
-    size_gb, work_s = size_of(source) / 1e9, best.wall_s - idle.wall_s
-    print(f"{action:<8} {size_gb:6.2f} {copy.wall_s:7.1f} {copy.cpu_s:7.1f} {best.wall_s:11.1f} "
-          f"{best.cpu_s:7.1f} {copy.wall_s / best.wall_s:7.2f} {copy.wall_s / work_s:15.2f} "
-          f"{best.peak_bytes / 1e9:9.2f}", flush=True)
-    for name, costs in (("cp", copies), ("convert", conversions)):
-        print(f"{'':<16}every {name}: {', '.join(f'{cost.wall_s:.1f}' for cost in costs)} s")
+            costs[name].append(measured(command))
+    best = {name: min(found, key=lambda cost: cost.wall_s) for name, found in costs.items()}
+    ours, size_gb = best[action], size_of(source) / 1e9
+    print(f"\n{action}, {size_gb:.2f} GB, {len(list(out.rglob('*.safetensors')))} file(s) written, "
+          f"load {os.getloadavg()[0]:.1f} when it ended")
+    print(f"{'':<24} {'wall, s':>8} {'CPU, s':>7} {'GB/s':>6} {action + ' is':>12} {'less start':>11}   "
+          "every wall, s")
+    for name, cost in best.items():
+        print(f"{name:<24} {cost.wall_s:8.2f} {cost.cpu_s:7.2f} {size_gb / cost.wall_s:6.2f} "
+              f"{cost.wall_s / ours.wall_s:11.2f}x {cost.wall_s / (ours.wall_s - idle.wall_s):10.2f}x   "
+              f"{', '.join(f'{found.wall_s:.1f}' for found in costs[name])}", flush=True)
+    print(f"{action} takes {ours.peak_bytes / 1e9:.2f} GB of memory")
 
 
 def main() -> None:
@@ -129,16 +157,15 @@ def main() -> None:
         if shutil.disk_usage(work).free < 4e9 * args.gigabytes:
             raise SystemExit(f"{work}: needs {4 * args.gigabytes:.0f} GB of free space")
         measured([sys.executable, "-c", MAKE, str(hf), str(args.gigabytes * 1e9)])
-        idle = measured([sys.executable, "-c", IDLE])
-        print(f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, "
-              f"load {os.getloadavg()[0]:.1f} when it began, {args.workers} workers, {args.rounds} rounds")
-        print(f"Python and torch alone: {idle.wall_s:.1f} s, {idle.peak_bytes / 1e9:.2f} GB\n")
-        print(f"{'':<8} {'GB':>6} {'cp, s':>7} {'CPU, s':>7} {'convert, s':>11} {'CPU, s':>7} {'ratio':>7} "
-              f"{'without imports':>15} {'peak GB':>9}")
+        print(f"{machine()}; load {os.getloadavg()[0]:.1f} when it began, {args.workers} workers, "
+              f"best of {args.rounds} rounds; SHA-256 takes {sha256_rate():.2f} GB/s per core")
+        idle = min((measured([sys.executable, "-c", IDLE]) for _ in range(args.rounds)),
+                   key=lambda cost: cost.wall_s)
+        print(f"start of Python and torch alone: {idle.wall_s:.2f} s, CPU {idle.cpu_s:.2f} s, "
+              f"{idle.peak_bytes / 1e9:.2f} GB")
         compare("from_hf", hf, out, args.workers, args.rounds, idle)
-        shutil.rmtree(out)
-        measured([sys.executable, "-c", CONVERT, "from_hf", str(hf), str(checkpoint), str(args.workers)])
         shutil.rmtree(hf)
+        out.rename(checkpoint)
         compare("to_hf", checkpoint, out, args.workers, args.rounds, idle)
 
 

@@ -8,11 +8,12 @@ import torch
 from tqdm import tqdm
 
 from megatron_sov import models
-from megatron_sov.artifacts import atomic_write, manifest_sha256, refuse_existing, to_json
+from megatron_sov.artifacts import FileRecord, atomic_write, manifest_sha256, refuse_existing, to_json
 from megatron_sov.convert import DEFAULT_WORKERS, MAX_SHARD_BYTES
 from megatron_sov.convert.companions import carry, ids_beside, split_conflict, with_turn_ends
 from megatron_sov.convert.resume import fingerprint, resumable_artifact
 from megatron_sov.convert.shard_writer import plan_shards, write_files
+from megatron_sov.convert.source_check import checked_source
 from megatron_sov.convert.sources import (
     CONFIG,
     INDEX,
@@ -20,7 +21,6 @@ from megatron_sov.convert.sources import (
     CheckpointWeights,
     check_dtypes,
     newest_of_run,
-    refuse_damage,
 )
 from megatron_sov.convert.values import KEEP, check_dtype_name, check_space, converted, exported_dtype
 from megatron_sov.errors import UserError
@@ -60,7 +60,6 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
     tokens = ids_beside(checkpoint / "tokenizer")
     family = models.get(source.model.family)
     config = family.to_hf_config(source.model, str(specs[0].dtype).removeprefix("torch."), tokens)
-    size_bytes = sum(spec.size_bytes for spec in specs)
     plan = {"from": fingerprint(checkpoint), "manifest": manifest_sha256(checkpoint), "dtype": dtype,
             "files": {name: [spec.name for spec in tensors] for name, tensors in files.items()}}
     with resumable_artifact(out, KIND, plan, overwrite=overwrite) as artifact, \
@@ -75,12 +74,13 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
             bar.update()
             return tensor
 
-        refuse_damage(source, workers)
-        write_files(artifact.path, missing, read, workers, artifact.finish)
-        if SINGLE_FILE not in files:
-            weight_map = {spec.name: name for name, tensors in files.items() for spec in tensors}
-            index = {"metadata": {"total_size": size_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-            atomic_write(artifact.path / INDEX, to_json(index))
+        with checked_source(source, workers) as check:
+            def finish(name: str, record: FileRecord) -> None:
+                check.require(spec.name for spec in files[name])
+                artifact.finish(name, record)
+
+            write_files(artifact.path, missing, read, workers, finish)
+        _write_index(artifact.path, files)
         atomic_write(artifact.path / CONFIG, to_json(config))
         carry(checkpoint / "tokenizer", artifact.path, with_turn_ends(checkpoint / "tokenizer", tokens))
         artifact.writer.add_input(checkpoint)
@@ -100,3 +100,13 @@ def planned_files(source: CheckpointWeights, dtype: str, max_shard_bytes: int) -
     if len(shards) == 1:
         return {SINGLE_FILE: shards[0]}
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
+
+
+def _write_index(folder: Path, files: dict[str, list[TensorSpec]]) -> None:
+    """Write which file holds which tensor, where there are several."""
+    if SINGLE_FILE in files:
+        return
+    weight_map = {spec.name: name for name, tensors in files.items() for spec in tensors}
+    size_bytes = sum(spec.size_bytes for tensors in files.values() for spec in tensors)
+    atomic_write(folder / INDEX, to_json({"metadata": {"total_size": size_bytes},
+                                          "weight_map": dict(sorted(weight_map.items()))}))

@@ -9,13 +9,14 @@ import torch
 from tqdm import tqdm
 
 from megatron_sov import models
-from megatron_sov.artifacts import MANIFEST, refuse_existing
+from megatron_sov.artifacts import MANIFEST, FileRecord, refuse_existing
 from megatron_sov.config import RunConfig
 from megatron_sov.convert import DEFAULT_WORKERS
 from megatron_sov.convert.companions import carry, ids_in
 from megatron_sov.convert.resume import fingerprint, resumable_artifact
 from megatron_sov.convert.shard_writer import plan_shards, write_files
-from megatron_sov.convert.sources import CONFIG, PART, HfWeights, check_dtypes, refuse_damage
+from megatron_sov.convert.source_check import checked_source
+from megatron_sov.convert.sources import CONFIG, PART, HfWeights, check_dtypes
 from megatron_sov.convert.values import KEEP, check_dtype_name, check_space, converted, planned_dtype
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.checkpoint.sharded_tensors import (
@@ -75,10 +76,14 @@ def from_hf(hf_dir: str | Path, out: str | Path, dtype: str = KEEP, *, workers: 
             bar.update()
             return block
 
+        with checked_source(source, workers) as check:
+            def finish(name: str, record: FileRecord) -> None:
+                check.require(hf_name for spec in files[name] for hf_name in links[spec.name].hf_names)
+                artifact.finish(name, record)
+
+            write_files(artifact.path, missing, read, workers, finish)
         if (hf_dir / MANIFEST).is_file():
-            refuse_damage(source, workers)
             artifact.writer.add_input(hf_dir)
-        write_files(artifact.path, missing, read, workers, artifact.finish)
         write_index(artifact.path, PART, [_index(files, links)])
         carry(hf_dir, artifact.path / "tokenizer", ids_in(source.config))
         artifact.writer.content = {"step": 0, "parts": [PART], "tokens": 0}

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from megatron_sov import models
-from megatron_sov.artifacts import MANIFEST, damaged_files, read_manifest
+from megatron_sov.artifacts import MANIFEST
 from megatron_sov.config import ModelConfig
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.checkpoint.safetensors_file import TensorFile
@@ -22,9 +22,7 @@ from megatron_sov.mcore.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.models.weights import Link
 from megatron_sov.runs.checkpoints import (
     CHECKPOINTS_OF_A_RUN,
-    KIND,
     find_checkpoint,
-    instead_of,
     refuse_missing,
     settings_of,
 )
@@ -51,6 +49,8 @@ class Weights(Protocol):
         """Return the dtype in which a tensor is stored."""
     def held_in(self, file: str) -> list[str]:
         """Return the tensors of which a file of the folder holds a part."""
+    def files_of(self, name: str) -> set[str]:
+        """Return the files of the folder that hold a part of a tensor."""
     def read(self, name: str) -> torch.Tensor:
         """Return one tensor."""
 
@@ -101,24 +101,6 @@ def check_exact(where: object, found: dict[str, tuple[int, ...]], expected: dict
         raise UserError(f"{where}: its tensors are not those of the model: {'; '.join(problems)}; {remedy}")
 
 
-def refuse_damage(weights: Weights, workers: int) -> None:
-    """ParityCheck the files of an artifact that conversion reads (all but other parts, as the optimizer's)
-    against its manifest.
-
-    Raises:
-        UserError: a file is missing or was changed since it was written; the message names it,
-            and what it holds.
-    """
-    path, manifest = weights.path, read_manifest(weights.path)
-    others = tuple(f"{part}/" for part in manifest.content.get("parts", []) if part != PART)
-    problems = damaged_files(path, [name for name in manifest.files if not name.startswith(others)], workers)
-    if problems:
-        held = next((weights.held_in(name)
-                     for name in manifest.files if problems[0].startswith(f"{path / name}: ")), [])
-        holds = f" (it holds {listed(held)})" if held else ""
-        raise UserError(f"{problems[0]}{holds}; {instead_of(path) if manifest.kind == KIND else DAMAGED_HF}")
-
-
 class HfWeights:
     """The tensors of a Hugging Face folder."""
 
@@ -147,6 +129,10 @@ class HfWeights:
     def held_in(self, file: str) -> list[str]:
         """Return the tensors that a file holds."""
         return [name for name, shard in self._shards.items() if shard.path == self.path / file]
+
+    def files_of(self, name: str) -> set[str]:
+        """Return the file that holds the tensor."""
+        return {self._shards[name].path.name}
 
     def read(self, name: str) -> torch.Tensor:
         """Return the tensor; `UserError` where its file is damaged."""
@@ -182,6 +168,10 @@ class CheckpointWeights:
         """Return the keys of the tensors of which a file holds a block."""
         return self._reader.held_in(file)
 
+    def files_of(self, name: str) -> set[str]:
+        """Return the files that hold a block of the tensor that this one is a part of."""
+        return self._reader.files_of(self._link_of[name].key)
+
     def read(self, name: str) -> torch.Tensor:
         """Return the tensor; `UserError` where its file is damaged."""
         link = self._link_of[name]
@@ -207,7 +197,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def check_dtypes(weights: Weights) -> None:
-    """ParityCheck, before anything is converted, that every tensor has a dtype that can be kept.
+    """Check, before anything is converted, that every tensor has a dtype that can be kept.
 
     Raises:
         UserError: weights that are no floating-point numbers, router biases that were rounded (they move in

@@ -3,6 +3,7 @@ and with nothing left behind."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from megatron_sov import convert
 from megatron_sov.artifacts import MANIFEST, sha256_file
 from megatron_sov.errors import UserError
+from megatron_sov.mcore.checkpoint import writer
 
 SHARD_BYTES = 20_000
 Tensors = dict[str, torch.Tensor]
@@ -218,3 +220,15 @@ def test_a_value_that_does_not_fit_the_dtype(sound: dict[str, Path], tmp_path: P
     message = refused(lambda out: convert.to_hf(folder, out, "float16"), tmp_path / "out")
     assert ("layers.1.mlp.gate.weight: its largest value 999424 does not fit float16 (65504); "
             "use --dtype bfloat16" in message)
+
+
+@pytest.mark.parametrize("action", ["from_hf", "to_hf"])
+def test_a_disk_that_fills_up_under_a_writing_thread(action: str, sound: dict[str, Path], tmp_path: Path,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(fd: int, raw: memoryview) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(writer, "_write", full)
+    with pytest.raises(UserError, match="out: no space left on the device; free some space and run the same"):
+        getattr(convert, action)(sound["hf" if action == "from_hf" else "ckpt"], tmp_path / "out")
+    assert not list(tmp_path.iterdir())

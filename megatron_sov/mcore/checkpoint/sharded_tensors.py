@@ -240,6 +240,10 @@ class TensorReader:
         """Return the tensors of which a file (its path below the checkpoint's folder) holds a piece."""
         return [key for key, pieces in self._pieces.items() if any(piece.file == file for piece in pieces)]
 
+    def files_of(self, key: str) -> set[str]:
+        """Return the files (their paths below the checkpoint's folder) that hold a piece of a tensor."""
+        return {piece.file for piece in self._pieces[key]}
+
     def read(self, key: str, offset: Sequence[int] | None = None,
              shape: Sequence[int] | None = None) -> torch.Tensor:
         """Return the block of `shape` at `offset` (default: the whole tensor),

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from megatron_sov.mcore.checkpoint import writer
 from megatron_sov.mcore.checkpoint.writer import SAFETENSORS_DTYPES, TensorSpec, write_file
@@ -43,3 +45,37 @@ def test_pieces_of_a_large_tensor_are_hashed_in_order(tmp_path: Path,
                             lambda spec: tensor, hasher)
         assert record.sha256 == hashlib.sha256((tmp_path / "t").read_bytes()).hexdigest()
         assert load_file(tmp_path / "t")["a"].equal(tensor)
+
+
+def test_bytes_are_those_of_the_library_and_the_disk_begins_before_the_end(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[tuple[int, int]] = []
+    monkeypatch.setattr(writer, "_start_write_back", lambda fd, start, size: begun.append((start, size)))
+    monkeypatch.setattr(writer, "_WRITE_BACK_BYTES", 100)
+    monkeypatch.setattr(writer, "_CHUNK_BYTES", 40)
+    tensors = {"a": torch.randn(6, 10), "b": torch.randn(30), "c": torch.randn(5, 3).bfloat16()}
+    specs = [TensorSpec(name, tuple(t.shape), t.dtype) for name, t in tensors.items()]
+    with ThreadPoolExecutor(1) as hasher:
+        record = write_file(tmp_path / "ours", specs, lambda spec: tensors[spec.name], hasher)
+    save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+    sums = subprocess.run(["sha256sum", tmp_path / "ours"], capture_output=True, text=True, check=True)
+    assert record.sha256 == sums.stdout.split()[0]
+    assert len(begun) > 1 and all(100 <= size < 300 for _, size in begun)
+    assert [start for start, _ in begun] == [sum(size for _, size in begun[:i]) for i in range(len(begun))]
+    assert sum(size for _, size in begun) > record.size_bytes - 100
+
+
+def test_the_disk_is_really_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if writer._SYNC_FILE_RANGE is None:
+        pytest.skip("only Linux can")
+    told: list[int] = []
+
+    def tell(*arguments: object, now: Any = writer._SYNC_FILE_RANGE) -> int:
+        told.append(now(*arguments))
+        return told[-1]
+
+    monkeypatch.setattr(writer, "_SYNC_FILE_RANGE", tell)
+    monkeypatch.setattr(writer, "_WRITE_BACK_BYTES", 1)
+    write_file(tmp_path / "t", [TensorSpec("a", (9,), torch.float32)], lambda spec: torch.zeros(9))
+    assert told == [0]
