@@ -44,12 +44,11 @@ class CrossEntropySums(torch.autograd.Function):
 
         `differentiable` is whether gradients were switched on outside: in here they never are.
         """
-        local_weights = tuple(context.local(w) for w in token_weights)
-        gradients = _Gradients.zeros(states, weight, local_weights,
+        gradients = _Gradients.zeros(states, weight, tuple(context.local(w) for w in token_weights),
                                      differentiable and ctx.needs_input_grad[0],
                                      differentiable and ctx.needs_input_grad[1])
         losses = context.gather(-_sweep(states, weight, context.local(labels), chunking, gradients))
-        ctx.save_for_backward(gradients.of_states, *local_weights, *gradients.of_weight)
+        ctx.save_for_backward(gradients.of_states, *gradients.token_weights, *gradients.of_weight)
         ctx.mark_non_differentiable(losses)
         return losses, *((losses * w).sum() for w in token_weights)
 
@@ -96,7 +95,7 @@ class _Gradients:
     """Derivatives of the tokens' cross-entropies, summed up over chunks; what nobody needs is left out."""
 
     token_weights: tuple[torch.Tensor, ...] = ()
-    """[n] each."""
+    """[n] each, in the dtype of the logits."""
     of_states: torch.Tensor | None = None
     """[n, H]: of each token's loss, without a weight, by its hidden state."""
     of_weight: tuple[torch.Tensor, ...] = ()
@@ -106,7 +105,8 @@ class _Gradients:
     def zeros(cls, states: torch.Tensor, weight: torch.Tensor, token_weights: tuple[torch.Tensor, ...],
               of_states: bool, of_weight: bool) -> _Gradients:
         """Begin those that are needed."""
-        return cls(token_weights, torch.empty_like(states) if of_states else None,
+        dtype = torch.promote_types(states.dtype, torch.float32)
+        return cls(tuple(w.to(dtype) for w in token_weights), torch.empty_like(states) if of_states else None,
                    tuple(torch.zeros_like(weight) for _ in token_weights) if of_weight else ())
 
     @property
