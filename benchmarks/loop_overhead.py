@@ -99,8 +99,9 @@ def same_model_step(config: RunConfig, place: world.World, source: Source) -> Ca
     routing.seq_len, routing.num_sequences = SEQ_LEN, num_sequences
 
     def loss(hidden: Any, batch: Any) -> tuple[Any, Any]:
-        logprobs = head_of(model, config.train.head_chunk_tokens).logprobs(hidden, batch.labels)
-        total = -(logprobs * batch.weights).sum() / (num_sequences * SEQ_LEN)
+        head = head_of(model, config.train.head_chunk_tokens)
+        sums, _ = head.cross_entropy(hidden, batch.labels, {"lm": batch.weights})
+        total = sums["lm"] / (num_sequences * SEQ_LEN)
         return total, total.detach()
 
     def step() -> None:

@@ -29,8 +29,8 @@ HEAD = f"""# Memory at {SEQ_LEN:,} tokens
 GiB of the fullest process, in bf16 with ZeRO-1, micro-batches of one sample and every layer recomputed.
 Parameters are counted on the modules that training builds, on meta tensors; activations are an account
 (`megatron_sov/plan/memory.py`): the input of every layer, the inside of one layer with its gradients, the
-logits of one chunk. Routing is taken to be even. What the allocator, the communication library and the CUDA
-context take comes on top.
+logits of one chunk and the gradient of the head. Routing is taken to be even. What the allocator, the
+communication library and the CUDA context take comes on top.
 
 | recipe | processes | layout | stage | weights | gradients | optimizer | layer inputs | one layer \
 | head | sum |

@@ -17,6 +17,8 @@ MASTER_AND_MOMENTS = 12
 """Bytes of a parameter's float32 master weight and AdamW's two moments."""
 MOMENT = 4
 """Bytes of a parameter's moment in float32; Muon keeps one for a matrix."""
+LOGIT_BYTES = 4
+"""A softmax is computed in float32, or in the model's dtype where that is wider."""
 GRADIENT_BYTES = 4
 """Gradients are summed in float32."""
 
@@ -33,7 +35,7 @@ class Account:
     one_layer: int
     """The inside of the layer that is being recomputed, and the gradients of as much again."""
     head: int
-    """Logits of one chunk, their softmax and gradient."""
+    """Logits of one chunk, and the head's gradients that a loss leaves in its forward pass."""
 
     @property
     def total(self) -> int:
@@ -64,14 +66,21 @@ def account(config: RunConfig, dense: int, experts: int, layers: int, num_ranks:
     of_dense = min(dense, tables) * state + max(0, dense - tables) * of_matrices
     local = seq_len * config.train.micro_batch_size // p.cp
     inputs = local // (p.tp if p.sp else 1) * config.model.hidden_size * item
-    last = stage == p.pp - 1
-    vocabulary = config.model.vocab_size // p.tp
     return Account(
         weights=params * item, gradients=params * GRADIENT_BYTES,
         optimizer=of_dense // shards + experts * of_matrices // expert_shards,
         layer_inputs=inputs * layers * (p.pp - stage),
         one_layer=2 * layer_bytes(config, seq_len * config.train.micro_batch_size),
-        head=min(config.train.head_chunk_tokens, local) * vocabulary * (item + 8) if last else 0)
+        head=_head_bytes(config, local) if stage == p.pp - 1 else 0)
+
+
+def _head_bytes(config: RunConfig, local_tokens: int) -> int:
+    """Return what the output head takes while a micro-batch's loss is computed."""
+    m, item = config.model, ACTIVATION_BYTES[config.train.precision]
+    # float32 logits become the softmax and then their gradient in place; products take bf16, which is a copy
+    logit_bytes = item if item >= LOGIT_BYTES else LOGIT_BYTES + item
+    chunk = min(config.train.head_chunk_tokens, local_tokens) * logit_bytes
+    return m.vocab_size // config.parallel.tp * (chunk + (1 + m.num_mtp_layers) * m.hidden_size * item)
 
 
 def _vocabulary_tables(config: RunConfig, stage: int) -> int:

@@ -44,9 +44,8 @@ class SupervisedFineTuning(DataObjective):
 
     def loss(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> LossSums:
         """Return the summed cross-entropy of each term."""
-        losses = -head.logprobs(hidden[0], batch.labels)
-        terms = {term: (losses * _weights(batch, term)).sum()
-                 for term in TYPE_OF if term in self.coefficients}
+        weights = {term: _weights(batch, term) for term in TYPE_OF if term in self.coefficients}
+        terms, losses = head.cross_entropy(hidden[0], batch.labels, weights)
         terms |= self._mtp_sum(hidden, head, _responses(batch))
         return LossSums(terms, per_source(losses, batch.weights, batch.sources, self._num_sources))
 

@@ -46,5 +46,5 @@ class DataObjective:
         total = torch.zeros((), device=batch.weights.device)
         for depth in self._depths:
             labels, weights = shifted_targets(batch, depth)
-            total = total - (head.logprobs(hidden[depth], labels) * weights).sum()
+            total = total + head.cross_entropy(hidden[depth], labels, {MTP: weights})[0][MTP]
         return {MTP: total} if self._depths else {}

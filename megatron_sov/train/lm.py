@@ -30,6 +30,6 @@ class LanguageModelling(DataObjective):
 
     def loss(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> LossSums:
         """Return the summed cross-entropy of the trunk and of the prediction depths."""
-        losses = -head.logprobs(hidden[0], batch.labels)
-        terms = {LM: (losses * batch.weights).sum()} | self._mtp_sum(hidden, head, batch)
+        terms, losses = head.cross_entropy(hidden[0], batch.labels, {LM: batch.weights})
+        terms |= self._mtp_sum(hidden, head, batch)
         return LossSums(terms, per_source(losses, batch.weights, batch.sources, self._num_sources))

@@ -80,7 +80,7 @@ def dtypes(recipe: str, settings: list[str], data: str) -> dict[str, Any]:
         router.register_forward_hook(lambda module, inputs, out: note("router weights", out[0]))
         note("router bias", router.expert_bias)
     with (Operations() as seen, _noted(BalancedRouter, "gating", lambda out: note("router logits", out)),
-          _noted(logprobs.Head, "logprobs", lambda out: note("log-probabilities", out))):
+          _noted(logprobs.Head, "cross_entropy", lambda out: note("losses", out[1]))):
         result = built.update()
     assert result is not None
     for parameter in built.model.parameters():

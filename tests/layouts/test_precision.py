@@ -51,7 +51,7 @@ def test_bf16_keeps_master_weights_gradients_routing_and_loss_in_float32(ranks: 
     assert bf16["dtypes"] == {
         "weights": ["torch.bfloat16"], "gradients": single, "master": single, "exp_avg": single,
         "exp_avg_sq": single, "router logits": single, "router weights": single, "router bias": single,
-        "log-probabilities": single}
+        "losses": single}
     # the data-parallel sum: experts' gradients and the others' travel in one buffer each
     assert bf16["reduced"]["torch.float32"] > 0.4 * bf16["gradients"]
     assert "torch.bfloat16" not in bf16["reduced"]

@@ -20,8 +20,10 @@ from megatron_sov.train.microbatch import MicroBatch, from_row  # noqa: E402
 class Logits:
     """Stands for the output head: the hidden states are the logits."""
 
-    def logprobs(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return hidden.log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+    def cross_entropy(self, hidden: torch.Tensor, labels: torch.Tensor,
+                      weights: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        losses = torch.nn.functional.cross_entropy(hidden, labels, reduction="none")
+        return {term: (losses * w).sum() for term, w in weights.items()}, losses
 
 
 @pytest.fixture

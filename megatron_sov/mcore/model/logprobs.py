@@ -1,20 +1,19 @@
 """Log-probabilities of given tokens from hidden states: the only place where losses meet the vocabulary.
 
 Shapes: T tokens, H hidden size, V vocabulary (split over the tensor-parallel group), C tokens of a chunk.
-The output head is applied to C tokens at a time and recomputed in the backward pass,
-so T x V logits never exist.
+The output head is applied to C tokens at a time, so T x V logits never exist.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
-from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
+from megatron_sov.mcore.model.chunked_head import Chunking, CrossEntropySums, LabelLogprobs, project
 from megatron_sov.mcore.model.language_model import LanguageModel, gather_sequence, valid_rows
 from megatron_sov.mcore.parallel import context
 
@@ -32,8 +31,32 @@ class Head:
     vocab_size: int
     """Token ids, without padding."""
 
+    def cross_entropy(self, hidden: torch.Tensor, labels: torch.Tensor,
+                      weights: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Return weighted sums of the positions' losses ``-log p(label)``, and these losses.
+
+        Weights are known before the logits are, so the pass that computes losses computes gradients too
+        and the head is applied once. Further terms add a product with the head's weight each, not a pass.
+
+        Args:
+            hidden: [T / context-parallel size / sequence-parallel size, 1, H], of the local tokens.
+            labels: [T] int64, of the whole row.
+            weights: term -> [T] weight of each label in its sum; numbers, not differentiated.
+
+        Returns:
+            Term -> its sum over the whole row, equal on all processes of the tensor- and context-parallel
+            groups and differentiable for losses that are computed alike on all of them; [T] losses in
+            float32 (float64 under fp64), without gradient.
+        """
+        losses, *sums = CrossEntropySums.apply(gather_sequence(hidden, self.config), self.weight, labels,
+                                               self._chunking, torch.is_grad_enabled(), *weights.values())
+        return dict(zip(weights, sums, strict=True)), losses
+
     def logprobs(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return log p(label) of each position.
+        """Return log p(label) of each position, for losses that are no weighted sums of them.
+
+        What such a loss makes of them is known after the forward pass only, so the head is applied
+        again in the backward pass.
 
         Args:
             hidden: [T / context-parallel size / sequence-parallel size, 1, H], of the local tokens.
@@ -43,18 +66,14 @@ class Head:
             [T] float32 (float64 under fp64) of the whole row, equal on all processes of the tensor- and
             context-parallel groups, differentiable for losses that are computed alike on all of them.
         """
-        states = gather_sequence(hidden, self.config)
-        parts = []
-        for s, y in zip(states.split(self.chunk_tokens), context.local(labels).split(self.chunk_tokens),
-                        strict=True):
-            parts.append(checkpoint(_chunk_logprobs, s, self.weight, self._mask(), y, use_reentrant=False))
-        return context.gather(torch.cat(parts))
+        return context.gather(LabelLogprobs.apply(gather_sequence(hidden, self.config), self.weight,
+                                                  context.local(labels), self._chunking))
 
     @torch.no_grad()
     def top_tokens(self, states: torch.Tensor) -> torch.Tensor:
         """Return the most probable token [n] int64 after each of some positions' hidden states [n, H]
         (already gathered)."""
-        return torch.cat([_chunk_argmax(s, self.weight, self._mask())
+        return torch.cat([_chunk_argmax(s, self.weight, self._chunking.token_rows)
                           for s in states.split(self.chunk_tokens)])
 
     @torch.no_grad()
@@ -67,18 +86,12 @@ class Head:
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """Return full logits [n, token ids] float32 (float64 under fp64) of a few positions' states [n, H]
         (already gathered)."""
-        local = _logits(states, self.weight, None)
+        local = project(states, self.weight, len(self.weight))
         return tensor_parallel.gather_from_tensor_model_parallel_region(local)[:, :self.vocab_size]
 
-    def _mask(self) -> torch.Tensor | None:
-        """Return [V / tp] with 0 for token ids and -inf for padding, or None where this
-        process has no padding."""
-        rows = valid_rows(self.weight, self.vocab_size)
-        if rows == len(self.weight):
-            return None
-        mask = self.weight.new_zeros(len(self.weight))
-        mask[rows:] = -torch.inf
-        return mask
+    @property
+    def _chunking(self) -> Chunking:
+        return Chunking(self.chunk_tokens, valid_rows(self.weight, self.vocab_size))
 
 
 def head_of(model: LanguageModel, chunk_tokens: int) -> Head:
@@ -86,61 +99,9 @@ def head_of(model: LanguageModel, chunk_tokens: int) -> Head:
     return Head(model.head_weight, model.config, chunk_tokens, model.vocab_size)
 
 
-def _chunk_logprobs(states: torch.Tensor, weight: torch.Tensor, mask: torch.Tensor | None,
-                    labels: torch.Tensor) -> torch.Tensor:
-    """[C, H], [V / tp, H], [V / tp], [C] -> [C] float32 (float64 under fp64)."""
-    logits = _logits(states, weight, mask)
-    chosen: torch.Tensor = _LabelLogprobs.apply(logits, labels,
-                                                parallel_state.get_tensor_model_parallel_group())
-    return chosen
-
-
-def _logits(states: torch.Tensor, weight: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """[n, H], [V / tp, H], [V / tp] -> [n, V / tp] in float32, or float64 where the model is;
-    without mask padding has 0."""
-    logits = torch.nn.functional.linear(states, weight, mask)
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-class _LabelLogprobs(torch.autograd.Function):
-    """``log softmax(logits)[label]`` over a vocabulary that is split over the processes of a group.
-
-    The library's `vocab_parallel_cross_entropy` does the same, but casts to float32.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor, group: Any) -> torch.Tensor:
-        """[C, V / tp], [C] -> [C] in the dtype of the logits."""
-        largest = logits.max(dim=-1).values
-        if group.size() > 1:
-            torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group)
-        exponentials = logits - largest[:, None]
-        place = labels - group.rank() * logits.shape[1]
-        here = (place >= 0) & (place < logits.shape[1])
-        place = place.where(here, 0)
-        chosen = exponentials.gather(1, place[:, None])[:, 0].where(here, 0.0)
-        exponentials.exp_()
-        sums = torch.stack([chosen, exponentials.sum(dim=-1)])
-        if group.size() > 1:
-            torch.distributed.all_reduce(sums, group=group)
-        ctx.save_for_backward(exponentials.div_(sums[1][:, None]), place, here)
-        return sums[0] - sums[1].log()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        """The derivative by logit i is ``(i is the label) - softmax_i``; it takes the place of the
-        softmax in memory."""
-        softmax, place, here = ctx.saved_tensors
-        gradient = softmax.mul_(-upstream[:, None])
-        rows = torch.arange(len(place), device=place.device)
-        gradient[rows, place] += upstream.where(here, 0.0)
-        return gradient, None, None
-
-
-def _chunk_argmax(states: torch.Tensor, weight: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """[C, H], [V / tp, H], [V / tp] -> [C] int64; of equal logits the lowest id wins, at every layout."""
-    best, token = _logits(states, weight, mask).max(dim=-1)
+def _chunk_argmax(states: torch.Tensor, weight: torch.Tensor, token_rows: int) -> torch.Tensor:
+    """[C, H], [V / tp, H] -> [C] int64; of equal logits the lowest id wins, at every layout."""
+    best, token = project(states, weight, token_rows).max(dim=-1)
     group = parallel_state.get_tensor_model_parallel_group()
     if group.size() == 1:
         return token

@@ -1,5 +1,5 @@
-"""Log-probabilities, best tokens and logits from a split head, against torch's log_softmax over
-the whole vocabulary."""
+"""Cross-entropy, log-probabilities, best tokens and logits from a split head,
+against torch over the whole vocabulary."""
 
 from __future__ import annotations
 
@@ -75,3 +75,64 @@ def test_a_split_head_scores_like_a_whole_one(ranks, job) -> None:
         assert torch.allclose(torch.tensor(hidden_grad).double(), hidden.grad, atol=1e-5)
         assert torch.allclose(torch.tensor(weight_grad[:VOCABULARY]).double(), weight.grad, atol=1e-5)
         assert not any(map(any, weight_grad[VOCABULARY:])), "no gradient reaches padding"
+
+
+def weighted(layout: dict[str, Any], chunk_tokens: int) -> dict[str, Any]:
+    """Return two weighted sums in float64, and this process's parts of the gradient of
+    ``first / 7 + 3 * second``, with their places."""
+    from types import SimpleNamespace
+
+    import torch
+    from megatron.core import parallel_state
+
+    from megatron_sov.config import ParallelConfig
+    from megatron_sov.mcore.model.logprobs import Head
+    from megatron_sov.mcore.parallel import context, world
+
+    world.join(ParallelConfig(**layout))
+    tp, sp = layout.get("tp", 1), layout.get("sp", False)
+    tp_rank = parallel_state.get_tensor_model_parallel_rank()
+    hidden, weight, labels, upstream = whole()
+    rows = -(-VOCABULARY // tp)
+    padded = torch.cat([weight, 9 * hidden[:rows * tp - VOCABULARY]]).double()
+    part = padded[tp_rank * rows:(tp_rank + 1) * rows].clone().requires_grad_()
+    places = context.row_index(TOKENS, sp, hidden.device)
+    local = hidden[places, None].double().requires_grad_()
+    head = Head(part, SimpleNamespace(sequence_parallel=sp), chunk_tokens, VOCABULARY)
+    weights = {"first": upstream.abs(), "second": (upstream > 0).float()}
+    sums, losses = head.cross_entropy(local, labels, weights)
+    (sums["first"] / 7 + 3 * sums["second"]).backward()
+    return {"sums": [float(sums[term]) for term in weights], "losses": losses.tolist(),
+            "losses are constants": not losses.requires_grad,
+            "places": places.tolist(), "first row": tp_rank * rows,
+            "hidden_grad": local.grad[:, 0].tolist(), "weight_grad": part.grad.tolist()}
+
+
+@pytest.mark.distributed
+def test_weighted_sums_have_the_gradients_of_whole_logits(ranks, job) -> None:
+    import torch
+
+    cases = [(1, {}, 64), (1, {}, 5), (2, {"tp": 2}, 5), (2, {"tp": 2, "sp": True}, 12), (2, {"cp": 2}, 4),
+             (3, {"tp": 3, "sp": True}, 5), (4, {"tp": 2, "sp": True, "cp": 2}, 4)]
+    results = ranks(*(job(__file__, "weighted", n, {"layout": layout, "chunk_tokens": c})
+                      for n, layout, c in cases))
+    hidden, weight, labels, upstream = (t.double() if t.is_floating_point() else t for t in whole())
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    losses = torch.nn.functional.cross_entropy(hidden @ weight.T, labels, reduction="none")
+    sums = [(losses * upstream.abs()).sum(), losses[upstream > 0].sum()]
+    (sums[0] / 7 + 3 * sums[1]).backward()
+    expected = [s.item() for s in sums]
+    for (_, layout, _), per_rank in zip(cases, results, strict=True):
+        hidden_grad, weight_grad = torch.zeros_like(hidden), torch.zeros(VOCABULARY + 2, HIDDEN).double()
+        for result in per_rank:
+            torch.testing.assert_close(result["sums"], expected, rtol=1e-12, atol=0)
+            torch.testing.assert_close(torch.tensor(result["losses"]).double(), losses.detach())
+            assert result["losses are constants"]
+            hidden_grad[result["places"]] = torch.tensor(result["hidden_grad"], dtype=torch.float64)
+            part = torch.tensor(result["weight_grad"], dtype=torch.float64)
+            weight_grad[result["first row"]:result["first row"] + len(part)] += part
+        torch.testing.assert_close(hidden_grad, hidden.grad, rtol=1e-11, atol=1e-13, msg=str(layout))
+        torch.testing.assert_close(weight_grad[:VOCABULARY], weight.grad, rtol=1e-11, atol=1e-13,
+                                   msg=str(layout))
+        assert not weight_grad[VOCABULARY:].any(), "no gradient reaches padding"

@@ -1,0 +1,89 @@
+"""What output head and loss take of one micro-batch, forward and backward: CPU time and memory.
+
+Usage: python benchmarks/output_head.py > benchmarks/results/output_head.txt
+
+  one pass    `Head.cross_entropy`: gradients in the forward pass, logits a chunk at a time
+  two passes  `Head.logprobs`: the head is applied again in the backward pass, a chunk at a time
+  library     the library's `vocab_parallel_cross_entropy` on all logits at once
+
+Each runs in a process of its own; memory is how far the process's peak rises above its size before the first
+pass.  Loss and gradient norms stand beside, so that it can be seen that all compute the same.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from types import SimpleNamespace
+from typing import Any
+
+from megatron_sov.mcore.parallel import cpu_shims, world
+
+HIDDEN, VOCAB_SIZE, TURNS = 256, 8192, 7
+CASES = ((2048, 2048, "float32"), (4096, 512, "float32"), (2048, 512, "bfloat16"))
+"""Tokens, tokens of a chunk, dtype of the model."""
+WAYS = ("one pass", "two passes", "library")
+
+
+def measure(way: str, tokens: int, chunk_tokens: int, dtype: str) -> None:
+    """Print one line; runs inside a rank."""
+    import torch
+
+    from megatron_sov.config import ParallelConfig
+    from megatron_sov.mcore.model.logprobs import Head
+
+    world.join(ParallelConfig())
+    random = torch.Generator().manual_seed(0)
+    weight = (0.02 * torch.randn(VOCAB_SIZE, HIDDEN, generator=random)).to(getattr(torch, dtype))
+    hidden = torch.randn(tokens, 1, HIDDEN, generator=random).to(weight.dtype)
+    labels = torch.randint(VOCAB_SIZE, (tokens,), generator=random)
+    head = Head(weight.requires_grad_(), SimpleNamespace(sequence_parallel=False), chunk_tokens, VOCAB_SIZE)
+    before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    cpu_ms, found = [], ()
+    for _ in range(TURNS):
+        inputs = (hidden.requires_grad_(), weight)
+        start = time.process_time()
+        loss = summed(way, head, hidden, labels) / tokens
+        gradients = torch.autograd.grad(loss, inputs)
+        cpu_ms.append(1e3 * (time.process_time() - start))
+        found = (loss.item(), *(g.float().norm().item() for g in gradients))
+    grown_mib = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib) / 1024
+    print(f"{way:<12}{dtype:<10}{tokens:>7}{chunk_tokens if way != 'library' else tokens:>7}"
+          f"{min(cpu_ms):>9.0f}{statistics.median(cpu_ms):>9.0f}{grown_mib:>10.0f}   "
+          + " ".join(f"{value:.6g}" for value in found), flush=True)
+    world.leave()
+
+
+def summed(way: str, head: Any, hidden: Any, labels: Any) -> Any:
+    """Return the sum of all tokens' cross-entropies."""
+    import torch
+    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+    if way == "one pass":
+        return head.cross_entropy(hidden, labels, {"sum": torch.ones(len(labels))})[0]["sum"]
+    if way == "two passes":
+        return -head.logprobs(hidden, labels).sum()
+    return vocab_parallel_cross_entropy(torch.nn.functional.linear(hidden, head.weight),
+                                        labels[:, None]).sum()
+
+
+def main() -> None:
+    """Measure every case in every way."""
+    cpu_shims.prepare_megatron()
+    print(f"{platform.machine()}, {os.cpu_count()} cores (load {os.getloadavg()[0]:.1f} at the start), "
+          f"Python {platform.python_version()}; hidden size {HIDDEN}, vocabulary {VOCAB_SIZE}\n")
+    print(f"{'way':<12}{'dtype':<10}{'tokens':>7}{'chunk':>7}{'CPU ms':>9}{'median':>9}{'MiB':>10}   "
+          "loss, gradient norms (hidden, weight)", flush=True)
+    for tokens, chunk_tokens, dtype in CASES:
+        for way in WAYS:
+            if world.launch(lambda w=way, t=tokens, c=chunk_tokens, d=dtype: measure(w, t, c, d), 1,
+                            num_threads=1):
+                sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
