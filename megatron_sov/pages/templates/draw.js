@@ -4,6 +4,9 @@
   const root = document.documentElement;
   const touch = matchMedia("(pointer: coarse)").matches;  // on a phone a finger scrolls the page, it does not zoom charts
 
+  const contents = document.querySelector("nav .contents");
+  const wide = matchMedia("(min-width: 66rem)");  // as in the style: there the contents stand beside the text
+
   function themed(value, style) {
     if (typeof value === "string") {
       return value.startsWith("var(--") ? style.getPropertyValue(value.slice(4, -1)).trim() : value;
@@ -30,12 +33,15 @@
     }
   }
 
+  const fold = () => { contents.open = wide.matches; };  // on a phone a list would hide what the page tells
+  wide.addEventListener("change", fold);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => draw(false));
   addEventListener("beforeprint", () => {
     root.dataset.theme = "light";
     for (const details of document.querySelectorAll("details")) details.open = true;
     draw(true);
   });
-  addEventListener("afterprint", () => { delete root.dataset.theme; draw(false); });
+  addEventListener("afterprint", () => { delete root.dataset.theme; fold(); draw(false); });
+  fold();
   draw(false);
 })();
