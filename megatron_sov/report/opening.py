@@ -43,14 +43,14 @@ def num_tokens(runs: list[Run]) -> float:
     return sum(n for run in runs if (n := last_value(run.curve("tokens"))) == n)
 
 
-def _newest(runs: list[Run], name: str) -> Any:
+def newest(runs: list[Run], name: str) -> Any:
     """Return a field of the last run's start that has it, or None."""
     return next((run.start(name) for run in reversed(runs) if run.start(name)), None)
 
 
 def _trained(runs: list[Run]) -> list[tuple[str, str]]:
     facts = [("Model", next((run.recipe() for run in runs if run.recipe()), ""))]
-    params, active = _newest(runs, "num_params"), _newest(runs, "num_active_params")
+    params, active = newest(runs, "num_params"), newest(runs, "num_active_params")
     of_them = f" ({large(active)} active)" if active else ""
     facts.append(("Parameters", f"{large(params)}{of_them}" if params else ""))
     tokens = num_tokens(runs)
@@ -72,13 +72,11 @@ def _num_steps(run: Run) -> str:
 
 def _origin(runs: list[Run]) -> list[tuple[str, str]]:
     """Return the folders of token shards by their names, and the size of the vocabulary."""
-    names: dict[str, None] = {}
-    vocab_size = 0
-    for run in runs:
-        data, model = run.config.get("data"), run.config.get("model")
-        names |= dict.fromkeys(Path(path).name for path in (data or {}).get("paths") or {})
-        vocab_size = (model or {}).get("vocab_size") or vocab_size
-    facts = [("Token shards", ", ".join(names)), ("Vocabulary", f"{vocab_size:,}" if vocab_size else "")]
+    paths = [run.setting("data", "paths") for run in runs]
+    names = dict.fromkeys(Path(path).name for of_run in paths if isinstance(of_run, dict) for path in of_run)
+    vocab_size = number(runs[-1].setting("model", "vocab_size"))
+    facts = [("Token shards", ", ".join(names)),
+             ("Vocabulary", f"{vocab_size:,.0f}" if vocab_size > 0 else "")]
     return [(label, value) for label, value in facts if value]
 
 

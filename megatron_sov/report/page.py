@@ -8,7 +8,7 @@ from megatron_sov import pages
 from megatron_sov.obs.figures import duration, figure, large
 from megatron_sov.pages.content import Chapter, Section, Table
 from megatron_sov.report.lineage import of_one_model
-from megatron_sov.report.opening import num_tokens, opening
+from megatron_sov.report.opening import newest, num_tokens, opening
 from megatron_sov.report.run_data import Run
 from megatron_sov.report.sections import key_figures, sections
 from megatron_sov.report.steps import last_value
@@ -40,7 +40,7 @@ def _chapter(run: Run) -> Chapter:
 
 
 def _subtitle(runs: list[Run]) -> str:
-    params, active = runs[-1].start("num_params"), runs[-1].start("num_active_params")
+    params, active = newest(runs, "num_params"), newest(runs, "num_active_params")
     tokens = num_tokens(runs)
     words = []
     if params:
@@ -63,7 +63,7 @@ def _summary(runs: list[Run]) -> Table:
 
 def _in_short(run: Run) -> list[str]:
     loss, tokens = run.curve("loss"), num_tokens([run])
-    return [str(run.config.get("objective", {}).get("name", "–")),
+    return [str(run.setting("objective", "name") or "–"),
             f"{int(loss.steps[-1]):,}" if loss else "–", large(tokens) if tokens else "–",
             duration(run.wall_s()), figure(last_value(loss)), figure(last_value(run.overall_bits_per_byte)),
             run.attempts[-1].outcome if run.attempts else "–"]

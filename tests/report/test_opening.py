@@ -30,16 +30,16 @@ def test_all_stages_count_together(runs: list[Path]) -> None:
         "pretrain": "1.638 M in 400 steps", "extend": "1.638 M in 400 steps", "Context": "256 tokens",
         "Wall time": dict(shown["What was trained"].facts)["Wall time"]}
     data = shown["On what data"]
-    assert data.facts == [("Token shards", "tokens"), ("Vocabulary", "1,024")]
-    assert data.tables[0].rows == [["english", "1.64 M", "50.1%"], ["korean", "980 K", "29.9%"],
-                                   ["code", "656.8 K", "20.1%"]]
+    assert data.facts == [("Token shards", "tokens"), ("Vocabulary", "2,048")]
+    assert data.tables[0].rows == [["english", "1.64 M", "50.0%"], ["korean", "980 K", "29.9%"],
+                                   ["code", "656.8 K", "20.0%"]]
 
 
 def test_many_sources_share_the_last_row(tmp_path: Path) -> None:
     tokens = {f"s{i}": 100 - i for i in range(MAX_SOURCES + 3)}
     run = write(tmp_path, {"event": "data_consumed", "step": 1, "tokens": tokens, "plan": tokens})
     rows = panels(run)["On what data"].tables[0].rows
-    assert len(rows) == MAX_SOURCES and rows[0][0] == "s0" and rows[-1] == ["4 more", "374", "43.2%"]
+    assert len(rows) == MAX_SOURCES and rows[0][0] == "s0" and rows[-1] == ["4 more", "374", "43.3%"]
 
 
 def test_the_same_prompt_stands_before_and_after(tmp_path: Path) -> None:
@@ -69,6 +69,12 @@ def test_the_proof_gives_each_difference_with_its_limit(tmp_path: Path) -> None:
     assert shown["The export's proof"].tables[0].rows == [
         ["largest difference of a logit", "1.24e-05 (document 3)", "0.0015"]]
     assert list(shown) == ["Verdicts", "The export's proof"]  # what is not known takes no room
+
+
+def test_settings_of_another_version_are_passed_over(tmp_path: Path) -> None:
+    for config in ('{"model": 3, "data": {"paths": 3}}', '{"model": {"vocab_size": "many"}, "data": []}'):
+        (tmp_path / "config.json").write_text(config)
+        assert panels(tmp_path) == {}
 
 
 def test_a_run_that_has_just_begun_has_no_first_screen(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 (function () {
   "use strict";
+  const NAME_GAP_PX = 4;
   const PRINT_WIDTH_PX = 670;  // A4 less the margins of the print style
   const root = document.documentElement;
   const touch = matchMedia("(pointer: coarse)").matches;  // on a phone a finger scrolls the page, it does not zoom charts
@@ -18,6 +19,18 @@
     return value;
   }
 
+  // Names of phases stand beside one another above a chart; those that find no room there are in its table.
+  function thin(plot) {
+    const frame = plot.getBoundingClientRect();
+    let taken = frame.left;
+    for (const name of plot.querySelectorAll(".annotation")) {
+      const place = name.getBoundingClientRect();
+      const fits = place.left >= taken && place.right <= frame.right;
+      name.style.visibility = fits ? "visible" : "hidden";
+      if (fits) taken = place.right + NAME_GAP_PX;
+    }
+  }
+
   function draw(printing) {
     const style = getComputedStyle(root);
     for (const plot of document.querySelectorAll(".plot")) {
@@ -25,11 +38,14 @@
       figure.layout.font.family = getComputedStyle(document.body).fontFamily;
       figure.layout.dragmode = touch ? false : "zoom";
       if (printing) {
-        figure.layout.width = plot.closest(".grid") ? PRINT_WIDTH_PX / 2 - 12 : PRINT_WIDTH_PX;
+        figure.layout.width = plot.closest(".grid, .pictures") ? PRINT_WIDTH_PX / 2 - 12 : PRINT_WIDTH_PX;
       }
+      const drawn = plot.classList.contains("js-plotly-plot");
       Plotly.react(plot, figure.data, figure.layout, {
         responsive: true, displayModeBar: false,  // dragging zooms and a double click resets without buttons
       });
+      if (!drawn) plot.on("plotly_afterplot", () => thin(plot));
+      thin(plot);
     }
   }
 
