@@ -58,7 +58,8 @@ def chart(figure: go.Figure, caption: str, notes: Iterable[str] = (), height_px:
 def colour_bar(title: str) -> dict[str, object]:
     """Return what a heat map's colours mean; the title stands behind the bar's numbers, not above them, where
     it would lie over the highest one."""
-    return {"title": {"text": title, "side": "right"}, "thickness": 12}
+    # Spaces that do not break keep the title off the numbers.
+    return {"title": {"text": title, "side": "right"}, "thickness": 12, "ticksuffix": "\u00a0\u00a0"}
 
 
 def plain(text: object) -> str:

@@ -79,6 +79,6 @@ def _others(runs: list[Run]) -> Chapter:
     table = Table(["run", "model", "parameters", "objective", "steps", "tokens", "wall time", "last loss",
                    "held-out bits per byte", "outcome", "gate"], rows)
     return Chapter("Other models", "", [], [Section(
-        "Not this model", tables=[table],
+        "Not stages of this model", tables=[table],
         text="These runs trained another architecture or size, each for a purpose of its own; none of their "
              "figures is counted above.")])

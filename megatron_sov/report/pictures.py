@@ -28,8 +28,8 @@ def pictures(runs: list[Run]) -> list[Chart]:
     last or, without any, the speed."""
     places = _places(runs)
     seen = "tokens" if all(run.curve("tokens") for run in runs) else "optimizer steps"
-    needles = [n for run in runs for n in run.needles if n.get("cells")]
-    third = (_needles(needles[-1]) if needles
+    needles = [(run.name, n) for run in runs for n in run.needles if n.get("cells")]
+    third = (_needles(*needles[-1]) if needles
              else _by_stage(runs, places, "tokens_per_s", "Tokens per second.", seen))
     found = [_by_stage(runs, places, "loss", "Training loss, nats per token.", seen),
              _heldout(runs, places, seen), third]
@@ -88,13 +88,13 @@ def _heldout(runs: list[Run], places: list[Place], seen: str) -> Chart | None:
     return _small(figure, "Held-out bits per byte of each source.", seen)
 
 
-def _needles(needle: dict[str, Any]) -> Chart:
+def _needles(stage: str, needle: dict[str, Any]) -> Chart:
     """Return the map of the test's first kind and language."""
     kind, language = (needle["cells"][0][name] for name in ("kind", "language"))
     figure = needle_map([c for c in needle["cells"] if (c["kind"], c["language"]) == (kind, language)])
     figure.update_layout(xaxis={"title": {"text": "context (tokens)", "standoff": 4}},
                          yaxis={"title": {"text": "depth", "standoff": 10}})
-    return chart(figure, f"Needles found at the end: {kind}, {language}.", height_px=HEIGHT_PX, small=True)
+    return chart(figure, f"Needles found by {stage}: {kind}, {language}.", height_px=HEIGHT_PX, small=True)
 
 
 def _line(x: npt.NDArray[np.float64], y: npt.NDArray[np.float64], name: str, i: int) -> go.Scatter:

@@ -22,7 +22,7 @@ def verdict_table(runs: list[Run], others: list[Run]) -> list[Table]:
     rows = [*_stages(runs), *(row for run in runs for row in (*gate(run), *_needles(run), *_baseline(run))),
             *(row for run in runs for row in _exports(run))]
     for other in others:
-        rows += [[what, word, f"another model, {why}"] for what, word, why in gate(other)]
+        rows += [["Other's gate", word, f"another model, {found}"] for _, word, found in gate(other)]
     return [Table(["what", "verdict", "measured"], rows)] if rows else []
 
 

@@ -51,7 +51,7 @@ def test_steps_stand_for_tokens_where_a_stage_has_none(tmp_path: Path) -> None:
 
 def test_the_last_needles_are_the_third_picture(runs: list[Path]) -> None:
     *_, needles = pictures([read_run(path) for path in runs])
-    assert needles.caption == "Needles found at the end: multi-key, english."
+    assert needles.caption == "Needles found by extend: multi-key, english."
     assert len(json.loads(needles.figure_json)["data"][0]["x"]) == 4
 
 

@@ -22,8 +22,8 @@ def test_every_judgement_has_a_row_and_another_models_gate_is_called_so(runs: li
         ["Needles", "no gate set", "extend: 97.0% found, up to 2,048 tokens"],
         ["Bigram model", "passed", "extend: bits per byte, fewer on 3 of 3 sources"],
         ["Export", "passed", "pretrain: 2 of 2 checks"],
-        ["Gate", "passed", "another model, retrieval: needles 85%, 80% needed; short-context loss 2.000, "
-                           "limit 2.100; step 10"]]
+        ["Other's gate", "passed", "another model, retrieval: needles 85%, 80% needed; "
+                                   "short-context loss 2.000, limit 2.100; step 10"]]
 
 
 def test_what_failed_is_named(tmp_path: Path) -> None:
