@@ -174,8 +174,9 @@ def judging_stages(root: Path) -> list[Stage]:
         Stage("export", 10, ("megatron-sov", "convert", "to-hf", sft, hf), root / "hf/manifest.json"),
         Stage("verify weights", 10, ("megatron-sov", "convert", "verify", sft, hf)),
         Stage("compare logits", 10, ("megatron-sov", "eval", "logits", sft, hf, "--run", sft)),
-        Stage("continue text", 10,
-              ("megatron-sov", "generate", extend, *sampling, *repeated("--prompt", TEXTS), "--run", extend)),
+        # The questions too: the report sets what was written to them before the chats beside the answers.
+        Stage("continue text", 10, ("megatron-sov", "generate", extend, *sampling,
+                                    *repeated("--prompt", (*TEXTS, *QUESTIONS)), "--run", extend)),
         Stage("answer", 10, ("megatron-sov", "generate", sft, "--chat", *sampling,
                              *repeated("--prompt", QUESTIONS), "--run", sft)),
         Stage("transformers", 10, (sys.executable, "-c", TRANSFORMERS_ALONE, hf)),

@@ -31,6 +31,29 @@ class Section:
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """One prompt, and what was written to it by several."""
+
+    prompt: str
+    texts: list[tuple[str, str]]
+    """(who or when, text), in the order of reading."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A small part of a page's first screen; panels stand beside one another where there is room."""
+
+    title: str
+    columns: int
+    """Width on a wide screen, of twelve columns."""
+    facts: list[tuple[str, str]] = field(default_factory=list)
+    """(label, value)."""
+    tables: list[Table] = field(default_factory=list)
+    charts: list[Chart] = field(default_factory=list)
+    comparisons: list[Comparison] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class Chapter:
     """One thing that the page tells of, e.g. a run."""
 

@@ -7,17 +7,19 @@ import hashlib
 import importlib.resources
 import re
 import time
+from collections.abc import Sequence
 
 import jinja2
 from plotly.offline import get_plotlyjs
 
-from megatron_sov.pages.content import Chapter, Table
+from megatron_sov.pages.content import Chapter, Panel, Table
 from megatron_sov.version import __version__
 
 
 def render(kicker: str, title: str, subtitle: str, chapters: list[Chapter], *,
-           overview: tuple[str, Table] | None = None, anchor: str = "part",
-           nothing: str = "There is nothing to show.", now_s: float | None = None) -> str:
+           opening: Sequence[Panel] = (), overview: tuple[str, Table] | None = None,
+           anchor: str = "part", nothing: str = "There is nothing to show.",
+           now_s: float | None = None) -> str:
     """Return the HTML of a page.
 
     Text is escaped by the template; a content security policy lets only the file's own two scripts run and
@@ -29,6 +31,7 @@ def render(kicker: str, title: str, subtitle: str, chapters: list[Chapter], *,
         title: the heading.
         subtitle: one line below it; may be empty.
         chapters: what the page tells of, in order.
+        opening: what stands before all else, to be seen without scrolling on a wide screen.
         overview: a heading and a table before the chapters.
         anchor: how the chapters' addresses begin.
         nothing: said in a chapter without sections.
@@ -40,9 +43,9 @@ def render(kicker: str, title: str, subtitle: str, chapters: list[Chapter], *,
     return template.render(
         kicker=kicker, title=title, subtitle=subtitle, nothing=nothing,
         chapters=[_anchored(chapter, f"{anchor}-{i}") for i, chapter in enumerate(chapters, 1)],
-        overview=overview, overview_anchor=f"{anchor}s", css=_resource("page.css"), plotly_js=plotly_js,
-        draw_js=draw_js, script_hashes=f"{_csp_hash(plotly_js)} {_csp_hash(draw_js)}", version=__version__,
-        written=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(now_s)),
+        opening=opening, overview=overview, overview_anchor=f"{anchor}s", css=_resource("page.css"),
+        plotly_js=plotly_js, draw_js=draw_js, script_hashes=f"{_csp_hash(plotly_js)} {_csp_hash(draw_js)}",
+        version=__version__, written=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(now_s)),
     )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from megatron_sov.obs.figures import number
-from megatron_sov.pages.charts import Chart, chart, colour, plain
+from megatron_sov.pages.charts import Chart, chart, colour, colour_bar, plain
 from megatron_sov.report.evaluations import curves, needle_curves
 from megatron_sov.report.run_data import ExpertLoad, Phase, Run
 from megatron_sov.report.steps import Curve, downsample, moving_mean
@@ -168,7 +168,7 @@ def expert_chart(load: ExpertLoad, source: str = "") -> Chart:
         y=[f"{layer}" for layer in load.layers], customdata=(100 * load.load).astype(np.float32), zmid=1,
         zmin=0, zmax=max(2.0, float(np.nanmax(relative))),
         colorscale=[[0, "var(--low)"], [0.5, "var(--mid)"], [1, "var(--high)"]],
-        colorbar={"title": "x fair", "thickness": 12},
+        colorbar=colour_bar("x fair"),
         hovertemplate="layer %{y}, expert %{x}<br>%{customdata:.2f} % of tokens<br>%{z:.2f} x its fair "
                       "share<extra></extra>"))
     figure.update_layout(xaxis={"title": "expert"},
@@ -193,6 +193,13 @@ def needle_charts(needle: dict[str, Any]) -> list[Chart]:
 
 
 def _needle_chart(cells: list[dict[str, Any]], caption: str) -> Chart:
+    fewest = int(min(number(c["samples"]) for c in cells))
+    score = float(np.mean([number(c["correct"]) / number(c["samples"]) for c in cells]))
+    return chart(needle_map(cells), f"{caption}, {fewest:,} samples a cell; {score:.1%} right.",
+                 height_px=150 + 34 * len({c["depth"] for c in cells}))
+
+
+def needle_map(cells: list[dict[str, Any]]) -> go.Figure:
     """Return the map of one kind and language; a cell shows its share of right answers and, on hover,
     counts and interval."""
     lengths = sorted({int(c["length_tokens"]) for c in cells})
@@ -213,10 +220,7 @@ def _needle_chart(cells: list[dict[str, Any]], caption: str) -> Chart:
         hovertemplate="%{x} tokens, depth %{y}<br>%{customdata}<extra></extra>"))
     figure.update_layout(xaxis={"title": "context (tokens)", "type": "category"},
                          yaxis={"title": "depth of the needle", "type": "category", "autorange": "reversed"})
-    fewest = int(min(number(c["samples"]) for c in cells))
-    score = float(np.mean([number(c["correct"]) / number(c["samples"]) for c in cells]))
-    return chart(figure, f"{caption}, {fewest:,} samples a cell; {score:.1%} right.",
-                 height_px=150 + 34 * len(depths))
+    return figure
 
 
 def plan_chart(consumed: dict[str, Any]) -> Chart | None:

@@ -33,18 +33,23 @@ def gate_section(checks: list[dict[str, Any]], searches: list[dict[str, Any]]) -
         "is within its tolerance."))
 
 
+def verdict(check: dict[str, Any]) -> Markup:
+    """Return what a check found, in one word or two."""
+    if check.get("judged") and not check.get("passed"):
+        return Markup("good, before step {}").format(check.get("min_steps"))
+    return VERDICTS[bool(check.get("passed"))]
+
+
 def _checks(checks: list[dict[str, Any]]) -> Table:
     rows = []
     for check in checks:
         accuracies = [number(r.get("accuracy")) for r in check.get("rows") or []]
-        early = check.get("judged") and not check.get("passed")
-        verdict = (Markup("good, before step {}").format(check.get("min_steps")) if early
-                   else VERDICTS[bool(check.get("passed"))])
         rows.append([
             f"{int(check.get('step') or 0):,}", f"{min(accuracies):.1%}" if accuracies else "–",
             f"{number(check.get('threshold')):.0%}", str(len(check.get("failing_rows") or [])),
             str(len(check.get("failing_cells") or [])), f"{number(check.get('loss')):.4f}",
-            f"{number(check.get('start_loss')):.4f}", f"{number(check.get('loss_limit')):.4f}", verdict])
+            f"{number(check.get('start_loss')):.4f}", f"{number(check.get('loss_limit')):.4f}",
+            verdict(check)])
     return Table(["step", "worst row", "threshold", "rows below", "cells below for sure",
                   "short-context loss", "at the start", "limit", "verdict"], rows)
 

@@ -6,33 +6,49 @@ import time
 
 from megatron_sov import pages
 from megatron_sov.obs.figures import duration, figure, large
-from megatron_sov.pages.content import Chapter, Table
+from megatron_sov.pages.content import Chapter, Section, Table
+from megatron_sov.report.lineage import of_one_model
+from megatron_sov.report.opening import newest, num_tokens, opening
 from megatron_sov.report.run_data import Run
-from megatron_sov.report.sections import key_figures, last_value, sections
+from megatron_sov.report.sections import key_figures, sections
+from megatron_sov.report.steps import last_value
+from megatron_sov.report.verdicts import gate
 
 
 def render(runs: list[Run], now_s: float | None = None) -> str:
-    """Return the HTML of a report on one or more runs, in the given order.
+    """Return the HTML of a report on one model: the one that the first run trained.
 
     Args:
-        runs: what `read_run` returned for each.
+        runs: what `read_run` returned for each, in the order to be told; runs of other models stand at the
+            end, in a part of their own.
         now_s: Unix time to print as the time of writing; the current one by default.
     """
-    recipes = list(dict.fromkeys(run.recipe() for run in runs if run.recipe()))
-    names = " + ".join(run.name for run in runs)
-    chapters = [Chapter(run.name, run.recipe(), key_figures(run), sections(run)) for run in runs]
-    return pages.render("Training report", f"{recipes[0]}: {names}" if recipes else names, _subtitle(runs),
-                        chapters, overview=("All stages", _summary(runs)) if len(runs) > 1 else None,
+    own, others = of_one_model(runs)
+    recipe = next((run.recipe() for run in own if run.recipe()), "")
+    names = " + ".join(run.name for run in own)
+    chapters = [_chapter(run) for run in own]
+    if others:
+        chapters += [_others(others), *(_chapter(run) for run in others)]
+    return pages.render("Training report", f"{recipe}: {names}" if recipe else names, _subtitle(own),
+                        chapters, opening=opening(own, others),
+                        overview=("All stages", _summary(own)) if len(own) > 1 else None,
                         anchor="run", nothing="This run has recorded nothing yet.", now_s=now_s)
 
 
+def _chapter(run: Run) -> Chapter:
+    return Chapter(run.name, run.recipe(), key_figures(run), sections(run))
+
+
 def _subtitle(runs: list[Run]) -> str:
-    params, active = runs[-1].start("num_params"), runs[-1].start("num_active_params")
+    params, active = newest(runs, "num_params"), newest(runs, "num_active_params")
+    tokens = num_tokens(runs)
     words = []
     if params:
         words.append(f"A model of {large(params)} parameters")
         if active:
             words[0] += f", {large(active)} of them active for each token"
+        if tokens:
+            words[0] += f", trained on {large(tokens)} tokens"
     last_s = max((a.last_time_s for run in runs for a in run.attempts), default=0.0)
     if last_s > 0:
         words.append(f"last event {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime(last_s))}")
@@ -41,17 +57,28 @@ def _subtitle(runs: list[Run]) -> str:
 
 def _summary(runs: list[Run]) -> Table:
     """Return one row for each run: what it was, how long it took, and how it ended."""
+    return Table(["run", "objective", "steps", "tokens", "wall time", "last loss", "held-out bits per byte",
+                  "outcome"], [[run.name, *_in_short(run)] for run in runs])
+
+
+def _in_short(run: Run) -> list[str]:
+    loss, tokens = run.curve("loss"), num_tokens([run])
+    return [str(run.setting("objective", "name") or "–"),
+            f"{int(loss.steps[-1]):,}" if loss else "–", large(tokens) if tokens else "–",
+            duration(run.wall_s()), figure(last_value(loss)), figure(last_value(run.overall_bits_per_byte)),
+            run.attempts[-1].outcome if run.attempts else "–"]
+
+
+def _others(runs: list[Run]) -> Chapter:
+    """Return what stands before the chapters of runs that trained other models."""
     rows = []
     for run in runs:
-        loss, bits = run.curve("loss"), run.overall_bits_per_byte
-        rows.append([run.name, str(run.config.get("objective", {}).get("name", "–")),
-                     f"{int(loss.steps[-1]):,}" if loss else "–", _tokens(run), duration(run.wall_s()),
-                     figure(last_value(loss)), figure(last_value(bits)),
-                     run.attempts[-1].outcome if run.attempts else "–"])
-    return Table(["run", "objective", "steps", "tokens", "wall time", "last loss", "held-out bits per byte",
-                  "outcome"], rows)
-
-
-def _tokens(run: Run) -> str:
-    tokens = last_value(run.curve("tokens"))
-    return large(tokens) if tokens == tokens else "–"
+        params, judged = run.start("num_params"), gate(run)
+        rows.append([run.name, run.recipe() or "–", large(params) if params else "–", *_in_short(run),
+                     judged[0][1] if judged else "–"])
+    table = Table(["run", "model", "parameters", "objective", "steps", "tokens", "wall time", "last loss",
+                   "held-out bits per byte", "outcome", "gate"], rows)
+    return Chapter("Other models", "", [], [Section(
+        "Not stages of this model", tables=[table],
+        text="These runs trained another architecture or size, each for a purpose of its own; none of their "
+             "figures is counted above.")])

@@ -7,7 +7,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from megatron_sov.obs import routing
-from megatron_sov.pages.charts import Chart, chart, plain
+from megatron_sov.pages.charts import Chart, chart, colour_bar, plain
 from megatron_sov.pages.content import Section, Table
 from megatron_sov.report.charts import expert_chart, scalar_charts
 from megatron_sov.report.run_data import ExpertLoad, RoutingHistory, Run
@@ -49,7 +49,7 @@ def _history_chart(history: RoutingHistory, name: str, title: str, best: float, 
     figure = go.Figure(go.Heatmap(
         z=values.astype(np.float32), x=steps.astype(np.int32), y=[f"{layer}" for layer in history.layers],
         zmin=0 if worst_is_high else None, zmax=None if worst_is_high else 1, reversescale=not worst_is_high,
-        colorscale=[[0, "var(--heat0)"], [1, "var(--heat1)"]], colorbar={"title": title, "thickness": 12},
+        colorscale=[[0, "var(--heat0)"], [1, "var(--heat1)"]], colorbar=colour_bar(title),
         hovertemplate="step %{x}, layer %{y}<br>%{z:.4g}<extra></extra>"))
     figure.update_layout(xaxis={"title": "optimizer step"},
                          yaxis={"title": "layer", "type": "category", "autorange": "reversed"})

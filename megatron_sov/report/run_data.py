@@ -142,6 +142,11 @@ class Run:
         """Return a field of the newest `run_start` that has it, or None."""
         return next((a.start[name] for a in reversed(self.attempts) if a.start.get(name) is not None), None)
 
+    def setting(self, section: str, name: str) -> Any:
+        """Return one resolved setting, e.g. of "model", or None where config.json has none of that form."""
+        found = self.config.get(section)
+        return found.get(name) if isinstance(found, dict) else None
+
     def wall_s(self) -> float:
         """Return the run's wall time in seconds, over all attempts, without the pauses between them."""
         return sum(a.wall_s() for a in self.attempts)

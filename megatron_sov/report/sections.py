@@ -24,20 +24,15 @@ from megatron_sov.report.charts import (
     plan_chart,
     scalar_charts,
 )
-from megatron_sov.report.gates import gate_section
+from megatron_sov.report.gates import VERDICTS, gate_section
 from megatron_sov.report.incidents import incident_section
 from megatron_sov.report.routing import expert_section
 from megatron_sov.report.run_data import Phase, Provenance, Run
-from megatron_sov.report.steps import Curve
+from megatron_sov.report.steps import last_value
 from megatron_sov.report.times import time_section
 
 MAX_SAMPLES = 24
 MAX_SAMPLE_CHARACTERS = 4000
-
-
-def last_value(curve: Curve | None) -> float:
-    """Return a curve's last value, NaN without one."""
-    return float(curve.values[-1]) if curve is not None and len(curve.values) else math.nan
 
 
 def key_figures(run: Run) -> list[tuple[str, str, str]]:
@@ -222,16 +217,15 @@ def _cut(text: Any) -> str:
 
 
 def _conversion_table(conversion: dict[str, Any]) -> Table:
-    verdicts = {True: Markup('<span class="good">passed</span>'),
-                False: Markup('<span class="bad">FAILED</span>')}
-    rows = [[str(c.get("name", "")), _measured(c.get("value")), _measured(c.get("limit")),
-             verdicts[bool(c.get("passed"))]]
+    rows = [[str(c.get("name", "")), measured(c.get("value")), measured(c.get("limit")),
+             VERDICTS[bool(c.get("passed"))]]
             for c in conversion["checks"]]
     return Table([f"check of {conversion.get('target') or 'the export'}", "measured", "limit", "result"],
                  rows)
 
 
-def _measured(value: Any) -> str:
+def measured(value: Any) -> str:
+    """Return what a check measured, or its limit; a dash where it has none."""
     if value is None:
         return "–"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from dataclasses import dataclass
 from itertools import pairwise
@@ -32,6 +33,11 @@ class Curve:
         """Return the curve without its NaN and infinite values."""
         keep = np.isfinite(self.values)
         return Curve(self.name, self.steps[keep], self.values[keep])
+
+
+def last_value(curve: Curve | None) -> float:
+    """Return a curve's last value, NaN without one."""
+    return float(curve.values[-1]) if curve is not None and len(curve.values) else math.nan
 
 
 class StepTable:

@@ -40,4 +40,4 @@ def _bar(time: WallTime) -> Chart:
                          yaxis={"showticklabels": False})
     caption = (f"Of {duration(time.total_s)} since the first start, "
                f"{time.goodput:.1%} moved the model forward.")
-    return chart(figure, caption, height_px=190)
+    return chart(figure, caption, height_px=240)  # on a phone the legend has three rows

@@ -99,7 +99,18 @@ def test_all_sections_stand_in_order_and_in_the_contents(runs: list[Path], docum
     assert sorted(shown, key=EVERYTHING.index) == EVERYTHING
     anchors = {a["href"][1:] for tag, a in document.elements if tag == "a"}
     ids = {a["id"] for _, a in document.elements if "id" in a}
-    assert anchors <= ids and len(anchors) == 2 + sum(len(sections(read_run(path))) for path in runs)
+    assert anchors <= ids and len(anchors) == 3 + sum(len(sections(read_run(path))) for path in runs)
+
+
+def test_the_report_tells_of_one_model_and_sets_another_apart(runs: list[Path], toy: Path) -> None:
+    page = render([read_run(path) for path in (*runs, toy)], now_s=0)
+    head, _, rest = page.partition('id="run-3"')
+    assert "<h1>tiny-solar-open: pretrain + extend</h1>" in head
+    assert ("A model of 2.891 M parameters, 1.12 M of them active for each token, "
+            "trained on 3.277 M tokens") in head
+    assert "5.157" not in head and "439.9 K" not in head
+    assert rest.index("Other models") < rest.index("439.9 K") < rest.index("5.157")
+    assert "<h2>retrieval <small>tiny-k-exaone</small></h2>" in rest
 
 
 def test_three_hundred_thousand_steps_give_a_small_file(tmp_path: Path) -> None:
