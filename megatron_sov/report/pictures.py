@@ -42,7 +42,7 @@ def _places(runs: list[Run]) -> list[Place]:
     Steps stand for tokens where a run has not recorded any.
     """
     by_tokens = all(run.curve("tokens") for run in runs)
-    found = []
+    found: list[Place] = []
     before = 0.0
     for run in runs:
         counted = run.curve("tokens" if by_tokens else "loss")
