@@ -50,7 +50,7 @@ def measure(way: str, tokens: int, chunk_tokens: int, dtype: str) -> None:
         loss = summed(way, head, hidden, labels) / tokens
         gradients = torch.autograd.grad(loss, inputs)
         cpu_ms.append(1e3 * (time.process_time() - start))
-        found = (loss.item(), *(g.float().norm().item() for g in gradients))
+        found = (loss.item(), *(g.double().norm().item() for g in gradients))
     grown_mib = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib) / 1024
     print(f"{way:<12}{dtype:<10}{tokens:>7}{chunk_tokens if way != 'library' else tokens:>7}"
           f"{min(cpu_ms):>9.0f}{statistics.median(cpu_ms):>9.0f}{grown_mib:>10.0f}   "

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+from megatron_sov import convert
 from megatron_sov.artifacts import MANIFEST, FileRecord, file_damage, new_artifact
-from megatron_sov.convert import source_check
+from megatron_sov.convert import shard_writer, source_check
+from megatron_sov.convert.resume import ResumableArtifact
 from megatron_sov.convert.source_check import checked_source
 from megatron_sov.errors import UserError
 
@@ -81,3 +83,30 @@ def test_other_parts_and_folders_without_a_manifest_are_not_looked_at(folder: Fo
     (folder.path / "a").unlink()
     with checked_source(folder, workers=1) as check:
         check.require(["A"])
+
+
+def test_an_export_counts_a_file_only_when_what_it_was_made_of_is_whole(
+        solar_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written, counted, too_early = threading.Event(), threading.Event(), list[bool]()
+
+    def after_the_writing(file: Path, record: FileRecord) -> str | None:
+        if file.suffix == ".safetensors":
+            assert written.wait(30)
+            too_early.append(counted.wait(0.1))
+        return file_damage(file, record)
+
+    def write(*arguments: Any, now: Any = shard_writer.write_file) -> FileRecord:
+        record: FileRecord = now(*arguments)
+        written.set()
+        return record
+
+    def finish(*arguments: Any, now: Any = ResumableArtifact.finish) -> None:
+        counted.set()
+        now(*arguments)
+
+    convert.from_hf(solar_dir, tmp_path / "ckpt")
+    monkeypatch.setattr(source_check, "file_damage", after_the_writing)
+    monkeypatch.setattr(shard_writer, "write_file", write)
+    monkeypatch.setattr(ResumableArtifact, "finish", finish)
+    convert.to_hf(tmp_path / "ckpt", tmp_path / "hf")
+    assert counted.is_set() and too_early == [False]
