@@ -64,6 +64,10 @@ def refuse_unwritable(folder: Path, said: str) -> None:
 def _refuse_place(path: Path, said: str) -> None:
     """Raise `UserError`, which begins with `said`, where nothing of that name can be made."""
     try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:  # libraries take names as UTF-8 only
+        raise UserError(f"{said!a}: is no UTF-8; choose a name that is") from None
+    try:
         os.lstat(path)
     except OSError as e:
         if e.errno in (errno.ENAMETOOLONG, errno.ELOOP):

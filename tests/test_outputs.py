@@ -29,6 +29,8 @@ def test_where_a_file_cannot_lie_is_said_before_the_work(tmp_path: Path) -> None
     check_output("--out", tmp_path / "new/folders/page.html")
     with pytest.raises(UserError, match="File name too long"):
         refuse_existing(tmp_path / ("a" * 999), "tokens", overwrite=True)
+    with pytest.raises(UserError, match=r"udcff': is no UTF-8"):
+        refuse_existing(tmp_path / "\udcff", "tokens", overwrite=True)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     write_output(tmp_path / "new/folders/page.html", "x")
     assert (tmp_path / "new/folders/page.html").read_text() == "x"
