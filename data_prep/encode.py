@@ -83,6 +83,7 @@ class Encoder:
         if self.settings.bos == "start" and self.bos_id is None:
             raise UserError(f"--bos start: the tokenizer {folder} has no bos_token; use --bos none")
         self._fast = FastBpe(self.file, self.plain) if self.settings.fast else None
+        self.odd_opening = chat_template.odd_opening
         self._chat = ChatEncoder(chat_template, self._with_special, self._fast.encode if self._fast else None)
 
     def prove_fast(self, samples: list[str]) -> tuple[bool, str]:

@@ -31,6 +31,7 @@ from data_prep.workers import Unit, encode_units
 from megatron_sov.artifacts import ArtifactWriter, disk_errors, new_artifact, read_manifest, refuse_existing
 from megatron_sov.documents import KINDS, Document, Reading, list_files, plan_units, read_span
 from megatron_sov.errors import UserError
+from megatron_sov.obs.warning import warn
 from megatron_sov.plugins.code import Code
 
 HELP = "turn text, chats, preferences or prompts into token shards"
@@ -181,6 +182,8 @@ def pack(tokenizer: Path, sources: list[Source], output: Path, settings: PackSet
         raise UserError(f"--workers {workers}: must be at least 1")
     refuse_existing(output, KIND, overwrite)
     encoder = Encoder(tokenizer, EncodingSettings(settings.bos, settings.eod))
+    if settings.reading.kind not in (None, "text") and (sentence := encoder.odd_opening()):
+        warn(sentence)
     units = [(source, unit) for source in sources for unit in plan_units(list_files(source.path))]
     fast, sentence = encoder.prove_fast(sample_texts([unit for _, unit in units], settings.reading))
     print(sentence)

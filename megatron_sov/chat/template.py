@@ -127,6 +127,24 @@ class ChatTemplate:
         self._check_shown(pieces, messages, awaits_response, now)
         return pieces
 
+    def odd_opening(self) -> str | None:
+        """Return a sentence where a model is asked behind another text than it is trained behind: the
+        template opens an assistant's turn (`add_generation_prompt`) otherwise than it shows one; else None.
+
+        A model of thoughts may mean that (it is asked to think, and shown without), so it is no error.
+        """
+        try:
+            asked = self.pieces((("user", "a"),), awaits_response=True)
+            shown = self.pieces((("user", "a"), ("assistant", "b")))
+        except BadRecord:  # no such chats: what the data has is checked one by one
+            return None
+        before = "".join(p.text for p in shown[:next(i for i, p in enumerate(shown) if p.message == 1)])
+        opened = "".join(p.text for p in asked)
+        if opened == before:
+            return None
+        return (f"{self._where}: its chat template asks for a response behind {opened[-40:]!r}, and shows "
+                f"one behind {before[-40:]!r}: what is trained on chats is asked behind other tokens")
+
     def _check_shown(self, pieces: Sequence[Segment], messages: Messages, awaits_response: bool,
                      now: datetime) -> None:
         """Refuse a chat of which the template would show another text than its pieces."""

@@ -47,6 +47,16 @@ def test_templates_that_drop_or_refuse_messages() -> None:
         ChatTemplate("{% for", "", "", "tok")
 
 
+def test_another_text_before_a_response_than_before_those_trained_on_is_told() -> None:
+    shown = "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}<no thoughts>{% endif %}"
+    ends = "{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>"
+    odd = ChatTemplate(shown + ends + "<thinks>{% endif %}", "", "", "tok")
+    said = odd.odd_opening()
+    assert said is not None and "behind '<user>a<assistant><thinks>', and shows one behind '<u" in said
+    assert ChatTemplate(shown + ends + "<no thoughts>{% endif %}", "", "", "tok").odd_opening() is None
+    assert ChatTemplate("{{ raise_exception('no') }}", "", "", "tok").odd_opening() is None
+
+
 def test_templates_run_in_a_sandbox() -> None:
     with pytest.raises(BadRecord, match="refused by the chat template"):
         list(ChatTemplate("{{ ''.__class__.__mro__[1].__subclasses__() }}", "", "",

@@ -128,10 +128,12 @@ def test_small_shards_hold_the_same_documents_in_the_same_order(
     assert main(["verify", str(tmp_path / "out")]) == 0
 
 
-def test_chats_have_sidecars(corpus: Path, tokenizers: dict[str, Path], tmp_path: Path) -> None:
+def test_chats_have_sidecars(corpus: Path, tokenizers: dict[str, Path], tmp_path: Path,
+                             capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "chats"
     pack(tokenizers["k-exaone"], [Source("chat", corpus / "chat.jsonl")], output,
          PackSettings(reading=Reading("chat")))
+    assert "warning: " not in capsys.readouterr().err, "it is asked behind what it is trained behind"
     [source] = read_manifest(output).content["sources"]
     assert source["format"] == "chat" and source["sidecars"] == ["loss", "type"]
     for split in ("train", "heldout"):
@@ -389,12 +391,14 @@ def test_a_repeated_id_is_refused_by_default(tokenizers: dict[str, Path], tmp_pa
         pack(tokenizers["solar-open"], [Source("a", tmp_path / "a.jsonl")], tmp_path / "out")
 
 
-def test_a_chat_that_the_template_refuses_is_named(tokenizers: dict[str, Path], tmp_path: Path) -> None:
+def test_a_chat_that_the_template_refuses_is_named(tokenizers: dict[str, Path], tmp_path: Path,
+                                                   capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = tmp_path / "strict"
     shutil.copytree(tokenizers["solar-open"], tokenizer)
     config = json.loads((tokenizer / "tokenizer_config.json").read_text())
     refusal = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('user first') }}{% endif %}"
-    config["chat_template"] = refusal + config["chat_template"]
+    config["chat_template"] = (f"{refusal}{config['chat_template']}"
+                               "{% if add_generation_prompt %}<think>{% endif %}")
     (tokenizer / "tokenizer_config.json").write_text(json.dumps(config))
     manifest = json.loads((tokenizer / "manifest.json").read_text())
     manifest["files"]["tokenizer_config.json"] = {"sha256": sha256_file(tokenizer / "tokenizer_config.json"),
@@ -408,6 +412,7 @@ def test_a_chat_that_the_template_refuses_is_named(tokenizers: dict[str, Path], 
                        match=r"chat\.jsonl:3: is refused by the chat template of .*\(user first\)"):
         pack(tokenizer, [Source("chat", tmp_path / "chat.jsonl")], tmp_path / "out",
              PackSettings(reading=Reading("chat")))
+    assert "what is trained on chats is asked behind other tokens" in capsys.readouterr().err
 
 
 def test_a_line_of_many_megabytes_is_passed_over_in_bounded_memory(tokenizers: dict[str, Path],
