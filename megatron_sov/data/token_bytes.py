@@ -2,25 +2,54 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from megatron_sov.data.vocabulary import read_added_texts, read_vocabulary
+from megatron_sov.data.vocabulary import read_added_texts, read_parts, read_vocabulary
+
+_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 def token_bytes(tokenizer: Path, vocab_size: int) -> np.ndarray:
-    """Return [vocab_size] int64: UTF-8 bytes of each token of a byte-level BPE tokenizer;
-    0 for special and unused ids.
+    """Return [vocab_size] int64: UTF-8 bytes of each token; 0 for special and unused ids.
 
-    In a byte-level vocabulary every character of a token's name stands for one byte;
-    added tokens are spelled as they are.
+    In a byte-level vocabulary every character of a token's name stands for one byte.  In one of sentencepiece
+    a mark stands for a space and ``<0x0A>`` for a byte; the space that it puts before a text counts too.
+    Added tokens are spelled as they are.
+
+    Raises:
+        UserError: the tokenizer.json cannot be read.
     """
+    size_bytes = _spelling(tokenizer)
     sizes = np.zeros(vocab_size, np.int64)
     for token, name in read_vocabulary(tokenizer).items():
-        if token < vocab_size:
-            sizes[token] = len(name)
+        if 0 <= token < vocab_size:
+            sizes[token] = size_bytes(name)
     for token, text in read_added_texts(tokenizer).items():
-        if token < vocab_size:
+        if 0 <= token < vocab_size:
             sizes[token] = len(text.encode())
     return sizes
+
+
+def _spelling(tokenizer: Path) -> Callable[[str], int]:
+    """Return what gives the bytes that a token's name stands for."""
+    parts = read_parts(tokenizer)
+    kinds = {part.get("type") for part in parts}
+    if "ByteLevel" in kinds:
+        return len
+    spaces = {part.get("replacement") for part in parts if part.get("type") == "Metaspace"} | {
+        part["pattern"].get("String") for part in parts
+        if part.get("type") == "Replace" and part.get("content") == " " and isinstance(part["pattern"], dict)}
+    marks = [mark for mark in spaces if isinstance(mark, str) and mark]
+
+    def size_bytes(name: str) -> int:
+        if "ByteFallback" in kinds and _BYTE.fullmatch(name):
+            return 1
+        for mark in marks:
+            name = name.replace(mark, " ")
+        return len(name.encode())
+
+    return size_bytes

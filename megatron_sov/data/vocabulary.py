@@ -19,7 +19,7 @@ def read_vocabulary(tokenizer: Path) -> dict[int, str]:
     """
     vocabulary, added = _read(tokenizer)
     taken = {token["id"] for token in added}
-    return {token: name for name, token in vocabulary.items() if token not in taken}
+    return {token: name for token, name in vocabulary.items() if token not in taken}
 
 
 def read_added_texts(tokenizer: Path) -> dict[int, str]:
@@ -31,13 +31,48 @@ def read_added_texts(tokenizer: Path) -> dict[int, str]:
     return {token["id"]: token["content"] for token in _read(tokenizer)[1] if not token["special"]}
 
 
-def _read(tokenizer: Path) -> tuple[dict[str, int], list[dict[str, Any]]]:
+def read_parts(tokenizer: Path) -> list[dict[str, Any]]:
+    """Return the steps between text and tokens: pre-tokenizers and decoders, those in a sequence one by one.
+
+    Raises:
+        UserError: its tokenizer.json cannot be read.
+    """
+    def steps(part: Any) -> list[dict[str, Any]]:
+        if not isinstance(part, dict):
+            return []
+        inner = [*(part.get("pretokenizers") or []), *(part.get("decoders") or [])]
+        return [part, *(step for one in inner for step in steps(one))]
+
+    raw = _load(tokenizer)
+    return [*steps(raw.get("pre_tokenizer")), *steps(raw.get("decoder"))]
+
+
+def _load(tokenizer: Path) -> dict[str, Any]:
     file = tokenizer / TOKENIZER_JSON
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
-        return dict(raw["model"]["vocab"]), list(raw.get("added_tokens", []))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        return {**raw, "model": dict(raw["model"])}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         raise UserError(f"{file}: cannot be read as a tokenizer ({e!r})") from None
+
+
+def _read(tokenizer: Path) -> tuple[dict[int, str], list[dict[str, Any]]]:
+    """Return id -> token, and the added tokens."""
+    raw = _load(tokenizer)
+    try:
+        vocabulary = raw["model"]["vocab"]
+        if isinstance(vocabulary, list):  # unigram: a piece's id is its place
+            names = dict(enumerate(piece for piece, _ in vocabulary))
+        else:
+            names = {token: name for name, token in vocabulary.items()}
+        added = [{key: token[key] for key in ("id", "content", "special")}
+                 for token in raw.get("added_tokens") or []]
+        if not all(type(token) is int and isinstance(name, str)
+                   for token, name in [*names.items(), *((a["id"], a["content"]) for a in added)]):
+            raise ValueError("an id is no number, or a token is no text")
+        return names, added
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"{tokenizer / TOKENIZER_JSON}: cannot be read as a tokenizer ({e!r})") from None
 
 
 def refuse_other_tokens(data: Path | None, weights: Path) -> None:
