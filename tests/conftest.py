@@ -80,7 +80,8 @@ class Worker:
     """A process that has imported megatron once, and does everything that is asked of it in a fork."""
 
     def __init__(self, folder: Path) -> None:
-        command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("rank_main.py"))]
+        # -P: the folder of tests mirrors our packages, and must not stand for them
+        command = [sys.executable, "-P", "-W", "ignore", str(Path(__file__).with_name("rank_main.py"))]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._folder = folder
         self._asked = 0
