@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import numpy as np
 
 from data_prep.encode import TOKENIZER_JSON
 from data_prep.splits import SPLITS
-from data_prep.token_artifact import read_tokens_manifest, shards_of
+from data_prep.token_artifact import num_tokens, read_tokens_manifest, shards_of
 from megatron_sov.artifacts import to_json
 from megatron_sov.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
+from megatron_sov.errors import UserError
+from megatron_sov.obs.work_bar import work_bar
 
 HELP = "show lengths of documents, token types and special tokens, per source"
 _BLOCK_ITEMS = 1 << 22
@@ -46,26 +49,42 @@ def statistics(data: Path) -> dict[str, Any]:
         UserError: `data` is no such artifact, or is damaged.
     """
     content = read_tokens_manifest(data).content
-    raw = json.loads((data / "tokenizer" / TOKENIZER_JSON).read_text(encoding="utf-8"))
-    special = {token["id"]: token["content"] for token in raw["added_tokens"]}
+    special = _added_tokens(data / "tokenizer" / TOKENIZER_JSON)
     used = np.zeros(content["vocab_size"], np.int64)
     sources = {}
-    for source in content["sources"]:
-        counts = np.zeros(content["vocab_size"], np.int64)
-        types = np.zeros(3, np.int64)
-        lengths = []
-        for shard in shards_of(data, content, source["name"]):
-            opened = shard.open()
-            lengths.append(opened.lengths_tokens)
-            for i in range(0, len(opened.tokens), _BLOCK_ITEMS):
-                counts += np.bincount(opened.tokens[i : i + _BLOCK_ITEMS].astype(np.int64),
-                                      minlength=len(counts))[: len(counts)]
-            if "type" in source["sidecars"] and len(opened.tokens):
-                types += np.bincount(np.memmap(f"{shard.prefix}.type", np.uint8, "r"), minlength=3)[:3]
-        used += counts
-        sources[source["name"]] = _of_source(source, np.concatenate(lengths), counts, types, special)
+    with work_bar("counting", num_tokens(content), "token") as bar:
+        for source in content["sources"]:
+            lengths, counts, types = _counts(data, content, source, bar.update)
+            used += counts
+            sources[source["name"]] = _of_source(source, lengths, counts, types, special)
     unused = int((used == 0).sum() - sum(not used[i] for i in special if i < len(used)))
     return {"vocab_size": content["vocab_size"], "num_unused_ordinary_ids": unused, "sources": sources}
+
+
+def _added_tokens(file: Path) -> dict[int, str]:
+    try:
+        return {int(token["id"]): str(token["content"])
+                for token in json.loads(file.read_text(encoding="utf-8"))["added_tokens"]}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+        raise UserError(f"{file}: cannot be read as a tokenizer ({e!r}); pack the data again or restore it "
+                        "from a copy") from None
+
+
+def _counts(data: Path, content: dict[str, Any], source: dict[str, Any],
+            done: Callable[[int], object]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return a source's lengths of documents, how often each id occurs, and each type."""
+    counts = np.zeros(content["vocab_size"], np.int64)
+    types, lengths = np.zeros(3, np.int64), []
+    for shard in shards_of(data, content, source["name"]):
+        opened = shard.open()
+        lengths.append(opened.lengths_tokens)
+        for i in range(0, len(opened.tokens), _BLOCK_ITEMS):
+            block = opened.tokens[i : i + _BLOCK_ITEMS].astype(np.int64)
+            counts += np.bincount(block, minlength=len(counts))[: len(counts)]
+            done(len(block))
+        if "type" in source["sidecars"] and len(opened.tokens):
+            types += np.bincount(np.memmap(f"{shard.prefix}.type", np.uint8, "r"), minlength=3)[:3]
+    return np.concatenate(lengths), counts, types
 
 
 def _of_source(source: dict[str, Any], lengths: np.ndarray, counts: np.ndarray, types: np.ndarray,

@@ -53,6 +53,11 @@ def read_tokens_manifest(data: Path) -> Manifest:
     return manifest
 
 
+def num_tokens(content: dict[str, Any]) -> int:
+    """Return the tokens of all sources and splits, as the manifest's `content` has them."""
+    return sum(split["num_tokens"] for source in content["sources"] for split in source["splits"].values())
+
+
 def shards_of(data: Path, content: dict[str, Any], source: str | None = None,
               split: str | None = None) -> Iterator[Shard]:
     """Yield the shards of an artifact, or of one source or split, in order.

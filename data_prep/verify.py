@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from data_prep.indexed import SIDECARS, IndexedSplit
 from data_prep.overlap import document_hashes
 from data_prep.splits import HELDOUT, SPLITS, TRAIN
-from data_prep.token_artifact import Shard, read_tokens_manifest, shards_of
+from data_prep.token_artifact import Shard, num_tokens, read_tokens_manifest, shards_of
 from megatron_sov.artifacts import damaged_files
 from megatron_sov.errors import UserError, list_problems
+from megatron_sov.obs.work_bar import work_bar
 
 HELP = "check token shards: hashes, indices, ids, splits, duplicates, epochs"
 _BLOCK_ITEMS = 1 << 22
@@ -62,17 +63,21 @@ def check(data: Path) -> tuple[list[str], list[str]]:
     Raises:
         UserError: `data` is no artifact of kind "tokens".
     """
-    content = read_tokens_manifest(data).content
-    problems, notes = damaged_files(data), []
+    manifest = read_tokens_manifest(data)
+    content, notes = manifest.content, []
+    with work_bar("hashing", sum(record.size_bytes for record in manifest.files.values()), "B") as bar:
+        problems = damaged_files(data, done=bar.update)
     hashes: dict[str, array[int]] = {split: array("Q") for split in SPLITS}
-    for shard in shards_of(data, content):
-        try:
-            opened = shard.open()
-        except UserError as e:
-            problems.append(str(e))
-            continue
-        problems += _shard_problems(shard, opened, content)
-        hashes[shard.split].extend(document_hashes(opened, shard.source["group_documents"]))
+    with work_bar("reading", num_tokens(content), "token") as bar:
+        for shard in shards_of(data, content):
+            try:
+                opened = shard.open()
+            except UserError as e:
+                problems.append(str(e))
+                continue
+            problems += _shard_problems(shard, opened, content)
+            hashes[shard.split].extend(document_hashes(opened, shard.source["group_documents"]))
+            bar.update(len(opened.tokens))
     distinct = {split: np.unique(np.frombuffer(values, np.uint64)) if values else np.zeros(0, np.uint64)
                 for split, values in hashes.items()}
     if both := len(np.intersect1d(distinct[TRAIN], distinct[HELDOUT], assume_unique=True)):

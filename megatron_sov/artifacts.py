@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -329,19 +329,25 @@ def manifest_sha256(path: str | Path) -> str:
     return sha256_file(Path(path) / MANIFEST)
 
 
-def damaged_files(path: str | Path, names: Iterable[str] | None = None, workers: int = 1) -> list[str]:
+def damaged_files(path: str | Path, names: Iterable[str] | None = None, workers: int = 1,
+                  done: Callable[[int], object] = lambda size_bytes: None) -> list[str]:
     """Return one sentence for each file of an artifact that is missing or differs from its manifest.
 
     Args:
         path: the artifact.
         names: the files to look at; None: all.
         workers: files that are hashed at a time.
+        done: told the size of each file behind it, from any thread.
     """
     records = read_manifest(path).files
+
+    def look(name: str) -> str | None:
+        sentence = file_damage(Path(path) / name, records[name])
+        done(records[name].size_bytes)
+        return sentence
+
     with ThreadPoolExecutor(workers) as pool:
-        found = pool.map(lambda name: file_damage(Path(path) / name, records[name]),
-                         records if names is None else names)
-        return [sentence for sentence in found if sentence]
+        return [sentence for sentence in pool.map(look, records if names is None else names) if sentence]
 
 
 def file_damage(file: Path, record: FileRecord) -> str | None:

@@ -13,11 +13,14 @@ from megatron_sov.artifacts import to_json, write_output
 from megatron_sov.commands.eval_needle import add_needle_arguments, suite_of
 from megatron_sov.config import data_paths
 from megatron_sov.errors import ExitCode, UserError
+from megatron_sov.obs.work_bar import work_bar
 from megatron_sov.outputs import check_output
 from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.checkpoints import refuse_missing
+from megatron_sov.runs.launch_environment import is_first
 
 if TYPE_CHECKING:
+    from megatron_sov.generate.engine import ChoosingEngine
     from megatron_sov.generate.target import Target
 
 DEFAULT_SEQ_LEN, DEFAULT_HELDOUT_TOKENS, DEFAULT_TRAIN_TOKENS = 4096, 65536, 100_000_000
@@ -146,8 +149,13 @@ def _needle(args: argparse.Namespace, events: RunEvents) -> int:
 
     target = find_target(args.target)
     suite = suite_of(args, target)
-    found = _measure(args, target, lambda loaded: run_suite(suite, MegatronEngine(loaded.policy)).to_dict(),
-                   lambda model: run_suite(suite, HfEngine(model)).to_dict())
+
+    def judged(engine: ChoosingEngine) -> dict[str, Any]:
+        with work_bar("judging", suite.num_examples, "example", is_first()) as bar:
+            return run_suite(suite, engine, bar.update).to_dict()
+
+    found = _measure(args, target, lambda loaded: judged(MegatronEngine(loaded.policy)),
+                     lambda model: judged(HfEngine(model)))
     if found is not None:
         _write(args.out, found)
         events.add("needle", when="eval", step=_step(target, events), **found)

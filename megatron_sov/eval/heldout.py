@@ -8,10 +8,8 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Never
 
 import numpy as np
-from tqdm import tqdm
 
 from megatron_sov.artifacts import read_manifest
 from megatron_sov.data.order import Sample
@@ -20,6 +18,7 @@ from megatron_sov.data.token_bytes import token_bytes
 from megatron_sov.data.token_shards import Source, open_sources, tokenizer_folder
 from megatron_sov.data.vocabulary import refuse_other_tokens
 from megatron_sov.errors import UserError
+from megatron_sov.obs.work_bar import work_bar
 from megatron_sov.train.evaluate import HeldoutLoss
 
 
@@ -84,11 +83,6 @@ def open_heldout(paths: dict[str, float], seq_len: int, max_tokens: int, *,
     return data
 
 
-def judging(num_rows: int, shows: bool = True) -> tqdm[Never]:
-    """Return a bar over rows, which a terminal sees once the work takes longer than a moment."""
-    return tqdm(total=num_rows, desc="judging", unit="row", delay=2, disable=None if shows else True)
-
-
 def evaluate_rows(data: HeldoutData, losses_of: Callable[[Row], np.ndarray]) -> dict[str, HeldoutLoss]:
     """Return the result on every source that has held-out targets.
 
@@ -98,7 +92,8 @@ def evaluate_rows(data: HeldoutData, losses_of: Callable[[Row], np.ndarray]) -> 
     """
     results = {}
     sizes = data.bytes_of_token(data.vocab_size)
-    with judging(sum(1 for index, _ in data.judged() for _ in data.samples(index))) as bar:
+    num_rows = sum(1 for index, _ in data.judged() for _ in data.samples(index))
+    with work_bar("judging", num_rows, "row") as bar:
         for index, source in data.judged():
             nats, tokens, size_bytes = 0.0, 0, 0
             for row in data.rows(index):

@@ -10,8 +10,9 @@ import torch
 
 from megatron_sov.data.rows import Row
 from megatron_sov.eval.filling import ROW_TOKENS
-from megatron_sov.eval.heldout import HeldoutData, evaluate_rows, judging
+from megatron_sov.eval.heldout import HeldoutData, evaluate_rows
 from megatron_sov.generate.load import Loaded
+from megatron_sov.obs.work_bar import work_bar
 from megatron_sov.train.evaluate import HeldoutEvaluator, HeldoutLoss
 
 
@@ -24,7 +25,7 @@ def evaluate_forward_model(loaded: Loaded, data: HeldoutData) -> dict[str, Heldo
     evaluator = HeldoutEvaluator(data.sources, sizes, data.seq_len, rows_per_batch, data.max_tokens,
                                  loaded.world)
     shows = loaded.world.rank == loaded.world.size - 1  # of the last pipeline stage, whatever the layout
-    with judging(evaluator.num_micro_batches, shows) as bar:
+    with work_bar("judging", evaluator.num_micro_batches, "row", shows) as bar:
         return evaluator.run(loaded.policy, done=bar.update)
 
 

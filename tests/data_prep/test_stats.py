@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,14 @@ def chats(tokenizers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     pack(tokenizers["solar-open"], [Source("chat", folder / "chat.jsonl")], folder / "out",
          PackSettings(0.2, Reading("chat")))
     return folder / "out"
+
+
+def test_a_tokenizer_that_cannot_be_read_costs_a_sentence(chats: Path, tmp_path: Path,
+                                                          capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(chats, tmp_path / "out")
+    (tmp_path / "out/tokenizer/tokenizer.json").write_text('{"added_tokens": [5]}')
+    assert main(["stats", str(tmp_path / "out")]) == 2
+    assert "tokenizer.json: cannot be read as a tokenizer (TypeError" in capsys.readouterr().err
 
 
 def test_statistics_are_those_of_transformers_rendering(chats: Path,

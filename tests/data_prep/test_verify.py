@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+from tqdm import tqdm
 
+from data_prep import stats, verify
 from data_prep.cli import main
 from data_prep.indexed import IndexedWriter
 from data_prep.pack import PackSettings, Source, pack
@@ -56,6 +60,21 @@ def leak(data: Path) -> None:
 
 def write_values(file: Path, dtype: str, value: int) -> None:
     np.full(len(np.fromfile(file, dtype)), value, dtype).tofile(file)
+
+
+@pytest.mark.parametrize(("module", "titles"), [(verify, ["hashing", "reading"]), (stats, ["counting"])])
+def test_who_waits_sees_how_far_it_is(module: ModuleType, titles: list[str], sound: Path,
+                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    bars = []
+
+    def bar_of(title: str, total: int, unit: str) -> tqdm:
+        bars.append((title, tqdm(total=total, file=io.StringIO())))
+        return bars[-1][1]
+
+    monkeypatch.setattr(module, "work_bar", bar_of)
+    assert main([module.__name__.rpartition(".")[2], str(sound)]) == 0
+    assert [title for title, _ in bars] == titles
+    assert all(bar.n == bar.total > 0 for _, bar in bars)
 
 
 def test_sound_shards_pass(sound: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,14 +14,14 @@ import pytest
 from megatron_sov.artifacts import atomic_write, to_json
 from megatron_sov.cli import main
 from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
+from megatron_sov.obs import work_bar
 from megatron_sov.obs.events import EVENTS, EventLog, read_events
 
 prepare_megatron()
 
 from megatron_sov.data.token_shards import open_sources  # noqa: E402
-from megatron_sov.eval import heldout  # noqa: E402
 from megatron_sov.eval.bigram import evaluate_bigram  # noqa: E402
-from megatron_sov.eval.heldout import open_heldout  # noqa: E402
+from megatron_sov.eval.heldout import evaluate_rows, open_heldout  # noqa: E402
 
 CUT = ["--seq-len", "100", "--max-tokens", "1500"]
 
@@ -94,14 +94,14 @@ def test_who_waits_is_told_of_every_row(token_shards: Path, monkeypatch: pytest.
     data = open_heldout({str(token_shards): 1.0}, 100, 1500)
     shown: list[int] = []
 
-    class Bar(heldout.tqdm):  # type: ignore[name-defined, misc]
+    class Bar(work_bar.tqdm):  # type: ignore[name-defined, misc]
         def __init__(self, **settings: Any) -> None:
             super().__init__(**settings | {"disable": False, "file": io.StringIO()})
 
         def close(self) -> None:
             shown[:] = [self.n, self.total]
 
-    monkeypatch.setattr(heldout, "tqdm", Bar)
-    heldout.evaluate_rows(data, lambda row: np.ones(len(row.tokens)))
+    monkeypatch.setattr(work_bar, "tqdm", Bar)
+    evaluate_rows(data, lambda row: np.ones(len(row.tokens)))
     num_rows = sum(len(list(data.rows(index))) for index, _ in data.judged())
     assert shown == [num_rows, num_rows] and num_rows > 10

@@ -8,7 +8,7 @@ one forward pass.  Blind choices pass `single` and `multi-key` with probability 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -128,6 +128,11 @@ class NeedleSuite:
         return make_example(kind, haystack, generator, length, depth,
                             distractors_of(kind, haystack.form, length, self.distractor_share))
 
+    @property
+    def num_examples(self) -> int:
+        """Examples of all cells."""
+        return sum(1 for _ in self._rows()) * len(self.depths) * self.samples
+
     def questions(self) -> Iterator[list[int]]:
         """Yield what a test of these kinds may tell or ask, up to where a value follows:
         what training text must not hold."""
@@ -185,14 +190,17 @@ def is_right(example: Example, given: Sequence[int], by: Way) -> bool:
                for i, pair in enumerate(pairs))
 
 
-def run_suite(suite: NeedleSuite, engine: ChoosingEngine) -> NeedleResult:
-    """Judge a model; where it runs on several processes, called by all together."""
+def run_suite(suite: NeedleSuite, engine: ChoosingEngine,
+              done: Callable[[int], object] = lambda examples: None) -> NeedleResult:
+    """Judge a model; where it runs on several processes, called by all together; `done` is told how many
+    more examples are judged."""
     correct: dict[tuple[NeedleKind, Language, int, float], int] = {}
     for haystack, cells, examples in suite.examples():
         given = answers(examples, haystack.form.words, engine, suite.by)
         for (kind, length, depth), example, said in zip(cells, examples, given, strict=True):
             cell = (kind, haystack.language, length, depth)
             correct[cell] = correct.get(cell, 0) + is_right(example, said, suite.by)
+        done(len(examples))
     forms = {h.language: h.form for h in suite.haystacks}
     return NeedleResult(suite.by, suite.seed, suite.distractor_share, tuple(
         Cell(kind, language, length, depth,

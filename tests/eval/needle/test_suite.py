@@ -63,8 +63,10 @@ def suite(haystacks: dict[str, Haystack]) -> NeedleSuite:
 
 @pytest.mark.parametrize("by", ["generation", "likelihood"])
 def test_a_perfect_reader_is_right_everywhere(suite: NeedleSuite, by: str) -> None:
-    result = run_suite(dataclasses.replace(suite, by=by), Looking())  # type: ignore[arg-type]
+    told: list[int] = []
+    result = run_suite(dataclasses.replace(suite, by=by), Looking(), told.append)  # type: ignore[arg-type]
     assert result.score == 1.0 and result.by == by
+    assert sum(told) == suite.num_examples == 4 * len(result.cells), "who waits is told how far it is"
     assert ([(c.kind, c.language, c.length_tokens, c.depth) for c in result.cells]
             == [(kind, "code", length, depth) for kind in suite.kinds for length in suite.lengths
                 for depth in suite.depths])
