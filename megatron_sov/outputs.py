@@ -9,6 +9,9 @@ from pathlib import Path
 
 from megatron_sov.errors import UserError
 
+TRYING = ".try-"
+"""Begin of the name of an empty folder that is there for a moment."""
+
 
 def check_output(option: str, path: Path) -> None:
     """Check before the work that a file can be written at `path`; leaves everything as it was.
@@ -52,10 +55,15 @@ def refuse_unwritable(folder: Path, said: str) -> None:
     """Raise `UserError`, which begins with `said`, where nothing can be made in a folder.
 
     It is tried: permissions tell root nothing, and nobody anything of /proc or a disk that is
-    mounted read-only.
+    mounted read-only.  What is made has no name, where the file system can do that: a kill leaves nothing.
     """
     try:
-        os.rmdir(tempfile.mkdtemp(prefix=".try-", dir=folder))
+        try:
+            os.close(os.open(folder, os.O_TMPFILE | os.O_WRONLY))
+        except OSError as e:
+            if e.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
+                raise
+            os.rmdir(tempfile.mkdtemp(prefix=TRYING, dir=folder))
     except OSError as e:
         raise UserError(f"{said}: nothing can be made in {folder} ({os.strerror(e.errno or 0)}); choose a "
                         "folder that you may write to") from None

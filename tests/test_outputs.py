@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import tempfile
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import pytest
@@ -36,9 +40,22 @@ def test_where_a_file_cannot_lie_is_said_before_the_work(tmp_path: Path) -> None
     assert (tmp_path / "new/folders/page.html").read_text() == "x"
 
 
-def test_trying_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("nameless", [True, False])
+def test_trying_leaves_nothing(nameless: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    def make(prefix: str, dir: Path) -> str:
+        made.append(mkdtemp(prefix=prefix, dir=dir))
+        return made[-1]
+
+    def refuse(folder: Path, flags: int) -> int:
+        raise OSError(errno.EOPNOTSUPP, "this file system makes no files without names")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", make)
+    if not nameless:
+        monkeypatch.setattr(os, "open", refuse)
     refuse_unwritable(tmp_path, "--run x")
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [] and bool(made) != nameless
 
 
 COMMANDS = {

@@ -16,6 +16,7 @@ from pathlib import Path
 from megatron_sov.artifacts import MANIFEST, disk_errors, file_damage, fsync_path, read_manifest
 from megatron_sov.config import RunConfig, from_dict
 from megatron_sov.errors import UserError, download
+from megatron_sov.outputs import TRYING
 
 KIND = "checkpoint"
 CHECKPOINTS_OF_A_RUN = "checkpoints"
@@ -33,7 +34,8 @@ def temporary(path: Path, token: str) -> Path:
 def clear_leftovers(folder: Path) -> None:
     """Delete what killed processes left half-written or half-deleted; only for the one who
     holds the run's lock."""
-    for leftover in sorted([*folder.glob(f"{WRITING}*"), *folder.glob(f"{DELETING}*")]):
+    begins = (WRITING, DELETING, TRYING)
+    for leftover in sorted(found for begin in begins for found in folder.glob(f"{begin}*")):
         shutil.rmtree(leftover, ignore_errors=True)
 
 

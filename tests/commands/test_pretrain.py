@@ -46,7 +46,7 @@ def test_artifacts_of_two_tokenizers(capsys: Any, packed_data: Any, token_shards
 
 def test_unknown_settings_sources_and_recipes(capsys: Any, packed_data: Any, tmp_path: Path) -> None:
     text, run = [packed_data.text], tmp_path / "run"
-    assert "did you mean 'num_layers'" in refused(capsys, text, run, settings=("model.num_layer=2",))
+    assert "did you mean 'model.num_layers'" in refused(capsys, text, run, settings=("model.num_layer=2",))
     assert "did you mean 'tiny-k-exaone'" in refused(capsys, text, run, recipe="tiny-kexaone")
     blend = ('data.phases=[{"name": "main", "seq_len": 32, "blend": {"evn": 1}}]',)
     assert "names source 'evn', which the data does not have; did you mean 'even'?" in refused(

@@ -43,7 +43,7 @@ def test_prints_a_recipe_that_reads_back(capsys: pytest.CaptureFixture[str]) -> 
 
 @pytest.mark.parametrize(("arguments", "sentence"), [
     (["tiny-solar-opne"], "did you mean 'tiny-solar-open'?"),
-    (["tiny-solar-open", "--set", "train.stpes=7"], "did you mean 'steps'?"),
+    (["tiny-solar-open", "--set", "train.stpes=7"], "did you mean 'train.steps'?"),
     (["--set", "train.steps=7"], "needs a recipe"),
     (["--json"], "needs a recipe"),
 ])
