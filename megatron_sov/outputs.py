@@ -13,12 +13,15 @@ TRYING = ".try-"
 """Begin of the name of an empty folder that is there for a moment."""
 
 
-def check_output(option: str, path: Path) -> None:
-    """Check before the work that a file can be written at `path`; leaves everything as it was.
+def check_output(option: str, path: Path | None) -> None:
+    """Check before the work that a file can be written at `path`, where one is asked for (not None); leaves
+    everything as it was.
 
     Raises:
         UserError: the path is a folder or a device, or lies where nothing can be made.
     """
+    if path is None:
+        return
     if os.path.isdir(path):
         raise UserError(f"{option} {path}: is a folder; name the file to write, e.g. {path / 'result'}")
     if os.path.exists(path) and not os.path.isfile(path):

@@ -87,8 +87,7 @@ def run(args: argparse.Namespace) -> int:
     for name in ("hf_dir", "checkpoint", "a", "b"):
         if (model := getattr(args, name, None)) is not None:
             refuse_missing(model)
-    if getattr(args, "card", None) is not None:
-        check_output("--card", args.card)
+    check_output("--card", getattr(args, "card", None))
     load_plugins(args.plugins)
     return {"from-hf": _from_hf, "to-hf": _to_hf, "verify": _verify, "inspect": _inspect}[args.action](args)
 

@@ -87,8 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the chosen task; returns the exit code."""
     events = RunEvents(args.run)
-    if getattr(args, "out", None) is not None:
-        check_output("--out", args.out)
+    check_output("--out", getattr(args, "out", None))
     for name in ("target", "checkpoint", "hf_dir"):
         if (model := getattr(args, name, None)) is not None:
             refuse_missing(model)

@@ -27,8 +27,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_sov.report.run_data import read_run
 
     out: Path = args.out or args.runs[-1] / "report.html"
-    if args.out is not None:
-        check_output("--out", out)
+    check_output("--out", args.out)
     page = render([read_run(path) for path in args.runs])
     write_output(out, page)
     print(f"{out}: {len(page.encode()) / 1e6:.1f} MB, opens in any browser without a network")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from megatron_sov.data.vocabulary import read_added_texts, read_parts, read_vocabulary
+from megatron_sov.data.vocabulary import read_tokenizer
 
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
@@ -23,20 +24,20 @@ def token_bytes(tokenizer: Path, vocab_size: int) -> np.ndarray:
     Raises:
         UserError: the tokenizer.json cannot be read.
     """
-    size_bytes = _spelling(tokenizer)
+    file = read_tokenizer(tokenizer)
+    size_bytes = _spelling(file.parts)
     sizes = np.zeros(vocab_size, np.int64)
-    for token, name in read_vocabulary(tokenizer).items():
+    for token, name in file.ordinary.items():
         if 0 <= token < vocab_size:
             sizes[token] = size_bytes(name)
-    for token, text in read_added_texts(tokenizer).items():
+    for token, text in file.added_texts.items():
         if 0 <= token < vocab_size:
             sizes[token] = len(text.encode())
     return sizes
 
 
-def _spelling(tokenizer: Path) -> Callable[[str], int]:
+def _spelling(parts: list[dict[str, Any]]) -> Callable[[str], int]:
     """Return what gives the bytes that a token's name stands for."""
-    parts = read_parts(tokenizer)
     kinds = {part.get("type") for part in parts}
     if "ByteLevel" in kinds:
         return len

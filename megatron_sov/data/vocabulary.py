@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,68 +12,53 @@ from megatron_sov.errors import UserError
 TOKENIZER_JSON = "tokenizer.json"
 
 
-def read_vocabulary(tokenizer: Path) -> dict[int, str]:
-    """Return id -> token of a tokenizer folder, special and other added tokens left out.
+@dataclass(frozen=True)
+class TokenizerFile:
+    """What a tokenizer.json says of its ids."""
+
+    ordinary: dict[int, str]
+    """Id -> token, special and other added tokens left out."""
+    added_texts: dict[int, str]
+    """Id -> text of the added tokens that stand for text: those that are not special."""
+    parts: list[dict[str, Any]]
+    """The steps between text and tokens: pre-tokenizers and decoders, those in a sequence one by one."""
+
+
+def read_tokenizer(tokenizer: Path) -> TokenizerFile:
+    """Return what the tokenizer.json of a folder says.
 
     Raises:
-        UserError: its tokenizer.json cannot be read.
+        UserError: it cannot be read.
     """
-    vocabulary, added = _read(tokenizer)
-    taken = {token["id"] for token in added}
-    return {token: name for token, name in vocabulary.items() if token not in taken}
-
-
-def read_added_texts(tokenizer: Path) -> dict[int, str]:
-    """Return id -> text of the added tokens that stand for text: those that are not special.
-
-    Raises:
-        UserError: its tokenizer.json cannot be read.
-    """
-    return {token["id"]: token["content"] for token in _read(tokenizer)[1] if not token["special"]}
-
-
-def read_parts(tokenizer: Path) -> list[dict[str, Any]]:
-    """Return the steps between text and tokens: pre-tokenizers and decoders, those in a sequence one by one.
-
-    Raises:
-        UserError: its tokenizer.json cannot be read.
-    """
-    def steps(part: Any) -> list[dict[str, Any]]:
-        if not isinstance(part, dict):
-            return []
-        inner = [*(part.get("pretokenizers") or []), *(part.get("decoders") or [])]
-        return [part, *(step for one in inner for step in steps(one))]
-
-    raw = _load(tokenizer)
-    return [*steps(raw.get("pre_tokenizer")), *steps(raw.get("decoder"))]
-
-
-def _load(tokenizer: Path) -> dict[str, Any]:
     file = tokenizer / TOKENIZER_JSON
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
-        return {**raw, "model": dict(raw["model"])}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
-        raise UserError(f"{file}: cannot be read as a tokenizer ({e!r})") from None
-
-
-def _read(tokenizer: Path) -> tuple[dict[int, str], list[dict[str, Any]]]:
-    """Return id -> token, and the added tokens."""
-    raw = _load(tokenizer)
-    try:
         vocabulary = raw["model"]["vocab"]
         if isinstance(vocabulary, list):  # unigram: a piece's id is its place
             names = dict(enumerate(piece for piece, _ in vocabulary))
         else:
             names = {token: name for name, token in vocabulary.items()}
-        added = [{key: token[key] for key in ("id", "content", "special")}
-                 for token in raw.get("added_tokens") or []]
-        if not all(type(token) is int and isinstance(name, str)
-                   for token, name in [*names.items(), *((a["id"], a["content"]) for a in added)]):
+        added = {token["id"]: (token["content"], token["special"]) for token in raw.get("added_tokens") or []}
+        texts = [*names.items(), *((token, text) for token, (text, _) in added.items())]
+        if not all(type(token) is int and isinstance(text, str) for token, text in texts):
             raise ValueError("an id is no number, or a token is no text")
-        return names, added
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(f"{tokenizer / TOKENIZER_JSON}: cannot be read as a tokenizer ({e!r})") from None
+        return TokenizerFile({token: name for token, name in names.items() if token not in added},
+                             {token: text for token, (text, special) in added.items() if not special},
+                             [*_steps(raw.get("pre_tokenizer")), *_steps(raw.get("decoder"))])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise UserError(f"{file}: cannot be read as a tokenizer ({e!r})") from None
+
+
+def _steps(part: Any) -> list[dict[str, Any]]:
+    if not isinstance(part, dict):
+        return []
+    inner = [*(part.get("pretokenizers") or []), *(part.get("decoders") or [])]
+    return [part, *(step for one in inner for step in _steps(one))]
+
+
+def read_vocabulary(tokenizer: Path) -> dict[int, str]:
+    """Return the `ordinary` tokens of `read_tokenizer`."""
+    return read_tokenizer(tokenizer).ordinary
 
 
 def refuse_other_tokens(data: Path | None, weights: Path) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from megatron_sov.artifacts import read_manifest
 from megatron_sov.data.order import Sample
 from megatron_sov.data.rows import Row, heldout_samples, sample_row
 from megatron_sov.data.token_bytes import token_bytes
-from megatron_sov.data.token_shards import Source, open_sources, tokenizer_folder
+from megatron_sov.data.token_shards import Documents, Source, open_sources, tokenizer_folder
 from megatron_sov.data.vocabulary import refuse_other_tokens
 from megatron_sov.errors import UserError
 from megatron_sov.obs.work_bar import work_bar
@@ -39,14 +40,22 @@ class HeldoutData:
         """Return the sources that hold documents out, with their index."""
         return [(i, s) for i, s in enumerate(self.sources) if s.num_tokens.get("heldout", 0) > 1]
 
-    def samples(self, index: int) -> Iterable[Sample]:
-        """Return what the rows of one source are made of."""
-        return heldout_samples(self.sources[index].shard("heldout"), index, self.seq_len, self.max_tokens)
+    @cached_property
+    def _cut(self) -> dict[int, tuple[Documents, list[Sample]]]:
+        """The opened documents of each judged source, and what its rows are made of, by its index."""
+        opened = {index: source.shard("heldout") for index, source in self.judged()}
+        return {index: (shard, heldout_samples(shard, index, self.seq_len, self.max_tokens))
+                for index, shard in opened.items()}
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all judged sources."""
+        return sum(len(samples) for _, samples in self._cut.values())
 
     def rows(self, index: int) -> Iterator[Row]:
-        """Yield the rows of one source."""
-        shard = self.sources[index].shard("heldout")
-        for sample in self.samples(index):
+        """Yield the rows of one judged source."""
+        shard, samples = self._cut[index]
+        for sample in samples:
             yield sample_row(sample, shard, self.seq_len)
 
     def bytes_of_token(self, vocab_size: int) -> np.ndarray | None:
@@ -92,8 +101,7 @@ def evaluate_rows(data: HeldoutData, losses_of: Callable[[Row], np.ndarray]) -> 
     """
     results = {}
     sizes = data.bytes_of_token(data.vocab_size)
-    num_rows = sum(1 for index, _ in data.judged() for _ in data.samples(index))
-    with work_bar("judging", num_rows, "row") as bar:
+    with work_bar("judging", data.num_rows, "row") as bar:
         for index, source in data.judged():
             nats, tokens, size_bytes = 0.0, 0, 0
             for row in data.rows(index):

@@ -44,13 +44,13 @@ class Target:
     def config(self) -> RunConfig | None:
         """The settings that a checkpoint was trained with;
         None where nothing tells them (imported models)."""
-        config = None if self.is_hf else _settings(self.path)
+        config = None if self.is_hf else settings_of(self.path)
         return None if config is None or config.recipe == "from-hf" else config
 
     @property
     def model(self) -> ModelConfig:
         """The architecture; `UserError` for a Hugging Face folder of a family that we do not know."""
-        return convert.open_weights(self.path).model if self.is_hf else _settings(self.path).model
+        return convert.open_weights(self.path).model if self.is_hf else settings_of(self.path).model
 
     @property
     def vocab_size(self) -> int:
@@ -126,7 +126,7 @@ def inference_config(checkpoint: Path, settings: list[str], nproc: int | None) -
     Raises:
         UserError: a setting does not exist, or the layout does not fit the model and the number of processes.
     """
-    made_with = _settings(checkpoint)
+    made_with = settings_of(checkpoint)
     train = dataclasses.replace(made_with.train, precision="bf16" if on_gpu() else "fp32", num_threads=0,
                                 deterministic=False)
     config = apply_settings(dataclasses.replace(made_with, parallel=ParallelConfig(), train=train), settings)
@@ -134,7 +134,3 @@ def inference_config(checkpoint: Path, settings: list[str], nproc: int | None) -
     if problems:
         raise UserError(f"{checkpoint}: cannot be run like this\n" + "\n".join(f"  {p}" for p in problems))
     return config
-
-
-def _settings(checkpoint: Path) -> RunConfig:
-    return settings_of(checkpoint)

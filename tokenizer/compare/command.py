@@ -56,9 +56,8 @@ def run(args: argparse.Namespace) -> int:
     for option, value in (("--hidden-size", args.hidden_size), ("--body-params", args.body_params)):
         if not 0 < value < float("inf"):
             raise UserError(f"{option} {value:g}: must be above 0, e.g. that of the model you will train")
-    for option, path in (("--output", args.output), ("--json", args.json)):
-        if path is not None:
-            check_output(option, path)
+    check_output("--output", args.output)
+    check_output("--json", args.json)
     found = compare(args.tokenizers, read_texts(args.text, args.max_text_mb), args.hidden_size,
                     args.body_params)
     for title, table in (("bytes per token", text_table(found, "bytes_per_token", "{:.3f}")),

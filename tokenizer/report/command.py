@@ -59,9 +59,8 @@ def run(args: argparse.Namespace) -> int:
         if name not in CHECKS:
             raise UserError(f"--skip {name}: is no check{nearest(name, CHECKS)} (checks: "
                             f"{', '.join(CHECKS)})")
-    for option, path in (("--output", args.output), ("--json", args.json)):
-        if path is not None:
-            check_output(option, path)
+    check_output("--output", args.output)
+    check_output("--json", args.json)
     opened = open_tokenizer(args.tokenizer)
     checks = check_all(opened, read_texts(args.text, args.max_text_mb), args.skip)
     for check in checks:
