@@ -24,7 +24,7 @@ VOCAB_SIZE = 1024
 NPROC = 2
 GATE_FAILED = 3
 """Exit code of an extension whose gate has not passed within its steps."""
-PRETRAIN_STEPS, EXTEND_STEPS, SFT_STEPS = 700, 120, 100
+PRETRAIN_STEPS, EXTEND_STEPS, SFT_STEPS = 560, 120, 100
 RETRIEVAL_RECIPE, RETRIEVAL_STEPS, GATE_STEPS, GATE_MAX_STEPS = "tiny-k-exaone", 500, 80, 240
 NEAR, FAR = 80, 512
 """Tokens at which a small K-EXAONE learns to retrieve, and those at which its gate stands."""
@@ -102,7 +102,7 @@ def training_stages(root: Path, sources: list[str]) -> list[Stage]:
     layout = ("--nproc", str(NPROC), "--resume", *settings(parallel__ep=2))
     batch = settings(train__global_batch_size=8, train__micro_batch_size=4)
     first = settings(model__vocab_size=VOCAB_SIZE, data__phases=phases(sources), train__steps=PRETRAIN_STEPS,
-                     train__checkpoint_every_steps=100, train__eval_every_steps=200)
+                     train__checkpoint_every_steps=100, train__eval_every_steps=280)
     longer = settings(train__steps=EXTEND_STEPS, train__global_batch_size=4, train__micro_batch_size=2,
                       optim__lr=1e-3, data__phases=json.dumps([{"name": "extend", "seq_len": LONG_SEQ_LEN}]),
                       needle__lengths_tokens=json.dumps([SEQ_LEN, LONG_SEQ_LEN]),
