@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_sov.chat.encode import TYPE_RESPONSE, ChatEncoder
 from megatron_sov.chat.template import ChatTemplate
-from megatron_sov.documents import BadRecord
+from megatron_sov.documents import BadRecord, Conversation
 
 PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}" \
         "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -46,7 +46,7 @@ def asked(tokenizer: PreTrainedTokenizerFast, template: str, *messages: tuple[st
 
 def learned(tokenizer: PreTrainedTokenizerFast, template: str,
             *messages: tuple[str, str]) -> tuple[str, bool]:
-    chat = encoder(tokenizer, template).encode(messages)
+    chat = encoder(tokenizer, template).encode(Conversation.of(*messages))
     ids = [i for i, t in zip(chat.ids, chat.types, strict=True) if t == TYPE_RESPONSE]
     return tokenizer.decode(ids, clean_up_tokenization_spaces=False), chat.is_open
 
@@ -55,10 +55,10 @@ def learned(tokenizer: PreTrainedTokenizerFast, template: str,
 @pytest.mark.parametrize("content", ["hello", "  hello \n", "\nhello", "", "hello\n\n", "안녕"])
 def test_a_prompt_has_the_ids_that_a_model_is_asked_with(tokenizer: PreTrainedTokenizerFast, template: str,
                                                          content: str) -> None:
-    ours = encoder(tokenizer, template).encode((("user", content),), awaits_response=True)
+    ours = encoder(tokenizer, template).encode(Conversation.of(("user", content)), awaits_response=True)
     theirs = asked(tokenizer, template, ("user", content))
     assert ours.ids == theirs
-    trained = encoder(tokenizer, template).encode((("user", content), ("assistant", "there")))
+    trained = encoder(tokenizer, template).encode(Conversation.of(("user", content), ("assistant", "there")))
     assert trained.ids[:len(theirs)] == theirs and trained.types[:len(theirs)].count(TYPE_RESPONSE) == 0
 
 
@@ -70,10 +70,11 @@ def test_a_later_turn_is_trained_behind_what_a_model_is_asked_with(
     turns = (("user", "hello"), ("assistant", response), ("user", "there"))
     if not fits:
         with pytest.raises(BadRecord, match=r"has a response .* that joins the template's"):
-            encoder(tokenizer, template).encode((*turns, ("assistant", "hello")))
+            encoder(tokenizer, template).encode(Conversation.of(*turns, ("assistant", "hello")))
         return
     theirs = asked(tokenizer, template, *turns)
-    assert encoder(tokenizer, template).encode((*turns, ("assistant", "hello"))).ids[:len(theirs)] == theirs
+    ours = encoder(tokenizer, template).encode(Conversation.of(*turns, ("assistant", "hello")))
+    assert ours.ids[:len(theirs)] == theirs
 
 
 def test_the_end_of_a_turn_is_learned(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -86,7 +87,7 @@ def test_the_end_of_a_turn_is_learned(tokenizer: PreTrainedTokenizerFast) -> Non
 
 
 def test_special_tokens_in_contents_are_text(tokenizer: PreTrainedTokenizerFast) -> None:
-    chat = encoder(tokenizer, CHATML).encode((("user", "[EOS]"), ("assistant", "a[BOS]b")))
+    chat = encoder(tokenizer, CHATML).encode(Conversation.of(("user", "[EOS]"), ("assistant", "a[BOS]b")))
     assert chat.ids.count(1) == chat.ids.count(2) == 2
     assert tokenizer.decode(chat.ids) == "[BOS]user\n[EOS][EOS]\n[BOS]assistant\na[BOS]b[EOS]\n"
 
@@ -109,6 +110,6 @@ def test_a_token_that_takes_spaces_is_not_passed_over(tmp_path: Path) -> None:
     greedy.add_special_tokens([AddedToken("<|user|>", rstrip=True, special=True)])
     template = "{% for m in messages %}<|user|>{{ m.content }}{% endfor %}"
     chats = ChatEncoder(ChatTemplate(template, "", "", "tok"), greedy)
-    assert len(chats.encode((("user", "hi"),)).ids) == 3
+    assert len(chats.encode(Conversation.of(("user", "hi"))).ids) == 3
     with pytest.raises(BadRecord, match="white space that a special token"):
-        chats.encode((("user", " hi"),))
+        chats.encode(Conversation.of(("user", " hi")))
