@@ -54,6 +54,10 @@ class _Part:
     """Whether it is a response that a model sees again when it is asked for a later turn."""
 
 
+class _Joined(BadRecord):
+    """A response that other ids begin when it is asked again than when it is written."""
+
+
 Run = list[_Part]
 """Texts that are encoded as one, or one special token."""
 
@@ -98,7 +102,13 @@ class ChatEncoder:
         """
         wanted = {i for i, m in enumerate(chat.messages)
                   if i >= num_prompt and m.role == "assistant" and m.is_learned}
-        segments = self._segments(chat, wanted, awaits_response)
+        try:
+            return self._encode_segments(self._segments(chat, wanted, awaits_response), chat, wanted)
+        except _Joined:
+            # with the template's own text before it left to the template, as `odd_opening` tells
+            return self._encode_segments(around_contents(self._template, chat, awaits_response), chat, wanted)
+
+    def _encode_segments(self, segments: Segments, chat: Conversation, wanted: set[int]) -> EncodedChat:
         parts, is_open = self._parts(segments, [s.message in wanted for s in segments])
         ids: list[int] = []
         types = bytearray()
@@ -116,7 +126,7 @@ class ChatEncoder:
 
     def _segments(self, chat: Conversation, wanted: set[int], awaits_response: bool) -> Segments:
         try:
-            return around_contents(self._template, chat, awaits_response)
+            return around_contents(self._template, chat, awaits_response, wanted)
         except BadRecord as marked:
             spelled = next((token for message in chat.messages for text in message.texts()
                             for token in self._special.values() if token in text), None)
@@ -151,6 +161,7 @@ class ChatEncoder:
         last, is_open = len(segments) - 1, False
         for i, segment in enumerate(segments):
             later = any(s.message is not None for s in segments[i + 1:])
+            begins = learned[i] and not (i and learned[i - 1] and segments[i - 1].message == segment.message)
             if segment.is_turn:
                 split = self._split_at_special(segment.text)
                 parts += [_Part(text, special, TYPE_RESPONSE, n == 0, n == 0 and later and special is None)
@@ -159,7 +170,7 @@ class ChatEncoder:
                 continue
             if segment.message is not None:
                 parts.append(_Part(segment.text, None, TYPE_RESPONSE if learned[i] else TYPE_PROMPT,
-                                   learned[i], learned[i] and later))
+                                   begins, begins and later))
                 is_open = learned[i]
                 continue
             split = (self._split if len(segment.text) < SHORT_TEXT else self._split_at_special)(segment.text)
@@ -188,7 +199,7 @@ class ChatEncoder:
         before it: later turns would be trained behind other ids than a model is asked with."""
         text = "".join(p.text for p in before)
         if self._encode_plain(text + "".join(p.text for p in run)) != self._encode_plain(text) + ids:
-            raise BadRecord("template", f"has a response ({run[0].text[:20]!r}...) that joins the template's "
+            raise _Joined("template", f"has a response ({run[0].text[:20]!r}...) that joins the template's "
                                         f"{text[-20:]!r} before it in one token when it is asked again, and "
                                         "does not when it is written; remove the white space it begins "
                                         "with, or let the template put a special token there")

@@ -13,12 +13,14 @@ found in the first of three ways that serves:
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from megatron_sov.chat.template import BEGIN, END, ChatTemplate
-from megatron_sov.documents import BadRecord, Conversation
+from megatron_sov.documents import BadRecord, Conversation, Message
 
 _MARK = "\ue000{}\ue001"
 _MARKS = re.compile("\ue000(\\d+)\ue001")
@@ -41,9 +43,16 @@ class Segment:
 Segments = list[Segment]
 
 
-def around_contents(template: ChatTemplate, conversation: Conversation,
-                    awaits_response: bool = False) -> Segments:
+def around_contents(template: ChatTemplate, conversation: Conversation, awaits_response: bool = False,
+                    learned: Collection[int] = ()) -> Segments:
     """Return the segments of a conversation by marks, one for each message's content.
+
+    Args:
+        template: shows it.
+        conversation: of contents alone.
+        awaits_response: open the assistant's turn at the end.
+        learned: messages whose turns are learned: what the template writes before their content, and does not
+            write when it asks for them, is the model's to write (an empty block of thoughts, say).
 
     Raises:
         BadRecord: the template refuses these roles, does not show every message exactly once and in order, or
@@ -75,7 +84,36 @@ def around_contents(template: ChatTemplate, conversation: Conversation,
     if start != len(shown):
         raise BadRecord("template", f"is changed by the chat template of {template.where}, which adds text "
                                     "for these contents")
-    return segments
+    return list(_with_openings(template, conversation, segments, learned)) if learned else segments
+
+
+def _with_openings(template: ChatTemplate, conversation: Conversation, segments: Segments,
+                   learned: Collection[int]) -> Iterator[Segment]:
+    """Yield segments, with what stands between the text that asks for a learned turn and its content as the
+    turn's own."""
+    beside = json.dumps([conversation.tools, dict(conversation.template_kwargs)], sort_keys=True)
+    roles = tuple(m.role for m in conversation.messages)
+    for segment, following in zip(segments, [*segments[1:], None], strict=True):
+        if segment.message is None and following is not None and following.message in learned:
+            asked = _asked_with(template, roles[:following.message], beside)
+            if asked and segment.text.startswith(asked) and segment.text != asked:
+                yield Segment(asked, None)
+                yield Segment(segment.text[len(asked):], following.message, is_turn=True)
+                continue
+        yield segment
+
+
+@lru_cache(maxsize=1024)
+def _asked_with(template: ChatTemplate, roles: tuple[str, ...], beside: str) -> str:
+    """Return what the template writes behind the last of some messages when it asks for a response; nothing
+    where it knows no asking."""
+    tools, kwargs = json.loads(beside)
+    marks = [_MARK.format(i) for i in range(len(roles))]
+    prompt = Conversation(tuple(Message(role) for role in roles), tuple(tools), kwargs)
+    shown = template.render(prompt, awaits_response=True, contents=marks)
+    if shown == template.render(prompt, contents=marks):
+        return ""
+    return shown.rpartition(marks[-1])[2] if marks else shown
 
 
 def around_turns(template: ChatTemplate, conversation: Conversation, learned: Collection[int],
@@ -93,19 +131,43 @@ def around_turns(template: ChatTemplate, conversation: Conversation, learned: Co
         BadRecord: the template refuses the conversation, or a learned turn cannot be found in what it shows.
     """
     text = template.render(conversation, awaits_response)
-    spans = _generated(template, conversation, awaits_response, text)
+    _refuse_hidden(template, conversation, text)
+    spans = _generated(template, conversation, awaits_response, text, ends)
     if spans is None:
         spans = {i: _by_prefix(template, conversation, i, text, ends) for i in sorted(learned)}
     segments, start = [], 0
     for i in sorted(learned):
         first, end = spans[i]
+        _refuse_dropped(template, conversation.messages[i], i, text[first:end])
         segments += [Segment(text[start:first], None), Segment(text[first:end], i, is_turn=True)]
         start = end
     return [s for s in (*segments, Segment(text[start:], None)) if s.text]
 
 
-def _generated(template: ChatTemplate, conversation: Conversation, awaits_response: bool,
-               text: str) -> dict[int, tuple[int, int]] | None:
+def _refuse_hidden(template: ChatTemplate, conversation: Conversation, text: str) -> None:
+    """Refuse a conversation of which a message's content is not shown, or not in order."""
+    place = 0
+    for i, message in enumerate(conversation.messages):
+        content = message.content.strip()
+        found = text.find(content, place)
+        if found < 0:
+            raise BadRecord("template", f"has a message that the chat template of {template.where} does not "
+                                        f"show as it is: {i + 1} ({message.role}); change it or the template")
+        place = found + len(content)
+
+
+def _refuse_dropped(template: ChatTemplate, message: Message, number: int, turn: str) -> None:
+    """Refuse a learned turn whose thoughts or calls the template leaves out."""
+    names = [call["function"]["name"] for call in message.tool_calls]
+    for what, pieces in (("thoughts", [message.reasoning.strip()]), ("calls", names)):
+        if any(piece not in turn for piece in pieces):
+            raise BadRecord("template", f"has {what} in message {number + 1} that the chat template of "
+                                        f"{template.where} does not show there; mark the message \"train\": "
+                                        f"false, or remove its {what}")
+
+
+def _generated(template: ChatTemplate, conversation: Conversation, awaits_response: bool, text: str,
+               ends: Sequence[str]) -> dict[int, tuple[int, int]] | None:
     """Return where each assistant's turn stands, by generation blocks; None where each has not its own."""
     parts = _GENERATED.split(template.render(conversation, awaits_response, marks_generation=True))
     turns = [i for i, m in enumerate(conversation.messages) if m.role == "assistant"]
@@ -115,7 +177,25 @@ def _generated(template: ChatTemplate, conversation: Conversation, awaits_respon
     for part in parts[:-1:2]:
         start += len(part)
         places.append(start)
-    return {i: (places[2 * n], places[2 * n + 1]) for n, i in enumerate(turns)}
+    return {i: (_begun(template, conversation, i, text, *places[2 * n:2 * n + 2]),
+                _trimmed(text, places[2 * n], places[2 * n + 1], ends)) for n, i in enumerate(turns)}
+
+
+def _begun(template: ChatTemplate, conversation: Conversation, number: int, text: str, begin: int,
+           end: int) -> int:
+    """Return where a turn begins: where a model is asked for it, if that is inside of its block."""
+    try:
+        asked = template.render(replace(conversation, messages=conversation.messages[:number]),
+                                awaits_response=True)
+    except BadRecord:
+        return begin
+    return len(asked) if begin < len(asked) < end and text.startswith(asked) else begin
+
+
+def _trimmed(text: str, begin: int, end: int, ends: Sequence[str]) -> int:
+    """Return where a turn ends: at its special token, though its block holds white space behind it."""
+    said = text[begin:end].rstrip()
+    return begin + len(said) if said.endswith(tuple(ends)) and ends else end
 
 
 def _by_prefix(template: ChatTemplate, conversation: Conversation, number: int, text: str,

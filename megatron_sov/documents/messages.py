@@ -13,6 +13,9 @@ SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "a
                   "observation": "tool", "function_response": "tool"}
 """ShareGPT's `from` -> role."""
 
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Names under which records keep thoughts."""
+
 
 class BadRecord(Exception):
     """A record that cannot become a document; the reader goes on behind it."""
@@ -33,7 +36,7 @@ class Message:
     content: str = ""
     """What is said."""
     reasoning: str = ""
-    """What was thought before it (`reasoning_content`)."""
+    """What was thought before it (`reasoning_content`, `thinking` or `reasoning`)."""
     tool_calls: tuple[dict[str, Any], ...] = ()
     """Calls as OpenAI spells them, but `function.arguments` is an object and not its JSON: what templates
     are given by the engines that serve models."""
@@ -54,7 +57,8 @@ class Message:
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as chat templates know messages."""
-        more = {"reasoning_content": self.reasoning, "tool_calls": list(self.tool_calls)}
+        more = {"reasoning_content": self.reasoning, "thinking": self.reasoning,  # gpt-oss's name for it
+                "tool_calls": list(self.tool_calls)}
         return {"role": self.role, "content": self.content, **{k: v for k, v in more.items() if v},
                 **dict(self.other)}
 
@@ -139,7 +143,7 @@ def _message(message: Any, where: str) -> Message:
         raise BadRecord("fields", f"{where} has role {role!r}, must be one of {', '.join(ROLES)}")
     role, calls = message["role"], _calls(message.get("tool_calls"), f"{where}.tool_calls")
     content = _content(message.get("content"), where, optional=bool(calls))
-    reasoning = message.get("reasoning_content") or message.get("reasoning") or ""
+    reasoning = next((message[key] for key in REASONING if message.get(key)), "")
     if not isinstance(reasoning, str):
         raise BadRecord("fields", f"{where}.reasoning_content is {str(reasoning)[:40]!r}, must be a string")
     if role != "assistant" and (calls or reasoning):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_sov.chat.encode import TYPE_RESPONSE, ChatEncoder
 from megatron_sov.chat.template import ChatTemplate
-from megatron_sov.documents import BadRecord, Conversation
+from megatron_sov.documents import BadRecord, Conversation, Message
 
 PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}" \
         "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -113,3 +114,66 @@ def test_a_token_that_takes_spaces_is_not_passed_over(tmp_path: Path) -> None:
     assert len(chats.encode(Conversation.of(("user", "hi"))).ids) == 3
     with pytest.raises(BadRecord, match="white space that a special token"):
         chats.encode(Conversation.of(("user", " hi")))
+
+
+THINKS = ("{% for m in messages %}[BOS]{{ m.role }}\n{% if m.role == 'assistant' %}<think>"
+          "{{ m.reasoning_content or '' }}</think>{% endif %}{{ m.content | trim }}"
+          "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }} {{ c.function.arguments | tojson }}"
+          "</call>{% endfor %}[EOS]\n{% endfor %}{% if add_generation_prompt %}[BOS]assistant\n{% endif %}")
+FORGETS = THINKS.replace("{{ m.reasoning_content or '' }}",
+                         "{{ m.reasoning_content if loop.last else '' }}")
+BLOCKS = ("{% for m in messages %}[BOS]{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}"
+          "{{ m.content | upper }}[EOS]\n{% endgeneration %}{% else %}{{ m.content }}[EOS]\n{% endif %}"
+          "{% endfor %}{% if add_generation_prompt %}[BOS]assistant\n{% endif %}")
+CALLS = ({"type": "function", "function": {"name": "add", "arguments": {"a": 1}}},)
+AGENT = Conversation((Message("user", " hi "), Message("assistant", "", "hm", CALLS), Message("tool", "3"),
+                      Message("assistant", "there", "so")))
+
+
+def learned_of(tokenizer: PreTrainedTokenizerFast, template: str, chat: Conversation) -> str:
+    encoded = encoder(tokenizer, template).encode(chat)
+    theirs = tokenizer.apply_chat_template([m.to_dict() for m in chat.messages], chat_template=template,
+                                           tokenize=True, return_dict=False)
+    assert tokenizer.decode(encoded.ids) == tokenizer.decode(theirs)
+    ids = [i for i, t in zip(encoded.ids, encoded.types, strict=True) if t == TYPE_RESPONSE]
+    return str(tokenizer.decode(ids))
+
+
+def test_thoughts_and_calls_are_learned_as_they_are_shown(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert learned_of(tokenizer, THINKS, AGENT) == (
+        '<think>hm</think><call>add {"a": 1}</call>[EOS]<think>so</think>there[EOS]')
+    plain = Conversation.of(("user", "hi"), ("assistant", "there"))
+    assert learned_of(tokenizer, THINKS, plain) == "<think></think>there[EOS]", (
+        "a model is asked without the empty thoughts, so it has to write them")
+
+
+def test_only_turns_that_are_marked_so_are_learned(tokenizer: PreTrainedTokenizerFast) -> None:
+    first = replace(AGENT.messages[1], is_learned=False)
+    chat = replace(AGENT, messages=(AGENT.messages[0], first, *AGENT.messages[2:]))
+    for template in (THINKS, FORGETS):
+        assert learned_of(tokenizer, template, chat) == "<think>so</think>there[EOS]"
+
+
+def test_generation_blocks_say_where_turns_stand(tokenizer: PreTrainedTokenizerFast) -> None:
+    chat = Conversation.of(("user", "hi"), ("assistant", "hello"), ("user", "yo"), ("assistant", "there"))
+    with pytest.raises(BadRecord, match="does not show as it is: 2"):
+        encoder(tokenizer, BLOCKS).encode(chat)
+    shouts = Conversation.of(("user", "hi"), ("assistant", "HELLO"), ("user", "yo"), ("assistant", "THERE"))
+    trims = BLOCKS.replace("upper", "trim")
+    assert learned_of(tokenizer, trims, shouts) == "HELLO[EOS]THERE[EOS]"
+    spaced = Conversation.of(("user", "hi"), ("assistant", " HELLO "))
+    assert learned_of(tokenizer, trims, spaced) == "HELLO[EOS]"
+
+
+@pytest.mark.parametrize(("template", "chat", "says"), [
+    (FORGETS, AGENT, "with turn 2 changed once others follow"),
+    (CHATML, AGENT, "has thoughts in message 2 that the chat template of tok does not show"),
+    (CHATML, replace(AGENT, messages=(AGENT.messages[0], Message("assistant", "x", tool_calls=CALLS))),
+     "has calls in message 2"),
+    (THINKS, Conversation((Message("user", "[EOS]"), Message("assistant", "a", "b"))),
+     "spells the special token '\\[EOS\\]'"),
+])
+def test_a_turn_that_cannot_be_found_is_refused(tokenizer: PreTrainedTokenizerFast, template: str,
+                                                chat: Conversation, says: str) -> None:
+    with pytest.raises(BadRecord, match=says):
+        encoder(tokenizer, template).encode(chat)
