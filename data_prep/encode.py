@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,9 @@ from tokenizers import Tokenizer
 from data_prep.fast_bpe import FastBpe, load_fast
 from megatron_sov.artifacts import MANIFEST, damaged_files, read_manifest
 from megatron_sov.chat.encode import TYPE_PROMPT, TYPE_RESPONSE, ChatEncoder
+from megatron_sov.chat.segments import odd_opening
 from megatron_sov.chat.template import ChatTemplate
-from megatron_sov.documents import Document
-from megatron_sov.documents.records import Messages
+from megatron_sov.documents import Conversation, Document
 from megatron_sov.errors import UserError
 
 TOKENIZER_JSON, CONFIG_JSON = "tokenizer.json", "tokenizer_config.json"
@@ -83,7 +84,7 @@ class Encoder:
         if self.settings.bos == "start" and self.bos_id is None:
             raise UserError(f"--bos start: the tokenizer {folder} has no bos_token; use --bos none")
         self._fast = FastBpe(self.file, self.plain) if self.settings.fast else None
-        self.odd_opening = chat_template.odd_opening
+        self.odd_opening = partial(odd_opening, chat_template)
         self._chat = ChatEncoder(chat_template, self._with_special, self._fast.encode if self._fast else None)
 
     def prove_fast(self, samples: list[str]) -> tuple[bool, str]:
@@ -123,20 +124,20 @@ class Encoder:
     def _conversations(self, document: Document) -> list[tuple[list[int], bytes]]:
         """Return ids and types of a chat, of a prompt, or of both sides of a preference."""
         if document.kind == "prompt":
-            return [self._conversation(document.messages, len(document.messages), awaits_response=True)]
+            return [self._conversation(document.conversation(), len(document.messages), awaits_response=True)]
         if document.kind == "preference":
-            return [self._conversation((*document.messages, *side), len(document.messages))
+            return [self._conversation(document.conversation(*side), len(document.messages))
                     for side in (document.chosen, document.rejected)]
-        return [self._conversation(document.messages, 0)]
+        return [self._conversation(document.conversation(), 0)]
 
-    def _conversation(self, messages: Messages, num_prompt: int,
+    def _conversation(self, conversation: Conversation, num_prompt: int,
                       awaits_response: bool = False) -> tuple[list[int], bytes]:
         """Return ids and types; the first `num_prompt` messages are the prompt, whoever speaks.
 
         EOS ends the chat, and is learned where nothing else ends its last response; where the
         template's last token is EOS already, none is added.
         """
-        chat = self._chat.encode(messages, num_prompt, awaits_response)
+        chat = self._chat.encode(conversation, num_prompt, awaits_response)
         ids, types = chat.ids, chat.types
         if self.bos_id is not None and ids[:1] != [self.bos_id]:
             ids.insert(0, self.bos_id)

@@ -24,8 +24,8 @@ def document_hash(document: Document) -> int:
     twins one and the same.
     """
     digest = hashlib.blake2b(digest_size=8)
-    contents = [content for _, content in document.messages] or [document.text]
-    for part in (*(role for role, _ in document.messages), *contents):
+    contents = [text for m in document.messages for text in m.texts()] or [document.text]
+    for part in (*(m.role for m in document.messages), *contents):
         raw = unicodedata.normalize("NFC", part).encode()
         digest.update(len(raw).to_bytes(8, "little") + raw)
     return int.from_bytes(digest.digest(), "little")

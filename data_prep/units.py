@@ -240,8 +240,7 @@ def _sizes_bytes(document: Document) -> list[int]:
     """Return the UTF-8 bytes of each sequence's text."""
     if document.kind != "preference":
         return [sum(len(text.encode()) for text in document.texts())]
-    prompt = sum(len(content.encode()) for _, content in document.messages)
-    return [prompt + sum(len(content.encode()) for _, content in side)
+    return [sum(len(text.encode()) for message in (*document.messages, *side) for text in message.texts())
             for side in (document.chosen, document.rejected)]
 
 

@@ -10,21 +10,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from tokenizers import Tokenizer
 
-from megatron_sov.chat.template import ChatTemplate, Segment
-from megatron_sov.documents import BadRecord
-from megatron_sov.documents.records import Messages
+from megatron_sov.chat.segments import Segments, around_contents, around_turns
+from megatron_sov.chat.template import ChatTemplate
+from megatron_sov.documents import BadRecord, Conversation
 
 TYPE_TEXT, TYPE_PROMPT, TYPE_RESPONSE = 0, 1, 2
 """What a token is: plain text, part of a prompt (template, system, user, tools),
 or of a response to learn."""
 SPLIT_TEXTS = 4096
 """Pieces of templates that are remembered, split at their special tokens."""
-PROBES: tuple[Messages, ...] = ((("user", "a"), ("assistant", "b")),
-                                (("user", "a"), ("assistant", "b"), ("user", "c")))
+SHORT_TEXT = 1000
+"""Characters of a piece that is remembered; longer ones hold messages."""
+PROBES = (Conversation.of(("user", "a"), ("assistant", "b")),
+          Conversation.of(("user", "a"), ("assistant", "b"), ("user", "c")))
 """Chats that show how a template ends the turn of an assistant: at the end, and before another turn."""
 
 
@@ -50,6 +52,10 @@ class _Part:
     begins_response: bool = False
     is_asked_again: bool = False
     """Whether it is a response that a model sees again when it is asked for a later turn."""
+
+
+class _Joined(BadRecord):
+    """A response that other ids begin when it is asked again than when it is written."""
 
 
 Run = list[_Part]
@@ -78,25 +84,32 @@ class ChatEncoder:
         self._takes_spaces = any(t.lstrip or t.rstrip or t.single_word for t in special.values())
         self._split = lru_cache(SPLIT_TEXTS)(self._split_at_special)
 
-    def encode(self, messages: Messages, num_prompt: int = 0, awaits_response: bool = False) -> EncodedChat:
-        """Return a chat of (role, content) pairs as tokens.
+    def encode(self, chat: Conversation, num_prompt: int = 0, awaits_response: bool = False) -> EncodedChat:
+        """Return a conversation as tokens.
 
-        A response is an assistant's content and what the template ends its turn with: white space and a
-        special token, or, behind the last message, all up to the first special token.
+        A response is an assistant's turn (its thoughts, content and calls as the template shows them) and
+        what the template ends it with: white space and a special token, or, behind the last message, all up
+        to the first special token.
 
         Args:
-            messages: the chat.
+            chat: the conversation.
             num_prompt: so many messages are the prompt, whoever speaks.
             awaits_response: open the assistant's turn at the end.
 
         Raises:
-            BadRecord: the template refuses or changes the chat, or a model that is asked with the earlier
-                turns would see other ids than these.
+            BadRecord: the template refuses the chat or does not show where a learned turn stands, or a model
+                that is asked with the earlier turns would see other ids than these.
         """
-        pieces = self._template.pieces(messages, awaits_response)
-        learned = [p.message is not None and p.message >= num_prompt and messages[p.message][0] == "assistant"
-                   for p in pieces]
-        parts, is_open = self._parts(pieces, learned)
+        wanted = {i for i, m in enumerate(chat.messages)
+                  if i >= num_prompt and m.role == "assistant" and m.is_learned}
+        try:
+            return self._encode_segments(self._segments(chat, wanted, awaits_response), chat, wanted)
+        except _Joined:
+            # with the template's own text before it left to the template, as `odd_opening` tells
+            return self._encode_segments(around_contents(self._template, chat, awaits_response), chat, wanted)
+
+    def _encode_segments(self, segments: Segments, chat: Conversation, wanted: set[int]) -> EncodedChat:
+        parts, is_open = self._parts(segments, [s.message in wanted for s in segments])
         ids: list[int] = []
         types = bytearray()
         before: Run = []
@@ -108,36 +121,62 @@ class ChatEncoder:
             types += new_types
             before = run
         if self._takes_spaces:
-            self._check_spaces(pieces, ids)
+            self._check_spaces(segments, chat, ids)
         return EncodedChat(ids, types, is_open)
+
+    def _segments(self, chat: Conversation, wanted: set[int], awaits_response: bool) -> Segments:
+        try:
+            return around_contents(self._template, chat, awaits_response, wanted)
+        except BadRecord as marked:
+            spelled = next((token for message in chat.messages for text in message.texts()
+                            for token in self._special.values() if token in text), None)
+            if spelled is None:
+                return around_turns(self._template, chat, wanted, self._ends, awaits_response)
+            raise BadRecord("special_token", f"spells the special token {spelled!r}, which would become one: "
+                                             f"where the chat template of {self._template.where} shows "
+                                             "messages otherwise than they are, or with thoughts and calls, "
+                                             "the contents cannot be told from it") from marked
+
+    @cached_property
+    def _ends(self) -> tuple[str, ...]:
+        return tuple(self._special[id_] for id_ in self.end_ids())
 
     def end_ids(self) -> tuple[int, ...]:
         """Return the special tokens with which the template ends an assistant's turn, in the middle of a
         chat and at its end; none where it shows no such chat, or ends turns with text."""
         found: dict[int, None] = {}
-        for messages in PROBES:
+        for chat in PROBES:
             try:
-                pieces = self._template.pieces(messages)
+                segments = around_contents(self._template, chat)
             except BadRecord:
                 continue
-            parts, _ = self._parts(pieces, [p.message == 1 for p in pieces])
+            parts, _ = self._parts(segments, [s.message == 1 for s in segments])
             found |= {p.special: None for p in parts
                       if p.special is not None and p.type == TYPE_RESPONSE}
         return tuple(found)
 
-    def _parts(self, pieces: list[Segment], learned: list[bool]) -> tuple[list[_Part], bool]:
+    def _parts(self, segments: Segments, learned: list[bool]) -> tuple[list[_Part], bool]:
         """Return a chat as texts of one type and special tokens, and whether it ends in an open response."""
         parts: list[_Part] = []
-        last, is_open = len(pieces) - 1, False
-        for i, piece in enumerate(pieces):
-            if piece.message is not None:
-                type_ = TYPE_RESPONSE if learned[i] else TYPE_PROMPT
-                later = any(p.message is not None for p in pieces[i + 1:])
-                parts.append(_Part(piece.text, None, type_, learned[i], learned[i] and later))
+        last, is_open = len(segments) - 1, False
+        for i, segment in enumerate(segments):
+            later = any(s.message is not None for s in segments[i + 1:])
+            begins = learned[i] and not (i and learned[i - 1] and segments[i - 1].message == segment.message)
+            if segment.is_turn:
+                split = self._split_at_special(segment.text)
+                parts += [_Part(text, special, TYPE_RESPONSE, n == 0, n == 0 and later and special is None)
+                          for n, (text, special) in enumerate(split)]
+                is_open = split[-1][1] is None
+                continue
+            if segment.message is not None:
+                parts.append(_Part(segment.text, None, TYPE_RESPONSE if learned[i] else TYPE_PROMPT,
+                                   begins, begins and later))
                 is_open = learned[i]
                 continue
-            split = self._split(piece.text)
-            end = _end_of_turn(split, i == last) if i and learned[i - 1] else 0
+            split = (self._split if len(segment.text) < SHORT_TEXT else self._split_at_special)(segment.text)
+            # a turn that already has its end is not given what the template writes behind it
+            ends_here = i > 0 and learned[i - 1] and (is_open or not segments[i - 1].is_turn)
+            end = _end_of_turn(split, i == last) if ends_here else 0
             parts += [_Part(text, special, TYPE_RESPONSE if n < end else TYPE_PROMPT)
                       for n, (text, special) in enumerate(split)]
             is_open = is_open and all(special is None for _, special in split[:end])
@@ -160,17 +199,17 @@ class ChatEncoder:
         before it: later turns would be trained behind other ids than a model is asked with."""
         text = "".join(p.text for p in before)
         if self._encode_plain(text + "".join(p.text for p in run)) != self._encode_plain(text) + ids:
-            raise BadRecord("template", f"has a response ({run[0].text[:20]!r}...) that joins the template's "
+            raise _Joined("template", f"has a response ({run[0].text[:20]!r}...) that joins the template's "
                                         f"{text[-20:]!r} before it in one token when it is asked again, and "
                                         "does not when it is written; remove the white space it begins "
                                         "with, or let the template put a special token there")
 
-    def _check_spaces(self, pieces: list[Segment], ids: list[int]) -> None:
+    def _check_spaces(self, segments: Segments, chat: Conversation, ids: list[int]) -> None:
         """Refuse a chat whose white space a special token takes when the whole text is encoded."""
-        contents = [p.text for p in pieces if p.message is not None]
+        contents = [text for message in chat.messages for text in message.texts()]
         if any(special in text for text in contents for special in self._special.values()):
             return
-        if self._with_special.encode("".join(p.text for p in pieces), add_special_tokens=False).ids != ids:
+        if self._with_special.encode("".join(s.text for s in segments), add_special_tokens=False).ids != ids:
             raise BadRecord("template", "has white space that a special token of this tokenizer takes when a "
                                         "model is asked; strip the contents")
 

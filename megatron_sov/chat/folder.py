@@ -4,6 +4,7 @@ or a tokenizer artifact."""
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def read_chat_encoder(folder: Path) -> ChatEncoder | None:
     except Exception as e:  # the binding raises a bare Exception
         raise UserError(f"{folder}: its tokenizer cannot be read ({e}); restore it from its source") from None
     bos, eos = (_text(config.get(name)) for name in ("bos_token", "eos_token"))
-    return ChatEncoder(ChatTemplate(template, bos, eos, str(folder)), tokenizer)
+    return ChatEncoder(ChatTemplate(template, bos, eos, str(folder), datetime.now()), tokenizer)
 
 
 def _default(template: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from megatron_sov.chat.encode import ChatEncoder
 from megatron_sov.chat.folder import read_chat_encoder
-from megatron_sov.documents import BadRecord
+from megatron_sov.documents import BadRecord, Conversation
 from megatron_sov.documents.visible import visible
 from megatron_sov.errors import UserError
 from megatron_sov.generate.engine import ENGINES, MEGATRON, TRANSFORMERS, Engine, run_engine
@@ -136,7 +136,7 @@ def _chat_encoder(folder: Path) -> ChatEncoder:
 def _encode_chat(chat: ChatEncoder, prompt: Prompt) -> list[int]:
     """Return the ids of a prompt as a user's message: the very ones that training on chats has seen."""
     try:
-        return chat.encode((("user", prompt.text),), awaits_response=True).ids
+        return chat.encode(Conversation.of(("user", prompt.text)), awaits_response=True).ids
     except BadRecord as e:
         raise UserError(f"the prompt {prompt.text[:40]!r} {e}") from None
 

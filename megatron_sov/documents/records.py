@@ -4,12 +4,21 @@ prompt), or a prompt."""
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-ROLES = ("system", "user", "assistant", "tool")
+from megatron_sov.documents.messages import (
+    BadRecord,
+    Conversation,
+    Message,
+    Messages,
+    read_messages,
+    read_sharegpt,
+    read_tools,
+)
+
 KINDS = ("text", "chat", "preference", "prompt")
-Messages = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -33,11 +42,15 @@ class Document:
     text: str = ""
     """Plain text."""
     messages: Messages = ()
-    """A chat, or the prompt of a preference, as (role, content) pairs."""
+    """A chat, or the prompt of a preference."""
     chosen: Messages = ()
     """The better continuation of a preference."""
     rejected: Messages = ()
     """The worse one."""
+    tools: tuple[dict[str, Any], ...] = ()
+    """What the chat's tools are."""
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Variables of the chat template."""
     awaits_response: bool = False
     """Whether it is a prompt, for which responses will be generated."""
     id: str | None = None
@@ -58,7 +71,12 @@ class Document:
         """Return the pieces of text that users wrote: the text itself, or each message's content."""
         if not self.messages and not self.chosen:
             return (self.text,)
-        return tuple(content for _, content in (*self.messages, *self.chosen, *self.rejected))
+        return (*((json.dumps(self.tools, ensure_ascii=False),) if self.tools else ()),
+                *(text for m in (*self.messages, *self.chosen, *self.rejected) for text in m.texts()))
+
+    def conversation(self, *more: Message) -> Conversation:
+        """Return the chat, or the prompt, with more messages behind it, as chat templates take it."""
+        return Conversation((*self.messages, *more), self.tools, self.template_kwargs)
 
 
 @dataclass(frozen=True)
@@ -67,16 +85,6 @@ class LeftOut:
 
     reason: str
     """A few words to count by: documents of the same reason are one figure in the manifest."""
-
-
-class BadRecord(Exception):
-    """A record that cannot become a document; the reader goes on behind it."""
-
-    def __init__(self, code: str, reason: str, line: int = 0, content: bytes = b"") -> None:
-        """`code`: a word to count by; `reason`: completes a sentence that begins with the place;
-        `line`: as in `Document`."""
-        super().__init__(reason)
-        self.code, self.reason, self.line, self.content = code, reason, line, content
 
 
 def decode(raw: bytes, start_bytes: int = 0) -> str:
@@ -119,14 +127,16 @@ def parse_record(record: dict[str, Any], where: str, number: int, reading: Readi
     if kind == "text":
         fields["text"] = record[reading.text_field]
     elif kind == "chat":
-        fields["messages"] = _messages(record["messages"], "messages")
+        fields["messages"] = _chat(record)
     elif kind == "preference":
         fields = _preference(record)
     else:
-        fields["messages"] = _conversation(record["prompt"], "prompt", "user")
+        fields["messages"] = _messages(record["prompt"], "prompt", "user")
         fields["extra"] = json.dumps({k: v for k, v in record.items() if k != "prompt"}, ensure_ascii=False,
                                      default=str)
         fields["awaits_response"] = True
+    if kind != "text":
+        fields |= _beside(record)
     id_ = record.get("id")
     document = Document(where, id=str(id_) if isinstance(id_, (str, int)) else None, line=number, **fields)
     check_texts(document.texts(), reading)
@@ -136,7 +146,8 @@ def parse_record(record: dict[str, Any], where: str, number: int, reading: Readi
 def _kind(record: dict[str, Any], reading: Reading) -> str:
     """Return the kind to read a record as; with an expected kind, a record of another one is
     refused by its name."""
-    present = {"chat": "messages" in record, "text": isinstance(record.get(reading.text_field), str),
+    present = {"chat": "messages" in record or "conversations" in record,
+               "text": isinstance(record.get(reading.text_field), str),
                "preference": "chosen" in record and "rejected" in record,
                "prompt": "prompt" in record and "chosen" not in record}
     if reading.kind is None:
@@ -149,36 +160,42 @@ def _kind(record: dict[str, Any], reading: Reading) -> str:
                    "prompt": "a prompt"}[found]
         raise BadRecord("fields", f"is {article}, but --format is {reading.kind}; "
                                   f"pack it on its own with --format {found}")
-    wanted = ({"text": f"string field {reading.text_field!r}", "chat": "'messages'",
+    wanted = ({"text": f"string field {reading.text_field!r}", "chat": "'messages' or 'conversations'",
                "preference": "'chosen' and 'rejected'", "prompt": "'prompt'"}[reading.kind or "text"]
               + (" and no 'messages'" if reading.kind is None else ""))
     raise BadRecord("fields", f"has no {wanted} (fields: {', '.join(record) or 'none'}); add one"
                     + (", or name the field with --text-field" if reading.kind == "text" else ""))
 
 
-def _messages(messages: Any, field: str) -> Messages:
-    if not isinstance(messages, list) or not messages:
-        raise BadRecord("fields", f"'{field}' must be a non-empty list of objects with 'role' and 'content'")
-    for i, message in enumerate(messages):
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            role = message.get("role") if isinstance(message, dict) else message
-            raise BadRecord("fields", f"{field}[{i}] has role {role!r}, must be one of {', '.join(ROLES)}")
-        if not isinstance(message.get("content"), str):
-            raise BadRecord("fields", f"{field}[{i}].content is {message.get('content')!r}, must be a string")
-    return tuple((m["role"], m["content"]) for m in messages)
+def _chat(record: dict[str, Any]) -> Messages:
+    """Return a chat's messages, at least one of which is to be learned."""
+    messages = (read_messages(record["messages"], "messages") if "messages" in record
+                else read_sharegpt(record["conversations"], "conversations"))
+    if not any(m.role == "assistant" and m.is_learned for m in messages):
+        raise BadRecord("nothing_learned", "is a chat of which nothing is learned: it has no turn of the "
+                                           "assistant, or all are marked \"train\": false")
+    return messages
 
 
-def _conversation(value: Any, field: str, role: str) -> Messages:
+def _beside(record: dict[str, Any]) -> dict[str, Any]:
+    """Return what a chat template is given beside the messages."""
+    kwargs = record.get("chat_template_kwargs") or {}
+    if not isinstance(kwargs, dict):
+        raise BadRecord("fields", f"'chat_template_kwargs' is {str(kwargs)[:40]!r}, must be an object")
+    return {"tools": read_tools(record["tools"]) if record.get("tools") else (), "template_kwargs": kwargs}
+
+
+def _messages(value: Any, name: str, role: str) -> Messages:
     """Return messages given as such, or as one string by `role`."""
-    return ((role, value),) if isinstance(value, str) else _messages(value, field)
+    return (Message(role, value),) if isinstance(value, str) else read_messages(value, name)
 
 
 def _preference(record: dict[str, Any]) -> dict[str, Messages]:
     """Return prompt, chosen and rejected; without a `prompt`, what both continuations begin
     with is the prompt."""
-    chosen, rejected = (_conversation(record[field], field, "assistant") for field in ("chosen", "rejected"))
+    chosen, rejected = (_messages(record[field], field, "assistant") for field in ("chosen", "rejected"))
     if "prompt" in record:
-        prompt = _conversation(record["prompt"], "prompt", "user")
+        prompt = _messages(record["prompt"], "prompt", "user")
     else:
         shared = 0
         while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
@@ -190,9 +207,9 @@ def _preference(record: dict[str, Any]) -> dict[str, Messages]:
     if chosen == rejected:
         raise BadRecord("fields",
                         "has the same text as 'chosen' and as 'rejected'; there is nothing to prefer")
-    for field, messages in (("chosen", chosen), ("rejected", rejected)):
-        if not any(role == "assistant" for role, _ in messages):
-            raise BadRecord("fields", f"'{field}' holds no message of the assistant behind the prompt")
+    for side, messages in (("chosen", chosen), ("rejected", rejected)):
+        if not any(m.role == "assistant" for m in messages):
+            raise BadRecord("fields", f"'{side}' holds no message of the assistant behind the prompt")
     return {"messages": prompt, "chosen": chosen, "rejected": rejected}
 
 

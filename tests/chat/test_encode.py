@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_sov.chat.encode import TYPE_RESPONSE, ChatEncoder
 from megatron_sov.chat.template import ChatTemplate
-from megatron_sov.documents import BadRecord
+from megatron_sov.documents import BadRecord, Conversation, Message
 
 PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}" \
         "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -46,7 +47,7 @@ def asked(tokenizer: PreTrainedTokenizerFast, template: str, *messages: tuple[st
 
 def learned(tokenizer: PreTrainedTokenizerFast, template: str,
             *messages: tuple[str, str]) -> tuple[str, bool]:
-    chat = encoder(tokenizer, template).encode(messages)
+    chat = encoder(tokenizer, template).encode(Conversation.of(*messages))
     ids = [i for i, t in zip(chat.ids, chat.types, strict=True) if t == TYPE_RESPONSE]
     return tokenizer.decode(ids, clean_up_tokenization_spaces=False), chat.is_open
 
@@ -55,10 +56,10 @@ def learned(tokenizer: PreTrainedTokenizerFast, template: str,
 @pytest.mark.parametrize("content", ["hello", "  hello \n", "\nhello", "", "hello\n\n", "안녕"])
 def test_a_prompt_has_the_ids_that_a_model_is_asked_with(tokenizer: PreTrainedTokenizerFast, template: str,
                                                          content: str) -> None:
-    ours = encoder(tokenizer, template).encode((("user", content),), awaits_response=True)
+    ours = encoder(tokenizer, template).encode(Conversation.of(("user", content)), awaits_response=True)
     theirs = asked(tokenizer, template, ("user", content))
     assert ours.ids == theirs
-    trained = encoder(tokenizer, template).encode((("user", content), ("assistant", "there")))
+    trained = encoder(tokenizer, template).encode(Conversation.of(("user", content), ("assistant", "there")))
     assert trained.ids[:len(theirs)] == theirs and trained.types[:len(theirs)].count(TYPE_RESPONSE) == 0
 
 
@@ -70,10 +71,11 @@ def test_a_later_turn_is_trained_behind_what_a_model_is_asked_with(
     turns = (("user", "hello"), ("assistant", response), ("user", "there"))
     if not fits:
         with pytest.raises(BadRecord, match=r"has a response .* that joins the template's"):
-            encoder(tokenizer, template).encode((*turns, ("assistant", "hello")))
+            encoder(tokenizer, template).encode(Conversation.of(*turns, ("assistant", "hello")))
         return
     theirs = asked(tokenizer, template, *turns)
-    assert encoder(tokenizer, template).encode((*turns, ("assistant", "hello"))).ids[:len(theirs)] == theirs
+    ours = encoder(tokenizer, template).encode(Conversation.of(*turns, ("assistant", "hello")))
+    assert ours.ids[:len(theirs)] == theirs
 
 
 def test_the_end_of_a_turn_is_learned(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -86,7 +88,7 @@ def test_the_end_of_a_turn_is_learned(tokenizer: PreTrainedTokenizerFast) -> Non
 
 
 def test_special_tokens_in_contents_are_text(tokenizer: PreTrainedTokenizerFast) -> None:
-    chat = encoder(tokenizer, CHATML).encode((("user", "[EOS]"), ("assistant", "a[BOS]b")))
+    chat = encoder(tokenizer, CHATML).encode(Conversation.of(("user", "[EOS]"), ("assistant", "a[BOS]b")))
     assert chat.ids.count(1) == chat.ids.count(2) == 2
     assert tokenizer.decode(chat.ids) == "[BOS]user\n[EOS][EOS]\n[BOS]assistant\na[BOS]b[EOS]\n"
 
@@ -109,6 +111,69 @@ def test_a_token_that_takes_spaces_is_not_passed_over(tmp_path: Path) -> None:
     greedy.add_special_tokens([AddedToken("<|user|>", rstrip=True, special=True)])
     template = "{% for m in messages %}<|user|>{{ m.content }}{% endfor %}"
     chats = ChatEncoder(ChatTemplate(template, "", "", "tok"), greedy)
-    assert len(chats.encode((("user", "hi"),)).ids) == 3
+    assert len(chats.encode(Conversation.of(("user", "hi"))).ids) == 3
     with pytest.raises(BadRecord, match="white space that a special token"):
-        chats.encode((("user", " hi"),))
+        chats.encode(Conversation.of(("user", " hi")))
+
+
+THINKS = ("{% for m in messages %}[BOS]{{ m.role }}\n{% if m.role == 'assistant' %}<think>"
+          "{{ m.reasoning_content or '' }}</think>{% endif %}{{ m.content | trim }}"
+          "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }} {{ c.function.arguments | tojson }}"
+          "</call>{% endfor %}[EOS]\n{% endfor %}{% if add_generation_prompt %}[BOS]assistant\n{% endif %}")
+FORGETS = THINKS.replace("{{ m.reasoning_content or '' }}",
+                         "{{ m.reasoning_content if loop.last else '' }}")
+BLOCKS = ("{% for m in messages %}[BOS]{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}"
+          "{{ m.content | upper }}[EOS]\n{% endgeneration %}{% else %}{{ m.content }}[EOS]\n{% endif %}"
+          "{% endfor %}{% if add_generation_prompt %}[BOS]assistant\n{% endif %}")
+CALLS = ({"type": "function", "function": {"name": "add", "arguments": {"a": 1}}},)
+AGENT = Conversation((Message("user", " hi "), Message("assistant", "", "hm", CALLS), Message("tool", "3"),
+                      Message("assistant", "there", "so")))
+
+
+def learned_of(tokenizer: PreTrainedTokenizerFast, template: str, chat: Conversation) -> str:
+    encoded = encoder(tokenizer, template).encode(chat)
+    theirs = tokenizer.apply_chat_template([m.to_dict() for m in chat.messages], chat_template=template,
+                                           tokenize=True, return_dict=False)
+    assert tokenizer.decode(encoded.ids) == tokenizer.decode(theirs)
+    ids = [i for i, t in zip(encoded.ids, encoded.types, strict=True) if t == TYPE_RESPONSE]
+    return str(tokenizer.decode(ids))
+
+
+def test_thoughts_and_calls_are_learned_as_they_are_shown(tokenizer: PreTrainedTokenizerFast) -> None:
+    assert learned_of(tokenizer, THINKS, AGENT) == (
+        '<think>hm</think><call>add {"a": 1}</call>[EOS]<think>so</think>there[EOS]')
+    plain = Conversation.of(("user", "hi"), ("assistant", "there"))
+    assert learned_of(tokenizer, THINKS, plain) == "<think></think>there[EOS]", (
+        "a model is asked without the empty thoughts, so it has to write them")
+
+
+def test_only_turns_that_are_marked_so_are_learned(tokenizer: PreTrainedTokenizerFast) -> None:
+    first = replace(AGENT.messages[1], is_learned=False)
+    chat = replace(AGENT, messages=(AGENT.messages[0], first, *AGENT.messages[2:]))
+    for template in (THINKS, FORGETS):
+        assert learned_of(tokenizer, template, chat) == "<think>so</think>there[EOS]"
+
+
+def test_generation_blocks_say_where_turns_stand(tokenizer: PreTrainedTokenizerFast) -> None:
+    chat = Conversation.of(("user", "hi"), ("assistant", "hello"), ("user", "yo"), ("assistant", "there"))
+    with pytest.raises(BadRecord, match="does not show as it is: 2"):
+        encoder(tokenizer, BLOCKS).encode(chat)
+    shouts = Conversation.of(("user", "hi"), ("assistant", "HELLO"), ("user", "yo"), ("assistant", "THERE"))
+    trims = BLOCKS.replace("upper", "trim")
+    assert learned_of(tokenizer, trims, shouts) == "HELLO[EOS]THERE[EOS]"
+    spaced = Conversation.of(("user", "hi"), ("assistant", " HELLO "))
+    assert learned_of(tokenizer, trims, spaced) == "HELLO[EOS]"
+
+
+@pytest.mark.parametrize(("template", "chat", "says"), [
+    (FORGETS, AGENT, "with turn 2 changed once others follow"),
+    (CHATML, AGENT, "has thoughts in message 2 that the chat template of tok does not show"),
+    (CHATML, replace(AGENT, messages=(AGENT.messages[0], Message("assistant", "x", tool_calls=CALLS))),
+     "has calls in message 2"),
+    (THINKS, Conversation((Message("user", "[EOS]"), Message("assistant", "a", "b"))),
+     "spells the special token '\\[EOS\\]'"),
+])
+def test_a_turn_that_cannot_be_found_is_refused(tokenizer: PreTrainedTokenizerFast, template: str,
+                                                chat: Conversation, says: str) -> None:
+    with pytest.raises(BadRecord, match=says):
+        encoder(tokenizer, template).encode(chat)

@@ -15,8 +15,7 @@ from transformers import AutoTokenizer
 
 from data_prep.encode import Encoder, EncodingSettings
 from megatron_sov.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
-from megatron_sov.documents import Document
-from megatron_sov.documents.records import Messages
+from megatron_sov.documents import Conversation, Document, Message
 from megatron_sov.errors import UserError
 from tokenizer.cli import main as sov_tokenizer
 
@@ -38,8 +37,8 @@ def encode_text(encoder: Encoder, text: str) -> np.ndarray:
     return encoder.encode_batch([Document("", text)]).ids
 
 
-def encode_chat(encoder: Encoder, messages: Messages) -> tuple[np.ndarray, np.ndarray]:
-    batch = encoder.encode_batch([Document("", messages=messages)])
+def encode_chat(encoder: Encoder, messages: tuple[tuple[str, str], ...]) -> tuple[np.ndarray, np.ndarray]:
+    batch = encoder.encode_batch([Document("", messages=Conversation.of(*messages).messages)])
     return batch.ids, batch.types
 
 
@@ -109,28 +108,30 @@ def test_eos_is_learned_where_nothing_else_ends_the_response(folder: Path, tmp_p
 
 def test_a_preference_is_two_sequences_that_differ_behind_the_prompt(encoder: Encoder) -> None:
     prompt = CHAT[:2]
-    pair = Document("", messages=prompt, chosen=(("assistant", "It is 4."),),
-                    rejected=(("assistant", "5, I guess."),))
+    pair = Document("", messages=Conversation.of(*prompt).messages,
+                    chosen=(Message("assistant", "It is 4."),),
+                    rejected=(Message("assistant", "5, I guess."),))
     batch = encoder.encode_batch([pair, pair])
     assert len(batch.lengths_tokens) == 4 and batch.lengths_tokens[0] == batch.lengths_tokens[2]
     for i, side in enumerate((pair.chosen, pair.rejected)):
         start = int(batch.lengths_tokens[:i].sum())
         part = slice(start, start + int(batch.lengths_tokens[i]))
         # the prompt has no assistant, so the chat's mask is the pair's
-        ids, types = encode_chat(encoder, (*prompt, *side))
+        ids, types = encode_chat(encoder, (*prompt, ("assistant", side[0].content)))
         assert np.array_equal(batch.ids[part], ids) and np.array_equal(batch.types[part], types)
 
 
 def test_an_assistant_in_the_prompt_of_a_preference_is_no_response(encoder: Encoder) -> None:
-    pair = Document("", messages=CHAT[:4], chosen=(("assistant", "안녕하세요!"),),
-                    rejected=(("assistant", "No."),))
+    pair = Document("", messages=Conversation.of(*CHAT[:4]).messages,
+                    chosen=(Message("assistant", "안녕하세요!"),), rejected=(Message("assistant", "No."),))
     batch = encoder.encode_batch([pair])
     chosen = slice(0, int(batch.lengths_tokens[0]))
     assert "It is 4." not in encoder.decode(batch.ids[chosen][batch.types[chosen] == TYPE_RESPONSE].tolist())
 
 
 def test_a_prompt_is_transformers_generation_prompt(folder: Path, encoder: Encoder) -> None:
-    batch = encoder.encode_batch([Document("", messages=CHAT[:2], awaits_response=True)])
+    prompt = Conversation.of(*CHAT[:2]).messages
+    batch = encoder.encode_batch([Document("", messages=prompt, awaits_response=True)])
     theirs = AutoTokenizer.from_pretrained(folder).apply_chat_template(
         [{"role": r, "content": c} for r, c in CHAT[:2]], tokenize=True, return_dict=False,
         add_generation_prompt=True)

@@ -405,7 +405,7 @@ def test_a_chat_that_the_template_refuses_is_named(tokenizers: dict[str, Path], 
                                                   "size_bytes": (
                                                       tokenizer / "tokenizer_config.json").stat().st_size}
     (tokenizer / "manifest.json").write_text(json.dumps(manifest | {"sha256": ""}))
-    lines = [{"messages": [{"role": role, "content": f"{i}"}]}
+    lines = [{"messages": [{"role": role, "content": f"{i}"}, {"role": "assistant", "content": "yes"}]}
              for i, role in enumerate(["user", "user", "system", "user"])]
     (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, lines)))
     with pytest.raises(UserError,

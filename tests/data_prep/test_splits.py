@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.splits import HeldoutRule, document_hash
-from megatron_sov.documents import Document
+from megatron_sov.documents import Conversation, Document, Message
 
 
 def heldout(share: float, count: int = 4000) -> set[int]:
@@ -36,12 +36,13 @@ def test_equal_content_gives_equal_hashes_wherever_it_stands(a: str, b: str) -> 
 def test_chats_differ_by_roles_and_by_where_messages_end() -> None:
     chats = [(("user", "ab"), ("assistant", "c")), (("user", "a"), ("assistant", "bc")),
              (("system", "ab"), ("assistant", "c"))]
-    assert len({document_hash(Document("", messages=chat)) for chat in chats}) == 3
+    assert len({document_hash(Document("", messages=Conversation.of(*chat).messages)) for chat in chats}) == 3
 
 
 def test_answers_to_one_prompt_stay_together() -> None:
-    prompt = (("user", "2 + 2?"),)
-    pairs = [Document("", messages=prompt, chosen=(("assistant", c),), rejected=(("assistant", "5"),))
+    prompt = (Message("user", "2 + 2?"),)
+    pairs = [Document("", messages=prompt, chosen=(Message("assistant", c),),
+                      rejected=(Message("assistant", "5"),))
              for c in ("4", "four")]
     asked = Document("", messages=prompt, awaits_response=True, extra='{"answer": 4}')
     assert len({document_hash(d) for d in (*pairs, asked)}) == 1

@@ -17,6 +17,7 @@ from megatron_sov.errors import UserError
 STEPS = '''
 from dataclasses import replace
 from megatron_sov import LeftOut
+from megatron_sov.documents import Message
 
 def long_enough(document):
     return document if len(document.text) >= 40 else LeftOut("short")
@@ -31,7 +32,7 @@ def text(document):
     return document.text
 
 def chat(document):
-    return replace(document, text="", messages=(("user", "x"),))
+    return replace(document, text="", messages=(Message("user", "x"),))
 
 def essay(document):
     return LeftOut("because " * 20)

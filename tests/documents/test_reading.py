@@ -13,6 +13,7 @@ from pyarrow import parquet
 
 from megatron_sov import documents
 from megatron_sov.documents import (
+    Message,
     Reading,
     list_files,
     read_documents,
@@ -44,7 +45,8 @@ def test_jsonl_holds_text_or_messages_and_blank_ones_are_passed_over(tmp_path: P
     (tmp_path / "a.jsonl").write_text("\n\n".join(json.dumps(line) for line in lines))
     first, second = read_documents([tmp_path / "a.jsonl"])
     assert first.text == "한국어" and first.where.endswith("a.jsonl:1")
-    assert second.messages == (("user", "hi"), ("assistant", "yo")) and second.texts() == ("hi", "yo")
+    assert second.messages == (Message("user", "hi"), Message("assistant", "yo"))
+    assert second.texts() == ("hi", "yo")
 
 
 def test_other_encodings_and_missing_paths_are_refused(tmp_path: Path) -> None:
@@ -81,12 +83,12 @@ def test_a_byte_order_mark_is_no_text_of_jsonl_either(tmp_path: Path) -> None:
 
 def test_rows_of_parquet_are_records_with_their_numbers(tmp_path: Path) -> None:
     chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
-    parquet.write_table(pyarrow.table({"id": ["a", "b"], "messages": [chat, chat[:1]]}),
+    parquet.write_table(pyarrow.table({"id": ["a", "b"], "messages": [chat, chat[1:]]}),
                         tmp_path / "a.parquet", row_group_size=1)
     first, second = read_documents([tmp_path / "a.parquet"])
-    assert (first.messages == (("user", "hi"), ("assistant", "yo"))
+    assert (first.messages == (Message("user", "hi"), Message("assistant", "yo"))
             and (first.id, first.where) == ("a", f"{tmp_path}/a.parquet:1"))
-    assert second.messages == (("user", "hi"),)
+    assert second.messages == (Message("assistant", "yo"),)
     parquet.write_table(pyarrow.table({"body": ["one", None]}), tmp_path / "b.parquet")
     with pytest.raises(UserError, match=r"b\.parquet:2: has no string field 'body'"):
         list(read_documents([tmp_path / "b.parquet"], Reading("text", "body")))

@@ -12,7 +12,7 @@ from megatron_sov.documents import (
     list_files,
     read_documents,
 )
-from megatron_sov.documents.records import Messages
+from megatron_sov.documents.messages import Message, Messages
 from megatron_sov.errors import UserError
 
 
@@ -40,11 +40,11 @@ def test_a_bad_line_is_named_by_file_and_number(tmp_path: Path, line: str | byte
 
 
 PREFERENCES = [
-    ({"prompt": "p", "chosen": "c", "rejected": "r"}, (("user", "p"),), (("assistant", "c"),),
-     (("assistant", "r"),)),
+    ({"prompt": "p", "chosen": "c", "rejected": "r"}, (Message("user", "p"),), (Message("assistant", "c"),),
+     (Message("assistant", "r"),)),
     ({"chosen": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "c"}],
       "rejected": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "r"}]},
-     (("user", "p"),), (("assistant", "c"),), (("assistant", "r"),)),
+     (Message("user", "p"),), (Message("assistant", "c"),), (Message("assistant", "r"),)),
 ]
 
 
@@ -77,5 +77,5 @@ def test_a_prompt_keeps_its_other_fields(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "2 + 2?", "answer": {"value": 4},
                                                   "level": "쉬움"}))
     [found] = read_documents([tmp_path / "a.jsonl"], Reading("prompt"))
-    assert found.kind == "prompt" and found.messages == (("user", "2 + 2?"),)
+    assert found.kind == "prompt" and found.messages == (Message("user", "2 + 2?"),)
     assert json.loads(found.extra) == {"answer": {"value": 4}, "level": "쉬움"}

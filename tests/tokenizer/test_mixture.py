@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_sov.documents import Document
+from megatron_sov.documents import Document, Message
 from megatron_sov.errors import UserError
 from tokenizer.mixture import (
     MIXTURES,
@@ -103,5 +103,5 @@ def test_pieces_are_cut_at_blank_lines_and_chosen_by_their_content() -> None:
     buckets = [p.bucket for p in found]
     assert 0 < min(buckets) < NUM_BUCKETS // 4 and NUM_BUCKETS * 3 // 4 < max(buckets) < NUM_BUCKETS
     assert [p.bucket for p in pieces(Document("elsewhere", text))] == buckets
-    assert ([p.text for p in pieces(Document("x", messages=(("user", "가"), ("assistant", "b"))))]
-            == ["가", "b"])
+    chat = Document("x", messages=(Message("user", "가"), Message("assistant", "b")))
+    assert [p.text for p in pieces(chat)] == ["가", "b"]

@@ -1,0 +1,230 @@
+"""Messages of a conversation, in the spellings that data sets have: OpenAI's and ShareGPT's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+ROLES = ("system", "user", "assistant", "tool")
+SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant",
+                  "assistant": "assistant", "function_call": "assistant", "tool": "tool",
+                  "observation": "tool", "function_response": "tool"}
+"""ShareGPT's `from` -> role."""
+
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Names under which records keep thoughts."""
+
+
+class BadRecord(Exception):
+    """A record that cannot become a document; the reader goes on behind it."""
+
+    def __init__(self, code: str, reason: str, line: int = 0, content: bytes = b"") -> None:
+        """`code`: a word to count by; `reason`: completes a sentence that begins with the place;
+        `line`: as in `Document`."""
+        super().__init__(reason)
+        self.code, self.reason, self.line, self.content = code, reason, line, content
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    """One of `ROLES`."""
+    content: str = ""
+    """What is said."""
+    reasoning: str = ""
+    """What was thought before it (`reasoning_content`, `thinking` or `reasoning`)."""
+    tool_calls: tuple[dict[str, Any], ...] = ()
+    """Calls as OpenAI spells them, but `function.arguments` is an object and not its JSON: what templates
+    are given by the engines that serve models."""
+    is_learned: bool = True
+    """Whether an assistant's turn is learned (`train`, or OpenAI's `weight`)."""
+    other: tuple[tuple[str, str], ...] = ()
+    """`name` and `tool_call_id`, where a record has them."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is a role and a content and nothing else."""
+        return not (self.reasoning or self.tool_calls or self.other)
+
+    def texts(self) -> tuple[str, ...]:
+        """Return what was written into it."""
+        calls = (json.dumps(self.tool_calls, ensure_ascii=False),) if self.tool_calls else ()
+        return (*((self.reasoning,) if self.reasoning else ()), self.content, *calls)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as chat templates know messages."""
+        more = {"reasoning_content": self.reasoning, "thinking": self.reasoning,  # gpt-oss's name for it
+                "tool_calls": list(self.tool_calls)}
+        return {"role": self.role, "content": self.content, **{k: v for k, v in more.items() if v},
+                **dict(self.other)}
+
+
+Messages = tuple[Message, ...]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages with what a chat template is given beside them."""
+
+    messages: Messages
+    """In order."""
+    tools: tuple[dict[str, Any], ...] = ()
+    """Descriptions of tools, as OpenAI spells them."""
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Variables of the template (`chat_template_kwargs`), such as `enable_thinking`."""
+
+    @staticmethod
+    def of(*turns: tuple[str, str]) -> Conversation:
+        """Return a conversation of (role, content) pairs."""
+        return Conversation(tuple(Message(role, content) for role, content in turns))
+
+
+def read_messages(messages: Any, name: str) -> Messages:
+    """Return a record's messages.
+
+    Args:
+        messages: the value of a field.
+        name: of the field, for messages.
+
+    Raises:
+        BadRecord: they are malformed, a turn of a user or an assistant is empty, or calls and results
+            of tools do not belong together.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise BadRecord("fields", f"'{name}' must be a non-empty list of objects with 'role' and 'content'")
+    found = tuple(_message(message, f"{name}[{i}]") for i, message in enumerate(messages))
+    _check_tools(found, name)
+    return found
+
+
+def read_sharegpt(turns: Any, name: str) -> Messages:
+    """Return messages that are spelled `{"from": ..., "value": ...}`; a `function_call`'s value is JSON.
+
+    Raises:
+        BadRecord: as `read_messages`.
+    """
+    if not isinstance(turns, list) or not turns:
+        raise BadRecord("fields", f"'{name}' must be a non-empty list of objects with 'from' and 'value'")
+    messages: list[dict[str, Any]] = []
+    for i, turn in enumerate(turns):
+        speaker = turn.get("from") if isinstance(turn, dict) else turn
+        if not isinstance(speaker, str) or speaker not in SHAREGPT_ROLES:
+            raise BadRecord("fields", f"{name}[{i}] is from {speaker!r}, must be one of "
+                                      f"{', '.join(SHAREGPT_ROLES)}")
+        message = {k: v for k, v in turn.items() if k not in ("from", "value")}
+        message |= {"role": SHAREGPT_ROLES[speaker], "content": turn.get("value")}
+        if speaker == "function_call":
+            call = _json(turn.get("value"), f"{name}[{i}].value")
+            message |= {"content": "", "tool_calls": call if isinstance(call, list) else [call]}
+        messages.append(message)
+    return read_messages(messages, name)
+
+
+def read_tools(tools: Any) -> tuple[dict[str, Any], ...]:
+    """Return descriptions of tools, given as a list or as its JSON.
+
+    Raises:
+        BadRecord: they are no list of objects.
+    """
+    found = _json(tools, "tools") if isinstance(tools, str) else tools
+    if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
+        raise BadRecord("fields", f"'tools' is {str(tools)[:40]!r}, must be a list of objects that describe "
+                                  "functions")
+    return tuple(found)
+
+
+def _message(message: Any, where: str) -> Message:
+    if not isinstance(message, dict) or message.get("role") not in ROLES:
+        role = message.get("role") if isinstance(message, dict) else message
+        raise BadRecord("fields", f"{where} has role {role!r}, must be one of {', '.join(ROLES)}")
+    role, calls = message["role"], _calls(message.get("tool_calls"), f"{where}.tool_calls")
+    content = _content(message.get("content"), where, optional=bool(calls))
+    reasoning = next((message[key] for key in REASONING if message.get(key)), "")
+    if not isinstance(reasoning, str):
+        raise BadRecord("fields", f"{where}.reasoning_content is {str(reasoning)[:40]!r}, must be a string")
+    if role != "assistant" and (calls or reasoning):
+        raise BadRecord("fields", f"{where} has role {role!r} and {'tool_calls' if calls else 'reasoning'}, "
+                                  "which only an assistant's message has")
+    if role in ("user", "assistant") and not (content.strip() or calls):
+        raise BadRecord("empty_turn", f"has an empty turn: {where} ({role}) says nothing; remove it")
+    other = tuple((key, message[key]) for key in ("name", "tool_call_id")
+                  if isinstance(message.get(key), str))
+    return Message(role, content, reasoning, calls, _is_learned(message, where), other)
+
+
+def _content(content: Any, where: str, optional: bool) -> str:
+    """Return a content, which may be a list with one part of text."""
+    if content is None and optional:
+        return ""
+    if isinstance(content, list) and len(content) == 1 and isinstance(content[0], dict):
+        content = content[0].get("text") if content[0].get("type") == "text" else content
+    if not isinstance(content, str):
+        raise BadRecord("fields", f"{where}.content is {str(content)[:80]!r}, must be a string")
+    return content
+
+
+def _is_learned(message: Mapping[str, Any], where: str) -> bool:
+    """Return whether a turn is learned: `train` true or false, or `weight` 0 or 1."""
+    for key, allowed in (("train", (True, False)), ("weight", (0, 1))):
+        if (value := message.get(key)) is not None:
+            if value not in allowed:
+                raise BadRecord("fields", f"{where}.{key} is {value!r}, must be "
+                                          f"{' or '.join(map(str, allowed))}")
+            return bool(value)
+    return True
+
+
+def _calls(calls: Any, where: str) -> tuple[dict[str, Any], ...]:
+    """Return an assistant's calls in one spelling: `{"type": "function", "function": {"name", "arguments"}}`,
+    with `id` where they have one."""
+    if calls is None:
+        return ()
+    if not isinstance(calls, list):
+        raise BadRecord("tool_call", f"{where} is {str(calls)[:40]!r}, must be a list")
+    found = []
+    for i, call in enumerate(calls):
+        function = call.get("function", call) if isinstance(call, dict) else None
+        name = function.get("name") if isinstance(function, dict) else None
+        if not isinstance(function, dict) or not isinstance(name, str):
+            raise BadRecord("tool_call", f"{where}[{i}] has no function with a name")
+        arguments = function.get("arguments", {})
+        if isinstance(arguments, str):
+            arguments = _json(arguments or "{}", f"{where}[{i}].function.arguments")
+        if not isinstance(arguments, dict):
+            raise BadRecord("tool_call", f"{where}[{i}].function.arguments is {str(arguments)[:40]!r}, must "
+                                         "be a JSON object")
+        known = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+        found.append({**known, "type": "function", "function": {"name": name, "arguments": arguments}})
+    return tuple(found)
+
+
+def _json(value: Any, where: str) -> Any:
+    try:
+        return json.loads(value)
+    except (TypeError, ValueError, RecursionError) as e:
+        raise BadRecord("tool_call", f"{where} is {str(value)[:40]!r}, which is not JSON ({e})") from None
+
+
+def _check_tools(messages: Sequence[Message], name: str) -> None:
+    """Refuse a result without a call before it, one of another call, and a call that the conversation
+    passes over without a result."""
+    open_calls: list[dict[str, Any]] = []
+    answered = 0
+    for i, message in enumerate(messages):
+        if message.role == "tool":
+            if answered >= len(open_calls):
+                raise BadRecord("tool_result", f"has a tool's result without a call: {name}[{i}]")
+            ids = [call.get("id") for call in open_calls]
+            if (id_ := dict(message.other).get("tool_call_id")) is not None and any(ids) and id_ not in ids:
+                raise BadRecord("tool_result", f"has the result of another call: {name}[{i}].tool_call_id is "
+                                               f"{id_!r}, the calls before it are {ids}")
+            answered += 1
+            continue
+        if answered < len(open_calls):
+            raise BadRecord("tool_call", f"has {len(open_calls)} tool calls and {answered} results before "
+                                         f"{name}[{i}]; give each call its result, or end there")
+        open_calls, answered = list(message.tool_calls), 0
