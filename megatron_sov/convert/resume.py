@@ -87,9 +87,9 @@ def resumable_artifact(path: Path, kind: str, plan: dict[str, Any], *,
         refuse_existing(path, kind, overwrite)
         work.mkdir(exist_ok=True)
         held.enter_context(_locked(work, path))
-        _begin(work, {"kind": kind, "version": __version__, **plan})
-        artifact = ResumableArtifact(ArtifactWriter(work / CONTENT, kind), work / FINISHED)
         try:
+            _begin(work, {"kind": kind, "version": __version__, **plan})
+            artifact = ResumableArtifact(ArtifactWriter(work / CONTENT, kind), work / FINISHED)
             yield artifact
             artifact.writer.known_files |= artifact.finished
             artifact.writer.complete()
