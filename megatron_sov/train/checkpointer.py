@@ -70,7 +70,8 @@ class Checkpointer:
         settings, folder = self._config.train, self._folder.checkpoints
         state = {"step": done.step, "tokens": done.tokens, "wall_s": done.wall_s,
                  "trained_tokens": done.trained_tokens, "num_updates": self._optimizer.num_updates,
-                 "order": self._batches.state(), "data": self._data, **{name: part.state() for name, part in self._parts.items()}}
+                 "order": self._batches.state(), "data": self._data,
+                 **{name: part.state() for name, part in self._parts.items()}}
         self._saver.begin(self._folder.checkpoint(done.step), self._model, self._optimizer,
                           Companions(state, self._config.to_dict(), self._tokenizer),
                           then=lambda: checkpoints.prune(folder, settings.keep_checkpoints,
