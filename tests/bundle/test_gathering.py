@@ -144,8 +144,8 @@ def test_what_cannot_be_an_environment_is_one_sentence_and_changes_nothing(
         made: Path, tmp_path: Path, name: str, python: str, said: str) -> None:
     """An empty name, of a variable that is not set, would be the system's own /bin."""
     (tmp_path / "link").symlink_to("nowhere")
-    done = subprocess.run(["sh", str(made / "install.sh"), name], cwd=tmp_path, capture_output=True, text=True,
-                          env=os.environ | {"PYTHON": python}, check=False)
+    done = subprocess.run(["sh", str(made / "install.sh"), name], cwd=tmp_path, capture_output=True,
+                          text=True, env=os.environ | {"PYTHON": python}, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {said}\n")
     assert [p.name for p in tmp_path.iterdir()] == ["link"]
 
