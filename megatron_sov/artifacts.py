@@ -24,6 +24,7 @@ from typing import Any
 import psutil
 
 from megatron_sov.errors import UserError, download
+from megatron_sov.file_locks import holds, is_held
 from megatron_sov.outputs import behind_links, refuse_nowhere
 
 MANIFEST = "manifest.json"
@@ -205,14 +206,31 @@ def new_artifact(path: str | Path, kind: str, *, overwrite: bool = False) -> Ite
         path.parent.mkdir(parents=True, exist_ok=True)
         clear_leftovers(path)
         refuse_existing(path, kind, overwrite)
+        with _made(temporary, path):
+            try:
+                writer = ArtifactWriter(temporary, kind)
+                yield writer
+                writer.complete()
+                publish(temporary, path)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _made(temporary: Path, path: Path) -> Iterator[None]:
+    """Make a temporary folder and hold it, so that nobody takes it for a leftover: in another container, or
+    on another machine that sees the same disk, the number in its name means nothing."""
+    try:
         temporary.mkdir()
-        try:
-            writer = ArtifactWriter(temporary, kind)
-            yield writer
-            writer.complete()
-            publish(temporary, path)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    except FileExistsError:  # a container's processes may all have the same number
+        raise UserError(f"{path}: another process is making it; wait for it, "
+                        "or choose another output folder") from None
+    fd = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        holds(fd)
+        yield
+    finally:
+        os.close(fd)
 
 
 def publish(temporary: Path, path: Path) -> None:
@@ -252,7 +270,7 @@ def clear_leftovers(path: Path) -> None:
     name = glob.escape(path.name)
     for leftover in sorted([*path.parent.glob(f".{name}.tmp-*"), *path.parent.glob(f".{name}.old-*")]):
         stem, _, pid = leftover.name.rpartition("-")
-        if not pid.isdigit() or not _has_ended(int(pid)):
+        if not pid.isdigit() or not _has_ended(int(pid)) or is_held(leftover):
             continue
         if stem.endswith(".old") and not path.exists():
             os.rename(leftover, path)
@@ -261,7 +279,10 @@ def clear_leftovers(path: Path) -> None:
 
 
 def _has_ended(pid: int) -> bool:
-    """Return whether a process has ended, be it that its parent has not yet taken note of it."""
+    """Return whether a process has ended, be it that its parent has not yet taken note of it; one that had
+    this process's number has."""
+    if pid == os.getpid():
+        return True
     with contextlib.suppress(psutil.Error):
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     return not psutil.pid_exists(pid)

@@ -4,6 +4,8 @@ an exit code."""
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
 import os
 import re
 import shlex
@@ -42,7 +44,8 @@ class Parser(argparse.ArgumentParser):
         if settings and "--set" in options:
             written = " ".join(f"--set {shlex.quote(setting)}" for setting in settings)
             raise UserError(f"{settings[0]}: every setting needs a --set of its own; write {written}")
-        near = nearest(rest[0].partition("=")[0], options)
+        option = rest[0].partition("=")[0]
+        near = "; another command does" if option in options else nearest(option, options)
         self.error(f"{shlex.join(rest)}: nothing takes this{near if rest[0].startswith('-') else ''}")
 
 
@@ -77,7 +80,9 @@ def run_program(parser: Parser, commands: Mapping[str, ModuleType], argv: Sequen
 def exit_code(action: Callable[[], int]) -> int:
     """Run a command and return its exit code; what a user can mend becomes one message."""
     try:
-        return action()
+        code = action()
+        sys.stdout.flush()  # what the disk or the reader refuses shows here, not when Python ends
+        return code
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return ExitCode.USER_ERROR
@@ -95,11 +100,23 @@ def exit_code(action: Callable[[], int]) -> int:
               "less to do at a time", file=sys.stderr)
         return ExitCode.CRASH
     except BrokenPipeError:
+        _drop_output()
         return ExitCode.OK
     except OSError as e:
+        if e.filename is None and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            _drop_output()
+            print(f"error: standard output, or a file of this command: {os.strerror(e.errno)}; free some "
+                  "space, or write elsewhere, and run the same command again", file=sys.stderr)
+            return ExitCode.USER_ERROR
         if e.filename is None:  # not about a file that somebody named: a defect
             raise
         path = os.fsdecode(e.filename)[:MAX_PATH_CHARS]
         print(f"error: {path}: cannot be used ({e.strerror or e}); look at the path, its permissions and its "
               "disk", file=sys.stderr)
         return ExitCode.USER_ERROR
+
+
+def _drop_output() -> None:
+    """Let Python end in peace: what is left of standard output goes nowhere."""
+    with contextlib.suppress(OSError):  # it is no file of the system's
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -121,6 +121,52 @@ def test_the_folder_of_a_process_that_has_ended_is_cleared_even_if_its_parent_to
         assert not leftover.exists()
 
 
+@pytest.mark.parametrize("begun", [False, True])
+def test_what_a_killed_process_of_this_number_left_is_cleared(tmp_path: Path, begun: bool) -> None:
+    """In a container the first process has the number 1, every time that it is started."""
+    old = build(tmp_path / "a", text="old")
+    os.rename(old, tmp_path / f".a.old-{os.getpid()}")
+    (half := tmp_path / f".a.tmp-{os.getpid()}").mkdir()
+    (half / "data.bin").write_text("half")
+    if begun:
+        build(tmp_path / "a", overwrite=True, text="new")
+    else:
+        with pytest.raises(UserError, match="already exists"):
+            build(tmp_path / "a")
+    assert (tmp_path / "a/sub/data.bin").read_text() == ("new" if begun else "old")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("number", ["that of a process that has ended", "this process's own"])
+def test_what_a_process_of_another_container_works_on_is_left_alone(tmp_path: Path, number: str) -> None:
+    """Here its number is that of nobody, or of this process."""
+    with subprocess.Popen([sys.executable, "-c", "pass"]) as child:
+        child.wait()
+    pid = os.getpid() if number == "this process's own" else child.pid
+    killed_at = tmp_path / f".a.tmp-{pid}"
+    program = """import sys
+from pathlib import Path
+from megatron_sov import artifacts
+artifacts.os.getpid = lambda: int(sys.argv[2])
+with artifacts.new_artifact(Path(sys.argv[1]), "tokens") as writer:
+    print("now", flush=True)
+    sys.stdin.read()
+    (writer.path / "data.bin").write_text("theirs")
+"""
+    with subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "a"), str(pid)], text=True,
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          cwd=Path(__file__).parents[1]) as other:
+        assert other.stdout is not None and other.stdout.readline() == "now\n"
+        if pid == os.getpid():
+            with pytest.raises(UserError, match="a: another process is making it; wait for it"):
+                build(tmp_path / "a")
+        else:
+            artifacts.clear_leftovers(tmp_path / "a")
+        assert killed_at.is_dir()
+        other.communicate("")
+    assert other.returncode == 0 and (tmp_path / "a/data.bin").read_text() == "theirs"
+
+
 def test_an_exception_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), new_artifact(tmp_path / "a", "tokens") as writer:
         (writer.path / "data.bin").write_text("half")

@@ -46,6 +46,26 @@ def test_what_a_user_can_mend_is_one_message_and_a_code(
     assert capsys.readouterr().err == said
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
+@pytest.mark.parametrize("buffered", ["", "1"])
+def test_output_that_finds_no_room_is_told_and_a_reader_that_has_seen_enough_is_no_error(
+        buffered: str) -> None:
+    def run(stdout: int) -> tuple[int, str]:
+        done = subprocess.run([sys.executable, "-m", "megatron_sov", "recipes"], check=False, text=True,
+                              stdout=stdout, stderr=subprocess.PIPE, cwd=Path(__file__).parents[1],
+                              env=os.environ | {"PYTHONUNBUFFERED": buffered})
+        return done.returncode, done.stderr
+
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        code, said = run(full.fileno())
+    assert (code, said.count("\n")) == (2, 1) and said.startswith("error: standard output, or a file of this "
+                                                                  "command: No space left on device; free")
+    reading, writing = os.pipe()
+    os.close(reading)
+    assert run(writing) == (0, "")
+    os.close(writing)
+
+
 def test_a_defect_keeps_its_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
         exit_code(lambda: 1 // 0)
@@ -63,6 +83,7 @@ def test_a_defect_keeps_its_traceback() -> None:
     ("eval ppl t --data d train.steps=3", "write --set train.steps=3"),
     ("pretrain tiny-solar-open --run r more", "megatron-sov pretrain: more: nothing takes this (--help"),
     ("pretrain tiny-solar-open --run r --resmue", "nothing takes this; did you mean '--resume'?"),
+    ("eval bigram --data d --out f", "--out f: nothing takes this; another command does (--help"),
     ("eval ppl", "megatron-sov eval ppl: the following arguments are required: "),
     ("eval pll", "invalid choice: 'pll' (choose from"),
 ])

@@ -15,8 +15,12 @@ BLOCK_BYTES = 1 << 20
 
 def problems(bundle: Path) -> list[str]:
     """Return one sentence for each reason why a bundle cannot be installed here."""
-    manifest: dict[str, Any] = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
-    wanted, machine = manifest["content"]["python"], manifest["content"]["machine"]
+    try:
+        manifest: dict[str, Any] = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
+        wanted, machine = manifest["content"]["python"], manifest["content"]["machine"]
+        files = dict(manifest["files"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+        return [f"{bundle / 'manifest.json'}: cannot be read ({e!r}); copy the bundle again"]
     found = []
     here = ".".join(map(str, sys.version_info[:2]))
     if here != wanted:
@@ -25,7 +29,7 @@ def problems(bundle: Path) -> list[str]:
     if platform.machine() != machine:
         found.append(f"the bundle is for {machine}, this machine is {platform.machine()}; "
                      "make one with --platform")
-    return found or [text for name, record in manifest["files"].items()
+    return found or [text for name, record in files.items()
                      if (text := _damage(bundle / name, record))]
 
 

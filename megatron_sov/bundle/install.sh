@@ -5,12 +5,18 @@
 set -eu
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
 if [ $# -ne 1 ]; then echo "usage: sh install.sh ENVIRONMENT   (a folder that does not exist yet)" >&2; exit 2; fi
-if [ -e "$1" ]; then echo "error: $1 exists already; name a folder that does not exist yet" >&2; exit 2; fi
+case $1 in
+  ''|-*) echo "error: '$1' names no folder for the environment; write ./NAME" >&2; exit 2;;  # '' would mean /bin
+esac
+if [ -e "$1" ] || [ -L "$1" ]; then echo "error: $1 exists already; name a folder that does not exist yet" >&2; exit 2; fi
 python=${PYTHON:-}
 for candidate in "python$(cat "$here/python-version")" python3; do
   if [ -z "$python" ] && command -v "$candidate" >/dev/null; then python=$candidate; fi
 done
 if [ -z "$python" ]; then echo "error: no Python on PATH; name one with PYTHON=/path/to/python" >&2; exit 2; fi
+if ! command -v "$python" >/dev/null; then
+  echo "error: $python is no program; name a Python with PYTHON=/path/to/python" >&2; exit 2
+fi
 
 "$python" -I "$here/check.py"
 environment=$1

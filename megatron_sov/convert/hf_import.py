@@ -30,7 +30,7 @@ from megatron_sov.mcore.checkpoint.sharded_tensors import (
 )
 from megatron_sov.mcore.checkpoint.writer import TensorSpec
 from megatron_sov.models.weights import Link
-from megatron_sov.runs.checkpoints import KIND, refuse_missing
+from megatron_sov.runs.checkpoints import IMPORTED, KIND, refuse_missing
 
 
 def from_hf(hf_dir: str | Path, out: str | Path, dtype: str = KEEP, *, workers: int = DEFAULT_WORKERS,
@@ -88,7 +88,7 @@ def from_hf(hf_dir: str | Path, out: str | Path, dtype: str = KEEP, *, workers: 
         carry(hf_dir, artifact.path / "tokenizer", ids_in(source.config))
         artifact.writer.content = {"step": 0, "parts": [PART], "tokens": 0}
         code = models.OWN.code(source.model.family)
-        artifact.writer.settings = RunConfig("from-hf", source.model, code=(code,) if code else ()).to_dict()
+        artifact.writer.settings = RunConfig(IMPORTED, source.model, code=(code,) if code else ()).to_dict()
 
 
 def planned_files(links: dict[str, Link], source: HfWeights, dtype: str) -> dict[str, list[TensorSpec]]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import shutil
@@ -31,6 +30,7 @@ from megatron_sov.artifacts import (
     to_json,
 )
 from megatron_sov.errors import UserError
+from megatron_sov.file_locks import holds
 from megatron_sov.outputs import behind_links
 from megatron_sov.version import __version__
 
@@ -87,9 +87,9 @@ def resumable_artifact(path: Path, kind: str, plan: dict[str, Any], *,
         refuse_existing(path, kind, overwrite)
         work.mkdir(exist_ok=True)
         held.enter_context(_locked(work, path))
-        _begin(work, {"kind": kind, "version": __version__, **plan})
-        artifact = ResumableArtifact(ArtifactWriter(work / CONTENT, kind), work / FINISHED)
         try:
+            _begin(work, {"kind": kind, "version": __version__, **plan})
+            artifact = ResumableArtifact(ArtifactWriter(work / CONTENT, kind), work / FINISHED)
             yield artifact
             artifact.writer.known_files |= artifact.finished
             artifact.writer.complete()
@@ -116,10 +116,9 @@ def _locked(work: Path, path: Path) -> Iterator[None]:
     """Hold the folder against other processes; the lock goes with the process, however that ends."""
     with open(work / LOCK, "a", encoding="utf-8") as f:
         try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # else the other one has just ended
-            ours = os.stat(work / LOCK).st_ino == os.fstat(f.fileno()).st_ino
-        except (BlockingIOError, FileNotFoundError):
+            ours = holds(f.fileno()) and os.stat(work / LOCK).st_ino == os.fstat(f.fileno()).st_ino
+        except FileNotFoundError:
             ours = False
         if not ours:
             raise UserError(f"{path}: another process is making it; wait for it, "

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import mmap
 import resource
+import sys
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -71,8 +72,17 @@ class Documents(Protocol):
 class TokenShard:
     """The documents of one source and split; opening it costs the same for any size."""
 
-    def __init__(self, prefix: Path) -> None:
-        self.prefix = prefix
+    def __init__(self, prefix: Path, vocab_size: int = sys.maxsize) -> None:
+        """Open the files.
+
+        Args:
+            prefix: their path, without `.bin` and so on.
+            vocab_size: what token ids must lie below.
+
+        Raises:
+            UserError: a file is damaged, or too many are open.
+        """
+        self.prefix, self._vocab_size = prefix, vocab_size
         idx = self._file(".idx")
         try:
             content = _mapped(idx)
@@ -110,8 +120,20 @@ class TokenShard:
         return np.frombuffer(_mapped(file), dtype)
 
     def tokens(self, document: int, start: int, count: int) -> np.ndarray:
-        """Return `count` token ids of a document from `start`, int64."""
-        return self._tokens[self._range(document, start, count)].astype(np.int64)
+        """Return `count` token ids of a document from `start`, int64.
+
+        Raises:
+            UserError: one lies outside of the vocabulary. A model whose embedding is split over processes
+                would take it for no token at all, and train on.
+        """
+        found: np.ndarray = self._tokens[self._range(document, start, count)].astype(np.int64)
+        # a negative number is a large one here
+        if count and found.view(np.uint64).max() >= self._vocab_size:
+            wrong = next(int(i) for i in found if not 0 <= i < self._vocab_size)
+            raise UserError(f"{self._file('.bin')}: document {document} has token id {wrong}, and its "
+                            f"tokenizer has {self._vocab_size} ids; `sov-data verify` names what is "
+                            "damaged, pack the data again")
+        return found
 
     def loss_weights(self, document: int, start: int, count: int) -> np.ndarray:
         """Return the loss weight of each of these tokens as a target,
@@ -189,9 +211,9 @@ class ShardChain:
     """The documents of several shards one after the other; opening it costs the same for
     shards of any size."""
 
-    def __init__(self, prefixes: list[Path]) -> None:
+    def __init__(self, prefixes: list[Path], vocab_size: int = sys.maxsize) -> None:
         _allow_open_files()
-        self._shards = [TokenShard(prefix) for prefix in prefixes]
+        self._shards = [TokenShard(prefix, vocab_size) for prefix in prefixes]
         self.lengths = ChainedLengths([shard.lengths for shard in self._shards])
         self.is_plain = all(shard.is_plain for shard in self._shards)
 
@@ -229,6 +251,8 @@ class Source:
     """Weight that an empty blend gives it; those of the sources of all artifacts sum to 1."""
     made: Documents | None = None
     """The documents of a source made on the fly."""
+    vocab_size: int = sys.maxsize
+    """Token ids of the tokenizer that packed it."""
 
     def shard(self, split: str) -> Documents:
         """Open one split."""
@@ -236,7 +260,7 @@ class Source:
             return self.made
         if self.artifact is None:
             raise ValueError(f"source {self.name} has neither an artifact nor documents")
-        return ShardChain([self.artifact / prefix for prefix in self.prefixes[split]])
+        return ShardChain([self.artifact / prefix for prefix in self.prefixes[split]], self.vocab_size)
 
 
 def _warn_of_other_splits(contents: dict[str, dict[str, Any]]) -> None:
@@ -312,6 +336,7 @@ def _of_artifact(path: Path, content: dict[str, Any], share: float, formats: tup
                 split: tuple(shard["prefix"] for shard in d["shards"]) for split, d in s["splits"].items()},
             num_tokens={split: d["num_tokens"] for split, d in s["splits"].items()},
             share=share * s.get("weight", s["splits"]["train"]["num_tokens"] / train_tokens),
+            vocab_size=content["vocab_size"],
         )
         for s in described
     ]

@@ -14,6 +14,7 @@ from megatron_sov.extend.blends import stage_blend
 from megatron_sov.generate.target import Target, find_target
 from megatron_sov.recipes.extension import PHASE, extended, length_settings, phase_setting
 from megatron_sov.recipes.requested import Request
+from megatron_sov.runs import checkpoints
 from megatron_sov.runs.folder import STAGES, RunFolder
 from megatron_sov.runs.launch_environment import num_ranks
 
@@ -45,17 +46,19 @@ def planned_stages(request: Request, start_from: Path, run: Path, nproc: int | N
         UserError: settings, data or a folder do not allow it.
     """
     start, model = find_target(start_from), request.base.model
-    trained_tokens = start.trained_tokens if start.config is not None else model.max_position_tokens
+    # not the run's own samples: after a fine-tuning on short chats the weights are good for what they were
+    trained_tokens = model.max_position_tokens if start.is_hf else checkpoints.trained_tokens(start.path)
     wanted = request.config([] if request.from_file else [phase_setting(2 * trained_tokens)])
     if not wanted.extend.stages:
-        _refuse_shorter("data.phases", max(p.seq_len for p in wanted.data.phases), start)
+        _refuse_shorter("data.phases", max(p.seq_len for p in wanted.data.phases), start, trained_tokens)
         return [PlannedStage(_as_set(request, trained_tokens, wanted, nproc), RunFolder(run), 0)]
     sources = open_sources(wanted.data.paths, wanted.model.vocab_size)
     planned: list[PlannedStage] = []
     before_tokens = trained_tokens
     for number, stage in enumerate(wanted.extend.stages, 1):
         if stage.kind == "extension":
-            _refuse_shorter(f"extend.stages.{number - 1} ({stage.name})", stage.seq_len, start)
+            _refuse_shorter(f"extend.stages.{number - 1} ({stage.name})", stage.seq_len, start,
+                            trained_tokens)
         try:
             model = extended(model, before_tokens, stage.seq_len, stage.rope_theta, stage.yarn_factor,
                              stage.yarn_original_tokens)
@@ -70,11 +73,12 @@ def planned_stages(request: Request, start_from: Path, run: Path, nproc: int | N
     return planned
 
 
-def _refuse_shorter(where: str, new_tokens: int, start: Target) -> None:
+def _refuse_shorter(where: str, new_tokens: int, start: Target, trained_tokens: int) -> None:
     """Raise `UserError` where an extension is shorter than what the start was trained on, which an imported
     model does not tell."""
-    if start.config is not None and new_tokens < start.trained_tokens:
-        raise UserError(f"{where}: seq_len = {new_tokens} is shorter than the {start.trained_tokens} tokens "
+    own_tokens = min(start.trained_tokens, trained_tokens)
+    if start.config is not None and new_tokens < own_tokens:
+        raise UserError(f"{where}: seq_len = {new_tokens} is shorter than the {own_tokens} tokens "
                         f"that {start.path} was trained on; extend to at least those, or train on at that "
                         "length with `megatron-sov pretrain --from`")
 

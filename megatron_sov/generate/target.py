@@ -18,7 +18,7 @@ from megatron_sov.config import ModelConfig, ParallelConfig, RunConfig, apply_se
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.parallel import world
 from megatron_sov.mcore.parallel.device import on_gpu
-from megatron_sov.runs.checkpoints import KIND, find_checkpoint, refuse_missing, settings_of
+from megatron_sov.runs.checkpoints import IMPORTED, KIND, find_checkpoint, refuse_missing, settings_of
 from megatron_sov.runs.launch_environment import num_ranks
 
 HF_SEQ_LEN = 4096
@@ -45,7 +45,7 @@ class Target:
         """The settings that a checkpoint was trained with;
         None where nothing tells them (imported models)."""
         config = None if self.is_hf else settings_of(self.path)
-        return None if config is None or config.recipe == "from-hf" else config
+        return None if config is None or config.recipe == IMPORTED else config
 
     @property
     def model(self) -> ModelConfig:

@@ -8,6 +8,7 @@ that was found damaged, `.writing-*` one under construction, and `.deleting-*` o
 from __future__ import annotations
 
 import errno
+import json
 import os
 import secrets
 import shutil
@@ -20,6 +21,9 @@ from megatron_sov.outputs import TRYING
 
 KIND = "checkpoint"
 CHECKPOINTS_OF_A_RUN = "checkpoints"
+IMPORTED = "from-hf"
+"""What stands for the recipe of a converted model."""
+STATE = "state.json"
 WRITING, DELETING, DAMAGED = ".writing-", ".deleting-", "damaged-"
 NOT_WEIGHTS = ("optimizer/", "optimizer.index.json")
 """Beginnings of the names of files that a model alone does not need."""
@@ -118,6 +122,24 @@ def settings_of(path: Path) -> RunConfig:
         raise UserError(f"{path / MANIFEST}: its settings cannot be used ({'; '.join(problems)}); "
                         f"{instead_of(path)}")
     return settings
+
+
+def trained_tokens(path: Path) -> int:
+    """Return the longest context, in tokens, that a checkpoint's weights were trained on: by its own run, or
+    by those that it started from; of an imported model what it claims.
+
+    Raises:
+        UserError: the checkpoint is damaged.
+    """
+    settings = settings_of(path)
+    if settings.recipe == IMPORTED:
+        return settings.model.max_position_tokens
+    try:
+        found = int(json.loads((path / STATE).read_text(encoding="utf-8")).get("trained_tokens", 0))
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as e:
+        raise UserError(f"{path / STATE}: is damaged ({e}); {instead_of(path)}") from None
+    # checkpoints of earlier versions do not tell
+    return found or max(phase.seq_len for phase in settings.data.phases)
 
 
 def manifest_damage(path: Path) -> str | None:

@@ -69,8 +69,9 @@ class Checkpointer:
         """
         settings, folder = self._config.train, self._folder.checkpoints
         state = {"step": done.step, "tokens": done.tokens, "wall_s": done.wall_s,
-                 "num_updates": self._optimizer.num_updates, "order": self._batches.state(),
-                 "data": self._data, **{name: part.state() for name, part in self._parts.items()}}
+                 "trained_tokens": done.trained_tokens, "num_updates": self._optimizer.num_updates,
+                 "order": self._batches.state(), "data": self._data,
+                 **{name: part.state() for name, part in self._parts.items()}}
         self._saver.begin(self._folder.checkpoint(done.step), self._model, self._optimizer,
                           Companions(state, self._config.to_dict(), self._tokenizer),
                           then=lambda: checkpoints.prune(folder, settings.keep_checkpoints,
@@ -136,7 +137,7 @@ class Checkpointer:
                 part.restore(state[name])
         if data_too:
             self._batches.restore(state["order"])
-        return TrainState(state["step"], state["tokens"], state["wall_s"])
+        return TrainState(state["step"], state["tokens"], state["wall_s"], checkpoints.trained_tokens(path))
 
     def _load_model(self, path: Path) -> None:
         load.load_model(path, self._model)

@@ -261,7 +261,7 @@ def _restore(stage: Stage, trainer: Trainer) -> bool:
         return True
     on_main(trainer.world, lambda: checkpoints.refuse_lost(folder))
     if stage.start_from is not None:
-        trainer.checkpointer.load_weights(stage.start_from)
+        trainer.start_from(stage.start_from)
     return False
 
 

@@ -15,6 +15,8 @@ class TrainState:
     """Tokens consumed, padding not counted."""
     wall_s: float = 0.0
     """Seconds that the run has worked, over all its restarts."""
+    trained_tokens: int = 0
+    """Longest samples that the weights have learned from, in tokens: here, or in the runs before."""
 
 
 @dataclass(frozen=True)

@@ -119,6 +119,11 @@ class Trainer:
         self.state = self.checkpointer.load(path)
         self._continued_from = path.name
 
+    def start_from(self, path: Path) -> None:
+        """Start from the weights of another run's checkpoint."""
+        self.checkpointer.load_weights(path)
+        self.state.trained_tokens = checkpoints.trained_tokens(path)
+
     def rollback_to(self, path: Path) -> int:
         """Return to the weights of a (sound) checkpoint and go on with the data where they are; returns the
         checkpoint's step."""
@@ -184,6 +189,7 @@ class Trainer:
             return None
 
         self.state.tokens += batch.num_tokens
+        self.state.trained_tokens = max(self.state.trained_tokens, batch.seq_len)
         self.recorder.epochs(self.step, self.batches.epochs)
         by_source = zip(self.sources, sums.by_source.tolist(), strict=True)
         return StepResult(

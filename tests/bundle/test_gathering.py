@@ -134,6 +134,31 @@ def test_damage_and_another_machine_stop_it_before_anything_is_made(made: Path, 
         "the bundle is for Python 2.7", "the bundle is for vax"]
 
 
+@pytest.mark.parametrize(("name", "python", "said"), [
+    ("", sys.executable, "'' names no folder for the environment; write ./NAME"),
+    ("-env", sys.executable, "'-env' names no folder for the environment; write ./NAME"),
+    ("link", sys.executable, "link exists already; name a folder that does not exist yet"),
+    ("env", "/no/python", "/no/python is no program; name a Python with PYTHON=/path/to/python"),
+])
+def test_what_cannot_be_an_environment_is_one_sentence_and_changes_nothing(
+        made: Path, tmp_path: Path, name: str, python: str, said: str) -> None:
+    """An empty name, of a variable that is not set, would be the system's own /bin."""
+    (tmp_path / "link").symlink_to("nowhere")
+    done = subprocess.run(["sh", str(made / "install.sh"), name], cwd=tmp_path, capture_output=True,
+                          text=True, env=os.environ | {"PYTHON": python}, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {said}\n")
+    assert [p.name for p in tmp_path.iterdir()] == ["link"]
+
+
+@pytest.mark.parametrize("manifest", ['{"a"', "{}", "[]", '{"content": {"python": "3", "machine": ""}}'])
+def test_a_torn_manifest_is_one_sentence(tmp_path: Path, manifest: str) -> None:
+    (tmp_path / "manifest.json").write_text(manifest)
+    (said,) = check.problems(tmp_path)
+    assert said.startswith(f"{tmp_path}/manifest.json: cannot be read (") and said.endswith(
+        "; copy the bundle again")
+    assert len(check.problems(tmp_path / "missing")) == 1
+
+
 def test_an_installation_that_fails_leaves_nothing_in_the_way_of_the_next(made: Path, tmp_path: Path) -> None:
     python = tmp_path / "python"  # takes the bundle, makes an environment, and its pip fails
     python.write_text('#!/bin/sh\n[ "$1" != -I ] || exit 0\nmkdir -p "$3/bin"\n'

@@ -146,3 +146,15 @@ def test_an_error_leaves_nothing(tmp_path: Path) -> None:
         (artifact.path / "a").touch()
         raise UserError("no")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_has_no_room_for_the_plan_is_left_as_it_was(tmp_path: Path,
+                                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, data: str) -> None:
+        raise UserError(f"{path}: no space left on the device")
+
+    monkeypatch.setattr(resume, "atomic_write", refuse)
+    with (pytest.raises(UserError, match=r"plan\.json: no space left"),
+          resumable_artifact(tmp_path / "out", "kind", {})):
+        raise AssertionError("unreachable")
+    assert list(tmp_path.iterdir()) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,40 @@ def write_shard(prefix: Path, documents: list[list[int]]) -> None:
         b"MMIDIDX\x00\x00" + np.array([1], np.uint64).tobytes() + bytes([8])
         + np.array([len(lengths), len(lengths) + 1], np.uint64).tobytes() + lengths.tobytes()
         + starts.tobytes() + np.arange(len(lengths) + 1, dtype=np.int64).tobytes())
+
+
+def test_an_id_outside_of_the_vocabulary_is_refused_where_it_is_read(tmp_path: Path) -> None:
+    """With tensor parallelism the library takes it for a row of zeros, without a word."""
+    write_shard(tmp_path / "a", [[1, 2, 3], [4, 5, 9, 6]])
+    shard = TokenShard(tmp_path / "a", 9)
+    assert shard.tokens(0, 0, 3).tolist() == [1, 2, 3] and shard.tokens(1, 3, 1).tolist() == [6]
+    assert shard.tokens(1, 2, 0).tolist() == []
+    with pytest.raises(UserError, match=r"a\.bin: document 1 has token id 9, and its tokenizer has 9 ids; "
+                                        "`sov-data verify` names what is damaged, pack the data again"):
+        shard.tokens(1, 1, 3)
+    assert TokenShard(tmp_path / "a", 10).tokens(1, 2, 1).tolist() == [9]
+
+
+def test_a_source_knows_the_vocabulary_that_it_was_packed_with(packed_data: Any, tmp_path: Path) -> None:
+    text = shutil.copytree(packed_data.text, tmp_path / "text")
+    (damaged,) = (text / "even").glob("train-*.bin")
+    ids = np.fromfile(damaged, np.uint16)
+    ids[0] = 368  # the model has more ids than the tokenizer
+    ids.tofile(damaged)
+    even, odd = (s.shard("train") for s in open_sources({str(text): 1.0}, 400))
+    assert odd.tokens(0, 0, 1)[0] < 368
+    with pytest.raises(UserError, match="document 0 has token id 368, and its tokenizer has 368 ids"):
+        even.tokens(0, 0, 1)
+
+
+def test_a_negative_id_is_refused(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a", [[1, 2]])  # two ids of 16 bits are one of 32
+    idx = bytearray((tmp_path / "a.idx").read_bytes())
+    idx[17], idx[34] = 4, 1
+    (tmp_path / "a.idx").write_bytes(bytes(idx))
+    (tmp_path / "a.bin").write_bytes(np.array([-5], np.int32).tobytes())
+    with pytest.raises(UserError, match="document 0 has token id -5"):
+        TokenShard(tmp_path / "a", 9).tokens(0, 0, 1)
 
 
 def test_sidecars_have_the_geometry_of_the_tokens(tmp_path: Path) -> None:

@@ -100,6 +100,36 @@ def test_the_stages_of_a_recipe_are_its_own(short_run: Path, token_shards: Path,
     assert near.extend.gate.every_steps == 20
 
 
+def test_yarn_stretches_what_the_weights_were_trained_on(short_run: Path, token_shards: Path,
+                                                         tmp_path: Path) -> None:
+    """Neither the short samples of a fine-tuning since, nor a longer phase that is still to come."""
+    def yarn_from(start: Path) -> YarnConfig | None:
+        parser = argparse.ArgumentParser()
+        add_stage_arguments(parser, needs_start=True)
+        longer = words({"data.phases": '[{"name":"long","seq_len":256}]'})
+        args = parser.parse_args(["tiny-solar-open", "--from", str(start), "--data", str(token_shards),
+                                  "--run", str(tmp_path / "long"), *longer])
+        (planned,) = planned_stages(stage_request(args, "lm"), start, args.run, 1)
+        return planned.config.model.yarn
+
+    def train(name: str, phases: list[dict[str, Any]], *more: str) -> Path:
+        settings = SHORT | {"data.phases": json.dumps(phases), "train.checkpoint_every_steps": 1,
+                            "train.steps": len(phases)}
+        assert main(["pretrain", "tiny-solar-open", "--data", str(token_shards), "--run",
+                     str(tmp_path / name), *words(settings), *more]) == 0
+        return tmp_path / name
+
+    assert yarn_from(short_run) == YarnConfig(4.0, 64)
+    tuned = train("tuned", [{"name": "answers", "seq_len": 32}], "--from", str(short_run))
+    assert yarn_from(tuned) == YarnConfig(4.0, 64)
+    twice = train("twice", [{"name": "answers", "seq_len": 16}], "--from", str(tuned))
+    assert yarn_from(twice) == YarnConfig(4.0, 64)
+    growing = train("growing", [{"name": "short", "seq_len": 64, "tokens": 4 * 64},
+                                {"name": "long", "seq_len": 128, "tokens": 4 * 128}])
+    first, last = (growing / "checkpoints" / f"step-{step}" for step in (1, 2))
+    assert (yarn_from(first), yarn_from(last)) == (YarnConfig(4.0, 64), YarnConfig(2.0, 128))
+
+
 def test_a_gate_that_does_not_pass_ends_with_3_and_passes_later(
         short_run: Path, token_shards: Path, tmp_path: Path, run_command: Any) -> None:
     run = tmp_path / "long"

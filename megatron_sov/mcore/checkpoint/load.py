@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_sov.errors import UserError
-from megatron_sov.mcore.checkpoint.save import STATE, Companions, Saver
+from megatron_sov.mcore.checkpoint.save import Companions, Saver
 from megatron_sov.mcore.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.mcore.model.language_model import LanguageModel
 from megatron_sov.mcore.model.local_shards import LocalShard, local_shards
@@ -133,4 +133,4 @@ def _refuse_difference(path: Path, wanted: set[str], found: set[str]) -> None:
 
 def read_state(path: Path) -> dict[str, Any]:
     """Return the loop's values as they were saved."""
-    return dict(json.loads((path / STATE).read_text(encoding="utf-8")))
+    return dict(json.loads((path / checkpoints.STATE).read_text(encoding="utf-8")))

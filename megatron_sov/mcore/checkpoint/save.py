@@ -34,9 +34,8 @@ from megatron_sov.mcore.optimizer.optimizer import Optimizer
 from megatron_sov.mcore.parallel import collectives
 from megatron_sov.mcore.parallel.named_values import sum_dict
 from megatron_sov.mcore.parallel.object_collectives import broadcast_object, gather_objects
-from megatron_sov.runs.checkpoints import KIND, temporary
+from megatron_sov.runs.checkpoints import KIND, STATE, temporary
 
-STATE = "state.json"
 SAVE_TIMEOUT_S = 1800.0
 _LOOK_EVERY_S = 0.02
 PROGRESS = ("written", "completed", "failed", "late")
