@@ -143,19 +143,30 @@ def torch_checks() -> Iterator[Check]:
 
 
 def transformer_engine_checks() -> Iterator[Check]:
-    """Transformer Engine, by importing it."""
+    """Transformer Engine, by importing it; a machine with GPUs cannot train in bf16 without."""
+    gpu = _has_gpu()
     if importlib.util.find_spec("transformer_engine") is None:
-        yield Check("Transformer Engine", "missing",
-                    "is not installed; fused GPU kernels need it", TE_COMMAND)
+        yield Check("Transformer Engine", "broken" if gpu else "missing",
+                    "is not installed; fused GPU kernels need it"
+                    + (", and so does train.precision=bf16 on the GPUs here" if gpu else ""), TE_COMMAND)
         return
     try:
         importlib.import_module("transformer_engine.pytorch")
     except Exception as e:  # it raises RuntimeError, OSError or ImportError, depending on what is missing
         first_line = (str(e).splitlines() or ["no message"])[0]
-        yield Check("Transformer Engine", "warning",
+        yield Check("Transformer Engine", "broken" if gpu else "warning",
                     f"is installed but does not import ({type(e).__name__}: {first_line})", TE_COMMAND)
         return
     yield Check("Transformer Engine", "ok", installed_version("transformer-engine") or "imports")
+
+
+def _has_gpu() -> bool:
+    """Return whether torch sees a GPU; False where it does not import, which has a check of its own."""
+    try:
+        import torch
+    except Exception:
+        return False
+    return torch.cuda.is_available()
 
 
 def apex_checks() -> Iterator[Check]:

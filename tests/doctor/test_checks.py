@@ -118,6 +118,18 @@ def test_transformer_engine_is_what_imports(site: Path, text: str, status: str, 
     assert [(c.status, c.detail) for c in checks.transformer_engine_checks()] == [(status, detail)]
 
 
+def test_a_machine_with_gpus_cannot_train_without_transformer_engine(
+        site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    module(site, "transformer_engine", pytorch="raise OSError('libcublas.so.13: cannot open')")
+    assert [(c.status, c.detail) for c in checks.transformer_engine_checks()] == [
+        ("broken", "is installed but does not import (OSError: libcublas.so.13: cannot open)")]
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
+    assert only(checks.transformer_engine_checks()).status == "broken"
+
+
 def test_without_transformer_engine_its_command_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
     (check,) = checks.transformer_engine_checks()

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from megatron_sov.config import ParallelConfig
 from megatron_sov.errors import ExitCode, SilentCorruption, UserError
-from megatron_sov.mcore.parallel import cpu_shims
+from megatron_sov.mcore.parallel import cpu_shims, library_defects
 from megatron_sov.mcore.parallel.device import on_gpu
 from megatron_sov.mcore.parallel.object_collectives import broadcast_object
 from megatron_sov.runs.launch_environment import (
@@ -87,6 +87,7 @@ def join(parallel: ParallelConfig) -> World:
         context_parallel_size=parallel.cp, expert_model_parallel_size=parallel.ep,
         expert_tensor_parallel_size=parallel.etp)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
+    library_defects.mend()
     return World(
         rank=rank, size=size, dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
