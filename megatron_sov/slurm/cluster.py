@@ -99,6 +99,9 @@ class ClusterProfile:
     to a minute earlier."""
     gpus_per_node: int = 8
     """GPUs of a node; one rank is started for each.  0: training runs on CPUs."""
+    gpu: Literal["", "h100", "h200", "b200"] = ""
+    """What they are: runs that do not fit its memory are refused, and recommended layouts are taken; empty:
+    another kind, and nobody looks."""
     ranks_per_node: int = 1
     """Ranks of a node where there are no GPUs."""
     cpus_per_node: int = 96

@@ -24,7 +24,13 @@ from megatron_sov.mcore.parallel.device import CPU, compute_on_cpu, computes_on_
 
 def prepare_megatron() -> None:
     """Prepare this process for megatron-core; a no-op with CUDA, and when called again."""
-    if on_gpu() or computes_on_cpu():
+    if not on_gpu():
+        prepare_without_gpu()
+
+
+def prepare_without_gpu() -> None:
+    """Prepare this process for megatron-core on the CPU, for good, whatever the machine has."""
+    if computes_on_cpu():
         return
     compute_on_cpu()
     _current_device_is_cpu()
