@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="plan for the GPUs of this cluster: take the layout that is recommended for them, where "
                              "no parallel.* is set, and tell what it needs of their memory "
                              f"({', '.join(cluster.names())}, or a YAML file of your own)")
-    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes of --cluster (default 1)")
+    parser.add_argument("--nodes", type=int, metavar="N", help="nodes of --cluster (default 1)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--html", type=Path, metavar="FILE",
                         help="write the charts into this self-contained page as well")
@@ -47,6 +47,8 @@ def run(args: argparse.Namespace) -> int:
     from megatron_sov.pages.page import render
     from megatron_sov.plan import timetable
 
+    if args.nodes is not None and not args.cluster:
+        raise UserError(f"--nodes {args.nodes}: are those of a cluster; name it by --cluster, or pass --nproc")
     request = requested(args)
     config, placed = _on_cluster(args, request) if args.cluster else (request.config(), {})
     if not placed:
@@ -74,10 +76,11 @@ def _on_cluster(args: argparse.Namespace, request: Request) -> tuple[RunConfig, 
     """
     if args.nproc is not None:
         raise UserError(f"--nproc {args.nproc}: --cluster {args.cluster} and --nodes decide; leave it out")
-    if args.nodes < 1:
-        raise UserError(f"--nodes {args.nodes}: must be at least 1")
+    nodes = 1 if args.nodes is None else args.nodes
+    if nodes < 1:
+        raise UserError(f"--nodes {nodes}: must be at least 1")
     profile = cluster.load(args.cluster, needs_account=False)
-    num_ranks, config = args.nodes * profile.tasks_per_node, request.config()
+    num_ranks, config = nodes * profile.tasks_per_node, request.config()
     gpu = profile.gpu if profile.gpus_per_node else ""
     if leaves_layout_open(request):
         config = apply_settings(config, list(settings_for(config, num_ranks, gpu)))

@@ -34,6 +34,8 @@ REQUIRED_PACKAGES = ("numpy", "megatron-core", "transformers", "tokenizers", "sa
 OPTIONAL_PACKAGES = {"tensorboard": "dev", "wandb": "dev", "vllm": "rollout"}
 TE_COMMAND = ("pip install --no-build-isolation 'megatron-sov[gpu]' (needs a CUDA toolchain, "
               "see docs/install.md)")
+BLACKWELL, MIN_DETERMINISTIC_CUDNN = 10, 91801
+"""First compute capability whose deterministic attention needs a newer cuDNN, and that cuDNN (as torch counts)."""
 _COMMAND_TIMEOUT_S = 10
 
 
@@ -135,11 +137,26 @@ def torch_checks() -> Iterator[Check]:
         memory_gib = gpu.total_memory / 2**30
         yield Check(f"GPU {i}", "ok",
                     f"{gpu.name}, {memory_gib:.0f} GiB, compute capability {gpu.major}.{gpu.minor}")
+    yield from _determinism_checks()
     if dist.is_nccl_available():
         yield Check("NCCL", "ok", ".".join(map(str, torch.cuda.nccl.version())))
     else:
         yield Check("NCCL", "broken", "this torch has no NCCL, which GPUs need",
                     "pip install torch from the default index")
+
+
+def _determinism_checks() -> Iterator[Check]:
+    """Whether attention can repeat its bits on the GPUs here (Transformer Engine, pull requests 2130 and 2584)."""
+    import torch
+
+    majors = [torch.cuda.get_device_properties(i).major for i in range(torch.cuda.device_count())]
+    version = torch.backends.cudnn.version() or 0
+    if max(majors, default=0) >= BLACKWELL and version < MIN_DETERMINISTIC_CUDNN:
+        yield Check("deterministic", "warning",
+                    f"cuDNN {version} has no attention for packed rows that repeats its bits on these GPUs, so "
+                    "train.deterministic=true ends with an error",
+                    f"install cuDNN {MIN_DETERMINISTIC_CUDNN // 10000}.{MIN_DETERMINISTIC_CUDNN // 100 % 100}."
+                    f"{MIN_DETERMINISTIC_CUDNN % 100} or newer, or leave train.deterministic off")
 
 
 def transformer_engine_checks() -> Iterator[Check]:

@@ -17,7 +17,7 @@ class Gpu:
     name: str
     """As people call it."""
     memory_bytes: int
-    """What its driver reports, which is less than its name says."""
+    """What CUDA reports, which is less than its name says."""
 
 
 GPUS = {"h100": Gpu("H100-80GB", 79 * GIB), "h200": Gpu("H200-141GB", 139 * GIB),

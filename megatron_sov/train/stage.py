@@ -25,15 +25,19 @@ from megatron_sov.data.token_shards import Source, open_sources, tokenizer_folde
 from megatron_sov.data.views import with_views
 from megatron_sov.data.vocabulary import read_vocabulary, refuse_other_tokens
 from megatron_sov.errors import ExitCode, GateFailed, StopRequested, UserError
-from megatron_sov.mcore.parallel import determinism, world
+from megatron_sov.mcore.parallel import determinism, own_gpu, world
+from megatron_sov.mcore.parallel.device import on_gpu
 from megatron_sov.mcore.parallel.world import on_main
 from megatron_sov.obs.events import EVENTS
 from megatron_sov.obs.warning import warn
+from megatron_sov.plan.fitting import fullest, refuse_too_large
+from megatron_sov.plan.gpus import Gpu
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.launch_environment import handed, is_first, num_ranks, repeats, under_launcher
 from megatron_sov.runs.lock import RunLock
+from megatron_sov.runs.nvidia_smi import visible_gpus
 from megatron_sov.train.announcement import summary
 from megatron_sov.train.gate import Gate, GateView
 from megatron_sov.train.guards.fault_injection import Fault, Faults, not_come
@@ -103,6 +107,9 @@ def run_stage(stage: Stage, nproc: int | None, began_s: float | None = None) -> 
             print(f"{stage.folder.path}: is complete at step {completion['step']}")
         _finish_side_jobs(stage)
         return True
+    if on_gpu() and not under_launcher():
+        for gpu in visible_gpus()[:num_ranks(nproc)]:
+            refuse_too_large(stage.config, num_ranks(nproc), Gpu(gpu.name, gpu.memory_bytes))
     data = _open_data(stage)
     if stage.start_from is not None:
         refuse_other_tokens(tokenizer_folder(data.sources), stage.start_from / "tokenizer")
@@ -231,7 +238,7 @@ def _rank(stage: Stage, data: _Data, begin: _Begin) -> int:
     newest = checkpoints.latest(stage.folder.checkpoints)
     faults = Faults(stage.faults, stage.folder.path, int(os.environ["RANK"]))
     faults.trigger("start", checkpoints.step_of(newest) if newest else 0)
-    place = world.join(stage.config.parallel)
+    place = world.join(stage.config.parallel, _bytes_of_own_gpu(stage.config))
     lock = RunLock(stage.folder.path) if place.is_main else None
     trainer: Trainer | None = None
     try:
@@ -262,6 +269,18 @@ def _rank(stage: Stage, data: _Data, begin: _Begin) -> int:
     dist.barrier()
     world.leave()
     return 0
+
+
+def _bytes_of_own_gpu(config: RunConfig) -> int:
+    """Return what a rank takes at least of its GPU's memory; 0 on CPUs.
+
+    Raises:
+        UserError: no such GPU has so much.
+    """
+    if not on_gpu():
+        return 0
+    refuse_too_large(config, num_ranks(None), own_gpu.kind())
+    return fullest(config, num_ranks(None))[1].total
 
 
 def _lock(stage: Stage, lock: RunLock | None, begin: _Begin) -> None:

@@ -27,10 +27,10 @@ def config_of(recipe: str, **settings: Any) -> RunConfig:
 def stages_hold_the_whole_model(recipe: str, layout: dict[str, int], num_ranks: int) -> list[int]:
     """Return [parameters of all stages with all experts, parameters of the model];
     runs in a process of its own."""
-    from megatron_sov.mcore.model.meta import stage_params
+    from megatron_sov.mcore.model.meta import built_stage
 
     config = config_of(recipe, **{f"parallel__{name}": value for name, value in layout.items()})
-    stages = stage_params(config, num_ranks)
+    stages = [built_stage(config, num_ranks, i).params for i in range(config.parallel.pp)]
     count = num_params(config.model)
     # the last stage embeds for the prediction layer as well
     copies = layout["pp"] > 1 and config.model.num_mtp_layers

@@ -24,8 +24,8 @@ class BuiltStage:
     """Parameters of the stage, each counted once whatever it is split over."""
 
 
-def built_stages(config: RunConfig, num_ranks: int) -> list[BuiltStage]:
-    """Return what each pipeline stage holds, from the very modules that training builds.
+def built_stage(config: RunConfig, num_ranks: int, stage: int) -> BuiltStage:
+    """Return what a pipeline stage holds, from the very modules that training builds.
 
     Must run in a process that is in no process group and that computes on no GPU, before or afterwards; nothing
     is sent anywhere, and CUDA is not started where there is a GPU.
@@ -39,25 +39,19 @@ def built_stages(config: RunConfig, num_ranks: int) -> list[BuiltStage]:
     from megatron_sov.mcore.model.language_model import build
 
     p = config.parallel
-    found = []
-    for stage in range(p.pp):
-        dist.init_process_group("fake", rank=stage * (num_ranks // p.pp), world_size=num_ranks,
-                                store=FakeStore())
-        try:
-            parallel_state.initialize_model_parallel(
-                p.tp, p.pp, p.vpp if p.vpp > 1 else None, context_parallel_size=p.cp,
-                expert_model_parallel_size=p.ep, expert_tensor_parallel_size=p.etp,
-                create_gloo_process_groups=False)
-            with torch.device("meta"):
-                model = build(config.model, p, config.train)
-            found.append(_stage(model, p))
-        finally:
-            parallel_state.destroy_model_parallel()
-            dist.destroy_process_group()
-    return found
+    dist.init_process_group("fake", rank=stage * (num_ranks // p.pp), world_size=num_ranks, store=FakeStore())
+    try:
+        parallel_state.initialize_model_parallel(
+            p.tp, p.pp, p.vpp if p.vpp > 1 else None, context_parallel_size=p.cp,
+            expert_model_parallel_size=p.ep, expert_tensor_parallel_size=p.etp, create_gloo_process_groups=False)
+        with torch.device("meta"):
+            return _held(build(config.model, p, config.train), p)
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
 
 
-def _stage(model: LanguageModel, parallel: ParallelConfig) -> BuiltStage:
+def _held(model: LanguageModel, parallel: ParallelConfig) -> BuiltStage:
     dense = experts = whole = 0
     for weight in model.parameters():
         if getattr(weight, "allreduce", True):

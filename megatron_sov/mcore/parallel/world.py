@@ -6,6 +6,7 @@ import datetime
 import gc
 import itertools
 import json
+import math
 import os
 import signal
 import socket
@@ -22,7 +23,7 @@ import torch.distributed as dist
 
 from megatron_sov.config import ParallelConfig
 from megatron_sov.errors import ExitCode, SilentCorruption, UserError
-from megatron_sov.mcore.parallel import cpu_shims, library_defects
+from megatron_sov.mcore.parallel import cpu_shims, library_defects, own_gpu
 from megatron_sov.mcore.parallel.device import on_gpu
 from megatron_sov.mcore.parallel.object_collectives import broadcast_object
 from megatron_sov.runs.launch_environment import (
@@ -35,7 +36,6 @@ from megatron_sov.runs.launch_environment import (
 )
 from megatron_sov.runs.parent_death import FORWARDED, die_with_parent
 
-COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 FINAL = (ExitCode.OK, ExitCode.USER_ERROR, ExitCode.STOPPED)
 """Exit codes of ranks after which a restart would change nothing: done, a user's mistake,
 stopped in good order."""
@@ -68,24 +68,36 @@ class World:
         return self.rank == 0
 
 
-def join(parallel: ParallelConfig) -> World:
-    """Join the process group that the environment describes (RANK, WORLD_SIZE,
-    ...) and make the layout's groups."""
+def join(parallel: ParallelConfig, needs_bytes: int = 0) -> World:
+    """Join the process group that the environment describes (RANK, WORLD_SIZE, ...) and make the layout's
+    groups.
+
+    Args:
+        parallel: the layout.
+        needs_bytes: memory that this process will take of its GPU at least; 0: nobody knows.
+
+    Raises:
+        UserError: a rank's GPU cannot be used, is another one's as well, or has too little free memory.
+    """
     from megatron.core import parallel_state, tensor_parallel
 
     # the library calls torch by names that newer versions replace; nobody who trains can mend that
     warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if on_gpu():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    timeout = datetime.timedelta(seconds=parallel.timeout_s)
     if not dist.is_initialized():
-        backend = "nccl" if on_gpu() else "gloo"
-        dist.init_process_group(backend, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT,
-                                store=_rendezvous())
+        store, device = _rendezvous(rank, size, timeout), None
+        if on_gpu():
+            device = own_gpu.take(store, rank, size, needs_bytes, timeout)
+        dist.init_process_group("nccl" if device else "gloo", rank=rank, world_size=size, timeout=timeout,
+                                store=store, device_id=device)
     parallel_state.initialize_model_parallel(
         parallel.tp, parallel.pp, parallel.vpp if parallel.vpp > 1 else None,
         context_parallel_size=parallel.cp, expert_model_parallel_size=parallel.ep,
-        expert_tensor_parallel_size=parallel.etp)
+        expert_tensor_parallel_size=parallel.etp,
+        # they would only serve the library's own checkpoints; making thousands takes minutes
+        create_gloo_process_groups=not on_gpu(),
+        distributed_timeout_minutes=max(1, math.ceil(parallel.timeout_s / 60)))
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     library_defects.mend()
     return World(
@@ -96,9 +108,8 @@ def join(parallel: ParallelConfig) -> World:
     )
 
 
-def _rendezvous() -> dist.Store | None:
-    """Return the launcher's store, under a name that no other start of the processes has used; None:
-    torch finds its own."""
+def _rendezvous(rank: int, size: int, timeout: datetime.timedelta) -> dist.Store:
+    """Return the store in which the processes meet, under a name that no other start of them has used."""
     environment = os.environ
     if STORE_PORT in environment:
         host, port, name = LOCALHOST, environment[STORE_PORT], ""
@@ -107,7 +118,8 @@ def _rendezvous() -> dist.Store | None:
         host, port, name = (environment["MASTER_ADDR"], environment["MASTER_PORT"],
                             environment["TORCHELASTIC_RESTART_COUNT"])
     else:
-        return None
+        store, *_ = next(dist.rendezvous("env://", rank, size, timeout=timeout))
+        return dist.PrefixStore("default_pg", store)
     return dist.PrefixStore(f"{name}/{next(_joins)}", dist.TCPStore(host, int(port), is_master=False))
 
 
