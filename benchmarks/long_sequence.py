@@ -26,9 +26,9 @@ import numpy as np
 from megatron_sov import recipes
 from megatron_sov.config import RunConfig, apply_settings
 from megatron_sov.data.token_shards import Source
-from megatron_sov.plan.stages import stage_params
 from megatron_sov.mcore.parallel import cpu_shims, world
 from megatron_sov.plan.memory import Account, account
+from megatron_sov.plan.stages import stage_params
 
 NPROC, MIB = 2, 1 << 20
 SETTINGS = ("parallel.cp=2", "train.recompute=true", "model.hidden_size=256", "model.num_heads=1",

@@ -1,5 +1,5 @@
-"""`megatron-sov plan RECIPE [--set key=value ...] [--nproc N | --cluster P --nodes N] [--json] [--html FILE]`:
-a run step by step, before it runs, and whether it fits its GPUs."""
+"""`megatron-sov plan RECIPE [--set key=value ...] [--nproc N | --cluster P --nodes N] [--json]
+[--html FILE]`: a run step by step, before it runs, and whether it fits its GPUs."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nproc", type=int, default=None, metavar="N",
                         help="check the settings for so many processes (default: as few as the layout needs)")
     parser.add_argument("--cluster", metavar="PROFILE",
-                        help="plan for the GPUs of this cluster: take the layout that is recommended for them, where "
-                             "no parallel.* is set, and tell what it needs of their memory "
+                        help="plan for the GPUs of this cluster: take the layout that is recommended for "
+                             "them, where no parallel.* is set, and tell what it needs of their memory "
                              f"({', '.join(cluster.names())}, or a YAML file of your own)")
     parser.add_argument("--nodes", type=int, metavar="N", help="nodes of --cluster (default 1)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -35,11 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the schedule: learning rate, batch size, tokens and blend; with --cluster the layout and its memory.
+    """Print the schedule: learning rate, batch size, tokens and blend; with --cluster the layout and its
+    memory too.
 
     Raises:
-        UserError: an unknown recipe or setting, settings that make no schedule, or a run that does not fit the
-            cluster's GPUs.
+        UserError: an unknown recipe or setting, settings that make no schedule, or a run that does not fit
+            the cluster's GPUs.
     """
     from megatron_sov.artifacts import to_json, write_output
     from megatron_sov.outputs import check_output
@@ -48,7 +49,8 @@ def run(args: argparse.Namespace) -> int:
     from megatron_sov.plan import timetable
 
     if args.nodes is not None and not args.cluster:
-        raise UserError(f"--nodes {args.nodes}: are those of a cluster; name it by --cluster, or pass --nproc")
+        raise UserError(f"--nodes {args.nodes}: are those of a cluster; name it by --cluster, or pass "
+                        "--nproc")
     request = requested(args)
     config, placed = _on_cluster(args, request) if args.cluster else (request.config(), {})
     if not placed:
@@ -69,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _on_cluster(args: argparse.Namespace, request: Request) -> tuple[RunConfig, dict[str, Any]]:
-    """Return the settings on a cluster's GPUs, and what they need there.  Nothing is built, CUDA is not asked.
+    """Return the settings on a cluster's GPUs, and what they need there; nothing is built, CUDA is not asked.
 
     Raises:
         UserError: there is no such profile, or the run does not fit.
@@ -88,8 +90,8 @@ def _on_cluster(args: argparse.Namespace, request: Request) -> tuple[RunConfig, 
     if gpu:
         refuse_too_large(config, num_ranks, GPUS[gpu])
     stage, needs = fullest(config, num_ranks)
-    return config, {"processes": num_ranks, "layout": asdict(config.parallel), "gpu": GPUS[gpu].name if gpu else None,
-                    "fullest_stage": stage + 1, "memory_bytes": asdict(needs) | {"total": needs.total}}
+    return config, {"processes": num_ranks, "layout": asdict(config.parallel),
+                    "gpu": GPUS[gpu].name if gpu else None, "fullest_stage": stage + 1, "memory_bytes": asdict(needs) | {"total": needs.total}}
 
 
 def _placed_text(placed: dict[str, Any]) -> str:
@@ -98,6 +100,7 @@ def _placed_text(placed: dict[str, Any]) -> str:
     layout = ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "data parallel alone"
     items = ", ".join(f"{name.replace('_', ' ')} {value / GIB:.1f}"
                       for name, value in placed["memory_bytes"].items() if name != "total")
+    total_gib = placed["memory_bytes"]["total"] / GIB
     return (f"{placed['processes']:,} processes{' of ' + placed['gpu'] if placed['gpu'] else ''}: {layout}"
             f"{', ZeRO-1' if placed['layout']['zero1'] else ''}\n"
-            f"{placed['memory_bytes']['total'] / GIB:.1f} GiB on each of stage {placed['fullest_stage']}: {items}\n")
+            f"{total_gib:.1f} GiB on each of stage {placed['fullest_stage']}: {items}\n")

@@ -44,8 +44,8 @@ class ParallelConfig:
     cp: int = 1
     """Context parallel size: processes that share each row of tokens, for long samples."""
     timeout_s: float = 1800.0
-    """Seconds after which a process gives up waiting for the others, at the start or in a collective; should be
-    longer than `guards.hang_timeout_s`, whose watch leaves stacks to read."""
+    """Seconds after which a process gives up waiting for the others, at the start or in a collective; should
+    be longer than `guards.hang_timeout_s`, whose watch leaves stacks to read."""
 
     @property
     def ranks_per_replica(self) -> int:

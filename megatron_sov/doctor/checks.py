@@ -35,7 +35,8 @@ OPTIONAL_PACKAGES = {"tensorboard": "dev", "wandb": "dev", "vllm": "rollout"}
 TE_COMMAND = ("pip install --no-build-isolation 'megatron-sov[gpu]' (needs a CUDA toolchain, "
               "see docs/install.md)")
 BLACKWELL, MIN_DETERMINISTIC_CUDNN = 10, 91801
-"""First compute capability whose deterministic attention needs a newer cuDNN, and that cuDNN (as torch counts)."""
+"""First compute capability whose deterministic attention needs a newer cuDNN, and that cuDNN as torch
+counts."""
 _COMMAND_TIMEOUT_S = 10
 
 
@@ -146,17 +147,22 @@ def torch_checks() -> Iterator[Check]:
 
 
 def _determinism_checks() -> Iterator[Check]:
-    """Whether attention can repeat its bits on the GPUs here (Transformer Engine, pull requests 2130 and 2584)."""
+    """Whether attention can repeat its bits on the GPUs here (Transformer Engine, pull requests 2130, 2584)."""
     import torch
 
     majors = [torch.cuda.get_device_properties(i).major for i in range(torch.cuda.device_count())]
     version = torch.backends.cudnn.version() or 0
     if max(majors, default=0) >= BLACKWELL and version < MIN_DETERMINISTIC_CUDNN:
         yield Check("deterministic", "warning",
-                    f"cuDNN {version} has no attention for packed rows that repeats its bits on these GPUs, so "
-                    "train.deterministic=true ends with an error",
-                    f"install cuDNN {MIN_DETERMINISTIC_CUDNN // 10000}.{MIN_DETERMINISTIC_CUDNN // 100 % 100}."
-                    f"{MIN_DETERMINISTIC_CUDNN % 100} or newer, or leave train.deterministic off")
+                    f"cuDNN {_cudnn(version)} has no attention for packed rows that repeats its bits on these "
+                    "GPUs, so train.deterministic=true ends with an error",
+                    f"install cuDNN {_cudnn(MIN_DETERMINISTIC_CUDNN)} or newer, or leave train.deterministic "
+                    "off")
+
+
+def _cudnn(version: int) -> str:
+    """Return a version of cuDNN, which torch counts as major * 10,000 + minor * 100 + patch."""
+    return f"{version // 10000}.{version // 100 % 100}.{version % 100}"
 
 
 def transformer_engine_checks() -> Iterator[Check]:

@@ -18,8 +18,8 @@ MAX_TP = 8
 
 
 def fullest(config: RunConfig, num_ranks: int) -> tuple[int, Account]:
-    """Return the pipeline stage whose processes need most, and the account of one of them, at the run's longest
-    samples."""
+    """Return the pipeline stage whose processes need most, and the account of one of them, at the run's
+    longest samples."""
     longest = max(phase.seq_len for phase in config.data.phases)
     accounts = [account(config, params, num_ranks, stage, longest)
                 for stage, params in enumerate(stage_params(config))]
@@ -43,7 +43,8 @@ def refuse_too_large(config: RunConfig, num_ranks: int, gpu: Gpu) -> None:
     stage, needs = fullest(config, num_ranks)
     which = f" of pipeline stage {stage + 1}" if config.parallel.pp > 1 else ""
     found = nearest(config, num_ranks, gpu)
-    way_out = (f"the nearest layout that fits: {' '.join(f'--set {s}' for s in changes(config.parallel, found))}"
+    way_out = ("the nearest layout that fits: "
+               + " ".join(f"--set {s}" for s in changes(config.parallel, found))
                if found else "no layout fits so many processes: use more GPUs, or a larger parallel.cp for "
                              "long samples")
     raise UserError(
@@ -51,8 +52,8 @@ def refuse_too_large(config: RunConfig, num_ranks: int, gpu: Gpu) -> None:
         f"{needs.total / GIB:.1f} GiB on each process{which} (weights {needs.weights / GIB:.1f}, gradients "
         f"{needs.gradients / GIB:.1f}, optimizer {needs.optimizer / GIB:.1f}, activations "
         f"{(needs.total - needs.weights - needs.gradients - needs.optimizer) / GIB:.1f}), and a run may take "
-        f"{USABLE_SHARE * gpu.memory_bytes / GIB:.1f} GiB of a {gpu.name} with {gpu.memory_bytes / GIB:.1f} GiB; "
-        f"{way_out}")
+        f"{USABLE_SHARE * gpu.memory_bytes / GIB:.1f} GiB of a {gpu.name} with "
+        f"{gpu.memory_bytes / GIB:.1f} GiB; {way_out}")
 
 
 def nearest(config: RunConfig, num_ranks: int, gpu: Gpu) -> ParallelConfig | None:

@@ -21,7 +21,8 @@ def layouts(config: RunConfig, gpu: str) -> list[ParallelConfig]:
 
 
 def recommended(config: RunConfig, num_ranks: int, gpu: str) -> ParallelConfig | None:
-    """Return the first recommended layout that so many processes can have and that fits; None: there is none."""
+    """Return the first recommended layout that so many processes can have and that fits; None: there is
+    none."""
     for layout in layouts(config, gpu):
         changed = dataclasses.replace(config, parallel=layout)
         if not changed.problems(num_ranks) and fits(changed, num_ranks, GPUS[gpu]):
@@ -47,8 +48,8 @@ def settings_for(config: RunConfig, num_ranks: int, gpu: str) -> tuple[str, ...]
 
 
 def table(config: RunConfig) -> list[str]:
-    """Return a line for each recommended layout of a recipe, best first: GPU, settings, memory at some numbers
-    of processes."""
+    """Return a line for each recommended layout of a recipe, best first: GPU, settings, memory at some
+    numbers of processes."""
     lines = []
     for name, gpu in GPUS.items():
         for layout in layouts(config, name):

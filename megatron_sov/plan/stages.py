@@ -1,8 +1,8 @@
 """What the processes of each pipeline stage hold of a model, from its config alone.
 
-The shapes are those of `models.count`, cut as megatron-core cuts them: matrices of attention and dense layers,
-of shared experts and of the vocabulary over `tp`, experts over `ep` and their matrices over `etp`, layers over
-stages.  Norms and routers are whole on every process.
+The shapes are those of `models.count`, cut as megatron-core cuts them: matrices of attention and dense
+layers, of shared experts and of the vocabulary over `tp`, experts over `ep` and their matrices over `etp`,
+layers over stages.  Norms and routers are whole on every process.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def stage_params(config: RunConfig) -> list[StageParams]:
 
 
 def layers_of(stage: int, config: RunConfig) -> list[int]:
-    """Return the trunk's layers (0-based) on a pipeline stage: a run of them, or under an interleaved pipeline
-    one of each turn."""
+    """Return the trunk's layers (0-based) on a pipeline stage: a run of them, or under an interleaved
+    pipeline one of each turn."""
     p = config.parallel
     run = config.model.num_layers // (p.pp * p.vpp)
     return [(turn * p.pp + stage) * run + i for turn in range(p.vpp) for i in range(run)]

@@ -2,8 +2,8 @@
 
 Ours, by the account of `plan/memory.py`; none has been timed.  Experts are exchanged inside a node of 8 where
 that fits, and no more stages are taken than memory asks for.  Which one serves depends on the number of
-processes: a global batch has to divide among the data-parallel ones (13,440 samples do over 480 processes and,
-where 4 compute a row together, over 512; over 1,024 they need 8).
+processes: a global batch has to divide among the data-parallel ones (13,440 samples do over 480 processes
+and, where 4 compute a row together, over 512; over 1,024 they need 8).
 """
 
 from __future__ import annotations

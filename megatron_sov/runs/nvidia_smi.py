@@ -41,7 +41,8 @@ def visible_gpus() -> list[SeenGpu]:
         return gpus
     found = []
     for word in filter(None, (w.strip() for w in chosen.split(","))):
-        found += [g for g in gpus if str(g.index) == word or (word.startswith("GPU-") and g.uuid.startswith(word))]
+        found += [g for g in gpus if str(g.index) == word or (word.startswith("GPU-") and
+        g.uuid.startswith(word))]
     return found
 
 

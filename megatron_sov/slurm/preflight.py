@@ -100,8 +100,8 @@ def look_alone(report: Report, scratch: Path, transformer_engine: bool = False) 
 
 
 def timed_product(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """Return a matrix product and the seconds that it alone took, on GPUs by their own clock: what follows there,
-    and the way to it, takes as long as the product itself."""
+    """Return a matrix product and the seconds that it alone took, on GPUs by their own clock: what follows
+    there, and the way to it, takes as long as the product itself."""
     import torch
 
     if a.device.type != "cuda":
@@ -126,7 +126,8 @@ def _look_at_gpu(report: Report) -> None:
     seen = visible_gpus()
     if len(seen) == report.num_gpus:  # else nobody can tell which one it is
         gpu = seen[_gpu_index(report.num_gpus)]
-        report.gpu_uuid, report.gpu_used_bytes, report.gpu_illness = gpu.uuid, gpu.used_bytes, illness(gpu.uuid)
+        report.gpu_uuid, report.gpu_used_bytes = gpu.uuid, gpu.used_bytes
+        report.gpu_illness = illness(gpu.uuid)
 
 
 def _import_error(module: str) -> str:
@@ -146,7 +147,8 @@ def look_together(report: Report, timeout_s: float) -> None:
     device = torch.device(kind, _gpu_index(report.num_gpus) if kind == "cuda" else None)
     if kind == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=datetime.timedelta(seconds=timeout_s),
+    dist.init_process_group("nccl" if kind == "cuda" else "gloo",
+                            timeout=datetime.timedelta(seconds=timeout_s),
                             device_id=device if kind == "cuda" else None)
     values = torch.ones(ALLREDUCE_BYTES[kind] // 4, device=device)
     dist.all_reduce(values)
@@ -212,7 +214,8 @@ def _problem(r: Report, limits: dict[str, Any], usual_s: float, usual_checksum: 
          f"{r.gpu_used_bytes / 1e9:.1f} GB of its GPU's memory were in use before the start, at most "
          f"{limits['max_gpu_used_bytes'] / 1e9:.1f} GB wanted"),
         (not r.gpu_illness, f"its GPU has {r.gpu_illness}"),
-        (not r.transformer_engine_error, f"Transformer Engine does not import ({r.transformer_engine_error})"),
+        (not r.transformer_engine_error,
+         f"Transformer Engine does not import ({r.transformer_engine_error})"),
         (not r.disk_error, f"disk cannot be written ({r.disk_error})"),
         (r.disk_error or r.free_disk_bytes >= limits["min_free_disk_bytes"],
          f"{r.free_disk_bytes / 1e9:.1f} GB of disk free, {limits['min_free_disk_bytes'] / 1e9:.1f} "

@@ -206,7 +206,8 @@ def fitting_nodes(work: Work, profile_ranks: int, num_nodes: int, least: int,
                   settings: dict[int, tuple[str, ...]], gpu: str = "") -> dict[int, tuple[str, ...]]:
     """Return number of nodes -> settings, for every number from `least` to `num_nodes` that the layout fits.
 
-    Where nobody has said anything about the layout it is the recommended one of so many GPUs, if there is one.
+    Where nobody has said anything about the layout it is the recommended one of so many GPUs, if there is
+    one.
 
     Args:
         work: a training stage.

@@ -1,4 +1,5 @@
-"""What does not fit a GPU is refused with what would; big recipes have layouts that fit, at the sizes they run at."""
+"""What does not fit a GPU is refused with what would; big recipes have layouts that fit, at the sizes that
+they run at."""
 
 from __future__ import annotations
 
@@ -25,9 +26,9 @@ SIZES = (512, 1024)
 def test_a_run_that_does_not_fit_is_refused_with_the_nearest_that_does() -> None:
     """The figures of the issue: 33.7 GiB of weights and 67.4 of gradients on each of 480 processes."""
     solar = recipes.get("solar-open-102b")
-    with pytest.raises(UserError, match=r"^solar-open-102b on 480 processes: the layout ep 8, with ZeRO-1 needs 112\.1 "
-                                        r"GiB on each process \(weights 33\.7, gradients 67\.4, .*71\.1 GiB of a "
-                                        r"H100-80GB with 79\.0 GiB; the nearest layout that fits: "
+    with pytest.raises(UserError, match=r"^solar-open-102b on 480 processes: the layout ep 8, with ZeRO-1 needs "
+                                        r"112\.1 GiB on each process \(weights 33\.7, gradients 67\.4, .*71\.1 "
+                                        r"GiB of a H100-80GB with 79\.0 GiB; the nearest layout that fits: "
                                         r"--set parallel\.pp=2$"):
         refuse_too_large(solar, 480, GPUS["h100"])
     refuse_too_large(solar, 480, GPUS["h200"])
@@ -68,8 +69,8 @@ def test_a_recipe_without_recommendations_keeps_its_layout() -> None:
 
 
 def runs_of_big_recipes() -> list[tuple[RunConfig, list[tuple[int, int]]]]:
-    """Return every big recipe with each recommended layout, and (processes, stage) of what is to be built of it:
-    at both sizes, and of several stages the first, the last and one of those between, which are alike."""
+    """Return every big recipe with each recommended layout, and (processes, stage) of what is to be built of
+    it: at both sizes, and of several stages the first, the last and one of those between, which are alike."""
     sizes: dict[tuple[str, str], list[int]] = {}
     runs: dict[tuple[str, str], RunConfig] = {}
     for name in BIG:
@@ -89,8 +90,8 @@ def runs_of_big_recipes() -> list[tuple[RunConfig, list[tuple[int, int]]]]:
 
 
 def built(big: bool) -> list[list[Any]]:
-    """Build stages of these runs, or of small ones, on meta tensors, as one rank after the other, and return what
-    they hold."""
+    """Build stages of these runs, or of small ones, on meta tensors, as one rank after the other, and return
+    what they hold."""
     from megatron_sov.mcore.model.meta import built_stage
 
     return [[dataclasses.asdict(built_stage(run, num_ranks, stage)) for num_ranks, stage in places]
@@ -107,7 +108,7 @@ SMALL_RUNS = [(dataclasses.replace(recipes.get(name), parallel=layout), [(8, i) 
 @pytest.mark.distributed
 def test_modules_at_size_hold_what_the_account_counts(ranks: Any, job: Any) -> None:
     """Megatron-core's own modules in a fake group of all ranks, against formula and unsharded model."""
-    (big,), (small,) = ranks(job(__file__, "built", 1, {"big": True}), job(__file__, "built", 1, {"big": False}))
+    (big,), (small,) = ranks(*(job(__file__, "built", 1, {"big": big}) for big in (True, False)))
     for (run, places), held in zip([*runs_of_big_recipes(), *SMALL_RUNS], [*big, *small], strict=True):
         said, p, count = stage_params(run), run.parallel, num_params(run.model)
         assert [h["params"] for h in held] == [dataclasses.asdict(said[stage]) for _, stage in places], p

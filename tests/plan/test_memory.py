@@ -99,7 +99,8 @@ def test_stages_hold_the_model_and_a_layer_what_the_account_says(ranks: Any, job
     ({"optim__name": "muon", "model__vocab_size": 1000}, "optimizer", (8 + 4 * 2 * 1000 * 4096 / 1e9) / 12)])
 def test_each_item_follows_its_setting(change: dict[str, Any], item: str, factor: float) -> None:
     base = {"parallel__ep": 1, "parallel__zero1": "false"}
-    before, after = (account(config_of("solar-open-102b", **(base | c)), StageParams(10**9, 0, 24), 16, 0, 131072)
+    params = StageParams(10**9, 0, 24)
+    before, after = (account(config_of("solar-open-102b", **(base | c)), params, 16, 0, 131072)
                      for c in ({}, change))
     assert getattr(after, item) / getattr(before, item) == pytest.approx(factor)
 

@@ -10,7 +10,8 @@ from megatron_sov.runs.nvidia_smi import illness, visible_gpus
 
 PROGRAM = """#!/bin/sh
 case "$1" in
-  *memory.used) echo "0, GPU-aa, NVIDIA H100 80GB HBM3, 81559, 4"; echo "1, GPU-bb, NVIDIA H100 80GB HBM3, 81559, 70000" ;;
+  *memory.used) echo "0, GPU-aa, NVIDIA H100 80GB HBM3, 81559, 4"
+                echo "1, GPU-bb, NVIDIA H100 80GB HBM3, 81559, 70000" ;;
   *ecc*) echo "GPU-aa, 0"; echo "GPU-bb, 3" ;;
   *hw_slowdown) echo "GPU-aa, Not Active"; echo "GPU-bb, Active" ;;
   *) echo 'Field is not a valid field to query.'; exit 2 ;;

@@ -27,8 +27,8 @@ class BuiltStage:
 def built_stage(config: RunConfig, num_ranks: int, stage: int) -> BuiltStage:
     """Return what a pipeline stage holds, from the very modules that training builds.
 
-    Must run in a process that is in no process group and that computes on no GPU, before or afterwards; nothing
-    is sent anywhere, and CUDA is not started where there is a GPU.
+    Must run in a process that is in no process group and that computes on no GPU, before or afterwards;
+    nothing is sent anywhere, and CUDA is not started where there is a GPU.
     """
     cpu_shims.prepare_without_gpu()
     import torch
@@ -43,7 +43,8 @@ def built_stage(config: RunConfig, num_ranks: int, stage: int) -> BuiltStage:
     try:
         parallel_state.initialize_model_parallel(
             p.tp, p.pp, p.vpp if p.vpp > 1 else None, context_parallel_size=p.cp,
-            expert_model_parallel_size=p.ep, expert_tensor_parallel_size=p.etp, create_gloo_process_groups=False)
+            expert_model_parallel_size=p.ep, expert_tensor_parallel_size=p.etp,
+            create_gloo_process_groups=False)
         with torch.device("meta"):
             return _held(build(config.model, p, config.train), p)
     finally:

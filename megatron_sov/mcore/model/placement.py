@@ -1,8 +1,8 @@
 """Where a model's weights lie: on the device of its process, every one of them.
 
-The library makes some of them on the CPU whatever it is told (0.16.1: the router's weight, the norms of torch)
-and moves what it finds there with the whole model, or in the first forward pass.  By then the gradient hooks of
-its data-parallel wrapper watch a weight that is no longer used, and the weight is never learned.
+The library makes some of them on the CPU whatever it is told (0.16.1: the router's weight, the norms of
+torch) and moves what it finds there with the whole model, or in the first forward pass.  By then the gradient
+hooks of its data-parallel wrapper watch a weight that is no longer used, and the weight is never learned.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ def transformer_engine_error() -> str:
     """Return why Transformer Engine does not import, in its own words; empty: it does."""
     try:
         import transformer_engine.pytorch  # noqa: F401
-    # it fails in many ways: not installed, missing libraries, wrong CUDA, RuntimeError of the bare meta package
+    # it fails in many ways: not installed, missing libraries, wrong CUDA, the bare meta package's RuntimeError
     except Exception as e:
         return f"{type(e).__name__}: {(str(e).strip() or 'it says no more').splitlines()[0]}"
     return ""
@@ -46,9 +46,9 @@ def uses_transformer_engine(dtype: torch.dtype) -> bool:
     if not transformer_engine_serves(dtype):
         return False
     if error := transformer_engine_error():
-        raise UserError(f"train.precision = bf16 on a GPU: Transformer Engine does not import ({error}); install "
-                        "it (`megatron-sov doctor` says how), or set train.precision=fp32, which is many times "
-                        "slower")
+        raise UserError(f"train.precision = bf16 on a GPU: Transformer Engine does not import ({error}); "
+                        "install it (`megatron-sov doctor` says how), or set train.precision=fp32, which is "
+                        "many times slower")
     return True
 
 

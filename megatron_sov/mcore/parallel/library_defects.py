@@ -1,4 +1,5 @@
-"""Defects of megatron-core 0.16.1 that a model without Transformer Engine meets on any device, mended in place.
+"""Defects of megatron-core 0.16.1 that a model without Transformer Engine meets on any device, mended in
+place.
 
 Each is one function whose docstring names it, and which leaves a mended library alone.
 """

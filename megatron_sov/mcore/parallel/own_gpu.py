@@ -1,7 +1,7 @@
 """The GPU of this process: which one it is, that no other rank has it, and that there is room on it.
 
-What is wrong with one rank's GPU is told by all of them, over the rendezvous, before NCCL begins: there a rank
-that has left would only be waited for.
+What is wrong with one rank's GPU is told by all of them, over the rendezvous, before NCCL begins: there a
+rank that has left would only be waited for.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ def kind() -> Gpu:
     return Gpu(found.name, found.total_memory)
 
 
-def take(store: dist.Store, rank: int, size: int, needs_bytes: int, timeout: datetime.timedelta) -> torch.device:
+def take(store: dist.Store, rank: int, size: int, needs_bytes: int,
+         timeout: datetime.timedelta) -> torch.device:
     """Make this process's GPU the current one; called by every rank.
 
     Args:
@@ -33,7 +34,8 @@ def take(store: dist.Store, rank: int, size: int, needs_bytes: int, timeout: dat
         timeout: how long to wait for the other ranks.
 
     Raises:
-        UserError: a GPU cannot be used, is another rank's as well, or has too little free memory; on every rank.
+        UserError: a GPU cannot be used, is another rank's as well, or has too little free memory; on every
+            rank.
     """
     device, uuid, problem = torch.device("cuda", _index()), "", ""
     try:
@@ -45,13 +47,14 @@ def take(store: dist.Store, rank: int, size: int, needs_bytes: int, timeout: dat
     else:
         if free_bytes < needs_bytes:
             problem = (f"has {free_bytes / GIB:.1f} of {total_bytes / GIB:.1f} GiB free, and the run takes "
-                       f"{needs_bytes / GIB:.1f}; end the other processes on it (`nvidia-smi` names them), or choose "
-                       "other GPUs by CUDA_VISIBLE_DEVICES")
+                       f"{needs_bytes / GIB:.1f}; end the other processes on it (`nvidia-smi` names them), or "
+                       "choose other GPUs by CUDA_VISIBLE_DEVICES")
     agree(store, rank, size, uuid, problem, timeout)
     return device
 
 
-def agree(store: dist.Store, rank: int, size: int, uuid: str, problem: str, timeout: datetime.timedelta) -> None:
+def agree(store: dist.Store, rank: int, size: int, uuid: str, problem: str,
+          timeout: datetime.timedelta) -> None:
     """Raise `UserError` on every rank where something is wrong with the GPU of one, or two have the same.
 
     Args:
@@ -63,9 +66,9 @@ def agree(store: dist.Store, rank: int, size: int, uuid: str, problem: str, time
         timeout: how long to wait for the other ranks.
     """
     if uuid and store.add(f"gpu/{uuid}", 1) > 1:
-        problem = problem or (f"({uuid}) is another rank's as well: LOCAL_RANK = "
-                              f"{os.environ.get('LOCAL_RANK', '0')} of {torch.cuda.device_count()} visible GPUs; "
-                              "start one process for each GPU, and let each see all of its node or its own")
+        place = f"LOCAL_RANK = {os.environ.get('LOCAL_RANK', '0')} of {torch.cuda.device_count()} visible GPUs"
+        problem = problem or (f"({uuid}) is another rank's as well: {place}; start one process for each GPU, and "
+                              "let each see all of its node or its own")
     if problem:
         store.set("gpu/problem", f"rank {rank}: its GPU {problem}")
     if store.add("gpu/ranks", 1) == size:

@@ -31,7 +31,8 @@ def settings(recipe: str, changes: list[str]) -> dict[str, Any]:
     return {**{n: getattr(library, n, None) for n in names}, "dtype": str(library.params_dtype),
             "windows": [s.submodules.self_attention.submodules.core_attention.params["window_tokens"]
                         for s in layers],
-            "routers": [r is BalancedRouter for r in routers], "te": specs.uses_transformer_engine(library.params_dtype)}
+            "routers": [r is BalancedRouter for r in routers],
+            "te": specs.uses_transformer_engine(library.params_dtype)}
 
 
 @pytest.mark.distributed
@@ -58,7 +59,8 @@ def test_a_recipes_structure_reaches_the_library(ranks, job) -> None:
     assert solar["bf16"] and solar["dtype"] == "torch.bfloat16"
 
 
-def test_on_gpus_16_bit_alone_takes_transformer_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_on_gpus_16_bit_alone_takes_transformer_engine(monkeypatch: pytest.MonkeyPatch,
+                                                       tmp_path: Path) -> None:
     """A broken one is told in its own words; float32 and float64 do without."""
     import torch
 

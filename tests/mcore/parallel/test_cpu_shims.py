@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+
 def opened() -> dict:
     """Return what a process behind the door sees."""
     import megatron.core.transformer.moe.moe_utils as moe_utils

@@ -175,8 +175,9 @@ def test_on_gpus_ranks_are_new_processes_that_end_as_forked_ones_do(tmp_path: Pa
     started = {}
     for case in ("again", "signals"):
         (tmp_path / case).mkdir()
-        started[case] = subprocess.Popen([sys.executable, "-W", "ignore", "-c", ON_GPU, str(tmp_path / case), case],
-                                         stderr=subprocess.PIPE, text=True)
+        started[case] = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", ON_GPU, str(tmp_path / case), case],
+            stderr=subprocess.PIPE, text=True)
     ranks_of_killed = pids(tmp_path / "signals")
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         started["signals"].send_signal(number)
@@ -186,6 +187,7 @@ def test_on_gpus_ranks_are_new_processes_that_end_as_forked_ones_do(tmp_path: Pa
             assert time.monotonic() < deadline
             time.sleep(0.02)
     started["signals"].kill()
+    started["signals"].communicate()
     assert all(ends(pid) for pid in ranks_of_killed)
     said = started["again"].communicate(timeout=240)[1]
     assert (tmp_path / "again/end").read_text() == "75 ['rank 0 was ended by SIGKILL']", said
