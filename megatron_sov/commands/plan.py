@@ -91,7 +91,8 @@ def _on_cluster(args: argparse.Namespace, request: Request) -> tuple[RunConfig, 
         refuse_too_large(config, num_ranks, GPUS[gpu])
     stage, needs = fullest(config, num_ranks)
     return config, {"processes": num_ranks, "layout": asdict(config.parallel),
-                    "gpu": GPUS[gpu].name if gpu else None, "fullest_stage": stage + 1, "memory_bytes": asdict(needs) | {"total": needs.total}}
+                    "gpu": GPUS[gpu].name if gpu else None, "fullest_stage": stage + 1,
+                    "memory_bytes": asdict(needs) | {"total": needs.total}}
 
 
 def _placed_text(placed: dict[str, Any]) -> str:

@@ -147,15 +147,16 @@ def torch_checks() -> Iterator[Check]:
 
 
 def _determinism_checks() -> Iterator[Check]:
-    """Whether attention can repeat its bits on the GPUs here (Transformer Engine, pull requests 2130, 2584)."""
+    """Whether attention can repeat its bits on the GPUs here (Transformer Engine's pull requests 2130, 2584).
+    """
     import torch
 
     majors = [torch.cuda.get_device_properties(i).major for i in range(torch.cuda.device_count())]
     version = torch.backends.cudnn.version() or 0
     if max(majors, default=0) >= BLACKWELL and version < MIN_DETERMINISTIC_CUDNN:
         yield Check("deterministic", "warning",
-                    f"cuDNN {_cudnn(version)} has no attention for packed rows that repeats its bits on these "
-                    "GPUs, so train.deterministic=true ends with an error",
+                    f"cuDNN {_cudnn(version)} has no attention for packed rows that repeats its bits on "
+                    "these GPUs, so train.deterministic=true ends with an error",
                     f"install cuDNN {_cudnn(MIN_DETERMINISTIC_CUDNN)} or newer, or leave train.deterministic "
                     "off")
 

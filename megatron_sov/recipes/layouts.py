@@ -16,7 +16,7 @@ Layout = dict[str, Any]
 _OWN: Layout = {}
 _ZERO1: Layout = {"zero1": True}
 _HALVES: Layout = {"zero1": True, "tp": 2, "sp": True}
-_SMALL = dict.fromkeys(("h100", "h200", "b200"), (_ZERO1, _HALVES))
+_SMALL: dict[str, tuple[Layout, ...]] = dict.fromkeys(("h100", "h200", "b200"), (_ZERO1, _HALVES))
 _SOLAR = ({"ep": 8, "pp": 4}, {"ep": 8, "pp": 8})
 _SOLAR_MID = ({"ep": 8, "pp": 4, "cp": 4}, {"ep": 8, "pp": 4, "cp": 8})
 

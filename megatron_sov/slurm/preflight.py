@@ -144,7 +144,7 @@ def look_together(report: Report, timeout_s: float) -> None:
     import torch.distributed as dist
 
     kind = "cuda" if report.num_gpus else "cpu"
-    device = torch.device(kind, _gpu_index(report.num_gpus) if kind == "cuda" else None)
+    device = torch.device("cuda", _gpu_index(report.num_gpus)) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if kind == "cuda" else "gloo",

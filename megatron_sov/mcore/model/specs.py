@@ -31,7 +31,7 @@ def transformer_engine_error() -> str:
     """Return why Transformer Engine does not import, in its own words; empty: it does."""
     try:
         import transformer_engine.pytorch  # noqa: F401
-    # it fails in many ways: not installed, missing libraries, wrong CUDA, the bare meta package's RuntimeError
+    # it fails in many ways: not installed, missing libraries, wrong CUDA, the bare package's RuntimeError
     except Exception as e:
         return f"{type(e).__name__}: {(str(e).strip() or 'it says no more').splitlines()[0]}"
     return ""

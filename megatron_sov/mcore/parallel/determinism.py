@@ -41,6 +41,6 @@ def switch_on() -> None:
     torch.use_deterministic_algorithms(True)
     # it would fill all empty memory, of every activation; what is read before it is written is a defect
     # elsewhere
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False

@@ -47,8 +47,8 @@ def take(store: dist.Store, rank: int, size: int, needs_bytes: int,
     else:
         if free_bytes < needs_bytes:
             problem = (f"has {free_bytes / GIB:.1f} of {total_bytes / GIB:.1f} GiB free, and the run takes "
-                       f"{needs_bytes / GIB:.1f}; end the other processes on it (`nvidia-smi` names them), or "
-                       "choose other GPUs by CUDA_VISIBLE_DEVICES")
+                       f"{needs_bytes / GIB:.1f}; end the other processes on it (`nvidia-smi` names them), "
+                       "or choose other GPUs by CUDA_VISIBLE_DEVICES")
     agree(store, rank, size, uuid, problem, timeout)
     return device
 
@@ -66,9 +66,10 @@ def agree(store: dist.Store, rank: int, size: int, uuid: str, problem: str,
         timeout: how long to wait for the other ranks.
     """
     if uuid and store.add(f"gpu/{uuid}", 1) > 1:
-        place = f"LOCAL_RANK = {os.environ.get('LOCAL_RANK', '0')} of {torch.cuda.device_count()} visible GPUs"
-        problem = problem or (f"({uuid}) is another rank's as well: {place}; start one process for each GPU, and "
-                              "let each see all of its node or its own")
+        place = f"LOCAL_RANK = {os.environ.get('LOCAL_RANK', '0')}"
+        problem = problem or (f"({uuid}) is another rank's as well: {place} of {torch.cuda.device_count()} "
+                              "visible GPUs; start one process for each GPU, and let each see all of its "
+                              "node or its own")
     if problem:
         store.set("gpu/problem", f"rank {rank}: its GPU {problem}")
     if store.add("gpu/ranks", 1) == size:
