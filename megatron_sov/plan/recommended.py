@@ -47,14 +47,19 @@ def settings_for(config: RunConfig, num_ranks: int, gpu: str) -> tuple[str, ...]
     return tuple(changes(config.parallel, layout)) if layout is not None else ()
 
 
+def memory_gib(config: RunConfig, layout: ParallelConfig) -> dict[int, float]:
+    """Return number of processes -> GiB that the fullest needs, where so many can have the layout."""
+    changed = dataclasses.replace(config, parallel=layout)
+    return {n: fullest(changed, n)[1].total / GIB for n in SHOWN_RANKS if not changed.problems(n)}
+
+
 def table(config: RunConfig) -> list[str]:
     """Return a line for each recommended layout of a recipe, best first: GPU, settings, memory at some
     numbers of processes."""
     lines = []
     for name, gpu in GPUS.items():
         for layout in layouts(config, name):
-            changed = dataclasses.replace(config, parallel=layout)
-            needs = {n: fullest(changed, n)[1].total / GIB for n in SHOWN_RANKS if not changed.problems(n)}
+            needs = memory_gib(config, layout)
             said = " ".join(f"--set {s}" for s in changes(config.parallel, layout)) or "as the recipe has it"
             figures = ", ".join(f"{need:.0f} GiB on {n:,}" for n, need in needs.items())
             lines.append(f"{name}  {said}" + (f"  ({figures} processes of {gpu.name})" if figures else ""))
