@@ -122,7 +122,7 @@ def layouts() -> str:
         config = get(name)
         for kind, gpu in GPUS.items():
             for layout in recommended.layouts(config, kind):
-                needs = recommended.memory_gib(config, layout)
+                needs = recommended.memory_gib(config, layout, kind)
                 rows.append(f"| `{name}` | {gpu.name} | "
                             f"{', '.join(f'`{s}`' for s in changes(config.parallel, layout)) or 'its own'} | "
                             f"{', '.join(f'{n:.0f} on {ranks:,}' for ranks, n in needs.items())} |\n")

@@ -15,9 +15,10 @@ from megatron_sov.errors import UserError
 from megatron_sov.models.count import num_params
 from megatron_sov.plan.fitting import changes, fits, fullest, nearest, refuse_too_large
 from megatron_sov.plan.gpus import GIB, GPUS, Gpu
-from megatron_sov.plan.recommended import recommended, settings_for, table
+from megatron_sov.plan.recommended import leaves_layout_open, recommended, settings_for, table
 from megatron_sov.plan.stages import layers_of, stage_params, vocabulary_tables
 from megatron_sov.recipes.layouts import RECOMMENDED
+from megatron_sov.recipes.requested import Request
 
 BIG = [name for name in RECOMMENDED if num_params(recipes.get(name).model).total > 1e11]
 SIZES = (512, 1024)
@@ -60,6 +61,16 @@ def test_every_recommended_layout_is_possible_and_serves(recipe: str) -> None:
             assert run.parallel == layout and not run.problems(num_ranks)
             refuse_too_large(run, num_ranks, GPUS[gpu])
     assert len(table(config)) == sum(map(len, RECOMMENDED[recipe].values()))
+
+
+@pytest.mark.parametrize(("settings", "from_file", "own", "open_"), [
+    ((), False, {}, True), (("train.steps=5",), False, {}, True), (("parallel.ep=16",), False, {}, False),
+    ((), True, {}, False), ((), False, {"ep": 16}, False)])
+def test_a_layout_is_open_where_nobody_has_said_anything(settings: tuple[str, ...], from_file: bool,
+                                                         own: dict[str, int], open_: bool) -> None:
+    base = recipes.get("solar-open-102b")
+    base = dataclasses.replace(base, parallel=dataclasses.replace(base.parallel, **own))
+    assert leaves_layout_open(Request(base, settings, from_file)) == open_
 
 
 def test_a_recipe_without_recommendations_keeps_its_layout() -> None:
