@@ -26,9 +26,9 @@ import numpy as np
 from megatron_sov import recipes
 from megatron_sov.config import RunConfig, apply_settings
 from megatron_sov.data.token_shards import Source
-from megatron_sov.mcore.model.meta import stage_params
 from megatron_sov.mcore.parallel import cpu_shims, world
 from megatron_sov.plan.memory import Account, account
+from megatron_sov.plan.stages import stage_params
 
 NPROC, MIB = 2, 1 << 20
 SETTINGS = ("parallel.cp=2", "train.recompute=true", "model.hidden_size=256", "model.num_heads=1",
@@ -123,8 +123,8 @@ def main() -> None:
           "account: " + ", ".join(Account.__annotations__))
     for tokens in args.lengths:
         config = config_of(tokens)
-        (stage,) = stage_params(config, NPROC)
-        planned = account(config, stage.dense, stage.experts, stage.layers, NPROC, 0, tokens)
+        (stage,) = stage_params(config)
+        planned = account(config, stage, NPROC, 0, tokens)
         before, grown, seconds, loss = measured(config)
         print(f"{tokens:>8,}{before / MIB:>8.0f}{grown / MIB:>8.0f}{planned.total / MIB:>9.0f}"
               f"{grown / planned.total:>7.2f}{seconds:>9.0f}{loss:>7.3f}   "

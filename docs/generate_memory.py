@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_sov import recipes
 from megatron_sov.artifacts import atomic_write
 from megatron_sov.config import RunConfig, apply_settings
-from megatron_sov.mcore.model.meta import stage_params
+from megatron_sov.mcore.model.meta import built_stage
 from megatron_sov.plan.memory import Account, account
 
 PAGE = Path(__file__).parent / "memory.md"
@@ -48,8 +48,8 @@ def settings_of(recipe: str, layout: dict[str, int | bool]) -> RunConfig:
 def fullest(recipe: str, num_ranks: int, layout: dict[str, int | bool]) -> tuple[int, Account]:
     """Return the pipeline stage that needs most, and its account."""
     config = settings_of(recipe, layout)
-    accounts = [account(config, s.dense, s.experts, s.layers, num_ranks, i, SEQ_LEN)
-                for i, s in enumerate(stage_params(config, num_ranks))]
+    accounts = [account(config, built_stage(config, num_ranks, i).params, num_ranks, i, SEQ_LEN)
+                for i in range(config.parallel.pp)]
     stage = max(range(len(accounts)), key=lambda i: accounts[i].total)
     return stage, accounts[stage]
 

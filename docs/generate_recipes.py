@@ -7,7 +7,11 @@ from pathlib import Path
 
 from megatron_sov.artifacts import atomic_write
 from megatron_sov.commands.recipes import summary
+from megatron_sov.plan import recommended
+from megatron_sov.plan.fitting import changes
+from megatron_sov.plan.gpus import GPUS
 from megatron_sov.recipes import RECIPES, TINY, get, sources
+from megatron_sov.recipes.layouts import RECOMMENDED
 from megatron_sov.recipes.sources import DEFAULT, Source, in_effect
 
 PAGE = Path(__file__).parent / "recipes.md"
@@ -45,6 +49,19 @@ phases have a source for each of them but English, which is the rest of the web.
 ## What there is
 
 | recipe | tiny | is | and has |
+|---|---|---|---|
+"""
+LAYOUTS = """
+## Layouts for GPUs
+
+What a process needs of its GPU's memory depends on the layout. These are recommended, best first; of a
+recipe's the first one serves that so many processes can have (a batch has to divide) and that fits, with 10 %
+of the memory kept for what the account of [memory.md](memory.md) leaves out. `recipes NAME` shows them too,
+`plan --cluster` and `submit --cluster` take the one for the cluster's GPUs where no `parallel.*` is set, and
+`pretrain`, `extend`, `sft` and `submit` refuse a layout that does not fit and name the nearest that does. Its
+figures are those of the account; none of these layouts has run on a GPU yet.
+
+| recipe | GPU | settings | GiB of a process |
 |---|---|---|---|
 """
 STAGES = """
@@ -98,9 +115,24 @@ def table(name: str) -> str:
     return f"\n### {name}\n\n| settings | source | where, or why |\n|---|---|---|\n{rows}"
 
 
+def layouts() -> str:
+    """Return a line for each recommended layout of a recipe."""
+    rows = []
+    for name in RECOMMENDED:
+        config = get(name)
+        for kind, gpu in GPUS.items():
+            for layout in recommended.layouts(config, kind):
+                needs = recommended.memory_gib(config, layout, kind)
+                rows.append(f"| `{name}` | {gpu.name} | "
+                            f"{', '.join(f'`{s}`' for s in changes(config.parallel, layout)) or 'its own'} | "
+                            f"{', '.join(f'{n:.0f} on {ranks:,}' for ranks, n in needs.items())} |\n")
+    return LAYOUTS + "".join(rows)
+
+
 def page() -> str:
     """Return the whole page."""
-    return HEAD + overview() + STAGES + "".join(table(name) for name in RECIPES if name not in TINY) + TAIL
+    tables = "".join(table(name) for name in RECIPES if name not in TINY)
+    return HEAD + overview() + layouts() + STAGES + tables + TAIL
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import contextlib
 
 from megatron_sov.objectives import factory
 from megatron_sov.runs.folder import STAGES
-from megatron_sov.runs.launch_environment import num_ranks
+from megatron_sov.runs.launch_environment import num_ranks, repeats
 from megatron_sov.train.guards.fault_injection import parse
 from megatron_sov.train.stage_config import add_stage_arguments, resolve_start, stage_request
 
@@ -34,7 +34,8 @@ def run(args: argparse.Namespace) -> int:
     stages = planned_stages(request, args.start_from, args.run, args.nproc)
     for stage in stages:
         stage.config.check(num_ranks(args.nproc))
-        stage.folder.enter(stage.config, args.resume)
+        if not repeats():
+            stage.folder.enter(stage.config, args.resume)
     start = resolve_start(args.start_from, args.run)
     assert start is not None, f"--from is required, it is {args.start_from}"
     from megatron_sov.extend.running import run_stages

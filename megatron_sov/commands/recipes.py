@@ -10,6 +10,7 @@ from megatron_sov.artifacts import to_json
 from megatron_sov.config import RunConfig
 from megatron_sov.errors import UserError
 from megatron_sov.models.count import num_params
+from megatron_sov.plan.recommended import table
 from megatron_sov.plugins.entry_points import declared
 from megatron_sov.plugins.loading import is_reference
 from megatron_sov.recipes.requested import add_recipe_arguments, load_plugins, requested
@@ -28,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """List recipes, families and objectives with their origin, or print one recipe's settings
-    and their sources.
+    and their sources, and the layouts that it is recommended to have.
 
     Raises:
         UserError: the recipe or a --set key does not exist, or --set or --json stands without a recipe.
@@ -47,6 +48,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         sources = recipes.sources(args.recipe) if args.recipe and not is_reference(args.recipe) else {}
         print(as_text(config, derive(sources, relabelled(asked.base, config, SET))))
+        for line in table(config):
+            print(f"recommended.{line}")
     return 0
 
 

@@ -29,7 +29,7 @@ class GuardConfig:
     hang_timeout_s: float = 1500.0
     """Seconds that a step may last before every process writes its stacks into RUN/hang and ends with exit
     code 76; must be longer than the slowest step; 0: no watch. (Collectives give up by
-    themselves after 1,800 s.)"""
+    themselves after `parallel.timeout_s`.)"""
     compare_replicas: bool = True
     """Before each checkpoint, compare the weights of processes that must hold the same, bit for bit."""
     probe_every_steps: int = 0

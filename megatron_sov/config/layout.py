@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -42,6 +43,9 @@ class ParallelConfig:
     data-parallel process."""
     cp: int = 1
     """Context parallel size: processes that share each row of tokens, for long samples."""
+    timeout_s: float = 1800.0
+    """Seconds after which a process gives up waiting for the others, at the start or in a collective; should
+    be longer than `guards.hang_timeout_s`, whose watch leaves stacks to read."""
 
     @property
     def ranks_per_replica(self) -> int:
@@ -108,6 +112,8 @@ class ParallelConfig:
             p.append("parallel.overlap_param_gather = True needs parallel.zero1 and "
                      f"parallel.overlap_grad_reduce, which are {self.zero1} and {self.overlap_grad_reduce}; "
                      "set both or leave it out")
+        if not 0 < self.timeout_s < math.inf:
+            p.append(f"parallel.timeout_s = {self.timeout_s} must be above 0")
         if self.bucket_params < 0:
             p.append(f"parallel.bucket_params = {self.bucket_params} must not be negative")
         for names in (("tp", "pp", "cp"), ("etp", "ep", "pp")):

@@ -34,6 +34,9 @@ REQUIRED_PACKAGES = ("numpy", "megatron-core", "transformers", "tokenizers", "sa
 OPTIONAL_PACKAGES = {"tensorboard": "dev", "wandb": "dev", "vllm": "rollout"}
 TE_COMMAND = ("pip install --no-build-isolation 'megatron-sov[gpu]' (needs a CUDA toolchain, "
               "see docs/install.md)")
+BLACKWELL, MIN_DETERMINISTIC_CUDNN = 10, 91801
+"""First compute capability whose deterministic attention needs a newer cuDNN, and that cuDNN as torch
+counts."""
 _COMMAND_TIMEOUT_S = 10
 
 
@@ -135,6 +138,7 @@ def torch_checks() -> Iterator[Check]:
         memory_gib = gpu.total_memory / 2**30
         yield Check(f"GPU {i}", "ok",
                     f"{gpu.name}, {memory_gib:.0f} GiB, compute capability {gpu.major}.{gpu.minor}")
+    yield from _determinism_checks()
     if dist.is_nccl_available():
         yield Check("NCCL", "ok", ".".join(map(str, torch.cuda.nccl.version())))
     else:
@@ -142,20 +146,51 @@ def torch_checks() -> Iterator[Check]:
                     "pip install torch from the default index")
 
 
+def _determinism_checks() -> Iterator[Check]:
+    """Whether attention can repeat its bits on the GPUs here (Transformer Engine's pull requests 2130, 2584).
+    """
+    import torch
+
+    majors = [torch.cuda.get_device_properties(i).major for i in range(torch.cuda.device_count())]
+    version = torch.backends.cudnn.version() or 0
+    if max(majors, default=0) >= BLACKWELL and version < MIN_DETERMINISTIC_CUDNN:
+        yield Check("deterministic", "warning",
+                    f"cuDNN {_cudnn(version)} has no attention for packed rows that repeats its bits on "
+                    "these GPUs, so train.deterministic=true ends with an error",
+                    f"install cuDNN {_cudnn(MIN_DETERMINISTIC_CUDNN)} or newer, or leave train.deterministic "
+                    "off")
+
+
+def _cudnn(version: int) -> str:
+    """Return a version of cuDNN, which torch counts as major * 10,000 + minor * 100 + patch."""
+    return f"{version // 10000}.{version // 100 % 100}.{version % 100}"
+
+
 def transformer_engine_checks() -> Iterator[Check]:
-    """Transformer Engine, by importing it."""
+    """Transformer Engine, by importing it; a machine with GPUs cannot train in bf16 without."""
+    gpu = _has_gpu()
     if importlib.util.find_spec("transformer_engine") is None:
-        yield Check("Transformer Engine", "missing",
-                    "is not installed; fused GPU kernels need it", TE_COMMAND)
+        yield Check("Transformer Engine", "broken" if gpu else "missing",
+                    "is not installed; fused GPU kernels need it"
+                    + (", and so does train.precision=bf16 on the GPUs here" if gpu else ""), TE_COMMAND)
         return
     try:
         importlib.import_module("transformer_engine.pytorch")
     except Exception as e:  # it raises RuntimeError, OSError or ImportError, depending on what is missing
         first_line = (str(e).splitlines() or ["no message"])[0]
-        yield Check("Transformer Engine", "warning",
+        yield Check("Transformer Engine", "broken" if gpu else "warning",
                     f"is installed but does not import ({type(e).__name__}: {first_line})", TE_COMMAND)
         return
     yield Check("Transformer Engine", "ok", installed_version("transformer-engine") or "imports")
+
+
+def _has_gpu() -> bool:
+    """Return whether torch sees a GPU; False where it does not import, which has a check of its own."""
+    try:
+        import torch
+    except Exception:
+        return False
+    return torch.cuda.is_available()
 
 
 def apex_checks() -> Iterator[Check]:

@@ -98,9 +98,7 @@ def _same_weights(checkpoint: Weights, folder: Weights) -> Iterator[tuple[Path, 
             yield narrow, folder.path
     elif wider < 0:
         with tempfile.TemporaryDirectory(prefix="sov-export-") as parent:
-            # in a process of its own: threads that torch starts here would be missing in the ranks,
-            # forked from this one
-            if world.launch(lambda: convert.to_hf(checkpoint.path, Path(parent) / "hf"), 1):
+            if world.apart(lambda: convert.to_hf(checkpoint.path, Path(parent) / "hf")):
                 raise SystemExit(ExitCode.CRASH)
             yield checkpoint.path, Path(parent) / "hf"
     else:

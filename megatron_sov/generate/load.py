@@ -3,9 +3,10 @@ one piece of work."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from megatron_sov.mcore.checkpoint import load
 from megatron_sov.mcore.decode.forward_only import ForwardModel
 from megatron_sov.mcore.model.language_model import build
 from megatron_sov.mcore.parallel import world
-from megatron_sov.runs.launch_environment import is_first
+from megatron_sov.runs.launch_environment import earlier_result, handed, is_first, note_result, repeats
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,10 @@ def run_forward_model(target: Target, settings: list[str], nproc: int | None,
     Raises:
         SystemExit: a process failed, after it has said why.
     """
-    with as_checkpoint(target) as path, tempfile.TemporaryDirectory(prefix="sov-result-") as folder:
+    if earlier := earlier_result():
+        return earlier[0]
+    with _places(target) as (path, result):
         config = inference_config(path, settings, nproc)
-        result = Path(folder) / "result.json"
 
         def rank() -> int:
             place = world.join(config.parallel)
@@ -78,10 +80,26 @@ def run_forward_model(target: Target, settings: list[str], nproc: int | None,
                 world.leave()
             return 0
 
-        code = world.launch(rank, nproc, config.train.num_threads)
+        code = world.launch(rank, nproc, config.train.num_threads,
+                            hand=lambda: {"checkpoint": str(path), "result": str(result)})
         if code != 0:
             raise SystemExit(code)
-        return json.loads(result.read_text(encoding="utf-8")) if is_first() else None
+        if not is_first():
+            return None
+        found = json.loads(result.read_text(encoding="utf-8"))
+        note_result(found)
+        return found
+
+
+@contextlib.contextmanager
+def _places(target: Target) -> Iterator[tuple[Path, Path]]:
+    """Give the target as a checkpoint, and a file for the result of the work: those of its launcher to a rank
+    that repeats its command."""
+    if repeats():
+        yield Path(handed()["checkpoint"]), Path(handed()["result"])
+        return
+    with as_checkpoint(target) as path, tempfile.TemporaryDirectory(prefix="sov-result-") as folder:
+        yield path, Path(folder) / "result.json"
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:

@@ -111,9 +111,7 @@ def as_checkpoint(target: Target) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="sov-target-") as folder:
         out = Path(folder) / "checkpoint"
-        # in a process of its own: threads that torch starts here would be missing in the ranks, which are
-        # forked from this one
-        code = world.launch(lambda: convert.from_hf(target.path, out), 1)
+        code = world.apart(lambda: convert.from_hf(target.path, out))
         if code:
             raise SystemExit(code)
         yield out

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from megatron_sov.config import RunConfig
+from megatron_sov.plan.stages import StageParams, vocabulary_tables
 
 ACTIVATION_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 MASTER_AND_MOMENTS = 12
@@ -43,33 +44,31 @@ class Account:
         return sum(asdict(self).values())
 
 
-def account(config: RunConfig, dense: int, experts: int, layers: int, num_ranks: int, stage: int,
-            seq_len: int) -> Account:
+def account(config: RunConfig, params: StageParams, num_ranks: int, stage: int, seq_len: int) -> Account:
     """Return the account of a process on pipeline stage `stage` (0-based).
 
     Args:
         config: model, layout, precision; `train.recompute` is taken to be on.
-        dense: parameters that every data-parallel process has.
-        experts: parameters of its routed experts.
-        layers: layers on it.
+        params: what it holds.
         num_ranks: processes.
         stage: pipeline stage; stage i of p has p - i micro-batches under way (1F1B, arXiv 2104.04473).
         seq_len: tokens of a sample.
     """
     p, item = config.parallel, ACTIVATION_BYTES[config.train.precision]
-    params = dense + experts
+    dense, experts = params.dense, params.experts
+    count = dense + experts
     shards, expert_shards = ((num_ranks // (p.tp * p.pp), num_ranks // (p.etp * p.ep * p.pp)) if p.zero1
                              else (1, 1))
     state, moment = (MASTER_AND_MOMENTS, MOMENT) if config.train.precision == "bf16" else (2 * item, item)
     of_matrices = state - moment if config.optim.name == "muon" else state
-    tables = _vocabulary_tables(config, stage) * (config.model.vocab_size // p.tp) * config.model.hidden_size
+    tables = vocabulary_tables(config, stage) * (config.model.vocab_size // p.tp) * config.model.hidden_size
     of_dense = min(dense, tables) * state + max(0, dense - tables) * of_matrices
     local = seq_len * config.train.micro_batch_size // p.cp
     inputs = local // (p.tp if p.sp else 1) * config.model.hidden_size * item
     return Account(
-        weights=params * item, gradients=params * GRADIENT_BYTES,
+        weights=count * item, gradients=count * GRADIENT_BYTES,
         optimizer=of_dense // shards + experts * of_matrices // expert_shards,
-        layer_inputs=inputs * layers * (p.pp - stage),
+        layer_inputs=inputs * params.layers * (p.pp - stage),
         one_layer=2 * layer_bytes(config, seq_len * config.train.micro_batch_size),
         head=_head_bytes(config, local) if stage == p.pp - 1 else 0)
 
@@ -81,14 +80,6 @@ def _head_bytes(config: RunConfig, local_tokens: int) -> int:
     logit_bytes = item if item >= LOGIT_BYTES else LOGIT_BYTES + item
     chunk = min(config.train.head_chunk_tokens, local_tokens) * logit_bytes
     return m.vocab_size // config.parallel.tp * (chunk + (1 + m.num_mtp_layers) * m.hidden_size * item)
-
-
-def _vocabulary_tables(config: RunConfig, stage: int) -> int:
-    """Return how many embeddings and heads a pipeline stage holds, which are AdamW's also beside Muon."""
-    p, m = config.parallel, config.model
-    last = stage == p.pp - 1
-    return ((stage == 0) + (last and not (m.tied_embeddings and p.pp == 1))
-            + (last and p.pp > 1 and m.num_mtp_layers > 0))
 
 
 def layer_bytes(config: RunConfig, row_tokens: int) -> int:

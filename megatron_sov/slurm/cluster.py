@@ -53,6 +53,10 @@ class PreflightConfig:
     """How many times longer than the median of all ranks a matrix product may take."""
     min_matmul_tflops: float = 0.0
     """Slowest matrix product (bf16 on GPUs, float32 on CPUs); 0: only compared with the other ranks."""
+    max_gpu_used_bytes: int = 2_000_000_000
+    """Memory of a rank's GPU that others may have taken before the start."""
+    transformer_engine: bool = True
+    """Whether every rank with a GPU has to be able to import Transformer Engine, which bf16 needs there."""
     max_allreduce_s: float = 10.0
     """Longest all-reduce of 64 MiB over all ranks, after a first one that opens the connections."""
     timeout_min: int = 10
@@ -69,6 +73,8 @@ class PreflightConfig:
              f"max_matmul_ratio = {self.max_matmul_ratio} must be above 1"),
             (0 <= self.min_matmul_tflops < math.inf,
              f"min_matmul_tflops = {self.min_matmul_tflops} must not be negative"),
+            (self.max_gpu_used_bytes >= 0,
+             f"max_gpu_used_bytes = {self.max_gpu_used_bytes} must not be negative"),
             (0 < self.max_allreduce_s < math.inf,
              f"max_allreduce_s = {self.max_allreduce_s} must be positive"),
             (self.timeout_min >= 1, f"timeout_min = {self.timeout_min} must be at least 1"),
@@ -99,6 +105,9 @@ class ClusterProfile:
     to a minute earlier."""
     gpus_per_node: int = 8
     """GPUs of a node; one rank is started for each.  0: training runs on CPUs."""
+    gpu: Literal["", "h100", "h200", "b200"] = ""
+    """What they are: runs that do not fit its memory are refused, and recommended layouts are taken; empty:
+    another kind, and nobody looks."""
     ranks_per_node: int = 1
     """Ranks of a node where there are no GPUs."""
     cpus_per_node: int = 96

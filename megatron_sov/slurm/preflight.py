@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib
 import json
 import os
 import platform
@@ -20,9 +21,13 @@ import time
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_sov.artifacts import atomic_write, to_json
+from megatron_sov.runs.nvidia_smi import illness, visible_gpus
+
+if TYPE_CHECKING:
+    import torch
 
 REPEATS = 5
 ALLREDUCE_BYTES = {"cuda": 64 << 20, "cpu": 4 << 20}
@@ -36,13 +41,21 @@ class Report:
     node: str
     rank: int
     num_gpus: int = 0
-    """GPUs that torch sees on the node."""
+    """GPUs that torch sees on the node: all of them, or this rank's alone."""
+    gpu_uuid: str = ""
+    """Which one is this rank's."""
+    gpu_used_bytes: int = 0
+    """Memory on it that was in use before this look began."""
+    gpu_illness: str = ""
+    """What its driver says is wrong with it: memory errors, heat, lack of power."""
+    transformer_engine_error: str = ""
+    """What it raised on import; empty: it imports, or nobody asked."""
     free_disk_bytes: int = 0
     """Free space on the scratch folder's disk."""
     disk_error: str = ""
     """Why a file could not be written there; empty: it could."""
     matmul_s: float = 0.0
-    """Shortest of some matrix products."""
+    """Shortest of some matrix products, of the product alone."""
     matmul_tflops: float = 0.0
     checksum: float = 0.0
     """Sum of the product of two matrices of small whole numbers: the same on every rank."""
@@ -54,11 +67,13 @@ class Report:
     """What was raised on the way."""
 
 
-def look_alone(report: Report, scratch: Path) -> None:
-    """Fill in what a rank can see alone: GPUs, disk, arithmetic."""
+def look_alone(report: Report, scratch: Path, transformer_engine: bool = False) -> None:
+    """Fill in what a rank can see alone: GPUs, disk, arithmetic, and whether Transformer Engine imports."""
     import torch
 
     report.num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if report.num_gpus:
+        _look_at_gpu(report)
     try:
         scratch.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=scratch) as f:
@@ -69,19 +84,58 @@ def look_alone(report: Report, scratch: Path) -> None:
         report.free_disk_bytes = status.f_bavail * status.f_frsize
     except OSError as e:
         report.disk_error = f"{scratch}: {e.strerror}"
-    device = (torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if report.num_gpus
-              else torch.device("cpu"))
+    if transformer_engine:
+        report.transformer_engine_error = _import_error("transformer_engine.pytorch")
+    device = torch.device("cuda", _gpu_index(report.num_gpus)) if report.num_gpus else torch.device("cpu")
     size, dtype = MATMUL_SIZE[device.type], torch.bfloat16 if device.type == "cuda" else torch.float32
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randint(-1, 2, (size, size), generator=generator).to(device, dtype) for _ in range(2))
     times = []
     for _ in range(REPEATS):
-        start = time.perf_counter()
-        product = a @ b
-        report.checksum = float(product.double().sum())  # waits for the device
-        times.append(time.perf_counter() - start)
+        product, took_s = timed_product(a, b)
+        report.checksum = float(product.double().sum())
+        times.append(took_s)
     report.matmul_s = min(times)
     report.matmul_tflops = 2 * size**3 / report.matmul_s / 1e12
+
+
+def timed_product(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Return a matrix product and the seconds that it alone took, on GPUs by their own clock: what follows
+    there, and the way to it, takes as long as the product itself."""
+    import torch
+
+    if a.device.type != "cuda":
+        start = time.perf_counter()
+        product = a @ b
+        return product, time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    product = a @ b
+    end.record()
+    end.synchronize()
+    return product, begin.elapsed_time(end) / 1e3
+
+
+def _gpu_index(num_gpus: int) -> int:
+    """Return this rank's GPU among those that it sees."""
+    return int(os.environ.get("LOCAL_RANK", "0")) % num_gpus
+
+
+def _look_at_gpu(report: Report) -> None:
+    """Fill in what the driver says of this rank's GPU, before anything of ours is on it."""
+    seen = visible_gpus()
+    if len(seen) == report.num_gpus:  # else nobody can tell which one it is
+        gpu = seen[_gpu_index(report.num_gpus)]
+        report.gpu_uuid, report.gpu_used_bytes = gpu.uuid, gpu.used_bytes
+        report.gpu_illness = illness(gpu.uuid)
+
+
+def _import_error(module: str) -> str:
+    try:
+        importlib.import_module(module)
+    except Exception as e:  # it fails in many ways: missing libraries, wrong CUDA
+        return f"{type(e).__name__}: {(str(e).strip() or 'it says no more').splitlines()[0]}"
+    return ""
 
 
 def look_together(report: Report, timeout_s: float) -> None:
@@ -90,11 +144,12 @@ def look_together(report: Report, timeout_s: float) -> None:
     import torch.distributed as dist
 
     kind = "cuda" if report.num_gpus else "cpu"
+    device = torch.device("cuda", _gpu_index(report.num_gpus)) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
     dist.init_process_group("nccl" if kind == "cuda" else "gloo",
-                            timeout=datetime.timedelta(seconds=timeout_s))
-    device = torch.device(kind)
+                            timeout=datetime.timedelta(seconds=timeout_s),
+                            device_id=device if kind == "cuda" else None)
     values = torch.ones(ALLREDUCE_BYTES[kind] // 4, device=device)
     dist.all_reduce(values)
     clocks = torch.zeros(dist.get_world_size(), dtype=torch.float64, device=device)
@@ -131,8 +186,9 @@ def sick_nodes(folder: Path, nodes: list[str], limits: dict[str, Any]) -> dict[s
         return {"all nodes": "no rank came to look at its node (see the pre-flight logs)"}
     usual_s = statistics.median(r.matmul_s for r in reports)
     usual_checksum = Counter(r.checksum for r in reports).most_common(1)[0][0]
+    own = {node: {r.gpu_uuid for r in reports if r.node == node and r.gpu_uuid} for node in written}
     for r in reports:
-        problem = _problem(r, limits, usual_s, usual_checksum)
+        problem = _problem(r, limits, usual_s, usual_checksum, max(r.num_gpus, len(own[r.node])))
         if problem:
             sick.setdefault(r.node, f"rank {r.rank}: {problem}")
     if not sick and any(r.allreduce_s is None for r in reports):
@@ -141,11 +197,25 @@ def sick_nodes(folder: Path, nodes: list[str], limits: dict[str, Any]) -> dict[s
     return sick
 
 
-def _problem(r: Report, limits: dict[str, Any], usual_s: float, usual_checksum: float) -> str:
-    """Return what is wrong with a rank's figures, or an empty string."""
+def _problem(r: Report, limits: dict[str, Any], usual_s: float, usual_checksum: float, num_gpus: int) -> str:
+    """Return what is wrong with a rank's figures, or an empty string.
+
+    Args:
+        r: what it found.
+        limits: as `sick_nodes` takes them.
+        usual_s: the median of all ranks' products.
+        usual_checksum: the sum of most of them.
+        num_gpus: GPUs of its node, which its ranks see together.
+    """
     skew_s, allreduce_s = r.clock_skew_s or 0.0, r.allreduce_s or 0.0
     rules = [
-        (r.num_gpus >= limits["num_gpus"], f"{r.num_gpus} GPUs, {limits['num_gpus']} wanted"),
+        (num_gpus >= limits["num_gpus"], f"{num_gpus} GPUs, {limits['num_gpus']} wanted"),
+        (r.gpu_used_bytes <= limits["max_gpu_used_bytes"],
+         f"{r.gpu_used_bytes / 1e9:.1f} GB of its GPU's memory were in use before the start, at most "
+         f"{limits['max_gpu_used_bytes'] / 1e9:.1f} GB wanted"),
+        (not r.gpu_illness, f"its GPU has {r.gpu_illness}"),
+        (not r.transformer_engine_error,
+         f"Transformer Engine does not import ({r.transformer_engine_error})"),
         (not r.disk_error, f"disk cannot be written ({r.disk_error})"),
         (r.disk_error or r.free_disk_bytes >= limits["min_free_disk_bytes"],
          f"{r.free_disk_bytes / 1e9:.1f} GB of disk free, {limits['min_free_disk_bytes'] / 1e9:.1f} "
@@ -169,10 +239,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--timeout-s", type=float, default=120.0)
+    parser.add_argument("--transformer-engine", action="store_true")
     args = parser.parse_args(argv)
     report = Report(os.environ.get("SLURMD_NODENAME", platform.node()), int(os.environ["RANK"]))
     file = args.folder / f"rank-{report.rank}.json"
-    for look in (lambda: look_alone(report, args.scratch), lambda: look_together(report, args.timeout_s)):
+    for look in (lambda: look_alone(report, args.scratch, args.transformer_engine),
+                 lambda: look_together(report, args.timeout_s)):
         try:
             look()
         except Exception as e:  # whatever a sick node raises is what is to be reported

@@ -16,6 +16,7 @@ from typing import Any
 
 import jinja2
 
+from megatron_sov.config import apply_settings
 from megatron_sov.errors import UserError
 from megatron_sov.slurm.cluster import ClusterProfile
 from megatron_sov.slurm.stages import Work
@@ -89,7 +90,7 @@ class Job:
         unit = (f"{profile.gpus_per_node} GPUs" if profile.gpus_per_node
                 else f"{profile.ranks_per_node} processes on CPUs")
         assert self.work.config is not None, self.work.stage
-        layout = self.work.config.parallel
+        layout = apply_settings(self.work.config, list(self.layouts[nodes])).parallel
         values = {f.name: getattr(layout, f.name)
                   for f in dataclasses.fields(layout) if getattr(layout, f.name) != f.default}
         chosen = [name if value is True else f"{name} {value}" for name, value in values.items()]

@@ -18,6 +18,9 @@ from megatron_sov.artifacts import MANIFEST
 from megatron_sov.command_line import Parser
 from megatron_sov.config import RunConfig, apply_settings, data_paths
 from megatron_sov.errors import UserError, nearest
+from megatron_sov.plan.fitting import refuse_too_large
+from megatron_sov.plan.gpus import GPUS
+from megatron_sov.plan.recommended import leaves_layout_open, settings_for
 from megatron_sov.recipes.requested import training_request
 from megatron_sov.runs.folder import COMPLETION, JOBS
 
@@ -94,6 +97,8 @@ class Work:
     """--data of a training stage, as a user would type it."""
     config: RunConfig | None = None
     """Settings of a training stage, as far as they are known before its checkpoint is."""
+    layout_open: bool = False
+    """Whether nobody has said anything about the layout of a training stage."""
 
     @property
     def kind(self) -> StageKind:
@@ -126,13 +131,15 @@ def work_of(stage: str, arguments: list[str], commands: Commands) -> Work:
 def _training(stage: str, arguments: list[str], args: argparse.Namespace) -> Work:
     if args.nproc is not None:
         raise UserError(f"--nproc {args.nproc}: under Slurm the nodes and the profile decide; leave it out")
-    config = training_request(args, STAGES[stage].objective).config()
+    request = training_request(args, STAGES[stage].objective)
+    config = request.config()
     run = args.run.absolute()
     argv = arguments if args.resume else [*arguments, "--resume"]
     inputs = [_path_of(text) for text in args.data or config.data.paths]
     inputs += [path for path in (args.start_from, args.config) if path is not None]
     return Work(stage, tuple(argv), run, run / JOBS, run / COMPLETION,
-                inputs=tuple(p.absolute() for p in inputs), data=tuple(args.data), config=config)
+                inputs=tuple(p.absolute() for p in inputs), data=tuple(args.data), config=config,
+                layout_open=leaves_layout_open(request))
 
 
 def _artifact(stage: str, arguments: list[str]) -> Work:
@@ -196,8 +203,11 @@ def check_inputs(work: Work, promised: set[Path]) -> None:
 
 
 def fitting_nodes(work: Work, profile_ranks: int, num_nodes: int, least: int,
-                  settings: dict[int, tuple[str, ...]]) -> dict[int, tuple[str, ...]]:
+                  settings: dict[int, tuple[str, ...]], gpu: str = "") -> dict[int, tuple[str, ...]]:
     """Return number of nodes -> settings, for every number from `least` to `num_nodes` that the layout fits.
+
+    Where nobody has said anything about the layout it is the recommended one of so many GPUs, if there is
+    one.
 
     Args:
         work: a training stage.
@@ -205,18 +215,23 @@ def fitting_nodes(work: Work, profile_ranks: int, num_nodes: int, least: int,
         num_nodes: nodes that are asked for; they have to fit.
         least: fewest nodes to go on with.
         settings: number of nodes -> settings that change then.
+        gpu: kind of the nodes' GPUs; empty: nobody looks at their memory.
 
     Raises:
         UserError: the layout does not fit `num_nodes` or `least`, or a number has settings
-            that do not fit it.
+            that do not fit it; or it does not fit the GPUs' memory.
     """
     assert work.config is not None, work.stage
     fitting: dict[int, tuple[str, ...]] = {}
     for count in range(num_nodes, least - 1, -1):
-        chosen = settings.get(count, ())
+        num_ranks, said = count * profile_ranks, settings.get(count, ())
+        open_ = work.layout_open and not any(setting.startswith("parallel.") for setting in said)
+        chosen = (*(settings_for(work.config, num_ranks, gpu) if open_ else ()), *said)
         config = apply_settings(work.config, list(chosen)) if chosen else work.config
-        problems = config.problems(count * profile_ranks)
+        problems = config.problems(num_ranks)
         if not problems:
+            if gpu:
+                refuse_too_large(config, num_ranks, GPUS[gpu])
             fitting[count] = chosen
         elif count in (num_nodes, least) or count in settings:
             raise UserError(f"--nodes {count} x {profile_ranks} processes do not fit {config.recipe}: "

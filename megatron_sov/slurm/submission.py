@@ -89,7 +89,8 @@ def prepare(request: Request, commands: Commands) -> Prepared:
                            if work.kind.ranks else f"{request.stage} works on one node; leave it out"))
     layouts: dict[int, tuple[str, ...]] = {1: ()}
     if work.kind.ranks:
-        layouts = fitting_nodes(work, request.profile.tasks_per_node, request.nodes, least, request.settings)
+        layouts = fitting_nodes(work, request.profile.tasks_per_node, request.nodes, least, request.settings,
+                                request.profile.gpu if request.profile.gpus_per_node else "")
     _check_side_jobs(work)
     code = None if request.ready else work.records / _code_name(ROOT)
     script = request.ready.script if request.ready else work.records / f"{request.stage}.sbatch"

@@ -13,6 +13,7 @@ from megatron_sov.mcore.model.language_model import LanguageModel
 from megatron_sov.mcore.parallel.world import World
 from megatron_sov.models.count import num_params
 from megatron_sov.plan.memory import Account, account
+from megatron_sov.plan.stages import StageParams
 from megatron_sov.train.evaluate import HeldoutLoss
 from megatron_sov.train.state import TrainState
 
@@ -68,7 +69,7 @@ def memory_of(config: RunConfig, model: LanguageModel, world: World) -> Account:
     dense, experts = (sum(n for n, shared in sizes if shared is kind) for kind in (True, False))
     layers = -(-config.model.num_layers // config.parallel.pp)
     longest = max(phase.seq_len for phase in config.data.phases)
-    return account(config, dense, experts, layers, world.size, 0, longest)
+    return account(config, StageParams(dense, experts, layers), world.size, 0, longest)
 
 
 def summary(run: Path, checkpoint: Path, done: TrainState, wall_s: float,

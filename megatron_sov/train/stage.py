@@ -25,15 +25,19 @@ from megatron_sov.data.token_shards import Source, open_sources, tokenizer_folde
 from megatron_sov.data.views import with_views
 from megatron_sov.data.vocabulary import read_vocabulary, refuse_other_tokens
 from megatron_sov.errors import ExitCode, GateFailed, StopRequested, UserError
-from megatron_sov.mcore.parallel import determinism, world
+from megatron_sov.mcore.parallel import determinism, own_gpu, world
+from megatron_sov.mcore.parallel.device import on_gpu
 from megatron_sov.mcore.parallel.world import on_main
 from megatron_sov.obs.events import EVENTS
 from megatron_sov.obs.warning import warn
+from megatron_sov.plan.fitting import fullest, refuse_too_large
+from megatron_sov.plan.gpus import Gpu
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.folder import RunFolder
-from megatron_sov.runs.launch_environment import is_first, num_ranks, under_launcher
+from megatron_sov.runs.launch_environment import handed, is_first, num_ranks, repeats, under_launcher
 from megatron_sov.runs.lock import RunLock
+from megatron_sov.runs.nvidia_smi import visible_gpus
 from megatron_sov.train.announcement import summary
 from megatron_sov.train.gate import Gate, GateView
 from megatron_sov.train.guards.fault_injection import Fault, Faults, not_come
@@ -88,18 +92,24 @@ def run_stage(stage: Stage, nproc: int | None, began_s: float | None = None) -> 
         StopRequested: it was asked to stop, and everything is saved.
         GateFailed: its gate has not passed within its steps, and everything is saved.
     """
-    begin = _Begin(time.time() if began_s is None else began_s, stage.resume)
+    begin = (_Begin(**handed()["begin"]) if repeats()
+             else _Begin(time.time() if began_s is None else began_s, stage.resume))
     stage.config.check(num_ranks(nproc))
     models.get(stage.config.model.family).check(stage.config.model)
     # torchrun starts the same command again
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    begin.goes_on = stage.resume or restarted
-    stage.folder.enter(stage.config, begin.goes_on)
+    begin.goes_on = begin.goes_on or restarted
+    if not repeats():
+        stage.folder.enter(stage.config, begin.goes_on)
     completion = stage.folder.completion()
     if completion is not None:
-        print(f"{stage.folder.path}: is complete at step {completion['step']}")
+        if is_first():
+            print(f"{stage.folder.path}: is complete at step {completion['step']}")
         _finish_side_jobs(stage)
         return True
+    if on_gpu() and not under_launcher():
+        for gpu in visible_gpus()[:num_ranks(nproc)]:
+            refuse_too_large(stage.config, num_ranks(nproc), Gpu(gpu.name, gpu.memory_bytes))
     data = _open_data(stage)
     if stage.start_from is not None:
         refuse_other_tokens(tokenizer_folder(data.sources), stage.start_from / "tokenizer")
@@ -107,7 +117,8 @@ def run_stage(stage: Stage, nproc: int | None, began_s: float | None = None) -> 
     restarts = world.Restarts(stage.config.train.max_restarts,
                               lambda: checkpoints.latest(stage.folder.checkpoints),
                               partial(_note_restart, stage.folder, begin), partial(_note_giving_up, stage))
-    code = world.launch(lambda: _rank(stage, data, begin), nproc, stage.config.train.num_threads, restarts)
+    code = world.launch(lambda: _rank(stage, data, begin), nproc, stage.config.train.num_threads, restarts,
+                        begin.hand)
     if code != 0:
         if code == ExitCode.USER_ERROR and begin.declared[0] and not begin.goes_on:
             stage.folder.remove_unstarted()
@@ -129,7 +140,7 @@ def run_stage(stage: Stage, nproc: int | None, began_s: float | None = None) -> 
 
 @dataclass(frozen=True)
 class _Data:
-    """What the ranks read, opened and planned once: they are forked, and inherit it."""
+    """What the ranks read, opened and planned before they start: those that are forked inherit it."""
 
     sources: list[Source]
     """All sources, views and those made on the fly included."""
@@ -170,10 +181,29 @@ class _Begin:
     """Unix time."""
     goes_on: bool
     """Whether the folder may hold the run already."""
-    declared: mmap.mmap = field(default_factory=lambda: mmap.mmap(-1, 1))
-    """One byte that the ranks share with this process: 1 once the folder holds this run."""
     restarts: list[dict[str, Any]] = field(default_factory=list)
     """Events of those that came before the folder held the run; whoever opens its records writes them."""
+    shared: int = field(default_factory=lambda: _byte_for_ranks())
+    """File descriptor of `declared`; -1: forked ranks alone share it."""
+    declared: mmap.mmap = field(init=False)
+    """One byte that the ranks share with this process: 1 once the folder holds this run."""
+
+    def __post_init__(self) -> None:
+        self.declared = mmap.mmap(self.shared, 1)
+
+    def hand(self) -> dict[str, Any]:
+        """Return what ranks that are new processes make theirs of."""
+        return {"begin": {"time_s": self.time_s, "goes_on": self.goes_on, "restarts": self.restarts,
+                          "shared": self.shared}}
+
+
+def _byte_for_ranks() -> int:
+    """Return a file of one byte in memory, which new processes inherit; -1 where the system has none."""
+    if not hasattr(os, "memfd_create"):
+        return -1
+    file = os.memfd_create("declared", 0)
+    os.truncate(file, 1)
+    return file
 
 
 def _note_restart(folder: RunFolder, begin: _Begin, code: int, cause: str) -> None:
@@ -208,7 +238,7 @@ def _rank(stage: Stage, data: _Data, begin: _Begin) -> int:
     newest = checkpoints.latest(stage.folder.checkpoints)
     faults = Faults(stage.faults, stage.folder.path, int(os.environ["RANK"]))
     faults.trigger("start", checkpoints.step_of(newest) if newest else 0)
-    place = world.join(stage.config.parallel)
+    place = world.join(stage.config.parallel, _bytes_of_own_gpu(stage.config))
     lock = RunLock(stage.folder.path) if place.is_main else None
     trainer: Trainer | None = None
     try:
@@ -239,6 +269,18 @@ def _rank(stage: Stage, data: _Data, begin: _Begin) -> int:
     dist.barrier()
     world.leave()
     return 0
+
+
+def _bytes_of_own_gpu(config: RunConfig) -> int:
+    """Return what a rank takes at least of its GPU's memory; 0 on CPUs.
+
+    Raises:
+        UserError: no such GPU has so much.
+    """
+    if not on_gpu():
+        return 0
+    refuse_too_large(config, num_ranks(None), own_gpu.kind())
+    return fullest(config, num_ranks(None))[1].total
 
 
 def _lock(stage: Stage, lock: RunLock | None, begin: _Begin) -> None:

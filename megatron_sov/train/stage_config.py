@@ -13,7 +13,7 @@ from megatron_sov.config import ModelConfig, RunConfig, data_paths
 from megatron_sov.errors import UserError
 from megatron_sov.recipes.requested import BuiltIn, Request, add_recipe_arguments, training_request
 from megatron_sov.runs.checkpoints import find_checkpoint, refuse_missing, settings_of
-from megatron_sov.runs.launch_environment import num_ranks
+from megatron_sov.runs.launch_environment import num_ranks, repeats
 from megatron_sov.train.guards.fault_injection import STATES, Fault, parse
 
 
@@ -137,12 +137,12 @@ def _converted(hf_dir: Path, run: Path) -> Path:
     out = run.with_name(run.name + ".from-hf")
     if (out / MANIFEST).is_file() and checkpoints.latest(run / checkpoints.CHECKPOINTS_OF_A_RUN) is not None:
         return out
+    if repeats():
+        return out  # its launcher has made it
     if num_ranks(None) > 1:
         raise UserError(f"--from {hf_dir}: many processes would convert it at once; "
                         "run `megatron-sov convert from-hf` before, and pass its output")
-    # in a process of its own: threads that torch starts here would be missing in the ranks,
-    # which are forked from this process
-    code = world.launch(lambda: convert.from_hf(hf_dir, out, overwrite=True), 1)
+    code = world.apart(lambda: convert.from_hf(hf_dir, out, overwrite=True))
     if code:
         raise SystemExit(code)
     return out

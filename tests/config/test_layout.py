@@ -26,6 +26,7 @@ Small = Callable[..., RunConfig]
      "which are True and False"),
     ({"overlap_param_gather": True, "overlap_grad_reduce": True}, 1,
      "parallel.overlap_param_gather = True needs"),
+    ({"timeout_s": 0.0}, 1, "parallel.timeout_s = 0.0 must be above 0"),
     ({"bucket_params": -1}, 1, "parallel.bucket_params = -1 must not be negative"),
     ({"cp": 0}, 1, "parallel.cp = 0 must be at least 1"),
     ({"cp": 2, "pp": 2}, 6, "parallel tp 1 x pp 2 x cp 2 = 4 must divide the number of processes, 6"),

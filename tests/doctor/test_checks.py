@@ -98,6 +98,25 @@ def test_gpus_are_listed_with_memory_and_nccl(monkeypatch: pytest.MonkeyPatch) -
     assert found["NCCL"].status == "broken"
 
 
+@pytest.mark.parametrize(("major", "cudnn", "warned"), [
+    (10, 91800, True), (10, 91801, False), (9, 90100, False)])
+def test_determinism_needs_a_cudnn_of_its_own_on_blackwell(major: int, cudnn: int, warned: bool,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    gpu = namedtuple("gpu", "name total_memory major minor")("Test GPU", 178 * 2**30, major, 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: gpu)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    found = {c.name: c for c in checks.torch_checks()}
+    assert ("deterministic" in found) == warned
+    if warned:
+        assert "cuDNN 9.18.0 has no attention for packed rows" in found["deterministic"].detail
+        assert found["deterministic"].remedy.startswith("install cuDNN 9.18.1 or newer")
+
+
 def test_a_torch_that_does_not_load_is_broken(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (site / "torch.py").write_text("raise OSError('libcudart.so: cannot open shared object file')")
     monkeypatch.delitem(sys.modules, "torch", raising=False)
@@ -116,6 +135,18 @@ def test_a_torch_that_does_not_load_is_broken(site: Path, monkeypatch: pytest.Mo
 def test_transformer_engine_is_what_imports(site: Path, text: str, status: str, detail: str) -> None:
     module(site, "transformer_engine", pytorch=text)
     assert [(c.status, c.detail) for c in checks.transformer_engine_checks()] == [(status, detail)]
+
+
+def test_a_machine_with_gpus_cannot_train_without_transformer_engine(
+        site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    module(site, "transformer_engine", pytorch="raise OSError('libcublas.so.13: cannot open')")
+    assert [(c.status, c.detail) for c in checks.transformer_engine_checks()] == [
+        ("broken", "is installed but does not import (OSError: libcublas.so.13: cannot open)")]
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
+    assert only(checks.transformer_engine_checks()).status == "broken"
 
 
 def test_without_transformer_engine_its_command_is_given(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from megatron_sov import recipes
 from megatron_sov.config import ParallelConfig, RunConfig, apply_settings
 from megatron_sov.models.count import num_params
 from megatron_sov.plan.memory import account, layer_bytes
+from megatron_sov.plan.stages import StageParams
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,10 +27,10 @@ def config_of(recipe: str, **settings: Any) -> RunConfig:
 def stages_hold_the_whole_model(recipe: str, layout: dict[str, int], num_ranks: int) -> list[int]:
     """Return [parameters of all stages with all experts, parameters of the model];
     runs in a process of its own."""
-    from megatron_sov.mcore.model.meta import stage_params
+    from megatron_sov.mcore.model.meta import built_stage
 
     config = config_of(recipe, **{f"parallel__{name}": value for name, value in layout.items()})
-    stages = stage_params(config, num_ranks)
+    stages = [built_stage(config, num_ranks, i).params for i in range(config.parallel.pp)]
     count = num_params(config.model)
     # the last stage embeds for the prediction layer as well
     copies = layout["pp"] > 1 and config.model.num_mtp_layers
@@ -98,7 +99,8 @@ def test_stages_hold_the_model_and_a_layer_what_the_account_says(ranks: Any, job
     ({"optim__name": "muon", "model__vocab_size": 1000}, "optimizer", (8 + 4 * 2 * 1000 * 4096 / 1e9) / 12)])
 def test_each_item_follows_its_setting(change: dict[str, Any], item: str, factor: float) -> None:
     base = {"parallel__ep": 1, "parallel__zero1": "false"}
-    before, after = (account(config_of("solar-open-102b", **(base | c)), 10**9, 0, 24, 16, 0, 131072)
+    params = StageParams(10**9, 0, 24)
+    before, after = (account(config_of("solar-open-102b", **(base | c)), params, 16, 0, 131072)
                      for c in ({}, change))
     assert getattr(after, item) / getattr(before, item) == pytest.approx(factor)
 

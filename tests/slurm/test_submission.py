@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,6 +30,37 @@ def test_an_array_shares_the_inputs_and_a_second_job_joins_the_parts(tmp_path: P
     made = [tmp_path / "out.parts/part-0", tmp_path / "out.parts/part-1"]
     assert join.work.arguments == ("mix", *map(str, made), "--output", f"{tmp_path}/out")
     assert join.needs == tuple(part / "manifest.json" for part in made)
+
+
+SOLAR = ("solar-open-102b", "--data", "tokens", "--run", "run")
+
+
+def layouts(*more: str, nodes: int = 64, **request: Any) -> dict[int, tuple[str, ...]]:
+    """Return the settings by number of nodes that a submission to H100s gets."""
+    profile = cluster.load("h100", account="me")
+    asked = submission.Request("pretrain", (*SOLAR, *more), profile, nodes, **request)
+    return submission.prepare(asked, COMMANDS).jobs[0].layouts
+
+
+def test_a_run_gets_the_layout_that_is_recommended_for_its_gpus() -> None:
+    """Unless somebody has said something about it; 1,024 processes need more stages than 480."""
+    assert layouts() == {64: ("parallel.pp=4",)}
+    assert layouts(nodes=128, least=120)[128] == ("parallel.pp=8",)
+    assert layouts("--set", "parallel.pp=8") == {64: ()}
+    assert layouts(settings={64: ("parallel.pp=4", "train.micro_batch_size=3")}) == {
+        64: ("parallel.pp=4", "train.micro_batch_size=3")}
+    script = submission.prepare(submission.Request("pretrain", SOLAR, cluster.load("h100", account="me"), 64),
+                                COMMANDS).jobs[0]
+    assert script.asks_for == "Asks for 64 x 8 GPUs; layout: pp 4, ep 8, zero1, data parallel 128."
+
+
+def test_a_layout_that_does_not_fit_the_gpus_is_refused_with_one_that_does() -> None:
+    with pytest.raises(UserError, match=r"needs 112\.1 GiB on each process .* the nearest layout that fits: "
+                                        r"--set parallel\.pp=2$"):
+        layouts("--set", "parallel.ep=8", nodes=60)
+    other = dataclasses.replace(cluster.load("h100", account="me"), gpu="")
+    asked = submission.Request("pretrain", (*SOLAR, "--set", "parallel.ep=8"), other, 60)
+    assert submission.prepare(asked, COMMANDS).jobs[0].layouts == {60: ()}
 
 
 def test_a_task_takes_every_nth_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,10 @@ from megatron_sov.data.views import with_views
 from megatron_sov.errors import GateFailed, StopRequested, UserError
 from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 from megatron_sov.obs.events import EVENTS, read_events
+from megatron_sov.plan.fitting import fullest
+from megatron_sov.plan.gpus import Gpu
 from megatron_sov.runs.folder import RunFolder
+from megatron_sov.runs.nvidia_smi import SeenGpu
 
 prepare_megatron()
 from megatron_sov.mcore.parallel.world import Restarts  # noqa: E402
@@ -44,7 +47,7 @@ class Launcher:
         self.does: Launched = lambda main, restarts: 0
 
     def __call__(self, main: Callable[[], int], nproc: int | None, num_threads: int,
-                 restarts: Restarts) -> int:
+                 restarts: Restarts, hand: Callable[[], dict[str, Any]]) -> int:
         self.calls += 1
         return self.does(main, restarts)
 
@@ -88,6 +91,33 @@ def test_what_cannot_be_is_refused_before_anything_is_started_or_written(
     with pytest.raises(UserError, match=says):
         run_stage(stage(*settings), 1)
     assert launcher.calls == 0 and not stage().folder.path.exists()
+
+
+def test_what_the_gpus_have_no_room_for_is_refused_before_anything_is_started(
+        stage: Callable[..., Stage], launcher: Launcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the launcher, from what the driver says; it starts no CUDA."""
+    seen = [SeenGpu(i, f"GPU-{i}", "NVIDIA Tiny", size << 20, 0) for i, size in enumerate((40960, 20))]
+    monkeypatch.setattr(stage_module, "on_gpu", lambda: True)
+    monkeypatch.setattr(stage_module, "visible_gpus", lambda: seen)
+    with pytest.raises(UserError, match=r"^tiny-solar-open on 2 processes: the layout without ZeRO-1 needs "
+                                        r".* of a NVIDIA Tiny with 0\.0 GiB; no layout fits so many"):
+        run_stage(stage(), 2)
+    assert launcher.calls == 0 and not stage().folder.path.exists()
+    with pytest.raises(StopRequested):
+        run_stage(stage(), 1)  # on the large one alone
+    assert launcher.calls == 1
+
+
+def test_a_rank_refuses_what_its_own_gpu_has_no_room_for(
+        stage: Callable[..., Stage], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = stage().config
+    assert stage_module._bytes_of_own_gpu(config) == 0
+    monkeypatch.setattr(stage_module, "on_gpu", lambda: True)
+    monkeypatch.setattr(stage_module.own_gpu, "kind", lambda: Gpu("Tiny", 20 << 20))
+    with pytest.raises(UserError, match="of a Tiny with"):
+        stage_module._bytes_of_own_gpu(config)
+    monkeypatch.setattr(stage_module.own_gpu, "kind", lambda: Gpu("Large", 40 << 30))
+    assert stage_module._bytes_of_own_gpu(config) == fullest(config, 1)[1].total > 0
 
 
 def test_weights_that_know_other_tokens_are_refused(

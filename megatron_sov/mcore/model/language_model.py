@@ -28,6 +28,7 @@ from megatron.core.utils import make_viewless_tensor
 from megatron_sov.config import ModelConfig, ParallelConfig, TrainConfig
 from megatron_sov.mcore.model.attention import PackedDocuments, pack
 from megatron_sov.mcore.model.kv_cache import PackedSpans, ReadRow
+from megatron_sov.mcore.model.placement import made_here, place
 from megatron_sov.mcore.model.rotary import widen
 from megatron_sov.mcore.model.specs import (
     layer_specs,
@@ -232,14 +233,17 @@ def _chunk(model: ModelConfig, config: Any, vp_stage: int | None) -> Chunk:
         layer.module = PredictionLayer
         layer.submodules.enorm = layer.submodules.hnorm = layer.submodules.layer_norm = norm
         mtp = MultiTokenPredictionBlockSubmodules(layer_specs=[layer] * model.num_mtp_layers)
-    chunk = Chunk(
-        config, TransformerBlockSubmodules(layer_specs=local, layer_norm=norm),
-        vocab_size=-(-model.vocab_size // config.tensor_model_parallel_size)
-        * config.tensor_model_parallel_size, max_sequence_length=model.max_position_tokens,
-        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
-        post_process=last_stage, position_embedding_type="yarn" if model.yarn else "rope",
-        rotary_base=model.rope_theta, share_embeddings_and_output_weights=model.tied_embeddings,
-        mtp_block_spec=mtp, vp_stage=vp_stage)
+    with made_here():
+        device = torch.get_default_device()
+        chunk = Chunk(
+            config, TransformerBlockSubmodules(layer_specs=local, layer_norm=norm),
+            vocab_size=-(-model.vocab_size // config.tensor_model_parallel_size)
+            * config.tensor_model_parallel_size, max_sequence_length=model.max_position_tokens,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+            post_process=last_stage, position_embedding_type="yarn" if model.yarn else "rope",
+            rotary_base=model.rope_theta, share_embeddings_and_output_weights=model.tied_embeddings,
+            mtp_block_spec=mtp, vp_stage=vp_stage)
+    place(chunk, device)
     for parameter in chunk.parameters():
         # not the buffers: a router's bias moves in steps that vanish in bf16,
         # and its counts stop at 256 there

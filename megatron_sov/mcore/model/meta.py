@@ -4,29 +4,33 @@ in one process that plays any rank of any size."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from megatron_sov.config import RunConfig
+from megatron_sov.config import ParallelConfig, RunConfig
 from megatron_sov.mcore.parallel import cpu_shims
+from megatron_sov.plan.stages import StageParams
+
+if TYPE_CHECKING:
+    from megatron_sov.mcore.model.language_model import LanguageModel
 
 
 @dataclass(frozen=True)
-class StageParams:
-    """Parameters that one process of a pipeline stage holds."""
+class BuiltStage:
+    """What one process of a pipeline stage, and all of them together, hold."""
 
-    dense: int
-    """Those that every data-parallel process has: attention, norms, routers, shared experts, embeddings."""
-    experts: int
-    """Those of its routed experts."""
-    layers: int
-    """Layers of the trunk on it, and multi-token prediction layers."""
+    params: StageParams
+    """Of the first process."""
+    whole: int
+    """Parameters of the stage, each counted once whatever it is split over."""
 
 
-def stage_params(config: RunConfig, num_ranks: int) -> list[StageParams]:
-    """Return what the first process of each pipeline stage holds, from the very modules that training builds.
+def built_stage(config: RunConfig, num_ranks: int, stage: int) -> BuiltStage:
+    """Return what a pipeline stage holds, from the very modules that training builds.
 
-    Must run in a process that is in no process group; nothing is sent anywhere.
+    Must run in a process that is in no process group and that computes on no GPU, before or afterwards;
+    nothing is sent anywhere, and CUDA is not started where there is a GPU.
     """
-    cpu_shims.prepare_megatron()
+    cpu_shims.prepare_without_gpu()
     import torch
     import torch.distributed as dist
     from megatron.core import parallel_state
@@ -35,23 +39,27 @@ def stage_params(config: RunConfig, num_ranks: int) -> list[StageParams]:
     from megatron_sov.mcore.model.language_model import build
 
     p = config.parallel
-    found = []
-    for stage in range(p.pp):
-        dist.init_process_group("fake", rank=stage * (num_ranks // p.pp), world_size=num_ranks,
-                                store=FakeStore())
-        try:
-            parallel_state.initialize_model_parallel(
-                p.tp, p.pp, p.vpp if p.vpp > 1 else None, context_parallel_size=p.cp,
-                expert_model_parallel_size=p.ep, expert_tensor_parallel_size=p.etp,
-                create_gloo_process_groups=False)
-            with torch.device("meta"):
-                model = build(config.model, p, config.train)
-            experts = sum(w.numel() for w in model.parameters() if not getattr(w, "allreduce", True))
-            total = sum(w.numel() for w in model.parameters())
-            layers = sum(len(c.decoder.layers) + (len(c.mtp.layers) if c.mtp_process else 0)
-                         for c in model.chunks)
-            found.append(StageParams(total - experts, experts, layers))
-        finally:
-            parallel_state.destroy_model_parallel()
-            dist.destroy_process_group()
-    return found
+    dist.init_process_group("fake", rank=stage * (num_ranks // p.pp), world_size=num_ranks, store=FakeStore())
+    try:
+        parallel_state.initialize_model_parallel(
+            p.tp, p.pp, p.vpp if p.vpp > 1 else None, context_parallel_size=p.cp,
+            expert_model_parallel_size=p.ep, expert_tensor_parallel_size=p.etp,
+            create_gloo_process_groups=False)
+        with torch.device("meta"):
+            return _held(build(config.model, p, config.train), p)
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _held(model: LanguageModel, parallel: ParallelConfig) -> BuiltStage:
+    dense = experts = whole = 0
+    for weight in model.parameters():
+        if getattr(weight, "allreduce", True):
+            dense += weight.numel()
+            whole += weight.numel() * (parallel.tp if getattr(weight, "tensor_model_parallel", False) else 1)
+        else:
+            experts += weight.numel()
+            whole += weight.numel() * parallel.ep * parallel.etp
+    layers = sum(len(c.decoder.layers) + (len(c.mtp.layers) if c.mtp_process else 0) for c in model.chunks)
+    return BuiltStage(StageParams(dense, experts, layers), whole)

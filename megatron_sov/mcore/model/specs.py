@@ -3,7 +3,6 @@ configuration names."""
 
 from __future__ import annotations
 
-import importlib.util
 from functools import cache
 from typing import Any
 
@@ -11,30 +10,46 @@ import torch
 from torch.nn.functional import silu
 
 from megatron_sov.config import ModelConfig, ParallelConfig, TrainConfig
+from megatron_sov.errors import UserError
 from megatron_sov.mcore.model.router import BalancedRouter, RoutingStep
 from megatron_sov.mcore.parallel.device import on_gpu
 
 PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
+def transformer_engine_serves(dtype: torch.dtype) -> bool:
+    """Return whether a model of this parameter dtype is to be made of Transformer Engine's modules.
+
+    They are, on GPUs, in 16 bit alone: they know no float64, and in float32 none of its attentions takes rows
+    of packed documents (2.20.2: fused and flash attention are for 16 bit, the unfused one refuses `thd`).
+    """
+    return on_gpu() and dtype == torch.bfloat16
+
+
 @cache
-def has_transformer_engine() -> bool:
-    """Return whether Transformer Engine imports and a GPU is there to run it (an empty meta
-    package does not count)."""
-    if not on_gpu() or importlib.util.find_spec("transformer_engine") is None:
-        return False
+def transformer_engine_error() -> str:
+    """Return why Transformer Engine does not import, in its own words; empty: it does."""
     try:
         import transformer_engine.pytorch  # noqa: F401
-    # its import fails in many ways: missing libraries, wrong CUDA, RuntimeError of the meta package
-    except Exception:
-        return False
-    return True
+    # it fails in many ways: not installed, missing libraries, wrong CUDA, the bare package's RuntimeError
+    except Exception as e:
+        return f"{type(e).__name__}: {(str(e).strip() or 'it says no more').splitlines()[0]}"
+    return ""
 
 
 def uses_transformer_engine(dtype: torch.dtype) -> bool:
-    """Return whether a model of this parameter dtype is made of Transformer Engine's modules
-    (they know no float64)."""
-    return dtype != torch.float64 and has_transformer_engine()
+    """Return whether a model of this parameter dtype is made of Transformer Engine's modules.
+
+    Raises:
+        UserError: it is to be, and Transformer Engine does not import.
+    """
+    if not transformer_engine_serves(dtype):
+        return False
+    if error := transformer_engine_error():
+        raise UserError(f"train.precision = bf16 on a GPU: Transformer Engine does not import ({error}); "
+                        "install it (`megatron-sov doctor` says how), or set train.precision=fp32, which is "
+                        "many times slower")
+    return True
 
 
 def own_attention(config: Any) -> bool:

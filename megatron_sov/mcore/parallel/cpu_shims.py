@@ -1,10 +1,9 @@
 """The CPU door: lets the unmodified megatron-core run on a machine without CUDA, over gloo.
 
 `prepare_megatron()` is called once, before megatron is imported anywhere else.  It does nothing where CUDA
-works.  Each patch is one function whose docstring names the defect or assumption that it answers; patches of
-library defects look whether the defect is still there and leave a mended library alone.  No second
-implementation of anything is switched in: model, schedules, dispatchers, optimizers and process groups are
-the library's own, on CPU tensors.
+works.  Each patch is one function whose docstring names the assumption that it answers; what is wrong on
+any device is mended in `library_defects`.  No second implementation of anything is switched in: model,
+schedules, dispatchers, optimizers and process groups are the library's own, on CPU tensors.
 """
 
 from __future__ import annotations
@@ -19,12 +18,19 @@ from typing import Any
 
 import torch
 
+from megatron_sov.mcore.parallel import library_defects
 from megatron_sov.mcore.parallel.device import CPU, compute_on_cpu, computes_on_cpu, on_gpu
 
 
 def prepare_megatron() -> None:
     """Prepare this process for megatron-core; a no-op with CUDA, and when called again."""
-    if on_gpu() or computes_on_cpu():
+    if not on_gpu():
+        prepare_without_gpu()
+
+
+def prepare_without_gpu() -> None:
+    """Prepare this process for megatron-core on the CPU, for good, whatever the machine has."""
+    if computes_on_cpu():
         return
     compute_on_cpu()
     _current_device_is_cpu()
@@ -39,10 +45,9 @@ def prepare_megatron() -> None:
         import megatron.core.pipeline_parallel
         import megatron.core.transformer.multi_token_prediction  # noqa: F401
     _rng_tracker()
-    _router_gemm_name()
     _dispatcher_split_sizes()
     _uneven_gathers()
-    _norms_under_sequence_parallelism()
+    library_defects.mend()
 
 
 class _Stream:
@@ -174,17 +179,8 @@ def _rng_tracker() -> None:
         lambda record: "CPU RNG state changed within GPU RNG context" not in record.getMessage())
 
 
-def _router_gemm_name() -> None:
-    """Defect of 0.16.1: `te_general_gemm` is bound only when Transformer Engine imports,
-    and read unconditionally."""
-    import megatron.core.transformer.moe.moe_utils as moe_utils
-
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None
-
-
 def _dispatcher_split_sizes() -> None:
-    """Defect: the all-to-all dispatcher turns split sizes into numbers only for CUDA tensors;
+    """The all-to-all dispatcher turns split sizes into numbers only for CUDA tensors;
     gloo then gets tensors."""
     import megatron.core.transformer.moe.moe_utils as moe_utils
     import megatron.core.transformer.moe.token_dispatcher as dispatcher
@@ -234,25 +230,3 @@ def _uneven_gathers() -> None:
 def _lengthened(tensor: torch.Tensor, length: int) -> torch.Tensor:
     """[n, ...] -> [length, ...], zeros behind."""
     return torch.cat([tensor, tensor.new_zeros(length - tensor.shape[0], *tensor.shape[1:])])
-
-
-def _norms_under_sequence_parallelism() -> None:
-    """WrappedTorchNorm refuses sequence parallelism because torch's norms do not mark their weight for the
-    gradient sum over the tensor-parallel group; the mark is all that is missing."""
-    from megatron.core.transformer.torch_norm import WrappedTorchNorm
-
-    original = WrappedTorchNorm.__new__
-    if "sequence_parallel" not in inspect.getsource(original):
-        return
-
-    def marked(cls: Any, config: Any, hidden_size: int, eps: float = 1e-5, *args: Any, **kwargs: Any) -> Any:
-        wanted, config.sequence_parallel = config.sequence_parallel, False
-        try:
-            norm = original(cls, config, hidden_size, eps, *args, **kwargs)
-        finally:
-            config.sequence_parallel = wanted
-        for parameter in norm.parameters():
-            parameter.sequence_parallel = wanted
-        return norm
-
-    WrappedTorchNorm.__new__ = staticmethod(marked)

@@ -39,5 +39,8 @@ def switch_on() -> None:
     if torch.cuda.is_initialized():
         raise RuntimeError("CUDA has started before determinism.switch_on()")
     torch.use_deterministic_algorithms(True)
+    # it would fill all empty memory, of every activation; what is read before it is written is a defect
+    # elsewhere
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 CPU = torch.device("cpu")
@@ -21,7 +23,9 @@ def computes_on_cpu() -> bool:
 
 
 def on_gpu() -> bool:
-    """Return whether this process computes on a CUDA device."""
+    """Return whether this process computes on a CUDA device; does not start CUDA."""
+    # the driver's own answer: torch's usual question starts CUDA, and a fork of this process could not use it
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     return not _on_cpu and torch.cuda.is_available()
 
 

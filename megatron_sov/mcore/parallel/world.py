@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime
 import gc
 import itertools
+import json
+import math
 import os
 import signal
 import socket
@@ -14,20 +16,26 @@ import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
 from megatron_sov.config import ParallelConfig
 from megatron_sov.errors import ExitCode, SilentCorruption, UserError
-from megatron_sov.mcore.parallel import cpu_shims
+from megatron_sov.mcore.parallel import cpu_shims, library_defects, own_gpu
 from megatron_sov.mcore.parallel.device import on_gpu
 from megatron_sov.mcore.parallel.object_collectives import broadcast_object
-from megatron_sov.runs.launch_environment import is_first, num_ranks, under_launcher
+from megatron_sov.runs.launch_environment import (
+    HANDED,
+    is_first,
+    num_ranks,
+    repeats,
+    results,
+    under_launcher,
+)
 from megatron_sov.runs.parent_death import FORWARDED, die_with_parent
 
-COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 FINAL = (ExitCode.OK, ExitCode.USER_ERROR, ExitCode.STOPPED)
 """Exit codes of ranks after which a restart would change nothing: done, a user's mistake,
 stopped in good order."""
@@ -60,25 +68,38 @@ class World:
         return self.rank == 0
 
 
-def join(parallel: ParallelConfig) -> World:
-    """Join the process group that the environment describes (RANK, WORLD_SIZE,
-    ...) and make the layout's groups."""
+def join(parallel: ParallelConfig, needs_bytes: int = 0) -> World:
+    """Join the process group that the environment describes (RANK, WORLD_SIZE, ...) and make the layout's
+    groups.
+
+    Args:
+        parallel: the layout.
+        needs_bytes: memory that this process will take of its GPU at least; 0: nobody knows.
+
+    Raises:
+        UserError: a rank's GPU cannot be used, is another one's as well, or has too little free memory.
+    """
     from megatron.core import parallel_state, tensor_parallel
 
     # the library calls torch by names that newer versions replace; nobody who trains can mend that
     warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if on_gpu():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    timeout = datetime.timedelta(seconds=parallel.timeout_s)
     if not dist.is_initialized():
-        backend = "nccl" if on_gpu() else "gloo"
-        dist.init_process_group(backend, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT,
-                                store=_rendezvous())
+        store, device = _rendezvous(rank, size, timeout), None
+        if on_gpu():
+            device = own_gpu.take(store, rank, size, needs_bytes, timeout)
+        dist.init_process_group("nccl" if device else "gloo", rank=rank, world_size=size, timeout=timeout,
+                                store=store, device_id=device)
     parallel_state.initialize_model_parallel(
         parallel.tp, parallel.pp, parallel.vpp if parallel.vpp > 1 else None,
         context_parallel_size=parallel.cp, expert_model_parallel_size=parallel.ep,
-        expert_tensor_parallel_size=parallel.etp)
+        expert_tensor_parallel_size=parallel.etp,
+        # they would only serve the library's own checkpoints; making thousands takes minutes
+        create_gloo_process_groups=not on_gpu(),
+        distributed_timeout_minutes=max(1, math.ceil(parallel.timeout_s / 60)))
     tensor_parallel.model_parallel_cuda_manual_seed(1)
+    library_defects.mend()
     return World(
         rank=rank, size=size, dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
@@ -87,9 +108,8 @@ def join(parallel: ParallelConfig) -> World:
     )
 
 
-def _rendezvous() -> dist.Store | None:
-    """Return the launcher's store, under a name that no other start of the processes has used; None:
-    torch finds its own."""
+def _rendezvous(rank: int, size: int, timeout: datetime.timedelta) -> dist.Store:
+    """Return the store in which the processes meet, under a name that no other start of them has used."""
     environment = os.environ
     if STORE_PORT in environment:
         host, port, name = LOCALHOST, environment[STORE_PORT], ""
@@ -98,7 +118,8 @@ def _rendezvous() -> dist.Store | None:
         host, port, name = (environment["MASTER_ADDR"], environment["MASTER_PORT"],
                             environment["TORCHELASTIC_RESTART_COUNT"])
     else:
-        return None
+        store, *_ = next(dist.rendezvous("env://", rank, size, timeout=timeout))
+        return dist.PrefixStore("default_pg", store)
     return dist.PrefixStore(f"{name}/{next(_joins)}", dist.TCPStore(host, int(port), is_master=False))
 
 
@@ -144,11 +165,13 @@ class Restarts:
 
 
 def launch(main: Callable[[], Any], nproc: int | None, num_threads: int = 0,
-           restarts: Restarts | None = None) -> int:
+           restarts: Restarts | None = None, hand: Callable[[], dict[str, Any]] = dict) -> int:
     """Run `main` in every process of the run and return the command's exit code.
 
-    Under torchrun or Slurm (RANK is set) this process is one rank.  Otherwise `nproc` ranks are forked from
-    this process after the heavy imports, so they share memory and start at once.  SIGTERM, SIGINT and SIGUSR1
+    Under torchrun or Slurm (RANK is set) this process is one rank.  Otherwise `nproc` ranks are started here.
+    On CPUs they are forked from this process after the heavy imports, so they share memory and start at once.
+    On GPUs they are new processes that run this command again, for CUDA works in no fork of a process that
+    has asked for it; a rank's first `launch` is the one that it was started for.  SIGTERM, SIGINT and SIGUSR1
     reach every rank, which finish their step and save together; a rank that fails ends the others.
 
     Args:
@@ -156,22 +179,27 @@ def launch(main: Callable[[], Any], nproc: int | None, num_threads: int = 0,
         nproc: local processes.
         num_threads: CPU threads of each rank; 0: cores / local ranks, or as torchrun or Slurm has set them.
         restarts: how local ranks are started again when one of them fails for another reason than a user's
-            mistake; the new ones are forked from this process, which has imported everything.
+            mistake.
+        hand: returns what new processes find in `handed()`, plain JSON values; asked before each start.
 
     Returns:
         0, or 2 where a rank met a user's mistake, or the first nonzero exit code of any rank.
     """
+    if repeats():
+        torch.set_num_threads(num_threads or _threads(int(os.environ["LOCAL_WORLD_SIZE"])))
+        _begin_handed_work(main)
     cpu_shims.prepare_megatron()
     if under_launcher():
         if num_threads:
             torch.set_num_threads(num_threads)
         return _rank_code(main)
     count = num_ranks(nproc)
-    torch.set_num_threads(num_threads or max(1, (os.cpu_count() or 1) // count))
+    torch.set_num_threads(num_threads or _threads(count))
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     failures, reached = 0, restarts.progress() if restarts else None
     while True:
-        outcome = _round(main, count)
+        given = {HANDED: json.dumps(hand() | {"results": results()})} if on_gpu() else {}
+        outcome = _round(main, count, given)
         if outcome.code == ExitCode.INTERRUPTED:
             raise KeyboardInterrupt
         if restarts is None or outcome.asked_to_stop or outcome.code in FINAL:
@@ -182,6 +210,23 @@ def launch(main: Callable[[], Any], nproc: int | None, num_threads: int = 0,
             restarts.give_up(outcome.code, outcome.cause)
             return outcome.code
         restarts.note(outcome.code, outcome.cause)
+
+
+def apart(work: Callable[[], Any]) -> int:
+    """Do a piece of work that needs neither ranks nor a GPU in a process of its own, and return its exit
+    code: threads that torch starts there would be missing in ranks that are forked from this process.
+
+    Under torchrun or Slurm this process does it itself; a rank that `repeats` leaves it to its launcher.
+    """
+    if repeats():
+        return 0
+    cpu_shims.prepare_megatron()
+    return _rank_code(work) if under_launcher() else _round(work, 1, {}).code
+
+
+def _threads(count: int) -> int:
+    """Return the CPU threads of each of `count` local ranks."""
+    return max(1, (os.cpu_count() or 1) // count)
 
 
 @dataclass
@@ -196,14 +241,21 @@ class _Outcome:
     """Whether the launcher was asked to stop while they ran."""
 
 
-def _round(main: Callable[[], Any], count: int) -> _Outcome:
-    """Start `count` ranks and wait for their end."""
+def _round(main: Callable[[], Any], count: int, handed: dict[str, str]) -> _Outcome:
+    """Start `count` ranks and wait for their end.
+
+    Args:
+        main: what they do.
+        count: their number.
+        handed: environment that makes them new processes; empty: they are forked.
+    """
     gc.freeze()  # or the collector would touch, and so copy, what ranks share
     door = socket.create_server((LOCALHOST, 0), backlog=count)
     port = door.getsockname()[1]
-    environment = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), STORE_PORT: str(port)}
+    environment = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), STORE_PORT: str(port), **handed}
     signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # until `_wait` can pass them on
-    children = [_fork(main, rank, environment, door) for rank in range(count)]
+    children = [_fork(main, environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, door)
+                for rank in range(count)]
     # Held by the launcher, in memory: it survives any rank, and a full disk cannot stall it.  Its thread
     # begins after the last fork: a rank forked while that thread holds a lock of the C library would wait for
     # the lock for ever.
@@ -214,19 +266,42 @@ def _round(main: Callable[[], Any], count: int) -> _Outcome:
     return outcome
 
 
-def _fork(main: Callable[[], Any], rank: int, environment: dict[str, str], door: socket.socket) -> int:
+def _fork(main: Callable[[], Any], environment: dict[str, str], door: socket.socket) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     parent = os.getpid()
     child = os.fork()
     if child:
         return child
-    code: int = ExitCode.CRASH
-    try:
+
+    def begin() -> Any:
         die_with_parent(parent)
         door.close()  # the launcher's
+        os.environ.update(environment)
+        if HANDED in environment:  # it stays bound to its parent, and signals wait until its work begins
+            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
         signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
-        os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
+        return main()
+
+    _end_with(begin)
+
+
+def _begin_handed_work(main: Callable[[], Any]) -> NoReturn:
+    """Do what a rank that `repeats` was started for, as a forked rank would, and end this process."""
+    del os.environ[HANDED]
+    cpu_shims.prepare_megatron()
+
+    def begin() -> Any:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
+        return main()
+
+    _end_with(begin)
+
+
+def _end_with(main: Callable[[], Any]) -> NoReturn:
+    """Do a rank's work and end this process with its exit code."""
+    code: int = ExitCode.CRASH
+    try:
         code = _rank_code(main)
     except KeyboardInterrupt:  # before it could be taken as a wish to stop in good order
         code = ExitCode.INTERRUPTED

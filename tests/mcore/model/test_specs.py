@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+from megatron_sov.errors import UserError
 
 
 def settings(recipe: str, changes: list[str]) -> dict[str, Any]:
@@ -27,7 +31,8 @@ def settings(recipe: str, changes: list[str]) -> dict[str, Any]:
     return {**{n: getattr(library, n, None) for n in names}, "dtype": str(library.params_dtype),
             "windows": [s.submodules.self_attention.submodules.core_attention.params["window_tokens"]
                         for s in layers],
-            "routers": [r is BalancedRouter for r in routers], "te": specs.has_transformer_engine()}
+            "routers": [r is BalancedRouter for r in routers],
+            "te": specs.uses_transformer_engine(library.params_dtype)}
 
 
 @pytest.mark.distributed
@@ -52,3 +57,33 @@ def test_a_recipes_structure_reaches_the_library(ranks, job) -> None:
     assert solar["moe_shared_expert_intermediate_size"] == 128
     assert (solar["yarn_rotary_scaling_factor"], solar["yarn_original_max_position_embeddings"]) == (4.0, 512)
     assert solar["bf16"] and solar["dtype"] == "torch.bfloat16"
+
+
+def test_on_gpus_16_bit_alone_takes_transformer_engine(monkeypatch: pytest.MonkeyPatch,
+                                                       tmp_path: Path) -> None:
+    """A broken one is told in its own words; float32 and float64 do without."""
+    import torch
+
+    from megatron_sov.mcore.model import specs
+
+    broken = tmp_path / "transformer_engine"
+    broken.mkdir()
+    (broken / "__init__.py").write_text(
+        "raise OSError('libcublas.so.13: cannot open shared object file')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(specs, "on_gpu", lambda: True)
+    specs.transformer_engine_error.cache_clear()
+    try:
+        with pytest.raises(UserError, match=r"^train\.precision = bf16 on a GPU: Transformer Engine does not "
+                                            r"import \(OSError: libcublas\.so\.13: cannot open shared object "
+                                            r"file\); install it"):
+            specs.uses_transformer_engine(torch.bfloat16)
+        for dtype in (torch.float32, torch.float64):
+            assert not specs.uses_transformer_engine(dtype)
+            assert specs.own_attention(SimpleNamespace(params_dtype=dtype, context_parallel_size=1))
+        monkeypatch.setattr(specs, "transformer_engine_error", lambda: "")
+        assert specs.uses_transformer_engine(torch.bfloat16)
+        assert not specs.own_attention(SimpleNamespace(params_dtype=torch.bfloat16, context_parallel_size=1))
+    finally:
+        monkeypatch.undo()
+        specs.transformer_engine_error.cache_clear()

@@ -1,30 +1,8 @@
-"""The CPU door: every patch of a library's defect is still needed, and opening it changes what
-it says it changes."""
+"""The CPU door: opening it changes what it says it changes."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-
 import pytest
-
-DEFECTS = """
-import json, torch
-import megatron.core.transformer.moe.moe_utils as moe_utils
-from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.torch_norm import WrappedTorchNorm
-found = {"router gemm name": not hasattr(moe_utils, "te_general_gemm"),
-         "split sizes": torch.is_tensor(moe_utils.maybe_move_tensor_to_cpu(torch.ones(2), as_numpy=True))}
-config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1, normalization="RMSNorm")
-config.sequence_parallel = True
-try:
-    WrappedTorchNorm(config, 8)
-    found["norms"] = False
-except AssertionError:
-    found["norms"] = True
-print(json.dumps(found))
-"""
 
 
 def opened() -> dict:
@@ -75,18 +53,6 @@ def marks() -> dict[str, list[str]]:
     named = list(network.named_parameters())
     return {"expert": [n for n, p in named if ".mlp.experts." in n and getattr(p, "allreduce", True)],
             "split": [n for n, p in named if "linear" in n and not hasattr(p, "tensor_model_parallel")]}
-
-
-@pytest.mark.parametrize("defect", ["router gemm name", "split sizes", "norms"])
-def test_the_library_still_has_the_defect(defect: str, defects: dict[str, bool]) -> None:
-    assert defects[defect], f"{defect}: the library is mended; its patch in mcore/cpu_shims.py can go"
-
-
-@pytest.fixture(scope="module")
-def defects() -> dict[str, bool]:
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", DEFECTS], capture_output=True,
-                          text=True, check=True)
-    return json.loads(done.stdout)
 
 
 @pytest.mark.distributed

@@ -29,6 +29,7 @@ def test_every_library_is_told() -> None:
     assert (torch.are_deterministic_algorithms_enabled()
             and not torch.is_deterministic_algorithms_warn_only_enabled())
     assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
+    assert not torch.utils.deterministic.fill_uninitialized_memory, "empty memory is filled, each time"
     assert [os.environ[name] for name in VARIABLES] == [":4096:8", "Ring", "0"]
 
 

@@ -114,6 +114,86 @@ def test_ranks_share_signals_failures_and_their_launchers_end(tmp_path: Path,
     assert "error: rank 1 was ended by SIGKILL" in said
 
 
+ON_GPU = """
+import os, signal, sys, time
+from pathlib import Path
+import torch
+from megatron_sov.mcore.parallel import world
+from megatron_sov.runs import launch_environment
+
+folder, case = Path(sys.argv[1]), sys.argv[2]
+asked = poisoned = False
+
+def available():
+    global asked
+    asked = True
+    return True
+
+def after():
+    global poisoned
+    poisoned = asked
+
+torch.cuda.is_available = available
+os.register_at_fork(after_in_child=after)
+
+def rank():
+    number, done = os.environ["RANK"], len(list(folder.glob("round-*")))
+    if poisoned:
+        raise RuntimeError("Cannot re-initialize CUDA in forked subprocess")
+    (folder / f"round-{done}").write_text(f"{number} {os.environ['WORLD_SIZE']} {handed} {earlier}")
+    if case == "again":
+        if done == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return 75
+    got = []
+    for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(s, lambda n, frame: got.append(signal.Signals(n).name))
+    (folder / f"pid-{number}.part").write_text(str(os.getpid()))
+    (folder / f"pid-{number}.part").rename(folder / f"pid-{number}")
+    while True:
+        time.sleep(0.01)
+        if len(got) == 3:
+            (folder / f"got-{number}").write_text(" ".join(sorted(got)))
+
+if not launch_environment.repeats():
+    launch_environment.note_result(0.5)  # of an earlier piece of work
+handed, earlier = launch_environment.handed().get("round"), launch_environment.earlier_result()
+rounds, noted = [], []
+def hand():
+    rounds.append(len(rounds))
+    return {"round": rounds[-1]}
+restarts = world.Restarts(2, lambda: 0, lambda code, cause: noted.append(cause), None)
+code = world.launch(rank, 1 if case == "again" else 2, restarts=restarts, hand=hand)
+(folder / "end").write_text(f"{code} {noted}")
+"""
+
+
+@pytest.mark.distributed
+def test_on_gpus_ranks_are_new_processes_that_end_as_forked_ones_do(tmp_path: Path,
+                                                                   ends: Callable[[int], bool]) -> None:
+    """A double of CUDA that works in no fork of a process which has asked for it."""
+    started = {}
+    for case in ("again", "signals"):
+        (tmp_path / case).mkdir()
+        started[case] = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", ON_GPU, str(tmp_path / case), case],
+            stderr=subprocess.PIPE, text=True)
+    ranks_of_killed = pids(tmp_path / "signals")
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        started["signals"].send_signal(number)
+    for rank in range(2):
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "signals" / f"got-{rank}").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    started["signals"].kill()
+    started["signals"].communicate()
+    assert all(ends(pid) for pid in ranks_of_killed)
+    said = started["again"].communicate(timeout=240)[1]
+    assert (tmp_path / "again/end").read_text() == "75 ['rank 0 was ended by SIGKILL']", said
+    assert [(tmp_path / f"again/round-{i}").read_text() for i in range(2)] == ["0 1 0 (0.5,)", "0 1 1 (0.5,)"]
+
+
 def place(layout: dict[str, int]) -> list[int | bool]:
     """Return this process's place, after it had another one."""
     from megatron_sov.config import ParallelConfig

@@ -1,0 +1,49 @@
+"""Defects of megatron-core 0.16.1 that a model without Transformer Engine meets on any device, mended in
+place.
+
+Each is one function whose docstring names it, and which leaves a mended library alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+
+@functools.cache
+def mend() -> None:
+    """Mend the library in this process; called before a model is built."""
+    _router_gemm_name()
+    _norms_under_sequence_parallelism()
+
+
+def _router_gemm_name() -> None:
+    """`te_general_gemm` is bound only when Transformer Engine imports,
+    and read unconditionally."""
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+
+def _norms_under_sequence_parallelism() -> None:
+    """WrappedTorchNorm refuses sequence parallelism because torch's norms do not mark their weight for the
+    gradient sum over the tensor-parallel group; the mark is all that is missing."""
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    original = WrappedTorchNorm.__new__
+    if "sequence_parallel" not in inspect.getsource(original):
+        return
+
+    def marked(cls: Any, config: Any, hidden_size: int, eps: float = 1e-5, *args: Any, **kwargs: Any) -> Any:
+        wanted, config.sequence_parallel = config.sequence_parallel, False
+        try:
+            norm = original(cls, config, hidden_size, eps, *args, **kwargs)
+        finally:
+            config.sequence_parallel = wanted
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = wanted
+        return norm
+
+    WrappedTorchNorm.__new__ = staticmethod(marked)

@@ -1,0 +1,97 @@
+"""Whether a run fits the memory of a GPU by the account of `memory.py`, and the nearest layout that does."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator
+
+from megatron_sov.config import ModelConfig, ParallelConfig, RunConfig
+from megatron_sov.errors import UserError
+from megatron_sov.plan.gpus import GIB, USABLE_SHARE, Gpu
+from megatron_sov.plan.memory import Account, account
+from megatron_sov.plan.stages import stage_params
+
+MAX_TP = 8
+"""Largest tensor parallel size that is proposed: inside a node."""
+
+
+def fullest(config: RunConfig, num_ranks: int) -> tuple[int, Account]:
+    """Return the pipeline stage whose processes need most, and the account of one of them, at the run's
+    longest samples."""
+    longest = max(phase.seq_len for phase in config.data.phases)
+    accounts = [account(config, params, num_ranks, stage, longest)
+                for stage, params in enumerate(stage_params(config))]
+    stage = max(range(len(accounts)), key=lambda i: accounts[i].total)
+    return stage, accounts[stage]
+
+
+def fits(config: RunConfig, num_ranks: int, gpu: Gpu) -> bool:
+    """Return whether every process of a run fits a GPU."""
+    return fullest(config, num_ranks)[1].total <= USABLE_SHARE * gpu.memory_bytes
+
+
+def refuse_too_large(config: RunConfig, num_ranks: int, gpu: Gpu) -> None:
+    """Refuse a run that does not fit, by an account that is the least a run takes.
+
+    Raises:
+        UserError: what it needs, what there is, and the nearest layout that fits.
+    """
+    if fits(config, num_ranks, gpu):
+        return
+    stage, needs = fullest(config, num_ranks)
+    which = f" of pipeline stage {stage + 1}" if config.parallel.pp > 1 else ""
+    found = nearest(config, num_ranks, gpu)
+    way_out = ("the nearest layout that fits: "
+               + " ".join(f"--set {s}" for s in changes(config.parallel, found))
+               if found else "no layout fits so many processes: use more GPUs, or a larger parallel.cp for "
+                             "long samples")
+    raise UserError(
+        f"{config.recipe} on {num_ranks} processes: {_layout(config.parallel)} needs "
+        f"{needs.total / GIB:.1f} GiB on each process{which} (weights {needs.weights / GIB:.1f}, gradients "
+        f"{needs.gradients / GIB:.1f}, optimizer {needs.optimizer / GIB:.1f}, activations "
+        f"{(needs.total - needs.weights - needs.gradients - needs.optimizer) / GIB:.1f}), and a run may take "
+        f"{USABLE_SHARE * gpu.memory_bytes / GIB:.1f} GiB of a {gpu.name} with "
+        f"{gpu.memory_bytes / GIB:.1f} GiB; {way_out}")
+
+
+def nearest(config: RunConfig, num_ranks: int, gpu: Gpu) -> ParallelConfig | None:
+    """Return the layout that fits and differs least: in ZeRO-1, then in the sizes of ep, pp and tp, each
+    doubling being a step; of equal ones the one that leaves most memory."""
+    p = config.parallel
+    found: tuple[float, float, ParallelConfig] | None = None
+    for candidate in _candidates(config.model, p):
+        steps = sum(abs(math.log2(getattr(candidate, n) / getattr(p, n))) for n in ("ep", "pp", "tp"))
+        if found is not None and steps > found[0]:
+            continue
+        changed = dataclasses.replace(config, parallel=candidate)
+        if candidate.problems(config.model, num_ranks) or changed.problems(num_ranks):
+            continue
+        needs = fullest(changed, num_ranks)[1].total
+        if needs <= USABLE_SHARE * gpu.memory_bytes and (found is None or (steps, needs) < found[:2]):
+            found = (steps, needs, candidate)
+    return found[2] if found else None
+
+
+def changes(before: ParallelConfig, after: ParallelConfig) -> list[str]:
+    """Return the settings that make one layout of another, as --set takes them."""
+    return [f"parallel.{f.name}={str(getattr(after, f.name)).lower()}" for f in dataclasses.fields(after)
+            if getattr(after, f.name) != getattr(before, f.name)]
+
+
+def _candidates(model: ModelConfig, p: ParallelConfig) -> Iterator[ParallelConfig]:
+    """Yield layouts with ZeRO-1 and the cp and etp of one."""
+    experts = _divisors(model.num_experts) if model.num_moe_layers() else [1]
+    for ep, pp, tp in itertools.product(experts, _divisors(model.num_layers), _divisors(MAX_TP)):
+        vpp = p.vpp if pp > 1 and (model.num_layers // pp) % p.vpp == 0 else 1
+        yield dataclasses.replace(p, ep=ep, pp=pp, tp=tp, sp=tp > 1, vpp=vpp, zero1=True)
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def _layout(p: ParallelConfig) -> str:
+    sizes = [f"{name} {getattr(p, name)}" for name in ("tp", "pp", "cp", "ep", "etp") if getattr(p, name) > 1]
+    return f"the layout {', '.join([*sizes, 'with ZeRO-1' if p.zero1 else 'without ZeRO-1'])}"

@@ -1,0 +1,56 @@
+"""Every weight is on the device of its process; a device without memory shows what is made elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megatron_sov.mcore.model.placement import refuse_elsewhere
+
+
+def devices(recipe: str, precision: str) -> dict[str, list[str]]:
+    """Build as on a GPU whose place the meta device takes; returns the device of every weight, and of the
+    frequencies of rotations."""
+    from unittest import mock
+
+    import torch
+
+    from megatron_sov import recipes
+    from megatron_sov.config import ParallelConfig, apply_settings
+    from megatron_sov.mcore.model import language_model, placement, router, specs
+    from megatron_sov.mcore.parallel import world
+
+    meta = torch.device("meta")
+    config = apply_settings(recipes.get(recipe), [f"train.precision={precision}"])
+    world.join(ParallelConfig())
+    with (mock.patch.object(torch.cuda, "current_device", lambda: meta),
+          mock.patch.object(specs, "on_gpu", lambda: True),
+          mock.patch.object(specs, "uses_transformer_engine", lambda dtype: False),
+          mock.patch.object(language_model, "uses_transformer_engine", lambda dtype: False),
+          mock.patch.object(placement, "on_gpu", lambda: True),
+          mock.patch.object(placement, "local_device", lambda: meta),
+          mock.patch.object(router, "local_device", lambda: meta)):
+        model = language_model.build(config.model, ParallelConfig(), config.train)
+    found: dict[str, list[str]] = {}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        found.setdefault(str(tensor.device), []).append(name)
+    found.setdefault(str(model.chunks[0].rotary_pos_emb.inv_freq.device), []).append("rotations")
+    return found
+
+
+@pytest.mark.distributed
+def test_nothing_stays_on_the_cpu(ranks: Any, job: Any) -> None:
+    results = ranks(*(job(__file__, "devices", 1, {"recipe": recipe, "precision": precision})
+                      for recipe in ("tiny-solar-open", "tiny-k-exaone") for precision in ("fp32", "bf16")))
+    for (found,) in results:
+        assert set(found) == {"meta"}, found
+        assert any("router" in name for name in found["meta"]) and len(found["meta"]) > 20
+
+
+def test_a_weight_elsewhere_is_named() -> None:
+    import torch
+
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, device="meta"))
+    with pytest.raises(RuntimeError, match=r"^1\.weight is on meta and the model on cpu: it would get no gr"):
+        refuse_elsewhere(module, torch.device("cpu"))
