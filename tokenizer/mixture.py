@@ -173,12 +173,15 @@ def share_bytes(sizes: Sizes, share: Share) -> int:
 class Excerpt:
     """Text that is seen as a whole or not at all."""
 
-    text: str
-    """At most `PIECE_BYTES` of it."""
-    size_bytes: int
-    """Its UTF-8 bytes."""
+    raw: bytes
+    """At most `PIECE_BYTES` of it, in UTF-8."""
     bucket: int
     """First two bytes of its hash."""
+
+    @property
+    def text(self) -> str:
+        """The text."""
+        return self.raw.decode()
 
 
 def pieces(document: Document) -> Iterator[Excerpt]:
@@ -186,8 +189,7 @@ def pieces(document: Document) -> Iterator[Excerpt]:
     for text in document.texts():
         raw = text.encode()
         for piece in (raw,) if len(raw) <= PIECE_BYTES else cut_at_blank_lines([raw], PIECE_BYTES):
-            bucket = int.from_bytes(hashlib.blake2b(piece, digest_size=2).digest(), "big")
-            yield Excerpt(text if piece is raw else piece.decode(), len(piece), bucket)
+            yield Excerpt(piece, int.from_bytes(hashlib.blake2b(piece, digest_size=2).digest(), "big"))
 
 
 def describe(group: Group, sizes: Sizes, share: Share) -> dict[str, Any]:

@@ -96,7 +96,7 @@ def learn() -> Callable[..., Vocabulary]:
     """
     def learn(preset: Preset, num_tokens: int, texts: Iterable[str], transition: int | None = None,
               only: bool = False) -> Vocabulary:
-        vocabulary = Vocabulary(num_tokens, preset.max_token_bytes)
+        vocabulary = Vocabulary(preset.max_token_bytes)
         texts = list(texts)
 
         def count(pattern: str) -> WordTable:

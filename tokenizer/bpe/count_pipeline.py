@@ -95,7 +95,7 @@ def learn(plan_: Plan, groups: list[Group]) -> Learned:
         _tell_group(group, fact, factor)
     seen_bytes = sum(fact["seen_bytes"] for fact in facts)
     special = plan_.preset.num_special_ids
-    vocabulary = Vocabulary(plan_.vocab_size - special, plan_.preset.max_token_bytes)
+    vocabulary = Vocabulary(plan_.preset.max_token_bytes)
     counts, table = _count(plan_, units, sizes, shares, plan_.preset.split_pattern, "words")
     stages = [_stage(plan_.transition_size, seen_bytes, table)]
     target = plan_.transition_size - special

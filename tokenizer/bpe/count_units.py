@@ -150,6 +150,6 @@ def _look(unit: Unit) -> UnitSizes:
     for document in unit.documents():
         num_documents += 1
         for piece in pieces(document):
-            sizes[piece.bucket] += piece.size_bytes
+            sizes[piece.bucket] += len(piece.raw)
     buckets = np.flatnonzero(sizes)
     return UnitSizes(num_documents, buckets, sizes[buckets])

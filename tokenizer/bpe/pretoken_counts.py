@@ -10,8 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import zlib
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,15 +20,15 @@ from megatron_sov.artifacts import atomic_write, disk_errors, fsync_path
 from megatron_sov.documents import in_processes
 from tokenizer.bpe.count_units import Unit
 from tokenizer.bpe.pretokenizer import Splitter
+from tokenizer.bpe.word_counter import NUM_PARTS, WordCounter
 from tokenizer.mixture import Share, pieces
 from tokenizer.presets import Preset
 
-NUM_PARTS = 64
-WORD_BYTES = 200
+WORD_BYTES = 120
 """What a word takes in a worker's table: its text, the entry, and the copies while a run is written."""
 LEAST_WORDS = 1000
 """Words in a worker's table before it is written out, however small the bound."""
-CODE_VERSION = 1
+CODE_VERSION = 2
 """Raise it when the same text is counted differently, so that older files are not taken for new ones."""
 
 
@@ -96,6 +94,7 @@ class _UnitCounter:
     def __init__(self, settings: CountSettings, work: Path, limit_words: int) -> None:
         self._settings, self._work, self._limit_words = settings, work, limit_words
         self._splitter: Splitter | None = None
+        self._words = WordCounter()
 
     def count(self, unit: Unit) -> UnitCounts:
         """Return the counts of a unit; it is read unless they are there."""
@@ -118,8 +117,8 @@ class _UnitCounter:
 
     def _count(self, unit: Unit, splitter: Splitter, file: Path) -> dict[str, Any]:
         share, sampled = self._settings.shares[unit.group], self._settings.samples[unit.group]
-        tables = {times: Counter[str]() for times in (share.whole, share.whole + 1) if times}
-        seen_bytes, sample, checked = 0, [], False
+        words, seen_bytes, sample, checked = self._words, 0, [], False
+        words.clear()  # of a unit that could not be read
         with _RunWriter(file) as runs:
             for document in unit.documents():
                 for piece in pieces(document):
@@ -128,15 +127,17 @@ class _UnitCounter:
                     times = share.times(piece.bucket)
                     if not times:
                         continue
-                    text = splitter.normalize(piece.text)
+                    raw = piece.raw
+                    if self._settings.preset.normalization != "none":
+                        raw = splitter.normalize(piece.text).encode()
                     if not checked:
-                        splitter.check(text)
+                        splitter.check(raw.decode())
                         checked = True
-                    tables[times].update(splitter.split(text))
-                    seen_bytes += times * piece.size_bytes
-                    if sum(map(len, tables.values())) > self._limit_words:
-                        runs.write(tables)
-            runs.write(tables)
+                    words.add(raw, splitter.ends(raw), times)
+                    seen_bytes += times * len(piece.raw)
+                    if len(words) > self._limit_words:
+                        runs.write(words)
+            runs.write(words)
         return {"seen_bytes": seen_bytes, "sample": sample}
 
 
@@ -155,19 +156,17 @@ class _RunWriter:
     def __exit__(self, *error: object) -> None:
         self._writer.close()
 
-    def write(self, tables: dict[int, Counter[str]]) -> None:
-        """Write tables (how often their text is seen -> counts), cut into parts, and empty them."""
+    def write(self, words: WordCounter) -> None:
+        """Write a table of words, cut into parts, and empty it."""
         import pyarrow as pa
 
-        words = [word.encode() for table in tables.values() for word in table]
-        counts = np.concatenate([np.fromiter(table.values(), np.int64, len(table)) * times
-                                 for times, table in tables.items()])
-        for table in tables.values():
-            table.clear()
-        parts = np.fromiter(map(zlib.crc32, words), np.uint32, len(words)) % NUM_PARTS
+        text, word_ends, counts, parts = words.words()
         order = np.argsort(parts, kind="stable")
-        batch = pa.record_batch([pa.array(words, pa.binary()), pa.array(counts)],
-                                schema=self._schema).take(pa.array(order))
+        offsets = np.zeros(len(order) + 1, np.int32)
+        offsets[1:] = word_ends
+        column = pa.Array.from_buffers(pa.binary(), len(order), [None, pa.py_buffer(offsets), pa.py_buffer(text)])
+        batch = pa.record_batch([column, pa.array(counts)], schema=self._schema).take(pa.array(order))
         ends = np.searchsorted(parts[order], np.arange(NUM_PARTS + 1))
         for start, stop in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True):
             self._writer.write_batch(batch.slice(start, stop - start))
+        words.clear()

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_sov.artifacts import disk_errors
-from tokenizer.bpe.pretoken_counts import NUM_PARTS
 from tokenizer.bpe.trainer import MAX_PLACES
+from tokenizer.bpe.word_counter import NUM_PARTS
 
 MAX_BYTES = MAX_PLACES - 2
 """Bytes of all words, and one for each word, that learning can number."""

@@ -1,18 +1,18 @@
-"""Splitting text into the units within which bytes merge: as `tokenizers` does,
-several times as fast where that is proven.
+"""Splitting text into the units within which bytes merge: as `tokenizers` does, many times as fast.
 
-A finished tokenizer splits by Oniguruma.  Python's `regex` does the same faster, but knows a newer Unicode:
-text with a character that the two put into different classes is left to Oniguruma, and so is all text of a
-pattern on which the two are seen to differ.  ASCII text is split by Python's own `re`, twice as fast again,
-where the pattern can be written for it.  The result therefore never depends on which of them did the work.
+A finished tokenizer splits by Oniguruma.  Where the pattern can be read, text is split by an automaton in compiled
+code instead (tokenizer/bpe/split_automaton.py), which takes from Oniguruma what the classes of characters hold; else
+by Oniguruma itself, and so too when the two are seen to differ.  The result therefore never depends on which
+of them did the work.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator
-from functools import lru_cache
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from megatron_sov.errors import UserError
 from tokenizer.presets import Preset
@@ -22,15 +22,6 @@ if TYPE_CHECKING:
 
 PROBE_CHARS = 20_000
 """Text of every unit of work on which the two engines are compared."""
-LAST_IN_TABLE = "\uffff"
-BEYOND_TABLE = re.compile("[\U00010000-\U0010ffff]")
-_CLASSES = re.compile(r"\\[pP]\{\^?\w+\}|\\[wdshWDSH]")
-_PARTS = re.compile(r"\\[pP]\{[^}]*\}|\\.|.", re.DOTALL)
-_ASCII = {r"\p{L}": "A-Za-z", r"\p{N}": "0-9", r"\p{M}": "", r"\s": r"\t-\r "}
-"""What classes come to in ASCII, inside brackets; `re` itself would take four control
-characters for white space."""
-_NEGATED = {r"\P{L}": r"\p{L}", r"\P{N}": r"\p{N}", r"\S": r"\s"}
-_CONTROL = (r"\r", r"\n", r"\t", r"\f", r"\v")
 _PROBES = ("", " ", "  ", "\n", "a", "A1 b", "'s 'S 'ſ x", "한국어 1", "e\u0301 \u0e01\u0e33\u0e25 \u3000x",
            "!? \r\n\t z", "\u00a0a \u00a0")
 
@@ -81,7 +72,9 @@ def check_coverage(pattern: str, name: str) -> None:
     """
     from tokenizers import Regex, normalizers
 
-    text = "".join(map(chr, _code_points()))
+    from tokenizer.bpe.split_automaton import code_points
+
+    text = "".join(map(chr, code_points()))
     for probe in (text, " " + text[::-1]):
         if left := normalizers.Replace(Regex(pattern), "").normalize_str(probe):
             raise UserError(f"preset {name}: split pattern {pattern!r} passes over some text, "
@@ -108,26 +101,17 @@ class Splitter:
 
     def __init__(self, preset: Preset, pattern: str) -> None:
         """Raises: UserError: the pattern does not compile, or can match empty text."""
-        import regex
         from tokenizers import normalizers
+
+        from tokenizer.bpe.split_automaton import Automaton, automaton
+        from tokenizer.bpe.split_pattern import Unsupported
 
         self._slow = oniguruma(pattern, preset.name)
         self._normalizer = normalizers.NFC() if preset.normalization == "nfc" else None
-        self._findall: Callable[[str], list[str]] = self._split_slowly
-        self._findall_ascii: Callable[[str], list[str]] = self._split_slowly
+        self._automaton: Automaton | None = None
         try:
-            compiled = regex.compile(pattern)
-            if compiled.groups:  # findall would give the groups
-                return
-            disputed = disputed_characters(pattern)
-            # one table for the 65,536 characters of two bytes is fast; in a mixed class `re` would go
-            # through all ranges
-            in_table = sorted(re.escape(c) for c in disputed if c < LAST_IN_TABLE)
-            self._disputed = re.compile(f"[{''.join(in_table)}{LAST_IN_TABLE}]")
-            self._disputed_beyond = frozenset(c for c in disputed if c > LAST_IN_TABLE)
-            self._findall = self._findall_ascii = compiled.findall
-            self._findall_ascii = re.compile(ascii_pattern(pattern), re.ASCII).findall
-        except (regex.error, re.error, NoAsciiForm):
+            self._automaton = automaton(pattern)
+        except Unsupported:
             return
 
     def normalize(self, text: str) -> str:
@@ -135,81 +119,24 @@ class Splitter:
         return (text if self._normalizer is None or text.isascii()
                 else str(self._normalizer.normalize_str(text)))
 
+    def ends(self, raw: bytes) -> NDArray[np.int32]:
+        """Return where each piece of normalised text, in UTF-8, ends."""
+        from tokenizer.bpe.counting import split_words
+
+        if self._automaton is None:
+            pieces = self._slow.pre_tokenize_str(raw.decode())
+            return np.cumsum([len(piece.encode()) for piece, _ in pieces], dtype=np.int32)
+        found = np.empty(len(raw), np.int32)
+        num_pieces = split_words(np.frombuffer(raw, np.uint8), self._automaton.kinds, self._automaton.steps, found)
+        return found[:num_pieces]
+
     def split(self, text: str) -> list[str]:
         """Return the pieces of normalised text; joined they are the text."""
-        if text.isascii():
-            pieces = self._findall_ascii(text)
-        elif self._findall == self._split_slowly or self._is_disputed(text):
-            return self._split_slowly(text)
-        else:
-            pieces = self._findall(text)
-        # text between matches counts too
-        return pieces if len("".join(pieces)) == len(text) else self._split_slowly(text)
-
-    def _is_disputed(self, text: str) -> bool:
-        return bool(self._disputed.search(text)) or (
-            BEYOND_TABLE.search(text) is not None and not self._disputed_beyond.isdisjoint(text))
+        raw, ends = text.encode(), [0, *self.ends(text.encode()).tolist()]
+        return [raw[start:end].decode() for start, end in pairwise(ends)]
 
     def check(self, text: str) -> None:
         """Compare the engines on some text, and from a difference on use Oniguruma alone."""
         text = text[:PROBE_CHARS]
-        if self.split(text) != self._split_slowly(text):
-            self._findall = self._findall_ascii = self._split_slowly
-
-    def _split_slowly(self, text: str) -> list[str]:
-        return [piece for piece, _ in self._slow.pre_tokenize_str(text)]
-
-
-class NoAsciiForm(Exception):
-    """A pattern uses something that has no sure counterpart in `re`."""
-
-
-def ascii_pattern(pattern: str) -> str:
-    """Return a pattern for `re` that splits ASCII text as `pattern` does.
-
-    Raises:
-        NoAsciiForm: it uses more than letters, marks, numbers and white space as classes.
-    """
-    parts, in_class = [], False
-    for part in _PARTS.findall(pattern):
-        if part in ("[", "]"):
-            if in_class == (part == "["):
-                raise NoAsciiForm(part)
-            in_class = not in_class
-        elif part.startswith("\\"):
-            negated = part in _NEGATED
-            content = _ASCII.get(_NEGATED.get(part, part))
-            if (content is None and part[1:2].isalnum() and part not in _CONTROL) or (negated and in_class):
-                raise NoAsciiForm(part)
-            if content is not None:
-                part = content if in_class else f"[{'^' if negated else ''}{content}]" if content else "(?!)"
-        parts.append(part)
-    text = "".join(parts)
-    if re.search(r"\(\?!\)\*[+?]", text):
-        raise NoAsciiForm(pattern)
-    return text.replace("(?!)*", "")  # any number of what there is none of
-
-
-@lru_cache(maxsize=8)
-def disputed_characters(pattern: str) -> frozenset[str]:
-    """Return the characters that the two engines put into different classes of a pattern."""
-    import regex
-    from tokenizers import Regex, normalizers
-
-    text = "".join(map(chr, _code_points()))
-    disputed: set[str] = set()
-    for class_ in sorted(set(_CLASSES.findall(pattern))):
-        fast = set(regex.findall(class_, text))
-        slow = set(text) - set(normalizers.Replace(Regex(class_), "").normalize_str(text))
-        disputed |= fast ^ slow
-    return frozenset(disputed)
-
-
-def _code_points() -> Iterator[int]:
-    """Yield all code points except the inside of large blocks that are of one kind,
-    and of planes without characters."""
-    for code in range(0x40000):
-        uniform = 0xAC10 <= code < 0xD790 or 0xE010 <= code < 0xF8F0 or 0x20010 <= code < 0x2A000
-        if not 0xD800 <= code < 0xE000 and not uniform:
-            yield code
-    yield from range(0xE0000, 0xE0200)
+        if self.split(text) != [piece for piece, _ in self._slow.pre_tokenize_str(text)]:
+            self._automaton = None

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tokenizer.bpe.merging import JoinRule
 from tokenizer.bpe.pretoken_table import WordTable
-from tokenizer.bpe.trainer import Joinable, MergeLearner, Words
+from tokenizer.bpe.trainer import MergeLearner, Words
 from tokenizer.bpe.vocabulary import Vocabulary, byte_ids
 from tokenizer.presets import Preset
 
@@ -35,8 +35,11 @@ def learn_words(table: WordTable, vocabulary: Vocabulary, num_tokens: int, prese
                 progress: Progress) -> None:
     """Merge bytes within words until there are `num_tokens` tokens, or no pair occurs often enough."""
     words = Words(byte_ids()[table.raw], table.lengths_bytes, table.counts)
-    joinable = vocabulary.before_superwords if preset.superword_pattern else vocabulary.within_words
-    _learn(words, joinable, vocabulary, num_tokens, progress)
+    # A letter, or the last byte of a wide space, and then a space: learned in a run of spaces, such a merge would
+    # join two words of the finished tokenizer by their bytes before either word is whole, so it is never learned.
+    rule = JoinRule(vocabulary.max_token_bytes, 0, keeps_words_apart=bool(preset.superword_pattern),
+                    only_superwords=False)
+    _learn(words, rule, vocabulary, num_tokens, progress)
 
 
 def learn_superwords(table: WordTable, vocabulary: Vocabulary, num_tokens: int, max_words: int, only: bool,
@@ -53,9 +56,10 @@ def learn_superwords(table: WordTable, vocabulary: Vocabulary, num_tokens: int, 
             will be depends on the text.
         progress: told of each merge.
     """
-    for joinable in [vocabulary.into_superwords] * only + [vocabulary.across_words]:
+    for only_superwords in [True] * only + [False]:
         if len(vocabulary.tokens) < num_tokens:
-            _learn(_units(table, vocabulary), partial(joinable, max_words), vocabulary, num_tokens, progress)
+            rule = JoinRule(vocabulary.max_token_bytes, max_words, False, only_superwords)
+            _learn(_units(table, vocabulary), rule, vocabulary, num_tokens, progress)
 
 
 def _units(table: WordTable, vocabulary: Vocabulary) -> Words:
@@ -76,13 +80,10 @@ def _encoded(table: WordTable, vocabulary: Vocabulary) -> tuple[NDArray[np.int64
     return np.concatenate(lengths), np.concatenate(symbols)
 
 
-def _learn(words: Words, joinable: Joinable, vocabulary: Vocabulary, num_tokens: int,
-           progress: Progress) -> None:
-    if len(vocabulary.tokens) < num_tokens:
-        for merge in MergeLearner(words, joinable, len(vocabulary.tokens), MIN_COUNT).learn():
-            vocabulary.add(merge)
-            progress(1)
-            if len(vocabulary.tokens) == num_tokens:
-                break
+def _learn(words: Words, rule: JoinRule, vocabulary: Vocabulary, num_tokens: int, progress: Progress) -> None:
+    num_merges = max(num_tokens - len(vocabulary.tokens), 0)
+    for merge in MergeLearner(words, vocabulary.tokens, rule, MIN_COUNT, num_merges).learn():
+        vocabulary.add(merge)
+        progress(1)
     assert len(set(vocabulary.tokens)) == len(vocabulary.tokens), (
         "two merges gave the same bytes, which exact BPE never does")

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from tokenizers import pre_tokenizers, trainers
 
 from tokenizer.bpe import trainer
+from tokenizer.bpe.merging import JoinRule
 from tokenizer.bpe.pretokenizer import untrained
 from tokenizer.bpe.trainer import Merge, MergeLearner, Words
 from tokenizer.bpe.vocabulary import Vocabulary, spelled
@@ -24,6 +25,7 @@ from tokenizer.presets import K_EXAONE, SOLAR_OPEN
 
 TEXT = [inspect.getsource(textwrap), "한국어 문장은 한국어로 씁니다. 문장 하나.\n" * 20,
         "<|end|> for i in x:\n    i += 1\n" * 20]
+ANY = JoinRule(max_bytes=99, max_words=0, keeps_words_apart=False, only_superwords=False)
 PLAIN = replace(SOLAR_OPEN, split_pattern=r"[^|]+|\|")
 
 
@@ -45,13 +47,13 @@ def test_real_text_as_in_the_textbook(learn: Callable[..., Vocabulary],
     assert merges_of(learn(SOLAR_OPEN, 700, text)) == brute_force(SOLAR_OPEN, 700, text)
 
 
-@pytest.mark.parametrize("hot_pairs", [3, 50_000])
+@pytest.mark.parametrize("room", [3, 50_000])
 @pytest.mark.parametrize("preset", [SOLAR_OPEN, replace(K_EXAONE, superword_pattern="")],
                          ids=lambda p: p.name)
-def test_hugging_faces_trainer_gives_the_same(learn: Callable[..., Vocabulary], preset, hot_pairs: int,
+def test_hugging_faces_trainer_gives_the_same(learn: Callable[..., Vocabulary], preset, room: int,
                                               monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "HOT_PAIRS", hot_pairs)  # however few pairs are in the heap at a time
-    monkeypatch.setattr(trainer, "FIRST_PLACES", 1000 * hot_pairs)
+    monkeypatch.setattr(trainer, "FIRST_PAIRS", room)  # however often the arrays have to grow
+    monkeypatch.setattr(trainer, "FIRST_PLACES", 1000 * room)
     theirs = untrained(preset)
     theirs.train_from_iterator(TEXT, trainers.BpeTrainer(
         vocab_size=2000, min_frequency=2, show_progress=False, max_token_length=preset.max_token_bytes + 1,
@@ -74,19 +76,19 @@ def test_a_smaller_vocabulary_is_the_beginning_of_a_larger_one(learn: Callable[.
 def test_counts_are_those_of_the_text() -> None:
     # "abab" five times, "ab" twice, "aaa" three times
     words = Words(np.array([0, 1, 0, 1, 0, 0, 0, 0, 1]), np.array([4, 3, 2]), np.array([5, 3, 2]))
-    learner = MergeLearner(words, lambda left, right: np.ones(len(left), np.bool_), 2, 2)
+    learner = MergeLearner(words, [b"a", b"b"], ANY, 2, 9)
     assert list(learner.learn()) == [Merge(0, 1, 12), Merge(0, 0, 6), Merge(2, 2, 5), Merge(3, 0, 3)]
 
 
 def test_counts_beyond_32_bits() -> None:
     words = Words(np.array([0, 1, 1, 0]), np.array([2, 2]), np.array([1 << 40, (1 << 40) - 1]))
-    learner = MergeLearner(words, lambda left, right: np.ones(len(left), np.bool_), 2, 2)
+    learner = MergeLearner(words, [b"a", b"b"], ANY, 2, 9)
     assert list(learner.learn()) == [Merge(0, 1, 1 << 40), Merge(1, 0, (1 << 40) - 1)]
 
 
 def test_no_words_no_merges() -> None:
     words = Words(np.zeros(0, np.int32), np.zeros(0, np.int64), np.zeros(0, np.int64))
-    assert list(MergeLearner(words, lambda left, right: left == right, 256, 2).learn()) == []
+    assert list(MergeLearner(words, [b"a"], ANY, 2, 9).learn()) == []
 
 
 def test_long_tokens_are_bounded(learn: Callable[..., Vocabulary]) -> None:

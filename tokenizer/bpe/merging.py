@@ -1,0 +1,348 @@
+"""The compiled loop of training: the best pair, its places, the pairs of the new token.
+
+Pairs lie in a heap of rows (`COUNT`, `KEY`, `START`, `LENGTH`): how often the pair stands in the text at most, left
+id << 32 | right id, and where in `Store.places` its places are.  Of two pairs the one with the higher count is
+better, of equal counts the one with the lower key.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenizer.bpe.compiled import compiled
+
+END, DEAD = -1, -2
+COUNT, KEY, START, LENGTH = range(4)
+SIZE_BYTES, SPACES, INNER_SPACES, ENDS_IN_WORD, BEGINS_NEXT_WORD, SUPERWORD, NUM_TRAITS = range(7)
+HEAP_SIZE, PLACES_SIZE, NUM_TOKENS, NUM_SIZES = range(4)
+EXHAUSTED, ENOUGH, HEAP_FULL, PLACES_FULL, BYTES_FULL = range(5)
+BLOCK_BITS = 8
+_ID_BITS = 32
+_ID_MASK = (1 << _ID_BITS) - 1
+_SPACE = 0x20
+
+
+class JoinRule(NamedTuple):
+    """Which pairs may become a token."""
+
+    max_bytes: int
+    """Longest token."""
+    max_words: int
+    """Most words in a token; 0: any number."""
+    keeps_words_apart: bool
+    """A pair that ends a word at its left and begins the next one at its right may not."""
+    only_superwords: bool
+    """Only a token that holds a space between letters may."""
+
+
+class Store(NamedTuple):
+    """What is learned from, as arrays that the loop changes."""
+
+    symbols: NDArray[np.int32]
+    """All words, `END` before and behind each.  A token of several places has its id at its first and at
+    its last place and `DEAD` between, so both neighbours of a place are read without links."""
+    level_starts: NDArray[np.int32]
+    """Words of equal count are neighbours: the first place of each such level."""
+    level_counts: NDArray[np.int64]
+    """Its count."""
+    block_levels: NDArray[np.int32]
+    """The level of every 2^BLOCK_BITS-th place, so that a place's level is found in a short list."""
+    heap: NDArray[np.int64]
+    """Pairs, [capacity, 4]."""
+    places: NDArray[np.int32]
+    """Places of all pairs, one pair after another, [capacity]."""
+    spans: NDArray[np.int32]
+    """Places that a token takes, [tokens]."""
+    token_ends: NDArray[np.int64]
+    """Where each token's bytes end, [tokens]."""
+    token_bytes: NDArray[np.uint8]
+    """Bytes of all tokens, one after another, [capacity]."""
+    traits: NDArray[np.int32]
+    """What decides whether a token may join, [tokens, NUM_TRAITS]."""
+    other_counts: NDArray[np.int64]
+    """All 0 between calls of `_add_pairs`; counts of the pairs with each other token, [tokens]."""
+    other_lengths: NDArray[np.int32]
+    """All 0 between calls; places of those pairs, [tokens]."""
+    other_starts: NDArray[np.int64]
+    """Where those places go, [tokens]."""
+    sizes: NDArray[np.int64]
+    """How much of the heap, the places and the tokens is in use, [NUM_SIZES]."""
+
+
+@compiled
+def _in_word(byte: int) -> bool:
+    """Return whether a byte may belong to a letter."""
+    return byte >= 0x80 or 0x41 <= byte <= 0x5A or 0x61 <= byte <= 0x7A
+
+
+@compiled
+def describe(store: Store, token: int) -> None:
+    """Find a token's traits from its bytes."""
+    start = store.token_ends[token - 1] if token else 0
+    raw = store.token_bytes[start : store.token_ends[token]]
+    spaces, superword = 0, 0
+    for i in range(len(raw)):
+        if raw[i] == _SPACE:
+            spaces += 1
+            if 0 < i < len(raw) - 1 and _in_word(raw[i - 1]) and _in_word(raw[i + 1]):
+                superword = 1
+    first = 1 if raw[0] == _SPACE else 0
+    traits = store.traits[token]
+    traits[SIZE_BYTES] = len(raw)
+    traits[SPACES] = spaces
+    traits[INNER_SPACES] = spaces - first
+    traits[ENDS_IN_WORD] = 1 if _in_word(raw[-1]) else 0
+    traits[BEGINS_NEXT_WORD] = 1 if first and (len(raw) == 1 or _in_word(raw[1])) else 0
+    traits[SUPERWORD] = superword
+
+
+@compiled
+def describe_all(store: Store) -> None:
+    """Find the traits of the tokens that are known at the beginning."""
+    for token in range(store.sizes[NUM_TOKENS]):
+        describe(store, token)
+
+
+@compiled
+def _may_join(left: NDArray[np.int32], right: NDArray[np.int32], rule: JoinRule) -> bool:
+    """Return whether tokens of these traits may join."""
+    if left[SIZE_BYTES] + right[SIZE_BYTES] > rule.max_bytes:
+        return False
+    if rule.max_words and left[INNER_SPACES] + right[SPACES] >= rule.max_words:
+        return False
+    next_word = left[ENDS_IN_WORD] and right[BEGINS_NEXT_WORD]
+    if rule.keeps_words_apart and next_word:
+        return False
+    return not rule.only_superwords or bool(
+        left[SUPERWORD] or right[SUPERWORD] or (next_word and right[SIZE_BYTES] > 1))
+
+
+@compiled
+def _weight(store: Store, place: int) -> int:
+    """Return the count of the word at a place."""
+    low, high = store.block_levels[place >> BLOCK_BITS], store.block_levels[(place >> BLOCK_BITS) + 1]
+    while low < high:
+        middle = (low + high + 1) >> 1
+        if store.level_starts[middle] <= place:
+            low = middle
+        else:
+            high = middle - 1
+    return store.level_counts[low]
+
+
+@compiled
+def _better(heap: NDArray[np.int64], a: int, b: int) -> bool:
+    """Return whether one row of the heap is better than another."""
+    return heap[a, COUNT] > heap[b, COUNT] or (heap[a, COUNT] == heap[b, COUNT]
+                                               and heap[a, KEY] < heap[b, KEY])
+
+
+@compiled
+def _swap(heap: NDArray[np.int64], a: int, b: int) -> None:
+    for column in range(4):
+        heap[a, column], heap[b, column] = heap[b, column], heap[a, column]
+
+
+@compiled
+def _push(store: Store, count: int, key: int, start: int, length: int) -> None:
+    """Add a pair to the heap."""
+    heap, at = store.heap, store.sizes[HEAP_SIZE]
+    heap[at, COUNT], heap[at, KEY], heap[at, START], heap[at, LENGTH] = count, key, start, length
+    store.sizes[HEAP_SIZE] += 1
+    while at and _better(heap, at, (at - 1) >> 1):
+        _swap(heap, at, (at - 1) >> 1)
+        at = (at - 1) >> 1
+
+
+@compiled
+def _sink_first(heap: NDArray[np.int64], size: int) -> None:
+    """Let the first row of the heap find its place, now that it may not be the best any more."""
+    at = 0
+    while 2 * at + 1 < size:
+        child = 2 * at + 1
+        if child + 1 < size and _better(heap, child + 1, child):
+            child += 1
+        if not _better(heap, child, at):
+            return
+        _swap(heap, at, child)
+        at = child
+
+
+@compiled
+def _drop_first(store: Store) -> None:
+    """Take the first row from the heap."""
+    store.sizes[HEAP_SIZE] -= 1
+    last = store.sizes[HEAP_SIZE]
+    _swap(store.heap, 0, last)
+    _sink_first(store.heap, last)
+
+
+@compiled
+def _add_pairs(store: Store, token: int, token_is_left: bool, others: NDArray[np.int32],
+               places: NDArray[np.int32], rule: JoinRule, min_count: int) -> None:
+    """Add the pairs of a token with others: the other token and the place of each, [places]."""
+    counts, lengths, starts = store.other_counts, store.other_lengths, store.other_starts
+    distinct = np.empty(len(others), np.int32)
+    num_distinct = 0
+    for i in range(len(others)):
+        other = others[i]
+        if not lengths[other]:
+            distinct[num_distinct] = other
+            num_distinct += 1
+        lengths[other] += 1
+        counts[other] += _weight(store, places[i])
+    for i in range(num_distinct):
+        other = distinct[i]
+        left, right = (token, other) if token_is_left else (other, token)
+        starts[other] = -1
+        if counts[other] >= min_count and _may_join(store.traits[left], store.traits[right], rule):
+            starts[other] = store.sizes[PLACES_SIZE]
+            store.sizes[PLACES_SIZE] += lengths[other]
+            _push(store, counts[other], (np.int64(left) << _ID_BITS) | right, starts[other], lengths[other])
+        counts[other] = lengths[other] = 0
+    for i in range(len(others)):
+        other = others[i]
+        if starts[other] >= 0:
+            store.places[starts[other]] = places[i]
+            starts[other] += 1
+
+
+@compiled
+def add_first_pairs(store: Store, places: NDArray[np.int32], rule: JoinRule, min_count: int) -> int:
+    """Add the pairs of single symbols at some places, sorted by their left symbols; returns how many places
+    there was room for."""
+    done = 0
+    while done < len(places):
+        left, end = store.symbols[places[done]], done
+        while end < len(places) and store.symbols[places[end]] == left:
+            end += 1
+        if not _has_room(store, end - done):
+            return done
+        others = np.empty(end - done, np.int32)
+        for i in range(end - done):
+            others[i] = store.symbols[places[done + i] + 1]
+        _add_pairs(store, left, True, others, places[done:end], rule, min_count)
+        done = end
+    return done
+
+
+@compiled
+def _has_room(store: Store, count: int) -> bool:
+    return (store.sizes[PLACES_SIZE] + count <= len(store.places)
+            and store.sizes[HEAP_SIZE] + count <= len(store.heap))
+
+
+@compiled
+def learn_some(store: Store, merges: NDArray[np.int64], rule: JoinRule, min_count: int) -> tuple[int, int]:
+    """Merge until `merges`, [merges, (left, right, count)], is full, no pair is left, or an array is full.
+
+    Returns:
+        How many merges were learned, and why no more: `EXHAUSTED`, `ENOUGH`, or the array to enlarge.
+    """
+    heap, num_merges = store.heap, 0
+    while num_merges < len(merges):
+        length = _refresh_first(store, min_count)
+        if not length:
+            return num_merges, EXHAUSTED
+        key = heap[0, KEY]
+        left, right, start = key >> _ID_BITS, key & _ID_MASK, heap[0, START]
+        # the pair is taken from the heap when nothing can keep it from being merged
+        if store.sizes[HEAP_SIZE] + 2 * length > len(heap):
+            return num_merges, HEAP_FULL
+        if store.sizes[PLACES_SIZE] + 2 * length > len(store.places):
+            return num_merges, PLACES_FULL
+        size_bytes = store.traits[left, SIZE_BYTES] + store.traits[right, SIZE_BYTES]
+        if store.token_ends[store.sizes[NUM_TOKENS] - 1] + size_bytes > len(store.token_bytes):
+            return num_merges, BYTES_FULL
+        merges[num_merges, 0], merges[num_merges, 1], merges[num_merges, 2] = left, right, heap[0, COUNT]
+        num_merges += 1
+        _drop_first(store)
+        _merge(store, left, right, store.places[start : start + length], rule, min_count)
+    return num_merges, ENOUGH
+
+
+@compiled
+def _refresh_first(store: Store, min_count: int) -> int:
+    """Bring the best pair to the top of the heap, with its right count; returns how many places it has,
+    0 where no pair is left.
+
+    Of the places that were found once, those are left at which both tokens still stand: other merges may have
+    swallowed either of them since.  So a count on the heap is an upper bound, and is right where no place is gone.
+    """
+    heap = store.heap
+    while store.sizes[HEAP_SIZE]:
+        key, start, length = heap[0, KEY], heap[0, START], heap[0, LENGTH]
+        left, right = key >> _ID_BITS, key & _ID_MASK
+        span, alive = store.spans[left], 0
+        for i in range(start, start + length):
+            place = store.places[i]
+            if store.symbols[place] == left and store.symbols[place + span] == right:
+                store.places[start + alive] = place
+                alive += 1
+        if alive == length:
+            return alive
+        count = 0
+        for i in range(start, start + alive):
+            count += _weight(store, store.places[i])
+        if count < min_count:
+            _drop_first(store)
+            continue
+        heap[0, COUNT], heap[0, LENGTH] = count, alive
+        _sink_first(heap, store.sizes[HEAP_SIZE])
+        if heap[0, KEY] == key:
+            return alive
+    return 0
+
+
+@compiled
+def _merge(store: Store, left: int, right: int, places: NDArray[np.int32], rule: JoinRule,
+           min_count: int) -> None:
+    """Merge a pair at its places and find the pairs of the new token."""
+    symbols, token = store.symbols, store.sizes[NUM_TOKENS]
+    left_span = store.spans[left]
+    span = left_span + store.spans[right]
+    _add_token(store, left, right, span)
+    merged, merged_end = 0, -1
+    for i in range(len(places)):
+        place = places[i]
+        if place < merged_end:
+            continue  # of "aaaa" the first and the third are merged
+        second, merged_end = place + left_span, place + span
+        symbols[second - 1] = symbols[second] = DEAD
+        symbols[place] = symbols[merged_end - 1] = token
+        places[merged] = place
+        merged += 1
+    others, at = np.empty(merged, np.int32), np.empty(merged, np.int32)
+    found = 0
+    for i in range(merged):
+        other = symbols[places[i] - 1]
+        if other >= 0 and other != token:  # token token: counted at its left one
+            others[found], at[found] = other, places[i] - store.spans[other]
+            found += 1
+    _add_pairs(store, token, False, others[:found], at[:found], rule, min_count)
+    found = 0
+    for i in range(merged):
+        other = symbols[places[i] + span]
+        if other >= 0:
+            others[found], at[found] = other, places[i]
+            found += 1
+    _add_pairs(store, token, True, others[:found], at[:found], rule, min_count)
+
+
+@compiled
+def _add_token(store: Store, left: int, right: int, span: int) -> None:
+    """Note a new token."""
+    token = store.sizes[NUM_TOKENS]
+    store.spans[token] = span
+    end = store.token_ends[token - 1]
+    for part in (left, right):
+        start = store.token_ends[part - 1] if part else 0
+        for i in range(start, store.token_ends[part]):
+            store.token_bytes[end] = store.token_bytes[i]
+            end += 1
+    store.token_ends[token] = end
+    store.sizes[NUM_TOKENS] += 1
+    describe(store, token)
