@@ -22,8 +22,8 @@ ROOT = Path(__file__).parents[1]
 DATA_ONLY = {"slurm"}
 """Packages at the top that the code reads and nobody imports."""
 
-BASE = {"errors", "version", "command_line", "plugins", "config", "outputs", "artifacts", "byte_bpe",
-        "documents", "chat", "obs", "pages"}
+BASE = {"errors", "version", "command_line", "plugins", "config", "outputs", "digests", "artifacts",
+        "byte_bpe", "documents", "chat", "obs", "pages"}
 GROUND = BASE | {"models", "objectives", "recipes", "plan", "runs"}
 FIRST = GROUND | {"data", "mcore"}
 SECOND = FIRST | {"train", "convert", "generate"}
@@ -31,7 +31,8 @@ THIRD = SECOND | {"eval"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(), "version": set(), "command_line": {"errors", "version"},
     "plugins": {"errors", "version"}, "config": {"errors", "plugins"}, "outputs": {"errors"},
-    "artifacts": {"errors", "version", "outputs"}, "byte_bpe": set(), "documents": {"errors"},
+    "digests": set(), "artifacts": {"errors", "version", "outputs", "digests"},
+    "byte_bpe": set(), "documents": {"errors"},
     "chat": {"errors", "documents"}, "obs": BASE, "pages": {"version"},
     "models": BASE, "objectives": BASE, "recipes": BASE | {"models", "objectives"}, "plan": GROUND,
     "runs": BASE, "data": GROUND, "mcore": GROUND,
