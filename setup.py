@@ -34,6 +34,7 @@ INSTALL_REQUIRES = [
     "pyyaml",
     "regex",
     "zstandard",
+    "blake3",
     "safetensors",
     "tqdm",
     "plotly",

@@ -3,10 +3,10 @@
     python benchmarks/convert_speed.py [--gigabytes 4.5] [--workers 2] [--rounds 3] [--folder DIR]
 
 A Hugging Face folder of random bfloat16 weights is made (structure of Solar Open, small experts), then
-converted to a checkpoint and back.  Beside it the same source is copied: by `cp`; by `cp` and a sync of what
-it wrote; by both and a SHA-256 of what it wrote, by `openssl` (the code that Python uses) and by `sha256sum`
-(on some systems half as fast).  The last two do to files what conversion does; `to_hf` also hashes its source
-against its manifest, and both directions check every value and rearrange them.  Every round runs everything,
+converted to a checkpoint and back.  Beside it the same source is copied: by `cp`; by `cp` and a sync of
+what it wrote; by both and a BLAKE3 of what it wrote, which is what conversion does to files, or a SHA-256 by
+`openssl` (the code that Python uses), which it once did.  `to_hf` also hashes its source against its
+manifest, and both directions check every value and rearrange them.  Every round runs everything,
 one after the other, and the best of each counts.  Conversion is the whole command with Python and torch,
 whose start stands in a line of its own.
 """
@@ -14,7 +14,6 @@ whose start stands in a line of its own.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 import platform
 import shutil
@@ -25,7 +24,17 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-SHA_BLOCKS = 128
+from megatron_sov.digests import BLAKE3, SHA256, Digest
+
+HASH_BLOCKS = 128
+HASH = """
+import sys
+from pathlib import Path
+sys.path[:0] = sys.argv[2].split(":")
+from megatron_sov.digests import file_digest
+for file in Path(sys.argv[1]).rglob("*"):
+    file.is_file() and file_digest(file)
+"""
 IDLE = "import megatron_sov.convert.hf_export, megatron_sov.convert.hf_import"
 CONVERT = """
 import sys
@@ -96,21 +105,22 @@ def machine() -> str:
     return f"{model}, {os.cpu_count()} cores, Python {platform.python_version()}"
 
 
-def sha256_rate() -> float:
+def hash_rate(algorithm: str) -> float:
     """Return the GB that one core hashes in a second of its time."""
-    block = bytes(1 << 20)
+    block, digest = bytes(1 << 20), Digest(algorithm)
     start_s = time.process_time()
-    for _ in range(SHA_BLOCKS):
-        hashlib.sha256(block)
-    return SHA_BLOCKS * len(block) / 1e9 / (time.process_time() - start_s)
+    for _ in range(HASH_BLOCKS):
+        digest.update(block)
+    return HASH_BLOCKS * len(block) / 1e9 / (time.process_time() - start_s)
 
 
 COPIES = {"cp": 'cp -r "$1" "$2"',
           "cp + fsync": 'cp -r "$1" "$2" && sync $(find "$2" -type f)',
+          # -S: without the start of site-packages, which the other commands do not have
+          "cp + fsync + blake3": 'cp -r "$1" "$2" && sync $(find "$2" -type f) && '
+                                 f'{sys.executable} -S -c "$3" "$2" "$4"',
           "cp + fsync + openssl": 'cp -r "$1" "$2" && sync $(find "$2" -type f) && '
-                                  'find "$2" -type f -exec openssl dgst -sha256 {} + > /dev/null',
-          "cp + fsync + sha256sum": 'cp -r "$1" "$2" && sync $(find "$2" -type f) && '
-                                    'find "$2" -type f -exec sha256sum {} + > /dev/null'}
+                                  'find "$2" -type f -exec openssl dgst -sha256 {} + > /dev/null'}
 """Ways to copy a folder: name -> shell command."""
 
 
@@ -121,7 +131,9 @@ def size_of(folder: Path) -> int:
 
 def compare(action: str, source: Path, out: Path, workers: int, rounds: int, idle: Cost) -> None:
     """Print one table: the copies and the conversion of the same source."""
-    commands = {name: ["bash", "-c", text, "copy", str(source), str(out)] for name, text in COPIES.items()}
+    paths = ":".join(path for path in sys.path if path)
+    commands = {name: ["bash", "-c", text, "copy", str(source), str(out), HASH, paths]
+                for name, text in COPIES.items()}
     commands[action] = [sys.executable, "-c", CONVERT, action, str(source), str(out), str(workers)]
     costs: dict[str, list[Cost]] = {name: [] for name in commands}
     for _ in range(rounds):
@@ -158,7 +170,8 @@ def main() -> None:
             raise SystemExit(f"{work}: needs {4 * args.gigabytes:.0f} GB of free space")
         measured([sys.executable, "-c", MAKE, str(hf), str(args.gigabytes * 1e9)])
         print(f"{machine()}; load {os.getloadavg()[0]:.1f} when it began, {args.workers} workers, "
-              f"best of {args.rounds} rounds; SHA-256 takes {sha256_rate():.2f} GB/s per core")
+              f"best of {args.rounds} rounds; per core BLAKE3 takes {hash_rate(BLAKE3):.1f} GB/s, "
+              f"SHA-256 {hash_rate(SHA256):.2f}")
         idle = min((measured([sys.executable, "-c", IDLE]) for _ in range(args.rounds)),
                    key=lambda cost: cost.wall_s)
         print(f"start of Python and torch alone: {idle.wall_s:.2f} s, CPU {idle.cpu_s:.2f} s, "

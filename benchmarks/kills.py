@@ -93,7 +93,7 @@ def final(run: Path) -> dict[str, str]:
     for path in sorted((run / "checkpoints").iterdir()):
         if (problem := damage(path)) is not None:
             raise SystemExit(f"{problem}: not whole")
-        found |= {f"{path.name}/{name}": r.sha256 for name, r in read_manifest(path).files.items()
+        found |= {f"{path.name}/{name}": r.digest for name, r in read_manifest(path).files.items()
                   if name != "state.json"}
         state = json.loads((path / "state.json").read_text())
         found[f"{path.name}/state"] = json.dumps({k: v for k, v in state.items() if k != "wall_s"},

@@ -87,7 +87,7 @@ def final(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     happened on the way."""
     path = latest(run / "checkpoints")
     assert path is not None, f"{run} has no checkpoint"
-    hashes = {name: record.sha256 for name, record in read_manifest(path).files.items()
+    hashes = {name: record.digest for name, record in read_manifest(path).files.items()
               if name != "state.json"}
     state = json.loads((path / "state.json").read_text())
     return hashes, {name: value for name, value in state.items() if name not in ("wall_s", "guard")}

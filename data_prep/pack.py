@@ -28,7 +28,14 @@ from data_prep.steps import named_steps
 from data_prep.token_artifact import CONTENT_VERSION, KIND, QUARANTINE
 from data_prep.units import GROUP, UnitSettings
 from data_prep.workers import Unit, encode_units
-from megatron_sov.artifacts import ArtifactWriter, disk_errors, new_artifact, read_manifest, refuse_existing
+from megatron_sov.artifacts import (
+    ArtifactWriter,
+    disk_errors,
+    new_artifact,
+    read_manifest,
+    refuse_existing,
+    sha256_file,
+)
 from megatron_sov.documents import KINDS, Document, Reading, list_files, plan_units, read_span
 from megatron_sov.errors import UserError
 from megatron_sov.obs.warning import warn
@@ -187,10 +194,10 @@ def pack(tokenizer: Path, sources: list[Source], output: Path, settings: PackSet
     units = [(source, unit) for source in sources for unit in plan_units(list_files(source.path))]
     fast, sentence = encoder.prove_fast(sample_texts([unit for _, unit in units], settings.reading))
     print(sentence)
-    made = read_manifest(tokenizer)
-    unit_settings = UnitSettings(tokenizer, made.content["tokenizer_sha256"], made.files[CONFIG_JSON].sha256,
-                                 token_dtype(encoder.vocab_size), settings.reading,
-                                 EncodingSettings(settings.bos, settings.eod, fast), settings.steps)
+    unit_settings = UnitSettings(tokenizer, read_manifest(tokenizer).content["tokenizer_sha256"],
+                                 sha256_file(tokenizer / CONFIG_JSON), token_dtype(encoder.vocab_size),
+                                 settings.reading, EncodingSettings(settings.bos, settings.eod, fast),
+                                 settings.steps)
     work = work_folder(output)
     encoded = _encode(sources, units, unit_settings, work, workers, settings.on_bad)
     with new_artifact(output, KIND, overwrite=overwrite) as artifact:

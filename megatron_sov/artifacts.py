@@ -23,17 +23,18 @@ from typing import Any
 
 import psutil
 
+from megatron_sov.digests import BLAKE3, SHA256, algorithm_of, file_digest
 from megatron_sov.errors import UserError, download
 from megatron_sov.file_locks import holds, is_held
 from megatron_sov.outputs import behind_links, refuse_nowhere
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""1: files had a `sha256` in place of a `digest`."""
 MADE_BY = {"corpus": "`sov-data demo-corpus`", "tokenizer": "`sov-tokenizer train` or `sov-tokenizer import`",
            "tokens": "`sov-data pack` or `sov-data mix`",
            "checkpoint": "a run (RUN/checkpoints/step-N) or `megatron-sov convert from-hf`"}
 """Kind of an artifact -> the commands that write one."""
-_HASH_BLOCK_BYTES = 1 << 20
 _NO_HASH = "0" * 64
 _NO_ROOM = {errno.ENOSPC: "no space left on the device", errno.EDQUOT: "the disk quota is used up",
             errno.EFBIG: "larger than the limit on file sizes (ulimit -f)"}
@@ -43,8 +44,25 @@ _NO_ROOM = {errno.ENOSPC: "no space left on the device", errno.EDQUOT: "the disk
 class FileRecord:
     """What the manifest holds about one file of an artifact."""
 
-    sha256: str
+    digest: str
+    """Name of the algorithm and hash of the content (`digests.py`)."""
     size_bytes: int
+
+    @staticmethod
+    def read(raw: dict[str, Any]) -> FileRecord:
+        """Return what stands in a manifest of any version.
+
+        Raises:
+            ValueError, KeyError, TypeError, AttributeError: it is no record.
+        """
+        digest = raw["digest"] if "digest" in raw else f"{SHA256}:{raw['sha256']}"
+        algorithm_of(digest)
+        return FileRecord(digest, raw["size_bytes"])
+
+    @staticmethod
+    def of(file: Path, algorithm: str = BLAKE3) -> FileRecord:
+        """Return the record of a file as it is now."""
+        return FileRecord(file_digest(file, algorithm), file.stat().st_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,12 +89,8 @@ class Manifest:
 
 
 def sha256_file(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes, read in blocks."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(_HASH_BLOCK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+    """Return the SHA-256 of a file's bytes."""
+    return file_digest(path, SHA256).removeprefix(f"{SHA256}:")
 
 
 def fsync_path(path: Path) -> None:
@@ -160,6 +174,8 @@ class ArtifactWriter:
         self.inputs: list[dict[str, str]] = []
         self.known_files: dict[str, FileRecord] = {}
         """Files whose hash the writer already knows; the rest are hashed on completion."""
+        self.algorithm = BLAKE3
+        """What hashes the rest."""
 
     def add_input(self, path: Path) -> None:
         """Record another artifact as an input of this one."""
@@ -172,7 +188,7 @@ class ArtifactWriter:
         for file in sorted(p for p in self.path.rglob("*") if p.is_file()):
             name = file.relative_to(self.path).as_posix()
             if name not in files:
-                files[name] = FileRecord(sha256_file(file), file.stat().st_size)
+                files[name] = FileRecord.of(file, self.algorithm)
             fsync_path(file)
         for folder in (p for p in self.path.rglob("*") if p.is_dir()):
             fsync_path(folder)
@@ -302,7 +318,7 @@ def read_manifest(path: str | Path, kind: str | None = None) -> Manifest:
         if raw["format_version"] > FORMAT_VERSION:
             raise UserError(f"{file}: format_version {raw['format_version']} is newer than {FORMAT_VERSION}, "
                             "the newest that this version reads; update megatron-sov")
-        files = {name: FileRecord(**record) for name, record in raw.pop("files").items()}
+        files = {name: FileRecord.read(record) for name, record in raw.pop("files").items()}
         if outside := [name for name in files if not _is_inside(name)]:
             raise ValueError(f"it names the file {outside[0]!r}, which is not inside the folder")
         manifest = Manifest(files=files, **raw)
@@ -377,5 +393,5 @@ def file_damage(file: Path, record: FileRecord) -> str | None:
         return f"{file}: is missing"
     if file.stat().st_size != record.size_bytes:
         return f"{file}: has {file.stat().st_size} bytes, the manifest says {record.size_bytes}"
-    return (None if sha256_file(file) == record.sha256
+    return (None if file_digest(file, algorithm_of(record.digest)) == record.digest
             else f"{file}: its content differs from the hash in the manifest")

@@ -22,7 +22,11 @@ ROOT = Path(__file__).parents[1]
 DATA_ONLY = {"slurm"}
 """Packages at the top that the code reads and nobody imports."""
 
+<<<<<<< HEAD
 BASE = {"errors", "version", "command_line", "plugins", "config", "outputs", "file_locks", "artifacts",
+=======
+BASE = {"errors", "version", "command_line", "plugins", "config", "outputs", "digests", "artifacts",
+>>>>>>> hash
         "byte_bpe", "documents", "chat", "obs", "pages"}
 GROUND = BASE | {"models", "objectives", "recipes", "plan", "runs"}
 FIRST = GROUND | {"data", "mcore"}
@@ -31,8 +35,9 @@ THIRD = SECOND | {"eval"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(), "version": set(), "command_line": {"errors", "version"},
     "plugins": {"errors", "version"}, "config": {"errors", "plugins"}, "outputs": {"errors"},
-    "file_locks": set(), "artifacts": {"errors", "version", "outputs", "file_locks"}, "byte_bpe": set(),
-    "documents": {"errors"},
+    "file_locks": set(), "digests": set(),
+    "artifacts": {"errors", "version", "outputs", "file_locks", "digests"},
+    "byte_bpe": set(), "documents": {"errors"},
     "chat": {"errors", "documents"}, "obs": BASE, "pages": {"version"},
     "models": BASE, "objectives": BASE, "recipes": BASE | {"models", "objectives"}, "plan": GROUND,
     "runs": BASE, "data": GROUND, "mcore": GROUND,

@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
+from blake3 import blake3
 
 from megatron_sov import artifacts
 from megatron_sov.artifacts import (
@@ -31,7 +32,11 @@ from megatron_sov.artifacts import (
     sha256_file,
     to_json,
 )
+from megatron_sov.digests import file_digest
 from megatron_sov.errors import UserError
+
+BLAKE3_OF_ABC = "6437b3ac38465133ffb63b75273a8db548c558465d79db03fd359c6cd5bd9d85"
+"""As in the test vectors of other implementations."""
 
 
 def build(path: Path, kind: str = "tokens", text: str = "hello", **options: Any) -> Path:
@@ -63,7 +68,7 @@ def test_an_artifact_holds_what_was_written_and_says_so(tmp_path: Path) -> None:
         (writer.path / "data.bin").write_bytes(b"abc")
     manifest = read_manifest(tmp_path / "deep/er/a", "tokens")
     assert (manifest.content, manifest.settings) == ({"num_tokens": 3}, {"seed": 7})
-    assert manifest.files == {"data.bin": FileRecord(hashlib.sha256(b"abc").hexdigest(), 3)}
+    assert manifest.files == {"data.bin": FileRecord(f"blake3:{BLAKE3_OF_ABC}", 3)}
     assert manifest.inputs == [{"kind": "corpus", "path": str(source),
                                 "manifest_sha256": manifest_sha256(source)}]
     assert damaged_files(tmp_path / "deep/er/a") == []
@@ -279,10 +284,39 @@ def rewritten(path: Path, **changes: Any) -> Path:
     return path
 
 
+def test_an_artifact_of_the_first_format_is_read_and_checked_as_ever(tmp_path: Path) -> None:
+    """Its files have the hash that was used then, and keep it where they are handed on."""
+    path = build(tmp_path / "a")
+    old = {"sha256": hashlib.sha256(b"hello").hexdigest(), "size_bytes": 5}
+    rewritten(path, format_version=1, files={"sub/data.bin": old})
+    record = read_manifest(path).files["sub/data.bin"]
+    assert record == FileRecord(f"sha256:{old['sha256']}", 5) and damaged_files(path) == []
+    with new_artifact(tmp_path / "b", "tokens") as writer:
+        (writer.path / "taken.bin").write_text("hello")
+        writer.known_files["taken.bin"] = record
+        (writer.path / "new.bin").write_bytes(b"abc")
+    found = json.loads((tmp_path / "b" / MANIFEST).read_text())
+    assert found["format_version"] == 2 and found["files"] == {
+        "taken.bin": {"digest": f"sha256:{old['sha256']}", "size_bytes": 5},
+        "new.bin": {"digest": f"blake3:{BLAKE3_OF_ABC}", "size_bytes": 3}}
+    assert damaged_files(tmp_path / "b") == []
+    for folder in (path / "sub/data.bin", tmp_path / "b/taken.bin"):
+        folder.write_text("hullo")
+    assert len(damaged_files(path)) == len(damaged_files(tmp_path / "b")) == 1
+
+
+@pytest.mark.parametrize("record", [{"digest": "md5:12", "size_bytes": 5}, {"digest": 3, "size_bytes": 5},
+                                    {"size_bytes": 5}, {"digest": "", "size_bytes": 5}, []])
+def test_a_digest_that_nobody_can_check_is_damage(tmp_path: Path, record: Any) -> None:
+    path = rewritten(build(tmp_path / "a"), files={"sub/data.bin": record})
+    with pytest.raises(UserError, match=r"a/manifest\.json: is damaged \(.+\); make the artifact again"):
+        read_manifest(path)
+
+
 def test_a_newer_format_is_refused_even_where_it_has_other_fields(tmp_path: Path) -> None:
     path = rewritten(build(tmp_path / "a"), format_version=artifacts.FORMAT_VERSION + 1, shards=[])
     with pytest.raises(UserError,
-                       match="format_version 2 is newer than 1, the newest that this version reads; update"):
+                       match="format_version 3 is newer than 2, the newest that this version reads; update"):
         read_manifest(path)
 
 
@@ -322,11 +356,12 @@ def test_what_is_not_the_artifact_that_is_needed_is_refused(tmp_path: Path) -> N
         read_manifest(build(tmp_path / "a"), "tokenizer")
 
 
-def test_hashes_agree_with_hashlib_across_block_borders(tmp_path: Path) -> None:
+def test_hashes_agree_with_the_libraries_across_block_borders(tmp_path: Path) -> None:
     for size in (0, 1, (1 << 20) - 1, 1 << 20, (1 << 20) + 1):
         data = bytes(i % 251 for i in range(256)) * (size // 256 + 1)
         (tmp_path / "f").write_bytes(data[:size])
         assert sha256_file(tmp_path / "f") == hashlib.sha256(data[:size]).hexdigest()
+        assert file_digest(tmp_path / "f") == f"blake3:{blake3(data[:size]).hexdigest()}"
 
 
 def test_json_of_dataclasses_and_paths(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ hashed again, as an attacker would), and runs it.  SOV_MUTATIONS=N tries N cases
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -18,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from megatron_sov.artifacts import FileRecord
 
 COUNT = int(os.environ.get("SOV_MUTATIONS", "1"))
 TIMEOUT_S = 120.0
@@ -199,9 +200,7 @@ def sign(folder: Path, file: Path) -> None:
             except (ValueError, KeyError, TypeError, AttributeError):
                 return  # it is what was broken
             if isinstance(found, dict):
-                content = file.read_bytes()
-                found.update({key: hashlib.sha256(content).hexdigest() if key == "sha256" else len(content)
-                              for key in found if key == "sha256" or "bytes" in key or key == "size"})
+                found.update(vars(FileRecord.of(file)))
                 manifest.write_text(json.dumps(record))
         if above == folder:
             return

@@ -36,11 +36,11 @@ def problems(bundle: Path) -> list[str]:
 def _damage(file: Path, record: dict[str, Any]) -> str:
     if not file.is_file():
         return f"{file}: is missing; copy the bundle again"
-    digest = hashlib.sha256()
+    digest = hashlib.sha256()  # in Python's own library, unlike the hash of other artifacts
     with open(file, "rb") as f:
         while block := f.read(BLOCK_BYTES):
             digest.update(block)
-    return ("" if digest.hexdigest() == record["sha256"]
+    return ("" if f"sha256:{digest.hexdigest()}" == record["digest"]
             else f"{file}: differs from its hash; copy the bundle again")
 
 

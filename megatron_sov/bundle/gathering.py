@@ -34,6 +34,7 @@ from megatron_sov.artifacts import (
     refuse_existing,
     refuse_link_outside,
 )
+from megatron_sov.digests import SHA256
 from megatron_sov.errors import UserError, nearest
 
 KIND = "bundle"
@@ -106,6 +107,7 @@ def gather(bundle: Bundle, output: Path, *, overwrite: bool = False) -> Manifest
     refuse_existing(output, KIND, overwrite)
     bundle.check()
     with new_artifact(output, KIND, overwrite=overwrite) as writer:
+        writer.algorithm = SHA256  # check.py has nothing but Python's own library
         wheels = writer.path / WHEELS
         wheels.mkdir()
         own = _build(bundle.source, wheels)

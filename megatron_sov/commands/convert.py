@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_workers(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--workers", type=int, default=DEFAULT_WORKERS, metavar="N",
-                     help="files at a time, each with a tensor in memory (default: %(default)s)")
+                     help="files at a time, each with two tensors in memory (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:

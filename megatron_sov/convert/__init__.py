@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from megatron_sov.convert.sources import is_hf_folder, open_weights
 
 DEFAULT_WORKERS = max(1, min(4, os.cpu_count() or 1))
-"""Files that are read and written at a time unless told; each holds a tensor in memory."""
+"""Files that are read and written at a time unless told; each holds two tensors in memory."""
 MAX_SHARD_BYTES = 5_000_000_000
 """Default of the largest safetensors file that is written."""
 _MODULES = {"ParityCheck": "proof", "export_weights": "live_export", "from_hf": "hf_import",

@@ -1,4 +1,5 @@
-"""A checkpoint becomes a Hugging Face folder; memory holds one tensor of each file that is being written."""
+"""A checkpoint becomes a Hugging Face folder; memory holds two tensors of each file that is
+being written."""
 
 from __future__ import annotations
 

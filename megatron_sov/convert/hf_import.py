@@ -1,4 +1,4 @@
-"""A Hugging Face folder becomes a checkpoint that any layout can load; memory holds one block of each
+"""A Hugging Face folder becomes a checkpoint that any layout can load; memory holds two blocks of each
 file in the making."""
 
 from __future__ import annotations

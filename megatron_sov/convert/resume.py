@@ -146,7 +146,7 @@ def _finished(log: Path, content: Path) -> dict[str, FileRecord]:
             raw = json.loads(line)
             file = content / raw["name"]
             if file.is_file() and file.stat().st_size == raw["size_bytes"]:
-                found[raw["name"]] = FileRecord(raw["sha256"], raw["size_bytes"])
+                found[raw["name"]] = FileRecord.read(raw)
     return found
 
 

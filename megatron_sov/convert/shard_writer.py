@@ -1,4 +1,4 @@
-"""Writes safetensors files, several at a time, so that memory holds one tensor of each and not the files."""
+"""Writes safetensors files, several at a time, so that memory holds two tensors of each and not the files."""
 
 from __future__ import annotations
 
@@ -34,24 +34,26 @@ def write_files(folder: Path, files: dict[str, list[TensorSpec]], read: Reader, 
         folder: where to write.
         files: name -> tensors, e.g. of `plan_shards`.
         read: gives each tensor.
-        workers: threads; reading, hashing and writing all leave the interpreter free.
+        workers: files at a time, each with a thread that reads, and one that hashes and writes; all leave the
+            interpreter free.
         finish: called for each file when it is on disk, with hash and size.
 
     Raises:
         UserError: the first that `read` raised; files that have not begun are not written then.
     """
-    def write(name: str, hasher: ThreadPoolExecutor) -> None:
+    def write(name: str) -> None:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        finish(name, write_file(path, files[name], read, hasher))
+        with ThreadPoolExecutor(1) as reader:
+            record = write_file(path, files[name], read, reader)
+        finish(name, record)
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a file's thread is busy by itself
-    pool, hasher = ThreadPoolExecutor(workers), ThreadPoolExecutor(workers)
+    pool = ThreadPoolExecutor(workers)
     try:
-        for done in as_completed([pool.submit(write, name, hasher) for name in files]):
+        for done in as_completed([pool.submit(write, name) for name in files]):
             done.result()
     finally:
         pool.shutdown(cancel_futures=True)
-        hasher.shutdown()
         torch.set_num_threads(threads)

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_sov import convert
-from megatron_sov.artifacts import MANIFEST, sha256_file
+from megatron_sov.artifacts import MANIFEST, FileRecord
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.checkpoint import writer
 
@@ -153,8 +153,7 @@ def in_index(change: Callable[[Any], Any]) -> Callable[[Path], None]:
 def reseal(folder: Path) -> None:
     def follow(manifest: dict[str, Any]) -> None:
         for name in manifest["files"]:
-            manifest["files"][name] = {"sha256": sha256_file(folder / name),
-                                       "size_bytes": (folder / name).stat().st_size}
+            manifest["files"][name] = vars(FileRecord.of(folder / name))
 
     edit_json(folder / MANIFEST, follow)
 

@@ -28,7 +28,7 @@ from data_prep import pack as pack_module
 from data_prep.cli import main
 from data_prep.indexed import open_split
 from data_prep.pack import PackSettings, Source, pack, parse_sources, work_folder
-from megatron_sov.artifacts import manifest_sha256, read_manifest, sha256_file
+from megatron_sov.artifacts import FileRecord, manifest_sha256, read_manifest
 from megatron_sov.documents import Reading, files
 from megatron_sov.errors import UserError
 
@@ -401,9 +401,7 @@ def test_a_chat_that_the_template_refuses_is_named(tokenizers: dict[str, Path], 
                                "{% if add_generation_prompt %}<think>{% endif %}")
     (tokenizer / "tokenizer_config.json").write_text(json.dumps(config))
     manifest = json.loads((tokenizer / "manifest.json").read_text())
-    manifest["files"]["tokenizer_config.json"] = {"sha256": sha256_file(tokenizer / "tokenizer_config.json"),
-                                                  "size_bytes": (
-                                                      tokenizer / "tokenizer_config.json").stat().st_size}
+    manifest["files"]["tokenizer_config.json"] = vars(FileRecord.of(tokenizer / "tokenizer_config.json"))
     (tokenizer / "manifest.json").write_text(json.dumps(manifest | {"sha256": ""}))
     lines = [{"messages": [{"role": role, "content": f"{i}"}, {"role": "assistant", "content": "yes"}]}
              for i, role in enumerate(["user", "user", "system", "user"])]

@@ -19,7 +19,7 @@ from data_prep.cli import main
 from data_prep.indexed import IndexedWriter
 from data_prep.pack import PackSettings, Source, pack
 from data_prep.verify import check
-from megatron_sov.artifacts import read_manifest, sha256_file, to_json
+from megatron_sov.artifacts import FileRecord, read_manifest, to_json
 from megatron_sov.documents import Reading
 
 
@@ -38,8 +38,7 @@ def rehash(data: Path) -> None:
     """Make the manifest's hashes fit the files, so that only the checks behind the
     hashes can see a change."""
     raw = json.loads((data / "manifest.json").read_text())
-    raw["files"] = {name: {"sha256": sha256_file(data / name), "size_bytes": (data / name).stat().st_size}
-                    for name in raw["files"]}
+    raw["files"] = {name: FileRecord.of(data / name) for name in raw["files"]}
     (data / "manifest.json").write_text(to_json(raw | {"sha256": ""}))
 
 

@@ -48,7 +48,7 @@ def hashes(run: Path, step: int) -> dict[str, str]:
     """Return the hashes of a checkpoint's files, and the loop's state without times."""
     state = json.loads((folder_of(run, step) / "state.json").read_text())
     files = read_manifest(folder_of(run, step)).files
-    return {name: record.sha256 for name, record in files.items() if name != "state.json"} | {
+    return {name: record.digest for name, record in files.items() if name != "state.json"} | {
         "state.json": json.dumps({k: v for k, v in state.items() if k != "wall_s"}, sort_keys=True)}
 
 

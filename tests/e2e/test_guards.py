@@ -85,7 +85,7 @@ def last_checkpoint(run: Path) -> dict[str, Any]:
     from megatron_sov.artifacts import read_manifest
 
     path = max((run / "checkpoints").glob("step-*"), key=lambda p: int(p.name.removeprefix("step-")))
-    files = {name: record.sha256 for name, record in read_manifest(path).files.items()
+    files = {name: record.digest for name, record in read_manifest(path).files.items()
              if name != "state.json"}
     state = json.loads((path / "state.json").read_text())
     return {**files, "state": {k: v for k, v in state.items() if k not in ("wall_s", "guard")}}

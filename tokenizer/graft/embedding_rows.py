@@ -9,7 +9,6 @@ and a block of any other.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_sov.artifacts import FileRecord
+from megatron_sov.digests import Digest
 from megatron_sov.errors import UserError
 from tokenizer.formats.reader import read_json
 
@@ -205,10 +205,10 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def _write(target: Path, blocks: Iterator[bytes | memoryview]) -> FileRecord:
-    digest, size_bytes = hashlib.sha256(), 0
+    digest, size_bytes = Digest(), 0
     with open(target, "wb") as f:
         for block in blocks:
             digest.update(block)
             f.write(block)
             size_bytes += len(block)
-    return FileRecord(digest.hexdigest(), size_bytes)
+    return FileRecord(digest.text(), size_bytes)

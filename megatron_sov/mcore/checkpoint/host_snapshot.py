@@ -58,7 +58,8 @@ class Written:
     def read(folder: Path, rank: int) -> Written:
         """Return what a rank has written."""
         raw = json.loads(Written.file(folder, rank).read_text())
-        return Written(raw["indices"], {name: FileRecord(**record) for name, record in raw["files"].items()})
+        return Written(raw["indices"],
+                       {name: FileRecord.read(record) for name, record in raw["files"].items()})
 
 
 class Snapshot:

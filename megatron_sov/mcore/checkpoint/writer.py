@@ -1,5 +1,5 @@
 """Writes a safetensors file tensor by tensor, hashed on the way, so that memory holds one
-tensor and not the file.
+tensor, or two, and not the file.
 
 The library's own writer takes all tensors of a file at once.  The format is short: the header's length as 8
 bytes little-endian, a JSON header with dtype, shape and byte range of each tensor, then the bytes without
@@ -9,7 +9,6 @@ gaps (https://github.com/huggingface/safetensors#format).
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import json
 import math
 import os
@@ -21,12 +20,13 @@ from pathlib import Path
 import torch
 
 from megatron_sov.artifacts import FileRecord
+from megatron_sov.digests import Digest
 from megatron_sov.mcore.checkpoint.safetensors_file import DTYPES
 
 SAFETENSORS_DTYPES = {dtype: name for name, dtype in DTYPES.items()}
 _ALIGNMENT_BYTES = 8
-_CHUNK_BYTES = 4 << 20
-"""Bytes that are hashed and written at a time: few enough to stay in the processor's cache."""
+_CHUNK_BYTES = 1 << 20
+"""Bytes that are hashed and then written: few enough to stay in the processor's cache between the two."""
 _WRITE_BYTES = 256 << 10
 """Bytes of one system call: for larger ones Linux looks for larger runs of free memory, which costs up to
 five times the time."""
@@ -57,42 +57,49 @@ Reader = Callable[[TensorSpec], torch.Tensor]
 
 
 def write_file(path: Path, specs: list[TensorSpec], read: Reader,
-               hasher: Executor | None = None) -> FileRecord:
-    """Write and sync one file, and return its hash and size; the disk works beside the writing, and `hasher`,
-    where given, takes the hash beside it.
+               reader: Executor | None = None) -> FileRecord:
+    """Write and sync one file, and return its digest and size; the disk works beside the writing, and
+    `reader`, where given, reads the next tensor beside it.
 
     Raises:
         OSError: the disk is full or refuses.
     """
     # wider dtypes first, so that every tensor starts at a multiple of its item size
     ordered = sorted(specs, key=lambda spec: -spec.dtype.itemsize)
-    head = _header(ordered)
-    digest, hashing = hashlib.sha256(head), Future[None]()
-    hashing.set_result(None)
-    begun_bytes = 0
+    ahead: Future[torch.Tensor] | None = None
     with open(path, "wb", buffering=0) as f:
-        _write(f.fileno(), memoryview(head))
-        for spec in ordered:
-            tensor = read(spec)
+        file = _HashedFile(f.fileno())
+        file.append(memoryview(_header(ordered)))
+        for number, spec in enumerate(ordered, 1):
+            tensor = read(spec) if ahead is None else ahead.result()
+            if reader is not None and number < len(ordered):
+                ahead = reader.submit(read, ordered[number])
             if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
                 raise ValueError(f"{spec.name}: got {tensor.dtype} {tuple(tensor.shape)}, "
                                  f"planned {spec.dtype} {spec.shape}")
-            raw = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
-            for start in range(0, len(raw), _CHUNK_BYTES):
-                chunk = raw[start:start + _CHUNK_BYTES]
-                if hasher is None:
-                    digest.update(chunk)
-                else:
-                    hashing.result()
-                    hashing = hasher.submit(digest.update, chunk)
-                _write(f.fileno(), chunk)
-                if f.tell() - begun_bytes >= _WRITE_BACK_BYTES:
-                    _start_write_back(f.fileno(), begun_bytes, f.tell() - begun_bytes)
-                    begun_bytes = f.tell()
-        hashing.result()
+            file.append(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+            del tensor  # else it would be the third in memory while the next but one is read
         os.fsync(f.fileno())
-        size_bytes = f.tell()
-    return FileRecord(digest.hexdigest(), size_bytes)
+    return FileRecord(file.digest.text(), file.size_bytes)
+
+
+class _HashedFile:
+    """A file in the making: its bytes so far, hashed and on their way to the disk."""
+
+    def __init__(self, fd: int) -> None:
+        self.digest, self.size_bytes = Digest(), 0
+        self._fd, self._begun_bytes = fd, 0
+
+    def append(self, raw: memoryview) -> None:
+        """Hash and write the next bytes, and set the disk to work on what has come together."""
+        for start in range(0, len(raw), _CHUNK_BYTES):
+            chunk = raw[start:start + _CHUNK_BYTES]
+            self.digest.update(chunk)
+            _write(self._fd, chunk)
+            self.size_bytes += len(chunk)
+            if (waiting_bytes := self.size_bytes - self._begun_bytes) >= _WRITE_BACK_BYTES:
+                _start_write_back(self._fd, self._begun_bytes, waiting_bytes)
+                self._begun_bytes = self.size_bytes
 
 
 def _header(specs: list[TensorSpec]) -> bytes:

@@ -3,13 +3,14 @@ other tensors of any dtype stay as they are."""
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import pytest
 import torch
+from blake3 import blake3
 from safetensors.torch import load_file, save_file
 
+from megatron_sov.artifacts import FileRecord
 from megatron_sov.errors import UserError
 from tokenizer.graft.embedding_rows import (
     RowPlan,
@@ -36,7 +37,7 @@ def test_rows_are_kept_averaged_and_filled(tmp_path: Path, dtype: torch.dtype) -
             and row_bytes(tables) == 5 * dtype.itemsize)
     record = graft_file(tmp_path / "in.safetensors", tmp_path / "out.safetensors", set(tables), PLAN)
     raw = (tmp_path / "out.safetensors").read_bytes()
-    assert (record.sha256, record.size_bytes) == (hashlib.sha256(raw).hexdigest(), len(raw))
+    assert record == FileRecord(f"blake3:{blake3(raw).hexdigest()}", len(raw))
     found = load_file(tmp_path / "out.safetensors")
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[n].view(torch.uint8) if n == "c.weight" else found[n],
@@ -55,7 +56,7 @@ def test_files_without_tables_are_copied(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"x" * 40_000_000)
     record = copy_file(tmp_path / "a", tmp_path / "b")
     assert (tmp_path / "b").read_bytes() == (tmp_path / "a").read_bytes()
-    assert (record.size_bytes, record.sha256) == (40_000_000, hashlib.sha256(b"x" * 40_000_000).hexdigest())
+    assert record == FileRecord(f"blake3:{blake3(b'x' * 40_000_000).hexdigest()}", 40_000_000)
 
 
 def test_what_is_unclear_or_damaged_is_refused(tmp_path: Path) -> None:
