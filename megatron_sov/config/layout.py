@@ -26,9 +26,9 @@ class ParallelConfig:
     """Expert parallel size."""
     etp: int = 1
     """Tensor parallel size inside each expert."""
-    expert_dispatcher: Literal["alltoall", "allgather"] = "alltoall"
+    expert_dispatcher: Literal["alltoall", "allgather", "deepep", "hybridep"] = "alltoall"
     """How tokens reach their experts: each to its own (alltoall), or all to all processes (allgather; small
-    `ep`, many experts for each token)."""
+    `ep`, many experts for each token), or each to its own by the kernels of DeepEP or HybridEP on GPUs."""
     zero1: bool = False
     """ZeRO-1: every data-parallel process keeps and updates its share of the optimizer's
     state, not all of it."""

@@ -25,7 +25,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.core.utils import make_viewless_tensor
 
-from megatron_sov.config import ModelConfig, ParallelConfig, TrainConfig
+from megatron_sov.config import GpuConfig, ModelConfig, ParallelConfig, TrainConfig
+from megatron_sov.config.gpu import AUTO
 from megatron_sov.mcore.model.attention import PackedDocuments, pack
 from megatron_sov.mcore.model.kv_cache import PackedSpans, ReadRow
 from megatron_sov.mcore.model.rotary import widen
@@ -212,9 +213,10 @@ class LanguageModel(torch.nn.ModuleList):
         return weight
 
 
-def build(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig) -> LanguageModel:
+def build(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig,
+          gpu: GpuConfig = AUTO) -> LanguageModel:
     """Build this process's part of the model; its weights are not initialised yet."""
-    config = transformer_config(model, parallel, train)
+    config = transformer_config(model, parallel, train, gpu)
     return LanguageModel(
         [_chunk(model, config, i if parallel.vpp > 1 else None) for i in range(parallel.vpp)], model)
 
