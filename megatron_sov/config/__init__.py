@@ -21,6 +21,6 @@ from megatron_sov.config.train import TrainConfig
 __all__ = [
     "BackgroundEvalConfig", "DataConfig", "EvaluateConfig", "ExtendConfig", "ExtendStageConfig", "GateConfig",
     "GpuConfig", "GroupConfig", "GuardConfig", "Language", "ModelConfig", "NeedleConfig", "NeedleKind",
-    "ObjectiveConfig", "ObsConfig", "OptimConfig", "ParallelConfig", "PartConfig", "PhaseConfig", "RunConfig", "TrainConfig",
-    "YarnConfig", "apply_settings", "data_paths", "from_dict",
+    "ObjectiveConfig", "ObsConfig", "OptimConfig", "ParallelConfig", "PartConfig", "PhaseConfig", "RunConfig",
+    "TrainConfig", "YarnConfig", "apply_settings", "data_paths", "from_dict",
 ]

@@ -1,4 +1,4 @@
-"""From `gpu.*` to the library's fields: what is set, what `auto` comes to, and why something cannot be here."""
+"""From `gpu.*` to the library's fields: what is set, what `auto` comes to, why a setting cannot be here."""
 
 from __future__ import annotations
 
@@ -70,7 +70,10 @@ LIBRARY_FIELDS = {
     "gpu.pad_buckets": ("DistributedDataParallelConfig.pad_buckets_for_high_nccl_busbw",),
     "gpu.nccl_user_buffers": ("DistributedDataParallelConfig.nccl_ub",),
 }
-"""Setting -> fields of the library's configurations that it decides; other `gpu.*` settings are ours alone."""
+"""Setting -> fields of the library's configurations that it decides; other `gpu.*` are ours alone."""
+RECOMPUTED_WITH_TE = {"layernorm": "core_attn, mlp or moe", "moe_act": "moe"}
+"""Modules that the library recomputes by means of Transformer Engine -> what can be recomputed without."""
+NEEDS_TE = "needs Transformer Engine on a GPU, and a bf16 model"
 
 
 def transformer_settings(gpu: GpuConfig, train: TrainConfig, here: Here) -> dict[str, Any]:
@@ -87,9 +90,8 @@ def transformer_settings(gpu: GpuConfig, train: TrainConfig, here: Here) -> dict
         settings |= {"recompute_granularity": "full", "recompute_method": "uniform",
                      "recompute_num_layers": 1}
     elif train.recompute == "selective":
-        # without Transformer Engine the experts' products are not grouped
-        settings |= {"recompute_granularity": "selective",
-                     "recompute_modules": [m for m in gpu.recompute_modules if here.te or m != "moe_act"]}
+        settings |= {"recompute_granularity": "selective", "recompute_modules": [
+            m for m in gpu.recompute_modules if here.te or m not in RECOMPUTED_WITH_TE]}
     if gpu.offload_modules and here.te:
         settings |= {"fine_grained_activation_offloading": True, "offload_modules": list(gpu.offload_modules)}
     return settings
@@ -136,23 +138,19 @@ def _kernel_problems(gpu: GpuConfig, here: Here) -> list[str]:
     p = []
     for fusion in FUSIONS:
         if getattr(gpu, fusion.setting) == "on" and not fusion.value(gpu, here):
-            why = ("Transformer Engine on a GPU, and a bf16 model" if not here.te
-                   else "plain rotations: YaRN's factor is not in the kernel")
-            p.append(f"gpu.{fusion.setting} = on needs {why}; set it to auto")
+            why = NEEDS_TE if not here.te else "knows plain rotations alone, and model.yarn is set"
+            p.append(f"gpu.{fusion.setting} = on {why}; set it to auto")
     if gpu.shared_expert_overlap == "on" and not here.te:
-        p.append("gpu.shared_expert_overlap = on needs Transformer Engine on a GPU, and a bf16 model; leave it out")
+        p.append(f"gpu.shared_expert_overlap = on {NEEDS_TE}; leave it out")
     if gpu.attention not in ("auto", "local") and not here.te:
-        p.append(f"gpu.attention = {gpu.attention} needs Transformer Engine on a GPU, and a bf16 model; set "
-                 "it to auto or local")
+        p.append(f"gpu.attention = {gpu.attention} {NEEDS_TE}; set it to auto or local")
     elif gpu.attention == "flash" and not any(map(importlib.util.find_spec,
                                                   ("flash_attn", "flash_attn_3", "flash_attn_interface"))):
-        p.append("gpu.attention = flash: no FlashAttention is installed; install flash-attn, or set it to auto")
+        p.append("gpu.attention = flash: FlashAttention is not installed; install flash-attn, or set auto")
     if here.te:
         p += _variable_problems(gpu.attention)
-    if "moe_act" in gpu.recompute_modules and not here.te:
-        p.append("gpu.recompute_modules names moe_act, which needs the grouped products of Transformer "
-                 "Engine; name moe instead")
-    return p
+    return p + [f"gpu.recompute_modules names {m}, which {NEEDS_TE}; name {instead}"
+                for m, instead in RECOMPUTED_WITH_TE.items() if m in gpu.recompute_modules and not here.te]
 
 
 def _variable_problems(attention: str) -> list[str]:
@@ -160,8 +158,8 @@ def _variable_problems(attention: str) -> list[str]:
     found = {kernel: os.environ.get(name) for kernel, name in TE_ATTENTION_VARIABLES.items()}
     wanted = {kernel: str(int(attention in ("auto", kernel))) for kernel in found}
     return [f"gpu.attention = {attention} needs the variable {TE_ATTENTION_VARIABLES[kernel]} = "
-            f"{wanted[kernel]} or none, and the environment has {value}; unset it" for kernel, value in found.items()
-            if value is not None and value != wanted[kernel]]
+            f"{wanted[kernel]} or none, and the environment has {value}; unset it"
+            for kernel, value in found.items() if value is not None and value != wanted[kernel]]
 
 
 def _dispatcher_problems(parallel: ParallelConfig) -> list[str]:
@@ -183,9 +181,9 @@ def _memory_problems(gpu: GpuConfig, te: bool) -> list[str]:
     """Tell which use of memory cannot be here."""
     p = []
     if gpu.offload_modules and not te:
-        p.append("gpu.offload_modules needs Transformer Engine on a GPU, and a bf16 model; leave it out")
+        p.append(f"gpu.offload_modules {NEEDS_TE}; leave it out")
     elif gpu.offload_modules and os.environ.get("NVTE_CPU_OFFLOAD_V1", "0") != "1":
-        # without it Transformer Engine takes weights along, as megatron/training/arguments.py says
+        # its newer path takes weights along; the library's offloading is made for the older one
         p.append("gpu.offload_modules needs the variable NVTE_CPU_OFFLOAD_V1 = 1 before Transformer Engine "
                  "is imported; set it for all processes")
     if gpu.nccl_user_buffers == "on" and not on_gpu():
@@ -193,5 +191,5 @@ def _memory_problems(gpu: GpuConfig, te: bool) -> list[str]:
     for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
         if gpu.nccl_user_buffers == "on" and "expandable_segments:True" in os.environ.get(name, ""):
             p.append(f"gpu.nccl_user_buffers = on cannot be with {name} = {os.environ[name]}, whose "
-                     "segments NCCL does not register; take expandable_segments out of it, or leave the setting out")
+                     "segments NCCL does not register; take it out, or leave the setting out")
     return p

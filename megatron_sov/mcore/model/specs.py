@@ -79,6 +79,8 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
         "hetereogenous_dist_checkpoint": True, "cuda_graph_scope": [],
         **transformer_settings(gpu, train, here),
     }
+    if parallel.pipeline_layout:
+        settings["pipeline_model_parallel_layout"] = _pipeline_layout(model, parallel)
     if model.sliding_window_tokens:
         # the library's window is (keys to the left, to the right), the current token not counted
         settings["window_size"] = (model.sliding_window_tokens - 1, 0)
@@ -110,6 +112,14 @@ def _moe_settings(model: ModelConfig, te: bool) -> dict[str, Any]:
         "moe_grouped_gemm": te,
         "moe_layer_freq": [0] * model.num_dense_layers + [1] * model.num_moe_layers(),
     }
+
+
+def _pipeline_layout(model: ModelConfig, parallel: ParallelConfig) -> list[list[str]]:
+    """Return what each run of layers holds, in the library's words and order."""
+    runs = [["decoder"] * layers for layers in parallel.pipeline_layout]
+    runs[0].insert(0, "embedding")
+    runs[-1] += [*["mtp"] * model.num_mtp_layers, "loss"]
+    return runs
 
 
 def _per_layer_lists(config: Any, model: ModelConfig) -> None:
