@@ -22,11 +22,8 @@ ROOT = Path(__file__).parents[1]
 DATA_ONLY = {"slurm"}
 """Packages at the top that the code reads and nobody imports."""
 
-<<<<<<< HEAD
-BASE = {"errors", "version", "command_line", "plugins", "config", "outputs", "file_locks", "artifacts",
-=======
-BASE = {"errors", "version", "command_line", "plugins", "config", "outputs", "digests", "artifacts",
->>>>>>> hash
+BASE = {"errors", "version", "command_line", "plugins", "config", "outputs", "file_locks", "digests",
+        "artifacts",
         "byte_bpe", "documents", "chat", "obs", "pages"}
 GROUND = BASE | {"models", "objectives", "recipes", "plan", "runs"}
 FIRST = GROUND | {"data", "mcore"}

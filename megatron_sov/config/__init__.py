@@ -8,6 +8,7 @@ torch.  Types are checked and converted by pydantic when a config is read from J
 from megatron_sov.config.data import DataConfig, PhaseConfig
 from megatron_sov.config.evaluate import BackgroundEvalConfig, EvaluateConfig
 from megatron_sov.config.extend import ExtendConfig, ExtendStageConfig, GateConfig, PartConfig
+from megatron_sov.config.gpu import GpuConfig
 from megatron_sov.config.guards import GuardConfig
 from megatron_sov.config.layout import ParallelConfig
 from megatron_sov.config.model import ModelConfig, YarnConfig
@@ -19,7 +20,7 @@ from megatron_sov.config.train import TrainConfig
 
 __all__ = [
     "BackgroundEvalConfig", "DataConfig", "EvaluateConfig", "ExtendConfig", "ExtendStageConfig", "GateConfig",
-    "GroupConfig", "GuardConfig", "Language", "ModelConfig", "NeedleConfig", "NeedleKind", "ObjectiveConfig",
-    "ObsConfig", "OptimConfig", "ParallelConfig", "PartConfig", "PhaseConfig", "RunConfig", "TrainConfig",
-    "YarnConfig", "apply_settings", "data_paths", "from_dict",
+    "GpuConfig", "GroupConfig", "GuardConfig", "Language", "ModelConfig", "NeedleConfig", "NeedleKind",
+    "ObjectiveConfig", "ObsConfig", "OptimConfig", "ParallelConfig", "PartConfig", "PhaseConfig", "RunConfig",
+    "TrainConfig", "YarnConfig", "apply_settings", "data_paths", "from_dict",
 ]

@@ -27,9 +27,9 @@ class ParallelConfig:
     """Expert parallel size."""
     etp: int = 1
     """Tensor parallel size inside each expert."""
-    expert_dispatcher: Literal["alltoall", "allgather"] = "alltoall"
+    expert_dispatcher: Literal["alltoall", "allgather", "deepep", "hybridep"] = "alltoall"
     """How tokens reach their experts: each to its own (alltoall), or all to all processes (allgather; small
-    `ep`, many experts for each token)."""
+    `ep`, many experts for each token), or each to its own by the kernels of DeepEP or HybridEP on GPUs."""
     zero1: bool = False
     """ZeRO-1: every data-parallel process keeps and updates its share of the optimizer's
     state, not all of it."""
@@ -41,6 +41,9 @@ class ParallelConfig:
     bucket_params: int = 0
     """Parameters that are sent at a time under overlap_grad_reduce; 0: 40 million, or 1 million per
     data-parallel process."""
+    pipeline_layout: tuple[int, ...] = ()
+    """Layers of each pipeline stage, where they are not to be equal; with `vpp` of each of its runs, in the
+    order of the layers (the first runs of all stages come first). Empty: all have as many."""
     cp: int = 1
     """Context parallel size: processes that share each row of tokens, for long samples."""
     timeout_s: float = 1800.0
@@ -51,6 +54,11 @@ class ParallelConfig:
     def ranks_per_replica(self) -> int:
         """Processes that compute one row together; the others are data parallel."""
         return self.tp * self.pp * self.cp
+
+    def layers_of_stage(self, stage: int, num_layers: int) -> list[int]:
+        """Return the trunk's layers (0-based) on a pipeline stage (0-based), of all its runs."""
+        runs = self.pipeline_layout or (num_layers // (self.pp * self.vpp),) * (self.pp * self.vpp)
+        return [sum(runs[:run]) + i for run in range(stage, len(runs), self.pp) for i in range(runs[run])]
 
     @property
     def ranks_per_expert_replica(self) -> int:
@@ -99,7 +107,9 @@ class ParallelConfig:
                          f"{self.tp} > 1")
         if self.sp and self.tp == 1:
             p.append("parallel.sp = True needs parallel.tp > 1; leave it out or raise tp")
-        if model.num_layers % self.pp:
+        if self.pipeline_layout:
+            p += self._pipeline_layout_problems(model)
+        elif model.num_layers % self.pp:
             p.append(f"parallel.pp = {self.pp} must divide model.num_layers = {model.num_layers}; "
                      f"{_divisors(model.num_layers)}")
         elif model.num_layers // self.pp % self.vpp:
@@ -124,6 +134,22 @@ class ParallelConfig:
                 product = " x ".join(f"{n} {sizes[n]}" for n in names)
                 p.append(f"parallel {product} = {size} must divide the number of processes, {num_ranks}; "
                          f"start a multiple of {size} (--nproc) or lower one of them")
+        return p
+
+    def _pipeline_layout_problems(self, model: ModelConfig) -> list[str]:
+        """Tell what is wrong with an uneven pipeline."""
+        given = f"parallel.pipeline_layout = {list(self.pipeline_layout)}"
+        runs, p = self.pp * self.vpp, []
+        if self.pp == 1:
+            p.append(f"{given} needs parallel.pp > 1; leave it out or raise pp")
+        elif len(self.pipeline_layout) != runs:
+            p.append(f"{given} has {len(self.pipeline_layout)} numbers and must have one for each of "
+                     f"parallel.pp {self.pp} x parallel.vpp {self.vpp} = {runs} runs of layers")
+        elif min(self.pipeline_layout) < 1:
+            p.append(f"{given} must give every stage a layer at least")
+        elif sum(self.pipeline_layout) != model.num_layers:
+            p.append(f"{given} adds up to {sum(self.pipeline_layout)} layers and must to model.num_layers = "
+                     f"{model.num_layers}")
         return p
 
 

@@ -13,6 +13,7 @@ from megatron_sov.config.bounds import MAX_STEPS
 from megatron_sov.config.data import DataConfig
 from megatron_sov.config.evaluate import EvaluateConfig
 from megatron_sov.config.extend import ExtendConfig
+from megatron_sov.config.gpu import GpuConfig
 from megatron_sov.config.guards import GuardConfig
 from megatron_sov.config.layout import ParallelConfig
 from megatron_sov.config.model import STRICT, ModelConfig
@@ -86,6 +87,8 @@ class RunConfig:
     """Evaluation beside training."""
     obs: ObsConfig = ObsConfig()
     """Trackers."""
+    gpu: GpuConfig = GpuConfig()
+    """How GPUs are used."""
     guards: GuardConfig = GuardConfig()
     """What watches the run."""
     code: tuple[Code, ...] = ()
@@ -98,6 +101,7 @@ class RunConfig:
         p += self.parallel.problems(self.model, num_ranks)
         p += self.data.problems() + self._phase_problems() + self.train.problems() + self.objective.problems()
         p += self.optim.problems() + self.extend.problems()
+        p += self.gpu.problems(self.model, self.parallel, self.train)
         p += self.needle.problems() + self.guards.problems(self.train.deterministic)
         p += self.evaluate.background.problems(self.train.export_every_checkpoints)
         return p + ([] if p else self._batch_problems(num_ranks) + self._length_problems())

@@ -40,8 +40,9 @@ class TrainConfig:
     hidden_dropout: float = 0.0
     """Share of values dropped behind the embedding, attention and feed-forward layers;
     a function of seed, step and layout."""
-    recompute: bool = False
-    """Recompute every layer's activations in the backward pass instead of storing them."""
+    recompute: bool | Literal["selective"] = False
+    """Recompute every layer's activations in the backward pass instead of storing them; selective: those of
+    `gpu.recompute_modules` alone."""
     head_chunk_tokens: int = 2048
     """Tokens whose logits exist at a time; the output head runs in chunks of this many."""
     checkpoint_every_steps: int = 1000

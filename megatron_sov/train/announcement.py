@@ -67,7 +67,7 @@ def memory_of(config: RunConfig, model: LanguageModel, world: World) -> Account:
     """Return the account of the first process, from the parameters that it has."""
     sizes = [(p.numel(), getattr(p, "allreduce", True)) for p in model.parameters()]
     dense, experts = (sum(n for n, shared in sizes if shared is kind) for kind in (True, False))
-    layers = -(-config.model.num_layers // config.parallel.pp)
+    layers = len(config.parallel.layers_of_stage(0, config.model.num_layers))
     longest = max(phase.seq_len for phase in config.data.phases)
     return account(config, StageParams(dense, experts, layers), world.size, 0, longest)
 

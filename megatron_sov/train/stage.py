@@ -25,6 +25,7 @@ from megatron_sov.data.token_shards import Source, open_sources, tokenizer_folde
 from megatron_sov.data.views import with_views
 from megatron_sov.data.vocabulary import read_vocabulary, refuse_other_tokens
 from megatron_sov.errors import ExitCode, GateFailed, StopRequested, UserError
+from megatron_sov.mcore.model import gpu_settings, specs
 from megatron_sov.mcore.parallel import determinism, own_gpu, world
 from megatron_sov.mcore.parallel.device import on_gpu
 from megatron_sov.mcore.parallel.world import on_main
@@ -242,6 +243,8 @@ def _rank(stage: Stage, data: _Data, begin: _Begin) -> int:
     lock = RunLock(stage.folder.path) if place.is_main else None
     trainer: Trainer | None = None
     try:
+        te = specs.uses_transformer_engine(specs.PRECISION[stage.config.train.precision])
+        on_main(place, lambda: gpu_settings.refuse(stage.config, te))
         on_main(place, lambda: _lock(stage, lock, begin))
         trainer = Trainer(stage.config, place, stage.folder, data.sources, stage.objective, stage.gate,
                           stage.faults, begin.time_s, data.planned)

@@ -69,9 +69,9 @@ class Trainer:
         self.schedule = Schedule(config)
         self.num_steps = self.schedule.num_steps
         self.state = TrainState()
-        self.model = build(config.model, config.parallel, config.train)
+        self.model = build(config.model, config.parallel, config.train, config.gpu)
         init.initialise(self.model, config.model, config.train.seed)
-        self.optimizer = Optimizer(self.model, config.optim, config.parallel)
+        self.optimizer = Optimizer(self.model, config.optim, config.parallel, config.gpu)
         self.expert_load = ExpertLoad(self.model)
         self.model.config.finalize_model_grads_func = self.expert_load.finalize
         self.policy = ForwardModel(self.model, config.train.head_chunk_tokens)

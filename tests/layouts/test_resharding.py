@@ -29,6 +29,11 @@ LAYOUTS = {
     "TP2+SP x EP2 x ZeRO-1": (4, [*TP2, *ZERO1, "parallel.ep=2"]),
     "PP2 VPP2 x DP2 ZeRO-1 overlapped": (4, [*PP2, *OVERLAP]),
 }
+UNEQUAL = {
+    "one rank": (1, []),
+    "PP2 of 1 and 3 layers": (2, ["parallel.pp=2", "parallel.pipeline_layout=[1, 3]"]),
+    "DP2 ZeRO-1 padded": (2, [*ZERO1, "gpu.pad_buckets=on"]),
+}
 WITH_MUON = ("one rank", "TP2+SP x EP2 x ZeRO-1", "PP2 VPP2 x DP2 ZeRO-1 overlapped")
 MUON = ["optim.name=muon", "optim.schedule=wsd", 'data.phases=[{"name": "a", "seq_len": 32}, {"name": '
                                                  '"b", "seq_len": 32, "share": 4, "rewarm_steps": 2}]']
@@ -43,21 +48,23 @@ TOLERANCES = {"steps": 1e-12, "model": 2e-11, "optimizer": 1e-12}
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("chosen", "names"), [([], tuple(LAYOUTS)), (MUON, WITH_MUON)],
-                         ids=["adamw", "muon"])
+@pytest.mark.parametrize(("chosen", "layouts"), [([], LAYOUTS), ([], UNEQUAL),
+                                                 (MUON, {name: LAYOUTS[name] for name in WITH_MUON})],
+                         ids=["adamw", "unequal parts", "muon"])
 def test_any_layout_continues_what_any_other_saved(ranks: Any, job: Any, packed_data: Any, tmp_path: Path,
-                                                   chosen: list[str], names: tuple[str, ...]) -> None:
+                                                   chosen: list[str], layouts: dict[str, Any]) -> None:
+    names = tuple(layouts)
     paths, folders = [str(packed_data.text)], {name: str(tmp_path / name) for name in names}
     settings = [*FP64, *chosen]
     saving = [job(RUN, "trained", n, {"settings": [*settings, *layout], "paths": paths, "out": folders[name]})
-              for name, (n, layout) in ((name, LAYOUTS[name]) for name in names)]
+              for name, (n, layout) in layouts.items()]
     apart = range(len(names)) if WHOLE_TABLE else MEETING
     sources = {name: list(dict.fromkeys(names[(i + d) % len(names)] for d in apart))
                for i, name in enumerate(names)}
     loading = [job(RUN, "continued", n, {"settings": [*settings, *layout], "paths": paths,
                                          "sources": [folders[source] for source in sources[name]],
                                          "expected": [folders["one rank"]] * len(sources[name])})
-               for name, (n, layout) in ((name, LAYOUTS[name]) for name in names)]
+               for name, (n, layout) in layouts.items()]
     results = ranks(*saving, *loading)
     never_stopped = results[0][0]
     assert never_stopped[0]["loss"] > never_stopped[-1]["loss"]

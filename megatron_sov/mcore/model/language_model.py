@@ -25,7 +25,9 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.core.utils import make_viewless_tensor
 
-from megatron_sov.config import ModelConfig, ParallelConfig, TrainConfig
+from megatron_sov.config import GpuConfig, ModelConfig, ParallelConfig, TrainConfig
+from megatron_sov.config.gpu import AUTO
+from megatron_sov.mcore.model import output_head
 from megatron_sov.mcore.model.attention import PackedDocuments, pack
 from megatron_sov.mcore.model.kv_cache import PackedSpans, ReadRow
 from megatron_sov.mcore.model.placement import made_here, place
@@ -69,6 +71,8 @@ class Chunk(GPTModel):
 
     def forward(self, inputs: ModelInputs) -> torch.Tensor:
         """Run the model on this process's part of the row."""
+        if self.config.fine_grained_activation_offloading:
+            self.preprocess_for_fine_grained_offloading()
         own = own_attention(self.config)
         packed = pack(inputs.cu_seqlens, inputs.max_document_tokens, len(inputs.tokens), own=own)
         tokens, positions = context.local(inputs.tokens)[None], context.local(inputs.positions)[None]
@@ -213,11 +217,13 @@ class LanguageModel(torch.nn.ModuleList):
         return weight
 
 
-def build(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig) -> LanguageModel:
+def build(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig,
+          gpu: GpuConfig = AUTO) -> LanguageModel:
     """Build this process's part of the model; its weights are not initialised yet."""
-    config = transformer_config(model, parallel, train)
-    return LanguageModel(
-        [_chunk(model, config, i if parallel.vpp > 1 else None) for i in range(parallel.vpp)], model)
+    config = transformer_config(model, parallel, train, gpu)
+    with output_head.without_fusion():
+        chunks = [_chunk(model, config, i if parallel.vpp > 1 else None) for i in range(parallel.vpp)]
+    return LanguageModel(chunks, model)
 
 
 def _chunk(model: ModelConfig, config: Any, vp_stage: int | None) -> Chunk:

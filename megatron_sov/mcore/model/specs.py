@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch.nn.functional import silu
 
-from megatron_sov.config import ModelConfig, ParallelConfig, TrainConfig
+from megatron_sov.config import GpuConfig, ModelConfig, ParallelConfig, TrainConfig
+from megatron_sov.config.gpu import AUTO
 from megatron_sov.errors import UserError
+from megatron_sov.mcore.model.gpu_settings import Here, expert_settings, transformer_settings
 from megatron_sov.mcore.model.router import BalancedRouter, RoutingStep
 from megatron_sov.mcore.parallel.device import on_gpu
 
@@ -54,15 +56,18 @@ def uses_transformer_engine(dtype: torch.dtype) -> bool:
 
 def own_attention(config: Any) -> bool:
     """Return whether `DocumentAttention` serves, for a model of the library's `config`."""
-    return not uses_transformer_engine(config.params_dtype) or config.context_parallel_size > 1
+    return (not uses_transformer_engine(config.params_dtype) or config.context_parallel_size > 1
+            or config.attention_backend.name == "local")
 
 
-def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig) -> Any:
-    """Return the library's `TransformerConfig` for a model, a layout and a precision."""
+def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig,
+                       gpu: GpuConfig = AUTO) -> Any:
+    """Return the library's `TransformerConfig` for a model, a layout, a precision and a use of GPUs."""
     from megatron.core.transformer import TransformerConfig
 
     dtype = PRECISION[train.precision]
     te = uses_transformer_engine(dtype)
+    here = Here(te, model, parallel)
     settings: dict[str, Any] = {
         "num_layers": model.num_layers, "hidden_size": model.hidden_size,
         "num_attention_heads": model.num_heads, "num_query_groups": model.num_kv_heads,
@@ -85,22 +90,20 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
         # losses are sums divided once by global counts; must stand here before the model is wrapped
         "calculate_per_token_loss": True,
         "deterministic_mode": train.deterministic,
-        "gradient_accumulation_fusion": False, "masked_softmax_fusion": False, "bias_activation_fusion": te,
-        # the fused rotary kernel does not know YaRN's factor on cosine and sine
-        "bias_dropout_fusion": te, "apply_rope_fusion": te and parallel.cp == 1 and model.yarn is None,
+        "masked_softmax_fusion": False, "bias_dropout_fusion": te,
         "hetereogenous_dist_checkpoint": True, "cuda_graph_scope": [],
+        **transformer_settings(gpu, train, here),
     }
+    if parallel.pipeline_layout:
+        settings["pipeline_model_parallel_layout"] = _pipeline_layout(model, parallel)
     if model.sliding_window_tokens:
         # the library's window is (keys to the left, to the right), the current token not counted
         settings["window_size"] = (model.sliding_window_tokens - 1, 0)
     if model.num_mtp_layers:
         settings |= {"mtp_num_layers": model.num_mtp_layers, "mtp_loss_scaling_factor": model.mtp_loss_coeff}
     if model.num_moe_layers():
-        settings |= _moe_settings(model, parallel, te) | {"moe_router_dtype": "fp64" if dtype == torch.float64
-                                                          else "fp32"}
-    if train.recompute:
-        settings |= {"recompute_granularity": "full", "recompute_method": "uniform",
-                     "recompute_num_layers": 1}
+        settings |= _moe_settings(model, te) | expert_settings(gpu, here)
+        settings["moe_router_dtype"] = "fp64" if dtype == torch.float64 else "fp32"
     config = TransformerConfig(**settings)
     _per_layer_lists(config, model)
     _yarn(config, model)
@@ -108,7 +111,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
     return config
 
 
-def _moe_settings(model: ModelConfig, parallel: ParallelConfig, te: bool) -> dict[str, Any]:
+def _moe_settings(model: ModelConfig, te: bool) -> dict[str, Any]:
     return {
         "num_moe_experts": model.num_experts, "moe_router_topk": model.num_experts_per_token,
         "moe_ffn_hidden_size": model.expert_ffn_dim,
@@ -121,10 +124,17 @@ def _moe_settings(model: ModelConfig, parallel: ParallelConfig, te: bool) -> dic
         # without this the library refuses a single one
         "moe_router_pre_softmax": model.router_score == "softmax",
         "moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": model.seq_aux_loss_coeff,
-        "moe_token_dispatcher_type": parallel.expert_dispatcher, "moe_grouped_gemm": te,
-        "moe_permute_fusion": te,
+        "moe_grouped_gemm": te,
         "moe_layer_freq": [0] * model.num_dense_layers + [1] * model.num_moe_layers(),
     }
+
+
+def _pipeline_layout(model: ModelConfig, parallel: ParallelConfig) -> list[list[str]]:
+    """Return what each run of layers holds, in the library's words and order."""
+    runs = [["decoder"] * layers for layers in parallel.pipeline_layout]
+    runs[0].insert(0, "embedding")
+    runs[-1] += [*["mtp"] * model.num_mtp_layers, "loss"]
+    return runs
 
 
 def _per_layer_lists(config: Any, model: ModelConfig) -> None:

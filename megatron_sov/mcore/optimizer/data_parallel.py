@@ -10,19 +10,20 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
-from megatron_sov.config import ParallelConfig
+from megatron_sov.config import GpuConfig, ParallelConfig
+from megatron_sov.config.gpu import AUTO
+from megatron_sov.mcore.model.gpu_settings import gradient_settings
 from megatron_sov.mcore.model.language_model import LanguageModel
 
 
-def wrap(model: LanguageModel, parallel: ParallelConfig) -> list[Any]:
+def wrap(model: LanguageModel, parallel: ParallelConfig, gpu: GpuConfig = AUTO) -> list[Any]:
     """Wrap every chunk, and tell the pipeline schedules when to send.
 
     Gradients are plain sums of what the losses give.  With ZeRO-1 the model's parameters move into
     one buffer per dtype.
     """
     settings = DistributedDataParallelConfig(
-        # bf16 gradients are accumulated and reduced in fp32, fp64 ones as they are
-        grad_reduce_in_fp32=model.config.params_dtype != torch.float64,
+        **gradient_settings(gpu, bf16=model.config.bf16),
         use_distributed_optimizer=parallel.zero1, overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         # stages of an interleaved pipeline send at the same time, since one that sends computes more slowly

@@ -11,7 +11,8 @@ import megatron.core.optimizer as library_optimizer
 import torch
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-from megatron_sov.config import OptimConfig, ParallelConfig
+from megatron_sov.config import GpuConfig, OptimConfig, ParallelConfig
+from megatron_sov.config.gpu import AUTO
 from megatron_sov.mcore.model.language_model import LanguageModel
 from megatron_sov.mcore.model.local_shards import LocalShard
 from megatron_sov.mcore.optimizer import data_parallel, parameter_groups, state_shards
@@ -38,11 +39,11 @@ class Optimizer:
     what the losses give."""
 
     def __init__(self, model: LanguageModel, config: OptimConfig,
-                 parallel: ParallelConfig = NOT_SHARDED) -> None:
+                 parallel: ParallelConfig = NOT_SHARDED, gpu: GpuConfig = AUTO) -> None:
         self.model = model
         rules = parameter_groups.rules(model, config)
         parameter_groups.freeze(model, rules)
-        self.wrapped = data_parallel.wrap(model, parallel)
+        self.wrapped = data_parallel.wrap(model, parallel, gpu)
         self._gather = model.pending_gather = data_parallel.deferred_gather(self.wrapped)
         settings = OptimizerConfig(
             optimizer="adam", lr=config.lr, weight_decay=config.weight_decay, adam_beta1=config.beta1,

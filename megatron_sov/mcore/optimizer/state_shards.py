@@ -112,12 +112,12 @@ def _wholes(optimizer: Any) -> Iterator[Shard]:
 def take_gradients(shards: Iterable[Shard]) -> None:
     """Give every shard its part of the summed gradients, which torch's optimizer then updates it with.
 
-    The library's own way makes float32 of them first.
+    The library's own way makes float32 of them first; so does this one where they were summed in bf16.
     """
     for shard in shards:
         gradient: torch.Tensor = (
             shard.parameter.main_grad.view(-1)[shard.start:shard.stop])  # type: ignore[attr-defined]
-        shard.main.grad = gradient.view(shard.main.shape)
+        shard.main.grad = gradient.view(shard.main.shape).to(shard.main.dtype)
 
 
 @contextlib.contextmanager

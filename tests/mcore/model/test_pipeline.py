@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 
 LAYOUTS = {"dp2": (2, {}), "tp2 sp": (2, {"tp": 2, "sp": True}), "pp2": (2, {"pp": 2}), "ep2": (2, {"ep": 2}),
+           "pp2 uneven": (2, {"pp": 2, "pipeline_layout": [3, 1]}),
            "tp2 sp etp2": (2, {"tp": 2, "sp": True, "etp": 2}),
            "tp2 sp ep2 pp2": (4, {"tp": 2, "sp": True, "ep": 2, "pp": 2})}
+SELECTIVE = ["train.recompute=selective",
+             'gpu.recompute_modules=["core_attn", "mlp", "moe"]']
 
 
 def step(recipe: str, layout: dict[str, Any], settings: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -37,7 +40,7 @@ def step(recipe: str, layout: dict[str, Any], settings: tuple[str, ...] = ()) ->
         "model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "model.expert_ffn_dim=16",
         "model.seq_aux_loss_coeff=0.01", "optim.eps=1e-3", *settings])
     place = world.join(ParallelConfig(**layout))
-    model = build(config.model, ParallelConfig(**layout), config.train)
+    model = build(config.model, ParallelConfig(**layout), config.train, config.gpu)
     init.initialise(model, config.model, 1)
     optimizer = Optimizer(model, config.optim)
     load = ExpertLoad(model)
@@ -76,14 +79,14 @@ def step(recipe: str, layout: dict[str, Any], settings: tuple[str, ...] = ()) ->
 
 @pytest.mark.distributed
 def test_every_layout_gives_one_processs_step(ranks, job) -> None:
-    """And so does recomputing; the biases follow the counts, in which padding is not."""
+    """And so does recomputing, all or a part; the biases follow the counts, in which padding is not."""
     cases = [("tiny-k-exaone", *case) for case in [(1, {}), *LAYOUTS.values()]]
     cases += [("tiny-solar-open", *case) for case in [(1, {}), LAYOUTS["tp2 sp"], LAYOUTS["dp2"]]]
-    recomputed, *results = ranks(
-        job(__file__, "step", 1,
-            {"recipe": "tiny-k-exaone", "layout": {}, "settings": ["train.recompute=true"]}),
+    recomputed, partly, *results = ranks(
+        *(job(__file__, "step", 1, {"recipe": "tiny-k-exaone", "layout": {}, "settings": settings})
+          for settings in (["train.recompute=true"], SELECTIVE)),
         *(job(__file__, "step", n, {"recipe": recipe, "layout": layout}) for recipe, n, layout in cases))
-    assert recomputed == results[0]
+    assert recomputed == partly == results[0]
     for (recipe, _, layout), per_rank in zip(cases, results, strict=True):
         if layout == {}:
             alone = per_rank[0]

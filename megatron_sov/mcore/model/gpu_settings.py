@@ -1,0 +1,195 @@
+"""From `gpu.*` to the library's fields: what is set, what `auto` comes to, why a setting cannot be here."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_sov.config import GpuConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
+from megatron_sov.errors import UserError, list_problems
+from megatron_sov.mcore.parallel.device import on_gpu
+
+FLEX_BACKENDS = {"deepep": "HAVE_DEEP_EP", "hybridep": "HAVE_HYBRIDEP"}
+"""Dispatcher -> what `megatron.core.transformer.moe.fused_a2a` says of its package."""
+TE_ATTENTION_VARIABLES = {"flash": "NVTE_FLASH_ATTN", "fused": "NVTE_FUSED_ATTN",
+                          "unfused": "NVTE_UNFUSED_ATTN"}
+"""Kernel of Transformer Engine -> the variable that allows it, which the library sets by `gpu.attention`."""
+
+
+@dataclass(frozen=True)
+class Here:
+    """Where a model is to run, as far as settings depend on it."""
+
+    te: bool
+    """Whether Transformer Engine's modules make the model."""
+    model: ModelConfig
+    """What it is."""
+    parallel: ParallelConfig
+    """How it is laid out."""
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """A kernel that is on wherever it can be, unless it is switched off."""
+
+    setting: str
+    """Name in `GpuConfig`."""
+    field: str
+    """Field of the library's TransformerConfig."""
+    needs: Callable[[Here], bool]
+    """Whether the kernel can be on."""
+
+    def value(self, gpu: GpuConfig, here: Here) -> bool:
+        """Return what the library gets."""
+        return getattr(gpu, self.setting) != "off" and here.te and self.needs(here)
+
+
+FUSIONS = (
+    # the fused rotary kernel does not know YaRN's factor on cosine and sine
+    Fusion("rope_fusion", "apply_rope_fusion",
+           lambda here: here.parallel.cp == 1 and here.model.yarn is None),
+    Fusion("permute_fusion", "moe_permute_fusion", lambda here: here.model.num_moe_layers() > 0),
+    Fusion("swiglu_fusion", "bias_activation_fusion", lambda here: True),
+    Fusion("grad_accumulation_fusion", "gradient_accumulation_fusion", lambda here: True),
+)
+LIBRARY_FIELDS = {
+    **{f"gpu.{fusion.setting}": (f"TransformerConfig.{fusion.field}",) for fusion in FUSIONS},
+    "gpu.attention": ("TransformerConfig.attention_backend",),
+    "train.recompute": ("TransformerConfig.recompute_granularity", "TransformerConfig.recompute_method",
+                        "TransformerConfig.recompute_num_layers"),
+    "gpu.recompute_modules": ("TransformerConfig.recompute_modules",),
+    "gpu.offload_modules": ("TransformerConfig.fine_grained_activation_offloading",
+                            "TransformerConfig.offload_modules"),
+    "gpu.shared_expert_overlap": ("TransformerConfig.moe_shared_expert_overlap",),
+    "parallel.expert_dispatcher": ("TransformerConfig.moe_token_dispatcher_type",
+                                   "TransformerConfig.moe_flex_dispatcher_backend"),
+    "gpu.grad_dtype": ("DistributedDataParallelConfig.grad_reduce_in_fp32",),
+    "gpu.pad_buckets": ("DistributedDataParallelConfig.pad_buckets_for_high_nccl_busbw",),
+    "gpu.nccl_user_buffers": ("DistributedDataParallelConfig.nccl_ub",),
+}
+"""Setting -> fields of the library's configurations that it decides; other `gpu.*` are ours alone."""
+RECOMPUTED_WITH_TE = {"layernorm": "core_attn, mlp or moe", "moe_act": "moe"}
+"""Modules that the library recomputes by means of Transformer Engine -> what can be recomputed without."""
+NEEDS_TE = "needs Transformer Engine on a GPU, and a bf16 model"
+
+
+def transformer_settings(gpu: GpuConfig, train: TrainConfig, here: Here) -> dict[str, Any]:
+    """Return fields of the library's TransformerConfig.
+
+    Where something is on that cannot be here, it is off: training has been refused (`refuse`), and what is
+    left only looks at a model, as `plan` does.
+    """
+    from megatron.core.transformer.enums import AttnBackend
+
+    settings: dict[str, Any] = {fusion.field: fusion.value(gpu, here) for fusion in FUSIONS}
+    settings["attention_backend"] = AttnBackend[gpu.attention if here.te else "auto"]
+    if train.recompute is True:
+        settings |= {"recompute_granularity": "full", "recompute_method": "uniform",
+                     "recompute_num_layers": 1}
+    elif train.recompute == "selective":
+        settings |= {"recompute_granularity": "selective", "recompute_modules": [
+            m for m in gpu.recompute_modules if here.te or m not in RECOMPUTED_WITH_TE]}
+    if gpu.offload_modules and here.te:
+        settings |= {"fine_grained_activation_offloading": True, "offload_modules": list(gpu.offload_modules)}
+    return settings
+
+
+def expert_settings(gpu: GpuConfig, here: Here) -> dict[str, Any]:
+    """Return fields of the library's TransformerConfig that models with experts have."""
+    dispatcher = here.parallel.expert_dispatcher
+    overlap = {"moe_shared_expert_overlap": gpu.shared_expert_overlap == "on" and here.te}
+    if dispatcher in FLEX_BACKENDS:
+        if not here.te:
+            return overlap | {"moe_token_dispatcher_type": "alltoall"}
+        return overlap | {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": dispatcher}
+    return overlap | {"moe_token_dispatcher_type": dispatcher}
+
+
+def gradient_settings(gpu: GpuConfig, bf16: bool) -> dict[str, Any]:
+    """Return fields of the library's DistributedDataParallelConfig for a model whose parameters are bf16
+    or wider."""
+    return {"grad_reduce_in_fp32": bf16 and gpu.grad_dtype == "fp32",
+            "pad_buckets_for_high_nccl_busbw": gpu.pad_buckets == "on",
+            "nccl_ub": gpu.nccl_user_buffers == "on" and on_gpu()}
+
+
+def refuse(config: RunConfig, te: bool) -> None:
+    """Refuse to train with what cannot be here.
+
+    Args:
+        config: the run's settings, which break no rule of their own.
+        te: whether Transformer Engine's modules make the model.
+
+    Raises:
+        UserError: with a sentence for each.
+    """
+    here = Here(te, config.model, config.parallel)
+    problems = [*_kernel_problems(config.gpu, here), *_dispatcher_problems(config.parallel),
+                *_memory_problems(config.gpu, te)]
+    if problems:
+        raise UserError(list_problems(f"recipe {config.recipe}", problems))
+
+
+def _kernel_problems(gpu: GpuConfig, here: Here) -> list[str]:
+    """Tell which kernels cannot run here."""
+    p = []
+    for fusion in FUSIONS:
+        if getattr(gpu, fusion.setting) == "on" and not fusion.value(gpu, here):
+            why = NEEDS_TE if not here.te else "knows plain rotations alone, and model.yarn is set"
+            p.append(f"gpu.{fusion.setting} = on {why}; set it to auto")
+    if gpu.shared_expert_overlap == "on" and not here.te:
+        p.append(f"gpu.shared_expert_overlap = on {NEEDS_TE}; leave it out")
+    if gpu.attention not in ("auto", "local") and not here.te:
+        p.append(f"gpu.attention = {gpu.attention} {NEEDS_TE}; set it to auto or local")
+    elif gpu.attention == "flash" and not any(map(importlib.util.find_spec,
+                                                  ("flash_attn", "flash_attn_3", "flash_attn_interface"))):
+        p.append("gpu.attention = flash: FlashAttention is not installed; install flash-attn, or set auto")
+    if here.te:
+        p += _variable_problems(gpu.attention)
+    return p + [f"gpu.recompute_modules names {m}, which {NEEDS_TE}; name {instead}"
+                for m, instead in RECOMPUTED_WITH_TE.items() if m in gpu.recompute_modules and not here.te]
+
+
+def _variable_problems(attention: str) -> list[str]:
+    """Tell which variables of the environment contradict `gpu.attention`: the library stops at them."""
+    found = {kernel: os.environ.get(name) for kernel, name in TE_ATTENTION_VARIABLES.items()}
+    wanted = {kernel: str(int(attention in ("auto", kernel))) for kernel in found}
+    return [f"gpu.attention = {attention} needs the variable {TE_ATTENTION_VARIABLES[kernel]} = "
+            f"{wanted[kernel]} or none, and the environment has {value}; unset it"
+            for kernel, value in found.items() if value is not None and value != wanted[kernel]]
+
+
+def _dispatcher_problems(parallel: ParallelConfig) -> list[str]:
+    """Tell whether the kernels that send tokens are there."""
+    dispatcher = parallel.expert_dispatcher
+    if dispatcher not in FLEX_BACKENDS:
+        return []
+    if not on_gpu():
+        return [f"parallel.expert_dispatcher = {dispatcher} needs GPUs; use alltoall"]
+    from megatron.core.transformer.moe import fused_a2a
+
+    if not getattr(fused_a2a, FLEX_BACKENDS[dispatcher], False):
+        return [f"parallel.expert_dispatcher = {dispatcher}: its package deep_ep does not import; install "
+                "DeepEP (github.com/deepseek-ai/DeepEP, branch hybrid-ep for hybridep), or use alltoall"]
+    return []
+
+
+def _memory_problems(gpu: GpuConfig, te: bool) -> list[str]:
+    """Tell which use of memory cannot be here."""
+    p = []
+    if gpu.offload_modules and not te:
+        p.append(f"gpu.offload_modules {NEEDS_TE}; leave it out")
+    elif gpu.offload_modules and os.environ.get("NVTE_CPU_OFFLOAD_V1", "0") != "1":
+        # its newer path takes weights along; the library's offloading is made for the older one
+        p.append("gpu.offload_modules needs the variable NVTE_CPU_OFFLOAD_V1 = 1 before Transformer Engine "
+                 "is imported; set it for all processes")
+    if gpu.nccl_user_buffers == "on" and not on_gpu():
+        p.append("gpu.nccl_user_buffers = on needs GPUs; leave it out")
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        if gpu.nccl_user_buffers == "on" and "expandable_segments:True" in os.environ.get(name, ""):
+            p.append(f"gpu.nccl_user_buffers = on cannot be with {name} = {os.environ[name]}, whose "
+                     "segments NCCL does not register; take it out, or leave the setting out")
+    return p

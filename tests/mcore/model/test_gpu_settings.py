@@ -1,0 +1,139 @@
+"""Each setting arrives in its field of the library, and what cannot be on a machine is refused there."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.transformer import TransformerConfig
+
+from megatron_sov import recipes
+from megatron_sov.config import GpuConfig, RunConfig, apply_settings
+from megatron_sov.errors import UserError
+from megatron_sov.mcore.model import gpu_settings
+from megatron_sov.mcore.model.gpu_settings import (
+    FUSIONS,
+    LIBRARY_FIELDS,
+    Here,
+    expert_settings,
+    gradient_settings,
+    transformer_settings,
+)
+
+OURS_ALONE = {"gc_every_steps", "profile_first_step", "profile_last_step", "peak_tflops"}
+"""Settings that no field of the library stands behind; each has a test of its own."""
+CHANGES: dict[str, tuple[list[str], dict[str, Any]]] = {
+    "gpu.attention": (["gpu.attention=flash"], {"attention_backend": "flash"}),
+    "gpu.rope_fusion": (["gpu.rope_fusion=off"], {"apply_rope_fusion": False}),
+    "gpu.permute_fusion": (["gpu.permute_fusion=off"], {"moe_permute_fusion": False}),
+    "gpu.swiglu_fusion": (["gpu.swiglu_fusion=off"], {"bias_activation_fusion": False}),
+    "gpu.grad_accumulation_fusion": (["gpu.grad_accumulation_fusion=off"],
+                                     {"gradient_accumulation_fusion": False}),
+    "gpu.shared_expert_overlap": (["gpu.shared_expert_overlap=on"], {"moe_shared_expert_overlap": True}),
+    "gpu.offload_modules": (['gpu.offload_modules=["moe_act"]'], {
+        "fine_grained_activation_offloading": True, "offload_modules": ["moe_act"]}),
+    "gpu.recompute_modules": (["train.recompute=selective",
+                               'gpu.recompute_modules=["moe_act", "layernorm"]'], {
+        "recompute_granularity": "selective", "recompute_modules": ["moe_act", "layernorm"]}),
+    "train.recompute": (["train.recompute=true"], {
+        "recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}),
+    "parallel.expert_dispatcher": (["parallel.expert_dispatcher=hybridep"], {
+        "moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "hybridep"}),
+    "gpu.grad_dtype": (["gpu.grad_dtype=bf16"], {"grad_reduce_in_fp32": False}),
+    "gpu.pad_buckets": (["gpu.pad_buckets=on"], {"pad_buckets_for_high_nccl_busbw": True}),
+    "gpu.nccl_user_buffers": (["gpu.nccl_user_buffers=on"], {"nccl_ub": True}),
+}
+"""Setting -> a change of it, and what the library's fields are then."""
+
+
+def config_with(changes: list[str]) -> RunConfig:
+    """Return a recipe that has every module: experts with a shared one, in bf16, with plain rotations."""
+    return apply_settings(recipes.get("tiny-solar-open"),
+                          ["train.precision=bf16", "model.yarn=null", *changes])
+
+
+def fields(config: RunConfig, te: bool) -> dict[str, Any]:
+    """Return the library's fields of a config, with Transformer Engine or without."""
+    here = Here(te, config.model, config.parallel)
+    found = (transformer_settings(config.gpu, config.train, here) | expert_settings(config.gpu, here)
+             | gradient_settings(config.gpu, bf16=True))
+    return found | {"attention_backend": found["attention_backend"].name}
+
+
+@pytest.mark.parametrize("setting", CHANGES)
+def test_each_setting_arrives_in_its_fields(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_settings, "on_gpu", lambda: True)
+    changes, expected = CHANGES[setting]
+    before, after = fields(config_with([]), te=True), fields(config_with(changes), te=True)
+    changed = {name for name in before | after if before.get(name) != after.get(name)}
+    assert {name: after[name] for name in changed} == expected
+    named = {name.rpartition(".")[2] for name in LIBRARY_FIELDS[setting]}
+    assert changed - named <= {"recompute_granularity"} and named >= changed & named != set()
+
+
+def test_the_table_is_whole_and_its_fields_exist() -> None:
+    classes = {c.__name__: {f.name for f in dataclasses.fields(c)}
+               for c in (TransformerConfig, DistributedDataParallelConfig)}
+    for names in LIBRARY_FIELDS.values():
+        for cls, _, field in (name.rpartition(".") for name in names):
+            assert field in classes[cls]
+    ours = {f"gpu.{f.name}" for f in dataclasses.fields(GpuConfig)} - {f"gpu.{name}" for name in OURS_ALONE}
+    assert ours == {name for name in LIBRARY_FIELDS if name.startswith("gpu.")}
+    assert CHANGES.keys() == LIBRARY_FIELDS.keys()
+
+
+def test_without_transformer_engine_auto_is_off_and_the_library_builds_its_config() -> None:
+    found = fields(config_with([]), te=False)
+    assert not any(found[fusion.field] for fusion in FUSIONS) and found["attention_backend"] == "auto"
+    assert found["grad_reduce_in_fp32"] and found["moe_token_dispatcher_type"] == "alltoall"
+    # as `plan` reads the settings of a GPU's run
+    everything = [change for changes, _ in CHANGES.values() for change in changes]
+    assert not any(fields(config_with(everything), te=False)[fusion.field] for fusion in FUSIONS)
+
+
+def test_with_transformer_engine_auto_is_on_where_model_and_layout_can() -> None:
+    assert all(fields(config_with([]), te=True)[fusion.field] for fusion in FUSIONS)
+    yarn = 'model.yarn={"factor": 4.0, "original_max_position_tokens": 512}'
+    for change in (yarn, "parallel.cp=2"):
+        assert not fields(config_with([change]), te=True)["apply_rope_fusion"]
+
+
+@pytest.mark.parametrize(("changes", "te", "environment", "sentence"), [
+    (["gpu.swiglu_fusion=on"], False, {},
+     "gpu.swiglu_fusion = on needs Transformer Engine on a GPU, and a bf16 model"),
+    (["gpu.attention=fused"], False, {}, "gpu.attention = fused needs Transformer Engine on a GPU"),
+    (["gpu.shared_expert_overlap=on"], False, {}, "gpu.shared_expert_overlap = on needs Transformer Engine"),
+    (["train.recompute=selective", 'gpu.recompute_modules=["layernorm"]'], False, {},
+     "gpu.recompute_modules names layernorm, which needs Transformer Engine on a GPU"),
+    (['gpu.offload_modules=["core_attn"]'], False, {},
+     "gpu.offload_modules needs Transformer Engine on a GPU"),
+    (["gpu.nccl_user_buffers=on"], False, {}, "gpu.nccl_user_buffers = on needs GPUs"),
+    (["parallel.expert_dispatcher=deepep"], False, {}, "parallel.expert_dispatcher = deepep needs GPUs"),
+    (["gpu.rope_fusion=on", 'model.yarn={"factor": 4.0, "original_max_position_tokens": 512}'], True, {},
+     "gpu.rope_fusion = on knows plain rotations alone, and model.yarn is set"),
+    (["gpu.attention=flash"], True, {}, "gpu.attention = flash: FlashAttention is not installed"),
+    ([], True, {"NVTE_FUSED_ATTN": "0"},
+     "gpu.attention = auto needs the variable NVTE_FUSED_ATTN = 1 or none"),
+    (["gpu.attention=fused"], True, {"NVTE_FLASH_ATTN": "1"},
+     "gpu.attention = fused needs the variable NVTE_FLASH_ATTN"),
+    (['gpu.offload_modules=["core_attn"]'], True, {},
+     "gpu.offload_modules needs the variable NVTE_CPU_OFFLOAD_V1 = 1"),
+    (["gpu.nccl_user_buffers=on"], True, {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"},
+     "gpu.nccl_user_buffers = on cannot be with PYTORCH_CUDA_ALLOC_CONF = expandable_segments:True"),
+    (["parallel.expert_dispatcher=deepep"], True, {},
+     "parallel.expert_dispatcher = deepep: its package deep_ep does not"),
+])
+def test_what_cannot_be_here_is_refused(changes: list[str], te: bool, environment: dict[str, str],
+                                        sentence: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_settings, "on_gpu", lambda: te)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as refused:
+        gpu_settings.refuse(config_with(changes), te)
+    assert str(refused.value).count(sentence) == 1
+
+
+def test_nothing_is_refused_where_nothing_is_asked() -> None:
+    gpu_settings.refuse(config_with([]), te=False)
