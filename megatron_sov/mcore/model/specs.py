@@ -19,9 +19,8 @@ PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float6
 
 @cache
 def has_transformer_engine() -> bool:
-    """Return whether Transformer Engine imports and a GPU is there to run it (an empty meta
-    package does not count)."""
-    if not on_gpu() or importlib.util.find_spec("transformer_engine") is None:
+    """Return whether Transformer Engine imports (an empty meta package does not count)."""
+    if importlib.util.find_spec("transformer_engine") is None:
         return False
     try:
         import transformer_engine.pytorch  # noqa: F401
@@ -31,10 +30,15 @@ def has_transformer_engine() -> bool:
     return True
 
 
+def transformer_engine_serves(dtype: torch.dtype) -> bool:
+    """Return whether Transformer Engine can compute here, in parameters of this dtype: its kernels are CUDA's
+    and know no float64."""
+    return on_gpu() and dtype != torch.float64
+
+
 def uses_transformer_engine(dtype: torch.dtype) -> bool:
-    """Return whether a model of this parameter dtype is made of Transformer Engine's modules
-    (they know no float64)."""
-    return dtype != torch.float64 and has_transformer_engine()
+    """Return whether a model of this parameter dtype is made of Transformer Engine's modules."""
+    return transformer_engine_serves(dtype) and has_transformer_engine()
 
 
 def own_attention(config: Any) -> bool:
