@@ -5,8 +5,8 @@ Each line of standard input asks for jobs (functions of a test file, on several 
 is done in a fork, as fresh as this process, and a line of standard output tells the exit code.  The worker
 ends with its standard input.
 
-An argument is a folder with a double of Transformer Engine: models are then made of its modules, in any
-dtype.
+An argument is a folder with a double of Transformer Engine: models are then configured as on a GPU and made
+of its modules, in any dtype.
 """
 
 from __future__ import annotations
@@ -126,6 +126,7 @@ if __name__ == "__main__":
     from megatron_sov.train import lm, stage  # noqa: F401  (most commands need them)
 
     if sys.argv[1:]:
+        specs.on_gpu = lambda: True
         specs.transformer_engine_serves = lambda dtype: True
 
     for line in sys.stdin:
