@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from .constants import RoutingMapFormat
+
 EPSILON = 1e-20
 """The kernels' summand of the sum that weights are divided by."""
 
@@ -23,8 +25,8 @@ def _map(like: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
 def fused_topk_with_score_function(
         logits: torch.Tensor, topk: int, use_pre_softmax: bool, num_groups: int | None,
         group_topk: int | None, scaling_factor: float | None, score_function: str,
-        expert_bias: torch.Tensor | None, routing_map_format: Any = 0, topk_indices: Any = None,
-        qb_histogram: Any = None, qb_bin_bounds: Any = None,
+        expert_bias: torch.Tensor | None, routing_map_format: Any = RoutingMapFormat.BYTEMAP,
+        topk_indices: Any = None, qb_histogram: Any = None, qb_bin_bounds: Any = None,
         qb_histogram_mode: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Return weights [tokens, experts] (zero where not chosen) and the choice, bool.
 
@@ -47,7 +49,8 @@ def fused_topk_with_score_function(
 
 
 def fused_compute_score_for_moe_aux_loss(logits: torch.Tensor, topk: int, score_function: str,
-                                         routing_map_format: Any = 0) -> tuple[torch.Tensor, torch.Tensor]:
+                                         routing_map_format: Any = RoutingMapFormat.BYTEMAP
+                                         ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the choice without bias, bool, and normalised scores, both [tokens, experts]."""
     scores = _scores(logits.to(torch.promote_types(logits.dtype, torch.float32)), score_function)
     if score_function == "sigmoid" and topk > 1:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..constants import CPLoadBalancingStrategy
 from ..module.base import TransformerEngineBaseModule
 
 MASKS = ("causal", "padding_causal", "no_mask", "padding")
@@ -67,7 +68,7 @@ class DotProductAttention(TransformerEngineBaseModule):
         super().__init__(name)
         if attention_dropout or softcap or softmax_type != "vanilla" or return_max_logit or cp_group:
             raise NotImplementedError("the double has plain softmax attention, without context parallelism")
-        self.take_group(tp_group, tp_size)
+        self._take_group(tp_group, tp_size)
         self.qkv_format, self.attn_mask_type = qkv_format, attn_mask_type
         self.window_size = window(attn_mask_type, window_size)
         channels = kv_channels if isinstance(kv_channels, int) else kv_channels[0]
@@ -76,7 +77,9 @@ class DotProductAttention(TransformerEngineBaseModule):
         self.layer_number, self.cp_group, self.cp_comm_type = layer_number, cp_group, cp_comm_type
 
     def set_context_parallel_group(self, cp_group: Any, cp_global_ranks: Any, cp_stream: Any,
-                                   cp_comm_type: str = "p2p") -> None:
+                                   cp_comm_type: str = "p2p",
+                                   load_balancing_strategy: Any = CPLoadBalancingStrategy.DUAL_CHUNK_SWAP
+                                   ) -> None:
         """Take a context-parallel group, which the double does not serve."""
         if cp_group is not None:
             raise NotImplementedError("the double has no context parallelism")

@@ -53,7 +53,7 @@ class TransformerEngineBaseModule(torch.nn.Module):
         self._delays_products = False
         self._hooks: list[Callable[[], None]] = []
 
-    def take_group(self, tp_group: Any, tp_size: int) -> None:
+    def _take_group(self, tp_group: Any, tp_size: int) -> None:
         """Note the tensor-parallel group, or only its size where the group comes later."""
         self.tp_size = tp_size if tp_group is None else tp_group.size()
         if tp_group is not None or tp_size == 1:
@@ -63,14 +63,14 @@ class TransformerEngineBaseModule(torch.nn.Module):
         """Take the tensor-parallel group."""
         self.tp_group, self.tp_group_initialized = tp_group, True
 
-    def local_sizes(self, in_features: int, out_features: int, parallel_mode: str | None) -> tuple[int, int]:
+    def _local_sizes(self, in_features: int, out_features: int, parallel_mode: str | None) -> tuple[int, int]:
         """Return this process's part of a weight's two sizes."""
         if parallel_mode not in ("row", "column", None):
             raise AssertionError(f"parallel_mode {parallel_mode} not supported")
         parts = {"row": (self.tp_size, 1), "column": (1, self.tp_size), None: (1, 1)}[parallel_mode]
         return _local_size(in_features, parts[0]), _local_size(out_features, parts[1])
 
-    def add_parameter(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None, device: Any,
+    def _add_parameter(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None, device: Any,
                       start: Callable[[torch.Tensor], Any] | None) -> torch.nn.Parameter:
         """Make a parameter, started on the tensor-parallel generator unless it is on meta."""
         parameter = torch.nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
@@ -80,7 +80,7 @@ class TransformerEngineBaseModule(torch.nn.Module):
                 start(parameter)
         return parameter
 
-    def delay_products(self, parameters: list[torch.nn.Parameter]) -> None:
+    def _delay_products(self, parameters: list[torch.nn.Parameter]) -> None:
         """Leave weight gradients to `backward_dw`."""
         self._delays_products = True
         for parameter in parameters:
@@ -105,7 +105,8 @@ class TransformerEngineBaseModule(torch.nn.Module):
         """Have a function called behind each `backward_dw`."""
         self._hooks.append(wgrad_accumulation_and_reduce_hook)
 
-    def prepare_forward(self, inp: torch.Tensor, num_gemms: int = 1) -> torch.Tensor:
+    def prepare_forward(self, inp: torch.Tensor, num_gemms: int = 1, allow_non_contiguous: bool = False,
+                        allow_different_data_and_param_types: bool = False) -> torch.Tensor:
         """Note what is on, and check the input as the real module does."""
         if self.tp_size > 1 and not getattr(self, "tp_group_initialized", False):
             raise RuntimeError("Tensor parallel group not initialized. Call set_tensor_parallel_group() "
@@ -118,7 +119,7 @@ class TransformerEngineBaseModule(torch.nn.Module):
         self.init_fp8_metadata(num_gemms)
         return inp.contiguous()
 
-    def recipe(self) -> Recipe | None:
+    def _recipe(self) -> Recipe | None:
         """Return the recipe of the current forward pass, None: no quantisation."""
         return FP8GlobalStateManager.get_fp8_recipe() if self.fp8 else None
 

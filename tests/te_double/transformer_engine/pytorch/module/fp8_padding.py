@@ -22,7 +22,7 @@ class _Aligned(torch.nn.Module):
         super().__init__()
         self.num_gemms, self.align_size = num_gemms, align_size
 
-    def padded(self, m_splits: list[int]) -> list[int]:
+    def _padded(self, m_splits: list[int]) -> list[int]:
         """Return the numbers of rows with padding; the first call fixes the alignment."""
         assert len(m_splits) == self.num_gemms, "Number of splits should match number of GEMMs."
         if self.align_size is None:
@@ -35,7 +35,7 @@ class Fp8Padding(_Aligned):
 
     def forward(self, inp: torch.Tensor, m_splits: list[int]) -> tuple[torch.Tensor, list[int]]:
         """Return [padded rows, columns] and the groups' padded numbers of rows."""
-        padded = self.padded(m_splits)
+        padded = self._padded(m_splits)
         parts = [torch.nn.functional.pad(part, (0, 0, 0, full - len(part)))
                  for part, full in zip(inp.split(m_splits), padded, strict=True)]
         return torch.cat(parts), padded
@@ -46,5 +46,5 @@ class Fp8Unpadding(_Aligned):
 
     def forward(self, inp: torch.Tensor, m_splits: list[int]) -> torch.Tensor:
         """Return [rows, columns]; `m_splits` are the numbers of rows without padding."""
-        parts = inp.split(self.padded(m_splits))
+        parts = inp.split(self._padded(m_splits))
         return torch.cat([part[:rows] for part, rows in zip(parts, m_splits, strict=True)])

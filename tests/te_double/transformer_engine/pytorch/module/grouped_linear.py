@@ -18,7 +18,7 @@ class _Products(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inp: torch.Tensor, splits: list[int], module: GroupedLinear,
                 is_first_microbatch: bool | None, *weights: torch.Tensor) -> torch.Tensor:
-        ctx.module, ctx.recipe, ctx.splits = module, module.recipe(), splits
+        ctx.module, ctx.recipe, ctx.splits = module, module._recipe(), splits
         ctx.weights, ctx.overwrites = weights, bool(is_first_microbatch)
         ctx.save_for_backward(inp)
         return torch.cat([gemm(x, w.detach().t(), "fprop", ctx.recipe)
@@ -34,7 +34,7 @@ class _Products(torch.autograd.Function):
                                for g, w in zip(parts, ctx.weights, strict=True)])
         d_weights: list[Any] = [None] * len(ctx.weights)
         if ctx.needs_input_grad[4]:
-            d_weights = ctx.module.leave(ctx.weights, parts, inp.split(ctx.splits), ctx.recipe,
+            d_weights = ctx.module._leave(ctx.weights, parts, inp.split(ctx.splits), ctx.recipe,
                                          ctx.overwrites)
         return d_inp, None, None, None, *d_weights
 
@@ -57,21 +57,21 @@ class GroupedLinear(TransformerEngineBaseModule):
             raise NotImplementedError("the double's grouped layers have no bias and one weight per group")
         if ub_overlap_rs or ub_overlap_ag:
             raise ValueError("GroupedLinear doesn't support Userbuffer overlap.")
-        self.take_group(tp_group, tp_size)
+        self._take_group(tp_group, tp_size)
         self.num_gemms, self.use_bias, self.return_bias = num_gemms, bias, return_bias
         self.parallel_mode, self.fuse_wgrad_accumulation = parallel_mode, fuse_wgrad_accumulation
         self.sequence_parallel = self.tp_size > 1 and sequence_parallel
         self.save_original_input, self.ub_name = save_original_input, ub_name
-        self.in_features, self.out_features = self.local_sizes(in_features, out_features, parallel_mode)
-        weights = [self.add_parameter(f"weight{i}", (self.out_features, self.in_features), params_dtype,
+        self.in_features, self.out_features = self._local_sizes(in_features, out_features, parallel_mode)
+        weights = [self._add_parameter(f"weight{i}", (self.out_features, self.in_features), params_dtype,
                                       device, init_method) for i in range(num_gemms)]
         # unlike Linear, the real layer leaves its weights without marks of tensor parallelism
         for i in range(num_gemms):
             setattr(self, f"bias{i}", torch.Tensor().to(dtype=params_dtype))
         if delay_wgrad_compute:
-            self.delay_products(weights)
+            self._delay_products(weights)
 
-    def leave(self, weights: Any, grads: Any, inputs: Any, recipe: Any, overwrites: bool) -> list[Any]:
+    def _leave(self, weights: Any, grads: Any, inputs: Any, recipe: Any, overwrites: bool) -> list[Any]:
         """Compute the weights' gradients now, or have `backward_dw` do it."""
 
         def gradients() -> list[Any]:

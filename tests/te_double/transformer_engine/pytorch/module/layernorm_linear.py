@@ -38,12 +38,12 @@ class LayerNormLinear(Linear):
         del self.save_original_input  # the real module has no such setting
         self.eps, self.normalization, self.zero_centered_gamma = eps, normalization, zero_centered_gamma
         start = torch.nn.init.zeros_ if zero_centered_gamma else torch.nn.init.ones_
-        weight = self.add_parameter("layer_norm_weight", (in_features,), params_dtype, device, start)
+        weight = self._add_parameter("layer_norm_weight", (in_features,), params_dtype, device, start)
         mark_partial(weight, self.sequence_parallel)
         self.layer_norm_bias = None
         if normalization == "LayerNorm":
             del self.layer_norm_bias
-            shift = self.add_parameter("layer_norm_bias", (in_features,), params_dtype, device,
+            shift = self._add_parameter("layer_norm_bias", (in_features,), params_dtype, device,
                                        torch.nn.init.zeros_)
             mark_partial(shift, self.sequence_parallel)
 
@@ -53,4 +53,4 @@ class LayerNormLinear(Linear):
         inp = self.prepare_forward(inp)
         normed = normalise(inp, self.layer_norm_weight, self.layer_norm_bias, self.eps, self.normalization,
                            self.zero_centered_gamma)
-        return self.product(normed, is_first_microbatch)
+        return self._product(normed, is_first_microbatch)

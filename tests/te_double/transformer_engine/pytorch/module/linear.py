@@ -19,7 +19,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inp: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
                 module: Linear, is_first_microbatch: bool | None) -> torch.Tensor:
-        ctx.module, ctx.recipe, ctx.overwrites = module, module.recipe(), bool(is_first_microbatch)
+        ctx.module, ctx.recipe, ctx.overwrites = module, module._recipe(), bool(is_first_microbatch)
         ctx.weight, ctx.has_bias = weight, bias is not None
         ctx.save_for_backward(inp)
         mode, sp, group = module.parallel_mode, module.sequence_parallel, module.tp_group
@@ -46,7 +46,7 @@ class _Product(torch.autograd.Function):
                 d_inp = reduce_scattered(d_inp, group) if sp else reduced(d_inp, group)
         if ctx.needs_input_grad[1]:
             total = (gathered(inp, group) if mode == "column" and sp else inp).flatten(0, -2)
-            d_weight = module.leave(weight, flat, total, ctx.recipe, ctx.overwrites)
+            d_weight = module._leave(weight, flat, total, ctx.recipe, ctx.overwrites)
         return d_inp, d_weight, flat.sum(0) if ctx.has_bias else None, None, None
 
 
@@ -80,30 +80,30 @@ class Linear(TransformerEngineBaseModule):
         if parameters_split or symmetric_ar_type or any(
                 (ub_overlap_ag, ub_overlap_rs, ub_overlap_rs_dgrad, ub_bulk_dgrad, ub_bulk_wgrad)):
             raise NotImplementedError("the double has no split parameters and no overlapped traffic")
-        self.take_group(tp_group, tp_size)
+        self._take_group(tp_group, tp_size)
         self.parallel_mode, self.fuse_wgrad_accumulation = parallel_mode, fuse_wgrad_accumulation
         self.sequence_parallel = self.tp_size > 1 and sequence_parallel
         self.save_original_input, self.ub_name = save_original_input, ub_name
         self.use_bias, self.return_bias, self.apply_bias = bias, return_bias, bias and not return_bias
-        self.in_features, self.out_features = self.local_sizes(in_features, out_features, parallel_mode)
-        weight = self.add_parameter("weight", (self.out_features, self.in_features), params_dtype, device,
+        self.in_features, self.out_features = self._local_sizes(in_features, out_features, parallel_mode)
+        weight = self._add_parameter("weight", (self.out_features, self.in_features), params_dtype, device,
                                     init_method)
         mark_split(weight, int(parallel_mode == "row"))  # also one that is not split, as the real layer
         self._add_bias(params_dtype, device)
         if delay_wgrad_compute:
-            self.delay_products([weight, *([self.bias] if bias else [])])
+            self._delay_products([weight, *([self.bias] if bias else [])])
 
     def _add_bias(self, dtype: torch.dtype | None, device: Any) -> None:
         if not self.use_bias:
             self.bias = torch.Tensor().to(dtype=dtype)
             return
-        bias = self.add_parameter("bias", (self.out_features,), dtype, device, torch.nn.init.zeros_)
+        bias = self._add_parameter("bias", (self.out_features,), dtype, device, torch.nn.init.zeros_)
         if self.parallel_mode == "row":
             mark_partial(bias, self.sequence_parallel)
         elif self.parallel_mode == "column":
             mark_split(bias, 0)
 
-    def leave(self, weight: torch.Tensor, grad: torch.Tensor, inp: torch.Tensor, recipe: Any,
+    def _leave(self, weight: torch.Tensor, grad: torch.Tensor, inp: torch.Tensor, recipe: Any,
               overwrites: bool) -> torch.Tensor | None:
         """Compute the weight's gradient now, or have `backward_dw` do it."""
         if not self._delays_products:
@@ -117,7 +117,7 @@ class Linear(TransformerEngineBaseModule):
         self._delayed_products.append(later)
         return None
 
-    def product(self, inp: torch.Tensor, is_first_microbatch: bool | None) -> Any:
+    def _product(self, inp: torch.Tensor, is_first_microbatch: bool | None) -> Any:
         """Return the layer's output, with the bias beside it if so set."""
         # a row-parallel layer's bias is added behind the sum over processes
         fused = self.apply_bias and self.parallel_mode != "row"
@@ -129,4 +129,4 @@ class Linear(TransformerEngineBaseModule):
     def forward(self, inp: torch.Tensor, is_first_microbatch: bool | None = None,
                 fp8_output: bool | None = False, fp8_grad: bool | None = False) -> Any:
         """Apply the layer to [..., in]."""
-        return self.product(self.prepare_forward(inp), is_first_microbatch)
+        return self._product(self.prepare_forward(inp), is_first_microbatch)

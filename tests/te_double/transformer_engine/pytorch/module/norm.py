@@ -41,8 +41,10 @@ class _Norm(torch.nn.Module):
             if sequence_parallel is not None:
                 parameter.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor, *extra_inputs: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Normalise [..., size]."""
+        if extra_inputs or kwargs:
+            raise NotImplementedError("the double's norms take one input")
         return normalise(input, self.weight, self.bias, self.eps, self.kind, self.zero_centered_gamma)
 
     def get_extra_state(self) -> torch.Tensor:

@@ -85,6 +85,15 @@ class FusedAdam(torch.optim.Optimizer):
             unscaled_state = unscaled_state / torch.where(scale > 0, scale, torch.ones_like(scale))
         state[state_name].copy_(unscaled_state)
 
+    def zero_grad(self, set_to_none: bool | None = None) -> None:  # type: ignore[override]
+        """Forget all gradients of the kind that `step` reads."""
+        name = "decoupled_grad" if self.use_decoupled_grad else "grad"
+        for param in (p for group in self.param_groups for p in group["params"]):
+            if set_to_none is None or set_to_none:
+                setattr(param, name, None)
+            elif getattr(param, name) is not None:
+                getattr(param, name).zero_()
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None,  # type: ignore[override]
              grad_scaler: Any = None) -> None:
