@@ -8,7 +8,7 @@
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup test lint slurm browser demo docs scripts lock wheel clean
+.PHONY: help setup test lint slurm browser demo docs scripts contract lock wheel clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -70,6 +70,9 @@ scripts: setup  ## renew slurm/scripts from slurm/chains
 	for chain in slurm/chains/*.yaml; do \
 	  name=$$(basename "$$chain" .yaml); "$(PY)" -m megatron_sov submit chain "$$name" --scripts "slurm/scripts/$$name"; \
 	done
+
+contract: setup  ## renew tests/te_double/contract.json from the wheels of Transformer Engine and megatron-core
+	"$(PY)" tests/te_double/contract.py
 
 # torch moves by hand (edit its line first): its builds differ per index, and it pins the CUDA libraries that come with it.
 lock: setup  ## renew constraints.txt: newest versions that fit setup.py, in a fresh environment; torch stays

@@ -79,9 +79,10 @@ NO_RANK = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 class Worker:
     """A process that has imported megatron once, and does everything that is asked of it in a fork."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *doubles: Path) -> None:
         # -P: the folder of tests mirrors our packages, and must not stand for them
-        command = [sys.executable, "-P", "-W", "ignore", str(Path(__file__).with_name("rank_main.py"))]
+        command = [sys.executable, "-P", "-W", "ignore", str(Path(__file__).with_name("rank_main.py")),
+                   *map(str, doubles)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._folder = folder
         self._asked = 0
@@ -125,12 +126,29 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
     found.close()
 
 
+@pytest.fixture(scope="session")
+def te_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+    """One worker for all tests whose models are made of Transformer Engine's modules, by its double."""
+    found = Worker(tmp_path_factory.mktemp("te_worker"), Path(__file__).with_name("te_double"))
+    yield found
+    found.close()
+
+
 @pytest.fixture
 def ranks(tmp_path: Path, worker: Worker) -> Ranks:
     """Return `run(Job, ...)`, which gives each job's results, one per rank."""
+    return _ranks_of(worker, tmp_path / "jobs")
+
+
+@pytest.fixture
+def te_ranks(tmp_path: Path, te_worker: Worker) -> Ranks:
+    """Return what `ranks` is, with Transformer Engine's double."""
+    return _ranks_of(te_worker, tmp_path / "te_jobs")
+
+
+def _ranks_of(worker: Worker, folder: Path) -> Ranks:
 
     def run(*jobs: Job, timeout_s: float = 300) -> list[list[Any]]:
-        folder = tmp_path / "jobs"
         folder.mkdir(exist_ok=True)
         (folder / "jobs.json").write_text(json.dumps([asdict(j) for j in jobs]))
         done = worker.run(timeout_s, jobs=str(folder / "jobs.json"))

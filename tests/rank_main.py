@@ -4,6 +4,9 @@
 Each line of standard input asks for jobs (functions of a test file, on several ranks) or for a command.  It
 is done in a fork, as fresh as this process, and a line of standard output tells the exit code.  The worker
 ends with its standard input.
+
+An argument is a folder with a double of Transformer Engine: models are then configured as on a GPU and made
+of its modules, in any dtype.
 """
 
 from __future__ import annotations
@@ -117,8 +120,14 @@ def wait_for(child: int, timeout_s: float) -> int:
 if __name__ == "__main__":
     from megatron_sov.mcore.parallel import cpu_shims
 
+    sys.path[:0] = sys.argv[1:]  # megatron looks for the library while it is imported
     cpu_shims.prepare_megatron()
+    from megatron_sov.mcore.model import specs
     from megatron_sov.train import lm, stage  # noqa: F401  (most commands need them)
+
+    if sys.argv[1:]:
+        specs.on_gpu = lambda: True
+        specs.transformer_engine_serves = lambda dtype: True
 
     for line in sys.stdin:
         order = json.loads(line)

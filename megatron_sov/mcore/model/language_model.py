@@ -292,13 +292,22 @@ def _mark_split_parameters(chunk: Chunk) -> None:
     """Have every tensor-parallel process count its own part of a split weight in the gradient norm.
 
     The library sets these marks only while it initialises weights, which `init.py` does in its place.
+    Transformer Engine marks its layers' weights, but since 2.13 not those of grouped ones, the experts: the
+    processes of a tensor-parallel group would compute different norms, and clip differently.
     """
     for module in chunk.modules():
         split = isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding, RowParallelLinear))
         # a tied head has no weight of its own
-        if split and module.weight is not None and not hasattr(module.weight, "tensor_model_parallel"):
-            set_tensor_model_parallel_attributes(module.weight, True,
-                                                 int(isinstance(module, RowParallelLinear)), 1)
+        if split and module.weight is not None:
+            _mark_split(module.weight, int(isinstance(module, RowParallelLinear)))
+    for name, parameter in chunk.named_parameters():
+        if ".mlp.experts." in name:
+            _mark_split(parameter, int("linear_fc2" in name))
+
+
+def _mark_split(parameter: torch.nn.Parameter, axis: int) -> None:
+    if not hasattr(parameter, "tensor_model_parallel"):
+        set_tensor_model_parallel_attributes(parameter, True, axis, 1)
 
 
 def _block_norm(transformer_engine: bool) -> Any:

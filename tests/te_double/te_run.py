@@ -1,0 +1,78 @@
+"""Runs inside ranks whose models are made of Transformer Engine's modules, by its double."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import inspect
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from megatron_sov.mcore.parallel import world
+
+
+def _layout_run() -> Any:
+    spec = importlib.util.spec_from_file_location(
+        "layout_run", Path(__file__).parents[1] / "layouts" / "layout_run.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+layout_run = _layout_run()
+
+
+def one_step(recipe: str, settings: list[str], paths: list[str]) -> dict[str, Any]:
+    """Train one step; return how many modules of which kinds there are, and how many products they made."""
+    from transformer_engine.pytorch.gemm import COUNTS  # the double's own
+
+    trainer = layout_run._trainer(layout_run.small_config(recipe, settings, paths, "lm"))
+    COUNTS.clear()
+    trainer.update()
+    modules = Counter(type(m).__name__ for m in trainer.model.modules())
+    optimizers = {type(o.optimizer).__name__ for o in trainer.optimizer.library.chained_optimizers}
+    world.leave()
+    return {"modules": modules, "optimizers": sorted(optimizers),
+            "products": {f"{kind} {recipe}".strip(): count for (kind, recipe), count in COUNTS.items()}}
+
+
+def recorded_calls(recipe: str, settings: list[str], paths: list[str]) -> list[list[Any]]:
+    """Train one step; return every call of a name in the contract: [name, method or None, positional
+    arguments, names of the others]."""
+    contract = json.loads(Path(__file__).with_name("contract.json").read_text())
+    calls: set[tuple[Any, ...]] = set()
+    for name, shape in contract["transformer_engine"]["symbols"].items():
+        home, _, last = name.rpartition(".")
+        found = getattr(sys.modules.get(home), last, None)
+        if isinstance(shape, dict) and isinstance(found, type):
+            for method in shape:
+                function = inspect.getattr_static(found, method, None)
+                if inspect.isfunction(function) and function.__module__.startswith("transformer_engine"):
+                    setattr(found, method, _recorder(function, (name, method), calls, bound=True))
+        elif inspect.isfunction(found):
+            _replace_everywhere(found, _recorder(found, (name, None), calls, bound=False))
+    trainer = layout_run._trainer(layout_run.small_config(recipe, settings, paths, "lm"))
+    trainer.update()
+    world.leave()
+    return sorted(map(list, calls), key=str)
+
+
+def _recorder(function: Any, name: tuple[str, str | None], calls: set[Any], *, bound: bool) -> Any:
+    @functools.wraps(function)
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        calls.add((*name, len(args) - bound, tuple(sorted(kwargs))))
+        return function(*args, **kwargs)
+
+    return recorded
+
+
+def _replace_everywhere(old: Any, new: Any) -> None:
+    """Put a function in another's place in all modules, which import it by name."""
+    for module in list(sys.modules.values()):
+        for name, value in list(vars(module).items()) if module else []:
+            if value is old:
+                setattr(module, name, new)

@@ -1,0 +1,128 @@
+"""Transformer Engine's branch of the library computes what the local one does, at every layout.
+
+A double stands in for Transformer Engine: what is proven is how models are put together, split, wrapped,
+updated and saved with its modules, configured as on a GPU, and not the real one's kernels.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_sov.mcore.checkpoint.sharded_tensors import TensorReader
+
+TE_RUN = str(Path(__file__).with_name("te_run.py"))
+LAYOUT_RUN = str(Path(__file__).parents[1] / "layouts" / "layout_run.py")
+TP2 = ["parallel.tp=2", "parallel.sp=true"]
+LAYOUTS = {
+    "one process": (1, []),
+    "TP2+SP x EP2": (2, [*TP2, "parallel.ep=2"]),
+    "EP2 x ZeRO-1": (2, ["parallel.ep=2", "parallel.zero1=true"]),
+    "ETP2": (2, ["parallel.etp=2"]),
+    "PP2 VPP2": (2, ["parallel.pp=2", "parallel.vpp=2"]),
+    "CP2, recomputed": (2, ["parallel.cp=2", "train.recompute=true"]),
+}
+# sliding layers, one that does not rotate, and multi-token prediction
+EXAONE = ["model.num_layers=4", "model.num_experts=4", "train.micro_batch_size=4"]
+# YaRN
+SOLAR = ["model.num_layers=2", "model.num_experts=4"]
+FP64, FP32 = ["train.precision=fp64"], ["train.precision=fp32"]
+
+
+def apart(ours: Any, theirs: Any) -> float:
+    """Return the largest difference beside the largest value."""
+    a, b = np.array(ours), np.array(theirs)
+    return float(np.abs(a - b).max(initial=0.0) / max(1e-3, np.abs(b).max(initial=0.0)))
+
+
+def differences(steps: list[dict[str, Any]], expected: list[dict[str, Any]]) -> dict[str, float]:
+    """Return how far losses, gradient norms, expert loads and router biases of two runs are apart at most."""
+    assert len(steps) == len(expected)
+    assert all(ours.keys() == theirs.keys() for ours, theirs in zip(steps, expected, strict=True))
+    return {what: max(apart(ours[what], theirs[what]) for ours, theirs in zip(steps, expected, strict=True))
+            for what in expected[0]}
+
+
+@pytest.mark.distributed
+def test_models_are_made_of_its_modules(te_ranks: Any, job: Any, packed_data: Any) -> None:
+    (found,), = te_ranks(job(TE_RUN, "one_step", 1, {
+        "recipe": "tiny-k-exaone", "settings": ["model.num_layers=3", "model.num_experts=4"],
+        "paths": [str(packed_data.text)]}))
+    # one dense layer, two of experts, and a dense one for multi-token prediction
+    assert found["modules"]["TEDotProductAttention"] == 4
+    assert found["modules"]["TEColumnParallelGroupedLinear"] == 2
+    assert found["optimizers"] == ["FusedAdam"]
+    # attention and MLP have two products each, four experts two each; multi-token prediction joins states
+    # and embeddings; 4 micro-batches
+    products = 4 * (2 * 4 + 2 * (2 + 4 * 2) + 2 * 2 + 1)
+    assert found["products"] == {"fprop": products, "dgrad": products, "wgrad": products}
+
+
+@pytest.mark.distributed
+def test_every_layout_and_either_checkpoint(ranks: Any, te_ranks: Any, job: Any, packed_data: Any,
+                                            tmp_path: Path) -> None:
+    """Four steps from the same start, and two from the other one's checkpoint: losses, gradient norms,
+    weights and moments."""
+
+    def compared(reference: str, *layout: str, nproc: int = 1, is_reference: bool = False) -> Any:
+        return job(LAYOUT_RUN, "compared", nproc, {
+            "recipe": "tiny-k-exaone", "settings": [*FP64, *EXAONE, *layout], "is_reference": is_reference,
+            "paths": [str(packed_data.text)], "reference": str(tmp_path / reference)})
+
+    (local,), = ranks(compared("local", is_reference=True))
+    others = dict(zip(LAYOUTS, te_ranks(*(compared("local", *settings, nproc=nproc)
+                                          for nproc, settings in LAYOUTS.values())), strict=True))
+    te_ranks(compared("te", *TP2, nproc=2, is_reference=True))
+    others["the other way round"], = ranks(compared("te"))
+    assert local["scratch"][0]["loss"] > local["scratch"][-1]["loss"]
+    problems = {}
+    for name, per_rank in others.items():
+        assert all(found["scratch"] == per_rank[0]["scratch"] for found in per_rank), name
+        found = (differences(per_rank[0]["scratch"], local["scratch"])
+                 | {f"continued {what}": value for what, value in
+                    differences(per_rank[0]["continued"], local["continued"]).items()}
+                 | {"moments": per_rank[0]["scratch apart"]["optimizer"],
+                    "continued moments": per_rank[0]["continued apart"]["optimizer"]})
+        problems |= {f"{name}: {what}": value for what, value in found.items() if value > 1e-12}
+        weights = max(per_rank[0][f"{part} apart"]["model"] for part in ("scratch", "continued"))
+        # where a gradient is all but zero, AdamW divides its last bits by eps = 1e-8
+        problems |= {f"{name}: weights": weights} if weights > 2e-11 else {}
+    assert not problems
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("recipe", "settings"), [("tiny-k-exaone", EXAONE), ("tiny-solar-open", SOLAR),
+                                                  ("tiny-qwen2", ["model.num_layers=2"])])
+def test_every_gradient_and_every_name(ranks: Any, te_ranks: Any, job: Any, packed_data: Any, tmp_path: Path,
+                                       recipe: str, settings: list[str]) -> None:
+    """tiny-qwen2 has biases and no experts."""
+    arguments = {"recipe": recipe, "paths": [str(packed_data.text)], "objective": "lm"}
+    found = []
+    for kind, run, nproc, layout in (("local", ranks, 1, []), ("te", te_ranks, 2, TP2)):
+        out = str(tmp_path / kind)
+        found.append(run(job(LAYOUT_RUN, "one_batch", nproc, {
+            **arguments, "settings": [*FP64, *settings, *layout], "out": out}))[0][0]["loss"])
+    assert apart(*found) < 1e-12
+    for part in ("weights", "gradients"):
+        local, te = (TensorReader(tmp_path / kind / part, "model") for kind in ("local", "te"))
+        keys = list(local.keys())
+        assert sorted(te.keys()) == sorted(keys)
+        far = {key: apart(te.read(key).numpy(), local.read(key).numpy()) for key in keys}
+        assert max(far.values()) < 1e-12, far
+
+
+@pytest.mark.distributed
+def test_fp32_agrees_up_to_rounding(ranks: Any, te_ranks: Any, job: Any, packed_data: Any,
+                                    tmp_path: Path) -> None:
+    found = []
+    for kind, run in (("local", ranks), ("te", te_ranks)):
+        found.append(run(*(job(LAYOUT_RUN, "curve", 1, {
+            "recipe": recipe, "settings": [*FP32, *settings], "paths": [str(packed_data.text)], "steps": 2,
+            "out": str(tmp_path / kind / recipe)})
+            for recipe, settings in (("tiny-k-exaone", EXAONE), ("tiny-solar-open", SOLAR)))))
+    for (theirs,), (ours,) in zip(*found, strict=True):
+        far = differences(ours, theirs)
+        assert max(far["loss"], far["grad_norm"]) < 1e-6, far

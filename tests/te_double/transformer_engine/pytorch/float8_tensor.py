@@ -1,0 +1,3 @@
+"""The old place of `Float8Tensor`."""
+
+from .tensor.float8_tensor import Float8Tensor  # noqa: F401

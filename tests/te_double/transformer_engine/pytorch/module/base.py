@@ -1,0 +1,166 @@
+"""What all modules with quantised products share: parameters, their start, and their extra state."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...common.recipe import DelayedScaling, Recipe
+from ..quantization import FP8GlobalStateManager
+
+PLAIN_VALUES = (bool, int, float, str, tuple, list)
+_dummies: dict[Any, torch.Tensor] = {}
+
+
+def get_dummy_wgrad(shape: list[int], dtype: torch.dtype, zero: bool = False) -> torch.Tensor:
+    """Return what stands for the gradient of a weight whose true one was added to `main_grad`."""
+    found = _dummies.setdefault((*shape, dtype), torch.empty(shape, dtype=dtype))
+    return found.zero_() if zero else found.detach()
+
+
+@dataclass
+class DelayedState:
+    """Scales and earlier largest values, one column per operand and product."""
+
+    scale: torch.Tensor
+    amax_history: torch.Tensor
+
+
+def _local_size(size: int, parts: int) -> int:
+    if size % parts:
+        raise ValueError(f"{size} is not divisible by {parts}")
+    return size // parts
+
+
+class TransformerEngineBaseModule(torch.nn.Module):
+    """Base of all modules with matrix products."""
+
+    def __init__(self, name: str | None = None) -> None:
+        super().__init__()
+        self.name = name
+        self.fp8_initialized = self.fp8 = self.fp8_calibration = False
+        self.fp8_meta: dict[str, Any] = {"fp8_checkpoint": False, "fp8_group": None}
+        self.tp_group: Any = None
+        self.tp_size = 1
+        self.sequence_parallel = False
+        self.activation_dtype: torch.dtype | None = None
+        self.primary_weights_in_fp8 = FP8GlobalStateManager.with_fp8_parameters()
+        self._delayed_products: list[Callable[[], None]] = []
+        self._delays_products = False
+        self._hooks: list[Callable[[], None]] = []
+
+    def _take_group(self, tp_group: Any, tp_size: int) -> None:
+        """Note the tensor-parallel group, or only its size where the group comes later."""
+        self.tp_size = tp_size if tp_group is None else tp_group.size()
+        if tp_group is not None or tp_size == 1:
+            self.set_tensor_parallel_group(tp_group)
+
+    def set_tensor_parallel_group(self, tp_group: Any) -> None:
+        """Take the tensor-parallel group."""
+        self.tp_group, self.tp_group_initialized = tp_group, True
+
+    def _local_sizes(self, in_features: int, out_features: int, parallel_mode: str | None) -> tuple[int, int]:
+        """Return this process's part of a weight's two sizes."""
+        if parallel_mode not in ("row", "column", None):
+            raise AssertionError(f"parallel_mode {parallel_mode} not supported")
+        parts = {"row": (self.tp_size, 1), "column": (1, self.tp_size), None: (1, 1)}[parallel_mode]
+        return _local_size(in_features, parts[0]), _local_size(out_features, parts[1])
+
+    def _add_parameter(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None, device: Any,
+                      start: Callable[[torch.Tensor], Any] | None) -> torch.nn.Parameter:
+        """Make a parameter, started on the tensor-parallel generator unless it is on meta."""
+        parameter = torch.nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
+        self.register_parameter(name, parameter)
+        if start is not None and parameter.device.type != "meta":
+            with torch.no_grad():
+                start(parameter)
+        return parameter
+
+    def _delay_products(self, parameters: list[torch.nn.Parameter]) -> None:
+        """Leave weight gradients to `backward_dw`."""
+        self._delays_products = True
+        for parameter in parameters:
+            parameter.skip_backward_post_hook = True  # type: ignore[attr-defined]
+
+    def need_backward_dw(self) -> bool:
+        """Return whether weight gradients are left to `backward_dw`."""
+        return self._delays_products
+
+    def backward_dw(self) -> None:
+        """Compute the oldest weight gradients that were left."""
+        if not self._delays_products:
+            return
+        if not self._delayed_products:
+            raise RuntimeError("Pop empty queue.")
+        self._delayed_products.pop(0)()
+        for hook in self._hooks:
+            hook()
+
+    def register_wgrad_accumulation_and_reduce_hooks(
+            self, wgrad_accumulation_and_reduce_hook: Callable[[], None]) -> None:
+        """Have a function called behind each `backward_dw`."""
+        self._hooks.append(wgrad_accumulation_and_reduce_hook)
+
+    def prepare_forward(self, inp: torch.Tensor, num_gemms: int = 1, allow_non_contiguous: bool = False,
+                        allow_different_data_and_param_types: bool = False) -> torch.Tensor:
+        """Note what is on, and check the input as the real module does."""
+        if self.tp_size > 1 and not getattr(self, "tp_group_initialized", False):
+            raise RuntimeError("Tensor parallel group not initialized. Call set_tensor_parallel_group() "
+                               "before forward pass when tp_size > 1.")
+        for name, parameter in self.named_parameters():
+            if parameter.dtype != inp.dtype:
+                raise TypeError("Data types for parameters must match when outside of autocasted region. "
+                                f"Found input dtype: {inp.dtype} and {name!r} dtype: {parameter.dtype}")
+        self.activation_dtype = inp.dtype
+        self.init_fp8_metadata(num_gemms)
+        return inp.contiguous()
+
+    def _recipe(self) -> Recipe | None:
+        """Return the recipe of the current forward pass, None: no quantisation."""
+        return FP8GlobalStateManager.get_fp8_recipe() if self.fp8 else None
+
+    def init_fp8_metadata(self, num_gemms: int = 1) -> None:
+        """Note what is on."""
+        manager = FP8GlobalStateManager
+        self.fp8, self.fp8_calibration = manager.is_fp8_enabled(), manager.is_fp8_calibration()
+        meta = self.fp8_meta
+        meta["fp8_checkpoint"] = self.fp8 or self.fp8_calibration
+        if not meta["fp8_checkpoint"]:
+            self.fp8_initialized = False
+            return
+        recipe = manager.get_fp8_recipe()
+        if self.fp8_initialized and meta.get("recipe") == recipe:
+            return
+        meta |= {"recipe": recipe, "num_gemms": num_gemms, "fp8_group": manager.get_fp8_group(),
+                 "fp8_max_fwd": recipe.fp8_format.value.max_fwd,  # type: ignore[attr-defined]
+                 "fp8_max_bwd": recipe.fp8_format.value.max_bwd}  # type: ignore[attr-defined]
+        if isinstance(recipe, DelayedScaling):
+            for name, operands in (("scaling_fwd", 3), ("scaling_bwd", 2)):
+                meta[name] = DelayedState(torch.ones(operands * num_gemms),
+                                          torch.zeros(recipe.amax_history_len, operands * num_gemms))
+        self.fp8_initialized = True
+
+    def get_extra_state(self) -> torch.Tensor:
+        """Return bytes: none without quantisation and for recipes without a history, else a pickle."""
+        recipe = self.fp8_meta.get("recipe")
+        on = self.fp8_meta["fp8_checkpoint"] or self.fp8 or self.fp8_calibration
+        if not on or not isinstance(recipe, DelayedScaling):
+            return torch.empty(0, dtype=torch.uint8)
+        state: dict[str, Any] = {"recipe": recipe}
+        for part in ("fwd", "bwd"):
+            state[f"scale_{part}"] = self.fp8_meta[f"scaling_{part}"].scale.clone()
+            state[f"amax_history_{part}"] = self.fp8_meta[f"scaling_{part}"].amax_history.clone()
+        state["extra_fp8_variables"] = {name: value for name, value in self.fp8_meta.items()
+                                        if isinstance(value, PLAIN_VALUES)}
+        return torch.frombuffer(bytearray(pickle.dumps(state)), dtype=torch.uint8)
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        """Take what `get_extra_state` gave; the real module refuses a pickle unless told to trust it."""
+        if state is None or state.numel() == 0:
+            return
+        raise RuntimeError(f"Refusing to load pickled Transformer Engine extra state for "
+                           f"{type(self).__name__}.")

@@ -1,0 +1,27 @@
+"""Collectives along the first axis over a tensor-parallel group."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def gathered(tensor: torch.Tensor, group: Any) -> torch.Tensor:
+    """Return all processes' parts, one behind the other."""
+    parts = [torch.empty_like(tensor) for _ in range(group.size())]
+    dist.all_gather(parts, tensor.contiguous(), group=group)
+    return torch.cat(parts)
+
+
+def reduced(tensor: torch.Tensor, group: Any) -> torch.Tensor:
+    """Return the sum over processes."""
+    total = tensor.clone()
+    dist.all_reduce(total, group=group)
+    return total
+
+
+def reduce_scattered(tensor: torch.Tensor, group: Any) -> torch.Tensor:
+    """Return this process's part of the sum over processes."""
+    return reduced(tensor, group).chunk(group.size())[group.rank()].contiguous()

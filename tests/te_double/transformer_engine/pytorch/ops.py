@@ -1,0 +1,16 @@
+"""Fusible operations, of which megatron-core names two in annotations."""
+
+from __future__ import annotations
+
+import torch
+
+
+class FusibleOperation(torch.nn.Module):
+    """One operation."""
+
+
+class Sequential(torch.nn.Module):
+    """A chain of operations; nothing here builds one."""
+
+    def __init__(self, *args: torch.nn.Module) -> None:
+        raise NotImplementedError("the double has no fusible operations (use_transformer_engine_op_fuser)")

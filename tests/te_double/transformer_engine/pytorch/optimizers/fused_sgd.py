@@ -1,0 +1,17 @@
+"""SGD, which megatron-core imports beside Adam."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.optim.optimizer import required
+
+
+class FusedSGD(torch.optim.Optimizer):
+    """SGD; nothing here makes one."""
+
+    def __init__(self, params: Any, lr: Any = required, momentum: float = 0.0, dampening: float = 0.0,
+                 weight_decay: float = 0.0, nesterov: bool = False, *, wd_after_momentum: bool = False,
+                 materialize_master_grads: bool = True, set_grad_none: bool | None = None) -> None:
+        raise NotImplementedError("the double has no SGD")

@@ -1,0 +1,69 @@
+"""Tokens in the order of their experts, and back."""
+
+from __future__ import annotations
+
+import torch
+
+
+def _rows(routing_map: torch.Tensor, num_out_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return expert and token of every row: experts in order, each one's tokens in order."""
+    expert, token = routing_map.bool().t().nonzero(as_tuple=True)
+    if num_out_tokens != len(token):
+        raise NotImplementedError(f"the double permutes all tokens, and {num_out_tokens} rows are not "
+                                  f"{len(token)}")
+    return expert, token
+
+
+def _row_id_map(routing_map: torch.Tensor, expert: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+    """Return [tokens, 2 * experts + 1] int32, the real map's shape: per expert the row or -1 first."""
+    tokens, experts = routing_map.shape
+    found = torch.full((tokens, 2 * experts + 1), -1, dtype=torch.int32)
+    found[token, expert] = torch.arange(len(token), dtype=torch.int32)
+    return found
+
+
+def moe_permute(inp: torch.Tensor, routing_map: torch.Tensor, num_out_tokens: int, max_token_num: int = -1,
+                map_type: str = "mask") -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the permuted rows of [tokens, hidden] and the map that `moe_unpermute` takes."""
+    if map_type != "mask":
+        raise NotImplementedError("the double takes masks only")
+    expert, token = _rows(routing_map, num_out_tokens)
+    return inp[token], _row_id_map(routing_map, expert, token)
+
+
+def moe_permute_with_probs(inp: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor,
+                           num_out_tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the permuted rows, their weights of [tokens, experts], and the map."""
+    expert, token = _rows(routing_map, num_out_tokens)
+    return inp[token], probs[token, expert], _row_id_map(routing_map, expert, token)
+
+
+def moe_unpermute(inp: torch.Tensor, row_id_map: torch.Tensor, merging_probs: torch.Tensor | None = None,
+                  restore_shape: torch.Size | None = None, map_type: str = "mask",
+                  probs: torch.Tensor | None = None, pad_offsets: torch.Tensor | None = None) -> torch.Tensor:
+    """Return [tokens, hidden]: the sum of each token's rows, weighted where weights are given; summed at
+    least in float32, as the kernel does."""
+    if map_type != "mask" or pad_offsets is not None or probs is not None:
+        raise NotImplementedError("the double takes masks without padding only")
+    rows = row_id_map[:, :row_id_map.shape[1] // 2]
+    token, expert = (rows >= 0).nonzero(as_tuple=True)
+    wide = torch.promote_types(inp.dtype, torch.float32)
+    parts = inp[rows[token, expert].long()].to(wide)
+    if merging_probs is not None:
+        parts = parts * merging_probs[token, expert].to(wide)[:, None]
+    shape = inp.shape if restore_shape is None else restore_shape
+    return parts.new_zeros(shape).index_add(0, token, parts).to(inp.dtype)
+
+
+def moe_sort_chunks_by_index(inp: torch.Tensor, split_sizes: torch.Tensor,
+                             sorted_index: torch.Tensor) -> torch.Tensor:
+    """Return the chunks of rows in another order."""
+    chunks = inp.split(split_sizes.tolist())
+    return torch.cat([chunks[i] for i in sorted_index.tolist()])
+
+
+def moe_sort_chunks_by_index_with_probs(inp: torch.Tensor, probs: torch.Tensor, split_sizes: torch.Tensor,
+                                        sorted_index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the chunks of rows and of their weights in another order."""
+    return (moe_sort_chunks_by_index(inp, split_sizes, sorted_index),
+            moe_sort_chunks_by_index(probs, split_sizes, sorted_index))

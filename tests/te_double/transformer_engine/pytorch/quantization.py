@@ -1,0 +1,104 @@
+"""Which recipe is on: contexts and the state that they keep."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass
+from typing import Any
+
+from ..common.recipe import DelayedScaling, Recipe
+
+
+@dataclass
+class FP8GlobalState:
+    """What is on in this process."""
+
+    fp8_enabled: bool = False
+    fp8_calibration: bool = False
+    fp8_recipe: Recipe | None = None
+    fp8_distributed_group: Any = None
+    fp8_parameters: bool = False
+    high_precision_init_val: bool = False
+
+
+class FP8GlobalStateManager:
+    """Answers for the state that the contexts set."""
+
+    quantization_state = FP8GlobalState()
+
+    @classmethod
+    def is_fp8_enabled(cls) -> bool:
+        """Return whether matrix products are quantised."""
+        return cls.quantization_state.fp8_enabled
+
+    @classmethod
+    def is_fp8_calibration(cls) -> bool:
+        """Return whether scales are collected without quantising."""
+        return cls.quantization_state.fp8_calibration
+
+    @classmethod
+    def with_fp8_parameters(cls) -> bool:
+        """Return whether new parameters are quantised tensors."""
+        return cls.quantization_state.fp8_parameters
+
+    @classmethod
+    def with_high_precision_init_val(cls) -> bool:
+        """Return whether new quantised parameters keep what they were made from."""
+        return cls.quantization_state.high_precision_init_val
+
+    @classmethod
+    def get_fp8_recipe(cls) -> Recipe:
+        """Return the recipe that is on, or the default one."""
+        return cls.quantization_state.fp8_recipe or DelayedScaling()
+
+    @classmethod
+    def get_fp8_group(cls) -> Any:
+        """Return the group that largest values are reduced over."""
+        return cls.quantization_state.fp8_distributed_group
+
+    @classmethod
+    def reset(cls) -> None:
+        """Forget all."""
+        cls.quantization_state = FP8GlobalState()
+
+
+class autocast:
+    """Context in which the matrix products of this library's modules follow a recipe."""
+
+    def __init__(self, enabled: bool = True, calibrating: bool = False, recipe: Recipe | None = None,
+                 amax_reduction_group: Any = None, _graph: bool = False) -> None:
+        self._new = enabled, calibrating, recipe or DelayedScaling(), amax_reduction_group
+        self._old: FP8GlobalState | None = None
+
+    def __enter__(self) -> autocast:
+        if self._old is not None:
+            raise RuntimeError("autocast context manager cannot be entered more than once concurrently")
+        self._old = FP8GlobalStateManager.quantization_state
+        FP8GlobalStateManager.quantization_state = FP8GlobalState(*self._new, *astuple(self._old)[4:])
+        return self
+
+    def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> None:
+        assert self._old is not None
+        FP8GlobalStateManager.quantization_state, self._old = self._old, None
+
+
+def fp8_autocast(enabled: bool = True, calibrating: bool = False, fp8_recipe: Recipe | None = None,
+                 fp8_group: Any = None, _graph: bool = False) -> autocast:
+    """Return `autocast`; the older name."""
+    return autocast(enabled, calibrating, fp8_recipe, fp8_group, _graph)
+
+
+@contextmanager
+def quantized_model_init(enabled: bool = True, recipe: Recipe | None = None,
+                         preserve_high_precision_init_val: bool = False) -> Iterator[None]:
+    """Context in which modules are made with quantised parameters, which the double has not."""
+    if enabled:
+        raise NotImplementedError("the double has no quantised parameters (fp8_param)")
+    yield
+
+
+def fp8_model_init(enabled: bool = True, recipe: Recipe | None = None,
+                   preserve_high_precision_init_val: bool = False) -> Any:
+    """Return `quantized_model_init`; the older name."""
+    return quantized_model_init(enabled, recipe, preserve_high_precision_init_val)
