@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from megatron_sov import models
@@ -25,6 +26,8 @@ from megatron_sov.data.token_shards import Source, open_sources, tokenizer_folde
 from megatron_sov.data.views import with_views
 from megatron_sov.data.vocabulary import read_vocabulary, refuse_other_tokens
 from megatron_sov.errors import ExitCode, GateFailed, StopRequested, UserError
+from megatron_sov.mcore.model.quantization import refuse_without_chip
+from megatron_sov.mcore.model.specs import uses_transformer_engine
 from megatron_sov.mcore.parallel import determinism, world
 from megatron_sov.mcore.parallel.world import on_main
 from megatron_sov.obs.events import EVENTS
@@ -212,6 +215,8 @@ def _rank(stage: Stage, data: _Data, begin: _Begin) -> int:
     lock = RunLock(stage.folder.path) if place.is_main else None
     trainer: Trainer | None = None
     try:
+        serves = uses_transformer_engine(torch.bfloat16)
+        on_main(place, lambda: refuse_without_chip(stage.config.train, serves))
         on_main(place, lambda: _lock(stage, lock, begin))
         trainer = Trainer(stage.config, place, stage.folder, data.sources, stage.objective, stage.gate,
                           stage.faults, begin.time_s, data.planned)

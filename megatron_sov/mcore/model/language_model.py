@@ -28,6 +28,7 @@ from megatron.core.utils import make_viewless_tensor
 from megatron_sov.config import ModelConfig, ParallelConfig, TrainConfig
 from megatron_sov.mcore.model.attention import PackedDocuments, pack
 from megatron_sov.mcore.model.kv_cache import PackedSpans, ReadRow
+from megatron_sov.mcore.model.quantization import mend_extra_state
 from megatron_sov.mcore.model.rotary import widen
 from megatron_sov.mcore.model.specs import (
     layer_specs,
@@ -215,6 +216,10 @@ class LanguageModel(torch.nn.ModuleList):
 def build(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig) -> LanguageModel:
     """Build this process's part of the model; its weights are not initialised yet."""
     config = transformer_config(model, parallel, train)
+    if config.fp8 or config.fp4:
+        from megatron.core.extensions.transformer_engine import TEGroupedLinear
+
+        mend_extra_state(TEGroupedLinear)
     return LanguageModel(
         [_chunk(model, config, i if parallel.vpp > 1 else None) for i in range(parallel.vpp)], model)
 

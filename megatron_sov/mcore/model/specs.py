@@ -11,6 +11,7 @@ import torch
 from torch.nn.functional import silu
 
 from megatron_sov.config import ModelConfig, ParallelConfig, TrainConfig
+from megatron_sov.mcore.model.quantization import library_settings
 from megatron_sov.mcore.model.router import BalancedRouter, RoutingStep
 from megatron_sov.mcore.parallel.device import on_gpu
 
@@ -83,6 +84,8 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
     if model.num_moe_layers():
         settings |= _moe_settings(model, parallel, te) | {"moe_router_dtype": "fp64" if dtype == torch.float64
                                                           else "fp32"}
+    if te:  # elsewhere models are only looked at, as `plan` does: training has been refused
+        settings |= library_settings(train)
     if train.recompute:
         settings |= {"recompute_granularity": "full", "recompute_method": "uniform",
                      "recompute_num_layers": 1}
