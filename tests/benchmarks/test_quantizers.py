@@ -105,7 +105,6 @@ def test_a_rotation_spreads_an_outlier_and_keeps_products() -> None:
     a[:, 5] = 40
     assert torch.allclose(rotated(a) @ rotated(b).t(), a @ b.t(), atol=1e-4)
     assert rotated(a).abs().max() < 0.4 * a.abs().max()
-    assert (nvfp4(rotated(a)) - rotated(a)).norm() < (nvfp4(a) - a).norm()
 
 
 LARGEST_ERROR = {"tensorwise": 0.05, "blockwise": 0.05, "mxfp8": 0.05, "nvfp4": 0.25}

@@ -16,7 +16,7 @@ ROLES = {"fprop": ("input", "weight"), "dgrad": ("gradient", "weight"), "wgrad":
 
 
 def product(a: torch.Tensor, b: torch.Tensor, kind: str, recipe: str, form: str = "e4m3") -> torch.Tensor:
-    """Return a @ b of quantised operands, summed in float32 and rounded to the dtype of `a`.
+    """Return a @ b of quantised operands, in float32.
 
     Args:
         a: [rows, summed].
@@ -26,8 +26,7 @@ def product(a: torch.Tensor, b: torch.Tensor, kind: str, recipe: str, form: str 
         form: e4m3, or hybrid: e5m2 for gradients.
     """
     left, right = ROLES[kind]
-    return (quantized(a, left, kind, recipe, form)
-            @ quantized(b.t(), right, kind, recipe, form).t()).to(a.dtype)
+    return quantized(a, left, kind, recipe, form) @ quantized(b.t(), right, kind, recipe, form).t()
 
 
 def quantized(x: torch.Tensor, role: str, kind: str, recipe: str, form: str) -> torch.Tensor:
