@@ -30,7 +30,8 @@ RECIPES = {"none": "#444444", "tensorwise": "#d55e00", "blockwise": "#0072b2", "
            "nvfp4": "#cc79a7"}
 """`train.fp8` -> colour of its curve."""
 SETTINGS = ("model.hidden_size=128", "model.num_layers=4", "model.head_dim=32", "model.expert_ffn_dim=128",
-            "optim.warmup_steps=20")
+            "optim.warmup_steps=20", "train.global_batch_size=1",
+            'data.phases=[{"name": "main", "seq_len": 256}]')
 LAST = 20
 """Steps at the end whose losses are averaged: one step's loss moves by more than recipes differ."""
 
