@@ -86,6 +86,25 @@ def continued(recipe: str, settings: list[str], path: str, run: str) -> dict[str
     return found
 
 
+def quantises_weights(recipe: str, settings: list[str], path: str) -> list[bool]:
+    """Train two steps with an evaluation between them; whether the first linear layer was told in each
+    training pass to quantise its weight anew, and not to take what it keeps."""
+    trainer = _trainer(recipe, settings, path)
+    told: list[bool] = []
+
+    def note(module: Any, *inputs: Any) -> None:
+        if torch.is_grad_enabled():
+            told.append(module.is_first_microbatch)
+
+    first = next(m for m in trainer.model.modules() if hasattr(m, "is_first_microbatch"))
+    first.register_forward_pre_hook(note)
+    trainer.update()
+    trainer.evaluate()
+    trainer.update()
+    world.leave()
+    return told
+
+
 def _digest(trainer: Trainer) -> str:
     """Hash this process's weights as they lie in memory."""
     return hashlib.sha256(b"".join(p.detach().view(torch.int16).numpy().tobytes()

@@ -80,6 +80,18 @@ def test_computing_a_micro_batch_twice_changes_nothing(te_ranks: Any, job: Any, 
 
 
 @pytest.mark.distributed
+def test_weights_are_quantised_anew_in_each_step(te_ranks: Any, job: Any, packed_data: Any) -> None:
+    """Transformer Engine keeps quantised weights until the library says that they have changed."""
+    found = te_ranks(*(
+        job(RUN, "quantises_weights", nproc, {
+            "recipe": "tiny-solar-open", "path": str(packed_data.text),
+            "settings": ["train.fp8=blockwise", "model.num_layers=2", f"parallel.pp={nproc}"]})
+        for nproc in (1, 2)))
+    for ranks in found:
+        assert ranks == [[True, False] * 2] * len(ranks)
+
+
+@pytest.mark.distributed
 def test_cut_over_processes_and_with_padded_routing(te_ranks: Any, job: Any, packed_data: Any) -> None:
     layout = ["parallel.tp=2", "parallel.sp=true", "parallel.ep=2", "train.fp8_pad_routed_tokens=true"]
     settings = ["train.fp8=mxfp8", "model.num_layers=2", "model.expert_ffn_dim=64"]
