@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_sov.config import curriculum
+from megatron_sov.config import curriculum, quantization
 from megatron_sov.config.bounds import MAX_STEPS
 from megatron_sov.config.data import DataConfig
 from megatron_sov.config.evaluate import EvaluateConfig
@@ -104,6 +104,7 @@ class RunConfig:
         p += self.gpu.problems(self.model, self.parallel, self.train)
         p += self.needle.problems() + self.guards.problems(self.train.deterministic)
         p += self.evaluate.background.problems(self.train.export_every_checkpoints)
+        p += quantization.problems(self.train, self.model, self.parallel, self.data.phases)
         return p + ([] if p else self._batch_problems(num_ranks) + self._length_problems())
 
     def _phase_problems(self) -> list[str]:

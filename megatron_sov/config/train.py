@@ -34,6 +34,20 @@ class TrainConfig:
     precision: Literal["fp32", "bf16", "fp64"] = "bf16"
     """Dtype of weights and activations; bf16 keeps fp32 master weights and reduces gradients in fp32; fp64 is
     slow, for proofs that layouts agree."""
+    fp8: Literal["none", "tensorwise", "blockwise", "mxfp8", "nvfp4", "delayed"] = "none"
+    """Matrix products of the transformer layers in 8 bits (nvfp4: 4 bits), by Transformer Engine on a GPU
+    (docs/fp8.md): one scale per tensor (tensorwise), per 128 values and 128 x 128 weights (blockwise), per 32
+    values (mxfp8), per 16 values (nvfp4); delayed is refused, since its history is in no checkpoint."""
+    fp8_format: Literal["auto", "e4m3", "hybrid"] = "auto"
+    """8-bit format: e4m3 everywhere, or e5m2 for gradients (hybrid);
+    auto: hybrid for tensorwise, else e4m3."""
+    fp8_bf16_layers_at_start: int = 0
+    """Layers at the start of the trunk that stay in bf16 under `fp8`."""
+    fp8_bf16_layers_at_end: int = 0
+    """Layers at the end of the trunk that stay in bf16 under `fp8`."""
+    fp8_pad_routed_tokens: bool = False
+    """Send each expert as many tokens as the products of `fp8` want, by routing some more to it with weight
+    zero, instead of filling up copies behind the dispatcher."""
     deterministic: bool = False
     """The same bits in every run with the same settings on the same machines: slower algorithms where fast
     ones do not repeat."""

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from megatron_sov import models
@@ -26,6 +27,7 @@ from megatron_sov.data.views import with_views
 from megatron_sov.data.vocabulary import read_vocabulary, refuse_other_tokens
 from megatron_sov.errors import ExitCode, GateFailed, StopRequested, UserError
 from megatron_sov.mcore.model import gpu_settings, specs
+from megatron_sov.mcore.model.quantization import refuse_without_chip
 from megatron_sov.mcore.parallel import determinism, own_gpu, world
 from megatron_sov.mcore.parallel.device import on_gpu
 from megatron_sov.mcore.parallel.world import on_main
@@ -245,6 +247,7 @@ def _rank(stage: Stage, data: _Data, begin: _Begin) -> int:
     try:
         te = specs.uses_transformer_engine(specs.PRECISION[stage.config.train.precision])
         on_main(place, lambda: gpu_settings.refuse(stage.config, te))
+        on_main(place, lambda: refuse_without_chip(stage.config.train, te))
         on_main(place, lambda: _lock(stage, lock, begin))
         trainer = Trainer(stage.config, place, stage.folder, data.sources, stage.objective, stage.gate,
                           stage.faults, begin.time_s, data.planned)

@@ -21,6 +21,7 @@ from megatron_sov.mcore.decode.forward_only import ForwardModel
 from megatron_sov.mcore.model.kv_cache import CachedAttention, CacheSize, ReadRow, Span, keep, read_row
 from megatron_sov.mcore.model.language_model import gather_sequence
 from megatron_sov.mcore.model.logprobs import Head, head_of
+from megatron_sov.mcore.model.quantization import in_bf16
 from megatron_sov.mcore.parallel import collectives, context
 from megatron_sov.mcore.parallel.device import local_device
 
@@ -72,6 +73,7 @@ class CachedDecoder:
         self._exit.callback(self._model.train, self._model.training)
         self._model.eval()
         self._exit.enter_context(torch.no_grad())
+        self._exit.enter_context(in_bf16(self._model.config))
         self._layers = self._exit.enter_context(keep(self._model, self._size))
         return self
 

@@ -11,6 +11,7 @@ from megatron_sov.mcore.model import pipeline
 from megatron_sov.mcore.model.language_model import LanguageModel, ModelInputs, gather_sequence
 from megatron_sov.mcore.model.logprobs import Head, head_of
 from megatron_sov.mcore.model.pipeline import HasInputs
+from megatron_sov.mcore.model.quantization import in_bf16
 from megatron_sov.mcore.parallel import collectives, context
 
 Outputs = Callable[[list[torch.Tensor], Head, Any], Any]
@@ -23,7 +24,7 @@ def split_depths(hidden: torch.Tensor, num_mtp_layers: int) -> list[torch.Tensor
 
 
 class ForwardModel:
-    """A model in evaluation mode; every call is made by all processes together."""
+    """A model in evaluation mode, with nothing quantised; every call is made by all processes together."""
 
     def __init__(self, model: LanguageModel, head_chunk_tokens: int) -> None:
         self.model = model
@@ -45,7 +46,9 @@ class ForwardModel:
         self.model.eval()
         try:
             row_tokens = len(micro_batches[0].inputs.tokens)
-            return pipeline.run(self.model.chunks, micro_batches, last_stage, row_tokens, forward_only=True)
+            with in_bf16(self.config):
+                return pipeline.run(self.model.chunks, micro_batches, last_stage, row_tokens,
+                                    forward_only=True)
         finally:
             self.model.train(was_training)
 

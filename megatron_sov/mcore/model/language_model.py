@@ -31,6 +31,7 @@ from megatron_sov.mcore.model import output_head
 from megatron_sov.mcore.model.attention import PackedDocuments, pack
 from megatron_sov.mcore.model.kv_cache import PackedSpans, ReadRow
 from megatron_sov.mcore.model.placement import made_here, place
+from megatron_sov.mcore.model.quantization import mend_extra_state
 from megatron_sov.mcore.model.rotary import widen
 from megatron_sov.mcore.model.specs import (
     layer_specs,
@@ -221,6 +222,10 @@ def build(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig,
           gpu: GpuConfig = AUTO) -> LanguageModel:
     """Build this process's part of the model; its weights are not initialised yet."""
     config = transformer_config(model, parallel, train, gpu)
+    if config.fp8 or config.fp4:
+        from megatron.core.extensions.transformer_engine import TEGroupedLinear
+
+        mend_extra_state(TEGroupedLinear)
     with output_head.without_fusion():
         chunks = [_chunk(model, config, i if parallel.vpp > 1 else None) for i in range(parallel.vpp)]
     return LanguageModel(chunks, model)

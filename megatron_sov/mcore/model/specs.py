@@ -13,6 +13,7 @@ from megatron_sov.config import GpuConfig, ModelConfig, ParallelConfig, TrainCon
 from megatron_sov.config.gpu import AUTO
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.model.gpu_settings import Here, expert_settings, transformer_settings
+from megatron_sov.mcore.model.quantization import library_settings
 from megatron_sov.mcore.model.router import BalancedRouter, RoutingStep
 from megatron_sov.mcore.parallel.device import on_gpu
 
@@ -104,6 +105,8 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
     if model.num_moe_layers():
         settings |= _moe_settings(model, te) | expert_settings(gpu, here)
         settings["moe_router_dtype"] = "fp64" if dtype == torch.float64 else "fp32"
+    if te:  # elsewhere models are only looked at, as `plan` does: training has been refused
+        settings |= library_settings(train)
     config = TransformerConfig(**settings)
     _per_layer_lists(config, model)
     _yarn(config, model)

@@ -1,0 +1,134 @@
+"""Loss curves of the 8- and 4-bit recipes beside bf16, on a CPU: Transformer Engine's double with operands of
+all products quantised by the reference quantisers (benchmarks/gpu/quantizers).
+
+Usage: python benchmarks/fp8_curves.py [--steps 200] [--out docs/pictures/fp8_curves.svg] \
+           > benchmarks/results/fp8_curves.txt
+
+Both tiny recipes at their own sizes (hidden 128, 8 experts) but for a vocabulary of 368, 256 tokens a step,
+on the source of a module of Python's library.  Everything but `train.fp8` is the same, the order of the data
+too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from kills import make_data
+
+ROOT = Path(__file__).parents[1]
+DOUBLE = ROOT / "tests" / "te_double"
+MODELS = ("tiny-solar-open", "tiny-k-exaone")
+RECIPES = {"none": "#444444", "tensorwise": "#d55e00", "blockwise": "#0072b2", "mxfp8": "#009e73",
+           "nvfp4": "#cc79a7"}
+"""`train.fp8` -> colour of its curve."""
+SETTINGS = ("model.hidden_size=128", "model.num_layers=4", "model.head_dim=32", "model.expert_ffn_dim=128",
+            "optim.warmup_steps=20", "train.global_batch_size=1",
+            'data.phases=[{"name": "main", "seq_len": 256}]')
+LAST = 20
+"""Steps at the end whose losses are averaged: one step's loss moves by more than recipes differ."""
+
+
+def train(model: str, recipe: str, data: Path, steps: int) -> None:
+    """Print the losses as JSON; runs in a process of its own, as the only rank."""
+    sys.path.insert(0, str(DOUBLE))  # megatron looks for the library while it is imported
+    from megatron_sov.mcore.parallel import cpu_shims
+
+    cpu_shims.prepare_megatron()
+    import quantized_run
+
+    from megatron_sov.mcore.model import specs
+
+    specs.transformer_engine_serves = lambda dtype: True
+    dense = ["model.dense_ffn_dim=384"] if model == "tiny-k-exaone" else []
+    found = quantized_run.losses(model, [*SETTINGS, *dense, f"train.fp8={recipe}", f"train.steps={steps}"],
+                                 str(data), steps)
+    print(json.dumps(found["losses"]))
+
+
+def curve(model: str, recipe: str, data: Path, steps: int) -> list[float]:
+    """Train in a process of its own; returns the losses."""
+    port = str(20000 + os.getpid() % 10000)
+    rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    done = subprocess.run([sys.executable, "-W", "ignore", __file__, "--train", model, recipe, str(data),
+                           "--steps", str(steps)], env={**os.environ, **rank}, stdout=subprocess.PIPE,
+                          text=True, check=True)
+    losses: list[float] = json.loads(done.stdout.splitlines()[-1])
+    return losses
+
+
+def picture(curves: dict[str, dict[str, list[float]]], path: Path) -> None:
+    """Draw the curves, and below them how far each is from bf16's, as an SVG file."""
+    width, height, parts = 460, 250, []
+    for column, (model, found) in enumerate(curves.items()):
+        base, x0 = smooth(found["none"]), 60 + column * (width + 50)
+        lines = {r: smooth(losses) for r, losses in found.items()}
+        apart = {r: [100 * (a / b - 1) for a, b in zip(line, base, strict=True)] for r, line in lines.items()}
+        top = max(max(line) for line in lines.values())
+        span = max(1.0, max(abs(v) for line in apart.values() for v in line[len(line) // 4:]))
+        parts.append(f'<text x="{x0}" y="24" font-weight="bold">{model}</text>')
+        for y0, series, low, high, title in ((40, lines, 0.0, top, "loss"),
+                                             (330, apart, -span, span, "% above bf16's")):
+            parts.append(f'<rect x="{x0}" y="{y0}" width="{width}" height="{height}" fill="none" '
+                         f'stroke="#ccc"/><text x="{x0 + 6}" y="{y0 + 16}">{title}</text>')
+            for value in (low, (low + high) / 2, high):
+                y = y0 + height * (high - value) / (high - low)
+                parts.append(f'<text x="{x0 - 6}" y="{y + 4:.0f}" text-anchor="end">{value:.1f}</text>')
+            for recipe, line in series.items():
+                points = " ".join(f"{x0 + width * i / (len(line) - 1):.1f},"
+                                  f"{y0 + height * (high - min(max(v, low), high)) / (high - low):.1f}"
+                                  for i, v in enumerate(line))
+                parts.append(f'<polyline points="{points}" fill="none" stroke="{RECIPES[recipe]}"/>')
+        parts.append(f'<text x="{x0 + width}" y="600" text-anchor="end">{len(base)} steps</text>')
+    for i, (recipe, colour) in enumerate(RECIPES.items()):
+        name = "bf16" if recipe == "none" else recipe
+        parts.append(f'<text x="{60 + i * 110}" y="630" fill="{colour}" font-weight="bold">{name}</text>')
+    path.write_text('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1050 645" font-family="sans-serif" '
+                    'font-size="13"><rect width="100%" height="100%" fill="white"/>' + "\n".join(parts)
+                    + "</svg>\n")
+
+
+def smooth(losses: list[float], share: float = 0.1) -> list[float]:
+    """Return the running mean of the curve: a new loss counts by `share`."""
+    means = [losses[0]]
+    for loss in losses[1:]:
+        means.append(means[-1] + share * (loss - means[-1]))
+    return means
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "pictures" / "fp8_curves.svg")
+    parser.add_argument("--train", nargs=3, metavar=("MODEL", "RECIPE", "DATA"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.train:
+        train(args.train[0], args.train[1], Path(args.train[2]), args.steps)
+        return
+    print(f"{platform.machine()}, Python {platform.python_version()}; {args.steps} steps of 256 tokens; "
+          f"last: mean of the last {LAST} steps")
+    curves: dict[str, dict[str, list[float]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        data = make_data(Path(folder))
+        for model in MODELS:
+            print(f"\n{model}\n{'':12}{'first':>9}{'last':>9}{'% above bf16':>14}{'final step':>12}")
+            curves[model] = {}
+            for recipe in RECIPES:
+                losses = curves[model][recipe] = curve(model, recipe, data, args.steps)
+                last, base = (statistics.mean(c[-LAST:]) for c in (losses, curves[model]["none"]))
+                name = "bf16" if recipe == "none" else recipe
+                print(f"{name:12}{losses[0]:9.4f}{last:9.4f}{100 * (last / base - 1):14.2f}"
+                      f"{losses[-1]:12.4f}", flush=True)
+    picture(curves, args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""Scaling into 8 bits: per tensor, per block, per 32 values."""
+
+from __future__ import annotations
+
+import torch
+
+from .formats import LARGEST, exponent_up, round_to
+
+
+def tensorwise(x: torch.Tensor, form: str) -> torch.Tensor:
+    """One scale per tensor from its own largest value: Transformer Engine's `Float8CurrentScaling`.
+
+    `compute_scale_from_amax` (common/recipe/recipe_common.cuh): scale = largest of the format / amax in
+    float32.
+    """
+    scale = _scale(x.abs().amax().float(), form, x.dtype)
+    return round_to(x.float() * scale, form) * scale.reciprocal()
+
+
+def blocks(x: torch.Tensor, form: str, rows: int) -> torch.Tensor:
+    """A power of two per block of `rows` x 128 values, the last blocks of either axis being shorter.
+
+    DeepSeek-V3 (arXiv 2412.19437, section 3.3.2): 1 x 128 for activations and gradients, 128 x 128 for
+    weights; Transformer Engine's `Float8BlockScaling` rounds the scales down to powers of two.
+    """
+    tiles = tiled(x, rows, 128)
+    scale = _scale(tiles.abs().amax(dim=(1, 3), keepdim=True).float(), form, x.dtype)
+    scale = torch.exp2(torch.frexp(scale)[1].float() - 1)
+    return untiled(round_to(tiles.float() * scale, form) * scale.reciprocal(), x.shape)
+
+
+def mx(x: torch.Tensor, form: str) -> torch.Tensor:
+    """A power of two per 32 values of the last axis: MXFP8.
+
+    The exponent is rounded up, so that no value lies beyond the format's largest, as Transformer Engine
+    does (`float_to_e8m0`, common/util/ptx_arch_spec.cuh); the MX specification, section 6.3, leaves the
+    choice open and suggests rounding amax down to a power of two.
+    """
+    tiles = tiled(x, 1, 32)
+    amax = tiles.abs().amax(dim=(1, 3), keepdim=True).float()
+    exponent = exponent_up(amax * torch.tensor(1 / LARGEST[form], device=x.device)).float()
+    return untiled(round_to(tiles.float() * torch.exp2(-exponent), form) * torch.exp2(exponent), x.shape)
+
+
+def tiled(x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """Return [m, n] as [m / rows, rows, n / columns, columns], zeros behind where it does not divide."""
+    m, n = x.shape
+    padded = torch.nn.functional.pad(x, (0, -n % columns, 0, -m % rows))
+    return padded.reshape(-(-m // rows), rows, -(-n // columns), columns)
+
+
+def untiled(tiles: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Return what `tiled` cut, at its former shape."""
+    whole = tiles.reshape(tiles.shape[0] * tiles.shape[1], -1)
+    return whole[:shape[0], :shape[1]]
+
+
+def _scale(amax: torch.Tensor, form: str, dtype: torch.dtype) -> torch.Tensor:
+    # `number / tensor` is a reciprocal and a product, rounded twice
+    scale = torch.div(amax.new_tensor(LARGEST[form]), amax).clamp(max=torch.finfo(dtype).max)
+    return torch.where((amax == 0) | ~amax.isfinite(), 1.0, scale)

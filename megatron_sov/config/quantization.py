@@ -1,0 +1,135 @@
+"""What matrix products in 8 or 4 bits ask of precision, model, layout and rows: the rules of Transformer
+Engine 2.20 and megatron-core 0.16.1, told before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_sov.config.data import PhaseConfig
+from megatron_sov.config.layout import ParallelConfig
+from megatron_sov.config.model import ModelConfig
+from megatron_sov.config.train import TrainConfig
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A way to scale the operands of matrix products, as `train.fp8` names it."""
+
+    row_multiple: int
+    """What the tokens of a row on each process must be a multiple of; each expert's are padded to it."""
+    width_multiple: int
+    """What both sizes of every quantised weight must be a multiple of, on each process."""
+    auto_format: str
+    """The 8-bit format where `train.fp8_format` is auto; "" where the recipe has its own."""
+
+
+RECIPES = {
+    # rows: `get_fp8_align_size` and `get_fp4_align_size` of megatron-core; widths: the leading dimension of
+    # an FP8 product is a multiple of 16 (cublaslt_gemm.cu), whole MX blocks are 32 (quantizer.cpp), and
+    # 16 bytes of FP4 are 32 values (fp4_utils.py)
+    "tensorwise": Recipe(16, 16, "hybrid"),
+    "blockwise": Recipe(16, 16, "e4m3"),
+    "mxfp8": Recipe(32, 32, "e4m3"),
+    "nvfp4": Recipe(128, 32, ""),
+}
+OWN_SETTINGS = ("fp8_format", "fp8_bf16_layers_at_start", "fp8_bf16_layers_at_end", "fp8_pad_routed_tokens")
+
+
+def fp8_format(train: TrainConfig) -> str:
+    """Return the library's name of the 8-bit format."""
+    return RECIPES[train.fp8].auto_format if train.fp8_format == "auto" else train.fp8_format
+
+
+def problems(train: TrainConfig, model: ModelConfig, parallel: ParallelConfig,
+             phases: Sequence[PhaseConfig]) -> list[str]:
+    """Return one sentence for every rule that `train.fp8` breaks with what it meets."""
+    if train.fp8 == "none":
+        defaults = TrainConfig()
+        return [f"train.{name} = {getattr(train, name)} needs train.fp8, which is none; "
+                "set it or leave this out"
+                for name in OWN_SETTINGS if getattr(train, name) != getattr(defaults, name)]
+    if train.fp8 == "delayed":
+        return ["train.fp8 = delayed is not to be had: its scales follow from the largest values of earlier "
+                "steps, which are in no checkpoint here, so that a resumed run would differ; use tensorwise, "
+                "which scales each tensor by its own largest value"]
+    if min(parallel.tp, parallel.pp, parallel.ep, parallel.etp, parallel.cp, train.micro_batch_size) < 1:
+        return []  # told elsewhere
+    p = []
+    if train.precision != "bf16":
+        p.append(f"train.fp8 = {train.fp8} needs train.precision = bf16, it is {train.precision}; "
+                 "what is not quantised stays in bf16")
+    if train.fp8 == "nvfp4" and train.fp8_format != "auto":
+        p.append(f"train.fp8_format = {train.fp8_format} belongs to the 8-bit recipes, and train.fp8 = nvfp4 "
+                 "has a format of its own (e2m1); leave it out")
+    return (p + _bf16_layer_problems(train, model, parallel) + _padding_problems(train, model, parallel)
+            + _row_problems(train, parallel, phases) + _width_problems(train, model, parallel))
+
+
+def _bf16_layer_problems(train: TrainConfig, model: ModelConfig, parallel: ParallelConfig) -> list[str]:
+    start, end = train.fp8_bf16_layers_at_start, train.fp8_bf16_layers_at_end
+    p = [f"train.{name} = {value} must not be negative" for name, value in (
+        ("fp8_bf16_layers_at_start", start), ("fp8_bf16_layers_at_end", end)) if value < 0]
+    if not p and start + end >= model.num_layers:
+        p.append(f"train.fp8_bf16_layers_at_start {start} + train.fp8_bf16_layers_at_end {end} leave none of "
+                 f"the {model.num_layers} layers to train.fp8 = {train.fp8}; lower one or set train.fp8=none")
+    stage = model.num_layers // parallel.pp
+    if train.fp8 != "nvfp4" and max(start, end) > stage:  # the library's own rule, for 8 bits only
+        p.append(f"train.fp8_bf16_layers_at_start = {start} and train.fp8_bf16_layers_at_end = {end} must be "
+                 f"at most the {stage} layers of a pipeline stage; lower them or parallel.pp = {parallel.pp}")
+    return p
+
+
+def _padding_problems(train: TrainConfig, model: ModelConfig, parallel: ParallelConfig) -> list[str]:
+    if not train.fp8_pad_routed_tokens:
+        return []
+    if not model.num_moe_layers():
+        return ["train.fp8_pad_routed_tokens = True needs experts, and the model has none; leave it out"]
+    if parallel.expert_dispatcher == "allgather":
+        return ["train.fp8_pad_routed_tokens = True does not go with parallel.expert_dispatcher = allgather; "
+                "use alltoall or leave it out"]
+    return []
+
+
+def _row_problems(train: TrainConfig, parallel: ParallelConfig, phases: Sequence[PhaseConfig]) -> list[str]:
+    """Check the tokens of a row that each process has, in every phase."""
+    multiple, p = RECIPES[train.fp8].row_multiple, []
+    parts = parallel.cp * (parallel.tp if parallel.sp else 1)
+    shared = (f" / parallel.cp {parallel.cp}" if parallel.cp > 1 else "") + (
+        f" / parallel.tp {parallel.tp} (parallel.sp)" if parallel.sp else "")
+    for i, phase in enumerate(phases):
+        tokens = phase.seq_len * train.micro_batch_size
+        if tokens % (parts * multiple):
+            p.append(f"data.phases.{i} ({phase.name}).seq_len = {phase.seq_len} x train.micro_batch_size "
+                     f"{train.micro_batch_size}{shared} = {tokens / parts:g} tokens on each process, which "
+                     f"train.fp8 = {train.fp8} wants to be a multiple of {multiple}")
+    return p
+
+
+def _width_problems(train: TrainConfig, model: ModelConfig, parallel: ParallelConfig) -> list[str]:
+    """Check both sizes of every weight that is quantised, as each process holds it."""
+    multiple = RECIPES[train.fp8].width_multiple
+    # under nvfp4 the library keeps the prediction layer in bf16
+    predicts = bool(model.num_mtp_layers) and train.fp8 != "nvfp4"
+    tp, cut = parallel.tp, f" / parallel.tp {parallel.tp}" if parallel.tp > 1 else ""
+    heads, kv_heads, head_dim = model.num_heads, model.num_kv_heads, model.head_dim
+    shared = model.num_shared_experts * model.expert_ffn_dim if model.num_moe_layers() else 0
+    widths = [(f"model.hidden_size = {model.hidden_size}", model.hidden_size),
+              (f"(model.num_heads {heads} + 2 x model.num_kv_heads {kv_heads}) x model.head_dim "
+               f"{head_dim}{cut}", (heads + 2 * kv_heads) * head_dim / tp),
+              (f"model.num_heads {heads} x model.head_dim {head_dim}{cut}", heads * head_dim / tp)]
+    if model.num_dense_layers > train.fp8_bf16_layers_at_start or not model.num_moe_layers() or predicts:
+        widths.append((f"model.dense_ffn_dim {model.dense_ffn_dim}{cut}", model.dense_ffn_dim / tp))
+    if model.num_moe_layers():
+        etp = f" / parallel.etp {parallel.etp}" if parallel.etp > 1 else ""
+        widths.append((f"model.expert_ffn_dim {model.expert_ffn_dim}{etp}",
+                       model.expert_ffn_dim / parallel.etp))
+    if shared:
+        widths.append((f"model.num_shared_experts {model.num_shared_experts} x model.expert_ffn_dim "
+                       f"{model.expert_ffn_dim}{cut}", shared / tp))
+    if predicts:
+        widths.append((f"model.hidden_size {model.hidden_size}{cut}, of the prediction layer's projection,",
+                       model.hidden_size / tp))
+    return [f"{name}{'' if ' = ' in name else f' = {width:g}'} must be a multiple of {multiple} for "
+            f"train.fp8 = {train.fp8}; choose another recipe{' or a smaller parallel.tp' if tp > 1 else ''}"
+            for name, width in widths if width % multiple]

@@ -1,0 +1,111 @@
+"""Runs inside ranks whose models are made of Transformer Engine's modules, with operands of their products
+quantised by the reference quantisers."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_sov import recipes
+from megatron_sov.config import RunConfig, apply_settings
+from megatron_sov.mcore.parallel import determinism, world
+from megatron_sov.train.trainer import Trainer
+
+SMALL = ("model.vocab_size=368", "model.hidden_size=64", "model.num_heads=4", "model.num_kv_heads=2",
+         "model.head_dim=16", "model.expert_ffn_dim=32", "train.global_batch_size=2",
+         "train.micro_batch_size=1", "train.steps=20", "optim.warmup_steps=2", "train.precision=bf16",
+         'data.phases=[{"name": "main", "seq_len": 128}]')
+"""Sizes that every recipe takes."""
+FAMILIES = {"tiny-solar-open": ("model.num_layers=3",), "tiny-k-exaone": ("model.dense_ffn_dim=96",)}
+
+
+def _layout_run() -> Any:
+    spec = importlib.util.spec_from_file_location(
+        "layout_run", Path(__file__).parents[1] / "layouts" / "layout_run.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def config_of(recipe: str, settings: list[str], path: str) -> RunConfig:
+    """Return a recipe at a small size; `settings` win."""
+    return apply_settings(recipes.get(recipe), [*SMALL, *FAMILIES[recipe], f'data.paths={{"{path}": 1}}',
+                                                *settings])
+
+
+def _trainer(recipe: str, settings: list[str], path: str, run: str = "not-written") -> Trainer:
+    trainer: Trainer = _layout_run()._trainer(config_of(recipe, settings, path), run)
+    return trainer
+
+
+def _products() -> dict[str, int]:
+    """Return how many products there were since the last call: "fprop Float8BlockScaling" -> number."""
+    from transformer_engine.pytorch.gemm import COUNTS  # the double's own
+
+    found = {f"{kind} {name}".strip(): count for (kind, name), count in COUNTS.items()}
+    COUNTS.clear()
+    return found
+
+
+def losses(recipe: str, settings: list[str], path: str, steps: int) -> dict[str, Any]:
+    """Train; return the losses, and the products of the first step."""
+    if "train.deterministic=true" in settings:
+        determinism.switch_on()
+    trainer = _trainer(recipe, settings, path)
+    _products()
+    first = trainer.update().loss
+    products = _products()
+    taken = [first, *(trainer.update().loss for _ in range(steps - 1))]
+    world.leave()
+    return {"losses": taken, "products": products}
+
+
+def continued(recipe: str, settings: list[str], path: str, run: str) -> dict[str, Any]:
+    """Train four steps with a checkpoint and an evaluation after the second, and again from there; what is
+    left of the model each time, and what was computed for the evaluation."""
+    trainer = _trainer(recipe, settings, path, run)
+    trainer.folder.checkpoints.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Any] = {"straight": [trainer.update().loss for _ in range(2)]}
+    trainer.save()
+    trainer.checkpointer.finish()
+    _products()
+    found["heldout"] = {name: result.loss for name, result in trainer.evaluate().items()}
+    found["products of the evaluation"] = _products()
+    found["straight"] += [trainer.update().loss for _ in range(2)]
+    found["straight ends"] = _digest(trainer)
+    trainer.resume(trainer.folder.checkpoint(2))
+    found["resumed"] = [trainer.update().loss for _ in range(2)]
+    found["resumed ends"] = _digest(trainer)
+    trainer.close()
+    world.leave()
+    return found
+
+
+def quantises_weights(recipe: str, settings: list[str], path: str) -> list[bool]:
+    """Train two steps with an evaluation between them; whether the first linear layer was told in each
+    training pass to quantise its weight anew, and not to take what it keeps."""
+    trainer = _trainer(recipe, settings, path)
+    told: list[bool] = []
+
+    def note(module: Any, *inputs: Any) -> None:
+        if torch.is_grad_enabled():
+            told.append(module.is_first_microbatch)
+
+    first = next(m for m in trainer.model.modules() if hasattr(m, "is_first_microbatch"))
+    first.register_forward_pre_hook(note)
+    trainer.update()
+    trainer.evaluate()
+    trainer.update()
+    world.leave()
+    return told
+
+
+def _digest(trainer: Trainer) -> str:
+    """Hash this process's weights as they lie in memory."""
+    return hashlib.sha256(b"".join(p.detach().view(torch.int16).numpy().tobytes()
+                                   for p in trainer.model.parameters())).hexdigest()

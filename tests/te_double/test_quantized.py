@@ -1,0 +1,103 @@
+"""Training in 8 and 4 bits, as far as a CPU can show it: the library's own contexts choose what is quantised,
+Transformer Engine's double quantises it by the reference quantisers, and runs stay exact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+RUN = str(Path(__file__).with_name("quantized_run.py"))
+CLASSES = {"tensorwise": "Float8CurrentScaling", "blockwise": "Float8BlockScaling",
+           "mxfp8": "MXFP8BlockScaling", "nvfp4": "NVFP4BlockScaling"}
+EXPERTS, MICRO_BATCHES = 8, 2
+ATTENTION, MLP = 2, 2
+"""Linear layers: query-key-value and output; gate-and-up and down."""
+DENSE_LAYER = ATTENTION + MLP
+MOE_LAYER = ATTENTION + (EXPERTS + 1) * MLP
+"""With a shared expert."""
+PREDICTION_LAYER = 1 + DENSE_LAYER
+"""Behind the projection of two states to one."""
+
+
+def of(kind: str, fp8: str) -> str:
+    """Return the name of the products of one kind, of a recipe or in bf16 ("")."""
+    return f"{kind} {CLASSES.get(fp8, '')}".strip()
+
+
+@pytest.mark.distributed
+def test_which_products_are_quantised(te_ranks: Any, job: Any, packed_data: Any) -> None:
+    """All linear layers of the trunk but those that stay in bf16, forward and both backward; never norms,
+    router, attention, embedding or head, whose products are not Transformer Engine's linear layers."""
+    cases = {("tiny-k-exaone", "blockwise"): (DENSE_LAYER, 2 * MOE_LAYER + PREDICTION_LAYER, MOE_LAYER),
+             ("tiny-k-exaone", "nvfp4"): (DENSE_LAYER + PREDICTION_LAYER, 2 * MOE_LAYER, MOE_LAYER)}
+    settings = ["train.fp8_bf16_layers_at_start=1", "train.fp8_bf16_layers_at_end=1"]
+    found = te_ranks(*(job(RUN, "losses", 1, {"recipe": recipe, "settings": [*settings, f"train.fp8={fp8}"],
+                                              "path": str(packed_data.text), "steps": 1})
+                       for recipe, fp8 in cases))
+    for ((_, fp8), (at_start, quantised, at_end)), (rank,) in zip(cases.items(), found, strict=True):
+        expected = {of(kind, name): MICRO_BATCHES * count for kind in ("fprop", "dgrad", "wgrad")
+                    for name, count in ((fp8, quantised), ("", at_start + at_end))}
+        assert rank["products"] == expected
+
+
+@pytest.mark.distributed
+def test_losses_follow_bf16(te_ranks: Any, job: Any, packed_data: Any) -> None:
+    """`benchmarks/fp8_curves.py` has the long curves."""
+    found = te_ranks(*(job(RUN, "losses", 1, {"recipe": "tiny-solar-open", "settings": [f"train.fp8={fp8}"],
+                                              "path": str(packed_data.text), "steps": 4})
+                       for fp8 in ("none", *CLASSES)))
+    bf16, *others = (rank["losses"] for (rank,) in found)
+    for fp8, losses in zip(CLASSES, others, strict=True):
+        apart = [abs(a / b - 1) for a, b in zip(losses, bf16, strict=True)]
+        assert 0 < max(apart) < (0.02 if fp8 == "nvfp4" else 0.01), (fp8, apart)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("fp8", ["tensorwise", "nvfp4"])
+def test_a_resumed_run_has_the_same_bits(te_ranks: Any, job: Any, packed_data: Any, tmp_path: Path,
+                                         fp8: str) -> None:
+    """Experts are saved although their recipe keeps no state; an evaluation, of rows of any length, is not
+    quantised; stochastic rounding draws what it drew."""
+    (found,), = te_ranks(job(RUN, "continued", 1, {
+        "recipe": "tiny-k-exaone", "settings": [f"train.fp8={fp8}", "train.recompute=true"],
+        "path": str(packed_data.text), "run": str(tmp_path / "run")}))
+    assert found["resumed"] == found["straight"][2:]
+    assert found["resumed ends"] == found["straight ends"]
+    assert list(found["products of the evaluation"]) == ["fprop"]
+
+
+@pytest.mark.distributed
+def test_computing_a_micro_batch_twice_changes_nothing(te_ranks: Any, job: Any, packed_data: Any) -> None:
+    """The probe for hardware that lies would end the run if both times gave other gradients."""
+    settings = ["train.fp8=nvfp4", "train.deterministic=true"]
+    (probed,), (left_alone,) = te_ranks(*(
+        job(RUN, "losses", 1, {"recipe": "tiny-solar-open", "settings": [*settings, *more],
+                               "path": str(packed_data.text), "steps": 2})
+        for more in (["guards.probe_every_steps=1"], [])))
+    assert probed["losses"] == left_alone["losses"]
+
+
+@pytest.mark.distributed
+def test_weights_are_quantised_anew_in_each_step(te_ranks: Any, job: Any, packed_data: Any) -> None:
+    """Transformer Engine keeps quantised weights until the library says that they have changed."""
+    found = te_ranks(*(
+        job(RUN, "quantises_weights", nproc, {
+            "recipe": "tiny-solar-open", "path": str(packed_data.text),
+            "settings": ["train.fp8=blockwise", "model.num_layers=2", f"parallel.pp={nproc}"]})
+        for nproc in (1, 2)))
+    for ranks in found:
+        assert ranks == [[True, False] * 2] * len(ranks)
+
+
+@pytest.mark.distributed
+def test_cut_over_processes_and_with_padded_routing(te_ranks: Any, job: Any, packed_data: Any) -> None:
+    layout = ["parallel.tp=2", "parallel.sp=true", "parallel.ep=2", "train.fp8_pad_routed_tokens=true"]
+    settings = ["train.fp8=mxfp8", "model.num_layers=2", "model.expert_ffn_dim=64"]
+    (alone,), (cut, _) = te_ranks(*(
+        job(RUN, "losses", nproc, {"recipe": "tiny-solar-open", "settings": [*settings, *more],
+                                   "path": str(packed_data.text), "steps": 2})
+        for nproc, more in ((1, []), (2, layout))))
+    assert alone["losses"] == pytest.approx(cut["losses"], rel=5e-3)
+    assert of("wgrad", "mxfp8") in cut["products"]
