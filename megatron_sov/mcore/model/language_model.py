@@ -28,7 +28,7 @@ from megatron.core.utils import make_viewless_tensor
 from megatron_sov.config import ModelConfig, ParallelConfig, TrainConfig
 from megatron_sov.mcore.model.attention import PackedDocuments, pack
 from megatron_sov.mcore.model.kv_cache import PackedSpans, ReadRow
-from megatron_sov.mcore.model.rotary import widen
+from megatron_sov.mcore.model.rotary import rotate_by_token, widen
 from megatron_sov.mcore.model.specs import (
     layer_specs,
     mtp_layer_spec,
@@ -73,8 +73,9 @@ class Chunk(GPTModel):
         tokens, positions = context.local(inputs.tokens)[None], context.local(inputs.positions)[None]
         embedded, rotary, *_ = self._preprocess(input_ids=tokens, position_ids=positions,
                                                 packed_seq_params=packed)
-        if own:
-            rotary = rotary[inputs.positions]
+        # the fused kernel finds each token's angles itself
+        if not self.config.apply_rope_fusion:
+            rotary = rotary[positions[0]]
         hidden = self.decoder(hidden_states=embedded, attention_mask=None, rotary_pos_emb=rotary,
                               packed_seq_params=packed, padding_mask=self._local_padding(inputs.padding))
         if self.mtp_process:
@@ -94,7 +95,7 @@ class Chunk(GPTModel):
         embedded, rotary, *_ = self._preprocess(input_ids=row.tokens[None], position_ids=row.positions[None],
                                                 packed_seq_params=row.packed)
         return self.decoder(
-            hidden_states=embedded, attention_mask=None, rotary_pos_emb=context.spread(rotary[row.positions]),
+            hidden_states=embedded, attention_mask=None, rotary_pos_emb=rotary[row.positions],
             packed_seq_params=row.packed, padding_mask=row.padding(self.config.sequence_parallel)[None])
 
     def predict(self, row: ReadRow, hidden: torch.Tensor, ahead: torch.Tensor) -> torch.Tensor:
@@ -112,7 +113,7 @@ class Chunk(GPTModel):
                                          packed_seq_params=row.packed, decoder_input=hidden)
         embedded = self.embedding(input_ids=ahead[None], position_ids=row.positions[None])
         return self.mtp.layers[0].transform(hidden, embedded,
-                                            context.spread(rotary[row.positions]), row.packed)
+                                            rotary[row.positions], row.packed)
 
     def _local_padding(self, padding: torch.Tensor) -> torch.Tensor:
         """Return this process's part of the padding mask, [1, tokens].
@@ -215,6 +216,7 @@ class LanguageModel(torch.nn.ModuleList):
 def build(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig) -> LanguageModel:
     """Build this process's part of the model; its weights are not initialised yet."""
     config = transformer_config(model, parallel, train)
+    rotate_by_token()
     return LanguageModel(
         [_chunk(model, config, i if parallel.vpp > 1 else None) for i in range(parallel.vpp)], model)
 
