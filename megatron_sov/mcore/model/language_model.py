@@ -3,7 +3,7 @@ so that objectives apply the head in chunks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,8 @@ class ModelInputs:
     """Length of the longest document."""
     padding: torch.Tensor
     """[tokens] bool, True where a token is padding."""
+    host_bounds: Sequence[int] | None = None
+    """`cu_seqlens` on the host; None: they are fetched where they are needed, and the host waits."""
 
 
 class Chunk(GPTModel):
@@ -69,7 +71,8 @@ class Chunk(GPTModel):
     def forward(self, inputs: ModelInputs) -> torch.Tensor:
         """Run the model on this process's part of the row."""
         own = own_attention(self.config)
-        packed = pack(inputs.cu_seqlens, inputs.max_document_tokens, len(inputs.tokens), own=own)
+        packed = pack(inputs.cu_seqlens, inputs.max_document_tokens, len(inputs.tokens), own=own,
+                      host_bounds=inputs.host_bounds)
         tokens, positions = context.local(inputs.tokens)[None], context.local(inputs.positions)[None]
         embedded, rotary, *_ = self._preprocess(input_ids=tokens, position_ids=positions,
                                                 packed_seq_params=packed)
