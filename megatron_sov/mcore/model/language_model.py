@@ -175,8 +175,9 @@ def next_tokens(tokens: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
         bounds: [documents + 1], cumulative lengths of its documents.
     """
     ahead = tokens.roll(-1)
-    lasts = bounds[1:].long() - 1
-    return ahead.index_fill(0, lasts[lasts >= 0], 0)
+    # behind an empty document at the row's beginning: the row's last place, which is a document's too
+    lasts = (bounds[1:].long() - 1) % len(tokens)
+    return ahead.index_fill(0, lasts, 0)
 
 
 class LanguageModel(torch.nn.ModuleList):
