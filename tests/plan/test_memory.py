@@ -91,7 +91,7 @@ def test_stages_hold_the_model_and_a_layer_what_the_account_says(ranks: Any, job
 @pytest.mark.parametrize(("change", "item", "factor"), [
     ({"parallel__cp": 2}, "layer_inputs", 0.5), ({"parallel__pp": 2}, "layer_inputs", 2.0),
     ({"train__precision": "fp32"}, "layer_inputs", 2.0),
-    # of each row of the head: 2048 or 512 logits as float32 and as bf16, and 4096 numbers of a float32 gradient
+    # of each row of the head: 2048 or 512 logits as float32 and as bf16, and a gradient of 4096 float32
     ({"train__head_chunk_tokens": 512}, "head", (512 * 6 + 4096 * 4) / (2048 * 6 + 4096 * 4)),
     ({"parallel__zero1": "true"}, "optimizer", 1 / 16),
     # of 1e9 parameters, embedding and head (1000 x 4096 each) keep both moments

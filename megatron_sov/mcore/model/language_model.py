@@ -26,6 +26,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron.core.utils import make_viewless_tensor
 
 from megatron_sov.config import ModelConfig, ParallelConfig, TrainConfig
+from megatron_sov.errors import UserError
 from megatron_sov.mcore.model.attention import PackedDocuments, pack
 from megatron_sov.mcore.model.kv_cache import PackedSpans, ReadRow
 from megatron_sov.mcore.model.rotary import rotate_by_token, widen
@@ -220,6 +221,10 @@ class LanguageModel(torch.nn.ModuleList):
 def build(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig) -> LanguageModel:
     """Build this process's part of the model; its weights are not initialised yet."""
     config = transformer_config(model, parallel, train)
+    if config.recompute_method == "block":
+        raise UserError("recompute_method = 'block': megatron-core 0.16.1 forgets the padding mask on layers "
+                        "that it does not recompute, whose routers would count padding; use 'uniform' or "
+                        "selective recomputation")
     rotate_by_token()
     return LanguageModel(
         [_chunk(model, config, i if parallel.vpp > 1 else None) for i in range(parallel.vpp)], model)
