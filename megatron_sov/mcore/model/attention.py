@@ -77,9 +77,10 @@ def pack(bounds: torch.Tensor, max_document_tokens: int, row_tokens: int, *, own
         host_bounds: the same numbers on the host; None: they are fetched, and the host waits for the device.
     """
     if not own:
+        # the library keeps a table of angles for each length that it is told: powers of two make few
+        longest = min(1 << (max_document_tokens - 1).bit_length(), row_tokens)
         return PackedDocuments(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds,
-                               max_seqlen_q=max_document_tokens, max_seqlen_kv=max_document_tokens,
-                               bounds=bounds)
+                               max_seqlen_q=longest, max_seqlen_kv=longest, bounds=bounds)
     documents = [(a, b) for a, b in pairwise(bounds.tolist() if host_bounds is None else host_bounds)
                  if b > a]
     spans = [[(a, max(a, first), min(b, end)) for a, b in documents if a < end and first < b]
