@@ -76,10 +76,12 @@ def account(config: RunConfig, params: StageParams, num_ranks: int, stage: int, 
 def _head_bytes(config: RunConfig, local_tokens: int) -> int:
     """Return what the output head takes while a micro-batch's loss is computed."""
     m, item = config.model, ACTIVATION_BYTES[config.train.precision]
-    # float32 logits become the softmax and then their gradient in place; products take bf16, which is a copy
+    # float32 logits become the softmax and then their gradient in place; products take bf16, which is a copy,
+    # and are summed in float32
     logit_bytes = item if item >= LOGIT_BYTES else LOGIT_BYTES + item
     chunk = min(config.train.head_chunk_tokens, local_tokens) * logit_bytes
-    return m.vocab_size // config.parallel.tp * (chunk + (1 + m.num_mtp_layers) * m.hidden_size * item)
+    gradients = (1 + m.num_mtp_layers) * m.hidden_size * max(item, LOGIT_BYTES)
+    return m.vocab_size // config.parallel.tp * (chunk + gradients)
 
 
 def layer_bytes(config: RunConfig, row_tokens: int) -> int:

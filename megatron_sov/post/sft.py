@@ -38,9 +38,10 @@ class SupervisedFineTuning(DataObjective):
 
     def prepare(self, batch: GlobalBatch) -> GlobalBatch:
         """Count each term's targets over the global batch."""
-        targets = {term: sum(float(_weights(m, term).double().sum()) for m in batch.micro_batches)
+        hosts = [m.host for m in batch.micro_batches]
+        targets = {term: sum(float(_weights(m, term).double().sum()) for m in hosts)
                    for term in TYPE_OF if term in self.coefficients}
-        return with_denominators(batch, targets | self._mtp_targets(map(_responses, batch.micro_batches)))
+        return with_denominators(batch, targets | self._mtp_targets(map(_responses, hosts)))
 
     def loss(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> LossSums:
         """Return the summed cross-entropy of each term."""

@@ -35,7 +35,11 @@ class DataObjective:
         return self._batches.next()
 
     def _mtp_targets(self, micro_batches: Iterable[MicroBatch]) -> dict[str, float]:
-        """Return this process's targets of the prediction term; weights of labels say which count."""
+        """Return this process's targets of the prediction term; weights of labels say which count.
+
+        Args:
+            micro_batches: on the host.
+        """
         if not self._depths:
             return {}
         return {MTP: sum(float(shifted_targets(m, depth)[1].double().sum()) for m in micro_batches

@@ -23,6 +23,7 @@ from megatron_sov.data.token_shards import Source, tokenizer_folder
 from megatron_sov.mcore.decode.forward_only import ForwardModel
 from megatron_sov.mcore.model.logprobs import Head
 from megatron_sov.mcore.parallel import collectives
+from megatron_sov.mcore.parallel.device import local_device
 from megatron_sov.mcore.parallel.named_values import Shapes, pack, unpack
 from megatron_sov.mcore.parallel.world import World
 from megatron_sov.train.microbatch import MicroBatch, from_row, shifted_targets
@@ -54,7 +55,7 @@ class HeldoutEvaluator:
 
     def __init__(self, sources: list[Source], bytes_of_token: np.ndarray | None, seq_len: int,
                  rows_per_batch: int, max_tokens: int, world: World) -> None:
-        self._bytes = None if bytes_of_token is None else torch.from_numpy(bytes_of_token)
+        self._bytes = None if bytes_of_token is None else torch.from_numpy(bytes_of_token).to(local_device())
         self._rows_per_batch = rows_per_batch
         self._batches = {s.name: self._load(i, s, seq_len, max_tokens, world) for i, s in enumerate(sources)
                          if s.num_tokens.get("heldout", 0) > 1}
@@ -112,7 +113,7 @@ class HeldoutEvaluator:
         if self._bytes is None:
             size_bytes = torch.full_like(losses, math.nan)
         else:
-            size_bytes = self._bytes.to(batch.labels.device)[batch.labels].double()
+            size_bytes = self._bytes[batch.labels].double()
         accepted, drafts = _drafts(hidden, head, batch) if len(hidden) > 1 else losses.new_zeros(2)
         sums = {"nats": (losses * counted).sum(), "tokens": counted.sum(),
                 "size_bytes": (size_bytes * counted).sum(), "accepted": accepted, "drafts": drafts}

@@ -25,8 +25,9 @@ class LanguageModelling(DataObjective):
     def prepare(self, batch: GlobalBatch) -> GlobalBatch:
         """Count targets: every weighted label for the trunk, and those of all depths for
         multi-token prediction."""
-        targets = {LM: sum(float(m.weights.double().sum()) for m in batch.micro_batches)}
-        return with_denominators(batch, targets | self._mtp_targets(batch.micro_batches))
+        hosts = [m.host for m in batch.micro_batches]
+        targets = {LM: sum(float(m.weights.double().sum()) for m in hosts)}
+        return with_denominators(batch, targets | self._mtp_targets(hosts))
 
     def loss(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> LossSums:
         """Return the summed cross-entropy of the trunk and of the prediction depths."""

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from megatron_sov.data.rows import Row
 from megatron_sov.mcore.model.language_model import ModelInputs
-from megatron_sov.mcore.parallel.device import local_device
+from megatron_sov.mcore.parallel.device import CPU, local_device, to_device
+
+COLUMNS = ("tokens", "labels", "positions", "sources", "weights", "bounds", "types", "padding")
+"""What is sent of a row, wide numbers first, so that each begins at a multiple of its own size."""
 
 
 @dataclass(frozen=True)
@@ -27,20 +32,37 @@ class MicroBatch:
     """[n] int64: index of the source."""
     denominators: dict[str, float] = field(default_factory=dict)
     """Term -> what its sum is divided by: counted over the whole global batch by `Objective.prepare`."""
+    on_host: MicroBatch | None = None
+    """The same before it was sent to the device; None: it was not sent."""
+
+    @property
+    def host(self) -> MicroBatch:
+        """What `Objective.prepare` counts in, since a number from the device is waited for."""
+        return self if self.on_host is None else self.on_host
 
 
 def from_row(row: Row) -> MicroBatch:
-    """Copy a row to the device."""
-    device = local_device()
+    """Send a row to the device, in one piece and without waiting."""
+    columns = [getattr(row, name) for name in COLUMNS]
+    flat = torch.from_numpy(np.concatenate([column.view(np.uint8) for column in columns]))
+    on_host, device = _record(flat, columns), local_device()
+    if device == CPU:
+        return on_host
+    return dataclasses.replace(_record(to_device(flat, device), columns), on_host=on_host)
+
+
+def _record(flat: torch.Tensor, columns: list[np.ndarray]) -> MicroBatch:
+    """Return the micro-batch whose columns lie end to end in `flat`, uint8."""
+    parts = flat.split([column.nbytes for column in columns])
+    found = {name: part.view(torch.from_numpy(column[:0]).dtype)
+             for name, part, column in zip(COLUMNS, parts, columns, strict=True)}
+    bounds = columns[COLUMNS.index("bounds")]
     inputs = ModelInputs(
-        tokens=torch.from_numpy(row.tokens).to(device), positions=torch.from_numpy(row.positions).to(device),
-        cu_seqlens=torch.from_numpy(row.bounds).to(device),
-        max_document_tokens=int((row.bounds[1:] - row.bounds[:-1]).max()),
-        padding=torch.from_numpy(row.padding).to(device))
-    return MicroBatch(
-        inputs=inputs, labels=torch.from_numpy(row.labels).to(device),
-        weights=torch.from_numpy(row.weights).to(device), types=torch.from_numpy(row.types).to(device),
-        sources=torch.from_numpy(row.sources).to(device))
+        tokens=found["tokens"], positions=found["positions"], cu_seqlens=found["bounds"],
+        max_document_tokens=int(np.diff(bounds).max()), padding=found["padding"],
+        host_bounds=bounds.tolist())
+    return MicroBatch(inputs=inputs, labels=found["labels"], weights=found["weights"], types=found["types"],
+                      sources=found["sources"])
 
 
 def shifted_targets(batch: MicroBatch, depth: int) -> tuple[torch.Tensor, torch.Tensor]:

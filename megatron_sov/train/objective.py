@@ -77,7 +77,7 @@ class Objective(Protocol):
 def with_denominators(batch: GlobalBatch, local_targets: Mapping[str, float]) -> GlobalBatch:
     """Sum each term's local target weight (and the token count) over data-parallel ranks and hand them to
     every micro-batch."""
-    tokens = sum(int((~m.inputs.padding).sum()) for m in batch.micro_batches)
+    tokens = sum(int((~m.host.inputs.padding).sum()) for m in batch.micro_batches)
     counts = {**{name: local_targets[name] for name in sorted(local_targets)}, TOKENS: tokens}
     targets = sum_dict(counts, collectives.all_reduce_dp)
     num_tokens = int(targets.pop(TOKENS))

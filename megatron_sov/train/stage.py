@@ -238,9 +238,9 @@ def _rank(stage: Stage, data: _Data, begin: _Begin) -> int:
     stop = StopFlag()
     if stage.config.train.deterministic:
         determinism.switch_on()
-    newest = checkpoints.latest(stage.folder.checkpoints)
+    latest = checkpoints.latest(stage.folder.checkpoints)
     faults = Faults(stage.faults, stage.folder.path, int(os.environ["RANK"]))
-    faults.trigger("start", checkpoints.step_of(newest) if newest else 0)
+    faults.trigger("start", checkpoints.step_of(latest) if latest else 0)
     place = world.join(stage.config.parallel, _bytes_of_own_gpu(stage.config))
     lock = RunLock(stage.folder.path) if place.is_main else None
     trainer: Trainer | None = None
@@ -249,9 +249,11 @@ def _rank(stage: Stage, data: _Data, begin: _Begin) -> int:
         on_main(place, lambda: gpu_settings.refuse(stage.config, te))
         on_main(place, lambda: refuse_without_chip(stage.config.train, te))
         on_main(place, lambda: _lock(stage, lock, begin))
+        newest = _own_checkpoint(stage, place)
         trainer = Trainer(stage.config, place, stage.folder, data.sources, stage.objective, stage.gate,
-                          stage.faults, begin.time_s, data.planned)
-        resumed = _restore(stage, trainer)
+                          stage.faults, begin.time_s, data.planned,
+                          initial_weights=newest is None and stage.start_from is None)
+        resumed = _restore(stage, trainer, newest)
         on_main(place, lambda: _open(stage, trainer, begin))
         if stage.before is not None and not resumed:
             stage.before(trainer)
@@ -297,17 +299,23 @@ def _lock(stage: Stage, lock: RunLock | None, begin: _Begin) -> None:
     stage.folder.enter(stage.config, begin.goes_on)
 
 
-def _restore(stage: Stage, trainer: Trainer) -> bool:
-    """Load what the run starts from; returns whether it goes on from a checkpoint of its own."""
+def _own_checkpoint(stage: Stage, place: world.World) -> Path | None:
+    """Return the newest sound checkpoint of the run, from which it goes on; None: it has none yet."""
     folder = stage.folder.checkpoints
-    on_main(trainer.world, lambda: checkpoints.clear_leftovers(folder))
-    newest = newest_sound(stage.folder, trainer.world)
+    on_main(place, lambda: checkpoints.clear_leftovers(folder))
+    newest = newest_sound(stage.folder, place)
+    if newest is None:
+        on_main(place, lambda: checkpoints.refuse_lost(folder))
+    return newest
+
+
+def _restore(stage: Stage, trainer: Trainer, newest: Path | None) -> bool:
+    """Load what the run starts from; returns whether it goes on from a checkpoint of its own."""
     if newest is not None:
         trainer.guards.faults.trigger("load", checkpoints.step_of(newest))
         trainer.resume(newest)
         _tell_changes(stage, trainer)
         return True
-    on_main(trainer.world, lambda: checkpoints.refuse_lost(folder))
     if stage.start_from is not None:
         trainer.start_from(stage.start_from)
     return False

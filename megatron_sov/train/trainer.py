@@ -51,7 +51,8 @@ class Trainer:
 
     def __init__(self, config: RunConfig, world: World, folder: RunFolder, sources: list[Source],
                  objective: ObjectiveFactory, gate: Gate | None = None, faults: Sequence[Fault] = (),
-                 began_s: float | None = None, planned: Sequence[LedgerEntry] | None = None) -> None:
+                 began_s: float | None = None, planned: Sequence[LedgerEntry] | None = None, *,
+                 initial_weights: bool = True) -> None:
         """Build everything.
 
         Args:
@@ -64,13 +65,16 @@ class Trainer:
             faults: what is to come on purpose.
             began_s: Unix time at which the work on the run began; None: now.
             planned: the ledger as `data.ledger.plan` gives it; None: it is planned here.
+            initial_weights: whether weights are made of the seed, which takes minutes for a large model;
+                False: a checkpoint is loaded next, which holds all of them.
         """
         self.config, self.world, self.folder, self.sources, self.gate = config, world, folder, sources, gate
         self.schedule = Schedule(config)
         self.num_steps = self.schedule.num_steps
         self.state = TrainState()
         self.model = build(config.model, config.parallel, config.train, config.gpu)
-        init.initialise(self.model, config.model, config.train.seed)
+        if initial_weights:
+            init.initialise(self.model, config.model, config.train.seed)
         self.optimizer = Optimizer(self.model, config.optim, config.parallel, config.gpu)
         self.expert_load = ExpertLoad(self.model)
         self.model.config.finalize_model_grads_func = self.expert_load.finalize

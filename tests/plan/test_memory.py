@@ -92,8 +92,8 @@ def test_stages_hold_the_model_and_a_layer_what_the_account_says(ranks: Any, job
 @pytest.mark.parametrize(("change", "item", "factor"), [
     ({"parallel__cp": 2}, "layer_inputs", 0.5), ({"parallel__pp": 2}, "layer_inputs", 2.0),
     ({"train__precision": "fp32"}, "layer_inputs", 2.0),
-    # of each row of the head: 2048 or 512 logits as float32 and as bf16, and a gradient of 4096 numbers
-    ({"train__head_chunk_tokens": 512}, "head", (512 * 6 + 4096 * 2) / (2048 * 6 + 4096 * 2)),
+    # of each row of the head: 2048 or 512 logits as float32 and as bf16, and a gradient of 4096 float32
+    ({"train__head_chunk_tokens": 512}, "head", (512 * 6 + 4096 * 4) / (2048 * 6 + 4096 * 4)),
     ({"parallel__zero1": "true"}, "optimizer", 1 / 16),
     # of 1e9 parameters, embedding and head (1000 x 4096 each) keep both moments
     ({"optim__name": "muon", "model__vocab_size": 1000}, "optimizer", (8 + 4 * 2 * 1000 * 4096 / 1e9) / 12)])

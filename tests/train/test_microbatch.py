@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
 prepare_megatron()
+from megatron_sov import recipes  # noqa: E402
 from megatron_sov.data.rows import Row  # noqa: E402
+from megatron_sov.mcore.parallel import collectives  # noqa: E402
+from megatron_sov.post.sft import SupervisedFineTuning  # noqa: E402
+from megatron_sov.train import microbatch  # noqa: E402
+from megatron_sov.train.lm import LanguageModelling  # noqa: E402
 from megatron_sov.train.microbatch import from_row, shifted_targets  # noqa: E402
+from megatron_sov.train.objective import GlobalBatch  # noqa: E402
 
 
 def row_of(lengths: list[int]) -> Row:
@@ -48,3 +58,28 @@ def test_a_row_arrives_as_it_was() -> None:
         assert getattr(batch.inputs, name).tolist() == getattr(row, name).tolist()
     for name in ("labels", "weights", "types", "sources"):
         assert getattr(batch, name).tolist() == getattr(row, name).tolist()
+
+
+@pytest.mark.parametrize("of", [LanguageModelling, SupervisedFineTuning])
+def test_a_row_is_sent_in_one_piece_and_counted_where_it_was(
+        of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A meta tensor has no numbers: whoever asked it for one would fail, where on a GPU all would wait."""
+    monkeypatch.setattr(collectives, "all_reduce_dp", lambda values: values)
+    batches: Any = SimpleNamespace(num_sources=1)
+    objective = of(recipes.get("tiny-k-exaone"), batches)
+    rows = [row_of([3, 1, 4]), row_of([9])]
+    expected = objective.prepare(GlobalBatch(tuple(map(from_row, rows)), 8, 2, "main"))
+
+    sent = []
+    monkeypatch.setattr(microbatch, "local_device", lambda: torch.device("meta"))
+    monkeypatch.setattr(microbatch, "to_device",
+                        lambda values, device: sent.append(values) or values.to(device))
+    micro_batches = tuple(map(from_row, rows))
+    assert len(sent) == len(rows)
+    assert micro_batches[0].labels.is_meta and micro_batches[0].inputs.tokens.is_meta
+    assert micro_batches[0].inputs.host_bounds == [0, 3, 4, 8]
+    for name in ("labels", "weights", "types", "sources"):
+        there, here = getattr(micro_batches[0], name), getattr(micro_batches[0].host, name)
+        assert (there.dtype, there.shape) == (here.dtype, here.shape)
+    found = objective.prepare(GlobalBatch(micro_batches, 8, 2, "main"))
+    assert (found.targets, found.num_tokens) == (expected.targets, expected.num_tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -80,4 +81,5 @@ class Inputs:
         self.inputs = ModelInputs(
             tokens=flat.to(device), positions=torch.cat([torch.arange(n) for n in spans]).to(device),
             cu_seqlens=torch.tensor([0, *spans]).cumsum(0).to(torch.int32).to(device),
-            max_document_tokens=max(spans), padding=(torch.arange(len(flat)) >= sum(lengths)).to(device))
+            max_document_tokens=max(spans), padding=(torch.arange(len(flat)) >= sum(lengths)).to(device),
+            host_bounds=[0, *accumulate(spans)])

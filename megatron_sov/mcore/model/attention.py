@@ -6,13 +6,15 @@ mask by the window mask on sliding layers, so documents would see each other.  T
 parallelism wants every document padded to a multiple of twice the group's size and does not slide over cut
 documents, so with `parallel.cp` > 1 this attention serves there, too.
 
-Each document is attended on its own.  Queries stay where they are; keys and values come to them by an
+Each document is attended on its own: on GPUs in 16 bits by one kernel for all of a piece (`varlen`), else one
+after another.  Queries stay where they are; keys and values come to them by an
 all-gather over the context-parallel group (Llama 3, arXiv 2407.21783, section 3.3.2): those of the whole row
 for global attention, and only the last window - 1 of each piece for sliding windows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -25,35 +27,45 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
+from megatron_sov.mcore.model.varlen import (
+    PieceBounds,
+    Span,
+    attend_documents,
+    first_keys,
+    piece_bounds,
+    serves,
+)
 from megatron_sov.mcore.parallel import context
 
 QUERY_BLOCK = 1024
 """Queries attended at a time where a mask is needed: it holds at most QUERY_BLOCK x (keys of the document up
 to the last query) booleans, with a sliding window QUERY_BLOCK x (QUERY_BLOCK + window)."""
 
-Span = tuple[int, int, int]
-"""Row indices: start of a document, first query, end of the queries; the keys are those from
-the start to the end."""
-
 
 @dataclass
 class PackedDocuments(PackedSeqParams):
     """The documents of a row.
 
-    Where `DocumentAttention` serves, the row is one sequence to the library, which otherwise applies the
-    rotary embedding in a loop over documents and cuts each of them over the context-parallel group.  Its cut
-    of the one sequence is ours; it must then be given the frequencies of every place of the row, not of every
-    position in a document.
+    Where `DocumentAttention` serves, the library makes angles for every place of the row, of which each token
+    is given those of its position.
     """
 
     bounds: torch.Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int32))
     """[documents + 1] int32: cumulative lengths of the documents."""
     spans: list[list[Span]] = field(default_factory=list)
     """For each local piece of the row its documents (parts of documents), in order."""
+    piece_bounds: dict[int, list[PieceBounds]] = field(default_factory=dict)
+    """Window -> the bounds of each local piece, made for the first layer that needs them."""
+
+    def bounds_within(self, window_tokens: int) -> list[PieceBounds]:
+        """Return the bounds of each local piece for the fused kernel."""
+        if window_tokens not in self.piece_bounds:
+            self.piece_bounds[window_tokens] = piece_bounds(self.spans, window_tokens, self.bounds.device)
+        return self.piece_bounds[window_tokens]
 
 
-def pack(bounds: torch.Tensor, max_document_tokens: int, row_tokens: int, *,
-         own: bool = True) -> PackedDocuments:
+def pack(bounds: torch.Tensor, max_document_tokens: int, row_tokens: int, *, own: bool = True,
+         host_bounds: Sequence[int] | None = None) -> PackedDocuments:
     """Return the documents of a row.
 
     Args:
@@ -62,18 +74,19 @@ def pack(bounds: torch.Tensor, max_document_tokens: int, row_tokens: int, *,
         row_tokens: length of the row.
         own: whether `DocumentAttention` serves; else the parameters are those that the
             library's attention takes.
+        host_bounds: the same numbers on the host; None: they are fetched, and the host waits for the device.
     """
     if not own:
+        # the library keeps a table of angles for each length that it is told: powers of two make few
+        longest = min(1 << (max_document_tokens - 1).bit_length(), row_tokens)
         return PackedDocuments(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds,
-                               max_seqlen_q=max_document_tokens, max_seqlen_kv=max_document_tokens,
-                               bounds=bounds)
-    documents = [(a, b) for a, b in pairwise(bounds.tolist()) if b > a]
+                               max_seqlen_q=longest, max_seqlen_kv=longest, bounds=bounds)
+    documents = [(a, b) for a, b in pairwise(bounds.tolist() if host_bounds is None else host_bounds)
+                 if b > a]
     spans = [[(a, max(a, first), min(b, end)) for a, b in documents if a < end and first < b]
              for first, end in context.pieces(row_tokens)]
-    # on the CPU, where the library reads it in every layer
-    whole = torch.tensor([0, row_tokens], dtype=torch.int32)
-    return PackedDocuments(qkv_format="thd", cu_seqlens_q=whole, cu_seqlens_kv=whole, max_seqlen_q=row_tokens,
-                           max_seqlen_kv=row_tokens, bounds=bounds, spans=spans)
+    return PackedDocuments(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds,
+                           max_seqlen_q=row_tokens, max_seqlen_kv=row_tokens, bounds=bounds, spans=spans)
 
 
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float,
@@ -120,6 +133,22 @@ def _band(queries: int, keys: int, window_tokens: int, device: torch.device) -> 
     return (distance >= 0) & (distance < window_tokens)
 
 
+def _by_document(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, documents: Sequence[Span],
+                 begins: Sequence[int], first: int) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Return the queries, keys and values of each document of a piece.
+
+    Args:
+        begins: row index of each document's first key.
+        first: row index of the first of `keys`.
+    """
+    # split, not indexed: the backward pass then writes each gradient once,
+    # and not zeros of a whole row per document
+    lengths = [begins[0] - first,
+               *(stop - begin for begin, (_, _, stop) in zip(begins, documents, strict=True))]
+    return zip(queries.split([stop - start for _, start, stop in documents]), keys.split(lengths)[1:],
+               values.split(lengths)[1:], strict=True)
+
+
 class DocumentAttention(MegatronModule):
     """Causal attention inside each packed document, optionally within a sliding window.
 
@@ -150,19 +179,19 @@ class DocumentAttention(MegatronModule):
             raise ValueError("DocumentAttention needs packed_seq_params: "
                              "micro-batches are rows of packed documents")
         spans = packed_seq_params.spans
+        pieces = zip(query.chunk(len(spans)), self._reachable(key, value), spans, strict=True)
         outputs = []
-        for queries, (keys, values, first), documents in zip(query.chunk(len(spans)),
-                                                             self._reachable(key, value), spans, strict=True):
-            # split, not indexed: the backward pass then writes each gradient once,
-            # and not zeros of a whole row per document
-            begins = [max(a, start - self.window_tokens + 1) if self.window_tokens else a
-                      for a, start, _ in documents]
-            lengths = [begins[0] - first,
-                       *(stop - begin for begin, (_, _, stop) in zip(begins, documents, strict=True))]
-            parts = (queries.split([stop - start for _, start, stop in documents]), keys.split(lengths)[1:],
-                     values.split(lengths)[1:])
-            outputs += [attend(q, k, v, self.softmax_scale, self.window_tokens)
-                        for q, k, v in zip(*parts, strict=True)]
+        if serves(query):
+            for (queries, (keys, values, first), documents), bounds in zip(
+                    pieces, packed_seq_params.bounds_within(self.window_tokens), strict=True):
+                near = first_keys(documents, self.window_tokens)[0] - first
+                outputs.append(attend_documents(queries, keys[near:], values[near:], bounds,
+                                                self.softmax_scale, self.window_tokens))
+        else:
+            for queries, (keys, values, first), documents in pieces:
+                parts = _by_document(queries, keys, values, documents,
+                                     first_keys(documents, self.window_tokens), first)
+                outputs += [attend(q, k, v, self.softmax_scale, self.window_tokens) for q, k, v in parts]
         return torch.cat(outputs).reshape(len(query), -1)
 
     def _reachable(self, key: torch.Tensor,

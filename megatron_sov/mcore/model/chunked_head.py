@@ -21,6 +21,9 @@ from torch.autograd.function import once_differentiable
 
 from megatron_sov.mcore.parallel import context
 
+ROWS_OF_PRODUCT = 8192
+"""Rows of the weight's gradient that a float32 product is held for at a time, before it is added."""
+
 
 @dataclass(frozen=True)
 class Chunking:
@@ -99,7 +102,8 @@ class _Gradients:
     of_states: torch.Tensor | None = None
     """[n, H]: of each token's loss, without a weight, by its hidden state."""
     of_weight: tuple[torch.Tensor, ...] = ()
-    """[V / tp, H] each: of the sum under these token weights, by the head's weight."""
+    """[V / tp, H] each: of the sum under these token weights, by the head's weight; in float32 under bf16, in
+    which running sums would lose what later chunks add."""
 
     @classmethod
     def zeros(cls, states: torch.Tensor, weight: torch.Tensor, token_weights: tuple[torch.Tensor, ...],
@@ -107,7 +111,7 @@ class _Gradients:
         """Begin those that are needed."""
         dtype = torch.promote_types(states.dtype, torch.float32)
         return cls(tuple(w.to(dtype) for w in token_weights), torch.empty_like(states) if of_states else None,
-                   tuple(torch.zeros_like(weight) for _ in token_weights) if of_weight else ())
+                   tuple(torch.zeros_like(weight, dtype=dtype) for _ in token_weights) if of_weight else ())
 
     @property
     def are_needed(self) -> bool:
@@ -132,7 +136,7 @@ class _Gradients:
             self.of_states[part].div_(sums[:, None])
         for token_weight, total in zip(self.token_weights, self.of_weight, strict=False):
             weighted = states * (token_weight[part] / sums)[:, None]
-            total.addmm_(labelled.t(), weighted.to(weight.dtype))
+            _add_product(total, labelled.t(), weighted.to(weight.dtype))
 
     def scaled(self, factors: Sequence[torch.Tensor]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Return the derivatives of ``sum over k of factor k * sum k`` by hidden states and head weight,
@@ -150,6 +154,18 @@ class _Gradients:
         for total in self.of_weight[1:]:
             self.of_weight[0].add_(total)
         return self.of_states, self.of_weight[0] if self.of_weight else None
+
+
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """Add ``a @ b`` of 16-bit matrices to a float32 total without rounding it to 16 bits first."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+        return
+    for first in range(0, len(total), ROWS_OF_PRODUCT):
+        rows = slice(first, first + ROWS_OF_PRODUCT)
+        # only GPUs multiply 16 bits into 32
+        total[rows] += (torch.mm(a[rows], b, out_dtype=total.dtype) if a.is_cuda
+                        else a[rows].to(total.dtype) @ b.to(total.dtype))
 
 
 def _sweep(states: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunking: Chunking,

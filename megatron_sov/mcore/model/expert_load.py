@@ -89,6 +89,6 @@ class ExpertLoad:
         """Return [layers + 1, experts] float64; the first row belongs to no layer,
         since layers count from 1."""
         rows = torch.zeros(self._shape, dtype=torch.float64)
-        for layer, values in by_layer.items():
-            rows[layer] = values.double().cpu()
+        if by_layer:
+            rows[list(by_layer)] = torch.stack(list(by_layer.values())).double().cpu()
         return rows

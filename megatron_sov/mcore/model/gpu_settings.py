@@ -48,9 +48,8 @@ class Fusion:
 
 
 FUSIONS = (
-    # the fused rotary kernel does not know YaRN's factor on cosine and sine
-    Fusion("rope_fusion", "apply_rope_fusion",
-           lambda here: here.parallel.cp == 1 and here.model.yarn is None),
+    # YaRN's factor is in the scale of the softmax, so that the kernel rotates and does no more
+    Fusion("rope_fusion", "apply_rope_fusion", lambda here: here.parallel.cp == 1),
     Fusion("permute_fusion", "moe_permute_fusion", lambda here: here.model.num_moe_layers() > 0),
     Fusion("swiglu_fusion", "bias_activation_fusion", lambda here: True),
     Fusion("grad_accumulation_fusion", "gradient_accumulation_fusion", lambda here: True),
@@ -138,7 +137,7 @@ def _kernel_problems(gpu: GpuConfig, here: Here) -> list[str]:
     p = []
     for fusion in FUSIONS:
         if getattr(gpu, fusion.setting) == "on" and not fusion.value(gpu, here):
-            why = NEEDS_TE if not here.te else "knows plain rotations alone, and model.yarn is set"
+            why = NEEDS_TE if not here.te else "has nothing to do in this model and layout"
             p.append(f"gpu.{fusion.setting} = on {why}; set it to auto")
     if gpu.shared_expert_overlap == "on" and not here.te:
         p.append(f"gpu.shared_expert_overlap = on {NEEDS_TE}; leave it out")

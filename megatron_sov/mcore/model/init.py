@@ -9,6 +9,10 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import math
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -27,7 +31,7 @@ RULES = (
 )
 """Tensor name pattern -> distribution; each tensor must match exactly one.  Matrices that write into the
 residual stream are scaled by 1 / sqrt(2 * num_layers) (GPT-2, Radford et al. 2019)."""
-_CHUNK = 1 << 22
+_CHUNK = 1 << 18
 _PER_COUNTER = 8
 """Normals made of one Philox counter step: four 64-bit words, two 32-bit halves each."""
 
@@ -65,8 +69,31 @@ def normals(seed: int, key: str, start: int, count: int) -> np.ndarray:
     return values[skip:skip + count]
 
 
-def fill_normal(block: LocalShard, seed: int, std: float) -> None:
-    """Fill a block with its part of the global tensor's normals, a few million values at a time."""
+@dataclass(frozen=True)
+class _Part:
+    """Some rows of a block that are to be normal."""
+
+    key: str
+    """The global tensor."""
+    start: int
+    """Number of the first row's first value in it."""
+    columns: int
+    """Values of a whole row."""
+    place: slice
+    """Those of a row that belong to the block."""
+    target: torch.Tensor
+    """[rows, columns of the block]."""
+    std: float
+
+    def values(self, seed: int) -> torch.Tensor:
+        """Return what the rows become, float32."""
+        count = len(self.target)
+        rows = normals(seed, self.key, self.start, count * self.columns).reshape(count, self.columns)
+        return torch.from_numpy(rows[:, self.place] * np.float32(self.std))
+
+
+def _parts(block: LocalShard, std: float) -> Iterator[_Part]:
+    """Yield the rows of a block, some hundred thousand values at a time: what fits a core's cache."""
     leading = block.offset[: len(block.global_shape) - 2]
     rows, columns = block.global_shape[-2:]
     matrix = int(np.ravel_multi_index(leading, block.global_shape[:-2])) if leading else 0
@@ -74,22 +101,34 @@ def fill_normal(block: LocalShard, seed: int, std: float) -> None:
     target = block.data.reshape(-1, block.data.shape[-1]) if block.data.is_contiguous() else block.data
     step = max(1, _CHUNK // columns)
     for row in range(0, target.shape[0], step):
-        count = min(step, target.shape[0] - row)
-        values = normals(seed, block.key, (matrix * rows + row0 + row) * columns,
-                         count * columns).reshape(count, columns)
-        part = torch.from_numpy(values[:, column0:column0 + target.shape[1]] * np.float32(std))
-        target[row:row + count].copy_(part)
+        yield _Part(block.key, (matrix * rows + row0 + row) * columns, columns,
+                    slice(column0, column0 + target.shape[1]), target[row:row + step], std)
+
+
+def _made_ahead(parts: Iterator[_Part], seed: int, num_threads: int) -> Iterator[tuple[_Part, torch.Tensor]]:
+    """Yield parts and their values, which threads compute (numpy lets go of the interpreter)."""
+    with ThreadPoolExecutor(num_threads) as pool:
+        ahead: deque[tuple[_Part, Future[torch.Tensor]]] = deque()
+        for part in parts:
+            ahead.append((part, pool.submit(part.values, seed)))
+            if len(ahead) > 2 * num_threads:
+                done, values = ahead.popleft()
+                yield done, values.result()
+        for done, values in ahead:
+            yield done, values.result()
 
 
 @torch.no_grad()
 def initialise(model: LanguageModel, config: ModelConfig, seed: int) -> None:
-    """Set every weight and buffer of this process's part of the model."""
-    residual_std = config.init_std / math.sqrt(2 * config.num_layers)
+    """Set every weight and buffer of this process's part of the model, with as many threads as torch has."""
+    stds = {NORMAL: config.init_std, RESIDUAL: config.init_std / math.sqrt(2 * config.num_layers)}
+    normal = []
     for block in local_shards(model):
         rule = rule_for(block.key)
-        if rule == ONES:
-            block.data.fill_(1.0)
-        elif rule == ZEROS:
-            block.data.zero_()
+        if rule in stds:
+            normal.append((block, stds[rule]))
         else:
-            fill_normal(block, seed, config.init_std if rule == NORMAL else residual_std)
+            block.data.fill_(1.0 if rule == ONES else 0.0)
+    parts = (part for block, std in normal for part in _parts(block, std))
+    for part, values in _made_ahead(parts, seed, torch.get_num_threads()):
+        part.target.copy_(values)

@@ -21,6 +21,7 @@ from megatron.core.transformer.attention import Attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from megatron_sov.mcore.model.attention import attend
+from megatron_sov.mcore.model.rotary import softmax_scale
 from megatron_sov.mcore.parallel import context
 
 
@@ -215,16 +216,15 @@ def keep(model: Any, size: CacheSize) -> Iterator[list[CachedAttention]]:
     and puts back what was there before."""
     config, architecture = model.config, model.architecture
     kinds = architecture.layer_types() + [architecture.mtp_layer_type()] * architecture.num_mtp_layers
-    scale = config.softmax_scale or config.kv_channels ** -0.5
     found = [m for chunk in model.chunks for m in chunk.modules() if isinstance(m, Attention)]
     replaced = [(m, m.core_attention) for m in found]
     # the fused kernel wants positions on the GPU and starts each sequence at 0
     fused, config.apply_rope_fusion = config.apply_rope_fusion, False
     try:
         for module in found:
-            slides = kinds[module.layer_number - 1] == "sliding_attention"
-            module.core_attention = CachedAttention(size, scale,
-                                                    architecture.sliding_window_tokens if slides else 0)
+            kind = kinds[module.layer_number - 1]
+            window = architecture.sliding_window_tokens if kind == "sliding_attention" else 0
+            module.core_attention = CachedAttention(size, softmax_scale(architecture, kind), window)
         yield [m.core_attention for m in found]
     finally:
         config.apply_rope_fusion = fused

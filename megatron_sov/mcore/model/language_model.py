@@ -3,7 +3,7 @@ so that objectives apply the head in chunks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,12 +27,13 @@ from megatron.core.utils import make_viewless_tensor
 
 from megatron_sov.config import GpuConfig, ModelConfig, ParallelConfig, TrainConfig
 from megatron_sov.config.gpu import AUTO
+from megatron_sov.errors import UserError
 from megatron_sov.mcore.model import output_head
 from megatron_sov.mcore.model.attention import PackedDocuments, pack
 from megatron_sov.mcore.model.kv_cache import PackedSpans, ReadRow
 from megatron_sov.mcore.model.placement import made_here, place
 from megatron_sov.mcore.model.quantization import mend_extra_state
-from megatron_sov.mcore.model.rotary import widen
+from megatron_sov.mcore.model.rotary import rotate_by_token, widen
 from megatron_sov.mcore.model.specs import (
     layer_specs,
     mtp_layer_spec,
@@ -60,6 +61,8 @@ class ModelInputs:
     """Length of the longest document."""
     padding: torch.Tensor
     """[tokens] bool, True where a token is padding."""
+    host_bounds: Sequence[int] | None = None
+    """`cu_seqlens` on the host; None: they are fetched where they are needed, and the host waits."""
 
 
 class Chunk(GPTModel):
@@ -75,12 +78,14 @@ class Chunk(GPTModel):
         if self.config.fine_grained_activation_offloading:
             self.preprocess_for_fine_grained_offloading()
         own = own_attention(self.config)
-        packed = pack(inputs.cu_seqlens, inputs.max_document_tokens, len(inputs.tokens), own=own)
+        packed = pack(inputs.cu_seqlens, inputs.max_document_tokens, len(inputs.tokens), own=own,
+                      host_bounds=inputs.host_bounds)
         tokens, positions = context.local(inputs.tokens)[None], context.local(inputs.positions)[None]
         embedded, rotary, *_ = self._preprocess(input_ids=tokens, position_ids=positions,
                                                 packed_seq_params=packed)
-        if own:
-            rotary = rotary[inputs.positions]
+        # the fused kernel finds each token's angles itself
+        if not self.config.apply_rope_fusion:
+            rotary = rotary[positions[0]]
         hidden = self.decoder(hidden_states=embedded, attention_mask=None, rotary_pos_emb=rotary,
                               packed_seq_params=packed, padding_mask=self._local_padding(inputs.padding))
         if self.mtp_process:
@@ -100,7 +105,7 @@ class Chunk(GPTModel):
         embedded, rotary, *_ = self._preprocess(input_ids=row.tokens[None], position_ids=row.positions[None],
                                                 packed_seq_params=row.packed)
         return self.decoder(
-            hidden_states=embedded, attention_mask=None, rotary_pos_emb=context.spread(rotary[row.positions]),
+            hidden_states=embedded, attention_mask=None, rotary_pos_emb=rotary[row.positions],
             packed_seq_params=row.packed, padding_mask=row.padding(self.config.sequence_parallel)[None])
 
     def predict(self, row: ReadRow, hidden: torch.Tensor, ahead: torch.Tensor) -> torch.Tensor:
@@ -118,7 +123,7 @@ class Chunk(GPTModel):
                                          packed_seq_params=row.packed, decoder_input=hidden)
         embedded = self.embedding(input_ids=ahead[None], position_ids=row.positions[None])
         return self.mtp.layers[0].transform(hidden, embedded,
-                                            context.spread(rotary[row.positions]), row.packed)
+                                            rotary[row.positions], row.packed)
 
     def _local_padding(self, padding: torch.Tensor) -> torch.Tensor:
         """Return this process's part of the padding mask, [1, tokens].
@@ -177,8 +182,9 @@ def next_tokens(tokens: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
         bounds: [documents + 1], cumulative lengths of its documents.
     """
     ahead = tokens.roll(-1)
-    lasts = bounds[1:].long() - 1
-    return ahead.index_fill(0, lasts[lasts >= 0], 0)
+    # behind an empty document at the row's beginning: the row's last place, which is a document's too
+    lasts = (bounds[1:].long() - 1) % len(tokens)
+    return ahead.index_fill(0, lasts, 0)
 
 
 class LanguageModel(torch.nn.ModuleList):
@@ -222,10 +228,15 @@ def build(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig,
           gpu: GpuConfig = AUTO) -> LanguageModel:
     """Build this process's part of the model; its weights are not initialised yet."""
     config = transformer_config(model, parallel, train, gpu)
+    if config.recompute_method == "block":
+        raise UserError("recompute_method = 'block': megatron-core 0.16.1 forgets the padding mask on layers "
+                        "that it does not recompute, whose routers would count padding; use 'uniform' or "
+                        "selective recomputation")
     if config.fp8 or config.fp4:
         from megatron.core.extensions.transformer_engine import TEGroupedLinear
 
         mend_extra_state(TEGroupedLinear)
+    rotate_by_token()
     with output_head.without_fusion():
         chunks = [_chunk(model, config, i if parallel.vpp > 1 else None) for i in range(parallel.vpp)]
     return LanguageModel(chunks, model)

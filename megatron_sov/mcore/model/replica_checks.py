@@ -27,11 +27,8 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def checksum(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     """Return the sum of all elements read as integers, int64 [], wrapping around;
     a single flipped bit changes it."""
-    total = torch.zeros((), dtype=torch.int64)
-    for tensor in tensors:
-        total += tensor.detach().contiguous().view(
-            _INTEGERS[tensor.element_size()]).sum(dtype=torch.int64).cpu()
-    return total
+    sums = [t.detach().contiguous().view(_INTEGERS[t.element_size()]).sum(dtype=torch.int64) for t in tensors]
+    return torch.stack(sums).sum().cpu() if sums else torch.zeros((), dtype=torch.int64)
 
 
 def gradients(model: LanguageModel) -> list[torch.Tensor]:

@@ -1,4 +1,5 @@
-"""Rotary frequencies in float64: the library's are computed in float32, whatever the dtype of the model."""
+"""Rotary positions: frequencies in float64 (the library's are float32, whatever the dtype of the model),
+YaRN's factor, and rotations that ask the device nothing."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import math
 from typing import Any
 
 import torch
+from megatron.core.models.common.embeddings import rope_utils
 
 from megatron_sov.config import ModelConfig
 
@@ -43,3 +45,36 @@ def widen(embedding: Any, model: ModelConfig) -> None:
         # mixture gives the mixture
         embedding.inv_freq_extra = embedding.inv_freq_inter = exact
     embedding.forward.cache_clear()
+
+
+def softmax_scale(model: ModelConfig, kind: str) -> float:
+    """Return the factor on the products of queries and keys in layers of a kind (`ModelConfig.layer_types`).
+
+    YaRN multiplies cosine and sine by ``m = 0.1 ln(factor) + 1`` (arXiv 2309.00071, eq. 22).  Rotations are
+    linear, so queries and keys come out m times as long and their products m^2 times as large: the same as
+    ``m^2 / sqrt(head_dim)`` behind plain rotations, which fused kernels know.  Layers that do not
+    rotate have no such factor.
+    """
+    plain: float = model.head_dim ** -0.5
+    rotates = model.rope_on_global or kind == "sliding_attention"
+    if model.yarn is None or not rotates:
+        return plain
+    return plain * max(1.0, 0.1 * math.log(model.yarn.factor) + 1.0) ** 2
+
+
+def rotate_by_token() -> None:
+    """Have the library's unfused rotation of packed rows take the angles of each local token.
+
+    Its own asks the device for the lengths of the documents, for queries and for keys in every layer,
+    and the host waits there for all that was launched before.
+    """
+    rope_utils._apply_rotary_pos_emb_thd = _rotate
+
+
+def _rotate(t: torch.Tensor, cu_seqlens: torch.Tensor, freqs: torch.Tensor, rotary_interleaved: bool = False,
+            multi_latent_attention: bool = False, mscale: float = 1.0, cp_group: Any = None) -> torch.Tensor:
+    """[tokens, heads, head_dim] by angles [tokens, 1, 1, head_dim] -> [tokens, heads, head_dim]."""
+    rotated: torch.Tensor = rope_utils._apply_rotary_pos_emb_bshd(
+        t[:, None], freqs, rotary_interleaved=rotary_interleaved,
+        multi_latent_attention=multi_latent_attention, mscale=mscale)
+    return rotated[:, 0]

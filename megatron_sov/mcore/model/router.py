@@ -16,6 +16,7 @@ import torch
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 
+from megatron_sov.mcore.model import fused_routing
 from megatron_sov.mcore.parallel import context
 from megatron_sov.mcore.parallel.device import local_device
 
@@ -39,6 +40,8 @@ class RoutingStep:
     """Layer number -> this process's part of the balancing loss of the step."""
     counts_evaluation: bool = False
     """Whether tokens are counted in evaluation mode too."""
+    rows: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+    """(local tokens, tokens of a sequence) -> sequence of each local token: the same in every layer."""
 
 
 class BalancedRouter(TopKRouter):
@@ -84,6 +87,8 @@ class BalancedRouter(TopKRouter):
         The library's `topk_routing_with_score_function` rounds scores to float32, and leaves a single
         expert's weight as it is.
         """
+        if fused_routing.serves(self.config, logits):
+            return fused_routing.choose(self.config, logits, self.expert_bias)
         scores = self._scores(logits)
         _, chosen = torch.topk(scores if self.expert_bias is None else scores + self.expert_bias,
                                self.topk, dim=1)
@@ -108,16 +113,11 @@ class BalancedRouter(TopKRouter):
         step: RoutingStep = self.config.routing_step
         if coeff == 0:
             return probs
-        scores = self._scores(logits)
-        scores = scores / (scores.sum(dim=-1, keepdim=True) + EPSILON)  # a softmax sums to 1 already
-        chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(
-            1, scores.topk(self.topk, dim=-1).indices, True)
         if valid is None:
             valid = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
-        chosen = (chosen & valid[:, None]).to(scores.dtype)
+        row, num_rows = self._rows(len(logits), step, logits.device)
+        scores, counts = self._normalised(logits, valid, row, num_rows)
         scores = scores * valid[:, None]
-        row, num_rows = self._rows(len(logits), step.seq_len, logits.device)
-        counts = scores.new_zeros(num_rows, logits.shape[1]).index_add_(0, row, chosen)
         tokens = scores.new_zeros(num_rows).index_add_(0, row, valid.to(scores.dtype))
         if self.tp_cp_group.size() > 1:
             both = torch.cat([counts, tokens[:, None]], dim=1)
@@ -133,8 +133,27 @@ class BalancedRouter(TopKRouter):
         step.aux_loss[layer] = step.aux_loss.get(layer, 0.0) + loss.detach()
         return MoEAuxLossAutoScaler.apply(probs, loss)
 
-    def _rows(self, num_tokens: int, seq_len: int, device: torch.device) -> tuple[torch.Tensor, int]:
+    def _normalised(self, logits: torch.Tensor, valid: torch.Tensor, row: torch.Tensor,
+                    num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return scores [tokens, experts] that sum to 1, and how often each expert is among the top K of a
+        sequence's local tokens, [sequences, experts]."""
+        experts = logits.shape[1]
+        if fused_routing.serves(self.config, logits):
+            scores, chosen = fused_routing.balancing_scores(self.config, logits)
+            counted = (chosen & valid[:, None]).to(scores.dtype)
+            return scores, scores.new_zeros(num_rows, experts).index_add_(0, row, counted)
+        scores = self._scores(logits)
+        scores = scores / (scores.sum(dim=-1, keepdim=True) + EPSILON)  # a softmax sums to 1 already
+        bins = row[:, None] * experts + scores.topk(self.topk, dim=-1).indices
+        counted = valid[:, None].expand(bins.shape).to(scores.dtype)
+        counts = scores.new_zeros(num_rows * experts).index_add_(0, bins.flatten(), counted.flatten())
+        return scores, counts.view(num_rows, experts)
+
+    def _rows(self, num_tokens: int, step: RoutingStep, device: torch.device) -> tuple[torch.Tensor, int]:
         """Return each local token's sequence within the micro-batch, and the number of sequences."""
         split = context.size() * (self.tp_group.size() if self.config.sequence_parallel else 1)
-        row = context.row_index(num_tokens * split, self.config.sequence_parallel, device) // seq_len
-        return row, max(1, num_tokens * split // seq_len)
+        key = num_tokens, step.seq_len
+        if key not in step.rows:
+            step.rows[key] = context.row_index(num_tokens * split, self.config.sequence_parallel,
+                                               device) // step.seq_len
+        return step.rows[key], max(1, num_tokens * split // step.seq_len)

@@ -14,6 +14,7 @@ from megatron_sov.config.gpu import AUTO
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.model.gpu_settings import Here, expert_settings, transformer_settings
 from megatron_sov.mcore.model.quantization import library_settings
+from megatron_sov.mcore.model.rotary import softmax_scale
 from megatron_sov.mcore.model.router import BalancedRouter, RoutingStep
 from megatron_sov.mcore.parallel.device import on_gpu
 
@@ -159,7 +160,9 @@ def _yarn(config: Any, model: ModelConfig) -> None:
         config.yarn_rotary_scaling_factor = model.yarn.factor
         config.yarn_original_max_position_embeddings = model.yarn.original_max_position_tokens
         config.yarn_beta_fast, config.yarn_beta_slow = model.yarn.beta_fast, model.yarn.beta_slow
-        config.yarn_mscale, config.yarn_mscale_all_dim = 1.0, 0.0
+        # equal, so that the library's factor on cosine and sine is 1: ours is in the scale of the softmax
+        config.yarn_mscale = config.yarn_mscale_all_dim = 1.0
+        config.softmax_scale = softmax_scale(model, "sliding_attention")
         config.yarn_correction_range_round_to_int = True
 
 
@@ -202,12 +205,26 @@ def _finish_spec(config: Any, spec: Any, kind: str, model: ModelConfig) -> Any:
 
     from megatron_sov.mcore.model.attention import DocumentAttention
 
+    attention = spec.submodules.self_attention.submodules
     if own_attention(config):
         window = model.sliding_window_tokens if kind == "sliding_attention" else 0
-        spec.submodules.self_attention.submodules.core_attention = ModuleSpec(
-            module=DocumentAttention, params={"window_tokens": window})
+        attention.core_attention = ModuleSpec(module=DocumentAttention, params={"window_tokens": window})
+    if config.softmax_scale not in (None, softmax_scale(model, kind)):
+        attention.core_attention = _with_default_scale(attention.core_attention)
     if isinstance(spec.submodules.mlp.submodules, MoESubmodules):
         spec.submodules.mlp.submodules.router = BalancedRouter
         # with Transformer Engine this norm keeps its own name in checkpoints; one name for both
         spec.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
     return spec
+
+
+def _with_default_scale(core_attention: Any) -> Any:
+    """Return the spec of a core attention that divides by sqrt(head_dim), whatever the one scale is that the
+    library gives to all layers."""
+    from megatron.core.transformer.spec_utils import ModuleSpec, get_module
+
+    class DefaultScale(get_module(core_attention)):  # type: ignore[misc]
+        def __init__(self, *args: Any, softmax_scale: float | None, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+
+    return ModuleSpec(module=DefaultScale, params=getattr(core_attention, "params", {}))

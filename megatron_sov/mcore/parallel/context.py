@@ -45,15 +45,6 @@ def local(row: torch.Tensor) -> torch.Tensor:
     return row if size() == 1 else torch.cat([row[first:end] for first, end in pieces(len(row))])
 
 
-def spread(values: torch.Tensor) -> torch.Tensor:
-    """Return a row whose `local` part is `values`, [n / c, ...] -> [n, ...]; zeros elsewhere."""
-    if size() == 1:
-        return values
-    row = values.new_zeros(len(values) * size(), *values.shape[1:])
-    row[local(torch.arange(len(row), device=values.device))] = values
-    return row
-
-
 def row_index(row_tokens: int, sequence_parallel: bool, device: torch.device) -> torch.Tensor:
     """Return the row index [n / c] int64 of each local token, under sequence parallelism [n / c / tp] of
     this process's part."""

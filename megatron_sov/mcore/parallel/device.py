@@ -32,3 +32,10 @@ def on_gpu() -> bool:
 def local_device() -> torch.device:
     """Return the device of this process's parameters and batches."""
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu() else CPU
+
+
+def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return values of the host on a device; to a GPU they go from pinned memory, so that nobody waits."""
+    if device.type != "cuda":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)

@@ -121,3 +121,16 @@ def test_memory_grows_with_the_length_and_not_with_its_square(ranks, job) -> Non
     """A cut row, which on the CPU is attended in blocks with masks: none of them is kept."""
     (((short, long),),) = ranks(job(__file__, "kept_bytes", 1, {}))
     assert 0 < long <= 4.5 * short
+
+
+@pytest.mark.parametrize(("longest", "tabled"), [(1, 1), (5, 8), (64, 64), (65, 100)])
+def test_the_librarys_attention_is_told_few_different_lengths(longest: int, tabled: int) -> None:
+    import torch
+
+    from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
+
+    prepare_megatron()
+    from megatron_sov.mcore.model import attention
+
+    packed = attention.pack(torch.tensor([0, longest, 100]), longest, 100, own=False)
+    assert packed.max_seqlen_q == packed.max_seqlen_kv == tabled

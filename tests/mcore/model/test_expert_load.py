@@ -63,3 +63,22 @@ def test_tokens_are_counted_once_and_a_refused_step_moves_no_bias(ranks: Any, jo
     assert found["evaluated"] == [2 * 5 * found["top k"]] * 2, ("both processes ran five tokens; "
                                                                 "padding is left out")
     assert found["result"] == [1] and found["nothing"] == 0
+
+
+def test_all_layers_loads_are_fetched_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    import torch
+
+    from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
+
+    prepare_megatron()
+    from megatron_sov.mcore.model.expert_load import ExpertLoad
+
+    model: Any = SimpleNamespace(architecture=SimpleNamespace(num_layers=3, num_experts=2))
+    fetched, cpu = [], torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: fetched.append(self) or cpu(self))
+    rows = ExpertLoad(model)._rows({1: torch.tensor([4.0, 0.0]), 3: torch.tensor([1.0, 3.0])})
+    assert rows.tolist() == [[0, 0], [4, 0], [0, 0], [1, 3]] and rows.dtype == torch.float64
+    assert len(fetched) == 1
+    assert not ExpertLoad(model)._rows({}).any()

@@ -63,6 +63,45 @@ def initial(recipe: str, layout: dict[str, Any], folder: str, *, reference: bool
             "std": {k: float(t.std()) for k, t in expected.items() if t.dim() > 1} if reference else {}}
 
 
+def with_threads(num_threads: int) -> dict[str, Any]:
+    """Return a fingerprint of a model's initial weights, and how many threads made them."""
+    import hashlib
+    import itertools
+    import threading
+
+    import torch
+
+    from megatron_sov import recipes
+    from megatron_sov.config import ParallelConfig, apply_settings
+    from megatron_sov.mcore.model import init
+    from megatron_sov.mcore.model.language_model import build
+    from megatron_sov.mcore.parallel import world
+
+    config = apply_settings(recipes.get("tiny-k-exaone"), SETTINGS)
+    world.join(ParallelConfig())
+    torch.set_num_threads(num_threads)
+    threads, normals = set(), init.normals
+    calls, meeting = itertools.count(), threading.Barrier(num_threads)
+
+    def noted(*args: Any) -> Any:
+        threads.add(threading.get_ident())
+        if next(calls) < num_threads:
+            meeting.wait(60)  # else one fast thread might do it all
+        return normals(*args)
+
+    init.normals, init._CHUNK = noted, 1000
+    model = build(config.model, ParallelConfig(), config.train)
+    init.initialise(model, config.model, 11)
+    digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()
+    return {"digest": digest, "threads": len(threads)}
+
+
+def test_threads_make_the_same_weights(ranks: Any, job: Any) -> None:
+    (alone,), (together,) = ranks(*(job(__file__, "with_threads", 1, {"num_threads": n}) for n in (1, 4)))
+    assert alone["threads"] == 1 and together["threads"] == 4
+    assert together["digest"] == alone["digest"]
+
+
 def _place(block: Any) -> tuple[slice, ...]:
     return tuple(slice(o, o + n) for o, n in zip(block.offset, block.shape, strict=True))
 

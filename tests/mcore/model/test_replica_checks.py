@@ -26,6 +26,14 @@ def test_a_flipped_bit_changes_the_checksum_and_little_else(dtype: torch.dtype) 
     assert checksum(tensors) == before
 
 
+def test_a_checksum_is_fetched_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched, cpu = [], torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: fetched.append(self) or cpu(self))
+    assert int(checksum(torch.ones(2, 3, dtype=d) for d in (torch.float32, torch.bfloat16))) != 0
+    assert len(fetched) == 1 and fetched[0].numel() == 1
+    assert int(checksum([])) == 0
+
+
 def replicas(layout: dict[str, int], flipped_on: list[int], expert: bool) -> list[Any]:
     """Runs inside ranks: who differs before and after a bit of some ranks is flipped,
     in a shared weight or a routed expert."""

@@ -1,7 +1,8 @@
-"""Float64 angles against transformers' own float32 ones and against the library's."""
+"""Float64 angles and YaRN's factor against transformers' own, rotations against the library's."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -53,3 +54,89 @@ def test_the_formula_is_the_one_of_transformers(yarn: dict[str, Any] | None) -> 
         head_dim=model.head_dim, hidden_size=model.hidden_size, num_attention_heads=model.num_heads,
         rope_parameters=rope, max_position_embeddings=4096))
     assert torch.allclose(theirs.inv_freq.double(), frequencies(model), rtol=1e-6, atol=0)
+
+
+def scales(recipe: str) -> dict[str, Any]:
+    """Return what YaRN does to a model: the library's settings where Transformer Engine serves, and the
+    scale of each layer's softmax, in training and where keys are kept."""
+    from megatron.core.models.common.embeddings import rope_utils, yarn_rotary_pos_embedding
+    from megatron.core.transformer.moe import moe_utils
+
+    from megatron_sov.config import ParallelConfig
+    from megatron_sov.mcore.model import kv_cache, specs
+    from megatron_sov.mcore.model.language_model import build
+    from megatron_sov.mcore.parallel import world
+
+    config = apply_settings(recipes.get(recipe), [YARN, "model.num_layers=4"])
+    world.join(ParallelConfig())
+    model = build(config.model, ParallelConfig(), config.train)
+    layers = [m.core_attention for m in model.modules() if hasattr(m, "core_attention")]
+    with kv_cache.keep(model, kv_cache.CacheSize(1, 8)) as keeping:
+        kept = [layer.softmax_scale for layer in keeping]
+    specs.uses_transformer_engine = lambda dtype: True
+    # the library looks whether they are there
+    for module, names in ((rope_utils, ("fused_apply_rotary_pos_emb", "fused_apply_rotary_pos_emb_thd")),
+                          (moe_utils, ("fused_permute", "fused_permute_with_probs", "fused_unpermute",
+                                       "fused_sort_chunks_by_index",
+                                       "fused_sort_chunks_by_index_with_probs"))):
+        for name in names:
+            setattr(module, name, print)
+    fused = specs.transformer_config(config.model, ParallelConfig(), config.train)
+    return {"layers": [layer.softmax_scale for layer in layers], "kept": kept,
+            "fused": fused.apply_rope_fusion, "given to all": fused.softmax_scale,
+            "on cosine and sine": yarn_rotary_pos_embedding._yarn_get_concentration_factor_from_config(fused)}
+
+
+def test_yarns_factor_is_in_the_softmax_scale_so_that_fused_rotations_serve(ranks: Any, job: Any) -> None:
+    from transformers import SolarOpenConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    (solar,), (exaone,) = ranks(*(job(__file__, "scales", 1, {"recipe": recipe})
+                                  for recipe in ("tiny-solar-open", "tiny-k-exaone")))
+    head_dim = recipes.get("tiny-solar-open").model.head_dim
+    _, factor = ROPE_INIT_FUNCTIONS["yarn"](SolarOpenConfig(
+        head_dim=head_dim, max_position_embeddings=2048,
+        rope_parameters={"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0,
+                         "original_max_position_embeddings": 512}), "cpu")
+    plain, stretched = head_dim ** -0.5, head_dim ** -0.5 * factor ** 2
+    assert math.isclose(factor, 1.1386294361119891)
+    # LLLG and a global prediction layer, which do not rotate
+    for found, expected in ((solar, [stretched] * 4), (exaone, [stretched] * 3 + [plain] * 2)):
+        assert found["layers"] == pytest.approx(expected, rel=1e-12)
+        assert found["kept"] == found["layers"], "a cache would apply another factor"
+        assert found["given to all"] == pytest.approx(stretched, rel=1e-12)
+        assert found["fused"] and found["on cosine and sine"] == 1.0
+
+
+def rotations() -> dict[str, Any]:
+    """Return how far our rotation of a packed row is from the library's loop over its documents."""
+    import inspect
+
+    from megatron.core.models.common.embeddings import rope_utils
+
+    from megatron_sov.mcore.model.rotary import rotate_by_token
+
+    class Alone:
+        """A process group of one."""
+
+        size = staticmethod(lambda: 1)
+        rank = staticmethod(lambda: 0)
+
+    theirs = rope_utils._apply_rotary_pos_emb_thd
+    rotate_by_token()
+    ours = rope_utils._apply_rotary_pos_emb_thd
+    states = torch.randn(12, 3, 8, generator=torch.Generator().manual_seed(0))
+    angles_by_position = torch.arange(7.0)[:, None, None, None] * frequencies(
+        recipes.get("tiny-solar-open").model).float()[:4].repeat(2)
+    positions = torch.cat([torch.arange(n) for n in (5, 7)])
+    expected = theirs(states, torch.tensor([0, 5, 12]), angles_by_position, cp_group=Alone)
+    # nothing is asked of the lengths
+    found = ours(states, torch.empty(3, device="meta"), angles_by_position[positions], cp_group=Alone)
+    return {"same": torch.equal(found, expected), "moved": not torch.equal(found, states),
+            "signatures": [list(inspect.signature(f).parameters) for f in (theirs, ours)]}
+
+
+def test_a_row_is_rotated_without_a_look_at_its_documents(ranks: Any, job: Any) -> None:
+    (found,) = ranks(job(__file__, "rotations", 1))[0]
+    assert found["same"] and found["moved"]
+    assert found["signatures"][0] == found["signatures"][1]

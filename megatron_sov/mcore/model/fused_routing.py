@@ -1,0 +1,51 @@
+"""Choosing experts by Transformer Engine's fused kernels (2.7 or newer), where their formula is the router's.
+
+Read in the source of Transformer Engine 2.20.2 (`common/fused_router/*.cu`), never run on a GPU here.  The
+kernels compute in float32, add the bias to sigmoid scores for the choice alone, and divide sigmoid weights by
+their sum (plus 1e-20) where more than one expert is chosen.  The weight of a chosen expert is its biased
+score less the bias, so it may differ from the score in the last bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def serves(config: Any, logits: torch.Tensor) -> bool:
+    """Return whether the kernels are wanted (`moe_router_fusion`), are there, and compute what
+    the router does."""
+    from megatron.core.extensions import transformer_engine as te
+
+    if not config.moe_router_fusion or te.fused_topk_with_score_function is None:
+        return False
+    if logits.dtype == torch.float64:
+        return False
+    # softmax weights may be divided by their sum or not, one sigmoid weight is never divided, several always
+    return bool(config.moe_router_score_function == "softmax"
+                or config.norm_topk_prob == (config.moe_router_topk > 1))
+
+
+def choose(config: Any, logits: torch.Tensor,
+           bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return weights [tokens, experts] (zero where not chosen) and the choice [tokens, experts] bool."""
+    from megatron.core.extensions import transformer_engine as te
+
+    weights, chosen = te.fused_topk_with_score_function(
+        logits=logits.contiguous(), topk=config.moe_router_topk,
+        # a softmax over the chosen ones alone is one over all, divided by the sum of the chosen ones
+        use_pre_softmax=not config.norm_topk_prob, num_groups=None, group_topk=None,
+        scaling_factor=config.moe_router_topk_scaling_factor,
+        score_function=config.moe_router_score_function, expert_bias=bias)
+    return weights, chosen
+
+
+def balancing_scores(config: Any, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return scores [tokens, experts] that sum to 1, and which are the largest K [tokens, experts] bool."""
+    from megatron.core.extensions import transformer_engine as te
+
+    chosen, scores = te.fused_compute_score_for_moe_aux_loss(
+        logits=logits.contiguous(), topk=config.moe_router_topk,
+        score_function=config.moe_router_score_function)
+    return scores, chosen

@@ -1,0 +1,156 @@
+"""How many operations a training step starts, and what it fetches from the device.
+
+A GPU is fast only while the host runs ahead of it: each operation costs the host some microseconds, and each
+number that is fetched costs a wait for everything that was started before.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FETCHES = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__")
+SYNCING = ("aten.nonzero", "aten.masked_select", "aten.unique", "aten.bincount", "aten.repeat_interleave")
+OPERATIONS = {"tiny-solar-open": 800, "tiny-k-exaone": 850}
+"""Most operations of a further layer in a micro-batch, forward, backward and a share of the update."""
+PER_ROUTED_LAYER = {"moe_utils.py:permute": 2, "token_dispatcher.py:dispatch_postprocess": 4,
+                    "moe_layer.py:routed_experts_compute": 1, "token_dispatcher.py:combine_preprocess": 2}
+"""What the library fetches in each layer with experts and micro-batch: how many tokens go where."""
+PER_MICRO_BATCH = {"lm.py:prepare": 1, "data_objective.py:_mtp_targets": 1,
+                   "objective.py:with_denominators": 2}
+"""What is counted in each row, on the host: see test_microbatch.py."""
+PER_STEP = {"named_values.py:sum_dict": 2, "trainer.py:update": 2, "computation.py:sums": 4,
+            "optimizer.py:step": 1, "step_guard.py:accepts": 1}
+"""Sums over processes, losses and the gradient norm."""
+ELSEWHERE = {"optimizer.py:step_with_ready_grads", "world.py:_rank_code"}
+"""torch's AdamW for the CPU, which counts each parameter's updates; this test."""
+
+
+def _maker() -> str:
+    """Return the innermost function of the project or the library on the stack."""
+    for frame, _ in traceback.walk_stack(None):
+        code = frame.f_code
+        if "/megatron" in code.co_filename and not code.co_filename.endswith("/cpu_shims.py"):
+            return f"{Path(code.co_filename).name}:{code.co_name}"
+    return "outside"
+
+
+def _counted(fetches: Counter[str], method: Callable[..., Any]) -> Callable[..., Any]:
+    def fetch(self: Any, *args: Any, **kwargs: Any) -> Any:
+        fetches[_maker()] += 1
+        return method(self, *args, **kwargs)
+
+    return fetch
+
+
+def step(recipe: str, settings: list[str], data: str) -> dict[str, Any]:
+    """Return what the second step of a training starts and fetches."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    sys.path.insert(0, str(Path(__file__).parent))
+    from layout_run import _trainer, small_config
+
+    from megatron_sov.mcore.parallel import world
+
+    fetches: Counter[str] = Counter()
+
+    class Operations(TorchDispatchMode):
+        """Counts operations, and those whose result has a size that the host must know."""
+
+        count = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.count += 1
+            name = str(func)
+            by_mask = name.startswith("aten.index.") and any(
+                torch.is_tensor(t) and t.dtype == torch.bool for t in tree_leaves(args[1]))
+            if by_mask or name.startswith(SYNCING):
+                fetches[_maker()] += 1
+            return func(*args, **(kwargs or {}))
+
+    config = small_config(recipe, settings, [data], "lm")
+    trainer = _trainer(config, "not-written")
+    trainer.update()
+    with pytest.MonkeyPatch.context() as patched, Operations() as seen:
+        for name in FETCHES:
+            patched.setattr(torch.Tensor, name, _counted(fetches, getattr(torch.Tensor, name)))
+        trainer.update()
+    world.leave()
+    return {"operations": seen.count, "fetches": fetches, "routed_layers": config.model.num_moe_layers(),
+            "micro_batches": config.train.global_batch_size // config.train.micro_batch_size}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("recipe", OPERATIONS)
+def test_a_step_starts_no_more_operations_and_fetches_no_more_numbers(
+        recipe: str, ranks: Any, job: Any, packed_data: Any) -> None:
+    (fewer,), (more,) = ranks(*(job(__file__, "step", 1, {
+        "recipe": recipe, "settings": [f"model.num_layers={n}"], "data": str(packed_data.text)})
+        for n in (2, 4)))
+    count = more["micro_batches"]
+    assert (more["operations"] - fewer["operations"]) / (2 * count) <= OPERATIONS[recipe]
+    limits = ({name: n * count * more["routed_layers"] for name, n in PER_ROUTED_LAYER.items()}
+              | {name: n * count for name, n in PER_MICRO_BATCH.items()} | PER_STEP)
+    beyond = {name: n for name, n in more["fetches"].items()
+              if name not in ELSEWHERE and n > limits.get(name, 0)}
+    assert beyond == {}, "these functions make the host wait for the device"
+
+
+def without_numbers() -> list[int]:
+    """Compute on meta tensors, which have no numbers to fetch: a dense model with its loss and gradients,
+    a router with its balancing loss, what prediction layers need of documents."""
+    import torch
+
+    sys.path.insert(0, str(Path(__file__).parent))
+    from layout_run import small_config
+
+    from megatron_sov.mcore.model.language_model import ModelInputs, build, next_tokens
+    from megatron_sov.mcore.model.logprobs import head_of
+    from megatron_sov.mcore.model.router import BalancedRouter
+    from megatron_sov.mcore.parallel import world
+    from megatron_sov.train.microbatch import MicroBatch, shifted_targets
+
+    meta, n, bounds = torch.device("meta"), 64, [0, 5, 32, 41, 64]
+
+    def on_meta(recipe: str) -> Any:
+        config = small_config(recipe, [], [], "lm")
+        with meta:
+            model = build(config.model, config.parallel, config.train)
+        model._apply(lambda t: torch.empty_like(t, device=meta))
+        model.chunks[0].rotary_pos_emb.inv_freq = torch.empty(config.model.head_dim // 2, device=meta)
+        return model
+
+    world.join(small_config("tiny-qwen3", [], [], "lm").parallel)
+    model = on_meta("tiny-qwen3")
+    tokens = torch.zeros(n, dtype=torch.int64, device=meta)
+    inputs = ModelInputs(tokens, tokens, torch.zeros(len(bounds), dtype=torch.int32, device=meta), 27,
+                         torch.zeros(n, dtype=torch.bool, device=meta), host_bounds=bounds)
+    row = MicroBatch(inputs, tokens, torch.zeros(n, device=meta), tokens.byte(), tokens)
+    sums, _ = head_of(model, 24).cross_entropy(model.chunks[0](inputs), tokens, {"lm": row.weights})
+    sums["lm"].backward()
+    shifted_targets(row, 1)
+    next_tokens(tokens, inputs.cu_seqlens)
+    routed = on_meta("tiny-solar-open")
+    step = routed.config.routing_step
+    step.seq_len, step.num_sequences = 32, 2
+    router = next(m for m in routed.modules() if isinstance(m, BalancedRouter))
+    logits = torch.zeros(n, 1, router.config.num_moe_experts, device=meta, requires_grad=True)
+    weights, _ = router.routing(logits, inputs.padding[:, None])
+    weights.sum().backward()
+    world.leave()
+    return [sum(p.grad is not None for p in model.parameters()), int(logits.grad is not None)]
+
+
+@pytest.mark.distributed
+def test_layers_loss_and_router_ask_the_device_nothing(ranks: Any, job: Any) -> None:
+    """Only the library's exchange of tokens between experts does."""
+    ((found,),) = ranks(job(__file__, "without_numbers"))
+    assert found[0] > 20 and found[1] == 1
