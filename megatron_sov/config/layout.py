@@ -87,24 +87,7 @@ class ParallelConfig:
         if ((model.num_moe_layers() < model.num_layers or model.num_mtp_layers)
                 and model.dense_ffn_dim % self.tp):
             p.append(f"parallel.tp = {self.tp} must divide model.dense_ffn_dim = {model.dense_ffn_dim}")
-        if not model.num_moe_layers() and (self.ep > 1 or self.etp > 1):
-            p.append(f"parallel.ep = {self.ep} and parallel.etp = {self.etp} must be 1: "
-                     f"model.num_experts = {model.num_experts}, so there are no experts to divide")
-        elif model.num_moe_layers():
-            if model.num_experts % self.ep:
-                p.append(f"parallel.ep = {self.ep} must divide model.num_experts = {model.num_experts}; "
-                         f"{_divisors(model.num_experts)}")
-            if model.expert_ffn_dim % self.etp:
-                p.append(f"parallel.etp = {self.etp} must divide model.expert_ffn_dim = "
-                         f"{model.expert_ffn_dim}")
-            shared = model.num_shared_experts * model.expert_ffn_dim
-            if shared % self.tp:
-                p.append(f"parallel.tp = {self.tp} must divide the width of the shared experts, "
-                         f"model.num_shared_experts {model.num_shared_experts} x model.expert_ffn_dim "
-                         f"{model.expert_ffn_dim} = {shared}; {_divisors(shared)}")
-            if self.tp > 1 and not self.sp:
-                p.append(f"parallel.sp = {self.sp} must be true when experts meet parallel.tp = "
-                         f"{self.tp} > 1")
+        p += self._expert_problems(model)
         if self.sp and self.tp == 1:
             p.append("parallel.sp = True needs parallel.tp > 1; leave it out or raise tp")
         if self.pipeline_layout:
@@ -134,6 +117,29 @@ class ParallelConfig:
                 product = " x ".join(f"{n} {sizes[n]}" for n in names)
                 p.append(f"parallel {product} = {size} must divide the number of processes, {num_ranks}; "
                          f"start a multiple of {size} (--nproc) or lower one of them")
+        return p
+
+    def _expert_problems(self, model: ModelConfig) -> list[str]:
+        """Tell how experts cannot be divided."""
+        p = []
+        if not model.num_moe_layers() and (self.ep > 1 or self.etp > 1):
+            p.append(f"parallel.ep = {self.ep} and parallel.etp = {self.etp} must be 1: "
+                     f"model.num_experts = {model.num_experts}, so there are no experts to divide")
+        elif model.num_moe_layers():
+            if model.num_experts % self.ep:
+                p.append(f"parallel.ep = {self.ep} must divide model.num_experts = {model.num_experts}; "
+                         f"{_divisors(model.num_experts)}")
+            if model.expert_ffn_dim % self.etp:
+                p.append(f"parallel.etp = {self.etp} must divide model.expert_ffn_dim = "
+                         f"{model.expert_ffn_dim}")
+            shared = model.num_shared_experts * model.expert_ffn_dim
+            if shared % self.tp:
+                p.append(f"parallel.tp = {self.tp} must divide the width of the shared experts, "
+                         f"model.num_shared_experts {model.num_shared_experts} x model.expert_ffn_dim "
+                         f"{model.expert_ffn_dim} = {shared}; {_divisors(shared)}")
+            if self.tp > 1 and not self.sp:
+                p.append(f"parallel.sp = {self.sp} must be true when experts meet parallel.tp = "
+                         f"{self.tp} > 1")
         return p
 
     def _pipeline_layout_problems(self, model: ModelConfig) -> list[str]:
