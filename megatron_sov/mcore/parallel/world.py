@@ -77,7 +77,7 @@ def join(parallel: ParallelConfig) -> World:
     parallel_state.initialize_model_parallel(
         parallel.tp, parallel.pp, parallel.vpp if parallel.vpp > 1 else None,
         context_parallel_size=parallel.cp, expert_model_parallel_size=parallel.ep,
-        expert_tensor_parallel_size=parallel.etp)
+        expert_tensor_parallel_size=parallel.etp, create_gloo_process_groups=False)
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     return World(
         rank=rank, size=size, dp_rank=parallel_state.get_data_parallel_rank(),
