@@ -96,7 +96,7 @@ def join(parallel: ParallelConfig, needs_bytes: int = 0) -> World:
         context_parallel_size=parallel.cp, expert_model_parallel_size=parallel.ep,
         expert_tensor_parallel_size=parallel.etp,
         # they would only serve the library's own checkpoints; making thousands takes minutes
-        create_gloo_process_groups=not on_gpu(),
+        create_gloo_process_groups=False,
         distributed_timeout_minutes=max(1, math.ceil(parallel.timeout_s / 60)))
     tensor_parallel.model_parallel_cuda_manual_seed(1)
     library_defects.mend()

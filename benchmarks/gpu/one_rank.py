@@ -1,0 +1,97 @@
+"""One rank of a run as training has it: model, optimizer and steps over random documents, without files."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_sov.config import RunConfig
+from megatron_sov.data.rows import Row
+from megatron_sov.mcore.model import init
+from megatron_sov.mcore.model.expert_load import ExpertLoad
+from megatron_sov.mcore.model.language_model import build
+from megatron_sov.mcore.optimizer.optimizer import Optimizer
+from megatron_sov.mcore.parallel import world
+from megatron_sov.train.computation import Computation
+from megatron_sov.train.guards.fault_injection import Faults
+from megatron_sov.train.lm import LanguageModelling
+from megatron_sov.train.microbatch import from_row
+from megatron_sov.train.objective import GlobalBatch
+
+DOCUMENT_TOKENS = 1200
+"""Mean length of the random documents that a row is packed from."""
+
+
+class OneRank:
+    """Model and optimizer of one rank; make the process group first, or none for a single rank."""
+
+    def __init__(self, config: RunConfig, rank: int = 0, num_ranks: int = 1) -> None:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(num_ranks), "LOCAL_RANK": "0",
+                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29572"}
+        self.config = config
+        self.world = world.join(config.parallel)
+        self.model = build(config.model, config.parallel, config.train)
+        init.initialise(self.model, config.model, config.train.seed)
+        self.optimizer = Optimizer(self.model, config.optim, config.parallel)
+        self.expert_load = ExpertLoad(self.model)
+        self.model.config.finalize_model_grads_func = self.expert_load.finalize
+        batches: Any = SimpleNamespace(num_sources=1)
+        self.objective = LanguageModelling(config, batches)
+        self.computation = Computation(config, self.model, self.optimizer, self.expert_load, 1, Faults((), Path(), rank),
+                                       None)
+
+    def batch(self, step: int, num_micro_batches: int) -> GlobalBatch:
+        """Return this rank's part of a step's batch; the same tokens for the same step."""
+        c, random = self.config, np.random.default_rng(step)
+        seq_len = c.data.phases[0].seq_len
+        rows = [random_row(random, seq_len * c.train.micro_batch_size, c.model.vocab_size)
+                for _ in range(num_micro_batches)]
+        count = num_micro_batches * c.train.micro_batch_size * self.world.dp_size
+        return self.objective.prepare(GlobalBatch(tuple(map(from_row, rows)), seq_len, count, "random"))
+
+    def step(self, number: int, num_micro_batches: int = 1) -> tuple[float, float]:
+        """Do optimizer step `number` (from 1); returns its loss and seconds."""
+        batch = self.batch(number, num_micro_batches)
+        wait()
+        start = time.monotonic()
+        sums = self.computation.sums(batch, self.objective, number)
+        self.optimizer.step(self.config.optim.lr)
+        wait()
+        loss = sum(self.objective.coefficients[t] * v / batch.targets[t] for t, v in sums.terms.items())
+        return loss, time.monotonic() - start
+
+
+def wait() -> None:
+    """Wait for the device, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def random_row(random: np.random.Generator, num_tokens: int, vocab_size: int) -> Row:
+    """Return a row of documents in which each token follows from the one before, with some noise: so that
+    there is something to learn."""
+    cuts = np.sort(random.choice(np.arange(1, num_tokens), max(1, num_tokens // DOCUMENT_TOKENS), replace=False))
+    bounds = np.array([0, *cuts, num_tokens], np.int32)
+    tokens = random.integers(0, vocab_size, num_tokens)
+    for _ in range(3):  # most tokens are a function of the token before
+        follows = random.random(num_tokens) < 0.8
+        tokens[1:] = np.where(follows[1:], (tokens[:-1] * 31 + 17) % vocab_size, tokens[1:])
+    positions = np.concatenate([np.arange(b - a) for a, b in zip(bounds[:-1], bounds[1:], strict=True)])
+    weights = np.ones(num_tokens, np.float32)
+    weights[bounds[1:] - 1] = 0
+    return Row(tokens=tokens.astype(np.int64), labels=np.roll(tokens, -1).astype(np.int64), weights=weights,
+               positions=positions.astype(np.int64), types=np.zeros(num_tokens, np.uint8),
+               sources=np.zeros(num_tokens, np.int64), padding=np.zeros(num_tokens, bool), bounds=bounds)
+
+
+def with_settings(config: RunConfig, **parts: dict[str, Any]) -> RunConfig:
+    """Return the configuration with some fields of its parts replaced."""
+    changed = {name: dataclasses.replace(getattr(config, name), **values) for name, values in parts.items()}
+    return dataclasses.replace(config, **changed)

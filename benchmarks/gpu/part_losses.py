@@ -1,0 +1,105 @@
+"""Tiny recipes on the GPU against the same runs on the CPU."""
+
+from __future__ import annotations
+
+import json
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from setting import Failed, Setting, losses
+
+RECIPES = ("tiny-solar-open", "tiny-k-exaone")
+WAYS = {"bf16": ("train.precision=bf16",),
+        "bf16 zero1": ("train.precision=bf16", "parallel.zero1=true"),
+        "fp32": ("train.precision=fp32",),
+        "fp64": ("train.precision=fp64",)}
+"""Name -> settings."""
+LIMITS = {"bf16": 2e-2, "bf16 zero1": 2e-2, "fp32": 1e-4, "fp64": 1e-9}
+"""Largest relative difference of a step's loss: what rounding makes of another order of sums."""
+COMMON = ("model.vocab_size=512", "train.global_batch_size=8", "train.micro_batch_size=4",
+          "train.eval_every_steps=0", "train.checkpoint_every_steps=10", "data.heldout_tokens=2048",
+          "data.max_epochs=0")
+
+
+def data(setting: Setting) -> Path:
+    """Return token shards of a part of Python's own library."""
+    folder = setting.work / "data"
+    if (folder / "manifest.json").is_file():
+        return folder
+    texts, tokenizer = setting.work / "texts.jsonl", setting.work / "tokenizer"
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:40 if setting.dry else 160]
+    lines = (json.dumps({"text": f.read_text(encoding="utf-8", errors="replace")}) + "\n" for f in files)
+    texts.write_text("".join(lines), encoding="utf-8")
+    setting.command("sov-tokenizer", "train", "--preset", "solar-open", "--vocab-size", "512", "--input", texts,
+                    "--output", tokenizer, "--overwrite", on_gpu=False)
+    setting.command("sov-data", "pack", "--tokenizer", tokenizer, "--input", f"code={texts}", "--heldout",
+                    "0.1", "--output", folder, on_gpu=False)
+    return folder
+
+
+def train(setting: Setting, recipe: str, run: Path, steps: int, *settings: str, on_gpu: bool = True,
+          resume: bool = False) -> list[float]:
+    """Run a recipe and return its losses."""
+    words = [word for given in (*COMMON, f"train.steps={steps}", *settings) for word in ("--set", given)]
+    more = ["--resume"] if resume else []
+    setting.command("megatron-sov", "pretrain", recipe, "--data", data(setting), "--run", run, "--nproc", "1",
+                    *words, *more, on_gpu=on_gpu)
+    return losses(run)
+
+
+def routers(run: Path, step: int) -> dict[str, torch.Tensor]:
+    """Return the weights of all routers in a checkpoint."""
+    found: dict[str, torch.Tensor] = {}
+    for file in sorted((run / f"checkpoints/step-{step}").rglob("*.safetensors")):
+        found |= {n: t for n, t in load_file(file).items() if "router.weight" in n and "master" not in n}
+    return found
+
+
+def compare(setting: Setting, recipe: str, way: str, steps: int) -> dict[str, Any]:
+    """Return how far the GPU's losses are from the CPU's, and whether routers have learned.
+
+    Raises:
+        Failed: further than rounding explains, or a router stands still.
+    """
+    name = f"{recipe}-{way.replace(' ', '-')}"
+    gpu = train(setting, recipe, setting.work / f"{name}-gpu", steps, *WAYS[way])
+    cpu = train(setting, recipe, setting.work / f"{name}-cpu", steps, *WAYS[way], on_gpu=False)
+    worst = max(abs(a - b) / abs(b) for a, b in zip(gpu, cpu, strict=True))
+    first, last = (routers(setting.work / f"{name}-gpu", step) for step in (10, steps))
+    still = [n for n in first if torch.equal(first[n], last[n])]
+    figures = {"worst relative difference": worst, "gpu": gpu, "cpu": cpu, "routers": len(first)}
+    if not first or still:
+        raise Failed(f"{recipe}, {way}: routers that do not learn: {still or 'none found'}", **figures)
+    if worst > LIMITS[way]:
+        raise Failed(f"{recipe}, {way}: losses differ by {worst:.2e}, more than {LIMITS[way]:g}", **figures)
+    return figures
+
+
+def to_the_cpu_and_back(setting: Setting, steps: int) -> dict[str, Any]:
+    """Return the losses of a run that goes on on the CPU, then on the GPU again, beside one that stays.
+
+    Raises:
+        Failed: they differ by more than rounding explains.
+    """
+    way = WAYS["fp32"]
+    staying = train(setting, RECIPES[0], setting.work / "staying", 3 * steps, *way)
+    moving = setting.work / "moving"
+    train(setting, RECIPES[0], moving, steps, *way)
+    train(setting, RECIPES[0], moving, 2 * steps, *way, on_gpu=False, resume=True)
+    found = train(setting, RECIPES[0], moving, 3 * steps, *way, resume=True)
+    worst = max(abs(a - b) / abs(b) for a, b in zip(found, staying, strict=True))
+    if worst > LIMITS["fp32"]:
+        raise Failed(f"a run that moves differs from one that stays by {worst:.2e}")
+    return {"worst relative difference": worst}
+
+
+def measure(setting: Setting) -> dict[str, Any]:
+    """Return the figures of all comparisons."""
+    steps = 20
+    recipes, ways = (RECIPES[:1], ["fp32"]) if setting.dry else (RECIPES, list(WAYS))
+    figures: dict[str, Any] = {f"{recipe}, {way}": compare(setting, recipe, way, steps)
+                               for recipe in recipes for way in ways}
+    return figures | {"GPU, CPU, GPU": to_the_cpu_and_back(setting, 10)}

@@ -1,0 +1,81 @@
+"""What moves around training: snapshots to host memory, collectives of one rank, starts."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from setting import Failed, Setting
+
+from megatron_sov.mcore.checkpoint.host_snapshot import Snapshot
+from megatron_sov.mcore.model.local_shards import LocalShard
+
+TIMES = 3
+
+
+def synchronize(setting: Setting) -> None:
+    """Wait for the device."""
+    if not setting.dry:
+        torch.cuda.synchronize()
+
+
+def snapshot_rate(setting: Setting) -> dict[str, Any]:
+    """Return GB/s of the copies that a checkpoint takes while training waits."""
+    size = (1 << 24) if setting.dry else (1 << 32)
+    blocks = torch.empty(4, size // 16, dtype=torch.float32, device=setting.device).normal_()
+    shards = [LocalShard(f"weight{i}", f"weight{i}", block, (len(block),), (0,), owned=True)
+              for i, block in enumerate(blocks)]
+    snapshot, seconds = Snapshot(), []
+    for _ in range(TIMES):
+        synchronize(setting)
+        start = time.monotonic()
+        snapshot.take({"model": shards})
+        synchronize(setting)
+        seconds.append(time.monotonic() - start)
+    return {"bytes": size, "first GB/s": size / seconds[0] / 1e9, "then GB/s": size / min(seconds[1:]) / 1e9}
+
+
+def collectives(setting: Setting) -> dict[str, Any]:
+    """Return microseconds of an all-reduce of one rank, small and large.
+
+    Raises:
+        Failed: a sum over one rank is not what was put in.
+    """
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29571", "RANK": "0", "WORLD_SIZE": "1"}
+    dist.init_process_group("gloo" if setting.dry else "nccl")
+    found = {}
+    for numel in (1 << 10, 1 << (18 if setting.dry else 28)):
+        tensor = torch.ones(numel, device=setting.device)
+        for turn in range(5):
+            if turn == 2:
+                synchronize(setting)
+                start = time.monotonic()
+            dist.all_reduce(tensor)
+        synchronize(setting)
+        found[f"all_reduce {numel * 4} bytes, us"] = 1e6 * (time.monotonic() - start) / 3
+        if not bool((tensor == 1).all()):
+            raise Failed("an all-reduce over one rank has changed its tensor")
+    dist.destroy_process_group()
+    return found
+
+
+def starts(setting: Setting) -> dict[str, Any]:
+    """Return seconds from a command's start to the first step of a tiny run, and of its restart."""
+    from part_losses import train
+
+    run, found = setting.work / "start", {}
+    for name, steps, resume in (("start", 1, False), ("restart", 2, True)):
+        start = time.monotonic()
+        train(setting, "tiny-solar-open", run, steps, "train.checkpoint_every_steps=1", resume=resume)
+        found[f"{name} with one step and a checkpoint, s"] = time.monotonic() - start
+    return found
+
+
+def measure(setting: Setting) -> dict[str, Any]:
+    """Return all figures."""
+    return {"python": sys.version.split()[0], **snapshot_rate(setting), **collectives(setting),
+            **starts(setting)}
