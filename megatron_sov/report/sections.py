@@ -105,7 +105,7 @@ def sections(run: Run) -> list[Section]:
             ("step_time_s", "seconds", "Time of one optimizer step."),
             ("tflops_per_process", "TFLOP/s", "Model TFLOP/s of each process; recomputing counts once."),
             ("mfu", "share", "Model FLOPs utilisation: the share of the GPU's peak."),
-            ("peak_memory_bytes", "bytes", "Most memory that process 0 has had, on its GPU or else the host."),
+            ("peak_memory_bytes", "bytes", "Most memory that process 0 has had, on its GPU or the host."),
             ("reserved_memory_bytes", "bytes", "Most memory that process 0's allocator has held.")]),
             tables=_checkpoint_tables(run)),
         _data_section(run),
