@@ -3,8 +3,8 @@
 Model FLOPs as in PaLM (arXiv 2204.02311, appendix B): 6 for each weight that a token is multiplied with (2 in
 the forward pass, 4 in the backward pass), and 12 x heads x head size for each key that a query sees.  Of
 experts those that a token is routed to count, of attention the causal half and no more than the window, as
-Megatron-LM counts (a sample is taken for one document, which overstates samples of many).  Looking up an embedding, norms
-and softmax are no matrix products; what is recomputed counts once.
+Megatron-LM counts (a sample is taken for one document, which overstates samples of many).  Looking up an
+embedding, norms and softmax are no matrix products; what is recomputed counts once.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 as an account of single items.
 
 Of activations, each layer keeps its input (`train.recompute` true) or what is neither recomputed nor
-offloaded (`activations`), and one layer's inside exists at a time.  The account leaves out what the allocator, the
-communication library and the CUDA context take beside it.
+offloaded (`activations`), and one layer's inside exists at a time.  The account leaves out what the
+allocator, the communication library and the CUDA context take beside it.
 """
 
 from __future__ import annotations
