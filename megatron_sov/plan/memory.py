@@ -1,9 +1,9 @@
 """Memory of one process while it trains: weights, gradients, optimizer and activations,
 as an account of single items.
 
-Activations are those of full recomputation: each layer's input is kept, and one layer's inside exists at a
-time.  The account leaves out what the allocator, the communication library and the CUDA
-context take beside it.
+Of activations, each layer keeps its input (`train.recompute` true) or what is neither recomputed nor
+offloaded (`activations`), and one layer's inside exists at a time.  The account leaves out what the
+allocator, the communication library and the CUDA context take beside it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from megatron_sov.config import RunConfig
+from megatron_sov.plan.activations import kept, saved
 from megatron_sov.plan.stages import StageParams, vocabulary_tables
 
 ACTIVATION_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
@@ -20,8 +21,10 @@ MOMENT = 4
 """Bytes of a parameter's moment in float32; Muon keeps one for a matrix."""
 LOGIT_BYTES = 4
 """A softmax is computed in float32, or in the model's dtype where that is wider."""
-GRADIENT_BYTES = 4
-"""Gradients are summed in float32."""
+GRADIENT_BYTES = {"fp32": 4, "bf16": 2}
+"""Gradients are summed in `gpu.grad_dtype`."""
+FP32_GRADIENT = 4
+"""Where they are summed in bf16, those that this process updates become float32 for the update."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Account:
     gradients: int
     optimizer: int
     layer_inputs: int
-    """Kept for the backward pass: one for each layer and micro-batch under way."""
+    """Kept for the backward pass by each layer and micro-batch under way: its input, or more."""
     one_layer: int
     """The inside of the layer that is being recomputed, and the gradients of as much again."""
     head: int
@@ -48,7 +51,7 @@ def account(config: RunConfig, params: StageParams, num_ranks: int, stage: int, 
     """Return the account of a process on pipeline stage `stage` (0-based).
 
     Args:
-        config: model, layout, precision; `train.recompute` is taken to be on.
+        config: model, layout, precision, recomputation, use of GPUs.
         params: what it holds.
         num_ranks: processes.
         stage: pipeline stage; stage i of p has p - i micro-batches under way (1F1B, arXiv 2104.04473).
@@ -60,16 +63,23 @@ def account(config: RunConfig, params: StageParams, num_ranks: int, stage: int, 
     shards, expert_shards = ((num_ranks // (p.tp * p.pp), num_ranks // (p.etp * p.ep * p.pp)) if p.zero1
                              else (1, 1))
     state, moment = (MASTER_AND_MOMENTS, MOMENT) if config.train.precision == "bf16" else (2 * item, item)
+    copy = FP32_GRADIENT if config.gpu.grad_dtype == "bf16" else 0
+    state += copy
     of_matrices = state - moment if config.optim.name == "muon" else state
     tables = vocabulary_tables(config, stage) * (config.model.vocab_size // p.tp) * config.model.hidden_size
     of_dense = min(dense, tables) * state + max(0, dense - tables) * of_matrices
     local = seq_len * config.train.micro_batch_size // p.cp
-    inputs = local // (p.tp if p.sp else 1) * config.model.hidden_size * item
+    inside = layer_bytes(config, seq_len * config.train.micro_batch_size)
+    # recomputed: the input alone, and then all of the inside again
+    stays, again = ((local // (p.tp if p.sp else 1) * config.model.hidden_size * item, inside)
+                    if config.train.recompute is True else
+                    (item * kept(config, seq_len * config.train.micro_batch_size), 0))
+    if config.train.recompute == "selective":
+        again = inside - stays
     return Account(
-        weights=count * item, gradients=count * GRADIENT_BYTES,
+        weights=count * item, gradients=count * GRADIENT_BYTES[config.gpu.grad_dtype],
         optimizer=of_dense // shards + experts * of_matrices // expert_shards,
-        layer_inputs=inputs * params.layers * (p.pp - stage),
-        one_layer=2 * layer_bytes(config, seq_len * config.train.micro_batch_size),
+        layer_inputs=stays * params.layers * (p.pp - stage), one_layer=again + inside,
         head=_head_bytes(config, local) if stage == p.pp - 1 else 0)
 
 
@@ -92,17 +102,4 @@ def layer_bytes(config: RunConfig, row_tokens: int) -> int:
         config: model, layout, precision.
         row_tokens: tokens of a micro-batch, before it is cut over processes.
     """
-    m, p, item = config.model, config.parallel, ACTIVATION_BYTES[config.train.precision]
-    local = row_tokens // p.cp
-    share = local // (p.tp if p.sp else 1)
-    heads, kv = m.num_heads * m.head_dim // p.tp, m.num_kv_heads * m.head_dim // p.tp
-    # input gathered, q k v, rotated, output
-    attention = local * (m.hidden_size + (heads + 2 * kv) + (heads + kv) + heads)
-    gathered = row_tokens * 2 * kv if p.cp > 1 else 0  # keys and values of the whole row
-    norms = 4 * share * m.hidden_size  # two norms and two residuals
-    shared = local * (m.hidden_size + 3 * m.num_shared_experts * m.expert_ffn_dim // p.tp)
-    routed = (share * m.num_experts_per_token * (4 * m.hidden_size + 3 * m.expert_ffn_dim // p.etp)
-              if m.num_experts else 0)
-    dense = (local * (m.hidden_size + 3 * m.dense_ffn_dim // p.tp)
-             if m.num_dense_layers or not m.num_experts else 0)
-    return item * (attention + gathered + norms + max(shared + routed if m.num_experts else 0, dense))
+    return ACTIVATION_BYTES[config.train.precision] * saved(config, row_tokens).total

@@ -12,6 +12,7 @@ from megatron_sov.config import (
     ExtendConfig,
     ExtendStageConfig,
     GateConfig,
+    GpuConfig,
     ModelConfig,
     NeedleConfig,
     OptimConfig,
@@ -75,11 +76,12 @@ def k_exaone_236b() -> RunConfig:
     return RunConfig(
         recipe="k-exaone-236b",
         model=model(),
-        parallel=ParallelConfig(ep=16, zero1=True),
+        parallel=ParallelConfig(ep=16, zero1=True, overlap_grad_reduce=True, overlap_param_gather=True),
         data=DataConfig(phases=PHASES),
         optim=OptimConfig(name="muon", lr=3e-4, min_lr=3e-5, schedule="wsd", warmup_steps=2000,
                           decay_share=0.1, weight_decay=0.1),
         train=TrainConfig(global_batch_size=4096, micro_batch_size=1, recompute=True),
+        gpu=GpuConfig(gc_every_steps=100),
     )
 
 
@@ -89,7 +91,7 @@ def k_exaone_236b_extend() -> RunConfig:
     optim = OptimConfig(name="muon", lr=3e-5, min_lr=3e-6, schedule="cosine", warmup_steps=100,
                         weight_decay=0.1)
     return replace(
-        run, recipe="k-exaone-236b-extend", parallel=ParallelConfig(tp=8, sp=True, cp=8, ep=64, zero1=True),
+        run, recipe="k-exaone-236b-extend", parallel=replace(run.parallel, tp=8, sp=True, cp=8, ep=64),
         data=DataConfig(phases=stage_phases(STAGES, optim)), optim=optim,
         train=replace(run.train, global_batch_size=1024),
         needle=NeedleConfig(lengths_tokens=(8192, 32768, 262144)),
@@ -117,6 +119,7 @@ SOURCES: Sources = {
     "train.micro_batch_size": ours("memory"),
     "train.precision": ours("published is FP8"),
     "train.recompute": ours("memory"),
+    "gpu.gc_every_steps": ours("processes collect garbage together"),
 }
 EXTEND_SOURCES = derive(SOURCES, {
     **PHASE_SOURCES,

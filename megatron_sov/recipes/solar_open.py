@@ -12,6 +12,7 @@ from megatron_sov.config import (
     ExtendConfig,
     ExtendStageConfig,
     GateConfig,
+    GpuConfig,
     ModelConfig,
     NeedleConfig,
     OptimConfig,
@@ -92,11 +93,12 @@ def solar_open_102b() -> RunConfig:
     return RunConfig(
         recipe="solar-open-102b",
         model=model(),
-        parallel=ParallelConfig(ep=8, zero1=True),
+        parallel=ParallelConfig(ep=8, zero1=True, overlap_grad_reduce=True, overlap_param_gather=True),
         data=DataConfig(phases=PHASES),
         optim=OptimConfig(lr=2.5e-4, min_lr=3e-6, schedule="cosine", warmup_steps=2000, weight_decay=0.1,
                           beta2=0.95),
         train=TrainConfig(global_batch_size=13440, micro_batch_size=1, recompute=True),
+        gpu=GpuConfig(gc_every_steps=100),
     )
 
 
@@ -115,7 +117,7 @@ def solar_open_102b_extend() -> RunConfig:
     optim = replace(run.optim, lr=5e-5, schedule="linear", warmup_steps=100)
     return replace(
         run, recipe="solar-open-102b-extend", model=released_model(),
-        parallel=ParallelConfig(tp=4, sp=True, cp=8, ep=32, zero1=True),
+        parallel=replace(run.parallel, tp=4, sp=True, cp=8, ep=32),
         data=DataConfig(phases=stage_phases(STAGES, optim)), optim=optim,
         train=replace(run.train, global_batch_size=1440),
         needle=NeedleConfig(lengths_tokens=(4096, 32768, 102400)),
@@ -144,6 +146,7 @@ SOURCES: Sources = {
     "train.micro_batch_size": ours("memory"),
     "train.precision": ours("published is FP8 beside bf16"),
     "train.recompute": published(f"{REPORT}, infrastructure"),
+    "gpu.gc_every_steps": ours("processes collect garbage together"),
 }
 _MID_TRAINING = published(f"{REPORT}, mid-training")
 MID_SOURCES = derive(SOURCES, {

@@ -7,6 +7,7 @@ from dataclasses import replace
 from megatron_sov.config import (
     ExtendConfig,
     ExtendStageConfig,
+    GpuConfig,
     NeedleConfig,
     ParallelConfig,
     PhaseConfig,
@@ -47,6 +48,7 @@ def shrink(name: str, run: RunConfig) -> RunConfig:
         optim=replace(run.optim, name="adamw", lr=4e-3, min_lr=2e-4, warmup_steps=20),
         train=replace(run.train, steps=200, tokens=0, global_batch_size=16, micro_batch_size=8,
                       precision="fp32", recompute=False, checkpoint_every_steps=50, eval_every_steps=100),
+        gpu=GpuConfig(),
         needle=NeedleConfig(lengths_tokens=(256, 512), depths=(0.0, 0.5, 0.95), samples=20),
         extend=extend,
     )

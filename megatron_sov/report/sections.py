@@ -56,6 +56,7 @@ def key_figures(run: Run) -> list[tuple[str, str, str]]:
     speed = run.curve("tokens_per_s")
     if speed and len(speed.finite().steps):
         found.append(("Tokens a second", f"{np.median(speed.finite().values):,.0f}", "median over steps"))
+    found += _efficiency_figures(run)
     bits = run.overall_bits_per_byte
     if bits:
         best = int(np.argmin(bits.values))
@@ -68,6 +69,22 @@ def key_figures(run: Run) -> list[tuple[str, str, str]]:
         if needle.get("cells"):
             longest = max(int(c["length_tokens"]) for c in needle["cells"])
             found.append(("Needle score", f"{number(needle.get('score')):.1%}", f"up to {longest:,} tokens"))
+    return found
+
+
+def _efficiency_figures(run: Run) -> list[tuple[str, str, str]]:
+    """Return what the steps made of their machine."""
+    found = []
+    tflops, mfu = run.curve("tflops_per_process"), run.curve("mfu")
+    if tflops and len(tflops.finite().steps):
+        share = ""
+        if mfu and len(mfu.finite().steps):
+            share = f", {np.median(mfu.finite().values):.1%} of the peak"
+        found.append(("Model TFLOP/s", f"{np.median(tflops.finite().values):.3g}",
+                      f"each process, median over steps{share}"))
+    memory = run.curve("peak_memory_bytes")
+    if memory and math.isfinite(last_value(memory)):
+        found.append(("Peak memory", f"{last_value(memory) / 2**30:.2f} GiB", "process 0"))
     return found
 
 
@@ -85,7 +102,12 @@ def sections(run: Run) -> list[Section]:
         expert_section(run),
         Section("Speed", side_by_side=True, charts=scalar_charts(run, [
             ("tokens_per_s", "tokens per second", "Tokens per second, all processes together."),
-            ("step_time_s", "seconds", "Time of one optimizer step.")]), tables=_checkpoint_tables(run)),
+            ("step_time_s", "seconds", "Time of one optimizer step."),
+            ("tflops_per_process", "TFLOP/s", "Model TFLOP/s of each process; recomputing counts once."),
+            ("mfu", "share", "Model FLOPs utilisation: the share of the GPU's peak."),
+            ("peak_memory_bytes", "bytes", "Most memory that process 0 has had, on its GPU or the host."),
+            ("reserved_memory_bytes", "bytes", "Most memory that process 0's allocator has held.")]),
+            tables=_checkpoint_tables(run)),
         _data_section(run),
         incident_section(run),
         Section("Needle in a haystack", side_by_side=True,

@@ -20,12 +20,15 @@ def train(trainer: Trainer, stop: StopFlag) -> bool:
     trainer.announce()
     while not trainer.finished:
         guards.watchdog.begin(trainer.step + 1)
+        trainer.profiling.before_step(trainer.step + 1)
         result = trainer.update()  # None: its samples are passed over, or it is refused
         load = trainer.observe() if result is not None else None
         if trainer.side_jobs is not None:
             trainer.side_jobs.poll()
         if result is not None:
             recorder.step(trainer.state, result, load)
+        trainer.profiling.after_step(trainer.step)
+        trainer.garbage.after_step(trainer.step)
         guards.watchdog.end()
 
         rolled_back = guards.step_guard.wants_rollback
@@ -42,11 +45,13 @@ def train(trainer: Trainer, stop: StopFlag) -> bool:
         asked_to_stop = checkpointer.sync(stop)  # also, a checkpoint that all processes have written appears
         if asked_to_stop and not last:
             trainer.save()
+            trainer.profiling.close(step)
             checkpointer.finish()
             recorder.stopped(step, stop.reason)
             return False
         if last or rolled_back or step % every.checkpoint_every_steps == 0:
             trainer.save()
+    trainer.profiling.close(trainer.step)
     checkpointer.finish()
     recorder.ended(trainer.step, trainer.wall_s(), result.loss if result is not None else None)
     return True

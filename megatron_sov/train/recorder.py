@@ -28,6 +28,7 @@ from megatron_sov.obs.progress_bar import ProgressBar
 from megatron_sov.obs.routing import max_violation
 from megatron_sov.obs.trackers import Trackers
 from megatron_sov.obs.warning import warn
+from megatron_sov.train.efficiency import Efficiency
 from megatron_sov.train.evaluate import HeldoutLoss
 from megatron_sov.train.guards.step_guard import Refusal
 from megatron_sov.train.state import StepResult, TrainState
@@ -47,6 +48,7 @@ class Recorder:
         """
         self._config, self._world, self._num_steps = config, world, num_steps
         self._began_s = time.time() if began_s is None else began_s
+        self._efficiency = Efficiency(config, world.size)
         self.events = EventLog(None)
         """The run's events; open on rank 0, dropped elsewhere."""
         self._trackers: Trackers | None = None
@@ -102,15 +104,16 @@ class Recorder:
         routed = load[load.sum(dim=1) > 0]
         figures = {"max_violation": float(max_violation(routed.numpy()).max())} if len(routed) else {}
         tokens_per_s = result.num_tokens / result.seconds
+        used = self._efficiency.figures(result.num_tokens, result.seq_len, result.seconds)
         self.events.write(
             "step", step=done.step, loss=result.loss, losses=result.losses,
             losses_by_source=result.losses_by_source, grad_norm=result.grad_norm, lr=result.lr,
             tokens=done.tokens, step_time_s=result.seconds, tokens_per_s=tokens_per_s, phase=result.phase,
-            padding_share=result.padding_share, **figures)
+            padding_share=result.padding_share, **used, **figures)
         if self._trackers is not None:
             self._trackers.log_step(done.step, {
                 "loss": result.loss, "grad_norm": result.grad_norm, "lr": result.lr,
-                "tokens_per_s": tokens_per_s, **figures,
+                "tokens_per_s": tokens_per_s, **used, **figures,
                 **{f"loss/{t}": v for t, v in result.losses.items()}})
         if self._progress is not None:
             self._progress.update(done.step, result.loss, tokens_per_s)

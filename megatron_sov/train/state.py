@@ -39,5 +39,7 @@ class StepResult:
     """Phase of the curriculum."""
     padding_share: float
     """Part of the batch that was padding."""
+    seq_len: int
+    """Tokens of a sample."""
     seconds: float = field(default=0.0)
     """Wall time of the step."""

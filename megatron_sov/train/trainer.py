@@ -34,11 +34,13 @@ from megatron_sov.train.checkpointer import Checkpointer
 from megatron_sov.train.computation import Computation
 from megatron_sov.train.data_batches import DataBatches
 from megatron_sov.train.evaluate import HeldoutEvaluator, HeldoutLoss
+from megatron_sov.train.garbage import Garbage
 from megatron_sov.train.gate import Gate
 from megatron_sov.train.guards.fault_injection import Fault, corrupt
 from megatron_sov.train.guards.guards import Guards
 from megatron_sov.train.guards.step_guard import Refusal
 from megatron_sov.train.objective import GlobalBatch, Objective, refuse_nothing_learned
+from megatron_sov.train.profiling import Profiling
 from megatron_sov.train.recorder import Recorder
 from megatron_sov.train.side_jobs.side_jobs import SideJobs
 from megatron_sov.train.state import StepResult, TrainState
@@ -91,6 +93,10 @@ class Trainer:
                                        self.guards.faults, self.guards.stragglers.clock)
         self.side_jobs: SideJobs | None = None
         """On rank 0, once the records are open."""
+        self.garbage = Garbage(config.gpu.gc_every_steps)
+        """Python's collections."""
+        self.profiling = Profiling(config.gpu, folder.path, world.is_main)
+        """Traces of steps."""
         self.heldout: dict[str, HeldoutLoss] = {}
         """What the last evaluation gave."""
         self._evaluator: HeldoutEvaluator | None = None
@@ -201,7 +207,7 @@ class Trainer:
             losses_by_source={s.name: total / n for s, (total, n) in by_source if n > 0}, grad_norm=grad_norm,
             lr=lr, num_tokens=batch.num_tokens, phase=batch.phase,
             padding_share=1 - batch.num_tokens / (batch.num_sequences * batch.seq_len),
-            seconds=time.monotonic() - start)
+            seq_len=batch.seq_len, seconds=time.monotonic() - start)
 
     def _before_computing(self, batch: GlobalBatch) -> None:
         """Let faults on purpose come, and check that this process computes the same twice."""
@@ -284,6 +290,7 @@ class Trainer:
     def close(self) -> None:
         """End the records, and what runs beside."""
         self.guards.watchdog.close()
+        self.garbage.close()
         if self.side_jobs is not None:
             self.side_jobs.close()
         self.guards.faults.tell(self.events)

@@ -23,7 +23,8 @@ EP2 = ("--nproc", "2", "--set", "parallel.ep=2")
 
 def steps_of(run: Path) -> list[dict[str, Any]]:
     """Return every step's numbers, without times."""
-    timed = ("time_s", "step_time_s", "tokens_per_s")
+    timed = ("time_s", "step_time_s", "tokens_per_s", "tokens_per_s_per_process", "tflops_per_process",
+             "peak_memory_bytes")
     return [{k: v for k, v in e.items() if k not in timed}
             for e in final_steps(list(read_events(run / "events.jsonl")))]
 

@@ -13,7 +13,8 @@ import pytest
 from megatron_sov import recipes
 from megatron_sov.config import ParallelConfig, RunConfig, apply_settings
 from megatron_sov.models.count import num_params
-from megatron_sov.plan.memory import account, layer_bytes
+from megatron_sov.plan import activations
+from megatron_sov.plan.memory import account
 from megatron_sov.plan.stages import StageParams
 
 ROOT = Path(__file__).parents[2]
@@ -38,8 +39,8 @@ def stages_hold_the_whole_model(recipe: str, layout: dict[str, int], num_ranks: 
     return [sum(s.dense + s.experts * layout["ep"] for s in stages), count.total + count.mtp + copied]
 
 
-def saved_bytes_of_a_layer() -> list[int]:
-    """Return [bytes that autograd keeps for one more layer, the account of it]."""
+def saved_bytes_of_a_layer(changes: list[str]) -> list[int]:
+    """Return [bytes that autograd keeps for one more layer, the account of it] under some settings."""
     import torch
 
     from megatron_sov.mcore.model import init
@@ -47,12 +48,12 @@ def saved_bytes_of_a_layer() -> list[int]:
     from megatron_sov.mcore.parallel import world
 
     tokens, kept = 512, []
-    config = config_of("tiny-solar-open", train__precision="fp32", train__recompute="false",
-                       train__micro_batch_size=1)
+    config = apply_settings(config_of("tiny-solar-open", train__precision="fp32", train__micro_batch_size=1),
+                            changes)
     for layers in (2, 3):
         settings = apply_settings(config, [f"model.num_layers={layers}"])
         world.join(ParallelConfig())
-        model = build(settings.model, settings.parallel, settings.train)
+        model = build(settings.model, settings.parallel, settings.train, settings.gpu)
         init.initialise(model, settings.model, 1)
         weights = {w.untyped_storage().data_ptr() for w in model.parameters()}
         storages: dict[int, int] = {}
@@ -73,7 +74,7 @@ def saved_bytes_of_a_layer() -> list[int]:
             model.chunks[0](inputs)
             kept.append(sum(storages.values()))
         world.leave()
-    return [kept[1] - kept[0], layer_bytes(config, tokens)]
+    return [kept[1] - kept[0], 4 * activations.kept(config, tokens)]
 
 
 def test_stages_hold_the_model_and_a_layer_what_the_account_says(ranks: Any, job: Any) -> None:
@@ -82,11 +83,17 @@ def test_stages_hold_the_model_and_a_layer_what_the_account_says(ranks: Any, job
     exaone = {"recipe": "k-exaone-236b", "layout": {"tp": 1, "pp": 4, "ep": 64}, "num_ranks": 256}
     results = ranks(job(here, "stages_hold_the_whole_model", 1, solar),
                     job(here, "stages_hold_the_whole_model", 1, exaone),
-                    job(here, "saved_bytes_of_a_layer", 1, {}))
+                    job(here, "saved_bytes_of_a_layer", 1, {"changes": []}),
+                    *(job(here, "saved_bytes_of_a_layer", 1, {"changes": [
+                        "train.recompute=selective", f'gpu.recompute_modules=["{module}"]']})
+                      for module in ("moe", "shared_experts")))
     for (held, counted), in results[:2]:
         assert held == counted
-    ((kept, said),) = results[2]
-    assert 0.6 * said < kept < 1.4 * said
+    everything = results[2][0][0]
+    for ((kept, said),) in results[2:]:
+        assert 0.6 * said < kept < 1.4 * said
+    (((without_experts, _),), ((without_shared, _),)) = results[3:]
+    assert without_experts < without_shared < everything
 
 
 @pytest.mark.parametrize(("change", "item", "factor"), [
@@ -95,6 +102,9 @@ def test_stages_hold_the_model_and_a_layer_what_the_account_says(ranks: Any, job
     # of each row of the head: 2048 or 512 logits as float32 and as bf16, and a gradient of 4096 float32
     ({"train__head_chunk_tokens": 512}, "head", (512 * 6 + 4096 * 4) / (2048 * 6 + 4096 * 4)),
     ({"parallel__zero1": "true"}, "optimizer", 1 / 16),
+    ({"gpu__grad_dtype": "bf16"}, "gradients", 1 / 2), ({"gpu__grad_dtype": "bf16"}, "optimizer", 16 / 12),
+    # of a layer's inside and its gradients, what is stored is not there once more
+    ({"train__recompute": "false"}, "one_layer", 1 / 2),
     # of 1e9 parameters, embedding and head (1000 x 4096 each) keep both moments
     ({"optim__name": "muon", "model__vocab_size": 1000}, "optimizer", (8 + 4 * 2 * 1000 * 4096 / 1e9) / 12)])
 def test_each_item_follows_its_setting(change: dict[str, Any], item: str, factor: float) -> None:

@@ -36,6 +36,9 @@ class Recorded:
             stopped=lambda step, reason: self.note("stop"),
             expert_load=lambda step, load: self.note("expert load"),
             ended=lambda step, wall_s, loss: self.note("run_end"))
+        self.profiling = SimpleNamespace(before_step=lambda step: None, after_step=lambda step: None,
+                                         close=lambda step: None)
+        self.garbage = SimpleNamespace(after_step=lambda step: None)
         self.expert_load = SimpleNamespace(gather=lambda: None)
 
     def note(self, action: str) -> None:

@@ -26,7 +26,7 @@ from megatron_sov.train.state import StepResult, TrainState  # noqa: E402
 
 NUM_STEPS = 7
 RESULT = StepResult(loss=2.5, losses={"lm": 2.5}, losses_by_source={"web": 2.4}, grad_norm=1.5, lr=1e-3,
-                    num_tokens=64, phase="main", padding_share=0.25, seconds=0.5)
+                    num_tokens=64, phase="main", padding_share=0.25, seq_len=32, seconds=0.5)
 LOAD = torch.tensor([[0.0, 0.0], [3.0, 1.0], [2.0, 2.0]])
 """A dense layer and two routed ones."""
 MAIN, OTHER = World(0, 2, 0, 2, True, True), World(1, 2, 1, 2, True, True)

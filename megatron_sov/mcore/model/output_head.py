@@ -1,8 +1,8 @@
 """The output head beside fused accumulation of weight gradients.
 
 With it, the library's own `ColumnParallelLinear` demands APEX, whatever Transformer Engine can: the output
-head is one, also in a model of Transformer Engine's modules.  Losses take the head's weight and never call its
-module, so its own configuration may say no.
+head is one, also in a model of Transformer Engine's modules.  Losses take the head's weight and never call
+its module, so its own configuration may say no.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def step(recipe: str, layout: dict[str, Any], settings: tuple[str, ...] = ()) ->
     place = world.join(ParallelConfig(**layout))
     model = build(config.model, ParallelConfig(**layout), config.train, config.gpu)
     init.initialise(model, config.model, 1)
-    optimizer = Optimizer(model, config.optim)
+    optimizer = Optimizer(model, config.optim, gpu=config.gpu)
     load = ExpertLoad(model)
     model.config.finalize_model_grads_func = load.finalize
     model.config.routing_step.seq_len, model.config.routing_step.num_sequences = 16, 8
@@ -73,7 +73,7 @@ def step(recipe: str, layout: dict[str, Any], settings: tuple[str, ...] = ()) ->
         if getattr(module, "expert_bias", None) is not None:
             biases[module.layer_number] = module.expert_bias.double()
     biases = collectives.all_reduce_world(biases) / (place.size // layout.get("pp", 1))
-    return {"loss": float(total), "norm": norm, "load": load.gather().tolist(),
+    return {"loss": float(total), "norm": norm, "gradients": str(optimizer.wrapped[0].buffers[0].grad_dtype), "load": load.gather().tolist(),
             "rate": config.model.router_bias_update_rate, "bias": biases.tolist()}
 
 
@@ -98,3 +98,14 @@ def test_every_layout_gives_one_processs_step(ranks, job) -> None:
             assert result["loss"] == pytest.approx(alone["loss"], rel=1e-6), (recipe, layout)
             assert result["norm"] == pytest.approx(alone["norm"], rel=1e-5), (recipe, layout)
             assert (result["load"], result["bias"]) == (alone["load"], alone["bias"]), (recipe, layout)
+
+
+@pytest.mark.distributed
+def test_gradients_summed_in_bf16_are_those_of_fp32_rounded(ranks, job) -> None:
+    (wide,), (narrow,) = ranks(*(
+        job(__file__, "step", 1, {"recipe": "tiny-solar-open", "layout": {},
+                                  "settings": ["train.precision=bf16", *settings]})
+        for settings in ([], ["gpu.grad_dtype=bf16"])))
+    assert (wide["gradients"], narrow["gradients"]) == ("torch.float32", "torch.bfloat16")
+    assert narrow["loss"] == wide["loss"]
+    assert narrow["norm"] != wide["norm"] and narrow["norm"] == pytest.approx(wide["norm"], rel=1e-2)

@@ -1,0 +1,48 @@
+"""How well a step used its machine: model FLOPs, their share of the GPU's peak, memory."""
+
+from __future__ import annotations
+
+import resource
+import sys
+
+import torch
+
+from megatron_sov.config import RunConfig
+from megatron_sov.mcore.parallel.device import on_gpu
+from megatron_sov.models.flops import train_flops_per_token
+from megatron_sov.obs.gpu_peaks import peak_tflops
+
+MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024
+"""What the system counts a process's memory in."""
+
+
+class Efficiency:
+    """The figures of a step, for this process."""
+
+    def __init__(self, config: RunConfig, num_ranks: int) -> None:
+        known = peak_tflops(torch.cuda.get_device_name()) if on_gpu() else None
+        self._model, self._num_ranks = config.model, num_ranks
+        self._peak_tflops = config.gpu.peak_tflops or known
+
+    def figures(self, num_tokens: int, seq_len: int, seconds: float) -> dict[str, float]:
+        """Return field of a `step` event -> value.
+
+        Args:
+            num_tokens: tokens of the step, over all processes.
+            seq_len: tokens of a row's samples.
+            seconds: the step's time.
+        """
+        per_process = num_tokens / seconds / self._num_ranks
+        tflops = per_process * train_flops_per_token(self._model, seq_len) / 1e12
+        found = {"tokens_per_s_per_process": per_process, "tflops_per_process": tflops}
+        if self._peak_tflops:
+            found["mfu"] = tflops / self._peak_tflops
+        return found | _memory()
+
+
+def _memory() -> dict[str, float]:
+    """Return the most memory that this process has had so far: on its GPU, else of the host."""
+    if on_gpu():
+        return {"peak_memory_bytes": torch.cuda.max_memory_allocated(),
+                "reserved_memory_bytes": torch.cuda.max_memory_reserved()}
+    return {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_BYTES}
