@@ -105,10 +105,7 @@ class ParallelConfig:
             p.append("parallel.overlap_param_gather = True needs parallel.zero1 and "
                      f"parallel.overlap_grad_reduce, which are {self.zero1} and {self.overlap_grad_reduce}; "
                      "set both or leave it out")
-        if not 0 < self.timeout_s < math.inf:
-            p.append(f"parallel.timeout_s = {self.timeout_s} must be above 0")
-        if self.bucket_params < 0:
-            p.append(f"parallel.bucket_params = {self.bucket_params} must not be negative")
+        p += self._out_of_range()
         for names in (("tp", "pp", "cp"), ("etp", "ep", "pp")):
             size = 1
             for name in names:
@@ -157,6 +154,12 @@ class ParallelConfig:
             p.append(f"{given} adds up to {sum(self.pipeline_layout)} layers and must to model.num_layers = "
                      f"{model.num_layers}")
         return p
+
+    def _out_of_range(self) -> list[str]:
+        rules = [(self.bucket_params >= 0,
+                  f"parallel.bucket_params = {self.bucket_params} must not be negative"),
+                 (0 < self.timeout_s < math.inf, f"parallel.timeout_s = {self.timeout_s} must be above 0")]
+        return [sentence for holds, sentence in rules if not holds]
 
 
 def _divisors(n: int) -> str:

@@ -32,8 +32,8 @@ def recommended(config: RunConfig, num_ranks: int, gpu: str) -> ParallelConfig |
 
 
 def leaves_layout_open(request: Request) -> bool:
-    """Return whether nobody has said anything about a run's layout: neither --set, nor a file, nor a recipe of
-    the user's own under the name of another one."""
+    """Return whether nobody has said anything about a run's layout: neither --set, nor a file, nor a recipe
+    of the user's own under the name of another one."""
     base = request.base
     return (not request.from_file and not any(s.startswith("parallel.") for s in request.settings)
             and base.recipe in RECOMMENDED and base.parallel == recipes.get(base.recipe).parallel)
