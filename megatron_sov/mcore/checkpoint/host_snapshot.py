@@ -14,6 +14,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +78,20 @@ class Snapshot:
         arena = _Arena(sum(_num_bytes(b.data) for b in missing.values()))
         self._memory = {key: self._memory[key] if key in self._memory else arena.like(b.data)
                         for key, b in wanted.items()}
-        for key, block in wanted.items():
-            self._memory[key].copy_(block.data.detach(), non_blocking=True)
+        self._copy(wanted)
         self._parts = {part: [dataclasses.replace(b, data=self._memory[_identity(part, b)]) for b in blocks]
                        for part, blocks in owned.items()}
-        if on_gpu():
+
+    def _copy(self, wanted: Mapping[tuple[Any, ...], LocalShard]) -> None:
+        def copy(key: tuple[Any, ...]) -> None:
+            self._memory[key].copy_(wanted[key].data.detach(), non_blocking=True)
+
+        if on_gpu():  # one stream, and a device that other threads would have to be told
+            for key in wanted:
+                copy(key)
             torch.cuda.synchronize()
+        else:
+            run_in_threads([partial(copy, key) for key in wanted], num_writers())
 
     def write(self, folder: Path, rank: int) -> None:
         """Write the copy into files of `folder` and, last, what was written,
@@ -108,7 +117,8 @@ class Snapshot:
         file = Written.file(folder, rank)
         file.parent.mkdir(parents=True, exist_ok=True)
         unfinished = file.with_suffix(".part")  # its name says that it is whole: nobody has to be asked
-        unfinished.write_text(json.dumps(dataclasses.asdict(result)))
+        # vars and not asdict, which copies every entry of the indices before it is written
+        unfinished.write_text(json.dumps(vars(result), default=vars))
         os.replace(unfinished, file)
 
 

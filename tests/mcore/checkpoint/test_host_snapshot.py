@@ -3,6 +3,7 @@ by several threads."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
 prepare_megatron()
+from megatron_sov.artifacts import FileRecord  # noqa: E402
 from megatron_sov.mcore.checkpoint import host_snapshot  # noqa: E402
 from megatron_sov.mcore.checkpoint.host_snapshot import Snapshot, Written, run_in_threads  # noqa: E402
 from megatron_sov.mcore.checkpoint.sharded_tensors import TensorReader, write_index  # noqa: E402
@@ -58,8 +60,22 @@ def test_what_was_taken_is_written_whatever_happens_to_the_live_tensors(
     for key, tensor in before.items():
         assert reader.read(key).equal(tensor), key
     for name, record in written.files.items():
-        assert (tmp_path / name).stat().st_size == record.size_bytes
+        assert record == FileRecord.of(tmp_path / name)
         assert load_file(tmp_path / name), "the library reads it as well"
+
+
+def test_blocks_are_copied_by_all_threads_that_write(tensors: dict[str, torch.Tensor],
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def threads(actions: list[Callable[[], None]], num_threads: int) -> None:
+        asked.append((len(actions), num_threads))
+        run_in_threads(actions, num_threads)
+
+    monkeypatch.setattr(host_snapshot, "run_in_threads", threads)
+    monkeypatch.setattr(host_snapshot, "num_writers", lambda: 3)
+    Snapshot().take({"model": blocks_of(tensors)})
+    assert asked == [(2 * len(tensors), 3)]
 
 
 def test_memory_is_kept_and_given_back_with_its_block(tensors: dict[str, torch.Tensor]) -> None:
