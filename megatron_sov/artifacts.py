@@ -239,8 +239,8 @@ def _made(temporary: Path, path: Path) -> Iterator[None]:
     try:
         temporary.mkdir()
     except FileExistsError:  # a container's processes may all have the same number
-        raise UserError(f"{path}: another process is making it; wait for it, "
-                        "or choose another output folder") from None
+        raise UserError(f"{path}: another process is making it; wait for it, choose another output folder, "
+                        f"or delete {temporary} if it is what a killed one left") from None
     fd = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY)
     try:
         holds(fd)
@@ -286,7 +286,7 @@ def clear_leftovers(path: Path) -> None:
     name = glob.escape(path.name)
     for leftover in sorted([*path.parent.glob(f".{name}.tmp-*"), *path.parent.glob(f".{name}.old-*")]):
         stem, _, pid = leftover.name.rpartition("-")
-        if not pid.isdigit() or not _has_ended(int(pid)) or is_held(leftover):
+        if not pid.isdigit() or not _is_left(leftover, int(pid)):
             continue
         if stem.endswith(".old") and not path.exists():
             os.rename(leftover, path)
@@ -294,11 +294,16 @@ def clear_leftovers(path: Path) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
+def _is_left(folder: Path, pid: int) -> bool:
+    """Return whether nobody works in a folder any more, in whose name a process put its number."""
+    held = is_held(folder)
+    if pid == os.getpid():  # of an earlier start of this container, or of another one that is at work
+        return held is False
+    return not held and _has_ended(pid)
+
+
 def _has_ended(pid: int) -> bool:
-    """Return whether a process has ended, be it that its parent has not yet taken note of it; one that had
-    this process's number has."""
-    if pid == os.getpid():
-        return True
+    """Return whether a process has ended, be it that its parent has not yet taken note of it."""
     with contextlib.suppress(psutil.Error):
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     return not psutil.pid_exists(pid)

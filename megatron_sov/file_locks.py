@@ -1,5 +1,5 @@
 """Locks on files and folders that go with their process, however that ends; by the kernel,
-so they are seen from other containers, and on many network file systems from other machines."""
+so they are seen from other containers, and on some network file systems from other machines."""
 
 from __future__ import annotations
 
@@ -8,27 +8,28 @@ import os
 from pathlib import Path
 
 
-def holds(fd: int) -> bool:
+def holds(fd: int) -> bool | None:
     """Return whether no other process holds an open file or folder, which is then held until it is closed.
 
-    Where a file system knows no locks (Lustre unless mounted with `flock`), everything is free.
+    None where that cannot be known: Lustre knows no locks unless mounted with `flock`, NFS none of folders.
     """
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:
-        pass
+        return None
     return True
 
 
-def is_held(folder: Path) -> bool:
-    """Return whether a process, wherever it runs, holds a folder."""
+def is_held(folder: Path) -> bool | None:
+    """Return whether a process, wherever it runs, holds a folder; None where that cannot be known."""
     try:
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError:  # gone, or no folder
         return False
     try:
-        return not holds(fd)
+        free = holds(fd)
+        return None if free is None else not free
     finally:
         os.close(fd)

@@ -163,7 +163,7 @@ with artifacts.new_artifact(Path(sys.argv[1]), "tokens") as writer:
                           cwd=Path(__file__).parents[1]) as other:
         assert other.stdout is not None and other.stdout.readline() == "now\n"
         if pid == os.getpid():
-            with pytest.raises(UserError, match="a: another process is making it; wait for it"):
+            with pytest.raises(UserError, match="a: another process is making it; wait for it, choose"):
                 build(tmp_path / "a")
         else:
             artifacts.clear_leftovers(tmp_path / "a")

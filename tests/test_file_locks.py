@@ -13,6 +13,7 @@ import pytest
 from megatron_sov import file_locks
 from megatron_sov.artifacts import new_artifact
 from megatron_sov.convert.resume import resumable_artifact
+from megatron_sov.errors import UserError
 
 
 def test_a_folder_is_held_as_long_as_its_process_lives(tmp_path: Path) -> None:
@@ -36,8 +37,15 @@ def test_where_a_file_system_knows_no_locks_the_work_goes_on(tmp_path: Path,
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     monkeypatch.setattr(file_locks.fcntl, "flock", refuse)
+    assert file_locks.is_held(tmp_path) is None
     with new_artifact(tmp_path / "tokens", "tokens") as writer:
         (writer.path / "data.bin").touch()
     with resumable_artifact(tmp_path / "export", "hf_model", {}) as artifact:
         (artifact.path / "model.safetensors").touch()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["export", "tokens"]
+    # of a container that was killed, or of one at work that has the same number
+    (other := tmp_path / f".more.tmp-{os.getpid()}").mkdir()
+    with (pytest.raises(UserError, match=f"or delete {other} if it is what a killed one left"),
+          new_artifact(tmp_path / "more", "tokens")):
+        raise AssertionError("unreachable")
+    assert other.is_dir()

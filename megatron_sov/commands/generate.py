@@ -99,6 +99,8 @@ def run(args: argparse.Namespace) -> int:
     else:  # begun as documents in token shards begin: with nothing before the text
         ids = [list(tokenizer.encode(p.text, add_special_tokens=False)) for p in prompts]
 
+    _refuse_unknown(ids, target)
+
     def decode(tokens: list[int]) -> str:
         return str(tokenizer.decode(tokens, skip_special_tokens=True))
 
@@ -139,6 +141,19 @@ def _encode_chat(chat: ChatEncoder, prompt: Prompt) -> list[int]:
         return chat.encode(Conversation.of(("user", prompt.text)), awaits_response=True).ids
     except BadRecord as e:
         raise UserError(f"the prompt {prompt.text[:40]!r} {e}") from None
+
+
+def _refuse_unknown(prompts: list[list[int]], target: Target) -> None:
+    """Raise `UserError` where a tokenizer knows more ids than its model: one that is split over processes
+    would take them for no token at all, without a word."""
+    try:
+        vocab_size = target.vocab_size
+    except UserError:  # a Hugging Face folder of another family, of which transformers knows more
+        return
+    highest = max((max(ids, default=0) for ids in prompts), default=0)
+    if highest >= vocab_size:
+        raise UserError(f"{target.tokenizer_folder}: makes token id {highest} of a prompt, and the model has "
+                        f"{vocab_size} ids; put the tokenizer there that the model was trained with")
 
 
 def _continue(args: argparse.Namespace, target: Target, ids: list[list[int]], sampling: Sampling, stop: Stop,

@@ -117,7 +117,8 @@ def _locked(work: Path, path: Path) -> Iterator[None]:
     with open(work / LOCK, "a", encoding="utf-8") as f:
         try:
             # else the other one has just ended
-            ours = holds(f.fileno()) and os.stat(work / LOCK).st_ino == os.fstat(f.fileno()).st_ino
+            ours = (holds(f.fileno()) is not False
+                    and os.stat(work / LOCK).st_ino == os.fstat(f.fileno()).st_ino)
         except FileNotFoundError:
             ours = False
         if not ours:

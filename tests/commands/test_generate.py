@@ -145,6 +145,21 @@ def test_mistakes_are_named(arguments: list[str], sentence: str, imported: dict[
     assert sentence in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kind", ["checkpoint", "Hugging Face folder"])
+def test_a_tokenizer_with_more_ids_than_its_model_is_told(
+        kind: str, imported: dict[str, Path], hf_models: dict[str, Path], tmp_path: Path, capsys) -> None:
+    target = shutil.copytree((imported if kind == "checkpoint" else hf_models)["solar_open"], tmp_path / "m")
+    folder = target / "tokenizer" if kind == "checkpoint" else target
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    tokenizer["added_tokens"].append({"id": 1024, "content": "<new>", "special": False, **flags})
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert main(["generate", str(target), "--prompt", "The <new>"]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {folder}: makes token id 1024 of a prompt, and the model has 1024 ids; put the tokenizer "
+        "there that the model was trained with\n")
+
+
 def test_a_hugging_face_folder_ends_where_its_config_says(hf_models: dict[str, Path], capsys) -> None:
     limit = json.loads((hf_models["solar_open"] / "config.json").read_text())["max_position_embeddings"]
     assert main(["generate", str(hf_models["solar_open"]), "--prompt", "a", "--max-new-tokens",
