@@ -33,10 +33,12 @@ def te() -> Iterator[Any]:
 
 
 def bounds() -> torch.Tensor:
+    """Return the documents' cumulative lengths."""
     return torch.tensor([0, *LENGTHS]).cumsum(0).int()
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """Return normal numbers, the same ones for the same number of axes."""
     return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(len(shape)))
 
 
