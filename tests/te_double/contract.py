@@ -143,6 +143,12 @@ def _statements(module: ast.Module) -> Iterator[ast.stmt]:
                            *node.orelse]
 
 
+def _from_pydantic(module: ast.Module | None) -> bool:
+    """Return whether a module's data classes are pydantic's, which drop arguments they have no field for."""
+    return any(isinstance(node, ast.ImportFrom) and node.module == "pydantic.dataclasses"
+               for node in (module.body if module else []))
+
+
 def _members(cls: ast.ClassDef) -> set[str]:
     return {name for node in cls.body for name in _targets(node)}
 
@@ -218,7 +224,10 @@ def described(sources: Sources, path: str, wanted: set[str] | None = None) -> An
     methods: dict[str, str] = {}
     if any("dataclass" in ast.unparse(d) for d in node.decorator_list):
         fields = {n: d for n, d in sources.fields(f"{home}.{node.name}").items() if not n.startswith("_")}
-        parts = (n if default == "required" else f"{n}={default}" for n, default in fields.items())
+        parts = [n if default == "required" else f"{n}={default}" for n, default in fields.items()]
+        decorators = " ".join(map(ast.unparse, node.decorator_list))
+        if "lenient" in decorators or _from_pydantic(sources.module(home)):
+            parts.append("**ignored")
         methods["__init__"] = f"({', '.join(parts)})"
     for name, method in sources.methods(home, node):
         if (name in wanted) if wanted else (not name.startswith("_") or name in ("__init__", "__call__")):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -40,6 +41,22 @@ class QParams:
     fp4_2d_quantization: bool = False
 
 
+def lenient_dataclass(cls: type) -> Any:
+    """Make a data class that drops arguments it has no field for, as pydantic's, the real ones, do.
+
+    megatron-core gives some: the type and device of parameters, and `override_linear_precision`.
+    """
+    made = dataclass(cls)
+    start, names = made.__init__, {field.name for field in fields(made)}
+
+    @functools.wraps(start)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        start(self, *args, **{name: value for name, value in kwargs.items() if name in names})
+
+    made.__init__ = init
+    return made
+
+
 class Recipe:
     """What all recipes can be asked."""
 
@@ -72,7 +89,7 @@ class Recipe:
         return isinstance(self, CustomRecipe)
 
 
-@dataclass
+@lenient_dataclass
 class DelayedScaling(Recipe):
     """One scale per tensor, from the largest values of earlier steps."""
 
@@ -87,7 +104,7 @@ class DelayedScaling(Recipe):
     backward_override: str | None = None
 
 
-@dataclass
+@lenient_dataclass
 class Float8CurrentScaling(Recipe):
     """One scale per tensor, from its own largest value."""
 
@@ -104,7 +121,7 @@ class Float8CurrentScaling(Recipe):
     backward_override: str | None = None
 
 
-@dataclass
+@lenient_dataclass
 class MXFP8BlockScaling(Recipe):
     """A scale, a power of two, per 32 values."""
 
@@ -116,7 +133,7 @@ class MXFP8BlockScaling(Recipe):
     enable_2d_quantization: bool = False
 
 
-@dataclass
+@lenient_dataclass
 class Float8BlockScaling(Recipe):
     """A scale per 128 values of activations and gradients, per 128 x 128 of weights."""
 
@@ -136,7 +153,7 @@ class Float8BlockScaling(Recipe):
     backward_override: str | None = None
 
 
-@dataclass
+@lenient_dataclass
 class NVFP4BlockScaling(Recipe):
     """A scale in E4M3 per 16 values, and one in fp32 per tensor."""
 
@@ -161,7 +178,7 @@ class NVFP4BlockScaling(Recipe):
                                           stochastic_rounding=not self.disable_stochastic_rounding)
 
 
-@dataclass
+@lenient_dataclass
 class CustomRecipe(Recipe):
     """Quantisers by a user's factory."""
 
