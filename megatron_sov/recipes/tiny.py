@@ -7,6 +7,7 @@ from dataclasses import replace
 from megatron_sov.config import (
     ExtendConfig,
     ExtendStageConfig,
+    GpuConfig,
     NeedleConfig,
     ParallelConfig,
     PhaseConfig,

@@ -100,6 +100,14 @@ def test_with_transformer_engine_auto_is_on_where_model_and_layout_can() -> None
         assert not fields(config_with([change]), te=True)["apply_rope_fusion"]
 
 
+def test_a_run_tells_what_auto_came_to() -> None:
+    fused = {fusion.setting: True for fusion in FUSIONS}
+    assert gpu_settings.resolved(config_with([]), te=True) == fused | {"attention": "auto"}
+    assert gpu_settings.resolved(config_with(["parallel.cp=2"]), te=True) == fused | {
+        "rope_fusion": False, "attention": "local"}
+    assert set(gpu_settings.resolved(config_with([]), te=False).values()) == {False, "local"}
+
+
 @pytest.mark.parametrize(("changes", "te", "environment", "sentence"), [
     (["gpu.swiglu_fusion=on"], False, {},
      "gpu.swiglu_fusion = on needs Transformer Engine on a GPU, and a bf16 model"),
