@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -82,6 +83,13 @@ def test_the_table_is_whole_and_its_fields_exist() -> None:
     ours = {f"gpu.{f.name}" for f in dataclasses.fields(GpuConfig)} - {f"gpu.{name}" for name in OURS_ALONE}
     assert ours == {name for name in LIBRARY_FIELDS if name.startswith("gpu.")}
     assert CHANGES.keys() == LIBRARY_FIELDS.keys()
+
+
+def test_the_page_names_every_setting_and_field() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "gpu.md").read_text(encoding="utf-8")
+    settings = {f"gpu.{f.name}" for f in dataclasses.fields(GpuConfig)} | LIBRARY_FIELDS.keys()
+    fields_of_all = {name.rpartition(".")[2] for names in LIBRARY_FIELDS.values() for name in names}
+    assert [name for name in (*settings, *fields_of_all) if f"`{name}`" not in page] == []
 
 
 def test_without_transformer_engine_auto_is_off_and_the_library_builds_its_config() -> None:

@@ -19,7 +19,8 @@ def heads() -> list[Any]:
 
     world.join(ParallelConfig())
     config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1,
-                               use_cpu_initialization=True, perform_initialization=False, gradient_accumulation_fusion=True)
+                               use_cpu_initialization=True, perform_initialization=False,
+                               gradient_accumulation_fusion=True)
 
     def make() -> Any:
         return tensor_parallel.ColumnParallelLinear(8, 16, config=config, init_method=torch.nn.init.zeros_,
