@@ -20,6 +20,7 @@ from megatron_sov.config import RunConfig
 from megatron_sov.data.ledger import LedgerEntry
 from megatron_sov.data.token_shards import Source, provenance
 from megatron_sov.mcore.checkpoint.save import Saved
+from megatron_sov.mcore.model import gpu_settings, specs
 from megatron_sov.mcore.parallel.world import World
 from megatron_sov.models.count import num_params
 from megatron_sov.obs.events import EVENTS, EventLog
@@ -74,10 +75,11 @@ class Recorder:
         if continued_from is not None:
             write("resume", step=step, reason=f"continued from {continued_from}")
         count = num_params(config.model)
+        te = specs.uses_transformer_engine(specs.PRECISION[config.train.precision])
         write("run_start", recipe=config.recipe, num_ranks=self._world.size,
               layout={**asdict(config.parallel), "dp": self._world.dp_size}, num_params=count.total,
               num_active_params=count.active, num_steps=self._num_steps, resumed_from=step,
-              began_s=self._began_s, inputs=provenance(sources),
+              began_s=self._began_s, gpu=gpu_settings.resolved(config, te), inputs=provenance(sources),
               machine={"host": platform.node(), "python": platform.python_version(),
                        "torch": torch.__version__, "threads": torch.get_num_threads()})
         for entry in entries:

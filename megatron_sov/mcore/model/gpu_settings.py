@@ -115,6 +115,14 @@ def gradient_settings(gpu: GpuConfig, bf16: bool) -> dict[str, Any]:
             "nccl_ub": gpu.nccl_user_buffers == "on" and on_gpu()}
 
 
+def resolved(config: RunConfig, te: bool) -> dict[str, Any]:
+    """Return what `auto` comes to: setting -> whether it is on, and which attention serves."""
+    here = Here(te, config.model, config.parallel)
+    own = not te or config.parallel.cp > 1
+    return {**{fusion.setting: fusion.value(config.gpu, here) for fusion in FUSIONS},
+            "attention": "local" if own else config.gpu.attention}
+
+
 def refuse(config: RunConfig, te: bool) -> None:
     """Refuse to train with what cannot be here.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -84,6 +85,13 @@ def test_the_table_is_whole_and_its_fields_exist() -> None:
     assert CHANGES.keys() == LIBRARY_FIELDS.keys()
 
 
+def test_the_page_names_every_setting_and_field() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "gpu.md").read_text(encoding="utf-8")
+    settings = {f"gpu.{f.name}" for f in dataclasses.fields(GpuConfig)} | LIBRARY_FIELDS.keys()
+    fields_of_all = {name.rpartition(".")[2] for names in LIBRARY_FIELDS.values() for name in names}
+    assert [name for name in (*settings, *fields_of_all) if f"`{name}`" not in page] == []
+
+
 def test_without_transformer_engine_auto_is_off_and_the_library_builds_its_config() -> None:
     found = fields(config_with([]), te=False)
     assert not any(found[fusion.field] for fusion in FUSIONS) and found["attention_backend"] == "auto"
@@ -98,6 +106,14 @@ def test_with_transformer_engine_auto_is_on_where_model_and_layout_can() -> None
     yarn = 'model.yarn={"factor": 4.0, "original_max_position_tokens": 512}'
     assert fields(config_with([yarn]), te=True)["apply_rope_fusion"], "its factor is in the softmax"
     assert not fields(config_with(["parallel.cp=2"]), te=True)["apply_rope_fusion"]
+
+
+def test_a_run_tells_what_auto_came_to() -> None:
+    fused = {fusion.setting: True for fusion in FUSIONS}
+    assert gpu_settings.resolved(config_with([]), te=True) == fused | {"attention": "auto"}
+    assert gpu_settings.resolved(config_with(["parallel.cp=2"]), te=True) == fused | {
+        "rope_fusion": False, "attention": "local"}
+    assert set(gpu_settings.resolved(config_with([]), te=False).values()) == {False, "local"}
 
 
 @pytest.mark.parametrize(("changes", "te", "environment", "sentence"), [

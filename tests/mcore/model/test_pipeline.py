@@ -73,7 +73,8 @@ def step(recipe: str, layout: dict[str, Any], settings: tuple[str, ...] = ()) ->
         if getattr(module, "expert_bias", None) is not None:
             biases[module.layer_number] = module.expert_bias.double()
     biases = collectives.all_reduce_world(biases) / (place.size // layout.get("pp", 1))
-    return {"loss": float(total), "norm": norm, "gradients": str(optimizer.wrapped[0].buffers[0].grad_dtype), "load": load.gather().tolist(),
+    return {"loss": float(total), "norm": norm, "load": load.gather().tolist(),
+            "gradients": str(optimizer.wrapped[0].buffers[0].grad_dtype),
             "rate": config.model.router_bias_update_rate, "bias": biases.tolist()}
 
 
