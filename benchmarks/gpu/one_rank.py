@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import time
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,15 +37,15 @@ class OneRank:
                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29572"}
         self.config = config
         self.world = world.join(config.parallel)
-        self.model = build(config.model, config.parallel, config.train)
+        self.model = build(config.model, config.parallel, config.train, config.gpu)
         init.initialise(self.model, config.model, config.train.seed)
-        self.optimizer = Optimizer(self.model, config.optim, config.parallel)
+        self.optimizer = Optimizer(self.model, config.optim, config.parallel, config.gpu)
         self.expert_load = ExpertLoad(self.model)
         self.model.config.finalize_model_grads_func = self.expert_load.finalize
         batches: Any = SimpleNamespace(num_sources=1)
         self.objective = LanguageModelling(config, batches)
-        self.computation = Computation(config, self.model, self.optimizer, self.expert_load, 1, Faults((), Path(), rank),
-                                       None)
+        self.computation = Computation(config, self.model, self.optimizer, self.expert_load, 1,
+                                       Faults((), Path(), rank), None)
 
     def batch(self, step: int, num_micro_batches: int) -> GlobalBatch:
         """Return this rank's part of a step's batch; the same tokens for the same step."""
@@ -77,21 +77,16 @@ def wait() -> None:
 def random_row(random: np.random.Generator, num_tokens: int, vocab_size: int) -> Row:
     """Return a row of documents in which each token follows from the one before, with some noise: so that
     there is something to learn."""
-    cuts = np.sort(random.choice(np.arange(1, num_tokens), max(1, num_tokens // DOCUMENT_TOKENS), replace=False))
+    num_cuts = max(1, num_tokens // DOCUMENT_TOKENS)
+    cuts = np.sort(random.choice(np.arange(1, num_tokens), num_cuts, replace=False))
     bounds = np.array([0, *cuts, num_tokens], np.int32)
     tokens = random.integers(0, vocab_size, num_tokens)
     for _ in range(3):  # most tokens are a function of the token before
         follows = random.random(num_tokens) < 0.8
         tokens[1:] = np.where(follows[1:], (tokens[:-1] * 31 + 17) % vocab_size, tokens[1:])
-    positions = np.concatenate([np.arange(b - a) for a, b in zip(bounds[:-1], bounds[1:], strict=True)])
+    positions = np.concatenate([np.arange(b - a) for a, b in pairwise(bounds)])
     weights = np.ones(num_tokens, np.float32)
     weights[bounds[1:] - 1] = 0
     return Row(tokens=tokens.astype(np.int64), labels=np.roll(tokens, -1).astype(np.int64), weights=weights,
                positions=positions.astype(np.int64), types=np.zeros(num_tokens, np.uint8),
                sources=np.zeros(num_tokens, np.int64), padding=np.zeros(num_tokens, bool), bounds=bounds)
-
-
-def with_settings(config: RunConfig, **parts: dict[str, Any]) -> RunConfig:
-    """Return the configuration with some fields of its parts replaced."""
-    changed = {name: dataclasses.replace(getattr(config, name), **values) for name, values in parts.items()}
-    return dataclasses.replace(config, **changed)

@@ -33,8 +33,8 @@ def data(setting: Setting) -> Path:
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:40 if setting.dry else 160]
     lines = (json.dumps({"text": f.read_text(encoding="utf-8", errors="replace")}) + "\n" for f in files)
     texts.write_text("".join(lines), encoding="utf-8")
-    setting.command("sov-tokenizer", "train", "--preset", "solar-open", "--vocab-size", "512", "--input", texts,
-                    "--output", tokenizer, "--overwrite", on_gpu=False)
+    setting.command("sov-tokenizer", "train", "--preset", "solar-open", "--vocab-size", "512", "--input",
+                    texts, "--output", tokenizer, "--overwrite", on_gpu=False)
     setting.command("sov-data", "pack", "--tokenizer", tokenizer, "--input", f"code={texts}", "--heldout",
                     "0.1", "--output", folder, on_gpu=False)
     return folder

@@ -75,6 +75,7 @@ def relative(found: Any, expected: Any) -> float:
 
 
 def losses(run: Path) -> list[float]:
-    """Return the loss of each step of a run."""
-    events = (json.loads(line) for line in (run / "events.jsonl").read_text().splitlines())
-    return [e["loss"] for e in events if e["event"] == "step"]
+    """Return the loss of each step of a run; of a step that was done again, the last one."""
+    events = (json.loads(line) for line in (run / "events.jsonl").read_text(encoding="utf-8").splitlines())
+    found = {e["step"]: e["loss"] for e in events if e["event"] == "step"}
+    return [found[step] for step in sorted(found)]

@@ -1,0 +1,110 @@
+"""Attention over packed rows: Transformer Engine and the fused kernel of torch against a dense reference.
+
+Documents of a row x sliding window x heads that share keys, forward and all three gradients.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from setting import Failed, Setting, relative
+
+LIMIT = 2e-2
+"""Largest relative error in bf16: one operand's rounding is 2e-3 to 4e-3, and three products follow."""
+DOCUMENTS = {"one": (1.0,), "many": (0.1, 0.05, 0.4, 0.001, 0.449)}
+"""Shares of a row."""
+WINDOWS = (0, 128)
+HEADS = ((8, 8), (8, 2), (64, 8))
+"""Heads of queries and of keys."""
+
+
+def bounds_of(shares: tuple[float, ...], num_tokens: int) -> list[int]:
+    """Return where documents begin and end."""
+    ends = [max(1, round(sum(shares[:n + 1]) * num_tokens)) for n in range(len(shares) - 1)]
+    return [0, *ends, num_tokens]
+
+
+def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: list[int],
+              window: int) -> torch.Tensor:
+    """Return dense attention in the inputs' precision: [tokens, heads, head_dim]."""
+    n, groups = len(q), q.shape[1] // k.shape[1]
+    place = torch.arange(n, device=q.device)
+    document = torch.bucketize(place, torch.tensor(bounds[1:-1], device=q.device), right=True)
+    sees = (document[:, None] == document) & (place[:, None] >= place)
+    if window:
+        sees &= place[:, None] - place < window
+    keys, values = (t.repeat_interleave(groups, dim=1) for t in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q, keys) * q.shape[-1] ** -0.5
+    weights = scores.masked_fill(~sees, float("-inf")).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", weights, values)
+
+
+def by_transformer_engine(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: list[int],
+                          window: int) -> torch.Tensor:
+    """Return what the library's attention gives for such a row."""
+    import transformer_engine.pytorch as te
+
+    attention = te.DotProductAttention(
+        q.shape[1], q.shape[2], num_gqa_groups=k.shape[1], attention_dropout=0.0, qkv_format="thd",
+        attn_mask_type="padding_causal", window_size=(window - 1, 0) if window else None)
+    cumulative = torch.tensor(bounds, dtype=torch.int32, device=q.device)
+    longest = max(b - a for a, b in itertools.pairwise(bounds))
+    out: torch.Tensor = attention(q, k, v, cu_seqlens_q=cumulative, cu_seqlens_kv=cumulative,
+                                  max_seqlen_q=longest, max_seqlen_kv=longest)
+    return out.reshape(q.shape)
+
+
+def by_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: list[int],
+             window: int) -> torch.Tensor:
+    """Return what our own attention gives, by torch's kernel for rows of several documents."""
+    from megatron_sov.mcore.model import varlen
+
+    spans = [(a, a, b) for a, b in itertools.pairwise(bounds)]
+    [piece] = varlen.piece_bounds([spans], window, q.device)
+    first = varlen.first_keys(spans, window)
+    keys, values = (torch.cat([t[start:end] for start, (_, _, end) in zip(first, spans, strict=True)])
+                    for t in (k, v))
+    return varlen.attend_documents(q, keys, values, piece, q.shape[-1] ** -0.5, window)
+
+
+def compare(way: Any, setting: Setting, heads: tuple[int, int], bounds: list[int],
+            window: int) -> list[float]:
+    """Return the relative errors of output and gradients."""
+    torch.manual_seed(0)
+    dtype = torch.float32 if setting.dry else torch.bfloat16
+    shape = [(bounds[-1], n, 32 if setting.dry else 128) for n in (heads[0], heads[1], heads[1])]
+    given = [torch.randn(s, device=setting.device, dtype=dtype) for s in shape]
+    found, exact = ([t.clone().to(kind).requires_grad_() for t in given] for kind in (dtype, torch.float32))
+    ours, theirs = way(*found, bounds, window), reference(*exact, bounds, window)
+    seed = torch.randn_like(theirs)
+    ours.backward(seed.to(ours.dtype))
+    theirs.backward(seed)
+    return [relative(ours, theirs), *(relative(a.grad, b.grad) for a, b in zip(found, exact, strict=True))]
+
+
+def measure(setting: Setting) -> dict[str, Any]:
+    """Return the errors of every way and case.
+
+    Raises:
+        Failed: one is above the limit, or a way cannot compute a case.
+    """
+    ways = {"Transformer Engine": by_transformer_engine}
+    if not setting.dry:
+        ways["torch varlen"] = by_torch
+    num_tokens, figures, problems = 256 if setting.dry else 4096, {}, []
+    for (name, way), heads, (kind, shares), window in itertools.product(
+            ways.items(), HEADS[:2] if setting.dry else HEADS, DOCUMENTS.items(), WINDOWS):
+        case = f"{name}, {heads[0]}/{heads[1]} heads, documents: {kind}, window {window}"
+        try:
+            errors = compare(way, setting, heads, bounds_of(shares, num_tokens), window)
+        except Exception as e:  # which cases work is itself what is to be found out
+            problems.append(f"{case}: {type(e).__name__}: {str(e)[:200]}")
+            continue
+        figures[case] = errors
+        if not max(errors) < LIMIT:
+            problems.append(f"{case}: relative error {max(errors):.2e}")
+    if problems:
+        raise Failed("; ".join(problems), **figures)
+    return figures

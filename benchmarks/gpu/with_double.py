@@ -1,0 +1,30 @@
+"""Our commands with the tests' double of Transformer Engine, on the CPU: what dry runs start.
+
+Usage: python benchmarks/gpu/with_double.py pretrain ...     as `megatron-sov pretrain ...`
+"""
+
+from __future__ import annotations
+
+import sys
+
+from setting import DOUBLE, ROOT
+
+
+def install() -> None:
+    """Put the double in the place of Transformer Engine, and have models made of it in any dtype; call it
+    before megatron-core is imported."""
+    sys.path[:0] = [str(DOUBLE), str(ROOT)]
+    from megatron_sov.mcore.parallel import cpu_shims
+
+    cpu_shims.prepare_megatron()
+    from megatron_sov.mcore.model import specs
+
+    specs.on_gpu = lambda: True  # what configurations are made for
+    specs.transformer_engine_serves = lambda dtype: True
+
+
+if __name__ == "__main__":
+    install()
+    from megatron_sov.cli import main
+
+    sys.exit(main())

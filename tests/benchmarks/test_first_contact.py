@@ -1,0 +1,42 @@
+"""What is tried on the first GPU runs to its end without one: with the double, on the CPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+GPU = Path(__file__).parents[2] / "benchmarks/gpu"
+QUICK = ("attention", "fp8", "big_rank")
+"""The other parts start commands, whose ways other tests go."""
+
+
+def first_contact(out: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(GPU / "first_contact.py"), "--out", str(out), "--dry", *words],
+                          capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_parts_pass_and_are_kept(tmp_path: Path) -> None:
+    done = first_contact(tmp_path, "--parts", ",".join(QUICK))
+    results = {part: json.loads((tmp_path / f"{part}.json").read_text()) for part in QUICK}
+    assert done.returncode == 0 and {r["status"] for r in results.values()} == {"PASS"}, results
+    assert all(max(errors) < 1e-5 for errors in results["attention"]["figures"].values())
+    assert results["big_rank"]["figures"]["FP8"]["TFLOP/s"] > 0
+    again = first_contact(tmp_path, "--parts", "fp8")
+    assert "kept" in again.stdout and again.returncode == 0
+
+
+def test_a_part_that_fails_is_told_and_the_others_run(tmp_path: Path) -> None:
+    (tmp_path / "attention.json").write_text(json.dumps({"part": "attention", "status": "PASS", "dry": False}))
+    assert first_contact(tmp_path, "--parts", "fp9").returncode == 2
+    module = tmp_path / "part_fp8.py"
+    module.write_text("from setting import Failed\ndef measure(setting):\n    raise Failed('no', found=1)\n")
+    code = ("import sys; sys.path[:0] = sys.argv[1:3]; import first_contact, setting; from pathlib import Path; "
+            "first_contact.run_here('fp8', setting.Setting(Path(sys.argv[1]), True))")
+    subprocess.run([sys.executable, "-c", code, str(tmp_path), str(GPU)], check=True)
+    found = json.loads((tmp_path / "fp8.json").read_text())
+    assert (found["status"], found["problem"], found["figures"]) == ("FAIL", "no", {"found": 1})
