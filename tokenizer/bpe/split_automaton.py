@@ -31,11 +31,10 @@ class Automaton:
     """What text is split by."""
 
     kinds: NDArray[np.uint8]
-    """The kind of each code point: characters between which the pattern makes no difference, [code
-    points]."""
+    """The kind of each code point, [code points]: the pattern makes no difference between those of one."""
     steps: NDArray[np.int32]
-    """From a state, by the kind of the next character (the last column: the end of the text), twice the state to
-    go to; plus one where a match ends before that character.  [states, kinds + 1]"""
+    """From a state, by the kind of the next character (the last column: the end of the text), twice the
+    state to go to; plus one where a match ends before that character.  [states, kinds + 1]"""
 
 
 @lru_cache(maxsize=8)

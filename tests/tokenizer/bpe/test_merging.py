@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tokenizer.bpe import merging
 from tokenizer.bpe.merging import (
     BEGINS_NEXT_WORD,
     ENDS_IN_WORD,
@@ -57,17 +56,3 @@ def test_rules_say_which_pairs_merge(rule: JoinRule, expected: list[Merge]) -> N
 def test_no_more_merges_than_asked_for() -> None:
     words = Words(np.array([0, 1, 0, 1, 0, 1]), np.array([6]), np.array([5]))
     assert len(list(MergeLearner(words, [b"a", b"b"], JoinRule(9, 0, False, False), 2, 1).learn())) == 1
-
-
-def test_compiled_code_works_where_it_cannot_be_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tokenizer.bpe import compiled
-
-    real = compiled.numba.njit
-
-    def refusing(**options: bool):
-        if options.get("cache"):
-            raise RuntimeError("cannot cache function: no locator available")
-        return real(**options)
-
-    monkeypatch.setattr(compiled.numba, "njit", refusing)
-    assert compiled.compiled(lambda x: x + merging.COUNT)(4) == 4
