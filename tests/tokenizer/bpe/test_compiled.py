@@ -25,7 +25,7 @@ def test_compiled_code_works_where_it_cannot_be_kept(monkeypatch: pytest.MonkeyP
 
 
 def test_what_does_not_train_does_not_load_the_compiler() -> None:
-    code = ("import sys, tokenizer.cli, tokenizer.train, tokenizer.formats.hf_files, tokenizer.formats.loaders\n"
+    code = ("import sys, tokenizer.cli, tokenizer.train, tokenizer.formats.hf_files\n"
             "sys.exit('numba' in sys.modules)")
     root = Path(__file__).parents[3]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, timeout=60).returncode == 0
