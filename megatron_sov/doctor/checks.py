@@ -30,7 +30,8 @@ MIN_PYTHON = (3, 11)
 MIN_FREE_DISK_BYTES = 5 * 10**9
 MIN_FREE_MEMORY_BYTES = 4 * 10**9
 REQUIRED_PACKAGES = ("numpy", "megatron-core", "transformers", "tokenizers", "safetensors", "pydantic",
-                     "plotly", "jinja2", "tqdm", "psutil", "tiktoken", "pyarrow", "zstandard", "blake3")
+                     "plotly", "jinja2", "tqdm", "psutil", "tiktoken", "pyarrow", "zstandard", "blake3",
+                     "numba")
 OPTIONAL_PACKAGES = {"tensorboard": "dev", "wandb": "dev", "vllm": "rollout"}
 TE_COMMAND = ("pip install --no-build-isolation 'megatron-sov[gpu]' (needs a CUDA toolchain, "
               "see docs/install.md)")

@@ -24,7 +24,7 @@ COUNTING_BYTES = 1 << 30
 BASE_BYTES = 400_000_000
 """Memory of the command itself: libraries, the vocabulary, buffers."""
 SMALLEST_MEMORY_GB = 1.0
-SAMPLE_BYTES = 300_000
+SAMPLE_BYTES = 100_000
 """Text of each group that bytes per token are measured on and that the finished tokenizer is
 checked on, at most."""
 UNIT_BYTES = 32 << 20

@@ -1,7 +1,7 @@
 """The compiled loops of counting: text into words, words into a table of counts.
 
-Words are looked up by open addressing.  A slot is empty (0), or the hash of a word in its upper 32 bits and the
-word's number + 1 in the lower ones.
+Words are looked up by open addressing.  A slot is empty (0), or the hash of a word in its upper 32 bits and
+the word's number + 1 in the lower ones.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def split_words(raw: NDArray[np.uint8], kinds: NDArray[np.uint8], steps: NDArray
 
 
 @compiled
-def _code_point(raw: NDArray[np.uint8], place: int) -> tuple[int, int]:
+def _code_point(raw: NDArray[np.uint8], place: int) -> tuple[np.int64, int]:
     """Return the character at a place of UTF-8 text, and how many bytes it has."""
     byte = np.int64(raw[place])
     if byte < 0x80:
@@ -127,8 +127,8 @@ def add_words(raw: NDArray[np.uint8], ends: NDArray[np.int32], times: int, slots
 
 
 @compiled
-def _equal(a: NDArray[np.uint8], start_a: int, b: NDArray[np.uint8], start_b: int, length: int) -> bool:
-    for i in range(length):
+def _equal(a: NDArray[np.uint8], start_a: np.int64, b: NDArray[np.uint8], start_b: int, length: int) -> bool:
+    for i in range(length):  # noqa: SIM110 - numba compiles no generators
         if a[start_a + i] != b[start_b + i]:
             return False
     return True

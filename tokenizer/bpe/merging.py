@@ -1,8 +1,8 @@
 """The compiled loop of training: the best pair, its places, the pairs of the new token.
 
-Pairs lie in a heap of rows (`COUNT`, `KEY`, `START`, `LENGTH`): how often the pair stands in the text at most, left
-id << 32 | right id, and where in `Store.places` its places are.  Of two pairs the one with the higher count is
-better, of equal counts the one with the lower key.
+Pairs lie in a heap of rows (`COUNT`, `KEY`, `START`, `LENGTH`): how often the pair stands in the text at
+most, left id << 32 | right id, and where in `Store.places` its places are.  Of two pairs the one with the
+higher count is better, of equal counts the one with the lower key.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def _swap(heap: NDArray[np.int64], a: int, b: int) -> None:
 
 
 @compiled
-def _push(store: Store, count: int, key: int, start: int, length: int) -> None:
+def _push(store: Store, count: int, key: np.int64, start: int, length: int) -> None:
     """Add a pair to the heap."""
     heap, at = store.heap, store.sizes[HEAP_SIZE]
     heap[at, COUNT], heap[at, KEY], heap[at, START], heap[at, LENGTH] = count, key, start, length
@@ -201,7 +201,8 @@ def _add_pairs(store: Store, token: int, token_is_left: bool, others: NDArray[np
         if counts[other] >= min_count and _may_join(store.traits[left], store.traits[right], rule):
             starts[other] = store.sizes[PLACES_SIZE]
             store.sizes[PLACES_SIZE] += lengths[other]
-            _push(store, counts[other], (np.int64(left) << _ID_BITS) | right, starts[other], lengths[other])
+            key = (np.int64(left) << _ID_BITS) | right
+            _push(store, counts[other], key, starts[other], lengths[other])
         counts[other] = lengths[other] = 0
     for i in range(len(others)):
         other = others[i]
@@ -270,7 +271,8 @@ def _refresh_first(store: Store, min_count: int) -> int:
     0 where no pair is left.
 
     Of the places that were found once, those are left at which both tokens still stand: other merges may have
-    swallowed either of them since.  So a count on the heap is an upper bound, and is right where no place is gone.
+    swallowed either of them since.  So a count on the heap is an upper bound, and is right where no place is
+    gone.
     """
     heap = store.heap
     while store.sizes[HEAP_SIZE]:

@@ -164,7 +164,8 @@ class _RunWriter:
         order = np.argsort(parts, kind="stable")
         offsets = np.zeros(len(order) + 1, np.int32)
         offsets[1:] = word_ends
-        column = pa.Array.from_buffers(pa.binary(), len(order), [None, pa.py_buffer(offsets), pa.py_buffer(text)])
+        buffers = [None, pa.py_buffer(offsets), pa.py_buffer(text)]
+        column = pa.Array.from_buffers(pa.binary(), len(order), buffers)
         batch = pa.record_batch([column, pa.array(counts)], schema=self._schema).take(pa.array(order))
         ends = np.searchsorted(parts[order], np.arange(NUM_PARTS + 1))
         for start, stop in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True):

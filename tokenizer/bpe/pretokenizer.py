@@ -1,9 +1,9 @@
 """Splitting text into the units within which bytes merge: as `tokenizers` does, many times as fast.
 
-A finished tokenizer splits by Oniguruma.  Where the pattern can be read, text is split by an automaton in compiled
-code instead (tokenizer/bpe/split_automaton.py), which takes from Oniguruma what the classes of characters hold; else
-by Oniguruma itself, and so too when the two are seen to differ.  The result therefore never depends on which
-of them did the work.
+A finished tokenizer splits by Oniguruma.  Where the pattern can be read, text is split by an automaton in
+compiled code instead (tokenizer/bpe/split_automaton.py), which takes from Oniguruma what the classes of
+characters hold; else by Oniguruma itself, and so too when the two are seen to differ.  The result therefore
+never depends on which of them did the work.
 """
 
 from __future__ import annotations
@@ -127,8 +127,8 @@ class Splitter:
             pieces = self._slow.pre_tokenize_str(raw.decode())
             return np.cumsum([len(piece.encode()) for piece, _ in pieces], dtype=np.int32)
         found = np.empty(len(raw), np.int32)
-        num_pieces = split_words(np.frombuffer(raw, np.uint8), self._automaton.kinds, self._automaton.steps, found)
-        return found[:num_pieces]
+        kinds, steps = self._automaton.kinds, self._automaton.steps
+        return found[: split_words(np.frombuffer(raw, np.uint8), kinds, steps, found)]
 
     def split(self, text: str) -> list[str]:
         """Return the pieces of normalised text; joined they are the text."""

@@ -1,9 +1,9 @@
 """Splitting by table: a pattern as an automaton that looks at each character once.
 
 An automaton's state is the list of places in the pattern at which a backtracking engine might be, best first
-(Thompson's construction, with the order of priorities that Perl's leftmost-first rule asks for); whatever stands
-behind a finished match in that list is dropped, since backtracking would never come to it.  The next character is
-known when a state is left, so a look at it costs nothing more.
+(Thompson's construction, with the order of priorities that Perl's leftmost-first rule asks for); whatever
+stands behind a finished match in that list is dropped, since backtracking would never come to it.  The next
+character is known when a state is left, so a look at it costs nothing more.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ MOST_STATES = 2000
 MOST_CLASSES, MOST_KINDS = 60, 250
 DEAD_STATE, FIRST_STATE = 0, 1
 NUM_CODE_POINTS = 0x110000
+BEHIND_CASED = "\U00020000"
+"""No character from here on has a case."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,10 @@ class Automaton:
     """What text is split by."""
 
     kinds: NDArray[np.uint8]
-    """The kind of each code point: characters between which the pattern makes no difference, [code points]."""
+    """The kind of each code point, [code points]: the pattern makes no difference between those of one."""
     steps: NDArray[np.int32]
-    """From a state, by the kind of the next character (the last column: the end of the text), twice the state to
-    go to; plus one where a match ends before that character.  [states, kinds + 1]"""
+    """From a state, by the kind of the next character (the last column: the end of the text), twice the
+    state to go to; plus one where a match ends before that character.  [states, kinds + 1]"""
 
 
 @lru_cache(maxsize=8)
@@ -60,11 +62,11 @@ def automaton(pattern: str) -> Automaton:
 
 
 def _members(pattern: str) -> NDArray[np.bool_]:
-    """Return which of the code points that are probed match a pattern for one character, as Oniguruma has it."""
+    """Return which of the probed code points match a pattern for one character, as Oniguruma has it."""
     from tokenizers import Regex, normalizers
 
     codes, text, cased = _probe()
-    if len(pattern) == 1:
+    if len(pattern) == 1 and pattern != ".":
         return codes == ord(pattern)
     some, text = (cased, "".join(map(chr, cased))) if pattern.startswith("(?i:") else (codes, text)
     try:
@@ -82,7 +84,7 @@ def _probe() -> tuple[NDArray[np.uint32], str, NDArray[np.uint32]]:
     and those that have a case."""
     codes = np.fromiter(code_points(), np.uint32)
     text = codes.tobytes().decode("utf-32-le")
-    cased = [ord(c) for c in text if not c == c.lower() == c.upper() == c.casefold()]
+    cased = [ord(c) for c in text if c < BEHIND_CASED and not c == c.lower() == c.upper() == c.casefold()]
     return codes, text, np.array(cased, np.uint32)
 
 
@@ -171,7 +173,8 @@ def _growing(numbers: dict[tuple[int, ...], int]) -> Iterator[tuple[int, ...]]:
         at += 1
 
 
-def _step(program: _Program, state: tuple[int, ...], holds: NDArray[np.bool_]) -> tuple[tuple[int, ...], bool]:
+def _step(program: _Program, state: tuple[int, ...],
+          holds: NDArray[np.bool_]) -> tuple[tuple[int, ...], bool]:
     """Return where a state goes by a character of the classes that `holds` says, and whether a match
     ends before it."""
     following: dict[int, None] = {}

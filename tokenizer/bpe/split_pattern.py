@@ -1,13 +1,12 @@
 """Reading a split pattern: the part of Oniguruma's language that patterns of tokenizers use, as a tree.
 
-Alternatives, groups without memory, greedy repetition, character classes, letters of either case, and a look at
-the next character.  What each class holds is not decided here: its text is kept, for Oniguruma to say.
+Alternatives, groups without memory, greedy repetition, character classes, letters of either case, and a look
+at the next character.  What each class holds is not decided here: its text is kept, for Oniguruma to say.
 """
 
 from __future__ import annotations
 
 import re
-import sys
 from dataclasses import dataclass
 from functools import cache
 
@@ -16,6 +15,8 @@ _CONTROL = {r"\r": "\r", r"\n": "\n", r"\t": "\t", r"\f": "\f", r"\v": "\v"}
 _NUMBERS = re.compile(r"\{(\d+)(,?)(\d*)\}")
 _SPECIAL = "\\^$.|?*+()[]{}"
 MOST_REPEATS = 100
+LAST_LONG_FOLDING = 0xFB17
+"""The last character that folds to several: an Armenian ligature."""
 
 
 class Unsupported(Exception):
@@ -205,4 +206,4 @@ def _folds_together(text: str) -> bool:
 
 @cache
 def _long_foldings() -> frozenset[str]:
-    return frozenset(folded for c in range(sys.maxunicode + 1) if len(folded := chr(c).casefold()) > 1)
+    return frozenset(folded for c in range(LAST_LONG_FOLDING + 1) if len(folded := chr(c).casefold()) > 1)

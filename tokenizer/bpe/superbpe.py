@@ -35,8 +35,8 @@ def learn_words(table: WordTable, vocabulary: Vocabulary, num_tokens: int, prese
                 progress: Progress) -> None:
     """Merge bytes within words until there are `num_tokens` tokens, or no pair occurs often enough."""
     words = Words(byte_ids()[table.raw], table.lengths_bytes, table.counts)
-    # A letter, or the last byte of a wide space, and then a space: learned in a run of spaces, such a merge would
-    # join two words of the finished tokenizer by their bytes before either word is whole, so it is never learned.
+    # A letter, or the last byte of a wide space, and then a space: learned in a run of spaces, such a merge
+    # would join two words of the finished tokenizer by their bytes before either word is whole.
     rule = JoinRule(vocabulary.max_token_bytes, 0, keeps_words_apart=bool(preset.superword_pattern),
                     only_superwords=False)
     _learn(words, rule, vocabulary, num_tokens, progress)

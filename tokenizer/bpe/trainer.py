@@ -6,8 +6,8 @@ merges).  The count of a pair is the number of its adjacent places, so "aaa" has
 merging goes from left to right.
 
 All words lie in one array of ids.  The places of a pair are found once, when it comes into being; later steps
-only take places away, since a new place of a pair needs a new token.  So what was counted once is an upper bound,
-and a pair is counted again only when it reaches the top of the heap.  The loop itself is compiled
+only take places away, since a new place of a pair needs a new token.  So what was counted once is an upper
+bound, and a pair is counted again only when it reaches the top of the heap.  The loop itself is compiled
 (tokenizer/bpe/merging.py); here its arrays are laid out, and grow.
 """
 

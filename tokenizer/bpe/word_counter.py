@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
 from numpy.typing import NDArray
 
 from tokenizer.bpe.counting import NUMBER_BITS, NUMBER_MASK, add_words, move_slots
 
+Number = TypeVar("Number", bound=np.generic)
 FIRST_SLOTS = 1 << 16
 PART_BITS = 6
 NUM_PARTS = 1 << PART_BITS
@@ -17,9 +20,10 @@ class WordCounter:
     """Counts words."""
 
     def __init__(self) -> None:
-        self._slots = np.zeros(FIRST_SLOTS, np.uint64)
-        self._text = np.empty(1 << 20, np.uint8)
-        self._ends, self._counts = np.empty(FIRST_SLOTS, np.int64), np.empty(FIRST_SLOTS, np.int64)
+        self._slots: NDArray[np.uint64] = np.zeros(FIRST_SLOTS, np.uint64)
+        self._text: NDArray[np.uint8] = np.empty(1 << 20, np.uint8)
+        self._ends: NDArray[np.int64] = np.empty(FIRST_SLOTS, np.int64)
+        self._counts: NDArray[np.int64] = np.empty(FIRST_SLOTS, np.int64)
         self._size = 0
 
     def __len__(self) -> int:
@@ -56,7 +60,7 @@ class WordCounter:
         self._size = 0
 
 
-def _with_room(array: NDArray[np.generic], size: int) -> NDArray[np.generic]:
+def _with_room(array: NDArray[Number], size: int) -> NDArray[Number]:
     """Return an array with room for `size`, and what is in it."""
     if size <= len(array):
         return array

@@ -1,23 +1,15 @@
-"""Splitting: the three engines give one result on every character,
+"""Splitting: the automaton and Oniguruma give one result on every character,
 and patterns that cannot work are refused."""
 
 from __future__ import annotations
-
-import random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_sov.errors import UserError
-from tokenizer.bpe.pretokenizer import (
-    NoAsciiForm,
-    Splitter,
-    ascii_pattern,
-    check_coverage,
-    disputed_characters,
-    oniguruma,
-)
+from tokenizer.bpe.pretokenizer import Splitter, check_coverage, oniguruma
+from tokenizer.bpe.split_automaton import automaton
 from tokenizer.presets import K_EXAONE, PRESETS, SOLAR_OPEN
 
 PATTERNS = {"solar-open": SOLAR_OPEN.split_pattern, "k-exaone": K_EXAONE.split_pattern,
@@ -44,38 +36,22 @@ def test_any_text_is_split_as_by_oniguruma(pattern: str, text: str) -> None:
     assert Splitter(SOLAR_OPEN, pattern).split(text) == by_oniguruma(pattern, text)
 
 
-@pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
-def test_ascii_has_a_form_of_its_own(pattern: str) -> None:
-    assert r"\p" not in ascii_pattern(pattern)
-    splitter, drawn = Splitter(SOLAR_OPEN, pattern), random.Random(0)
-    for _ in range(2000):
-        text = "".join(drawn.choices("".join(map(chr, range(128))) + "   \n''sSaB", k=drawn.randint(1, 30)))
-        assert splitter.split(text) == by_oniguruma(pattern, text)
-
-
-@pytest.mark.parametrize("pattern", [r"\w+|.", r"[[:alpha:]]+|.", r"[\S]+|\s", r"\x41+|[^A]", r"\p{Lu}|.",
-                                     r"\p{M}*+a|."])
-def test_what_has_no_sure_ascii_form_is_left_to_the_others(pattern: str) -> None:
-    with pytest.raises(NoAsciiForm):
-        ascii_pattern(pattern)
-
-
 def test_text_between_matches_and_groups_are_kept() -> None:
     assert Splitter(SOLAR_OPEN, r"\p{L}+").split("ab 12 cd") == ["ab", " 12 ", "cd"]
     assert Splitter(SOLAR_OPEN, r"(\p{L})(\p{N})|.").split("a1b") == ["a1", "b"]
 
 
-def test_characters_of_a_newer_unicode_are_disputed() -> None:
-    assert max(disputed_characters(SOLAR_OPEN.split_pattern)) > "\U000323af"
-    assert disputed_characters(r"[a-z]+|.") == frozenset()
-
-
 def test_an_engine_that_differs_is_not_used_again() -> None:
     splitter = Splitter(SOLAR_OPEN, SOLAR_OPEN.split_pattern)
-    splitter._findall = splitter._findall_ascii = list  # an engine gone wrong: it cuts between all characters
+    splitter._automaton = automaton(r"[\s\S]")  # an engine gone wrong: it cuts between all characters
     assert splitter.split("wrong now") != ["wrong", " now"]
     splitter.check("some text")
     assert splitter.split("right now") == ["right", " now"]
+
+
+def test_where_pieces_end_is_told_in_bytes() -> None:
+    for pattern in (SOLAR_OPEN.split_pattern, r"(\p{L})+|."):  # by the automaton, by Oniguruma
+        assert Splitter(SOLAR_OPEN, pattern).ends("가나 a".encode()).tolist()[0] == 6
 
 
 @pytest.mark.parametrize("pattern", ["a*", "a|", "(?=a)", r"\b", ".|^"])
