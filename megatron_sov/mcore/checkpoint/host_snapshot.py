@@ -14,7 +14,6 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,20 +77,12 @@ class Snapshot:
         arena = _Arena(sum(_num_bytes(b.data) for b in missing.values()))
         self._memory = {key: self._memory[key] if key in self._memory else arena.like(b.data)
                         for key, b in wanted.items()}
-        self._copy(wanted)
+        for key, block in wanted.items():
+            self._memory[key].copy_(block.data.detach(), non_blocking=True)
         self._parts = {part: [dataclasses.replace(b, data=self._memory[_identity(part, b)]) for b in blocks]
                        for part, blocks in owned.items()}
-
-    def _copy(self, wanted: Mapping[tuple[Any, ...], LocalShard]) -> None:
-        def copy(key: tuple[Any, ...]) -> None:
-            self._memory[key].copy_(wanted[key].data.detach(), non_blocking=True)
-
-        if on_gpu():  # one stream, and a device that other threads would have to be told
-            for key in wanted:
-                copy(key)
+        if on_gpu():
             torch.cuda.synchronize()
-        else:
-            run_in_threads([partial(copy, key) for key in wanted], num_writers())
 
     def write(self, folder: Path, rank: int) -> None:
         """Write the copy into files of `folder` and, last, what was written,

@@ -3,7 +3,6 @@ by several threads."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -62,20 +61,6 @@ def test_what_was_taken_is_written_whatever_happens_to_the_live_tensors(
     for name, record in written.files.items():
         assert record == FileRecord.of(tmp_path / name)
         assert load_file(tmp_path / name), "the library reads it as well"
-
-
-def test_blocks_are_copied_by_all_threads_that_write(tensors: dict[str, torch.Tensor],
-                                                     monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[int, int]] = []
-
-    def threads(actions: list[Callable[[], None]], num_threads: int) -> None:
-        asked.append((len(actions), num_threads))
-        run_in_threads(actions, num_threads)
-
-    monkeypatch.setattr(host_snapshot, "run_in_threads", threads)
-    monkeypatch.setattr(host_snapshot, "num_writers", lambda: 3)
-    Snapshot().take({"model": blocks_of(tensors)})
-    assert asked == [(2 * len(tensors), 3)]
 
 
 def test_memory_is_kept_and_given_back_with_its_block(tensors: dict[str, torch.Tensor]) -> None:
