@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -210,6 +211,41 @@ def test_a_process_knows_its_place_and_can_take_another(ranks, job) -> None:
     (places,) = ranks(job(__file__, "place", 4, {"layout": {"tp": 2}}))
     assert places == [[0, 4, 0, 2, True, True, True], [1, 4, 0, 2, True, True, False],
                       [2, 4, 1, 2, True, True, False], [3, 4, 1, 2, True, True, False]]
+
+
+def joining(timeout_s: float) -> list[Any]:
+    """Return what the groups are asked for on a double of a GPU."""
+    import torch
+    from megatron.core import parallel_state
+
+    from megatron_sov.config import ParallelConfig
+    from megatron_sov.mcore.parallel import own_gpu, world
+
+    asked: list[Any] = []
+
+    class Asked(Exception):
+        """There is no more to see."""
+
+    def take(store: Any, rank: int, size: int, needs_bytes: int, timeout: Any) -> torch.device:
+        asked.append([rank, size, needs_bytes, timeout.total_seconds()])
+        return torch.device("cuda", 3)
+
+    def groups(*sizes: Any, **given: Any) -> None:
+        asked.append([given["create_gloo_process_groups"], given["distributed_timeout_minutes"]])
+        raise Asked
+
+    with (mock.patch.object(world, "on_gpu", lambda: True), mock.patch.object(own_gpu, "take", take),
+          mock.patch.object(world.dist, "init_process_group", lambda backend, **given: asked.append(
+              [backend, str(given["device_id"]), given["timeout"].total_seconds()])),
+          mock.patch.object(parallel_state, "initialize_model_parallel", groups), pytest.raises(Asked)):
+        world.join(ParallelConfig(timeout_s=timeout_s), 7)
+    return asked
+
+
+@pytest.mark.distributed
+def test_on_gpus_groups_are_bound_to_the_device_and_gloo_makes_none(ranks: Any, job: Any) -> None:
+    ((asked,),) = ranks(job(__file__, "joining", 1, {"timeout_s": 90.0}))
+    assert asked == [[0, 1, 7, 90.0], ["nccl", "cuda:3", 90.0], [False, 2]]
 
 
 def on_main(fail: bool) -> list[Any]:
