@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,17 @@ from megatron_sov.config import RunConfig, apply_settings
 from megatron_sov.mcore.parallel import determinism, world
 from megatron_sov.train.trainer import Trainer
 
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "gpu"))
+from quantizers.products import product
+
 SMALL = ("model.vocab_size=368", "model.hidden_size=64", "model.num_heads=4", "model.num_kv_heads=2",
          "model.head_dim=16", "model.expert_ffn_dim=32", "train.global_batch_size=2",
          "train.micro_batch_size=1", "train.steps=20", "optim.warmup_steps=2", "train.precision=bf16",
          'data.phases=[{"name": "main", "seq_len": 128}]')
 """Sizes that every recipe takes."""
+RECIPES = {"Float8CurrentScaling": "tensorwise", "Float8BlockScaling": "blockwise",
+           "MXFP8BlockScaling": "mxfp8", "NVFP4BlockScaling": "nvfp4"}
+"""Name of a recipe's class -> that of the reference quantisers."""
 FAMILIES = {"tiny-solar-open": ("model.num_layers=3",), "tiny-k-exaone": ("model.dense_ffn_dim=96",)}
 
 
@@ -38,7 +45,28 @@ def config_of(recipe: str, settings: list[str], path: str) -> RunConfig:
                                                 *settings])
 
 
+def quantise_products() -> None:
+    """Have the double quantise the operands of its products wherever a recipe is on."""
+    from transformer_engine.pytorch import gemm as products  # the double's own
+
+    plain = products.gemm
+
+    def gemm(a: torch.Tensor, b: torch.Tensor, kind: Any, recipe: Any = None,
+             out_dtype: torch.dtype | None = None) -> torch.Tensor:
+        name = type(recipe).__name__
+        if name not in RECIPES:
+            return plain(a, b, kind, recipe, out_dtype)
+        products.COUNTS[kind, name] += 1
+        form = recipe.fp8_format.name.lower()
+        return product(a, b, kind, RECIPES[name], form).to(out_dtype or a.dtype)
+
+    for module in list(sys.modules.values()):
+        if module.__name__.startswith("transformer_engine.") and getattr(module, "gemm", None) is plain:
+            module.gemm = gemm
+
+
 def _trainer(recipe: str, settings: list[str], path: str, run: str = "not-written") -> Trainer:
+    quantise_products()
     trainer: Trainer = _layout_run()._trainer(config_of(recipe, settings, path), run)
     return trainer
 
