@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
@@ -113,8 +112,7 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: f
             first_key = max(0, total - m + start - window_tokens + 1)
             mask = _band(stop - start, end_key - first_key, window_tokens, q.device)
         else:
-            # becomes a mask only where no fused kernel serves
-            mask = causal_lower_right(stop - start, end_key)
+            mask = _causal(stop - start, end_key, q.device)
         keys = slice(first_key, end_key)
         attended = partial(scaled_dot_product_attention, attn_mask=mask, scale=scale, enable_gqa=gqa)
         part = q[:, :, start:stop], k[:, :, keys], v[:, :, keys]
@@ -125,6 +123,16 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: f
         else:
             blocks.append(checkpoint(attended, *part, use_reentrant=False, preserve_rng_state=False))
     return torch.cat(blocks, dim=2)[0].transpose(0, 1)
+
+
+def _causal(queries: int, keys: int, device: torch.device) -> Any:
+    """Return what lets the last queries of a document see all keys before them."""
+    if device.type == "cpu":
+        return _band(queries, keys, keys, device)
+    # becomes a mask only where no fused kernel serves; its import takes a second, for torch's compiler
+    from torch.nn.attention.bias import causal_lower_right
+
+    return causal_lower_right(queries, keys)
 
 
 def _band(queries: int, keys: int, window_tokens: int, device: torch.device) -> torch.Tensor:

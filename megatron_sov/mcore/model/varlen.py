@@ -14,7 +14,6 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from torch.nn.attention import varlen
 
 from megatron_sov.mcore.parallel.device import to_device
 
@@ -76,6 +75,9 @@ def attend_documents(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     """
     grouped: dict[str, Any] = {}
     groups = query.shape[1] // key.shape[1]
+    # here: its import takes a second, for torch's compiler
+    from torch.nn.attention import varlen
+
     if groups > 1 and _takes_grouped_heads(varlen.varlen_attn):
         grouped = {"enable_gqa": True}
     elif groups > 1:

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import inspect
 import logging
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -37,7 +38,7 @@ def prepare_without_gpu() -> None:
     _cuda_requests_land_on_cpu()
     _tensor_type_names()
     _cuda_generator_is_cpu_generator()
-    with _eager_jit(), warnings.catch_warnings():
+    with _eager_jit(), _without_trackers(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # each missing GPU extension is announced on import
         import megatron.core.models.gpt.gpt_layer_specs
         import megatron.core.models.gpt.gpt_model
@@ -166,6 +167,19 @@ def _eager_jit() -> Iterator[None]:
         yield
     finally:
         torch.compile = compile_
+
+
+@contextlib.contextmanager
+def _without_trackers() -> Iterator[None]:
+    """megatron imports trackers of its own loops where they are installed, which cost a fifth of a command's
+    start; runs write to them by `obs.trackers`."""
+    absent = [name for name in ("wandb", "torch.utils.tensorboard") if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(absent))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for name in absent:
+            del sys.modules[name]
 
 
 def _rng_tracker() -> None:

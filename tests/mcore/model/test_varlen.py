@@ -16,9 +16,11 @@ from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
 prepare_megatron()
 
+from torch.nn.attention import varlen as kernel  # noqa: E402
+
 from megatron_sov.mcore.model import varlen  # noqa: E402
 
-REAL = varlen.varlen.varlen_attn
+REAL = kernel.varlen_attn
 
 
 def torch_2_11(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seq_q: torch.Tensor,
@@ -81,7 +83,7 @@ def attend(cp: int, signature: str) -> list[dict[str, Any]]:
 
     counted.__signature__ = inspect.signature(globals()[signature])  # type: ignore[attr-defined]
     attention.serves = lambda query: True
-    varlen.varlen.varlen_attn = counted
+    kernel.varlen_attn = counted
     spec = importlib.util.spec_from_file_location("dense", Path(__file__).with_name("test_attention.py"))
     assert spec and spec.loader
     dense = importlib.util.module_from_spec(spec)
