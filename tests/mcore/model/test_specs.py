@@ -27,7 +27,8 @@ def settings(recipe: str, changes: list[str]) -> dict[str, Any]:
     return {**{n: getattr(library, n, None) for n in names}, "dtype": str(library.params_dtype),
             "windows": [s.submodules.self_attention.submodules.core_attention.params["window_tokens"]
                         for s in layers],
-            "routers": [r is BalancedRouter for r in routers], "te": specs.uses_transformer_engine(library.params_dtype)}
+            "routers": [r is BalancedRouter for r in routers],
+            "te": specs.uses_transformer_engine(library.params_dtype)}
 
 
 @pytest.mark.distributed
