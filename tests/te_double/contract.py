@@ -198,13 +198,13 @@ def parsed(text: str) -> inspect.Signature:
     return inspect.Signature(parameters)
 
 
-def described(sources: Sources, path: str, wanted: set[str] | None = None) -> Any:
+def described(sources: Sources, path: str, *, private: bool = False) -> Any:
     """Return what a dotted name is.
 
     Args:
         sources: where it is looked for.
         path: the name.
-        wanted: the methods of a class that matter; None: those without an underscore.
+        private: whether methods with an underscore matter, too: those that this project overrides.
 
     Returns:
         None (nothing), "module", "value", "extension" (of a compiled library), a function's signature, or a
@@ -230,7 +230,8 @@ def described(sources: Sources, path: str, wanted: set[str] | None = None) -> An
             parts.append("**ignored")
         methods["__init__"] = f"({', '.join(parts)})"
     for name, method in sources.methods(home, node):
-        if (name in wanted) if wanted else (not name.startswith("_") or name in ("__init__", "__call__")):
+        shown = not name.startswith("__" if private else "_")
+        if shown or name in ("__init__", "__call__"):
             methods.setdefault(name, signature(method, bound=True))
     return methods
 
@@ -274,18 +275,6 @@ def _chain(node: ast.Attribute, aliases: dict[str, str]) -> list[str]:
     return [".".join([aliases[inner.id], *reversed(parts)])] if known else []  # type: ignore[attr-defined]
 
 
-def names_in(folder: Path) -> set[str]:
-    """Return the names that the files below a folder call, override or read of anything."""
-    found = {"__init__", "forward"}
-    for file in folder.rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Attribute):
-                found.add(node.attr)
-            elif isinstance(node, ast.FunctionDef):
-                found.add(node.name)
-    return found
-
-
 def megatron_folder() -> Path:
     """Return the folder that holds the installed `megatron`."""
     spec = importlib.util.find_spec("megatron")
@@ -302,10 +291,10 @@ def te_names() -> set[str]:
 
 def megatron_part() -> dict[str, Any]:
     """Return the contract of the installed megatron-core: what this project uses of it."""
-    sources, wanted = Sources(megatron_folder()), names_in(ROOT / "megatron_sov" / "mcore")
+    sources = Sources(megatron_folder())
     names = used(ROOT / "megatron_sov", MEGATRON) | set(REACHED)
     return {"version": importlib.metadata.version("megatron-core"),
-            "symbols": {name: described(sources, name, wanted) for name in sorted(names)},
+            "symbols": {name: described(sources, name, private=True) for name in sorted(names)},
             "fields": {name: sources.fields(path) for name, path in CONFIGS.items()}}
 
 
@@ -342,9 +331,10 @@ def shrunk(reviewed: Fields, fields: Fields) -> Fields:
 
 
 def main() -> int:
-    """Write the contract; with --fields only megatron-core's part and the list of reviewed fields."""
+    """Write the contract; with --installed only what needs no wheel: megatron-core's part, and the list of
+    reviewed fields without those that are set by now."""
     contract = json.loads(CONTRACT.read_text()) if CONTRACT.exists() else {}
-    if "--fields" not in sys.argv[1:]:
+    if "--installed" not in sys.argv[1:]:
         with tempfile.TemporaryDirectory() as folder:
             subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps",
                             "--only-binary=:all:", "--dest", folder, f"transformer-engine=={TE_VERSION}"],
