@@ -90,15 +90,7 @@ class ParallelConfig:
         p += self._expert_problems(model)
         if self.sp and self.tp == 1:
             p.append("parallel.sp = True needs parallel.tp > 1; leave it out or raise tp")
-        if self.pipeline_layout:
-            p += self._pipeline_layout_problems(model)
-        elif model.num_layers % self.pp:
-            p.append(f"parallel.pp = {self.pp} must divide model.num_layers = {model.num_layers}; "
-                     f"{_divisors(model.num_layers)}")
-        elif model.num_layers // self.pp % self.vpp:
-            layers = model.num_layers // self.pp
-            p.append(f"parallel.vpp = {self.vpp} must divide the {layers} layers of each pipeline stage; "
-                     f"{_divisors(layers)}")
+        p += self._uneven_pipeline_problems(model) if self.pipeline_layout else self._pipeline_problems(model)
         if self.vpp > 1 and self.pp == 1:
             p.append(f"parallel.vpp = {self.vpp} needs parallel.pp > 1; leave it out or raise pp")
         if self.overlap_param_gather and not (self.zero1 and self.overlap_grad_reduce):
@@ -139,7 +131,18 @@ class ParallelConfig:
                          f"{self.tp} > 1")
         return p
 
-    def _pipeline_layout_problems(self, model: ModelConfig) -> list[str]:
+    def _pipeline_problems(self, model: ModelConfig) -> list[str]:
+        """Tell what is wrong with a pipeline of equal stages."""
+        if model.num_layers % self.pp:
+            return [f"parallel.pp = {self.pp} must divide model.num_layers = {model.num_layers}; "
+                    f"{_divisors(model.num_layers)}; or give each stage's layers in parallel.pipeline_layout"]
+        layers = model.num_layers // self.pp
+        if layers % self.vpp:
+            return [f"parallel.vpp = {self.vpp} must divide the {layers} layers of each pipeline stage; "
+                    f"{_divisors(layers)}"]
+        return []
+
+    def _uneven_pipeline_problems(self, model: ModelConfig) -> list[str]:
         """Tell what is wrong with an uneven pipeline."""
         given = f"parallel.pipeline_layout = {list(self.pipeline_layout)}"
         runs, p = self.pp * self.vpp, []

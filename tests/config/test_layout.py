@@ -19,6 +19,13 @@ Small = Callable[..., RunConfig]
     ({"tp": 2}, 2, "parallel.sp = False must be true"),
     ({"sp": True}, 1, "parallel.sp = True needs parallel.tp > 1"),
     ({"pp": 3}, 3, "parallel.pp = 3 must divide model.num_layers = 4; use one of 1, 2, 4"),
+    ({"pipeline_layout": (4,)}, 1, "parallel.pipeline_layout = [4] needs parallel.pp > 1"),
+    ({"pp": 2, "pipeline_layout": (1, 1, 2)}, 2,
+     "parallel.pipeline_layout = [1, 1, 2] has 3 numbers and must have one for each of parallel.pp 2 x"),
+    ({"pp": 2, "pipeline_layout": (4, 0)}, 2,
+     "parallel.pipeline_layout = [4, 0] must give every stage a layer"),
+    ({"pp": 2, "pipeline_layout": (1, 2)}, 2,
+     "parallel.pipeline_layout = [1, 2] adds up to 3 layers and must"),
     ({"ep": 3}, 3, "parallel.ep = 3 must divide model.num_experts = 8"),
     ({"etp": 5}, 5, "parallel.etp = 5 must divide model.expert_ffn_dim = 32"),
     ({"overlap_param_gather": True, "zero1": True}, 1,
@@ -48,3 +55,11 @@ def test_shared_experts_are_divided_like_attention_not_like_the_routed_ones(smal
     assert problem.startswith("parallel.tp = 3 must divide the width of the shared experts, "
                               "model.num_shared_experts 2 x model.expert_ffn_dim 32 = 64; use one of 1, 2, 4")
     assert problems(32, 0) == problems(32, 3) == problems(48, 1) == []
+
+
+def test_layers_of_a_stage() -> None:
+    """Runs lie in the order of the layers: the first runs of all stages, then the second ones."""
+    assert [ParallelConfig(pp=2, vpp=2).layers_of_stage(stage, 8) for stage in (0, 1)] == [
+        [0, 1, 4, 5], [2, 3, 6, 7]]
+    uneven = ParallelConfig(pp=2, vpp=2, pipeline_layout=(3, 2, 2, 1))
+    assert [uneven.layers_of_stage(stage, 8) for stage in (0, 1)] == [[0, 1, 2, 5, 6], [3, 4, 7]]
