@@ -31,7 +31,7 @@ def stage_params(config: RunConfig) -> list[StageParams]:
     expert = swiglu_params(m.hidden_size, m.expert_ffn_dim) // p.etp if m.num_experts else 0
     found = []
     for stage in range(p.pp):
-        layers = layers_of(stage, config)
+        layers = p.layers_of_stage(stage, m.num_layers)
         num_moe = sum(layer >= m.num_layers - m.num_moe_layers() for layer in layers)
         last = stage == p.pp - 1
         dense = (_block(m, p.tp) * len(layers) + _moe_beside_experts(m, p.tp) * num_moe
@@ -41,14 +41,6 @@ def stage_params(config: RunConfig) -> list[StageParams]:
         found.append(StageParams(dense, num_moe * (m.num_experts // p.ep) * expert,
                                  len(layers) + last * m.num_mtp_layers))
     return found
-
-
-def layers_of(stage: int, config: RunConfig) -> list[int]:
-    """Return the trunk's layers (0-based) on a pipeline stage: a run of them, or under an interleaved
-    pipeline one of each turn."""
-    p = config.parallel
-    run = config.model.num_layers // (p.pp * p.vpp)
-    return [(turn * p.pp + stage) * run + i for turn in range(p.vpp) for i in range(run)]
 
 
 def vocabulary_tables(config: RunConfig, stage: int) -> int:

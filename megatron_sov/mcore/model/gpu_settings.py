@@ -50,6 +50,7 @@ class Fusion:
 FUSIONS = (
     # YaRN's factor is in the scale of the softmax, so that the kernel rotates and does no more
     Fusion("rope_fusion", "apply_rope_fusion", lambda here: here.parallel.cp == 1),
+    Fusion("router_fusion", "moe_router_fusion", lambda here: here.model.num_moe_layers() > 0),
     Fusion("permute_fusion", "moe_permute_fusion", lambda here: here.model.num_moe_layers() > 0),
     Fusion("swiglu_fusion", "bias_activation_fusion", lambda here: True),
     Fusion("grad_accumulation_fusion", "gradient_accumulation_fusion", lambda here: True),

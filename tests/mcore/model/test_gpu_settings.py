@@ -28,6 +28,7 @@ OURS_ALONE = {"gc_every_steps", "profile_first_step", "profile_last_step", "peak
 CHANGES: dict[str, tuple[list[str], dict[str, Any]]] = {
     "gpu.attention": (["gpu.attention=flash"], {"attention_backend": "flash"}),
     "gpu.rope_fusion": (["gpu.rope_fusion=off"], {"apply_rope_fusion": False}),
+    "gpu.router_fusion": (["gpu.router_fusion=on"], {"moe_router_fusion": True}),
     "gpu.permute_fusion": (["gpu.permute_fusion=off"], {"moe_permute_fusion": False}),
     "gpu.swiglu_fusion": (["gpu.swiglu_fusion=off"], {"bias_activation_fusion": False}),
     "gpu.grad_accumulation_fusion": (["gpu.grad_accumulation_fusion=off"],
@@ -102,7 +103,8 @@ def test_without_transformer_engine_auto_is_off_and_the_library_builds_its_confi
 
 
 def test_with_transformer_engine_auto_is_on_where_model_and_layout_can() -> None:
-    assert all(fields(config_with([]), te=True)[fusion.field] for fusion in FUSIONS)
+    found = fields(config_with([]), te=True)
+    assert [f.setting for f in FUSIONS if not found[f.field]] == ["router_fusion"], "on only where asked for"
     yarn = 'model.yarn={"factor": 4.0, "original_max_position_tokens": 512}'
     assert fields(config_with([yarn]), te=True)["apply_rope_fusion"], "its factor is in the softmax"
     assert not fields(config_with(["parallel.cp=2"]), te=True)["apply_rope_fusion"]
