@@ -32,8 +32,8 @@ class GpuConfig:
     rope_fusion: Switch = "auto"
     """Rotate queries and keys in one kernel."""
     router_fusion: Literal["on", "off"] = "off"
-    """Choose experts in Transformer Engine's kernels, which compute in float32 and take a chosen score from its
-    biased one, so that weights differ in their last bits."""
+    """Choose experts in Transformer Engine's kernels, which compute in float32 and take a chosen score from
+    its biased one, so that weights differ in their last bits."""
     permute_fusion: Switch = "auto"
     """Sort tokens by expert, and back, in one kernel."""
     swiglu_fusion: Switch = "auto"
