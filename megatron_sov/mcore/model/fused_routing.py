@@ -1,9 +1,10 @@
 """Choosing experts by Transformer Engine's fused kernels (2.7 or newer), where their formula is the router's.
 
-Read in the source of Transformer Engine 2.20.2 (`common/fused_router/*.cu`), never run on a GPU here.  The
-kernels compute in float32, add the bias to sigmoid scores for the choice alone, and divide sigmoid weights by
-their sum (plus 1e-20) where more than one expert is chosen.  The weight of a chosen expert is its biased
-score less the bias, so it may differ from the score in the last bits.
+Never run on a GPU here.  Read for it: the Python side of Transformer Engine 2.20.2, and the simple forward
+kernels (`common/fused_router/*.cu`) of its development branch at 2.20.0.dev0.  They compute in float32, add
+the bias to sigmoid scores for the choice alone, and divide sigmoid weights by their sum (plus 1e-20) where
+more than one expert is chosen.  The weight of a chosen expert is its biased score less the bias, so it may
+differ from the score in the last bits.
 """
 
 from __future__ import annotations
