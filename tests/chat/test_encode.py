@@ -179,7 +179,8 @@ def test_generation_blocks_say_where_turns_stand(tokenizer: PreTrainedTokenizerF
      Conversation((Message("user", "x"), Message("assistant", "", tool_calls=CALLS + CALLS))),
      "has calls in message 2"),
     (THINKS.replace("{{ m.content | trim }}", "{{ '' if m.tool_calls else m.content }}"),
-     Conversation((Message("user", "x"), Message("assistant", "tool", tool_calls=CALLS), Message("tool", "3"))),
+     replace(AGENT, messages=(AGENT.messages[0], Message("assistant", "tool", tool_calls=CALLS),
+                              Message("tool", "3"))),
      "has content in message 2"),
 ])
 def test_a_turn_that_cannot_be_found_is_refused(tokenizer: PreTrainedTokenizerFast, template: str,
