@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -97,8 +97,8 @@ def _with_openings(template: ChatTemplate, conversation: Conversation, segments:
     roles = tuple(m.role for m in conversation.messages)
     for segment, following in zip(segments, [*segments[1:], None], strict=True):
         if segment.message is None and following is not None and following.message in learned:
-            find = _asked_with if len(beside) < SHORT_BESIDE else _asked_with.__wrapped__
-            asked = find(template, roles[:following.message], beside)
+            ask: Callable[..., str] = _asked_with if len(beside) < SHORT_BESIDE else _asked_with.__wrapped__
+            asked = ask(template, roles[:following.message], beside)
             if asked and segment.text.startswith(asked) and segment.text != asked:
                 yield Segment(asked, None)
                 yield Segment(segment.text[len(asked):], following.message, is_turn=True)

@@ -94,7 +94,7 @@ def _strings(value: Any) -> Iterator[str]:
     """Yield the strings in a JSON value, keys too."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, (dict, list)):
+    elif isinstance(value, (dict, list, tuple)):
         for part in (*value, *value.values()) if isinstance(value, dict) else value:
             yield from _strings(part)
 
@@ -105,7 +105,7 @@ def refuse_deep(value: Any, levels: int = MOST_LEVELS) -> None:
     Raises:
         BadRecord: it has more.
     """
-    if isinstance(value, (dict, list)):
+    if isinstance(value, (dict, list, tuple)):
         if not levels:
             raise BadRecord("json", f"is nested more than {MOST_LEVELS} levels deep; flatten it")
         for part in value.values() if isinstance(value, dict) else value:
@@ -163,7 +163,20 @@ def read_tools(tools: Any) -> tuple[dict[str, Any], ...]:
     if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
         raise BadRecord("fields", f"'tools' is {str(tools)[:40]!r}, must be a list of objects that describe "
                                   "functions")
+    refuse_other_types(found, "'tools'")
     return tuple(found)
+
+
+def refuse_other_types(value: Any, where: str, allow_nan: bool = True) -> None:
+    """Refuse what templates cannot show as JSON, such as the times and bytes that Parquet files hold.
+
+    Raises:
+        BadRecord: there is such a value.
+    """
+    try:
+        json.dumps(value, allow_nan=allow_nan)
+    except (TypeError, ValueError) as e:
+        raise BadRecord("fields", f"{where} is no JSON ({e}); use numbers, strings and null") from None
 
 
 def _message(message: Any, where: str) -> Message:
@@ -226,12 +239,7 @@ def _calls(calls: Any, where: str) -> tuple[dict[str, Any], ...]:
         if not isinstance(arguments, dict):
             raise BadRecord("tool_call", f"{where}[{i}].function.arguments is {str(arguments)[:40]!r}, must "
                                          "be a JSON object")
-        try:
-            json.dumps(arguments, allow_nan=False)
-        except ValueError:
-            raise BadRecord("tool_call", f"{where}[{i}].function.arguments holds NaN or an infinity, "
-                                         "which is no JSON that a model should learn to write; use null or "
-                                         "a string") from None
+        refuse_other_types(arguments, f"{where}[{i}].function.arguments", allow_nan=False)
         known = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
         found.append({**known, "type": "function", "function": {"name": name, "arguments": arguments}})
     return tuple(found)

@@ -17,9 +17,12 @@ from megatron_sov.documents.messages import (
     read_sharegpt,
     read_tools,
     refuse_deep,
+    refuse_other_types,
 )
 
 KINDS = ("text", "chat", "preference", "prompt")
+GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "marks_generation"}
+"""What chat templates are given beside a record's own variables."""
 
 
 @dataclass(frozen=True)
@@ -187,6 +190,10 @@ def _beside(record: dict[str, Any]) -> dict[str, Any]:
     kwargs = record.get("chat_template_kwargs") or {}
     if not isinstance(kwargs, dict):
         raise BadRecord("fields", f"'chat_template_kwargs' is {str(kwargs)[:40]!r}, must be an object")
+    if own := GIVEN & kwargs.keys():
+        raise BadRecord("fields", f"'chat_template_kwargs' has {min(own)!r}, which the template is given "
+                                  "anyway; remove it")
+    refuse_other_types(kwargs, "'chat_template_kwargs'")
     return {"tools": read_tools(record["tools"]) if record.get("tools") else (), "template_kwargs": kwargs}
 
 
