@@ -230,16 +230,34 @@ def _by_prefix(template: ChatTemplate, conversation: Conversation, number: int, 
                                     f"{number + 1} behind another text than a model is asked for it with; "
                                     "mark its earlier turns \"train\": false, give each turn a chat of its "
                                     "own, or change the template")
+    header = _unasked_header(template, conversation, number, asked)
+    begin = len(asked) + (len(header) if text.startswith(header, len(asked)) else 0)
     shown = template.render(replace(conversation, messages=messages[:number + 1]))
-    places = [shown.rfind(end, len(asked)) + len(end) for end in ends if end in shown[len(asked):]]
+    places = [shown.rfind(end, begin) + len(end) for end in ends if end in shown[begin:]]
     is_last = number == len(messages) - 1
     end = max(places, default=len(shown) if is_last else len(shown.rstrip()))
-    if text[:end] != shown[:end] or end <= len(asked):
+    if text[:end] != shown[:end] or end <= begin:
         raise BadRecord("template", f"is shown by the chat template of {template.where} with turn "
                                     f"{number + 1} changed once others follow (its thoughts left out, say); "
                                     "mark its earlier turns \"train\": false, or give each turn a chat of "
                                     "its own")
-    return len(asked), end
+    return begin, end
+
+
+def _unasked_header(template: ChatTemplate, conversation: Conversation, number: int, asked: str) -> str:
+    """Return what the template writes between a prompt and a response that is a content alone, where it knows
+    no asking (`add_generation_prompt`): no more of a response is learned then than by marks."""
+    if asked != template.render(replace(conversation, messages=conversation.messages[:number])):
+        return ""
+    plain = tuple(Message(m.role, "a") for m in conversation.messages[:number + 1])
+    try:
+        prompt, shown = (around_contents(template, replace(conversation, messages=messages))
+                         for messages in (plain[:number], plain))
+    except BadRecord:
+        return ""
+    before = "".join(s.text for s in shown[:next(i for i, s in enumerate(shown) if s.message == number)])
+    said = "".join(s.text for s in prompt)
+    return before[len(said):] if before.startswith(said) else ""
 
 
 def odd_opening(template: ChatTemplate) -> str | None:

@@ -203,3 +203,11 @@ def test_turns_that_overlap_are_refused(tokenizer: PreTrainedTokenizerFast) -> N
     chat = Conversation.of(("user", "hi"), ("assistant", " hello"), ("assistant", "there"))
     with pytest.raises(BadRecord, match="learned turns that overlap"):
         encoder(tokenizer, closes).encode(chat)
+
+
+def test_the_header_of_a_turn_is_not_learned_where_a_template_knows_no_asking(
+        tokenizer: PreTrainedTokenizerFast) -> None:
+    """Nor where a content is trimmed, so that its turn is found by prefixes and not by marks."""
+    trims = SPACED.replace("m.content }} ", "m.content | trim }}")
+    for content in ("hello", " hello"):
+        assert learned(tokenizer, trims, ("user", "hi"), ("assistant", content)) == ("hello[EOS]", False)
