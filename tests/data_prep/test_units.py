@@ -85,6 +85,13 @@ def test_what_is_stored_of_each_sequence(settings: UnitSettings, tmp_path: Path)
     assert record.num_bad == {"json": 1} and record.num_lines == (4, 0)
 
 
+def test_a_bad_record_is_kept_though_its_reason_names_no_text(settings: UnitSettings, tmp_path: Path) -> None:
+    [unit] = plan_units([write(tmp_path, "a.jsonl", [LINES[0], '{"\\ud800": 1}'])])
+    record = UnitEncoder(settings, tmp_path / "work").encode(unit)
+    [row] = open_unit(tmp_path / "work", record.key, "uint16").bad_rows()
+    assert row["code"] == "fields" and "(fields: ?)" in row["reason"]
+
+
 def test_documents_that_a_template_refuses_are_found_inside_a_batch(tokenizers: dict[str, Path],
                                                                     settings: UnitSettings, tmp_path: Path,
                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
