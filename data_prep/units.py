@@ -32,7 +32,7 @@ from megatron_sov.documents.records import check_texts
 from megatron_sov.errors import UserError
 from megatron_sov.plugins.code import Code
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 """Raised when the same input and settings would give another unit."""
 BATCH_BYTES = 1_000_000
 """Text that is encoded at a time."""
@@ -198,7 +198,7 @@ class _UnitWriter:
         self._bad[bad.code] += 1
         row = {"span": span, "line": bad.line, "code": bad.code, "reason": bad.reason,
                "content": bad.content.decode(errors="replace")}
-        self._files["bad"].write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        self._files["bad"].write(json.dumps(row, ensure_ascii=False).encode(errors="replace") + b"\n")
 
     def _write(self, batch: list[tuple[int, Document]]) -> None:
         if not batch:

@@ -102,11 +102,25 @@ class ChatEncoder:
         """
         wanted = {i for i, m in enumerate(chat.messages)
                   if i >= num_prompt and m.role == "assistant" and m.is_learned}
+        self._check_beside(chat)
         try:
             return self._encode_segments(self._segments(chat, wanted, awaits_response), chat, wanted)
-        except _Joined:
+        except _Joined as joined:
             # with the template's own text before it left to the template, as `odd_opening` tells
-            return self._encode_segments(around_contents(self._template, chat, awaits_response), chat, wanted)
+            try:
+                segments = around_contents(self._template, chat, awaits_response)
+            except BadRecord:
+                raise joined from None
+            return self._encode_segments(segments, chat, wanted)
+
+    def _check_beside(self, chat: Conversation) -> None:
+        """Refuse a chat whose tools, variables or names would bring special tokens into the template's
+        text."""
+        beside = "\n".join(chat.beside())
+        if beside and (spelled := next((t for t in self._special.values() if t in beside), None)):
+            raise BadRecord("special_token", f"spells the special token {spelled!r} in its tools, its "
+                                             "chat_template_kwargs or a name, where it would become one; "
+                                             "remove it")
 
     def _encode_segments(self, segments: Segments, chat: Conversation, wanted: set[int]) -> EncodedChat:
         parts, is_open = self._parts(segments, [s.message in wanted for s in segments])
@@ -159,8 +173,9 @@ class ChatEncoder:
         """Return a chat as texts of one type and special tokens, and whether it ends in an open response."""
         parts: list[_Part] = []
         last, is_open = len(segments) - 1, False
+        last_message = max((i for i, s in enumerate(segments) if s.message is not None), default=-1)
         for i, segment in enumerate(segments):
-            later = any(s.message is not None for s in segments[i + 1:])
+            later = i < last_message
             begins = learned[i] and not (i and learned[i - 1] and segments[i - 1].message == segment.message)
             if segment.is_turn:
                 split = self._split_at_special(segment.text)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -25,6 +25,9 @@ from megatron_sov.documents import BadRecord, Conversation, Message
 _MARK = "\ue000{}\ue001"
 _MARKS = re.compile("\ue000(\\d+)\ue001")
 _GENERATED = re.compile(f"({BEGIN}|{END})")
+SHORT_BESIDE = 10_000
+"""Characters of tools and variables with which it is remembered how a template asks: longer ones would fill
+the memory."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +76,9 @@ def around_contents(template: ChatTemplate, conversation: Conversation, awaits_r
                 for i, part in enumerate(parts) if i % 2 or part]
     shown = template.render(conversation, awaits_response)
     start = 0
-    for segment in segments:
+    for i, segment in enumerate(segments):
         if not shown.startswith(segment.text, start):
-            number = next((s.message for s in segments[segments.index(segment):] if s.message is not None),
-                          len(messages) - 1)
+            number = next((s.message for s in segments[i:] if s.message is not None), len(messages) - 1)
             raise BadRecord("template", f"is changed by the chat template of {template.where} at message "
                                         f"{number + 1} ({messages[number].role}), which it shows otherwise "
                                         "than it is")
@@ -95,7 +97,8 @@ def _with_openings(template: ChatTemplate, conversation: Conversation, segments:
     roles = tuple(m.role for m in conversation.messages)
     for segment, following in zip(segments, [*segments[1:], None], strict=True):
         if segment.message is None and following is not None and following.message in learned:
-            asked = _asked_with(template, roles[:following.message], beside)
+            ask: Callable[..., str] = _asked_with if len(beside) < SHORT_BESIDE else _asked_with.__wrapped__
+            asked = ask(template, roles[:following.message], beside)
             if asked and segment.text.startswith(asked) and segment.text != asked:
                 yield Segment(asked, None)
                 yield Segment(segment.text[len(asked):], following.message, is_turn=True)
@@ -106,12 +109,15 @@ def _with_openings(template: ChatTemplate, conversation: Conversation, segments:
 @lru_cache(maxsize=1024)
 def _asked_with(template: ChatTemplate, roles: tuple[str, ...], beside: str) -> str:
     """Return what the template writes behind the last of some messages when it asks for a response; nothing
-    where it knows no asking."""
+    where it knows no asking, or refuses to ask behind these (none, say)."""
     tools, kwargs = json.loads(beside)
     marks = [_MARK.format(i) for i in range(len(roles))]
     prompt = Conversation(tuple(Message(role) for role in roles), tuple(tools), kwargs)
-    shown = template.render(prompt, awaits_response=True, contents=marks)
-    if shown == template.render(prompt, contents=marks):
+    try:
+        shown = template.render(prompt, awaits_response=True, contents=marks)
+        if shown == template.render(prompt, contents=marks):
+            return ""
+    except BadRecord:
         return ""
     return shown.rpartition(marks[-1])[2] if marks else shown
 
@@ -141,7 +147,11 @@ def around_turns(template: ChatTemplate, conversation: Conversation, learned: Co
         _refuse_dropped(template, conversation.messages[i], i, text[first:end])
         segments += [Segment(text[start:first], None), Segment(text[first:end], i, is_turn=True)]
         start = end
-    return [s for s in (*segments, Segment(text[start:], None)) if s.text]
+    segments = [s for s in (*segments, Segment(text[start:], None)) if s.text]
+    if "".join(s.text for s in segments) != text:
+        raise BadRecord("template", f"is shown by the chat template of {template.where} with learned turns "
+                                    "that overlap; give each turn a chat of its own")
+    return segments
 
 
 def _refuse_hidden(template: ChatTemplate, conversation: Conversation, text: str) -> None:
@@ -157,13 +167,25 @@ def _refuse_hidden(template: ChatTemplate, conversation: Conversation, text: str
 
 
 def _refuse_dropped(template: ChatTemplate, message: Message, number: int, turn: str) -> None:
-    """Refuse a learned turn whose thoughts or calls the template leaves out."""
+    """Refuse a learned turn of which the template leaves out the thoughts, the content or a call."""
     names = [call["function"]["name"] for call in message.tool_calls]
-    for what, pieces in (("thoughts", [message.reasoning.strip()]), ("calls", names)):
-        if any(piece not in turn for piece in pieces):
+    for what, pieces in (("thoughts", [message.reasoning.strip()]), ("content", [message.content.strip()]),
+                         ("calls", names)):
+        if not _in_order(pieces, turn):
             raise BadRecord("template", f"has {what} in message {number + 1} that the chat template of "
                                         f"{template.where} does not show there; mark the message \"train\": "
                                         f"false, or remove its {what}")
+
+
+def _in_order(pieces: Sequence[str], text: str) -> bool:
+    """Return whether a text has pieces one after another: two calls may be of one function."""
+    place = 0
+    for piece in pieces:
+        found = text.find(piece, place)
+        if found < 0:
+            return False
+        place = found + len(piece)
+    return True
 
 
 def _generated(template: ChatTemplate, conversation: Conversation, awaits_response: bool, text: str,
@@ -208,16 +230,34 @@ def _by_prefix(template: ChatTemplate, conversation: Conversation, number: int, 
                                     f"{number + 1} behind another text than a model is asked for it with; "
                                     "mark its earlier turns \"train\": false, give each turn a chat of its "
                                     "own, or change the template")
+    header = _unasked_header(template, conversation, number, asked)
+    begin = len(asked) + (len(header) if text.startswith(header, len(asked)) else 0)
     shown = template.render(replace(conversation, messages=messages[:number + 1]))
-    places = [shown.rfind(end, len(asked)) + len(end) for end in ends if end in shown[len(asked):]]
+    places = [shown.rfind(end, begin) + len(end) for end in ends if end in shown[begin:]]
     is_last = number == len(messages) - 1
     end = max(places, default=len(shown) if is_last else len(shown.rstrip()))
-    if text[:end] != shown[:end] or end <= len(asked):
+    if text[:end] != shown[:end] or end <= begin:
         raise BadRecord("template", f"is shown by the chat template of {template.where} with turn "
                                     f"{number + 1} changed once others follow (its thoughts left out, say); "
                                     "mark its earlier turns \"train\": false, or give each turn a chat of "
                                     "its own")
-    return len(asked), end
+    return begin, end
+
+
+def _unasked_header(template: ChatTemplate, conversation: Conversation, number: int, asked: str) -> str:
+    """Return what the template writes between a prompt and a response that is a content alone, where it knows
+    no asking (`add_generation_prompt`): no more of a response is learned then than by marks."""
+    if asked != template.render(replace(conversation, messages=conversation.messages[:number])):
+        return ""
+    plain = tuple(Message(m.role, "a") for m in conversation.messages[:number + 1])
+    try:
+        prompt, shown = (around_contents(template, replace(conversation, messages=messages))
+                         for messages in (plain[:number], plain))
+    except BadRecord:
+        return ""
+    before = "".join(s.text for s in shown[:next(i for i, s in enumerate(shown) if s.message == number)])
+    said = "".join(s.text for s in prompt)
+    return before[len(said):] if before.startswith(said) else ""
 
 
 def odd_opening(template: ChatTemplate) -> str | None:

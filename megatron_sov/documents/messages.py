@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,8 @@ SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "a
 
 REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names under which records keep thoughts."""
+MOST_LEVELS = 64
+"""Objects and lists within each other in a record: what is deeper ends in Python's limit on recursion."""
 
 
 class BadRecord(Exception):
@@ -82,6 +84,33 @@ class Conversation:
         """Return a conversation of (role, content) pairs."""
         return Conversation(tuple(Message(role, content) for role, content in turns))
 
+    def beside(self) -> tuple[str, ...]:
+        """Return the strings that records bring besides what is said: in tools, variables and names."""
+        other = [value for message in self.messages for _, value in message.other]
+        return tuple(_strings([*self.tools, dict(self.template_kwargs), *other]))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Yield the strings in a JSON value, keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for part in (*value, *value.values()) if isinstance(value, dict) else value:
+            yield from _strings(part)
+
+
+def refuse_deep(value: Any, levels: int = MOST_LEVELS) -> None:
+    """Refuse a JSON value with more levels than are left.
+
+    Raises:
+        BadRecord: it has more.
+    """
+    if isinstance(value, (dict, list, tuple)):
+        if not levels:
+            raise BadRecord("json", f"is nested more than {MOST_LEVELS} levels deep; flatten it")
+        for part in value.values() if isinstance(value, dict) else value:
+            refuse_deep(part, levels - 1)
+
 
 def read_messages(messages: Any, name: str) -> Messages:
     """Return a record's messages.
@@ -134,7 +163,20 @@ def read_tools(tools: Any) -> tuple[dict[str, Any], ...]:
     if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
         raise BadRecord("fields", f"'tools' is {str(tools)[:40]!r}, must be a list of objects that describe "
                                   "functions")
+    refuse_other_types(found, "'tools'")
     return tuple(found)
+
+
+def refuse_other_types(value: Any, where: str, allow_nan: bool = True) -> None:
+    """Refuse what templates cannot show as JSON, such as the times and bytes that Parquet files hold.
+
+    Raises:
+        BadRecord: there is such a value.
+    """
+    try:
+        json.dumps(value, allow_nan=allow_nan)
+    except (TypeError, ValueError) as e:
+        raise BadRecord("fields", f"{where} is no JSON ({e}); use numbers, strings and null") from None
 
 
 def _message(message: Any, where: str) -> Message:
@@ -197,6 +239,7 @@ def _calls(calls: Any, where: str) -> tuple[dict[str, Any], ...]:
         if not isinstance(arguments, dict):
             raise BadRecord("tool_call", f"{where}[{i}].function.arguments is {str(arguments)[:40]!r}, must "
                                          "be a JSON object")
+        refuse_other_types(arguments, f"{where}[{i}].function.arguments", allow_nan=False)
         known = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
         found.append({**known, "type": "function", "function": {"name": name, "arguments": arguments}})
     return tuple(found)
@@ -204,9 +247,11 @@ def _calls(calls: Any, where: str) -> tuple[dict[str, Any], ...]:
 
 def _json(value: Any, where: str) -> Any:
     try:
-        return json.loads(value)
+        found = json.loads(value)
     except (TypeError, ValueError, RecursionError) as e:
         raise BadRecord("tool_call", f"{where} is {str(value)[:40]!r}, which is not JSON ({e})") from None
+    refuse_deep(found)
+    return found
 
 
 def _check_tools(messages: Sequence[Message], name: str) -> None:

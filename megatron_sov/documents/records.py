@@ -16,9 +16,13 @@ from megatron_sov.documents.messages import (
     read_messages,
     read_sharegpt,
     read_tools,
+    refuse_deep,
+    refuse_other_types,
 )
 
 KINDS = ("text", "chat", "preference", "prompt")
+GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "marks_generation"}
+"""What chat templates are given beside a record's own variables."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,8 @@ def parse_record(record: dict[str, Any], where: str, number: int, reading: Readi
     """
     kind = _kind(record, reading)
     fields: dict[str, Any] = {}
+    if kind != "text":
+        refuse_deep(record)
     if kind == "text":
         fields["text"] = record[reading.text_field]
     elif kind == "chat":
@@ -140,6 +146,8 @@ def parse_record(record: dict[str, Any], where: str, number: int, reading: Readi
     id_ = record.get("id")
     document = Document(where, id=str(id_) if isinstance(id_, (str, int)) else None, line=number, **fields)
     check_texts(document.texts(), reading)
+    for text in (*document.conversation().beside(), document.extra):
+        _size_bytes(text)  # which are encoded too, if not counted
     return document
 
 
@@ -182,6 +190,10 @@ def _beside(record: dict[str, Any]) -> dict[str, Any]:
     kwargs = record.get("chat_template_kwargs") or {}
     if not isinstance(kwargs, dict):
         raise BadRecord("fields", f"'chat_template_kwargs' is {str(kwargs)[:40]!r}, must be an object")
+    if own := GIVEN & kwargs.keys():
+        raise BadRecord("fields", f"'chat_template_kwargs' has {min(own)!r}, which the template is given "
+                                  "anyway; remove it")
+    refuse_other_types(kwargs, "'chat_template_kwargs'")
     return {"tools": read_tools(record["tools"]) if record.get("tools") else (), "template_kwargs": kwargs}
 
 
@@ -208,8 +220,9 @@ def _preference(record: dict[str, Any]) -> dict[str, Messages]:
         raise BadRecord("fields",
                         "has the same text as 'chosen' and as 'rejected'; there is nothing to prefer")
     for side, messages in (("chosen", chosen), ("rejected", rejected)):
-        if not any(m.role == "assistant" for m in messages):
-            raise BadRecord("fields", f"'{side}' holds no message of the assistant behind the prompt")
+        if not any(m.role == "assistant" and m.is_learned for m in messages):
+            raise BadRecord("fields", f"'{side}' holds no message of the assistant behind the prompt that is "
+                                      "learned")
     return {"messages": prompt, "chosen": chosen, "rejected": rejected}
 
 
@@ -217,15 +230,19 @@ def check_texts(texts: tuple[str, ...], reading: Reading) -> None:
     """Raise `BadRecord` where a document's texts are too long, no text, or none at all."""
     size_bytes = 0
     for text in texts:
-        try:
-            size_bytes += len(text.encode())
-        except UnicodeEncodeError:
-            raise BadRecord("utf8", "holds half of a surrogate pair (an escape such as \\ud800), "
-                                    "which is no character; remove it") from None
+        size_bytes += _size_bytes(text)
     if size_bytes > reading.max_document_bytes:
         raise too_long(reading)
     if not any(text.strip() for text in texts):
         raise BadRecord("empty", "holds no text")
+
+
+def _size_bytes(text: str) -> int:
+    try:
+        return len(text.encode())
+    except UnicodeEncodeError:
+        raise BadRecord("utf8", "holds half of a surrogate pair (an escape such as \\ud800), "
+                                "which is no character; remove it") from None
 
 
 def too_long(reading: Reading) -> BadRecord:

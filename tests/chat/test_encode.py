@@ -172,8 +172,42 @@ def test_generation_blocks_say_where_turns_stand(tokenizer: PreTrainedTokenizerF
      "has calls in message 2"),
     (THINKS, Conversation((Message("user", "[EOS]"), Message("assistant", "a", "b"))),
      "spells the special token '\\[EOS\\]'"),
+    (THINKS, replace(AGENT, tools=({"name": "a", "description": "[EOS]"},)), "in its tools"),
+    (CHATML, Conversation((Message("user", "x", other=(("name", "[BOS]"),)), Message("assistant", "a"))),
+     "or a name"),
+    (THINKS.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]"),
+     Conversation((Message("user", "x"), Message("assistant", "", tool_calls=CALLS + CALLS))),
+     "has calls in message 2"),
+    (THINKS.replace("{{ m.content | trim }}", "{{ '' if m.tool_calls else m.content }}"),
+     replace(AGENT, messages=(AGENT.messages[0], Message("assistant", "tool", tool_calls=CALLS),
+                              Message("tool", "3"))),
+     "has content in message 2"),
 ])
 def test_a_turn_that_cannot_be_found_is_refused(tokenizer: PreTrainedTokenizerFast, template: str,
                                                 chat: Conversation, says: str) -> None:
     with pytest.raises(BadRecord, match=says):
         encoder(tokenizer, template).encode(chat)
+
+
+def test_a_chat_may_begin_with_the_assistant(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Though a template does not ask for a response behind no message at all."""
+    strict = "{% if not messages %}{{ raise_exception('no messages') }}{% endif %}" + CHATML
+    turns = (("assistant", "hello"), ("user", "yo"), ("assistant", "there"))
+    assert learned(tokenizer, strict, *turns) == ("hello[EOS]there[EOS]", False)
+
+
+def test_turns_that_overlap_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Asked for a second turn in a row, a model would not see the end of the first, which is shown."""
+    closes = ("{% for m in messages %}{{ m.content | trim }}"
+              "{% if not (loop.last and add_generation_prompt) %}[EOS]{% endif %}{% endfor %}")
+    chat = Conversation.of(("user", "hi"), ("assistant", " hello"), ("assistant", "there"))
+    with pytest.raises(BadRecord, match="learned turns that overlap"):
+        encoder(tokenizer, closes).encode(chat)
+
+
+def test_the_header_of_a_turn_is_not_learned_where_a_template_knows_no_asking(
+        tokenizer: PreTrainedTokenizerFast) -> None:
+    """Nor where a content is trimmed, so that its turn is found by prefixes and not by marks."""
+    trims = SPACED.replace("m.content }} ", "m.content | trim }}")
+    for content in ("hello", " hello"):
+        assert learned(tokenizer, trims, ("user", "hi"), ("assistant", content)) == ("hello[EOS]", False)

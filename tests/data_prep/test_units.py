@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pytest
@@ -12,7 +13,7 @@ from pyarrow import parquet
 
 from data_prep.encode import EncodingSettings
 from data_prep.units import UnitEncoder, UnitSettings, open_unit, unit_folder, unit_key
-from megatron_sov.documents import Reading, plan_units
+from megatron_sov.documents import BadRecord, Conversation, Reading, plan_units
 
 LINES = [json.dumps({"id": f"id {i}", "text": f"line {i} 한국어"}) for i in range(50)]
 
@@ -84,23 +85,29 @@ def test_what_is_stored_of_each_sequence(settings: UnitSettings, tmp_path: Path)
     assert record.num_bad == {"json": 1} and record.num_lines == (4, 0)
 
 
+def test_a_bad_record_is_kept_though_its_reason_names_no_text(settings: UnitSettings, tmp_path: Path) -> None:
+    [unit] = plan_units([write(tmp_path, "a.jsonl", [LINES[0], '{"\\ud800": 1}'])])
+    record = UnitEncoder(settings, tmp_path / "work").encode(unit)
+    [row] = open_unit(tmp_path / "work", record.key, "uint16").bad_rows()
+    assert row["code"] == "fields" and "(fields: ?)" in row["reason"]
+
+
 def test_documents_that_a_template_refuses_are_found_inside_a_batch(tokenizers: dict[str, Path],
                                                                     settings: UnitSettings, tmp_path: Path,
                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_sov.chat.template import ChatTemplate
-    from megatron_sov.documents import BadRecord
 
-    pieces = ChatTemplate.pieces
+    render = ChatTemplate.render
 
-    def strict(self: ChatTemplate, messages: tuple[tuple[str, str], ...], awaits_response: bool = False):
-        if messages[0][0] == "system":
+    def strict(self: ChatTemplate, conversation: Conversation, *args: Any, **kwargs: Any) -> str:
+        if conversation.messages and conversation.messages[0].role == "system":
             raise BadRecord("template", "is refused")
-        return pieces(self, messages, awaits_response)
+        return render(self, conversation, *args, **kwargs)
 
-    monkeypatch.setattr(ChatTemplate, "pieces", strict)
+    monkeypatch.setattr(ChatTemplate, "render", strict)
     refused = (3, 4, 17)
-    lines = [{"messages": [{"role": "system" if i in refused else "user", "content": str(i)}]}
-             for i in range(20)]
+    lines = [{"messages": [{"role": "system" if i in refused else "user", "content": str(i)},
+                           {"role": "assistant", "content": "yes"}]} for i in range(20)]
     [unit] = plan_units([write(tmp_path, "chat.jsonl", list(map(json.dumps, lines)))])
     record = UnitEncoder(dataclasses.replace(settings, reading=Reading("chat")),
                          tmp_path / "work").encode(unit)

@@ -93,6 +93,7 @@ class _UnitCounter:
 
     def __init__(self, settings: CountSettings, work: Path, limit_words: int) -> None:
         self._settings, self._work, self._limit_words = settings, work, limit_words
+        self._limit_text_bytes = limit_words * WORD_BYTES // 2
         self._splitter: Splitter | None = None
         self._words = WordCounter()
 
@@ -135,7 +136,8 @@ class _UnitCounter:
                         checked = True
                     words.add(raw, splitter.ends(raw), times)
                     seen_bytes += times * len(piece.raw)
-                    if len(words) > self._limit_words:
+                    # words of text without spaces are long: their text is bounded too
+                    if len(words) > self._limit_words or words.text_bytes() > self._limit_text_bytes:
                         runs.write(words)
             runs.write(words)
         return {"seen_bytes": seen_bytes, "sample": sample}

@@ -33,7 +33,7 @@ class WordCounter:
     def add(self, raw: bytes, ends: NDArray[np.int32], times: int) -> None:
         """Count the words of a text, which end at `ends`, each `times` times."""
         most = self._size + len(ends)
-        self._text = _with_room(self._text, self._text_bytes() + len(raw))
+        self._text = _with_room(self._text, self.text_bytes() + len(raw))
         self._ends, self._counts = _with_room(self._ends, most), _with_room(self._counts, most)
         if 2 * most > len(self._slots):
             larger = np.zeros(1 << (2 * most).bit_length(), np.uint64)
@@ -42,7 +42,8 @@ class WordCounter:
         self._size = add_words(np.frombuffer(raw, np.uint8), ends, times, self._slots, self._text, self._ends,
                                self._counts, self._size)
 
-    def _text_bytes(self) -> int:
+    def text_bytes(self) -> int:
+        """Return how many bytes the distinct words have in all."""
         return int(self._ends[self._size - 1]) if self._size else 0
 
     def words(self) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
@@ -51,7 +52,7 @@ class WordCounter:
         used = self._slots[self._slots != 0]
         parts = np.empty(self._size, np.int64)
         parts[(used & NUMBER_MASK).astype(np.int64) - 1] = used >> np.uint64(2 * int(NUMBER_BITS) - PART_BITS)
-        return (self._text[: self._text_bytes()], self._ends[: self._size], self._counts[: self._size],
+        return (self._text[: self.text_bytes()], self._ends[: self._size], self._counts[: self._size],
                 parts)
 
     def clear(self) -> None:

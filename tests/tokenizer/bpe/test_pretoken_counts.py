@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 
 from megatron_sov.documents import list_files
@@ -17,6 +18,7 @@ from tokenizer.bpe.count_units import plan
 from tokenizer.bpe.pretoken_counts import CountSettings, UnitCounts, count_units
 from tokenizer.bpe.pretoken_table import WordTable, gather_words
 from tokenizer.bpe.pretokenizer import Splitter
+from tokenizer.bpe.word_counter import NUM_PARTS
 from tokenizer.mixture import Group, Share
 from tokenizer.presets import SOLAR_OPEN
 
@@ -70,6 +72,15 @@ def test_a_table_that_is_written_out_many_times_gives_the_same(corpus: Path, tmp
     # several runs
     assert sum(c.file.stat().st_size for c in counts) > sum(c.file.stat().st_size for c in once)
     assert as_counter(gather_words([c.file for c in counts], tmp_path / "work", None)) == expected(corpus)
+
+
+def test_long_words_are_written_out_by_their_bytes(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(" ".join(chr(97 + i) * 5000 for i in range(26)))
+    (tmp_path / "b.txt").write_text(" ".join(chr(65 + i) * 5000 for i in range(26)))
+    settings = CountSettings(SOLAR_OPEN, SOLAR_OPEN.split_pattern, (ONCE,), (NOWHERE,))
+    units = plan([Group("g", (tmp_path,))], 1 << 20)
+    [counts] = count_units(units, settings, tmp_path, 1, limit_bytes=1)  # room for 60,000 bytes
+    assert pyarrow.ipc.open_file(str(counts.file)).num_record_batches > NUM_PARTS
 
 
 def test_repeated_text_counts_as_often_as_it_is_seen(corpus: Path, tmp_path: Path) -> None:
