@@ -102,6 +102,13 @@ def test_the_readme_lists_every_command() -> None:
         assert [name for name in commands if not re.search(rf"[` ]{name}`", told)] == []
 
 
+def test_the_readme_shows_every_room() -> None:
+    tree = (ROOT / "README.md").read_text().partition("## The rooms")[2]
+    rooms = [f"{p.name}/" if p.is_dir() else p.name for p in (ROOT / "megatron_sov").iterdir()
+             if not p.name.startswith("_") and (p.suffix == ".py" or (p / "__init__.py").is_file())]
+    assert [room for room in rooms if f" {room}" not in tree] == []
+
+
 @pytest.mark.parametrize("name", ["config", "recipes"])
 def test_pages_that_are_written_from_the_code_are_fresh(name: str) -> None:
     spec = importlib.util.spec_from_file_location(f"generate_{name}", ROOT / f"docs/generate_{name}.py")
