@@ -30,7 +30,7 @@ from megatron_sov.artifacts import read_manifest
 from megatron_sov.config import ParallelConfig, RunConfig, apply_settings
 from megatron_sov.digests import file_digest
 from megatron_sov.mcore.checkpoint import load
-from megatron_sov.mcore.parallel import cpu_shims, world
+from megatron_sov.mcore.parallel import cpu_shims, launcher, world
 from megatron_sov.models.count import num_params
 
 BYTES_PER_PARAMETER = 12
@@ -148,7 +148,7 @@ def main() -> int:
     cpu_shims.prepare_megatron()
     config = config_of(args.megabytes * 1e6)
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
-        code = world.launch(lambda: measure(Path(folder), config, args.rounds), args.nproc, 1)
+        code = launcher.launch(lambda: measure(Path(folder), config, args.rounds), args.nproc, 1)
         if code:
             return code
         found = json.loads((Path(folder) / "seconds.json").read_text())

@@ -26,7 +26,7 @@ import numpy as np
 from megatron_sov import recipes
 from megatron_sov.config import RunConfig, apply_settings
 from megatron_sov.data.token_shards import Source
-from megatron_sov.mcore.parallel import cpu_shims, world
+from megatron_sov.mcore.parallel import cpu_shims, launcher, world
 from megatron_sov.plan.memory import Account, account
 from megatron_sov.plan.stages import stage_params
 
@@ -102,7 +102,7 @@ def measured(config: RunConfig) -> tuple[float, float, float, float]:
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        if code := world.launch(lambda: step(config, folder), NPROC, num_threads=1):
+        if code := launcher.launch(lambda: step(config, folder), NPROC, num_threads=1):
             raise SystemExit(code)
         rows = [np.load(folder / f"{rank}.npy") for rank in range(NPROC)]
     before, grown, seconds, loss = max(rows, key=lambda row: row[1]).tolist()

@@ -32,7 +32,7 @@ import numpy as np
 from megatron_sov import recipes
 from megatron_sov.config import RunConfig, apply_settings
 from megatron_sov.data.token_shards import ShardChain, Source
-from megatron_sov.mcore.parallel import collectives, cpu_shims, world
+from megatron_sov.mcore.parallel import collectives, cpu_shims, launcher, world
 from megatron_sov.obs.events import EventLog
 
 VOCAB_SIZE, SEQ_LEN, DOCUMENT_TOKENS, NUM_DOCUMENTS = 8192, 512, 512, 4000
@@ -212,7 +212,7 @@ def on_one_and_more(measure: Callable[[int, Path], None], description: str | Non
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             write_shard(folder)
-            if world.launch(lambda folder=folder: measure(args.turns, folder), nproc, num_threads=1):
+            if launcher.launch(lambda folder=folder: measure(args.turns, folder), nproc, num_threads=1):
                 sys.exit(1)
 
 

@@ -150,10 +150,10 @@ def main() -> None:
     parser.add_argument("--files", type=int, default=40, help="files of Python's library")
     args = parser.parse_args()
     if args.one:
-        from megatron_sov.mcore.parallel import world
+        from megatron_sov.mcore.parallel import launcher
 
         tokens, recipe, *settings = args.one
-        sys.exit(world.launch(lambda: print(json.dumps(train(Path(tokens), recipe, settings))), 1,
+        sys.exit(launcher.launch(lambda: print(json.dumps(train(Path(tokens), recipe, settings))), 1,
                               num_threads=1))
     print(f"{platform.machine()}, {os.cpu_count()} cores (load {os.getloadavg()[0]:.1f} at the start), "
           f"Python {platform.python_version()}", flush=True)

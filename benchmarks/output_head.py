@@ -21,7 +21,7 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
-from megatron_sov.mcore.parallel import cpu_shims, world
+from megatron_sov.mcore.parallel import cpu_shims, launcher, world
 
 HIDDEN, VOCAB_SIZE, TURNS = 256, 8192, 7
 CASES = ((2048, 2048, "float32"), (4096, 512, "float32"), (2048, 512, "bfloat16"))
@@ -80,7 +80,7 @@ def main() -> None:
           "loss, gradient norms (hidden, weight)", flush=True)
     for tokens, chunk_tokens, dtype in CASES:
         for way in WAYS:
-            if world.launch(lambda w=way, t=tokens, c=chunk_tokens, d=dtype: measure(w, t, c, d), 1,
+            if launcher.launch(lambda w=way, t=tokens, c=chunk_tokens, d=dtype: measure(w, t, c, d), 1,
                             num_threads=1):
                 sys.exit(1)
 

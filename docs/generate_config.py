@@ -7,10 +7,11 @@ import ast
 import dataclasses
 import inspect
 import itertools
+import re
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from megatron_sov.artifacts import atomic_write
 from megatron_sov.config import RunConfig
@@ -43,6 +44,14 @@ def nested_class(hint: Any) -> type | None:
                 None)
 
 
+def spelled(annotation: str, hint: Any) -> str:
+    """Return a field's type with the words that it takes in the place of our name for them."""
+    words = next((h for h in (hint, *get_args(hint)) if get_origin(h) is Literal), None)
+    if words is None or "Literal[" in annotation:
+        return annotation
+    return re.sub(r"\b(?!None)[A-Z]\w*", lambda _: repr(words).removeprefix("typing."), annotation)
+
+
 def default_of(field: dataclasses.Field[Any]) -> str:
     """Return a field's default as Python text; a field without one is set by the recipe."""
     if field.default is not dataclasses.MISSING:
@@ -58,14 +67,15 @@ def sections(cls: type, path: str, title: str) -> Iterator[str]:
     docs, hints = field_docs(cls), get_type_hints(cls)
     rows, tables = [], []
     for field in dataclasses.fields(cls):
-        key, annotation, inner = path + field.name, str(field.type), nested_class(hints[field.name])
+        key, annotation = path + field.name, spelled(str(field.type), hints[field.name])
+        inner = nested_class(hints[field.name])
         if inner is not None:
             below = f"{key}.N" if annotation.startswith("tuple") else key
             tables += sections(inner, f"{below}.", f"`{below}`")
         if inner is None or annotation != inner.__name__:
             default = "the table below" if inner and field.default is not None else default_of(field)
-            rows.append(f"| `{key}` | `{annotation}` | {default} | {docs[field.name]} |".replace(
-                " | None`", " \\| None`"))
+            in_cell = annotation.replace("|", "\\|")
+            rows.append(f"| `{key}` | `{in_cell}` | {default} | {docs[field.name]} |")
     about = " ".join(inspect.cleandoc(cls.__doc__ or "").split())
     yield (f"\n## {title}\n\n{about}\n\n| setting | type | default | meaning |\n|---|---|---|---|\n"
            + "\n".join(rows) + "\n")

@@ -346,21 +346,6 @@ def read_manifest(path: str | Path, kind: str | None = None) -> Manifest:
     return manifest
 
 
-def refuse_link_outside(folder: Path, file: Path) -> None:
-    """Refuse a file of a foreign folder that is a link to somewhere else: it would be copied, and handed on.
-
-    A link inside the folder is fine, and one from a snapshot of Hugging Face's cache to its blobs.
-
-    Raises:
-        UserError: naming where it leads.
-    """
-    root, there = folder.resolve(), file.resolve()
-    cache = [root.parent.parent / "blobs"] if root.parent.name == "snapshots" else []
-    if not any(there.is_relative_to(allowed) for allowed in (root, *cache)):
-        raise UserError(f"{file}: is a link to {there}, outside of its folder, and would be copied "
-                        "and handed on; put the file itself there, or leave it out")
-
-
 def _is_inside(name: str) -> bool:
     """Return whether a manifest's file name stays inside its folder."""
     return bool(name) and not Path(name).is_absolute() and ".." not in Path(name).parts

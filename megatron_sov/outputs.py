@@ -1,4 +1,4 @@
-"""Where a result may come to lie: asked before the work that makes it, not after."""
+"""Where a result may come to lie, and what may be copied into it: asked before the work, not after."""
 
 from __future__ import annotations
 
@@ -52,6 +52,21 @@ def behind_links(path: Path) -> Path:
         raise UserError(f"{path}: is a link to {target}, which does not exist; make that folder, or remove "
                         "the link")
     return target
+
+
+def refuse_link_outside(folder: Path, file: Path) -> None:
+    """Refuse a file of a foreign folder that is a link to somewhere else: it would be copied, and handed on.
+
+    A link inside the folder is fine, and one from a snapshot of Hugging Face's cache to its blobs.
+
+    Raises:
+        UserError: naming where it leads.
+    """
+    root, there = folder.resolve(), file.resolve()
+    cache = [root.parent.parent / "blobs"] if root.parent.name == "snapshots" else []
+    if not any(there.is_relative_to(allowed) for allowed in (root, *cache)):
+        raise UserError(f"{file}: is a link to {there}, outside of its folder, and would be copied "
+                        "and handed on; put the file itself there, or leave it out")
 
 
 def refuse_unwritable(folder: Path, said: str) -> None:

@@ -26,7 +26,7 @@ from typing import Any
 import data_prep.cli
 import megatron_sov.cli
 import tokenizer.cli
-from megatron_sov.mcore.parallel import world
+from megatron_sov.mcore.parallel import launcher
 from megatron_sov.runs.parent_death import die_with_parent
 
 PROGRAMS: dict[str, Callable[[], int]] = {
@@ -55,7 +55,7 @@ def run_jobs(jobs_file: Path) -> int:
             (jobs_file.parent / f"{number}-{os.environ['RANK']}.json").write_text(json.dumps(result))
             return 0
 
-        code = world.launch(rank, job["nproc"], num_threads=1)
+        code = launcher.launch(rank, job["nproc"], num_threads=1)
         if code:
             return code
     return 0

@@ -28,7 +28,6 @@ from megatron_sov.artifacts import (
     new_artifact,
     read_manifest,
     refuse_existing,
-    refuse_link_outside,
     sha256_file,
     to_json,
 )
@@ -388,26 +387,6 @@ def test_json_without_end_is_a_damaged_manifest(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("[" * 200_000)
     with pytest.raises(UserError, match=r"manifest\.json: is damaged"):
         read_manifest(tmp_path)
-
-
-def test_links_out_of_a_foreign_folder_are_refused(tmp_path: Path) -> None:
-    secret, folder = tmp_path / "secret.txt", tmp_path / "model"
-    secret.write_text("secret")
-    folder.mkdir()
-    (folder / "own.txt").write_text("own")
-    for name, target in (("inside.txt", "own.txt"), ("outside.txt", secret), ("up.txt", "../secret.txt")):
-        (folder / name).symlink_to(target)
-    refuse_link_outside(folder, folder / "own.txt")
-    refuse_link_outside(folder, folder / "inside.txt")
-    for name in ("outside.txt", "up.txt"):
-        with pytest.raises(UserError, match=f"{name}: is a link to .*secret.txt, outside of its folder"):
-            refuse_link_outside(folder, folder / name)
-    snapshot, blobs = tmp_path / "models--a/snapshots/abc", tmp_path / "models--a/blobs"
-    snapshot.mkdir(parents=True)
-    blobs.mkdir()
-    (blobs / "123").write_text("{}")
-    (snapshot / "config.json").symlink_to("../../blobs/123")
-    refuse_link_outside(snapshot, snapshot / "config.json")
 
 
 def test_an_output_behind_a_link_comes_to_lie_where_the_link_leads(tmp_path: Path) -> None:

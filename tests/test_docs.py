@@ -79,6 +79,15 @@ def test_links_lead_to_files(page: Path) -> None:
     assert [t for t in targets if not (page.parent / t).exists()] == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_rows_of_a_table_have_as_many_cells_as_its_head(page: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    tables = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    cells = [[len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()] for table in tables]
+    assert [table.splitlines()[0] for table, counts in zip(tables, cells, strict=True)
+            if len(set(counts)) > 1] == []
+
+
 def test_the_index_lists_every_page() -> None:
     listed = set(re.findall(r"\(([a-z0-9_]+\.md)\)", (ROOT / "docs/index.md").read_text()))
     assert listed == {p.name for p in (ROOT / "docs").glob("*.md")} - {"index.md"}
@@ -87,6 +96,17 @@ def test_the_index_lists_every_page() -> None:
 def test_the_readme_lists_every_command() -> None:
     readme = (ROOT / "README.md").read_text()
     assert [name for name in cli.COMMANDS if f"`megatron-sov {name}`" not in readme] == []
+    for program in ("sov-data", "sov-tokenizer"):
+        told = " ".join(re.findall(rf"^\| (`{program} .*?) \|", readme, re.MULTILINE))
+        commands = importlib.import_module(ENTRIES[program]).COMMANDS
+        assert [name for name in commands if not re.search(rf"[` ]{name}`", told)] == []
+
+
+def test_the_readme_shows_every_room() -> None:
+    tree = (ROOT / "README.md").read_text().partition("## The rooms")[2]
+    rooms = [f"{p.name}/" if p.is_dir() else p.name for p in (ROOT / "megatron_sov").iterdir()
+             if not p.name.startswith("_") and (p.suffix == ".py" or (p / "__init__.py").is_file())]
+    assert [room for room in rooms if f" {room}" not in tree] == []
 
 
 @pytest.mark.parametrize("name", ["config", "recipes"])

@@ -15,7 +15,7 @@ from data_prep.cli import main as sov_data
 from megatron_sov.artifacts import refuse_existing, write_output
 from megatron_sov.cli import main as megatron_sov
 from megatron_sov.errors import UserError
-from megatron_sov.outputs import check_output, refuse_unwritable
+from megatron_sov.outputs import check_output, refuse_link_outside, refuse_unwritable
 from tokenizer.cli import main as sov_tokenizer
 
 NOWHERE = "/proc/x"
@@ -88,3 +88,23 @@ def test_every_command_refuses_a_place_where_nothing_can_be_made(
         assert main(words) == 2
         error = capsys.readouterr().err
         assert why in error and len(error.splitlines()) == 1, error
+
+
+def test_links_out_of_a_foreign_folder_are_refused(tmp_path: Path) -> None:
+    secret, folder = tmp_path / "secret.txt", tmp_path / "model"
+    secret.write_text("secret")
+    folder.mkdir()
+    (folder / "own.txt").write_text("own")
+    for name, target in (("inside.txt", "own.txt"), ("outside.txt", secret), ("up.txt", "../secret.txt")):
+        (folder / name).symlink_to(target)
+    refuse_link_outside(folder, folder / "own.txt")
+    refuse_link_outside(folder, folder / "inside.txt")
+    for name in ("outside.txt", "up.txt"):
+        with pytest.raises(UserError, match=f"{name}: is a link to .*secret.txt, outside of its folder"):
+            refuse_link_outside(folder, folder / name)
+    snapshot, blobs = tmp_path / "models--a/snapshots/abc", tmp_path / "models--a/blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "123").write_text("{}")
+    (snapshot / "config.json").symlink_to("../../blobs/123")
+    refuse_link_outside(snapshot, snapshot / "config.json")

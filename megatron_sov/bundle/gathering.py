@@ -32,10 +32,10 @@ from megatron_sov.artifacts import (
     new_artifact,
     read_manifest,
     refuse_existing,
-    refuse_link_outside,
 )
 from megatron_sov.digests import SHA256
 from megatron_sov.errors import UserError, nearest
+from megatron_sov.outputs import refuse_link_outside
 
 KIND = "bundle"
 SCRIPTS = ("install.sh", "check.py")

@@ -64,8 +64,8 @@ class GpuConfig:
     profile_last_step: int = 0
     """Last step of the trace."""
     peak_tflops: float = 0.0
-    """Peak of one GPU in dense TFLOP/s that MFU is counted against; 0: the known one of the GPU, in the
-    precision of the run."""
+    """Peak of one GPU in dense TFLOP/s that MFU is counted against; 0: the known one of the GPU in bf16,
+    whatever the precision of the run."""
 
     def problems(self, model: ModelConfig, parallel: ParallelConfig, train: TrainConfig) -> list[str]:
         """Return one sentence for every rule of the library that these settings break, on any machine."""

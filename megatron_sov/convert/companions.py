@@ -12,11 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.artifacts import atomic_write, refuse_link_outside, to_json
+from megatron_sov.artifacts import atomic_write, to_json
 from megatron_sov.chat.folder import read_chat_encoder
 from megatron_sov.errors import UserError
 from megatron_sov.models.family import TokenIds
 from megatron_sov.obs.warning import warn
+from megatron_sov.outputs import refuse_link_outside
 
 GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",

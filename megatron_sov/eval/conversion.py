@@ -23,7 +23,7 @@ from megatron_sov.convert.sources import Weights
 from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.eval.parity import MAX_DIFFERENCE, compare_hf_logits, compare_logits, random_prompts
 from megatron_sov.generate.target import Target, as_checkpoint
-from megatron_sov.mcore.parallel import world
+from megatron_sov.mcore.parallel import launcher
 from megatron_sov.models.count import num_params
 from megatron_sov.obs.figures import size
 from megatron_sov.version import __version__
@@ -98,7 +98,7 @@ def _same_weights(checkpoint: Weights, folder: Weights) -> Iterator[tuple[Path, 
             yield narrow, folder.path
     elif wider < 0:
         with tempfile.TemporaryDirectory(prefix="sov-export-") as parent:
-            if world.apart(lambda: convert.to_hf(checkpoint.path, Path(parent) / "hf")):
+            if launcher.apart(lambda: convert.to_hf(checkpoint.path, Path(parent) / "hf")):
                 raise SystemExit(ExitCode.CRASH)
             yield checkpoint.path, Path(parent) / "hf"
     else:

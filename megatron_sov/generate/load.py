@@ -20,7 +20,7 @@ from megatron_sov.generate.target import Target, as_checkpoint, inference_config
 from megatron_sov.mcore.checkpoint import load
 from megatron_sov.mcore.decode.forward_only import ForwardModel
 from megatron_sov.mcore.model.language_model import build
-from megatron_sov.mcore.parallel import world
+from megatron_sov.mcore.parallel import launcher, world
 from megatron_sov.runs.launch_environment import earlier_result, handed, is_first, note_result, repeats
 
 
@@ -80,7 +80,7 @@ def run_forward_model(target: Target, settings: list[str], nproc: int | None,
                 world.leave()
             return 0
 
-        code = world.launch(rank, nproc, config.train.num_threads,
+        code = launcher.launch(rank, nproc, config.train.num_threads,
                             hand=lambda: {"checkpoint": str(path), "result": str(result)})
         if code != 0:
             raise SystemExit(code)

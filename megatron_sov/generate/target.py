@@ -16,7 +16,7 @@ from megatron_sov import convert
 from megatron_sov.artifacts import read_manifest
 from megatron_sov.config import ModelConfig, ParallelConfig, RunConfig, apply_settings
 from megatron_sov.errors import UserError
-from megatron_sov.mcore.parallel import world
+from megatron_sov.mcore.parallel import launcher
 from megatron_sov.mcore.parallel.device import on_gpu
 from megatron_sov.runs.checkpoints import IMPORTED, KIND, find_checkpoint, refuse_missing, settings_of
 from megatron_sov.runs.launch_environment import num_ranks
@@ -111,7 +111,7 @@ def as_checkpoint(target: Target) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="sov-target-") as folder:
         out = Path(folder) / "checkpoint"
-        code = world.apart(lambda: convert.from_hf(target.path, out))
+        code = launcher.apart(lambda: convert.from_hf(target.path, out))
         if code:
             raise SystemExit(code)
         yield out

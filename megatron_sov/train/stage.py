@@ -27,7 +27,7 @@ from megatron_sov.data.vocabulary import read_vocabulary, refuse_other_tokens
 from megatron_sov.errors import ExitCode, GateFailed, StopRequested, UserError
 from megatron_sov.mcore.model import gpu_settings, specs
 from megatron_sov.mcore.model.quantization import refuse_without_chip
-from megatron_sov.mcore.parallel import determinism, own_gpu, world
+from megatron_sov.mcore.parallel import determinism, launcher, own_gpu, world
 from megatron_sov.mcore.parallel.device import on_gpu
 from megatron_sov.mcore.parallel.world import on_main
 from megatron_sov.obs.events import EVENTS
@@ -116,10 +116,10 @@ def run_stage(stage: Stage, nproc: int | None, began_s: float | None = None) -> 
     if stage.start_from is not None:
         refuse_other_tokens(tokenizer_folder(data.sources), stage.start_from / "tokenizer")
     stage.folder.forget_failure()
-    restarts = world.Restarts(stage.config.train.max_restarts,
+    restarts = launcher.Restarts(stage.config.train.max_restarts,
                               lambda: checkpoints.latest(stage.folder.checkpoints),
                               partial(_note_restart, stage.folder, begin), partial(_note_giving_up, stage))
-    code = world.launch(lambda: _rank(stage, data, begin), nproc, stage.config.train.num_threads, restarts,
+    code = launcher.launch(lambda: _rank(stage, data, begin), nproc, stage.config.train.num_threads, restarts,
                         begin.hand)
     if code != 0:
         if code == ExitCode.USER_ERROR and begin.declared[0] and not begin.goes_on:

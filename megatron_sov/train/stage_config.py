@@ -131,7 +131,7 @@ def _converted(hf_dir: Path, run: Path) -> Path:
     """Convert, unless the run has a checkpoint and needs no weights: what lies there may come
     from another folder."""
     from megatron_sov import convert
-    from megatron_sov.mcore.parallel import world
+    from megatron_sov.mcore.parallel import launcher
     from megatron_sov.runs import checkpoints
 
     out = run.with_name(run.name + ".from-hf")
@@ -142,7 +142,7 @@ def _converted(hf_dir: Path, run: Path) -> Path:
     if num_ranks(None) > 1:
         raise UserError(f"--from {hf_dir}: many processes would convert it at once; "
                         "run `megatron-sov convert from-hf` before, and pass its output")
-    code = world.apart(lambda: convert.from_hf(hf_dir, out, overwrite=True))
+    code = launcher.apart(lambda: convert.from_hf(hf_dir, out, overwrite=True))
     if code:
         raise SystemExit(code)
     return out

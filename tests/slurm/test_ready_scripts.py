@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,8 +16,13 @@ import pytest
 
 from megatron_sov import cli, recipes
 from megatron_sov.artifacts import read_manifest
+from megatron_sov.commands.submit import COMMANDS
 from megatron_sov.obs.events import final_steps, read_events
+from megatron_sov.plan.fitting import fullest
+from megatron_sov.plan.gpus import GIB
 from megatron_sov.slurm import chain_file
+from megatron_sov.slurm import cluster as cluster_profiles
+from megatron_sov.slurm.stages import STAGES, work_of
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "slurm/scripts"
@@ -44,6 +50,17 @@ def test_scripts_are_what_their_chain_gives(name: str, tmp_path: Path,
     assert sorted(fresh) == sorted(kept), "slurm/scripts is stale: run `make scripts`"
     assert [file for file in fresh if fresh[file] != kept[file]] == [], (
         "slurm/scripts is stale: run `make scripts`")
+
+
+@pytest.mark.parametrize("name", BIG)
+def test_notes_tell_the_memory_of_the_account(name: str) -> None:
+    chain = chain_file.read_chain(name)
+    profile = cluster_profiles.load(chain.cluster, needs_account=False)
+    for stage in chain.stages:
+        if STAGES[stage.stage].ranks:
+            config = work_of(stage.stage, shlex.split(stage.arguments), COMMANDS).config
+            need = fullest(config, stage.nodes * profile.tasks_per_node)[1].total / GIB
+            assert re.findall(r"bout (\d+) GiB", stage.note) == [f"{need:.0f}"], (stage.stage, stage.note)
 
 
 def test_nothing_of_one_machine_stands_in_a_script() -> None:

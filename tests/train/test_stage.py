@@ -28,7 +28,7 @@ from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.nvidia_smi import SeenGpu
 
 prepare_megatron()
-from megatron_sov.mcore.parallel.world import Restarts  # noqa: E402
+from megatron_sov.mcore.parallel.launcher import Restarts  # noqa: E402
 from megatron_sov.train import stage as stage_module  # noqa: E402
 from megatron_sov.train.guards.fault_injection import parse  # noqa: E402
 from megatron_sov.train.lm import LanguageModelling  # noqa: E402
@@ -40,7 +40,7 @@ Launched = Callable[[Callable[[], int], Restarts], int]
 
 
 class Launcher:
-    """Stands for `world.launch`: starts no process, and does what a test says."""
+    """Stands for `launcher.launch`: starts no process, and does what a test says."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -55,7 +55,7 @@ class Launcher:
 @pytest.fixture
 def launcher(monkeypatch: pytest.MonkeyPatch) -> Launcher:
     found = Launcher()
-    monkeypatch.setattr(stage_module.world, "launch", found)
+    monkeypatch.setattr(stage_module.launcher, "launch", found)
     return found
 
 

@@ -1,0 +1,283 @@
+"""Local ranks: starting them, passing signals on, starting them again after a fault, and how they end."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+
+from megatron_sov.errors import ExitCode, SilentCorruption, UserError
+from megatron_sov.mcore.parallel import cpu_shims
+from megatron_sov.mcore.parallel.device import on_gpu
+from megatron_sov.mcore.parallel.world import LOCALHOST, STORE_PORT
+from megatron_sov.runs.launch_environment import (
+    HANDED,
+    is_first,
+    num_ranks,
+    repeats,
+    results,
+    under_launcher,
+)
+from megatron_sov.runs.parent_death import FORWARDED, die_with_parent
+
+FINAL = (ExitCode.OK, ExitCode.USER_ERROR, ExitCode.STOPPED)
+"""Exit codes of ranks after which a restart would change nothing: done, a user's mistake,
+stopped in good order."""
+
+
+@dataclass(frozen=True)
+class Restarts:
+    """Whether the launcher of local ranks starts them again after a fault."""
+
+    limit: int
+    """How often, without progress in between."""
+    progress: Callable[[], Any]
+    """Returns something that changes when the run has got on."""
+    note: Callable[[int, str], None]
+    """Called before each restart with the exit code and what failed."""
+    give_up: Callable[[int, str], None]
+    """Called in place of `note` when there were too many."""
+
+
+def launch(main: Callable[[], Any], nproc: int | None, num_threads: int = 0,
+           restarts: Restarts | None = None, hand: Callable[[], dict[str, Any]] = dict) -> int:
+    """Run `main` in every process of the run and return the command's exit code.
+
+    Under torchrun or Slurm (RANK is set) this process is one rank.  Otherwise `nproc` ranks are started here.
+    On CPUs they are forked from this process after the heavy imports, so they share memory and start at once.
+    On GPUs they are new processes that run this command again, for CUDA works in no fork of a process that
+    has asked for it; a rank's first `launch` is the one that it was started for.  SIGTERM, SIGINT and SIGUSR1
+    reach every rank, which finish their step and save together; a rank that fails ends the others.
+
+    Args:
+        main: runs one rank; its integer return value is the exit code.
+        nproc: local processes.
+        num_threads: CPU threads of each rank; 0: cores / local ranks, or as torchrun or Slurm has set them.
+        restarts: how local ranks are started again when one of them fails for another reason than a user's
+            mistake.
+        hand: returns what new processes find in `handed()`, plain JSON values; asked before each start.
+
+    Returns:
+        0, or 2 where a rank met a user's mistake, or the first nonzero exit code of any rank.
+    """
+    if repeats():
+        torch.set_num_threads(num_threads or _threads(int(os.environ["LOCAL_WORLD_SIZE"])))
+        _begin_handed_work(main)
+    cpu_shims.prepare_megatron()
+    if under_launcher():
+        if num_threads:
+            torch.set_num_threads(num_threads)
+        return _rank_code(main)
+    count = num_ranks(nproc)
+    torch.set_num_threads(num_threads or _threads(count))
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    failures, reached = 0, restarts.progress() if restarts else None
+    while True:
+        given = {HANDED: json.dumps(hand() | {"results": results()})} if on_gpu() else {}
+        outcome = _round(main, count, given)
+        if outcome.code == ExitCode.INTERRUPTED:
+            raise KeyboardInterrupt
+        if restarts is None or outcome.asked_to_stop or outcome.code in FINAL:
+            return outcome.code
+        now = restarts.progress()
+        failures, reached = 1 if now != reached else failures + 1, now
+        if failures > restarts.limit:
+            restarts.give_up(outcome.code, outcome.cause)
+            return outcome.code
+        restarts.note(outcome.code, outcome.cause)
+
+
+def apart(work: Callable[[], Any]) -> int:
+    """Do a piece of work that needs neither ranks nor a GPU in a process of its own, and return its exit
+    code: threads that torch starts there would be missing in ranks that are forked from this process.
+
+    Under torchrun or Slurm this process does it itself; a rank that `repeats` leaves it to its launcher.
+    """
+    if repeats():
+        return 0
+    cpu_shims.prepare_megatron()
+    return _rank_code(work) if under_launcher() else _round(work, 1, {}).code
+
+
+def _threads(count: int) -> int:
+    """Return the CPU threads of each of `count` local ranks."""
+    return max(1, (os.cpu_count() or 1) // count)
+
+
+@dataclass
+class _Outcome:
+    """How a round of local ranks ended."""
+
+    code: int = 0
+    """Exit code of the first rank that failed; that of a mistake goes before others."""
+    cause: str = ""
+    """Which rank failed first, and how."""
+    asked_to_stop: bool = False
+    """Whether the launcher was asked to stop while they ran."""
+
+
+def _round(main: Callable[[], Any], count: int, handed: dict[str, str]) -> _Outcome:
+    """Start `count` ranks and wait for their end.
+
+    Args:
+        main: what they do.
+        count: their number.
+        handed: environment that makes them new processes; empty: they are forked.
+    """
+    gc.freeze()  # or the collector would touch, and so copy, what ranks share
+    door = socket.create_server((LOCALHOST, 0), backlog=count)
+    port = door.getsockname()[1]
+    environment = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), STORE_PORT: str(port), **handed}
+    signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # until `_wait` can pass them on
+    children = [_fork(main, environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, door)
+                for rank in range(count)]
+    # Held by the launcher, in memory: it survives any rank, and a full disk cannot stall it.  Its thread
+    # begins after the last fork: a rank forked while that thread holds a lock of the C library would wait for
+    # the lock for ever.
+    store = dist.TCPStore(LOCALHOST, port, is_master=True, wait_for_workers=False,
+                          master_listen_fd=door.detach())
+    outcome = _wait(children)
+    del store  # not before
+    return outcome
+
+
+def _fork(main: Callable[[], Any], environment: dict[str, str], door: socket.socket) -> int:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    parent = os.getpid()
+    child = os.fork()
+    if child:
+        return child
+
+    def begin() -> Any:
+        die_with_parent(parent)
+        door.close()  # the launcher's
+        os.environ.update(environment)
+        if HANDED in environment:  # it stays bound to its parent, and signals wait until its work begins
+            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
+        return main()
+
+    _end_with(begin)
+
+
+def _begin_handed_work(main: Callable[[], Any]) -> NoReturn:
+    """Do what a rank that `repeats` was started for, as a forked rank would, and end this process."""
+    del os.environ[HANDED]
+    cpu_shims.prepare_megatron()
+
+    def begin() -> Any:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
+        return main()
+
+    _end_with(begin)
+
+
+def _end_with(main: Callable[[], Any]) -> NoReturn:
+    """Do a rank's work and end this process with its exit code."""
+    code: int = ExitCode.CRASH
+    try:
+        code = _rank_code(main)
+    except KeyboardInterrupt:  # before it could be taken as a wish to stop in good order
+        code = ExitCode.INTERRUPTED
+    except BaseException:
+        if not dist.is_initialized() or _fails_first():
+            traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _rank_code(main: Callable[[], Any]) -> int:
+    try:
+        return int(main() or 0)
+    except (UserError, SilentCorruption) as e:
+        if _fails_first():
+            # one write, whole also beside other ranks' lines
+            print(f"error: {e}\n", end="", file=sys.stderr, flush=True)
+        return ExitCode.USER_ERROR if isinstance(e, UserError) else ExitCode.CORRUPTION
+    except (MemoryError, RuntimeError) as e:
+        if not is_out_of_memory(e):
+            raise
+        if _fails_first():
+            said = (str(e).strip() or "Python says no more").splitlines()[0]
+            print(f"error: rank {os.environ['RANK']} is out of memory ({said}); lower "
+                  "train.micro_batch_size, set train.recompute=true, or split the model over more processes "
+                  "(parallel.*); `megatron-sov plan` tells what a layout needs\n", end="", file=sys.stderr,
+                  flush=True)
+        return ExitCode.CRASH
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that no memory was left, of the host or of a GPU."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+def _fails_first() -> bool:
+    """Return whether this rank is the first of its run to fail; the others only lose their
+    connections or say the same."""
+    if not dist.is_initialized():
+        return is_first()
+    try:
+        return bool(dist.distributed_c10d._get_default_store().add("failed_ranks", 1) == 1)
+    except RuntimeError:  # the store went with the rank that held it
+        return True
+
+
+def _wait(children: list[int]) -> _Outcome:
+    """Wait for all ranks, passing signals on; after a rank failed the others get 10 s
+    before they are killed."""
+    alive, deadline, killed, outcome = set(children), float("inf"), "", _Outcome()
+
+    def forward(number: int, frame: Any) -> None:
+        outcome.asked_to_stop = True
+        _send(list(alive), number)
+
+    previous = {s: signal.signal(s, forward) for s in FORWARDED}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
+    try:
+        while alive:
+            child, status = os.waitpid(-1, os.WNOHANG)
+            if child == 0:
+                if time.monotonic() > deadline:
+                    _send(list(alive), signal.SIGKILL)
+                time.sleep(0.02)
+                continue
+            if child in alive:
+                alive.discard(child)
+                ended = os.waitstatus_to_exitcode(status)
+                # a mistake's code counts, not that of ranks which lose their peer
+                if ended == ExitCode.USER_ERROR or (ended != 0 and outcome.code == 0):
+                    how = f"ended with exit code {ended}"
+                    if ended < 0:
+                        how = killed = f"was ended by {signal.Signals(-ended).name}"
+                    outcome.cause = f"rank {children.index(child)} {how}"
+                    outcome.code = ended if ended > 0 else 128 - ended
+                    deadline = time.monotonic() + 10
+        if killed and outcome.code != ExitCode.USER_ERROR:  # beside a mistake it is a rank that lost its peer
+            print(f"error: {outcome.cause}; if nobody sent it, look for a lack of memory\n", end="",
+                  file=sys.stderr, flush=True)
+        return outcome
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _send(children: list[int], number: int) -> None:
+    for child in children:
+        try:
+            os.kill(child, number)
+        except ProcessLookupError:
+            continue
