@@ -16,22 +16,21 @@ class Peak:
     name: str
     """Part of what CUDA calls it."""
     bf16_tflops: float
-    fp8_tflops: float
 
 
 PEAKS = (
-    Peak("GB200", 2500, 5000),
-    Peak("B200", 2250, 4500),
-    Peak("H200 NVL", 835.5, 1671),
-    Peak("H200", 989.5, 1979),
-    Peak("H100 NVL", 835.5, 1671),
-    Peak("H100 PCIe", 756, 1513),
-    Peak("H100", 989.5, 1979),
+    Peak("GB200", 2500),
+    Peak("B200", 2250),
+    Peak("H200 NVL", 835.5),
+    Peak("H200", 989.5),
+    Peak("H100 NVL", 835.5),
+    Peak("H100 PCIe", 756),
+    Peak("H100", 989.5),
 )
 """The first whose name occurs counts; an H100 or H200 that says no more is of the SXM form."""
 
 
-def peak_tflops(device_name: str, fp8: bool = False) -> float | None:
-    """Return the peak of a GPU by CUDA's name for it, or None where it is not known."""
+def peak_tflops(device_name: str) -> float | None:
+    """Return the peak of a GPU in bf16 by CUDA's name for it, or None where it is not known."""
     found = next((peak for peak in PEAKS if peak.name in device_name), None)
-    return None if found is None else found.fp8_tflops if fp8 else found.bf16_tflops
+    return None if found is None else found.bf16_tflops
