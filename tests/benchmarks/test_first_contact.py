@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-GPU = Path(__file__).parents[2] / "benchmarks/gpu"
-sys.path.append(str(GPU))
-from part_big_rank import LADDER, LAYOUT, NUM_RANKS, RECIPE
-
 from megatron_sov import recipes
 from megatron_sov.config import apply_settings
 
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "gpu"))
+from part_big_rank import LADDER, LAYOUT, NUM_RANKS, RECIPE
+
+GPU = Path(__file__).parents[2] / "benchmarks/gpu"
 QUICK = ("attention", "fp8", "big_rank")
 """The other parts start commands, whose ways other tests go."""
 
