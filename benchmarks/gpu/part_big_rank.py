@@ -14,13 +14,14 @@ from setting import Failed, Setting
 
 RECIPE, NUM_RANKS, RANK = "solar-open-102b", 512, 5
 LAYOUT = ("parallel.ep=64", "parallel.zero1=true", "train.micro_batch_size=1")
+SELECTIVE = ("train.recompute=selective", 'gpu.recompute_modules=["layernorm", "moe_act"]')
 LADDER = (
     ("all off", ("gpu.rope_fusion=off", "gpu.permute_fusion=off", "gpu.swiglu_fusion=off",
                  "gpu.grad_accumulation_fusion=off", "train.recompute=true")),
     ("fused kernels", ("gpu.grad_accumulation_fusion=off", "train.recompute=true")),
     ("fused gradient sums", ("train.recompute=true",)),
-    ("selective recomputation", ("train.recompute=selective",)),
-    ("FP8", ("train.recompute=selective", "train.fp8=blockwise", "train.fp8_pad_routed_tokens=true")),
+    ("selective recomputation", SELECTIVE),
+    ("FP8", (*SELECTIVE, "train.fp8=blockwise", "train.fp8_pad_routed_tokens=true")),
 )
 """What is switched on, one after another, by settings."""
 MEMORY_LIMIT = 0.1

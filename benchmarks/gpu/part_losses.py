@@ -51,10 +51,10 @@ def train(setting: Setting, recipe: str, run: Path, steps: int, *settings: str, 
 
 
 def routers(run: Path, step: int) -> dict[str, torch.Tensor]:
-    """Return the weights of all routers in a checkpoint."""
+    """Return the weights of all routers in a checkpoint, without the optimizer's state of them."""
     found: dict[str, torch.Tensor] = {}
-    for file in sorted((run / f"checkpoints/step-{step}").rglob("*.safetensors")):
-        found |= {n: t for n, t in load_file(file).items() if "router.weight" in n and "master" not in n}
+    for file in sorted((run / f"checkpoints/step-{step}/model").rglob("*.safetensors")):
+        found |= {n: t for n, t in load_file(file).items() if "router.weight" in n}
     return found
 
 

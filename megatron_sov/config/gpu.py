@@ -13,10 +13,10 @@ from megatron_sov.config.train import TrainConfig
 
 Switch = Literal["auto", "on", "off"]
 RecomputeModule = Literal["core_attn", "layernorm", "mlp", "moe", "moe_act", "shared_experts"]
-OffloadModule = Literal["attn_norm", "qkv_linear", "core_attn", "attn_proj", "mlp_norm", "expert_fc1",
-                        "moe_act"]
-OF_EXPERTS = ("moe", "moe_act", "shared_experts", "expert_fc1")
-"""Modules that only layers with experts have."""
+OffloadModule = Literal["qkv_linear", "core_attn", "attn_proj", "mlp_norm", "expert_fc1", "moe_act"]
+OF_EXPERTS = ("layernorm", "moe", "moe_act", "shared_experts", "mlp_norm", "expert_fc1")
+"""Modules that only layers with experts have.  Norms are among them: all others are a part of Transformer
+Engine's linear layer behind them."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,9 @@ class GpuConfig:
     grad_accumulation_fusion: Switch = "auto"
     """Add weight gradients to the accumulated ones inside the matrix product, not behind it."""
     recompute_modules: tuple[RecomputeModule, ...] = ()
-    """What `train.recompute=selective` computes again in the backward pass: core_attn, layernorm, mlp (dense
-    layers), moe (all of a layer with experts), moe_act (their activation), shared_experts."""
+    """What `train.recompute=selective` computes again in the backward pass: core_attn, layernorm (before
+    experts), mlp (dense layers), moe (all of a layer with experts), moe_act (their activation),
+    shared_experts."""
     offload_modules: tuple[OffloadModule, ...] = ()
     """Modules whose inputs wait in host memory between forward and backward pass."""
     shared_expert_overlap: Literal["on", "off"] = "off"
@@ -65,7 +66,11 @@ class GpuConfig:
     """Last step of the trace."""
     peak_tflops: float = 0.0
     """Peak of one GPU in dense TFLOP/s that MFU is counted against; 0: the known one of the GPU in bf16,
+<<<<<<< HEAD
     whatever the precision of the run."""
+=======
+    also where products are in 8 or 4 bits."""
+>>>>>>> r1
 
     def problems(self, model: ModelConfig, parallel: ParallelConfig, train: TrainConfig) -> list[str]:
         """Return one sentence for every rule of the library that these settings break, on any machine."""

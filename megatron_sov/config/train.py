@@ -32,8 +32,8 @@ class TrainConfig:
     seed: int = 1234
     """Seed of initial weights, data order and dropout."""
     precision: Literal["fp32", "bf16", "fp64"] = "bf16"
-    """Dtype of weights and activations; bf16 keeps fp32 master weights and sums gradients in `gpu.grad_dtype`;
-    fp64 is slow, for proofs that layouts agree."""
+    """Dtype of weights and activations; bf16 keeps fp32 master weights and sums gradients in
+    `gpu.grad_dtype`; fp64 is slow, for proofs that layouts agree."""
     fp8: Literal["none", "tensorwise", "blockwise", "mxfp8", "nvfp4", "delayed"] = "none"
     """Matrix products of the transformer layers in 8 bits (nvfp4: 4 bits), by Transformer Engine on a GPU
     (docs/fp8.md): one scale per tensor (tensorwise), per 128 values and 128 x 128 weights (blockwise), per 32

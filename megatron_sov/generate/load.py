@@ -7,7 +7,7 @@ import contextlib
 import json
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,10 @@ def load_forward_model(path: Path, config: RunConfig) -> ForwardModel:
         UserError: the checkpoint is damaged or belongs to another architecture than `config.model`.
     """
     load.check(path)
-    model = build(config.model, config.parallel, config.train)
+    # those of a run that has trained in this process: the library refuses another attention than it had;
+    # what is only for backward passes is left out
+    gpu = replace(config.gpu, recompute_modules=(), offload_modules=())
+    model = build(config.model, config.parallel, config.train, gpu)
     load.load_model(path, model)
     return ForwardModel(model, config.train.head_chunk_tokens)
 

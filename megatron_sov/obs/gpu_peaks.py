@@ -31,6 +31,10 @@ PEAKS = (
 
 
 def peak_tflops(device_name: str) -> float | None:
+<<<<<<< HEAD
     """Return the peak of a GPU by CUDA's name for it, or None where it is not known."""
+=======
+    """Return the peak of a GPU in bf16 by CUDA's name for it, or None where it is not known."""
+>>>>>>> r1
     found = next((peak for peak in PEAKS if peak.name in device_name), None)
     return None if found is None else found.bf16_tflops

@@ -78,7 +78,7 @@ def kept(config: RunConfig, row_tokens: int) -> int:
     recomputed, offloaded = config.gpu.recompute_modules, config.gpu.offload_modules
     s = saved(config, row_tokens)
     norms = s.residuals + s.norm_outputs * ("layernorm" not in recomputed)
-    norms -= s.residuals // 2 * (("attn_norm" in offloaded) + ("mlp_norm" in offloaded))
+    norms -= s.residuals // 2 * ("mlp_norm" in offloaded)
     attention = s.gathered + s.rotated
     attention += s.qkv_input * ("qkv_linear" not in offloaded) + s.qkv * ("core_attn" not in offloaded)
     attention += s.attended * ("attn_proj" not in offloaded)

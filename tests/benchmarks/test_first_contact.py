@@ -9,6 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sov import recipes
+from megatron_sov.config import apply_settings
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "gpu"))
+from part_big_rank import LADDER, LAYOUT, NUM_RANKS, RECIPE
+
 GPU = Path(__file__).parents[2] / "benchmarks/gpu"
 QUICK = ("attention", "fp8", "big_rank")
 """The other parts start commands, whose ways other tests go."""
@@ -28,6 +34,13 @@ def test_parts_pass_and_are_kept(tmp_path: Path) -> None:
     assert results["big_rank"]["figures"]["FP8"]["TFLOP/s"] > 0
     again = first_contact(tmp_path, "--parts", "fp8")
     assert "kept" in again.stdout and again.returncode == 0
+
+
+@pytest.mark.parametrize(("name", "words"), LADDER)
+def test_each_step_of_the_big_rank_is_one_that_training_takes(name: str, words: tuple[str, ...]) -> None:
+    problems = apply_settings(recipes.get(RECIPE), [*LAYOUT, *words]).problems(NUM_RANKS)
+    # the batch of a run of so many processes is not what is measured
+    assert [p for p in problems if not p.startswith("global_batch_size")] == [], name
 
 
 def test_a_part_that_fails_is_told(tmp_path: Path) -> None:

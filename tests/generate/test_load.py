@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sov import recipes
+from megatron_sov.config import GpuConfig, RunConfig, apply_settings
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
 prepare_megatron()
 
+from megatron_sov.generate import load as loading  # noqa: E402
 from megatron_sov.generate.load import load_tokenizer, run_forward_model  # noqa: E402
 from megatron_sov.generate.target import Target  # noqa: E402
 
@@ -28,6 +31,19 @@ def test_work_gets_the_model_and_gives_its_result_back(one_rank: None, imported:
         biases = 4 * 8  # router biases are buffers, not parameters
         sizes = [entry["shape"] for entry in manifest.values()]
         assert found == [1, 7, sum(map(math.prod, sizes)) - biases]
+
+
+def test_a_model_is_loaded_with_the_kernels_of_its_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    # a gate under Slurm runs where its run has trained, and there the library refuses another attention
+    found: list[GpuConfig] = []
+    monkeypatch.setattr(loading, "build", lambda model, parallel, train, gpu: found.append(gpu))
+    monkeypatch.setattr(loading, "ForwardModel", lambda *_: None)
+    for name in ("check", "load_model"):
+        monkeypatch.setattr(loading.load, name, lambda *_: None)
+    config: RunConfig = apply_settings(recipes.get("tiny-solar-open"), [
+        "gpu.attention=fused", 'gpu.offload_modules=["core_attn"]', 'gpu.recompute_modules=["moe"]'])
+    loading.load_forward_model(Path("checkpoint"), config)
+    assert found == [GpuConfig(attention="fused")]
 
 
 def test_a_damaged_checkpoint_is_named(one_rank: None, imported: dict[str, Path], tmp_path: Path,

@@ -23,7 +23,7 @@ EXPERTS, SHARED = ROUTED * (4 * HIDDEN + 3 * FFN), HIDDEN + 3 * FFN
     (["moe"], [], NORMS + ATTENTION),
     (["core_attn"], [], NORMS + ATTENTION + EXPERTS + SHARED),
     ([], ["core_attn", "attn_proj"], NORMS + ATTENTION - (QUERIES + 2 * KEYS) - QUERIES + EXPERTS + SHARED),
-    ([], ["attn_norm", "mlp_norm", "qkv_linear"], NORMS - 2 * HIDDEN + ATTENTION - HIDDEN + EXPERTS + SHARED),
+    ([], ["mlp_norm", "qkv_linear"], NORMS - HIDDEN + ATTENTION - HIDDEN + EXPERTS + SHARED),
     ([], ["expert_fc1", "moe_act"], NORMS + ATTENTION + EXPERTS - ROUTED * (HIDDEN + 2 * FFN) + SHARED),
 ])
 def test_what_stays_until_the_backward_pass(recomputed: list[str], offloaded: list[str],

@@ -99,7 +99,8 @@ def _rendezvous(rank: int, size: int, timeout: datetime.timedelta) -> dist.Store
                             environment["TORCHELASTIC_RESTART_COUNT"])
     else:
         store, *_ = next(dist.rendezvous("env://", rank, size, timeout=timeout))
-        return dist.PrefixStore("default_pg", store)
+        # rank 0's store outlives its groups where anything still holds it, and a process may join again
+        return dist.PrefixStore(f"env/{next(_joins)}", store)
     return dist.PrefixStore(f"{name}/{next(_joins)}", dist.TCPStore(host, int(port), is_master=False))
 
 

@@ -20,6 +20,21 @@ def place(layout: dict[str, int]) -> list[int | bool]:
 
 
 @pytest.mark.distributed
+def test_what_one_join_leaves_in_a_store_the_next_does_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datetime
+
+    import torch.distributed as dist
+
+    from megatron_sov.mcore.parallel import world
+
+    kept = dist.HashStore()
+    monkeypatch.delenv(world.STORE_PORT, raising=False)
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(kept, 0, 1)]))
+    first, second = (world._rendezvous(0, 1, datetime.timedelta(seconds=1)) for _ in range(2))
+    assert (first.add("gpu/one", 1), second.add("gpu/one", 1)) == (1, 1)
+
+
 def test_a_process_knows_its_place_and_can_take_another(ranks, job) -> None:
     (places,) = ranks(job(__file__, "place", 4, {"layout": {"tp": 2}}))
     assert places == [[0, 4, 0, 2, True, True, True], [1, 4, 0, 2, True, True, False],
