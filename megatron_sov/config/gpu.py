@@ -66,11 +66,7 @@ class GpuConfig:
     """Last step of the trace."""
     peak_tflops: float = 0.0
     """Peak of one GPU in dense TFLOP/s that MFU is counted against; 0: the known one of the GPU in bf16,
-<<<<<<< HEAD
-    whatever the precision of the run."""
-=======
     also where products are in 8 or 4 bits."""
->>>>>>> r1
 
     def problems(self, model: ModelConfig, parallel: ParallelConfig, train: TrainConfig) -> list[str]:
         """Return one sentence for every rule of the library that these settings break, on any machine."""

@@ -1,4 +1,4 @@
-"""What GPUs can do at most: dense TFLOP/s of one GPU's tensor cores in bf16, by its name.
+"""What GPUs can do at most: dense TFLOP/s of one GPU's tensor cores, by its name.
 
 NVIDIA's data sheets give twice as much, with sparsity: H100, H200, HGX B200 and GB200 NVL72 (of the last two
 a GPU's share of the machine's figure).
@@ -31,10 +31,6 @@ PEAKS = (
 
 
 def peak_tflops(device_name: str) -> float | None:
-<<<<<<< HEAD
-    """Return the peak of a GPU by CUDA's name for it, or None where it is not known."""
-=======
     """Return the peak of a GPU in bf16 by CUDA's name for it, or None where it is not known."""
->>>>>>> r1
     found = next((peak for peak in PEAKS if peak.name in device_name), None)
     return None if found is None else found.bf16_tflops
