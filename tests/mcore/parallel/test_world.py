@@ -19,7 +19,6 @@ def place(layout: dict[str, int]) -> list[int | bool]:
     return [w.rank, w.size, w.dp_rank, w.dp_size, w.first_stage, w.last_stage, w.is_main]
 
 
-@pytest.mark.distributed
 def test_what_one_join_leaves_in_a_store_the_next_does_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
     import datetime
 
@@ -35,6 +34,7 @@ def test_what_one_join_leaves_in_a_store_the_next_does_not_meet(monkeypatch: pyt
     assert (first.add("gpu/one", 1), second.add("gpu/one", 1)) == (1, 1)
 
 
+@pytest.mark.distributed
 def test_a_process_knows_its_place_and_can_take_another(ranks, job) -> None:
     (places,) = ranks(job(__file__, "place", 4, {"layout": {"tp": 2}}))
     assert places == [[0, 4, 0, 2, True, True, True], [1, 4, 0, 2, True, True, False],
