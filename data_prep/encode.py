@@ -17,7 +17,7 @@ from megatron_sov.artifacts import MANIFEST, damaged_files, read_manifest
 from megatron_sov.chat.encode import TYPE_PROMPT, TYPE_RESPONSE, ChatEncoder
 from megatron_sov.chat.segments import odd_opening
 from megatron_sov.chat.template import ChatTemplate
-from megatron_sov.documents import Conversation, Document
+from megatron_sov.documents import BadRecord, Conversation, Document
 from megatron_sov.errors import UserError
 
 TOKENIZER_JSON, CONFIG_JSON = "tokenizer.json", "tokenizer_config.json"
@@ -128,6 +128,9 @@ class Encoder:
         if document.kind == "preference":
             return [self._conversation(document.conversation(*side), len(document.messages))
                     for side in (document.chosen, document.rejected)]
+        if not any(m.role == "assistant" and m.is_learned for m in document.messages):
+            raise BadRecord("nothing_learned", "is a chat of which nothing is learned: it has no turn of the "
+                                               "assistant, or all are marked \"train\": false")
         return [self._conversation(document.conversation(), 0)]
 
     def _conversation(self, conversation: Conversation, num_prompt: int,

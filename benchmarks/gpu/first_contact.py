@@ -26,7 +26,7 @@ import time
 import traceback
 from pathlib import Path
 
-from setting import ROOT, Failed, Setting
+from setting import DOUBLE, ROOT, Failed, Setting
 
 PARTS = ("installation", "losses", "attention", "fp8", "big_rank", "transfers")
 TIME_LIMIT_S = 600
@@ -35,6 +35,8 @@ TIME_LIMIT_S = 600
 def run_here(part: str, setting: Setting) -> None:
     """Run a part in this process and write its result."""
     start, problem, figures = time.monotonic(), "", {}
+    if setting.dry:
+        sys.path.insert(0, str(DOUBLE))
     try:
         figures = importlib.import_module(f"part_{part}").measure(setting)
     except Failed as e:

@@ -176,13 +176,9 @@ def _kind(record: dict[str, Any], reading: Reading) -> str:
 
 
 def _chat(record: dict[str, Any]) -> Messages:
-    """Return a chat's messages, at least one of which is to be learned."""
-    messages = (read_messages(record["messages"], "messages") if "messages" in record
-                else read_sharegpt(record["conversations"], "conversations"))
-    if not any(m.role == "assistant" and m.is_learned for m in messages):
-        raise BadRecord("nothing_learned", "is a chat of which nothing is learned: it has no turn of the "
-                                           "assistant, or all are marked \"train\": false")
-    return messages
+    """Return a chat's messages."""
+    return (read_messages(record["messages"], "messages") if "messages" in record
+            else read_sharegpt(record["conversations"], "conversations"))
 
 
 def _beside(record: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ def test_a_plan_for_a_cluster_has_its_layout_and_memory(capsys: pytest.CaptureFi
     assert main(["plan", "solar-open-102b", "--cluster", "h100", "--nodes", "64"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "512 processes of H100-80GB: pp 4, ep 8, ZeRO-1"
-    assert lines[1].startswith("37.3 GiB on each of stage 4: weights 9.2, gradients 18.4, optimizer 2.3, ")
+    assert lines[1].startswith("38.8 GiB on each of stage 4: weights 9.2, gradients 18.4, optimizer 2.3, ")
     assert lines[3].split()[0] == "step"
     assert main(["plan", "tiny-solar-open", "--cluster", "local", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)

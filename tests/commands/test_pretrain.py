@@ -124,7 +124,8 @@ def test_chats_without_an_answer_are_no_perfect_score(run_command: Any, packed_d
 
     questions, data = tmp_path / "questions.jsonl", tmp_path / "data"
     questions.write_text("".join(
-        json.dumps({"messages": [{"role": "user", "content": f"question {i} about things"}]}) + "\n"
+        json.dumps({"messages": [{"role": "user", "content": f"question {i} about things " * 40},
+                                 {"role": "assistant", "content": "behind the end of a sample"}]}) + "\n"
         for i in range(40)))
     assert sov_data(["pack", "--tokenizer", str(packed_data.tokenizer), "--heldout", "0.1", "--workers", "1",
                      "--format", "chat", "--input", str(questions), "--output", str(data)]) == 0

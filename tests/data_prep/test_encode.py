@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from data_prep.encode import Encoder, EncodingSettings
 from megatron_sov.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
-from megatron_sov.documents import Conversation, Document, Message
+from megatron_sov.documents import BadRecord, Conversation, Document, Message
 from megatron_sov.errors import UserError
 from tokenizer.cli import main as sov_tokenizer
 
@@ -104,6 +104,13 @@ def test_eos_is_learned_where_nothing_else_ends_the_response(folder: Path, tmp_p
     assert encoder.decode(ids[types == TYPE_RESPONSE].tolist()) == "yes" + encoder.decode([encoder.eos_id])
     ids, types = encode_chat(encoder, (("assistant", "yes"), ("user", "hi")))
     assert ids[-1] == encoder.eos_id and types[-1] == TYPE_PROMPT
+
+
+def test_a_chat_of_which_nothing_is_learned_is_refused(encoder: Encoder) -> None:
+    asked = Message("user", "What is 2+2?")
+    for messages in ((asked,), (asked, Message("assistant", "4", is_learned=False))):
+        with pytest.raises(BadRecord, match="is a chat of which nothing is learned"):
+            encoder.encode_batch([Document("", messages=messages)])
 
 
 def test_a_preference_is_two_sequences_that_differ_behind_the_prompt(encoder: Encoder) -> None:

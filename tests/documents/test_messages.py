@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from datetime import datetime
 from typing import Any
 
 import pytest
@@ -77,48 +76,3 @@ def test_tools_are_a_list_and_speakers_are_known() -> None:
         read_tools({"name": "add"})
     with pytest.raises(BadRecord, match="is from 'alien', must be one of system, human"):
         read_sharegpt([{"from": "alien", "value": "x"}], "conversations")
-
-
-def test_a_chat_of_which_nothing_is_learned_is_refused() -> None:
-    for messages in ([USER], [USER, {**ANSWER, "train": False}]):
-        with pytest.raises(BadRecord, match="is a chat of which nothing is learned"):
-            parse_record({"messages": messages}, "a.jsonl", 1, Reading())
-
-
-@pytest.mark.parametrize("beside", [
-    {"chat_template_kwargs": {"who": "\ud800"}}, {"messages": [{**USER, "name": "\ud800"}, ANSWER]},
-    {"tools": [{"\ud800": 1}]}])
-def test_what_stands_beside_the_contents_is_text(beside: dict[str, Any]) -> None:
-    """A template may show it, and half a surrogate pair has no ids."""
-    with pytest.raises(BadRecord, match="surrogate"):
-        parse_record({"messages": [USER, ANSWER], **beside}, "a.jsonl", 1, Reading())
-    with pytest.raises(BadRecord, match="surrogate"):
-        parse_record({"prompt": "a", "answer": "\ud800"}, "a.jsonl", 1, Reading("prompt"))
-
-
-def test_deep_records_are_refused_before_pythons_own_limit() -> None:
-    deep: Any = "x"
-    for _ in range(900):
-        deep = [deep]
-    for beside in ({"tools": [{"a": deep}]}, {"b": deep}):
-        with pytest.raises(BadRecord, match="nested more than 64 levels"):
-            parse_record({"messages": [USER, ANSWER], **beside}, "a.jsonl", 1, Reading())
-
-
-def test_a_side_of_a_preference_of_which_nothing_is_learned_is_refused() -> None:
-    record = {"prompt": "a", "chosen": [{**ANSWER, "train": False}], "rejected": "b"}
-    with pytest.raises(BadRecord, match=r"'chosen' holds no message of the assistant .* that is learned"):
-        parse_record(record, "a.jsonl", 1, Reading("preference"))
-
-
-@pytest.mark.parametrize(("beside", "says"), [
-    ({"tools": [{"since": datetime(2026, 1, 1)}]}, "'tools' is no JSON .*datetime"),
-    ({"chat_template_kwargs": {"seen": b"x"}}, "'chat_template_kwargs' is no JSON .*bytes"),
-    ({"chat_template_kwargs": {"messages": []}}, "has 'messages', which the template is given anyway"),
-])
-def test_what_parquet_holds_and_templates_cannot_show_is_refused(beside: dict[str, Any], says: str) -> None:
-    with pytest.raises(BadRecord, match=says):
-        parse_record({"messages": [USER, ANSWER], **beside}, "a.parquet", 1, Reading())
-    call = calling({"function": {"name": "add", "arguments": {"at": datetime(2026, 1, 1)}}})
-    with pytest.raises(BadRecord, match=r"arguments is no JSON .*datetime"):
-        parse_record({"messages": [USER, call]}, "a.parquet", 1, Reading())

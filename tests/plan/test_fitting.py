@@ -16,7 +16,7 @@ from megatron_sov.models.count import num_params
 from megatron_sov.plan.fitting import changes, fits, fullest, nearest, refuse_too_large
 from megatron_sov.plan.gpus import GIB, GPUS, Gpu
 from megatron_sov.plan.recommended import leaves_layout_open, recommended, settings_for, table
-from megatron_sov.plan.stages import layers_of, stage_params, vocabulary_tables
+from megatron_sov.plan.stages import stage_params, vocabulary_tables
 from megatron_sov.recipes.layouts import RECOMMENDED
 from megatron_sov.recipes.requested import Request
 
@@ -133,4 +133,5 @@ def test_modules_at_size_hold_what_the_account_counts(ranks: Any, job: Any) -> N
 
 def test_an_interleaved_stage_holds_a_run_of_each_turn() -> None:
     run = apply_settings(recipes.get("solar-open-102b"), ["parallel.pp=4", "parallel.vpp=3"])
-    assert layers_of(1, run) == [4, 5, 6, 7, 20, 21, 22, 23, 36, 37, 38, 39]
+    layers = run.parallel.layers_of_stage(1, run.model.num_layers)
+    assert layers == [4, 5, 6, 7, 20, 21, 22, 23, 36, 37, 38, 39]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +38,14 @@ def fill(model: Any, optimizer: Any) -> None:
     """Give every number of weights and state a value that its name and place in the whole tensor decide."""
     import torch
 
-    from megatron_sov.mcore.model.init import fill_normal, normals
+    from megatron_sov.mcore.model.init import normals
     from megatron_sov.mcore.model.local_shards import local_shards
 
     for block in [*local_shards(model), *optimizer.state_shards()]:
+        whole = normals(9, block.key, 0, math.prod(block.global_shape)).reshape(block.global_shape)
+        own = tuple(slice(a, a + n) for a, n in zip(block.offset, block.data.shape, strict=True))
         with torch.no_grad():
-            if len(block.global_shape) > 1:
-                fill_normal(block, 9, 1.0)
-            else:
-                block.data.copy_(torch.from_numpy(normals(9, block.key, block.offset[0], block.data.numel())))
+            block.data.copy_(torch.from_numpy(whole[own]))
 
 
 def written(layout: dict[str, Any], path: str) -> None:

@@ -59,6 +59,11 @@ def test_a_recipes_structure_reaches_the_library(ranks, job) -> None:
     assert solar["bf16"] and solar["dtype"] == "torch.bfloat16"
 
 
+def library_config(dtype: Any) -> Any:
+    return SimpleNamespace(params_dtype=dtype, context_parallel_size=1,
+                           attention_backend=SimpleNamespace(name="auto"))
+
+
 def test_on_gpus_16_bit_alone_takes_transformer_engine(monkeypatch: pytest.MonkeyPatch,
                                                        tmp_path: Path) -> None:
     """A broken one is told in its own words; float32 and float64 do without."""
@@ -80,10 +85,10 @@ def test_on_gpus_16_bit_alone_takes_transformer_engine(monkeypatch: pytest.Monke
             specs.uses_transformer_engine(torch.bfloat16)
         for dtype in (torch.float32, torch.float64):
             assert not specs.uses_transformer_engine(dtype)
-            assert specs.own_attention(SimpleNamespace(params_dtype=dtype, context_parallel_size=1))
+            assert specs.own_attention(library_config(dtype))
         monkeypatch.setattr(specs, "transformer_engine_error", lambda: "")
         assert specs.uses_transformer_engine(torch.bfloat16)
-        assert not specs.own_attention(SimpleNamespace(params_dtype=torch.bfloat16, context_parallel_size=1))
+        assert not specs.own_attention(library_config(torch.bfloat16))
     finally:
         monkeypatch.undo()
         specs.transformer_engine_error.cache_clear()
