@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -15,7 +16,8 @@ from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
 prepare_megatron()
 
-from megatron_sov.eval.heldout import evaluate_rows, open_heldout  # noqa: E402
+from megatron_sov.errors import UserError  # noqa: E402
+from megatron_sov.eval.heldout import HeldoutData, evaluate_rows, open_heldout  # noqa: E402
 
 
 def test_a_known_loss_per_byte_comes_out(token_shards: Path) -> None:
@@ -29,6 +31,14 @@ def test_a_known_loss_per_byte_comes_out(token_shards: Path) -> None:
     for result in results.values():
         assert result.bits_per_byte == pytest.approx(1.0, rel=1e-12)
         assert 1000 < result.tokens < 2000
+
+
+def test_no_learned_token_is_no_perfect_score(token_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = HeldoutData.rows
+    monkeypatch.setattr(HeldoutData, "rows", lambda self, index: (
+        dataclasses.replace(row, weights=0 * row.weights) for row in rows(self, index)))
+    with pytest.raises(UserError, match="none of its held-out tokens is learned"):
+        open_heldout({str(token_shards): 1.0}, 90, 2000)
 
 
 def test_data_that_cannot_judge_is_refused(one_rank: None, imported: dict[str, Path], token_shards: Path,

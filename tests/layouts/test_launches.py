@@ -28,7 +28,7 @@ PER_MICRO_BATCH = {"lm.py:prepare": 1, "data_objective.py:_mtp_targets": 1,
 PER_STEP = {"named_values.py:sum_dict": 2, "trainer.py:update": 2, "computation.py:sums": 4,
             "optimizer.py:step": 1, "step_guard.py:accepts": 1}
 """Sums over processes, losses and the gradient norm."""
-ELSEWHERE = {"optimizer.py:step_with_ready_grads", "launcher.py:_rank_code"}
+ELSEWHERE = {"optimizer.py:step_with_ready_grads", "launcher.py:_rank_code", "launcher.py:begin"}
 """torch's AdamW for the CPU, which counts each parameter's updates; this test."""
 
 

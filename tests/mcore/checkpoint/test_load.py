@@ -43,9 +43,10 @@ def fill(model: Any, optimizer: Any) -> None:
 
     for block in [*local_shards(model), *optimizer.state_shards()]:
         whole = normals(9, block.key, 0, math.prod(block.global_shape)).reshape(block.global_shape)
-        own = tuple(slice(a, a + n) for a, n in zip(block.offset, block.data.shape, strict=True))
+        sizes = (1,) * (len(block.offset) - block.data.dim()) + tuple(block.data.shape)  # one expert, say
+        own = tuple(slice(a, a + n) for a, n in zip(block.offset, sizes, strict=True))
         with torch.no_grad():
-            block.data.copy_(torch.from_numpy(whole[own]))
+            block.data.copy_(torch.from_numpy(whole[own]).reshape(block.data.shape))
 
 
 def written(layout: dict[str, Any], path: str) -> None:
