@@ -54,6 +54,11 @@ class SilentCorruption(Exception):
     """A process computes or remembers other bits than it should; the ranks end with `ExitCode.CORRUPTION`."""
 
 
+def told_in_a_line(error: BaseException) -> str:
+    """Return an error's class and the first line of what it says."""
+    return f"{type(error).__name__}: {(str(error).strip() or 'it says no more').splitlines()[0]}"
+
+
 def list_problems(what: str, problems: Sequence[str], way_out: str = "") -> str:
     """Return ``"what: 2 problems; way out"`` and a line for each of them."""
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"

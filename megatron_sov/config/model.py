@@ -114,6 +114,10 @@ class ModelConfig:
         """Return the attention type of the multi-token prediction layer."""
         return "sliding_attention" if self.mtp_attention == "L" else "full_attention"
 
+    def window_tokens(self, kind: str) -> int:
+        """Return the sliding window of layers of a kind (`layer_types`), in tokens; 0: none."""
+        return self.sliding_window_tokens if kind == "sliding_attention" else 0
+
     def num_moe_layers(self) -> int:
         """Return how many trunk layers have experts: all after the leading dense ones, or none."""
         return self.num_layers - self.num_dense_layers if self.num_experts else 0

@@ -18,8 +18,8 @@ PER_WEIGHT = 6
 
 def train_flops_per_token(model: ModelConfig, seq_len: int) -> float:
     """Return the FLOPs of forward and backward pass of a token, the mean over a row of `seq_len`."""
-    keys = [mean_keys(seq_len, _window(model, kind)) for kind in model.layer_types()]
-    keys += [mean_keys(seq_len, _window(model, model.mtp_layer_type()))] * model.num_mtp_layers
+    keys = [mean_keys(seq_len, model.window_tokens(kind)) for kind in model.layer_types()]
+    keys += [mean_keys(seq_len, model.window_tokens(model.mtp_layer_type()))] * model.num_mtp_layers
     return PER_WEIGHT * (multiplied_weights(model) + 2 * model.num_heads * model.head_dim * sum(keys))
 
 
@@ -46,7 +46,3 @@ def mean_keys(seq_len: int, window: int) -> float:
     """
     window = min(window or seq_len, seq_len)
     return (window * (window + 1) / 2 + (seq_len - window) * window) / seq_len
-
-
-def _window(model: ModelConfig, kind: str) -> int:
-    return model.sliding_window_tokens if kind == "sliding_attention" else 0

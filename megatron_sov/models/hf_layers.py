@@ -46,8 +46,7 @@ class SlidingLayers:
         global), which vLLM reads."""
         return {"layer_types": model.layer_types(), "sliding_window": model.sliding_window_tokens,
                 "sliding_window_pattern": model.attention_pattern,
-                "sliding_windows": [model.sliding_window_tokens * (kind == "sliding_attention")
-                                    for kind in model.layer_types()]}
+                "sliding_windows": [model.window_tokens(kind) for kind in model.layer_types()]}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return the shortest pattern that gives the list, and the window;

@@ -26,6 +26,11 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0" and not repeats()
 
 
+def own_gpu_index(num_gpus: int) -> int:
+    """Return this rank's GPU among those that it sees: all of its node, or its own alone."""
+    return int(os.environ.get("LOCAL_RANK", "0")) % num_gpus
+
+
 def repeats() -> bool:
     """Return whether this process is a rank of a launcher of ours that runs the launcher's command again, up
     to the work that it was started for: what it meets on the way the launcher has done and said."""

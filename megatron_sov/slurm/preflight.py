@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_sov.artifacts import atomic_write, to_json
+from megatron_sov.errors import told_in_a_line
+from megatron_sov.runs.launch_environment import own_gpu_index
 from megatron_sov.runs.nvidia_smi import illness, visible_gpus
 
 if TYPE_CHECKING:
@@ -86,7 +88,7 @@ def look_alone(report: Report, scratch: Path, transformer_engine: bool = False) 
         report.disk_error = f"{scratch}: {e.strerror}"
     if transformer_engine:
         report.transformer_engine_error = _import_error("transformer_engine.pytorch")
-    device = torch.device("cuda", _gpu_index(report.num_gpus)) if report.num_gpus else torch.device("cpu")
+    device = torch.device("cuda", own_gpu_index(report.num_gpus)) if report.num_gpus else torch.device("cpu")
     size, dtype = MATMUL_SIZE[device.type], torch.bfloat16 if device.type == "cuda" else torch.float32
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randint(-1, 2, (size, size), generator=generator).to(device, dtype) for _ in range(2))
@@ -116,16 +118,11 @@ def timed_product(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, float
     return product, begin.elapsed_time(end) / 1e3
 
 
-def _gpu_index(num_gpus: int) -> int:
-    """Return this rank's GPU among those that it sees."""
-    return int(os.environ.get("LOCAL_RANK", "0")) % num_gpus
-
-
 def _look_at_gpu(report: Report) -> None:
     """Fill in what the driver says of this rank's GPU, before anything of ours is on it."""
     seen = visible_gpus()
     if len(seen) == report.num_gpus:  # else nobody can tell which one it is
-        gpu = seen[_gpu_index(report.num_gpus)]
+        gpu = seen[own_gpu_index(report.num_gpus)]
         report.gpu_uuid, report.gpu_used_bytes = gpu.uuid, gpu.used_bytes
         report.gpu_illness = illness(gpu.uuid)
 
@@ -134,7 +131,7 @@ def _import_error(module: str) -> str:
     try:
         importlib.import_module(module)
     except Exception as e:  # it fails in many ways: missing libraries, wrong CUDA
-        return f"{type(e).__name__}: {(str(e).strip() or 'it says no more').splitlines()[0]}"
+        return told_in_a_line(e)
     return ""
 
 
@@ -144,7 +141,7 @@ def look_together(report: Report, timeout_s: float) -> None:
     import torch.distributed as dist
 
     kind = "cuda" if report.num_gpus else "cpu"
-    device = torch.device("cuda", _gpu_index(report.num_gpus)) if kind == "cuda" else torch.device("cpu")
+    device = torch.device("cuda", own_gpu_index(report.num_gpus)) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if kind == "cuda" else "gloo",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).parent))
-from layout_run import _trainer, small_config
+from layout_run import _trainer, maker, small_config
 
 from megatron_sov.mcore.model import logprobs
 from megatron_sov.mcore.model.router import BalancedRouter
@@ -40,22 +39,13 @@ class Operations(TorchDispatchMode):
         for tensor in tree_leaves(out):
             # single numbers: the constant 1 that scales the balancing loss, Adam's count of updates
             if torch.is_tensor(tensor) and tensor.is_floating_point() and tensor.numel() > 1:
-                self.makers.setdefault(str(tensor.dtype), set()).add(_maker())
+                self.makers.setdefault(str(tensor.dtype), set()).add(maker())
         if "allreduce" in str(func) or "reduce_scatter" in str(func):
             for tensor in tree_leaves(args):
                 if torch.is_tensor(tensor) and tensor.is_floating_point():
                     name = str(tensor.dtype)
                     self.reduced[name] = max(self.reduced.get(name, 0), tensor.numel())
         return out
-
-
-def _maker() -> str:
-    """Return the innermost function of the project or the library on the stack."""
-    for frame, _ in traceback.walk_stack(None):
-        code = frame.f_code
-        if "/megatron" in code.co_filename and not code.co_filename.endswith("/parallel/cpu_shims.py"):
-            return f"{Path(code.co_filename).name}:{code.co_name}"
-    return "?"
 
 
 def operations(recipe: str, settings: list[str], data: str) -> dict[str, Any]:

@@ -7,7 +7,6 @@ number that is fetched costs a wait for everything that was started before.
 from __future__ import annotations
 
 import sys
-import traceback
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -32,18 +31,11 @@ ELSEWHERE = {"optimizer.py:step_with_ready_grads", "launcher.py:_rank_code", "la
 """torch's AdamW for the CPU, which counts each parameter's updates; this test."""
 
 
-def _maker() -> str:
-    """Return the innermost function of the project or the library on the stack."""
-    for frame, _ in traceback.walk_stack(None):
-        code = frame.f_code
-        if "/megatron" in code.co_filename and not code.co_filename.endswith("/cpu_shims.py"):
-            return f"{Path(code.co_filename).name}:{code.co_name}"
-    return "outside"
-
-
 def _counted(fetches: Counter[str], method: Callable[..., Any]) -> Callable[..., Any]:
+    from layout_run import maker
+
     def fetch(self: Any, *args: Any, **kwargs: Any) -> Any:
-        fetches[_maker()] += 1
+        fetches[maker()] += 1
         return method(self, *args, **kwargs)
 
     return fetch
@@ -56,7 +48,7 @@ def step(recipe: str, settings: list[str], data: str) -> dict[str, Any]:
     from torch.utils._pytree import tree_leaves
 
     sys.path.insert(0, str(Path(__file__).parent))
-    from layout_run import _trainer, small_config
+    from layout_run import _trainer, maker, small_config
 
     from megatron_sov.mcore.parallel import world
 
@@ -73,7 +65,7 @@ def step(recipe: str, settings: list[str], data: str) -> dict[str, Any]:
             by_mask = name.startswith("aten.index.") and any(
                 torch.is_tensor(t) and t.dtype == torch.bool for t in tree_leaves(args[1]))
             if by_mask or name.startswith(SYNCING):
-                fetches[_maker()] += 1
+                fetches[maker()] += 1
             return func(*args, **(kwargs or {}))
 
     config = small_config(recipe, settings, [data], "lm")

@@ -119,9 +119,20 @@ def gradient_settings(gpu: GpuConfig, bf16: bool) -> dict[str, Any]:
 def resolved(config: RunConfig, te: bool) -> dict[str, Any]:
     """Return what `auto` comes to: setting -> whether it is on, and which attention serves."""
     here = Here(te, config.model, config.parallel)
-    own = not te or config.parallel.cp > 1
+    own = own_attention_serves(te, config.parallel.cp, config.gpu.attention)
     return {**{fusion.setting: fusion.value(config.gpu, here) for fusion in FUSIONS},
             "attention": "local" if own else config.gpu.attention}
+
+
+def own_attention_serves(te: bool, cp: int, attention: str) -> bool:
+    """Return whether this framework's own attention serves.
+
+    Args:
+        te: whether Transformer Engine's modules make the model.
+        cp: context parallel size.
+        attention: `gpu.attention`.
+    """
+    return not te or cp > 1 or attention == "local"
 
 
 def refuse(config: RunConfig, te: bool) -> None:

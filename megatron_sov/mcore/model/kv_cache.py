@@ -223,8 +223,8 @@ def keep(model: Any, size: CacheSize) -> Iterator[list[CachedAttention]]:
     try:
         for module in found:
             kind = kinds[module.layer_number - 1]
-            window = architecture.sliding_window_tokens if kind == "sliding_attention" else 0
-            module.core_attention = CachedAttention(size, softmax_scale(architecture, kind), window)
+            module.core_attention = CachedAttention(size, softmax_scale(architecture, kind),
+                                                    architecture.window_tokens(kind))
         yield [m.core_attention for m in found]
     finally:
         config.apply_rope_fusion = fused

@@ -11,8 +11,13 @@ from torch.nn.functional import silu
 
 from megatron_sov.config import GpuConfig, ModelConfig, ParallelConfig, TrainConfig
 from megatron_sov.config.gpu import AUTO
-from megatron_sov.errors import UserError
-from megatron_sov.mcore.model.gpu_settings import Here, expert_settings, transformer_settings
+from megatron_sov.errors import UserError, told_in_a_line
+from megatron_sov.mcore.model.gpu_settings import (
+    Here,
+    expert_settings,
+    own_attention_serves,
+    transformer_settings,
+)
 from megatron_sov.mcore.model.quantization import library_settings
 from megatron_sov.mcore.model.rotary import softmax_scale
 from megatron_sov.mcore.model.router import BalancedRouter, RoutingStep
@@ -24,8 +29,8 @@ PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float6
 def transformer_engine_serves(dtype: torch.dtype) -> bool:
     """Return whether a model of this parameter dtype is to be made of Transformer Engine's modules.
 
-    They are, on GPUs, in 16 bit alone: they know no float64, and in float32 none of its attentions takes rows
-    of packed documents (2.20.2: fused and flash attention are for 16 bit, the unfused one refuses `thd`).
+    They are, on GPUs, in 16 bit alone: they know no float64, and in float32 its fused and flash attention do
+    not serve, which leaves one whose memory grows with the square of a row's length.
     """
     return on_gpu() and dtype == torch.bfloat16
 
@@ -37,7 +42,7 @@ def transformer_engine_error() -> str:
         import transformer_engine.pytorch  # noqa: F401
     # it fails in many ways: not installed, missing libraries, wrong CUDA, the bare package's RuntimeError
     except Exception as e:
-        return f"{type(e).__name__}: {(str(e).strip() or 'it says no more').splitlines()[0]}"
+        return told_in_a_line(e)
     return ""
 
 
@@ -58,8 +63,8 @@ def uses_transformer_engine(dtype: torch.dtype) -> bool:
 
 def own_attention(config: Any) -> bool:
     """Return whether `DocumentAttention` serves, for a model of the library's `config`."""
-    return (not uses_transformer_engine(config.params_dtype) or config.context_parallel_size > 1
-            or config.attention_backend.name == "local")
+    return own_attention_serves(uses_transformer_engine(config.params_dtype), config.context_parallel_size,
+                                config.attention_backend.name)
 
 
 def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig,
@@ -207,8 +212,8 @@ def _finish_spec(config: Any, spec: Any, kind: str, model: ModelConfig) -> Any:
 
     attention = spec.submodules.self_attention.submodules
     if own_attention(config):
-        window = model.sliding_window_tokens if kind == "sliding_attention" else 0
-        attention.core_attention = ModuleSpec(module=DocumentAttention, params={"window_tokens": window})
+        attention.core_attention = ModuleSpec(module=DocumentAttention,
+                                              params={"window_tokens": model.window_tokens(kind)})
     if config.softmax_scale not in (None, softmax_scale(model, kind)):
         attention.core_attention = _with_default_scale(attention.core_attention)
     if isinstance(spec.submodules.mlp.submodules, MoESubmodules):

@@ -14,11 +14,12 @@ import torch.distributed as dist
 
 from megatron_sov.errors import UserError
 from megatron_sov.plan.gpus import GIB, Gpu
+from megatron_sov.runs.launch_environment import own_gpu_index
 
 
 def kind() -> Gpu:
     """Return what this process's GPU is."""
-    found = torch.cuda.get_device_properties(_index())
+    found = torch.cuda.get_device_properties(own_gpu_index(torch.cuda.device_count()))
     return Gpu(found.name, found.total_memory)
 
 
@@ -37,7 +38,7 @@ def take(store: dist.Store, rank: int, size: int, needs_bytes: int,
         UserError: a GPU cannot be used, is another rank's as well, or has too little free memory; on every
             rank.
     """
-    device, uuid, problem = torch.device("cuda", _index()), "", ""
+    device, uuid, problem = torch.device("cuda", own_gpu_index(torch.cuda.device_count())), "", ""
     try:
         torch.cuda.set_device(device)
         uuid = str(torch.cuda.get_device_properties(device).uuid)
@@ -77,8 +78,3 @@ def agree(store: dist.Store, rank: int, size: int, uuid: str, problem: str,
     store.wait(["gpu/all"], timeout)
     if store.check(["gpu/problem"]):
         raise UserError(store.get("gpu/problem").decode())
-
-
-def _index() -> int:
-    """Return this process's GPU among the visible ones: all of its node, or its own alone."""
-    return int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
