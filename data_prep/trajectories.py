@@ -15,9 +15,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from data_prep.json_lines import read_objects
 from megatron_sov.artifacts import new_artifact, refuse_existing
-from megatron_sov.documents import BadRecord
-from megatron_sov.documents.records import decode
 from megatron_sov.errors import UserError
 
 HELP = "join each query with its diverse solutions to one document"
@@ -134,28 +133,11 @@ def read_queries(file: Path) -> Iterator[tuple[str, list[Solution]]]:
     Raises:
         UserError: the file cannot be read, or a line is not as it should be; the message names it.
     """
-    try:
-        with open(file, "rb") as f:
-            for number, line in enumerate(f, 1):
-                if line.strip():
-                    yield _record(line, f"{file}:{number}")
-    except OSError as e:
-        raise UserError(f"{file}: cannot be read ({e.strerror or e}); "
-                        "check the path and its permissions") from None
-
-
-def _record(line: bytes, where: str) -> tuple[str, list[Solution]]:
-    try:
-        record = json.loads(decode(line))
-    except BadRecord as e:
-        raise UserError(f"{where}: {e.reason}") from None
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{where}: is not valid JSON ({e}); every line must be one JSON object") from None
-    query, solutions = ((record.get("query"), record.get("solutions")) if isinstance(record, dict)
-                        else (None, None))
-    if not isinstance(query, str) or not query.strip() or not isinstance(solutions, list):
-        raise UserError(f"{where}: needs a string 'query' and a list 'solutions'; add them")
-    return query, [_solution(value, f"{where}: solutions[{i}]") for i, value in enumerate(solutions)]
+    for where, record in read_objects(file):
+        query, solutions = record.get("query"), record.get("solutions")
+        if not isinstance(query, str) or not query.strip() or not isinstance(solutions, list):
+            raise UserError(f"{where}: needs a string 'query' and a list 'solutions'; add them")
+        yield query, [_solution(value, f"{where}: solutions[{i}]") for i, value in enumerate(solutions)]
 
 
 def _solution(value: Any, where: str) -> Solution:

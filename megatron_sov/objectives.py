@@ -17,7 +17,7 @@ from megatron_sov.plugins.signatures import check_methods, takes
 
 Factory = Callable[[RunConfig, Any], Any]
 """(resolved settings, the run's `train.data_batches.DataBatches`) -> a `train.objective.Objective`."""
-BUILT_IN = {"lm": "pretrain", "sft": "sft"}
+BUILT_IN = {"lm": "pretrain", "sft": "sft", "preference": "prefer"}
 """Built-in objective -> the command that trains by it."""
 METHODS = {"collect": ("policy", "step"), "prepare": ("batch",), "loss": ("hidden", "head", "batch")}
 """What an objective has to have: method -> what it is given (`megatron_sov.train.objective.Objective`)."""

@@ -14,6 +14,7 @@ from megatron_sov.config.layout import ParallelConfig
 from megatron_sov.config.model import ModelConfig, YarnConfig
 from megatron_sov.config.needle import Language, NeedleConfig, NeedleKind
 from megatron_sov.config.optim import GroupConfig, OptimConfig
+from megatron_sov.config.preference import PreferenceConfig
 from megatron_sov.config.reading import apply_settings, data_paths, from_dict
 from megatron_sov.config.run import ObjectiveConfig, ObsConfig, RunConfig
 from megatron_sov.config.train import TrainConfig
@@ -21,6 +22,6 @@ from megatron_sov.config.train import TrainConfig
 __all__ = [
     "BackgroundEvalConfig", "DataConfig", "EvaluateConfig", "ExtendConfig", "ExtendStageConfig", "GateConfig",
     "GpuConfig", "GroupConfig", "GuardConfig", "Language", "ModelConfig", "NeedleConfig", "NeedleKind",
-    "ObjectiveConfig", "ObsConfig", "OptimConfig", "ParallelConfig", "PartConfig", "PhaseConfig", "RunConfig",
-    "TrainConfig", "YarnConfig", "apply_settings", "data_paths", "from_dict",
+    "ObjectiveConfig", "ObsConfig", "OptimConfig", "ParallelConfig", "PartConfig", "PhaseConfig",
+    "PreferenceConfig", "RunConfig", "TrainConfig", "YarnConfig", "apply_settings", "data_paths", "from_dict",
 ]

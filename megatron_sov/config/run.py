@@ -19,6 +19,7 @@ from megatron_sov.config.layout import ParallelConfig
 from megatron_sov.config.model import STRICT, ModelConfig
 from megatron_sov.config.needle import NeedleConfig
 from megatron_sov.config.optim import OptimConfig
+from megatron_sov.config.preference import PreferenceConfig
 from megatron_sov.config.train import TrainConfig
 from megatron_sov.errors import UserError, list_problems
 from megatron_sov.plugins.code import Code
@@ -31,7 +32,8 @@ class ObjectiveConfig:
     __pydantic_config__ = STRICT
     name: str = "lm"
     """lm: next-token cross-entropy (with multi-token prediction where the model has it); sft: cross-entropy
-    on responses; or an objective of your own, FILE.py:NAME (docs/own_code.md)."""
+    on responses; preference: pairs or groups of responses, see `preference`; or an objective of your own,
+    FILE.py:NAME (docs/own_code.md)."""
     text_coeff: float = 0.0
     """sft: weight of an auxiliary cross-entropy on plain text, normalised over its own tokens."""
     options: dict[str, Any] = field(default_factory=dict)
@@ -79,6 +81,8 @@ class RunConfig:
     """The loop."""
     objective: ObjectiveConfig = ObjectiveConfig()
     """What is learned."""
+    preference: PreferenceConfig = PreferenceConfig()
+    """What objective `preference` makes of responses that were judged."""
     needle: NeedleConfig = NeedleConfig()
     """The needle suite of `extend`."""
     extend: ExtendConfig = ExtendConfig()
@@ -100,7 +104,7 @@ class RunConfig:
         p = self.model.problems()
         p += self.parallel.problems(self.model, num_ranks)
         p += self.data.problems() + self._phase_problems() + self.train.problems() + self.objective.problems()
-        p += self.optim.problems() + self.extend.problems()
+        p += self.preference.problems() + self.optim.problems() + self.extend.problems()
         p += self.gpu.problems(self.model, self.parallel, self.train)
         p += self.needle.problems() + self.guards.problems(self.train.deterministic)
         p += self.evaluate.background.problems(self.train.export_every_checkpoints)

@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from megatron_sov.artifacts import MANIFEST
 from megatron_sov.command_line import Parser
@@ -21,7 +20,7 @@ from megatron_sov.errors import UserError, nearest
 from megatron_sov.plan.fitting import refuse_too_large
 from megatron_sov.plan.gpus import GPUS
 from megatron_sov.plan.recommended import leaves_layout_open, settings_for
-from megatron_sov.recipes.requested import training_request
+from megatron_sov.recipes.requested import BuiltIn, training_request
 from megatron_sov.runs.folder import COMPLETION, JOBS
 
 Commands = Mapping[str, Callable[[argparse.ArgumentParser], None]]
@@ -43,7 +42,7 @@ class StageKind:
     """Whether it uses GPUs."""
     time_limit: str = ""
     """Time limit where nobody says another, and the profile's is not shorter; empty: the profile's."""
-    objective: Literal["lm", "sft"] = "lm"
+    objective: BuiltIn = "lm"
     """What a training stage learns."""
 
 
@@ -63,6 +62,9 @@ STAGES = {
     "sft": StageKind(
         "Supervised fine-tuning on chats.",
         ("megatron_sov", "sft"), ranks=True, gpus=True, objective="sft"),
+    "prefer": StageKind(
+        "Learning from preferences: pairs or groups of responses.",
+        ("megatron_sov", "prefer"), ranks=True, gpus=True, objective="preference"),
     "convert": StageKind(
         "Conversion: a Hugging Face folder from a checkpoint, or the other way round.  "
         "Reads and writes files, needs no GPU.",

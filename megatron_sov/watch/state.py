@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_sov import objectives
 from megatron_sov.config import RunConfig
 from megatron_sov.errors import UserError
 from megatron_sov.obs.attempts import COMPLETE, UNFINISHED, Attempt, Attempts
@@ -130,8 +131,8 @@ def read_state(path: Path, now_s: float | None = None) -> RunState:
     config = RunFolder(path).config()
     if config is not None:
         state.recipe, state.num_steps = config.recipe, config.num_steps()
-        state.stage = ("sft" if config.objective.name == "sft" else "extend" if _extends(path, config)
-                       else "pretrain")
+        state.stage = ("extend" if _extends(path, config)
+                       else objectives.BUILT_IN.get(config.objective.name, "pretrain"))
     attempts, keeper = Attempts(), Timekeeper()
     recent: deque[tuple[int, float, float, float]] = deque(maxlen=RECENT_STEPS)
     last_s = math.nan

@@ -1,0 +1,157 @@
+"""`sov-data groups`: responses to one prompt with their rewards, as chats with an advantage each (GrouPER).
+
+K-EXAONE's technical report: of a group with rewards z, the sum of rule and rubric rewards, a response's
+advantage is ``2 (z - min z) / (max z - min z) - 1``; a group whose rewards are all equal says nothing and is
+left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from data_prep.json_lines import read_objects
+from megatron_sov.artifacts import new_artifact, refuse_existing
+from megatron_sov.documents import BadRecord
+from megatron_sov.documents.messages import read_messages
+from megatron_sov.errors import UserError
+
+HELP = "give each of a prompt's judged responses its advantage"
+KIND = "corpus"
+FILE = "groups.jsonl"
+COLUMNS = ("advantage", "group_share")
+"""Fields of a chat beside its messages: the advantage, and 1 / responses of its group."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Responses to one prompt."""
+
+    beside: dict[str, Any]
+    """The record's other fields, such as tools."""
+    prompt: list[dict[str, Any]]
+    """Its messages."""
+    responses: list[list[dict[str, Any]]]
+    """The messages of each response."""
+    rewards: list[float]
+    """One for each."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.description = (
+        "Turn groups of judged responses into chats with an advantage each, for `sov-data pack --format chat "
+        "--column advantage --column group_share`.  A line of the input is "
+        '{"prompt": ..., "responses": [{"content": ..., "reward": 1.0}, ...]}; a prompt is a string or a '
+        'list of messages, a response has "content" or "messages", and "reward" or "rewards", an object of '
+        "numbers that are added.")
+    parser.add_argument("--input", required=True, nargs="+", action="extend", type=Path, metavar="FILE",
+                        help="a .jsonl file, one group a line; several may follow, and it may be repeated")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help=f"folder for {FILE}")
+    parser.add_argument("--overwrite", action="store_true", help="replace a corpus that is already there")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run `sov-data groups`; returns 0."""
+    write_groups(args.input, args.output, overwrite=args.overwrite)
+    return 0
+
+
+def write_groups(files: list[Path], output: Path, *, overwrite: bool = False) -> None:
+    """Write an artifact of kind "corpus" with one chat for each response.
+
+    Raises:
+        UserError: a record breaks a rule, or no group says anything; nothing is written then.
+    """
+    refuse_existing(output, KIND, overwrite)
+    counts: Counter[str] = Counter()
+    with new_artifact(output, KIND, overwrite=overwrite) as artifact:
+        with open(artifact.path / FILE, "w", encoding="utf-8") as out:
+            for group in chain.from_iterable(map(read_groups, files)):
+                if len(group.rewards) < 2 or min(group.rewards) == max(group.rewards):
+                    counts["alone" if len(group.rewards) < 2 else "equal_rewards"] += 1
+                    continue
+                counts["groups"] += 1
+                counts["responses"] += len(group.rewards)
+                out.writelines(json.dumps(chat, ensure_ascii=False) + "\n" for chat in chats_of(group))
+        left_out = f"{counts['equal_rewards']:,} with equal rewards and {counts['alone']:,} of one response"
+        if not counts["groups"]:
+            raise UserError(f"{', '.join(map(str, files))}: no group has two responses with different "
+                            f"rewards ({left_out}); add responses")
+        artifact.content = {"groups": {"num_groups": counts["groups"], "num_responses": counts["responses"],
+                                       "num_equal_rewards": counts["equal_rewards"],
+                                       "num_alone": counts["alone"]}}
+    print(f"{counts['groups']:,} groups of {counts['responses'] / counts['groups']:.1f} responses; left out: "
+          f"{left_out}")
+
+
+def chats_of(group: Group) -> Iterator[dict[str, Any]]:
+    """Yield a chat for each response, with the fields `COLUMNS`."""
+    for response, advantage in zip(group.responses, advantages(group.rewards), strict=True):
+        yield {**group.beside, "messages": [*group.prompt, *response],
+               COLUMNS[0]: advantage, COLUMNS[1]: 1 / len(group.rewards)}
+
+
+def advantages(rewards: list[float]) -> list[float]:
+    """Return each response's place in its group, from -1, the worst, to 1, the best, where not all rewards
+    are equal."""
+    low, high = min(rewards), max(rewards)
+    return [2 * (z - low) / (high - low) - 1 for z in rewards]
+
+
+def read_groups(file: Path) -> Iterator[Group]:
+    """Yield the groups of a file.
+
+    Raises:
+        UserError: the file cannot be read, or a line is not as it should be; the message names it.
+    """
+    for where, record in read_objects(file):
+        yield _group(record, where)
+
+
+def _group(record: dict[str, Any], where: str) -> Group:
+    if "prompt" not in record or not isinstance(record.get("responses"), list):
+        raise UserError(f"{where}: needs a 'prompt' and a list 'responses'; add them")
+    own = {"prompt", "responses"}
+    if taken := {"messages", *COLUMNS} & record.keys():
+        raise UserError(f"{where}: has {min(taken)!r}, which this step writes; remove it")
+    prompt = _messages(record["prompt"], "user", f"{where}: prompt")
+    responses = [_response(r, f"{where}: responses[{i}]") for i, r in enumerate(record["responses"])]
+    return Group({k: v for k, v in record.items() if k not in own}, prompt,
+                 [messages for messages, _ in responses], [reward for _, reward in responses])
+
+
+def _response(value: Any, where: str) -> tuple[list[dict[str, Any]], float]:
+    if not isinstance(value, dict) or ("content" in value) == ("messages" in value):
+        raise UserError(f"{where} is {json.dumps(value, ensure_ascii=False)[:80]}, must be an object with "
+                        "either 'content' or 'messages', and 'reward' or 'rewards'")
+    if ("reward" in value) == ("rewards" in value):
+        raise UserError(f"{where}: needs either a number 'reward' or an object 'rewards' of numbers")
+    given = {"reward": value["reward"]} if "reward" in value else value["rewards"]
+    if not isinstance(given, dict) or not given:
+        raise UserError(f"{where}: 'rewards' is {str(given)[:40]!r}, must be an object of numbers")
+    for name, number in given.items():
+        if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+            raise UserError(f"{where}: {name} is {str(number)[:40]!r}, must be a finite number; a response "
+                            "that no judge could score does not belong into a group")
+    messages = _messages(value["messages"] if "messages" in value else value["content"], "assistant", where)
+    if not any(m.get("role") == "assistant" for m in messages):
+        raise UserError(f"{where}: holds no message of the assistant")
+    return messages, float(sum(given.values()))
+
+
+def _messages(value: Any, role: str, where: str) -> list[dict[str, Any]]:
+    """Return messages given as such, or as one string by `role`."""
+    messages = [{"role": role, "content": value}] if isinstance(value, str) else value
+    try:
+        read_messages(messages, "messages")
+    except BadRecord as e:
+        raise UserError(f"{where}: {e.reason}") from None
+    return list(messages)

@@ -1,0 +1,160 @@
+"""Learning from responses that were judged: pairs (DPO, IPO, SimPER), and groups with rewards (GrouPER).
+
+Each pair, or group, counts the same, whatever its length: denominators are numbers of pairs, or of groups, of
+the whole global batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+
+from megatron_sov.config import RunConfig
+from megatron_sov.data.columns import NeededColumn
+from megatron_sov.mcore.model.logprobs import Head
+from megatron_sov.post import reference
+from megatron_sov.post.parts import preferences
+from megatron_sov.post.parts.responses import Responses, learned, responses_of
+from megatron_sov.train.data_batches import DataBatches
+from megatron_sov.train.data_objective import DataObjective
+from megatron_sov.train.microbatch import MicroBatch
+from megatron_sov.train.objective import GlobalBatch, LossSums, per_source, with_denominators
+
+PREFERENCE, CHOSEN = "preference", "chosen"
+ADVANTAGE, SHARE = "advantage", "group_share"
+"""Columns of groups: where a response stands in its group, and 1 / responses of the group."""
+
+
+class PairLearning(DataObjective):
+    """``sum of the pairs' losses / pairs + chosen_coeff * CE(chosen) / its tokens`` (+ multi-token prediction
+    on chosen responses)."""
+
+    formats = ("preference",)
+    group = 2
+    columns: Mapping[str, NeededColumn] = {}
+    meters = ("pairs_right", "margin", "chosen_logprob", "rejected_logprob")
+
+    def __init__(self, config: RunConfig, batches: DataBatches) -> None:
+        super().__init__(config, batches)
+        self._asked = config.preference
+        self.coefficients = {PREFERENCE: 1.0}
+        if self._asked.chosen_coeff > 0:
+            self.coefficients[CHOSEN] = self._asked.chosen_coeff
+        self.coefficients |= self._mtp_coefficient
+
+    def prepare(self, batch: GlobalBatch) -> GlobalBatch:
+        """Count the pairs of the global batch, and the chosen responses' tokens."""
+        hosts = [m.host for m in batch.micro_batches]
+        found = [responses_of(m) for m in hosts]
+        targets = {PREFERENCE: sum(len(r) / 2 for r in found)}
+        chosen = [_only(m, r.of_side(0)) for m, r in zip(hosts, found, strict=True)]
+        if CHOSEN in self.coefficients:
+            targets[CHOSEN] = sum(float(m.weights.double().sum()) for m in chosen)
+        return with_denominators(batch, targets | self._mtp_targets(chosen))
+
+    def loss(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> LossSums:
+        """Return the summed losses of a micro-batch's pairs."""
+        responses = responses_of(batch)
+        logprobs = head.logprobs(hidden[0], batch.labels)
+        sums = responses.sums(logprobs)
+        losses, scores = self._losses(sums, batch, responses)
+        chosen = _only(batch, responses.of_side(0))
+        terms = {PREFERENCE: losses.sum()}
+        if CHOSEN in self.coefficients:
+            terms[CHOSEN] = -(logprobs.double() * chosen.weights).sum()
+        terms |= self._mtp_sum(hidden, head, chosen)
+        margins = (scores[0::2] - scores[1::2]).detach()
+        means = (sums / responses.lengths).detach()
+        values = (margins > 0, margins, means[0::2], means[1::2])
+        return LossSums(terms, per_source(-logprobs, batch.weights * learned(batch), batch.sources,
+                                          self._num_sources),
+                        meters={name: _meter(value) for name, value in zip(self.meters, values, strict=True)})
+
+    def _losses(self, sums: torch.Tensor, batch: MicroBatch,
+                responses: Responses) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return [P] losses of the pairs, and [2 P] scores by which chosen and rejected are compared.
+
+        Args:
+            sums: [2 P] log-probabilities of the responses, chosen and rejected in turn.
+            batch: theirs.
+            responses: where they stand.
+        """
+        means = sums / responses.lengths
+        return preferences.simper(means[0::2], means[1::2]), means
+
+
+class PairLearningWithReference(PairLearning):
+    """The same with losses that compare the model with the one that it started from."""
+
+    columns = {reference.COLUMN: NeededColumn("`megatron-sov prefer`")}
+
+    def _losses(self, sums: torch.Tensor, batch: MicroBatch,
+                responses: Responses) -> tuple[torch.Tensor, torch.Tensor]:
+        asked = self._asked
+        ratios = sums - responses.sums(batch.columns[reference.COLUMN])
+        if asked.method != "dpo":
+            ratios = ratios / responses.lengths
+        margins = ratios[0::2] - ratios[1::2]
+        losses = (preferences.ipo(margins, asked.beta) if asked.method == "ipo"
+                  else preferences.dpo(margins, asked.beta, asked.label_smoothing))
+        return losses, asked.beta * ratios
+
+
+class GroupLearning(DataObjective):
+    """GrouPER: ``sum over responses of loss / responses of its group / groups`` (+ multi-token prediction on
+    all responses)."""
+
+    formats = ("chat",)
+    columns: Mapping[str, NeededColumn] = dict.fromkeys((ADVANTAGE, SHARE), NeededColumn(
+        "`sov-data groups`, and then `sov-data pack --format chat --column advantage --column group_share`,"))
+    meters = ("better_logprob", "worse_logprob")
+
+    def __init__(self, config: RunConfig, batches: DataBatches) -> None:
+        super().__init__(config, batches)
+        self.coefficients = {PREFERENCE: 1.0} | self._mtp_coefficient
+
+    def prepare(self, batch: GlobalBatch) -> GlobalBatch:
+        """Count the groups of the global batch: parts of a group that lie in other batches count there."""
+        hosts = [m.host for m in batch.micro_batches]
+        groups = sum(float(r.means(m.columns[SHARE]).sum())
+                     for m, r in ((m, responses_of(m)) for m in hosts))
+        learning = [_only(m, learned(m)) for m in hosts]
+        return with_denominators(batch, {PREFERENCE: groups} | self._mtp_targets(learning))
+
+    def loss(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> LossSums:
+        """Return the summed losses of a micro-batch's responses."""
+        responses = responses_of(batch)
+        logprobs = head.logprobs(hidden[0], batch.labels)
+        means = responses.means(logprobs)
+        advantages, shares = (responses.means(batch.columns[name]) for name in (ADVANTAGE, SHARE))
+        terms = {PREFERENCE: (preferences.grouper(means, advantages) * shares).sum()}
+        terms |= self._mtp_sum(hidden, head, _only(batch, learned(batch)))
+        return LossSums(terms, per_source(-logprobs, batch.weights * learned(batch), batch.sources,
+                                          self._num_sources),
+                        meters={"better_logprob": _meter(means.detach(), advantages > 0),
+                                "worse_logprob": _meter(means.detach(), advantages < 0)})
+
+
+def objective_of(config: RunConfig) -> type[PairLearning] | type[GroupLearning]:
+    """Return what makes the objective of `preference.method`."""
+    method = config.preference.method
+    return (GroupLearning if method == "grouper" else PairLearning if method == "simper"
+            else PairLearningWithReference)
+
+
+def _only(batch: MicroBatch, labels: torch.Tensor) -> MicroBatch:
+    """Return the micro-batch with no other targets than these labels [T] bool."""
+    return dataclasses.replace(batch, weights=batch.weights * labels)
+
+
+def _meter(values: torch.Tensor, counted: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what a meter adds up: the sum of numbers, and how many they are.
+
+    Args:
+        values: numbers.
+        counted: which of them count; None: all.
+    """
+    mask = torch.ones_like(values, dtype=torch.float64) if counted is None else counted.double()
+    return (values.double() * mask).sum(), mask.sum()

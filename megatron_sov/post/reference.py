@@ -1,0 +1,223 @@
+"""Log-probabilities of a reference, computed once by the forward pass of training, before its first step.
+
+The reference is the model as it starts, so it is never a second model in memory.  What it says of each
+document stays in RUN/reference in parts of `PART_DOCUMENTS` documents: a job that is killed goes on at the
+next part, and one that is continued later finds all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from megatron_sov.artifacts import atomic_write, disk_errors, manifest_sha256, to_json
+from megatron_sov.data.order import Sample
+from megatron_sov.data.packing import Row, Segment, best_fit, truncate
+from megatron_sov.data.rows import join_rows, sample_row
+from megatron_sov.data.token_shards import Documents, Source
+from megatron_sov.errors import UserError
+from megatron_sov.mcore.model.logprobs import Head
+from megatron_sov.mcore.parallel import collectives
+from megatron_sov.mcore.parallel.world import on_main
+from megatron_sov.obs.work_bar import work_bar
+from megatron_sov.train.gate import GateView
+from megatron_sov.train.microbatch import MicroBatch, from_row
+
+FOLDER, IDENTITY = "reference", "reference.json"
+COLUMN = "reference_logprobs"
+"""Column of labels: log p(label) of the reference."""
+PART_DOCUMENTS = 4096
+"""Documents of a part."""
+MICRO_BATCHES = 8
+"""Those of a process that are passed through the model at a time."""
+
+
+class ReferenceParts:
+    """What the reference says of the documents of one split of a source: files of float32, document after
+    document, a number for each token (that of the token as a label; 0 for the first)."""
+
+    def __init__(self, folder: Path, name: str, documents: Documents) -> None:
+        """Take what is there, or will be.
+
+        Args:
+            folder: RUN/reference.
+            name: of source and split, and so of the files.
+            documents: the split's documents.
+        """
+        self._folder, self._name, self.documents = folder, name, documents
+        self._open = lru_cache(maxsize=64)(self._part)
+
+    def __len__(self) -> int:
+        return -(-len(self.documents.lengths) // PART_DOCUMENTS)
+
+    def file(self, part: int) -> Path:
+        """Return the file of a part."""
+        return self._folder / f"{self._name}.{part:06d}.f32"
+
+    def range_of(self, part: int) -> range:
+        """Return the documents of a part."""
+        return range(part * PART_DOCUMENTS, min((part + 1) * PART_DOCUMENTS, len(self.documents.lengths)))
+
+    def starts(self, part: int) -> np.ndarray:
+        """Return [documents + 1] int64: where each document of a part begins, and its end, in numbers."""
+        lengths = self.documents.lengths[np.asarray(self.range_of(part))]
+        return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+
+    def column(self, document: int, start: int, count: int) -> np.ndarray:
+        """Return the numbers of a document's tokens from `start`, float32.
+
+        Raises:
+            UserError: they are not there, or of another size.
+        """
+        part, place = divmod(document, PART_DOCUMENTS)
+        starts, numbers = self._open(part)
+        found: np.ndarray = numbers[starts[place] + start:starts[place] + start + count]
+        return found
+
+    def _part(self, part: int) -> tuple[np.ndarray, np.ndarray]:
+        file, starts = self.file(part), self.starts(part)
+        try:
+            numbers = np.memmap(file, np.float32, "r") if starts[-1] else np.zeros(0, np.float32)
+        except (OSError, ValueError) as e:
+            raise UserError(f"{file}: cannot be read ({e}); start the run anew in another folder") from None
+        if len(numbers) != starts[-1]:
+            raise UserError(f"{file}: has {len(numbers)} numbers, its documents have {starts[-1]} tokens; "
+                            "start the run anew in another folder")
+        return starts, numbers
+
+
+class WithReference:
+    """Documents of a split with the reference's column beside their own."""
+
+    def __init__(self, documents: Documents, parts: ReferenceParts) -> None:
+        self._documents, self._parts = documents, parts
+        self.lengths, self.is_plain = documents.lengths, documents.is_plain
+        self.columns = (*documents.columns, COLUMN)
+
+    def tokens(self, document: int, start: int, count: int) -> np.ndarray:
+        """As `Documents.tokens`."""
+        return self._documents.tokens(document, start, count)
+
+    def loss_weights(self, document: int, start: int, count: int) -> np.ndarray:
+        """As `Documents.loss_weights`."""
+        return self._documents.loss_weights(document, start, count)
+
+    def types(self, document: int, start: int, count: int) -> np.ndarray:
+        """As `Documents.types`."""
+        return self._documents.types(document, start, count)
+
+    def column(self, name: str, document: int, start: int, count: int) -> np.ndarray:
+        """As `Documents.column`."""
+        if name == COLUMN:
+            return self._parts.column(document, start, count)
+        return self._documents.column(name, document, start, count)
+
+
+class Reference:
+    """The reference's part of a run: the columns that its objective reads, made before the first step."""
+
+    def __init__(self, run: Path, start: Path, sources: Sequence[Source]) -> None:
+        """Take what the run learns from.
+
+        Args:
+            run: its folder.
+            start: checkpoint that it starts from, which is the reference.
+            sources: preferences.
+        """
+        self._folder = run / FOLDER
+        self._identity = {"reference_sha256": manifest_sha256(start),
+                          "data_sha256": {s.name: manifest_sha256(s.artifact) for s in sources
+                                          if s.artifact is not None}}
+        self._parts = {s.name: ReferenceParts(self._folder, f"{s.name}.train", s.shard("train"))
+                       for s in sources}
+        self.sources = tuple(dataclasses.replace(
+            s, made=WithReference(s.shard("train"), self._parts[s.name]), columns=(*s.columns, COLUMN))
+            for s in sources)
+        """The same with the column; its numbers are there once `make` has run."""
+
+    def make(self, view: GateView) -> None:
+        """Compute what is not there yet; called by all processes together, with the reference's weights in
+        the model.
+
+        Raises:
+            UserError: the folder holds another reference, or the disk is full.
+        """
+        begin_s = time.monotonic()
+        on_main(view.world, self._open)
+        todo = on_main(view.world, lambda: [
+            (name, part) for name, parts in self._parts.items() for part in range(len(parts))
+            if not parts.file(part).is_file()])
+        num_tokens = 0
+        with work_bar("reference", len(todo), "part", view.world.is_main) as bar:
+            for name, part in todo:
+                numbers = _numbers(view, self._parts[name], part)
+                on_main(view.world, partial(atomic_write, self._parts[name].file(part), numbers.tobytes()))
+                num_tokens += len(numbers)
+                bar.update(1)
+        view.events.write("reference", parts=len(todo), tokens=num_tokens,
+                          seconds=time.monotonic() - begin_s, **self._identity)
+
+    def _open(self) -> None:
+        file = self._folder / IDENTITY
+        if file.is_file():
+            held = json.loads(file.read_text(encoding="utf-8"))
+            if held != self._identity:
+                raise UserError(f"{file}: log-probabilities of another reference or of other data lie there; "
+                                "delete the folder, and they are computed anew")
+            return
+        with disk_errors(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+        atomic_write(file, to_json(self._identity))
+
+
+def _numbers(view: GateView, parts: ReferenceParts, part: int) -> np.ndarray:
+    """Return [tokens of a part] float32, on every process."""
+    starts, first = parts.starts(part), parts.range_of(part).start
+    seq_len, size = max(p.seq_len for p in view.config.data.phases), view.config.train.micro_batch_size
+    rows = _rows(parts, part, seq_len)
+    at_a_time = size * view.world.dp_size * MICRO_BATCHES
+    numbers = np.zeros(starts[-1], np.float32)
+    for begin in range(0, len(rows), at_a_time):
+        there = rows[begin:begin + at_a_time]
+        there += [()] * (-len(there) % (size * view.world.dp_size))
+        values = _of_rows(view, parts, there, seq_len)
+        for row, found in zip(there, values, strict=True):
+            at = 0
+            for document, start, count in row:
+                # the last label of a cut document is a token that stands outside of the row
+                labels = min(count, int(parts.documents.lengths[document]) - start - 1)
+                to = starts[document - first] + start + 1
+                numbers[to:to + labels] = found[at:at + labels]
+                at += count
+    return numbers
+
+
+def _rows(parts: ReferenceParts, part: int, seq_len: int) -> list[Row]:
+    """Return the documents of a part as rows; what goes beyond a row is left out, as in training."""
+    lengths = parts.documents.lengths[np.asarray(parts.range_of(part))].tolist()
+    segments = [Segment(d, 0, n) for d, n in zip(parts.range_of(part), lengths, strict=True) if n > 1]
+    return best_fit(truncate(segments, seq_len), seq_len)
+
+
+def _of_rows(view: GateView, parts: ReferenceParts, rows: list[Row], seq_len: int) -> np.ndarray:
+    """Return [rows, seq_len] float32: log p(label) of each place, on every process."""
+    size, world = view.config.train.micro_batch_size, view.world
+    groups = [rows[i:i + size] for i in range(0, len(rows), size)]
+    own = [from_row(join_rows([sample_row(Sample(0, row), parts.documents, seq_len)
+                               for row in group])) for group in groups[world.dp_rank::world.dp_size]]
+    all_groups = torch.zeros(len(groups), size * seq_len, dtype=torch.float64)
+    if found := view.policy.map(own, _logprobs):
+        all_groups[world.dp_rank::world.dp_size] = torch.stack(found).double().cpu()
+    summed = collectives.broadcast_from_last_stage(collectives.all_reduce_dp(all_groups))
+    return summed.float().numpy().reshape(len(rows), seq_len)
+
+
+def _logprobs(hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> torch.Tensor:
+    return head.logprobs(hidden[0], batch.labels)

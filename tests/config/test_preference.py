@@ -1,0 +1,27 @@
+"""Settings of learning from preferences: each rule is told by the name of its setting."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megatron_sov.config import PreferenceConfig
+
+
+@pytest.mark.parametrize(("settings", "said"), [
+    ({"beta": 0}, "preference.beta = 0 must be a number greater than 0"),
+    ({"beta": float("nan")}, "preference.beta = nan"),
+    ({"label_smoothing": 0.5}, "must lie in [0, 0.5)"),
+    ({"label_smoothing": 0.1, "method": "ipo"}, "belongs to dpo and dpo-norm"),
+    ({"chosen_coeff": -1}, "preference.chosen_coeff = -1"),
+    ({"chosen_coeff": 0.5, "method": "grouper"}, "groups have no chosen response"),
+])
+def test_a_rule_that_is_broken_is_named(settings: dict[str, Any], said: str) -> None:
+    (problem,) = PreferenceConfig(**settings).problems()
+    assert said in problem
+
+
+def test_what_the_papers_use_is_sound() -> None:
+    assert all(PreferenceConfig(method=method).problems() == []
+               for method in ("dpo", "ipo", "dpo-norm", "simper", "grouper"))

@@ -1,0 +1,48 @@
+"""Losses of pairs and groups against their papers' formulas, written out for one pair at a time."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+MARGINS = (-30.0, -1.5, 0.0, 0.25, 4.0)
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_dpo_is_the_papers(beta: float, smoothing: float) -> None:
+    import torch
+
+    from megatron_sov.post.parts.preferences import dpo
+
+    margins = torch.tensor(MARGINS, dtype=torch.float64, requires_grad=True)
+    losses = dpo(margins, beta, smoothing)
+    (slopes,) = torch.autograd.grad(losses.sum(), margins)
+    for x, loss, slope in zip(MARGINS, losses.tolist(), slopes.tolist(), strict=True):
+        right = 1 / (1 + math.exp(-beta * x))  # sigma(beta x): how likely the pair is the right way round
+        assert loss == pytest.approx(-(1 - smoothing) * math.log(right) - smoothing * math.log(1 - right),
+                                     abs=1e-12)
+        assert slope == pytest.approx(beta * (right - (1 - smoothing)), abs=1e-12)
+
+
+def test_ipo_is_the_papers() -> None:
+    import torch
+
+    from megatron_sov.post.parts.preferences import ipo
+
+    losses = ipo(torch.tensor(MARGINS, dtype=torch.float64), 0.25)
+    assert losses.tolist() == pytest.approx([(x - 2.0) ** 2 for x in MARGINS], abs=1e-12)
+
+
+def test_simper_and_grouper_weigh_inverse_perplexities() -> None:
+    import torch
+
+    from megatron_sov.post.parts.preferences import grouper, simper
+
+    chosen, rejected = torch.tensor([-1.0, -2.0]).double(), torch.tensor([-3.0, -0.5]).double()
+    expected = [math.exp(-3) - math.exp(-1), math.exp(-0.5) - math.exp(-2)]
+    assert simper(chosen, rejected).tolist() == pytest.approx(expected, abs=1e-12)
+    both = torch.stack([chosen, rejected], dim=1).flatten()
+    assert grouper(both, torch.tensor([1.0, -1.0, 1.0, -1.0])).tolist() == pytest.approx(
+        [-math.exp(-1), math.exp(-3), -math.exp(-2), math.exp(-0.5)], abs=1e-12)
