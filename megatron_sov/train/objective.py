@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
+from megatron_sov.data.columns import NeededColumn
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.model.logprobs import Head
 from megatron_sov.mcore.parallel import collectives
@@ -72,6 +73,13 @@ class Objective(Protocol):
             head: applies the output head in chunks.
         """
         ...
+
+
+def columns_of(made_by: Any) -> Mapping[str, NeededColumn]:
+    """Return what an objective reads beside weights and types, as its class (or what makes it) says in
+    `columns`, a class attribute; without one, nothing."""
+    found: Mapping[str, NeededColumn] = getattr(made_by, "columns", {})
+    return found
 
 
 def with_denominators(batch: GlobalBatch, local_targets: Mapping[str, float]) -> GlobalBatch:
