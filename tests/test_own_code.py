@@ -83,6 +83,7 @@ def test_an_objective(site: Path, installed: Path) -> None:
     steps = [event for event in map(json.loads, (site / "runs/focal/events.jsonl").open())
              if event["event"] == "step"]
     losses = [event["losses"]["focal"] for event in steps]
+    assert all(0 < event["meters"]["confidence"] < 1 for event in steps)
     plain = [next(iter(event["losses_by_source"].values())) for event in steps]
     assert losses == [event["loss"] for event in steps] and losses[-1] < losses[0]
     assert 0 < losses[-1] < plain[-1]  # what the model knows already counts less

@@ -207,7 +207,7 @@ class Trainer:
             losses_by_source={s.name: total / n for s, (total, n) in by_source if n > 0}, grad_norm=grad_norm,
             lr=lr, num_tokens=batch.num_tokens, phase=batch.phase,
             padding_share=1 - batch.num_tokens / (batch.num_sequences * batch.seq_len),
-            seq_len=batch.seq_len, seconds=time.monotonic() - start)
+            seq_len=batch.seq_len, seconds=time.monotonic() - start, meters=sums.meters)
 
     def _before_computing(self, batch: GlobalBatch) -> None:
         """Let faults on purpose come, and check that this process computes the same twice."""
