@@ -64,7 +64,7 @@ def write_shard(prefix: Path, lengths: np.ndarray, *, sparse: bool) -> None:
 
 
 def source_of(folder: Path, prefixes: tuple[str, ...], num_tokens: int) -> Source:
-    return Source("web", folder, False, {"train": prefixes}, {"train": num_tokens}, 1.0)
+    return Source("web", folder, "text", {"train": prefixes}, {"train": num_tokens}, 1.0)
 
 
 def settings(seq_len: int, batch_size: int) -> RunConfig:

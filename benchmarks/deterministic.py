@@ -66,7 +66,7 @@ def measure(folder: Path, recipe: str, settings: list[str], steps: int) -> dict[
     if config.train.deterministic:
         determinism.switch_on()
     place = world.join(config.parallel)
-    source = Source("drawn", None, False, {}, {"train": DOCUMENTS * DOCUMENT_TOKENS}, 1.0,
+    source = Source("drawn", None, "text", {}, {"train": DOCUMENTS * DOCUMENT_TOKENS}, 1.0,
                     made=TokenShard(prefix))
     trainer = Trainer(config, place, RunFolder(folder / "run"), [source], LanguageModelling)
     wall, cpu_s = [], []

@@ -75,7 +75,7 @@ def main() -> None:
     place = world.join(config.parallel)
     with tempfile.TemporaryDirectory() as folder:
         documents = write_text(Path(folder) / "text")
-        source = Source("sentences", None, False, {}, {"train": documents.size}, 1.0,
+        source = Source("sentences", None, "text", {}, {"train": documents.size}, 1.0,
                         made=TokenShard(Path(folder) / "text"))
         trainer = Trainer(config, place, RunFolder(Path(folder) / "run"), [source], LanguageModelling)
         for _ in range(args.steps):

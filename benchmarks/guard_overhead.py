@@ -83,7 +83,7 @@ def measure(turns: int, folder: Path) -> None:
     """Take turns and print a table; runs on every rank."""
     plain = apply_settings(recipes.get("tiny-solar-open"), [*SETTINGS, *SMALLER])
     place = world.join(plain.parallel)
-    source = Source("web", None, False, {}, {"train": NUM_DOCUMENTS * DOCUMENT_TOKENS}, 1.0,
+    source = Source("web", None, "text", {}, {"train": NUM_DOCUMENTS * DOCUMENT_TOKENS}, 1.0,
                     ShardChain([folder / "train"]))
     steps = {
         name: make_step(apply_settings(plain, list(settings)), place, source, folder / name, name == "with")

@@ -40,7 +40,7 @@ SETTINGS = ("parallel.cp=2", "train.recompute=true", "model.hidden_size=256", "m
 class OneDocument:
     """Documents of one length (a `data.shards.Documents`); each is drawn anew."""
 
-    is_plain = True
+    is_plain, columns = True, ()
 
     def __init__(self, tokens: int, vocab_size: int) -> None:
         self.lengths = np.array([tokens, tokens])
@@ -58,6 +58,10 @@ class OneDocument:
     def types(self, document: int, start: int, count: int) -> np.ndarray:
         """Return zeros: text."""
         return np.zeros(count, np.uint8)
+
+    def column(self, name: str, document: int, start: int, count: int) -> np.ndarray:
+        """Not to be called."""
+        raise KeyError(name)
 
 
 def resident_bytes(which: str) -> int:
@@ -83,7 +87,7 @@ def step(config: RunConfig, folder: Path) -> None:
     place = world.join(config.parallel)
     tokens = config.data.phases[0].seq_len
     before, start = resident_bytes("VmRSS"), time.perf_counter()
-    source = Source("long", None, False, {}, {"train": 2 * tokens}, 1.0,
+    source = Source("long", None, "text", {}, {"train": 2 * tokens}, 1.0,
                     made=OneDocument(tokens, config.model.vocab_size))
     trainer = Trainer(config, place, RunFolder(folder / "run"), [source], LanguageModelling)
     result = trainer.update()

@@ -171,7 +171,7 @@ def measure(turns: int, folder: Path) -> None:
     """Take turns and print a table; runs on every rank."""
     config = apply_settings(recipes.get("tiny-solar-open"), SETTINGS)
     place = world.join(config.parallel)
-    source = Source("web", None, False, {}, {"train": NUM_DOCUMENTS * DOCUMENT_TOKENS}, 1.0,
+    source = Source("web", None, "text", {}, {"train": NUM_DOCUMENTS * DOCUMENT_TOKENS}, 1.0,
                     ShardChain([folder / "train"]))
     steps = {"ours": our_step(config, place, source, folder), "same": same_model_step(config, place, source),
              "stock": stock_step(config, place)}

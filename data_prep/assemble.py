@@ -16,6 +16,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.indexed import sidecars_of
 from data_prep.sharding import ShardedWriter
 from data_prep.splits import HELDOUT, SPLITS, TRAIN, HeldoutRule
 from data_prep.units import GROUP, StoredUnit, UnitRecord, open_unit
@@ -41,6 +42,9 @@ class EncodedSource:
     """The units in the order of the input, each with its record."""
     dropped: dict[int, NDArray[np.int64]] = field(default_factory=dict)
     """Unit -> sequences that are left out because their id came before."""
+
+    columns: tuple[str, ...] = ()
+    """Columns of its documents."""
 
     @property
     def group(self) -> int:
@@ -77,7 +81,7 @@ def survey(source: EncodedSource, work: Path, dtype: str, rule: HeldoutRule) -> 
 def write_shards(source: EncodedSource, work: Path, artifact: Path, dtype: str, rule: HeldoutRule,
                  shard_tokens: int) -> dict[str, Any]:
     """Write the shards of a source; returns the manifest's record of each split."""
-    sidecars, extra = source.kind != "text", source.kind == "prompt"
+    sidecars, extra = sidecars_of(source.kind, source.columns), source.kind == "prompt"
     with ExitStack() as stack:
         writers = {split: stack.enter_context(ShardedWriter(
             artifact, f"{source.name}/{split}", dtype, sidecars, extra, source.group, shard_tokens))
@@ -91,7 +95,8 @@ def write_shards(source: EncodedSource, work: Path, artifact: Path, dtype: str, 
             for block, tokens in _blocks(unit):
                 here = list(islice(lines, block.stop - block.start)) if lines else []
                 for split, chosen in ((TRAIN, ~heldout), (HELDOUT, heldout)):
-                    _write_block(writers[split], unit, block, tokens, (chosen & kept)[block], here)
+                    _write_block(writers[split], unit, block, tokens, (chosen & kept)[block], here,
+                                 source.columns)
     return {split: writer.record() for split, writer in writers.items()}
 
 
@@ -107,7 +112,7 @@ def _blocks(unit: StoredUnit) -> Iterator[tuple[slice, slice]]:
 
 
 def _write_block(writer: ShardedWriter, unit: StoredUnit, block: slice, tokens: slice,
-                 chosen: NDArray[np.bool_], lines: list[bytes]) -> None:
+                 chosen: NDArray[np.bool_], lines: list[bytes], names: tuple[str, ...]) -> None:
     """Write the chosen sequences of a block."""
     if not chosen.any():
         return
@@ -117,6 +122,8 @@ def _write_block(writer: ShardedWriter, unit: StoredUnit, block: slice, tokens: 
     if unit.types is not None:
         columns["type"] = unit.types[tokens][mask]
         columns["loss"] = (columns["type"] == TYPE_RESPONSE).astype(np.float32)
+    for i, name in enumerate(names):
+        columns[name] = np.repeat(unit.columns[block, i][chosen], lengths[chosen])
     extra = [line for line, keep in zip(lines, chosen, strict=True) if keep] if lines else []
     writer.write(lengths[chosen].astype(np.int32), unit.sequences["bytes"][block][chosen].astype(np.int64),
                  columns, extra)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +28,13 @@ SMALLEST_INT32_VOCAB = 65500
 """Megatron's DType.optimal_dtype: vocabularies below it fit uint16 with room for ids of its own."""
 SIDECARS = {"loss": "float32", "type": "uint8"}
 """Files of the same geometry as .bin: the weight of each token in the loss, and the token's type."""
+COLUMN_DTYPE = "float32"
+"""Of the other sidecars: columns, each a file of its name."""
+
+
+def sidecars_of(kind: str, columns: Sequence[str] = ()) -> dict[str, str]:
+    """Return ending -> dtype of the sidecars of a source of that kind (one of `documents.KINDS`)."""
+    return (SIDECARS if kind != "text" else {}) | dict.fromkeys(columns, COLUMN_DTYPE)
 
 
 def token_dtype(vocab_size: int) -> str:
@@ -38,13 +45,13 @@ def token_dtype(vocab_size: int) -> str:
 class IndexedWriter:
     """Writes one split: tokens and sidecars as they come, the index when closed."""
 
-    def __init__(self, prefix: Path, dtype: str, sidecars: bool) -> None:
-        """Open `PREFIX.bin` (and `PREFIX.loss`, `PREFIX.type` with `sidecars`);
+    def __init__(self, prefix: Path, dtype: str, sidecars: Mapping[str, str] | None = None) -> None:
+        """Open `PREFIX.bin` and its sidecars (ending -> dtype, see `sidecars_of`);
         `dtype` is a key of `DTYPE_CODES`."""
         prefix.parent.mkdir(parents=True, exist_ok=True)
         self.prefix, self.dtype = prefix, dtype
         self.lengths_tokens = array("i")
-        names = {"bin": dtype} | (SIDECARS if sidecars else {})
+        names = {"bin": dtype, **(sidecars or {})}
         self._dtypes = {suffix: np.dtype(name).newbyteorder("<") for suffix, name in names.items()}
         self._files = {suffix: open(f"{prefix}.{suffix}", "wb")  # noqa: SIM115  (closed in __exit__)
                        for suffix in names}

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from data_prep.assemble import EncodedSource, bad_rows, survey, write_quarantine, write_shards
 from data_prep.encode import CONFIG_JSON, TOKENIZER_JSON, Encoder, EncodingSettings
-from data_prep.indexed import SIDECARS, token_dtype
+from data_prep.indexed import sidecars_of, token_dtype
 from data_prep.splits import HELDOUT, TRAIN, HeldoutRule
 from data_prep.steps import named_steps
 from data_prep.token_artifact import CONTENT_VERSION, KIND, QUARANTINE
@@ -37,6 +37,7 @@ from megatron_sov.artifacts import (
     sha256_file,
 )
 from megatron_sov.documents import KINDS, Document, Reading, list_files, plan_units, read_span
+from megatron_sov.documents.columns import column_problems
 from megatron_sov.errors import UserError
 from megatron_sov.obs.warning import warn
 from megatron_sov.plugins.code import Code
@@ -89,6 +90,10 @@ class PackSettings:
         if not 1 <= self.reading.max_document_bytes < 1 << 31:
             p.append(f"--max-document-bytes {self.reading.max_document_bytes}: "
                      f"must lie in 1..{(1 << 31) - 1}")
+        p += [f"--column: {problem}" for problem in column_problems(self.reading.columns)]
+        if self.reading.columns and self.reading.kind == "prompt":
+            p.append(f"--column {self.reading.columns[0]}: a prompt has no response to which its number "
+                     "could belong; its fields travel in .extra.jsonl as they are")
         return p
 
 
@@ -112,6 +117,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                              "prompt: a prompt to respond to (default %(default)s)")
     parser.add_argument("--text-field", default=reading.text_field, metavar="NAME",
                         help="field or column that holds the text (default %(default)s)")
+    parser.add_argument("--column", dest="columns", action="append", default=[], metavar="NAME",
+                        help="a field with a number (of a preference, also a list of two: chosen, rejected) "
+                             "that goes with each token into the objective; it may be repeated")
     parser.add_argument("--bos", choices=("none", "start"), default=default.bos,
                         help="start: documents begin with bos (default %(default)s)")
     parser.add_argument("--eod", choices=("append", "none"), default=default.eod,
@@ -135,8 +143,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run `sov-data pack`; returns 0."""
-    settings = PackSettings(args.heldout, Reading(args.format, args.text_field, args.max_document_bytes),
-                            args.bos, args.eod, args.on_bad, args.shard_tokens, named_steps(args.steps))
+    reading = Reading(args.format, args.text_field, args.max_document_bytes, tuple(args.columns))
+    settings = PackSettings(args.heldout, reading, args.bos, args.eod, args.on_bad, args.shard_tokens,
+                            named_steps(args.steps))
     pack(args.tokenizer, parse_sources(args.input), args.output, settings, workers=args.workers,
          overwrite=args.overwrite)
     return 0
@@ -246,7 +255,8 @@ def sample_texts(units: list[Unit], reading: Reading) -> list[str]:
 def _encode(sources: list[Source], units: list[tuple[Source, Unit]], settings: UnitSettings, work: Path,
             workers: int, on_bad: str) -> list[EncodedSource]:
     """Bring all units to completion."""
-    encoded = {source.name: EncodedSource(source.name, settings.reading.kind or "text", source.path)
+    encoded = {source.name: EncodedSource(source.name, settings.reading.kind or "text", source.path,
+                                          columns=settings.reading.columns)
                for source in sources}
     kept = 0
     with disk_errors(work):
@@ -293,7 +303,7 @@ def _write(artifact: Path, encoded: list[EncodedSource], settings: UnitSettings,
                                 "lower --heldout or add documents")
             records.append({
                 "name": source.name, "format": source.kind, "group_documents": GROUP[source.kind],
-                "sidecars": [] if source.kind == "text" else list(SIDECARS),
+                "sidecars": list(sidecars_of(source.kind, source.columns)),
                 "input_sha256": hashlib.sha256("".join(r.key for _, r in source.units).encode()).hexdigest(),
                 "num_bad": write_quarantine(source, work, settings.dtype, quarantine),
                 **({"num_left_out": left_out(source)} if settings.steps else {}), "splits": splits})

@@ -73,7 +73,7 @@ def _shown(shard: Shard, document: int, max_tokens: int, tokenizer: Tokenizer) -
     length = int(opened.lengths_tokens[document])
     part = slice(first, first + min(length, max_tokens))
     ids = opened.tokens[part].tolist()
-    learned = (np.memmap(f"{shard.prefix}.loss", "<f4", "r")[part] > 0 if shard.source["sidecars"]
+    learned = (np.memmap(f"{shard.prefix}.loss", "<f4", "r")[part] > 0 if "loss" in shard.source["sidecars"]
                else np.zeros(len(ids), bool))
     pairs = zip(learned.tolist(), ids, strict=True)
     runs = [(key, [id_ for _, id_ in group]) for key, group in groupby(pairs, key=lambda pair: pair[0])]

@@ -3,7 +3,7 @@ make one too large."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -32,15 +32,15 @@ class ShardRecord:
 class ShardedWriter:
     """Writes one split as one or more shards; there is always one, which may be empty."""
 
-    def __init__(self, artifact: Path, name: str, dtype: str, sidecars: bool, extra: bool, group: int,
-                 shard_tokens: int) -> None:
+    def __init__(self, artifact: Path, name: str, dtype: str, sidecars: Mapping[str, str], extra: bool,
+                 group: int, shard_tokens: int) -> None:
         """Begin the first shard.
 
         Args:
             artifact: folder of the artifact.
             name: source and split, e.g. "english/train"; shards are numbered behind it.
             dtype: dtype of ids.
-            sidecars: whether `.loss` and `.type` are written.
+            sidecars: ending -> dtype of the files beside.
             extra: whether `.extra.jsonl` is written, a line for each document.
             group: sequences that stay together.
             shard_tokens: most tokens of a shard, unless one document has more.

@@ -139,7 +139,8 @@ class _UnitWriter:
         self._folder, self._key, self._settings, self._encoder, self._steps = (folder, key, settings,
                                                                                encoder, steps)
         names = ["tokens", "sequences", "bad", *(["types"] if settings.reading.kind != "text" else []),
-                 *(["extra"] if settings.reading.kind == "prompt" else [])]
+                 *(["extra"] if settings.reading.kind == "prompt" else []),
+                 *(["columns"] if settings.reading.columns else [])]
         self._files: dict[str, IO[bytes]] = {
             name: open(folder / name, "wb") for name in names}  # noqa: SIM115  (closed in __exit__)
         self._num_sequences = self._num_tokens = 0
@@ -227,6 +228,9 @@ class _UnitWriter:
             row["id"] = _id_hash(document.id)
             if "extra" in self._files:
                 self._files["extra"].write(document.extra.encode() + b"\n")
+            if "columns" in self._files:
+                numbers = [document.columns[name] for name in self._settings.reading.columns]
+                self._files["columns"].write(np.array(numbers, "<f4").T.tobytes())
         self._files["tokens"].write(
             encoded.ids.astype(np.dtype(self._settings.dtype).newbyteorder("<")).tobytes())
         self._files["sequences"].write(sequences.tobytes())
@@ -312,6 +316,8 @@ class StoredUnit:
     """[tokens] ids."""
     types: NDArray[np.uint8] | None
     """[tokens]; None for plain text."""
+    columns: NDArray[np.float32]
+    """[sequences, columns] as `Reading.columns` names them."""
     folder: Path
     """Where it lies."""
 
@@ -331,5 +337,7 @@ def open_unit(work: Path, key: str, dtype: str) -> StoredUnit:
         return np.memmap(file, dtype, "r") if file.stat().st_size else np.zeros(0, dtype)
 
     types = mapped("types", np.dtype(np.uint8)) if (folder / "types").exists() else None
-    return StoredUnit(mapped("sequences", SEQUENCE), mapped("tokens", np.dtype(dtype).newbyteorder("<")),
-                      types, folder)
+    sequences = mapped("sequences", SEQUENCE)
+    columns = mapped("columns", np.dtype("<f4")) if (folder / "columns").exists() else np.zeros(0, "<f4")
+    return StoredUnit(sequences, mapped("tokens", np.dtype(dtype).newbyteorder("<")), types,
+                      columns.reshape(len(sequences), len(columns) // max(1, len(sequences))), folder)

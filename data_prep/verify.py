@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.indexed import SIDECARS, IndexedSplit
+from data_prep.indexed import COLUMN_DTYPE, SIDECARS, IndexedSplit
 from data_prep.overlap import document_hashes
 from data_prep.splits import HELDOUT, SPLITS, TRAIN
 from data_prep.token_artifact import Shard, num_tokens, read_tokens_manifest, shards_of
@@ -135,7 +135,7 @@ def _edge_problems(shard: Shard, first: NDArray[np.generic], last: NDArray[np.ge
 
 
 def _sidecar_problems(file: Path, suffix: str, num_tokens: int) -> list[str]:
-    dtype = np.dtype(SIDECARS[suffix])
+    dtype = np.dtype(SIDECARS.get(suffix, COLUMN_DTYPE))
     if not file.is_file():
         return []  # a missing file is reported with the hashes
     if file.stat().st_size != num_tokens * dtype.itemsize:
@@ -143,7 +143,13 @@ def _sidecar_problems(file: Path, suffix: str, num_tokens: int) -> list[str]:
                 f"{num_tokens * dtype.itemsize}"]
     values = np.memmap(file, dtype.newbyteorder("<"), mode="r") if num_tokens else np.zeros(0, dtype)
     for i in range(0, num_tokens, _BLOCK_ITEMS):
-        if not np.isin(values[i : i + _BLOCK_ITEMS], SIDECAR_VALUES[suffix]).all():
+        block = values[i : i + _BLOCK_ITEMS]
+        if suffix not in SIDECARS:
+            if not np.isfinite(block).all():
+                wrong = i + int(np.flatnonzero(~np.isfinite(block))[0])
+                return [f"{file}: token {wrong} has {values[wrong]} in column {suffix!r}, must be a finite "
+                        "number"]
+        elif not np.isin(block, SIDECAR_VALUES[suffix]).all():
             return [f"{file}: holds values other than {', '.join(map(str, SIDECAR_VALUES[suffix]))}"]
     return []
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from megatron_sov import convert, recipes
     from megatron_sov.api import generate_text, pretrain
     from megatron_sov.config import RunConfig, apply_settings, from_dict
+    from megatron_sov.data.columns import NeededColumn
     from megatron_sov.documents import Document, LeftOut
     from megatron_sov.errors import UserError
     from megatron_sov.models.family import Family
@@ -21,14 +22,14 @@ if TYPE_CHECKING:
     from megatron_sov.version import __version__
 
 __all__ = [
-    "Document", "Family", "GlobalBatch", "LanguageModelling", "LeftOut", "LossSums", "Objective", "RunConfig",
-    "UserError", "__version__", "apply_settings", "convert", "from_dict", "generate_text", "per_source",
-    "pretrain", "read_events", "recipes", "with_denominators",
+    "Document", "Family", "GlobalBatch", "LanguageModelling", "LeftOut", "LossSums", "NeededColumn",
+    "Objective", "RunConfig", "UserError", "__version__", "apply_settings", "convert", "from_dict",
+    "generate_text", "per_source", "pretrain", "read_events", "recipes", "with_denominators",
 ]
 _PLACES = {
     "__version__": "version", "UserError": "errors", "RunConfig": "config", "apply_settings": "config",
     "from_dict": "config", "Family": "models.family", "Document": "documents", "LeftOut": "documents",
-    "read_events": "obs.events", "pretrain": "api", "generate_text": "api",
+    "NeededColumn": "data.columns", "read_events": "obs.events", "pretrain": "api", "generate_text": "api",
 }
 _ON_MEGATRON = {
     "LanguageModelling": "train.lm", "GlobalBatch": "train.objective", "LossSums": "train.objective",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from functools import partial
+from dataclasses import dataclass
 from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
 from megatron_sov.config import RunConfig
+from megatron_sov.documents.columns import column_problems
 from megatron_sov.errors import UserError, nearest
 from megatron_sov.plugins.loading import Loaded
 from megatron_sov.plugins.registry import Registry
@@ -25,6 +26,12 @@ METHODS = {"collect": ("policy", "step"), "prepare": ("batch",), "loss": ("hidde
 
 def _check(loaded: Loaded) -> None:
     check_methods(loaded.value, loaded.reference, "an objective", METHODS)
+    columns = getattr(loaded.value, "columns", {})
+    if not isinstance(columns, Mapping) or not all(hasattr(c, "made_by") for c in columns.values()):
+        raise UserError(f"{loaded.reference}: `columns` is {columns!r}, must be a dict of column -> "
+                        "NeededColumn(made_by)")
+    if problems := column_problems(columns):
+        raise UserError(f"{loaded.reference}: `columns`: {'; '.join(problems)}")
     if not takes(loaded.value, ("config", "batches")):
         raise UserError(f"{loaded.reference}: is made by "
                         f"{loaded.attribute}{inspect.signature(loaded.value)}; "
@@ -79,13 +86,34 @@ def factory(config: RunConfig, built_in: Factory) -> Factory:
         built_in: the command's own objective, for runs that name no other.
     """
     name = config.objective.name
-    return built_in if name in BUILT_IN else partial(_make, name, OWN.get(name), config.objective.options)
+    return built_in if name in BUILT_IN else OwnFactory(name, OWN.get(name), config.objective.options)
 
 
-def _make(name: str, made: Callable[..., Any], options: dict[str, Any], config: RunConfig,
-          batches: Any) -> Any:
-    objective = made(config, batches, **options)
-    if not isinstance(getattr(objective, "coefficients", None), Mapping):
-        raise UserError(f"objective {name}: has no `coefficients`, a dict of term -> its weight in the loss; "
-                        "set it in __init__")
-    return objective
+@dataclass(frozen=True)
+class OwnFactory:
+    """Makes an objective that is not built in; what its class says of the data is said here too."""
+
+    name: str
+    """As the settings have it."""
+    made: Callable[..., Any]
+    """The class."""
+    options: dict[str, Any]
+    """Its own settings."""
+
+    @property
+    def columns(self) -> Mapping[str, Any]:
+        """See `train.objective.columns_of`."""
+        found: Mapping[str, Any] = getattr(self.made, "columns", {})
+        return found
+
+    def __call__(self, config: RunConfig, batches: Any) -> Any:
+        """Return the objective.
+
+        Raises:
+            UserError: it has no coefficients.
+        """
+        objective = self.made(config, batches, **self.options)
+        if not isinstance(getattr(objective, "coefficients", None), Mapping):
+            raise UserError(f"objective {self.name}: has no `coefficients`, a dict of term -> its weight in "
+                            "the loss; set it in __init__")
+        return objective

@@ -37,6 +37,9 @@ def site(installed: Path, packed_data: Any, tmp_path_factory: pytest.TempPathFac
     shutil.copytree(packed_data.text, folder / "tokens")
     shutil.copytree(packed_data.tokenizer, folder / "tokenizer")
     shutil.copy(packed_data.tokenizer.parent / "even.jsonl", folder / "corpus.jsonl")
+    (folder / "weighted.jsonl").write_text("".join(
+        json.dumps({"text": f"{i} and {i * i} are numbers, says the book.", "weight": i % 2}) + "\n"
+        for i in range(60)))
     return folder
 
 
@@ -69,10 +72,18 @@ def test_a_recipe(site: Path, installed: Path) -> None:
 
 def test_an_objective(site: Path, installed: Path) -> None:
     config = done(site, installed, "An objective")
+    assert config["objective"]["name"] == "Weighted"
+    refused = run(site, installed, "megatron-sov pretrain ./my_recipe.py:tiny --data tokens "
+                                   "--run runs/unweighted --set objective.name=my_weighted.py:Weighted")
+    assert refused.returncode == 2 and (
+        "has no column 'weight' (it has none), and the objective reads it; sov-data pack --column weight "
+        "makes it") in refused.stderr
+    config = json.loads((site / "runs/focal/config.json").read_text())
     assert config["objective"] == {"name": "Focal", "text_coeff": 0.0, "options": {"gamma": 1.5}}
     steps = [event for event in map(json.loads, (site / "runs/focal/events.jsonl").open())
              if event["event"] == "step"]
     losses = [event["losses"]["focal"] for event in steps]
+    assert all(0 < event["meters"]["confidence"] < 1 for event in steps)
     plain = [next(iter(event["losses_by_source"].values())) for event in steps]
     assert losses == [event["loss"] for event in steps] and losses[-1] < losses[0]
     assert 0 < losses[-1] < plain[-1]  # what the model knows already counts less

@@ -32,8 +32,8 @@ class BatchStream:
     the model computes."""
 
     def __init__(self, config: RunConfig, order: SampleOrder, dp_rank: int, dp_size: int,
-                 num_steps: int) -> None:
-        self.order = order
+                 num_steps: int, columns: tuple[str, ...] = ()) -> None:
+        self.order, self._columns = order, columns
         self._micro_batch_size = config.train.micro_batch_size
         self._dp_rank, self._dp_size = dp_rank, dp_size
         self._left = num_steps - order.state.step
@@ -67,4 +67,4 @@ class BatchStream:
         return [samples[i:i + size] for i in range(self._dp_rank * size, len(samples), size * self._dp_size)]
 
     def _row(self, sample: Sample, seq_len: int) -> Row:
-        return sample_row(sample, self.order.documents(sample.source), seq_len)
+        return sample_row(sample, self.order.documents(sample.source), seq_len, columns=self._columns)

@@ -15,6 +15,7 @@ class LongDocuments:
     def __init__(self, documents: Documents, min_tokens: int) -> None:
         self._documents, self._min_tokens = documents, min_tokens
         self.is_plain = documents.is_plain
+        self.columns = documents.columns
 
     @cached_property
     def index(self) -> np.ndarray:
@@ -41,3 +42,7 @@ class LongDocuments:
     def types(self, document: int, start: int, count: int) -> np.ndarray:
         """Return token types, uint8."""
         return self._documents.types(int(self.index[document]), start, count)
+
+    def column(self, name: str, document: int, start: int, count: int) -> np.ndarray:
+        """Return each token's number in a column, as a target, float32."""
+        return self._documents.column(name, int(self.index[document]), start, count)

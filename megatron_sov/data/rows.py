@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
@@ -34,13 +34,24 @@ class Row:
     bounds: np.ndarray
     """[segments + 1] int32: cumulative lengths of the segments (and of padding,
     which is a segment of its own)."""
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Column -> [n] float32: number of each label; 0 where there is no label."""
 
 
-def sample_row(sample: Sample, documents: Documents, seq_len: int, pad_id: int = 0) -> Row:
+def sample_row(sample: Sample, documents: Documents, seq_len: int, pad_id: int = 0,
+               columns: tuple[str, ...] = ()) -> Row:
     """Return one sample as a row of `seq_len` tokens.
 
     The last token of a segment has a label if the document goes on behind it.
+
+    Args:
+        sample: what the row holds.
+        documents: those of its source.
+        seq_len: its tokens.
+        pad_id: fills the rest.
+        columns: those that it is to have; 0 where the documents have none of that name.
     """
+    numbers = {name: np.zeros(seq_len, np.float32) for name in columns}
     tokens, labels = np.full(seq_len, pad_id, np.int64), np.zeros(seq_len, np.int64)
     weights, types = np.zeros(seq_len, np.float32), np.zeros(seq_len, np.uint8)
     positions, places = np.empty(seq_len, np.int64), _places(seq_len)
@@ -56,13 +67,16 @@ def sample_row(sample: Sample, documents: Documents, seq_len: int, pad_id: int =
         else:
             weights[labelled] = documents.loss_weights(document, start + 1, len(ids) - 1)
             types[labelled] = documents.types(document, start + 1, len(ids) - 1)
+        for name in columns:
+            if name in documents.columns:
+                numbers[name][labelled] = documents.column(name, document, start + 1, len(ids) - 1)
         bounds.append(end)
     filled = bounds[-1]
     if filled < seq_len:
         positions[filled:] = places[:seq_len - filled]
         bounds.append(seq_len)
     return Row(tokens, labels, weights, positions, types, sources=np.full(seq_len, sample.source, np.int64),
-               padding=places >= filled, bounds=np.array(bounds, np.int32))
+               padding=places >= filled, bounds=np.array(bounds, np.int32), columns=numbers)
 
 
 @lru_cache(maxsize=4)
@@ -78,9 +92,10 @@ def join_rows(rows: list[Row]) -> Row:
     starts = np.cumsum([0] + [len(r.tokens) for r in rows[:-1]])
     bounds = np.concatenate([[0]] + [r.bounds[1:] + s
                                      for r, s in zip(rows, starts, strict=True)]).astype(np.int32)
-    columns = {name: np.concatenate([getattr(r, name) for r in rows])
-               for name in ("tokens", "labels", "weights", "positions", "types", "sources", "padding")}
-    return Row(**columns, bounds=bounds)
+    fields = {name: np.concatenate([getattr(r, name) for r in rows])
+              for name in ("tokens", "labels", "weights", "positions", "types", "sources", "padding")}
+    columns = {name: np.concatenate([r.columns[name] for r in rows]) for name in rows[0].columns}
+    return Row(**fields, bounds=bounds, columns=columns)
 
 
 def heldout_samples(documents: Documents, source: int, seq_len: int, max_tokens: int) -> list[Sample]:

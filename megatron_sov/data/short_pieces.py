@@ -47,6 +47,7 @@ class Pieces:
     def __init__(self, documents: Documents, max_tokens: int) -> None:
         self._documents, self._max_tokens = documents, max_tokens
         self.is_plain = documents.is_plain
+        self.columns = documents.columns
 
     @cached_property
     def lengths(self) -> PieceLengths:
@@ -68,3 +69,8 @@ class Pieces:
         """Return token types, uint8."""
         whole, first = self.lengths.find(document)
         return self._documents.types(whole, first + start, count)
+
+    def column(self, name: str, document: int, start: int, count: int) -> np.ndarray:
+        """Return each token's number in a column, as a target, float32."""
+        whole, first = self.lengths.find(document)
+        return self._documents.column(name, whole, first + start, count)

@@ -68,16 +68,26 @@ class Documents(Protocol):
         """Return token types, uint8."""
         ...
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the columns that stand beside weights and types."""
+        ...
+
+    def column(self, name: str, document: int, start: int, count: int) -> np.ndarray:
+        """Return each token's number in one of `columns`, as a target, float32."""
+        ...
+
 
 class TokenShard:
     """The documents of one source and split; opening it costs the same for any size."""
 
-    def __init__(self, prefix: Path, vocab_size: int = sys.maxsize) -> None:
+    def __init__(self, prefix: Path, vocab_size: int = sys.maxsize, columns: tuple[str, ...] = ()) -> None:
         """Open the files.
 
         Args:
             prefix: their path, without `.bin` and so on.
             vocab_size: what token ids must lie below.
+            columns: those that it has, each a file of that ending.
 
         Raises:
             UserError: a file is damaged, or too many are open.
@@ -98,6 +108,8 @@ class TokenShard:
             self._tokens = self._map(".bin", self.dtype)
             self._loss = self._map(".loss", np.dtype(np.float32)) if self._file(".loss").exists() else None
             self._type = self._map(".type", np.dtype(np.uint8)) if self._file(".type").exists() else None
+            self._columns = {name: self._map(f".{name}", np.dtype(np.float32)) for name in columns}
+            self.columns = columns
             self.is_plain = self._loss is None and self._type is None
         except OSError as e:
             if e.errno == errno.EMFILE:
@@ -147,6 +159,19 @@ class TokenShard:
         if self._type is None:
             return np.zeros(count, np.uint8)
         return self._type[self._range(document, start, count)]
+
+    def column(self, name: str, document: int, start: int, count: int) -> np.ndarray:
+        """Return the number of each of these tokens in a column, as a target, float32.
+
+        Raises:
+            UserError: one is not finite; a loss that it enters would tell neither the file nor the column.
+        """
+        found = self._columns[name][self._range(document, start, count)]
+        if not np.isfinite(found).all():
+            raise UserError(f"{self._file(f'.{name}')}: document {document} has "
+                            f"{found[~np.isfinite(found)][0]} in column {name!r}, must be a finite number; "
+                            "`sov-data verify` names what is damaged, make the column again")
+        return found
 
     def _range(self, document: int, start: int, count: int) -> slice:
         first = int(self.pointers[document]) // self.dtype.itemsize + start
@@ -211,9 +236,11 @@ class ShardChain:
     """The documents of several shards one after the other; opening it costs the same for
     shards of any size."""
 
-    def __init__(self, prefixes: list[Path], vocab_size: int = sys.maxsize) -> None:
+    def __init__(self, prefixes: list[Path], vocab_size: int = sys.maxsize,
+                 columns: tuple[str, ...] = ()) -> None:
         _allow_open_files()
-        self._shards = [TokenShard(prefix, vocab_size) for prefix in prefixes]
+        self._shards = [TokenShard(prefix, vocab_size, columns) for prefix in prefixes]
+        self.columns = columns
         self.lengths = ChainedLengths([shard.lengths for shard in self._shards])
         self.is_plain = all(shard.is_plain for shard in self._shards)
 
@@ -232,6 +259,11 @@ class ShardChain:
         shard, index = self.lengths.find(document)
         return self._shards[shard].types(index, start, count)
 
+    def column(self, name: str, document: int, start: int, count: int) -> np.ndarray:
+        """As `TokenShard.column`."""
+        shard, index = self.lengths.find(document)
+        return self._shards[shard].column(name, index, start, count)
+
 
 @dataclass(frozen=True)
 class Source:
@@ -241,8 +273,9 @@ class Source:
     """Name used in blends, events and the report."""
     artifact: Path | None
     """Folder of the token artifact; None for a source made on the fly."""
-    is_chat: bool
-    """Whether its documents are conversations with loss weights (never cut in two)."""
+    format: str
+    """What its documents are: "text", "chat", "prompt", or "preference", of which documents 2i and 2i + 1
+    are the chosen and the rejected response to one prompt."""
     prefixes: dict[str, tuple[str, ...]]
     """Split ("train", "heldout") -> prefixes of its shards inside the artifact."""
     num_tokens: dict[str, int]
@@ -253,6 +286,13 @@ class Source:
     """The documents of a source made on the fly."""
     vocab_size: int = sys.maxsize
     """Token ids of the tokenizer that packed it."""
+    columns: tuple[str, ...] = ()
+    """Columns that its documents have beside weights and types."""
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether its documents are conversations with loss weights (never cut in two)."""
+        return self.format != "text"
 
     def shard(self, split: str) -> Documents:
         """Open one split."""
@@ -260,7 +300,8 @@ class Source:
             return self.made
         if self.artifact is None:
             raise ValueError(f"source {self.name} has neither an artifact nor documents")
-        return ShardChain([self.artifact / prefix for prefix in self.prefixes[split]], self.vocab_size)
+        return ShardChain([self.artifact / prefix for prefix in self.prefixes[split]], self.vocab_size,
+                          self.columns)
 
 
 def _warn_of_other_splits(contents: dict[str, dict[str, Any]]) -> None:
@@ -281,8 +322,7 @@ def open_sources(paths: dict[str, float], vocab_size: int,
     Args:
         paths: folder -> weight.
         vocab_size: the model's.
-        formats: what the caller can learn from; the others are "preference" (documents 2i and 2i + 1 are the
-            chosen and the rejected response to one prompt) and "prompt".
+        formats: what the caller can learn from, see `Source.format`.
 
     Raises:
         UserError: no data, artifacts of different tokenizers, two sources of one name,
@@ -332,11 +372,12 @@ def _of_artifact(path: Path, content: dict[str, Any], share: float, formats: tup
         raise UserError(f"{path}: holds no training tokens; pack more text")
     return [
         Source(
-            name=s["name"], artifact=path, is_chat=s["format"] != "text", prefixes={
+            name=s["name"], artifact=path, format=s["format"], prefixes={
                 split: tuple(shard["prefix"] for shard in d["shards"]) for split, d in s["splits"].items()},
             num_tokens={split: d["num_tokens"] for split, d in s["splits"].items()},
             share=share * s.get("weight", s["splits"]["train"]["num_tokens"] / train_tokens),
             vocab_size=content["vocab_size"],
+            columns=tuple(name for name in s.get("sidecars", ()) if name not in ("loss", "type")),
         )
         for s in described
     ]

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_sov.documents.columns import read_columns
 from megatron_sov.documents.messages import (
     BadRecord,
     Conversation,
@@ -35,6 +36,8 @@ class Reading:
     """Field, or column, that holds the text."""
     max_document_bytes: int = 64 << 20
     """A longer line, row or value is a bad record: it is passed over without being held in memory."""
+    columns: tuple[str, ...] = ()
+    """Fields that hold numbers, each of which becomes a column."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,8 @@ class Document:
     """The record's own `id`."""
     extra: str = ""
     """JSON of a prompt's other fields (what a reward needs, such as an answer)."""
+    columns: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """Column -> its number for each sequence: one, or those of chosen and rejected."""
     line: int = 0
     """Line or row, from 1, counted from where reading began; 0 where there is none."""
 
@@ -143,6 +148,7 @@ def parse_record(record: dict[str, Any], where: str, number: int, reading: Readi
         fields["awaits_response"] = True
     if kind != "text":
         fields |= _beside(record)
+    fields["columns"] = read_columns(record, reading.columns, 2 if kind == "preference" else 1)
     id_ = record.get("id")
     document = Document(where, id=str(id_) if isinstance(id_, (str, int)) else None, line=number, **fields)
     check_texts(document.texts(), reading)

@@ -128,6 +128,13 @@ def loss_charts(run: Run) -> list[Chart]:
     return [c for c in charts if c]
 
 
+def meter_charts(run: Run) -> list[Chart]:
+    """Return a chart of each meter of the objective."""
+    charts = [_curves([curve], plain(name), f"{name}, mean of each step's batch.", run, smooth=True)
+              for name, curve in run.curves["meters"].items()]
+    return [c for c in charts if c]
+
+
 def heldout_charts(run: Run) -> list[Chart]:
     """Return held-out loss and bits per byte of each source over the run."""
     loss = [h.loss for h in run.heldout.values()]

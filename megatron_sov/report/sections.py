@@ -20,6 +20,7 @@ from megatron_sov.report.charts import (
     beside_charts,
     heldout_charts,
     loss_charts,
+    meter_charts,
     needle_charts,
     plan_chart,
     scalar_charts,
@@ -92,6 +93,8 @@ def sections(run: Run) -> list[Section]:
     """Return a run's sections in reading order."""
     wanted = [
         Section("Training loss", charts=loss_charts(run), tables=_phase_tables(run)),
+        Section("Meters", charts=meter_charts(run), side_by_side=True,
+                text="What the objective measures beside its loss."),
         Section("Held-out loss", charts=heldout_charts(run), tables=_heldout_tables(run), side_by_side=True),
         Section("Evaluation beside training", charts=beside_charts(run), tables=_beside_tables(run),
                 side_by_side=True),

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from megatron_sov.config import RunConfig
+from megatron_sov.errors import UserError
 from megatron_sov.mcore.decode.forward_only import split_depths
 from megatron_sov.mcore.model import pipeline, replica_checks
 from megatron_sov.mcore.model.expert_load import ExpertLoad
@@ -21,9 +22,10 @@ from megatron_sov.mcore.parallel.compute_timer import ComputeClock
 from megatron_sov.mcore.parallel.named_values import Shapes, pack, unpack
 from megatron_sov.train.guards.fault_injection import Faults
 from megatron_sov.train.microbatch import MicroBatch
-from megatron_sov.train.objective import GlobalBatch, Objective, total_loss
+from megatron_sov.train.objective import GlobalBatch, LossSums, Objective, meters_of, total_loss
 
-BY_SOURCE = "by source"
+BY_SOURCE, METERS = "by source", "meters"
+"""Names in the message beside those of terms."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class StepSums:
     """Term -> weighted sum of its losses, in order of name."""
     by_source: torch.Tensor
     """[sources, 2] float64: sum of losses and number of targets of each source."""
+    meters: dict[str, float]
+    """Meter -> its mean; one that has counted nothing is left out."""
 
 
 class Computation:
@@ -55,14 +59,17 @@ class Computation:
         if self._clock is not None:
             self._clock.start()
         parts = self._passes(batch, batch.micro_batches, objective, self._faults.loss_factor(step))
-        size = len(objective.coefficients) + 2 * self._num_sources
+        names = meters_of(objective)
+        size = len(objective.coefficients) + 2 * self._num_sources + 2 * len(names)
         # only the last stage has losses; one message over the data-parallel ranks, one over the stages
         local = torch.stack(parts).sum(0).cpu() if parts else torch.zeros(size, dtype=torch.float64)
         self.is_finite = bool(local.isfinite().all())
         total = unpack(collectives.broadcast_from_last_stage(collectives.all_reduce_dp(local)),
                        self._shapes(objective))
-        by_source = total.pop(BY_SOURCE)
-        return StepSums({term: float(value) for term, value in total.items()}, by_source)
+        by_source, meters = total.pop(BY_SOURCE), total.pop(METERS).tolist()
+        return StepSums({term: float(value) for term, value in total.items()}, by_source,
+                        {name: value / count for name, (value, count) in zip(names, meters, strict=True)
+                         if count})
 
     def own_gradients(self, batch: GlobalBatch, objective: Objective, step: int, turn: int) -> None:
         """Leave only this process's gradients of the first micro-batches in the model;
@@ -78,7 +85,8 @@ class Computation:
 
     def _shapes(self, objective: Objective) -> Shapes:
         """Return how the sums of a micro-batch lie in one flat tensor."""
-        return {**dict.fromkeys(sorted(objective.coefficients), ()), BY_SOURCE: (self._num_sources, 2)}
+        return {**dict.fromkeys(sorted(objective.coefficients), ()), BY_SOURCE: (self._num_sources, 2),
+                METERS: (len(meters_of(objective)), 2)}
 
     def _passes(self, batch: GlobalBatch, micro_batches: Sequence[MicroBatch], objective: Objective,
                 factor: float) -> list[Any]:
@@ -86,14 +94,14 @@ class Computation:
         or a fault on purpose."""
         routing = self._model.config.routing_step
         routing.seq_len, routing.num_sequences, routing.aux_loss = batch.seq_len, batch.num_sequences, {}
-        terms = sorted(objective.coefficients)
+        terms, meters = sorted(objective.coefficients), meters_of(objective)
 
         def loss(hidden: torch.Tensor, micro_batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
             head = head_of(self._model, self._config.train.head_chunk_tokens)
             sums = objective.loss(split_depths(hidden, self._config.model.num_mtp_layers), head, micro_batch)
             values = {term: sums.terms[term].detach().double() * factor for term in terms}
             total = total_loss(sums, objective.coefficients, micro_batch.denominators)
-            return total * factor, pack({**values, BY_SOURCE: sums.by_source})
+            return total * factor, pack({**values, BY_SOURCE: sums.by_source, METERS: _meters(sums, meters)})
 
         self._optimizer.zero_grad()
         row_tokens = len(batch.micro_batches[0].inputs.tokens)
@@ -106,3 +114,18 @@ class Computation:
             replica_checks.flip_bit(replica_checks.gradients(self._model)[0])
         if self._clock is not None:
             self._clock.stop()
+
+
+def _meters(sums: LossSums, names: tuple[str, ...]) -> torch.Tensor:
+    """Return [meters, 2] float64: sum and count of each, in the order of their declaration.
+
+    Raises:
+        UserError: they are not those that the objective has declared, which all processes count on.
+    """
+    if set(sums.meters) != set(names):
+        raise UserError(f"the objective returned the meters {sorted(sums.meters)} and declares "
+                        f"{sorted(names)}; name in `meters` what its `loss` returns")
+    device = sums.by_source.device
+    values = [torch.as_tensor(value, dtype=torch.float64, device=device).detach()
+              for name in names for value in sums.meters[name]]
+    return torch.stack(values).reshape(-1, 2) if values else sums.by_source.new_zeros(0, 2)

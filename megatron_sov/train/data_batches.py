@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from megatron_sov.config import RunConfig
@@ -20,7 +20,7 @@ class DataBatches:
     """This rank's batches, one for each optimizer step."""
 
     def __init__(self, config: RunConfig, sources: list[Source], world: World,
-                 planned: Sequence[LedgerEntry] | None = None) -> None:
+                 planned: Sequence[LedgerEntry] | None = None, columns: Iterable[str] = ()) -> None:
         """Begin before the first step.
 
         Args:
@@ -28,7 +28,9 @@ class DataBatches:
             sources: what is read.
             world: this rank's place.
             planned: the ledger as `data.ledger.plan` gives it; None: it is planned here.
+            columns: those that the objective reads.
         """
+        self._columns = tuple(columns)
         self._config, self._sources, self._world, self._planned = config, sources, world, planned
         self.num_sources = len(sources)
         self._begin(OrderState())
@@ -40,7 +42,7 @@ class DataBatches:
         self._step = order.state.step
         self._state: dict[str, Any] = order.state.to_dict()
         self._stream = BatchStream(self._config, order, self._world.dp_rank, self._world.dp_size,
-                                   self._config.num_steps())
+                                   self._config.num_steps(), self._columns)
         self.epochs: dict[str, float] = {}
         """How often each source was gone through, up to the last batch that was given."""
 

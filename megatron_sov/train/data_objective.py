@@ -15,7 +15,7 @@ import torch
 from megatron_sov.config import RunConfig
 from megatron_sov.mcore.model.logprobs import Head
 from megatron_sov.train.data_batches import DataBatches
-from megatron_sov.train.microbatch import MicroBatch, shifted_targets
+from megatron_sov.train.microbatch import MicroBatch, shifted
 from megatron_sov.train.objective import GlobalBatch
 
 MTP = "mtp"
@@ -42,13 +42,13 @@ class DataObjective:
         """
         if not self._depths:
             return {}
-        return {MTP: sum(float(shifted_targets(m, depth)[1].double().sum()) for m in micro_batches
+        return {MTP: sum(float(shifted(m, depth).weights.double().sum()) for m in micro_batches
                          for depth in self._depths)}
 
     def _mtp_sum(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> dict[str, torch.Tensor]:
         """Return the prediction term's sum over a micro-batch, see `Objective.loss`."""
         total = torch.zeros((), device=batch.weights.device)
         for depth in self._depths:
-            labels, weights = shifted_targets(batch, depth)
-            total = total + head.cross_entropy(hidden[depth], labels, {MTP: weights})[0][MTP]
+            there = shifted(batch, depth)
+            total = total + head.cross_entropy(hidden[depth], there.labels, {MTP: there.weights})[0][MTP]
         return {MTP: total} if self._depths else {}

@@ -26,7 +26,7 @@ from megatron_sov.mcore.parallel import collectives
 from megatron_sov.mcore.parallel.device import local_device
 from megatron_sov.mcore.parallel.named_values import Shapes, pack, unpack
 from megatron_sov.mcore.parallel.world import World
-from megatron_sov.train.microbatch import MicroBatch, from_row, shifted_targets
+from megatron_sov.train.microbatch import MicroBatch, from_row, shifted
 
 SUMS: Shapes = dict.fromkeys(("nats", "tokens", "size_bytes", "accepted", "drafts"), ())
 """What is summed over the targets of a source: loss, targets, their bytes,
@@ -134,5 +134,5 @@ def _drafts(hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> torch.
     The layer drafts at each place the token after the next one; the trunk chooses that one place further on.
     """
     chosen, drafted = head.top_of_row(hidden[0]), head.top_of_row(hidden[1])
-    counted = shifted_targets(batch, 1)[1] > 0
+    counted = shifted(batch, 1).weights > 0
     return torch.stack([((drafted == chosen.roll(-1)) & counted).sum(), counted.sum()]).double()

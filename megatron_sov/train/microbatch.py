@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,8 +13,9 @@ from megatron_sov.data.rows import Row
 from megatron_sov.mcore.model.language_model import ModelInputs
 from megatron_sov.mcore.parallel.device import CPU, local_device, to_device
 
-COLUMNS = ("tokens", "labels", "positions", "sources", "weights", "bounds", "types", "padding")
-"""What is sent of a row, wide numbers first, so that each begins at a multiple of its own size."""
+WIDE, NARROW = ("tokens", "labels", "positions", "sources", "weights", "bounds"), ("types", "padding")
+"""What is sent of a row: wide numbers first (columns among them), so that each begins at a multiple of
+its own size."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class MicroBatch:
     """[n] uint8: type of each label: 0 text, 1 prompt, 2 response."""
     sources: torch.Tensor
     """[n] int64: index of the source."""
+    columns: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Column that the objective names -> [n] float32: number of each label, 0 where there is none."""
     denominators: dict[str, float] = field(default_factory=dict)
     """Term -> what its sum is divided by: counted over the whole global batch by `Objective.prepare`."""
     on_host: MicroBatch | None = None
@@ -43,31 +47,33 @@ class MicroBatch:
 
 def from_row(row: Row) -> MicroBatch:
     """Send a row to the device, in one piece and without waiting."""
-    columns = [getattr(row, name) for name in COLUMNS]
-    flat = torch.from_numpy(np.concatenate([column.view(np.uint8) for column in columns]))
-    on_host, device = _record(flat, columns), local_device()
+    values = [*(getattr(row, name) for name in WIDE), *row.columns.values(),
+              *(getattr(row, name) for name in NARROW)]
+    flat = torch.from_numpy(np.concatenate([value.view(np.uint8) for value in values]))
+    on_host, device = _record(flat, row, values), local_device()
     if device == CPU:
         return on_host
-    return dataclasses.replace(_record(to_device(flat, device), columns), on_host=on_host)
+    return dataclasses.replace(_record(to_device(flat, device), row, values), on_host=on_host)
 
 
-def _record(flat: torch.Tensor, columns: list[np.ndarray]) -> MicroBatch:
-    """Return the micro-batch whose columns lie end to end in `flat`, uint8."""
-    parts = flat.split([column.nbytes for column in columns])
-    found = {name: part.view(torch.from_numpy(column[:0]).dtype)
-             for name, part, column in zip(COLUMNS, parts, columns, strict=True)}
-    bounds = columns[COLUMNS.index("bounds")]
+def _record(flat: torch.Tensor, row: Row, values: list[np.ndarray]) -> MicroBatch:
+    """Return the micro-batch of a row whose values lie end to end in `flat`, uint8."""
+    parts = [part.view(torch.from_numpy(value[:0]).dtype)
+             for part, value in zip(flat.split([value.nbytes for value in values]), values, strict=True)]
+    columns = dict(zip(row.columns, parts[len(WIDE):], strict=False))
+    found = dict(zip((*WIDE, *NARROW), parts[:len(WIDE)] + parts[len(WIDE) + len(columns):], strict=True))
+    bounds = row.bounds
     inputs = ModelInputs(
         tokens=found["tokens"], positions=found["positions"], cu_seqlens=found["bounds"],
         max_document_tokens=int(np.diff(bounds).max()), padding=found["padding"],
         host_bounds=bounds.tolist())
     return MicroBatch(inputs=inputs, labels=found["labels"], weights=found["weights"], types=found["types"],
-                      sources=found["sources"])
+                      sources=found["sources"], columns=columns)
 
 
-def shifted_targets(batch: MicroBatch, depth: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return labels and weights [n] of the token `depth` places further on than the next one,
-    inside the same segment.
+def shifted(batch: MicroBatch, depth: int) -> MicroBatch:
+    """Return the micro-batch with the labels of the tokens `depth` places further on than the next ones,
+    inside the same segment, and all that belongs to them.
 
     Position t of depth d predicts token t + 1 + d; the last d positions of a segment have none.
     """
@@ -76,4 +82,7 @@ def shifted_targets(batch: MicroBatch, depth: int) -> tuple[torch.Tensor, torch.
     segment = torch.searchsorted(batch.inputs.cu_seqlens[1:].long(), index, right=True)
     source = (index + depth).clamp(max=n - 1)
     inside = (index + depth < n) & (segment[source] == segment)
-    return torch.where(inside, batch.labels[source], 0), batch.weights[source] * inside
+    return dataclasses.replace(
+        batch, labels=torch.where(inside, batch.labels[source], 0), weights=batch.weights[source] * inside,
+        types=torch.where(inside, batch.types[source], 0),
+        columns={name: torch.where(inside, column[source], 0) for name, column in batch.columns.items()})

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
+from megatron_sov.data.columns import NeededColumn
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.model.logprobs import Head
 from megatron_sov.mcore.parallel import collectives
@@ -44,6 +45,9 @@ class LossSums:
     """Term -> differentiable scalar: weighted sum over the micro-batch."""
     by_source: torch.Tensor
     """[sources, 2] float64: sum of losses and number of targets per source, for the log."""
+    meters: Mapping[str, tuple[torch.Tensor | float, torch.Tensor | float]] = dataclasses.field(
+        default_factory=dict)
+    """Meter -> sum and count over the micro-batch, no more than a log's; the names of `meters_of`."""
 
 
 class Objective(Protocol):
@@ -72,6 +76,21 @@ class Objective(Protocol):
             head: applies the output head in chunks.
         """
         ...
+
+
+def columns_of(made_by: Any) -> Mapping[str, NeededColumn]:
+    """Return what an objective reads beside weights and types, as its class (or what makes it) says in
+    `columns`, a class attribute; without one, nothing."""
+    found: Mapping[str, NeededColumn] = getattr(made_by, "columns", {})
+    return found
+
+
+def meters_of(objective: Any) -> tuple[str, ...]:
+    """Return the meters of an objective, as its attribute `meters` says; without one, none.
+
+    A meter is a mean that is watched and not learned, such as a share of clipped tokens.
+    """
+    return tuple(getattr(objective, "meters", ()))
 
 
 def with_denominators(batch: GlobalBatch, local_targets: Mapping[str, float]) -> GlobalBatch:

@@ -105,18 +105,20 @@ class Recorder:
             return
         routed = load[load.sum(dim=1) > 0]
         figures = {"max_violation": float(max_violation(routed.numpy()).max())} if len(routed) else {}
+        meters = {"meters": result.meters} if result.meters else {}
         tokens_per_s = result.num_tokens / result.seconds
         used = self._efficiency.figures(result.num_tokens, result.seq_len, result.seconds)
         self.events.write(
             "step", step=done.step, loss=result.loss, losses=result.losses,
             losses_by_source=result.losses_by_source, grad_norm=result.grad_norm, lr=result.lr,
             tokens=done.tokens, step_time_s=result.seconds, tokens_per_s=tokens_per_s, phase=result.phase,
-            padding_share=result.padding_share, **used, **figures)
+            padding_share=result.padding_share, **meters, **used, **figures)
         if self._trackers is not None:
             self._trackers.log_step(done.step, {
                 "loss": result.loss, "grad_norm": result.grad_norm, "lr": result.lr,
                 "tokens_per_s": tokens_per_s, **used, **figures,
-                **{f"loss/{t}": v for t, v in result.losses.items()}})
+                **{f"loss/{t}": v for t, v in result.losses.items()},
+                **{f"meter/{name}": v for name, v in result.meters.items()}})
         if self._progress is not None:
             self._progress.update(done.step, result.loss, tokens_per_s)
 

@@ -20,6 +20,7 @@ from megatron_sov import models
 from megatron_sov.artifacts import manifest_sha256
 from megatron_sov.config import RunConfig
 from megatron_sov.config.schedules import changed_schedule
+from megatron_sov.data.columns import refuse_without_columns
 from megatron_sov.data.ledger import LedgerEntry, plan
 from megatron_sov.data.token_shards import Source, open_sources, tokenizer_folder
 from megatron_sov.data.views import with_views
@@ -44,6 +45,7 @@ from megatron_sov.train.announcement import summary
 from megatron_sov.train.gate import Gate, GateView
 from megatron_sov.train.guards.fault_injection import Fault, Faults, not_come
 from megatron_sov.train.loop import train
+from megatron_sov.train.objective import columns_of
 from megatron_sov.train.restoring import newest_sound
 from megatron_sov.train.side_jobs.side_jobs import SideJobs
 from megatron_sov.train.stopping import StopFlag
@@ -165,6 +167,7 @@ def _open_data(stage: Stage) -> _Data:
         if source.num_tokens.get("heldout"):
             source.shard("heldout")
     sources = [*with_views(stage.config, list(packed)), *stage.extra_sources]
+    refuse_without_columns(sources, columns_of(stage.objective))
     return _Data(sources, plan(stage.config, sources))
 
 

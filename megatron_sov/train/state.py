@@ -43,3 +43,5 @@ class StepResult:
     """Tokens of a sample."""
     seconds: float = field(default=0.0)
     """Wall time of the step."""
+    meters: dict[str, float] = field(default_factory=dict)
+    """Meter of the objective -> its mean over the batch."""

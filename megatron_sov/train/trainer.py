@@ -39,7 +39,7 @@ from megatron_sov.train.gate import Gate
 from megatron_sov.train.guards.fault_injection import Fault, corrupt
 from megatron_sov.train.guards.guards import Guards
 from megatron_sov.train.guards.step_guard import Refusal
-from megatron_sov.train.objective import GlobalBatch, Objective, refuse_nothing_learned
+from megatron_sov.train.objective import GlobalBatch, Objective, columns_of, refuse_nothing_learned
 from megatron_sov.train.profiling import Profiling
 from megatron_sov.train.recorder import Recorder
 from megatron_sov.train.side_jobs.side_jobs import SideJobs
@@ -81,7 +81,7 @@ class Trainer:
         self.expert_load = ExpertLoad(self.model)
         self.model.config.finalize_model_grads_func = self.expert_load.finalize
         self.policy = ForwardModel(self.model, config.train.head_chunk_tokens)
-        self.batches = DataBatches(config, sources, world, planned)
+        self.batches = DataBatches(config, sources, world, planned, columns_of(objective))
         self.objective = objective(config, self.batches)
         self.recorder = Recorder(config, world, self.num_steps, began_s)
         self.guards = Guards(config.guards, world, folder.path, faults, self.recorder.hang)
@@ -207,7 +207,7 @@ class Trainer:
             losses_by_source={s.name: total / n for s, (total, n) in by_source if n > 0}, grad_norm=grad_norm,
             lr=lr, num_tokens=batch.num_tokens, phase=batch.phase,
             padding_share=1 - batch.num_tokens / (batch.num_sequences * batch.seq_len),
-            seq_len=batch.seq_len, seconds=time.monotonic() - start)
+            seq_len=batch.seq_len, seconds=time.monotonic() - start, meters=sums.meters)
 
     def _before_computing(self, batch: GlobalBatch) -> None:
         """Let faults on purpose come, and check that this process computes the same twice."""

@@ -15,6 +15,7 @@ class Numbered:
     """Documents of given lengths; token t of document d is 100 * (d + 1) + t."""
 
     is_plain = False
+    columns = ("score",)
 
     def __init__(self, lengths: list[int]) -> None:
         self.lengths = np.array(lengths, np.int32)
@@ -29,6 +30,10 @@ class Numbered:
     def types(self, document: int, start: int, count: int) -> np.ndarray:
         return (self.tokens(document, start, count) % 3).astype(np.uint8)
 
+    def column(self, name: str, document: int, start: int, count: int) -> np.ndarray:
+        assert name == "score"
+        return (-self.tokens(document, start, count) / 10).astype(np.float32)
+
 
 @pytest.fixture(scope="session")
 def numbered() -> type[Numbered]:
@@ -41,6 +46,7 @@ def make_source() -> Callable[..., Source]:
     """Return `make(name, lengths, share=1.0, is_chat=False)`: a source of numbered documents."""
 
     def make(name: str, lengths: list[int], share: float = 1.0, *, is_chat: bool = False) -> Any:
-        return Source(name, None, is_chat, {}, {"train": sum(lengths)}, share, made=Numbered(lengths))
+        return Source(name, None, "chat" if is_chat else "text", {}, {"train": sum(lengths)}, share,
+                      made=Numbered(lengths), columns=Numbered.columns)
 
     return make

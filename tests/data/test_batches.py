@@ -48,7 +48,7 @@ def batches(config_: RunConfig, sources: list[Source], rank: int = 0, size: int 
             state: dict[str, Any] | None = None, count: int = STEPS) -> list[RankBatch]:
     order = SampleOrder(config_, sources,
                         OrderState.from_dict(json.loads(json.dumps(state))) if state else None)
-    stream = BatchStream(config_, order, rank, size, STEPS)
+    stream = BatchStream(config_, order, rank, size, STEPS, ("score",))
     found = [stream.next() for _ in range(count)]
     stream.close()
     return found
@@ -56,7 +56,8 @@ def batches(config_: RunConfig, sources: list[Source], rank: int = 0, size: int 
 
 def plain(batch: RankBatch) -> Any:
     """Everything in a batch as comparable values."""
-    rows = [[getattr(row, f.name).tolist() for f in dataclasses.fields(row)] for row in batch.rows]
+    rows = [[(name, np.asarray(value).tolist()) for name, value in
+             (vars(row) | dict(row.columns) | {"columns": list(row.columns)}).items()] for row in batch.rows]
     return batch.entry, rows, batch.order_state, batch.epochs
 
 

@@ -16,7 +16,7 @@ from megatron_sov.data.rows import heldout_samples, join_rows, sample_row
 def test_a_row_by_hand(numbered: Any) -> None:
     """A document's end, a whole one, and one that goes on in the next sample; then padding."""
     sample = Sample(2, (Segment(0, 3, 2), Segment(1, 0, 3), Segment(2, 0, 2)))
-    row = sample_row(sample, numbered([5, 3, 9]), 10, pad_id=7)
+    row = sample_row(sample, numbered([5, 3, 9]), 10, pad_id=7, columns=("score", "unknown"))
     assert row.tokens.tolist() == [103, 104, 200, 201, 202, 300, 301, 7, 7, 7]
     assert row.labels.tolist() == [104, 0, 201, 202, 0, 301, 302, 0, 0, 0]
     assert row.weights.tolist() == np.float32([0.104, 0, 0.201, 0.202, 0, 0.301, 0.302, 0, 0, 0]).tolist()
@@ -25,6 +25,10 @@ def test_a_row_by_hand(numbered: Any) -> None:
     assert row.padding.tolist() == [False] * 7 + [True] * 3
     assert row.bounds.tolist() == [0, 2, 5, 7, 10]
     assert row.sources.tolist() == [2] * 10
+    # a column's numbers are its labels', as weights are
+    score = np.float32([-10.4, 0, -20.1, -20.2, 0, -30.1, -30.2, 0, 0, 0])
+    assert {name: column.tolist() for name, column in row.columns.items()} == {
+        "score": score.tolist(), "unknown": [0] * 10}
 
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=8), st.integers(2, 16))
@@ -52,9 +56,11 @@ def test_held_out_samples_stop_at_their_budget(numbered: Any, lengths: list[int]
 
 def test_joined_rows_keep_their_documents_apart(numbered: Any) -> None:
     documents = numbered([4, 6])
-    rows = [sample_row(Sample(i, (Segment(i, 0, 4),)), documents, 5) for i in range(2)]
+    rows = [sample_row(Sample(i, (Segment(i, 0, 4),)), documents, 5, columns=("score",)) for i in range(2)]
     joined = join_rows(rows)
     assert joined.bounds.tolist() == [0, 4, 5, 9, 10]
     assert joined.tokens.tolist() == rows[0].tokens.tolist() + rows[1].tokens.tolist()
     assert joined.sources.tolist() == [0] * 5 + [1] * 5
     assert joined.bounds.dtype == np.int32
+    assert (joined.columns["score"].tolist()
+            == rows[0].columns["score"].tolist() + rows[1].columns["score"].tolist())

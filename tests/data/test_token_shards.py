@@ -11,7 +11,13 @@ import numpy as np
 import pytest
 
 from megatron_sov.artifacts import new_artifact
-from megatron_sov.data.token_shards import TokenShard, open_sources, provenance, tokenizer_folder
+from megatron_sov.data.token_shards import (
+    ShardChain,
+    TokenShard,
+    open_sources,
+    provenance,
+    tokenizer_folder,
+)
 from megatron_sov.errors import UserError
 
 LENGTHS = [3, 1, 0, 700, 12]
@@ -177,3 +183,18 @@ def test_data_that_does_not_fit_together_is_refused(tmp_path: Path) -> None:
         open_sources({a: 0}, 64)
     with pytest.raises(UserError, match="holds no training tokens"):
         open_sources({artifact(tmp_path / "none", {"x": 0}): 1}, 64)
+
+
+def test_columns_are_sidecars_that_the_manifest_names(tmp_path: Path) -> None:
+    write_shard(tmp_path / "a", [[1, 2], [3, 4, 5]])
+    (tmp_path / "a.score").write_bytes(np.float32([-1, 2, np.nan, 4, 5.5]).tobytes())
+    shard = ShardChain([tmp_path / "a"], columns=("score",))
+    assert shard.columns == ("score",) and shard.is_plain
+    assert shard.column("score", 1, 1, 2).tolist() == [4, 5.5]
+    with pytest.raises(UserError, match=r"a\.score: document 1 has nan in column 'score', must be a finite"):
+        shard.column("score", 1, 0, 2)
+    with pytest.raises(UserError, match=r"cannot be read as a token shard .*a\.advantage"):
+        TokenShard(tmp_path / "a", columns=("advantage",))
+    (tmp_path / "a.score").write_bytes(b"1234")
+    with pytest.raises(UserError, match=r"a\.score: has 4 bytes, the index asks for 20"):
+        TokenShard(tmp_path / "a", columns=("score",))

@@ -12,17 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
-from data_prep.indexed import IndexedWriter, open_split, token_dtype
+from data_prep.indexed import IndexedWriter, open_split, sidecars_of, token_dtype
 from megatron_sov.errors import UserError
 
 Documents = list[list[int]]
 
 
 def write(prefix: Path, documents: Documents, dtype: str, sidecars: bool = False) -> None:
-    with IndexedWriter(prefix, dtype, sidecars) as writer:
+    with IndexedWriter(prefix, dtype, sidecars_of("chat", ("score",)) if sidecars else None) as writer:
         for document in documents:
             ids = np.array(document, dtype=np.int32)
-            columns = {"bin": ids, "loss": (ids % 2).astype(np.float32), "type": (ids % 3).astype(np.uint8)}
+            columns = {"bin": ids, "loss": (ids % 2).astype(np.float32), "type": (ids % 3).astype(np.uint8),
+                       "score": -ids / 2}
             writer.write(np.array([len(document)], dtype=np.int32), columns)
 
 
@@ -59,6 +60,7 @@ def test_sidecars_have_the_geometry_of_the_tokens(tmp_path: Path) -> None:
     write(tmp_path / "s", [[1, 2], [3]], "uint16", sidecars=True)
     assert np.fromfile(tmp_path / "s.loss", "<f4").tolist() == [1, 0, 1]
     assert np.fromfile(tmp_path / "s.type", np.uint8).tolist() == [1, 2, 0]
+    assert np.fromfile(tmp_path / "s.score", "<f4").tolist() == [-0.5, -1, -1.5]
 
 
 def test_an_empty_split_is_readable(tmp_path: Path) -> None:

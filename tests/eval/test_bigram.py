@@ -47,7 +47,7 @@ def reference(context: int, target: int) -> float:
 
 @pytest.fixture
 def fitted() -> KneserNeyBigram:
-    source = Source("x", None, False, {}, {"train": 19}, 1.0, made=Listed(DOCUMENTS))
+    source = Source("x", None, "text", {}, {"train": 19}, 1.0, made=Listed(DOCUMENTS))
     return train_bigram([source], VOCAB, 1000)
 
 

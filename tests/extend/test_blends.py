@@ -25,7 +25,8 @@ class Lengths:
 
 def source(name: str, lengths: list[int], share: float, is_chat: bool = False) -> Source:
     documents: Any = Lengths(lengths)
-    return Source(name, None, is_chat, {}, {"train": sum(lengths)}, share, made=documents)
+    return Source(name, None, "chat" if is_chat else "text", {}, {"train": sum(lengths)}, share,
+                  made=documents)
 
 
 @pytest.fixture

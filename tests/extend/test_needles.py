@@ -105,7 +105,7 @@ class Text:
 
 
 def made(documents: Any) -> Source:
-    return Source("needle", None, False, {}, {"train": int(documents.lengths.sum())}, 1.0, made=documents)
+    return Source("needle", None, "text", {}, {"train": int(documents.lengths.sum())}, 1.0, made=documents)
 
 
 @pytest.mark.parametrize("kind", KINDS)

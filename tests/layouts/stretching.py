@@ -111,6 +111,7 @@ class SequenceRatio(_Synthetic):
     def __init__(self, config: RunConfig, batches: DataBatches) -> None:
         super().__init__(config, batches)
         self.coefficients = {"policy": 1.0}
+        self.meters = ("clipped", "length")
 
     def prepare(self, batch: GlobalBatch) -> GlobalBatch:
         return with_denominators(batch, {"policy": sum(len(m.advantages) for m in batch.micro_batches)})
@@ -121,8 +122,10 @@ class SequenceRatio(_Synthetic):
         ratio = (self._of_sequences(logprobs - batch.old_logprobs, batch) / lengths).exp()
         gain = torch.minimum(ratio * batch.advantages,
                              ratio.clamp(1 - EPSILON, 1 + EPSILON) * batch.advantages)
+        clipped = ((ratio - 1).abs() > EPSILON).sum()
         return LossSums({"policy": -gain.sum()},
-                        per_source(-logprobs, batch.weights, batch.sources, self._num_sources))
+                        per_source(-logprobs, batch.weights, batch.sources, self._num_sources),
+                        {"clipped": (clipped, len(lengths)), "length": (lengths.sum(), len(lengths))})
 
 
 OBJECTIVES = {"pairs": Pairs, "sequence ratio": SequenceRatio, "lm": LanguageModelling}
@@ -149,5 +152,6 @@ def steps(objective: str, recipe: str, settings: list[str], paths: list[str],
     trainer.close()
     world.leave()
     return [{"loss": r.loss, "grad_norm": r.grad_norm, **r.losses,
-             **{f"source {k}": v for k, v in r.losses_by_source.items()}}
+             **{f"source {k}": v for k, v in r.losses_by_source.items()},
+             **{f"meter {k}": v for k, v in r.meters.items()}}
             for r in results if r is not None]

@@ -108,7 +108,7 @@ def without_numbers() -> list[int]:
     from megatron_sov.mcore.model.logprobs import head_of
     from megatron_sov.mcore.model.router import BalancedRouter
     from megatron_sov.mcore.parallel import world
-    from megatron_sov.train.microbatch import MicroBatch, shifted_targets
+    from megatron_sov.train.microbatch import MicroBatch, shifted
 
     meta, n, bounds = torch.device("meta"), 64, [0, 5, 32, 41, 64]
 
@@ -128,7 +128,7 @@ def without_numbers() -> list[int]:
     row = MicroBatch(inputs, tokens, torch.zeros(n, device=meta), tokens.byte(), tokens)
     sums, _ = head_of(model, 24).cross_entropy(model.chunks[0](inputs), tokens, {"lm": row.weights})
     sums["lm"].backward()
-    shifted_targets(row, 1)
+    shifted(row, 1)
     next_tokens(tokens, inputs.cu_seqlens)
     routed = on_meta("tiny-solar-open")
     step = routed.config.routing_step

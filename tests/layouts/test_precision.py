@@ -18,8 +18,8 @@ EXACT_IN_FLOAT32 = {
     "finalize_model_grads.py:_update_router_expert_bias": "a router's bias is float32 at every precision",
     "finalize_model_grads.py:reset_model_temporary_tensors": "tokens per expert, set to zero",
     "moe_utils.py:get_updated_expert_bias": "the bias moves by whole steps",
-    "microbatch.py:shifted_targets": "weights of labels are float32 data",
-    "microbatch.py:<dictcomp>": "weights of labels are float32 data",
+    "microbatch.py:shifted": "weights of labels are float32 data",
+    "microbatch.py:<listcomp>": "weights of labels are float32 data",
     "yarn_rotary_pos_embedding.py:_yarn_linear_ramp_mask": "shares that add up to 1, see rotary.widen",
     "yarn_rotary_pos_embedding.py:get_emb": "shares that add up to 1, see rotary.widen",
 }

@@ -35,6 +35,7 @@ def _step(log: EventLog, step: int, noise: random.Random) -> None:
     log.write("step", step=step, loss=loss,
               losses={"lm": loss, "mtp": loss + 0.4, "balance": 0.02 + abs(noise.gauss(0, 0.002))},
               losses_by_source={name: loss + shift[name] + noise.gauss(0, 0.05) for name in SOURCES},
+              meters={"clipped share": 0.2 * math.exp(-step / 90)},
               grad_norm=0.4 + 3 * math.exp(-step / 25) + abs(noise.gauss(0, 0.1)),
               lr=4e-3 * min(1, step / 20) * (1 - step / 450), tokens=step * 4096,
               step_time_s=0.8 + abs(noise.gauss(0, 0.03)), tokens_per_s=4096 / 0.82 + noise.gauss(0, 90),

@@ -76,7 +76,7 @@ def test_hostile_names_stay_text_everywhere(tmp_path: Path, hostile: str) -> Non
     for step in (1, 2, 3):
         parts = {hostile: 1.0, "b": 2.0}
         log.write("step", step=step, loss=1.0, tokens=8, phase=hostile + str(step // 2),
-                  losses_by_source=parts, losses=parts)
+                  losses_by_source=parts, losses=parts, meters=parts)
     log.write("eval", step=3, heldout={hostile: {"loss": 1.0, "bits_per_byte": 1.0, "tokens": 5}})
     log.write("data_consumed", step=3, tokens={hostile: 1}, plan={hostile: 1})
     log.write("needle", step=3, when=hostile, by=hostile, score=1.0, cells=[{

@@ -25,7 +25,7 @@ ENTRIES = (LedgerEntry(0, "one", 100, 2, {"web": 1.0}),
 
 def test_a_run_says_what_it_is_about_to_do() -> None:
     config = apply_settings(recipes.get("tiny-solar-open"), ["parallel.ep=2", "train.recompute=true"])
-    sources = [Source(name, None, False, {}, {"train": tokens}, 0.5)
+    sources = [Source(name, None, "text", {}, {"train": tokens}, 0.5)
                for name, tokens in (("web", 500), ("code", 600))]
     gib = 2**30
     told = banner(config, World(0, 2, 0, 2, True, True), Path("runs/a"), range(2, 6), ENTRIES, sources,

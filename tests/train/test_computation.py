@@ -3,6 +3,7 @@ and what is computed twice is equal."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from megatron_sov import recipes
 from megatron_sov.config import apply_settings
 from megatron_sov.data.token_shards import open_sources
+from megatron_sov.errors import UserError
 from megatron_sov.runs.folder import RunFolder
 
 SETTINGS = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.head_dim=8",
@@ -84,6 +86,29 @@ def test_sums_are_terms_then_loss_and_targets_of_each_source(make: Make) -> None
     assert float(losses.sum()) == pytest.approx(sums.terms["lm"], rel=1e-6)
     assert float(losses.sum() / targets.sum()) == pytest.approx(math.log(368), rel=0.1), (
         "it knows nothing yet")
+
+
+def test_meters_are_means_over_the_whole_batch_however_it_is_cut(make: Make) -> None:
+    for size in (1, 8):
+        run = make(f"train.micro_batch_size={size}")
+        plain = run.objective.loss
+
+        def loss(hidden: Any, head: Any, batch: Any, plain: Any = plain) -> Any:
+            odd = (batch.labels % 2 * batch.weights).sum()
+            return dataclasses.replace(plain(hidden, head, batch), meters={
+                "odd": (odd, batch.weights.sum()), "never": (0.0, 0), "rows": (3.0, 2)})
+
+        run.objective.loss, run.objective.meters = loss, ("rows", "odd", "never")
+        labels, weights = (torch.cat([getattr(m, name) for m in run.batch.micro_batches])
+                           for name in ("labels", "weights"))
+        expected = float((labels % 2)[weights > 0].double().mean())
+        assert 0 < expected < 1
+        assert run.computation.sums(run.batch, run.objective, 1).meters == {
+            "rows": 1.5, "odd": pytest.approx(expected, rel=1e-12)}
+    run.objective.meters = ("rows",)
+    with pytest.raises(UserError, match=r"returned the meters \['never', 'odd', 'rows'\] and declares "
+                                        r"\['rows'\]"):
+        run.computation.sums(run.batch, run.objective, 1)
 
 
 def test_a_loss_that_is_no_number_is_known_to_the_process_that_computed_it(make: Make) -> None:

@@ -20,7 +20,7 @@ from megatron_sov.mcore.parallel import collectives  # noqa: E402
 from megatron_sov.post.sft import SupervisedFineTuning  # noqa: E402
 from megatron_sov.train import microbatch  # noqa: E402
 from megatron_sov.train.lm import LanguageModelling  # noqa: E402
-from megatron_sov.train.microbatch import from_row, shifted_targets  # noqa: E402
+from megatron_sov.train.microbatch import from_row, shifted  # noqa: E402
 from megatron_sov.train.objective import GlobalBatch  # noqa: E402
 
 
@@ -32,22 +32,26 @@ def row_of(lengths: list[int]) -> Row:
     weights = np.linspace(0.5, 1.5, n).astype(np.float32)
     labels[ends], weights[ends] = 0, 0
     return Row(tokens=np.arange(n), labels=labels, weights=weights,
-               positions=np.concatenate([np.arange(k) for k in lengths]), types=np.zeros(n, np.uint8),
+               positions=np.concatenate([np.arange(k) for k in lengths]),
+               types=(np.arange(n) % 3).astype(np.uint8),
                sources=np.zeros(n, np.int64), padding=np.zeros(n, bool),
-               bounds=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+               bounds=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32),
+               columns={"score": np.linspace(-3, 3, n, dtype=np.float32),
+                        "advantage": -np.arange(n, dtype=np.float32)})
 
 
 @pytest.mark.parametrize("depth", [1, 2])
 @given(lengths=st.lists(st.integers(1, 5), min_size=1, max_size=6))
 def test_shifted_targets_stay_inside_their_document(depth: int, lengths: list[int]) -> None:
     row = row_of(lengths)
-    labels, weights = shifted_targets(from_row(row), depth)
+    there = shifted(from_row(row), depth)
     document = np.repeat(np.arange(len(lengths)), lengths)
     for t in range(len(row.tokens)):
-        there = t + depth
-        inside = there < len(row.tokens) and document[there] == document[t]
-        assert labels[t] == (row.labels[there] if inside else 0)
-        assert weights[t] == (row.weights[there] if inside else 0)
+        source = t + depth
+        inside = source < len(row.tokens) and document[source] == document[t]
+        for found, of_row in ((there.labels, row.labels), (there.weights, row.weights),
+                              (there.types, row.types), (there.columns["score"], row.columns["score"])):
+            assert found[t] == (of_row[source] if inside else 0)
 
 
 def test_a_row_arrives_as_it_was() -> None:
@@ -58,6 +62,8 @@ def test_a_row_arrives_as_it_was() -> None:
         assert getattr(batch.inputs, name).tolist() == getattr(row, name).tolist()
     for name in ("labels", "weights", "types", "sources"):
         assert getattr(batch, name).tolist() == getattr(row, name).tolist()
+    assert ({name: column.tolist() for name, column in batch.columns.items()}
+            == {name: column.tolist() for name, column in row.columns.items()})
 
 
 @pytest.mark.parametrize("of", [LanguageModelling, SupervisedFineTuning])

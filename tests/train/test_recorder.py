@@ -26,7 +26,8 @@ from megatron_sov.train.state import StepResult, TrainState  # noqa: E402
 
 NUM_STEPS = 7
 RESULT = StepResult(loss=2.5, losses={"lm": 2.5}, losses_by_source={"web": 2.4}, grad_norm=1.5, lr=1e-3,
-                    num_tokens=64, phase="main", padding_share=0.25, seq_len=32, seconds=0.5)
+                    num_tokens=64, phase="main", padding_share=0.25, seq_len=32, seconds=0.5,
+                    meters={"clipped": 0.125})
 LOAD = torch.tensor([[0.0, 0.0], [3.0, 1.0], [2.0, 2.0]])
 """A dense layer and two routed ones."""
 MAIN, OTHER = World(0, 2, 0, 2, True, True), World(1, 2, 1, 2, True, True)
@@ -75,6 +76,7 @@ def test_every_word_is_an_event_of_its_own(tmp_path: Path, capsys: pytest.Captur
             == (1000.5, 0, 2, 2))
     assert ((step["loss"], step["tokens"], step["tokens_per_s"], step["max_violation"])
             == (2.5, 64, 128.0, 0.5))
+    assert step["meters"] == {"clipped": 0.125}
     assert passed_over["reason"] == "data.skip_steps" and refused["ranks"] == [1]
     assert (load["layers"], load["load"]) == ([2, 3], [[0.75, 0.25], [0.5, 0.5]])
     assert next(e["path"] for e in events if e["event"] == "checkpoint") == "checkpoints/step-4"
@@ -102,11 +104,11 @@ def test_steps_are_recorded_in_their_rhythm_and_at_the_end(tmp_path: Path) -> No
     r = recorder(tmp_path, "train.log_every_steps=3")
     assert [step for step in range(1, NUM_STEPS + 1) if r.is_due(step)] == [3, 6, 7]
     r.step(TrainState(2), RESULT, None)
-    r.step(TrainState(3), dataclasses.replace(RESULT, loss=2.0), torch.zeros(3, 2))
+    r.step(TrainState(3), dataclasses.replace(RESULT, loss=2.0, meters={}), torch.zeros(3, 2))
     r.close()
     (event,) = told(tmp_path)
-    assert (event["step"], event["loss"]) == (3, 2.0) and "max_violation" not in event, (
-        "of a dense model there is none")
+    assert (event["step"], event["loss"]) == (3, 2.0) and not {"max_violation", "meters"} & event.keys(), (
+        "of a dense model there is none, and of an objective without meters")
 
 
 def test_a_source_is_named_once_and_only_above_the_limit(tmp_path: Path) -> None:

@@ -91,6 +91,15 @@ class NeedleDocuments:
         """Return token types, uint8: all text."""
         return np.zeros(count, np.uint8)
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """None."""
+        return ()
+
+    def column(self, name: str, document: int, start: int, count: int) -> np.ndarray:
+        """Not to be called."""
+        raise KeyError(name)
+
     def _make(self, document: int) -> tuple[np.ndarray, np.ndarray]:
         return _document(self, document)
 
@@ -204,5 +213,5 @@ def needle_source(documents: NeedleDocuments, share: float, name: str = SOURCE_N
                                 f"({documents.least_tokens(kind, form)} tokens); "
                                 "train on longer samples or set needle.train_share=0")
     return Source(
-        name=name, artifact=None, is_chat=False, prefixes={}, share=share / (1 - share), made=documents,
+        name=name, artifact=None, format="text", prefixes={}, share=share / (1 - share), made=documents,
         num_tokens={"train": NUM_DOCUMENTS * documents.length_tokens})

@@ -69,7 +69,7 @@ def test_files_are_read_from_any_line_and_around_the_end(token_shards: Path, tmp
 def test_mistakes_are_named(token_shards: Path, tmp_path: Path) -> None:
     tokenizer = token_shards / "tokenizer"
     sources = open_sources({str(token_shards): 1.0}, 1024)
-    chats = Source("chats", token_shards, True, {}, {"heldout": 100}, 1.0)
+    chats = Source("chats", token_shards, "chat", {}, {"heldout": 100}, 1.0)
     with pytest.raises(UserError, match="hold no 'heldout' text to hide needles in"):
         open_haystacks([chats], "heldout", tokenizer)
     with pytest.raises(UserError, match=r"no 'heldout' text is thai \(there is code\)"):

@@ -1,0 +1,59 @@
+"""Columns: numbers of a record that travel beside its tokens, one for each, into the objective that
+asks for them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from megatron_sov.documents.messages import BadRecord
+
+COLUMN_NAME = re.compile(r"[a-z_]+")
+RESERVED = ("bin", "extra", "idx", "loss", "type")
+"""Endings of the other files of a shard."""
+LARGEST = 3.4028234663852886e38
+"""Of float32."""
+
+
+def column_problems(names: Iterable[str]) -> list[str]:
+    """Return one sentence for each name that no column can have."""
+    names = list(names)
+    problems = [f"{name!r} cannot name a column (letters a-z and '_', and none of {', '.join(RESERVED)})"
+                for name in names if not COLUMN_NAME.fullmatch(name) or name in RESERVED]
+    return problems + [f"{name!r} is given {names.count(name)} times"
+                       for name in dict.fromkeys(names) if names.count(name) > 1]
+
+
+def read_columns(record: Mapping[str, Any], names: Iterable[str],
+                 num_sequences: int) -> dict[str, tuple[float, ...]]:
+    """Return column -> its number for each sequence of a record.
+
+    Args:
+        record: has a field for each column: a number, or a list with one for each sequence.
+        names: the columns.
+        num_sequences: 2 for a preference (chosen, rejected), else 1.
+
+    Raises:
+        BadRecord: a field is missing, or holds something else.
+    """
+    return {name: _numbers(record, name, num_sequences) for name in names}
+
+
+def _numbers(record: Mapping[str, Any], name: str, num_sequences: int) -> tuple[float, ...]:
+    if name not in record:
+        raise BadRecord("fields", f"has no field {name!r}, which --column names "
+                                  f"(fields: {', '.join(record) or 'none'}); add it")
+    value = record[name]
+    values = value if isinstance(value, list) else [value] * num_sequences
+    if len(values) != num_sequences or not all(map(_fits, values)):
+        wanted = "a number" if num_sequences == 1 else f"a number or a list of {num_sequences}"
+        raise BadRecord("fields", f"has {str(value)[:40]!r} in field {name!r}, must be {wanted} that float32 "
+                                  "holds, for --column")
+    return tuple(map(float, values))
+
+
+def _fits(value: Any) -> bool:
+    return (isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            and abs(value) <= LARGEST)

@@ -1,0 +1,75 @@
+"""`sov-data pack --column`: numbers of records beside their tokens."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pytest
+from pyarrow import parquet
+from transformers import AutoTokenizer
+
+from data_prep.cli import main
+from data_prep.pack import PackSettings, Source, pack
+from megatron_sov.data.token_shards import open_sources
+from megatron_sov.documents import Reading
+
+
+def test_numbers_of_records_are_columns_of_their_tokens(tokenizers: dict[str, Path], tmp_path: Path,
+                                                        capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"prompt": f"{i} + 1?", "chosen": f"It is {i + 1}.", "rejected": "No idea." * (i % 3 + 1),
+             "score": [i, -i], "step": i / 2} for i in range(20)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    settings = PackSettings(0.2, Reading("preference", columns=("score", "step")), shard_tokens=400)
+    pack(tokenizers["solar-open"],
+         [Source("pairs", tmp_path / "pairs.jsonl"), Source("rows", tmp_path / "rows.parquet")],
+         tmp_path / "out", settings)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out/tokenizer")
+    [source, same] = open_sources({str(tmp_path / "out"): 1.0}, 10**6, formats=("preference",))
+    assert source.columns == same.columns == ("score", "step")
+    seen = set()
+    for split in ("train", "heldout"):
+        documents, others = source.shard(split), same.shard(split)
+        for i, length in enumerate(documents.lengths):
+            asked = int(re.findall(r"(\d+) \+ 1\?", tokenizer.decode(documents.tokens(i, 0, length)))[0])
+            seen.add(asked)
+            for name, wanted in (("score", -asked if i % 2 else asked), ("step", asked / 2)):
+                assert set(documents.column(name, i, 0, length).tolist()) == {wanted}
+                assert others.column(name, i, 0, length).tolist() == [wanted] * length
+    assert seen == set(range(20))
+    assert main(["verify", str(tmp_path / "out")]) == 0
+    [damaged, *_] = sorted((tmp_path / "out/pairs").glob("train-*.score"))
+    numbers = np.fromfile(damaged, "<f4")
+    numbers[7] = np.inf
+    numbers.tofile(damaged)
+    capsys.readouterr()
+    assert main(["verify", str(tmp_path / "out")]) == 2
+    assert f"{damaged.name}: token 7 has inf in column 'score', must be a finite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("format_", "columns", "row", "said"), [
+    ("text", ["Score"], {}, "--column: 'Score' cannot name a column (letters a-z and '_', and none of bin"),
+    ("text", ["loss", "a", "a"], {}, "'loss' cannot name a column"),
+    ("prompt", ["score"], {}, "--column score: a prompt has no response to which"),
+    ("text", ["score"], {}, "asked.jsonl:1: has no field 'score', which --column names (fields: text"),
+    ("text", ["score"], {"score": True}, "has 'True' in field 'score', must be a number that float32 holds"),
+    ("text", ["score"], {"score": 1e39}, "has '1e+39' in field 'score'"),
+    ("text", ["score"], {"score": [1]}, ""),
+    ("preference", ["score"], {"score": [1, 2, 3]}, "must be a number or a list of 2"),
+])
+def test_what_is_no_column(tokenizers: dict[str, Path], tmp_path: Path, format_: str, columns: list[str],
+                           row: dict[str, Any], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = {"text": "one and two", "prompt": "a", "chosen": "b", "rejected": "c"} | row
+    (tmp_path / "asked.jsonl").write_text("".join(
+        json.dumps(asked | {"text": f"number {i}", "prompt": str(i)}) + "\n" for i in range(9)))
+    words = [word for name in columns for word in ("--column", name)]
+    code = main(["pack", "--tokenizer", str(tokenizers["solar-open"]), "--format", format_, *words,
+                 "--input", str(tmp_path / "asked.jsonl"), "--output", str(tmp_path / "new"),
+                 "--heldout", "0", "--workers", "1"])
+    assert (code, (tmp_path / "new").exists()) == ((2, False) if said else (0, True))
+    assert said in capsys.readouterr().err
