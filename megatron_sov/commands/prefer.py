@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from typing import get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from megatron_sov.config.preference import WITH_REFERENCE, PreferenceMethod
 from megatron_sov.train.stage_config import add_stage_arguments, parse_stage
+
+if TYPE_CHECKING:
+    from megatron_sov.train.gate import GateView
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,17 +31,26 @@ def run(args: argparse.Namespace) -> int:
 
     prepare_megatron()
     from megatron_sov.post.preference import objective_of
+    from megatron_sov.post.ranking import rank_heldout_pairs
     from megatron_sov.post.reference import Reference
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.stage import Stage, run_stage
 
-    config = parsed.config
+    config, asked = parsed.config, parsed.config.preference
     objective = objective_of(config)
     sources = tuple(open_sources(config.data.paths, config.model.vocab_size, objective.formats))
-    before = None
-    if config.preference.method in WITH_REFERENCE:
-        reference = Reference(args.run, parsed.start, sources)
-        sources, before = reference.sources, reference.make
-    run_stage(Stage(config, RunFolder(args.run), objective, parsed.start, args.resume, sources, before=before,
+    pairs = [s for s in sources if s.format == "preference"]
+    reference = Reference(args.run, parsed.start, sources) if asked.method in WITH_REFERENCE else None
+
+    def before(view: GateView) -> None:
+        if reference is not None:
+            reference.make(view)
+        rank_heldout_pairs(view, pairs)
+
+    def after(view: GateView) -> dict[str, Any]:
+        return {"heldout_pairs": rank_heldout_pairs(view, pairs)}
+
+    run_stage(Stage(config, RunFolder(args.run), objective, parsed.start, args.resume,
+                    sources if reference is None else reference.sources, before=before, after=after,
                     faults=parsed.faults), args.nproc, args.began_s)
     return 0

@@ -21,8 +21,8 @@ class PreferenceConfig:
     method: PreferenceMethod = "dpo"
     """dpo: direct preference optimisation (arXiv 2305.18290); ipo: its squared form (arXiv 2310.12036);
     dpo-norm: dpo over means instead of sums of a response's log-probabilities (arXiv 2411.15124); simper:
-    inverse perplexities, without a reference and without beta (arXiv 2502.00883); grouper: the same over groups
-    of responses with rewards (K-EXAONE)."""
+    inverse perplexities, without a reference and without beta (arXiv 2502.00883); grouper: the same over
+    groups of responses with rewards (K-EXAONE)."""
     beta: float = 0.1
     """dpo, ipo, dpo-norm: how strongly the model is held to its reference; the larger, the closer."""
     label_smoothing: float = 0.0

@@ -15,28 +15,20 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from megatron_sov.artifacts import atomic_write, disk_errors, manifest_sha256, to_json
-from megatron_sov.data.order import Sample
-from megatron_sov.data.packing import Row, Segment, best_fit, truncate
-from megatron_sov.data.rows import join_rows, sample_row
 from megatron_sov.data.token_shards import Documents, Source
 from megatron_sov.errors import UserError
-from megatron_sov.mcore.model.logprobs import Head
-from megatron_sov.mcore.parallel import collectives
 from megatron_sov.mcore.parallel.world import on_main
 from megatron_sov.obs.work_bar import work_bar
+from megatron_sov.post.document_logprobs import document_logprobs
 from megatron_sov.train.gate import GateView
-from megatron_sov.train.microbatch import MicroBatch, from_row
 
 FOLDER, IDENTITY = "reference", "reference.json"
 COLUMN = "reference_logprobs"
 """Column of labels: log p(label) of the reference."""
 PART_DOCUMENTS = 4096
 """Documents of a part."""
-MICRO_BATCHES = 8
-"""Those of a process that are passed through the model at a time."""
 
 
 class ReferenceParts:
@@ -135,8 +127,7 @@ class Reference:
         self._identity = {"reference_sha256": manifest_sha256(start),
                           "data_sha256": {s.name: manifest_sha256(s.artifact) for s in sources
                                           if s.artifact is not None}}
-        self._parts = {s.name: ReferenceParts(self._folder, f"{s.name}.train", s.shard("train"))
-                       for s in sources}
+        self._parts = {s.name: ReferenceParts(self._folder, s.name, s.shard("train")) for s in sources}
         self.sources = tuple(dataclasses.replace(
             s, made=WithReference(s.shard("train"), self._parts[s.name]), columns=(*s.columns, COLUMN))
             for s in sources)
@@ -157,8 +148,9 @@ class Reference:
         num_tokens = 0
         with work_bar("reference", len(todo), "part", view.world.is_main) as bar:
             for name, part in todo:
-                numbers = _numbers(view, self._parts[name], part)
-                on_main(view.world, partial(atomic_write, self._parts[name].file(part), numbers.tobytes()))
+                parts = self._parts[name]
+                numbers = document_logprobs(view, parts.documents, parts.range_of(part))
+                on_main(view.world, partial(atomic_write, parts.file(part), numbers.tobytes()))
                 num_tokens += len(numbers)
                 bar.update(1)
         view.events.write("reference", parts=len(todo), tokens=num_tokens,
@@ -175,49 +167,3 @@ class Reference:
         with disk_errors(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
         atomic_write(file, to_json(self._identity))
-
-
-def _numbers(view: GateView, parts: ReferenceParts, part: int) -> np.ndarray:
-    """Return [tokens of a part] float32, on every process."""
-    starts, first = parts.starts(part), parts.range_of(part).start
-    seq_len, size = max(p.seq_len for p in view.config.data.phases), view.config.train.micro_batch_size
-    rows = _rows(parts, part, seq_len)
-    at_a_time = size * view.world.dp_size * MICRO_BATCHES
-    numbers = np.zeros(starts[-1], np.float32)
-    for begin in range(0, len(rows), at_a_time):
-        there = rows[begin:begin + at_a_time]
-        there += [()] * (-len(there) % (size * view.world.dp_size))
-        values = _of_rows(view, parts, there, seq_len)
-        for row, found in zip(there, values, strict=True):
-            at = 0
-            for document, start, count in row:
-                # the last label of a cut document is a token that stands outside of the row
-                labels = min(count, int(parts.documents.lengths[document]) - start - 1)
-                to = starts[document - first] + start + 1
-                numbers[to:to + labels] = found[at:at + labels]
-                at += count
-    return numbers
-
-
-def _rows(parts: ReferenceParts, part: int, seq_len: int) -> list[Row]:
-    """Return the documents of a part as rows; what goes beyond a row is left out, as in training."""
-    lengths = parts.documents.lengths[np.asarray(parts.range_of(part))].tolist()
-    segments = [Segment(d, 0, n) for d, n in zip(parts.range_of(part), lengths, strict=True) if n > 1]
-    return best_fit(truncate(segments, seq_len), seq_len)
-
-
-def _of_rows(view: GateView, parts: ReferenceParts, rows: list[Row], seq_len: int) -> np.ndarray:
-    """Return [rows, seq_len] float32: log p(label) of each place, on every process."""
-    size, world = view.config.train.micro_batch_size, view.world
-    groups = [rows[i:i + size] for i in range(0, len(rows), size)]
-    own = [from_row(join_rows([sample_row(Sample(0, row), parts.documents, seq_len)
-                               for row in group])) for group in groups[world.dp_rank::world.dp_size]]
-    all_groups = torch.zeros(len(groups), size * seq_len, dtype=torch.float64)
-    if found := view.policy.map(own, _logprobs):
-        all_groups[world.dp_rank::world.dp_size] = torch.stack(found).double().cpu()
-    summed = collectives.broadcast_from_last_stage(collectives.all_reduce_dp(all_groups))
-    return summed.float().numpy().reshape(len(rows), seq_len)
-
-
-def _logprobs(hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> torch.Tensor:
-    return head.logprobs(hidden[0], batch.labels)

@@ -6,11 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_sov.chat.encode import TYPE_RESPONSE
 from megatron_sov.mcore.parallel.device import to_device
 from megatron_sov.train.microbatch import MicroBatch
-
-RESPONSE = 2
-"""Token type (the `.type` sidecar) of what an assistant says."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +39,14 @@ class Responses:
 
 def learned(batch: MicroBatch) -> torch.Tensor:
     """Return [T] bool: labels that are learned."""
-    return (batch.types == RESPONSE) & (batch.weights > 0)
+    return (batch.types == TYPE_RESPONSE) & (batch.weights > 0)
 
 
 def responses_of(batch: MicroBatch) -> Responses:
     """Return a micro-batch's responses, found on the host, where nothing waits for the device."""
     host = batch.host
     counted = learned(host)
-    ends = torch.tensor(host.inputs.host_bounds[1:])
+    ends = host.inputs.cu_seqlens[1:].long()
     document = torch.searchsorted(ends, torch.arange(len(counted)), right=True)
     with_labels, compact = document[counted].unique(return_inverse=True)
     index = torch.full((len(counted),), len(with_labels), dtype=torch.int64)

@@ -1,0 +1,52 @@
+"""How many held-out pairs the model ranks right, before the first step and after the last one.
+
+A pair is right where the chosen response has the greater log-probability per token: what a model would
+rather write, whichever loss it was trained by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from megatron_sov.chat.encode import TYPE_RESPONSE
+from megatron_sov.data.token_shards import Documents, Source
+from megatron_sov.post.document_logprobs import document_logprobs
+from megatron_sov.train.gate import GateView
+
+MAX_PAIRS = 2048
+"""Most held-out pairs of a source that are looked at."""
+
+
+def rank_heldout_pairs(view: GateView, sources: Sequence[Source]) -> dict[str, dict[str, Any]]:
+    """Measure each source that has held-out pairs, and record it; called by all processes together.
+
+    Returns:
+        Source -> `pairs`, and `right`, the share of them that is ranked right (a tie is half right).
+    """
+    found = {}
+    for source in sources:
+        if source.num_tokens.get("heldout"):
+            documents = source.shard("heldout")
+            chosen = range(min(len(documents.lengths), 2 * MAX_PAIRS))
+            means = _means(documents, chosen, document_logprobs(view, documents, chosen))
+            margins = means[0::2] - means[1::2]
+            right = float(((margins > 0) + (margins == 0) / 2).mean())
+            found[source.name] = {"pairs": len(margins), "right": right}
+            view.events.write("heldout_pairs", step=view.step, source=source.name, **found[source.name])
+    return found
+
+
+def _means(documents: Documents, chosen: range, logprobs: np.ndarray) -> np.ndarray:
+    """Return [documents] float64: mean log-probability of each one's learned tokens."""
+    means, at = np.zeros(len(chosen)), 0
+    for place, document in enumerate(chosen):
+        length = int(documents.lengths[document])
+        learned = ((documents.types(document, 0, length) == TYPE_RESPONSE)
+                   & (documents.loss_weights(document, 0, length) > 0))
+        learned[:1] = False
+        means[place] = logprobs[at:at + length][learned].astype(np.float64).mean() if learned.any() else 0.0
+        at += length
+    return means
