@@ -10,33 +10,44 @@ from typing import Any, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from megatron_sov.config import RunConfig
+from megatron_sov.documents import KINDS
 from megatron_sov.documents.columns import column_problems
 from megatron_sov.errors import UserError, nearest
 from megatron_sov.plugins.loading import Loaded
 from megatron_sov.plugins.registry import Registry
 from megatron_sov.plugins.signatures import check_methods, takes
 
-Factory = Callable[[RunConfig, Any], Any]
-"""(resolved settings, the run's `train.data_batches.DataBatches`) -> a `train.objective.Objective`."""
+Factory = Callable[[Any], Any]
+"""The run's `train.objective_context.ObjectiveContext` -> a `train.objective.Objective`."""
 BUILT_IN = {"lm": "pretrain", "sft": "sft", "preference": "prefer"}
 """Built-in objective -> the command that trains by it."""
 METHODS = {"collect": ("policy", "step"), "prepare": ("batch",), "loss": ("hidden", "head", "batch")}
 """What an objective has to have: method -> what it is given (`megatron_sov.train.objective.Objective`)."""
 
 
+MEMORY = {"state": (), "restore": ("state",)}
+"""What one with a memory has besides."""
+
+
 def _check(loaded: Loaded) -> None:
     check_methods(loaded.value, loaded.reference, "an objective", METHODS)
+    if hasattr(loaded.value, "state") or hasattr(loaded.value, "restore"):
+        check_methods(loaded.value, loaded.reference, "an objective with a memory", MEMORY)
+    formats = getattr(loaded.value, "formats", KINDS)
+    if not isinstance(formats, tuple) or not formats or not set(formats) <= set(KINDS):
+        raise UserError(f"{loaded.reference}: `formats` is {formats!r}, must be a tuple of "
+                        f"{', '.join(map(repr, KINDS))}")
     columns = getattr(loaded.value, "columns", {})
     if not isinstance(columns, Mapping) or not all(hasattr(c, "made_by") for c in columns.values()):
         raise UserError(f"{loaded.reference}: `columns` is {columns!r}, must be a dict of column -> "
                         "NeededColumn(made_by)")
     if problems := column_problems(columns):
         raise UserError(f"{loaded.reference}: `columns`: {'; '.join(problems)}")
-    if not takes(loaded.value, ("config", "batches")):
+    if not takes(loaded.value, ("context",)):
         raise UserError(f"{loaded.reference}: is made by "
                         f"{loaded.attribute}{inspect.signature(loaded.value)}; "
-                        f"an objective is made by {loaded.attribute}(config, batches), with its own settings "
-                        "behind them, by name and with defaults")
+                        f"an objective is made by {loaded.attribute}(context), with its own settings "
+                        "behind it, by name and with defaults")
 
 
 OWN: Registry[Callable[..., Any]] = Registry("objective", "megatron_sov.objectives", BUILT_IN, _check)
@@ -56,7 +67,7 @@ def check(config: RunConfig) -> None:
                             f"not to {name}")
         return
     made = OWN.get(name, config.code)
-    known = list(inspect.signature(made).parameters)[2:]
+    known = list(inspect.signature(made).parameters)[1:]
     hints = _hints(made)
     problems = [f"objective.options.{option}: objective {name} has no such setting{nearest(option, known)}"
                 for option in options if option not in known]
@@ -101,18 +112,23 @@ class OwnFactory:
     """Its own settings."""
 
     @property
+    def formats(self) -> tuple[str, ...]:
+        """See `train.objective.formats_of`."""
+        return tuple(getattr(self.made, "formats", ("text", "chat")))
+
+    @property
     def columns(self) -> Mapping[str, Any]:
         """See `train.objective.columns_of`."""
         found: Mapping[str, Any] = getattr(self.made, "columns", {})
         return found
 
-    def __call__(self, config: RunConfig, batches: Any) -> Any:
+    def __call__(self, context: Any) -> Any:
         """Return the objective.
 
         Raises:
             UserError: it has no coefficients.
         """
-        objective = self.made(config, batches, **self.options)
+        objective = self.made(context, **self.options)
         if not isinstance(getattr(objective, "coefficients", None), Mapping):
             raise UserError(f"objective {self.name}: has no `coefficients`, a dict of term -> its weight in "
                             "the loss; set it in __init__")

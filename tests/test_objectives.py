@@ -35,7 +35,7 @@ def load(tmp_path: Path, text: str) -> str:
 
 
 def test_the_built_in_one_is_the_commands(tmp_path: Path) -> None:
-    def built_in(config: Any, batches: Any) -> Any: ...
+    def built_in(context: Any) -> Any: ...
 
     for name in objectives.BUILT_IN:
         objectives.check(config_of(name))
@@ -43,14 +43,14 @@ def test_the_built_in_one_is_the_commands(tmp_path: Path) -> None:
 
 
 def test_its_settings_are_its_arguments(tmp_path: Path) -> None:
-    name = load(tmp_path, "class Mine:\n    def __init__(self, config, batches, *, gamma: "
+    name = load(tmp_path, "class Mine:\n    def __init__(self, context, *, gamma: "
                           "float = 2.0, kind='a'):\n"
-                          "        self.made = config, batches, gamma, kind\n"
+                          "        self.made = context, gamma, kind\n"
                           "        self.coefficients = {'x': 1.0}\n" + METHODS)
     config = config_of(name, gamma=3, kind=["any"])
     objectives.check(config)
-    made: Any = objectives.factory(config, None)(config, "batches")  # type: ignore[arg-type]
-    assert made.made == (config, "batches", 3, ["any"])
+    made: Any = objectives.factory(config, None)("context")  # type: ignore[arg-type]
+    assert made.made == ("context", 3, ["any"])
     with pytest.raises(UserError, match=r"options.gama: objective Mine has no such setting; "
                                         r"did you mean 'gamma'\?; objective.options.gamma = None: "
                                         r"Input should be a valid number"):
@@ -58,19 +58,25 @@ def test_its_settings_are_its_arguments(tmp_path: Path) -> None:
 
 
 def test_types_that_are_known_to_checkers_alone_are_not_checked(tmp_path: Path) -> None:
-    name = load(tmp_path, "from __future__ import annotations\nclass Mine:\n    def __init__(self, config: "
-                          f"RunConfig, batches, size: Size = 1): ...\n{METHODS}")
+    name = load(tmp_path, "from __future__ import annotations\nclass Mine:\n    def __init__(self, context: "
+                          f"Context, size: Size = 1): ...\n{METHODS}")
     objectives.check(config_of(name, size="anything"))
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    (f"class Mine:\n    def __init__(self, config): ...\n{METHODS}",
-     r"is made by Mine\(config\); an objective is made by"),
-    (f"class Mine:\n    def __init__(self, config, batches, *, must): ...\n{METHODS}",
+    (f"class Mine:\n    def __init__(self, config, batches): ...\n{METHODS}",
+     r"is made by Mine\(config, batches\); an objective is made by Mine\(context\)"),
+    (f"class Mine:\n    def __init__(self, context, *, must): ...\n{METHODS}",
      r"by name and with defaults"),
     ("class Mine:\n    def loss(self, hidden, head): ...",
      r"needs collect\(.*prepare\(.*loss\(self, hidden, head, batch\); it has loss\(self, hidden, head\)"),
-    ("def Mine(config, batches): ...",
+    (f"class Mine:\n    formats = ('chat', 'film')\n    def __init__(self, context): ...\n{METHODS}",
+     r"`formats` is \('chat', 'film'\), must be a tuple of 'text', 'chat', 'preference', 'prompt'"),
+    (f"class Mine:\n    columns = ['a']\n    def __init__(self, context): ...\n{METHODS}",
+     r"`columns` is \['a'\], must be a dict of column -> NeededColumn\(made_by\)"),
+    (f"class Mine:\n    def state(self): ...\n    def __init__(self, context): ...\n{METHODS}",
+     r"an objective with a memory needs restore\(self, state\); it has none"),
+    ("def Mine(context): ...",
      r"is a function; an objective is a class with collect\(self, policy, step\)"),
 ])
 def test_what_is_none(tmp_path: Path, text: str, message: str) -> None:
@@ -80,7 +86,18 @@ def test_what_is_none(tmp_path: Path, text: str, message: str) -> None:
 
 def test_one_without_coefficients_says_so_when_it_is_made(tmp_path: Path) -> None:
     config = config_of(load(tmp_path,
-                            f"class Mine:\n    def __init__(self, config, batches): ...\n{METHODS}"))
+                            f"class Mine:\n    def __init__(self, context): ...\n{METHODS}"))
     with pytest.raises(UserError,
                        match="objective Mine: has no `coefficients`, a dict of term -> its weight"):
-        objectives.factory(config, None)(config, None)  # type: ignore[arg-type]
+        objectives.factory(config, None)(None)  # type: ignore[arg-type]
+
+
+def test_what_it_reads_is_known_before_it_is_made(tmp_path: Path) -> None:
+    from megatron_sov.train.objective import columns_of, formats_of
+
+    name = load(tmp_path, "from megatron_sov import NeededColumn\nclass Mine:\n    formats = 'preference',\n"
+                          "    columns = {'score': NeededColumn('sov-data pack --column score')}\n"
+                          f"    def __init__(self, context): ...\n{METHODS}")
+    made_by = objectives.factory(config_of(name), None)  # type: ignore[arg-type]
+    assert formats_of(made_by) == ("preference",) and list(columns_of(made_by)) == ["score"]
+    assert formats_of(lambda context: None) == ("text", "chat") and columns_of(lambda context: None) == {}

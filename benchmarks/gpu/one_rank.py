@@ -42,8 +42,8 @@ class OneRank:
         self.optimizer = Optimizer(self.model, config.optim, config.parallel, config.gpu)
         self.expert_load = ExpertLoad(self.model)
         self.model.config.finalize_model_grads_func = self.expert_load.finalize
-        batches: Any = SimpleNamespace(num_sources=1)
-        self.objective = LanguageModelling(config, batches)
+        context: Any = SimpleNamespace(config=config, batches=SimpleNamespace(num_sources=1))
+        self.objective = LanguageModelling(context)
         self.computation = Computation(config, self.model, self.optimizer, self.expert_load, 1,
                                        Faults((), Path(), rank), None)
 

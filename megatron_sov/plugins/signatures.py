@@ -31,7 +31,7 @@ def check_methods(value: Any, reference: str, what: str, methods: Mapping[str, t
     Raises:
         UserError: it is no class, or a method is missing or takes something else; all of them are named.
     """
-    shapes = {name: f"{name}(self, {', '.join(arguments)})" for name, arguments in methods.items()}
+    shapes = {name: f"{name}({', '.join(('self', *arguments))})" for name, arguments in methods.items()}
     if not inspect.isclass(value):
         raise UserError(f"{reference}: is a {type(value).__name__}; "
                         f"{what} is a class with {', '.join(shapes.values())}")

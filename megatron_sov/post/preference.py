@@ -17,10 +17,10 @@ from megatron_sov.mcore.model.logprobs import Head
 from megatron_sov.post import reference
 from megatron_sov.post.parts import preferences
 from megatron_sov.post.parts.responses import Responses, learned, responses_of
-from megatron_sov.train.data_batches import DataBatches
 from megatron_sov.train.data_objective import DataObjective
 from megatron_sov.train.microbatch import MicroBatch
 from megatron_sov.train.objective import GlobalBatch, LossSums, per_source, with_denominators
+from megatron_sov.train.objective_context import ObjectiveContext
 
 PREFERENCE, CHOSEN = "preference", "chosen"
 ADVANTAGE, SHARE = "advantage", "group_share"
@@ -35,10 +35,11 @@ class PairLearning(DataObjective):
     group = 2
     columns: Mapping[str, NeededColumn] = {}
     meters = ("pairs_right", "margin", "chosen_logprob", "rejected_logprob")
+    comparable_loss = False
 
-    def __init__(self, config: RunConfig, batches: DataBatches) -> None:
-        super().__init__(config, batches)
-        self._asked = config.preference
+    def __init__(self, context: ObjectiveContext) -> None:
+        super().__init__(context)
+        self._asked = context.config.preference
         self.coefficients = {PREFERENCE: 1.0}
         if self._asked.chosen_coeff > 0:
             self.coefficients[CHOSEN] = self._asked.chosen_coeff
@@ -89,6 +90,7 @@ class PairLearningWithReference(PairLearning):
     """The same with losses that compare the model with the one that it started from."""
 
     columns = {reference.COLUMN: NeededColumn("`megatron-sov prefer`")}
+    comparable_loss = True
 
     def _losses(self, sums: torch.Tensor, batch: MicroBatch,
                 responses: Responses) -> tuple[torch.Tensor, torch.Tensor]:
@@ -110,9 +112,10 @@ class GroupLearning(DataObjective):
     columns: Mapping[str, NeededColumn] = dict.fromkeys((ADVANTAGE, SHARE), NeededColumn(
         "`sov-data groups`, and then `sov-data pack --format chat --column advantage --column group_share`,"))
     meters = ("better_logprob", "worse_logprob")
+    comparable_loss = False
 
-    def __init__(self, config: RunConfig, batches: DataBatches) -> None:
-        super().__init__(config, batches)
+    def __init__(self, context: ObjectiveContext) -> None:
+        super().__init__(context)
         self.coefficients = {PREFERENCE: 1.0} | self._mtp_coefficient
 
     def prepare(self, batch: GlobalBatch) -> GlobalBatch:

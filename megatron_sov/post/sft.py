@@ -11,10 +11,10 @@ from megatron_sov.config import RunConfig
 from megatron_sov.data.token_shards import Source
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.model.logprobs import Head
-from megatron_sov.train.data_batches import DataBatches
 from megatron_sov.train.data_objective import DataObjective
 from megatron_sov.train.microbatch import MicroBatch
 from megatron_sov.train.objective import GlobalBatch, LossSums, per_source, with_denominators
+from megatron_sov.train.objective_context import ObjectiveContext
 
 RESPONSE, TEXT = "response", "text"
 TYPE_OF = {TEXT: 0, RESPONSE: 2}
@@ -29,8 +29,9 @@ class SupervisedFineTuning(DataObjective):
     often the auxiliary term is estimated, and never its weight.
     """
 
-    def __init__(self, config: RunConfig, batches: DataBatches) -> None:
-        super().__init__(config, batches)
+    def __init__(self, context: ObjectiveContext) -> None:
+        super().__init__(context)
+        config = context.config
         self.coefficients = {RESPONSE: 1.0}
         if config.objective.text_coeff > 0:
             self.coefficients[TEXT] = config.objective.text_coeff

@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 
-from megatron_sov.config import RunConfig
 from megatron_sov.mcore.model.logprobs import Head
-from megatron_sov.train.data_batches import DataBatches
 from megatron_sov.train.microbatch import MicroBatch, shifted
 from megatron_sov.train.objective import GlobalBatch
+from megatron_sov.train.objective_context import ObjectiveContext
 
 MTP = "mtp"
 
@@ -24,8 +23,9 @@ MTP = "mtp"
 class DataObjective:
     """The beginning of an `Objective` over the data order."""
 
-    def __init__(self, config: RunConfig, batches: DataBatches) -> None:
-        self._batches, self._num_sources = batches, batches.num_sources
+    def __init__(self, context: ObjectiveContext) -> None:
+        config = context.config
+        self._batches, self._num_sources = context.batches, context.batches.num_sources
         self._depths = range(1, config.model.num_mtp_layers + 1)
         self._mtp_coefficient = {MTP: config.model.mtp_loss_coeff} if self._depths else {}
         """Part of an objective's `coefficients`."""

@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import torch
 
-from megatron_sov.config import RunConfig
 from megatron_sov.mcore.model.logprobs import Head
-from megatron_sov.train.data_batches import DataBatches
 from megatron_sov.train.data_objective import DataObjective
 from megatron_sov.train.microbatch import MicroBatch
 from megatron_sov.train.objective import GlobalBatch, LossSums, per_source, with_denominators
+from megatron_sov.train.objective_context import ObjectiveContext
 
 LM = "lm"
 
@@ -18,8 +17,8 @@ LM = "lm"
 class LanguageModelling(DataObjective):
     """Cross-entropy on every token, plus multi-token prediction."""
 
-    def __init__(self, config: RunConfig, batches: DataBatches) -> None:
-        super().__init__(config, batches)
+    def __init__(self, context: ObjectiveContext) -> None:
+        super().__init__(context)
         self.coefficients = {LM: 1.0} | self._mtp_coefficient
 
     def prepare(self, batch: GlobalBatch) -> GlobalBatch:

@@ -51,7 +51,12 @@ class LossSums:
 
 
 class Objective(Protocol):
-    """Three steps; each may be as simple as reading data or as large as generating rollouts."""
+    """Three steps; each may be as simple as reading data or as large as generating rollouts.
+
+    An objective is made with an `ObjectiveContext`.  What else it may have is optional, and stands at the
+    functions `formats_of` and `columns_of` (of its class, since data are checked before it is made),
+    `meters_of`, `is_comparable` and `parts_of`.
+    """
 
     @property
     def coefficients(self) -> Mapping[str, float]:
@@ -78,6 +83,12 @@ class Objective(Protocol):
         ...
 
 
+def formats_of(made_by: Any) -> tuple[str, ...]:
+    """Return the formats of data that an objective learns from (`data.token_shards.Source.format`), as its
+    class (or what makes it) says in `formats`, a class attribute; without one, text and chats."""
+    return tuple(getattr(made_by, "formats", ("text", "chat")))
+
+
 def columns_of(made_by: Any) -> Mapping[str, NeededColumn]:
     """Return what an objective reads beside weights and types, as its class (or what makes it) says in
     `columns`, a class attribute; without one, nothing."""
@@ -91,6 +102,21 @@ def meters_of(objective: Any) -> tuple[str, ...]:
     A meter is a mean that is watched and not learned, such as a share of clipped tokens.
     """
     return tuple(getattr(objective, "meters", ()))
+
+
+def is_comparable(objective: Any) -> bool:
+    """Return whether a loss far above those of the steps before says that something is wrong, as the
+    attribute `comparable_loss` says; without one it does.
+
+    That of a policy does not: it is near 0, of either sign, and its size is that of the advantages.
+    """
+    return bool(getattr(objective, "comparable_loss", True))
+
+
+def parts_of(objective: Any) -> dict[str, Any]:
+    """Return ``{"objective": it}`` for the checkpoint's parts where an objective has a memory: a method
+    `state()` that returns plain JSON values, equal on all processes, and `restore(state)`; else nothing."""
+    return {"objective": objective} if hasattr(objective, "state") else {}
 
 
 def with_denominators(batch: GlobalBatch, local_targets: Mapping[str, float]) -> GlobalBatch:

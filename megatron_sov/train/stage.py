@@ -45,7 +45,7 @@ from megatron_sov.train.announcement import summary
 from megatron_sov.train.gate import Gate, GateView
 from megatron_sov.train.guards.fault_injection import Fault, Faults, not_come
 from megatron_sov.train.loop import train
-from megatron_sov.train.objective import columns_of
+from megatron_sov.train.objective import columns_of, formats_of
 from megatron_sov.train.restoring import newest_sound
 from megatron_sov.train.side_jobs.side_jobs import SideJobs
 from megatron_sov.train.stopping import StopFlag
@@ -155,7 +155,8 @@ class _Data:
 def _open_data(stage: Stage) -> _Data:
     packed = stage.sources
     if packed is None:
-        packed = tuple(open_sources(stage.config.data.paths, stage.config.model.vocab_size))
+        packed = tuple(open_sources(stage.config.data.paths, stage.config.model.vocab_size,
+                                    formats_of(stage.objective)))
     chats = [s.name for s in packed if s.is_chat]
     if chats and stage.config.objective.name == "lm" and is_first():
         warn(f"{', '.join(chats)}: holds conversations, of which the answers alone are learned; "

@@ -39,13 +39,21 @@ from megatron_sov.train.gate import Gate
 from megatron_sov.train.guards.fault_injection import Fault, corrupt
 from megatron_sov.train.guards.guards import Guards
 from megatron_sov.train.guards.step_guard import Refusal
-from megatron_sov.train.objective import GlobalBatch, Objective, columns_of, refuse_nothing_learned
+from megatron_sov.train.objective import (
+    GlobalBatch,
+    Objective,
+    columns_of,
+    is_comparable,
+    parts_of,
+    refuse_nothing_learned,
+)
+from megatron_sov.train.objective_context import ObjectiveContext
 from megatron_sov.train.profiling import Profiling
 from megatron_sov.train.recorder import Recorder
 from megatron_sov.train.side_jobs.side_jobs import SideJobs
 from megatron_sov.train.state import StepResult, TrainState
 
-ObjectiveFactory = Callable[[RunConfig, DataBatches], Objective]
+ObjectiveFactory = Callable[[ObjectiveContext], Objective]
 
 
 class Trainer:
@@ -82,13 +90,16 @@ class Trainer:
         self.model.config.finalize_model_grads_func = self.expert_load.finalize
         self.policy = ForwardModel(self.model, config.train.head_chunk_tokens)
         self.batches = DataBatches(config, sources, world, planned, columns_of(objective))
-        self.objective = objective(config, self.batches)
         self.recorder = Recorder(config, world, self.num_steps, began_s)
-        self.guards = Guards(config.guards, world, folder.path, faults, self.recorder.hang)
+        self.objective = objective(ObjectiveContext(
+            config, self.batches, world, folder.path, self._write_event,
+            waiting=lambda: self.guards.watchdog.paused()))
+        self.guards = Guards(config.guards, world, folder.path, faults, self.recorder.hang,
+                             losses_compare=is_comparable(self.objective))
         self.checkpointer = Checkpointer(
             config, folder, sources, self.model, self.optimizer, self.batches,
-            {"guard": self.guards.step_guard} | ({"gate": gate} if gate is not None else {}),
-            self._note_saved)
+            {"guard": self.guards.step_guard, **parts_of(self.objective)}
+            | ({"gate": gate} if gate is not None else {}), self._note_saved)
         self.computation = Computation(config, self.model, self.optimizer, self.expert_load, len(sources),
                                        self.guards.faults, self.guards.stragglers.clock)
         self.side_jobs: SideJobs | None = None
@@ -117,6 +128,9 @@ class Trainer:
     def events(self) -> EventLog:
         """The run's events."""
         return self.recorder.events
+
+    def _write_event(self, event: str, **fields: Any) -> None:
+        self.events.write(event, **fields)  # which are others once the records are open
 
     # starting and resuming
 

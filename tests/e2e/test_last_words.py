@@ -55,8 +55,8 @@ def slowly(self, folder, rank):
 
 
 class Failing(LanguageModelling):
-    def __init__(self, config, batches):
-        super().__init__(config, batches)
+    def __init__(self, context):
+        super().__init__(context)
         Snapshot.write = slowly
 
     def collect(self, policy, step):

@@ -23,10 +23,10 @@ from megatron_sov.mcore.model.language_model import ModelInputs
 from megatron_sov.mcore.model.logprobs import Head
 from megatron_sov.mcore.parallel import collectives, world
 from megatron_sov.runs.folder import RunFolder
-from megatron_sov.train.data_batches import DataBatches
 from megatron_sov.train.lm import LanguageModelling
 from megatron_sov.train.microbatch import MicroBatch
 from megatron_sov.train.objective import GlobalBatch, LossSums, per_source, with_denominators
+from megatron_sov.train.objective_context import ObjectiveContext
 from megatron_sov.train.trainer import Trainer
 
 LENGTHS = ((13, 5, 9, 21), (31, 1, 3, 13), (12, 12, 12, 12), (1, 2, 40, 5))
@@ -68,9 +68,9 @@ class _Synthetic:
 
     coefficients: dict[str, float]
 
-    def __init__(self, config: RunConfig, batches: DataBatches) -> None:
-        self._vocab_size = config.model.vocab_size
-        self._num_sources = batches.num_sources
+    def __init__(self, context: ObjectiveContext) -> None:
+        self._vocab_size = context.config.model.vocab_size
+        self._num_sources = context.batches.num_sources
 
     def collect(self, policy: Any, step: int) -> GlobalBatch:
         rank, size = collectives.data_place()
@@ -86,8 +86,8 @@ class Pairs(_Synthetic):
     """-log sigmoid(beta (log p(chosen) - log p(rejected))) over pairs,
     and cross-entropy on what was chosen."""
 
-    def __init__(self, config: RunConfig, batches: DataBatches) -> None:
-        super().__init__(config, batches)
+    def __init__(self, context: ObjectiveContext) -> None:
+        super().__init__(context)
         self.coefficients = {"pair": 1.0, "ce": 0.25}
 
     def prepare(self, batch: GlobalBatch) -> GlobalBatch:
@@ -108,8 +108,8 @@ class SequenceRatio(_Synthetic):
     """GSPO (arXiv 2507.18071, eq. 5-7): the ratio is the geometric mean over the sequence's tokens,
     clipped as a whole."""
 
-    def __init__(self, config: RunConfig, batches: DataBatches) -> None:
-        super().__init__(config, batches)
+    def __init__(self, context: ObjectiveContext) -> None:
+        super().__init__(context)
         self.coefficients = {"policy": 1.0}
         self.meters = ("clipped", "length")
 

@@ -52,7 +52,8 @@ def terms(num_texts: int, swap_texts: bool) -> dict[str, Any]:
     config = config_of()
     world.join(config.parallel)
     row = join_rows([a_row(RESPONSE, 1)] + [a_row(TEXT, 3 if swap_texts else 2)] * num_texts)
-    objective = SupervisedFineTuning(config, SimpleNamespace(num_sources=2))  # type: ignore[arg-type]
+    context: Any = SimpleNamespace(config=config, batches=SimpleNamespace(num_sources=2))
+    objective = SupervisedFineTuning(context)
     batch = objective.prepare(GlobalBatch((from_row(row),), LENGTH, 1 + num_texts, "main"))
     generator = torch.Generator().manual_seed(0)
     one, text = (torch.randn(2, LENGTH, 1, 8, generator=generator),
@@ -96,8 +97,9 @@ def test_terms_are_means_over_their_own_tokens(ranks: Any, job: Any) -> None:
 def test_without_text_there_is_no_term_for_it() -> None:
     from megatron_sov.post.sft import SupervisedFineTuning
 
-    batches: Any = SimpleNamespace(num_sources=1)
-    assert SupervisedFineTuning(config_of("objective.text_coeff=0"), batches).coefficients == {
+    context: Any = SimpleNamespace(config=config_of("objective.text_coeff=0"),
+                                   batches=SimpleNamespace(num_sources=1))
+    assert SupervisedFineTuning(context).coefficients == {
         "response": 1.0, "mtp": 0.05}
 
 

@@ -36,7 +36,8 @@ def objective(depths: int) -> DataObjective:
     config = apply_settings(recipes.get("tiny-k-exaone"),
                             [f"model.num_mtp_layers={depths}", "model.mtp_loss_coeff=0.3"])
     batches: Any = SimpleNamespace(num_sources=1, next=lambda: "the next batch")
-    return DataObjective(config, batches)
+    context: Any = SimpleNamespace(config=config, batches=batches)
+    return DataObjective(context)
 
 
 @pytest.mark.parametrize("depths", [1, 2])

@@ -41,7 +41,8 @@ def batch() -> MicroBatch:
 
 def objective(recipe: str) -> LanguageModelling:
     batches: Any = SimpleNamespace(num_sources=2, next=lambda: "the next batch")
-    return LanguageModelling(recipes.get(recipe), batches)
+    context: Any = SimpleNamespace(config=recipes.get(recipe), batches=batches)
+    return LanguageModelling(context)
 
 
 def test_each_label_counts_with_its_weight(batch: MicroBatch) -> None:

@@ -71,8 +71,8 @@ def test_a_row_is_sent_in_one_piece_and_counted_where_it_was(
         of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A meta tensor has no numbers: whoever asked it for one would fail, where on a GPU all would wait."""
     monkeypatch.setattr(collectives, "all_reduce_dp", lambda values: values)
-    batches: Any = SimpleNamespace(num_sources=1)
-    objective = of(recipes.get("tiny-k-exaone"), batches)
+    objective = of(SimpleNamespace(config=recipes.get("tiny-k-exaone"),
+                                   batches=SimpleNamespace(num_sources=1)))
     rows = [row_of([3, 1, 4]), row_of([9])]
     expected = objective.prepare(GlobalBatch(tuple(map(from_row, rows)), 8, 2, "main"))
 

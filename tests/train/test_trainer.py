@@ -16,6 +16,7 @@ def refusals(data: str, run: str) -> dict[str, Any]:
     from megatron_sov.data.token_shards import open_sources
     from megatron_sov.errors import UserError
     from megatron_sov.mcore.parallel import world
+    from megatron_sov.obs.events import EVENTS, read_events
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.lm import LanguageModelling
     from megatron_sov.train.trainer import Trainer
@@ -29,14 +30,44 @@ def refusals(data: str, run: str) -> dict[str, Any]:
     folder.create()
     folder.declare(config)
     sources = open_sources({data: 1.0}, 368)
-    trainer = Trainer(config, place, folder, sources, LanguageModelling)
+    class Remembering(LanguageModelling):
+        """Counts the batches that it has collected."""
+
+        comparable_loss = False
+
+        def __init__(self, context: Any) -> None:
+            super().__init__(context)
+            self.context, self.collected = context, 0
+
+        def collect(self, policy: Any, step: int) -> Any:
+            with self.context.waiting():
+                self.context.write_event("collected", step=step)
+                self.watched = trainer.guards.watchdog._watched
+                self.collected += 1
+            return super().collect(policy, step)
+
+        def state(self) -> dict[str, Any]:
+            return {"collected": self.collected}
+
+        def restore(self, state: dict[str, Any]) -> None:
+            self.collected = state["collected"]
+
+    trainer = Trainer(config, place, folder, sources, Remembering)
+    trainer.open_records()
+    trainer.guards.watchdog.begin(1)
     trainer.update()
     planned, consumed = trainer.batches.planned_tokens(), trainer.batches.consumed_tokens()
     trainer.save()
     trainer.checkpointer.finish()
     saved = folder.checkpoint(1)
     said = {"planned": planned, "consumed": consumed, "counted": trainer.state.tokens, "path": saved.name}
-    again = Trainer(config, place, folder, sources, LanguageModelling)
+    again = Trainer(config, place, folder, sources, Remembering)
+    again.resume(saved)
+    objective: Any = trainer.objective
+    said |= {"watched": [objective.watched, trainer.guards.watchdog._watched[0]],  # type: ignore[index]
+             "events": [e["event"] for e in read_events(folder.path / EVENTS)],
+             "remembers": again.objective.collected,  # type: ignore[attr-defined]
+             "compares": trainer.guards.step_guard._losses_compare}
     again.checkpointer._data = dict.fromkeys(again.checkpointer._data, "0" * 64)
     for name, action in (("packed anew", lambda: again.resume(saved)),
                          ("no number", lambda: _spoil(trainer))):
@@ -63,6 +94,8 @@ def test_a_spoilt_step_and_changed_data_are_refused(ranks: Any, job: Any, packed
                            {"data": str(packed_data.text), "run": str(tmp_path / "run")}))
     assert "source 'even': its data was packed anew since" in said["packed anew"]
     assert "step 2: the loss is nan" in said["no number"] and "lower optim.lr = 0.004" in said["no number"]
+    assert (said["remembers"], said["compares"]) == (1, False), "what an objective knows is in the checkpoint"
+    assert said["watched"] == [None, 1] and "collected" in said["events"]
     assert said["saved"] == ["step-1"], "the spoilt step is not saved"
     assert sum(said["planned"].values()) == 2 * 32
     assert sum(said["consumed"].values()) == said["counted"] < 2 * 32, (

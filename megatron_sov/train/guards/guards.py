@@ -21,7 +21,8 @@ class Guards:
     """The guards of one process."""
 
     def __init__(self, settings: GuardConfig, world: World, run: Path, faults: Sequence[Fault],
-                 on_hang: Callable[[int, dict[str, list[int]]], None]) -> None:
+                 on_hang: Callable[[int, dict[str, list[int]]], None], *,
+                 losses_compare: bool = True) -> None:
         """Set them up; the watchdog's thread starts, and watches nothing yet.
 
         Args:
@@ -30,8 +31,9 @@ class Guards:
             run: the run's folder.
             faults: what is to come on purpose, to see what the guards do about it.
             on_hang: see `Watchdog`.
+            losses_compare: see `StepGuard`.
         """
-        self.step_guard = StepGuard(settings, world.is_main)
+        self.step_guard = StepGuard(settings, world.is_main, losses_compare=losses_compare)
         """Refuses steps that must not be learned."""
         self.watchdog = Watchdog(run, world.rank, settings.hang_timeout_s, on_hang)
         """Ends a process whose step stands still."""

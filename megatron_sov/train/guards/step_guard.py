@@ -44,8 +44,15 @@ class Refusal:
 class StepGuard:
     """Says before each update whether it may be done; the same on every process."""
 
-    def __init__(self, settings: GuardConfig, is_main: bool) -> None:
-        self._settings, self._is_main = settings, is_main
+    def __init__(self, settings: GuardConfig, is_main: bool, *, losses_compare: bool = True) -> None:
+        """Begin without a step.
+
+        Args:
+            settings: what is refused.
+            is_main: whether this is rank 0.
+            losses_compare: whether a loss far above the others is a reason; that it is no number always is.
+        """
+        self._settings, self._is_main, self._losses_compare = settings, is_main, losses_compare
         self._losses: list[float] = []
         self._grad_norms: list[float] = []
         self.in_a_row = 0
@@ -109,7 +116,7 @@ class StepGuard:
                                weights_suspect=True)
         if not (self._settings.skip and self._settings.sigma):
             return None
-        for name, value, usual in figures:
+        for name, value, usual in figures[0 if self._losses_compare else 1:]:
             if len(usual) >= max(MIN_STEPS, self._settings.window_steps // 2):
                 mean, sigma = float(np.mean(usual)), float(np.std(usual, ddof=1))
                 if value > mean + self._settings.sigma * sigma:

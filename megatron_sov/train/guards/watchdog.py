@@ -11,7 +11,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_sov.errors import ExitCode
@@ -54,6 +55,17 @@ class Watchdog:
         self._watched = None
         if self._timeout_s:
             faulthandler.cancel_dump_traceback_later()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Watch nothing inside, and the same step from its beginning behind it."""
+        watched = self._watched
+        self.end()
+        try:
+            yield
+        finally:
+            if watched is not None:
+                self.begin(watched[0])
 
     def close(self) -> None:
         """End the watch."""

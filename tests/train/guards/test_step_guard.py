@@ -72,6 +72,12 @@ def steady(settings: GuardConfig, steps: int) -> StepGuard:
     return guard
 
 
+def test_losses_that_do_not_compare_are_no_spikes_and_gradients_are() -> None:
+    guard = StepGuard(GuardConfig(), is_main=True, losses_compare=False)
+    assert all(guard.accepts((-1) ** i * 0.01 * (i % 3), 1.0 + 0.01 * (i % 2)) for i in range(100))
+    assert guard.accepts(9.0, 1.0) and not guard.accepts(0.0, 9.0) and not guard.accepts(math.nan, 1.0)
+
+
 def test_high_losses_in_a_row_are_counted_and_the_history_survives_a_checkpoint() -> None:
     settings = GuardConfig(rollback_after_skips=2)
     guard = steady(settings, 100)

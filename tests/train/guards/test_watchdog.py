@@ -26,6 +26,12 @@ if case == "lock":
     ctypes.PyDLL(None).sleep(30)  # holds Python's lock all the time
 if case in ("hang", "off"):
     dog.begin(3)
+elif case == "paused":
+    dog.begin(3)
+    with dog.paused():
+        stands_still()
+    assert dog._watched[0] == 3
+    dog.end()
 else:
     dog.end()
 stands_still()
@@ -34,7 +40,8 @@ dog.close()
 
 
 def test_a_hang_is_told_and_ended_and_what_may_take_long_is_not_watched(tmp_path: Path) -> None:
-    cases = {"hang": ExitCode.HANG, "lock": ExitCode.CRASH, "off": ExitCode.OK, "evaluation": ExitCode.OK}
+    cases = {"hang": ExitCode.HANG, "lock": ExitCode.CRASH, "off": ExitCode.OK, "evaluation": ExitCode.OK,
+             "paused": ExitCode.OK}
     started = {}
     for case in cases:
         (tmp_path / case).mkdir()
