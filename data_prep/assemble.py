@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from data_prep.indexed import sidecars_of
 from data_prep.sharding import ShardedWriter
-from data_prep.splits import HELDOUT, SPLITS, TRAIN, HeldoutRule
+from data_prep.splits import HELDOUT, SPLITS, HeldoutRule
 from data_prep.units import GROUP, StoredUnit, UnitRecord, open_unit
 from megatron_sov.chat.encode import TYPE_RESPONSE
 from megatron_sov.documents import Span
@@ -45,6 +45,12 @@ class EncodedSource:
 
     columns: tuple[str, ...] = ()
     """Columns of its documents."""
+    buckets: list[str] = field(default_factory=lambda: [""])
+    """Those that its documents belong to, each of which becomes a source; "" alone: it is one itself."""
+
+    def name_of(self, bucket: str) -> str:
+        """Return the name of the source that a bucket becomes."""
+        return f"{self.name}-{bucket}" if bucket else self.name
 
     @property
     def group(self) -> int:
@@ -58,7 +64,9 @@ def survey(source: EncodedSource, work: Path, dtype: str, rule: HeldoutRule) -> 
     Returns:
         How many documents are left.
     """
-    sequences = [open_unit(work, record.key, dtype).sequences[::source.group] for _, record in source.units]
+    units = [open_unit(work, record.key, dtype) for _, record in source.units]
+    source.buckets = sorted(set().union(*(unit.buckets().tolist() for unit in units))) or [""]
+    sequences = [unit.sequences[::source.group] for unit in units]
     counts = np.array([len(s) for s in sequences])
     ids = np.concatenate([s["id"] for s in sequences]) if sequences else np.zeros(0, np.uint64)
     repeated = np.zeros(len(ids), bool)
@@ -79,25 +87,26 @@ def survey(source: EncodedSource, work: Path, dtype: str, rule: HeldoutRule) -> 
 
 
 def write_shards(source: EncodedSource, work: Path, artifact: Path, dtype: str, rule: HeldoutRule,
-                 shard_tokens: int) -> dict[str, Any]:
-    """Write the shards of a source; returns the manifest's record of each split."""
+                 shard_tokens: int) -> dict[str, dict[str, Any]]:
+    """Write the shards of a source; returns the manifest's record of each split, by bucket."""
     sidecars, extra = sidecars_of(source.kind, source.columns), source.kind == "prompt"
     with ExitStack() as stack:
-        writers = {split: stack.enter_context(ShardedWriter(
-            artifact, f"{source.name}/{split}", dtype, sidecars, extra, source.group, shard_tokens))
-                   for split in SPLITS}
+        writers = {(bucket, split): stack.enter_context(ShardedWriter(
+            artifact, f"{source.name_of(bucket)}/{split}", dtype, sidecars, extra, source.group,
+            shard_tokens)) for bucket in source.buckets for split in SPLITS}
         for number, (_, record) in enumerate(source.units):
             unit = open_unit(work, record.key, dtype)
             heldout = rule.is_heldout(unit.sequences["hash"])
             kept = np.ones(len(heldout), bool)
             kept[source.dropped.get(number, np.zeros(0, np.int64))] = False
+            buckets = unit.buckets()
             lines = stack.enter_context(open(unit.folder / "extra", "rb")) if extra else None
             for block, tokens in _blocks(unit):
                 here = list(islice(lines, block.stop - block.start)) if lines else []
-                for split, chosen in ((TRAIN, ~heldout), (HELDOUT, heldout)):
-                    _write_block(writers[split], unit, block, tokens, (chosen & kept)[block], here,
-                                 source.columns)
-    return {split: writer.record() for split, writer in writers.items()}
+                for (bucket, split), writer in writers.items():
+                    chosen = kept & (heldout == (split == HELDOUT)) & (buckets == bucket)
+                    _write_block(writer, unit, block, tokens, chosen[block], here, source.columns)
+    return {bucket: {split: writers[bucket, split].record() for split in SPLITS} for bucket in source.buckets}
 
 
 def _blocks(unit: StoredUnit) -> Iterator[tuple[slice, slice]]:

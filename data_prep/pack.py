@@ -48,6 +48,8 @@ format), with a part of the documents held out. Special tokens that are spelled 
 text. A killed command continues where it was when it is run again."""
 SAMPLE_SPANS, SAMPLE_CHARS = 16, 32_000
 """Places of each source from which the self-check of the fast encoder takes text, and how much at each."""
+MAX_BUCKETS = 64
+"""Sources that one may be sorted into; each writes files of its own at the same time."""
 _NAME = re.compile(r"\w[\w.-]*")
 
 
@@ -120,6 +122,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--column", dest="columns", action="append", default=[], metavar="NAME",
                         help="a field with a number (of a preference, also a list of two: chosen, rejected) "
                              "that goes with each token into the objective; it may be repeated")
+    parser.add_argument("--bucket-by", default="", metavar="FIELD",
+                        help="make each value of this field a source of its own, NAME-VALUE, for a "
+                             "curriculum's blends")
     parser.add_argument("--bos", choices=("none", "start"), default=default.bos,
                         help="start: documents begin with bos (default %(default)s)")
     parser.add_argument("--eod", choices=("append", "none"), default=default.eod,
@@ -143,7 +148,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run `sov-data pack`; returns 0."""
-    reading = Reading(args.format, args.text_field, args.max_document_bytes, tuple(args.columns))
+    reading = Reading(args.format, args.text_field, args.max_document_bytes, tuple(args.columns),
+                      args.bucket_by)
     settings = PackSettings(args.heldout, reading, args.bos, args.eod, args.on_bad, args.shard_tokens,
                             named_steps(args.steps))
     pack(args.tokenizer, parse_sources(args.input), args.output, settings, workers=args.workers,
@@ -294,22 +300,45 @@ def _write(artifact: Path, encoded: list[EncodedSource], settings: UnitSettings,
             raise UserError(f"{source.path}: data steps leave out every document; see to their rules")
         if not left:
             raise UserError(f"{source.path}: holds no text; pass files with text in them")
+    _refuse_buckets(encoded, settings.reading.bucket_by)
     records = []
     with open(artifact / QUARANTINE, "w", encoding="utf-8") as quarantine:
         for source in encoded:
-            splits = write_shards(source, work, artifact, settings.dtype, rule, pack_settings.shard_tokens)
-            if not splits[TRAIN]["num_documents"]:
-                raise UserError(f"{source.path}: every document was held out, none is left to train on; "
-                                "lower --heldout or add documents")
-            records.append({
-                "name": source.name, "format": source.kind, "group_documents": GROUP[source.kind],
-                "sidecars": list(sidecars_of(source.kind, source.columns)),
-                "input_sha256": hashlib.sha256("".join(r.key for _, r in source.units).encode()).hexdigest(),
-                "num_bad": write_quarantine(source, work, settings.dtype, quarantine),
-                **({"num_left_out": left_out(source)} if settings.steps else {}), "splits": splits})
+            written = write_shards(source, work, artifact, settings.dtype, rule, pack_settings.shard_tokens)
+            num_bad = write_quarantine(source, work, settings.dtype, quarantine)
+            for bucket, splits in written.items():
+                if not splits[TRAIN]["num_documents"]:
+                    where = f"{source.path}, bucket {bucket!r}" if bucket else source.path
+                    raise UserError(f"{where}: every document was held out, none is left to train on; "
+                                    "lower --heldout or add documents")
+                records.append(_record(source, settings, bucket, splits,
+                                       num_bad if bucket == source.buckets[0] else {}))
     if not (artifact / QUARANTINE).stat().st_size:
         (artifact / QUARANTINE).unlink()
     return records
+
+
+def _refuse_buckets(encoded: list[EncodedSource], field_name: str) -> None:
+    """Raise `UserError` where buckets are too many, or one has the name of another source."""
+    for source in encoded:
+        if len(source.buckets) > MAX_BUCKETS:
+            raise UserError(f"{source.path}: field {field_name!r} has {len(source.buckets)} values, "
+                            f"--bucket-by makes at most {MAX_BUCKETS} sources; name a field with fewer")
+    names = Counter(source.name_of(bucket) for source in encoded for bucket in source.buckets)
+    if twice := next((name for name, count in names.items() if count > 1), None):
+        raise UserError(f"--bucket-by {field_name}: two sources would be named {twice!r}; name them apart "
+                        "(--input NAME=PATH)")
+
+
+def _record(source: EncodedSource, settings: UnitSettings, bucket: str, splits: dict[str, Any],
+            num_bad: dict[str, int]) -> dict[str, Any]:
+    """Return the manifest's record of a source, or of one of its buckets."""
+    return {"name": source.name_of(bucket), "format": source.kind, "group_documents": GROUP[source.kind],
+            "sidecars": list(sidecars_of(source.kind, source.columns)),
+            "input_sha256": hashlib.sha256("".join(r.key for _, r in source.units).encode()).hexdigest(),
+            "num_bad": num_bad, **({"num_left_out": left_out(source)} if settings.steps else {}),
+            **({"bucket": {"source": source.name, "field": settings.reading.bucket_by, "value": bucket}}
+               if bucket else {}), "splits": splits}
 
 
 def left_out(source: EncodedSource) -> dict[str, int]:

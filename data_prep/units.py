@@ -140,7 +140,8 @@ class _UnitWriter:
                                                                                encoder, steps)
         names = ["tokens", "sequences", "bad", *(["types"] if settings.reading.kind != "text" else []),
                  *(["extra"] if settings.reading.kind == "prompt" else []),
-                 *(["columns"] if settings.reading.columns else [])]
+                 *(["columns"] if settings.reading.columns else []),
+                 *(["buckets"] if settings.reading.bucket_by else [])]
         self._files: dict[str, IO[bytes]] = {
             name: open(folder / name, "wb") for name in names}  # noqa: SIM115  (closed in __exit__)
         self._num_sequences = self._num_tokens = 0
@@ -228,6 +229,8 @@ class _UnitWriter:
             row["id"] = _id_hash(document.id)
             if "extra" in self._files:
                 self._files["extra"].write(document.extra.encode() + b"\n")
+            if "buckets" in self._files:
+                self._files["buckets"].write(f"{document.bucket}\n".encode() * group)
             if "columns" in self._files:
                 numbers = [document.columns[name] for name in self._settings.reading.columns]
                 self._files["columns"].write(np.array(numbers, "<f4").T.tobytes())
@@ -320,6 +323,13 @@ class StoredUnit:
     """[sequences, columns] as `Reading.columns` names them."""
     folder: Path
     """Where it lies."""
+
+    def buckets(self) -> NDArray[np.str_]:
+        """Return the bucket of each sequence, [sequences]; "" where there are none."""
+        file = self.folder / "buckets"
+        if not file.exists():
+            return np.full(len(self.sequences), "")
+        return np.array(file.read_text(encoding="utf-8").splitlines(), dtype=np.str_)
 
     def bad_rows(self) -> Iterator[dict[str, Any]]:
         """Yield its bad records, in order."""

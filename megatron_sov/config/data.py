@@ -75,7 +75,10 @@ class DataConfig:
     packing: Literal["best_fit", "concat"] = "best_fit"
     """best_fit: documents stay whole unless they are longer than a sample, what does not fit is padding;
     concat: documents follow one another and are cut at the sample's end.  Conversations are always whole,
-    their tail beyond a sample left out."""
+    pairs of them in one sample; see `over_long`."""
+    over_long: Literal["cut", "drop", "refuse"] = "cut"
+    """What becomes of conversations (and pairs) longer than a sample: cut: their tail is left out (of a pair
+    that of the longer one first); drop: they are left out; refuse: the run does not start."""
     phases: tuple[PhaseConfig, ...] = (PhaseConfig("main"),)
     """The curriculum, in order."""
     max_epochs: float = 4.0

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from megatron_sov.config import curriculum, quantization
 from megatron_sov.config.bounds import MAX_STEPS
@@ -36,6 +36,9 @@ class ObjectiveConfig:
     FILE.py:NAME (docs/own_code.md)."""
     text_coeff: float = 0.0
     """sft: weight of an auxiliary cross-entropy on plain text, normalised over its own tokens."""
+    loss_per: Literal["token", "turn", "sample"] = "token"
+    """sft: what counts the same in the loss of responses: every token; every turn of the assistant, by its
+    mean; or every sample (conversation), by its mean."""
     options: dict[str, Any] = field(default_factory=dict)
     """Settings of an objective of your own: the arguments that it takes by name."""
 
@@ -46,6 +49,8 @@ class ObjectiveConfig:
             p.append(f"objective.text_coeff = {self.text_coeff} must be a number that is not negative")
         if self.text_coeff and self.name != "sft":
             p.append(f"objective.text_coeff = {self.text_coeff} belongs to objective sft, not {self.name}")
+        if self.loss_per != "token" and self.name != "sft":
+            p.append(f"objective.loss_per = {self.loss_per} belongs to objective sft, not {self.name}")
         return p
 
 

@@ -85,6 +85,7 @@ class SampleOrder:
                              self.state.step)
         self._seed = config.train.seed
         self._packing: Packing = config.data.packing
+        self._of_chats: Packing = "drop" if config.data.over_long == "drop" else "truncate"
         self._index = {s.name: i for i, s in enumerate(sources)}
         self._documents: dict[int, Documents] = {}
         self._streams: dict[str, Stream] = {}
@@ -116,8 +117,10 @@ class SampleOrder:
         if name not in self._streams:
             index = self._index[name]
             cursor = self.state.cursors.setdefault(name, Cursor())
-            packing: Packing = "truncate" if self.sources[index].is_chat else self._packing
-            self._streams[name] = Stream(name, self.documents(index), self._seed, packing, cursor)
+            source = self.sources[index]
+            self._streams[name] = Stream(name, self.documents(index), self._seed,
+                                         self._of_chats if source.is_chat else self._packing, cursor,
+                                         source.group)
         return self._streams[name]
 
     def epochs(self) -> dict[str, float]:

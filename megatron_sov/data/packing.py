@@ -7,7 +7,7 @@ Modeling", arXiv 2404.10830); all others stay whole, and the rows' rest is paddi
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 
@@ -39,10 +39,44 @@ def cut(parts: Iterable[Segment], seq_len: int) -> list[Segment]:
     return pieces
 
 
-def truncate(parts: Iterable[Segment], seq_len: int) -> list[Segment]:
-    """Return the parts without what goes beyond `seq_len` tokens: for conversations,
-    whose later turns mean nothing alone."""
-    return [p if p.count <= seq_len else Segment(p.document, p.start, seq_len) for p in parts]
+def fitting(parts: Sequence[Segment], group: int, seq_len: int, *, drop: bool) -> tuple[list[Row], int]:
+    """Return units of at most `seq_len` tokens, and how many were longer: for conversations, whose later
+    turns mean nothing alone.
+
+    Args:
+        parts: whole documents.
+        group: how many in a row are one unit, such as the two of a preference.
+        seq_len: tokens of a row.
+        drop: longer units are left out; else their longest documents lose their tails.
+    """
+    units: list[Row] = []
+    over_long = 0
+    for i in range(0, len(parts), group):
+        unit = tuple(parts[i:i + group])
+        if sum(p.count for p in unit) > seq_len:
+            over_long += 1
+            if drop:
+                continue
+            unit = _shortened(unit, seq_len)
+        units.append(unit)
+    return units, over_long
+
+
+def _shortened(unit: Row, seq_len: int) -> Row:
+    """Return a unit without the tails of its longest documents, which are then of one length."""
+    most, room = 0, seq_len
+    for left, count in zip(range(len(unit), 0, -1), sorted(p.count for p in unit), strict=True):
+        most = room // left
+        if count > most:
+            break
+        room -= count
+    return tuple(Segment(p.document, p.start, min(p.count, most)) for p in unit)
+
+
+def best_fit_units(units: Sequence[Row], seq_len: int) -> list[Row]:
+    """Return rows of whole units, each of at most `seq_len` tokens in all, as `best_fit` does of segments."""
+    rows = best_fit((Segment(i, 0, sum(p.count for p in unit)) for i, unit in enumerate(units)), seq_len)
+    return [tuple(part for stands_for in row for part in units[stands_for.document]) for row in rows]
 
 
 def best_fit(segments: Iterable[Segment], seq_len: int) -> list[Row]:

@@ -13,16 +13,17 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from megatron_sov.data.packing import Row, Segment, best_fit, concatenate, cut, truncate
+from megatron_sov.data.packing import Row, Segment, best_fit, best_fit_units, concatenate, cut, fitting
 from megatron_sov.data.permutation import Permutation
 from megatron_sov.data.token_shards import Documents
 from megatron_sov.errors import UserError
 
 WINDOW_DOCUMENTS = 8192
 Item = TypeVar("Item")
-Packing = Literal["best_fit", "truncate", "concat"]
-"""best_fit: whole documents, longer ones cut into rows; truncate: whole documents, longer ones lose their
-tail; concat: documents follow one another and are cut wherever a row ends."""
+Packing = Literal["best_fit", "concat", "truncate", "drop"]
+"""best_fit: whole documents, longer ones cut into rows; concat: documents follow one another and are cut
+wherever a row ends; truncate: whole units of documents, longer ones lose their tail; drop: whole units,
+longer ones are left out."""
 
 
 @dataclass
@@ -40,17 +41,31 @@ class Cursor:
     samples: int = 0
     """Samples given in all."""
     window_documents: int = field(default_factory=lambda: WINDOW_DOCUMENTS)
-    """Size of a window when the stream began; it keeps it, so that a resumed run meets the same windows."""
+    """Size of a window when the stream began, in units; it keeps it, so that a resumed run meets the
+    same windows."""
+    over_long: int = 0
+    """Units met that were longer than a sample."""
 
 
 class Stream:
     """One source's samples, one after another."""
 
-    def __init__(self, name: str, documents: Documents, seed: int, packing: Packing, cursor: Cursor) -> None:
-        self.name, self.documents, self.cursor = name, documents, cursor
+    def __init__(self, name: str, documents: Documents, seed: int, packing: Packing, cursor: Cursor,
+                 group: int = 1) -> None:
+        """Go on where a cursor stands.
+
+        Args:
+            name: of the source.
+            documents: its documents.
+            seed: of the order.
+            packing: how documents become rows.
+            cursor: where the stream stands; it is moved.
+            group: documents in a row that are one unit: shuffled as one, and whole in one row.
+        """
+        self.name, self.documents, self.cursor, self._group = name, documents, cursor, group
         self._key = (seed, name)
         self._packing = packing
-        self._num_windows = -(-len(documents.lengths) // cursor.window_documents)
+        self._num_windows = -(-(len(documents.lengths) // group) // cursor.window_documents)
         self._rows: list[Row] = []
         self._replay()
 
@@ -64,6 +79,11 @@ class Stream:
         while (row := self._take(seq_len)) is None:
             windows_without += 1
             if windows_without > self._num_windows + 1:  # the current one may be used up
+                if self.cursor.over_long:
+                    raise UserError(f"source {self.name!r}: all of its {len(self.documents.lengths)} "
+                                    f"training documents are longer than a sample of {seq_len} tokens, and "
+                                    "data.over_long = drop leaves them out; make samples longer (seq_len), "
+                                    "or set data.over_long=cut")
                 raise UserError(f"source {self.name!r}: none of its {len(self.documents.lengths)} training "
                                 "documents holds a token, although its manifest counts some; "
                                 "run `sov-data verify` and pack the data again")
@@ -80,10 +100,11 @@ class Stream:
 
     def _replay(self) -> None:
         """Bring a window to where its cursor says."""
-        taken, self.cursor.taken = self.cursor.taken, []
+        taken, self.cursor.taken, counted = self.cursor.taken, [], self.cursor.over_long
         for seq_len, rows in taken:
             for _ in range(rows):
                 self._take(seq_len)
+        self.cursor.over_long = counted
 
     def _next_window(self) -> None:
         c = self.cursor
@@ -106,38 +127,45 @@ class Stream:
         return self._rows.pop()
 
     def _window(self) -> list[Segment]:
-        """Return the documents of the cursor's window, shuffled.
+        """Return the documents of the cursor's window, shuffled by units.
 
-        Windows are of equal size to a document, so that none is too small to be packed well.
+        Windows are of equal size to a unit, so that none is too small to be packed well.
         """
-        count = len(self.documents.lengths)
+        count, group = len(self.documents.lengths) // self._group, self._group
         shuffle = Permutation(count, *self._key, self.cursor.epoch)
         first, last = (count * w // self._num_windows for w in (self.cursor.window, self.cursor.window + 1))
-        documents = shuffle.span(first, last)
+        documents = (shuffle.span(first, last)[:, None] * group + np.arange(group)).reshape(-1)
         lengths = np.asarray(self.documents.lengths[documents])
-        return [Segment(d, 0, n) for d, n in zip(documents.tolist(), lengths.tolist(), strict=True) if n > 0]
+        filled = (lengths.reshape(-1, group) > 0).all(axis=1).repeat(group)
+        return [Segment(d, 0, n) for d, n in zip(documents[filled].tolist(), lengths[filled].tolist(),
+                                                 strict=True)]
 
     def _left(self) -> list[Segment]:
         """Return what is left of the window, shuffled, parts of one document joined."""
         left = sorted(s for row in self._rows for s in row)
-        if self._packing == "truncate":
-            parts = [Segment(s.document, 0, int(self.documents.lengths[s.document])) for s in left]
-        else:
-            parts = []
-            for s in left:
-                before = parts[-1] if parts else None
-                if before and before.document == s.document and before.start + before.count == s.start:
-                    parts[-1] = Segment(s.document, before.start, before.count + s.count)
-                else:
-                    parts.append(s)
+        if self._packing in ("truncate", "drop"):
+            whole = [Segment(s.document, 0, int(self.documents.lengths[s.document])) for s in left]
+            units = [whole[i:i + self._group] for i in range(0, len(whole), self._group)]
+            return [part for unit in self._shuffled(units, "left") for part in unit]
+        parts: list[Segment] = []
+        for s in left:
+            before = parts[-1] if parts else None
+            if before and before.document == s.document and before.start + before.count == s.start:
+                parts[-1] = Segment(s.document, before.start, before.count + s.count)
+            else:
+                parts.append(s)
         return self._shuffled(parts, "left")
 
     def _pack(self, parts: list[Segment], seq_len: int) -> list[Row]:
         """Return rows in the reverse of the order in which they are given."""
         if self._packing == "concat":
             return concatenate(parts, seq_len)[::-1]
-        rows = best_fit(cut(parts, seq_len) if self._packing == "best_fit" else truncate(parts, seq_len),
-                        seq_len)
+        if self._packing == "best_fit":
+            rows = best_fit(cut(parts, seq_len), seq_len)
+        else:
+            units, over_long = fitting(parts, self._group, seq_len, drop=self._packing == "drop")
+            self.cursor.over_long += over_long
+            rows = best_fit_units(units, seq_len)
         # best fit opens rows by length; shuffled, so that a row's length says nothing about its
         # place in the window
         return self._shuffled(rows, "rows")

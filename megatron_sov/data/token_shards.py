@@ -288,6 +288,8 @@ class Source:
     """Token ids of the tokenizer that packed it."""
     columns: tuple[str, ...] = ()
     """Columns that its documents have beside weights and types."""
+    group: int = 1
+    """Documents in a row that are one unit, never parted: 2 of a preference."""
 
     @property
     def is_chat(self) -> bool:
@@ -378,6 +380,7 @@ def _of_artifact(path: Path, content: dict[str, Any], share: float, formats: tup
             share=share * s.get("weight", s["splits"]["train"]["num_tokens"] / train_tokens),
             vocab_size=content["vocab_size"],
             columns=tuple(name for name in s.get("sidecars", ()) if name not in ("loss", "type")),
+            group=s.get("group_documents", 1),
         )
         for s in described
     ]

@@ -45,6 +45,9 @@ def _view(name: str, known: dict[str, Source]) -> Source | None:
                             f"name {base} alone")
         return dataclasses.replace(source, name=name, share=0.0, made=Pieces(source.shard("train"), tokens),
                                    num_tokens={"train": source.num_tokens["train"], "heldout": 0})
+    if source.group > 1:
+        raise UserError(f"data.phases blend {name!r}: documents of {base} belong together by "
+                        f"{source.group}; name {base} alone, and see data.over_long")
     documents = LongDocuments(source.shard("train"), tokens)
     if not len(documents.index):
         raise UserError(f"data.phases blend {name!r}: source {base} has no document of {tokens} "

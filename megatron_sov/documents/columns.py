@@ -1,5 +1,5 @@
-"""Columns: numbers of a record that travel beside its tokens, one for each, into the objective that
-asks for them."""
+"""What a record says of itself beside its text: numbers that travel with its tokens as columns, into the
+objective that asks for them, and the bucket that it belongs to, as one of a difficulty."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from megatron_sov.documents.messages import BadRecord
 
 COLUMN_NAME = re.compile(r"[a-z_]+")
+BUCKET_NAME = re.compile(r"\w[\w.-]{0,59}")
 RESERVED = ("bin", "extra", "idx", "loss", "type")
 """Endings of the other files of a shard."""
 LARGEST = 3.4028234663852886e38
@@ -39,6 +40,20 @@ def read_columns(record: Mapping[str, Any], names: Iterable[str],
         BadRecord: a field is missing, or holds something else.
     """
     return {name: _numbers(record, name, num_sequences) for name in names}
+
+
+def read_bucket(record: Mapping[str, Any], field: str) -> str:
+    """Return the value of a record's field as the name of a bucket.
+
+    Raises:
+        BadRecord: the field is missing, or its value is no name.
+    """
+    value = record.get(field)
+    name = str(value) if isinstance(value, (str, int)) else ""
+    if not BUCKET_NAME.fullmatch(name):
+        raise BadRecord("fields", f"has {str(value)[:40]!r} in field {field!r}, by which --bucket-by sorts; "
+                                  "must be a name of letters, digits, '.', '_', '-', or a whole number")
+    return name
 
 
 def _numbers(record: Mapping[str, Any], name: str, num_sequences: int) -> tuple[float, ...]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_sov.documents.columns import read_columns
+from megatron_sov.documents.columns import read_bucket, read_columns
 from megatron_sov.documents.messages import (
     BadRecord,
     Conversation,
@@ -38,6 +38,8 @@ class Reading:
     """A longer line, row or value is a bad record: it is passed over without being held in memory."""
     columns: tuple[str, ...] = ()
     """Fields that hold numbers, each of which becomes a column."""
+    bucket_by: str = ""
+    """Field whose values sort the records into buckets; "": none."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ class Document:
     """JSON of a prompt's other fields (what a reward needs, such as an answer)."""
     columns: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     """Column -> its number for each sequence: one, or those of chosen and rejected."""
+    bucket: str = ""
+    """The bucket that it belongs to; "": there are none."""
     line: int = 0
     """Line or row, from 1, counted from where reading began; 0 where there is none."""
 
@@ -148,6 +152,8 @@ def parse_record(record: dict[str, Any], where: str, number: int, reading: Readi
         fields["awaits_response"] = True
     if kind != "text":
         fields |= _beside(record)
+    if reading.bucket_by:
+        fields["bucket"] = read_bucket(record, reading.bucket_by)
     fields["columns"] = read_columns(record, reading.columns, 2 if kind == "preference" else 1)
     id_ = record.get("id")
     document = Document(where, id=str(id_) if isinstance(id_, (str, int)) else None, line=number, **fields)

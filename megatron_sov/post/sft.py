@@ -11,6 +11,7 @@ from megatron_sov.config import RunConfig
 from megatron_sov.data.token_shards import Source
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.model.logprobs import Head
+from megatron_sov.post.weightings import counted_per
 from megatron_sov.train.data_objective import DataObjective
 from megatron_sov.train.microbatch import MicroBatch
 from megatron_sov.train.objective import GlobalBatch, LossSums, per_source, with_denominators
@@ -23,7 +24,7 @@ TYPE_OF = {TEXT: 0, RESPONSE: 2}
 
 class SupervisedFineTuning(DataObjective):
     """``CE(responses) / response tokens + text_coeff * CE(text) / text tokens`` (+ multi-token
-    prediction on responses).
+    prediction on responses); or means over turns or samples of the responses.
 
     Each term is divided by its own count over the global batch, so the share of text in the data changes how
     often the auxiliary term is estimated, and never its weight.
@@ -32,17 +33,28 @@ class SupervisedFineTuning(DataObjective):
     def __init__(self, context: ObjectiveContext) -> None:
         super().__init__(context)
         config = context.config
+        self._loss_per = config.objective.loss_per
+        self._dtype = torch.float64 if config.train.precision == "fp64" else torch.float32
         self.coefficients = {RESPONSE: 1.0}
         if config.objective.text_coeff > 0:
             self.coefficients[TEXT] = config.objective.text_coeff
         self.coefficients |= self._mtp_coefficient
 
     def prepare(self, batch: GlobalBatch) -> GlobalBatch:
-        """Count each term's targets over the global batch."""
+        """Count each term's targets over the global batch: tokens, or what `objective.loss_per` says."""
+        batch = dataclasses.replace(batch, micro_batches=tuple(map(self._weighted, batch.micro_batches)))
         hosts = [m.host for m in batch.micro_batches]
         targets = {term: sum(float(_weights(m, term).double().sum()) for m in hosts)
                    for term in TYPE_OF if term in self.coefficients}
         return with_denominators(batch, targets | self._mtp_targets(map(_responses, hosts)))
+
+    def _weighted(self, batch: MicroBatch) -> MicroBatch:
+        """Return a micro-batch with the weights of `objective.loss_per`, on the host and on the device."""
+        if self._loss_per == "token":
+            return batch
+        found = counted_per(batch, self._loss_per, self._dtype)
+        return found if batch.on_host is None else dataclasses.replace(
+            found, on_host=counted_per(batch.on_host, self._loss_per, self._dtype))
 
     def loss(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> LossSums:
         """Return the summed cross-entropy of each term."""

@@ -221,8 +221,12 @@ def _data_section(run: Run) -> Section:
         got, wanted = number(tokens.get(name, 0)), number(plan.get(name, 0))
         rows.append([name, f"{got:,.0f}", f"{wanted:,.0f}",
                      f"{got / wanted - 1:+.2%}" if wanted else "not planned"])
-    table = Table(["source", "tokens consumed", "tokens planned", "difference"], rows)
-    return Section("Data consumed", charts=[drawn, *padding], tables=[table])
+    tables = [Table(["source", "tokens consumed", "tokens planned", "difference"], rows)]
+    if over_long := consumed.get("over_long"):
+        fate = {"cut": "cut", "drop": "left out"}.get(str(consumed.get("over_long_are")), "too long")
+        tables.append(Table(["source", f"conversations or pairs longer than a sample, {fate}"],
+                            [[name, f"{number(count):,.0f}"] for name, count in over_long.items()]))
+    return Section("Data consumed", charts=[drawn, *padding], tables=tables)
 
 
 def _sample_section(run: Run) -> Section:

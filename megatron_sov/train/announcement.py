@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_sov.config import RunConfig
 from megatron_sov.data.ledger import LedgerEntry
+from megatron_sov.data.over_long import over_long
 from megatron_sov.data.token_shards import Source
 from megatron_sov.mcore.model.language_model import LanguageModel
 from megatron_sov.mcore.parallel.world import World
@@ -44,11 +45,14 @@ def banner(config: RunConfig, world: World, run: Path, steps: range, entries: Se
     read = ", ".join(
         f"{name} {short(n)} tokens" + (f" ({n / tokens[name]:.3g} epochs)" if tokens.get(name) else "")
         for name, n in planned.items() if n)
+    fate = {"cut": "their tails are left out", "drop": "they are left out"}.get(config.data.over_long)
+    too_long = "".join(f"\n  over-long  {o.source}: {o.count:,} of {o.total:,} are longer than {o.seq_len} "
+                       f"tokens, {fate} (data.over_long)" for o in over_long(sources, entries))
     return (f"{config.recipe}: {short(count.total)} parameters ({short(count.active)} active), steps "
             f"{steps.start + 1} to {steps.stop}, {short(sum(planned.values()))} tokens\n"
             f"  processes  {world.size}{f': {layout}' if layout else ''}; {config.train.precision}, "
             f"{states_gib:.2g} GiB of weights, gradients and optimizer each{activations}\n"
-            f"  data       {read}\n"
+            f"  data       {read}{too_long}\n"
             f"  run        {run}, a checkpoint every {config.train.checkpoint_every_steps} steps")
 
 

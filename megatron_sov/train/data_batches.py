@@ -76,6 +76,12 @@ class DataBatches:
         """Return the tokens given of each source so far."""
         return {name: cursor["tokens"] for name, cursor in self._state["cursors"].items()}
 
+    def over_long(self) -> dict[str, int]:
+        """Return the conversations (or pairs) met so far of each source that were longer than a sample, where
+        there were any."""
+        return {name: cursor["over_long"] for name, cursor in self._state["cursors"].items()
+                if cursor.get("over_long")}
+
     def planned_tokens(self) -> dict[str, int]:
         """Return the tokens of each source that the ledger asks for so far;
         a source that was taken away keeps its own."""

@@ -153,11 +153,13 @@ class Recorder:
             self.events.write("expert_load", step=step, load=shares, layers=[i + 1 for i in layers], **fields)
 
     def evaluated(self, step: int, results: dict[str, HeldoutLoss], consumed: dict[str, int],
-                  planned: dict[str, int]) -> None:
-        """Tell the held-out losses, and how much of each source was read beside what the ledger
-        asks for, in tokens."""
+                  planned: dict[str, int], over_long: dict[str, int]) -> None:
+        """Tell the held-out losses, how much of each source was read beside what the ledger
+        asks for, in tokens, and of how many conversations a sample did not hold all."""
         self.events.write("eval", step=step, heldout={name: asdict(r) for name, r in results.items()})
-        self.events.write("data_consumed", step=step, tokens=consumed, plan=planned)
+        self.events.write("data_consumed", step=step, tokens=consumed, plan=planned,
+                          **({"over_long": over_long, "over_long_are": self._config.data.over_long}
+                             if over_long else {}))
 
     def saved(self, saved: Saved) -> None:
         """Tell of a checkpoint that is complete."""

@@ -20,6 +20,7 @@ from megatron_sov import models
 from megatron_sov.artifacts import manifest_sha256
 from megatron_sov.config import RunConfig
 from megatron_sov.config.schedules import changed_schedule
+from megatron_sov.data import over_long
 from megatron_sov.data.columns import refuse_without_columns
 from megatron_sov.data.ledger import LedgerEntry, plan
 from megatron_sov.data.token_shards import Source, open_sources, tokenizer_folder
@@ -169,7 +170,10 @@ def _open_data(stage: Stage) -> _Data:
             source.shard("heldout")
     sources = [*with_views(stage.config, list(packed)), *stage.extra_sources]
     refuse_without_columns(sources, columns_of(stage.objective))
-    return _Data(sources, plan(stage.config, sources))
+    planned = plan(stage.config, sources)
+    if stage.config.data.over_long == "refuse":
+        over_long.refuse(over_long.over_long(sources, planned))
+    return _Data(sources, planned)
 
 
 def _finish_side_jobs(stage: Stage) -> None:

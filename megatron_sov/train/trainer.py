@@ -274,7 +274,7 @@ class Trainer:
 
         results = self.heldout = self._evaluator.run(self.policy, counted)
         self.recorder.evaluated(self.step, results, self.batches.consumed_tokens(),
-                                self.batches.planned_tokens())
+                                self.batches.planned_tokens(), self.batches.over_long())
         return results
 
     def save(self) -> None:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_sov.data.packing import Row, Segment, best_fit, concatenate, cut, truncate
+from megatron_sov.data.packing import Row, Segment, best_fit, best_fit_units, concatenate, cut, fitting
 
 SEQ_LEN = 24
 Fewest = Callable[[list[int], int], int]
@@ -73,9 +73,33 @@ def test_only_documents_longer_than_a_row_are_cut(parts: list[Segment]) -> None:
 
 @given(documents)
 def test_conversations_lose_what_is_beyond_a_row_and_nothing_else(parts: list[Segment]) -> None:
-    rows = best_fit(truncate(parts, SEQ_LEN), SEQ_LEN)
+    units, over_long = fitting(parts, 1, SEQ_LEN, drop=False)
+    rows = best_fit_units(units, SEQ_LEN)
     assert sorted(s for row in rows for s in row) == [Segment(p.document, 0, min(p.count, SEQ_LEN))
                                                       for p in parts]
+    assert over_long == sum(p.count > SEQ_LEN for p in parts)
+    assert fitting(parts, 1, SEQ_LEN, drop=True) == ([(p,) for p in parts if p.count <= SEQ_LEN], over_long)
+
+
+@given(st.lists(st.tuples(*[st.integers(1, 40)] * 3), min_size=1, max_size=12), st.booleans())
+def test_units_stay_whole_and_in_order(counts: list[tuple[int, ...]], drop: bool) -> None:
+    parts = [Segment(3 * i + j, 0, n) for i, unit in enumerate(counts) for j, n in enumerate(unit)]
+    units, over_long = fitting(parts, 3, SEQ_LEN, drop=drop)
+    rows = best_fit_units(units, SEQ_LEN)
+    assert over_long == sum(sum(unit) > SEQ_LEN for unit in counts)
+    assert all(sum(s.count for s in row) <= SEQ_LEN for row in rows)
+    of_rows = [s for row in rows for s in row]
+    found = sorted(of_rows[i:i + 3] for i in range(0, len(of_rows), 3))
+    assert [[s.document for s in unit] for unit in found] == [
+        [3 * i, 3 * i + 1, 3 * i + 2] for i, unit in enumerate(counts) if not drop or sum(unit) <= SEQ_LEN]
+    assert all(len(row) % 3 == 0 for row in rows)
+    for unit in found:
+        whole, kept = counts[unit[0].document // 3], [s.count for s in unit]
+        if sum(whole) <= SEQ_LEN:
+            assert tuple(kept) == whole
+        else:  # the longest lose their tails, down to one length; no token more than it takes
+            most = max(kept)
+            assert kept == [min(n, most) for n in whole] and sum(min(n, most + 1) for n in whole) > SEQ_LEN
 
 
 @given(documents)

@@ -15,8 +15,9 @@ from megatron_sov.data import streams
 from megatron_sov.data.streams import Cursor, Packing, Stream
 from megatron_sov.errors import UserError
 
-corpora = st.lists(st.integers(0, 40), min_size=1, max_size=40).filter(any)
-packings = st.sampled_from(["best_fit", "truncate", "concat"])
+corpora = st.lists(st.integers(0, 40), min_size=1, max_size=40).filter(any).map(
+    lambda lengths: [*lengths, 3])  # one that fits every sample
+packings = st.sampled_from(["best_fit", "truncate", "concat", "drop"])
 lengths_over_time = st.lists(st.sampled_from([5, 16, 33]), min_size=1, max_size=60).map(sorted)
 SETTINGS = settings(max_examples=120)
 
@@ -52,11 +53,12 @@ def test_each_token_occurs_once_in_each_epoch(corpus: list[int], packing: Packin
     everything = {(d, t) for d, n in enumerate(corpus) for t in range(n)}
     # a truncated document keeps at least these
     beginnings = {(d, t) for d, n in enumerate(corpus) for t in range(min(n, 5))}
+    short = {(d, t) for d, n in enumerate(corpus) for t in range(n) if n <= 5}
     for epoch, counted in seen.items():
         assert max(counted.values()) == 1
         assert set(counted) <= everything
         if epoch < source.cursor.epoch:
-            assert set(counted) >= (beginnings if packing == "truncate" else everything)
+            assert set(counted) >= {"truncate": beginnings, "drop": short}.get(packing, everything)
 
 
 @given(corpora, packings, st.lists(st.sampled_from([5, 16, 33]), min_size=1, max_size=40), st.integers(0, 40))
@@ -77,6 +79,47 @@ def test_conversations_are_given_whole_from_their_start() -> None:
     source = stream(corpus, "truncate")
     given_ = [s for _ in range(30) for s in source.next_sample(16)]
     assert {(s.start, s.count) for s in given_} == {(0, min(n, 16)) for n in corpus}
+
+
+@given(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=30),
+       st.sampled_from(["truncate", "drop"]), st.lists(st.sampled_from([5, 16, 33]), min_size=1, max_size=40),
+       st.integers(0, 40))
+@SETTINGS
+def test_pairs_stay_whole_in_one_row_at_changing_lengths_and_over_kills(
+        pairs: list[tuple[int, int]], packing: Packing, wanted: list[int], killed: int) -> None:
+    corpus = [n for pair in [*pairs, (2, 3)] for n in pair]
+
+    def of_pairs(cursor: Cursor) -> Stream:
+        return Stream("pairs", Lengths(corpus), 1, packing, cursor, group=2)  # type: ignore[arg-type]
+
+    source = of_pairs(Cursor())
+    seen: dict[int, Counter[int]] = {}
+    for number, seq_len in enumerate(wanted):
+        if number == killed:
+            source = of_pairs(Cursor(**json.loads(json.dumps(dataclasses.asdict(source.cursor)))))
+        row = source.next_sample(seq_len)
+        assert sum(s.count for s in row) <= seq_len
+        for chosen, rejected in zip(row[::2], row[1::2], strict=True):
+            assert chosen.document % 2 == 0 and rejected.document == chosen.document + 1
+            seen.setdefault(source.cursor.epoch, Counter())[chosen.document // 2] += 1
+            if packing == "drop":
+                assert (chosen.count, rejected.count) == tuple(corpus[chosen.document:rejected.document + 1])
+    for epoch, counted in seen.items():
+        assert set(counted.values()) == {1}
+        if epoch < source.cursor.epoch and packing == "truncate":
+            assert len(counted) == len(corpus) // 2
+
+
+def test_what_is_longer_than_a_sample_is_counted_once_for_each_time_that_it_is_met() -> None:
+    source = stream([3, 9, 16, 30, 20], "drop")
+    given_ = {(s.document, s.count) for _ in range(6) for s in source.next_sample(16)}
+    assert given_ == {(0, 3), (1, 9), (2, 16)}
+    assert (source.cursor.epoch, source.cursor.over_long) == (2, 6)
+    again = stream([3, 9, 16, 30, 20], "drop", Cursor(**dataclasses.asdict(source.cursor)))
+    assert again.cursor.over_long == 6, "what a resumed stream packs again it has counted"
+    with pytest.raises(UserError, match=r"all of its 2 training documents are longer than a sample of 8 "
+                                        r"tokens, and data\.over_long = drop leaves them out"):
+        stream([30, 9], "drop").next_sample(8)
 
 
 def test_the_order_depends_on_seed_name_and_epoch() -> None:

@@ -44,7 +44,7 @@ def test_shards_hold_what_plain_reading_gives(source: tuple[EncodedSource, Path]
     encoded, folder = source
     rule = HeldoutRule(0.4)
     assert survey(encoded, folder / "work", "uint16", rule) == 7
-    splits = write_shards(encoded, folder / "work", folder / "out", "uint16", rule, 10**9)
+    splits = write_shards(encoded, folder / "work", folder / "out", "uint16", rule, 10**9)[""]
     encoder = Encoder(tokenizers["solar-open"])
     expected: dict[bool, list[list[int]]] = {True: [], False: []}
     for i in range(9):

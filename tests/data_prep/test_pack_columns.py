@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 from data_prep.cli import main
 from data_prep.pack import PackSettings, Source, pack
+from megatron_sov.artifacts import read_manifest
 from megatron_sov.data.token_shards import open_sources
 from megatron_sov.documents import Reading
 
@@ -73,3 +74,49 @@ def test_what_is_no_column(tokenizers: dict[str, Path], tmp_path: Path, format_:
                  "--heldout", "0", "--workers", "1"])
     assert (code, (tmp_path / "new").exists()) == ((2, False) if said else (0, True))
     assert said in capsys.readouterr().err
+
+
+def test_a_field_sorts_records_into_sources_of_their_own(tokenizers: dict[str, Path], tmp_path: Path,
+                                                         capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"messages": [{"role": "user", "content": f"{i} + 1?"},
+                          {"role": "assistant", "content": f"It is {i + 1}."}],
+             "level": ["easy", "hard", 3][i % 3], "score": i} for i in range(60)]
+    without = {"messages": rows[0]["messages"]}
+    (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, [*rows, without])))
+    words = ["pack", "--tokenizer", str(tokenizers["solar-open"]), "--format", "chat", "--bucket-by", "level",
+             "--column", "score", "--input", str(tmp_path / "chat.jsonl"), "--heldout", "0.2",
+             "--workers", "1", "--output", str(tmp_path / "out")]
+    assert main(words) == 2
+    assert "chat.jsonl:61: has 'None' in field 'level', by which --bucket-by sorts" in capsys.readouterr().err
+    assert main([*words, "--on-bad", "quarantine"]) == 0
+    sources = open_sources({str(tmp_path / "out"): 1.0}, 10**6)
+    assert [s.name for s in sources] == ["chat-3", "chat-easy", "chat-hard"]
+    found: dict[str, list[int]] = {}
+    for source in sources:
+        for split in ("train", "heldout"):
+            documents = source.shard(split)
+            found.setdefault(source.name, []).extend(
+                int(documents.column("score", d, 0, 1)[0]) for d in range(len(documents.lengths)))
+    assert {name: sorted(scores) for name, scores in found.items()} == {
+        name: list(range(first, 60, 3))
+        for first, name in enumerate(("chat-easy", "chat-hard", "chat-3"))}
+    record = read_manifest(tmp_path / "out").content["sources"][1]
+    assert record["bucket"] == {"source": "chat", "field": "level", "value": "easy"}
+    assert main(["verify", str(tmp_path / "out")]) == 0
+    assert main(["mix", str(tmp_path / "out"), "--output", str(tmp_path / "mixed")]) == 0
+
+
+def test_too_many_buckets_are_a_mistake(tokenizers: dict[str, Path], tmp_path: Path,
+                                        capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"text": f"text {i}", "n": i, "kind": "x"} for i in range(65)]
+    (tmp_path / "web.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = ["pack", "--tokenizer", str(tokenizers["solar-open"]), "--workers", "1", "--output",
+             str(tmp_path / "out"), "--input", f"web={tmp_path / 'web.jsonl'}"]
+    assert main([*words, "--bucket-by", "n"]) == 2
+    assert "field 'n' has 65 values, --bucket-by makes at most 64 sources" in capsys.readouterr().err
+    # the source a, of bucket b-x, and a-b, of bucket x
+    (tmp_path / "other.jsonl").write_text(json.dumps({"text": "one", "kind": "b-x"}) + "\n")
+    both = [f"a={tmp_path / 'other.jsonl'}", f"a-b={tmp_path / 'web.jsonl'}"]
+    assert main([*words[:-1], *both, "--bucket-by", "kind"]) == 2
+    assert "two sources would be named 'a-b-x'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

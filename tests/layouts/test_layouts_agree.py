@@ -34,7 +34,7 @@ LAYOUTS = {
     "micro batch 1": (1, ["train.micro_batch_size=1"]),
     "micro batch 8": (1, ["train.micro_batch_size=8"]),
 }
-SFT = ["objective.text_coeff=0.3", 'data.phases=[{"name": "main", "seq_len": 64}]']
+SFT = ["objective.text_coeff=0.3", "objective.loss_per=turn", 'data.phases=[{"name": "main", "seq_len": 64}]']
 TIED = ["model.tied_embeddings=true", "model.vocab_size=369"]
 """With tensor parallelism the vocabulary is padded."""
 STEPS = 3

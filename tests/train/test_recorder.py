@@ -56,7 +56,8 @@ def tell_all(r: Recorder) -> None:
     r.passed_over(2)
     r.refused(3, Refusal("the loss is nan", float("nan"), 1.0, finite=False, weights_suspect=True), [1])
     r.expert_load(4, LOAD)
-    r.evaluated(4, {"web": HeldoutLoss(2.0, 1.0, 10)}, {"web": 128}, {"web": 130})
+    r.evaluated(4, {"web": HeldoutLoss(2.0, 1.0, 10)}, {"web": 128}, {"web": 130},
+                {"chat": 3})
     r.saved(Saved(Path("run/checkpoints/step-4"), 4, 0.1, 0.2))
     r.hang(5, {"loop.py, train": [0, 1]})
     r.stopped(6, None)
@@ -81,6 +82,8 @@ def test_every_word_is_an_event_of_its_own(tmp_path: Path, capsys: pytest.Captur
     assert (load["layers"], load["load"]) == ([2, 3], [[0.75, 0.25], [0.5, 0.5]])
     assert next(e["path"] for e in events if e["event"] == "checkpoint") == "checkpoints/step-4"
     assert next(e["reason"] for e in events if e["event"] == "stop") == "another process was asked to stop"
+    assert next((e["over_long"], e["over_long_are"]) for e in events if e["event"] == "data_consumed") == (
+        {"chat": 3}, "cut")
     said = capsys.readouterr().err
     assert f"warning: {warning['text']}\n" in said and "source web is gone through 9.0 times" in said
     assert "warning: step 3 is not learned: the loss is nan (not finite on rank 1)\n" in said
