@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from megatron_sov.data.order import Sample
-from megatron_sov.data.packing import Row, Segment, best_fit, truncate
+from megatron_sov.data.packing import Row, Segment, best_fit
 from megatron_sov.data.rows import join_rows, sample_row
 from megatron_sov.mcore.model.logprobs import Head
 from megatron_sov.mcore.parallel import collectives
@@ -35,8 +35,8 @@ def document_logprobs(view: GateView, documents: Documents, chosen: range) -> np
     seq_len, size = max(p.seq_len for p in view.config.data.phases), view.config.train.micro_batch_size
     lengths = np.asarray(documents.lengths[np.asarray(chosen)])
     starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    segments = [Segment(d, 0, n) for d, n in zip(chosen, lengths.tolist(), strict=True) if n > 1]
-    rows = best_fit(truncate(segments, seq_len), seq_len)
+    rows = best_fit([Segment(d, 0, min(n, seq_len))
+                     for d, n in zip(chosen, lengths.tolist(), strict=True) if n > 1], seq_len)
     numbers = np.zeros(starts[-1], np.float32)
     at_a_time = size * view.world.dp_size * MICRO_BATCHES
     for begin in range(0, len(rows), at_a_time):

@@ -49,7 +49,7 @@ class PairLearning(DataObjective):
         """Count the pairs of the global batch, and the chosen responses' tokens."""
         hosts = [m.host for m in batch.micro_batches]
         found = [responses_of(m) for m in hosts]
-        targets = {PREFERENCE: sum(len(r) / 2 for r in found)}
+        targets = {PREFERENCE: sum(float(r.whole_pairs().sum()) for r in found)}
         chosen = [_only(m, r.of_side(0)) for m, r in zip(hosts, found, strict=True)]
         if CHOSEN in self.coefficients:
             targets[CHOSEN] = sum(float(m.weights.double().sum()) for m in chosen)
@@ -61,17 +61,17 @@ class PairLearning(DataObjective):
         logprobs = head.logprobs(hidden[0], batch.labels)
         sums = responses.sums(logprobs)
         losses, scores = self._losses(sums, batch, responses)
-        chosen = _only(batch, responses.of_side(0))
-        terms = {PREFERENCE: losses.sum()}
+        whole, chosen = responses.whole_pairs(), _only(batch, responses.of_side(0))
+        terms = {PREFERENCE: (losses * whole).sum()}
         if CHOSEN in self.coefficients:
-            terms[CHOSEN] = -(logprobs.double() * chosen.weights).sum()
+            # not a product: what is not learned may be impossible
+            terms[CHOSEN] = -logprobs.double().where(chosen.weights > 0, 0.0).sum()
         terms |= self._mtp_sum(hidden, head, chosen)
-        margins = (scores[0::2] - scores[1::2]).detach()
-        means = (sums / responses.lengths).detach()
-        values = (margins > 0, margins, means[0::2], means[1::2])
-        return LossSums(terms, per_source(-logprobs, batch.weights * learned(batch), batch.sources,
-                                          self._num_sources),
-                        meters={name: _meter(value) for name, value in zip(self.meters, values, strict=True)})
+        margins, means = (scores[0::2] - scores[1::2]).detach(), responses.means(logprobs.detach())
+        values = ((margins > 0).double(), margins, means[0::2], means[1::2])
+        return LossSums(terms, _learned_losses(logprobs, batch, self._num_sources),
+                        meters={name: ((value * whole).sum(), whole.sum())
+                                for name, value in zip(self.meters, values, strict=True)})
 
     def _losses(self, sums: torch.Tensor, batch: MicroBatch,
                 responses: Responses) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,7 +82,7 @@ class PairLearning(DataObjective):
             batch: theirs.
             responses: where they stand.
         """
-        means = sums / responses.lengths
+        means = sums / responses.lengths.clamp(min=1)
         return preferences.simper(means[0::2], means[1::2]), means
 
 
@@ -97,7 +97,7 @@ class PairLearningWithReference(PairLearning):
         asked = self._asked
         ratios = sums - responses.sums(batch.columns[reference.COLUMN])
         if asked.method != "dpo":
-            ratios = ratios / responses.lengths
+            ratios = ratios / responses.lengths.clamp(min=1)
         margins = ratios[0::2] - ratios[1::2]
         losses = (preferences.ipo(margins, asked.beta) if asked.method == "ipo"
                   else preferences.dpo(margins, asked.beta, asked.label_smoothing))
@@ -121,8 +121,7 @@ class GroupLearning(DataObjective):
     def prepare(self, batch: GlobalBatch) -> GlobalBatch:
         """Count the groups of the global batch: parts of a group that lie in other batches count there."""
         hosts = [m.host for m in batch.micro_batches]
-        groups = sum(float(r.means(m.columns[SHARE]).sum())
-                     for m, r in ((m, responses_of(m)) for m in hosts))
+        groups = sum(float(responses_of(m).means(m.columns[SHARE]).sum()) for m in hosts)
         learning = [_only(m, learned(m)) for m in hosts]
         return with_denominators(batch, {PREFERENCE: groups} | self._mtp_targets(learning))
 
@@ -134,10 +133,10 @@ class GroupLearning(DataObjective):
         advantages, shares = (responses.means(batch.columns[name]) for name in (ADVANTAGE, SHARE))
         terms = {PREFERENCE: (preferences.grouper(means, advantages) * shares).sum()}
         terms |= self._mtp_sum(hidden, head, _only(batch, learned(batch)))
-        return LossSums(terms, per_source(-logprobs, batch.weights * learned(batch), batch.sources,
-                                          self._num_sources),
-                        meters={"better_logprob": _meter(means.detach(), advantages > 0),
-                                "worse_logprob": _meter(means.detach(), advantages < 0)})
+        better, worse = ((advantages > 0).double(), (advantages < 0).double())
+        return LossSums(terms, _learned_losses(logprobs, batch, self._num_sources),
+                        meters={"better_logprob": ((means.detach() * better).sum(), better.sum()),
+                                "worse_logprob": ((means.detach() * worse).sum(), worse.sum())})
 
 
 def objective_of(config: RunConfig) -> type[PairLearning] | type[GroupLearning]:
@@ -152,12 +151,8 @@ def _only(batch: MicroBatch, labels: torch.Tensor) -> MicroBatch:
     return dataclasses.replace(batch, weights=batch.weights * labels)
 
 
-def _meter(values: torch.Tensor, counted: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what a meter adds up: the sum of numbers, and how many they are.
-
-    Args:
-        values: numbers.
-        counted: which of them count; None: all.
-    """
-    mask = torch.ones_like(values, dtype=torch.float64) if counted is None else counted.double()
-    return (values.double() * mask).sum(), mask.sum()
+def _learned_losses(logprobs: torch.Tensor, batch: MicroBatch, num_sources: int) -> torch.Tensor:
+    """Return what a log shows of each source: the cross-entropy of learned labels, see `per_source`."""
+    counted = learned(batch)
+    return per_source((-logprobs.detach()).where(counted, 0.0), counted.to(batch.weights.dtype),
+                      batch.sources, num_sources)

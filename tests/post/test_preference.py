@@ -1,0 +1,155 @@
+"""Learning from preferences: losses of pairs written out one by one, the same at every layout."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+LAYOUTS = {
+    "TP2+SP x PP2": (4, ["parallel.tp=2", "parallel.sp=true", "parallel.pp=2"]),
+    "CP2 x DP2 x EP2": (4, ["parallel.cp=2", "parallel.ep=2", "parallel.zero1=true"]),
+    "micro batch 1": (1, ["train.micro_batch_size=1"]),
+}
+SETTINGS = ["train.precision=fp64", 'data.phases=[{"name": "main", "seq_len": 128}]',
+            "preference.chosen_coeff=0.1", "train.global_batch_size=4", "optim.lr=0.01"]
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def pairs(packed_data: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pairs whose better answer is the right sum, packed."""
+    from data_prep.cli import main as sov_data
+
+    folder = tmp_path_factory.mktemp("pairs")
+    (folder / "pairs.jsonl").write_text("\n".join(json.dumps({
+        "prompt": f"What is {i} plus {i % 7}?", "chosen": f"{i} plus {i % 7} is {i + i % 7}.",
+        "rejected": f"It is {i}." + " I am sure." * (i % 3)}) for i in range(60)))
+    assert sov_data(["pack", "--tokenizer", str(packed_data.tokenizer), "--heldout", "0.2", "--workers", "1",
+                     "--format", "preference", "--input", str(folder / "pairs.jsonl"),
+                     "--output", str(folder / "pairs")]) == 0
+    return folder / "pairs"
+
+
+def _trainer(settings: list[str], data: str, run: Path) -> Any:
+    """Return a trainer with its reference made."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "layouts"))
+    from layout_run import small_config
+
+    from megatron_sov.data.token_shards import open_sources
+    from megatron_sov.mcore.parallel import world
+    from megatron_sov.post.preference import objective_of
+    from megatron_sov.post.reference import Reference
+    from megatron_sov.runs.folder import RunFolder
+    from megatron_sov.train.trainer import Trainer
+
+    config = small_config("tiny-k-exaone", [*SETTINGS, *settings], [data], "preference")
+    place = world.join(config.parallel)
+    config.check(place.size)
+    sources = open_sources(config.data.paths, config.model.vocab_size, ("preference",))
+    reference = Reference(run, Path(data), sources)  # whose manifest stands for that of a checkpoint
+    trainer = Trainer(config, place, RunFolder(run), list(reference.sources), objective_of(config))
+    reference.make(trainer)
+    return trainer
+
+
+def curve(settings: list[str], data: str, run: str) -> list[dict[str, Any]]:
+    """Train; return each step's losses, meters and gradient norm."""
+    from megatron_sov.mcore.parallel import world
+
+    trainer = _trainer(settings, data, Path(run))
+    results = [trainer.update() for _ in range(STEPS)]
+    trainer.close()
+    world.leave()
+    return [{"loss": r.loss, "grad_norm": r.grad_norm, **r.losses, **r.meters} for r in results]
+
+
+@pytest.mark.distributed
+def test_every_layout_and_every_split_learn_the_same(ranks: Any, job: Any, pairs: Path,
+                                                     tmp_path: Path) -> None:
+    """The first run makes the reference, in float32; the others read it, so that no bit of it differs."""
+    def of(name: str, nproc: int, settings: list[str]) -> Any:
+        return job(__file__, "curve", nproc, {"settings": settings, "data": str(pairs),
+                                              "run": str(tmp_path / name)})
+
+    ((alone,),) = ranks(of("alone", 1, []))
+    for name in LAYOUTS:
+        shutil.copytree(tmp_path / "alone/reference", tmp_path / name / "reference")
+    found = ranks(*(of(name, *layout) for name, layout in LAYOUTS.items()))
+    assert alone[0]["preference"] == pytest.approx(math.log(2), abs=1e-6)  # the model is its own reference
+    assert alone[2]["preference"] < alone[0]["preference"] and alone[2]["pairs_right"] > 0.5
+    for name, per_rank in zip(LAYOUTS, found, strict=True):
+        for ours, theirs in zip(per_rank[0], alone, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-12, abs=1e-13), name
+
+
+def written_out(data: str, run: str) -> list[dict[str, Any]]:
+    """Return, for each method, the loss of a batch after two steps, and the same with each response passed
+    through the model alone, in numpy."""
+    import torch
+
+    from megatron_sov.mcore.decode.forward_only import Inputs
+    from megatron_sov.mcore.parallel import world
+
+    def sums(policy: Any, batch: Any) -> list[tuple[float, int]]:
+        """Return each response's log-probability and tokens."""
+        found = []
+        for first, end in zip(batch.inputs.host_bounds, batch.inputs.host_bounds[1:], strict=False):
+            if batch.inputs.padding[first]:
+                continue
+            ids = batch.inputs.tokens[first:end].tolist()
+            micro_batch = Inputs([ids], torch.device("cpu"))
+            logits = policy.logits(micro_batch, torch.arange(len(ids))).double().log_softmax(-1)
+            learned = (batch.types[first:end] == 2) & (batch.weights[first:end] > 0)
+            picked = logits[torch.arange(len(ids)), batch.labels[first:end]][learned]
+            found.append((float(picked.sum()), int(learned.sum())))
+        return found
+
+    results = []
+    for method in ("dpo", "ipo", "dpo-norm", "simper"):
+        trainer = _trainer([f"preference.method={method}", "preference.chosen_coeff=0.0",
+                            "preference.beta=0.3", "optim.lr=0.002"], data, Path(run) / method)
+        objective = trainer.objective
+        held = [*trainer.model.parameters(), *trainer.model.buffers()]  # routers' biases move as well
+        initial = [tensor.detach().clone() for tensor in held]
+        for _ in range(2):
+            trainer.update()
+        batch = objective.prepare(objective.collect(trainer.policy, 2))
+        loss = trainer.computation.sums(batch, objective, 3).terms["preference"] / batch.targets["preference"]
+        now = [s for m in batch.micro_batches for s in sums(trainer.policy, m)]
+        with torch.no_grad():
+            for tensor, value in zip(held, initial, strict=True):
+                tensor.copy_(value)
+        then = [s for m in batch.micro_batches for s in sums(trainer.policy, m)]
+        losses = []
+        for i in range(0, len(now), 2):
+            (c, nc), (r, nr), (rc, _), (rr, _) = now[i], now[i + 1], then[i], then[i + 1]
+            losses.append({
+                "dpo": lambda c=c, r=r, rc=rc, rr=rr: math.log1p(math.exp(-0.3 * ((c - rc) - (r - rr)))),
+                "ipo": lambda c=c, r=r, rc=rc, rr=rr, nc=nc, nr=nr:
+                    ((c - rc) / nc - (r - rr) / nr - 1 / 0.6) ** 2,
+                "dpo-norm": lambda c=c, r=r, rc=rc, rr=rr, nc=nc, nr=nr:
+                    math.log1p(math.exp(-0.3 * ((c - rc) / nc - (r - rr) / nr))),
+                "simper": lambda c=c, r=r, nc=nc, nr=nr: math.exp(r / nr) - math.exp(c / nc),
+            }[method]())
+        results.append({"method": method, "ours": loss, "written_out": float(np.mean(losses)),
+                        "pairs": len(losses), "spread": float(np.std(losses))})
+        trainer.close()
+        world.leave()
+    return results
+
+
+@pytest.mark.distributed
+def test_losses_are_the_papers(ranks: Any, job: Any, pairs: Path, tmp_path: Path) -> None:
+    ((results,),) = ranks(job(__file__, "written_out", 1, {"data": str(pairs), "run": str(tmp_path)}))
+    assert len(results) == 4
+    for found in results:
+        assert found["pairs"] >= 4 and found["spread"] > 1e-6, found
+        # the reference is float32
+        assert found["ours"] == pytest.approx(found["written_out"], rel=1e-6), found
