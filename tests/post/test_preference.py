@@ -151,5 +151,5 @@ def test_losses_are_the_papers(ranks: Any, job: Any, pairs: Path, tmp_path: Path
     assert len(results) == 4
     for found in results:
         assert found["pairs"] >= 4 and found["spread"] > 1e-6, found
-        # the reference is float32
-        assert found["ours"] == pytest.approx(found["written_out"], rel=1e-6), found
+        # the reference keeps float32: some 40 numbers of 1e-7 each
+        assert found["ours"] == pytest.approx(found["written_out"], rel=1e-5, abs=2e-6), found
