@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -113,10 +114,35 @@ def is_comparable(objective: Any) -> bool:
     return bool(getattr(objective, "comparable_loss", True))
 
 
-def parts_of(objective: Any) -> dict[str, Any]:
-    """Return ``{"objective": it}`` for the checkpoint's parts where an objective has a memory: a method
-    `state()` that returns plain JSON values, equal on all processes, and `restore(state)`; else nothing."""
-    return {"objective": objective} if hasattr(objective, "state") else {}
+class Memory:
+    """What an objective knows, as a part of a checkpoint."""
+
+    def __init__(self, objective: Any) -> None:
+        self._objective = objective
+
+    def state(self) -> dict[str, Any]:
+        """Return plain values for the checkpoint.
+
+        Raises:
+            UserError: the objective's are none.
+        """
+        found: dict[str, Any] = self._objective.state()
+        try:
+            json.dumps(found)
+        except (TypeError, ValueError) as e:
+            raise UserError(f"objective {type(self._objective).__name__}: state() returned what JSON does "
+                            f"not hold ({e}); return dicts, lists, strings and numbers") from None
+        return found
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        self._objective.restore(state)
+
+
+def parts_of(objective: Any) -> dict[str, Memory]:
+    """Return ``{"objective": its memory}`` for the checkpoint where an objective has one: a method `state()`
+    that returns plain JSON values, equal on all processes, and `restore(state)`; else nothing."""
+    return {"objective": Memory(objective)} if hasattr(objective, "state") else {}
 
 
 def with_denominators(batch: GlobalBatch, local_targets: Mapping[str, float]) -> GlobalBatch:

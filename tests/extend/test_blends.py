@@ -17,7 +17,7 @@ from megatron_sov.extend.blends import stage_blend
 class Lengths:
     """Documents of which only the lengths matter."""
 
-    is_plain = True
+    is_plain, columns = True, ()
 
     def __init__(self, lengths: list[int]) -> None:
         self.lengths = np.array(lengths)

@@ -21,7 +21,7 @@ QUESTION = [5, 6, 7]
 class Texts:
     """Documents in memory."""
 
-    is_plain = True
+    is_plain, columns = True, ()
 
     def __init__(self, documents: list[list[int]]) -> None:
         self._documents, self.lengths = documents, np.array([len(d) for d in documents])

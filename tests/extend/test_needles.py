@@ -94,7 +94,7 @@ class Text:
     """One document."""
 
     ids: list[int]
-    is_plain = True
+    is_plain, columns = True, ()
 
     @property
     def lengths(self) -> np.ndarray:

@@ -30,7 +30,7 @@ from pathlib import Path
 Path(__file__).with_name("ran").touch()
 
 class Halved:
-    def __init__(self, config, batches, *, share: float = 0.5, name: str = "x"): ...
+    def __init__(self, context, *, share: float = 0.5, name: str = "x"): ...
     def collect(self, policy, step): ...
     def prepare(self, batch): ...
     def loss(self, hidden, head, batch): ...
@@ -115,9 +115,9 @@ def test_families_and_objectives_by_set_and_their_settings(site: Path) -> None:
     config = config_of("tiny-qwen3", "--set", "model.family=family.py:MINE", "--set",
                        "objective.name=objective.py:Halved", "--set", "objective.options.share=0.25")
     assert (config.model.family, config.objective.options) == ("mine", {"share": 0.25})
-    made = objectives.factory(config, lambda config, batches: pytest.fail("the built-in one"))
+    made = objectives.factory(config, lambda context: pytest.fail("the built-in one"))
     with pytest.raises(UserError, match="objective Halved: has no `coefficients`"):
-        made(config, None)  # type: ignore[arg-type]
+        made(None)
 
 
 @pytest.mark.parametrize(("argument", "message"), [

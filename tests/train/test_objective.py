@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from megatron_sov.errors import UserError  # noqa: E402
 from megatron_sov.train.objective import (  # noqa: E402
     GlobalBatch,
     LossSums,
+    parts_of,
     per_source,
     refuse_nothing_learned,
     total_loss,
@@ -38,6 +41,14 @@ def test_losses_by_source_are_weighted_sums_and_weights() -> None:
     losses, weights = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([1.0, 0.5, 0.0, 2.0])
     found = per_source(losses, weights, torch.tensor([0, 2, 2, 0]), 3)
     assert found.tolist() == [[9.0, 3.0], [0.0, 0.0], [1.0, 0.5]] and found.dtype == torch.float64
+
+
+def test_what_an_objective_remembers_is_json() -> None:
+    objective = SimpleNamespace(state=lambda: {"seen": {1}}, restore=lambda state: None)
+    with pytest.raises(UserError, match=r"objective SimpleNamespace: state\(\) returned what JSON does not "
+                                        r"hold \(Object of type set is not JSON serializable\)"):
+        parts_of(objective)["objective"].state()
+    assert parts_of(SimpleNamespace()) == {}
 
 
 def test_a_step_that_learns_nothing_is_refused() -> None:
