@@ -20,7 +20,8 @@ from megatron_sov.generate.vllm import VllmEngine
 
 
 class StandIn(types.ModuleType):
-    """The part of vLLM's interface that is used; each answer counts up from the prompt's last token."""
+    """The part of vLLM's interface that is used (0.33.0); each answer counts up from the prompt's last
+    token, and a token t has the log-probability -t / 10."""
 
     def __init__(self) -> None:
         super().__init__("vllm")
@@ -36,10 +37,19 @@ class StandIn(types.ModuleType):
         def generate(self, prompts: list[dict[str, list[int]]], params: list[Any],
                      use_tqdm: bool) -> list[Any]:
             self.asked = params
-            return [types.SimpleNamespace(outputs=[types.SimpleNamespace(
-                token_ids=tuple(range(p["prompt_token_ids"][-1] + 1,
-                                      p["prompt_token_ids"][-1] + 1 + params[0].max_tokens)))])
-                for p in prompts]
+            return [types.SimpleNamespace(outputs=[self.output(p["prompt_token_ids"][-1] + 1, asked)])
+                    for p, asked in zip(prompts, params, strict=True)]
+
+        def output(self, first: int, asked: Any) -> Any:
+            tokens = range(first, first + asked.max_tokens)
+            ends = [t for t in tokens if t in asked.stop_token_ids]
+            tokens = range(first, ends[0] + 1) if ends else tokens
+            places = [{t: types.SimpleNamespace(logprob=-t / 10, rank=1)} for t in tokens]
+            assert asked.logprobs == 0, "no others than the chosen one"
+            return types.SimpleNamespace(token_ids=tuple(tokens), logprobs=places, finish_reason=self.reason
+                                         or ("stop" if ends else "length"))
+
+        reason = ""
 
 
 def test_what_is_asked_reaches_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,10 +58,15 @@ def test_what_is_asked_reaches_the_engine(monkeypatch: pytest.MonkeyPatch) -> No
     settings = engine._llm.settings
     assert settings["max_model_len"] == 30 and settings["max_num_seqs"] == 4
     assert settings["max_num_batched_tokens"] == 4 and settings["generation_config"] == "vllm"
-    assert settings["trust_remote_code"] is False
+    assert settings["trust_remote_code"] is False and settings["logprobs_mode"] == "processed_logprobs"
     stop = Stop((8,), ("EE",), lambda tokens: "".join(chr(60 + t) + "E" * (t == 3) for t in tokens))
     found = engine.generate([[1], [6, 7], [4]], Sampling(5, temperature=0.5, top_p=0.9, seed=2), stop=stop)
     assert found.continuations == [[2, 3, 4, 5, 6], [8], [5, 6, 7, 8]]
+    assert found.logprobs == [[-t / 10 for t in tokens] for tokens in found.continuations]
+    assert (found.finish_reasons, found.temperature, found.version) == (["length", "stop", "stop"], 0.5, 0)
+    cut = engine.generate([[1]], Sampling(5), stop=Stop((), ("E",), lambda tokens: "E" * (3 in tokens)))
+    assert (cut.continuations, cut.logprobs, cut.finish_reasons) == ([[2, 3]], [[-0.2, -0.3]], ["stop"])
+    engine.generate([[1], [6, 7], [4]], Sampling(5, temperature=0.5, top_p=0.9, seed=2), stop=stop)
     (first, second, _) = engine._llm.asked
     assert ((first.temperature, first.top_p, first.top_k, first.stop_token_ids, first.ignore_eos)
             == (0.5, 0.9, -1, [8], True))
@@ -60,6 +75,13 @@ def test_what_is_asked_reaches_the_engine(monkeypatch: pytest.MonkeyPatch) -> No
     assert engine._llm.asked[0].seed == second.seed, "a stream has the same seed in any place"
     with pytest.raises(ValueError, match="num_drafts = 1: the engine vllm does not draft"):
         engine.generate([[1]], Sampling(5, num_drafts=1))
+
+
+def test_a_continuation_that_vllm_gave_up_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", StandIn())
+    monkeypatch.setattr(StandIn.LLM, "reason", "abort")
+    with pytest.raises(UserError, match="vLLM ended a continuation of 5 tokens with 'abort'"):
+        VllmEngine(Path("folder"), 30).generate([[1]], Sampling(5))
 
 
 def test_work_reaches_it_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
