@@ -20,9 +20,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from megatron_sov.convert.live_import import import_weights
 from megatron_sov.generate.choosing import best_words, rows_of
 from megatron_sov.generate.engine import MEGATRON
-from megatron_sov.generate.held_weights import HeldWeights
+from megatron_sov.generate.held_weights import HeldWeights, NamedTensors
 from megatron_sov.generate.request import Batching, Generated, Sampling, Stop, Tokens, Written
 from megatron_sov.generate.sampling import accepted_by_chance, accepted_greedily, draw, probabilities
 from megatron_sov.mcore.decode.cached_decoder import CachedDecoder, DecodeOutput, over_shares, share_place
@@ -125,8 +126,15 @@ class MegatronEngine:
         return Generated.of(_lists(total["written"]), sampling, stop, version,
                             int(total["drafted"]), int(total["accepted"]))
 
+    def update(self, weights: NamedTensors | None, version: int) -> None:
+        """Take in other weights, or count the live ones as a version, see `Engine`."""
+        with self._held.replaced(version, weights):
+            if weights is not None:
+                import_weights(self._model.model, weights)
+
     def choose(self, documents: Sequence[Tokens], count: int, words: Sequence[int]) -> list[list[int]]:
         """Return the most probable words, see `ChoosingEngine`."""
+        self._held.check()
         rank, size = collectives.data_place()
         rows = rows_of(documents)
         rows += [[]] * (-len(rows) % size)  # processes that share experts must run forward equally often

@@ -11,7 +11,7 @@ from megatron_sov.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-Weights = Iterator[tuple[str, "torch.Tensor"]]
+NamedTensors = Iterator[tuple[str, "torch.Tensor"]]
 """Hugging Face names and tensors of a whole model, as `convert.export_weights` gives them."""
 
 
@@ -26,18 +26,18 @@ class HeldWeights:
 
     @property
     def version(self) -> int:
-        """The weights' version.
+        """The weights' version; raises as `check` does."""
+        self.check()
+        return self._version
 
-        Raises:
-            UserError: the last update failed, so they are of no version.
-        """
+    def check(self) -> None:
+        """Raise `UserError` where the last update failed, so that the weights are of no version."""
         if self._failure is not None:
             raise UserError(f"the engine {self._engine} holds parts of two models: its update to version "
                             f"{self._failure}; update it with all weights, or load it anew")
-        return self._version
 
     @contextlib.contextmanager
-    def replaced(self, version: int, weights: Weights | None) -> Iterator[None]:
+    def replaced(self, version: int, weights: NamedTensors | None) -> Iterator[None]:
         """Put the block's work in the place of the weights; until it has ended well there are none.
 
         Args:

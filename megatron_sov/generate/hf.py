@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, Generat
 from megatron_sov.errors import UserError
 from megatron_sov.generate.choosing import best_words, rows_of
 from megatron_sov.generate.engine import TRANSFORMERS
-from megatron_sov.generate.held_weights import HeldWeights
+from megatron_sov.generate.held_weights import HeldWeights, NamedTensors
+from megatron_sov.generate.hf_weights import copy_weights
 from megatron_sov.generate.request import Batching, Generated, Sampling, Stop, Tokens, refuse_drafts
 from megatron_sov.generate.sampling import seed_of
 
@@ -100,9 +101,17 @@ class HfEngine:
         return Generated.of([(tokens, logprobs[:len(tokens)]) for tokens, logprobs in written],
                             sampling, stop, version)
 
+    def update(self, weights: NamedTensors | None, version: int) -> None:
+        """Copy other weights over the model's, see `Engine`."""
+        if weights is None:
+            raise ValueError("the engine transformers has a model of its own: an update needs its weights")
+        with self._held.replaced(version, weights):
+            copy_weights(self._model, weights)
+
     @torch.no_grad()
     def choose(self, documents: Sequence[Tokens], count: int, words: Sequence[int]) -> list[list[int]]:
         """Return the most probable words, see `ChoosingEngine`."""
+        self._held.check()
         found: list[list[int]] = []
         for row in rows_of(documents):
             ids = torch.tensor([list(documents[i][:-1]) for i in row], device=self._model.device)

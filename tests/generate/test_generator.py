@@ -51,9 +51,9 @@ def continuations(layout: dict[str, Any], *, full: bool = False, family: str = "
         return dataclasses.replace(sampling, num_drafts=num_drafts)
 
     greedy = write(PROMPTS, Sampling(NEW))
+    drafted = vars(MegatronEngine(policy, Batching(4, 5)).generate(PROMPTS, drafting(Sampling(NEW), drafts)))
     found = {"greedy": greedy, "sampled": write(PROMPTS, warm),
-             "drafted": vars(MegatronEngine(policy, Batching(4, 5)).generate(
-                 PROMPTS, drafting(Sampling(NEW), drafts))),
+             "drafted": {name: drafted[name] for name in ("continuations", "drafted", "accepted")},
              "drafted samples": write(PROMPTS, drafting(warm, drafts))}
     if full:
         found["end"] = greedy[2][5]
@@ -108,9 +108,11 @@ FAMILIES = {"k-exaone": SETTINGS[:-1], "solar-open": [*SETTINGS[:-1], "model.sli
 
 
 def logprobs_of(layout: dict[str, Any], family: str) -> dict[str, Any]:
-    """Return for each way to sample how far the engine's log-probabilities are from the trainer's (fp32)."""
+    """Return for each way to sample how far the engine's log-probabilities are from the trainer's (fp32), and
+    what an engine of another model writes before and after an update."""
     from megatron_sov import recipes
     from megatron_sov.config import ParallelConfig, apply_settings
+    from megatron_sov.convert import export_weights
     from megatron_sov.generate.generator import MegatronEngine
     from megatron_sov.generate.request import Batching, Sampling, Stop
     from megatron_sov.mcore.decode.forward_only import ForwardModel, Inputs
@@ -148,18 +150,29 @@ def logprobs_of(layout: dict[str, Any], family: str) -> dict[str, Any]:
             "drafted": Sampling(NEW, num_drafts=drafts),
             "drafted T 1": Sampling(NEW, 1.0, seed=3, num_drafts=drafts)}
     found = {name: furthest(way) for name, way in ways.items()}
+    other = build(config.model, parallel, config.train)
+    init.initialise(other, config.model, 2)
+    engine = MegatronEngine(ForwardModel(other, 7))
+    versions = []
+    for weights, version in ((None, 1), (export_weights(model, everywhere=True), 7)):
+        engine.update(weights, version)
+        written = engine.generate(PROMPTS, ways["T 1"], stop=Stop((50,)))
+        versions.append((written.version, written.continuations == found["T 1"]["tokens"]))
+    found["updated"] = versions
     world.leave()
     return found
 
 
 WHERE = [("k-exaone", 1, {}), ("qwen3", 2, {"tp": 2, "sp": True}), ("k-exaone", 2, {"pp": 2}),
-         ("solar-open", 2, {"ep": 2}), ("solar-open", 2, {"tp": 2, "expert_dispatcher": "allgather"})]
+         ("solar-open", 2, {"ep": 2})]
 
 
 @pytest.mark.distributed
 def test_log_probabilities_are_those_of_the_trainer(ranks, job) -> None:
     for where, per_rank in zip(WHERE, ranks(*(job(__file__, "logprobs_of", n, {"layout": x, "family": family})
                                               for family, n, x in WHERE)), strict=True):
+        for rank in per_rank:
+            assert rank.pop("updated") == [[1, False], [7, True]], where
         for way, found in per_rank[0].items():
             assert found["gap"] < 1e-5, (where, way, found["gap"])
             assert found["lowest"] < -0.5, "every token was certain, which shows little"

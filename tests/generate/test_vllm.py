@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from megatron_sov.errors import UserError
+from megatron_sov.generate import vllm
 from megatron_sov.generate.engine import VLLM, Engine, run_engine
 from megatron_sov.generate.request import Batching, Sampling, Stop
 from megatron_sov.generate.target import Target
@@ -32,7 +34,13 @@ class StandIn(types.ModuleType):
 
     class LLM:
         def __init__(self, **settings: Any) -> None:
-            self.settings, self.asked = settings, []
+            self.settings, self.asked, self.calls = settings, [], []
+
+        def __getattr__(self, name: str) -> Any:
+            """Note the calls of a weight transfer."""
+            if "weight" not in name and name != "reset_prefix_cache":
+                raise AttributeError(name)
+            return lambda *asked: self.calls.append((name, *asked)) or True
 
         def generate(self, prompts: list[dict[str, list[int]]], params: list[Any],
                      use_tqdm: bool) -> list[Any]:
@@ -82,6 +90,38 @@ def test_a_continuation_that_vllm_gave_up_is_told(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(StandIn.LLM, "reason", "abort")
     with pytest.raises(UserError, match="vLLM ended a continuation of 5 tokens with 'abort'"):
         VllmEngine(Path("folder"), 30).generate([[1]], Sampling(5))
+
+
+def test_an_update_is_the_four_calls_of_its_weight_transfer(monkeypatch: pytest.MonkeyPatch,
+                                                            hf_models: dict[str, Path]) -> None:
+    """A GPU's memory is not there: a tensor's own number stands for its place in it."""
+    folder = hf_models["solar_open"]
+    monkeypatch.setitem(sys.modules, "vllm", StandIn())
+    monkeypatch.setattr(vllm, "_place_in_memory", lambda tensor: {"GPU-1": (float(tensor.sum()),)})
+    monkeypatch.setattr(vllm, "MESSAGE_BYTES", 100_000)
+    monkeypatch.delenv(vllm.PICKLES, raising=False)
+    with pytest.raises(UserError, match="VLLM_ALLOW_INSECURE_SERIALIZATION is None"):
+        VllmEngine(folder, 30, for_updates=True)
+    monkeypatch.setenv(vllm.PICKLES, "1")
+    engine = VllmEngine(folder, 30, for_updates=True)
+    assert engine._llm.settings["weight_transfer_config"] == {"backend": "ipc"}
+    weights = load_file(folder / "model.safetensors")
+    engine.update(iter(weights.items()), 5)
+    names = [name for name, *_ in engine._llm.calls]
+    assert names[:2] == ["init_weight_transfer_engine", "start_weight_update"] and len(names) > 6
+    assert set(names[2:-2]) == {"update_weights"}
+    assert engine._llm.calls[-2:] == [("finish_weight_update", "5"), ("reset_prefix_cache",)]
+    told = [call[1]["update_info"] for call in engine._llm.calls if call[0] == "update_weights"]
+    assert [name for message in told for name in message["names"]] == list(weights)
+    assert [shape for m in told for shape in m["shapes"]] == [list(t.shape) for t in weights.values()]
+    assert {d for m in told for d in m["dtype_names"]} == {"float32"}
+    assert [h for m in told for h in m["ipc_handles"]] == [{"GPU-1": (float(t.sum()),)}
+                                                           for t in weights.values()]
+    assert engine.generate([[1]], Sampling(2)).version == 5
+    with pytest.raises(UserError, match="1 missing"):
+        engine.update(iter(list(weights.items())[1:]), 6)
+    with pytest.raises(UserError, match="the engine vllm holds parts of two models: its update to version 6"):
+        engine.generate([[1]], Sampling(2))
 
 
 def test_work_reaches_it_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
