@@ -16,13 +16,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, chain
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from megatron_sov.convert.live_import import import_weights
 from megatron_sov.generate.choosing import best_words, rows_of
-from megatron_sov.generate.engine import MEGATRON
 from megatron_sov.generate.held_weights import HeldWeights, NamedTensors
 from megatron_sov.generate.request import Batching, Generated, Sampling, Stop, Tokens, Written
 from megatron_sov.generate.sampling import accepted_by_chance, accepted_greedily, draw, probabilities
@@ -91,7 +92,7 @@ class MegatronEngine:
             batching: what bounds memory.
         """
         self._model, self._batching = model, batching or Batching()
-        self._held = HeldWeights(MEGATRON)
+        self._held = HeldWeights("megatron")
 
     def generate(self, prompts: Sequence[Tokens], sampling: Sampling, *, stop: Stop | None = None,
                  streams: Sequence[int] | None = None) -> Generated:
@@ -119,8 +120,10 @@ class MegatronEngine:
         own: list[Written] = [([], []) for _ in prompts]
         for sequence in mine:
             own[sequence.index] = sequence.tokens[sequence.prompt_tokens:], sequence.logprobs
+        most = over_shares(torch.tensor([max(len(tokens) for tokens, _ in own) if own else 0]),
+                           dist.ReduceOp.MAX)
         # a sequence is on one process, and zeros on the others: the sums are its tokens
-        told = {"written": _table(own, sampling.max_new_tokens), "drafted": torch.tensor(run.drafted),
+        told = {"written": _table(own, int(most[0])), "drafted": torch.tensor(run.drafted),
                 "accepted": torch.tensor(run.accepted)}
         total = unpack(over_shares(pack(told)), {name: tuple(value.shape) for name, value in told.items()})
         return Generated.of(_lists(total["written"]), sampling, stop, version,
@@ -236,7 +239,8 @@ class _Run:
 
     def _drawn(self, read: DecodeOutput, items: list[_Item]) -> list[Written]:
         logits = self._decoder.logits(read, [p for i in items for p in i.places])
-        targets = probabilities(logits, self._sampling).split([len(i.places) for i in items])
+        shares = probabilities(logits, self._sampling)
+        targets = shares.split([len(i.places) for i in items])
         taken, finals = [], []
         for item, target in zip(items, targets, strict=True):
             sequence = item.sequence
@@ -252,10 +256,10 @@ class _Run:
         tokens = [[*i.sequence.drafts[:count], token]
                   for i, count, token in zip(items, taken, drawn, strict=True)]
         # the model's own: a draft that it took follows its distribution, not the one it was drafted from
-        chosen = torch.cat([target[torch.arange(len(t)), torch.tensor(t)]
-                            for target, t in zip(targets, tokens, strict=True)])
-        logprobs = chosen.log().split([len(t) for t in tokens])
-        return [(t, of_t.tolist()) for t, of_t in zip(tokens, logprobs, strict=True)]
+        starts = accumulate((len(i.places) for i in items[:-1]), initial=0)
+        places = [start + k for start, t in zip(starts, tokens, strict=True) for k in range(len(t))]
+        logprobs = iter(shares[places, list(chain.from_iterable(tokens))].log().tolist())
+        return [(t, [next(logprobs) for _ in t]) for t in tokens]
 
     def _move_on(self, items: list[_Item], written: list[Written]) -> None:
         """Count what has been read and write what was chosen, up to the end of a continuation."""

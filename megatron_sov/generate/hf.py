@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, Generat
 
 from megatron_sov.errors import UserError
 from megatron_sov.generate.choosing import best_words, rows_of
-from megatron_sov.generate.engine import TRANSFORMERS
 from megatron_sov.generate.held_weights import HeldWeights, NamedTensors
 from megatron_sov.generate.hf_weights import copy_weights
 from megatron_sov.generate.request import Batching, Generated, Sampling, Stop, Tokens, refuse_drafts
@@ -57,7 +56,7 @@ class HfEngine:
             batching: what bounds memory.
         """
         self._model, self._batching = model, batching or Batching()
-        self._held = HeldWeights(TRANSFORMERS)
+        self._held = HeldWeights("transformers")
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Tokens], sampling: Sampling, *, stop: Stop | None = None,
@@ -68,7 +67,7 @@ class HfEngine:
         Raises:
             UserError: transformers gave a prompt up, as where memory is too small for it.
         """
-        refuse_drafts(TRANSFORMERS, sampling)
+        refuse_drafts("transformers", sampling)
         sampling.check()
         stop, version = stop or Stop(), self._held.version
         if not prompts:

@@ -14,7 +14,6 @@ from torch.multiprocessing.reductions import reduce_tensor
 from megatron_sov.convert.sources import open_weights
 from megatron_sov.convert.whole_model import checked
 from megatron_sov.errors import UserError
-from megatron_sov.generate.engine import VLLM
 from megatron_sov.generate.held_weights import HeldWeights, NamedTensors
 from megatron_sov.generate.request import (
     LENGTH,
@@ -70,7 +69,7 @@ class VllmEngine:
                         # of what was sampled from, not of the model's own distribution
                         logprobs_mode="processed_logprobs",
                         weight_transfer_config={"backend": "ipc"} if for_updates else None)
-        self._held, self._folder = HeldWeights(VLLM), folder
+        self._held, self._folder = HeldWeights("vllm"), folder
         if for_updates:
             self._llm.init_weight_transfer_engine({"init_info": {"packed": False}})
 
@@ -79,7 +78,7 @@ class VllmEngine:
         """Continue prompts, see `Engine`; each prompt has a seed of its own."""
         from vllm import SamplingParams
 
-        refuse_drafts(VLLM, sampling)
+        refuse_drafts("vllm", sampling)
         sampling.check()
         stop, version = stop or Stop(), self._held.version
         numbers = range(len(prompts)) if streams is None else streams
