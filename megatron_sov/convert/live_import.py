@@ -58,8 +58,12 @@ def _fill(shards: list[LocalShard], link: Link, parts: dict[str, torch.Tensor]) 
                                                         strict=True)]
         if any(start >= end for start, end in zip(starts, ends, strict=True)):
             continue
+        there = tuple(slice(s - o, e - o) for s, e, o in zip(starts, ends, shard.offset, strict=True))
+        target = shard.data.view(shard.shape)[there]
+        if target.shape == link.extent and target.is_contiguous():
+            link.fill(target, parts)
+            continue
         if block is None:  # an expert that lives elsewhere is not put together
             block = link.join(parts).reshape(link.extent)
-        source = block[tuple(slice(s - o, e - o) for s, e, o in zip(starts, ends, link.offset, strict=True))]
-        there = tuple(slice(s - o, e - o) for s, e, o in zip(starts, ends, shard.offset, strict=True))
-        shard.data.view(shard.shape)[there] = source
+        here = tuple(slice(s - o, e - o) for s, e, o in zip(starts, ends, link.offset, strict=True))
+        target.copy_(block[here])

@@ -285,10 +285,14 @@ class Link:
         """Return the block that these Hugging Face tensors (of one dtype and device) make up."""
         if len(self.hf_names) == 1:
             return tensors[self.hf_names[0]].reshape(self.block_shape)
-        viewed = tensors[self.hf_names[0]].new_empty(self.layout.view)
-        for name, length, part in self._parts(viewed):
+        block = tensors[self.hf_names[0]].new_empty(self.block_shape)
+        self.fill(block, tensors)
+        return block
+
+    def fill(self, block: Any, tensors: dict[str, Any]) -> None:
+        """Write these tensors into a block's memory, which must be contiguous."""
+        for name, length, part in self._parts(block.reshape(self.layout.view)):
             part.copy_(tensors[name].reshape(self.layout.part(length)))
-        return viewed.reshape(self.block_shape)
 
 
 def links(sections: Sequence[Section], model: ModelConfig) -> list[Link]:
