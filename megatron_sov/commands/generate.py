@@ -70,6 +70,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", type=Path, metavar="DIR",
                         help="also add the texts to this run's events, for its report")
     parser.add_argument("--json", action="store_true", help="print the texts and tokens as JSON")
+    parser.add_argument("--logprobs", action="store_true",
+                        help="with --json: also each token's log-probability, the temperature it belongs "
+                             "to, and what ended the text")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -108,9 +111,8 @@ def run(args: argparse.Namespace) -> int:
     found = _continue(args, target, ids, sampling, stop, batching)
     if found is None:
         return 0  # the job's first process prints
-    continuations = found.continuations
-    texts = [stop.cut_text(decode(c)) for c in continuations]
-    _show(args.json, prompts, texts, continuations)
+    texts = [stop.cut_text(decode(c)) for c in found.continuations]
+    _show(args, prompts, texts, found)
     step = events.last_step() if target.step is None else target.step
     for prompt, text in zip(prompts, texts, strict=True):
         events.add("sample", step=step, prompt=prompt.text, text=text, target=prompt.target)
@@ -121,6 +123,7 @@ def _check(args: argparse.Namespace, problems: list[str]) -> None:
     rules = [(args.speculative or not args.compare_speed, "--compare-speed: --speculative "
                                                           f"{args.speculative} drafts nothing; "
                                                           "add --speculative 1"),
+             (args.json or not args.logprobs, "--logprobs: goes with --json; add it"),
              ("" not in args.stop, "--stop '': must hold at least one character")]
     problems += [sentence for holds, sentence in rules if not holds]
     if problems:
@@ -200,11 +203,15 @@ def _check_engine(args: argparse.Namespace, target: Target, engine: str, longest
                         "layer to draft with; leave it out")
 
 
-def _show(as_json: bool, prompts: list[Prompt], texts: list[str], tokens: list[list[int]]) -> None:
-    if as_json:
-        print(json.dumps([{"prompt": p.text, "text": t, "tokens": c}
-                          for p, t, c in zip(prompts, texts, tokens, strict=True)],
-                         ensure_ascii=False, indent=1))
+def _show(args: argparse.Namespace, prompts: list[Prompt], texts: list[str], found: Generated) -> None:
+    if args.json:
+        rows: list[dict[str, object]] = [
+            {"prompt": p.text, "text": t, "tokens": c}
+            for p, t, c in zip(prompts, texts, found.continuations, strict=True)]
+        if args.logprobs:
+            for row, logprobs, reason in zip(rows, found.logprobs, found.finish_reasons, strict=True):
+                row |= {"logprobs": logprobs, "temperature": found.temperature, "finish_reason": reason}
+        print(json.dumps(rows, ensure_ascii=False, indent=1))
         return
     for prompt, text in zip(prompts, texts, strict=True):
         shown = f"{prompt.text}{text}"

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from megatron_sov.generate.held_weights import NamedTensors
 from megatron_sov.generate.request import Batching, Generated, Sampling, Stop, Tokens
 
 if TYPE_CHECKING:
@@ -32,6 +33,23 @@ class Engine(Protocol):
             stop: what ends a continuation early.
             streams: number of each prompt's stream of random numbers, which with the seed decides its
                 samples; the prompt's place in the list unless given.
+
+        Raises:
+            UserError: the sampling has no meaning, or the last update failed.
+        """
+        ...
+
+    def update(self, weights: NamedTensors | None, version: int) -> None:
+        """Write with other weights from now on, without a file.
+
+        Args:
+            weights: every tensor of the model under its Hugging Face name, once, as `convert.export_weights`
+                gives them; on each process that the engine runs on.  None: the engine's model is the one that
+                trains and has them already (megatron).
+            version: what `Generated.version` says of them.
+
+        Raises:
+            UserError: they are not this model's; the engine refuses all work then, until an update succeeds.
         """
         ...
 

@@ -16,12 +16,16 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, chain
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
+from megatron_sov.convert.live_import import import_weights
 from megatron_sov.generate.choosing import best_words, rows_of
-from megatron_sov.generate.request import Batching, Generated, Sampling, Stop, Tokens
+from megatron_sov.generate.held_weights import HeldWeights, NamedTensors
+from megatron_sov.generate.request import Batching, Generated, Sampling, Stop, Tokens, Written
 from megatron_sov.generate.sampling import accepted_by_chance, accepted_greedily, draw, probabilities
 from megatron_sov.mcore.decode.cached_decoder import CachedDecoder, DecodeOutput, over_shares, share_place
 from megatron_sov.mcore.decode.forward_only import ForwardModel, Inputs
@@ -43,6 +47,8 @@ class _Sequence:
     """Length of the prompt."""
     random: np.random.Generator
     """The sequence's own numbers."""
+    logprobs: list[float] = field(default_factory=list)
+    """Of each token of the continuation."""
     read: int = 0
     """Tokens that the cache holds."""
     drafts: list[int] = field(default_factory=list)
@@ -86,10 +92,13 @@ class MegatronEngine:
             batching: what bounds memory.
         """
         self._model, self._batching = model, batching or Batching()
+        self._held = HeldWeights("megatron")
 
     def generate(self, prompts: Sequence[Tokens], sampling: Sampling, *, stop: Stop | None = None,
                  streams: Sequence[int] | None = None) -> Generated:
         """Continue prompts, see `Engine`; samples depend neither on the layout nor on the other prompts."""
+        sampling.check()
+        version = self._held.version
         if 0 in map(len, prompts):
             raise ValueError(f"prompt {[len(p) for p in prompts].index(0)} has no token; "
                              "every prompt needs at least one")
@@ -103,21 +112,32 @@ class MegatronEngine:
                 for i in range(rank, len(prompts), size)]
         longest = max((s.prompt_tokens for s in mine), default=0) + sampling.max_new_tokens
         cache = CacheSize(self._batching.slots(len(mine), longest), longest, 1 + sampling.num_drafts)
+        stop = stop or Stop()
         with CachedDecoder(self._model, cache) as decoder:
-            run = _Run(decoder, cache, mine, sampling, stop or Stop(), self._batching.prefill_tokens)
+            run = _Run(decoder, cache, mine, sampling, stop, self._batching.prefill_tokens)
             while run.iterate():
                 continue
-        own: list[list[int]] = [[] for _ in prompts]
+        own: list[Written] = [([], []) for _ in prompts]
         for sequence in mine:
-            own[sequence.index] = sequence.tokens[sequence.prompt_tokens:]
+            own[sequence.index] = sequence.tokens[sequence.prompt_tokens:], sequence.logprobs
+        most = over_shares(torch.tensor([max(len(tokens) for tokens, _ in own) if own else 0]),
+                           dist.ReduceOp.MAX)
         # a sequence is on one process, and zeros on the others: the sums are its tokens
-        told = {"tokens": _table(own, sampling.max_new_tokens), "drafted": torch.tensor(run.drafted),
+        told = {"written": _table(own, int(most[0])), "drafted": torch.tensor(run.drafted),
                 "accepted": torch.tensor(run.accepted)}
         total = unpack(over_shares(pack(told)), {name: tuple(value.shape) for name, value in told.items()})
-        return Generated(_lists(total["tokens"]), int(total["drafted"]), int(total["accepted"]))
+        return Generated.of(_lists(total["written"]), sampling, stop, version,
+                            int(total["drafted"]), int(total["accepted"]))
+
+    def update(self, weights: NamedTensors | None, version: int) -> None:
+        """Take in other weights, or count the live ones as a version, see `Engine`."""
+        with self._held.replaced(version, weights):
+            if weights is not None:
+                import_weights(self._model.model, weights)
 
     def choose(self, documents: Sequence[Tokens], count: int, words: Sequence[int]) -> list[list[int]]:
         """Return the most probable words, see `ChoosingEngine`."""
+        self._held.check()
         rank, size = collectives.data_place()
         rows = rows_of(documents)
         rows += [[]] * (-len(rows) % size)  # processes that share experts must run forward equally often
@@ -133,18 +153,22 @@ class MegatronEngine:
         return tokens
 
 
-def _table(lists: Sequence[Sequence[int]], width: int) -> torch.Tensor:
-    """Return lists of up to `width` tokens as one tensor [lists, 1 + width]:
-    the length of each, then its tokens."""
-    table = torch.zeros(len(lists), 1 + width, dtype=torch.int64)
-    for row, tokens in zip(table, lists, strict=True):
+def _table(pieces: Sequence[Written], width: int) -> torch.Tensor:
+    """Return up to `width` tokens of each piece as one int64 tensor [pieces, 1 + 2 * width]: their number,
+    the tokens, and the bits of their log-probabilities in float64."""
+    table = torch.zeros(len(pieces), 1 + 2 * width, dtype=torch.int64)
+    for row, (tokens, logprobs) in zip(table, pieces, strict=True):
         row[:1 + len(tokens)] = torch.tensor([len(tokens), *tokens])
+        row[1 + width:1 + width + len(tokens)] = torch.tensor(logprobs, dtype=torch.float64).view(torch.int64)
     return table
 
 
-def _lists(table: torch.Tensor) -> list[list[int]]:
-    """Return the lists that `_table` laid out."""
-    return [row[1:1 + row[0]] for row in table.tolist()]
+def _lists(table: torch.Tensor) -> list[Written]:
+    """Return the pieces that `_table` laid out."""
+    width = table.shape[1] // 2
+    logprobs = table[:, 1 + width:].contiguous().view(torch.float64)
+    return [(row[1:1 + row[0]], of_row[:row[0]])
+            for row, of_row in zip(table[:, :1 + width].tolist(), logprobs.tolist(), strict=True)]
 
 
 class _Run:
@@ -194,28 +218,29 @@ class _Run:
             filled += len(span.tokens)
         return items
 
-    def _written(self, read: DecodeOutput, items: list[_Item]) -> list[list[int]]:
+    def _written(self, read: DecodeOutput, items: list[_Item]) -> list[Written]:
         """Return each item's new tokens, the same on all processes that read them:
         accepted drafts and one more."""
         if not items:
             return []
-        found: list[list[int]] = [[] for _ in items]
+        found: list[Written] = [([], []) for _ in items]
         if self._decoder.last_stage:
             found = self._best(read, items) if self._sampling.temperature == 0 else self._drawn(read, items)
         return _lists(self._decoder.agree(_table(found, 1 + self._num_drafts)))
 
-    def _best(self, read: DecodeOutput, items: list[_Item]) -> list[list[int]]:
-        best = iter(self._decoder.top_tokens(read, [p for i in items for p in i.places]).tolist())
+    def _best(self, read: DecodeOutput, items: list[_Item]) -> list[Written]:
+        best, logprobs = self._decoder.best_tokens(read, [p for i in items for p in i.places])
+        sizes = [len(i.places) for i in items]
         found = []
-        for item in items:
-            behind = [next(best) for _ in item.places]
-            count = accepted_greedily(item.sequence.drafts, behind)
-            found.append([*item.sequence.drafts[:count], behind[count]])
+        for item, behind, of_behind in zip(items, best.split(sizes), logprobs.split(sizes), strict=True):
+            count = 1 + accepted_greedily(item.sequence.drafts, behind.tolist())
+            found.append((behind[:count].tolist(), of_behind[:count].tolist()))
         return found
 
-    def _drawn(self, read: DecodeOutput, items: list[_Item]) -> list[list[int]]:
+    def _drawn(self, read: DecodeOutput, items: list[_Item]) -> list[Written]:
         logits = self._decoder.logits(read, [p for i in items for p in i.places])
-        targets = probabilities(logits, self._sampling).split([len(i.places) for i in items])
+        shares = probabilities(logits, self._sampling)
+        targets = shares.split([len(i.places) for i in items])
         taken, finals = [], []
         for item, target in zip(items, targets, strict=True):
             sequence = item.sequence
@@ -227,11 +252,16 @@ class _Run:
                                               sequence.random.random(len(sequence.drafts)).tolist())
             taken.append(count)
             finals.append(final)
-        tokens = draw(torch.stack(finals), [i.sequence.random.random() for i in items])
-        return [[*i.sequence.drafts[:count], token]
-                for i, count, token in zip(items, taken, tokens, strict=True)]
+        drawn = draw(torch.stack(finals), [i.sequence.random.random() for i in items])
+        tokens = [[*i.sequence.drafts[:count], token]
+                  for i, count, token in zip(items, taken, drawn, strict=True)]
+        # the model's own: a draft that it took follows its distribution, not the one it was drafted from
+        starts = accumulate((len(i.places) for i in items[:-1]), initial=0)
+        places = [start + k for start, t in zip(starts, tokens, strict=True) for k in range(len(t))]
+        logprobs = iter(shares[places, list(chain.from_iterable(tokens))].log().tolist())
+        return [(t, [next(logprobs) for _ in t]) for t in tokens]
 
-    def _move_on(self, items: list[_Item], written: list[list[int]]) -> None:
+    def _move_on(self, items: list[_Item], written: list[Written]) -> None:
         """Count what has been read and write what was chosen, up to the end of a continuation."""
         new = iter(written)
         for item in items:
@@ -239,14 +269,15 @@ class _Run:
             if not item.places:
                 sequence.read += len(item.span.tokens)
                 continue
-            tokens = next(new)
+            tokens, logprobs = next(new)
             sequence.read = len(sequence.tokens) + len(tokens) - 1
             self.drafted += len(sequence.drafts)
             self.accepted += len(tokens) - 1
             sequence.drafts, sequence.guesses = [], None
-            for token in tokens:
+            for token, logprob in zip(tokens, logprobs, strict=True):
                 if not self._ended(sequence):
                     sequence.tokens.append(token)
+                    sequence.logprobs.append(logprob)
 
     def _ended(self, sequence: _Sequence) -> bool:
         continuation = sequence.tokens[sequence.prompt_tokens:]

@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, Generat
 
 from megatron_sov.errors import UserError
 from megatron_sov.generate.choosing import best_words, rows_of
+from megatron_sov.generate.held_weights import HeldWeights, NamedTensors
+from megatron_sov.generate.hf_weights import copy_weights
 from megatron_sov.generate.request import Batching, Generated, Sampling, Stop, Tokens, refuse_drafts
 from megatron_sov.generate.sampling import seed_of
 
@@ -54,6 +56,7 @@ class HfEngine:
             batching: what bounds memory.
         """
         self._model, self._batching = model, batching or Batching()
+        self._held = HeldWeights("transformers")
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Tokens], sampling: Sampling, *, stop: Stop | None = None,
@@ -65,9 +68,10 @@ class HfEngine:
             UserError: transformers gave a prompt up, as where memory is too small for it.
         """
         refuse_drafts("transformers", sampling)
+        sampling.check()
+        stop, version = stop or Stop(), self._held.version
         if not prompts:
-            return Generated([])
-        stop = stop or Stop()
+            return Generated.of([], sampling, stop, version)
         longest = max(map(len, prompts)) + sampling.max_new_tokens
         slots, pages, pass_tokens = cache_sizes(len(prompts), longest, self._batching)
         chosen: dict[str, Any] = {"do_sample": False}
@@ -80,7 +84,7 @@ class HfEngine:
         # without sizes of its own the cache is made for the whole memory, and is slow
         sizes = ContinuousBatchingConfig(
             page_size=PAGE_TOKENS, num_blocks=pages, max_requests_per_batch=slots,
-            max_batch_tokens=pass_tokens,
+            max_batch_tokens=pass_tokens, return_logprobs=True,
             seed=sampling.seed if streams is None else seed_of(sampling.seed, *streams))
         found = self._model.generate_batch(inputs=[list(p) for p in prompts], generation_config=asked,
                                            continuous_batching_config=sizes, warmup=False)
@@ -91,11 +95,22 @@ class HfEngine:
             raise UserError(f"transformers answered {len(outputs) - len(failed)} of {len(prompts)} prompts "
                             f"of up to {longest} tokens ({why}); with more memory, or with shorter prompts "
                             "and continuations, it may")
-        return Generated([stop.cut(o.generated_tokens) for o in outputs])
+        # transformers tells those of the tempered and cut distribution; of a greedy token, of the plain one
+        written = [(stop.cut(o.generated_tokens), o.logprobs) for o in outputs]
+        return Generated.of([(tokens, logprobs[:len(tokens)]) for tokens, logprobs in written],
+                            sampling, stop, version)
+
+    def update(self, weights: NamedTensors | None, version: int) -> None:
+        """Copy other weights over the model's, see `Engine`."""
+        if weights is None:
+            raise ValueError("the engine transformers has a model of its own: an update needs its weights")
+        with self._held.replaced(version, weights):
+            copy_weights(self._model, weights)
 
     @torch.no_grad()
     def choose(self, documents: Sequence[Tokens], count: int, words: Sequence[int]) -> list[list[int]]:
         """Return the most probable words, see `ChoosingEngine`."""
+        self._held.check()
         found: list[list[int]] = []
         for row in rows_of(documents):
             ids = torch.tensor([list(documents[i][:-1]) for i in row], device=self._model.device)

@@ -1,11 +1,19 @@
-"""What is asked of an engine, whichever it is: how tokens are chosen, and where a continuation ends."""
+"""What is asked of an engine, whichever it is, and what it gives back: how tokens are chosen, where a
+continuation ends, and how probable each token was."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from megatron_sov.errors import UserError
+
 Tokens = Sequence[int]
+STOP, LENGTH = "stop", "length"
+"""Finish reasons, as inference servers name them: something of `Stop` ended it, or it is as long as
+allowed."""
+Written = tuple[list[int], list[float]]
+"""Tokens behind a prompt, and the log-probability of each."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +35,11 @@ class Sampling:
     """Tokens that the multi-token prediction layer drafts for each pass of the model (engine megatron); 0:
     none.  Greedy continuations stay the same, samples follow the same distribution with
     other random numbers."""
+    for_training: bool = False
+    """Whether samples will be trained on.  `top_k` and `top_p` are refused then: they draw from a part of the
+    distribution that a trainer computes, so the two log-probabilities of a token are not of one thing."""
+    allow_truncation: bool = False
+    """Take them all the same; log-probabilities are those of the part."""
 
     def problems(self) -> list[str]:
         """Return one sentence for each value that has no meaning, by the name of the command's option."""
@@ -35,8 +48,22 @@ class Sampling:
                  (self.top_k >= 0, f"--top-k {self.top_k}: must not be negative"),
                  (0 < self.top_p <= 1, f"--top-p {self.top_p}: must lie in (0, 1]"),
                  (self.seed >= 0, f"--seed {self.seed}: must not be negative"),
-                 (self.num_drafts >= 0, f"--speculative {self.num_drafts}: must not be negative")]
+                 (self.num_drafts >= 0, f"--speculative {self.num_drafts}: must not be negative"),
+                 (not (self.for_training and self.truncates) or self.allow_truncation,
+                  f"--top-k {self.top_k} and --top-p {self.top_p}: samples that are trained on come from the "
+                  "whole distribution, whose log-probabilities a trainer computes; leave both out, or set "
+                  "allow_truncation")]
         return [sentence for holds, sentence in rules if not holds]
+
+    @property
+    def truncates(self) -> bool:
+        """Whether samples come from a part of the distribution only."""
+        return bool(self.temperature and (self.top_k or self.top_p != 1))
+
+    def check(self) -> None:
+        """Raise `UserError` where a value has no meaning; every engine asks."""
+        for problem in self.problems():
+            raise UserError(problem)
 
 
 def refuse_drafts(engine: str, sampling: Sampling) -> None:
@@ -75,6 +102,10 @@ class Stop:
                 return list(continuation[:length])
         return list(continuation)
 
+    def reason(self, continuation: Tokens) -> str:
+        """Return why a continuation is no longer: `STOP` or `LENGTH`."""
+        return STOP if continuation and self.ends(continuation) else LENGTH
+
     def cut_text(self, text: str) -> str:
         """Return a continuation's text up to the first of the strings."""
         return text[:min((text.index(t) for t in self.texts if t in text), default=len(text))]
@@ -104,11 +135,33 @@ class Batching:
 
 @dataclass(frozen=True)
 class Generated:
-    """What an engine gives back."""
+    """What an engine gives back; each list has an entry for each prompt."""
 
     continuations: list[list[int]]
-    """Of each prompt, without the prompt, with the ending token where it came."""
+    """Without the prompt, with the ending token where it came."""
+    logprobs: list[list[float]]
+    """Log-probability of each of these tokens under the distribution that it was drawn from: softmax(logits /
+    temperature), within `top_k` and `top_p` where they cut it.  At temperature 0, where nothing is drawn,
+    under softmax(logits)."""
+    finish_reasons: list[str]
+    """`STOP` or `LENGTH`."""
+    temperature: float
+    """The one that log-probabilities belong to; a trainer divides its logits by the same."""
+    version: int
+    """Of the weights that wrote this, as `Engine.update` was told it; 0: those that were loaded."""
     drafted: int = 0
     """Tokens that were drafted and then judged by the model."""
     accepted: int = 0
     """How many of them the model took."""
+
+    @classmethod
+    def of(cls, written: Sequence[Written], sampling: Sampling, stop: Stop, version: int,
+           drafted: int = 0, accepted: int = 0) -> Generated:
+        """Return what was written for each prompt, with all that follows from what was asked."""
+        for number, (tokens, logprobs) in enumerate(written):
+            if len(tokens) != len(logprobs):
+                raise ValueError(f"prompt {number}: the engine wrote {len(tokens)} tokens and told "
+                                 f"{len(logprobs)} log-probabilities; one belongs to each")
+        return cls([tokens for tokens, _ in written], [logprobs for _, logprobs in written],
+                   [stop.reason(tokens) for tokens, _ in written], sampling.temperature, version,
+                   drafted, accepted)

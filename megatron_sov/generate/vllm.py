@@ -3,19 +3,41 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
+from torch.multiprocessing.reductions import reduce_tensor
+
+from megatron_sov.convert.sources import open_weights
+from megatron_sov.convert.whole_model import checked
 from megatron_sov.errors import UserError
-from megatron_sov.generate.request import Batching, Generated, Sampling, Stop, Tokens, refuse_drafts
+from megatron_sov.generate.held_weights import HeldWeights, NamedTensors
+from megatron_sov.generate.request import (
+    LENGTH,
+    STOP,
+    Batching,
+    Generated,
+    Sampling,
+    Stop,
+    Tokens,
+    Written,
+    refuse_drafts,
+)
 from megatron_sov.generate.sampling import seed_of
+
+PICKLES = "VLLM_ALLOW_INSECURE_SERIALIZATION"
+MESSAGE_BYTES = 1 << 30
+"""Of tensors that vLLM is told of at a time."""
 
 
 class VllmEngine:
     """vLLM's engine for one Hugging Face folder."""
 
     def __init__(self, folder: Path, longest: int, batching: Batching | None = None,
-                 dtype: str = "auto") -> None:
+                 dtype: str = "auto", *, for_updates: bool = False) -> None:
         """Load the folder; code in it is not run.
 
         Args:
@@ -23,14 +45,19 @@ class VllmEngine:
             longest: tokens of the longest sequence, prompt and continuation.
             batching: what bounds memory.
             dtype: of the weights; auto: as stored.
+            for_updates: whether `update` will be called, for which vLLM prepares.
 
         Raises:
-            UserError: vLLM is not installed.
+            UserError: vLLM is not installed, or is not allowed what updates need.
         """
         if importlib.util.find_spec("vllm") is None:
             raise UserError(f"--engine vllm: vllm, which would run {folder}, is not installed for this "
                             "Python; install megatron-sov[rollout] on a machine with a GPU "
                             "(docs/install.md), or use --engine transformers")
+        if for_updates and os.environ.get(PICKLES) != "1":
+            raise UserError(f"{PICKLES} is {os.environ.get(PICKLES)!r}: for an update vLLM sends the places "
+                            "of tensors in the GPU's memory between its own processes as pickles; set it to "
+                            "1, on a machine that nobody else uses")
         from vllm import LLM
 
         batching = batching or Batching()
@@ -38,7 +65,13 @@ class VllmEngine:
         self._llm = LLM(model=str(folder), skip_tokenizer_init=True, trust_remote_code=False,
                         generation_config="vllm", dtype=dtype, max_model_len=longest,
                         max_num_seqs=batching.max_sequences, enable_chunked_prefill=True,
-                        max_num_batched_tokens=max(batching.prefill_tokens, batching.max_sequences))
+                        max_num_batched_tokens=max(batching.prefill_tokens, batching.max_sequences),
+                        # of what was sampled from, not of the model's own distribution
+                        logprobs_mode="processed_logprobs",
+                        weight_transfer_config={"backend": "ipc"} if for_updates else None)
+        self._held, self._folder = HeldWeights("vllm"), folder
+        if for_updates:
+            self._llm.init_weight_transfer_engine({"init_info": {"packed": False}})
 
     def generate(self, prompts: Sequence[Tokens], sampling: Sampling, *, stop: Stop | None = None,
                  streams: Sequence[int] | None = None) -> Generated:
@@ -46,11 +79,68 @@ class VllmEngine:
         from vllm import SamplingParams
 
         refuse_drafts("vllm", sampling)
-        stop = stop or Stop()
+        sampling.check()
+        stop, version = stop or Stop(), self._held.version
         numbers = range(len(prompts)) if streams is None else streams
         asked = [SamplingParams(max_tokens=sampling.max_new_tokens, temperature=sampling.temperature,
                                 top_p=sampling.top_p, top_k=sampling.top_k or -1,
                                 seed=seed_of(sampling.seed, number), stop_token_ids=list(stop.ids),
-                                ignore_eos=True, detokenize=False) for number in numbers]
+                                # 0: of the chosen token, and of no others
+                                logprobs=0, ignore_eos=True, detokenize=False) for number in numbers]
         found = self._llm.generate([{"prompt_token_ids": list(p)} for p in prompts], asked, use_tqdm=False)
-        return Generated([stop.cut(list(answer.outputs[0].token_ids)) for answer in found])
+        return Generated.of([_written(answer.outputs[0], stop) for answer in found], sampling, stop, version)
+
+    def update(self, weights: NamedTensors | None, version: int) -> None:
+        """Have vLLM read other weights out of this process's GPU memory, see `Engine`.
+
+        It must run on the same GPU.  The four calls of vLLM's weight transfer (0.33,
+        docs.vllm.ai/en/latest/training/weight_transfer), with its backend `ipc`.
+        """
+        if weights is None:
+            raise ValueError("the engine vllm has a model of its own: an update needs its weights")
+        shapes = {name: shape for link in open_weights(self._folder).links
+                  for name, shape in link.hf_shapes().items()}
+        with self._held.replaced(version, weights):
+            self._llm.start_weight_update()
+            for message in _messages(checked(weights, shapes)):
+                self._llm.update_weights({"update_info": message})
+            self._llm.finish_weight_update(str(version))
+            # keys and values of the old weights would answer for prompts that begin alike
+            if not self._llm.reset_prefix_cache():
+                raise UserError("vLLM keeps keys and values of the weights before; its log says why")
+
+
+def _messages(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[dict[str, Any]]:
+    """Yield the places of some tensors at a time, which stay in memory until the next are asked for."""
+    kept: dict[str, torch.Tensor] = {}
+    kept_bytes = 0
+    for name, tensor in weights:
+        kept[name] = tensor.detach().contiguous()
+        kept_bytes += kept[name].nbytes
+        if kept_bytes >= MESSAGE_BYTES:
+            yield _message(kept)
+            kept, kept_bytes = {}, 0
+    if kept:
+        yield _message(kept)
+
+
+def _message(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    return {"names": list(tensors),
+            "dtype_names": [str(t.dtype).removeprefix("torch.") for t in tensors.values()],
+            "shapes": [list(t.shape) for t in tensors.values()],
+            "ipc_handles": [_place_in_memory(t) for t in tensors.values()]}
+
+
+def _place_in_memory(tensor: torch.Tensor) -> dict[str, Any]:
+    """Return what another process finds a tensor in GPU memory by, under the GPU's name."""
+    return {str(torch.cuda.get_device_properties(tensor.device).uuid): reduce_tensor(tensor)[1]}
+
+
+def _written(output: Any, stop: Stop) -> Written:
+    """Return a `CompletionOutput` up to what ends it, which vLLM may have read past: it knows tokens only."""
+    if output.finish_reason not in (STOP, LENGTH):
+        raise UserError(f"vLLM ended a continuation of {len(output.token_ids)} tokens with "
+                        f"{output.finish_reason!r}, not with {STOP!r} or {LENGTH!r}; its log says why")
+    tokens = stop.cut(list(output.token_ids))
+    return tokens, [float(place[token].logprob)
+                    for token, place in zip(tokens, output.logprobs, strict=False)]

@@ -272,6 +272,15 @@ class Link:
         return {name: self.layout.stored(n)
                 for name, n in zip(self.hf_names, self.layout.lengths, strict=True)}
 
+    def rows(self) -> dict[str, tuple[int, int]]:
+        """Return the first row in the block and the number of rows of each Hugging Face tensor; nothing where
+        their rows are interleaved."""
+        if self.layout.axis:
+            return {}
+        each = math.prod(self.layout.view[1:self.layout.merged])
+        return {name: (start * each, length * each) for name, start, length in zip(
+            self.hf_names, self.layout.starts(), self.layout.lengths, strict=True)}
+
     def _parts(self, viewed: Any) -> Iterator[tuple[str, int, Any]]:
         for name, start, length in zip(self.hf_names, self.layout.starts(), self.layout.lengths, strict=True):
             yield name, length, viewed.narrow(self.layout.axis, start, length)

@@ -37,6 +37,21 @@ def test_checkpoint_run_and_hugging_face_folder_say_the_same(one_rank: None, imp
     assert texts(capsys, str(hf_models["exaone_moe"]), *ASK, "--engine", "megatron") == expected
 
 
+def test_log_probabilities_and_what_ended_a_text_stand_beside_its_tokens(
+        one_rank: None, imported: dict[str, Path], hf_models: dict[str, Path], capsys) -> None:
+    asked = [*ASK, "--logprobs", "--temperature", "0.5"]
+    for target in (imported["solar_open"], hf_models["solar_open"]):
+        plain = texts(capsys, str(target), *ASK, "--temperature", "0.5")
+        found = texts(capsys, str(target), *asked)
+        assert [{name: f[name] for name in ("prompt", "text", "tokens")} for f in found] == plain
+        for answer in found:
+            assert len(answer["logprobs"]) == 9 and max(answer["logprobs"]) <= 0
+            assert (answer["temperature"], answer["finish_reason"]) == (0.5, "length")
+    first = texts(capsys, str(hf_models["solar_open"]), *ASK)[0]["text"]
+    ended = texts(capsys, str(hf_models["solar_open"]), *ASK, "--logprobs", "--stop", first[1:4])[0]
+    assert ended["finish_reason"] == "stop" and len(ended["logprobs"]) == len(ended["tokens"])
+
+
 @pytest.mark.parametrize("layout", [["parallel.ep=2"], ["parallel.tp=2", "parallel.sp=true"]],
                          ids=["ep", "tp"])
 def test_two_processes_sample_what_one_samples(layout: list[str], one_rank: None, imported: dict[str, Path],
@@ -125,6 +140,7 @@ WRONG = [
     ([], "--prompt TEXT or --prompts"),
     (["--prompt", "a", "--temperature", "-1"], "--temperature -1.0: must not be negative"),
     (["--prompt", "a", "--speculative", "1"], "has no multi-token prediction layer to draft with"),
+    (["--prompt", "a", "--logprobs"], "--logprobs: goes with --json"),
     (["--prompt", "a", "--compare-speed"], "--compare-speed: --speculative 0 drafts nothing"),
     (["--prompt", "a", "--stop", ""], "--stop '': must hold at least one character"),
     (["--prompt", "a", "--top-k", "-1"], "--top-k -1: must not be negative"),

@@ -51,9 +51,9 @@ def continuations(layout: dict[str, Any], *, full: bool = False, family: str = "
         return dataclasses.replace(sampling, num_drafts=num_drafts)
 
     greedy = write(PROMPTS, Sampling(NEW))
+    drafted = vars(MegatronEngine(policy, Batching(4, 5)).generate(PROMPTS, drafting(Sampling(NEW), drafts)))
     found = {"greedy": greedy, "sampled": write(PROMPTS, warm),
-             "drafted": vars(MegatronEngine(policy, Batching(4, 5)).generate(
-                 PROMPTS, drafting(Sampling(NEW), drafts))),
+             "drafted": {name: drafted[name] for name in ("continuations", "drafted", "accepted")},
              "drafted samples": write(PROMPTS, drafting(warm, drafts))}
     if full:
         found["end"] = greedy[2][5]
@@ -101,6 +101,84 @@ def test_every_way_and_every_layout_write_the_same(ranks, job) -> None:
         for rank, found in enumerate(per_rank):
             for way in ("greedy", "sampled", "drafted", "drafted samples", "as before"):
                 assert found[way] == alone[0][way], (name, rank, way)
+
+
+FAMILIES = {"k-exaone": SETTINGS[:-1], "solar-open": [*SETTINGS[:-1], "model.sliding_window_tokens=0"],
+            "qwen3": SETTINGS[:3]}
+
+
+def logprobs_of(layout: dict[str, Any], family: str) -> dict[str, Any]:
+    """Return for each way to sample how far the engine's log-probabilities are from the trainer's (fp32), and
+    what an engine of another model writes before and after an update."""
+    from megatron_sov import recipes
+    from megatron_sov.config import ParallelConfig, apply_settings
+    from megatron_sov.convert import export_weights
+    from megatron_sov.generate.generator import MegatronEngine
+    from megatron_sov.generate.request import Batching, Sampling, Stop
+    from megatron_sov.mcore.decode.forward_only import ForwardModel, Inputs
+    from megatron_sov.mcore.model import init
+    from megatron_sov.mcore.model.language_model import build
+    from megatron_sov.mcore.parallel import collectives, world
+
+    parallel = ParallelConfig(**layout)
+    config = apply_settings(recipes.get(f"tiny-{family}"), [*FAMILIES[family], "train.precision=fp32"])
+    world.join(parallel)
+    model = build(config.model, parallel, config.train)
+    init.initialise(model, config.model, 1)
+    policy = ForwardModel(model, 7)
+
+    def trainers(row: list[int], temperature: float) -> torch.Tensor:
+        """Log-probability of each token of a row but the first."""
+        batch = Inputs([row], torch.device("cpu"))
+        if temperature not in (0, 1):
+            logits = policy.logits(batch, torch.arange(len(row) - 1)).double() / temperature
+            return logits.log_softmax(-1)[torch.arange(len(row) - 1), torch.tensor(row[1:])]
+        labels = batch.inputs.tokens.roll(-1)
+        found = policy.map([batch], lambda hidden, head, _: head.logprobs(hidden[0], labels))
+        whole = collectives.broadcast_from_last_stage(found[0] if found else torch.zeros(len(labels)))
+        return whole[:len(row) - 1]
+
+    def furthest(sampling: Sampling) -> dict[str, Any]:
+        found = MegatronEngine(policy, Batching(3, 5)).generate(PROMPTS, sampling, stop=Stop((50,)))
+        gaps = [(trainers([*p, *c], sampling.temperature)[len(p) - 1:] - torch.tensor(told)).abs().max()
+                for p, c, told in zip(PROMPTS, found.continuations, found.logprobs, strict=True)]
+        return {"gap": float(max(gaps)), "tokens": found.continuations, "reasons": found.finish_reasons,
+                "lowest": min(map(min, found.logprobs)), "accepted": found.accepted}
+
+    drafts = 2 if config.model.num_mtp_layers else 0
+    ways = {"greedy": Sampling(NEW), "T 1": Sampling(NEW, 1.0, seed=3), "T 0.7": Sampling(NEW, 0.7, seed=3),
+            "drafted": Sampling(NEW, num_drafts=drafts),
+            "drafted T 1": Sampling(NEW, 1.0, seed=3, num_drafts=drafts)}
+    found = {name: furthest(way) for name, way in ways.items()}
+    other = build(config.model, parallel, config.train)
+    init.initialise(other, config.model, 2)
+    engine = MegatronEngine(ForwardModel(other, 7))
+    versions = []
+    for weights, version in ((None, 1), (export_weights(model, everywhere=True), 7)):
+        engine.update(weights, version)
+        written = engine.generate(PROMPTS, ways["T 1"], stop=Stop((50,)))
+        versions.append((written.version, written.continuations == found["T 1"]["tokens"]))
+    found["updated"] = versions
+    world.leave()
+    return found
+
+
+WHERE = [("k-exaone", 1, {}), ("qwen3", 2, {"tp": 2, "sp": True}), ("k-exaone", 2, {"pp": 2}),
+         ("solar-open", 2, {"ep": 2})]
+
+
+@pytest.mark.distributed
+def test_log_probabilities_are_those_of_the_trainer(ranks, job) -> None:
+    for where, per_rank in zip(WHERE, ranks(*(job(__file__, "logprobs_of", n, {"layout": x, "family": family})
+                                              for family, n, x in WHERE)), strict=True):
+        for rank in per_rank:
+            assert rank.pop("updated") == [[1, False], [7, True]], where
+        for way, found in per_rank[0].items():
+            assert found["gap"] < 1e-5, (where, way, found["gap"])
+            assert found["lowest"] < -0.5, "every token was certain, which shows little"
+            assert all(rank[way]["tokens"] == found["tokens"] for rank in per_rank), (where, way)
+            assert found["reasons"] == ["stop" if c[-1] == 50 else "length" for c in found["tokens"]]
+    assert per_rank[0]["T 1"]["tokens"] != per_rank[0]["greedy"]["tokens"]
 
 
 QWEN = {"qwen2": ("Qwen2", {"tie_word_embeddings": True}), "qwen3": ("Qwen3", {"tie_word_embeddings": False}),

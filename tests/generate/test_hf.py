@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import shutil
@@ -106,3 +107,28 @@ def test_code_of_a_folder_is_not_run_whoever_says_yes(hf_models: dict[str, Path]
     with pytest.raises(UserError, match="transformers cannot load it"):
         load_hf(folder)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_log_probabilities_are_of_what_was_drawn_from(temperature: float, hf_models: dict[str, Path]) -> None:
+    """Against one plain forward pass over prompt and continuation."""
+    model = load_hf(hf_models["exaone_moe"])
+    asked = Sampling(12, temperature, seed=1, for_training=True)
+    found = HfEngine(model, Batching(2, 5)).generate(PROMPTS, asked, stop=Stop((7,)))
+    for prompt, tokens, told in zip(PROMPTS, found.continuations, found.logprobs, strict=True):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([[*prompt, *tokens]]), use_cache=False).logits[0]
+        expected = (logits / (temperature or 1)).log_softmax(-1)[len(prompt) - 1:-1].gather(
+            1, torch.tensor(tokens)[:, None])[:, 0]
+        assert torch.allclose(torch.tensor(told), expected, atol=1e-5, rtol=0)
+    assert found.finish_reasons == ["stop" if c[-1] == 7 else "length" for c in found.continuations]
+    assert (found.temperature, found.version) == (temperature, 0)
+
+
+def test_a_cut_distribution_is_for_training_where_it_is_asked_for(hf_models: dict[str, Path]) -> None:
+    engine = HfEngine(load_hf(hf_models["solar_open"]))
+    cut = Sampling(3, 1.0, top_k=1, for_training=True)
+    with pytest.raises(UserError, match="samples that are trained on come from the whole"):
+        engine.generate(PROMPTS, cut)
+    found = engine.generate(PROMPTS, dataclasses.replace(cut, allow_truncation=True))
+    assert all(logprob == 0 for told in found.logprobs for logprob in told), "of one token, it is certain"

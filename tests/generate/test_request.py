@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_sov.generate.request import Batching, Sampling, Stop
+from megatron_sov.errors import UserError
+from megatron_sov.generate.request import Batching, Generated, Sampling, Stop
 
 
 def decode(tokens: list[int]) -> str:
@@ -44,3 +45,23 @@ def test_memory_bounds_the_batch() -> None:
 def test_values_without_meaning_are_named(wrong: Sampling | Batching, sentence: str) -> None:
     (problem,) = wrong.problems()
     assert sentence in problem
+
+
+def test_what_follows_from_what_was_asked_stands_beside_the_tokens() -> None:
+    stop = Stop((9,))
+    written = [([1, 9], [-0.5, -0.25]), ([2, 3], [-1.0, -2.0]), ([], [])]
+    found = Generated.of(written, Sampling(2, 0.7), stop, 4)
+    assert found.finish_reasons == ["stop", "length", "length"]
+    assert (found.temperature, found.version) == (0.7, 4)
+    with pytest.raises(ValueError, match="prompt 0: the engine wrote 2 tokens and told 1 log-probabilities"):
+        Generated.of([([1, 9], [-0.5])], Sampling(2), stop, 4)
+
+
+@pytest.mark.parametrize("part", [{"top_k": 5}, {"top_p": 0.9}])
+def test_samples_to_train_on_come_from_the_whole_distribution(part: dict[str, float]) -> None:
+    cut = Sampling(4, 0.7, for_training=True, **part)
+    with pytest.raises(UserError, match="samples that are trained on come from the whole distribution"):
+        cut.check()
+    Sampling(4, 0.7, **part).check()
+    Sampling(4, 0.7, for_training=True).check()
+    Sampling(4, 0.7, for_training=True, allow_truncation=True, **part).check()

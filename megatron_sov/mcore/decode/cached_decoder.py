@@ -140,6 +140,11 @@ class CachedDecoder:
         """Return the most probable next token [places] int64 behind row indices (on the last stage)."""
         return self._head().top_tokens(self._states(read, places)).cpu()
 
+    def best_tokens(self, read: DecodeOutput, places: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return these tokens, and the log-probability [places] of each (on the last stage)."""
+        tokens, logprobs = self._head().best_tokens(self._states(read, places))
+        return tokens.cpu(), logprobs.cpu()
+
     def logits(self, read: DecodeOutput, places: Sequence[int]) -> torch.Tensor:
         """Return full logits [places, vocabulary] behind row indices (on the last stage)."""
         return self._head().logits(self._states(read, places))

@@ -73,8 +73,15 @@ class Head:
     def top_tokens(self, states: torch.Tensor) -> torch.Tensor:
         """Return the most probable token [n] int64 after each of some positions' hidden states [n, H]
         (already gathered)."""
-        return torch.cat([_chunk_argmax(s, self.weight, self._chunking.token_rows)
+        return torch.cat([_chunk_argmax(project(s, self.weight, self._chunking.token_rows))[0]
                           for s in states.split(self.chunk_tokens)])
+
+    @torch.no_grad()
+    def best_tokens(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return these tokens, and the log-probability [n] float32 (float64 under fp64) of each."""
+        found = [_chunk_best(project(s, self.weight, self._chunking.token_rows))
+                 for s in states.split(self.chunk_tokens)]
+        return torch.cat([token for token, _ in found]), torch.cat([logprob for _, logprob in found])
 
     @torch.no_grad()
     def top_of_row(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -99,15 +106,26 @@ def head_of(model: LanguageModel, chunk_tokens: int) -> Head:
     return Head(model.head_weight, model.config, chunk_tokens, model.vocab_size)
 
 
-def _chunk_argmax(states: torch.Tensor, weight: torch.Tensor, token_rows: int) -> torch.Tensor:
-    """[C, H], [V / tp, H] -> [C] int64; of equal logits the lowest id wins, at every layout."""
-    best, token = project(states, weight, token_rows).max(dim=-1)
+def _chunk_best(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[C, V / tp] -> [C] int64, the most probable token, and [C], its log-probability; logits are spent."""
+    token, largest = _chunk_argmax(logits)
+    sums = logits.sub_(largest[:, None]).exp_().sum(dim=-1)
+    group = parallel_state.get_tensor_model_parallel_group()
+    if group.size() > 1:
+        torch.distributed.all_reduce(sums, group=group)
+    return token, -sums.log()
+
+
+def _chunk_argmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[C, V / tp] -> [C] int64 and its logit [C]; of equal logits the lowest id wins, at every layout."""
+    best, token = logits.max(dim=-1)
     group = parallel_state.get_tensor_model_parallel_group()
     if group.size() == 1:
-        return token
-    token = token + group.rank() * weight.shape[0]
+        return token, best
+    token = token + group.rank() * logits.shape[1]
     both = [torch.empty(len(best), 2, dtype=torch.float64, device=best.device) for _ in range(group.size())]
     torch.distributed.all_gather(both, torch.stack([best.double(), token.double()], dim=1), group=group)
     stacked = torch.stack(both)
     winner = stacked[:, :, 0].argmax(dim=0)
-    return stacked[winner, torch.arange(len(best), device=best.device), 1].long()
+    largest, token_id = stacked[winner, torch.arange(len(best), device=best.device)].unbind(dim=1)
+    return token_id.long(), largest.to(best.dtype)

@@ -15,7 +15,7 @@ from megatron_sov.eval.needle.haystack import Haystack
 from megatron_sov.eval.needle.kinds import Example
 from megatron_sov.eval.needle.suite import NeedleSuite, is_right, result_of, run_suite, table
 from megatron_sov.eval.needle.text import fill
-from megatron_sov.generate.request import Generated, Sampling
+from megatron_sov.generate.request import Generated, Sampling, Stop
 
 
 def answer_by_looking(prompts: list[list[int]], count: int) -> list[list[int]]:
@@ -50,7 +50,8 @@ class Looking:
     spoil: Callable[[list[list[int]]], list[list[int]]] = lambda found: found
 
     def generate(self, prompts: Any, sampling: Sampling, **more: Any) -> Generated:
-        return Generated(self.spoil(answer_by_looking(prompts, sampling.max_new_tokens)))
+        found = self.spoil(answer_by_looking(prompts, sampling.max_new_tokens))
+        return Generated.of([(tokens, [0.0] * len(tokens)) for tokens in found], sampling, Stop(), 0)
 
     def choose(self, documents: Any, count: int, words: Any) -> list[list[int]]:
         return self.spoil(choose_by_looking(documents, count, words))

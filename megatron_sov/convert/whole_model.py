@@ -1,0 +1,40 @@
+"""A stream of tensors that must be a whole model: each once, of its shape, none missing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import torch
+
+from megatron_sov.convert.sources import check_exact
+from megatron_sov.errors import UserError
+
+WHERE = "the weights to take in"
+
+
+def checked(weights: Iterable[tuple[str, torch.Tensor]], shapes: Mapping[str, tuple[int, ...]],
+            ignored: Sequence[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors that a model has, in the order in which they come.
+
+    Args:
+        weights: names and tensors.
+        shapes: the model's.
+        ignored: regular expressions for names that it may be given and does without.
+
+    Raises:
+        UserError: at a tensor that is unknown, of another shape or comes twice; after the last one where
+            some are missing.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for name, tensor in weights:
+        if name not in shapes and any(re.search(pattern, name) for pattern in ignored):
+            continue
+        if name in found:
+            raise UserError(f"{WHERE}: {name} comes twice; give each tensor once")
+        found[name] = tuple(tensor.shape)
+        if shapes.get(name) != found[name]:
+            check_exact(WHERE, {name: found[name]}, {n: s for n, s in shapes.items() if n == name},
+                        "take a model of the same family and sizes")
+        yield name, tensor
+    check_exact(WHERE, found, dict(shapes), "give every tensor of the model")
