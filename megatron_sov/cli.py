@@ -39,6 +39,8 @@ COMMANDS = {
     "extend": Command("megatron_sov.commands.extend",
                       "train on at longer contexts, stage by stage, each behind a needle gate"),
     "sft": Command("megatron_sov.commands.sft", "fine-tune on chats, with an auxiliary text term"),
+    "distill": Command("megatron_sov.commands.distill",
+                       "states: a teacher's final hidden states over token shards, at its own layout"),
     "convert": Command("megatron_sov.commands.convert",
                        "from-hf, to-hf, verify, inspect: checkpoints, Hugging Face folders"),
     "generate": Command("megatron_sov.commands.generate",

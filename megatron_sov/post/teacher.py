@@ -124,7 +124,8 @@ def _artifact(reading: Reading, sources: list[Source], plan: dict[str, Any], out
         (artifact.path / "states").mkdir(exist_ok=True)
         head = weights.read("model.embed_tokens.weight" if model.tied_embeddings else "lm_head.weight")
         save_file({HEAD_WEIGHT: head.contiguous()}, artifact.path / HEAD)
-        artifact.writer.content = content_of(plan["parts"], model.hidden_size, model.vocab_size, reading.dtype)
+        artifact.writer.content = content_of(plan["parts"], model.hidden_size, model.vocab_size,
+                                             reading.dtype)
         artifact.writer.settings = {"teacher": teacher, "teacher_path": str(reading.target.path)}
         artifact.writer.inputs += provenance(sources)
         yield artifact
@@ -148,15 +149,17 @@ def _read_parts(loaded: Loaded, sources: list[Source], parts: Sequence[Part], fo
     with the most, the last of padding alone.
     """
     device, mine = local_device(), loaded.world.dp_rank
-    lengths = [[int(n) for n in sources[p.source].shard(p.split).lengths[
-        p.first_document + np.arange(p.num_documents)]] for p in parts]
+    shards = [sources[p.source].shard(p.split) for p in parts]
+    lengths = [[int(n) for n in shard.lengths[p.first_document + np.arange(p.num_documents)]]
+               for p, shard in zip(parts, shards, strict=True)]
     rows = [rows_of(of_part, ROW_TOKENS) for of_part in lengths]
     longest = max(sum(of_part[i] for i in row) for of_part, cut in zip(lengths, rows, strict=True)
                   for row in cut)
     part = parts[mine] if mine < len(parts) else None
     own_rows = rows[mine] if part else []
     micro_batches = [] if part is None else [
-        Inputs([_document(sources, part, i) for i in row], device, longest) for row in own_rows]
+        Inputs([shards[mine].tokens(part.first_document + i, 0, lengths[mine][i]).tolist() for i in row],
+               device, longest) for row in own_rows]
     micro_batches += [Inputs([[0]], device, longest)] * (max(map(len, rows)) - len(own_rows))
 
     def states(hidden: list[torch.Tensor], head: Any, batch: Inputs) -> torch.Tensor:
@@ -166,12 +169,6 @@ def _read_parts(loaded: Loaded, sources: list[Source], parts: Sequence[Part], fo
     if part is not None and loaded.world.last_stage and collectives.is_first_of_row():
         filled = [sum(lengths[mine][i] for i in row) for row in own_rows]
         _write(folder / part.file, [s[:n] for s, n in zip(found, filled, strict=False)])
-
-
-def _document(sources: list[Source], part: Part, index: int) -> list[int]:
-    documents = sources[part.source].shard(part.split)
-    document = part.first_document + index
-    return documents.tokens(document, 0, int(documents.lengths[document])).tolist()
 
 
 def _write(file: Path, states: list[torch.Tensor]) -> None:
