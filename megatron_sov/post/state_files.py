@@ -43,6 +43,14 @@ class Part:
         return f"states/{self.source:04d}-{self.split}-{self.first_document:010d}.bin"
 
 
+def lengths_of(source: Source, split: str) -> np.ndarray:
+    """Return the tokens [documents] int64 of each document of a split, which may have none."""
+    if not source.num_tokens.get(split):
+        return np.zeros(0, np.int64)
+    stored = source.shard(split).lengths
+    return np.asarray(stored[np.arange(len(stored))], np.int64)
+
+
 def parts_of(sources: list[Source], splits: tuple[str, ...], part_tokens: int) -> list[Part]:
     """Return the parts of all documents, in the order of the shards.
 
@@ -51,10 +59,7 @@ def parts_of(sources: list[Source], splits: tuple[str, ...], part_tokens: int) -
     found = []
     for index, source in enumerate(sources):
         for split in splits:
-            if not source.num_tokens.get(split):
-                continue
-            stored = source.shard(split).lengths
-            lengths = np.asarray(stored[np.arange(len(stored))], np.int64)
+            lengths = lengths_of(source, split)
             starts = lengths.cumsum() - lengths
             firsts = np.unique(starts // part_tokens, return_index=True)[1]
             counts = np.diff(firsts, append=len(lengths))

@@ -33,7 +33,16 @@ from megatron_sov.mcore.model.language_model import gather_sequence
 from megatron_sov.mcore.parallel import collectives, context
 from megatron_sov.mcore.parallel.device import local_device
 from megatron_sov.mcore.parallel.world import on_main
-from megatron_sov.post.state_files import DTYPES, HEAD, HEAD_WEIGHT, KIND, Part, content_of, parts_of
+from megatron_sov.post.state_files import (
+    DTYPES,
+    HEAD,
+    HEAD_WEIGHT,
+    KIND,
+    Part,
+    content_of,
+    lengths_of,
+    parts_of,
+)
 
 FORMATS = ("text", "chat", "preference", "prompt")
 PART_TOKENS = 65_536
@@ -134,7 +143,7 @@ def _artifact(reading: Reading, sources: list[Source], plan: dict[str, Any], out
 def _refuse_too_long(reading: Reading, sources: list[Source]) -> None:
     for source in sources:
         for split in reading.splits:
-            longest = max(source.shard(split).lengths, default=0) if source.num_tokens.get(split) else 0
+            longest = lengths_of(source, split).max(initial=0)
             if longest > reading.target.max_tokens:
                 raise UserError(f"source {source.name!r} ({split}): has a document of {longest} tokens, the "
                                 f"teacher {reading.target.path} reads {reading.target.max_tokens} at most; "

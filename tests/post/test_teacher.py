@@ -49,7 +49,7 @@ def opened(out: Path, data: Path) -> StateFiles:
 
 
 def reading(model: Path, data: Path, is_hf: bool = False) -> Reading:
-    return Reading(Target(model, is_hf), {str(data): 1.0}, dtype="float32", part_tokens=150)
+    return Reading(Target(model, is_hf), {str(data): 1.0}, dtype="float32", part_tokens=80)
 
 
 def everything(out: Path, data: Path) -> torch.Tensor:
