@@ -160,7 +160,7 @@ def test_every_layout_gives_what_one_process_gives(ranks, job) -> None:
                          "weight": torch.zeros(VOCABULARY + 2, HIDDEN).double()}
             total = float((wanted["divergence"] * whole()["first"]).sum())
             for found in (result[number] for result in per_rank):
-                assert found["sums"][0] == pytest.approx(total, rel=min(tolerance, 5e-7)), (layout, kind, beta)
+                assert found["sums"][0] == pytest.approx(total, rel=min(tolerance, 5e-7)), f"{layout} {kind}"
                 for name in ("divergence", "kl", "entropy"):
                     near(found[name], wanted[name], tolerance, f"{layout} {kind} {beta} {name}")
                 gradients["states"][found["places"]] = torch.tensor(found["states"], dtype=torch.float64)
