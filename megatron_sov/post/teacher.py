@@ -11,6 +11,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,14 +96,17 @@ def read_documents(reading: Reading, out: Path, settings: list[str], nproc: int 
                 artifact.append(held.enter_context(_artifact(reading, sources, plan, out, overwrite)))
                 return str(artifact[0].path), list(artifact[0].finished)
 
+            def note(together: list[Part]) -> None:
+                for part in together:
+                    artifact[0].finish(part.file, FileRecord.of(artifact[0].path / part.file))
+
             folder, finished = on_main(loaded.world, begin)
             missing = [p for p in parts if p.file not in finished]
             for first in range(0, len(missing), loaded.world.dp_size):
                 together = missing[first:first + loaded.world.dp_size]
                 _read_parts(loaded, sources, together, Path(folder), DTYPES[reading.dtype])
                 collectives.all_reduce_world(torch.zeros(1, dtype=torch.float64))  # all files are written
-                on_main(loaded.world, lambda together=together: [
-                    artifact[0].finish(p.file, FileRecord.of(artifact[0].path / p.file)) for p in together])
+                on_main(loaded.world, partial(note, together))
             return len(missing)
 
     run_forward_model(reading.target, settings, nproc, work)
