@@ -41,6 +41,8 @@ COMMANDS = {
     "sft": Command("megatron_sov.commands.sft", "fine-tune on chats, with an auxiliary text term"),
     "prefer": Command("megatron_sov.commands.prefer",
                       "learn from judged responses: DPO, IPO, SimPER, GrouPER"),
+    "distill": Command("megatron_sov.commands.distill",
+                       "states: a teacher's final hidden states over token shards, at its own layout"),
     "convert": Command("megatron_sov.commands.convert",
                        "from-hf, to-hf, verify, inspect: checkpoints, Hugging Face folders"),
     "generate": Command("megatron_sov.commands.generate",

@@ -35,6 +35,10 @@ class Chunking:
     """This process's rows of the head's weight that belong to token ids; rows that pad the vocabulary
     follow them."""
 
+    def parts(self, num_tokens: int) -> list[slice]:
+        """Return the chunks of so many tokens, in order."""
+        return [slice(i, i + self.chunk_tokens) for i in range(0, num_tokens, self.chunk_tokens)]
+
 
 class CrossEntropySums(torch.autograd.Function):
     """Weighted sums of the tokens' cross-entropies, each differentiable by a factor of its own."""
@@ -47,11 +51,11 @@ class CrossEntropySums(torch.autograd.Function):
 
         `differentiable` is whether gradients were switched on outside: in here they never are.
         """
-        gradients = _Gradients.zeros(states, weight, tuple(context.local(w) for w in token_weights),
-                                     differentiable and ctx.needs_input_grad[0],
-                                     differentiable and ctx.needs_input_grad[1])
+        gradients = Gradients.zeros(states, weight, tuple(context.local(w) for w in token_weights),
+                                    differentiable and ctx.needs_input_grad[0],
+                                    differentiable and ctx.needs_input_grad[1])
         losses = context.gather(-_sweep(states, weight, context.local(labels), chunking, gradients))
-        ctx.save_for_backward(gradients.of_states, *gradients.token_weights, *gradients.of_weight)
+        gradients.keep(ctx)
         ctx.mark_non_differentiable(losses)
         return losses, *((losses * w).sum() for w in token_weights)
 
@@ -59,9 +63,7 @@ class CrossEntropySums(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, _: torch.Tensor, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Scale what the forward pass left."""
-        of_states, *rest = ctx.saved_tensors
-        gradients = _Gradients(tuple(rest[:len(upstream)]), of_states, tuple(rest[len(upstream):]))
-        return *gradients.scaled(upstream), None, None, None, *(None for _ in upstream)
+        return *Gradients.kept(ctx, len(upstream)).scaled(upstream), *[None] * (3 + len(upstream))
 
 
 class LabelLogprobs(torch.autograd.Function):
@@ -69,33 +71,37 @@ class LabelLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, states: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor,
-                chunking: Chunking) -> torch.Tensor:
+                chunking: Chunking, temperature: float) -> torch.Tensor:
         """[n, H], [V / tp, H], [n] -> [n]."""
         ctx.save_for_backward(states, weight, labels)
-        ctx.chunking = chunking
-        return _sweep(states, weight, labels, chunking, _Gradients())
+        ctx.chunking, ctx.temperature = chunking, temperature
+        return _sweep(states, weight, labels, chunking, Gradients(), temperature)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Apply the head again."""
         states, weight, labels = ctx.saved_tensors
-        gradients = _Gradients.zeros(states, weight, (-upstream,), *ctx.needs_input_grad[:2])
-        _sweep(states, weight, labels, ctx.chunking, gradients)
-        return *gradients.scaled((upstream.new_ones(()),)), None, None
+        gradients = Gradients.zeros(states, weight, (-upstream,), *ctx.needs_input_grad[:2])
+        _sweep(states, weight, labels, ctx.chunking, gradients, ctx.temperature)
+        return *gradients.scaled((upstream.new_ones(()),)), None, None, None
 
 
-def project(states: torch.Tensor, weight: torch.Tensor, token_rows: int) -> torch.Tensor:
-    """Return logits [n, V / tp] in float32 (float64 where the model is), -inf behind `token_rows`."""
+def project(states: torch.Tensor, weight: torch.Tensor, token_rows: int,
+            temperature: float = 1.0) -> torch.Tensor:
+    """Return logits [n, V / tp], divided by the temperature, in float32 (float64 where the model is), -inf
+    behind `token_rows`."""
     logits = states @ weight.t()
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if temperature != 1:
+        logits /= temperature
     logits[:, token_rows:] = -torch.inf
     return logits
 
 
 @dataclass(frozen=True)
-class _Gradients:
-    """Derivatives of the tokens' cross-entropies, summed up over chunks; what nobody needs is left out."""
+class Gradients:
+    """Derivatives of the tokens' losses, summed up over chunks; what nobody needs is left out."""
 
     token_weights: tuple[torch.Tensor, ...] = ()
     """[n] each, in the dtype of the logits."""
@@ -107,18 +113,28 @@ class _Gradients:
 
     @classmethod
     def zeros(cls, states: torch.Tensor, weight: torch.Tensor, token_weights: tuple[torch.Tensor, ...],
-              of_states: bool, of_weight: bool) -> _Gradients:
+              of_states: bool, of_weight: bool) -> Gradients:
         """Begin those that are needed."""
         dtype = torch.promote_types(states.dtype, torch.float32)
         return cls(tuple(w.to(dtype) for w in token_weights), torch.empty_like(states) if of_states else None,
                    tuple(torch.zeros_like(weight, dtype=dtype) for _ in token_weights) if of_weight else ())
+
+    @classmethod
+    def kept(cls, ctx: Any, num_sums: int) -> Gradients:
+        """Return what `keep` left in the forward pass of so many sums."""
+        of_states, *rest = ctx.saved_tensors
+        return cls(tuple(rest[:num_sums]), of_states, tuple(rest[num_sums:]))
+
+    def keep(self, ctx: Any) -> None:
+        """Leave these to the backward pass."""
+        ctx.save_for_backward(self.of_states, *self.token_weights, *self.of_weight)
 
     @property
     def are_needed(self) -> bool:
         """Whether there is any to compute."""
         return self.of_states is not None or bool(self.of_weight)
 
-    def add(self, part: slice, states: torch.Tensor, weight: torch.Tensor, labelled: torch.Tensor,
+    def add(self, part: slice, states: torch.Tensor, weight: torch.Tensor, by_logits: torch.Tensor,
             sums: torch.Tensor) -> None:
         """Add a chunk's.
 
@@ -126,17 +142,17 @@ class _Gradients:
             part: its tokens.
             states: [C, H] their hidden states.
             weight: [V / tp, H].
-            labelled: [C, V / tp] ``sums * (softmax - one_hot)``: dividing the small factors by the sums
-                saves a pass over this large one.
+            by_logits: [C, V / tp] ``sums *`` the derivative of each token's loss by its logits: dividing the
+                small factors by the sums saves a pass over this large one.
             sums: [C].
         """
-        labelled = labelled.to(weight.dtype)
+        by_logits = by_logits.to(weight.dtype)
         if self.of_states is not None:
-            torch.mm(labelled, weight, out=self.of_states[part])
+            torch.mm(by_logits, weight, out=self.of_states[part])
             self.of_states[part].div_(sums[:, None])
         for token_weight, total in zip(self.token_weights, self.of_weight, strict=False):
             weighted = states * (token_weight[part] / sums)[:, None]
-            _add_product(total, labelled.t(), weighted.to(weight.dtype))
+            _add_product(total, by_logits.t(), weighted.to(weight.dtype))
 
     def scaled(self, factors: Sequence[torch.Tensor]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Return the derivatives of ``sum over k of factor k * sum k`` by hidden states and head weight,
@@ -169,19 +185,18 @@ def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 
 
 def _sweep(states: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunking: Chunking,
-           gradients: _Gradients) -> torch.Tensor:
+           gradients: Gradients, temperature: float = 1.0) -> torch.Tensor:
     """Return log-probabilities [n] of labels in float32 (float64 where the model is); gradients
     are added up."""
-    parts = [slice(i, i + chunking.chunk_tokens) for i in range(0, len(states), chunking.chunk_tokens)]
-    return torch.cat([_chunk(part, states[part], weight, labels[part], chunking.token_rows, gradients)
-                      for part in parts])
+    return torch.cat([_chunk(part, states[part], weight, labels[part], chunking.token_rows, gradients,
+                             temperature) for part in chunking.parts(len(states))])
 
 
 def _chunk(part: slice, states: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, token_rows: int,
-           gradients: _Gradients) -> torch.Tensor:
+           gradients: Gradients, temperature: float) -> torch.Tensor:
     """[C, H], [V / tp, H], [C] -> [C]; the one tensor of logits turns in place into what it is needed for."""
     group = parallel_state.get_tensor_model_parallel_group()
-    logits = project(states, weight, token_rows)
+    logits = project(states, weight, token_rows, temperature)
     largest = logits.max(dim=-1).values
     if group.size() > 1:
         torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group)
@@ -197,5 +212,5 @@ def _chunk(part: slice, states: torch.Tensor, weight: torch.Tensor, labels: torc
     chosen, sums = both
     if gradients.are_needed:
         exponentials[torch.arange(len(place), device=place.device), place] -= sums.where(here, 0.0)
-        gradients.add(part, states, weight, exponentials, sums)
+        gradients.add(part, states, weight, exponentials, sums * temperature)
     return chosen - sums.log()

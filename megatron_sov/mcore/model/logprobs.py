@@ -14,8 +14,24 @@ import torch
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_sov.mcore.model.chunked_head import Chunking, CrossEntropySums, LabelLogprobs, project
+from megatron_sov.mcore.model.divergence import Divergence, DivergenceSums, Teacher
 from megatron_sov.mcore.model.language_model import LanguageModel, gather_sequence, valid_rows
 from megatron_sov.mcore.parallel import context
+
+
+@dataclass(frozen=True)
+class Divergences:
+    """What was measured at each label of a row, without gradient.
+
+    Each [T] float32 (float64 under fp64), equal on all processes of the tensor- and context-parallel groups.
+    """
+
+    divergence: torch.Tensor
+    """What is learned."""
+    kl: torch.Tensor
+    """KL(teacher || student) in nats, over the same events at the same temperature."""
+    entropy: torch.Tensor
+    """The student's, in nats, at the same temperature."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +68,28 @@ class Head:
                                                self._chunking, torch.is_grad_enabled(), *weights.values())
         return dict(zip(weights, sums, strict=True)), losses
 
-    def logprobs(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def divergence(self, hidden: torch.Tensor, teacher: Teacher, weights: Mapping[str, torch.Tensor],
+                   divergence: Divergence) -> tuple[dict[str, torch.Tensor], Divergences]:
+        """Return weighted sums of the positions' divergences from a teacher, and what was measured.
+
+        As in `cross_entropy`, weights are known before and the head is applied once.
+
+        Args:
+            hidden: [T / context-parallel size / sequence-parallel size, 1, H], of the local tokens.
+            teacher: its distribution at the local tokens, not cut for sequence parallelism.
+            weights: term -> [T] weight of each position in its sum; numbers, not differentiated.
+            divergence: which.
+
+        Returns:
+            Term -> its sum over the whole row, as from `cross_entropy`; and each position's figures.
+        """
+        of_row, *sums = DivergenceSums.apply(gather_sequence(hidden, self.config), self.weight, teacher,
+                                             divergence, self._chunking, torch.is_grad_enabled(),
+                                             *weights.values())
+        return dict(zip(weights, sums, strict=True)), Divergences(*of_row.unbind(1))
+
+    def logprobs(self, hidden: torch.Tensor, labels: torch.Tensor,
+                 temperature: float = 1.0) -> torch.Tensor:
         """Return log p(label) of each position, for losses that are no weighted sums of them.
 
         What such a loss makes of them is known after the forward pass only, so the head is applied
@@ -61,13 +98,15 @@ class Head:
         Args:
             hidden: [T / context-parallel size / sequence-parallel size, 1, H], of the local tokens.
             labels: [T] int64, of the whole row.
+            temperature: what logits are divided by before the softmax: that of the policy which wrote the
+                labels, where their ratio is asked for.
 
         Returns:
             [T] float32 (float64 under fp64) of the whole row, equal on all processes of the tensor- and
             context-parallel groups, differentiable for losses that are computed alike on all of them.
         """
         return context.gather(LabelLogprobs.apply(gather_sequence(hidden, self.config), self.weight,
-                                                  context.local(labels), self._chunking))
+                                                  context.local(labels), self._chunking, temperature))
 
     @torch.no_grad()
     def top_tokens(self, states: torch.Tensor) -> torch.Tensor:

@@ -40,3 +40,10 @@ def broadcast_from_last_stage(values: torch.Tensor) -> torch.Tensor:
     dist.broadcast(sent, src=parallel_state.get_pipeline_model_parallel_last_rank(),
                    group=parallel_state.get_pipeline_model_parallel_group())
     return sent.cpu()
+
+
+def is_first_of_row() -> bool:
+    """Return whether this process is the first of its pipeline stage's that work on the same row (tensor and
+    context parallelism)."""
+    return (int(parallel_state.get_tensor_model_parallel_rank()) == 0
+            and int(parallel_state.get_context_parallel_rank()) == 0)

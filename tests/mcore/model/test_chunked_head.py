@@ -67,7 +67,7 @@ def test_a_weighted_sum_needs_one_pass_and_other_losses_two() -> None:
     with Products() as once:
         fused(states, weight, labels, weights)[1].backward()
     with Products() as twice:
-        LabelLogprobs.apply(states, weight, labels, CHUNKING).exp().sum().backward()
+        LabelLogprobs.apply(states, weight, labels, CHUNKING, 1.0).exp().sum().backward()
     with Products() as two_terms:
         sum(fused(states, weight, labels, weights, weights > 0.5)[1:]).backward()
     assert (once.count, two_terms.count, twice.count) == (3 * chunks, 4 * chunks, 4 * chunks)
@@ -137,7 +137,7 @@ def by_two_sums(inputs: Inputs, chunking: Chunking) -> torch.Tensor:
 
 def by_logprobs(inputs: Inputs, chunking: Chunking) -> torch.Tensor:
     states, weight, labels, weights = inputs
-    (-LabelLogprobs.apply(states, weight, labels, chunking) * weights).sum().backward()
+    (-LabelLogprobs.apply(states, weight, labels, chunking, 1.0) * weights).sum().backward()
     return weight.grad
 
 

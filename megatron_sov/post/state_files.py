@@ -1,0 +1,154 @@
+"""A teacher's final hidden states on disk, beside the documents that it has read.
+
+An artifact of kind "teacher_states" holds one file per part, a run of documents of one source and split:
+hidden states [tokens, hidden size] of these documents one after the other, and nothing else.  Where a
+document begins follows from the lengths in the token shards, so that a state is found by source, split,
+document and offset.  `head.safetensors` has the teacher's output head: with it the states are the whole
+distribution, at the bytes of a hidden size per token instead of a vocabulary's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_sov.artifacts import manifest_sha256, read_manifest
+from megatron_sov.data.token_shards import Source
+from megatron_sov.errors import UserError
+
+KIND = "teacher_states"
+HEAD, HEAD_WEIGHT = "head.safetensors", "weight"
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A run of documents whose states lie in one file."""
+
+    source: int
+    """Index among the sources of the data."""
+    split: str
+    first_document: int
+    num_documents: int
+    num_tokens: int
+
+    @property
+    def file(self) -> str:
+        """Its name in the artifact."""
+        return f"states/{self.source:04d}-{self.split}-{self.first_document:010d}.bin"
+
+
+def lengths_of(source: Source, split: str) -> np.ndarray:
+    """Return the tokens [documents] int64 of each document of a split, which may have none."""
+    if not source.num_tokens.get(split):
+        return np.zeros(0, np.int64)
+    stored = source.shard(split).lengths
+    return np.asarray(stored[np.arange(len(stored))], np.int64)
+
+
+def parts_of(sources: list[Source], splits: tuple[str, ...], part_tokens: int) -> list[Part]:
+    """Return the parts of all documents, in the order of the shards.
+
+    A document belongs to the part in which its first token lies, so that no document is cut.
+    """
+    found = []
+    for index, source in enumerate(sources):
+        for split in splits:
+            lengths = lengths_of(source, split)
+            starts = lengths.cumsum() - lengths
+            firsts = np.unique(starts // part_tokens, return_index=True)[1]
+            counts = np.diff(firsts, append=len(lengths))
+            found += [Part(index, split, int(first), int(count), int(lengths[first:first + count].sum()))
+                      for first, count in zip(firsts, counts, strict=True)]
+    return [part for part in found if part.num_tokens]
+
+
+def content_of(parts: list[Part], hidden_size: int, vocab_size: int, dtype: str) -> dict[str, Any]:
+    """Return what the manifest says."""
+    return {"hidden_size": hidden_size, "vocab_size": vocab_size, "dtype": dtype,
+            "num_tokens": sum(p.num_tokens for p in parts), "parts": [asdict(p) for p in parts]}
+
+
+class StateFiles:
+    """The states of a teacher over token artifacts, by memory map."""
+
+    def __init__(self, folder: Path, sources: list[Source]) -> None:
+        """Open an artifact.
+
+        Args:
+            folder: the artifact.
+            sources: those of the data that it was made from, in their order.
+
+        Raises:
+            UserError: it was made from other data, or is damaged.
+        """
+        manifest = read_manifest(folder, KIND)
+        self.folder, self._sources = folder, sources
+        content = manifest.content
+        self.hidden_size, self.vocab_size = int(content["hidden_size"]), int(content["vocab_size"])
+        self.teacher = str(manifest.settings["teacher"])
+        """Digest of the teacher's weights."""
+        self._dtype = DTYPES[content["dtype"]]
+        self._check_data([i for i in manifest.inputs if i["kind"] == "tokens"])
+        self._parts: dict[tuple[int, str], list[Part]] = {}
+        for raw in content["parts"]:
+            part = Part(**raw)
+            self._parts.setdefault((part.source, part.split), []).append(part)
+        self._opened: dict[str, tuple[np.ndarray, torch.Tensor]] = {}
+
+    @cached_property
+    def head(self) -> Path:
+        """File of the teacher's output head, a tensor [vocabulary, hidden size] named `HEAD_WEIGHT`."""
+        return self.folder / HEAD
+
+    def states(self, source: int, split: str, document: int, start: int, count: int) -> torch.Tensor:
+        """Return [count, hidden size] of some tokens of a document, not copied.
+
+        The state at a token is the one that predicts the token behind it.
+
+        Raises:
+            UserError: these tokens have no states.
+        """
+        parts = self._parts.get((source, split), [])
+        place = int(np.searchsorted([p.first_document for p in parts], document, side="right")) - 1
+        if place < 0 or document >= parts[place].first_document + parts[place].num_documents:
+            raise UserError(f"{self.folder}: has no states of document {document} of source "
+                            f"{self._sources[source].name!r} ({split}); make them again from this data")
+        part = parts[place]
+        starts, states = self._open(part)
+        index = document - part.first_document
+        first = int(starts[index]) + start
+        if not starts[index] <= first <= first + count <= starts[index + 1]:
+            raise UserError(f"{self.folder / part.file}: document {document} has "
+                            f"{starts[index + 1] - starts[index]} states, not {start} to {start + count}; "
+                            "make them again from this data")
+        return states[first:first + count]
+
+    def _open(self, part: Part) -> tuple[np.ndarray, torch.Tensor]:
+        if part.file not in self._opened:
+            file = self.folder / part.file
+            stored = self._sources[part.source].shard(part.split).lengths
+            lengths = np.asarray(stored[part.first_document + np.arange(part.num_documents)], np.int64)
+            wanted = part.num_tokens * self.hidden_size * self._dtype.itemsize
+            size_bytes = file.stat().st_size if file.is_file() else 0
+            if size_bytes != wanted or lengths.sum() != part.num_tokens:
+                raise UserError(f"{file}: has {size_bytes} bytes, its {part.num_tokens} tokens ask for "
+                                f"{wanted}; make the states again")
+            # torch maps a file privately: nothing that is done to a tensor reaches the disk
+            states = torch.from_file(str(file), size=part.num_tokens * self.hidden_size, dtype=self._dtype)
+            self._opened[part.file] = (np.concatenate([[0], lengths.cumsum()]),
+                                       states.view(-1, self.hidden_size))
+        return self._opened[part.file]
+
+    def _check_data(self, made_from: list[dict[str, str]]) -> None:
+        artifacts = list(dict.fromkeys(s.artifact for s in self._sources if s.artifact is not None))
+        found = [manifest_sha256(a) for a in artifacts]
+        if found != [i["manifest_sha256"] for i in made_from]:
+            raise UserError(f"{self.folder}: holds states of {', '.join(i['path'] for i in made_from)}, not "
+                            f"of {', '.join(map(str, artifacts))} as it is now; make them again from this "
+                            "data")

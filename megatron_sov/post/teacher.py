@@ -1,0 +1,196 @@
+"""The teacher of a distillation as a job of its own: any model at any layout reads packed documents and
+leaves its final hidden states (`state_files`).
+
+Two layouts cannot live in one process, since the library's process groups are one per process; files are what
+lies between the teacher and its student.  A killed job goes on behind its last finished part.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from megatron_sov import convert
+from megatron_sov.artifacts import FileRecord, fsync_path, read_manifest, to_json
+from megatron_sov.convert.resume import ResumableArtifact, resumable_artifact
+from megatron_sov.data.token_shards import Source, open_sources, provenance, tokenizer_folder
+from megatron_sov.data.vocabulary import refuse_other_tokens
+from megatron_sov.digests import BLAKE3, Digest, file_digest
+from megatron_sov.errors import UserError
+from megatron_sov.eval.filling import ROW_TOKENS, rows_of
+from megatron_sov.generate.load import Loaded, run_forward_model
+from megatron_sov.generate.target import Target
+from megatron_sov.mcore.decode.forward_only import Inputs
+from megatron_sov.mcore.model.language_model import gather_sequence
+from megatron_sov.mcore.parallel import collectives, context
+from megatron_sov.mcore.parallel.device import local_device
+from megatron_sov.mcore.parallel.world import on_main
+from megatron_sov.post.state_files import (
+    DTYPES,
+    HEAD,
+    HEAD_WEIGHT,
+    KIND,
+    Part,
+    content_of,
+    lengths_of,
+    parts_of,
+)
+
+FORMATS = ("text", "chat", "preference", "prompt")
+PART_TOKENS = 65_536
+"""Tokens of a part: half a gigabyte at a hidden size of 4,096 in bf16."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a teacher reads and how its states are kept."""
+
+    target: Target
+    """The teacher."""
+    data: dict[str, float]
+    """Token artifact -> weight, which does not matter here."""
+    splits: tuple[str, ...] = ("train", "heldout")
+    dtype: str = "bfloat16"
+    """bfloat16 or float32."""
+    part_tokens: int = PART_TOKENS
+
+
+def read_documents(reading: Reading, out: Path, settings: list[str], nproc: int | None, *,
+                   overwrite: bool = False) -> None:
+    """Write the teacher's final hidden states of all documents as an artifact.
+
+    Args:
+        reading: what is read.
+        out: the artifact; it appears only when complete, and a killed job goes on where it was.
+        settings: the teacher's layout and precision, ``key=value``.
+        nproc: local processes; under torchrun or Slurm the environment decides.
+        overwrite: replace an artifact that is already there.
+
+    Raises:
+        UserError: the tokens mean something else to the teacher, a document is too long for it, the data
+            cannot be read.
+    """
+    if reading.dtype not in DTYPES:
+        raise UserError(f"dtype {reading.dtype!r}: is none of {', '.join(DTYPES)}")
+    sources = open_sources(reading.data, reading.target.vocab_size, FORMATS)
+    refuse_other_tokens(tokenizer_folder(sources), reading.target.tokenizer_folder)
+    parts = parts_of(sources, reading.splits, reading.part_tokens)
+    # the layout moves the last digits at most, so that a killed job may go on at another
+    plan = {"parts": parts, "settings": [s for s in settings if not s.startswith("parallel.")]}
+    _refuse_too_long(reading, sources)
+
+    def work(loaded: Loaded) -> int:
+        with contextlib.ExitStack() as held:
+            artifact: list[ResumableArtifact] = []
+
+            def begin() -> tuple[str, list[str]]:
+                artifact.append(held.enter_context(_artifact(reading, sources, plan, out, overwrite)))
+                return str(artifact[0].path), list(artifact[0].finished)
+
+            def note(together: list[Part]) -> None:
+                for part in together:
+                    artifact[0].finish(part.file, FileRecord.of(artifact[0].path / part.file))
+
+            folder, finished = on_main(loaded.world, begin)
+            missing = [p for p in parts if p.file not in finished]
+            for first in range(0, len(missing), loaded.world.dp_size):
+                together = missing[first:first + loaded.world.dp_size]
+                _read_parts(loaded, sources, together, Path(folder), DTYPES[reading.dtype])
+                collectives.all_reduce_world(torch.zeros(1, dtype=torch.float64))  # all files are written
+                on_main(loaded.world, partial(note, together))
+            return len(missing)
+
+    run_forward_model(reading.target, settings, nproc, work)
+
+
+def weights_digest(target: Target) -> str:
+    """Return the digest of a model's weights: of its files, by name and content."""
+    if target.is_hf:
+        files = {p.name: file_digest(p) for p in sorted(target.path.glob("*.safetensors"))}
+    else:
+        files = {name: record.digest for name, record in read_manifest(target.path).files.items()
+                 if name.startswith("model")}
+    digest = Digest(BLAKE3)
+    digest.update(to_json(dict(sorted(files.items()))).encode())
+    return digest.text()
+
+
+@contextlib.contextmanager
+def _artifact(reading: Reading, sources: list[Source], plan: dict[str, Any], out: Path,
+              overwrite: bool) -> Iterator[ResumableArtifact]:
+    """Give the artifact under construction, with all that is no part in it."""
+    teacher = weights_digest(reading.target)
+    weights = convert.open_weights(reading.target.path)
+    model = weights.model
+    plan = plan | {"teacher": teacher, "data": [i["manifest_sha256"] for i in provenance(sources)],
+                   "dtype": reading.dtype}
+    with resumable_artifact(out, KIND, plan, overwrite=overwrite) as artifact:
+        (artifact.path / "states").mkdir(exist_ok=True)
+        head = weights.read("model.embed_tokens.weight" if model.tied_embeddings else "lm_head.weight")
+        save_file({HEAD_WEIGHT: head.contiguous()}, artifact.path / HEAD)
+        artifact.writer.content = content_of(plan["parts"], model.hidden_size, model.vocab_size,
+                                             reading.dtype)
+        artifact.writer.settings = {"teacher": teacher, "teacher_path": str(reading.target.path)}
+        artifact.writer.inputs += provenance(sources)
+        yield artifact
+
+
+def _refuse_too_long(reading: Reading, sources: list[Source]) -> None:
+    for source in sources:
+        for split in reading.splits:
+            longest = lengths_of(source, split).max(initial=0)
+            if longest > reading.target.max_tokens:
+                raise UserError(f"source {source.name!r} ({split}): has a document of {longest} tokens, the "
+                                f"teacher {reading.target.path} reads {reading.target.max_tokens} at most; "
+                                "pack the data into shorter documents")
+
+
+def _read_parts(loaded: Loaded, sources: list[Source], parts: Sequence[Part], folder: Path,
+                dtype: torch.dtype) -> None:
+    """Run the teacher on one part per data-parallel rank and write what it finds; called by all together.
+
+    Where experts are spread over data-parallel ranks, these run in step: each gets as many rows as the one
+    with the most, the last of padding alone.
+    """
+    device, mine = local_device(), loaded.world.dp_rank
+    shards = [sources[p.source].shard(p.split) for p in parts]
+    lengths = [[int(n) for n in shard.lengths[p.first_document + np.arange(p.num_documents)]]
+               for p, shard in zip(parts, shards, strict=True)]
+    rows = [rows_of(of_part, ROW_TOKENS) for of_part in lengths]
+    longest = max(sum(of_part[i] for i in row) for of_part, cut in zip(lengths, rows, strict=True)
+                  for row in cut)
+    part = parts[mine] if mine < len(parts) else None
+    own_rows = rows[mine] if part else []
+    micro_batches = [] if part is None else [
+        Inputs([shards[mine].tokens(part.first_document + i, 0, lengths[mine][i]).tolist() for i in row],
+               device, longest) for row in own_rows]
+    micro_batches += [Inputs([[0]], device, longest)] * (max(map(len, rows)) - len(own_rows))
+
+    def states(hidden: list[torch.Tensor], head: Any, batch: Inputs) -> torch.Tensor:
+        return context.gather(gather_sequence(hidden[0], loaded.policy.config)).to("cpu", dtype)
+
+    found = loaded.policy.map(micro_batches, states)
+    if part is not None and loaded.world.last_stage and collectives.is_first_of_row():
+        filled = [sum(lengths[mine][i] for i in row) for row in own_rows]
+        _write(folder / part.file, [s[:n] for s, n in zip(found, filled, strict=False)])
+
+
+def _write(file: Path, states: list[torch.Tensor]) -> None:
+    """Write rows of states, so that the file is there whole or not at all."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    with open(temporary, "wb") as f:
+        for row in states:
+            f.write(row.contiguous().view(torch.uint8).numpy().data)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, file)
+    fsync_path(file.parent)

@@ -1,0 +1,142 @@
+"""A teacher reads documents at a layout of its own: its states are those of transformers and of one process,
+go on after a kill, and are refused where they belong to something else."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
+
+prepare_megatron()
+from safetensors.torch import load_file  # noqa: E402
+
+from megatron_sov.artifacts import damaged_files  # noqa: E402
+from megatron_sov.cli import main  # noqa: E402
+from megatron_sov.data.token_shards import open_sources  # noqa: E402
+from megatron_sov.errors import UserError  # noqa: E402
+from megatron_sov.generate.target import Target  # noqa: E402
+from megatron_sov.post import teacher as teaching  # noqa: E402
+from megatron_sov.post.state_files import HEAD_WEIGHT, StateFiles  # noqa: E402
+from megatron_sov.post.teacher import FORMATS, Reading, read_documents  # noqa: E402
+
+FAMILY = "exaone_moe"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, token_shards: Path) -> Path:
+    """Forty short documents of two sources."""
+    from data_prep.cli import main as sov_data
+
+    folder = tmp_path_factory.mktemp("short")
+    for name, word in (("first", "argument"), ("second", "sequence")):
+        (folder / f"{name}.jsonl").write_text("".join(
+            json.dumps({"text": f"def {word}_{i}(self):\n    return {', '.join([word] * (1 + i % 7))}\n"})
+            + "\n" for i in range(20)))
+    assert sov_data(["pack", "--tokenizer", str(token_shards / "tokenizer"), "--workers", "1", "--output",
+                     str(folder / "tokens"), "--input", str(folder / "first.jsonl"),
+                     str(folder / "second.jsonl")]) == 0
+    return folder / "tokens"
+
+
+def opened(out: Path, data: Path) -> StateFiles:
+    return StateFiles(out, open_sources({str(data): 1.0}, 1024, FORMATS))
+
+
+def reading(model: Path, data: Path, is_hf: bool = False) -> Reading:
+    return Reading(Target(model, is_hf), {str(data): 1.0}, dtype="float32", part_tokens=80)
+
+
+def everything(out: Path, data: Path) -> torch.Tensor:
+    """Return the states of all documents."""
+    files = opened(out, data)
+    return torch.cat([files.states(i, "train", d, 0, int(n)) for i, s in enumerate(open_sources(
+        {str(data): 1.0}, 1024, FORMATS)) for d, n in enumerate(s.shard("train").lengths)])
+
+
+def test_states_and_head_are_transformers_logits(one_rank: None, hf_models: dict[str, Path], data: Path,
+                                                 tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    assert main(["distill", "states", str(hf_models[FAMILY]), "--data", str(data), "--dtype", "float32",
+                 "--output", str(tmp_path / "states")]) == 0
+    files = opened(tmp_path / "states", data)
+    head = load_file(files.head)[HEAD_WEIGHT]
+    model = AutoModelForCausalLM.from_pretrained(hf_models[FAMILY], dtype=torch.float32).eval()
+    shard = open_sources({str(data): 1.0}, 1024, FORMATS)[1].shard("train")
+    for document in (0, 7, len(shard.lengths) - 1):
+        ids = shard.tokens(document, 0, int(shard.lengths[document]))
+        with torch.no_grad():
+            logits = model(input_ids=torch.from_numpy(ids)[None], use_cache=False).logits[0]
+        found = files.states(1, "train", document, 2, len(ids) - 2) @ head.T
+        torch.testing.assert_close(found, logits[2:], rtol=2e-5, atol=2e-5)
+    assert damaged_files(tmp_path / "states") == []
+    with pytest.raises(UserError, match=r"has no states of document 99 of source 'second' \(train\)"):
+        files.states(1, "train", 99, 0, 1)
+    with pytest.raises(UserError, match=r"document 7 has .* states, not 2 to"):
+        files.states(1, "train", 7, 2, int(shard.lengths[7]))
+
+
+def read(model: str, data: str, out: str, settings: list[str]) -> None:
+    """Read the data, on this process as one of several."""
+    read_documents(reading(Path(model), Path(data)), Path(out), settings, None)
+
+
+@pytest.mark.distributed
+def test_every_layout_leaves_the_same_states(imported: dict[str, Path], data: Path, tmp_path: Path, ranks,
+                                             job) -> None:
+    layouts = {"one": [], "tp": ["parallel.tp=2", "parallel.sp=true"], "pp": ["parallel.pp=2"],
+               "ep": ["parallel.ep=2"]}
+    ranks(*(job(__file__, "read", 2 if settings else 1, {
+        "model": str(imported[FAMILY]), "data": str(data), "out": str(tmp_path / name), "settings": settings})
+        for name, settings in layouts.items()))
+    expected = everything(tmp_path / "one", data)
+    for name in layouts:
+        torch.testing.assert_close(everything(tmp_path / name, data), expected, rtol=1e-6, atol=2e-6,
+                                   msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_a_killed_job_reads_no_part_twice(one_rank: None, imported: dict[str, Path], data: Path,
+                                          tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, read_parts, seen = tmp_path / "states", teaching._read_parts, []
+
+    def killed(*arguments: Any) -> None:
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        seen.append(arguments[2])
+        read_parts(*arguments)
+
+    monkeypatch.setattr(teaching, "_read_parts", killed)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        read_documents(reading(imported[FAMILY], data), out, [], None)
+    assert not out.exists() and len(seen) == 2
+    monkeypatch.setattr(teaching, "_read_parts", lambda *a: (seen.append(a[2]), read_parts(*a)))
+    read_documents(reading(imported[FAMILY], data), out, [], None)
+    files = [part.file for together in seen for part in together]
+    assert sorted(files) == sorted(p.relative_to(out).as_posix() for p in (out / "states").iterdir())
+    assert len(set(files)) == len(files) > 4
+
+
+def test_what_does_not_belong_together_is_refused(one_rank: None, imported: dict[str, Path], data: Path,
+                                                  packed_data: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"ids mean other tokens than in .* \(e.g. \d+: "):
+        read_documents(reading(imported[FAMILY], packed_data.text), tmp_path / "states", [], None)
+    with pytest.raises(UserError, match="dtype 'int8': is none of bfloat16, float32"):
+        read_documents(Reading(Target(imported[FAMILY], False), {str(data): 1.0}, dtype="int8"),
+                       tmp_path / "states", [], None)
+    read_documents(Reading(Target(imported[FAMILY], False), {str(data): 1.0}), tmp_path / "states", [], None)
+    assert opened(tmp_path / "states", data).states(0, "train", 3, 0, 2).dtype == torch.bfloat16
+    other = shutil.copytree(data, tmp_path / "other")
+    manifest = json.loads((other / "manifest.json").read_text())
+    (other / "manifest.json").write_text(json.dumps(manifest | {"sha256": "", "created_s": 1.0}))
+    with pytest.raises(UserError, match=r"holds states of .*, not of .*other as it is now; make them again"):
+        opened(tmp_path / "states", other)
+    part = next((tmp_path / "states/states").iterdir())
+    part.write_bytes(part.read_bytes()[:-2])
+    with pytest.raises(UserError, match=r"bytes, its .* tokens ask for"):
+        opened(tmp_path / "states", data).states(0, "train", 0, 0, 1)
