@@ -31,8 +31,8 @@ def test_documents_are_counted_and_padding_is_not() -> None:
             return (1 + self.learned[document][start:start + count]).astype(np.uint8)
 
     lengths = Documents.lengths.tolist()
-    first, second = (Sample(0, tuple(Segment(i, 0, lengths[i]) for i in part)) for part in ((0, 1), (2, 3, 4)))
-    batch = from_row(join_rows([sample_row(sample, Documents(), 12) for sample in (first, second)]))
+    samples = [Sample(0, tuple(Segment(i, 0, lengths[i]) for i in part)) for part in ((0, 1), (2, 3, 4))]
+    batch = from_row(join_rows([sample_row(sample, Documents(), 12) for sample in samples]))
     responses = responses_of(batch)
     assert responses.lengths.tolist() == [2, 2, 3, 0, 1]
     values = batch.labels.double()
