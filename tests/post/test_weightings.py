@@ -95,7 +95,7 @@ def test_every_unit_counts_by_its_own_mean_however_the_batch_is_split(
         loss = sum(total_loss(objective.loss([torch.cat([logits[i] for i in part])], head, m),
                               objective.coefficients, batch.targets)
                    for part, m in zip(split, batch.micro_batches, strict=True))
-        assert float(loss) == pytest.approx(float(expected), rel=1e-12)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-12)  # type: ignore[union-attr]
         for ours, theirs in zip(torch.autograd.grad(loss, logits), gradients, strict=True):  # type: ignore[arg-type]
             torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-15)
 
