@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_sov import convert
-from megatron_sov.artifacts import FileRecord, fsync_path, read_manifest, to_json
+from megatron_sov.artifacts import FileRecord, fsync_path, read_manifest, refuse_existing, to_json
 from megatron_sov.convert.resume import ResumableArtifact, resumable_artifact
 from megatron_sov.data.token_shards import Source, open_sources, provenance, tokenizer_folder
 from megatron_sov.data.vocabulary import refuse_other_tokens
@@ -44,6 +44,7 @@ from megatron_sov.post.state_files import (
     lengths_of,
     parts_of,
 )
+from megatron_sov.runs.launch_environment import is_first
 
 FORMATS = ("text", "chat", "preference", "prompt")
 PART_TOKENS = 65_536
@@ -81,6 +82,8 @@ def read_documents(reading: Reading, out: Path, settings: list[str], nproc: int 
     """
     if reading.dtype not in DTYPES:
         raise UserError(f"dtype {reading.dtype!r}: is none of {', '.join(DTYPES)}")
+    if is_first():  # else it would be found behind the loading of a large model
+        refuse_existing(out, KIND, overwrite)
     sources = open_sources(reading.data, reading.target.vocab_size, FORMATS)
     refuse_other_tokens(tokenizer_folder(sources), reading.target.tokenizer_folder)
     parts = parts_of(sources, reading.splits, reading.part_tokens)

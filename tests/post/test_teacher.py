@@ -38,7 +38,7 @@ def data(tmp_path_factory: pytest.TempPathFactory, token_shards: Path) -> Path:
         (folder / f"{name}.jsonl").write_text("".join(
             json.dumps({"text": f"def {word}_{i}(self):\n    return {', '.join([word] * (1 + i % 7))}\n"})
             + "\n" for i in range(20)))
-    assert sov_data(["pack", "--tokenizer", str(token_shards / "tokenizer"), "--workers", "1", "--output",
+    assert sov_data(["pack", "--tokenizer", str(token_shards.parent / "tokenizer"), "--workers", "1", "--output",
                      str(folder / "tokens"), "--input", str(folder / "first.jsonl"),
                      str(folder / "second.jsonl")]) == 0
     return folder / "tokens"
