@@ -104,6 +104,10 @@ def run_stage(stage: Stage, nproc: int | None, began_s: float | None = None) -> 
     if not repeats():
         stage.folder.enter(stage.config, begin.goes_on)
     completion = stage.folder.completion()
+    if (completion is None and stage.config.lora.on and stage.start_from is None
+            and checkpoints.latest(stage.folder.checkpoints) is None):
+        raise UserError(f"lora.rank = {stage.config.lora.rank}: adapters are trained beside a model that "
+                        "exists; name it by --from")
     if completion is not None:
         if is_first():
             print(f"{stage.folder.path}: is complete at step {completion['step']}")
@@ -311,6 +315,8 @@ def _own_checkpoint(stage: Stage, place: world.World) -> Path | None:
 def _restore(stage: Stage, trainer: Trainer, newest: Path | None) -> bool:
     """Load what the run starts from; returns whether it goes on from a checkpoint of its own."""
     if newest is not None:
+        if stage.start_from is not None:
+            _refuse_other_base(newest, stage.start_from)
         trainer.guards.faults.trigger("load", checkpoints.step_of(newest))
         trainer.resume(newest)
         _tell_changes(stage, trainer)
@@ -318,6 +324,16 @@ def _restore(stage: Stage, trainer: Trainer, newest: Path | None) -> bool:
     if stage.start_from is not None:
         trainer.start_from(stage.start_from)
     return False
+
+
+def _refuse_other_base(newest: Path, start_from: Path) -> None:
+    """Raise `UserError` where an adapter's run would go on beside other frozen weights."""
+    base = checkpoints.adapter_base(newest)
+    if base is not None:
+        start = checkpoints.adapter_base(start_from) or checkpoints.AdapterBase.of(start_from)
+        if start.sha256 != base.sha256:
+            raise UserError(f"--from {start_from}: is another model than {base.path}, beside which {newest} "
+                            "was trained; resume with that, or start a new --run")
 
 
 def _tell_changes(stage: Stage, trainer: Trainer) -> None:
