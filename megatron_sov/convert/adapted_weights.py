@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from megatron_sov.artifacts import ArtifactWriter
 from megatron_sov.config import LoraConfig
 from megatron_sov.convert.sources import CheckpointWeights, check_exact
 from megatron_sov.mcore.checkpoint.sharded_tensors import TensorReader
@@ -94,6 +95,13 @@ def checkpoint_weights(path: Path) -> CheckpointWeights | AdaptedWeights:
     """
     base = adapter_base(path)
     return CheckpointWeights(path) if base is None else AdaptedWeights(path, base)
+
+
+def add_inputs(writer: ArtifactWriter, weights: CheckpointWeights | AdaptedWeights) -> None:
+    """Record what an artifact is made from: a checkpoint, and of an adapter its base."""
+    writer.add_input(weights.path)
+    if isinstance(weights, AdaptedWeights):
+        writer.add_input(weights.base.path)
 
 
 def adapter_facts(weights: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from megatron_sov import models
 from megatron_sov.artifacts import FileRecord, atomic_write, manifest_sha256, refuse_existing, to_json
 from megatron_sov.convert import DEFAULT_WORKERS, MAX_SHARD_BYTES
-from megatron_sov.convert.adapted_weights import AdaptedWeights, checkpoint_weights
+from megatron_sov.convert.adapted_weights import add_inputs, checkpoint_weights
 from megatron_sov.convert.companions import carry, ids_beside, split_conflict, with_turn_ends
 from megatron_sov.convert.resume import fingerprint, resumable_artifact
 from megatron_sov.convert.shard_writer import plan_shards, write_files
@@ -85,9 +85,7 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
         _write_index(artifact.path, files)
         atomic_write(artifact.path / CONFIG, to_json(config))
         carry(checkpoint / "tokenizer", artifact.path, with_turn_ends(checkpoint / "tokenizer", tokens))
-        artifact.writer.add_input(checkpoint)
-        if isinstance(source, AdaptedWeights):
-            artifact.writer.add_input(source.base.path)
+        add_inputs(artifact.writer, source)
         artifact.writer.content = {
             "family": source.model.family, "num_tensors": len(specs), "dtype": config["dtype"],
             "num_parameters": sum(spec.size_bytes // spec.dtype.itemsize for spec in specs)}

@@ -104,10 +104,6 @@ def run_stage(stage: Stage, nproc: int | None, began_s: float | None = None) -> 
     if not repeats():
         stage.folder.enter(stage.config, begin.goes_on)
     completion = stage.folder.completion()
-    if (completion is None and stage.config.lora.on and stage.start_from is None
-            and checkpoints.latest(stage.folder.checkpoints) is None):
-        raise UserError(f"lora.rank = {stage.config.lora.rank}: adapters are trained beside a model that "
-                        "exists; name it by --from")
     if completion is not None:
         if is_first():
             print(f"{stage.folder.path}: is complete at step {completion['step']}")
@@ -117,8 +113,7 @@ def run_stage(stage: Stage, nproc: int | None, began_s: float | None = None) -> 
         for gpu in visible_gpus()[:num_ranks(nproc)]:
             refuse_too_large(stage.config, num_ranks(nproc), Gpu(gpu.name, gpu.memory_bytes))
     data = _open_data(stage)
-    if stage.start_from is not None:
-        refuse_other_tokens(tokenizer_folder(data.sources), stage.start_from / "tokenizer")
+    _check_start(stage, data)
     stage.folder.forget_failure()
     restarts = launcher.Restarts(stage.config.train.max_restarts,
                               lambda: checkpoints.latest(stage.folder.checkpoints),
@@ -142,6 +137,15 @@ def run_stage(stage: Stage, nproc: int | None, began_s: float | None = None) -> 
     if failure is not None:
         raise GateFailed(f"{stage.folder.path}: {failure}")
     raise StopRequested(f"{stage.folder.path}: everything is saved; continue with --resume")
+
+
+def _check_start(stage: Stage, data: _Data) -> None:
+    """Raise `UserError` where a run cannot start from what it is to start from."""
+    if stage.start_from is not None:
+        refuse_other_tokens(tokenizer_folder(data.sources), stage.start_from / "tokenizer")
+    elif stage.config.lora.on and checkpoints.latest(stage.folder.checkpoints) is None:
+        raise UserError(f"lora.rank = {stage.config.lora.rank}: adapters are trained beside a model that "
+                        "exists; name it by --from")
 
 
 @dataclass(frozen=True)
