@@ -51,7 +51,8 @@ EXTRAS = {
     "sentencepiece": ["sentencepiece>=0.2", "protobuf"],
     "dev": [
         "pytest>=8", "pytest-xdist", "hypothesis", "allpairspy", "ruff", "mypy", "setuptools>=77",
-        "sentencepiece>=0.2", "protobuf", "tensorboard", "wandb", "types-tqdm", "types-psutil", "peft>=0.21.2",
+        "sentencepiece>=0.2", "protobuf", "tensorboard", "wandb", "types-tqdm", "types-psutil",
+        "peft>=0.21.2",
     ],
 }
 

@@ -209,3 +209,18 @@ def test_the_same_adapter_at_every_layout(recipe: str, layouts: list[dict[str, A
         assert not first["changed"], layout
         assert first["norms"] == pytest.approx(one["norms"], rel=1e-11), layout
         assert difference(first["adapter"], one["adapter"]) < 1e-12, layout
+
+
+@pytest.mark.parametrize(("recipe", "layout", "nproc", "settings"), [
+    ("tiny-k-exaone", {**TP2, **EP2}, 2, ['lora.targets=["all-linear"]']),
+    ("tiny-qwen2", {}, 1, ["lora.dora=true"]),
+])
+def test_the_same_adapter_behind_transformer_engines_layers(
+        recipe: str, layout: dict[str, Any], nproc: int, settings: list[str], ranks: Any, te_ranks: Any,
+        job: Any) -> None:
+    """By its double, whose linears have the norm before them inside, and all experts of a process in one."""
+    asked = {"recipe": recipe, "settings": settings}
+    ((local,),) = ranks(job(__file__, "trained", 1, {"layout": {}, **asked}))
+    ((te, *_),) = te_ranks(job(__file__, "trained", nproc, {"layout": layout, **asked}))
+    assert not te["changed"] and te["norms"] == pytest.approx(local["norms"], rel=1e-11)
+    assert difference(te["adapter"], local["adapter"]) < 1e-12
