@@ -12,6 +12,7 @@ import math
 from dataclasses import asdict, dataclass
 
 from megatron_sov.config import RunConfig
+from megatron_sov.config.lora import HEAD
 from megatron_sov.models.adapters import adapted_modules
 from megatron_sov.plan.activations import kept, saved
 from megatron_sov.plan.stages import StageParams, vocabulary_tables
@@ -106,7 +107,8 @@ def _head_bytes(config: RunConfig, local_tokens: int) -> int:
     # and are summed in float32
     logit_bytes = item if item >= LOGIT_BYTES else LOGIT_BYTES + item
     chunk = min(config.train.head_chunk_tokens, local_tokens) * logit_bytes
-    gradients = (1 + m.num_mtp_layers) * m.hidden_size * max(item, LOGIT_BYTES)
+    frozen = config.lora.on and HEAD not in config.lora.adapted(m)
+    gradients = 0 if frozen else (1 + m.num_mtp_layers) * m.hidden_size * max(item, LOGIT_BYTES)
     return m.vocab_size // config.parallel.tp * (chunk + gradients)
 
 
