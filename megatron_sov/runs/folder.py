@@ -26,7 +26,7 @@ EXPORTS, EVALUATIONS = "exports", "evaluations"
 OPTIM = tuple(f.name for f in dataclasses.fields(OptimConfig) if f.name != "rewarm")
 FIXED: dict[str, tuple[str, ...] | None] = {"model": None, "objective": None, "optim": OPTIM,
                                             "train": ("seed", "precision", "hidden_dropout"),
-                                            "data": ("packing",)}
+                                            "data": ("packing",), "lora": None}
 """What a resumed run must not change: part of the config -> its settings (None: all)."""
 
 
