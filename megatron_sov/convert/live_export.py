@@ -60,7 +60,8 @@ def export_weights(model: LanguageModel, dtype: str = KEEP, *,
     check_exact("the running model", gatherer.shapes(), expected, "mend its family's weight map")
     # what changes a tensor comes just before it
     tensors = in_order(gatherer, [k for key in by_key for k in (*adapters.get(key, ()), key)])
-    changing, held = places(model.architecture, model.lora), {}
+    changing = places(model.architecture, model.lora)
+    held: dict[str, torch.Tensor] = {}
     try:
         for key, whole in tensors:
             if whole is None:

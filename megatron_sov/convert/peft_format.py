@@ -61,7 +61,8 @@ def peft_config(model: ModelConfig, lora: LoraConfig, base_name: str | None) -> 
     Raises:
         UserError: PEFT does not know such an adapter.
     """
-    modules, parameters = set(), set()
+    modules: set[str] = set()
+    parameters: set[str] = set()
     for of in adapted_modules(model, lora):
         kind = of.name.rpartition(".")[2]
         inside = of.name.removeprefix("model.layers.").partition(".")[2]

@@ -190,6 +190,7 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> float:
     return max(float(np.abs(np.array(one[key]) - np.array(other[key])).max()) for key in one)
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize(("recipe", "layouts", "settings"), [
     ("tiny-qwen3", [TP2, {"tp": 2}, PP2, {"cp": 2}], ['lora.targets=["all-linear"]']),
     ("tiny-qwen3", [TP2, {"tp": 2}], ["lora.dora=true"]),
@@ -211,6 +212,7 @@ def test_the_same_adapter_at_every_layout(recipe: str, layouts: list[dict[str, A
         assert difference(first["adapter"], one["adapter"]) < 1e-12, layout
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize(("recipe", "layout", "nproc", "settings"), [
     ("tiny-k-exaone", {**TP2, **EP2}, 2, ['lora.targets=["all-linear"]']),
     ("tiny-qwen2", {}, 1, ["lora.dora=true"]),
