@@ -52,6 +52,7 @@ EXTRAS = {
     "dev": [
         "pytest>=8", "pytest-xdist", "hypothesis", "allpairspy", "ruff", "mypy", "setuptools>=77",
         "sentencepiece>=0.2", "protobuf", "tensorboard", "wandb", "types-tqdm", "types-psutil",
+        "peft>=0.21.2",
     ],
 }
 

@@ -1,4 +1,4 @@
-"""`megatron-sov convert from-hf | to-hf | verify | inspect`.
+"""`megatron-sov convert from-hf | to-hf | from-peft | to-peft | verify | inspect`.
 
 The command stands here and not in `convert`, since `verify` runs both models, which rooms above that one do.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from megatron_sov.runs.launch_environment import is_first
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the four actions."""
+    """Declare the actions."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
 
     def action(name: str, text: str) -> argparse.ArgumentParser:
@@ -53,6 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                        help="largest safetensors file (default: %(default)s)")
     conversion(to_hf, "the checkpoint's own, float32 for float64")
 
+    _add_peft(action)
+
     verify = action("verify", "compare two models, checkpoint or Hugging Face folder each; "
                               "exit code 3 where they differ")
     verify.add_argument("a", metavar="A", type=Path)
@@ -75,6 +78,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     inspect.add_argument("--json", action="store_true", help="print as JSON")
 
 
+def _add_peft(action: Callable[[str, str], argparse.ArgumentParser]) -> None:
+    """Declare the actions for adapters."""
+    to_peft = action("to-peft", "write an adapter's checkpoint as a folder that PEFT loads")
+    to_peft.add_argument("checkpoint", metavar="CHECKPOINT", type=Path,
+                         help="checkpoint of an adapter, or run (its newest one)")
+    to_peft.add_argument("out", metavar="OUT", type=Path, help="folder to write")
+    to_peft.add_argument("--base-name", metavar="NAME",
+                         help="name or folder of the Hugging Face model that the adapter belongs to, which "
+                              "PEFT's settings then say")
+    from_peft = action("from-peft", "write a PEFT adapter as a checkpoint, to train on or to merge")
+    from_peft.add_argument("peft_dir", metavar="PEFT_DIR", type=Path,
+                           help="folder with adapter_config.json and adapter_model.safetensors")
+    from_peft.add_argument("out", metavar="OUT", type=Path, help="checkpoint folder to write")
+    from_peft.add_argument("--base", metavar="CHECKPOINT", type=Path, required=True,
+                           help="checkpoint of the model that it belongs to (`convert from-hf` makes one)")
+    for sub in (to_peft, from_peft):
+        sub.add_argument("--overwrite", action="store_true",
+                         help="replace an artifact of the same kind that is already at OUT")
+
+
 def _add_workers(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--workers", type=int, default=DEFAULT_WORKERS, metavar="N",
                      help="files at a time, each with two tensors in memory (default: %(default)s)")
@@ -84,12 +107,13 @@ def run(args: argparse.Namespace) -> int:
     """Run the chosen action; returns the exit code."""
     if getattr(args, "workers", 1) < 1:
         raise UserError(f"--workers {args.workers}: must be at least 1")
-    for name in ("hf_dir", "checkpoint", "a", "b"):
+    for name in ("hf_dir", "checkpoint", "peft_dir", "base", "a", "b"):
         if (model := getattr(args, name, None)) is not None:
             refuse_missing(model)
     check_output("--card", getattr(args, "card", None))
     load_plugins(args.plugins)
-    return {"from-hf": _from_hf, "to-hf": _to_hf, "verify": _verify, "inspect": _inspect}[args.action](args)
+    return {"from-hf": _from_hf, "to-hf": _to_hf, "from-peft": _from_peft, "to-peft": _to_peft,
+            "verify": _verify, "inspect": _inspect}[args.action](args)
 
 
 def _from_hf(args: argparse.Namespace) -> int:
@@ -106,6 +130,22 @@ def _to_hf(args: argparse.Namespace) -> int:
     convert.to_hf(args.checkpoint, args.out, args.dtype, max_shard_bytes=args.max_shard_bytes,
                   workers=args.workers, overwrite=args.overwrite)
     print(f"wrote Hugging Face folder {args.out}")
+    return ExitCode.OK
+
+
+def _to_peft(args: argparse.Namespace) -> int:
+    from megatron_sov.convert.peft import to_peft
+
+    to_peft(args.checkpoint, args.out, base_name=args.base_name, overwrite=args.overwrite)
+    print(f"wrote PEFT adapter {args.out}")
+    return ExitCode.OK
+
+
+def _from_peft(args: argparse.Namespace) -> int:
+    from megatron_sov.convert.peft import from_peft
+
+    from_peft(args.peft_dir, args.out, args.base, overwrite=args.overwrite)
+    print(f"wrote checkpoint {args.out}")
     return ExitCode.OK
 
 
@@ -160,6 +200,7 @@ def _inspect(args: argparse.Namespace) -> int:
 def _facts(path: Path) -> dict[str, Any]:
     """Return what `inspect` shows, from headers alone."""
     from megatron_sov import convert
+    from megatron_sov.convert.adapted_weights import adapter_facts
 
     weights = convert.open_weights(path)
     dtypes: dict[str, int] = {}
@@ -172,7 +213,8 @@ def _facts(path: Path) -> dict[str, Any]:
             size_bytes += math.prod(shape) * dtype.itemsize
     return {
         "weights": {"path": str(path), "num_tensors": len(weights.names()), "size_bytes": size_bytes,
-                    "dtypes": ", ".join(f"{label} x {n:,}" for label, n in sorted(dtypes.items()))},
+                    "dtypes": ", ".join(f"{label} x {n:,}" for label, n in sorted(dtypes.items())),
+                    **adapter_facts(weights)},
         "parameters": dataclasses.asdict(num_params(weights.model)),
         "model": dataclasses.asdict(weights.model),
     }

@@ -11,6 +11,7 @@ from megatron_sov.config.extend import ExtendConfig, ExtendStageConfig, GateConf
 from megatron_sov.config.gpu import GpuConfig
 from megatron_sov.config.guards import GuardConfig
 from megatron_sov.config.layout import ParallelConfig
+from megatron_sov.config.lora import LoraConfig
 from megatron_sov.config.model import ModelConfig, YarnConfig
 from megatron_sov.config.needle import Language, NeedleConfig, NeedleKind
 from megatron_sov.config.optim import GroupConfig, OptimConfig
@@ -21,7 +22,8 @@ from megatron_sov.config.train import TrainConfig
 
 __all__ = [
     "BackgroundEvalConfig", "DataConfig", "EvaluateConfig", "ExtendConfig", "ExtendStageConfig", "GateConfig",
-    "GpuConfig", "GroupConfig", "GuardConfig", "Language", "ModelConfig", "NeedleConfig", "NeedleKind",
-    "ObjectiveConfig", "ObsConfig", "OptimConfig", "ParallelConfig", "PartConfig", "PhaseConfig",
-    "PreferenceConfig", "RunConfig", "TrainConfig", "YarnConfig", "apply_settings", "data_paths", "from_dict",
+    "GpuConfig", "GroupConfig", "GuardConfig", "Language", "LoraConfig", "ModelConfig", "NeedleConfig",
+    "NeedleKind", "ObjectiveConfig", "ObsConfig", "OptimConfig", "ParallelConfig", "PartConfig",
+    "PhaseConfig", "PreferenceConfig", "RunConfig", "TrainConfig", "YarnConfig", "apply_settings",
+    "data_paths", "from_dict",
 ]

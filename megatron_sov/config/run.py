@@ -16,6 +16,7 @@ from megatron_sov.config.extend import ExtendConfig
 from megatron_sov.config.gpu import GpuConfig
 from megatron_sov.config.guards import GuardConfig
 from megatron_sov.config.layout import ParallelConfig
+from megatron_sov.config.lora import LoraConfig
 from megatron_sov.config.model import STRICT, ModelConfig
 from megatron_sov.config.needle import NeedleConfig
 from megatron_sov.config.optim import OptimConfig
@@ -100,6 +101,8 @@ class RunConfig:
     """How GPUs are used."""
     guards: GuardConfig = GuardConfig()
     """What watches the run."""
+    lora: LoraConfig = LoraConfig()
+    """Low-rank adaptation of a frozen model."""
     code: tuple[Code, ...] = ()
     """Code of your own, or of installed packages, that the settings above name; written by the command."""
 
@@ -114,6 +117,7 @@ class RunConfig:
         p += self.needle.problems() + self.guards.problems(self.train.deterministic)
         p += self.evaluate.background.problems(self.train.export_every_checkpoints)
         p += quantization.problems(self.train, self.model, self.parallel, self.data.phases)
+        p += self.lora.problems(self.model, self.parallel, self.train, self.optim, self.gpu)
         return p + ([] if p else self._batch_problems(num_ranks) + self._length_problems())
 
     def _phase_problems(self) -> list[str]:

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from megatron_sov import models
 from megatron_sov.artifacts import FileRecord, atomic_write, manifest_sha256, refuse_existing, to_json
 from megatron_sov.convert import DEFAULT_WORKERS, MAX_SHARD_BYTES
+from megatron_sov.convert.adapted_weights import add_inputs, checkpoint_weights
 from megatron_sov.convert.companions import carry, ids_beside, split_conflict, with_turn_ends
 from megatron_sov.convert.resume import fingerprint, resumable_artifact
 from megatron_sov.convert.shard_writer import plan_shards, write_files
@@ -19,7 +20,7 @@ from megatron_sov.convert.sources import (
     CONFIG,
     INDEX,
     SINGLE_FILE,
-    CheckpointWeights,
+    Weights,
     check_dtypes,
     newest_of_run,
 )
@@ -37,7 +38,7 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
     """Write a checkpoint as a Hugging Face folder (an artifact of kind "hf_model").
 
     Args:
-        checkpoint: a checkpoint folder, written at any layout.
+        checkpoint: a checkpoint folder, written at any layout; of an adapter, whose base gets it inside.
         out: the folder to write; it appears only when complete, and a killed command goes on where it was.
         dtype: "float32", "bfloat16", "float16", "float64", or "keep" for the checkpoint's own (float32 for
             one of float64, which few readers expect); router biases are float32 always.
@@ -54,7 +55,7 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
     if max_shard_bytes <= 0:
         raise UserError(f"--max-shard-bytes {max_shard_bytes}: must be positive")
     refuse_existing(out, KIND, overwrite)
-    source = CheckpointWeights(checkpoint)
+    source = checkpoint_weights(checkpoint)
     check_dtypes(source)
     files = planned_files(source, dtype, max_shard_bytes)
     specs = [spec for tensors in files.values() for spec in tensors]
@@ -84,7 +85,7 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
         _write_index(artifact.path, files)
         atomic_write(artifact.path / CONFIG, to_json(config))
         carry(checkpoint / "tokenizer", artifact.path, with_turn_ends(checkpoint / "tokenizer", tokens))
-        artifact.writer.add_input(checkpoint)
+        add_inputs(artifact.writer, source)
         artifact.writer.content = {
             "family": source.model.family, "num_tensors": len(specs), "dtype": config["dtype"],
             "num_parameters": sum(spec.size_bytes // spec.dtype.itemsize for spec in specs)}
@@ -93,7 +94,7 @@ def to_hf(checkpoint: str | Path, out: str | Path, dtype: str = KEEP, *,
         warn(conflict)
 
 
-def planned_files(source: CheckpointWeights, dtype: str, max_shard_bytes: int) -> dict[str, list[TensorSpec]]:
+def planned_files(source: Weights, dtype: str, max_shard_bytes: int) -> dict[str, list[TensorSpec]]:
     """Return every Hugging Face tensor that a checkpoint becomes, once, by the name of its file."""
     specs = [TensorSpec(name, shape, exported_dtype(dtype, link.fp32, source.dtype(name)))
              for link in source.links for name, shape in link.hf_shapes().items()]

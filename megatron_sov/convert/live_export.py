@@ -11,11 +11,13 @@ from collections.abc import Iterator
 import torch
 
 from megatron_sov import models
+from megatron_sov.convert.adapted_weights import merged
 from megatron_sov.convert.sources import check_exact
 from megatron_sov.convert.values import KEEP, check_dtype_name, exported_dtype
 from megatron_sov.mcore.checkpoint.gather import Gatherer, in_order
 from megatron_sov.mcore.model.language_model import LanguageModel
 from megatron_sov.mcore.model.local_shards import local_shards
+from megatron_sov.models.adapters import adapted_modules, places
 from megatron_sov.models.weights import Link
 
 
@@ -48,23 +50,37 @@ def export_weights(model: LanguageModel, dtype: str = KEEP, *,
     by_key: dict[str, list[Link]] = {}
     for link in links:
         by_key.setdefault(link.key, []).append(link)
+    adapters: dict[str, dict[str, tuple[int, ...]]] = {}
+    for of in adapted_modules(model.architecture, model.lora):
+        adapters[of.link.key] = adapters.get(of.link.key, {}) | of.shapes(model.lora)
     gatherer = Gatherer(local_shards(model), everywhere=everywhere)
-    check_exact("the running model", gatherer.shapes(), {link.key: link.shape for link in links},
-                "mend its family's weight map")
-    tensors = in_order(gatherer, list(by_key))
+    expected = {link.key: link.shape for link in links}
+    for shapes in adapters.values():
+        expected |= shapes
+    check_exact("the running model", gatherer.shapes(), expected, "mend its family's weight map")
+    # what changes a tensor comes just before it
+    tensors = in_order(gatherer, [k for key in by_key for k in (*adapters.get(key, ()), key)])
+    changing = places(model.architecture, model.lora)
+    held: dict[str, torch.Tensor] = {}
     try:
         for key, whole in tensors:
-            if whole is not None:
-                for link in by_key[key]:
-                    yield from _split(link, whole, dtype)
+            if whole is None:
+                continue
+            if key not in by_key:
+                held[key] = whole
+                continue
+            for link in by_key[key]:
+                target = exported_dtype(dtype, link.fp32, whole.dtype)
+                for name, tensor in _split(link, whole):
+                    yield name, (merged(tensor, changing[name], held, model.lora)
+                                 if name in changing else tensor).to(target)
+            held.clear()
     finally:
         tensors.close()
 
 
-def _split(link: Link, whole: torch.Tensor, dtype: str) -> Iterator[tuple[str, torch.Tensor]]:
+def _split(link: Link, whole: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the Hugging Face tensors of one block of a whole tensor."""
     block = whole[tuple(slice(o, o + n) for o, n in zip(link.offset, link.extent, strict=True))].reshape(
         link.block_shape)
-    target = exported_dtype(dtype, link.fp32, whole.dtype)
-    for name, tensor in link.split(block).items():
-        yield name, tensor.to(target)
+    yield from link.split(block).items()

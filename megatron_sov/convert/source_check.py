@@ -11,16 +11,18 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from megatron_sov.artifacts import MANIFEST, file_damage, read_manifest
+from megatron_sov.convert.adapted_weights import AdaptedWeights
 from megatron_sov.convert.sources import DAMAGED_HF, PART, Weights, listed
 from megatron_sov.errors import UserError
-from megatron_sov.runs.checkpoints import KIND, instead_of
+from megatron_sov.runs.checkpoints import ADAPTER, KIND, instead_of
 
 
 class SourceCheck:
     """A check under way; obtained from `checked_source`."""
 
-    def __init__(self, weights: Weights, found: dict[str, Future[str | None]], remedy: str) -> None:
-        self._weights, self._found, self._remedy = weights, found, remedy
+    def __init__(self, weights: Weights, found: dict[str, Future[str | None]], remedy: str,
+                 base: SourceCheck | None) -> None:
+        self._weights, self._found, self._remedy, self._base = weights, found, remedy, base
 
     def require(self, names: Iterable[str]) -> None:
         """Wait until the tensors' files have been looked at.
@@ -32,6 +34,9 @@ class SourceCheck:
             UserError: a file is missing or was changed since it was written; the message names it,
                 and what it holds.
         """
+        names = list(names)
+        if self._base is not None:
+            self._base.require(names)
         files = {file for name in names for file in self._weights.files_of(name)}
         self._refuse_damage(file for file in self._found if file in files)
 
@@ -59,16 +64,28 @@ def checked_source(weights: Weights, workers: int) -> Iterator[SourceCheck]:
         UserError: a file is missing or was changed since it was written; in place of any other error that
             came up inside, which may be its consequence.
     """
+    if isinstance(weights, AdaptedWeights):
+        with checked_source(weights.base, workers) as base, _checked(weights, workers, base) as check:
+            yield check
+    else:
+        with _checked(weights, workers, None) as check:
+            yield check
+
+
+@contextlib.contextmanager
+def _checked(weights: Weights, workers: int, base: SourceCheck | None) -> Iterator[SourceCheck]:
+    """Check one folder's files; `base` is the check of what an adapter belongs to."""
     path, pool = weights.path, ThreadPoolExecutor(workers)
     found: dict[str, Future[str | None]] = {}
     remedy = DAMAGED_HF
     if (path / MANIFEST).is_file():
         manifest = read_manifest(path)
-        others = tuple(f"{part}/" for part in manifest.content.get("parts", []) if part != PART)
+        others = tuple(f"{part}/" for part in manifest.content.get("parts", [])
+                       if part not in (PART, ADAPTER))
         found = {name: pool.submit(file_damage, path / name, record)
                  for name, record in manifest.files.items() if not name.startswith(others)}
         remedy = instead_of(path) if manifest.kind == KIND else DAMAGED_HF
-    check = SourceCheck(weights, found, remedy)
+    check = SourceCheck(weights, found, remedy, base)
     try:
         yield check
         check.require_all()

@@ -66,7 +66,9 @@ def open_weights(path: str | Path) -> Weights:
     if (path / CONFIG).is_file():
         return HfWeights(path)
     if (path / MANIFEST).is_file():
-        return CheckpointWeights(path)
+        from megatron_sov.convert.adapted_weights import checkpoint_weights
+
+        return checkpoint_weights(path)
     raise UserError(f"{path}: has neither {CONFIG} (Hugging Face folder) nor {MANIFEST} (checkpoint); "
                     "pass one of the two")
 
@@ -106,7 +108,7 @@ class HfWeights:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.config = _read_json(path / CONFIG)
+        self.config = read_json(path / CONFIG)
         self._shards = _open_shards(path)
         shapes = {name: shard.entries[name].shape for name, shard in self._shards.items()}
         family = models.get(str(self.config.get("model_type")))
@@ -140,7 +142,7 @@ class HfWeights:
 
 
 class CheckpointWeights:
-    """The tensors of a checkpoint, split as Hugging Face has them."""
+    """The tensors of a checkpoint of all weights, split as Hugging Face has them."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -185,7 +187,8 @@ class CheckpointWeights:
         return link.split(last[1])[name]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object that a JSON file holds; `UserError` where it holds none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as e:
@@ -228,7 +231,7 @@ def _open_shards(path: Path) -> dict[str, TensorFile]:
                             "(pickled weights are not read)")
         shard = TensorFile(path / SINGLE_FILE, DAMAGED_HF)
         return dict.fromkeys(shard.entries, shard)
-    weight_map = _read_json(path / INDEX).get("weight_map")
+    weight_map = read_json(path / INDEX).get("weight_map")
     if not isinstance(weight_map, dict):
         raise UserError(f"{path / INDEX}: lacks a weight_map from tensor names to files; "
                         "restore it from its source")

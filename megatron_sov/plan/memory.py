@@ -8,9 +8,12 @@ allocator, the communication library and the CUDA context take beside it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 
 from megatron_sov.config import RunConfig
+from megatron_sov.config.lora import HEAD
+from megatron_sov.models.adapters import adapted_modules
 from megatron_sov.plan.activations import kept, saved
 from megatron_sov.plan.stages import StageParams, vocabulary_tables
 
@@ -58,7 +61,9 @@ def account(config: RunConfig, params: StageParams, num_ranks: int, stage: int, 
         seq_len: tokens of a sample.
     """
     p, item = config.parallel, ACTIVATION_BYTES[config.train.precision]
-    dense, experts = params.dense, params.experts
+    # of a frozen model the adapters alone have gradients and state
+    extra = adapter_params(config) if config.lora.on else (0, 0)
+    dense, experts = extra if config.lora.on else (params.dense, params.experts)
     count = dense + experts
     shards, expert_shards = ((num_ranks // (p.tp * p.pp), num_ranks // (p.etp * p.ep * p.pp)) if p.zero1
                              else (1, 1))
@@ -66,7 +71,8 @@ def account(config: RunConfig, params: StageParams, num_ranks: int, stage: int, 
     copy = FP32_GRADIENT if config.gpu.grad_dtype == "bf16" else 0
     state += copy
     of_matrices = state - moment if config.optim.name == "muon" else state
-    tables = vocabulary_tables(config, stage) * (config.model.vocab_size // p.tp) * config.model.hidden_size
+    tables = (0 if config.lora.on else
+              vocabulary_tables(config, stage) * (config.model.vocab_size // p.tp) * config.model.hidden_size)
     of_dense = min(dense, tables) * state + max(0, dense - tables) * of_matrices
     local = seq_len * config.train.micro_batch_size // p.cp
     inside = layer_bytes(config, seq_len * config.train.micro_batch_size)
@@ -77,10 +83,21 @@ def account(config: RunConfig, params: StageParams, num_ranks: int, stage: int, 
     if config.train.recompute == "selective":
         again = inside - stays
     return Account(
-        weights=count * item, gradients=count * GRADIENT_BYTES[config.gpu.grad_dtype],
+        weights=(params.dense + params.experts + sum(extra)) * item,
+        gradients=count * GRADIENT_BYTES[config.gpu.grad_dtype],
         optimizer=of_dense // shards + experts * of_matrices // expert_shards,
         layer_inputs=stays * params.layers * (p.pp - stage), one_layer=again + inside,
         head=_head_bytes(config, local) if stage == p.pp - 1 else 0)
+
+
+def adapter_params(config: RunConfig) -> tuple[int, int]:
+    """Return the parameters of the adapters that one process holds, at most: those of routed experts
+    second.  What tensor-parallel processes share of them is counted on each."""
+    counts = [0, 0]
+    for of in adapted_modules(config.model, config.lora):
+        counts[bool(of.num_experts)] += sum(math.prod(shape) for shape in of.shapes(config.lora).values())
+    p = config.parallel
+    return -(-counts[0] // p.pp), -(-counts[1] // (p.pp * p.ep))
 
 
 def _head_bytes(config: RunConfig, local_tokens: int) -> int:
@@ -90,7 +107,8 @@ def _head_bytes(config: RunConfig, local_tokens: int) -> int:
     # and are summed in float32
     logit_bytes = item if item >= LOGIT_BYTES else LOGIT_BYTES + item
     chunk = min(config.train.head_chunk_tokens, local_tokens) * logit_bytes
-    gradients = (1 + m.num_mtp_layers) * m.hidden_size * max(item, LOGIT_BYTES)
+    frozen = config.lora.on and HEAD not in config.lora.adapted(m)
+    gradients = 0 if frozen else (1 + m.num_mtp_layers) * m.hidden_size * max(item, LOGIT_BYTES)
     return m.vocab_size // config.parallel.tp * (chunk + gradients)
 
 

@@ -12,9 +12,17 @@ import json
 import os
 import secrets
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_sov.artifacts import MANIFEST, disk_errors, file_damage, fsync_path, read_manifest
+from megatron_sov.artifacts import (
+    MANIFEST,
+    disk_errors,
+    file_damage,
+    fsync_path,
+    manifest_sha256,
+    read_manifest,
+)
 from megatron_sov.config import RunConfig, from_dict
 from megatron_sov.errors import UserError, download
 from megatron_sov.outputs import TRYING
@@ -24,6 +32,10 @@ CHECKPOINTS_OF_A_RUN = "checkpoints"
 IMPORTED = "from-hf"
 """What stands for the recipe of a converted model."""
 STATE = "state.json"
+MODEL, ADAPTER = "model", "adapter"
+"""The part of a checkpoint with all weights, and the one that an adapter's checkpoint has in its place."""
+BASE = "base"
+"""What a manifest calls the checkpoint of frozen weights that an adapter belongs to."""
 WRITING, DELETING, DAMAGED = ".writing-", ".deleting-", "damaged-"
 NOT_WEIGHTS = ("optimizer/", "optimizer.index.json")
 """Beginnings of the names of files that a model alone does not need."""
@@ -122,6 +134,53 @@ def settings_of(path: Path) -> RunConfig:
         raise UserError(f"{path / MANIFEST}: its settings cannot be used ({'; '.join(problems)}); "
                         f"{instead_of(path)}")
     return settings
+
+
+@dataclass(frozen=True)
+class AdapterBase:
+    """The checkpoint of the frozen weights beside which an adapter was trained."""
+
+    path: Path
+    """Its folder."""
+    sha256: str
+    """Of its manifest."""
+
+    def to_dict(self) -> dict[str, str]:
+        """Return what a manifest holds of it."""
+        return {"path": str(self.path), "sha256": self.sha256}
+
+    @staticmethod
+    def of(path: Path) -> AdapterBase:
+        """Return what stands for a checkpoint in those of its adapters."""
+        return AdapterBase(path.resolve(), manifest_sha256(path))
+
+
+def adapter_base(path: Path) -> AdapterBase | None:
+    """Return the base that a checkpoint of an adapter names, or None: it holds all weights.
+
+    Raises:
+        UserError: its manifest is damaged.
+    """
+    named = read_manifest(path, KIND).content.get(BASE)
+    return None if named is None else AdapterBase(Path(named["path"]), named["sha256"])
+
+
+def found_base(path: Path, base: AdapterBase) -> Path:
+    """Return the folder of an adapter's base.
+
+    Args:
+        path: the adapter's checkpoint, for the message.
+        base: what it names.
+
+    Raises:
+        UserError: it is not there, or is another one than the adapter was trained beside.
+    """
+    if not (base.path / MANIFEST).is_file():
+        raise UserError(f"{path}: is an adapter of {base.path}, which is not there; bring its base back")
+    if manifest_sha256(base.path) != base.sha256:
+        raise UserError(f"{path}: is an adapter of {base.path}, which has become another checkpoint since "
+                        "(its manifest's hash differs); bring its base back")
+    return base.path
 
 
 def trained_tokens(path: Path) -> int:

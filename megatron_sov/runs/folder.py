@@ -26,7 +26,8 @@ EXPORTS, EVALUATIONS = "exports", "evaluations"
 OPTIM = tuple(f.name for f in dataclasses.fields(OptimConfig) if f.name != "rewarm")
 FIXED: dict[str, tuple[str, ...] | None] = {"model": None, "objective": None, "optim": OPTIM,
                                             "train": ("seed", "precision", "hidden_dropout"),
-                                            "data": ("packing", "over_long")}
+                                             "data": ("packing", "over_long"), "lora": None,
+                                             "preference": None}
 """What a resumed run must not change: part of the config -> its settings (None: all)."""
 
 

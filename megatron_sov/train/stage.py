@@ -116,8 +116,7 @@ def run_stage(stage: Stage, nproc: int | None, began_s: float | None = None) -> 
         for gpu in visible_gpus()[:num_ranks(nproc)]:
             refuse_too_large(stage.config, num_ranks(nproc), Gpu(gpu.name, gpu.memory_bytes))
     data = _open_data(stage)
-    if stage.start_from is not None:
-        refuse_other_tokens(tokenizer_folder(data.sources), stage.start_from / "tokenizer")
+    _check_start(stage, data)
     stage.folder.forget_failure()
     restarts = launcher.Restarts(stage.config.train.max_restarts,
                               lambda: checkpoints.latest(stage.folder.checkpoints),
@@ -141,6 +140,15 @@ def run_stage(stage: Stage, nproc: int | None, began_s: float | None = None) -> 
     if failure is not None:
         raise GateFailed(f"{stage.folder.path}: {failure}")
     raise StopRequested(f"{stage.folder.path}: everything is saved; continue with --resume")
+
+
+def _check_start(stage: Stage, data: _Data) -> None:
+    """Raise `UserError` where a run cannot start from what it is to start from."""
+    if stage.start_from is not None:
+        refuse_other_tokens(tokenizer_folder(data.sources), stage.start_from / "tokenizer")
+    elif stage.config.lora.on and checkpoints.latest(stage.folder.checkpoints) is None:
+        raise UserError(f"lora.rank = {stage.config.lora.rank}: adapters are trained beside a model that "
+                        "exists; name it by --from")
 
 
 @dataclass(frozen=True)
@@ -319,6 +327,8 @@ def _own_checkpoint(stage: Stage, place: world.World) -> Path | None:
 def _restore(stage: Stage, trainer: Trainer, newest: Path | None) -> bool:
     """Load what the run starts from; returns whether it goes on from a checkpoint of its own."""
     if newest is not None:
+        if stage.start_from is not None:
+            _refuse_other_base(newest, stage.start_from)
         trainer.guards.faults.trigger("load", checkpoints.step_of(newest))
         trainer.resume(newest)
         _tell_changes(stage, trainer)
@@ -326,6 +336,16 @@ def _restore(stage: Stage, trainer: Trainer, newest: Path | None) -> bool:
     if stage.start_from is not None:
         trainer.start_from(stage.start_from)
     return False
+
+
+def _refuse_other_base(newest: Path, start_from: Path) -> None:
+    """Raise `UserError` where an adapter's run would go on beside other frozen weights."""
+    base = checkpoints.adapter_base(newest)
+    if base is not None:
+        start = checkpoints.adapter_base(start_from) or checkpoints.AdapterBase.of(start_from)
+        if start.sha256 != base.sha256:
+            raise UserError(f"--from {start_from}: is another model than {base.path}, beside which {newest} "
+                            "was trained; resume with that, or start a new --run")
 
 
 def _tell_changes(stage: Stage, trainer: Trainer) -> None:

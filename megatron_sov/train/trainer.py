@@ -26,6 +26,7 @@ from megatron_sov.mcore.model.language_model import build
 from megatron_sov.mcore.optimizer.optimizer import Optimizer
 from megatron_sov.mcore.parallel import rng
 from megatron_sov.mcore.parallel.world import World
+from megatron_sov.models.adapters import PREFIX
 from megatron_sov.obs.events import EventLog
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.folder import RunFolder
@@ -76,15 +77,14 @@ class Trainer:
             began_s: Unix time at which the work on the run began; None: now.
             planned: the ledger as `data.ledger.plan` gives it; None: it is planned here.
             initial_weights: whether weights are made of the seed, which takes minutes for a large model;
-                False: a checkpoint is loaded next, which holds all of them.
+                False: a checkpoint is loaded next, which holds all of them but a new adapter's.
         """
         self.config, self.world, self.folder, self.sources, self.gate = config, world, folder, sources, gate
         self.schedule = Schedule(config)
         self.num_steps = self.schedule.num_steps
         self.state = TrainState()
-        self.model = build(config.model, config.parallel, config.train, config.gpu)
-        if initial_weights:
-            init.initialise(self.model, config.model, config.train.seed)
+        self.model = build(config.model, config.parallel, config.train, config.gpu, config.lora)
+        init.initialise(self.model, config.model, config.train.seed, only="" if initial_weights else PREFIX)
         self.optimizer = Optimizer(self.model, config.optim, config.parallel, config.gpu)
         self.expert_load = ExpertLoad(self.model)
         self.model.config.finalize_model_grads_func = self.expert_load.finalize

@@ -14,7 +14,7 @@ from megatron_sov import recipes
 from megatron_sov.config import ParallelConfig, RunConfig, apply_settings
 from megatron_sov.models.count import num_params
 from megatron_sov.plan import activations
-from megatron_sov.plan.memory import account
+from megatron_sov.plan.memory import account, adapter_params
 from megatron_sov.plan.stages import StageParams
 
 ROOT = Path(__file__).parents[2]
@@ -121,3 +121,23 @@ def test_the_page_is_what_the_script_writes() -> None:
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(script)], capture_output=True,
                           text=True, check=True)
     assert done.stdout.endswith((ROOT / "docs" / "memory.md").read_text(encoding="utf-8"))
+
+
+def test_of_a_frozen_model_adapters_alone_have_gradients_and_state() -> None:
+    config = config_of("tiny-qwen3", lora__rank=4, train__precision="fp32")
+    m, params = config.model, StageParams(1_000_000, 0, config.model.num_layers)
+    q, kv = m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim
+    sides = 2 * (m.hidden_size + q) + 2 * (m.hidden_size + kv) + 3 * (m.hidden_size + m.dense_ffn_dim)
+    count = 4 * m.num_layers * sides
+    found = account(config, params, 1, 0, 64)
+    assert found.weights == 4 * (1_000_000 + count)
+    assert (found.gradients, found.optimizer) == (4 * count, 8 * count)
+    full = account(config_of("tiny-qwen3", train__precision="fp32"), params, 1, 0, 64)
+    assert (full.gradients, full.optimizer) == (4_000_000, 8_000_000) and full.head > found.head
+
+
+def test_adapters_of_experts_are_spread_over_processes() -> None:
+    config = config_of("tiny-solar-open", lora__rank=2, lora__targets='["experts"]', parallel__ep=2)
+    m = config.model
+    each = 2 * (m.hidden_size + 2 * m.expert_ffn_dim) + 2 * (m.expert_ffn_dim + m.hidden_size)
+    assert adapter_params(config) == (0, m.num_layers * m.num_experts // 2 * each)

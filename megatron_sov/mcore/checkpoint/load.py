@@ -9,6 +9,7 @@ every file of every process is on disk (`save.py`).
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,9 @@ from megatron_sov.mcore.model.language_model import LanguageModel
 from megatron_sov.mcore.model.local_shards import LocalShard, local_shards
 from megatron_sov.mcore.optimizer.optimizer import Optimizer
 from megatron_sov.mcore.parallel.object_collectives import gather_objects
+from megatron_sov.models.adapters import PREFIX
 from megatron_sov.runs import checkpoints
+from megatron_sov.runs.checkpoints import ADAPTER, MODEL
 
 
 def save(path: Path, model: LanguageModel, optimizer: Optimizer | None, state: dict[str, Any],
@@ -84,12 +87,47 @@ def check(path: Path) -> None:
 def load_model(path: Path, model: LanguageModel) -> None:
     """Read this process's part of the weights, from whatever layout wrote them.
 
+    Of an adapter's checkpoint its base is read too, which is checked before.  A model with adapters that
+    reads a checkpoint of all weights keeps the adapters that it has, beside these weights.
+
     Raises:
         UserError: on every process; the checkpoint holds other tensors or shapes than the
-            model, or is damaged.
+            model, or is damaged; it is an adapter, and its base is not there or the model has none.
     """
-    reader = TensorReader(path, "model")
-    blocks = local_shards(model)
+    base = checkpoints.adapter_base(path)
+    if base is None:
+        _load_part(path, MODEL, model)
+    elif not model.lora.on:
+        raise UserError(f"{path}: is an adapter, and lora.rank is 0; train with its lora settings, or from "
+                        "what `megatron-sov convert to-hf` makes of it")
+    else:
+        with _agreement():
+            _refuse_other_adapters(path, model)
+            frozen = checkpoints.found_base(path, base)
+        check(frozen)
+        _load_part(frozen, MODEL, model)
+        _load_part(path, ADAPTER, model)
+    if model.lora.on:
+        model.adapter_base = base or checkpoints.AdapterBase.of(path)
+    if model.lora.dora and base is None:
+        for chunk in model.chunks:
+            chunk.adapters.set_magnitudes(chunk)
+
+
+def _refuse_other_adapters(path: Path, model: LanguageModel) -> None:
+    """Raise `UserError` where an adapter was trained with other settings: with another alpha, say, it would
+    be another adapter."""
+    made_with = checkpoints.settings_of(path).lora
+    for field in dataclasses.fields(made_with):
+        theirs, ours = getattr(made_with, field.name), getattr(model.lora, field.name)
+        if theirs != ours:
+            raise UserError(f"{path}: is an adapter with lora.{field.name} = {theirs}, not {ours}; "
+                            "use the setting that it was made with")
+
+
+def _load_part(path: Path, part: str, model: LanguageModel) -> None:
+    reader = TensorReader(path, part)
+    blocks = [b for b in local_shards(model) if b.key.startswith(PREFIX) == (part == ADAPTER)]
     names: set[str] = {key for keys in gather_objects({b.key for b in blocks}) for key in keys}
     _refuse_difference(path, names, set(reader.keys()))
     with _agreement():

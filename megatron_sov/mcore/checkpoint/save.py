@@ -29,12 +29,13 @@ from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.mcore.checkpoint.host_snapshot import INDICES, Snapshot, Written
 from megatron_sov.mcore.checkpoint.sharded_tensors import write_index
 from megatron_sov.mcore.model.language_model import LanguageModel
-from megatron_sov.mcore.model.local_shards import local_shards
+from megatron_sov.mcore.model.local_shards import LocalShard, local_shards
 from megatron_sov.mcore.optimizer.optimizer import Optimizer
 from megatron_sov.mcore.parallel import collectives
 from megatron_sov.mcore.parallel.named_values import sum_dict
 from megatron_sov.mcore.parallel.object_collectives import broadcast_object, gather_objects
-from megatron_sov.runs.checkpoints import KIND, STATE, temporary
+from megatron_sov.models.adapters import PREFIX
+from megatron_sov.runs.checkpoints import ADAPTER, BASE, KIND, MODEL, STATE, AdapterBase, temporary
 
 SAVE_TIMEOUT_S = 1800.0
 _LOOK_EVERY_S = 0.02
@@ -125,9 +126,8 @@ class Saver:
         """
         self.finish()
         writing = _Writing(path, temporary(path, self._token), companions.state["step"], time.monotonic())
-        sources = {"model": local_shards(model)} | ({"optimizer": optimizer.state_shards()}
-                                                    if optimizer else {})
-        parts, state = list(sources), to_json(companions.state)
+        sources = _weights(model) | ({"optimizer": optimizer.state_shards()} if optimizer else {})
+        parts, state, base = list(sources), to_json(companions.state), model.adapter_base
         self._snapshot.take(sources)
         rank = dist.get_rank()
 
@@ -140,7 +140,7 @@ class Saver:
 
         def complete() -> None:
             with _refusals(path, rank):
-                _complete(writing, parts, state, companions)
+                _complete(writing, parts, state, companions, base)
                 if then is not None:
                     then()
 
@@ -264,7 +264,23 @@ def _refusals(path: Path, rank: int) -> Iterator[None]:
                         "free some space or choose another --run") from e
 
 
-def _complete(writing: _Writing, parts: list[str], state: str, companions: Companions) -> None:
+def _weights(model: LanguageModel) -> dict[str, list[LocalShard]]:
+    """Return the blocks of the weights, under the name of their part; beside a frozen model its adapter
+    alone.
+
+    Raises:
+        UserError: the frozen model is in no checkpoint.
+    """
+    if not model.lora.on:
+        return {MODEL: local_shards(model)}
+    if model.adapter_base is None:
+        raise UserError(f"lora.rank = {model.lora.rank}: the frozen weights come from no checkpoint, so that "
+                        "no adapter of them can be used; start --from one")
+    return {ADAPTER: [block for block in local_shards(model) if block.key.startswith(PREFIX)]}
+
+
+def _complete(writing: _Writing, parts: list[str], state: str, companions: Companions,
+              base: AdapterBase | None) -> None:
     """Merge what all processes wrote, write what stands beside it and the manifest,
     and give the folder its name."""
     folder = writing.folder
@@ -278,7 +294,7 @@ def _complete(writing: _Writing, parts: list[str], state: str, companions: Compa
     artifact = ArtifactWriter(folder, KIND)
     artifact.known_files = {name: record for w in written for name, record in w.files.items()}
     artifact.content = {"step": companions.state["step"], "tokens": companions.state["tokens"],
-                        "parts": parts}
+                        "parts": parts, **({BASE: base.to_dict()} if base is not None else {})}
     artifact.settings = companions.settings
     artifact.complete()
     publish(folder, writing.path)

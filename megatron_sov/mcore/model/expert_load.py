@@ -41,6 +41,8 @@ class ExpertLoad:
         self._biases_before = [(r.expert_bias, r.expert_bias.clone())
                                for r in routers if r.expert_bias is not None]
         finalize_model_grads(chunks, None, pg_collection, bool(force_all_reduce))
+        if self._model.lora.on:
+            self.undo()  # a frozen model's routers choose as they did
         self.forget()  # the library forgets the counts of routers with a selection bias only
 
     def undo(self) -> None:

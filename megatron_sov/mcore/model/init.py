@@ -22,15 +22,18 @@ from megatron_sov.mcore.model.language_model import LanguageModel
 from megatron_sov.mcore.model.local_shards import LocalShard, local_shards
 
 ONES, ZEROS, NORMAL, RESIDUAL = "ones", "zeros", "normal", "normal into the residual"
+ADAPTER = "normal of an adapter's input"
 RULES = (
     ("*norm.weight", ONES), ("*.layer_norm_weight", ONES), ("*.router.expert_bias", ZEROS),
     ("*.linear_qkv.bias", ZEROS),
     ("*.linear_proj.weight", RESIDUAL), ("*.linear_fc2.weight", RESIDUAL),
     ("*.linear_qkv.weight", NORMAL), ("*.linear_fc1.weight", NORMAL), ("*.router.weight", NORMAL),
     ("*.eh_proj.weight", NORMAL), ("*.word_embeddings.weight", NORMAL), ("output_layer.weight", NORMAL),
+    ("*.lora_A", ADAPTER), ("*.lora_B", ZEROS), ("*.magnitude", ONES),
 )
 """Tensor name pattern -> distribution; each tensor must match exactly one.  Matrices that write into the
-residual stream are scaled by 1 / sqrt(2 * num_layers) (GPT-2, Radford et al. 2019)."""
+residual stream are scaled by 1 / sqrt(2 * num_layers) (GPT-2, Radford et al. 2019).  An adapter's A has the
+spread of PEFT's default, which is uniform between +-1 / sqrt(columns)."""
 _CHUNK = 1 << 18
 _PER_COUNTER = 8
 """Normals made of one Philox counter step: four 64-bit words, two 32-bit halves each."""
@@ -119,13 +122,24 @@ def _made_ahead(parts: Iterator[_Part], seed: int, num_threads: int) -> Iterator
 
 
 @torch.no_grad()
-def initialise(model: LanguageModel, config: ModelConfig, seed: int) -> None:
-    """Set every weight and buffer of this process's part of the model, with as many threads as torch has."""
+def initialise(model: LanguageModel, config: ModelConfig, seed: int, *, only: str = "") -> None:
+    """Set the weights and buffers of this process's part of the model, with as many threads as torch has.
+
+    Args:
+        model: the model.
+        config: its architecture.
+        seed: what every number is a function of.
+        only: what the names of those begin with that are set; "": all.
+    """
     stds = {NORMAL: config.init_std, RESIDUAL: config.init_std / math.sqrt(2 * config.num_layers)}
     normal = []
     for block in local_shards(model):
+        if not block.key.startswith(only):
+            continue
         rule = rule_for(block.key)
-        if rule in stds:
+        if rule == ADAPTER:
+            normal.append((block, 1 / math.sqrt(3 * block.global_shape[-1])))
+        elif rule in stds:
             normal.append((block, stds[rule]))
         else:
             block.data.fill_(1.0 if rule == ONES else 0.0)

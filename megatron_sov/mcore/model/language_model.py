@@ -25,10 +25,11 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.core.utils import make_viewless_tensor
 
-from megatron_sov.config import GpuConfig, ModelConfig, ParallelConfig, TrainConfig
+from megatron_sov.config import GpuConfig, LoraConfig, ModelConfig, ParallelConfig, TrainConfig
 from megatron_sov.config.gpu import AUTO
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.model import output_head
+from megatron_sov.mcore.model.adapters import Adapters
 from megatron_sov.mcore.model.attention import PackedDocuments, pack
 from megatron_sov.mcore.model.kv_cache import PackedSpans, ReadRow
 from megatron_sov.mcore.model.placement import made_here, place
@@ -42,9 +43,11 @@ from megatron_sov.mcore.model.specs import (
     uses_transformer_engine,
 )
 from megatron_sov.mcore.parallel import context
+from megatron_sov.runs.checkpoints import AdapterBase
 
 VOCABULARY_WEIGHTS = ("embedding.word_embeddings.weight", "output_layer.weight")
 """Weights with a row per token id, split by rows over the tensor-parallel group."""
+NO_ADAPTERS = LoraConfig()
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,9 @@ class Chunk(GPTModel):
     Depth 0 is the trunk's output after its final norm; depth k that of the k-th multi-token prediction layer.
     Local tokens are those of this process, where context and sequence parallelism cut the row.
     """
+
+    adapters: Adapters | None
+    """Low-rank adapters of its linear layers, where they are trained in the place of the weights."""
 
     def forward(self, inputs: ModelInputs) -> torch.Tensor:
         """Run the model on this process's part of the row."""
@@ -190,10 +196,15 @@ def next_tokens(tokens: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
 class LanguageModel(torch.nn.ModuleList):
     """This process's part of the model: one chunk, or several under an interleaved pipeline."""
 
-    def __init__(self, chunks: list[Chunk], architecture: ModelConfig) -> None:
+    def __init__(self, chunks: list[Chunk], architecture: ModelConfig,
+                 lora: LoraConfig = NO_ADAPTERS) -> None:
         super().__init__(chunks)
         self.architecture = architecture
         """What it is, in our own terms."""
+        self.lora = lora
+        """Its adapters."""
+        self.adapter_base: AdapterBase | None = None
+        """The checkpoint that the frozen weights are from; None: they are trained, or come of a seed."""
         self.chunks: tuple[Any, ...] = tuple(chunks)
         """In the order of their layers."""
         self.config = chunks[0].config
@@ -221,11 +232,12 @@ class LanguageModel(torch.nn.ModuleList):
         last = self.chunks[-1]
         tied = last.share_embeddings_and_output_weights
         weight: torch.Tensor = last.shared_embedding_or_output_weight() if tied else last.output_layer.weight
-        return weight
+        adapter = last.adapters.head if last.adapters is not None else None
+        return weight if adapter is None else adapter.merged(weight)
 
 
 def build(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig,
-          gpu: GpuConfig = AUTO) -> LanguageModel:
+          gpu: GpuConfig = AUTO, lora: LoraConfig = NO_ADAPTERS) -> LanguageModel:
     """Build this process's part of the model; its weights are not initialised yet."""
     config = transformer_config(model, parallel, train, gpu)
     if config.recompute_method == "block":
@@ -239,7 +251,10 @@ def build(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig,
     rotate_by_token()
     with output_head.without_fusion():
         chunks = [_chunk(model, config, i if parallel.vpp > 1 else None) for i in range(parallel.vpp)]
-    return LanguageModel(chunks, model)
+    for chunk in chunks:
+        with made_here():
+            chunk.adapters = Adapters(chunk, model, lora) if lora.on else None
+    return LanguageModel(chunks, model, lora)
 
 
 def _chunk(model: ModelConfig, config: Any, vp_stage: int | None) -> Chunk:

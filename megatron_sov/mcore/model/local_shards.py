@@ -54,6 +54,9 @@ def local_shards(model: LanguageModel) -> list[LocalShard]:
         blocks += [
             LocalShard(t.key, t.data, tuple(t.global_shape), tuple(t.global_offset), tuple(t.replica_id))
             for t in nested_values(declared) if isinstance(t, ShardedTensor)]
+        if chunk.adapters is not None:
+            blocks += [LocalShard(*block) for factors in chunk.adapters.factors()
+                       for block in factors.blocks()]
     blocks = [_without_padding(b, model.vocab_size) if b.key in VOCABULARY_WEIGHTS else b for b in blocks]
     return sorted((b for b in blocks if b.data.numel()), key=lambda b: (b.key, b.offset))
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import fnmatch
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from megatron_sov.mcore.model.local_shards import ParameterLookup, local_shards
 from megatron_sov.mcore.optimizer.muon import Muon, holders
 from megatron_sov.mcore.optimizer.state_shards import Inner, Shard, shards
 from megatron_sov.mcore.parallel.object_collectives import gather_objects
+from megatron_sov.models.adapters import PREFIX
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,10 @@ def rules(model: LanguageModel, config: OptimConfig) -> Rules:
     for block in local_shards(model):
         parameter = lookup.find(block)
         if parameter is not None:
-            found[id(parameter)] = rule_for(config, block.key, parameter.dim())
+            rule = rule_for(config, block.key, parameter.dim())
+            if model.lora.on and not block.key.startswith(PREFIX):
+                rule = replace(rule, frozen=True)
+            found[id(parameter)] = rule
             matched |= {g.pattern for g in config.groups if fnmatch.fnmatchcase(block.key, g.pattern)}
     everyones = gather_objects((matched, any(not rule.frozen for rule in found.values())))
     for i, group in enumerate(config.groups):
@@ -123,7 +126,7 @@ def arrange(library: Any, model: LanguageModel, rules: Rules, config: OptimConfi
             matrices = [s for s in found if rules[id(s.parameter)].algorithm == "muon"]
             muon = Muon(config, model, matrices, muon_groups, holders(is_expert, zero1))
             optimizer.optimizer = Combined(adam, muon)
-            found = [dataclasses.replace(s, inner=muon) if rules[id(s.parameter)].algorithm == "muon" else s
+            found = [replace(s, inner=muon) if rules[id(s.parameter)].algorithm == "muon" else s
                      for s in found]
         all_shards += found
     return all_shards

@@ -22,6 +22,7 @@ from megatron_sov.artifacts import MANIFEST, read_manifest
 from megatron_sov.config import TrainConfig
 from megatron_sov.obs.warning import warn
 from megatron_sov.runs.background import BackgroundProcess
+from megatron_sov.runs.checkpoints import ADAPTER, MODEL
 from megatron_sov.runs.folder import EXPORTS
 
 _WAIT_S = 0.05
@@ -114,7 +115,7 @@ class Exports:
         """Link the files that a conversion reads (not those of the optimizer), the manifest last:
         then they are all there."""
         manifest = read_manifest(checkpoint)
-        others = tuple(f"{part}/" for part in manifest.content["parts"] if part != "model")
+        others = tuple(f"{part}/" for part in manifest.content["parts"] if part not in (MODEL, ADAPTER))
         source = self._source(step)
         shutil.rmtree(source, ignore_errors=True)
         for name in [*(n for n in manifest.files if not n.startswith(others)), MANIFEST]:

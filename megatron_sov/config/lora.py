@@ -1,0 +1,100 @@
+"""Low-rank adaptation: small trained matrices beside frozen ones (LoRA, arXiv 2106.09685; DoRA,
+arXiv 2402.09353)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megatron_sov.config.gpu import GpuConfig
+from megatron_sov.config.layout import ParallelConfig
+from megatron_sov.config.model import STRICT, ModelConfig
+from megatron_sov.config.optim import OptimConfig
+from megatron_sov.config.train import TrainConfig
+
+ALL_LINEAR, EXPERTS, HEAD = "all-linear", "experts", "lm_head"
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
+TARGETS = (ALL_LINEAR, *ATTENTION, *FEED_FORWARD, EXPERTS, HEAD)
+"""What `lora.targets` may name: modules as transformers calls them, and groups of them."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adaptation of a frozen model (docs/lora.md): W x becomes W x + alpha / rank B A x, and A and
+    B alone are trained."""
+
+    __pydantic_config__ = STRICT
+    rank: int = 0
+    """Rows of A and columns of B; 0: off, all weights are trained."""
+    alpha: float = 16.0
+    """The update is scaled by alpha / rank."""
+    targets: tuple[str, ...] = (ALL_LINEAR,)
+    """What is adapted: q_proj, k_proj, v_proj, o_proj; gate_proj, up_proj, down_proj (of dense layers and
+    shared experts); experts (all routed ones, each with matrices of its own); lm_head; all-linear: all of
+    these that the model has, but lm_head."""
+    dora: bool = False
+    """Also train the length of each row of the adapted matrices (DoRA), of routed experts and lm_head
+    excepted."""
+
+    @property
+    def on(self) -> bool:
+        """Whether the model is frozen and adapters are trained."""
+        return self.rank > 0
+
+    def adapted(self, model: ModelConfig) -> frozenset[str]:
+        """Return what is adapted in a model, with `all-linear` spelled out."""
+        if not self.on:
+            return frozenset()
+        every = {*ATTENTION, *(FEED_FORWARD if _has_feed_forward(model) else ()),
+                 *((EXPERTS,) if model.num_moe_layers() else ())}
+        return frozenset(self.targets) - {ALL_LINEAR} | (every if ALL_LINEAR in self.targets else set())
+
+    def problems(self, model: ModelConfig, parallel: ParallelConfig, train: TrainConfig, optim: OptimConfig,
+                 gpu: GpuConfig) -> list[str]:
+        """Return one sentence for every rule that these settings break."""
+        if self.rank < 0:
+            return [f"lora.rank = {self.rank} must be 0 (off) or positive"]
+        if not self.on:
+            return []
+        p = self._own_problems(model)
+        if optim.name == "muon" or any(group.optimizer == "muon" for group in optim.groups):
+            p.append("lora.rank > 0 cannot be with optimizer muon, which orthogonalises whole matrices and "
+                     "has no meaning for their factors; set optim.name=adamw")
+        if train.fp8 != "none":
+            p.append(f"lora.rank > 0 cannot be with train.fp8 = {train.fp8}, whose frozen products nobody "
+                     "has checked; set train.fp8=none")
+        if parallel.overlap_param_gather:
+            p.append("lora.rank > 0 has next to nothing to gather, and cannot be with "
+                     "parallel.overlap_param_gather; set it to false")
+        if gpu.shared_expert_overlap == "on":
+            p.append("lora.rank > 0 cannot be with gpu.shared_expert_overlap = on, which computes shared "
+                     "experts in pieces; set it to off")
+        return p
+
+    def _own_problems(self, model: ModelConfig) -> list[str]:
+        p = []
+        if not 0 < self.alpha < math.inf:
+            p.append(f"lora.alpha = {self.alpha} must be a positive number")
+        if not self.targets:
+            p.append(f"lora.targets names nothing to adapt; name some of {', '.join(TARGETS)}")
+        for target in self.targets:
+            if target not in TARGETS:
+                p.append(f"lora.targets names {target!r}, which is none of {', '.join(TARGETS)}")
+        missing = {*(() if _has_feed_forward(model) else FEED_FORWARD),
+                   *(() if model.num_moe_layers() else (EXPERTS,))}
+        p += [f"lora.targets names {target}, which this model lacks; leave it out"
+              for target in self.targets if target in missing]
+        if HEAD in self.targets and model.tied_embeddings:
+            p.append("lora.targets names lm_head, which is the embedding in this model "
+                     "(model.tied_embeddings); leave it out")
+        for target in (EXPERTS, HEAD):
+            if self.dora and target in self.adapted(model):
+                p.append(f"lora.dora = True is not built for {target}; name lora.targets without it, or set "
+                         "lora.dora=false")
+        return p
+
+
+def _has_feed_forward(model: ModelConfig) -> bool:
+    """Return whether a trunk layer has a dense feed-forward block, or shared experts."""
+    return model.num_moe_layers() < model.num_layers or model.num_shared_experts > 0

@@ -1,0 +1,138 @@
+"""An adapter's checkpoint becomes a folder that PEFT loads, and such a folder an adapter's checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import torch
+
+from megatron_sov.artifacts import MANIFEST, atomic_write, new_artifact, to_json
+from megatron_sov.convert.peft_format import (
+    CONFIG,
+    WEIGHTS,
+    from_peft_shape,
+    lora_of,
+    peft_config,
+    peft_name,
+    to_peft_shape,
+)
+from megatron_sov.convert.sources import DAMAGED_HF, FLOATS, CheckpointWeights, newest_of_run, read_json
+from megatron_sov.convert.values import converted
+from megatron_sov.errors import UserError
+from megatron_sov.mcore.checkpoint.safetensors_file import TensorFile
+from megatron_sov.mcore.checkpoint.sharded_tensors import TensorReader, TensorWriter, write_index
+from megatron_sov.mcore.checkpoint.writer import TensorSpec, write_file
+from megatron_sov.models.adapters import MAGNITUDE, A, Adapted, B, adapted_modules
+from megatron_sov.runs.checkpoints import (
+    ADAPTER,
+    BASE,
+    IMPORTED,
+    KIND,
+    AdapterBase,
+    adapter_base,
+    damage,
+    instead_of,
+    refuse_missing,
+    settings_of,
+)
+
+PEFT_KIND = "peft_adapter"
+
+
+def to_peft(checkpoint: str | Path, out: str | Path, *, base_name: str | None = None,
+            overwrite: bool = False) -> None:
+    """Write an adapter as a folder for `PeftModel.from_pretrained` (an artifact of kind "peft_adapter").
+
+    Args:
+        checkpoint: an adapter's checkpoint, or a run's newest one.
+        out: the folder to write; it appears only when complete.
+        base_name: name or folder of the Hugging Face model that the adapter belongs to, for PEFT's
+            settings; None: PEFT's users name it when they load.
+        overwrite: replace such a folder that is already there.
+
+    Raises:
+        UserError: it is no adapter, is damaged, or PEFT does not know its like.
+    """
+    checkpoint = newest_of_run(Path(checkpoint))
+    if adapter_base(checkpoint) is None:
+        raise UserError(f"{checkpoint}: holds all weights and no adapter; use `megatron-sov convert to-hf`")
+    settings = settings_of(checkpoint)
+    config = peft_config(settings.model, settings.lora, base_name)
+    if problem := damage(checkpoint, weights_only=True):
+        raise UserError(f"{problem}; {instead_of(checkpoint)}")
+    reader = TensorReader(checkpoint, ADAPTER)
+    reader.check_complete()
+    found = {peft_name(of, tensor): (of, tensor) for of in adapted_modules(settings.model, settings.lora)
+             for tensor in _tensors(settings.lora.dora)}
+
+    def read(name: str) -> torch.Tensor:
+        of, tensor = found[name]
+        return to_peft_shape(of, tensor, reader.read(of.key(tensor))).contiguous()
+
+    with new_artifact(out, PEFT_KIND, overwrite=overwrite) as artifact:
+        specs = [TensorSpec(name, tuple(read(name).shape), reader.dtype(of.key(tensor)))
+                 for name, (of, tensor) in sorted(found.items())]
+        write_file(artifact.path / WEIGHTS, specs,
+                   lambda spec: converted(read(spec.name), spec.dtype, checkpoint, spec.name))
+        atomic_write(artifact.path / CONFIG, to_json(config))
+        artifact.add_input(checkpoint)
+        artifact.content = {"family": settings.model.family, "num_tensors": len(specs)}
+
+
+def from_peft(peft_dir: str | Path, out: str | Path, base: str | Path, *, overwrite: bool = False) -> None:
+    """Write a PEFT adapter as a checkpoint (part "adapter", step 0), to train on or to merge.
+
+    Args:
+        peft_dir: a folder with adapter_config.json and adapter_model.safetensors.
+        out: the checkpoint to write; it appears only when complete.
+        base: the checkpoint of the model that it belongs to (`convert from-hf` makes one).
+        overwrite: replace a checkpoint that is already there.
+
+    Raises:
+        UserError: the folder holds what we have no like of, or does not fit the base.
+    """
+    peft_dir, base = Path(peft_dir), newest_of_run(Path(base))
+    for file in (CONFIG, WEIGHTS):
+        if not (peft_dir / file).is_file():
+            raise UserError(f"{peft_dir}: has no {file}, so it is no PEFT adapter in safetensors; pass the "
+                            "folder that `save_pretrained` wrote")
+    refuse_missing(base)
+    if adapter_base(base) is not None:
+        raise UserError(f"--base {base}: is an adapter itself; name the checkpoint that it belongs to")
+    model = CheckpointWeights(base).model
+    weights = TensorFile(peft_dir / WEIGHTS, DAMAGED_HF)
+    lora = lora_of(read_json(peft_dir / CONFIG), list(weights.entries), model, peft_dir)
+    modules = adapted_modules(model, lora)
+    settings = settings_of(base)
+    with new_artifact(out, KIND, overwrite=overwrite) as artifact:
+        writer = TensorWriter(artifact.path, ADAPTER)
+        for of in modules:
+            for tensor in _tensors(lora.dora):
+                key = of.key(tensor)
+                shape = of.shapes(lora)[key]
+                writer.add(key, from_peft_shape(of, tensor, _read(weights, of, tensor, shape), shape))
+        write_index(artifact.path, ADAPTER, [writer.finish()])
+        artifact.known_files |= writer.files
+        if (base / "tokenizer").is_dir():
+            shutil.copytree(base / "tokenizer", artifact.path / "tokenizer",
+                            ignore=shutil.ignore_patterns(MANIFEST))
+        artifact.add_input(base)
+        artifact.content = {"step": 0, "tokens": 0, "parts": [ADAPTER], BASE: AdapterBase.of(base).to_dict()}
+        artifact.settings = dataclasses.replace(settings, recipe=IMPORTED, lora=lora).to_dict()
+
+
+def _tensors(dora: bool) -> tuple[str, ...]:
+    return (A, B, MAGNITUDE) if dora else (A, B)
+
+
+def _read(weights: TensorFile, of: Adapted, tensor: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return one tensor of a PEFT folder, whose dtype and shape fit."""
+    name = peft_name(of, tensor)
+    theirs = weights.read(name)
+    expected = tuple(to_peft_shape(of, tensor, torch.empty(shape, device="meta")).shape)
+    if theirs.dtype not in FLOATS or tuple(theirs.shape) != expected:
+        raise UserError(f"{weights.path}: {name} is {theirs.dtype} {list(theirs.shape)}, and the base needs "
+                        f"floating-point numbers {list(expected)}; was it trained on another model?")
+    return converted(theirs, theirs.dtype, weights.path, name)
