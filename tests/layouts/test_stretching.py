@@ -25,7 +25,8 @@ def test_an_objective_is_the_same_at_every_layout(ranks: Any, job: Any, packed_d
     layouts = {"one rank": (1, []), **tried}
     found = ranks(*(job(RUN, "steps", nproc, {
         "objective": objective, "recipe": "tiny-k-exaone",
-        "settings": ["train.precision=fp64", *settings, *layout], "paths": [str(packed_data.text)],
+        "settings": ["train.precision=fp64", "model.num_experts=4", *settings, *layout],
+        "paths": [str(packed_data.text)],
         "count": STEPS}) for nproc, layout in layouts.values()), timeout_s=600)
     one = found[0][0]
     assert len({step["loss"] for step in one}) == STEPS
