@@ -11,9 +11,12 @@ of its modules, in any dtype.
 
 from __future__ import annotations
 
+import gc
+import importlib
 import importlib.util
 import json
 import os
+import pkgutil
 import resource
 import signal
 import sys
@@ -28,10 +31,28 @@ import megatron_sov.cli
 import tokenizer.cli
 from megatron_sov.mcore.parallel import launcher
 from megatron_sov.runs.parent_death import die_with_parent
+from megatron_sov.version import OUR_PACKAGES
+
+ROOT = Path(__file__).parents[1]
 
 PROGRAMS: dict[str, Callable[[], int]] = {
     "megatron-sov": megatron_sov.cli.main, "sov-data": data_prep.cli.main,
     "sov-tokenizer": tokenizer.cli.main}
+
+
+def import_everything() -> None:
+    """Import what commands and ranks import when they need it, once for all forks."""
+    for package in OUR_PACKAGES:
+        for found in pkgutil.walk_packages([str(ROOT / package)], f"{package}."):
+            if not found.name.endswith("__main__"):
+                importlib.import_module(found.name)
+    from transformers import (  # noqa: F401  (which imports a name's module when it is asked for)
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        ExaoneMoeForCausalLM,
+        PreTrainedTokenizerFast,
+        SolarOpenForCausalLM,
+    )
 
 
 def _function(file: str, name: str) -> Any:
@@ -123,12 +144,16 @@ if __name__ == "__main__":
     sys.path[:0] = sys.argv[1:]  # megatron looks for the library while it is imported
     cpu_shims.prepare_megatron()
     from megatron_sov.mcore.model import specs
-    from megatron_sov.train import lm, stage  # noqa: F401  (most commands need them)
+    from megatron_sov.train import lm, stage  # noqa: F401  (ranks need them)
 
     if sys.argv[1:]:
         specs.on_gpu = lambda: True
         specs.transformer_engine_serves = lambda dtype: True
+    else:
+        import_everything()
 
+    gc.collect()
+    gc.freeze()  # forks need neither look at what is here nor copy it
     for line in sys.stdin:
         order = json.loads(line)
         print(wait_for(fork(order), order["timeout_s"]), flush=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # torch would import it with the first optimizer: here, forked ranks share it
 
 from megatron_sov.config import RunConfig
 from megatron_sov.config.schedules import Schedule

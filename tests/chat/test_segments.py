@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_sov.chat.segments import Segment, Segments, around_contents, odd_opening
@@ -26,6 +26,7 @@ def test_pieces_alternate() -> None:
         Segment("</></s>", None)]
 
 
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.sampled_from(["user", "assistant"]), st.text()), min_size=1, max_size=12))
 def test_no_content_reaches_the_template(messages: list[tuple[str, str]]) -> None:
     pieces = around(FORM, *messages)

@@ -14,7 +14,7 @@ import pytest
 SMALL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.num_heads=4",
          "model.num_kv_heads=2", "model.head_dim=8", "model.expert_ffn_dim=16",
          'data.phases=[{"name": "main", "seq_len": 32}]', "train.global_batch_size=8",
-         "train.micro_batch_size=2", "data.heldout_tokens=128", "train.num_threads=1")
+         "train.micro_batch_size=4", "model.num_experts=4", "data.heldout_tokens=128", "train.num_threads=1")
 Command = Callable[..., list[str]]
 
 

@@ -17,7 +17,8 @@ from megatron_sov.report.run_data import read_run
 
 SMALL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.head_dim=8",
          "model.expert_ffn_dim=16", 'data.phases=[{"name": "main", "seq_len": 32}]',
-         "train.global_batch_size=8", "train.micro_batch_size=2", "data.heldout_tokens=128",
+         "model.num_experts=4", "train.global_batch_size=8", "train.micro_batch_size=4",
+         "data.heldout_tokens=128",
          "train.eval_every_steps=0", "train.hidden_dropout=0.1", "train.keep_checkpoints=0")
 STORM = (*SMALL, "train.steps=30", "train.checkpoint_every_steps=4", "train.async_save=false",
          "guards.window_steps=20", "guards.hang_timeout_s=8", "guards.straggler_every_steps=6",

@@ -71,7 +71,7 @@ def continuations(layout: dict[str, Any], *, full: bool = False, family: str = "
 
 
 LAYOUTS = {
-    "TP2+SP": (2, {"tp": 2, "sp": True}), "PP2 VPP2": (2, {"pp": 2, "vpp": 2}), "CP2": (2, {"cp": 2}),
+    "PP2 VPP2": (2, {"pp": 2, "vpp": 2}),
     "EP2, experts by gathering": (2, {"ep": 2, "expert_dispatcher": "allgather"}),
     "TP2+SP x CP2, EP4": (4, {"tp": 2, "sp": True, "cp": 2, "ep": 4}),
 }

@@ -4,7 +4,9 @@ can meet does meet."""
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from allpairspy import AllPairs
 
@@ -93,6 +95,17 @@ def products(experts: bool) -> list[Layout]:
     for pair in sorted(possible_pairs(experts) - pairs(chosen)):
         if pair not in pairs(chosen):
             chosen.append(next(layout for layout in every if pair in pairs([layout])))
+    return chosen
+
+
+def fewest(layouts: list[Layout], having: Callable[[Layout], set[Any]]) -> list[Layout]:
+    """Return few of the layouts that have together whatever any of them has:
+    the next is always one with most that is new, at the fewest processes."""
+    chosen: list[Layout] = []
+    left = set().union(*map(having, layouts))
+    while left:
+        chosen.append(max(layouts, key=lambda x: (len(having(x) & left), -x.num_ranks)))
+        left -= having(chosen[-1])
     return chosen
 
 

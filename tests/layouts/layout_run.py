@@ -118,14 +118,14 @@ def one_batch(recipe: str, settings: list[str], paths: list[str], objective: str
 
 
 def trained(settings: list[str], paths: list[str], out: str) -> list[dict[str, Any]]:
-    """Train five steps; OUT/checkpoints holds step-3 and step-5, which another layout is to
+    """Train four steps; OUT/checkpoints holds step-3 and step-4, which another layout is to
     continue and to reach."""
     trainer = _trainer(small_config("tiny-k-exaone", settings, paths, "lm"), out)
     trainer.folder.checkpoints.mkdir(parents=True, exist_ok=True)
     taken = []
-    for _ in range(5):
+    for _ in range(4):
         taken.append(_step(trainer))
-        if trainer.step in (3, 5):
+        if trainer.step in (3, 4):
             trainer.save()
             trainer.checkpointer.finish()
     world.leave()
@@ -158,14 +158,14 @@ def compared(recipe: str, settings: list[str], paths: list[str], reference: str,
 
 def continued(settings: list[str], paths: list[str], sources: list[str],
               expected: list[str]) -> list[dict[str, Any]]:
-    """For each source: continue its step-3 for two steps; the two steps, and how far the end is from
-    `expected`'s step-5."""
+    """For each source: continue its step-3 for one step; the step, and how far the end is from
+    `expected`'s step-4."""
     trainer = _trainer(small_config("tiny-k-exaone", settings, paths, "lm"))
     results = []
     for source, reached in zip(sources, expected, strict=True):
         trainer.resume(RunFolder(Path(source)).checkpoint(3))
-        steps = [_step(trainer) for _ in range(2)]
-        results.append({"steps": steps, "apart": _apart(trainer, RunFolder(Path(reached)).checkpoint(5))})
+        steps = [_step(trainer)]
+        results.append({"steps": steps, "apart": _apart(trainer, RunFolder(Path(reached)).checkpoint(4))})
     world.leave()
     return results
 

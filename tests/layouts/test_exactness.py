@@ -127,6 +127,22 @@ def fits(config: dict[str, Any], layout: dict[str, Any]) -> bool:
     return (config["num_key_value_heads"] % layout.get("tp", 1) == 0 and experts % layout.get("ep", 1) == 0)
 
 
+def taking_turns(configs: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
+    """Return the models that each layout has: one process all of them, of the others those that fit,
+    so that every family meets every layout that divides it."""
+    at: dict[str, list[str]] = {layout: [] for layout in LAYOUTS}
+    at |= {"one": list(configs), "EP4 x PP2": ["solar_open-0", "exaone_moe-1", "qwen3_moe-2"]}
+
+    def met(layout: str, family: str) -> int:
+        return sum(n.rpartition("-")[0] == family for n in at[layout])
+
+    for name, config in configs.items():
+        family = name.rpartition("-")[0]
+        fitting = [x for x in ("TP2+SP", "EP2", "PP2") if fits(config, LAYOUTS[x][1])]
+        at[min(fitting, key=lambda x, family=family: (met(x, family), len(at[x])))].append(name)
+    return at
+
+
 def hf_logits(folder: Path) -> Any:
     """Return transformers' logits [LENGTH, vocabulary] in fp32, the document alone."""
     import torch
@@ -162,9 +178,7 @@ def test_bits_survive_every_layout_and_logits_are_those_of_transformers(ranks: A
         (tmp_path / name).mkdir()
         make(config, tmp_path / name / "hf", int(name[-1]))
         convert.from_hf(tmp_path / name / "hf", tmp_path / name / "ckpt")
-    at = {layout: [n for n, c in configs.items() if fits(c, settings)]
-          for layout, (_, settings) in LAYOUTS.items()}
-    at["EP4 x PP2"] = ["solar_open-0", "exaone_moe-1", "qwen3_moe-2"]
+    at = taking_turns(configs)
     assert min(map(len, at.values())) == 3 and len(at["one"]) == 15
     ranks(*(job(__file__, "run", nproc,
                 {"names": at[name], "layout": layout, "folder": str(tmp_path), "label": name})

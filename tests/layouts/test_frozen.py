@@ -14,8 +14,8 @@ from megatron_sov.mcore.checkpoint.sharded_tensors import TensorReader
 RUN = str(Path(__file__).with_name("layout_run.py"))
 FROZEN = ("embedding.*", "decoder.layers.0.*", "decoder.layers.1.*", "*router.weight")
 """Under PP2 all that the first stage has, and every router."""
-SETTINGS = ["train.precision=fp64", "model.router_bias_update_rate=0", "optim.name=muon",
-            "train.recompute=true",
+SETTINGS = ["train.precision=fp64", "model.router_bias_update_rate=0", "model.num_experts=4",
+            "optim.name=muon", "train.recompute=true",
             "optim.groups=[" + ", ".join(f'{{"pattern": "{pattern}", "frozen": true}}'
                                          for pattern in FROZEN) + "]"]
 ZERO1 = ["parallel.zero1=true", "parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ def refusals(data: str, run: str) -> dict[str, Any]:
         "model.vocab_size=368", "model.hidden_size=32", "model.num_layers=1",
         'data.phases=[{"name": "main", "seq_len": 32}]', "train.global_batch_size=2",
         "train.micro_batch_size=2", "train.steps=10", "guards.skip=false"])
+    before = set(sys.modules)
     place = world.join(config.parallel)
     folder = RunFolder(Path(run))
     folder.create()
@@ -60,7 +62,8 @@ def refusals(data: str, run: str) -> dict[str, Any]:
     trainer.save()
     trainer.checkpointer.finish()
     saved = folder.checkpoint(1)
-    said = {"planned": planned, "consumed": consumed, "counted": trainer.state.tokens, "path": saved.name}
+    said = {"planned": planned, "consumed": consumed, "counted": trainer.state.tokens, "path": saved.name,
+            "imported": sorted(set(sys.modules) - before)}
     again = Trainer(config, place, folder, sources, Remembering)
     again.resume(saved)
     objective: Any = trainer.objective
@@ -100,3 +103,5 @@ def test_a_spoilt_step_and_changed_data_are_refused(ranks: Any, job: Any, packed
     assert sum(said["planned"].values()) == 2 * 32
     assert sum(said["consumed"].values()) == said["counted"] < 2 * 32, (
         "what is padding was planned and not consumed")
+    assert not [name for name in said["imported"] if name.startswith("torch._dynamo")], (
+        "every rank imports for itself what its launcher could have imported for all")
