@@ -68,7 +68,7 @@ class Merge(NamedTuple):
     """Id of the left token."""
     right: int
     """Id of the right token."""
-    count: int
+    frequency: int
     """How often the pair stood in the text."""
 
 
