@@ -92,7 +92,8 @@ def measure(folder: Path, config: RunConfig, rounds: int) -> int:
         with torch.no_grad():
             block.data.normal_()
     saved = list[Saved]()
-    saver, companions = Saver(saved.append), Companions({"step": 1, "tokens": 1, "num_updates": 1}, {}, None)
+    saver, waiting = Saver(saved.append), Saver(saved.append)  # a run has one of them
+    companions = Companions({"step": 1, "tokens": 1, "num_updates": 1}, {}, None)
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in MEASURES}
 
     def timed(name: str, action: Callable[[], object]) -> None:
@@ -105,6 +106,10 @@ def measure(folder: Path, config: RunConfig, rounds: int) -> int:
     def begin(name: str) -> None:
         saver.begin(folder / name, model, optimizer, companions)
 
+    def save_waiting(name: str) -> None:
+        waiting.begin(folder / name, model, optimizer, companions, waits=True)
+        waiting.finish()
+
     begin("step-0")  # takes the memory, which later ones have
     saver.finish()
     path = folder / "step-0"
@@ -114,7 +119,7 @@ def measure(folder: Path, config: RunConfig, rounds: int) -> int:
             timed(name, partial(copy, path, folder / "copy", name) if place.is_main else lambda: None)
             if place.is_main:
                 shutil.rmtree(folder / "copy")
-        timed(SAVE, lambda: (begin("step-1"), saver.finish()))
+        timed(SAVE, lambda: save_waiting("step-1"))
         timed(STALL, lambda: begin("step-2"))
         saver.finish()
         timed(CHECK, lambda: load.damage(path))

@@ -158,11 +158,12 @@ def train_tokenizer(plan: Plan, groups: list[Group], output: Path, *, overwrite:
     """
     from tokenizer.bpe.count_pipeline import learn
     from tokenizer.formats.hf_files import finished
+    from tokenizer.formats.round_trip import load_ahead
 
     started_s = time.monotonic()
     with disk_errors(plan.work):
         plan.work.mkdir(parents=True, exist_ok=True)
-    learned = learn(plan, groups)
+    learned = learn(plan, groups, load_ahead)
     num_superwords = learned.vocabulary.num_superwords()
     print(f"{plan.vocab_size} tokens learned in {time.monotonic() - started_s:.1f} s" + (
         f"; {num_superwords:,} span words, {100 * num_superwords / plan.vocab_size:.2f} %"

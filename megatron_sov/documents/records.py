@@ -158,8 +158,9 @@ def parse_record(record: dict[str, Any], where: str, number: int, reading: Readi
     id_ = record.get("id")
     document = Document(where, id=str(id_) if isinstance(id_, (str, int)) else None, line=number, **fields)
     check_texts(document.texts(), reading)
-    for text in (*document.conversation().beside(), document.extra):
-        _size_bytes(text)  # which are encoded too, if not counted
+    if kind != "text":
+        for text in (*document.conversation().beside(), document.extra):
+            _size_bytes(text)  # which are encoded too, if not counted
     return document
 
 

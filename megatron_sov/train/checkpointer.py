@@ -62,7 +62,8 @@ class Checkpointer:
         self._saver = Saver(on_saved, config.train.save_timeout_s)
 
     def save(self, done: TrainState) -> None:
-        """Take a checkpoint, which is written in the background; waits for the one before.
+        """Take a checkpoint, which is written in the background; waits for the one before.  Where
+        `train.async_save` is off, `finish` must be called before the next step.
 
         Args:
             done: the loop's counters.
@@ -75,7 +76,8 @@ class Checkpointer:
         self._saver.begin(self._folder.checkpoint(done.step), self._model, self._optimizer,
                           Companions(state, self._config.to_dict(), self._tokenizer),
                           then=lambda: checkpoints.prune(folder, settings.keep_checkpoints,
-                                                         settings.keep_every_steps))
+                                                         settings.keep_every_steps),
+                          waits=not settings.async_save)
 
     def sync(self, stop: StopFlag) -> bool:
         """Do the all-reduce at the end of a step: who was asked to stop,

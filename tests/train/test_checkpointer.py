@@ -52,8 +52,13 @@ def synced(run: str) -> dict[str, Any]:
     done = checkpointer.load(folder.checkpoint(3), data_too=False)
     went_on = [part.value for part in parts.values()]
     checkpointer.load(folder.checkpoint(3))
+    waiting = Checkpointer(apply_settings(config, ["train.async_save=false"]), folder, [], model, optimizer,
+                           parts["order"], {"guard": parts["guard"]}, saved.append)
+    waiting.save(TrainState(4, 88, 0.5))
+    waiting.finish()
+    copied = [bool(c._saver._snapshot._memory) for c in (checkpointer, waiting)]
     world.leave()
-    return {"told": told, "done": [done.step, done.tokens, done.wall_s], "went on": went_on,
+    return {"told": told, "done": [done.step, done.tokens, done.wall_s], "went on": went_on, "copied": copied,
             "resumed": [part.value for part in parts.values()]}
 
 
@@ -79,4 +84,5 @@ def test_a_step_ends_with_what_all_processes_have_to_tell(ranks: Any, job: Any, 
         assert one["told"] == [False, ["step-3"], True], ("no call but `sync` completes a checkpoint "
                                                           "while a run trains")
         assert one["done"] == [3, 77, 0.5]
+        assert one["copied"] == [True, False], "nothing changes while a run waits: no copy is needed"
         assert one["went on"] == ["changed", "guard"] and one["resumed"] == ["order", "guard"]

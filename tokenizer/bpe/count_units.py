@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,7 @@ def plan(groups: list[Group], unit_bytes: int) -> list[Unit]:
 
 @dataclasses.dataclass(frozen=True)
 class UnitSizes:
-    """What a look through one unit found."""
+    """How much text a unit holds."""
 
     num_documents: int
     """Documents with text."""
@@ -108,6 +108,12 @@ class UnitSizes:
     """Buckets that occur, rising."""
     bytes_: NDArray[np.int64]
     """Bytes of the pieces in each."""
+
+    @staticmethod
+    def of(num_documents: int, bucket_bytes: NDArray[np.int64]) -> UnitSizes:
+        """Return the sizes, given the bytes of the pieces in all buckets."""
+        buckets = np.flatnonzero(bucket_bytes)
+        return UnitSizes(num_documents, buckets, bucket_bytes[buckets])
 
 
 def look_through(groups: list[Group], units: list[Unit], work: Path, workers: int,
@@ -123,15 +129,35 @@ def look_through(groups: list[Group], units: list[Unit], work: Path, workers: in
         with np.load(file) as saved:
             documents, buckets = saved["documents"], saved["buckets"]
         progress(sum(unit.size_bytes for unit in units))
-    else:
-        documents, buckets = np.zeros(len(groups), np.int64), np.zeros((len(groups), NUM_BUCKETS), np.int64)
-        for unit, found in zip(units, in_processes(_looker, (), units, workers), strict=True):
-            documents[unit.group] += found.num_documents
-            buckets[unit.group, found.buckets] += found.bytes_
+        return _sizes(groups, documents, buckets)
+
+    def found() -> Iterator[UnitSizes]:
+        for unit, sizes in zip(units, in_processes(_looker, (), units, workers), strict=True):
             progress(unit.size_bytes)
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, documents=documents, buckets=buckets)
-        atomic_write(file, buffer.getvalue())
+            yield sizes
+
+    together = group_sizes(groups, units, found())
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, documents=[sizes.num_documents for sizes in together],
+                        buckets=[sizes.bucket_bytes for sizes in together])
+    atomic_write(file, buffer.getvalue())
+    return together
+
+
+def group_sizes(groups: list[Group], units: list[Unit], found: Iterable[UnitSizes]) -> list[Sizes]:
+    """Add up the sizes of units.
+
+    Raises:
+        UserError: a group without text.
+    """
+    documents, buckets = np.zeros(len(groups), np.int64), np.zeros((len(groups), NUM_BUCKETS), np.int64)
+    for unit, sizes in zip(units, found, strict=True):
+        documents[unit.group] += sizes.num_documents
+        buckets[unit.group, sizes.buckets] += sizes.bytes_
+    return _sizes(groups, documents, buckets)
+
+
+def _sizes(groups: list[Group], documents: NDArray[np.int64], buckets: NDArray[np.int64]) -> list[Sizes]:
     for group, row in zip(groups, buckets, strict=True):
         if not row.any():
             paths = ", ".join(map(str, group.paths))
@@ -151,5 +177,4 @@ def _look(unit: Unit) -> UnitSizes:
         num_documents += 1
         for piece in pieces(document):
             sizes[piece.bucket] += len(piece.raw)
-    buckets = np.flatnonzero(sizes)
-    return UnitSizes(num_documents, buckets, sizes[buckets])
+    return UnitSizes.of(num_documents, sizes)

@@ -18,17 +18,21 @@ import numpy as np
 
 from megatron_sov.artifacts import atomic_write, disk_errors, fsync_path
 from megatron_sov.documents import in_processes
-from tokenizer.bpe.count_units import Unit
+from tokenizer.bpe.count_units import Unit, UnitSizes
+from tokenizer.bpe.lowest_pieces import LowestPieces
 from tokenizer.bpe.pretokenizer import Splitter
 from tokenizer.bpe.word_counter import NUM_PARTS, WordCounter
-from tokenizer.mixture import Share, pieces
+from tokenizer.mixture import NUM_BUCKETS, Excerpt, Share, pieces
 from tokenizer.presets import Preset
 
 WORD_BYTES = 120
 """What a word takes in a worker's table: its text, the entry, and the copies while a run is written."""
+SAMPLE_BYTES = 100_000
+"""Text of each group that bytes per token are measured on and that the finished tokenizer is
+checked on, at most."""
 LEAST_WORDS = 1000
 """Words in a worker's table before it is written out, however small the bound."""
-CODE_VERSION = 2
+CODE_VERSION = 3
 """Raise it when the same text is counted differently, so that older files are not taken for new ones."""
 
 
@@ -42,14 +46,11 @@ class CountSettings:
     """What splits text into words."""
     shares: tuple[Share, ...]
     """How often the pieces of each group are seen."""
-    samples: tuple[Share, ...]
-    """Pieces of each group that are kept as a sample of its text."""
 
     def key(self, unit: Unit) -> str:
         """Return the name of a unit's files."""
-        share, sample = (dataclasses.asdict(shares[unit.group]) for shares in (self.shares, self.samples))
-        return unit.key({"normalization": self.preset.normalization, "pattern": self.pattern, "share": share,
-                         "sample": sample, "code_version": CODE_VERSION})
+        return unit.key({"normalization": self.preset.normalization, "pattern": self.pattern,
+                         "share": dataclasses.asdict(self.shares[unit.group]), "code_version": CODE_VERSION})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +59,12 @@ class UnitCounts:
 
     file: Path
     """Arrow file of `NUM_PARTS` record batches (word, count) for each run."""
-    group: int
-    """Number of its group."""
     seen_bytes: int
     """Text counted, repetitions included."""
-    sample: tuple[str, ...]
-    """Pieces of text."""
+    sizes: UnitSizes
+    """All text of the unit, whatever is seen of it."""
+    lowest: tuple[Excerpt, ...]
+    """The pieces that may belong to a sample of its group."""
 
 
 def count_units(units: list[Unit], settings: CountSettings, work: Path, workers: int,
@@ -81,20 +82,21 @@ def count_units(units: list[Unit], settings: CountSettings, work: Path, workers:
         UserError: a file cannot be read, the disk refuses, or a worker was ended from outside.
     """
     limit_words = max(limit_bytes // max(min(workers, len(units)), 1) // WORD_BYTES, LEAST_WORDS)
-    yield from in_processes(_counter, (settings, work, limit_words), units, workers)
+    splitter = Splitter(settings.preset, settings.pattern)  # made once, not by every worker
+    yield from in_processes(_counter, (settings, splitter, work, limit_words), units, workers)
 
 
-def _counter(settings: CountSettings, work: Path, limit_words: int) -> Callable[[Unit], UnitCounts]:
-    return _UnitCounter(settings, work, limit_words).count
+def _counter(settings: CountSettings, splitter: Splitter, work: Path,
+             limit_words: int) -> Callable[[Unit], UnitCounts]:
+    return _UnitCounter(settings, splitter, work, limit_words).count
 
 
 class _UnitCounter:
     """Counts units; one per process."""
 
-    def __init__(self, settings: CountSettings, work: Path, limit_words: int) -> None:
-        self._settings, self._work, self._limit_words = settings, work, limit_words
+    def __init__(self, settings: CountSettings, splitter: Splitter, work: Path, limit_words: int) -> None:
+        self._settings, self._splitter, self._work, self._limit_words = settings, splitter, work, limit_words
         self._limit_text_bytes = limit_words * WORD_BYTES // 2
-        self._splitter: Splitter | None = None
         self._words = WordCounter()
 
     def count(self, unit: Unit) -> UnitCounts:
@@ -102,29 +104,32 @@ class _UnitCounter:
         file = self._work / f"{self._settings.key(unit)}.arrow"
         record = file.with_suffix(".json")
         if not (record.exists() and file.exists()):
-            if self._splitter is None:  # made by the first unit that needs it
-                self._splitter = Splitter(self._settings.preset, self._settings.pattern)
             temporary = file.with_name(f"{file.name}.tmp-{os.getpid()}")
             with disk_errors(self._work):
                 try:
-                    facts = self._count(unit, self._splitter, temporary)
+                    facts = self._count(unit, temporary)
                     fsync_path(temporary)
                     os.replace(temporary, file)
                 finally:
                     temporary.unlink(missing_ok=True)
                 atomic_write(record, json.dumps(facts, ensure_ascii=False))
         facts = json.loads(record.read_text(encoding="utf-8"))
-        return UnitCounts(file, unit.group, facts["seen_bytes"], tuple(facts["sample"]))
+        sizes = UnitSizes(facts["num_documents"], np.array(facts["buckets"], np.int64),
+                          np.array(facts["bucket_bytes"], np.int64))
+        lowest = tuple(Excerpt(text.encode(), bucket) for bucket, text in facts["lowest"])
+        return UnitCounts(file, facts["seen_bytes"], sizes, lowest)
 
-    def _count(self, unit: Unit, splitter: Splitter, file: Path) -> dict[str, Any]:
-        share, sampled = self._settings.shares[unit.group], self._settings.samples[unit.group]
-        words, seen_bytes, sample, checked = self._words, 0, [], False
+    def _count(self, unit: Unit, file: Path) -> dict[str, Any]:
+        share, splitter = self._settings.shares[unit.group], self._splitter
+        words, seen_bytes, num_documents, checked = self._words, 0, 0, False
+        bucket_bytes, lowest = np.zeros(NUM_BUCKETS, np.int64), LowestPieces(SAMPLE_BYTES)
         words.clear()  # of a unit that could not be read
         with _RunWriter(file) as runs:
             for document in unit.documents():
+                num_documents += 1
                 for piece in pieces(document):
-                    if sampled.times(piece.bucket):
-                        sample.append(piece.text)
+                    bucket_bytes[piece.bucket] += len(piece.raw)
+                    lowest.add(piece)
                     times = share.times(piece.bucket)
                     if not times:
                         continue
@@ -140,7 +145,10 @@ class _UnitCounter:
                     if len(words) > self._limit_words or words.text_bytes() > self._limit_text_bytes:
                         runs.write(words)
             runs.write(words)
-        return {"seen_bytes": seen_bytes, "sample": sample}
+        sizes = UnitSizes.of(num_documents, bucket_bytes)
+        return {"seen_bytes": seen_bytes, "num_documents": num_documents, "buckets": sizes.buckets.tolist(),
+                "bucket_bytes": sizes.bytes_.tolist(),
+                "lowest": [(piece.bucket, piece.text) for piece in lowest.found()]}
 
 
 class _RunWriter:

@@ -22,8 +22,10 @@ MOST_STATES = 2000
 MOST_CLASSES, MOST_KINDS = 60, 250
 DEAD_STATE, FIRST_STATE = 0, 1
 NUM_CODE_POINTS = 0x110000
-BEHIND_CASED = "\U00020000"
+BEHIND_CASED = 0x20000
 """No character from here on has a case."""
+_BLOCK = 128
+"""Characters that are asked for case together."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,13 @@ def _probe() -> tuple[NDArray[np.uint32], str, NDArray[np.uint32]]:
     and those that have a case."""
     codes = np.fromiter(code_points(), np.uint32)
     text = codes.tobytes().decode("utf-32-le")
-    cased = [ord(c) for c in text if c < BEHIND_CASED and not c == c.lower() == c.upper() == c.casefold()]
+    blocks = (text[i : i + _BLOCK] for i in range(0, int(np.searchsorted(codes, BEHIND_CASED)), _BLOCK))
+    cased = [ord(c) for block in blocks if _has_case(block) for c in block if _has_case(c)]
     return codes, text, np.array(cased, np.uint32)
+
+
+def _has_case(text: str) -> bool:
+    return not text == text.lower() == text.upper() == text.casefold()
 
 
 def code_points() -> Iterator[int]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from tokenizer.bpe.merging import JoinRule
 from tokenizer.bpe.pretoken_table import WordTable
-from tokenizer.bpe.trainer import MergeLearner, Words
+from tokenizer.bpe.trainer import BATCH_MERGES, MergeLearner, Words
 from tokenizer.bpe.vocabulary import Vocabulary, byte_ids
 from tokenizer.presets import Preset
 
@@ -54,7 +54,7 @@ def learn_superwords(table: WordTable, vocabulary: Vocabulary, num_tokens: int, 
         only: every further token is a superword, as long as the text has any, so that there are as many as
             asked for; else merging also goes on within words, as published, and how many superwords there
             will be depends on the text.
-        progress: told of each merge.
+        progress: told how many merges there are more.
     """
     for only_superwords in [True] * only + [False]:
         if len(vocabulary.tokens) < num_tokens:
@@ -82,8 +82,10 @@ def _encoded(table: WordTable, vocabulary: Vocabulary) -> tuple[NDArray[np.int64
 
 def _learn(words: Words, rule: JoinRule, vocabulary: Vocabulary, num_tokens: int, progress: Progress) -> None:
     num_merges = max(num_tokens - len(vocabulary.tokens), 0)
-    for merge in MergeLearner(words, vocabulary.tokens, rule, MIN_COUNT, num_merges).learn():
-        vocabulary.add(merge)
-        progress(1)
+    merges = MergeLearner(words, vocabulary.tokens, rule, MIN_COUNT, num_merges).learn()
+    while some := list(itertools.islice(merges, BATCH_MERGES)):
+        for merge in some:
+            vocabulary.add(merge)
+        progress(len(some))
     assert len(set(vocabulary.tokens)) == len(vocabulary.tokens), (
         "two merges gave the same bytes, which exact BPE never does")

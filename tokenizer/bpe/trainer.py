@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,8 +42,9 @@ FIRST_PLACES = 4_000_000
 """Places of single symbols that are sorted at a time."""
 FIRST_PAIRS = 1 << 16
 """Pairs that there is room for at first."""
-BATCH_MERGES = 256
-"""Merges that the compiled loop learns before they are told."""
+BATCH_MERGES = 2048
+"""Merges that the compiled loop learns before they are told: enough that another thread, which then has the
+interpreter, is seldom in the way."""
 MAX_PLACES = 2**31 - 1
 _GROWTH = {HEAP_FULL: "heap", PLACES_FULL: "places", BYTES_FULL: "token_bytes"}
 
@@ -59,15 +61,14 @@ class Words:
     """How often each word stands in the text, falling, [words]."""
 
 
-@dataclass(frozen=True)
-class Merge:
+class Merge(NamedTuple):
     """One step of training."""
 
     left: int
     """Id of the left token."""
     right: int
     """Id of the right token."""
-    count: int
+    frequency: int
     """How often the pair stood in the text."""
 
 
@@ -103,7 +104,9 @@ class MergeLearner:
         for group in np.unique(groups):
             first, behind = np.searchsorted(groups, [group, group + 1])
             some = places[(lefts >= first) & (lefts < behind)]
-            some = some[np.argsort(symbols[some], kind="stable")]
+            # of 16 bits and less numpy sorts by counting
+            of_some = symbols[some].astype(np.min_scalar_type(int(self._store.sizes[NUM_TOKENS])))
+            some = some[np.argsort(of_some, kind="stable")]
             while (done := add_first_pairs(self._store, some, self._rule, self._min_count)) < len(some):
                 some = some[done:]
                 self._grow(HEAP_FULL, len(some))

@@ -26,6 +26,7 @@ _JOINED = re.compile(rb"[A-Za-z\x80-\xff] [A-Za-z\x80-\xff]")
 
 @cache
 def _characters() -> dict[int, str]:
+    """Return the character of each byte, which is also a table for `str.translate`."""
     return {byte: character for character, byte in byte_characters().items()}
 
 
@@ -40,8 +41,7 @@ def byte_ids() -> NDArray[np.uint8]:
 
 def spelled(token: bytes) -> str:
     """Return a token as tokenizer.json spells it."""
-    characters = _characters()
-    return "".join(characters[b] for b in token)
+    return token.decode("latin-1").translate(_characters())
 
 
 class Vocabulary:

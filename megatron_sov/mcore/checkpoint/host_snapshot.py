@@ -30,7 +30,10 @@ from megatron_sov.mcore.model.local_shards import LocalShard
 from megatron_sov.mcore.parallel.device import on_gpu
 
 MAX_WRITERS = 4
-"""Threads that hash and write, at most; never more than this process's share of the cores."""
+"""Threads that hash and write, at most."""
+WRITERS_PER_CORE = 2
+"""Threads for each core of this process's share: a thread waits for the disk about as long as it hashes
+and writes."""
 MIN_FILE_BYTES = 64 << 20
 """Files are made smaller than `MAX_FILE_BYTES` to give every thread one, but not smaller than this."""
 _ARENA_BYTES = 1 << 30
@@ -69,9 +72,18 @@ class Snapshot:
         self._memory: dict[tuple[Any, ...], torch.Tensor] = {}
         self._parts: dict[str, list[LocalShard]] = {}
 
-    def take(self, sources: Mapping[str, Iterable[LocalShard]]) -> None:
-        """Copy the owned blocks of each part; the live tensors may change afterwards."""
+    def take(self, sources: Mapping[str, Iterable[LocalShard]], *, changes: bool = True) -> None:
+        """Copy the owned blocks of each part; the live tensors may change afterwards.
+
+        Args:
+            sources: part -> its blocks.
+            changes: without it the live tensors stay as they are until `write` has ended, so those in host
+                memory are written from where they are.
+        """
         owned = {part: [b for b in blocks if b.owned] for part, blocks in sources.items()}
+        if not changes and not on_gpu():
+            self._memory, self._parts = {}, owned
+            return
         wanted = {_identity(part, b): b for part, blocks in owned.items() for b in blocks}
         missing = {key: b for key, b in wanted.items() if key not in self._memory}
         arena = _Arena(sum(_num_bytes(b.data) for b in missing.values()))
@@ -155,7 +167,8 @@ def _per_file(blocks: list[LocalShard]) -> list[list[LocalShard]]:
 def num_writers() -> int:
     """Return how many threads of this process write."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(MAX_WRITERS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    share = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return min(MAX_WRITERS, WRITERS_PER_CORE * share)
 
 
 def run_in_threads(actions: list[Callable[[], None]], num_threads: int) -> None:

@@ -44,7 +44,7 @@ def save(path: Path, model: LanguageModel, optimizer: Optimizer | None, state: d
         UserError: any process could not write; nothing is left under `path`, and every process raises.
     """
     saver = Saver()
-    saver.begin(path, model, optimizer, Companions(state, settings, tokenizer))
+    saver.begin(path, model, optimizer, Companions(state, settings, tokenizer), waits=True)
     saver.finish()
 
 

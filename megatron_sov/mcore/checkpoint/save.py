@@ -1,7 +1,8 @@
 """Writing a checkpoint beside the training: copied at once, written by threads,
 complete when every process agrees.
 
-    begin      every process copies what it owns and goes on training
+    begin      every process copies what it owns and goes on training (where the run waits for the checkpoint,
+               a CPU writes from the tensors themselves)
     writing    threads of every process write, sync and hash their files (no collective in any thread)
     agreed     all have written, as the all-reduce at the end of a step tells
     completing a thread of rank 0 merges what was written, writes the manifest,
@@ -114,12 +115,16 @@ class Saver:
         self._token = broadcast_object(secrets.token_hex(4))
 
     def begin(self, path: Path, model: LanguageModel, optimizer: Optimizer | None, companions: Companions,
-              then: Callable[[], None] | None = None) -> None:
+              then: Callable[[], None] | None = None, *, waits: bool = False) -> None:
         """Copy what this process owns and start to write it; waits for the checkpoint before.
 
         Args:
             path: the checkpoint's folder; nothing may be there.
+            model: its weights.
+            optimizer: its moments and master weights.
+            companions: what stands beside them.
             then: called in a thread of rank 0 when the checkpoint is there.
+            waits: `finish` is called before any tensor changes, so that a CPU needs no copy.
 
         Raises:
             UserError: the checkpoint before failed.
@@ -128,7 +133,7 @@ class Saver:
         writing = _Writing(path, temporary(path, self._token), companions.state["step"], time.monotonic())
         sources = _weights(model) | ({"optimizer": optimizer.state_shards()} if optimizer else {})
         parts, state, base = list(sources), to_json(companions.state), model.adapter_base
-        self._snapshot.take(sources)
+        self._snapshot.take(sources, changes=not waits)
         rank = dist.get_rank()
 
         def write() -> None:

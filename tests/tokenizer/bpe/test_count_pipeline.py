@@ -73,3 +73,15 @@ def test_samples_do_not_depend_on_the_order_of_units(corpus: Path, tmp_path: Pat
     samples = learn(make_plan(tmp_path), groups_of(corpus, None, None)).samples
     documents = [json.loads(line)["text"] for line in (corpus / "en.jsonl").read_text().splitlines()]
     assert samples["en"] == "\n".join(sorted(documents))
+
+
+def test_inputs_without_weights_are_read_once(corpus: Path, tmp_path: Path,
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("looked through")
+
+    monkeypatch.setattr(count_pipeline, "look_through", never)
+    plan = replace(make_plan(tmp_path), vocab_size=400)
+    assert [fact["num_documents"] for fact in learn(plan, groups_of(corpus, None, None)).facts] == [200, 200]
+    with pytest.raises(AssertionError, match="looked through"):
+        learn(plan, groups_of(corpus, 1, 3))

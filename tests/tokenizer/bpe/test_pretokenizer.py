@@ -3,6 +3,8 @@ and patterns that cannot work are refused."""
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -69,6 +71,14 @@ def test_normalization_is_the_presets() -> None:
     decomposed = "\u1112\u1161\u11ab"
     assert Splitter(K_EXAONE, K_EXAONE.split_pattern).normalize(decomposed) == "한"
     assert Splitter(SOLAR_OPEN, SOLAR_OPEN.split_pattern).normalize(decomposed) == decomposed
+
+
+def test_a_splitter_travels_to_another_process() -> None:
+    travelled = pickle.loads(pickle.dumps(Splitter(K_EXAONE, K_EXAONE.split_pattern)))
+    for text in ("it's 12 \u1112\u1161\u11ab 가나", "\n\n a  b\t", "Ünïcode 2026, 漢字"):
+        normal = travelled.normalize(text)
+        travelled.check(normal)
+        assert travelled.split(normal) == by_oniguruma(K_EXAONE.split_pattern, normal)
 
 
 def test_digits_stand_alone() -> None:
