@@ -26,14 +26,9 @@ TINY = ('data.phases=[{"name": "main", "seq_len": 256}]', "model.num_layers=2")
 
 def available(setting: Setting) -> dict[str, str]:
     """Return recipe -> why this chip has not got it; empty: it has."""
-    import transformer_engine.pytorch as te
+    from megatron_sov.mcore.model.quantization import lacking
 
-    from megatron_sov.mcore.model.quantization import AVAILABLE
-
-    if setting.dry:
-        return dict.fromkeys(RECIPES, "")
-    found = {fp8: getattr(te, name)(return_reason=True) for fp8, name in AVAILABLE.items()}
-    return {fp8: "" if there else str(reason) for fp8, (there, reason) in found.items()}
+    return dict.fromkeys(RECIPES, "") if setting.dry else lacking()
 
 
 def products(setting: Setting, fp8: str) -> dict[str, float]:

@@ -24,13 +24,25 @@ from megatron_sov.mcore.model.quantization import (
 def test_each_recipe_has_the_librarys_names() -> None:
     assert library_settings(TrainConfig()) == {}
     assert library_settings(TrainConfig(fp8="blockwise", fp8_bf16_layers_at_end=2)) == {
-        "fp8": "e4m3", "fp8_recipe": "blockwise", "first_last_layers_bf16": True,
-        "num_layers_at_start_in_bf16": 0, "num_layers_at_end_in_bf16": 2,
-        "moe_router_padding_for_quantization": False}
+        "fp8": "e4m3", "fp8_recipe": "blockwise", "moe_router_padding_for_quantization": False}
     fp4 = library_settings(TrainConfig(fp8="nvfp4", fp8_pad_routed_tokens=True))
     assert (fp4["fp4"], fp4["fp4_recipe"]) == ("e2m1", "nvfp4")
-    assert fp4["moe_router_padding_for_quantization"] and not fp4["first_last_layers_bf16"]
-    assert "fp8" not in fp4
+    assert fp4["moe_router_padding_for_quantization"] and "fp8" not in fp4
+
+
+def test_layers_in_bf16_may_be_more_than_a_pipeline_stage_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core.fp8_utils import is_first_last_bf16_layer
+
+    from megatron_sov import recipes
+    from megatron_sov.config import apply_settings
+    from megatron_sov.mcore.model import specs
+
+    monkeypatch.setattr(specs, "uses_transformer_engine", lambda dtype: True)
+    run = apply_settings(recipes.get("tiny-k-exaone"), [
+        "train.precision=bf16", "train.fp8=blockwise", "train.fp8_bf16_layers_at_start=3", "parallel.pp=2",
+        "parallel.pipeline_layout=[3,1]", "gpu.permute_fusion=off", "gpu.grad_accumulation_fusion=off"])
+    config = specs.transformer_config(run.model, run.parallel, run.train, run.gpu)
+    assert [is_first_last_bf16_layer(config, layer) for layer in range(4)] == [True, True, True, False]
 
 
 def chip(monkeypatch: pytest.MonkeyPatch, has: set[str]) -> None:
