@@ -65,6 +65,7 @@ def training(setting: Setting, fp8: str) -> dict[str, Any]:
     whole = train(setting, "tiny-solar-open", run, steps, *common, f"train.fp8={fp8}",
                   "train.deterministic=true")
     again = setting.work / f"fp8-{fp8}-resumed"
+    shutil.rmtree(again, ignore_errors=True)
     shutil.copytree(run, again)
     (again / "complete.json").unlink()
     shutil.rmtree(again / f"checkpoints/step-{steps}")

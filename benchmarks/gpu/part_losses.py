@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,11 @@ WAYS = {"bf16": ("train.precision=bf16",),
 LIMITS = {"bf16": 2e-2, "bf16 zero1": 2e-2, "fp32": 1e-4, "fp64": 1e-9}
 """Largest relative difference of a step's loss: what rounding makes of another order of sums."""
 COMMON = ("model.vocab_size=512", "train.global_batch_size=8", "train.micro_batch_size=4",
-          "train.eval_every_steps=0", "train.checkpoint_every_steps=10", "data.heldout_tokens=2048",
-          "data.max_epochs=0")
+          "train.eval_every_steps=0", "data.heldout_tokens=2048", "data.max_epochs=0")
+SMALL = ("model.num_layers=2", "model.hidden_size=64", "train.global_batch_size=2",
+         "train.micro_batch_size=2",
+         'data.phases=[{"name": "main", "seq_len": 128}]')
+"""Of a dry run, which has only to come to its end."""
 
 
 def data(setting: Setting) -> Path:
@@ -42,7 +46,9 @@ def data(setting: Setting) -> Path:
 
 def train(setting: Setting, recipe: str, run: Path, steps: int, *settings: str, on_gpu: bool = True,
           resume: bool = False) -> list[float]:
-    """Run a recipe and return its losses."""
+    """Run a recipe, anew or where it stopped, and return its losses."""
+    if not resume:
+        shutil.rmtree(run, ignore_errors=True)  # of a part that failed before
     words = [word for given in (*COMMON, f"train.steps={steps}", *settings) for word in ("--set", given)]
     more = ["--resume"] if resume else []
     setting.command("megatron-sov", "pretrain", recipe, "--data", data(setting), "--run", run, "--nproc", "1",
@@ -65,10 +71,11 @@ def compare(setting: Setting, recipe: str, way: str, steps: int) -> dict[str, An
         Failed: further than rounding explains, or a router stands still.
     """
     name = f"{recipe}-{way.replace(' ', '-')}"
-    gpu = train(setting, recipe, setting.work / f"{name}-gpu", steps, *WAYS[way])
-    cpu = train(setting, recipe, setting.work / f"{name}-cpu", steps, *WAYS[way], on_gpu=False)
+    settings = (*SMALL * setting.dry, *WAYS[way], f"train.checkpoint_every_steps={steps // 2}")
+    gpu = train(setting, recipe, setting.work / f"{name}-gpu", steps, *settings)
+    cpu = train(setting, recipe, setting.work / f"{name}-cpu", steps, *settings, on_gpu=False)
     worst = max(abs(a - b) / abs(b) for a, b in zip(gpu, cpu, strict=True))
-    first, last = (routers(setting.work / f"{name}-gpu", step) for step in (10, steps))
+    first, last = (routers(setting.work / f"{name}-gpu", step) for step in (steps // 2, steps))
     still = [n for n in first if torch.equal(first[n], last[n])]
     figures = {"worst relative difference": worst, "gpu": gpu, "cpu": cpu, "routers": len(first)}
     if not first or still:
@@ -84,7 +91,7 @@ def to_the_cpu_and_back(setting: Setting, steps: int) -> dict[str, Any]:
     Raises:
         Failed: they differ by more than rounding explains.
     """
-    way = WAYS["fp32"]
+    way = (*SMALL * setting.dry, *WAYS["fp32"])
     staying = train(setting, RECIPES[0], setting.work / "staying", 3 * steps, *way)
     moving = setting.work / "moving"
     train(setting, RECIPES[0], moving, steps, *way)
@@ -98,8 +105,8 @@ def to_the_cpu_and_back(setting: Setting, steps: int) -> dict[str, Any]:
 
 def measure(setting: Setting) -> dict[str, Any]:
     """Return the figures of all comparisons."""
-    steps = 20
+    steps = 4 if setting.dry else 20
     recipes, ways = (RECIPES[:1], ["fp32"]) if setting.dry else (RECIPES, list(WAYS))
     figures: dict[str, Any] = {f"{recipe}, {way}": compare(setting, recipe, way, steps)
                                for recipe in recipes for way in ways}
-    return figures | {"GPU, CPU, GPU": to_the_cpu_and_back(setting, 10)}
+    return figures | {"GPU, CPU, GPU": to_the_cpu_and_back(setting, steps // 2)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from typing import Any
@@ -45,8 +44,7 @@ def collectives(setting: Setting) -> dict[str, Any]:
     Raises:
         Failed: a sum over one rank is not what was put in.
     """
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29571", "RANK": "0", "WORLD_SIZE": "1"}
-    dist.init_process_group("gloo" if setting.dry else "nccl")
+    dist.init_process_group("gloo" if setting.dry else "nccl", store=dist.HashStore(), rank=0, world_size=1)
     found = {}
     for numel in (1 << 10, 1 << (18 if setting.dry else 28)):
         tensor = torch.ones(numel, device=setting.device)
@@ -65,12 +63,13 @@ def collectives(setting: Setting) -> dict[str, Any]:
 
 def starts(setting: Setting) -> dict[str, Any]:
     """Return seconds from a command's start to the first step of a tiny run, and of its restart."""
-    from part_losses import train
+    from part_losses import SMALL, train
 
     run, found = setting.work / "start", {}
+    settings = (*SMALL * setting.dry, "train.checkpoint_every_steps=1")
     for name, steps, resume in (("start", 1, False), ("restart", 2, True)):
         start = time.monotonic()
-        train(setting, "tiny-solar-open", run, steps, "train.checkpoint_every_steps=1", resume=resume)
+        train(setting, "tiny-solar-open", run, steps, *settings, resume=resume)
         found[f"{name} with one step and a checkpoint, s"] = time.monotonic() - start
     return found
 

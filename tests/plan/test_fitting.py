@@ -50,17 +50,19 @@ def test_the_nearest_layout_is_the_one_with_fewest_doublings() -> None:
 
 
 def test_an_uneven_pipeline_is_kept_or_given_up_for_equal_stages() -> None:
-    """48 layers on 4 stages; more experts to a process, or fewer, is a step; equal stages are one too."""
-    solar = apply_settings(recipes.get("solar-open-102b"), [
-        "parallel.pp=4", "parallel.pipeline_layout=[11,13,13,11]", "parallel.ep=4"])
-    layouts = {gib: nearest(solar, 512, Gpu("one", gib * GIB)) for gib in (60, 46, 20)}
-    said = {gib: found and changes(solar.parallel, found) for gib, found in layouts.items()}
-    assert said[46] == ["parallel.ep=8"] and said[60] == []
-    assert said[20] is not None and "parallel.pipeline_layout=[]" in said[20]
-    for found in filter(None, said.values()):
-        assert not apply_settings(solar, found).problems(512)
-    with pytest.raises(UserError, match=r"--set parallel.pp=\d+ .*--set 'parallel.pipeline_layout=\[\]'"):
-        refuse_too_large(solar, 512, Gpu("one", 20 * GIB))
+    """More experts to a process, or fewer, is a step; equal stages are one too."""
+    def solar(layers: str) -> RunConfig:
+        return apply_settings(recipes.get("solar-open-102b"), [
+            "parallel.pp=4", f"parallel.pipeline_layout={layers}", "parallel.ep=4"])
+
+    for layers, gib, changed in (("[11,13,13,11]", 60, []), ("[11,13,13,11]", 46, ["parallel.ep=8"]),
+                                 ("[1,1,1,45]", 66, ["parallel.pipeline_layout=[]"])):
+        config = solar(layers)
+        found = nearest(config, 512, Gpu("one", gib * GIB))
+        assert found is not None and changes(config.parallel, found) == changed, layers
+        assert apply_settings(config, changed).parallel == found
+    with pytest.raises(UserError, match=r"that fits: --set 'parallel\.pipeline_layout=\[\]'"):
+        refuse_too_large(solar("[1,1,1,45]"), 512, Gpu("one", 66 * GIB))
 
 
 @pytest.mark.parametrize("recipe", list(RECOMMENDED))

@@ -40,7 +40,7 @@ def test_layers_in_bf16_may_be_more_than_a_pipeline_stage_has(monkeypatch: pytes
     monkeypatch.setattr(specs, "uses_transformer_engine", lambda dtype: True)
     run = apply_settings(recipes.get("tiny-k-exaone"), [
         "train.precision=bf16", "train.fp8=blockwise", "train.fp8_bf16_layers_at_start=3", "parallel.pp=2",
-        "parallel.pipeline_layout=[3,1]", "gpu.permute_fusion=off", "gpu.grad_accumulation_fusion=off"])
+        "parallel.pipeline_layout=[3,1]", "gpu.permute_fusion=off", "gpu.rope_fusion=off"])
     config = specs.transformer_config(run.model, run.parallel, run.train, run.gpu)
     assert [is_first_last_bf16_layer(config, layer) for layer in range(4)] == [True, True, True, False]
 
