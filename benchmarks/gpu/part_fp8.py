@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 from typing import Any
 
 import torch
-from part_losses import train
+from part_losses import as_after, train
 from quantizers.products import product
 from setting import Failed, Setting, relative
 
@@ -64,11 +63,7 @@ def training(setting: Setting, fp8: str) -> dict[str, Any]:
     run = setting.work / f"fp8-{fp8}"
     whole = train(setting, "tiny-solar-open", run, steps, *common, f"train.fp8={fp8}",
                   "train.deterministic=true")
-    again = setting.work / f"fp8-{fp8}-resumed"
-    shutil.rmtree(again, ignore_errors=True)
-    shutil.copytree(run, again)
-    (again / "complete.json").unlink()
-    shutil.rmtree(again / f"checkpoints/step-{steps}")
+    again = as_after(run, steps // 2, setting.work / f"fp8-{fp8}-resumed")
     resumed = train(setting, "tiny-solar-open", again, steps, *common, f"train.fp8={fp8}",
                     "train.deterministic=true", resume=True)
     last = max(1, steps // 10)

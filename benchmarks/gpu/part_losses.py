@@ -21,7 +21,8 @@ WAYS = {"bf16": ("train.precision=bf16",),
 LIMITS = {"bf16": 2e-2, "bf16 zero1": 2e-2, "fp32": 1e-4, "fp64": 1e-9}
 """Largest relative difference of a step's loss: what rounding makes of another order of sums."""
 COMMON = ("model.vocab_size=512", "train.global_batch_size=8", "train.micro_batch_size=4",
-          "train.eval_every_steps=0", "data.heldout_tokens=2048", "data.max_epochs=0")
+          "train.eval_every_steps=0", "train.keep_checkpoints=0", "data.heldout_tokens=2048",
+          "data.max_epochs=0")
 SMALL = ("model.num_layers=2", "model.hidden_size=64", "train.global_batch_size=2",
          "train.micro_batch_size=2",
          'data.phases=[{"name": "main", "seq_len": 128}]')
@@ -56,6 +57,17 @@ def train(setting: Setting, recipe: str, run: Path, steps: int, *settings: str, 
     return losses(run)
 
 
+def as_after(run: Path, step: int, copy: Path) -> Path:
+    """Return a copy of a complete run as it was after a step of which it has a checkpoint, to go on from."""
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(run, copy)
+    (copy / "complete.json").unlink()
+    for folder in (copy / "checkpoints").iterdir():
+        if int(folder.name.removeprefix("step-")) > step:
+            shutil.rmtree(folder)
+    return copy
+
+
 def routers(run: Path, step: int) -> dict[str, torch.Tensor]:
     """Return the weights of all routers in a checkpoint, without the optimizer's state of them."""
     found: dict[str, torch.Tensor] = {}
@@ -86,17 +98,18 @@ def compare(setting: Setting, recipe: str, way: str, steps: int) -> dict[str, An
 
 
 def to_the_cpu_and_back(setting: Setting, steps: int) -> dict[str, Any]:
-    """Return the losses of a run that goes on on the CPU, then on the GPU again, beside one that stays.
+    """Return how far a run that goes on on the CPU, then on the GPU again, is from one that stays.
 
     Raises:
         Failed: they differ by more than rounding explains.
     """
-    way = (*SMALL * setting.dry, *WAYS["fp32"])
-    staying = train(setting, RECIPES[0], setting.work / "staying", 3 * steps, *way)
-    moving = setting.work / "moving"
-    train(setting, RECIPES[0], moving, steps, *way)
-    train(setting, RECIPES[0], moving, 2 * steps, *way, on_gpu=False, resume=True)
-    found = train(setting, RECIPES[0], moving, 3 * steps, *way, resume=True)
+    way = (*SMALL * setting.dry, *WAYS["fp32"], f"train.checkpoint_every_steps={steps}")
+    run = setting.work / "staying"
+    staying = train(setting, RECIPES[0], run, 3 * steps, *way)
+    moved = as_after(run, steps, setting.work / "on-the-cpu")
+    train(setting, RECIPES[0], moved, 3 * steps, *way, on_gpu=False, resume=True)
+    back = as_after(moved, 2 * steps, setting.work / "and-back")
+    found = train(setting, RECIPES[0], back, 3 * steps, *way, resume=True)
     worst = max(abs(a - b) / abs(b) for a, b in zip(found, staying, strict=True))
     if worst > LIMITS["fp32"]:
         raise Failed(f"a run that moves differs from one that stays by {worst:.2e}")

@@ -56,8 +56,9 @@ def test_parts_that_start_commands(run_command: Any, packed_data: Any, tmp_path:
     losses = part_losses.measure(setting)
     assert losses["tiny-solar-open, fp32"]["routers"] == 2
     assert {found["worst relative difference"] for found in losses.values()} == {0.0}
-    again = part_losses.compare(setting, "tiny-solar-open", "fp32", steps=4)
-    assert again == losses["tiny-solar-open, fp32"], "runs that a failed part has left are not in the way"
+    # what a part that failed has left is not in the way
+    again = part_losses.train(setting, "tiny-solar-open", setting.work / "staying", 1, *part_losses.SMALL)
+    assert again == losses["tiny-solar-open, fp32"]["gpu"][:1]
     figures = part_transfers.measure(setting)
     assert all(value > 0 for name, value in figures.items() if name != "python") and len(figures) == 8
 
