@@ -26,7 +26,7 @@ def snapshot_rate(setting: Setting) -> dict[str, Any]:
     """Return GB/s of the copies that a checkpoint takes while training waits."""
     size = (1 << 24) if setting.dry else (1 << 32)
     blocks = torch.empty(4, size // 16, dtype=torch.float32, device=setting.device).normal_()
-    shards = [LocalShard(f"weight{i}", f"weight{i}", block, (len(block),), (0,), replica=(0, 0, 0))
+    shards = [LocalShard(f"weight{i}", block, (len(block),), (0,), replica=(0, 0, 0))
               for i, block in enumerate(blocks)]
     snapshot, seconds = Snapshot(), []
     for _ in range(TIMES):
