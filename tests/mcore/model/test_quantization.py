@@ -15,6 +15,7 @@ from megatron_sov.config import TrainConfig
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.model.quantization import (
     in_bf16,
+    keep_ends_in_bf16,
     library_settings,
     mend_extra_state,
     refuse_without_chip,
@@ -30,19 +31,16 @@ def test_each_recipe_has_the_librarys_names() -> None:
     assert fp4["moe_router_padding_for_quantization"] and "fp8" not in fp4
 
 
-def test_layers_in_bf16_may_be_more_than_a_pipeline_stage_has(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_in_bf16_are_asked_by_their_number_in_the_model() -> None:
+    """Three of four at the start, whatever the stages: the library's configuration would refuse them at
+    `parallel.pp` = 2, and is told behind its validation."""
     from megatron.core.fp8_utils import is_first_last_bf16_layer
 
-    from megatron_sov import recipes
-    from megatron_sov.config import apply_settings
-    from megatron_sov.mcore.model import specs
-
-    monkeypatch.setattr(specs, "uses_transformer_engine", lambda dtype: True)
-    run = apply_settings(recipes.get("tiny-k-exaone"), [
-        "train.precision=bf16", "train.fp8=blockwise", "train.fp8_bf16_layers_at_start=3", "parallel.pp=2",
-        "parallel.pipeline_layout=[3,1]", "gpu.permute_fusion=off", "gpu.rope_fusion=off"])
-    config = specs.transformer_config(run.model, run.parallel, run.train, run.gpu)
+    config = SimpleNamespace(num_layers=4)
+    keep_ends_in_bf16(config, TrainConfig(fp8="blockwise", fp8_bf16_layers_at_start=3))
     assert [is_first_last_bf16_layer(config, layer) for layer in range(4)] == [True, True, True, False]
+    keep_ends_in_bf16(config, TrainConfig(fp8="blockwise"))
+    assert not any(is_first_last_bf16_layer(config, layer) for layer in range(4))
 
 
 def chip(monkeypatch: pytest.MonkeyPatch, has: set[str]) -> None:
