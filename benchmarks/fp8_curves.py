@@ -6,7 +6,8 @@ Usage: python benchmarks/fp8_curves.py [--steps 200] [--out docs/pictures/fp8_cu
 
 Both tiny recipes at their own sizes (hidden 128, 8 experts) but for a vocabulary of 368, 256 tokens a step,
 on the source of a module of Python's library.  Everything but `train.fp8` is the same, the order of the data
-too.
+too.  A curve takes minutes: each is kept in a folder (`--keep`) and not computed again, so that what was
+stopped goes on where it was; delete the folder when the code has changed.
 """
 
 from __future__ import annotations
@@ -23,12 +24,17 @@ from pathlib import Path
 
 from kills import make_data
 
+from megatron_sov import recipes
+from megatron_sov.artifacts import atomic_write
+
 ROOT = Path(__file__).parents[1]
 DOUBLE = ROOT / "tests" / "te_double"
 MODELS = ("tiny-solar-open", "tiny-k-exaone")
-RECIPES = {"none": "#444444", "tensorwise": "#d55e00", "blockwise": "#0072b2", "mxfp8": "#009e73",
-           "nvfp4": "#cc79a7"}
-"""`train.fp8` -> colour of its curve."""
+CONTROL = "bf16, lr + 0.1 %"
+"""A curve that differs from bf16's by chance alone: how far it is from that says what the others mean."""
+RECIPES = {"none": "#444444", CONTROL: "#aaaaaa", "tensorwise": "#d55e00",
+           "blockwise": "#0072b2", "mxfp8": "#009e73", "nvfp4": "#cc79a7"}
+"""`train.fp8`, or the control -> colour of its curve."""
 SETTINGS = ("model.hidden_size=128", "model.num_layers=4", "model.head_dim=32", "model.expert_ffn_dim=128",
             "optim.warmup_steps=20", "train.global_batch_size=1",
             'data.phases=[{"name": "main", "seq_len": 256}]')
@@ -48,13 +54,18 @@ def train(model: str, recipe: str, data: Path, steps: int) -> None:
 
     specs.transformer_engine_serves = lambda dtype: True
     dense = ["model.dense_ffn_dim=384"] if model == "tiny-k-exaone" else []
-    found = quantized_run.losses(model, [*SETTINGS, *dense, f"train.fp8={recipe}", f"train.steps={steps}"],
-                                 str(data), steps)
+    lr = 1.001 * recipes.get(model).optim.lr
+    chosen = f"optim.lr={lr}" if recipe == CONTROL else f"train.fp8={recipe}"
+    found = quantized_run.losses(model, [*SETTINGS, *dense, chosen, f"train.steps={steps}"], str(data), steps)
     print(json.dumps(found["losses"]))
 
 
-def curve(model: str, recipe: str, data: Path, steps: int) -> list[float]:
-    """Train in a process of its own; returns the losses."""
+def curve(model: str, recipe: str, data: Path, steps: int, keep: Path) -> list[float]:
+    """Return the losses: those that were kept, else of a training in a process of its own."""
+    file = keep / f"{model}-{'control' if recipe == CONTROL else recipe}-{steps}.json"
+    if file.is_file():
+        kept: list[float] = json.loads(file.read_text())
+        return kept
     port = str(20000 + os.getpid() % 10000)
     rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -62,6 +73,7 @@ def curve(model: str, recipe: str, data: Path, steps: int) -> list[float]:
                            "--steps", str(steps)], env={**os.environ, **rank}, stdout=subprocess.PIPE,
                           text=True, check=True)
     losses: list[float] = json.loads(done.stdout.splitlines()[-1])
+    atomic_write(file, json.dumps(losses) + "\n")
     return losses
 
 
@@ -90,7 +102,7 @@ def picture(curves: dict[str, dict[str, list[float]]], path: Path) -> None:
         parts.append(f'<text x="{x0 + width}" y="600" text-anchor="end">{len(base)} steps</text>')
     for i, (recipe, colour) in enumerate(RECIPES.items()):
         name = "bf16" if recipe == "none" else recipe
-        parts.append(f'<text x="{60 + i * 110}" y="630" fill="{colour}" font-weight="bold">{name}</text>')
+        parts.append(f'<text x="{60 + i * 140}" y="630" fill="{colour}" font-weight="bold">{name}</text>')
     path.write_text('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1050 645" font-family="sans-serif" '
                     'font-size="13"><rect width="100%" height="100%" fill="white"/>' + "\n".join(parts)
                     + "</svg>\n")
@@ -109,23 +121,26 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "pictures" / "fp8_curves.svg")
     parser.add_argument("--train", nargs=3, metavar=("MODEL", "RECIPE", "DATA"), help=argparse.SUPPRESS)
+    parser.add_argument("--keep", type=Path, default=ROOT / "build" / "fp8_curves",
+                        help="folder of curves that are done")
     args = parser.parse_args()
     if args.train:
         train(args.train[0], args.train[1], Path(args.train[2]), args.steps)
         return
     print(f"{platform.machine()}, Python {platform.python_version()}; {args.steps} steps of 256 tokens; "
           f"last: mean of the last {LAST} steps")
+    args.keep.mkdir(parents=True, exist_ok=True)
     curves: dict[str, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         data = make_data(Path(folder))
         for model in MODELS:
-            print(f"\n{model}\n{'':12}{'first':>9}{'last':>9}{'% above bf16':>14}{'final step':>12}")
+            print(f"\n{model}\n{'':20}{'first':>9}{'last':>9}{'% above bf16':>14}{'final step':>12}")
             curves[model] = {}
             for recipe in RECIPES:
-                losses = curves[model][recipe] = curve(model, recipe, data, args.steps)
+                losses = curves[model][recipe] = curve(model, recipe, data, args.steps, args.keep)
                 last, base = (statistics.mean(c[-LAST:]) for c in (losses, curves[model]["none"]))
                 name = "bf16" if recipe == "none" else recipe
-                print(f"{name:12}{losses[0]:9.4f}{last:9.4f}{100 * (last / base - 1):14.2f}"
+                print(f"{name:20}{losses[0]:9.4f}{last:9.4f}{100 * (last / base - 1):14.2f}"
                       f"{losses[-1]:12.4f}", flush=True)
     picture(curves, args.out)
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 from typing import Any
 
 import torch
-from part_losses import train
+from part_losses import as_after, train
 from quantizers.products import product
 from setting import Failed, Setting, relative
 
@@ -26,14 +25,9 @@ TINY = ('data.phases=[{"name": "main", "seq_len": 256}]', "model.num_layers=2")
 
 def available(setting: Setting) -> dict[str, str]:
     """Return recipe -> why this chip has not got it; empty: it has."""
-    import transformer_engine.pytorch as te
+    from megatron_sov.mcore.model.quantization import lacking
 
-    from megatron_sov.mcore.model.quantization import AVAILABLE
-
-    if setting.dry:
-        return dict.fromkeys(RECIPES, "")
-    found = {fp8: getattr(te, name)(return_reason=True) for fp8, name in AVAILABLE.items()}
-    return {fp8: "" if there else str(reason) for fp8, (there, reason) in found.items()}
+    return dict.fromkeys(RECIPES, "") if setting.dry else lacking()
 
 
 def products(setting: Setting, fp8: str) -> dict[str, float]:
@@ -69,10 +63,7 @@ def training(setting: Setting, fp8: str) -> dict[str, Any]:
     run = setting.work / f"fp8-{fp8}"
     whole = train(setting, "tiny-solar-open", run, steps, *common, f"train.fp8={fp8}",
                   "train.deterministic=true")
-    again = setting.work / f"fp8-{fp8}-resumed"
-    shutil.copytree(run, again)
-    (again / "complete.json").unlink()
-    shutil.rmtree(again / f"checkpoints/step-{steps}")
+    again = as_after(run, steps // 2, setting.work / f"fp8-{fp8}-resumed")
     resumed = train(setting, "tiny-solar-open", again, steps, *common, f"train.fp8={fp8}",
                     "train.deterministic=true", resume=True)
     last = max(1, steps // 10)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,12 @@ WAYS = {"bf16": ("train.precision=bf16",),
 LIMITS = {"bf16": 2e-2, "bf16 zero1": 2e-2, "fp32": 1e-4, "fp64": 1e-9}
 """Largest relative difference of a step's loss: what rounding makes of another order of sums."""
 COMMON = ("model.vocab_size=512", "train.global_batch_size=8", "train.micro_batch_size=4",
-          "train.eval_every_steps=0", "train.checkpoint_every_steps=10", "data.heldout_tokens=2048",
+          "train.eval_every_steps=0", "train.keep_checkpoints=0", "data.heldout_tokens=2048",
           "data.max_epochs=0")
+SMALL = ("model.num_layers=2", "model.hidden_size=64", "train.global_batch_size=2",
+         "train.micro_batch_size=2",
+         'data.phases=[{"name": "main", "seq_len": 128}]')
+"""Of a dry run, which has only to come to its end."""
 
 
 def data(setting: Setting) -> Path:
@@ -42,12 +47,25 @@ def data(setting: Setting) -> Path:
 
 def train(setting: Setting, recipe: str, run: Path, steps: int, *settings: str, on_gpu: bool = True,
           resume: bool = False) -> list[float]:
-    """Run a recipe and return its losses."""
+    """Run a recipe, anew or where it stopped, and return its losses."""
+    if not resume:
+        shutil.rmtree(run, ignore_errors=True)  # of a part that failed before
     words = [word for given in (*COMMON, f"train.steps={steps}", *settings) for word in ("--set", given)]
     more = ["--resume"] if resume else []
     setting.command("megatron-sov", "pretrain", recipe, "--data", data(setting), "--run", run, "--nproc", "1",
                     *words, *more, on_gpu=on_gpu)
     return losses(run)
+
+
+def as_after(run: Path, step: int, copy: Path) -> Path:
+    """Return a copy of a complete run as it was after a step of which it has a checkpoint, to go on from."""
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(run, copy)
+    (copy / "complete.json").unlink()
+    for folder in (copy / "checkpoints").iterdir():
+        if int(folder.name.removeprefix("step-")) > step:
+            shutil.rmtree(folder)
+    return copy
 
 
 def routers(run: Path, step: int) -> dict[str, torch.Tensor]:
@@ -65,10 +83,11 @@ def compare(setting: Setting, recipe: str, way: str, steps: int) -> dict[str, An
         Failed: further than rounding explains, or a router stands still.
     """
     name = f"{recipe}-{way.replace(' ', '-')}"
-    gpu = train(setting, recipe, setting.work / f"{name}-gpu", steps, *WAYS[way])
-    cpu = train(setting, recipe, setting.work / f"{name}-cpu", steps, *WAYS[way], on_gpu=False)
+    settings = (*SMALL * setting.dry, *WAYS[way], f"train.checkpoint_every_steps={steps // 2}")
+    gpu = train(setting, recipe, setting.work / f"{name}-gpu", steps, *settings)
+    cpu = train(setting, recipe, setting.work / f"{name}-cpu", steps, *settings, on_gpu=False)
     worst = max(abs(a - b) / abs(b) for a, b in zip(gpu, cpu, strict=True))
-    first, last = (routers(setting.work / f"{name}-gpu", step) for step in (10, steps))
+    first, last = (routers(setting.work / f"{name}-gpu", step) for step in (steps // 2, steps))
     still = [n for n in first if torch.equal(first[n], last[n])]
     figures = {"worst relative difference": worst, "gpu": gpu, "cpu": cpu, "routers": len(first)}
     if not first or still:
@@ -79,17 +98,18 @@ def compare(setting: Setting, recipe: str, way: str, steps: int) -> dict[str, An
 
 
 def to_the_cpu_and_back(setting: Setting, steps: int) -> dict[str, Any]:
-    """Return the losses of a run that goes on on the CPU, then on the GPU again, beside one that stays.
+    """Return how far a run that goes on on the CPU, then on the GPU again, is from one that stays.
 
     Raises:
         Failed: they differ by more than rounding explains.
     """
-    way = WAYS["fp32"]
-    staying = train(setting, RECIPES[0], setting.work / "staying", 3 * steps, *way)
-    moving = setting.work / "moving"
-    train(setting, RECIPES[0], moving, steps, *way)
-    train(setting, RECIPES[0], moving, 2 * steps, *way, on_gpu=False, resume=True)
-    found = train(setting, RECIPES[0], moving, 3 * steps, *way, resume=True)
+    way = (*SMALL * setting.dry, *WAYS["fp32"], f"train.checkpoint_every_steps={steps}")
+    run = setting.work / "staying"
+    staying = train(setting, RECIPES[0], run, 3 * steps, *way)
+    moved = as_after(run, steps, setting.work / "on-the-cpu")
+    train(setting, RECIPES[0], moved, 3 * steps, *way, on_gpu=False, resume=True)
+    back = as_after(moved, 2 * steps, setting.work / "and-back")
+    found = train(setting, RECIPES[0], back, 3 * steps, *way, resume=True)
     worst = max(abs(a - b) / abs(b) for a, b in zip(found, staying, strict=True))
     if worst > LIMITS["fp32"]:
         raise Failed(f"a run that moves differs from one that stays by {worst:.2e}")
@@ -98,8 +118,8 @@ def to_the_cpu_and_back(setting: Setting, steps: int) -> dict[str, Any]:
 
 def measure(setting: Setting) -> dict[str, Any]:
     """Return the figures of all comparisons."""
-    steps = 20
+    steps = 4 if setting.dry else 20
     recipes, ways = (RECIPES[:1], ["fp32"]) if setting.dry else (RECIPES, list(WAYS))
     figures: dict[str, Any] = {f"{recipe}, {way}": compare(setting, recipe, way, steps)
                                for recipe in recipes for way in ways}
-    return figures | {"GPU, CPU, GPU": to_the_cpu_and_back(setting, 10)}
+    return figures | {"GPU, CPU, GPU": to_the_cpu_and_back(setting, steps // 2)}

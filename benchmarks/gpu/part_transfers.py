@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from typing import Any
@@ -27,7 +26,7 @@ def snapshot_rate(setting: Setting) -> dict[str, Any]:
     """Return GB/s of the copies that a checkpoint takes while training waits."""
     size = (1 << 24) if setting.dry else (1 << 32)
     blocks = torch.empty(4, size // 16, dtype=torch.float32, device=setting.device).normal_()
-    shards = [LocalShard(f"weight{i}", f"weight{i}", block, (len(block),), (0,), owned=True)
+    shards = [LocalShard(f"weight{i}", block, (len(block),), (0,), replica=(0, 0, 0))
               for i, block in enumerate(blocks)]
     snapshot, seconds = Snapshot(), []
     for _ in range(TIMES):
@@ -45,8 +44,7 @@ def collectives(setting: Setting) -> dict[str, Any]:
     Raises:
         Failed: a sum over one rank is not what was put in.
     """
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29571", "RANK": "0", "WORLD_SIZE": "1"}
-    dist.init_process_group("gloo" if setting.dry else "nccl")
+    dist.init_process_group("gloo" if setting.dry else "nccl", store=dist.HashStore(), rank=0, world_size=1)
     found = {}
     for numel in (1 << 10, 1 << (18 if setting.dry else 28)):
         tensor = torch.ones(numel, device=setting.device)
@@ -64,14 +62,16 @@ def collectives(setting: Setting) -> dict[str, Any]:
 
 
 def starts(setting: Setting) -> dict[str, Any]:
-    """Return seconds from a command's start to the first step of a tiny run, and of its restart."""
-    from part_losses import train
+    """Return seconds that a tiny run of two steps takes, and one that goes on after the first."""
+    from part_losses import SMALL, as_after, train
 
     run, found = setting.work / "start", {}
-    for name, steps, resume in (("start", 1, False), ("restart", 2, True)):
+    settings = (*SMALL * setting.dry, "train.checkpoint_every_steps=1")
+    for name in ("a start and two steps, s", "a restart and one step, s"):
         start = time.monotonic()
-        train(setting, "tiny-solar-open", run, steps, "train.checkpoint_every_steps=1", resume=resume)
-        found[f"{name} with one step and a checkpoint, s"] = time.monotonic() - start
+        train(setting, "tiny-solar-open", run, 2, *settings, resume="restart" in name)
+        found[name] = time.monotonic() - start
+        run = as_after(run, 1, setting.work / "restart") if "two" in name else run
     return found
 
 

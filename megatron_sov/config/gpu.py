@@ -51,6 +51,9 @@ class GpuConfig:
     grad_dtype: Literal["fp32", "bf16"] = "fp32"
     """Dtype in which a bf16 model's gradients are accumulated and summed over processes; bf16 halves memory
     and messages, and rounds at each addition."""
+    moment_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Dtype in which a bf16 model's AdamW keeps its two moments between updates, under ZeRO-1; bf16 saves 4
+    bytes of each weight that a process updates, and rounds at each update."""
     pad_buckets: Literal["on", "off"] = "off"
     """Make the buckets of ZeRO-1 a multiple of 65,536 elements for each process, a size that NCCL's rings
     are fast at."""
@@ -111,6 +114,9 @@ class GpuConfig:
         if self.grad_dtype == "bf16" and train.precision != "bf16":
             p.append(f"gpu.grad_dtype = bf16 needs train.precision = bf16, which is {train.precision}; "
                      "leave it out")
+        if self.moment_dtype == "bf16" and not (train.precision == "bf16" and parallel.zero1):
+            p.append("gpu.moment_dtype = bf16 needs train.precision = bf16 and parallel.zero1 = True, which "
+                     f"are {train.precision} and {parallel.zero1}; set both, or leave it out")
         if self.permute_fusion == "on" and not experts:
             p.append("gpu.permute_fusion = on sorts tokens by expert, and model.num_experts = "
                      f"{model.num_experts}; leave it out")

@@ -62,21 +62,17 @@ def problems(train: TrainConfig, model: ModelConfig, parallel: ParallelConfig,
     if train.fp8 == "nvfp4" and train.fp8_format != "auto":
         p.append(f"train.fp8_format = {train.fp8_format} belongs to the 8-bit recipes, and train.fp8 = nvfp4 "
                  "has a format of its own (e2m1); leave it out")
-    return (p + _bf16_layer_problems(train, model, parallel) + _padding_problems(train, model, parallel)
+    return (p + _bf16_layer_problems(train, model) + _padding_problems(train, model, parallel)
             + _row_problems(train, parallel, phases) + _width_problems(train, model, parallel))
 
 
-def _bf16_layer_problems(train: TrainConfig, model: ModelConfig, parallel: ParallelConfig) -> list[str]:
+def _bf16_layer_problems(train: TrainConfig, model: ModelConfig) -> list[str]:
     start, end = train.fp8_bf16_layers_at_start, train.fp8_bf16_layers_at_end
     p = [f"train.{name} = {value} must not be negative" for name, value in (
         ("fp8_bf16_layers_at_start", start), ("fp8_bf16_layers_at_end", end)) if value < 0]
     if not p and start + end >= model.num_layers:
         p.append(f"train.fp8_bf16_layers_at_start {start} + train.fp8_bf16_layers_at_end {end} leave none of "
                  f"the {model.num_layers} layers to train.fp8 = {train.fp8}; lower one or set train.fp8=none")
-    stage = model.num_layers // parallel.pp
-    if train.fp8 != "nvfp4" and max(start, end) > stage:  # the library's own rule, for 8 bits only
-        p.append(f"train.fp8_bf16_layers_at_start = {start} and train.fp8_bf16_layers_at_end = {end} must be "
-                 f"at most the {stage} layers of a pipeline stage; lower them or parallel.pp = {parallel.pp}")
     return p
 
 

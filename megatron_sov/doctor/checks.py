@@ -60,7 +60,8 @@ def all_checks() -> list[Check]:
     """Look at everything, in the order in which it is read: what is needed first,
     then accelerators, cluster, machine."""
     groups = (python_checks, package_checks, shadow_checks, torch_checks, transformer_engine_checks,
-              apex_checks, optional_checks, slurm_checks, compiler_checks, machine_checks)
+              quantization_checks, apex_checks, optional_checks, slurm_checks, compiler_checks,
+              machine_checks)
     return [check for group in groups for check in group()]
 
 
@@ -183,6 +184,23 @@ def transformer_engine_checks() -> Iterator[Check]:
                     f"is installed but does not import ({type(e).__name__}: {first_line})", TE_COMMAND)
         return
     yield Check("Transformer Engine", "ok", installed_version("transformer-engine") or "imports")
+
+
+def quantization_checks() -> Iterator[Check]:
+    """The recipes of `train.fp8` that the first GPU can take, by Transformer Engine's own answer."""
+    if not _has_gpu():
+        yield Check("train.fp8", "missing", "none of its recipes: there is no GPU here")
+        return
+    from megatron_sov.mcore.model.quantization import lacking
+
+    try:
+        reasons = lacking()
+    except Exception:  # transformer_engine_checks says what is wrong with it, and how to mend that
+        yield Check("train.fp8", "missing", "none of its recipes: Transformer Engine does not work")
+        return
+    there = ", ".join(fp8 for fp8, why in reasons.items() if not why)
+    lacks = "; ".join(f"not {fp8} ({why})" for fp8, why in reasons.items() if why)
+    yield Check("train.fp8", "ok" if there else "missing", "; ".join(filter(None, [there, lacks])))
 
 
 def _has_gpu() -> bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import math
+import shlex
 from collections.abc import Iterator
 
 from megatron_sov.config import ModelConfig, ParallelConfig, RunConfig
@@ -44,25 +46,34 @@ def refuse_too_large(config: RunConfig, num_ranks: int, gpu: Gpu) -> None:
     which = f" of pipeline stage {stage + 1}" if config.parallel.pp > 1 else ""
     found = nearest(config, num_ranks, gpu)
     way_out = ("the nearest layout that fits: "
-               + " ".join(f"--set {s}" for s in changes(config.parallel, found))
+               + " ".join(f"--set {shlex.quote(s)}" for s in changes(config.parallel, found))
                if found else "no layout fits so many processes: use more GPUs, or a larger parallel.cp for "
                              "long samples")
     raise UserError(
         f"{config.recipe} on {num_ranks} processes: {_layout(config.parallel)} needs "
-        f"{needs.total / GIB:.1f} GiB on each process{which} (weights {needs.weights / GIB:.1f}, gradients "
-        f"{needs.gradients / GIB:.1f}, optimizer {needs.optimizer / GIB:.1f}, activations "
-        f"{(needs.total - needs.weights - needs.gradients - needs.optimizer) / GIB:.1f}), and a run may take "
+        f"{needs.total / GIB:.1f} GiB on each process{which} ({_items(needs)}), and a run may take "
         f"{USABLE_SHARE * gpu.memory_bytes / GIB:.1f} GiB of a {gpu.name} with "
         f"{gpu.memory_bytes / GIB:.1f} GiB; {way_out}")
 
 
+def _items(needs: Account) -> str:
+    """Return what a process needs memory for, in GiB."""
+    states = {"weights": needs.weights, "quantised weights": needs.quantized_weights,
+              "gradients": needs.gradients, "optimizer": needs.optimizer}
+    items = {name: n for name, n in states.items() if n or name != "quantised weights"}
+    return ", ".join(f"{name} {n / GIB:.1f}"
+                     for name, n in (items | {"activations": needs.total - sum(items.values())}).items())
+
+
 def nearest(config: RunConfig, num_ranks: int, gpu: Gpu) -> ParallelConfig | None:
     """Return the layout that fits and differs least: in ZeRO-1, then in the sizes of ep, pp and tp, each
-    doubling being a step; of equal ones the one that leaves most memory."""
+    doubling being a step, as is giving up an uneven pipeline; of equal ones the one that leaves most memory.
+    """
     p = config.parallel
     found: tuple[float, float, ParallelConfig] | None = None
     for candidate in _candidates(config.model, p):
         steps = sum(abs(math.log2(getattr(candidate, n) / getattr(p, n))) for n in ("ep", "pp", "tp"))
+        steps += candidate.pipeline_layout != p.pipeline_layout
         if found is not None and steps > found[0]:
             continue
         changed = dataclasses.replace(config, parallel=candidate)
@@ -76,16 +87,21 @@ def nearest(config: RunConfig, num_ranks: int, gpu: Gpu) -> ParallelConfig | Non
 
 def changes(before: ParallelConfig, after: ParallelConfig) -> list[str]:
     """Return the settings that make one layout of another, as --set takes them."""
-    return [f"parallel.{f.name}={str(getattr(after, f.name)).lower()}" for f in dataclasses.fields(after)
-            if getattr(after, f.name) != getattr(before, f.name)]
+    values = {f.name: getattr(after, f.name) for f in dataclasses.fields(after)}
+    return [f"parallel.{name}={value if isinstance(value, str) else json.dumps(value)}"
+            for name, value in values.items() if value != getattr(before, name)]
 
 
 def _candidates(model: ModelConfig, p: ParallelConfig) -> Iterator[ParallelConfig]:
-    """Yield layouts with ZeRO-1 and the cp and etp of one."""
+    """Yield layouts with ZeRO-1 and the cp and etp of one: of equal stages, and those of an uneven pipeline
+    as they are."""
     experts = _divisors(model.num_experts) if model.num_moe_layers() else [1]
+    if p.pipeline_layout:
+        for ep, tp in itertools.product(experts, _divisors(MAX_TP)):
+            yield dataclasses.replace(p, ep=ep, tp=tp, sp=tp > 1, zero1=True)
     for ep, pp, tp in itertools.product(experts, _divisors(model.num_layers), _divisors(MAX_TP)):
         vpp = p.vpp if pp > 1 and (model.num_layers // pp) % p.vpp == 0 else 1
-        yield dataclasses.replace(p, ep=ep, pp=pp, tp=tp, sp=tp > 1, vpp=vpp, zero1=True)
+        yield dataclasses.replace(p, ep=ep, pp=pp, tp=tp, sp=tp > 1, vpp=vpp, zero1=True, pipeline_layout=())
 
 
 def _divisors(n: int) -> list[int]:

@@ -1,5 +1,5 @@
 """Memory of one process while it trains: weights, gradients, optimizer and activations,
-as an account of single items.
+as an account of single items.  Transformer Engine's quantised weights are in `quantized_weights`.
 
 Of activations, each layer keeps its input (`train.recompute` true) or what is neither recomputed nor
 offloaded (`activations`), and one layer's inside exists at a time.  The account leaves out what the
@@ -15,13 +15,14 @@ from megatron_sov.config import RunConfig
 from megatron_sov.config.lora import HEAD
 from megatron_sov.models.adapters import adapted_modules
 from megatron_sov.plan.activations import kept, saved
+from megatron_sov.plan.quantized_weights import kept_bytes
 from megatron_sov.plan.stages import StageParams, vocabulary_tables
 
 ACTIVATION_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
-MASTER_AND_MOMENTS = 12
-"""Bytes of a parameter's float32 master weight and AdamW's two moments."""
-MOMENT = 4
-"""Bytes of a parameter's moment in float32; Muon keeps one for a matrix."""
+MASTER = 4
+"""Bytes of a parameter's float32 master weight, under bf16."""
+MOMENT = {"fp32": 4, "bf16": 2}
+"""Bytes of each of AdamW's two moments under bf16, by `gpu.moment_dtype`; Muon keeps one, in float32."""
 LOGIT_BYTES = 4
 """A softmax is computed in float32, or in the model's dtype where that is wider."""
 GRADIENT_BYTES = {"fp32": 4, "bf16": 2}
@@ -43,6 +44,8 @@ class Account:
     """The inside of the layer that is being recomputed, and the gradients of as much again."""
     head: int
     """Logits of one chunk, and the head's gradients that a loss leaves in its forward pass."""
+    quantized_weights: int = 0
+    """What Transformer Engine keeps of weights in 8 or 4 bits beside `weights`, under `train.fp8`."""
 
     @property
     def total(self) -> int:
@@ -67,10 +70,10 @@ def account(config: RunConfig, params: StageParams, num_ranks: int, stage: int, 
     count = dense + experts
     shards, expert_shards = ((num_ranks // (p.tp * p.pp), num_ranks // (p.etp * p.ep * p.pp)) if p.zero1
                              else (1, 1))
-    state, moment = (MASTER_AND_MOMENTS, MOMENT) if config.train.precision == "bf16" else (2 * item, item)
-    copy = FP32_GRADIENT if config.gpu.grad_dtype == "bf16" else 0
-    state += copy
-    of_matrices = state - moment if config.optim.name == "muon" else state
+    bf16 = config.train.precision == "bf16"
+    beside = MASTER * bf16 + FP32_GRADIENT * (config.gpu.grad_dtype == "bf16")
+    state = beside + 2 * (MOMENT[config.gpu.moment_dtype] if bf16 else item)
+    of_matrices = beside + (MOMENT["fp32"] if bf16 else item) if config.optim.name == "muon" else state
     tables = (0 if config.lora.on else
               vocabulary_tables(config, stage) * (config.model.vocab_size // p.tp) * config.model.hidden_size)
     of_dense = min(dense, tables) * state + max(0, dense - tables) * of_matrices
@@ -87,7 +90,8 @@ def account(config: RunConfig, params: StageParams, num_ranks: int, stage: int, 
         gradients=count * GRADIENT_BYTES[config.gpu.grad_dtype],
         optimizer=of_dense // shards + experts * of_matrices // expert_shards,
         layer_inputs=stays * params.layers * (p.pp - stage), one_layer=again + inside,
-        head=_head_bytes(config, local) if stage == p.pp - 1 else 0)
+        head=_head_bytes(config, local) if stage == p.pp - 1 else 0,
+        quantized_weights=kept_bytes(config, stage))
 
 
 def adapter_params(config: RunConfig) -> tuple[int, int]:

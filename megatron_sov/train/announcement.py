@@ -36,8 +36,8 @@ def banner(config: RunConfig, world: World, run: Path, steps: range, entries: Se
     """
     count, p = num_params(config.model), config.parallel
     planned = planned_tokens(entries, steps)
-    states_gib, total_gib = (n / 2**30 for n in (memory.weights + memory.gradients + memory.optimizer,
-                                                 memory.total))
+    weights = memory.weights + memory.quantized_weights
+    states_gib, total_gib = (n / 2**30 for n in (weights + memory.gradients + memory.optimizer, memory.total))
     activations = f", {total_gib:.2g} GiB with activations" if config.train.recompute else ""
     layout = ", ".join(f"{name} {size}" for name, size in (
         ("tp", p.tp), ("pp", p.pp), ("cp", p.cp), ("ep", p.ep), ("dp", world.dp_size)) if size > 1)

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,11 +14,14 @@ from megatron_sov import recipes
 from megatron_sov.config import apply_settings
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "gpu"))
+import part_losses
+import part_transfers
 from part_big_rank import LADDER, LAYOUT, NUM_RANKS, RECIPE
+from setting import Setting
 
 GPU = Path(__file__).parents[2] / "benchmarks/gpu"
-QUICK = ("attention", "fp8", "big_rank")
-"""The other parts start commands, whose ways other tests go."""
+QUICK = ("installation", "attention", "fp8", "big_rank")
+"""The other parts start commands of their own."""
 
 
 def first_contact(out: Path, *words: str) -> subprocess.CompletedProcess[str]:
@@ -34,6 +38,29 @@ def test_parts_pass_and_are_kept(tmp_path: Path) -> None:
     assert results["big_rank"]["figures"]["FP8"]["TFLOP/s"] > 0
     again = first_contact(tmp_path, "--parts", "fp8")
     assert "kept" in again.stdout and again.returncode == 0
+
+
+@pytest.mark.distributed
+def test_parts_that_start_commands(run_command: Any, packed_data: Any, tmp_path: Path,
+                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their commands, options and figures, with forks in the place of new processes."""
+
+    def command(self: Setting, *words: str | Path, on_gpu: bool = True, **environment: str) -> str:
+        done = run_command(*map(str, words[1:]), program=str(words[0]))
+        assert done.returncode == 0, done.stderr
+        return str(done.stdout)
+
+    monkeypatch.setattr(Setting, "command", command)
+    monkeypatch.setattr(part_losses, "data", lambda setting: packed_data.text)
+    setting = Setting(tmp_path, dry=True)
+    losses = part_losses.measure(setting)
+    assert losses["tiny-solar-open, fp32"]["routers"] == 2
+    assert {found["worst relative difference"] for found in losses.values()} == {0.0}
+    # what a part that failed has left is not in the way
+    again = part_losses.train(setting, "tiny-solar-open", setting.work / "staying", 1, *part_losses.SMALL)
+    assert again == losses["tiny-solar-open, fp32"]["gpu"][:1]
+    figures = part_transfers.measure(setting)
+    assert all(value > 0 for name, value in figures.items() if name != "python") and len(figures) == 8
 
 
 @pytest.mark.parametrize(("name", "words"), LADDER)

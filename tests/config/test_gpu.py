@@ -40,6 +40,9 @@ DENSE = {"num_experts": 0, "dense_ffn_dim": 64}
      "gpu.recompute_modules names layernorm, and the model has no"),
     ({"grad_dtype": "bf16"}, {"precision": "fp32"}, {}, {},
      "gpu.grad_dtype = bf16 needs train.precision = bf16"),
+    ({"moment_dtype": "bf16"}, {"precision": "bf16"}, {}, {},
+     "gpu.moment_dtype = bf16 needs train.precision = bf16 and parallel.zero1 = True, which are bf16 and "
+     "False"),
     ({"permute_fusion": "on"}, {}, {}, DENSE, "gpu.permute_fusion = on sorts tokens by expert"),
     ({"rope_fusion": "on"}, {}, {"cp": 2}, {}, "gpu.rope_fusion = on knows no rows that are cut"),
     ({"attention": "flash"}, {}, {"cp": 2}, {}, "gpu.attention = flash: under parallel.cp = 2"),

@@ -40,8 +40,6 @@ BROKEN = {
     "negative": (["train.fp8=mxfp8", "train.fp8_bf16_layers_at_start=-1"], "must not be negative"),
     "no layer left": (["train.fp8=mxfp8", "train.fp8_bf16_layers_at_start=3",
                        "train.fp8_bf16_layers_at_end=1"], "leave none of the 4 layers"),
-    "a stage": (["train.fp8=mxfp8", "train.fp8_bf16_layers_at_start=3", "parallel.pp=2"],
-                "at most the 2 layers of a pipeline stage"),
     "padding": (["train.fp8=mxfp8", "train.fp8_pad_routed_tokens=true",
                  "parallel.expert_dispatcher=allgather"], "use alltoall or leave it out"),
     "padding without experts": (
@@ -70,6 +68,12 @@ def test_a_wide_dense_layer_that_stays_in_bf16_may_have_any_width() -> None:
     odd = ["train.fp8=nvfp4", "model.dense_ffn_dim=200"]
     assert tiny(*odd).problems()
     assert tiny(*odd, "train.fp8_bf16_layers_at_start=1").problems() == []
+
+
+@pytest.mark.parametrize("stages", ["[3, 1]", "[]"])
+def test_layers_that_stay_in_bf16_may_fill_a_pipeline_stage_and_more(stages: str) -> None:
+    assert tiny("train.fp8=mxfp8", "train.fp8_bf16_layers_at_start=3", "parallel.pp=2",
+                f"parallel.pipeline_layout={stages}").problems(2) == []
 
 
 def test_nothing_is_divided_by_a_size_that_is_refused_already() -> None:

@@ -155,6 +155,26 @@ def test_without_transformer_engine_its_command_is_given(monkeypatch: pytest.Mon
     assert (check.status, check.remedy) == ("missing", checks.TE_COMMAND)
 
 
+@pytest.mark.parametrize(("gpu", "text", "status", "detail"), [
+    (False, "", "missing", "none of its recipes: there is no GPU here"),
+    (True, "raise OSError", "missing", "none of its recipes: Transformer Engine does not work"),
+    # a Hopper
+    (True, "def yes(return_reason): return True, ''\n"
+           "def no(return_reason): return False, 'Device compute capability 10.0+ required.'\n"
+           "is_fp8_available = is_fp8_block_scaling_available = yes\n"
+           "is_mxfp8_available = is_nvfp4_available = no",
+     "ok", "tensorwise, blockwise; not mxfp8 (Device compute capability 10.0+ required.); "
+           "not nvfp4 (Device compute capability 10.0+ required.)")])
+def test_the_recipes_that_the_gpu_can_take_are_listed(site: Path, monkeypatch: pytest.MonkeyPatch, gpu: bool,
+                                                      text: str, status: str, detail: str) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    module(site, "transformer_engine", pytorch=text)
+    check = only(checks.quantization_checks())
+    assert (check.name, check.status, check.detail) == ("train.fp8", status, detail)
+
+
 def test_apex_is_told_from_its_namesake_by_its_files(site: Path) -> None:
     assert "do not install it" in only(checks.apex_checks()).detail
     module(site, "apex", "raise SystemExit('never imported')")

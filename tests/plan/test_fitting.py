@@ -49,6 +49,22 @@ def test_the_nearest_layout_is_the_one_with_fewest_doublings() -> None:
             fullest(other, 512)[1].total > fullest(dataclasses.replace(config, parallel=found), 512)[1].total)
 
 
+def test_an_uneven_pipeline_is_kept_or_given_up_for_equal_stages() -> None:
+    """More experts to a process, or fewer, is a step; equal stages are one too."""
+    def solar(layers: str) -> RunConfig:
+        return apply_settings(recipes.get("solar-open-102b"), [
+            "parallel.pp=4", f"parallel.pipeline_layout={layers}", "parallel.ep=4"])
+
+    for layers, gib, changed in (("[11,13,13,11]", 60, []), ("[11,13,13,11]", 46, ["parallel.ep=8"]),
+                                 ("[1,1,1,45]", 66, ["parallel.pipeline_layout=[]"])):
+        config = solar(layers)
+        found = nearest(config, 512, Gpu("one", gib * GIB))
+        assert found is not None and changes(config.parallel, found) == changed, layers
+        assert apply_settings(config, changed).parallel == found
+    with pytest.raises(UserError, match=r"that fits: --set 'parallel\.pipeline_layout=\[\]'"):
+        refuse_too_large(solar("[1,1,1,45]"), 512, Gpu("one", 66 * GIB))
+
+
 @pytest.mark.parametrize("recipe", list(RECOMMENDED))
 def test_every_recommended_layout_is_possible_and_serves(recipe: str) -> None:
     """At both sizes for big recipes, on some nodes for the others."""

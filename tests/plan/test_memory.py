@@ -103,6 +103,7 @@ def test_stages_hold_the_model_and_a_layer_what_the_account_says(ranks: Any, job
     ({"train__head_chunk_tokens": 512}, "head", (512 * 6 + 4096 * 4) / (2048 * 6 + 4096 * 4)),
     ({"parallel__zero1": "true"}, "optimizer", 1 / 16),
     ({"gpu__grad_dtype": "bf16"}, "gradients", 1 / 2), ({"gpu__grad_dtype": "bf16"}, "optimizer", 16 / 12),
+    ({"gpu__moment_dtype": "bf16"}, "optimizer", 8 / 12),
     # of a layer's inside and its gradients, what is stored is not there once more
     ({"train__recompute": "false"}, "one_layer", 1 / 2),
     # of 1e9 parameters, embedding and head (1000 x 4096 each) keep both moments

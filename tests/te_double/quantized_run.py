@@ -114,6 +114,36 @@ def continued(recipe: str, settings: list[str], path: str, run: str) -> dict[str
     return found
 
 
+def moments(recipe: str, settings: list[str], path: str, before: str) -> dict[str, Any]:
+    """Go on for a step from another run's checkpoint; return the largest relative difference of each moment
+    from torch's formula over the checkpoint's moments, rounded once, and the dtypes."""
+    trainer = _trainer(recipe, settings, path)
+    trainer.resume(Path(before))
+    old = {(s.parameter, s.start): {n: t.clone() for n, t in s.state().items()}
+           for s in trainer.optimizer.shards}
+    kept: dict[Any, torch.Tensor] = {}
+    inner_step = trainer.optimizer.library.step_with_ready_grads
+
+    def step() -> Any:
+        kept.update({(s.parameter, s.start): s.main.grad.flatten().clone() for s in trainer.optimizer.shards})
+        return inner_step()
+
+    trainer.optimizer.library.step_with_ready_grads = step
+    loss = trainer.update().loss
+    optim, wrong, dtypes = trainer.config.optim, 0, set()
+    for shard in trainer.optimizer.shards:
+        place = (shard.parameter, shard.start)
+        new, gradient = shard.state(), kept[place]
+        for name, beta, added in (("exp_avg", optim.beta1, gradient),
+                                  ("exp_avg_sq", optim.beta2, gradient.square())):
+            expected = beta * old[place][name].float() + (1 - beta) * added
+            # the last bit of a bf16 number may go either way where the sum was in another order
+            wrong += int(((new[name].float() - expected).abs() > 2 ** -8 * expected.abs() + 1e-30).sum())
+        dtypes |= {f"{name} {str(t.dtype).removeprefix('torch.')}" for name, t in new.items()}
+    world.leave()
+    return {"wrong": wrong, "dtypes": sorted(dtypes), "loss": loss}
+
+
 def quantises_weights(recipe: str, settings: list[str], path: str) -> list[bool]:
     """Train two steps with an evaluation between them; whether the first linear layer was told in each
     training pass to quantise its weight anew, and not to take what it keeps."""

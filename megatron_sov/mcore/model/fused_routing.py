@@ -13,6 +13,22 @@ from typing import Any
 
 import torch
 
+from megatron_sov.config import ModelConfig
+
+
+def problem(model: ModelConfig) -> str:
+    """Return why the kernels cannot choose experts for a model here; empty: they can."""
+    from megatron.core.extensions import transformer_engine as te
+
+    if te.fused_topk_with_score_function is None:
+        return ("needs the routing kernels of Transformer Engine 2.7 or newer, and the one here has none; "
+                "install a newer one, or leave it out")
+    if not _formula_serves(model.router_score, model.norm_topk_prob, model.num_experts_per_token):
+        return (f"does not go with model.norm_topk_prob = {model.norm_topk_prob} and "
+                f"model.num_experts_per_token = {model.num_experts_per_token}: the kernels divide several "
+                "sigmoid weights by their sum, and never a single one; leave it out")
+    return ""
+
 
 def serves(config: Any, logits: torch.Tensor) -> bool:
     """Return whether the kernels are wanted (`moe_router_fusion`), are there, and compute what
@@ -23,9 +39,13 @@ def serves(config: Any, logits: torch.Tensor) -> bool:
         return False
     if logits.dtype == torch.float64:
         return False
-    # softmax weights may be divided by their sum or not, one sigmoid weight is never divided, several always
-    return bool(config.moe_router_score_function == "softmax"
-                or config.norm_topk_prob == (config.moe_router_topk > 1))
+    return _formula_serves(config.moe_router_score_function, config.norm_topk_prob, config.moe_router_topk)
+
+
+def _formula_serves(score: str, normalised: bool, num_chosen: int) -> bool:
+    """Return whether the kernels compute a router's weights: those of a softmax may be divided by their sum
+    or not, one sigmoid weight is never divided, several always are."""
+    return score == "softmax" or normalised == (num_chosen > 1)
 
 
 def choose(config: Any, logits: torch.Tensor,

@@ -8,8 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from megatron_sov.config import GpuConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_sov.errors import UserError, list_problems
+from megatron_sov.mcore.model import fused_routing
 from megatron_sov.mcore.parallel.device import on_gpu
 
 FLEX_BACKENDS = {"deepep": "HAVE_DEEP_EP", "hybridep": "HAVE_HYBRIDEP"}
@@ -68,6 +71,9 @@ LIBRARY_FIELDS = {
                                    "TransformerConfig.moe_flex_dispatcher_backend"),
     "gpu.grad_dtype": ("DistributedDataParallelConfig.grad_reduce_in_fp32",),
     "gpu.pad_buckets": ("DistributedDataParallelConfig.pad_buckets_for_high_nccl_busbw",),
+    "gpu.moment_dtype": tuple(f"OptimizerConfig.{field}" for field in (
+        "use_precision_aware_optimizer", "exp_avg_dtype", "exp_avg_sq_dtype", "store_param_remainders",
+        "fp8_recipe")),
     "gpu.nccl_user_buffers": ("DistributedDataParallelConfig.nccl_ub",),
 }
 """Setting -> fields of the library's configurations that it decides; other `gpu.*` are ours alone."""
@@ -116,6 +122,17 @@ def gradient_settings(gpu: GpuConfig, bf16: bool) -> dict[str, Any]:
             "nccl_ub": gpu.nccl_user_buffers == "on" and on_gpu()}
 
 
+def moment_settings(gpu: GpuConfig) -> dict[str, Any]:
+    """Return fields of the library's OptimizerConfig that differ from its own choice."""
+    if gpu.moment_dtype == "fp32":
+        return {}
+    return {"use_precision_aware_optimizer": True, "exp_avg_dtype": torch.bfloat16,
+            "exp_avg_sq_dtype": torch.bfloat16, "store_param_remainders": False,
+            # any but None and delayed leaves float32 master weights and gradients where they are without
+            # (`use_precision_aware_optimizer_no_fp8_or_ds_fp8`); nothing else reads it for bf16 weights
+            "fp8_recipe": "tensorwise"}
+
+
 def resolved(config: RunConfig, te: bool) -> dict[str, Any]:
     """Return what `auto` comes to: setting -> whether it is on, and which attention serves."""
     here = Here(te, config.model, config.parallel)
@@ -158,7 +175,10 @@ def _kernel_problems(gpu: GpuConfig, here: Here) -> list[str]:
     for fusion in FUSIONS:
         if getattr(gpu, fusion.setting) == "on" and not fusion.value(gpu, here):
             why = NEEDS_TE if not here.te else "has nothing to do in this model and layout"
-            p.append(f"gpu.{fusion.setting} = on {why}; set it to auto")
+            p.append(f"gpu.{fusion.setting} = on {why}; leave it out")
+    asked = gpu.router_fusion == "on" and here.te and here.model.num_moe_layers() > 0
+    if asked and (why := fused_routing.problem(here.model)):
+        p.append(f"gpu.router_fusion = on {why}")
     if gpu.shared_expert_overlap == "on" and not here.te:
         p.append(f"gpu.shared_expert_overlap = on {NEEDS_TE}; leave it out")
     if gpu.attention not in ("auto", "local") and not here.te:
@@ -205,6 +225,8 @@ def _memory_problems(gpu: GpuConfig, te: bool) -> list[str]:
         # its newer path takes weights along; the library's offloading is made for the older one
         p.append("gpu.offload_modules needs the variable NVTE_CPU_OFFLOAD_V1 = 1 before Transformer Engine "
                  "is imported; set it for all processes")
+    if gpu.moment_dtype == "bf16" and not te:
+        p.append(f"gpu.moment_dtype = bf16 {NEEDS_TE}; leave it out")
     if gpu.nccl_user_buffers == "on" and not on_gpu():
         p.append("gpu.nccl_user_buffers = on needs GPUs; leave it out")
     for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):

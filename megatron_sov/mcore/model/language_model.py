@@ -27,7 +27,6 @@ from megatron.core.utils import make_viewless_tensor
 
 from megatron_sov.config import GpuConfig, LoraConfig, ModelConfig, ParallelConfig, TrainConfig
 from megatron_sov.config.gpu import AUTO
-from megatron_sov.errors import UserError
 from megatron_sov.mcore.model import output_head
 from megatron_sov.mcore.model.adapters import Adapters
 from megatron_sov.mcore.model.attention import PackedDocuments, pack
@@ -240,10 +239,6 @@ def build(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig,
           gpu: GpuConfig = AUTO, lora: LoraConfig = NO_ADAPTERS) -> LanguageModel:
     """Build this process's part of the model; its weights are not initialised yet."""
     config = transformer_config(model, parallel, train, gpu)
-    if config.recompute_method == "block":
-        raise UserError("recompute_method = 'block': megatron-core 0.16.1 forgets the padding mask on layers "
-                        "that it does not recompute, whose routers would count padding; use 'uniform' or "
-                        "selective recomputation")
     if config.fp8 or config.fp4:
         from megatron.core.extensions.transformer_engine import TEGroupedLinear
 
@@ -288,8 +283,7 @@ def _chunk(model: ModelConfig, config: Any, vp_stage: int | None) -> Chunk:
     if config.params_dtype == torch.float64:
         widen(chunk.rotary_pos_emb, model)
     _zero_padding_rows(chunk, model.vocab_size)
-    _mark_expert_parameters(chunk)
-    _mark_split_parameters(chunk)
+    _mark_parameters(chunk)
     return chunk
 
 
@@ -308,23 +302,15 @@ def _zero_padding_rows(chunk: Chunk, vocab_size: int) -> None:
             weight[valid_rows(weight, vocab_size):] = 0
 
 
-def _mark_expert_parameters(chunk: Chunk) -> None:
-    """Have gradients of routed experts summed over the expert data-parallel group.
+def _mark_parameters(chunk: Chunk) -> None:
+    """Have gradients of routed experts summed over the expert data-parallel group, and every tensor-parallel
+    process count its own part of a split weight in the gradient norm.
 
-    Defect of 0.16.1: the library marks them only for expert parallel sizes above 1, so with ep = 1 and etp !=
-    tp each tensor-parallel process keeps the gradient of its own tokens.
-    """
-    for name, parameter in chunk.named_parameters():
-        if ".mlp.experts." in name:
-            parameter.allreduce = False
-
-
-def _mark_split_parameters(chunk: Chunk) -> None:
-    """Have every tensor-parallel process count its own part of a split weight in the gradient norm.
-
-    The library sets these marks only while it initialises weights, which `init.py` does in its place.
-    Transformer Engine marks its layers' weights, but since 2.13 not those of grouped ones, the experts: the
-    processes of a tensor-parallel group would compute different norms, and clip differently.
+    Defect of 0.16.1: the library marks experts only for expert parallel sizes above 1, so with ep = 1 and
+    etp != tp each tensor-parallel process keeps the gradient of its own tokens.  What is split it marks only
+    while it initialises weights, which `init.py` does in its place.  Transformer Engine marks its layers'
+    weights, but since 2.13 not those of grouped ones, the experts: the processes of a tensor-parallel group
+    would compute different norms, and clip differently.
     """
     for module in chunk.modules():
         split = isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding, RowParallelLinear))
@@ -333,6 +319,7 @@ def _mark_split_parameters(chunk: Chunk) -> None:
             _mark_split(module.weight, int(isinstance(module, RowParallelLinear)))
     for name, parameter in chunk.named_parameters():
         if ".mlp.experts." in name:
+            parameter.allreduce = False
             _mark_split(parameter, int("linear_fc2" in name))
 
 

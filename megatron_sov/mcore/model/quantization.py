@@ -25,12 +25,21 @@ def library_settings(train: TrainConfig) -> dict[str, Any]:
     """Return the fields of the library's `TransformerConfig` for `train.fp8`."""
     if train.fp8 == "none":
         return {}
-    start, end = train.fp8_bf16_layers_at_start, train.fp8_bf16_layers_at_end
     scaling = ({"fp4": "e2m1", "fp4_recipe": "nvfp4"} if train.fp8 == "nvfp4"
                else {"fp8": fp8_format(train), "fp8_recipe": train.fp8})
-    return {**scaling, "first_last_layers_bf16": start + end > 0, "num_layers_at_start_in_bf16": start,
-            "num_layers_at_end_in_bf16": end,
-            "moe_router_padding_for_quantization": train.fp8_pad_routed_tokens}
+    return {**scaling, "moe_router_padding_for_quantization": train.fp8_pad_routed_tokens}
+
+
+def keep_ends_in_bf16(config: Any, train: TrainConfig) -> None:
+    """Name the trunk's layers that stay in bf16 in the library's `TransformerConfig`.
+
+    Behind its validation, which allows num_layers // pp of them at either end, also where stages are not
+    equal; layers are asked by their number in the whole model (`is_first_last_bf16_layer`), so nothing needs
+    that rule.
+    """
+    start, end = train.fp8_bf16_layers_at_start, train.fp8_bf16_layers_at_end
+    config.first_last_layers_bf16 = start + end > 0
+    config.num_layers_at_start_in_bf16, config.num_layers_at_end_in_bf16 = start, end
 
 
 def refuse_without_chip(train: TrainConfig, serves: bool) -> None:
@@ -49,13 +58,19 @@ def refuse_without_chip(train: TrainConfig, serves: bool) -> None:
         raise UserError(f"train.fp8 = {train.fp8} needs an NVIDIA GPU with Transformer Engine, and this "
                         "process has none; set train.fp8=none, or run it where `megatron-sov doctor` "
                         "finds both")
-    import transformer_engine.pytorch as te
-
-    available, reason = getattr(te, AVAILABLE[train.fp8])(return_reason=True)
-    if not available:
-        others = [fp8 for fp8, name in AVAILABLE.items() if getattr(te, name)()]
+    reasons = lacking()
+    if reason := reasons[train.fp8]:
+        others = [fp8 for fp8, why in reasons.items() if not why]
         raise UserError(f"train.fp8 = {train.fp8} cannot run on this GPU (Transformer Engine: {reason}); set "
                         f"train.fp8 to {' or '.join([*others, 'none'])}")
+
+
+def lacking() -> dict[str, str]:
+    """Return recipe -> why Transformer Engine does not have it on this process's GPU; empty: it has."""
+    import transformer_engine.pytorch as te
+
+    answers = {fp8: getattr(te, name)(return_reason=True) for fp8, name in AVAILABLE.items()}
+    return {fp8: "" if available else str(reason) for fp8, (available, reason) in answers.items()}
 
 
 @contextmanager

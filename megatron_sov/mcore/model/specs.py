@@ -18,7 +18,7 @@ from megatron_sov.mcore.model.gpu_settings import (
     own_attention_serves,
     transformer_settings,
 )
-from megatron_sov.mcore.model.quantization import library_settings
+from megatron_sov.mcore.model.quantization import keep_ends_in_bf16, library_settings
 from megatron_sov.mcore.model.rotary import softmax_scale
 from megatron_sov.mcore.model.router import BalancedRouter, RoutingStep
 from megatron_sov.mcore.parallel.device import on_gpu
@@ -114,6 +114,8 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, train: Trai
     if te:  # elsewhere models are only looked at, as `plan` does: training has been refused
         settings |= library_settings(train)
     config = TransformerConfig(**settings)
+    if te and train.fp8 != "none":
+        keep_ends_in_bf16(config, train)
     _per_layer_lists(config, model)
     _yarn(config, model)
     config.routing_step, config.norm_topk_prob = RoutingStep(), model.norm_topk_prob

@@ -13,6 +13,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
 from megatron_sov.config import GpuConfig, OptimConfig, ParallelConfig
 from megatron_sov.config.gpu import AUTO
+from megatron_sov.mcore.model.gpu_settings import moment_settings
 from megatron_sov.mcore.model.language_model import LanguageModel
 from megatron_sov.mcore.model.local_shards import LocalShard
 from megatron_sov.mcore.optimizer import data_parallel, parameter_groups, state_shards
@@ -49,7 +50,7 @@ class Optimizer:
             optimizer="adam", lr=config.lr, weight_decay=config.weight_decay, adam_beta1=config.beta1,
             adam_beta2=config.beta2, adam_eps=config.eps, bf16=model.config.bf16,
             params_dtype=model.config.params_dtype, use_distributed_optimizer=parallel.zero1,
-            overlap_param_gather=parallel.overlap_param_gather)
+            overlap_param_gather=parallel.overlap_param_gather, **moment_settings(gpu))
         fp64 = model.config.params_dtype == torch.float64
         with state_shards.any_float(), _torch_adam() if fp64 else contextlib.nullcontext():
             # gloo groups would only serve the library's own checkpoints

@@ -64,7 +64,9 @@ class Shard:
         """Return the moments or Muon's momentum and, under bf16, the master weights: each [elements],
         views of live memory."""
         state, names = self.inner.state[self.main], getattr(self.inner, "state_names", MOMENTS)
-        if not state:  # before the first update: what that would begin with
+        if not state and hasattr(self.inner, "initialize_state"):  # Transformer Engine's, in its own dtypes
+            self.inner.initialize_state(self.main, False)
+        elif not state:  # before the first update: what that would begin with
             if _counts_per_parameter(self.inner):
                 state["step"] = torch.tensor(0.0)
             for name in names:

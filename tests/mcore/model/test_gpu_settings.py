@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer import TransformerConfig
 
 from megatron_sov import recipes
@@ -20,6 +22,7 @@ from megatron_sov.mcore.model.gpu_settings import (
     Here,
     expert_settings,
     gradient_settings,
+    moment_settings,
     transformer_settings,
 )
 
@@ -44,6 +47,9 @@ CHANGES: dict[str, tuple[list[str], dict[str, Any]]] = {
     "parallel.expert_dispatcher": (["parallel.expert_dispatcher=hybridep"], {
         "moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "hybridep"}),
     "gpu.grad_dtype": (["gpu.grad_dtype=bf16"], {"grad_reduce_in_fp32": False}),
+    "gpu.moment_dtype": (["gpu.moment_dtype=bf16"], {
+        "use_precision_aware_optimizer": True, "exp_avg_dtype": torch.bfloat16,
+        "exp_avg_sq_dtype": torch.bfloat16, "store_param_remainders": False, "fp8_recipe": "tensorwise"}),
     "gpu.pad_buckets": (["gpu.pad_buckets=on"], {"pad_buckets_for_high_nccl_busbw": True}),
     "gpu.nccl_user_buffers": (["gpu.nccl_user_buffers=on"], {"nccl_ub": True}),
 }
@@ -60,7 +66,7 @@ def fields(config: RunConfig, te: bool) -> dict[str, Any]:
     """Return the library's fields of a config, with Transformer Engine or without."""
     here = Here(te, config.model, config.parallel)
     found = (transformer_settings(config.gpu, config.train, here) | expert_settings(config.gpu, here)
-             | gradient_settings(config.gpu, bf16=True))
+             | gradient_settings(config.gpu, bf16=True) | moment_settings(config.gpu))
     return found | {"attention_backend": found["attention_backend"].name}
 
 
@@ -77,7 +83,7 @@ def test_each_setting_arrives_in_its_fields(setting: str, monkeypatch: pytest.Mo
 
 def test_the_table_is_whole_and_its_fields_exist() -> None:
     classes = {c.__name__: {f.name for f in dataclasses.fields(c)}
-               for c in (TransformerConfig, DistributedDataParallelConfig)}
+               for c in (TransformerConfig, DistributedDataParallelConfig, OptimizerConfig)}
     for names in LIBRARY_FIELDS.values():
         for cls, _, field in (name.rpartition(".") for name in names):
             assert field in classes[cls]
@@ -127,6 +133,7 @@ def test_a_run_tells_what_auto_came_to() -> None:
      "gpu.recompute_modules names layernorm, which needs Transformer Engine on a GPU"),
     (['gpu.offload_modules=["core_attn"]'], False, {},
      "gpu.offload_modules needs Transformer Engine on a GPU"),
+    (["gpu.moment_dtype=bf16"], False, {}, "gpu.moment_dtype = bf16 needs Transformer Engine on a GPU"),
     (["gpu.nccl_user_buffers=on"], False, {}, "gpu.nccl_user_buffers = on needs GPUs"),
     (["parallel.expert_dispatcher=deepep"], False, {}, "parallel.expert_dispatcher = deepep needs GPUs"),
     (["gpu.attention=flash"], True, {}, "gpu.attention = flash: FlashAttention is not installed"),
@@ -138,6 +145,10 @@ def test_a_run_tells_what_auto_came_to() -> None:
      "gpu.offload_modules needs the variable NVTE_CPU_OFFLOAD_V1 = 1"),
     (["gpu.nccl_user_buffers=on"], True, {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"},
      "gpu.nccl_user_buffers = on cannot be with PYTORCH_CUDA_ALLOC_CONF = expandable_segments:True"),
+    # the library has none of its functions where Transformer Engine is not installed, or is an old one
+    (["gpu.router_fusion=on"], True, {},
+     "gpu.router_fusion = on needs the routing kernels of Transformer Engine 2.7 or newer"),
+    (["gpu.router_fusion=on"], False, {}, "gpu.router_fusion = on needs Transformer Engine on a GPU"),
     (["parallel.expert_dispatcher=deepep"], True, {},
      "parallel.expert_dispatcher = deepep: its package deep_ep does not"),
 ])
@@ -149,6 +160,16 @@ def test_what_cannot_be_here_is_refused(changes: list[str], te: bool, environmen
     with pytest.raises(UserError) as refused:
         gpu_settings.refuse(config_with(changes), te)
     assert str(refused.value).count(sentence) == 1
+
+
+def test_routing_that_the_kernels_do_not_compute_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron.core.extensions import transformer_engine
+
+    monkeypatch.setattr(transformer_engine, "fused_topk_with_score_function", lambda: None)
+    gpu_settings.refuse(config_with(["gpu.router_fusion=on"]), te=True)
+    with pytest.raises(UserError, match=r"gpu\.router_fusion = on does not go with model\.norm_topk_prob = "
+                                        r"True and model\.num_experts_per_token = 1: the kernels divide"):
+        gpu_settings.refuse(config_with(["gpu.router_fusion=on", "model.num_experts_per_token=1"]), te=True)
 
 
 def test_nothing_is_refused_where_nothing_is_asked() -> None:

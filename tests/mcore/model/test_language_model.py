@@ -104,18 +104,3 @@ def test_no_gradient_reaches_another_document(ranks, job) -> None:
         assert max(r["own"] for r in per_rank) > 0.01, case
         assert {r["calls"] for r in per_rank} == {2 if case[0] == "tiny-k-exaone" else 1}, (
             "the prediction layer embeds as well")
-
-
-def test_recomputation_that_forgets_padding_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from types import SimpleNamespace
-
-    from megatron_sov.errors import UserError
-    from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
-
-    prepare_megatron()
-    from megatron_sov.mcore.model import language_model
-
-    monkeypatch.setattr(language_model, "transformer_config",
-                        lambda *_: SimpleNamespace(recompute_method="block"))
-    with pytest.raises(UserError, match=r"recompute_method = 'block': .* forgets the padding mask"):
-        language_model.build(None, None, None)  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ from megatron_sov.config import TrainConfig
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.model.quantization import (
     in_bf16,
+    keep_ends_in_bf16,
     library_settings,
     mend_extra_state,
     refuse_without_chip,
@@ -24,13 +25,22 @@ from megatron_sov.mcore.model.quantization import (
 def test_each_recipe_has_the_librarys_names() -> None:
     assert library_settings(TrainConfig()) == {}
     assert library_settings(TrainConfig(fp8="blockwise", fp8_bf16_layers_at_end=2)) == {
-        "fp8": "e4m3", "fp8_recipe": "blockwise", "first_last_layers_bf16": True,
-        "num_layers_at_start_in_bf16": 0, "num_layers_at_end_in_bf16": 2,
-        "moe_router_padding_for_quantization": False}
+        "fp8": "e4m3", "fp8_recipe": "blockwise", "moe_router_padding_for_quantization": False}
     fp4 = library_settings(TrainConfig(fp8="nvfp4", fp8_pad_routed_tokens=True))
     assert (fp4["fp4"], fp4["fp4_recipe"]) == ("e2m1", "nvfp4")
-    assert fp4["moe_router_padding_for_quantization"] and not fp4["first_last_layers_bf16"]
-    assert "fp8" not in fp4
+    assert fp4["moe_router_padding_for_quantization"] and "fp8" not in fp4
+
+
+def test_layers_in_bf16_are_asked_by_their_number_in_the_model() -> None:
+    """Three of four at the start, whatever the stages: the library's configuration would refuse them at
+    `parallel.pp` = 2, and is told behind its validation."""
+    from megatron.core.fp8_utils import is_first_last_bf16_layer
+
+    config = SimpleNamespace(num_layers=4)
+    keep_ends_in_bf16(config, TrainConfig(fp8="blockwise", fp8_bf16_layers_at_start=3))
+    assert [is_first_last_bf16_layer(config, layer) for layer in range(4)] == [True, True, True, False]
+    keep_ends_in_bf16(config, TrainConfig(fp8="blockwise"))
+    assert not any(is_first_last_bf16_layer(config, layer) for layer in range(4))
 
 
 def chip(monkeypatch: pytest.MonkeyPatch, has: set[str]) -> None:
