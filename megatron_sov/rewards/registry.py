@@ -18,6 +18,10 @@ from megatron_sov.rewards.reward import Reward
 from megatron_sov.rewards.version import settings_of, version_of
 
 BUILT_IN: dict[str, tuple[str, str]] = {
+    "format": ("megatron_sov.rewards.format", "Format"),
+    "language": ("megatron_sov.rewards.language", "Language"),
+    "length": ("megatron_sov.rewards.length", "Length"),
+    "repetition": ("megatron_sov.rewards.repetition", "Repetition"),
 }
 """Name -> module and class of what is built in."""
 NOT_BUILT = {"code": "needs the sandbox that runs a model's programs, which is not built yet"}
