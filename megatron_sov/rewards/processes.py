@@ -33,6 +33,8 @@ MAX_MEMORY_BYTES = 4 << 30
 """Of address space per process, where a reward has no `MAX_MEMORY_BYTES`."""
 CHECKED_TWICE, EVERY = 32, 32
 """The first rows, and one of so many behind them, are judged twice: a reward must not change by itself."""
+AGAIN = None
+"""What a process sends between the two times that it judges a row: each has the whole time."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -43,14 +45,13 @@ class ProcessRunner:
         asked: which reward.
         time_limit_s: for a row.
         workers: processes.
-        module: module of the reward, imported once for all processes.
+        modules: what the reward needs and can be found by name; imported once for all processes.
     """
 
-    def __init__(self, asked: Order, time_limit_s: float, workers: int, module: str) -> None:
+    def __init__(self, asked: Order, time_limit_s: float, workers: int, modules: Sequence[str] = ()) -> None:
         self._asked, self._time_limit_s = asked, time_limit_s
         self._context = multiprocessing.get_context("forkserver")
-        # a file of a user's is no module that the server finds, and is imported by each process
-        self._context.set_forkserver_preload([__name__, *([module] if module.startswith("megatron_sov.") else [])])
+        self._context.set_forkserver_preload([__name__, *modules])
         self._slots: list[_Slot] = []
         self._workers, self._num_seen = workers, 0
 
@@ -99,7 +100,7 @@ class ProcessRunner:
         place = self._num_seen + index
         twice = place < CHECKED_TWICE or place % EVERY == 0
         slot.index, slot.limit_s = index, self._time_limit_s
-        slot.deadline_s = time.monotonic() + self._time_limit_s * (1 + twice)
+        slot.deadline_s = time.monotonic() + self._time_limit_s
         with contextlib.suppress(OSError):  # it has just ended, which `take` finds out
             slot.pipe.send((dict(rows[index]), twice))
 
@@ -126,9 +127,12 @@ class _Slot:
         try:
             if self.pipe.poll():
                 message = self.pipe.recv()
-                if self.ready:
+                if not self.ready:
+                    self._begin(message)
+                elif message is AGAIN:
+                    self.deadline_s = time.monotonic() + self.limit_s
+                else:
                     return message
-                self._begin(message)
                 return None
         except (EOFError, OSError):
             self.process.join(timeout=5)
@@ -164,7 +168,9 @@ def _work(pipe: connection.Connection, asked: Order) -> None:
     if sys.platform == "linux":  # the server that forked this one ends with the command
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     try:
-        reward = make(asked).reward
+        reward: Any = make(asked).reward
+        if hasattr(reward, "prepare"):
+            reward.prepare()
     except UserError as e:
         pipe.send(str(e))
         return
@@ -175,12 +181,11 @@ def _work(pipe: connection.Connection, asked: Order) -> None:
             row, twice = pipe.recv()
         except EOFError:
             return
-        pipe.send(_judged(reward, row, twice))
-
-
-def _judged(reward: Any, row: Row, twice: bool) -> Result:
-    result = judged(reward, row)
-    return agreeing(result, judged(reward, row)) if twice and result.status == "scored" else result
+        result = judged(reward, row)
+        if twice and result.status == "scored":
+            pipe.send(AGAIN)
+            result = agreeing(result, judged(reward, row))
+        pipe.send(result)
 
 
 def _limit_memory(limit_bytes: int) -> None:

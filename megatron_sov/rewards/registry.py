@@ -18,6 +18,8 @@ from megatron_sov.rewards.reward import Reward
 from megatron_sov.rewards.version import settings_of, version_of
 
 BUILT_IN: dict[str, tuple[str, str]] = {
+    "math": ("megatron_sov.rewards.math_answers", "Math"),
+    "stem": ("megatron_sov.rewards.stem", "Stem"),
     "format": ("megatron_sov.rewards.format", "Format"),
     "language": ("megatron_sov.rewards.language", "Language"),
     "length": ("megatron_sov.rewards.length", "Length"),

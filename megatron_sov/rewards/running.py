@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from megatron_sov.rewards.processes import TIME_LIMIT_S, ProcessRunner
-from megatron_sov.rewards.registry import Made, Order
+from megatron_sov.rewards.registry import BUILT_IN, Made, Order
 from megatron_sov.rewards.reward import Result, Reward, Row, judged
 
 
@@ -42,7 +42,9 @@ def runner(asked: Order, made: Made, workers: int) -> Runner:
     reward: Any = made.reward
     if hasattr(reward, "threads"):
         return ThreadRunner(reward, reward.threads)
-    return ProcessRunner(asked, getattr(reward, "time_limit_s", TIME_LIMIT_S), workers, type(reward).__module__)
+    # a file of a user's is no module that can be found by name, and is run by each process
+    modules = [type(reward).__module__, *getattr(reward, "PRELOAD", ())] if asked.name in BUILT_IN else []
+    return ProcessRunner(asked, getattr(reward, "time_limit_s", TIME_LIMIT_S), workers, modules)
 
 
 class ThreadRunner:

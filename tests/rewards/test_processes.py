@@ -43,7 +43,7 @@ class Does:
 def runner(tmp_path: Path) -> Callable[..., ProcessRunner]:
     (tmp_path / "does.py").write_text(CODE)
     return lambda **more: ProcessRunner(order(f"{tmp_path}/does.py:Does", more.pop("settings", {})),
-                                        more.get("time_limit_s", 20.0), more.get("workers", 2), "does")
+                                        more.get("time_limit_s", 20.0), more.get("workers", 2))
 
 
 def rows(*responses: str) -> list[dict[str, str]]:
