@@ -159,6 +159,6 @@ def test_what_the_page_shows_runs() -> None:
     assert outputs["format.jsonl"] == [1.0, 0.0, 0.0]
     assert outputs["length.jsonl"] == [-0.625, 0.0, -1.0]
     assert outputs["repetition.jsonl"] == [0.0, 0.0, -1.0]
-    assert outputs["math.jsonl"] == [1.0, 0.0, 1.0]
+    assert outputs["math.jsonl"] == [1.0, 0.0, 0.0]
     assert outputs["stem.jsonl"] == [0.0, 1.0, 1.0]
     assert outputs["contains.jsonl"] == [1.0, 0.0, 0.0]
