@@ -20,6 +20,7 @@ from megatron_sov.rewards.version import settings_of, version_of
 BUILT_IN: dict[str, tuple[str, str]] = {
     "math": ("megatron_sov.rewards.math_answers", "Math"),
     "stem": ("megatron_sov.rewards.stem", "Stem"),
+    "ifeval": ("megatron_sov.rewards.ifeval", "IfEval"),
     "judge": ("megatron_sov.rewards.judge", "Judge"),
     "format": ("megatron_sov.rewards.format", "Format"),
     "language": ("megatron_sov.rewards.language", "Language"),
