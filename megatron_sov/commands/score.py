@@ -58,6 +58,10 @@ def tell(summary: Summary, name: str, version: str, output: Path) -> None:
         print(f"{summary.num_kept:,} rows were scored by an earlier command and are kept")
     for text in summary.told:
         print(visible(text), file=sys.stderr)
+    if summary.num_second:
+        lines = ", ".join(map(str, summary.disagreements[:20])) + (", ..." if len(summary.disagreements) > 20 else "")
+        print(f"second opinion: {len(summary.disagreements):,} of {summary.num_second:,} rows disagree"
+              + (f" (lines {lines})" if lines else ""))
     scored = summary.statuses["scored"]
     mean = f", mean reward {summary.reward_sum / scored:.4f}" if scored else ""
     counts = ", ".join(f"{count:,} {status}" for status, count in sorted(summary.statuses.items())) or "0"

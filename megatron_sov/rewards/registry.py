@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
@@ -14,13 +14,13 @@ from megatron_sov.errors import UserError, list_problems, nearest
 from megatron_sov.plugins.loading import Loaded, is_reference
 from megatron_sov.plugins.registry import Registry
 from megatron_sov.plugins.signatures import check_methods
-from megatron_sov.rewards.reward import Reward
 from megatron_sov.rewards.version import settings_of, version_of
 
 BUILT_IN: dict[str, tuple[str, str]] = {
     "math": ("megatron_sov.rewards.math_answers", "Math"),
     "stem": ("megatron_sov.rewards.stem", "Stem"),
     "ifeval": ("megatron_sov.rewards.ifeval", "IfEval"),
+    "composed": ("megatron_sov.rewards.composed", "Composed"),
     "judge": ("megatron_sov.rewards.judge", "Judge"),
     "format": ("megatron_sov.rewards.format", "Format"),
     "language": ("megatron_sov.rewards.language", "Language"),
@@ -56,10 +56,12 @@ class Order:
 class Made:
     """A reward that is ready."""
 
-    reward: Reward
-    """It."""
+    reward: Any
+    """A `Reward`; or a `Composed` of the parts."""
     version: str
     """Hash of its code and settings."""
+    parts: Mapping[str, tuple[Order, Made]] = field(default_factory=dict)
+    """Of a composition: name -> its parts."""
 
 
 def order(name: str, settings: Mapping[str, Any]) -> Order:
@@ -92,7 +94,12 @@ def make(asked: Order) -> Made:
     problems = reward.problems() if hasattr(reward, "problems") else []
     if problems:
         raise UserError(list_problems(f"reward {asked.name}", problems))
-    return Made(reward, version_of(reward, settings_of(reward, settings), files))
+    if not hasattr(reward, "orders"):
+        return Made(reward, version_of(reward, settings_of(reward, settings), files))
+    orders = {name: order(*wanted) for name, wanted in reward.orders().items()}
+    parts = {name: (wanted, make(wanted)) for name, wanted in orders.items()}
+    versions = {name: part.version for name, (_, part) in parts.items()}
+    return Made(reward, version_of(reward, reward.judging(versions), files), parts)
 
 
 def _class(asked: Order) -> tuple[type[Any], dict[str, str] | None]:

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+from megatron_sov.rewards.composed import ComposedRunner
 from megatron_sov.rewards.processes import TIME_LIMIT_S, ProcessRunner
 from megatron_sov.rewards.registry import BUILT_IN, Made, Order
 from megatron_sov.rewards.reward import Result, Reward, Row, judged
@@ -40,6 +41,8 @@ def runner(asked: Order, made: Made, workers: int) -> Runner:
         workers: processes; a reward that waits for an endpoint says itself how many threads it wants.
     """
     reward: Any = made.reward
+    if made.parts:
+        return ComposedRunner(reward, {name: runner(*part, workers) for name, part in made.parts.items()})
     if hasattr(reward, "threads"):
         return ThreadRunner(reward, reward.threads)
     # a file of a user's is no module that can be found by name, and is run by each process
