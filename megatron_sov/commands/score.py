@@ -14,7 +14,7 @@ from megatron_sov.outputs import check_output
 from megatron_sov.rewards.registry import BUILT_IN, make, order
 from megatron_sov.rewards.rows import check_rows
 from megatron_sov.rewards.running import default_workers
-from megatron_sov.rewards.scoring import Summary, score_file
+from megatron_sov.rewards.scoring import MAX_TOLD, Summary, score_file
 from megatron_sov.rewards.settings import parse_settings
 
 
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Score all rows; the output appears when all are there, and a killed command is continued by the same one.
+    """Score all rows; the output appears when all are there; the same command continues a killed one.
 
     Raises:
         UserError: no such reward or setting, bad rows, or nothing can be written there.
@@ -59,8 +59,9 @@ def tell(summary: Summary, name: str, version: str, output: Path) -> None:
     for text in summary.told:
         print(visible(text), file=sys.stderr)
     if summary.num_second:
-        lines = ", ".join(map(str, summary.disagreements[:20])) + (", ..." if len(summary.disagreements) > 20 else "")
-        print(f"second opinion: {len(summary.disagreements):,} of {summary.num_second:,} rows disagree"
+        others = summary.disagreements
+        lines = ", ".join(map(str, others[:MAX_TOLD])) + (", ..." if len(others) > MAX_TOLD else "")
+        print(f"second opinion: {len(others):,} of {summary.num_second:,} rows disagree"
               + (f" (lines {lines})" if lines else ""))
     scored = summary.statuses["scored"]
     mean = f", mean reward {summary.reward_sum / scored:.4f}" if scored else ""

@@ -8,7 +8,8 @@ import unicodedata
 MAX_CHARS = 100_000
 """Of a longer response the end is read."""
 MAX_ANSWER_CHARS = 500
-_SAID = re.compile(r"(?:\b(?:final\s+)?answer\b(?:\s+is\b)?|정답(?:은|:)?|답(?:은|:)|คำตอบ(?:คือ)?|答案(?:是)?|答え(?:は)?)"
+_SAID = re.compile(r"(?:\b(?:final\s+)?answer\b(?:\s+is\b)?|"
+                   r"정답(?:은|:)?|답(?:은|:)|คำตอบ(?:คือ)?|答案(?:是)?|答え(?:は)?)"
                    r"[\s:：*]{0,6}", re.IGNORECASE)
 _TAG = re.compile(r"<answer>([^<]{1,500})</answer>")
 

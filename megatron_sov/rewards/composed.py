@@ -87,7 +87,7 @@ class Composed:
         return found
 
     def judging(self, versions: Mapping[str, str]) -> dict[str, Any]:
-        """Return what the version of the whole depends on: versions of the parts in place of their settings."""
+        """Return what the version of the whole depends on: of the parts their versions, not settings."""
         kept = asdict(self)
         for made in (*kept["parts"].values(), *filter(None, [kept["second"]])):
             del made["settings"]
@@ -110,7 +110,8 @@ class Composed:
         if not results:
             return Result(None, "refused", {}, f"no part judges {self.domain_field} = "
                                                f"{told_short(row.get(self.domain_field))}")
-        components = {name: {"reward": r.reward, "status": r.status, **r.components} for name, r in results.items()}
+        components = {name: {"reward": r.reward, "status": r.status, **r.components} for name,
+                      r in results.items()}
         for status in WORST_FIRST:
             for name, result in results.items():
                 if result.status == status:
@@ -185,7 +186,8 @@ class ComposedRunner:
         for i, other in zip(asked, self._runners[SECOND].score([rows[i] for i in asked]), strict=True):
             first = found[i][second.of].reward or 0.0
             disagrees = None if other.reward is None else abs(first - other.reward) > second.tolerance
-            opinion = {"reward": other.reward, "status": other.status, "reason": other.reason, "disagrees": disagrees}
+            opinion = {"reward": other.reward, "status": other.status, "reason": other.reason,
+                       "disagrees": disagrees}
             whole[i] = Result(whole[i].reward, whole[i].status, {**whole[i].components, SECOND: opinion},
                               whole[i].reason)
         return whole

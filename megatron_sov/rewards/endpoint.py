@@ -115,8 +115,8 @@ class Endpoint:
         """
         limits = self._limits
         if limits.max_cost and (spent := self._cache.cost()) >= limits.max_cost:
-            raise UserError(f"max_cost = {limits.max_cost:g}: the endpoint has cost {spent:.4f} so far; raise it and "
-                            "run the same command again: what is scored is kept")
+            raise UserError(f"max_cost = {limits.max_cost:g}: the endpoint has cost {spent:.4f} so far; raise "
+                            "it and run the same command again: what is scored is kept")
         if not limits.requests_per_minute:
             return
         with self._lock:
@@ -134,8 +134,8 @@ class Endpoint:
             status, headers, body = self._post(payload)
             outcome = str(status)
             if status in HOPELESS:
-                raise UserError(f"{self._url}: {HOPELESS[status]} (HTTP {status}); look at the address, the model and "
-                                f"the key in {self._key_env}, and run the same command again")
+                raise UserError(f"{self._url}: {HOPELESS[status]} (HTTP {status}); look at the address, the "
+                                f"model and the key in {self._key_env}, and run the same command again")
             if status in RETRIED:
                 raise BadAnswer(f"the endpoint answered HTTP {status}", _seconds(headers.get("retry-after")))
             if status != 200:
@@ -177,10 +177,14 @@ class Endpoint:
     def _usage(self, answer: Any) -> Usage:
         """Return what an answer says that it was billed for; 0 where it says nothing sound."""
         said = answer.get("usage") if isinstance(answer, dict) else None
-        counts = [said.get(name) if isinstance(said, dict) else 0 for name in ("prompt_tokens", "completion_tokens")]
-        read, wrote = (n if isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 10**9 else 0 for n in counts)
+        read, wrote = (_count(said.get(name)) if isinstance(said, dict) else 0
+                       for name in ("prompt_tokens", "completion_tokens"))
         limits = self._limits
         return Usage(read, wrote, (read * limits.input_price + wrote * limits.output_price) / 1e6)
+
+
+def _count(said: Any) -> int:
+    return said if isinstance(said, int) and not isinstance(said, bool) and 0 <= said < 10**9 else 0
 
 
 def _decoded(body: bytes) -> Any:

@@ -44,10 +44,12 @@ class EndpointCache:
         self._path, self._lock = path, threading.Lock()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._connection = sqlite3.connect(path, timeout=60, check_same_thread=False, isolation_level=None)
+            self._connection = sqlite3.connect(path, timeout=60, check_same_thread=False,
+                                               isolation_level=None)
             self._connection.executescript(_TABLES)
         except (OSError, sqlite3.Error) as e:
-            raise UserError(f"cache = {path}: is no cache that can be used ({e}); name another file") from None
+            raise UserError(f"cache = {path}: is no cache that can be used ({e}); name another "
+                            "file") from None
 
     @staticmethod
     def key(url: str, payload: Mapping[str, Any]) -> str:

@@ -35,7 +35,8 @@ class IfEval:
         followed = [any(text.strip() and checked(name, text, arguments) for text in texts)
                     for name, arguments in asked]
         share = sum(followed) / len(followed)
-        components = {f"{i}:{name}": done for i, ((name, _), done) in enumerate(zip(asked, followed, strict=True))}
+        components = {f"{i}:{name}": done for i, ((name, _),
+                                                  done) in enumerate(zip(asked, followed, strict=True))}
         return Score(float(share == 1) if self.all_or_nothing else share, components)
 
 
@@ -63,7 +64,8 @@ def _instruction(item: Any) -> tuple[str, dict[str, Any]]:
     if not isinstance(name, str) or name not in CHECKS:
         raise Refused(f"instruction {told_short(name or item)} is not known{nearest(str(name), CHECKS)}")
     # the data set's table has a column for each argument of any instruction, empty for all others
-    return name, {key: value for key, value in item.items() if key not in ("id", "prompt") and value is not None}
+    return name, {key: value for key, value in item.items() if key not in ("id",
+                                                                           "prompt") and value is not None}
 
 
 def checked(name: str, text: str, arguments: Mapping[str, Any]) -> bool:
@@ -75,11 +77,12 @@ def checked(name: str, text: str, arguments: Mapping[str, Any]) -> bool:
     try:
         return CHECKS[name](text, **arguments)
     except (TypeError, AttributeError) as e:
-        raise Refused(f"instruction {name}: takes other arguments than {told_short(dict(arguments))} ({e})") from None
+        raise Refused(f"instruction {name}: takes other arguments than {told_short(dict(arguments))} "
+                      f"({e})") from None
 
 
 def loosened(response: str) -> list[str]:
-    """Return a response as it is, without its first line, its last, both, and each of these without asterisks."""
+    """Return a response as it is, without its first line, its last, both; and each without asterisks."""
     lines = response.split("\n")
     texts = [response, *("\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1]))]
     return [*texts, *(text.replace("*", "") for text in texts)]

@@ -1,8 +1,8 @@
 """The 25 kinds of checkable instructions of IFEval (arXiv 2311.07911), judged as lm-evaluation-harness does.
 
-Each check takes a response and the instruction's arguments.  Two parts of the original need models that are not
-shipped here: its sentences are cut by NLTK's punkt, ours by the rules that the paper's code has beside it; its
-languages are told by langdetect, which is asked where it is installed.
+Each check takes a response and the instruction's arguments.  Two parts of the original need models that are
+not shipped here: its sentences are cut by NLTK's punkt, ours by rules; its languages are told by langdetect,
+which is asked where it is installed.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from megatron_sov.rewards import patterns
 from megatron_sov.rewards.reward import Refused
@@ -29,7 +28,7 @@ def _compared(count: int, relation: str, limit: int) -> bool:
 
 
 def _sound(pattern: str) -> str:
-    """Return a keyword as a pattern, as the original takes it; word for word where it is none, such as C++."""
+    """Return a keyword as a pattern, as the original takes it; what is none (C++) word for word."""
     return re.escape(pattern) if patterns.problem(pattern) else pattern
 
 
@@ -193,13 +192,14 @@ CHECKS: Mapping[str, Check] = {
 _PERIOD = "\ufdd0"  # no character of any text; holds the place of a full stop that ends no sentence
 _KEPT = [
     (r"(?<=\b(?:Mr|St|Ms|Dr))\.|(?<=\bMrs)\.|(?<=\bPh\.D)\.", _PERIOD), (r"(?<=\d)\.(?=\d)", _PERIOD),
-    (r"\.(?=(?:com|net|org|io|gov|edu|me)\b)", _PERIOD), (r"(?<=\b[A-Za-z])\.(?=[A-Za-z]\b|\s+[a-z])", _PERIOD),
+    (r"\.(?=(?:com|net|org|io|gov|edu|me)\b)", _PERIOD),
+    (r"(?<=\b[A-Za-z])\.(?=[A-Za-z]\b|\s+[a-z])", _PERIOD),
 ]
 
 
 def sentences(text: str) -> list[str]:
-    """Return the sentences of a text: cut behind . ? ! and a closing quotation mark, not behind titles, in numbers,
-    addresses and initials."""
+    """Return the sentences of a text: cut behind . ? ! and a closing quotation mark, not behind titles, nor
+    in numbers, addresses and initials."""
     for pattern, kept in _KEPT:
         text = re.sub(pattern, kept, text)
     parts = re.split(r"(?<=[.?!。？！])[\"”'’)]*(?=\s|$)", text)

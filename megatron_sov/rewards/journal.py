@@ -62,7 +62,7 @@ def folder_of(output: Path) -> Path:
 
 @contextlib.contextmanager
 def opened(output: Path, identity: dict[str, Any]) -> Iterator[Journal]:
-    """Open the journal of an output as a context: that of a killed command with the same identity, or a new one.
+    """Open the journal of an output as a context: of a killed command of the same identity, or a new one.
 
     Args:
         output: the file to make.

@@ -1,9 +1,10 @@
-"""Language: whether a response is written in the language that was asked for, by the scripts of its letters."""
+"""Language: whether a response is in the language that was asked for, by the scripts of its letters."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 
 from megatron_sov.errors import nearest
 from megatron_sov.rewards.reward import Refused, Row, Score, text_of
@@ -35,7 +36,8 @@ class Language:
     def problems(self) -> list[str]:
         """Return one sentence for every rule that these settings break."""
         asked = [*filter(None, [self.language]), *self.also]
-        p = [f"language {name!r} is not known{nearest(name, LANGUAGES)} (languages: {', '.join(sorted(LANGUAGES))})"
+        known = ", ".join(sorted(LANGUAGES))
+        p = [f"language {name!r} is not known{nearest(name, LANGUAGES)} (languages: {known})"
              for name in asked if name not in LANGUAGES]
         p += [f"{name} = {value} must be a share from 0 to 1"
               for name, value in (("max_also_share", self.max_also_share), ("min_share", self.min_share))
@@ -71,4 +73,4 @@ def switches(text: str) -> float:
                if (script := next(filter(None, map(script_of, word)), ""))]
     if len(scripts) < 2:
         return 0.0
-    return 100 * sum(a != b for a, b in zip(scripts, scripts[1:], strict=False)) / len(scripts)
+    return 100 * sum(a != b for a, b in pairwise(scripts)) / len(scripts)

@@ -1,7 +1,7 @@
 """Math: whether a response's final answer equals the known one, by math-verify (Apache-2.0, extra `rl`).
 
-math-verify reads LaTeX and plain expressions and compares them with sympy.  Its own limits of time are signals,
-which need a main thread and do not stop sympy's C code; here the process that judges is ended instead.
+math-verify reads LaTeX and plain expressions and compares them with sympy.  Its own limits of time are
+signals, which need a main thread and do not stop C code; here the process that judges is ended instead.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ class Math:
 
         gold = self._gold(text_of(row, "answer"))
         found = _parsed(text_of(row, "response")[-self.tail_chars:])
-        right = verify(gold, found, float_rounding=self.float_rounding, strict=self.strict, timeout_seconds=None)
+        right = verify(gold, found, float_rounding=self.float_rounding, strict=self.strict,
+                       timeout_seconds=None)
         # the text, since showing a number such as 10**10**10 would compute it
         shown = next((item for item in reversed(found) if isinstance(item, str)), "")
         return Score(float(right), {"extracted": shown[:200]})

@@ -1,4 +1,4 @@
-"""Regular expressions with a limit of time: a pattern of a user's over a response of a model's may take for ever.
+"""Regular expressions with a limit of time: a user's pattern over a model's response may take for ever.
 
 `regex` stops in the middle of a match, which the standard library's `re` cannot.
 """

@@ -26,7 +26,8 @@ _WHOLE: dict[str, tuple[float, Dimension]] = {
     "day": (86400, (0, 0, 1, 0, 0, 0)), "atm": (101325, (-1, 1, -2, 0, 0, 0)),
     "Å": (1e-10, (1, 0, 0, 0, 0, 0)), "rad": (1, (0,) * 6), "°": (math.pi / 180, (0,) * 6),
     "deg": (math.pi / 180, (0,) * 6), "%": (0.01, (0,) * 6), "u": (1.66053906660e-27, (0, 1, 0, 0, 0, 0)),
-    "ft": (0.3048, (1, 0, 0, 0, 0, 0)), "in": (0.0254, (1, 0, 0, 0, 0, 0)), "mi": (1609.344, (1, 0, 0, 0, 0, 0)),
+    "ft": (0.3048, (1, 0, 0, 0, 0, 0)), "in": (0.0254, (1, 0, 0, 0, 0, 0)),
+    "mi": (1609.344, (1, 0, 0, 0, 0, 0)),
     "lb": (0.45359237, (0, 1, 0, 0, 0, 0)),
 }
 """Units that take none."""
@@ -38,9 +39,11 @@ _NAMES = {"meters": "m", "meter": "m", "metres": "m", "metre": "m", "seconds": "
           "ohm": "Ω", "kelvin": "K", "kelvins": "K", "moles": "mol", "mole": "mol", "hours": "h", "hour": "h",
           "minutes": "min", "minute": "min", "days": "day", "degrees": "°", "degree": "°", "percent": "%",
           "kilometers": "km", "kilometres": "km", "kilometer": "km", "centimeters": "cm", "liters": "L",
-          "litres": "L", "liter": "L", "hertz": "Hz", "pascals": "Pa", "pascal": "Pa", "amperes": "A", "amps": "A"}
+          "litres": "L", "liter": "L", "hertz": "Hz", "pascals": "Pa", "pascal": "Pa", "amperes": "A",
+          "amps": "A"}
 _NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d{1,400})?(?:\.\d{0,400})?", re.ASCII)
-_POWER = re.compile(r"\s*(?:[eE]([+-]?\d{1,4})\b|(?:x|×|\*|·)\s*10\s*(?:\^|\*\*)\s*\{?\s*([+-]?\d{1,4})\s*\}?)",
+_POWER = re.compile(r"\s*(?:[eE]([+-]?\d{1,4})\b|"
+                    r"(?:x|×|\*|·)\s*10\s*(?:\^|\*\*)\s*\{?\s*([+-]?\d{1,4})\s*\}?)",
                      re.ASCII)
 _FACTOR = re.compile(r"([*/]?)([^\d\s*/^+-]+)(?:\^?\(?([+-]?\d{1,2}(?:\.5)?)\)?)?", re.ASCII)
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")

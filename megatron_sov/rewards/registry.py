@@ -128,8 +128,9 @@ def _settings(asked: Order, made: type[Any]) -> dict[str, Any]:
         try:
             found[name] = TypeAdapter(hints.get(name, Any)).validate_python(value)
         except ValidationError as e:
-            problems += [f"{'.'.join(map(str, (name, *error['loc'])))} = {error.get('input')!r}: {error['msg']}"
-                         for error in e.errors()]
+            for error in e.errors():
+                where = ".".join(map(str, (name, *error["loc"])))
+                problems.append(f"{where} = {error.get('input')!r}: {error['msg']}")
     missing = [name for name, p in inspect.signature(made).parameters.items()
                if name in known and p.default is p.empty and name not in asked.settings]
     problems += [f"{name}: has no default; set it" for name in missing]

@@ -37,11 +37,13 @@ class Repetition:
     def problems(self) -> list[str]:
         """Return one sentence for every rule that these settings break."""
         p = [f"{name} = {value} must be at least {least}"
-             for name, value, least in (("ngram", self.ngram, 1), ("min_loop_repeats", self.min_loop_repeats, 2),
+             for name, value, least in (("ngram", self.ngram, 1),
+                                        ("min_loop_repeats", self.min_loop_repeats, 2),
                                         ("min_loop_chars", self.min_loop_chars, 1)) if value < least]
         p += [f"{name} = {value} must lie from 0 to {most:g}"
               for name, value, most in (("allowed_share", self.allowed_share, 0.99),
-                                        ("no_end_penalty", self.no_end_penalty, 1.0)) if not 0 <= value <= most]
+                                        ("no_end_penalty", self.no_end_penalty,
+                                         1.0)) if not 0 <= value <= most]
         return p
 
     def score(self, row: Row) -> Score:
@@ -80,8 +82,8 @@ def loop_at_end(text: str, min_chars: int = 1) -> tuple[str, int]:
     """Return the piece of at least `min_chars` in all that a text ends with over and over, and how often it
     stands there in a row; an empty text and 1 where nothing does.
 
-    The failure function of Knuth, Morris and Pratt over the reversed text gives the shortest period of each of
-    its beginnings; the one with the most repeats counts.  Work and memory grow with the length alone.
+    The failure function of Knuth, Morris and Pratt over the reversed text gives the shortest period of each
+    of its beginnings; the one with the most repeats counts.  Work and memory grow with the length alone.
     """
     backwards = text.rstrip()[::-1]
     failure = [0] * len(backwards)

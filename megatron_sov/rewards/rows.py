@@ -55,12 +55,13 @@ def _lines(path: Path) -> Iterator[tuple[int, Row | str]]:
             while raw := f.readline(MAX_LINE_BYTES + 1):
                 number += 1
                 if len(raw) > MAX_LINE_BYTES:
-                    raise UserError(f"--input {path}: line {number} is longer than {MAX_LINE_BYTES >> 20} MiB; "
-                                    "write each row on a line of its own")
+                    raise UserError(f"--input {path}: line {number} is longer than "
+                                    f"{MAX_LINE_BYTES >> 20} MiB; write each row on a line of its own")
                 if raw.strip():
                     yield number, _parsed(raw)
     except OSError as e:
-        raise UserError(f"--input {path}: cannot be read ({e.strerror or e}); name a file of JSON lines") from None
+        raise UserError(f"--input {path}: cannot be read ({e.strerror or e}); "
+                        "name a file of JSON lines") from None
 
 
 def _parsed(raw: bytes) -> Row | str:

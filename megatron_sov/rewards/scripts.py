@@ -7,13 +7,15 @@ from collections import Counter
 from functools import lru_cache
 
 LANGUAGES = {
-    "ko": ("HANGUL",), "en": ("LATIN",), "th": ("THAI",), "ja": ("HIRAGANA", "KATAKANA", "CJK"), "zh": ("CJK",),
+    "ko": ("HANGUL",), "en": ("LATIN",), "th": ("THAI",), "ja": ("HIRAGANA", "KATAKANA", "CJK"),
+    "zh": ("CJK",),
     "ru": ("CYRILLIC",), "uk": ("CYRILLIC",), "bg": ("CYRILLIC",), "ar": ("ARABIC",), "fa": ("ARABIC",),
     "ur": ("ARABIC",), "he": ("HEBREW",), "hi": ("DEVANAGARI",), "mr": ("DEVANAGARI",), "ne": ("DEVANAGARI",),
     "bn": ("BENGALI",), "ta": ("TAMIL",), "te": ("TELUGU",), "kn": ("KANNADA",), "ml": ("MALAYALAM",),
     "gu": ("GUJARATI",), "pa": ("GURMUKHI",), "el": ("GREEK",), "ka": ("GEORGIAN",), "hy": ("ARMENIAN",),
     "km": ("KHMER",), "lo": ("LAO",), "my": ("MYANMAR",), "am": ("ETHIOPIC",), "de": ("LATIN",),
-    "fr": ("LATIN",), "es": ("LATIN",), "pt": ("LATIN",), "it": ("LATIN",), "nl": ("LATIN",), "pl": ("LATIN",),
+    "fr": ("LATIN",), "es": ("LATIN",), "pt": ("LATIN",), "it": ("LATIN",), "nl": ("LATIN",),
+    "pl": ("LATIN",),
     "tr": ("LATIN",), "vi": ("LATIN",), "id": ("LATIN",), "sw": ("LATIN",), "fi": ("LATIN",),
 }
 """Language (ISO 639-1) -> the scripts that it is written in."""

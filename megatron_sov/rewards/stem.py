@@ -12,7 +12,8 @@ from megatron_sov.rewards.reward import Refused, Row, Score, told_short
 
 Kind = Literal["choice", "number", "text"]
 _LETTER = re.compile(r"\W*([A-J])\W*", re.ASCII)
-_LEADING = re.compile(r"[\s(\[*\"']*(?:option|choice)?\s*[(\[]?([A-J])(?:[)\].:,*]|\s*$|\s+[-–—])", re.IGNORECASE)
+_LEADING = re.compile(r"[\s(\[*\"']*(?:option|choice)?\s*[(\[]?([A-J])(?:[)\].:,*]|\s*$|\s+[-–—])",
+                      re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,8 @@ def _choice(found: str, row: Row) -> str | None:
     choices = row.get("choices")
     if isinstance(choices, list) and len(choices) <= 10:
         said = normalized(found)
-        hits = [i for i, choice in enumerate(choices) if isinstance(choice, str) and normalized(choice) == said]
+        hits = [i for i, choice in enumerate(choices) if isinstance(choice,
+                                                                    str) and normalized(choice) == said]
         if len(hits) == 1:
             return "ABCDEFGHIJ"[hits[0]]
     return None

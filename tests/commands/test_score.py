@@ -40,7 +40,8 @@ def read(name: str = "out.jsonl") -> list[dict]:
 
 
 def score(*more: str, reward: str = "language", output: str = "out.jsonl") -> int:
-    return main(["score", "--reward", reward, "--input", "rows.jsonl", "--output", output, "--workers", "1", *more])
+    return main(["score", "--reward", reward, "--input", "rows.jsonl", "--output", output, "--workers", "1",
+                 *more])
 
 
 def test_rows_come_out_in_order_with_what_they_had(capsys: pytest.CaptureFixture[str]) -> None:
@@ -87,7 +88,8 @@ def test_bad_rows_are_named_by_line_and_nothing_is_written(lines: bytes, said: l
     (["--output", "."], "is a folder"), (["--input", "none.jsonl"], "none.jsonl: cannot be read"),
     (["--reward", "code"], "needs the sandbox"), (["--reward", "langage"], "did you mean 'language'?"),
 ])
-def test_mistakes_are_one_sentence(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_one_sentence(arguments: list[str], said: str,
+                                   capsys: pytest.CaptureFixture[str]) -> None:
     assert score(*arguments) == 2
     assert said in capsys.readouterr().err
 
@@ -118,9 +120,11 @@ class Counts:
 def test_a_killed_command_goes_on_where_it_was() -> None:
     Path("own.py").write_text(OWN_REWARD)
     write([{"id": i, "response": ""} for i in range(400)])
-    command = ["score", "--reward", "own.py:Counts", "--input", "rows.jsonl", "--output", "out.jsonl", "--workers", "1"]
-    killed = subprocess.Popen([sys.executable, "-c", "import os, sys; open('pid', 'w').write(str(os.getpid()))\n"
-                               "from megatron_sov.cli import main\nsys.exit(main())", *command])
+    command = ["score", "--reward", "own.py:Counts", "--input", "rows.jsonl", "--output", "out.jsonl",
+               "--workers", "1"]
+    program = ("import os, sys; open('pid', 'w').write(str(os.getpid()))\n"
+               "from megatron_sov.cli import main\nsys.exit(main())")
+    killed = subprocess.Popen([sys.executable, "-c", program, *command])
     assert killed.wait(timeout=120) == -signal.SIGKILL
     assert not Path("out.jsonl").exists()
     with open(folder_of(Path("out.jsonl")) / "rows.jsonl", "ab") as f:
@@ -145,7 +149,8 @@ def test_another_setting_begins_anew() -> None:
 
 def test_what_the_page_shows_runs() -> None:
     text = PAGE.read_text()
-    for name, content in re.findall(r"^`([a-z_.]+)`:\n\n```[a-z]+\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+    for name, content in re.findall(r"^`([a-z_.]+)`:\n\n```[a-z]+\n(.*?)^```", text,
+                                    re.MULTILINE | re.DOTALL):
         Path(name).write_text(content)
     blocks = re.findall(r"^```bash\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]

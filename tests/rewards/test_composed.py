@@ -56,8 +56,10 @@ def test_a_gate_is_asked_first_and_spares_the_rest() -> None:
 
 
 def test_rows_go_to_the_parts_of_their_domain() -> None:
-    composed = Composed({"m": Part("x", domains=("math",)), "t": Part("x", domains=("text", "law")), "all": Part("x", 0.5)})
-    found, asked = results(composed, [{"domain": "math", "m": 1.0, "all": 1.0}, {"domain": "law", "t": 0.2, "all": 0.0}])
+    composed = Composed({"m": Part("x", domains=("math",)), "t": Part("x", domains=("text", "law")),
+                         "all": Part("x", 0.5)})
+    found, asked = results(composed, [{"domain": "math", "m": 1.0, "all": 1.0},
+                                      {"domain": "law", "t": 0.2, "all": 0.0}])
     assert [r.reward for r in found] == [1.5, 0.2]
     assert asked == {"m": [0], "t": [1], "all": [0, 1]}
     found, _ = results(Composed({"m": Part("x", domains=("math",))}), [{"domain": "code"}, {}])
@@ -77,7 +79,8 @@ def test_a_part_without_a_reward_leaves_none() -> None:
 def test_a_second_opinion_is_told_and_changes_nothing() -> None:
     composed = Composed({"a": Part("x")}, second=Second("y", of="a", share=1.0))
     rows = [{"a": 1.0, "second_opinion": 1.0}, {"a": 1.0, "second_opinion": 0.0},
-            {"a": 1.0, "second_opinion": Result(None, "failed", {}, "broken")}, {"a": Result(None, "refused", {}, "x")}]
+            {"a": 1.0, "second_opinion": Result(None, "failed", {}, "broken")},
+            {"a": Result(None, "refused", {}, "x")}]
     found, asked = results(composed, rows)
     assert [r.reward for r in found] == [1.0, 1.0, 1.0, None]
     assert [r.components["second_opinion"]["disagrees"] for r in found[:3]] == [False, True, None]
@@ -103,10 +106,12 @@ def test_the_version_is_of_the_parts_and_how_they_are_put_together() -> None:
 
 @pytest.mark.parametrize(("settings", "problem"), [
     ({"parts": {}}, "there are none"), ({}, "parts: has no default; set it"),
-    ({"parts": {"a": {"reward": "composed"}}}, "is a composition itself"), ({"parts": {"a": {"reward": "lenght"}}}, "'length'"),
+    ({"parts": {"a": {"reward": "composed"}}}, "is a composition itself"),
+    ({"parts": {"a": {"reward": "lenght"}}}, "'length'"),
     ({"parts": {"a": {"reward": "length", "wieght": 1}}}, "parts.a.wieght"),
     ({"parts": {"a": {"reward": "length", "settings": {"unit": "miles"}}}}, "unit"),
-    ({"parts": {"a": {"reward": "length"}}, "second": {"reward": "math", "of": "b"}}, "second.of = 'b' is none"),
+    ({"parts": {"a": {"reward": "length"}}, "second": {"reward": "math", "of": "b"}},
+     "second.of = 'b' is none"),
 ])
 def test_settings_that_make_no_sense(settings: dict, problem: str) -> None:
     with pytest.raises(UserError) as e:
@@ -115,8 +120,11 @@ def test_settings_that_make_no_sense(settings: dict, problem: str) -> None:
 
 
 def test_real_parts_run_together(tmp_path: Path) -> None:
-    (tmp_path / "own.py").write_text("class Own:\n    def score(self, row):\n        return len(row['response'])\n")
-    asked = order("composed", {"parts": {"rule": {"reward": "length", "settings": {"unit": "words", "max_length": 2, "buffer": 1}},
+    code = "class Own:\n    def score(self, row):\n        return len(row['response'])\n"
+    (tmp_path / "own.py").write_text(code)
+    asked = order("composed", {"parts": {"rule": {"reward": "length",
+                                                  "settings": {"unit": "words", "max_length": 2,
+                                                               "buffer": 1}},
                                          "own": {"reward": f"{tmp_path}/own.py:Own", "weight": 10}}})
     with runner(asked, make(asked), 1) as running:
         assert [r.reward for r in running.score([{"response": "a"}, {"response": "a b"}])] == [10.0, 29.0]

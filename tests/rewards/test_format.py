@@ -21,7 +21,8 @@ def reward(response: str, **settings) -> float:
     ("<think>why</think>", False), ("<answer>4</answer><think>why</think>", False),
     ("so: <think>why</think><answer>4</answer>", False), ("<think>why</think><answer>4</answer> done", False),
     ("<think>why</think><answer> </answer>", False), ("<think>a<answer>4</answer></think>", False),
-    ("<think>a</think><answer>4</answer><answer>5</answer>", False), ("</think><think><answer>4</answer>", False),
+    ("<think>a</think><answer>4</answer><answer>5</answer>", False),
+    ("</think><think><answer>4</answer>", False),
     ("<THINK>why</THINK><answer>4</answer>", False),
 ])
 def test_tags_stand_once_in_order_with_nothing_around(text: str, has_them: bool) -> None:
@@ -29,8 +30,10 @@ def test_tags_stand_once_in_order_with_nothing_around(text: str, has_them: bool)
 
 
 @pytest.mark.parametrize(("text", "value"), [
-    ('{"a": 1}', {"a": 1}), ('```json\n{"a": 1}\n```', {"a": 1}), ("```\n[1]\n```", [1]), ("3", 3), ("null", None),
-    ("", NO_JSON), ("{'a': 1}", NO_JSON), ('{"a": 1} ok', NO_JSON), ("NaN", NO_JSON), ("[" * 100_000, NO_JSON),
+    ('{"a": 1}', {"a": 1}), ('```json\n{"a": 1}\n```', {"a": 1}), ("```\n[1]\n```", [1]), ("3", 3),
+    ("null", None),
+    ("", NO_JSON), ("{'a': 1}", NO_JSON), ('{"a": 1} ok', NO_JSON), ("NaN", NO_JSON),
+    ("[" * 100_000, NO_JSON),
     ("[" * 5_000 + "]" * 5_000, NO_JSON), ("1" * 5_000, NO_JSON), ('"\x00"', NO_JSON),
 ])
 def test_json_is_the_whole_response(text: str, value: object) -> None:

@@ -1,4 +1,4 @@
-"""A judge behind an endpoint that misbehaves in every way: no wrong score is kept, each request is accounted."""
+"""A judge behind an endpoint that misbehaves in every way: no wrong score is kept, each request counts."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ ROW = {"prompt": "What is 2 + 2?", "response": "4"}
 
 def said(content: Any, **more: Any) -> bytes:
     choice = {"message": {"role": "assistant", "content": content}, "finish_reason": "stop", **more}
-    return json.dumps({"choices": [choice], "usage": {"prompt_tokens": 100, "completion_tokens": 10}}).encode()
+    return json.dumps({"choices": [choice], "usage": {"prompt_tokens": 100,
+                                                      "completion_tokens": 10}}).encode()
 
 
 GOOD = (200, said('{"reason": "right", "score": 10}'))
 
 
 class Script(ThreadingHTTPServer):
-    """Answers requests with what stands in `answers`, the last one again and again; keeps what it was asked."""
+    """Answers with what stands in `answers`, the last one again and again; keeps what it was asked."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -94,7 +95,8 @@ def judge(script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
 
     def build(**more: Any) -> Judge:
-        settings = {"endpoint": script.url, "model": "j", "cache": str(tmp_path / "cache.sqlite"), "timeout_s": 0.5,
+        settings = {"endpoint": script.url, "model": "j", "cache": str(tmp_path / "cache.sqlite"),
+                    "timeout_s": 0.5,
                     "max_attempts": 3, "backoff_s": 0.001, "input_price": 10.0, "output_price": 100.0, **more}
         made = Judge(**settings)
         assert made.problems() == []
@@ -116,15 +118,20 @@ def test_a_score_is_brought_to_0_to_1_and_asked_once(script: Script, judge, tmp_
 
 
 BAD = {
-    "429": (429, b"slow down", {"retry-after": "0"}), "500": (500, b""), "503 and HTML": (503, b"<html>busy</html>"),
+    "429": (429, b"slow down", {"retry-after": "0"}), "500": (500, b""),
+    "503 and HTML": (503, b"<html>busy</html>"),
     "HTML": (200, b"<html>Welcome</html>"), "truncated JSON": (200, GOOD[1][:40]), "nothing": (200, b""),
     "wrong length": (200, GOOD[1], {"length": 100_000}), "late": (200, GOOD[1], {"sleep_s": 1.0}),
-    "no choices": (200, b'{"choices": []}'), "two choices": (200, b'{"choices": [{}, {}]}'), "a list": (200, b"[1]"),
-    "instructions": (200, said("Sure! First, read the response carefully, then give it a score from 1 to 10.")),
-    "a number alone": (200, said("10")), "text": (200, said('{"score": "10"}')), "true": (200, said('{"score": true}')),
+    "no choices": (200, b'{"choices": []}'), "two choices": (200, b'{"choices": [{}, {}]}'),
+    "a list": (200, b"[1]"),
+    "instructions": (200, said("Sure! First, read the response, then give it a score from 1 to 10.")),
+    "a number alone": (200, said("10")), "text": (200, said('{"score": "10"}')),
+    "true": (200, said('{"score": true}')),
     "too much": (200, said('{"score": 11}')), "NaN": (200, said('{"score": NaN}')), "null": (200, said(None)),
-    "two objects": (200, said('{"score": 1} {"score": 10}')), "cut off": (200, said('{"score": 9', finish_reason="length")),
-    "deep": (200, b"[" * 100_000), "redirect": (302, b"", {"location": "http://127.0.0.1:9/"}), "bad request": (400, b"x"),
+    "two objects": (200, said('{"score": 1} {"score": 10}')),
+    "cut off": (200, said('{"score": 9', finish_reason="length")),
+    "deep": (200, b"[" * 100_000), "redirect": (302, b"", {"location": "http://127.0.0.1:9/"}),
+    "bad request": (400, b"x"),
 }
 
 
@@ -156,7 +163,8 @@ def test_a_judge_that_declines_refuses_the_row(answer: bytes, script: Script, ju
     assert len(script.asked) == 1
 
 
-@pytest.mark.parametrize(("status", "reason"), [(401, "the key is not accepted"), (404, "no such address or model")])
+@pytest.mark.parametrize(("status", "reason"), [(401, "the key is not accepted"),
+                                                (404, "no such address or model")])
 def test_what_meets_every_row_ends_the_work(status: int, reason: str, script: Script, judge) -> None:
     script.answers = [(status, f"Incorrect API key provided: {KEY}".encode())]
     with pytest.raises(UserError, match=reason) as e:
@@ -233,8 +241,10 @@ def test_how_it_is_run_is_no_part_of_the_version() -> None:
 
 
 @pytest.mark.parametrize(("settings", "problem"), [
-    ({"endpoint": "localhost:8000"}, "must be an address"), ({"endpoint": f"http://u:{KEY}@h/v1"}, "holds a key"),
-    ({"min_score": 10}, "must be below max_score"), ({"max_cost": 1}, "needs input_price"), ({"threads": 0}, "positive"),
+    ({"endpoint": "localhost:8000"}, "must be an address"),
+    ({"endpoint": f"http://u:{KEY}@h/v1"}, "holds a key"),
+    ({"min_score": 10}, "must be below max_score"), ({"max_cost": 1}, "needs input_price"),
+    ({"threads": 0}, "positive"),
     ({"backoff_s": -1}, "must not be negative")])
 def test_settings_that_make_no_sense(settings: dict, problem: str) -> None:
     with pytest.raises(UserError, match=problem) as e:

@@ -17,7 +17,8 @@ def reward(response: str, **settings) -> float:
 
 @pytest.mark.parametrize(("language", "text"), [
     ("ko", KOREAN), ("th", "กรุงเทพมหานครเป็นเมืองหลวงของประเทศไทย"), ("ja", "東京は日本の首都です。カタカナ"),
-    ("ru", "Москва — столица России"), ("en", "Seoul is the capital of Korea."), ("el", "Η Αθήνα"), ("ar", "القاهرة"),
+    ("ru", "Москва — столица России"), ("en", "Seoul is the capital of Korea."), ("el", "Η Αθήνα"),
+    ("ar", "القاهرة"),
     ("hi", "दिल्ली भारत की राजधानी है"), ("ko", KOREAN + " `print(x)` $x^2 + y$ https://example.com/a"),
     ("en", "Ｆｕｌｌ width letters, and ﬁne ligatures")])
 def test_a_language_alone_is_1(language: str, text: str) -> None:
@@ -26,14 +27,16 @@ def test_a_language_alone_is_1(language: str, text: str) -> None:
 
 def test_a_few_words_of_another_language_are_fine_and_many_are_not() -> None:
     assert reward(KOREAN + " (Seoul)", language="ko") == pytest.approx(1.0)
-    switched = Language("ko").score({"response": "서울은 대한민국의 capital이고 많은 people이 함께 모여 사는 아름다운 city입니다"})
+    mixed = "서울은 대한민국의 capital이고 많은 people이 함께 모여 사는 아름다운 city입니다"
+    switched = Language("ko").score({"response": mixed})
     assert 0 < switched.reward < 0.9
     assert switched.components["also_share"] > 0.2
     assert reward("This answer is English. 한국", language="ko") == 0.0
     assert reward(KOREAN + " 首都", language="ko") < 1.0
 
 
-@pytest.mark.parametrize("text", ["", "12345 !?", "\u202e\u202d\u200b", "\x00\x07", "😀😀", "```\ncode only\n```"])
+@pytest.mark.parametrize("text", ["", "12345 !?", "\u202e\u202d\u200b", "\x00\x07", "😀😀",
+                                  "```\ncode only\n```"])
 def test_no_letters_are_no_language(text: str) -> None:
     assert reward(text, language="en") == 0.0
 

@@ -17,9 +17,12 @@ pytest.importorskip("math_verify", reason="the extra `rl` is not installed")
 
 GOLDS = ["42", "$\\frac{1}{2}$", "$3\\sqrt{2}$", "$x^2+2x+1$", "$(1,2)$", "$\\{1,2,3\\}$", "$-7$", "$0.125$",
          "$\\frac{\\pi}{4}$", "$[0,1)$", "$1,234$", "$x=3$", "$\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}$"]
-RESPONSES = ["so \\boxed{42}", "The answer is 42.", "$0.5$", "\\boxed{1/2}", "$\\frac{2}{4}$", "$\\sqrt{18}$", "$3\\cdot\\sqrt2$",
-             "$(x+1)^2$", "$(1, 2)$", "(2,1)", "$\\{3,2,1\\}$", "\\boxed{-7}", "7", "$\\frac18$", "12.5%", "$\\pi/4$",
-             "$0.785398$", "$[0,1]$", "$[0,1)$", "1234", "$x = 3$", "3", "$\\begin{bmatrix}1&2\\\\3&4\\end{bmatrix}$", "",
+RESPONSES = ["so \\boxed{42}", "The answer is 42.", "$0.5$", "\\boxed{1/2}", "$\\frac{2}{4}$",
+             "$\\sqrt{18}$", "$3\\cdot\\sqrt2$",
+             "$(x+1)^2$", "$(1, 2)$", "(2,1)", "$\\{3,2,1\\}$", "\\boxed{-7}", "7", "$\\frac18$", "12.5%",
+             "$\\pi/4$",
+             "$0.785398$", "$[0,1]$", "$[0,1)$", "1234", "$x = 3$", "3",
+             "$\\begin{bmatrix}1&2\\\\3&4\\end{bmatrix}$", "",
              "I do not know", "\\boxed{}", "$\\frac{1}{0}$"]
 
 
@@ -40,13 +43,15 @@ def test_the_verdicts_of_the_processes_are_math_verifys_own() -> None:
 
 
 @pytest.mark.parametrize(("answer", "response"), [
-    ("3\\sqrt{2}", "$3\\sqrt{2}$"), ("(1,2)", "the pair $(1,2)$"), ("\\frac{1}{2}", "1/2"), ("x^2+1", "$1+x^2$")])
+    ("3\\sqrt{2}", "$3\\sqrt{2}$"), ("(1,2)", "the pair $(1,2)$"), ("\\frac{1}{2}", "1/2"),
+    ("x^2+1", "$1+x^2$")])
 def test_an_answer_without_dollars_is_read_whole(answer: str, response: str) -> None:
     assert Math().score({"answer": answer, "response": response}).reward == 1.0
     assert Math().score({"answer": answer, "response": "3"}).reward == 0.0
 
 
-@pytest.mark.parametrize("row", [{"response": "1"}, {"response": "1", "answer": ""}, {"response": "1", "answer": "$$"},
+@pytest.mark.parametrize("row", [{"response": "1"}, {"response": "1", "answer": ""},
+                                 {"response": "1", "answer": "$$"},
                                  {"response": "1", "answer": 4}, {"response": "1", "answer": "9" * 10_001}])
 def test_a_row_without_a_readable_answer_is_refused(row: dict) -> None:
     with pytest.raises(Refused):
@@ -55,12 +60,14 @@ def test_a_row_without_a_readable_answer_is_refused(row: dict) -> None:
 
 HOSTILE = ["10**10**10", "$10^{10^{10}}$", "\\boxed{" + "(" * 500 + "1" + ")" * 500 + "}", "9" * 100_000,
            "\\boxed{" * 2000, "$" + "\\frac{1}{" * 300 + "2" + "}" * 300 + "$", "\u202e\\boxed{24}\u202c",
-           "a" * 3_000_000, "\x00\x1b[31m\\boxed{1}", "\\boxed{1000000000!}", "$\\sum_{k=1}^{10^{12}} k^{99}$", "\ud800"]
+           "a" * 3_000_000, "\x00\x1b[31m\\boxed{1}", "\\boxed{1000000000!}",
+           "$\\sum_{k=1}^{10^{12}} k^{99}$", "\ud800"]
 
 
 def test_hostile_answers_cost_their_row_alone() -> None:
     begin_s = time.monotonic()
-    rows = [{"answer": "42", "response": text} for text in HOSTILE] + [{"answer": "42", "response": "\\boxed{42}"}]
+    rows = [{"answer": "42", "response": text} for text in HOSTILE] + [{"answer": "42",
+                                                                        "response": "\\boxed{42}"}]
     with ProcessRunner(order("math", {}), 1.0, 2, ["math_verify"]) as running:
         results = running.score(rows)
     assert time.monotonic() - begin_s < 100

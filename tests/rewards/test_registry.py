@@ -63,5 +63,5 @@ def test_what_is_no_reward_is_refused(tmp_path: Path) -> None:
 def test_unknown_names_and_what_is_not_built_yet() -> None:
     with pytest.raises(UserError, match="reward 'maht': does not exist"):
         order("maht", {})
-    with pytest.raises(UserError, match="reward 'code': needs the sandbox .* not built yet"):
+    with pytest.raises(UserError, match=r"reward 'code': needs the sandbox .* not built yet"):
         order("code", {})

@@ -34,7 +34,8 @@ def test_what_stands_twice_is_no_loop_and_counts_by_its_share() -> None:
 
 
 @pytest.mark.parametrize(("text", "piece", "repeats"), [
-    ("xyabab", "ab", 2), ("abcabcabc", "abc", 3), ("abc", "", 1), ("", "", 1), ("aXbXaXbX", "aXbX", 2), ("zaaaa", "a", 4)])
+    ("xyabab", "ab", 2), ("abcabcabc", "abc", 3), ("abc", "", 1), ("", "", 1), ("aXbXaXbX", "aXbX", 2),
+    ("zaaaa", "a", 4)])
 def test_loops_are_found_with_their_period(text: str, piece: str, repeats: int) -> None:
     assert loop_at_end(text) == (piece, repeats)
 
@@ -45,7 +46,7 @@ def test_a_loop_inside_of_what_stands_twice_is_found() -> None:
 
 
 def test_repeated_n_grams_are_counted() -> None:
-    assert repeated_share("a b c a b c".split(), 2) == pytest.approx(1 - 3 / 5)
+    assert repeated_share(["a", "b", "c", "a", "b", "c"], 2) == pytest.approx(1 - 3 / 5)
     assert repeated_share(["a"], 2) == 0.0
     assert words_of("ab, 서울 กา 東京") == ["ab", ",", "서울", "ก", "า", "東", "京"]
 

@@ -33,7 +33,8 @@ def test_numbers_are_scores(given: object, reward: float) -> None:
 
 
 @pytest.mark.parametrize(("given", "reason"), [
-    (math.nan, "nan, which is no finite number"), (math.inf, "no finite number"), (10**400, "no finite number"),
+    (math.nan, "nan, which is no finite number"), (math.inf, "no finite number"),
+    (10**400, "no finite number"),
     ("1.0", "'1.0', a str, where a number belongs"), (None, "None, a NoneType"), (1j, "a complex"),
     (Score("high"), "a str"), (Decimal("1"), "a Decimal"),  # type: ignore[arg-type]
     (ZeroDivisionError("division by zero"), "ZeroDivisionError: division by zero"),
@@ -61,7 +62,8 @@ def test_a_reason_is_one_short_line() -> None:
 
 def test_components_are_plain_json() -> None:
     given = Score(1, {"nan": math.nan, "words": 3, "list": (1, 2.5), "set": {1}, 7: {"a": None}})
-    assert checked(given).components == {"nan": None, "words": 3, "list": [1, 2.5], "set": "{1}", "7": {"a": None}}
+    assert checked(given).components == {"nan": None, "words": 3, "list": [1, 2.5], "set": "{1}",
+                                         "7": {"a": None}}
 
 
 def test_two_rewards_for_one_row_are_a_failure() -> None:
@@ -71,7 +73,8 @@ def test_two_rewards_for_one_row_are_a_failure() -> None:
     assert "gave 0, then 1 for the same row under one version" in agreeing(one, other).reason
 
 
-@pytest.mark.parametrize(("row", "reason"), [({}, "has no 'answer'"), ({"answer": 4}, "answer = 4 must be text")])
+@pytest.mark.parametrize(("row", "reason"), [({}, "has no 'answer'"),
+                                             ({"answer": 4}, "answer = 4 must be text")])
 def test_a_row_without_its_field_is_refused(row: dict, reason: str) -> None:
     with pytest.raises(Refused, match=reason):
         text_of(row, "answer")

@@ -26,7 +26,8 @@ def test_choices_in_their_disguises(response: str) -> None:
 
 
 @pytest.mark.parametrize("response", [
-    "The answer is A.", "\\boxed{A} or \\boxed{C}", "B is wrong, so the answer is C", "", "Bonds", "Answer: Because",
+    "The answer is A.", "\\boxed{A} or \\boxed{C}", "B is wrong, so the answer is C", "", "Bonds",
+    "Answer: Because",
     "I do not know which of A, B, C, D it is, since all of them could be argued for at length",
     "the answer is B or C", "Answer: A, B, C, D"])
 def test_wrong_choices_and_none(response: str) -> None:
@@ -34,19 +35,25 @@ def test_wrong_choices_and_none(response: str) -> None:
 
 
 @pytest.mark.parametrize(("response", "answer"), [
-    ("so v = 3.0 m/s", "3 m/s"), ("The answer is $9.81\\,\\mathrm{m/s^{2}}$", "9.8 m/s^2"), ("\\boxed{5 km}", "5000 m"),
-    ("\\boxed{1.2\\times 10^{3}\\ \\text{J}}", "1.2 kJ"), ("Answer: 1,234.5", "1234.5"), ("\\boxed{50\\%}", "0.5 rad"),
+    ("so v = 3.0 m/s", "3 m/s"), ("The answer is $9.81\\,\\mathrm{m/s^{2}}$", "9.8 m/s^2"),
+    ("\\boxed{5 km}", "5000 m"),
+    ("\\boxed{1.2\\times 10^{3}\\ \\text{J}}", "1.2 kJ"), ("Answer: 1,234.5", "1234.5"),
+    ("\\boxed{50\\%}", "0.5 rad"),
     ("\\boxed{36 km/h}", "10 m/s"), ("\\boxed{4.18 J/(g K)}", "4180 J/(kg K)"), ("\\boxed{3}", "3 m"),
-    ("\\boxed{180^\\circ}", "3.14159 rad"), ("Answer: 6.02e23", "6.022 × 10^23"), ("\\boxed{-5 µC}", "-5e-6 C"),
-    ("\\boxed{10 meters}", "10 m"), ("\\boxed{2 N·m}", "2 J"), ("\\boxed{3 J/g/K}", "3 J/(g K)"), ("\\boxed{1 kg m s^-2}", "1 N")])
+    ("\\boxed{180^\\circ}", "3.14159 rad"), ("Answer: 6.02e23", "6.022 × 10^23"),
+    ("\\boxed{-5 µC}", "-5e-6 C"),
+    ("\\boxed{10 meters}", "10 m"), ("\\boxed{2 N·m}", "2 J"), ("\\boxed{3 J/g/K}", "3 J/(g K)"),
+    ("\\boxed{1 kg m s^-2}", "1 N")])
 def test_quantities_in_their_disguises(response: str, answer: str) -> None:
     assert right(response, answer)
 
 
 @pytest.mark.parametrize(("response", "answer"), [
     ("\\boxed{3 m}", "3 s"), ("\\boxed{3 km}", "3 m"), ("\\boxed{3.2 m}", "3 m"), ("\\boxed{-3 m}", "3 m"),
-    ("\\boxed{3 florins}", "3 m"), ("\\boxed{1e400}", "3"), ("\\boxed{10^{10^{10}}}", "3"), ("\\boxed{10**10**10}", "3"),
-    ("\\boxed{" + "9" * 490 + "}", "3"), ("\\boxed{nan}", "3"), ("\\boxed{3 or 4}", "3"), ("Answer: 3 4 5", "3")])
+    ("\\boxed{3 florins}", "3 m"), ("\\boxed{1e400}", "3"), ("\\boxed{10^{10^{10}}}", "3"),
+    ("\\boxed{10**10**10}", "3"),
+    ("\\boxed{" + "9" * 490 + "}", "3"), ("\\boxed{nan}", "3"), ("\\boxed{3 or 4}", "3"),
+    ("Answer: 3 4 5", "3")])
 def test_wrong_quantities(response: str, answer: str) -> None:
     assert not right(response, answer)
 
@@ -56,7 +63,8 @@ def test_a_unit_may_be_required() -> None:
     assert right("\\boxed{300 cm}", "3 m", unit_required=True)
 
 
-@pytest.mark.parametrize(("text", "value"), [("12", 12), ("1,000", 1000), (".5", 0.5), ("5 min", 300), ("25%", 0.25),
+@pytest.mark.parametrize(("text", "value"), [("12", 12), ("1,000", 1000), (".5", 0.5), ("5 min", 300),
+                                             ("25%", 0.25),
                                              ("3e-2 km", 30), ("x", None), ("", None), ("1" * 401, None)])
 def test_numbers_are_brought_to_si_units(text: str, value: float | None) -> None:
     read = read_quantity(text)
@@ -77,7 +85,8 @@ def test_rows_without_an_answer_are_refused(answer: object) -> None:
         Stem().score({"response": "x", "answer": answer})
 
 
-@pytest.mark.parametrize("text", ["\\boxed{" * 50_000, "answer is " * 50_000, "<answer>" * 50_000, "{" * 500_000,
+@pytest.mark.parametrize("text", ["\\boxed{" * 50_000, "answer is " * 50_000, "<answer>" * 50_000,
+                                  "{" * 500_000,
                                   "a" * 1_000_000, "정답" * 100_000])
 def test_hostile_responses_take_a_moment(text: str) -> None:
     assert not right(text, "B")

@@ -57,7 +57,8 @@ def test_a_library_that_judges_along_counts(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize(("old", "new", "same"), [
     ("  # more is right", "  # long enough", True), ('"""Return it."""', '"""Say whether."""', True),
     ('"""The most."""', '"""At most."""', True), ("\n\ndef", "\n\n\n\ndef", True),
-    ("LIMIT = 3", "LIMIT = 4", False), ("> LIMIT", ">= LIMIT", False), ("import parts", "import other", False),
+    ("LIMIT = 3", "LIMIT = 4", False), ("> LIMIT", ">= LIMIT", False),
+    ("import parts", "import other", False),
 ])
 def test_code_is_compared_without_its_words(old: str, new: str, same: bool) -> None:
     assert old in CODE
