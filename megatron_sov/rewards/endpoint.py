@@ -115,8 +115,8 @@ class Endpoint:
         """
         limits = self._limits
         if limits.max_cost and (spent := self._cache.cost()) >= limits.max_cost:
-            raise UserError(f"max_cost = {limits.max_cost:g}: the endpoint has cost {spent:.4f} so far; raise "
-                            "it and run the same command again: what is scored is kept")
+            raise UserError(f"max_cost = {limits.max_cost:g}: the endpoint has cost {spent:.4f} so far; "
+                            "raise it and run the same command again: what is scored is kept")
         if not limits.requests_per_minute:
             return
         with self._lock:

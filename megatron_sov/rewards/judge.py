@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from megatron_sov.rewards.conversation import told
 from megatron_sov.rewards.endpoint import BadAnswer, Endpoint, Limits
 from megatron_sov.rewards.endpoint_cache import EndpointCache
 from megatron_sov.rewards.format import json_of
@@ -109,7 +110,7 @@ class Judge:
         if len(response) > self.max_chars:
             raise Refused(f"response has {len(response):,} characters; the judge reads at most "
                           f"{self.max_chars:,}")
-        prompt, response = _sound(_told(row)), _sound(response)
+        prompt, response = _sound(told(row)), _sound(response)
         if self.kind == "reward-model":
             messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
             value = self._asked.ask({"model": self.model, "messages": messages}, _pooled)
@@ -159,19 +160,6 @@ class Judge:
             raise BadAnswer(f"the judge gave no score from {self.min_score:g} to {self.max_score:g}")
         reason = found.get("reason")
         return float(value), reason if isinstance(reason, str) else ""
-
-
-def _told(row: Row) -> str:
-    """Return what was asked: a prompt's text, or its messages with their roles.
-
-    Raises:
-        Refused: there is neither.
-    """
-    prompt = row.get("prompt")
-    if isinstance(prompt, list) and prompt and all(
-            isinstance(m, dict) and isinstance(m.get("content"), str) for m in prompt):
-        return "\n\n".join(f"[{m.get('role', 'user')}]\n{m['content']}" for m in prompt)
-    return text_of(row, "prompt")
 
 
 def _sound(text: str) -> str:

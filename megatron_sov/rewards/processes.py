@@ -19,10 +19,10 @@ from collections.abc import Sequence
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from megatron_sov.errors import UserError
-from megatron_sov.rewards.registry import Order, make
+from megatron_sov.rewards.registry import Order, build
 from megatron_sov.rewards.reward import Result, Row, agreeing, judged
 
 TIME_LIMIT_S = 30.0
@@ -168,7 +168,7 @@ def _work(pipe: connection.Connection, asked: Order) -> None:
     if sys.platform == "linux":  # the server that forked this one ends with the command
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     try:
-        reward: Any = make(asked).reward
+        reward = build(asked)
         if hasattr(reward, "prepare"):
             reward.prepare()
     except UserError as e:

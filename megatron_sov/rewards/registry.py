@@ -20,6 +20,7 @@ BUILT_IN: dict[str, tuple[str, str]] = {
     "math": ("megatron_sov.rewards.math_answers", "Math"),
     "stem": ("megatron_sov.rewards.stem", "Stem"),
     "ifeval": ("megatron_sov.rewards.ifeval", "IfEval"),
+    "classifier": ("megatron_sov.rewards.classifier", "Classifier"),
     "composed": ("megatron_sov.rewards.composed", "Composed"),
     "judge": ("megatron_sov.rewards.judge", "Judge"),
     "format": ("megatron_sov.rewards.format", "Format"),
@@ -88,18 +89,29 @@ def make(asked: Order) -> Made:
     Raises:
         UserError: a setting does not exist, has the wrong type or breaks a rule; all of them are named.
     """
-    made, files = _class(asked)
-    settings = _settings(asked, made)
-    reward = made(**settings)
-    problems = reward.problems() if hasattr(reward, "problems") else []
-    if problems:
-        raise UserError(list_problems(f"reward {asked.name}", problems))
+    reward, settings, files = _built(asked)
     if not hasattr(reward, "orders"):
         return Made(reward, version_of(reward, settings_of(reward, settings), files))
     orders = {name: order(*wanted) for name, wanted in reward.orders().items()}
     parts = {name: (wanted, make(wanted)) for name, wanted in orders.items()}
     versions = {name: part.version for name, (_, part) in parts.items()}
     return Made(reward, version_of(reward, reward.judging(versions), files), parts)
+
+
+def build(asked: Order) -> Any:
+    """Return the reward of an order without its version, as a process that judges needs it; raises as `make`."""
+    return _built(asked)[0]
+
+
+def _built(asked: Order) -> tuple[Any, dict[str, Any], dict[str, str] | None]:
+    """Return a reward, its settings, and the hashes of its files where it is not built in."""
+    made, files = _class(asked)
+    settings = _settings(asked, made)
+    reward = made(**settings)
+    problems = reward.problems() if hasattr(reward, "problems") else []
+    if problems:
+        raise UserError(list_problems(f"reward {asked.name}", problems))
+    return reward, settings, files
 
 
 def _class(asked: Order) -> tuple[type[Any], dict[str, str] | None]:

@@ -40,6 +40,7 @@ def version_of(reward: Any, settings: Mapping[str, Any], files: Mapping[str, str
     what = {"class": made.__qualname__,
             "code": dict(files) if files is not None else code_of(made.__module__),
             "libraries": libraries, "unicode": unicodedata.unidata_version,
+            "inputs": reward.inputs() if hasattr(reward, "inputs") else {},
             "settings": {name: value for name, value in settings.items()
                          if name not in operational(made)}}
     text = json.dumps(what, sort_keys=True, default=_as_json)
