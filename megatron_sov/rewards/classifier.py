@@ -51,7 +51,8 @@ class Classifier:
 
     def inputs(self) -> dict[str, str]:
         """Return file -> digest of the model: other weights are another reward."""
-        files = sorted(p for p in Path(self.folder).iterdir() if p.suffix in (".json", ".safetensors", ".jinja"))
+        files = sorted(p for p in Path(self.folder).iterdir()
+                       if p.suffix in (".json", ".safetensors", ".jinja"))
         return {file.name: file_digest(file) for file in files}
 
     def prepare(self) -> None:

@@ -99,7 +99,7 @@ def make(asked: Order) -> Made:
 
 
 def build(asked: Order) -> Any:
-    """Return the reward of an order without its version, as a process that judges needs it; raises as `make`."""
+    """Return the reward of an order without its version, for a process that judges; raises as `make` does."""
     return _built(asked)[0]
 
 
