@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 from urllib.parse import urlsplit
 
 from megatron_sov.rewards.conversation import told
@@ -146,7 +146,9 @@ class Judge:
     def _graded(self, answer: Any) -> tuple[float, str]:
         """Return score and reason of a chat completion."""
         choice = _only(answer, "choices")
-        message = choice.get("message") if isinstance(choice.get("message"), dict) else {}
+        message = choice.get("message")
+        if not isinstance(message, dict):
+            raise BadAnswer("the judge's answer has no message")
         if choice.get("finish_reason") == "content_filter" or message.get("refusal"):
             raise Refused("the judge declines to look at this row")
         if choice.get("finish_reason") == "length":
@@ -155,7 +157,8 @@ class Judge:
         if not isinstance(content, str):
             raise BadAnswer("the judge's answer has no text")
         found = json_of(content.rpartition(THINKING_END)[2].strip()) if len(content) < 100_000 else None
-        value = found.get("score") if isinstance(found, dict) else None
+        found = found if isinstance(found, dict) else {}
+        value = found.get("score")
         if not _is_number(value) or not self.min_score <= value <= self.max_score:
             raise BadAnswer(f"the judge gave no score from {self.min_score:g} to {self.max_score:g}")
         reason = found.get("reason")
@@ -185,5 +188,5 @@ def _pooled(answer: Any) -> float:
     return float(value)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -109,7 +109,7 @@ def _unit(text: str) -> tuple[float, Dimension] | None:
     text = re.sub(r"\s*([*/])\s*", r"\1", text.replace("·", "*"))
     text = re.sub(r"/\(([^()]*)\)", lambda below: "/" + re.sub(r"[\s*]+", "/", below[1].strip()), text)
     text = text.replace("(", "").replace(")", "")
-    factor, dimension, place = 1.0, (0.0,) * 6, 0
+    factor, dimension, place = 1.0, [0.0] * 6, 0
     while place < len(text):
         part = _FACTOR.match(text, place)
         if part is None:
@@ -122,7 +122,7 @@ def _unit(text: str) -> tuple[float, Dimension] | None:
             return None
         exponent = float(part[3] or 1) * (-1 if part[1] == "/" else 1)
         factor *= single[0] ** exponent
-        dimension = tuple(a + b * exponent for a, b in zip(dimension, single[1], strict=True))
+        dimension = [a + b * exponent for a, b in zip(dimension, single[1], strict=True)]
         place = part.end()
     a, b, c, d, e, f = dimension
     return factor, (a, b, c, d, e, f)

@@ -72,8 +72,9 @@ def _golds(row: Row) -> list[str]:
         Refused: there are none, or something else than text.
     """
     answer = row.get("answer")
-    golds = answer if isinstance(answer, list) else [answer]
-    if not golds or not all(isinstance(gold, str) and gold.strip() for gold in golds):
+    given = answer if isinstance(answer, list) else [answer]
+    golds = [gold for gold in given if isinstance(gold, str) and gold.strip()]
+    if not golds or len(golds) < len(given):
         raise Refused(f"answer = {told_short(answer)} must be text, or a list of texts" if "answer" in row
                       else "has no 'answer'")
     return golds
