@@ -78,7 +78,7 @@ def _parsed(raw: bytes) -> Row | str:
     if "response" not in row:
         return "has no 'response'"
     if not isinstance(row["response"], str):
-        return f"response is a {type(row['response']).__name__}, and must be text"
+        return f"response is of type {type(row['response']).__name__}, and must be text"
     return row
 
 
