@@ -47,12 +47,15 @@ EXTRAS = {
     # Needs a CUDA toolchain and --no-build-isolation: docs/install.md.
     "gpu": ["transformer-engine[pytorch,core-cu13]==2.20.2"],
     "rollout": ["vllm"],
+    "rl": ["math-verify==0.9.0", "latex2sympy2_extended[antlr4_13_2]==1.11.0"],
+    "judge": ["httpx>=0.27"],
     "omni": ["pillow", "soundfile"],
     "sentencepiece": ["sentencepiece>=0.2", "protobuf"],
     "dev": [
         "pytest>=8", "pytest-xdist", "hypothesis", "allpairspy", "ruff", "mypy", "setuptools>=77",
         "sentencepiece>=0.2", "protobuf", "tensorboard", "wandb", "types-tqdm", "types-psutil",
         "peft>=0.21.2",
+        "math-verify==0.9.0", "latex2sympy2_extended[antlr4_13_2]==1.11.0", "httpx>=0.27",
     ],
 }
 

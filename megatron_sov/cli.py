@@ -49,6 +49,8 @@ COMMANDS = {
                         "continue prompts with a checkpoint or a Hugging Face folder"),
     "eval": Command("megatron_sov.commands.eval",
                     "ppl, needle, bigram, logits: judge a checkpoint or a Hugging Face folder"),
+    "score": Command("megatron_sov.commands.score",
+                     "give answers rewards: verifiers, rules and judges over a file of rows"),
     "submit": Command("megatron_sov.commands.submit",
                       "submit a stage or a chain of stages to a Slurm cluster"),
     "status": Command("megatron_sov.commands.status",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-Kind = Literal["recipe", "model family", "objective", "data step"]
+Kind = Literal["recipe", "model family", "objective", "data step", "reward"]
 
 
 @dataclass(frozen=True)

@@ -97,10 +97,10 @@ class Trainer:
             waiting=lambda: self.guards.watchdog.paused()))
         self.guards = Guards(config.guards, world, folder.path, faults, self.recorder.hang,
                              losses_compare=is_comparable(self.objective))
+        parts: dict[str, Any] = {"guard": self.guards.step_guard, **parts_of(self.objective)}
         self.checkpointer = Checkpointer(
             config, folder, sources, self.model, self.optimizer, self.batches,
-            {"guard": self.guards.step_guard, **parts_of(self.objective)}
-            | ({"gate": gate} if gate is not None else {}), self._note_saved)
+            parts | ({"gate": gate} if gate is not None else {}), self._note_saved)
         self.computation = Computation(config, self.model, self.optimizer, self.expert_load, len(sources),
                                        self.guards.faults, self.guards.stragglers.clock)
         self.side_jobs: SideJobs | None = None

@@ -1,0 +1,69 @@
+"""`megatron-sov score --reward NAME --input ROWS.jsonl --output OUT.jsonl`: answers to rewards."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from megatron_sov.documents.visible import visible
+from megatron_sov.errors import UserError
+from megatron_sov.obs.work_bar import work_bar
+from megatron_sov.outputs import check_output
+from megatron_sov.rewards.registry import BUILT_IN, make, order
+from megatron_sov.rewards.rows import check_rows
+from megatron_sov.rewards.running import default_workers
+from megatron_sov.rewards.scoring import MAX_TOLD, Summary, score_file
+from megatron_sov.rewards.settings import parse_settings
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `megatron-sov score`."""
+    parser.add_argument("--reward", required=True, metavar="NAME",
+                        help=f"{', '.join(BUILT_IN)}, or a class of your own, FILE.py:NAME")
+    parser.add_argument("--input", type=Path, required=True, metavar="ROWS.jsonl",
+                        help="a JSON object per line, with `response` and what the reward needs")
+    parser.add_argument("--output", type=Path, required=True, metavar="OUT.jsonl",
+                        help="the same rows with reward, status, components, reason, reward_version")
+    parser.add_argument("--set", action="append", default=[], dest="settings", metavar="key=value",
+                        help="a setting of the reward, e.g. max_length=4096; may be repeated")
+    parser.add_argument("--workers", type=int, default=default_workers(), metavar="N",
+                        help="processes that judge (default: one for each core)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Score all rows; the output appears when all are there; the same command continues a killed one.
+
+    Raises:
+        UserError: no such reward or setting, bad rows, or nothing can be written there.
+    """
+    if args.workers < 1:
+        raise UserError(f"--workers {args.workers}: must be at least 1")
+    asked = order(args.reward, parse_settings(args.settings))
+    made = make(asked)
+    check_output("--output", args.output)
+    if args.output.exists() and args.input.exists() and os.path.samefile(args.input, args.output):
+        raise UserError(f"--output {args.output}: is the --input; name another file")
+    num_rows = check_rows(args.input)
+    with work_bar("score", num_rows, "row") as bar:
+        summary = score_file(asked, made, args.input, args.output, args.workers, bar.update)
+    tell(summary, args.reward, made.version, args.output)
+    return 0
+
+
+def tell(summary: Summary, name: str, version: str, output: Path) -> None:
+    """Say what became of the rows, and why some have no reward."""
+    if summary.num_kept:
+        print(f"{summary.num_kept:,} rows were scored by an earlier command and are kept")
+    for text in summary.told:
+        print(visible(text), file=sys.stderr)
+    if summary.num_second:
+        others = summary.disagreements
+        lines = ", ".join(map(str, others[:MAX_TOLD])) + (", ..." if len(others) > MAX_TOLD else "")
+        print(f"second opinion: {len(others):,} of {summary.num_second:,} rows disagree"
+              + (f" (lines {lines})" if lines else ""))
+    scored = summary.statuses["scored"]
+    mean = f", mean reward {summary.reward_sum / scored:.4f}" if scored else ""
+    counts = ", ".join(f"{count:,} {status}" for status, count in sorted(summary.statuses.items())) or "0"
+    print(f"{output}: {name} {version}: {counts} rows{mean}")

@@ -1,0 +1,90 @@
+"""A reward model on this machine: a Hugging Face sequence classifier.
+
+torch is imported where the model is loaded, in the process that judges: the command, and the server that its
+processes are forked from, stay without it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_sov.digests import file_digest
+from megatron_sov.rewards.conversation import messages_of
+from megatron_sov.rewards.reward import Refused, Row, Score, text_of
+
+_LOADED: dict[tuple[str, str], Any] = {}
+"""(folder, device) -> tokenizer and model of this process."""
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """The classifier's number: its logit, or the probability of a label where it has several."""
+
+    LIBRARIES = ("transformers", "torch")
+    MAX_WORKERS = 1
+    MAX_MEMORY_BYTES = 0
+
+    folder: str
+    """Hugging Face folder with safetensors and a tokenizer that has a chat template."""
+    label: int = 0
+    """Which of several labels counts."""
+    device: str = "cpu"
+    """Or cuda."""
+    max_tokens: int = 16_384
+    """A longer conversation is refused."""
+    time_limit_s: float = 120.0
+    """For a row."""
+
+    def problems(self) -> list[str]:
+        """Return one sentence for every rule that these settings break."""
+        p = [f"{name} = {value} must be positive" for name, value in (
+            ("max_tokens", self.max_tokens), ("time_limit_s", self.time_limit_s)) if not value > 0]
+        if not (Path(self.folder) / "config.json").is_file():
+            p.append(f"folder = {self.folder}: has no config.json; name a folder of a sequence classifier")
+        if importlib.util.find_spec("torch") is None:
+            p.append("torch is not installed; pip install megatron-sov")
+        return p
+
+    def inputs(self) -> dict[str, str]:
+        """Return file -> digest of the model: other weights are another reward."""
+        files = sorted(p for p in Path(self.folder).iterdir()
+                       if p.suffix in (".json", ".safetensors", ".jinja"))
+        return {file.name: file_digest(file) for file in files}
+
+    def prepare(self) -> None:
+        """Load the model."""
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        if (self.folder, self.device) not in _LOADED:
+            tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+            model = AutoModelForSequenceClassification.from_pretrained(self.folder, local_files_only=True,
+                                                                       use_safetensors=True)
+            _LOADED[self.folder, self.device] = tokenizer, model.eval().to(self.device)
+
+    def score(self, row: Row) -> Score:
+        """Return the number of the conversation of the row's prompt and response.
+
+        Raises:
+            Refused: the row has no prompt, or is longer than `max_tokens`.
+        """
+        import torch
+
+        tokenizer, model = _LOADED[self.folder, self.device]
+        messages = [*messages_of(row), {"role": "assistant", "content": text_of(row, "response")}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(ids) > self.max_tokens:
+            raise Refused(f"has {len(ids):,} tokens; at most {self.max_tokens:,} are read (max_tokens)")
+        with torch.inference_mode():
+            logits = model(torch.tensor([ids], device=self.device)).logits[0].float().tolist()
+        if len(logits) == 1:
+            return Score(logits[0], {"logit": logits[0]})
+        if not 0 <= self.label < len(logits):
+            raise Refused(f"label = {self.label}: the classifier has labels 0 to {len(logits) - 1}")
+        most = max(logits)
+        shares = [math.exp(x - most) for x in logits]
+        return Score(shares[self.label] / sum(shares), {"logit": logits[self.label]})

@@ -1,0 +1,88 @@
+"""What endpoints have answered, by the hash of what was asked, and what it has cost: one SQLite file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_sov.errors import UserError
+
+_TABLES = """
+CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS requests (time_s REAL, key TEXT, outcome TEXT, input_tokens INTEGER,
+                                     output_tokens INTEGER, cost REAL);
+"""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a request was billed for."""
+
+    input_tokens: int
+    """Tokens that were read."""
+    output_tokens: int
+    """Tokens that were written."""
+    cost: float
+    """In the currency of the prices."""
+
+
+class EndpointCache:
+    """Answers and costs in a file, from any thread and several processes.
+
+    Args:
+        path: the file; made where it is missing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._lock = path, threading.Lock()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._connection = sqlite3.connect(path, timeout=60, check_same_thread=False,
+                                               isolation_level=None)
+            self._connection.executescript(_TABLES)
+        except (OSError, sqlite3.Error) as e:
+            raise UserError(f"cache = {path}: is no cache that can be used ({e}); name another "
+                            "file") from None
+
+    @staticmethod
+    def key(url: str, payload: Mapping[str, Any]) -> str:
+        """Return the hash of what is asked, and where."""
+        text = json.dumps([url, payload], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def get(self, key: str) -> Any | None:
+        """Return a kept answer; None where there is none."""
+        found = self._do("SELECT answer FROM answers WHERE key = ?", (key,))
+        return json.loads(found[0][0]) if found else None
+
+    def put(self, key: str, answer: Any) -> None:
+        """Keep an answer."""
+        self._do("INSERT OR REPLACE INTO answers VALUES (?, ?)", (key, json.dumps(answer)))
+
+    def note(self, key: str, outcome: str, usage: Usage) -> None:
+        """Note a request and what it was billed for, whatever came back."""
+        self._do("INSERT INTO requests VALUES (?, ?, ?, ?, ?, ?)",
+                 (time.time(), key, outcome, usage.input_tokens, usage.output_tokens, usage.cost))
+
+    def cost(self) -> float:
+        """Return what all requests on record have cost."""
+        return float(self._do("SELECT coalesce(sum(cost), 0) FROM requests", ())[0][0])
+
+    def num_requests(self) -> int:
+        """Return how many requests are on record."""
+        return int(self._do("SELECT count(*) FROM requests", ())[0][0])
+
+    def _do(self, statement: str, values: tuple[Any, ...]) -> list[Any]:
+        try:
+            with self._lock:
+                return self._connection.execute(statement, values).fetchall()
+        except sqlite3.Error as e:
+            raise UserError(f"cache = {self._path}: cannot be used ({e}); free some space, or name another "
+                            "file, and run the same command again") from None

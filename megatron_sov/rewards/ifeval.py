@@ -1,0 +1,88 @@
+"""Instruction following: whether a response does what its checkable instructions ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_sov.errors import nearest
+from megatron_sov.rewards.instruction_checks import CHECKS
+from megatron_sov.rewards.reward import Refused, Row, Score, text_of, told_short
+
+MAX_CHARS = 400_000
+"""Of a longer response nothing is checked: patterns over it would take long."""
+
+
+@dataclass(frozen=True)
+class IfEval:
+    """1 where all instructions are followed, else 0; or the share of them."""
+
+    LIBRARIES = ("langdetect",)
+
+    all_or_nothing: bool = True
+    """IFEval's accuracy per prompt; without, per instruction."""
+    loose: bool = False
+    """IFEval's loose accuracy: a first or last line, or asterisks, may be in the way."""
+
+    def score(self, row: Row) -> Score:
+        """Return whether the response follows the row's `instructions`."""
+        response = text_of(row, "response")
+        if len(response) > MAX_CHARS:
+            raise Refused(f"response has {len(response):,} characters; at most {MAX_CHARS:,} are checked")
+        asked = instructions_of(row)
+        texts = loosened(response) if self.loose else [response]
+        followed = [any(text.strip() and checked(name, text, arguments) for text in texts)
+                    for name, arguments in asked]
+        share = sum(followed) / len(followed)
+        components = {f"{i}:{name}": done for i, ((name, _),
+                                                  done) in enumerate(zip(asked, followed, strict=True))}
+        return Score(float(share == 1) if self.all_or_nothing else share, components)
+
+
+def instructions_of(row: Row) -> list[tuple[str, dict[str, Any]]]:
+    """Return (name, arguments) of a row's instructions: objects with `id` and the arguments beside it, or the
+    columns of google/IFEval, `instruction_id_list` and `kwargs`.
+
+    Raises:
+        Refused: there are none, or one is not known.
+    """
+    given = row.get("instructions")
+    if given is None and isinstance(row.get("instruction_id_list"), list):
+        names, arguments = row["instruction_id_list"], row.get("kwargs")
+        if not isinstance(arguments, list) or len(arguments) != len(names):
+            raise Refused("kwargs must be a list as long as instruction_id_list")
+        given = [{**kwargs, "id": name} if isinstance(kwargs, Mapping) else name
+                 for name, kwargs in zip(names, arguments, strict=True)]
+    if not isinstance(given, list) or not given:
+        raise Refused(f"instructions = {told_short(given)} must be a list of objects with an id")
+    return [_instruction(item) for item in given]
+
+
+def _instruction(item: Any) -> tuple[str, dict[str, Any]]:
+    name = item.get("id") if isinstance(item, Mapping) else None
+    if not isinstance(name, str) or name not in CHECKS:
+        raise Refused(f"instruction {told_short(name or item)} is not known{nearest(str(name), CHECKS)}")
+    # the data set's table has a column for each argument of any instruction, empty for all others
+    return name, {key: value for key, value in item.items() if key not in ("id",
+                                                                           "prompt") and value is not None}
+
+
+def checked(name: str, text: str, arguments: Mapping[str, Any]) -> bool:
+    """Return whether a text follows an instruction.
+
+    Raises:
+        Refused: the arguments are not those of the instruction.
+    """
+    try:
+        return CHECKS[name](text, **arguments)
+    except (TypeError, AttributeError) as e:
+        raise Refused(f"instruction {name}: takes other arguments than {told_short(dict(arguments))} "
+                      f"({e})") from None
+
+
+def loosened(response: str) -> list[str]:
+    """Return a response as it is, without its first line, its last, both; and each without asterisks."""
+    lines = response.split("\n")
+    texts = [response, *("\n".join(part).strip() for part in (lines[1:], lines[:-1], lines[1:-1]))]
+    return [*texts, *(text.replace("*", "") for text in texts)]

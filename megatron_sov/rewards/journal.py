@@ -1,0 +1,112 @@
+"""What is scored so far: rows in order in a folder beside the output, which they become when all are there.
+
+A killed command leaves the folder; the same command goes on behind its last whole row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_sov.artifacts import atomic_write, disk_errors, fsync_path
+from megatron_sov.errors import UserError
+from megatron_sov.file_locks import holds
+
+IDENTITY, ROWS = "identity.json", "rows.jsonl"
+
+
+class Journal:
+    """Rows that are done, kept until all are.
+
+    Args:
+        folder: where.
+        output: the file that they become.
+        num_done: rows that are there already.
+    """
+
+    def __init__(self, folder: Path, output: Path, num_done: int) -> None:
+        self._folder, self._output, self.num_done = folder, output, num_done
+        self._file = open(folder / ROWS, "ab")  # noqa: SIM115  (closed by `opened`)
+
+    def add(self, lines: list[bytes]) -> None:
+        """Keep the next rows; a kill behind this loses none of them."""
+        with disk_errors(self._output):
+            self._file.writelines(lines)
+            self._file.flush()
+        self.num_done += len(lines)
+
+    def publish(self) -> None:
+        """Make the rows the output, in one step, and remove the folder."""
+        with disk_errors(self._output):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            os.replace(self._folder / ROWS, self._output)
+            fsync_path(self._output.parent)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def close(self) -> None:
+        """Close the file."""
+        with contextlib.suppress(OSError):  # a full disk was told by `add`
+            self._file.close()
+
+
+def folder_of(output: Path) -> Path:
+    """Return the folder of an output's journal."""
+    return output.with_name(f".{output.name}.scoring")
+
+
+@contextlib.contextmanager
+def opened(output: Path, identity: dict[str, Any]) -> Iterator[Journal]:
+    """Open the journal of an output as a context: of a killed command of the same identity, or a new one.
+
+    Args:
+        output: the file to make.
+        identity: what the rows depend on; another one begins anew.
+
+    Raises:
+        UserError: another process writes it now, or nothing can be written there.
+    """
+    folder = folder_of(output)
+    with disk_errors(output):
+        folder.mkdir(parents=True, exist_ok=True)
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        if holds(fd) is False:
+            raise UserError(f"--output {output}: is being written by another process ({folder} is held); "
+                            "wait for it, or name another file")
+        if _identity(folder) != identity:
+            (folder / ROWS).unlink(missing_ok=True)
+            atomic_write(folder / IDENTITY, json.dumps(identity))
+        journal = Journal(folder, output, _whole_rows(folder / ROWS))
+        try:
+            yield journal
+        finally:
+            journal.close()
+    finally:
+        os.close(fd)
+
+
+def _identity(folder: Path) -> Any:
+    try:
+        return json.loads((folder / IDENTITY).read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def _whole_rows(path: Path) -> int:
+    """Return how many whole rows a file has; what a kill left of the next one is cut off."""
+    if not path.exists():
+        return 0
+    num_rows = end = place = 0
+    with open(path, "r+b") as f:
+        for line in f:
+            place += len(line)
+            if line.endswith(b"\n"):
+                num_rows, end = num_rows + 1, place
+        f.truncate(end)
+    return num_rows

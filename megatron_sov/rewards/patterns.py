@@ -1,0 +1,56 @@
+"""Regular expressions with a limit of time: a user's pattern over a model's response may take for ever.
+
+`regex` stops in the middle of a match, which the standard library's `re` cannot.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import regex
+
+TIME_LIMIT_S = 2.0
+"""Per search; a sound pattern takes milliseconds over a megabyte."""
+
+
+@lru_cache(maxsize=4096)
+def _compiled(pattern: str, flags: int) -> Any:
+    return regex.compile(pattern, flags)
+
+
+def problem(pattern: str) -> str:
+    """Return what is wrong with a pattern, or an empty text."""
+    try:
+        _compiled(pattern, 0)
+    except (regex.error, RecursionError, OverflowError) as e:
+        return str(e) or type(e).__name__
+    return ""
+
+
+def search(pattern: str, text: str, flags: int = 0) -> Any:
+    """Return the first match, or None.
+
+    Raises:
+        TimeoutError: it takes longer than `TIME_LIMIT_S`.
+    """
+    return _limited(_compiled(pattern, flags).search, pattern, text)
+
+
+def fullmatch(pattern: str, text: str, flags: int = 0) -> Any:
+    """Return the match of a whole text, or None; raises as `search` does."""
+    return _limited(_compiled(pattern, flags).fullmatch, pattern, text)
+
+
+def findall(pattern: str, text: str, flags: int = 0) -> list[Any]:
+    """Return all matches as `re.findall` does; raises as `search` does."""
+    return list(_limited(_compiled(pattern, flags).findall, pattern, text))
+
+
+def _limited(action: Any, pattern: str, text: str) -> Any:
+    try:
+        return action(text, timeout=TIME_LIMIT_S)
+    except TimeoutError:
+        shown = pattern if len(pattern) <= 80 else f"{pattern[:77]}..."
+        raise TimeoutError(f"the pattern {shown!r} takes longer than {TIME_LIMIT_S:g} s over this response; "
+                           "write it without nested repetitions") from None

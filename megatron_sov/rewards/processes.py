@@ -1,0 +1,195 @@
+"""Rewards in processes of their own, each row with a limit of time and memory: one that hangs, or a response
+that makes a verifier eat the machine, costs its row and nothing else.
+
+The processes are forks of a small server that has imported the reward and nothing else, so that one that was
+ended is replaced in a moment, and no thread of a caller's library is ever forked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import multiprocessing
+import resource
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from multiprocessing import connection
+from multiprocessing.process import BaseProcess
+from types import TracebackType
+from typing import Self
+
+from megatron_sov.errors import UserError
+from megatron_sov.rewards.registry import Order, build
+from megatron_sov.rewards.reward import Result, Row, agreeing, judged
+
+TIME_LIMIT_S = 30.0
+"""Per row, where a reward has no setting `time_limit_s`."""
+START_LIMIT_S = 120.0
+"""For a process to import and make its reward."""
+MAX_MEMORY_BYTES = 4 << 30
+"""Of address space per process, where a reward has no `MAX_MEMORY_BYTES`."""
+CHECKED_TWICE, EVERY = 32, 32
+"""The first rows, and one of so many behind them, are judged twice: a reward must not change by itself."""
+AGAIN = None
+"""What a process sends between the two times that it judges a row: each has the whole time."""
+_PR_SET_PDEATHSIG = 1
+
+
+class ProcessRunner:
+    """A reward in `workers` processes; a context, since processes have to end.
+
+    Args:
+        asked: which reward.
+        time_limit_s: for a row.
+        workers: processes.
+        modules: what the reward needs and can be found by name; imported once for all processes.
+    """
+
+    def __init__(self, asked: Order, time_limit_s: float, workers: int, modules: Sequence[str] = ()) -> None:
+        self._asked, self._time_limit_s = asked, time_limit_s
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload([__name__, *modules])
+        self._slots: list[_Slot] = []
+        self._workers, self._num_seen = workers, 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        for slot in self._slots:
+            slot.end()
+        self._slots.clear()
+
+    def score(self, rows: Sequence[Row]) -> list[Result]:
+        """Return the results of rows, in their order.
+
+        Raises:
+            UserError: processes of this reward cannot be started.
+        """
+        results: dict[int, Result] = {}
+        waiting = deque(range(len(rows)))
+        while len(self._slots) < min(self._workers, len(rows)):
+            self._slots.append(self._start())
+        while len(results) < len(rows):
+            for slot in self._slots:
+                if slot.ready and slot.index is None and waiting:
+                    self._give(slot, waiting.popleft(), rows)
+            self._wait()
+            for i, slot in enumerate(self._slots):
+                result = slot.take()
+                if result is not None and slot.index is not None:
+                    results[slot.index], slot.index = result, None
+                if slot.gone:
+                    slot.end()
+                    self._slots[i] = self._start()
+        self._num_seen += len(rows)
+        return [results[i] for i in range(len(rows))]
+
+    def _start(self) -> _Slot:
+        here, there = self._context.Pipe()
+        process = self._context.Process(target=_work, args=(there, self._asked), daemon=True)
+        process.start()
+        there.close()
+        return _Slot(process, here, time.monotonic() + START_LIMIT_S)
+
+    def _give(self, slot: _Slot, index: int, rows: Sequence[Row]) -> None:
+        place = self._num_seen + index
+        twice = place < CHECKED_TWICE or place % EVERY == 0
+        slot.index, slot.limit_s = index, self._time_limit_s
+        slot.deadline_s = time.monotonic() + self._time_limit_s
+        with contextlib.suppress(OSError):  # it has just ended, which `take` finds out
+            slot.pipe.send((dict(rows[index]), twice))
+
+    def _wait(self) -> None:
+        """Wait until a process has answered or ended, or is overdue."""
+        busy = [slot for slot in self._slots if slot.index is not None or not slot.ready]
+        left_s = min((slot.deadline_s for slot in busy), default=0.0) - time.monotonic()
+        connection.wait([slot.pipe for slot in busy], timeout=max(left_s, 0.0))
+
+
+class _Slot:
+    """A process and what it works on."""
+
+    def __init__(self, process: BaseProcess, pipe: connection.Connection, deadline_s: float) -> None:
+        self.process, self.pipe, self.deadline_s = process, pipe, deadline_s
+        self.index: int | None = None
+        self.limit_s = START_LIMIT_S
+        self.ready = self.gone = False
+
+    def take(self) -> Result | None:
+        """Return the result of the row that it was given, where there is one now."""
+        if self.index is None and self.ready:
+            return None
+        try:
+            if self.pipe.poll():
+                message = self.pipe.recv()
+                if not self.ready:
+                    self._begin(message)
+                elif message is AGAIN:
+                    self.deadline_s = time.monotonic() + self.limit_s
+                else:
+                    return message
+                return None
+        except (EOFError, OSError):
+            self.process.join(timeout=5)
+            self.gone = True
+            if not self.ready:
+                raise UserError(f"a process of the reward ended while it started (exit code "
+                                f"{self.process.exitcode}); see what it wrote above") from None
+            return Result(None, "failed", {}, f"the process that judged it ended (exit code "
+                                              f"{self.process.exitcode})")
+        if time.monotonic() < self.deadline_s:
+            return None
+        self.gone = True
+        if not self.ready:
+            raise UserError(f"a process of the reward has not started within {START_LIMIT_S:g} s; "
+                            "give the machine less to do, or look at what the reward does when it is made")
+        return Result(None, "timeout", {}, f"took longer than {self.limit_s:g} s")
+
+    def _begin(self, problem: str) -> None:
+        if problem:
+            raise UserError(problem)
+        self.ready = True
+
+    def end(self) -> None:
+        """End the process, whatever it does."""
+        self.process.kill()
+        self.process.join()
+        self.pipe.close()
+
+
+def _work(pipe: connection.Connection, asked: Order) -> None:
+    """Make the reward, then judge what comes until the pipe is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command ends its processes itself
+    if sys.platform == "linux":  # the server that forked this one ends with the command
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    try:
+        reward = build(asked)
+        if hasattr(reward, "prepare"):
+            reward.prepare()
+    except UserError as e:
+        pipe.send(str(e))
+        return
+    _limit_memory(getattr(reward, "MAX_MEMORY_BYTES", MAX_MEMORY_BYTES))
+    pipe.send("")
+    while True:
+        try:
+            row, twice = pipe.recv()
+        except EOFError:
+            return
+        result = judged(reward, row)
+        if twice and result.status == "scored":
+            pipe.send(AGAIN)
+            result = agreeing(result, judged(reward, row))
+        pipe.send(result)
+
+
+def _limit_memory(limit_bytes: int) -> None:
+    """Let this process ask for no more memory than that, where a limit of the machine's is not lower."""
+    hard_bytes = resource.getrlimit(resource.RLIMIT_AS)[1]
+    if limit_bytes and (hard_bytes == resource.RLIM_INFINITY or hard_bytes > limit_bytes):
+        resource.setrlimit(resource.RLIMIT_AS, (limit_bytes, hard_bytes))

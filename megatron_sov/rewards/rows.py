@@ -1,0 +1,96 @@
+"""Rows of answers: read from JSON lines, each checked before the work; written with their rewards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_sov.errors import UserError, list_problems
+from megatron_sov.rewards.reward import Result, Row
+
+MAX_LINE_BYTES = 64 << 20
+"""Of a row; a longer line is no answer but a file that lost its line ends."""
+MAX_TOLD = 10
+"""Bad rows that are named."""
+
+
+def check_rows(path: Path) -> int:
+    """Return how many rows a file has.
+
+    Raises:
+        UserError: it cannot be read, has no rows, or bad ones: the first are named by line.
+    """
+    problems: list[str] = []
+    num_rows = num_bad = 0
+    for line, row in _lines(path):
+        num_rows += 1
+        if isinstance(row, str):
+            num_bad += 1
+            if len(problems) < MAX_TOLD:
+                problems.append(f"line {line}: {row}")
+    if num_bad > MAX_TOLD:
+        problems.append(f"and {num_bad - MAX_TOLD} more")
+    if problems:
+        raise UserError(list_problems(f"--input {path}", problems, "mend or remove these lines"))
+    if not num_rows:
+        raise UserError(f"--input {path}: has no rows; each line is a JSON object with a text `response`")
+    return num_rows
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
+    """Yield (line, row) of a file that `check_rows` has passed."""
+    for line, row in _lines(path):
+        if isinstance(row, str):
+            raise UserError(f"--input {path}: line {line}: {row}; the file has changed since it was checked")
+        yield line, row
+
+
+def _lines(path: Path) -> Iterator[tuple[int, Row | str]]:
+    """Yield (line, row) or (line, what is wrong with it) of all lines that are not blank."""
+    try:
+        with open(path, "rb") as f:
+            number = 0
+            while raw := f.readline(MAX_LINE_BYTES + 1):
+                number += 1
+                if len(raw) > MAX_LINE_BYTES:
+                    raise UserError(f"--input {path}: line {number} is longer than "
+                                    f"{MAX_LINE_BYTES >> 20} MiB; write each row on a line of its own")
+                if raw.strip():
+                    yield number, _parsed(raw)
+    except OSError as e:
+        raise UserError(f"--input {path}: cannot be read ({e.strerror or e}); "
+                        "name a file of JSON lines") from None
+
+
+def _parsed(raw: bytes) -> Row | str:
+    try:
+        row = json.loads(raw.decode("utf-8-sig"), parse_constant=_refuse)
+    except UnicodeDecodeError as e:
+        return f"is no UTF-8 ({e.reason} at byte {e.start})"
+    except RecursionError:
+        return "is nested too deeply"
+    except ValueError as e:
+        return f"is no JSON ({e})"
+    if not isinstance(row, dict):
+        return f"is no JSON object, but a {type(row).__name__}"
+    if "response" not in row:
+        return "has no 'response'"
+    if not isinstance(row["response"], str):
+        return f"response is of type {type(row['response']).__name__}, and must be text"
+    return row
+
+
+def _refuse(name: str) -> Any:
+    raise ValueError(f"{name} is none")
+
+
+def written(row: Row, result: Result, version: str) -> bytes:
+    """Return the line of a row with its reward: what the row had, then what became of it."""
+    out = {**row, "reward": result.reward, "status": result.status, "components": dict(result.components),
+           "reason": result.reason, "reward_version": version}
+    try:
+        return json.dumps(out, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can escape and UTF-8 cannot hold
+        return json.dumps(out).encode() + b"\n"

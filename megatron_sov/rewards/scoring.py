@@ -1,0 +1,82 @@
+"""Scoring a file of answers: rows in order, batch by batch, kept as they come."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+from megatron_sov.digests import file_digest
+from megatron_sov.rewards import journal
+from megatron_sov.rewards.composed import SECOND
+from megatron_sov.rewards.registry import Made, Order
+from megatron_sov.rewards.reward import Result
+from megatron_sov.rewards.rows import read_rows, written
+from megatron_sov.rewards.running import runner
+
+BATCH_ROWS = 128
+"""Rows that are scored together, and lost at most when the command is killed."""
+MAX_TOLD = 10
+"""Rows without a reward that are named."""
+
+
+@dataclass
+class Summary:
+    """What became of the rows that this command scored."""
+
+    statuses: Counter[str] = field(default_factory=Counter)
+    """Status -> rows."""
+    reward_sum: float = 0.0
+    """Of all scored rows."""
+    told: list[str] = field(default_factory=list)
+    """The first rows without a reward, by line."""
+    num_second: int = 0
+    """Rows that a second reward has judged too."""
+    disagreements: list[int] = field(default_factory=list)
+    """Lines of those where the two disagree."""
+    num_kept: int = 0
+    """Rows that an earlier, killed command had scored."""
+
+    def add(self, line: int, result: Result) -> None:
+        """Count a row."""
+        self.statuses[result.status] += 1
+        opinion = result.components.get(SECOND)
+        if isinstance(opinion, dict) and opinion["disagrees"] is not None:
+            self.num_second += 1
+            if opinion["disagrees"]:
+                self.disagreements.append(line)
+        if result.reward is not None:
+            self.reward_sum += result.reward
+        elif len(self.told) < MAX_TOLD:
+            self.told.append(f"line {line}: {result.status}: {result.reason}")
+
+
+def score_file(asked: Order, made: Made, source: Path, output: Path, workers: int,
+               progress: Callable[[int], object]) -> Summary:
+    """Score a file that `check_rows` has passed; the output appears whole, when all rows are there.
+
+    Args:
+        asked: the reward's order.
+        made: the reward.
+        source: rows.
+        output: the file to make.
+        workers: processes.
+        progress: is called with a number of rows that are done.
+    """
+    identity = {"input": file_digest(source), "reward": asked.name, "reward_version": made.version}
+    summary = Summary()
+    with journal.opened(output, identity) as kept, runner(asked, made, workers) as running:
+        summary.num_kept = kept.num_done
+        progress(kept.num_done)
+        rows = islice(read_rows(source), kept.num_done, None)
+        while batch := list(islice(rows, BATCH_ROWS)):
+            results = running.score([row for _, row in batch])
+            kept.add([written(row, result, made.version)
+                      for (_, row), result in zip(batch, results, strict=True)])
+            for (line, _), result in zip(batch, results, strict=True):
+                summary.add(line, result)
+            progress(len(batch))
+        kept.publish()
+    return summary

@@ -1,0 +1,170 @@
+"""`megatron-sov score`: rows in order, nothing half-written, a killed command continued."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_sov.cli import main
+from megatron_sov.rewards.journal import folder_of
+from megatron_sov.rewards.registry import OWN
+
+PAGE = Path(__file__).parents[2] / "docs/rewards.md"
+ROWS = [{"id": i, "response": "가" * i + "a" * (4 - i)} for i in range(5)]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to work in, with rows, and no reward of another test."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(OWN, "_known", {})
+    write(ROWS)
+    return tmp_path
+
+
+def write(rows: list[dict], name: str = "rows.jsonl") -> None:
+    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read(name: str = "out.jsonl") -> list[dict]:
+    return [json.loads(line) for line in Path(name).read_text().splitlines()]
+
+
+def score(*more: str, reward: str = "language", output: str = "out.jsonl") -> int:
+    return main(["score", "--reward", reward, "--input", "rows.jsonl", "--output", output, "--workers", "1",
+                 *more])
+
+
+def test_rows_come_out_in_order_with_what_they_had(capsys: pytest.CaptureFixture[str]) -> None:
+    assert score("--set", "language=ko") == 0
+    rows = read()
+    assert [row["id"] for row in rows] == [0, 1, 2, 3, 4]
+    assert [row["reward"] for row in rows] == [0.0, 0.0, pytest.approx(0.7), pytest.approx(0.95), 1.0]
+    assert {row["status"] for row in rows} == {"scored"}
+    assert len({row["reward_version"] for row in rows}) == 1
+    assert re.search(r"out.jsonl: language [0-9a-f]{16}: 5 scored rows, mean reward 0.5300\n",
+                     capsys.readouterr().out)
+    assert not folder_of(Path("out.jsonl")).exists()
+
+
+def test_a_row_without_what_its_reward_needs_is_refused_by_line(capsys: pytest.CaptureFixture[str]) -> None:
+    write([{"response": "a"}, {"response": "a", "language": "en"}])
+    assert score() == 0
+    assert [(row["reward"], row["status"]) for row in read()] == [(None, "refused"), (1.0, "scored")]
+    assert "line 1: refused: has no 'language'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("lines", "said"), [
+    (b'{"response": "a"}\n[1]\n{"response": 3}\n{}\n{"response": "a"', [
+        "line 2: is no JSON object, but a list", "line 3: response is of type int, and must be text",
+        "line 4: has no 'response'", "line 5: is no JSON"]),
+    (b'{"response": "a", "x": NaN}\n', ["line 1: is no JSON (NaN is none)"]),
+    (b'{"response": "\xff"}\n', ["line 1: is no UTF-8"]), (b"[" * 100_000, ["line 1: is nested too deeply"]),
+    (b"x\n" * 12, ["line 10: is no JSON", "and 2 more"]), (b"\n\n", ["has no rows"]),
+    (b'{"response": "a", "n": ' + b"9" * 5000 + b"}\n", ["line 1: is no JSON"]),
+])
+def test_bad_rows_are_named_by_line_and_nothing_is_written(lines: bytes, said: list[str],
+                                                           capsys: pytest.CaptureFixture[str]) -> None:
+    Path("rows.jsonl").write_bytes(lines)
+    assert score("--set", "language=ko") == 2
+    error = capsys.readouterr().err
+    assert [text for text in said if text not in error] == []
+    assert sorted(os.listdir()) == ["rows.jsonl"]
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["--set", "langauge=ko"], "langauge: no such setting; did you mean 'language'?"),
+    (["--set", "language"], "must have the form key=value"), (["--set", "min_share=2"], "must be a share"),
+    (["--workers", "0"], "must be at least 1"), (["--output", "rows.jsonl"], "is the --input"),
+    (["--output", "."], "is a folder"), (["--input", "none.jsonl"], "none.jsonl: cannot be read"),
+    (["--reward", "code"], "needs the sandbox"), (["--reward", "langage"], "did you mean 'language'?"),
+])
+def test_mistakes_are_one_sentence(arguments: list[str], said: str,
+                                   capsys: pytest.CaptureFixture[str]) -> None:
+    assert score(*arguments) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_half_of_a_surrogate_pair_travels_on() -> None:
+    write([{"response": "a \ud800"}])
+    assert score("--set", "language=en") == 0
+    assert read()[0]["response"] == "a \ud800"
+
+
+OWN_REWARD = '''
+import os, pathlib, signal, time
+
+class Counts:
+    """Notes each row that it judges, and kills the command at the row that says so."""
+
+    def score(self, row):
+        with open("judged", "a") as f:
+            f.write(f"{row['id']} ")
+        if row["id"] == 300 and not os.path.exists("killed"):
+            pathlib.Path("killed").touch()
+            os.kill(int(pathlib.Path("pid").read_text()), signal.SIGKILL)
+            time.sleep(60)
+        return row["id"]
+'''
+
+
+def test_a_killed_command_goes_on_where_it_was() -> None:
+    Path("own.py").write_text(OWN_REWARD)
+    write([{"id": i, "response": ""} for i in range(400)])
+    command = ["score", "--reward", "own.py:Counts", "--input", "rows.jsonl", "--output", "out.jsonl",
+               "--workers", "1"]
+    program = ("import os, sys; open('pid', 'w').write(str(os.getpid()))\n"
+               "from megatron_sov.cli import main\nsys.exit(main())")
+    killed = subprocess.Popen([sys.executable, "-c", program, *command])
+    assert killed.wait(timeout=120) == -signal.SIGKILL
+    assert not Path("out.jsonl").exists()
+    with open(folder_of(Path("out.jsonl")) / "rows.jsonl", "ab") as f:
+        f.write(b'{"id": 256, "resp')  # the kernel may have written a part of a row
+    time.sleep(0.1)
+    Path("judged").write_text("")
+    assert main(command) == 0
+    assert [row["reward"] for row in read()] == list(range(400))
+    again = set(map(int, Path("judged").read_text().split()))
+    assert again == set(range(256, 400))
+    assert not folder_of(Path("out.jsonl")).exists()
+
+
+def test_another_setting_begins_anew() -> None:
+    folder = folder_of(Path("out.jsonl"))
+    folder.mkdir()
+    (folder / "identity.json").write_text("{}")
+    (folder / "rows.jsonl").write_text('{"id": 0, "reward": 99}\n')
+    assert score("--set", "language=ko") == 0
+    assert read()[0]["reward"] == 0.0
+
+
+def test_what_the_page_shows_runs() -> None:
+    text = PAGE.read_text()
+    for name, content in re.findall(r"^`([a-z_.]+)`:\n\n```[a-z]+\n(.*?)^```", text,
+                                    re.MULTILINE | re.DOTALL):
+        Path(name).write_text(content)
+    blocks = re.findall(r"^```bash\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    outputs = {}
+    for line in lines:
+        program, *arguments = shlex.split(line)
+        assert (program, main([*arguments, "--workers", "1"])) == ("megatron-sov", 0), line
+        name = arguments[arguments.index("--output") + 1]
+        outputs[name] = [row["reward"] for row in read(name)]
+    assert outputs["language.jsonl"] == [1.0, 1.0, 0.0]
+    assert outputs["format.jsonl"] == [1.0, 0.0, 0.0]
+    assert outputs["length.jsonl"] == [-0.625, 0.0, -1.0]
+    assert outputs["repetition.jsonl"] == [0.0, 0.0, -1.0]
+    assert outputs["math.jsonl"] == [1.0, 0.0, 0.0]
+    assert outputs["stem.jsonl"] == [0.0, 1.0, 1.0]
+    assert outputs["composed.jsonl"] == [pytest.approx(x) for x in (0.1, 1.0, 1.0)]
+    assert outputs["contains.jsonl"] == [1.0, 0.0, 0.0]

@@ -1,0 +1,108 @@
+"""IFEval's checks, verdict by verdict against lm-evaluation-harness.
+
+`ifeval_verdicts.json` holds what lm-eval's own code (commit 4e7e0d47, lm_eval/tasks/ifeval) said of each
+text, strict and loose: N no, L loosely alone, B both.  Sentences are not among them: lm-eval cuts them with a
+model.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_sov.rewards.ifeval import IfEval, checked, instructions_of, loosened
+from megatron_sov.rewards.instruction_checks import CHECKS, sentences
+from megatron_sov.rewards.reward import Refused, judged
+
+RECORDED = json.loads((Path(__file__).parent / "ifeval_verdicts.json").read_text(encoding="utf-8"))
+HAS_LANGDETECT = importlib.util.find_spec("langdetect") is not None
+NEEDS_LANGUAGE = {"language:response_language", "change_case:english_capital",
+                  "change_case:english_lowercase"}
+
+
+@pytest.mark.parametrize(("name", "arguments", "verdicts"), RECORDED["verdicts"], ids=lambda v: str(v)[:60])
+def test_verdicts_are_those_of_lm_eval(name: str, arguments: dict, verdicts: str) -> None:
+    if name in NEEDS_LANGUAGE and not HAS_LANGDETECT:
+        pytest.skip("langdetect is not installed")
+    found = ""
+    for text in RECORDED["texts"]:
+        strict = bool(text.strip()) and checked(name, text, arguments)
+        loose = any(t.strip() and checked(name, t, arguments) for t in loosened(text))
+        found += "NSLB"[strict + 2 * loose]
+    assert found == verdicts
+
+
+def test_all_25_are_there() -> None:
+    assert len(CHECKS) == 25
+    recorded = {name for name, *_ in RECORDED["verdicts"]}
+    assert set(CHECKS) - recorded == {"length_constraints:number_sentences"}
+
+
+@pytest.mark.parametrize(("text", "count"), [
+    ("One. Two! Three?", 3), ("Mr. Smith and Dr. No met at 3.14 p.m. on example.com. They left.", 2),
+    ("no end", 1),
+    ('He said "Stop." Then he left.', 2), ("", 0), ("...", 0), ("하나입니다. 둘입니다.", 2),
+    ("First line\nsame sentence.", 1)])
+def test_sentences_are_counted_by_rules(text: str, count: int) -> None:
+    assert len(sentences(text)) == count
+
+
+ASKED = [{"id": "punctuation:no_comma"}, {"id": "length_constraints:number_words", "num_words": 3,
+                                          "relation": "at least"}]
+
+
+def test_all_have_to_be_followed_or_the_share_counts() -> None:
+    row = {"response": "one, two, three", "instructions": ASKED}
+    assert IfEval().score(row).reward == 0.0
+    score = IfEval(all_or_nothing=False).score(row)
+    assert (score.reward, score.components) == (
+        0.5, {"0:punctuation:no_comma": False, "1:length_constraints:number_words": True})
+    assert IfEval().score({**row, "response": "one two three"}).reward == 1.0
+
+
+def test_the_columns_of_the_data_set_are_read() -> None:
+    row = {"instruction_id_list": ["punctuation:no_comma", "detectable_format:number_bullet_lists"],
+           "kwargs": [{"num_bullets": None}, {"num_bullets": 2, "relation": None}]}
+    assert instructions_of(row) == [("punctuation:no_comma", {}),
+                                    ("detectable_format:number_bullet_lists", {"num_bullets": 2})]
+
+
+@pytest.mark.parametrize(("row", "reason"), [
+    ({}, "instructions = None must be a list"), ({"instructions": []}, "must be a list"),
+    ({"instructions": ["x"]}, "'x' is not known"),
+    ({"instructions": [{"id": "punctuation:no_coma"}]}, "did you mean 'punctuation:no_comma'"),
+    ({"instructions": [{"id": "punctuation:no_comma", "x": 1}]}, "takes other arguments than"),
+    ({"instructions": [{"id": "length_constraints:number_words", "num_words": 3, "relation": "over"}]},
+     "relation = 'over'"),
+    ({"instructions": [{"id": "length_constraints:number_words", "num_words": "3", "relation": "at least"}]},
+     "other arguments"),
+    ({"instruction_id_list": ["punctuation:no_comma"], "kwargs": []}, "as long as"),
+    ({"instructions": ASKED, "response": "a" * 400_001}, "at most 400,000 are checked"),
+])
+def test_rows_that_ask_for_nothing_sound_are_refused(row: dict, reason: str) -> None:
+    with pytest.raises(Refused) as e:
+        IfEval().score({"response": "word word", **row})
+    assert reason in str(e.value)
+
+
+@pytest.mark.skipif(HAS_LANGDETECT, reason="langdetect is installed")
+def test_languages_need_langdetect() -> None:
+    row = {"response": "eins zwei", "instructions": [{"id": "language:response_language", "language": "de"}]}
+    assert "pip install langdetect" in judged(IfEval(), row).reason
+
+
+@pytest.mark.parametrize("text", ["<" * 100_000, "*" * 100_000, "\n" * 100_000, "[" * 100_000, "a." * 50_000])
+def test_hostile_responses_end_soon(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_sov.rewards.patterns.TIME_LIMIT_S", 0.1)
+    begin_s = time.monotonic()
+    for name, arguments, _ in RECORDED["verdicts"]:
+        if name not in NEEDS_LANGUAGE:
+            assert judged(IfEval(), {"response": text, "instructions": [{"id": name,
+                                                                         **arguments}]}).status in (
+                "scored", "timeout")
+    sentences(text)
+    assert time.monotonic() - begin_s < 60

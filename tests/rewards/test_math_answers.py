@@ -1,0 +1,81 @@
+"""Verdicts equal math-verify's own; hostile answers cost their row and no more."""
+
+from __future__ import annotations
+
+import time
+from itertools import product
+
+import pytest
+
+from megatron_sov.rewards.math_answers import Math
+from megatron_sov.rewards.processes import ProcessRunner
+from megatron_sov.rewards.registry import make, order
+from megatron_sov.rewards.reward import Refused
+from megatron_sov.rewards.running import runner
+
+pytest.importorskip("math_verify", reason="the extra `rl` is not installed")
+
+GOLDS = ["42", "$\\frac{1}{2}$", "$3\\sqrt{2}$", "$x^2+2x+1$", "$(1,2)$", "$\\{1,2,3\\}$", "$-7$", "$0.125$",
+         "$\\frac{\\pi}{4}$", "$[0,1)$", "$1,234$", "$x=3$", "$\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}$"]
+RESPONSES = ["so \\boxed{42}", "The answer is 42.", "$0.5$", "\\boxed{1/2}", "$\\frac{2}{4}$",
+             "$\\sqrt{18}$", "$3\\cdot\\sqrt2$",
+             "$(x+1)^2$", "$(1, 2)$", "(2,1)", "$\\{3,2,1\\}$", "\\boxed{-7}", "7", "$\\frac18$", "12.5%",
+             "$\\pi/4$",
+             "$0.785398$", "$[0,1]$", "$[0,1)$", "1234", "$x = 3$", "3",
+             "$\\begin{bmatrix}1&2\\\\3&4\\end{bmatrix}$", "",
+             "I do not know", "\\boxed{}", "$\\frac{1}{0}$"]
+
+
+def test_the_verdicts_of_the_processes_are_math_verifys_own() -> None:
+    from math_verify import parse, verify
+
+    pairs = list(product(GOLDS, RESPONSES))
+    golds = {gold: parse(gold if "$" in gold else f"\\boxed{{{gold}}}") for gold in GOLDS}
+    found = {response: parse(response) for response in RESPONSES}
+    own = [verify(golds[gold], found[response]) for gold, response in pairs]
+    asked = order("math", {})
+    with runner(asked, make(asked), 2) as running:
+        results = running.score([{"answer": gold, "response": response} for gold, response in pairs])
+    assert len(pairs) > 300
+    assert [pair for pair, result, verdict in zip(pairs, results, own, strict=True)
+            if (result.status, result.reward) != ("scored", float(verdict))] == []
+    assert 20 <= sum(own) < 100
+
+
+@pytest.mark.parametrize(("answer", "response"), [
+    ("3\\sqrt{2}", "$3\\sqrt{2}$"), ("(1,2)", "the pair $(1,2)$"), ("\\frac{1}{2}", "1/2"),
+    ("x^2+1", "$1+x^2$")])
+def test_an_answer_without_dollars_is_read_whole(answer: str, response: str) -> None:
+    assert Math().score({"answer": answer, "response": response}).reward == 1.0
+    assert Math().score({"answer": answer, "response": "3"}).reward == 0.0
+
+
+@pytest.mark.parametrize("row", [{"response": "1"}, {"response": "1", "answer": ""},
+                                 {"response": "1", "answer": "$$"},
+                                 {"response": "1", "answer": 4}, {"response": "1", "answer": "9" * 10_001}])
+def test_a_row_without_a_readable_answer_is_refused(row: dict) -> None:
+    with pytest.raises(Refused):
+        Math().score(row)
+
+
+HOSTILE = ["10**10**10", "$10^{10^{10}}$", "\\boxed{" + "(" * 500 + "1" + ")" * 500 + "}", "9" * 100_000,
+           "\\boxed{" * 2000, "$" + "\\frac{1}{" * 300 + "2" + "}" * 300 + "$", "\u202e\\boxed{24}\u202c",
+           "a" * 3_000_000, "\x00\x1b[31m\\boxed{1}", "\\boxed{1000000000!}",
+           "$\\sum_{k=1}^{10^{12}} k^{99}$", "\ud800"]
+
+
+def test_hostile_answers_cost_their_row_alone() -> None:
+    begin_s = time.monotonic()
+    rows = [{"answer": "42", "response": text} for text in HOSTILE] + [{"answer": "42",
+                                                                        "response": "\\boxed{42}"}]
+    with ProcessRunner(order("math", {}), 1.0, 2, ["math_verify"]) as running:
+        results = running.score(rows)
+    assert time.monotonic() - begin_s < 100
+    assert results[-1].reward == 1.0
+    assert {result.status for result in results[:-1]} <= {"scored", "timeout", "refused"}
+    assert [result for result in results[:-1] if result.reward not in (None, 0.0)] == []
+
+
+def test_what_judges_is_part_of_the_version() -> None:
+    assert make(order("math", {})).version != make(order("math", {"float_rounding": 3})).version
+    assert set(Math.LIBRARIES) >= {"math-verify", "sympy"}

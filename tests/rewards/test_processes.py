@@ -1,0 +1,77 @@
+"""A reward that hangs, dies or changes its mind costs its row; the rows beside it are judged."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_sov.errors import UserError
+from megatron_sov.rewards.processes import ProcessRunner
+from megatron_sov.rewards.registry import order
+
+CODE = '''
+import itertools, os, time
+count = itertools.count()
+
+class Does:
+    """Does what the response says, and says which process it was."""
+
+    def __init__(self, *, size: int = 1) -> None:
+        self.size = size
+
+    def score(self, row):
+        what = row["response"]
+        if what == "hang":
+            time.sleep(3600)
+        if what == "loop":
+            while True:
+                pass
+        if what == "die":
+            os._exit(7)
+        if what == "eat":
+            return len(bytearray(1 << 40))
+        if what == "change":
+            return next(count)
+        return float(what)
+'''
+
+
+@pytest.fixture
+def runner(tmp_path: Path) -> Callable[..., ProcessRunner]:
+    (tmp_path / "does.py").write_text(CODE)
+    return lambda **more: ProcessRunner(order(f"{tmp_path}/does.py:Does", more.pop("settings", {})),
+                                        more.get("time_limit_s", 20.0), more.get("workers", 2))
+
+
+def rows(*responses: str) -> list[dict[str, str]]:
+    return [{"response": response} for response in responses]
+
+
+def test_results_come_in_the_order_of_the_rows(runner) -> None:
+    with runner() as running:
+        results = running.score(rows(*map(str, range(20))))
+        assert [result.reward for result in results] == list(range(20))
+        assert running.score([]) == []
+        assert [r.reward for r in running.score(rows("5", "6"))] == [5.0, 6.0]
+
+
+def test_what_goes_wrong_costs_its_row_alone(runner) -> None:
+    begin_s = time.monotonic()
+    with runner(time_limit_s=0.5) as running:
+        found = running.score(rows("1", "hang", "die", "eat", "change", "x", "loop", "2"))
+    assert time.monotonic() - begin_s < 60
+    assert [(r.reward, r.status) for r in found] == [
+        (1.0, "scored"), (None, "timeout"), (None, "failed"), (None, "refused"), (None, "failed"),
+        (None, "failed"), (None, "timeout"), (2.0, "scored")]
+    assert found[1].reason == "took longer than 0.5 s"
+    assert found[2].reason == "the process that judged it ended (exit code 7)"
+    assert "more memory" in found[3].reason
+    assert "then 1 for the same row under one version" in found[4].reason
+
+
+def test_a_reward_that_cannot_be_made_ends_the_work(runner) -> None:
+    with pytest.raises(UserError, match="size = 'big'"), runner(settings={"size": "big"}) as running:
+        running.score(rows("1"))

@@ -1,0 +1,67 @@
+"""Rewards by name and by file, and what is said of wrong settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_sov.errors import UserError
+from megatron_sov.rewards.registry import make, order
+
+OWN = '''
+class Contains:
+    """Right is a response with a word."""
+
+    def __init__(self, *, word: str = "yes", times: int = 1) -> None:
+        self.word, self.times = word, times
+
+    def score(self, row):
+        return float(row["response"].count(self.word) >= self.times)
+'''
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "contains.py"
+    path.write_text(OWN)
+    return path
+
+
+def test_a_reward_of_ones_own_takes_its_settings_by_type(file: Path) -> None:
+    made = make(order(f"{file}:Contains", {"word": "ja", "times": "2"}))
+    assert made.reward.score({"response": "ja, ja"}) == 1.0
+    assert made.reward.score({"response": "ja"}) == 0.0
+
+
+def test_its_version_is_of_its_file_and_settings(file: Path) -> None:
+    def version(**settings: object) -> str:
+        return make(order(f"{file}:Contains", settings)).version
+
+    before = version()
+    assert before == version(word="yes") != version(word="no")
+    file.write_text(OWN.replace(">=", ">"))
+    assert version() != before
+
+
+@pytest.mark.parametrize(("settings", "said"), [
+    ({"wrod": "x"}, "wrod: no such setting; did you mean 'word'? (settings: word, times)"),
+    ({"times": "many"}, "times = 'many': Input should be a valid integer"),
+])
+def test_wrong_settings_are_named(file: Path, settings: dict, said: str) -> None:
+    with pytest.raises(UserError) as e:
+        make(order(f"{file}:Contains", settings))
+    assert said in str(e.value)
+
+
+def test_what_is_no_reward_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "wrong.py").write_text("class Wrong:\n    def score(self):\n        return 1\n")
+    with pytest.raises(UserError, match=r"a reward needs score\(self, row\)"):
+        order(f"{tmp_path}/wrong.py:Wrong", {})
+
+
+def test_unknown_names_and_what_is_not_built_yet() -> None:
+    with pytest.raises(UserError, match="reward 'maht': does not exist"):
+        order("maht", {})
+    with pytest.raises(UserError, match=r"reward 'code': needs the sandbox .* not built yet"):
+        order("code", {})
