@@ -80,9 +80,10 @@ class Memory:
 @pytest.mark.distributed
 def test_a_step_ends_with_what_all_processes_have_to_tell(ranks: Any, job: Any, tmp_path: Path) -> None:
     (found,) = ranks(job(__file__, "synced", 2, {"run": str(tmp_path / "run")}))
+    copied = [any(of_rank) for of_rank in zip(*(one["copied"] for one in found), strict=True)]
+    assert copied == [True, False], "nothing changes while a run waits: no copy is needed"
     for one in found:
         assert one["told"] == [False, ["step-3"], True], ("no call but `sync` completes a checkpoint "
                                                           "while a run trains")
         assert one["done"] == [3, 77, 0.5]
-        assert one["copied"] == [True, False], "nothing changes while a run waits: no copy is needed"
         assert one["went on"] == ["changed", "guard"] and one["resumed"] == ["order", "guard"]
