@@ -123,8 +123,9 @@ class LinearAdapter(torch.nn.Module):
         first = modules[0]
         self.scale, self._dora, self._column = lora.alpha / lora.rank, lora.dora, is_column(first)
         self._scattered = config.sequence_parallel and expert is None
-        self.factors: Any = torch.nn.ModuleList(Factors(of, lora, config, expert, rows) for of in modules)
-        self._group = self.factors[0].group()
+        factors = [Factors(of, lora, config, expert, rows) for of in modules]
+        self._group = factors[0].group()
+        self.factors: Any = torch.nn.ModuleList(factors)
         self._rows, self._axis, self._lengths = self._layout(first)
 
     @property
