@@ -56,8 +56,8 @@ class Adapted:
 
     def shapes(self, lora: LoraConfig) -> dict[str, tuple[int, ...]]:
         """Return the global shape of each of its tensors, by name."""
-        found: dict[str, tuple[int, ...]] = {self.key(A): (lora.rank, self.in_features),
-                                             self.key(B): (self.out_features, lora.rank)}
+        found: dict[str, tuple[int, ...]] = {
+            self.key(A): (lora.rank, self.in_features), self.key(B): (self.out_features, lora.rank)}
         if self.num_experts:
             halves = () if self.halves == 1 else (self.halves,)
             found = {self.key(A): (self.num_experts, lora.rank, self.in_features),

@@ -124,8 +124,8 @@ class LinearAdapter(torch.nn.Module):
         self.scale, self._dora, self._column = lora.alpha / lora.rank, lora.dora, is_column(first)
         self._scattered = config.sequence_parallel and expert is None
         factors = [Factors(of, lora, config, expert, rows) for of in modules]
-        self.factors: Any = torch.nn.ModuleList(factors)
         self._group = factors[0].group()
+        self.factors: Any = torch.nn.ModuleList(factors)
         self._rows, self._axis, self._lengths = self._layout(first)
 
     @property
