@@ -28,14 +28,7 @@ __all__ = ["DEFAULT_WORKERS", "MAX_SHARD_BYTES", "ParityCheck", "export_weights"
            "is_hf_folder", "open_weights", "to_hf", "verify"]
 
 
-_HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
-"""Where it is "1" when torch first allocates, large tensors get large pages: a conversion takes fresh memory
-for every tensor, and small pages cost more time than reading what comes into them."""
-
-
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name in ("from_hf", "to_hf"):
-        os.environ.setdefault(_HUGE_PAGES, "1")
     return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -12,8 +12,7 @@ import ctypes
 import json
 import math
 import os
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,43 +59,28 @@ Reader = Callable[[TensorSpec], torch.Tensor]
 def write_file(path: Path, specs: list[TensorSpec], read: Reader,
                reader: Executor | None = None) -> FileRecord:
     """Write and sync one file, and return its digest and size; the disk works beside the writing, and
-    `reader`, where given, reads the next tensors beside it: as many as together with the one that is being
-    written take no more memory than two of the largest.
+    `reader`, where given, reads the next tensor beside it.
 
     Raises:
         OSError: the disk is full or refuses.
     """
     # wider dtypes first, so that every tensor starts at a multiple of its item size
     ordered = sorted(specs, key=lambda spec: -spec.dtype.itemsize)
+    ahead: Future[torch.Tensor] | None = None
     with open(path, "wb", buffering=0) as f:
         file = _HashedFile(f.fileno())
         file.append(memoryview(_header(ordered)))
-        tensors = _read_ahead(ordered, read, reader)
-        for spec in ordered:
-            tensor = next(tensors)
+        for number, spec in enumerate(ordered, 1):
+            tensor = read(spec) if ahead is None else ahead.result()
+            if reader is not None and number < len(ordered):
+                ahead = reader.submit(read, ordered[number])
             if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
                 raise ValueError(f"{spec.name}: got {tensor.dtype} {tuple(tensor.shape)}, "
                                  f"planned {spec.dtype} {spec.shape}")
             file.append(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-            del tensor  # else it would be in memory beside the next one
+            del tensor  # else it would be the third in memory while the next but one is read
         os.fsync(f.fileno())
     return FileRecord(file.digest.text(), file.size_bytes)
-
-
-def _read_ahead(specs: list[TensorSpec], read: Reader, reader: Executor | None) -> Iterator[torch.Tensor]:
-    """Yield the tensors, which `reader` reads while those before them are worked on."""
-    if reader is None:
-        yield from map(read, specs)
-        return
-    limit_bytes = 2 * max((spec.size_bytes for spec in specs), default=0)
-    ahead, ahead_bytes, waiting = deque[Future[torch.Tensor]](), 0, deque(specs)
-    for spec in specs:
-        # the tensor that comes next is among those ahead
-        while waiting and ahead_bytes + waiting[0].size_bytes <= limit_bytes:
-            ahead_bytes += waiting[0].size_bytes
-            ahead.append(reader.submit(read, waiting.popleft()))
-        yield ahead.popleft().result()
-        ahead_bytes -= spec.size_bytes
 
 
 class _HashedFile:

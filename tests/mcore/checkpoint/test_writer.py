@@ -69,37 +69,6 @@ def test_the_next_tensor_is_read_while_one_is_written(tmp_path: Path,
     assert order.index("read b") < order.index("written") < order.index("read c")
 
 
-def test_small_tensors_are_read_ahead_within_the_memory_of_two_large_ones(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside a large one all small ones behind it are read; the next large one when it has been written."""
-    order = list[str]()
-    small_are_read, large_is_read = threading.Event(), threading.Event()
-
-    def read(spec: TensorSpec) -> torch.Tensor:
-        order.append(f"read {spec.name}")
-        if spec.name == "s3":
-            small_are_read.set()
-        if spec.name == "l1":
-            large_is_read.set()
-        return torch.zeros(spec.shape)
-
-    def write(fd: int, raw: memoryview, now: Any = writer._write) -> None:
-        if len(raw) == 4000 and not large_is_read.is_set():
-            assert small_are_read.wait(10) and not large_is_read.is_set()
-            order.append("written l0")
-        if len(raw) == 4:
-            assert large_is_read.wait(10)
-        now(fd, raw)
-
-    monkeypatch.setattr(writer, "_write", write)
-    shapes = {"l0": 1000, **{f"s{i}": 1 for i in range(4)}, "l1": 1000}
-    specs = [TensorSpec(name, (size,), torch.float32) for name, size in shapes.items()]
-    with ThreadPoolExecutor(1) as reader:
-        write_file(tmp_path / "t", specs, read, reader)
-    assert order == ["read l0", "read s0", "read s1", "read s2", "read s3", "written l0", "read l1"]
-    assert load_file(tmp_path / "t")["l1"].shape == (1000,)
-
-
 def test_bytes_are_those_of_the_library_and_the_disk_begins_before_the_end(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[tuple[int, int]] = []
