@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from megatron_sov.convert.hf_import import from_hf
     from megatron_sov.convert.live_export import export_weights
     from megatron_sov.convert.live_import import import_weights
+    from megatron_sov.convert.opening import open_weights
     from megatron_sov.convert.proof import ParityCheck, verify
-    from megatron_sov.convert.sources import is_hf_folder, open_weights
+    from megatron_sov.convert.sources import is_hf_folder
 
 DEFAULT_WORKERS = max(1, min(4, os.cpu_count() or 1))
 """Files that are read and written at a time unless told; each holds two tensors in memory."""
@@ -23,7 +24,7 @@ MAX_SHARD_BYTES = 5_000_000_000
 """Default of the largest safetensors file that is written."""
 _MODULES = {"ParityCheck": "proof", "export_weights": "live_export", "from_hf": "hf_import",
             "import_weights": "live_import",
-            "is_hf_folder": "sources", "open_weights": "sources", "to_hf": "hf_export", "verify": "proof"}
+            "is_hf_folder": "sources", "open_weights": "opening", "to_hf": "hf_export", "verify": "proof"}
 __all__ = ["DEFAULT_WORKERS", "MAX_SHARD_BYTES", "ParityCheck", "export_weights", "from_hf", "import_weights",
            "is_hf_folder", "open_weights", "to_hf", "verify"]
 

@@ -18,7 +18,8 @@ from tqdm import tqdm
 from megatron_sov import models
 from megatron_sov.artifacts import MANIFEST, damaged_files
 from megatron_sov.convert import DEFAULT_WORKERS
-from megatron_sov.convert.sources import HfWeights, Weights, listed, open_weights
+from megatron_sov.convert.opening import open_weights
+from megatron_sov.convert.sources import HfWeights, Weights, listed
 from megatron_sov.errors import UserError
 from megatron_sov.models.family import TokenIds
 from megatron_sov.obs.figures import size

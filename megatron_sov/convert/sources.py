@@ -14,7 +14,6 @@ from typing import Any, Protocol
 import torch
 
 from megatron_sov import models
-from megatron_sov.artifacts import MANIFEST
 from megatron_sov.config import ModelConfig
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.checkpoint.safetensors_file import TensorFile
@@ -23,7 +22,6 @@ from megatron_sov.models.weights import Link
 from megatron_sov.runs.checkpoints import (
     CHECKPOINTS_OF_A_RUN,
     find_checkpoint,
-    refuse_missing,
     settings_of,
 )
 
@@ -53,24 +51,6 @@ class Weights(Protocol):
         """Return the files of the folder that hold a part of a tensor."""
     def read(self, name: str) -> torch.Tensor:
         """Return one tensor."""
-
-
-def open_weights(path: str | Path) -> Weights:
-    """Open a checkpoint, the newest checkpoint of a run, or a Hugging Face folder.
-
-    Raises:
-        UserError: it is none of them, or its tensors are not exactly those of its model.
-    """
-    refuse_missing(Path(path))
-    path = newest_of_run(Path(path))
-    if (path / CONFIG).is_file():
-        return HfWeights(path)
-    if (path / MANIFEST).is_file():
-        from megatron_sov.convert.adapted_weights import checkpoint_weights
-
-        return checkpoint_weights(path)
-    raise UserError(f"{path}: has neither {CONFIG} (Hugging Face folder) nor {MANIFEST} (checkpoint); "
-                    "pass one of the two")
 
 
 def newest_of_run(path: Path) -> Path:

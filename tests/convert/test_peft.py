@@ -12,9 +12,9 @@ import torch
 
 from megatron_sov import convert
 from megatron_sov.config import LoraConfig
+from megatron_sov.convert.opening import open_weights
 from megatron_sov.convert.peft import from_peft, to_peft
 from megatron_sov.convert.peft_format import CONFIG, WEIGHTS, lora_of
-from megatron_sov.convert.sources import open_weights
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.recipes import get

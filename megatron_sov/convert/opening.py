@@ -1,0 +1,29 @@
+"""Which kind of folder a path names, and its weights under their Hugging Face names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_sov.artifacts import MANIFEST
+from megatron_sov.convert.adapted_weights import checkpoint_weights
+from megatron_sov.convert.sources import CONFIG, HfWeights, Weights, newest_of_run
+from megatron_sov.errors import UserError
+from megatron_sov.runs.checkpoints import refuse_missing
+
+
+def open_weights(path: str | Path) -> Weights:
+    """Open a checkpoint, the newest checkpoint of a run, or a Hugging Face folder.
+
+    An adapter's checkpoint is opened as the model that it makes of its base.
+
+    Raises:
+        UserError: it is none of them, or its tensors are not exactly those of its model.
+    """
+    refuse_missing(Path(path))
+    path = newest_of_run(Path(path))
+    if (path / CONFIG).is_file():
+        return HfWeights(path)
+    if (path / MANIFEST).is_file():
+        return checkpoint_weights(path)
+    raise UserError(f"{path}: has neither {CONFIG} (Hugging Face folder) nor {MANIFEST} (checkpoint); "
+                    "pass one of the two")
