@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.multiprocessing.reductions import reduce_tensor
 
-from megatron_sov.convert.sources import open_weights
+from megatron_sov.convert.opening import open_weights
 from megatron_sov.convert.whole_model import checked
 from megatron_sov.errors import UserError
 from megatron_sov.generate.held_weights import HeldWeights, NamedTensors

@@ -27,7 +27,9 @@ ARGUMENTS = {
                   "tokenizer"), "data": ("pack", "--tokenizer", "tokenizer", "--input", "a.jsonl", "--input",
                                          "b.jsonl", "--output", "tokens"),
     "pretrain": ("tiny-solar-open", *TRAIN), "extend": ("tiny-solar-open", "--from", "runs/a", *TRAIN),
-    "sft": ("tiny-solar-open", "--from", "runs/a", *TRAIN), "convert": ("to-hf", "runs/a", "hf"),
+    "sft": ("tiny-solar-open", "--from", "runs/a", *TRAIN),
+    "prefer": ("tiny-solar-open", "--from", "runs/a", "--method", "ipo", *TRAIN),
+    "convert": ("to-hf", "runs/a", "hf"),
     "eval": ("ppl", "hf", "--data", "tokens"),
 }
 NASTY = "it's $HOME `id` \"x\" \\ & | ; > * ? # ! ~ {} ()\t한국어"
