@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_sov.documents.messages import MOST_LEVELS, BadRecord, refuse_deep
 from megatron_sov.errors import UserError, list_problems
 from megatron_sov.rewards.reward import Result, Row
 
@@ -49,6 +51,9 @@ def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
 
 def _lines(path: Path) -> Iterator[tuple[int, Row | str]]:
     """Yield (line, row) or (line, what is wrong with it) of all lines that are not blank."""
+    if path.exists() and not path.is_file():  # a pipe would be empty when it is read again
+        raise UserError(f"--input {path}: is no regular file, and it is read more than once; write the rows "
+                        "into a file")
     try:
         with open(path, "rb") as f:
             number = 0
@@ -66,7 +71,7 @@ def _lines(path: Path) -> Iterator[tuple[int, Row | str]]:
 
 def _parsed(raw: bytes) -> Row | str:
     try:
-        row = json.loads(raw.decode("utf-8-sig"), parse_constant=_refuse)
+        row = json.loads(raw.decode("utf-8-sig"), parse_constant=_refuse, parse_float=_finite)
     except UnicodeDecodeError as e:
         return f"is no UTF-8 ({e.reason} at byte {e.start})"
     except RecursionError:
@@ -79,11 +84,23 @@ def _parsed(raw: bytes) -> Row | str:
         return "has no 'response'"
     if not isinstance(row["response"], str):
         return f"response is of type {type(row['response']).__name__}, and must be text"
+    if raw.count(b"[") + raw.count(b"{") > MOST_LEVELS:  # else it cannot be that deep
+        try:
+            refuse_deep(row)  # it has to go to other processes, where less than JSON's depth is allowed
+        except BadRecord as e:
+            return str(e)
     return row
 
 
 def _refuse(name: str) -> Any:
     raise ValueError(f"{name} is none")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):  # it would be written as Infinity, which is no JSON
+        raise ValueError(f"{text[:40]} is more than a float holds")
+    return number
 
 
 def written(row: Row, result: Result, version: str) -> bytes:

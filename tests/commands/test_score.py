@@ -71,6 +71,8 @@ def test_a_row_without_what_its_reward_needs_is_refused_by_line(capsys: pytest.C
     (b'{"response": "\xff"}\n', ["line 1: is no UTF-8"]), (b"[" * 100_000, ["line 1: is nested too deeply"]),
     (b"x\n" * 12, ["line 10: is no JSON", "and 2 more"]), (b"\n\n", ["has no rows"]),
     (b'{"response": "a", "n": ' + b"9" * 5000 + b"}\n", ["line 1: is no JSON"]),
+    (b'{"response": "a", "n": 1e999}\n', ["line 1: is no JSON (1e999 is more than a float holds)"]),
+    (b'{"response": "a", "n": ' + b"[" * 900 + b"]" * 900 + b"}\n", ["line 1: is nested more than 64"]),
 ])
 def test_bad_rows_are_named_by_line_and_nothing_is_written(lines: bytes, said: list[str],
                                                            capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,6 +94,13 @@ def test_mistakes_are_one_sentence(arguments: list[str], said: str,
                                    capsys: pytest.CaptureFixture[str]) -> None:
     assert score(*arguments) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_pipe_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    os.remove("rows.jsonl")
+    os.mkfifo("rows.jsonl")
+    assert score("--set", "language=ko") == 2
+    assert "is no regular file, and it is read more than once" in capsys.readouterr().err
 
 
 def test_half_of_a_surrogate_pair_travels_on() -> None:
