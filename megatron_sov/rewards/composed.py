@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from types import TracebackType
@@ -70,6 +71,12 @@ class Composed:
         p = [] if self.parts else ["parts: there are none; set parts.NAME.reward"]
         p += [f"parts.{name}.reward = composed: is a composition itself; name its parts here"
               for name, part in self.parts.items() if part.reward == "composed"]
+        numbers = {"gated_reward": self.gated_reward}
+        numbers |= {f"parts.{name}.weight": part.weight for name, part in self.parts.items()}
+        numbers |= {f"parts.{name}.gate": part.gate for name, part in self.parts.items()
+                    if part.gate is not None}
+        p += [f"{name} = {value} must be a finite number" for name, value in numbers.items()
+              if not math.isfinite(value)]
         if SECOND in self.parts:
             p.append(f"parts.{SECOND}: this name is taken; give it another one")
         if self.second is not None:
@@ -77,6 +84,8 @@ class Composed:
                 p.append(f"second.of = {self.second.of!r} is none of the parts {', '.join(self.parts)}")
             if not 0 < self.second.share <= 1:
                 p.append(f"second.share = {self.second.share} must be above 0 and at most 1")
+            if not self.second.tolerance >= 0:
+                p.append(f"second.tolerance = {self.second.tolerance} must not be negative")
         return p
 
     def orders(self) -> dict[str, tuple[str, dict[str, Any]]]:
