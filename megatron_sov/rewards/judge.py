@@ -75,14 +75,19 @@ class Judge:
     def problems(self) -> list[str]:
         """Return one sentence for every rule that these settings break."""
         p = []
-        parts = urlsplit(self.endpoint)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urlsplit(self.endpoint)
+            is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:  # brackets that are not closed, a port that is none
+            parts, is_address = urlsplit(""), False
+        if not is_address:
             p.append("endpoint: must be an address such as http://localhost:8000/v1")
         if parts.username or parts.password or parts.query:
             p.append("endpoint: holds a key or a query, which would come into files; put the key into the "
                      "environment and name its variable with api_key_env")
-        if not self.min_score < self.max_score:
-            p.append(f"min_score = {self.min_score:g} must be below max_score = {self.max_score:g}")
+        if not -math.inf < self.min_score < self.max_score < math.inf:
+            p.append(f"min_score = {self.min_score:g} must be below max_score = {self.max_score:g}, "
+                     "and both finite")
         p += [f"{name} = {value} must be positive" for name, value in (
             ("threads", self.threads), ("timeout_s", self.timeout_s), ("max_attempts", self.max_attempts),
             ("max_tokens", self.max_tokens), ("max_chars", self.max_chars)) if not value > 0]
@@ -189,4 +194,9 @@ def _pooled(answer: Any) -> float:
 
 
 def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # JSON's whole numbers have no bounds
+        return False

@@ -127,6 +127,7 @@ BAD = {
     "instructions": (200, said("Sure! First, read the response, then give it a score from 1 to 10.")),
     "a number alone": (200, said("10")), "text": (200, said('{"score": "10"}')),
     "true": (200, said('{"score": true}')),
+    "400 digits": (200, said('{"score": 1' + "0" * 400 + "}")),
     "too much": (200, said('{"score": 11}')), "NaN": (200, said('{"score": NaN}')), "null": (200, said(None)),
     "two objects": (200, said('{"score": 1} {"score": 10}')),
     "cut off": (200, said('{"score": 9', finish_reason="length")),
@@ -243,6 +244,9 @@ def test_how_it_is_run_is_no_part_of_the_version() -> None:
 @pytest.mark.parametrize(("settings", "problem"), [
     ({"endpoint": "localhost:8000"}, "must be an address"),
     ({"endpoint": f"http://u:{KEY}@h/v1"}, "holds a key"),
+    ({"endpoint": "http://[h/v1"}, "must be an address"),
+    ({"endpoint": "http://h:99999/v1"}, "must be an address"),
+    ({"max_score": float("inf")}, "and both finite"),
     ({"min_score": 10}, "must be below max_score"), ({"max_cost": 1}, "needs input_price"),
     ({"threads": 0}, "positive"),
     ({"backoff_s": -1}, "must not be negative")])
