@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeGuard
 from urllib.parse import urlsplit
 
-from megatron_sov.rewards.conversation import told
+from megatron_sov.rewards.conversation import messages_of, told
 from megatron_sov.rewards.endpoint import BadAnswer, Endpoint, Limits
 from megatron_sov.rewards.endpoint_cache import EndpointCache
 from megatron_sov.rewards.format import json_of
@@ -115,12 +115,13 @@ class Judge:
         if len(response) > self.max_chars:
             raise Refused(f"response has {len(response):,} characters; the judge reads at most "
                           f"{self.max_chars:,}")
-        prompt, response = _sound(told(row)), _sound(response)
+        response = _sound(response)
         if self.kind == "reward-model":
-            messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+            before = [{name: _sound(text) for name, text in m.items()} for m in messages_of(row)]
+            messages = [*before, {"role": "assistant", "content": response}]
             value = self._asked.ask({"model": self.model, "messages": messages}, _pooled)
             return Score(value, {"judge": value})
-        value, reason = self._asked.ask(self._payload(row, prompt, response), self._graded)
+        value, reason = self._asked.ask(self._payload(row, response), self._graded)
         reward = (value - self.min_score) / (self.max_score - self.min_score)
         return Score(reward, {"judge": value, "said": reason[:500]})
 
@@ -133,12 +134,12 @@ class Judge:
                         self.input_price, self.output_price)
         return Endpoint(url, self.api_key_env, limits, EndpointCache(Path(self.cache)))
 
-    def _payload(self, row: Row, prompt: str, response: str) -> dict[str, Any]:
+    def _payload(self, row: Row, response: str) -> dict[str, Any]:
         """Return the request: the response fenced by a line that its writer could not know."""
-        rubric = row.get("rubric") if isinstance(row.get("rubric"), str) else self.rubric
-        material = {"prompt": prompt, "response": response}
-        if isinstance(row.get("answer"), str):
-            material["known answer"] = row["answer"]
+        rubric = self.rubric if row.get("rubric") is None else _sound(text_of(row, "rubric"))
+        material = {"prompt": _sound(told(row)), "response": response}
+        if row.get("answer") is not None:
+            material["known answer"] = _sound(text_of(row, "answer"))
         digest = hashlib.sha256(json.dumps([self.model, rubric, material],
                                            sort_keys=True).encode()).hexdigest()
         fence = f"=== {digest[:24]} ==="

@@ -222,6 +222,23 @@ def test_a_reward_model_gives_its_own_number(script: Script, judge) -> None:
     assert script.asked[0]["messages"][1] == {"role": "assistant", "content": "4"}
 
 
+def test_a_reward_model_reads_the_turns_of_a_conversation(script: Script, judge) -> None:
+    script.answers = [(200, b'{"data": [{"data": [1.0]}]}')]
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"},
+             {"role": "user", "content": "2 + 2?"}]
+    assert judged(judge(kind="reward-model"), {"prompt": turns, "response": "4"}).reward == 1.0
+    assert script.asked[0]["messages"] == [*turns, {"role": "assistant", "content": "4"}]
+
+
+@pytest.mark.parametrize(("field", "value"), [("answer", 4), ("answer", ["4", "four"]),
+                                              ("rubric", ["polite"])])
+def test_what_the_judge_could_not_see_refuses_the_row(field: str, value: object, script: Script, judge
+                                                      ) -> None:
+    result = judged(judge(), {**ROW, field: value})
+    assert (result.status, result.reason) == ("refused", f"{field} = {value!r} must be text")
+    assert script.asked == []
+
+
 def test_many_rows_are_asked_at_a_time_and_come_in_order(script: Script, tmp_path: Path) -> None:
     script.answers = [(200, said('{"score": 1}'), {"sleep_s": 0.1}) for _ in range(16)]
     asked = order("judge", {"endpoint": script.url, "model": "j", "cache": str(tmp_path / "c"), "threads": 8})
