@@ -121,7 +121,10 @@ def _unit(text: str) -> tuple[float, Dimension] | None:
         if single is None:
             return None
         exponent = float(part[3] or 1) * (-1 if part[1] == "/" else 1)
-        factor *= single[0] ** exponent
+        try:
+            factor *= single[0] ** exponent
+        except OverflowError:
+            return None
         dimension = [a + b * exponent for a, b in zip(dimension, single[1], strict=True)]
         place = part.end()
     a, b, c, d, e, f = dimension

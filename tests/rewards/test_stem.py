@@ -51,7 +51,7 @@ def test_quantities_in_their_disguises(response: str, answer: str) -> None:
 @pytest.mark.parametrize(("response", "answer"), [
     ("\\boxed{3 m}", "3 s"), ("\\boxed{3 km}", "3 m"), ("\\boxed{3.2 m}", "3 m"), ("\\boxed{-3 m}", "3 m"),
     ("\\boxed{3 florins}", "3 m"), ("\\boxed{1e400}", "3"), ("\\boxed{10^{10^{10}}}", "3"),
-    ("\\boxed{10**10**10}", "3"),
+    ("\\boxed{10**10**10}", "3"), ("\\boxed{3 Tm^99}", "3 m"), ("\\boxed{3 fm^-99}", "3 m"),
     ("\\boxed{" + "9" * 490 + "}", "3"), ("\\boxed{nan}", "3"), ("\\boxed{3 or 4}", "3"),
     ("Answer: 3 4 5", "3")])
 def test_wrong_quantities(response: str, answer: str) -> None:
