@@ -8,7 +8,9 @@ import unicodedata
 MAX_CHARS = 100_000
 """Of a longer response the end is read."""
 MAX_ANSWER_CHARS = 500
-_SAID = re.compile(r"(?:\b(?:final\s+)?answer\b(?:\s+is\b)?|"
+# "answer" alone is a word like others ("I hope this answer helps"): a mark has to follow it
+_SAID = re.compile(r"(?:\banswer\b(?:[\s*]{0,6}is\b|(?=[ \t*]{0,6}\n|\W{0,6}(?:[:：=$\\]|[-+.]?\d|"
+                   r"(?:option|choice)\b|(?-i:[A-HJ])\b)))|"
                    r"정답(?:은|:)?|답(?:은|:)|คำตอบ(?:คือ)?|答案(?:是)?|答え(?:は)?)"
                    r"[\s:：*]{0,6}", re.IGNORECASE)
 _TAG = re.compile(r"<answer>([^<]{1,500})</answer>")

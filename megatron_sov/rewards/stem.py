@@ -12,6 +12,7 @@ from megatron_sov.rewards.reward import Refused, Row, Score, told_short
 
 Kind = Literal["choice", "number", "text"]
 _LETTER = re.compile(r"\W*([A-J])\W*", re.ASCII)
+_SEVERAL = re.compile(r"\W*[A-J](?:\W+(?:(?:AND|OR)\W+)?[A-J])+\W*", re.ASCII)
 _LEADING = re.compile(r"[\s(\[*\"']*(?:option|choice)?\s*[(\[]?([A-J])(?:[)\].:,*]|\s*$|\s+[-–—])",
                       re.IGNORECASE)
 
@@ -88,7 +89,9 @@ def _letter(gold: str) -> str:
 
 
 def _choice(found: str, row: Row) -> str | None:
-    """Return the letter that a final answer names, or whose choice it is, word for word."""
+    """Return the letter that a final answer names, or whose choice it is, word for word; None for several."""
+    if _SEVERAL.fullmatch(found.upper()):
+        return None
     match = _LETTER.fullmatch(found.upper()) or _LEADING.match(found)
     if match:
         return match[1].upper()

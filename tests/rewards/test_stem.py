@@ -20,7 +20,9 @@ def right(response: str, answer: object, **more) -> bool:
 @pytest.mark.parametrize("response", [
     "Because water is polar, the answer is B.", "Answer: (B)", "\\boxed{B}", "**Answer: B**",
     "B", "(b)", "A is wrong. C is wrong.\nFinal answer: B) polar", "정답: B", "정답은 B", "คำตอบคือ B",
-    "<answer>B</answer>", "First I thought the answer is A. No: the answer is B", "Answer: polar bonds"])
+    "<answer>B</answer>", "First I thought the answer is A. No: the answer is B", "Answer: polar bonds",
+    "The answer is B. I hope this answer helps you!", "Let me answer this.\nB", "**Answer**\n\nB",
+    "Answer - B", "the answer choice B", "Answer (B)"])
 def test_choices_in_their_disguises(response: str) -> None:
     assert right(response, "B", choices=["ionic bonds", "polar bonds", "none"])
 
@@ -29,7 +31,7 @@ def test_choices_in_their_disguises(response: str) -> None:
     "The answer is A.", "\\boxed{A} or \\boxed{C}", "B is wrong, so the answer is C", "", "Bonds",
     "Answer: Because",
     "I do not know which of A, B, C, D it is, since all of them could be argued for at length",
-    "the answer is B or C", "Answer: A, B, C, D"])
+    "the answer is B or C", "Answer: A, B, C, D", "\\boxed{B, C}", "The answer is B, A and C"])
 def test_wrong_choices_and_none(response: str) -> None:
     assert not right(response, "B")
 
