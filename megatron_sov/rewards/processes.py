@@ -33,6 +33,8 @@ MAX_MEMORY_BYTES = 4 << 30
 """Of address space per process, where a reward has no `MAX_MEMORY_BYTES`."""
 CHECKED_TWICE, EVERY = 32, 32
 """The first rows, and one of so many behind them, are judged twice: a reward must not change by itself."""
+LONGEST_WAIT_S = 60.0
+"""At a time; the kernel's waits take no more than weeks, and no infinity."""
 AGAIN = None
 """What a process sends between the two times that it judges a row: each has the whole time."""
 _PR_SET_PDEATHSIG = 1
@@ -108,7 +110,7 @@ class ProcessRunner:
         """Wait until a process has answered or ended, or is overdue."""
         busy = [slot for slot in self._slots if slot.index is not None or not slot.ready]
         left_s = min((slot.deadline_s for slot in busy), default=0.0) - time.monotonic()
-        connection.wait([slot.pipe for slot in busy], timeout=max(left_s, 0.0))
+        connection.wait([slot.pipe for slot in busy], timeout=min(max(left_s, 0.0), LONGEST_WAIT_S))
 
 
 class _Slot:
@@ -129,6 +131,8 @@ class _Slot:
                 message = self.pipe.recv()
                 if not self.ready:
                     self._begin(message)
+                elif isinstance(message, UserError):
+                    raise message
                 elif message is AGAIN:
                     self.deadline_s = time.monotonic() + self.limit_s
                 else:
@@ -181,10 +185,14 @@ def _work(pipe: connection.Connection, asked: Order) -> None:
             row, twice = pipe.recv()
         except EOFError:
             return
-        result = judged(reward, row)
-        if twice and result.status == "scored":
-            pipe.send(AGAIN)
-            result = agreeing(result, judged(reward, row))
+        try:
+            result = judged(reward, row)
+            if twice and result.status == "scored":
+                pipe.send(AGAIN)
+                result = agreeing(result, judged(reward, row))
+        except UserError as e:  # it would meet every row
+            pipe.send(UserError(str(e)))
+            return
         pipe.send(result)
 
 

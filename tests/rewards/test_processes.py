@@ -14,6 +14,7 @@ from megatron_sov.rewards.registry import order
 
 CODE = '''
 import itertools, os, time
+from megatron_sov.errors import UserError
 count = itertools.count()
 
 class Does:
@@ -31,6 +32,8 @@ class Does:
                 pass
         if what == "die":
             os._exit(7)
+        if what == "mistake":
+            raise UserError("mend the settings")
         if what == "eat":
             return len(bytearray(1 << 40))
         if what == "change":
@@ -75,3 +78,13 @@ def test_what_goes_wrong_costs_its_row_alone(runner) -> None:
 def test_a_reward_that_cannot_be_made_ends_the_work(runner) -> None:
     with pytest.raises(UserError, match="size = 'big'"), runner(settings={"size": "big"}) as running:
         running.score(rows("1"))
+
+
+def test_a_mistake_that_meets_every_row_ends_the_work(runner) -> None:
+    with runner() as running, pytest.raises(UserError, match="mend the settings"):
+        running.score(rows("1", "mistake", "2"))
+
+
+def test_any_limit_of_time_can_be_waited_for(runner) -> None:
+    with runner(time_limit_s=float("inf"), workers=1) as running:
+        assert running.score(rows("1"))[0].reward == 1.0
