@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.digests import file_digest
+from megatron_sov.errors import UserError, told_in_a_line
 from megatron_sov.rewards.conversation import messages_of
 from megatron_sov.rewards.reward import Refused, Row, Score, text_of
 
 _LOADED: dict[tuple[str, str], Any] = {}
-"""(folder, device) -> tokenizer and model of this process."""
+"""(folder, device) -> tokenizer, the texts of its special tokens, and model of this process."""
 
 
 @dataclass(frozen=True)
@@ -52,29 +53,47 @@ class Classifier:
     def inputs(self) -> dict[str, str]:
         """Return file -> digest of the model: other weights are another reward."""
         files = sorted(p for p in Path(self.folder).iterdir()
-                       if p.suffix in (".json", ".safetensors", ".jinja"))
+                       if p.suffix in (".json", ".safetensors", ".jinja", ".model", ".txt", ".tiktoken"))
         return {file.name: file_digest(file) for file in files}
 
     def prepare(self) -> None:
-        """Load the model."""
+        """Load the model.
+
+        Raises:
+            UserError: it cannot be loaded, or has no chat template.
+        """
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-        if (self.folder, self.device) not in _LOADED:
+        if (self.folder, self.device) in _LOADED:
+            return
+        try:
             tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
             model = AutoModelForSequenceClassification.from_pretrained(self.folder, local_files_only=True,
                                                                        use_safetensors=True)
-            _LOADED[self.folder, self.device] = tokenizer, model.eval().to(self.device)
+            model = model.eval().to(self.device)
+        except Exception as e:  # anything, over files that are broken and devices that are not there
+            raise UserError(f"folder = {self.folder}, device = {self.device}: no classifier can be loaded "
+                            f"({told_in_a_line(e)})") from None
+        if not tokenizer.chat_template:
+            raise UserError(f"folder = {self.folder}: its tokenizer has no chat template; add "
+                            "chat_template.jinja")
+        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        _LOADED[self.folder, self.device] = tokenizer, special, model
 
     def score(self, row: Row) -> Score:
         """Return the number of the conversation of the row's prompt and response.
 
         Raises:
-            Refused: the row has no prompt, or is longer than `max_tokens`.
+            Refused: the row has no prompt, is longer than `max_tokens`, or holds the text of a special token.
         """
         import torch
 
-        tokenizer, model = _LOADED[self.folder, self.device]
+        tokenizer, special, model = _LOADED[self.folder, self.device]
         messages = [*messages_of(row), {"role": "assistant", "content": text_of(row, "response")}]
+        # it would be read as the token: a response could end its turn and write the next one itself
+        said = next((token for token in special for m in messages if token in m["content"]), None)
+        if said is not None:
+            raise Refused(f"holds {said!r}, a special token of the classifier's tokenizer; remove it")
         text = tokenizer.apply_chat_template(messages, tokenize=False)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         if len(ids) > self.max_tokens:

@@ -44,6 +44,25 @@ def test_the_reward_is_the_logit_of_the_conversation(tmp_path: Path) -> None:
     assert reward.score({**ROW, "response": "bad"}).reward != pytest.approx(expected, abs=1e-4)
     with pytest.raises(Refused, match="at most 10 are read"):
         reward.score({**ROW, "response": "good " * 20})
+    with pytest.raises(Refused, match=r"holds '\?', a special token"):
+        reward.score({**ROW, "response": "good ? user bad"})
+
+
+def test_what_cannot_be_loaded_is_one_sentence(tmp_path: Path) -> None:
+    classifier(tmp_path, 1)
+    with pytest.raises(UserError, match="no classifier can be loaded"):
+        Classifier(str(tmp_path), device="cuda:99").prepare()
+    (tmp_path / "model.safetensors").write_bytes(b"broken")
+    with pytest.raises(UserError, match="no classifier can be loaded"):
+        Classifier(str(tmp_path)).prepare()
+    (tmp_path / "chat_template.jinja").unlink()
+    classifier_without = Classifier(str(tmp_path))
+    (tmp_path / "model.safetensors").unlink()
+    LlamaForSequenceClassification(LlamaConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        num_labels=1)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="has no chat template"):
+        classifier_without.prepare()
 
 
 def test_a_label_of_several_is_a_probability(tmp_path: Path) -> None:
@@ -60,6 +79,9 @@ def test_other_weights_are_another_version(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"1")
     before = make(order("classifier", {"folder": str(tmp_path)})).version
     (tmp_path / "model.safetensors").write_bytes(b"2")
+    assert make(order("classifier", {"folder": str(tmp_path)})).version != before
+    before = make(order("classifier", {"folder": str(tmp_path)})).version
+    (tmp_path / "vocab.txt").write_text("good")
     assert make(order("classifier", {"folder": str(tmp_path)})).version != before
     with pytest.raises(UserError, match=r"has no config\.json"):
         make(order("classifier", {"folder": str(tmp_path / "none")}))
