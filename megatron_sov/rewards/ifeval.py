@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_type_hints
 
 from megatron_sov.errors import nearest
 from megatron_sov.rewards.instruction_checks import CHECKS
@@ -74,11 +74,28 @@ def checked(name: str, text: str, arguments: Mapping[str, Any]) -> bool:
     Raises:
         Refused: the arguments are not those of the instruction.
     """
+    hints = get_type_hints(CHECKS[name])
+    for key, value in arguments.items():
+        if key in hints and key != "return" and not _is_of(hints[key], value):
+            raise Refused(f"instruction {name}: {key} = {told_short(value)} must be {_WANTED[hints[key]]}")
     try:
         return CHECKS[name](text, **arguments)
     except (TypeError, AttributeError) as e:
         raise Refused(f"instruction {name}: takes other arguments than {told_short(dict(arguments))} "
                       f"({e})") from None
+
+
+_WANTED = {str: "text", int: "a whole number", Sequence[str]: "a list of texts"}
+
+
+def _is_of(wanted: Any, value: Any) -> bool:
+    """Return whether an argument is of its check's type: a check takes a text for a list of letters, and no
+    number equals its digits."""
+    if wanted is str:
+        return isinstance(value, str)
+    if wanted is int:
+        return type(value) is int or (isinstance(value, float) and value.is_integer())
+    return isinstance(value, (list, tuple)) and all(isinstance(part, str) for part in value)
 
 
 def loosened(response: str) -> list[str]:

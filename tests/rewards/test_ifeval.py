@@ -79,7 +79,11 @@ def test_the_columns_of_the_data_set_are_read() -> None:
     ({"instructions": [{"id": "length_constraints:number_words", "num_words": 3, "relation": "over"}]},
      "relation = 'over'"),
     ({"instructions": [{"id": "length_constraints:number_words", "num_words": "3", "relation": "at least"}]},
-     "other arguments"),
+     "num_words = '3' must be a whole number"),
+    ({"instructions": [{"id": "length_constraints:number_paragraphs", "num_paragraphs": "1"}]},
+     "num_paragraphs = '1' must be a whole number"),
+    ({"instructions": [{"id": "keywords:existence", "keywords": "word"}]}, "must be a list of texts"),
+    ({"instructions": [{"id": "length_constraints:number_words", "num": 3}]}, "takes other arguments than"),
     ({"instruction_id_list": ["punctuation:no_comma"], "kwargs": []}, "as long as"),
     ({"instructions": ASKED, "response": "a" * 400_001}, "at most 400,000 are checked"),
 ])
