@@ -39,8 +39,9 @@ class LowestPieces:
             if self._size_bytes > self._limit_bytes:
                 break
             self._highest = bucket
+            first = len(kept)
             kept += pieces
-            self._size_bytes = sum(len(piece.raw) for piece in kept)
+            self._size_bytes += sum(len(piece.raw) for piece in kept[first:])
         self._pieces = kept
         self._drop_at_bytes = max(_SLACK * self._limit_bytes, 2 * self._size_bytes)
 
