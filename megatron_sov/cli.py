@@ -44,7 +44,8 @@ COMMANDS = {
     "distill": Command("megatron_sov.commands.distill",
                        "states: a teacher's final hidden states over token shards, at its own layout"),
     "convert": Command("megatron_sov.commands.convert",
-                       "from-hf, to-hf, verify, inspect: checkpoints, Hugging Face folders"),
+                       "from-hf, to-hf, verify, inspect, to-peft, from-peft: checkpoints, Hugging Face "
+                       "folders, adapters"),
     "generate": Command("megatron_sov.commands.generate",
                         "continue prompts with a checkpoint or a Hugging Face folder"),
     "eval": Command("megatron_sov.commands.eval",
