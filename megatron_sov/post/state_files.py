@@ -92,7 +92,7 @@ class StateFiles:
         content = manifest.content
         self.hidden_size, self.vocab_size = int(content["hidden_size"]), int(content["vocab_size"])
         self.teacher = str(manifest.settings["teacher"])
-        """Digest of the teacher's weights."""
+        """Digest of the teacher: of its weights, its configuration, and the base of an adapter."""
         self._dtype = DTYPES[content["dtype"]]
         self._check_data([i for i in manifest.inputs if i["kind"] == "tokens"])
         self._parts: dict[tuple[int, str], list[Part]] = {}

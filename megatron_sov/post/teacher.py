@@ -44,6 +44,8 @@ from megatron_sov.post.state_files import (
     lengths_of,
     parts_of,
 )
+from megatron_sov.runs.checkpoints import ADAPTER, MODEL, adapter_base
+from megatron_sov.runs.checkpoints import KIND as CHECKPOINT
 from megatron_sov.runs.launch_environment import is_first
 
 FORMATS = ("text", "chat", "preference", "prompt")
@@ -116,14 +118,19 @@ def read_documents(reading: Reading, out: Path, settings: list[str], nproc: int 
 
 
 def weights_digest(target: Target) -> str:
-    """Return the digest of a model's weights: of its files, by name and content."""
+    """Return the digest of a model: of its weights' files by name and content, of what says how they are
+    used, and of an adapter's base."""
     if target.is_hf:
-        files = {p.name: file_digest(p) for p in sorted(target.path.glob("*.safetensors"))}
+        model: dict[str, Any] = {p.name: file_digest(p) for p in target.path.glob("*.safetensors")}
+        model["config.json"] = file_digest(target.path / "config.json")
     else:
-        files = {name: record.digest for name, record in read_manifest(target.path).files.items()
-                 if name.startswith("model")}
+        manifest, base = read_manifest(target.path, CHECKPOINT), adapter_base(target.path)
+        model = {name: record.digest for name, record in manifest.files.items()
+                 if name.startswith((MODEL, ADAPTER))}
+        model |= {f"settings.{name}": manifest.settings.get(name) for name in ("model", "lora")}
+        model["base"] = None if base is None else base.sha256
     digest = Digest(BLAKE3)
-    digest.update(to_json(dict(sorted(files.items()))).encode())
+    digest.update(to_json(dict(sorted(model.items()))).encode())
     return digest.text()
 
 

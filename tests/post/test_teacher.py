@@ -16,14 +16,14 @@ from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 prepare_megatron()
 from safetensors.torch import load_file  # noqa: E402
 
-from megatron_sov.artifacts import damaged_files  # noqa: E402
+from megatron_sov.artifacts import damaged_files, new_artifact  # noqa: E402
 from megatron_sov.cli import main  # noqa: E402
 from megatron_sov.data.token_shards import open_sources  # noqa: E402
 from megatron_sov.errors import UserError  # noqa: E402
 from megatron_sov.generate.target import Target  # noqa: E402
 from megatron_sov.post import teacher as teaching  # noqa: E402
 from megatron_sov.post.state_files import HEAD_WEIGHT, StateFiles  # noqa: E402
-from megatron_sov.post.teacher import FORMATS, Reading, read_documents  # noqa: E402
+from megatron_sov.post.teacher import FORMATS, Reading, read_documents, weights_digest  # noqa: E402
 
 FAMILY = "exaone_moe"
 
@@ -120,6 +120,27 @@ def test_a_killed_job_reads_no_part_twice(one_rank: None, imported: dict[str, Pa
     files = [part.file for together in seen for part in together]
     assert sorted(files) == sorted(p.relative_to(out).as_posix() for p in (out / "states").iterdir())
     assert len(set(files)) == len(files) > 4
+
+
+def test_another_teacher_has_another_digest(tmp_path: Path) -> None:
+    def checkpoint(part: str, weights: bytes, base: str = "1", alpha: int = 16) -> str:
+        with new_artifact(tmp_path / "checkpoint", "checkpoint", overwrite=True) as artifact:
+            (artifact.path / part).mkdir()
+            (artifact.path / part / "0.safetensors").write_bytes(weights)
+            artifact.settings = {"model": {"hidden_size": 8}, "lora": {"alpha": alpha}}
+            artifact.content = {"base": {"path": "base", "sha256": base}} if part == "adapter" else {}
+        return weights_digest(Target(tmp_path / "checkpoint", False))
+
+    def folder(weights: bytes, config: str) -> str:
+        (tmp_path / "model.safetensors").write_bytes(weights)
+        (tmp_path / "config.json").write_text(config)
+        return weights_digest(Target(tmp_path, True))
+
+    assert checkpoint("adapter", b"1") == checkpoint("adapter", b"1")
+    assert len({checkpoint("model", b"1"), checkpoint("model", b"2"), checkpoint("adapter", b"1"),
+                checkpoint("adapter", b"2"), checkpoint("adapter", b"1", base="2"),
+                checkpoint("adapter", b"1", alpha=32)}) == 6
+    assert len({folder(b"1", "{}"), folder(b"2", "{}"), folder(b"1", '{"rope_theta": 1}')}) == 3
 
 
 def test_what_does_not_belong_together_is_refused(one_rank: None, imported: dict[str, Path], data: Path,
