@@ -76,7 +76,7 @@ def opened(output: Path, identity: dict[str, Any]) -> Iterator[Journal]:
         folder.mkdir(parents=True, exist_ok=True)
     fd = os.open(folder, os.O_RDONLY)
     try:
-        if holds(fd) is False:
+        if holds(fd) is False or not _is_at(fd, folder):  # or it has just been published and removed
             raise UserError(f"--output {output}: is being written by another process ({folder} is held); "
                             "wait for it, or name another file")
         if _identity(folder) != identity:
@@ -89,6 +89,13 @@ def opened(output: Path, identity: dict[str, Any]) -> Iterator[Journal]:
             journal.close()
     finally:
         os.close(fd)
+
+
+def _is_at(fd: int, folder: Path) -> bool:
+    try:
+        return os.path.samestat(os.stat(folder), os.fstat(fd))
+    except FileNotFoundError:
+        return False
 
 
 def _identity(folder: Path) -> Any:

@@ -156,6 +156,17 @@ def test_another_setting_begins_anew() -> None:
     assert read()[0]["reward"] == 0.0
 
 
+def test_a_journal_that_another_command_has_just_removed_is_not_held(
+        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def holds(fd: int) -> bool:
+        os.rename(folder_of(Path("out.jsonl")), "published")
+        return True
+
+    monkeypatch.setattr("megatron_sov.rewards.journal.holds", holds)
+    assert score("--set", "language=ko") == 2
+    assert "is being written by another process" in capsys.readouterr().err
+
+
 def test_what_the_page_shows_runs() -> None:
     text = PAGE.read_text()
     for name, content in re.findall(r"^`([a-z_.]+)`:\n\n```[a-z]+\n(.*?)^```", text,
