@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from megatron_sov.errors import UserError, list_problems, nearest
-from megatron_sov.plugins.loading import Loaded, is_reference
+from megatron_sov.plugins.loading import Loaded, is_reference, telling
 from megatron_sov.plugins.registry import Registry
 from megatron_sov.plugins.signatures import check_methods
 from megatron_sov.rewards.version import settings_of, version_of
@@ -51,6 +51,8 @@ class Order:
     """As they were given."""
     reference: str = ""
     """FILE.py:NAME or MODULE:NAME of one that a person named; empty: it is known by name."""
+    files: Mapping[str, str] = field(default_factory=dict)
+    """File -> sha256 of what was loaded by that reference."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def order(name: str, settings: Mapping[str, Any]) -> Order:
     if is_reference(name):
         own = OWN.load(name)
         code = OWN.code(own)
-        return Order(own, settings, code.reference if code else name)
+        return Order(own, settings, code.reference, code.files) if code else Order(own, settings, name)
     OWN.get(name)
     return Order(name, settings)
 
@@ -87,7 +89,8 @@ def make(asked: Order) -> Made:
     """Return the reward of an order.
 
     Raises:
-        UserError: a setting does not exist, has the wrong type or breaks a rule; all of them are named.
+        UserError: a setting does not exist, has the wrong type or breaks a rule; all of them are named. Or
+            its file fails, or has changed since it was ordered.
     """
     reward, settings, files = _built(asked)
     if not hasattr(reward, "orders"):
@@ -107,8 +110,9 @@ def _built(asked: Order) -> tuple[Any, dict[str, Any], dict[str, str] | None]:
     """Return a reward, its settings, and the hashes of its files where it is not built in."""
     made, files = _class(asked)
     settings = _settings(asked, made)
-    reward = made(**settings)
-    problems = reward.problems() if hasattr(reward, "problems") else []
+    with telling(f"reward {asked.reference or asked.name}"):
+        reward = made(**settings)
+        problems = reward.problems() if hasattr(reward, "problems") else []
     if problems:
         raise UserError(list_problems(f"reward {asked.name}", problems))
     return reward, settings, files
@@ -123,7 +127,13 @@ def _class(asked: Order) -> tuple[type[Any], dict[str, str] | None]:
         OWN.load(asked.reference)
     made = OWN.get(asked.name)
     code = OWN.code(asked.name)
-    return made, code.files if code else {}
+    files = code.files if code else {}
+    # a process that starts later would judge by other code under the same version
+    changed = [name for name, digest in asked.files.items() if files.get(name, digest) != digest]
+    if changed:
+        raise UserError(f"reward {asked.reference}: {changed[0]} has changed since this command began; "
+                        "run it again")
+    return made, files
 
 
 def _settings(asked: Order, made: type[Any]) -> dict[str, Any]:

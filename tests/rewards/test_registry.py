@@ -44,6 +44,21 @@ def test_its_version_is_of_its_file_and_settings(file: Path) -> None:
     assert version() != before
 
 
+def test_a_file_that_changes_behind_the_order_is_refused(file: Path) -> None:
+    asked = order(f"{file}:Contains", {})
+    before = make(asked).version
+    file.write_text(OWN.replace(">=", ">"))
+    with pytest.raises(UserError, match=r"contains\.py has changed since this command began"):
+        make(asked)
+    assert make(order(f"{file}:Contains", {})).version != before
+
+
+def test_a_reward_that_cannot_be_made_is_one_sentence(file: Path) -> None:
+    file.write_text(OWN.replace("self.word, self.times = word, times", "raise ValueError('no word')"))
+    with pytest.raises(UserError, match=r"reward .*contains\.py:Contains: ValueError: no word"):
+        make(order(f"{file}:Contains", {}))
+
+
 @pytest.mark.parametrize(("settings", "said"), [
     ({"wrod": "x"}, "wrod: no such setting; did you mean 'word'? (settings: word, times)"),
     ({"times": "many"}, "times = 'many': Input should be a valid integer"),
