@@ -1,7 +1,7 @@
 """Rewards in processes of their own, each row with a limit of time and memory: one that hangs, or a response
 that makes a verifier eat the machine, costs its row and nothing else.
 
-The processes are forks of a small server that has imported the reward and nothing else, so that one that was
+The processes are forks of a small server that has imported the rewards and nothing else, so that one that was
 ended is replaced in a moment, and no thread of a caller's library is ever forked.
 """
 
@@ -38,6 +38,8 @@ LONGEST_WAIT_S = 60.0
 AGAIN = None
 """What a process sends between the two times that it judges a row: each has the whole time."""
 _PR_SET_PDEATHSIG = 1
+_PRELOADED: dict[str, None] = {}
+"""Modules of all runners, in order: they share one server."""
 
 
 class ProcessRunner:
@@ -53,7 +55,8 @@ class ProcessRunner:
     def __init__(self, asked: Order, time_limit_s: float, workers: int, modules: Sequence[str] = ()) -> None:
         self._asked, self._time_limit_s = asked, time_limit_s
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload([__name__, *modules])
+        _PRELOADED.update(dict.fromkeys(modules))
+        self._context.set_forkserver_preload([__name__, *_PRELOADED])
         self._slots: list[_Slot] = []
         self._workers, self._num_seen = workers, 0
 

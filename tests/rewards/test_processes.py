@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -88,3 +89,9 @@ def test_a_mistake_that_meets_every_row_ends_the_work(runner) -> None:
 def test_any_limit_of_time_can_be_waited_for(runner) -> None:
     with runner(time_limit_s=float("inf"), workers=1) as running:
         assert running.score(rows("1"))[0].reward == 1.0
+
+
+def test_one_server_imports_what_all_runners_need() -> None:
+    for name in ("colorsys", "wave"):
+        ProcessRunner(order("stem", {}), 1.0, 1, [name])
+    assert {"colorsys", "wave"} <= set(forkserver._forkserver._preload_modules)
