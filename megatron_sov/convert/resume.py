@@ -65,8 +65,8 @@ class ResumableArtifact:
 
 
 @contextlib.contextmanager
-def resumable_artifact(path: Path, kind: str, plan: dict[str, Any], *,
-                       overwrite: bool = False) -> Iterator[ResumableArtifact]:
+def resumable_artifact(path: Path, kind: str, plan: dict[str, Any], *, overwrite: bool = False,
+                       kills: tuple[type[Exception], ...] = ()) -> Iterator[ResumableArtifact]:
     """Make an artifact that appears under `path` only when complete; a killed one goes on where it was.
 
     Args:
@@ -75,6 +75,7 @@ def resumable_artifact(path: Path, kind: str, plan: dict[str, Any], *,
         plan: JSON values that decide every byte of the files; where they differ from the killed one's,
             nothing of it is used.
         overwrite: replace an artifact of the same kind that is already there.
+        kills: errors behind which one can go on as behind a kill: what a process meets when another is lost.
 
     Raises:
         UserError: `path` exists and may not be replaced, another process is making it, or the disk refuses.
@@ -94,8 +95,9 @@ def resumable_artifact(path: Path, kind: str, plan: dict[str, Any], *,
             artifact.writer.known_files |= artifact.finished
             artifact.writer.complete()
             publish(work / CONTENT, path)
-        except Exception:  # not KeyboardInterrupt, which is a kill and can go on
-            shutil.rmtree(work, ignore_errors=True)
+        except Exception as e:  # not KeyboardInterrupt, which is a kill and can go on
+            if not isinstance(e, kills):
+                shutil.rmtree(work, ignore_errors=True)
             raise
         shutil.rmtree(work, ignore_errors=True)
 

@@ -143,7 +143,8 @@ def _artifact(reading: Reading, sources: list[Source], plan: dict[str, Any], out
     model = weights.model
     plan = plan | {"teacher": teacher, "data": [i["manifest_sha256"] for i in provenance(sources)],
                    "dtype": reading.dtype}
-    with resumable_artifact(out, KIND, plan, overwrite=overwrite) as artifact:
+    # a RuntimeError is what torch raises where another process is gone: hours of parts are not lost with it
+    with resumable_artifact(out, KIND, plan, overwrite=overwrite, kills=(RuntimeError,)) as artifact:
         (artifact.path / "states").mkdir(exist_ok=True)
         head = weights.read("model.embed_tokens.weight" if model.tied_embeddings else "lm_head.weight")
         save_file({HEAD_WEIGHT: head.contiguous()}, artifact.path / HEAD)

@@ -151,6 +151,19 @@ def test_an_error_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_loss_of_another_process_is_like_a_kill(tmp_path: Path) -> None:
+    def make(error: Exception) -> None:
+        with resumable_artifact(tmp_path / "out", "x", {}, kills=(RuntimeError,)):
+            raise error
+
+    with pytest.raises(RuntimeError):
+        make(RuntimeError("connection closed by peer"))
+    assert partial_folder(tmp_path / "out").is_dir()
+    with pytest.raises(UserError):
+        make(UserError("the data have changed"))
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_disk_that_has_no_room_for_the_plan_is_left_as_it_was(tmp_path: Path,
                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: Path, data: str) -> None:
