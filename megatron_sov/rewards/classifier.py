@@ -71,13 +71,13 @@ class Classifier:
             model = AutoModelForSequenceClassification.from_pretrained(self.folder, local_files_only=True,
                                                                        use_safetensors=True)
             model = model.eval().to(self.device)
+            special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         except Exception as e:  # anything, over files that are broken and devices that are not there
             raise UserError(f"folder = {self.folder}, device = {self.device}: no classifier can be loaded "
                             f"({told_in_a_line(e)})") from None
         if not tokenizer.chat_template:
             raise UserError(f"folder = {self.folder}: its tokenizer has no chat template; add "
                             "chat_template.jinja")
-        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         _LOADED[self.folder, self.device] = tokenizer, special, model
 
     def score(self, row: Row) -> Score:

@@ -55,14 +55,13 @@ def test_what_cannot_be_loaded_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"broken")
     with pytest.raises(UserError, match="no classifier can be loaded"):
         Classifier(str(tmp_path)).prepare()
+
+
+def test_a_tokenizer_without_a_template_is_refused(tmp_path: Path) -> None:
+    classifier(tmp_path, 1)
     (tmp_path / "chat_template.jinja").unlink()
-    classifier_without = Classifier(str(tmp_path))
-    (tmp_path / "model.safetensors").unlink()
-    LlamaForSequenceClassification(LlamaConfig(
-        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
-        num_labels=1)).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="has no chat template"):
-        classifier_without.prepare()
+        Classifier(str(tmp_path)).prepare()
 
 
 def test_a_label_of_several_is_a_probability(tmp_path: Path) -> None:
