@@ -129,8 +129,7 @@ class Reference:
                                           if s.artifact is not None}}
         self._parts = {s.name: ReferenceParts(self._folder, s.name, s.shard("train")) for s in sources}
         self.sources = tuple(dataclasses.replace(
-            s, made=WithReference(s.shard("train"), self._parts[s.name]), columns=(*s.columns, COLUMN))
-            for s in sources)
+            s, made=WithReference(s.shard("train"), self._parts[s.name])) for s in sources)
         """The same with the column; its numbers are there once `make` has run."""
 
     def make(self, view: GateView) -> None:
