@@ -37,7 +37,7 @@ def _trainer(settings: list[str], data: str, run: Path) -> Any:
     place = world.join(config.parallel)
     config.check(place.size)
     sources = open_sources(config.data.paths, config.model.vocab_size, ("preference",))
-    reference = Reference(run, Path(data), sources)  # whose manifest stands for that of a checkpoint
+    reference = Reference(run, Path(data), sources, 128)  # whose manifest stands for that of a checkpoint
     trainer = Trainer(config, place, RunFolder(run), list(reference.sources), objective_of(config))
     reference.make(trainer)
     return trainer
