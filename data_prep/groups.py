@@ -93,9 +93,13 @@ def write_groups(files: list[Path], output: Path, *, overwrite: bool = False) ->
 
 
 def chats_of(group: Group) -> Iterator[dict[str, Any]]:
-    """Yield a chat for each response, with the fields `COLUMNS`."""
-    for response, advantage in zip(group.responses, advantages(group.rewards), strict=True):
-        yield {**group.beside, "messages": [*group.prompt, *response],
+    """Yield a chat for each response, with the fields `COLUMNS`; an id of the group's becomes one for each."""
+    # what others have said before the responses is no part of them
+    prompt = [{**m, "train": False} if m["role"] == "assistant" else m for m in group.prompt]
+    id_ = group.beside.get("id")
+    for i, (response, advantage) in enumerate(zip(group.responses, advantages(group.rewards), strict=True)):
+        own = {"id": f"{id_}-{i}"} if isinstance(id_, (str, int)) else {}
+        yield {**group.beside, **own, "messages": [*prompt, *response],
                COLUMNS[0]: advantage, COLUMNS[1]: 1 / len(group.rewards)}
 
 

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
 
 from data_prep.cli import main
 from megatron_sov.artifacts import read_manifest
+from megatron_sov.data.token_shards import open_sources
 
 
 def write(path: Path, *records: Any) -> Path:
@@ -39,6 +41,24 @@ def test_each_response_is_a_chat_with_its_place_in_the_group(tmp_path: Path, cap
     assert read_manifest(tmp_path / "out", "corpus").content["groups"] == {
         "num_groups": 1, "num_responses": 3, "num_equal_rewards": 1, "num_alone": 1}
     assert "1 with equal rewards and 1 of one response" in capsys.readouterr().out
+
+
+def test_the_responses_of_one_prompt_are_packed_and_what_came_before_them_is_not_learned(
+        tokenizers: dict[str, Path], tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Welcome back."},
+             {"role": "user", "content": "2 + 2?"}]
+    file = write(tmp_path / "in.jsonl", group(1, 0, prompt=turns) | {"id": "q7"}, group(0, 1) | {"id": 8})
+    assert main(["groups", "--input", str(file), "--output", str(tmp_path / "out")]) == 0
+    assert main(["pack", "--tokenizer", str(tokenizers["solar-open"]), "--format", "chat", "--heldout", "0",
+                 "--column", "advantage", "--column", "group_share", "--workers", "1",
+                 "--input", str(tmp_path / "out/groups.jsonl"), "--output", str(tmp_path / "packed")]) == 0
+    tokenizer = Tokenizer.from_file(str(tmp_path / "packed/tokenizer/tokenizer.json"))
+    [source] = open_sources({str(tmp_path / "packed"): 1.0}, 10**6)
+    documents = source.shard("train")
+    learned = [tokenizer.decode(documents.tokens(d, 0, n)[documents.loss_weights(d, 0, n) > 0].tolist())
+               for d, n in enumerate(documents.lengths)]
+    assert ["answer" in text for text in learned] == [True] * 4
+    assert not any("Welcome" in text for text in learned)
 
 
 @pytest.mark.parametrize(("record", "said"), [
