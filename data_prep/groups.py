@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import Any
 from data_prep.json_lines import read_objects
 from megatron_sov.artifacts import new_artifact, refuse_existing
 from megatron_sov.documents import BadRecord
+from megatron_sov.documents.columns import is_float32
 from megatron_sov.documents.messages import read_messages
 from megatron_sov.errors import UserError
 
@@ -142,9 +142,9 @@ def _response(value: Any, where: str) -> tuple[list[dict[str, Any]], float]:
     if not isinstance(given, dict) or not given:
         raise UserError(f"{where}: 'rewards' is {str(given)[:40]!r}, must be an object of numbers")
     for name, number in given.items():
-        if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
-            raise UserError(f"{where}: {name} is {str(number)[:40]!r}, must be a finite number; a response "
-                            "that no judge could score does not belong into a group")
+        if not is_float32(number):
+            raise UserError(f"{where}: {name} is {str(number)[:40]!r}, must be a finite number that float32 "
+                            "holds; a response that no judge could score does not belong into a group")
     messages = _messages(value["messages"] if "messages" in value else value["content"], "assistant", where)
     if not any(m.get("role") == "assistant" for m in messages):
         raise UserError(f"{where}: holds no message of the assistant")

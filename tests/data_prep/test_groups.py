@@ -73,6 +73,8 @@ def test_the_responses_of_one_prompt_are_packed_and_what_came_before_them_is_not
     ({"prompt": "a", "responses": [{"reward": 1}]}, "either 'content' or 'messages'"),
     ({"prompt": "a", "responses": [{"messages": [{"role": "user", "content": "x"}], "reward": 1}]},
      "no message of the assistant"),
+    (group(1, 10**400), "responses[1]: reward is '1000"),
+    (group(1, 0, prompt="\ud800"), "in.jsonl:1: holds half of a surrogate pair"),
     (group(1, 0) | {"advantage": 3}, "has 'advantage', which this step writes"),
     (group(1, 1), "no group has two responses with different rewards (1 with equal rewards"),
 ])
