@@ -41,6 +41,6 @@ def _object(line: bytes, where: str) -> dict[str, Any]:
         try:
             json.dumps(record, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise UserError(f"{where}: holds half of a surrogate pair (an escape such as \\ud800), which is no "
-                            "character; remove it") from None
+            raise UserError(f"{where}: holds half of a surrogate pair (an escape such as \\ud800), which is "
+                            "no character; remove it") from None
     return record

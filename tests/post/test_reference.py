@@ -47,7 +47,7 @@ def test_a_reference_is_known_again_by_its_weights_its_data_and_its_samples(pair
     reference(first)._open()
     reference(again)._open()  # such as a Hugging Face folder that was converted once more
     for changed in (reference(other), reference(first, 256)):
-        with pytest.raises(UserError, match=r"another reference, of other data or for other lengths .*delete"):
+        with pytest.raises(UserError, match=r"another reference, of other data or for other lengths .*del"):
             changed._open()
 
 
