@@ -24,8 +24,8 @@ def rank_heldout_pairs(view: GateView, sources: Sequence[Source]) -> dict[str, d
     """Measure each source that has held-out pairs, and record it; called by all processes together.
 
     Returns:
-        Source -> `pairs`, and `right`, the share of them that is ranked right (a tie is half right).  Pairs of
-        which a response begins behind the longest sample are left out.
+        Source -> `pairs`, and `right`, the share of them that is ranked right (a tie is half right).  Pairs
+        of which a response begins behind the longest sample are left out.
     """
     found, seq_len = {}, max(p.seq_len for p in view.config.data.phases)
     for source in sources:
