@@ -129,10 +129,9 @@ class Reference:
             max_tokens: of the longest sample; what lies behind them in a document has no number.
         """
         self._folder = run / REFERENCE
-        self._identity = {"reference_sha256": _files_sha256(start),
-                          "data_sha256": {s.name: manifest_sha256(s.artifact) for s in sources
-                                          if s.artifact is not None},
-                          "max_tokens": max_tokens}
+        self._identity: dict[str, Any] = {
+            "reference_sha256": _files_sha256(start), "max_tokens": max_tokens,
+            "data_sha256": {s.name: manifest_sha256(s.artifact) for s in sources if s.artifact is not None}}
         self._parts = {s.name: ReferenceParts(self._folder, s.name, s.shard("train")) for s in sources}
         self.sources = tuple(dataclasses.replace(
             s, made=WithReference(s.shard("train"), self._parts[s.name])) for s in sources)
