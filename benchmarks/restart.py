@@ -76,7 +76,7 @@ def restarts(times: Times, work: Path) -> int:
     write_shard(work)
     config = apply_settings(recipes.get("tiny-solar-open"), list(SETTINGS))
     place, folder = times.run("process group", lambda: world.join(config.parallel)), RunFolder(work / "run")
-    source = Source("main", None, False, {}, {"train": NUM_DOCUMENTS * DOCUMENT_TOKENS}, 1.0,
+    source = Source("main", None, "text", {}, {"train": NUM_DOCUMENTS * DOCUMENT_TOKENS}, 1.0,
                     ShardChain([work / "train"]))
     folder.checkpoints.mkdir(parents=True)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import Any
 from data_prep.json_lines import read_objects
 from megatron_sov.artifacts import new_artifact, refuse_existing
 from megatron_sov.documents import BadRecord
+from megatron_sov.documents.columns import is_float32
 from megatron_sov.documents.messages import read_messages
 from megatron_sov.errors import UserError
 
@@ -93,9 +93,13 @@ def write_groups(files: list[Path], output: Path, *, overwrite: bool = False) ->
 
 
 def chats_of(group: Group) -> Iterator[dict[str, Any]]:
-    """Yield a chat for each response, with the fields `COLUMNS`."""
-    for response, advantage in zip(group.responses, advantages(group.rewards), strict=True):
-        yield {**group.beside, "messages": [*group.prompt, *response],
+    """Yield a chat for each response, with the fields `COLUMNS`, and an id where the group has one."""
+    # what others have said before the responses is no part of them
+    prompt = [{**m, "train": False} if m["role"] == "assistant" else m for m in group.prompt]
+    id_ = group.beside.get("id")
+    for i, (response, advantage) in enumerate(zip(group.responses, advantages(group.rewards), strict=True)):
+        own = {"id": f"{id_}-{i}"} if isinstance(id_, (str, int)) else {}
+        yield {**group.beside, **own, "messages": [*prompt, *response],
                COLUMNS[0]: advantage, COLUMNS[1]: 1 / len(group.rewards)}
 
 
@@ -138,9 +142,9 @@ def _response(value: Any, where: str) -> tuple[list[dict[str, Any]], float]:
     if not isinstance(given, dict) or not given:
         raise UserError(f"{where}: 'rewards' is {str(given)[:40]!r}, must be an object of numbers")
     for name, number in given.items():
-        if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
-            raise UserError(f"{where}: {name} is {str(number)[:40]!r}, must be a finite number; a response "
-                            "that no judge could score does not belong into a group")
+        if not is_float32(number):
+            raise UserError(f"{where}: {name} is {str(number)[:40]!r}, must be a finite number that float32 "
+                            "holds; a response that no judge could score does not belong into a group")
     messages = _messages(value["messages"] if "messages" in value else value["content"], "assistant", where)
     if not any(m.get("role") == "assistant" for m in messages):
         raise UserError(f"{where}: holds no message of the assistant")

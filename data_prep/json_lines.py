@@ -37,4 +37,10 @@ def _object(line: bytes, where: str) -> dict[str, Any]:
         raise UserError(f"{where}: is not valid JSON ({e}); every line must be one JSON object") from None
     if not isinstance(record, dict):
         raise UserError(f"{where}: is a JSON {type(record).__name__}; every line must be one JSON object")
+    if b"\\u" in line:
+        try:
+            json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{where}: holds half of a surrogate pair (an escape such as \\ud800), which is "
+                            "no character; remove it") from None
     return record

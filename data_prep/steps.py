@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_sov.documents import Document, LeftOut
+from megatron_sov.documents.columns import BUCKET_NAME, is_float32
 from megatron_sov.errors import UserError
 from megatron_sov.plugins.code import Code
 from megatron_sov.plugins.loading import Loaded, is_reference, load, telling
@@ -82,5 +83,25 @@ class Steps:
                 raise UserError(f"{document.where}: data step {reference} returned {what}; "
                                 "it must return a Document of the same kind, or LeftOut(reason) with a "
                                 f"reason of at most {MAX_REASON_CHARS} characters")
-            document = dataclasses.replace(found, where=document.where, line=document.line)
+            document = _carried(found, document, reference)
         return document
+
+
+def _carried(found: Document, before: Document, reference: str) -> Document:
+    """Return what a step has made with the place, the columns and the bucket that the record has, where the
+    step names no others.
+
+    Raises:
+        UserError: it names columns or a bucket that cannot be.
+    """
+    columns = {**before.columns, **found.columns}
+    for name, numbers in before.columns.items():
+        given = columns[name]
+        if not isinstance(given, tuple) or len(given) != len(numbers) or not all(map(is_float32, given)):
+            raise UserError(f"{before.where}: data step {reference} returned {str(given)[:80]} in column "
+                            f"{name!r}; it must be a tuple of {len(numbers)} finite numbers")
+    bucket = found.bucket or before.bucket
+    if bucket != before.bucket and not (isinstance(bucket, str) and BUCKET_NAME.fullmatch(bucket)):
+        raise UserError(f"{before.where}: data step {reference} returned the bucket {str(bucket)[:40]!r}; it "
+                        "must be a name of letters, digits, '.', '_', '-'")
+    return dataclasses.replace(found, where=before.where, line=before.line, columns=columns, bucket=bucket)

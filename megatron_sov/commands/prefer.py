@@ -33,6 +33,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_sov.post.preference import objective_of
     from megatron_sov.post.ranking import rank_heldout_pairs
     from megatron_sov.post.reference import Reference
+    from megatron_sov.runs import checkpoints
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.stage import Stage, run_stage
 
@@ -40,7 +41,10 @@ def run(args: argparse.Namespace) -> int:
     objective = objective_of(config)
     sources = tuple(open_sources(config.data.paths, config.model.vocab_size, objective.formats))
     pairs = [s for s in sources if s.format == "preference"]
-    reference = Reference(args.run, parsed.start, sources) if asked.method in WITH_REFERENCE else None
+    reference = (Reference(args.run, parsed.start, sources, max(p.seq_len for p in config.data.phases))
+                 if asked.method in WITH_REFERENCE else None)
+    if reference is not None and checkpoints.latest(RunFolder(args.run).checkpoints) is not None:
+        reference.refuse_changed()
 
     def before(view: GateView) -> None:
         if reference is not None:

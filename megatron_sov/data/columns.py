@@ -31,8 +31,9 @@ def refuse_without_columns(sources: Sequence[Source], needed: Mapping[str, Neede
     """
     for name, column in needed.items():
         for source in sources:
-            if name not in source.columns and (not column.formats or source.format in column.formats):
+            held = source.columns if source.made is None else source.made.columns
+            if name not in held and (not column.formats or source.format in column.formats):
                 raise UserError(
                     f"{source.artifact or 'a source made on the fly'}: source {source.name!r} has no column "
-                    f"{name!r} ({', '.join(source.columns) or 'it has none'}), and the objective reads it; "
+                    f"{name!r} ({', '.join(held) or 'it has none'}), and the objective reads it; "
                     f"{column.made_by} makes it")

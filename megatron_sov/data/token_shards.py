@@ -283,11 +283,11 @@ class Source:
     share: float
     """Weight that an empty blend gives it; those of the sources of all artifacts sum to 1."""
     made: Documents | None = None
-    """The documents of a source made on the fly."""
+    """Training documents made on the fly, in the place of the artifact's."""
     vocab_size: int = sys.maxsize
     """Token ids of the tokenizer that packed it."""
     columns: tuple[str, ...] = ()
-    """Columns that its documents have beside weights and types."""
+    """Columns that its shards have beside weights and types."""
     group: int = 1
     """Documents in a row that are one unit, never parted: 2 of a preference."""
 
@@ -298,7 +298,7 @@ class Source:
 
     def shard(self, split: str) -> Documents:
         """Open one split."""
-        if self.made is not None:
+        if self.made is not None and split == "train":
             return self.made
         if self.artifact is None:
             raise ValueError(f"source {self.name} has neither an artifact nor documents")

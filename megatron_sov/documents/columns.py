@@ -3,7 +3,6 @@ objective that asks for them, and the bucket that it belongs to, as one of a dif
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -62,13 +61,14 @@ def _numbers(record: Mapping[str, Any], name: str, num_sequences: int) -> tuple[
                                   f"(fields: {', '.join(record) or 'none'}); add it")
     value = record[name]
     values = value if isinstance(value, list) else [value] * num_sequences
-    if len(values) != num_sequences or not all(map(_fits, values)):
+    if len(values) != num_sequences or not all(map(is_float32, values)):
         wanted = "a number" if num_sequences == 1 else f"a number or a list of {num_sequences}"
         raise BadRecord("fields", f"has {str(value)[:40]!r} in field {name!r}, must be {wanted} that float32 "
                                   "holds, for --column")
     return tuple(map(float, values))
 
 
-def _fits(value: Any) -> bool:
-    return (isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            and abs(value) <= LARGEST)
+def is_float32(value: Any) -> bool:
+    """Return whether a value is a finite number that float32 holds."""
+    # a comparison, since a whole number of 400 digits has no float that could be asked whether it is finite
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST

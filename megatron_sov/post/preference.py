@@ -32,7 +32,6 @@ class PairLearning(DataObjective):
     on chosen responses)."""
 
     formats = ("preference",)
-    group = 2
     columns: Mapping[str, NeededColumn] = {}
     meters = ("pairs_right", "margin", "chosen_logprob", "rejected_logprob")
     comparable_loss = False

@@ -24,29 +24,36 @@ def rank_heldout_pairs(view: GateView, sources: Sequence[Source]) -> dict[str, d
     """Measure each source that has held-out pairs, and record it; called by all processes together.
 
     Returns:
-        Source -> `pairs`, and `right`, the share of them that is ranked right (a tie is half right).
+        Source -> `pairs`, and `right`, the share of them that is ranked right (a tie is half right).  Pairs
+        of which a response begins behind the longest sample are left out.
     """
-    found = {}
+    found, seq_len = {}, max(p.seq_len for p in view.config.data.phases)
     for source in sources:
         if source.num_tokens.get("heldout"):
             documents = source.shard("heldout")
             chosen = range(min(len(documents.lengths), 2 * MAX_PAIRS))
-            means = _means(documents, chosen, document_logprobs(view, documents, chosen))
+            means = _means(documents, chosen, document_logprobs(view, documents, chosen), seq_len)
             margins = means[0::2] - means[1::2]
+            margins = margins[~np.isnan(margins)]
+            if not len(margins):
+                continue
             right = float(((margins > 0) + (margins == 0) / 2).mean())
             found[source.name] = {"pairs": len(margins), "right": right}
             view.events.write("heldout_pairs", step=view.step, source=source.name, **found[source.name])
     return found
 
 
-def _means(documents: Documents, chosen: range, logprobs: np.ndarray) -> np.ndarray:
-    """Return [documents] float64: mean log-probability of each one's learned tokens."""
-    means, at = np.zeros(len(chosen)), 0
+def _means(documents: Documents, chosen: range, logprobs: np.ndarray, seq_len: int) -> np.ndarray:
+    """Return [documents] float64: mean log-probability of each one's learned tokens as far as `seq_len`
+    reaches, NaN where none does."""
+    means, at = np.full(len(chosen), np.nan), 0
     for place, document in enumerate(chosen):
         length = int(documents.lengths[document])
         learned = ((documents.types(document, 0, length) == TYPE_RESPONSE)
                    & (documents.loss_weights(document, 0, length) > 0))
-        learned[:1] = False
-        means[place] = logprobs[at:at + length][learned].astype(np.float64).mean() if learned.any() else 0.0
+        # the first token is no label; those behind the last label of a sample have no number
+        learned[:1] = learned[seq_len + 1:] = False
+        if learned.any():
+            means[place] = logprobs[at:at + length][learned].astype(np.float64).mean()
         at += length
     return means

@@ -8,23 +8,27 @@ next part, and one that is continued later finds all of them.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import time
 from collections.abc import Sequence
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from megatron_sov.artifacts import atomic_write, disk_errors, manifest_sha256, to_json
+from megatron_sov.artifacts import atomic_write, disk_errors, manifest_sha256, read_manifest, to_json
 from megatron_sov.data.token_shards import Documents, Source
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.parallel.world import on_main
 from megatron_sov.obs.work_bar import work_bar
 from megatron_sov.post.document_logprobs import document_logprobs
+from megatron_sov.runs.checkpoints import BASE
+from megatron_sov.runs.folder import REFERENCE
 from megatron_sov.train.gate import GateView
 
-FOLDER, IDENTITY = "reference", "reference.json"
+IDENTITY = "reference.json"
 COLUMN = "reference_logprobs"
 """Column of labels: log p(label) of the reference."""
 PART_DOCUMENTS = 4096
@@ -115,22 +119,22 @@ class WithReference:
 class Reference:
     """The reference's part of a run: the columns that its objective reads, made before the first step."""
 
-    def __init__(self, run: Path, start: Path, sources: Sequence[Source]) -> None:
+    def __init__(self, run: Path, start: Path, sources: Sequence[Source], max_tokens: int) -> None:
         """Take what the run learns from.
 
         Args:
             run: its folder.
             start: checkpoint that it starts from, which is the reference.
             sources: preferences.
+            max_tokens: of the longest sample; what lies behind them in a document has no number.
         """
-        self._folder = run / FOLDER
-        self._identity = {"reference_sha256": manifest_sha256(start),
-                          "data_sha256": {s.name: manifest_sha256(s.artifact) for s in sources
-                                          if s.artifact is not None}}
+        self._folder = run / REFERENCE
+        self._identity: dict[str, Any] = {
+            "reference_sha256": _files_sha256(start), "max_tokens": max_tokens,
+            "data_sha256": {s.name: manifest_sha256(s.artifact) for s in sources if s.artifact is not None}}
         self._parts = {s.name: ReferenceParts(self._folder, s.name, s.shard("train")) for s in sources}
         self.sources = tuple(dataclasses.replace(
-            s, made=WithReference(s.shard("train"), self._parts[s.name]), columns=(*s.columns, COLUMN))
-            for s in sources)
+            s, made=WithReference(s.shard("train"), self._parts[s.name])) for s in sources)
         """The same with the column; its numbers are there once `make` has run."""
 
     def make(self, view: GateView) -> None:
@@ -156,14 +160,48 @@ class Reference:
         view.events.write("reference", parts=len(todo), tokens=num_tokens,
                           seconds=time.monotonic() - begin_s, **self._identity)
 
+    def refuse_changed(self) -> None:
+        """Refuse to go on with a run, whose model is its reference no more, where the numbers that are there
+        are not all that it needs.
+
+        Raises:
+            UserError: other data, longer samples, or no numbers.
+        """
+        file, held = self._folder / IDENTITY, self._held()
+        data, max_tokens = held.get("data_sha256", {}), held.get("max_tokens", 0)
+        other = [name for name, sha256 in self._identity["data_sha256"].items() if data.get(name) != sha256]
+        if other:
+            raise UserError(f"{file}: holds no log-probabilities of source {other[0]!r} as it is now; resume "
+                            "with the data of before, or start a new --run --from the last checkpoint")
+        if max_tokens < self._identity["max_tokens"]:
+            raise UserError(f"{file}: its log-probabilities reach to token {max_tokens} of a document, and "
+                            f"samples have {self._identity['max_tokens']} (data.phases); resume with samples "
+                            "that are no longer, or start a new --run --from the last checkpoint")
+
     def _open(self) -> None:
         file = self._folder / IDENTITY
         if file.is_file():
-            held = json.loads(file.read_text(encoding="utf-8"))
-            if held != self._identity:
-                raise UserError(f"{file}: log-probabilities of another reference or of other data lie there; "
-                                "delete the folder, and they are computed anew")
+            if self._held() != self._identity:
+                raise UserError(f"{file}: log-probabilities of another reference, of other data or for other "
+                                "lengths of samples lie there; delete the folder, and they are computed anew")
             return
         with disk_errors(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
         atomic_write(file, to_json(self._identity))
+
+    def _held(self) -> dict[str, Any]:
+        """Return what the numbers that are there belong to."""
+        file = self._folder / IDENTITY
+        try:
+            return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+        except (ValueError, TypeError) as e:
+            raise UserError(f"{file}: is damaged ({e}); delete the folder") from None
+
+
+def _files_sha256(start: Path) -> str:
+    """Return what stands for a checkpoint's weights: a Hugging Face folder that is converted once more gives
+    the same files, under a manifest of another time."""
+    manifest = read_manifest(start)
+    facts = {"base": manifest.content.get(BASE, {}).get("sha256", ""),
+             "files": {name: record.digest for name, record in sorted(manifest.files.items())}}
+    return hashlib.sha256(to_json(facts).encode()).hexdigest()

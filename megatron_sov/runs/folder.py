@@ -21,6 +21,8 @@ CONFIG, COMPLETION, FAILURE, STAGES, JOBS = ("config.json", "complete.json", "ga
                                              "stages", "slurm")
 FAULTS = "faults"
 """Which faults have come on purpose, one file each; one may come before there is a run."""
+REFERENCE = "reference"
+"""What a run's reference says of its data; it outlives a run that was refused before its first step."""
 EXPORTS, EVALUATIONS = "exports", "evaluations"
 """Hugging Face folders of checkpoints, and the figures measured on them, beside training."""
 OPTIM = tuple(f.name for f in dataclasses.fields(OptimConfig) if f.name != "rewarm")
@@ -104,7 +106,7 @@ class RunFolder:
             refuse_unwritable(nearest, f"--run {self.path}")
         earlier = self.config()
         if earlier is None:
-            expected = (LOCK, STAGES, JOBS, FAULTS)
+            expected = (LOCK, STAGES, JOBS, FAULTS, REFERENCE)
             if self.path.is_dir() and any(not p.name.startswith(".") and p.name not in expected
                                           for p in self.path.iterdir()):
                 raise UserError(f"{self.path}: is not empty and holds no run; choose another --run")

@@ -24,8 +24,8 @@ from megatron_sov.train.guards.fault_injection import Faults
 from megatron_sov.train.microbatch import MicroBatch
 from megatron_sov.train.objective import GlobalBatch, LossSums, Objective, meters_of, total_loss
 
-BY_SOURCE, METERS = "by source", "meters"
-"""Names in the message beside those of terms."""
+BY_SOURCE, METERS = "by source", "all meters"
+"""Names in the message beside those of terms, which have no spaces in them."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from megatron_sov.errors import UserError
 
 def test_data_without_a_column_are_refused_with_what_makes_it(make_source: Any) -> None:
     scored = make_source("scored", [5])
-    text, chat = (replace(make_source(n, [5], is_chat=n == "chat"), columns=()) for n in ("text", "chat"))
+    text, chat = (replace(make_source(n, [5], is_chat=n == "chat"), columns=(), made=None)
+                  for n in ("text", "chat"))
     refuse_without_columns([scored], {"score": NeededColumn("sov-data pack --column score")})
     refuse_without_columns([scored, text], {"score": NeededColumn("", formats=("chat",))})
     with pytest.raises(UserError, match=r"source 'chat' has no column 'score' \(it has none\), and the "

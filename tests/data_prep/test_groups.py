@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
 
 from data_prep.cli import main
 from megatron_sov.artifacts import read_manifest
+from megatron_sov.data.token_shards import open_sources
 
 
 def write(path: Path, *records: Any) -> Path:
@@ -41,6 +43,24 @@ def test_each_response_is_a_chat_with_its_place_in_the_group(tmp_path: Path, cap
     assert "1 with equal rewards and 1 of one response" in capsys.readouterr().out
 
 
+def test_the_responses_of_one_prompt_are_packed_and_what_came_before_them_is_not_learned(
+        tokenizers: dict[str, Path], tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Welcome back."},
+             {"role": "user", "content": "2 + 2?"}]
+    file = write(tmp_path / "in.jsonl", group(1, 0, prompt=turns) | {"id": "q7"}, group(0, 1) | {"id": 8})
+    assert main(["groups", "--input", str(file), "--output", str(tmp_path / "out")]) == 0
+    assert main(["pack", "--tokenizer", str(tokenizers["solar-open"]), "--format", "chat", "--heldout", "0",
+                 "--column", "advantage", "--column", "group_share", "--workers", "1",
+                 "--input", str(tmp_path / "out/groups.jsonl"), "--output", str(tmp_path / "packed")]) == 0
+    tokenizer = Tokenizer.from_file(str(tmp_path / "packed/tokenizer/tokenizer.json"))
+    [source] = open_sources({str(tmp_path / "packed"): 1.0}, 10**6)
+    documents = source.shard("train")
+    learned = [tokenizer.decode(documents.tokens(d, 0, n)[documents.loss_weights(d, 0, n) > 0].tolist())
+               for d, n in enumerate(documents.lengths)]
+    assert ["answer" in text for text in learned] == [True] * 4
+    assert not any("Welcome" in text for text in learned)
+
+
 @pytest.mark.parametrize(("record", "said"), [
     ("[1]", "in.jsonl:1: is a JSON list"),
     ("{", "in.jsonl:1: is not valid JSON"),
@@ -53,6 +73,8 @@ def test_each_response_is_a_chat_with_its_place_in_the_group(tmp_path: Path, cap
     ({"prompt": "a", "responses": [{"reward": 1}]}, "either 'content' or 'messages'"),
     ({"prompt": "a", "responses": [{"messages": [{"role": "user", "content": "x"}], "reward": 1}]},
      "no message of the assistant"),
+    (group(1, 10**400), "responses[1]: reward is '1000"),
+    (group(1, 0, prompt="\ud800"), "in.jsonl:1: holds half of a surrogate pair"),
     (group(1, 0) | {"advantage": 3}, "has 'advantage', which this step writes"),
     (group(1, 1), "no group has two responses with different rewards (1 with equal rewards"),
 ])

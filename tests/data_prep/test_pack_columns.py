@@ -59,6 +59,7 @@ def test_numbers_of_records_are_columns_of_their_tokens(tokenizers: dict[str, Pa
     ("prompt", ["score"], {}, "--column score: a prompt has no response to which"),
     ("text", ["score"], {}, "asked.jsonl:1: has no field 'score', which --column names (fields: text"),
     ("text", ["score"], {"score": True}, "has 'True' in field 'score', must be a number that float32 holds"),
+    ("text", ["score"], {"score": 10**400}, "must be a number that float32 holds"),
     ("text", ["score"], {"score": 1e39}, "has '1e+39' in field 'score'"),
     ("text", ["score"], {"score": [1]}, ""),
     ("preference", ["score"], {"score": [1, 2, 3]}, "must be a number or a list of 2"),

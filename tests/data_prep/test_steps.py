@@ -40,6 +40,15 @@ def essay(document):
 def fails(document):
     return document.nothing
 
+def anew(document):
+    return type(document)("elsewhere", document.text.upper())
+
+def halved(document):
+    return replace(document, columns={"score": document.columns["score"][0] / 2}, bucket="../b")
+
+def elsewhere(document):
+    return replace(document, bucket="../b")
+
 def empty(document):
     return replace(document, text=" ")
 
@@ -65,6 +74,16 @@ def test_steps_work_in_order_and_a_document_keeps_its_place(file: Path) -> None:
     assert both.apply(dataclasses.replace(document, text="x")) == LeftOut("short")
     assert Steps(named_steps([f"{file}:shout", f"{file}:no_shouting"])).apply(document) == LeftOut("shouts")
     assert Steps(()).apply(document) is document
+
+
+def test_what_a_record_says_of_itself_stays_with_the_document(file: Path) -> None:
+    document = Document("a.jsonl:7", "x" * 50, columns={"score": (3.0,)}, bucket="easy", line=7)
+    made = Steps(named_steps([f"{file}:anew"])).apply(document)
+    assert made == dataclasses.replace(document, text="X" * 50)
+    with pytest.raises(UserError, match=r"steps.py:halved returned 1.5 in column 'score'; it must be a"):
+        Steps(named_steps([f"{file}:halved"])).apply(document)
+    with pytest.raises(UserError, match=r"steps.py:elsewhere returned the bucket '../b'; it must be a name"):
+        Steps(named_steps([f"{file}:elsewhere"])).apply(document)
 
 
 @pytest.mark.parametrize(("name", "message"), [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import sys
@@ -22,21 +21,6 @@ SETTINGS = ["train.precision=fp64", 'data.phases=[{"name": "main", "seq_len": 12
 STEPS = 3
 
 
-@pytest.fixture(scope="module")
-def pairs(packed_data: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pairs whose better answer is the right sum, packed."""
-    from data_prep.cli import main as sov_data
-
-    folder = tmp_path_factory.mktemp("pairs")
-    (folder / "pairs.jsonl").write_text("\n".join(json.dumps({
-        "prompt": f"What is {i} plus {i % 7}?", "chosen": f"{i} plus {i % 7} is {i + i % 7}.",
-        "rejected": f"It is {i}." + " I am sure." * (i % 3)}) for i in range(60)))
-    assert sov_data(["pack", "--tokenizer", str(packed_data.tokenizer), "--heldout", "0.2", "--workers", "1",
-                     "--format", "preference", "--input", str(folder / "pairs.jsonl"),
-                     "--output", str(folder / "pairs")]) == 0
-    return folder / "pairs"
-
-
 def _trainer(settings: list[str], data: str, run: Path) -> Any:
     """Return a trainer with its reference made."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "layouts"))
@@ -53,7 +37,7 @@ def _trainer(settings: list[str], data: str, run: Path) -> Any:
     place = world.join(config.parallel)
     config.check(place.size)
     sources = open_sources(config.data.paths, config.model.vocab_size, ("preference",))
-    reference = Reference(run, Path(data), sources)  # whose manifest stands for that of a checkpoint
+    reference = Reference(run, Path(data), sources, 128)  # whose manifest stands for that of a checkpoint
     trainer = Trainer(config, place, RunFolder(run), list(reference.sources), objective_of(config))
     reference.make(trainer)
     return trainer

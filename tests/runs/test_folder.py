@@ -32,6 +32,7 @@ def test_a_new_folder_is_entered_and_nothing_is_made(tmp_path: Path) -> None:
 def test_what_a_killed_start_left_is_no_obstacle(tmp_path: Path) -> None:
     (tmp_path / "lock.json").write_text("{}")
     (tmp_path / ".config.json.tmp-123").write_text("{")
+    (tmp_path / "reference").mkdir()  # of a run that was refused before its first step
     RunFolder(tmp_path).enter(CONFIG_OF_RUN, resume=False)
 
 

@@ -1,0 +1,56 @@
+"""Held-out pairs ranked by the mean log-probability of each response, as far as samples reach."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_sov.data.token_shards import Source
+
+SEQ_LEN = 4
+
+
+class Pairs:
+    """Five pairs; a number of `first` is the place where a response begins."""
+
+    columns, is_plain = (), False
+    lengths = np.array([4, 4, 4, 4, 4, 4, 4, 9, 4, 9], np.int32)
+    first = (2, 2, 2, 2, 2, 2, 2, 2, 2, 6)
+
+    def types(self, document: int, start: int, count: int) -> np.ndarray:
+        return np.where(np.arange(start, start + count) >= self.first[document], 2, 1).astype(np.uint8)
+
+    def loss_weights(self, document: int, start: int, count: int) -> np.ndarray:
+        return (self.types(document, start, count) == 2).astype(np.float32)
+
+
+def test_what_lies_behind_a_sample_counts_for_neither_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_sov.post import ranking
+
+    def logprobs(view: Any, documents: Pairs, chosen: range) -> np.ndarray:
+        """Of each response -1 (better) or -2 a token, 0 where `document_logprobs` has no number."""
+        numbers = []
+        for document, mean in zip(chosen, (-1, -2, -2, -1, -1, -1, -1, -2, -1, -1), strict=True):
+            of = np.full(documents.lengths[document], float(mean), np.float32)
+            of[:1] = of[SEQ_LEN + 1:] = 0
+            numbers.append(of)
+        return np.concatenate(numbers)
+
+    monkeypatch.setattr(ranking, "document_logprobs", logprobs)
+    events: list[dict[str, Any]] = []
+    view: Any = SimpleNamespace(
+        step=3, config=SimpleNamespace(data=SimpleNamespace(phases=[SimpleNamespace(seq_len=SEQ_LEN)])),
+        events=SimpleNamespace(write=lambda name, **fields: events.append({"name": name, **fields})))
+    source = Source("pairs", None, "preference", {}, {"train": 0, "heldout": 59}, 1.0)
+    documents = Pairs()
+    monkeypatch.setattr(Source, "shard", lambda self, split: documents)
+    # right, wrong, a tie, right by what a sample holds; of the last one's response no sample holds anything
+    assert ranking.rank_heldout_pairs(view, [source]) == {"pairs": {"pairs": 4, "right": 2.5 / 4}}
+    assert events == [{"name": "heldout_pairs", "step": 3, "source": "pairs", "pairs": 4, "right": 2.5 / 4}]
+    none = dataclasses.replace(source, name="none")
+    monkeypatch.setattr(Pairs, "first", (9,) * 10)
+    assert ranking.rank_heldout_pairs(view, [none]) == {}
