@@ -76,8 +76,11 @@ def test_a_model_with_an_adapter_takes_nothing_in() -> None:
     from types import SimpleNamespace
 
     from megatron_sov.config import LoraConfig
-    from megatron_sov.convert import import_weights
     from megatron_sov.errors import UserError
+    from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
+
+    prepare_megatron()
+    from megatron_sov.convert import import_weights
 
     adapted: Any = SimpleNamespace(lora=LoraConfig(4))
     with pytest.raises(UserError, match=r"^lora\.rank = 4: .* would add its own to them"):
