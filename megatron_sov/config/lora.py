@@ -70,6 +70,10 @@ class LoraConfig:
         if gpu.shared_expert_overlap == "on":
             p.append("lora.rank > 0 cannot be with gpu.shared_expert_overlap = on, which computes shared "
                      "experts in pieces; set it to off")
+        if EXPERTS in self.adapted(model) and "expert_fc1" in gpu.offload_modules:
+            # parts below the library's `min_offloaded_tensor_size` stay, and the whole's memory is freed
+            p.append("lora.targets adapts experts, each of which keeps its own part of the tokens, and "
+                     "gpu.offload_modules = expert_fc1 frees the memory of all; leave expert_fc1 out")
         return p
 
     def _own_problems(self, model: ModelConfig) -> list[str]:

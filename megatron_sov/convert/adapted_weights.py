@@ -32,7 +32,9 @@ def merged(weight: torch.Tensor, place: Place, tensors: dict[str, torch.Tensor],
     total = weight.to(wide) + lora.alpha / lora.rank * (b @ a)
     magnitude = tensors.get(place.of.key(MAGNITUDE))
     if magnitude is not None:
-        total *= (magnitude.to(wide) / torch.linalg.vector_norm(total, dim=1))[:, None]
+        # rounded as the trained lengths are: where these have not moved, rows stay as long as they were
+        lengths = torch.linalg.vector_norm(total, dim=1).to(magnitude.dtype)
+        total *= (magnitude.to(wide) / lengths.to(wide))[:, None]
     return total.to(weight.dtype)
 
 

@@ -12,6 +12,7 @@ import torch
 
 from megatron_sov import models
 from megatron_sov.convert.whole_model import checked
+from megatron_sov.errors import UserError
 from megatron_sov.mcore.model.language_model import LanguageModel
 from megatron_sov.mcore.model.local_shards import LocalShard, local_shards
 from megatron_sov.mcore.parallel.device import local_device
@@ -31,9 +32,13 @@ def import_weights(model: LanguageModel, weights: Iterable[tuple[str, torch.Tens
         weights: Hugging Face names and tensors, such as `export_weights(other, everywhere=True)`.
 
     Raises:
-        UserError: a tensor is missing, unknown, of another shape or comes twice; the model is then part
-            old, part new.
+        UserError: the model has adapters; or a tensor is missing, unknown, of another shape or comes twice,
+            and the model is then part old, part new.
     """
+    if model.lora.on:
+        raise UserError(f"lora.rank = {model.lora.rank}: tensors under Hugging Face names have an adapter "
+                        "inside, and this model would add its own to them; take them into a model without "
+                        "(lora.rank=0)")
     links = models.get(model.architecture.family).links(model.architecture)
     link_of = {name: link for link in links for name in link.hf_names}
     shapes = {name: shape for link in links for name, shape in link.hf_shapes().items()}

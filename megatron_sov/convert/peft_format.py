@@ -28,6 +28,9 @@ _IGNORED = ("inference_mode", "lora_dropout", "task_type", "init_lora_weights", 
             "target_parameters", "use_dora", "use_rslora", "megatron_core", "loftq_config",
             "runtime_config", "qalora_group_size", "fan_in_fan_out", "exclude_modules")
 """Fields of adapter_config.json that are understood, or that change no number of a trained adapter."""
+_KEEP_THE_BASE = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")
+"""Values of `init_lora_weights` under which the adapter belongs to the base as it is; PiSSA, OLoRA, CorDA,
+LoftQ and LoRA-GA take something out of it first."""
 
 
 def peft_name(of: Adapted, tensor: str) -> str:
@@ -102,8 +105,12 @@ def lora_of(config: dict[str, Any], names: Sequence[str], model: ModelConfig, wh
     if unknown or config.get("fan_in_fan_out"):
         raise UserError(f"{where}: {', '.join(unknown) or 'fan_in_fan_out = True'} in {CONFIG} cannot be "
                         "kept; merge the adapter with PEFT, and convert the merged model")
+    started = config.get("init_lora_weights", True)
+    if str(started).lower() not in _KEEP_THE_BASE:
+        raise UserError(f"{where}: init_lora_weights = {started!r} in {CONFIG} has changed the base, and the "
+                        "adapter belongs to what was left; merge it with PEFT, and convert the merged model")
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)) or alpha <= 0:
+    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not 0 < alpha < math.inf:
         raise UserError(f"{where}: r = {rank!r} and lora_alpha = {alpha!r} in {CONFIG} must be positive "
                         "numbers; restore it from its source")
     scale = math.sqrt(rank) if config.get("use_rslora") else 1.0

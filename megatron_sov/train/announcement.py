@@ -69,7 +69,9 @@ def planned_tokens(entries: Sequence[LedgerEntry], steps: range) -> dict[str, fl
 
 def memory_of(config: RunConfig, model: LanguageModel, world: World) -> Account:
     """Return the account of the first process, from the parameters that it has."""
-    sizes = [(p.numel(), getattr(p, "allreduce", True)) for p in model.parameters()]
+    # adapters are in the account by their settings
+    sizes = [(p.numel(), getattr(p, "allreduce", True)) for chunk in model.chunks
+             for name, p in chunk.named_parameters() if not name.startswith("adapters.")]
     dense, experts = (sum(n for n, shared in sizes if shared is kind) for kind in (True, False))
     layers = len(config.parallel.layers_of_stage(0, config.model.num_layers))
     longest = max(phase.seq_len for phase in config.data.phases)

@@ -37,6 +37,8 @@ def test_all_linear_is_what_the_model_has_without_its_head(recipe: str, extra: s
     ("tiny-qwen3", ["parallel.zero1=true", "parallel.overlap_grad_reduce=true",
                     "parallel.overlap_param_gather=true"], "parallel.overlap_param_gather; set it to false"),
     ("tiny-solar-open", ["gpu.shared_expert_overlap=on"], "gpu.shared_expert_overlap = on"),
+    ("tiny-solar-open", ["train.recompute=false", 'gpu.offload_modules=["expert_fc1"]'],
+     "gpu.offload_modules = expert_fc1 frees the memory of all; leave expert_fc1 out"),
 ])
 def test_what_cannot_be_is_said_in_one_sentence(recipe: str, settings: list[str], said: str) -> None:
     problems = [p for p in config(recipe, *settings).problems() if p.startswith("lora.")]

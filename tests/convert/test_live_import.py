@@ -69,3 +69,19 @@ def test_a_model_takes_in_what_another_exports(ranks, job) -> None:
             missing, shape, twice, unknown = result["refused"]
             assert "1 missing (model.layers.0.self_attn.k_proj" in missing and "of another shape" in shape
             assert "comes twice" in twice and "1 unexpected (model.odd)" in unknown
+
+
+def test_a_model_with_an_adapter_takes_nothing_in() -> None:
+    """What an export gives has its adapter inside: it would be added twice."""
+    from types import SimpleNamespace
+
+    from megatron_sov.config import LoraConfig
+    from megatron_sov.errors import UserError
+    from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
+
+    prepare_megatron()
+    from megatron_sov.convert import import_weights
+
+    adapted: Any = SimpleNamespace(lora=LoraConfig(4))
+    with pytest.raises(UserError, match=r"^lora\.rank = 4: .* would add its own to them"):
+        import_weights(adapted, [])

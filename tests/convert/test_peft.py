@@ -4,6 +4,7 @@ base it is the model that the adapted layers are."""
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,9 @@ GOOD = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none"}
     ({"lora_bias": True}, NAMES, "lora_bias = True in adapter_config.json cannot be kept"),
     ({"rank_pattern": {"q_proj": 8}}, NAMES, "rank_pattern = {'q_proj': 8}"),
     ({"r": "four"}, NAMES, "r = 'four' and lora_alpha = 8"),
+    ({"lora_alpha": math.nan}, NAMES, "r = 4 and lora_alpha = nan"),
+    ({"init_lora_weights": "pissa_niter_16"}, NAMES, "init_lora_weights = 'pissa_niter_16' in "
+                                                     "adapter_config.json has changed the base"),
     ({}, NAMES[2:], "adapts q_proj in some layers and not in others"),
     ({}, [*NAMES, "base_model.model.score.lora_A.weight"],
      "score.lora_A.weight (1 such tensors) adapts nothing"),

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from megatron_sov import recipes
 from megatron_sov.config import apply_settings
 from megatron_sov.data.ledger import LedgerEntry
 from megatron_sov.data.token_shards import Source
 from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
-from megatron_sov.plan.memory import Account
+from megatron_sov.plan.memory import Account, adapter_params
 
 prepare_megatron()
 from megatron_sov.mcore.parallel.world import World  # noqa: E402
-from megatron_sov.train.announcement import banner, planned_tokens, short, summary  # noqa: E402
+from megatron_sov.train.announcement import banner, memory_of, planned_tokens, short, summary  # noqa: E402
 from megatron_sov.train.evaluate import HeldoutLoss  # noqa: E402
 from megatron_sov.train.state import TrainState  # noqa: E402
 
@@ -35,6 +38,15 @@ def test_a_run_says_what_it_is_about_to_do() -> None:
                        "8 GiB with activations")
     assert told[2] == "  data       web 600 tokens (1.2 epochs), code 600 tokens (1 epochs)"
     assert told[3].startswith("  run        runs/a, a checkpoint every ")
+
+
+def test_an_adapter_is_counted_once() -> None:
+    config = apply_settings(recipes.get("tiny-qwen3"), ["lora.rank=4", "train.precision=fp32"])
+    chunk = torch.nn.Linear(100, 10, bias=False)
+    chunk.adapters = torch.nn.Linear(sum(adapter_params(config)), 1, bias=False)
+    model: Any = SimpleNamespace(chunks=(chunk,))
+    found = memory_of(config, model, World(0, 1, 0, 1, True, True))
+    assert found.weights == 4 * (1000 + sum(adapter_params(config)))
 
 
 @pytest.mark.parametrize(("steps", "web", "code"), [

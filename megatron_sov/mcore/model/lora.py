@@ -205,11 +205,15 @@ class LinearAdapter(torch.nn.Module):
 
     @torch.no_grad()
     def row_lengths(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return the length of each row of W + alpha / rank B A, of this process's rows."""
-        squares = (weight + self._update()).square().sum(1)
-        if not self._column:
+        """Return the length of each row of W + alpha / rank B A, of this process's rows: summed in float32 at
+        least, and rounded to the weight's dtype, in which it is trained."""
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        lengths = torch.linalg.vector_norm(weight + self._update(), dim=1, dtype=wide)
+        if not self._column and self._group.size() > 1:
+            squares = lengths.square()
             torch.distributed.all_reduce(squares, group=self._group)
-        return squares.sqrt()
+            lengths = squares.sqrt()
+        return lengths.to(weight.dtype)
 
     @torch.no_grad()
     def set_magnitudes(self, weight: torch.Tensor) -> None:

@@ -184,6 +184,33 @@ def test_the_first_gradient_of_b_is_the_whole_one_times_a_transposed(
     assert set(names) <= set(found["compared"])
 
 
+def wrong_lengths() -> dict[str, int]:
+    """Return how many trained lengths of a bf16 model are not those of its rows, rounded once; and of how
+    many."""
+    import torch
+
+    from megatron_sov.mcore.model.lora import LinearAdapter
+    from megatron_sov.mcore.parallel import world
+
+    config = config_of("tiny-qwen2", {}, ["lora.dora=true", "train.precision=bf16"])
+    world.join(config.parallel)
+    learning = Learning(config)
+    found = {"wrong": 0, "all": 0}
+    for module in learning.model.modules():
+        for hook in module._forward_hooks.values():
+            if isinstance(adapter := getattr(hook, "adapter", None), LinearAdapter):
+                right = torch.linalg.vector_norm(module.weight.double(), dim=1).bfloat16()
+                found["wrong"] += int((adapter.row_lengths(module.weight) != right).sum())
+                found["all"] += len(right)
+    world.leave()
+    return found
+
+
+def test_lengths_of_rows_are_rounded_once(ranks: Any, job: Any) -> None:
+    ((found,),) = ranks(job(__file__, "wrong_lengths", 1, {}))
+    assert found["all"] > 100 and found["wrong"] == 0
+
+
 def difference(one: dict[str, Any], other: dict[str, Any]) -> float:
     """Return the largest difference of two adapters' numbers."""
     assert one.keys() == other.keys()
