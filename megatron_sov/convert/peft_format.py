@@ -110,7 +110,8 @@ def lora_of(config: dict[str, Any], names: Sequence[str], model: ModelConfig, wh
         raise UserError(f"{where}: init_lora_weights = {started!r} in {CONFIG} has changed the base, and the "
                         "adapter belongs to what was left; merge it with PEFT, and convert the merged model")
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not 0 < alpha < math.inf:
+    if (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1 or isinstance(alpha, bool)
+            or not isinstance(alpha, int | float) or not 0 < alpha < math.inf):
         raise UserError(f"{where}: r = {rank!r} and lora_alpha = {alpha!r} in {CONFIG} must be positive "
                         "numbers; restore it from its source")
     scale = math.sqrt(rank) if config.get("use_rslora") else 1.0
