@@ -56,6 +56,7 @@ EXTRAS = {
         "sentencepiece>=0.2", "protobuf", "tensorboard", "wandb", "types-tqdm", "types-psutil",
         "peft>=0.21.2",
         "math-verify==0.9.0", "latex2sympy2_extended[antlr4_13_2]==1.11.0", "httpx>=0.27",
+        "langdetect>=1.0.9",
     ],
 }
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from data_prep import stats, verify
 from data_prep.cli import main
-from data_prep.indexed import IndexedWriter
+from data_prep.indexed import SIDECARS, IndexedWriter
 from data_prep.pack import PackSettings, Source, pack
 from data_prep.verify import check
 from megatron_sov.artifacts import FileRecord, read_manifest, to_json
@@ -53,7 +53,7 @@ def leak(data: Path) -> None:
     length = int(np.fromfile(data / "chat/train-00000.idx", "<i4", 1, offset=34)[0])
     columns = {s: np.fromfile(data / f"chat/train-00000.{s}", d, length)
                for s, d in (("bin", "<u2"), ("loss", "<f4"), ("type", "u1"))}
-    with IndexedWriter(data / "chat/heldout-00000", "uint16", True) as writer:
+    with IndexedWriter(data / "chat/heldout-00000", "uint16", SIDECARS) as writer:
         writer.write(np.array([length], np.int32), columns)
 
 

@@ -14,7 +14,7 @@ from megatron_sov.cli import main
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-@pytest.mark.parametrize(("page", "count"), [("generate.md", 4), ("eval.md", 6)])
+@pytest.mark.parametrize(("page", "count"), [("generate.md", 5), ("eval.md", 6)])
 def test_what_the_page_shows_runs(page: str, count: int, one_rank: None, imported: dict[str, Path],
                                   hf_models: dict[str, Path], token_shards: Path, tmp_path: Path,
                                   monkeypatch: pytest.MonkeyPatch) -> None:

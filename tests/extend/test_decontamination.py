@@ -42,7 +42,7 @@ class Packed(Source):
 
 def source(train: list[list[int]], heldout: list[list[int]]) -> Packed:
     splits = {"train": train, "heldout": heldout}
-    return Packed("web", None, False, {}, {name: sum(map(len, docs)) for name, docs in splits.items()}, 1.0,
+    return Packed("web", None, "text", {}, {name: sum(map(len, docs)) for name, docs in splits.items()}, 1.0,
                   splits=splits)
 
 

@@ -105,8 +105,9 @@ def written_out(data: str, run: str) -> list[dict[str, Any]]:
         for _ in range(2):
             trainer.update()
         batch = objective.prepare(objective.collect(trainer.policy, 2))
-        loss = trainer.computation.sums(batch, objective, 3).terms["preference"] / batch.targets["preference"]
         now = [s for m in batch.micro_batches for s in sums(trainer.policy, m)]
+        # which moves the routers' biases
+        loss = trainer.computation.sums(batch, objective, 3).terms["preference"] / batch.targets["preference"]
         with torch.no_grad():
             for tensor, value in zip(held, initial, strict=True):
                 tensor.copy_(value)

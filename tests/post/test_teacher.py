@@ -157,7 +157,7 @@ def test_what_does_not_belong_together_is_refused(one_rank: None, imported: dict
     (other / "manifest.json").write_text(json.dumps(manifest | {"sha256": "", "created_s": 1.0}))
     with pytest.raises(UserError, match=r"holds states of .*, not of .*other as it is now; make them again"):
         opened(tmp_path / "states", other)
-    part = next((tmp_path / "states/states").iterdir())
-    part.write_bytes(part.read_bytes()[:-2])
+    for part in (tmp_path / "states/states").iterdir():
+        part.write_bytes(part.read_bytes()[:-2])
     with pytest.raises(UserError, match=r"bytes, its .* tokens ask for"):
         opened(tmp_path / "states", data).states(0, "train", 0, 0, 1)

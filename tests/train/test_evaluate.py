@@ -88,6 +88,7 @@ def drafts() -> list[list[float]]:
     from types import SimpleNamespace
 
     from megatron_sov.train.evaluate import _drafts
+    from megatron_sov.train.microbatch import MicroBatch
 
     generator = torch.Generator().manual_seed(3)
     bounds = [0, 7, 8, 20, 24]
@@ -95,8 +96,8 @@ def drafts() -> list[list[float]]:
     chosen, drafted = (torch.randint(3, (n,), generator=generator) for _ in range(2))
     weights = (torch.rand(n, generator=generator) > 0.2).float()
     head = SimpleNamespace(top_of_row=lambda states: states)
-    batch = SimpleNamespace(labels=torch.arange(n), weights=weights,
-                            inputs=SimpleNamespace(cu_seqlens=torch.tensor(bounds)))
+    inputs: Any = SimpleNamespace(cu_seqlens=torch.tensor(bounds))
+    batch = MicroBatch(inputs, torch.arange(n), weights, types=torch.zeros(n), sources=torch.zeros(n))
     accepted = counted = 0
     for first, end in itertools.pairwise(bounds):
         for place in range(first, end - 1):
