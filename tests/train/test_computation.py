@@ -122,7 +122,8 @@ def test_a_term_may_be_called_meters(make: Make) -> None:
     counted = dataclasses.replace(micro_batch, denominators={"meters": micro_batch.denominators["lm"]})
     batch = dataclasses.replace(run.batch, micro_batches=(counted,))
     found = run.computation.sums(batch, run.objective, 2).terms
-    assert found == {"meters": pytest.approx(expected, rel=1e-9)}
+    # each call moves the routers' biases a little
+    assert found == {"meters": pytest.approx(expected, rel=1e-4)}
 
 
 def test_a_loss_that_is_no_number_is_known_to_the_process_that_computed_it(make: Make) -> None:

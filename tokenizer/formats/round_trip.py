@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tokenizer.bpe.pretokenizer import Splitter
 from tokenizer.bpe.segmenting import merged
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 TWO_STEP_CHARS = 50_000
 """Text of each sample that is merged by the naive loop."""
+_LOADING = threading.Lock()
 BLOCK_CHARS, BLOCK_STEP = 4096, 13
 """Every 13th Unicode character, in blocks: another one of each block in each kind of surrounding."""
 
@@ -46,7 +47,13 @@ class Checked:
 
 def load_ahead() -> None:
     """Load `transformers` beside other work: it takes seconds."""
-    threading.Thread(target=importlib.import_module, args=("transformers",)).start()
+    threading.Thread(target=_transformers).start()
+
+
+def _transformers() -> Any:
+    """Return the module; a thread that met it half loaded by another one would not find all of its names."""
+    with _LOADING:
+        return importlib.import_module("transformers")
 
 
 def check(tokenizer: Tokenizer, preset: Preset, vocabulary: Vocabulary, stage_1: int, folder: Path,
@@ -96,9 +103,7 @@ def _expect(message: str, texts: list[str], found: Sequence[object], expected: S
 
 def _by_transformers(folder: Path, texts: list[str]) -> list[list[int]]:
     """Return the ids of texts, by the file; special tokens in them stay text."""
-    from transformers import PreTrainedTokenizerFast
-
-    loaded = PreTrainedTokenizerFast(tokenizer_file=str(folder / TOKENIZER_JSON))
+    loaded = _transformers().PreTrainedTokenizerFast(tokenizer_file=str(folder / TOKENIZER_JSON))
     return list(loaded(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
 

@@ -38,7 +38,8 @@ class Factors(torch.nn.Module):
         self._rows = rows or of.out_features // (size if self.column else 1)
         columns = of.in_features // (1 if self.column else size)
         dtype = config.params_dtype
-        self.A = torch.nn.Parameter(torch.empty(lora.rank, columns, dtype=dtype))
+        # zeros: until it is initialised or loaded, 0 B A must be 0, which it is not where memory holds NaN
+        self.A = torch.nn.Parameter(torch.zeros(lora.rank, columns, dtype=dtype))
         # zeros: nothing else ever writes the rows of a head that belong to no token
         self.B = torch.nn.Parameter(torch.zeros(self._rows, lora.rank, dtype=dtype))
         self.magnitude = torch.nn.Parameter(torch.ones(self._rows, dtype=dtype)) if lora.dora else None
