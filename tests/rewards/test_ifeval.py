@@ -7,8 +7,8 @@ model.
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -18,16 +18,13 @@ from megatron_sov.rewards.ifeval import IfEval, checked, instructions_of, loosen
 from megatron_sov.rewards.instruction_checks import CHECKS, sentences
 from megatron_sov.rewards.reward import Refused, judged
 
-RECORDED = json.loads((Path(__file__).parent / "ifeval_verdicts.json").read_text(encoding="utf-8"))
-HAS_LANGDETECT = importlib.util.find_spec("langdetect") is not None
 NEEDS_LANGUAGE = {"language:response_language", "change_case:english_capital",
                   "change_case:english_lowercase"}
+RECORDED = json.loads((Path(__file__).parent / "ifeval_verdicts.json").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize(("name", "arguments", "verdicts"), RECORDED["verdicts"], ids=lambda v: str(v)[:60])
 def test_verdicts_are_those_of_lm_eval(name: str, arguments: dict, verdicts: str) -> None:
-    if name in NEEDS_LANGUAGE and not HAS_LANGDETECT:
-        pytest.skip("langdetect is not installed")
     found = ""
     for text in RECORDED["texts"]:
         strict = bool(text.strip()) and checked(name, text, arguments)
@@ -93,8 +90,8 @@ def test_rows_that_ask_for_nothing_sound_are_refused(row: dict, reason: str) -> 
     assert reason in str(e.value)
 
 
-@pytest.mark.skipif(HAS_LANGDETECT, reason="langdetect is installed")
-def test_languages_need_langdetect() -> None:
+def test_languages_need_langdetect(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "langdetect", None)  # as where it is not installed
     row = {"response": "eins zwei", "instructions": [{"id": "language:response_language", "language": "de"}]}
     assert "pip install langdetect" in judged(IfEval(), row).reason
 
