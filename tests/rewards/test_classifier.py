@@ -51,7 +51,7 @@ def test_the_reward_is_the_logit_of_the_conversation(tmp_path: Path) -> None:
 def test_what_cannot_be_loaded_is_one_sentence(tmp_path: Path) -> None:
     classifier(tmp_path, 1)
     with pytest.raises(UserError, match="no classifier can be loaded"):
-        Classifier(str(tmp_path), device="cuda:99").prepare()
+        Classifier(str(tmp_path), device="no-such-device").prepare()
     (tmp_path / "model.safetensors").write_bytes(b"broken")
     with pytest.raises(UserError, match="no classifier can be loaded"):
         Classifier(str(tmp_path)).prepare()
