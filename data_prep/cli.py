@@ -9,8 +9,7 @@ from data_prep.demo import corpus
 from megatron_sov.command_line import Parser, parser_of, run_program
 
 COMMANDS = {"pack": pack, "mix": mix, "inspect": inspect_tokens, "stats": stats, "sample": sample,
-            "verify": verify, "trajectories": trajectories,
-            "groups": groups, "demo-corpus": corpus}
+            "verify": verify, "trajectories": trajectories, "groups": groups, "demo-corpus": corpus}
 
 
 def build_parser() -> Parser:

@@ -191,7 +191,7 @@ def _bigram(args: argparse.Namespace, events: RunEvents) -> int:
     from megatron_sov.runs.folder import RunFolder
 
     config = RunFolder(args.run).config() if args.run else None
-    seq_len = args.seq_len or (max(p.seq_len for p in config.data.phases) if config else DEFAULT_SEQ_LEN)
+    seq_len = args.seq_len or (config.data.max_seq_len() if config else DEFAULT_SEQ_LEN)
     max_tokens = args.max_tokens or (config.data.heldout_tokens if config else DEFAULT_HELDOUT_TOKENS)
     data = open_heldout(data_paths(args.data), seq_len, max_tokens)
     found = {name: asdict(r) for name, r in evaluate_bigram(data, args.max_train_tokens).items()}

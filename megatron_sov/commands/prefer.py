@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     objective = objective_of(config)
     sources = tuple(open_sources(config.data.paths, config.model.vocab_size, objective.formats))
     pairs = [s for s in sources if s.format == "preference"]
-    reference = (Reference(args.run, parsed.start, sources, max(p.seq_len for p in config.data.phases))
+    reference = (Reference(args.run, parsed.start, sources, config.data.max_seq_len())
                  if asked.method in WITH_REFERENCE else None)
     if reference is not None and checkpoints.latest(RunFolder(args.run).checkpoints) is not None:
         reference.refuse_changed()

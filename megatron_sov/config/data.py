@@ -92,6 +92,10 @@ class DataConfig:
     heldout_tokens: int = 65536
     """Held-out tokens of each source that an evaluation reads at most."""
 
+    def max_seq_len(self) -> int:
+        """Return the tokens of the longest sample of any phase."""
+        return max(phase.seq_len for phase in self.phases)
+
     def problems(self) -> list[str]:
         """Return one sentence for every rule that these settings break by themselves."""
         p = []

@@ -87,7 +87,7 @@ def _document_lengths(config: RunConfig) -> dict[str, int]:
     named = dict.fromkeys(name for phase in config.data.phases for name in phase.blend)
     lengths: dict[str, int] = {}
     if config.needle.train_share or SOURCE_NAME in named:
-        lengths[SOURCE_NAME] = max(p.seq_len for p in config.data.phases)
+        lengths[SOURCE_NAME] = config.data.max_seq_len()
     for name in named:
         base, mark, number = name.partition(SHORT)
         if base == SOURCE_NAME and mark:

@@ -50,7 +50,7 @@ def planned_stages(request: Request, start_from: Path, run: Path, nproc: int | N
     trained_tokens = model.max_position_tokens if start.is_hf else checkpoints.trained_tokens(start.path)
     wanted = request.config([] if request.from_file else [phase_setting(2 * trained_tokens)])
     if not wanted.extend.stages:
-        _refuse_shorter("data.phases", max(p.seq_len for p in wanted.data.phases), start, trained_tokens)
+        _refuse_shorter("data.phases", wanted.data.max_seq_len(), start, trained_tokens)
         return [PlannedStage(_as_set(request, trained_tokens, wanted, nproc), RunFolder(run), 0)]
     sources = open_sources(wanted.data.paths, wanted.model.vocab_size)
     planned: list[PlannedStage] = []
@@ -85,7 +85,7 @@ def _refuse_shorter(where: str, new_tokens: int, start: Target, trained_tokens: 
 
 def _as_set(request: Request, trained_tokens: int, wanted: RunConfig, nproc: int | None) -> RunConfig:
     """Return the settings of a run of one stage, whose phases and steps stand in `data` and `train`."""
-    new_tokens = max(p.seq_len for p in wanted.data.phases)
+    new_tokens = wanted.data.max_seq_len()
     longer = length_settings(request.base, extended(request.base.model, trained_tokens, new_tokens),
                              trained_tokens, new_tokens, _per_rank(wanted, nproc))
     # a run's own settings have been through this, all but the checkpoint's architecture

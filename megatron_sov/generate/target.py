@@ -81,7 +81,7 @@ class Target:
             limit = (self._hf_field("max_position_embeddings") if self.is_hf
                      else self.model.max_position_tokens)
             return min(HF_SEQ_LEN, limit)
-        return max(p.seq_len for p in self.config.data.phases)
+        return self.config.data.max_seq_len()
 
     def _hf_field(self, name: str) -> int:
         try:

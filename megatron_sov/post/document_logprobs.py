@@ -32,7 +32,7 @@ def document_logprobs(view: GateView, documents: Documents, chosen: range) -> np
         documents: those of a split.
         chosen: which of them.
     """
-    seq_len, size = max(p.seq_len for p in view.config.data.phases), view.config.train.micro_batch_size
+    seq_len, size = view.config.data.max_seq_len(), view.config.train.micro_batch_size
     lengths = np.asarray(documents.lengths[np.asarray(chosen)])
     starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     rows = best_fit([Segment(d, 0, min(n, seq_len))

@@ -27,7 +27,7 @@ def rank_heldout_pairs(view: GateView, sources: Sequence[Source]) -> dict[str, d
         Source -> `pairs`, and `right`, the share of them that is ranked right (a tie is half right).  Pairs
         of which a response begins behind the longest sample are left out.
     """
-    found, seq_len = {}, max(p.seq_len for p in view.config.data.phases)
+    found, seq_len = {}, view.config.data.max_seq_len()
     for source in sources:
         if source.num_tokens.get("heldout"):
             documents = source.shard("heldout")

@@ -92,10 +92,10 @@ class ReferenceParts:
 class WithReference:
     """Documents of a split with the reference's column beside their own."""
 
-    def __init__(self, documents: Documents, parts: ReferenceParts) -> None:
-        self._documents, self._parts = documents, parts
-        self.lengths, self.is_plain = documents.lengths, documents.is_plain
-        self.columns = (*documents.columns, COLUMN)
+    def __init__(self, parts: ReferenceParts) -> None:
+        self._documents, self._parts = parts.documents, parts
+        self.lengths, self.is_plain = parts.documents.lengths, parts.documents.is_plain
+        self.columns = (*parts.documents.columns, COLUMN)
 
     def tokens(self, document: int, start: int, count: int) -> np.ndarray:
         """As `Documents.tokens`."""
@@ -134,7 +134,7 @@ class Reference:
             "data_sha256": {s.name: manifest_sha256(s.artifact) for s in sources if s.artifact is not None}}
         self._parts = {s.name: ReferenceParts(self._folder, s.name, s.shard("train")) for s in sources}
         self.sources = tuple(dataclasses.replace(
-            s, made=WithReference(s.shard("train"), self._parts[s.name])) for s in sources)
+            s, made=WithReference(self._parts[s.name])) for s in sources)
         """The same with the column; its numbers are there once `make` has run."""
 
     def make(self, view: GateView) -> None:

@@ -7,6 +7,7 @@ import dataclasses
 
 import torch
 
+from megatron_sov.chat.encode import TYPE_RESPONSE, TYPE_TEXT
 from megatron_sov.config import RunConfig
 from megatron_sov.data.token_shards import Source
 from megatron_sov.errors import UserError
@@ -18,8 +19,8 @@ from megatron_sov.train.objective import GlobalBatch, LossSums, per_source, with
 from megatron_sov.train.objective_context import ObjectiveContext
 
 RESPONSE, TEXT = "response", "text"
-TYPE_OF = {TEXT: 0, RESPONSE: 2}
-"""Term -> token type (the `.type` sidecar) of the labels that it learns; prompts (1) belong to none."""
+TYPE_OF = {TEXT: TYPE_TEXT, RESPONSE: TYPE_RESPONSE}
+"""Term -> token type (the `.type` sidecar) of the labels that it learns; prompts belong to none."""
 
 
 class SupervisedFineTuning(DataObjective):

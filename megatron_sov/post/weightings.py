@@ -12,8 +12,8 @@ from typing import Literal
 
 import torch
 
-from megatron_sov.chat.encode import TYPE_RESPONSE
-from megatron_sov.train.microbatch import MicroBatch
+from megatron_sov.post.parts.responses import learned
+from megatron_sov.train.microbatch import MicroBatch, segments
 
 
 def counted_per(batch: MicroBatch, unit: Literal["turn", "sample"], dtype: torch.dtype) -> MicroBatch:
@@ -25,16 +25,12 @@ def counted_per(batch: MicroBatch, unit: Literal["turn", "sample"], dtype: torch
             conversation.
         dtype: of the weights.
     """
-    learned = (batch.types == TYPE_RESPONSE) & (batch.weights > 0)
-    n = len(learned)
-    sample = torch.searchsorted(batch.inputs.cu_seqlens[1:].long(), torch.arange(n, device=learned.device),
-                                right=True)
-    number = sample
+    counted, number = learned(batch), segments(batch)
     if unit == "turn":
-        goes_on = torch.zeros_like(learned)
-        goes_on[1:] = learned[:-1] & (sample[1:] == sample[:-1])
-        number = ((learned & ~goes_on).cumsum(0) - 1).clamp(min=0)
+        goes_on = torch.zeros_like(counted)
+        goes_on[1:] = counted[:-1] & (number[1:] == number[:-1])
+        number = ((counted & ~goes_on).cumsum(0) - 1).clamp(min=0)
     weights = batch.weights.double()
-    totals = weights.new_zeros(n + 1).index_add_(0, number, weights * learned)
-    shared = torch.where(learned, weights / totals[number], weights)
+    totals = weights.new_zeros(len(counted) + 1).index_add_(0, number, weights * counted)
+    shared = torch.where(counted, weights / totals[number], weights)
     return dataclasses.replace(batch, weights=shared.to(dtype))

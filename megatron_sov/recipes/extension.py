@@ -96,7 +96,7 @@ def length_settings(recipe: RunConfig, longer: ModelConfig, trained_tokens: int,
         new_tokens: context that it is to be trained on.
         per_rank: samples of the global batch that each data-parallel rank takes.
     """
-    limit_tokens = recipe.train.micro_batch_size * max(p.seq_len for p in recipe.data.phases)
+    limit_tokens = recipe.train.micro_batch_size * recipe.data.max_seq_len()
     return (
         f"model.max_position_tokens={longer.max_position_tokens}",
         f"model.yarn={to_json(longer.yarn)}",

@@ -71,6 +71,13 @@ def _record(flat: torch.Tensor, row: Row, values: list[np.ndarray]) -> MicroBatc
                       sources=found["sources"], columns=columns)
 
 
+def segments(batch: MicroBatch) -> torch.Tensor:
+    """Return [n] int64: number of the segment, a document's or padding's, that each token belongs to."""
+    bounds = batch.inputs.cu_seqlens
+    return torch.searchsorted(bounds[1:].long(), torch.arange(len(batch.labels), device=bounds.device),
+                              right=True)
+
+
 def shifted(batch: MicroBatch, depth: int) -> MicroBatch:
     """Return the micro-batch with the labels of the tokens `depth` places further on than the next ones,
     inside the same segment, and all that belongs to them.
@@ -78,8 +85,7 @@ def shifted(batch: MicroBatch, depth: int) -> MicroBatch:
     Position t of depth d predicts token t + 1 + d; the last d positions of a segment have none.
     """
     n = len(batch.labels)
-    index = torch.arange(n, device=batch.labels.device)
-    segment = torch.searchsorted(batch.inputs.cu_seqlens[1:].long(), index, right=True)
+    index, segment = torch.arange(n, device=batch.labels.device), segments(batch)
     source = (index + depth).clamp(max=n - 1)
     inside = (index + depth < n) & (segment[source] == segment)
     return dataclasses.replace(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_sov.config import DataConfig, PhaseConfig
 from megatron_sov.data.token_shards import Source
 
 SEQ_LEN = 4
@@ -43,7 +44,7 @@ def test_what_lies_behind_a_sample_counts_for_neither_side(monkeypatch: pytest.M
     monkeypatch.setattr(ranking, "document_logprobs", logprobs)
     events: list[dict[str, Any]] = []
     view: Any = SimpleNamespace(
-        step=3, config=SimpleNamespace(data=SimpleNamespace(phases=[SimpleNamespace(seq_len=SEQ_LEN)])),
+        step=3, config=SimpleNamespace(data=DataConfig(phases=(PhaseConfig("main", seq_len=SEQ_LEN),))),
         events=SimpleNamespace(write=lambda name, **fields: events.append({"name": name, **fields})))
     source = Source("pairs", None, "preference", {}, {"train": 0, "heldout": 59}, 1.0)
     documents = Pairs()

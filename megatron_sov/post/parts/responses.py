@@ -8,7 +8,7 @@ import torch
 
 from megatron_sov.chat.encode import TYPE_RESPONSE
 from megatron_sov.mcore.parallel.device import to_device
-from megatron_sov.train.microbatch import MicroBatch
+from megatron_sov.train.microbatch import MicroBatch, segments
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,11 @@ def responses_of(batch: MicroBatch) -> Responses:
     """Return a micro-batch's responses, found on the host, where nothing waits for the device."""
     host = batch.host
     counted, bounds = learned(host), host.inputs.cu_seqlens.long()
-    segment = torch.searchsorted(bounds[1:], torch.arange(len(counted)), right=True)
     # samples that were joined to one row have padding of their own each
     documents = ~host.inputs.padding[bounds[:-1]]
     num_documents = int(documents.sum())
     place = documents.cumsum(0) - 1
-    index = torch.where(counted, place[segment], num_documents)
+    index = torch.where(counted, place[segments(host)], num_documents)
     lengths = torch.bincount(index, minlength=num_documents + 1)[:-1].double()
     device = batch.labels.device
     return Responses(to_device(index, device), to_device(lengths, device))
