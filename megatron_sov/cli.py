@@ -42,7 +42,10 @@ COMMANDS = {
     "prefer": Command("megatron_sov.commands.prefer",
                       "learn from judged responses: DPO, IPO, SimPER, GrouPER"),
     "distill": Command("megatron_sov.commands.distill",
-                       "states: a teacher's final hidden states over token shards, at its own layout"),
+                       "learn a teacher's distributions, over the whole vocabulary or its top tokens"),
+    "distill states": Command("megatron_sov.commands.distill_states",
+                              "have a teacher read token shards, at a layout of its own, and keep its final "
+                              "hidden states"),
     "convert": Command("megatron_sov.commands.convert",
                        "from-hf, to-hf, verify, inspect, to-peft, from-peft: checkpoints, Hugging Face "
                        "folders, adapters"),
@@ -100,7 +103,7 @@ def run_command(argv: list[str], began_s: float) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         build_parser([d for d in declared(GROUP) if d.name not in COMMANDS]).print_help()
         return ExitCode.OK if argv else ExitCode.USER_ERROR
-    name, *rest = argv
+    name, rest = named(argv)
     if name == "--version":
         print(version_of(PROGRAM))
         return ExitCode.OK
@@ -109,6 +112,12 @@ def run_command(argv: list[str], began_s: float) -> int:
     module.add_arguments(sub)
     sub.set_defaults(began_s=began_s)
     return int(module.run(sub.parse_args(rest)))
+
+
+def named(argv: list[str]) -> tuple[str, list[str]]:
+    """Return a command line's command, of two words where there is such a one, and what follows it."""
+    words = 2 if " ".join(argv[:2]) in COMMANDS else 1
+    return " ".join(argv[:words]), argv[words:]
 
 
 def _command(name: str) -> tuple[ModuleType, str]:

@@ -19,7 +19,7 @@ from megatron_sov.plugins.signatures import check_methods, takes
 
 Factory = Callable[[Any], Any]
 """The run's `train.objective_context.ObjectiveContext` -> a `train.objective.Objective`."""
-BUILT_IN = {"lm": "pretrain", "sft": "sft", "preference": "prefer"}
+BUILT_IN = {"lm": "pretrain", "sft": "sft", "preference": "prefer", "distill": "distill"}
 """Built-in objective -> the command that trains by it."""
 METHODS = {"collect": ("policy", "step"), "prepare": ("batch",), "loss": ("hidden", "head", "batch")}
 """What an objective has to have: method -> what it is given (`megatron_sov.train.objective.Objective`)."""

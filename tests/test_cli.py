@@ -61,7 +61,7 @@ def test_help_needs_no_torch_and_little_time(module: str) -> None:
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_every_command_explains_itself_without_torch(command: str) -> None:
-    done = run_main("megatron_sov.cli", command, "--help")
+    done = run_main("megatron_sov.cli", *command.split(), "--help")
     assert (done.returncode, done.stderr) == (0, "")
     assert f"usage: megatron-sov {command}" in done.stdout
     assert cli.COMMANDS[command].help in " ".join(done.stdout.split())

@@ -20,7 +20,7 @@ from megatron_sov.plugins.loading import is_reference
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 ENTRIES = {"megatron-sov": "megatron_sov.cli", "sov-data": "data_prep.cli", "sov-tokenizer": "tokenizer.cli"}
-TRAINS = ("pretrain", "extend", "sft", "prefer")
+TRAINS = ("pretrain", "extend", "sft", "prefer", "distill")
 
 
 def commands_of(text: str) -> list[str]:
@@ -38,9 +38,10 @@ def parse(line: str) -> argparse.Namespace:
     program, *argv = shlex.split(line, comments=True)
     if program != "megatron-sov":
         return importlib.import_module(ENTRIES[program]).build_parser().parse_args(argv)
-    parser = Parser(prog=f"megatron-sov {argv[0]}")
-    importlib.import_module(cli.COMMANDS[argv[0]].module).add_arguments(parser)
-    return parser.parse_args(argv[1:])
+    name, rest = cli.named(argv)
+    parser = Parser(prog=f"megatron-sov {name}")
+    importlib.import_module(cli.COMMANDS[name].module).add_arguments(parser)
+    return parser.parse_args(rest)
 
 
 COMMANDS = [pytest.param(line, id=f"{page.name}: {line[:60]}") for page in PAGES
@@ -53,7 +54,8 @@ def test_every_command_on_a_page_parses(line: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", [c for c in COMMANDS if " --set " in c.values[0] and c.values[0].split()[1] in TRAINS])
+    "line", [c for c in COMMANDS if " --set " in c.values[0]
+             and cli.named(c.values[0].split()[1:])[0] in TRAINS])
 def test_every_setting_on_a_page_is_one_that_the_recipe_takes(line: str) -> None:
     args = parse(line)
     # tests/test_own_code.py runs those with a recipe of one's own

@@ -1,54 +1,114 @@
-"""`megatron-sov distill states TEACHER --data DIR ... --output DIR`."""
+"""`megatron-sov distill RECIPE --teacher TEACHER --data DIR[:weight] ... --run DIR [--from CHECKPOINT]`."""
 
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from megatron_sov.commands.eval import with_ranks
-from megatron_sov.config import data_paths
-from megatron_sov.errors import ExitCode
+from megatron_sov.artifacts import MANIFEST
+from megatron_sov.config import RunConfig
+from megatron_sov.errors import UserError
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.launch_environment import is_first
+from megatron_sov.train.stage_config import add_stage_arguments, parse_stage
+
+if TYPE_CHECKING:
+    from megatron_sov.data.token_shards import Source
+    from megatron_sov.runs.folder import RunFolder
+    from megatron_sov.train.gate import GateView
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the parts of a distillation."""
-    parts = parser.add_subparsers(dest="part", required=True, metavar="PART")
-    text = "have a teacher read token shards and keep its final hidden states and its output head"
-    states = parts.add_parser("states", help=text, description=text)
-    states.add_argument("teacher", metavar="TEACHER", type=Path,
-                        help="checkpoint, run (its newest one) or Hugging Face folder")
-    states.add_argument("--data", action="append", required=True, metavar="DIR",
-                        help="token shards of the teacher's own tokenizer")
-    states.add_argument("--output", type=Path, required=True, metavar="DIR",
-                        help="the artifact; a killed command goes on where it was")
-    states.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16",
-                        help="of the states (default %(default)s)")
-    states.add_argument("--overwrite", action="store_true", help="replace an artifact that is already there")
-    with_ranks(states)
+    """Declare the command's arguments."""
+    add_stage_arguments(parser, needs_start=False)
+    parser.add_argument("--teacher", type=Path, required=True, metavar="CHECKPOINT|RUN|HF_DIR",
+                        help="learn the distributions of this model, of the same tokenizer")
+    parser.add_argument("--states", type=Path, metavar="DIR",
+                        help="what the teacher says of the data, as `megatron-sov distill states` leaves it; "
+                             "made first where it is not there (default: RUN.states)")
+    parser.add_argument("--states-dtype", choices=["bfloat16", "float32"], default="bfloat16",
+                        help="of the states where they are made here (default %(default)s)")
+    parser.add_argument("--top-k", type=int, metavar="K",
+                        help="keep the teacher's most probable tokens in the place of its states (--set "
+                             "distillation.top_k=...)")
+    parser.add_argument("--teacher-set", dest="teacher_settings", action="append", default=[],
+                        metavar="key=value",
+                        help="the teacher's layout and precision, e.g. --teacher-set parallel.tp=2")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Read the documents and print what was kept.
+    """Have the teacher read the data, and learn from it; returns 0 when the run is complete."""
+    if args.top_k is not None:
+        args.settings = [*args.settings, f"distillation.top_k={args.top_k}"]
+    refuse_missing(args.teacher, "--teacher ")
+    parsed = parse_stage(args, "distill")
 
-    Raises:
-        UserError: the data do not belong to the teacher, or cannot be read.
-    """
-    refuse_missing(args.teacher)
+    from megatron_sov.data.token_shards import open_sources
     from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()
+    from megatron_sov.post.distill import Distillation
+    from megatron_sov.post.heldout_divergence import measure_heldout
+    from megatron_sov.post.parts.kept_teacher import KeptTeacher
+    from megatron_sov.post.state_files import StateFiles
+    from megatron_sov.runs.folder import RunFolder
+    from megatron_sov.train.stage import Stage, run_stage
+
+    config, folder = parsed.config, RunFolder(args.run)
+    sources = open_sources(config.data.paths, config.model.vocab_size)
+    _refuse_views(config, sources)
+    states = args.states or args.run.with_name(f"{args.run.name}.states")
+    if folder.completion() is None:
+        _make_states(args, config, folder, states)
+    teacher = KeptTeacher(StateFiles(states, sources), config.distillation, config.model.vocab_size)
+
+    def before(view: GateView) -> None:
+        measure_heldout(view, sources, teacher)
+
+    def after(view: GateView) -> dict[str, Any]:
+        return {"teacher": teacher.files.teacher,
+                "heldout_divergence": measure_heldout(view, sources, teacher)}
+
+    run_stage(Stage(config, folder, partial(Distillation, teacher=teacher), parsed.start, args.resume,
+                    tuple(sources), before=before, after=after, faults=parsed.faults),
+              args.nproc, args.began_s)
+    return 0
+
+
+def _make_states(args: argparse.Namespace, config: RunConfig, folder: RunFolder, states: Path) -> None:
+    """Have the teacher read the data where it has not, or check that it was this one.
+
+    Raises:
+        UserError: it knows other tokens, or another one has read them.
+    """
     from megatron_sov.artifacts import read_manifest
     from megatron_sov.generate.target import find_target
-    from megatron_sov.post.state_files import KIND
-    from megatron_sov.post.teacher import Reading, read_documents
+    from megatron_sov.post.state_files import KIND, Kept
+    from megatron_sov.post.teacher import Reading, read_documents, weights_digest
 
-    reading = Reading(find_target(args.teacher), data_paths(args.data), dtype=args.dtype)
-    read_documents(reading, args.output, args.settings, args.nproc, overwrite=args.overwrite)
-    if is_first():
-        manifest = read_manifest(args.output, KIND)
-        size_bytes = sum(record.size_bytes for record in manifest.files.values())
-        print(f"{args.output}: {manifest.content['num_tokens']:,} tokens of hidden size "
-              f"{manifest.content['hidden_size']:,} in {args.dtype}, {size_bytes / 1e6:.1f} MB")
-    return ExitCode.OK
+    target = find_target(args.teacher)
+    if target.vocab_size != config.model.vocab_size:
+        raise UserError(f"--teacher {args.teacher}: has {target.vocab_size} token ids, the student "
+                        f"model.vocab_size = {config.model.vocab_size}; choose a teacher with as many")
+    if not (states / MANIFEST).is_file():
+        folder.enter(config, args.resume)  # what is wrong there is told before hours of reading
+        asked = config.distillation
+        kept = (Kept(top_k=asked.top_k, temperature=asked.temperature) if asked.top_k
+                else Kept(args.states_dtype))
+        read_documents(Reading(target, config.data.paths, kept=kept), states, args.teacher_settings,
+                       args.nproc)
+    elif is_first():  # to hash a teacher's files takes a while
+        made_by = read_manifest(states, KIND).settings
+        if made_by["teacher"] != weights_digest(target):
+            raise UserError(f"{states}: holds what {made_by['teacher_path']} says of the data, and --teacher "
+                            f"{args.teacher} is another model; name another --states folder")
+
+
+def _refuse_views(config: RunConfig, sources: list[Source]) -> None:
+    names = {source.name for source in sources}
+    for phase in config.data.phases:
+        if other := [name for name in phase.blend if name not in names]:
+            raise UserError(f"data.phases blend {other[0]!r}: a teacher reads the sources as they are packed "
+                            f"({', '.join(sorted(names))}); blend those")

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.commands import convert, extend, prefer, pretrain, sft
+from megatron_sov.commands import convert, distill, extend, prefer, pretrain, sft
 from megatron_sov.commands import eval as eval_command
 from megatron_sov.errors import UserError
 from megatron_sov.slurm import chain_file, cluster
@@ -16,16 +16,16 @@ DEFAULTS: dict[str, Any] = {
     "cluster": None, "nodes": None, "min_nodes": None, "nodes_set": [], "array": 0, "account": None,
     "partition": None, "time": None, "dry_run": False, "continue_chain": False, "scripts": None}
 COMMANDS: Commands = {name: module.add_arguments for name, module in {
-    "pretrain": pretrain, "extend": extend, "sft": sft, "prefer": prefer, "convert": convert,
-    "eval": eval_command}.items()}
+    "pretrain": pretrain, "extend": extend, "sft": sft, "prefer": prefer, "distill": distill,
+    "convert": convert, "eval": eval_command}.items()}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments; its options may stand before the stage or among the
     stage's own arguments."""
     parser.epilog = ("ARGUMENTS are what follows the stage's own command: megatron-sov pretrain, extend, "
-                     "sft, prefer, convert, eval; sov-tokenizer; sov-data.  Chains that come with the "
-                     f"package, besides files of your own: {', '.join(chain_file.names())}.")
+                     "sft, prefer, distill, convert, eval; sov-tokenizer; sov-data.  Chains that come "
+                     f"with the package, besides files of your own: {', '.join(chain_file.names())}.")
     parser.add_argument("stage", metavar="STAGE", help=f"{', '.join(STAGES)}, or chain: several, from a file")
     parser.add_argument("arguments", metavar="ARGUMENTS", nargs=argparse.REMAINDER,
                         help="the stage's own, or the chain's file")

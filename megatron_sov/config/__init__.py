@@ -6,6 +6,7 @@ torch.  Types are checked and converted by pydantic when a config is read from J
 """
 
 from megatron_sov.config.data import DataConfig, PhaseConfig
+from megatron_sov.config.distillation import DistillationConfig
 from megatron_sov.config.evaluate import BackgroundEvalConfig, EvaluateConfig
 from megatron_sov.config.extend import ExtendConfig, ExtendStageConfig, GateConfig, PartConfig
 from megatron_sov.config.gpu import GpuConfig
@@ -21,9 +22,9 @@ from megatron_sov.config.run import ObjectiveConfig, ObsConfig, RunConfig
 from megatron_sov.config.train import TrainConfig
 
 __all__ = [
-    "BackgroundEvalConfig", "DataConfig", "EvaluateConfig", "ExtendConfig", "ExtendStageConfig", "GateConfig",
-    "GpuConfig", "GroupConfig", "GuardConfig", "Language", "LoraConfig", "ModelConfig", "NeedleConfig",
-    "NeedleKind", "ObjectiveConfig", "ObsConfig", "OptimConfig", "ParallelConfig", "PartConfig",
-    "PhaseConfig", "PreferenceConfig", "RunConfig", "TrainConfig", "YarnConfig", "apply_settings",
-    "data_paths", "from_dict",
+    "BackgroundEvalConfig", "DataConfig", "DistillationConfig", "EvaluateConfig", "ExtendConfig",
+    "ExtendStageConfig", "GateConfig", "GpuConfig", "GroupConfig", "GuardConfig", "Language", "LoraConfig",
+    "ModelConfig", "NeedleConfig", "NeedleKind", "ObjectiveConfig", "ObsConfig", "OptimConfig",
+    "ParallelConfig", "PartConfig", "PhaseConfig", "PreferenceConfig", "RunConfig", "TrainConfig",
+    "YarnConfig", "apply_settings", "data_paths", "from_dict",
 ]

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from megatron_sov.config import curriculum, quantization
 from megatron_sov.config.bounds import MAX_STEPS
 from megatron_sov.config.data import DataConfig
+from megatron_sov.config.distillation import DistillationConfig
 from megatron_sov.config.evaluate import EvaluateConfig
 from megatron_sov.config.extend import ExtendConfig
 from megatron_sov.config.gpu import GpuConfig
@@ -33,8 +34,8 @@ class ObjectiveConfig:
     __pydantic_config__ = STRICT
     name: str = "lm"
     """lm: next-token cross-entropy (with multi-token prediction where the model has it); sft: cross-entropy
-    on responses; preference: pairs or groups of responses, see `preference`; or an objective of your own,
-    FILE.py:NAME (docs/own_code.md)."""
+    on responses; preference: pairs or groups of responses, see `preference`; distill: a teacher's
+    distribution, see `distillation`; or an objective of your own, FILE.py:NAME (docs/own_code.md)."""
     text_coeff: float = 0.0
     """sft: weight of an auxiliary cross-entropy on plain text, normalised over its own tokens."""
     loss_per: Literal["token", "turn", "sample"] = "token"
@@ -89,6 +90,8 @@ class RunConfig:
     """What is learned."""
     preference: PreferenceConfig = PreferenceConfig()
     """What objective `preference` makes of responses that were judged."""
+    distillation: DistillationConfig = DistillationConfig()
+    """What objective `distill` makes of what a teacher says of the data."""
     needle: NeedleConfig = NeedleConfig()
     """The needle suite of `extend`."""
     extend: ExtendConfig = ExtendConfig()
@@ -113,6 +116,7 @@ class RunConfig:
         p += self.parallel.problems(self.model, num_ranks)
         p += self.data.problems() + self._phase_problems() + self.train.problems() + self.objective.problems()
         p += self.preference.problems() + self.optim.problems() + self.extend.problems()
+        p += self.distillation.problems(self.model.vocab_size)
         p += self.gpu.problems(self.model, self.parallel, self.train)
         p += self.needle.problems() + self.guards.problems(self.train.deterministic)
         p += self.evaluate.background.problems(self.train.export_every_checkpoints)

@@ -5,12 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
 from megatron_sov.data.order import Sample
 from megatron_sov.data.packing import Segment, concatenate
 from megatron_sov.data.token_shards import Documents
+
+
+class Origin(NamedTuple):
+    """Where the tokens of a segment of a row come from."""
+
+    first: int
+    """Index in the row of its first token."""
+    source: int
+    """Index of the source."""
+    segment: Segment
+    """Which tokens of which document."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +48,8 @@ class Row:
     which is a segment of its own)."""
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)
     """Column -> [n] float32: number of each label; 0 where there is no label."""
+    origins: tuple[Origin, ...] = ()
+    """Where each segment comes from; padding comes from nowhere."""
 
 
 def sample_row(sample: Sample, documents: Documents, seq_len: int, pad_id: int = 0,
@@ -76,7 +90,9 @@ def sample_row(sample: Sample, documents: Documents, seq_len: int, pad_id: int =
         positions[filled:] = places[:seq_len - filled]
         bounds.append(seq_len)
     return Row(tokens, labels, weights, positions, types, sources=np.full(seq_len, sample.source, np.int64),
-               padding=places >= filled, bounds=np.array(bounds, np.int32), columns=numbers)
+               padding=places >= filled, bounds=np.array(bounds, np.int32), columns=numbers,
+               origins=tuple(Origin(first, sample.source, segment) for first, segment in zip(
+                   bounds, sample.segments, strict=False)))
 
 
 @lru_cache(maxsize=4)
@@ -95,7 +111,9 @@ def join_rows(rows: list[Row]) -> Row:
     fields = {name: np.concatenate([getattr(r, name) for r in rows])
               for name in ("tokens", "labels", "weights", "positions", "types", "sources", "padding")}
     columns = {name: np.concatenate([r.columns[name] for r in rows]) for name in rows[0].columns}
-    return Row(**fields, bounds=bounds, columns=columns)
+    origins = tuple(o._replace(first=o.first + int(s)) for r, s in zip(rows, starts, strict=True)
+                    for o in r.origins)
+    return Row(**fields, bounds=bounds, columns=columns, origins=origins)
 
 
 def heldout_samples(documents: Documents, source: int, seq_len: int, max_tokens: int) -> list[Sample]:

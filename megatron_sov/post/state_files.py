@@ -1,16 +1,20 @@
-"""A teacher's final hidden states on disk, beside the documents that it has read.
+"""What a teacher says of documents that it has read, on disk beside them: its final hidden states, or its
+most probable tokens.
 
 An artifact of kind "teacher_states" holds one file per part, a run of documents of one source and split:
-hidden states [tokens, hidden size] of these documents one after the other, and nothing else.  Where a
-document begins follows from the lengths in the token shards, so that a state is found by source, split,
-document and offset.  `head.safetensors` has the teacher's output head: with it the states are the whole
-distribution, at the bytes of a hidden size per token instead of a vocabulary's.
+rows of one width, one for each token of these documents one after the other, and nothing else.  Where a
+document begins follows from the lengths in the token shards, so that a row is found by source, split,
+document and offset.
+
+A row of states is [hidden size]; `head.safetensors` has the teacher's output head: with it the states are the
+whole distribution, at the bytes of a hidden size per token instead of a vocabulary's.  A row of the K most
+probable tokens is [2 K] int32: their ids, and the bits of their log-probabilities in float32.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +28,8 @@ from megatron_sov.errors import UserError
 KIND = "teacher_states"
 HEAD, HEAD_WEIGHT = "head.safetensors", "weight"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+OPEN_PARTS = 32
+"""Files of parts that are mapped at a time: those of a corpus would be thousands of mappings."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +74,33 @@ def parts_of(sources: list[Source], splits: tuple[str, ...], part_tokens: int) -
     return [part for part in found if part.num_tokens]
 
 
-def content_of(parts: list[Part], hidden_size: int, vocab_size: int, dtype: str) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Kept:
+    """What is kept of each token."""
+
+    dtype: str = "bfloat16"
+    """Of states: bfloat16 or float32."""
+    top_k: int = 0
+    """Most probable tokens that are kept in the place of a state; 0: none."""
+    temperature: float = 1.0
+    """What the logits were divided by, of whose softmax the most probable tokens' log-probabilities are."""
+
+
+def content_of(parts: list[Part], hidden_size: int, vocab_size: int, kept: Kept) -> dict[str, Any]:
     """Return what the manifest says."""
-    return {"hidden_size": hidden_size, "vocab_size": vocab_size, "dtype": dtype,
+    return {"hidden_size": hidden_size, "vocab_size": vocab_size, **asdict(kept),
             "num_tokens": sum(p.num_tokens for p in parts), "parts": [asdict(p) for p in parts]}
+
+
+def packed(token: torch.Tensor, logprobs: torch.Tensor) -> torch.Tensor:
+    """Return rows [n, 2 K] int32 of the most probable tokens [n, K] and their log-probabilities [n, K]."""
+    return torch.cat([token.int(), logprobs.float().view(torch.int32)], dim=1)
+
+
+def unpacked(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return tokens [n, K] int64 and log-probabilities [n, K] float32 of what `packed` gave."""
+    token, bits = rows.chunk(2, dim=1)
+    return token.long(), bits.contiguous().view(torch.float32)
 
 
 class StateFiles:
@@ -93,13 +122,19 @@ class StateFiles:
         self.hidden_size, self.vocab_size = int(content["hidden_size"]), int(content["vocab_size"])
         self.teacher = str(manifest.settings["teacher"])
         """Digest of the teacher: of its weights, its configuration, and the base of an adapter."""
-        self._dtype = DTYPES[content["dtype"]]
+        self.kept = Kept(content["dtype"], content.get("top_k", 0), content.get("temperature", 1.0))
+        self.dtype = torch.int32 if self.kept.top_k else DTYPES[self.kept.dtype]
+        """Of the numbers in a row."""
+        self.width = 2 * self.kept.top_k or self.hidden_size
+        """Numbers of a row."""
         self._check_data([i for i in manifest.inputs if i["kind"] == "tokens"])
         self._parts: dict[tuple[int, str], list[Part]] = {}
         for raw in content["parts"]:
             part = Part(**raw)
             self._parts.setdefault((part.source, part.split), []).append(part)
-        self._opened: dict[str, tuple[np.ndarray, torch.Tensor]] = {}
+        self._firsts = {of: np.array([p.first_document for p in parts]) for of, parts in self._parts.items()}
+        self._open = lru_cache(maxsize=OPEN_PARTS)(self._mapped)
+        self._lengths = lru_cache(maxsize=None)(self._lengths_of)
 
     @cached_property
     def head(self) -> Path:
@@ -107,15 +142,15 @@ class StateFiles:
         return self.folder / HEAD
 
     def states(self, source: int, split: str, document: int, start: int, count: int) -> torch.Tensor:
-        """Return [count, hidden size] of some tokens of a document, not copied.
+        """Return the rows [count, width] of some tokens of a document, not copied.
 
-        The state at a token is the one that predicts the token behind it.
+        The row of a token is what predicts the token behind it.
 
         Raises:
             UserError: these tokens have no states.
         """
         parts = self._parts.get((source, split), [])
-        place = int(np.searchsorted([p.first_document for p in parts], document, side="right")) - 1
+        place = int(np.searchsorted(self._firsts.get((source, split), ()), document, side="right")) - 1
         if place < 0 or document >= parts[place].first_document + parts[place].num_documents:
             raise UserError(f"{self.folder}: has no states of document {document} of source "
                             f"{self._sources[source].name!r} ({split}); make them again from this data")
@@ -129,21 +164,21 @@ class StateFiles:
                             "make them again from this data")
         return states[first:first + count]
 
-    def _open(self, part: Part) -> tuple[np.ndarray, torch.Tensor]:
-        if part.file not in self._opened:
-            file = self.folder / part.file
-            stored = self._sources[part.source].shard(part.split).lengths
-            lengths = np.asarray(stored[part.first_document + np.arange(part.num_documents)], np.int64)
-            wanted = part.num_tokens * self.hidden_size * self._dtype.itemsize
-            size_bytes = file.stat().st_size if file.is_file() else 0
-            if size_bytes != wanted or lengths.sum() != part.num_tokens:
-                raise UserError(f"{file}: has {size_bytes} bytes, its {part.num_tokens} tokens ask for "
-                                f"{wanted}; make the states again")
-            # torch maps a file privately: nothing that is done to a tensor reaches the disk
-            states = torch.from_file(str(file), size=part.num_tokens * self.hidden_size, dtype=self._dtype)
-            self._opened[part.file] = (np.concatenate([[0], lengths.cumsum()]),
-                                       states.view(-1, self.hidden_size))
-        return self._opened[part.file]
+    def _mapped(self, part: Part) -> tuple[np.ndarray, torch.Tensor]:
+        """Return where each document of a part begins, and the end, and its rows."""
+        file, stored = self.folder / part.file, self._lengths(part.source, part.split)
+        lengths = np.asarray(stored[part.first_document + np.arange(part.num_documents)], np.int64)
+        wanted = part.num_tokens * self.width * self.dtype.itemsize
+        size_bytes = file.stat().st_size if file.is_file() else 0
+        if size_bytes != wanted or lengths.sum() != part.num_tokens:
+            raise UserError(f"{file}: has {size_bytes} bytes, its {part.num_tokens} tokens ask for "
+                            f"{wanted}; make the states again")
+        # torch maps a file privately: nothing that is done to a tensor reaches the disk
+        rows = torch.from_file(str(file), size=part.num_tokens * self.width, dtype=self.dtype)
+        return np.concatenate([[0], lengths.cumsum()]), rows.view(-1, self.width)
+
+    def _lengths_of(self, source: int, split: str) -> Any:
+        return self._sources[source].shard(split).lengths
 
     def _check_data(self, made_from: list[dict[str, str]]) -> None:
         artifacts = list(dict.fromkeys(s.artifact for s in self._sources if s.artifact is not None))

@@ -1,5 +1,5 @@
 """The teacher of a distillation as a job of its own: any model at any layout reads packed documents and
-leaves its final hidden states (`state_files`).
+leaves its final hidden states, or its most probable tokens (`state_files`).
 
 Two layouts cannot live in one process, since the library's process groups are one per process; files are what
 lies between the teacher and its student.  A killed job goes on behind its last finished part.
@@ -8,9 +8,10 @@ lies between the teacher and its student.  A killed job goes on behind its last 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from megatron_sov.generate.load import Loaded, run_forward_model
 from megatron_sov.generate.target import Target
 from megatron_sov.mcore.decode.forward_only import Inputs
 from megatron_sov.mcore.model.language_model import gather_sequence
+from megatron_sov.mcore.model.logprobs import Head
 from megatron_sov.mcore.parallel import collectives, context
 from megatron_sov.mcore.parallel.device import local_device
 from megatron_sov.mcore.parallel.world import on_main
@@ -39,9 +41,11 @@ from megatron_sov.post.state_files import (
     HEAD,
     HEAD_WEIGHT,
     KIND,
+    Kept,
     Part,
     content_of,
     lengths_of,
+    packed,
     parts_of,
 )
 from megatron_sov.runs.checkpoints import ADAPTER, MODEL, adapter_base
@@ -55,21 +59,20 @@ PART_TOKENS = 65_536
 
 @dataclass(frozen=True)
 class Reading:
-    """What a teacher reads and how its states are kept."""
+    """What a teacher reads and what is kept of it."""
 
     target: Target
     """The teacher."""
     data: dict[str, float]
     """Token artifact -> weight, which does not matter here."""
     splits: tuple[str, ...] = ("train", "heldout")
-    dtype: str = "bfloat16"
-    """bfloat16 or float32."""
+    kept: Kept = Kept()
     part_tokens: int = PART_TOKENS
 
 
 def read_documents(reading: Reading, out: Path, settings: list[str], nproc: int | None, *,
                    overwrite: bool = False) -> None:
-    """Write the teacher's final hidden states of all documents as an artifact.
+    """Write what a teacher says of all documents as an artifact.
 
     Args:
         reading: what is read.
@@ -82,15 +85,15 @@ def read_documents(reading: Reading, out: Path, settings: list[str], nproc: int 
         UserError: the tokens mean something else to the teacher, a document is too long for it, the data
             cannot be read.
     """
-    if reading.dtype not in DTYPES:
-        raise UserError(f"dtype {reading.dtype!r}: is none of {', '.join(DTYPES)}")
+    _check_kept(reading)
     if is_first():  # else it would be found behind the loading of a large model
         refuse_existing(out, KIND, overwrite)
     sources = open_sources(reading.data, reading.target.vocab_size, FORMATS)
     refuse_other_tokens(tokenizer_folder(sources), reading.target.tokenizer_folder)
     parts = parts_of(sources, reading.splits, reading.part_tokens)
     # the layout moves the last digits at most, so that a killed job may go on at another
-    plan = {"parts": parts, "settings": [s for s in settings if not s.startswith("parallel.")]}
+    plan = {"parts": parts, "kept": asdict(reading.kept),
+            "settings": [s for s in settings if not s.startswith("parallel.")]}
     _refuse_too_long(reading, sources)
 
     def work(loaded: Loaded) -> int:
@@ -109,7 +112,7 @@ def read_documents(reading: Reading, out: Path, settings: list[str], nproc: int 
             missing = [p for p in parts if p.file not in finished]
             for first in range(0, len(missing), loaded.world.dp_size):
                 together = missing[first:first + loaded.world.dp_size]
-                _read_parts(loaded, sources, together, Path(folder), DTYPES[reading.dtype])
+                _read_parts(loaded, sources, together, Path(folder), reading.kept)
                 collectives.all_reduce_world(torch.zeros(1, dtype=torch.float64))  # all files are written
                 on_main(loaded.world, partial(note, together))
             return len(missing)
@@ -141,18 +144,29 @@ def _artifact(reading: Reading, sources: list[Source], plan: dict[str, Any], out
     teacher = weights_digest(reading.target)
     weights = convert.open_weights(reading.target.path)
     model = weights.model
-    plan = plan | {"teacher": teacher, "data": [i["manifest_sha256"] for i in provenance(sources)],
-                   "dtype": reading.dtype}
+    plan = plan | {"teacher": teacher, "data": [i["manifest_sha256"] for i in provenance(sources)]}
     # a RuntimeError is what torch raises where another process is gone: hours of parts are not lost with it
     with resumable_artifact(out, KIND, plan, overwrite=overwrite, kills=(RuntimeError,)) as artifact:
         (artifact.path / "states").mkdir(exist_ok=True)
-        head = weights.read("model.embed_tokens.weight" if model.tied_embeddings else "lm_head.weight")
-        save_file({HEAD_WEIGHT: head.contiguous()}, artifact.path / HEAD)
+        if not reading.kept.top_k:
+            head = weights.read("model.embed_tokens.weight" if model.tied_embeddings else "lm_head.weight")
+            save_file({HEAD_WEIGHT: head.contiguous()}, artifact.path / HEAD)
         artifact.writer.content = content_of(plan["parts"], model.hidden_size, model.vocab_size,
-                                             reading.dtype)
+                                             reading.kept)
         artifact.writer.settings = {"teacher": teacher, "teacher_path": str(reading.target.path)}
         artifact.writer.inputs += provenance(sources)
         yield artifact
+
+
+def _check_kept(reading: Reading) -> None:
+    kept, vocab_size = reading.kept, reading.target.vocab_size
+    if kept.dtype not in DTYPES:
+        raise UserError(f"dtype {kept.dtype!r}: is none of {', '.join(DTYPES)}")
+    if not 0 <= kept.top_k < vocab_size:
+        raise UserError(f"--top-k {kept.top_k}: must lie in [0, {vocab_size}), the token ids of the teacher "
+                        f"{reading.target.path}")
+    if not 0 < kept.temperature < math.inf:
+        raise UserError(f"--temperature {kept.temperature}: must be a number greater than 0")
 
 
 def _refuse_too_long(reading: Reading, sources: list[Source]) -> None:
@@ -166,7 +180,7 @@ def _refuse_too_long(reading: Reading, sources: list[Source]) -> None:
 
 
 def _read_parts(loaded: Loaded, sources: list[Source], parts: Sequence[Part], folder: Path,
-                dtype: torch.dtype) -> None:
+                kept: Kept) -> None:
     """Run the teacher on one part per data-parallel rank and write what it finds; called by all together.
 
     Where experts are spread over data-parallel ranks, these run in step: each gets as many rows as the one
@@ -186,17 +200,19 @@ def _read_parts(loaded: Loaded, sources: list[Source], parts: Sequence[Part], fo
                device, longest) for row in own_rows]
     micro_batches += [Inputs([[0]], device, longest)] * (max(map(len, rows)) - len(own_rows))
 
-    def states(hidden: list[torch.Tensor], head: Any, batch: Inputs) -> torch.Tensor:
-        return context.gather(gather_sequence(hidden[0], loaded.policy.config)).to("cpu", dtype)
+    def kept_rows(hidden: list[torch.Tensor], head: Head, batch: Inputs) -> torch.Tensor:
+        if kept.top_k:
+            return packed(*head.most_probable(hidden[0], kept.top_k, kept.temperature)).cpu()
+        return context.gather(gather_sequence(hidden[0], loaded.policy.config)).to("cpu", DTYPES[kept.dtype])
 
-    found = loaded.policy.map(micro_batches, states)
+    found = loaded.policy.map(micro_batches, kept_rows)
     if part is not None and loaded.world.last_stage and collectives.is_first_of_row():
         filled = [sum(lengths[mine][i] for i in row) for row in own_rows]
         _write(folder / part.file, [s[:n] for s, n in zip(found, filled, strict=False)])
 
 
 def _write(file: Path, states: list[torch.Tensor]) -> None:
-    """Write rows of states, so that the file is there whole or not at all."""
+    """Write rows of what is kept, so that the file is there whole or not at all."""
     temporary = file.with_name(f".{file.name}.tmp")
     with open(temporary, "wb") as f:
         for row in states:

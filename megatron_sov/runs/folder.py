@@ -29,7 +29,7 @@ OPTIM = tuple(f.name for f in dataclasses.fields(OptimConfig) if f.name != "rewa
 FIXED: dict[str, tuple[str, ...] | None] = {"model": None, "objective": None, "optim": OPTIM,
                                             "train": ("seed", "precision", "hidden_dropout"),
                                              "data": ("packing", "over_long"), "lora": None,
-                                             "preference": None}
+                                             "preference": None, "distillation": None}
 """What a resumed run must not change: part of the config -> its settings (None: all)."""
 
 

@@ -65,6 +65,9 @@ STAGES = {
     "prefer": StageKind(
         "Learning from preferences: pairs or groups of responses.",
         ("megatron_sov", "prefer"), ranks=True, gpus=True, objective="preference"),
+    "distill": StageKind(
+        "Distillation: a teacher reads the data, and a student learns its distributions.",
+        ("megatron_sov", "distill"), ranks=True, gpus=True, objective="distill"),
     "convert": StageKind(
         "Conversion: a Hugging Face folder from a checkpoint, or the other way round.  "
         "Reads and writes files, needs no GPU.",
@@ -138,7 +141,8 @@ def _training(stage: str, arguments: list[str], args: argparse.Namespace) -> Wor
     run = args.run.absolute()
     argv = arguments if args.resume else [*arguments, "--resume"]
     inputs = [_path_of(text) for text in args.data or config.data.paths]
-    inputs += [path for path in (args.start_from, args.config) if path is not None]
+    inputs += [path for path in (args.start_from, args.config, getattr(args, "teacher", None))
+               if path is not None]
     return Work(stage, tuple(argv), run, run / JOBS, run / COMPLETION,
                 inputs=tuple(p.absolute() for p in inputs), data=tuple(args.data), config=config,
                 layout_open=leaves_layout_open(request))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from megatron_sov.data.rows import Row
+from megatron_sov.data.rows import Origin, Row
 from megatron_sov.mcore.model.language_model import ModelInputs
 from megatron_sov.mcore.parallel.device import CPU, local_device, to_device
 
@@ -34,6 +34,8 @@ class MicroBatch:
     """[n] int64: index of the source."""
     columns: Mapping[str, torch.Tensor] = field(default_factory=dict)
     """Column that the objective names -> [n] float32: number of each label, 0 where there is none."""
+    origins: tuple[Origin, ...] = ()
+    """Where each segment of the row comes from, on the host."""
     denominators: dict[str, float] = field(default_factory=dict)
     """Term -> what its sum is divided by: counted over the whole global batch by `Objective.prepare`."""
     on_host: MicroBatch | None = None
@@ -68,7 +70,7 @@ def _record(flat: torch.Tensor, row: Row, values: list[np.ndarray]) -> MicroBatc
         max_document_tokens=int(np.diff(bounds).max()), padding=found["padding"],
         host_bounds=bounds.tolist())
     return MicroBatch(inputs=inputs, labels=found["labels"], weights=found["weights"], types=found["types"],
-                      sources=found["sources"], columns=columns)
+                      sources=found["sources"], columns=columns, origins=row.origins)
 
 
 def segments(batch: MicroBatch) -> torch.Tensor:

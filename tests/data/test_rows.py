@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_sov.data.order import Sample
 from megatron_sov.data.packing import Segment
-from megatron_sov.data.rows import heldout_samples, join_rows, sample_row
+from megatron_sov.data.rows import Origin, heldout_samples, join_rows, sample_row
 
 
 def test_a_row_by_hand(numbered: Any) -> None:
@@ -64,3 +64,4 @@ def test_joined_rows_keep_their_documents_apart(numbered: Any) -> None:
     assert joined.bounds.dtype == np.int32
     assert (joined.columns["score"].tolist()
             == rows[0].columns["score"].tolist() + rows[1].columns["score"].tolist())
+    assert joined.origins == (Origin(0, 0, Segment(0, 0, 4)), Origin(5, 1, Segment(1, 0, 4)))

@@ -1,12 +1,15 @@
-"""Pairs of answers, packed once."""
+"""Pairs of answers, packed once; and what a made-up teacher says of packed data."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+VOCABULARY, TEACHER_HIDDEN = 368, 24
 
 
 @pytest.fixture(scope="session")
@@ -22,3 +25,36 @@ def pairs(packed_data: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
                      "--format", "preference", "--input", str(folder / "pairs.jsonl"),
                      "--output", str(folder / "pairs")]) == 0
     return folder / "pairs"
+
+
+@pytest.fixture(scope="session")
+def kept_by_a_teacher() -> Callable[..., None]:
+    """Return `write(out, data, kept, part_tokens=400)`: an artifact as a teacher with random states leaves
+    it, the same states whatever is kept of them."""
+    import torch
+    from safetensors.torch import save_file
+
+    from megatron_sov.artifacts import new_artifact
+    from megatron_sov.data.token_shards import open_sources, provenance
+    from megatron_sov.post import state_files
+
+    def write(out: Path, data: list[Path], kept: Any, part_tokens: int = 400) -> None:
+        random = torch.Generator().manual_seed(0)
+        head = torch.randn(VOCABULARY, TEACHER_HIDDEN, generator=random) / 4
+        sources = open_sources({str(folder): 1.0 for folder in data}, VOCABULARY)
+        parts = state_files.parts_of(sources, ("train", "heldout"), part_tokens)
+        with new_artifact(out, state_files.KIND) as artifact:
+            (artifact.path / "states").mkdir()
+            for part in parts:
+                rows = torch.randn(part.num_tokens, TEACHER_HIDDEN, generator=random)
+                if kept.top_k:
+                    logits = rows.double() @ head.double().T / kept.temperature
+                    logprobs, token = logits.log_softmax(-1).topk(kept.top_k)
+                    rows = state_files.packed(token, logprobs)
+                (artifact.path / part.file).write_bytes(rows.numpy().tobytes())
+            save_file({state_files.HEAD_WEIGHT: head}, artifact.path / state_files.HEAD)
+            artifact.content = state_files.content_of(parts, TEACHER_HIDDEN, VOCABULARY, kept)
+            artifact.settings = {"teacher": "blake3:one", "teacher_path": "one"}
+            artifact.inputs += provenance(sources)
+
+    return write

@@ -22,10 +22,10 @@ from megatron_sov.data.token_shards import open_sources  # noqa: E402
 from megatron_sov.errors import UserError  # noqa: E402
 from megatron_sov.generate.target import Target  # noqa: E402
 from megatron_sov.post import teacher as teaching  # noqa: E402
-from megatron_sov.post.state_files import HEAD_WEIGHT, StateFiles  # noqa: E402
+from megatron_sov.post.state_files import HEAD_WEIGHT, Kept, StateFiles, unpacked  # noqa: E402
 from megatron_sov.post.teacher import FORMATS, Reading, read_documents, weights_digest  # noqa: E402
 
-FAMILY = "exaone_moe"
+FAMILY, TOP_K = "exaone_moe", 5
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +48,8 @@ def opened(out: Path, data: Path) -> StateFiles:
     return StateFiles(out, open_sources({str(data): 1.0}, 1024, FORMATS))
 
 
-def reading(model: Path, data: Path, is_hf: bool = False) -> Reading:
-    return Reading(Target(model, is_hf), {str(data): 1.0}, dtype="float32", part_tokens=80)
+def reading(model: Path, data: Path, is_hf: bool = False, top_k: int = 0) -> Reading:
+    return Reading(Target(model, is_hf), {str(data): 1.0}, kept=Kept("float32", top_k), part_tokens=80)
 
 
 def everything(out: Path, data: Path) -> torch.Tensor:
@@ -83,8 +83,9 @@ def test_states_and_head_are_transformers_logits(one_rank: None, hf_models: dict
 
 
 def read(model: str, data: str, out: str, settings: list[str]) -> None:
-    """Read the data, on this process as one of several."""
+    """Read the data twice, on this process as one of several."""
     read_documents(reading(Path(model), Path(data)), Path(out), settings, None)
+    read_documents(reading(Path(model), Path(data), top_k=TOP_K), Path(f"{out}-top"), settings, None)
 
 
 @pytest.mark.distributed
@@ -96,9 +97,14 @@ def test_every_layout_leaves_the_same_states(imported: dict[str, Path], data: Pa
         "model": str(imported[FAMILY]), "data": str(data), "out": str(tmp_path / name), "settings": settings})
         for name, settings in layouts.items()))
     expected = everything(tmp_path / "one", data)
+    logprobs = (expected @ load_file(opened(tmp_path / "one", data).head)[HEAD_WEIGHT].T).log_softmax(-1)
     for name in layouts:
         difference = (everything(tmp_path / name, data) - expected).norm() / expected.norm()
         assert difference <= 2e-6, f"{name}: {difference:.1e}"
+        token, kept = unpacked(everything(tmp_path / f"{name}-top", data))
+        torch.testing.assert_close(kept, logprobs.topk(TOP_K).values, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(kept, logprobs.gather(1, token), rtol=1e-5, atol=1e-5)
+    assert not (tmp_path / "one-top/head.safetensors").exists()
 
 
 def test_a_killed_job_reads_no_part_twice(one_rank: None, imported: dict[str, Path], data: Path,
@@ -148,8 +154,10 @@ def test_what_does_not_belong_together_is_refused(one_rank: None, imported: dict
     with pytest.raises(UserError, match=r"ids mean other tokens than in .* \(e.g. \d+: "):
         read_documents(reading(imported[FAMILY], packed_data.text), tmp_path / "states", [], None)
     with pytest.raises(UserError, match="dtype 'int8': is none of bfloat16, float32"):
-        read_documents(Reading(Target(imported[FAMILY], False), {str(data): 1.0}, dtype="int8"),
+        read_documents(Reading(Target(imported[FAMILY], False), {str(data): 1.0}, kept=Kept("int8")),
                        tmp_path / "states", [], None)
+    with pytest.raises(UserError, match=r"--top-k 1024: must lie in \[0, 1024\), the token ids of the teach"):
+        read_documents(reading(imported[FAMILY], data, top_k=1024), tmp_path / "states", [], None)
     read_documents(Reading(Target(imported[FAMILY], False), {str(data): 1.0}), tmp_path / "states", [], None)
     assert opened(tmp_path / "states", data).states(0, "train", 3, 0, 2).dtype == torch.bfloat16
     other = shutil.copytree(data, tmp_path / "other")

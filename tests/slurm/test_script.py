@@ -29,6 +29,7 @@ ARGUMENTS = {
     "pretrain": ("tiny-solar-open", *TRAIN), "extend": ("tiny-solar-open", "--from", "runs/a", *TRAIN),
     "sft": ("tiny-solar-open", "--from", "runs/a", *TRAIN),
     "prefer": ("tiny-solar-open", "--from", "runs/a", "--method", "ipo", *TRAIN),
+    "distill": ("tiny-solar-open", "--from", "runs/a", "--teacher", "runs/b", *TRAIN),
     "convert": ("to-hf", "runs/a", "hf"),
     "eval": ("ppl", "hf", "--data", "tokens"),
 }

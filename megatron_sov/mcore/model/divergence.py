@@ -169,6 +169,26 @@ def log_softmax(states: torch.Tensor, weight: torch.Tensor, token_rows: int, tem
     return local
 
 
+def most_probable(states: torch.Tensor, weight: torch.Tensor, k: int, token_rows: int, temperature: float
+                  ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the K most probable tokens [C, K] int64 of the whole vocabulary, the first of them first, and
+    their log-probabilities, from states [C, H].
+
+    K must be less than the vocabulary: rows that pad it then never come in.
+    """
+    logprobs, token = log_softmax(states, weight, token_rows, temperature).topk(min(k, len(weight)))
+    group = parallel_state.get_tensor_model_parallel_group()
+    if group.size() == 1:
+        return token, logprobs
+    found = []
+    for own in (token + group.rank() * len(weight), logprobs):
+        parts = [torch.empty_like(own) for _ in range(group.size())]
+        torch.distributed.all_gather(parts, own, group=group)
+        found.append(torch.cat(parts, dim=1))
+    logprobs, place = found[1].topk(k)
+    return found[0].gather(1, place), logprobs
+
+
 def _compare(student: torch.Tensor, teacher: torch.Tensor, beta: float, over_group: bool = False
              ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ``[3, C]``: divergence, KL(teacher || student) and the student's entropy, and the divergence's

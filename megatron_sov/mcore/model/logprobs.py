@@ -14,7 +14,7 @@ import torch
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_sov.mcore.model.chunked_head import Chunking, CrossEntropySums, LabelLogprobs, project
-from megatron_sov.mcore.model.divergence import Divergence, DivergenceSums, Teacher
+from megatron_sov.mcore.model.divergence import Divergence, DivergenceSums, Teacher, most_probable
 from megatron_sov.mcore.model.language_model import LanguageModel, gather_sequence, valid_rows
 from megatron_sov.mcore.parallel import context
 
@@ -129,11 +129,28 @@ class Head:
         return context.gather(self.top_tokens(gather_sequence(hidden, self.config)))
 
     @torch.no_grad()
+    def most_probable(self, hidden: torch.Tensor, k: int, temperature: float = 1.0
+                      ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the K most probable tokens [T, K] int64 after each position of a row, and their
+        log-probabilities [T, K] float32 (float64 under fp64), from [local tokens, 1, H], on every process."""
+        found = [most_probable(s, self.weight, k, self._chunking.token_rows, temperature)
+                 for s in gather_sequence(hidden, self.config).split(self.chunk_tokens)]
+        token, logprobs = (context.gather(torch.cat(parts)) for parts in zip(*found, strict=True))
+        return token, logprobs
+
+    @torch.no_grad()
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """Return full logits [n, token ids] float32 (float64 under fp64) of a few positions' states [n, H]
         (already gathered)."""
         local = project(states, self.weight, len(self.weight))
         return tensor_parallel.gather_from_tensor_model_parallel_region(local)[:, :self.vocab_size]
+
+    @property
+    def token_ids(self) -> range:
+        """Token ids whose rows of the head's weight this process holds; rows that pad the vocabulary
+        follow them."""
+        first = parallel_state.get_tensor_model_parallel_rank() * len(self.weight)
+        return range(first, first + self._chunking.token_rows)
 
     @property
     def _chunking(self) -> Chunking:

@@ -1,0 +1,75 @@
+"""Learning a teacher's distribution of the next token, over the labels that the data have learned.
+
+What the teacher says was computed before (`post.teacher`), so that nothing of it is in memory but its output
+head, on the last pipeline stage.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_sov.errors import UserError
+from megatron_sov.mcore.model.logprobs import Head
+from megatron_sov.post.parts.kept_teacher import KeptTeacher
+from megatron_sov.train.data_objective import DataObjective
+from megatron_sov.train.microbatch import MicroBatch
+from megatron_sov.train.objective import GlobalBatch, LossSums, per_source, with_denominators
+from megatron_sov.train.objective_context import ObjectiveContext
+
+DIVERGENCE, CROSS_ENTROPY = "divergence", "cross_entropy"
+
+
+class Distillation(DataObjective):
+    """``(divergence(teacher, student) + ce_coeff * CE) / learned tokens`` (+ multi-token prediction, which
+    learns the data's tokens by cross-entropy)."""
+
+    meters = ("kl", "entropy")
+
+    def __init__(self, context: ObjectiveContext, teacher: KeptTeacher) -> None:
+        """Begin.
+
+        Args:
+            context: the run's.
+            teacher: has read the run's sources, in their order.
+        """
+        super().__init__(context)
+        self._teacher = teacher
+        self.coefficients = {DIVERGENCE: 1.0}
+        if context.config.distillation.ce_coeff > 0:
+            self.coefficients[CROSS_ENTROPY] = context.config.distillation.ce_coeff
+        self.coefficients |= self._mtp_coefficient
+
+    def prepare(self, batch: GlobalBatch) -> GlobalBatch:
+        """Count the learned tokens of the global batch."""
+        hosts = [m.host for m in batch.micro_batches]
+        tokens = sum(float(m.weights.double().sum()) for m in hosts)
+        targets = {term: tokens for term in (DIVERGENCE, CROSS_ENTROPY) if term in self.coefficients}
+        return with_denominators(batch, targets | self._mtp_targets(hosts))
+
+    def loss(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> LossSums:
+        """Return the summed divergence of the learned labels, and their cross-entropy where it is asked."""
+        terms, measured = head.divergence(hidden[0], self._teacher.at(batch, head),
+                                          {DIVERGENCE: batch.weights}, self._teacher.divergence)
+        if CROSS_ENTROPY in self.coefficients:
+            terms |= head.cross_entropy(hidden[0], batch.labels, {CROSS_ENTROPY: batch.weights})[0]
+        terms |= self._mtp_sum(hidden, head, batch)
+        learned = (batch.weights > 0).double()
+        return LossSums(
+            terms, per_source(measured.divergence, batch.weights, batch.sources, self._num_sources),
+            meters={name: ((getattr(measured, name) * learned).sum(), learned.sum()) for name in self.meters})
+
+    def state(self) -> dict[str, str]:
+        """Return whom is learned from, for the checkpoint."""
+        return {"teacher": self._teacher.files.teacher}
+
+    def restore(self, state: dict[str, str]) -> None:
+        """Refuse to go on with another teacher.
+
+        Raises:
+            UserError: it is another.
+        """
+        files = self._teacher.files
+        if state["teacher"] != files.teacher:
+            raise UserError(f"{files.folder}: is of teacher {files.teacher}, and the run has learned from "
+                            f"{state['teacher']} so far; resume with that one, or start a new --run --from "
+                            "its checkpoint")

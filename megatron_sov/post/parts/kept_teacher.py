@@ -1,0 +1,90 @@
+"""What is kept of a teacher, at the tokens of a micro-batch that this process holds."""
+
+from __future__ import annotations
+
+import torch
+from safetensors import safe_open
+
+from megatron_sov.config.distillation import DistillationConfig
+from megatron_sov.data.rows import Origin
+from megatron_sov.errors import UserError
+from megatron_sov.mcore.model.divergence import Divergence, Teacher, TeacherStates, TeacherTopK
+from megatron_sov.mcore.model.logprobs import Head
+from megatron_sov.mcore.parallel import context
+from megatron_sov.post.state_files import HEAD_WEIGHT, StateFiles, unpacked
+from megatron_sov.train.microbatch import MicroBatch
+
+
+class KeptTeacher:
+    """A teacher that has read the data before."""
+
+    def __init__(self, files: StateFiles, asked: DistillationConfig, vocab_size: int) -> None:
+        """Check that it can be learned from as the settings ask.
+
+        Raises:
+            UserError: something else of it was kept, or it knows other token ids.
+        """
+        kept = files.kept
+        if kept.top_k != asked.top_k:
+            raise UserError(f"{files.folder}: holds {_told(kept.top_k)} of the teacher, and "
+                            f"distillation.top_k = {asked.top_k} asks for {_told(asked.top_k)}; set it to "
+                            f"{kept.top_k}, or name another folder")
+        if kept.top_k and kept.temperature != asked.temperature:
+            raise UserError(f"{files.folder}: its log-probabilities are those at temperature "
+                            f"{kept.temperature}, and distillation.temperature = {asked.temperature}; set "
+                            "it to that, or name another folder")
+        if files.vocab_size != vocab_size:
+            raise UserError(f"{files.folder}: its teacher has {files.vocab_size} token ids, the student "
+                            f"model.vocab_size = {vocab_size}; choose a teacher with as many")
+        self.files, self.divergence = files, Divergence(asked.beta, asked.temperature)
+        self._keep_remainder = asked.keep_remainder
+        self._head: torch.Tensor | None = None
+
+    def at(self, batch: MicroBatch, head: Head, split: str = "train") -> Teacher:
+        """Return what it says at the local tokens of a micro-batch.
+
+        Args:
+            batch: rows of documents of a split.
+            head: the student's, by which the teacher's is split.
+            split: which.
+
+        Raises:
+            UserError: it has not read one of them.
+        """
+        rows = self._rows(batch.origins, len(batch.labels), split)
+        if self.files.kept.top_k:
+            return TeacherTopK(*unpacked(rows), self._keep_remainder)
+        if self._head is None:
+            self._head = self._read_head(head)
+        return TeacherStates(rows, self._head)
+
+    def _rows(self, origins: tuple[Origin, ...], row_tokens: int, split: str) -> torch.Tensor:
+        """Return [n, width] what is kept of this process's n tokens of a row; of padding something that
+        can be computed with, and has no weight."""
+        files, pieces = self.files, context.pieces(row_tokens)
+        rows = torch.zeros(sum(end - first for first, end in pieces), files.width, dtype=files.dtype)
+        if top_k := files.kept.top_k:
+            rows[:, :top_k] = torch.arange(top_k)  # distinct ids, each of log-probability 0
+        at = 0
+        for first, end in pieces:
+            for begins, source, (document, start, count) in origins:
+                begin, stop = max(first, begins), min(end, begins + count)
+                if begin < stop:
+                    rows[at + begin - first:at + stop - first] = files.states(
+                        source, split, document, start + begin - begins, stop - begin)
+            at += end - first
+        return rows
+
+    def _read_head(self, head: Head) -> torch.Tensor:
+        """Return [V / tp, H'] the teacher's rows of the token ids that the student's head has here, in its
+        dtype."""
+        held = head.token_ids
+        weight = head.weight.new_zeros(len(head.weight), self.files.hidden_size)
+        if held:
+            with safe_open(self.files.head, "pt") as file:
+                weight[:len(held)] = file.get_slice(HEAD_WEIGHT)[held.start:held.stop].to(weight)
+        return weight
+
+
+def _told(top_k: int) -> str:
+    return f"the {top_k} most probable tokens" if top_k else "the final hidden states"
