@@ -114,7 +114,8 @@ def score(kind: str, beta: float, temperature: float = 1.0, dtype: str = "float6
     return {"divergence": found.divergence.tolist(), "kl": found.kl.tolist(),
             "entropy": found.entropy.tolist(), "states": states.grad[:, 0].tolist(),
             "weight": weight.grad.tolist(), "places": places.tolist(), "first row": first,
-            "sums": [sums[name].item() for name in terms]}
+            "sums": [sums[name].item() for name in terms],
+            "top": [values.tolist() for values in head.most_probable(states.detach(), K, temperature)]}
 
 
 score.sequence_parallel = False  # type: ignore[attr-defined]
@@ -153,7 +154,13 @@ def test_every_layout_gives_what_one_process_gives(ranks, job) -> None:
     cases = [(n, layout, "float64", 1e-12) for n, layout in layouts] + [(2, {"tp": 2}, "float32", 5e-6)]
     results = ranks(*(job(__file__, "of_layout", n, {"layout": layout, "dtype": dtype})
                       for n, layout, dtype, _ in cases))
+    log_p = (whole()["states"] @ whole()["weight"].T).log_softmax(-1)
+    best = log_p.topk(K).values
     for (_, layout, dtype, tolerance), per_rank in zip(cases, results, strict=True):
+        for found in (results_of_rank[0] for results_of_rank in per_rank):
+            token, logprobs = found["top"]
+            near(logprobs, best, tolerance, f"{layout} most probable")
+            near(log_p.gather(1, torch.tensor(token)), best, tolerance, f"{layout} most probable")
         for number, (kind, beta) in enumerate(ALL):
             wanted = expected(kind, beta, tensors=whole(getattr(torch, dtype)))
             gradients = {"states": torch.zeros(TOKENS, HIDDEN).double(),
