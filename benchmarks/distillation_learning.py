@@ -35,8 +35,8 @@ THINGS = {"fruit": "apple banana cherry grape lemon mango peach plum",
           "city": "Busan Cairo Dakar Hanoi Lima Oslo Perth Quito",
           "tool": "anvil bellows chisel drill file hammer saw wrench",
           "metal": "brass copper gold iron lead nickel silver tin"}
-NAMES = ("Mina", "Jun", "Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ivo", "Jana", "Kai", "Lea",
-         "Max", "Noa")
+NAMES = ("Mina", "Jun", "Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ivo", "Jana", "Kai",
+         "Lea", "Max", "Noa")
 LEARNED = ("Name a {thing} for {name}.", "{name} asks for a {thing}.", "Which {thing} will it be, {name}?",
            "A {thing}, please, says {name}.")
 ASKED = ("{name} wants some {thing}.", "Tell {name} about a {thing}.", "Give {name} a {thing}.",
@@ -99,8 +99,8 @@ class Work:
             tokenizer = self.folder / "tokenizer"
             if not tokenizer.exists():
                 texts = self.folder / "texts.jsonl"
-                texts.write_text("".join(json.dumps({"text": m["content"]}) + "\n" for line in text.splitlines()
-                                         for m in json.loads(line)["messages"]))
+                contents = [m["content"] for line in text.splitlines() for m in json.loads(line)["messages"]]
+                texts.write_text("".join(json.dumps({"text": content}) + "\n" for content in contents))
                 self.command("tokenizer.cli", "train", "--preset", "solar-open", "--vocab-size", "512",
                              "--input", texts, "--output", tokenizer)
             self.command("data_prep.cli", "pack", "--tokenizer", tokenizer, "--format", "chat", "--heldout",
