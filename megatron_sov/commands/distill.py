@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from functools import partial
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from megatron_sov.train.stage_config import add_stage_arguments, parse_stage
 
 if TYPE_CHECKING:
     from megatron_sov.data.token_shards import Source
+    from megatron_sov.generate.target import Target
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.gate import GateView
 
@@ -25,9 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_stage_arguments(parser, needs_start=False)
     parser.add_argument("--teacher", type=Path, required=True, metavar="CHECKPOINT|RUN|HF_DIR",
                         help="learn the distributions of this model, of the same tokenizer")
-    parser.add_argument("--states", type=Path, metavar="DIR",
+    parser.add_argument("--states", type=Path, action="append", default=[], metavar="DIR",
                         help="what the teacher says of the data, as `megatron-sov distill states` leaves it; "
-                             "made first where it is not there (default: RUN.states)")
+                             "one that is not there is made first, of the data that others do not have "
+                             "(default: RUN.states)")
     parser.add_argument("--states-dtype", choices=["bfloat16", "float32"], default="bfloat16",
                         help="of the states where they are made here (default %(default)s)")
     parser.add_argument("--top-k", type=int, metavar="K",
@@ -59,51 +61,80 @@ def run(args: argparse.Namespace) -> int:
     config, folder = parsed.config, RunFolder(args.run)
     sources = open_sources(config.data.paths, config.model.vocab_size)
     _refuse_views(config, sources)
-    states = args.states or args.run.with_name(f"{args.run.name}.states")
+    states = args.states or [args.run.with_name(f"{args.run.name}.states")]
+
+    @cache
+    def teacher() -> KeptTeacher:
+        return KeptTeacher([StateFiles(path, sources) for path in states], config.distillation, sources,
+                           config.model.vocab_size)
+
     if folder.completion() is None:
         _make_states(args, config, folder, states)
-    teacher = KeptTeacher(StateFiles(states, sources), config.distillation, config.model.vocab_size)
+        teacher()  # what does not belong together is told before processes start
 
     def before(view: GateView) -> None:
-        measure_heldout(view, sources, teacher)
+        measure_heldout(view, sources, teacher())
 
     def after(view: GateView) -> dict[str, Any]:
-        return {"teacher": teacher.files.teacher,
-                "heldout_divergence": measure_heldout(view, sources, teacher)}
+        return {"teacher": teacher().teacher,
+                "heldout_divergence": measure_heldout(view, sources, teacher())}
 
-    run_stage(Stage(config, folder, partial(Distillation, teacher=teacher), parsed.start, args.resume,
-                    tuple(sources), before=before, after=after, faults=parsed.faults),
+    run_stage(Stage(config, folder, lambda context: Distillation(context, teacher()), parsed.start,
+                    args.resume, tuple(sources), before=before, after=after, faults=parsed.faults),
               args.nproc, args.began_s)
     return 0
 
 
-def _make_states(args: argparse.Namespace, config: RunConfig, folder: RunFolder, states: Path) -> None:
-    """Have the teacher read the data where it has not, or check that it was this one.
+def _make_states(args: argparse.Namespace, config: RunConfig, folder: RunFolder, states: list[Path]) -> None:
+    """Have the teacher read the data that it has not read, and check that it was this one which has.
 
     Raises:
-        UserError: it knows other tokens, or another one has read them.
+        UserError: it knows other tokens, another one has read them, or several folders are not there.
     """
-    from megatron_sov.artifacts import read_manifest
     from megatron_sov.generate.target import find_target
-    from megatron_sov.post.state_files import KIND, Kept
-    from megatron_sov.post.teacher import Reading, read_documents, weights_digest
+    from megatron_sov.post.state_files import Kept
+    from megatron_sov.post.teacher import Reading, read_documents
 
     target = find_target(args.teacher)
     if target.vocab_size != config.model.vocab_size:
         raise UserError(f"--teacher {args.teacher}: has {target.vocab_size} token ids, the student "
                         f"model.vocab_size = {config.model.vocab_size}; choose a teacher with as many")
-    if not (states / MANIFEST).is_file():
+    missing = [path for path in states if not (path / MANIFEST).is_file()]
+    if len(missing) > 1:
+        raise UserError(f"--states {', '.join(map(str, missing))}: are not there; make all but one of them "
+                        "by `megatron-sov distill states`")
+    made = [path for path in states if path not in missing]
+    if is_first():  # to hash a teacher's files takes a while
+        _refuse_other_teacher(args.teacher, target, made)
+    data = _not_read(config.data.paths, made)
+    if missing and data:
         folder.enter(config, args.resume)  # what is wrong there is told before hours of reading
         asked = config.distillation
         kept = (Kept(top_k=asked.top_k, temperature=asked.temperature) if asked.top_k
                 else Kept(args.states_dtype))
-        read_documents(Reading(target, config.data.paths, kept=kept), states, args.teacher_settings,
-                       args.nproc)
-    elif is_first():  # to hash a teacher's files takes a while
-        made_by = read_manifest(states, KIND).settings
-        if made_by["teacher"] != weights_digest(target):
-            raise UserError(f"{states}: holds what {made_by['teacher_path']} says of the data, and --teacher "
-                            f"{args.teacher} is another model; name another --states folder")
+        read_documents(Reading(target, data, kept=kept), missing[0], args.teacher_settings, args.nproc)
+
+
+def _refuse_other_teacher(named: Path, target: Target, made: list[Path]) -> None:
+    from megatron_sov.artifacts import read_manifest
+    from megatron_sov.post.state_files import KIND
+    from megatron_sov.post.teacher import weights_digest
+
+    digest = weights_digest(target) if made else ""
+    for path in made:
+        made_by = read_manifest(path, KIND).settings
+        if made_by["teacher"] != digest:
+            raise UserError(f"{path}: holds what {made_by['teacher_path']} says of the data, and --teacher "
+                            f"{named} is another model; name another --states folder")
+
+
+def _not_read(paths: dict[str, float], made: list[Path]) -> dict[str, float]:
+    """Return the data that none of the folders was made from."""
+    from megatron_sov.artifacts import manifest_sha256, read_manifest
+    from megatron_sov.post.state_files import KIND
+
+    read = {i["manifest_sha256"] for path in made for i in read_manifest(path, KIND).inputs}
+    return {path: weight for path, weight in paths.items() if manifest_sha256(Path(path)) not in read}
 
 
 def _refuse_views(config: RunConfig, sources: list[Source]) -> None:

@@ -60,7 +60,7 @@ class Distillation(DataObjective):
 
     def state(self) -> dict[str, str]:
         """Return whom is learned from, for the checkpoint."""
-        return {"teacher": self._teacher.files.teacher}
+        return {"teacher": self._teacher.teacher}
 
     def restore(self, state: dict[str, str]) -> None:
         """Refuse to go on with another teacher.
@@ -68,8 +68,7 @@ class Distillation(DataObjective):
         Raises:
             UserError: it is another.
         """
-        files = self._teacher.files
-        if state["teacher"] != files.teacher:
-            raise UserError(f"{files.folder}: is of teacher {files.teacher}, and the run has learned from "
+        if state["teacher"] != self._teacher.teacher:
+            raise UserError(f"--teacher: is {self._teacher.teacher}, and the run has learned from "
                             f"{state['teacher']} so far; resume with that one, or start a new --run --from "
                             "its checkpoint")

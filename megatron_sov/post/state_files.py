@@ -111,14 +111,13 @@ class StateFiles:
 
         Args:
             folder: the artifact.
-            sources: those of the data that it was made from, in their order.
+            sources: those that a run reads; those of the data that it was made from are among them.
 
         Raises:
             UserError: it was made from other data, or is damaged.
         """
         manifest = read_manifest(folder, KIND)
-        self.folder, self._sources = folder, sources
-        content = manifest.content
+        self.folder, content = folder, manifest.content
         self.hidden_size, self.vocab_size = int(content["hidden_size"]), int(content["vocab_size"])
         self.teacher = str(manifest.settings["teacher"])
         """Digest of the teacher: of its weights, its configuration, and the base of an adapter."""
@@ -127,7 +126,10 @@ class StateFiles:
         """Of the numbers in a row."""
         self.width = 2 * self.kept.top_k or self.hidden_size
         """Numbers of a row."""
-        self._check_data([i for i in manifest.inputs if i["kind"] == "tokens"])
+        found = self._find_sources(sources, [i for i in manifest.inputs if i["kind"] == "tokens"])
+        self.sources = {index: own for own, index in enumerate(found)}
+        """Index of each source that it was made from, among those of the run -> its index in here."""
+        self._sources = [sources[index] for index in found]
         self._parts: dict[tuple[int, str], list[Part]] = {}
         for raw in content["parts"]:
             part = Part(**raw)
@@ -149,11 +151,12 @@ class StateFiles:
         Raises:
             UserError: these tokens have no states.
         """
-        parts = self._parts.get((source, split), [])
-        place = int(np.searchsorted(self._firsts.get((source, split), ()), document, side="right")) - 1
+        own = self.sources[source]
+        parts = self._parts.get((own, split), [])
+        place = int(np.searchsorted(self._firsts.get((own, split), ()), document, side="right")) - 1
         if place < 0 or document >= parts[place].first_document + parts[place].num_documents:
             raise UserError(f"{self.folder}: has no states of document {document} of source "
-                            f"{self._sources[source].name!r} ({split}); make them again from this data")
+                            f"{self._sources[own].name!r} ({split}); make them again from this data")
         part = parts[place]
         starts, states = self._open(part)
         index = document - part.first_document
@@ -180,10 +183,13 @@ class StateFiles:
     def _lengths_of(self, source: int, split: str) -> Any:
         return self._sources[source].shard(split).lengths
 
-    def _check_data(self, made_from: list[dict[str, str]]) -> None:
-        artifacts = list(dict.fromkeys(s.artifact for s in self._sources if s.artifact is not None))
-        found = [manifest_sha256(a) for a in artifacts]
-        if found != [i["manifest_sha256"] for i in made_from]:
-            raise UserError(f"{self.folder}: holds states of {', '.join(i['path'] for i in made_from)}, not "
-                            f"of {', '.join(map(str, artifacts))} as it is now; make them again from this "
-                            "data")
+    def _find_sources(self, sources: list[Source], made_from: list[dict[str, str]]) -> list[int]:
+        """Return the indices of the sources that it was made from, in its own order."""
+        artifacts = {manifest_sha256(s.artifact): s.artifact for s in sources if s.artifact is not None}
+        for made in made_from:
+            if made["manifest_sha256"] not in artifacts:
+                raise UserError(f"{self.folder}: holds states of {made['path']}, not of "
+                                f"{', '.join(map(str, artifacts.values()))} as it is now; make them again "
+                                "from this data")
+        folders = [artifacts[made["manifest_sha256"]] for made in made_from]
+        return [i for folder in folders for i, s in enumerate(sources) if s.artifact == folder]

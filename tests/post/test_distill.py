@@ -46,7 +46,7 @@ def _begin(kind: str, settings: list[str], data: list[str], states: str) -> tupl
     config.check(place.size)
     sources = open_sources(config.data.paths, config.model.vocab_size)
     files = StateFiles(Path(states) / ("whole" if kind == "whole" else "top"), sources)
-    teacher = KeptTeacher(files, config.distillation, config.model.vocab_size)
+    teacher = KeptTeacher([files], config.distillation, sources, config.model.vocab_size)
     objective = partial(Distillation, teacher=teacher)
     return Trainer(config, place, RunFolder(Path("not-written")), sources, objective), teacher, sources
 
@@ -174,8 +174,7 @@ def test_a_run_goes_on_with_its_own_teacher_alone() -> None:
     from megatron_sov.errors import UserError
     from megatron_sov.post.distill import Distillation
 
-    run: Any = SimpleNamespace(_teacher=SimpleNamespace(files=SimpleNamespace(teacher="blake3:one",
-                                                                              folder="states")))
+    run: Any = SimpleNamespace(_teacher=SimpleNamespace(teacher="blake3:one"))
     Distillation.restore(run, Distillation.state(run))
-    with pytest.raises(UserError, match="states: is of teacher blake3:one, and the run has learned from bla"):
+    with pytest.raises(UserError, match="--teacher: is blake3:one, and the run has learned from blake3:two"):
         Distillation.restore(run, {"teacher": "blake3:two"})

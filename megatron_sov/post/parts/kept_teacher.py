@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from safetensors import safe_open
 
 from megatron_sov.config.distillation import DistillationConfig
 from megatron_sov.data.rows import Origin
+from megatron_sov.data.token_shards import Source
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.model.divergence import Divergence, Teacher, TeacherStates, TeacherTopK
 from megatron_sov.mcore.model.logprobs import Head
@@ -18,26 +21,35 @@ from megatron_sov.train.microbatch import MicroBatch
 class KeptTeacher:
     """A teacher that has read the data before."""
 
-    def __init__(self, files: StateFiles, asked: DistillationConfig, vocab_size: int) -> None:
+    def __init__(self, folders: Sequence[StateFiles], asked: DistillationConfig, sources: Sequence[Source],
+                 vocab_size: int) -> None:
         """Check that it can be learned from as the settings ask.
 
+        Args:
+            folders: what is kept of it.
+            asked: the settings.
+            sources: those that the run reads.
+            vocab_size: the student's.
+
         Raises:
-            UserError: something else of it was kept, or it knows other token ids.
+            UserError: something else of it was kept, it has not read a source, it knows other token ids, or
+                the folders are of several teachers.
         """
-        kept = files.kept
-        if kept.top_k != asked.top_k:
-            raise UserError(f"{files.folder}: holds {_told(kept.top_k)} of the teacher, and "
-                            f"distillation.top_k = {asked.top_k} asks for {_told(asked.top_k)}; set it to "
-                            f"{kept.top_k}, or name another folder")
-        if kept.top_k and kept.temperature != asked.temperature:
-            raise UserError(f"{files.folder}: its log-probabilities are those at temperature "
-                            f"{kept.temperature}, and distillation.temperature = {asked.temperature}; set "
-                            "it to that, or name another folder")
-        if files.vocab_size != vocab_size:
-            raise UserError(f"{files.folder}: its teacher has {files.vocab_size} token ids, the student "
-                            f"model.vocab_size = {vocab_size}; choose a teacher with as many")
-        self.files, self.divergence = files, Divergence(asked.beta, asked.temperature)
-        self._keep_remainder = asked.keep_remainder
+        for files in folders:
+            _check(files, asked, vocab_size)
+        first = folders[0]
+        for files in folders[1:]:
+            if (files.teacher, files.dtype) != (first.teacher, first.dtype):
+                raise UserError(f"{files.folder}: is of teacher {files.teacher} in {files.dtype}, and "
+                                f"{first.folder} of {first.teacher} in {first.dtype}; name folders of one")
+        self.teacher, self.divergence = first.teacher, Divergence(asked.beta, asked.temperature)
+        self._by_source = {index: files for files in folders for index in files.sources}
+        for index, source in enumerate(sources):
+            if index not in self._by_source:
+                raise UserError(f"{', '.join(str(files.folder) for files in folders)}: the teacher has not "
+                                f"read source {source.name!r} of {source.artifact}; let `megatron-sov "
+                                "distill states` read it, and name its folder by --states too")
+        self._files, self._keep_remainder = first, asked.keep_remainder
         self._head: torch.Tensor | None = None
 
     def at(self, batch: MicroBatch, head: Head, split: str = "train") -> Teacher:
@@ -52,7 +64,7 @@ class KeptTeacher:
             UserError: it has not read one of them.
         """
         rows = self._rows(batch.origins, len(batch.labels), split)
-        if self.files.kept.top_k:
+        if self._files.kept.top_k:
             return TeacherTopK(*unpacked(rows), self._keep_remainder)
         if self._head is None:
             self._head = self._read_head(head)
@@ -61,7 +73,7 @@ class KeptTeacher:
     def _rows(self, origins: tuple[Origin, ...], row_tokens: int, split: str) -> torch.Tensor:
         """Return [n, width] what is kept of this process's n tokens of a row; of padding something that
         can be computed with, and has no weight."""
-        files, pieces = self.files, context.pieces(row_tokens)
+        files, pieces = self._files, context.pieces(row_tokens)
         rows = torch.zeros(sum(end - first for first, end in pieces), files.width, dtype=files.dtype)
         if top_k := files.kept.top_k:
             rows[:, :top_k] = torch.arange(top_k)  # distinct ids, each of log-probability 0
@@ -70,7 +82,7 @@ class KeptTeacher:
             for begins, source, (document, start, count) in origins:
                 begin, stop = max(first, begins), min(end, begins + count)
                 if begin < stop:
-                    rows[at + begin - first:at + stop - first] = files.states(
+                    rows[at + begin - first:at + stop - first] = self._by_source[source].states(
                         source, split, document, start + begin - begins, stop - begin)
             at += end - first
         return rows
@@ -79,11 +91,27 @@ class KeptTeacher:
         """Return [V / tp, H'] the teacher's rows of the token ids that the student's head has here, in its
         dtype."""
         held = head.token_ids
-        weight = head.weight.new_zeros(len(head.weight), self.files.hidden_size)
+        weight = head.weight.new_zeros(len(head.weight), self._files.hidden_size)
         if held:
-            with safe_open(self.files.head, "pt") as file:
+            with safe_open(self._files.head, "pt") as file:
                 weight[:len(held)] = file.get_slice(HEAD_WEIGHT)[held.start:held.stop].to(weight)
         return weight
+
+
+def _check(files: StateFiles, asked: DistillationConfig, vocab_size: int) -> None:
+    """Raise `UserError` where something else of the teacher was kept, or it knows other token ids."""
+    kept = files.kept
+    if kept.top_k != asked.top_k:
+        raise UserError(f"{files.folder}: holds {_told(kept.top_k)} of the teacher, and distillation.top_k = "
+                        f"{asked.top_k} asks for {_told(asked.top_k)}; set it to {kept.top_k}, or name "
+                        "another folder")
+    if kept.top_k and kept.temperature != asked.temperature:
+        raise UserError(f"{files.folder}: its log-probabilities are those at temperature {kept.temperature}, "
+                        f"and distillation.temperature = {asked.temperature}; set it to that, or name "
+                        "another folder")
+    if files.vocab_size != vocab_size:
+        raise UserError(f"{files.folder}: its teacher has {files.vocab_size} token ids, the student "
+                        f"model.vocab_size = {vocab_size}; choose a teacher with as many")
 
 
 def _told(top_k: int) -> str:

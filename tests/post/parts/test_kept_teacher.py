@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
@@ -15,6 +16,12 @@ from megatron_sov.config import DistillationConfig  # noqa: E402
 from megatron_sov.errors import UserError  # noqa: E402
 from megatron_sov.post.parts.kept_teacher import KeptTeacher  # noqa: E402
 from megatron_sov.post.state_files import Kept  # noqa: E402
+
+
+def files_of(kept: Kept, **more: Any) -> Any:
+    fields = {"folder": Path("states"), "kept": kept, "vocab_size": 368, "teacher": "one",
+              "dtype": torch.bfloat16, "sources": {}}
+    return SimpleNamespace(**(fields | more))
 
 
 @pytest.mark.parametrize(("kept", "asked", "vocab_size", "text"), [
@@ -27,7 +34,17 @@ from megatron_sov.post.state_files import Kept  # noqa: E402
 ])
 def test_what_was_not_asked_for_is_refused(kept: Kept, asked: dict[str, Any], vocab_size: int,
                                            text: str) -> None:
-    files: Any = SimpleNamespace(folder=Path("states"), kept=kept, vocab_size=368)
     with pytest.raises(UserError, match=text):
-        KeptTeacher(files, DistillationConfig(**asked), vocab_size)
-    KeptTeacher(files, DistillationConfig(top_k=kept.top_k, temperature=kept.temperature), 368)
+        KeptTeacher([files_of(kept)], DistillationConfig(**asked), [], vocab_size)
+    KeptTeacher([files_of(kept)], DistillationConfig(top_k=kept.top_k, temperature=kept.temperature), [], 368)
+
+
+def test_every_source_was_read_and_by_one_teacher() -> None:
+    sources: Any = [SimpleNamespace(name=name, artifact=f"data/{name}") for name in ("first", "second")]
+    folders = [files_of(Kept(), sources={1: 0}), files_of(Kept(), sources={0: 0})]
+    KeptTeacher(folders, DistillationConfig(), sources, 368)
+    with pytest.raises(UserError, match="states: the teacher has not read source 'first' of data/first; let"):
+        KeptTeacher(folders[:1], DistillationConfig(), sources, 368)
+    folders[0].teacher = "another"
+    with pytest.raises(UserError, match=r"states: is of teacher one in torch\.bfloat16, and states of anoth"):
+        KeptTeacher(folders, DistillationConfig(), sources, 368)
