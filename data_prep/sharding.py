@@ -12,7 +12,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.indexed import IndexedWriter
+from megatron_sov.documents.indexed_writer import IndexedWriter
 
 
 @dataclass

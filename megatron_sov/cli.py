@@ -46,6 +46,10 @@ COMMANDS = {
     "distill states": Command("megatron_sov.commands.distill_states",
                               "have a teacher read token shards, at a layout of its own, and keep its final "
                               "hidden states"),
+    "distill write": Command("megatron_sov.commands.distill_write",
+                             "have a student answer prompts, as conversations that a teacher can read"),
+    "distill rounds": Command("megatron_sov.commands.distill_rounds",
+                              "on-policy rounds: the student writes, the teacher reads, the student learns"),
     "convert": Command("megatron_sov.commands.convert",
                        "from-hf, to-hf, verify, inspect, to-peft, from-peft: checkpoints, Hugging Face "
                        "folders, adapters"),

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
-from data_prep.indexed import IndexedWriter, open_split, sidecars_of, token_dtype
+from data_prep.indexed import open_split, sidecars_of, token_dtype
+from megatron_sov.documents.indexed_writer import IndexedWriter
 from megatron_sov.errors import UserError
 
 Documents = list[list[int]]

@@ -16,11 +16,12 @@ from tqdm import tqdm
 
 from data_prep import stats, verify
 from data_prep.cli import main
-from data_prep.indexed import SIDECARS, IndexedWriter
+from data_prep.indexed import SIDECARS
 from data_prep.pack import PackSettings, Source, pack
 from data_prep.verify import check
 from megatron_sov.artifacts import FileRecord, read_manifest, to_json
 from megatron_sov.documents import Reading
+from megatron_sov.documents.indexed_writer import IndexedWriter
 
 
 @pytest.fixture(scope="module")

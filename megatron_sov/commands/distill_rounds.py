@@ -1,0 +1,118 @@
+"""`megatron-sov distill rounds RECIPE --from STUDENT --teacher TEACHER --prompts DIR --output DIR`.
+
+On-policy distillation (arXiv 2306.13649): in each round the student writes, the teacher reads what it wrote,
+and the student learns from it.  On one set of GPUs they take turns, since each is a command of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from megatron_sov.artifacts import MANIFEST
+from megatron_sov.commands.distill_write import add_sampling_arguments
+from megatron_sov.config import data_paths
+from megatron_sov.errors import ExitCode, UserError
+from megatron_sov.recipes.requested import add_recipe_arguments, requested
+from megatron_sov.runs.checkpoints import refuse_missing
+from megatron_sov.runs.commands import run_command
+from megatron_sov.runs.folder import COMPLETION
+from megatron_sov.runs.launch_environment import under_launcher
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    add_recipe_arguments(parser)
+    parser.add_argument("--from", dest="start_from", type=Path, required=True,
+                        metavar="CHECKPOINT|RUN|HF_DIR", help="the student")
+    parser.add_argument("--teacher", type=Path, required=True, metavar="CHECKPOINT|RUN|HF_DIR",
+                        help="the model whose distributions it learns")
+    parser.add_argument("--prompts", action="append", required=True, metavar="DIR",
+                        help="token shards of prompts, which the student answers in every round")
+    parser.add_argument("--data", action="append", default=[], metavar="DIR[:weight]",
+                        help="token shards that are learned from beside the student's answers")
+    parser.add_argument("--share", type=float, default=1.0, metavar="LAMBDA",
+                        help="part of each round's tokens that the student wrote itself; the rest are of "
+                             "--data (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=1, metavar="N", help="(default %(default)s)")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR",
+                        help="folder of the rounds; the same command goes on where a killed one was")
+    parser.add_argument("--states-dtype", choices=["bfloat16", "float32"], default="bfloat16",
+                        help="of the teacher's states (default %(default)s)")
+    parser.add_argument("--teacher-set", dest="teacher_settings", action="append", default=[],
+                        metavar="key=value", help="the teacher's layout and precision")
+    parser.add_argument("--nproc", type=int, default=None, metavar="N", help="local processes")
+    add_sampling_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do the rounds that are not complete; returns what the first command gives that is not."""
+    return do_rounds(args, run_command)
+
+
+def do_rounds(args: argparse.Namespace, command: Callable[[list[str]], int]) -> int:
+    """Run the commands of all rounds.
+
+    Args:
+        args: the command's.
+        command: runs `megatron-sov ARGV`, and returns its exit code.
+
+    Raises:
+        UserError: the arguments cannot be used.
+    """
+    _check(args)
+    for done, argv in _commands(args):
+        if not done.is_file() and (code := command(argv)):
+            return code
+    print(f"{args.output}: {args.rounds} rounds are complete, the student is "
+          f"{args.output / f'round-{args.rounds}' / 'run'}")
+    return ExitCode.OK
+
+
+def _check(args: argparse.Namespace) -> None:
+    if under_launcher():
+        raise UserError("distill rounds: starts the processes of each command itself; under torchrun or "
+                        "Slurm run `distill write`, `distill states` and `distill` one after the other")
+    if args.rounds < 1:
+        raise UserError(f"--rounds {args.rounds}: must be at least 1")
+    if not 0 < args.share <= 1 or (args.share < 1) != bool(args.data):
+        raise UserError(f"--share {args.share}: must lie in (0, 1], less than 1 with --data for the rest and "
+                        f"1 without; --data is {', '.join(args.data) or 'left out'}")
+    for path, name in ((args.start_from, "--from "), (args.teacher, "--teacher ")):
+        refuse_missing(path, name)
+
+
+def _commands(args: argparse.Namespace) -> Iterator[tuple[Path, list[str]]]:
+    """Yield what exists when a command is complete, and the command, in order."""
+    asked = requested(args).config().distillation
+    layout = [s for s in args.settings if s.startswith(("parallel.", "train.precision="))]
+    nproc = [] if args.nproc is None else ["--nproc", str(args.nproc)]
+    of_data, shares = args.output / "data.states", data_paths(args.data)
+    total = sum(shares.values())
+    data = [f"{path}:{(1 - args.share) * share / total:.9g}" for path, share in shares.items()]
+    if data:
+        yield of_data / MANIFEST, [
+            "distill", "states", str(args.teacher), *_each("--data", list(shares)), "--output", str(of_data),
+            "--dtype", args.states_dtype, "--top-k", str(asked.top_k),
+            "--temperature", str(asked.temperature), *_each("--set", args.teacher_settings), *nproc]
+    student = args.start_from
+    for number in range(1, args.rounds + 1):
+        folder = args.output / f"round-{number}"
+        answers, trained = folder / "answers", folder / "run"
+        yield answers / MANIFEST, [
+            "distill", "write", str(student), *_each("--prompts", args.prompts), "--output", str(answers),
+            "--max-new-tokens", str(args.max_new_tokens), "--temperature", str(args.temperature),
+            "--top-p", str(args.top_p), "--seed", str(args.seed + number), *_each("--set", layout), *nproc]
+        yield trained / COMPLETION, [
+            "distill", *([args.recipe] if args.recipe else ["--config", str(args.config)]),
+            *_each("--plugin", args.plugins), *_each("--set", args.settings), "--from", str(student),
+            "--teacher", str(args.teacher), *_each("--teacher-set", args.teacher_settings),
+            *_each("--data", [*data, f"{answers}:{args.share:.9g}"]),
+            *(["--states", str(of_data)] if data else []), "--states", f"{answers}.states",
+            "--states-dtype", args.states_dtype, "--run", str(trained), "--resume", *nproc]
+        student = trained
+
+
+def _each(option: str, values: list[str]) -> list[str]:
+    return [word for value in values for word in (option, value)]

@@ -1,0 +1,85 @@
+"""`megatron-sov distill rounds`: the student writes, the teacher reads, the student learns, twice."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_prep.cli import main as sov_data
+from megatron_sov.artifacts import read_manifest
+from megatron_sov.cli import main
+from megatron_sov.commands import distill_rounds
+from megatron_sov.data.token_shards import open_sources
+from megatron_sov.obs.events import read_events
+
+MODEL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.num_experts=4",
+         'data.phases=[{"name": "main", "seq_len": 128}]', "train.global_batch_size=4",
+         "train.micro_batch_size=2", "train.steps=1", "train.eval_every_steps=0")
+
+
+@pytest.mark.distributed
+def test_a_student_learns_from_what_it_writes(packed_data: Any, run_command: Any, tmp_path: Path,
+                                              capsys) -> None:
+    settings = [word for setting in MODEL for word in ("--set", setting)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(
+        json.dumps({"prompt": f"What is {i} plus 1?"}) for i in range(6)))
+    assert sov_data(["pack", "--tokenizer", str(packed_data.tokenizer), "--heldout", "0", "--workers", "1",
+                     "--format", "prompt", "--input", str(tmp_path / "prompts.jsonl"), "--output",
+                     str(tmp_path / "prompts")]) == 0
+    done = run_command("pretrain", "tiny-solar-open", "--data", str(packed_data.text), "--run",
+                       str(tmp_path / "teacher"), *settings)
+    assert done.returncode == 0, done.stderr
+    parser = argparse.ArgumentParser()
+    commands: list[list[str]] = []
+    distill_rounds.add_arguments(parser)
+
+    def command(argv: list[str]) -> int:
+        commands.append(argv)
+        if len(commands) == 4:  # the second round's first
+            return 75
+        done = run_command(*argv)
+        assert done.returncode == 0, done.stderr
+        return 0
+
+    asked = ["tiny-solar-open", "--from", str(tmp_path / "teacher"), "--teacher", str(tmp_path / "teacher"),
+             "--prompts", str(tmp_path / "prompts"), "--data", str(packed_data.chats), "--share", "0.25",
+             "--rounds", "2", "--output", str(tmp_path / "out"), "--max-new-tokens", "8", *settings]
+    assert distill_rounds.do_rounds(parser.parse_args(asked), command) == 75
+    assert [argv[:2] for argv in commands] == [
+        ["distill", "states"], ["distill", "write"], ["distill", "tiny-solar-open"], ["distill", "write"]]
+    answers, run = tmp_path / "out/round-1/answers", tmp_path / "out/round-1/run"
+    ((prompt,), (answer,)) = (open_sources({str(folder): 1.0}, 368, formats) for folder, formats in (
+        (tmp_path / "prompts", ("prompt",)), (answers, ("chat",))))
+    asked_shard, found = prompt.shard("train"), answer.shard("train")
+    assert len(found.lengths) == 6 and answer.name == "prompts-answers"
+    for document in range(6):
+        length, whole = int(asked_shard.lengths[document]), int(found.lengths[document])
+        assert length < whole <= length + 8
+        assert np.array_equal(found.tokens(document, 0, length), asked_shard.tokens(document, 0, length))
+        types, weights = found.types(document, 0, whole), found.loss_weights(document, 0, whole)
+        assert types.tolist() == [1] * length + [2] * (whole - length)
+        assert weights.tolist() == [0] * length + [1] * (whole - length)
+    assert sov_data(["verify", str(answers)]) == 0
+    config = json.loads((run / "config.json").read_text())
+    assert list(config["data"]["paths"].values()) == [0.75, 0.25]
+    # the first step's student is its own teacher, whose states were rounded to bf16
+    (step,) = [e for e in read_events(run / "events.jsonl") if e["event"] == "step"]
+    assert 0 <= step["losses"]["divergence"] < 1e-3
+    assert read_manifest(f"{answers}.states", "teacher_states").settings["teacher"]
+
+    def note(argv: list[str]) -> int:
+        commands.append(argv)
+        return 0
+
+    # the same command goes on; here nothing is run any more
+    commands.clear()
+    assert distill_rounds.do_rounds(parser.parse_args(asked), note) == 0
+    assert [argv[:2] for argv in commands] == [["distill", "write"], ["distill", "tiny-solar-open"]]
+    assert commands[0][2] == str(run) and commands[1][commands[1].index("--from") + 1] == str(run)
+    assert main(["distill", "rounds", *asked[:-len(settings)], "--share", "1"]) == 2
+    assert "--share 1.0: must lie in (0, 1], less than 1 with --data" in capsys.readouterr().err
