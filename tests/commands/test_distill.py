@@ -60,8 +60,8 @@ def test_a_student_learns_from_a_teacher(packed_data: Any, run_command: Any, tmp
     assert steps_of(top)[1][1]["kl"] > 0
 
     for more, text in (
-            (("--teacher", str(teacher / "checkpoints/step-1"), "--states", f"{whole}.states"),
-             "step-1 is another model; name another --states folder"),
+            (("--teacher", str(teacher / "checkpoints/step-2"), "--states", f"{whole}.states"),
+             "step-2 is another model; name another --states folder"),
             ((*states, "--top-k", "4"), "asks for the 4 most probable tokens"),
             ((*states, "--set", "model.vocab_size=400"), "has 368 token ids, the student model.vocab_size"),
             ((*states, "--set", 'data.phases.0.blend={"chat@40": 1}'), "reads the sources as they")):
