@@ -11,7 +11,8 @@ others.  Everything runs through the ordinary commands on one process of one thr
             and nothing of the distributions
   arms      go on from the start over the same 200 conversations, in the same order, for the same steps at the
             same learning rate, in four of the wordings: SFT learns the one answer that was drawn, the others
-            the teacher's distributions at the same tokens
+            the teacher's distributions at the same tokens; on-policy, the same questions in three rounds of
+            a third of the steps, with answers that the student wrote itself
 
 Each is then asked the other four wordings: KL(teacher || student) in nats per token of the answers, by the
 same command, before its first step.  A run that is complete is not run again.
@@ -56,6 +57,7 @@ ARMS = {
     "forward KL, top-k 8": ("distill", "distillation.top_k=8"),
     "forward KL + 0.1 CE": ("distill", "distillation.ce_coeff=0.1"),
 }
+ON_POLICY, ROUNDS = "forward KL, on-policy", 3
 
 
 def conversations(seed: int, count: int, wordings: tuple[str, ...], even: bool = False) -> str:
@@ -91,8 +93,8 @@ class Work:
             raise SystemExit(f"{' '.join(map(str, arguments))}\nended with exit code {done.returncode}; see "
                              f"{self.folder / 'log'}")
 
-    def data(self, name: str, text: str, heldout: float = 0.0) -> Path:
-        """Return token shards of conversations."""
+    def data(self, name: str, text: str, heldout: float = 0.0, kind: str = "chat") -> Path:
+        """Return token shards of conversations, or of prompts."""
         file, shards = self.folder / f"{name}.jsonl", self.folder / name
         if not (shards / "manifest.json").exists():
             file.write_text(text)
@@ -103,7 +105,7 @@ class Work:
                 texts.write_text("".join(json.dumps({"text": content}) + "\n" for content in contents))
                 self.command("tokenizer.cli", "train", "--preset", "solar-open", "--vocab-size", "512",
                              "--input", texts, "--output", tokenizer)
-            self.command("data_prep.cli", "pack", "--tokenizer", tokenizer, "--format", "chat", "--heldout",
+            self.command("data_prep.cli", "pack", "--tokenizer", tokenizer, "--format", kind, "--heldout",
                          str(heldout), "--workers", "1", "--input", file, "--output", shards)
         return shards
 
@@ -112,7 +114,7 @@ class Work:
         """Return a run, which is run where it is not complete."""
         run = self.folder / name
         if not (run / "complete.json").exists():
-            words = [word for setting in (*MODEL, *settings) for word in ("--set", setting)]
+            words = words_of(settings)
             words += ["--from", str(self.folder / start)] if start else []
             words += ["--teacher", str(self.folder / "teacher"), "--states", str(self.folder / states),
                       "--states-dtype", "float32"] if command == "distill" else []
@@ -121,13 +123,31 @@ class Work:
         return run
 
 
+    def rounds(self, name: str, prompts: Path, start: str, seed: int, *settings: str) -> str:
+        """Return the last run of on-policy rounds; those that are complete are not run again."""
+        self.command("megatron_sov", "distill", "rounds", "tiny-qwen3", "--from", self.folder / start,
+                     "--teacher", self.folder / "teacher", "--prompts", prompts, "--rounds", str(ROUNDS),
+                     "--output", self.folder / name, "--max-new-tokens", "12", "--seed", str(seed),
+                     "--states-dtype", "float32", *words_of(settings))
+        return f"{name}/round-{ROUNDS}/run"
+
+
+def words_of(settings: tuple[str, ...]) -> list[str]:
+    """Return --set arguments."""
+    return [word for setting in (*MODEL, *settings) for word in ("--set", setting)]
+
+
 def measure(work: Work, seed: int, steps: int, teacher_steps: int) -> None:
     """Run all arms of a seed."""
     plenty = work.data("plenty", conversations(1, 12_000, LEARNED + ASKED))
     asked = work.data("asked", conversations(2, 400, ASKED), heldout=0.5)
     work.train("teacher", "pretrain", plenty, *TEACHER, f"train.steps={teacher_steps}", "optim.lr=4e-3")
     even = work.data("even", conversations(3, 4_000, LEARNED + ASKED, even=True))
-    few = work.data(f"few-{seed}", conversations(100 + seed, 200, LEARNED))
+    text = conversations(100 + seed, 200, LEARNED)
+    few = work.data(f"few-{seed}", text)
+    prompts = work.data(f"prompts-{seed}", "".join(
+        json.dumps({"prompt": json.loads(line)["messages"][0]["content"]}) + "\n"
+        for line in text.splitlines()), kind="prompt")
     own = f"train.seed={seed}"
     work.train(f"start-{seed}", "pretrain", even, *STUDENT, own, f"train.steps={teacher_steps}",
                "optim.lr=4e-3")
@@ -135,9 +155,11 @@ def measure(work: Work, seed: int, steps: int, teacher_steps: int) -> None:
         states = f"states-{seed}-top" if any("top_k" in s for s in settings) else f"states-{seed}"
         work.train(f"arm-{seed}-{number}", command, few, own, f"train.steps={steps}", "optim.lr=2e-3",
                    *settings, start=f"start-{seed}", states=states)
-    for name in (f"start-{seed}", *(f"arm-{seed}-{number}" for number in range(len(ARMS)))):
-        work.train(f"asked-{name}", "distill", asked, own, "train.steps=1", start=name,
-                   states="states-asked")
+    last = work.rounds(f"rounds-{seed}", prompts, f"start-{seed}", seed, own, "optim.lr=2e-3",
+                       f"train.steps={steps // ROUNDS}")
+    runs = {f"arm-{seed}-{number}": f"arm-{seed}-{number}" for number in range(len(ARMS))}
+    for name, run in ({f"start-{seed}": f"start-{seed}", f"rounds-{seed}": last} | runs).items():
+        work.train(f"asked-{name}", "distill", asked, own, "train.steps=1", start=run, states="states-asked")
 
 
 def kl(run: Path) -> float:
@@ -155,9 +177,10 @@ def report(folder: Path) -> None:
     found = {"start": [kl(folder / f"asked-start-{s}") for s in seeds]}
     found |= {arm: [kl(folder / f"asked-arm-{s}-{number}") for s in seeds]
               for number, arm in enumerate(ARMS)}
+    found[ON_POLICY] = [kl(folder / f"asked-rounds-{s}") for s in seeds]
     for name, values in found.items():
         change = statistics.mean(values) / statistics.mean(found["SFT"]) - 1
-        print(f"  {name:<20} {statistics.mean(values):8.4f}   {change:+7.1%} of SFT   "
+        print(f"  {name:<22} {statistics.mean(values):8.4f}   {change:+7.1%} of SFT   "
               f"({', '.join(f'{v:.4f}' for v in values)})")
 
 
