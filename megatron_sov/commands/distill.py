@@ -47,7 +47,8 @@ def run(args: argparse.Namespace) -> int:
     refuse_missing(args.teacher, "--teacher ")
     parsed = parse_stage(args, "distill")
 
-    from megatron_sov.data.token_shards import open_sources
+    from megatron_sov.data.token_shards import open_sources, tokenizer_folder
+    from megatron_sov.data.vocabulary import refuse_other_tokens
     from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()
@@ -61,6 +62,8 @@ def run(args: argparse.Namespace) -> int:
     config, folder = parsed.config, RunFolder(args.run)
     sources = open_sources(config.data.paths, config.model.vocab_size)
     _refuse_views(config, sources)
+    if parsed.start is not None:
+        refuse_other_tokens(tokenizer_folder(sources), parsed.start / "tokenizer")
     states = args.states or [args.run.with_name(f"{args.run.name}.states")]
 
     @cache
