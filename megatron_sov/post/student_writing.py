@@ -210,4 +210,5 @@ def _describe(artifact: ResumableArtifact, sources: list[Source], parts: list[_P
             "name": _name(source), "format": "chat", "group_documents": 1, "sidecars": list(SIDECARS),
             "num_bad": {}, "splits": {"train": {"shards": shards, **counts},
                                       "heldout": {"shards": [], **dict.fromkeys(counts, 0)}}})
-    artifact.writer.content = content | {"sources": records}
+    # an answer ends where the student ended it
+    artifact.writer.content = content | {"sources": records, "eod": "none"}

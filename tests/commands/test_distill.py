@@ -14,7 +14,7 @@ from megatron_sov.obs.events import read_events
 
 MODEL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.num_experts=4",
          'data.phases=[{"name": "main", "seq_len": 128}]', "train.global_batch_size=4",
-         "train.micro_batch_size=2", "train.steps=3", "train.checkpoint_every_steps=1")
+         "train.micro_batch_size=2", "train.steps=2", "train.checkpoint_every_steps=1")
 
 
 def command(name: str, data: Path, run: Path, *more: str) -> list[str]:
@@ -30,27 +30,30 @@ def steps_of(run: Path) -> dict[int, Any]:
 
 @pytest.mark.distributed
 def test_a_student_learns_from_a_teacher(packed_data: Any, run_command: Any, tmp_path: Path, capsys) -> None:
-    teacher, whole, killed, top = (tmp_path / name for name in ("teacher", "whole", "killed", "top"))
+    teacher, whole, top = (tmp_path / name for name in ("teacher", "whole", "top"))
     done = run_command(*command("pretrain", packed_data.text, teacher, "--set", "model.hidden_size=48"))
     assert done.returncode == 0, done.stderr
     distill = ("distill", packed_data.chats)
-    done = run_command(*command(*distill, whole, "--teacher", str(teacher), "--nproc", "2"))
+    # killed, and started again by its launcher
+    done = run_command(*command(*distill, whole, "--teacher", str(teacher), "--nproc", "2", "--inject",
+                                "kill@step=2"))
     assert done.returncode == 0, done.stderr
+    assert "all processes are started again, from step-1" in done.stderr
+    assert list(steps_of(whole)) == [1, 2]
     made = read_manifest(tmp_path / "whole.states", "teacher_states")
     assert made.content["hidden_size"] == 48 and made.content["dtype"] == "bfloat16"
     told = json.loads((whole / "complete.json").read_text())
     events = [e for e in read_events(whole / "events.jsonl") if e["event"] == "heldout_divergence"]
-    assert [e["step"] for e in events] == [0, 3] and told["teacher"] == made.settings["teacher"]
+    assert [e["step"] for e in events] == [0, 2] and told["teacher"] == made.settings["teacher"]
     assert events[0]["kl"] > events[1]["kl"] == told["heldout_divergence"]["chat"]["kl"] > 0
     assert events[1]["divergence"] == pytest.approx(events[1]["kl"])  # forward KL is what is learned
 
-    # killed, and started again by its launcher: what the teacher said is not asked for again
     states = ("--teacher", str(teacher), "--states", f"{whole}.states")
-    done = run_command(*command(*distill, killed, *states, "--nproc", "2", "--inject", "kill@step=3"))
-    assert done.returncode == 0, done.stderr
-    assert "all processes are started again" in done.stderr
-    assert steps_of(killed) == steps_of(whole) and len(steps_of(whole)) == 3
-    assert read_manifest(tmp_path / "whole.states") == made and not Path(f"{killed}.states").exists()
+    # complete: its states are not needed any more
+    Path(f"{whole}.states").rename(tmp_path / "elsewhere")
+    done = run_command(*command(*distill, whole, "--teacher", str(teacher), "--nproc", "2", "--resume"))
+    assert (done.returncode, done.stdout) == (0, f"{whole}: is complete at step 2\n")
+    (tmp_path / "elsewhere").rename(f"{whole}.states")
 
     done = run_command(*command(*distill, top, "--teacher", str(teacher), "--top-k", "8", "--set",
                                 "train.steps=1", "--set", "distillation.temperature=2.0"))
@@ -60,8 +63,8 @@ def test_a_student_learns_from_a_teacher(packed_data: Any, run_command: Any, tmp
     assert steps_of(top)[1][1]["kl"] > 0
 
     for more, text in (
-            (("--teacher", str(teacher / "checkpoints/step-2"), "--states", f"{whole}.states"),
-             "step-2 is another model; name another --states folder"),
+            (("--teacher", str(teacher / "checkpoints/step-1"), "--states", f"{whole}.states"),
+             "step-1 is another model; name another --states folder"),
             ((*states, "--top-k", "4"), "asks for the 4 most probable tokens"),
             ((*states, "--set", "model.vocab_size=400"), "has 368 token ids, the student model.vocab_size"),
             ((*states, "--set", 'data.phases.0.blend={"chat@40": 1}'), "reads the sources as they")):
