@@ -12,16 +12,6 @@ from megatron_sov.artifacts import read_manifest
 from megatron_sov.cli import main
 from megatron_sov.obs.events import read_events
 
-MODEL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.num_experts=4",
-         'data.phases=[{"name": "main", "seq_len": 128}]', "train.global_batch_size=4",
-         "train.micro_batch_size=2", "train.steps=2", "train.checkpoint_every_steps=1",
-         "train.async_save=false")
-
-
-def command(name: str, data: Path, run: Path, *more: str) -> list[str]:
-    settings = [word for setting in MODEL for word in ("--set", setting)]
-    return [name, "tiny-solar-open", "--data", str(data), "--run", str(run), *settings, *more]
-
 
 def steps_of(run: Path) -> dict[int, Any]:
     """Return the last record of each step, without times."""
@@ -30,14 +20,16 @@ def steps_of(run: Path) -> dict[int, Any]:
 
 
 @pytest.mark.distributed
-def test_a_student_learns_from_a_teacher(packed_data: Any, run_command: Any, tmp_path: Path, capsys) -> None:
-    teacher, whole, top = (tmp_path / name for name in ("teacher", "whole", "top"))
-    done = run_command(*command("pretrain", packed_data.text, teacher, "--set", "model.hidden_size=48"))
-    assert done.returncode == 0, done.stderr
-    distill = ("distill", packed_data.chats)
+def test_a_student_learns_from_a_teacher(packed_data: Any, teacher: Path, tiny: list[str], run_command: Any,
+                                         tmp_path: Path, capsys) -> None:
+    whole, top = tmp_path / "whole", tmp_path / "top"
+
+    def command(run: Path, *more: str) -> list[str]:
+        return ["distill", "tiny-solar-open", "--data", str(packed_data.chats), "--run", str(run), *tiny,
+                *more]
+
     # killed, and started again by its launcher
-    done = run_command(*command(*distill, whole, "--teacher", str(teacher), "--nproc", "2", "--inject",
-                                "kill@step=2"))
+    done = run_command(*command(whole, "--teacher", str(teacher), "--nproc", "2", "--inject", "kill@step=2"))
     assert done.returncode == 0, done.stderr
     assert "all processes are started again, from step-1" in done.stderr
     assert list(steps_of(whole)) == [1, 2]
@@ -52,12 +44,12 @@ def test_a_student_learns_from_a_teacher(packed_data: Any, run_command: Any, tmp
     states = ("--teacher", str(teacher), "--states", f"{whole}.states")
     # complete: its states are not needed any more
     Path(f"{whole}.states").rename(tmp_path / "elsewhere")
-    done = run_command(*command(*distill, whole, "--teacher", str(teacher), "--nproc", "2", "--resume"))
+    done = run_command(*command(whole, "--teacher", str(teacher), "--nproc", "2", "--resume"))
     assert (done.returncode, done.stdout) == (0, f"{whole}: is complete at step 2\n")
     (tmp_path / "elsewhere").rename(f"{whole}.states")
 
-    done = run_command(*command(*distill, top, "--teacher", str(teacher), "--top-k", "8", "--set",
-                                "train.steps=1", "--set", "distillation.temperature=2.0"))
+    done = run_command(*command(top, "--teacher", str(teacher), "--top-k", "8", "--set", "train.steps=1",
+                                "--set", "distillation.temperature=2.0"))
     assert done.returncode == 0, done.stderr
     content = read_manifest(tmp_path / "top.states", "teacher_states").content
     assert (content["top_k"], content["temperature"]) == (8, 2.0)
@@ -69,6 +61,6 @@ def test_a_student_learns_from_a_teacher(packed_data: Any, run_command: Any, tmp
             ((*states, "--top-k", "4"), "asks for the 4 most probable tokens"),
             ((*states, "--set", "model.vocab_size=400"), "has 368 token ids, the student model.vocab_size"),
             ((*states, "--set", 'data.phases.0.blend={"chat@40": 1}'), "reads the sources as they")):
-        assert main(command(*distill, tmp_path / "no", *more)) == 2
+        assert main(command(tmp_path / "no", *more)) == 2
         assert text in capsys.readouterr().err
     assert not (tmp_path / "no").exists()

@@ -17,41 +17,33 @@ from megatron_sov.commands import distill_rounds
 from megatron_sov.data.token_shards import open_sources
 from megatron_sov.obs.events import read_events
 
-MODEL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.num_experts=4",
-         'data.phases=[{"name": "main", "seq_len": 128}]', "train.global_batch_size=4",
-         "train.micro_batch_size=2", "train.steps=1", "train.eval_every_steps=0")
-
 
 @pytest.mark.distributed
-def test_a_student_learns_from_what_it_writes(packed_data: Any, run_command: Any, tmp_path: Path,
-                                              capsys) -> None:
-    settings = [word for setting in MODEL for word in ("--set", setting)]
+def test_a_student_learns_from_what_it_writes(packed_data: Any, teacher: Path, tiny: list[str],
+                                              run_command: Any, tmp_path: Path, capsys) -> None:
     (tmp_path / "prompts.jsonl").write_text("\n".join(
         json.dumps({"prompt": f"What is {i} plus 1?"}) for i in range(6)))
     assert sov_data(["pack", "--tokenizer", str(packed_data.tokenizer), "--heldout", "0", "--workers", "1",
                      "--format", "prompt", "--input", str(tmp_path / "prompts.jsonl"), "--output",
                      str(tmp_path / "prompts")]) == 0
-    done = run_command("pretrain", "tiny-solar-open", "--data", str(packed_data.text), "--run",
-                       str(tmp_path / "teacher"), *settings)
-    assert done.returncode == 0, done.stderr
     parser = argparse.ArgumentParser()
     commands: list[list[str]] = []
     distill_rounds.add_arguments(parser)
 
     def command(argv: list[str]) -> int:
         commands.append(argv)
-        if len(commands) == 4:  # the second round's first
+        if len(commands) == 3:  # the second round's first
             return 75
         done = run_command(*argv)
         assert done.returncode == 0, done.stderr
         return 0
 
-    asked = ["tiny-solar-open", "--from", str(tmp_path / "teacher"), "--teacher", str(tmp_path / "teacher"),
-             "--prompts", str(tmp_path / "prompts"), "--data", str(packed_data.chats), "--share", "0.25",
-             "--rounds", "2", "--output", str(tmp_path / "out"), "--max-new-tokens", "8", *settings]
+    asked = ["tiny-solar-open", "--from", str(teacher), "--teacher", str(teacher), "--prompts",
+             str(tmp_path / "prompts"), "--rounds", "2", "--output", str(tmp_path / "out"),
+             "--max-new-tokens", "8", *tiny, "--set", "model.hidden_size=48", "--set", "train.steps=1"]
     assert distill_rounds.do_rounds(parser.parse_args(asked), command) == 75
     assert [argv[:2] for argv in commands] == [
-        ["distill", "states"], ["distill", "write"], ["distill", "tiny-solar-open"], ["distill", "write"]]
+        ["distill", "write"], ["distill", "tiny-solar-open"], ["distill", "write"]]
     answers, run = tmp_path / "out/round-1/answers", tmp_path / "out/round-1/run"
     ((prompt,), (answer,)) = (open_sources({str(folder): 1.0}, 368, formats) for folder, formats in (
         (tmp_path / "prompts", ("prompt",)), (answers, ("chat",))))
@@ -65,8 +57,6 @@ def test_a_student_learns_from_what_it_writes(packed_data: Any, run_command: Any
         assert types.tolist() == [1] * length + [2] * (whole - length)
         assert weights.tolist() == [0] * length + [1] * (whole - length)
     assert sov_data(["verify", str(answers)]) == 0
-    config = json.loads((run / "config.json").read_text())
-    assert list(config["data"]["paths"].values()) == [0.75, 0.25]
     # the first step's student is its own teacher, whose states were rounded to bf16
     (step,) = [e for e in read_events(run / "events.jsonl") if e["event"] == "step"]
     assert 0 <= step["losses"]["divergence"] < 1e-3
@@ -81,5 +71,17 @@ def test_a_student_learns_from_what_it_writes(packed_data: Any, run_command: Any
     assert distill_rounds.do_rounds(parser.parse_args(asked), note) == 0
     assert [argv[:2] for argv in commands] == [["distill", "write"], ["distill", "tiny-solar-open"]]
     assert commands[0][2] == str(run) and commands[1][commands[1].index("--from") + 1] == str(run)
-    assert main(["distill", "rounds", *asked[:-len(settings)], "--share", "1"]) == 2
-    assert "--share 1.0: must lie in (0, 1], less than 1 with --data" in capsys.readouterr().err
+
+    # beside other data, which the teacher reads once
+    commands.clear()
+    beside = [*asked, "--data", f"{packed_data.chats}:3", "--share", "0.25", "--output",
+              str(tmp_path / "more")]
+    assert distill_rounds.do_rounds(parser.parse_args(beside), note) == 0
+    assert [argv[:2] for argv in commands[:2]] == [["distill", "states"], ["distill", "write"]]
+    assert len(commands) == 5
+    words, answers = commands[4], tmp_path / "more/round-2/answers"
+    assert [words[i + 1] for i, word in enumerate(words) if word in ("--data", "--states")] == [
+        f"{packed_data.chats}:0.75", f"{answers}:0.25", str(tmp_path / "more/data.states"),
+        f"{answers}.states"]
+    assert main(["distill", "rounds", *asked, "--share", "0.5"]) == 2
+    assert "--share 0.5: must lie in (0, 1], less than 1 with --data" in capsys.readouterr().err
