@@ -34,7 +34,7 @@ from megatron_sov.mcore.decode.forward_only import Inputs
 from megatron_sov.mcore.model.language_model import gather_sequence
 from megatron_sov.mcore.model.logprobs import Head
 from megatron_sov.mcore.parallel import collectives, context
-from megatron_sov.mcore.parallel.device import local_device
+from megatron_sov.mcore.parallel.device import local_device, release_unused
 from megatron_sov.mcore.parallel.world import on_main
 from megatron_sov.post.state_files import (
     DTYPES,
@@ -118,6 +118,7 @@ def read_documents(reading: Reading, out: Path, settings: list[str], nproc: int 
             return len(missing)
 
     run_forward_model(reading.target, settings, nproc, work)
+    release_unused()  # a rank of torchrun or Slurm may be a student's next
 
 
 def weights_digest(target: Target) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import torch
@@ -32,6 +33,13 @@ def on_gpu() -> bool:
 def local_device() -> torch.device:
     """Return the device of this process's parameters and batches."""
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu() else CPU
+
+
+def release_unused() -> None:
+    """Give the memory of a model that is gone back to the device, for what this process does next."""
+    if on_gpu():
+        gc.collect()
+        torch.cuda.empty_cache()  # which starts no CUDA where there is none yet
 
 
 def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
