@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -196,7 +197,7 @@ def _describe(artifact: ResumableArtifact, sources: list[Source], parts: list[_P
     sizes_bytes = token_bytes(artifact.path / "tokenizer", content["vocab_size"])
     records = []
     for index, source in enumerate(sources):
-        shards = []
+        shards: list[dict[str, Any]] = []
         for part in (p for p in parts if p.source == index):
             prefix = _prefix(sources, part)
             shard = TokenShard(artifact.path / prefix, content["vocab_size"])
