@@ -168,20 +168,28 @@ def kl(run: Path) -> float:
     return next(float(e["kl"]) for e in events if e["event"] == "heldout_divergence" and e["step"] == 0)
 
 
+def steps_of(run: Path) -> int:
+    """Return the steps of a complete run."""
+    return int(json.loads((run / "complete.json").read_text())["step"])
+
+
 def report(folder: Path) -> None:
     """Print what there is."""
     seeds = sorted(int(p.name.rpartition("-")[2]) for p in folder.glob("asked-start-*"))
     print(f"{platform.machine()}, {os.cpu_count()} cores shared with other work, Python "
           f"{platform.python_version()}; KL(teacher || student), nats per token of the answers, on wordings "
-          f"that no arm has learned; seeds {', '.join(map(str, seeds))}\n")
-    found = {"start": [kl(folder / f"asked-start-{s}") for s in seeds]}
-    found |= {arm: [kl(folder / f"asked-arm-{s}-{number}") for s in seeds]
-              for number, arm in enumerate(ARMS)}
-    found[ON_POLICY] = [kl(folder / f"asked-rounds-{s}") for s in seeds]
+          f"that no arm has learned; seeds {', '.join(map(str, seeds))}; steps of the teacher and of an arm: "
+          f"{', '.join(str(steps_of(folder / name)) for name in ('teacher', f'arm-{seeds[0]}-0'))}\n")
+    runs = {"start": "start-{}", **{arm: f"arm-{{}}-{number}" for number, arm in enumerate(ARMS)},
+            ON_POLICY: "rounds-{}"}
+    found = {name: [kl(folder / f"asked-{run.format(s)}") for s in seeds
+                    if (folder / f"asked-{run.format(s)}/complete.json").exists()]
+             for name, run in runs.items()}
     for name, values in found.items():
-        change = statistics.mean(values) / statistics.mean(found["SFT"]) - 1
-        print(f"  {name:<22} {statistics.mean(values):8.4f}   {change:+7.1%} of SFT   "
-              f"({', '.join(f'{v:.4f}' for v in values)})")
+        if values and found["SFT"]:
+            change = statistics.mean(values) / statistics.mean(found["SFT"]) - 1
+            print(f"  {name:<22} {statistics.mean(values):8.4f}   {change:+7.1%} against SFT   "
+                  f"({', '.join(f'{v:.4f}' for v in values)})")
 
 
 def main() -> None:
