@@ -21,13 +21,15 @@ from megatron_sov.artifacts import new_artifact, refuse_existing
 from megatron_sov.documents import BadRecord
 from megatron_sov.documents.columns import is_float32
 from megatron_sov.documents.messages import read_messages
+from megatron_sov.documents.records import NUM_PROMPT
 from megatron_sov.errors import UserError
 
 HELP = "give each of a prompt's judged responses its advantage"
 KIND = "corpus"
 FILE = "groups.jsonl"
 COLUMNS = ("advantage", "group_share")
-"""Fields of a chat beside its messages: the advantage, and 1 / responses of its group."""
+"""Fields of a chat beside its messages: the advantage, and 1 / responses of its group.  With `NUM_PROMPT` its
+group is held out as a whole, and so are all groups of one prompt."""
 
 
 @dataclass(frozen=True)
@@ -93,14 +95,14 @@ def write_groups(files: list[Path], output: Path, *, overwrite: bool = False) ->
 
 
 def chats_of(group: Group) -> Iterator[dict[str, Any]]:
-    """Yield a chat for each response, with the fields `COLUMNS`, and an id where the group has one."""
+    """Yield a chat for each response, with `NUM_PROMPT` and the fields `COLUMNS`, and an id where the group has one."""
     # what others have said before the responses is no part of them
     prompt = [{**m, "train": False} if m["role"] == "assistant" else m for m in group.prompt]
     id_ = group.beside.get("id")
     for i, (response, advantage) in enumerate(zip(group.responses, advantages(group.rewards), strict=True)):
         own = {"id": f"{id_}-{i}"} if isinstance(id_, (str, int)) else {}
         yield {**group.beside, **own, "messages": [*prompt, *response],
-               COLUMNS[0]: advantage, COLUMNS[1]: 1 / len(group.rewards)}
+               NUM_PROMPT: len(prompt), COLUMNS[0]: advantage, COLUMNS[1]: 1 / len(group.rewards)}
 
 
 def advantages(rewards: list[float]) -> list[float]:
@@ -124,7 +126,7 @@ def _group(record: dict[str, Any], where: str) -> Group:
     if "prompt" not in record or not isinstance(record.get("responses"), list):
         raise UserError(f"{where}: needs a 'prompt' and a list 'responses'; add them")
     own = {"prompt", "responses"}
-    if taken := {"messages", *COLUMNS} & record.keys():
+    if taken := {"messages", NUM_PROMPT, *COLUMNS} & record.keys():
         raise UserError(f"{where}: has {min(taken)!r}, which this step writes; remove it")
     prompt = _messages(record["prompt"], "user", f"{where}: prompt")
     responses = [_response(r, f"{where}: responses[{i}]") for i, r in enumerate(record["responses"])]
