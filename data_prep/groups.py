@@ -95,7 +95,7 @@ def write_groups(files: list[Path], output: Path, *, overwrite: bool = False) ->
 
 
 def chats_of(group: Group) -> Iterator[dict[str, Any]]:
-    """Yield a chat for each response, with `NUM_PROMPT` and the fields `COLUMNS`, and an id where the group has one."""
+    """Yield a chat for each response, with `NUM_PROMPT` and `COLUMNS`, and an id where the group has one."""
     # what others have said before the responses is no part of them
     prompt = [{**m, "train": False} if m["role"] == "assistant" else m for m in group.prompt]
     id_ = group.beside.get("id")

@@ -1,5 +1,5 @@
-"""Which documents are held out: a function of their text alone, so that duplicates, and answers to one prompt,
-land on the same side."""
+"""Which documents are held out: a function of their text alone, so that duplicates, and answers to one
+prompt, land on the same side."""
 
 from __future__ import annotations
 

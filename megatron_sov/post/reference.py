@@ -153,7 +153,9 @@ class Reference:
         with work_bar("reference", len(todo), "part", view.world.is_main) as bar:
             for name, part in todo:
                 parts = self._parts[name]
-                numbers = document_logprobs(view, parts.documents, parts.range_of(part))
+                numbers = document_logprobs(view, parts.documents, parts.range_of(part),
+                                            view.config.data.max_seq_len(),
+                                            view.config.train.micro_batch_size)
                 on_main(view.world, partial(atomic_write, parts.file(part), numbers.tobytes()))
                 num_tokens += len(numbers)
                 bar.update(1)
