@@ -101,7 +101,8 @@ def run(args: argparse.Namespace) -> int:
     from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()
-    return {"ppl": _ppl, "needle": _needle, "pairs": _pairs, "logits": _logits, "bigram": _bigram}[args.task](args, events)
+    tasks = {"ppl": _ppl, "needle": _needle, "pairs": _pairs, "logits": _logits, "bigram": _bigram}
+    return tasks[args.task](args, events)
 
 
 def _ppl(args: argparse.Namespace, events: RunEvents) -> int:

@@ -17,7 +17,7 @@ from pathlib import Path
 from megatron_sov.artifacts import MANIFEST, atomic_write
 from megatron_sov.config import RunConfig
 from megatron_sov.config.evaluate import EvalTask
-from megatron_sov.data.token_shards import Source
+from megatron_sov.data.token_shards import TEXTS, Source
 from megatron_sov.errors import UserError
 from megatron_sov.obs.warning import warn
 from megatron_sov.runs.background import BackgroundProcess
@@ -40,8 +40,7 @@ class EvalJob:
         return f"step-{self.step}.{self.task}"
 
 
-TEXTS, PREFERENCES = ("text", "chat"), ("preference",)
-JUDGED: dict[EvalTask, tuple[str, ...]] = {"ppl": TEXTS, "needle": TEXTS, "pairs": PREFERENCES}
+JUDGED: dict[EvalTask, tuple[str, ...]] = {"ppl": TEXTS, "needle": TEXTS, "pairs": ("preference",)}
 """Task -> formats of data that it can judge by."""
 CommandOf = Callable[[EvalJob, Path, Path], list[str]]
 """(job, export's folder, file for the figures) -> a command that writes them, or submits a job that does."""
