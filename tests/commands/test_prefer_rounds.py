@@ -67,10 +67,11 @@ def test_rounds_that_are_killed_between_their_commands_do_each_of_them_once(
     assert done.returncode == 0, done.stderr
     (tmp_path / "prompts.jsonl").write_text("\n".join(
         json.dumps({"prompt": f"{i} plus 1?", "answer": i + 1}) for i in range(8)))
-    command = ["prefer", "tiny-solar-open", "--from", str(base), "--run", str(run),
-               "--rounds", "2", "--prompts", str(tmp_path / "prompts.jsonl"), "--tokenizer", str(packed_data.tokenizer),
-               "--samples", "4", "--max-new-tokens", "12", "--reward", "length", "--reward-set", "unit=characters",
-               "--reward-set", "max_length=100", "--reward-set", "buffer=100", *words(), "--resume"]
+    command = ["prefer", "tiny-solar-open", "--from", str(base), "--run", str(run), "--rounds", "2",
+               "--prompts", str(tmp_path / "prompts.jsonl"), "--tokenizer", str(packed_data.tokenizer),
+               "--samples", "4", "--max-new-tokens", "12", "--reward", "length",
+               "--reward-set", "unit=characters", "--reward-set", "max_length=100",
+               "--reward-set", "buffer=100", *words(), "--resume"]
     ((codes,),) = ranks(job(__file__, "killed_rounds", 1,
                             {"argv": command, "done": str(tmp_path / "done"), "kills": [1, 4, 5, 8]}))
     assert codes == [-signal.SIGKILL] * 4 + [0]
