@@ -91,6 +91,7 @@ def run_rounds(args: argparse.Namespace) -> int:
             print(f"round {number} of {args.rounds}: {job.argv[1]}", file=sys.stderr, flush=True)
             if (code := run_job(job.argv)) != ExitCode.OK:
                 return code
+    print(f"{args.run}: has done its {args.rounds} rounds")
     return ExitCode.OK
 
 
