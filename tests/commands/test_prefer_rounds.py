@@ -17,7 +17,7 @@ from megatron_sov.commands.prefer_rounds import run_job
 from megatron_sov.obs.events import read_events
 
 SETTINGS = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.num_experts=4",
-            'data.phases=[{"name": "main", "seq_len": 64}]', "train.global_batch_size=4",
+            'data.phases=[{"name": "main", "seq_len": 256}]', "train.global_batch_size=4",
             "train.micro_batch_size=2", "train.steps=2", "train.eval_every_steps=0", "optim.lr=1e-2")
 ROUND = ["generate", "score", "pairs", "pack", "prefer"]
 
