@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.artifacts import MANIFEST, atomic_write, disk_errors, to_json
+from megatron_sov.artifacts import MANIFEST, atomic_write, disk_errors, read_manifest, to_json
 from megatron_sov.config import RunConfig
 from megatron_sov.digests import file_digest
 from megatron_sov.errors import ExitCode, UserError
@@ -182,8 +182,9 @@ def _checked(args: argparse.Namespace) -> RunConfig:
     Sampling(args.max_new_tokens, args.temperature).check()
     read_prompts([], args.prompts)
     make(order(args.reward, parse_settings(args.reward_set)))
-    packed = folder_of(args.run, 1) / "packed"
-    with_data = argparse.Namespace(**vars(args) | {"data": [*args.data, str(packed)]})
+    read_manifest(args.tokenizer, "tokenizer")
+    # which stands for the data that are still to be made: they are asked for, and not read yet
+    with_data = argparse.Namespace(**vars(args) | {"data": [*args.data, str(args.tokenizer)]})
     asked = stage_request(with_data, "preference")
     config = asked.config()
     config.check(num_ranks(args.nproc))
