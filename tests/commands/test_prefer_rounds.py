@@ -19,6 +19,16 @@ from megatron_sov.obs.events import read_events
 SETTINGS = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.num_experts=4",
             'data.phases=[{"name": "main", "seq_len": 256}]', "train.global_batch_size=4",
             "train.micro_batch_size=2", "train.steps=2", "train.eval_every_steps=0", "optim.lr=1e-2")
+REWARD = """
+from dataclasses import dataclass
+
+@dataclass
+class Shorter:
+    threads: int  # a reward that says so is judged in this process
+
+    def score(self, row):
+        return -len(row["response"])
+"""
 ROUND = ["generate", "score", "pairs", "pack", "prefer"]
 
 
@@ -70,11 +80,11 @@ def test_rounds_that_are_killed_between_their_commands_do_each_of_them_once(
     assert done.returncode == 0, done.stderr
     (tmp_path / "prompts.jsonl").write_text("\n".join(
         json.dumps({"prompt": f"{i} plus 1?", "answer": i + 1}) for i in range(8)))
+    (tmp_path / "shorter.py").write_text(REWARD)
     command = ["prefer", "tiny-solar-open", "--from", str(base), "--run", str(run), "--rounds", "2",
                "--prompts", str(tmp_path / "prompts.jsonl"), "--tokenizer", str(packed_data.tokenizer),
-               "--samples", "4", "--max-new-tokens", "12", "--reward", "length",
-               "--reward-set", "unit=characters", "--reward-set", "max_length=100",
-               "--reward-set", "buffer=100", *words(), "--resume"]
+               "--samples", "4", "--max-new-tokens", "12", "--reward", f"{tmp_path}/shorter.py:Shorter",
+               "--reward-set", "threads=1", *words(), "--resume"]
     ((codes,),) = ranks(job(__file__, "killed_rounds", 1,
                             {"argv": command, "done": str(tmp_path / "done"), "kills": [1, 4, 5, 8]}))
     assert codes == [-signal.SIGKILL] * 4 + [0]
