@@ -196,6 +196,7 @@ def _enter(args: argparse.Namespace) -> None:
     file = args.run / ROUNDS / ASKED
     asked = {"rounds": args.rounds, "from": str(args.start_from), "prompts": file_digest(args.prompts),
              "reward": args.reward, "reward_set": args.reward_set, "samples": args.samples,
+             "reward_version": make(order(args.reward, parse_settings(args.reward_set))).version,
              "temperature": args.temperature, "max_new_tokens": args.max_new_tokens,
              "reference": None if args.reference is None else str(args.reference)}
     if file.is_file():
