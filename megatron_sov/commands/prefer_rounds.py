@@ -102,6 +102,7 @@ def jobs_of(args: argparse.Namespace, config: RunConfig, number: int) -> Iterato
         "responses.jsonl", "scored.jsonl", "judged", "packed"))
     layout = [word for name, value in config.to_dict()["parallel"].items()
               for word in ("--set", f"parallel.{name}={json.dumps(value)}")]
+    layout += [word for plugin in args.plugins for word in ("--plugin", str(plugin))]
     ranks = [] if args.nproc is None else ["--nproc", str(args.nproc)]
     yield Job(responses, ["megatron_sov", "generate", str(start), "--prompts", str(args.prompts), "--chat",
                           "--samples", str(args.samples), "--temperature", str(args.temperature),
