@@ -103,7 +103,7 @@ class Seed:
         if (self.folder / "format-shards/manifest.json").exists():
             return
         self.write_rows()
-        run(self.log, "tokenizer.cli", "train", "--preset", "solar-open", "--vocab-size", "512", "--input",
+        run(self.log, "tokenizer.cli", "train", "--preset", "solar-open", "--vocab-size", "340", "--input",
             self.folder / "base.jsonl", "--output", self.folder / "tokenizer", "--overwrite")
         for labels in LABELS:
             run(self.log, "data_prep.cli", "groups", "--input", self.folder / f"groups-{labels}.jsonl",
