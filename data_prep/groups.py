@@ -10,9 +10,9 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,23 @@ from megatron_sov.artifacts import new_artifact, refuse_existing
 from megatron_sov.documents import BadRecord
 from megatron_sov.documents.columns import is_float32
 from megatron_sov.documents.messages import read_messages
+from megatron_sov.documents.records import NUM_PROMPT
 from megatron_sov.errors import UserError
 
+INPUT = ('A line of the input is {"prompt": ..., "responses": [{"content": ..., "reward": 1.0}, ...]}; a '
+         'prompt is a string or a list of messages, a response has "content" or "messages", and "reward" or '
+         '"rewards", an object of numbers that are added.  Or it is a line of `megatron-sov score`, a '
+         '"response" with its reward: those of one prompt, one after the other, are a group.')
 HELP = "give each of a prompt's judged responses its advantage"
 KIND = "corpus"
 FILE = "groups.jsonl"
+RESPONSE = "response"
+"""Field of a line that `megatron-sov score` wrote."""
+BESIDE = ("prompt", "id", "tools", "chat_template_kwargs")
+"""Fields of such a line that belong to its prompt."""
 COLUMNS = ("advantage", "group_share")
-"""Fields of a chat beside its messages: the advantage, and 1 / responses of its group."""
+"""Fields of a chat beside its messages: the advantage, and 1 / responses of its group.  With `NUM_PROMPT` its
+group is held out as a whole, and so are all groups of one prompt."""
 
 
 @dataclass(frozen=True)
@@ -48,24 +58,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.description = (
         "Turn groups of judged responses into chats with an advantage each, for `sov-data pack --format chat "
-        "--column advantage --column group_share`.  A line of the input is "
-        '{"prompt": ..., "responses": [{"content": ..., "reward": 1.0}, ...]}; a prompt is a string or a '
-        'list of messages, a response has "content" or "messages", and "reward" or "rewards", an object of '
-        "numbers that are added.")
+        "--column advantage --column group_share`.  " + INPUT)
+    add_group_arguments(parser, FILE)
+
+
+def add_group_arguments(parser: argparse.ArgumentParser, file: str) -> None:
+    """Declare what every step over groups takes; `file`: what it writes."""
     parser.add_argument("--input", required=True, nargs="+", action="extend", type=Path, metavar="FILE",
-                        help="a .jsonl file, one group a line; several may follow, and it may be repeated")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help=f"folder for {FILE}")
+                        help="a .jsonl file of groups, or of what `megatron-sov score` wrote; several may "
+                             "follow, and it may be repeated")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help=f"folder for {file}")
     parser.add_argument("--overwrite", action="store_true", help="replace a corpus that is already there")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run `sov-data groups`; returns 0."""
-    write_groups(args.input, args.output, overwrite=args.overwrite)
+    write_groups(args.input, args.output, FILE, chats_of, overwrite=args.overwrite)
     return 0
 
 
-def write_groups(files: list[Path], output: Path, *, overwrite: bool = False) -> None:
-    """Write an artifact of kind "corpus" with one chat for each response.
+def write_groups(files: list[Path], output: Path, file: str, records_of: Callable[[Group], Iterable[Any]], *,
+                 overwrite: bool = False) -> None:
+    """Write an artifact of kind "corpus" with what is made of each group.
+
+    Args:
+        files: of groups.
+        output: the artifact.
+        file: its file.
+        records_of: a group that says something -> its records.
+        overwrite: replace an artifact that is already there.
 
     Raises:
         UserError: a record breaks a rule, or no group says anything; nothing is written then.
@@ -73,14 +94,14 @@ def write_groups(files: list[Path], output: Path, *, overwrite: bool = False) ->
     refuse_existing(output, KIND, overwrite)
     counts: Counter[str] = Counter()
     with new_artifact(output, KIND, overwrite=overwrite) as artifact:
-        with open(artifact.path / FILE, "w", encoding="utf-8") as out:
+        with open(artifact.path / file, "w", encoding="utf-8") as out:
             for group in chain.from_iterable(map(read_groups, files)):
                 if len(group.rewards) < 2 or min(group.rewards) == max(group.rewards):
                     counts["alone" if len(group.rewards) < 2 else "equal_rewards"] += 1
                     continue
                 counts["groups"] += 1
                 counts["responses"] += len(group.rewards)
-                out.writelines(json.dumps(chat, ensure_ascii=False) + "\n" for chat in chats_of(group))
+                out.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records_of(group))
         left_out = f"{counts['equal_rewards']:,} with equal rewards and {counts['alone']:,} of one response"
         if not counts["groups"]:
             raise UserError(f"{', '.join(map(str, files))}: no group has two responses with different "
@@ -93,14 +114,14 @@ def write_groups(files: list[Path], output: Path, *, overwrite: bool = False) ->
 
 
 def chats_of(group: Group) -> Iterator[dict[str, Any]]:
-    """Yield a chat for each response, with the fields `COLUMNS`, and an id where the group has one."""
+    """Yield a chat for each response, with `NUM_PROMPT` and `COLUMNS`, and an id where the group has one."""
     # what others have said before the responses is no part of them
     prompt = [{**m, "train": False} if m["role"] == "assistant" else m for m in group.prompt]
     id_ = group.beside.get("id")
     for i, (response, advantage) in enumerate(zip(group.responses, advantages(group.rewards), strict=True)):
         own = {"id": f"{id_}-{i}"} if isinstance(id_, (str, int)) else {}
         yield {**group.beside, **own, "messages": [*prompt, *response],
-               COLUMNS[0]: advantage, COLUMNS[1]: 1 / len(group.rewards)}
+               NUM_PROMPT: len(prompt), COLUMNS[0]: advantage, COLUMNS[1]: 1 / len(group.rewards)}
 
 
 def advantages(rewards: list[float]) -> list[float]:
@@ -116,15 +137,34 @@ def read_groups(file: Path) -> Iterator[Group]:
     Raises:
         UserError: the file cannot be read, or a line is not as it should be; the message names it.
     """
-    for where, record in read_objects(file):
+    for where, record in _joined(read_objects(file)):
         yield _group(record, where)
+
+
+def _joined(lines: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the record of each group: of scored lines, which have a response each, those of one prompt are
+    put together.  A response without a reward, or without a text, is none."""
+    def prompt_of(line: tuple[str, dict[str, Any]]) -> str:
+        where, record = line
+        return json.dumps(record.get("prompt")) if RESPONSE in record else where
+
+    for _, same in groupby(lines, prompt_of):
+        scored = list(same)
+        where, first = scored[0]
+        if RESPONSE not in first:
+            yield where, first
+            continue
+        responses = [{"content": record[RESPONSE], "reward": record.get("reward")} for _, record in scored]
+        yield where, {**{name: first[name] for name in BESIDE if name in first}, "responses": [
+            r for r in responses
+            if r["reward"] is not None and isinstance(r["content"], str) and r["content"].strip()]}
 
 
 def _group(record: dict[str, Any], where: str) -> Group:
     if "prompt" not in record or not isinstance(record.get("responses"), list):
         raise UserError(f"{where}: needs a 'prompt' and a list 'responses'; add them")
     own = {"prompt", "responses"}
-    if taken := {"messages", *COLUMNS} & record.keys():
+    if taken := {"messages", NUM_PROMPT, *COLUMNS} & record.keys():
         raise UserError(f"{where}: has {min(taken)!r}, which this step writes; remove it")
     prompt = _messages(record["prompt"], "user", f"{where}: prompt")
     responses = [_response(r, f"{where}: responses[{i}]") for i, r in enumerate(record["responses"])]

@@ -1,4 +1,5 @@
-"""Which documents are held out: a function of their text alone, so that duplicates land on the same side."""
+"""Which documents are held out: a function of their text alone, so that duplicates, and answers to one
+prompt, land on the same side."""
 
 from __future__ import annotations
 
@@ -17,15 +18,16 @@ _HASH_RANGE = 1 << 64
 
 
 def document_hash(document: Document) -> int:
-    """Return a 64-bit hash of a document's content; of a preference or a prompt, of the prompt, whose
-    variants stay together.
+    """Return a 64-bit hash of a document's content; of a preference or a prompt, and of a chat that says how
+    much of it is one, of the prompt, whose variants stay together.
 
     Text is hashed in composed Unicode form, because a tokenizer that composes makes such
     twins one and the same.
     """
     digest = hashlib.blake2b(digest_size=8)
-    contents = [text for m in document.messages for text in m.texts()] or [document.text]
-    for part in (*(m.role for m in document.messages), *contents):
+    messages = document.messages[:document.num_prompt or None]
+    contents = [text for m in messages for text in m.texts()] or [document.text]
+    for part in (*(m.role for m in messages), *contents):
         raw = unicodedata.normalize("NFC", part).encode()
         digest.update(len(raw).to_bytes(8, "little") + raw)
     return int.from_bytes(digest.digest(), "little")

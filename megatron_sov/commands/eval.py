@@ -1,4 +1,4 @@
-"""`megatron-sov eval ppl | needle | logits | bigram`."""
+"""`megatron-sov eval ppl | needle | pairs | logits | bigram`."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def with_ranks(sub: argparse.ArgumentParser) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the four tasks."""
+    """Declare the five tasks."""
     tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
 
     def task(name: str, text: str) -> argparse.ArgumentParser:
@@ -50,9 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         sub.add_argument("--data", action="append", required=True, metavar="DIR",
                          help="token shards with held-out documents")
 
-    def with_cut(sub: argparse.ArgumentParser) -> None:
+    def with_length(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--seq-len", type=int, metavar="N",
                          help="tokens of a row (default: the longest that was trained on)")
+
+    def with_cut(sub: argparse.ArgumentParser) -> None:
+        with_length(sub)
         sub.add_argument("--max-tokens", type=int, metavar="N",
                          help="held-out tokens of a source (default: the run's setting)")
 
@@ -63,6 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     needle = task("needle", "find what a context says again, at any depth of any length, among other needles")
     needle.add_argument("target", **target)  # type: ignore[arg-type]
     add_needle_arguments(needle)
+    pairs = task("pairs",
+                 "share of held-out pairs whose better answer the model would rather write")
+    pairs.add_argument("target", **target)  # type: ignore[arg-type]
     logits = task("logits", "compare a checkpoint's logits with those of its Hugging Face folder in "
                             "transformers; exit code 3")
     logits.add_argument("checkpoint", metavar="CHECKPOINT", type=Path,
@@ -73,13 +79,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     bigram = task("bigram", "the Kneser-Ney bigram baseline on the same held-out documents")
     bigram.add_argument("--max-train-tokens", type=int, default=DEFAULT_TRAIN_TOKENS, metavar="N",
                         help="training tokens of each source that are counted at most (default %(default)s)")
-    for sub in (ppl, bigram):
+    for sub in (ppl, pairs, bigram):
         with_data(sub)
-    for sub in (ppl, needle):
+    for sub in (ppl, needle, pairs):
         sub.add_argument("--out", type=Path, metavar="FILE",
                          help="also write the figures into a JSON file, which appears whole")
-    for sub in (ppl, needle, logits):
+    for sub in (ppl, needle, pairs, logits):
         with_ranks(sub)
+    with_length(pairs)
     for sub in (ppl, bigram):
         with_cut(sub)
 
@@ -94,7 +101,8 @@ def run(args: argparse.Namespace) -> int:
     from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()
-    return {"ppl": _ppl, "needle": _needle, "logits": _logits, "bigram": _bigram}[args.task](args, events)
+    tasks = {"ppl": _ppl, "needle": _needle, "pairs": _pairs, "logits": _logits, "bigram": _bigram}
+    return tasks[args.task](args, events)
 
 
 def _ppl(args: argparse.Namespace, events: RunEvents) -> int:
@@ -159,6 +167,42 @@ def _needle(args: argparse.Namespace, events: RunEvents) -> int:
         _write(args.out, found)
         events.add("needle", when="eval", step=_step(target, events), **found)
         _show(args.json, found, table(result_of(found)))
+    return ExitCode.OK
+
+
+def _pairs(args: argparse.Namespace, events: RunEvents) -> int:
+    from megatron_sov.data.token_shards import open_sources, tokenizer_folder
+    from megatron_sov.data.vocabulary import refuse_other_tokens
+    from megatron_sov.eval.perplexity import rows_per_batch
+    from megatron_sov.generate.target import find_target
+    from megatron_sov.post.document_logprobs import document_logprobs, document_logprobs_hf
+    from megatron_sov.post.ranking import ranked
+
+    target = find_target(args.target)
+    seq_len = args.seq_len or target.trained_tokens
+    sources = open_sources(data_paths(args.data), target.vocab_size, ("preference",))
+    refuse_other_tokens(tokenizer_folder(sources), target.tokenizer_folder)
+    if not any(s.num_tokens.get("heldout") for s in sources):
+        raise UserError(f"--data {', '.join(args.data)}: holds no pairs out, so there is nothing to judge "
+                        "by; pack with --heldout 0.02")
+
+    def of_policy(loaded: Any) -> dict[str, Any]:
+        size = rows_per_batch(loaded, seq_len)
+        return ranked(sources, lambda documents, chosen: document_logprobs(
+            loaded, documents, chosen, seq_len, size), seq_len)
+
+    def of_hf(model: Any) -> dict[str, Any]:
+        return ranked(sources, lambda documents, chosen: document_logprobs_hf(
+            model, documents, chosen, seq_len), seq_len)
+
+    found = _measure(args, target, of_policy, of_hf)
+    if found is not None:
+        _write(args.out, found)
+        for source, figures in found.items():
+            events.add("heldout_pairs", step=_step(target, events), source=source, **figures)
+        _show(args.json, found, "\n".join(
+            f"{source}: {100 * r['right']:.1f} % of {r['pairs']:,} pairs are ranked right"
+            for source, r in found.items()))
     return ExitCode.OK
 
 

@@ -30,8 +30,11 @@ def run(args: argparse.Namespace) -> int:
 
     prepare_megatron()
     from megatron_sov.extend.stages import planned_stages
+    from megatron_sov.train.lm import LanguageModelling
+    from megatron_sov.train.objective import formats_of
 
-    stages = planned_stages(request, args.start_from, args.run, args.nproc)
+    stages = planned_stages(request, args.start_from, args.run, args.nproc,
+                            lambda config: formats_of(factory(config, LanguageModelling)))
     for stage in stages:
         stage.config.check(num_ranks(args.nproc))
         if not repeats():
@@ -39,7 +42,6 @@ def run(args: argparse.Namespace) -> int:
     start = resolve_start(args.start_from, args.run)
     assert start is not None, f"--from is required, it is {args.start_from}"
     from megatron_sov.extend.running import run_stages
-    from megatron_sov.train.lm import LanguageModelling
 
     try:
         run_stages(stages, start, factory(stages[-1].config, LanguageModelling), args.nproc, args.resume,

@@ -10,14 +10,16 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_sov.artifacts import write_output
 from megatron_sov.chat.encode import ChatEncoder
 from megatron_sov.chat.folder import read_chat_encoder
 from megatron_sov.documents import BadRecord, Conversation
 from megatron_sov.documents.visible import visible
 from megatron_sov.errors import UserError
 from megatron_sov.generate.engine import ENGINES, MEGATRON, TRANSFORMERS, Engine, run_engine
-from megatron_sov.generate.prompts import Prompt, read_prompts
+from megatron_sov.generate.prompts import Prompt, read_prompts, response_lines
 from megatron_sov.generate.request import Batching, Generated, Sampling, Stop
+from megatron_sov.outputs import check_output
 from megatron_sov.recipes.requested import add_plugin_argument, load_plugins
 from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.checkpoints import refuse_missing
@@ -47,6 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                              "(default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, metavar="S",
                         help="seed of the samples (default %(default)s)")
+    parser.add_argument("--samples", type=int, default=1, metavar="N",
+                        help="continuations of each prompt, with --temperature above 0 (default %(default)s)")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT",
                         help="text that ends a continuation; repeat it")
     parser.add_argument("--speculative", type=int, default=0, metavar="K",
@@ -69,6 +73,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_plugin_argument(parser)
     parser.add_argument("--run", type=Path, metavar="DIR",
                         help="also add the texts to this run's events, for its report")
+    parser.add_argument("--output", type=Path, metavar="FILE.jsonl",
+                        help="write a line for each continuation, the prompt's fields and `response`, as "
+                             "`megatron-sov score` reads them, and print nothing")
     parser.add_argument("--json", action="store_true", help="print the texts and tokens as JSON")
     parser.add_argument("--logprobs", action="store_true",
                         help="with --json: also each token's log-probability, the temperature it belongs "
@@ -83,7 +90,9 @@ def run(args: argparse.Namespace) -> int:
                         args.speculative)
     batching = Batching(args.batch_size, args.prefill_tokens)
     _check(args, sampling.problems() + batching.problems())
+    prompts = [prompt for prompt in prompts for _ in range(args.samples)]
     refuse_missing(args.target)
+    check_output("--output", args.output)
     events = RunEvents(args.run)
 
     from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
@@ -112,7 +121,10 @@ def run(args: argparse.Namespace) -> int:
     if found is None:
         return 0  # the job's first process prints
     texts = [stop.cut_text(decode(c)) for c in found.continuations]
-    _show(args, prompts, texts, found)
+    if args.output is not None:
+        write_output(args.output, response_lines(prompts, texts, found))
+    else:
+        _show(args, prompts, texts, found)
     step = events.last_step() if target.step is None else target.step
     for prompt, text in zip(prompts, texts, strict=True):
         events.add("sample", step=step, prompt=prompt.text, text=text, target=prompt.target)
@@ -123,6 +135,12 @@ def _check(args: argparse.Namespace, problems: list[str]) -> None:
     rules = [(args.speculative or not args.compare_speed, "--compare-speed: --speculative "
                                                           f"{args.speculative} drafts nothing; "
                                                           "add --speculative 1"),
+             (args.samples >= 1, f"--samples {args.samples}: must be at least 1"),
+             (args.samples <= 1 or args.temperature > 0,
+              f"--samples {args.samples}: are all the same at --temperature {args.temperature:g}; add "
+              "--temperature 1"),
+             (args.output is None or not args.json, f"--output {args.output}: has lines in place of --json; "
+                                                    "leave one of them out"),
              (args.json or not args.logprobs, "--logprobs: goes with --json; add it"),
              ("" not in args.stop, "--stop '': must hold at least one character")]
     problems += [sentence for holds, sentence in rules if not holds]

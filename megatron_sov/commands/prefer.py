@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from megatron_sov.commands.prefer_rounds import add_round_arguments, refuse_without_rounds, run_rounds
+from megatron_sov.config import RunConfig
 from megatron_sov.config.preference import WITH_REFERENCE, PreferenceMethod
-from megatron_sov.train.stage_config import add_stage_arguments, parse_stage
+from megatron_sov.errors import UserError
+from megatron_sov.runs.checkpoints import find_checkpoint, refuse_missing
+from megatron_sov.runs.launch_environment import repeats
+from megatron_sov.train.stage_config import ParsedStage, add_stage_arguments, parse_stage
 
 if TYPE_CHECKING:
+    from megatron_sov.data.token_shards import Source
+    from megatron_sov.post.reference import Reference
     from megatron_sov.train.gate import GateView
 
 
@@ -17,14 +25,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_stage_arguments(parser, needs_start=True)
     parser.add_argument("--method", choices=get_args(PreferenceMethod),
                         help="the loss (--set preference.method=...; default dpo)")
+    parser.add_argument("--reference", type=Path, metavar="CHECKPOINT|RUN",
+                        help="compare with this model (dpo, ipo, dpo-norm; default: the one of --from)")
+    add_round_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Learn from preferences; returns 0 when the run is complete."""
     if args.method is not None:
         args.settings = [*args.settings, f"preference.method={args.method}"]
+    if args.rounds is not None:
+        return run_rounds(args)
+    refuse_without_rounds(args)
     parsed = parse_stage(args, "preference")
     assert parsed.start is not None, f"--from is required, it is {args.start_from}"
+    fixed = _fixed_reference(args.reference, parsed.config)
 
     from megatron_sov.data.token_shards import open_sources
     from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
@@ -32,19 +47,15 @@ def run(args: argparse.Namespace) -> int:
     prepare_megatron()
     from megatron_sov.post.preference import objective_of
     from megatron_sov.post.ranking import rank_heldout_pairs
-    from megatron_sov.post.reference import Reference
-    from megatron_sov.runs import checkpoints
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.stage import Stage, run_stage
 
-    config, asked = parsed.config, parsed.config.preference
+    config = parsed.config
     objective = objective_of(config)
     sources = tuple(open_sources(config.data.paths, config.model.vocab_size, objective.formats))
     pairs = [s for s in sources if s.format == "preference"]
-    reference = (Reference(args.run, parsed.start, sources, config.data.max_seq_len())
-                 if asked.method in WITH_REFERENCE else None)
-    if reference is not None and checkpoints.latest(RunFolder(args.run).checkpoints) is not None:
-        reference.refuse_changed()
+    reference = (_reference(args, parsed, sources, fixed) if config.preference.method in WITH_REFERENCE
+                 else None)
 
     def before(view: GateView) -> None:
         if reference is not None:
@@ -58,3 +69,44 @@ def run(args: argparse.Namespace) -> int:
                     sources if reference is None else reference.sources, before=before, after=after,
                     faults=parsed.faults), args.nproc, args.began_s)
     return 0
+
+
+def _fixed_reference(path: Path | None, config: RunConfig) -> Path | None:
+    """Return the checkpoint that --reference means.
+
+    Raises:
+        UserError: there is none, or the method compares with no reference.
+    """
+    if path is None:
+        return None
+    if config.preference.method not in WITH_REFERENCE:
+        raise UserError(f"--reference {path}: preference.method = {config.preference.method} compares with "
+                        "no reference; leave it out")
+    refuse_missing(path, "--reference ")
+    return find_checkpoint(path)
+
+
+def _reference(args: argparse.Namespace, parsed: ParsedStage, sources: tuple[Source, ...],
+               fixed: Path | None) -> Reference:
+    """Return the run's reference: complete, where it is another model than the one that is trained.
+
+    Raises:
+        UserError: the folder may not be entered, holds another reference, or one that lacks what is needed.
+    """
+    from megatron_sov.data.token_shards import tokenizer_folder
+    from megatron_sov.data.vocabulary import refuse_other_tokens
+    from megatron_sov.post.reference import Reference
+    from megatron_sov.runs import checkpoints
+    from megatron_sov.runs.folder import RunFolder
+
+    assert parsed.start is not None, f"--from is required, it is {args.start_from}"
+    config, folder = parsed.config, RunFolder(args.run)
+    reference = Reference(args.run, fixed or parsed.start, sources, config.data.max_seq_len())
+    if fixed is not None:
+        refuse_other_tokens(tokenizer_folder(list(sources)), fixed / "tokenizer")
+        if not repeats():
+            folder.enter(config, args.resume)
+        reference.make_apart(fixed, config, args.nproc)
+    elif checkpoints.latest(folder.checkpoints) is not None:
+        reference.refuse_changed()
+    return reference

@@ -8,7 +8,7 @@ from typing import Literal
 
 from megatron_sov.config.model import STRICT
 
-EvalTask = Literal["ppl", "needle"]
+EvalTask = Literal["ppl", "needle", "pairs"]
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class BackgroundEvalConfig:
     __pydantic_config__ = STRICT
     tasks: tuple[EvalTask, ...] = ()
     """What is measured on every export: ppl (loss and bits per byte of each source on held-out documents),
-    needle (the suite that the `needle` settings describe).  Empty: nothing."""
+    needle (the suite that the `needle` settings describe), pairs (the share of held-out pairs that is ranked
+    right).  Empty: nothing."""
     where: Literal["local", "slurm"] = "local"
     """local: a process on the machine of rank 0, at the lowest priority and without a GPU;
     slurm: a job of its own."""

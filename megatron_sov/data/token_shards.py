@@ -28,6 +28,8 @@ IDX_DTYPES: dict[int, type[np.generic]] = {1: np.uint8, 2: np.int8, 3: np.int16,
 _HEADER_BYTES = len(IDX_MAGIC) + 8 + 1 + 8 + 8
 
 
+TEXTS = ("text", "chat")
+"""Formats that are learned from token by token."""
 CONTENT_VERSION = 2
 """Layout of a token manifest's content that is read: each split is a list of shards."""
 
@@ -318,7 +320,7 @@ def _warn_of_other_splits(contents: dict[str, dict[str, Any]]) -> None:
 
 
 def open_sources(paths: dict[str, float], vocab_size: int,
-                 formats: tuple[str, ...] = ("text", "chat")) -> list[Source]:
+                 formats: tuple[str, ...] = TEXTS) -> list[Source]:
     """Open the sources of all token artifacts, checking that they fit together and fit the model.
 
     Args:

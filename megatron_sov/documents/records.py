@@ -24,6 +24,8 @@ from megatron_sov.documents.messages import (
 KINDS = ("text", "chat", "preference", "prompt")
 GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "marks_generation"}
 """What chat templates are given beside a record's own variables."""
+NUM_PROMPT = "num_prompt_messages"
+"""Field of a chat: how many of its first messages are the prompt that it shares with other chats."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,9 @@ class Document:
     """What the chat's tools are."""
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Variables of the chat template."""
+    num_prompt: int = 0
+    """How many of a chat's first messages are its prompt, where it is one of several chats with that prompt,
+    which are then held out together; 0: it stands alone."""
     awaits_response: bool = False
     """Whether it is a prompt, for which responses will be generated."""
     id: str | None = None
@@ -143,6 +148,7 @@ def parse_record(record: dict[str, Any], where: str, number: int, reading: Readi
         fields["text"] = record[reading.text_field]
     elif kind == "chat":
         fields["messages"] = _chat(record)
+        fields["num_prompt"] = _num_prompt(record, len(fields["messages"]))
     elif kind == "preference":
         fields = _preference(record)
     else:
@@ -192,6 +198,17 @@ def _chat(record: dict[str, Any]) -> Messages:
     """Return a chat's messages."""
     return (read_messages(record["messages"], "messages") if "messages" in record
             else read_sharegpt(record["conversations"], "conversations"))
+
+
+def _num_prompt(record: dict[str, Any], num_messages: int) -> int:
+    """Return how many messages of a chat are the prompt that it shares with others; 0: it says nothing."""
+    count = record.get(NUM_PROMPT)
+    if count is None:
+        return 0
+    if type(count) is not int or not 0 < count < num_messages:
+        raise BadRecord("fields", f"has {str(count)[:40]!r} in {NUM_PROMPT!r}, must say how many of "
+                                  f"the {num_messages} messages are the prompt: at least 1, and not all")
+    return count
 
 
 def _beside(record: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from megatron_sov.artifacts import read_manifest
 from megatron_sov.data.order import Sample
 from megatron_sov.data.rows import Row, heldout_samples, sample_row
 from megatron_sov.data.token_bytes import token_bytes
-from megatron_sov.data.token_shards import Documents, Source, open_sources, tokenizer_folder
+from megatron_sov.data.token_shards import TEXTS, Documents, Source, open_sources, tokenizer_folder
 from megatron_sov.data.vocabulary import refuse_other_tokens
 from megatron_sov.errors import UserError
 from megatron_sov.obs.work_bar import work_bar
@@ -65,7 +65,8 @@ class HeldoutData:
 
 
 def open_heldout(paths: dict[str, float], seq_len: int, max_tokens: int, *,
-                 model_vocab_size: int = sys.maxsize, model_tokenizer: Path | None = None) -> HeldoutData:
+                 model_vocab_size: int = sys.maxsize, model_tokenizer: Path | None = None,
+                 formats: tuple[str, ...] = TEXTS) -> HeldoutData:
     """Open token artifacts for judging.
 
     Args:
@@ -74,11 +75,12 @@ def open_heldout(paths: dict[str, float], seq_len: int, max_tokens: int, *,
         max_tokens: tokens of each source that are read at most.
         model_vocab_size: token ids that the model knows.
         model_tokenizer: folder of the model's tokenizer, compared with the data's where both are there.
+        formats: that the data may have.
 
     Raises:
         UserError: the artifacts do not fit together or the model, or hold nothing out.
     """
-    sources = open_sources(paths, model_vocab_size)
+    sources = open_sources(paths, model_vocab_size, formats)
     vocab_size = max(int(read_manifest(path, "tokens").content["vocab_size"]) for path in paths)
     data = HeldoutData(sources, vocab_size, seq_len, max_tokens)
     if not data.judged():

@@ -18,24 +18,28 @@ from megatron_sov.train.evaluate import HeldoutEvaluator, HeldoutLoss
 
 def evaluate_forward_model(loaded: Loaded, data: HeldoutData) -> dict[str, HeldoutLoss]:
     """Return the loss per source of a running policy; called by all processes together."""
-    multiple = loaded.config.parallel.row_multiple
-    step = multiple // math.gcd(multiple, data.seq_len)  # so many samples in a row that the layout can cut it
-    rows_per_batch = -(-max(1, min(ROW_TOKENS, data.max_tokens) // data.seq_len) // step) * step
+    rows = rows_per_batch(loaded, data.seq_len, data.max_tokens)
     sizes = data.bytes_of_token(loaded.config.model.vocab_size)
-    evaluator = HeldoutEvaluator(data.sources, sizes, data.seq_len, rows_per_batch, data.max_tokens,
-                                 loaded.world)
+    evaluator = HeldoutEvaluator(data.sources, sizes, data.seq_len, rows, data.max_tokens, loaded.world)
     shows = loaded.world.rank == loaded.world.size - 1  # of the last pipeline stage, whatever the layout
     with work_bar("judging", evaluator.num_micro_batches, "row", shows) as bar:
         return evaluator.run(loaded.policy, done=bar.update)
 
 
+def rows_per_batch(loaded: Loaded, seq_len: int, max_tokens: int = ROW_TOKENS) -> int:
+    """Return how many rows of `seq_len` tokens are passed through a model at a time."""
+    multiple = loaded.config.parallel.row_multiple
+    step = multiple // math.gcd(multiple, seq_len)  # so many samples in a row that the layout can cut it
+    return -(-max(1, min(ROW_TOKENS, max_tokens) // seq_len) // step) * step
+
+
 def evaluate_hf(model: Any, data: HeldoutData) -> dict[str, HeldoutLoss]:
     """Return the loss per source of transformers' model on the same targets in the same contexts."""
-    return evaluate_rows(data, lambda row: _row_losses(model, row))
+    return evaluate_rows(data, lambda row: row_losses(model, row))
 
 
 @torch.no_grad()
-def _row_losses(model: Any, row: Row) -> np.ndarray:
+def row_losses(model: Any, row: Row) -> np.ndarray:
     """Return [n] nats; each segment stands in a line of its own, so that documents do not see one another.
 
     Lines are padded at their end, which no token before can see.

@@ -24,11 +24,11 @@ from megatron_sov.train.evaluate import HeldoutLoss
 from megatron_sov.train.gate import GateView
 
 
-def short_context(config: RunConfig, trained_tokens: int) -> HeldoutData:
-    """Return the held-out text by which the short context is judged: rows as long as what was
-    trained on before."""
+def short_context(config: RunConfig, trained_tokens: int, formats: tuple[str, ...]) -> HeldoutData:
+    """Return the held-out documents by which the short context is judged: rows as long as what was
+    trained on before, of data of these formats."""
     return open_heldout(config.data.paths, trained_tokens, config.data.heldout_tokens,
-                        model_vocab_size=config.model.vocab_size)
+                        model_vocab_size=config.model.vocab_size, formats=formats)
 
 
 def mean_loss(losses: dict[str, HeldoutLoss]) -> float:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.config import RunConfig
-from megatron_sov.data.token_shards import Source, open_sources, tokenizer_folder
+from megatron_sov.data.token_shards import TEXTS, Source, open_sources, tokenizer_folder
 from megatron_sov.data.views import SHORT
 from megatron_sov.errors import UserError
 from megatron_sov.eval.needle.documents import SOURCE_NAME, NeedleDocuments, needle_source
@@ -50,18 +50,19 @@ class Needles:
         return result.to_dict()
 
 
-def make_needles(config: RunConfig, start: Path) -> Needles:
+def make_needles(config: RunConfig, start: Path, formats: tuple[str, ...] = TEXTS) -> Needles:
     """Return test and training documents for an extension.
 
     Args:
         config: resolved settings.
         start: the checkpoint it starts from, whose tokenizer serves where none travels with the data.
+        formats: of data that is learned from; needles are hidden in text alone.
 
     Raises:
         UserError: the data holds no text to train on or to test by, or the settings make no test.
     """
     needle = config.needle
-    data = open_sources(config.data.paths, config.model.vocab_size)
+    data = open_sources(config.data.paths, config.model.vocab_size, formats)
     if SOURCE_NAME in (s.name for s in data):
         raise UserError(f"--data: a source named {SOURCE_NAME!r} is kept for documents made on the fly; "
                         "pack that text under another name (--input NAME=PATH)")

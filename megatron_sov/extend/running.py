@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from megatron_sov.config import RunConfig
+from megatron_sov.eval.heldout import HeldoutData
 from megatron_sov.extend.decontamination import refuse_contaminated, search
 from megatron_sov.extend.gate import StageGate, loss_of_checkpoint, short_context
 from megatron_sov.extend.needles import Needles, make_needles, with_needles_in_blends
@@ -16,6 +17,7 @@ from megatron_sov.obs.warning import warn
 from megatron_sov.runs.checkpoints import find_checkpoint, latest
 from megatron_sov.runs.launch_environment import is_first
 from megatron_sov.train.guards.fault_injection import Fault
+from megatron_sov.train.objective import formats_of
 from megatron_sov.train.stage import Stage, run_stage
 from megatron_sov.train.trainer import ObjectiveFactory
 
@@ -38,8 +40,8 @@ def run_stages(stages: list[PlannedStage], start: Path, objective: ObjectiveFact
         GateFailed: a stage's gate has not passed within its steps.
         StopRequested: it was asked to stop, and everything is saved.
     """
-    first = start
-    prepared = [make_needles(stage.config, start) for stage in stages]
+    first, formats = start, formats_of(objective)
+    prepared = [make_needles(stage.config, start, formats) for stage in stages]
     start_loss: float | None = None
     for planned, needles in zip(stages, prepared, strict=True):
         stage = Stage(with_needles_in_blends(planned.config), planned.folder, objective, start, resume,
@@ -49,9 +51,10 @@ def run_stages(stages: list[PlannedStage], start: Path, objective: ObjectiveFact
             fresh = latest(planned.folder.checkpoints) is None
             if fresh and start_loss is None:
                 start_loss = loss_of_checkpoint(
-                    first, short_context(planned.config, Target(first, False).trained_tokens),
+                    first, short_context(planned.config, Target(first, False).trained_tokens, formats),
                     planned.config, nproc)
-            gate = _gate(planned, needles, Target(first, False).trained_tokens, start_loss)
+            gate = _gate(planned, needles, short_context(
+                planned.config, Target(first, False).trained_tokens, formats), start_loss)
             stage = Stage(stage.config, stage.folder, stage.objective, start, resume, needles.data,
                           needles.sources, after=gate.completion, gate=gate, faults=faults)
         was_complete = stage.folder.completion() is not None
@@ -62,7 +65,7 @@ def run_stages(stages: list[PlannedStage], start: Path, objective: ObjectiveFact
         start = find_checkpoint(planned.folder.path)
 
 
-def _gate(planned: PlannedStage, needles: Needles, short_tokens: int, start_loss: float | None) -> StageGate:
+def _gate(planned: PlannedStage, needles: Needles, short: HeldoutData, start_loss: float | None) -> StageGate:
     """Return a stage's gate, after the search that proves it clean."""
     config: RunConfig = planned.config
     settings = config.extend.gate
@@ -70,8 +73,7 @@ def _gate(planned: PlannedStage, needles: Needles, short_tokens: int, start_loss
         warn(f"{planned.folder.path.name}: {text}")
     clean = search(list(needles.suite.questions()), [*needles.data, *needles.sources], settings.scan_tokens)
     refuse_contaminated(clean, settings.max_overlap)
-    return StageGate(settings, needles, short_context(config, short_tokens), start_loss,
-                     planned.min_steps, clean)
+    return StageGate(settings, needles, short, start_loss, planned.min_steps, clean)
 
 
 def asks_too_little(config: RunConfig) -> str | None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_sov.config import ExtendStageConfig, ModelConfig, RunConfig
-from megatron_sov.data.token_shards import open_sources
+from megatron_sov.data.token_shards import TEXTS, open_sources
 from megatron_sov.errors import UserError
 from megatron_sov.extend.blends import stage_blend
 from megatron_sov.generate.target import Target, find_target
@@ -31,7 +32,9 @@ class PlannedStage:
     """Optimizer steps before the gate may end it."""
 
 
-def planned_stages(request: Request, start_from: Path, run: Path, nproc: int | None) -> list[PlannedStage]:
+def planned_stages(request: Request, start_from: Path, run: Path, nproc: int | None,
+                   formats: Callable[[RunConfig], tuple[str, ...]] = lambda config: TEXTS,
+                   ) -> list[PlannedStage]:
     """Return the stages that the settings ask for, in order.
 
     Each stage's model follows from the one before, so that all mistakes show before any stage is trained.
@@ -41,6 +44,7 @@ def planned_stages(request: Request, start_from: Path, run: Path, nproc: int | N
         start_from: checkpoint, run or Hugging Face folder that the first stage starts from.
         run: folder of the run.
         nproc: local processes.
+        formats: those of data that the objective of a run learns from.
 
     Raises:
         UserError: settings, data or a folder do not allow it.
@@ -52,7 +56,7 @@ def planned_stages(request: Request, start_from: Path, run: Path, nproc: int | N
     if not wanted.extend.stages:
         _refuse_shorter("data.phases", wanted.data.max_seq_len(), start, trained_tokens)
         return [PlannedStage(_as_set(request, trained_tokens, wanted, nproc), RunFolder(run), 0)]
-    sources = open_sources(wanted.data.paths, wanted.model.vocab_size)
+    sources = open_sources(wanted.data.paths, wanted.model.vocab_size, formats(wanted))
     planned: list[PlannedStage] = []
     before_tokens = trained_tokens
     for number, stage in enumerate(wanted.extend.stages, 1):

@@ -1,12 +1,15 @@
-"""Prompts from the command line and from files."""
+"""Prompts from the command line and from files, and the file of what a model wrote to them."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from megatron_sov.errors import UserError
+from megatron_sov.generate.request import Generated
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,8 @@ class Prompt:
     """What it continues, or with a chat template answers."""
     target: str | None = None
     """The answer that a reader will compare with, if there is one."""
+    record: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """The fields of its line, which go with the responses: what a reward needs."""
 
 
 def read_prompts(texts: list[str], file: Path | None) -> list[Prompt]:
@@ -33,6 +38,16 @@ def read_prompts(texts: list[str], file: Path | None) -> list[Prompt]:
     if "" in texts:
         raise UserError(f"prompt {texts.index('') + 1} is empty: pass at least one character of text")
     return prompts
+
+
+def response_lines(prompts: Sequence[Prompt], texts: Sequence[str], found: Generated) -> str:
+    """Return JSON lines as `megatron-sov score` reads them: a prompt's own fields, `response`, `num_tokens`
+    and `finish_reason`."""
+    return "".join(json.dumps({
+        **prompt.record, "prompt": prompt.text, "response": text, "num_tokens": len(tokens),
+        "finish_reason": reason}, ensure_ascii=False) + "\n"
+        for prompt, text, tokens, reason in zip(prompts, texts, found.continuations, found.finish_reasons,
+                                                strict=True))
 
 
 def _read_file(file: Path) -> list[Prompt]:
@@ -54,5 +69,5 @@ def _read_file(file: Path) -> list[Prompt]:
                 or not isinstance(record.get("target", ""), str):
             raise UserError(f'{file}:{number}: must be an object with "prompt" and, if wanted, '
                             '"target", both strings')
-        prompts.append(Prompt(record["prompt"], record.get("target")))
+        prompts.append(Prompt(record["prompt"], record.get("target"), record))
     return prompts

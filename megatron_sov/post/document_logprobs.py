@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -10,39 +11,80 @@ import torch
 from megatron_sov.data.order import Sample
 from megatron_sov.data.packing import Row, Segment, best_fit
 from megatron_sov.data.rows import join_rows, sample_row
+from megatron_sov.eval.perplexity import row_losses
+from megatron_sov.mcore.decode.forward_only import ForwardModel
 from megatron_sov.mcore.model.logprobs import Head
 from megatron_sov.mcore.parallel import collectives
+from megatron_sov.mcore.parallel.world import World
 from megatron_sov.train.microbatch import MicroBatch, from_row
 
 if TYPE_CHECKING:
     from megatron_sov.data.token_shards import Documents
-    from megatron_sov.train.gate import GateView
 
 MICRO_BATCHES = 8
 """Those of a process that are passed through the model at a time."""
 
 
-def document_logprobs(view: GateView, documents: Documents, chosen: range) -> np.ndarray:
+class Running(Protocol):
+    """A model that runs on all processes together."""
+
+    @property
+    def policy(self) -> ForwardModel:
+        """Forward only."""
+        ...
+
+    @property
+    def world(self) -> World:
+        """This process's place."""
+        ...
+
+
+def document_logprobs(model: Running, documents: Documents, chosen: range, seq_len: int,
+                      rows_per_batch: int) -> np.ndarray:
     """Return [tokens of the documents] float32, document after document, on every process.
 
     Each is log p(token | those before it); 0 for first tokens and for what lies beyond the longest sample.
 
     Args:
-        view: the run whose model is asked; called by all of its processes together.
+        model: what is asked; called by all of its processes together.
         documents: those of a split.
         chosen: which of them.
+        seq_len: tokens of a row, the longest sample.
+        rows_per_batch: rows of a micro-batch.
     """
-    seq_len, size = view.config.data.max_seq_len(), view.config.train.micro_batch_size
+    whole = rows_per_batch * model.world.dp_size
+
+    def of_rows(rows: list[Row]) -> np.ndarray:
+        return _of_rows(model, documents, [*rows, *[()] * (-len(rows) % whole)], seq_len, rows_per_batch)
+
+    return _placed(documents, chosen, seq_len, whole * MICRO_BATCHES, of_rows)
+
+
+def document_logprobs_hf(model: Any, documents: Documents, chosen: range, seq_len: int) -> np.ndarray:
+    """Return what `document_logprobs` gives, of transformers' model."""
+    return _placed(documents, chosen, seq_len, 1, lambda rows: np.stack([
+        -row_losses(model, sample_row(Sample(0, row), documents, seq_len)) for row in rows]))
+
+
+def _placed(documents: Documents, chosen: range, seq_len: int, at_a_time: int,
+            of_rows: Callable[[list[Row]], np.ndarray]) -> np.ndarray:
+    """Return the numbers of documents from those of the rows that they are put into.
+
+    Args:
+        documents: those of a split.
+        chosen: which of them.
+        seq_len: tokens of a row.
+        at_a_time: rows that `of_rows` is asked for at most.
+        of_rows: rows -> [at least as many, seq_len] log p(label) of each place.
+    """
     lengths = np.asarray(documents.lengths[np.asarray(chosen)])
     starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
     rows = best_fit([Segment(d, 0, min(n, seq_len))
                      for d, n in zip(chosen, lengths.tolist(), strict=True) if n > 1], seq_len)
     numbers = np.zeros(starts[-1], np.float32)
-    at_a_time = size * view.world.dp_size * MICRO_BATCHES
     for begin in range(0, len(rows), at_a_time):
         there = rows[begin:begin + at_a_time]
-        there += [()] * (-len(there) % (size * view.world.dp_size))
-        for row, found in zip(there, _of_rows(view, documents, there, seq_len), strict=True):
+        for row, found in zip(there, of_rows(there), strict=False):
             at = 0
             for document, start, count in row:
                 place = document - chosen.start
@@ -54,14 +96,14 @@ def document_logprobs(view: GateView, documents: Documents, chosen: range) -> np
     return numbers
 
 
-def _of_rows(view: GateView, documents: Documents, rows: list[Row], seq_len: int) -> np.ndarray:
+def _of_rows(model: Running, documents: Documents, rows: list[Row], seq_len: int, size: int) -> np.ndarray:
     """Return [rows, seq_len] float32: log p(label) of each place, on every process."""
-    size, world = view.config.train.micro_batch_size, view.world
+    world = model.world
     groups = [rows[i:i + size] for i in range(0, len(rows), size)]
     own = [from_row(join_rows([sample_row(Sample(0, row), documents, seq_len) for row in group]))
            for group in groups[world.dp_rank::world.dp_size]]
     values = torch.zeros(len(groups), size * seq_len, dtype=torch.float64)
-    if found := view.policy.map(own, _logprobs):
+    if found := model.policy.map(own, _logprobs):
         values[world.dp_rank::world.dp_size] = torch.stack(found).double().cpu()
     summed = collectives.broadcast_from_last_stage(collectives.all_reduce_dp(values))
     return summed.float().numpy().reshape(len(rows), seq_len)

@@ -1,4 +1,4 @@
-"""How many held-out pairs the model ranks right, before the first step and after the last one.
+"""How many held-out pairs a model ranks right: before the first step and after the last one, and of exports.
 
 A pair is right where the chosen response has the greater log-probability per token: what a model would
 rather write, whichever loss it was trained by.
@@ -6,7 +6,7 @@ rather write, whichever loss it was trained by.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,26 +20,43 @@ MAX_PAIRS = 2048
 """Most held-out pairs of a source that are looked at."""
 
 
+LogprobsOf = Callable[[Documents, range], np.ndarray]
+"""(documents, which of them) -> what `post.document_logprobs.document_logprobs` gives."""
+
+
 def rank_heldout_pairs(view: GateView, sources: Sequence[Source]) -> dict[str, dict[str, Any]]:
-    """Measure each source that has held-out pairs, and record it; called by all processes together.
+    """Rank the held-out pairs of a run, and record it; called by all processes together."""
+    seq_len, size = view.config.data.max_seq_len(), view.config.train.micro_batch_size
+    found = ranked(sources, lambda documents, chosen: document_logprobs(
+        view, documents, chosen, seq_len, size), seq_len)
+    for name, figures in found.items():
+        view.events.write("heldout_pairs", step=view.step, source=name, **figures)
+    return found
+
+
+def ranked(sources: Sequence[Source], logprobs_of: LogprobsOf, seq_len: int) -> dict[str, dict[str, Any]]:
+    """Rank the held-out pairs of each source that has some.
+
+    Args:
+        sources: preferences.
+        logprobs_of: asks the model.
+        seq_len: tokens of a document that it is asked for.
 
     Returns:
         Source -> `pairs`, and `right`, the share of them that is ranked right (a tie is half right).  Pairs
         of which a response begins behind the longest sample are left out.
     """
-    found, seq_len = {}, view.config.data.max_seq_len()
+    found = {}
     for source in sources:
         if source.num_tokens.get("heldout"):
             documents = source.shard("heldout")
             chosen = range(min(len(documents.lengths), 2 * MAX_PAIRS))
-            means = _means(documents, chosen, document_logprobs(view, documents, chosen), seq_len)
+            means = _means(documents, chosen, logprobs_of(documents, chosen), seq_len)
             margins = means[0::2] - means[1::2]
             margins = margins[~np.isnan(margins)]
-            if not len(margins):
-                continue
-            right = float(((margins > 0) + (margins == 0) / 2).mean())
-            found[source.name] = {"pairs": len(margins), "right": right}
-            view.events.write("heldout_pairs", step=view.step, source=source.name, **found[source.name])
+            if len(margins):
+                right = float(((margins > 0) + (margins == 0) / 2).mean())
+                found[source.name] = {"pairs": len(margins), "right": right}
     return found
 
 

@@ -1,8 +1,8 @@
 """Log-probabilities of a reference, computed once by the forward pass of training, before its first step.
 
-The reference is the model as it starts, so it is never a second model in memory.  What it says of each
-document stays in RUN/reference in parts of `PART_DOCUMENTS` documents: a job that is killed goes on at the
-next part, and one that is continued later finds all of them.
+The reference is the model as it starts, or another one that is asked before: it is never a second model in
+memory.  What it says of each document stays in RUN/reference in parts of `PART_DOCUMENTS` documents: a job
+that is killed goes on at the next part, and one that is continued later finds all of them.
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ from typing import Any
 import numpy as np
 
 from megatron_sov.artifacts import atomic_write, disk_errors, manifest_sha256, read_manifest, to_json
+from megatron_sov.config import RunConfig
 from megatron_sov.data.token_shards import Documents, Source
 from megatron_sov.errors import UserError
+from megatron_sov.generate.load import run_forward_model
+from megatron_sov.generate.target import Target
 from megatron_sov.mcore.parallel.world import on_main
 from megatron_sov.obs.work_bar import work_bar
-from megatron_sov.post.document_logprobs import document_logprobs
+from megatron_sov.post.document_logprobs import Running, document_logprobs
 from megatron_sov.runs.checkpoints import BASE
 from megatron_sov.runs.folder import REFERENCE
 from megatron_sov.train.gate import GateView
@@ -124,11 +127,11 @@ class Reference:
 
         Args:
             run: its folder.
-            start: checkpoint that it starts from, which is the reference.
+            start: the reference, a checkpoint: that which it starts from, or another one.
             sources: preferences.
             max_tokens: of the longest sample; what lies behind them in a document has no number.
         """
-        self._folder = run / REFERENCE
+        self._folder, self._max_tokens = run / REFERENCE, max_tokens
         self._identity: dict[str, Any] = {
             "reference_sha256": _files_sha256(start), "max_tokens": max_tokens,
             "data_sha256": {s.name: manifest_sha256(s.artifact) for s in sources if s.artifact is not None}}
@@ -145,20 +148,45 @@ class Reference:
             UserError: the folder holds another reference, or the disk is full.
         """
         begin_s = time.monotonic()
-        on_main(view.world, self._open)
-        todo = on_main(view.world, lambda: [
-            (name, part) for name, parts in self._parts.items() for part in range(len(parts))
-            if not parts.file(part).is_file()])
-        num_tokens = 0
-        with work_bar("reference", len(todo), "part", view.world.is_main) as bar:
+        parts, num_tokens = self._fill(view, view.config.train.micro_batch_size)
+        view.events.write("reference", parts=parts, tokens=num_tokens,
+                          seconds=time.monotonic() - begin_s, **self._identity)
+
+    def make_apart(self, checkpoint: Path, config: RunConfig, nproc: int | None) -> None:
+        """Compute what is not there yet by a model that is not the one that will be trained, on processes
+        that end before the run begins.
+
+        Args:
+            checkpoint: the reference.
+            config: of the run, whose layout and precision are the reference's.
+            nproc: local processes.
+
+        Raises:
+            UserError: the folder holds another reference, or the disk is full.
+        """
+        if self._held() == self._identity and not self._missing():
+            return
+        layout = [f"parallel.{name}={value}" for name, value in config.to_dict()["parallel"].items()]
+        run_forward_model(Target(checkpoint, False), [*layout, f"train.precision={config.train.precision}"],
+                          nproc, lambda loaded: self._fill(loaded, config.train.micro_batch_size))
+
+    def _missing(self) -> list[tuple[str, int]]:
+        return [(name, part) for name, parts in self._parts.items() for part in range(len(parts))
+                if not parts.file(part).is_file()]
+
+    def _fill(self, model: Running, rows_per_batch: int) -> tuple[int, int]:
+        """Compute the missing parts; returns how many they were, and of how many tokens."""
+        on_main(model.world, self._open)
+        todo, num_tokens = on_main(model.world, self._missing), 0
+        with work_bar("reference", len(todo), "part", model.world.is_main) as bar:
             for name, part in todo:
                 parts = self._parts[name]
-                numbers = document_logprobs(view, parts.documents, parts.range_of(part))
-                on_main(view.world, partial(atomic_write, parts.file(part), numbers.tobytes()))
+                numbers = document_logprobs(model, parts.documents, parts.range_of(part), self._max_tokens,
+                                            rows_per_batch)
+                on_main(model.world, partial(atomic_write, parts.file(part), numbers.tobytes()))
                 num_tokens += len(numbers)
                 bar.update(1)
-        view.events.write("reference", parts=len(todo), tokens=num_tokens,
-                          seconds=time.monotonic() - begin_s, **self._identity)
+        return len(todo), num_tokens
 
     def refuse_changed(self) -> None:
         """Refuse to go on with a run, whose model is its reference no more, where the numbers that are there

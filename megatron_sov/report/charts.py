@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 
 from megatron_sov.obs.figures import number
 from megatron_sov.pages.charts import Chart, chart, colour, colour_bar, plain
-from megatron_sov.report.evaluations import curves, needle_curves
+from megatron_sov.report.evaluations import curves, needle_curves, pair_curves
 from megatron_sov.report.run_data import ExpertLoad, Phase, Run
 from megatron_sov.report.steps import Curve, downsample, moving_mean
 
@@ -153,7 +153,9 @@ def beside_charts(run: Run) -> list[Chart]:
     charts = [_curves(curves(run.evaluations, "bits_per_byte"), "bits per byte",
                       "Bits per byte of the exports.", run),
               _curves(needle_curves(run.evaluations), "% right",
-                      "Needles found by the exports, over all lengths and depths.", run)]
+                      "Needles found by the exports, over all lengths and depths.", run),
+              _curves(pair_curves(run.evaluations), "% right",
+                      "Held-out pairs whose better response the exports would rather write.", run)]
     return [c for c in charts if c]
 
 

@@ -23,7 +23,7 @@ class ExportEvaluation:
 
     step: int
     task: str
-    """ppl or needle."""
+    """ppl, needle or pairs."""
     figures: dict[str, Any]
     """What `megatron-sov eval` gives; empty where it failed."""
     failure: str = ""
@@ -70,6 +70,16 @@ def needle_curves(evaluations: list[ExportEvaluation]) -> list[Curve]:
             rights.setdefault(name, {}).setdefault(one.step, []).append(share)
     return [_curve(name, {step: float(np.mean(shares)) for step, shares in by_step.items()})
             for name, by_step in rights.items()]
+
+
+def pair_curves(evaluations: list[ExportEvaluation]) -> list[Curve]:
+    """Return the share of held-out pairs that is ranked right, in percent, of each source over steps."""
+    values: dict[str, dict[int, float]] = {}
+    for one in evaluations:
+        for source, row in one.figures.items() if one.task == "pairs" else ():
+            share = number(row.get("right") if isinstance(row, dict) else None)
+            values.setdefault(source, {})[one.step] = 100 * share
+    return [_curve(source, by_step) for source, by_step in values.items()]
 
 
 def _curve(name: str, by_step: dict[int, float]) -> Curve:

@@ -19,6 +19,8 @@ from megatron_sov.runs.lock import LOCK, living_holder
 
 CONFIG, COMPLETION, FAILURE, STAGES, JOBS = ("config.json", "complete.json", "gate_failed.json",
                                              "stages", "slurm")
+ROUNDS = "rounds"
+"""Files and runs of the rounds before a run's last one (`megatron-sov prefer --rounds`)."""
 FAULTS = "faults"
 """Which faults have come on purpose, one file each; one may come before there is a run."""
 REFERENCE = "reference"
@@ -106,7 +108,7 @@ class RunFolder:
             refuse_unwritable(nearest, f"--run {self.path}")
         earlier = self.config()
         if earlier is None:
-            expected = (LOCK, STAGES, JOBS, FAULTS, REFERENCE)
+            expected = (LOCK, STAGES, ROUNDS, JOBS, FAULTS, REFERENCE)
             if self.path.is_dir() and any(not p.name.startswith(".") and p.name not in expected
                                           for p in self.path.iterdir()):
                 raise UserError(f"{self.path}: is not empty and holds no run; choose another --run")

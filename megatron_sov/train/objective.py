@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from megatron_sov.data.columns import NeededColumn
+from megatron_sov.data.token_shards import TEXTS
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.model.logprobs import Head
 from megatron_sov.mcore.parallel import collectives
@@ -87,7 +88,7 @@ class Objective(Protocol):
 def formats_of(made_by: Any) -> tuple[str, ...]:
     """Return the formats of data that an objective learns from (`data.token_shards.Source.format`), as its
     class (or what makes it) says in `formats`, a class attribute; without one, text and chats."""
-    return tuple(getattr(made_by, "formats", ("text", "chat")))
+    return tuple(getattr(made_by, "formats", TEXTS))
 
 
 def columns_of(made_by: Any) -> Mapping[str, NeededColumn]:
@@ -130,13 +131,33 @@ class Memory:
         try:
             json.dumps(found)
         except (TypeError, ValueError) as e:
-            raise UserError(f"objective {type(self._objective).__name__}: state() returned what JSON does "
-                            f"not hold ({e}); return dicts, lists, strings and numbers") from None
+            raise self._refusal(f"what JSON does not hold ({e})") from None
+        if (changed := _changed_by_json(found, "state()")) is not None:
+            raise self._refusal(f"what JSON changes ({changed})")
         return found
+
+    def _refusal(self, what: str) -> UserError:
+        return UserError(f"objective {type(self._objective).__name__}: state() returned {what}; return "
+                         "dicts with strings as keys, lists, strings and numbers")
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what `state` gave."""
         self._objective.restore(state)
+
+
+def _changed_by_json(value: Any, where: str) -> str | None:
+    """Return what of a value would come back as something else; None: nothing."""
+    if isinstance(value, tuple):
+        return f"{where} is a tuple, which comes back as a list"
+    if isinstance(value, dict):
+        wrong = next((key for key in value if not isinstance(key, str)), None)
+        if wrong is not None:
+            return f"{where} has the key {wrong!r}, which comes back as a string"
+        inside = [(f"{where}[{key!r}]", item) for key, item in value.items()]
+    else:
+        inside = [(f"{where}[{i}]", item) for i, item in enumerate(value)] if isinstance(value, list) else []
+    found = (_changed_by_json(item, place) for place, item in inside)
+    return next((text for text in found if text is not None), None)
 
 
 def parts_of(objective: Any) -> dict[str, Memory]:

@@ -48,6 +48,7 @@ from megatron_sov.train.guards.fault_injection import Fault, Faults, not_come
 from megatron_sov.train.loop import train
 from megatron_sov.train.objective import columns_of, formats_of
 from megatron_sov.train.restoring import newest_sound
+from megatron_sov.train.side_jobs.evaluations import refuse_unjudged
 from megatron_sov.train.side_jobs.side_jobs import SideJobs
 from megatron_sov.train.stopping import StopFlag
 from megatron_sov.train.trainer import ObjectiveFactory, Trainer
@@ -166,6 +167,7 @@ def _open_data(stage: Stage) -> _Data:
     if packed is None:
         packed = tuple(open_sources(stage.config.data.paths, stage.config.model.vocab_size,
                                     formats_of(stage.objective)))
+    refuse_unjudged(stage.config, packed)
     chats = [s.name for s in packed if s.is_chat]
     if chats and stage.config.objective.name == "lm" and is_first():
         warn(f"{', '.join(chats)}: holds conversations, of which the answers alone are learned; "

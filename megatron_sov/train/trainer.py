@@ -6,6 +6,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -94,7 +95,7 @@ class Trainer:
         self.recorder = Recorder(config, world, self.num_steps, began_s)
         self.objective = objective(ObjectiveContext(
             config, self.batches, world, folder.path, self._write_event,
-            waiting=lambda: self.guards.watchdog.paused()))
+            self._waiting))
         self.guards = Guards(config.guards, world, folder.path, faults, self.recorder.hang,
                              losses_compare=is_comparable(self.objective))
         parts: dict[str, Any] = {"guard": self.guards.step_guard, **parts_of(self.objective)}
@@ -132,6 +133,10 @@ class Trainer:
 
     def _write_event(self, event: str, **fields: Any) -> None:
         self.events.write(event, **fields)  # which are others once the records are open
+
+    def _waiting(self) -> AbstractContextManager[None]:
+        # an objective may wait while it is made: the guards come behind it, and no step is watched yet
+        return self.guards.watchdog.paused() if hasattr(self, "guards") else nullcontext()
 
     # starting and resuming
 

@@ -21,7 +21,7 @@ from megatron_sov.obs.incidents import is_incident
 from megatron_sov.obs.wall_time import Timekeeper, WallTime
 from megatron_sov.recipes.extension import PHASE
 from megatron_sov.runs.checkpoints import CHECKPOINTS_OF_A_RUN, latest, step_of
-from megatron_sov.runs.folder import COMPLETION, CONFIG, STAGES, RunFolder
+from megatron_sov.runs.folder import COMPLETION, CONFIG, ROUNDS, STAGES, RunFolder
 from megatron_sov.runs.lock import living_holder
 from megatron_sov.watch.jobs import SUBMITTED, explain, living_job, why_not_begun
 
@@ -88,14 +88,15 @@ class RunState:
 
 
 def find_runs(path: Path) -> list[Path]:
-    """Return the run folders that a path means: itself with the stages of an extension,
+    """Return the run folders that a path means: itself with the stages of an extension, or earlier rounds,
     or those in a folder of runs.
 
     Raises:
         UserError: there is none.
     """
     if _is_run(path):
-        found = [*sorted(p for p in (path / STAGES).glob("*") if _is_run(p)), path]
+        before = [*(path / STAGES).glob("*"), *(path / ROUNDS).glob("*/run")]
+        found = [*sorted(p for p in before if _is_run(p)), path]
     else:
         found = sorted({p for depth in range(1, MAX_DEPTH + 1) for name in (CONFIG, EVENTS, SUBMITTED)
                         for file in path.glob("/".join(["*"] * depth + [name]))

@@ -48,13 +48,26 @@ def test_a_model_learns_from_pairs_and_from_groups(packed_data: Any, run_command
     assert steps[0]["losses"]["preference"] == pytest.approx(0.693147, abs=1e-5)  # its own reference
     assert set(steps[1]["meters"]) == {"pairs_right", "margin", "chosen_logprob", "rejected_logprob"}
     assert [e["step"] for e in events if e["event"] == "heldout_pairs"] == [0, 2]
-    assert json.loads((tuned / "complete.json").read_text())["heldout_pairs"]["pairs"]["pairs"] > 0
+    ranked = json.loads((tuned / "complete.json").read_text())["heldout_pairs"]
+    assert ranked["pairs"]["pairs"] > 0
+
+    done = run_command("convert", "to-hf", str(tuned), str(tmp_path / "hf"), "--workers", "1")
+    assert done.returncode == 0, done.stderr
+    for target in (tuned, tmp_path / "hf"):
+        done = run_command("eval", "pairs", str(target), "--data", str(tmp_path / "pairs"), "--seq-len",
+                           "128", "--out", str(tmp_path / "judged.json"))
+        assert done.returncode == 0, done.stderr
+        assert json.loads((tmp_path / "judged.json").read_text()) == ranked
 
     done = run_command(*command("prefer", tmp_path / "groups", grouped, "--from", str(base), "--method",
                                 "grouper"))
     assert done.returncode == 0, done.stderr
     assert not (grouped / "reference").exists()
 
+    exports = ("--set", "train.export_every_checkpoints=1", "--set", 'evaluate.background.tasks=["ppl"]')
+    assert main(command("prefer", tmp_path / "pairs", tmp_path / "no", "--from", str(base), *exports)) == 2
+    assert "ppl cannot judge by source 'pairs', which holds data of format 'preference'; ask for pairs" in (
+        capsys.readouterr().err)
     refused = command("prefer", packed_data.chats, tmp_path / "no", "--from", str(base))
     assert main(refused) == 2 and "holds data of format 'chat'" in capsys.readouterr().err
     assert main([*refused, "--method", "grouper"]) == 2

@@ -45,7 +45,10 @@ def test_answers_to_one_prompt_stay_together() -> None:
                       rejected=(Message("assistant", "5"),))
              for c in ("4", "four")]
     asked = Document("", messages=prompt, awaits_response=True, extra='{"answer": 4}')
-    assert len({document_hash(d) for d in (*pairs, asked)}) == 1
+    of_a_group = [Document("", messages=(*prompt, Message("assistant", a)), num_prompt=1) for a in "45"]
+    assert len({document_hash(d) for d in (*pairs, asked, *of_a_group)}) == 1
+    alone = [Document("", messages=d.messages) for d in of_a_group]
+    assert len({document_hash(d) for d in (asked, *alone)}) == 3
 
 
 def split_of(rule: HeldoutRule, hash_: int) -> bool:

@@ -29,6 +29,8 @@ def read(path: Path) -> list[str]:
     ('{"messages": []}', "non-empty list"),
     ('{"messages": [{"role": "<|end|>", "content": "a"}]}', "must be one of system, user"),
     ('{"messages": [{"role": "user", "content": null}]}', "must be a string"),
+    ('{"messages": [{"role": "user", "content": "a"}], "num_prompt_messages": 1}', "at least 1, and not all"),
+    ('{"messages": [{"role": "user", "content": "a"}], "num_prompt_messages": true}', "has 'True' in"),
     (b'{"text": "\xb0\xa1"}', "is not UTF-8"),
 ])
 def test_a_bad_line_is_named_by_file_and_number(tmp_path: Path, line: str | bytes, rule: str) -> None:

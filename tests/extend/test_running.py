@@ -42,7 +42,8 @@ def test_the_first_stage_that_works_began_with_the_command_and_each_later_one_wi
 
     monkeypatch.setattr(running, "run_stage", run_stage)
     monkeypatch.setattr(running, "make_needles",
-                        lambda config, start: SimpleNamespace(data=(), sources=(), before=None, after=None))
+                        lambda config, start, formats: SimpleNamespace(
+                            data=(), sources=(), before=None, after=None))
     monkeypatch.setattr(running, "with_needles_in_blends", lambda config: config)
     monkeypatch.setattr(running, "find_checkpoint", lambda path: path / "checkpoints/step-4")
     monkeypatch.setattr(running, "time", SimpleNamespace(time=lambda: 4000.0 + 1000 * len(ran)))

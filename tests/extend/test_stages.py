@@ -100,6 +100,22 @@ def test_the_stages_of_a_recipe_are_its_own(short_run: Path, token_shards: Path,
     assert near.extend.gate.every_steps == 20
 
 
+def test_an_objective_of_ones_own_says_which_data_it_learns_from(short_run: Path, token_shards: Path,
+                                                                 tmp_path: Path, capsys) -> None:
+    (tmp_path / "mine.py").write_text("""
+class OfChatsAlone:
+    formats = ("chat",)
+    def __init__(self, context): ...
+    def collect(self, policy, step): ...
+    def prepare(self, batch): ...
+    def loss(self, hidden, head, batch): ...
+""")
+    own = ("--set", f"objective.name={tmp_path}/mine.py:OfChatsAlone")
+    for stages in ([{"name": "near", "seq_len": 96, "steps": 2}], []):
+        assert main(command(short_run, token_shards, tmp_path / "long", stages, *own)) == 2
+        assert "holds data of format 'text', this stage learns from chat; pass" in capsys.readouterr().err
+
+
 def test_yarn_stretches_what_the_weights_were_trained_on(short_run: Path, token_shards: Path,
                                                          tmp_path: Path) -> None:
     """Neither the short samples of a fine-tuning since, nor a longer phase that is still to come."""

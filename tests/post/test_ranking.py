@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_sov.config import DataConfig, PhaseConfig
+from megatron_sov.config import DataConfig, PhaseConfig, TrainConfig
 from megatron_sov.data.token_shards import Source
 
 SEQ_LEN = 4
@@ -32,7 +32,7 @@ class Pairs:
 def test_what_lies_behind_a_sample_counts_for_neither_side(monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_sov.post import ranking
 
-    def logprobs(view: Any, documents: Pairs, chosen: range) -> np.ndarray:
+    def logprobs(view: Any, documents: Pairs, chosen: range, seq_len: int, rows: int) -> np.ndarray:
         """Of each response -1 (better) or -2 a token, 0 where `document_logprobs` has no number."""
         numbers = []
         for document, mean in zip(chosen, (-1, -2, -2, -1, -1, -1, -1, -2, -1, -1), strict=True):
@@ -44,7 +44,8 @@ def test_what_lies_behind_a_sample_counts_for_neither_side(monkeypatch: pytest.M
     monkeypatch.setattr(ranking, "document_logprobs", logprobs)
     events: list[dict[str, Any]] = []
     view: Any = SimpleNamespace(
-        step=3, config=SimpleNamespace(data=DataConfig(phases=(PhaseConfig("main", seq_len=SEQ_LEN),))),
+        step=3, config=SimpleNamespace(data=DataConfig(phases=(PhaseConfig("main", seq_len=SEQ_LEN),)),
+                               train=TrainConfig()),
         events=SimpleNamespace(write=lambda name, **fields: events.append({"name": name, **fields})))
     source = Source("pairs", None, "preference", {}, {"train": 0, "heldout": 59}, 1.0)
     documents = Pairs()

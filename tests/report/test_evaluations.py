@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from megatron_sov.obs.events import EventLog
-from megatron_sov.report.evaluations import curves, needle_curves, read_evaluations
+from megatron_sov.report.evaluations import curves, needle_curves, pair_curves, read_evaluations
 from megatron_sov.report.run_data import read_run
 from megatron_sov.report.sections import sections
 
@@ -18,6 +18,7 @@ def write(run: Path) -> None:
         (run / f"evaluations/step-{step}.ppl.json").write_text(json.dumps(figures))
     cells = [{"kind": "single", "language": "korean", "correct": right, "samples": 4} for right in (4, 1)]
     (run / "evaluations/step-20.needle.json").write_text(json.dumps({"cells": cells}))
+    (run / "evaluations/step-20.pairs.json").write_text(json.dumps({"judged": {"pairs": 8, "right": 0.75}}))
     (run / "evaluations/step-100.needle.failed").write_text("no memory\n")
     (run / "evaluations/step-40.ppl.json").write_text("{torn")
     (run / "evaluations/.step-60.ppl.log").write_text("running")
@@ -27,13 +28,15 @@ def write(run: Path) -> None:
 def test_files_become_curves_by_step_and_failures_a_table(tmp_path: Path) -> None:
     write(tmp_path)
     found = read_evaluations(tmp_path)
-    assert [(b.step, b.task) for b in found] == [(20, "needle"), (20, "ppl"), (40, "ppl"), (100, "needle"),
-                                                 (100, "ppl")]
+    assert [(b.step, b.task) for b in found] == [(20, "needle"), (20, "pairs"), (20, "ppl"), (40, "ppl"),
+                                                 (100, "needle"), (100, "ppl")]
     (bits,), (right,) = curves(found, "bits_per_byte"), needle_curves(found)
     assert (bits.name, bits.steps.tolist(), bits.values.tolist()) == ("ko", [20, 100], [2.5, 1.5])
     assert (right.name, right.steps.tolist(), right.values.tolist()) == ("single, korean", [20], [62.5])
+    (ranked,) = pair_curves(found)
+    assert (ranked.name, ranked.steps.tolist(), ranked.values.tolist()) == ("judged", [20], [75.0])
     (section,) = sections(read_run(tmp_path))
-    assert section.title == "Evaluation beside training" and len(section.charts) == 2
+    assert section.title == "Evaluation beside training" and len(section.charts) == 3
     (table,) = section.tables
     assert ([row[:2] for row in table.rows] == [["40", "ppl"], ["100", "needle"]]
             and table.rows[1][2] == "no memory")

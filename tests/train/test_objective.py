@@ -51,6 +51,15 @@ def test_what_an_objective_remembers_is_json() -> None:
     assert parts_of(SimpleNamespace()) == {}
 
 
+@pytest.mark.parametrize(("state", "said"), [
+    ({"seen": {3: 1}}, r"state\(\)\['seen'\] has the key 3, which comes back as a string"),
+    ({"seen": [0, (1, 2)]}, r"state\(\)\['seen'\]\[1\] is a tuple, which comes back as a list")])
+def test_what_would_come_back_as_something_else_is_refused(state: object, said: str) -> None:
+    objective = SimpleNamespace(state=lambda: state, restore=lambda state: None)
+    with pytest.raises(UserError, match=f"what JSON changes \\({said}\\); return dicts with strings as keys"):
+        parts_of(objective)["objective"].state()
+
+
 def test_a_step_that_learns_nothing_is_refused() -> None:
     batch = GlobalBatch((), 64, 2, "main", 128, {"response": 0.0, "mtp": 0.0})
     with pytest.raises(UserError, match=r"step 3: none of its 128 tokens is learned .*response: 0, mtp: 0"):

@@ -40,6 +40,8 @@ def refusals(data: str, run: str) -> dict[str, Any]:
         def __init__(self, context: Any) -> None:
             super().__init__(context)
             self.context, self.collected = context, 0
+            with context.waiting():
+                context.write_event("made")
 
         def collect(self, policy: Any, step: int) -> Any:
             with self.context.waiting():

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_sov.artifacts import MANIFEST, atomic_write
 from megatron_sov.config import RunConfig
+from megatron_sov.config.evaluate import EvalTask
+from megatron_sov.data.token_shards import TEXTS, Source
 from megatron_sov.errors import UserError
 from megatron_sov.obs.warning import warn
 from megatron_sov.runs.background import BackgroundProcess
@@ -38,6 +40,8 @@ class EvalJob:
         return f"step-{self.step}.{self.task}"
 
 
+JUDGED: dict[EvalTask, tuple[str, ...]] = {"ppl": TEXTS, "needle": TEXTS, "pairs": ("preference",)}
+"""Task -> formats of data that it can judge by."""
 CommandOf = Callable[[EvalJob, Path, Path], list[str]]
 """(job, export's folder, file for the figures) -> a command that writes them, or submits a job that does."""
 
@@ -188,13 +192,31 @@ class Evaluations:
             warn(f"{self.folder}: {e}")
 
 
+def refuse_unjudged(config: RunConfig, sources: Sequence[Source]) -> None:
+    """Refuse a run with a task that cannot judge by the run's data, which would fail on every export.
+
+    Raises:
+        UserError: with the task, and the tasks that can.
+    """
+    for task in config.evaluate.background.tasks:
+        for source in sources:
+            if source.format not in JUDGED[task]:
+                able = [name for name, formats in JUDGED.items() if source.format in formats]
+                raise UserError(
+                    f"evaluate.background.tasks = {list(config.evaluate.background.tasks)}: {task} cannot "
+                    f"judge by source {source.name!r}, which holds data of format {source.format!r}; ask for "
+                    + (" or ".join(able) if able else "none, and judge the exports by other data"))
+
+
 def eval_command(config: RunConfig, job: EvalJob, export: Path, out: Path) -> list[str]:
     """Return the command that judges an export as the run's settings say, or submits a job that does."""
     argv = [job.task, str(export), "--out", str(out)] + [w for path in config.data.paths
                                                          for w in ("--data", path)]
     if job.task == "ppl":
-        argv += ["--seq-len", str(max(phase.seq_len for phase in config.data.phases))]
+        argv += ["--seq-len", str(config.data.max_seq_len())]
         argv += ["--max-tokens", str(config.data.heldout_tokens)] if config.data.heldout_tokens else []
+    elif job.task == "pairs":
+        argv += ["--seq-len", str(config.data.max_seq_len())]
     else:
         needle = config.needle
         several = {"--kinds": needle.kinds, "--languages": needle.languages,

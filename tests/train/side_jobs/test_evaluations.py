@@ -147,7 +147,7 @@ def test_jobs_bring_their_figures_when_they_do(run: Run, monkeypatch: pytest.Mon
 def test_commands_are_what_the_parsers_take(tmp_path: Path) -> None:
     config = settings(f"data.paths={json.dumps({str(tmp_path): 1.0})}", "data.heldout_tokens=512",
                       "needle.lengths_tokens=[64, 96]")
-    for judge in ("ppl", "needle"):
+    for judge in ("pairs", "ppl", "needle"):
         _, *program, first = (argv := eval_command(config, EvalJob(10, judge), tmp_path / "export",
                                                    tmp_path / "out.json"))[:4]
         assert program == ["-m", "megatron_sov"] and first == "eval"

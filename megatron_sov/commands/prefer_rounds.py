@@ -1,0 +1,222 @@
+"""`megatron-sov prefer ... --rounds N`: answer, judge, learn from it, and again.
+
+A round is five commands that a user could give one by one, with a file between each two: so a round that is
+killed goes on at the first command whose result is not there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megatron_sov.artifacts import MANIFEST, atomic_write, disk_errors, read_manifest, to_json
+from megatron_sov.config import RunConfig
+from megatron_sov.digests import file_digest
+from megatron_sov.errors import ExitCode, UserError
+from megatron_sov.generate.prompts import read_prompts
+from megatron_sov.generate.request import Sampling
+from megatron_sov.rewards.registry import make, order
+from megatron_sov.rewards.settings import parse_settings
+from megatron_sov.runs.folder import COMPLETION, ROUNDS
+from megatron_sov.runs.launch_environment import num_ranks, under_launcher
+from megatron_sov.runs.parent_death import FORWARDED, die_with_parent
+from megatron_sov.train.stage_config import stage_request
+
+ASKED = "rounds.json"
+"""What the rounds of a run were asked for; those that go on are asked for the same."""
+NEEDED = ("prompts", "reward", "tokenizer")
+
+
+def add_round_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what rounds need."""
+    parser.add_argument("--rounds", type=int, metavar="N",
+                        help="N times: answer --prompts, judge by --reward, learn from it (--data is then "
+                             "what is learned beside, and not needed)")
+    parser.add_argument("--prompts", type=Path, metavar="FILE.jsonl",
+                        help='--rounds: lines with "prompt" and what the reward needs')
+    parser.add_argument("--reward", metavar="NAME", help="--rounds: as of `megatron-sov score`")
+    parser.add_argument("--reward-set", action="append", default=[], metavar="key=value",
+                        help="--rounds: a setting of the reward; may be repeated")
+    parser.add_argument("--tokenizer", type=Path, metavar="DIR",
+                        help="--rounds: the tokenizer that the model was trained with, for `sov-data pack`")
+    parser.add_argument("--samples", type=int, default=8, metavar="N",
+                        help="--rounds: answers to each prompt (default %(default)s)")
+    parser.add_argument("--temperature", type=float, default=1.0, metavar="T",
+                        help="--rounds: of these samples (default %(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N",
+                        help="--rounds: longest answer (default %(default)s)")
+
+
+def refuse_without_rounds(args: argparse.Namespace) -> None:
+    """Raise `UserError` where something is asked of rounds, and there are none."""
+    for name in NEEDED:
+        if getattr(args, name) is not None:
+            raise UserError(f"--{name} {getattr(args, name)}: is for --rounds N; add it, or leave this out")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One command of a round."""
+
+    result: Path
+    """The file that is there when it is done."""
+    argv: list[str]
+    """What follows `python -m`."""
+
+
+def run_rounds(args: argparse.Namespace) -> int:
+    """Do what is not done yet of all rounds; returns 0, or the exit code of a command that did not end well.
+
+    Raises:
+        UserError: a mistake in the arguments, or the folder holds rounds that were asked for otherwise.
+    """
+    if under_launcher():
+        raise UserError(f"--rounds {args.rounds}: starts processes of its own; under torchrun or Slurm give "
+                        "the commands of a round one by one, as docs/prefer.md shows them")
+    config = _checked(args)
+    _enter(args)
+    for number in range(1, args.rounds + 1):
+        for job in jobs_of(args, config, number):
+            if job.result.is_file():
+                continue
+            print(f"round {number} of {args.rounds}: {job.argv[1]}", file=sys.stderr, flush=True)
+            if (code := run_job(job.argv)) != ExitCode.OK:
+                return code
+    print(f"{args.run}: has done its {args.rounds} rounds")
+    return ExitCode.OK
+
+
+def jobs_of(args: argparse.Namespace, config: RunConfig, number: int) -> Iterator[Job]:
+    """Yield the commands of a round, from 1, in order."""
+    folder, start = folder_of(args.run, number), _run_of(args, number - 1)
+    responses, scored, judged, packed = (folder / name for name in (
+        "responses.jsonl", "scored.jsonl", "judged", "packed"))
+    layout = [word for name, value in config.to_dict()["parallel"].items()
+              for word in ("--set", f"parallel.{name}={json.dumps(value)}")]
+    layout += [word for plugin in args.plugins for word in ("--plugin", str(plugin))]
+    ranks = [] if args.nproc is None else ["--nproc", str(args.nproc)]
+    yield Job(responses, ["megatron_sov", "generate", str(start), "--prompts", str(args.prompts), "--chat",
+                          "--samples", str(args.samples), "--temperature", str(args.temperature),
+                          "--max-new-tokens", str(args.max_new_tokens),
+                          "--seed", str(config.train.seed + number), "--engine", "megatron", *ranks, *layout,
+                          "--set", f"train.precision={config.train.precision}", "--output", str(responses)])
+    yield Job(scored, ["megatron_sov", "score", "--reward", args.reward, "--input", str(responses),
+                       *(word for setting in args.reward_set for word in ("--set", setting)),
+                       "--output", str(scored)])
+    step, columns = (("groups", ["--column", "advantage", "--column", "group_share"])
+                     if config.preference.method == "grouper" else ("pairs", []))
+    yield Job(judged / MANIFEST, ["data_prep.cli", step, "--input", str(scored), "--output", str(judged)])
+    yield Job(packed / MANIFEST, ["data_prep.cli", "pack", "--tokenizer", str(args.tokenizer), "--format",
+                                  "chat" if columns else "preference", *columns, "--input",
+                                  f"round-{number}={judged / f'{step}.jsonl'}", "--output", str(packed)])
+    run = _run_of(args, number)
+    yield Job(run / COMPLETION, ["megatron_sov", "prefer", *_training_words(args), *ranks, "--data",
+                                 str(packed), "--from", str(start), "--run", str(run), "--resume"])
+
+
+def folder_of(run: Path, number: int) -> Path:
+    """Return the folder of a round's files."""
+    return run / ROUNDS / f"{number:02d}"
+
+
+def run_job(argv: list[str]) -> int:
+    """Run a command to its end, which a signal to this process asks for, too; returns its exit code."""
+    process = subprocess.Popen([sys.executable, "-m", *argv],
+                               preexec_fn=partial(die_with_parent, os.getpid()))
+    asked_to_stop = False
+
+    def forward(number: int, frame: Any) -> None:
+        nonlocal asked_to_stop
+        asked_to_stop = True
+        if number != signal.SIGINT:  # which a terminal sends to both
+            process.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in FORWARDED}
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if asked_to_stop:
+        print("stopped; continue with --resume", file=sys.stderr, flush=True)
+        return ExitCode.STOPPED
+    return code if code >= 0 else 128 - code
+
+
+def _run_of(args: argparse.Namespace, number: int) -> Path:
+    """Return the run of a round, which is --run for the last one; of round 0 what the first starts from."""
+    if number == 0:
+        return Path(args.start_from)
+    return Path(args.run) if number == args.rounds else folder_of(args.run, number) / "run"
+
+
+def _training_words(args: argparse.Namespace) -> list[str]:
+    """Return the arguments of the training command that are the same in every round."""
+    words = [args.recipe] if args.recipe is not None else ["--config", str(args.config)]
+    given = {"--plugin": args.plugins, "--set": args.settings, "--data": args.data, "--inject": args.inject,
+             "--reference": [] if args.reference is None else [args.reference]}
+    words += [word for option, values in given.items() for value in values for word in (option, str(value))]
+    return [*words, *(["--deterministic"] if args.deterministic else [])]
+
+
+def _checked(args: argparse.Namespace) -> RunConfig:
+    """Return the settings of the rounds' runs, after everything that can be checked before the first one."""
+    if args.rounds < 1:
+        raise UserError(f"--rounds {args.rounds}: must be at least 1")
+    for name in NEEDED:
+        if getattr(args, name) is None:
+            raise UserError(f"--rounds {args.rounds}: needs --{name}; add it")
+    if args.samples < 2:
+        raise UserError(f"--samples {args.samples}: must be at least 2, or there is nothing to compare")
+    if not args.temperature > 0:
+        raise UserError(f"--temperature {args.temperature}: must be greater than 0, or all answers are "
+                        "the same")
+    Sampling(args.max_new_tokens, args.temperature).check()
+    read_prompts([], args.prompts)
+    make(order(args.reward, parse_settings(args.reward_set)))
+    read_manifest(args.tokenizer, "tokenizer")
+    # which stands for the data that are still to be made: they are asked for, and not read yet
+    with_data = argparse.Namespace(**vars(args) | {"data": [*args.data, str(args.tokenizer)]})
+    asked = stage_request(with_data, "preference")
+    config = asked.config()
+    config.check(num_ranks(args.nproc))
+    return config
+
+
+def _enter(args: argparse.Namespace) -> None:
+    """Take note of what the rounds are asked for, or check that it is what they were begun with."""
+    file = args.run / ROUNDS / ASKED
+    asked = {"rounds": args.rounds, "from": str(args.start_from), "prompts": file_digest(args.prompts),
+             "reward": args.reward, "reward_set": args.reward_set, "samples": args.samples,
+             "reward_version": make(order(args.reward, parse_settings(args.reward_set))).version,
+             "temperature": args.temperature, "max_new_tokens": args.max_new_tokens,
+             "reference": None if args.reference is None else str(args.reference)}
+    if file.is_file():
+        if not args.resume:
+            raise UserError(f"{args.run}: already holds rounds; pass --resume to continue them, or choose "
+                            "another --run")
+        try:
+            begun = dict(json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as e:
+            raise UserError(f"{file}: is damaged ({e}); restore it, or choose another --run") from None
+        changed = [f"{name} = {begun.get(name)}, now it is {value}" for name, value in asked.items()
+                   if begun.get(name) != value]
+        if changed:
+            raise UserError(f"{args.run}: its rounds were begun with {'; '.join(changed)}; resume with the "
+                            "same, or choose another --run")
+        return
+    if args.run.is_dir() and any(args.run.iterdir()):
+        raise UserError(f"{args.run}: is not empty and holds no rounds; choose another --run")
+    with disk_errors(args.run):
+        for number in range(1, args.rounds + 1):
+            folder_of(args.run, number).mkdir(parents=True, exist_ok=True)
+    atomic_write(file, to_json(asked))
