@@ -4,7 +4,8 @@ arXiv 2402.09353)."""
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from megatron_sov.config.gpu import GpuConfig
 from megatron_sov.config.layout import ParallelConfig
@@ -49,6 +50,13 @@ class LoraConfig:
         every = {*ATTENTION, *(FEED_FORWARD if _has_feed_forward(model) else ()),
                  *((EXPERTS,) if model.num_moe_layers() else ())}
         return frozenset(self.targets) - {ALL_LINEAR} | (every if ALL_LINEAR in self.targets else set())
+
+    def identity(self, model: ModelConfig) -> dict[str, Any]:
+        """Return what makes an adapter of a model another one than that of other settings, by the setting's
+        name: what is adapted in the place of how that is spelled; without adapters `rank` alone."""
+        if not self.on:
+            return {"rank": 0}
+        return asdict(self) | {"targets": sorted(self.adapted(model))}
 
     def problems(self, model: ModelConfig, parallel: ParallelConfig, train: TrainConfig, optim: OptimConfig,
                  gpu: GpuConfig) -> list[str]:

@@ -34,6 +34,7 @@ from megatron_sov.runs.checkpoints import (
     adapter_base,
     damage,
     instead_of,
+    keep_as_base,
     refuse_missing,
     settings_of,
 )
@@ -106,6 +107,7 @@ def from_peft(peft_dir: str | Path, out: str | Path, base: str | Path, *, overwr
     lora = lora_of(read_json(peft_dir / CONFIG), list(weights.entries), model, peft_dir)
     modules = adapted_modules(model, lora)
     settings = settings_of(base)
+    keep_as_base(base.resolve())
     with new_artifact(out, KIND, overwrite=overwrite) as artifact:
         writer = TensorWriter(artifact.path, ADAPTER)
         for of in modules:
