@@ -240,6 +240,33 @@ def test_the_same_adapter_at_every_layout(recipe: str, layouts: list[dict[str, A
 
 
 @pytest.mark.distributed
+def test_the_same_adapter_under_zero1_an_interleaved_pipeline_and_recomputation(ranks: Any, job: Any) -> None:
+    def asked(layout: dict[str, Any], *settings: str) -> dict[str, Any]:
+        return {"recipe": "tiny-solar-open", "layout": layout, "settings": [
+            "model.num_layers=4", 'lora.targets=["all-linear", "lm_head"]', *settings]}
+
+    zero1 = {"zero1": True, "overlap_grad_reduce": True}
+    recompute, bf16 = "train.recompute=true", "train.precision=bf16"
+    (one,), (sharded, _), (interleaved, _), (rounded,), (rounded_and_sharded, _) = ranks(
+        job(__file__, "trained", 1, asked({}, "train.recompute=false")),
+        job(__file__, "trained", 2, asked({**zero1, **EP2}, recompute)),
+        job(__file__, "trained", 2, asked({**PP2, "vpp": 2, "zero1": True}, recompute)),
+        job(__file__, "trained", 1, asked({}, bf16)),
+        job(__file__, "trained", 2, asked({**zero1, **EP2}, recompute, bf16)))
+    for name, found in (("zero1", sharded), ("interleaved", interleaved)):
+        assert not found["changed"], name
+        assert found["norms"] == pytest.approx(one["norms"], rel=1e-11), name
+        assert difference(found["adapter"], one["adapter"]) < 1e-12, name
+    assert sharded["state"] < 0.7 * one["state"], "dense adapters' state is cut in two, experts' was"
+    assert not rounded["changed"] and not rounded_and_sharded["changed"]
+    for found in (rounded, rounded_and_sharded):
+        assert found["norms"] == pytest.approx(one["norms"], rel=0.1)
+        b = [np.array(values[key]).ravel() for values in (found["adapter"], one["adapter"])
+             for key in ["adapter.model.layers.3.self_attn.o_proj.lora_B"]]
+        assert b[0] @ b[1] > 0.99 * np.linalg.norm(b[0]) * np.linalg.norm(b[1])
+
+
+@pytest.mark.distributed
 @pytest.mark.parametrize(("recipe", "layout", "nproc", "settings"), [
     ("tiny-k-exaone", {**TP2, **EP2}, 2, ['lora.targets=["all-linear"]']),
     ("tiny-qwen2", {}, 1, ["lora.dora=true"]),
