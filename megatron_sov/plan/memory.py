@@ -43,7 +43,8 @@ class Account:
     one_layer: int
     """The inside of the layer that is being recomputed, and the gradients of as much again."""
     head: int
-    """Logits of one chunk, and the head's gradients that a loss leaves in its forward pass."""
+    """Logits of one chunk, the head's gradients that a loss leaves in its forward pass, and the head with its
+    adapter inside."""
     quantized_weights: int = 0
     """What Transformer Engine keeps of weights in 8 or 4 bits beside `weights`, under `train.fp8`."""
 
@@ -111,9 +112,11 @@ def _head_bytes(config: RunConfig, local_tokens: int) -> int:
     # and are summed in float32
     logit_bytes = item if item >= LOGIT_BYTES else LOGIT_BYTES + item
     chunk = min(config.train.head_chunk_tokens, local_tokens) * logit_bytes
-    frozen = config.lora.on and HEAD not in config.lora.adapted(m)
-    gradients = 0 if frozen else (1 + m.num_mtp_layers) * m.hidden_size * max(item, LOGIT_BYTES)
-    return m.vocab_size // config.parallel.tp * (chunk + gradients)
+    adapted = HEAD in config.lora.adapted(m)
+    gradients = (0 if config.lora.on and not adapted
+                 else (1 + m.num_mtp_layers) * m.hidden_size * max(item, LOGIT_BYTES))
+    copy = m.hidden_size * item if adapted else 0  # the head with its adapter inside
+    return m.vocab_size // config.parallel.tp * (chunk + gradients + copy)
 
 
 def layer_bytes(config: RunConfig, row_tokens: int) -> int:

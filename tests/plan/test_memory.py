@@ -77,6 +77,46 @@ def saved_bytes_of_a_layer(changes: list[str]) -> list[int]:
     return [kept[1] - kept[0], 4 * activations.kept(config, tokens)]
 
 
+def bytes_of_an_adapted_head() -> list[int]:
+    """Return [bytes that are allocated for the head with its adapter inside, the account of it]."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from megatron_sov.mcore.model.language_model import build
+    from megatron_sov.mcore.parallel import world
+
+    class Allocated(TorchDispatchMode):
+        """Keeps the size of every operation's result in memory of its own."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.sizes: dict[int, int] = {}
+
+        def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = operation(*args, **(kwargs or {}))
+            storage = result.untyped_storage()
+            if not any(isinstance(a, torch.Tensor) and a.untyped_storage().data_ptr() == storage.data_ptr()
+                       for a in args):
+                self.sizes[storage.data_ptr()] = storage.nbytes()
+            return result
+
+    config = config_of("tiny-qwen3", lora__rank=4, lora__targets='["lm_head"]', train__precision="bf16")
+    world.join(ParallelConfig())
+    model = build(config.model, config.parallel, config.train, config.gpu, config.lora)
+    with Allocated() as allocated:
+        head = model.head_weight
+    assert head.requires_grad
+    world.leave()
+    params = StageParams(10**6, 0, 2)
+    said = [account(c, params, 1, 0, 64).head for c in (config, apply_settings(config, ["lora.rank=0"]))]
+    return [sum(allocated.sizes.values()), said[0] - said[1]]
+
+
+def test_a_head_with_an_adapter_inside_is_there_once_more(ranks: Any, job: Any) -> None:
+    (((measured, said),),) = ranks(job(__file__, "bytes_of_an_adapted_head", 1, {}))
+    assert measured == said > 0
+
+
 def test_stages_hold_the_model_and_a_layer_what_the_account_says(ranks: Any, job: Any) -> None:
     here = __file__
     solar = {"recipe": "solar-open-102b", "layout": {"tp": 1, "pp": 2, "ep": 64}, "num_ranks": 128}

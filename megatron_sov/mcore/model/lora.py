@@ -251,7 +251,7 @@ class LinearAdapter(torch.nn.Module):
         process."""
         (factors,) = self.factors
         a, b = factors.used()
-        return weight + self.scale * (b @ a)
+        return torch.addmm(weight, b, a, alpha=self.scale)  # one matrix of that size, and not three
 
 
 def is_column(of: Adapted) -> bool:
