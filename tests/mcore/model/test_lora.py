@@ -170,8 +170,8 @@ def full_gradients(recipe: str, settings: list[str]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("recipe", "settings", "names"), [
-    ("tiny-qwen3", ['lora.targets=["all-linear"]'],
-     ["model.layers.1.mlp.gate_proj", "model.layers.0.self_attn.k_proj"]),
+    ("tiny-qwen3", ['lora.targets=["all-linear", "embed_tokens"]'],
+     ["model.embed_tokens", "model.layers.1.mlp.gate_proj", "model.layers.0.self_attn.k_proj"]),
     ("tiny-k-exaone", ['lora.targets=["all-linear", "lm_head"]'],
      ["lm_head", "model.layers.0.mlp.down_proj", "model.layers.1.mlp.experts.gate_up_proj",
       "model.layers.1.mlp.shared_experts.up_proj", "model.layers.1.mlp.experts.down_proj"]),
@@ -219,7 +219,7 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> float:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("recipe", "layouts", "settings"), [
-    ("tiny-qwen3", [TP2, {"tp": 2}, PP2, {"cp": 2}], ['lora.targets=["all-linear"]']),
+    ("tiny-qwen3", [TP2, {"tp": 2}, PP2, {"cp": 2}], ['lora.targets=["all-linear", "embed_tokens"]']),
     ("tiny-qwen3", [TP2, {"tp": 2}], ["lora.dora=true"]),
     ("tiny-solar-open", [TP2, EP2, ETP2], ['lora.targets=["all-linear", "lm_head"]']),
     ("tiny-k-exaone", [TP2, EP2, PP2], ['lora.targets=["q_proj", "v_proj", "up_proj", "experts"]']),
