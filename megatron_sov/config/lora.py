@@ -79,9 +79,9 @@ class LoraConfig:
             p.append("lora.rank > 0 cannot be with gpu.shared_expert_overlap = on, which computes shared "
                      "experts in pieces; set it to off")
         if EMBEDDING in self.adapted(model) and parallel.pp > 1 and model.num_mtp_layers:
-            p.append("lora.targets names embed_tokens, with which the first pipeline stage embeds and, for the "
-                     f"prediction layer, the last (parallel.pp = {parallel.pp}); set parallel.pp=1 or leave it "
-                     "out")
+            p.append("lora.targets names embed_tokens, with which the first pipeline stage embeds and, for "
+                     f"the prediction layer, the last (parallel.pp = {parallel.pp}); set parallel.pp=1 or "
+                     "leave it out")
         if EXPERTS in self.adapted(model) and "expert_fc1" in gpu.offload_modules:
             # parts below the library's `min_offloaded_tensor_size` stay, and the whole's memory is freed
             p.append("lora.targets adapts experts, each of which keeps its own part of the tokens, and "

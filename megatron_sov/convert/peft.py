@@ -139,8 +139,8 @@ def _refuse_trained(weights: TensorFile, frozen: dict[str, str], base: Checkpoin
         found = weights.read(theirs)
         if ours not in base.names() or not found.equal(base.read(ours).to(found.dtype)):
             raise UserError(f"{weights.path}: {theirs} is not the base's {ours}, so it was trained beside "
-                            "the adapter or is of another model; merge the adapter with PEFT, and convert the "
-                            "merged model")
+                            "the adapter or is of another model; merge it with PEFT, and convert the merged "
+                            "model")
 
 
 def _read(weights: TensorFile, of: Adapted, tensor: str, shape: tuple[int, ...]) -> torch.Tensor:
