@@ -16,6 +16,7 @@ KEPT = frozenset((
     "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "TRANSFORMERS_CACHE"))
 """Names of variables."""
 KEPT_BEGINNINGS = ("LC_", "PYTHON", "XDG_", "OMP_", "MKL_", "OPENBLAS_", "KMP_", "CUDA_VISIBLE_", "CUBLAS_",
+                   "TORCH_", "TRITON_",
                    "COVERAGE_", "COV_CORE_")
 """Beginnings of names."""
 
