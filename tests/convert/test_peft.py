@@ -142,6 +142,12 @@ def test_what_we_have_no_like_of_is_refused(config: dict[str, Any], names: list[
     assert said in str(refused.value) and str(refused.value).startswith("here: ")
 
 
+def test_an_adapter_of_one_side_of_a_tied_weight_is_refused_by_its_reason() -> None:
+    names = ["base_model.model.model.embed_tokens.lora_embedding_A"]
+    with pytest.raises(UserError, match=r"here: .*embed_tokens.* adapts one side of a weight that is embedding"):
+        lora_of(GOOD, names, get("tiny-qwen2").model, "here")
+
+
 def test_rank_stabilised_scaling_becomes_alpha() -> None:
     model = get("tiny-qwen3").model
     names = [name for name in NAMES if int(name.split(".")[4]) < model.num_layers]
