@@ -154,8 +154,8 @@ def _targets(names: set[str], model: ModelConfig, dora: bool, where: object) -> 
     one_weight = [name for name in unknown if model.tied_embeddings and (HEAD in name or EMBEDDING in name)]
     if one_weight:
         raise UserError(f"{where}: {one_weight[0]} adapts one side of a weight that is embedding and head "
-                        "(model.tied_embeddings), so that no merged model could hold it; train an adapter without "
-                        "it")
+                        "(model.tied_embeddings), so that no merged model could hold it; train an adapter "
+                        "without it")
     if unknown:
         raise UserError(f"{where}: {unknown[0]} ({len(unknown)} such tensors) adapts nothing that can be "
                         f"adapted here ({', '.join(TARGETS[1:])})")
