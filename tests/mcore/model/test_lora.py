@@ -247,23 +247,20 @@ def test_the_same_adapter_under_zero1_an_interleaved_pipeline_and_recomputation(
 
     zero1 = {"zero1": True, "overlap_grad_reduce": True}
     recompute, bf16 = "train.recompute=true", "train.precision=bf16"
-    (one,), (sharded, _), (interleaved, _), (rounded,), (rounded_and_sharded, _) = ranks(
+    (one,), (sharded, _), (interleaved, _), (rounded, _) = ranks(
         job(__file__, "trained", 1, asked({}, "train.recompute=false")),
         job(__file__, "trained", 2, asked({**zero1, **EP2}, recompute)),
         job(__file__, "trained", 2, asked({**PP2, "vpp": 2, "zero1": True}, recompute)),
-        job(__file__, "trained", 1, asked({}, bf16)),
         job(__file__, "trained", 2, asked({**zero1, **EP2}, recompute, bf16)))
     for name, found in (("zero1", sharded), ("interleaved", interleaved)):
         assert not found["changed"], name
         assert found["norms"] == pytest.approx(one["norms"], rel=1e-11), name
         assert difference(found["adapter"], one["adapter"]) < 1e-12, name
     assert sharded["state"] < 0.7 * one["state"], "dense adapters' state is cut in two, experts' was"
-    assert not rounded["changed"] and not rounded_and_sharded["changed"]
-    for found in (rounded, rounded_and_sharded):
-        assert found["norms"] == pytest.approx(one["norms"], rel=0.1)
-        b = [np.array(values[key]).ravel() for values in (found["adapter"], one["adapter"])
-             for key in ["adapter.model.layers.3.self_attn.o_proj.lora_B"]]
-        assert b[0] @ b[1] > 0.99 * np.linalg.norm(b[0]) * np.linalg.norm(b[1])
+    assert not rounded["changed"] and rounded["norms"] == pytest.approx(one["norms"], rel=0.1)
+    ours, exact = (np.array(found["adapter"]["adapter.model.layers.3.self_attn.o_proj.lora_B"]).ravel()
+                   for found in (rounded, one))
+    assert ours @ exact > 0.99 * np.linalg.norm(ours) * np.linalg.norm(exact)
 
 
 @pytest.mark.distributed
