@@ -25,6 +25,9 @@ MOMENT = {"fp32": 4, "bf16": 2}
 """Bytes of each of AdamW's two moments under bf16, by `gpu.moment_dtype`; Muon keeps one, in float32."""
 LOGIT_BYTES = 4
 """A softmax is computed in float32, or in the model's dtype where that is wider."""
+DISTILL, DIVERGENCE_BUFFERS = "distill", 6
+"""The objective that compares two distributions over the vocabulary, and how many times a chunk of logits is
+there at most meanwhile: the log-probabilities and probabilities of both, their mixture, and a difference."""
 GRADIENT_BYTES = {"fp32": 4, "bf16": 2}
 """Gradients are summed in `gpu.grad_dtype`."""
 FP32_GRADIENT = 4
@@ -111,6 +114,8 @@ def _head_bytes(config: RunConfig, local_tokens: int) -> int:
     # float32 logits become the softmax and then their gradient in place; products take bf16, which is a copy,
     # and are summed in float32
     logit_bytes = item if item >= LOGIT_BYTES else LOGIT_BYTES + item
+    if config.objective.name == DISTILL:
+        logit_bytes += (DIVERGENCE_BUFFERS - 1) * max(item, LOGIT_BYTES)
     chunk = min(config.train.head_chunk_tokens, local_tokens) * logit_bytes
     adapted = HEAD in config.lora.adapted(m)
     gradients = (0 if config.lora.on and not adapted
