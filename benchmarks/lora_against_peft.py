@@ -39,28 +39,33 @@ MIB = 2**20
 class Way:
     """A model that learns."""
 
-    def __init__(self, step: Callable[[], float], loss: Callable[[], Any],
-                 trained: Callable[[], Iterable[Any]], state: Callable[[], Iterable[Any]]) -> None:
+    def __init__(self, step: Callable[[], float], loss: Callable[[], Any], weights: Iterable[Any],
+                 state: Callable[[], Iterable[Any]]) -> None:
         """Take a way.
 
         Args:
             step: does a step; returns its loss.
             loss: runs forward and returns what can be differentiated.
-            trained: returns what has gradients.
+            weights: of the model, frozen ones too.
             state: returns the optimizer's tensors.
         """
-        self.step, self.loss, self.trained, self.state = step, loss, trained, state
+        self.step, self.loss, self.weights, self.state = step, loss, list(weights), state
+
+    def trained(self) -> list[Any]:
+        """Return what has gradients."""
+        return [weight for weight in self.weights if weight.requires_grad]
 
     def saved_bytes(self) -> int:
         """Return what autograd keeps of a micro-batch."""
         import torch
 
+        weights = {weight.untyped_storage().data_ptr() for weight in self.weights}
         storages: dict[int, int] = {}
 
         def keep(tensor: Any) -> Any:
-            if not isinstance(tensor, torch.nn.Parameter) and not (tensor._is_view() and isinstance(
-                    tensor._base, torch.nn.Parameter)):
-                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                storages[storage.data_ptr()] = storage.nbytes()
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -75,6 +80,7 @@ def ours(base: Path, config: RunConfig, tokens: Any) -> tuple[Way, Any, Any]:
     from megatron_sov.mcore.checkpoint import load
     from megatron_sov.mcore.decode.forward_only import Inputs
     from megatron_sov.mcore.model import init, pipeline
+    from megatron_sov.mcore.model.expert_load import ExpertLoad
     from megatron_sov.mcore.model.language_model import build
     from megatron_sov.mcore.model.logprobs import head_of
     from megatron_sov.mcore.optimizer.optimizer import Optimizer
@@ -84,6 +90,7 @@ def ours(base: Path, config: RunConfig, tokens: Any) -> tuple[Way, Any, Any]:
     init.initialise(model, config.model, 1)
     load.load_model(base, model)
     optimizer = Optimizer(model, config.optim)
+    model.config.finalize_model_grads_func = ExpertLoad(model).finalize
     batch = type("Batch", (), {"inputs": Inputs([tokens[:-1].tolist()], local_device()).inputs})
 
     def loss(hidden: Any, _: Any) -> tuple[Any, Any]:
@@ -98,9 +105,9 @@ def ours(base: Path, config: RunConfig, tokens: Any) -> tuple[Way, Any, Any]:
         optimizer.step(config.optim.lr)
         return float(found)
 
-    return Way(step, lambda: loss(model.chunks[0](batch.inputs), batch)[0],
-               lambda: (p for p in model.parameters() if p.requires_grad),
-               lambda: (shard.data for shard in optimizer.state_shards())), model, optimizer
+    way = Way(step, lambda: loss(model.chunks[0](batch.inputs), batch)[0], model.parameters(),
+              lambda: (shard.data for shard in optimizer.state_shards()))
+    return way, model, optimizer
 
 
 def theirs(model: Any, config: RunConfig, tokens: Any) -> Way:
@@ -123,7 +130,7 @@ def theirs(model: Any, config: RunConfig, tokens: Any) -> Way:
         adam.step()
         return float(found.detach())
 
-    return Way(step, loss, lambda: trained,
+    return Way(step, loss, model.parameters(),
                lambda: (v for state in adam.state.values() for v in state.values() if v.dim()))
 
 

@@ -76,11 +76,13 @@ def built(precision: str) -> Any:
 def measure_speed(held: Documents, turns: int) -> None:
     """Print a line for each way."""
     from megatron_sov.mcore.model import pipeline
+    from megatron_sov.mcore.model.expert_load import ExpertLoad
     from megatron_sov.mcore.model.logprobs import head_of
     from megatron_sov.mcore.optimizer.optimizer import Optimizer
 
     model = built("fp32")
     optimizer = Optimizer(model, recipes.get(RECIPE).optim)
+    model.config.finalize_model_grads_func = ExpertLoad(model).finalize
     batches = [held[i:i + BATCH] for i in range(0, len(held), BATCH)]
     ways = {"packed": [micro_batch([held[i] for i in row], min_tokens=SEQ_LEN) for row in rows_of(held)],
             "batch": [micro_batch(batch, max(map(len, batch))) for batch in batches],
