@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from megatron_sov.documents.visible import visible
-from megatron_sov.errors import UserError
+from megatron_sov.errors import ExitCode, GateFailed, UserError
 from megatron_sov.obs.work_bar import work_bar
 from megatron_sov.outputs import check_output
 from megatron_sov.rewards.registry import BUILT_IN, make, order
@@ -37,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         UserError: no such reward or setting, bad rows, or nothing can be written there.
+        GateFailed: all is written, and not one row has a reward.
     """
     if args.workers < 1:
         raise UserError(f"--workers {args.workers}: must be at least 1")
@@ -49,7 +50,10 @@ def run(args: argparse.Namespace) -> int:
     with work_bar("score", num_rows, "row") as bar:
         summary = score_file(asked, made, args.input, args.output, args.workers, bar.update)
     tell(summary, args.reward, made.version, args.output)
-    return 0
+    if summary.without_any:
+        raise GateFailed(f"{args.output}: not one of its {num_rows:,} rows has a reward; see why "
+                         "in their `reason`")
+    return ExitCode.OK
 
 
 def tell(summary: Summary, name: str, version: str, output: Path) -> None:

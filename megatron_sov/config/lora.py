@@ -4,7 +4,8 @@ arXiv 2402.09353)."""
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from megatron_sov.config.gpu import GpuConfig
 from megatron_sov.config.layout import ParallelConfig
@@ -12,10 +13,10 @@ from megatron_sov.config.model import STRICT, ModelConfig
 from megatron_sov.config.optim import OptimConfig
 from megatron_sov.config.train import TrainConfig
 
-ALL_LINEAR, EXPERTS, HEAD = "all-linear", "experts", "lm_head"
+ALL_LINEAR, EXPERTS, HEAD, EMBEDDING = "all-linear", "experts", "lm_head", "embed_tokens"
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
-TARGETS = (ALL_LINEAR, *ATTENTION, *FEED_FORWARD, EXPERTS, HEAD)
+TARGETS = (ALL_LINEAR, *ATTENTION, *FEED_FORWARD, EXPERTS, HEAD, EMBEDDING)
 """What `lora.targets` may name: modules as transformers calls them, and groups of them."""
 
 
@@ -31,11 +32,11 @@ class LoraConfig:
     """The update is scaled by alpha / rank."""
     targets: tuple[str, ...] = (ALL_LINEAR,)
     """What is adapted: q_proj, k_proj, v_proj, o_proj; gate_proj, up_proj, down_proj (of dense layers and
-    shared experts); experts (all routed ones, each with matrices of its own); lm_head; all-linear: all of
-    these that the model has, but lm_head."""
+    shared experts); experts (all routed ones, each with matrices of its own); lm_head; embed_tokens;
+    all-linear: all of these that the model has, but lm_head and embed_tokens."""
     dora: bool = False
-    """Also train the length of each row of the adapted matrices (DoRA), of routed experts and lm_head
-    excepted."""
+    """Also train the length of each row of the adapted matrices (DoRA), of routed experts, lm_head and
+    embed_tokens excepted."""
 
     @property
     def on(self) -> bool:
@@ -49,6 +50,13 @@ class LoraConfig:
         every = {*ATTENTION, *(FEED_FORWARD if _has_feed_forward(model) else ()),
                  *((EXPERTS,) if model.num_moe_layers() else ())}
         return frozenset(self.targets) - {ALL_LINEAR} | (every if ALL_LINEAR in self.targets else set())
+
+    def identity(self, model: ModelConfig) -> dict[str, Any]:
+        """Return what makes an adapter of a model another one than that of other settings, by the setting's
+        name: what is adapted in the place of how that is spelled; without adapters `rank` alone."""
+        if not self.on:
+            return {"rank": 0}
+        return asdict(self) | {"targets": sorted(self.adapted(model))}
 
     def problems(self, model: ModelConfig, parallel: ParallelConfig, train: TrainConfig, optim: OptimConfig,
                  gpu: GpuConfig) -> list[str]:
@@ -70,6 +78,10 @@ class LoraConfig:
         if gpu.shared_expert_overlap == "on":
             p.append("lora.rank > 0 cannot be with gpu.shared_expert_overlap = on, which computes shared "
                      "experts in pieces; set it to off")
+        if EMBEDDING in self.adapted(model) and parallel.pp > 1 and model.num_mtp_layers:
+            p.append("lora.targets names embed_tokens, with which the first pipeline stage embeds and, for "
+                     f"the prediction layer, the last (parallel.pp = {parallel.pp}); set parallel.pp=1 or "
+                     "leave it out")
         if EXPERTS in self.adapted(model) and "expert_fc1" in gpu.offload_modules:
             # parts below the library's `min_offloaded_tensor_size` stay, and the whole's memory is freed
             p.append("lora.targets adapts experts, each of which keeps its own part of the tokens, and "
@@ -89,10 +101,12 @@ class LoraConfig:
                    *(() if model.num_moe_layers() else (EXPERTS,))}
         p += [f"lora.targets names {target}, which this model lacks; leave it out"
               for target in self.targets if target in missing]
-        if HEAD in self.targets and model.tied_embeddings:
-            p.append("lora.targets names lm_head, which is the embedding in this model "
-                     "(model.tied_embeddings); leave it out")
-        for target in (EXPERTS, HEAD):
+        if model.tied_embeddings:
+            p += [f"lora.targets names {target}, which is {other} in this model (model.tied_embeddings), so "
+                  "that no weight could hold what is adapted on one side alone; leave it out"
+                  for target, other in ((HEAD, "the embedding"), (EMBEDDING, "the head"))
+                  if target in self.targets]
+        for target in (EXPERTS, HEAD, EMBEDDING):
             if self.dora and target in self.adapted(model):
                 p.append(f"lora.dora = True is not built for {target}; name lora.targets without it, or set "
                          "lora.dora=false")

@@ -13,6 +13,7 @@ from megatron_sov.convert.peft_format import (
     CONFIG,
     WEIGHTS,
     from_peft_shape,
+    frozen_copies,
     lora_of,
     peft_config,
     peft_name,
@@ -34,6 +35,7 @@ from megatron_sov.runs.checkpoints import (
     adapter_base,
     damage,
     instead_of,
+    keep_as_base,
     refuse_missing,
     settings_of,
 )
@@ -103,9 +105,13 @@ def from_peft(peft_dir: str | Path, out: str | Path, base: str | Path, *, overwr
         raise UserError(f"--base {base}: is an adapter itself; name the checkpoint that it belongs to")
     model = CheckpointWeights(base).model
     weights = TensorFile(peft_dir / WEIGHTS, DAMAGED_HF)
-    lora = lora_of(read_json(peft_dir / CONFIG), list(weights.entries), model, peft_dir)
+    frozen = frozen_copies(weights.entries)
+    names = [name for name in weights.entries if name not in frozen]
+    lora = lora_of(read_json(peft_dir / CONFIG), names, model, peft_dir)
+    _refuse_trained(weights, frozen, CheckpointWeights(base))
     modules = adapted_modules(model, lora)
     settings = settings_of(base)
+    keep_as_base(base.resolve())
     with new_artifact(out, KIND, overwrite=overwrite) as artifact:
         writer = TensorWriter(artifact.path, ADAPTER)
         for of in modules:
@@ -125,6 +131,16 @@ def from_peft(peft_dir: str | Path, out: str | Path, base: str | Path, *, overwr
 
 def _tensors(dora: bool) -> tuple[str, ...]:
     return (A, B, MAGNITUDE) if dora else (A, B)
+
+
+def _refuse_trained(weights: TensorFile, frozen: dict[str, str], base: CheckpointWeights) -> None:
+    """Raise `UserError` where what PEFT saved of the base is not what the base has."""
+    for theirs, ours in frozen.items():
+        found = weights.read(theirs)
+        if ours not in base.names() or not found.equal(base.read(ours).to(found.dtype)):
+            raise UserError(f"{weights.path}: {theirs} is not the base's {ours}, so it was trained beside "
+                            "the adapter or is of another model; merge it with PEFT, and convert the merged "
+                            "model")
 
 
 def _read(weights: TensorFile, of: Adapted, tensor: str, shape: tuple[int, ...]) -> torch.Tensor:

@@ -4,25 +4,29 @@ What decides them (peft 0.21.2): a linear layer's A and B stand under its name. 
 parameter and not a layer: PEFT wraps the folder of both stacks twice, the gate and up projections inside
 (`base_layer`), and lays all experts' A upon one another and their B beside one another.  In families with
 experts PEFT takes `gate_proj` in `target_modules` for these stacks, so that feed-forward layers beside them
-(shared experts, dense layers) must be named as parameters too, which PEFT adapts by the same names.
+(shared experts, dense layers) must be named as parameters too, which PEFT adapts by the same names.  An
+embedding's factors are transposed, and have each other's names.  Beside an adapter of embedding or head PEFT
+saves their frozen weights.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
 from megatron_sov.config import LoraConfig, ModelConfig
-from megatron_sov.config.lora import EXPERTS, FEED_FORWARD, HEAD, TARGETS
+from megatron_sov.config.lora import EMBEDDING, EXPERTS, FEED_FORWARD, HEAD, TARGETS
 from megatron_sov.errors import UserError
 from megatron_sov.models.adapters import MAGNITUDE, A, Adapted, B, adapted_modules
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
 _ENDS = {A: ".lora_A.weight", B: ".lora_B.weight", MAGNITUDE: ".lora_magnitude_vector"}
+_ENDS_OF_EMBEDDING = {A: ".lora_embedding_B", B: ".lora_embedding_A"}
+_FROZEN = ".base_layer.weight"
 _IGNORED = ("inference_mode", "lora_dropout", "task_type", "init_lora_weights", "base_model_name_or_path",
             "revision", "auto_mapping", "peft_version", "r", "lora_alpha", "target_modules", "peft_type",
             "target_parameters", "use_dora", "use_rslora", "megatron_core", "loftq_config",
@@ -36,13 +40,28 @@ LoftQ and LoRA-GA take something out of it first."""
 def peft_name(of: Adapted, tensor: str) -> str:
     """Return PEFT's name of one of a module's tensors (`A`, `B`, `MAGNITUDE`)."""
     folder = of.name
+    if is_embedding(of):
+        return f"{_PREFIX}{folder}{_ENDS_OF_EMBEDDING[tensor]}"
     if of.num_experts:
         folder = of.name.rpartition(".")[0] + (".base_layer" if of.halves > 1 else "")
     return f"{_PREFIX}{folder}{_ENDS[tensor]}"
 
 
+def is_embedding(of: Adapted) -> bool:
+    """Return whether the token embedding is adapted."""
+    return of.name.endswith(f".{EMBEDDING}")
+
+
+def frozen_copies(names: Iterable[str]) -> dict[str, str]:
+    """Return which tensors of a PEFT folder are frozen weights of the base: theirs -> the base's name."""
+    return {name: name.removeprefix(_PREFIX).removesuffix(_FROZEN) + ".weight" for name in names
+            if name.endswith((f"{HEAD}{_FROZEN}", f"{EMBEDDING}{_FROZEN}"))}
+
+
 def to_peft_shape(of: Adapted, tensor: str, ours: torch.Tensor) -> torch.Tensor:
     """Return one of our tensors as PEFT has it."""
+    if is_embedding(of):
+        return ours.T
     if not of.num_experts:
         return ours
     if tensor == A:
@@ -53,6 +72,8 @@ def to_peft_shape(of: Adapted, tensor: str, ours: torch.Tensor) -> torch.Tensor:
 
 def from_peft_shape(of: Adapted, tensor: str, theirs: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """Return one of PEFT's tensors as we have it, with `shape`."""
+    if is_embedding(of):
+        return theirs.T.contiguous()
     if of.num_experts and tensor == B:
         theirs = theirs.reshape(of.out_features, -1, of.num_experts).permute(2, 0, 1)
     return theirs.reshape(*shape).contiguous()
@@ -123,12 +144,18 @@ def lora_of(config: dict[str, Any], names: Sequence[str], model: ModelConfig, wh
 def _targets(names: set[str], model: ModelConfig, dora: bool, where: object) -> tuple[str, ...]:
     """Return what a set of tensors adapts, which must be whole."""
     of_target: dict[str, set[str]] = {}
-    every = LoraConfig(1, 1.0, tuple(t for t in TARGETS if t != HEAD or not model.tied_embeddings))
+    every = LoraConfig(1, 1.0, tuple(
+        t for t in TARGETS if t not in (HEAD, EMBEDDING) or not model.tied_embeddings))
     for of in adapted_modules(model, every):
         target = EXPERTS if of.num_experts else of.name.rpartition(".")[2]
         of_target.setdefault(target, set()).update(
             peft_name(of, tensor) for tensor in ((A, B, MAGNITUDE) if dora else (A, B)))
     unknown = sorted(names - {name for known in of_target.values() for name in known})
+    one_weight = [name for name in unknown if model.tied_embeddings and (HEAD in name or EMBEDDING in name)]
+    if one_weight:
+        raise UserError(f"{where}: {one_weight[0]} adapts one side of a weight that is embedding and head "
+                        "(model.tied_embeddings), so that no merged model could hold it; train an adapter "
+                        "without it")
     if unknown:
         raise UserError(f"{where}: {unknown[0]} ({len(unknown)} such tensors) adapts nothing that can be "
                         f"adapted here ({', '.join(TARGETS[1:])})")

@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_sov import models
 from megatron_sov.config import LoraConfig, ModelConfig
-from megatron_sov.config.lora import EXPERTS, HEAD
+from megatron_sov.config.lora import EMBEDDING, EXPERTS, HEAD
 from megatron_sov.models.weights import Link
 
 PREFIX = "adapter."
@@ -25,7 +25,8 @@ _TRUNK = "decoder.layers."
 
 @dataclass(frozen=True)
 class Adapted:
-    """A Hugging Face module that is adapted: a linear layer, or one of a layer's two stacks of experts."""
+    """A Hugging Face module that is adapted: a linear layer, the embedding, or one of a layer's two stacks of
+    experts."""
 
     name: str
     """As transformers calls it: `model.layers.0.self_attn.q_proj`, `model.layers.0.mlp.experts.down_proj`."""
@@ -80,7 +81,7 @@ def _found(model: ModelConfig, lora: LoraConfig) -> Iterator[Adapted]:
         if len(link.shape) == 3:
             if EXPERTS in targets and not link.offset[0]:
                 yield _stack(link)
-        elif link.key.startswith(_TRUNK) or HEAD in link.hf_names[0]:
+        elif link.key.startswith(_TRUNK) or any(name in link.hf_names[0] for name in (HEAD, EMBEDDING)):
             for part, (name, shape) in enumerate(link.hf_shapes().items()):
                 module = name.removesuffix(".weight")
                 if len(shape) == 2 and module.rpartition(".")[2] in targets:

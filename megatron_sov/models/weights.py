@@ -272,6 +272,15 @@ class Link:
         return {name: self.layout.stored(n)
                 for name, n in zip(self.hf_names, self.layout.lengths, strict=True)}
 
+    def rows(self) -> dict[str, tuple[int, int]]:
+        """Return the first row in the block and the number of rows of each Hugging Face tensor; nothing where
+        their rows are interleaved."""
+        if self.layout.axis:
+            return {}
+        each = math.prod(self.layout.view[1:self.layout.merged])
+        return {name: (start * each, length * each) for name, start, length in zip(
+            self.hf_names, self.layout.starts(), self.layout.lengths, strict=True)}
+
     def _parts(self, viewed: Any) -> Iterator[tuple[str, int, Any]]:
         for name, start, length in zip(self.hf_names, self.layout.starts(), self.layout.lengths, strict=True):
             yield name, length, viewed.narrow(self.layout.axis, start, length)
@@ -285,14 +294,10 @@ class Link:
         """Return the block that these Hugging Face tensors (of one dtype and device) make up."""
         if len(self.hf_names) == 1:
             return tensors[self.hf_names[0]].reshape(self.block_shape)
-        block = tensors[self.hf_names[0]].new_empty(self.block_shape)
-        self.fill(block, tensors)
-        return block
-
-    def fill(self, block: Any, tensors: dict[str, Any]) -> None:
-        """Write these tensors into a block's memory, which must be contiguous."""
-        for name, length, part in self._parts(block.reshape(self.layout.view)):
+        viewed = tensors[self.hf_names[0]].new_empty(self.layout.view)
+        for name, length, part in self._parts(viewed):
             part.copy_(tensors[name].reshape(self.layout.part(length)))
+        return viewed.reshape(self.block_shape)
 
 
 def links(sections: Sequence[Section], model: ModelConfig) -> list[Link]:

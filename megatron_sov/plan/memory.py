@@ -25,6 +25,9 @@ MOMENT = {"fp32": 4, "bf16": 2}
 """Bytes of each of AdamW's two moments under bf16, by `gpu.moment_dtype`; Muon keeps one, in float32."""
 LOGIT_BYTES = 4
 """A softmax is computed in float32, or in the model's dtype where that is wider."""
+DISTILL, DIVERGENCE_BUFFERS = "distill", 6
+"""The objective that compares two distributions over the vocabulary, and how many times a chunk of logits is
+there at most meanwhile: the log-probabilities and probabilities of both, their mixture, and a difference."""
 GRADIENT_BYTES = {"fp32": 4, "bf16": 2}
 """Gradients are summed in `gpu.grad_dtype`."""
 FP32_GRADIENT = 4
@@ -43,7 +46,8 @@ class Account:
     one_layer: int
     """The inside of the layer that is being recomputed, and the gradients of as much again."""
     head: int
-    """Logits of one chunk, and the head's gradients that a loss leaves in its forward pass."""
+    """Logits of one chunk, the head's gradients that a loss leaves in its forward pass, and the head with its
+    adapter inside."""
     quantized_weights: int = 0
     """What Transformer Engine keeps of weights in 8 or 4 bits beside `weights`, under `train.fp8`."""
 
@@ -110,10 +114,14 @@ def _head_bytes(config: RunConfig, local_tokens: int) -> int:
     # float32 logits become the softmax and then their gradient in place; products take bf16, which is a copy,
     # and are summed in float32
     logit_bytes = item if item >= LOGIT_BYTES else LOGIT_BYTES + item
+    if config.objective.name == DISTILL:
+        logit_bytes += (DIVERGENCE_BUFFERS - 1) * max(item, LOGIT_BYTES)
     chunk = min(config.train.head_chunk_tokens, local_tokens) * logit_bytes
-    frozen = config.lora.on and HEAD not in config.lora.adapted(m)
-    gradients = 0 if frozen else (1 + m.num_mtp_layers) * m.hidden_size * max(item, LOGIT_BYTES)
-    return m.vocab_size // config.parallel.tp * (chunk + gradients)
+    adapted = HEAD in config.lora.adapted(m)
+    gradients = (0 if config.lora.on and not adapted
+                 else (1 + m.num_mtp_layers) * m.hidden_size * max(item, LOGIT_BYTES))
+    copy = m.hidden_size * item if adapted else 0  # the head with its adapter inside
+    return m.vocab_size // config.parallel.tp * (chunk + gradients + copy)
 
 
 def layer_bytes(config: RunConfig, row_tokens: int) -> int:

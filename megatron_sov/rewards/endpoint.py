@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from megatron_sov.errors import UserError
 from megatron_sov.rewards.endpoint_cache import EndpointCache, Usage
+from megatron_sov.rewards.reward import Refused
 
 T = TypeVar("T")
 MAX_BODY_BYTES = 8 << 20
@@ -79,11 +80,13 @@ class Endpoint:
 
         Args:
             payload: the request.
-            read: takes the decoded JSON; raises `BadAnswer` for what is no answer.
+            read: takes the decoded JSON; raises `BadAnswer` for what is no answer, `Refused` for one that is
+                no score.
 
         Raises:
             TimeoutError: the last attempt took too long.
             BadAnswer: there was no usable answer.
+            Refused: as `read` does, now or of a kept answer.
             UserError: no request can succeed, or the money is spent.
         """
         key = self._cache.key(self._url, payload)
@@ -97,7 +100,11 @@ class Endpoint:
             self._wait_for_turn()
             try:
                 answer = self._attempt(payload, key)
-                found = read(answer)
+                try:
+                    found = read(answer)
+                except Refused:  # an answer too, and billed
+                    self._cache.put(key, answer)
+                    raise
             except (TimeoutError, BadAnswer) as e:
                 if attempt >= self._limits.max_attempts:
                     raise

@@ -33,6 +33,11 @@ class Journal:
         self._folder, self._output, self.num_done = folder, output, num_done
         self._file = open(folder / ROWS, "ab")  # noqa: SIM115  (closed by `opened`)
 
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Yield the rows that are there."""
+        with open(self._folder / ROWS, "rb") as f:
+            yield from map(json.loads, f)
+
     def add(self, lines: list[bytes]) -> None:
         """Keep the next rows; a kill behind this loses none of them."""
         with disk_errors(self._output):

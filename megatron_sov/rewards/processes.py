@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import Self
 
 from megatron_sov.errors import UserError
+from megatron_sov.rewards.environment import forget_other_variables
 from megatron_sov.rewards.registry import Order, build
 from megatron_sov.rewards.reward import Result, Row, agreeing, judged
 
@@ -50,10 +51,12 @@ class ProcessRunner:
         time_limit_s: for a row.
         workers: processes.
         modules: what the reward needs and can be found by name; imported once for all processes.
+        variables: of the environment that it needs, beside those of `environment.KEPT`.
     """
 
-    def __init__(self, asked: Order, time_limit_s: float, workers: int, modules: Sequence[str] = ()) -> None:
-        self._asked, self._time_limit_s = asked, time_limit_s
+    def __init__(self, asked: Order, time_limit_s: float, workers: int, modules: Sequence[str] = (),
+                 variables: Sequence[str] = ()) -> None:
+        self._asked, self._time_limit_s, self._variables = asked, time_limit_s, tuple(variables)
         self._context = multiprocessing.get_context("forkserver")
         _PRELOADED.update(dict.fromkeys(modules))
         self._context.set_forkserver_preload([__name__, *_PRELOADED])
@@ -96,7 +99,7 @@ class ProcessRunner:
 
     def _start(self) -> _Slot:
         here, there = self._context.Pipe()
-        process = self._context.Process(target=_work, args=(there, self._asked), daemon=True)
+        process = self._context.Process(target=_work, args=(there, self._asked, self._variables), daemon=True)
         process.start()
         there.close()
         return _Slot(process, here, time.monotonic() + START_LIMIT_S)
@@ -169,8 +172,9 @@ class _Slot:
         self.pipe.close()
 
 
-def _work(pipe: connection.Connection, asked: Order) -> None:
+def _work(pipe: connection.Connection, asked: Order, variables: Sequence[str]) -> None:
     """Make the reward, then judge what comes until the pipe is closed."""
+    forget_other_variables(variables)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command ends its processes itself
     if sys.platform == "linux":  # the server that forked this one ends with the command
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

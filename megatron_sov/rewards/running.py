@@ -48,7 +48,8 @@ def runner(asked: Order, made: Made, workers: int) -> Runner:
     # a file of a user's is no module that can be found by name, and is run by each process
     modules = [type(reward).__module__, *getattr(reward, "PRELOAD", ())] if asked.name in BUILT_IN else []
     workers = min(workers, getattr(reward, "MAX_WORKERS", workers))
-    return ProcessRunner(asked, getattr(reward, "time_limit_s", TIME_LIMIT_S), workers, modules)
+    return ProcessRunner(asked, getattr(reward, "time_limit_s", TIME_LIMIT_S), workers, modules,
+                         getattr(reward, "VARIABLES", ()))
 
 
 class ThreadRunner:

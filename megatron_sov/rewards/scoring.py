@@ -38,6 +38,13 @@ class Summary:
     """Lines of those where the two disagree."""
     num_kept: int = 0
     """Rows that an earlier, killed command had scored."""
+    kept_reward: bool = False
+    """Whether one of those has a reward."""
+
+    @property
+    def without_any(self) -> bool:
+        """Whether no row at all has a reward."""
+        return not self.statuses["scored"] and not self.kept_reward
 
     def add(self, line: int, result: Result) -> None:
         """Count a row."""
@@ -69,6 +76,7 @@ def score_file(asked: Order, made: Made, source: Path, output: Path, workers: in
     summary = Summary()
     with journal.opened(output, identity) as kept, runner(asked, made, workers) as running:
         summary.num_kept = kept.num_done
+        summary.kept_reward = any(row["reward"] is not None for row in kept.rows())
         progress(kept.num_done)
         rows = islice(read_rows(source), kept.num_done, None)
         while batch := list(islice(rows, BATCH_ROWS)):

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from megatron_sov.artifacts import (
     MANIFEST,
+    atomic_write,
     disk_errors,
     file_damage,
     fsync_path,
@@ -25,6 +26,7 @@ from megatron_sov.artifacts import (
 )
 from megatron_sov.config import RunConfig, from_dict
 from megatron_sov.errors import UserError, download
+from megatron_sov.obs.warning import warn
 from megatron_sov.outputs import TRYING
 
 KIND = "checkpoint"
@@ -36,6 +38,8 @@ MODEL, ADAPTER = "model", "adapter"
 """The part of a checkpoint with all weights, and the one that an adapter's checkpoint has in its place."""
 BASE = "base"
 """What a manifest calls the checkpoint of frozen weights that an adapter belongs to."""
+KEPT = "base-of-adapters.txt"
+"""A file in a run's checkpoint that an adapter stands on, which is not pruned while it is there."""
 WRITING, DELETING, DAMAGED = ".writing-", ".deleting-", "damaged-"
 NOT_WEIGHTS = ("optimizer/", "optimizer.index.json")
 """Beginnings of the names of files that a model alone does not need."""
@@ -183,6 +187,21 @@ def found_base(path: Path, base: AdapterBase) -> Path:
     return base.path
 
 
+def keep_as_base(base: Path) -> None:
+    """Have the run that a checkpoint belongs to keep it: an adapter is nothing without its base.
+
+    What nothing prunes is left as it is; a run in which this user cannot write, too, with a warning.
+    """
+    if base.parent.name != CHECKPOINTS_OF_A_RUN or (base / KEPT).exists():
+        return
+    try:
+        atomic_write(base / KEPT, "An adapter stands on this checkpoint, so its run does not prune it.\n"
+                                  "When no adapter needs it any more, delete this file.\n")
+    except (OSError, UserError) as e:
+        warn(f"{base}: an adapter stands on it, and its run cannot be told to keep it ({e}); see to it that "
+             "train.keep_checkpoints does not delete it")
+
+
 def trained_tokens(path: Path) -> int:
     """Return the longest context, in tokens, that a checkpoint's weights were trained on: by its own run, or
     by those that it started from; of an imported model what it claims.
@@ -272,9 +291,9 @@ def refuse_lost(folder: Path) -> None:
 
 
 def prune(folder: Path, keep: int, keep_every_steps: int = 0) -> None:
-    """Delete all complete checkpoints but the newest `keep` (0 keeps all) and those whose step
-    `keep_every_steps` divides."""
+    """Delete all complete checkpoints but the newest `keep` (0 keeps all), those whose step
+    `keep_every_steps` divides, and those that adapters stand on."""
     complete = [(step, path) for step, path in _steps(folder) if (path / MANIFEST).is_file()]
     for step, path in complete[:-keep] if keep else []:
-        if not (keep_every_steps and step % keep_every_steps == 0):
+        if not (keep_every_steps and step % keep_every_steps == 0) and not (path / KEPT).exists():
             _delete(path)

@@ -117,7 +117,7 @@ class RunFolder:
             raise UserError(f"{self.path}: already holds a run of {earlier.recipe}; "
                             "pass --resume to continue it, or choose another --run")
         refuse_changed_code(self.path, earlier, config)
-        changed = _changed(earlier.to_dict(), config.to_dict())
+        changed = _changed(_told(earlier), _told(config))
         if changed:
             raise UserError(f"{self.path}: was started with {'; '.join(changed)}; "
                             "resume with the same settings, or start a new --run --from its checkpoint")
@@ -181,8 +181,13 @@ def refuse_changed_code(run: Path, before: RunConfig, now: RunConfig) -> None:
                                 "--run --from its checkpoint")
 
 
+def _told(config: RunConfig) -> dict[str, Any]:
+    """Return settings as two runs are compared by them: what adapters adapt counts, however it is spelled."""
+    return config.to_dict() | {"lora": config.lora.identity(config.model)}
+
+
 def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Return "name = old, now it is new" for every fixed setting that differs."""
     return [f"{part}.{name} = {before[part][name]}, now it is {now[part][name]}"
             for part, names in FIXED.items() for name in (names or before[part])
-            if now[part][name] != before[part][name]]
+            if now[part].get(name, before[part][name]) != before[part][name]]

@@ -328,6 +328,10 @@ def _own_checkpoint(stage: Stage, place: world.World) -> Path | None:
 
 def _restore(stage: Stage, trainer: Trainer, newest: Path | None) -> bool:
     """Load what the run starts from; returns whether it goes on from a checkpoint of its own."""
+    start = newest or stage.start_from
+    if stage.config.lora.on and start is not None:  # before it is read: its run may be pruning
+        on_main(trainer.world, lambda: checkpoints.keep_as_base(
+            (checkpoints.adapter_base(start) or checkpoints.AdapterBase.of(start)).path))
     if newest is not None:
         if stage.start_from is not None:
             _refuse_other_base(newest, stage.start_from)

@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from megatron_sov.runs.checkpoints import KEPT
+
 SMALL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.expert_ffn_dim=16",
          'data.phases=[{"name": "main", "seq_len": 32}]', "train.global_batch_size=4",
          "train.micro_batch_size=2", "data.heldout_tokens=64", "train.num_threads=1")
@@ -35,6 +37,8 @@ def test_an_adapter_is_trained_resumed_and_merged(packed_data: Any, tmp_path: Pa
     done = command(run, "--from", str(base), settings=LORA)
     assert done.returncode == 0, done.stderr
 
+    assert (base / "checkpoints" / "step-1" / KEPT).is_file(), "its run does not prune it"
+
     last = run / "checkpoints" / "step-4"
     size = sum(p.stat().st_size for p in last.rglob("*.safetensors"))
     whole = sum(p.stat().st_size for p in (base / "checkpoints" / "step-1").rglob("*.safetensors"))
@@ -49,7 +53,8 @@ def test_an_adapter_is_trained_resumed_and_merged(packed_data: Any, tmp_path: Pa
     (again / "complete.json").unlink()
     refused = command(again, "--resume", "--from", str(other), settings=LORA)
     assert refused.returncode == 2 and "is another model than" in refused.stderr, refused.stderr
-    assert command(again, "--resume", settings=LORA).returncode == 0
+    respelled = 'lora.targets=["all-linear", "q_proj"]'
+    assert command(again, "--resume", settings=(*LORA, respelled)).returncode == 0
     for part in ("adapter", "optimizer"):
         assert files_of(again / "checkpoints" / "step-4", part) == files_of(last, part)
 

@@ -63,6 +63,14 @@ def test_a_row_without_what_its_reward_needs_is_refused_by_line(capsys: pytest.C
     assert "line 1: refused: has no 'language'" in capsys.readouterr().err
 
 
+def test_rows_of_which_none_has_a_reward_are_written_and_the_command_fails(
+        capsys: pytest.CaptureFixture[str]) -> None:
+    write([{"response": "a"}, {"response": "b"}])
+    assert score() == 3
+    assert [row["status"] for row in read()] == ["refused", "refused"]
+    assert "out.jsonl: not one of its 2 rows has a reward; see why in" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("lines", "said"), [
     (b'{"response": "a"}\n[1]\n{"response": 3}\n{}\n{"response": "a"', [
         "line 2: is no JSON object, but a list", "line 3: response is of type int, and must be text",

@@ -15,7 +15,7 @@ from megatron_sov import convert
 from megatron_sov.config import LoraConfig
 from megatron_sov.convert.opening import open_weights
 from megatron_sov.convert.peft import from_peft, to_peft
-from megatron_sov.convert.peft_format import CONFIG, WEIGHTS, lora_of
+from megatron_sov.convert.peft_format import CONFIG, WEIGHTS, frozen_copies, lora_of
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.recipes import get
@@ -65,7 +65,7 @@ def saved(recipe: str, settings: list[str], folder: str) -> dict[str, Any]:
 
 
 CASES: dict[str, tuple[str, list[str]]] = {
-    "dense": ("tiny-qwen3", ['lora.targets=["all-linear", "lm_head"]']),
+    "dense": ("tiny-qwen3", ['lora.targets=["all-linear", "lm_head", "embed_tokens"]']),
     "dense, DoRA": ("tiny-qwen2", ["lora.dora=true", 'lora.targets=["q_proj", "o_proj", "up_proj"]']),
     "Solar": ("tiny-solar-open", ["model.num_experts=4", "model.expert_ffn_dim=16"]),
     "K-EXAONE": ("tiny-k-exaone", ["model.num_experts=4", "model.expert_ffn_dim=16"]),
@@ -75,7 +75,7 @@ CASES: dict[str, tuple[str, list[str]]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_peft_loads_ours_and_ours_peft(case: str, ranks: Any, job: Any, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
-    from safetensors.torch import load_file
+    from safetensors.torch import load_file, save_file
     from transformers import AutoModelForCausalLM
 
     recipe, settings = CASES[case]
@@ -100,13 +100,20 @@ def test_peft_loads_ours_and_ours_peft(case: str, ranks: Any, job: Any, tmp_path
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", experts_implementation="eager")
     assert float((whole(torch.tensor([TOKENS])).logits[0] - live["logits"]).abs().max()) < 2e-5
 
-    wrapped.save_pretrained(tmp_path / "again", save_embedding_layers=False)
-    assert (load_file(tmp_path / "again" / WEIGHTS).keys() == load_file(tmp_path / "peft" / WEIGHTS).keys())
+    wrapped.save_pretrained(tmp_path / "again")
+    saved = load_file(tmp_path / "again" / WEIGHTS)
+    frozen = frozen_copies(saved)
+    assert len(frozen) == (2 if case == "dense" else 0), "PEFT saves the weights of embedding and head, too"
+    assert saved.keys() - frozen.keys() == load_file(tmp_path / "peft" / WEIGHTS).keys()
     from_peft(tmp_path / "again", tmp_path / "back", base)
     ours, back = TensorReader(adapter, "adapter"), TensorReader(tmp_path / "back", "adapter")
     assert sorted(ours.keys()) == sorted(back.keys())
     for key in ours.keys():  # noqa: SIM118
         assert ours.read(key).equal(back.read(key)), key
+    for name in frozen:
+        save_file({**saved, name: saved[name] + 1}, tmp_path / "again" / WEIGHTS)
+        with pytest.raises(UserError, match="so it was trained beside the adapter or is of another model"):
+            from_peft(tmp_path / "again", tmp_path / "no", base)
 
 
 NAMES = [f"base_model.model.model.layers.{i}.self_attn.q_proj.lora_{x}.weight"
@@ -133,6 +140,12 @@ def test_what_we_have_no_like_of_is_refused(config: dict[str, Any], names: list[
     with pytest.raises(UserError) as refused:
         lora_of({**GOOD, **config}, names, model, "here")
     assert said in str(refused.value) and str(refused.value).startswith("here: ")
+
+
+def test_an_adapter_of_one_side_of_a_tied_weight_is_refused_by_its_reason() -> None:
+    names = ["base_model.model.model.embed_tokens.lora_embedding_A"]
+    with pytest.raises(UserError, match=r"here: .*embed_tokens.* adapts one side of a weight that is"):
+        lora_of(GOOD, names, get("tiny-qwen2").model, "here")
 
 
 def test_rank_stabilised_scaling_becomes_alpha() -> None:

@@ -57,6 +57,12 @@ def test_a_checkpoint_runs_in_fp32_on_a_cpu_and_as_asked(imported: dict[str, Pat
         inference_config(imported["solar_open"], ["parallel.pp=2"], 1)
 
 
+def test_adapters_that_a_checkpoint_does_not_have_are_refused(imported: dict[str, Path]) -> None:
+    with pytest.raises(UserError, match=r"--set lora.rank=4: adapters are made by training, and .* is run "
+                                        r"with those that it has; leave it out"):
+        inference_config(imported["solar_open"], ["parallel.pp=2", "lora.rank=4"], 2)
+
+
 def test_folders_that_are_no_model_are_refused(hf_models: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere: does not exist"):
         find_target(tmp_path / "nowhere")

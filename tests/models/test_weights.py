@@ -73,7 +73,14 @@ def test_gate_comes_before_up_and_experts_are_stacked() -> None:
     assert (link.key, link.shape, link.offset, link.extent) == ("mlp.fc1", (8, 256, 128), (3, 0, 0),
                                                                 (1, 256, 128))
     gate, up = torch.randn(128, 128), torch.randn(128, 128)
-    assert torch.equal(link.join({"m.3.gate": gate, "m.3.up": up}), torch.cat([gate, up]))
+    joined = link.join({"m.3.gate": gate, "m.3.up": up})
+    assert torch.equal(joined, torch.cat([gate, up]))
+    for name, (first, count) in link.rows().items():
+        assert torch.equal(joined[first:first + count], {"m.3.gate": gate, "m.3.up": up}[name])
+    (whole,) = links([Section("once", "", "", (Same("head", "head", "V H"),))], TINY)
+    assert whole.rows() == {"head": (0, TINY.vocab_size)}
+    (qkv,) = links([Section("once", "", "", (QKV("qkv", "q", "k", "v"),))], TINY)
+    assert qkv.rows() == {}, "interleaved"
 
 
 def test_every_link_of_every_recipe_inverts_on_meta_and_covers_its_tensor() -> None:

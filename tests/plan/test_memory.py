@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from megatron_sov.plan.memory import account, adapter_params
 from megatron_sov.plan.stages import StageParams
 
 ROOT = Path(__file__).parents[2]
+CHUNK, WORDS = 128, 8192
 
 
 def config_of(recipe: str, **settings: Any) -> RunConfig:
@@ -75,6 +77,87 @@ def saved_bytes_of_a_layer(changes: list[str]) -> list[int]:
             kept.append(sum(storages.values()))
         world.leave()
     return [kept[1] - kept[0], 4 * activations.kept(config, tokens)]
+
+
+def bytes_of_an_adapted_head() -> list[int]:
+    """Return [bytes that are allocated for the head with its adapter inside, the account of it]."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from megatron_sov.mcore.model.language_model import build
+    from megatron_sov.mcore.parallel import world
+
+    class Allocated(TorchDispatchMode):
+        """Keeps the size of every operation's result in memory of its own."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.sizes: dict[int, int] = {}
+
+        def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = operation(*args, **(kwargs or {}))
+            storage = result.untyped_storage()
+            if not any(isinstance(a, torch.Tensor) and a.untyped_storage().data_ptr() == storage.data_ptr()
+                       for a in args):
+                self.sizes[storage.data_ptr()] = storage.nbytes()
+            return result
+
+    config = config_of("tiny-qwen3", lora__rank=4, lora__targets='["lm_head"]', train__precision="bf16")
+    world.join(ParallelConfig())
+    model = build(config.model, config.parallel, config.train, config.gpu, config.lora)
+    with Allocated() as allocated:
+        head = model.head_weight
+    assert head.requires_grad
+    world.leave()
+    params = StageParams(10**6, 0, 2)
+    said = [account(c, params, 1, 0, 64).head for c in (config, apply_settings(config, ["lora.rank=0"]))]
+    return [sum(allocated.sizes.values()), said[0] - said[1]]
+
+
+def test_a_head_with_an_adapter_inside_is_there_once_more(ranks: Any, job: Any) -> None:
+    (((measured, said),),) = ranks(job(__file__, "bytes_of_an_adapted_head", 1, {}))
+    assert measured == said > 0
+
+
+def peak_bytes_of_a_divergence(beta: float) -> list[int]:
+    """Return [bytes that a divergence and its gradients take at most, those of a cross-entropy]."""
+    from types import SimpleNamespace
+
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    from megatron_sov.mcore.model.divergence import Divergence, TeacherStates
+    from megatron_sov.mcore.model.logprobs import Head
+    from megatron_sov.mcore.parallel import world
+
+    def peak(compute: Any) -> int:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            kept = compute()
+        found = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+        del kept
+        return int(max(accumulate(e.nbytes() for e in sorted(found, key=lambda e: e.start_ns()))))
+
+    world.join(ParallelConfig())
+    states, weight = torch.randn(CHUNK, 1, 8).requires_grad_(), torch.randn(WORDS, 8).requires_grad_()
+    teacher = TeacherStates(torch.randn(CHUNK, 8), torch.randn(WORDS, 8))
+    head, ones = Head(weight, SimpleNamespace(sequence_parallel=False), CHUNK, WORDS), torch.ones(CHUNK)
+    labels = torch.zeros(CHUNK, dtype=torch.int64)
+    found = [peak(lambda: head.divergence(states, teacher, {"sum": ones}, Divergence(beta))),
+             peak(lambda: head.cross_entropy(states, labels, {"sum": ones}))]
+    world.leave()
+    return found
+
+
+def test_a_divergence_takes_what_the_account_says(ranks: Any, job: Any) -> None:
+    (((mixed, plain),), ((forward, _),)) = ranks(
+        job(__file__, "peak_bytes_of_a_divergence", 1, {"beta": 0.5}),
+        job(__file__, "peak_bytes_of_a_divergence", 1, {"beta": 0.0}))
+    config = config_of("tiny-qwen3", train__precision="fp32", train__head_chunk_tokens=CHUNK,
+                       model__vocab_size=WORDS)
+    lm, distill = (account(c, StageParams(10**6, 0, 2), 1, 0, 1024).head
+                   for c in (config, apply_settings(config, ["objective.name=distill"])))
+    assert mixed - plain == pytest.approx(distill - lm, rel=0.05)
+    assert forward < mixed
 
 
 def test_stages_hold_the_model_and_a_layer_what_the_account_says(ranks: Any, job: Any) -> None:

@@ -37,6 +37,8 @@ class Does:
             raise UserError("mend the settings")
         if what == "eat":
             return len(bytearray(1 << 40))
+        if what == "tell":
+            return sum(name in os.environ for name in ("WANDB_API_KEY", "MY_VERIFIER", "PATH"))
         if what == "change":
             return next(count)
         return float(what)
@@ -47,7 +49,8 @@ class Does:
 def runner(tmp_path: Path) -> Callable[..., ProcessRunner]:
     (tmp_path / "does.py").write_text(CODE)
     return lambda **more: ProcessRunner(order(f"{tmp_path}/does.py:Does", more.pop("settings", {})),
-                                        more.get("time_limit_s", 20.0), more.get("workers", 2))
+                                        more.get("time_limit_s", 20.0), more.get("workers", 2),
+                                        variables=more.get("variables", ()))
 
 
 def rows(*responses: str) -> list[dict[str, str]]:
@@ -84,6 +87,16 @@ def test_a_reward_that_cannot_be_made_ends_the_work(runner) -> None:
 def test_a_mistake_that_meets_every_row_ends_the_work(runner) -> None:
     with runner() as running, pytest.raises(UserError, match="mend the settings"):
         running.score(rows("1", "mistake", "2"))
+
+
+def test_a_reward_sees_the_variables_that_programs_need_and_those_that_it_asks_for(
+        runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    forkserver._forkserver._stop()  # the next one is started with these
+    monkeypatch.setenv("WANDB_API_KEY", "secret")
+    monkeypatch.setenv("MY_VERIFIER", "at home")
+    for variables, seen in (((), 1.0), (("MY_VERIFIER",), 2.0)):
+        with runner(variables=variables, workers=1) as running:
+            assert running.score(rows("tell"))[0].reward == seen
 
 
 def test_any_limit_of_time_can_be_waited_for(runner) -> None:

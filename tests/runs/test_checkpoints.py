@@ -13,11 +13,13 @@ from megatron_sov.artifacts import new_artifact
 from megatron_sov.errors import UserError
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.checkpoints import (
+    KEPT,
     KIND,
     clear_leftovers,
     damage,
     find_checkpoint,
     instead_of,
+    keep_as_base,
     latest,
     prune,
     refuse_lost,
@@ -144,6 +146,21 @@ def test_what_stays_is_what_brute_force_keeps(tmp_path_factory, steps: set[int],
                 or (every and s % every == 0)}
     assert ({p.name for p in folder.iterdir()}
             == {f"step-{s}" for s in expected} | {".writing-step-41-aa", "damaged-step-1"})
+
+
+def test_what_an_adapter_stands_on_is_not_pruned(run: Path, tmp_path: Path) -> None:
+    folder = run / "checkpoints"
+    keep_as_base(folder / "step-5")
+    prune(folder, 1)
+    assert {p.name for p in folder.iterdir()} == {"step-5", "step-100"}
+    assert damage(folder / "step-5") is None
+    (folder / "step-5" / KEPT).unlink()
+    prune(folder, 1)
+    assert {p.name for p in folder.iterdir()} == {"step-100"}
+    with new_artifact(tmp_path / "imported", KIND):
+        pass
+    keep_as_base(tmp_path / "imported")
+    assert not (tmp_path / "imported" / KEPT).exists(), "nothing prunes it"
 
 
 def test_a_kill_while_deleting_leaves_no_torn_checkpoint_under_its_name(

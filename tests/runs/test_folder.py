@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,21 @@ def test_all_differences_are_named_at_once(tmp_path: Path) -> None:
                           "train.steps=300", "optim.rewarm=[[100, 20]]"])
 def test_settings_of_the_machine_may_change(tmp_path: Path, setting: str) -> None:
     started(tmp_path / "run").enter(apply_settings(CONFIG_OF_RUN, [setting]), resume=True)
+
+
+def test_adapters_are_compared_by_what_they_adapt_however_that_is_spelled(tmp_path: Path) -> None:
+    def config(*targets: str, rank: int = 4) -> RunConfig:
+        return apply_settings(CONFIG_OF_RUN, [f"lora.rank={rank}", f"lora.targets={json.dumps(targets)}"])
+
+    folder = started(tmp_path / "run", config("v_proj", "experts", "q_proj"))
+    folder.enter(config("q_proj", "q_proj", "v_proj", "experts"), resume=True)
+    with pytest.raises(UserError, match=r"started with lora.targets = \['experts', 'q_proj', 'v_proj'\], now "
+                                        r"it is \['q_proj', 'v_proj'\]"):
+        folder.enter(config("v_proj", "q_proj"), resume=True)
+    with pytest.raises(UserError, match=r"started with lora.rank = 4, now it is 0; resume"):
+        folder.enter(config(rank=0), resume=True)
+    every = started(tmp_path / "every", config("all-linear"))
+    every.enter(config("down_proj", "all-linear", "q_proj"), resume=True)
 
 
 def test_a_complete_run_says_so_and_does_not_grow(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ every file of every process is on disk (`save.py`).
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -117,11 +116,10 @@ def load_model(path: Path, model: LanguageModel) -> None:
 def _refuse_other_adapters(path: Path, model: LanguageModel) -> None:
     """Raise `UserError` where an adapter was trained with other settings: with another alpha, say, it would
     be another adapter."""
-    made_with = checkpoints.settings_of(path).lora
-    for field in dataclasses.fields(made_with):
-        theirs, ours = getattr(made_with, field.name), getattr(model.lora, field.name)
-        if theirs != ours:
-            raise UserError(f"{path}: is an adapter with lora.{field.name} = {theirs}, not {ours}; "
+    ours = model.lora.identity(model.architecture)
+    for name, theirs in checkpoints.settings_of(path).lora.identity(model.architecture).items():
+        if theirs != ours[name]:
+            raise UserError(f"{path}: is an adapter with lora.{name} = {theirs}, not {ours[name]}; "
                             "use the setting that it was made with")
 
 

@@ -1,4 +1,5 @@
-"""The adapters of a run of layers: hung behind the library's linear layers, which stay what they are."""
+"""The adapters of a run of layers: hung behind the library's linear layers and its embedding, which stay what
+they are."""
 
 from __future__ import annotations
 
@@ -9,10 +10,11 @@ import torch
 from megatron.core import parallel_state
 
 from megatron_sov.config import LoraConfig, ModelConfig
-from megatron_sov.mcore.model.lora import Factors, LinearAdapter
+from megatron_sov.mcore.model.lora import OUTPUT_HEAD, Factors, LinearAdapter
+from megatron_sov.mcore.model.lora_embedding import EmbeddingAdapter, behind_embedding
 from megatron_sov.models.adapters import Adapted, adapted_modules
 
-_HEAD = "output_layer"
+_EMBEDDING = "embedding.word_embeddings"
 
 
 class Adapters(torch.nn.Module):
@@ -24,6 +26,7 @@ class Adapters(torch.nn.Module):
         self.linears = torch.nn.ModuleList()
         self.head: LinearAdapter | None = None
         """Of the output head, whose weight losses take."""
+        self.embedding: EmbeddingAdapter | None = None
         by_linear: dict[str, list[Adapted]] = {}
         for of in adapted_modules(model, lora):
             by_linear.setdefault(of.linear, []).append(of)
@@ -32,8 +35,12 @@ class Adapters(torch.nn.Module):
             for linear, modules in by_linear.items():
                 if linear.startswith(prefix):
                     self._hang(layer, linear.removeprefix(prefix), modules, lora, chunk.config)
-        if _HEAD in by_linear and chunk.post_process:
-            self.head = LinearAdapter(by_linear[_HEAD], lora, chunk.config,
+        if _EMBEDDING in by_linear and chunk.pre_process:
+            words = chunk.embedding.word_embeddings
+            self.embedding = EmbeddingAdapter(by_linear[_EMBEDDING][0], lora, chunk.config, len(words.weight))
+            words.register_forward_hook(behind_embedding(self.embedding))
+        if OUTPUT_HEAD in by_linear and chunk.post_process:
+            self.head = LinearAdapter(by_linear[OUTPUT_HEAD], lora, chunk.config,
                                       rows=len(chunk.output_layer.weight))
 
     def _hang(self, layer: Any, path: str, modules: list[Adapted], lora: LoraConfig, config: Any) -> None:

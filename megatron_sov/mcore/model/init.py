@@ -22,18 +22,19 @@ from megatron_sov.mcore.model.language_model import LanguageModel
 from megatron_sov.mcore.model.local_shards import LocalShard, local_shards
 
 ONES, ZEROS, NORMAL, RESIDUAL = "ones", "zeros", "normal", "normal into the residual"
-ADAPTER = "normal of an adapter's input"
+ADAPTER, STANDARD = "normal of an adapter's input", "standard normal"
 RULES = (
     ("*norm.weight", ONES), ("*.layer_norm_weight", ONES), ("*.router.expert_bias", ZEROS),
     ("*.linear_qkv.bias", ZEROS),
     ("*.linear_proj.weight", RESIDUAL), ("*.linear_fc2.weight", RESIDUAL),
     ("*.linear_qkv.weight", NORMAL), ("*.linear_fc1.weight", NORMAL), ("*.router.weight", NORMAL),
     ("*.eh_proj.weight", NORMAL), ("*.word_embeddings.weight", NORMAL), ("output_layer.weight", NORMAL),
-    ("*.lora_A", ADAPTER), ("*.lora_B", ZEROS), ("*.magnitude", ONES),
+    ("*_proj.lora_A", ADAPTER), ("*.lm_head.lora_A", ADAPTER), ("*.embed_tokens.lora_A", STANDARD),
+    ("*.lora_B", ZEROS), ("*.magnitude", ONES),
 )
 """Tensor name pattern -> distribution; each tensor must match exactly one.  Matrices that write into the
 residual stream are scaled by 1 / sqrt(2 * num_layers) (GPT-2, Radford et al. 2019).  An adapter's A has the
-spread of PEFT's default, which is uniform between +-1 / sqrt(columns)."""
+spread of PEFT's default, which is uniform between +-1 / sqrt(columns), and for an embedding normal."""
 _CHUNK = 1 << 18
 _PER_COUNTER = 8
 """Normals made of one Philox counter step: four 64-bit words, two 32-bit halves each."""
@@ -131,7 +132,8 @@ def initialise(model: LanguageModel, config: ModelConfig, seed: int, *, only: st
         seed: what every number is a function of.
         only: what the names of those begin with that are set; "": all.
     """
-    stds = {NORMAL: config.init_std, RESIDUAL: config.init_std / math.sqrt(2 * config.num_layers)}
+    stds = {STANDARD: 1.0, NORMAL: config.init_std,
+            RESIDUAL: config.init_std / math.sqrt(2 * config.num_layers)}
     normal = []
     for block in local_shards(model):
         if not block.key.startswith(only):

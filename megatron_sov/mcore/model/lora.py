@@ -23,8 +23,10 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron_sov.config import LoraConfig
 from megatron_sov.models.adapters import MAGNITUDE, A, Adapted, B
 
-COLUMN = ("linear_qkv", "linear_fc1", "output_layer")
-"""The library's linear layers that are cut by rows of their weight; all others are cut by columns."""
+COLUMN = ("linear_qkv", "linear_fc1", "output_layer", "word_embeddings")
+"""The library's layers that are cut by rows of their weight; all others are cut by columns."""
+
+OUTPUT_HEAD = "output_layer"
 
 
 class Factors(torch.nn.Module):
@@ -44,7 +46,7 @@ class Factors(torch.nn.Module):
         self.B = torch.nn.Parameter(torch.zeros(self._rows, lora.rank, dtype=dtype))
         self.magnitude = torch.nn.Parameter(torch.ones(self._rows, dtype=dtype)) if lora.dora else None
         # the factors of a cut expert, and of a head, sum their gradients themselves
-        self.sums_itself = expert is not None or rows is not None
+        self.sums_itself = expert is not None or of.linear == OUTPUT_HEAD
         for parameter, split in ((self.A, not self.column), (self.B, self.column),
                                  (self.magnitude, self.column)):
             if parameter is not None:
@@ -251,7 +253,7 @@ class LinearAdapter(torch.nn.Module):
         process."""
         (factors,) = self.factors
         a, b = factors.used()
-        return weight + self.scale * (b @ a)
+        return torch.addmm(weight, b, a, alpha=self.scale)  # one matrix of that size, and not three
 
 
 def is_column(of: Adapted) -> bool:

@@ -170,8 +170,8 @@ def full_gradients(recipe: str, settings: list[str]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("recipe", "settings", "names"), [
-    ("tiny-qwen3", ['lora.targets=["all-linear"]'],
-     ["model.layers.1.mlp.gate_proj", "model.layers.0.self_attn.k_proj"]),
+    ("tiny-qwen3", ['lora.targets=["all-linear", "embed_tokens"]'],
+     ["model.embed_tokens", "model.layers.1.mlp.gate_proj", "model.layers.0.self_attn.k_proj"]),
     ("tiny-k-exaone", ['lora.targets=["all-linear", "lm_head"]'],
      ["lm_head", "model.layers.0.mlp.down_proj", "model.layers.1.mlp.experts.gate_up_proj",
       "model.layers.1.mlp.shared_experts.up_proj", "model.layers.1.mlp.experts.down_proj"]),
@@ -219,7 +219,7 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> float:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("recipe", "layouts", "settings"), [
-    ("tiny-qwen3", [TP2, {"tp": 2}, PP2, {"cp": 2}], ['lora.targets=["all-linear"]']),
+    ("tiny-qwen3", [TP2, {"tp": 2}, PP2, {"cp": 2}], ['lora.targets=["all-linear", "embed_tokens"]']),
     ("tiny-qwen3", [TP2, {"tp": 2}], ["lora.dora=true"]),
     ("tiny-solar-open", [TP2, EP2, ETP2], ['lora.targets=["all-linear", "lm_head"]']),
     ("tiny-k-exaone", [TP2, EP2, PP2], ['lora.targets=["q_proj", "v_proj", "up_proj", "experts"]']),
@@ -237,6 +237,30 @@ def test_the_same_adapter_at_every_layout(recipe: str, layouts: list[dict[str, A
         assert not first["changed"], layout
         assert first["norms"] == pytest.approx(one["norms"], rel=1e-11), layout
         assert difference(first["adapter"], one["adapter"]) < 1e-12, layout
+
+
+@pytest.mark.distributed
+def test_the_same_adapter_under_zero1_an_interleaved_pipeline_and_recomputation(ranks: Any, job: Any) -> None:
+    def asked(layout: dict[str, Any], *settings: str) -> dict[str, Any]:
+        return {"recipe": "tiny-solar-open", "layout": layout, "settings": [
+            "model.num_layers=4", 'lora.targets=["all-linear", "lm_head"]', *settings]}
+
+    zero1 = {"zero1": True, "overlap_grad_reduce": True}
+    recompute, bf16 = "train.recompute=true", "train.precision=bf16"
+    (one,), (sharded, _), (interleaved, _), (rounded, _) = ranks(
+        job(__file__, "trained", 1, asked({}, "train.recompute=false")),
+        job(__file__, "trained", 2, asked({**zero1, **EP2}, recompute)),
+        job(__file__, "trained", 2, asked({**PP2, "vpp": 2, "zero1": True}, recompute)),
+        job(__file__, "trained", 2, asked({**zero1, **EP2}, recompute, bf16)))
+    for name, found in (("zero1", sharded), ("interleaved", interleaved)):
+        assert not found["changed"], name
+        assert found["norms"] == pytest.approx(one["norms"], rel=1e-11), name
+        assert difference(found["adapter"], one["adapter"]) < 1e-12, name
+    assert sharded["state"] < 0.7 * one["state"], "dense adapters' state is cut in two, experts' was"
+    assert not rounded["changed"] and rounded["norms"] == pytest.approx(one["norms"], rel=0.1)
+    ours, exact = (np.array(found["adapter"]["adapter.model.layers.3.self_attn.o_proj.lora_B"]).ravel()
+                   for found in (rounded, one))
+    assert ours @ exact > 0.99 * np.linalg.norm(ours) * np.linalg.norm(exact)
 
 
 @pytest.mark.distributed

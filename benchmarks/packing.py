@@ -1,0 +1,161 @@
+"""What packing gains on samples of very different lengths, and that it changes no sample.
+
+Usage: python benchmarks/packing.py [--documents 48] [--turns 3] > benchmarks/results/packing.txt
+
+Forward and backward passes over the same samples, whose lengths are log-normal; three ways take turns:
+  packed   whole samples, several in a row of SEQ_LEN tokens, by best fit: what `megatron-sov sft` does
+  batch    BATCH samples at a time, in the order of the data, each padded to the longest of them
+  full     BATCH samples at a time, each padded to SEQ_LEN
+Tokens per second count the samples' own tokens, not padding, by CPU time.  Then every packed sample's logits
+are compared with those of the sample alone, in float64 and in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from megatron_sov import recipes
+from megatron_sov.config import apply_settings
+from megatron_sov.data.packing import Segment, best_fit
+from megatron_sov.mcore.parallel import cpu_shims, launcher, world
+
+RECIPE, SEQ_LEN, BATCH, MEDIAN_TOKENS, SPREAD = "tiny-qwen3", 512, 4, 70, 1.0
+Documents = Sequence[list[int]]
+
+
+def documents(count: int, vocab_size: int) -> list[list[int]]:
+    """Return samples of random tokens, of log-normal lengths up to a row."""
+    random = np.random.default_rng(0)
+    lengths = np.clip(random.lognormal(np.log(MEDIAN_TOKENS), SPREAD, count), 8, SEQ_LEN).astype(int)
+    return [random.integers(1, vocab_size, n).tolist() for n in lengths]
+
+
+def micro_batch(row: Documents, padded_to: int = 0, min_tokens: int = 0) -> Any:
+    """Return samples one behind the other, each padded to `padded_to` tokens; padding is not learned."""
+    import torch
+
+    from megatron_sov.mcore.decode.forward_only import Inputs
+    from megatron_sov.mcore.parallel.device import local_device
+    from megatron_sov.train.microbatch import MicroBatch
+
+    inputs = Inputs([d + [0] * max(0, padded_to - len(d)) for d in row], local_device(), min_tokens).inputs
+    weights = torch.zeros(len(inputs.tokens))
+    for document, first in zip(row, inputs.cu_seqlens.tolist(), strict=False):
+        weights[first:first + len(document) - 1] = 1
+    zeros = torch.zeros(len(inputs.tokens), dtype=torch.int64)
+    return MicroBatch(inputs, inputs.tokens.roll(-1), weights, zeros.byte(), zeros)
+
+
+def rows_of(held: Documents) -> list[list[int]]:
+    """Return the numbers of the samples of each packed row."""
+    return [[segment.document for segment in row]
+            for row in best_fit((Segment(i, 0, len(d)) for i, d in enumerate(held)), SEQ_LEN)]
+
+
+def built(precision: str) -> Any:
+    """Return a model with numbers in it."""
+    from megatron_sov.config import ParallelConfig
+    from megatron_sov.mcore.model import init
+    from megatron_sov.mcore.model.language_model import build
+
+    config = apply_settings(recipes.get(RECIPE), [f"train.precision={precision}"])
+    model = build(config.model, ParallelConfig(), config.train)
+    init.initialise(model, config.model, 1)
+    return model
+
+
+def measure_speed(held: Documents, turns: int) -> None:
+    """Print a line for each way."""
+    from megatron_sov.mcore.model import pipeline
+    from megatron_sov.mcore.model.expert_load import ExpertLoad
+    from megatron_sov.mcore.model.logprobs import head_of
+    from megatron_sov.mcore.optimizer.optimizer import Optimizer
+
+    model = built("fp32")
+    optimizer = Optimizer(model, recipes.get(RECIPE).optim)
+    model.config.finalize_model_grads_func = ExpertLoad(model).finalize
+    batches = [held[i:i + BATCH] for i in range(0, len(held), BATCH)]
+    ways = {"packed": [micro_batch([held[i] for i in row], min_tokens=SEQ_LEN) for row in rows_of(held)],
+            "batch": [micro_batch(batch, max(map(len, batch))) for batch in batches],
+            "full": [micro_batch(batch, SEQ_LEN) for batch in batches]}
+
+    def loss(hidden: Any, batch: Any) -> tuple[Any, Any]:
+        sums, _ = head_of(model, 512).cross_entropy(hidden, batch.labels, {"lm": batch.weights})
+        return sums["lm"], sums["lm"].detach()
+
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    for turn in range(turns + 1):
+        for way, found in ways.items():
+            began_s = time.process_time()
+            for batch in found:
+                pipeline.run(optimizer.wrapped, [batch], loss, len(batch.inputs.tokens), forward_only=False)
+            if turn:  # the first warms up
+                seconds[way].append(time.process_time() - began_s)
+            optimizer.zero_grad()
+    tokens = sum(map(len, held))
+    print(f"{RECIPE}, {len(held)} samples of {min(map(len, held))} to {max(map(len, held))} tokens (median "
+          f"{statistics.median(map(len, held)):.0f}, {tokens:,} in all), rows of {SEQ_LEN}; median of "
+          f"{turns} turns, CPU time, one thread\n\n{'way':<10}{'tokens read':>12}{'padding':>9}"
+          f"{'tokens/s':>10}{'of packed':>11}")
+    for way, found in ways.items():
+        read = sum(len(batch.inputs.tokens) for batch in found)
+        ratio = statistics.median(p / t for p, t in zip(seconds["packed"], seconds[way], strict=True))
+        speed = tokens / statistics.median(seconds[way])
+        print(f"{way:<10}{read:>12,}{1 - tokens / read:>9.1%}{speed:>10.0f}{ratio:>11.2f}", flush=True)
+
+
+def measure_difference(held: Documents, precision: str) -> None:
+    """Print the largest difference of a packed sample's logits from its own alone."""
+    import torch
+
+    from megatron_sov.mcore.decode.forward_only import ForwardModel
+
+    model = ForwardModel(built(precision), 512)
+    worst = largest = 0.0
+    for row in rows_of(held):
+        packed = [held[i] for i in row]
+        together = model.logits(micro_batch(packed, min_tokens=SEQ_LEN), torch.arange(sum(map(len, packed))))
+        for document, part in zip(packed, together.split([len(d) for d in packed]), strict=True):
+            alone = model.logits(micro_batch([document]), torch.arange(len(document)))
+            worst = max(worst, float((part - alone).abs().max()))
+            largest = max(largest, float(alone.abs().max()))
+    print(f"max |packed - alone| logit, {precision}: {worst:.1e} (largest logit {largest:.2f})", flush=True)
+
+
+def measure(count: int, turns: int) -> None:
+    """Print all of it; runs inside a rank."""
+    from megatron_sov.config import ParallelConfig
+
+    world.join(ParallelConfig())
+    held = documents(count, recipes.get(RECIPE).model.vocab_size)
+    measure_speed(held, turns)
+    print()
+    for precision in ("fp64", "fp32"):
+        measure_difference(held, precision)
+    world.leave()
+
+
+def main() -> None:
+    """Measure on one rank."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--documents", type=int, default=48)
+    parser.add_argument("--turns", type=int, default=3)
+    args = parser.parse_args()
+    cpu_shims.prepare_megatron()
+    print(f"{platform.machine()}, {os.cpu_count()} cores (load {os.getloadavg()[0]:.1f} at the start), "
+          f"Python {platform.python_version()}", flush=True)
+    sys.exit(launcher.launch(lambda: measure(args.documents, args.turns), 1, num_threads=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""What a process that judges keeps of the environment: what programs need to run, and no key of the user's.
+
+A reward is handed responses that a model wrote, and runs verifiers over them: what it does not know it cannot
+give away.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+KEPT = frozenset((
+    "PATH", "HOME", "USER", "LOGNAME", "SHELL", "PWD", "TMPDIR", "TEMP", "TMP", "TZ", "TERM", "LANG",
+    "LANGUAGE", "LD_LIBRARY_PATH", "LD_PRELOAD", "VIRTUAL_ENV", "CONDA_PREFIX", "CUDA_HOME", "CUDA_PATH",
+    "TOKENIZERS_PARALLELISM", "NLTK_DATA", "SSL_CERT_FILE", "SSL_CERT_DIR", "no_proxy", "NO_PROXY",
+    "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "TRANSFORMERS_CACHE"))
+"""Names of variables."""
+KEPT_BEGINNINGS = ("LC_", "PYTHON", "XDG_", "OMP_", "MKL_", "OPENBLAS_", "KMP_", "CUDA_VISIBLE_", "CUBLAS_",
+                   "TORCH_", "TRITON_",
+                   "COVERAGE_", "COV_CORE_")
+"""Beginnings of names."""
+
+
+def forget_other_variables(more: Iterable[str] = ()) -> None:
+    """Remove every variable of this process's environment that is not kept.
+
+    Args:
+        more: names that the reward asks for.
+    """
+    kept = KEPT.union(more)
+    for name in [*os.environ]:
+        if name not in kept and not name.startswith(KEPT_BEGINNINGS):
+            del os.environ[name]
