@@ -39,6 +39,10 @@ class Enclosure(Protocol):
         """Wait for what is left of a program, and remove its folder."""
         ...
 
+    def close(self) -> None:
+        """Remove what it made for all programs."""
+        ...
+
     def overfull(self, limits: Limits) -> str:
         """Return why a program's files are too large; empty: they are not."""
         ...

@@ -52,7 +52,8 @@ class Landlocked:
         self._uid = FIRST_UID + os.getpid() % NUM_UIDS if os.geteuid() == 0 else None
         sc.prctl(sc.PR_SET_CHILD_SUBREAPER, 1)
         self.watch = Watch(os.getpid(), forks=True)
-        self._parent, self._folder = folder, ""
+        self._parent, self._folder = tempfile.mkdtemp(prefix="sandbox-", dir=folder), ""
+        os.chmod(self._parent, 0o711 if self._uid else 0o700)  # to be passed, not listed
         self._tasks_of_user = 0
 
     def fork(self, limits: Limits) -> int:
@@ -61,9 +62,7 @@ class Landlocked:
         if self._uid is None:
             self._tasks_of_user = _count_tasks(os.geteuid())
         else:
-            # `_become` says who reads and writes here; others cannot list what lies above it
-            os.chmod(self._parent, 0o711)
-            os.chmod(self._folder, 0o777)
+            os.chmod(self._folder, 0o777)  # of all who could find it, Landlock lets this program in
         return os.fork()
 
     def enter(self, limits: Limits) -> str:
@@ -97,6 +96,10 @@ class Landlocked:
         if self._folder:
             remove(self._folder)
             self._folder = ""
+
+    def close(self) -> None:
+        """Remove what programs' folders were made in."""
+        remove(self._parent)
 
     def overfull(self, limits: Limits) -> str:
         """Return why a program's files are too large; empty: they are not."""

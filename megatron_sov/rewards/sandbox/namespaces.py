@@ -117,6 +117,9 @@ class Namespaces:
     def clean(self) -> None:
         """Nothing is left: folder and processes end with the namespaces."""
 
+    def close(self) -> None:
+        """Nothing is left."""
+
     def overfull(self, limits: Limits) -> str:
         """Return why a program's files are too large; the file system in memory refuses that itself."""
         return ""

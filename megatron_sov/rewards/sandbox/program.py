@@ -72,7 +72,8 @@ class Program:
             except UnicodeEncodeError:
                 return f"{name} has half of a surrogate pair, which no file can hold"
         if size_bytes > MAX_SOURCE_BYTES:
-            return f"has {size_bytes:,} bytes with its files and input; at most {MAX_SOURCE_BYTES:,} are taken"
+            return (f"has {size_bytes:,} bytes with its files and input; at most {MAX_SOURCE_BYTES:,} "
+                    "are taken")
         if any("\0" in value for value in self.arguments):
             return "an argument has a zero byte, which no argument can hold"
         bad = next((name for name in self.files if not _stays_inside(name)), None)

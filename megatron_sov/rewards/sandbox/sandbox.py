@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import queue
 import shutil
-import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +22,7 @@ ENCLOSURES = ("namespaces", "landlock")
 """What the kernel may give, the stronger one first."""
 LANGUAGES: Mapping[str, tuple[str, ...]] = {"bash": ("bash", "{file}")}
 """Beside python; those whose command is installed."""
+DEFAULT_LIMITS = Limits()
 _WAITING_PER_WORKER = 4
 
 
@@ -43,7 +43,7 @@ class Sandbox:
     enclosure: str
     """`namespaces`, `landlock` or `command`."""
 
-    def __init__(self, limits: Limits = Limits(), *, enclosure: str = "auto", workers: int = 1,
+    def __init__(self, limits: Limits = DEFAULT_LIMITS, *, enclosure: str = "auto", workers: int = 1,
                  command: Sequence[str] = (), languages: Mapping[str, Sequence[str]] = {}) -> None:
         problems = limits.problems() + _problems(enclosure, workers, command)
         if problems:
@@ -51,7 +51,6 @@ class Sandbox:
         self._limits, self._command = limits, tuple(command)
         known = {**LANGUAGES, **{name: tuple(parts) for name, parts in languages.items()}}
         self._languages = {name: parts for name, parts in known.items() if command or shutil.which(parts[0])}
-        self._folder = tempfile.TemporaryDirectory(prefix="sandbox-", ignore_cleanup_errors=True)
         self._free: queue.SimpleQueue[Worker | None] = queue.SimpleQueue()
         self._pool: ThreadPoolExecutor | None = None
         self._num_workers = workers
@@ -69,19 +68,18 @@ class Sandbox:
                            for folder in folders_of(shutil.which(parts[0]) or parts[0])})
         reasons = []
         for name in ENCLOSURES if wanted == "auto" else (wanted,):
-            first = Worker(name, readable, self._folder.name)
+            first = Worker(name, readable)
             try:
                 first.start()
             except Unavailable as e:
                 reasons.append(f"{name}: {e}")
                 continue
             self.enclosure = name
-            self._workers = [first, *(Worker(name, readable, self._folder.name)
+            self._workers = [first, *(Worker(name, readable)
                                       for _ in range(self._num_workers - 1))]
             for worker in self._workers:
                 self._free.put(worker)
             return
-        self._folder.cleanup()
         raise UserError(list_problems("sandbox: this machine cannot enclose a program", reasons,
                                       "allow one of them, or set `command` to one that encloses programs"))
 
@@ -98,7 +96,6 @@ class Sandbox:
             worker.stop()
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
-        self._folder.cleanup()
 
     def run(self, program: Program, limits: Limits | None = None) -> Outcome:
         """Return what becomes of a program.

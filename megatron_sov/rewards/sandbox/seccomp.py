@@ -23,23 +23,27 @@ from megatron_sov.rewards.sandbox.system_calls import (
 
 ALWAYS = (
     # other processes
-    "ptrace process_vm_readv process_vm_writev process_madvise process_mrelease kcmp pidfd_open "
-    "pidfd_getfd pidfd_send_signal migrate_pages move_pages sched_setscheduler sched_setparam "
-    "sched_setattr setpriority ioprio_set "
+    "ptrace", "process_vm_readv", "process_vm_writev", "process_madvise", "process_mrelease", "kcmp",
+    "pidfd_open", "pidfd_getfd", "pidfd_send_signal", "migrate_pages", "move_pages", "sched_setscheduler",
+    "sched_setparam", "sched_setattr", "setpriority", "ioprio_set",
     # the network; socketpair stays, which event loops need
-    "socket connect bind listen accept accept4 "
+    "socket", "connect", "bind", "listen", "accept", "accept4",
     # large and rarely used parts of the kernel, which is where its holes are
-    "io_uring_setup io_uring_enter io_uring_register bpf perf_event_open userfaultfd keyctl add_key "
-    "request_key modify_ldt personality uselib lookup_dcookie mbind set_mempolicy set_mempolicy_home_node "
+    "io_uring_setup", "io_uring_enter", "io_uring_register", "bpf", "perf_event_open", "userfaultfd",
+    "keyctl", "add_key", "request_key", "modify_ldt", "personality", "uselib", "lookup_dcookie", "mbind",
+    "set_mempolicy", "set_mempolicy_home_node",
     # namespaces, file systems, files by handles
-    "mount umount2 pivot_root chroot move_mount open_tree fsopen fsconfig fsmount fspick mount_setattr "
-    "unshare setns name_to_handle_at open_by_handle_at fanotify_init fanotify_mark quotactl quotactl_fd "
-    "landlock_create_ruleset landlock_add_rule landlock_restrict_self "
+    "mount", "umount2", "pivot_root", "chroot", "move_mount", "open_tree", "fsopen", "fsconfig", "fsmount",
+    "fspick", "mount_setattr", "unshare", "setns", "name_to_handle_at", "open_by_handle_at", "fanotify_init",
+    "fanotify_mark", "quotactl", "quotactl_fd", "landlock_create_ruleset", "landlock_add_rule",
+    "landlock_restrict_self",
     # the machine
-    "init_module finit_module delete_module kexec_load kexec_file_load reboot swapon swapoff acct "
-    "settimeofday clock_settime adjtimex clock_adjtime sethostname setdomainname iopl ioperm syslog vhangup "
+    "init_module", "finit_module", "delete_module", "kexec_load", "kexec_file_load", "reboot", "swapon",
+    "swapoff", "acct", "settimeofday", "clock_settime", "adjtimex", "clock_adjtime", "sethostname",
+    "setdomainname", "iopl", "ioperm", "syslog", "vhangup",
     # memory that no limit of a process counts, and that may outlive it
-    "shmget shmat shmctl semget msgget mq_open memfd_create memfd_secret").split()
+    "shmget", "shmat", "shmctl", "semget", "msgget", "mq_open", "memfd_create", "memfd_secret",
+)
 WITHOUT_NAMESPACES = {
     # with these a process leaves the group in which all are ended at once
     "setsid setpgid": errno.EPERM,

@@ -22,10 +22,14 @@ from megatron_sov.rewards.sandbox.namespaces import Namespaces
 from megatron_sov.rewards.sandbox.program import Limits, Outcome
 from megatron_sov.rewards.sandbox.supervise import Ends, Gone, Subject, supervise
 
-PRELOADED = """abc array ast base64 bisect calendar cmath collections collections.abc contextlib copy csv
-dataclasses datetime decimal enum fractions functools hashlib heapq inspect io itertools json locale logging
-math numbers operator os pathlib pickle queue random re shutil socket statistics string struct subprocess sys
-tempfile textwrap threading time traceback types typing unicodedata uuid warnings zlib""".split()
+PRELOADED = (
+    "abc", "array", "ast", "base64", "bisect", "calendar", "cmath", "collections", "collections.abc",
+    "contextlib", "copy", "csv", "dataclasses", "datetime", "decimal", "enum", "fractions", "functools",
+    "hashlib", "heapq", "inspect", "io", "itertools", "json", "locale", "logging", "math", "numbers",
+    "operator", "os", "pathlib", "pickle", "queue", "random", "re", "shutil", "socket", "statistics",
+    "string", "struct", "subprocess", "sys", "tempfile", "textwrap", "threading", "time", "traceback",
+    "types", "typing", "unicodedata", "uuid", "warnings", "zlib",
+)
 
 
 def main(channel_fd: int, root: str) -> None:
@@ -56,6 +60,8 @@ def main(channel_fd: int, root: str) -> None:
                 send(channel, dataclasses.asdict(_run(enclosure, request, channel)))
         except (EOFError, OSError, Gone):
             return
+        finally:
+            enclosure.close()
 
 
 def _enclosure(order: dict[str, Any], channel: socket.socket) -> Enclosure:

@@ -89,6 +89,8 @@ class _Supervisor:
         self._ended = False
         self._passed: tuple[Status, str] | None = None
         """The limit that it has passed, and what to say about it."""
+        self._seen_cpu_s = 0.0
+        """When it was last looked at; the kernel tells in the end of those only that were waited for."""
 
     def run(self) -> Outcome:
         subject = self._subject
@@ -99,7 +101,7 @@ class _Supervisor:
             subject.kill()
             _, status, used = os.wait4(subject.pid, 0)
             self._close()
-        return self._outcome(status, wall_s, used.ru_utime + used.ru_stime)
+        return self._outcome(status, wall_s, max(self._seen_cpu_s, used.ru_utime + used.ru_stime))
 
     def _wait_for_end(self) -> None:
         looked_s = self._began_s
@@ -178,6 +180,7 @@ class _Supervisor:
     def _look(self) -> None:
         """Compare what all processes take with the limits."""
         limits, totals = self._subject.limits, self._subject.totals()
+        self._seen_cpu_s = max(self._seen_cpu_s, totals.cpu_s)
         if totals.memory_bytes > limits.memory_bytes:
             self._pass("memory", f"took more than {limits.memory_bytes:,} bytes of memory in "
                                  f"{totals.tasks} processes and threads")
@@ -198,28 +201,38 @@ class _Supervisor:
                 os.close(fd)
 
     def _outcome(self, status: int, wall_s: float, cpu_s: float) -> Outcome:
-        ends, limits = self._subject.ends, self._subject.limits
+        ends = self._subject.ends
         stdout, stderr = (self._came[fd].decode(errors="replace") for fd in (ends.stdout, ends.stderr))
         code = os.waitstatus_to_exitcode(status)
         told = b"." if ends.ready is None else bytes(self._came[ends.ready])
         if told != b".":
-            why = told.decode(errors="replace") or f"ended with {code} before it was enclosed"
+            why = told.decode(errors="replace") or f"it ended with {code} before"
             return Outcome("infrastructure", None, "", "", f"the program could not be enclosed: {why}", wall_s,
                            cpu_s)
-        if self._passed:
-            return Outcome(self._passed[0], None, stdout, stderr, self._passed[1], wall_s, cpu_s)
-        if code == 0:
-            return Outcome("ok", 0, stdout, stderr, "", wall_s, cpu_s)
-        last = stderr.rstrip().rpartition("\n")[2][:200]
-        if code < 0:
-            if -code == signal.SIGXCPU or (-code == signal.SIGKILL and cpu_s >= limits.cpu_s):
-                return Outcome("timeout", None, stdout, stderr, f"took more than {limits.cpu_s:g} s of processors",
-                               wall_s, cpu_s)
-            return Outcome("killed", None, stdout, stderr, f"ended by {_signal_name(-code)}", wall_s, cpu_s)
-        if last.startswith("MemoryError"):
-            return Outcome("memory", code, stdout, stderr,
-                           f"was refused memory beyond {limits.memory_bytes:,} bytes", wall_s, cpu_s)
-        return Outcome("error", code, stdout, stderr, f"exit code {code}{last and ': '}{last}", wall_s, cpu_s)
+        verdict, reason = self._passed or _ending(code, stderr, cpu_s, self._subject.limits)
+        exit_code = None if self._passed or code < 0 else code
+        return Outcome(verdict, exit_code, stdout, stderr, reason, wall_s, cpu_s)
+
+
+def _ending(code: int, stderr: str, cpu_s: float, limits: Limits) -> tuple[Status, str]:
+    """Return the status, and its reason, of a program that passed no limit that is looked at from outside.
+
+    Args:
+        code: its exit code, or minus the signal that ended it.
+        stderr: what it wrote.
+        cpu_s: what it used.
+        limits: which the kernel has kept for it.
+    """
+    if code == 0:
+        return "ok", ""
+    if -code == signal.SIGXCPU or (-code == signal.SIGKILL and cpu_s >= limits.cpu_s):
+        return "timeout", f"took more than {limits.cpu_s:g} s of processors"
+    if code < 0:
+        return "killed", f"ended by {_signal_name(-code)}"
+    last = stderr.rstrip().rpartition("\n")[2][:200]
+    if last.startswith("MemoryError"):
+        return "memory", f"was refused memory beyond {limits.memory_bytes:,} bytes"
+    return "error", f"exit code {code}{last and ': '}{last}"
 
 
 def _signal_name(number: int) -> str:

@@ -31,11 +31,10 @@ class Worker:
     Args:
         enclosure: `namespaces` or `landlock`.
         readable: folders that programs may read beyond the usual ones.
-        folder: where their folders are made, where they do not live in memory.
     """
 
-    def __init__(self, enclosure: str, readable: list[str], folder: str) -> None:
-        self._order = {"enclosure": enclosure, "readable": readable, "folder": folder}
+    def __init__(self, enclosure: str, readable: list[str]) -> None:
+        self._order = {"enclosure": enclosure, "readable": readable, "folder": tempfile.gettempdir()}
         self._channel: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
