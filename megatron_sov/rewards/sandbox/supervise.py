@@ -207,8 +207,8 @@ class _Supervisor:
         told = b"." if ends.ready is None else bytes(self._came[ends.ready])
         if told != b".":
             why = told.decode(errors="replace") or f"it ended with {code} before"
-            return Outcome("infrastructure", None, "", "", f"the program could not be enclosed: {why}", wall_s,
-                           cpu_s)
+            return Outcome("infrastructure", None, "", "", f"the program could not be enclosed: {why}",
+                           wall_s, cpu_s)
         verdict, reason = self._passed or _ending(code, stderr, cpu_s, self._subject.limits)
         exit_code = None if self._passed or code < 0 else code
         return Outcome(verdict, exit_code, stdout, stderr, reason, wall_s, cpu_s)
