@@ -105,7 +105,7 @@ else:
     "DNS": Attack("attempt(socket.getaddrinfo, 'example.com', 80)", held=1),
     "Unix sockets": Attack("""
 attempt(lambda: socket.socket(socket.AF_UNIX).connect(UNIX))
-attempt(lambda: socket.socket(socket.AF_UNIX).connect("\\0sandbox-test"))
+attempt(lambda: socket.socket(socket.AF_UNIX).connect("\\0sandbox-test-%d" % PARENT))
 attempt(lambda: socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)[0].sendto(b"x", UNIX_DATAGRAMS))
 attempt(lambda: socket.socketpair()[0].connect(UNIX))
 attempt(lambda: socket.socketpair()[0].sendto(b"x", UNIX))
@@ -203,9 +203,9 @@ import pickle
 hash(pickle.loads(b"(" * 10 ** 6 + b"t" * 10 ** 6 + b"."))  # the interpreter's stack ends before
 """, ("killed",), "SIGSEGV"),
     "a deep folder": Attack("""
-for _ in range(3000):
-    os.mkdir("x")
-    os.chdir("x")
+for _ in range(1000):  # of names that are too long together for any path
+    os.mkdir("folder")
+    os.chdir("folder")
 """),
     "an exit in the middle": Attack("print('HELD', flush=True)\nos._exit(0)\nprint('BROKE')", held=1),
     "a process left behind": Attack("""
@@ -236,7 +236,7 @@ class World:
                                                              socket.SOCK_DGRAM))
         self.unix.bind(str(folder / "socket"))
         self.unix_datagrams.bind(str(folder / "datagrams"))
-        self.abstract.bind("\0sandbox-test")
+        self.abstract.bind(f"\0sandbox-test-{os.getpid()}")
         for listening in (self.unix, self.abstract):
             listening.listen()
         self.before = self.state()
