@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import signal
 import sys
 import time
@@ -146,3 +148,15 @@ def test_a_command_of_ones_own_encloses(tmp_path: Path) -> None:
         assert sandbox.run(Program("while :; do echo x; done", language="bash")).status == "output"
         wrapper.unlink()
         assert sandbox.run(Program("")).status == "infrastructure"
+
+
+def test_what_the_page_shows_runs(capfd: pytest.CaptureFixture[str]) -> None:
+    page = Path(__file__).parents[3] / "docs/sandbox.md"
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    for block in blocks:
+        if shutil.which("cc") or "cc -x" not in block:
+            exec(block, names := {**globals()})
+    assert names["bubblewrap"][0] == "bwrap"
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[1] == "ok 0 42" and lines[-1] == "C"
+    assert lines.count("error exit code 1: ZeroDivisionError: division by zero") == 3
