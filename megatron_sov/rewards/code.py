@@ -56,10 +56,6 @@ class Code:
         """
         self._sandbox()
 
-    def inputs(self) -> dict[str, str]:
-        """Return what judges along: the program that tests."""
-        return {"tests": _testing_program()}
-
     def score(self, row: Row) -> Score:
         """Return whether the last program in the response passes the row's `tests`.
 

@@ -42,20 +42,25 @@ ALWAYS = (
     "swapoff", "acct", "settimeofday", "clock_settime", "adjtimex", "clock_adjtime", "sethostname",
     "setdomainname", "iopl", "ioperm", "syslog", "vhangup",
     # memory that no limit of a process counts, and that may outlive it
-    "shmget", "shmat", "shmctl", "semget", "msgget", "mq_open", "memfd_create", "memfd_secret",
+    "shmget", "shmat", "shmctl", "semget", "semop", "semctl", "semtimedop", "msgget", "msgsnd", "msgrcv",
+    "msgctl", "mq_open", "mq_unlink", "memfd_create", "memfd_secret",
 )
 WITHOUT_NAMESPACES = {
     # with these a process leaves the group in which all are ended at once
     "setsid setpgid": errno.EPERM,
     # Landlock does not watch them. They do nothing and say that they did: copying a file ends with them
     "chmod fchmod fchmodat utime utimes futimesat utimensat": 0,
-    "chown lchown fchown fchownat": errno.EPERM,
+    "chown lchown fchown fchownat inotify_add_watch": errno.EPERM,
     "setxattr lsetxattr fsetxattr removexattr lremovexattr fremovexattr": errno.ENOTSUP,
 }
 WITHOUT_SIGNAL_SCOPE = ("tkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo")
 _NEW_NAMESPACES = 0x7E020080
 _AF_UNIX, _SOCK_STREAM, _SOCK_FLAGS = 1, 1, 0o2004000
-_F_SETOWN, _F_SETOWN_EX, _FIOSETOWN, _SIOCSPGRP, _TIOCSTI, _TIOCLINUX = 8, 15, 0x8901, 0x8902, 0x5412, 0x541C
+_FCNTL = (8, 15, 1024, 1026)
+"""F_SETOWN, F_SETOWN_EX, which signal others; F_SETLEASE, F_NOTIFY, which look at what others do."""
+_IOCTL = (0x8901, 0x8902, 0x5412, 0x541C, 0x40086602, 0x40047602, 0x401C5820)
+"""FIOSETOWN, SIOCSPGRP, TIOCSTI, TIOCLINUX; FS_IOC_SETFLAGS, FS_IOC_SETVERSION, FS_IOC_FSSETXATTR, which
+change files that are open for reading."""
 _LOAD, _AND, _IF_EQUAL, _IF_ABOVE, _IF_SET, _RETURN = 0x20, 0x54, 0x15, 0x25, 0x45, 0x06
 _ALLOW, _ERROR, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
 _SECCOMP_MODE_FILTER = 2
@@ -104,8 +109,8 @@ def rules(*, namespaces: bool, signal_scope: bool, own_pid: int) -> list[Rule]:
         Rule("socketpair", word=2, fails="not in", values=(_SOCK_STREAM,), mask=0xFFFFFFFF ^ _SOCK_FLAGS),
         Rule("sendto", word=8, fails="not in", values=(0,)),
         Rule("sendto", word=9, fails="not in", values=(0,)),
-        Rule("fcntl", word=2, values=(_F_SETOWN, _F_SETOWN_EX)),
-        Rule("ioctl", word=2, values=(_FIOSETOWN, _SIOCSPGRP, _TIOCSTI, _TIOCLINUX)),
+        Rule("fcntl", word=2, values=_FCNTL),
+        Rule("ioctl", word=2, values=_IOCTL),
         Rule("prlimit64", word=0, fails="not in", values=(0,)),
         Rule("sched_setaffinity", word=0, fails="not in", values=(0,)),
     ]

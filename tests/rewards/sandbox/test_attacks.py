@@ -137,7 +137,9 @@ attempt(os.listdir, "/proc")
 os.chmod(SECRET, 0o777) if os.path.exists(SECRET) else None
 attempt(os.chown, SECRET, 0, 0)
 attempt(os.setxattr, SECRET, "user.x", b"x")
-""", held=2),
+import fcntl
+attempt(fcntl.ioctl, open(os.__file__), 0x40086602, bytes(8))  # FS_IOC_SETFLAGS
+""", held=3),
     "ptrace and memory of others": Attack("""
 attempt(call, 101, 16, os.getppid() or PARENT, 0, 0)  # PTRACE_ATTACH
 attempt(call, 310, PARENT, 0, 0, 0, 0, 0)  # process_vm_readv
