@@ -49,7 +49,7 @@ class Landlocked:
         if reason := seccomp.supported():
             raise Unavailable(reason)
         self._readable = readable_paths(more_readable)
-        self._uid = FIRST_UID + os.getpid() % NUM_UIDS if os.geteuid() == 0 else None
+        self._uid = _free_uid()
         sc.prctl(sc.PR_SET_CHILD_SUBREAPER, 1)
         self.watch = Watch(os.getpid(), forks=True)
         self._parent, self._folder = tempfile.mkdtemp(prefix="sandbox-", dir=folder), ""
@@ -67,7 +67,10 @@ class Landlocked:
 
     def enter(self, limits: Limits) -> str:
         """Take this process's privileges; returns the folder."""
-        if self._uid is not None:
+        sc.drop_bounding_set()
+        if self._uid is None:
+            sc.set_capabilities(0)  # root of a container that has no other user
+        else:
             _become(self._uid)
         sc.prctl(sc.PR_SET_NO_NEW_PRIVS, 1)
         return self._folder
@@ -110,10 +113,17 @@ class Landlocked:
         return f"wrote more than {most:,} bytes into files" if total > most else ""
 
 
+def _free_uid() -> int | None:
+    """Return a user that root may become and that nobody is; None: this process is not root, or cannot."""
+    uid = FIRST_UID + os.getpid() % NUM_UIDS
+    maps = [list(map(int, line.split())) for line in Path("/proc/self/uid_map").read_text().splitlines()]
+    known = any(first <= uid < first + count for first, _, count in maps)
+    return uid if os.geteuid() == 0 and known and sc.has_capability(sc.CAP_SETUID) else None
+
+
 def _become(uid: int) -> None:
     """Be that user for limits and signals, for good, and root only as the owner of files: the interpreter
     may lie in a folder that none but root enters. What may be read and written is Landlock's to say."""
-    sc.drop_bounding_set()
     os.setgroups([])
     os.setresgid(uid, uid, uid)
     sc.prctl(sc.PR_SET_KEEPCAPS, 1)

@@ -62,7 +62,7 @@ class Namespaces:
         try:
             sc.unshare(_KINDS)
         except OSError as e:
-            raise Unavailable(f"namespaces are not allowed ({e})") from None
+            raise Unavailable(f"namespaces are not allowed ({e.strerror or e})") from None
         send(channel, {"map": os.getpid()})
         if error := receive(channel)["error"]:
             raise Unavailable(f"users cannot be mapped ({error})")
@@ -71,7 +71,7 @@ class Namespaces:
         try:
             _build_view(readable)
         except OSError as e:
-            raise Unavailable(f"a file tree cannot be made ({e})") from None
+            raise Unavailable(f"a file tree cannot be made ({e.strerror or e})") from None
         self._landlock_abi = landlock.abi()
         self._own_uid = os.getuid() != UID
         """Programs have a user that the server has not."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+from pathlib import Path
 
 NUMBERS: dict[str, tuple[int | None, int | None]] = {
     "ptrace": (101, 117), "process_vm_readv": (310, 270), "process_vm_writev": (311, 271),
@@ -136,6 +137,13 @@ def set_capabilities(mask: int) -> None:
     low, high = mask & 0xFFFFFFFF, mask >> 32
     data = (ctypes.c_uint32 * 6)(low, low, 0, high, high, 0)
     call("capset", ctypes.byref(header), ctypes.byref(data))
+
+
+def has_capability(capability: int) -> bool:
+    """Return whether this process may use a capability."""
+    status = Path("/proc/self/status").read_text()
+    effective = next(line for line in status.splitlines() if line.startswith("CapEff:"))
+    return bool(int(effective.split()[1], 16) >> capability & 1)
 
 
 def set_file_uid(uid: int) -> None:
