@@ -32,6 +32,7 @@ SHARED_MODULES = (
 )
 """Whose functions and classes a solution and its tests have from the interpreter, each for itself."""
 MUTABLE = (list, dict, set, bytearray, collections.deque)
+MAX_MESSAGE_BYTES = 256 << 20
 _PR_SET_DUMPABLE = 4
 BUILT_IN_ERRORS = {name: kind for name, kind in vars(builtins).items()
                    if isinstance(kind, type) and issubclass(kind, Exception)}
@@ -95,6 +96,8 @@ class Peer:
     def receive(self) -> Any:
         """Return the next message; raises EOFError where the other side has ended."""
         (length,) = struct.unpack("<Q", self._read(8))
+        if length > MAX_MESSAGE_BYTES:
+            raise EOFError(f"the other process announced a message of {length:,} bytes")
         return json.loads(self._read(length))
 
     def _read(self, length: int) -> bytes:
