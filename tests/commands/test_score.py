@@ -88,7 +88,7 @@ def test_bad_rows_are_named_by_line_and_nothing_is_written(lines: bytes, said: l
     (["--set", "language"], "must have the form key=value"), (["--set", "min_share=2"], "must be a share"),
     (["--workers", "0"], "must be at least 1"), (["--output", "rows.jsonl"], "is the --input"),
     (["--output", "."], "is a folder"), (["--input", "none.jsonl"], "none.jsonl: cannot be read"),
-    (["--reward", "code"], "needs the sandbox"), (["--reward", "langage"], "did you mean 'language'?"),
+    (["--reward", "langage"], "did you mean 'language'?"),
 ])
 def test_mistakes_are_one_sentence(arguments: list[str], said: str,
                                    capsys: pytest.CaptureFixture[str]) -> None:
