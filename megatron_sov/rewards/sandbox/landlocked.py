@@ -37,7 +37,7 @@ class Landlocked:
 
         Args:
             more_readable: further folders that programs may read.
-            folder: where programs' folders are made.
+            folder: where programs' folders are made; it goes with this server.
 
         Raises:
             Unavailable: it cannot.
@@ -52,8 +52,8 @@ class Landlocked:
         self._uid = _free_uid()
         sc.prctl(sc.PR_SET_CHILD_SUBREAPER, 1)
         self.watch = Watch(os.getpid(), forks=True)
-        self._parent, self._folder = tempfile.mkdtemp(prefix="sandbox-", dir=folder), ""
-        os.chmod(self._parent, 0o711 if self._uid else 0o700)  # to be passed, not listed
+        self._parent, self._folder = folder, ""
+        os.chmod(folder, 0o711 if self._uid else 0o700)  # to be passed, not listed
         self._tasks_of_user = 0
 
     def fork(self, limits: Limits) -> int:

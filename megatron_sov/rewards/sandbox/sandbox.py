@@ -53,7 +53,7 @@ class Sandbox:
         self._languages = {name: parts for name, parts in known.items() if command or shutil.which(parts[0])}
         self._free: queue.SimpleQueue[Worker | None] = queue.SimpleQueue()
         self._pool: ThreadPoolExecutor | None = None
-        self._num_workers = workers
+        self._num_workers, self._closed = workers, False
         self._workers: list[Worker] = []
         if command:
             self.enclosure = "command"
@@ -91,11 +91,12 @@ class Sandbox:
         self.close()
 
     def close(self) -> None:
-        """End all servers with what they run."""
-        for worker in self._workers:
-            worker.stop()
+        """End all servers, behind the programs that they run."""
+        self._closed = True
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
+        for worker in self._workers:
+            worker.stop()
 
     def run(self, program: Program, limits: Limits | None = None) -> Outcome:
         """Return what becomes of a program.
@@ -109,6 +110,8 @@ class Sandbox:
         """
         if limits is not None and (problems := limits.problems()):
             raise UserError(list_problems("limits", problems))
+        if self._closed:
+            raise RuntimeError("this sandbox has been closed")
         reason = program.problem() or self._language_problem(program.language)
         if reason:
             return Outcome("refused", None, "", "", reason, 0.0, 0.0)

@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_sov.rewards.sandbox.channel import receive, send
 from megatron_sov.rewards.sandbox.enclosure import Unavailable
+from megatron_sov.rewards.sandbox.folders import remove
 from megatron_sov.rewards.sandbox.namespaces import identity_maps
 from megatron_sov.rewards.sandbox.program import Limits, Outcome, Program
 from megatron_sov.rewards.sandbox.supervise import START_LIMIT_S
@@ -34,7 +35,7 @@ class Worker:
     """
 
     def __init__(self, enclosure: str, readable: list[str]) -> None:
-        self._order = {"enclosure": enclosure, "readable": readable, "folder": tempfile.gettempdir()}
+        self._order: dict[str, Any] = {"enclosure": enclosure, "readable": readable, "folder": ""}
         self._channel: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -46,6 +47,8 @@ class Worker:
         """
         if self._channel is not None:
             return
+        if self._order["enclosure"] == "landlock":  # namespaces have theirs in memory
+            self._order["folder"] = tempfile.mkdtemp(prefix="sandbox-")
         ours, theirs = socket.socketpair()
         ours.settimeout(START_LIMIT_S)
         self._channel = ours
@@ -116,6 +119,10 @@ class Worker:
                 self._process.kill()
                 self._process.wait()
             self._process = None
+        folder = self._order["folder"]
+        if folder and os.path.isdir(folder):  # the server has been killed, or never began
+            with contextlib.suppress(OSError):
+                remove(folder)
 
 
 def _map_users(pid: int) -> str:

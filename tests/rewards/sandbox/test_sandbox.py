@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -82,21 +83,26 @@ def test_outcomes_come_in_order_from_several_workers() -> None:
                in pairwise(spans)), "two ran at a time"
 
 
-def test_a_server_that_dies_is_no_verdict_and_is_replaced(sandbox: Sandbox) -> None:
-    (server,) = psutil.Process().children()
-    server.kill()
-    outcome = sandbox.run(Program("print(1)"))
-    assert outcome.status == "infrastructure" and "server failed" in outcome.reason
-    assert sandbox.run(Program("print(1)")).stdout == "1\n"
+def test_a_server_that_dies_is_no_verdict_and_is_replaced(sandbox: Sandbox, tmp_path: Path,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    before = psutil.Process().children()
+    with Sandbox(enclosure=sandbox.enclosure) as own:
+        (server,) = set(psutil.Process().children()) - set(before)
+        server.kill()
+        outcome = own.run(Program("print(1)"))
+        assert outcome.status == "infrastructure" and "server failed" in outcome.reason
+        assert own.run(Program("print(1)")).stdout == "1\n"
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(RuntimeError, match="has been closed"):
+        own.run(Program("print(1)"))
 
 
 def test_nothing_is_left_when_whoever_has_a_sandbox_is_killed(sandbox: Sandbox, tmp_path: Path) -> None:
     told, tell = os.pipe()
     pid = os.fork()
     if pid == 0:
-        os.environ["TMPDIR"] = str(tmp_path)
-        import tempfile
-        tempfile.tempdir = None
+        tempfile.tempdir = str(tmp_path)
         with Sandbox(enclosure=sandbox.enclosure) as own:
             children = [child.pid for child in psutil.Process().children(recursive=True)]
             os.write(tell, f"{children}\n".encode())
