@@ -75,7 +75,8 @@ class Code:
 
     def _compared(self, source: str, tests: list[Any]) -> tuple[list[bool], str]:
         """Run the program once per test and compare, out here, what it prints."""
-        passed, why = [], ""
+        passed: list[bool] = []
+        why = ""
         for test in tests:
             outcome = self._run(Program(source, stdin=test["stdin"]))
             right = outcome.status == "ok" and _lines(outcome.stdout) == _lines(test["stdout"])

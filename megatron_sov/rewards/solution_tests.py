@@ -123,7 +123,6 @@ class Peer:
             own = type(target).__module__ == "__main__" and not isinstance(target, type)
             if not self._trusts and (not own or rest[0].startswith("_")):
                 raise AttributeError(rest[0])
-            return getattr(target, *rest) if operation == "get" else setattr(target, *rest)
         return OPERATIONS[operation](target, *rest)
 
     def _change(self, value: Any, new: Any) -> None:
@@ -253,6 +252,7 @@ class Remote:
 
 
 OPERATIONS: dict[str, Any] = {
+    "get": getattr, "set": setattr,
     "equal": lambda a, b: bool(a == b), "less": lambda a, b: bool(a < b),
     "has instance": lambda kind, value: isinstance(value, kind), "iterate": lambda a: Held(iter(a)),
     "next": lambda a: next(a.held if isinstance(a, Held) else a), "length": len, "truth": bool,
@@ -378,10 +378,12 @@ def main() -> None:
     try:
         told = peer.receive()
         if isinstance(told.get("error"), str):
-            return tell(verdict, loaded=False, reason=told["error"])
+            tell(verdict, loaded=False, reason=told["error"])
+            return
         names = {"__name__": "__main__", "__plain__": plain, **names_of(told, peer)}
     except Exception as e:
-        return tell(verdict, loaded=False, reason=f"{type(e).__name__}: {e}")
+        tell(verdict, loaded=False, reason=f"{type(e).__name__}: {e}")
+        return
     for index, test in enumerate(request["tests"]):
         try:
             run_test(test, names, request["entry_point"])

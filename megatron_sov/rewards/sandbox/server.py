@@ -78,8 +78,9 @@ def _run(enclosure: Enclosure, request: dict[str, Any], channel: socket.socket) 
     try:
         pid = enclosure.fork(limits)
     except OSError as e:
-        for fd in sum(pipes, ()):
-            os.close(fd)
+        for read, write in pipes:
+            os.close(read)
+            os.close(write)
         enclosure.clean()
         return Outcome("infrastructure", None, "", "", f"no process could be forked: {e}", 0.0, 0.0)
     if pid == 0:

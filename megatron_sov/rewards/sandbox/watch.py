@@ -40,7 +40,8 @@ class Watch:
     def totals(self) -> Totals:
         """Return the sums over all that is below the root now."""
         found = Totals()
-        waiting, seen = self._children(self._root)[0], set()
+        waiting = self._children(self._root)[0]
+        seen: set[int] = set()
         while waiting:
             pid = waiting.pop()
             if pid in seen:
