@@ -114,6 +114,7 @@ def abs(x): return 0
 def set(x): return 7
 def sorted(x): return 7
 def f(x): return 'no'""",
+    "an end of the loop": "def f(x):\n    raise StopIteration",
     "verdicts that it prints": """
 import os, json
 for fd in range(64):
@@ -159,7 +160,7 @@ def f(x): return 0""",
 EXPECTED = ["assert f(1) == 1234", "assert abs(f(1) - 1234) < 1e-6", "assert set([f(1)]) == {1234}",
             "assert sorted([f(1)]) == [1234]", "import math\nassert math.isclose(f(1), 1234)",
             "assert f(1) in (1234,)",
-            "assert 1234 in [f(1)]"]
+            "assert 1234 in [f(1)]", "assert all(map(lambda x: f(x) == 1234, range(9)))"]
 
 
 @pytest.mark.parametrize("name", CHEATS)
