@@ -20,8 +20,9 @@ from megatron_sov.rewards.sandbox.program import Limits, Outcome, Program
 from megatron_sov.rewards.sandbox.supervise import START_LIMIT_S
 
 _ROOT = str(Path(__file__).parents[3])
-_CODE = ("import sys; sys.path[0] = sys.argv[2]; from megatron_sov.rewards.sandbox.server import main; "
-         "main(int(sys.argv[1]), sys.argv[2])")
+# last, for where it is installed other packages lie beside it
+_CODE = ("import sys; sys.path = sys.path[1:] + [sys.argv[2]]; "
+         "from megatron_sov.rewards.sandbox.server import main; main(int(sys.argv[1]), sys.argv[2])")
 _ANSWER_LIMIT_S = 60.0
 """For the server, beyond the program's own limits."""
 
