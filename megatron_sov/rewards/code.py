@@ -64,7 +64,7 @@ class Code:
             TimeoutError: the machine was too busy to say whether the program is too slow.
         """
         tests = _tests_of(row)
-        source = program_in(text_of(row, "response"))
+        source = program_in(text_of(row, "response")).encode(errors="replace").decode()
         if isinstance(tests[0], str):
             passed, why = self._tested(source, tests, row)
         else:
@@ -93,8 +93,7 @@ class Code:
         if not isinstance(entry_point, str):
             raise Refused(f"entry_point = {told_short(entry_point)} must be the name of a function")
         request = json.dumps({"tests": tests, "entry_point": entry_point})
-        text = source.encode(errors="replace").decode()
-        outcome = self._run(Program(_testing_program(), stdin=_framed(text) + _framed(request)))
+        outcome = self._run(Program(_testing_program(), stdin=_framed(source) + _framed(request)))
         passed, why, done = [False] * len(tests), "", False
         for line in outcome.stdout.splitlines():
             verdict = json.loads(line)
@@ -109,6 +108,8 @@ class Code:
         outcome = self._sandbox().run(program, self._limits())
         if outcome.status == "infrastructure":
             raise RuntimeError(outcome.reason)
+        if outcome.status == "refused":
+            raise Refused(f"response and tests together: the program {outcome.reason}")
         if outcome.status == "timeout" and _IDLE_SHARE < outcome.cpu_s / self.test_time_s < 1:
             raise TimeoutError(f"had {outcome.cpu_s:.1f} s of processors in {outcome.wall_s:.1f} s, of "
                                f"{self.test_time_s:g} s that it may have: the machine is too busy")

@@ -200,6 +200,7 @@ def test_all_or_nothing_is_the_default_and_says_why(enclosure: str, monkeypatch:
     (Outcome("infrastructure", None, "", "", "the server failed", 0, 0), "failed"),
     (Outcome("timeout", None, "", "", "took longer than 30 s", 30, 4.0), "timeout"),  # the machine was busy
     (Outcome("timeout", None, "", "", "took longer than 30 s", 30, 0.1), "scored"),  # it waited
+    (Outcome("refused", None, "", "", "has 17 MiB", 0, 0), "refused"),
     (Outcome("memory", None, "", "", "took more", 1, 1), "scored")])
 def test_what_is_not_the_programs_fault_is_no_zero(outcome: Outcome, status: str,
                                                    monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,4 +105,4 @@ class Outcome:
     wall_s: float
     """Seconds by the clock."""
     cpu_s: float
-    """Seconds of processors, of all its processes that were waited for."""
+    """Seconds of processors, of all its processes that were waited for or seen at work."""

@@ -62,7 +62,7 @@ _IOCTL = (0x8901, 0x8902, 0x5412, 0x541C, 0x40086602, 0x40047602, 0x401C5820)
 """FIOSETOWN, SIOCSPGRP, TIOCSTI, TIOCLINUX; FS_IOC_SETFLAGS, FS_IOC_SETVERSION, FS_IOC_FSSETXATTR, which
 change files that are open for reading."""
 _LOAD, _AND, _IF_EQUAL, _IF_ABOVE, _IF_SET, _RETURN = 0x20, 0x54, 0x15, 0x25, 0x45, 0x06
-_ALLOW, _ERROR, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
+_ALLOW, _ERROR = 0x7FFF0000, 0x00050000
 _SECCOMP_MODE_FILTER = 2
 _Instruction = tuple[int, int, int, int]
 
@@ -149,7 +149,7 @@ def _assembled(forbidden: Sequence[Rule]) -> list[_Instruction]:
     """Return the filter's instructions: (code, steps to skip if so, if not, value)."""
     architecture = MACHINES[platform.machine()][1]
     made: list[_Instruction] = [
-        (_LOAD, 0, 0, 4), (_IF_EQUAL, 1, 0, architecture), (_RETURN, 0, 0, _KILL), (_LOAD, 0, 0, 0),
+        (_LOAD, 0, 0, 4), (_IF_EQUAL, 1, 0, architecture), (_RETURN, 0, 0, _ERROR | errno.ENOSYS), (_LOAD, 0, 0, 0),
         # newer calls, and those of the x32 ABI, whose numbers have bit 30
         (_IF_ABOVE, 0, 1, LAST_KNOWN), (_RETURN, 0, 0, _ERROR | errno.ENOSYS)]
     for rule in forbidden:
