@@ -149,7 +149,8 @@ def _assembled(forbidden: Sequence[Rule]) -> list[_Instruction]:
     """Return the filter's instructions: (code, steps to skip if so, if not, value)."""
     architecture = MACHINES[platform.machine()][1]
     made: list[_Instruction] = [
-        (_LOAD, 0, 0, 4), (_IF_EQUAL, 1, 0, architecture), (_RETURN, 0, 0, _ERROR | errno.ENOSYS), (_LOAD, 0, 0, 0),
+        (_LOAD, 0, 0, 4), (_IF_EQUAL, 1, 0, architecture), (_RETURN, 0, 0, _ERROR | errno.ENOSYS),
+        (_LOAD, 0, 0, 0),
         # newer calls, and those of the x32 ABI, whose numbers have bit 30
         (_IF_ABOVE, 0, 1, LAST_KNOWN), (_RETURN, 0, 0, _ERROR | errno.ENOSYS)]
     for rule in forbidden:
