@@ -196,6 +196,14 @@ attempt(call, 308, 0, 0)  # setns
 for number in (425, 321, 298, 323, 250, 248, 319, 29, 68, 246, 175, 169, 135, 304, 300, 451, 462, 0x40000029):
     attempt(call, number, 0, 0, 0, 0, 0)  # io_uring, bpf, perf, userfaultfd, keys, ..., newer ones, x32
 """, held=18),
+    "calls of another architecture": Attack("""
+import mmap
+attempt(call, 0x40000000 + 41, 2, 1, 0)  # x32
+code = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+code.write(bytes.fromhex("b814000000 cd80 c3"))  # i386: mov eax, getpid; int 0x80; ret
+given = ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(code)))()
+print("HELD" if given < 0 else "BROKE", given)
+""", ("ok", "killed"), held=1),
     "files that were left open": Attack("""
 for fd in range(3, 64):
     attempt(os.fstat, fd)
