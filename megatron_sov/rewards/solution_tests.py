@@ -60,7 +60,7 @@ class Peer:
                 self._answer(message)
                 continue
             for value, changed in zip(values, message[2], strict=False):
-                if changed is not None:
+                if changed is not None and isinstance(value, MUTABLE):
                     self._change(value, self.decoded(changed))
             if message[0] == "error":
                 error = self._error(*message[1])
@@ -129,11 +129,8 @@ class Peer:
         return OPERATIONS[operation](target, *rest)
 
     def _change(self, value: Any, new: Any) -> None:
-        if isinstance(value, (list, bytearray)) and type(new) is type(value):
-            value[:] = new
-        elif isinstance(value, MUTABLE) and isinstance(new, (dict, set, collections.deque)):
-            value.clear()
-            (value.extend if isinstance(value, collections.deque) else value.update)(new)
+        value.clear()
+        (value.update if hasattr(value, "update") else value.extend)(new)
 
     def _error(self, kinds: list[str], text: str) -> Exception:
         for name in kinds:
@@ -254,6 +251,13 @@ class Remote:
         return str(self._ask("shown"))
 
 
+class Held:
+    """An iterator that stays where it is."""
+
+    def __init__(self, held: Any) -> None:
+        self.held = held
+
+
 OPERATIONS: dict[str, Any] = {
     "get": getattr, "set": setattr,
     "equal": lambda a, b: bool(a == b), "less": lambda a, b: bool(a < b),
@@ -263,13 +267,6 @@ OPERATIONS: dict[str, Any] = {
     "text": str, "shown": repr}
 COLLECTIONS: dict[str, Any] = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset,
                "deque": collections.deque}
-
-
-class Held:
-    """An iterator that stays where it is."""
-
-    def __init__(self, held: Any) -> None:
-        self.held = held
 
 
 def be_solution(source: str, channel: socket.socket) -> None:
