@@ -15,7 +15,7 @@ import sys
 import threading
 import traceback
 import types
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from megatron_sov.rewards.sandbox import system_calls as sc
 from megatron_sov.rewards.sandbox.enclosure import Enclosure
@@ -115,9 +115,13 @@ def _run_python(source: str, path: str, arguments: list[str]) -> NoReturn:
     code = _guarded(lambda: exec(compile(source, path, "exec", dont_inherit=True), main.__dict__))
     # non-daemon threads are waited for, then exit functions run, as at an interpreter's own end
     ends = [code, _guarded(threading._shutdown), _guarded(atexit._run_exitfuncs),  # type: ignore[attr-defined]
-            _guarded(lambda: sys.stdout.closed or sys.stdout.flush()),
-            _guarded(lambda: sys.stderr.closed or sys.stderr.flush())]
+            _guarded(lambda: _flush(sys.stdout)), _guarded(lambda: _flush(sys.stderr))]
     os._exit(next((code for code in ends if code), 0) & 0xFF)
+
+
+def _flush(stream: TextIO) -> None:
+    if not stream.closed:
+        stream.flush()
 
 
 def _guarded(run: Any) -> int:
