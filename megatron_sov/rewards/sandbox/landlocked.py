@@ -49,7 +49,10 @@ class Landlocked:
         if reason := seccomp.supported():
             raise Unavailable(reason)
         self._readable = readable_paths(more_readable)
+        # without Landlock's scope of signals each process has a filter of its own
+        self._filter = self._filter_of(0) if self._abi >= landlock.SIGNAL_SCOPE_ABI else None
         self._uid = _free_uid()
+        sc.drop_bounding_set()  # the server runs no other program, and its children inherit this
         sc.prctl(sc.PR_SET_CHILD_SUBREAPER, 1)
         self.watch = Watch(os.getpid(), forks=True)
         self._parent, self._folder = folder, ""
@@ -67,7 +70,6 @@ class Landlocked:
 
     def enter(self, limits: Limits) -> str:
         """Take this process's privileges; returns the folder."""
-        sc.drop_bounding_set()
         if self._uid is None:
             sc.set_capabilities(0)  # root of a container that has no other user
         else:
@@ -81,8 +83,11 @@ class Landlocked:
         limit(resource.RLIMIT_NPROC, self._tasks_of_user + limits.processes)
         devices = [device for device in DEVICES if os.path.exists(device)]
         landlock.restrict(self._abi, self._readable, [self._folder, *devices])
+        seccomp.install(self._filter or self._filter_of(os.getpid()))
+
+    def _filter_of(self, pid: int) -> seccomp.Filter:
         scope = self._abi >= landlock.SIGNAL_SCOPE_ABI
-        seccomp.install(seccomp.rules(namespaces=False, signal_scope=scope, own_pid=os.getpid()))
+        return seccomp.prepare(seccomp.rules(namespaces=False, signal_scope=scope, own_pid=pid))
 
     def kill(self, pid: int) -> None:
         """End a program with all of its processes."""

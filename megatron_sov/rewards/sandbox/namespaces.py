@@ -73,6 +73,8 @@ class Namespaces:
         except OSError as e:
             raise Unavailable(f"a file tree cannot be made ({e.strerror or e})") from None
         self._landlock_abi = landlock.abi()
+        sc.drop_bounding_set()  # the server runs no other program, and its children inherit this
+        self._filter = seccomp.prepare(seccomp.rules(namespaces=True, signal_scope=True, own_pid=1))
         self._own_uid = os.getuid() != UID
         """Programs have a user that the server has not."""
 
@@ -92,7 +94,6 @@ class Namespaces:
         sc.unshare(sc.CLONE_NEWNS)
         sc.mount("tmpfs", PRIVATE, "tmpfs", sc.MS_NOSUID | sc.MS_NODEV,
                  f"size={limits.file_bytes},nr_inodes={_MAX_INODES},mode=700,uid={UID},gid={UID}")
-        sc.drop_bounding_set()
         if self._own_uid:
             os.setgroups([])
             os.setresgid(UID, UID, UID)
@@ -108,7 +109,7 @@ class Namespaces:
         if self._landlock_abi:
             landlock.restrict(self._landlock_abi, ["/"],
                               [PRIVATE, *(device for device in DEVICES if os.path.exists(device))])
-        seccomp.install(seccomp.rules(namespaces=True, signal_scope=True, own_pid=os.getpid()))
+        seccomp.install(self._filter)
 
     def kill(self, pid: int) -> None:
         """End a program with all of its processes."""
