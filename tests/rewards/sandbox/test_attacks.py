@@ -32,7 +32,7 @@ def call(number, *arguments):
 '''
 """Stands in front of each program; the numbers of calls are those of x86-64."""
 QUICK = Limits(wall_s=0.4)
-SMALL = Limits(wall_s=5, memory_bytes=128 << 20)
+SMALL = Limits(wall_s=20, memory_bytes=128 << 20)
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Attack:
     """A part of the outcome's."""
     held: int = 0
     """At least so many attempts were refused."""
-    limits: Limits = field(default_factory=lambda: Limits(wall_s=5))
+    limits: Limits = field(default_factory=lambda: Limits(wall_s=20))
 
 
 ATTACKS = {
@@ -70,7 +70,7 @@ for _ in range(1000):
     threading.Thread(target=time.sleep, args=(5,), daemon=True).start()
 """, ("error", "memory"), "start new thread", limits=SMALL),
     "endless loop": Attack("while True: pass", ("timeout",), "processors",
-                           limits=Limits(wall_s=5, cpu_s=0.2)),
+                           limits=Limits(wall_s=20, cpu_s=0.2)),
     "endless sleep": Attack("time.sleep(100)", ("timeout",), "longer than 0.4 s", limits=QUICK),
     "stopping itself": Attack("os.kill(0, signal.SIGSTOP); time.sleep(9)", ("timeout",), limits=QUICK),
     "1 GB of output": Attack("""
@@ -210,8 +210,8 @@ for fd in range(3, 64):
 """, held=61),
     "a deep pickle": Attack("""
 import pickle
-hash(pickle.loads(b"(" * 10 ** 6 + b"t" * 10 ** 6 + b"."))  # the interpreter's stack ends before
-""", ("killed",), "SIGSEGV"),
+hash(pickle.loads(b"(" * 300000 + b"t" * 300000 + b"."))  # the interpreter's stack ends before
+""", ("killed",), "SIGSEGV", limits=Limits(wall_s=30)),
     "a deep folder": Attack("""
 for _ in range(1000):  # of names that are too long together for any path
     os.mkdir("folder")
