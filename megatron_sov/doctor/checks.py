@@ -22,6 +22,8 @@ from typing import Literal
 
 import psutil
 
+from megatron_sov.errors import UserError
+from megatron_sov.rewards.sandbox import machine_enclosure
 from megatron_sov.version import OUR_PACKAGES
 
 Status = Literal["ok", "missing", "warning", "broken"]
@@ -39,6 +41,9 @@ TE_COMMAND = ("pip install --no-build-isolation 'megatron-sov[gpu]' (needs a CUD
 BLACKWELL, MIN_DETERMINISTIC_CUDNN = 10, 91801
 """First compute capability whose deterministic attention needs a newer cuDNN, and that cuDNN as torch
 counts."""
+ENCLOSED_BY = {"namespaces": "programs have processes, files and a network of their own",
+               "landlock": "programs are kept to their folder and away from the network by Landlock and a "
+                           "filter of system calls; namespaces, which hold better, are not allowed"}
 _COMMAND_TIMEOUT_S = 10
 
 
@@ -61,8 +66,8 @@ def all_checks() -> list[Check]:
     """Look at everything, in the order in which it is read: what is needed first,
     then accelerators, cluster, machine."""
     groups = (python_checks, package_checks, shadow_checks, torch_checks, transformer_engine_checks,
-              quantization_checks, apex_checks, optional_checks, slurm_checks, compiler_checks,
-              machine_checks)
+              quantization_checks, apex_checks, optional_checks, sandbox_checks, slurm_checks,
+              compiler_checks, machine_checks)
     return [check for group in groups for check in group()]
 
 
@@ -238,6 +243,19 @@ def optional_checks() -> Iterator[Check]:
             yield Check(name, "missing", "is not installed; optional", f"pip install 'megatron-sov[{extra}]'")
         else:
             yield Check(name, "ok", version)
+
+
+def sandbox_checks() -> Iterator[Check]:
+    """What encloses the programs of a model, by enclosing one."""
+    try:
+        found = machine_enclosure()
+    except UserError as e:
+        reasons = "; ".join(line.strip() for line in str(e).splitlines()[1:])
+        yield Check("Sandbox", "missing", "this machine cannot enclose a program, which the reward code "
+                    f"needs: {reasons}",
+                    "allow user namespaces, or set a command that encloses (docs/sandbox.md)")
+    else:
+        yield Check("Sandbox", "ok", f"{found}: {ENCLOSED_BY[found]}")
 
 
 def first_line_of(command: list[str]) -> str | None:

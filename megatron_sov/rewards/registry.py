@@ -27,10 +27,9 @@ BUILT_IN: dict[str, tuple[str, str]] = {
     "language": ("megatron_sov.rewards.language", "Language"),
     "length": ("megatron_sov.rewards.length", "Length"),
     "repetition": ("megatron_sov.rewards.repetition", "Repetition"),
+    "code": ("megatron_sov.rewards.code", "Code"),
 }
 """Name -> module and class of what is built in."""
-NOT_BUILT = {"code": "needs the sandbox that runs a model's programs, which is not built yet"}
-"""Name of the contract -> why there is none."""
 
 
 def _check(loaded: Loaded) -> None:
@@ -73,8 +72,6 @@ def order(name: str, settings: Mapping[str, Any]) -> Order:
     Raises:
         UserError: there is none of that name, or its file cannot be run.
     """
-    if name in NOT_BUILT:
-        raise UserError(f"reward {name!r}: {NOT_BUILT[name]}; there are {', '.join(BUILT_IN)}")
     if name in BUILT_IN:
         return Order(name, settings)
     if is_reference(name):

@@ -96,7 +96,7 @@ def test_bad_rows_are_named_by_line_and_nothing_is_written(lines: bytes, said: l
     (["--set", "language"], "must have the form key=value"), (["--set", "min_share=2"], "must be a share"),
     (["--workers", "0"], "must be at least 1"), (["--output", "rows.jsonl"], "is the --input"),
     (["--output", "."], "is a folder"), (["--input", "none.jsonl"], "none.jsonl: cannot be read"),
-    (["--reward", "code"], "needs the sandbox"), (["--reward", "langage"], "did you mean 'language'?"),
+    (["--reward", "langage"], "did you mean 'language'?"),
 ])
 def test_mistakes_are_one_sentence(arguments: list[str], said: str,
                                    capsys: pytest.CaptureFixture[str]) -> None:
@@ -195,4 +195,5 @@ def test_what_the_page_shows_runs() -> None:
     assert outputs["math.jsonl"] == [1.0, 0.0, 0.0]
     assert outputs["stem.jsonl"] == [0.0, 1.0, 1.0]
     assert outputs["composed.jsonl"] == [pytest.approx(x) for x in (0.1, 1.0, 1.0)]
+    assert outputs["code.jsonl"] == [1.0, 0.5, 0.0]
     assert outputs["contains.jsonl"] == [1.0, 0.0, 0.0]

@@ -12,6 +12,7 @@ import pytest
 
 from megatron_sov.doctor import checks
 from megatron_sov.doctor.checks import Check
+from megatron_sov.errors import UserError
 
 
 def module(folder: Path, name: str, text: str = "", **files: str) -> None:
@@ -200,6 +201,19 @@ def test_programs_are_asked_for_their_version(tmp_path: Path, monkeypatch: pytes
     assert only(checks.slurm_checks()) == Check("Slurm", "ok", "slurm 24.11.1")
     assert {c.name: c.detail for c in checks.compiler_checks()}["C++ compiler"] == "c++ 12.2.0"
     assert {c.name: c.status for c in checks.compiler_checks()}["CUDA compiler"] == "missing"
+
+
+def test_what_encloses_programs_is_found_by_enclosing_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    check = only(checks.sandbox_checks())
+    assert (check.status, check.detail.partition(":")[0]) in (
+        ("ok", "namespaces"), ("ok", "landlock"), ("missing", "this machine cannot enclose a program"))
+
+    def refuse() -> str:
+        raise UserError("none: 2 problems\n  namespaces: not allowed\n  landlock: version 0")
+
+    monkeypatch.setattr(checks, "machine_enclosure", refuse)
+    check = only(checks.sandbox_checks())
+    assert check.status == "missing" and "namespaces: not allowed; landlock: version 0" in check.detail
 
 
 def test_a_program_that_hangs_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,8 +75,6 @@ def test_what_is_no_reward_is_refused(tmp_path: Path) -> None:
         order(f"{tmp_path}/wrong.py:Wrong", {})
 
 
-def test_unknown_names_and_what_is_not_built_yet() -> None:
+def test_unknown_names() -> None:
     with pytest.raises(UserError, match="reward 'maht': does not exist"):
         order("maht", {})
-    with pytest.raises(UserError, match=r"reward 'code': needs the sandbox .* not built yet"):
-        order("code", {})

@@ -1,0 +1,6 @@
+"""Where programs of a model run: processes that can neither reach out nor take more than they are given."""
+
+from megatron_sov.rewards.sandbox.program import Limits, Outcome, Program
+from megatron_sov.rewards.sandbox.sandbox import Sandbox, machine_enclosure
+
+__all__ = ["Limits", "Outcome", "Program", "Sandbox", "machine_enclosure"]

@@ -1,0 +1,38 @@
+"""Messages between a process and the server of its sandbox: JSON behind its length, over a socket."""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+from typing import Any
+
+_LENGTH = struct.Struct("<Q")
+
+
+def send(channel: socket.socket, message: Any) -> None:
+    """Send a message; raises OSError where the other side has gone."""
+    data = json.dumps(message).encode()
+    channel.sendall(_LENGTH.pack(len(data)) + data)
+
+
+def receive(channel: socket.socket) -> Any:
+    """Return the next message.
+
+    Raises:
+        EOFError: the other side has gone.
+        OSError: likewise, or a time limit of the socket has passed.
+    """
+    (length,) = _LENGTH.unpack(_read(channel, _LENGTH.size))
+    return json.loads(_read(channel, length))
+
+
+def _read(channel: socket.socket, num_bytes: int) -> bytes:
+    parts = []
+    while num_bytes:
+        part = channel.recv(min(num_bytes, 1 << 20))
+        if not part:
+            raise EOFError
+        parts.append(part)
+        num_bytes -= len(part)
+    return b"".join(parts)

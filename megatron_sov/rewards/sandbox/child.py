@@ -1,0 +1,144 @@
+"""What a forked process does on its way to being the program."""
+
+from __future__ import annotations
+
+import atexit
+import builtins
+import contextlib
+import gc
+import io
+import math
+import os
+import resource
+import signal
+import sys
+import threading
+import traceback
+import types
+from typing import Any, NoReturn, TextIO
+
+from megatron_sov.rewards.sandbox import system_calls as sc
+from megatron_sov.rewards.sandbox.enclosure import Enclosure
+from megatron_sov.rewards.sandbox.program import Limits
+from megatron_sov.rewards.sandbox.resources import limit
+
+READY = b"."
+"""What is told before the program begins; anything else is why it cannot."""
+SOURCE_NAME = "program"
+_TOLD = 3
+
+
+def become_program(enclosure: Enclosure, request: dict[str, Any], limits: Limits,
+                   ends: tuple[int, int, int, int]) -> NoReturn:
+    """Enclose this process and be the program; never returns.
+
+    Args:
+        enclosure: where.
+        request: as the worker sends it.
+        limits: what it may take.
+        ends: its standard input, output and error, and where to tell that all is ready.
+    """
+    try:
+        os.setsid()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+        _take_files(ends)
+        folder = enclosure.enter(limits)
+        os.chdir(folder)
+        name = SOURCE_NAME + (".py" if request["command"] is None else "")
+        for path, text in {**request["files"], name: request["source"]}.items():
+            if "/" in path:
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+            with open(path, "w", encoding="utf-8", newline="") as f:
+                f.write(text)
+        _set_environment(folder)
+        _limit(limits)
+        enclosure.lock(limits)
+        os.write(_TOLD, READY)
+        os.close(_TOLD)
+    except BaseException as e:
+        with contextlib.suppress(OSError):
+            os.write(_TOLD, f"{type(e).__name__}: {e}".encode(errors="replace")[:1000])
+        os._exit(1)
+    if request["command"] is None:
+        _run_python(request["source"], f"{folder}/{name}", request["arguments"])
+    _run_command([part.replace("{file}", name) for part in request["command"]] + request["arguments"])
+
+
+def _take_files(ends: tuple[int, int, int, int]) -> None:
+    """Have these files as 0, 1, 2 and 3, and no others."""
+    high = [os.dup2(fd, 100 + i) for i, fd in enumerate(ends)]  # none of them lies where another goes
+    for i, fd in enumerate(high):
+        os.dup2(fd, i, inheritable=i < _TOLD)
+    sc.close_above(_TOLD + 1)
+
+
+def _set_environment(folder: str) -> None:
+    os.environ.clear()
+    os.environ.update({"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": folder, "TMPDIR": folder,
+                       "LANG": "C.UTF-8", "USER": "program", "LOGNAME": "program", "PYTHONHASHSEED": "0"})
+    os.umask(0o022)
+
+
+def _limit(limits: Limits) -> None:
+    limit(resource.RLIMIT_CPU, math.ceil(limits.cpu_s))
+    limit(resource.RLIMIT_AS, limits.memory_bytes)
+    limit(resource.RLIMIT_FSIZE, limits.file_bytes)
+    limit(resource.RLIMIT_NOFILE, limits.files)
+    limit(resource.RLIMIT_CORE, 0)
+
+
+def _run_command(command: list[str]) -> NoReturn:
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    try:
+        os.execvp(command[0], command)
+    except OSError as e:
+        os.write(2, f"{command[0]}: {e.strerror}\n".encode())
+    os._exit(127)
+
+
+def _run_python(source: str, path: str, arguments: list[str]) -> NoReturn:
+    """Run a source as the main module of this interpreter, as `python program.py` would."""
+    sys.argv = [os.path.basename(path), *arguments]
+    sys.path[0:0] = [os.path.dirname(path)]
+    for name in [name for name in sys.modules if name.partition(".")[0] == "megatron_sov"]:
+        del sys.modules[name]
+    sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0)), encoding="utf-8")
+    sys.stdout = io.TextIOWrapper(io.BufferedWriter(io.FileIO(1, "w")), encoding="utf-8")
+    sys.stderr = io.TextIOWrapper(io.BufferedWriter(io.FileIO(2, "w")), encoding="utf-8",
+                                  errors="backslashreplace", line_buffering=True)
+    sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr  # type: ignore[misc]
+    main = types.ModuleType("__main__")
+    main.__dict__.update(__file__=path, __builtins__=builtins)
+    sys.modules["__main__"] = main
+    gc.enable()
+    code = _guarded(lambda: exec(compile(source, path, "exec", dont_inherit=True), main.__dict__))
+    # non-daemon threads are waited for, then exit functions run, as at an interpreter's own end
+    ends = [code, _guarded(threading._shutdown), _guarded(atexit._run_exitfuncs),  # type: ignore[attr-defined]
+            _guarded(lambda: _flush(sys.stdout)), _guarded(lambda: _flush(sys.stderr))]
+    os._exit(next((code for code in ends if code), 0) & 0xFF)
+
+
+def _flush(stream: TextIO) -> None:
+    if not stream.closed:
+        stream.flush()
+
+
+def _guarded(run: Any) -> int:
+    """Return the exit code that a call ends with, its error shown as an interpreter would."""
+    try:
+        run()
+    except SystemExit as e:
+        if e.code is None or isinstance(e.code, int):
+            return e.code or 0
+        with contextlib.suppress(BaseException):
+            print(e.code, file=sys.stderr)
+        return 1
+    except BaseException as e:
+        with contextlib.suppress(BaseException):
+            trace = e.__traceback__
+            while trace and trace.tb_frame.f_code.co_filename in (__file__, _guarded.__code__.co_filename):
+                trace = trace.tb_next
+            traceback.print_exception(type(e), e, trace)
+        return 1
+    return 0
