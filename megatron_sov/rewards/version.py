@@ -22,7 +22,6 @@ from typing import Any
 from megatron_sov.errors import UserError
 from megatron_sov.rewards.reward import OPERATION
 
-ROOM = __name__.rpartition(".")[0]
 DIGITS = 16
 """Of the hash; 64 bits tell versions apart."""
 
@@ -64,7 +63,7 @@ def code_of(module: str) -> dict[str, str]:
             continue
         tree = ast.parse(_source(name))
         found[name] = hashlib.sha256(_without_words(tree).encode()).hexdigest()
-        to_read += [other for other in _imported(tree) if other not in found]
+        to_read += [other for other in _imported(tree, _room(name)) if other not in found]
     return found
 
 
@@ -76,15 +75,20 @@ def _source(module: str) -> str:
     return Path(spec.origin).read_text(encoding="utf-8")
 
 
-def _imported(tree: ast.AST) -> list[str]:
-    """Return the modules of this room that a module imports, wherever it does."""
+def _room(module: str) -> str:
+    """Return the room that a module stands in: `megatron_sov.rewards` of `megatron_sov.rewards.stem`."""
+    return ".".join(module.split(".")[:2])
+
+
+def _imported(tree: ast.AST, room: str) -> list[str]:
+    """Return the modules of a room that a module of it imports, wherever it does."""
     names = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
             names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    ours = [name for name in names if name.startswith(f"{ROOM}.")]
+    ours = [name for name in names if name.startswith(f"{room}.")]
     return [name for name in ours if importlib.util.find_spec(name.rpartition(".")[0]) is not None
             and _is_module(name)]
 
