@@ -104,19 +104,23 @@ class Episode:
         return Counter(call["fault"] for turn in self.turns for call in turn.calls if call["fault"])
 
 
-def begun(number: int, task: Task, opening: Opening, encoder: TurnEncoder) -> Episode:
+def begun(number: int, task: Task, opening: Opening, encoder: TurnEncoder, limits: EpisodeLimits) -> Episode:
     """Return an episode that has just begun.
 
     Raises:
-        UserError: the model's template refuses the question or the tools.
+        UserError: the model's template refuses the question or the tools, or they are too long.
     """
     seen = opening.observation
     messages = [Message("system", seen.system)] if seen.system else []
     chat = Conversation((*messages, Message("user", seen.user)), opening.tools)
     try:
-        return Episode(number, task, opening, encoder.opening(chat))
+        prompt = encoder.opening(chat)
     except BadRecord as e:
-        raise UserError(f"task {number + 1}: its conversation {e.reason}") from None
+        raise UserError(f"its conversation {e.reason}") from None
+    if len(prompt) > limits.max_prompt_tokens:
+        raise UserError(f"its question and tools make {len(prompt):,} tokens, more than max_prompt_tokens "
+                        f"{limits.max_prompt_tokens:,}; raise it with --limit, or shorten them")
+    return Episode(number, task, opening, prompt)
 
 
 def take_turn(episode: Episode, written: Written, host: EnvironmentHost, encoder: TurnEncoder,
@@ -158,8 +162,8 @@ def _made(call: ToolCall | BadCall, place: int, host: EnvironmentHost,
         return {"name": "", "arguments": {}}, _told(call.code, call.reason, limits)
     asked = {"name": call.name, "arguments": call.arguments}
     if place >= limits.max_calls_per_turn:
-        return asked, _told("many", f"a turn may have {limits.max_calls_per_turn} calls; this one was not made",
-                            limits)
+        return asked, _told("many", f"a turn may have {limits.max_calls_per_turn} calls; this one was not "
+                                    "made", limits)
     return asked, host.call(call)
 
 

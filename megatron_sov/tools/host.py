@@ -196,7 +196,8 @@ def _reset(environment: Environment, request: dict[str, Any]) -> dict[str, Any]:
     try:
         observation = environment.reset(request["task"])
         shown = {"user": observation.user, "system": observation.system}
-        return {"observation": shown, "tools": list(environment.tools()), "state": _state(environment, request)}
+        return {"observation": shown, "tools": list(environment.tools()),
+                "state": _state(environment, request)}
     except UserError as e:
         return {"problem": str(e)}
     except (Exception, SystemExit) as e:

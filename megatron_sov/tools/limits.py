@@ -18,6 +18,8 @@ class EpisodeLimits:
     """Of the model, its answer among them."""
     max_tool_chars: int = 1024
     """Of one result; the rest is cut off, and the model is told so."""
+    max_prompt_tokens: int = 4096
+    """Of the first prompt: rules, tools and question."""
     max_response_tokens: int = 8192
     """Behind the first prompt: what the model writes and what tools say."""
     max_calls_per_turn: int = 8

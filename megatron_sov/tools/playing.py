@@ -110,7 +110,7 @@ def _seated(seat: _Seat, number: int, task: Task, known: Episode | None, table: 
     """Begin an episode, or go on in one that the journal knows."""
     try:
         if known is None:
-            seat.episode = begun(number, task, seat.host.reset(task), table.encoder)
+            seat.episode = begun(number, task, seat.host.reset(task), table.encoder, table.limits)
         else:
             if known.turns:
                 seat.host.resume(task, known.turns[-1].state)
@@ -139,7 +139,8 @@ def _round(seats: Sequence[_Seat], policy: Policy, table: Table, journal: Journa
     over = [(host, episode) for host, episode in playing if episode.end]
     for (_, episode), result in zip(over, pool.map(_scored, over), strict=True):
         episode.result = result
-    journal.add([*(turn_line(episode) for _, episode in open_), *(result_line(episode) for _, episode in over)])
+    journal.add([*(turn_line(episode) for _, episode in open_),
+                 *(result_line(episode) for _, episode in over)])
 
 
 def _scored(given: tuple[EnvironmentHost, Episode]) -> Result:

@@ -66,8 +66,9 @@ class Tool:
             object.__setattr__(self, "_adapter", TypeAdapter(made))
             self._adapter.json_schema()
         except Exception as e:  # whatever a type's own hooks raise
-            raise UserError(f"tool {self.name}: its arguments have no JSON schema ({str(e).splitlines()[0]}); "
-                            "use str, int, float, bool, list, dict, Literal and None") from None
+            raise UserError(f"tool {self.name}: its arguments have no JSON schema "
+                            f"({str(e).splitlines()[0]}); use str, int, float, bool, list, dict, Literal and "
+                            "None") from None
 
     def description_for_models(self) -> dict[str, Any]:
         """Return it as OpenAI describes functions, which chat templates show."""
