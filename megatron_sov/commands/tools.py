@@ -197,8 +197,8 @@ def _check_engine(args: argparse.Namespace, engine: str, target: Any, longest: i
         raise UserError(f"--engine {engine}: {target.path} is a checkpoint; "
                         "convert it first with `megatron-sov convert`")
     if engine != MEGATRON and (args.engine_set or args.nproc is not None):
-        raise UserError(f"--engine-set {args.engine_set} and --nproc {args.nproc} are for --engine {MEGATRON}; "
-                        "add it or leave them out")
+        raise UserError(f"--engine-set {args.engine_set} and --nproc {args.nproc} are for --engine "
+                        f"{MEGATRON}; add it or leave them out")
     if longest > target.max_tokens:
         raise UserError(f"max_prompt_tokens and max_response_tokens make {longest:,} tokens, the model ends "
                         f"at {target.max_tokens:,}; lower them with --limit")

@@ -26,7 +26,7 @@ from megatron_sov.rewards.reward import Result, checked, short
 from megatron_sov.tools.environment import Environment, Observation, Task, unknown
 from megatron_sov.tools.faults import InfrastructureFault, ToolFault
 from megatron_sov.tools.limits import EpisodeLimits, cut
-from megatron_sov.tools.registry import Order, make
+from megatron_sov.tools.registry import BUILT_IN, Order, make
 
 START_LIMIT_S = 120.0
 """For a process to import and make its environment, and for an episode to begin."""
@@ -140,7 +140,7 @@ class EnvironmentHost:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
+        context.set_forkserver_preload([__name__, *(module for module, _, _ in BUILT_IN.values())])
         self._pipe, there = context.Pipe()
         # not a daemon: those may not start processes, and a sandbox does
         self._process = context.Process(target=_serve, args=(there, self._asked))
