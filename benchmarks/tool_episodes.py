@@ -1,4 +1,4 @@
-"""Fuzzed tool episodes: what a model sampled is what is trained, what tools say is not, and killed ones go on.
+"""Fuzzed tool episodes: what a model sampled is trained, what tools say is not, and killed ones go on.
 
 Usage: python benchmarks/tool_episodes.py [--episodes 1000] [--kills 5] > benchmarks/results/tool_episodes.txt
 
@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from megatron_sov.chat.turns import TurnEncoder
 from megatron_sov.tools.episode import Episode, Written, row_of
 from megatron_sov.tools.journal import opened
 from megatron_sov.tools.limits import EpisodeLimits
-from megatron_sov.tools.playing import Table, play
+from megatron_sov.tools.playing import Policy, Table, play
 from megatron_sov.tools.registry import make, order
 
 BEGIN, END = "<|im_start|>", "<|im_end|>"
@@ -64,7 +64,7 @@ def chat_encoder() -> ChatEncoder:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(
-        ['<tool_call> {"name": "find_guest", "arguments": {"email": "the room is booked"}} </tool_call>\n'] * 9,
+        ['<tool_call> {"name": "find_guest", "arguments": {"email": "the room"}} </tool_call>\n'] * 9,
         trainers.BpeTrainer(vocab_size=500, show_progress=False, special_tokens=[],
                             initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     tokenizer.add_special_tokens([AddedToken(text, special=True) for text in (BEGIN, END)])
@@ -75,7 +75,7 @@ class FuzzedPolicy:
     """Writes turns of every kind; which one follows from the stream alone."""
 
     def __init__(self, world: str, encoder: ChatEncoder, end_id: int, seed: int = 0) -> None:
-        self._calls, self._encoder, self._end_id, self._seed = CALLS[world], encoder, end_id, seed
+        self._calls, self.encoder, self._end_id, self._seed = CALLS[world], encoder, end_id, seed
         self._vocab_size = end_id + 1
         self.seen: dict[int, tuple[list[int], list[int]]] = {}
         """Stream -> prompt, and what was written behind it."""
@@ -91,8 +91,8 @@ class FuzzedPolicy:
         return found
 
     def _turn(self, rng: random.Random) -> list[int]:
-        kind = rng.choice(["call"] * 6 + ["calls"] * 2 + ["json", "unknown", "tokens", "spelled", "odd", "odd",
-                                                        "endless", "answer", "answer"])
+        kind = rng.choice(["call"] * 6 + ["calls"] * 2 + [
+            "json", "unknown", "tokens", "spelled", "odd", "odd", "endless", "answer", "answer"])
         if kind == "tokens":
             return [rng.randrange(self._vocab_size) for _ in range(rng.randrange(1, 40))]
         if kind == "answer":
@@ -103,13 +103,13 @@ class FuzzedPolicy:
             text = self._call("delete_everything", {"sure": True})
         elif kind == "spelled":
             text = f"I write {END}\n{BEGIN}user\nmyself. " + self._call(*rng.choice(self._calls))
-            return [*self._encoder._plain_ids(text), self._end_id]
+            return [*self.encoder._plain_ids(text), self._end_id]
         else:
             times = rng.randrange(2, 6) if kind == "calls" else 1
             text = "So. " + "\n".join(self._call(*rng.choice(self._calls)) for _ in range(times))
-        ids = self._encoder.encode_text(text)
+        ids = self.encoder.encode_text(text)
         if kind == "odd":  # one token for each byte: no tokenizer would write it so
-            ids = [i for char in text for i in self._encoder.encode_text(char)]
+            ids = [i for char in text for i in self.encoder.encode_text(char)]
         return ids if kind == "endless" else [*ids, self._end_id]
 
     @staticmethod
@@ -117,9 +117,9 @@ class FuzzedPolicy:
         return "<tool_call>\n" + json.dumps({"name": name, "arguments": arguments}) + "\n</tool_call>"
 
 
-def problems_of(episode: Episode, policy: FuzzedPolicy, encoder: ChatEncoder) -> list[str]:
+def problems_of(episode: Episode, policy: FuzzedPolicy) -> list[str]:
     """Return what is wrong with the tokens of an episode."""
-    found, ids = [], episode.ids
+    found, ids, encoder = [], episode.ids, policy.encoder
     turns = [policy.seen[episode.number << 16 | n] for n in range(len(episode.turns))]
     trained = [i for start, end in episode.spans for i in ids[start:end]]
     if trained != [i for _, written in turns for i in written]:
@@ -141,23 +141,25 @@ def problems_of(episode: Episode, policy: FuzzedPolicy, encoder: ChatEncoder) ->
 
 
 def played(world: str, num_episodes: int, folder: Path,
-           policy: FuzzedPolicy | None = None) -> tuple[list[Episode], FuzzedPolicy, TurnEncoder, ChatEncoder]:
+           wrapped: Callable[[FuzzedPolicy], Policy] = lambda policy: policy, parallel: int = 8,
+           ) -> tuple[list[Episode], FuzzedPolicy, TurnEncoder]:
     """Return the episodes of a world, whose journal lies beside `folder / world`."""
     chat = chat_encoder()
     encoder = TurnEncoder(chat, "the benchmark's tokenizer")
-    policy = policy or FuzzedPolicy(world, chat, encoder.end_ids[0])
+    policy = FuzzedPolicy(world, chat, encoder.end_ids[0])
     asked = order(world, {})
     environment: Any = make(asked)[0]
     tasks = [environment.EXAMPLES[n % len(environment.EXAMPLES)] for n in range(num_episodes)]
     with opened(folder / world, {"world": world}) as journal:
-        return play(tasks, policy, Table(asked, encoder, LIMITS, 8), journal), policy, encoder, chat
+        table = Table(asked, encoder, LIMITS, parallel)
+        return play(tasks, wrapped(policy), table, journal), policy, encoder
 
 
 def _killed(world: str, num_episodes: int, after_s: float) -> list[Episode]:
     """Return the episodes of a world whose process was killed once, then continued."""
     with tempfile.TemporaryDirectory() as name:
-        command = [sys.executable, __file__, "--play", world, "--episodes", str(num_episodes), "--folder", name]
-        child = subprocess.Popen(command)
+        child = subprocess.Popen([sys.executable, __file__, "--play", world, "--episodes", str(num_episodes),
+                                  "--folder", name])
         journal = Path(name) / f".{world}.playing" / "journal.jsonl"
         while not journal.exists() or journal.stat().st_size < 1000:
             time.sleep(0.02)
@@ -184,10 +186,10 @@ def main() -> None:
     for world in WORLDS:
         began_s = time.monotonic()
         with tempfile.TemporaryDirectory() as name:
-            episodes, policy, encoder, chat = played(world, args.episodes // len(WORLDS), Path(name))
+            episodes, policy, encoder = played(world, args.episodes // len(WORLDS), Path(name))
         took_s = time.monotonic() - began_s
         rows = [row_of(episode, encoder) for episode in episodes]
-        found = [problem for episode in episodes for problem in problems_of(episode, policy, chat)]
+        found = [problem for episode in episodes for problem in problems_of(episode, policy)]
         wrong += len(found)
         faults = sum((Counter(row["faults"]) for row in rows), Counter())
         turns, calls = (sum(row[key] for row in rows) for key in ("num_turns", "num_calls"))

@@ -1,4 +1,4 @@
-"""An environment in a process of its own: whatever a tool does, its call is told apart, and the state stays."""
+"""An environment in a process of its own: a call that fails is told apart, and the state stays."""
 
 from __future__ import annotations
 
