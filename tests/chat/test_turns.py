@@ -70,7 +70,8 @@ def test_what_a_model_wrote_is_read_without_its_end_and_compared_with_its_spelli
 
 
 @pytest.mark.parametrize("template, told", [
-    ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "ends no turn with a special token"),
+    ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
+     "ends no turn with a special token"),
     ("{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
      "<|im_start|>{{ m.content }}<|im_end|>{% endfor %}", "shows no results of tools .*no tools")])
 def test_templates_without_ends_or_tools_are_refused(template: str, told: str) -> None:

@@ -22,7 +22,8 @@ def test_values(expression: str, value: str) -> None:
 @pytest.mark.parametrize("expression", [
     "", "1 +", "x", "1 if 2 else 3", "'a' * 9", "[1]", "().__class__", "__import__('os')", "True + 1", "1j",
     "9 ** 9 ** 9 ** 9", "2 ** -99999", "1 << 2", "factorial(10 ** 6)", "comb(10 ** 9, 10 ** 8)",
-    "10 ** 400 * 1.0", "1e308 * 10", "1 / 0", "0 ** -1", "(-8) ** (1/3)", "sqrt(-1)", "exp(1000)", "round(5, -10 ** 9)",
+    "10 ** 400 * 1.0", "1e308 * 10",
+    "1 / 0", "0 ** -1", "(-8) ** (1/3)", "sqrt(-1)", "exp(1000)", "round(5, -10 ** 9)",
     "(" * 300 + "1" + ")" * 300, "-" * 900 + "1", "1 +" * 900, "9" * 5000, "factorial(0.5)", "log()",
     "((10 ** 300) ** 4) ** 2", "min()", "abs(1, 2)", "sqrt(x=2)", "\0"])
 def test_what_is_none_or_goes_beyond_the_bounds_is_refused_at_once(expression: str) -> None:
