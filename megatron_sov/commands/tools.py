@@ -125,7 +125,7 @@ def _play(args: argparse.Namespace) -> int:
         _show_tools(opening, show)
         moves = (moves_of_lines(sys.stdin, show, lambda: _show_tools(opening, show)) if args.calls is None
                  else moves_of_file(args.calls))
-        found = play_by_hand(host, task, opening, moves, limits, show)
+        found = play_by_hand(host, opening, moves, limits, show)
     result = found.result
     reward = result.status if result.reward is None else f"{result.reward:g}"
     show(f"{found.end}: reward {reward} {json.dumps(dict(result.components), ensure_ascii=False)}"
@@ -156,17 +156,20 @@ def _run(args: argparse.Namespace) -> int:
     from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()
+    from megatron_sov.generate.load import load_tokenizer
     from megatron_sov.generate.target import find_target
     from megatron_sov.generate.turns import EnginePolicy, with_policy
 
     target = find_target(args.target)
     engine_name = args.engine or (TRANSFORMERS if target.is_hf else MEGATRON)
-    longest = limits.max_prompt_tokens + limits.max_response_tokens
+    longest = limits.max_prompt_tokens + limits.max_response_tokens + limits.max_turn_tokens
     _check_engine(args, engine_name, target, longest)
     chat = read_chat_encoder(target.tokenizer_folder)
     if chat is None:
         raise UserError(f"{target.tokenizer_folder}: has no chat template; fine-tune on chats first")
     encoder = TurnEncoder(chat, str(target.tokenizer_folder))
+    eos = load_tokenizer(target.tokenizer_folder).eos_token_id
+    ends = {*encoder.end_ids, *([] if eos is None else [int(eos)])}  # a turn that eos ends is no whole one
     settings = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed,
                 "engine": engine_name}
     identity = identity_of(digest_of(tasks), version, limits,
@@ -179,7 +182,7 @@ def _run(args: argparse.Namespace) -> int:
             return _publish(args, episodes, encoder, limits, identity)
 
     def work(engine: Engine) -> dict[str, Any] | None:
-        policy = EnginePolicy(engine, sampling, Stop(encoder.end_ids))
+        policy = EnginePolicy(engine, sampling, Stop(tuple(sorted(ends))))
         found: dict[str, Any] | None = with_policy(policy, played)
         return found
 
@@ -200,8 +203,8 @@ def _check_engine(args: argparse.Namespace, engine: str, target: Any, longest: i
         raise UserError(f"--engine-set {args.engine_set} and --nproc {args.nproc} are for --engine "
                         f"{MEGATRON}; add it or leave them out")
     if longest > target.max_tokens:
-        raise UserError(f"max_prompt_tokens and max_response_tokens make {longest:,} tokens, the model ends "
-                        f"at {target.max_tokens:,}; lower them with --limit")
+        raise UserError(f"max_prompt_tokens, max_response_tokens and max_turn_tokens make {longest:,} tokens, "
+                        f"the model ends at {target.max_tokens:,}; lower them with --limit")
 
 
 def _publish(args: argparse.Namespace, episodes: list[Episode], encoder: TurnEncoder, limits: EpisodeLimits,

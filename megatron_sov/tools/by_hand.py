@@ -9,7 +9,8 @@ from pathlib import Path
 
 from megatron_sov.chat.tool_calls import ToolCall
 from megatron_sov.errors import UserError
-from megatron_sov.tools.environment import Task
+from megatron_sov.rewards.reward import Result
+from megatron_sov.tools.faults import INFRASTRUCTURE
 from megatron_sov.tools.host import EnvironmentHost, Opening
 from megatron_sov.tools.limits import EpisodeLimits
 from megatron_sov.tools.records import read_objects
@@ -67,13 +68,12 @@ def moves_of_lines(lines: Iterable[str], show: Callable[[str], object],
                 show(f"{rest.strip()[:60]!r} is no JSON object; {HELP}")
 
 
-def play_by_hand(host: EnvironmentHost, task: Task, opening: Opening, moves: Iterable[Move],
-                 limits: EpisodeLimits, show: Callable[[str], object]) -> Transcript:
+def play_by_hand(host: EnvironmentHost, opening: Opening, moves: Iterable[Move], limits: EpisodeLimits,
+                 show: Callable[[str], object]) -> Transcript:
     """Return the transcript of an episode that has begun; each call is a turn.
 
     Args:
-        host: of the environment, reset to the task.
-        task: what is to be done.
+        host: of the environment, reset to a task.
         opening: as `host.reset` gave it.
         moves: in order.
         limits: of turns and results.
@@ -96,4 +96,7 @@ def play_by_hand(host: EnvironmentHost, task: Task, opening: Opening, moves: Ite
         faults.update([called.fault] if called.fault else [])
         turns.append((f"tool {move.name}" + (f" ({called.fault})" if called.fault else ""), called.text))
         show(called.text)
+        if called.fault == INFRASTRUCTURE:
+            return Transcript("Episode 1", opening, turns, INFRASTRUCTURE, faults,
+                              Result(None, "failed", {}, called.text))
     return Transcript("Episode 1", opening, turns, end, faults, host.score(answer))

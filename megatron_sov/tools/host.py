@@ -24,7 +24,7 @@ from megatron_sov.chat.tool_calls import ToolCall
 from megatron_sov.errors import UserError, told_in_a_line
 from megatron_sov.rewards.reward import Result, checked, short
 from megatron_sov.tools.environment import Environment, Observation, Task, unknown
-from megatron_sov.tools.faults import InfrastructureFault, ToolFault
+from megatron_sov.tools.faults import INFRASTRUCTURE, InfrastructureFault, ToolFault
 from megatron_sov.tools.limits import EpisodeLimits, cut
 from megatron_sov.tools.registry import BUILT_IN, Order, make
 
@@ -111,7 +111,10 @@ class EnvironmentHost:
         try:
             answer = self._ask("call", self._limits.call_timeout_s, name=call.name, arguments=call.arguments)
         except _Gone as gone:
-            self._begin("restore", task=dict(self._task), state=json.loads(self.state))
+            try:
+                self._begin("restore", task=dict(self._task), state=json.loads(self.state))
+            except UserError as e:  # it could before: nothing is known about the model's doing
+                return CallResult(f"error: {call.name}: {gone.reason}, and {short(str(e))}", INFRASTRUCTURE)
             return CallResult(f"error: {call.name}: {gone.reason}", gone.code)
         self.state = answer.get("state", self.state)
         return CallResult(answer["text"], answer["fault"], answer["is_cut"])
@@ -131,8 +134,8 @@ class EnvironmentHost:
                 self._start()
             answer = self._ask(what, START_LIMIT_S, **request)
         except _Gone as gone:
-            raise UserError(f"tool environment {self._asked.name}: its process {gone.reason} while an "
-                            "episode began; see what it wrote above") from None
+            raise UserError(f"tool environment {self._asked.name}: {gone.reason} while an episode began; "
+                            "see what it wrote above") from None
         if "problem" in answer:
             raise UserError(answer["problem"])
         self.state = answer["state"]
@@ -207,10 +210,14 @@ def _reset(environment: Environment, request: dict[str, Any]) -> dict[str, Any]:
 
 def _restore(environment: Environment, request: dict[str, Any]) -> dict[str, Any]:
     answer = _reset(environment, request)
-    if "problem" not in answer:
+    if "problem" in answer:
+        return answer
+    try:
         environment.restore(request["state"])
-        answer["state"] = _state(environment, request)
-    return answer
+        return answer | {"state": _state(environment, request)}
+    except (Exception, SystemExit) as e:
+        return {"problem": f"tool environment {type(environment).__name__}: its state "
+                           f"{short(json.dumps(request['state']))} makes it fail ({told_in_a_line(e)})"}
 
 
 def _call(environment: Environment, request: dict[str, Any]) -> dict[str, Any]:

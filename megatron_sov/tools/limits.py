@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from megatron_sov.errors import UserError, list_problems, nearest
+
+MOST_TIMEOUT_S = 86_400.0
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,9 @@ class EpisodeLimits:
     """Of the first prompt: rules, tools and question."""
     max_response_tokens: int = 8192
     """Behind the first prompt: what the model writes and what tools say."""
+    max_turn_tokens: int = 4096
+    """That the model may write in one turn; asked of an engine whatever is left of an episode, so that its
+    samples do not depend on that."""
     max_calls_per_turn: int = 8
     """More calls of a turn are not made, and the model is told so."""
     call_timeout_s: float = 30.0
@@ -33,8 +37,9 @@ class EpisodeLimits:
         """Return one sentence for every rule that these settings break."""
         p = [f"{f.name} = {getattr(self, f.name)} must be at least 1" for f in fields(self)
              if f.name != "call_timeout_s" and getattr(self, f.name) < 1]
-        if not (self.call_timeout_s > 0 and math.isfinite(self.call_timeout_s)):
-            p.append(f"call_timeout_s = {self.call_timeout_s} must be a positive number")
+        if not 0 < self.call_timeout_s <= MOST_TIMEOUT_S:
+            p.append(f"call_timeout_s = {self.call_timeout_s} must be positive and at most "
+                     f"{MOST_TIMEOUT_S:g}")
         return p
 
 

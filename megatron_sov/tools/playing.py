@@ -86,16 +86,16 @@ def play(tasks: Sequence[Task], policy: Policy, table: Table, journal: Journal,
         seats = [_Seat(stack.enter_context(EnvironmentHost(table.asked, table.limits)))
                  for _ in range(min(table.parallel, len(waiting)))]
         pool = stack.enter_context(ThreadPoolExecutor(max(len(seats), 1)))
+
+        def sit(newcomer: tuple[_Seat, int]) -> Episode:
+            seat, number = newcomer
+            return _seated(seat, number, tasks[number], episodes.get(number), table)
+
         while waiting or any(seat.episode for seat in seats):
             newcomers = []
             for seat in seats:
                 if seat.episode is None and waiting:
                     newcomers.append((seat, waiting.popleft()))
-
-            def sit(newcomer: tuple[_Seat, int]) -> Episode:
-                seat, number = newcomer
-                return _seated(seat, number, tasks[number], episodes.get(number), table)
-
             fresh = [episode for episode in pool.map(sit, newcomers) if episode.number not in episodes]
             journal.add([begin_line(episode) for episode in fresh])
             _round(seats, policy, table, journal, pool)
@@ -128,9 +128,9 @@ def _round(seats: Sequence[_Seat], policy: Policy, table: Table, journal: Journa
     playing = [(seat.host, seat.episode) for seat in seats if seat.episode is not None]
     open_ = [(host, episode) for host, episode in playing if not episode.end]
     if open_:
-        left = [left_of(episode, table.limits) for _, episode in open_]
+        left = [min(left_of(episode, table.limits), table.limits.max_turn_tokens) for _, episode in open_]
         streams = [episode.number * STREAMS + len(episode.turns) for _, episode in open_]
-        found = policy.sample([episode.ids for _, episode in open_], max(left), streams)
+        found = policy.sample([episode.ids for _, episode in open_], table.limits.max_turn_tokens, streams)
         turns = pool.map(
             lambda given: take_turn(given[0][1], within(given[1], given[2]), given[0][0], table.encoder,
                                     table.limits), zip(open_, found, left, strict=True))

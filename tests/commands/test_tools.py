@@ -13,6 +13,7 @@ import pytest
 
 from megatron_sov.artifacts import damaged_files, read_manifest
 from megatron_sov.cli import main
+from megatron_sov.tools.faults import FAULTS
 from megatron_sov.tools.registry import BUILT_IN, OWN
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
@@ -45,17 +46,18 @@ def test_the_page_is_true(capsys: pytest.CaptureFixture[str]) -> None:
         rewards += re.findall(r"answered: reward (\S+)", capsys.readouterr().out)
     assert rewards == ["1", "1", "1"]
     assert "Your room in Busan is booked." in Path("booking.html").read_text()
-    faults = {name for row in re.findall(r"^\| (`.*?) \| ", text.partition("## What goes wrong")[2], re.MULTILINE)
+    table = text.partition("## What goes wrong")[2]
+    faults = {name for row in re.findall(r"^\| (`.*?) \| ", table, re.MULTILINE)
               for name in re.findall(r"`(\w+)`", row)}
-    from megatron_sov.tools.faults import FAULTS
     assert faults == set(FAULTS)
     assert all(f"| `{name}` |" in text for name in BUILT_IN)
 
 
 def test_a_person_plays_and_is_told_what_is_no_move(capsys: pytest.CaptureFixture[str],
                                                     monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stdin", iter(["calculate 2\n", "calculate {\n", "tools\n",
-                                            'calculate {"expression": "17 * 23 + 2 ** 10"}\n', "answer 1415\n"]))
+    lines = ["calculate 2", "calculate {", "tools", 'calculate {"expression": "17 * 23 + 2 ** 10"}',
+             "answer 1415"]
+    monkeypatch.setattr(sys, "stdin", iter([f"{line}\n" for line in lines]))
     assert main(["tools", "play", "calculator"]) == 0
     out = capsys.readouterr().out
     assert out.count("is no JSON") == 2 and out.count("calculate(expression)") == 2
@@ -89,7 +91,7 @@ def test_a_model_plays_and_leaves_rows_figures_and_limits(hf_models: dict[str, P
     (model / "tokenizer_config.json").write_text(json.dumps({"eos_token": END, "bos_token": BEGIN}))
     (model / "chat_template.jinja").write_text(TEMPLATE)
     words = ["tools", "run", "calculator", "model", "--output", "out", "--limit", "max_response_tokens=12",
-             "--limit", "max_prompt_tokens=400"]
+             "--limit", "max_prompt_tokens=400", "--limit", "max_turn_tokens=20"]
     assert main(words) == 0
     out = capsys.readouterr().out
     rows = [json.loads(line) for line in Path("out/episodes.jsonl").read_text().splitlines()]

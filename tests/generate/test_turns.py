@@ -17,7 +17,8 @@ class Echo:
     def generate(self, prompts: Sequence[Tokens], sampling: Sampling, *, stop: Stop | None = None,
                  streams: Sequence[int] | None = None) -> Generated:
         assert stop is not None
-        self.asked.append([[list(p) for p in prompts], sampling.max_new_tokens, sampling.seed, stop.ids, streams])
+        self.asked.append([[list(p) for p in prompts], sampling.max_new_tokens, sampling.seed, stop.ids,
+                           streams])
         written = [([p[-1]] * sampling.max_new_tokens, [-1.0] * sampling.max_new_tokens) for p in prompts]
         return Generated.of(written, sampling, stop, 0)
 

@@ -1,4 +1,4 @@
-"""Episodes of a script that writes turns of every kind: their tokens and limits, and how killed ones go on."""
+"""Episodes of a script that writes turns of every kind: their tokens, limits, and how killed ones go on."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -111,9 +112,16 @@ class Retrieval(AnsweredWorld):
         return Bm25([" ".join([*(str(d.get(key, "")) for key in self.keys), d[self.text]])
                      for d in self._documents])
 
+    @cached_property
+    def _by_key(self) -> dict[str, list[dict[str, Any]]]:
+        found: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
+        for document in self._documents:
+            found[str(document[self.keys[0]])].append(document)
+        return dict(found)
+
     def first_state(self, task: Mapping[str, Any]) -> dict[str, Any]:
         """Nothing changes here; the documents are read before the first call is timed."""
-        assert self._index
+        assert self._index and self._by_key
         return {}
 
     def _search(self, **arguments: Any) -> list[Any]:
@@ -131,8 +139,8 @@ class Retrieval(AnsweredWorld):
 
     def _read(self, **wanted: str | None) -> list[dict[str, Any]]:
         asked = {key: value for key, value in wanted.items() if value is not None}
-        found = [d for d in self._documents if all(str(d.get(key, "")) == value
-                                                   for key, value in asked.items())]
+        found = [d for d in self._by_key.get(asked[self.keys[0]], [])
+                 if all(str(d.get(key, "")) == value for key, value in asked.items())]
         if not found:
             raise ToolRefused(f"there is no document with {asked}; search for it first")
         return [{**{key: d.get(key) for key in self.keys}, self.text: d[self.text]} for d in found]
