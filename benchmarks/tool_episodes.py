@@ -41,7 +41,7 @@ TEMPLATE = (
     "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 WORLDS = ("booking", "tickets", "files", "calculator")
-LIMITS = EpisodeLimits(max_turns=6, max_tool_chars=300, max_response_tokens=1500, max_calls_per_turn=3)
+LIMITS = EpisodeLimits(max_turns=6, max_tool_chars=300, max_response_tokens=1200, max_calls_per_turn=3)
 CALLS: dict[str, Sequence[tuple[str, dict[str, Any]]]] = {
     "booking": [("find_guest", {"email": "mina@example.com"}), ("cancel_booking", {"booking_id": "B1"}),
                 ("search_rooms", {"city": "Seoul", "check_in": "2026-05-01", "check_out": "2026-05-04"}),
@@ -120,7 +120,11 @@ class FuzzedPolicy:
 def problems_of(episode: Episode, policy: FuzzedPolicy) -> list[str]:
     """Return what is wrong with the tokens of an episode."""
     found, ids, encoder = [], episode.ids, policy.encoder
-    turns = [policy.seen[episode.number << 16 | n] for n in range(len(episode.turns))]
+    turns = []
+    for n in range(len(episode.turns)):  # the last one ends at the episode's limit, whatever was written
+        prompt, written = policy.seen[episode.number << 16 | n]
+        left = LIMITS.max_response_tokens - (len(prompt) - len(episode.prompt))
+        turns.append((prompt, written[:left]))
     trained = [i for start, end in episode.spans for i in ids[start:end]]
     if trained != [i for _, written in turns for i in written]:
         found.append("trained tokens are not the sampled ones")

@@ -203,8 +203,8 @@ def _check_engine(args: argparse.Namespace, engine: str, target: Any, longest: i
         raise UserError(f"--engine-set {args.engine_set} and --nproc {args.nproc} are for --engine "
                         f"{MEGATRON}; add it or leave them out")
     if longest > target.max_tokens:
-        raise UserError(f"max_prompt_tokens, max_response_tokens and max_turn_tokens make {longest:,} tokens, "
-                        f"the model ends at {target.max_tokens:,}; lower them with --limit")
+        raise UserError(f"max_prompt_tokens, max_response_tokens and max_turn_tokens make {longest:,} tokens "
+                        f"and the model ends at {target.max_tokens:,}; lower them with --limit")
 
 
 def _publish(args: argparse.Namespace, episodes: list[Episode], encoder: TurnEncoder, limits: EpisodeLimits,

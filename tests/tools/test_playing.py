@@ -144,14 +144,19 @@ def test_a_broken_machine_leaves_no_reward(tmp_path: Path) -> None:
     assert "disk of the sandbox" in episode.result.reason
 
 
-@pytest.mark.parametrize("limits, end, turns", [
-    (EpisodeLimits(max_turns=3), "turns", 3), (EpisodeLimits(max_response_tokens=150), "tokens", 2),
-    (EpisodeLimits(max_response_tokens=20), "unended", 1)])
-def test_an_episode_ends_at_its_limits(tmp_path: Path, limits: EpisodeLimits, end: str, turns: int) -> None:
-    episode, _ = scripted(tmp_path, [call("add")] * 9, limits)
-    assert (episode.end, len(episode.turns)) == (end, turns)
-    assert episode.num_response_tokens <= limits.max_response_tokens
-    assert episode.result is not None and episode.result.status == "scored"
+def test_an_episode_ends_at_its_limits(tmp_path: Path) -> None:
+    whole, _ = scripted(tmp_path, [call("add")] * 9, EpisodeLimits(max_turns=3))
+    assert (whole.end, len(whole.turns)) == ("turns", 3)
+    assert whole.result is not None and whole.result.reward == 3
+    turn = len(whole.turns[0].written.ids)
+    # no room for what the second tool says and an answer; no room for the second turn
+    for limit, end in ((whole.num_response_tokens - turn, "tokens"),
+                       (whole.num_response_tokens - 2 * turn - 1, "unended")):
+        episode, _ = scripted(tmp_path, [call("add")] * 9, EpisodeLimits(max_response_tokens=limit))
+        assert (episode.end, len(episode.turns)) == (end, 2)
+        assert whole.ids[:len(episode.ids)] == episode.ids
+        assert episode.num_response_tokens <= limit and episode.result is not None
+        assert episode.result.reward == (2 if end == "tokens" else 1)
 
 
 def test_a_prompt_beyond_its_limit_is_named_before_a_model_is_asked(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ MOST_DIGITS = 300
 class Calculator(AnsweredWorld):
     """Numbers, and an answer that is one."""
 
-    SYSTEM = "Use the calculator for arithmetic. Say the result in the end."
+    SYSTEM = 'Use the calculator for arithmetic. End with "The answer is" and the number.'
     EXAMPLES = ({"question": "What is 17 * 23 + 2 ** 10?", "answer": "1415"},
                 {"question": "What is 1/3 + 1/6?", "answer": "0.5"})
 

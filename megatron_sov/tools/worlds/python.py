@@ -19,8 +19,8 @@ SANDBOX = "megatron_sov.rewards.sandbox"
 class Python(AnsweredWorld):
     """Each program begins anew: nothing of an earlier one is left."""
 
-    SYSTEM = ("Use Python where it helps: each program runs by itself, so print what you want to see. Say "
-              "the answer in the end.")
+    SYSTEM = ("Use Python where it helps: each program runs by itself, so print what you want to see. End "
+              'with "The answer is" and the answer.')
     EXAMPLES = ({"question": "How many primes are there below 10,000?", "answer": "1229"},)
     MAX_MEMORY_BYTES = 0
     """The sandbox limits its programs itself."""

@@ -47,7 +47,8 @@ class Retrieval(AnsweredWorld):
     """Documents that a query gives."""
     snippet_chars: int = 200
     """Of a document that is found."""
-    system: str = "Answer from the documents: search them, read what looks right, then say the answer."
+    system: str = ("Answer from the documents: search them, read what looks right. End with "
+                   '"The answer is" and the answer.')
     """Rules for the model, where a task has none of its own."""
 
     def problems(self) -> list[str]:

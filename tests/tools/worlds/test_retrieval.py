@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -30,9 +32,10 @@ def corpus(tmp_path: Path) -> Path:
     return file
 
 
-def legal(corpus: Path, **more: Any) -> Any:
+def legal(corpus: Path, change: Mapping[str, Any] = MappingProxyType({})) -> Any:
     settings = {"corpus": str(corpus), "text": "content", "keys": ["law_name", "section_num"],
-                "search": "search_law", "read": "read_law", "query": "query_list", "queries": "list", **more}
+                "search": "search_law", "read": "read_law", "query": "query_list", "queries": "list"}
+    settings |= change
     made = make(order("retrieval", settings))[0]
     made.reset({"question": "May a minor make a contract?", "answer": "no"})
     return made
@@ -87,7 +90,7 @@ def test_ranks_are_those_of_the_formula() -> None:
     ({"keys": ["law"]}, "line 1: has no 'law'"), ({"query": "my query"}, "query = 'my query'")])
 def test_settings_that_have_no_meaning_are_named(corpus: Path, change: dict[str, Any], told: str) -> None:
     with pytest.raises(UserError, match=told):
-        legal(corpus, **change)
+        legal(corpus, change)
 
 
 def test_another_corpus_is_another_version(corpus: Path) -> None:

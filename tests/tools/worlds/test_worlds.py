@@ -12,7 +12,7 @@ from megatron_sov.tools.faults import ToolFault
 from megatron_sov.tools.registry import make, order
 
 SOLUTIONS: dict[str, list[tuple[list[tuple[str, dict[str, Any]]], str]]] = {
-    "calculator": [([("calculate", {"expression": "17 * 23 + 2 ** 10"})], "It is 1415."),
+    "calculator": [([("calculate", {"expression": "17 * 23 + 2 ** 10"})], "The answer is 1415."),
                    ([("calculate", {"expression": "1/3 + 1/6"})], "The answer is 0.5")],
     "booking": [([("find_guest", {"email": "mina@example.com"}),
                   ("search_rooms", {"city": "Busan", "check_in": "2026-06-10", "check_out": "2026-06-12",
