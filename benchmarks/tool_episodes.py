@@ -98,7 +98,8 @@ class FuzzedPolicy:
         if kind == "answer":
             text = rng.choice(["It costs 220.", "Done: T1, T2, T3", "", "The answer is 1415."])
         elif kind == "json":
-            text = "<tool_call>" + rng.choice(["{", "{}", "[1]", '{"name": 1', "NaN", "</tool_call>"])
+            text = "<tool_call>" + rng.choice(["{", "{}", "[1]", '{"name": 1', "NaN"])
+            text += rng.choice(["", "</tool_call>", "</tool_call>"])
         elif kind == "unknown":
             text = self._call("delete_everything", {"sure": True})
         elif kind == "spelled":

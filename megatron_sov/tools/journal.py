@@ -105,6 +105,9 @@ def opened(output: Path, identity: dict[str, Any]) -> Iterator[Journal]:
             raise UserError(f"--output {output}: is being written by another process ({folder} is held); "
                             "wait for it, or name another folder")
         lines = _whole_lines(path)
+        if len(lines) == 1:  # no episode had begun
+            path.unlink()
+            lines = []
         if lines and lines[0] != {"identity": identity}:
             other = _different(lines[0].get("identity", {}), identity)
             raise UserError(f"--output {output}: {folder} holds episodes that were played with another "

@@ -91,7 +91,9 @@ def test_a_model_plays_and_leaves_rows_figures_and_limits(hf_models: dict[str, P
     (model / "tokenizer_config.json").write_text(json.dumps({"eos_token": END, "bos_token": BEGIN}))
     (model / "chat_template.jinja").write_text(TEMPLATE)
     words = ["tools", "run", "calculator", "model", "--output", "out", "--limit", "max_response_tokens=12",
-             "--limit", "max_prompt_tokens=400", "--limit", "max_turn_tokens=20"]
+             "--limit", "max_prompt_tokens=460", "--limit", "max_turn_tokens=20"]
+    assert main([*words, "--limit", "max_prompt_tokens=9"]) == 2
+    assert "more than max_prompt_tokens 9" in capsys.readouterr().err
     assert main(words) == 0
     out = capsys.readouterr().out
     rows = [json.loads(line) for line in Path("out/episodes.jsonl").read_text().splitlines()]

@@ -93,16 +93,20 @@ def test_killed_episodes_go_on_at_their_turn_to_the_same_end(fuzzed: dict[str, A
     assert not folder_of(tmp_path / "booking").exists()
 
 
-def test_a_journal_of_something_else_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(_Killed), opened(tmp_path / "out", {"limits": 1, "seed": 1}):
+def test_a_journal_of_something_else_is_refused_unless_nothing_was_played(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(_Killed), opened(out, {"limits": 1, "seed": 0}):
         raise _Killed
-    with pytest.raises(UserError, match="were played with another seed"), \
-            opened(tmp_path / "out", {"limits": 1, "seed": 2}):
+    with pytest.raises(_Killed), opened(out, {"limits": 1, "seed": 1}) as journal:
+        journal.add([{"episode": 0, "prompt": [], "observation": {"user": ""}, "tools": []}])
+        raise _Killed
+    with pytest.raises(UserError, match="were played with another seed"), opened(out, {"limits": 1, "seed": 2}):
         pass
-    with opened(tmp_path / "out", {"limits": 1, "seed": 1}), pytest.raises(
-            UserError, match="is being written by another process"), \
-            opened(tmp_path / "out", {"limits": 1, "seed": 1}):
-        pass
+    with opened(out, {"limits": 1, "seed": 1}) as journal:
+        assert list(journal.episodes([{}])) == [0]
+        with pytest.raises(UserError, match="is being written by another process"), opened(out, {}):
+            pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def scripted(tmp_path: Path, turns: list[str], limits: EpisodeLimits, world: str = f"{HOSTILE}:Hostile",
