@@ -100,7 +100,8 @@ def test_a_journal_of_something_else_is_refused_unless_nothing_was_played(tmp_pa
     with pytest.raises(_Killed), opened(out, {"limits": 1, "seed": 1}) as journal:
         journal.add([{"episode": 0, "prompt": [], "observation": {"user": ""}, "tools": []}])
         raise _Killed
-    with pytest.raises(UserError, match="were played with another seed"), opened(out, {"limits": 1, "seed": 2}):
+    with pytest.raises(UserError, match="were played with another seed"), \
+            opened(out, {"limits": 1, "seed": 2}):
         pass
     with opened(out, {"limits": 1, "seed": 1}) as journal:
         assert list(journal.episodes([{}])) == [0]
