@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -61,7 +61,7 @@ def limits_of(name: str, changes: Sequence[str]) -> EpisodeLimits:
         if not equals or key not in known:
             raise UserError(f"--limit {change!r}: must be one of {', '.join(known)} with a value, e.g. "
                             f"max_turns=7{nearest(key, known)}")
-        made = float if key == "call_timeout_s" else int
+        made: Callable[[str], float] = float if key == "call_timeout_s" else int
         try:
             changed[key] = made(text)
         except ValueError:

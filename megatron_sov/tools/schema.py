@@ -9,7 +9,7 @@ import re
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, NotRequired, TypeVar, get_type_hints
+from typing import Annotated, Any, NotRequired, TypeVar, cast, get_type_hints
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict
@@ -21,6 +21,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 _MARK = "_is_tool"
 _SECTION = re.compile(r"^(Args|Returns|Raises|Yields):[ \t]*$", re.MULTILINE)
 _ARGUMENT = re.compile(r"^(\w+)(?: \([^)]*\))?: *(.*(?:\n+[ \t]+.*)*)", re.MULTILINE)
+# made of values, which type checkers do not follow
+_TYPED_DICT, _ANNOTATED, _NOT_REQUIRED = cast(Any, TypedDict), cast(Any, Annotated), cast(Any, NotRequired)
 MAX_TOLD = 5
 """Wrong arguments that a model is told of."""
 
@@ -61,7 +63,7 @@ class Tool:
         fields = {name: _annotated(parameter) for name, parameter in self.parameters.items()}
         # strict: "3" is no 3, and true is no 1
         config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-        made = with_config(config)(TypedDict(self.name, fields))  # type: ignore[operator]
+        made = with_config(config)(_TYPED_DICT(self.name, fields))
         try:
             object.__setattr__(self, "_adapter", TypeAdapter(made))
             self._adapter.json_schema()
@@ -131,8 +133,8 @@ def _annotated(parameter: Parameter) -> Any:
     optional = parameter.default is not inspect.Parameter.empty
     shown = {"default": parameter.default} if optional and parameter.default is not None else None
     info = Field(description=parameter.description or None, json_schema_extra=shown)
-    kind = Annotated[parameter.type, info]
-    return NotRequired[kind] if optional else kind
+    kind = _ANNOTATED[parameter.type, info]
+    return _NOT_REQUIRED[kind] if optional else kind
 
 
 def _described(text: str) -> dict[str, str]:

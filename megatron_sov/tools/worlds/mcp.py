@@ -136,7 +136,7 @@ class Mcp(AnsweredWorld):
             message = self._received()
             if "method" in message:
                 if "id" in message:
-                    known = {"result": {}} if message["method"] == "ping" else {
+                    known: dict[str, Any] = {"result": {}} if message["method"] == "ping" else {
                         "error": {"code": _NO_METHOD, "message": "this client offers nothing"}}
                     self._send({"id": message["id"], **known})
             elif message.get("id") == self._number:
