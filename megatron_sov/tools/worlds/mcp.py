@@ -93,7 +93,11 @@ class Mcp(AnsweredWorld):
                                      "clientInfo": {"name": "megatron-sov", "version": __version__}})
             self._send({"method": "notifications/initialized"})
             self._tools = self._listed()
+        except UserError:
+            self._end()
+            raise
         except ToolFault as e:
+            self._end()
             raise UserError(f"the MCP server {' '.join(self.command)} cannot be used: {e.reason}") from None
 
     def _end(self) -> None:
