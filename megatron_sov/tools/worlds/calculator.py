@@ -101,7 +101,7 @@ def _binary(op: ast.operator, left: Number, right: Number) -> Number:
     if isinstance(op, ast.Pow) and not isinstance(left, float):
         # known before it is worked out: 9 ** 9 ** 9 has 369 million digits
         bits = max(Fraction(left).numerator.bit_length(), Fraction(left).denominator.bit_length())
-        if abs(right) * bits > MAX_BITS:
+        if not -MAX_BITS <= right * bits <= MAX_BITS:
             raise ToolRefused(f"a power has more than {MAX_BITS} bits")
     return _bounded(_BINARY[type(op)](left, right))
 
@@ -110,7 +110,7 @@ def _called(name: str, arguments: list[Number]) -> Number:
     most = _MOST.get(name)
     if most is not None and any(argument > most for argument in arguments):
         raise ToolRefused(f"{name} takes numbers up to {most}")
-    if name == "round" and len(arguments) > 1 and abs(arguments[1]) > MOST_DIGITS:
+    if name == "round" and len(arguments) > 1 and not -MOST_DIGITS <= arguments[1] <= MOST_DIGITS:
         raise ToolRefused(f"round takes at most {MOST_DIGITS} digits")
     return _bounded(_FUNCTIONS[name](*arguments))
 
