@@ -181,7 +181,7 @@ def _serve(pipe: connection.Connection, asked: Order) -> None:
     if sys.platform == "linux":  # the server that forked this one ends with the command
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     environment: Environment | None = None
-    with contextlib.suppress(EOFError, BrokenPipeError):
+    with contextlib.suppress(EOFError, ConnectionError):
         while True:
             request = json.loads(pipe.recv_bytes())
             if environment is None:
