@@ -1,6 +1,6 @@
 """Fuzzed tool episodes: what a model sampled is trained, what tools say is not, and killed ones go on.
 
-Usage: python benchmarks/tool_episodes.py [--episodes 1000] [--kills 5] > benchmarks/results/tool_episodes.txt
+Usage: python benchmarks/tool_episodes.py [--episodes 1000] [--kills 1] > benchmarks/results/tool_episodes.txt
 
 A script in the place of a model writes turns of every kind: calls, several at once, calls that are no JSON or
 name no tool, texts that spell special tokens, tokens that no tokenizer would choose, turns without an end.
@@ -180,7 +180,7 @@ def main() -> None:
     """Play, check, print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--episodes", type=int, default=1000)
-    parser.add_argument("--kills", type=int, default=5)
+    parser.add_argument("--kills", type=int, default=1)
     parser.add_argument("--play", choices=WORLDS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
