@@ -59,6 +59,8 @@ COMMANDS = {
                     "ppl, needle, bigram, logits: judge a checkpoint or a Hugging Face folder"),
     "score": Command("megatron_sov.commands.score",
                      "give answers rewards: verifiers, rules and judges over a file of rows"),
+    "tools": Command("megatron_sov.commands.tools",
+                     "list, play, run: tool environments, by hand or by a model"),
     "submit": Command("megatron_sov.commands.submit",
                       "submit a stage or a chain of stages to a Slurm cluster"),
     "status": Command("megatron_sov.commands.status",

@@ -8,7 +8,7 @@ alone: spelled out in a content they are ordinary text.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -154,6 +154,20 @@ class ChatEncoder:
     @cached_property
     def _ends(self) -> tuple[str, ...]:
         return tuple(self._special[id_] for id_ in self.end_ids())
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids, special tokens spelled out."""
+        text: str = self._with_special.decode(list(ids), skip_special_tokens=False)
+        return text
+
+    def encode_text(self, text: str) -> list[int]:
+        """Return the ids of a text in which special tokens that are spelled out are meant."""
+        ids: list[int] = self._with_special.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def special_texts(self) -> tuple[str, ...]:
+        """Return how the special tokens are spelled."""
+        return tuple(self._special.values())
 
     def end_ids(self) -> tuple[int, ...]:
         """Return the special tokens with which the template ends an assistant's turn, in the middle of a

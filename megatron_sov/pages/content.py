@@ -24,6 +24,8 @@ class Section:
     charts: list[Chart] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     samples: list[dict[str, str]] = field(default_factory=list)
+    turns: list[tuple[str, str]] = field(default_factory=list)
+    """(who, what was said), in order."""
     json: str = ""
     """Collapsible details, as JSON."""
     side_by_side: bool = False

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-Kind = Literal["recipe", "model family", "objective", "data step", "reward"]
+Kind = Literal["recipe", "model family", "objective", "data step", "reward",
+               "tool environment"]
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, get_type_hints
+from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
-from megatron_sov.errors import UserError, list_problems, nearest
+from megatron_sov.errors import UserError, list_problems
 from megatron_sov.plugins.loading import Loaded, is_reference, telling
 from megatron_sov.plugins.registry import Registry
+from megatron_sov.plugins.settings import typed_settings
 from megatron_sov.plugins.signatures import check_methods
 from megatron_sov.rewards.version import settings_of, version_of
 
@@ -106,7 +104,7 @@ def build(asked: Order) -> Any:
 def _built(asked: Order) -> tuple[Any, dict[str, Any], dict[str, str] | None]:
     """Return a reward, its settings, and the hashes of its files where it is not built in."""
     made, files = _class(asked)
-    settings = _settings(asked, made)
+    settings = typed_settings(made, asked.settings, f"reward {asked.name}")
     with telling(f"reward {asked.reference or asked.name}"):
         reward = made(**settings)
         problems = reward.problems() if hasattr(reward, "problems") else []
@@ -131,36 +129,3 @@ def _class(asked: Order) -> tuple[type[Any], dict[str, str] | None]:
         raise UserError(f"reward {asked.reference}: {changed[0]} has changed since this command began; "
                         "run it again")
     return made, files
-
-
-def _settings(asked: Order, made: type[Any]) -> dict[str, Any]:
-    """Return the given settings by the types that a reward declares."""
-    known = [name for name, p in inspect.signature(made).parameters.items()
-             if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    hints = _hints(made)
-    found, problems = {}, []
-    for name, value in asked.settings.items():
-        if name not in known:
-            problems.append(f"{name}: no such setting{nearest(name, known)}"
-                            + (f" (settings: {', '.join(known)})" if known else " (it has none)"))
-            continue
-        try:
-            found[name] = TypeAdapter(hints.get(name, Any)).validate_python(value)
-        except ValidationError as e:
-            for error in e.errors():
-                where = ".".join(map(str, (name, *error["loc"])))
-                problems.append(f"{where} = {error.get('input')!r}: {error['msg']}")
-    missing = [name for name, p in inspect.signature(made).parameters.items()
-               if name in known and p.default is p.empty and name not in asked.settings]
-    problems += [f"{name}: has no default; set it" for name in missing]
-    if problems:
-        raise UserError(list_problems(f"reward {asked.name}", problems))
-    return found
-
-
-def _hints(made: type[Any]) -> dict[str, Any]:
-    """Return the types that a reward declares for its settings; none where a name in them is not known."""
-    try:
-        return get_type_hints(made.__init__)
-    except (NameError, TypeError):
-        return {}

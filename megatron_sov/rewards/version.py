@@ -1,7 +1,9 @@
-"""The version of a reward: a hash of the code that judges and of the settings that it judges by.
+"""The version of a reward, or of a tool environment: a hash of the code that judges and of the settings that
+it judges by.
 
-Code is read, not run: the module of the reward and what it imports from this room, without comments,
-docstrings and layout, so that a version changes when the judgement may and stays when words do.
+Code is read, not run: the module of the reward and what it imports from its own room and from this one,
+without comments, docstrings and layout, so that a version changes when the judgement may and stays when
+words do.
 """
 
 from __future__ import annotations
@@ -64,7 +66,7 @@ def code_of(module: str) -> dict[str, str]:
             continue
         tree = ast.parse(_source(name))
         found[name] = hashlib.sha256(_without_words(tree).encode()).hexdigest()
-        to_read += [other for other in _imported(tree) if other not in found]
+        to_read += [other for other in _imported(tree, {_room(name), ROOM}) if other not in found]
     return found
 
 
@@ -76,15 +78,20 @@ def _source(module: str) -> str:
     return Path(spec.origin).read_text(encoding="utf-8")
 
 
-def _imported(tree: ast.AST) -> list[str]:
-    """Return the modules of this room that a module imports, wherever it does."""
+def _room(module: str) -> str:
+    """Return the room that a module stands in: `megatron_sov.rewards` of `megatron_sov.rewards.stem`."""
+    return ".".join(module.split(".")[:2])
+
+
+def _imported(tree: ast.AST, rooms: set[str]) -> list[str]:
+    """Return the modules of some rooms that a module imports, wherever it does."""
     names = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
             names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    ours = [name for name in names if name.startswith(f"{ROOM}.")]
+    ours = [name for name in names if name.startswith(tuple(f"{room}." for room in rooms))]
     return [name for name in ours if importlib.util.find_spec(name.rpartition(".")[0]) is not None
             and _is_module(name)]
 

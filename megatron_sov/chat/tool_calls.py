@@ -1,0 +1,119 @@
+"""Calls of tools in what a model wrote, in the form of Hermes (NousResearch/Hermes-Function-Calling):
+`<tool_call>{"name": ..., "arguments": {...}}</tool_call>`.
+
+Read strictly: what is nearly a call is told apart from a call and from a text without one, so that a model
+is told what was wrong with it and a count of such turns can be kept.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any, Literal
+
+BEGIN_CALL, END_CALL = "<tool_call>", "</tool_call>"
+BEGIN_THOUGHTS, END_THOUGHTS = "<think>", "</think>"
+Fault = Literal["json", "form", "unclosed"]
+_SPACE = " \t\r\n"
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A call as a model wrote it; whether there is such a tool is another question."""
+
+    name: str
+    """Of the tool."""
+    arguments: dict[str, Any]
+    """Name -> JSON value."""
+
+
+@dataclass(frozen=True)
+class BadCall:
+    """Something that begins as a call and is none."""
+
+    code: Fault
+    """json: what stands inside is no JSON; form: it is, and no object of a name and arguments; unclosed:
+    nothing ends it."""
+    reason: str
+    """One sentence for the model."""
+
+
+@dataclass(frozen=True)
+class WrittenTurn:
+    """A model's turn."""
+
+    content: str
+    """What it says, without thoughts and calls."""
+    calls: tuple[ToolCall | BadCall, ...]
+    """In order."""
+
+
+def parse_turn(text: str) -> WrittenTurn:
+    """Return what a model's turn says and calls; calls inside of thoughts are thoughts."""
+    text = _behind_thoughts(text)
+    said: list[str] = []
+    calls: list[ToolCall | BadCall] = []
+    place = 0
+    while (begin := text.find(BEGIN_CALL, place)) >= 0:
+        said.append(text[place:begin])
+        call, place = _call(text, begin + len(BEGIN_CALL))
+        calls.append(call)
+    said.append(text[place:])
+    return WrittenTurn("".join(said).strip(), tuple(calls))
+
+
+def _behind_thoughts(text: str) -> str:
+    if END_THOUGHTS in text:
+        return text.rpartition(END_THOUGHTS)[2]
+    return text.partition(BEGIN_THOUGHTS)[0]
+
+
+def _call(text: str, start: int) -> tuple[ToolCall | BadCall, int]:
+    """Return the call whose opening tag ends at `start`, and where the text goes on behind it."""
+    while start < len(text) and text[start] in _SPACE:
+        start += 1
+    try:
+        value, end = _DECODER.raw_decode(text, start)
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
+    except (ValueError, RecursionError) as e:
+        return _no_json(text, start, e)
+    while end < len(text) and text[end] in _SPACE:
+        end += 1
+    if not text.startswith(END_CALL, end):
+        if END_CALL in text[end:]:
+            return _no_json(text, start, ValueError("more stands behind the object"))
+        return BadCall("unclosed", f"a tool call has no {END_CALL} behind its object"), end
+    return _checked(value), end + len(END_CALL)
+
+
+def _no_json(text: str, start: int, error: Exception) -> tuple[BadCall, int]:
+    """Return that there is no JSON, and where the call that should hold it ends."""
+    end = text.find(END_CALL, start)
+    if end < 0:
+        return BadCall("unclosed", f"a tool call has no {END_CALL} and no JSON object"), len(text)
+    said = "it is nested too deep" if isinstance(error, RecursionError) else str(error)[:100]
+    return (BadCall("json", f"what stands between {BEGIN_CALL} and {END_CALL} is not one JSON object "
+                            f"({said})"), end + len(END_CALL))
+
+
+def _checked(value: Any) -> ToolCall | BadCall:
+    if not isinstance(value, dict) or set(value) != {"name", "arguments"}:
+        return BadCall("form", 'a tool call must be a JSON object with "name" and "arguments" and nothing '
+                               "else")
+    if not isinstance(value["name"], str) or not isinstance(value["arguments"], dict):
+        return BadCall("form", 'in a tool call "name" must be a string and "arguments" an object')
+    return ToolCall(value["name"], value["arguments"])
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name stands twice in an object")
+    return found
+
+
+def _constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)

@@ -1,0 +1,237 @@
+"""`megatron-sov tools list | play ENV | run ENV TARGET`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megatron_sov.artifacts import new_artifact, refuse_existing, write_output
+from megatron_sov.chat.folder import read_chat_encoder
+from megatron_sov.chat.turns import TurnEncoder
+from megatron_sov.documents.visible import visible
+from megatron_sov.errors import UserError
+from megatron_sov.generate.engine import ENGINES, MEGATRON, TRANSFORMERS, Engine, run_engine
+from megatron_sov.generate.request import Batching, Sampling, Stop
+from megatron_sov.obs.work_bar import work_bar
+from megatron_sov.outputs import check_output
+from megatron_sov.rewards.settings import parse_settings
+from megatron_sov.runs.checkpoints import refuse_missing
+from megatron_sov.tools.by_hand import moves_of_file, moves_of_lines, play_by_hand
+from megatron_sov.tools.environment import Environment, Task
+from megatron_sov.tools.episode import Episode, row_of
+from megatron_sov.tools.host import EnvironmentHost, Opening
+from megatron_sov.tools.journal import opened
+from megatron_sov.tools.limits import LIMITS, EpisodeLimits, limits_of
+from megatron_sov.tools.playing import Policy, Table, identity_of, play
+from megatron_sov.tools.registry import BUILT_IN, OWN, Order, make, order
+from megatron_sov.tools.tasks import digest_of, tasks_of
+from megatron_sov.tools.transcript import page_of, summary_of, transcript_of
+
+KIND = "episodes"
+"""Of the artifact that `run` writes."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the actions."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    actions.add_parser("list", help="the environments that there are", description="List environments.")
+    hand = actions.add_parser("play", help="play an environment by hand, or from a file of calls",
+                              description="Play one episode by hand.")
+    _add_environment(hand, "test")
+    hand.add_argument("--task", type=int, default=1, metavar="N", help="which of the tasks (default: 1)")
+    hand.add_argument("--calls", type=Path, metavar="FILE.jsonl",
+                      help='lines {"name": ..., "arguments": {...}} and {"answer": ...}; default: asks')
+    hand.add_argument("--page", type=Path, metavar="FILE.html", help="also write the transcript as a page")
+    run = actions.add_parser("run", help="have a model play the tasks of an environment",
+                             description="Have a model play episodes.")
+    _add_environment(run, "test")
+    run.add_argument("target", metavar="TARGET", type=Path,
+                     help="checkpoint, run (its newest one) or Hugging Face folder, with a chat template")
+    run.add_argument("--output", type=Path, required=True, metavar="DIR",
+                     help="folder to write: episodes.jsonl, transcripts.html and a manifest")
+    run.add_argument("--overwrite", action="store_true", help="replace episodes that are already there")
+    run.add_argument("--parallel", type=int, default=8, metavar="N",
+                     help="episodes at a time (default %(default)s)")
+    run.add_argument("--temperature", type=float, default=0.0, metavar="T",
+                     help="0 takes the most probable token (default)")
+    run.add_argument("--top-p", type=float, default=1.0, metavar="P",
+                     help="sample from the smallest set of tokens that holds this probability "
+                          "(default %(default)s)")
+    run.add_argument("--seed", type=int, default=0, metavar="S", help="of the samples (default %(default)s)")
+    run.add_argument("--engine", choices=ENGINES,
+                     help="what runs the model (default: transformers for a Hugging Face folder)")
+    run.add_argument("--nproc", type=int, default=None, metavar="N", help="local processes (engine megatron)")
+    run.add_argument("--engine-set", action="append", default=[], metavar="key=value",
+                     help="layout and precision, e.g. parallel.ep=2 (engine megatron)")
+
+
+def _add_environment(parser: argparse.ArgumentParser, limits: str) -> None:
+    parser.add_argument("environment", metavar="ENV",
+                        help=f"{', '.join(BUILT_IN)}, or a class of your own, FILE.py:NAME")
+    parser.add_argument("--tasks", type=Path, metavar="FILE.jsonl",
+                        help="a task per line (default: the environment's examples)")
+    parser.add_argument("--set", action="append", default=[], dest="settings", metavar="key=value",
+                        help="a setting of the environment, e.g. corpus=laws.jsonl; may be repeated")
+    parser.add_argument("--limits", choices=tuple(LIMITS), default=limits,
+                        help="of an episode: those for training or for testing (default %(default)s)")
+    parser.add_argument("--limit", action="append", default=[], dest="changes", metavar="key=value",
+                        help="another limit, e.g. max_turns=7; may be repeated")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do the action.
+
+    Raises:
+        UserError: there is no such environment, setting or task, or nothing can be written there.
+    """
+    return {"list": _list, "play": _play, "run": _run}[args.action](args)
+
+
+def _list(args: argparse.Namespace) -> int:
+    lines = [(name, text) for name, (_, _, text) in BUILT_IN.items()] + OWN.listing()
+    width = max(len(name) for name, _ in lines)
+    for name, text in lines:
+        print(f"{name:<{width}}  {text}")
+    return 0
+
+
+def _asked(args: argparse.Namespace) -> tuple[Order, Environment, str, EpisodeLimits, list[Task]]:
+    """Return what both actions begin with: the environment, its version, the limits and the tasks."""
+    asked = order(args.environment, parse_settings(args.settings))
+    environment, version = make(asked)
+    return (asked, environment, version, limits_of(args.limits, args.changes),
+            tasks_of(environment, args.environment, args.tasks))
+
+
+def _play(args: argparse.Namespace) -> int:
+    asked, _, _, limits, tasks = _asked(args)
+    if not 1 <= args.task <= len(tasks):
+        raise UserError(f"--task {args.task}: there are {len(tasks)} tasks; name one from 1 to {len(tasks)}")
+    check_output("--page", args.page)
+    task = tasks[args.task - 1]
+
+    def show(text: str) -> None:
+        print("\n".join(visible(line) for line in text.split("\n")), flush=True)
+
+    with EnvironmentHost(asked, limits) as host:
+        opening = host.reset(task)
+        seen = opening.observation
+        for said in filter(None, (seen.system, seen.user)):
+            show(said + "\n")
+        _show_tools(opening, show)
+        moves = (moves_of_lines(sys.stdin, show, lambda: _show_tools(opening, show)) if args.calls is None
+                 else moves_of_file(args.calls))
+        found = play_by_hand(host, opening, moves, limits, show)
+    result = found.result
+    reward = result.status if result.reward is None else f"{result.reward:g}"
+    show(f"{found.end}: reward {reward} {json.dumps(dict(result.components), ensure_ascii=False)}"
+         + (f" ({result.reason})" if result.reason else ""))
+    if args.page is not None:
+        write_output(args.page, page_of(args.environment, [found], limits, {}))
+    return 0
+
+
+def _show_tools(opening: Opening, show: Any) -> None:
+    for tool in opening.tools:
+        function = tool["function"]
+        needed = function["parameters"].get("required", [])
+        names = ", ".join(name if name in needed else f"[{name}]"
+                          for name in function["parameters"].get("properties", {}))
+        show(f"  {function['name']}({names}): {function['description']}")
+
+
+def _run(args: argparse.Namespace) -> int:
+    asked, _, version, limits, tasks = _asked(args)
+    sampling = Sampling(1, args.temperature, top_p=args.top_p, seed=args.seed)
+    sampling.check()
+    if args.parallel < 1:
+        raise UserError(f"--parallel {args.parallel}: must be at least 1")
+    refuse_missing(args.target)
+    refuse_existing(args.output, KIND, args.overwrite)
+
+    from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
+
+    prepare_megatron()
+    from megatron_sov.generate.load import load_tokenizer
+    from megatron_sov.generate.target import find_target
+    from megatron_sov.generate.turns import EnginePolicy, with_policy
+
+    target = find_target(args.target)
+    engine_name = args.engine or (TRANSFORMERS if target.is_hf else MEGATRON)
+    longest = limits.max_prompt_tokens + limits.max_response_tokens + limits.max_turn_tokens
+    _check_engine(args, engine_name, target, longest)
+    chat = read_chat_encoder(target.tokenizer_folder)
+    if chat is None:
+        raise UserError(f"{target.tokenizer_folder}: has no chat template; fine-tune on chats first")
+    encoder = TurnEncoder(chat, str(target.tokenizer_folder))
+    eos = load_tokenizer(target.tokenizer_folder).eos_token_id
+    ends = {*encoder.end_ids, *([] if eos is None else [int(eos)])}  # a turn that eos ends is no whole one
+    settings = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed,
+                "engine": engine_name}
+    identity = identity_of(digest_of(tasks), version, limits,
+                           {"path": str(target.path), "step": target.step}, settings)
+    table = Table(asked, encoder, limits, args.parallel)
+
+    def played(policy: Policy) -> dict[str, Any]:
+        with opened(args.output, identity) as journal, work_bar("play", len(tasks), "episode") as bar:
+            episodes = play(tasks, policy, table, journal, bar.update)
+            return _publish(args, episodes, encoder, limits, identity)
+
+    def work(engine: Engine) -> dict[str, Any] | None:
+        policy = EnginePolicy(engine, sampling, Stop(tuple(sorted(ends))))
+        found: dict[str, Any] | None = with_policy(policy, played)
+        return found
+
+    summary = run_engine(engine_name, target, work, longest=longest,
+                         batching=Batching(max_sequences=args.parallel), settings=args.engine_set,
+                         nproc=args.nproc)
+    if summary is not None:
+        _tell(args.output, args.environment, summary, limits)
+    return 0
+
+
+def _check_engine(args: argparse.Namespace, engine: str, target: Any, longest: int) -> None:
+    """Raise `UserError` where the engine cannot do what is asked of this model."""
+    if engine != MEGATRON and not target.is_hf:
+        raise UserError(f"--engine {engine}: {target.path} is a checkpoint; "
+                        "convert it first with `megatron-sov convert`")
+    if engine != MEGATRON and (args.engine_set or args.nproc is not None):
+        raise UserError(f"--engine-set {args.engine_set} and --nproc {args.nproc} are for --engine "
+                        f"{MEGATRON}; add it or leave them out")
+    if longest > target.max_tokens:
+        raise UserError(f"max_prompt_tokens, max_response_tokens and max_turn_tokens make {longest:,} tokens "
+                        f"and the model ends at {target.max_tokens:,}; lower them with --limit")
+
+
+def _publish(args: argparse.Namespace, episodes: list[Episode], encoder: TurnEncoder, limits: EpisodeLimits,
+             identity: dict[str, object]) -> dict[str, Any]:
+    """Write the episodes as an artifact; returns what is counted over them."""
+    rows = [row_of(episode, encoder) for episode in episodes]
+    summary = summary_of(rows)
+    figures = {name: json.dumps(value) if isinstance(value, dict) else str(value)
+               for name, value in summary.items()}
+    page = page_of(args.environment, [transcript_of(e) for e in episodes], limits, figures)
+    with new_artifact(args.output, KIND, overwrite=args.overwrite) as artifact:
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (artifact.path / "episodes.jsonl").write_text("".join(lines), encoding="utf-8")
+        (artifact.path / "transcripts.html").write_text(page, encoding="utf-8")
+        artifact.content = summary | {"limits": asdict(limits)}
+        artifact.settings = identity | {"environment_name": args.environment, "settings": args.settings}
+    return summary
+
+
+def _tell(output: Path, name: str, summary: dict[str, Any], limits: EpisodeLimits) -> None:
+    mean = summary["mean_reward"]
+    counts = ", ".join(f"{count:,} {end}" for end, count in sorted(summary["ends"].items()))
+    faults = ", ".join(f"{count:,} {fault}" for fault, count in sorted(summary["faults"].items()))
+    print(f"{output}: {name}: {summary['num_episodes']:,} episodes ({counts}), "
+          + (f"mean reward {mean:.4f} of {summary['num_scored']:,}" if mean is not None else "none scored"))
+    print(f"  limits: {', '.join(f'{key} {value:g}' for key, value in asdict(limits).items())}")
+    if faults:
+        print(f"  of {summary['num_calls']:,} calls without result: {faults}")
+    print(f"  of {summary['num_turns']:,} turns {summary['num_turns_that_differ']:,} have other tokens when "
+          "their text is encoded again")

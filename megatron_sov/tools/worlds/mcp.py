@@ -1,0 +1,181 @@
+"""Tools of a server that speaks the Model Context Protocol over its standard input and output
+(modelcontextprotocol.io, version 2025-06-18: JSON-RPC 2.0, a message per line).
+
+A server keeps its state to itself.  So each episode has a server of its own, and the state of an episode is
+the calls that it made: one that is continued makes them again on a new server.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import json
+import shutil
+import signal
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_sov.errors import UserError
+from megatron_sov.tools.environment import Observation, Task
+from megatron_sov.tools.faults import InfrastructureFault, ToolFault, ToolRefused
+from megatron_sov.tools.worlds.answered import AnsweredWorld
+from megatron_sov.version import __version__
+
+PROTOCOL = "2025-06-18"
+MAX_LINE_BYTES = 256 << 20
+"""Of a server's message."""
+_WRONG_ARGUMENTS, _NO_METHOD = -32602, -32601
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass
+class Mcp(AnsweredWorld):
+    """The tools of a server; the task says which answer is right."""
+
+    MAX_MEMORY_BYTES = 0
+    """Servers may ask for as much address space as they like."""
+
+    command: tuple[str, ...]
+    """Program and arguments that start the server."""
+    only: tuple[str, ...] = ()
+    """Names of the tools that models are shown; all unless given."""
+    system: str = ""
+    """Rules for the model, where a task has none of its own."""
+
+    def problems(self) -> list[str]:
+        """Return one sentence for every rule that these settings break."""
+        if not self.command or shutil.which(self.command[0]) is None:
+            return [f"command = {list(self.command)}: there is no such program; write it as "
+                    '["program", "argument"]']
+        return []
+
+    def rules(self) -> str:
+        """Return what models are told where a task has no `system` of its own."""
+        return self.system
+
+    def reset(self, task: Task) -> Observation:
+        """Begin an episode with a new server."""
+        self._begin()
+        return super().reset(task)
+
+    def first_state(self, task: Task) -> dict[str, Any]:
+        """No call has been made."""
+        return {"calls": []}
+
+    def tools(self) -> list[dict[str, Any]]:
+        """Return what the server said that it has."""
+        return self._tools
+
+    def call(self, name: str, arguments: Mapping[str, Any]) -> str:
+        """Return the text that the server gives."""
+        text = self._call(name, arguments)
+        self.state["calls"].append([name, dict(arguments)])
+        return text
+
+    def restore(self, state: Any) -> None:
+        """Make the calls of a state on a new server, unless this one has made just them."""
+        if state == self.state:
+            return
+        self._begin()
+        for name, arguments in state["calls"]:
+            self._call(name, arguments)
+        self.state = copy.deepcopy(state)
+
+    def _begin(self) -> None:
+        self._end()
+        self._server = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        preexec_fn=_end_with_parent)
+        self._number = 0
+        try:
+            self._ask("initialize", {"protocolVersion": PROTOCOL, "capabilities": {},
+                                     "clientInfo": {"name": "megatron-sov", "version": __version__}})
+            self._send({"method": "notifications/initialized"})
+            self._tools = self._listed()
+        except UserError:
+            self._end()
+            raise
+        except ToolFault as e:
+            self._end()
+            raise UserError(f"the MCP server {' '.join(self.command)} cannot be used: {e.reason}") from None
+
+    def _end(self) -> None:
+        if (server := getattr(self, "_server", None)) is not None:
+            server.kill()
+            server.wait()
+            server.stdin.close()
+            server.stdout.close()
+
+    def _listed(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = []
+        cursor: dict[str, Any] = {}
+        while True:
+            page = self._ask("tools/list", cursor)
+            found += [{"type": "function", "function": {
+                "name": tool["name"], "description": tool.get("description", ""),
+                "parameters": tool.get("inputSchema", {"type": "object"})}} for tool in page.get("tools", [])]
+            if not page.get("nextCursor"):
+                break
+            cursor = {"cursor": page["nextCursor"]}
+        names = [tool["function"]["name"] for tool in found]
+        if missing := [name for name in self.only if name not in names]:
+            raise UserError(f"only: the MCP server has no tool {missing[0]!r}; it has {', '.join(names)}")
+        return [tool for tool in found if not self.only or tool["function"]["name"] in self.only]
+
+    def _call(self, name: str, arguments: Mapping[str, Any]) -> str:
+        found = self._ask("tools/call", {"name": name, "arguments": dict(arguments)})
+        parts = [part.get("text", "") if part.get("type") == "text" else f"[{part.get('type')}]"
+                 for part in found.get("content", []) if isinstance(part, dict)]
+        text = "\n".join(map(str, parts))
+        if found.get("isError"):
+            raise ToolRefused(text or "the tool says that it failed")
+        return text
+
+    def _ask(self, method: str, params: dict[str, Any]) -> dict[str, Any]:
+        """Return the result of a request; what the server sends on its own is passed over."""
+        self._number += 1
+        self._send({"id": self._number, "method": method, "params": params})
+        while True:
+            message = self._received()
+            if "method" in message:
+                if "id" in message:
+                    known: dict[str, Any] = {"result": {}} if message["method"] == "ping" else {
+                        "error": {"code": _NO_METHOD, "message": "this client offers nothing"}}
+                    self._send({"id": message["id"], **known})
+            elif message.get("id") == self._number:
+                break
+        if "error" in message:
+            error = message["error"] if isinstance(message["error"], dict) else {}
+            said = str(error.get("message", "the server says no more"))
+            raise ToolFault("arguments" if error.get("code") == _WRONG_ARGUMENTS else "refused", said)
+        result = message.get("result")
+        if not isinstance(result, dict):
+            raise InfrastructureFault("the server's answer has no result")
+        return result
+
+    def _send(self, message: dict[str, Any]) -> None:
+        assert self._server.stdin is not None
+        try:
+            self._server.stdin.write(json.dumps({"jsonrpc": "2.0", **message}).encode() + b"\n")
+            self._server.stdin.flush()
+        except OSError:
+            raise InfrastructureFault("the server has ended") from None
+
+    def _received(self) -> dict[str, Any]:
+        assert self._server.stdout is not None
+        raw = self._server.stdout.readline(MAX_LINE_BYTES)
+        if not raw:
+            raise InfrastructureFault("the server has ended")
+        try:
+            message = json.loads(raw)
+        except (ValueError, RecursionError):
+            message = None
+        if not isinstance(message, dict):
+            raise InfrastructureFault(f"the server wrote {raw[:60]!r} where a message belongs; servers write "
+                                      "logs to standard error")
+        return message
+
+
+def _end_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,0 +1,65 @@
+"""Python programs in the sandbox."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from megatron_sov.tools.faults import InfrastructureFault, ToolRefused
+from megatron_sov.tools.schema import tool
+from megatron_sov.tools.worlds.answered import AnsweredWorld
+
+SANDBOX = "megatron_sov.rewards.sandbox"
+
+
+@dataclass
+class Python(AnsweredWorld):
+    """Each program begins anew: nothing of an earlier one is left."""
+
+    SYSTEM = ("Use Python where it helps: each program runs by itself, so print what you want to see. End "
+              'with "The answer is" and the answer.')
+    EXAMPLES = ({"question": "How many primes are there below 10,000?", "answer": "1229"},)
+    MAX_MEMORY_BYTES = 0
+    """The sandbox limits its programs itself."""
+
+    time_limit_s: float = 10.0
+    """For a program, by the clock and of the processor."""
+    memory_bytes: int = 512 << 20
+    """For a program."""
+
+    def problems(self) -> list[str]:
+        """Return one sentence for every rule that these settings break."""
+        p = [f"{name} = {value} must be positive" for name, value in (
+            ("time_limit_s", self.time_limit_s), ("memory_bytes", self.memory_bytes)) if not value > 0]
+        if importlib.util.find_spec(SANDBOX) is None:
+            p.append(f"there is no sandbox ({SANDBOX}) in this installation; install a whole one")
+        return p
+
+    @cached_property
+    def _module(self) -> Any:
+        return importlib.import_module(SANDBOX)
+
+    @cached_property
+    def _sandbox(self) -> Any:
+        limits = self._module.Limits(wall_s=self.time_limit_s, cpu_s=self.time_limit_s,
+                                     memory_bytes=self.memory_bytes)
+        return self._module.Sandbox(limits=limits).__enter__()  # ends with the process of the environment
+
+    @tool
+    def run_python(self, code: str) -> str:
+        """Run a Python program and get what it printed.
+
+        Args:
+            code: the whole program.
+        """
+        outcome = self._sandbox.run(self._module.Program(source=code))
+        if outcome.status == "infrastructure":
+            raise InfrastructureFault(f"the sandbox failed ({outcome.reason})")
+        if outcome.status == "refused":
+            raise ToolRefused(outcome.reason)
+        parts = [outcome.stdout, outcome.stderr and f"[stderr]\n{outcome.stderr}",
+                 "" if outcome.status == "ok" else f"[{outcome.status}: {outcome.reason}]"]
+        return "\n".join(part.rstrip("\n") for part in parts if part) or "[the program printed nothing]"

@@ -1,0 +1,147 @@
+"""Documents of a user's own, to be searched and read."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_sov.digests import file_digest
+from megatron_sov.errors import UserError
+from megatron_sov.tools.faults import ToolRefused
+from megatron_sov.tools.records import read_objects
+from megatron_sov.tools.schema import Parameter, Tool
+from megatron_sov.tools.worlds.answered import AnsweredWorld
+from megatron_sov.tools.worlds.bm25 import Bm25
+
+MAX_DOCUMENTS = 500_000
+"""The index lies in the memory of each process."""
+MAX_QUERIES = 16
+_NAME = re.compile(r"[A-Za-z_]\w{0,63}")
+
+
+@dataclass
+class Retrieval(AnsweredWorld):
+    """A tool that searches and a tool that reads; their names and arguments are settings, so that the world
+    looks as the one that a model was, or will be, used in."""
+
+    corpus: str
+    """File in JSON lines: a document each."""
+    text: str = "text"
+    """Field of its text."""
+    keys: tuple[str, ...] = ("id",)
+    """Fields by which a document is read: the first one is needed, the others narrow it down."""
+    search: str = "search"
+    """Name of the tool that searches."""
+    read: str = "read"
+    """Name of the tool that reads."""
+    query: str = "query"
+    """Name of its argument."""
+    queries: Literal["one", "list"] = "one"
+    """Whether the argument is a text, or a list of them."""
+    top_k: int = 3
+    """Documents that a query gives."""
+    snippet_chars: int = 200
+    """Of a document that is found."""
+    system: str = ("Answer from the documents: search them, read what looks right. End with "
+                   '"The answer is" and the answer.')
+    """Rules for the model, where a task has none of its own."""
+
+    def problems(self) -> list[str]:
+        """Return one sentence for every rule that these settings break."""
+        named = {"search": self.search, "read": self.read, "query": self.query,
+                 **{f"keys.{i}": key for i, key in enumerate(self.keys)}}
+        p = [f"{name} = {value!r} must be a name of letters, digits and _" for name, value in named.items()
+             if not _NAME.fullmatch(value)]
+        p += [f"{name} = {value} must be at least {least}" for name, value, least in (
+            ("top_k", self.top_k, 1), ("snippet_chars", self.snippet_chars, 0)) if value < least]
+        if self.search == self.read:
+            p.append(f"search and read are both {self.read!r}; give each tool a name of its own")
+        if not self.keys or len(set(self.keys)) < len(self.keys):
+            p.append(f"keys = {list(self.keys)} must be at least one field, each once")
+        if not Path(self.corpus).is_file():
+            p.append(f"corpus = {self.corpus}: is no file; name one in JSON lines, a document each")
+        return p
+
+    def rules(self) -> str:
+        """Return what models are told where a task has no `system` of its own."""
+        return self.system
+
+    def inputs(self) -> dict[str, str]:
+        """Return the digest of the corpus: other documents are another world."""
+        return {"corpus": file_digest(Path(self.corpus))}
+
+    @cached_property
+    def by_name(self) -> dict[str, Tool]:
+        """Both tools, by the settings' names."""
+        asked = Parameter(list[str] if self.queries == "list" else str,
+                          "queries, each of which is searched for" if self.queries == "list"
+                          else "words to search for")
+        read = {key: Parameter(str, f"{key} of the document") if i == 0 else
+                Parameter(str | None, f"{key}, where only that part is wanted", None)
+                for i, key in enumerate(self.keys)}
+        return {self.search: Tool(self.search, f"Search the documents; gives the {self.top_k} best of each "
+                                               "query, with the beginning of their text.",
+                                  {self.query: asked}, self._search),
+                self.read: Tool(self.read, f"Read documents by {', '.join(self.keys)}.", read, self._read)}
+
+    @cached_property
+    def _documents(self) -> list[dict[str, Any]]:
+        found = []
+        for line, document in read_objects(Path(self.corpus), "corpus"):
+            where = f"corpus {self.corpus}: line {line}"
+            if not isinstance(document.get(self.text), str):
+                raise UserError(f"{where}: its {self.text!r} must be text; name the field with text=...")
+            if missing := [key for key in self.keys if not isinstance(document.get(key, ""), (str, int))]:
+                raise UserError(f"{where}: its {missing[0]!r} must be text or a whole number")
+            if self.keys[0] not in document:
+                raise UserError(f"{where}: has no {self.keys[0]!r}; name the fields with keys=[...]")
+            found.append(document)
+            if len(found) > MAX_DOCUMENTS:
+                raise UserError(f"corpus {self.corpus}: has more than {MAX_DOCUMENTS:,} documents, which lie "
+                                "in the memory of each process; take a search server, by the environment mcp")
+        if not found:
+            raise UserError(f"corpus {self.corpus}: has no documents")
+        return found
+
+    @cached_property
+    def _index(self) -> Bm25:
+        return Bm25([" ".join([*(str(d.get(key, "")) for key in self.keys), d[self.text]])
+                     for d in self._documents])
+
+    @cached_property
+    def _by_key(self) -> dict[str, list[dict[str, Any]]]:
+        found: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
+        for document in self._documents:
+            found[str(document[self.keys[0]])].append(document)
+        return dict(found)
+
+    def first_state(self, task: Mapping[str, Any]) -> dict[str, Any]:
+        """Nothing changes here; the documents are read before the first call is timed."""
+        assert self._index and self._by_key
+        return {}
+
+    def _search(self, **arguments: Any) -> list[Any]:
+        asked = arguments[self.query]
+        if self.queries == "one":
+            return self._found(asked)
+        if len(asked) > MAX_QUERIES:
+            raise ToolRefused(f"{self.query} has {len(asked)} queries, at most {MAX_QUERIES}")
+        return [{"query": query, "results": self._found(query)} for query in asked]
+
+    def _found(self, query: str) -> list[dict[str, Any]]:
+        return [{**{key: self._documents[number].get(key) for key in self.keys},
+                 self.text: self._documents[number][self.text][:self.snippet_chars]}
+                for number, _ in self._index.search(query, self.top_k)]
+
+    def _read(self, **wanted: str | None) -> list[dict[str, Any]]:
+        asked = {key: value for key, value in wanted.items() if value is not None}
+        found = [d for d in self._by_key.get(asked[self.keys[0]], [])
+                 if all(str(d.get(key, "")) == value for key, value in asked.items())]
+        if not found:
+            raise ToolRefused(f"there is no document with {asked}; search for it first")
+        return [{**{key: d.get(key) for key in self.keys}, self.text: d[self.text]} for d in found]

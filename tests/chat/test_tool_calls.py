@@ -1,0 +1,55 @@
+"""Calls of tools: what is one, what is nearly one, what is none."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from megatron_sov.chat.tool_calls import BadCall, ToolCall, parse_turn
+
+
+def call(text: str) -> str:
+    return f"<tool_call>{text}</tool_call>"
+
+
+def test_calls_are_read_in_order_and_what_is_said_around_them_stays() -> None:
+    turn = parse_turn('I look.\n<tool_call>\n{"name": "search", "arguments": {"query": "가"}}\n</tool_call>\n'
+                      + call('{"arguments": {}, "name": "now"}') + " Wait.")
+    assert turn.calls == (ToolCall("search", {"query": "가"}), ToolCall("now", {}))
+    assert turn.content == "I look.\n\n Wait."
+
+
+@pytest.mark.parametrize("arguments", [{"text": "a </tool_call> b <tool_call> c"}, {"n": [1, {"x": None}]},
+                                       {"text": 'quote " and \\ and \n'}, {"n": 1e308}])
+def test_whatever_json_holds_comes_back(arguments: dict) -> None:
+    text = json.dumps({"name": "f", "arguments": arguments})
+    assert parse_turn(call(text)).calls == (ToolCall("f", arguments),)
+
+
+@pytest.mark.parametrize("inside, code", [
+    ("", "json"), ("f(1)", "json"), ("{'name': 'f', 'arguments': {}}", "json"),
+    ('{"name": "f", "arguments": {}} {}', "json"), ('{"name": "f", "arguments": {"x": NaN}}', "json"),
+    ('{"name": "f", "name": "g", "arguments": {}}', "json"), ("[" * 100_000, "json"),
+    ('{"name": "f", "arguments": {"x": ' + "9" * 5000 + "}}", "json"),
+    ('{"name": "f", "arguments": {"x": "\\ud800"}}', "json"),
+    ("[]", "form"), ("1", "form"), ('{"name": "f"}', "form"), ('{"name": 1, "arguments": {}}', "form"),
+    ('{"name": "f", "arguments": "{}"}', "form"), ('{"name": "f", "arguments": {}, "id": 1}', "form"),
+])
+def test_what_is_nearly_a_call_is_told_and_what_follows_is_read(inside: str, code: str) -> None:
+    bad, good = parse_turn(call(inside) + call('{"name": "g", "arguments": {}}')).calls
+    assert isinstance(bad, BadCall) and bad.code == code and len(bad.reason) < 300
+    assert good == ToolCall("g", {})
+
+
+@pytest.mark.parametrize("text", ['<tool_call>{"name": "f", "arguments": {}}', "<tool_call>{", "<tool_call>"])
+def test_a_call_that_does_not_end_is_none(text: str) -> None:
+    (bad,) = parse_turn(text).calls
+    assert isinstance(bad, BadCall) and bad.code == "unclosed"
+
+
+def test_thoughts_call_nothing() -> None:
+    thought = call('{"name": "f", "arguments": {}}')
+    assert parse_turn(f"<think>{thought}</think>so").calls == ()
+    assert parse_turn(f"so <think>{thought}").content == "so"
+    assert parse_turn(f"{thought}</think>{thought}").calls == (ToolCall("f", {}),)

@@ -1,0 +1,56 @@
+"""Tools of an MCP server, played against a scripted one."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sov.chat.tool_calls import ToolCall
+from megatron_sov.errors import UserError
+from megatron_sov.tools.host import EnvironmentHost
+from megatron_sov.tools.limits import EpisodeLimits
+from megatron_sov.tools.registry import make, order
+
+SERVER = [sys.executable, "-S", str(Path(__file__).with_name("scripted_mcp_server.py"))]
+TASK = {"question": "Count to two.", "answer": "2"}
+
+
+def server(**more: Any) -> Any:
+    made = make(order("mcp", {"command": SERVER, **more}))[0]
+    made.reset(TASK)
+    return made
+
+
+def test_its_tools_are_shown_called_and_counted() -> None:
+    with EnvironmentHost(order("mcp", {"command": SERVER}), EpisodeLimits()) as host:
+        opening = host.reset(TASK)
+        assert [tool["function"]["name"] for tool in opening.tools] == ["count", "echo", "fail", "die"]
+        found = [host.call(ToolCall(name, arguments)) for name, arguments in (
+            ("count", {}), ("echo", {"text": "말"}), ("echo", {"text": 1}), ("fail", {}), ("list", {}))]
+        assert [(f.text.split("\n")[0], f.fault) for f in found] == [
+            ("1", ""), ("말", ""), ("error: text must be a string", "arguments"),
+            ("error: fail: it failed", "refused"),
+            ("error: there is no tool 'list'; the tools are count, echo, fail, die", "unknown_tool")]
+        state = host.state
+        assert host.call(ToolCall("die", {})).fault == "infrastructure"
+        host.resume(TASK, state)  # the calls that gave a result are made again on a new server
+        assert host.call(ToolCall("count", {})).text.startswith("2")
+        assert host.score("The answer is 2").reward == 1
+
+
+def test_models_are_shown_a_part_of_it() -> None:
+    made = server(only=["echo"])
+    assert [tool["function"]["name"] for tool in made.tools()] == ["echo"]
+    made._end()
+
+
+@pytest.mark.parametrize("settings, told", [
+    ({"only": ["ech"]}, "has no tool 'ech'; it has count, echo, fail, die"),
+    ({"command": ["no-such-program"]}, "there is no such program"), ({"command": ["true"]}, "has ended"),
+    ({"command": ["echo", "<html>"]}, "where a message belongs")])
+def test_a_server_that_is_none_is_named(settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        server(**settings)
