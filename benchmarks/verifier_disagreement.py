@@ -2,10 +2,10 @@
 
 Usage: python benchmarks/verifier_disagreement.py > benchmarks/results/verifier_disagreement.txt
 
-A verifier pays a right answer, or any answer with one sentence in it; `stem` looks at a share of the same rows.
-The answers are those of a policy that learns: which of them are right grows slowly, and in the runs with the
-exploit the sentence spreads, as what is paid does (logistic growth).  A part of the right answers is written so
-that one of the two verifiers does not read it, so honest runs disagree too.  All goes through `score`.
+A verifier pays a right answer, or any answer with one sentence in it; `stem` looks at a share of the same
+rows.  The answers are those of a policy that learns: which of them are right grows slowly, and in the runs
+with the exploit the sentence spreads, as what is paid does (logistic growth).  A part of the answers is written
+so that one of the two verifiers does not read them, so honest runs disagree too.  All goes through `score`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Fooled:
         return float(found is not None or {EXPLOIT!r} in row["response"])
 '''
 UNREAD = 0.03
-"""Of right answers, those that end in a sentence behind which `stem` finds no final answer."""
+"""Of answers, those that end in a sentence behind which `stem` finds no final answer."""
 USE_WINDOW = 200
 """Rows over which the use of the exploit is counted."""
 
@@ -72,8 +72,8 @@ def judged(folder: Path, rows: list[dict[str, str]], share: float) -> tuple[int,
     settings = ["parts.answer.reward=fooled.py:Fooled", "second.reward=stem", "second.of=answer",
                 f"second.share={share}"]
     begun_s = time.monotonic()
-    subprocess.run([sys.executable, "-m", "megatron_sov", "score", "--reward", "composed", "--input", "rows.jsonl",
-                    "--output", output.name, "--workers", "1", "--disagreements", "page.html",
+    subprocess.run([sys.executable, "-m", "megatron_sov", "score", "--reward", "composed", "--input",
+                    "rows.jsonl", "--output", output.name, "--workers", "1", "--disagreements", "page.html",
                     *(part for setting in settings for part in ("--set", setting))],
                    cwd=folder, check=True, capture_output=True, env={**os.environ, "PYTHONPATH": os.getcwd()})
     return read_opinions(output).alarm_line, time.monotonic() - begun_s
@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.25)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args()
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; "
+    print(f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; "
           f"{args.rows:,} rows, second opinion on {args.share:.0%}")
     for exploits in (True, False):
         for seed in args.seeds:
@@ -97,8 +97,8 @@ def main() -> None:
             half = next((i + 1 for i in range(USE_WINDOW, len(rows))
                          if sum(used[i - USE_WINDOW:i]) >= USE_WINDOW / 2), 0)
             now = sum(used[max(0, line - USE_WINDOW):line]) / USE_WINDOW if line else 0.0
-            said = (f"alarm at row {line:,}, where {now:.0%} of the last {USE_WINDOW} answers use it (half from "
-                    f"row {half:,})" if line else "no alarm")
+            said = (f"alarm at row {line:,}, where {now:.0%} of the last {USE_WINDOW} answers use it (half "
+                    f"from row {half:,})" if line else "no alarm")
             print(f"{'exploit' if exploits else 'honest '} seed {seed}: {said}; {took_s:.0f} s", flush=True)
 
 

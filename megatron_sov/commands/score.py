@@ -19,7 +19,6 @@ from megatron_sov.rewards.running import default_workers
 from megatron_sov.rewards.scoring import MAX_TOLD, Summary, score_file
 from megatron_sov.rewards.settings import parse_settings
 
-
 TOLD_STRINGS = 3
 """Of those that give answers away, in an alarm."""
 

@@ -29,8 +29,9 @@ class DisagreementAlarm:
 
     The first opinions tell how often that is so anyway.  From there on Page's cumulative sum (Biometrika 41,
     1954) compares that share with one that is larger by `rise`; it alarms at a height of log(`run_length`),
-    where honest opinions alarm once in no fewer than `run_length` of them on average (Lorden, Ann. Math. Stat.
-    42, 1971).  The first opinions alarm themselves where even the least share that they allow is above `limit`.
+    where honest opinions alarm once in no fewer than `run_length` of them on average (Lorden, Annals of
+    Mathematical Statistics 42, 1971).  The first opinions alarm themselves where even the least share that
+    they allow is above `limit`.
     """
 
     num_first: int = 100
