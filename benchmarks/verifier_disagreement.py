@@ -4,8 +4,9 @@ Usage: python benchmarks/verifier_disagreement.py > benchmarks/results/verifier_
 
 A verifier pays a right answer, or any answer with one sentence in it; `stem` looks at a share of the same
 rows.  The answers are those of a policy that learns: which of them are right grows slowly, and in the runs
-with the exploit the sentence spreads, as what is paid does (logistic growth).  A part of the answers is written
-so that one of the two verifiers does not read them, so honest runs disagree too.  All goes through `score`.
+with the exploit the sentence spreads, as what is paid does (logistic growth).  A part of the answers is
+written so that one of the two verifiers does not read them, so honest runs disagree too.  All goes through
+`score`.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import pytest
 
 from megatron_sov.artifacts import damaged_files, read_manifest
 from megatron_sov.cli import main
+from megatron_sov.errors import ExitCode
 from megatron_sov.eval import sampling
 from megatron_sov.generate.hf import HfEngine
 from megatron_sov.obs.events import EVENTS, EventLog, read_events
@@ -121,8 +122,7 @@ def test_a_killed_command_goes_on_where_it_was(hf_models: dict[str, Path], monke
 
     monkeypatch.setattr(HfEngine, "generate", counted)
     command = [str(hf_models["solar_open"]), *ASK]
-    with pytest.raises(KeyboardInterrupt):
-        main(["eval", "passk", *JUDGE, *command, "--output", "out"])
+    assert main(["eval", "passk", *JUDGE, *command, "--output", "out"]) == ExitCode.INTERRUPTED
     assert not Path("out").exists()
     found = passk(capsys, *command, "--output", "out")
     assert calls == [8, 8, 8, 4]
