@@ -24,7 +24,8 @@ def test_what_the_page_shows_runs(page: str, count: int, one_rank: None, importe
         shutil.copytree(folder, tmp_path / name)
     monkeypatch.chdir(tmp_path)
     text = (DOCS / page).read_text(encoding="utf-8")
-    for name, content in re.findall(r"^`([a-z_.]+)`:\n\n```[a-z]+\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+    files = re.findall(r"^`([a-z_.]+)`:\n\n```[a-z]+\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    for name, content in files:
         (tmp_path / name).write_text(content)
     blocks = re.findall(r"^```bash\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     commands = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
