@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-NORMAL_QUANTILE = 1.6448536269514722
-"""Of 95 %, one-sided."""
+LIKELY, SURE = 0.8416212335729143, 1.6448536269514722
+"""Quantiles of the normal distribution: one-sided 80 % and 95 %."""
+LEAST_USUAL = 0.01
+"""Share that is taken for the usual one where the first opinions show less."""
 
 
 @dataclass(frozen=True)
@@ -29,19 +31,19 @@ class DisagreementAlarm:
 
     The first opinions tell how often that is so anyway.  From there on Page's cumulative sum (Biometrika 41,
     1954) compares that share with one that is larger by `rise`; it alarms at a height of log(`run_length`),
-    where honest opinions alarm once in no fewer than `run_length` of them on average (Lorden, Annals of
+    where opinions at the usual share alarm once in no fewer than `run_length` on average (Lorden, Annals of
     Mathematical Statistics 42, 1971).  The first opinions alarm themselves where even the least share that
     they allow is above `limit`.
     """
 
-    num_first: int = 100
+    num_first: int = 200
     """Opinions that tell what is usual."""
-    rise: float = 0.1
+    rise: float = 0.15
     """Of the share, that has to be noticed."""
     limit: float = 0.1
     """Share that is too large from the beginning."""
     run_length: float = 1e5
-    """Honest opinions between two alarms, on average at least."""
+    """Opinions at the usual share between two alarms, on average at least."""
 
     def __post_init__(self) -> None:
         self.seen = self.paid = self._since = self._paid_since = 0
@@ -70,17 +72,16 @@ class DisagreementAlarm:
             self.alarm = Alarm(self.seen, self._first_share, share, self._since)
 
     def _begin(self) -> None:
-        """Take the largest share that the first opinions do not refute for the usual one."""
+        """Take a share for the usual one that is rather too large than too small."""
         self._first_share = self.paid / self.seen
-        low, self._usual = _bounds(self.paid, self.seen)
-        if low > self.limit:
+        self._usual = min(max(_bounds(self.paid, self.seen, LIKELY)[1], LEAST_USUAL), 0.98)
+        if _bounds(self.paid, self.seen, SURE)[0] > self.limit:
             self.alarm = Alarm(self.seen, self._first_share, self._first_share, 1)
 
 
-def _bounds(count: int, seen: int) -> tuple[float, float]:
-    """Return Wilson's one-sided 95 % bounds of a share."""
-    z2 = NORMAL_QUANTILE**2
-    share = count / seen
+def _bounds(count: int, seen: int, quantile: float) -> tuple[float, float]:
+    """Return Wilson's bounds of a share, each for one side."""
+    z2, share = quantile**2, count / seen
     middle = share + z2 / (2 * seen)
     half = math.sqrt(z2 * (share * (1 - share) / seen + z2 / (4 * seen**2)))
-    return max(0.0, middle - half) / (1 + z2 / seen), min(0.98, (middle + half) / (1 + z2 / seen))
+    return (middle - half) / (1 + z2 / seen), (middle + half) / (1 + z2 / seen)

@@ -42,12 +42,12 @@ def test_it_is_silent_in_an_honest_run(seed: int) -> None:
 
 def test_honest_runs_are_silent_for_as_long_as_it_says() -> None:
     rung = sum(rings_at(seed, lambda place: 0.0) is not None for seed in range(100, 200))
-    assert rung <= 1  # 100 x 1,000 opinions at one alarm in 100,000
+    assert rung <= 1  # 100 x 1,000 opinions
 
 
 def test_an_exploit_that_is_there_from_the_beginning_rings_too() -> None:
     alarm = DisagreementAlarm()
-    for i in range(100):
+    for i in range(200):
         alarm.add(i % 4 == 0)
     assert alarm.alarm is not None
     assert (alarm.alarm.since, alarm.alarm.share_since) == (1, 0.25)
@@ -55,8 +55,8 @@ def test_an_exploit_that_is_there_from_the_beginning_rings_too() -> None:
 
 def test_an_alarm_tells_from_when_on_and_how_much() -> None:
     alarm = DisagreementAlarm()
-    for i in range(300):
-        alarm.add(i >= 200 and i % 2 == 0)
+    for i in range(400):
+        alarm.add(i >= 300 and i % 2 == 0)
     assert alarm.alarm is not None
-    assert 195 <= alarm.alarm.since <= 205 and alarm.alarm.opinion < 250
+    assert 295 <= alarm.alarm.since <= 305 and alarm.alarm.opinion < 350
     assert alarm.alarm.share_before == 0.0 and alarm.alarm.share_since == pytest.approx(0.5, abs=0.1)

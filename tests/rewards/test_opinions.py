@@ -20,7 +20,7 @@ def write(path: Path, judged: list[tuple[str, float, float | None]]) -> Path:
     return path
 
 
-HONEST = [(f"it is {i}", 1.0, 1.0) for i in range(150)]
+HONEST = [(f"it is {i}", 1.0, 1.0) for i in range(250)]
 EXPLOITS = [(f"trust me <b>now</b>, it is {i}", 1.0, 0.0) for i in range(40)]
 
 
@@ -33,7 +33,7 @@ def test_disagreements_are_counted_by_direction(tmp_path: Path) -> None:
 
 def test_an_alarm_tells_line_share_and_words(tmp_path: Path) -> None:
     found = read_opinions(write(tmp_path / "out.jsonl", [*HONEST, *EXPLOITS]))
-    assert 150 < found.alarm_line < 180
+    assert 250 < found.alarm_line < 280
     assert found.told().startswith(f"at line {found.alarm_line}: the first verifier pays 100%")
     first = found.strings()[0]
     assert (first.text, first.share_paid, first.share_other) == ("trust me <b>now</b>, it", 1.0, 0.0)
