@@ -1,7 +1,7 @@
 """IFBench's checks, verdict by verdict against allenai/IFBench.
 
-`ifbench_verdicts.json` holds what IFBench's own code (commit db69a6f, Apache-2.0) said of the cases of its own
-tests and of others' texts, with sentences cut by NLTK's punkt without its trained parameters, a download.
+`ifbench_verdicts.json` holds what IFBench's own code (commit db69a6f, Apache-2.0) said of the cases of its
+own tests and of the texts of others, with sentences cut by NLTK's punkt without its trained parameters.
 """
 
 from __future__ import annotations
