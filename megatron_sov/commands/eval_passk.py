@@ -97,7 +97,7 @@ class _Plan:
     @property
     def engine(self) -> str:
         assert self.target is not None
-        return self.args.engine or (TRANSFORMERS if self.target.is_hf else MEGATRON)
+        return str(self.args.engine or (TRANSFORMERS if self.target.is_hf else MEGATRON))
 
     @cached_property
     def model(self) -> dict[str, Any] | None:
@@ -147,7 +147,8 @@ def run_passk(args: argparse.Namespace, events: RunEvents) -> int:
     """
     plan = _checked(args)
     if not is_first():  # of a torchrun, or of ranks that run this command again
-        _sample(plan)
+        if plan.target is not None:
+            _sample(plan)
         return ExitCode.OK
     from megatron_sov.convert.resume import resumable_artifact
 

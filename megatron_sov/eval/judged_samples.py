@@ -74,7 +74,7 @@ class Judged:
             raise UserError("no response has a reward, so there is nothing to estimate: "
                             + ", ".join(f"{count:,} {status}" for status, count in self.statuses.items())
                             + "; the lines above say why")
-        fewest, most = (which(p.num_scored for p in scored) for which in (min, max))
+        fewest, most = min(p.num_scored for p in scored), max(p.num_scored for p in scored)
         if any(k > most for k in ks):
             raise UserError(f"--k {max(ks)}: no prompt has more than {most} scored samples; ask for fewer, "
                             "or sample more")
