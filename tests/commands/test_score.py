@@ -215,8 +215,8 @@ def test_a_fooled_verifier_rings_an_alarm_and_leaves_a_page(capsys: pytest.Captu
                  reward="composed") == 0
     shown = capsys.readouterr()
     assert "second opinion: 30 of 250 rows disagree (lines 221, 222, 223" in shown.out
-    assert re.search(r"ALARM at line 22\d: the first verifier pays 100% that the second one would not, 0% in the "
-                     r"beginning; it may be fooled; look at answers with 'please trust me now'", shown.err)
+    assert re.search(r"ALARM at line 22\d: the first verifier pays 100% that the second one would not, 0% in "
+                     r"the beginning; it may be fooled; look at answers with 'please trust", shown.err)
     assert "ALARM" in Path("page.html").read_text()
 
 
