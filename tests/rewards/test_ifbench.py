@@ -44,9 +44,11 @@ def test_what_would_need_a_download_is_refused_and_says_so(name: str) -> None:
 
 
 def test_a_row_of_the_data_set_is_read_as_it_is() -> None:
-    row = {"instruction_id_list": ["count:numbers", "format:no_whitespace"],
+    row = {"instruction_id_list": ["count:numbers", "format:output_template"],
            "kwargs": [{"N": 2, "keyword1": None}, {"N": None, "keyword1": None}]}
-    found = [judged(IfEval(), {**row, "response": text}).reward for text in ("1,000+2", "1 2", "3")]
+    text = "My Answer: 1,000 My Conclusion: {} Future Outlook: good"
+    found = [judged(IfEval(), {**row, "response": response}).reward
+             for response in (text.format("2.5"), text.format("none"), "1,000 and 2")]
     assert found == [1.0, 0.0, 0.0]
 
 
@@ -69,12 +71,11 @@ def test_words_are_cut_as_a_treebank_has_them() -> None:
         "I", "ca", "n't", ",", "it", "'s", "(", "well-known", ")", "1,000", "...", '"', "so", '"']
 
 
-@pytest.mark.parametrize("text", ["(" * 100_000, "a " * 100_000, '"' * 100_000, "\n" * 20_000, "." * 100_000,
-                                  "Question 1 " * 20_000])
+@pytest.mark.parametrize("text", ['"(' * 10_000, "a\n" * 10_000, ".?" * 10_000, "Question 1 " * 2_000])
 def test_hostile_responses_end_soon(text: str) -> None:
     begin_s = time.monotonic()
     for name in sorted(OURS):
         for arguments, *_ in RECORDED[name][:1]:
             asked = [{"id": name, **arguments}]
             assert judged(IfEval(), {"response": text, "instructions": asked}).status in ("scored", "timeout")
-    assert time.monotonic() - begin_s < 60
+    assert time.monotonic() - begin_s < 30
