@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from megatron_sov.eval.intervals import mean_interval, wilson_interval
+from megatron_sov.eval.intervals import mean_interval, student_quantile, wilson_interval
 
 
 @pytest.mark.parametrize(("correct", "samples"), [(1, 20), (19, 20), (10, 20), (7, 100), (1, 2)])
@@ -56,6 +56,17 @@ def test_the_interval_of_a_mean_holds_the_truth_in_about_95_of_100_draws() -> No
     shares = draw.binomial(8, draw.beta(0.5, 1.5, (1500, 40))) / 8  # pass@1 of 40 prompts with 8 samples each
     intervals = [mean_interval(row) for row in shares.tolist()]
     assert 0.93 < np.mean([low <= 0.25 <= high for low, high in intervals]) < 0.97
+
+
+@pytest.mark.parametrize(("freedom", "quantile"), [(1, 12.7062), (2, 4.30265), (5, 2.57058), (10, 2.22814),
+                                                   (39, 2.02269), (120, 1.97993), (10_000, 1.95996)])
+def test_quantiles_of_students_t_are_those_of_the_tables(freedom: int, quantile: float) -> None:
+    assert student_quantile(0.975, freedom) == pytest.approx(quantile, rel=2e-5)
+
+
+def test_two_prompts_tell_little() -> None:
+    low, high = mean_interval([0.5, 0.25])
+    assert high - low > 0.5
 
 
 def test_equal_shares_leave_some_doubt() -> None:
