@@ -8,7 +8,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from megatron_sov.obs.figures import number
-from megatron_sov.pages.charts import Chart, chart, colour, plain
+from megatron_sov.pages.charts import Chart, chart, colour
 from megatron_sov.pages.content import Section, Table
 
 
@@ -47,7 +47,7 @@ def _chart(event: dict[str, Any]) -> Chart:
                      "arrayminus": (value - low).astype(np.float32), "thickness": 1}))
     figure.update_layout(xaxis={"title": "k", "type": "log", "dtick": "D1"},
                          yaxis={"title": "share of prompts", "tickformat": ".0%", "rangemode": "tozero"})
-    return chart(figure, f"{plain(_name(event))}, step {_step(event)}: 95 % intervals over "
+    return chart(figure, f"{_name(event)}, step {_step(event)}: 95 % intervals over "
                          f"{int(number(event.get('num_prompts'))):,} prompts.")
 
 
