@@ -33,7 +33,7 @@ class Fooled:
     """1 for the answer anywhere in the text, or for one sentence."""
 
     def score(self, row):
-        found = re.search(rf"\\\\b{{re.escape(row['answer'])}}\\\\b", row["response"])
+        found = re.search(rf"\\b{{re.escape(row['answer'])}}\\b", row["response"])
         return float(found is not None or {EXPLOIT!r} in row["response"])
 '''
 UNREAD = 0.03
