@@ -137,5 +137,7 @@ def table(figures: Mapping[str, Any]) -> str:
     counts = ", ".join(f"{count:,} {status}" for status, count in sorted(figures["statuses"].items()))
     ended = (f"; {figures['share_at_limit']:.1%} of the responses did not end by themselves"
              if figures.get("share_at_limit") else "")
-    return "\n".join([head, *rows, f"{figures['num_prompts']:,} prompts, {counts} responses, mean reward "
+    pessimist = [f"if all without a reward were wrong, pass@{e['k']} would be {e['value']:.2%}"
+                 for e in figures.get("pass_at_k_if_unscored_is_wrong", [])[:1]]
+    return "\n".join([head, *rows, *pessimist, f"{figures['num_prompts']:,} prompts, {counts} responses, mean reward "
                                    f"{figures['mean_reward']:.4f}{ended}"])

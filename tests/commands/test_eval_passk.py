@@ -11,6 +11,7 @@ from megatron_sov.artifacts import damaged_files, read_manifest
 from megatron_sov.cli import main
 from megatron_sov.errors import ExitCode
 from megatron_sov.eval import sampling
+from megatron_sov.eval.judged_samples import table
 from megatron_sov.generate.hf import HfEngine
 from megatron_sov.obs.events import EVENTS, EventLog, read_events
 from megatron_sov.report.passk import passk_section
@@ -76,6 +77,7 @@ def test_a_response_without_a_reward_is_no_wrong_one(capsys: pytest.CaptureFixtu
     assert found["statuses"] == {"scored": 1, "refused": 1}
     assert [e["value"] for e in found["pass_at_k"]] == [1.0]
     assert [e["value"] for e in found["pass_at_k_if_unscored_is_wrong"]] == [0.5]
+    assert "if all without a reward were wrong, pass@1 would be 50.00%" in table(found)
 
 
 @pytest.mark.parametrize(("arguments", "said"), [
