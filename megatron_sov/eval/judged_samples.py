@@ -139,5 +139,6 @@ def table(figures: Mapping[str, Any]) -> str:
              if figures.get("share_at_limit") else "")
     pessimist = [f"if all without a reward were wrong, pass@{e['k']} would be {e['value']:.2%}"
                  for e in figures.get("pass_at_k_if_unscored_is_wrong", [])[:1]]
-    return "\n".join([head, *rows, *pessimist, f"{figures['num_prompts']:,} prompts, {counts} responses, mean reward "
-                                   f"{figures['mean_reward']:.4f}{ended}"])
+    total = (f"{figures['num_prompts']:,} prompts, {counts} responses, mean reward "
+             f"{figures['mean_reward']:.4f}{ended}")
+    return "\n".join([head, *rows, *pessimist, total])
