@@ -66,7 +66,7 @@ def instructions_of(row: Row) -> list[tuple[str, dict[str, Any]]]:
 
 def _instruction(item: Any) -> tuple[str, dict[str, Any]]:
     name = item.get("id") if isinstance(item, Mapping) else None
-    if name in NEEDS_MORE:
+    if isinstance(name, str) and name in NEEDS_MORE:
         raise Refused(f"instruction {name} is not judged: it takes {NEEDS_MORE[name]}, which is not here")
     if not isinstance(name, str) or name not in CHECKS:
         raise Refused(f"instruction {told_short(name or item)} is not known{nearest(str(name), CHECKS)}")
