@@ -105,7 +105,9 @@ def by_math_verify(items: list[Item]) -> tuple[list[float], float]:
 
 def confusion(count: int) -> None:
     """Print what each verifier makes of right and of wrong answers, by kind."""
-    rewards = {name: make(order(name, {})).reward for name in ("math", "stem")}
+    asked = {"math": order("math", {}), "math, marked_only": order("math", {"marked_only": True}),
+             "stem": order("stem", {})}
+    rewards = {name: make(one).reward for name, one in asked.items()}
     rewards["math"].prepare()
     for name, reward in rewards.items():
         totals: Counter[tuple[bool, float | None]] = Counter()
