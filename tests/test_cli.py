@@ -184,7 +184,9 @@ def test_a_wrong_argument_ends_with_2(capsys: pytest.CaptureFixture[str]) -> Non
 
 @pytest.mark.parametrize(("command", "first"),
                          [("commands/pretrain.py", "train.stage"), ("commands/extend.py", "extend.stages"),
-                          ("commands/sft.py", "post.sft import"), ("commands/generate.py", "generate.load")])
+                          ("commands/sft.py", "post.sft import"),
+                          ("commands/generate.py", "generate.target import find_target"),
+                          ("commands/eval_passk.py", "generate.target import find_target")])
 def test_the_door_to_megatron_is_opened_before_megatron_is_imported(command: str, first: str) -> None:
     """Behind a closed door every function that megatron compiles is compiled, 9 s in a CPU's first step,
     and warnings abound."""

@@ -1,4 +1,4 @@
-"""`megatron-sov eval ppl | needle | pairs | logits | bigram`."""
+"""`megatron-sov eval ppl | needle | pairs | passk | logits | bigram`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_sov.artifacts import to_json, write_output
 from megatron_sov.commands.eval_needle import add_needle_arguments, suite_of
+from megatron_sov.commands.eval_passk import add_passk_arguments, run_passk
 from megatron_sov.config import data_paths
 from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.obs.work_bar import work_bar
@@ -36,7 +37,7 @@ def with_ranks(sub: argparse.ArgumentParser) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the five tasks."""
+    """Declare the tasks."""
     tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
 
     def task(name: str, text: str) -> argparse.ArgumentParser:
@@ -69,6 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pairs = task("pairs",
                  "share of held-out pairs whose better answer the model would rather write")
     pairs.add_argument("target", **target)  # type: ignore[arg-type]
+    passk = task("passk", "sample responses to prompts, have a reward judge them, estimate pass@k and maj@k")
+    add_passk_arguments(passk)
     logits = task("logits", "compare a checkpoint's logits with those of its Hugging Face folder in "
                             "transformers; exit code 3")
     logits.add_argument("checkpoint", metavar="CHECKPOINT", type=Path,
@@ -84,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for sub in (ppl, needle, pairs):
         sub.add_argument("--out", type=Path, metavar="FILE",
                          help="also write the figures into a JSON file, which appears whole")
-    for sub in (ppl, needle, pairs, logits):
+    for sub in (ppl, needle, pairs, passk, logits):
         with_ranks(sub)
     with_length(pairs)
     for sub in (ppl, bigram):
@@ -98,6 +101,8 @@ def run(args: argparse.Namespace) -> int:
     for name in ("target", "checkpoint", "hf_dir"):
         if (model := getattr(args, name, None)) is not None:
             refuse_missing(model)
+    if args.task == "passk":
+        return run_passk(args, events)
     from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()

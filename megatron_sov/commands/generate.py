@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_sov.artifacts import write_output
-from megatron_sov.chat.encode import ChatEncoder
-from megatron_sov.chat.folder import read_chat_encoder
-from megatron_sov.documents import BadRecord, Conversation
 from megatron_sov.documents.visible import visible
 from megatron_sov.errors import UserError
+from megatron_sov.generate.asking import Asked, asked_of, check_engine
 from megatron_sov.generate.engine import ENGINES, MEGATRON, TRANSFORMERS, Engine, run_engine
 from megatron_sov.generate.prompts import Prompt, read_prompts, response_lines
 from megatron_sov.generate.request import Batching, Generated, Sampling, Stop
@@ -98,29 +96,15 @@ def run(args: argparse.Namespace) -> int:
     from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()
-    from megatron_sov.generate.load import load_tokenizer
     from megatron_sov.generate.target import find_target
 
     target = find_target(args.target)
-    tokenizer = load_tokenizer(target.tokenizer_folder)
-    ends = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
-    if args.chat:
-        chat = _chat_encoder(target.tokenizer_folder)
-        ids = [_encode_chat(chat, p) for p in prompts]
-        ends |= set(chat.end_ids())
-    else:  # begun as documents in token shards begin: with nothing before the text
-        ids = [list(tokenizer.encode(p.text, add_special_tokens=False)) for p in prompts]
-
-    _refuse_unknown(ids, target)
-
-    def decode(tokens: list[int]) -> str:
-        return str(tokenizer.decode(tokens, skip_special_tokens=True))
-
-    stop = Stop(tuple(sorted(ends)), tuple(args.stop), decode)
-    found = _continue(args, target, ids, sampling, stop, batching)
+    asked = asked_of(target, [p.text for p in prompts], args.chat)
+    stop = Stop(asked.end_ids, tuple(args.stop), asked.decode)
+    found = _continue(args, target, asked, sampling, stop, batching)
     if found is None:
         return 0  # the job's first process prints
-    texts = [stop.cut_text(decode(c)) for c in found.continuations]
+    texts = [stop.cut_text(asked.decode(c)) for c in found.continuations]
     if args.output is not None:
         write_output(args.output, response_lines(prompts, texts, found))
     else:
@@ -148,46 +132,17 @@ def _check(args: argparse.Namespace, problems: list[str]) -> None:
         raise UserError(problems[0])
 
 
-def _chat_encoder(folder: Path) -> ChatEncoder:
-    chat = read_chat_encoder(folder)
-    if chat is None:
-        raise UserError(f"--chat: {folder} has no chat template; "
-                        "leave --chat out, or fine-tune on chats first")
-    return chat
-
-
-def _encode_chat(chat: ChatEncoder, prompt: Prompt) -> list[int]:
-    """Return the ids of a prompt as a user's message: the very ones that training on chats has seen."""
-    try:
-        return chat.encode(Conversation.of(("user", prompt.text)), awaits_response=True).ids
-    except BadRecord as e:
-        raise UserError(f"the prompt {prompt.text[:40]!r} {e}") from None
-
-
-def _refuse_unknown(prompts: list[list[int]], target: Target) -> None:
-    """Raise `UserError` where a tokenizer knows more ids than its model: one that is split over processes
-    would take them for no token at all, without a word."""
-    try:
-        vocab_size = target.vocab_size
-    except UserError:  # a Hugging Face folder of another family, of which transformers knows more
-        return
-    highest = max((max(ids, default=0) for ids in prompts), default=0)
-    if highest >= vocab_size:
-        raise UserError(f"{target.tokenizer_folder}: makes token id {highest} of a prompt, and the model has "
-                        f"{vocab_size} ids; put the tokenizer there that the model was trained with")
-
-
-def _continue(args: argparse.Namespace, target: Target, ids: list[list[int]], sampling: Sampling, stop: Stop,
+def _continue(args: argparse.Namespace, target: Target, asked: Asked, sampling: Sampling, stop: Stop,
               batching: Batching) -> Generated | None:
     """Return what the chosen engine writes; None where another process of the job prints."""
-    longest = max(map(len, ids)) + sampling.max_new_tokens
+    longest = asked.longest + sampling.max_new_tokens
     engine_name = args.engine or (TRANSFORMERS if target.is_hf else MEGATRON)
-    _check_engine(args, target, engine_name, longest)
+    check_engine(engine_name, target, longest, args.settings, args.nproc, args.speculative)
 
     def work(engine: Engine) -> dict[str, object]:
         def timed(sampling: Sampling) -> tuple[Generated, float]:
             began_s = time.monotonic()
-            return engine.generate(ids, sampling, stop=stop), time.monotonic() - began_s
+            return engine.generate(asked.ids, sampling, stop=stop), time.monotonic() - began_s
 
         plain_s = timed(dataclasses.replace(sampling, num_drafts=0))[1] if args.compare_speed else 0.0
         found, took_s = timed(sampling)
@@ -203,22 +158,6 @@ def _continue(args: argparse.Namespace, target: Target, ids: list[list[int]], sa
         speed = f", {answer['faster']:.2f} times the speed without drafts" if args.compare_speed else ""
         print(f"drafts: {found.drafted}, accepted {share:.1%}{speed}", file=sys.stderr)
     return found
-
-
-def _check_engine(args: argparse.Namespace, target: Target, engine: str, longest: int) -> None:
-    """Raise `UserError` where the engine cannot do what is asked of this model."""
-    if longest > target.max_tokens:
-        raise UserError(f"prompt and --max-new-tokens make {longest} tokens, the model ends at "
-                        f"{target.max_tokens}; shorten one of them")
-    if engine != MEGATRON and not target.is_hf:
-        raise UserError(f"--engine {engine}: {target.path} is a checkpoint; "
-                        "convert it first with `megatron-sov convert`")
-    if engine != MEGATRON and (args.settings or args.nproc is not None or args.speculative):
-        raise UserError(f"--set {args.settings}, --nproc {args.nproc} and --speculative {args.speculative} "
-                        f"are for --engine {MEGATRON}; add it or leave them out")
-    if args.speculative and not target.model.num_mtp_layers:
-        raise UserError(f"--speculative {args.speculative}: {target.path} has no multi-token prediction "
-                        "layer to draft with; leave it out")
 
 
 def _show(args: argparse.Namespace, prompts: list[Prompt], texts: list[str], found: Generated) -> None:

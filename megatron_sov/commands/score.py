@@ -7,15 +7,20 @@ import os
 import sys
 from pathlib import Path
 
+from megatron_sov.artifacts import write_output
 from megatron_sov.documents.visible import visible
 from megatron_sov.errors import ExitCode, GateFailed, UserError
 from megatron_sov.obs.work_bar import work_bar
 from megatron_sov.outputs import check_output
+from megatron_sov.rewards.opinions import read_opinions
 from megatron_sov.rewards.registry import BUILT_IN, make, order
 from megatron_sov.rewards.rows import check_rows
 from megatron_sov.rewards.running import default_workers
 from megatron_sov.rewards.scoring import MAX_TOLD, Summary, score_file
 from megatron_sov.rewards.settings import parse_settings
+
+TOLD_STRINGS = 3
+"""Of those that give answers away, in an alarm."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="the same rows with reward, status, components, reason, reward_version")
     parser.add_argument("--set", action="append", default=[], dest="settings", metavar="key=value",
                         help="a setting of the reward, e.g. max_length=4096; may be repeated")
+    parser.add_argument("--disagreements", type=Path, metavar="PAGE.html",
+                        help="with a second opinion (reward composed): also write a page on where the two "
+                             "disagree")
     parser.add_argument("--workers", type=int, default=default_workers(), metavar="N",
                         help="processes that judge (default: one for each core)")
 
@@ -44,16 +52,40 @@ def run(args: argparse.Namespace) -> int:
     asked = order(args.reward, parse_settings(args.settings))
     made = make(asked)
     check_output("--output", args.output)
+    check_output("--disagreements", args.disagreements)
+    has_second = getattr(made.reward, "second", None) is not None
+    if args.disagreements is not None and not has_second:
+        raise UserError(f"--disagreements {args.disagreements}: --reward {args.reward} asks for no second "
+                        "opinion; use --reward composed with --set second.reward=NAME --set second.of=PART")
     if args.output.exists() and args.input.exists() and os.path.samefile(args.input, args.output):
         raise UserError(f"--output {args.output}: is the --input; name another file")
     num_rows = check_rows(args.input)
     with work_bar("score", num_rows, "row") as bar:
         summary = score_file(asked, made, args.input, args.output, args.workers, bar.update)
     tell(summary, args.reward, made.version, args.output)
+    if has_second:
+        _tell_disagreements(args.output, made.version, args.disagreements)
     if summary.without_any:
         raise GateFailed(f"{args.output}: not one of its {num_rows:,} rows has a reward; see why "
                          "in their `reason`")
     return ExitCode.OK
+
+
+def _tell_disagreements(output: Path, version: str, page: Path | None) -> None:
+    """Say where two verifiers disagree, in all rows of the output, and whether that is an alarm."""
+    opinions = read_opinions(output)
+    others = opinions.disagreeing
+    lines = ", ".join(map(str, others[:MAX_TOLD])) + (", ..." if len(others) > MAX_TOLD else "")
+    print(f"second opinion: {len(others):,} of {opinions.num_opinions:,} rows disagree"
+          + (f" (lines {lines})" if lines else ""))
+    if opinions.alarm:
+        strings = ", ".join(repr(s.text) for s in opinions.strings()[:TOLD_STRINGS])
+        print(visible(f"ALARM {opinions.told()}" + (f"; look at answers with {strings}" if strings else "")),
+              file=sys.stderr)
+    if page is not None:
+        from megatron_sov.rewards.opinion_page import page_of
+
+        write_output(page, page_of(opinions, output.name, version))
 
 
 def tell(summary: Summary, name: str, version: str, output: Path) -> None:
@@ -62,11 +94,6 @@ def tell(summary: Summary, name: str, version: str, output: Path) -> None:
         print(f"{summary.num_kept:,} rows were scored by an earlier command and are kept")
     for text in summary.told:
         print(visible(text), file=sys.stderr)
-    if summary.num_second:
-        others = summary.disagreements
-        lines = ", ".join(map(str, others[:MAX_TOLD])) + (", ..." if len(others) > MAX_TOLD else "")
-        print(f"second opinion: {len(others):,} of {summary.num_second:,} rows disagree"
-              + (f" (lines {lines})" if lines else ""))
     scored = summary.statuses["scored"]
     mean = f", mean reward {summary.reward_sum / scored:.4f}" if scored else ""
     counts = ", ".join(f"{count:,} {status}" for status, count in sorted(summary.statuses.items())) or "0"

@@ -1,11 +1,15 @@
-"""How sure a share of right answers is."""
+"""How sure a share of right answers is, and a mean of such shares."""
 
 from __future__ import annotations
 
 import math
-from statistics import NormalDist
+from collections.abc import Sequence
+from functools import lru_cache
+from statistics import NormalDist, fmean, variance
 
 CONFIDENCE = 0.95
+MANY = 300
+"""Degrees of freedom above which Student's t is a normal distribution."""
 
 
 def wilson_interval(correct: int, samples: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
@@ -19,8 +23,66 @@ def wilson_interval(correct: int, samples: int, confidence: float = CONFIDENCE) 
     """
     if not 0 <= correct <= samples or samples < 1:
         raise ValueError(f"{correct} of {samples} is no share")
+    return _score_interval(correct / samples, samples, confidence)
+
+
+def mean_interval(shares: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Return an interval of the mean that shares from 0 to 1 are drawn around, e.g. each prompt's pass@k.
+
+    Wilson's interval with the effective sample size of Korn and Graubard (Survey Methodology 24, 1998): as
+    many yes-or-no samples as would vary as much, fewer where the variance comes from few shares.  Shares that
+    are all 0 or 1 give Wilson's own; where all prompts are solved it does not shrink to a point, as a
+    bootstrap over prompts would.
+
+    Raises:
+        ValueError: there is none, or one is no share.
+    """
+    if not shares or not all(0 <= share <= 1 for share in shares):
+        raise ValueError("a mean needs shares from 0 to 1")
+    share = fmean(shares)
+    most = share * (1 - share)  # the variance of a yes or no; that of shares is no larger
+    spread = variance(shares) * (len(shares) - 1) / len(shares) if len(shares) > 1 else most
+    if most <= 0 or math.isclose(spread, most):
+        return _score_interval(share, len(shares), confidence)
+    # equal shares between 0 and 1 tell nothing about others: they count as no more than a thousand each
+    effective = len(shares) * most / max(spread, most / 1000)
+    middle = (1 + confidence) / 2
+    doubt = NormalDist().inv_cdf(middle) / student_quantile(middle, len(shares) - 1)
+    return _score_interval(share, effective * doubt**2, confidence)
+
+
+@lru_cache
+def student_quantile(probability: float, freedom: int) -> float:
+    """Return the quantile of Student's t above its middle.
+
+    By bisection of the finite sums for whole degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4).
+    """
+    if freedom > MANY:
+        return NormalDist().inv_cdf(probability)
+    low, high = 0.0, math.pi / 2  # of the angle whose tangent is t / sqrt(freedom)
+    for _ in range(60):
+        angle = (low + high) / 2
+        if _between(angle, freedom) < 2 * probability - 1:
+            low = angle
+        else:
+            high = angle
+    return math.tan(low) * math.sqrt(freedom)
+
+
+def _between(angle: float, freedom: int) -> float:
+    """Return the probability that |t| is less than sqrt(freedom) times the tangent of an angle."""
+    is_odd = freedom % 2
+    term = math.cos(angle) if is_odd else 1.0
+    total = 0.0
+    for i in range(freedom // 2):
+        total += term
+        term *= math.cos(angle)**2 * (2 * i + 1 + is_odd) / (2 * i + 2 + is_odd)
+    total *= math.sin(angle)
+    return 2 / math.pi * (angle + total) if is_odd else total
+
+
+def _score_interval(share: float, samples: float, confidence: float) -> tuple[float, float]:
     z2 = NormalDist().inv_cdf((1 + confidence) / 2) ** 2
-    share = correct / samples
     middle = (share + z2 / (2 * samples)) / (1 + z2 / samples)
     half = math.sqrt(z2 * (share * (1 - share) / samples + z2 / (4 * samples**2))) / (1 + z2 / samples)
-    return (0.0 if correct == 0 else middle - half), (1.0 if correct == samples else middle + half)
+    return (0.0 if share == 0 else middle - half), (1.0 if share == 1 else middle + half)

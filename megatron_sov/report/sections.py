@@ -27,6 +27,7 @@ from megatron_sov.report.charts import (
 )
 from megatron_sov.report.gates import VERDICTS, gate_section
 from megatron_sov.report.incidents import incident_section
+from megatron_sov.report.passk import passk_section
 from megatron_sov.report.routing import expert_section
 from megatron_sov.report.run_data import Phase, Provenance, Run
 from megatron_sov.report.steps import last_value
@@ -117,6 +118,7 @@ def sections(run: Run) -> list[Section]:
                 charts=[c for n in run.needles if n.get("cells") for c in needle_charts(n)],
                 text="Share of questions about hidden facts that the model answers, by the length of the "
                      "context and their depth in it."),
+        passk_section(run.passk),
         gate_section(run.gate_checks, run.searches),
         _sample_section(run),
         Section("Proof of the conversion",

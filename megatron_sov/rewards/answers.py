@@ -58,4 +58,4 @@ def normalized(text: str) -> str:
     text = unicodedata.normalize("NFKC", text).casefold()
     text = re.sub(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"^(?:the|an?)\s+", "", text.strip().strip("$").strip())
-    return re.sub(r"\s+", " ", text).strip(" .,;:!?'\"`*()[]。、")
+    return re.sub(r"\s+", " ", text).strip(" .,;:!?'\"`*()[]。、$")

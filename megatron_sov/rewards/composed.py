@@ -195,7 +195,7 @@ class ComposedRunner:
         for i, other in zip(asked, self._runners[SECOND].score([rows[i] for i in asked]), strict=True):
             first = found[i][second.of].reward or 0.0
             disagrees = None if other.reward is None else abs(first - other.reward) > second.tolerance
-            opinion = {"reward": other.reward, "status": other.status, "reason": other.reason,
+            opinion = {"first": first, "reward": other.reward, "status": other.status, "reason": other.reason,
                        "disagrees": disagrees}
             whole[i] = Result(whole[i].reward, whole[i].status, {**whole[i].components, SECOND: opinion},
                               whole[i].reason)

@@ -7,9 +7,14 @@ from dataclasses import dataclass
 from typing import Any, get_type_hints
 
 from megatron_sov.errors import nearest
-from megatron_sov.rewards.instruction_checks import CHECKS
+from megatron_sov.rewards.ifbench_forms import FORM_CHECKS
+from megatron_sov.rewards.ifbench_words import NEEDS_MORE, WORD_CHECKS
+from megatron_sov.rewards.instruction_checks import CHECKS as IFEVAL_CHECKS
+from megatron_sov.rewards.instruction_checks import Check
 from megatron_sov.rewards.reward import Refused, Row, Score, text_of, told_short
 
+CHECKS: Mapping[str, Check] = {**IFEVAL_CHECKS, **WORD_CHECKS, **FORM_CHECKS}
+"""Of IFEval and IFBench, whose names have nothing in common."""
 MAX_CHARS = 400_000
 """Of a longer response nothing is checked: patterns over it would take long."""
 
@@ -61,6 +66,8 @@ def instructions_of(row: Row) -> list[tuple[str, dict[str, Any]]]:
 
 def _instruction(item: Any) -> tuple[str, dict[str, Any]]:
     name = item.get("id") if isinstance(item, Mapping) else None
+    if isinstance(name, str) and name in NEEDS_MORE:
+        raise Refused(f"instruction {name} is not judged: it takes {NEEDS_MORE[name]}, which is not here")
     if not isinstance(name, str) or name not in CHECKS:
         raise Refused(f"instruction {told_short(name or item)} is not known{nearest(str(name), CHECKS)}")
     # the data set's table has a column for each argument of any instruction, empty for all others

@@ -197,12 +197,22 @@ _KEPT = [
 ]
 
 
+def hold_periods(text: str) -> str:
+    """Return a text in which a full stop that ends no sentence is another character."""
+    for pattern, kept in _KEPT:
+        text = re.sub(pattern, kept, text)
+    return text
+
+
+def release_periods(text: str) -> str:
+    """Return a text as it was before `hold_periods`."""
+    return text.replace(_PERIOD, ".")
+
+
 def sentences(text: str) -> list[str]:
     """Return the sentences of a text: cut behind . ? ! and a closing quotation mark, not behind titles, nor
     in numbers, addresses and initials."""
-    for pattern, kept in _KEPT:
-        text = re.sub(pattern, kept, text)
-    parts = re.split(r"(?<=[.?!。？！])[\"”'’)]*(?=\s|$)", text)
+    parts = re.split(r"(?<=[.?!。？！])[\"”'’)]*(?=\s|$)", hold_periods(text))
     return [part.strip() for part in parts if part.strip(" \n\t.?!\"”'’)")]
 
 

@@ -65,6 +65,12 @@ def folder_of(output: Path) -> Path:
     return output.with_name(f".{output.name}.scoring")
 
 
+def num_kept(output: Path, identity: dict[str, Any]) -> int:
+    """Return how many whole rows the journal of an output holds for this identity; changes nothing."""
+    folder = folder_of(output)
+    return _whole_rows(folder / ROWS)[0] if _identity(folder) == identity else 0
+
+
 @contextlib.contextmanager
 def opened(output: Path, identity: dict[str, Any]) -> Iterator[Journal]:
     """Open the journal of an output as a context: of a killed command of the same identity, or a new one.
@@ -87,7 +93,10 @@ def opened(output: Path, identity: dict[str, Any]) -> Iterator[Journal]:
         if _identity(folder) != identity:
             (folder / ROWS).unlink(missing_ok=True)
             atomic_write(folder / IDENTITY, json.dumps(identity))
-        journal = Journal(folder, output, _whole_rows(folder / ROWS))
+        num_done, end = _whole_rows(folder / ROWS)
+        if (folder / ROWS).exists():
+            os.truncate(folder / ROWS, end)  # what a kill left of the next one
+        journal = Journal(folder, output, num_done)
         try:
             yield journal
         finally:
@@ -110,15 +119,13 @@ def _identity(folder: Path) -> Any:
         return None
 
 
-def _whole_rows(path: Path) -> int:
-    """Return how many whole rows a file has; what a kill left of the next one is cut off."""
+def _whole_rows(path: Path) -> tuple[int, int]:
+    """Return how many whole rows a file has, and where the last one ends."""
     if not path.exists():
-        return 0
-    num_rows = end = place = 0
-    with open(path, "r+b") as f:
+        return 0, 0
+    num_rows = end = 0
+    with open(path, "rb") as f:
         for line in f:
-            place += len(line)
             if line.endswith(b"\n"):
-                num_rows, end = num_rows + 1, place
-        f.truncate(end)
-    return num_rows
+                num_rows, end = num_rows + 1, end + len(line)
+    return num_rows, end

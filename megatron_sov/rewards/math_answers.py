@@ -11,6 +11,7 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_sov.rewards.answers import final_answer
 from megatron_sov.rewards.reward import Refused, Row, Score, text_of
 
 DELIMITERS = ("$", "\\(", "\\[", "\\boxed", "\\begin")
@@ -33,6 +34,9 @@ class Math:
     """Decimals to which numbers have to agree."""
     strict: bool = True
     """Variables have to have the same names, and a set is no tuple."""
+    marked_only: bool = False
+    """A response has to mark its answer (a box, answer tags, "the answer is", a short last line); math-verify
+    itself takes any number in the text, so a response that lists numbers may be paid."""
 
     def problems(self) -> list[str]:
         """Return one sentence for every rule that these settings break."""
@@ -60,7 +64,10 @@ class Math:
         from math_verify import verify
 
         gold = self._gold(text_of(row, "answer"))
-        found = _parsed(text_of(row, "response")[-self.tail_chars:])
+        response = text_of(row, "response")[-self.tail_chars:]
+        if self.marked_only and final_answer(response) is None:
+            return Score(0.0, {"extracted": ""})
+        found = _parsed(response)
         right = verify(gold, found, float_rounding=self.float_rounding, strict=self.strict,
                        timeout_seconds=None)
         # the text, since showing a number such as 10**10**10 would compute it

@@ -45,6 +45,8 @@ _NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d{1,400})?(?:\.\d{0,400})?", 
 _POWER = re.compile(r"\s*(?:[eE]([+-]?\d{1,4})\b|"
                     r"(?:x|×|\*|·)\s*10\s*(?:\^|\*\*)\s*\{?\s*([+-]?\d{1,4})\s*\}?)",
                      re.ASCII)
+_BELOW = re.compile(r"\s*/\s*(\d{1,400}(?:\.\d{1,400})?)", re.ASCII)
+_FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*([+-]?[\d.,]+)\s*\}\s*\{\s*([\d.]+)\s*\}", re.ASCII)
 _FACTOR = re.compile(r"([*/]?)([^\d\s*/^+-]+)(?:\^?\(?([+-]?\d{1,2}(?:\.5)?)\)?)?", re.ASCII)
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 
@@ -59,6 +61,8 @@ class Quantity:
     """None: no unit was given."""
     plain: float
     """The number as it was written."""
+    is_whole: bool = False
+    """Whether it was written as a whole number: digits, and no power of ten."""
 
 
 def read_quantity(text: str) -> Quantity | None:
@@ -69,17 +73,23 @@ def read_quantity(text: str) -> Quantity | None:
     if number is None or not any(char.isdigit() for char in number[0]):
         return None
     plain, rest = float(number[0].replace(",", "")), text[number.end():]
+    is_whole = "." not in number[0]
+    below = _BELOW.match(rest)
+    if below:
+        divisor = float(below[1])
+        plain, rest, is_whole = plain / divisor if divisor else math.inf, rest[below.end():], False
     power = _POWER.match(rest)
     if power:
         exponent = int(power[1] or power[2])
         plain, rest = (plain * 10.0 ** exponent if abs(exponent) <= 300 else math.inf), rest[power.end():]
+        is_whole = False
     if not math.isfinite(plain):
         return None
     unit = rest.strip(" .;")
     if not unit:
-        return Quantity(plain, None, plain)
+        return Quantity(plain, None, plain, is_whole)
     read = _unit(unit)
-    return None if read is None else Quantity(plain * read[0], read[1], plain)
+    return None if read is None else Quantity(plain * read[0], read[1], plain, is_whole)
 
 
 def same(first: Quantity, second: Quantity, relative_tolerance: float) -> bool:
@@ -93,7 +103,8 @@ def same(first: Quantity, second: Quantity, relative_tolerance: float) -> bool:
 
 def _simplified(text: str) -> str:
     """Return a quantity without LaTeX's dress: $9.8\\,\\mathrm{m/s^{2}}$ is 9.8 m/s^2."""
-    text = text[:500].translate(_SUPERSCRIPTS).strip().strip("$")
+    text = text[:500].translate(_SUPERSCRIPTS).strip().rstrip(".;").strip("$").strip()
+    text = _FRACTION.sub(r"\1/\2", text)
     text = re.sub(r"\^\{\s*([+-]?[\d.]+)\s*\}", r"^\1", text)
     text = re.sub(r"\\(?:text|mathrm|unit|si|rm)\s*\{([^{}]*)\}", r" \1 ", text)
     text = text.replace("\\%", "%").replace("^\\circ", "°").replace("\\Omega", "Ω").replace("\\mu", "µ")

@@ -18,15 +18,25 @@ MAX_TOLD = 10
 """Bad rows that are named."""
 
 
-def check_rows(path: Path) -> int:
+FIELDS: dict[str, tuple[tuple[type, ...], str]] = {"response": ((str,), "text"),
+                                                  "prompt": ((str, list), "text or messages")}
+"""Field that a file's rows must have -> its types, and what they are called."""
+
+
+def check_rows(path: Path, option: str = "--input", field: str = "response") -> int:
     """Return how many rows a file has.
+
+    Args:
+        path: the file.
+        option: of the command, for messages.
+        field: what each row must have, one of `FIELDS`.
 
     Raises:
         UserError: it cannot be read, has no rows, or bad ones: the first are named by line.
     """
     problems: list[str] = []
     num_rows = num_bad = 0
-    for line, row in _lines(path):
+    for line, row in _lines(path, option, field):
         num_rows += 1
         if isinstance(row, str):
             num_bad += 1
@@ -35,24 +45,25 @@ def check_rows(path: Path) -> int:
     if num_bad > MAX_TOLD:
         problems.append(f"and {num_bad - MAX_TOLD} more")
     if problems:
-        raise UserError(list_problems(f"--input {path}", problems, "mend or remove these lines"))
+        raise UserError(list_problems(f"{option} {path}", problems, "mend or remove these lines"))
     if not num_rows:
-        raise UserError(f"--input {path}: has no rows; each line is a JSON object with a text `response`")
+        raise UserError(f"{option} {path}: has no rows; each line is a JSON object with a {FIELDS[field][1]} "
+                        f"`{field}`")
     return num_rows
 
 
-def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
-    """Yield (line, row) of a file that `check_rows` has passed."""
-    for line, row in _lines(path):
+def read_rows(path: Path, option: str = "--input", field: str = "response") -> Iterator[tuple[int, Row]]:
+    """Yield (line, row) of a file that `check_rows` has passed; arguments as there."""
+    for line, row in _lines(path, option, field):
         if isinstance(row, str):
-            raise UserError(f"--input {path}: line {line}: {row}; the file has changed since it was checked")
+            raise UserError(f"{option} {path}: line {line}: {row}; the file has changed since it was checked")
         yield line, row
 
 
-def _lines(path: Path) -> Iterator[tuple[int, Row | str]]:
+def _lines(path: Path, option: str, field: str) -> Iterator[tuple[int, Row | str]]:
     """Yield (line, row) or (line, what is wrong with it) of all lines that are not blank."""
     if path.exists() and not path.is_file():  # a pipe would be empty when it is read again
-        raise UserError(f"--input {path}: is no regular file, and it is read more than once; write the rows "
+        raise UserError(f"{option} {path}: is no regular file, and it is read more than once; write the rows "
                         "into a file")
     try:
         with open(path, "rb") as f:
@@ -60,16 +71,16 @@ def _lines(path: Path) -> Iterator[tuple[int, Row | str]]:
             while raw := f.readline(MAX_LINE_BYTES + 1):
                 number += 1
                 if len(raw) > MAX_LINE_BYTES:
-                    raise UserError(f"--input {path}: line {number} is longer than "
+                    raise UserError(f"{option} {path}: line {number} is longer than "
                                     f"{MAX_LINE_BYTES >> 20} MiB; write each row on a line of its own")
                 if raw.strip():
-                    yield number, _parsed(raw)
+                    yield number, _parsed(raw, field)
     except OSError as e:
-        raise UserError(f"--input {path}: cannot be read ({e.strerror or e}); "
+        raise UserError(f"{option} {path}: cannot be read ({e.strerror or e}); "
                         "name a file of JSON lines") from None
 
 
-def _parsed(raw: bytes) -> Row | str:
+def _parsed(raw: bytes, field: str) -> Row | str:
     try:
         row = json.loads(raw.decode("utf-8-sig"), parse_constant=_refuse, parse_float=_finite)
     except UnicodeDecodeError as e:
@@ -80,10 +91,11 @@ def _parsed(raw: bytes) -> Row | str:
         return f"is no JSON ({e})"
     if not isinstance(row, dict):
         return f"is no JSON object, but a {type(row).__name__}"
-    if "response" not in row:
-        return "has no 'response'"
-    if not isinstance(row["response"], str):
-        return f"response is of type {type(row['response']).__name__}, and must be text"
+    if field not in row:
+        return f"has no {field!r}"
+    types, told = FIELDS[field]
+    if not isinstance(row[field], types):
+        return f"{field} is of type {type(row[field]).__name__}, and must be {told}"
     if raw.count(b"[") + raw.count(b"{") > MOST_LEVELS:  # else it cannot be that deep
         try:
             refuse_deep(row)  # it has to go to other processes, where less than JSON's depth is allowed

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from megatron_sov.digests import file_digest
 from megatron_sov.rewards import journal
-from megatron_sov.rewards.composed import SECOND
 from megatron_sov.rewards.registry import Made, Order
 from megatron_sov.rewards.reward import Result
 from megatron_sov.rewards.rows import read_rows, written
@@ -32,10 +31,6 @@ class Summary:
     """Of all scored rows."""
     told: list[str] = field(default_factory=list)
     """The first rows without a reward, by line."""
-    num_second: int = 0
-    """Rows that a second reward has judged too."""
-    disagreements: list[int] = field(default_factory=list)
-    """Lines of those where the two disagree."""
     num_kept: int = 0
     """Rows that an earlier, killed command had scored."""
     kept_reward: bool = False
@@ -49,11 +44,6 @@ class Summary:
     def add(self, line: int, result: Result) -> None:
         """Count a row."""
         self.statuses[result.status] += 1
-        opinion = result.components.get(SECOND)
-        if isinstance(opinion, dict) and opinion["disagrees"] is not None:
-            self.num_second += 1
-            if opinion["disagrees"]:
-                self.disagreements.append(line)
         if result.reward is not None:
             self.reward_sum += result.reward
         elif len(self.told) < MAX_TOLD:

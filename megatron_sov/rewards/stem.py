@@ -25,6 +25,8 @@ class Stem:
     """auto: a single letter is a choice, what reads as a number is one, all else is text."""
     relative_tolerance: float = 0.01
     """For numbers."""
+    exact_integers: bool = True
+    """A whole number without a unit is a count: another whole number is no rounding of it, however near."""
     unit_required: bool = False
     """A number without the answer's unit is wrong; without, it is taken to have that unit."""
 
@@ -63,6 +65,8 @@ class Stem:
             raise Refused(f"answer = {told_short(gold)} is no number with a known unit")
         if given is None or (self.unit_required and expected.dimension and not given.dimension):
             return False
+        if self.exact_integers and expected.dimension is None and expected.is_whole and given.is_whole:
+            return expected.plain == given.plain
         return same(expected, given, self.relative_tolerance)
 
 

@@ -14,7 +14,7 @@ from megatron_sov.cli import main
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-@pytest.mark.parametrize(("page", "count"), [("generate.md", 5), ("eval.md", 6)])
+@pytest.mark.parametrize(("page", "count"), [("generate.md", 5), ("eval.md", 8)])
 def test_what_the_page_shows_runs(page: str, count: int, one_rank: None, imported: dict[str, Path],
                                   hf_models: dict[str, Path], token_shards: Path, tmp_path: Path,
                                   monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,8 +23,11 @@ def test_what_the_page_shows_runs(page: str, count: int, one_rank: None, importe
     for name, folder in folders.items():
         shutil.copytree(folder, tmp_path / name)
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"^```bash\n(.*?)^```$", (DOCS / page).read_text(encoding="utf-8"),
-                        re.MULTILINE | re.DOTALL)
+    text = (DOCS / page).read_text(encoding="utf-8")
+    files = re.findall(r"^`([a-z_.]+)`:\n\n```[a-z]+\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    for name, content in files:
+        (tmp_path / name).write_text(content)
+    blocks = re.findall(r"^```bash\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     commands = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     # that one: tests/train
     lines = [line for line in commands if not line.startswith("megatron-sov pretrain")]

@@ -1,12 +1,13 @@
-"""Wilson's interval: its ends solve the score equation, and it holds the truth as often as it says."""
+"""Intervals of shares and of their mean hold the truth as often as they say."""
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 
-from megatron_sov.eval.intervals import wilson_interval
+from megatron_sov.eval.intervals import mean_interval, student_quantile, wilson_interval
 
 
 @pytest.mark.parametrize(("correct", "samples"), [(1, 20), (19, 20), (10, 20), (7, 100), (1, 2)])
@@ -35,3 +36,45 @@ def test_it_holds_the_truth_in_about_95_of_100_draws() -> None:
 def test_what_is_no_share_is_refused(correct: int, samples: int) -> None:
     with pytest.raises(ValueError, match=f"{correct} of {samples} is no share"):
         wilson_interval(correct, samples)
+
+
+def test_of_yes_and_no_the_mean_has_wilsons_interval() -> None:
+    for correct in (0, 1, 7, 20):
+        shares = [1.0] * correct + [0.0] * (20 - correct)
+        assert mean_interval(shares) == pytest.approx(wilson_interval(correct, 20), rel=1e-12)
+
+
+def test_the_interval_of_shares_agrees_with_a_bootstrap_over_prompts() -> None:
+    draw = np.random.default_rng(0)
+    shares = draw.beta(0.6, 0.9, 400)
+    means = draw.choice(shares, (4000, 400)).mean(1)
+    assert mean_interval(shares.tolist()) == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.004)
+
+
+def test_the_interval_of_a_mean_holds_the_truth_in_about_95_of_100_draws() -> None:
+    draw = np.random.default_rng(1)
+    shares = draw.binomial(8, draw.beta(0.5, 1.5, (1500, 40))) / 8  # pass@1 of 40 prompts with 8 samples each
+    intervals = [mean_interval(row) for row in shares.tolist()]
+    assert 0.93 < np.mean([low <= 0.25 <= high for low, high in intervals]) < 0.97
+
+
+@pytest.mark.parametrize(("freedom", "quantile"), [(1, 12.7062), (2, 4.30265), (5, 2.57058), (10, 2.22814),
+                                                   (39, 2.02269), (120, 1.97993), (10_000, 1.95996)])
+def test_quantiles_of_students_t_are_those_of_the_tables(freedom: int, quantile: float) -> None:
+    assert student_quantile(0.975, freedom) == pytest.approx(quantile, rel=2e-5)
+
+
+def test_two_prompts_tell_little() -> None:
+    low, high = mean_interval([0.5, 0.25])
+    assert high - low > 0.5
+
+
+def test_equal_shares_leave_some_doubt() -> None:
+    low, high = mean_interval([0.5, 0.5])
+    assert low < 0.5 < high
+
+
+@pytest.mark.parametrize("shares", [[], [1.5], [-0.1, 0.5]])
+def test_a_mean_of_what_is_no_share_is_refused(shares: list[float]) -> None:
+    with pytest.raises(ValueError, match="shares from 0 to 1"):
+        mean_interval(shares)

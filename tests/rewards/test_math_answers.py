@@ -50,6 +50,17 @@ def test_an_answer_without_dollars_is_read_whole(answer: str, response: str) -> 
     assert Math().score({"answer": answer, "response": "3"}).reward == 0.0
 
 
+@pytest.mark.parametrize(("response", "own", "marked"), [
+    ("There are 42 cases here and nobody has the time to go through all of them", 1.0, 0.0),
+    ("Nobody has the time to go through all of them. The answer is 42.", 1.0, 1.0), ("\\boxed{42}", 1.0, 1.0),
+    ("\\boxed{41}", 0.0, 0.0)])
+def test_a_number_in_the_text_is_no_answer_where_it_has_to_be_marked(response: str, own: float,
+                                                                     marked: float) -> None:
+    row = {"answer": "42", "response": response}
+    assert Math().score(row).reward == own
+    assert Math(marked_only=True).score(row).reward == marked
+
+
 @pytest.mark.parametrize("row", [{"response": "1"}, {"response": "1", "answer": ""},
                                  {"response": "1", "answer": "$$"},
                                  {"response": "1", "answer": 4}, {"response": "1", "answer": "9" * 10_001}])

@@ -45,7 +45,9 @@ def test_wrong_choices_and_none(response: str) -> None:
     ("\\boxed{180^\\circ}", "3.14159 rad"), ("Answer: 6.02e23", "6.022 × 10^23"),
     ("\\boxed{-5 µC}", "-5e-6 C"),
     ("\\boxed{10 meters}", "10 m"), ("\\boxed{2 N·m}", "2 J"), ("\\boxed{3 J/g/K}", "3 J/(g K)"),
-    ("\\boxed{1 kg m s^-2}", "1 N")])
+    ("\\boxed{1 kg m s^-2}", "1 N"), ("The answer is $5313$.", "5313"), ("\\boxed{0.75}", "3/4"),
+    ("\\boxed{-\\dfrac{6}{8}}", "-3/4"), ("\\boxed{\\frac{3}{4} m}", "75 cm"), ("Answer: 5313.4", "5313"),
+    ("\\boxed{5.31\\times 10^3}", "5313")])
 def test_quantities_in_their_disguises(response: str, answer: str) -> None:
     assert right(response, answer)
 
@@ -55,9 +57,15 @@ def test_quantities_in_their_disguises(response: str, answer: str) -> None:
     ("\\boxed{3 florins}", "3 m"), ("\\boxed{1e400}", "3"), ("\\boxed{10^{10^{10}}}", "3"),
     ("\\boxed{10**10**10}", "3"), ("\\boxed{3 Tm^99}", "3 m"), ("\\boxed{3 fm^-99}", "3 m"),
     ("\\boxed{" + "9" * 490 + "}", "3"), ("\\boxed{nan}", "3"), ("\\boxed{3 or 4}", "3"),
-    ("Answer: 3 4 5", "3")])
+    ("Answer: 3 4 5", "3"), ("\\boxed{5314}", "5313"), ("\\boxed{4/3}", "3/4"), ("\\boxed{3/0}", "3"),
+    ("\\boxed{-3/4}", "3/4")])
 def test_wrong_quantities(response: str, answer: str) -> None:
     assert not right(response, answer)
+
+
+def test_whole_numbers_may_be_taken_for_roundings() -> None:
+    row = {"response": "\\boxed{5314}", "answer": "5313"}
+    assert Stem(exact_integers=False).score(row).reward == 1.0
 
 
 def test_a_unit_may_be_required() -> None:

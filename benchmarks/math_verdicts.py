@@ -1,0 +1,154 @@
+"""Are the pool's verdicts those of math-verify, how fast is it, and which answers fool `math` and `stem`?
+
+Usage: python benchmarks/math_verdicts.py > benchmarks/results/math_verdicts.txt
+
+The first part judges 2,000 drawn answers by the pool of processes that `score` uses, and by math-verify alone
+in one process, as its README calls it.  The second part judges 200 right answers in disguise (another form of
+the same thing) and 200 wrong ones that look right, by both verifiers: what each makes of each kind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import random
+import time
+from collections import Counter
+from collections.abc import Callable
+
+from megatron_sov.rewards.registry import make, order
+from megatron_sov.rewards.reward import judged
+from megatron_sov.rewards.running import runner
+
+Item = tuple[str, str]
+"""A gold answer, and a response."""
+BATCH_ROWS = 128
+
+
+def number(draw: random.Random) -> int:
+    """Return a number of two to four digits that is no multiple of ten."""
+    return draw.randrange(11, 9999) // 10 * 10 + draw.randrange(1, 10)
+
+
+def boxed(answer: str) -> str:
+    """Return a response that ends with an answer in a box."""
+    return f"Adding both sides gives the result. Therefore \\boxed{{{answer}}}."
+
+
+RIGHT: dict[str, Callable[[random.Random, int], Item]] = {
+    "decimal for a fraction": lambda draw, n: (f"{n}/8", boxed(f"{n / 8}")),
+    "fraction in LaTeX": lambda draw, n: (f"{n}/7", boxed(f"\\dfrac{{{n}}}{{7}}")),
+    "fraction not in lowest terms": lambda draw, n: (f"{n}/7", boxed(f"\\frac{{{3 * n}}}{{21}}")),
+    "thousands set apart": lambda draw, n: (f"{n}123", boxed(f"{n * 1000 + 123:,}")),
+    "trailing zeros": lambda draw, n: (f"{n}", boxed(f"{n}.00")),
+    "power of ten": lambda draw, n: (f"{n}000", boxed(f"{n} \\times 10^3")),
+    "equation": lambda draw, n: (f"{n}", boxed(f"x = {n}")),
+    "text, no box": lambda draw, n: (f"{n}", f"First I add the tens.\nThe answer is {n}."),
+    "bold": lambda draw, n: (f"{n}", f"First I add the tens.\n\n**The answer is: {n}**"),
+    "dollars around": lambda draw, n: (f"{n}", f"So the final answer is ${n}$."),
+}
+WRONG: dict[str, Callable[[random.Random, int], Item]] = {
+    "sign": lambda draw, n: (f"{n}", boxed(f"-{n}")),
+    "last digit": lambda draw, n: (f"{n}", boxed(f"{n + draw.choice([-1, 1])}")),
+    "digits swapped": lambda draw, n: (f"{n}12", boxed(f"{n}21")),
+    "digit left out": lambda draw, n: (f"{n}7", boxed(f"{n}")),
+    "power of ten too large": lambda draw, n: (f"{n}", boxed(f"{n}0")),
+    "fraction upside down": lambda draw, n: (f"{n}/7", boxed(f"\\frac{{7}}{{{n}}}")),
+    "right on the way, wrong in the end": lambda draw, n: (
+        f"{n}", f"First I find \\boxed{{{n}}}, but a term is missing. So the answer is \\boxed{{{n + 2}}}."),
+    "two answers": lambda draw, n: (f"{n}", boxed(f"{n} \\text{{ or }} {n + 3}")),
+    "rounded": lambda draw, n: (f"{7 * n + 2}/7", boxed(f"{n}")),
+    "no answer, the number in the text": lambda draw, n: (
+        f"{n}", f"There are {n} cases to look at, and no time is left to go through all of them one by one"),
+}
+MORE: dict[str, Callable[[random.Random, int], Item]] = {
+    "root": lambda draw, n: (f"{n}\\sqrt{{2}}", boxed(f"\\sqrt{{{2 * n * n}}}")),
+    "wrong root": lambda draw, n: (f"{n}\\sqrt{{2}}", boxed(f"{n}\\sqrt{{3}}")),
+    "product": lambda draw, n: (f"x^2-{n * n}", boxed(f"(x-{n})(x+{n})")),
+    "wrong product": lambda draw, n: (f"x^2-{n * n}", boxed(f"(x-{n})^2")),
+    "set": lambda draw, n: (f"\\{{{n}, {n + 1}\\}}", boxed(f"\\{{{n + 1}, {n}\\}}")),
+    "interval": lambda draw, n: (f"[0, {n})", boxed(f"[0, {n}]")),
+    "pair": lambda draw, n: (f"({n}, {n + 1})", boxed(f"({n + 1}, {n})")),
+}
+"""What only `math` reads; for the speed."""
+
+
+def items_of(kinds: dict[str, Callable[[random.Random, int], Item]], count: int, seed: int) -> list[Item]:
+    """Return so many items, of each kind alike."""
+    draw = random.Random(seed)
+    makers = list(kinds.values())
+    return [makers[i % len(makers)](draw, number(draw)) for i in range(count)]
+
+
+def by_pool(items: list[Item], workers: int) -> tuple[list[float | None], float]:
+    """Return the rewards that the pool gives, and how long it took without its start."""
+    asked = order("math", {})
+    rows = [{"answer": gold, "response": response} for gold, response in items]
+    with runner(asked, make(asked), workers) as running:
+        running.score(rows[:2 * workers])  # starts the processes
+        begun_s = time.monotonic()
+        found = [result.reward for i in range(0, len(rows), BATCH_ROWS)
+                 for result in running.score(rows[i:i + BATCH_ROWS])]
+        return found, time.monotonic() - begun_s
+
+
+def by_math_verify(items: list[Item]) -> tuple[list[float], float]:
+    """Return math-verify's own verdicts, golds in a box, and how long they took."""
+    from math_verify import parse, verify
+
+    parse("\\boxed{1}")
+    begun_s = time.monotonic()
+    found = [float(verify(parse(f"\\boxed{{{gold}}}"), parse(response))) for gold, response in items]
+    return found, time.monotonic() - begun_s
+
+
+def confusion(count: int) -> None:
+    """Print what each verifier makes of right and of wrong answers, by kind."""
+    asked = {"math": order("math", {}), "math, marked_only": order("math", {"marked_only": True}),
+             "stem": order("stem", {})}
+    rewards = {name: make(one).reward for name, one in asked.items()}
+    rewards["math"].prepare()
+    for name, reward in rewards.items():
+        totals: Counter[tuple[bool, float | None]] = Counter()
+        lines = []
+        for right, kinds in ((True, RIGHT), (False, WRONG)):
+            for kind in kinds:
+                items = items_of({kind: kinds[kind]}, count // len(kinds), seed=7)
+                found = Counter(judged(reward, {"answer": gold, "response": text}).reward
+                                for gold, text in items)
+                totals.update({(right, value): times for value, times in found.items()})
+                missed = len(items) - found[float(right)]
+                if missed:
+                    lines.append(f"    {'right' if right else 'wrong'}: {kind}: {missed} of {len(items)} "
+                                 "misjudged")
+        print(f"\n{name}: {count} right in disguise, {count} subtly wrong")
+        for right in (True, False):
+            print(f"  {'right' if right else 'wrong'} answers: {totals[right, 1.0]} paid, "
+                  f"{totals[right, 0.0]} not paid, {totals[right, None]} without a reward")
+        print("\n".join(lines) if lines else "    none misjudged")
+
+
+def main() -> None:
+    """Print both parts."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--items", type=int, default=2040)
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    args = parser.parse_args()
+    print(f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}", flush=True)
+    items = items_of({**RIGHT, **WRONG, **MORE}, args.items, seed=0)
+    pool, pool_s = by_pool(items, args.workers)
+    own, own_s = by_math_verify(items)
+    different = [(item, p, o) for item, p, o in zip(items, pool, own, strict=True) if p != o]
+    print(f"{len(items):,} answers, {sum(own):,.0f} right: {len(different)} verdicts differ from "
+          "math-verify's")
+    for (gold, response), p, o in different[:10]:
+        print(f"  gold {gold!r}, response {response[-60:]!r}: pool {p}, math-verify {o}")
+    print(f"pool of {args.workers}: {len(items) / pool_s:.0f} answers/s; math-verify in one process: "
+          f"{len(items) / own_s:.0f} answers/s", flush=True)
+    confusion(args.count)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""What a command asks of a model: prompts as its token ids, what ends an answer, whether an engine can do it.
+No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from megatron_sov.chat.encode import ChatEncoder
+from megatron_sov.chat.folder import read_chat_encoder
+from megatron_sov.documents import BadRecord, Conversation
+from megatron_sov.errors import UserError
+from megatron_sov.generate.engine import MEGATRON
+
+if TYPE_CHECKING:
+    from megatron_sov.generate.target import Target
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Prompts as a model reads them."""
+
+    ids: list[list[int]]
+    """Token ids of each prompt."""
+    end_ids: tuple[int, ...]
+    """Tokens that end an answer."""
+    decode: Callable[[list[int]], str]
+    """From token ids to text, without special tokens."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(map(len, self.ids))
+
+
+def asked_of(target: Target, prompts: Sequence[str | Conversation], chat: bool) -> Asked:
+    """Return prompts in the ids of a model's own tokenizer.
+
+    Args:
+        target: the model.
+        prompts: texts to continue; with `chat` each is a user's message, or a whole conversation.
+        chat: frame them by the chat template: the very ids that training on chats has seen.
+
+    Raises:
+        UserError: the model has no tokenizer or no chat template, or knows fewer ids than its tokenizer.
+    """
+    from megatron_sov.generate.load import load_tokenizer
+
+    tokenizer = load_tokenizer(target.tokenizer_folder)
+    ends = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
+    if chat:
+        encoder = read_chat_encoder(target.tokenizer_folder)
+        if encoder is None:
+            raise UserError(f"--chat: {target.tokenizer_folder} has no chat template; "
+                            "leave --chat out, or fine-tune on chats first")
+        ids = [_encode_chat(encoder, prompt) for prompt in prompts]
+        ends |= set(encoder.end_ids())
+    else:  # begun as documents in token shards begin: with nothing before the text
+        ids = [list(tokenizer.encode(_plain(prompt), add_special_tokens=False)) for prompt in prompts]
+    _refuse_unknown(ids, target)
+
+    def decode(tokens: list[int]) -> str:
+        return str(tokenizer.decode(tokens, skip_special_tokens=True))
+
+    return Asked(ids, tuple(sorted(ends)), decode)
+
+
+def _plain(prompt: str | Conversation) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    raise UserError(f"the prompt {prompt.messages[-1].content[:40]!r} is a conversation; add --chat")
+
+
+def _encode_chat(encoder: ChatEncoder, prompt: str | Conversation) -> list[int]:
+    chat = Conversation.of(("user", prompt)) if isinstance(prompt, str) else prompt
+    try:
+        return encoder.encode(chat, awaits_response=True).ids
+    except BadRecord as e:
+        raise UserError(f"the prompt {chat.messages[-1].content[:40]!r} {e}") from None
+
+
+def _refuse_unknown(prompts: list[list[int]], target: Target) -> None:
+    """Raise `UserError` where a tokenizer knows more ids than its model: one that is split over processes
+    would take them for no token at all, without a word."""
+    try:
+        vocab_size = target.vocab_size
+    except UserError:  # a Hugging Face folder of another family, of which transformers knows more
+        return
+    highest = max((max(ids, default=0) for ids in prompts), default=0)
+    if highest >= vocab_size:
+        raise UserError(f"{target.tokenizer_folder}: makes token id {highest} of a prompt, and the model has "
+                        f"{vocab_size} ids; put the tokenizer there that the model was trained with")
+
+
+def check_engine(engine: str, target: Target, longest: int, settings: Sequence[str], nproc: int | None,
+                 num_drafts: int = 0) -> None:
+    """Raise `UserError` where an engine cannot do what is asked of a model.
+
+    Args:
+        engine: one of `ENGINES`.
+        target: the model.
+        longest: tokens of the longest sequence, prompt and answer.
+        settings: `key=value` changes of layout and precision.
+        nproc: local processes.
+        num_drafts: tokens that the multi-token prediction layer drafts.
+    """
+    if longest > target.max_tokens:
+        raise UserError(f"prompt and --max-new-tokens make {longest} tokens, the model ends at "
+                        f"{target.max_tokens}; shorten one of them")
+    if engine != MEGATRON and not target.is_hf:
+        raise UserError(f"--engine {engine}: {target.path} is a checkpoint; "
+                        "convert it first with `megatron-sov convert`")
+    if engine != MEGATRON and (settings or nproc is not None or num_drafts):
+        raise UserError(f"--set {list(settings)}, --nproc {nproc} and --speculative {num_drafts} "
+                        f"are for --engine {MEGATRON}; add it or leave them out")
+    if num_drafts and not target.model.num_mtp_layers:
+        raise UserError(f"--speculative {num_drafts}: {target.path} has no multi-token prediction "
+                        "layer to draft with; leave it out")
