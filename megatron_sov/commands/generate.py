@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_sov.artifacts import write_output
 from megatron_sov.chat.encode import ChatEncoder
 from megatron_sov.chat.folder import read_chat_encoder
 from megatron_sov.documents import BadRecord, Conversation
@@ -18,6 +19,7 @@ from megatron_sov.errors import UserError
 from megatron_sov.generate.engine import ENGINES, MEGATRON, TRANSFORMERS, Engine, run_engine
 from megatron_sov.generate.prompts import Prompt, read_prompts
 from megatron_sov.generate.request import Batching, Generated, Sampling, Stop
+from megatron_sov.outputs import check_output
 from megatron_sov.recipes.requested import add_plugin_argument, load_plugins
 from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.checkpoints import refuse_missing
@@ -69,6 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_plugin_argument(parser)
     parser.add_argument("--run", type=Path, metavar="DIR",
                         help="also add the texts to this run's events, for its report")
+    parser.add_argument("--output", type=Path, metavar="ROWS.jsonl",
+                        help="also write prompts and texts as the rows that `megatron-sov score` reads")
     parser.add_argument("--json", action="store_true", help="print the texts and tokens as JSON")
     parser.add_argument("--logprobs", action="store_true",
                         help="with --json: also each token's log-probability, the temperature it belongs "
@@ -84,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
     batching = Batching(args.batch_size, args.prefill_tokens)
     _check(args, sampling.problems() + batching.problems())
     refuse_missing(args.target)
+    check_output("--output", args.output)
     events = RunEvents(args.run)
 
     from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
@@ -113,6 +118,8 @@ def run(args: argparse.Namespace) -> int:
         return 0  # the job's first process prints
     texts = [stop.cut_text(decode(c)) for c in found.continuations]
     _show(args, prompts, texts, found)
+    if args.output is not None:
+        write_output(args.output, "".join(map(_row, prompts, texts)))
     step = events.last_step() if target.step is None else target.step
     for prompt, text in zip(prompts, texts, strict=True):
         events.add("sample", step=step, prompt=prompt.text, text=text, target=prompt.target)
@@ -201,6 +208,12 @@ def _check_engine(args: argparse.Namespace, target: Target, engine: str, longest
     if args.speculative and not target.model.num_mtp_layers:
         raise UserError(f"--speculative {args.speculative}: {target.path} has no multi-token prediction "
                         "layer to draft with; leave it out")
+
+
+def _row(prompt: Prompt, text: str) -> str:
+    """Return a line of `--output`."""
+    target = {} if prompt.target is None else {"target": prompt.target}
+    return json.dumps({"prompt": prompt.text, "response": text, **target}, ensure_ascii=False) + "\n"
 
 
 def _show(args: argparse.Namespace, prompts: list[Prompt], texts: list[str], found: Generated) -> None:
