@@ -93,8 +93,9 @@ def test_every_layout_trains_as_one_process_does(ranks: Any, job: Any, packed_da
                                                  model: str) -> None:
     recipe, settings, _ = MODELS[model]
     layouts = _tried(model)
-    common = {"recipe": recipe, "paths": [str(packed_data.text)], "reference": str(tmp_path)}
-    base = ["train.precision=fp64", *settings]
+    common = {"recipe": recipe, "paths": [str(packed_data.text)], "reference": str(tmp_path),
+              "num_steps": 4 if WHOLE_TABLE else 3}
+    base = ["train.precision=fp64", *settings, *["model.num_experts=8"] * (MODELS[model][2] and WHOLE_TABLE)]
     one = job(RUN, "compared", 1, {**common, "settings": base, "is_reference": True})
     (reference,), *others = ranks(one, *(job(RUN, "compared", x.num_ranks, {
         **common, "settings": [*base, *x.settings], "is_reference": False}) for x in layouts), timeout_s=1200)
