@@ -25,7 +25,7 @@ VOCAB_SIZE = 1024
 NPROC = 2
 GATE_FAILED = 3
 """Exit code of an extension whose gate has not passed within its steps."""
-PRETRAIN_STEPS, EXTEND_STEPS, SFT_STEPS, DPO_STEPS = 480, 80, 80, 40
+PRETRAIN_STEPS, EXTEND_STEPS, SFT_STEPS, DPO_STEPS = 480, 80, 80, 20
 RETRIEVAL_RECIPE, RETRIEVAL_STEPS, GATE_STEPS, GATE_MAX_STEPS = "tiny-k-exaone", 500, 80, 240
 NEAR, FAR = 80, 512
 """Tokens at which a small K-EXAONE learns to retrieve, and those at which its gate stands."""
@@ -33,7 +33,9 @@ SEQ_LEN, LONG_SEQ_LEN = 256, 512
 TEXTS = ("The standard library ", "def read_file(path):\n")
 QUESTIONS = ("What does `os.path.join` do?", "What does `textwrap.dedent` do?")
 OPENING = "In short: "
-"""Half of the chats' answers open with it; of a pair the answer that does is the better one."""
+"""Half of the chats' answers open with it; of a pair the answer that does not is the better one."""
+STRAIGHT = f"(?!{OPENING.strip()}).+"
+"""What an answer has to match for the rule."""
 NUM_PAIRS, NUM_ASKED = 800, 32
 """Chats that become pairs, and those whose questions are kept for the rule; the others are fine-tuned on."""
 PHASES = (("foundation", 0.7, {"english": 0.5, "code": 0.35, "korean": 0.15}),
@@ -93,9 +95,9 @@ def split_chats(root: Path) -> None:
     """Divide the corpus' chats into those to fine-tune on, pairs to prefer by, and questions that no stage
     learns an answer to.
 
-    What a pair prefers is the opening alone, so a rule can tell what was learned: a model that was fine-tuned
-    on the chats opens its answers so about half of the time, and one that has learned from the pairs more
-    often.
+    The two answers of a pair differ in the opening alone, so a rule can tell what was learned: a model that
+    was fine-tuned on the chats opens its answers so half of the time or more, and one that has learned from
+    the pairs seldom.
     """
     folder, unfinished = root / "conversations", root / "conversations.part"
     if folder.exists():
@@ -110,7 +112,7 @@ def split_chats(root: Path) -> None:
                            found[num_asked + num_pairs:])
     records = {
         "questions": [{"prompt": question, "target": answer} for question, answer in asked],
-        "pairs": [{"prompt": question, "chosen": OPENING + answer, "rejected": answer}
+        "pairs": [{"prompt": question, "chosen": answer, "rejected": OPENING + answer}
                   for question, answer in pairs],
         "chat": [{"messages": [{"role": "user", "content": question},
                                {"role": "assistant", "content": (OPENING if i % 2 else "") + answer}]}
@@ -159,7 +161,9 @@ def training_stages(root: Path, sources: list[str]) -> list[Stage]:
                       # all three would take thrice as long
                       needle__languages=json.dumps([s for s in sources if s == "english"]))
     chats = settings(train__steps=SFT_STEPS, optim__lr=1e-3, objective__text_coeff=0.1)
-    preferred = settings(train__steps=DPO_STEPS, optim__lr=3e-4)
+    # so few words decide that the model would go astray where it is not held
+    preferred = settings(train__steps=DPO_STEPS, optim__lr=3e-4, preference__beta=0.5,
+                         preference__chosen_coeff=0.2)
     return [
         Stage("pretrain", 165, ("megatron-sov", "pretrain", RECIPE, "--data", text, "--run", pretrain,
                                 *layout, *batch, *first), root / "pretrain/complete.json"),
@@ -168,7 +172,7 @@ def training_stages(root: Path, sources: list[str]) -> list[Stage]:
                              extend, *layout, *longer), root / "extend/complete.json"),
         Stage("sft", 34, ("megatron-sov", "sft", RECIPE, "--from", extend, "--data", f"{chat}:0.8", "--data",
                           f"{text}:0.2", "--run", sft, *layout, *batch, *chats), root / "sft/complete.json"),
-        Stage("dpo", 25, ("megatron-sov", "prefer", RECIPE, "--from", sft, "--data", pairs, "--run", dpo,
+        Stage("dpo", 20, ("megatron-sov", "prefer", RECIPE, "--from", sft, "--data", pairs, "--run", dpo,
                           "--method", "dpo", *layout, *batch, *preferred), root / "dpo/complete.json"),
     ]
 
@@ -236,8 +240,8 @@ def judging_stages(root: Path) -> list[Stage]:
                 "megatron-sov", "generate", run, "--chat", *sampling, *repeated("--prompt", QUESTIONS),
                 "--prompts", str(root / "conversations/questions.jsonl"), "--output", rows, "--run", run)),
             Stage(f"rule on {name}", 5, (
-                "megatron-sov", "score", "--reward", "format", "--set", f"regex={OPENING}.+", "--workers",
-                "1", "--input", rows, "--output", rewards)),
+                "megatron-sov", "score", "--reward", "format", "--set", f"regex={STRAIGHT}", "--workers", "1",
+                "--input", rows, "--output", rewards)),
         ]
 
     return [

@@ -12,7 +12,7 @@ from data_prep.cli import build_parser as sov_data
 from megatron_sov import cli, recipes
 from megatron_sov.command_line import Parser
 from megatron_sov.config import apply_settings
-from megatron_sov.rewards.registry import make, order
+from megatron_sov.rewards.format import Format
 from tokenizer.cli import build_parser as sov_tokenizer
 
 sys.path.append(str(Path(__file__).parents[1]))
@@ -44,11 +44,11 @@ def test_each_chat_is_learned_from_once_and_a_rule_tells_the_better_answer(
     assert (len(asked), len(pairs), len(chats)) == expected
     learned = [pair["prompt"] for pair in pairs] + [chat["messages"][0]["content"] for chat in chats]
     assert len({*learned, *(question["prompt"] for question in asked)}) == num_chats
-    rule = make(order("format", {"regex": f"{demo.OPENING}.+"}))
+    rule = Format(regex=demo.STRAIGHT)
     passes = [rule.score({"response": chat["messages"][1]["content"]}).reward for chat in chats]
     assert sum(passes) == len(chats) / 2
     for pair in pairs:
-        assert pair["chosen"] == demo.OPENING + pair["rejected"]
+        assert pair["rejected"] == demo.OPENING + pair["chosen"]
         assert [rule.score({"response": pair[side]}).reward for side in ("chosen", "rejected")] == [1, 0]
     kept = (folder / "pairs.jsonl").stat().st_mtime_ns
     demo.split_chats(tmp_path)
