@@ -118,13 +118,13 @@ def one_batch(recipe: str, settings: list[str], paths: list[str], objective: str
                               for m in batch.micro_batches]}
 
 
-def trained(settings: list[str], paths: list[str], out: str) -> list[dict[str, Any]]:
-    """Train four steps; OUT/checkpoints holds step-3 and step-4, which another layout is to
+def trained(settings: list[str], paths: list[str], out: str, num_steps: int = 4) -> list[dict[str, Any]]:
+    """Train some steps; OUT/checkpoints holds step-3 and, of four, step-4, which another layout is to
     continue and to reach."""
     trainer = _trainer(small_config("tiny-k-exaone", settings, paths, "lm"), out)
     trainer.folder.checkpoints.mkdir(parents=True, exist_ok=True)
     taken = []
-    for _ in range(4):
+    for _ in range(num_steps):
         taken.append(_step(trainer))
         if trainer.step in (3, 4):
             trainer.save()
