@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 SMALL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.expert_ffn_dim=16",
-         "model.num_experts=4",
          'data.phases=[{"name": "main", "seq_len": 32}]', "train.global_batch_size=4",
          "train.micro_batch_size=2", "data.heldout_tokens=64", "train.num_threads=1")
 LORA = ("train.steps=4", "train.checkpoint_every_steps=2", "train.keep_checkpoints=0", "lora.rank=4",

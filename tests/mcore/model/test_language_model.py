@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 SMALL = ["model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "model.expert_ffn_dim=16",
-         "model.init_std=0.3", "model.seq_aux_loss_coeff=0", "model.num_experts=4"]
+         "model.init_std=0.3", "model.seq_aux_loss_coeff=0"]
 DOCUMENT = [(7 * i + 3) % 96 for i in range(41)]  # longer than the window of 32
 BEFORE = [[(5 * i + 1) % 96 for i in range(n)] for n in (1, 38)]
 
