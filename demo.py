@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import resource
 import shutil
 import subprocess
@@ -24,13 +25,19 @@ VOCAB_SIZE = 1024
 NPROC = 2
 GATE_FAILED = 3
 """Exit code of an extension whose gate has not passed within its steps."""
-PRETRAIN_STEPS, EXTEND_STEPS, SFT_STEPS = 560, 120, 100
+PRETRAIN_STEPS, EXTEND_STEPS, SFT_STEPS, DPO_STEPS = 480, 80, 80, 20
 RETRIEVAL_RECIPE, RETRIEVAL_STEPS, GATE_STEPS, GATE_MAX_STEPS = "tiny-k-exaone", 500, 80, 240
 NEAR, FAR = 80, 512
 """Tokens at which a small K-EXAONE learns to retrieve, and those at which its gate stands."""
 SEQ_LEN, LONG_SEQ_LEN = 256, 512
 TEXTS = ("The standard library ", "def read_file(path):\n")
 QUESTIONS = ("What does `os.path.join` do?", "What does `textwrap.dedent` do?")
+OPENING = "In short: "
+"""Half of the chats' answers open with it; of a pair the answer that does not is the better one."""
+STRAIGHT = f"(?!{OPENING.strip()}).+"
+"""What an answer has to match for the rule."""
+NUM_PAIRS, NUM_ASKED = 800, 32
+"""Chats that become pairs, and those whose questions are kept for the rule; the others are fine-tuned on."""
 PHASES = (("foundation", 0.7, {"english": 0.5, "code": 0.35, "korean": 0.15}),
           ("korean and code", 0.3, {"english": 0.4, "code": 0.3, "korean": 0.3}))
 """Two phases of pretraining: name, share of the steps, blend."""
@@ -57,6 +64,11 @@ def sources_of(corpus: Path) -> list[str]:
     return sorted(p.stem for p in corpus.glob("*.jsonl") if p.stem != "chat")
 
 
+def main_language(sources: list[str]) -> str:
+    """Return the source that retrieval is learned in."""
+    return next((s for s in sources if s == "english"), sources[0])
+
+
 def phases(sources: list[str]) -> str:
     """Return the curriculum as JSON for --set, over the sources that are there."""
     described = []
@@ -79,44 +91,89 @@ def corpus_stage(root: Path, user: str | None) -> Stage:
                  corpus / "manifest.json")
 
 
+def split_chats(root: Path) -> None:
+    """Divide the corpus' chats into those to fine-tune on, pairs to prefer by, and questions that no stage
+    learns an answer to.
+
+    The two answers of a pair differ in the opening alone, so a rule can tell what was learned: a model that
+    was fine-tuned on the chats opens its answers so half of the time or more, and one that has learned from
+    the pairs seldom.
+    """
+    folder, unfinished = root / "conversations", root / "conversations.part"
+    if folder.exists():
+        return
+    lines = (root / "corpus/chat.jsonl").read_text(encoding="utf-8").split("\n")
+    found = [(question["content"], answer["content"])
+             for question, answer in (json.loads(line)["messages"] for line in lines if line)]
+    random.Random(0).shuffle(found)
+    # of few chats a part
+    num_asked, num_pairs = min(NUM_ASKED, len(found) // 8), min(NUM_PAIRS, len(found) // 4)
+    asked, pairs, chats = (found[:num_asked], found[num_asked:num_asked + num_pairs],
+                           found[num_asked + num_pairs:])
+    records = {
+        "questions": [{"prompt": question, "target": answer} for question, answer in asked],
+        "pairs": [{"prompt": question, "chosen": answer, "rejected": OPENING + answer}
+                  for question, answer in pairs],
+        "chat": [{"messages": [{"role": "user", "content": question},
+                               {"role": "assistant", "content": (OPENING if i % 2 else "") + answer}]}
+                 for i, (question, answer) in enumerate(chats)]}
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    for name, rows in records.items():
+        (unfinished / f"{name}.jsonl").write_text(
+            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    unfinished.rename(folder)
+
+
 def data_stages(root: Path, sources: list[str]) -> list[Stage]:
     """Return the stages from text to token shards."""
     files = [str(root / "corpus" / f"{s}.jsonl") for s in sources]
     inputs = [word for f in files for word in ("--input", f)]
-    tokenizer, text, chat = (root / name for name in ("tokenizer", "text", "chat"))
+    tokenizer, text, retrieval, chat, pairs = (
+        root / name for name in ("tokenizer", "text", "retrieval-text", "chat", "pairs"))
     pack = ("sov-data", "pack", "--tokenizer", str(tokenizer))
     return [
         Stage("tokenizer", 15, ("sov-tokenizer", "train", "--preset", "solar-open", "--vocab-size",
                                 str(VOCAB_SIZE), *inputs, "--output", str(tokenizer)),
               tokenizer / "manifest.json"),
         Stage("pack text", 15, (*pack, *inputs, "--output", str(text)), text / "manifest.json"),
-        Stage("pack chats", 10, (*pack, "--input", str(root / "corpus/chat.jsonl"), "--format", "chat",
+        Stage("pack one text", 5, (*pack, "--input", str(root / "corpus" / f"{main_language(sources)}.jsonl"),
+                                   "--output", str(retrieval)), retrieval / "manifest.json"),
+        Stage("pack chats", 10, (*pack, "--input", str(root / "conversations/chat.jsonl"), "--format", "chat",
                                  "--output", str(chat)), chat / "manifest.json"),
+        Stage("pack pairs", 5, (*pack, "--input", str(root / "conversations/pairs.jsonl"), "--format",
+                                "preference", "--heldout", "0.1", "--output", str(pairs)),
+              pairs / "manifest.json"),
     ]
 
 
 def training_stages(root: Path, sources: list[str]) -> list[Stage]:
-    """Return the three runs and the baseline that the first one has to beat."""
-    text, chat, pretrain, extend, sft = (str(root / name)
-                                         for name in ("text", "chat", "pretrain", "extend", "sft"))
+    """Return the four runs and the baseline that the first one has to beat."""
+    text, chat, pairs, pretrain, extend, sft, dpo = (
+        str(root / name) for name in ("text", "chat", "pairs", "pretrain", "extend", "sft", "dpo"))
     layout = ("--nproc", str(NPROC), "--resume", *settings(parallel__ep=2))
     batch = settings(train__global_batch_size=8, train__micro_batch_size=4)
     first = settings(model__vocab_size=VOCAB_SIZE, data__phases=phases(sources), train__steps=PRETRAIN_STEPS,
-                     train__checkpoint_every_steps=100, train__eval_every_steps=280)
+                     train__checkpoint_every_steps=100, train__eval_every_steps=240)
     longer = settings(train__steps=EXTEND_STEPS, train__global_batch_size=4, train__micro_batch_size=2,
                       optim__lr=1e-3, data__phases=json.dumps([{"name": "extend", "seq_len": LONG_SEQ_LEN}]),
                       needle__lengths_tokens=json.dumps([SEQ_LEN, LONG_SEQ_LEN]),
                       # all three would take thrice as long
                       needle__languages=json.dumps([s for s in sources if s == "english"]))
     chats = settings(train__steps=SFT_STEPS, optim__lr=1e-3, objective__text_coeff=0.1)
+    # so few words decide that the model would go astray where it is not held
+    preferred = settings(train__steps=DPO_STEPS, optim__lr=3e-4, preference__beta=0.5,
+                         preference__chosen_coeff=0.2)
     return [
-        Stage("pretrain", 190, ("megatron-sov", "pretrain", RECIPE, "--data", text, "--run", pretrain,
+        Stage("pretrain", 165, ("megatron-sov", "pretrain", RECIPE, "--data", text, "--run", pretrain,
                                 *layout, *batch, *first), root / "pretrain/complete.json"),
         Stage("bigram baseline", 10, ("megatron-sov", "eval", "bigram", "--data", text, "--run", pretrain)),
-        Stage("extend", 60, ("megatron-sov", "extend", RECIPE, "--from", pretrain, "--data", text, "--run",
+        Stage("extend", 42, ("megatron-sov", "extend", RECIPE, "--from", pretrain, "--data", text, "--run",
                              extend, *layout, *longer), root / "extend/complete.json"),
-        Stage("sft", 40, ("megatron-sov", "sft", RECIPE, "--from", extend, "--data", f"{chat}:0.8", "--data",
+        Stage("sft", 34, ("megatron-sov", "sft", RECIPE, "--from", extend, "--data", f"{chat}:0.8", "--data",
                           f"{text}:0.2", "--run", sft, *layout, *batch, *chats), root / "sft/complete.json"),
+        Stage("dpo", 20, ("megatron-sov", "prefer", RECIPE, "--from", sft, "--data", pairs, "--run", dpo,
+                          "--method", "dpo", *layout, *batch, *preferred), root / "dpo/complete.json"),
     ]
 
 
@@ -127,16 +184,19 @@ def retrieval_stages(root: Path, sources: list[str]) -> list[Stage]:
     The gate fails before the first step.  On text that is too hard for the steps it may fail to the end; the
     report says so.  Manual pages repeat one another, so that more of the held-out text may stand in the
     training text than by default.
+
+    The shards hold nothing but the text that these runs learn: the gate compares held-out losses of all that
+    it is given, and those on text that a stage neither learns nor rehearses drift by more than any tolerance.
     """
-    text, begin, near, far = (str(root / name)
-                              for name in ("text", "retrieval-begin", "retrieval", "retrieval-far"))
-    language = next((s for s in sources if s == "english"), sources[0])
+    text, begin, near, far = (str(root / name) for name in ("retrieval-text", "retrieval-begin", "retrieval",
+                                                            "retrieval-far"))
+    language = main_language(sources)
     layout = ("--data", text, "--nproc", str(NPROC), "--resume")
     sizes = settings(model__vocab_size=VOCAB_SIZE, model__hidden_size=64, model__dense_ffn_dim=128,
                      model__num_experts=4, model__expert_ffn_dim=64, model__sliding_window_tokens=16,
                      model__init_std=0.1, model__num_mtp_layers=0)
     common = settings(
-        train__eval_every_steps=0, train__checkpoint_every_steps=200, data__heldout_tokens=16384,
+        train__eval_every_steps=0, train__checkpoint_every_steps=200, data__heldout_tokens=32768,
         data__max_epochs=0, needle__train_share=0, needle__depths="[0.0, 0.5, 0.95]",
         needle__languages=json.dumps([s for s in sources if s == "english"]), optim__name="muon",
         optim__muon_scale="original", optim__weight_decay=0, optim__schedule="wsd", optim__decay_share=0.4,
@@ -160,27 +220,40 @@ def retrieval_stages(root: Path, sources: list[str]) -> list[Stage]:
                                        *common, *batch, *texts), root / "retrieval-begin/complete.json"),
         Stage("retrieval: learn", 75, ("megatron-sov", "extend", recipe, "--from", begin, "--run", near,
                                        *layout, *common, *batch, *needles), root / "retrieval/complete.json"),
-        Stage("gate", 60, ("megatron-sov", "extend", recipe, "--from", near, "--run", far, *layout, *common,
+        Stage("gate", 45, ("megatron-sov", "extend", recipe, "--from", near, "--run", far, *layout, *common,
                            *gate), root / "retrieval-far/complete.json", codes=(0, GATE_FAILED)),
     ]
 
 
 def judging_stages(root: Path) -> list[Stage]:
     """Return the stages from the last checkpoint to the report."""
-    pretrain, extend, sft, far, hf = (str(root / name)
-                                      for name in ("pretrain", "extend", "sft", "retrieval-far", "hf"))
+    pretrain, extend, sft, dpo, far, hf = (
+        str(root / name) for name in ("pretrain", "extend", "sft", "dpo", "retrieval-far", "hf"))
     sampling = ("--max-new-tokens", "48", "--temperature", "0.7")
+
+    def answers(run: str) -> list[Stage]:
+        """Return the stages that ask a run, and count the answers that keep to the rule."""
+        name = Path(run).name
+        rows, rewards = (str(root / f"{what}-{name}.jsonl") for what in ("answers", "rewards"))
+        return [
+            Stage(f"answers of {name}", 10, (
+                "megatron-sov", "generate", run, "--chat", *sampling, *repeated("--prompt", QUESTIONS),
+                "--prompts", str(root / "conversations/questions.jsonl"), "--output", rows, "--run", run)),
+            Stage(f"rule on {name}", 5, (
+                "megatron-sov", "score", "--reward", "format", "--set", f"regex={STRAIGHT}", "--workers", "1",
+                "--input", rows, "--output", rewards)),
+        ]
+
     return [
-        Stage("export", 10, ("megatron-sov", "convert", "to-hf", sft, hf), root / "hf/manifest.json"),
-        Stage("verify weights", 10, ("megatron-sov", "convert", "verify", sft, hf)),
-        Stage("compare logits", 10, ("megatron-sov", "eval", "logits", sft, hf, "--run", sft)),
+        Stage("export", 10, ("megatron-sov", "convert", "to-hf", dpo, hf), root / "hf/manifest.json"),
+        Stage("verify weights", 10, ("megatron-sov", "convert", "verify", dpo, hf)),
+        Stage("compare logits", 10, ("megatron-sov", "eval", "logits", dpo, hf, "--run", dpo)),
         # The questions too: the report sets what was written to them before the chats beside the answers.
         Stage("continue text", 10, ("megatron-sov", "generate", extend, *sampling,
                                     *repeated("--prompt", (*TEXTS, *QUESTIONS)), "--run", extend)),
-        Stage("answer", 10, ("megatron-sov", "generate", sft, "--chat", *sampling,
-                             *repeated("--prompt", QUESTIONS), "--run", sft)),
+        *answers(sft), *answers(dpo),
         Stage("transformers", 10, (sys.executable, "-c", TRANSFORMERS_ALONE, hf)),
-        Stage("report", 10, ("megatron-sov", "report", pretrain, extend, sft, far, "--out",
+        Stage("report", 10, ("megatron-sov", "report", pretrain, extend, sft, dpo, far, "--out",
                              str(root / "report.html"))),
     ]
 
@@ -261,6 +334,7 @@ def main() -> int:
     root.mkdir(parents=True, exist_ok=True)
     first = corpus_stage(root, args.corpus)
     times = [(first, run(first))]
+    split_chats(root)
     sources = sources_of(root / "corpus")
     times += [(s, run(s)) for s in [
         *data_stages(root, sources), *training_stages(root, sources), *retrieval_stages(root, sources),

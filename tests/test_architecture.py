@@ -229,15 +229,20 @@ def data_problems(source: Source) -> Iterator[str]:
 RULES = (import_problems, wing_problems, room_problems, loading_problems, size_problems, data_problems)
 
 
+@pytest.fixture(scope="module")
+def house() -> list[Source]:
+    """All sources, each of which is parsed once."""
+    return sources(ROOT)
+
+
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
-def test_the_house_keeps_its_rules(rule) -> None:
-    found = sources(ROOT)
-    assert {"config", "artifacts", "mcore", "tokenizer", "data_prep"} <= {s.room for s in found}
-    assert [problem for source in found for problem in rule(source)] == []
+def test_the_house_keeps_its_rules(rule, house: list[Source]) -> None:
+    assert {"config", "artifacts", "mcore", "tokenizer", "data_prep"} <= {s.room for s in house}
+    assert [problem for source in house for problem in rule(source)] == []
 
 
-def test_no_files_import_each_other_in_a_circle(tmp_path: Path) -> None:
-    assert circles(sources(ROOT)) == []
+def test_no_files_import_each_other_in_a_circle(tmp_path: Path, house: list[Source]) -> None:
+    assert circles(house) == []
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "tokenizer/a.py").write_text("from tokenizer import b")
     (tmp_path / "tokenizer/b.py").write_text("def f():\n    from tokenizer.a import x")

@@ -74,6 +74,7 @@ COMMANDS = {
     "plan": (megatron_sov, "plan tiny-solar-open --html {out}"),
     "report": (megatron_sov, "report {text} --out {out}"),
     "eval": (megatron_sov, "eval ppl nowhere --data {data.text} --out {out}"),
+    "generate": (megatron_sov, "generate {data.tokenizer} --prompt x --output {out}"),
     "bundle": (megatron_sov, "bundle --output {out}"),
 }
 

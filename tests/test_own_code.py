@@ -63,11 +63,19 @@ def done(site: Path, installed: Path, section: str) -> dict[str, Any]:
     return dict(json.loads((site / runs[-1] / "config.json").read_text())) if runs else {}
 
 
-def test_a_recipe(site: Path, installed: Path) -> None:
+def test_a_recipe_and_a_run_whose_code_has_changed_is_not_continued(site: Path, installed: Path) -> None:
+    """The refusal comes before the run is found complete, so the run of the page serves."""
     config = done(site, installed, "A recipe")
     assert (config["recipe"], config["train"]["steps"]) == ("my-tiny", 3)
     assert [code["reference"] for code in config["code"]] == [f"{site}/my_recipe.py:tiny"]
     assert json.loads((site / "runs/tiny/complete.json").read_text())["step"] == 3
+    text = (site / "my_recipe.py").read_text()
+    (site / "my_recipe.py").write_text(f"{text}# a thought\n")
+    again = "megatron-sov pretrain ./my_recipe.py:tiny --data tokens --run runs/tiny --resume"
+    refused = run(site, installed, again)
+    assert refused.returncode == 2 and "my_recipe.py has changed since (sha256 " in refused.stderr
+    assert "pass --config runs/tiny/config.json in the recipe's place" in refused.stderr
+    (site / "my_recipe.py").write_text(text)
 
 
 def test_an_objective(site: Path, installed: Path) -> None:
@@ -107,17 +115,3 @@ def test_a_data_step(site: Path, installed: Path) -> None:
     short = sum(len(json.loads(line)["text"]) < 60 for line in (site / "corpus.jsonl").open())
     assert manifest["content"]["sources"][0]["num_left_out"] == ({"short": short} if short else {})
     assert [step["name"] for step in manifest["settings"]["steps"]] == ["long_enough", "one_space"]
-
-
-def test_a_run_whose_code_has_changed_is_not_continued(site: Path, installed: Path) -> None:
-    """The refusal comes before the run is found complete, so the run of the page serves."""
-    if not (site / "runs/tiny/complete.json").exists():
-        done(site, installed, "A recipe")
-    shutil.copy(site / "my_recipe.py", site / "before.py")
-    with open(site / "my_recipe.py", "a") as file:
-        file.write("# a thought\n")
-    again = "megatron-sov pretrain ./my_recipe.py:tiny --data tokens --run runs/tiny --resume"
-    refused = run(site, installed, again)
-    assert refused.returncode == 2 and "my_recipe.py has changed since (sha256 " in refused.stderr
-    assert "pass --config runs/tiny/config.json in the recipe's place" in refused.stderr
-    shutil.move(site / "before.py", site / "my_recipe.py")

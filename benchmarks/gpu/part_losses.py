@@ -23,7 +23,7 @@ LIMITS = {"bf16": 2e-2, "bf16 zero1": 2e-2, "fp32": 1e-4, "fp64": 1e-9}
 COMMON = ("model.vocab_size=512", "train.global_batch_size=8", "train.micro_batch_size=4",
           "train.eval_every_steps=0", "train.keep_checkpoints=0", "data.heldout_tokens=2048",
           "data.max_epochs=0")
-SMALL = ("model.num_layers=2", "model.hidden_size=64", "train.global_batch_size=2",
+SMALL = ("model.num_layers=2", "model.hidden_size=64", "model.num_experts=4", "train.global_batch_size=2",
          "train.micro_batch_size=2",
          'data.phases=[{"name": "main", "seq_len": 128}]')
 """Of a dry run, which has only to come to its end."""

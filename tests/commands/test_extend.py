@@ -12,6 +12,7 @@ from megatron_sov.cli import main
 from megatron_sov.obs.events import EVENTS, read_events
 
 SMALL = {"model.vocab_size": 1024, "model.hidden_size": 32, "model.head_dim": 16, "model.expert_ffn_dim": 16,
+         "model.num_experts": 4,
          "train.steps": 2, "train.global_batch_size": 4, "train.eval_every_steps": 0,
          "data.heldout_tokens": 300}
 """Settings of the short run; the long one takes the model from its checkpoint."""

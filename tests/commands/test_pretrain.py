@@ -11,6 +11,7 @@ from typing import Any
 from megatron_sov.cli import main
 
 SMALL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.expert_ffn_dim=16",
+         "model.num_experts=4",
          'data.phases=[{"name": "main", "seq_len": 32}]', "train.steps=2")
 
 
@@ -57,7 +58,7 @@ def test_impossible_layouts_list_every_problem(capsys: Any, packed_data: Any, tm
     message = refused(capsys, [packed_data.text], tmp_path / "run", "--nproc", "12",
                       settings=("parallel.tp=3", "parallel.ep=5", "parallel.pp=4"))
     for problem in ("parallel.tp = 3 must divide model.num_heads = 4",
-                    "parallel.ep = 5 must divide model.num_experts = 8",
+                    "parallel.ep = 5 must divide model.num_experts = 4",
                     "parallel.pp = 4 must divide model.num_layers = 2",
                     "etp 1 x ep 5 x pp 4 = 20 must divide the number of"):
         assert problem in message

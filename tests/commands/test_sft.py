@@ -15,7 +15,8 @@ from megatron_sov.obs.events import read_events
 
 SMALL = ("train.steps=2", 'data.phases=[{"name": "main", "seq_len": 64}]', "train.global_batch_size=4",
          "train.micro_batch_size=2", "data.heldout_tokens=128", "train.num_threads=1")
-MODEL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.expert_ffn_dim=16")
+MODEL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.expert_ffn_dim=16",
+         "model.num_experts=4")
 
 
 def command(name: str, data: list[Path], run: Path, *arguments: str, settings: tuple[str, ...]) -> list[str]:

@@ -20,7 +20,8 @@ from megatron_sov.obs.events import read_events
 
 STEPS, SEQ_LEN, LONG_SEQ_LEN = 16, 32, 64
 SETTINGS = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.num_heads=4",
-            "model.num_kv_heads=2", "model.head_dim=8", "model.expert_ffn_dim=16", "data.heldout_tokens=128",
+            "model.num_kv_heads=2", "model.head_dim=8", "model.expert_ffn_dim=16", "model.num_experts=4",
+            "data.heldout_tokens=128",
             f"train.steps={STEPS}", "train.global_batch_size=8", "train.micro_batch_size=2",
             "train.ramp_from_batch_size=4", "train.ramp_increment=2", "train.ramp_steps=4",
             "train.checkpoint_every_steps=8", "train.keep_checkpoints=0", "train.eval_every_steps=0",

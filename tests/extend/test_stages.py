@@ -18,6 +18,7 @@ from megatron_sov.runs.checkpoints import find_checkpoint
 from megatron_sov.train.stage_config import add_stage_arguments, stage_request
 
 SHORT = {"model.vocab_size": 1024, "model.hidden_size": 32, "model.head_dim": 16, "model.expert_ffn_dim": 16,
+         "model.num_layers": 2, "model.num_experts": 4,
          "train.steps": 1, "train.global_batch_size": 4, "train.micro_batch_size": 4,
          "train.eval_every_steps": 0, "data.heldout_tokens": 300,
          "data.phases": '[{"name":"main","seq_len":64}]'}
@@ -30,12 +31,16 @@ def words(settings: dict[str, Any]) -> list[str]:
     return [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
 
 
-@pytest.fixture
-def short_run(one_rank: None, token_shards: Path, tmp_path: Path) -> Path:
-    """A run of one step at 64 tokens."""
-    run = tmp_path / "short"
-    assert main(["pretrain", "tiny-solar-open", "--data", str(token_shards), "--run", str(run),
-                 *words(SHORT)]) == 0
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+
+@pytest.fixture(scope="module")
+def short_run(run_command: Any, token_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one step at 64 tokens, which no test changes."""
+    run = tmp_path_factory.mktemp("stages") / "short"
+    done = run_command("pretrain", "tiny-solar-open", "--data", str(token_shards), "--run", str(run),
+                       *words(SHORT | {"train.num_threads": 1}))
+    assert done.returncode == 0, done.stderr
     return run
 
 

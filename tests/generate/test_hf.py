@@ -32,26 +32,26 @@ def test_the_defaults_of_the_folder_do_not_count(hf_models: dict[str, Path], tmp
 @pytest.mark.parametrize("family", ["solar_open", "exaone_moe"])
 def test_batches_give_what_prompts_give_alone(hf_models: dict[str, Path], family: str) -> None:
     model = load_hf(hf_models[family])
-    alone = [model.generate(input_ids=torch.tensor([p]), max_new_tokens=24, do_sample=False,
+    alone = [model.generate(input_ids=torch.tensor([p]), max_new_tokens=12, do_sample=False,
                             pad_token_id=0)[0, len(p):].tolist() for p in PROMPTS]
-    assert HfEngine(model).generate(PROMPTS, Sampling(24)).continuations == alone
-    assert HfEngine(model, Batching(2, 5)).generate(PROMPTS, Sampling(24)).continuations == alone
+    assert HfEngine(model).generate(PROMPTS, Sampling(12)).continuations == alone
+    assert HfEngine(model, Batching(2, 5)).generate(PROMPTS, Sampling(12)).continuations == alone
     end = alone[0][4]
     stop = Stop((end,), ("<9>",), lambda tokens: "".join(f"<{t}>" for t in tokens))
-    ended = HfEngine(model).generate(PROMPTS, Sampling(24), stop=stop).continuations
+    ended = HfEngine(model).generate(PROMPTS, Sampling(12), stop=stop).continuations
     assert ended == [stop.cut(c) for c in alone] and ended[0][-1] == end
 
 
 def test_samples_depend_on_the_seed(hf_models: dict[str, Path]) -> None:
     model = load_hf(hf_models["solar_open"])
-    first, again, other = (HfEngine(model).generate(PROMPTS, Sampling(8, temperature=1.0, top_p=0.9, seed=s))
+    first, again, other = (HfEngine(model).generate(PROMPTS, Sampling(4, temperature=1.0, top_p=0.9, seed=s))
                            for s in (1, 1, 2))
     assert first == again != other
 
 
 def test_streams_are_part_of_the_seed_and_drafts_are_refused(hf_models: dict[str, Path]) -> None:
     engine = HfEngine(load_hf(hf_models["solar_open"]))
-    first, again, other = (engine.generate(PROMPTS, Sampling(8, temperature=1.0), streams=range(s, s + 4))
+    first, again, other = (engine.generate(PROMPTS, Sampling(4, temperature=1.0), streams=range(s, s + 4))
                            for s in (0, 0, 4))
     assert first == again != other
     with pytest.raises(ValueError, match="num_drafts = 2: the engine transformers does not draft"):

@@ -25,14 +25,15 @@ from megatron_sov.train.trainer import Trainer
 
 SMALL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_heads=4", "model.num_kv_heads=2",
          "model.head_dim=8", "model.expert_ffn_dim=16", "train.global_batch_size=8",
-         "train.micro_batch_size=2", "train.steps=20", "train.head_chunk_tokens=24", "optim.warmup_steps=2")
+         "train.micro_batch_size=2", "train.steps=20", "train.head_chunk_tokens=24", "optim.warmup_steps=2",
+         "data.heldout_tokens=128")
 FAMILIES = {
-    "tiny-solar-open": ("model.num_layers=4",
+    "tiny-solar-open": ("model.num_layers=4", "model.num_experts=4",
                         'model.yarn={"factor": 4.0, "original_max_position_tokens": 16}'),
-    "tiny-k-exaone": ("model.dense_ffn_dim=48", "model.sliding_window_tokens=8"),
+    "tiny-k-exaone": ("model.num_experts=4", "model.dense_ffn_dim=48", "model.sliding_window_tokens=8"),
     "tiny-qwen2": ("model.dense_ffn_dim=48",),
     "tiny-qwen3": ("model.dense_ffn_dim=48", "model.tied_embeddings=true"),
-    "tiny-qwen3-moe": ("model.seq_aux_loss_coeff=0.01",),
+    "tiny-qwen3-moe": ("model.num_experts=4", "model.seq_aux_loss_coeff=0.01",),
 }
 
 
@@ -117,13 +118,13 @@ def one_batch(recipe: str, settings: list[str], paths: list[str], objective: str
                               for m in batch.micro_batches]}
 
 
-def trained(settings: list[str], paths: list[str], out: str) -> list[dict[str, Any]]:
-    """Train four steps; OUT/checkpoints holds step-3 and step-4, which another layout is to
+def trained(settings: list[str], paths: list[str], out: str, num_steps: int = 4) -> list[dict[str, Any]]:
+    """Train some steps; OUT/checkpoints holds step-3 and, of four, step-4, which another layout is to
     continue and to reach."""
     trainer = _trainer(small_config("tiny-k-exaone", settings, paths, "lm"), out)
     trainer.folder.checkpoints.mkdir(parents=True, exist_ok=True)
     taken = []
-    for _ in range(4):
+    for _ in range(num_steps):
         taken.append(_step(trainer))
         if trainer.step in (3, 4):
             trainer.save()
@@ -133,8 +134,8 @@ def trained(settings: list[str], paths: list[str], out: str) -> list[dict[str, A
 
 
 def compared(recipe: str, settings: list[str], paths: list[str], reference: str, *,
-             is_reference: bool) -> dict[str, Any]:
-    """Train four steps from scratch, and once more from the reference's step-2; the steps,
+             is_reference: bool, num_steps: int = 3) -> dict[str, Any]:
+    """Train some steps from scratch, and once more from the reference's step-2; the steps,
     and how far the ends are apart.
 
     REFERENCE is the run folder of the one process that everything is compared with, which is trained first.
@@ -142,15 +143,15 @@ def compared(recipe: str, settings: list[str], paths: list[str], reference: str,
     trainer = _trainer(small_config(recipe, settings, paths, "lm"), reference)
     trainer.folder.checkpoints.mkdir(parents=True, exist_ok=True)
     scratch = []
-    for _ in range(4):
+    for _ in range(num_steps):
         scratch.append(_step(trainer))
-        if is_reference and trainer.step in (2, 4):
+        if is_reference and trainer.step in (2, num_steps):
             trainer.save()
     trainer.checkpointer.finish()
-    found = {"scratch": scratch, "scratch apart": _apart(trainer, trainer.folder.checkpoint(4))}
+    found = {"scratch": scratch, "scratch apart": _apart(trainer, trainer.folder.checkpoint(num_steps))}
     trainer.resume(trainer.folder.checkpoint(2))
-    found |= {"continued": [_step(trainer) for _ in range(2)],
-              "continued apart": _apart(trainer, trainer.folder.checkpoint(4))}
+    found |= {"continued": [_step(trainer) for _ in range(num_steps - 2)],
+              "continued apart": _apart(trainer, trainer.folder.checkpoint(num_steps))}
     trainer.close()
     world.leave()
     return found

@@ -85,8 +85,8 @@ def step(recipe: str, settings: list[str], data: str) -> dict[str, Any]:
 def test_a_step_starts_no_more_operations_and_fetches_no_more_numbers(
         recipe: str, ranks: Any, job: Any, packed_data: Any) -> None:
     (fewer,), (more,) = ranks(*(job(__file__, "step", 1, {
-        "recipe": recipe, "settings": [f"model.num_layers={n}"], "data": str(packed_data.text)})
-        for n in (2, 4)))
+        "recipe": recipe, "settings": [f"model.num_layers={n}", "model.num_experts=8"],
+        "data": str(packed_data.text)}) for n in (2, 4)))
     count = more["micro_batches"]
     assert (more["operations"] - fewer["operations"]) / (2 * count) <= OPERATIONS[recipe]
     limits = ({name: n * count * more["routed_layers"] for name, n in PER_ROUTED_LAYER.items()}

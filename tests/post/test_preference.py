@@ -17,7 +17,8 @@ LAYOUTS = {
     "micro batch 1": (1, ["train.micro_batch_size=1"]),
 }
 SETTINGS = ["train.precision=fp64", 'data.phases=[{"name": "main", "seq_len": 128}]',
-            "preference.chosen_coeff=0.1", "train.global_batch_size=4", "optim.lr=0.01"]
+            "preference.chosen_coeff=0.1", "train.global_batch_size=4", "optim.lr=0.01",
+            "model.num_experts=8"]
 STEPS = 3
 
 

@@ -29,17 +29,17 @@ RESPONSES = ["so \\boxed{42}", "The answer is 42.", "$0.5$", "\\boxed{1/2}", "$\
 def test_the_verdicts_of_the_processes_are_math_verifys_own() -> None:
     from math_verify import parse, verify
 
-    pairs = list(product(GOLDS, RESPONSES))
+    pairs = list(product(GOLDS, RESPONSES))[::2]  # an odd number of responses: each meets every other gold
     golds = {gold: parse(gold if "$" in gold else f"\\boxed{{{gold}}}") for gold in GOLDS}
     found = {response: parse(response) for response in RESPONSES}
     own = [verify(golds[gold], found[response]) for gold, response in pairs]
     asked = order("math", {})
     with runner(asked, make(asked), 2) as running:
         results = running.score([{"answer": gold, "response": response} for gold, response in pairs])
-    assert len(pairs) > 300
+    assert len(pairs) > 150
     assert [pair for pair, result, verdict in zip(pairs, results, own, strict=True)
             if (result.status, result.reward) != ("scored", float(verdict))] == []
-    assert 20 <= sum(own) < 100
+    assert 5 <= sum(own) < 50
 
 
 @pytest.mark.parametrize(("answer", "response"), [

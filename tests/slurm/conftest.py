@@ -26,7 +26,7 @@ preflight:
   enabled: false
 """
 SMALL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.num_heads=4",
-         "model.num_kv_heads=2", "model.head_dim=8", "model.expert_ffn_dim=16",
+         "model.num_kv_heads=2", "model.head_dim=8", "model.expert_ffn_dim=16", "model.num_experts=4",
          'data.phases=[{"name": "main", "seq_len": 32}]', "train.global_batch_size=8",
          "train.micro_batch_size=2", "data.heldout_tokens=128", "train.num_threads=1", "data.max_epochs=0",
          "train.eval_every_steps=0")

@@ -28,7 +28,7 @@ KINDS = ("multi-key", "multi-value")
 def batches(haystack: Haystack) -> list[list[Example]]:
     """Examples with and without an order; longer than K-EXAONE's window (8) and Solar's
     original context (256)."""
-    suite = NeedleSuite((haystack,), KINDS, (140, 300), (0.1, 0.8), 2, 0.2)
+    suite = NeedleSuite((haystack,), KINDS, (140, 300), (0.4,), 2, 0.2)
     return [examples for _, _, examples in suite.examples()]
 
 

@@ -89,8 +89,9 @@ def repeated(settings: list[str], data: str, run: str) -> list[Any]:
     found = []
     for every, lies in ((0, []), (1, []), (1, ["miscompute@step=2,rank=1"])):
         config = apply_settings(recipes.get("tiny-solar-open"), [
-            "model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2",
-            'data.phases=[{"name": "main", "seq_len": 32}]', "train.global_batch_size=8",
+            "model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.num_experts=4",
+            "model.expert_ffn_dim=16", 'data.phases=[{"name": "main", "seq_len": 32}]',
+            "train.global_batch_size=4",
             "train.micro_batch_size=2", "train.steps=9", "train.deterministic=true",
             "train.hidden_dropout=0.1", "guards.hang_timeout_s=0",
             f"guards.probe_every_steps={every}", *settings])

@@ -3,6 +3,7 @@ or nothing is written."""
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import shutil
@@ -41,6 +42,12 @@ SENTENCEPIECE: dict[str, dict[str, Any]] = {
 }
 TEXTS = st.one_of(st.text(max_size=40), st.text(alphabet="the fox'sS \u00a0\u3000\n\t12345ü가타ไท<mask>/s>▁",
                                                 max_size=60))
+
+
+@functools.cache
+def once_loaded(folder: Path) -> Any:
+    """Return transformers' tokenizer of a folder that stays as it is."""
+    return AutoTokenizer.from_pretrained(folder)
 
 
 def learned_ranks() -> dict[bytes, int]:
@@ -87,7 +94,7 @@ def by_sentencepiece(request: pytest.FixtureRequest,
 @given(text=st.one_of(TEXTS, st.just("say xyzzy or  xyzzyx 1234567  \n")))
 def test_tiktokens_ids(by_tiktoken: tuple[tiktoken.Encoding, Path], text: str) -> None:
     encoding, folder = by_tiktoken
-    ids = AutoTokenizer.from_pretrained(folder)(text, split_special_tokens=True)["input_ids"]
+    ids = once_loaded(folder)(text, split_special_tokens=True)["input_ids"]
     assert ids == encoding.encode_ordinary(text)
 
 
@@ -108,7 +115,7 @@ def test_tiktokens_special_tokens_and_facts(by_tiktoken: tuple[tiktoken.Encoding
 def test_sentencepieces_ids(by_sentencepiece: tuple[sentencepiece.SentencePieceProcessor, Path],
                             text: str) -> None:
     model, folder = by_sentencepiece
-    ids = AutoTokenizer.from_pretrained(folder)(text, split_special_tokens=True)["input_ids"]
+    ids = once_loaded(folder)(text, split_special_tokens=True)["input_ids"]
     assert ids == model.encode(text)
 
 

@@ -186,6 +186,7 @@ def test_settings_that_cannot_be(changes: list[str], says: str) -> None:
 def test_a_run_judges_its_exports_as_it_judges_itself(packed_data: Any, tmp_path: Path,
                                                       run_command: Any) -> None:
     changes = ["model.vocab_size=368", "model.hidden_size=32", "model.num_layers=1",
+               "model.num_experts=4",
                "train.global_batch_size=8", 'data.phases=[{"name": "main", "seq_len": 32}]', "train.steps=2",
                "train.checkpoint_every_steps=2", "train.export_every_checkpoints=1",
                "data.heldout_tokens=256", "train.precision=fp32", 'evaluate.background.tasks=["ppl"]']

@@ -1,0 +1,73 @@
+"""`make demo`: how it divides its chats, and that what it types are commands which the programs know."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from data_prep.cli import build_parser as sov_data
+from megatron_sov import cli, recipes
+from megatron_sov.command_line import Parser
+from megatron_sov.config import apply_settings
+from megatron_sov.rewards.format import Format
+from tokenizer.cli import build_parser as sov_tokenizer
+
+sys.path.append(str(Path(__file__).parents[1]))
+import demo
+
+SOURCES = ["code", "english", "korean"]
+
+
+def lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().split("\n") if line]
+
+
+def gather(root: Path, num_chats: int) -> None:
+    """Write chats as `sov-data demo-corpus` does; answers hold what only Python takes for a line end."""
+    (root / "corpus").mkdir()
+    (root / "corpus/chat.jsonl").write_text("".join(json.dumps(
+        {"messages": [{"role": "user", "content": f"What is {i}?"},
+                      {"role": "assistant", "content": f"The number\u2028{i}."}]}, ensure_ascii=False) + "\n"
+        for i in range(num_chats)))
+
+
+@pytest.mark.parametrize(("num_chats", "expected"), [(4000, (32, 800, 3168)), (80, (10, 20, 50))])
+def test_each_chat_is_learned_from_once_and_a_rule_tells_the_better_answer(
+        tmp_path: Path, num_chats: int, expected: tuple[int, ...]) -> None:
+    gather(tmp_path, num_chats)
+    demo.split_chats(tmp_path)
+    folder = tmp_path / "conversations"
+    asked, pairs, chats = (lines(folder / f"{name}.jsonl") for name in ("questions", "pairs", "chat"))
+    assert (len(asked), len(pairs), len(chats)) == expected
+    learned = [pair["prompt"] for pair in pairs] + [chat["messages"][0]["content"] for chat in chats]
+    assert len({*learned, *(question["prompt"] for question in asked)}) == num_chats
+    rule = Format(regex=demo.STRAIGHT)
+    passes = [rule.score({"response": chat["messages"][1]["content"]}).reward for chat in chats]
+    assert sum(passes) == len(chats) / 2
+    for pair in pairs:
+        assert pair["rejected"] == demo.OPENING + pair["chosen"]
+        assert [rule.score({"response": pair[side]}).reward for side in ("chosen", "rejected")] == [1, 0]
+    kept = (folder / "pairs.jsonl").stat().st_mtime_ns
+    demo.split_chats(tmp_path)
+    assert (folder / "pairs.jsonl").stat().st_mtime_ns == kept
+
+
+@pytest.mark.parametrize("sources", [SOURCES, ["user"]])
+def test_every_command_is_one_that_its_program_knows(tmp_path: Path, sources: list[str]) -> None:
+    stages = [demo.corpus_stage(tmp_path, None), *demo.data_stages(tmp_path, sources),
+              *demo.training_stages(tmp_path, sources), *demo.retrieval_stages(tmp_path, sources),
+              *demo.judging_stages(tmp_path)]
+    assert len({stage.name for stage in stages}) == len(stages)
+    for stage in stages:
+        program, name, *rest = stage.command
+        if program == "megatron-sov":
+            parser = Parser()
+            cli._command(name)[0].add_arguments(parser)
+            args = parser.parse_args(rest)
+            if "recipe" in args:
+                apply_settings(recipes.get(args.recipe), args.settings)
+        elif program != sys.executable:
+            {"sov-data": sov_data, "sov-tokenizer": sov_tokenizer}[program]().parse_args([name, *rest])
