@@ -88,7 +88,8 @@ def account(config: RunConfig, params: StageParams, num_ranks: int, stage: int, 
     return Account(
         weights=(params.dense + params.experts + sum(extra)) * item,
         gradients=count * GRADIENT_BYTES[config.gpu.grad_dtype],
-        optimizer=of_dense // shards + experts * of_matrices // expert_shards,
+        optimizer=int((of_dense // shards + experts * of_matrices // expert_shards)
+                      * (1 - config.gpu.optimizer_offload)),
         layer_inputs=stays * params.layers * (p.pp - stage), one_layer=again + inside,
         head=_head_bytes(config, local) if stage == p.pp - 1 else 0,
         quantized_weights=kept_bytes(config, stage))

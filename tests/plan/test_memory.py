@@ -104,6 +104,7 @@ def test_stages_hold_the_model_and_a_layer_what_the_account_says(ranks: Any, job
     ({"parallel__zero1": "true"}, "optimizer", 1 / 16),
     ({"gpu__grad_dtype": "bf16"}, "gradients", 1 / 2), ({"gpu__grad_dtype": "bf16"}, "optimizer", 16 / 12),
     ({"gpu__moment_dtype": "bf16"}, "optimizer", 8 / 12),
+    ({"gpu__optimizer_offload": 0.75}, "optimizer", 1 / 4),
     # of a layer's inside and its gradients, what is stored is not there once more
     ({"train__recompute": "false"}, "one_layer", 1 / 2),
     # of 1e9 parameters, embedding and head (1000 x 4096 each) keep both moments

@@ -26,7 +26,8 @@ from megatron_sov.mcore.model.gpu_settings import (
     transformer_settings,
 )
 
-OURS_ALONE = {"gc_every_steps", "profile_first_step", "profile_last_step", "peak_tflops"}
+OURS_ALONE = {"gc_every_steps", "profile_first_step", "profile_last_step", "peak_tflops",
+              "optimizer_offload"}
 """Settings that no field of the library stands behind; each has a test of its own."""
 CHANGES: dict[str, tuple[list[str], dict[str, Any]]] = {
     "gpu.attention": (["gpu.attention=flash"], {"attention_backend": "flash"}),
@@ -134,6 +135,8 @@ def test_a_run_tells_what_auto_came_to() -> None:
     (['gpu.offload_modules=["core_attn"]'], False, {},
      "gpu.offload_modules needs Transformer Engine on a GPU"),
     (["gpu.moment_dtype=bf16"], False, {}, "gpu.moment_dtype = bf16 needs Transformer Engine on a GPU"),
+    (["gpu.optimizer_offload=0.5"], False, {},
+     "gpu.optimizer_offload = 0.5 needs Transformer Engine on a GPU"),
     (["gpu.nccl_user_buffers=on"], False, {}, "gpu.nccl_user_buffers = on needs GPUs"),
     (["parallel.expert_dispatcher=deepep"], False, {}, "parallel.expert_dispatcher = deepep needs GPUs"),
     (["gpu.attention=flash"], True, {}, "gpu.attention = flash: FlashAttention is not installed"),
