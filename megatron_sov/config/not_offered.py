@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 _OVERLAP = ("the library's schedule for it calls routers without the mask of padding, which they would send "
-            "to experts and count as load, and computes losses of its own; gpu.shared_expert_overlap and "
-            "parallel.expert_dispatcher = deepep hide a part of the same messages")
+            "to experts and count as load, and computes losses of its own; leave it out: "
+            "gpu.shared_expert_overlap = on hides a part of the same messages")
 _GRAPHS = ("the library's CUDA graphs refuse packed rows, which all rows are here, and experts take as many "
            "tokens as come; leave it out, and give the GPU more work for each launch by a larger "
            "train.micro_batch_size")
