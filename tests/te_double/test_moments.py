@@ -36,5 +36,5 @@ def test_moments_in_bf16_are_exact_over_checkpoints(te_ranks: Any, job: Any, pac
         for rank in te_ranks(job(RUN, "moments", 2, {**runs[after], "before": folder}))[0]:
             assert rank["dtypes"] == [f"exp_avg {dtype}", f"exp_avg_sq {dtype}", "master float32"]
             assert rank["wrong"] == 0
-            share = 0.5 if after == "host" else 0.0
-            assert share <= rank["on the host"] < share + 0.4 * (share > 0)
+            # whole pieces of parameters, until it is half or more
+            assert 0.5 <= rank["on the host"] < 0.9 if after == "host" else rank["on the host"] == 0
