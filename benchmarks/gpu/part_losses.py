@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from setting import Failed, Setting, losses
+from setting import Failed, Setting, largest, losses
 
 RECIPES = ("tiny-solar-open", "tiny-k-exaone")
 WAYS = {"bf16": ("train.precision=bf16",),
@@ -88,13 +88,13 @@ def compare(setting: Setting, recipe: str, way: str, steps: int) -> dict[str, An
     gpu = train(setting, recipe, setting.work / f"{name}-gpu", steps, *settings)
     plain = [word for word in settings if not word.startswith("gpu.")]
     cpu = train(setting, recipe, setting.work / f"{name}-cpu", steps, *plain, on_gpu=False)
-    worst = max(abs(a - b) / abs(b) for a, b in zip(gpu, cpu, strict=True))
+    worst = largest(abs(a - b) / abs(b) for a, b in zip(gpu, cpu, strict=True))
     first, last = (routers(setting.work / f"{name}-gpu", step) for step in (steps // 2, steps))
     still = [n for n in first if torch.equal(first[n], last[n])]
     figures = {"worst relative difference": worst, "gpu": gpu, "cpu": cpu, "routers": len(first)}
     if not first or still:
         raise Failed(f"{recipe}, {way}: routers that do not learn: {still or 'none found'}", **figures)
-    if worst > LIMITS[way]:
+    if not worst <= LIMITS[way]:
         raise Failed(f"{recipe}, {way}: losses differ by {worst:.2e}, more than {LIMITS[way]:g}", **figures)
     return figures
 
@@ -112,8 +112,8 @@ def to_the_cpu_and_back(setting: Setting, steps: int) -> dict[str, Any]:
     train(setting, RECIPES[0], moved, 3 * steps, *way, on_gpu=False, resume=True)
     back = as_after(moved, 2 * steps, setting.work / "and-back")
     found = train(setting, RECIPES[0], back, 3 * steps, *way, resume=True)
-    worst = max(abs(a - b) / abs(b) for a, b in zip(found, staying, strict=True))
-    if worst > LIMITS["fp32"]:
+    worst = largest(abs(a - b) / abs(b) for a, b in zip(found, staying, strict=True))
+    if not worst <= LIMITS["fp32"]:
         raise Failed(f"a run that moves differs from one that stays by {worst:.2e}")
     return {"worst relative difference": worst}
 
