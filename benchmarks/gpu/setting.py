@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,6 +74,12 @@ def relative(found: Any, expected: Any) -> float:
     expected = expected.detach().double().cpu()
     difference = found.detach().double().cpu() - expected
     return float(difference.norm() / expected.norm().clamp_min(1e-300))
+
+
+def largest(values: Iterable[float]) -> float:
+    """Return the largest of some numbers, NaN where one is none: `max` passes over those."""
+    found = list(values)
+    return math.nan if any(map(math.isnan, found)) else max(found)
 
 
 def losses(run: Path) -> list[float]:

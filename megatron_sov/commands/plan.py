@@ -101,7 +101,7 @@ def _placed_text(placed: dict[str, Any]) -> str:
     layout = ", ".join(f"{name} {size}" for name, size in sizes.items() if size > 1) or "data parallel alone"
     items = ", ".join(f"{name.replace('_', ' ')} {value / GIB:.1f}"
                       for name, value in placed["memory_bytes"].items()
-                      if name != "total" and (value or name != "quantized_weights"))
+                      if name != "total" and (value or name not in ("quantized_weights", "on_host")))
     total_gib = placed["memory_bytes"]["total"] / GIB
     return (f"{placed['processes']:,} processes{' of ' + placed['gpu'] if placed['gpu'] else ''}: {layout}"
             f"{', ZeRO-1' if placed['layout']['zero1'] else ''}\n"

@@ -9,6 +9,7 @@ from typing import Literal
 from megatron_sov.config.bounds import MAX_STEPS, above
 from megatron_sov.config.layout import ParallelConfig
 from megatron_sov.config.model import STRICT, ModelConfig
+from megatron_sov.config.optim import OptimConfig
 from megatron_sov.config.train import TrainConfig
 
 Switch = Literal["auto", "on", "off"]
@@ -54,6 +55,9 @@ class GpuConfig:
     moment_dtype: Literal["fp32", "bf16"] = "fp32"
     """Dtype in which a bf16 model's AdamW keeps its two moments between updates, under ZeRO-1; bf16 saves 4
     bytes of each weight that a process updates, and rounds at each update."""
+    optimizer_offload: float = 0.0
+    """Share of a bf16 model's AdamW that lies in host memory and is computed there, under ZeRO-1: master
+    weights, moments and update; 0: none, 1: all of it.  Each weight of it frees 12 bytes of the GPU."""
     pad_buckets: Literal["on", "off"] = "off"
     """Make the buckets of ZeRO-1 a multiple of 65,536 elements for each process, a size that NCCL's rings
     are fast at."""
@@ -71,9 +75,11 @@ class GpuConfig:
     """Peak of one GPU in dense TFLOP/s that MFU is counted against; 0: the known one of the GPU in bf16,
     also where products are in 8 or 4 bits."""
 
-    def problems(self, model: ModelConfig, parallel: ParallelConfig, train: TrainConfig) -> list[str]:
+    def problems(self, model: ModelConfig, parallel: ParallelConfig, train: TrainConfig,
+                 optim: OptimConfig) -> list[str]:
         """Return one sentence for every rule of the library that these settings break, on any machine."""
         return [*self._recompute_problems(model, train), *self._offload_problems(model, train),
+                *self._optimizer_problems(parallel, train, optim),
                 *self._kernel_problems(model, parallel, train), *self._watching_problems()]
 
     def _recompute_problems(self, model: ModelConfig, train: TrainConfig) -> list[str]:
@@ -107,6 +113,28 @@ class GpuConfig:
                      "input and stays for its own backward pass; name both")
         return p
 
+    def _optimizer_problems(self, parallel: ParallelConfig, train: TrainConfig,
+                            optim: OptimConfig) -> list[str]:
+        """Tell which optimizers cannot keep their state elsewhere, or in other numbers."""
+        p, share = [], self.optimizer_offload
+        sharded = train.precision == "bf16" and parallel.zero1
+        given = f"which are {train.precision} and {parallel.zero1}; set both, or leave it out"
+        if self.moment_dtype == "bf16" and not sharded:
+            p.append("gpu.moment_dtype = bf16 needs train.precision = bf16 and parallel.zero1 = True, "
+                     f"{given}")
+        if not 0 <= share <= 1:
+            return [*p, f"gpu.optimizer_offload = {share} must be a share from 0 to 1"]
+        if share and not sharded:
+            p.append(f"gpu.optimizer_offload = {share} needs train.precision = bf16 and parallel.zero1 = "
+                     f"True, {given}")
+        if share and self.moment_dtype == "bf16":
+            p.append(f"gpu.optimizer_offload = {share} keeps moments in float32, and gpu.moment_dtype = "
+                     "bf16; leave one of them out")
+        if share and "muon" in (optim.name, *(group.optimizer for group in optim.groups)):
+            p.append(f"gpu.optimizer_offload = {share} is for AdamW, and the settings under optim name muon, "
+                     "whose matrix products the host is too slow for; leave it out, or set adamw")
+        return p
+
     def _kernel_problems(self, model: ModelConfig, parallel: ParallelConfig, train: TrainConfig) -> list[str]:
         """Tell which kernels and messages the model, the layout or the precision rule out."""
         experts, dispatcher = model.num_moe_layers() > 0, parallel.expert_dispatcher
@@ -114,9 +142,6 @@ class GpuConfig:
         if self.grad_dtype == "bf16" and train.precision != "bf16":
             p.append(f"gpu.grad_dtype = bf16 needs train.precision = bf16, which is {train.precision}; "
                      "leave it out")
-        if self.moment_dtype == "bf16" and not (train.precision == "bf16" and parallel.zero1):
-            p.append("gpu.moment_dtype = bf16 needs train.precision = bf16 and parallel.zero1 = True, which "
-                     f"are {train.precision} and {parallel.zero1}; set both, or leave it out")
         if self.permute_fusion == "on" and not experts:
             p.append("gpu.permute_fusion = on sorts tokens by expert, and model.num_experts = "
                      f"{model.num_experts}; leave it out")

@@ -10,6 +10,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
+from megatron_sov.config.not_offered import NOT_OFFERED
 from megatron_sov.config.run import RunConfig
 from megatron_sov.errors import UserError, list_problems, nearest
 
@@ -42,6 +43,8 @@ def _instead(key: str, known: list[str]) -> str:
     if key in RENAMED:
         return f"; it is called {RENAMED[key]} now"
     group, dot, name = key.rpartition(".")
+    if name in NOT_OFFERED:
+        return f", since {NOT_OFFERED[name]}"
     return nearest(name, known, group + dot)
 
 

@@ -117,7 +117,7 @@ class RunConfig:
         p += self.data.problems() + self._phase_problems() + self.train.problems() + self.objective.problems()
         p += self.preference.problems() + self.optim.problems() + self.extend.problems()
         p += self.distillation.problems(self.model.vocab_size)
-        p += self.gpu.problems(self.model, self.parallel, self.train)
+        p += self.gpu.problems(self.model, self.parallel, self.train, self.optim)
         p += self.needle.problems() + self.guards.problems(self.train.deterministic)
         p += self.evaluate.background.problems(self.train.export_every_checkpoints)
         p += quantization.problems(self.train, self.model, self.parallel, self.data.phases)

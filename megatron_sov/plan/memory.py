@@ -32,6 +32,8 @@ GRADIENT_BYTES = {"fp32": 4, "bf16": 2}
 """Gradients are summed in `gpu.grad_dtype`."""
 FP32_GRADIENT = 4
 """Where they are summed in bf16, those that this process updates become float32 for the update."""
+HOST = MASTER + 2 * MOMENT["fp32"] + FP32_GRADIENT
+"""Bytes of the host for a parameter whose AdamW is there (`mcore/optimizer/host_adamw.py`)."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,13 @@ class Account:
     adapter inside."""
     quantized_weights: int = 0
     """What Transformer Engine keeps of weights in 8 or 4 bits beside `weights`, under `train.fp8`."""
+    on_host: int = 0
+    """In the host's memory, under `gpu.optimizer_offload`: masters, moments and gradients; in no total."""
 
     @property
     def total(self) -> int:
-        """All of it."""
-        return sum(asdict(self).values())
+        """All of it that the device holds."""
+        return sum(asdict(self).values()) - self.on_host
 
 
 def account(config: RunConfig, params: StageParams, num_ranks: int, stage: int, seq_len: int) -> Account:
@@ -89,10 +93,12 @@ def account(config: RunConfig, params: StageParams, num_ranks: int, stage: int, 
                     (item * kept(config, seq_len * config.train.micro_batch_size), 0))
     if config.train.recompute == "selective":
         again = inside - stays
+    share = config.gpu.optimizer_offload
     return Account(
         weights=(params.dense + params.experts + sum(extra)) * item,
         gradients=count * GRADIENT_BYTES[config.gpu.grad_dtype],
-        optimizer=of_dense // shards + experts * of_matrices // expert_shards,
+        optimizer=int((of_dense // shards + experts * of_matrices // expert_shards) * (1 - share)),
+        on_host=int((dense // shards + experts // expert_shards) * HOST * share),
         layer_inputs=stays * params.layers * (p.pp - stage), one_layer=again + inside,
         head=_head_bytes(config, local) if stage == p.pp - 1 else 0,
         quantized_weights=kept_bytes(config, stage))

@@ -39,6 +39,8 @@ def banner(config: RunConfig, world: World, run: Path, steps: range, entries: Se
     weights = memory.weights + memory.quantized_weights
     states_gib, total_gib = (n / 2**30 for n in (weights + memory.gradients + memory.optimizer, memory.total))
     activations = f", {total_gib:.2g} GiB with activations" if config.train.recompute else ""
+    if memory.on_host:
+        activations += f", {memory.on_host / 2**30:.2g} GiB of the host's memory"
     layout = ", ".join(f"{name} {size}" for name, size in (
         ("tp", p.tp), ("pp", p.pp), ("cp", p.cp), ("ep", p.ep), ("dp", world.dp_size)) if size > 1)
     tokens = {s.name: s.num_tokens.get("train", 0) for s in sources}

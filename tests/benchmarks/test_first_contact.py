@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_sov import recipes
 from megatron_sov.config import apply_settings
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "gpu"))
+import part_fp8
 import part_losses
 import part_transfers
 from part_big_rank import LADDER, LAYOUT, NUM_RANKS, RECIPE
-from setting import Setting
+from setting import Failed, Setting, largest
 
 GPU = Path(__file__).parents[2] / "benchmarks/gpu"
 ALONE = ("attention", "fp8")
@@ -78,6 +81,21 @@ def test_each_step_of_the_big_rank_is_one_that_training_takes(name: str, words: 
     problems = apply_settings(recipes.get(RECIPE), [*LAYOUT, *words]).problems(NUM_RANKS)
     # the batch of a run of so many processes is not what is measured
     assert [p for p in problems if not p.startswith("global_batch_size")] == [], name
+
+
+def test_what_is_no_number_does_not_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`max` and `>` both pass over NaN, the first thing that a broken kernel gives."""
+    nan = float("nan")
+    assert largest([1.0, 3.0, 2.0]) == 3
+    assert math.isnan(largest([1.0, nan])) and math.isnan(largest([nan, 1.0]))
+    setting = Setting(tmp_path, dry=True)
+    monkeypatch.setattr(part_fp8, "products", lambda *_: {"fprop": 0.01, "dgrad": nan, "wgrad": 0.01})
+    with pytest.raises(Failed, match="tensorwise: products differ from their emulation"):
+        part_fp8.measure(setting)
+    monkeypatch.setattr(part_losses, "train", lambda *_, on_gpu=True: [1.0, nan if on_gpu else 1.0])
+    monkeypatch.setattr(part_losses, "routers", lambda run, step: {"router": torch.tensor(float(step))})
+    with pytest.raises(Failed, match="tiny-solar-open, fp32: losses differ by nan"):
+        part_losses.compare(setting, "tiny-solar-open", "fp32", 2)
 
 
 def test_a_part_that_fails_is_told(tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 
 from megatron_sov.cli import main
 from megatron_sov.obs.events import EVENTS, EventLog, read_events
-from megatron_sov.rewards.rows import check_rows
 
 ASK = ["--prompt", "def parse(self", "--prompt", "The ", "--max-new-tokens", "9"]
 
@@ -69,17 +68,12 @@ def test_prompts_come_from_a_file_and_texts_go_into_the_report(one_rank: None, i
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "import", "target": "os"}\n\n{"prompt": "return"}\n')
     EventLog(tmp_path / EVENTS).close()
     assert main(["generate", str(imported["solar_open"]), "--prompts", str(tmp_path / "prompts.jsonl"),
-                 "--max-new-tokens", "4", "--run", str(tmp_path), "--output", str(tmp_path / "out/rows.jsonl")
-                 ]) == 0
+                 "--max-new-tokens", "4", "--run", str(tmp_path)]) == 0
     samples = list(read_events(tmp_path / EVENTS))
     assert [(s["event"], s["step"], s["prompt"], s["target"]) for s in samples] \
         == [("sample", 0, "import", "os"), ("sample", 0, "return", None)]
     shown = capsys.readouterr().out
     assert all(s["prompt"] + s["text"] in shown for s in samples)
-    rows = [json.loads(line) for line in (tmp_path / "out/rows.jsonl").read_text().split("\n") if line]
-    assert rows == [{"prompt": "import", "response": samples[0]["text"], "target": "os"},
-                    {"prompt": "return", "response": samples[1]["text"]}]
-    assert check_rows(tmp_path / "out/rows.jsonl") == 2, "`score` reads them"
 
 
 def test_a_chat_prompt_is_framed_by_the_template(one_rank: None, imported: dict[str, Path], capsys) -> None:

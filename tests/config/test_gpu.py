@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_sov.config import GpuConfig, ParallelConfig, RunConfig
+from megatron_sov.config.optim import GroupConfig
 
 Small = Callable[..., RunConfig]
 SELECTIVE = {"recompute": "selective"}
@@ -43,6 +44,12 @@ DENSE = {"num_experts": 0, "dense_ffn_dim": 64}
     ({"moment_dtype": "bf16"}, {"precision": "bf16"}, {}, {},
      "gpu.moment_dtype = bf16 needs train.precision = bf16 and parallel.zero1 = True, which are bf16 and "
      "False"),
+    ({"optimizer_offload": 0.5}, {"precision": "bf16"}, {}, {},
+     "gpu.optimizer_offload = 0.5 needs train.precision = bf16 and parallel.zero1 = True, which are bf16 and "
+     "False"),
+    ({"optimizer_offload": 1.5}, {}, {}, {}, "gpu.optimizer_offload = 1.5 must be a share from 0 to 1"),
+    ({"optimizer_offload": 0.5, "moment_dtype": "bf16"}, {"precision": "bf16"}, {"zero1": True}, {},
+     "gpu.optimizer_offload = 0.5 keeps moments in float32, and gpu.moment_dtype = bf16"),
     ({"permute_fusion": "on"}, {}, {}, DENSE, "gpu.permute_fusion = on sorts tokens by expert"),
     ({"rope_fusion": "on"}, {}, {"cp": 2}, {}, "gpu.rope_fusion = on knows no rows that are cut"),
     ({"attention": "flash"}, {}, {"cp": 2}, {}, "gpu.attention = flash: under parallel.cp = 2"),
@@ -67,3 +74,14 @@ def test_every_rule_is_one_sentence(gpu: dict[str, Any], train: dict[str, Any], 
                      train=replace(config.train, **train))
     (problem,) = config.problems(2)
     assert problem.startswith(sentence)
+
+
+def test_muon_stays_on_the_gpu(small: Small) -> None:
+    base = small()
+    config = replace(base, gpu=GpuConfig(optimizer_offload=1.0), parallel=ParallelConfig(zero1=True),
+                     train=replace(base.train, precision="bf16"))
+    assert config.problems(2) == []
+    for optim in (replace(config.optim, name="muon"),
+                  replace(config.optim, groups=(GroupConfig("decoder.*", optimizer="muon"),))):
+        (problem,) = replace(config, optim=optim).problems(2)
+        assert problem.startswith("gpu.optimizer_offload = 1.0 is for AdamW, and the settings under optim ")

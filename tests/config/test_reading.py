@@ -25,6 +25,7 @@ from megatron_sov.config import (
     data_paths,
     from_dict,
 )
+from megatron_sov.config.not_offered import NOT_OFFERED
 from megatron_sov.errors import UserError
 
 Small = Callable[..., RunConfig]
@@ -163,3 +164,16 @@ def test_bad_data_is_refused(data: Path, monkeypatch: pytest.MonkeyPatch, argume
     monkeypatch.chdir(data)
     with pytest.raises(UserError, match=message):
         data_paths(arguments)
+
+
+def test_what_is_not_offered_says_why_and_is_the_librarys(small: Small) -> None:
+    with pytest.raises(UserError, match=r"'gpu\.cuda_graphs' does not exist, since the library's CUDA graphs "
+                                        r"refuse packed rows, .*; leave it out"):
+        apply_settings(small(), ["gpu.cuda_graphs=attn"])
+    with pytest.raises(UserError, match=r"train\.fp8_param: no such setting, since checkpoints, exports"):
+        from_dict({**small().to_dict(), "train": {"fp8_param": True}})
+    contract = json.loads((Path(__file__).parents[1] / "te_double" / "contract.json").read_text())
+    theirs = set().union(*contract["megatron.core"]["fields"].values())
+    assert set(NOT_OFFERED) - theirs == {"cuda_graphs", "expert_parallel_overlap", "fp8_weights"}
+    page = (Path(__file__).parents[2] / "docs" / "gpu.md").read_text(encoding="utf-8")
+    assert [name for name in NOT_OFFERED if f"`{name}`" not in page] == []

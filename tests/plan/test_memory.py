@@ -3,6 +3,7 @@ keeps, the page as made."""
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from itertools import accumulate
@@ -187,6 +188,7 @@ def test_stages_hold_the_model_and_a_layer_what_the_account_says(ranks: Any, job
     ({"parallel__zero1": "true"}, "optimizer", 1 / 16),
     ({"gpu__grad_dtype": "bf16"}, "gradients", 1 / 2), ({"gpu__grad_dtype": "bf16"}, "optimizer", 16 / 12),
     ({"gpu__moment_dtype": "bf16"}, "optimizer", 8 / 12),
+    ({"gpu__optimizer_offload": 0.75}, "optimizer", 1 / 4),
     # of a layer's inside and its gradients, what is stored is not there once more
     ({"train__recompute": "false"}, "one_layer", 1 / 2),
     # of 1e9 parameters, embedding and head (1000 x 4096 each) keep both moments
@@ -197,6 +199,16 @@ def test_each_item_follows_its_setting(change: dict[str, Any], item: str, factor
     before, after = (account(config_of("solar-open-102b", **(base | c)), params, 16, 0, 131072)
                      for c in ({}, change))
     assert getattr(after, item) / getattr(before, item) == pytest.approx(factor)
+
+
+def test_what_is_offloaded_is_counted_on_the_host() -> None:
+    layout = {"parallel__ep": 4, "parallel__zero1": "true", "gpu__optimizer_offload": 0.75}
+    params = StageParams(16 * 10**6, 4 * 10**9, 24)
+    found = account(config_of("solar-open-102b", **layout), params, 16, 0, 4096)
+    # of 16 processes each updates a 16th of the dense and a quarter of its experts: 16 bytes on the host
+    # (master, two moments, gradient) and 12 on the device where they are not offloaded
+    assert found.on_host == 0.75 * 16 * (10**6 + 10**9) and found.optimizer == 0.25 * 12 * (10**6 + 10**9)
+    assert found.total == sum(dataclasses.asdict(found).values()) - found.on_host
 
 
 def test_the_page_is_what_the_script_writes() -> None:

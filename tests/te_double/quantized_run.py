@@ -13,6 +13,7 @@ import torch
 
 from megatron_sov import recipes
 from megatron_sov.config import RunConfig, apply_settings
+from megatron_sov.mcore.optimizer.host_adamw import HostAdamW
 from megatron_sov.mcore.parallel import determinism, world
 from megatron_sov.train.trainer import Trainer
 
@@ -115,8 +116,8 @@ def continued(recipe: str, settings: list[str], path: str, run: str) -> dict[str
 
 
 def moments(recipe: str, settings: list[str], path: str, before: str) -> dict[str, Any]:
-    """Go on for a step from another run's checkpoint; return the largest relative difference of each moment
-    from torch's formula over the checkpoint's moments, rounded once, and the dtypes."""
+    """Go on for a step from another run's checkpoint; return how many elements of the moments are not
+    torch's formula over the checkpoint's moments, rounded once, the dtypes, and which share is the host's."""
     trainer = _trainer(recipe, settings, path)
     trainer.resume(Path(before))
     old = {(s.parameter, s.start): {n: t.clone() for n, t in s.state().items()}
@@ -141,7 +142,9 @@ def moments(recipe: str, settings: list[str], path: str, before: str) -> dict[st
             wrong += int(((new[name].float() - expected).abs() > 2 ** -8 * expected.abs() + 1e-30).sum())
         dtypes |= {f"{name} {str(t.dtype).removeprefix('torch.')}" for name, t in new.items()}
     world.leave()
-    return {"wrong": wrong, "dtypes": sorted(dtypes), "loss": loss}
+    sizes = [(shard.main.numel(), isinstance(shard.inner, HostAdamW)) for shard in trainer.optimizer.shards]
+    return {"wrong": wrong, "dtypes": sorted(dtypes), "loss": loss,
+            "on the host": sum(n for n, there in sizes if there) / sum(n for n, _ in sizes)}
 
 
 def quantises_weights(recipe: str, settings: list[str], path: str) -> list[bool]:

@@ -28,6 +28,7 @@ from megatron_sov.mcore.checkpoint.sharded_tensors import (
 )
 from megatron_sov.mcore.model.local_shards import LocalShard
 from megatron_sov.mcore.parallel.device import on_gpu
+from megatron_sov.mcore.parallel.host_memory import Arena, num_bytes
 
 MAX_WRITERS = 4
 """Threads that hash and write, at most."""
@@ -36,8 +37,6 @@ WRITERS_PER_CORE = 2
 and writes."""
 MIN_FILE_BYTES = 64 << 20
 """Files are made smaller than `MAX_FILE_BYTES` to give every thread one, but not smaller than this."""
-_ARENA_BYTES = 1 << 30
-_ALIGN_BYTES = 64
 INDICES = "indices"
 """Folder, inside a checkpoint that is being written, of what each process has written;
 gone when it is complete."""
@@ -86,7 +85,7 @@ class Snapshot:
             return
         wanted = {_identity(part, b): b for part, blocks in owned.items() for b in blocks}
         missing = {key: b for key, b in wanted.items() if key not in self._memory}
-        arena = _Arena(sum(_num_bytes(b.data) for b in missing.values()))
+        arena = Arena(sum(num_bytes(b.data) for b in missing.values()))
         self._memory = {key: self._memory[key] if key in self._memory else arena.like(b.data)
                         for key, b in wanted.items()}
         for key, block in wanted.items():
@@ -125,42 +124,22 @@ class Snapshot:
         os.replace(unfinished, file)
 
 
-class _Arena:
-    """Host memory in few large pieces: pinned memory is handed out in powers of two."""
-
-    def __init__(self, total_bytes: int) -> None:
-        self._piece_bytes = min(_ARENA_BYTES, total_bytes + _ALIGN_BYTES)
-        self._free = torch.empty(0, dtype=torch.uint8)
-
-    def like(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return contiguous memory of a tensor's shape and dtype."""
-        wanted = -(-_num_bytes(tensor) // _ALIGN_BYTES) * _ALIGN_BYTES
-        if self._free.numel() < wanted:
-            self._free = torch.empty(max(wanted, self._piece_bytes), dtype=torch.uint8, pin_memory=on_gpu())
-        taken, self._free = self._free[:wanted], self._free[wanted:]
-        return taken[:_num_bytes(tensor)].view(tensor.dtype).view(tensor.shape)
-
-
 def _identity(part: str, block: LocalShard) -> tuple[Any, ...]:
     return part, block.key, block.offset, tuple(block.data.shape), block.data.dtype
 
 
-def _num_bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
 def _per_file(blocks: list[LocalShard]) -> list[list[LocalShard]]:
     """Cut a part's blocks into files: enough for all threads, none too large, none needlessly small."""
-    total_bytes = sum(_num_bytes(b.data) for b in blocks)
+    total_bytes = sum(num_bytes(b.data) for b in blocks)
     limit_bytes = min(MAX_FILE_BYTES, max(MIN_FILE_BYTES, -(-total_bytes // num_writers())))
     files: list[list[LocalShard]] = []
     size_bytes = limit_bytes
     for block in blocks:
-        if size_bytes + _num_bytes(block.data) > limit_bytes:
+        if size_bytes + num_bytes(block.data) > limit_bytes:
             files.append([])
             size_bytes = 0
         files[-1].append(block)
-        size_bytes += _num_bytes(block.data)
+        size_bytes += num_bytes(block.data)
     return files
 
 

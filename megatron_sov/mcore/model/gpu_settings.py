@@ -227,6 +227,8 @@ def _memory_problems(gpu: GpuConfig, te: bool) -> list[str]:
                  "is imported; set it for all processes")
     if gpu.moment_dtype == "bf16" and not te:
         p.append(f"gpu.moment_dtype = bf16 {NEEDS_TE}; leave it out")
+    if gpu.optimizer_offload and not te:
+        p.append(f"gpu.optimizer_offload = {gpu.optimizer_offload} {NEEDS_TE}; leave it out")
     if gpu.nccl_user_buffers == "on" and not on_gpu():
         p.append("gpu.nccl_user_buffers = on needs GPUs; leave it out")
     for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):

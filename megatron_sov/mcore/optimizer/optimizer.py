@@ -55,7 +55,8 @@ class Optimizer:
         with state_shards.any_float(), _torch_adam() if fp64 else contextlib.nullcontext():
             # gloo groups would only serve the library's own checkpoints
             self.library = get_megatron_optimizer(settings, self.wrapped, use_gloo_process_groups=False)
-        self.shards = parameter_groups.arrange(self.library, model, rules, config, zero1=parallel.zero1)
+        self.shards = parameter_groups.arrange(self.library, model, rules, config, zero1=parallel.zero1,
+                                               on_host=gpu.optimizer_offload)
         """What this process updates."""
         self._clip_grad = config.clip_grad
         self.num_updates = 0
@@ -96,6 +97,7 @@ class Optimizer:
         for optimizer in self.library.chained_optimizers:
             norms = [torch.linalg.vector_norm(g, dtype=torch.float64)
                      for g in optimizer.get_main_grads_for_grad_norm()]
+            norms = [norm.to(total.device) for norm in norms]  # some were taken in host memory
             squares = torch.stack(norms).square().sum() if norms else torch.zeros_like(total)
             torch.distributed.all_reduce(squares, group=optimizer.get_grad_stats_parallel_group())
             total += squares

@@ -13,6 +13,7 @@ from megatron_sov.config.optim import Algorithm
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.model.language_model import VOCABULARY_WEIGHTS, LanguageModel
 from megatron_sov.mcore.model.local_shards import ParameterLookup, local_shards
+from megatron_sov.mcore.optimizer.host_adamw import HostAdamW, split
 from megatron_sov.mcore.optimizer.muon import Muon, holders
 from megatron_sov.mcore.optimizer.state_shards import Inner, Shard, shards
 from megatron_sov.mcore.parallel.object_collectives import gather_objects
@@ -107,10 +108,13 @@ def _differentiable(module: torch.nn.Module, inputs: Any, output: torch.Tensor) 
 
 
 def arrange(library: Any, model: LanguageModel, rules: Rules, config: OptimConfig, *,
-            zero1: bool) -> list[Shard]:
+            zero1: bool, on_host: float = 0.0) -> list[Shard]:
     """Give every shard to the optimizer of its rule, and return them all; called by all processes together.
 
     The library made AdamW for all of them, which keeps those that are its own.
+
+    Args:
+        on_host: share of AdamW's parameters whose masters, moments and update are the host's.
     """
     all_shards: list[Shard] = []
     with_muon = "muon" in (config.name, *(group.optimizer for group in config.groups))
@@ -128,8 +132,20 @@ def arrange(library: Any, model: LanguageModel, rules: Rules, config: OptimConfi
             optimizer.optimizer = Combined(adam, muon)
             found = [replace(s, inner=muon) if rules[id(s.parameter)].algorithm == "muon" else s
                      for s in found]
+        elif on_host:
+            found = _offload(optimizer, found, on_host)
         all_shards += found
     return all_shards
+
+
+def _offload(optimizer: Any, found: list[Shard], share: float) -> list[Shard]:
+    """Move a share of what AdamW updates into host memory; return the shards with what updates them now."""
+    adam = optimizer.optimizer
+    adam.param_groups, moved = split(adam.param_groups, [s.main for s in found], share)
+    host = HostAdamW(moved)
+    optimizer.optimizer = Combined(adam, host)
+    theirs = {id(main) for group in moved for main in group["params"]}
+    return [replace(s, inner=host) if id(s.main) in theirs else s for s in found]
 
 
 def _regroup(groups: list[dict[str, Any]],

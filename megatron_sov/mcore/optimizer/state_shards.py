@@ -22,6 +22,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron_sov.mcore.model.language_model import LanguageModel
 from megatron_sov.mcore.model.local_shards import LocalShard, ParameterLookup, local_shards
 from megatron_sov.mcore.optimizer.flat_ranges import flat_ranges
+from megatron_sov.mcore.optimizer.host_adamw import HostAdamW, wait
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MASTER = "master"
@@ -116,10 +117,17 @@ def take_gradients(shards: Iterable[Shard]) -> None:
 
     The library's own way makes float32 of them first; so does this one where they were summed in bf16.
     """
+    to_host = False
     for shard in shards:
         gradient: torch.Tensor = (
             shard.parameter.main_grad.view(-1)[shard.start:shard.stop])  # type: ignore[attr-defined]
-        shard.main.grad = gradient.view(shard.main.shape).to(shard.main.dtype)
+        if isinstance(shard.inner, HostAdamW):
+            shard.inner.receive(shard.main, gradient.view(shard.main.shape))
+            to_host = True
+        else:
+            shard.main.grad = gradient.view(shard.main.shape).to(shard.main.dtype)
+    if to_host:
+        wait()
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ def switch_on() -> None:
     same bits each time.
 
     An operation that has no such algorithm raises instead of running.  The model's part is the library's
-    `deterministic_mode`, which `build.py` sets.
+    `deterministic_mode`, which `model/specs.py` sets.
 
     Raises:
         UserError: the environment asks for something else.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ from megatron_sov.mcore.model.gpu_settings import (
     transformer_settings,
 )
 
-OURS_ALONE = {"gc_every_steps", "profile_first_step", "profile_last_step", "peak_tflops"}
+ROOT = Path(__file__).parents[3]
+OURS_ALONE = {"gc_every_steps", "profile_first_step", "profile_last_step", "peak_tflops",
+              "optimizer_offload"}
 """Settings that no field of the library stands behind; each has a test of its own."""
 CHANGES: dict[str, tuple[list[str], dict[str, Any]]] = {
     "gpu.attention": (["gpu.attention=flash"], {"attention_backend": "flash"}),
@@ -92,11 +95,20 @@ def test_the_table_is_whole_and_its_fields_exist() -> None:
     assert CHANGES.keys() == LIBRARY_FIELDS.keys()
 
 
-def test_the_page_names_every_setting_and_field() -> None:
-    page = (Path(__file__).parents[3] / "docs" / "gpu.md").read_text(encoding="utf-8")
-    settings = {f"gpu.{f.name}" for f in dataclasses.fields(GpuConfig)} | LIBRARY_FIELDS.keys()
-    fields_of_all = {name.rpartition(".")[2] for names in LIBRARY_FIELDS.values() for name in names}
-    assert [name for name in (*settings, *fields_of_all) if f"`{name}`" not in page] == []
+def test_the_page_says_of_each_setting_where_it_goes_and_how_it_is_proven() -> None:
+    page = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines()
+            if line.startswith(("| `gpu.", "| `train.", "| `parallel."))]
+    assert all(len(row) == 3 for row in rows)
+    named = [(re.findall(r"`([a-z_.0-9]+)`", row[0]), row[1], row[2]) for row in rows]
+    settings = sorted(name for names, _, _ in named for name in names)
+    everything = {f"gpu.{f.name}" for f in dataclasses.fields(GpuConfig)} | LIBRARY_FIELDS.keys()
+    assert settings == sorted({"parallel.pipeline_layout"} | everything)
+    for names, where, proof in named:
+        fields = {name.rpartition(".")[2] for setting in names for name in LIBRARY_FIELDS.get(setting, ())}
+        assert [field for field in fields if f"`{field}`" not in where] == [], names
+        assert re.search(r"not yet|tests/|\.md\)|CPUs", proof), f"{names}: says not how it is proven"
+        assert [f for f in re.findall(r"`(tests/[^`]+)`", proof) if not (ROOT / f).is_file()] == []
 
 
 def test_without_transformer_engine_auto_is_off_and_the_library_builds_its_config() -> None:
@@ -134,6 +146,8 @@ def test_a_run_tells_what_auto_came_to() -> None:
     (['gpu.offload_modules=["core_attn"]'], False, {},
      "gpu.offload_modules needs Transformer Engine on a GPU"),
     (["gpu.moment_dtype=bf16"], False, {}, "gpu.moment_dtype = bf16 needs Transformer Engine on a GPU"),
+    (["gpu.optimizer_offload=0.5"], False, {},
+     "gpu.optimizer_offload = 0.5 needs Transformer Engine on a GPU"),
     (["gpu.nccl_user_buffers=on"], False, {}, "gpu.nccl_user_buffers = on needs GPUs"),
     (["parallel.expert_dispatcher=deepep"], False, {}, "parallel.expert_dispatcher = deepep needs GPUs"),
     (["gpu.attention=flash"], True, {}, "gpu.attention = flash: FlashAttention is not installed"),
