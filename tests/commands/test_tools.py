@@ -97,11 +97,12 @@ def test_a_model_plays_and_leaves_rows_figures_and_limits(hf_models: dict[str, P
     assert main(words) == 0
     out = capsys.readouterr().out
     rows = [json.loads(line) for line in Path("out/episodes.jsonl").read_text().splitlines()]
-    assert [(row["end"], row["reward"], row["status"]) for row in rows] == [("unended", 0.0, "scored")] * 2
-    for row in rows:
+    assert [(row["reward"], row["status"]) for row in rows] == [(0.0, "scored")] * 2
+    for row in rows:  # a random model writes nonsense, and ends its turn or does not
         ((start, end),) = row["spans"]
-        assert end == len(row["ids"]) == start + 12 and len(row["logprobs"][0]) == 12
+        assert end == len(row["ids"]) and len(row["logprobs"][0]) == end - start <= 12
+        assert row["end"] == ("answered" if chat.end_ids()[0] == row["ids"][-1] else "unended")
     manifest = read_manifest("out", "episodes")
     assert manifest.content["limits"]["max_response_tokens"] == 12 and not damaged_files("out")
-    assert "2 unended" in out and "max_response_tokens 12" in out
+    assert "calculator: 2 episodes (" in out and "max_response_tokens 12" in out
     assert main(words) == 2 and "already exists" in capsys.readouterr().err

@@ -7,6 +7,7 @@ the calls that it made: one that is continued makes them again on a new server.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import ctypes
 import json
@@ -104,8 +105,9 @@ class Mcp(AnsweredWorld):
         if (server := getattr(self, "_server", None)) is not None:
             server.kill()
             server.wait()
-            server.stdin.close()
             server.stdout.close()
+            with contextlib.suppress(OSError):  # what it did not read is still to be written
+                server.stdin.close()
 
     def _listed(self) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
