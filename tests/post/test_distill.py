@@ -12,7 +12,7 @@ import pytest
 
 LAYOUTS = {
     "TP2+SP x PP2": (4, ["parallel.tp=2", "parallel.sp=true", "parallel.pp=2"]),
-    "CP2 x DP2 x EP2": (4, ["parallel.cp=2", "parallel.ep=2", "parallel.zero1=true"]),
+    "CP2 x EP2": (2, ["parallel.cp=2", "parallel.ep=2", "parallel.zero1=true"]),
     "micro batch 1": (1, ["train.micro_batch_size=1"]),
 }
 KINDS = {
