@@ -38,7 +38,7 @@ class DistillationConfig:
             p.append(f"distillation.beta = {self.beta} must lie in [0, 1]")
         if not 0 < self.temperature < math.inf:
             p.append(f"distillation.temperature = {self.temperature} must be a number greater than 0")
-        if not 0 <= self.top_k < vocab_size:
+        if self.top_k and not 0 < self.top_k < vocab_size:
             p.append(f"distillation.top_k = {self.top_k} must lie in [0, model.vocab_size = {vocab_size}); "
                      "0 is the whole vocabulary")
         if not self.keep_remainder and not self.top_k:
