@@ -94,7 +94,6 @@ def tell(summary: Summary, name: str, version: str, output: Path) -> None:
         print(f"{summary.num_kept:,} rows were scored by an earlier command and are kept")
     for text in summary.told:
         print(visible(text), file=sys.stderr)
-    scored = summary.statuses["scored"]
-    mean = f", mean reward {summary.reward_sum / scored:.4f}" if scored else ""
+    mean = f", mean reward {summary.reward_sum / summary.num_rewards:.4f}" if summary.num_rewards else ""
     counts = ", ".join(f"{count:,} {status}" for status, count in sorted(summary.statuses.items())) or "0"
     print(f"{output}: {name} {version}: {counts} rows{mean}")

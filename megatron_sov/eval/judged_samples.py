@@ -82,7 +82,8 @@ class Judged:
         prompts = list(self.prompts.values())
         found: dict[str, Any] = {
             "num_prompts": len(prompts), "num_samples": sum(self.statuses.values()),
-            "statuses": dict(self.statuses), "num_right": sum(p.num_right for p in prompts),
+            "statuses": dict(self.statuses), "num_unscored": sum(p.num_unscored for p in prompts),
+            "num_right": sum(p.num_right for p in prompts),
             "mean_reward": fmean(p.reward_sum / p.num_scored for p in scored),
             "pass_at_k": _plain(pass_estimates(prompts, ks))}
         if self.tells_answers:

@@ -55,11 +55,9 @@ def _table(events: list[dict[str, Any]]) -> Table:
     rows = []
     for event in events:
         first, last = event["pass_at_k"][0], event["pass_at_k"][-1]
-        statuses = event.get("statuses") or {}
-        unscored = sum(int(count) for status, count in statuses.items() if status != "scored")
         sampling = event.get("sampling") or {}
         rows.append([_name(event), _step(event), f"{int(number(event.get('num_prompts'))):,}",
-                     f"{int(number(event.get('num_samples'))):,}", f"{unscored:,}",
+                     f"{int(number(event.get('num_samples'))):,}", f"{int(number(event.get('num_unscored'))):,}",
                      f"{number(first['value']):.1%} (k = {first['k']})",
                      f"{number(last['value']):.1%} (k = {last['k']})",
                      f"{number(event.get('mean_reward')):.4f}",

@@ -66,28 +66,30 @@ class Code:
         tests = _tests_of(row)
         source = program_in(text_of(row, "response")).encode(errors="replace").decode()
         if isinstance(tests[0], str):
-            passed, why = self._tested(source, tests, row)
+            passed, why, too_slow = self._tested(source, tests, row)
         else:
-            passed, why = self._compared(source, tests)
+            passed, why, too_slow = self._compared(source, tests)
         share = sum(passed) / len(tests)
         reward = float(share == 1.0) if self.all_or_nothing else share
-        return Score(reward, {"passed": sum(passed), "tests": len(tests), "why": short(why)})
+        return Score(reward, {"passed": sum(passed), "tests": len(tests), "why": short(why)},
+                     timed_out=too_slow and share < 1)
 
-    def _compared(self, source: str, tests: list[Any]) -> tuple[list[bool], str]:
+    def _compared(self, source: str, tests: list[Any]) -> tuple[list[bool], str, bool]:
         """Run the program once per test and compare, out here, what it prints."""
         passed: list[bool] = []
-        why = ""
+        why, too_slow = "", False
         for test in tests:
             outcome = self._run(Program(source, stdin=test["stdin"]))
+            too_slow = too_slow or outcome.status == "timeout"
             right = outcome.status == "ok" and _lines(outcome.stdout) == _lines(test["stdout"])
             passed.append(right)
             if not right:
                 why = why or outcome.reason or f"printed {told_short(outcome.stdout)}"
                 if self.all_or_nothing:
                     break
-        return passed, why
+        return passed, why, too_slow
 
-    def _tested(self, source: str, tests: list[Any], row: Row) -> tuple[list[bool], str]:
+    def _tested(self, source: str, tests: list[Any], row: Row) -> tuple[list[bool], str, bool]:
         """Run the tests' process, which has a process of its own for the solution."""
         entry_point = row.get("entry_point", "")
         if not isinstance(entry_point, str):
@@ -101,7 +103,8 @@ class Code:
             if "test" in verdict:
                 passed[verdict["test"]] = verdict["passed"]
             why = why or verdict.get("reason", "")
-        return passed, why if done else why or outcome.reason or "ended before its tests did"
+        why = why if done else why or outcome.reason or "ended before its tests did"
+        return passed, why, outcome.status == "timeout" or outcome.cpu_s >= self.test_time_s
 
     def _run(self, program: Program) -> Outcome:
         """Return what becomes of a program that has shown by itself what it is worth."""

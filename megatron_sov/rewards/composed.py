@@ -123,7 +123,7 @@ class Composed:
                       r in results.items()}
         for status in WORST_FIRST:
             for name, result in results.items():
-                if result.status == status:
+                if result.reward is None and result.status == status:
                     return Result(None, result.status, components, f"{name}: {result.reason}")
         for name, result in results.items():
             if self.stops(self.parts[name], result):

@@ -194,7 +194,7 @@ def _work(pipe: connection.Connection, asked: Order, variables: Sequence[str]) -
             return
         try:
             result = judged(reward, row)
-            if twice and result.status == "scored":
+            if twice and result.reward is not None:
                 pipe.send(AGAIN)
                 result = agreeing(result, judged(reward, row))
         except UserError as e:  # it would meet every row

@@ -32,6 +32,9 @@ class Score:
     """The number."""
     components: Mapping[str, Any] = field(default_factory=dict)
     """What it is made of, and what was seen: numbers and short texts."""
+    timed_out: bool = False
+    """The response itself took too long, as a program that does not end: the reward says what that is worth,
+    the status is timeout."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +42,10 @@ class Result:
     """What became of one row."""
 
     reward: float | None
-    """None unless scored."""
+    """None: there is none, which is never a 0."""
     status: Status
-    """scored; timeout: it took too long; failed: the fault of the reward or of what it runs on; refused: the
-    row is none that it judges."""
+    """scored; timeout: it took too long, with a reward where that was the response's own doing; failed: the
+    fault of the reward or of what it runs on; refused: the row is none that it judges."""
     components: Mapping[str, Any] = field(default_factory=dict)
     """As the reward has them."""
     reason: str = ""
@@ -110,12 +113,13 @@ def checked(given: Any) -> Result:
     if not math.isfinite(number):
         return Result(None, "failed", {}, f"returned {told_short(value)}, which is no finite number")
     plain = {str(name): _plain(part) for name, part in components.items()}
-    return Result(number, "scored", plain)
+    timed_out = isinstance(given, Score) and given.timed_out
+    return Result(number, "timeout" if timed_out else "scored", plain)
 
 
 def agreeing(first: Result, second: Result) -> Result:
     """Return the result of a row that was judged twice: one that changed under one version has failed."""
-    if first.status == second.status == "scored" and first.reward != second.reward:
+    if first.reward is not None and second.reward is not None and first.reward != second.reward:
         return Result(None, "failed", {}, f"gave {first.reward:g}, then {second.reward:g} for the same row "
                                           "under one version: it depends on something else than the row")
     return first

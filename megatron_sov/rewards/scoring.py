@@ -27,8 +27,10 @@ class Summary:
 
     statuses: Counter[str] = field(default_factory=Counter)
     """Status -> rows."""
+    num_rewards: int = 0
+    """Rows that have a reward."""
     reward_sum: float = 0.0
-    """Of all scored rows."""
+    """Of all of them."""
     told: list[str] = field(default_factory=list)
     """The first rows without a reward, by line."""
     num_kept: int = 0
@@ -39,12 +41,13 @@ class Summary:
     @property
     def without_any(self) -> bool:
         """Whether no row at all has a reward."""
-        return not self.statuses["scored"] and not self.kept_reward
+        return not self.num_rewards and not self.kept_reward
 
     def add(self, line: int, result: Result) -> None:
         """Count a row."""
         self.statuses[result.status] += 1
         if result.reward is not None:
+            self.num_rewards += 1
             self.reward_sum += result.reward
         elif len(self.told) < MAX_TOLD:
             self.told.append(f"line {line}: {result.status}: {result.reason}")

@@ -193,16 +193,17 @@ def test_all_or_nothing_is_the_default_and_says_why(enclosure: str, monkeypatch:
     monkeypatch.setattr(code, "_PATIENCE", 100)  # on a busy machine it is not its fault before
     endless = judged(Code(enclosure=enclosure, test_time_s=0.3),
                      {**row, "response": "def f(x):\n    while 1: pass"})
-    assert endless.reward == 0 and "processors" in endless.components["why"]
+    assert (endless.status, endless.reward) == ("timeout", 0.0) and "processors" in endless.components["why"]
 
 
-@pytest.mark.parametrize("outcome, status", [
-    (Outcome("infrastructure", None, "", "", "the server failed", 0, 0), "failed"),
-    (Outcome("timeout", None, "", "", "took longer than 30 s", 30, 4.0), "timeout"),  # the machine was busy
-    (Outcome("timeout", None, "", "", "took longer than 30 s", 30, 0.1), "scored"),  # it waited
-    (Outcome("refused", None, "", "", "has 17 MiB", 0, 0), "refused"),
-    (Outcome("memory", None, "", "", "took more", 1, 1), "scored")])
-def test_what_is_not_the_programs_fault_is_no_zero(outcome: Outcome, status: str,
+@pytest.mark.parametrize("outcome, status, reward", [
+    (Outcome("infrastructure", None, "", "", "the server failed", 0, 0), "failed", None),
+    (Outcome("timeout", None, "", "", "took longer than 30 s", 30, 4.0), "timeout", None),  # a busy machine
+    (Outcome("timeout", None, "", "", "took longer than 30 s", 30, 0.1), "timeout", 0.0),  # it waited
+    (Outcome("timeout", None, "", "", "took more than 10 s of processors", 11, 10.0), "timeout", 0.0),
+    (Outcome("refused", None, "", "", "has 17 MiB", 0, 0), "refused", None),
+    (Outcome("memory", None, "", "", "took more", 1, 1), "scored", 0.0)])
+def test_what_is_not_the_programs_fault_is_no_zero(outcome: Outcome, status: str, reward: float | None,
                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     class Broken:
         def run(self, program: Program, limits: object) -> Outcome:
@@ -210,7 +211,7 @@ def test_what_is_not_the_programs_fault_is_no_zero(outcome: Outcome, status: str
 
     monkeypatch.setitem(code._SANDBOXES, ("auto", ()), Broken())
     result = judged(Code(), {"response": "x", "tests": ["assert x"]})
-    assert result.status == status and result.reward == (0.0 if status == "scored" else None)
+    assert (result.status, result.reward) == (status, reward)
 
 
 @pytest.mark.parametrize("tests, what", [
