@@ -57,7 +57,8 @@ def _table(events: list[dict[str, Any]]) -> Table:
         first, last = event["pass_at_k"][0], event["pass_at_k"][-1]
         sampling = event.get("sampling") or {}
         rows.append([_name(event), _step(event), f"{int(number(event.get('num_prompts'))):,}",
-                     f"{int(number(event.get('num_samples'))):,}", f"{int(number(event.get('num_unscored'))):,}",
+                     f"{int(number(event.get('num_samples'))):,}",
+                     f"{int(number(event.get('num_unscored'))):,}",
                      f"{number(first['value']):.1%} (k = {first['k']})",
                      f"{number(last['value']):.1%} (k = {last['k']})",
                      f"{number(event.get('mean_reward')):.4f}",

@@ -15,8 +15,8 @@ SAMPLING = {"temperature": 0.8, "top_p": 0.95, "seed": 3}
 def figures(share: float) -> dict:
     rows = [{"k": k, "value": share, "interval": [share - 0.1, share + 0.1], "num_prompts": 30}
             for k in (1, 8)]
-    return {"num_prompts": 30, "num_samples": 240, "statuses": {"scored": 233, "timeout": 7}, "num_unscored": 5,
-            "mean_reward": share, "pass_at_k": rows, "maj_at_k": rows[:1]}
+    return {"num_prompts": 30, "num_samples": 240, "statuses": {"scored": 233, "timeout": 7},
+            "num_unscored": 5, "mean_reward": share, "pass_at_k": rows, "maj_at_k": rows[:1]}
 
 
 def test_a_curve_for_each_set_of_prompts_and_step_and_the_newest_counts(tmp_path: Path) -> None:
