@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from megatron_sov.chat.encode import TYPE_RESPONSE, ChatEncoder
 from megatron_sov.chat.template import ChatTemplate
 from megatron_sov.documents import BadRecord, Conversation, Message
+from megatron_sov.documents.records import Reading, parse_record
 
 PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}" \
         "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -211,3 +214,20 @@ def test_the_header_of_a_turn_is_not_learned_where_a_template_knows_no_asking(
     trims = SPACED.replace("m.content }} ", "m.content | trim }}")
     for content in ("hello", " hello"):
         assert learned(tokenizer, trims, ("user", "hi"), ("assistant", content)) == ("hello[EOS]", False)
+
+
+FULL = "{% for m in messages %}[BOS]{{ m.role }}\n" \
+       "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}" \
+       "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}[EOS]\n" \
+       "{% endfor %}{% if add_generation_prompt %}[BOS]assistant\n{% endif %}"
+
+
+def test_the_chat_on_the_page_teaches_its_thought_its_call_and_its_answer(
+        tokenizer: PreTrainedTokenizerFast) -> None:
+    page = (Path(__file__).parents[2] / "docs/chats.md").read_text()
+    (example,) = re.findall(r"^```json\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    document = parse_record(json.loads(example), "chats.md", 1, Reading("chat"))
+    chat = encoder(tokenizer, FULL).encode(document.conversation())
+    ids = [i for i, t in zip(chat.ids, chat.types, strict=True) if t == TYPE_RESPONSE]
+    assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == (
+        '<think>I can add.</think>{"name": "add", "arguments": {"a": 1, "b": 2}}[EOS]3[EOS]')
