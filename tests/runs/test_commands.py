@@ -1,34 +1,34 @@
-"""A command in a process of its own: its exit code, and signals that reach it."""
+"""A command in a process of its own: its exit code, and a stop that reaches it.  The commands here are
+Python's own."""
 
 from __future__ import annotations
 
+import os
 import signal
-from pathlib import Path
+import threading
+import time
 
 import pytest
 
-from megatron_sov.runs import commands
-
-CHILD = """
-import os, signal, sys, time
-if sys.argv[-1] == "code":
-    sys.exit(3)
-signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
-time.sleep(0.3)
-os.kill(os.getppid(), signal.SIGUSR1)
-time.sleep(60)
-"""
+from megatron_sov.runs.commands import run_command
 
 
-def test_its_code_is_returned_and_signals_are_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-                                                        ) -> None:
-    (tmp_path / "megatron_sov.py").write_text(CHILD)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # one that came too early would end the tests
-    try:
-        assert commands.run_command(["code"]) == 3
-        assert commands.run_command(["signal"]) == 75
-        assert signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGUSR1, before)
+def test_a_command_ends_with_its_own_code() -> None:
+    assert run_command(["timeit", "-n1", "-r1", "pass"]) == 0
+    assert run_command(["timeit", "--no-such-option"]) == 2
+
+
+def test_a_command_is_stopped_with_the_process_that_waits_for_it(capfd: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+
+    def stop_when_it_runs() -> None:
+        while signal.getsignal(signal.SIGTERM) is before:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    stopping = threading.Thread(target=stop_when_it_runs)
+    stopping.start()
+    assert run_command(["timeit", "-n1", "-r1", "import time; time.sleep(60)"]) == 75
+    stopping.join()
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert "stopped; what is done is kept" in capfd.readouterr().err
