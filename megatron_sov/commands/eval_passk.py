@@ -23,8 +23,9 @@ from megatron_sov.generate.engine import ENGINES, MEGATRON, TRANSFORMERS, Engine
 from megatron_sov.generate.request import Batching, Sampling, Stop
 from megatron_sov.obs.work_bar import work_bar
 from megatron_sov.outputs import behind_links
+from megatron_sov.plugins.orders import Order
 from megatron_sov.rewards import journal
-from megatron_sov.rewards.registry import BUILT_IN, Made, Order, make, order
+from megatron_sov.rewards.registry import BUILT_IN, Made, make, order
 from megatron_sov.rewards.rows import check_rows, read_rows
 from megatron_sov.rewards.running import default_workers
 from megatron_sov.rewards.scoring import score_file

@@ -18,6 +18,7 @@ from megatron_sov.generate.engine import ENGINES, MEGATRON, TRANSFORMERS, Engine
 from megatron_sov.generate.request import Batching, Sampling, Stop
 from megatron_sov.obs.work_bar import work_bar
 from megatron_sov.outputs import check_output
+from megatron_sov.plugins.orders import Order
 from megatron_sov.rewards.settings import parse_settings
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.tools.by_hand import moves_of_file, moves_of_lines, play_by_hand
@@ -27,7 +28,7 @@ from megatron_sov.tools.host import EnvironmentHost, Opening
 from megatron_sov.tools.journal import opened
 from megatron_sov.tools.limits import LIMITS, EpisodeLimits, limits_of
 from megatron_sov.tools.playing import Policy, Table, identity_of, play
-from megatron_sov.tools.registry import BUILT_IN, OWN, Order, make, order
+from megatron_sov.tools.registry import BUILT_IN, OWN, make, order
 from megatron_sov.tools.tasks import digest_of, tasks_of
 from megatron_sov.tools.transcript import page_of, summary_of, transcript_of
 

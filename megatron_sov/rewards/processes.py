@@ -22,8 +22,9 @@ from types import TracebackType
 from typing import Self
 
 from megatron_sov.errors import UserError
+from megatron_sov.plugins.orders import Order
 from megatron_sov.rewards.environment import forget_other_variables
-from megatron_sov.rewards.registry import Order, build
+from megatron_sov.rewards.registry import build
 from megatron_sov.rewards.reward import Result, Row, agreeing, judged
 
 TIME_LIMIT_S = 30.0

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_sov.errors import UserError, list_problems
-from megatron_sov.plugins.loading import Loaded, is_reference, telling
+from megatron_sov.plugins import orders
+from megatron_sov.plugins.loading import Loaded
+from megatron_sov.plugins.orders import Order
 from megatron_sov.plugins.registry import Registry
-from megatron_sov.plugins.settings import typed_settings
 from megatron_sov.plugins.signatures import check_methods
 from megatron_sov.rewards.version import settings_of, version_of
 
@@ -39,20 +38,6 @@ OWN: Registry[type[Any]] = Registry("reward", "megatron_sov.rewards", BUILT_IN, 
 
 
 @dataclass(frozen=True)
-class Order:
-    """A reward that was asked for: plain values, from which any process makes the same."""
-
-    name: str
-    """As `BUILT_IN` or an installed package has it."""
-    settings: Mapping[str, Any]
-    """As they were given."""
-    reference: str = ""
-    """FILE.py:NAME or MODULE:NAME of one that a person named; empty: it is known by name."""
-    files: Mapping[str, str] = field(default_factory=dict)
-    """File -> sha256 of what was loaded by that reference."""
-
-
-@dataclass(frozen=True)
 class Made:
     """A reward that is ready."""
 
@@ -70,14 +55,7 @@ def order(name: str, settings: Mapping[str, Any]) -> Order:
     Raises:
         UserError: there is none of that name, or its file cannot be run.
     """
-    if name in BUILT_IN:
-        return Order(name, settings)
-    if is_reference(name):
-        own = OWN.load(name)
-        code = OWN.code(own)
-        return Order(own, settings, code.reference, code.files) if code else Order(own, settings, name)
-    OWN.get(name)
-    return Order(name, settings)
+    return orders.ordered(name, settings, BUILT_IN, OWN)
 
 
 def make(asked: Order) -> Made:
@@ -87,45 +65,16 @@ def make(asked: Order) -> Made:
         UserError: a setting does not exist, has the wrong type or breaks a rule; all of them are named. Or
             its file fails, or has changed since it was ordered.
     """
-    reward, settings, files = _built(asked)
+    built = orders.build(asked, BUILT_IN, OWN)
+    reward = built.value
     if not hasattr(reward, "orders"):
-        return Made(reward, version_of(reward, settings_of(reward, settings), files))
-    orders = {name: order(*wanted) for name, wanted in reward.orders().items()}
-    parts = {name: (wanted, make(wanted)) for name, wanted in orders.items()}
+        return Made(reward, version_of(reward, settings_of(reward, built.settings), built.files))
+    wanted = {name: order(*part) for name, part in reward.orders().items()}
+    parts = {name: (part, make(part)) for name, part in wanted.items()}
     versions = {name: part.version for name, (_, part) in parts.items()}
-    return Made(reward, version_of(reward, reward.judging(versions), files), parts)
+    return Made(reward, version_of(reward, reward.judging(versions), built.files), parts)
 
 
 def build(asked: Order) -> Any:
     """Return the reward of an order without its version, for a process that judges; raises as `make` does."""
-    return _built(asked)[0]
-
-
-def _built(asked: Order) -> tuple[Any, dict[str, Any], dict[str, str] | None]:
-    """Return a reward, its settings, and the hashes of its files where it is not built in."""
-    made, files = _class(asked)
-    settings = typed_settings(made, asked.settings, f"reward {asked.name}")
-    with telling(f"reward {asked.reference or asked.name}"):
-        reward = made(**settings)
-        problems = reward.problems() if hasattr(reward, "problems") else []
-    if problems:
-        raise UserError(list_problems(f"reward {asked.name}", problems))
-    return reward, settings, files
-
-
-def _class(asked: Order) -> tuple[type[Any], dict[str, str] | None]:
-    """Return the class of a reward, and the hashes of its files where it is not built in."""
-    if asked.name in BUILT_IN:
-        module, name = BUILT_IN[asked.name]
-        return getattr(importlib.import_module(module), name), None
-    if asked.reference:
-        OWN.load(asked.reference)
-    made = OWN.get(asked.name)
-    code = OWN.code(asked.name)
-    files = code.files if code else {}
-    # a process that starts later would judge by other code under the same version
-    changed = [name for name, digest in asked.files.items() if files.get(name, digest) != digest]
-    if changed:
-        raise UserError(f"reward {asked.reference}: {changed[0]} has changed since this command began; "
-                        "run it again")
-    return made, files
+    return orders.build(asked, BUILT_IN, OWN).value

@@ -8,9 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+from megatron_sov.plugins.orders import Order
 from megatron_sov.rewards.composed import ComposedRunner
 from megatron_sov.rewards.processes import TIME_LIMIT_S, ProcessRunner
-from megatron_sov.rewards.registry import BUILT_IN, Made, Order
+from megatron_sov.rewards.registry import BUILT_IN, Made
 from megatron_sov.rewards.reward import Result, Reward, Row, judged
 
 

@@ -9,8 +9,9 @@ from itertools import islice
 from pathlib import Path
 
 from megatron_sov.digests import file_digest
+from megatron_sov.plugins.orders import Order
 from megatron_sov.rewards import journal
-from megatron_sov.rewards.registry import Made, Order
+from megatron_sov.rewards.registry import Made
 from megatron_sov.rewards.reward import Result
 from megatron_sov.rewards.rows import read_rows, written
 from megatron_sov.rewards.running import runner

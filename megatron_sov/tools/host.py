@@ -22,11 +22,12 @@ from typing import Any, Self
 
 from megatron_sov.chat.tool_calls import ToolCall
 from megatron_sov.errors import UserError, told_in_a_line
+from megatron_sov.plugins.orders import Order
 from megatron_sov.rewards.reward import Result, checked, short
 from megatron_sov.tools.environment import Environment, Observation, Task, unknown
 from megatron_sov.tools.faults import INFRASTRUCTURE, InfrastructureFault, ToolFault
 from megatron_sov.tools.limits import EpisodeLimits, cut
-from megatron_sov.tools.registry import BUILT_IN, Order, make
+from megatron_sov.tools.registry import BUILT_IN, make
 
 START_LIMIT_S = 120.0
 """For a process to import and make its environment, and for an episode to begin."""

@@ -15,13 +15,13 @@ from typing import Protocol
 
 from megatron_sov.chat.turns import TurnEncoder
 from megatron_sov.errors import UserError
+from megatron_sov.plugins.orders import Order
 from megatron_sov.rewards.reward import Result
 from megatron_sov.tools.environment import Task
 from megatron_sov.tools.episode import Episode, Written, begun, left_of, take_turn, within
 from megatron_sov.tools.host import EnvironmentHost
 from megatron_sov.tools.journal import Journal, begin_line, result_line, turn_line
 from megatron_sov.tools.limits import EpisodeLimits
-from megatron_sov.tools.registry import Order
 
 STREAMS = 1 << 16
 """Streams of random numbers that an episode has, one for each turn."""
