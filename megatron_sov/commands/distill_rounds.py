@@ -48,7 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Do the rounds that are not complete; returns what the first command gives that is not."""
-    return do_rounds(args, run_command)
+    return do_rounds(args, lambda argv: run_command(["megatron_sov", *argv],
+                                                    "continue with the same command"))
 
 
 def do_rounds(args: argparse.Namespace, command: Callable[[list[str]], int]) -> int:

@@ -8,15 +8,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 from megatron_sov.artifacts import MANIFEST, atomic_write, disk_errors, read_manifest, to_json
 from megatron_sov.config import RunConfig
@@ -26,9 +21,9 @@ from megatron_sov.generate.prompts import read_prompts
 from megatron_sov.generate.request import Sampling
 from megatron_sov.rewards.registry import make, order
 from megatron_sov.rewards.settings import parse_settings
+from megatron_sov.runs.commands import run_command
 from megatron_sov.runs.folder import COMPLETION, ROUNDS
 from megatron_sov.runs.launch_environment import num_ranks, under_launcher
-from megatron_sov.runs.parent_death import FORWARDED, die_with_parent
 from megatron_sov.train.stage_config import stage_request
 
 ASKED = "rounds.json"
@@ -89,7 +84,7 @@ def run_rounds(args: argparse.Namespace) -> int:
             if job.result.is_file():
                 continue
             print(f"round {number} of {args.rounds}: {job.argv[1]}", file=sys.stderr, flush=True)
-            if (code := run_job(job.argv)) != ExitCode.OK:
+            if (code := run_command(job.argv, "continue with --resume")) != ExitCode.OK:
                 return code
     print(f"{args.run}: has done its {args.rounds} rounds")
     return ExitCode.OK
@@ -126,30 +121,6 @@ def jobs_of(args: argparse.Namespace, config: RunConfig, number: int) -> Iterato
 def folder_of(run: Path, number: int) -> Path:
     """Return the folder of a round's files."""
     return run / ROUNDS / f"{number:02d}"
-
-
-def run_job(argv: list[str]) -> int:
-    """Run a command to its end, which a signal to this process asks for, too; returns its exit code."""
-    process = subprocess.Popen([sys.executable, "-m", *argv],
-                               preexec_fn=partial(die_with_parent, os.getpid()))
-    asked_to_stop = False
-
-    def forward(number: int, frame: Any) -> None:
-        nonlocal asked_to_stop
-        asked_to_stop = True
-        if number != signal.SIGINT:  # which a terminal sends to both
-            process.send_signal(number)
-
-    before = {number: signal.signal(number, forward) for number in FORWARDED}
-    try:
-        code = process.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if asked_to_stop:
-        print("stopped; continue with --resume", file=sys.stderr, flush=True)
-        return ExitCode.STOPPED
-    return code if code >= 0 else 128 - code
 
 
 def _run_of(args: argparse.Namespace, number: int) -> Path:

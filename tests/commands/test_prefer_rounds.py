@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_sov.cli import main
-from megatron_sov.commands.prefer_rounds import run_job
 from megatron_sov.obs.events import read_events
 
 SETTINGS = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.num_experts=4",
@@ -59,7 +56,7 @@ def killed_rounds(argv: list[str], done: str, kills: list[int]) -> list[int]:
                 os._exit(code)
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
-    def run_job(argv: list[str]) -> int:
+    def run_job(argv: list[str], go_on_by: str) -> int:
         code = forked(argv[0], argv[1:])
         with open(done, "a") as f:
             f.write(f"{argv[1]} ")
@@ -67,7 +64,7 @@ def killed_rounds(argv: list[str], done: str, kills: list[int]) -> list[int]:
             os.kill(os.getpid(), signal.SIGKILL)
         return code
 
-    prefer_rounds.run_job = run_job
+    prefer_rounds.run_command = run_job
     return [forked("megatron_sov", argv) for _ in range(len(kills) + 1)]
 
 
@@ -120,25 +117,6 @@ def test_rounds_that_are_killed_between_their_commands_do_each_of_them_once(
     assert main([*command[:-1]]) == 2 and "already holds rounds; pass --resume" in capsys.readouterr().err
     assert main([*command, "--samples", "8"]) == 2
     assert "its rounds were begun with samples = 4, now it is 8; resume with" in capsys.readouterr().err
-
-
-def test_a_command_of_a_round_ends_with_its_own_code_and_is_stopped_with_the_rounds(capfd) -> None:
-    """The commands here are Python's own."""
-    assert run_job(["timeit", "-n1", "-r1", "pass"]) == 0
-    assert run_job(["timeit", "--no-such-option"]) == 2
-    before = signal.getsignal(signal.SIGTERM)
-
-    def stop_when_it_runs() -> None:
-        while signal.getsignal(signal.SIGTERM) is before:
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    stopping = threading.Thread(target=stop_when_it_runs)
-    stopping.start()
-    assert run_job(["timeit", "-n1", "-r1", "import time; time.sleep(60)"]) == 75
-    stopping.join()
-    assert signal.getsignal(signal.SIGTERM) is before
-    assert "stopped; continue with --resume" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(("more", "said"), [

@@ -13,22 +13,32 @@ CHILD = """
 import os, signal, sys, time
 if sys.argv[-1] == "code":
     sys.exit(3)
-signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
+for number in (signal.SIGUSR1, signal.SIGINT):
+    signal.signal(number, lambda number, _: print("asked by", number, flush=True))
 time.sleep(0.3)
-os.kill(os.getppid(), signal.SIGUSR1)
-time.sleep(60)
+os.kill(os.getppid(), getattr(signal, sys.argv[-1]))
+time.sleep(0.3)
 """
 
 
-def test_its_code_is_returned_and_signals_are_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-                                                        ) -> None:
-    (tmp_path / "megatron_sov.py").write_text(CHILD)
+def test_its_code_is_returned_and_a_stop_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd
+                                                      ) -> None:
+    (tmp_path / "child.py").write_text(CHILD)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # one that came too early would end the tests
+    # one that came too early would end the tests
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGUSR1, signal.SIGINT)}
     try:
-        assert commands.run_command(["code"]) == 3
-        assert commands.run_command(["signal"]) == 75
-        assert signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN
+        assert commands.run_command(["child", "code"], "x") == 3
+        assert capfd.readouterr() == ("", "")
+        # the command ends well, and none may follow it
+        assert commands.run_command(["child", "SIGUSR1"], "continue with --resume") == 75
+        assert capfd.readouterr() == (f"asked by {int(signal.SIGUSR1)}\n",
+                                      "stopped; continue with --resume\n")
+        # a terminal has sent it to the command, too
+        assert commands.run_command(["child", "SIGINT"], "x") == 75
+        assert capfd.readouterr().out == ""
+        assert all(signal.getsignal(number) == signal.SIG_IGN for number in before)
     finally:
-        signal.signal(signal.SIGUSR1, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
