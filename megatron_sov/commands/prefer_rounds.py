@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_sov.artifacts import MANIFEST, atomic_write, disk_errors, read_manifest, to_json
+from megatron_sov.artifacts import MANIFEST, disk_errors, read_manifest
 from megatron_sov.config import RunConfig
 from megatron_sov.digests import file_digest
 from megatron_sov.errors import ExitCode, UserError
@@ -24,10 +24,9 @@ from megatron_sov.rewards.settings import parse_settings
 from megatron_sov.runs.commands import run_command
 from megatron_sov.runs.folder import COMPLETION, ROUNDS
 from megatron_sov.runs.launch_environment import num_ranks, under_launcher
+from megatron_sov.runs.rounds import ASKED, enter_rounds
 from megatron_sov.train.stage_config import stage_request
 
-ASKED = "rounds.json"
-"""What the rounds of a run were asked for; those that go on are asked for the same."""
 NEEDED = ("prompts", "reward", "tokenizer")
 
 
@@ -171,23 +170,10 @@ def _enter(args: argparse.Namespace) -> None:
              "reward_version": make(order(args.reward, parse_settings(args.reward_set))).version,
              "temperature": args.temperature, "max_new_tokens": args.max_new_tokens,
              "reference": None if args.reference is None else str(args.reference)}
-    if file.is_file():
-        if not args.resume:
-            raise UserError(f"{args.run}: already holds rounds; pass --resume to continue them, or choose "
-                            "another --run")
-        try:
-            begun = dict(json.loads(file.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as e:
-            raise UserError(f"{file}: is damaged ({e}); restore it, or choose another --run") from None
-        changed = [f"{name} = {begun.get(name)}, now it is {value}" for name, value in asked.items()
-                   if begun.get(name) != value]
-        if changed:
-            raise UserError(f"{args.run}: its rounds were begun with {'; '.join(changed)}; resume with the "
-                            "same, or choose another --run")
-        return
-    if args.run.is_dir() and any(args.run.iterdir()):
-        raise UserError(f"{args.run}: is not empty and holds no rounds; choose another --run")
+    if file.is_file() and not args.resume:
+        raise UserError(f"{args.run}: already holds rounds; pass --resume to continue them, or choose "
+                        "another --run")
+    enter_rounds(args.run, file, asked, "--run")
     with disk_errors(args.run):
         for number in range(1, args.rounds + 1):
             folder_of(args.run, number).mkdir(parents=True, exist_ok=True)
-    atomic_write(file, to_json(asked))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from megatron_sov.artifacts import read_manifest
 from megatron_sov.cli import main
 from megatron_sov.commands import distill_rounds
 from megatron_sov.data.token_shards import open_sources
+from megatron_sov.errors import UserError
 from megatron_sov.obs.events import read_events
 
 
@@ -71,6 +73,12 @@ def test_a_student_learns_from_what_it_writes(packed_data: Any, teacher: Path, t
     assert distill_rounds.do_rounds(parser.parse_args(asked), note) == 0
     assert [argv[:2] for argv in commands] == [["distill", "write"], ["distill", "tiny-solar-open"]]
     assert commands[0][2] == str(run) and commands[1][commands[1].index("--from") + 1] == str(run)
+    # what is done is of this student, and of these answers
+    for changed, text in ((("--from", str(run)), f"from = {teacher}, now it is {run}; resume with the same"),
+                          (("--temperature", "0.5"), "temperature = 1.0, now it is 0.5")):
+        with pytest.raises(UserError, match=re.escape(text)):
+            distill_rounds.do_rounds(parser.parse_args([*asked, *changed]), note)
+    assert distill_rounds.do_rounds(parser.parse_args([*asked, "--rounds", "3"]), note) == 0
 
     # beside other data, which the teacher reads once
     commands.clear()
