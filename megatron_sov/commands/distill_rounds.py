@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_sov.artifacts import MANIFEST, read_manifest
 from megatron_sov.commands.distill_write import add_sampling_arguments
-from megatron_sov.config import RunConfig, data_paths
+from megatron_sov.config import RunConfig, data_paths, layout_settings
 from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.recipes.requested import add_recipe_arguments, requested
 from megatron_sov.runs.checkpoints import refuse_missing
@@ -105,7 +105,7 @@ def _asked(args: argparse.Namespace) -> dict[str, Any]:
 def _commands(args: argparse.Namespace, config: RunConfig) -> Iterator[tuple[Path, list[str]]]:
     """Yield what exists when a command is complete, and the command, in order."""
     asked = config.distillation
-    layout = [s for s in args.settings if s.startswith(("parallel.", "train.precision="))]
+    plugins = _each("--plugin", args.plugins)
     nproc = [] if args.nproc is None else ["--nproc", str(args.nproc)]
     of_data, shares = args.output / "data.states", data_paths(args.data)
     total = sum(shares.values())
@@ -114,7 +114,7 @@ def _commands(args: argparse.Namespace, config: RunConfig) -> Iterator[tuple[Pat
         yield of_data / MANIFEST, [
             "distill", "states", str(args.teacher), *_each("--data", list(shares)), "--output", str(of_data),
             "--dtype", args.states_dtype, "--top-k", str(asked.top_k),
-            "--temperature", str(asked.temperature), *_each("--set", args.teacher_settings), *nproc]
+            "--temperature", str(asked.temperature), *_each("--set", args.teacher_settings), *plugins, *nproc]
     student = args.start_from
     for number in range(1, args.rounds + 1):
         folder = args.output / f"round-{number}"
@@ -122,10 +122,11 @@ def _commands(args: argparse.Namespace, config: RunConfig) -> Iterator[tuple[Pat
         yield answers / MANIFEST, [
             "distill", "write", str(student), *_each("--prompts", args.prompts), "--output", str(answers),
             "--max-new-tokens", str(args.max_new_tokens), "--temperature", str(args.temperature),
-            "--top-p", str(args.top_p), "--seed", str(args.seed + number), *_each("--set", layout), *nproc]
+            "--top-p", str(args.top_p), "--seed", str(args.seed + number),
+            *_each("--set", layout_settings(config)), *plugins, *nproc]
         yield trained / COMPLETION, [
             "distill", *([args.recipe] if args.recipe else ["--config", str(args.config)]),
-            *_each("--plugin", args.plugins), *_each("--set", args.settings), "--from", str(student),
+            *plugins, *_each("--set", args.settings), "--from", str(student),
             "--teacher", str(args.teacher), *_each("--teacher-set", args.teacher_settings),
             *_each("--data", [*data, f"{answers}:{args.share:.9g}"]),
             *(["--states", str(of_data)] if data else []), "--states", f"{answers}.states",

@@ -7,14 +7,13 @@ killed goes on at the first command whose result is not there.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_sov.artifacts import MANIFEST, disk_errors, read_manifest
-from megatron_sov.config import RunConfig
+from megatron_sov.config import RunConfig, layout_settings
 from megatron_sov.digests import file_digest
 from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.generate.prompts import read_prompts
@@ -94,15 +93,14 @@ def jobs_of(args: argparse.Namespace, config: RunConfig, number: int) -> Iterato
     folder, start = folder_of(args.run, number), _run_of(args, number - 1)
     responses, scored, judged, packed = (folder / name for name in (
         "responses.jsonl", "scored.jsonl", "judged", "packed"))
-    layout = [word for name, value in config.to_dict()["parallel"].items()
-              for word in ("--set", f"parallel.{name}={json.dumps(value)}")]
+    layout = [word for setting in layout_settings(config) for word in ("--set", setting)]
     layout += [word for plugin in args.plugins for word in ("--plugin", str(plugin))]
     ranks = [] if args.nproc is None else ["--nproc", str(args.nproc)]
     yield Job(responses, ["megatron_sov", "generate", str(start), "--prompts", str(args.prompts), "--chat",
                           "--samples", str(args.samples), "--temperature", str(args.temperature),
                           "--max-new-tokens", str(args.max_new_tokens),
                           "--seed", str(config.train.seed + number), "--engine", "megatron", *ranks, *layout,
-                          "--set", f"train.precision={config.train.precision}", "--output", str(responses)])
+                          "--output", str(responses)])
     yield Job(scored, ["megatron_sov", "score", "--reward", args.reward, "--input", str(responses),
                        *(word for setting in args.reward_set for word in ("--set", setting)),
                        "--output", str(scored)])

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from megatron_sov.artifacts import atomic_write, disk_errors, manifest_sha256, read_manifest, to_json
-from megatron_sov.config import RunConfig
+from megatron_sov.config import RunConfig, layout_settings
 from megatron_sov.data.token_shards import Documents, Source
 from megatron_sov.errors import UserError
 from megatron_sov.generate.load import run_forward_model
@@ -166,9 +166,8 @@ class Reference:
         """
         if self._held() == self._identity and not self._missing():
             return
-        layout = [f"parallel.{name}={value}" for name, value in config.to_dict()["parallel"].items()]
-        run_forward_model(Target(checkpoint, False), [*layout, f"train.precision={config.train.precision}"],
-                          nproc, lambda loaded: self._fill(loaded, config.train.micro_batch_size))
+        run_forward_model(Target(checkpoint, False), layout_settings(config), nproc,
+                          lambda loaded: self._fill(loaded, config.train.micro_batch_size))
 
     def _missing(self) -> list[tuple[str, int]]:
         return [(name, part) for name, parts in self._parts.items() for part in range(len(parts))

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 
 from data_prep.cli import main as sov_data
+from megatron_sov import recipes
 from megatron_sov.artifacts import read_manifest
 from megatron_sov.cli import main
 from megatron_sov.commands import distill_rounds
+from megatron_sov.config import apply_settings
 from megatron_sov.data.token_shards import open_sources
 from megatron_sov.errors import UserError
 from megatron_sov.obs.events import read_events
@@ -93,3 +95,20 @@ def test_a_student_learns_from_what_it_writes(packed_data: Any, teacher: Path, t
         f"{answers}.states"]
     assert main(["distill", "rounds", *asked, "--share", "0.5"]) == 2
     assert "--share 0.5: must lie in (0, 1], less than 1 with --data" in capsys.readouterr().err
+
+
+def test_a_student_writes_at_the_layout_of_its_training(packed_data: Any, tmp_path: Path, capsys) -> None:
+    """A recipe's own layout and precision, of which --set says nothing; and its own code, by all commands."""
+    parser = argparse.ArgumentParser()
+    distill_rounds.add_arguments(parser)
+    args = parser.parse_args(["r", "--from", "s", "--teacher", "t", "--prompts", "p", "--data",
+                              str(packed_data.chats), "--share", "0.5", "--output", str(tmp_path),
+                              "--plugin", "own.py:MINE"])
+    config = apply_settings(recipes.get("tiny-solar-open"), ["parallel.ep=2", "parallel.sp=true"])
+    commands = {argv[1]: argv for _, argv in distill_rounds._commands(args, config)}
+    assert {"parallel.ep=2", "parallel.sp=true", "train.precision=fp32"} <= set(commands["write"])
+    for argv in commands.values():
+        assert argv[argv.index("--plugin") + 1] == "own.py:MINE"
+    for command, option in (("write", "--prompts"), ("states", "--data")):
+        assert main(["distill", command, "s", option, "p", "--output", "o", "--plugin", "no.py:MINE"]) == 2
+        assert "no.py: cannot be read (No such file or directory); name a" in capsys.readouterr().err
