@@ -126,7 +126,9 @@ def _commands(args: argparse.Namespace, config: RunConfig) -> Iterator[tuple[Pat
             *_each("--set", layout_settings(config)), *plugins, *nproc]
         yield trained / COMPLETION, [
             "distill", *([args.recipe] if args.recipe else ["--config", str(args.config)]),
-            *plugins, *_each("--set", args.settings), "--from", str(student),
+            *plugins, *_each("--set", args.settings),
+            # or every round would learn from the same part of --data
+            "--set", f"train.seed={config.train.seed + number - 1}", "--from", str(student),
             "--teacher", str(args.teacher), *_each("--teacher-set", args.teacher_settings),
             *_each("--data", [*data, f"{answers}:{args.share:.9g}"]),
             *(["--states", str(of_data)] if data else []), "--states", f"{answers}.states",

@@ -111,7 +111,9 @@ def jobs_of(args: argparse.Namespace, config: RunConfig, number: int) -> Iterato
                                   "chat" if columns else "preference", *columns, "--input",
                                   f"round-{number}={judged / f'{step}.jsonl'}", "--output", str(packed)])
     run = _run_of(args, number)
-    yield Job(run / COMPLETION, ["megatron_sov", "prefer", *_training_words(args), *ranks, "--data",
+    # or every round would learn from the same part of --data
+    seed = ["--set", f"train.seed={config.train.seed + number - 1}"]
+    yield Job(run / COMPLETION, ["megatron_sov", "prefer", *_training_words(args), *seed, *ranks, "--data",
                                  str(packed), "--from", str(start), "--run", str(run), "--resume"])
 
 

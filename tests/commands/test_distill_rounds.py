@@ -89,6 +89,8 @@ def test_a_student_learns_from_what_it_writes(packed_data: Any, teacher: Path, t
     assert distill_rounds.do_rounds(parser.parse_args(beside), note) == 0
     assert [argv[:2] for argv in commands[:2]] == [["distill", "states"], ["distill", "write"]]
     assert len(commands) == 5
+    seeds = [word for words in commands for word in words if word.startswith("train.seed=")]
+    assert len(set(seeds)) == 2, "another part of the other data in each round"
     words, answers = commands[4], tmp_path / "more/round-2/answers"
     assert [words[i + 1] for i, word in enumerate(words) if word in ("--data", "--states")] == [
         f"{packed_data.chats}:0.75", f"{answers}:0.25", str(tmp_path / "more/data.states"),

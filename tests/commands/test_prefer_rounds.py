@@ -100,6 +100,9 @@ def test_rounds_that_are_killed_between_their_commands_do_each_of_them_once(
         first / "run", run))
     assert before["reference_sha256"] != after["reference_sha256"], "each round's is what it starts from"
     assert json.loads((run / "complete.json").read_text())["step"] == 2
+    seeds = [json.loads((folder / "config.json").read_text())["train"]["seed"] for folder in (
+        first / "run", run)]
+    assert seeds[1] == seeds[0] + 1, "another part of the data beside in each round"
 
     # the same reference for all rounds, as a model that is not the one which is trained
     again = ["prefer", "tiny-solar-open", "--data", str(second / "packed"), *words("train.steps=1")]
