@@ -27,6 +27,8 @@ from megatron_sov.runs.rounds import ASKED, enter_rounds
 from megatron_sov.train.stage_config import stage_request
 
 NEEDED = ("prompts", "reward", "tokenizer")
+FRAMED = ("tools", "chat_template_kwargs")
+"""Fields of a prompt with which `sov-data pack` would frame answers otherwise than they were asked for."""
 
 
 def add_round_arguments(parser: argparse.ArgumentParser) -> None:
@@ -151,7 +153,10 @@ def _checked(args: argparse.Namespace) -> RunConfig:
         raise UserError(f"--temperature {args.temperature}: must be greater than 0, or all answers are "
                         "the same")
     Sampling(args.max_new_tokens, args.temperature).check()
-    read_prompts([], args.prompts)
+    for prompt in read_prompts([], args.prompts):
+        if framed := [name for name in FRAMED if prompt.record.get(name)]:
+            raise UserError(f"--prompts {args.prompts}: prompt {prompt.text[:40]!r} has {framed[0]!r}, and "
+                            "rounds ask each prompt as a user's message alone; leave it out")
     make(order(args.reward, parse_settings(args.reward_set)))
     read_manifest(args.tokenizer, "tokenizer")
     # which stands for the data that are still to be made: they are asked for, and not read yet

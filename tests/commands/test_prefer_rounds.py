@@ -138,6 +138,14 @@ def test_what_is_wrong_is_said_before_the_first_round(more: tuple[str, ...], sai
     assert said in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
+def test_a_prompt_is_learned_as_it_was_asked(tmp_path: Path, capsys) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "b", "tools": []}\n{"prompt": "a", "tools": [{}]}')
+    assert main(["prefer", "tiny-solar-open", "--from", "none", "--run", str(tmp_path / "run"), "--rounds",
+                 "2", "--prompts", str(tmp_path / "prompts.jsonl"), "--reward", "length", "--tokenizer",
+                 "t"]) == 2
+    assert "prompt 'a' has 'tools', and rounds ask each prompt as a user" in capsys.readouterr().err
+
+
 def test_what_rounds_are_given_goes_with_rounds(tmp_path: Path, capsys) -> None:
     assert main(["prefer", "tiny-solar-open", "--from", "none", "--run", str(tmp_path / "run"), "--data", "d",
                  "--reward", "length"]) == 2
