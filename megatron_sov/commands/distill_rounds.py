@@ -88,6 +88,11 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--data {', '.join(args.data)}: at least one weight must be positive")
     for path, name in ((args.start_from, "--from "), (args.teacher, "--teacher ")):
         refuse_missing(path, name)
+    for prompts in data_paths(args.prompts):  # else it would be told behind the teacher's reading of --data
+        for source in read_manifest(prompts, "tokens").content["sources"]:
+            if source["format"] != "prompt":
+                raise UserError(f"--prompts {prompts}: source {source['name']!r} holds data of format "
+                                f"{source['format']!r}; pack prompts with `sov-data pack --format prompt`")
 
 
 def _asked(args: argparse.Namespace) -> dict[str, Any]:
