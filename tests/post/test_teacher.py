@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,7 @@ def test_a_full_disk_is_said_by_whichever_process_meets_it(tmp_path: Path, monke
     def full(file: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(teaching.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match=r"0000-train-0\.bin: no space left on the device; free some space"):
         teaching._write(tmp_path / "0000-train-0.bin", [torch.zeros(2, 4)])
 
