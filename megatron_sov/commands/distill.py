@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_sov.artifacts import MANIFEST
-from megatron_sov.config import RunConfig
+from megatron_sov.config import DistillationConfig, RunConfig
 from megatron_sov.errors import UserError
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.launch_environment import is_first
@@ -17,6 +17,7 @@ from megatron_sov.train.stage_config import add_stage_arguments, parse_stage
 if TYPE_CHECKING:
     from megatron_sov.data.token_shards import Source
     from megatron_sov.generate.target import Target
+    from megatron_sov.post.state_files import StateFiles
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.gate import GateView
 
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
                            config.model.vocab_size)
 
     if folder.completion() is None:
-        _make_states(args, config, folder, states)
+        _make_states(args, config, folder, states, sources)
         teacher()  # what does not belong together is told before processes start
 
     def before(view: GateView) -> None:
@@ -88,14 +89,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _make_states(args: argparse.Namespace, config: RunConfig, folder: RunFolder, states: list[Path]) -> None:
+def _make_states(args: argparse.Namespace, config: RunConfig, folder: RunFolder, states: list[Path],
+                 sources: list[Source]) -> None:
     """Have the teacher read the data that it has not read, and check that it was this one which has.
 
     Raises:
         UserError: it knows other tokens, another one has read them, or several folders are not there.
     """
     from megatron_sov.generate.target import find_target
-    from megatron_sov.post.state_files import Kept
+    from megatron_sov.post.state_files import Kept, StateFiles
     from megatron_sov.post.teacher import Reading, read_documents
 
     target = find_target(args.teacher)
@@ -111,11 +113,25 @@ def _make_states(args: argparse.Namespace, config: RunConfig, folder: RunFolder,
         _refuse_other_teacher(args.teacher, target, made)
     data = _not_read(config.data.paths, made)
     if missing and data:
-        folder.enter(config, args.resume)  # what is wrong there is told before hours of reading
+        # what is wrong is told before hours of reading
+        folder.enter(config, args.resume)
         asked = config.distillation
+        for path in made:
+            _refuse_beside(args, asked, StateFiles(path, sources), config.model.vocab_size)
         kept = (Kept(top_k=asked.top_k, temperature=asked.temperature) if asked.top_k
                 else Kept(args.states_dtype))
         read_documents(Reading(target, data, kept=kept), missing[0], args.teacher_settings, args.nproc)
+
+
+def _refuse_beside(args: argparse.Namespace, asked: DistillationConfig, made: StateFiles, vocab_size: int
+                   ) -> None:
+    """Raise `UserError` where a folder cannot be learned from together with one that is still to be made."""
+    from megatron_sov.post.parts.kept_teacher import refuse_other_kept
+
+    refuse_other_kept(made, asked, vocab_size)
+    if not asked.top_k and made.kept.dtype != args.states_dtype:
+        raise UserError(f"--states-dtype {args.states_dtype}: {made.folder} is in {made.kept.dtype}, and all "
+                        f"folders of a run are in one; pass --states-dtype {made.kept.dtype}")
 
 
 def _refuse_other_teacher(named: Path, target: Target, made: list[Path]) -> None:

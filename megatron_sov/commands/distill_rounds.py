@@ -9,16 +9,18 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-from megatron_sov.artifacts import MANIFEST
+from megatron_sov.artifacts import MANIFEST, read_manifest
 from megatron_sov.commands.distill_write import add_sampling_arguments
-from megatron_sov.config import data_paths
+from megatron_sov.config import RunConfig, data_paths, layout_settings
 from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.recipes.requested import add_recipe_arguments, requested
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.commands import run_command
 from megatron_sov.runs.folder import COMPLETION
 from megatron_sov.runs.launch_environment import under_launcher
+from megatron_sov.runs.rounds import ASKED, enter_rounds
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Do the rounds that are not complete; returns what the first command gives that is not."""
-    return do_rounds(args, lambda argv: run_command(["megatron_sov", *argv]))
+    return do_rounds(args, lambda argv: run_command(["megatron_sov", *argv],
+                                                    "continue with the same command"))
 
 
 def do_rounds(args: argparse.Namespace, command: Callable[[list[str]], int]) -> int:
@@ -62,7 +65,9 @@ def do_rounds(args: argparse.Namespace, command: Callable[[list[str]], int]) -> 
         UserError: the arguments cannot be used.
     """
     _check(args)
-    for done, argv in _commands(args):
+    config = requested(args).config()
+    enter_rounds(args.output, args.output / ASKED, _asked(args), "--output")
+    for done, argv in _commands(args, config):
         if not done.is_file() and (code := command(argv)):
             return code
     print(f"{args.output}: {args.rounds} rounds are complete, the student is "
@@ -79,14 +84,33 @@ def _check(args: argparse.Namespace) -> None:
     if not 0 < args.share <= 1 or (args.share < 1) != bool(args.data):
         raise UserError(f"--share {args.share}: must lie in (0, 1], less than 1 with --data for the rest and "
                         f"1 without; --data is {', '.join(args.data) or 'left out'}")
+    if args.data and not sum(data_paths(args.data).values()):
+        raise UserError(f"--data {', '.join(args.data)}: at least one weight must be positive")
     for path, name in ((args.start_from, "--from "), (args.teacher, "--teacher ")):
         refuse_missing(path, name)
+    for prompts in data_paths(args.prompts):  # else it would be told behind the teacher's reading of --data
+        for source in read_manifest(prompts, "tokens").content["sources"]:
+            if source["format"] != "prompt":
+                raise UserError(f"--prompts {prompts}: source {source['name']!r} holds data of format "
+                                f"{source['format']!r}; pack prompts with `sov-data pack --format prompt`")
 
 
-def _commands(args: argparse.Namespace) -> Iterator[tuple[Path, list[str]]]:
+def _asked(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what decides rounds that are complete, so that others cannot go on behind them; how many there
+    will be, and how they are trained, may change."""
+    def of(paths: dict[str, float]) -> dict[str, float]:
+        return {read_manifest(path, "tokens").sha256 or path: weight for path, weight in paths.items()}
+
+    return {"from": str(args.start_from), "teacher": str(args.teacher),
+            "prompts": of(data_paths(args.prompts)), "data": of(data_paths(args.data)), "share": args.share,
+            "max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_p": args.top_p,
+            "seed": args.seed, "states_dtype": args.states_dtype}
+
+
+def _commands(args: argparse.Namespace, config: RunConfig) -> Iterator[tuple[Path, list[str]]]:
     """Yield what exists when a command is complete, and the command, in order."""
-    asked = requested(args).config().distillation
-    layout = [s for s in args.settings if s.startswith(("parallel.", "train.precision="))]
+    asked = config.distillation
+    plugins = _each("--plugin", args.plugins)
     nproc = [] if args.nproc is None else ["--nproc", str(args.nproc)]
     of_data, shares = args.output / "data.states", data_paths(args.data)
     total = sum(shares.values())
@@ -95,7 +119,7 @@ def _commands(args: argparse.Namespace) -> Iterator[tuple[Path, list[str]]]:
         yield of_data / MANIFEST, [
             "distill", "states", str(args.teacher), *_each("--data", list(shares)), "--output", str(of_data),
             "--dtype", args.states_dtype, "--top-k", str(asked.top_k),
-            "--temperature", str(asked.temperature), *_each("--set", args.teacher_settings), *nproc]
+            "--temperature", str(asked.temperature), *_each("--set", args.teacher_settings), *plugins, *nproc]
     student = args.start_from
     for number in range(1, args.rounds + 1):
         folder = args.output / f"round-{number}"
@@ -103,10 +127,13 @@ def _commands(args: argparse.Namespace) -> Iterator[tuple[Path, list[str]]]:
         yield answers / MANIFEST, [
             "distill", "write", str(student), *_each("--prompts", args.prompts), "--output", str(answers),
             "--max-new-tokens", str(args.max_new_tokens), "--temperature", str(args.temperature),
-            "--top-p", str(args.top_p), "--seed", str(args.seed + number), *_each("--set", layout), *nproc]
+            "--top-p", str(args.top_p), "--seed", str(args.seed + number),
+            *_each("--set", layout_settings(config)), *plugins, *nproc]
         yield trained / COMPLETION, [
             "distill", *([args.recipe] if args.recipe else ["--config", str(args.config)]),
-            *_each("--plugin", args.plugins), *_each("--set", args.settings), "--from", str(student),
+            *plugins, *_each("--set", args.settings),
+            # or every round would learn from the same part of --data
+            "--set", f"train.seed={config.train.seed + number - 1}", "--from", str(student),
             "--teacher", str(args.teacher), *_each("--teacher-set", args.teacher_settings),
             *_each("--data", [*data, f"{answers}:{args.share:.9g}"]),
             *(["--states", str(of_data)] if data else []), "--states", f"{answers}.states",

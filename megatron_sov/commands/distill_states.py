@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_sov.commands.eval import with_ranks
 from megatron_sov.config import data_paths
 from megatron_sov.errors import ExitCode
+from megatron_sov.recipes.requested import add_plugin_argument, load_plugins
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.launch_environment import is_first
 
@@ -29,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="--top-k: what the logits are divided by (default %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace an artifact that is already there")
     with_ranks(parser)
+    add_plugin_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -37,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: the data do not belong to the teacher, or cannot be read.
     """
+    load_plugins(args.plugins)
     refuse_missing(args.teacher)
     from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 

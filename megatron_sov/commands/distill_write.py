@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_sov.commands.eval import with_ranks
 from megatron_sov.config import data_paths
 from megatron_sov.errors import ExitCode
+from megatron_sov.recipes.requested import add_plugin_argument, load_plugins
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.launch_environment import is_first
 
@@ -24,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true",
                         help="replace token shards that are already there")
     with_ranks(parser)
+    add_plugin_argument(parser)
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: the prompts do not belong to the student, or cannot be read.
     """
+    load_plugins(args.plugins)
     refuse_missing(args.student)
     from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 

@@ -7,14 +7,13 @@ killed goes on at the first command whose result is not there.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_sov.artifacts import MANIFEST, atomic_write, disk_errors, read_manifest, to_json
-from megatron_sov.config import RunConfig
+from megatron_sov.artifacts import MANIFEST, disk_errors, read_manifest
+from megatron_sov.config import RunConfig, layout_settings
 from megatron_sov.digests import file_digest
 from megatron_sov.errors import ExitCode, UserError
 from megatron_sov.generate.prompts import read_prompts
@@ -24,11 +23,12 @@ from megatron_sov.rewards.settings import parse_settings
 from megatron_sov.runs.commands import run_command
 from megatron_sov.runs.folder import COMPLETION, ROUNDS
 from megatron_sov.runs.launch_environment import num_ranks, under_launcher
+from megatron_sov.runs.rounds import ASKED, enter_rounds
 from megatron_sov.train.stage_config import stage_request
 
-ASKED = "rounds.json"
-"""What the rounds of a run were asked for; those that go on are asked for the same."""
 NEEDED = ("prompts", "reward", "tokenizer")
+FRAMED = ("tools", "chat_template_kwargs")
+"""Fields of a prompt with which `sov-data pack` would frame answers otherwise than they were asked for."""
 
 
 def add_round_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,7 +84,7 @@ def run_rounds(args: argparse.Namespace) -> int:
             if job.result.is_file():
                 continue
             print(f"round {number} of {args.rounds}: {job.argv[1]}", file=sys.stderr, flush=True)
-            if (code := run_command(job.argv)) != ExitCode.OK:
+            if (code := run_command(job.argv, "continue with --resume")) != ExitCode.OK:
                 return code
     print(f"{args.run}: has done its {args.rounds} rounds")
     return ExitCode.OK
@@ -95,15 +95,14 @@ def jobs_of(args: argparse.Namespace, config: RunConfig, number: int) -> Iterato
     folder, start = folder_of(args.run, number), _run_of(args, number - 1)
     responses, scored, judged, packed = (folder / name for name in (
         "responses.jsonl", "scored.jsonl", "judged", "packed"))
-    layout = [word for name, value in config.to_dict()["parallel"].items()
-              for word in ("--set", f"parallel.{name}={json.dumps(value)}")]
+    layout = [word for setting in layout_settings(config) for word in ("--set", setting)]
     layout += [word for plugin in args.plugins for word in ("--plugin", str(plugin))]
     ranks = [] if args.nproc is None else ["--nproc", str(args.nproc)]
     yield Job(responses, ["megatron_sov", "generate", str(start), "--prompts", str(args.prompts), "--chat",
                           "--samples", str(args.samples), "--temperature", str(args.temperature),
                           "--max-new-tokens", str(args.max_new_tokens),
                           "--seed", str(config.train.seed + number), "--engine", "megatron", *ranks, *layout,
-                          "--set", f"train.precision={config.train.precision}", "--output", str(responses)])
+                          "--output", str(responses)])
     yield Job(scored, ["megatron_sov", "score", "--reward", args.reward, "--input", str(responses),
                        *(word for setting in args.reward_set for word in ("--set", setting)),
                        "--output", str(scored)])
@@ -114,7 +113,9 @@ def jobs_of(args: argparse.Namespace, config: RunConfig, number: int) -> Iterato
                                   "chat" if columns else "preference", *columns, "--input",
                                   f"round-{number}={judged / f'{step}.jsonl'}", "--output", str(packed)])
     run = _run_of(args, number)
-    yield Job(run / COMPLETION, ["megatron_sov", "prefer", *_training_words(args), *ranks, "--data",
+    # or every round would learn from the same part of --data
+    seed = ["--set", f"train.seed={config.train.seed + number - 1}"]
+    yield Job(run / COMPLETION, ["megatron_sov", "prefer", *_training_words(args), *seed, *ranks, "--data",
                                  str(packed), "--from", str(start), "--run", str(run), "--resume"])
 
 
@@ -152,7 +153,10 @@ def _checked(args: argparse.Namespace) -> RunConfig:
         raise UserError(f"--temperature {args.temperature}: must be greater than 0, or all answers are "
                         "the same")
     Sampling(args.max_new_tokens, args.temperature).check()
-    read_prompts([], args.prompts)
+    for prompt in read_prompts([], args.prompts):
+        if framed := [name for name in FRAMED if prompt.record.get(name)]:
+            raise UserError(f"--prompts {args.prompts}: prompt {prompt.text[:40]!r} has {framed[0]!r}, and "
+                            "rounds ask each prompt as a user's message alone; leave it out")
     make(order(args.reward, parse_settings(args.reward_set)))
     read_manifest(args.tokenizer, "tokenizer")
     # which stands for the data that are still to be made: they are asked for, and not read yet
@@ -171,23 +175,10 @@ def _enter(args: argparse.Namespace) -> None:
              "reward_version": make(order(args.reward, parse_settings(args.reward_set))).version,
              "temperature": args.temperature, "max_new_tokens": args.max_new_tokens,
              "reference": None if args.reference is None else str(args.reference)}
-    if file.is_file():
-        if not args.resume:
-            raise UserError(f"{args.run}: already holds rounds; pass --resume to continue them, or choose "
-                            "another --run")
-        try:
-            begun = dict(json.loads(file.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as e:
-            raise UserError(f"{file}: is damaged ({e}); restore it, or choose another --run") from None
-        changed = [f"{name} = {begun.get(name)}, now it is {value}" for name, value in asked.items()
-                   if begun.get(name) != value]
-        if changed:
-            raise UserError(f"{args.run}: its rounds were begun with {'; '.join(changed)}; resume with the "
-                            "same, or choose another --run")
-        return
-    if args.run.is_dir() and any(args.run.iterdir()):
-        raise UserError(f"{args.run}: is not empty and holds no rounds; choose another --run")
+    if file.is_file() and not args.resume:
+        raise UserError(f"{args.run}: already holds rounds; pass --resume to continue them, or choose "
+                        "another --run")
+    enter_rounds(args.run, file, asked, "--run")
     with disk_errors(args.run):
         for number in range(1, args.rounds + 1):
             folder_of(args.run, number).mkdir(parents=True, exist_ok=True)
-    atomic_write(file, to_json(asked))

@@ -82,6 +82,13 @@ def apply_settings(config: RunConfig, settings: list[str]) -> RunConfig:
     return from_dict(raw)
 
 
+def layout_settings(config: RunConfig) -> list[str]:
+    """Return the `key=value` settings with which a model is run at a config's layout and precision."""
+    layout = config.to_dict()["parallel"].items()
+    return [*(f"parallel.{name}={json.dumps(value)}" for name, value in layout),
+            f"train.precision={config.train.precision}"]
+
+
 def _parse(text: str, setting: str) -> Any:
     try:
         return json.loads(text)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from megatron_sov.artifacts import atomic_write, disk_errors, manifest_sha256, read_manifest, to_json
-from megatron_sov.config import RunConfig
+from megatron_sov.config import RunConfig, layout_settings
 from megatron_sov.data.token_shards import Documents, Source
 from megatron_sov.errors import UserError
 from megatron_sov.generate.load import run_forward_model
@@ -162,13 +162,23 @@ class Reference:
             nproc: local processes.
 
         Raises:
-            UserError: the folder holds another reference, or the disk is full.
+            UserError: the folder holds another reference, a document is too long for it, or the disk is full.
         """
         if self._held() == self._identity and not self._missing():
             return
-        layout = [f"parallel.{name}={value}" for name, value in config.to_dict()["parallel"].items()]
-        run_forward_model(Target(checkpoint, False), [*layout, f"train.precision={config.train.precision}"],
-                          nproc, lambda loaded: self._fill(loaded, config.train.micro_batch_size))
+        target = Target(checkpoint, False)
+        self._refuse_too_long(target)
+        run_forward_model(target, layout_settings(config), nproc,
+                          lambda loaded: self._fill(loaded, config.train.micro_batch_size))
+
+    def _refuse_too_long(self, target: Target) -> None:
+        for name, parts in self._parts.items():
+            lengths = parts.documents.lengths
+            longest = min(int(np.asarray(lengths[np.arange(len(lengths))]).max(initial=0)), self._max_tokens)
+            if longest > target.max_tokens:
+                raise UserError(f"--reference {target.path}: reads {target.max_tokens} tokens at most, and "
+                                f"source {name!r} has samples of {longest}; name another model, or make "
+                                "samples shorter (data.phases)")
 
     def _missing(self) -> list[tuple[str, int]]:
         return [(name, part) for name, parts in self._parts.items() for part in range(len(parts))

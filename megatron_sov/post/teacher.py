@@ -21,7 +21,14 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_sov import convert
-from megatron_sov.artifacts import FileRecord, fsync_path, read_manifest, refuse_existing, to_json
+from megatron_sov.artifacts import (
+    FileRecord,
+    disk_errors,
+    fsync_path,
+    read_manifest,
+    refuse_existing,
+    to_json,
+)
 from megatron_sov.convert.resume import ResumableArtifact, resumable_artifact
 from megatron_sov.data.token_shards import Source, open_sources, provenance, tokenizer_folder
 from megatron_sov.data.vocabulary import refuse_other_tokens
@@ -213,12 +220,14 @@ def _read_parts(loaded: Loaded, sources: list[Source], parts: Sequence[Part], fo
 
 
 def _write(file: Path, states: list[torch.Tensor]) -> None:
-    """Write rows of what is kept, so that the file is there whole or not at all."""
+    """Write rows of what is kept, so that the file is there whole or not at all; `UserError` where the disk
+    is full."""
     temporary = file.with_name(f".{file.name}.tmp")
-    with open(temporary, "wb") as f:
-        for row in states:
-            f.write(row.contiguous().view(torch.uint8).numpy().data)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, file)
-    fsync_path(file.parent)
+    with disk_errors(file):
+        with open(temporary, "wb") as f:
+            for row in states:
+                f.write(row.contiguous().view(torch.uint8).numpy().data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, file)
+        fsync_path(file.parent)

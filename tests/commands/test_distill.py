@@ -55,12 +55,15 @@ def test_a_student_learns_from_a_teacher(packed_data: Any, teacher: Path, tiny: 
     assert (content["top_k"], content["temperature"]) == (8, 2.0)
     assert steps_of(top)[1][1]["kl"] > 0
 
+    beside = (*states, "--data", str(packed_data.text), "--states", str(tmp_path / "never"))
     for more, text in (
             (("--teacher", str(teacher / "checkpoints/step-1"), "--states", f"{whole}.states"),
              "step-1 is another model; name another --states folder"),
             ((*states, "--top-k", "4"), "asks for the 4 most probable tokens"),
+            ((*beside, "--states-dtype", "float32"), "whole.states is in bfloat16, and all folders of a run"),
+            ((*beside, "--top-k", "4"), "asks for the 4 most probable tokens"),
             ((*states, "--set", "model.vocab_size=400"), "has 368 token ids, the student model.vocab_size"),
             ((*states, "--set", 'data.phases.0.blend={"chat@40": 1}'), "reads the sources as they")):
         assert main(command(tmp_path / "no", *more)) == 2
         assert text in capsys.readouterr().err
-    assert not (tmp_path / "no").exists()
+    assert not (tmp_path / "no").exists() and not (tmp_path / "never").exists()

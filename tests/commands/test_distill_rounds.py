@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ import numpy as np
 import pytest
 
 from data_prep.cli import main as sov_data
+from megatron_sov import recipes
 from megatron_sov.artifacts import read_manifest
 from megatron_sov.cli import main
 from megatron_sov.commands import distill_rounds
+from megatron_sov.config import apply_settings
 from megatron_sov.data.token_shards import open_sources
+from megatron_sov.errors import UserError
 from megatron_sov.obs.events import read_events
 
 
@@ -71,6 +75,12 @@ def test_a_student_learns_from_what_it_writes(packed_data: Any, teacher: Path, t
     assert distill_rounds.do_rounds(parser.parse_args(asked), note) == 0
     assert [argv[:2] for argv in commands] == [["distill", "write"], ["distill", "tiny-solar-open"]]
     assert commands[0][2] == str(run) and commands[1][commands[1].index("--from") + 1] == str(run)
+    # what is done is of this student, and of these answers
+    for changed, text in ((("--from", str(run)), f"from = {teacher}, now it is {run}; resume with the same"),
+                          (("--temperature", "0.5"), "temperature = 1.0, now it is 0.5")):
+        with pytest.raises(UserError, match=re.escape(text)):
+            distill_rounds.do_rounds(parser.parse_args([*asked, *changed]), note)
+    assert distill_rounds.do_rounds(parser.parse_args([*asked, "--rounds", "3"]), note) == 0
 
     # beside other data, which the teacher reads once
     commands.clear()
@@ -79,9 +89,32 @@ def test_a_student_learns_from_what_it_writes(packed_data: Any, teacher: Path, t
     assert distill_rounds.do_rounds(parser.parse_args(beside), note) == 0
     assert [argv[:2] for argv in commands[:2]] == [["distill", "states"], ["distill", "write"]]
     assert len(commands) == 5
+    seeds = [word for words in commands for word in words if word.startswith("train.seed=")]
+    assert len(set(seeds)) == 2, "another part of the other data in each round"
     words, answers = commands[4], tmp_path / "more/round-2/answers"
     assert [words[i + 1] for i, word in enumerate(words) if word in ("--data", "--states")] == [
         f"{packed_data.chats}:0.75", f"{answers}:0.25", str(tmp_path / "more/data.states"),
         f"{answers}.states"]
     assert main(["distill", "rounds", *asked, "--share", "0.5"]) == 2
     assert "--share 0.5: must lie in (0, 1], less than 1 with --data" in capsys.readouterr().err
+    assert main(["distill", "rounds", *beside, "--prompts", str(packed_data.chats)]) == 2
+    assert "source 'chat' holds data of format 'chat'; pack prompts with" in capsys.readouterr().err
+    assert main(["distill", "rounds", *asked, "--share", "0.5", "--data", f"{packed_data.chats}:0"]) == 2
+    assert "chats:0: at least one weight must be positive" in capsys.readouterr().err
+
+
+def test_a_student_writes_at_the_layout_of_its_training(packed_data: Any, tmp_path: Path, capsys) -> None:
+    """A recipe's own layout and precision, of which --set says nothing; and its own code, by all commands."""
+    parser = argparse.ArgumentParser()
+    distill_rounds.add_arguments(parser)
+    args = parser.parse_args(["r", "--from", "s", "--teacher", "t", "--prompts", "p", "--data",
+                              str(packed_data.chats), "--share", "0.5", "--output", str(tmp_path),
+                              "--plugin", "own.py:MINE"])
+    config = apply_settings(recipes.get("tiny-solar-open"), ["parallel.ep=2", "parallel.sp=true"])
+    commands = {argv[1]: argv for _, argv in distill_rounds._commands(args, config)}
+    assert {"parallel.ep=2", "parallel.sp=true", "train.precision=fp32"} <= set(commands["write"])
+    for argv in commands.values():
+        assert argv[argv.index("--plugin") + 1] == "own.py:MINE"
+    for command, option in (("write", "--prompts"), ("states", "--data")):
+        assert main(["distill", command, "s", option, "p", "--output", "o", "--plugin", "no.py:MINE"]) == 2
+        assert "no.py: cannot be read (No such file or directory); name a" in capsys.readouterr().err

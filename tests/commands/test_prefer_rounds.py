@@ -56,7 +56,7 @@ def killed_rounds(argv: list[str], done: str, kills: list[int]) -> list[int]:
                 os._exit(code)
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
-    def run_command(argv: list[str]) -> int:
+    def run_job(argv: list[str], go_on_by: str) -> int:
         code = forked(argv[0], argv[1:])
         with open(done, "a") as f:
             f.write(f"{argv[1]} ")
@@ -64,7 +64,7 @@ def killed_rounds(argv: list[str], done: str, kills: list[int]) -> list[int]:
             os.kill(os.getpid(), signal.SIGKILL)
         return code
 
-    prefer_rounds.run_command = run_command
+    prefer_rounds.run_command = run_job
     return [forked("megatron_sov", argv) for _ in range(len(kills) + 1)]
 
 
@@ -100,6 +100,9 @@ def test_rounds_that_are_killed_between_their_commands_do_each_of_them_once(
         first / "run", run))
     assert before["reference_sha256"] != after["reference_sha256"], "each round's is what it starts from"
     assert json.loads((run / "complete.json").read_text())["step"] == 2
+    seeds = [json.loads((folder / "config.json").read_text())["train"]["seed"] for folder in (
+        first / "run", run)]
+    assert seeds[1] == seeds[0] + 1, "another part of the data beside in each round"
 
     # the same reference for all rounds, as a model that is not the one which is trained
     again = ["prefer", "tiny-solar-open", "--data", str(second / "packed"), *words("train.steps=1")]
@@ -133,6 +136,14 @@ def test_what_is_wrong_is_said_before_the_first_round(more: tuple[str, ...], sai
     assert main(["prefer", "tiny-solar-open", "--from", "none", "--run", str(tmp_path / "run"), "--rounds",
                  "2", *given]) == 2
     assert said in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_a_prompt_is_learned_as_it_was_asked(tmp_path: Path, capsys) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "b", "tools": []}\n{"prompt": "a", "tools": [{}]}')
+    assert main(["prefer", "tiny-solar-open", "--from", "none", "--run", str(tmp_path / "run"), "--rounds",
+                 "2", "--prompts", str(tmp_path / "prompts.jsonl"), "--reward", "length", "--tokenizer",
+                 "t"]) == 2
+    assert "prompt 'a' has 'tools', and rounds ask each prompt as a user" in capsys.readouterr().err
 
 
 def test_what_rounds_are_given_goes_with_rounds(tmp_path: Path, capsys) -> None:

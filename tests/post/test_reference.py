@@ -6,10 +6,12 @@ import os
 import signal
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from megatron_sov import recipes
 from megatron_sov.artifacts import new_artifact, read_manifest
 from megatron_sov.data.columns import NeededColumn, refuse_without_columns
 from megatron_sov.data.token_shards import Source, open_sources
@@ -67,6 +69,20 @@ def test_a_run_goes_on_only_with_what_its_reference_has_read(pairs: Path, tmp_pa
     reference(64).refuse_changed()
     with pytest.raises(UserError, match=r"reach to token 128 of a document, and samples have 256 \(data"):
         reference(256).refuse_changed()
+
+
+def test_a_model_is_not_asked_beyond_its_context(pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+                                                 ) -> None:
+    from megatron_sov.post import reference
+
+    other = SimpleNamespace(path="other", max_tokens=16)
+    monkeypatch.setattr(reference, "Target", lambda *_: other)
+    monkeypatch.setattr(reference, "run_forward_model", lambda *_: None)
+    config = recipes.get("tiny-solar-open")
+    longest = int(max(opened(pairs)[0].shard("train").lengths))
+    with pytest.raises(UserError, match=rf"--reference other: reads 16 tokens .* has samples of {longest};"):
+        reference.Reference(tmp_path / "run", pairs, opened(pairs), 4096).make_apart(pairs, config, None)
+    reference.Reference(tmp_path / "run", pairs, opened(pairs), 16).make_apart(pairs, config, None)
 
 
 SETTINGS = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.num_experts=4",

@@ -3,7 +3,9 @@ go on after a kill, and are refused where they belong to something else."""
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -129,6 +131,16 @@ def test_a_killed_job_reads_no_part_twice(one_rank: None, imported: dict[str, Pa
     files = [part.file for together in seen for part in together]
     assert sorted(files) == sorted(p.relative_to(out).as_posix() for p in (out / "states").iterdir())
     assert len(set(files)) == len(files) > 4
+
+
+def test_a_full_disk_is_said_by_whichever_process_meets_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+                                                            ) -> None:
+    def full(file: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"0000-train-0\.bin: no space left on the device; free some space"):
+        teaching._write(tmp_path / "0000-train-0.bin", [torch.zeros(2, 4)])
 
 
 def test_another_teacher_has_another_digest(tmp_path: Path) -> None:

@@ -1,34 +1,44 @@
-"""A command in a process of its own: its exit code, and a stop that reaches it.  The commands here are
-Python's own."""
+"""A command in a process of its own: its exit code, and signals that reach it."""
 
 from __future__ import annotations
 
-import os
 import signal
-import threading
-import time
+from pathlib import Path
 
 import pytest
 
-from megatron_sov.runs.commands import run_command
+from megatron_sov.runs import commands
+
+CHILD = """
+import os, signal, sys, time
+if sys.argv[-1] == "code":
+    sys.exit(3)
+for number in (signal.SIGUSR1, signal.SIGINT):
+    signal.signal(number, lambda number, _: print("asked by", number, flush=True))
+time.sleep(0.3)
+os.kill(os.getppid(), getattr(signal, sys.argv[-1]))
+time.sleep(0.3)
+"""
 
 
-def test_a_command_ends_with_its_own_code() -> None:
-    assert run_command(["timeit", "-n1", "-r1", "pass"]) == 0
-    assert run_command(["timeit", "--no-such-option"]) == 2
-
-
-def test_a_command_is_stopped_with_the_process_that_waits_for_it(capfd: pytest.CaptureFixture[str]) -> None:
-    before = signal.getsignal(signal.SIGTERM)
-
-    def stop_when_it_runs() -> None:
-        while signal.getsignal(signal.SIGTERM) is before:
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    stopping = threading.Thread(target=stop_when_it_runs)
-    stopping.start()
-    assert run_command(["timeit", "-n1", "-r1", "import time; time.sleep(60)"]) == 75
-    stopping.join()
-    assert signal.getsignal(signal.SIGTERM) is before
-    assert "stopped; what is done is kept" in capfd.readouterr().err
+def test_its_code_is_returned_and_a_stop_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd
+                                                      ) -> None:
+    (tmp_path / "child.py").write_text(CHILD)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    # one that came too early would end the tests
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGUSR1, signal.SIGINT)}
+    try:
+        assert commands.run_command(["child", "code"], "x") == 3
+        assert capfd.readouterr() == ("", "")
+        # the command ends well, and none may follow it
+        assert commands.run_command(["child", "SIGUSR1"], "continue with --resume") == 75
+        assert capfd.readouterr() == (f"asked by {int(signal.SIGUSR1)}\n",
+                                      "stopped; continue with --resume\n")
+        # a terminal has sent it to the command, too
+        assert commands.run_command(["child", "SIGINT"], "x") == 75
+        assert capfd.readouterr().out == ""
+        assert all(signal.getsignal(number) == signal.SIG_IGN for number in before)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -36,7 +36,10 @@ class ForwardModel:
     @torch.no_grad()
     def map(self, micro_batches: Sequence[HasInputs], outputs: Outputs) -> list[Any]:
         """Run forward and return what `outputs` gave for each micro-batch (on the last
-        stage; empty elsewhere)."""
+        stage; empty elsewhere, and where there is none on any process)."""
+        if not micro_batches:
+            return []
+
         def last_stage(hidden: torch.Tensor, batch: Any) -> tuple[torch.Tensor, Any]:
             depths = split_depths(hidden, self._depths)
             return (torch.zeros((), device=hidden.device),

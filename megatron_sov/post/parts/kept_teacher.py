@@ -36,7 +36,7 @@ class KeptTeacher:
                 the folders are of several teachers.
         """
         for files in folders:
-            _check(files, asked, vocab_size)
+            refuse_other_kept(files, asked, vocab_size)
         first = folders[0]
         for files in folders[1:]:
             if (files.teacher, files.dtype) != (first.teacher, first.dtype):
@@ -98,7 +98,7 @@ class KeptTeacher:
         return weight
 
 
-def _check(files: StateFiles, asked: DistillationConfig, vocab_size: int) -> None:
+def refuse_other_kept(files: StateFiles, asked: DistillationConfig, vocab_size: int) -> None:
     """Raise `UserError` where something else of the teacher was kept, or it knows other token ids."""
     kept = files.kept
     if kept.top_k != asked.top_k:

@@ -27,6 +27,7 @@ def answers(layout: dict[str, Any]) -> dict[str, Any]:
     policy = ForwardModel(model, 3)
     row = Inputs([[5, 6, 7, 8, 9, 10, 11], [1, 2, 3, 4]], torch.device("cpu"), min_tokens=13)
     logits = policy.logits(row, row.ends)
+    assert policy.map([], lambda *_: 0) == [], "data.heldout_tokens = 0 leaves nothing to look at"
     counts = [float(m.local_tokens_per_expert.sum())
               for m in model.modules() if hasattr(m, "local_tokens_per_expert")]
     return {"logits": logits.tolist(), "ends": row.ends.tolist(), "training": model.training,

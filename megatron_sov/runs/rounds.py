@@ -1,0 +1,51 @@
+"""What the rounds of a folder were begun with: those that go on are asked for the same.  No torch here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_sov.artifacts import to_json, write_output
+from megatron_sov.errors import UserError
+
+ASKED = "rounds.json"
+
+
+def enter_rounds(folder: Path, file: Path, asked: dict[str, Any], option: str) -> None:
+    """Take note of what rounds are asked for, or check that it is what they were begun with: what is done of
+    them is not done again.  As long as nothing is done, a mended command may ask for something else.
+
+    Args:
+        folder: of the rounds.
+        file: the note, in the folder.
+        asked: JSON values.
+        option: names the folder.
+
+    Raises:
+        UserError: they were begun with something else, the note is damaged, or the folder holds files that
+            are no rounds.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{option} {folder}: is a file; choose another one")
+    if not _holds_more(folder, file):
+        write_output(file, to_json(asked))
+        return
+    if not file.is_file():
+        raise UserError(f"{folder}: is not empty and holds no rounds; choose another {option}")
+    try:
+        begun = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as e:
+        raise UserError(f"{file}: is damaged ({e}); restore it, or choose another {option}") from None
+    changed = [f"{name} = {begun.get(name)}, now it is {value}" for name, value in asked.items()
+               if begun.get(name) != value]
+    if changed:
+        raise UserError(f"{folder}: its rounds were begun with {'; '.join(changed)}; resume with the same, "
+                        f"or choose another {option}")
+
+
+def _holds_more(folder: Path, file: Path) -> bool:
+    """Return whether a folder has a file beside the note; what is hidden is not complete."""
+    return any(p.is_file() and p != file
+               and not any(part.startswith(".") for part in p.relative_to(folder).parts)
+               for p in folder.rglob("*"))

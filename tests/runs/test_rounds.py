@@ -1,0 +1,35 @@
+"""Rounds that go on are asked for what they were begun with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_sov.errors import UserError
+from megatron_sov.runs.rounds import enter_rounds
+
+
+def test_what_is_done_holds_rounds_to_what_they_were_begun_with(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    note = folder / "rounds" / "rounds.json"
+
+    def enter(samples: int) -> None:
+        enter_rounds(folder, note, {"samples": samples, "from": "base"}, "--run")
+
+    enter(4)
+    (folder / "rounds/.answers.partial").mkdir()
+    (folder / "rounds/.answers.partial/0.bin").touch()
+    enter(8)  # a mended command, before anything is done
+    (folder / "rounds/answers").touch()
+    enter(8)
+    with pytest.raises(UserError, match="run: its rounds were begun with samples = 8, now it is 4; resume"):
+        enter(4)
+    note.write_text("[1")
+    with pytest.raises(UserError, match=r"rounds.json: is damaged .* or choose another --run"):
+        enter(8)
+    note.unlink()
+    with pytest.raises(UserError, match="run: is not empty and holds no rounds; choose another --run"):
+        enter(8)
+    with pytest.raises(UserError, match=r"--run .*answers: is a file; choose another one"):
+        enter_rounds(folder / "rounds/answers", folder / "rounds/answers/rounds.json", {}, "--run")
