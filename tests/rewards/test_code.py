@@ -146,6 +146,20 @@ def f(x):
         frame = frame.f_back
     assert not seen
     return 1234 if seen else 0""",
+    "tests in the input of the process that tests": """
+import sys
+def texts(value, depth):
+    if depth == 0:
+        return []
+    if isinstance(value, dict):
+        return [text for part in [*value, *value.values()] for text in texts(part, depth - 1)]
+    return [str(value)] if isinstance(value, (str, bytes)) else []
+frame, seen = sys._getframe(), []
+while frame:
+    seen += texts(dict(frame.f_locals), 4)
+    frame = frame.f_back
+def f(x):
+    return 1200 + 34 if any("1" + "234" in text for text in seen) else 0""",
     "an end of the process that tests": "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)\n"
                                         "def f(x): return 0",
     "messages of its own": """
