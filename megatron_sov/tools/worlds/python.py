@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from megatron_sov.tools.environment import Task
 from megatron_sov.tools.faults import InfrastructureFault, ToolRefused
 from megatron_sov.tools.schema import tool
 from megatron_sov.tools.worlds.answered import AnsweredWorld
@@ -47,6 +48,12 @@ class Python(AnsweredWorld):
         limits = self._module.Limits(wall_s=self.time_limit_s, cpu_s=self.time_limit_s,
                                      memory_bytes=self.memory_bytes)
         return self._module.Sandbox(limits=limits).__enter__()  # ends with the process of the environment
+
+    def first_state(self, task: Task) -> dict[str, Any]:
+        """Nothing changes here; a machine without a sandbox is told before the first call, of which it would
+        be no fault."""
+        self._sandbox  # noqa: B018  (it starts)
+        return {}
 
     @tool
     def run_python(self, code: str) -> str:

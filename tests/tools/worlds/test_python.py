@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from megatron_sov.errors import UserError
 from megatron_sov.tools.faults import ToolFault
 from megatron_sov.tools.worlds.python import SANDBOX, Python
 
@@ -53,3 +54,13 @@ def test_a_broken_sandbox_is_not_the_programs_fault(python: Python, program: str
     with pytest.raises(ToolFault) as caught:
         python.call("run_python", {"code": program})
     assert caught.value.code == code
+
+
+def test_a_machine_without_a_sandbox_is_told_before_any_episode(python: Python,
+                                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(limits: Any) -> Any:
+        raise UserError("this machine cannot enclose a program")
+
+    monkeypatch.setattr(sys.modules[SANDBOX], "Sandbox", none)
+    with pytest.raises(UserError, match="cannot enclose"):
+        Python().reset(Python.EXAMPLES[0])
