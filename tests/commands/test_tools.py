@@ -113,6 +113,6 @@ def test_a_model_plays_and_leaves_rows_figures_and_limits(hf_models: dict[str, P
     begun = {"episode": 0, "prompt": [1], "observation": {"user": "?", "system": ""}, "tools": []}
     Path(".begun.playing/journal.jsonl").write_text(
         "".join(json.dumps(line) + "\n" for line in ({"identity": settings}, begun)))
-    (model / "chat_template.jinja").write_text(TEMPLATE + " ")
+    (model / "special_tokens_map.json").write_text(json.dumps({"bos_token": BEGIN}))
     words[words.index("out")] = "begun"
     assert main(words) == 2 and "played with another model" in capsys.readouterr().err
