@@ -8,8 +8,11 @@ is told what was wrong with it and a count of such turns can be kept.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from megatron_sov.documents.messages import BadRecord, refuse_deep
 
 BEGIN_CALL, END_CALL = "<tool_call>", "</tool_call>"
 BEGIN_THOUGHTS, END_THOUGHTS = "<think>", "</think>"
@@ -74,8 +77,9 @@ def _call(text: str, start: int) -> tuple[ToolCall | BadCall, int]:
         start += 1
     try:
         value, end = _DECODER.raw_decode(text, start)
+        refuse_deep(value)  # what is made of it goes through functions that call themselves more than JSON's
         json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
-    except (ValueError, RecursionError) as e:
+    except (ValueError, RecursionError, BadRecord) as e:
         return _no_json(text, start, e)
     while end < len(text) and text[end] in _SPACE:
         end += 1
@@ -91,7 +95,7 @@ def _no_json(text: str, start: int, error: Exception) -> tuple[BadCall, int]:
     end = text.find(END_CALL, start)
     if end < 0:
         return BadCall("unclosed", f"a tool call has no {END_CALL} and no JSON object"), len(text)
-    said = "it is nested too deep" if isinstance(error, RecursionError) else str(error)[:100]
+    said = "it is nested too deep" if isinstance(error, (RecursionError, BadRecord)) else str(error)[:100]
     return (BadCall("json", f"what stands between {BEGIN_CALL} and {END_CALL} is not one JSON object "
                             f"({said})"), end + len(END_CALL))
 
@@ -116,4 +120,11 @@ def _constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON")
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):  # it would go on as Infinity, which is no JSON
+        raise ValueError(f"{text[:40]} is more than a float holds")
+    return number
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant, parse_float=_finite)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.artifacts import new_artifact, refuse_existing, write_output
-from megatron_sov.chat.folder import read_chat_encoder
+from megatron_sov.chat.folder import chat_digests, read_chat_encoder
 from megatron_sov.chat.turns import TurnEncoder
 from megatron_sov.documents.visible import visible
 from megatron_sov.errors import UserError
@@ -160,6 +160,7 @@ def _run(args: argparse.Namespace) -> int:
     from megatron_sov.generate.load import load_tokenizer
     from megatron_sov.generate.target import find_target
     from megatron_sov.generate.turns import EnginePolicy, with_policy
+    from megatron_sov.post.teacher import weights_digest
 
     target = find_target(args.target)
     engine_name = args.engine or (TRANSFORMERS if target.is_hf else MEGATRON)
@@ -173,8 +174,9 @@ def _run(args: argparse.Namespace) -> int:
     ends = {*encoder.end_ids, *([] if eos is None else [int(eos)])}  # a turn that eos ends is no whole one
     settings = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed,
                 "engine": engine_name}
-    identity = identity_of(digest_of(tasks), version, limits,
-                           {"path": str(target.path), "step": target.step}, settings)
+    model = {"path": str(target.path), "step": target.step, "weights": weights_digest(target),
+             "chat": chat_digests(target.tokenizer_folder)}
+    identity = identity_of(digest_of(tasks), version, limits, model, settings)
     table = Table(asked, encoder, limits, args.parallel)
 
     def played(policy: Policy) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from megatron_sov.rewards.reward import OPERATION, Refused, Row, Score, short, t
 from megatron_sov.rewards.sandbox import Limits, Outcome, Program, Sandbox
 
 MAX_TESTS = 10_000
-_FENCED = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)^[ \t]*```", re.DOTALL | re.MULTILINE)
+_FENCED = re.compile(r"^[ \t]*+```[ \t]*+(\w*+)[^\n]*+\n(.*?)^[ \t]*+```", re.DOTALL | re.MULTILINE)
 _PYTHON = ("", "python", "py", "python3")
 _FUNCTION = re.compile(r"[A-Za-z_]\w*(?:\(\))?(?:\.[A-Za-z_]\w*(?:\(\))?)*", re.ASCII)
 _PATIENCE = 3
@@ -79,9 +79,10 @@ class Code:
         passed: list[bool] = []
         why, too_slow = "", False
         for test in tests:
-            outcome = self._run(Program(source, stdin=test["stdin"]))
+            expected = test["stdout"]
+            outcome = self._run(Program(source, stdin=test["stdin"]), len(expected.encode(errors="replace")))
             too_slow = too_slow or outcome.status == "timeout"
-            right = outcome.status == "ok" and _lines(outcome.stdout) == _lines(test["stdout"])
+            right = outcome.status == "ok" and _lines(outcome.stdout) == _lines(expected)
             passed.append(right)
             if not right:
                 why = why or outcome.reason or f"printed {told_short(outcome.stdout)}"
@@ -106,9 +107,12 @@ class Code:
         why = why if done else why or outcome.reason or "ended before its tests did"
         return passed, why, outcome.status == "timeout" or outcome.cpu_s >= self.test_time_s
 
-    def _run(self, program: Program) -> Outcome:
-        """Return what becomes of a program that has shown by itself what it is worth."""
-        outcome = self._sandbox().run(program, self._limits())
+    def _run(self, program: Program, expected_bytes: int = 0) -> Outcome:
+        """Return what becomes of a program that has shown by itself what it is worth; it may write as much
+        more than it should as any program may write."""
+        limits = self._limits()
+        limits = replace(limits, output_bytes=limits.output_bytes + expected_bytes)
+        outcome = self._sandbox().run(program, limits)
         if outcome.status == "infrastructure":
             raise RuntimeError(outcome.reason)
         if outcome.status == "refused":

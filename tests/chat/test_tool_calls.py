@@ -33,6 +33,8 @@ def test_whatever_json_holds_comes_back(arguments: dict) -> None:
     ('{"name": "f", "name": "g", "arguments": {}}', "json"), ("[" * 100_000, "json"),
     ('{"name": "f", "arguments": {"x": ' + "9" * 5000 + "}}", "json"),
     ('{"name": "f", "arguments": {"x": "\\ud800"}}', "json"),
+    ('{"name": "f", "arguments": {"x": 1e999}}', "json"),
+    ('{"name": "f", "arguments": {"x": ' + "[" * 700 + "]" * 700 + "}}", "json"),
     ("[]", "form"), ("1", "form"), ('{"name": "f"}', "form"), ('{"name": 1, "arguments": {}}', "form"),
     ('{"name": "f", "arguments": "{}"}', "form"), ('{"name": "f", "arguments": {}, "id": 1}', "form"),
 ])

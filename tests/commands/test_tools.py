@@ -106,3 +106,13 @@ def test_a_model_plays_and_leaves_rows_figures_and_limits(hf_models: dict[str, P
     assert manifest.content["limits"]["max_response_tokens"] == 12 and not damaged_files("out")
     assert "calculator: 2 episodes (" in out and "max_response_tokens 12" in out
     assert main(words) == 2 and "already exists" in capsys.readouterr().err
+
+    Path(".begun.playing").mkdir()  # as a killed command leaves it
+    settings = {name: value for name, value in manifest.settings.items()
+                if name not in ("environment_name", "settings")}
+    begun = {"episode": 0, "prompt": [1], "observation": {"user": "?", "system": ""}, "tools": []}
+    Path(".begun.playing/journal.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in ({"identity": settings}, begun)))
+    (model / "special_tokens_map.json").write_text(json.dumps({"bos_token": BEGIN}))
+    words[words.index("out")] = "begun"
+    assert main(words) == 2 and "played with another model" in capsys.readouterr().err

@@ -146,6 +146,34 @@ def f(x):
         frame = frame.f_back
     assert not seen
     return 1234 if seen else 0""",
+    "tests in the input of the process that tests": """
+import sys
+def texts(value, depth):
+    if depth == 0:
+        return []
+    if isinstance(value, dict):
+        return [text for part in [*value, *value.values()] for text in texts(part, depth - 1)]
+    return [str(value)] if isinstance(value, (str, bytes)) else []
+frame, seen = sys._getframe(), []
+while frame:
+    seen += texts(dict(frame.f_locals), 4)
+    frame = frame.f_back
+def f(x):
+    return 1200 + 34 if any("1" + "234" in text for text in seen) else 0""",
+    "built-in functions for the tests": """
+import sys
+frame = sys._getframe()
+while "peer" not in frame.f_locals:
+    frame = frame.f_back
+peer = frame.f_locals["peer"]
+def f(x): return 0
+built_in = {"abs": lambda x: 0, "sorted": lambda x: [1234], "all": lambda x: True, "map": map, "set": set}
+peer.send({"f": ["value", peer.encoded(f)], "__builtins__": ["value", peer.encoded(built_in)]})
+peer.serve()""",
+    "a module that tests import": """
+with open("colorsys.py", "w") as written:
+    written.write("import builtins\\nbuiltins.abs = lambda x: 0")
+def f(x): return 0""",
     "an end of the process that tests": "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)\n"
                                         "def f(x): return 0",
     "messages of its own": """
@@ -159,7 +187,7 @@ def f(x): return 0""",
 }
 EXPECTED = ["assert f(1) == 1234", "assert abs(f(1) - 1234) < 1e-6", "assert set([f(1)]) == {1234}",
             "assert sorted([f(1)]) == [1234]", "import math\nassert math.isclose(f(1), 1234)",
-            "assert f(1) in (1234,)",
+            "assert f(1) in (1234,)", "import colorsys\nassert abs(f(1) - 1234) < 1e-6",
             "assert 1234 in [f(1)]", "assert all(map(lambda x: f(x) == 1234, range(9)))"]
 
 
@@ -168,6 +196,19 @@ def test_no_solution_makes_its_own_verdict(enclosure: str, name: str) -> None:
     result = share(enclosure, CHEATS[name], EXPECTED)
     assert (result.status, result.reward) == ("scored", 0.0), result
     assert result.components["why"]
+
+
+def test_thousands_of_failures_are_a_verdict(enclosure: str) -> None:
+    complains = "def f(x):\n    raise ValueError(chr(0x1F600) * 300)"
+    result = share(enclosure, complains, ["f(1)"] * 400)
+    assert (result.status, result.reward) == ("scored", 0.0), result
+    assert "ValueError" in result.components["why"]
+
+
+def test_an_output_may_be_as_long_as_the_expected_one(enclosure: str) -> None:
+    long = {"stdin": "", "stdout": "1234567\n" * 200_000}
+    result = share(enclosure, "print('1234567\\n' * 200_000)", [long])
+    assert (result.status, result.reward) == ("scored", 1.0), result
 
 
 def test_outputs_and_calls_are_compared(enclosure: str) -> None:
@@ -231,3 +272,5 @@ def test_the_last_block_of_python_behind_the_thoughts_counts() -> None:
                 "  ```py\nb = 2\n  ```\n```sh\nls\n```")
     assert program_in(response) == "b = 2\n"
     assert program_in("print(1)") == "print(1)"
+    endless = "```" + " " * 300_000  # takes minutes where each blank is tried as the last one
+    assert program_in(endless) == endless

@@ -113,7 +113,7 @@ class Landlocked:
         """Return why a program's files are too large; empty: they are not."""
         total, entries = size_bytes(self._folder)
         if entries >= MAX_ENTRIES:
-            return f"made {MAX_ENTRIES:,} files or more"
+            return f"made {MAX_ENTRIES:,} files or more, or a folder that cannot be listed"
         most = MOST_FOLDERS_FULL * limits.file_bytes
         return f"wrote more than {most:,} bytes into files" if total > most else ""
 

@@ -14,7 +14,7 @@ import socket
 import sys
 from typing import Any
 
-from megatron_sov.rewards.sandbox.channel import receive, send
+from megatron_sov.rewards.sandbox.channel import receive, receive_apart, send
 from megatron_sov.rewards.sandbox.child import become_program
 from megatron_sov.rewards.sandbox.enclosure import Enclosure, Unavailable
 from megatron_sov.rewards.sandbox.landlocked import Landlocked
@@ -57,7 +57,8 @@ def main(channel_fd: int, root: str) -> None:
         try:
             while True:
                 request = receive(channel)
-                send(channel, dataclasses.asdict(_run(enclosure, request, channel)))
+                given = receive_apart(channel)
+                send(channel, dataclasses.asdict(_run(enclosure, request, given, channel)))
         except (EOFError, OSError, Gone):
             return
         finally:
@@ -70,8 +71,15 @@ def _enclosure(order: dict[str, Any], channel: socket.socket) -> Enclosure:
     return Landlocked(order["readable"], order["folder"])
 
 
-def _run(enclosure: Enclosure, request: dict[str, Any], channel: socket.socket) -> Outcome:
-    """Return what becomes of a program; what fails here is not its fault."""
+def _run(enclosure: Enclosure, request: dict[str, Any], given: memoryview, channel: socket.socket) -> Outcome:
+    """Return what becomes of a program; what fails here is not its fault.
+
+    Args:
+        enclosure: where it runs.
+        request: the program, which it may find in its memory.
+        given: for its standard input, which it only reads: what it forks before that never sees it.
+        channel: to whoever waits for the outcome.
+    """
     limits = Limits(**request["limits"])
     pipes = [os.pipe() for _ in range(4)]
     (stdin, feed), (stdout_read, stdout), (stderr_read, stderr), (ready_read, ready) = pipes
@@ -89,7 +97,7 @@ def _run(enclosure: Enclosure, request: dict[str, Any], channel: socket.socket) 
         os.close(fd)
     try:
         return supervise(Subject(
-            pid, Ends(feed, stdout_read, stderr_read, ready_read), request["stdin"].encode(), limits,
+            pid, Ends(feed, stdout_read, stderr_read, ready_read), given, limits,
             kill=lambda: enclosure.kill(pid), totals=enclosure.watch.totals,
             overfull=lambda: enclosure.overfull(limits), hangup=channel.fileno()))
     finally:

@@ -38,7 +38,7 @@ class Subject:
 
     pid: int
     ends: Ends
-    input: bytes
+    input: bytes | memoryview
     """For its standard input."""
     limits: Limits
     kill: Callable[[], None]

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_sov.errors import UserError
+from megatron_sov.rewards.reward import short
 from megatron_sov.tools.environment import Observation, Task
 from megatron_sov.tools.faults import InfrastructureFault, ToolFault, ToolRefused
 from megatron_sov.tools.worlds.answered import AnsweredWorld
@@ -114,9 +115,8 @@ class Mcp(AnsweredWorld):
         cursor: dict[str, Any] = {}
         while True:
             page = self._ask("tools/list", cursor)
-            found += [{"type": "function", "function": {
-                "name": tool["name"], "description": tool.get("description", ""),
-                "parameters": tool.get("inputSchema", {"type": "object"})}} for tool in page.get("tools", [])]
+            tools = page.get("tools", [])
+            found += [_described(tool) for tool in (tools if isinstance(tools, list) else [tools])]
             if not page.get("nextCursor"):
                 break
             cursor = {"cursor": page["nextCursor"]}
@@ -177,6 +177,24 @@ class Mcp(AnsweredWorld):
             raise InfrastructureFault(f"the server wrote {raw[:60]!r} where a message belongs; servers write "
                                       "logs to standard error")
         return message
+
+
+def _described(tool: Any) -> dict[str, Any]:
+    """Return a tool as OpenAI describes functions.
+
+    Raises:
+        InfrastructureFault: what the server lists is none.
+    """
+    told = tool if isinstance(tool, dict) else {}
+    name, description, schema = told.get("name"), told.get("description") or "", told.get("inputSchema", {})
+    right = [isinstance(name, str) and name, isinstance(description, str), isinstance(schema, dict)
+             and isinstance(schema.get("properties", {}), dict)
+             and isinstance(schema.get("required", []), list)]
+    if not all(right):
+        raise InfrastructureFault(f"it lists {short(repr(tool))}, which is no tool: its name and description "
+                                  "must be texts, and its inputSchema a schema of an object")
+    return {"type": "function", "function": {"name": name, "description": description,
+                                             "parameters": {"type": "object", **schema}}}
 
 
 def _end_with_parent() -> None:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from megatron_sov.rewards.sandbox import Limits, Program, Sandbox
+from megatron_sov.tools.environment import Task
 from megatron_sov.tools.faults import InfrastructureFault, ToolRefused
 from megatron_sov.tools.schema import tool
 from megatron_sov.tools.worlds.answered import AnsweredWorld
-
-SANDBOX = "megatron_sov.rewards.sandbox"
 
 
 @dataclass
@@ -32,21 +30,19 @@ class Python(AnsweredWorld):
 
     def problems(self) -> list[str]:
         """Return one sentence for every rule that these settings break."""
-        p = [f"{name} = {value} must be positive" for name, value in (
+        return [f"{name} = {value} must be positive" for name, value in (
             ("time_limit_s", self.time_limit_s), ("memory_bytes", self.memory_bytes)) if not value > 0]
-        if importlib.util.find_spec(SANDBOX) is None:
-            p.append(f"there is no sandbox ({SANDBOX}) in this installation; install a whole one")
-        return p
 
     @cached_property
-    def _module(self) -> Any:
-        return importlib.import_module(SANDBOX)
+    def _sandbox(self) -> Sandbox:
+        return Sandbox(Limits(wall_s=self.time_limit_s, cpu_s=self.time_limit_s,
+                              memory_bytes=self.memory_bytes))  # ends with the process of the environment
 
-    @cached_property
-    def _sandbox(self) -> Any:
-        limits = self._module.Limits(wall_s=self.time_limit_s, cpu_s=self.time_limit_s,
-                                     memory_bytes=self.memory_bytes)
-        return self._module.Sandbox(limits=limits).__enter__()  # ends with the process of the environment
+    def first_state(self, task: Task) -> dict[str, Any]:
+        """Nothing changes here; a machine without a sandbox is told before the first call, of which it would
+        be no fault."""
+        self._sandbox  # noqa: B018  (it starts)
+        return {}
 
     @tool
     def run_python(self, code: str) -> str:
@@ -55,7 +51,7 @@ class Python(AnsweredWorld):
         Args:
             code: the whole program.
         """
-        outcome = self._sandbox.run(self._module.Program(source=code))
+        outcome = self._sandbox.run(Program(code))
         if outcome.status == "infrastructure":
             raise InfrastructureFault(f"the sandbox failed ({outcome.reason})")
         if outcome.status == "refused":

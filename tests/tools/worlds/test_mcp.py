@@ -10,9 +10,11 @@ import pytest
 
 from megatron_sov.chat.tool_calls import ToolCall
 from megatron_sov.errors import UserError
+from megatron_sov.tools.faults import ToolFault
 from megatron_sov.tools.host import EnvironmentHost
 from megatron_sov.tools.limits import EpisodeLimits
 from megatron_sov.tools.registry import make, order
+from megatron_sov.tools.worlds.mcp import _described
 
 SERVER = [sys.executable, "-S", str(Path(__file__).with_name("scripted_mcp_server.py"))]
 TASK = {"question": "Count to two.", "answer": "2"}
@@ -54,3 +56,12 @@ def test_models_are_shown_a_part_of_it() -> None:
 def test_a_server_that_is_none_is_named(settings: dict[str, Any], told: str) -> None:
     with pytest.raises(UserError, match=told):
         server(**settings)
+
+
+@pytest.mark.parametrize("tool", [
+    None, "count", {}, {"name": ""}, {"name": 3}, {"name": "f", "description": [1]},
+    {"name": "f", "inputSchema": 1}, {"name": "f", "inputSchema": {"properties": []}},
+    {"name": "f", "inputSchema": {"required": 1}}])
+def test_a_tool_that_is_none_is_named(tool: Any) -> None:
+    with pytest.raises(ToolFault, match="which is no tool"):
+        _described(tool)

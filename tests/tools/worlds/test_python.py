@@ -5,14 +5,15 @@ The sandbox is a double here; its own tests say what it holds.
 
 from __future__ import annotations
 
-import sys
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from megatron_sov.errors import UserError
 from megatron_sov.tools.faults import ToolFault
-from megatron_sov.tools.worlds.python import SANDBOX, Python
+from megatron_sov.tools.worlds import python as world
+from megatron_sov.tools.worlds.python import Python
 
 ENDS = {"print(1)": ("ok", "1\n", "", ""), "x": ("error", "", "NameError: x\n", "exit code 1"),
         "while 1: pass": ("timeout", "so far\n", "", "took longer than 10 s"),
@@ -27,15 +28,11 @@ def python(monkeypatch: pytest.MonkeyPatch) -> Python:
         def __init__(self, limits: Any) -> None:
             assert (limits.wall_s, limits.cpu_s, limits.memory_bytes) == (10, 10, 512 << 20)
 
-        def __enter__(self) -> Double:
-            return self
-
         def run(self, program: Any) -> Any:
             status, stdout, stderr, reason = ENDS[program.source]
             return SimpleNamespace(status=status, stdout=stdout, stderr=stderr, reason=reason)
 
-    monkeypatch.setitem(sys.modules, SANDBOX, SimpleNamespace(
-        Sandbox=Double, Limits=SimpleNamespace, Program=SimpleNamespace))
+    monkeypatch.setattr(world, "Sandbox", Double)
     found = Python()
     found.reset(Python.EXAMPLES[0])
     return found
@@ -53,3 +50,12 @@ def test_a_broken_sandbox_is_not_the_programs_fault(python: Python, program: str
     with pytest.raises(ToolFault) as caught:
         python.call("run_python", {"code": program})
     assert caught.value.code == code
+
+
+def test_a_machine_without_a_sandbox_is_told_before_any_episode(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(limits: Any) -> Any:
+        raise UserError("this machine cannot enclose a program")
+
+    monkeypatch.setattr(world, "Sandbox", none)
+    with pytest.raises(UserError, match="cannot enclose"):
+        Python().reset(Python.EXAMPLES[0])
