@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import sys
 from dataclasses import asdict, dataclass
@@ -182,6 +183,7 @@ def _checked(args: argparse.Namespace) -> _Plan:
              (args.temperature or args.samples == 1,
               f"--samples {args.samples} at --temperature 0 are the same response again and again; raise the "
               "temperature, or take one sample"),
+             (math.isfinite(args.right_from), f"--right-from {args.right_from}: must be a finite number"),
              (args.workers >= 1, f"--workers {args.workers}: must be at least 1"),
              ("" not in args.stop, "--stop '': must hold at least one character")]
     problems = [said for holds, said in rules if not holds]
@@ -218,12 +220,14 @@ def _sample(plan: _Plan) -> Path:
 
     args, target, file = plan.args, plan.target, plan.sampled_file
     assert target is not None
-    if file.exists():
+    num_done = journal.num_kept(file, plan.responses)
+    if file.exists():  # asked behind the count: the first process may publish in between
         return file
     sampled = _sampled(plan)
     longest = sampled.asked.longest + args.max_new_tokens
     check_engine(plan.engine, target, longest, args.settings, args.nproc)
-    num_done = journal.num_kept(file, plan.responses)
+    if num_done == sampled.num_responses and not is_first():
+        return file  # no process has anything to ask, the first one publishes
 
     def work(engine: Engine) -> int:
         if not is_first():
