@@ -90,13 +90,17 @@ def test_a_response_without_a_reward_is_no_wrong_one(capsys: pytest.CaptureFixtu
     (["model", "--input", "sampled.jsonl", "--k", "9"], "--k 9: is more than --samples 8"),
     (["model", "--input", "sampled.jsonl", "--temperature", "0"], "the same response again and again"),
     (["model", "--input", "empty.jsonl"], "line 1: has no 'prompt'"),
+    (["model", "--input", "half.jsonl"], "has '\\ud800' at character 3, half of a surrogate pair"),
     (["--sampled", "sampled.jsonl", "--reward", "stemm"], "did you mean 'stem'?"),
 ])
 def test_mistakes_are_one_sentence(arguments: list[str], said: str,
                                    capsys: pytest.CaptureFixture[str]) -> None:
     write_sampled()
     write("empty.jsonl", [{"answer": "1"}])
+    write("half.jsonl", [{"prompt": "a \ud800", "answer": "1"}])
     Path("model").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        Path("model", name).touch()
     assert main(["eval", "passk", *JUDGE, *arguments, "--output", "out"]) == 2
     assert said in capsys.readouterr().err
     assert not Path("out").exists()
