@@ -63,7 +63,8 @@ def add_passk_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--samples", type=int, default=8, metavar="N",
                      help="responses to each prompt (default %(default)s)")
     sub.add_argument("--k", type=int, nargs="+", default=[], metavar="K",
-                     help="sizes of the draws (default 1, 2, 4, ... up to the samples)")
+                     help="sizes of the draws (default 1, 2, 4, ... up to the fewest scored samples of a "
+                          "prompt)")
     sub.add_argument("--temperature", type=float, default=1.0, metavar="T", help="default %(default)s")
     sub.add_argument("--top-k", type=int, default=0, metavar="K", help="default: all tokens")
     sub.add_argument("--top-p", type=float, default=1.0, metavar="P", help="default %(default)s")
