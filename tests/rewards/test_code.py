@@ -230,3 +230,8 @@ def test_the_last_block_of_python_behind_the_thoughts_counts() -> None:
                 "  ```py\nb = 2\n  ```\n```sh\nls\n```")
     assert program_in(response) == "b = 2\n"
     assert program_in("print(1)") == "print(1)"
+
+
+def test_the_version_tells_the_code_that_runs_programs_in_processes_of_its_own() -> None:
+    told = Code().inputs()["server"]
+    assert {f"megatron_sov.rewards.sandbox.{name}" for name in ("server", "child", "landlocked")} <= set(told)
