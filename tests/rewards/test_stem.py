@@ -58,7 +58,7 @@ def test_quantities_in_their_disguises(response: str, answer: str) -> None:
     ("\\boxed{10**10**10}", "3"), ("\\boxed{3 Tm^99}", "3 m"), ("\\boxed{3 fm^-99}", "3 m"),
     ("\\boxed{" + "9" * 490 + "}", "3"), ("\\boxed{nan}", "3"), ("\\boxed{3 or 4}", "3"),
     ("Answer: 3 4 5", "3"), ("\\boxed{5314}", "5313"), ("\\boxed{4/3}", "3/4"), ("\\boxed{3/0}", "3"),
-    ("\\boxed{-3/4}", "3/4")])
+    ("\\boxed{-3/4}", "3/4"), ("\\boxed{2\\frac{1}{2}}", "10.5"), ("\\boxed{\\frac{1}{2}5}", "0.04")])
 def test_wrong_quantities(response: str, answer: str) -> None:
     assert not right(response, answer)
 
