@@ -51,6 +51,8 @@ _FRACTION = re.compile(r"(?<![\d.])\\[dt]?frac\s*\{\s*([+-]?[\d.,]+)\s*\}\s*\{\s
                        re.ASCII)
 _FACTOR = re.compile(r"([*/]?)([^\d\s*/^+-]+)(?:\^?\(?([+-]?\d{1,2}(?:\.5)?)\)?)?", re.ASCII)
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
+_RAISED = re.compile(r"(?<=[0-9])(?=[⁰¹²³⁴⁵⁶⁷⁸⁹⁻])")
+"""Between a number and its exponent: 10² is not 102."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def same(first: Quantity, second: Quantity, relative_tolerance: float) -> bool:
 
 def _simplified(text: str) -> str:
     """Return a quantity without LaTeX's dress: $9.8\\,\\mathrm{m/s^{2}}$ is 9.8 m/s^2."""
-    text = text[:500].translate(_SUPERSCRIPTS).strip().rstrip(".;").strip("$").strip()
+    text = _RAISED.sub("^", text[:500]).translate(_SUPERSCRIPTS).strip().rstrip(".;").strip("$").strip()
     text = _FRACTION.sub(r"\1/\2", text)
     text = re.sub(r"\^\{\s*([+-]?[\d.]+)\s*\}", r"^\1", text)
     text = re.sub(r"\\(?:text|mathrm|unit|si|rm)\s*\{([^{}]*)\}", r" \1 ", text)
