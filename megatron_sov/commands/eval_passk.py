@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import sys
 from dataclasses import asdict, dataclass
@@ -63,7 +64,8 @@ def add_passk_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--samples", type=int, default=8, metavar="N",
                      help="responses to each prompt (default %(default)s)")
     sub.add_argument("--k", type=int, nargs="+", default=[], metavar="K",
-                     help="sizes of the draws (default 1, 2, 4, ... up to the samples)")
+                     help="sizes of the draws (default 1, 2, 4, ... up to the fewest scored samples of a "
+                          "prompt)")
     sub.add_argument("--temperature", type=float, default=1.0, metavar="T", help="default %(default)s")
     sub.add_argument("--top-k", type=int, default=0, metavar="K", help="default: all tokens")
     sub.add_argument("--top-p", type=float, default=1.0, metavar="P", help="default %(default)s")
@@ -183,6 +185,7 @@ def _checked(args: argparse.Namespace) -> _Plan:
              (args.temperature or args.samples == 1,
               f"--samples {args.samples} at --temperature 0 are the same response again and again; raise the "
               "temperature, or take one sample"),
+             (math.isfinite(args.right_from), f"--right-from {args.right_from}: must be a finite number"),
              (args.workers >= 1, f"--workers {args.workers}: must be at least 1"),
              ("" not in args.stop, "--stop '': must hold at least one character")]
     problems = [said for holds, said in rules if not holds]
@@ -219,12 +222,14 @@ def _sample(plan: _Plan) -> Path:
 
     args, target, file = plan.args, plan.target, plan.sampled_file
     assert target is not None
-    if file.exists():
+    num_done = journal.num_kept(file, plan.responses)
+    if file.exists():  # asked behind the count: the first process may publish in between
         return file
     sampled = _sampled(plan)
     longest = sampled.asked.longest + args.max_new_tokens
     check_engine(plan.engine, target, longest, args.settings, args.nproc)
-    num_done = journal.num_kept(file, plan.responses)
+    if num_done == sampled.num_responses and not is_first():
+        return file  # no process has anything to ask, the first one publishes
 
     def work(engine: Engine) -> int:
         if not is_first():

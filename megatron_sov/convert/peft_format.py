@@ -27,6 +27,8 @@ _PREFIX = "base_model.model."
 _ENDS = {A: ".lora_A.weight", B: ".lora_B.weight", MAGNITUDE: ".lora_magnitude_vector"}
 _ENDS_OF_EMBEDDING = {A: ".lora_embedding_B", B: ".lora_embedding_A"}
 _FROZEN = ".base_layer.weight"
+MAX_RANK, MAX_ALPHA = 1 << 20, 1e30
+"""What no adapter reaches: sizes and scales that are computed from more leave the range of numbers."""
 _IGNORED = ("inference_mode", "lora_dropout", "task_type", "init_lora_weights", "base_model_name_or_path",
             "revision", "auto_mapping", "peft_version", "r", "lora_alpha", "target_modules", "peft_type",
             "target_parameters", "use_dora", "use_rslora", "megatron_core", "loftq_config",
@@ -131,10 +133,10 @@ def lora_of(config: dict[str, Any], names: Sequence[str], model: ModelConfig, wh
         raise UserError(f"{where}: init_lora_weights = {started!r} in {CONFIG} has changed the base, and the "
                         "adapter belongs to what was left; merge it with PEFT, and convert the merged model")
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1 or isinstance(alpha, bool)
-            or not isinstance(alpha, int | float) or not 0 < alpha < math.inf):
+    if (isinstance(rank, bool) or not isinstance(rank, int) or not 0 < rank <= MAX_RANK
+            or isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha <= MAX_ALPHA):
         raise UserError(f"{where}: r = {rank!r} and lora_alpha = {alpha!r} in {CONFIG} must be positive "
-                        "numbers; restore it from its source")
+                        f"numbers, up to {MAX_RANK:,} and {MAX_ALPHA:g}; restore it from its source")
     scale = math.sqrt(rank) if config.get("use_rslora") else 1.0
     dora = bool(config.get("use_dora"))
     targets = _targets(set(names), model, dora, where)
@@ -144,18 +146,22 @@ def lora_of(config: dict[str, Any], names: Sequence[str], model: ModelConfig, wh
 def _targets(names: set[str], model: ModelConfig, dora: bool, where: object) -> tuple[str, ...]:
     """Return what a set of tensors adapts, which must be whole."""
     of_target: dict[str, set[str]] = {}
+    tables = (HEAD, EMBEDDING)
     every = LoraConfig(1, 1.0, tuple(
-        t for t in TARGETS if t not in (HEAD, EMBEDDING) or not model.tied_embeddings))
+        t for t in TARGETS if t not in tables or not (model.tied_embeddings or dora)))
     for of in adapted_modules(model, every):
         target = EXPERTS if of.num_experts else of.name.rpartition(".")[2]
         of_target.setdefault(target, set()).update(
             peft_name(of, tensor) for tensor in ((A, B, MAGNITUDE) if dora else (A, B)))
     unknown = sorted(names - {name for known in of_target.values() for name in known})
-    one_weight = [name for name in unknown if model.tied_embeddings and (HEAD in name or EMBEDDING in name)]
-    if one_weight:
-        raise UserError(f"{where}: {one_weight[0]} adapts one side of a weight that is embedding and head "
+    vocabulary = [name for name in unknown if any(target in name for target in tables)]
+    if vocabulary and model.tied_embeddings:
+        raise UserError(f"{where}: {vocabulary[0]} adapts one side of a weight that is embedding and head "
                         "(model.tied_embeddings), so that no merged model could hold it; train an adapter "
                         "without it")
+    if vocabulary and dora:
+        raise UserError(f"{where}: {vocabulary[0]} under use_dora = True: DoRA is not built for "
+                        f"{' and '.join(tables)}; merge the adapter with PEFT, and convert the merged model")
     if unknown:
         raise UserError(f"{where}: {unknown[0]} ({len(unknown)} such tensors) adapts nothing that can be "
                         f"adapted here ({', '.join(TARGETS[1:])})")

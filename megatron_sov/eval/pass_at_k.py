@@ -85,15 +85,17 @@ def majority_at_k(num_right: int, wrong: Mapping[str, int], num_silent: int, k: 
 def _ways(sizes: Mapping[int, int], num_silent: int, votes: int, draws: int) -> dict[int, int]:
     """Return number of answers that tie -> ways to draw so many samples of wrong and silent ones of which no
     answer has more than `votes`."""
+    # answers that are too rare to tie are drawn as silent ones are
+    free = num_silent + sum(size * count for size, count in sizes.items() if size < votes)
     # [ties][drawn so far] -> ways
-    found = {0: [math.comb(num_silent, drawn) for drawn in range(draws + 1)]}
-    for size in (size for size, count in sizes.items() for _ in range(count)):
+    found = {0: [math.comb(free, drawn) for drawn in range(draws + 1)]}
+    for size in (size for size, count in sizes.items() if size >= votes for _ in range(count)):
         grown: dict[int, list[int]] = {}
         for ties, ways in found.items():
-            for taken in range(min(size, votes, draws) + 1):
+            for taken in range(min(votes, draws) + 1):
                 row = grown.setdefault(ties + (taken == votes), [0] * (draws + 1))
                 choices = math.comb(size, taken)
-                for drawn in range(draws + 1 - taken):
+                for drawn in range(ties * votes, draws + 1 - taken):
                     row[drawn + taken] += choices * ways[drawn]
         found = grown
     return {ties: ways[draws] for ties, ways in found.items()}

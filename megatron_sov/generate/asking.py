@@ -43,10 +43,12 @@ def asked_of(target: Target, prompts: Sequence[str | Conversation], chat: bool) 
         chat: frame them by the chat template: the very ids that training on chats has seen.
 
     Raises:
-        UserError: the model has no tokenizer or no chat template, or knows fewer ids than its tokenizer.
+        UserError: the model has no tokenizer or no chat template, or knows fewer ids than its tokenizer; or a
+            prompt is no text.
     """
     from megatron_sov.generate.load import load_tokenizer
 
+    _refuse_half_characters(prompts)
     tokenizer = load_tokenizer(target.tokenizer_folder)
     ends = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
     if chat:
@@ -64,6 +66,19 @@ def asked_of(target: Target, prompts: Sequence[str | Conversation], chat: bool) 
         return str(tokenizer.decode(tokens, skip_special_tokens=True))
 
     return Asked(ids, tuple(sorted(ends)), decode)
+
+
+def _refuse_half_characters(prompts: Sequence[str | Conversation]) -> None:
+    """Raise `UserError` for half of a surrogate pair, which JSON and arguments can hold and no tokenizer
+    reads."""
+    for prompt in prompts:
+        texts = [prompt] if isinstance(prompt, str) else [t for m in prompt.messages for t in m.texts()]
+        for text in texts:
+            try:
+                text.encode()
+            except UnicodeEncodeError as e:
+                raise UserError(f"the prompt {text[:40]!r} has {text[e.start]!r} at character {e.start + 1}, "
+                                "half of a surrogate pair; write it in UTF-8") from None
 
 
 def _plain(prompt: str | Conversation) -> str:

@@ -62,6 +62,8 @@ def _read_file(file: Path) -> list[Prompt]:
             continue
         try:
             record = json.loads(line)
+            # NaN or half of a surrogate pair could not be written with its answer
+            json.dumps(record, ensure_ascii=False, allow_nan=False).encode()
         except (ValueError, RecursionError) as e:
             raise UserError(f"{file}:{number}: is not valid JSON ({e}); "
                             "every line must be one JSON object") from None

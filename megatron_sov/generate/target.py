@@ -129,7 +129,7 @@ def inference_config(checkpoint: Path, settings: list[str], nproc: int | None) -
     train = dataclasses.replace(made_with.train, precision="bf16" if on_gpu() else "fp32", num_threads=0,
                                 deterministic=False)
     config = apply_settings(dataclasses.replace(made_with, parallel=ParallelConfig(), train=train), settings)
-    if config.lora.identity(config.model) != made_with.lora.identity(made_with.model):
+    if config.lora.identity(made_with.model) != made_with.lora.identity(made_with.model):
         # new ones would add nothing, and be taken for something
         asked = next(setting for setting in settings if setting.startswith("lora"))
         raise UserError(f"--set {asked}: adapters are made by training, and {checkpoint} is run with those "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -18,14 +19,24 @@ def passk_section(events: list[dict[str, Any]]) -> Section:
     Args:
         events: `passk` events; of one set of prompts, reward and step the newest counts.
     """
-    newest = list({(_name(e), e.get("step")): e for e in events if e.get("pass_at_k")}.values())
+    found = {(str(e.get("input")), e.get("reward"), e.get("step")): e for e in events
+             if e.get("pass_at_k")}
+    files = {file for file, *_ in found}
+    shared = Counter(map(_file_name, files))
+    newest = [{**e, "name": _name(e, shared)} for e in found.values()]
     return Section("pass@k", charts=[_chart(e) for e in newest], tables=[_table(newest)] if newest else [],
                    side_by_side=True, text="The probability that of k responses to a prompt one at least is "
                                            "right (pass@k), or the most frequent answer (maj@k).")
 
 
-def _name(event: dict[str, Any]) -> str:
-    return f"{str(event.get('input')).rpartition('/')[2]}, {event.get('reward')}"
+def _file_name(file: str) -> str:
+    return file.rpartition("/")[2]
+
+
+def _name(event: dict[str, Any], shared: Counter[str]) -> str:
+    """Return what tells prompts and reward from others: the path where files have one name."""
+    file = str(event.get("input"))
+    return f"{file if shared[_file_name(file)] > 1 else _file_name(file)}, {event.get('reward')}"
 
 
 def _step(event: dict[str, Any]) -> str:
@@ -47,7 +58,7 @@ def _chart(event: dict[str, Any]) -> Chart:
                      "arrayminus": (value - low).astype(np.float32), "thickness": 1}))
     figure.update_layout(xaxis={"title": "k", "type": "log", "dtick": "D1"},
                          yaxis={"title": "share of prompts", "tickformat": ".0%", "rangemode": "tozero"})
-    return chart(figure, f"{_name(event)}, step {_step(event)}: 95 % intervals over "
+    return chart(figure, f"{event['name']}, step {_step(event)}: 95 % intervals over "
                          f"{int(number(event.get('num_prompts'))):,} prompts.")
 
 
@@ -56,7 +67,7 @@ def _table(events: list[dict[str, Any]]) -> Table:
     for event in events:
         first, last = event["pass_at_k"][0], event["pass_at_k"][-1]
         sampling = event.get("sampling") or {}
-        rows.append([_name(event), _step(event), f"{int(number(event.get('num_prompts'))):,}",
+        rows.append([event["name"], _step(event), f"{int(number(event.get('num_prompts'))):,}",
                      f"{int(number(event.get('num_samples'))):,}",
                      f"{int(number(event.get('num_unscored'))):,}",
                      f"{number(first['value']):.1%} (k = {first['k']})",

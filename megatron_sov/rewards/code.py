@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from megatron_sov.errors import UserError
 from megatron_sov.rewards import solution_tests
 from megatron_sov.rewards.reward import OPERATION, Refused, Row, Score, short, text_of, told_short
 from megatron_sov.rewards.sandbox import Limits, Outcome, Program, Sandbox
+from megatron_sov.rewards.version import code_of
 
 MAX_TESTS = 10_000
 _FENCED = re.compile(r"^[ \t]*+```[ \t]*+(\w*+)[^\n]*+\n(.*?)^[ \t]*+```", re.DOTALL | re.MULTILINE)
@@ -47,6 +49,11 @@ class Code:
         """Return one sentence for every rule that these settings break."""
         p = self._limits().problems()
         return p + ([] if self.time_limit_s > 0 else [f"time_limit_s = {self.time_limit_s} must be positive"])
+
+    def inputs(self) -> dict[str, Any]:
+        """Return what judges beside this process: the code of the sandbox's server, and its Python."""
+        return {"server": code_of("megatron_sov.rewards.sandbox.server"),
+                "python": list(sys.version_info[:2])}
 
     def prepare(self) -> None:
         """Start the sandbox.

@@ -46,9 +46,13 @@ _POWER = re.compile(r"\s*(?:[eE]([+-]?\d{1,4})\b|"
                     r"(?:x|×|\*|·)\s*10\s*(?:\^|\*\*)\s*\{?\s*([+-]?\d{1,4})\s*\}?)",
                      re.ASCII)
 _BELOW = re.compile(r"\s*/\s*(\d{1,400}(?:\.\d{1,400})?)", re.ASCII)
-_FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*([+-]?[\d.,]+)\s*\}\s*\{\s*([\d.]+)\s*\}", re.ASCII)
+# beside a digit it is a part of a mixed number, which is not read: two and a half is not 21/2
+_FRACTION = re.compile(r"(?<![\d.])\\[dt]?frac\s*\{\s*([+-]?[\d.,]+)\s*\}\s*\{\s*([\d.]+)\s*\}(?!\.?\d)",
+                       re.ASCII)
 _FACTOR = re.compile(r"([*/]?)([^\d\s*/^+-]+)(?:\^?\(?([+-]?\d{1,2}(?:\.5)?)\)?)?", re.ASCII)
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
+_RAISED = re.compile(r"(?<=[0-9])(?=[⁰¹²³⁴⁵⁶⁷⁸⁹⁻])")
+"""Between a number and its exponent: 10² is not 102."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,7 @@ def same(first: Quantity, second: Quantity, relative_tolerance: float) -> bool:
 
 def _simplified(text: str) -> str:
     """Return a quantity without LaTeX's dress: $9.8\\,\\mathrm{m/s^{2}}$ is 9.8 m/s^2."""
-    text = text[:500].translate(_SUPERSCRIPTS).strip().rstrip(".;").strip("$").strip()
+    text = _RAISED.sub("^", text[:500]).translate(_SUPERSCRIPTS).strip().rstrip(".;").strip("$").strip()
     text = _FRACTION.sub(r"\1/\2", text)
     text = re.sub(r"\^\{\s*([+-]?[\d.]+)\s*\}", r"^\1", text)
     text = re.sub(r"\\(?:text|mathrm|unit|si|rm)\s*\{([^{}]*)\}", r" \1 ", text)

@@ -15,6 +15,7 @@ from megatron_sov.eval.judged_samples import table
 from megatron_sov.generate.hf import HfEngine
 from megatron_sov.obs.events import EVENTS, EventLog, read_events
 from megatron_sov.report.passk import passk_section
+from megatron_sov.rewards.journal import Journal
 
 ANSWERS = {"2+2?": ["The answer is 4", "The answer is 4", "The answer is 5", "The answer is 5"],
            "3+3?": ["The answer is 7", "The answer is 6", "The answer is 7", "The answer is 8"]}
@@ -85,16 +86,21 @@ def test_a_response_without_a_reward_is_no_wrong_one(capsys: pytest.CaptureFixtu
     ([], "pass TARGET and --input PROMPTS.jsonl, or --sampled"),
     (["--sampled", "sampled.jsonl", "--group-by", "id"], "sampled.jsonl: line 1 has no 'id'"),
     (["--sampled", "sampled.jsonl", "--k", "5"], "--k 5: no prompt has more than 4 scored samples"),
+    (["--sampled", "sampled.jsonl", "--right-from", "nan"], "--right-from nan: must be a finite number"),
     (["model", "--input", "sampled.jsonl", "--k", "9"], "--k 9: is more than --samples 8"),
     (["model", "--input", "sampled.jsonl", "--temperature", "0"], "the same response again and again"),
     (["model", "--input", "empty.jsonl"], "line 1: has no 'prompt'"),
+    (["model", "--input", "half.jsonl"], "has '\\ud800' at character 3, half of a surrogate pair"),
     (["--sampled", "sampled.jsonl", "--reward", "stemm"], "did you mean 'stem'?"),
 ])
 def test_mistakes_are_one_sentence(arguments: list[str], said: str,
                                    capsys: pytest.CaptureFixture[str]) -> None:
     write_sampled()
     write("empty.jsonl", [{"answer": "1"}])
+    write("half.jsonl", [{"prompt": "a \ud800", "answer": "1"}])
     Path("model").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        Path("model", name).touch()
     assert main(["eval", "passk", *JUDGE, *arguments, "--output", "out"]) == 2
     assert said in capsys.readouterr().err
     assert not Path("out").exists()
@@ -134,6 +140,29 @@ def test_a_killed_command_goes_on_where_it_was(hf_models: dict[str, Path], monke
     assert len({row["response"] for row in responses("out")[:4]}) > 1
     assert read_manifest("out").settings["model"]["sampling"]["temperature"] == 1.0
     assert sorted(p.name for p in Path().iterdir()) == ["out", "prompts.jsonl", "whole"]
+
+
+def test_where_all_is_sampled_no_process_waits_for_the_first(
+        hf_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def asked(*_: object, **__: object) -> None:
+        raise AssertionError("an engine was asked")
+
+    write("prompts.jsonl", PROMPTS[:2])
+    command = [str(hf_models["solar_open"]), *ASK, "--output", "out"]
+    with monkeypatch.context() as patched:
+        patched.setattr(Journal, "publish", killed)  # behind the last response
+        assert main(["eval", "passk", *JUDGE, *command]) == ExitCode.INTERRUPTED
+    monkeypatch.setattr("megatron_sov.commands.eval_passk.run_engine", asked)
+    with monkeypatch.context() as second:
+        second.setenv("RANK", "1")
+        second.setenv("WORLD_SIZE", "2")
+        assert main(["eval", "passk", *JUDGE, *command]) == 0
+    capsys.readouterr()
+    assert passk(capsys, *command)["num_samples"] == 8
 
 
 def test_a_checkpoint_on_two_processes_writes_what_one_writes(

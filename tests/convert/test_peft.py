@@ -127,6 +127,8 @@ GOOD = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none"}
     ({"rank_pattern": {"q_proj": 8}}, NAMES, "rank_pattern = {'q_proj': 8}"),
     ({"r": "four"}, NAMES, "r = 'four' and lora_alpha = 8"),
     ({"lora_alpha": math.nan}, NAMES, "r = 4 and lora_alpha = nan"),
+    ({"r": 10**30}, NAMES, "must be positive numbers, up to 1,048,576 and 1e+30"),
+    ({"lora_alpha": 10**400}, NAMES, "must be positive numbers, up to 1,048,576 and 1e+30"),
     ({"init_lora_weights": "pissa_niter_16"}, NAMES, "init_lora_weights = 'pissa_niter_16' in "
                                                      "adapter_config.json has changed the base"),
     ({}, NAMES[2:], "adapts q_proj in some layers and not in others"),
@@ -146,6 +148,18 @@ def test_an_adapter_of_one_side_of_a_tied_weight_is_refused_by_its_reason() -> N
     names = ["base_model.model.model.embed_tokens.lora_embedding_A"]
     with pytest.raises(UserError, match=r"here: .*embed_tokens.* adapts one side of a weight that is"):
         lora_of(GOOD, names, get("tiny-qwen2").model, "here")
+
+
+def test_dora_beside_a_head_of_its_own_is_read_and_dora_of_the_head_is_refused() -> None:
+    model = get("tiny-qwen3").model
+    folder = "base_model.model.model.layers.{}.self_attn.q_proj"
+    ends = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
+    names = [folder.format(i) + end for i in range(model.num_layers) for end in ends]
+    assert not model.tied_embeddings
+    assert lora_of({**GOOD, "use_dora": True}, names, model, "") == LoraConfig(4, 8.0, ("q_proj",), True)
+    head = [f"base_model.model.lm_head{end}" for end in ends]
+    with pytest.raises(UserError, match=r"lm_head.lora_A.weight under use_dora = True: DoRA is not built"):
+        lora_of({**GOOD, "use_dora": True}, names + head, model, "here")
 
 
 def test_rank_stabilised_scaling_becomes_alpha() -> None:

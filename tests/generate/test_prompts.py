@@ -23,6 +23,8 @@ def test_texts_come_first_then_the_lines_of_the_file(tmp_path: Path) -> None:
     ("[" * 200_000, "is not valid JSON"),
     ('["a"]', 'must be an object with "prompt"'),
     ('{"text": "a"}', 'must be an object with "prompt"'),
+    ('{"prompt": "a", "n": NaN}', "is not valid JSON"), ('{"prompt": "a", "n": 1e999}', "is not valid JSON"),
+    (r'{"prompt": "a", "answer": "\ud800"}', "is not valid JSON"),
     ('{"prompt": "a", "target": 1}', 'must be an object with "prompt"'),
 ])
 def test_a_malformed_line_is_named_by_number(tmp_path: Path, line: str, sentence: str) -> None:

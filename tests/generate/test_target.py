@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from megatron_sov.artifacts import new_artifact
+from megatron_sov.config import LoraConfig
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
+from megatron_sov.recipes import get
 
 prepare_megatron()
 
@@ -61,6 +65,15 @@ def test_adapters_that_a_checkpoint_does_not_have_are_refused(imported: dict[str
     with pytest.raises(UserError, match=r"--set lora.rank=4: adapters are made by training, and .* is run "
                                         r"with those that it has; leave it out"):
         inference_config(imported["solar_open"], ["parallel.pp=2", "lora.rank=4"], 2)
+
+
+def test_another_architecture_is_no_other_adapter(tmp_path: Path) -> None:
+    model = get("tiny-solar-open").model
+    made_with = replace(get("tiny-solar-open"), lora=LoraConfig(4))
+    with new_artifact(tmp_path / "adapter", "checkpoint") as artifact:
+        artifact.settings = made_with.to_dict()
+    asked = inference_config(tmp_path / "adapter", ["model.num_shared_experts=0"], 1)
+    assert asked.lora == made_with.lora and asked.model != model, "the checkpoint's tensors tell"
 
 
 def test_folders_that_are_no_model_are_refused(hf_models: dict[str, Path], tmp_path: Path) -> None:

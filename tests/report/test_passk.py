@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from megatron_sov.obs.events import EVENTS, EventLog
+from megatron_sov.report.passk import passk_section
 from megatron_sov.report.run_data import read_run
 from megatron_sov.report.sections import sections
 
@@ -33,3 +34,11 @@ def test_a_curve_for_each_set_of_prompts_and_step_and_the_newest_counts(tmp_path
          "temperature 0.8, top-p 0.95, seed 3"] for step, share in (("100", 0.2), ("200", 0.4))]
     curves = json.loads(section.charts[1].figure_json)["data"]
     assert [c["name"] for c in curves] == ["pass@k", "maj@k"]
+
+
+def test_files_of_one_name_are_two_sets_of_prompts() -> None:
+    events = [{"step": 1, "input": file, "reward": "math", **figures(0.5)}
+              for file in ("gsm8k/test.jsonl", "math/test.jsonl", "aime.jsonl")]
+    section = passk_section(events)
+    assert [row[0] for row in section.tables[0].rows] == [
+        "gsm8k/test.jsonl, math", "math/test.jsonl, math", "aime.jsonl, math"]

@@ -274,3 +274,8 @@ def test_the_last_block_of_python_behind_the_thoughts_counts() -> None:
     assert program_in("print(1)") == "print(1)"
     endless = "```" + " " * 300_000  # takes minutes where each blank is tried as the last one
     assert program_in(endless) == endless
+
+
+def test_the_version_tells_the_code_that_runs_programs_in_processes_of_its_own() -> None:
+    told = Code().inputs()["server"]
+    assert {f"megatron_sov.rewards.sandbox.{name}" for name in ("server", "child", "landlocked")} <= set(told)

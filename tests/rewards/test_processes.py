@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from multiprocessing import forkserver
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_sov.errors import UserError
+from megatron_sov.rewards.environment import forget_other_variables
 from megatron_sov.rewards.processes import ProcessRunner
 from megatron_sov.rewards.registry import order
 
@@ -97,6 +99,13 @@ def test_a_reward_sees_the_variables_that_programs_need_and_those_that_it_asks_f
     for variables, seen in (((), 1.0), (("MY_VERIFIER",), 2.0)):
         with runner(variables=variables, workers=1) as running:
             assert running.score(rows("tell"))[0].reward == seen
+
+
+def test_the_order_of_gpus_stays_since_their_numbers_mean_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    had = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": "3", "HF_TOKEN": "secret"}
+    monkeypatch.setattr(os, "environ", dict(had))
+    forget_other_variables()
+    assert os.environ.keys() == had.keys() - {"HF_TOKEN"}
 
 
 def test_any_limit_of_time_can_be_waited_for(runner) -> None:

@@ -47,7 +47,8 @@ def test_wrong_choices_and_none(response: str) -> None:
     ("\\boxed{10 meters}", "10 m"), ("\\boxed{2 N·m}", "2 J"), ("\\boxed{3 J/g/K}", "3 J/(g K)"),
     ("\\boxed{1 kg m s^-2}", "1 N"), ("The answer is $5313$.", "5313"), ("\\boxed{0.75}", "3/4"),
     ("\\boxed{-\\dfrac{6}{8}}", "-3/4"), ("\\boxed{\\frac{3}{4} m}", "75 cm"), ("Answer: 5313.4", "5313"),
-    ("\\boxed{5.31\\times 10^3}", "5313")])
+    ("\\boxed{5.31\\times 10^3}", "5313"), ("Answer: 6.02×10²³", "6.022e23"),
+    ("\\boxed{3 m/s²}", "3 m/s^2")])
 def test_quantities_in_their_disguises(response: str, answer: str) -> None:
     assert right(response, answer)
 
@@ -58,7 +59,8 @@ def test_quantities_in_their_disguises(response: str, answer: str) -> None:
     ("\\boxed{10**10**10}", "3"), ("\\boxed{3 Tm^99}", "3 m"), ("\\boxed{3 fm^-99}", "3 m"),
     ("\\boxed{" + "9" * 490 + "}", "3"), ("\\boxed{nan}", "3"), ("\\boxed{3 or 4}", "3"),
     ("Answer: 3 4 5", "3"), ("\\boxed{5314}", "5313"), ("\\boxed{4/3}", "3/4"), ("\\boxed{3/0}", "3"),
-    ("\\boxed{-3/4}", "3/4")])
+    ("\\boxed{-3/4}", "3/4"), ("\\boxed{2\\frac{1}{2}}", "10.5"), ("\\boxed{\\frac{1}{2}5}", "0.04"),
+    ("\\boxed{10²}", "102")])
 def test_wrong_quantities(response: str, answer: str) -> None:
     assert not right(response, answer)
 
