@@ -56,7 +56,8 @@ COMMANDS = {
     "generate": Command("megatron_sov.commands.generate",
                         "continue prompts with a checkpoint or a Hugging Face folder"),
     "eval": Command("megatron_sov.commands.eval",
-                    "ppl, needle, bigram, logits: judge a checkpoint or a Hugging Face folder"),
+                    "ppl, needle, pairs, passk, bigram, logits: judge a checkpoint or a Hugging Face "
+                    "folder"),
     "score": Command("megatron_sov.commands.score",
                      "give answers rewards: verifiers, rules and judges over a file of rows"),
     "tools": Command("megatron_sov.commands.tools",

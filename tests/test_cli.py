@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import re
 import resource
@@ -66,6 +67,14 @@ def test_every_command_explains_itself_without_torch(command: str) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert f"usage: megatron-sov {command}" in done.stdout
     assert cli.COMMANDS[command].help in " ".join(done.stdout.split())
+
+
+@pytest.mark.parametrize("command", ["convert", "eval", "tools"])
+def test_the_list_of_commands_names_what_each_of_several_does(command: str) -> None:
+    parser = argparse.ArgumentParser()
+    importlib.import_module(cli.COMMANDS[command].module).add_arguments(parser)
+    (actions,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    assert set(actions.choices) == set(cli.COMMANDS[command].help.partition(":")[0].split(", "))
 
 
 @pytest.mark.parametrize("asked", ["--help", "-h", "help"])

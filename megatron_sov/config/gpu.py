@@ -59,8 +59,8 @@ class GpuConfig:
     """Share of a bf16 model's AdamW that lies in host memory and is computed there, under ZeRO-1: master
     weights, moments and update; 0: none, 1: all of it.  Each weight of it frees 12 bytes of the GPU."""
     pad_buckets: Literal["on", "off"] = "off"
-    """Make the buckets of ZeRO-1 a multiple of 65,536 elements for each process, a size that NCCL's rings
-    are fast at."""
+    """Make each bucket of ZeRO-1 a multiple of 65,536 elements over all processes together, a size that
+    NCCL's rings are fast at."""
     nccl_user_buffers: Literal["on", "off"] = "off"
     """Keep gradients and parameters in memory that NCCL has registered, so that sums need fewer of the
     GPU's multiprocessors."""

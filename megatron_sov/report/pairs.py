@@ -9,9 +9,10 @@ from megatron_sov.pages.content import Section, Table
 
 
 def pair_section(events: list[dict[str, Any]]) -> Section:
-    """Return the section of `heldout_pairs` events, in the order in which they were written."""
+    """Return the section of `heldout_pairs` events, in the order in which they were written; of an older
+    step one may come later, by `megatron-sov eval pairs --run`."""
     by_source: dict[str, list[dict[str, Any]]] = {}
-    for event in events:
+    for event in sorted(events, key=lambda event: number(event.get("step"))):
         by_source.setdefault(str(event.get("source")), []).append(event)
     rows = [[source, f"{number(found[-1].get('pairs')):,.0f}", *map(_ranked, (found[0], found[-1]))]
             for source, found in by_source.items()]

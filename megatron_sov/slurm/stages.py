@@ -136,13 +136,16 @@ def work_of(stage: str, arguments: list[str], commands: Commands) -> Work:
 def _training(stage: str, arguments: list[str], args: argparse.Namespace) -> Work:
     if args.nproc is not None:
         raise UserError(f"--nproc {args.nproc}: under Slurm the nodes and the profile decide; leave it out")
+    if getattr(args, "rounds", None) is not None:
+        raise UserError(f"--rounds {args.rounds}: starts processes of its own; submit the commands of a "
+                        "round one by one, as docs/prefer.md shows them")
     request = training_request(args, STAGES[stage].objective)
     config = request.config()
     run = args.run.absolute()
     argv = arguments if args.resume else [*arguments, "--resume"]
     inputs = [_path_of(text) for text in args.data or config.data.paths]
-    inputs += [path for path in (args.start_from, args.config, getattr(args, "teacher", None))
-               if path is not None]
+    models = (args.start_from, args.config, getattr(args, "teacher", None), getattr(args, "reference", None))
+    inputs += [path for path in models if path is not None]
     return Work(stage, tuple(argv), run, run / JOBS, run / COMPLETION,
                 inputs=tuple(p.absolute() for p in inputs), data=tuple(args.data), config=config,
                 layout_open=leaves_layout_open(request))

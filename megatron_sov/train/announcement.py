@@ -37,10 +37,10 @@ def banner(config: RunConfig, world: World, run: Path, steps: range, entries: Se
     count, p = num_params(config.model), config.parallel
     planned = planned_tokens(entries, steps)
     weights = memory.weights + memory.quantized_weights
-    states_gib, total_gib = (n / 2**30 for n in (weights + memory.gradients + memory.optimizer, memory.total))
-    activations = f", {total_gib:.2g} GiB with activations" if config.train.recompute else ""
+    states = _gib(weights + memory.gradients + memory.optimizer)
+    activations = f", {_gib(memory.total)} with activations" if config.train.recompute else ""
     if memory.on_host:
-        activations += f", {memory.on_host / 2**30:.2g} GiB of the host's memory"
+        activations += f", {_gib(memory.on_host)} of the host's memory"
     layout = ", ".join(f"{name} {size}" for name, size in (
         ("tp", p.tp), ("pp", p.pp), ("cp", p.cp), ("ep", p.ep), ("dp", world.dp_size)) if size > 1)
     tokens = {s.name: s.num_tokens.get("train", 0) for s in sources}
@@ -53,9 +53,14 @@ def banner(config: RunConfig, world: World, run: Path, steps: range, entries: Se
     return (f"{config.recipe}: {short(count.total)} parameters ({short(count.active)} active), steps "
             f"{steps.start + 1} to {steps.stop}, {short(sum(planned.values()))} tokens\n"
             f"  processes  {world.size}{f': {layout}' if layout else ''}; {config.train.precision}, "
-            f"{states_gib:.2g} GiB of weights, gradients and optimizer each{activations}\n"
+            f"{states} of weights, gradients and optimizer each{activations}\n"
             f"  data       {read}{too_long}\n"
             f"  run        {run}, a checkpoint every {config.train.checkpoint_every_steps} steps")
+
+
+def _gib(num_bytes: int) -> str:
+    gib = num_bytes / 2**30
+    return f"{gib:,.0f} GiB" if gib >= 10 else f"{gib:.2g} GiB"
 
 
 def planned_tokens(entries: Sequence[LedgerEntry], steps: range) -> dict[str, float]:

@@ -20,6 +20,7 @@ from megatron_sov.slurm.cluster import ClusterProfile, ContainerConfig
 from megatron_sov.slurm.stages import STAGES
 from megatron_sov.slurm.submission import Prepared, Request, prepare
 
+PAGE = Path(__file__).parents[2] / "docs/slurm.md"
 TRAIN = ("--data", "tokens", "--run", "runs/a b", "--set", "train.steps=5", "--set",
          "train.global_batch_size=64", "--set", "train.micro_batch_size=1")
 ARGUMENTS = {
@@ -52,8 +53,10 @@ def words_of(text: str, array: str = "command") -> list[str]:
                           check=True).stdout.split("\0")[:-1]
 
 
-def test_every_stage_has_a_template() -> None:
+def test_every_stage_has_a_template_and_stands_on_the_page() -> None:
     assert set(ARGUMENTS) == set(STAGES)
+    rows = re.findall(r"^\| (`[a-z`, ]+`) \| `(?:megatron-sov|sov-)", PAGE.read_text(), re.MULTILINE)
+    assert {name for row in rows for name in re.findall("[a-z]+", row)} == set(STAGES)
 
 
 @pytest.mark.parametrize("name", cluster.names())

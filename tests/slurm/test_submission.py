@@ -120,3 +120,16 @@ def test_inputs_are_looked_for_without_name_and_weight(arguments: tuple[str, ...
     with pytest.raises(UserError, match="does not exist; make it before"):
         check_inputs(work, set())
     check_inputs(work, {Path(path).absolute()})
+
+
+@pytest.mark.parametrize(("stage", "option"), [("distill", "--teacher"), ("prefer", "--reference")])
+def test_a_second_model_is_an_input_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str,
+                                        option: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("tokens", "runs/sft"):
+        (tmp_path / folder).mkdir(parents=True)
+    work = work_of(stage, ["tiny-solar-open", "--data", "tokens", "--from", "runs/sft", option, "runs/other",
+                           "--run", "runs/a"], COMMANDS)
+    with pytest.raises(UserError, match="runs/other does not exist; make it before"):
+        check_inputs(work, set())
+    check_inputs(work, {tmp_path / "runs/other"})

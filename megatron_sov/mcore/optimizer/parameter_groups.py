@@ -142,6 +142,8 @@ def _offload(optimizer: Any, found: list[Shard], share: float) -> list[Shard]:
     """Move a share of what AdamW updates into host memory; return the shards with what updates them now."""
     adam = optimizer.optimizer
     adam.param_groups, moved = split(adam.param_groups, [s.main for s in found], share)
+    if not moved:  # of few parameters a process's stretch may be padding alone; torch takes no empty list
+        return found
     host = HostAdamW(moved)
     optimizer.optimizer = Combined(adam, host)
     theirs = {id(main) for group in moved for main in group["params"]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -122,3 +123,17 @@ def test_groups_change_what_their_names_match_and_nothing_else(ranks: Any, job: 
     for told in refused[0]:
         assert "optim.groups.1.pattern = 'decoder.layer.1.*': matches no parameter" in told[0]
         assert "freeze every parameter" in told[1]
+
+
+def test_a_process_with_nothing_to_update_has_nothing_to_offload() -> None:
+    """Of few parameters that are trained the stretches of some ZeRO-1 processes are padding alone."""
+    import torch
+
+    from megatron_sov.config import OptimConfig
+    from megatron_sov.mcore.optimizer.parameter_groups import arrange
+
+    adam = torch.optim.AdamW([{"params": [], "is_expert_parallel": False}])
+    library: Any = SimpleNamespace(chained_optimizers=[SimpleNamespace(optimizer=adam)])
+    model: Any = None
+    assert arrange(library, model, {}, OptimConfig(), zero1=True, on_host=0.5) == []
+    assert library.chained_optimizers[0].optimizer is adam and adam.param_groups == []
