@@ -96,7 +96,7 @@ def judge(script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
     def build(**more: Any) -> Judge:
         settings = {"endpoint": script.url, "model": "j", "cache": str(tmp_path / "cache.sqlite"),
-                    "timeout_s": 0.5,
+                    "timeout_s": 10.0,
                     "max_attempts": 3, "backoff_s": 0.001, "input_price": 10.0, "output_price": 100.0, **more}
         made = Judge(**settings)
         assert made.problems() == []
