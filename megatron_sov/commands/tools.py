@@ -174,8 +174,9 @@ def _run(args: argparse.Namespace) -> int:
     ends = {*encoder.end_ids, *([] if eos is None else [int(eos)])}  # a turn that eos ends is no whole one
     settings = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed,
                 "engine": engine_name}
-    model = {"path": str(target.path), "step": target.step, "weights": weights_digest(target),
-             "chat": chat_digests(target.tokenizer_folder)}
+    model: dict[str, object] = {
+        "path": str(target.path), "step": target.step, "weights": weights_digest(target),
+        "chat": chat_digests(target.tokenizer_folder)}
     identity = identity_of(digest_of(tasks), version, limits, model, settings)
     table = Table(asked, encoder, limits, args.parallel)
 
