@@ -12,7 +12,6 @@ from tokenizers import Tokenizer
 
 from megatron_sov.chat.encode import ChatEncoder
 from megatron_sov.chat.template import ChatTemplate
-from megatron_sov.digests import file_digest
 from megatron_sov.errors import UserError
 
 TOKENIZER_JSON, CONFIG_JSON, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
@@ -44,10 +43,10 @@ def read_chat_encoder(folder: Path) -> ChatEncoder | None:
     return ChatEncoder(ChatTemplate(template, bos, eos, str(folder), datetime.now()), tokenizer)
 
 
-def chat_digests(folder: Path) -> dict[str, str]:
-    """Return name -> digest of the files that say how a folder's chats become ids."""
-    names = (TOKENIZER_JSON, CONFIG_JSON, TEMPLATE, SPECIAL_JSON)
-    return {name: file_digest(folder / name) for name in names if (folder / name).is_file()}
+def chat_files(folder: Path) -> list[Path]:
+    """Return the files that say how a folder's chats become ids."""
+    files = [folder / name for name in (TOKENIZER_JSON, CONFIG_JSON, TEMPLATE, SPECIAL_JSON)]
+    return [file for file in files if file.is_file()]
 
 
 def _default(template: Any) -> Any:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.artifacts import new_artifact, refuse_existing, write_output
-from megatron_sov.chat.folder import chat_digests, read_chat_encoder
+from megatron_sov.chat.folder import chat_files, read_chat_encoder
 from megatron_sov.chat.turns import TurnEncoder
+from megatron_sov.digests import file_digest
 from megatron_sov.documents.visible import visible
 from megatron_sov.errors import UserError
 from megatron_sov.generate.engine import ENGINES, MEGATRON, TRANSFORMERS, Engine, run_engine
@@ -176,7 +177,7 @@ def _run(args: argparse.Namespace) -> int:
                 "engine": engine_name}
     model: dict[str, object] = {
         "path": str(target.path), "step": target.step, "weights": weights_digest(target),
-        "chat": chat_digests(target.tokenizer_folder)}
+        "chat": {file.name: file_digest(file) for file in chat_files(target.tokenizer_folder)}}
     identity = identity_of(digest_of(tasks), version, limits, model, settings)
     table = Table(asked, encoder, limits, args.parallel)
 
