@@ -37,7 +37,7 @@ MODEL = ("vocab_size=512", "hidden_size=64", "num_layers=3", "num_heads=4", "num
          "num_experts=4", "num_experts_per_token=2", "expert_ffn_dim=64")
 ALWAYS = ("train.num_threads=1", "train.checkpoint_every_steps=100000", "train.eval_every_steps=0",
           "train.global_batch_size=16", "train.micro_batch_size=8",
-          'data.phases=[{"name": "main", "seq_len": 64}]', "data.max_epochs=0")
+          'data.phases=[{"name": "main", "seq_len": 128}]', "data.max_epochs=0")
 BASE_STEPS, STEPS = 250, 80
 LR = {"base": 4e-3, "prefer": 1e-3, "full": 2e-3, "lora": 1e-2}
 FORMATS: dict[str, tuple[str, ...]] = {"full": (), "lora": ("lora.rank=8",)}

@@ -181,8 +181,11 @@ def _open_data(stage: Stage) -> _Data:
     sources = [*with_views(stage.config, list(packed)), *stage.extra_sources]
     refuse_without_columns(sources, columns_of(stage.objective))
     planned = plan(stage.config, sources)
+    too_long = over_long.over_long(sources, planned)
     if stage.config.data.over_long == "refuse":
-        over_long.refuse(over_long.over_long(sources, planned))
+        over_long.refuse(too_long)
+    elif stage.config.data.over_long == "cut":
+        over_long.refuse_halves(too_long)
     return _Data(sources, planned)
 
 
