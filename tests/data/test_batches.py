@@ -56,7 +56,7 @@ def batches(config_: RunConfig, sources: list[Source], rank: int = 0, size: int 
 
 def plain(batch: RankBatch) -> Any:
     """Everything in a batch as comparable values."""
-    rows = [[(name, np.asarray(value).tolist()) for name, value in
+    rows = [[(name, value.tolist() if isinstance(value, np.ndarray) else value) for name, value in
              (vars(row) | dict(row.columns) | {"columns": list(row.columns)}).items()] for row in batch.rows]
     return batch.entry, rows, batch.order_state, batch.epochs
 
