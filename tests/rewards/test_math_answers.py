@@ -79,7 +79,7 @@ def test_hostile_answers_cost_their_row_alone() -> None:
     begin_s = time.monotonic()
     rows = [{"answer": "42", "response": text} for text in HOSTILE] + [{"answer": "42",
                                                                         "response": "\\boxed{42}"}]
-    with ProcessRunner(order("math", {}), 1.0, 2, ["math_verify"]) as running:
+    with ProcessRunner(order("math", {}), 3.0, 2, ["math_verify"]) as running:
         results = running.score(rows)
     assert time.monotonic() - begin_s < 100
     assert results[-1].reward == 1.0
