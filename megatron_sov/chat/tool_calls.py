@@ -8,11 +8,11 @@ is told what was wrong with it and a count of such turns can be kept.
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron_sov.documents.messages import BadRecord, refuse_deep
+from megatron_sov.documents.strict_json import finite, no_constant
 
 BEGIN_CALL, END_CALL = "<tool_call>", "</tool_call>"
 BEGIN_THOUGHTS, END_THOUGHTS = "<think>", "</think>"
@@ -116,15 +116,4 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if math.isinf(number):  # it would go on as Infinity, which is no JSON
-        raise ValueError(f"{text[:40]} is more than a float holds")
-    return number
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant, parse_float=_finite)
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=no_constant, parse_float=finite)

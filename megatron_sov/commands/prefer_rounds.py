@@ -77,8 +77,8 @@ def run_rounds(args: argparse.Namespace) -> int:
     if under_launcher():
         raise UserError(f"--rounds {args.rounds}: starts processes of its own; under torchrun or Slurm give "
                         "the commands of a round one by one, as docs/prefer.md shows them")
-    config = _checked(args)
-    _enter(args)
+    config, reward_version = _checked(args)
+    _enter(args, reward_version)
     for number in range(1, args.rounds + 1):
         for job in jobs_of(args, config, number):
             if job.result.is_file():
@@ -140,8 +140,9 @@ def _training_words(args: argparse.Namespace) -> list[str]:
     return [*words, *(["--deterministic"] if args.deterministic else [])]
 
 
-def _checked(args: argparse.Namespace) -> RunConfig:
-    """Return the settings of the rounds' runs, after everything that can be checked before the first one."""
+def _checked(args: argparse.Namespace) -> tuple[RunConfig, str]:
+    """Return the settings of the rounds' runs and the version of their reward, after everything that can be
+    checked before the first one."""
     if args.rounds < 1:
         raise UserError(f"--rounds {args.rounds}: must be at least 1")
     for name in NEEDED:
@@ -157,22 +158,22 @@ def _checked(args: argparse.Namespace) -> RunConfig:
         if framed := [name for name in FRAMED if prompt.record.get(name)]:
             raise UserError(f"--prompts {args.prompts}: prompt {prompt.text[:40]!r} has {framed[0]!r}, and "
                             "rounds ask each prompt as a user's message alone; leave it out")
-    make(order(args.reward, parse_settings(args.reward_set)))
+    reward_version = make(order(args.reward, parse_settings(args.reward_set))).version
     read_manifest(args.tokenizer, "tokenizer")
     # which stands for the data that are still to be made: they are asked for, and not read yet
     with_data = argparse.Namespace(**vars(args) | {"data": [*args.data, str(args.tokenizer)]})
     asked = stage_request(with_data, "preference")
     config = asked.config()
     config.check(num_ranks(args.nproc))
-    return config
+    return config, reward_version
 
 
-def _enter(args: argparse.Namespace) -> None:
+def _enter(args: argparse.Namespace, reward_version: str) -> None:
     """Take note of what the rounds are asked for, or check that it is what they were begun with."""
     file = args.run / ROUNDS / ASKED
     asked = {"rounds": args.rounds, "from": str(args.start_from), "prompts": file_digest(args.prompts),
              "reward": args.reward, "reward_set": args.reward_set, "samples": args.samples,
-             "reward_version": make(order(args.reward, parse_settings(args.reward_set))).version,
+             "reward_version": reward_version,
              "temperature": args.temperature, "max_new_tokens": args.max_new_tokens,
              "reference": None if args.reference is None else str(args.reference)}
     if file.is_file() and not args.resume:

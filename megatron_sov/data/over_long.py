@@ -26,8 +26,6 @@ class OverLong:
     """Units in all."""
     longest_tokens: int
     """Of the longest unit."""
-    group: int = 1
-    """Documents of a unit: 2 are a pair."""
 
 
 def over_long(sources: Sequence[Source], entries: Sequence[LedgerEntry]) -> list[OverLong]:
@@ -44,8 +42,7 @@ def over_long(sources: Sequence[Source], entries: Sequence[LedgerEntry]) -> list
             tokens = _unit_tokens(source.shard("train").lengths, source.group)
             too_long = int((tokens > min(lengths)).sum())
             if too_long:
-                found.append(OverLong(source.name, min(lengths), too_long, len(tokens), int(tokens.max()),
-                                      source.group))
+                found.append(OverLong(source.name, min(lengths), too_long, len(tokens), int(tokens.max())))
     return found
 
 
@@ -67,11 +64,14 @@ def refuse_halves(found: Sequence[OverLong]) -> None:
     """Refuse pairs of which not one fits: cut to half a sample each, most would be the same text twice, and
     a run would learn nothing without a word.
 
+    Args:
+        found: what is too long of sources of pairs.
+
     Raises:
         UserError: there are such pairs.
     """
     for f in found:
-        if f.group > 1 and f.count == f.total:
+        if f.count == f.total:
             raise UserError(f"source {f.source!r}: each of its {f.total:,} pairs is longer than a sample of "
                             f"{f.seq_len} tokens, and cut they may not differ any more; make samples longer "
                             f"(seq_len={f.longest_tokens} fits all)")

@@ -14,7 +14,7 @@ probable tokens is [2 K] int32: their ids, and the bits of their log-probabiliti
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +138,7 @@ class StateFiles:
         self._open = lru_cache(maxsize=OPEN_PARTS)(self._mapped)
         self._lengths = lru_cache(maxsize=None)(self._lengths_of)
 
-    @cached_property
+    @property
     def head(self) -> Path:
         """File of the teacher's output head, a tensor [vocabulary, hidden size] named `HEAD_WEIGHT`."""
         return self.folder / HEAD

@@ -30,6 +30,7 @@ from megatron_sov.generate.load import Loaded, run_forward_model
 from megatron_sov.generate.request import Sampling, Stop
 from megatron_sov.generate.target import Target
 from megatron_sov.mcore.parallel.world import on_main
+from megatron_sov.post.state_files import lengths_of
 from megatron_sov.post.teacher import weights_digest
 from megatron_sov.runs.launch_environment import is_first
 
@@ -150,8 +151,7 @@ def _end_ids(tokenizer: Path, prompts: str) -> tuple[int, ...]:
 def _refuse_too_long(asked: Writing, sources: list[Source]) -> None:
     room = asked.student.max_tokens - asked.sampling.max_new_tokens
     for source in sources:
-        lengths = source.shard("train").lengths
-        longest = int(np.asarray(lengths[np.arange(len(lengths))]).max())
+        longest = int(lengths_of(source, "train").max(initial=0))
         if longest > room:
             raise UserError(f"source {source.name!r}: has a prompt of {longest} tokens, and --max-new-tokens "
                             f"{asked.sampling.max_new_tokens} behind it are more than the "

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_sov.documents.strict_json import no_constant
 from megatron_sov.rewards import patterns
 from megatron_sov.rewards.reward import Refused, Row, Score, text_of
 
@@ -93,10 +94,6 @@ def json_of(text: str) -> Any:
         raise Refused(f"has {len(text):,} characters; JSON is looked for in at most {MAX_JSON_CHARS:,}")
     fenced = _FENCE.fullmatch(text.strip())
     try:
-        return json.loads(fenced[1] if fenced else text, parse_constant=_no_constant)
+        return json.loads(fenced[1] if fenced else text, parse_constant=no_constant)
     except (ValueError, RecursionError):
         return NO_JSON
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from megatron_sov.documents.messages import MOST_LEVELS, BadRecord, refuse_deep
+from megatron_sov.documents.strict_json import finite, no_constant
 from megatron_sov.errors import UserError, list_problems
 from megatron_sov.rewards.reward import Result, Row
 
@@ -82,7 +81,7 @@ def _lines(path: Path, option: str, field: str) -> Iterator[tuple[int, Row | str
 
 def _parsed(raw: bytes, field: str) -> Row | str:
     try:
-        row = json.loads(raw.decode("utf-8-sig"), parse_constant=_refuse, parse_float=_finite)
+        row = json.loads(raw.decode("utf-8-sig"), parse_constant=no_constant, parse_float=finite)
     except UnicodeDecodeError as e:
         return f"is no UTF-8 ({e.reason} at byte {e.start})"
     except RecursionError:
@@ -102,17 +101,6 @@ def _parsed(raw: bytes, field: str) -> Row | str:
         except BadRecord as e:
             return str(e)
     return row
-
-
-def _refuse(name: str) -> Any:
-    raise ValueError(f"{name} is none")
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if math.isinf(number):  # it would be written as Infinity, which is no JSON
-        raise ValueError(f"{text[:40]} is more than a float holds")
-    return number
 
 
 def written(row: Row, result: Result, version: str) -> bytes:

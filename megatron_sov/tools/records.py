@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.documents.messages import BadRecord, refuse_deep
+from megatron_sov.documents.strict_json import no_constant
 from megatron_sov.errors import UserError
 
 MAX_LINE_BYTES = 64 << 20
@@ -41,7 +42,7 @@ def read_objects(path: Path, what: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _object(raw: bytes, where: str) -> dict[str, Any]:
     try:
-        value = json.loads(raw.decode("utf-8"), parse_constant=_constant)
+        value = json.loads(raw.decode("utf-8"), parse_constant=no_constant)
         refuse_deep(value)
         json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
     except BadRecord as e:
@@ -51,7 +52,3 @@ def _object(raw: bytes, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{where}: is a {type(value).__name__}, must be a JSON object")
     return value
-
-
-def _constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")

@@ -181,11 +181,10 @@ def _open_data(stage: Stage) -> _Data:
     sources = [*with_views(stage.config, list(packed)), *stage.extra_sources]
     refuse_without_columns(sources, columns_of(stage.objective))
     planned = plan(stage.config, sources)
-    too_long = over_long.over_long(sources, planned)
     if stage.config.data.over_long == "refuse":
-        over_long.refuse(too_long)
+        over_long.refuse(over_long.over_long(sources, planned))
     elif stage.config.data.over_long == "cut":
-        over_long.refuse_halves(too_long)
+        over_long.refuse_halves(over_long.over_long([s for s in sources if s.group > 1], planned))
     return _Data(sources, planned)
 
 

@@ -75,7 +75,7 @@ def test_rows_of_which_none_has_a_reward_are_written_and_the_command_fails(
     (b'{"response": "a"}\n[1]\n{"response": 3}\n{}\n{"response": "a"', [
         "line 2: is no JSON object, but a list", "line 3: response is of type int, and must be text",
         "line 4: has no 'response'", "line 5: is no JSON"]),
-    (b'{"response": "a", "x": NaN}\n', ["line 1: is no JSON (NaN is none)"]),
+    (b'{"response": "a", "x": NaN}\n', ["line 1: is no JSON (NaN is no JSON)"]),
     (b'{"response": "\xff"}\n', ["line 1: is no UTF-8"]), (b"[" * 100_000, ["line 1: is nested too deeply"]),
     (b"x\n" * 12, ["line 10: is no JSON", "and 2 more"]), (b"\n\n", ["has no rows"]),
     (b'{"response": "a", "n": ' + b"9" * 5000 + b"}\n", ["line 1: is no JSON"]),

@@ -20,7 +20,7 @@ def test_units_are_measured_by_the_shortest_sample_that_they_are_read_at(make_so
                replace(make_source("pairs", [9, 8, 8, 8, 1, 30], is_chat=True), format="preference", group=2),
                make_source("unused", [99], is_chat=True)]
     found = over_long(sources, ENTRIES)
-    assert found == [OverLong("chat", 16, 2, 4, 90), OverLong("pairs", 16, 2, 3, 31, 2)]
+    assert found == [OverLong("chat", 16, 2, 4, 90), OverLong("pairs", 16, 2, 3, 31)]
     with pytest.raises(UserError, match=(
             r"data.over_long = refuse, and source 'chat': 2 of 4 are longer than a sample of 16 tokens, the "
             r"longest has 90; source 'pairs': 2 of 3 .*make samples longer \(seq_len=90\), or set ")):
