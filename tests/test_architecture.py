@@ -25,7 +25,7 @@ DATA_ONLY = {"slurm"}
 BASE = {"errors", "version", "command_line", "plugins", "config", "outputs", "file_locks", "digests",
         "artifacts",
         "byte_bpe", "documents", "chat", "rewards", "obs", "pages"}
-GROUND = BASE | {"models", "objectives", "recipes", "plan", "runs", "tools"}
+GROUND = BASE | {"models", "objectives", "recipes", "plan", "runs", "tools", "rollouts"}
 FIRST = GROUND | {"data", "mcore"}
 SECOND = FIRST | {"train", "convert", "generate"}
 THIRD = SECOND | {"eval"}
@@ -35,7 +35,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "file_locks": set(), "digests": set(),
     "artifacts": {"errors", "version", "outputs", "file_locks", "digests"},
     "byte_bpe": set(), "documents": {"errors"},
-    "chat": {"errors", "documents"}, "rewards": BASE, "tools": BASE, "obs": BASE, "pages": {"version"},
+    "chat": {"errors", "documents"}, "rewards": BASE, "tools": BASE, "rollouts": BASE, "obs": BASE,
+    "pages": {"version"},
     "models": BASE, "objectives": BASE, "recipes": BASE | {"models", "objectives"}, "plan": GROUND,
     "runs": BASE, "data": GROUND, "mcore": GROUND,
     # both accept a Hugging Face folder

@@ -18,6 +18,7 @@ from megatron_sov.config.needle import Language, NeedleConfig, NeedleKind
 from megatron_sov.config.optim import GroupConfig, OptimConfig
 from megatron_sov.config.preference import PreferenceConfig
 from megatron_sov.config.reading import apply_settings, data_paths, from_dict, layout_settings
+from megatron_sov.config.rollout import RolloutConfig
 from megatron_sov.config.run import ObjectiveConfig, ObsConfig, RunConfig
 from megatron_sov.config.train import TrainConfig
 
@@ -25,6 +26,6 @@ __all__ = [
     "BackgroundEvalConfig", "DataConfig", "DistillationConfig", "EvaluateConfig", "ExtendConfig",
     "ExtendStageConfig", "GateConfig", "GpuConfig", "GroupConfig", "GuardConfig", "Language", "LoraConfig",
     "ModelConfig", "NeedleConfig", "NeedleKind", "ObjectiveConfig", "ObsConfig", "OptimConfig",
-    "ParallelConfig", "PartConfig", "PhaseConfig", "PreferenceConfig", "RunConfig", "TrainConfig",
-    "YarnConfig", "apply_settings", "data_paths", "from_dict", "layout_settings",
+    "ParallelConfig", "PartConfig", "PhaseConfig", "PreferenceConfig", "RolloutConfig", "RunConfig",
+    "TrainConfig", "YarnConfig", "apply_settings", "data_paths", "from_dict", "layout_settings",
 ]

@@ -22,6 +22,7 @@ from megatron_sov.config.model import STRICT, ModelConfig
 from megatron_sov.config.needle import NeedleConfig
 from megatron_sov.config.optim import OptimConfig
 from megatron_sov.config.preference import PreferenceConfig
+from megatron_sov.config.rollout import RolloutConfig
 from megatron_sov.config.train import TrainConfig
 from megatron_sov.errors import UserError, list_problems
 from megatron_sov.plugins.code import Code
@@ -92,6 +93,8 @@ class RunConfig:
     """What objective `preference` makes of responses that were judged."""
     distillation: DistillationConfig = DistillationConfig()
     """What objective `distill` makes of what a teacher says of the data."""
+    rollout: RolloutConfig = RolloutConfig()
+    """Rounds of reinforcement learning."""
     needle: NeedleConfig = NeedleConfig()
     """The needle suite of `extend`."""
     extend: ExtendConfig = ExtendConfig()
@@ -116,6 +119,7 @@ class RunConfig:
         p += self.parallel.problems(self.model, num_ranks)
         p += self.data.problems() + self._phase_problems() + self.train.problems() + self.objective.problems()
         p += self.preference.problems() + self.optim.problems() + self.extend.problems()
+        p += self.rollout.problems()
         p += self.distillation.problems(self.model.vocab_size)
         p += self.gpu.problems(self.model, self.parallel, self.train, self.optim)
         p += self.needle.problems() + self.guards.problems(self.train.deterministic)

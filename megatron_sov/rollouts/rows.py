@@ -1,0 +1,125 @@
+"""What the store holds: a row for each response, and a row for each reward of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+STOP, LENGTH, UNFINISHED = "stop", "length", "unfinished"
+"""Finish reasons: the model ended it; it is as long as allowed; its piece's deadline came first, and a row
+of the next attempt goes on behind it."""
+NOT_WRITTEN = -1
+"""Version of a token that no policy wrote: a tool's result, or the opening of a turn."""
+
+
+class Key(NamedTuple):
+    """What a response is: the same key is the same response, written once."""
+
+    prompt: str
+    """Of the prompt's record, see `rollouts.prompts`."""
+    sample: int
+    """Number in its group, from 0."""
+    policy: str
+    """SHA-256 of the manifest of the checkpoint that began it."""
+    sampling: str
+    """Digest of the settings that tokens were chosen by."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One response, token for token as the policy wrote it."""
+
+    key: Key
+    round: int
+    """Round that it was written for, from 1."""
+    attempt: int
+    """0, or one more than that of the unfinished row which it goes on behind, and stands in the place of."""
+    record: Mapping[str, Any]
+    """The prompt as it was given: what a reward needs (answer, tests, domain, ...)."""
+    prompt_tokens: np.ndarray
+    """[prompt] int32."""
+    tokens: np.ndarray
+    """[n] int32: everything behind the prompt; with tools, their results too."""
+    logprobs: np.ndarray
+    """[n] float32: of each under the distribution that it was drawn from; 0 where no policy wrote it."""
+    versions: np.ndarray
+    """[n] int32: optimizer step of the weights that wrote it; `NOT_WRITTEN`."""
+    finish_reason: str
+    """`STOP`, `LENGTH`, `UNFINISHED`, or how an episode with tools ended (`tools.episode.ENDS`)."""
+    response: str
+    """Text of the tokens."""
+    temperature: float
+    """Of the distribution."""
+    engine: str
+    """Name of what wrote it."""
+    began_s: float
+    """Unix time."""
+    ended_s: float
+    """Unix time."""
+    outcome: Mapping[str, Any] | None = None
+    """What an environment said of the episode: reward, status, components, reason, reward_version."""
+    routes: np.ndarray | None = None
+    """[prompt + n - 1, layers, K] uint8 or uint16: experts that each token which the policy read went to."""
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """Return the turns that a policy wrote, as half-open intervals of `tokens`."""
+        written = np.concatenate([[False], self.versions != NOT_WRITTEN, [False]])
+        edges = np.flatnonzero(written[1:] != written[:-1])
+        return list(zip(edges[0::2].tolist(), edges[1::2].tolist(), strict=True))
+
+    def problems(self, vocab_size: int) -> list[str]:
+        """Return one sentence for each rule that the row breaks: such a row is kept out of training.
+
+        Args:
+            vocab_size: what token ids must lie below.
+        """
+        n, written = len(self.tokens), self.versions != NOT_WRITTEN
+        ids = np.concatenate([self.prompt_tokens, self.tokens])
+        rules = [
+            (len(self.logprobs) == n == len(self.versions),
+             f"has {n} tokens, {len(self.logprobs)} log-probabilities and {len(self.versions)} versions; one "
+             "belongs to each"),
+            (len(self.prompt_tokens) > 0, "has no prompt"),
+            (not len(ids) or (ids.min() >= 0 and ids.max() < vocab_size),
+             f"has token ids outside of the vocabulary of {vocab_size}"),
+            (bool(np.isfinite(self.logprobs).all() and (self.logprobs <= 0).all()),
+             "has log-probabilities that are greater than 0, or no numbers"),
+            (len(written) != len(self.logprobs) or not self.logprobs[~written].any(),
+             "has log-probabilities of tokens that no policy wrote"),
+            (self.temperature > 0, f"has temperature {self.temperature}"),
+            (self.routes is None or len(self.routes) == len(self.prompt_tokens) + n - 1,
+             f"has routes of {0 if self.routes is None else len(self.routes)} tokens; one belongs to each of "
+             f"{len(self.prompt_tokens) + n - 1} that were read")]
+        return [sentence for holds, sentence in rules if not holds]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What one reward said of one response."""
+
+    key: Key
+    attempt: int
+    """Of the row that was judged."""
+    reward_version: str
+    """Of the reward's code and settings."""
+    reward: float | None
+    """None: there is none, for which `status` has the cause; never a 0 in its place."""
+    status: str
+    """As `rewards.reward.Result`: scored, timeout, failed, refused."""
+    components: Mapping[str, float] = field(default_factory=dict)
+    """Parts of the reward by name."""
+    reason: str = ""
+    """Where there is no reward: why."""
+
+
+def later(rows: Sequence[Rollout]) -> list[Rollout]:
+    """Return, of the rows of each key, the one of the last attempt, in order of first appearance."""
+    found: dict[Key, Rollout] = {}
+    for row in rows:
+        if row.key not in found or row.attempt > found[row.key].attempt:
+            found[row.key] = row
+    return list(found.values())
