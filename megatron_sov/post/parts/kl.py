@@ -1,8 +1,10 @@
 """Divergence of the policy from a reference, estimated at the tokens that were drawn.
 
-Each function's derivative is, in expectation over responses of the policy, that of KL(policy || reference).
-The plain derivative of k1 would be 0 in expectation, and teach nothing; so it, and that of sequences, is made
-of the value times the derivative of log p (arXiv 2506.09477).
+Each value is KL(policy || reference) in expectation over the policy's responses; the derivatives differ
+(arXiv 2506.09477).  That of k1, taken plainly, is 0 in expectation and would teach nothing; so it, and that
+of whole responses, is the value times the derivative of log p: in expectation the derivative of the
+divergence, of each token behind what stands before it, or of responses.  k3 is differentiated as it stands,
+as GRPO's authors do: in expectation the derivative of KL(reference || policy) of each token.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from megatron_sov.post.parts.responses import Responses
 
 
 def k1(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Return [T] float64 the difference of log-probabilities, unbiased.
+    """Return [T] float64 the difference of log-probabilities.
 
     Args:
         logprobs: [T] of the policy, differentiable, and finite.
@@ -23,8 +25,7 @@ def k1(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 
 
 def k3(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """Return [T] float64 ``q / p - log(q / p) - 1``, unbiased and never negative, differentiated as it
-    stands (arXiv 2402.03300, equation 4)."""
+    """Return [T] float64 ``q / p - log(q / p) - 1``, never negative (arXiv 2402.03300, equation 4)."""
     apart = reference.double() - logprobs.double()
     return apart.exp() - apart - 1
 
