@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from megatron_sov.config import RunConfig
-from megatron_sov.documents import KINDS
+from megatron_sov.documents import KINDS, ROLLOUTS
 from megatron_sov.documents.columns import column_problems
 from megatron_sov.errors import UserError, nearest
 from megatron_sov.plugins.loading import Loaded
@@ -19,12 +19,13 @@ from megatron_sov.plugins.signatures import check_methods, takes
 
 Factory = Callable[[Any], Any]
 """The run's `train.objective_context.ObjectiveContext` -> a `train.objective.Objective`."""
-BUILT_IN = {"lm": "pretrain", "sft": "sft", "preference": "prefer", "distill": "distill"}
+BUILT_IN = {"lm": "pretrain", "sft": "sft", "preference": "prefer", "distill": "distill",
+            "policy": "rl train"}
 """Built-in objective -> the command that trains by it."""
 METHODS = {"collect": ("policy", "step"), "prepare": ("batch",), "loss": ("hidden", "head", "batch")}
 """What an objective has to have: method -> what it is given (`megatron_sov.train.objective.Objective`)."""
-
-
+FORMATS = (*KINDS, ROLLOUTS)
+"""Formats of the sources that one may name in `formats`."""
 MEMORY = {"state": (), "restore": ("state",)}
 """What one with a memory has besides."""
 
@@ -33,10 +34,10 @@ def _check(loaded: Loaded) -> None:
     check_methods(loaded.value, loaded.reference, "an objective", METHODS)
     if hasattr(loaded.value, "state") or hasattr(loaded.value, "restore"):
         check_methods(loaded.value, loaded.reference, "an objective with a memory", MEMORY)
-    formats = getattr(loaded.value, "formats", KINDS)
-    if not isinstance(formats, tuple) or not formats or not set(formats) <= set(KINDS):
+    formats = getattr(loaded.value, "formats", FORMATS)
+    if not isinstance(formats, tuple) or not formats or not set(formats) <= set(FORMATS):
         raise UserError(f"{loaded.reference}: `formats` is {formats!r}, must be a tuple of "
-                        f"{', '.join(map(repr, KINDS))}")
+                        f"{', '.join(map(repr, FORMATS))}")
     columns = getattr(loaded.value, "columns", {})
     if not isinstance(columns, Mapping) or not all(hasattr(c, "made_by") for c in columns.values()):
         raise UserError(f"{loaded.reference}: `columns` is {columns!r}, must be a dict of column -> "

@@ -16,6 +16,7 @@ from megatron_sov.config.lora import LoraConfig
 from megatron_sov.config.model import ModelConfig, YarnConfig
 from megatron_sov.config.needle import Language, NeedleConfig, NeedleKind
 from megatron_sov.config.optim import GroupConfig, OptimConfig
+from megatron_sov.config.policy import PolicyConfig
 from megatron_sov.config.preference import PreferenceConfig
 from megatron_sov.config.reading import apply_settings, data_paths, from_dict, layout_settings
 from megatron_sov.config.rollout import RolloutConfig
@@ -26,6 +27,6 @@ __all__ = [
     "BackgroundEvalConfig", "DataConfig", "DistillationConfig", "EvaluateConfig", "ExtendConfig",
     "ExtendStageConfig", "GateConfig", "GpuConfig", "GroupConfig", "GuardConfig", "Language", "LoraConfig",
     "ModelConfig", "NeedleConfig", "NeedleKind", "ObjectiveConfig", "ObsConfig", "OptimConfig",
-    "ParallelConfig", "PartConfig", "PhaseConfig", "PreferenceConfig", "RolloutConfig", "RunConfig",
-    "TrainConfig", "YarnConfig", "apply_settings", "data_paths", "from_dict", "layout_settings",
+    "ParallelConfig", "PartConfig", "PhaseConfig", "PolicyConfig", "PreferenceConfig", "RolloutConfig",
+    "RunConfig", "TrainConfig", "YarnConfig", "apply_settings", "data_paths", "from_dict", "layout_settings",
 ]

@@ -21,6 +21,7 @@ from megatron_sov.config.lora import LoraConfig
 from megatron_sov.config.model import STRICT, ModelConfig
 from megatron_sov.config.needle import NeedleConfig
 from megatron_sov.config.optim import OptimConfig
+from megatron_sov.config.policy import PolicyConfig
 from megatron_sov.config.preference import PreferenceConfig
 from megatron_sov.config.rollout import RolloutConfig
 from megatron_sov.config.train import TrainConfig
@@ -36,7 +37,8 @@ class ObjectiveConfig:
     name: str = "lm"
     """lm: next-token cross-entropy (with multi-token prediction where the model has it); sft: cross-entropy
     on responses; preference: pairs or groups of responses, see `preference`; distill: a teacher's
-    distribution, see `distillation`; or an objective of your own, FILE.py:NAME (docs/own_code.md)."""
+    distribution, see `distillation`; policy: the model's own responses by their rewards, see `policy` and
+    `rollout`; or an objective of your own, FILE.py:NAME (docs/own_code.md)."""
     text_coeff: float = 0.0
     """sft: weight of an auxiliary cross-entropy on plain text, normalised over its own tokens."""
     loss_per: Literal["token", "turn", "sample"] = "token"
@@ -95,6 +97,8 @@ class RunConfig:
     """What objective `distill` makes of what a teacher says of the data."""
     rollout: RolloutConfig = RolloutConfig()
     """Rounds of reinforcement learning."""
+    policy: PolicyConfig = PolicyConfig()
+    """What objective `policy` makes of the responses of these rounds."""
     needle: NeedleConfig = NeedleConfig()
     """The needle suite of `extend`."""
     extend: ExtendConfig = ExtendConfig()
@@ -119,7 +123,7 @@ class RunConfig:
         p += self.parallel.problems(self.model, num_ranks)
         p += self.data.problems() + self._phase_problems() + self.train.problems() + self.objective.problems()
         p += self.preference.problems() + self.optim.problems() + self.extend.problems()
-        p += self.rollout.problems()
+        p += self.rollout.problems() + self.policy.problems(self.rollout)
         p += self.distillation.problems(self.model.vocab_size)
         p += self.gpu.problems(self.model, self.parallel, self.train, self.optim)
         p += self.needle.problems() + self.guards.problems(self.train.deterministic)

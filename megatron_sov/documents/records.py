@@ -22,6 +22,9 @@ from megatron_sov.documents.messages import (
 )
 
 KINDS = ("text", "chat", "preference", "prompt")
+ROLLOUTS = "rollouts"
+"""What token shards hold that no record is packed to: responses of a model to prompts, as `rl` publishes
+them."""
 GIVEN = {"messages", "tools", "documents", "add_generation_prompt", "marks_generation"}
 """What chat templates are given beside a record's own variables."""
 NUM_PROMPT = "num_prompt_messages"

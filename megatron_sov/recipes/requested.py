@@ -22,7 +22,7 @@ from megatron_sov.models.family import Family
 from megatron_sov.plugins.loading import is_reference, load
 from megatron_sov.plugins.registry import Registry
 
-BuiltIn = Literal["lm", "sft", "preference", "distill"]
+BuiltIn = Literal["lm", "sft", "preference", "distill", "policy"]
 """Objectives that come with the framework (`objectives.BUILT_IN`)."""
 NAMED_BY_SETTINGS: dict[str, Registry] = {"model.family": models.OWN, "objective.name": objectives.OWN}
 """Settings whose value may be code: FILE.py:NAME."""

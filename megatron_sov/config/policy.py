@@ -1,0 +1,254 @@
+"""Learning from one's own responses: which parts a policy's loss is made of, by a method's name or one by
+one."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megatron_sov.config.model import STRICT
+from megatron_sov.config.rollout import RolloutConfig
+
+PolicyMethod = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "agapo", "agapo_exaone4", "mgpo",
+                       "ink_grpo", "pkpo"]
+Ratio = Literal["token", "sequence"]
+Clip = Literal["two_sided", "cispo", "none"]
+Advantage = Literal["group", "group_no_std", "leave_one_out", "pass_at_k"]
+Aggregation = Literal["token", "sequence", "constant"]
+Kl = Literal["none", "k1", "k3", "sequence"]
+Kept = Literal["drop", "keep"]
+Correction = Literal["none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+
+
+@dataclass(frozen=True)
+class PolicyParts:
+    """What a method is made of, every part told; see `PolicyConfig` for each."""
+
+    ratio: Ratio = "token"
+    clip: Clip = "two_sided"
+    clip_low: float = 0.0
+    clip_high: float = 0.0
+    advantage: Advantage = "group"
+    normalise_over_batch: bool = False
+    aggregation: Aggregation = "token"
+    kl: Kl = "none"
+    kl_coeff: float = 0.0
+    mgpo_lambda: float = 0.0
+    pkpo_k: int = 0
+    all_wrong: Kept = "keep"
+    all_wrong_reward: float = 0.0
+    all_right: Kept = "keep"
+    knowledge_coeff: float = 0.0
+    knowledge_share: float = 0.0
+    knowledge_batch_size: int = 0
+
+
+_PPO = {"clip_low": 0.2, "clip_high": 0.2}
+"""What PPO's paper recommends (arXiv 1707.06347, section 6.1), and implementations of GRPO take."""
+_DROPPED: dict[str, Any] = {"all_wrong": "drop", "all_right": "drop"}
+METHODS: dict[str, dict[str, Any]] = {
+    "grpo": {"aggregation": "sequence", "kl": "k3", "kl_coeff": 0.04, **_PPO},
+    "dr_grpo": {"advantage": "group_no_std", "aggregation": "constant", **_PPO},
+    "dapo": {"clip_low": 0.2, "clip_high": 0.28, **_DROPPED},
+    "gspo": {"ratio": "sequence", "clip_low": 3e-4, "clip_high": 4e-4, "aggregation": "sequence"},
+    "cispo": {"clip": "cispo", **_DROPPED},
+    "agapo": {"clip": "cispo", "advantage": "leave_one_out", "normalise_over_batch": True,
+              "aggregation": "sequence", "all_wrong_reward": None, **_DROPPED},
+    "agapo_exaone4": {"clip": "none", "advantage": "leave_one_out", "normalise_over_batch": True,
+                      "aggregation": "sequence", "kl": "sequence", "all_wrong_reward": None,
+                      "all_right": "drop"},
+    "mgpo": {"aggregation": "sequence", "mgpo_lambda": None},
+    "ink_grpo": {"clip_low": 0.2, "clip_high": 0.24, "knowledge_coeff": 0.1, "knowledge_share": 0.6,
+                 "knowledge_batch_size": 64},
+    "pkpo": {"advantage": "pass_at_k", "aggregation": "constant", **_PPO},
+}
+"""Method -> its parts that are not `PolicyParts`' own; None: a number that its authors did not publish, and
+that a run has to set."""
+NEEDS = (("clip", ("two_sided",), "clip_low"), ("clip", ("two_sided", "cispo"), "clip_high"),
+         ("kl", ("k1", "k3", "sequence"), "kl_coeff"), ("advantage", ("pass_at_k",), "pkpo_k"),
+         ("all_wrong", ("keep",), "all_wrong_reward"), ("method", ("mgpo",), "mgpo_lambda"))
+"""Part, its values that need a number, and which."""
+NUMBERS = ("clip_low", "clip_high", "kl_coeff", "pkpo_k")
+"""Those that have no value but what the method or the run gives."""
+_PARTS = dataclasses.asdict(PolicyParts())
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """What objective `policy` makes of a model's own responses and their rewards.  `method` names a set of
+    parts; a part that is set by itself goes before it (docs/policy_methods.md has the table)."""
+
+    __pydantic_config__ = STRICT
+    method: PolicyMethod = "grpo"
+    """grpo (arXiv 2402.03300), dr_grpo (2503.20783), dapo (2503.14476), gspo (2507.18071), cispo
+    (2506.13585), agapo (as K-EXAONE), agapo_exaone4 (as EXAONE 4.0, 2507.11407), mgpo (2511.06221), ink_grpo
+    (2601.18129), pkpo (2505.15201)."""
+    ratio: Ratio | None = None
+    """Of the policy to that which wrote a response. token: of each token; sequence: one of each response, the
+    geometric mean over its tokens."""
+    clip: Clip | None = None
+    """two_sided: the smaller of ratio x advantage and clipped ratio x advantage; cispo: the ratio, at most
+    1 + clip_high, weighs log-probabilities and is not differentiated; none: ratio x advantage."""
+    clip_low: float | None = None
+    """two_sided: how far below 1 a ratio counts."""
+    clip_high: float | None = None
+    """two_sided, cispo: how far above 1 a ratio counts."""
+    advantage: Advantage | None = None
+    """group: (reward - mean of the group) / its standard deviation; group_no_std: without the division;
+    leave_one_out: reward - mean of the group's others; pass_at_k: what the response adds to the best of
+    pkpo_k."""
+    normalise_over_batch: bool | None = None
+    """Whether advantages are shifted and scaled to mean 0 and standard deviation 1 over all responses of the
+    optimizer step."""
+    aggregation: Aggregation | None = None
+    """token: mean over the step's tokens; sequence: mean over responses of each one's mean over tokens;
+    constant: sum over tokens divided by responses x rollout.max_new_tokens."""
+    kl: Kl | None = None
+    """Divergence from the model that the run starts from. k1, k3: of each token, by these estimators;
+    sequence: of whole responses, cumulative."""
+    kl_coeff: float | None = None
+    """Weight of that divergence."""
+    mgpo_lambda: float | None = None
+    """How strongly groups are preferred of which half is right: their advantages are multiplied by
+    exp(-lambda D), D the divergence of the share of right responses from 1/2 (arXiv 2511.06221); 0: not."""
+    pkpo_k: int | None = None
+    """pass_at_k: how many responses the best is taken of."""
+    all_wrong: Kept | None = None
+    """Groups whose rewards are all the same and below right_from: left out, or kept with all_wrong_reward."""
+    all_wrong_reward: float | None = None
+    """Added to the advantages, which are 0, of groups that are all wrong and kept, before they are normalised
+    over the batch: a small negative number, or 0."""
+    all_right: Kept | None = None
+    """Groups whose rewards are all the same, and right_from or more: left out, or kept (their advantages are
+    0, and they count in means and in the divergence)."""
+    right_from: float = 1.0
+    """Reward from which on a response counts as right."""
+    overlong_buffer_tokens: int = 0
+    """Last tokens of rollout.max_new_tokens over which a penalty of length grows from 0 to overlong_penalty
+    (arXiv 2503.14476, equation 13); 0: no penalty."""
+    overlong_penalty: float = 1.0
+    """Taken from the reward of a response of the largest length."""
+    correction: Correction = "none"
+    """For an engine that computes log-probabilities other than the trainer's: what the loss is multiplied by
+    is the ratio of the trainer's to the engine's, of each token or of the whole response. truncate: at most
+    correction_high, at least correction_low; mask: outside of these bounds nothing is learned. Costs a pass
+    of the trainer over each round."""
+    correction_low: float = 0.0
+    """Smallest such ratio."""
+    correction_high: float | None = None
+    """Largest such ratio; a correction needs it."""
+    knowledge_coeff: float | None = None
+    """Weight of an auxiliary cross-entropy on text of --data, normalised over its own tokens
+    (arXiv 2601.18129); 0: none."""
+    knowledge_share: float | None = None
+    """Probability with which an optimizer step has that text."""
+    knowledge_batch_size: int | None = None
+    """Sequences of text of such a step."""
+    router_replay: bool = False
+    """Whether the trainer sends each token to the experts that it went to when it was written."""
+    missing_share: float = 0.0
+    """Share of a round's groups that may be without their last responses when it is trained."""
+
+    @property
+    def parts(self) -> PolicyParts:
+        """The method's parts with those that are set in their places; settings must have no problems."""
+        return PolicyParts(**{name: value for name, value in self._told().items() if value is not None})
+
+    @property
+    def has_text(self) -> bool:
+        """Whether text is learned beside responses."""
+        return self.parts.knowledge_coeff > 0
+
+    @property
+    def needs_old_logprobs(self) -> bool:
+        """Whether the trainer has to say, before a round's first step, what it gives the round's tokens
+        itself; otherwise ratios are against what the engine gave them."""
+        return self.correction != "none"
+
+    def has_text_at(self, seed: int, step: int) -> bool:
+        """Return whether an optimizer step has text beside its responses: a draw with probability
+        `knowledge_share` that depends on nothing but these.
+
+        Args:
+            seed: `rollout.seed`.
+            step: from 1.
+        """
+        drawn = hashlib.blake2b(f"knowledge {seed} {step}".encode(), digest_size=8).digest()
+        return self.has_text and int.from_bytes(drawn) < self.parts.knowledge_share * 2 ** 64
+
+    def _told(self) -> dict[str, Any]:
+        """Return part -> what the run says of it, or else the method; None: a number that neither gives."""
+        given = {name: value for name in _PARTS if (value := getattr(self, name)) is not None}
+        return _PARTS | dict.fromkeys(NUMBERS) | METHODS[self.method] | given
+
+    def problems(self, rollout: RolloutConfig) -> list[str]:
+        """Return one sentence for every rule that these settings break.
+
+        Args:
+            rollout: the run's rounds.
+        """
+        told = self._told() | {"method": self.method}
+        p = [f"policy.{number} is missing: policy.{part} = {told[part]} needs it, and "
+             f"policy.method = {self.method} brings none; set it" for part, values, number in NEEDS
+             if told[part] in values and told[number] is None]
+        p += self._number_problems(told) + self._group_problems(told, rollout)
+        return p + self._correction_problems() + self._text_problems(told)
+
+    def _number_problems(self, told: dict[str, Any]) -> list[str]:
+        """Check each number by itself."""
+        p = [f"policy.{name} = {told[name]} must be a number that is not negative"
+             for name in ("clip_low", "clip_high", "kl_coeff", "mgpo_lambda", "knowledge_coeff")
+             if told[name] is not None and not 0 <= told[name] < math.inf]
+        if told["clip"] == "two_sided" and (told["clip_low"] or 0) > 1:
+            p.append(f"policy.clip_low = {told['clip_low']} must be at most 1: ratios are not negative")
+        if told["all_wrong_reward"] is not None and not -math.inf < told["all_wrong_reward"] <= 0:
+            p.append(f"policy.all_wrong_reward = {told['all_wrong_reward']} must be 0 or a negative number")
+        if not math.isfinite(self.right_from):
+            p.append(f"policy.right_from = {self.right_from} must be a number")
+        if not 0 <= self.missing_share < 1:
+            p.append(f"policy.missing_share = {self.missing_share} must lie in [0, 1)")
+        return p
+
+    def _group_problems(self, told: dict[str, Any], rollout: RolloutConfig) -> list[str]:
+        """Check what is asked of groups and of lengths against the run's rounds."""
+        p, samples = [], rollout.samples_per_prompt
+        if rollout.rounds and samples < 2:
+            p.append(f"rollout.samples_per_prompt = {samples} must be at least 2: objective policy compares "
+                     "the responses of a group")
+        if told["advantage"] == "pass_at_k" and not 1 <= (told["pkpo_k"] or 1) <= samples:
+            p.append(f"policy.pkpo_k = {told['pkpo_k']} must lie between 1 and rollout.samples_per_prompt = "
+                     f"{samples}")
+        if not 0 <= self.overlong_buffer_tokens <= rollout.max_new_tokens:
+            p.append(f"policy.overlong_buffer_tokens = {self.overlong_buffer_tokens} must lie between 0 and "
+                     f"rollout.max_new_tokens = {rollout.max_new_tokens}")
+        if not 0 <= self.overlong_penalty < math.inf:
+            p.append(f"policy.overlong_penalty = {self.overlong_penalty} must be a number that is not "
+                     "negative")
+        return p
+
+    def _correction_problems(self) -> list[str]:
+        low, high = self.correction_low, self.correction_high
+        if self.correction == "none":
+            return [] if high is None and low == 0 else [
+                f"policy.correction_low = {low} and policy.correction_high = {high} belong to a "
+                "policy.correction; name one, or leave them out"]
+        if high is None:
+            return [f"policy.correction_high is missing: policy.correction = {self.correction} needs it"]
+        return [] if 0 <= low < high < math.inf else [
+            f"policy.correction_low = {low} and policy.correction_high = {high} must be numbers with "
+            "0 <= low < high"]
+
+    def _text_problems(self, told: dict[str, Any]) -> list[str]:
+        if not told["knowledge_coeff"]:
+            return []
+        p = []
+        if not 0 < told["knowledge_share"] <= 1:
+            p.append(f"policy.knowledge_share = {told['knowledge_share']} must lie in (0, 1]: "
+                     f"policy.knowledge_coeff = {told['knowledge_coeff']} asks for text")
+        if told["knowledge_batch_size"] < 1:
+            p.append(f"policy.knowledge_batch_size = {told['knowledge_batch_size']} must be at least 1: "
+                     f"policy.knowledge_coeff = {told['knowledge_coeff']} asks for text")
+        return p

@@ -1,0 +1,70 @@
+"""Learning from one's own responses by their rewards, as `PolicyConfig` puts it together."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_sov.chat.encode import TYPE_TEXT
+from megatron_sov.mcore.model.logprobs import Head
+from megatron_sov.post.parts.policy_loss import PolicyLoss
+from megatron_sov.post.parts.responses import responses_of
+from megatron_sov.train.data_objective import DataObjective
+from megatron_sov.train.microbatch import MicroBatch
+from megatron_sov.train.objective import GlobalBatch, LossSums, per_source, with_denominators
+from megatron_sov.train.objective_context import ObjectiveContext
+
+KNOWLEDGE = "knowledge"
+
+
+class PolicyLearning(DataObjective):
+    """``policy + kl_coeff * kl + knowledge_coeff * CE(text) / its tokens`` (+ multi-token prediction on all
+    that is learned)."""
+
+    comparable_loss = False
+
+    def __init__(self, context: ObjectiveContext) -> None:
+        super().__init__(context)
+        asked, rollout = context.config.policy, context.config.rollout
+        self._temperature, self._loss = rollout.temperature, PolicyLoss(asked, rollout.max_new_tokens)
+        self.meters = self._loss.meters
+        self.coefficients = dict(self._loss.coefficients)
+        if asked.has_text:
+            self.coefficients[KNOWLEDGE] = asked.parts.knowledge_coeff
+        self.coefficients |= self._mtp_coefficient
+
+    def prepare(self, batch: GlobalBatch) -> GlobalBatch:
+        """Count tokens or responses of the global batch; what a correction masks out does not count."""
+        hosts = [m.host for m in batch.micro_batches]
+        counts = [self._loss.denominators(self._loss.learned(responses_of(m), m.columns)[0]) for m in hosts]
+        targets = {term: sum(count[term] for count in counts) for term in self._loss.coefficients}
+        if KNOWLEDGE in self.coefficients:
+            targets[KNOWLEDGE] = sum(float((m.weights.double() * _is_text(m)).sum()) for m in hosts)
+        return with_denominators(batch, targets | self._mtp_targets(hosts))
+
+    def loss(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> LossSums:
+        """Return the summed losses of a micro-batch's responses, and of its text."""
+        responses, factors = self._loss.learned(responses_of(batch), batch.columns)
+        logprobs = head.logprobs(hidden[0], batch.labels, self._temperature)
+        terms, meters = self._loss.terms(logprobs, batch.columns, responses, factors)
+        losses = -logprobs.detach()
+        if KNOWLEDGE in self.coefficients:
+            terms[KNOWLEDGE], losses = self._of_text(hidden[0], head, batch, losses)
+        terms |= self._mtp_sum(hidden, head, batch)
+        counted = batch.weights > 0
+        by_source = per_source(losses.where(counted, 0.0), counted.to(losses.dtype), batch.sources,
+                               self._num_sources)
+        return LossSums(terms, by_source, meters)
+
+    def _of_text(self, hidden: torch.Tensor, head: Head, batch: MicroBatch,
+                 losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the summed cross-entropy of text, at temperature 1, and the log's losses with those of text
+        in their places; the head is not applied again to a micro-batch without text, as most are."""
+        if not bool((_is_text(batch.host) & (batch.host.weights > 0)).any()):
+            return losses.new_zeros(()), losses
+        is_text = _is_text(batch)
+        sums, of_labels = head.cross_entropy(hidden, batch.labels, {KNOWLEDGE: batch.weights * is_text})
+        return sums[KNOWLEDGE], torch.where(is_text, of_labels, losses)
+
+
+def _is_text(batch: MicroBatch) -> torch.Tensor:
+    return batch.types == TYPE_TEXT

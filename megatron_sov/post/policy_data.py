@@ -1,0 +1,48 @@
+"""What objective `policy` reads, which depends on the settings and is known before it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megatron_sov.config import RunConfig
+from megatron_sov.data.columns import NeededColumn
+from megatron_sov.data.token_shards import Source
+from megatron_sov.documents import ROLLOUTS
+from megatron_sov.errors import UserError
+from megatron_sov.post.parts.policy_loss import PolicyLoss
+from megatron_sov.post.policy import PolicyLearning
+from megatron_sov.train.objective_context import ObjectiveContext
+
+
+@dataclass(frozen=True)
+class PolicyObjective:
+    """Makes the objective."""
+
+    formats: tuple[str, ...]
+    """See `train.objective.formats_of`."""
+    columns: Mapping[str, NeededColumn]
+    """See `train.objective.columns_of`."""
+
+    def __call__(self, context: ObjectiveContext) -> PolicyLearning:
+        """Return it."""
+        return PolicyLearning(context)
+
+
+def objective_of(config: RunConfig) -> PolicyObjective:
+    """Return what makes the objective of a run's `policy`."""
+    needed = NeededColumn("`megatron-sov rl train`", (ROLLOUTS,))
+    columns = PolicyLoss(config.policy, config.rollout.max_new_tokens).columns
+    return PolicyObjective((ROLLOUTS, *(["text"] if config.policy.has_text else [])),
+                           dict.fromkeys(columns, needed))
+
+
+def check_sources(config: RunConfig, sources: list[Source]) -> None:
+    """Refuse data that leave the term of text without targets.
+
+    Raises:
+        UserError: there is no text.
+    """
+    if config.policy.has_text and all(source.format != "text" for source in sources):
+        raise UserError(f"policy.knowledge_coeff = {config.policy.parts.knowledge_coeff} needs text; add "
+                        "--data with packed text, or set it to 0")

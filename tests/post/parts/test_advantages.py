@@ -1,0 +1,131 @@
+"""Advantages of groups against their papers' formulas, written out with loops and by enumeration."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_sov.config import PolicyConfig
+from megatron_sov.post.parts import advantages as parts
+
+REWARDS = st.lists(st.sampled_from([0.0, 0.0, 0.3, 0.5, 1.0, 1.0, 1.2]), min_size=2, max_size=7)
+STEP = st.lists(REWARDS, min_size=1, max_size=4)
+METHODS: list[dict[str, Any]] = [
+    {"method": "grpo"}, {"method": "dr_grpo"}, {"method": "dapo"}, {"method": "agapo"},
+    {"method": "agapo", "all_wrong": "keep", "all_wrong_reward": -0.25},
+    {"method": "agapo_exaone4", "all_wrong_reward": -0.5}, {"method": "mgpo", "mgpo_lambda": 1.5},
+    {"method": "pkpo", "pkpo_k": 1}, {"method": "pkpo", "pkpo_k": 2}, {"method": "pkpo", "pkpo_k": 4},
+    {"method": "agapo", "advantage": "group_no_std", "overlong_buffer_tokens": 4, "mgpo_lambda": 0.5}]
+
+
+def of(rewards: list[list[float]], policy: PolicyConfig, lengths: list[list[int]] | None = None,
+       longest: int = 10) -> list[parts.Group]:
+    lengths = lengths or [[1] * len(group) for group in rewards]
+    return parts.advantages([np.array(g) for g in rewards], [np.array(n) for n in lengths], policy, longest)
+
+
+def written_out(rewards: list[list[float]], lengths: list[list[int]], policy: PolicyConfig,
+                longest: int) -> list[list[float]]:
+    """Return each group's advantages, one response at a time."""
+    asked, kept, found = policy.parts, [], []
+    for group, counts in zip(rewards, lengths, strict=True):
+        right = [r >= 1.0 for r in group]
+        same = len(set(group)) == 1
+        dropped = same and (asked.all_right if right[0] else asked.all_wrong) == "drop"
+        if dropped or (asked.advantage == "pass_at_k" and len(group) < asked.pkpo_k):
+            found.append([0.0] * len(group))
+            kept.append(False)
+            continue
+        buffer = policy.overlong_buffer_tokens
+        r = [x - (min(1.0, max(0.0, (n - (longest - buffer)) / buffer)) if buffer else 0.0)
+             for x, n in zip(group, counts, strict=True)]
+        p = sum(right) / len(r)
+        divergence = sum(q * math.log(2 * q) for q in (p, 1 - p) if q > 0)
+        found.append([(_advantage(r, i, asked) + (asked.all_wrong_reward if same and not right[0] else 0.0))
+                      * math.exp(-asked.mgpo_lambda * divergence) for i in range(len(r))])
+        kept.append(True)
+    everything = [a for group, k in zip(found, kept, strict=True) if k for a in group]
+    if asked.normalise_over_batch and everything:
+        mean, std = statistics.fmean(everything), statistics.stdev(everything)
+        found = [[(a - mean) / (std + 1e-4) for a in group] if k else group
+                 for group, k in zip(found, kept, strict=True)]
+    return found
+
+
+def _advantage(r: list[float], i: int, asked: Any) -> float:
+    others = r[:i] + r[i + 1:]
+    if asked.advantage == "pass_at_k" and asked.pkpo_k > 1:
+        n, k = len(r), asked.pkpo_k
+        sets = [s for s in itertools.combinations(range(n), k) if i in s]
+        return n / math.comb(n, k) * sum(max(r[j] for j in s) - max(r[j] for j in s if j != i) for s in sets)
+    if asked.advantage in ("leave_one_out", "pass_at_k"):
+        return r[i] - statistics.fmean(others)
+    apart = r[i] - statistics.fmean(r)
+    return apart / (statistics.stdev(r) + 1e-4) if asked.advantage == "group" else apart
+
+
+@settings(max_examples=40)
+@given(step=STEP, first_length=st.integers(1, 10))
+def test_advantages_are_the_papers(step: list[list[float]], first_length: int) -> None:
+    lengths = [[1 + (first_length + 3 * i) % 10 for i in range(len(group))] for group in step]
+    for asked in METHODS:
+        policy = PolicyConfig(**asked)
+        found = of(step, policy, lengths)
+        for ours, theirs in zip(found, written_out(step, lengths, policy, 10), strict=True):
+            assert ours.advantages.dtype == np.float64
+            assert ours.advantages.tolist() == pytest.approx(theirs, rel=1e-9, abs=1e-9), asked
+
+
+def test_why_a_group_is_left_out() -> None:
+    step = [[1.0, 1.0], [0.0, 0.0], [0.5, 0.5], [0.0, 1.0], [1.0], []]
+    assert [g.reason for g in of(step, PolicyConfig("dapo"))] == [
+        "all_right", "all_wrong", "all_wrong", "", "too_few", "too_few"]
+    kept = of(step, PolicyConfig("grpo"))
+    assert [g.reason for g in kept] == ["", "", "", "", "too_few", "too_few"]
+    assert not kept[0].advantages.any()
+    assert [g.reason for g in of([[0.0, 0.5], [0.5, 0.5]], PolicyConfig("dapo", right_from=0.5))] == [
+        "", "all_right"]
+    assert of([[0.0, 1.0, 1.0]], PolicyConfig("pkpo", pkpo_k=4))[0].reason == "too_few"
+    assert of([[0.1 + 0.2, 0.3]], PolicyConfig("dapo"))[0].reason == "all_wrong"  # the same but for rounding
+
+
+def test_a_group_that_is_all_wrong_is_pushed_away_where_it_is_kept() -> None:
+    policy = PolicyConfig("agapo_exaone4", all_wrong_reward=-0.1)
+    wrong, mixed, right = of([[0.0] * 4, [0.0, 1.0, 1.0, 1.0], [1.0] * 4], policy)
+    assert (wrong.advantages < 0).all() and right.reason == "all_right" and not right.advantages.any()
+    together = np.concatenate([wrong.advantages, mixed.advantages])
+    assert together.mean() == pytest.approx(0, abs=1e-12)
+    assert together.std(ddof=1) == pytest.approx(1, abs=1e-3)
+
+
+def test_mgpo_prefers_groups_of_which_half_is_right() -> None:
+    assert parts.mgpo_weight(1 / 8, 1.0) == pytest.approx(0.7288, abs=1e-4)
+    assert parts.mgpo_weight(0.5, 3.0) == 1.0
+    assert parts.mgpo_weight(0.0, 2.0) == parts.mgpo_weight(1.0, 2.0) == pytest.approx(2.0 ** -2)
+    step = [[0.0, 1.0, 1.0, 1.0], [0.0, 1.0, 0.0, 1.0]]
+    without = of(step, PolicyConfig("mgpo", mgpo_lambda=0.0))
+    for ours, theirs in zip(without, of(step, PolicyConfig("grpo")), strict=True):
+        assert ours.advantages.tolist() == theirs.advantages.tolist()
+
+
+def test_pkpo_credits_right_answers_where_they_are_rare() -> None:
+    """Of c right among n: k C(n - c, k - 1) / C(n - 1, k - 1) each, and nothing for those that are wrong."""
+    for right in range(1, 8):
+        found = parts.pass_at_k(np.array([1.0] * right + [0.0] * (8 - right)), 4)
+        each = 4 * math.comb(8 - right, 3) / math.comb(7, 3)
+        assert found.tolist() == pytest.approx([each] * right + [0.0] * (8 - right), abs=1e-12)
+
+
+def test_long_responses_are_penalised_as_in_dapo() -> None:
+    policy = PolicyConfig("dapo", overlong_buffer_tokens=4096)
+    lengths = np.array([1, 16384, 17408, 20480, 30000])
+    assert parts.overlong_penalty(lengths, policy, 20480).tolist() == [0.0, 0.0, 0.25, 1.0, 1.0]
+    halved = PolicyConfig("dapo", overlong_buffer_tokens=4096, overlong_penalty=0.5)
+    assert parts.overlong_penalty(lengths, halved, 20480)[-1] == 0.5

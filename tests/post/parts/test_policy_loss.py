@@ -1,0 +1,194 @@
+"""A policy's loss and its derivatives against the papers' formulas, a response and a token at a time."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from typing import Any
+
+import pytest
+
+from megatron_sov.config import PolicyConfig
+
+LENGTHS, LONGEST, SEED = (5, 1, 3, 4, 2), 6, 0
+CASES: list[dict[str, Any]] = [
+    {"method": "grpo", "kl_coeff": 0.3}, {"method": "dr_grpo"}, {"method": "dapo"},
+    {"method": "gspo", "clip_low": 0.05, "clip_high": 0.05}, {"method": "cispo", "clip_high": 0.25},
+    {"method": "agapo", "clip_high": 0.25},
+    {"method": "agapo_exaone4", "kl_coeff": 0.2, "all_wrong_reward": -0.1},
+    {"method": "mgpo", "clip_low": 0.2, "clip_high": 0.2, "mgpo_lambda": 1.0},
+    {"method": "ink_grpo"}, {"method": "pkpo", "pkpo_k": 2},
+    {"method": "dapo", "kl": "k1", "kl_coeff": 0.5, "ratio": "sequence"},
+    {"method": "cispo", "clip_high": 0.2, "ratio": "sequence", "aggregation": "constant"},
+    *({"method": method, "correction": correction, "correction_low": 0.75, "correction_high": 1.3}
+      for method in ("grpo", "dapo", "gspo")
+      for correction in ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"))]
+
+
+def row() -> tuple[dict[str, Any], Any, Any]:
+    """Return columns and log-probabilities of a row, and its responses: between them lie labels that are not
+    learned, some of them impossible."""
+    import torch
+
+    from megatron_sov.post.parts.responses import Responses
+
+    drawn = random.Random(SEED)
+    index: list[int] = []
+    for response, length in enumerate(LENGTHS):
+        index += [len(LENGTHS)] * drawn.randint(1, 3) + [response] * length
+    learned = torch.tensor(index) < len(LENGTHS)
+
+    def numbers(spread: float, near: Any = None) -> Any:
+        base = torch.tensor([-3 * drawn.random() - 1.5 for _ in index]).double() if near is None else near
+        return base + spread * torch.tensor([drawn.uniform(-1, 1) for _ in index]).double()
+
+    behaviour = numbers(0.0)
+    columns = {"behaviour_logprobs": behaviour, "old_logprobs": numbers(0.3, behaviour),
+               "reference_logprobs": numbers(0.5, behaviour),
+               "advantage": torch.tensor([(-1.5, 0.7, 1.1, -0.4, 0.9, 9.0)[i] for i in index]).double()}
+    logprobs = torch.where(learned, numbers(1.2, behaviour), -torch.inf)
+    lengths = torch.tensor([float(n) for n in LENGTHS]).double()
+    return columns, logprobs, Responses(torch.tensor(index), lengths)
+
+
+def ours(policy: PolicyConfig, columns: Any, logprobs: Any, responses: Any) -> tuple[Any, Any, Any]:
+    """Return the whole loss, its derivatives and the meters."""
+    import torch
+
+    from megatron_sov.post.parts.policy_loss import PolicyLoss
+
+    made = PolicyLoss(policy, LONGEST)
+    logprobs = logprobs.clone().requires_grad_()
+    kept, factors = made.learned(responses, columns)
+    terms, meters = made.terms(logprobs, columns, kept, factors)
+    counts = made.denominators(kept)
+    loss = sum(made.coefficients[t] * terms[t] / counts[t] for t in made.coefficients)
+    (slopes,) = torch.autograd.grad(loss, logprobs)
+    return loss.item(), slopes.tolist(), {name: float(a / b) for name, (a, b) in meters.items()}
+
+
+def written_out(policy: PolicyConfig, columns: Any, logprobs: Any,
+                responses: Any) -> tuple[float, list[float]]:
+    """Return the same by loops in plain Python, derivatives by hand."""
+    parts, (low, high) = policy.parts, (policy.correction_low, policy.correction_high or 0.0)
+    x, old, behaviour, reference = (v.tolist() for v in (
+        logprobs, columns["old_logprobs"], columns["behaviour_logprobs"], columns["reference_logprobs"]))
+    writer = behaviour if policy.correction == "none" else old
+    factor, learned = [1.0] * len(x), []
+    for response in range(len(LENGTHS)):
+        places = [t for t, i in enumerate(responses.index.tolist()) if i == response]
+        whole = math.prod(math.exp(old[t] - behaviour[t]) for t in places)
+        for t in places:
+            w = whole if policy.correction.startswith("sequence") else math.exp(old[t] - behaviour[t])
+            if policy.correction.endswith("truncate"):
+                factor[t] = min(max(w, low), high)
+            elif policy.correction.endswith("mask"):
+                factor[t] = w if low <= w <= high else 0.0
+        if kept := [t for t in places if factor[t] > 0]:
+            learned.append(kept)
+    num_tokens, loss, slopes = sum(map(len, learned)), 0.0, [0.0] * len(x)
+    for places in learned:
+        n, a = len(places), columns["advantage"][places[0]].item()
+        share = {"token": 1 / num_tokens, "sequence": 1 / (n * len(learned)),
+                 "constant": 1 / (len(learned) * LONGEST)}[parts.aggregation]
+        mean = math.exp(sum(x[t] - writer[t] for t in places) / n)
+        cumulative = sum(x[t] - reference[t] for t in places)
+        if parts.kl == "sequence":
+            loss += parts.kl_coeff * cumulative / len(learned)
+        for t in places:
+            by_sequence = parts.ratio == "sequence"
+            ratio = mean if by_sequence else math.exp(x[t] - writer[t])
+            moved = [(u, 1 / n) for u in places] if by_sequence else [(t, 1.0)]
+            weight = share * factor[t]
+            if parts.clip == "cispo":
+                bounded = min(ratio, 1 + parts.clip_high)
+                loss -= weight * bounded * a * x[t]
+                slopes[t] -= weight * bounded * a
+            else:
+                bound = (1 + parts.clip_high) if a > 0 else (1 - parts.clip_low)
+                is_clipped = parts.clip == "two_sided" and (ratio > bound if a > 0 else ratio < bound)
+                loss -= weight * a * (bound if is_clipped else ratio)
+                for u, part in moved:
+                    slopes[u] -= 0.0 if is_clipped else weight * a * ratio * part
+            apart = x[t] - reference[t]
+            if parts.kl == "k3":
+                loss += parts.kl_coeff * share * (math.exp(-apart) + apart - 1)
+                slopes[t] += parts.kl_coeff * share * (1 - math.exp(-apart))
+            elif parts.kl == "k1":
+                loss += parts.kl_coeff * share * apart
+                slopes[t] += parts.kl_coeff * share * apart
+            elif parts.kl == "sequence":
+                slopes[t] += parts.kl_coeff * cumulative / len(learned)
+    return loss, slopes
+
+
+@pytest.mark.parametrize("asked", CASES, ids=lambda asked: "-".join(map(str, asked.values())))
+def test_loss_and_derivatives_are_the_papers(asked: dict[str, Any]) -> None:
+    policy = PolicyConfig(**asked)
+    loss, slopes, meters = ours(policy, *row())
+    expected, by_hand = written_out(policy, *row())
+    assert loss == pytest.approx(expected, abs=1e-12) and math.isfinite(loss)
+    assert slopes == pytest.approx(by_hand, abs=1e-12)
+    if policy.parts.clip != "none":
+        assert 0 < meters["clip_share"] < 1, "the case shows nothing of the clip"
+
+
+@pytest.mark.parametrize("clip", ["two_sided", "cispo", "none"])
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_on_responses_of_the_policy_itself_every_method_is_reinforce(clip: Any, ratio: Any) -> None:
+    columns, logprobs, responses = row()
+    learned = responses.index < len(responses)
+    columns["behaviour_logprobs"] = logprobs.where(learned, 0.0)
+    _, slopes, meters = ours(PolicyConfig("dapo", clip=clip, ratio=ratio), columns, logprobs, responses)
+    expected = (-columns["advantage"] * learned / sum(LENGTHS)).tolist()
+    assert slopes == pytest.approx(expected, abs=1e-15)
+    assert (meters["ratio"], meters["clip_share"], meters["engine_gap"], meters["engine_kl"]) == (1, 0, 0, 0)
+
+
+def test_what_is_masked_leaves_the_denominator() -> None:
+    from megatron_sov.post.parts.policy_loss import PolicyLoss
+
+    columns, _, responses = row()
+    columns["old_logprobs"] = columns["behaviour_logprobs"].clone()
+    first = responses.index.tolist().index(0)
+    columns["old_logprobs"][first] += 2.0
+    for correction, left, tokens in (("token_mask", 5, 14), ("sequence_mask", 4, 10),
+                                     ("token_truncate", 5, 15)):
+        for aggregation, count in (("token", tokens), ("sequence", left), ("constant", left * LONGEST)):
+            policy: Any = PolicyConfig("dapo", aggregation=aggregation,
+                                       correction=correction, correction_high=2.0)
+            made = PolicyLoss(policy, LONGEST)
+            assert made.denominators(made.learned(responses, columns)[0]) == {"policy": count}, correction
+
+
+def test_divergences_have_the_derivatives_that_are_said_of_them() -> None:
+    """By enumeration of all responses of two tokens, so that expectations are exact."""
+    import torch
+
+    from megatron_sov.post.parts import kl
+    from megatron_sov.post.parts.responses import Responses
+
+    torch.manual_seed(0)
+    first, second, ref_first, ref_second = (torch.randn(s).double() for s in ((3,), (3, 3), (3,), (3, 3)))
+    inputs = (first.requires_grad_(), second.requires_grad_())
+    p, q = first.log_softmax(-1), ref_first.log_softmax(-1)
+    p2, q2 = second.log_softmax(-1), ref_second.log_softmax(-1)
+
+    def slopes(value: Any) -> Any:
+        return torch.cat([g.flatten() for g in torch.autograd.grad(
+            value, inputs, retain_graph=True, allow_unused=True, materialize_grads=True)])
+
+    def close(a: Any, b: Any) -> bool:
+        return bool(torch.allclose(slopes(a), slopes(b), atol=1e-12, rtol=0))
+
+    odds = p.detach().exp()
+    assert close((odds * kl.k1(p, q)).sum(), (p.exp() * (p - q)).sum())
+    assert close((odds * kl.k3(p, q)).sum(), (q.exp() * (q - p)).sum())
+    exact = (p.exp() * (p - q)).sum() + (p.exp()[:, None] * p2.exp() * (p2 - q2)).sum()
+    estimated: Any = 0.0
+    for a, b in itertools.product(range(3), repeat=2):
+        both, reference = torch.stack([p[a], p2[a, b]]), torch.stack([q[a], q2[a, b]])
+        whole = Responses(torch.tensor([0, 0]), torch.tensor([2.0]).double())
+        estimated = estimated + both.detach().sum().exp() * kl.of_sequences(both, reference, whole).sum()
+    assert close(estimated, exact) and estimated.item() == pytest.approx(exact.item(), abs=1e-12)
