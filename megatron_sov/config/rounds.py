@@ -24,7 +24,7 @@ def with_rounds(config: RunConfig) -> RunConfig:
     seq_len = config.data.phases[0].seq_len
     longest = rollout.max_prompt_tokens + rollout.max_new_tokens
     if longest > seq_len:
-        raise UserError(f"data.phases.0.seq_len = {seq_len}: a row holds whole responses, and the longest has "
+        raise UserError(f"data.phases.0.seq_len = {seq_len}: a row holds whole responses, the longest has "
                         f"rollout.max_prompt_tokens {rollout.max_prompt_tokens} + "
                         f"rollout.max_new_tokens {rollout.max_new_tokens} = {longest}; make rows longer, or "
                         "responses shorter")

@@ -1,4 +1,4 @@
-"""Brings the rounds that a run trains: waits for each, publishes it, and adds what the trainer says of it."""
+"""Brings the rounds that a run trains: waits for each, publishes it, adds what the trainer says of it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 from megatron_sov.artifacts import read_manifest
 from megatron_sov.config import RolloutConfig
-from megatron_sov.data.rounds import Round, RoundDocuments, folder_of_round
+from megatron_sov.data.rounds import Round, RoundDocuments
 from megatron_sov.mcore.parallel import collectives
 from megatron_sov.mcore.parallel.named_values import sum_dict
 from megatron_sov.mcore.parallel.world import on_main
@@ -92,28 +90,5 @@ class RoundFeed:
             view.batches.ledger.pass_over(step, step + 1)
             if view.world.is_main:
                 groups = read_manifest(opened.path).content.get("groups")
-                warn(f"round {number}: no group of step {step + 1} learns (groups of the round: {groups}), so "
-                     "it is passed over", view.events.write, step=step + 1)
-
-
-def publisher_of(rounds: Path, gather: Callable[[int], Any], write: Callable[[Any, Path], None]
-                 ) -> Callable[[int], str]:
-    """Return `publish(number)` for a `RoundFeed`.
-
-    Args:
-        rounds: RUN/rounds.
-        gather: number of a round -> what it is made of, or a sentence of what it lacks.
-        write: (what it is made of, folder) -> publishes it.
-    """
-    documents = RoundDocuments(rounds)
-
-    def publish(number: int) -> str:
-        if documents.is_published(number):
-            return ""
-        found = gather(number)
-        if isinstance(found, str):
-            return found
-        write(found, folder_of_round(rounds, number))
-        return ""
-
-    return publish
+                warn(f"round {number}: no group of step {step + 1} learns (groups of the round: {groups}), it "
+                     "is passed over", view.events.write, step=step + 1)

@@ -5,7 +5,7 @@ A round is published once, by a rename, and never changes: whoever resumes train
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sov.artifacts import manifest_sha256, new_artifact
+from megatron_sov.artifacts import MANIFEST, manifest_sha256, new_artifact
 from megatron_sov.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
 from megatron_sov.config import RunConfig
-from megatron_sov.data.rounds import ADVANTAGE, BEHAVIOUR, SOURCE
+from megatron_sov.data.rounds import ADVANTAGE, BEHAVIOUR, SOURCE, folder_of_round
 from megatron_sov.data.token_bytes import token_bytes
 from megatron_sov.data.token_shards import CONTENT_VERSION
 from megatron_sov.documents.indexed_writer import IndexedWriter
@@ -24,7 +24,9 @@ from megatron_sov.errors import UserError
 from megatron_sov.post.parts.advantages import advantages
 from megatron_sov.post.rl.gathering import Gathered, RoundOfStore
 from megatron_sov.post.rl.round_means import means_of
+from megatron_sov.rollouts.prompts import Prompt, round_prompts
 from megatron_sov.rollouts.rows import NOT_WRITTEN, SOURCE_FORMAT, Key, Rollout, later
+from megatron_sov.rollouts.store import Store
 
 LEARNS = "learns"
 """Reason that groups which are trained are counted under."""
@@ -34,31 +36,55 @@ SIDECARS = {"loss": "float32", "type": "uint8", BEHAVIOUR: "float32", ADVANTAGE:
 
 @dataclass(frozen=True)
 class Publisher:
-    """What rounds of a run are published with."""
+    """What the rounds of a run are published from."""
 
     config: RunConfig
     """Of the run, with its rounds."""
+    rounds: Path
+    """RUN/rounds."""
+    store: Path
+    """The store; whoever writes the first responses makes it."""
+    prompts: Sequence[Prompt]
+    """All of them."""
+    reward_version: str
     tokenizer: Path
     """Folder of the tokenizer that the model has."""
-    tokenizer_digest: str
-    """As token artifacts name it (tokenizer_sha256)."""
 
-    def publish(self, source: RoundOfStore, gathered: Gathered, out: Path) -> None:
-        """Write a round.
-
-        Args:
-            source: where it stands.
-            gathered: what it is made of.
-            out: RUN/rounds/NUMBER; nothing may be there.
+    def publish(self, number: int) -> str:
+        """Publish a round, unless it is; returns what it lacks, or "".
 
         Raises:
-            UserError: a response is longer than a row, or the disk is full.
+            UserError: the store holds something else, a response is longer than a row, or the disk is full.
         """
+        out = folder_of_round(self.rounds, number)
+        if (out / MANIFEST).is_file():
+            return ""
+        if not self.store.exists():
+            return f"nobody has written to {self.store} yet"
+        rollout = self.config.rollout
+        ids = [prompt.id for prompt in round_prompts(self.prompts, rollout, number)]
+        source = RoundOfStore(self._opened(), number, ids, rollout.piece_prompts, self.reward_version,
+                              self.config.policy.missing_share)
+        gathered = source.gather()
+        if isinstance(gathered, str):
+            return gathered
+        self._write_round(source, gathered, out)
+        return ""
+
+    def _opened(self) -> Store:
+        store = Store.open(self.store)
+        if store.vocab_size > self.config.model.vocab_size:
+            raise UserError(f"{self.store}: its tokenizer has {store.vocab_size} ids, the model only "
+                            f"model.vocab_size = {self.config.model.vocab_size}; pass the store that this "
+                            "model's policies write to")
+        return store
+
+    def _write_round(self, source: RoundOfStore, gathered: Gathered, out: Path) -> None:
         chosen = self._chosen(gathered)
         with new_artifact(out, "tokens") as artifact:
             counts = self._write(artifact.path / PREFIX, source, gathered, chosen.advantages)
             artifact.content = {
-                "content_version": CONTENT_VERSION, "tokenizer_sha256": self.tokenizer_digest,
+                "content_version": CONTENT_VERSION, "tokenizer_sha256": source.store.tokenizer_digest,
                 "vocab_size": source.store.vocab_size, "dtype": DTYPE, "eod": "none",
                 "sources": [_described(counts)], "round": gathered.number, "steps": chosen.steps,
                 "groups": chosen.reasons, "late": [list(key[:2]) for key in gathered.late],

@@ -1,5 +1,5 @@
-"""What the trainer itself says of a round's documents before it learns from them: columns beside the published
-ones, computed by its own forward pass.
+"""What the trainer itself says of a round's documents before it learns from them: columns beside those that
+were published, computed by its own forward pass.
 
 They stand in RUN/rounds/0001.COLUMN.f32, a float32 for each token.  The policy's are computed anew whenever a
 run stands before the round's first step; later its weights are others, and the file is what is read.
@@ -15,10 +15,12 @@ from pathlib import Path
 import numpy as np
 
 from megatron_sov.artifacts import atomic_write
+from megatron_sov.config import RunConfig
 from megatron_sov.data.rounds import Round
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.parallel.world import on_main
 from megatron_sov.post.document_logprobs import document_logprobs
+from megatron_sov.post.rl.start_weights import with_weights_of
 from megatron_sov.train.feed import FeedView
 
 OLD, REFERENCE = "old_logprobs", "reference_logprobs"
@@ -65,7 +67,7 @@ class TrainerColumns:
         numbers = np.memmap(file, np.float32, "r") if count else np.zeros(0, np.float32)
         if len(numbers) != count:
             raise UserError(f"{file}: has {len(numbers)} numbers, its round has {count} tokens; delete it"
-                            + ("" if name == REFERENCE else ", and resume from a checkpoint at its beginning"))
+                            + (", and resume from a checkpoint at its beginning" if name == OLD else ""))
         return numbers
 
     def _compute(self, view: FeedView, opened: Round) -> np.ndarray:
@@ -78,3 +80,15 @@ class TrainerColumns:
 def file_of(path: Path, name: str) -> Path:
     """Return where a column of a published round stands."""
     return path.with_name(f"{path.name}.{name}.f32")
+
+
+def columns_of_run(config: RunConfig, start: Path) -> TrainerColumns:
+    """Return the columns that a run's objective reads.
+
+    Args:
+        config: of the run.
+        start: the checkpoint that it starts from, its reference.
+    """
+    names = (*((OLD,) if config.policy.needs_old_logprobs else ()),
+             *((REFERENCE,) if config.policy.parts.kl != "none" else ()))
+    return TrainerColumns(names, config.rollout.temperature, partial(with_weights_of, start))
