@@ -51,11 +51,11 @@ def run(args: argparse.Namespace) -> int:
 def _train(args: argparse.Namespace, parsed: ParsedStage, prompts: list[Any], version: str) -> None:
     """Run the stage."""
     from megatron_sov.data.rounds import rounds_of, rounds_source
-    from megatron_sov.data.token_shards import TEXTS, open_sources
+    from megatron_sov.data.token_shards import open_sources
     from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()
-    from megatron_sov.post.policy import check_sources, objective_of
+    from megatron_sov.post.policy_data import check_sources, objective_of
     from megatron_sov.post.rl.feed import RoundFeed
     from megatron_sov.post.rl.publish import Publisher
     from megatron_sov.post.rl.trainer_columns import columns_of_run
@@ -68,14 +68,15 @@ def _train(args: argparse.Namespace, parsed: ParsedStage, prompts: list[Any], ve
     if not (tokenizer / TOKENIZER_JSON).is_file():
         raise UserError(f"--from {args.start_from}: has no tokenizer with it, and responses need one; "
                         "start from a checkpoint or Hugging Face folder that has one")
-    columns = columns_of_run(config, start)
+    objective = objective_of(config)
+    columns = columns_of_run(config, objective.columns, start)
     source = rounds_source(args.run / ROUNDS, config.model.vocab_size, tokenizer, columns.names)
-    texts = (tuple(open_sources(config.data.paths, config.model.vocab_size, TEXTS)) if config.data.paths
-             else ())
+    texts = tuple(open_sources(config.data.paths, config.model.vocab_size, ("text",))
+                  if config.data.paths else ())
     check_sources(config, [*texts, source])
     rounds = rounds_of([source])
     assert rounds is not None, "the source has no rounds"
     publisher = Publisher(config, args.run / ROUNDS, args.store, prompts, version, tokenizer)
     feed = RoundFeed(rounds, config.rollout, publisher.publish, columns, args.wait)
-    run_stage(Stage(config, RunFolder(args.run), objective_of(config), start, args.resume, texts, (source,),
+    run_stage(Stage(config, RunFolder(args.run), objective, start, args.resume, texts, (source,),
                     feed=feed, faults=parsed.faults), args.nproc, args.began_s)

@@ -94,9 +94,6 @@ def _round_weights(config: RunConfig, sources: list[Source]) -> dict[str, float]
             if config.policy.has_text else 0.0)
     text = {s.name: s.share for s in sources if s.num_tokens["train"] and rows}
     total = sum(text.values())
-    if rows and total <= 0:
-        raise UserError(f"policy.knowledge_coeff = {parts.knowledge_coeff}: learns text beside the "
-                        "rollouts, and there is none; pass it by --data, or leave the setting out")
     return {SOURCE: 1.0} | {name: rows * share / total for name, share in text.items() if share > 0}
 
 

@@ -90,5 +90,5 @@ class RoundFeed:
             view.batches.ledger.pass_over(step, step + 1)
             if view.world.is_main:
                 groups = read_manifest(opened.path).content.get("groups")
-                warn(f"round {number}: no group of step {step + 1} learns (groups of the round: {groups}), it "
-                     "is passed over", view.events.write, step=step + 1)
+                warn(f"round {number}: no group of step {step + 1} learns (groups of the round: {groups}), "
+                     "it is passed over", view.events.write, step=step + 1)

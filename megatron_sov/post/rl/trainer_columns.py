@@ -7,7 +7,7 @@ run stands before the round's first step; later its weights are others, and the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,12 +20,9 @@ from megatron_sov.data.rounds import Round
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.parallel.world import on_main
 from megatron_sov.post.document_logprobs import document_logprobs
+from megatron_sov.post.parts.policy_loss import OLD, REFERENCE
 from megatron_sov.post.rl.start_weights import with_weights_of
 from megatron_sov.train.feed import FeedView
-
-OLD, REFERENCE = "old_logprobs", "reference_logprobs"
-"""log p(label) of the policy that begins the round, and of the model that the run starts from; both at the
-temperature of samples."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +30,10 @@ class TrainerColumns:
     """The columns of a run."""
 
     names: tuple[str, ...]
-    """Of `OLD` and `REFERENCE`, those that are needed."""
+    """`OLD`: log p(label) of the policy that begins a round; `REFERENCE`: of the model that the run starts
+    from; those that are needed."""
     temperature: float
+    """Of samples, and so of these."""
     with_reference: Callable[[FeedView, Callable[[], np.ndarray]], np.ndarray]
     """(run, compute) -> what `compute` returns where the model has the reference's weights."""
 
@@ -82,13 +81,13 @@ def file_of(path: Path, name: str) -> Path:
     return path.with_name(f"{path.name}.{name}.f32")
 
 
-def columns_of_run(config: RunConfig, start: Path) -> TrainerColumns:
-    """Return the columns that a run's objective reads.
+def columns_of_run(config: RunConfig, needed: Iterable[str], start: Path) -> TrainerColumns:
+    """Return the columns that a run's objective reads, and that are not published.
 
     Args:
         config: of the run.
+        needed: all that the objective reads.
         start: the checkpoint that it starts from, its reference.
     """
-    names = (*((OLD,) if config.policy.needs_old_logprobs else ()),
-             *((REFERENCE,) if config.policy.parts.kl != "none" else ()))
-    return TrainerColumns(names, config.rollout.temperature, partial(with_weights_of, start))
+    return TrainerColumns(tuple(name for name in needed if name in (OLD, REFERENCE)),
+                          config.rollout.temperature, partial(with_weights_of, start))
