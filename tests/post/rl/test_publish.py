@@ -91,8 +91,8 @@ def test_what_a_round_lacks_is_told_until_it_is_there(publisher: Publisher, writ
     assert elsewhere.publish(1) == f"nobody has written to {tmp_path / 'no store'} yet"
     assert publisher.publish(1) == "2 of 2 pieces are not written yet, the first is 0"
     write(publisher, write_round, judge=False)
-    assert publisher.publish(1) == ("2 of 2 parts are not judged yet by reward version aaaaaaaaaaaa, the first "
-                                    "is round-0001-piece-0000")
+    assert publisher.publish(1) == ("2 of 2 parts are not judged yet by reward version aaaaaaaaaaaa, the "
+                                    "first is round-0001-piece-0000")
     assert not publisher.rounds.exists()
     write(publisher, write_round, 2)
     assert publisher.publish(2) == ""  # in whatever order
@@ -131,7 +131,8 @@ def test_groups_that_do_not_learn_are_counted_by_reason_and_a_step_may_have_none
         said = [(row.key, rewards[ids.index(row.key.prompt)][row.key.sample])
                 for row in store.read_rollouts(name)]
         store.add_rewards(VERSION, name, [
-            Judged(key, 0, VERSION, reward, "failed" if reward is None else "scored") for key, reward in said])
+            Judged(key, 0, VERSION, reward, "scored" if reward is not None else "failed")
+            for key, reward in said])
     assert publisher.publish(1) == ""
     content = read_manifest(publisher.rounds / "0001").content
     assert content["groups"] == {"all_right": 1, "all_wrong": 1, "too_few": 1, "learns": 3}
