@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from megatron_sov.config import PhaseConfig, RunConfig, curriculum
 from megatron_sov.data.rounds import SOURCE
 from megatron_sov.data.token_shards import Source
+from megatron_sov.documents import ROLLOUTS
 from megatron_sov.errors import UserError, nearest
-from megatron_sov.rollouts.rows import SOURCE_FORMAT
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def plan(config: RunConfig, sources: list[Source]) -> list[LedgerEntry]:
     """
     starts = [*config.phase_starts(), config.num_steps()]
     skips = [s for first, last in config.data.skip_steps for s in (first - 1, last)]
-    rounds = any(s.format == SOURCE_FORMAT for s in sources)
+    rounds = any(s.format == ROLLOUTS for s in sources)
     entries: list[LedgerEntry] = []
     for i, (phase, start, end) in enumerate(zip(config.data.phases, starts, starts[1:], strict=False)):
         weights = _round_weights(config, sources) if rounds else _weights(i, phase, sources)

@@ -17,8 +17,8 @@ import numpy as np
 from megatron_sov.artifacts import MANIFEST, read_manifest
 from megatron_sov.data.packing import Segment
 from megatron_sov.data.token_shards import Documents, Source, open_sources
+from megatron_sov.documents import ROLLOUTS
 from megatron_sov.errors import UserError
-from megatron_sov.rollouts.rows import SOURCE_FORMAT
 
 SOURCE = "rollouts"
 """Name of the source."""
@@ -109,7 +109,7 @@ class RoundDocuments:
                             "the round is published anew")
         if not steps[-1].stop:
             return Round(path, None, steps, {}, np.zeros(1, np.int64))
-        [source] = open_sources({str(path): 1.0}, self._vocab_size, (SOURCE_FORMAT,))
+        [source] = open_sources({str(path): 1.0}, self._vocab_size, (ROLLOUTS,))
         documents = source.shard("train")
         lengths = np.asarray(documents.lengths[np.arange(len(documents.lengths))], np.int64)
         if steps[-1].stop != len(lengths):
@@ -204,7 +204,7 @@ def rounds_source(run_rounds: Path, vocab_size: int, tokenizer: Path | None,
         tokenizer: folder of the tokenizer that the responses are written in; None: nobody knows.
         columns: see `RoundDocuments`.
     """
-    return Source(SOURCE, None, SOURCE_FORMAT, {}, {"train": 0}, 0.0,
+    return Source(SOURCE, None, ROLLOUTS, {}, {"train": 0}, 0.0,
                   made=RoundDocuments(run_rounds, vocab_size, columns), vocab_size=vocab_size,
                   tokenizer=tokenizer)
 

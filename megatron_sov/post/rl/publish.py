@@ -19,13 +19,14 @@ from megatron_sov.config import RunConfig
 from megatron_sov.data.rounds import ADVANTAGE, BEHAVIOUR, SOURCE, folder_of_round
 from megatron_sov.data.token_bytes import token_bytes
 from megatron_sov.data.token_shards import CONTENT_VERSION
+from megatron_sov.documents import ROLLOUTS
 from megatron_sov.documents.indexed_writer import IndexedWriter
 from megatron_sov.errors import UserError
 from megatron_sov.post.parts.advantages import advantages
 from megatron_sov.post.rl.gathering import Gathered, RoundOfStore
 from megatron_sov.post.rl.round_means import means_of
 from megatron_sov.rollouts.prompts import Prompt, round_prompts
-from megatron_sov.rollouts.rows import NOT_WRITTEN, SOURCE_FORMAT, Key, Rollout, later
+from megatron_sov.rollouts.rows import NOT_WRITTEN, Key, Rollout, later
 from megatron_sov.rollouts.store import Store
 
 LEARNS = "learns"
@@ -181,6 +182,6 @@ def _labels(row: Rollout, advantage: float) -> dict[str, np.ndarray]:
 
 def _described(counts: dict[str, int]) -> dict[str, Any]:
     """Return what the manifest says of the source."""
-    return {"name": SOURCE, "format": SOURCE_FORMAT, "group_documents": 1, "sidecars": list(SIDECARS),
+    return {"name": SOURCE, "format": ROLLOUTS, "group_documents": 1, "sidecars": list(SIDECARS),
             "num_bad": {}, "splits": {"train": {"shards": [{"prefix": PREFIX, **counts}], **counts},
                                       "heldout": {"shards": [], **dict.fromkeys(counts, 0)}}}
