@@ -58,6 +58,8 @@ COMMANDS = {
     "eval": Command("megatron_sov.commands.eval",
                     "ppl, needle, pairs, passk, bigram, logits: judge a checkpoint or a Hugging Face "
                     "folder"),
+    "rl train": Command("megatron_sov.commands.rl_train",
+                        "reinforcement learning: train the rounds of responses that are written and judged"),
     "score": Command("megatron_sov.commands.score",
                      "give answers rewards: verifiers, rules and judges over a file of rows"),
     "tools": Command("megatron_sov.commands.tools",

@@ -395,3 +395,51 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("elsewhere") / "site"
     _pip("install", "--no-deps", "--no-index", "--target", str(target), str(wheel), cwd=target.parent)
     return target
+
+
+@pytest.fixture(scope="session")
+def write_round() -> Callable[..., None]:
+    """Return `write(store, prompts, rollout, number, version, attempt=0, unfinished=(), judge=True)`: a round
+    of scripted responses as `rl generate` and `rl reward` leave it, a function of its arguments alone.
+
+    Responses are of 4 to 12 tokens; sample s of the round's prompt i has reward 1 where s divides i + 1, else
+    0.  Those in `unfinished` (prompt's place, sample) are not finished, and attempt 1 holds them alone.
+    """
+    import numpy as np
+    from megatron_sov.rollouts.parts import part_name
+    from megatron_sov.rollouts.prompts import pieces, round_prompts
+
+    from megatron_sov.rollouts.rows import LENGTH, STOP, UNFINISHED, Judged, Key, Rollout
+
+    def row(store: Any, rollout: Any, prompt: Any, number: int, sample: int, attempt: int, cut: bool) -> Any:
+        random = np.random.default_rng([int(prompt.id, 16), number, sample])
+        count = int(random.integers(4, 13))
+        tokens, logprobs = random.integers(0, store.vocab_size, 24), -random.random(24).astype(np.float32)
+        count = 2 if cut else count
+        return Rollout(
+            Key(prompt.id, sample, f"{number:064d}", "sampling"), number, attempt, prompt.record,
+            tokens[12:12 + 3 + sample % 3].astype(np.int32), tokens[:count].astype(np.int32),
+            logprobs[:count], np.full(count, (number - 1) * rollout.steps_per_round, np.int32),
+            UNFINISHED if cut else LENGTH if count == 12 else STOP, "text", rollout.temperature, "scripted",
+            0.0, 1.0)
+
+    def write(store: Any, prompts: Any, rollout: Any, number: int, version: str, attempt: int = 0,
+              unfinished: Collection[tuple[int, int]] = (), *, judge: bool = True) -> None:
+        asked = round_prompts(prompts, rollout, number)
+        place = {prompt.id: i for i, prompt in enumerate(asked)}
+        for piece in pieces(asked, number, rollout.piece_prompts):
+            wanted = [(prompt, sample) for prompt in piece.prompts
+                      for sample in range(rollout.samples_per_prompt)
+                      if not attempt or (place[prompt.id], sample) in unfinished]
+            if not wanted:
+                continue
+            name = part_name(number, piece.number, attempt)
+            rows = [row(store, rollout, p, number, s, attempt,
+                        not attempt and (place[p.id], s) in unfinished) for p, s in wanted]
+            store.add_rollouts(name, rows, {})
+            if judge:
+                store.add_rewards(version, name, [Judged(
+                    r.key, r.attempt, version, float((place[r.key.prompt] + 1) % (r.key.sample + 1) == 0),
+                    "scored", {"right": 1.0}) for r in rows if r.finish_reason != UNFINISHED])
+
+    return write

@@ -21,6 +21,8 @@ class RankBatch:
     """The ledger's entry that the batch follows."""
     rows: tuple[Row, ...]
     """One row of `micro_batch_size` samples per micro-batch; none where the entry says to skip."""
+    num_samples: int
+    """Samples of the global batch, those that fill it up with padding not counted."""
     order_state: dict[str, Any]
     """The order's state behind this batch: what a checkpoint after this step must hold."""
     epochs: dict[str, float]
@@ -36,14 +38,17 @@ class BatchStream:
         self.order, self._columns = order, columns
         self._micro_batch_size = config.train.micro_batch_size
         self._dp_rank, self._dp_size = dp_rank, dp_size
-        self._left = num_steps - order.state.step
+        self._num_steps, self._left = num_steps, num_steps - order.state.step
+        self._unit = config.train.micro_batch_size * dp_size * (
+            config.parallel.pp if config.parallel.vpp > 1 else 1)
         self._prefetch = config.data.prefetch_steps
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         self._ahead: deque[Future[RankBatch]] = deque()
 
     def next(self) -> RankBatch:
         """Return the next batch; starts the ones after it."""
-        while self._left > 0 and len(self._ahead) <= self._prefetch:
+        while (self._left > 0 and len(self._ahead) <= self._prefetch
+               and self.order.is_ready(self._num_steps - self._left)):
             self._ahead.append(self._worker.submit(self._prepare))
             self._left -= 1
         return self._ahead.popleft().result()
@@ -57,8 +62,13 @@ class BatchStream:
         rows: tuple[Row, ...] = ()
         if not entry.skip:
             rows = tuple(join_rows([self._row(s, entry.seq_len) for s in part])
-                         for part in self._mine(samples))
-        return RankBatch(entry, rows, self.order.state.to_dict(), self.order.epochs())
+                         for part in self._mine(self._filled(samples)))
+        return RankBatch(entry, rows, len(samples), self.order.state.to_dict(), self.order.epochs())
+
+    def _filled(self, samples: list[Sample]) -> list[Sample]:
+        """Return samples that every process has the same number of: a round's are as many as its documents
+        need, and the rest is padding."""
+        return samples + [Sample(samples[0].source, ())] * (-len(samples) % self._unit)
 
     def _mine(self, samples: list[Sample]) -> list[list[Sample]]:
         """Return this rank's samples, by micro-batch: rank r of n takes every n-th stretch of

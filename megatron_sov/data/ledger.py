@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_sov.config import PhaseConfig, RunConfig, curriculum
+from megatron_sov.data.rounds import SOURCE
 from megatron_sov.data.token_shards import Source
+from megatron_sov.documents import ROLLOUTS
 from megatron_sov.errors import UserError, nearest
 
 
@@ -29,9 +31,15 @@ class LedgerEntry:
     global_batch_size: int
     """Samples of a step."""
     weights: dict[str, float]
-    """Source -> share of the samples, summing to 1; sources without a share are left out."""
+    """Source -> share of the samples, summing to 1; sources without a share are left out.  A round has as
+    many rows as its documents need; `global_batch_size` stands for them, and text beside comes on top."""
     skip: bool = False
     """Whether the steps' samples are passed over: drawn, and not learned."""
+
+    @property
+    def is_round(self) -> bool:
+        """Whether the samples of its steps are those of a published round (`data.rounds`)."""
+        return SOURCE in self.weights
 
     def continues(self, other: LedgerEntry) -> bool:
         """Return whether this entry says the same as `other`, apart from the step."""
@@ -48,9 +56,10 @@ def plan(config: RunConfig, sources: list[Source]) -> list[LedgerEntry]:
     """
     starts = [*config.phase_starts(), config.num_steps()]
     skips = [s for first, last in config.data.skip_steps for s in (first - 1, last)]
+    rounds = any(s.format == ROLLOUTS for s in sources)
     entries: list[LedgerEntry] = []
     for i, (phase, start, end) in enumerate(zip(config.data.phases, starts, starts[1:], strict=False)):
-        weights = _weights(i, phase, sources)
+        weights = _round_weights(config, sources) if rounds else _weights(i, phase, sources)
         changes = [start, *curriculum.ramp_changes(config.train, phase), *skips]
         for step in sorted({s for s in changes if start <= s < end}):
             skip = any(first - 1 <= step < last for first, last in config.data.skip_steps)
@@ -75,6 +84,17 @@ def _weights(index: int, phase: PhaseConfig, sources: list[Source]) -> dict[str,
     if total <= 0:
         raise UserError(f"data.phases.{index} ({phase.name}): none of its sources has training tokens")
     return {s.name: raw[s.name] / total for s in sources if raw.get(s.name, 0) > 0}
+
+
+def _round_weights(config: RunConfig, sources: list[Source]) -> dict[str, float]:
+    """Return the shares of a round's rows, and of the text that is learned beside them (InK-GRPO), which is
+    what it is on average over the steps."""
+    parts = config.policy.parts
+    rows = (parts.knowledge_share * parts.knowledge_batch_size / config.train.global_batch_size
+            if config.policy.has_text else 0.0)
+    text = {s.name: s.share for s in sources if s.num_tokens["train"] and rows}
+    total = sum(text.values())
+    return {SOURCE: 1.0} | {name: rows * share / total for name, share in text.items() if share > 0}
 
 
 class Ledger:

@@ -14,7 +14,8 @@ from typing import Any
 
 from megatron_sov.config import RunConfig
 from megatron_sov.data.ledger import Ledger, LedgerEntry, plan
-from megatron_sov.data.packing import Row
+from megatron_sov.data.packing import Row, best_fit
+from megatron_sov.data.rounds import SOURCE, rounds_of
 from megatron_sov.data.streams import Cursor, Packing, Stream
 from megatron_sov.data.token_shards import Documents, Source
 
@@ -87,6 +88,8 @@ class SampleOrder:
         self._packing: Packing = config.data.packing
         self._of_chats: Packing = "drop" if config.data.over_long == "drop" else "truncate"
         self._index = {s.name: i for i, s in enumerate(sources)}
+        self._rounds, self._steps_per_round = rounds_of(sources), config.rollout.steps_per_round
+        self._policy, self._text_seed = config.policy, config.rollout.seed
         self._documents: dict[int, Documents] = {}
         self._streams: dict[str, Stream] = {}
 
@@ -97,15 +100,45 @@ class SampleOrder:
         entry = self.ledger.at(s.step)
         if s.step and entry.weights != self.ledger.at(s.step - 1).weights:
             s.taken = {}
-        samples = [self._next_sample(entry) for _ in range(entry.global_batch_size)]
+        if entry.is_round:
+            samples = self._of_round(entry)
+        else:
+            samples = [self._next_sample(entry.weights, entry.seq_len)
+                       for _ in range(entry.global_batch_size)]
         s.step += 1
         s.history = self.ledger.history(s.step)
         return entry, samples
 
-    def _next_sample(self, entry: LedgerEntry) -> Sample:
-        name = next_source(entry.weights, self.state.taken)
+    def is_ready(self, step: int) -> bool:
+        """Return whether a step's documents are there: those of a round are once it is open."""
+        return (self._rounds is None or not self.ledger.at(step).is_round
+                or self._rounds.is_open(step // self._steps_per_round + 1))
+
+    def _of_round(self, entry: LedgerEntry) -> list[Sample]:
+        """Return the rows of a round's step: all of its documents, none of them cut, and the text that is
+        learned beside them."""
+        assert self._rounds is not None, f"phase {entry.phase} is a round, and there is no source of rounds"
+        number, step = divmod(self.state.step, self._steps_per_round)
+        segments = self._rounds.of_step(number + 1, step)
+        cursor = self.state.cursors.setdefault(SOURCE, Cursor())
+        rows = best_fit(segments, entry.seq_len)
+        cursor.tokens += sum(s.count for s in segments)
+        cursor.samples += len(rows)
+        return [*(Sample(self._index[SOURCE], row) for row in rows), *self._text_beside(entry)]
+
+    def _text_beside(self, entry: LedgerEntry) -> list[Sample]:
+        """Return the text of a round's step, which most methods have none of."""
+        if not self._policy.has_text_at(self._text_seed, self.state.step + 1):
+            return []
+        text = {name: weight for name, weight in entry.weights.items() if name != SOURCE}
+        shares = {name: weight / sum(text.values()) for name, weight in text.items()}
+        count = self._policy.parts.knowledge_batch_size
+        return [self._next_sample(shares, entry.seq_len) for _ in range(count)]
+
+    def _next_sample(self, weights: dict[str, float], seq_len: int) -> Sample:
+        name = next_source(weights, self.state.taken)
         self.state.taken[name] = self.state.taken.get(name, 0) + 1
-        return Sample(self._index[name], self._stream(name).next_sample(entry.seq_len))
+        return Sample(self._index[name], self._stream(name).next_sample(seq_len))
 
     def documents(self, source: int) -> Documents:
         """Return a source's training documents, opened when they are first needed."""

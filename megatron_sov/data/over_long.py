@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_sov.data.ledger import LedgerEntry
+from megatron_sov.data.rounds import RoundDocuments
 from megatron_sov.data.token_shards import ChainedLengths, Lengths, Source
 from megatron_sov.errors import UserError
 
@@ -37,7 +38,9 @@ def over_long(sources: Sequence[Source], entries: Sequence[LedgerEntry]) -> list
     """
     found = []
     for source in sources:
-        lengths = [e.seq_len for e in entries if source.is_chat and e.weights.get(source.name)]
+        # what a round holds is seen when it is opened
+        stays_whole = source.is_chat and not isinstance(source.made, RoundDocuments)
+        lengths = [e.seq_len for e in entries if stays_whole and e.weights.get(source.name)]
         if lengths:
             tokens = _unit_tokens(source.shard("train").lengths, source.group)
             too_long = int((tokens > min(lengths)).sum())

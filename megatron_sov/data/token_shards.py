@@ -276,8 +276,8 @@ class Source:
     artifact: Path | None
     """Folder of the token artifact; None for a source made on the fly."""
     format: str
-    """What its documents are: "text", "chat", "prompt", or "preference", of which documents 2i and 2i + 1
-    are the chosen and the rejected response to one prompt."""
+    """What its documents are: "text", "chat", "prompt", "rollouts" (`data.rounds`), or "preference", of which
+    documents 2i and 2i + 1 are the chosen and the rejected response to one prompt."""
     prefixes: dict[str, tuple[str, ...]]
     """Split ("train", "heldout") -> prefixes of its shards inside the artifact."""
     num_tokens: dict[str, int]
@@ -292,6 +292,8 @@ class Source:
     """Columns that its shards have beside weights and types."""
     group: int = 1
     """Documents in a row that are one unit, never parted: 2 of a preference."""
+    tokenizer: Path | None = None
+    """Folder of the tokenizer; None: that in the artifact."""
 
     @property
     def is_chat(self) -> bool:
@@ -389,9 +391,9 @@ def _of_artifact(path: Path, content: dict[str, Any], share: float, formats: tup
 
 
 def tokenizer_folder(sources: list[Source]) -> Path | None:
-    """Return the tokenizer that travels with the data, if it is there."""
-    folders = [s.artifact / "tokenizer" for s in sources if s.artifact is not None]
-    return next((f for f in folders if (f / "tokenizer.json").is_file()), None)
+    """Return the tokenizer of the data, if it is there."""
+    folders = (s.tokenizer or (s.artifact and s.artifact / "tokenizer") for s in sources)
+    return next((f for f in folders if f is not None and (f / "tokenizer.json").is_file()), None)
 
 
 def provenance(sources: list[Source]) -> list[dict[str, str]]:

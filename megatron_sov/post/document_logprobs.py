@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -40,7 +41,7 @@ class Running(Protocol):
 
 
 def document_logprobs(model: Running, documents: Documents, chosen: range, seq_len: int,
-                      rows_per_batch: int) -> np.ndarray:
+                      rows_per_batch: int, temperature: float = 1.0) -> np.ndarray:
     """Return [tokens of the documents] float32, document after document, on every process.
 
     Each is log p(token | those before it); 0 for first tokens and for what lies beyond the longest sample.
@@ -51,11 +52,13 @@ def document_logprobs(model: Running, documents: Documents, chosen: range, seq_l
         chosen: which of them.
         seq_len: tokens of a row, the longest sample.
         rows_per_batch: rows of a micro-batch.
+        temperature: what logits are divided by before the softmax.
     """
     whole = rows_per_batch * model.world.dp_size
 
     def of_rows(rows: list[Row]) -> np.ndarray:
-        return _of_rows(model, documents, [*rows, *[()] * (-len(rows) % whole)], seq_len, rows_per_batch)
+        filled = [*rows, *[()] * (-len(rows) % whole)]
+        return _of_rows(model, documents, filled, seq_len, rows_per_batch, temperature)
 
     return _placed(documents, chosen, seq_len, whole * MICRO_BATCHES, of_rows)
 
@@ -96,18 +99,19 @@ def _placed(documents: Documents, chosen: range, seq_len: int, at_a_time: int,
     return numbers
 
 
-def _of_rows(model: Running, documents: Documents, rows: list[Row], seq_len: int, size: int) -> np.ndarray:
+def _of_rows(model: Running, documents: Documents, rows: list[Row], seq_len: int, size: int,
+             temperature: float) -> np.ndarray:
     """Return [rows, seq_len] float32: log p(label) of each place, on every process."""
     world = model.world
     groups = [rows[i:i + size] for i in range(0, len(rows), size)]
     own = [from_row(join_rows([sample_row(Sample(0, row), documents, seq_len) for row in group]))
            for group in groups[world.dp_rank::world.dp_size]]
     values = torch.zeros(len(groups), size * seq_len, dtype=torch.float64)
-    if found := model.policy.map(own, _logprobs):
+    if found := model.policy.map(own, partial(_logprobs, temperature)):
         values[world.dp_rank::world.dp_size] = torch.stack(found).double().cpu()
     summed = collectives.broadcast_from_last_stage(collectives.all_reduce_dp(values))
     return summed.float().numpy().reshape(len(rows), seq_len)
 
 
-def _logprobs(hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> torch.Tensor:
-    return head.logprobs(hidden[0], batch.labels)
+def _logprobs(temperature: float, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> torch.Tensor:
+    return head.logprobs(hidden[0], batch.labels, temperature)

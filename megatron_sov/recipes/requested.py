@@ -108,18 +108,19 @@ def requested(args: argparse.Namespace) -> Request:
     return Request(base, tuple(_named(setting) for setting in args.settings), args.recipe is None)
 
 
-def training_request(args: argparse.Namespace, objective: BuiltIn) -> Request:
+def training_request(args: argparse.Namespace, objective: BuiltIn, *, needs_data: bool = True) -> Request:
     """Return what a training command was asked for; neither its data nor its checkpoint need be there.
 
     Args:
         args: of `train.stage_config.add_stage_arguments`.
         objective: what the command trains by; objectives of your own go by commands that train by "lm".
+        needs_data: whether data must be named.
 
     Raises:
         UserError: as `requested`, or no data is named.
     """
     asked = requested(args)
-    if not args.data and not asked.base.data.paths:
+    if needs_data and not args.data and not asked.base.data.paths:
         raise UserError("--data: is missing; pass a folder made by `sov-data pack`")
     learned = asked.base.objective
     if learned.name == "lm":  # what every recipe says that leaves it open

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.artifacts import atomic_write, disk_errors, to_json
-from megatron_sov.config import OptimConfig, RunConfig, from_dict
+from megatron_sov.config import OptimConfig, RolloutConfig, RunConfig, from_dict
 from megatron_sov.errors import UserError
 from megatron_sov.obs.events import EVENTS, read_events
 from megatron_sov.outputs import refuse_unwritable
@@ -20,7 +20,8 @@ from megatron_sov.runs.lock import LOCK, living_holder
 CONFIG, COMPLETION, FAILURE, STAGES, JOBS = ("config.json", "complete.json", "gate_failed.json",
                                              "stages", "slurm")
 ROUNDS = "rounds"
-"""Files and runs of the rounds before a run's last one (`megatron-sov prefer --rounds`)."""
+"""Files and runs of the rounds before a run's last one (`megatron-sov prefer --rounds`), or the documents of
+the rounds of `megatron-sov rl train`."""
 FAULTS = "faults"
 """Which faults have come on purpose, one file each; one may come before there is a run."""
 REFERENCE = "reference"
@@ -28,10 +29,13 @@ REFERENCE = "reference"
 EXPORTS, EVALUATIONS = "exports", "evaluations"
 """Hugging Face folders of checkpoints, and the figures measured on them, beside training."""
 OPTIM = tuple(f.name for f in dataclasses.fields(OptimConfig) if f.name != "rewarm")
+ROLLOUT = tuple(f.name for f in dataclasses.fields(RolloutConfig)
+                if f.name not in ("rounds", "max_staleness", "deadline_s", "lease_s"))
 FIXED: dict[str, tuple[str, ...] | None] = {"model": None, "objective": None, "optim": OPTIM,
                                             "train": ("seed", "precision", "hidden_dropout"),
                                              "data": ("packing", "over_long"), "lora": None,
-                                             "preference": None, "distillation": None}
+                                             "preference": None, "distillation": None, "policy": None,
+                                             "rollout": ROLLOUT}
 """What a resumed run must not change: part of the config -> its settings (None: all)."""
 
 

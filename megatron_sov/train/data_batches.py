@@ -50,7 +50,7 @@ class DataBatches:
         """Return this rank's part of the next step's batch."""
         batch = self._advance()
         return GlobalBatch(tuple(from_row(row) for row in batch.rows), batch.entry.seq_len,
-                           batch.entry.global_batch_size, batch.entry.phase)
+                           batch.num_samples, batch.entry.phase)
 
     def skip(self) -> None:
         """Pass over the next step's batch."""

@@ -19,6 +19,11 @@ def train(trainer: Trainer, stop: StopFlag) -> bool:
     result: StepResult | None = None
     trainer.announce()
     while not trainer.finished:
+        if (missing := trainer.bring_data(stop)) is not None:
+            trainer.profiling.close(trainer.step)
+            checkpointer.finish()
+            recorder.stopped(trainer.step, missing)
+            return False
         guards.watchdog.begin(trainer.step + 1)
         trainer.profiling.before_step(trainer.step + 1)
         result = trainer.update()  # None: its samples are passed over, or it is refused
@@ -49,7 +54,7 @@ def train(trainer: Trainer, stop: StopFlag) -> bool:
             checkpointer.finish()
             recorder.stopped(step, stop.reason)
             return False
-        if last or rolled_back or step % every.checkpoint_every_steps == 0:
+        if last or rolled_back or trainer.is_saved_at(step):
             trainer.save()
     trainer.profiling.close(trainer.step)
     checkpointer.finish()

@@ -43,6 +43,7 @@ from megatron_sov.runs.launch_environment import handed, is_first, num_ranks, re
 from megatron_sov.runs.lock import RunLock
 from megatron_sov.runs.nvidia_smi import visible_gpus
 from megatron_sov.train.announcement import summary
+from megatron_sov.train.feed import Feed
 from megatron_sov.train.gate import Gate, GateView
 from megatron_sov.train.guards.fault_injection import Fault, Faults, not_come
 from megatron_sov.train.loop import train
@@ -78,6 +79,8 @@ class Stage:
     """Called on every rank after the last step; what it returns joins the completion manifest."""
     gate: Gate | None = None
     """What must pass for the stage to be complete."""
+    feed: Feed | None = None
+    """What brings data that are not there yet when the run begins."""
     faults: tuple[Fault, ...] = ()
     """Faults that are to come on purpose."""
 
@@ -271,7 +274,7 @@ def _rank(stage: Stage, data: _Data, begin: _Begin) -> int:
         newest = _own_checkpoint(stage, place)
         trainer = Trainer(stage.config, place, stage.folder, data.sources, stage.objective, stage.gate,
                           stage.faults, begin.time_s, data.planned,
-                          initial_weights=newest is None and stage.start_from is None)
+                          initial_weights=newest is None and stage.start_from is None, feed=stage.feed)
         resumed = _restore(stage, trainer, newest)
         on_main(place, lambda: _open(stage, trainer, begin))
         if stage.before is not None and not resumed:

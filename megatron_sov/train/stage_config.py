@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,22 +50,29 @@ def add_stage_arguments(parser: argparse.ArgumentParser, *, needs_start: bool) -
     parser.add_argument("--resume", action="store_true", help="continue the run that is in --run")
 
 
-def parse_stage(args: argparse.Namespace, objective: BuiltIn) -> ParsedStage:
+def parse_stage(args: argparse.Namespace, objective: BuiltIn, *, needs_data: bool = True,
+                completed: Callable[[RunConfig], RunConfig] = lambda config: config) -> ParsedStage:
     """Return what a training command is to do.
 
     A Hugging Face folder is converted last: every mistake that its headers show is found before that.
+
+    Args:
+        args: of `add_stage_arguments`.
+        objective: what the command trains by.
+        needs_data: whether --data must be given.
+        completed: settings as they are asked for -> with those that follow from them.
 
     Raises:
         UserError: a mistake in the arguments, settings or layout, missing data, another family or objective
             than the command's, or nothing to start from.
     """
-    config = stage_request(args, objective).config()
+    config = completed(stage_request(args, objective, needs_data=needs_data).config())
     config.check(num_ranks(args.nproc))
     faults = parse(args.inject, num_ranks(args.nproc))
     return ParsedStage(config, resolve_start(args.start_from, args.run), faults)
 
 
-def stage_request(args: argparse.Namespace, objective: BuiltIn) -> Request:
+def stage_request(args: argparse.Namespace, objective: BuiltIn, *, needs_data: bool = True) -> Request:
     """Return what a training command was asked for, with its data, and its checkpoint's architecture in
     the recipe's place.
 
@@ -72,7 +80,7 @@ def stage_request(args: argparse.Namespace, objective: BuiltIn) -> Request:
         UserError: it cannot be used, data is missing, or --from names nothing to start from,
             or another family.
     """
-    asked = training_request(args, objective)
+    asked = training_request(args, objective, needs_data=needs_data)
     base = asked.base
     paths = data_paths(args.data) or {path: base.data.paths[path]
                                       for path in data_paths(list(base.data.paths))}

@@ -37,6 +37,7 @@ from megatron_sov.train.checkpointer import Checkpointer
 from megatron_sov.train.computation import Computation
 from megatron_sov.train.data_batches import DataBatches
 from megatron_sov.train.evaluate import HeldoutEvaluator, HeldoutLoss
+from megatron_sov.train.feed import Feed
 from megatron_sov.train.garbage import Garbage
 from megatron_sov.train.gate import Gate
 from megatron_sov.train.guards.fault_injection import Fault, corrupt
@@ -55,6 +56,7 @@ from megatron_sov.train.profiling import Profiling
 from megatron_sov.train.recorder import Recorder
 from megatron_sov.train.side_jobs.side_jobs import SideJobs
 from megatron_sov.train.state import StepResult, TrainState
+from megatron_sov.train.stopping import StopFlag
 
 ObjectiveFactory = Callable[[ObjectiveContext], Objective]
 
@@ -65,7 +67,7 @@ class Trainer:
     def __init__(self, config: RunConfig, world: World, folder: RunFolder, sources: list[Source],
                  objective: ObjectiveFactory, gate: Gate | None = None, faults: Sequence[Fault] = (),
                  began_s: float | None = None, planned: Sequence[LedgerEntry] | None = None, *,
-                 initial_weights: bool = True) -> None:
+                 initial_weights: bool = True, feed: Feed | None = None) -> None:
         """Build everything.
 
         Args:
@@ -80,8 +82,10 @@ class Trainer:
             planned: the ledger as `data.ledger.plan` gives it; None: it is planned here.
             initial_weights: whether weights are made of the seed, which takes minutes for a large model;
                 False: a checkpoint is loaded next, which holds all of them but a new adapter's.
+            feed: brings what is not there yet when the run begins; None: everything is.
         """
         self.config, self.world, self.folder, self.sources, self.gate = config, world, folder, sources, gate
+        self._feed = feed
         self.schedule = Schedule(config)
         self.num_steps = self.schedule.num_steps
         self.state = TrainState()
@@ -125,6 +129,13 @@ class Trainer:
     def finished(self) -> bool:
         """Whether there is no more to train: the last step is done, or the gate has passed."""
         return self.step >= self.num_steps or (self.gate is not None and self.gate.passed)
+
+    def is_saved_at(self, step: int) -> bool:
+        """Return whether a checkpoint is due behind a step; one is behind each round, for those who write the
+        next one."""
+        rollout = self.config.rollout
+        return (step % self.config.train.checkpoint_every_steps == 0
+                or (rollout.rounds > 0 and step % rollout.steps_per_round == 0))
 
     @property
     def events(self) -> EventLog:
@@ -178,6 +189,11 @@ class Trainer:
         self.recorder.begin(self.step, self._continued_from, self.sources, entries)
 
     # one step
+
+    def bring_data(self, stop: StopFlag) -> str | None:
+        """See to it that the next step's data are there; returns None, or why the run has to end until they
+        are."""
+        return None if self._feed is None else self._feed.bring(self, lambda: stop.reason is not None)
 
     def update(self) -> StepResult | None:
         """Do one optimizer step; None where the ledger says to pass over its batch,

@@ -1,0 +1,82 @@
+"""`megatron-sov rl train RECIPE --store STORE --prompts FILE --reward NAME --from CHECKPOINT --run DIR`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from megatron_sov.config.rounds import with_rounds
+from megatron_sov.data.vocabulary import TOKENIZER_JSON
+from megatron_sov.errors import ExitCode, UserError
+from megatron_sov.rewards.registry import make, order
+from megatron_sov.rewards.settings import parse_settings
+from megatron_sov.rollouts.prompts import read_prompts, round_prompts
+from megatron_sov.runs.folder import ROUNDS
+from megatron_sov.train.stage_config import ParsedStage, add_stage_arguments, parse_stage
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    add_stage_arguments(parser, needs_start=True)
+    parser.add_argument("--store", type=Path, required=True, metavar="DIR",
+                        help="the rollout store that `rl generate` and `rl reward` write to")
+    parser.add_argument("--prompts", type=Path, required=True, metavar="FILE.jsonl",
+                        help="the prompts that responses are written to")
+    parser.add_argument("--reward", required=True, metavar="NAME", help="as of `megatron-sov rl reward`")
+    parser.add_argument("--reward-set", action="append", default=[], metavar="key=value",
+                        help="a setting of the reward; may be repeated")
+    parser.add_argument("--wait", type=float, default=0.0, metavar="SECONDS",
+                        help="how long a round is waited for that is not written and judged yet, before the "
+                             "run ends with 75 (default: not at all)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train the rounds that are there; returns 0 when the run is complete.
+
+    Raises:
+        UserError: a mistake in the arguments, or the store does not belong to the run.
+        StopRequested: a round is not there yet, and everything is saved.
+    """
+    if not args.wait >= 0:
+        raise UserError(f"--wait {args.wait}: must not be negative")
+    prompts = read_prompts(args.prompts)
+    version = make(order(args.reward, parse_settings(args.reward_set))).version
+    parsed = parse_stage(args, "policy", needs_data=False, completed=with_rounds)
+    round_prompts(prompts, parsed.config.rollout, 1)
+    _train(args, parsed, prompts, version)
+    return ExitCode.OK
+
+
+def _train(args: argparse.Namespace, parsed: ParsedStage, prompts: list[Any], version: str) -> None:
+    """Run the stage."""
+    from megatron_sov.data.rounds import rounds_of, rounds_source
+    from megatron_sov.data.token_shards import open_sources
+    from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
+
+    prepare_megatron()
+    from megatron_sov.post.policy_data import check_sources, objective_of
+    from megatron_sov.post.rl.feed import RoundFeed
+    from megatron_sov.post.rl.publish import Publisher
+    from megatron_sov.post.rl.trainer_columns import columns_of_run
+    from megatron_sov.runs.folder import RunFolder
+    from megatron_sov.train.stage import Stage, run_stage
+
+    config, start = parsed.config, parsed.start
+    assert start is not None, f"--from is required, it is {args.start_from}"
+    tokenizer = start / "tokenizer"
+    if not (tokenizer / TOKENIZER_JSON).is_file():
+        raise UserError(f"--from {args.start_from}: has no tokenizer with it, and responses need one; "
+                        "start from a checkpoint or Hugging Face folder that has one")
+    objective = objective_of(config)
+    columns = columns_of_run(config, objective.columns, start)
+    source = rounds_source(args.run / ROUNDS, config.model.vocab_size, tokenizer, columns.names)
+    texts = tuple(open_sources(config.data.paths, config.model.vocab_size, ("text",))
+                  if config.data.paths else ())
+    check_sources(config, [*texts, source])
+    rounds = rounds_of([source])
+    assert rounds is not None, "the source has no rounds"
+    publisher = Publisher(config, args.run / ROUNDS, args.store, prompts, version, tokenizer)
+    feed = RoundFeed(rounds, config.rollout, publisher.publish, columns, args.wait)
+    run_stage(Stage(config, RunFolder(args.run), objective, start, args.resume, texts, (source,),
+                    feed=feed, faults=parsed.faults), args.nproc, args.began_s)

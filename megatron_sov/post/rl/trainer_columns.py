@@ -1,0 +1,93 @@
+"""What the trainer itself says of a round's documents before it learns from them: columns beside those that
+were published, computed by its own forward pass.
+
+They stand in RUN/rounds/0001.COLUMN.f32, a float32 for each token.  The policy's are computed anew whenever a
+run stands before the round's first step; later its weights are others, and the file is what is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from megatron_sov.artifacts import atomic_write
+from megatron_sov.config import RunConfig
+from megatron_sov.data.rounds import Round
+from megatron_sov.errors import UserError
+from megatron_sov.mcore.parallel.world import on_main
+from megatron_sov.post.document_logprobs import document_logprobs
+from megatron_sov.post.parts.policy_loss import OLD, REFERENCE
+from megatron_sov.post.rl.start_weights import with_weights_of
+from megatron_sov.train.feed import FeedView
+
+
+@dataclass(frozen=True)
+class TrainerColumns:
+    """The columns of a run."""
+
+    names: tuple[str, ...]
+    """`OLD`: log p(label) of the policy that begins a round; `REFERENCE`: of the model that the run starts
+    from; those that are needed."""
+    temperature: float
+    """Of samples, and so of these."""
+    with_reference: Callable[[FeedView, Callable[[], np.ndarray]], np.ndarray]
+    """(run, compute) -> what `compute` returns where the model has the reference's weights."""
+
+    def of_round(self, view: FeedView, number: int, opened: Round, *, is_first: bool
+                 ) -> dict[str, np.ndarray]:
+        """Return column -> a number for each token of a round; called by all processes together.
+
+        Args:
+            view: the run.
+            number: of the round.
+            opened: as `RoundDocuments.read` gives it.
+            is_first: whether the next step is its first.
+
+        Raises:
+            UserError: the run stands inside of a round, and a column of it is not there.
+        """
+        if opened.documents is None:
+            return {}
+        return {name: self._column(view, name, opened, is_first=is_first) for name in self.names}
+
+    def _column(self, view: FeedView, name: str, opened: Round, *, is_first: bool) -> np.ndarray:
+        file, count = file_of(opened.path, name), int(opened.starts[-1])
+        if (is_first and name == OLD) or not on_main(view.world, file.is_file):
+            if name == OLD and not is_first:
+                raise UserError(f"{file}: is not there, and the run stands inside of the round, whose first "
+                                "weights are gone; resume from a checkpoint at the round's beginning")
+            compute = partial(self._compute, view, opened)
+            found = compute() if name == OLD else self.with_reference(view, compute)
+            on_main(view.world, partial(atomic_write, file, found.tobytes()))
+        numbers = np.memmap(file, np.float32, "r") if count else np.zeros(0, np.float32)
+        if len(numbers) != count:
+            raise UserError(f"{file}: has {len(numbers)} numbers, its round has {count} tokens; delete it"
+                            + (", and resume from a checkpoint at its beginning" if name == OLD else ""))
+        return numbers
+
+    def _compute(self, view: FeedView, opened: Round) -> np.ndarray:
+        assert opened.documents is not None, f"{opened.path} has no documents"
+        return document_logprobs(view, opened.documents, range(len(opened.starts) - 1),
+                                 view.config.data.phases[0].seq_len, view.config.train.micro_batch_size,
+                                 self.temperature)
+
+
+def file_of(path: Path, name: str) -> Path:
+    """Return where a column of a published round stands."""
+    return path.with_name(f"{path.name}.{name}.f32")
+
+
+def columns_of_run(config: RunConfig, needed: Iterable[str], start: Path) -> TrainerColumns:
+    """Return the columns that a run's objective reads, and that are not published.
+
+    Args:
+        config: of the run.
+        needed: all that the objective reads.
+        start: the checkpoint that it starts from, its reference.
+    """
+    return TrainerColumns(tuple(name for name in needed if name in (OLD, REFERENCE)),
+                          config.rollout.temperature, partial(with_weights_of, start))

@@ -1,0 +1,160 @@
+"""A round from the store to documents, beside what its rows say."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from megatron_sov.rollouts.parts import part_name
+from megatron_sov.rollouts.prompts import read_prompts, round_prompts
+from megatron_sov.rollouts.store import Store
+
+from megatron_sov import recipes
+from megatron_sov.artifacts import read_manifest
+from megatron_sov.config import PhaseConfig, PolicyConfig, RolloutConfig, RunConfig
+from megatron_sov.config.rounds import with_rounds
+from megatron_sov.data.rounds import RoundDocuments
+from megatron_sov.data.token_shards import open_sources
+from megatron_sov.errors import UserError
+from megatron_sov.post.rl.publish import Publisher
+from megatron_sov.rollouts.rows import Judged
+
+VERSION = "a" * 64
+ROLLOUT = RolloutConfig(rounds=2, prompts_per_round=6, samples_per_prompt=4, steps_per_round=2,
+                        piece_prompts=4, max_new_tokens=12, max_prompt_tokens=6)
+
+
+def config_of(missing_share: float = 0.0) -> RunConfig:
+    policy = PolicyConfig(method="dapo", missing_share=missing_share)
+    base = recipes.get("tiny-solar-open")
+    return with_rounds(dataclasses.replace(
+        base, rollout=ROLLOUT, policy=policy, model=dataclasses.replace(base.model, vocab_size=368),
+        data=dataclasses.replace(base.data, phases=(PhaseConfig("main", seq_len=32),))))
+
+
+@pytest.fixture
+def publisher(packed_data: Any, tmp_path: Path) -> Publisher:
+    """A publisher over an empty store and 9 prompts."""
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"{i}?", "domain": "even" if i % 2 else "odd"}) + "\n"
+                            for i in range(9)))
+    Store.create(tmp_path / "store", "tokens", 368)
+    return Publisher(config_of(), tmp_path / "rounds", tmp_path / "store", read_prompts(file), VERSION,
+                     packed_data.tokenizer)
+
+
+def write(publisher: Publisher, write_round: Any, number: int = 1, **more: Any) -> Store:
+    store = Store.open(publisher.store)
+    write_round(store, publisher.prompts, ROLLOUT, number, VERSION, **more)
+    return store
+
+
+def test_a_round_holds_the_responses_of_groups_that_learn_step_by_step(publisher: Publisher,
+                                                                       write_round: Any) -> None:
+    store = write(publisher, write_round)
+    assert publisher.publish(1) == ""
+    content = read_manifest(publisher.rounds / "0001").content
+    # a prompt's place + 1 is divided by 1; by 2, 3 and 4 in part: none has equal rewards
+    assert content["groups"] == {"learns": 6} and content["steps"] == [[0, 12], [12, 12]]
+    rows = {row.key[:2]: row for piece in (0, 1) for row in store.read_rollouts(part_name(1, piece))}
+    expected = [rows[prompt.id, sample] for prompt in round_prompts(publisher.prompts, ROLLOUT, 1)
+                for sample in range(4)]
+    [source] = open_sources({str(publisher.rounds / "0001"): 1.0}, 368, ("rollouts",))
+    documents = source.shard("train")
+    for i, row in enumerate(expected):
+        count, begin = len(row.prompt_tokens) + len(row.tokens), len(row.prompt_tokens)
+        assert documents.tokens(i, 0, count).tolist() == [*row.prompt_tokens, *row.tokens]
+        logprobs = documents.column("behaviour_logprobs", i, 0, count)
+        weights = documents.loss_weights(i, 0, count)
+        assert logprobs.tolist() == [0.0] * begin + row.logprobs.tolist()
+        assert weights.tolist() == [0.0] * begin + [1.0] * len(row.tokens)
+        assert documents.types(i, 0, count).tolist() == [1] * begin + [2] * len(row.tokens)
+    rewards = np.array([1.0, 1.0, 0.0, 0.0])  # of the second prompt: 2 is divided by 1 and 2
+    found = [float(documents.column("advantage", 4 + i, len(r.prompt_tokens), 1)[0])
+             for i, r in enumerate(expected[4:8])]
+    assert found == pytest.approx((rewards - 0.5) / (np.std(rewards, ddof=1) + 1e-4), rel=1e-6)
+    means = content["means"]
+    assert means["responses"] == 24 and means["components"] == {"right": 1.0}
+    rewards = np.array([(i + 1) % (s + 1) == 0 for i in range(6) for s in range(4)])
+    assert means["reward"] == pytest.approx(rewards.mean())
+    assert means["response_tokens"] == pytest.approx(np.mean([len(r.tokens) for r in expected]))
+    assert set(means["domains"]) == {"even", "odd"} and means["staleness_steps"] == 0
+
+
+def test_what_a_round_lacks_is_told_until_it_is_there(publisher: Publisher, write_round: Any,
+                                                      tmp_path: Path) -> None:
+    elsewhere = dataclasses.replace(publisher, store=tmp_path / "no store")
+    assert elsewhere.publish(1) == f"nobody has written to {tmp_path / 'no store'} yet"
+    assert publisher.publish(1) == "2 of 2 pieces are not written yet, the first is 0"
+    write(publisher, write_round, judge=False)
+    assert publisher.publish(1) == ("2 of 2 parts are not judged yet by reward version aaaaaaaaaaaa, the "
+                                    "first is round-0001-piece-0000")
+    assert not publisher.rounds.exists()
+    write(publisher, write_round, 2)
+    assert publisher.publish(2) == ""  # in whatever order
+    assert not RoundDocuments(publisher.rounds).is_published(1)
+
+
+def test_unfinished_responses_are_waited_for_or_left_out_by_the_share_that_may_miss(
+        publisher: Publisher, write_round: Any, tmp_path: Path) -> None:
+    cut = [(1, 0), (1, 3), (4, 2)]
+    write(publisher, write_round, unfinished=cut)
+    assert publisher.publish(1) == ("2 of 6 groups wait for responses that are not finished "
+                                    "(policy.missing_share = 0)")
+    early = dataclasses.replace(publisher, rounds=tmp_path / "early", config=config_of(0.34))
+    assert early.publish(1) == ""
+    content = read_manifest(tmp_path / "early/0001").content
+    ids = [prompt.id for prompt in round_prompts(publisher.prompts, ROLLOUT, 1)]
+    assert sorted(content["late"]) == sorted([ids[i], s] for i, s in cut)
+    # the second prompt has samples 1 and 2 left, of which one is right
+    assert content["steps"] == [[0, 10], [10, 11]]
+
+    write(publisher, write_round, attempt=1, unfinished=cut)
+    assert publisher.publish(1) == ""
+    content = read_manifest(publisher.rounds / "0001").content
+    assert content["late"] == [] and content["steps"] == [[0, 12], [12, 12]]
+    assert [part["name"] for part in content["store"]] == [
+        part_name(1, 0), part_name(1, 0, 1), part_name(1, 1), part_name(1, 1, 1)]
+
+
+def test_groups_that_do_not_learn_are_counted_by_reason_and_a_step_may_have_none(
+        publisher: Publisher, write_round: Any) -> None:
+    store = write(publisher, write_round, judge=False)
+    ids = [prompt.id for prompt in round_prompts(publisher.prompts, ROLLOUT, 1)]
+    rewards = {0: [1, 1, 1, 1], 1: [0, 0, 0, 0], 2: [None, None, None, 1], 3: [1, 0, None, 0],
+               4: [0, 0, 1, 0], 5: [1, 1, 1, 0]}
+    for name in (part_name(1, 0), part_name(1, 1)):
+        said = [(row.key, rewards[ids.index(row.key.prompt)][row.key.sample])
+                for row in store.read_rollouts(name)]
+        store.add_rewards(VERSION, name, [
+            Judged(key, 0, VERSION, reward, "scored" if reward is not None else "failed")
+            for key, reward in said])
+    assert publisher.publish(1) == ""
+    content = read_manifest(publisher.rounds / "0001").content
+    assert content["groups"] == {"all_right": 1, "all_wrong": 1, "too_few": 1, "learns": 3}
+    assert content["unjudged"] == {"failed": 4} and content["steps"] == [[0, 0], [0, 11]]
+    rounds = RoundDocuments(publisher.rounds, 368)
+    assert [len(step) for step in rounds.read(1, 32, 2).steps] == [0, 11]
+
+
+def test_what_does_not_belong_to_the_run_is_refused(publisher: Publisher, write_round: Any,
+                                                    tmp_path: Path) -> None:
+    write(publisher, write_round)
+    others = dataclasses.replace(publisher, prompts=publisher.prompts[:-1])
+    with pytest.raises(UserError, match=r"store: round 1 holds responses to prompt \w{16}, which is none of"):
+        others.publish(1)
+    data = dataclasses.replace(publisher.config.data, phases=(PhaseConfig("round-0001", seq_len=12),))
+    short = dataclasses.replace(publisher, config=dataclasses.replace(publisher.config, data=data))
+    with pytest.raises(UserError, match=r"round 1: sample \d of prompt \w+ has 1\d tokens .* = 12; .*cut"):
+        short.publish(1)
+    assert not publisher.rounds.exists() or not any(publisher.rounds.iterdir())
+    assert publisher.publish(1) == ""
+    rounds = RoundDocuments(publisher.rounds, 368)
+    with pytest.raises(UserError, match=r"is round 1 with 2 steps, must be .* rollout.steps_per_round = 3"):
+        rounds.read(1, 32, 3)
+    with pytest.raises(UserError, match=r"document \d+ has 1\d tokens, and a row data.phases.0.seq_len = 10"):
+        rounds.read(1, 10, 2)
