@@ -111,7 +111,8 @@ def test_every_way_and_every_layout_write_the_same(ranks, job) -> None:
     assert 0 < drafted["accepted"] < drafted["drafted"], "nothing was taken, or nothing taken back"
     for name, per_rank in zip(LAYOUTS, others, strict=True):
         for rank, found in enumerate(per_rank):
-            for way in ("greedy", "sampled", "drafted", "drafted samples", "as before"):
+            for way in ("greedy", "routes", "sampled", "drafted", "drafted routes", "drafted samples",
+                        "as before"):
                 assert found[way] == alone[0][way], (name, rank, way)
 
 
@@ -151,9 +152,15 @@ def logprobs_of(layout: dict[str, Any], family: str, chosen: list[str]) -> dict[
         return whole[:len(row) - 1]
 
     def furthest(sampling: Sampling) -> dict[str, Any]:
-        found = MegatronEngine(policy, Batching(3, 5)).generate(FEW, sampling, stop=Stop((50,)))
+        asked = dataclasses.replace(sampling, with_routes=not layout)
+        found = MegatronEngine(policy, Batching(3, 5)).generate(FEW, asked, stop=Stop((50,)))
+        record = model.config.routing_step.record = {} if asked.with_routes else None
         gaps = [(trainers([*p, *c], sampling.temperature)[len(p) - 1:] - torch.tensor(told)).abs().max()
                 for p, c, told in zip(FEW, found.continuations, found.logprobs, strict=True)]
+        model.config.routing_step.record = None
+        for i, routes in enumerate(found.routes or ()):
+            read = torch.stack([record[layer][i] for layer in sorted(record)], 1)[:-1]
+            assert torch.equal(read, torch.from_numpy(routes).long()), "the trainer routes otherwise"
         return {"gap": float(max(gaps)), "tokens": found.continuations, "reasons": found.finish_reasons,
                 "lowest": min(map(min, found.logprobs)), "accepted": found.accepted}
 
