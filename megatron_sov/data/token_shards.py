@@ -16,14 +16,14 @@ import numpy as np
 
 from megatron_sov.artifacts import manifest_sha256, read_manifest
 from megatron_sov.data.mapped_files import allow_open_files, numbers, read_index
-from megatron_sov.documents.routes import RouteShape
+from megatron_sov.documents.routes import ROUTES, RouteShape
 from megatron_sov.errors import UserError
 from megatron_sov.obs.warning import warn
 from megatron_sov.runs.launch_environment import is_first
 
 TEXTS = ("text", "chat")
 """Formats that are learned from token by token."""
-NO_COLUMNS = ("loss", "type", "routes")
+NO_COLUMNS = ("loss", "type", ROUTES)
 """Sidecars that are not columns of one number for each token as a label."""
 CONTENT_VERSION = 2
 """Layout of a token manifest's content that is read: each split is a list of shards."""
@@ -105,10 +105,10 @@ class TokenShard:
             self._loss = self._map(".loss", np.dtype(np.float32)) if self._file(".loss").exists() else None
             self._type = self._map(".type", np.dtype(np.uint8)) if self._file(".type").exists() else None
             self._columns = {name: self._map(f".{name}", np.dtype(np.float32)) for name in columns}
-            self.columns = columns
-            self._route_shape = routes
+            self.columns, self._route_shape = columns, routes
             if routes is not None:
-                self._routes = self._map(".routes", np.dtype((routes.dtype, (routes.layers, routes.top_k))))
+                row = np.dtype((routes.dtype, (routes.layers, routes.top_k)))
+                self._routes = self._map(f".{ROUTES}", row)
             self.is_plain = self._loss is None and self._type is None
         except OSError as e:
             if e.errno == errno.EMFILE:
@@ -381,8 +381,8 @@ def _of_artifact(path: Path, content: dict[str, Any], share: float, formats: tup
             vocab_size=content["vocab_size"],
             columns=tuple(name for name in s.get("sidecars", ()) if name not in NO_COLUMNS),
             group=s.get("group_documents", 1),
-            routes=(RouteShape.from_record(s.get("routes"), f"{path}: source {s['name']!r}")
-                    if "routes" in s.get("sidecars", ()) else None),
+            routes=(RouteShape.from_record(s.get(ROUTES), f"{path}: source {s['name']!r}")
+                    if ROUTES in s.get("sidecars", ()) else None),
         )
         for s in described
     ]

@@ -8,7 +8,6 @@ last token, which a generator writes and never reads, has the mark.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,6 +15,8 @@ import numpy as np
 
 from megatron_sov.errors import UserError
 
+ROUTES = "routes"
+"""Ending of the sidecar of token shards that holds routes, and name of their shape in a source's record."""
 NARROW, WIDE = "uint8", "uint16"
 
 
@@ -80,7 +81,7 @@ class RouteShape:
         return {**asdict(self), "dtype": self.dtype}
 
     @classmethod
-    def from_record(cls, record: Mapping[str, Any], where: str) -> RouteShape:
+    def from_record(cls, record: Any, where: str) -> RouteShape:
         """Return what `record` gave.
 
         Raises:

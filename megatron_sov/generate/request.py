@@ -4,7 +4,7 @@ continuation ends, and how probable each token was."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -164,7 +164,7 @@ class Generated:
     """Tokens that were drafted and then judged by the model."""
     accepted: int = 0
     """How many of them the model took."""
-    routes: list[np.ndarray] | None = None
+    routes: list[np.ndarray] | None = field(default=None, compare=False)
     """Of each prompt with its continuation but for the last token, which the model never read: experts that
     tokens visited, [tokens - 1, layers, top_k] (`documents.routes`); None: not asked for."""
 
