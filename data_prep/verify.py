@@ -16,6 +16,7 @@ from data_prep.overlap import document_hashes
 from data_prep.splits import HELDOUT, SPLITS, TRAIN
 from data_prep.token_artifact import Shard, num_tokens, read_tokens_manifest, shards_of
 from megatron_sov.artifacts import damaged_files
+from megatron_sov.documents.routes import ROUTES, RouteShape
 from megatron_sov.errors import UserError, list_problems
 from megatron_sov.obs.work_bar import work_bar
 
@@ -110,8 +111,32 @@ def _shard_problems(shard: Shard, split: IndexedSplit, content: dict[str, Any]) 
         problems += _edge_problems(shard, split.tokens[stops - split.lengths_tokens],
                                    split.tokens[stops - 1], content)
     for suffix in shard.source["sidecars"]:
-        problems += _sidecar_problems(Path(f"{prefix}.{suffix}"), suffix, len(split.tokens))
+        file = Path(f"{prefix}.{suffix}")
+        if suffix == ROUTES:
+            problems += _routes_problems(file, shard.source, len(split.tokens))
+        else:
+            problems += _sidecar_problems(file, suffix, len(split.tokens))
     return problems
+
+
+def _routes_problems(file: Path, source: dict[str, Any], num_tokens: int) -> list[str]:
+    try:
+        shape = RouteShape.from_record(source.get(ROUTES), f"source {source['name']!r}")
+    except UserError as e:
+        return [str(e)]
+    if not file.is_file():
+        return []  # a missing file is reported with the hashes
+    if file.stat().st_size != num_tokens * shape.bytes_per_token:
+        return [f"{file}: has {file.stat().st_size} bytes, {num_tokens} tokens need "
+                f"{num_tokens * shape.bytes_per_token}"]
+    block_tokens = max(1, _BLOCK_ITEMS // (shape.layers * shape.top_k))
+    for first in range(0, num_tokens, block_tokens):
+        count = min(block_tokens, num_tokens - first)
+        rows = np.fromfile(file, shape.dtype, count * shape.layers * shape.top_k,
+                           offset=first * shape.bytes_per_token)
+        if problem := shape.problem(rows.reshape(count, shape.layers, shape.top_k)):
+            return [f"{file}: from token {first} on, {problem}"]
+    return []
 
 
 def _range(tokens: NDArray[np.generic]) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from megatron_sov.config import RunConfig
 from megatron_sov.data.ledger import LedgerEntry
 from megatron_sov.data.order import Sample, SampleOrder
 from megatron_sov.data.rows import Row, join_rows, sample_row
+from megatron_sov.documents.routes import RouteShape
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,20 @@ class BatchStream:
     the model computes."""
 
     def __init__(self, config: RunConfig, order: SampleOrder, dp_rank: int, dp_size: int,
-                 num_steps: int, columns: tuple[str, ...] = ()) -> None:
-        self.order, self._columns = order, columns
+                 num_steps: int, columns: tuple[str, ...] = (),
+                 routes: Sequence[RouteShape | None] = ()) -> None:
+        """Begin where the order stands.
+
+        Args:
+            config: the run's settings.
+            order: of samples.
+            dp_rank: this rank among those that read different data.
+            dp_size: their number.
+            num_steps: of the whole run.
+            columns: that rows are to have.
+            routes: shape of the routes of each source; (): none has any.
+        """
+        self.order, self._columns, self._routes = order, columns, routes
         self._micro_batch_size = config.train.micro_batch_size
         self._dp_rank, self._dp_size = dp_rank, dp_size
         self._num_steps, self._left = num_steps, num_steps - order.state.step
@@ -77,4 +91,5 @@ class BatchStream:
         return [samples[i:i + size] for i in range(self._dp_rank * size, len(samples), size * self._dp_size)]
 
     def _row(self, sample: Sample, seq_len: int) -> Row:
-        return sample_row(sample, self.order.documents(sample.source), seq_len, columns=self._columns)
+        return sample_row(sample, self.order.documents(sample.source), seq_len, columns=self._columns,
+                          routes=self._routes[sample.source] if self._routes else None)

@@ -46,3 +46,7 @@ class LongDocuments:
     def column(self, name: str, document: int, start: int, count: int) -> np.ndarray:
         """Return each token's number in a column, as a target, float32."""
         return self._documents.column(name, int(self.index[document]), start, count)
+
+    def routes(self, document: int, start: int, count: int) -> np.ndarray:
+        """Return where each token went."""
+        return self._documents.routes(int(self.index[document]), start, count)

@@ -12,6 +12,7 @@ import numpy as np
 from megatron_sov.data.order import Sample
 from megatron_sov.data.packing import Segment, concatenate
 from megatron_sov.data.token_shards import Documents
+from megatron_sov.documents.routes import RouteShape
 
 
 class Origin(NamedTuple):
@@ -50,10 +51,13 @@ class Row:
     """Column -> [n] float32: number of each label; 0 where there is no label."""
     origins: tuple[Origin, ...] = ()
     """Where each segment comes from; padding comes from nowhere."""
+    routes: np.ndarray | None = None
+    """[n, layers, top_k]: where each token went when it was generated (`documents.routes`), marked where
+    that is not known; None: of no token it is."""
 
 
 def sample_row(sample: Sample, documents: Documents, seq_len: int, pad_id: int = 0,
-               columns: tuple[str, ...] = ()) -> Row:
+               columns: tuple[str, ...] = (), routes: RouteShape | None = None) -> Row:
     """Return one sample as a row of `seq_len` tokens.
 
     The last token of a segment has a label if the document goes on behind it.
@@ -64,11 +68,13 @@ def sample_row(sample: Sample, documents: Documents, seq_len: int, pad_id: int =
         seq_len: its tokens.
         pad_id: fills the rest.
         columns: those that it is to have; 0 where the documents have none of that name.
+        routes: shape of the documents' routes; None: they have none.
     """
     numbers = {name: np.zeros(seq_len, np.float32) for name in columns}
     tokens, labels = np.full(seq_len, pad_id, np.int64), np.zeros(seq_len, np.int64)
     weights, types = np.zeros(seq_len, np.float32), np.zeros(seq_len, np.uint8)
     positions, places = np.empty(seq_len, np.int64), _places(seq_len)
+    went = None if routes is None else routes.absent(seq_len)
     bounds = [0]
     for document, start, count in sample.segments:
         first, end = bounds[-1], bounds[-1] + count
@@ -84,13 +90,15 @@ def sample_row(sample: Sample, documents: Documents, seq_len: int, pad_id: int =
         for name in columns:
             if name in documents.columns:
                 numbers[name][labelled] = documents.column(name, document, start + 1, len(ids) - 1)
+        if went is not None:  # of the tokens themselves, not of their labels
+            went[first:end] = documents.routes(document, start, count)
         bounds.append(end)
     filled = bounds[-1]
     if filled < seq_len:
         positions[filled:] = places[:seq_len - filled]
         bounds.append(seq_len)
     return Row(tokens, labels, weights, positions, types, sources=np.full(seq_len, sample.source, np.int64),
-               padding=places >= filled, bounds=np.array(bounds, np.int32), columns=numbers,
+               padding=places >= filled, bounds=np.array(bounds, np.int32), columns=numbers, routes=went,
                origins=tuple(Origin(first, sample.source, segment) for first, segment in zip(
                    bounds, sample.segments, strict=False)))
 
@@ -113,7 +121,17 @@ def join_rows(rows: list[Row]) -> Row:
     columns = {name: np.concatenate([r.columns[name] for r in rows]) for name in rows[0].columns}
     origins = tuple(o._replace(first=o.first + int(s)) for r, s in zip(rows, starts, strict=True)
                     for o in r.origins)
-    return Row(**fields, bounds=bounds, columns=columns, origins=origins)
+    return Row(**fields, bounds=bounds, columns=columns, origins=origins, routes=_joined_routes(rows))
+
+
+def _joined_routes(rows: list[Row]) -> np.ndarray | None:
+    """Return the routes of all rows' tokens, marked where a row has none; None: no row has any."""
+    known = next((row.routes for row in rows if row.routes is not None), None)
+    if known is None:
+        return None
+    mark = np.iinfo(known.dtype).max
+    return np.concatenate([np.full((len(row.tokens), *known.shape[1:]), mark, known.dtype)
+                           if row.routes is None else row.routes for row in rows])
 
 
 def heldout_samples(documents: Documents, source: int, seq_len: int, max_tokens: int) -> list[Sample]:

@@ -74,3 +74,8 @@ class Pieces:
         """Return each token's number in a column, as a target, float32."""
         whole, first = self.lengths.find(document)
         return self._documents.column(name, whole, first + start, count)
+
+    def routes(self, document: int, start: int, count: int) -> np.ndarray:
+        """Return where each token went."""
+        whole, first = self.lengths.find(document)
+        return self._documents.routes(whole, first + start, count)

@@ -3,9 +3,7 @@ with optional sidecars of the same geometry."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import mmap
 import resource
 import sys
 from bisect import bisect_right
@@ -17,19 +15,16 @@ from typing import Any, Protocol
 import numpy as np
 
 from megatron_sov.artifacts import manifest_sha256, read_manifest
+from megatron_sov.data.mapped_files import allow_open_files, numbers, read_index
+from megatron_sov.documents.routes import ROUTES, RouteShape
 from megatron_sov.errors import UserError
 from megatron_sov.obs.warning import warn
 from megatron_sov.runs.launch_environment import is_first
 
-IDX_MAGIC = b"MMIDIDX\x00\x00"
-IDX_DTYPES: dict[int, type[np.generic]] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64,
-                                           6: np.float64, 7: np.float32, 8: np.uint16}
-"""Dtype codes of the `.idx` header, as in megatron.core.datasets.indexed_dataset."""
-_HEADER_BYTES = len(IDX_MAGIC) + 8 + 1 + 8 + 8
-
-
 TEXTS = ("text", "chat")
 """Formats that are learned from token by token."""
+NO_COLUMNS = ("loss", "type", ROUTES)
+"""Sidecars that are not columns of one number for each token as a label."""
 CONTENT_VERSION = 2
 """Layout of a token manifest's content that is read: each split is a list of shards."""
 
@@ -79,39 +74,41 @@ class Documents(Protocol):
         """Return each token's number in one of `columns`, as a target, float32."""
         ...
 
+    def routes(self, document: int, start: int, count: int) -> np.ndarray:
+        """Return where each of these tokens went, [count, layers, top_k] (`documents.routes`); asked of
+        sources that have `routes` alone."""
+        ...
+
 
 class TokenShard:
     """The documents of one source and split; opening it costs the same for any size."""
 
-    def __init__(self, prefix: Path, vocab_size: int = sys.maxsize, columns: tuple[str, ...] = ()) -> None:
+    def __init__(self, prefix: Path, vocab_size: int = sys.maxsize, columns: tuple[str, ...] = (),
+                 routes: RouteShape | None = None) -> None:
         """Open the files.
 
         Args:
             prefix: their path, without `.bin` and so on.
             vocab_size: what token ids must lie below.
             columns: those that it has, each a file of that ending.
+            routes: shape of its routes, a file `.routes`; None: it has none.
 
         Raises:
             UserError: a file is damaged, or too many are open.
         """
         self.prefix, self._vocab_size = prefix, vocab_size
-        idx = self._file(".idx")
         try:
-            content = _mapped(idx)
-            if content[:9] != IDX_MAGIC:
-                raise UserError(f"{idx}: is not a Megatron index (its first bytes are {content[:9]!r}); "
-                                "pack the data again")
-            self.dtype = np.dtype(IDX_DTYPES[content[17]])
-            count = int(np.frombuffer(content, np.uint64, 1, offset=18)[0])
-            self.lengths = np.frombuffer(content, np.int32, count, offset=_HEADER_BYTES)
-            self.pointers = np.frombuffer(content, np.int64, count, offset=_HEADER_BYTES + 4 * count)
-            self._num_tokens = ((int(self.pointers[-1]) // self.dtype.itemsize + int(self.lengths[-1]))
-                                if count else 0)
+            index = read_index(self._file(".idx"))
+            self.dtype, self.lengths, self.pointers = index.dtype, index.lengths, index.pointers
+            self._num_tokens = index.num_tokens
             self._tokens = self._map(".bin", self.dtype)
             self._loss = self._map(".loss", np.dtype(np.float32)) if self._file(".loss").exists() else None
             self._type = self._map(".type", np.dtype(np.uint8)) if self._file(".type").exists() else None
             self._columns = {name: self._map(f".{name}", np.dtype(np.float32)) for name in columns}
-            self.columns = columns
+            self.columns, self._route_shape = columns, routes
+            if routes is not None:
+                row = np.dtype((routes.dtype, (routes.layers, routes.top_k)))
+                self._routes = self._map(f".{ROUTES}", row)
             self.is_plain = self._loss is None and self._type is None
         except OSError as e:
             if e.errno == errno.EMFILE:
@@ -126,12 +123,7 @@ class TokenShard:
         return self.prefix.with_name(self.prefix.name + suffix)
 
     def _map(self, suffix: str, dtype: np.dtype) -> np.ndarray:
-        file = self._file(suffix)
-        size_bytes, expected_bytes = file.stat().st_size, self._num_tokens * dtype.itemsize
-        if size_bytes != expected_bytes:  # a slice beyond the end would silently be short
-            raise UserError(f"{file}: has {size_bytes} bytes, the index asks for {expected_bytes}; "
-                            "pack the data again")
-        return np.frombuffer(_mapped(file), dtype)
+        return numbers(self._file(suffix), dtype, self._num_tokens)
 
     def tokens(self, document: int, start: int, count: int) -> np.ndarray:
         """Return `count` token ids of a document from `start`, int64.
@@ -175,6 +167,19 @@ class TokenShard:
                             "`sov-data verify` names what is damaged, make the column again")
         return found
 
+    def routes(self, document: int, start: int, count: int) -> np.ndarray:
+        """Return where each of these tokens went, [count, layers, top_k].
+
+        Raises:
+            UserError: one went where no token can.
+        """
+        found = self._routes[self._range(document, start, count)]
+        assert self._route_shape is not None
+        if problem := self._route_shape.problem(found):
+            raise UserError(f"{self._file('.routes')}: document {document}, from token {start} on, {problem};"
+                            " write the routes again")
+        return found
+
     def _range(self, document: int, start: int, count: int) -> slice:
         first = int(self.pointers[document]) // self.dtype.itemsize + start
         if not 0 <= first <= first + count <= len(self._tokens):  # a slice beyond the end would be short
@@ -182,20 +187,6 @@ class TokenShard:
                             f"from byte {self.pointers[document]}, and the shard ends before; `sov-data "
                             "verify` names what is damaged, pack the data again")
         return slice(first, first + count)
-
-
-def _mapped(file: Path) -> mmap.mmap | bytes:
-    """Return a file's bytes by a memory map."""
-    with open(file, "rb") as f:
-        return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) if file.stat().st_size else b""
-
-
-def _allow_open_files() -> None:
-    """Raise this process's limit on open files as far as it may: a mapped file keeps its
-    descriptor (CPython's mmap)."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 class ChainedLengths:
@@ -239,9 +230,9 @@ class ShardChain:
     shards of any size."""
 
     def __init__(self, prefixes: list[Path], vocab_size: int = sys.maxsize,
-                 columns: tuple[str, ...] = ()) -> None:
-        _allow_open_files()
-        self._shards = [TokenShard(prefix, vocab_size, columns) for prefix in prefixes]
+                 columns: tuple[str, ...] = (), routes: RouteShape | None = None) -> None:
+        allow_open_files()
+        self._shards = [TokenShard(prefix, vocab_size, columns, routes) for prefix in prefixes]
         self.columns = columns
         self.lengths = ChainedLengths([shard.lengths for shard in self._shards])
         self.is_plain = all(shard.is_plain for shard in self._shards)
@@ -265,6 +256,11 @@ class ShardChain:
         """As `TokenShard.column`."""
         shard, index = self.lengths.find(document)
         return self._shards[shard].column(name, index, start, count)
+
+    def routes(self, document: int, start: int, count: int) -> np.ndarray:
+        """As `TokenShard.routes`."""
+        shard, index = self.lengths.find(document)
+        return self._shards[shard].routes(index, start, count)
 
 
 @dataclass(frozen=True)
@@ -294,6 +290,8 @@ class Source:
     """Documents in a row that are one unit, never parted: 2 of a preference."""
     tokenizer: Path | None = None
     """Folder of the tokenizer; None: that in the artifact."""
+    routes: RouteShape | None = None
+    """Shape of the routes that its documents have, which are replayed; None: they have none."""
 
     @property
     def is_chat(self) -> bool:
@@ -307,7 +305,7 @@ class Source:
         if self.artifact is None:
             raise ValueError(f"source {self.name} has neither an artifact nor documents")
         return ShardChain([self.artifact / prefix for prefix in self.prefixes[split]], self.vocab_size,
-                          self.columns)
+                          self.columns, self.routes)
 
 
 def _warn_of_other_splits(contents: dict[str, dict[str, Any]]) -> None:
@@ -383,8 +381,10 @@ def _of_artifact(path: Path, content: dict[str, Any], share: float, formats: tup
             num_tokens={split: d["num_tokens"] for split, d in s["splits"].items()},
             share=share * s.get("weight", s["splits"]["train"]["num_tokens"] / train_tokens),
             vocab_size=content["vocab_size"],
-            columns=tuple(name for name in s.get("sidecars", ()) if name not in ("loss", "type")),
+            columns=tuple(name for name in s.get("sidecars", ()) if name not in NO_COLUMNS),
             group=s.get("group_documents", 1),
+            routes=(RouteShape.from_record(s.get(ROUTES), f"{path}: source {s['name']!r}")
+                    if ROUTES in s.get("sidecars", ()) else None),
         )
         for s in described
     ]

@@ -11,7 +11,7 @@ from megatron_sov.documents.messages import BadRecord
 
 COLUMN_NAME = re.compile(r"[a-z_]+")
 BUCKET_NAME = re.compile(r"\w[\w.-]{0,59}")
-RESERVED = ("bin", "extra", "idx", "loss", "type")
+RESERVED = ("bin", "extra", "idx", "loss", "routes", "type")
 """Endings of the other files of a shard."""
 LARGEST = 3.4028234663852886e38
 """Of float32."""

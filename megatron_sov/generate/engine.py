@@ -35,7 +35,8 @@ class Engine(Protocol):
                 samples; the prompt's place in the list unless given.
 
         Raises:
-            UserError: the sampling has no meaning, or the last update failed.
+            UserError: the sampling has no meaning, the last update failed, or routes are asked for and the
+                engine does not tell them.
         """
         ...
 
@@ -71,7 +72,7 @@ class ChoosingEngine(Engine, Protocol):
 
 def run_engine(name: str, target: Target, work: Callable[[Engine], Any], *, longest: int,
                batching: Batching | None = None, settings: Sequence[str] = (),
-               nproc: int | None = None) -> Any:
+               nproc: int | None = None, with_routes: bool = False) -> Any:
     """Load a model into an engine, and return what some work with it gave.
 
     Args:
@@ -82,6 +83,7 @@ def run_engine(name: str, target: Target, work: Callable[[Engine], Any], *, long
         batching: what bounds memory.
         settings: `key=value` changes of layout and precision (megatron).
         nproc: local processes (megatron).
+        with_routes: whether the work asks for routes, which vLLM must be started for.
 
     Returns:
         The result; None on other processes than the first of a torchrun or Slurm job.
@@ -99,7 +101,7 @@ def run_engine(name: str, target: Target, work: Callable[[Engine], Any], *, long
     if name == VLLM:
         from megatron_sov.generate.vllm import VllmEngine
 
-        return work(VllmEngine(target.path, longest, batching))
+        return work(VllmEngine(target.path, longest, batching, with_routes=with_routes))
     from megatron_sov.generate.hf import HfEngine, load_hf
 
     return work(HfEngine(load_hf(target.path), batching))

@@ -23,6 +23,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_sov.convert.live_import import import_weights
+from megatron_sov.data.routes import shape_of
+from megatron_sov.documents.routes import RouteShape
 from megatron_sov.generate.choosing import best_words, rows_of
 from megatron_sov.generate.held_weights import HeldWeights, NamedTensors
 from megatron_sov.generate.request import Batching, Generated, Sampling, Stop, Tokens, Written
@@ -53,6 +55,9 @@ class _Sequence:
     """Tokens that the cache holds."""
     drafts: list[int] = field(default_factory=list)
     """Tokens that may come next."""
+    routes: list[tuple[int, np.ndarray]] = field(default_factory=list)
+    """First token and routes [tokens, layers, top_k] of each span that was read; what was read twice went
+    where it went the last time."""
     guesses: torch.Tensor | None = None
     """[drafts, V]: what each draft was drawn from; on the last pipeline stage, when sampling."""
 
@@ -60,6 +65,13 @@ class _Sequence:
     def in_prompt(self) -> bool:
         """Whether some of the prompt has not been read."""
         return self.read < self.prompt_tokens
+
+    def all_routes(self, shape: RouteShape) -> np.ndarray:
+        """Return the routes of every token but the last, which is not read."""
+        rows = shape.absent(len(self.tokens) - 1)
+        for first, found in self.routes:
+            rows[first:first + len(found)] = found[:len(rows) - first]
+        return rows
 
 
 @dataclass
@@ -105,6 +117,7 @@ class MegatronEngine:
         if sampling.num_drafts and not self._model.model.architecture.num_mtp_layers:
             raise ValueError(f"num_drafts = {sampling.num_drafts} needs a multi-token prediction layer, "
                              "the model has none")
+        shape = shape_of(self._model.model.architecture) if sampling.with_routes else None
         numbers = range(len(prompts)) if streams is None else streams
         rank, size = share_place()
         mine = [_Sequence(i, list(map(int, prompts[i])), len(prompts[i]),
@@ -113,7 +126,7 @@ class MegatronEngine:
         longest = max((s.prompt_tokens for s in mine), default=0) + sampling.max_new_tokens
         cache = CacheSize(self._batching.slots(len(mine), longest), longest, 1 + sampling.num_drafts)
         stop = stop or Stop()
-        with CachedDecoder(self._model, cache) as decoder:
+        with CachedDecoder(self._model, cache, with_routes=sampling.with_routes) as decoder:
             run = _Run(decoder, cache, mine, sampling, stop, self._batching.prefill_tokens)
             while run.iterate():
                 continue
@@ -126,8 +139,10 @@ class MegatronEngine:
         told = {"written": _table(own, int(most[0])), "drafted": torch.tensor(run.drafted),
                 "accepted": torch.tensor(run.accepted)}
         total = unpack(over_shares(pack(told)), {name: tuple(value.shape) for name, value in told.items()})
-        return Generated.of(_lists(total["written"]), sampling, stop, version,
-                            int(total["drafted"]), int(total["accepted"]))
+        written = _lists(total["written"])
+        lengths = [len(prompt) + len(tokens) for prompt, (tokens, _) in zip(prompts, written, strict=True)]
+        return Generated.of(written, sampling, stop, version, int(total["drafted"]), int(total["accepted"]),
+                            None if shape is None else _gathered_routes(mine, lengths, shape))
 
     def update(self, weights: NamedTensors | None, version: int) -> None:
         """Take in other weights, or count the live ones as a version, see `Engine`."""
@@ -171,6 +186,33 @@ def _lists(table: torch.Tensor) -> list[Written]:
             for row, of_row in zip(table[:, :1 + width].tolist(), logprobs.tolist(), strict=True)]
 
 
+def _gathered_routes(mine: Sequence[_Sequence], lengths: Sequence[int],
+                     shape: RouteShape) -> list[np.ndarray]:
+    """Return the routes of all sequences, given those of this process and the tokens of each.
+
+    They are sent one by one: together they may be larger than a GPU's memory.
+    """
+    own = {sequence.index: sequence for sequence in mine}
+    found = []
+    for index, length in enumerate(lengths):
+        # in bytes, which every backend can sum
+        sent = torch.zeros(length - 1, shape.bytes_per_token, dtype=torch.uint8)
+        if index in own:
+            routes = own[index].all_routes(shape)
+            sent = torch.from_numpy(routes.reshape(len(routes), -1).view(np.uint8))
+        rows = over_shares(sent).numpy().view(shape.dtype)
+        found.append(rows.reshape(length - 1, shape.layers, shape.top_k))
+    return found
+
+
+def _keep_routes(items: Sequence[_Item], routes: torch.Tensor) -> None:
+    """Give each item's sequence its part of a row's routes."""
+    rows = routes.numpy()
+    for item in items:
+        count = len(item.span.tokens)
+        item.sequence.routes.append((item.span.past, rows[item.start:item.start + count]))
+
+
 class _Run:
     """One process's sequences on their way; `iterate` reads one row and moves all on."""
 
@@ -191,6 +233,8 @@ class _Run:
         if not row_tokens:
             return False
         read = self._decoder.read([i.span for i in items], row_tokens)
+        if read.routes is not None:
+            _keep_routes(items, read.routes)
         chosen = [i for i in items if i.places]
         written = self._written(read, chosen)
         self._move_on(items, written)

@@ -13,7 +13,15 @@ from megatron_sov.errors import UserError
 from megatron_sov.generate.choosing import best_words, rows_of
 from megatron_sov.generate.held_weights import HeldWeights, NamedTensors
 from megatron_sov.generate.hf_weights import copy_weights
-from megatron_sov.generate.request import Batching, Generated, Sampling, Stop, Tokens, refuse_drafts
+from megatron_sov.generate.request import (
+    Batching,
+    Generated,
+    Sampling,
+    Stop,
+    Tokens,
+    refuse_drafts,
+    refuse_routes,
+)
 from megatron_sov.generate.sampling import seed_of
 
 PAGE_TOKENS = 16
@@ -65,9 +73,11 @@ class HfEngine:
         of whose streams one seed is made.
 
         Raises:
-            UserError: transformers gave a prompt up, as where memory is too small for it.
+            UserError: transformers gave a prompt up, as where memory is too small for it; or routes are
+                asked for.
         """
         refuse_drafts("transformers", sampling)
+        refuse_routes("transformers", sampling)
         sampling.check()
         stop, version = stop or Stop(), self._held.version
         if not prompts:

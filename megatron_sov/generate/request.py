@@ -4,7 +4,9 @@ continuation ends, and how probable each token was."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import numpy as np
 
 from megatron_sov.errors import UserError
 
@@ -40,6 +42,8 @@ class Sampling:
     distribution that a trainer computes, so the two log-probabilities of a token are not of one thing."""
     allow_truncation: bool = False
     """Take them all the same; log-probabilities are those of the part."""
+    with_routes: bool = False
+    """Whether to tell which experts tokens visited (`Generated.routes`; engines megatron and vllm)."""
 
     def problems(self) -> list[str]:
         """Return one sentence for each value that has no meaning, by the name of the command's option."""
@@ -70,6 +74,13 @@ def refuse_drafts(engine: str, sampling: Sampling) -> None:
     """Raise `ValueError` where drafts are asked of an engine that has none."""
     if sampling.num_drafts:
         raise ValueError(f"num_drafts = {sampling.num_drafts}: the engine {engine} does not draft")
+
+
+def refuse_routes(engine: str, sampling: Sampling) -> None:
+    """Raise `UserError` where routes are asked of an engine that does not tell them."""
+    if sampling.with_routes:
+        raise UserError(f"--engine {engine}: it does not tell which experts tokens visited, and routes are "
+                        "never guessed; use the engine megatron or vllm, or set policy.router_replay=false")
 
 
 @dataclass(frozen=True)
@@ -153,10 +164,13 @@ class Generated:
     """Tokens that were drafted and then judged by the model."""
     accepted: int = 0
     """How many of them the model took."""
+    routes: list[np.ndarray] | None = field(default=None, compare=False)
+    """Of each prompt with its continuation but for the last token, which the model never read: experts that
+    tokens visited, [tokens - 1, layers, top_k] (`documents.routes`); None: not asked for."""
 
     @classmethod
     def of(cls, written: Sequence[Written], sampling: Sampling, stop: Stop, version: int,
-           drafted: int = 0, accepted: int = 0) -> Generated:
+           drafted: int = 0, accepted: int = 0, routes: list[np.ndarray] | None = None) -> Generated:
         """Return what was written for each prompt, with all that follows from what was asked."""
         for number, (tokens, logprobs) in enumerate(written):
             if len(tokens) != len(logprobs):
@@ -164,4 +178,4 @@ class Generated:
                                  f"{len(logprobs)} log-probabilities; one belongs to each")
         return cls([tokens for tokens, _ in written], [logprobs for _, logprobs in written],
                    [stop.reason(tokens) for tokens, _ in written], sampling.temperature, version,
-                   drafted, accepted)
+                   drafted, accepted, routes)

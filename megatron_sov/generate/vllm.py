@@ -8,11 +8,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.multiprocessing.reductions import reduce_tensor
 
 from megatron_sov.convert.opening import open_weights
+from megatron_sov.convert.sources import HfWeights
 from megatron_sov.convert.whole_model import checked
+from megatron_sov.data.routes import shape_of
+from megatron_sov.documents.routes import RouteShape
 from megatron_sov.errors import UserError
 from megatron_sov.generate.held_weights import HeldWeights, NamedTensors
 from megatron_sov.generate.request import (
@@ -37,7 +41,7 @@ class VllmEngine:
     """vLLM's engine for one Hugging Face folder."""
 
     def __init__(self, folder: Path, longest: int, batching: Batching | None = None,
-                 dtype: str = "auto", *, for_updates: bool = False) -> None:
+                 dtype: str = "auto", *, for_updates: bool = False, with_routes: bool = False) -> None:
         """Load the folder; code in it is not run.
 
         Args:
@@ -46,9 +50,12 @@ class VllmEngine:
             batching: what bounds memory.
             dtype: of the weights; auto: as stored.
             for_updates: whether `update` will be called, for which vLLM prepares.
+            with_routes: whether routes will be asked for, which vLLM then records of all that it writes
+                (0.33, docs.vllm.ai/en/latest/training/routed_experts).
 
         Raises:
-            UserError: vLLM is not installed, or is not allowed what updates need.
+            UserError: vLLM is not installed, or is not allowed what updates need, or the model has no
+                routes.
         """
         if importlib.util.find_spec("vllm") is None:
             raise UserError(f"--engine vllm: vllm, which would run {folder}, is not installed for this "
@@ -61,6 +68,8 @@ class VllmEngine:
         from vllm import LLM
 
         batching = batching or Batching()
+        self._shape = shape_of(HfWeights(folder).model) if with_routes else None
+        recording = {"enable_return_routed_experts": True} if with_routes else {}
         # "vllm": the folder's own sampling defaults would answer for what a caller left open
         self._llm = LLM(model=str(folder), skip_tokenizer_init=True, trust_remote_code=False,
                         generation_config="vllm", dtype=dtype, max_model_len=longest,
@@ -68,7 +77,7 @@ class VllmEngine:
                         max_num_batched_tokens=max(batching.prefill_tokens, batching.max_sequences),
                         # of what was sampled from, not of the model's own distribution
                         logprobs_mode="processed_logprobs",
-                        weight_transfer_config={"backend": "ipc"} if for_updates else None)
+                        weight_transfer_config={"backend": "ipc"} if for_updates else None, **recording)
         self._held, self._folder = HeldWeights("vllm"), folder
         if for_updates:
             self._llm.init_weight_transfer_engine({"init_info": {"packed": False}})
@@ -79,6 +88,8 @@ class VllmEngine:
         from vllm import SamplingParams
 
         refuse_drafts("vllm", sampling)
+        if sampling.with_routes and self._shape is None:
+            raise ValueError("the engine vllm was started without routes, and they are asked for")
         sampling.check()
         stop, version = stop or Stop(), self._held.version
         numbers = range(len(prompts)) if streams is None else streams
@@ -88,7 +99,13 @@ class VllmEngine:
                                 # 0: of the chosen token, and of no others
                                 logprobs=0, ignore_eos=True, detokenize=False) for number in numbers]
         found = self._llm.generate([{"prompt_token_ids": list(p)} for p in prompts], asked, use_tqdm=False)
-        return Generated.of([_written(answer.outputs[0], stop) for answer in found], sampling, stop, version)
+        written = [_written(answer.outputs[0], stop) for answer in found]
+        routes = None
+        if sampling.with_routes:
+            assert self._shape is not None
+            routes = [_routes(answer.outputs[0], len(prompt) + len(tokens) - 1, self._shape)
+                      for answer, prompt, (tokens, _) in zip(found, prompts, written, strict=True)]
+        return Generated.of(written, sampling, stop, version, routes=routes)
 
     def update(self, weights: NamedTensors | None, version: int) -> None:
         """Have vLLM read other weights out of this process's GPU memory, see `Engine`.
@@ -144,3 +161,28 @@ def _written(output: Any, stop: Stop) -> Written:
     tokens = stop.cut(list(output.token_ids))
     return tokens, [float(place[token].logprob)
                     for token, place in zip(tokens, output.logprobs, strict=False)]
+
+
+def _routes(output: Any, num_tokens: int, shape: RouteShape) -> np.ndarray:
+    """Return the routes of the first tokens of a prompt and its `CompletionOutput`.
+
+    vLLM tells [prompt + continuation - 1, layers, top_k], with a layer of zeros for each leading dense one.
+
+    Raises:
+        UserError: it tells others than the model can have.
+    """
+    told, why = output.routed_experts, "nothing"
+    if told is not None:
+        told = np.asarray(told)
+        why = f"shape {list(told.shape)}"
+        if told.ndim == 3 and len(told) >= num_tokens and told.shape[1] >= shape.layers:
+            told = told[:num_tokens, told.shape[1] - shape.layers:]
+            # before they are narrowed: a number that does not fit would become another one
+            if (told < 0).any() or (told >= shape.num_experts).any():
+                why = f"experts from {told.min()} to {told.max()}, of {shape.num_experts}"
+            elif not (why := shape.problem(told.astype(shape.dtype))):
+                return told.astype(shape.dtype)
+    raise UserError(f"vLLM was to tell the routes of {num_tokens} tokens, {shape.layers} layers and "
+                    f"{shape.top_k} experts each, and tells {why}; it records none where experts run in a "
+                    "kernel that chooses for itself (its moe backends of FlashInfer): choose another, or set "
+                    "policy.router_replay=false")

@@ -118,6 +118,10 @@ class WithReference:
             return self._parts.column(document, start, count)
         return self._documents.column(name, document, start, count)
 
+    def routes(self, document: int, start: int, count: int) -> np.ndarray:
+        """As `Documents.routes`."""
+        return self._documents.routes(document, start, count)
+
 
 class Reference:
     """The reference's part of a run: the columns that its objective reads, made before the first step."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from megatron_sov.config import RunConfig
@@ -24,8 +25,10 @@ from megatron_sov.train.guards.fault_injection import Faults
 from megatron_sov.train.microbatch import MicroBatch
 from megatron_sov.train.objective import GlobalBatch, LossSums, Objective, meters_of, total_loss
 
-BY_SOURCE, METERS = "by source", "all meters"
+BY_SOURCE, METERS, ROUTES = "by source", "all meters", "all routes"
 """Names in the message beside those of terms, which have no spaces in them."""
+REPLAYED = "replayed_routes"
+"""Meter beside those of the objective, where data have routes: share of the choices that were replayed."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +67,13 @@ class Computation:
         # only the last stage has losses; one message over the data-parallel ranks, one over the stages
         local = torch.stack(parts).sum(0).cpu() if parts else torch.zeros(size, dtype=torch.float64)
         self.is_finite = bool(local.isfinite().all())
+        local = torch.cat([local, _replayed(batch.micro_batches)])
         total = unpack(collectives.broadcast_from_last_stage(collectives.all_reduce_dp(local)),
-                       self._shapes(objective))
-        by_source, meters = total.pop(BY_SOURCE), total.pop(METERS).tolist()
+                       self._shapes(objective) | {ROUTES: (2,)})
+        by_source, meters = total.pop(BY_SOURCE), [*total.pop(METERS).tolist(), total.pop(ROUTES).tolist()]
         return StepSums({term: float(value) for term, value in total.items()}, by_source,
-                        {name: value / count for name, (value, count) in zip(names, meters, strict=True)
-                         if count})
+                        {name: value / count for name, (value, count) in zip([*names, REPLAYED], meters,
+                                                                             strict=True) if count})
 
     def own_gradients(self, batch: GlobalBatch, objective: Objective, step: int, turn: int) -> None:
         """Leave only this process's gradients of the first micro-batches in the model;
@@ -129,3 +133,14 @@ def _meters(sums: LossSums, names: tuple[str, ...]) -> torch.Tensor:
     values = [torch.as_tensor(value, dtype=torch.float64, device=device).detach()
               for name in names for value in sums.meters[name]]
     return torch.stack(values).reshape(-1, 2) if values else sums.by_source.new_zeros(0, 2)
+
+
+def _replayed(micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
+    """Return [2] float64: how many choices of experts were recorded, and how many there were; nothing of
+    rows without routes."""
+    found = torch.zeros(2, dtype=torch.float64)
+    for inputs in (m.host.inputs for m in micro_batches if m.inputs.routes is not None):
+        assert inputs.routes is not None
+        first = inputs.routes[~inputs.padding.numpy(), :, 0]
+        found += torch.tensor([(first != np.iinfo(first.dtype).max).sum(), first.size])
+    return found

@@ -42,7 +42,8 @@ class DataBatches:
         self._step = order.state.step
         self._state: dict[str, Any] = order.state.to_dict()
         self._stream = BatchStream(self._config, order, self._world.dp_rank, self._world.dp_size,
-                                   self._config.num_steps(), self._columns)
+                                   self._config.num_steps(), self._columns,
+                                   [source.routes for source in self._sources])
         self.epochs: dict[str, float] = {}
         """How often each source was gone through, up to the last batch that was given."""
 

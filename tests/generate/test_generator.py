@@ -52,9 +52,12 @@ def continuations(layout: dict[str, Any], *, full: bool = False, pieces: bool = 
     def drafting(sampling: Any, num_drafts: int) -> Any:
         return dataclasses.replace(sampling, num_drafts=num_drafts)
 
-    greedy = write(PROMPTS, Sampling(NEW))
-    drafted = vars(MegatronEngine(policy, Batching(4, 5)).generate(PROMPTS, drafting(Sampling(NEW), drafts)))
-    found = {"greedy": greedy, "sampled": write(PROMPTS, warm),
+    routed = Sampling(NEW, with_routes=True)
+    plain = MegatronEngine(policy).generate(PROMPTS, routed)
+    greedy = plain.continuations
+    drafted = vars(MegatronEngine(policy, Batching(4, 5)).generate(PROMPTS, drafting(routed, drafts)))
+    found = {"greedy": greedy, "routes": [r.tolist() for r in plain.routes],
+             "drafted routes": [r.tolist() for r in drafted["routes"]], "sampled": write(PROMPTS, warm),
              "drafted": {name: drafted[name] for name in ("continuations", "drafted", "accepted")},
              "drafted samples": write(PROMPTS, drafting(warm, drafts))}
     if full:
@@ -62,8 +65,12 @@ def continuations(layout: dict[str, Any], *, full: bool = False, pieces: bool = 
         found["stopped"] = write(PROMPTS, drafting(Sampling(NEW), min(1, drafts)), stop=Stop((found["end"],)))
         found["alone"] = {i: write([PROMPTS[i]], warm, streams=[i])[0] for i in ALONE}
         row = [Inputs([[*p, *c]], torch.device("cpu")) for p, c in zip(PROMPTS, greedy, strict=True)]
+        model.config.routing_step.record = record = {}
         found["full"] = [policy.logits(r, torch.arange(len(p) - 1, len(p) + NEW - 1)).argmax(-1).tolist()
                          for p, r in zip(PROMPTS, row, strict=True)]
+        model.config.routing_step.record = None
+        found["full routes"] = [torch.stack([record[layer][i] for layer in sorted(record)], 1)[:-1].tolist()
+                                for i in range(len(PROMPTS))]
     if pieces:
         found["pieces"] = write(PROMPTS, Sampling(NEW), Batching(2, 3))
         found["one slot"] = write(PROMPTS, Sampling(NEW), Batching(cache_tokens=1))
@@ -90,6 +97,7 @@ def test_every_way_and_every_layout_write_the_same(ranks, job) -> None:
     for (found,) in (alone, solar):
         greedy = found["greedy"]
         assert greedy == found["full"], "cached differs from a full forward pass"
+        assert found["routes"] == found["drafted routes"] == found["full routes"]
         assert found["drafted"]["continuations"] == greedy != found["sampled"]
         assert found["alone"] == {str(i): found["sampled"][i] for i in ALONE}, (
             "a prompt's samples depend on the others of its batch")
@@ -103,7 +111,8 @@ def test_every_way_and_every_layout_write_the_same(ranks, job) -> None:
     assert 0 < drafted["accepted"] < drafted["drafted"], "nothing was taken, or nothing taken back"
     for name, per_rank in zip(LAYOUTS, others, strict=True):
         for rank, found in enumerate(per_rank):
-            for way in ("greedy", "sampled", "drafted", "drafted samples", "as before"):
+            for way in ("greedy", "routes", "sampled", "drafted", "drafted routes", "drafted samples",
+                        "as before"):
                 assert found[way] == alone[0][way], (name, rank, way)
 
 
@@ -143,9 +152,15 @@ def logprobs_of(layout: dict[str, Any], family: str, chosen: list[str]) -> dict[
         return whole[:len(row) - 1]
 
     def furthest(sampling: Sampling) -> dict[str, Any]:
-        found = MegatronEngine(policy, Batching(3, 5)).generate(FEW, sampling, stop=Stop((50,)))
+        asked = dataclasses.replace(sampling, with_routes=not layout)
+        found = MegatronEngine(policy, Batching(3, 5)).generate(FEW, asked, stop=Stop((50,)))
+        record = model.config.routing_step.record = {} if asked.with_routes else None
         gaps = [(trainers([*p, *c], sampling.temperature)[len(p) - 1:] - torch.tensor(told)).abs().max()
                 for p, c, told in zip(FEW, found.continuations, found.logprobs, strict=True)]
+        model.config.routing_step.record = None
+        for i, routes in enumerate(found.routes or ()):
+            read = torch.stack([record[layer][i] for layer in sorted(record)], 1)[:-1]
+            assert torch.equal(read, torch.from_numpy(routes).long()), "the trainer routes otherwise"
         return {"gap": float(max(gaps)), "tokens": found.continuations, "reasons": found.finish_reasons,
                 "lowest": min(map(min, found.logprobs)), "accepted": found.accepted}
 

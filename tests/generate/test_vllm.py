@@ -10,6 +10,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file
 
@@ -55,9 +56,10 @@ class StandIn(types.ModuleType):
             places = [{t: types.SimpleNamespace(logprob=-t / 10, rank=1)} for t in tokens]
             assert asked.logprobs == 0, "no others than the chosen one"
             return types.SimpleNamespace(token_ids=tuple(tokens), logprobs=places, finish_reason=self.reason
-                                         or ("stop" if ends else "length"))
+                                         or ("stop" if ends else "length"), routed_experts=self.routes)
 
         reason = ""
+        routes: Any = None
 
 
 def test_what_is_asked_reaches_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,3 +141,31 @@ def test_it_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(UserError, match=r"would run folder, is not installed for this Python; "
                                         r"install megatron-sov\[rollout\]"):
         VllmEngine(Path("folder"), 30)
+
+
+def test_routes_are_those_of_the_layers_with_experts_up_to_what_was_kept(
+        monkeypatch: pytest.MonkeyPatch, hf_models: dict[str, Path]) -> None:
+    """The model has a dense layer, four with experts and eight experts, of which a token visits two."""
+    monkeypatch.setitem(sys.modules, "vllm", StandIn())
+    engine = VllmEngine(hf_models["exaone_moe"], 30, with_routes=True)
+    assert engine._llm.settings["enable_return_routed_experts"] is True
+    asked, stop = Sampling(5, with_routes=True), Stop((), ("E",), lambda tokens: "E" * (3 in tokens))
+    told = np.zeros((6, 5, 2), np.int16)  # a prompt of two tokens and five more but the last
+    told[:, 1:] = [[1, 2], [3, 4], [5, 6], [7, 0]]
+    for layers in (told, told[:, 1:]):
+        monkeypatch.setattr(StandIn.LLM, "routes", layers)
+        found = engine.generate([[9, 1]], asked, stop=stop)
+        assert found.continuations == [[2, 3]] and found.routes is not None
+        (routes,) = found.routes
+        assert routes.dtype == np.uint8 and routes.tolist() == told[:3, 1:].tolist()
+        assert engine.generate([[9, 1]], Sampling(5)).routes is None
+    wide = told.copy()
+    wide[2, 3, 1] = 264  # 8 in one byte
+    for wrong, said in ((None, "tells nothing"), (told[:2], r"tells shape \[2, 5, 2\]"),
+                        (wide, "tells experts from 0 to 264, of 8"),
+                        (np.zeros_like(told), r"to \[0, 0\]; a token visits an expert of a layer once")):
+        monkeypatch.setattr(StandIn.LLM, "routes", wrong)
+        with pytest.raises(UserError, match=rf"(?s)routes of 6 tokens, 4 layers and 2 experts.*{said}"):
+            engine.generate([[9, 1]], asked)
+    with pytest.raises(ValueError, match="was started without routes"):
+        VllmEngine(hf_models["exaone_moe"], 30).generate([[1]], asked)

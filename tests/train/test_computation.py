@@ -10,12 +10,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from megatron_sov import recipes
+from megatron_sov.artifacts import new_artifact, read_manifest
 from megatron_sov.config import apply_settings
 from megatron_sov.data.token_shards import open_sources
+from megatron_sov.documents.indexed_writer import IndexedWriter
 from megatron_sov.errors import UserError
 from megatron_sov.runs.folder import RunFolder
 
@@ -27,16 +30,16 @@ Make = Callable[..., Any]
 
 @pytest.fixture
 def make(alone: Any, packed_data: Any, tmp_path: Path) -> Iterator[Make]:
-    """Return `make(*settings, faults)`: computation, objective and the first batch of a small run."""
+    """Return `make(*settings, faults, data)`: computation, objective and the first batch of a small run."""
     from megatron_sov.train.guards.fault_injection import parse
     from megatron_sov.train.lm import LanguageModelling
     from megatron_sov.train.trainer import Trainer
 
     made = []
 
-    def run(*settings: str, faults: str = "") -> Any:
+    def run(*settings: str, faults: str = "", data: Path = packed_data.text) -> Any:
         config = apply_settings(recipes.get("tiny-solar-open"), [*SETTINGS, *settings])
-        trainer = Trainer(config, alone, RunFolder(tmp_path), open_sources({str(packed_data.text): 1.0}, 368),
+        trainer = Trainer(config, alone, RunFolder(tmp_path), open_sources({str(data): 1.0}, 368),
                           LanguageModelling, faults=parse([faults] if faults else [], 1))
         made.append(trainer)
         batch = trainer.objective.prepare(trainer.objective.collect(trainer.policy, 0))
@@ -109,6 +112,49 @@ def test_meters_are_means_over_the_whole_batch_however_it_is_cut(make: Make) -> 
     with pytest.raises(UserError, match=r"returned the meters \['never', 'odd', 'rows'\] and declares "
                                         r"\['rows'\]"):
         run.computation.sums(run.batch, run.objective, 1)
+
+
+def with_routes(data: Path, folder: Path, known: float) -> Path:
+    """Write token shards once more, with drawn routes of so many of their tokens."""
+    from megatron_sov.data.routes import shape_of
+
+    shape = shape_of(apply_settings(recipes.get("tiny-solar-open"), SETTINGS).model)
+    random, manifest = np.random.default_rng(0), read_manifest(data, "tokens")
+    with new_artifact(folder, "tokens") as artifact:
+        sources = open_sources({str(data): 1.0}, 368)
+        for source, record in zip(sources, manifest.content["sources"], strict=True):
+            for split in ("train", "heldout"):
+                shard = source.shard(split)
+                prefix = f"{source.name}-{split}"
+                with IndexedWriter(artifact.path / prefix, "uint16", {"routes": shape.dtype}) as writer:
+                    for document, length in enumerate(shard.lengths):
+                        every = np.tile(np.arange(shape.num_experts), (length, shape.layers, 1))
+                        routes = random.permuted(every, axis=2)[:, :, :shape.top_k].astype(shape.dtype)
+                        routes[random.random(length) >= known] = shape.mark
+                        writer.write(np.array([length]), {"bin": shard.tokens(document, 0, length),
+                                                          "routes": routes.reshape(-1)})
+                record["splits"][split]["shards"] = [{"prefix": prefix}]
+            record |= {"sidecars": ["routes"], "routes": shape.record()}
+        artifact.content = manifest.content
+    return folder
+
+
+def test_routes_of_data_are_replayed_and_the_share_is_told(make: Make, packed_data: Any,
+                                                           tmp_path: Path) -> None:
+    found = {}
+    for name, data in (("live", packed_data.text),
+                       ("unknown", with_routes(packed_data.text, tmp_path / "unknown", 0.0)),
+                       ("recorded", with_routes(packed_data.text, tmp_path / "recorded", 0.75))):
+        run = make("train.micro_batch_size=2", data=data)
+        sums = run.computation.sums(run.batch, run.objective, 1)
+        found[name] = sums.terms["lm"], sums.meters
+    routes = np.concatenate([m.inputs.routes for m in run.batch.micro_batches])
+    padding = np.concatenate([m.inputs.padding.numpy() for m in run.batch.micro_batches])
+    share = float((routes[~padding] != 255).mean())
+    assert 0.6 < share < 0.9
+    assert found["live"][1] == {} and found["recorded"][1] == {"replayed_routes": pytest.approx(share)}
+    assert found["unknown"] == (found["live"][0], {"replayed_routes": 0.0})
+    assert abs(found["recorded"][0] / found["live"][0] - 1) > 1e-5, "drawn experts answer otherwise"
 
 
 def test_a_term_may_be_called_meters(make: Make) -> None:

@@ -100,6 +100,10 @@ class NeedleDocuments:
         """Not to be called."""
         raise KeyError(name)
 
+    def routes(self, document: int, start: int, count: int) -> np.ndarray:
+        """Not to be called."""
+        raise KeyError("routes")
+
     def _make(self, document: int) -> tuple[np.ndarray, np.ndarray]:
         return _document(self, document)
 

@@ -51,6 +51,9 @@ class DecodeOutput:
     """Its spans."""
     hidden: torch.Tensor | None
     """[tokens / sequence-parallel size, 1, hidden] on the last pipeline stage, None elsewhere."""
+    routes: torch.Tensor | None = None
+    """[tokens, layers with experts, top_k] on the CPU: experts that tokens visited, on every process of the
+    replica's tp x pp part; None: nobody asked."""
 
 
 class CachedDecoder:
@@ -60,8 +63,16 @@ class CachedDecoder:
     wherever experts are shared.
     """
 
-    def __init__(self, policy: ForwardModel, size: CacheSize) -> None:
+    def __init__(self, policy: ForwardModel, size: CacheSize, *, with_routes: bool = False) -> None:
+        """Take a policy.
+
+        Args:
+            policy: the model.
+            size: of its caches.
+            with_routes: whether every row's routes are told; the model has experts then.
+        """
         self._policy, self._model, self._size = policy, policy.model, size
+        self._with_routes = with_routes
         self._layers: list[CachedAttention] = []
         self._exit = contextlib.ExitStack()
         self.last_stage = parallel_state.is_pipeline_last_stage()
@@ -105,6 +116,7 @@ class CachedDecoder:
         shape = (row_tokens // (config.tensor_model_parallel_size if config.sequence_parallel else 1), 1,
                  config.hidden_size)
         group: Any = parallel_state.get_pipeline_model_parallel_group()
+        config.routing_step.record = record = {} if self._with_routes else None
         for number, chunk in enumerate(self._model.chunks):
             if stages > 1 and not (first and number == 0):
                 hidden = torch.empty(shape, dtype=config.pipeline_dtype, device=local_device())
@@ -113,7 +125,9 @@ class CachedDecoder:
             hidden = chunk.read(row)
             if stages > 1 and not (self.last_stage and number == len(self._model.chunks) - 1):
                 dist.send(hidden.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank(), group)
-        return DecodeOutput(row, hidden if self.last_stage else None)
+        config.routing_step.record = None
+        return DecodeOutput(row, hidden if self.last_stage else None,
+                            None if record is None else self._gathered(record, row_tokens))
 
     def predict(self, read: DecodeOutput, ahead: torch.Tensor) -> DecodeOutput:
         """Run the multi-token prediction layer over a row; called on the last stage.
@@ -164,6 +178,24 @@ class CachedDecoder:
         sent = collectives.to_comm_device(values.clone())
         dist.broadcast(sent, group=group, group_src=source)
         return sent.cpu()
+
+    def _gathered(self, record: dict[int, list[torch.Tensor]], row_tokens: int) -> torch.Tensor:
+        """Return the routes of a row, of which each process of a replica's tp x pp part has recorded its own
+        layers', and under sequence parallelism its own tokens'."""
+        config, group = self._model.config, parallel_state.get_model_parallel_group()
+        first = 1 + config.moe_layer_freq.index(1)
+        # what is summed over processes must be a type that all of them can sum
+        dtype = torch.uint8 if config.num_moe_experts <= torch.iinfo(torch.uint8).max else torch.int32
+        routes = torch.zeros(row_tokens, sum(config.moe_layer_freq), config.moe_router_topk, dtype=dtype,
+                             device=local_device())
+        part, rank = 0, parallel_state.get_tensor_model_parallel_rank()
+        if config.sequence_parallel:
+            part = rank * (row_tokens // config.tensor_model_parallel_size)
+        for layer, (experts,) in record.items() if config.sequence_parallel or rank == 0 else ():
+            routes[part:part + len(experts), layer - first] = experts.to(dtype)
+        if group.size() > 1:
+            dist.all_reduce(routes, group=group)
+        return routes.cpu()
 
     def _head(self) -> Head:
         return head_of(self._model, self._policy.head_chunk_tokens)

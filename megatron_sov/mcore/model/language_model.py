@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -65,6 +66,9 @@ class ModelInputs:
     """[tokens] bool, True where a token is padding."""
     host_bounds: Sequence[int] | None = None
     """`cu_seqlens` on the host; None: they are fetched where they are needed, and the host waits."""
+    routes: np.ndarray | None = None
+    """[tokens, layers, top_k] on the host: experts that tokens visit (`documents.routes`); None: routers
+    choose."""
 
 
 class Chunk(GPTModel):
@@ -78,8 +82,14 @@ class Chunk(GPTModel):
     adapters: Adapters | None
     """Low-rank adapters of its linear layers, where they are trained in the place of the weights."""
 
-    def forward(self, inputs: ModelInputs) -> torch.Tensor:
-        """Run the model on this process's part of the row."""
+    def forward(self, inputs: ModelInputs, first_route: int | None = None) -> torch.Tensor:
+        """Run the model on this process's part of the row.
+
+        Args:
+            inputs: the row.
+            first_route: place of its first token in the table of routes (`replay.replayed`); None: routers
+                choose.
+        """
         if self.config.fine_grained_activation_offloading:
             self.preprocess_for_fine_grained_offloading()
         own = own_attention(self.config)
@@ -91,8 +101,9 @@ class Chunk(GPTModel):
         # the fused kernel finds each token's angles itself
         if not self.config.apply_rope_fusion:
             rotary = rotary[positions[0]]
-        hidden = self.decoder(hidden_states=embedded, attention_mask=None, rotary_pos_emb=rotary,
-                              packed_seq_params=packed, padding_mask=self._local_padding(inputs.padding))
+        hidden = self.decoder(
+            hidden_states=embedded, attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=packed,
+            padding_mask=self._local_padding(inputs.padding, first_route))
         if self.mtp_process:
             hidden = self.mtp(input_ids=inputs.tokens, position_ids=positions, hidden_states=hidden,
                               attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=packed,
@@ -130,13 +141,18 @@ class Chunk(GPTModel):
         return self.mtp.layers[0].transform(hidden, embedded,
                                             rotary[row.positions], row.packed)
 
-    def _local_padding(self, padding: torch.Tensor) -> torch.Tensor:
-        """Return this process's part of the padding mask, [1, tokens].
+    def _local_padding(self, padding: torch.Tensor, first_route: int | None) -> torch.Tensor:
+        """Return this process's part of the padding mask, [1, tokens], or [1 + bits, tokens] with the places
+        of routes.
 
         GPTModel itself splits it on the first pipeline stage only, and later stages would see masks
         of the wrong length.
         """
-        return padding[context.row_index(len(padding), self.config.sequence_parallel, padding.device)][None]
+        mine = context.row_index(len(padding), self.config.sequence_parallel, padding.device)
+        if first_route is None:
+            return padding[mine][None]
+        mask: torch.Tensor = self.config.routing_step.table.mask(padding[mine], first_route + mine)
+        return mask
 
 
 class PredictionLayer(MultiTokenPredictionLayer):

@@ -1,4 +1,5 @@
-"""Forward and backward over the micro-batches of a step, by the library's pipeline schedules."""
+"""Forward and backward over the micro-batches of a step, by the library's pipeline schedules; where they
+have routes, these are replayed."""
 
 from __future__ import annotations
 
@@ -9,8 +10,10 @@ from typing import Any, Protocol
 import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
 
 from megatron_sov.mcore.model.language_model import ModelInputs
+from megatron_sov.mcore.model.replay import replayed
 
 
 class HasInputs(Protocol):
@@ -43,10 +46,10 @@ def run(chunks: Sequence[Any], micro_batches: Sequence[HasInputs], loss: Loss, r
         What `loss` returned beside the scalar for each micro-batch (empty on other stages than the last).
     """
 
-    def forward(iterator: Iterator[HasInputs],
+    def forward(iterator: Iterator[tuple[HasInputs, int | None]],
                 model: Any) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]]:
-        batch = next(iterator)
-        return model(batch.inputs), partial(_finish, loss, batch)
+        batch, first_route = next(iterator)
+        return model(batch.inputs, first_route), partial(_finish, loss, batch)
 
     interleaved = len(chunks) > 1
     # an interleaved pipeline takes micro-batches in groups of its size; an evaluation's last group is
@@ -55,10 +58,14 @@ def run(chunks: Sequence[Any], micro_batches: Sequence[HasInputs], loss: Loss, r
     surplus: int = (-count % parallel_state.get_pipeline_model_parallel_world_size()
                     if interleaved and forward_only else 0)
     fed = [*micro_batches, *[micro_batches[-1]] * surplus]
-    results: list[Any] = get_forward_backward_func()(
-        forward_step_func=forward, data_iterator=[iter(fed) for _ in chunks] if interleaved else iter(fed),
-        model=list(chunks) if interleaved else chunks[0], num_microbatches=len(fed), seq_length=row_tokens,
-        micro_batch_size=1, decoder_seq_length=row_tokens, forward_only=forward_only)
+    with replayed(get_model_config(chunks[0]), [batch.inputs.routes for batch in fed]) as firsts:
+        routed = list(zip(fed, firsts, strict=True))
+        results: list[Any] = get_forward_backward_func()(
+            forward_step_func=forward,
+            data_iterator=[iter(routed) for _ in chunks] if interleaved else iter(routed),
+            model=list(chunks) if interleaved else chunks[0], num_microbatches=len(fed),
+            seq_length=row_tokens, micro_batch_size=1, decoder_seq_length=row_tokens,
+            forward_only=forward_only)
     return results[:count]
 
 

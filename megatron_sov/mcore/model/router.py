@@ -1,5 +1,5 @@
 """The router: top-k routing as in transformers, with padding left out and the balancing loss normalised
-over the global batch.
+over the global batch; and the choice of a generator again, where the step has a table of routes.
 
 Three properties of megatron-core 0.16.1 make an own class necessary: with per-token losses its auxiliary
 losses are divided by the sequence- and context-parallel sizes (a result that depends on the layout); its
@@ -17,6 +17,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 
 from megatron_sov.mcore.model import fused_routing
+from megatron_sov.mcore.model.replay import Recorded, RouteTable
 from megatron_sov.mcore.parallel import context
 from megatron_sov.mcore.parallel.device import local_device
 
@@ -42,6 +43,11 @@ class RoutingStep:
     """Whether tokens are counted in evaluation mode too."""
     rows: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
     """(local tokens, tokens of a sequence) -> sequence of each local token: the same in every layer."""
+    table: RouteTable | None = None
+    """Routes that the step replays; None: every router chooses."""
+    record: dict[int, list[torch.Tensor]] | None = None
+    """Layer number -> [local tokens, top_k] int64 of each row that was read, in order; None: nothing is
+    recorded."""
 
 
 class BalancedRouter(TopKRouter):
@@ -65,33 +71,52 @@ class BalancedRouter(TopKRouter):
 
         Args:
             logits: [tokens, 1, experts] float32 (float64 under fp64), this process's part of the micro-batch.
-            padding_mask: [tokens, 1] bool, True = padding; None = none.
+            padding_mask: [tokens, 1] bool, True = padding; None = none.  With a table of routes, more columns
+                may hold each token's place in it (`replay.RouteTable`).
 
         Returns:
             weights [tokens, experts] (zero where not chosen) and the choice [tokens, experts] bool.
         """
         logits = logits.view(-1, self.config.num_moe_experts)
-        valid = None if padding_mask is None else ~padding_mask.reshape(-1)
-        probs, routing_map = self._choose(logits)
+        mask = None if padding_mask is None else padding_mask.reshape(len(logits), -1)
+        valid = None if mask is None else ~mask[:, 0]
+        recorded = self._recorded(mask)
+        probs, routing_map = self._choose(logits, recorded)
         if self.training and torch.is_grad_enabled():
-            probs = self._with_balancing_loss(probs, logits, valid)
+            probs = self._with_balancing_loss(probs, logits, valid, recorded)
             self._count_tokens(routing_map, valid)
         elif self.config.routing_step.counts_evaluation:
             self._count_tokens(routing_map, valid)
         return probs, routing_map
 
-    def _choose(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _recorded(self, mask: torch.Tensor | None) -> Recorded | None:
+        """Return the routes of the tokens of a mask [tokens, ...] in this layer, where it holds places."""
+        table = self.config.routing_step.table
+        if table is None or mask is None or mask.shape[1] == 1:
+            return None
+        layer: Any = self.layer_number
+        return table.find(mask, layer)
+
+    def _choose(self, logits: torch.Tensor,
+                recorded: Recorded | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return weights and choice of the top K experts by score, plus bias where there is one (arXiv
-        2412.19437, eq. 12-16).
+        2412.19437, eq. 12-16), or of those that were recorded; weights are of these scores either way.
 
         The library's `topk_routing_with_score_function` rounds scores to float32, and leaves a single
         expert's weight as it is.
         """
-        if fused_routing.serves(self.config, logits):
+        record = self.config.routing_step.record
+        # kernels choose by themselves, and tell no order
+        if recorded is None and record is None and fused_routing.serves(self.config, logits):
             return fused_routing.choose(self.config, logits, self.expert_bias)
         scores = self._scores(logits)
         _, chosen = torch.topk(scores if self.expert_bias is None else scores + self.expert_bias,
                                self.topk, dim=1)
+        if recorded is not None:
+            chosen = torch.where(recorded.there[:, None], recorded.experts, chosen)
+        if record is not None:
+            layer: Any = self.layer_number
+            record.setdefault(layer, []).append(chosen.detach())
         weights = scores.gather(1, chosen)
         if self.config.norm_topk_prob:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + EPSILON)
@@ -107,8 +132,8 @@ class BalancedRouter(TopKRouter):
             chosen = routing_map if valid is None else routing_map & valid[:, None]
             self.local_tokens_per_expert += chosen.sum(dim=0)
 
-    def _with_balancing_loss(self, probs: torch.Tensor, logits: torch.Tensor,
-                             valid: torch.Tensor | None) -> torch.Tensor:
+    def _with_balancing_loss(self, probs: torch.Tensor, logits: torch.Tensor, valid: torch.Tensor | None,
+                             recorded: Recorded | None) -> torch.Tensor:
         coeff = self.get_aux_loss_coeff("seq_aux_loss")
         step: RoutingStep = self.config.routing_step
         if coeff == 0:
@@ -116,7 +141,7 @@ class BalancedRouter(TopKRouter):
         if valid is None:
             valid = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
         row, num_rows = self._rows(len(logits), step, logits.device)
-        scores, counts = self._normalised(logits, valid, row, num_rows)
+        scores, counts = self._normalised(logits, valid, row, num_rows, recorded)
         scores = scores * valid[:, None]
         tokens = scores.new_zeros(num_rows).index_add_(0, row, valid.to(scores.dtype))
         if self.tp_cp_group.size() > 1:
@@ -133,18 +158,27 @@ class BalancedRouter(TopKRouter):
         step.aux_loss[layer] = step.aux_loss.get(layer, 0.0) + loss.detach()
         return MoEAuxLossAutoScaler.apply(probs, loss)
 
-    def _normalised(self, logits: torch.Tensor, valid: torch.Tensor, row: torch.Tensor,
-                    num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _normalised(self, logits: torch.Tensor, valid: torch.Tensor, row: torch.Tensor, num_rows: int,
+                    recorded: Recorded | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return scores [tokens, experts] that sum to 1, and how often each expert is among the top K of a
-        sequence's local tokens, [sequences, experts]."""
+        sequence's local tokens, [sequences, experts].
+
+        The top K by score are the choice where there is no selection bias, and then a recorded choice stands
+        in their place.  With a bias the formula looks at scores which did not choose, and a record tells
+        nothing of them.
+        """
         experts = logits.shape[1]
-        if fused_routing.serves(self.config, logits):
+        replayed = recorded if self.expert_bias is None else None
+        if replayed is None and fused_routing.serves(self.config, logits):
             scores, chosen = fused_routing.balancing_scores(self.config, logits)
             counted = (chosen & valid[:, None]).to(scores.dtype)
             return scores, scores.new_zeros(num_rows, experts).index_add_(0, row, counted)
         scores = self._scores(logits)
         scores = scores / (scores.sum(dim=-1, keepdim=True) + EPSILON)  # a softmax sums to 1 already
-        bins = row[:, None] * experts + scores.topk(self.topk, dim=-1).indices
+        top = scores.topk(self.topk, dim=-1).indices
+        if replayed is not None:
+            top = torch.where(replayed.there[:, None], replayed.experts, top)
+        bins = row[:, None] * experts + top
         counted = valid[:, None].expand(bins.shape).to(scores.dtype)
         counts = scores.new_zeros(num_rows * experts).index_add_(0, bins.flatten(), counted.flatten())
         return scores, counts.view(num_rows, experts)
