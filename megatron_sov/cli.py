@@ -58,6 +58,8 @@ COMMANDS = {
     "eval": Command("megatron_sov.commands.eval",
                     "ppl, needle, pairs, passk, bigram, logits: judge a checkpoint or a Hugging Face "
                     "folder"),
+    "ssp probe": Command("megatron_sov.commands.ssp_probe",
+                         "pass@k of a run's checkpoints in each domain, and the best one of each"),
     "score": Command("megatron_sov.commands.score",
                      "give answers rewards: verifiers, rules and judges over a file of rows"),
     "tools": Command("megatron_sov.commands.tools",
