@@ -17,7 +17,13 @@ from megatron_sov.config.model import ModelConfig, YarnConfig
 from megatron_sov.config.needle import Language, NeedleConfig, NeedleKind
 from megatron_sov.config.optim import GroupConfig, OptimConfig
 from megatron_sov.config.preference import PreferenceConfig
-from megatron_sov.config.reading import apply_settings, data_paths, from_dict, layout_settings
+from megatron_sov.config.reading import (
+    apply_settings,
+    data_paths,
+    from_dict,
+    layout_settings,
+    weighted_path,
+)
 from megatron_sov.config.run import ObjectiveConfig, ObsConfig, RunConfig
 from megatron_sov.config.train import TrainConfig
 
@@ -26,5 +32,5 @@ __all__ = [
     "ExtendStageConfig", "GateConfig", "GpuConfig", "GroupConfig", "GuardConfig", "Language", "LoraConfig",
     "ModelConfig", "NeedleConfig", "NeedleKind", "ObjectiveConfig", "ObsConfig", "OptimConfig",
     "ParallelConfig", "PartConfig", "PhaseConfig", "PreferenceConfig", "RunConfig", "TrainConfig",
-    "YarnConfig", "apply_settings", "data_paths", "from_dict", "layout_settings",
+    "YarnConfig", "apply_settings", "data_paths", "from_dict", "layout_settings", "weighted_path",
 ]
