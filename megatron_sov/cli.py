@@ -62,6 +62,8 @@ COMMANDS = {
                          "pass@k of a run's checkpoints in each domain, and the best one of each"),
     "ssp fuse": Command("megatron_sov.commands.ssp_fuse",
                         "merge the best checkpoint of each domain, or any checkpoints, into one"),
+    "rl knowledge": Command("megatron_sov.commands.rl_knowledge",
+                            "in-domain text for InK-GRPO: each section once, none of the test's answers"),
     "score": Command("megatron_sov.commands.score",
                      "give answers rewards: verifiers, rules and judges over a file of rows"),
     "tools": Command("megatron_sov.commands.tools",

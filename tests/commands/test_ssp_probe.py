@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,12 +18,17 @@ from megatron_sov.cli import main
 from megatron_sov.commands import eval_passk, ssp_probe
 from megatron_sov.errors import ExitCode
 from megatron_sov.obs.events import EVENTS, EventLog, read_events
+from megatron_sov.report.page import render
+from megatron_sov.report.run_data import read_run
 from megatron_sov.report.spectrum import spectrum_section
 
 SAMPLES = 4
 PLANTED = {"first": {"algebra": [4, 0], "geometry": [1, 1]},
            "second": {"algebra": [1, 1], "geometry": [0, 0]},
-           "third": {"algebra": [1, 1], "geometry": [4, 4]}}
+           "third": {"algebra": [1, 1], "geometry": [4, 4]},
+           "step-100": {"algebra": [4, 1], "geometry": [0, 0]},
+           "step-200": {"algebra": [1, 1], "geometry": [2, 2]},
+           "merged": {"algebra": [4, 4], "geometry": [2, 2]}}
 """Checkpoint -> domain -> right answers of four to each of two problems."""
 ASK = ["--problems", "algebra=algebra.jsonl", "geometry=geometry.jsonl", "--reward", "stem", "--workers", "1",
        "--samples", str(SAMPLES), "--k", "2", "--max-new-tokens", "12", "--output", "probe"]
@@ -32,7 +38,7 @@ ASK = ["--problems", "algebra=algebra.jsonl", "geometry=geometry.jsonl", "--rewa
 def models(tmp_path: Path, hf_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder with problems, and Hugging Face folders of three checkpoints."""
     monkeypatch.chdir(tmp_path)
-    for name in PLANTED:
+    for name in ("first", "second", "third"):
         Path(name).mkdir()
         for file in hf_models["solar_open"].iterdir():
             Path(name, file.name).symlink_to(file)
@@ -127,6 +133,39 @@ def test_the_commands_can_be_given_one_by_one(asked: list[str], capsys: pytest.C
     monkeypatch.setenv("WORLD_SIZE", "1")
     probe("first", "second")
     assert asked == []
+
+
+def test_the_experts_of_a_run_are_merged_and_compared_with_what_they_become(
+        asked: list[str], imported: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    for step in (100, 200):
+        shutil.copytree(imported["solar_open"], f"run/checkpoints/step-{step}")
+    EventLog(Path("run", EVENTS)).close()
+    Path("run/checkpoints/.writing-step-300").mkdir()
+    found = probe("run")
+    assert [c["name"] for c in found["checkpoints"]] == ["run/step-100", "run/step-200"]
+    assert main(["ssp", "fuse", "probe", "--output", "merged"]) == 0
+    assert "0.5 of" in capsys.readouterr().out
+    found = probe("merged", "--run", "run")
+    assert asked == ["step-100", "step-200", "merged"]
+    # never what is merged
+    assert [c["checkpoint"] for c in found["choice"]] == ["run/step-100", "run/step-200"]
+    gains = {(g["domain"], g["k"]): g["gain"] for g in found["merged"]}
+    # the second problem of algebra: one right answer of four is in half of the pairs
+    assert gains == {("algebra", 1): 0.375, ("algebra", 2): 0.25, ("geometry", 1): 0.0, ("geometry", 2): 0.0}
+    page = render([read_run(Path("run"))])
+    assert "Spectrum of the checkpoints" in page and "merged (merged)" in page and "+37.5%" in page
+
+    assert main(["convert", "average", "run", "both"]) == 0
+    for name in read_manifest("both").files:
+        assert Path("both", name).read_bytes() == Path("merged", name).read_bytes()
+    # there is nothing to merge where one checkpoint is the best everywhere
+    assert main(["ssp", "probe", "first", *ASK[:-1], "alone"]) == 0
+    assert main(["ssp", "fuse", "alone", "--output", "never"]) == 2
+    assert "first is the best in every domain, so there is nothing to merge" in capsys.readouterr().err
+    assert main(["ssp", "fuse", "merged:1", "merged:x", "--output", "never"]) == 2
+    assert "merged:x: does not exist, and 'x' after the colon is not a weight" in capsys.readouterr().err
+    assert main(["convert", "average", "run", "never", "--last", "3"]) == 2
+    assert "--last 3: must be at least 2, and at most the 2 complete" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("arguments", "said"), [
