@@ -70,6 +70,6 @@ def run(args: argparse.Namespace) -> int:
                for name in ("input", "tests")}}
     print(f"{args.output / FILE}: {told}")
     if tests["too_short"]:
-        print(f"{tests['too_short']:,} of {tests['answers']:,} answers have fewer than ten words, and were not "
-              "looked for")
+        print(f"{tests['too_short']:,} of {tests['answers']:,} answers have fewer than ten words, and were "
+              "not looked for")
     return ExitCode.OK

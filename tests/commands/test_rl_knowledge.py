@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 
 from data_prep.cli import main as sov_data
-from data_prep.indexed import IndexedSplit
+from data_prep.indexed import open_split
 from megatron_sov.artifacts import damaged_files, read_manifest
 from megatron_sov.cli import main
 
 ANSWER = "The lender must give notice in writing thirty days before the contract is ended, says section 4."
+
+NOTICE = "The lender must give notice, in writing, THIRTY days before the contract is ended."
 
 
 def context(document: str, section: object, text: str) -> dict:
@@ -24,14 +26,13 @@ ROWS = [
                                     context("Credit Act", 2, "A lender is whoever lends money.")]},
     {"split": "train", "contexts": [context("Credit Act", 1, "This act may be cited as the Credit Act."),
                                     context("Labour Act", 1, "This act may be cited as the Labour Act.")]},
-    {"split": "train", "contexts": [context("Credit Act", 4, "The lender must give notice, in writing, THIRTY "
-                                                             "days before the contract is ended."),
-                                    context("Credit Act", 5, "  "), context("", 6, "A text of no document.")]},
+    {"split": "train", "contexts": [context("Credit Act", 4, NOTICE), context("Credit Act", 5, "  "),
+                                    context("", 6, "A text of no document.")]},
     {"split": "test", "contexts": [context("Credit Act", 7, "A section of a test's question.")]},
 ]
 COMMAND = ["rl", "knowledge", "--input", "rows.jsonl", "--tests", "tests.jsonl", "--text-field", "context",
-           "--document-field", "metadata.law", "--section-field", "metadata.section", "--records-in", "contexts",
-           "--split", "split=train", "--output", "out"]
+           "--document-field", "metadata.law", "--section-field", "metadata.section", "--records-in",
+           "contexts", "--split", "split=train", "--output", "out"]
 
 
 @pytest.fixture(autouse=True)
@@ -63,21 +64,21 @@ def test_of_chats_the_assistants_turns_are_taken_and_it_can_be_packed(packed_dat
     write("rows.jsonl", [{"document": "Act", "section": "1", "messages": [
         {"role": "user", "content": "What does section 1 say?"},
         {"role": "assistant", "content": "This act may be cited."}]}])
-    assert main(["rl", "knowledge", "--input", "rows.jsonl", "--tests", "tests.jsonl", "--output", "out"]) == 0
+    assert main([*COMMAND[:6], "--output", "out"]) == 0
     assert sov_data(["pack", "--tokenizer", str(packed_data.tokenizer), "--format", "chat", "--input",
                      "out/knowledge.jsonl", "--output", "packed", "--workers", "1"]) == 0
     from tokenizers import Tokenizer
 
     (index,) = Path("packed").rglob("*train*.idx")
     tokenizer = Tokenizer.from_file(str(packed_data.tokenizer / "tokenizer.json"))
-    ids = IndexedSplit(index.with_suffix("")).tokens.tolist()
+    ids = open_split(index.with_suffix("")).tokens.tolist()
     assert "This act may be cited." in tokenizer.decode(ids) and "What does" not in tokenizer.decode(ids)
 
 
 @pytest.mark.parametrize(("arguments", "said"), [
     (["--split", "train"], "--split train: must be FIELD=VALUE"),
     (["--records-in", "split"], "rows.jsonl: line 1: split is no list of objects"),
-    (["--text-field", "nothing"], "no section is left (6 without text, 1 of another split)"),
+    (["--text-field", "nothing"], "no section is left (7 without text, 1 of another split)"),
     (["--answer-field", "reply"], "--tests tests.jsonl: line 1 has no text in 'reply'"),
     (["--tests", "absent.jsonl"], "--tests absent.jsonl: cannot be read"),
 ])
