@@ -51,13 +51,19 @@ COMMANDS = {
     "distill rounds": Command("megatron_sov.commands.distill_rounds",
                               "on-policy rounds: the student writes, the teacher reads, the student learns"),
     "convert": Command("megatron_sov.commands.convert",
-                       "from-hf, to-hf, verify, inspect, to-peft, from-peft: checkpoints, Hugging Face "
-                       "folders, adapters"),
+                       "from-hf, to-hf, verify, inspect, average, to-peft, from-peft: checkpoints, "
+                       "Hugging Face folders, adapters"),
     "generate": Command("megatron_sov.commands.generate",
                         "continue prompts with a checkpoint or a Hugging Face folder"),
     "eval": Command("megatron_sov.commands.eval",
                     "ppl, needle, pairs, passk, bigram, logits: judge a checkpoint or a Hugging Face "
                     "folder"),
+    "ssp probe": Command("megatron_sov.commands.ssp_probe",
+                         "pass@k of a run's checkpoints in each domain, and the best one of each"),
+    "ssp fuse": Command("megatron_sov.commands.ssp_fuse",
+                        "merge the best checkpoint of each domain, or any checkpoints, into one"),
+    "rl knowledge": Command("megatron_sov.commands.rl_knowledge",
+                            "in-domain text for InK-GRPO: each section once, none of the test's answers"),
     "rl train": Command("megatron_sov.commands.rl_train",
                         "reinforcement learning: train the rounds of responses that are written and judged"),
     "score": Command("megatron_sov.commands.score",

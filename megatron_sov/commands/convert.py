@@ -1,4 +1,4 @@
-"""`megatron-sov convert from-hf | to-hf | from-peft | to-peft | verify | inspect`.
+"""`megatron-sov convert from-hf | to-hf | from-peft | to-peft | average | verify | inspect`.
 
 The command stands here and not in `convert`, since `verify` runs both models, which rooms above that one do.
 """
@@ -20,7 +20,7 @@ from megatron_sov.models.count import num_params
 from megatron_sov.outputs import check_output
 from megatron_sov.recipes.requested import add_plugin_argument, load_plugins
 from megatron_sov.runs.append import RunEvents
-from megatron_sov.runs.checkpoints import refuse_missing
+from megatron_sov.runs.checkpoints import CHECKPOINTS_OF_A_RUN, complete, refuse_missing
 from megatron_sov.runs.launch_environment import is_first
 
 
@@ -55,6 +55,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     conversion(to_hf, "the checkpoint's own, float32 for float64")
 
     _add_peft(action)
+
+    average = action("average", "write the mean of a run's newest checkpoints as a checkpoint")
+    average.add_argument("run", metavar="RUN", type=Path, help="run folder")
+    average.add_argument("out", metavar="OUT", type=Path, help="checkpoint folder to write")
+    average.add_argument("--last", type=int, metavar="N",
+                         help="how many of its complete checkpoints (default: all)")
+    average.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is at OUT")
+    average.add_argument("--workers", type=int, default=1, metavar="N",
+                         help="files at a time, each with two tensors in memory (default: %(default)s)")
 
     verify = action("verify", "compare two models, checkpoint or Hugging Face folder each; "
                               "exit code 3 where they differ")
@@ -113,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
     check_output("--card", getattr(args, "card", None))
     load_plugins(args.plugins)
     return {"from-hf": _from_hf, "to-hf": _to_hf, "from-peft": _from_peft, "to-peft": _to_peft,
-            "verify": _verify, "inspect": _inspect}[args.action](args)
+            "average": _average, "verify": _verify, "inspect": _inspect}[args.action](args)
 
 
 def _from_hf(args: argparse.Namespace) -> int:
@@ -146,6 +155,20 @@ def _from_peft(args: argparse.Namespace) -> int:
 
     from_peft(args.peft_dir, args.out, args.base, overwrite=args.overwrite)
     print(f"wrote checkpoint {args.out}")
+    return ExitCode.OK
+
+
+def _average(args: argparse.Namespace) -> int:
+    from megatron_sov import convert
+
+    refuse_missing(args.run)
+    found = complete(args.run / CHECKPOINTS_OF_A_RUN)
+    if args.last is not None and not 2 <= args.last <= len(found):
+        raise UserError(f"--last {args.last}: must be at least 2, and at most the {len(found)} complete "
+                        f"checkpoints of {args.run}")
+    convert.average([(path, 1.0) for path in found[-(args.last or 0):]], args.out, workers=args.workers,
+                    overwrite=args.overwrite)
+    print(f"wrote checkpoint {args.out}, the mean of {args.last or len(found)}")
     return ExitCode.OK
 
 

@@ -55,6 +55,17 @@ def add_passk_arguments(sub: argparse.ArgumentParser) -> None:
                      help="in place of TARGET and --input: responses that are there already, a row each")
     sub.add_argument("--group-by", default=PROMPT, metavar="FIELD",
                      help="field that --sampled responses to one prompt share (default %(default)s)")
+    add_sampling_arguments(sub)
+    sub.add_argument("--k", type=int, nargs="+", default=[], metavar="K",
+                     help="sizes of the draws (default 1, 2, 4, ... up to the fewest scored samples of a "
+                          "prompt)")
+    sub.add_argument("--output", type=Path, required=True, metavar="DIR",
+                     help="folder to make: the figures, and every response with its reward")
+    sub.add_argument("--overwrite", action="store_true", help="replace an output that is there")
+
+
+def add_sampling_arguments(sub: argparse.ArgumentParser) -> None:
+    """Declare how responses are sampled and judged, but for the sizes of the draws."""
     sub.add_argument("--reward", required=True, metavar="NAME",
                      help=f"{', '.join(BUILT_IN)}, or a class of your own, FILE.py:NAME")
     sub.add_argument("--reward-set", action="append", default=[], metavar="key=value",
@@ -63,9 +74,6 @@ def add_passk_arguments(sub: argparse.ArgumentParser) -> None:
                      help="least reward of a right response (default %(default)s)")
     sub.add_argument("--samples", type=int, default=8, metavar="N",
                      help="responses to each prompt (default %(default)s)")
-    sub.add_argument("--k", type=int, nargs="+", default=[], metavar="K",
-                     help="sizes of the draws (default 1, 2, 4, ... up to the fewest scored samples of a "
-                          "prompt)")
     sub.add_argument("--temperature", type=float, default=1.0, metavar="T", help="default %(default)s")
     sub.add_argument("--top-k", type=int, default=0, metavar="K", help="default: all tokens")
     sub.add_argument("--top-p", type=float, default=1.0, metavar="P", help="default %(default)s")
@@ -81,9 +89,18 @@ def add_passk_arguments(sub: argparse.ArgumentParser) -> None:
                      help="responses that are written at a time (default %(default)s)")
     sub.add_argument("--workers", type=int, default=default_workers(), metavar="N",
                      help="processes that judge (default: one for each core)")
-    sub.add_argument("--output", type=Path, required=True, metavar="DIR",
-                     help="folder to make: the figures, and every response with its reward")
-    sub.add_argument("--overwrite", action="store_true", help="replace an output that is there")
+
+
+def sampling_words(args: argparse.Namespace) -> list[str]:
+    """Return the arguments of `add_sampling_arguments` as a command line has them, but for the processes."""
+    words = ["--reward", args.reward]
+    for option, values in (("--reward-set", args.reward_set), ("--stop", args.stop)):
+        words += [f"{option}={value}" for value in values]  # a value may begin with a dash
+    for name in ("right_from", "samples", "temperature", "top_k", "top_p", "seed", "max_new_tokens", "engine",
+                 "batch_size", "workers"):
+        if (value := getattr(args, name)) is not None:
+            words.append(f"--{name.replace('_', '-')}={value}")
+    return [*words, "--chat"] if args.chat else words
 
 
 @dataclass(frozen=True)
@@ -177,21 +194,7 @@ def run_passk(args: argparse.Namespace, events: RunEvents) -> int:
 def _checked(args: argparse.Namespace) -> _Plan:
     if (args.sampled is None) == (args.target is None) or (args.input is None) == (args.sampled is None):
         raise UserError("pass TARGET and --input PROMPTS.jsonl, or --sampled ROWS.jsonl alone")
-    sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
-    rules = [(args.samples >= 1, f"--samples {args.samples}: must be at least 1"),
-             (min(args.k, default=1) >= 1, f"--k {min(args.k, default=1)}: must be at least 1"),
-             (args.sampled or max(args.k, default=1) <= args.samples,
-              f"--k {max(args.k, default=1)}: is more than --samples {args.samples}"),
-             (args.temperature or args.samples == 1,
-              f"--samples {args.samples} at --temperature 0 are the same response again and again; raise the "
-              "temperature, or take one sample"),
-             (math.isfinite(args.right_from), f"--right-from {args.right_from}: must be a finite number"),
-             (args.workers >= 1, f"--workers {args.workers}: must be at least 1"),
-             ("" not in args.stop, "--stop '': must hold at least one character")]
-    problems = [said for holds, said in rules if not holds]
-    problems += sampling.problems() + Batching(args.batch_size).problems()
-    if problems:
-        raise UserError(problems[0])
+    sampling = checked_sampling(args)
     asked = order(args.reward, parse_settings(args.reward_set))
     made = make(asked)
     if args.sampled is None:
@@ -206,6 +209,30 @@ def _checked(args: argparse.Namespace) -> _Plan:
     from megatron_sov.generate.target import find_target
 
     return _Plan(args, asked, made, sampling, find_target(args.target))
+
+
+def checked_sampling(args: argparse.Namespace) -> Sampling:
+    """Return how responses are sampled.
+
+    Raises:
+        UserError: the arguments contradict themselves.
+    """
+    sampling = Sampling(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
+    rules = [(args.samples >= 1, f"--samples {args.samples}: must be at least 1"),
+             (min(args.k, default=1) >= 1, f"--k {min(args.k, default=1)}: must be at least 1"),
+             (getattr(args, "sampled", None) or max(args.k, default=1) <= args.samples,
+              f"--k {max(args.k, default=1)}: is more than --samples {args.samples}"),
+             (args.temperature or args.samples == 1,
+              f"--samples {args.samples} at --temperature 0 are the same response again and again; raise the "
+              "temperature, or take one sample"),
+             (math.isfinite(args.right_from), f"--right-from {args.right_from}: must be a finite number"),
+             (args.workers >= 1, f"--workers {args.workers}: must be at least 1"),
+             ("" not in args.stop, "--stop '': must hold at least one character")]
+    problems = [said for holds, said in rules if not holds]
+    problems += sampling.problems() + Batching(args.batch_size).problems()
+    if problems:
+        raise UserError(problems[0])
+    return sampling
 
 
 def _check_sampled(file: Path, group_by: str) -> None:

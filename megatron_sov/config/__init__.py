@@ -18,7 +18,13 @@ from megatron_sov.config.needle import Language, NeedleConfig, NeedleKind
 from megatron_sov.config.optim import GroupConfig, OptimConfig
 from megatron_sov.config.policy import PolicyConfig
 from megatron_sov.config.preference import PreferenceConfig
-from megatron_sov.config.reading import apply_settings, data_paths, from_dict, layout_settings
+from megatron_sov.config.reading import (
+    apply_settings,
+    data_paths,
+    from_dict,
+    layout_settings,
+    weighted_path,
+)
 from megatron_sov.config.rollout import RolloutConfig
 from megatron_sov.config.run import ObjectiveConfig, ObsConfig, RunConfig
 from megatron_sov.config.train import TrainConfig
@@ -29,4 +35,5 @@ __all__ = [
     "ModelConfig", "NeedleConfig", "NeedleKind", "ObjectiveConfig", "ObsConfig", "OptimConfig",
     "ParallelConfig", "PartConfig", "PhaseConfig", "PolicyConfig", "PreferenceConfig", "RolloutConfig",
     "RunConfig", "TrainConfig", "YarnConfig", "apply_settings", "data_paths", "from_dict", "layout_settings",
+    "weighted_path",
 ]

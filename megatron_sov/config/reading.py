@@ -141,6 +141,25 @@ def _class_below(cls: Any, part: str) -> Any:
     return next((o for o in (hint, *get_args(hint)) if dataclasses.is_dataclass(o)), None)
 
 
+def weighted_path(argument: str, said: str) -> tuple[str, float]:
+    """Return folder and weight of an argument FOLDER[:weight]; the weight defaults to 1.
+
+    Args:
+        argument: what a user wrote; a folder may have a colon in its name.
+        said: what a message begins with.
+
+    Raises:
+        UserError: there is no such folder, and what follows the last colon is no number.
+    """
+    if Path(argument).exists() or ":" not in argument:
+        return argument, 1.0
+    path, _, text = argument.rpartition(":")
+    try:
+        return path, float(text)
+    except ValueError:
+        raise UserError(f"{said}: does not exist, and {text!r} after the colon is not a weight") from None
+
+
 def data_paths(data: list[str]) -> dict[str, float]:
     """Return folder -> weight of --data arguments; the weight after the last colon defaults to 1.
 
@@ -149,14 +168,7 @@ def data_paths(data: list[str]) -> dict[str, float]:
     """
     paths: dict[str, float] = {}
     for argument in data:
-        path, weight = argument, 1.0
-        if not Path(argument).exists() and ":" in argument:
-            path, _, text = argument.rpartition(":")
-            try:
-                weight = float(text)
-            except ValueError:
-                raise UserError(f"--data {argument}: does not exist, and {text!r} after the colon "
-                                "is not a weight") from None
+        path, weight = weighted_path(argument, f"--data {argument}")
         if not 0 <= weight < math.inf:
             raise UserError(f"--data {argument}: the weight must be a number that is not negative")
         if not Path(path).is_dir():

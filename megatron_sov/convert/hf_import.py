@@ -16,7 +16,7 @@ from megatron_sov.convert.companions import carry, ids_in
 from megatron_sov.convert.resume import fingerprint, resumable_artifact
 from megatron_sov.convert.shard_writer import plan_shards, write_files
 from megatron_sov.convert.source_check import checked_source
-from megatron_sov.convert.sources import CONFIG, PART, HfWeights, check_dtypes
+from megatron_sov.convert.sources import CONFIG, PART, HfWeights, Weights, check_dtypes
 from megatron_sov.convert.values import KEEP, check_dtype_name, check_space, converted, planned_dtype
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.checkpoint.sharded_tensors import (
@@ -84,22 +84,23 @@ def from_hf(hf_dir: str | Path, out: str | Path, dtype: str = KEEP, *, workers: 
             write_files(artifact.path, missing, read, workers, finish)
         if (hf_dir / MANIFEST).is_file():
             artifact.writer.add_input(hf_dir)
-        write_index(artifact.path, PART, [_index(files, links)])
+        write_index(artifact.path, PART, [index_of(files, links)])
         carry(hf_dir, artifact.path / "tokenizer", ids_in(source.config))
         artifact.writer.content = {"step": 0, "parts": [PART], "tokens": 0}
         code = models.OWN.code(source.model.family)
         artifact.writer.settings = RunConfig(IMPORTED, source.model, code=(code,) if code else ()).to_dict()
 
 
-def planned_files(links: dict[str, Link], source: HfWeights, dtype: str) -> dict[str, list[TensorSpec]]:
-    """Return every block that a Hugging Face folder becomes, once, by the name of its file."""
+def planned_files(links: dict[str, Link], source: Weights, dtype: str) -> dict[str, list[TensorSpec]]:
+    """Return every block of a checkpoint with the weights of `source`, once, by the name of its file."""
     specs = [
         TensorSpec(name, link.block_shape, planned_dtype(dtype, link.fp32, source.dtype(link.hf_names[0])))
         for name, link in links.items()]
     return {file_name(PART, 0, i): shard for i, shard in enumerate(plan_shards(specs, MAX_FILE_BYTES))}
 
 
-def _index(files: dict[str, list[TensorSpec]], links: dict[str, Link]) -> Index:
+def index_of(files: dict[str, list[TensorSpec]], links: dict[str, Link]) -> Index:
+    """Return the index of the blocks of `planned_files`."""
     index: Index = {}
     for file, blocks in files.items():
         for spec in blocks:

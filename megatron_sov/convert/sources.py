@@ -166,6 +166,10 @@ class CheckpointWeights:
                 link, self._reader.read(link.key, link.offset, link.extent).reshape(link.block_shape))
         return link.split(last[1])[name]
 
+    def read_stored(self, key: str, offset: tuple[int, ...], extent: tuple[int, ...]) -> torch.Tensor:
+        """Return any part of a tensor as the checkpoint holds it."""
+        return self._reader.read(key, offset, extent)
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object that a JSON file holds; `UserError` where it holds none."""

@@ -51,6 +51,17 @@ def mean_interval(shares: Sequence[float], confidence: float = CONFIDENCE) -> tu
     return _score_interval(share, effective * doubt**2, confidence)
 
 
+def difference_interval(differences: Sequence[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Return an interval of the mean that differences of two shares are drawn around, each pair over the same
+    prompt: `mean_interval` of (1 + d) / 2, which lies from 0 to 1.
+
+    Raises:
+        ValueError: there is none, or one is no difference of shares.
+    """
+    low, high = mean_interval([(1 + d) / 2 for d in differences], confidence)
+    return 2 * low - 1, 2 * high - 1
+
+
 @lru_cache
 def student_quantile(probability: float, freedom: int) -> float:
     """Return the quantile of Student's t above its middle.

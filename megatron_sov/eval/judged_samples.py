@@ -119,12 +119,19 @@ def read_judged(path: Path, group_by: str, right_from: float) -> Judged:
         group_by: field that the responses to one prompt have in common.
         right_from: least reward of a right response.
     """
-    judged = Judged()
+    return read_judged_parts(path, None, group_by, right_from).get("", Judged())
+
+
+def read_judged_parts(path: Path, part_by: str | None, group_by: str, right_from: float) -> dict[str, Judged]:
+    """Return the same for each value of the field `part_by`, in the order of the file; None: all are "", one
+    part."""
+    parts: dict[str, Judged] = {}
     with open(path, "rb") as f:
         for line in f:
             row = json.loads(line)
-            judged.add(json.dumps(row[group_by], sort_keys=True), row, right_from)
-    return judged
+            part = "" if part_by is None else str(row[part_by])
+            parts.setdefault(part, Judged()).add(json.dumps(row[group_by], sort_keys=True), row, right_from)
+    return parts
 
 
 def table(figures: Mapping[str, Any]) -> str:

@@ -27,8 +27,8 @@ from megatron_sov.report.steps import Curve, StepTable
 from megatron_sov.runs.lock import living_holder
 
 CONFIG = "config.json"
-KEPT = ("phase", "eval", "baseline", "needle", "passk", "gate", "decontamination", "conversion", "checkpoint",
-        "warning", "routing", "heldout_pairs", *KINDS)
+KEPT = ("phase", "eval", "baseline", "needle", "passk", "ssp_probe", "gate", "decontamination",
+        "conversion", "checkpoint", "warning", "routing", "heldout_pairs", *KINDS)
 """Events that are kept whole; there are few of them and they are small."""
 
 
@@ -131,6 +131,8 @@ class Run:
     needles: list[dict[str, Any]] = field(default_factory=list)
     passk: list[dict[str, Any]] = field(default_factory=list)
     """Estimates of pass@k, in the order in which they were made."""
+    ssp_probes: list[dict[str, Any]] = field(default_factory=list)
+    """Tables of checkpoints by domains, in the order in which they were made."""
     evaluations: list[ExportEvaluation] = field(default_factory=list)
     """Evaluations of exports beside training."""
     samples: list[dict[str, Any]] = field(default_factory=list)
@@ -207,7 +209,7 @@ def read_run(path: Path) -> Run:
     run.routing = _routing(final_steps(kept["routing"], "routing"))
     run.data_consumed, run.compute_time = last.get("data_consumed"), last.get("compute_time")
     run.gate_checks, run.searches = final_steps(kept["gate"], "gate"), kept["decontamination"]
-    run.passk = kept["passk"]
+    run.passk, run.ssp_probes = kept["passk"], kept["ssp_probe"]
     run.needles, run.conversions = _last_of_each_when(kept["needle"]), kept["conversion"]
     run.checkpoints = final_steps(kept["checkpoint"], "checkpoint")
     run.warnings, run.heldout_pairs = kept["warning"], kept["heldout_pairs"]

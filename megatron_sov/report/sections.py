@@ -31,6 +31,7 @@ from megatron_sov.report.pairs import pair_section
 from megatron_sov.report.passk import passk_section
 from megatron_sov.report.routing import expert_section
 from megatron_sov.report.run_data import Phase, Provenance, Run
+from megatron_sov.report.spectrum import spectrum_section
 from megatron_sov.report.steps import last_value
 from megatron_sov.report.times import time_section
 
@@ -121,6 +122,7 @@ def sections(run: Run) -> list[Section]:
                 text="Share of questions about hidden facts that the model answers, by the length of the "
                      "context and their depth in it."),
         passk_section(run.passk),
+        spectrum_section(run.ssp_probes),
         gate_section(run.gate_checks, run.searches),
         _sample_section(run),
         Section("Proof of the conversion",

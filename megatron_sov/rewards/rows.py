@@ -18,8 +18,8 @@ MAX_TOLD = 10
 
 
 FIELDS: dict[str, tuple[tuple[type, ...], str]] = {"response": ((str,), "text"),
-                                                  "prompt": ((str, list), "text or messages")}
-"""Field that a file's rows must have -> its types, and what they are called."""
+                                                  "prompt": ((str, list), "text or messages"), "": ((), "")}
+"""Field that a file's rows must have -> its types, and what they are called; "": any object is a row."""
 
 
 def check_rows(path: Path, option: str = "--input", field: str = "response") -> int:
@@ -46,8 +46,8 @@ def check_rows(path: Path, option: str = "--input", field: str = "response") -> 
     if problems:
         raise UserError(list_problems(f"{option} {path}", problems, "mend or remove these lines"))
     if not num_rows:
-        raise UserError(f"{option} {path}: has no rows; each line is a JSON object with a {FIELDS[field][1]} "
-                        f"`{field}`")
+        raise UserError(f"{option} {path}: has no rows; each line is a JSON object"
+                        f"{f' with a {FIELDS[field][1]} `{field}`' if field else ''}")
     return num_rows
 
 
@@ -90,10 +90,10 @@ def _parsed(raw: bytes, field: str) -> Row | str:
         return f"is no JSON ({e})"
     if not isinstance(row, dict):
         return f"is no JSON object, but a {type(row).__name__}"
-    if field not in row:
-        return f"has no {field!r}"
     types, told = FIELDS[field]
-    if not isinstance(row[field], types):
+    if field and field not in row:
+        return f"has no {field!r}"
+    if field and not isinstance(row[field], types):
         return f"{field} is of type {type(row[field]).__name__}, and must be {told}"
     if raw.count(b"[") + raw.count(b"{") > MOST_LEVELS:  # else it cannot be that deep
         try:

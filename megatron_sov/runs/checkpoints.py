@@ -38,6 +38,8 @@ MODEL, ADAPTER = "model", "adapter"
 """The part of a checkpoint with all weights, and the one that an adapter's checkpoint has in its place."""
 BASE = "base"
 """What a manifest calls the checkpoint of frozen weights that an adapter belongs to."""
+MERGED = "merged"
+"""What a manifest calls the checkpoints whose mean it is, with their weights."""
 KEPT = "base-of-adapters.txt"
 """A file in a run's checkpoint that an adapter stands on, which is not pruned while it is there."""
 WRITING, DELETING, DAMAGED = ".writing-", ".deleting-", "damaged-"
@@ -94,6 +96,11 @@ def step_of(checkpoint: Path) -> int:
 
 def _steps(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(p.name[5:]), p) for p in folder.glob("step-*") if p.name[5:].isdigit())
+
+
+def complete(folder: Path) -> list[Path]:
+    """Return the complete checkpoints of a run's `checkpoints` folder, the oldest first."""
+    return [path for _, path in _steps(folder) if (path / MANIFEST).is_file()]
 
 
 def refuse_missing(path: Path, option: str = "") -> None:
@@ -293,7 +300,6 @@ def refuse_lost(folder: Path) -> None:
 def prune(folder: Path, keep: int, keep_every_steps: int = 0) -> None:
     """Delete all complete checkpoints but the newest `keep` (0 keeps all), those whose step
     `keep_every_steps` divides, and those that adapters stand on."""
-    complete = [(step, path) for step, path in _steps(folder) if (path / MANIFEST).is_file()]
-    for step, path in complete[:-keep] if keep else []:
-        if not (keep_every_steps and step % keep_every_steps == 0) and not (path / KEPT).exists():
+    for path in complete(folder)[:-keep] if keep else []:
+        if not (keep_every_steps and step_of(path) % keep_every_steps == 0) and not (path / KEPT).exists():
             _delete(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from megatron_sov.errors import UserError
 ASKED = "rounds.json"
 
 
-def enter_rounds(folder: Path, file: Path, asked: dict[str, Any], option: str) -> None:
+def enter_rounds(folder: Path, file: Path, asked: dict[str, Any], option: str, what: str = "rounds",
+                 made_anew: Collection[Path] = ()) -> None:
     """Take note of what rounds are asked for, or check that it is what they were begun with: what is done of
     them is not done again.  As long as nothing is done, a mended command may ask for something else.
 
@@ -21,6 +23,8 @@ def enter_rounds(folder: Path, file: Path, asked: dict[str, Any], option: str) -
         file: the note, in the folder.
         asked: JSON values.
         option: names the folder.
+        what: is done there, as messages say it.
+        made_anew: files that each command makes, so that they are nothing that was done.
 
     Raises:
         UserError: they were begun with something else, the note is damaged, or the folder holds files that
@@ -28,11 +32,11 @@ def enter_rounds(folder: Path, file: Path, asked: dict[str, Any], option: str) -
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{option} {folder}: is a file; choose another one")
-    if not _holds_more(folder, file):
+    if not _holds_more(folder, {file, *made_anew}):
         write_output(file, to_json(asked))
         return
     if not file.is_file():
-        raise UserError(f"{folder}: is not empty and holds no rounds; choose another {option}")
+        raise UserError(f"{folder}: is not empty and holds no {what}; choose another {option}")
     try:
         begun = dict(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as e:
@@ -40,12 +44,12 @@ def enter_rounds(folder: Path, file: Path, asked: dict[str, Any], option: str) -
     changed = [f"{name} = {begun.get(name)}, now it is {value}" for name, value in asked.items()
                if begun.get(name) != value]
     if changed:
-        raise UserError(f"{folder}: its rounds were begun with {'; '.join(changed)}; resume with the same, "
+        raise UserError(f"{folder}: its {what} were begun with {'; '.join(changed)}; resume with the same, "
                         f"or choose another {option}")
 
 
-def _holds_more(folder: Path, file: Path) -> bool:
-    """Return whether a folder has a file beside the note; what is hidden is not complete."""
-    return any(p.is_file() and p != file
+def _holds_more(folder: Path, known: Collection[Path]) -> bool:
+    """Return whether a folder has a file beside known ones; what is hidden is not complete."""
+    return any(p.is_file() and p not in known
                and not any(part.startswith(".") for part in p.relative_to(folder).parts)
                for p in folder.rglob("*"))

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
+from statistics import fmean
 
 import numpy as np
 import pytest
 
-from megatron_sov.eval.intervals import mean_interval, student_quantile, wilson_interval
+from megatron_sov.eval.intervals import (
+    difference_interval,
+    mean_interval,
+    student_quantile,
+    wilson_interval,
+)
 
 
 @pytest.mark.parametrize(("correct", "samples"), [(1, 20), (19, 20), (10, 20), (7, 100), (1, 2)])
@@ -78,3 +84,14 @@ def test_equal_shares_leave_some_doubt() -> None:
 def test_a_mean_of_what_is_no_share_is_refused(shares: list[float]) -> None:
     with pytest.raises(ValueError, match="shares from 0 to 1"):
         mean_interval(shares)
+
+
+def test_an_interval_of_differences_lies_around_their_mean_and_turns_with_their_sign() -> None:
+    shares = [0.5, -0.25, 0.75, 0.0, 0.25]
+    low, high = difference_interval(shares)
+    assert -1 <= low < fmean(shares) < high <= 1
+    assert difference_interval([-d for d in shares]) == pytest.approx((-high, -low))
+    # all or nothing is Wilson's own: 8 of 10 problems, of which one model alone solves each
+    assert difference_interval([1.0] * 8 + [-1.0] * 2) == pytest.approx(
+        tuple(2 * end - 1 for end in wilson_interval(8, 10)))
+    assert difference_interval([0.0] * 5)[0] < 0

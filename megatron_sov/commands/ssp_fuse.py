@@ -1,0 +1,56 @@
+"""`megatron-sov ssp fuse`: merge the experts of a probe, or any checkpoints, into one."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megatron_sov.artifacts import MANIFEST
+from megatron_sov.config import weighted_path
+from megatron_sov.errors import ExitCode, UserError
+from megatron_sov.recipes.requested import add_plugin_argument, load_plugins
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("checkpoints", metavar="PROBE_DIR|CHECKPOINT[:weight]", nargs="+",
+                        help="the folder of a probe, whose best checkpoint of each domain counts once for "
+                             "each, or checkpoints (a run: its newest one) with weights, 1 each unless given")
+    parser.add_argument("--output", type=Path, required=True, metavar="CHECKPOINT",
+                        help="checkpoint to write: the mean of all weights, in float64")
+    parser.add_argument("--workers", type=int, default=1, metavar="N",
+                        help="files at a time, each with two tensors in memory (default: %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
+    add_plugin_argument(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Merge, and print what was merged.
+
+    Raises:
+        UserError: the checkpoints have no mean, or nothing can be written there.
+    """
+    if args.workers < 1:
+        raise UserError(f"--workers {args.workers}: must be at least 1")
+    load_plugins(args.plugins)
+    from megatron_sov.post.ssp.probing import TABLE, experts_of
+
+    first = Path(args.checkpoints[0])
+    if (first / TABLE / MANIFEST).is_file():
+        if len(args.checkpoints) > 1:
+            raise UserError(f"{first}: is a probe, whose experts are merged by themselves; leave out "
+                            f"{args.checkpoints[1]}")
+        found = experts_of(first)
+        if len(found) < 2:
+            raise UserError(f"{first}: {found[0][0] if found else 'no single checkpoint'} is the best in "
+                            "every domain, so there is nothing to merge; use it as it is")
+    else:
+        found = [(Path(path), weight) for path, weight in (weighted_path(c, c) for c in args.checkpoints)]
+    from megatron_sov import convert
+
+    convert.average(found, args.output, workers=args.workers, overwrite=args.overwrite)
+    total = sum(weight for _, weight in found)
+    for path, weight in found:
+        print(f"{weight / total:.4g} of {path}")
+    print(f"wrote checkpoint {args.output}")
+    return ExitCode.OK

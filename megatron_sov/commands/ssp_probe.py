@@ -1,0 +1,129 @@
+"""`megatron-sov ssp probe`: pass@k of many checkpoints in many domains; each checkpoint is asked once.
+
+A checkpoint is asked by one `eval passk` over all domains' problems, so its weights are loaded once, and a
+user can give these commands one by one, on other machines too: --dry-run prints them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_sov.artifacts import disk_errors
+from megatron_sov.commands.eval import with_ranks
+from megatron_sov.commands.eval_passk import PROMPT, add_sampling_arguments, checked_sampling, sampling_words
+from megatron_sov.digests import file_digest
+from megatron_sov.errors import ExitCode, UserError
+from megatron_sov.obs.work_bar import work_bar
+from megatron_sov.rewards.registry import make, order
+from megatron_sov.rewards.rows import check_rows
+from megatron_sov.rewards.settings import parse_settings
+from megatron_sov.runs.append import RunEvents
+from megatron_sov.runs.checkpoints import refuse_missing
+from megatron_sov.runs.commands import run_command
+from megatron_sov.runs.launch_environment import under_launcher
+from megatron_sov.runs.rounds import enter_rounds
+
+if TYPE_CHECKING:
+    from megatron_sov.post.ssp.probing import Candidate
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("checkpoints", metavar="RUN|CHECKPOINT", type=Path, nargs="+",
+                        help="checkpoints or Hugging Face folders; of a run all complete checkpoints")
+    parser.add_argument("--problems", metavar="DOMAIN=FILE.jsonl", nargs="+", action="extend", required=True,
+                        help="problems of each domain: a JSON object per line, with `prompt` and what the "
+                             "reward needs")
+    add_sampling_arguments(parser)
+    parser.add_argument("--k", type=int, required=True, metavar="K",
+                        help="the best checkpoint of a domain is that of the greatest pass@K")
+    with_ranks(parser)
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR",
+                        help="the probe's folder; the same command goes on in it, and adds checkpoints to it")
+    parser.add_argument("--run", type=Path, metavar="DIR",
+                        help="also add the table to this run's events, for its report")
+    parser.add_argument("--dry-run", action="store_true",
+                        help="print the command for each checkpoint that is not probed yet, and start none")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Probe what is not probed yet and write the table; returns 0, or the exit code of a command that did not
+    end well.
+
+    Raises:
+        UserError: a mistake in the arguments, or the folder holds a probe that was asked for otherwise.
+    """
+    events, domains = RunEvents(args.run), _checked(args)
+    from megatron_sov.post.ssp import probing
+
+    candidates = probing.candidates_of(args.checkpoints)
+    enter_rounds(args.output, args.output / probing.ASKED, _asked(args, domains), "--output", "answers",
+                 {args.output / probing.PROBLEMS})
+    known = probing.known_candidates(args.output, candidates)
+    with disk_errors(args.output):
+        problems = probing.write_problems(args.output, domains)
+    missing = [c for c in known if not c.is_done(args.output)]
+    commands = [_words(args, candidate, problems) for candidate in missing]
+    if args.dry_run:
+        for words in commands:
+            print(shlex.join(["megatron-sov", *words]))
+        return ExitCode.OK
+    if commands and under_launcher():
+        raise UserError("ssp probe: starts a process of its own for each checkpoint; under torchrun or Slurm "
+                        "give the commands that --dry-run prints, then this one alone")
+    for number, (candidate, words) in enumerate(zip(missing, commands, strict=True), 1):
+        print(f"checkpoint {number} of {len(missing)}: {candidate.name}", file=sys.stderr, flush=True)
+        if (code := run_command(["megatron_sov", *words], "the same command goes on")) != ExitCode.OK:
+            return code
+    with work_bar("estimate", len(known), "checkpoint") as bar:
+        content = probing.write_table(args.output, known, args.k, args.right_from)
+        bar.update(len(known))
+    events.add("ssp_probe", step=events.last_step(), output=str(args.output), reward=args.reward,
+               samples=args.samples, **content)
+    print(probing.table(content))
+    return ExitCode.OK
+
+
+def _checked(args: argparse.Namespace) -> dict[str, Path]:
+    """Return domain -> its problems, after everything that can be checked before the first command."""
+    domains: dict[str, Path] = {}
+    for given in args.problems:
+        domain, equals, file = given.partition("=")
+        if not (domain and equals and file):
+            raise UserError(f"--problems {given}: must be DOMAIN=FILE.jsonl, e.g. algebra=algebra.jsonl")
+        if domain in domains:
+            raise UserError(f"--problems {given}: domain {domain} has {domains[domain]} already; put its "
+                            "problems into one file")
+        domains[domain] = Path(file)
+    checked_sampling(argparse.Namespace(**vars(args) | {"k": [args.k]}))
+    make(order(args.reward, parse_settings(args.reward_set)))
+    for path in args.checkpoints:
+        refuse_missing(path)
+    for file in domains.values():
+        check_rows(file, "--problems", PROMPT)
+    return domains
+
+
+def _asked(args: argparse.Namespace, domains: dict[str, Path]) -> dict[str, Any]:
+    """Return what is the same for every checkpoint, or their figures could not be compared."""
+    version = make(order(args.reward, parse_settings(args.reward_set))).version
+    return {"problems": {domain: file_digest(file) for domain, file in domains.items()}, "k": args.k,
+            "reward_version": version,
+            **{name: getattr(args, name) for name in (
+                "reward", "reward_set", "right_from", "samples", "temperature", "top_k", "top_p", "seed",
+                "max_new_tokens", "stop", "chat")}}
+
+
+def _words(args: argparse.Namespace, candidate: Candidate, problems: Path) -> list[str]:
+    """Return the command that has a checkpoint answer and the answers judged."""
+    ranks = [] if args.nproc is None else ["--nproc", str(args.nproc)]
+    folder = candidate.folder(args.output)
+    return ["eval", "passk", str(candidate.path), "--input", str(problems), *sampling_words(args), "--k",
+            *map(str, sorted({1, args.k})), *ranks,
+            *(word for setting in args.settings for word in ("--set", setting)), "--output", str(folder),
+            # what is there is of files that have changed since
+            *(["--overwrite"] if folder.exists() else [])]

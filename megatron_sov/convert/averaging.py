@@ -1,0 +1,197 @@
+"""The mean of checkpoints of one architecture, tensor by tensor, in float64.
+
+Memory holds the tensor that is written, the next one, and a million elements of each checkpoint in turn.  Of
+adapters, which belong to one base, it is the mean of the models that they make; what they do not change stays
+the base's own bits, and a tensor that they change is made whole for each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from megatron_sov.artifacts import MANIFEST, FileRecord, manifest_sha256, read_manifest, refuse_existing
+from megatron_sov.config import LoraConfig, ModelConfig
+from megatron_sov.convert.adapted_weights import AdaptedWeights, add_inputs, checkpoint_weights
+from megatron_sov.convert.hf_import import index_of, planned_files
+from megatron_sov.convert.resume import resumable_artifact
+from megatron_sov.convert.shard_writer import write_files
+from megatron_sov.convert.source_check import checked_source
+from megatron_sov.convert.sources import PART, CheckpointWeights
+from megatron_sov.convert.values import KEEP, check_space, converted
+from megatron_sov.data.vocabulary import TOKENIZER_JSON, read_vocabulary
+from megatron_sov.errors import UserError
+from megatron_sov.mcore.checkpoint.sharded_tensors import block_name, write_index
+from megatron_sov.mcore.checkpoint.writer import TensorSpec
+from megatron_sov.models.weights import Link
+from megatron_sov.runs.checkpoints import (
+    IMPORTED,
+    KIND,
+    MERGED,
+    adapter_base,
+    find_checkpoint,
+    refuse_missing,
+    settings_of,
+)
+
+SLAB_ELEMENTS = 1 << 20
+"""Elements of a tensor that are averaged at a time."""
+OF_TRAINING = ("router_bias_update_rate", "seq_aux_loss_coeff", "mtp_loss_coeff", "init_std")
+"""Fields of an architecture that say how it is trained, not what it computes."""
+Opened = CheckpointWeights | AdaptedWeights
+
+
+def average(checkpoints: Sequence[tuple[Path, float]], out: str | Path, *, workers: int = 1,
+            overwrite: bool = False) -> None:
+    """Write the weighted mean of checkpoints as a checkpoint (part "model"): sum w x / sum w.
+
+    Args:
+        checkpoints: folders (a run stands for its newest one) and weights; equal weights give the plain mean.
+        out: the checkpoint to write; it appears only when complete, and a killed command goes on where it
+            was.
+        workers: files that are written at a time, each with two tensors in memory.
+        overwrite: replace a checkpoint that is already there.
+
+    Raises:
+        UserError: there are fewer than two, a weight is not positive, they are of other architectures,
+            tokenizers or bases, one is damaged, the disk is full; nothing is left then.
+    """
+    out = Path(out)
+    refuse_existing(out, KIND, overwrite)
+    paths = [_found(path) for path, _ in checkpoints]
+    weights = _checked_weights(paths, [weight for _, weight in checkpoints])
+    sources = [checkpoint_weights(path) for path in paths]
+    links = {block_name(link.key, link.offset): link for link in sources[0].links}
+    files = planned_files(links, sources[0], KEEP)
+    merged = [{"path": str(path), "step": read_manifest(path, KIND).content["step"], "weight": weight,
+               "manifest_sha256": manifest_sha256(path)} for path, weight in zip(paths, weights, strict=True)]
+    plan = {"merged": merged,
+            "files": {name: [spec.name for spec in blocks] for name, blocks in files.items()}}
+    with resumable_artifact(out, KIND, plan, overwrite=overwrite) as artifact, ExitStack() as held, \
+            tqdm(total=len(links), desc="average", unit="block", disable=None) as bar:
+        missing = {name: blocks for name, blocks in files.items() if name not in artifact.finished}
+        check_space(out, sum(spec.size_bytes for blocks in missing.values() for spec in blocks))
+        bar.update(len(links) - sum(map(len, missing.values())))
+
+        def read(spec: TensorSpec) -> torch.Tensor:
+            block = mean_block(sources, weights, links[spec.name], spec.dtype)
+            bar.update()
+            return block
+
+        checks = [held.enter_context(checked_source(source, workers)) for source in sources]
+
+        def finish(name: str, record: FileRecord) -> None:
+            for check in checks:
+                check.require(hf_name for spec in files[name] for hf_name in links[spec.name].hf_names)
+            artifact.finish(name, record)
+
+        write_files(artifact.path, missing, read, workers, finish)
+        write_index(artifact.path, PART, [index_of(files, links)])
+        if (paths[0] / "tokenizer").is_dir():
+            shutil.copytree(paths[0] / "tokenizer", artifact.path / "tokenizer", dirs_exist_ok=True,
+                            ignore=shutil.ignore_patterns(MANIFEST))
+        for source in sources:
+            add_inputs(artifact.writer, source)
+        artifact.writer.content = {"step": max(m["step"] for m in merged), "parts": [PART], "tokens": 0,
+                                   MERGED: merged}
+        artifact.writer.settings = dataclasses.replace(settings_of(paths[0]), recipe=IMPORTED,
+                                                       lora=LoraConfig()).to_dict()
+
+
+def mean_block(sources: Sequence[Opened], weights: Sequence[float], link: Link,
+               dtype: torch.dtype) -> torch.Tensor:
+    """Return the mean of one block of a tensor."""
+    if any(isinstance(source, AdaptedWeights) for source in sources):
+        block = link.join({name: _mean_of_adapted(sources, weights, name) for name in link.hf_names})
+        return torch.as_tensor(block).to(dtype)
+    out = torch.empty(link.block_shape, dtype=dtype)
+    flat, done = out.view(-1), 0
+    for offset, extent in _slabs(link):
+        mean = _mean((converted(source.read_stored(link.key, offset, extent), torch.float64, source.path,
+                                link.key)
+                      for source in sources if isinstance(source, CheckpointWeights)), weights)
+        flat[done:done + mean.numel()] = mean.view(-1)
+        done += mean.numel()
+    return out
+
+
+def _mean_of_adapted(sources: Sequence[Opened], weights: Sequence[float], name: str) -> torch.Tensor:
+    if not any(source.files_of(name) for source in sources):  # no adapter changes it
+        return sources[0].read(name)
+    return _mean((converted(source.read(name), torch.float64, source.path, name) for source in sources),
+                 weights).to(sources[0].dtype(name))
+
+
+def _mean(tensors: Iterable[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
+    """Return sum w x / sum w; changes the tensors, of float64."""
+    total: torch.Tensor | None = None
+    for tensor, weight in zip(tensors, weights, strict=True):
+        total = tensor.mul_(weight) if total is None else total.add_(tensor.mul_(weight))
+    assert total is not None
+    return total.div_(sum(weights))
+
+
+def _slabs(link: Link) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Yield offset and extent, in the whole tensor, of the parts of a block, in order."""
+    axis = next((i for i, n in enumerate(link.extent) if n > 1), len(link.extent) - 1)
+    step = max(1, SLAB_ELEMENTS // math.prod(link.extent[axis + 1:]))
+    for low in range(0, link.extent[axis], step):
+        rows = min(step, link.extent[axis] - low)
+        yield ((*link.offset[:axis], link.offset[axis] + low, *link.offset[axis + 1:]),
+               (*link.extent[:axis], rows, *link.extent[axis + 1:]))
+
+
+def _found(path: Path) -> Path:
+    refuse_missing(path)
+    return find_checkpoint(path)
+
+
+def _checked_weights(paths: Sequence[Path], weights: Sequence[float]) -> list[float]:
+    """Return the weights, after everything that can be checked from headers alone."""
+    if len(paths) < 2:
+        raise UserError(f"{', '.join(map(str, paths)) or 'no checkpoint'}: a mean needs at least two "
+                        "checkpoints; name another one")
+    for path, weight in zip(paths, weights, strict=True):
+        if not (math.isfinite(weight) and weight > 0):
+            raise UserError(f"{path}: its weight {weight:g} must be a positive number; leave it out, or give "
+                            "it more")
+    for path in paths[1:]:
+        _refuse_other(paths[0], path)
+    return list(weights)
+
+
+def _refuse_other(first: Path, path: Path) -> None:
+    """Refuse a checkpoint of which a mean with the first one would mean nothing."""
+    ours, theirs = settings_of(first).model, settings_of(path).model
+    for name, value, found in _differing(ours, theirs):
+        raise UserError(f"{path}: has model.{name} = {found}, and {first} has {value}; only checkpoints of "
+                        "one architecture have a mean")
+    bases = [adapter_base(p) for p in (first, path)]
+    digests = [None if base is None else base.sha256 for base in bases]
+    if digests[0] != digests[1]:
+        told = ["all weights" if base is None else f"an adapter of {base.path}" for base in bases]
+        raise UserError(f"{path}: holds {told[1]}, and {first} {told[0]}; convert adapters to whole "
+                        "checkpoints first (`megatron-sov convert to-hf`, then `from-hf`)")
+    folders = [p / "tokenizer" for p in (first, path)]
+    if all((folder / TOKENIZER_JSON).is_file() for folder in folders):
+        known, other = map(read_vocabulary, folders)
+        if differing := sorted(dict(known.items() ^ other.items())):
+            token = differing[0]
+            raise UserError(f"{folders[1]}: {len(differing)} ids mean other tokens than in {folders[0]} "
+                            f"(e.g. {token}: {other.get(token)!r} here, {known.get(token)!r} there); only "
+                            "checkpoints of one tokenizer have a mean")
+
+
+def _differing(ours: ModelConfig, theirs: ModelConfig) -> Iterator[tuple[str, Any, Any]]:
+    for field in dataclasses.fields(ours):
+        pair = getattr(ours, field.name), getattr(theirs, field.name)
+        if pair[0] != pair[1] and field.name not in OF_TRAINING:
+            yield field.name, *pair

@@ -1,0 +1,1 @@
+"""The spectrum phase of VibeThinker (arXiv 2511.06221): which checkpoint is best in which domain."""

@@ -1,0 +1,202 @@
+"""The folder of a probe: what was asked, a folder of judged responses for each checkpoint, and the table.
+
+    asked.json       problems, reward, samples: the same for every checkpoint
+    problems.jsonl   all domains' problems, as `eval passk` takes them
+    checkpoints/     NAME-DIGEST: what `eval passk` made of a checkpoint; it is not made again
+    table/           an artifact: pass@k of each checkpoint in each domain, and the choices
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_sov.artifacts import MANIFEST, atomic_write, new_artifact, read_manifest, to_json
+from megatron_sov.convert.resume import fingerprint
+from megatron_sov.convert.sources import is_hf_folder
+from megatron_sov.errors import UserError
+from megatron_sov.eval.judged_samples import read_judged_parts
+from megatron_sov.post.ssp.choice import Measured, choose, gain
+from megatron_sov.rewards.rows import read_rows
+from megatron_sov.runs.checkpoints import (
+    CHECKPOINTS_OF_A_RUN,
+    KIND,
+    MERGED,
+    complete,
+    find_checkpoint,
+    refuse_missing,
+)
+
+TABLE_KIND = "ssp_probe"
+ASKED, PROBLEMS, CHECKPOINTS, TABLE, RESULTS = ("asked.json", "problems.jsonl", "checkpoints", "table",
+                                                "results.json")
+DOMAIN = "probe_domain"
+"""Field of a problem, and of the responses to it."""
+SAMPLES, PROBLEM = "samples.jsonl", "prompt_index"
+"""The file of `eval passk` with all responses, and the field of those to one problem."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A checkpoint that is probed."""
+
+    path: Path
+    is_merged: bool
+    """Whether it is a mean of others, which is compared with them and never chosen."""
+
+    @property
+    def name(self) -> str:
+        """Return what tables call it."""
+        path = self.path
+        is_of_run = path.parent.name == CHECKPOINTS_OF_A_RUN
+        return f"{path.parent.parent.name}/{path.name}" if is_of_run else path.name
+
+    def folder(self, probe: Path) -> Path:
+        """Return the place of its responses in a probe's folder."""
+        digest = hashlib.sha256(str(self.path).encode()).hexdigest()[:8]
+        return probe / CHECKPOINTS / f"{self.name.replace('/', '-')}-{digest}"
+
+    def is_done(self, probe: Path) -> bool:
+        """Return whether its responses are there: those of the files that lie at its place now, if any."""
+        folder = self.folder(probe)
+        if not (folder / MANIFEST).is_file():
+            return False
+        asked = read_manifest(folder, "passk").settings["model"]["files"]
+        return not self.path.is_dir() or bool(asked == fingerprint(self.path))
+
+
+def candidates_of(paths: Sequence[Path]) -> list[Candidate]:
+    """Return the checkpoints that paths mean, each once: of a run all complete ones, the oldest first.
+
+    Raises:
+        UserError: a path is none, or a run has none.
+    """
+    found: dict[Path, Candidate] = {}
+    for path in paths:
+        refuse_missing(path)
+        of_run = complete(path / CHECKPOINTS_OF_A_RUN) if (path / CHECKPOINTS_OF_A_RUN).is_dir() else []
+        for one in of_run or [path if is_hf_folder(path) else find_checkpoint(path)]:
+            found.setdefault(one.resolve(), _candidate(one.resolve()))
+    return list(found.values())
+
+
+def _candidate(path: Path) -> Candidate:
+    is_merged = not is_hf_folder(path) and MERGED in read_manifest(path, KIND).content
+    return Candidate(path, is_merged)
+
+
+def write_problems(probe: Path, domains: Mapping[str, Path]) -> Path:
+    """Write all domains' problems into the probe's folder, and return the file.
+
+    Args:
+        probe: the folder.
+        domains: domain -> file that `check_rows` has passed.
+    """
+    lines = [json.dumps({**row, DOMAIN: domain}) + "\n" for domain, file in domains.items()
+             for _, row in read_rows(file, "--problems", "prompt")]
+    atomic_write(probe / PROBLEMS, "".join(lines))
+    return probe / PROBLEMS
+
+
+def known_candidates(probe: Path, asked: Sequence[Candidate]) -> list[Candidate]:
+    """Return the checkpoints of the table that is there, then those that are asked for beside them.
+
+    Raises:
+        UserError: two of them would have one name.
+    """
+    before = (read_manifest(probe / TABLE, TABLE_KIND).content["checkpoints"]
+              if (probe / TABLE / MANIFEST).is_file() else [])
+    found = {Path(c["path"]): Candidate(Path(c["path"]), c["is_merged"]) for c in before}
+    found |= {c.path: c for c in asked}
+    names: dict[str, Path] = {}
+    for candidate in found.values():
+        if (other := names.setdefault(candidate.name, candidate.path)) != candidate.path:
+            raise UserError(f"{candidate.path}: would be called {candidate.name} in the table, as {other} "
+                            "is; give one of the two another name")
+    return list(found.values())
+
+
+def write_table(probe: Path, candidates: Sequence[Candidate], k: int, right_from: float) -> dict[str, Any]:
+    """Write the table of all checkpoints and return its content.
+
+    Args:
+        probe: the folder, in which the responses of all are.
+        candidates: the earlier ones first.
+        k: by whose pass@k the best is chosen.
+        right_from: least reward of a right response.
+
+    Raises:
+        UserError: a checkpoint's responses in a domain have no reward, or too few.
+    """
+    ks = sorted({1, k})
+    found = {(m.checkpoint, m.domain): m for c in candidates for m in _measured(probe, c, ks, right_from)}
+    domains = list(dict.fromkeys(domain for _, domain in found))
+    single = [c for c in candidates if not c.is_merged]
+    chosen = [choose([found[c.name, domain] for c in single], k) for domain in domains] if single else []
+    content = {
+        "k": k, "domains": domains,
+        "checkpoints": [{"name": c.name, "path": str(c.path), "is_merged": c.is_merged} for c in candidates],
+        "table": [m.row(ks) for m in found.values()],
+        "choice": [choice.row() for choice in chosen],
+        "merged": [gain(found[c.name, choice.domain], found[choice.checkpoint, choice.domain], size)
+                   for c in candidates if c.is_merged for choice in chosen for size in ks]}
+    with new_artifact(probe / TABLE, TABLE_KIND, overwrite=True) as artifact:
+        atomic_write(artifact.path / RESULTS, to_json(content))
+        artifact.content = content
+        artifact.settings = dict(json.loads((probe / ASKED).read_text(encoding="utf-8")))
+        for candidate in candidates:
+            artifact.add_input(candidate.folder(probe))
+    return content
+
+
+def _measured(probe: Path, candidate: Candidate, ks: Sequence[int], right_from: float) -> Iterator[Measured]:
+    parts = read_judged_parts(candidate.folder(probe) / SAMPLES, DOMAIN, PROBLEM, right_from)
+    for domain, judged in parts.items():
+        try:
+            yield Measured.of(candidate.name, domain, judged, ks)
+        except UserError as e:
+            raise UserError(f"{candidate.name}, domain {domain}: {e}") from None
+
+
+def experts_of(probe: Path) -> list[tuple[Path, float]]:
+    """Return the best checkpoint of each domain with its weight, the number of domains that it is best in.
+
+    Raises:
+        UserError: the folder holds no complete probe.
+    """
+    content = read_manifest(probe / TABLE, TABLE_KIND).content
+    places = {c["name"]: Path(c["path"]) for c in content["checkpoints"]}
+    weights: dict[Path, float] = {}
+    for choice in content["choice"]:
+        path = places[choice["checkpoint"]]
+        weights[path] = weights.get(path, 0.0) + 1.0
+    return list(weights.items())
+
+
+def table(content: Mapping[str, Any]) -> str:
+    """Return the figures as a person reads them: the best of a domain has a star."""
+    k, domains = content["k"], content["domains"]
+    cells = {(row["checkpoint"], row["domain"]): next(e for e in row["pass_at_k"] if e["k"] == k)
+             for row in content["table"]}
+    best = {(c["checkpoint"], c["domain"]) for c in content["choice"]}
+    names = [c["name"] + (" (merged)" if c["is_merged"] else "") for c in content["checkpoints"]]
+    width = max(map(len, [*names, f"pass@{k}"]))
+    lines = [f"{f'pass@{k}':<{width}}  " + "  ".join(f"{domain:>16}" for domain in domains)]
+    for name, c in zip(names, content["checkpoints"], strict=True):
+        shown = [_cell(cells[c["name"], domain], (c["name"], domain) in best) for domain in domains]
+        lines.append(f"{name:<{width}}  " + "  ".join(f"{text:>16}" for text in shown))
+    for c in content["choice"]:
+        doubt = f", not told from {', '.join(c['as_good'])}" if c["as_good"] else ", clearly"
+        lines.append(f"{c['domain']}: {c['checkpoint']}{doubt}")
+    lines += [f"{g['domain']}: {g['checkpoint']} against {g['expert']}, pass@{g['k']} {g['gain']:+.1%} "
+              f"({g['interval'][0]:+.1%} to {g['interval'][1]:+.1%})" for g in content["merged"]]
+    return "\n".join(lines)
+
+
+def _cell(estimate: Mapping[str, Any], is_best: bool) -> str:
+    low, high = estimate["interval"]
+    return f"{'*' if is_best else ''}{estimate['value']:.1%} {low:.0%}-{high:.0%}"

@@ -1,0 +1,60 @@
+"""The best checkpoint of a domain: the argmax of pass@k, and whether the problems tell it from the others."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from itertools import combinations
+
+import pytest
+
+from megatron_sov.eval.judged_samples import Judged
+from megatron_sov.post.ssp.choice import Measured, choose, gain
+
+SAMPLES, K = 6, 3
+
+
+def measured(checkpoint: str, num_right: list[int]) -> Measured:
+    """A checkpoint that gives so many right answers of six to each problem."""
+    judged = Judged()
+    for problem, right in enumerate(num_right):
+        for sample in range(SAMPLES):
+            row = {"status": "scored", "reward": float(sample < right), "components": {}}
+            judged.add(str(problem), row, right_from=1.0)
+    return Measured.of(checkpoint, "algebra", judged, [1, K])
+
+
+def drawn(num_right: int) -> Fraction:
+    """pass@3 by all draws of three of six."""
+    draws = list(combinations(range(SAMPLES), K))
+    return Fraction(sum(min(draw) < num_right for draw in draws), len(draws))
+
+
+def test_the_best_is_the_one_that_solves_most_in_k_draws_and_not_in_one() -> None:
+    # the first is right more often in all, the second on more problems
+    sure, wide = measured("step-100", [6, 6, 0, 0]), measured("step-200", [2, 2, 2, 2])
+    assert sure.value(1) == 0.5 > wide.value(1)
+    choice = choose([sure, wide], K)
+    assert choice.checkpoint == "step-200"
+    assert choice.value == pytest.approx(float(drawn(2)))
+    assert choose([sure, wide], 1).checkpoint == "step-100"
+
+
+def test_of_equals_the_earlier_one_is_taken_and_the_other_is_as_good() -> None:
+    choice = choose([measured("step-100", [1, 2]), measured("step-200", [2, 1])], K)
+    assert (choice.checkpoint, choice.as_good) == ("step-100", ("step-200",))
+
+
+def test_a_choice_is_clear_where_the_problems_tell_the_best_from_every_other() -> None:
+    many = 30
+    worse, noisy, best = (measured("worse", [0] * many), measured("noisy", [6, 1, 6, 0, 3] * 6),
+                          measured("best", [6, 6, 0, 3, 5] * 6))
+    choice = choose([worse, noisy, best], K)
+    assert (choice.checkpoint, choice.as_good) == ("best", ("noisy",))
+    assert choose([worse, best], K).row()["is_clear"] is True
+
+
+def test_what_is_merged_gains_on_an_expert_is_a_mean_over_problems() -> None:
+    found = gain(measured("merged", [2, 3]), measured("expert", [1, 3]), K)
+    expected = float((drawn(2) - drawn(1)) / 2)
+    assert found["gain"] == pytest.approx(expected)
+    assert found["interval"][0] < expected < found["interval"][1]
