@@ -28,7 +28,7 @@ from megatron_sov.runs.lock import living_holder
 
 CONFIG = "config.json"
 KEPT = ("phase", "eval", "baseline", "needle", "passk", "gate", "decontamination", "conversion", "checkpoint",
-        "warning", "routing", "heldout_pairs", *KINDS)
+        "warning", "routing", "heldout_pairs", "heldout_divergence", *KINDS)
 """Events that are kept whole; there are few of them and they are small."""
 
 
@@ -111,6 +111,8 @@ class Run:
     """Bits per byte over all held-out sources together, each weighted by its bytes."""
     heldout_pairs: list[dict[str, Any]] = field(default_factory=list)
     """How held-out pairs were ranked, in the order of time."""
+    heldout_divergence: list[dict[str, Any]] = field(default_factory=list)
+    """How far the run was from its teacher on held-out documents, in the order of time."""
     expert_load: ExpertLoad | None = None
     expert_load_by_source: dict[str, ExpertLoad] = field(default_factory=dict)
     """Source -> load of its held-out documents at the last evaluation."""
@@ -211,6 +213,7 @@ def read_run(path: Path) -> Run:
     run.needles, run.conversions = _last_of_each_when(kept["needle"]), kept["conversion"]
     run.checkpoints = final_steps(kept["checkpoint"], "checkpoint")
     run.warnings, run.heldout_pairs = kept["warning"], kept["heldout_pairs"]
+    run.heldout_divergence = kept["heldout_divergence"]
     run.skipped_steps = [int(e["step"]) for e in final_steps(kept["skip"], "skip")
                          if e.get("reason") == BY_SETTING]
     run.incidents = sorted((e for kind in KINDS for e in kept[kind] if is_incident(e)),
