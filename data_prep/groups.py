@@ -3,6 +3,9 @@
 K-EXAONE's technical report: of a group with rewards z, the sum of rule and rubric rewards, a response's
 advantage is ``2 (z - min z) / (max z - min z) - 1``; a group whose rewards are all equal says nothing and is
 left out.
+
+A response that did not end (`finish_reason`: "length", as `megatron-sov generate` writes it) has its place in
+the group, and is learned as a bad one only: a chat of it would end where its writer did not.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import argparse
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
@@ -27,12 +30,16 @@ from megatron_sov.errors import UserError
 INPUT = ('A line of the input is {"prompt": ..., "responses": [{"content": ..., "reward": 1.0}, ...]}; a '
          'prompt is a string or a list of messages, a response has "content" or "messages", and "reward" or '
          '"rewards", an object of numbers that are added.  Or it is a line of `megatron-sov score`, a '
-         '"response" with its reward: those of one prompt, one after the other, are a group.')
+         '"response" with its reward: those of one prompt, one after the other, are a group.  One whose '
+         '"finish_reason" is "length" did not end, and is not learned as a good one.')
 HELP = "give each of a prompt's judged responses its advantage"
 KIND = "corpus"
 FILE = "groups.jsonl"
 RESPONSE = "response"
 """Field of a line that `megatron-sov score` wrote."""
+FINISH, LENGTH = "finish_reason", "length"
+"""Field of a response that `megatron-sov generate` wrote, and its value where the response is as long as was
+allowed."""
 BESIDE = ("prompt", "id", "tools", "chat_template_kwargs")
 """Fields of such a line that belong to its prompt."""
 COLUMNS = ("advantage", "group_share")
@@ -52,6 +59,8 @@ class Group:
     """The messages of each response."""
     rewards: list[float]
     """One for each."""
+    ended: list[bool]
+    """Whether each ended by itself, or nothing says that it did not."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,16 +77,21 @@ def add_group_arguments(parser: argparse.ArgumentParser, file: str) -> None:
                         help="a .jsonl file of groups, or of what `megatron-sov score` wrote; several may "
                              "follow, and it may be repeated")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help=f"folder for {file}")
+    parser.add_argument("--keep-unfinished", action="store_true",
+                        help='let a response with "finish_reason": "length", which did not end, be learned '
+                             "as a good one too, with an end that it never had")
     parser.add_argument("--overwrite", action="store_true", help="replace a corpus that is already there")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run `sov-data groups`; returns 0."""
-    write_groups(args.input, args.output, FILE, chats_of, overwrite=args.overwrite)
+    write_groups(args.input, args.output, FILE, chats_of, keep_unfinished=args.keep_unfinished,
+                 overwrite=args.overwrite)
     return 0
 
 
-def write_groups(files: list[Path], output: Path, file: str, records_of: Callable[[Group], Iterable[Any]], *,
+def write_groups(files: list[Path], output: Path, file: str,
+                 records_of: Callable[[Group, Counter[str]], Iterable[Any]], *, keep_unfinished: bool = False,
                  overwrite: bool = False) -> None:
     """Write an artifact of kind "corpus" with what is made of each group.
 
@@ -85,7 +99,9 @@ def write_groups(files: list[Path], output: Path, file: str, records_of: Callabl
         files: of groups.
         output: the artifact.
         file: its file.
-        records_of: a group that says something -> its records.
+        records_of: a group that says something -> its records; it counts as "passed_over" the responses that
+            are not learned as good ones because they did not end.
+        keep_unfinished: take every response for one that ended.
         overwrite: replace an artifact that is already there.
 
     Raises:
@@ -101,24 +117,50 @@ def write_groups(files: list[Path], output: Path, file: str, records_of: Callabl
                     continue
                 counts["groups"] += 1
                 counts["responses"] += len(group.rewards)
-                out.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records_of(group))
-        left_out = f"{counts['equal_rewards']:,} with equal rewards and {counts['alone']:,} of one response"
-        if not counts["groups"]:
-            raise UserError(f"{', '.join(map(str, files))}: no group has two responses with different "
-                            f"rewards ({left_out}); add responses")
-        artifact.content = {"groups": {"num_groups": counts["groups"], "num_responses": counts["responses"],
-                                       "num_equal_rewards": counts["equal_rewards"],
-                                       "num_alone": counts["alone"]}}
+                counts["unfinished"] += group.ended.count(False)
+                if keep_unfinished:
+                    group = replace(group, ended=[True] * len(group.ended))
+                for record in records_of(group, counts):
+                    counts["records"] += 1
+                    out.write(json.dumps(record, ensure_ascii=False) + "\n")
+        _refuse_nothing(files, counts)
+        artifact.content = {"groups": {f"num_{name}": counts[name] for name in (
+            "groups", "responses", "equal_rewards", "alone", "unfinished", "passed_over")}}
     print(f"{counts['groups']:,} groups of {counts['responses'] / counts['groups']:.1f} responses; left out: "
-          f"{left_out}")
+          f"{_left_out(counts)}")
+    if counts["unfinished"]:
+        print(f"{counts['unfinished']:,} of {counts['responses']:,} responses did not end; "
+              f"{counts['passed_over']:,} of them would have been learned as good ones, and are not")
 
 
-def chats_of(group: Group) -> Iterator[dict[str, Any]]:
+def _left_out(counts: Counter[str]) -> str:
+    return f"{counts['equal_rewards']:,} with equal rewards and {counts['alone']:,} of one response"
+
+
+def _refuse_nothing(files: list[Path], counts: Counter[str]) -> None:
+    """Raise `UserError` where no record was made."""
+    named = ", ".join(map(str, files))
+    if not counts["groups"]:
+        raise UserError(f"{named}: no group has two responses with different rewards ({_left_out(counts)}); "
+                        "add responses")
+    if not counts["records"] and counts["passed_over"]:
+        raise UserError(f"{named}: no response that is better than another one of its group ended "
+                        f"({counts['unfinished']:,} of {counts['responses']:,} have {FINISH!r}: {LENGTH!r}); "
+                        "write longer ones (`megatron-sov generate --max-new-tokens`), or pass "
+                        "--keep-unfinished")
+    if not counts["records"]:
+        raise UserError(f"{named}: no group has two different responses; add responses")
+
+
+def chats_of(group: Group, counts: Counter[str]) -> Iterator[dict[str, Any]]:
     """Yield a chat for each response, with `NUM_PROMPT` and `COLUMNS`, and an id where the group has one."""
     # what others have said before the responses is no part of them
     prompt = [{**m, "train": False} if m["role"] == "assistant" else m for m in group.prompt]
     id_ = group.beside.get("id")
     for i, (response, advantage) in enumerate(zip(group.responses, advantages(group.rewards), strict=True)):
+        if advantage > 0 and not group.ended[i]:
+            counts["passed_over"] += 1
+            continue
         own = {"id": f"{id_}-{i}"} if isinstance(id_, (str, int)) else {}
         yield {**group.beside, **own, "messages": [*prompt, *response],
                NUM_PROMPT: len(prompt), COLUMNS[0]: advantage, COLUMNS[1]: 1 / len(group.rewards)}
@@ -154,7 +196,8 @@ def _joined(lines: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[tuple[str, 
         if RESPONSE not in first:
             yield where, first
             continue
-        responses = [{"content": record[RESPONSE], "reward": record.get("reward")} for _, record in scored]
+        responses = [{"content": record[RESPONSE], "reward": record.get("reward"),
+                      FINISH: record.get(FINISH)} for _, record in scored]
         yield where, {**{name: first[name] for name in BESIDE if name in first}, "responses": [
             r for r in responses
             if r["reward"] is not None and isinstance(r["content"], str) and r["content"].strip()]}
@@ -169,7 +212,8 @@ def _group(record: dict[str, Any], where: str) -> Group:
     prompt = _messages(record["prompt"], "user", f"{where}: prompt")
     responses = [_response(r, f"{where}: responses[{i}]") for i, r in enumerate(record["responses"])]
     return Group({k: v for k, v in record.items() if k not in own}, prompt,
-                 [messages for messages, _ in responses], [reward for _, reward in responses])
+                 [messages for messages, _ in responses], [reward for _, reward in responses],
+                 [r.get(FINISH) != LENGTH for r in record["responses"]])
 
 
 def _response(value: Any, where: str) -> tuple[list[dict[str, Any]], float]:

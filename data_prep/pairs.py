@@ -1,9 +1,10 @@
 """`sov-data pairs`: of each prompt's judged responses the best and the worst, as a preference (West-of-N,
-arXiv 2401.12086)."""
+arXiv 2401.12086).  One that did not end may be the worst, and is never the best."""
 
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,13 +23,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run `sov-data pairs`; returns 0."""
-    write_groups(args.input, args.output, FILE, pair_of, overwrite=args.overwrite)
+    write_groups(args.input, args.output, FILE, pair_of, keep_unfinished=args.keep_unfinished,
+                 overwrite=args.overwrite)
     return 0
 
 
-def pair_of(group: Group) -> Iterator[dict[str, Any]]:
-    """Yield a group's pair; the first of equals is taken.  Nothing of a text that was rewarded in two ways,
-    as one that two rows of tokens stand for may be."""
-    best, worst = (group.responses[group.rewards.index(pick(group.rewards))] for pick in (max, min))
-    if best != worst:
-        yield {**group.beside, "prompt": group.prompt, "chosen": best, "rejected": worst}
+def pair_of(group: Group, counts: Counter[str]) -> Iterator[dict[str, Any]]:
+    """Yield a group's pair; the first of equals is taken.  Nothing where no response that ended is better
+    than the worst, or of a text that was rewarded in two ways, as one that two rows of tokens stand for
+    may be."""
+    places = range(len(group.rewards))
+    worst = min(places, key=lambda i: group.rewards[i])
+    best = max(places, key=lambda i: (group.rewards[i], group.ended[i]))
+    if not group.ended[best]:
+        counts["passed_over"] += 1
+        best = max((i for i in places if group.ended[i]), key=lambda i: group.rewards[i], default=worst)
+    if group.rewards[best] > group.rewards[worst] and group.responses[best] != group.responses[worst]:
+        yield {**group.beside, "prompt": group.prompt, "chosen": group.responses[best],
+               "rejected": group.responses[worst]}

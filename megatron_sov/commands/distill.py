@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_sov.artifacts import MANIFEST
+from megatron_sov.artifacts import MANIFEST, manifest_sha256, read_manifest
 from megatron_sov.config import DistillationConfig, RunConfig
 from megatron_sov.errors import UserError
 from megatron_sov.runs.checkpoints import refuse_missing
@@ -97,7 +97,7 @@ def _make_states(args: argparse.Namespace, config: RunConfig, folder: RunFolder,
         UserError: it knows other tokens, another one has read them, or several folders are not there.
     """
     from megatron_sov.generate.target import find_target
-    from megatron_sov.post.state_files import Kept, StateFiles
+    from megatron_sov.post.state_files import KIND, Kept, StateFiles
     from megatron_sov.post.teacher import Reading, read_documents
 
     target = find_target(args.teacher)
@@ -120,7 +120,10 @@ def _make_states(args: argparse.Namespace, config: RunConfig, folder: RunFolder,
             _refuse_beside(args, asked, StateFiles(path, sources), config.model.vocab_size)
         kept = (Kept(top_k=asked.top_k, temperature=asked.temperature) if asked.top_k
                 else Kept(args.states_dtype))
-        read_documents(Reading(target, data, kept=kept), missing[0], args.teacher_settings, args.nproc)
+        # that of the others is this one's: it was compared above
+        digest = read_manifest(made[0], KIND).settings["teacher"] if made else ""
+        read_documents(Reading(target, data, kept=kept, digest=digest), missing[0], args.teacher_settings,
+                       args.nproc)
 
 
 def _refuse_beside(args: argparse.Namespace, asked: DistillationConfig, made: StateFiles, vocab_size: int
@@ -135,7 +138,6 @@ def _refuse_beside(args: argparse.Namespace, asked: DistillationConfig, made: St
 
 
 def _refuse_other_teacher(named: Path, target: Target, made: list[Path]) -> None:
-    from megatron_sov.artifacts import read_manifest
     from megatron_sov.post.state_files import KIND
     from megatron_sov.post.teacher import weights_digest
 
@@ -149,7 +151,6 @@ def _refuse_other_teacher(named: Path, target: Target, made: list[Path]) -> None
 
 def _not_read(paths: dict[str, float], made: list[Path]) -> dict[str, float]:
     """Return the data that none of the folders was made from."""
-    from megatron_sov.artifacts import manifest_sha256, read_manifest
     from megatron_sov.post.state_files import KIND
 
     read = {i["manifest_sha256"] for path in made for i in read_manifest(path, KIND).inputs}

@@ -254,10 +254,13 @@ def _step(target: Target, events: RunEvents) -> int | None:
     return events.last_step() if target.step is None else target.step
 
 
-def _loss_table(found: dict[str, dict[str, float]]) -> str:
+def _loss_table(found: dict[str, dict[str, Any]]) -> str:
     width = max(map(len, [*found, "source"]))
     rows = [f"{name:<{width}}  {r['tokens']:>9,}  {r['loss']:>8.4f}  {r['bits_per_byte']:>13.4f}"
             for name, r in found.items()]
+    # of single turns alone it would say the same once more
+    rows += [f"{name}, {part} turns: {turn['tokens']:,} tokens, loss {turn['loss']:.4f}"
+             for name, r in found.items() if len(r.get("turns", {})) > 1 for part, turn in r["turns"].items()]
     return "\n".join([f"{'source':<{width}}  {'tokens':>9}  {'loss':>8}  {'bits per byte':>13}", *rows])
 
 

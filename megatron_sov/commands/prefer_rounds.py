@@ -49,6 +49,9 @@ def add_round_arguments(parser: argparse.ArgumentParser) -> None:
                         help="--rounds: of these samples (default %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N",
                         help="--rounds: longest answer (default %(default)s)")
+    parser.add_argument("--keep-unfinished", action="store_true",
+                        help="--rounds: learn an answer that --max-new-tokens cut off as a good one too, as "
+                             "`sov-data pairs` may")
 
 
 def refuse_without_rounds(args: argparse.Namespace) -> None:
@@ -56,6 +59,8 @@ def refuse_without_rounds(args: argparse.Namespace) -> None:
     for name in NEEDED:
         if getattr(args, name) is not None:
             raise UserError(f"--{name} {getattr(args, name)}: is for --rounds N; add it, or leave this out")
+    if args.keep_unfinished:
+        raise UserError("--keep-unfinished: is for --rounds N; add it, or leave this out")
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,9 @@ def jobs_of(args: argparse.Namespace, config: RunConfig, number: int) -> Iterato
                        "--output", str(scored)])
     step, columns = (("groups", ["--column", "advantage", "--column", "group_share"])
                      if config.preference.method == "grouper" else ("pairs", []))
-    yield Job(judged / MANIFEST, ["data_prep.cli", step, "--input", str(scored), "--output", str(judged)])
+    kept = ["--keep-unfinished"] if args.keep_unfinished else []
+    yield Job(judged / MANIFEST, ["data_prep.cli", step, "--input", str(scored), *kept,
+                                  "--output", str(judged)])
     yield Job(packed / MANIFEST, ["data_prep.cli", "pack", "--tokenizer", str(args.tokenizer), "--format",
                                   "chat" if columns else "preference", *columns, "--input",
                                   f"round-{number}={judged / f'{step}.jsonl'}", "--output", str(packed)])
@@ -175,6 +182,7 @@ def _enter(args: argparse.Namespace, reward_version: str) -> None:
              "reward": args.reward, "reward_set": args.reward_set, "samples": args.samples,
              "reward_version": reward_version,
              "temperature": args.temperature, "max_new_tokens": args.max_new_tokens,
+             "keep_unfinished": args.keep_unfinished,
              "reference": None if args.reference is None else str(args.reference)}
     if file.is_file() and not args.resume:
         raise UserError(f"{args.run}: already holds rounds; pass --resume to continue them, or choose "

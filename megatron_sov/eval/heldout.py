@@ -3,7 +3,6 @@ see the same pairs."""
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,13 +13,14 @@ import numpy as np
 
 from megatron_sov.artifacts import read_manifest
 from megatron_sov.data.order import Sample
-from megatron_sov.data.rows import Row, heldout_samples, sample_row
+from megatron_sov.data.rows import Row, heldout_samples
 from megatron_sov.data.token_bytes import token_bytes
 from megatron_sov.data.token_shards import TEXTS, Documents, Source, open_sources, tokenizer_folder
+from megatron_sov.data.turns import TURN
 from megatron_sov.data.vocabulary import refuse_other_tokens
 from megatron_sov.errors import UserError
 from megatron_sov.obs.work_bar import work_bar
-from megatron_sov.train.evaluate import HeldoutLoss
+from megatron_sov.train.evaluate import SUMS, TURNS, HeldoutLoss, heldout_row, result_of
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class HeldoutData:
         """Yield the rows of one judged source."""
         shard, samples = self._cut[index]
         for sample in samples:
-            yield sample_row(sample, shard, self.seq_len)
+            yield heldout_row(sample, shard, self.sources[index], self.seq_len)
 
     def bytes_of_token(self, vocab_size: int) -> np.ndarray | None:
         """Return UTF-8 bytes of each token [vocab_size], or None where no tokenizer travels with the data."""
@@ -105,14 +105,17 @@ def evaluate_rows(data: HeldoutData, losses_of: Callable[[Row], np.ndarray]) -> 
     sizes = data.bytes_of_token(data.vocab_size)
     with work_bar("judging", data.num_rows, "row") as bar:
         for index, source in data.judged():
-            nats, tokens, size_bytes = 0.0, 0, 0
+            sums = dict.fromkeys(SUMS, 0.0)
             for row in data.rows(index):
-                counted = row.weights > 0
-                nats += float(losses_of(row)[counted].sum(dtype=np.float64))
-                tokens += int(counted.sum())
-                size_bytes += int(sizes[row.labels[counted]].sum()) if sizes is not None else 0
+                counted, losses = row.weights > 0, losses_of(row)
+                sums["nats"] += float(losses[counted].sum(dtype=np.float64))
+                sums["tokens"] += int(counted.sum())
+                sums["size_bytes"] += int(sizes[row.labels[counted]].sum()) if sizes is not None else 0
+                for part, chosen in TURNS.items() if TURN in row.columns else ():
+                    of_part = counted & chosen(row.columns[TURN])
+                    sums[f"{part}_nats"] += float(losses[of_part].sum(dtype=np.float64))
+                    sums[f"{part}_tokens"] += int(of_part.sum())
                 bar.update()
-            if tokens:
-                bits_per_byte = nats / math.log(2) / size_bytes if size_bytes else math.nan
-                results[source.name] = HeldoutLoss(nats / tokens, bits_per_byte, tokens)
+            if sums["tokens"]:
+                results[source.name] = result_of(sums)
     return results

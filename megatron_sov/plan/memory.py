@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 
-from megatron_sov.config import RunConfig
+from megatron_sov.config import DistillationConfig, RunConfig
 from megatron_sov.config.lora import HEAD
 from megatron_sov.models.adapters import adapted_modules
 from megatron_sov.plan.activations import kept, saved
@@ -25,9 +25,8 @@ MOMENT = {"fp32": 4, "bf16": 2}
 """Bytes of each of AdamW's two moments under bf16, by `gpu.moment_dtype`; Muon keeps one, in float32."""
 LOGIT_BYTES = 4
 """A softmax is computed in float32, or in the model's dtype where that is wider."""
-DISTILL, DIVERGENCE_BUFFERS = "distill", 6
-"""The objective that compares two distributions over the vocabulary, and how many times a chunk of logits is
-there at most meanwhile: the log-probabilities and probabilities of both, their mixture, and a difference."""
+DISTILL = "distill"
+"""The objective that compares two distributions over the vocabulary."""
 GRADIENT_BYTES = {"fp32": 4, "bf16": 2}
 """Gradients are summed in `gpu.grad_dtype`."""
 FP32_GRADIENT = 4
@@ -121,13 +120,21 @@ def _head_bytes(config: RunConfig, local_tokens: int) -> int:
     # and are summed in float32
     logit_bytes = item if item >= LOGIT_BYTES else LOGIT_BYTES + item
     if config.objective.name == DISTILL:
-        logit_bytes += (DIVERGENCE_BUFFERS - 1) * max(item, LOGIT_BYTES)
+        logit_bytes = _divergence_buffers(config.distillation) * max(item, LOGIT_BYTES)
     chunk = min(config.train.head_chunk_tokens, local_tokens) * logit_bytes
     adapted = HEAD in config.lora.adapted(m)
     gradients = (0 if config.lora.on and not adapted
                  else (1 + m.num_mtp_layers) * m.hidden_size * max(item, LOGIT_BYTES))
     copy = m.hidden_size * item if adapted else 0  # the head with its adapter inside
     return m.vocab_size // config.parallel.tp * (chunk + gradients + copy)
+
+
+def _divergence_buffers(distillation: DistillationConfig) -> int:
+    """Return how many times a chunk of logits is there at most while `mcore.model.divergence` compares."""
+    if distillation.top_k:
+        return 3  # the student's log-probabilities, its probabilities, and their product
+    # the log-probabilities and probabilities of both; beside a mixture also that, and a difference
+    return 6 if 0 < distillation.beta < 1 else 4
 
 
 def layer_bytes(config: RunConfig, row_tokens: int) -> int:

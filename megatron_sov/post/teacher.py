@@ -75,6 +75,8 @@ class Reading:
     splits: tuple[str, ...] = ("train", "heldout")
     kept: Kept = Kept()
     part_tokens: int = PART_TOKENS
+    digest: str = ""
+    """The teacher's `weights_digest` where it is known, so that its files are not read for it again."""
 
 
 def read_documents(reading: Reading, out: Path, settings: list[str], nproc: int | None, *,
@@ -149,7 +151,7 @@ def weights_digest(target: Target) -> str:
 def _artifact(reading: Reading, sources: list[Source], plan: dict[str, Any], out: Path,
               overwrite: bool) -> Iterator[ResumableArtifact]:
     """Give the artifact under construction, with all that is no part in it."""
-    teacher = weights_digest(reading.target)
+    teacher = reading.digest or weights_digest(reading.target)
     weights = convert.open_weights(reading.target.path)
     model = weights.model
     plan = plan | {"teacher": teacher, "data": [i["manifest_sha256"] for i in provenance(sources)]}

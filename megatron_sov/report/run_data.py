@@ -28,7 +28,7 @@ from megatron_sov.runs.lock import living_holder
 
 CONFIG = "config.json"
 KEPT = ("phase", "eval", "baseline", "needle", "passk", "ssp_probe", "gate", "decontamination",
-        "conversion", "checkpoint", "warning", "routing", "heldout_pairs", *KINDS)
+        "conversion", "checkpoint", "warning", "routing", "heldout_pairs", "heldout_divergence", *KINDS)
 """Events that are kept whole; there are few of them and they are small."""
 
 
@@ -47,6 +47,16 @@ class Phase:
 
 
 @dataclass(frozen=True)
+class HeldoutTurns:
+    """Held-out loss of some of the turns of a source's conversations."""
+
+    loss: Curve
+    """Mean cross-entropy per token, in nats."""
+    num_tokens: int
+    """Tokens of the last evaluation."""
+
+
+@dataclass(frozen=True)
 class Heldout:
     """Held-out figures of one source over the run."""
 
@@ -58,6 +68,8 @@ class Heldout:
     """Tokens of the last evaluation."""
     baseline_bits_per_byte: float | None
     """The bigram baseline's bits per byte on the same documents."""
+    turns: dict[str, HeldoutTurns] = field(default_factory=dict)
+    """Of conversations: "first", the first learned turn of each, and "later", all others."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +123,8 @@ class Run:
     """Bits per byte over all held-out sources together, each weighted by its bytes."""
     heldout_pairs: list[dict[str, Any]] = field(default_factory=list)
     """How held-out pairs were ranked, in the order of time."""
+    heldout_divergence: list[dict[str, Any]] = field(default_factory=list)
+    """How far the run was from its teacher on held-out documents, in the order of time."""
     expert_load: ExpertLoad | None = None
     expert_load_by_source: dict[str, ExpertLoad] = field(default_factory=dict)
     """Source -> load of its held-out documents at the last evaluation."""
@@ -213,6 +227,7 @@ def read_run(path: Path) -> Run:
     run.needles, run.conversions = _last_of_each_when(kept["needle"]), kept["conversion"]
     run.checkpoints = final_steps(kept["checkpoint"], "checkpoint")
     run.warnings, run.heldout_pairs = kept["warning"], kept["heldout_pairs"]
+    run.heldout_divergence = kept["heldout_divergence"]
     run.skipped_steps = [int(e["step"]) for e in final_steps(kept["skip"], "skip")
                          if e.get("reason") == BY_SETTING]
     run.incidents = sorted((e for kind in KINDS for e in kept[kind] if is_incident(e)),
@@ -258,7 +273,19 @@ def _heldout(evals: list[dict[str, Any]], baselines: list[dict[str, Any]]) -> di
         bits_per_byte = np.array([number(row.get("bits_per_byte")) for _, row in rows])
         baseline = number(bigram.get(name, {}).get("bits_per_byte"))
         found[name] = Heldout(Curve(name, at, loss), Curve(name, at, bits_per_byte),
-                              int(rows[-1][1].get("tokens") or 0), None if math.isnan(baseline) else baseline)
+                              int(rows[-1][1].get("tokens") or 0), None if math.isnan(baseline) else baseline,
+                              _turns(rows))
+    return found
+
+
+def _turns(rows: list[tuple[int, dict[str, Any]]]) -> dict[str, HeldoutTurns]:
+    """Return the turns that a source's (step, figures) tell apart."""
+    found = {}
+    for part in dict.fromkeys(part for _, row in rows for part in row.get("turns") or {}):
+        of_part = [(step, row["turns"][part]) for step, row in rows if part in (row.get("turns") or {})]
+        loss = Curve(part, np.array([step for step, _ in of_part], dtype=np.int64),
+                     np.array([number(turn.get("loss")) for _, turn in of_part]))
+        found[part] = HeldoutTurns(loss, int(of_part[-1][1].get("tokens") or 0))
     return found
 
 

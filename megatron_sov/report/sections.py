@@ -25,6 +25,7 @@ from megatron_sov.report.charts import (
     plan_chart,
     scalar_charts,
 )
+from megatron_sov.report.divergence import divergence_section
 from megatron_sov.report.gates import VERDICTS, gate_section
 from megatron_sov.report.incidents import incident_section
 from megatron_sov.report.pairs import pair_section
@@ -34,6 +35,7 @@ from megatron_sov.report.run_data import Phase, Provenance, Run
 from megatron_sov.report.spectrum import spectrum_section
 from megatron_sov.report.steps import last_value
 from megatron_sov.report.times import time_section
+from megatron_sov.report.turns import turn_tables
 
 MAX_SAMPLES = 24
 MAX_SAMPLE_CHARACTERS = 4000
@@ -98,8 +100,10 @@ def sections(run: Run) -> list[Section]:
         Section("Training loss", charts=loss_charts(run), tables=_phase_tables(run)),
         Section("Meters", charts=meter_charts(run), side_by_side=True,
                 text="What the objective measures beside its loss."),
-        Section("Held-out loss", charts=heldout_charts(run), tables=_heldout_tables(run), side_by_side=True),
+        Section("Held-out loss", charts=heldout_charts(run), tables=_heldout_tables(run) + turn_tables(run),
+                side_by_side=True),
         pair_section(run.heldout_pairs),
+        divergence_section(run.heldout_divergence),
         Section("Evaluation beside training", charts=beside_charts(run), tables=_beside_tables(run),
                 side_by_side=True),
         Section("Learning rate and gradient norm", side_by_side=True, charts=scalar_charts(run, [

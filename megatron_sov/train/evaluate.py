@@ -7,8 +7,8 @@ ones can be compared.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,8 @@ from megatron_sov.config import RunConfig
 from megatron_sov.data.order import Sample
 from megatron_sov.data.rows import Row, heldout_samples, join_rows, sample_row
 from megatron_sov.data.token_bytes import token_bytes
-from megatron_sov.data.token_shards import Source, tokenizer_folder
+from megatron_sov.data.token_shards import Documents, Source, tokenizer_folder
+from megatron_sov.data.turns import TURN, with_turns
 from megatron_sov.mcore.decode.forward_only import ForwardModel
 from megatron_sov.mcore.model.logprobs import Head
 from megatron_sov.mcore.parallel import collectives
@@ -28,11 +29,24 @@ from megatron_sov.mcore.parallel.named_values import Shapes, pack, unpack
 from megatron_sov.mcore.parallel.world import World
 from megatron_sov.train.microbatch import MicroBatch, from_row, shifted
 
-SUMS: Shapes = dict.fromkeys(("nats", "tokens", "size_bytes", "accepted", "drafts"), ())
+TURNS: dict[str, Callable[[Any], Any]] = {"first": lambda turn: turn == 1, "later": lambda turn: turn > 1}
+"""Learned turns of a conversation that are told apart -> which numbers of the column `TURN` they have."""
+SUMS: Shapes = dict.fromkeys(("nats", "tokens", "size_bytes", "accepted", "drafts",
+                              *(f"{part}_{of}" for part in TURNS for of in ("nats", "tokens"))), ())
 """What is summed over the targets of a source: loss, targets, their bytes,
-drafts that the trunk accepts, drafts."""
+drafts that the trunk accepts, drafts; loss and targets of each of `TURNS`."""
 Around = Callable[[str, Callable[[], Any]], Any]
 """(source, action) -> what the action returns."""
+
+
+@dataclass(frozen=True)
+class TurnLoss:
+    """Result on some of the turns of conversations."""
+
+    loss: float
+    """Nats per token."""
+    tokens: int
+    """Targets evaluated."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +62,8 @@ class HeldoutLoss:
     mtp_acceptance: float | None = None
     """Share of the prediction layer's best tokens that the trunk then chooses too: what greedy
     self-speculative decoding would accept of its drafts; None without such a layer."""
+    turns: Mapping[str, TurnLoss] = field(default_factory=dict)
+    """Of conversations: "first", the first learned turn of each, and "later", all others."""
 
 
 class HeldoutEvaluator:
@@ -72,9 +88,10 @@ class HeldoutEvaluator:
         """Return this rank's micro-batches; every rank has the same number,
         the last ones may be padding only."""
         shard = source.shard("heldout")
-        rows = [sample_row(s, shard, seq_len) for s in heldout_samples(shard, index, seq_len, max_tokens)]
+        samples = heldout_samples(shard, index, seq_len, max_tokens)
         per_round = self._rows_per_batch * world.dp_size
-        rows += [sample_row(Sample(index, ()), shard, seq_len)] * (-len(rows) % per_round)
+        samples += [Sample(index, ())] * (-len(samples) % per_round)
+        rows = [heldout_row(s, shard, source, seq_len) for s in samples]
         first = world.dp_rank * self._rows_per_batch
         return [join_rows(rows[i:i + self._rows_per_batch]) for i in range(first, len(rows), per_round)]
 
@@ -104,7 +121,7 @@ class HeldoutEvaluator:
             total = unpack(collectives.broadcast_from_last_stage(collectives.all_reduce_dp(local.cpu())),
                            SUMS)
             if total["tokens"] > 0:  # of prompts alone nothing is learned, and a loss of 0 would look perfect
-                results[name] = _result(**{key: float(value) for key, value in total.items()})
+                results[name] = result_of({key: float(value) for key, value in total.items()})
         return results
 
     def _sums(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> torch.Tensor:
@@ -117,14 +134,27 @@ class HeldoutEvaluator:
         accepted, drafts = _drafts(hidden, head, batch) if len(hidden) > 1 else losses.new_zeros(2)
         sums = {"nats": (losses * counted).sum(), "tokens": counted.sum(),
                 "size_bytes": (size_bytes * counted).sum(), "accepted": accepted, "drafts": drafts}
+        turn = batch.columns[TURN] if TURN in batch.columns else torch.zeros_like(losses)
+        for part, chosen in TURNS.items():
+            of_part = counted * chosen(turn)
+            sums |= {f"{part}_nats": (losses * of_part).sum(), f"{part}_tokens": of_part.sum()}
         return pack({name: sums[name] for name in SUMS})
 
 
-def _result(nats: float, tokens: float, size_bytes: float, accepted: float, drafts: float) -> HeldoutLoss:
+def heldout_row(sample: Sample, documents: Documents, source: Source, seq_len: int) -> Row:
+    """Return held-out documents as a row; of conversations with the column `TURN`."""
+    row = sample_row(sample, documents, seq_len)
+    return with_turns(row, documents) if source.format == "chat" else row
+
+
+def result_of(sums: Mapping[str, float]) -> HeldoutLoss:
     """Return the means that a source's sums make."""
+    nats, size_bytes = sums["nats"], sums["size_bytes"]
     bits_per_byte = nats / math.log(2) / size_bytes if size_bytes else math.nan
-    return HeldoutLoss(nats / tokens, bits_per_byte, int(tokens),
-                       accepted / drafts if drafts else None)
+    turns = {part: TurnLoss(sums[f"{part}_nats"] / tokens, int(tokens))
+             for part in TURNS if (tokens := sums[f"{part}_tokens"])}
+    return HeldoutLoss(nats / sums["tokens"], bits_per_byte, int(sums["tokens"]),
+                       sums["accepted"] / sums["drafts"] if sums["drafts"] else None, turns)
 
 
 def _drafts(hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> torch.Tensor:

@@ -21,7 +21,7 @@ def steps_of(run: Path) -> dict[int, Any]:
 
 @pytest.mark.distributed
 def test_a_student_learns_from_a_teacher(packed_data: Any, teacher: Path, tiny: list[str], run_command: Any,
-                                         tmp_path: Path, capsys) -> None:
+                                         tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, top = tmp_path / "whole", tmp_path / "top"
 
     def command(run: Path, *more: str) -> list[str]:
@@ -67,3 +67,12 @@ def test_a_student_learns_from_a_teacher(packed_data: Any, teacher: Path, tiny: 
         assert main(command(tmp_path / "no", *more)) == 2
         assert text in capsys.readouterr().err
     assert not (tmp_path / "no").exists() and not (tmp_path / "never").exists()
+
+    # beside states that are there: the teacher's files are hashed once, to compare it with theirs
+    from megatron_sov.post import teacher as teaching
+
+    digest, hashed, begun = teaching.weights_digest, [], []
+    monkeypatch.setattr(teaching, "weights_digest", lambda target: hashed.append(1) or digest(target))
+    monkeypatch.setattr(teaching, "read_documents", lambda reading, *rest: begun.append(reading.digest))
+    assert main(command(tmp_path / "more", *beside)) == 2 and "never" in capsys.readouterr().err
+    assert (hashed, begun) == ([1], [made.settings["teacher"]])

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from megatron_sov.artifacts import read_manifest
 from megatron_sov.cli import main
 from megatron_sov.obs.events import read_events
 
@@ -81,7 +82,7 @@ def test_rounds_that_are_killed_between_their_commands_do_each_of_them_once(
     command = ["prefer", "tiny-solar-open", "--from", str(base), "--run", str(run), "--rounds", "2",
                "--prompts", str(tmp_path / "prompts.jsonl"), "--tokenizer", str(packed_data.tokenizer),
                "--samples", "4", "--max-new-tokens", "12", "--reward", f"{tmp_path}/shorter.py:Shorter",
-               "--reward-set", "threads=1", *words(), "--resume"]
+               "--reward-set", "threads=1", "--keep-unfinished", *words(), "--resume"]
     ((codes,),) = ranks(job(__file__, "killed_rounds", 1,
                             {"argv": command, "done": str(tmp_path / "done"), "kills": [1, 4, 5, 8]}))
     assert codes == [-signal.SIGKILL] * 4 + [0]
@@ -92,6 +93,8 @@ def test_rounds_that_are_killed_between_their_commands_do_each_of_them_once(
             for folder in (first, second)]
     assert [len(found) for found in rows] == [32, 32] and rows[0][5]["answer"] == 2
     assert [r["response"] for r in rows[0]] != [r["response"] for r in rows[1]], "the model is another one"
+    counted = read_manifest(second / "judged", "corpus").content["groups"]
+    assert counted["num_unfinished"] > 0 == counted["num_passed_over"], "few end within 12 tokens"
     for pair in map(json.loads, (second / "judged/pairs.jsonl").read_text().splitlines()):
         better, worse = ({r["reward"] for r in rows[1] if r["response"] == pair[side][0]["content"]}
                          for side in ("chosen", "rejected"))
@@ -150,3 +153,6 @@ def test_what_rounds_are_given_goes_with_rounds(tmp_path: Path, capsys) -> None:
     assert main(["prefer", "tiny-solar-open", "--from", "none", "--run", str(tmp_path / "run"), "--data", "d",
                  "--reward", "length"]) == 2
     assert "--reward length: is for --rounds N; add it, or leave this out" in capsys.readouterr().err
+    assert main(["prefer", "tiny-solar-open", "--from", "none", "--run", str(tmp_path / "run"), "--data", "d",
+                 "--keep-unfinished"]) == 2
+    assert "--keep-unfinished: is for --rounds N" in capsys.readouterr().err

@@ -41,7 +41,8 @@ def test_each_response_is_a_chat_with_its_place_in_the_group(tmp_path: Path, cap
     assert [c["advantage"] for c in chats] == pytest.approx([1.0, -1.0, 1 / 3])
     assert [c["group_share"] for c in chats] == pytest.approx([1 / 3] * 3)
     assert read_manifest(tmp_path / "out", "corpus").content["groups"] == {
-        "num_groups": 1, "num_responses": 3, "num_equal_rewards": 1, "num_alone": 1}
+        "num_groups": 1, "num_responses": 3, "num_equal_rewards": 1, "num_alone": 1,
+        "num_unfinished": 0, "num_passed_over": 0}
     assert "1 with equal rewards and 1 of one response" in capsys.readouterr().out
 
 

@@ -120,14 +120,15 @@ def test_a_head_with_an_adapter_inside_is_there_once_more(ranks: Any, job: Any) 
     assert measured == said > 0
 
 
-def peak_bytes_of_a_divergence(beta: float) -> list[int]:
-    """Return [bytes that a divergence and its gradients take at most, those of a cross-entropy]."""
+def peak_bytes_of_a_divergence(beta: float, top_k: int) -> list[int]:
+    """Return [bytes that a divergence of two chunks and its gradients take at most, those of a
+    cross-entropy]."""
     from types import SimpleNamespace
 
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    from megatron_sov.mcore.model.divergence import Divergence, TeacherStates
+    from megatron_sov.mcore.model.divergence import Divergence, TeacherStates, TeacherTopK
     from megatron_sov.mcore.model.logprobs import Head
     from megatron_sov.mcore.parallel import world
 
@@ -139,10 +140,12 @@ def peak_bytes_of_a_divergence(beta: float) -> list[int]:
         return int(max(accumulate(e.nbytes() for e in sorted(found, key=lambda e: e.start_ns()))))
 
     world.join(ParallelConfig())
-    states, weight = torch.randn(CHUNK, 1, 8).requires_grad_(), torch.randn(WORDS, 8).requires_grad_()
-    teacher = TeacherStates(torch.randn(CHUNK, 8), torch.randn(WORDS, 8))
-    head, ones = Head(weight, SimpleNamespace(sequence_parallel=False), CHUNK, WORDS), torch.ones(CHUNK)
-    labels = torch.zeros(CHUNK, dtype=torch.int64)
+    tokens = 2 * CHUNK
+    states, weight = torch.randn(tokens, 1, 8).requires_grad_(), torch.randn(WORDS, 8).requires_grad_()
+    teacher = (TeacherTopK(torch.arange(top_k).expand(tokens, top_k), torch.full((tokens, top_k), -1.0))
+               if top_k else TeacherStates(torch.randn(tokens, 8), torch.randn(WORDS, 8)))
+    head, ones = Head(weight, SimpleNamespace(sequence_parallel=False), CHUNK, WORDS), torch.ones(tokens)
+    labels = torch.zeros(tokens, dtype=torch.int64)
     found = [peak(lambda: head.divergence(states, teacher, {"sum": ones}, Divergence(beta))),
              peak(lambda: head.cross_entropy(states, labels, {"sum": ones}))]
     world.leave()
@@ -150,15 +153,19 @@ def peak_bytes_of_a_divergence(beta: float) -> list[int]:
 
 
 def test_a_divergence_takes_what_the_account_says(ranks: Any, job: Any) -> None:
-    (((mixed, plain),), ((forward, _),)) = ranks(
-        job(__file__, "peak_bytes_of_a_divergence", 1, {"beta": 0.5}),
-        job(__file__, "peak_bytes_of_a_divergence", 1, {"beta": 0.0}))
     config = config_of("tiny-qwen3", train__precision="fp32", train__head_chunk_tokens=CHUNK,
                        model__vocab_size=WORDS)
-    lm, distill = (account(c, StageParams(10**6, 0, 2), 1, 0, 1024).head
-                   for c in (config, apply_settings(config, ["objective.name=distill"])))
-    assert mixed - plain == pytest.approx(distill - lm, rel=0.05)
-    assert forward < mixed
+
+    def head_bytes(*settings: str) -> int:
+        return account(apply_settings(config, list(settings)), StageParams(10**6, 0, 2), 1, 0, 1024).head
+
+    asked = [(0.0, 0), (0.5, 0), (1.0, 0), (0.5, 2)]
+    found = ranks(*(job(__file__, "peak_bytes_of_a_divergence", 1, {"beta": beta, "top_k": top_k})
+                    for beta, top_k in asked))
+    for (beta, top_k), ((peak, plain),) in zip(asked, found, strict=True):
+        said = head_bytes("objective.name=distill", f"distillation.beta={beta}",
+                          f"distillation.top_k={top_k}") - head_bytes()
+        assert peak - plain == pytest.approx(said, rel=0.05), f"beta {beta}, top-k {top_k}"
 
 
 def test_stages_hold_the_model_and_a_layer_what_the_account_says(ranks: Any, job: Any) -> None:

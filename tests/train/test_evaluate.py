@@ -120,3 +120,56 @@ def test_accepted_drafts_are_those_that_the_trunk_then_chooses(ranks: Any, job: 
         assert 0 <= result["mtp_acceptance"] < 1
         assert all(part[name]["mtp_acceptance"] == result["mtp_acceptance"] for part in cut)
         assert without[name]["mtp_acceptance"] is None
+
+
+def losses_of_turns(data: str) -> dict[str, Any]:
+    """Runs inside a rank: evaluate a model for which the loss of a token is its id, modulo 7."""
+    from dataclasses import asdict
+    from types import SimpleNamespace
+
+    from megatron_sov.config import ParallelConfig
+    from megatron_sov.mcore.parallel import world
+    from megatron_sov.train.evaluate import HeldoutEvaluator
+
+    head = SimpleNamespace(logprobs=lambda hidden, labels: -(labels % 7).float())
+    policy: Any = SimpleNamespace(map=lambda batches, work: [work([None], head, batch) for batch in batches])
+    place = world.join(ParallelConfig())
+    evaluator = HeldoutEvaluator(open_sources({data: 1.0}, 368), None, 48, 2, 10**6, place)
+    found = {name: asdict(result) for name, result in evaluator.run(policy).items()}
+    world.leave()
+    return found
+
+
+@pytest.mark.distributed
+def test_first_and_later_turns_of_conversations_are_told_apart(ranks: Any, job: Any, packed_data: Any,
+                                                               tmp_path: Path) -> None:
+    from data_prep.cli import main as sov_data
+    from megatron_sov.eval.heldout import evaluate_rows, open_heldout
+
+    def turns(i: int, count: int) -> list[dict[str, str]]:
+        return [{"role": role, "content": f"{role[0]}{i * k} and {i}"}
+                for k in range(1, count + 1) for role in ("user", "assistant")]
+
+    (tmp_path / "chats.jsonl").write_text("\n".join(
+        json.dumps({"messages": turns(i, 1 + i % 3)}) for i in range(40)))
+    assert sov_data(["pack", "--tokenizer", str(packed_data.tokenizer), "--heldout", "0.4", "--workers", "1",
+                     "--format", "chat", "--input", str(tmp_path / "chats.jsonl"),
+                     "--output", str(tmp_path / "chats")]) == 0
+    (source,) = open_sources({str(tmp_path / "chats"): 1.0}, 368)
+    shard, losses = source.shard("heldout"), {"first": [], "later": []}  # type: ignore[var-annotated]
+    for document, length in enumerate(map(int, shard.lengths)):
+        # rows of 48 tokens cut some of them in the middle
+        ids, types = shard.tokens(document, 0, length), shard.types(document, 0, length)
+        turn = 0
+        for i in range(1, length):
+            if types[i] == 2:
+                turn += types[i - 1] != 2
+                losses["first" if turn == 1 else "later"].append(ids[i] % 7)
+    expected = {part: {"loss": pytest.approx(sum(of) / len(of), rel=1e-12), "tokens": len(of)}
+                for part, of in losses.items()}
+    ((found,),) = ranks(job(__file__, "losses_of_turns", 1, {"data": str(tmp_path / "chats")}))
+    assert found["chats"]["turns"] == expected
+    assert found["chats"]["tokens"] == sum(map(len, losses.values()))
+    judged = evaluate_rows(open_heldout({str(tmp_path / "chats"): 1.0}, 48, 10**6),
+                           lambda row: row.labels % 7)
+    assert {part: vars(turn) for part, turn in judged["chats"].turns.items()} == expected

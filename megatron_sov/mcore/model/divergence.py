@@ -134,12 +134,8 @@ class DivergenceSums(torch.autograd.Function):
                                     differentiable and ctx.needs_input_grad[1])
         measured = []
         for part in chunking.parts(len(states)):
-            student = log_softmax(states[part], weight, chunking.token_rows, divergence.temperature)
-            values, derivative = teacher.compare(part, student, divergence, chunking.token_rows)
-            measured.append(values)
-            if gradients.are_needed:
-                temperature = values.new_full((values.shape[1],), divergence.temperature)
-                gradients.add(part, states[part], weight, derivative, temperature)
+            measured.append(_of_chunk(part, states[part], weight, teacher, divergence, chunking.token_rows,
+                                      gradients))
         of_row = context.gather(torch.cat(measured, dim=1).t().contiguous())
         gradients.keep(ctx)
         ctx.mark_non_differentiable(of_row)
@@ -150,6 +146,17 @@ class DivergenceSums(torch.autograd.Function):
     def backward(ctx: Any, _: torch.Tensor, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Scale what the forward pass left."""
         return *Gradients.kept(ctx, len(upstream)).scaled(upstream), *[None] * (4 + len(upstream))
+
+
+def _of_chunk(part: slice, states: torch.Tensor, weight: torch.Tensor, teacher: Teacher,
+              divergence: Divergence, token_rows: int, gradients: Gradients) -> torch.Tensor:
+    """[C, H], [V / tp, H] -> [3, C]; nothing of a chunk's logits is left when the next one's are made."""
+    student = log_softmax(states, weight, token_rows, divergence.temperature)
+    values, derivative = teacher.compare(part, student, divergence, token_rows)
+    if gradients.are_needed:
+        temperature = values.new_full((values.shape[1],), divergence.temperature)
+        gradients.add(part, states, weight, derivative, temperature)
+    return values
 
 
 def log_softmax(states: torch.Tensor, weight: torch.Tensor, token_rows: int, temperature: float
