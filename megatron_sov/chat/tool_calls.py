@@ -8,6 +8,7 @@ is told what was wrong with it and a count of such turns can be kept.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ BEGIN_CALL, END_CALL = "<tool_call>", "</tool_call>"
 BEGIN_THOUGHTS, END_THOUGHTS = "<think>", "</think>"
 Fault = Literal["json", "form", "unclosed"]
 _SPACE = " \t\r\n"
+_MARK = re.compile(f"{BEGIN_CALL}|{BEGIN_THOUGHTS}")
 
 
 @dataclass(frozen=True)
@@ -51,24 +53,41 @@ class WrittenTurn:
     """In order."""
 
 
-def parse_turn(text: str) -> WrittenTurn:
-    """Return what a model's turn says and calls; calls inside of thoughts are thoughts."""
-    text = _behind_thoughts(text)
+def parse_turn(text: str, *, in_thoughts: bool = False) -> WrittenTurn:
+    """Return what a model's turn says and calls; calls inside of thoughts are thoughts.
+
+    The first `</think>` ends the thoughts that a turn begins with, as in the reasoning parsers of vLLM and
+    SGLang that serve the model later; thoughts without an end reach to the end of the turn.
+
+    Args:
+        text: of the turn.
+        in_thoughts: the template has opened thoughts before it.
+    """
+    place = _first_place(text, in_thoughts)
     said: list[str] = []
     calls: list[ToolCall | BadCall] = []
-    place = 0
-    while (begin := text.find(BEGIN_CALL, place)) >= 0:
-        said.append(text[place:begin])
-        call, place = _call(text, begin + len(BEGIN_CALL))
-        calls.append(call)
+    while mark := _MARK.search(text, place):
+        said.append(text[place:mark.start()])
+        if mark[0] == BEGIN_CALL:
+            call, place = _call(text, mark.end())
+            calls.append(call)
+        else:
+            place = _behind_thoughts(text, mark.end())
     said.append(text[place:])
     return WrittenTurn("".join(said).strip(), tuple(calls))
 
 
-def _behind_thoughts(text: str) -> str:
-    if END_THOUGHTS in text:
-        return text.rpartition(END_THOUGHTS)[2]
-    return text.partition(BEGIN_THOUGHTS)[0]
+def _first_place(text: str, in_thoughts: bool) -> int:
+    """Return where a turn goes on behind thoughts that it does not open itself."""
+    end, begin = text.find(END_THOUGHTS), text.find(BEGIN_THOUGHTS)
+    if in_thoughts or (end >= 0 and not 0 <= begin < end):
+        return _behind_thoughts(text, 0)
+    return 0
+
+
+def _behind_thoughts(text: str, start: int) -> int:
+    end = text.find(END_THOUGHTS, start)
+    return len(text) if end < 0 else end + len(END_THOUGHTS)
 
 
 def _call(text: str, start: int) -> tuple[ToolCall | BadCall, int]:

@@ -42,6 +42,9 @@ KIND = "passk"
 RESULTS, SAMPLES = "results.json", "samples.jsonl"
 """Files of the artifact: the figures, and every response with its reward."""
 PROMPT, PROMPT_INDEX = "prompt", "prompt_index"
+OF_A_PROBLEM = (PROMPT, "answer", "choices", "tests", "entry_point", "instructions", "instruction_id_list",
+                "kwargs", "rubric")
+"""Fields in which the responses to one problem do not differ: what is asked, and what rewards read of it."""
 
 
 def add_passk_arguments(sub: argparse.ArgumentParser) -> None:
@@ -53,8 +56,9 @@ def add_passk_arguments(sub: argparse.ArgumentParser) -> None:
                           "the reward needs")
     sub.add_argument("--sampled", type=Path, metavar="ROWS.jsonl",
                      help="in place of TARGET and --input: responses that are there already, a row each")
-    sub.add_argument("--group-by", default=PROMPT, metavar="FIELD",
-                     help="field that --sampled responses to one prompt share (default %(default)s)")
+    sub.add_argument("--group-by", metavar="FIELD",
+                     help=f"field that --sampled responses to one prompt share (default {PROMPT_INDEX} where "
+                          f"rows have it, as those of this command do, else {PROMPT})")
     add_sampling_arguments(sub)
     sub.add_argument("--k", type=int, nargs="+", default=[], metavar="K",
                      help="sizes of the draws (default 1, 2, 4, ... up to the fewest scored samples of a "
@@ -113,6 +117,8 @@ class _Plan:
     sampling: Sampling
     target: Target | None
     """None: the responses are there already."""
+    group_by: str = PROMPT_INDEX
+    """Field that the responses to one prompt share."""
 
     @property
     def engine(self) -> str:
@@ -145,10 +151,6 @@ class _Plan:
         return {**self.responses, "right_from": self.args.right_from, "k": sorted(set(self.args.k)),
                 "group_by": self.group_by, "reward": {"name": self.order.name, "version": self.reward.version,
                                                       "settings": dict(self.order.settings)}}
-
-    @property
-    def group_by(self) -> str:
-        return str(self.args.group_by) if self.target is None else PROMPT_INDEX
 
     @property
     def sampled_file(self) -> Path:
@@ -200,12 +202,12 @@ def _checked(args: argparse.Namespace) -> _Plan:
     if args.sampled is None:
         check_rows(args.input, field=PROMPT)
     else:
-        _check_sampled(args.sampled, args.group_by)
+        group_by = _grouped_by(args.sampled, args.group_by)
     from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
     prepare_megatron()
     if args.sampled is not None:
-        return _Plan(args, asked, made, sampling, None)
+        return _Plan(args, asked, made, sampling, None, group_by)
     from megatron_sov.generate.target import find_target
 
     return _Plan(args, asked, made, sampling, find_target(args.target))
@@ -235,12 +237,33 @@ def checked_sampling(args: argparse.Namespace) -> Sampling:
     return sampling
 
 
-def _check_sampled(file: Path, group_by: str) -> None:
+def _grouped_by(file: Path, asked: str | None) -> str:
+    """Return the field that tells the prompts of sampled rows apart.
+
+    Raises:
+        UserError: bad rows, one without that field, or two of different problems that have it in common.
+    """
     check_rows(file, "--sampled")
+    group_by = asked or ""
+    first: dict[str, tuple[int, dict[str, str]]] = {}
     for line, row in read_rows(file, "--sampled"):
+        group_by = group_by or (PROMPT_INDEX if PROMPT_INDEX in row else PROMPT)
         if group_by not in row:
             raise UserError(f"--sampled {file}: line {line} has no {group_by!r}, by which the responses to "
                             "one prompt are known; name the field that they share with --group-by")
+        problem = {name: _digest(row[name]) for name in OF_A_PROBLEM if row.get(name) is not None}
+        first_line, known = first.setdefault(_digest(row[group_by]), (line, {}))
+        differs = next((name for name in problem if known.get(name, problem[name]) != problem[name]), None)
+        if differs is not None:
+            raise UserError(f"--sampled {file}: lines {first_line} and {line} have one {group_by!r} and "
+                            f"differ in {differs!r}, so they answer two problems; name a field that tells "
+                            "problems apart with --group-by")
+        known.update(problem)
+    return group_by
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _sample(plan: _Plan) -> Path:

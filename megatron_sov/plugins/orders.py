@@ -46,9 +46,10 @@ def ordered(name: str, settings: Mapping[str, Any], built_in: BuiltIn, own: Regi
     """Return the order for what a person named, built in or FILE.py:NAME.
 
     Raises:
-        UserError: there is none of that name, or its file cannot be run.
+        UserError: there is none of that name, two have it, or its file cannot be run.
     """
     if name in built_in:
+        own.refuse_namesakes(name)
         return Order(name, settings)
     if is_reference(name):
         known_as = own.load(name)

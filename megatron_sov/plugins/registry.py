@@ -96,6 +96,18 @@ class Registry(Generic[T]):
         self._import(found[0])
         return self._known[name].value
 
+    def refuse_namesakes(self, built_in: str) -> None:
+        """Refuse a name of what is built in where an installed package declares it too: nobody could tell
+        which of the two a person means.
+
+        Raises:
+            UserError: one does.
+        """
+        for namesake in (d for d in declared(self.group) if d.name == built_in):
+            raise UserError(f"{self.kind} {built_in!r}: is built in, and {namesake.package} declares one of "
+                            f"that name; name {namesake.reference} for that one, uninstall the package for "
+                            "the built-in one")
+
     def code(self, name: str) -> Code | None:
         """Return the record of something that `load` or `get` has found; None for what is built in."""
         return self._known[name].code if name in self._known else None

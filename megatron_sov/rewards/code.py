@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,8 +23,6 @@ _PYTHON = ("", "python", "py", "python3")
 _FUNCTION = re.compile(r"[A-Za-z_]\w*(?:\(\))?(?:\.[A-Za-z_]\w*(?:\(\))?)*", re.ASCII)
 _PATIENCE = 3
 """A program that waits, or shares its processor with others, has so many times its time by the clock."""
-_IDLE_SHARE = 0.1
-"""A program that used less of its time than that was waiting, and not kept from running."""
 _SANDBOXES: dict[tuple[Any, ...], Sandbox] = {}
 """Enclosure and command -> sandbox of this process."""
 
@@ -47,8 +46,11 @@ class Code:
 
     def problems(self) -> list[str]:
         """Return one sentence for every rule that these settings break."""
-        p = self._limits().problems()
-        return p + ([] if self.time_limit_s > 0 else [f"time_limit_s = {self.time_limit_s} must be positive"])
+        p, longest_s = self._limits().problems(), _PATIENCE * self.test_time_s
+        if not self.time_limit_s > longest_s:
+            p.append(f"time_limit_s = {self.time_limit_s:g} must be more than {_PATIENCE} x test_time_s = "
+                     f"{longest_s:g}: a program that waits is ended after so many seconds")
+        return p
 
     def inputs(self) -> dict[str, Any]:
         """Return what judges beside this process: the code of the sandbox's server, and its Python."""
@@ -85,7 +87,12 @@ class Code:
         """Run the program once per test and compare, out here, what it prints."""
         passed: list[bool] = []
         why, too_slow = "", False
+        began_s = time.monotonic()
         for test in tests:
+            # of one that is too slow no test is begun that the row's time may not be enough for
+            left_s = self.time_limit_s - (time.monotonic() - began_s)
+            if too_slow and left_s < _PATIENCE * self.test_time_s:
+                break
             expected = test["stdout"]
             outcome = self._run(Program(source, stdin=test["stdin"]), len(expected.encode(errors="replace")))
             too_slow = too_slow or outcome.status == "timeout"
@@ -124,9 +131,11 @@ class Code:
             raise RuntimeError(outcome.reason)
         if outcome.status == "refused":
             raise Refused(f"response and tests together: the program {outcome.reason}")
-        if outcome.status == "timeout" and _IDLE_SHARE < outcome.cpu_s / self.test_time_s < 1:
-            raise TimeoutError(f"had {outcome.cpu_s:.1f} s of processors in {outcome.wall_s:.1f} s, of "
-                               f"{self.test_time_s:g} s that it may have: the machine is too busy")
+        # whether it computes, sleeps or waits for what never comes: that is its own time
+        own_s = max(outcome.cpu_s, outcome.wall_s - outcome.starved_s)
+        if outcome.status == "timeout" and own_s < self.test_time_s:
+            raise TimeoutError(f"had {own_s:.1f} s of its {self.test_time_s:g} s, and waited for a processor "
+                               f"{outcome.starved_s:.1f} s: the machine is too busy")
         return outcome
 
     def _limits(self) -> Limits:

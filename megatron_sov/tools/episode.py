@@ -7,10 +7,10 @@ and the template say is not.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from megatron_sov.chat.tool_calls import BadCall, ToolCall, parse_turn
+from megatron_sov.chat.tool_calls import BadCall, ToolCall, WrittenTurn, parse_turn
 from megatron_sov.chat.turns import TurnEncoder
 from megatron_sov.documents import BadRecord, Conversation, Message
 from megatron_sov.errors import UserError
@@ -51,6 +51,13 @@ class Turn:
     """Of the environment, as JSON."""
     end: str = ""
     """One of `ENDS`, where it was the last turn."""
+    in_thoughts: bool = False
+    """Whether the template had opened thoughts before it."""
+
+    @property
+    def parsed(self) -> WrittenTurn:
+        """Return what it says and calls."""
+        return parse_turn(self.text, in_thoughts=self.in_thoughts)
 
 
 @dataclass
@@ -97,7 +104,7 @@ class Episode:
     @property
     def answer(self) -> str:
         """Return what the model said in the end; empty where it did not come to one."""
-        return parse_turn(self.turns[-1].text).content if self.end == "answered" else ""
+        return self.turns[-1].parsed.content if self.end == "answered" else ""
 
     def faults(self) -> Counter[str]:
         """Return fault -> calls."""
@@ -134,25 +141,27 @@ def take_turn(episode: Episode, written: Written, host: EnvironmentHost, encoder
         encoder: of the model.
         limits: of the episode.
     """
-    text = encoder.text(written.ids)
+    turn = Turn(written, encoder.text(written.ids), [], [], host.state,
+                in_thoughts=encoder.opens_thoughts(episode.ids))
     left = limits.max_response_tokens - episode.num_response_tokens - len(written.ids)
     if not written.ids or written.ids[-1] not in encoder.end_ids:
-        return Turn(written, text, [], [], host.state, "unended")
-    found = parse_turn(text).calls
+        return replace(turn, end="unended")
+    found = turn.parsed.calls
     if not found:
-        return Turn(written, text, [], [], host.state, "answered")
+        return replace(turn, end="answered")
     made = [_made(call, place, host, limits) for place, call in enumerate(found)]
     calls = [{**asked, "text": result.text, "fault": result.fault, "is_cut": result.is_cut}
              for asked, result in made]
+    turn = replace(turn, calls=calls, state=host.state)
     if any(result.fault == INFRASTRUCTURE for _, result in made):
-        return Turn(written, text, calls, [], host.state, "infrastructure")
+        return replace(turn, end="infrastructure")
     if len(episode.turns) + 1 >= limits.max_turns:
-        return Turn(written, text, calls, [], host.state, "turns")
+        return replace(turn, end="turns")
     behind = encoder.behind_turn([result.text for _, result in made])
     # a token at least has to be left for the model
     if len(behind) >= left:
-        return Turn(written, text, calls, [], host.state, "tokens")
-    return Turn(written, text, calls, behind, host.state)
+        return replace(turn, end="tokens")
+    return replace(turn, behind=behind)
 
 
 def _made(call: ToolCall | BadCall, place: int, host: EnvironmentHost,

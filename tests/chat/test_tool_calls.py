@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from megatron_sov.chat.tool_calls import BadCall, ToolCall, parse_turn
+from megatron_sov.chat.tool_calls import BadCall, ToolCall, WrittenTurn, parse_turn
 
 
 def call(text: str) -> str:
@@ -55,3 +55,24 @@ def test_thoughts_call_nothing() -> None:
     assert parse_turn(f"<think>{thought}</think>so").calls == ()
     assert parse_turn(f"so <think>{thought}").content == "so"
     assert parse_turn(f"{thought}</think>{thought}").calls == (ToolCall("f", {}),)
+
+
+def test_no_call_is_made_in_thoughts_without_an_end() -> None:
+    made, thought = call('{"name": "f", "arguments": {}}'), call('{"name": "g", "arguments": {}}')
+    assert parse_turn(thought, in_thoughts=True) == WrittenTurn("", ())
+    assert parse_turn(f"a <tool_call> tag {thought}</think>b{made}", in_thoughts=True) == WrittenTurn(
+        "b", (ToolCall("f", {}),))
+    again = parse_turn(f"<think>a</think>b{made}<think>c{thought}")
+    assert again == WrittenTurn("b", (ToolCall("f", {}),)), "it thinks again, and never ends"
+    between = parse_turn(f"<think>a</think>b{made}<think>c{thought}</think>d{made}")
+    assert between == WrittenTurn("bd", (ToolCall("f", {}), ToolCall("f", {})))
+
+
+def test_the_first_end_of_thoughts_counts_as_where_the_model_is_served() -> None:
+    made = call('{"name": "f", "arguments": {}}')
+    turn = parse_turn(f"a</think>b{made}c</think>d{made}")
+    assert turn == WrittenTurn("bc</think>d", (ToolCall("f", {}), ToolCall("f", {})))
+    text = {"text": "<think>x</think> and </think>"}
+    spelled = call(json.dumps({"name": "f", "arguments": text}))
+    for turn in (f"<think>so</think>{spelled}", spelled):
+        assert parse_turn(turn).calls == (ToolCall("f", text),)

@@ -77,3 +77,13 @@ def test_what_a_model_wrote_is_read_without_its_end_and_compared_with_its_spelli
 def test_templates_without_ends_or_tools_are_refused(template: str, told: str) -> None:
     with pytest.raises(UserError, match=f"tok: its chat template {told}.*take a model"):
         TurnEncoder(with_template(template), "tok")
+
+
+def test_a_template_that_opens_thoughts_is_known() -> None:
+    thinks = WRAPPED.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+    closed = thinks.replace("<think>\n{% endif %}", "<think>\n\n</think>\n\n{% endif %}")
+    asked = Conversation((Message("user", "What is <think>"),), TOOLS)
+    for template, opens in ((WRAPPED, False), (thinks, True), (closed, False)):
+        turns = TurnEncoder(with_template(template), "tok")
+        assert turns.opens_thoughts(turns.opening(asked)) is opens
+        assert turns.opens_thoughts(turns.behind_turn(["<think>"])) is opens

@@ -81,6 +81,17 @@ def test_a_response_without_a_reward_is_no_wrong_one(capsys: pytest.CaptureFixtu
     assert "if all without a reward were wrong, pass@1 would be 50.00%" in table(found)
 
 
+def test_two_problems_of_one_text_are_two_problems(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"prompt": "Which?", "prompt_index": i, "answer": answer, "response": f"The answer is {answer}"}
+            for i, answer in enumerate("AB")]
+    write("ours.jsonl", rows)
+    assert passk(capsys, "--sampled", "ours.jsonl", "--output", "ours")["num_prompts"] == 2
+    write("others.jsonl", [{name: row[name] for name in ("prompt", "answer", "response")} for row in rows])
+    assert main(["eval", "passk", *JUDGE, "--sampled", "others.jsonl", "--output", "others"]) == 2
+    assert ("others.jsonl: lines 1 and 2 have one 'prompt' and differ in 'answer', so they answer two "
+            "problems; name a field that tells problems apart with --group-by") in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("arguments", "said"), [
     (["--sampled", "sampled.jsonl", "--input", "sampled.jsonl"], "pass TARGET and --input PROMPTS.jsonl, or"),
     ([], "pass TARGET and --input PROMPTS.jsonl, or --sampled"),

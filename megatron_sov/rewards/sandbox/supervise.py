@@ -85,12 +85,13 @@ class _Supervisor:
         self._poll.register(self._exit, select.POLLIN)
         if subject.hangup is not None:
             self._poll.register(subject.hangup, select.POLLIN)
-        self._began_s = time.monotonic()
+        self._began_s = self._looked_s = time.monotonic()
         self._ended = False
         self._passed: tuple[Status, str] | None = None
         """The limit that it has passed, and what to say about it."""
         self._seen_cpu_s = 0.0
         """When it was last looked at; the kernel tells in the end of those only that were waited for."""
+        self._starved_s = 0.0
 
     def run(self) -> Outcome:
         subject = self._subject
@@ -104,17 +105,15 @@ class _Supervisor:
         return self._outcome(status, wall_s, max(self._seen_cpu_s, used.ru_utime + used.ru_stime))
 
     def _wait_for_end(self) -> None:
-        looked_s = self._began_s
         while not self._ended and self._passed is None:
             now_s = time.monotonic()
-            if self._subject.ends.ready not in self._open and now_s - looked_s >= LOOK_EVERY_S:
-                self._look()
-                looked_s = time.monotonic()
-            if now_s > self._deadline_s():
+            next_s = min(self._deadline_s(), self._looked_s + LOOK_EVERY_S)
+            if self._subject.ends.ready not in self._open and now_s >= next_s:
+                self._look(now_s)
+            self._serve(max(next_s - now_s, _TIME_LEFT_S))
+            # one that has ended meanwhile is not late: the machine may be
+            if now_s > self._deadline_s() and not self._ended:
                 self._pass("timeout", f"took longer than {self._subject.limits.wall_s:g} s")
-            else:
-                next_s = min(self._deadline_s(), looked_s + LOOK_EVERY_S)
-                self._serve(max(next_s - now_s, _TIME_LEFT_S))
         if self._ended:
             self._drain()
 
@@ -152,7 +151,7 @@ class _Supervisor:
         came += data
         if fd == self._subject.ends.ready:
             if data and not self._ended:  # being enclosed is not the program's time
-                self._began_s = time.monotonic()
+                self._began_s = self._looked_s = time.monotonic()
             if not data:
                 self._forget(fd)
             return
@@ -177,9 +176,13 @@ class _Supervisor:
                 while fd in self._open and self._passed is None:
                     self._read(fd)
 
-    def _look(self) -> None:
+    def _look(self, now_s: float) -> None:
         """Compare what all processes take with the limits."""
         limits, totals = self._subject.limits, self._subject.totals()
+        if totals.runnable:  # of the time since the last look, all in which none of them ran
+            ran_s = max(0.0, totals.cpu_s - self._seen_cpu_s)
+            self._starved_s += max(0.0, now_s - self._looked_s - ran_s)
+        self._looked_s = now_s
         self._seen_cpu_s = max(self._seen_cpu_s, totals.cpu_s)
         if totals.memory_bytes > limits.memory_bytes:
             self._pass("memory", f"took more than {limits.memory_bytes:,} bytes of memory in "
@@ -211,7 +214,7 @@ class _Supervisor:
                            wall_s, cpu_s)
         verdict, reason = self._passed or _ending(code, stderr, cpu_s, self._subject.limits)
         exit_code = None if self._passed or code < 0 else code
-        return Outcome(verdict, exit_code, stdout, stderr, reason, wall_s, cpu_s)
+        return Outcome(verdict, exit_code, stdout, stderr, reason, wall_s, cpu_s, self._starved_s)
 
 
 def _ending(code: int, stderr: str, cpu_s: float, limits: Limits) -> tuple[Status, str]:

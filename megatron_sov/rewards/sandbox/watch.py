@@ -18,18 +18,20 @@ class Totals:
     """Seconds of processors, those of ended children included that were waited for."""
     memory_bytes: int = 0
     """Resident, beyond what each process shares with the server that it was forked from."""
+    runnable: bool = False
+    """One of them runs, or waits for nothing but a processor."""
 
 
 class Watch:
-    """Looks at the processes below one.
+    """Looks at the processes of a program.
 
     Args:
-        root_pid: the process above the program, as /proc counts it.
-        forks: the program's processes are forks of it.
+        root_pid: its first process, as /proc counts it.
+        forks: the server that forks programs, instead: they are all that is below it.
     """
 
     def __init__(self, root_pid: int, *, forks: bool = False) -> None:
-        self._root = root_pid
+        self._root, self._forks = root_pid, forks
         self._proc = os.open("/proc", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)  # it may vanish from view
         self._base_bytes = self._resident_bytes(root_pid) if forks else 0
 
@@ -38,9 +40,9 @@ class Watch:
         os.close(self._proc)
 
     def totals(self) -> Totals:
-        """Return the sums over all that is below the root now."""
+        """Return the sums over all processes that are there now."""
         found = Totals()
-        waiting = self._children(self._root)[0]
+        waiting = self._children(self._root)[0] if self._forks else [self._root]
         seen: set[int] = set()
         while waiting:
             pid = waiting.pop()
@@ -48,25 +50,26 @@ class Watch:
                 continue
             seen.add(pid)
             try:
-                children, num_threads = self._children(pid)
-                # behind the name, which may hold anything, come state, ppid, ... from the third field on
-                fields = self._read(f"{pid}/stat").rpartition(")")[2].split()
+                children, threads = self._children(pid)
+                fields = self._fields(f"{pid}/stat")
+                found.runnable = found.runnable or fields[0] == "R" or any(
+                    self._runs(pid, thread) for thread in threads[1:])
                 found.cpu_s += sum(map(int, fields[11:15])) / _TICKS_PER_S
                 found.memory_bytes += max(0, self._resident_bytes(pid) - self._base_bytes)
             except (OSError, ValueError, IndexError):  # it has just ended
                 continue
-            found.tasks += num_threads
+            found.tasks += len(threads)
             waiting += children
         return found
 
-    def _children(self, pid: int) -> tuple[list[int], int]:
-        """Return a process's children and its number of threads."""
+    def _children(self, pid: int) -> tuple[list[int], list[str]]:
+        """Return a process's children and its threads, the one that has its number first."""
         try:
             fd = os.open(f"{pid}/task", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=self._proc)
         except OSError:
-            return [], 0
+            return [], []
         try:
-            threads = os.listdir(fd)
+            threads = sorted(os.listdir(fd), key=lambda thread: thread != str(pid))
         finally:
             os.close(fd)
         children: list[int] = []
@@ -75,7 +78,18 @@ class Watch:
                 children += map(int, self._read(f"{pid}/task/{thread}/children").split())
             except OSError:
                 continue
-        return children, len(threads)
+        return children, threads
+
+    def _runs(self, pid: int, thread: str) -> bool:
+        try:
+            return self._fields(f"{pid}/task/{thread}/stat")[0] == "R"
+        except (OSError, IndexError):  # it has just ended
+            return False
+
+    def _fields(self, path: str) -> list[str]:
+        """Return what stands in a `stat` from the third field on: state, ppid, ...; the name before may hold
+        anything."""
+        return self._read(path).rpartition(")")[2].split()
 
     def _resident_bytes(self, pid: int) -> int:
         return int(self._read(f"{pid}/statm").split()[1]) * _PAGE_BYTES

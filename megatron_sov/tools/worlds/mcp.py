@@ -7,13 +7,9 @@ the calls that it made: one that is continued makes them again on a new server.
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import ctypes
 import json
 import shutil
-import signal
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +18,7 @@ from megatron_sov.errors import UserError
 from megatron_sov.rewards.reward import short
 from megatron_sov.tools.environment import Observation, Task
 from megatron_sov.tools.faults import InfrastructureFault, ToolFault, ToolRefused
+from megatron_sov.tools.process_tree import ProcessTree
 from megatron_sov.tools.worlds.answered import AnsweredWorld
 from megatron_sov.version import __version__
 
@@ -29,7 +26,6 @@ PROTOCOL = "2025-06-18"
 MAX_LINE_BYTES = 256 << 20
 """Of a server's message."""
 _WRONG_ARGUMENTS, _NO_METHOD = -32602, -32601
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass
@@ -87,8 +83,7 @@ class Mcp(AnsweredWorld):
 
     def _begin(self) -> None:
         self._end()
-        self._server = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        preexec_fn=_end_with_parent)
+        self._server = ProcessTree(self.command)
         self._number = 0
         try:
             self._ask("initialize", {"protocolVersion": PROTOCOL, "capabilities": {},
@@ -104,11 +99,8 @@ class Mcp(AnsweredWorld):
 
     def _end(self) -> None:
         if (server := getattr(self, "_server", None)) is not None:
-            server.kill()
-            server.wait()
-            server.stdout.close()
-            with contextlib.suppress(OSError):  # what it did not read is still to be written
-                server.stdin.close()
+            server.end()
+            del self._server
 
     def _listed(self) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
@@ -157,7 +149,6 @@ class Mcp(AnsweredWorld):
         return result
 
     def _send(self, message: dict[str, Any]) -> None:
-        assert self._server.stdin is not None
         try:
             self._server.stdin.write(json.dumps({"jsonrpc": "2.0", **message}).encode() + b"\n")
             self._server.stdin.flush()
@@ -165,7 +156,6 @@ class Mcp(AnsweredWorld):
             raise InfrastructureFault("the server has ended") from None
 
     def _received(self) -> dict[str, Any]:
-        assert self._server.stdout is not None
         raw = self._server.stdout.readline(MAX_LINE_BYTES)
         if not raw:
             raise InfrastructureFault("the server has ended")
@@ -195,7 +185,3 @@ def _described(tool: Any) -> dict[str, Any]:
                                   "must be texts, and its inputSchema a schema of an object")
     return {"type": "function", "function": {"name": name, "description": description,
                                              "parameters": {"type": "object", **schema}}}
-
-
-def _end_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,9 +1,21 @@
-"""An MCP server of a few lines: counts, echoes, and does what a bad server does."""
+"""An MCP server of a few lines: counts, echoes, and does what a bad server does.
+
+Where it is given a file, it starts a process that would outlive it, and writes down which.
+"""
 
 import json
+import os
 import sys
 
 count = 0
+if sys.argv[1:] and os.fork() == 0:
+    os.setsid()
+    if os.fork():
+        os._exit(0)
+    with open(sys.argv[1] + "~", "w") as written:
+        written.write(str(os.getpid()))
+    os.rename(sys.argv[1] + "~", sys.argv[1])
+    os.execvp("sleep", ["sleep", "600"])
 
 
 def send(**message):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from megatron_sov.chat.tool_calls import ToolCall
@@ -47,6 +49,32 @@ def test_models_are_shown_a_part_of_it() -> None:
     made = server(only=["echo"])
     assert [tool["function"]["name"] for tool in made.tools()] == ["echo"]
     made._end()
+
+
+def test_what_a_server_starts_ends_with_it_however_that_ends(tmp_path: Path) -> None:
+    told = tmp_path / "started"
+
+    def started() -> psutil.Process:
+        deadline_s = time.monotonic() + 60
+        while not told.exists() and time.monotonic() < deadline_s:
+            time.sleep(0.01)
+        process = psutil.Process(int(told.read_text()))
+        told.unlink()
+        return process
+
+    with EnvironmentHost(order("mcp", {"command": [*SERVER, str(told)]}), EpisodeLimits()) as host:
+        host.reset(TASK)
+        daemons = [started()]
+        host.reset(TASK)  # ends the server of the episode before
+        daemons.append(started())
+        assert not psutil.wait_procs(daemons[:1], timeout=60)[1] and daemons[1].is_running()
+        host.call(ToolCall("die", {}))  # the server ends by itself
+        assert not psutil.wait_procs(daemons, timeout=60)[1]
+        host.reset(TASK)
+        daemons.append(started())
+        assert host._process is not None
+        host._process.kill()
+        assert not psutil.wait_procs(daemons, timeout=60)[1]
 
 
 @pytest.mark.parametrize("settings, told", [
