@@ -126,8 +126,8 @@ def main() -> None:
     found = {"TRL": trl(seed, args.trl, args.steps), "ours": ours(seed, args.steps)}
     print(f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, Python "
           f"{platform.python_version()}; {PROMPTS} prompts x {SAMPLES} responses of at most {NEW_TOKENS} "
-          f"tokens, one thread, medians of {args.steps - SKIPPED} steps; ours writes a checkpoint and the store "
-          "at each")
+          f"tokens, one thread, medians of {args.steps - SKIPPED} steps; ours writes a checkpoint and the "
+          "store at each")
     medians = {name: (statistics.median(steps), statistics.median(written))
                for name, (steps, written) in found.items()}
     for name, (step_s, generate_s) in medians.items():
