@@ -20,6 +20,8 @@ SMOOTH_FROM_STEPS = 50
 MARKS = {"skip": ("step not learned", "x"), "rollback": ("weights taken back", "triangle-left"),
          "alarm": ("alarm", "diamond"), "sdc": ("silent corruption", "star")}
 """Incidents that are marked on the loss: event -> name and symbol."""
+MAX_PHASES = 24
+"""Phases that are marked; rounds of reinforcement learning are phases too, and may be hundreds."""
 MAX_MARKS = 500
 """Marks of one kind at most, the newest ones."""
 MAX_WINDOW_STEPS = 500
@@ -78,7 +80,7 @@ def _curves(curves: list[Curve], title: str, caption: str, run: Run, *, smooth: 
 
 def _mark_phases(figure: go.Figure, phases: list[Phase]) -> None:
     """Shade every second phase and write its name above."""
-    if len(phases) < 2:
+    if not 2 <= len(phases) <= MAX_PHASES:
         return
     for i, phase in enumerate(phases):
         end = phases[i + 1].first_step if i + 1 < len(phases) else phase.last_step

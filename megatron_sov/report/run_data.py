@@ -23,6 +23,7 @@ from megatron_sov.obs.figures import number
 from megatron_sov.obs.incidents import BY_SETTING, KINDS, is_incident
 from megatron_sov.obs.wall_time import Timekeeper, WallTime
 from megatron_sov.report.evaluations import ExportEvaluation, read_evaluations
+from megatron_sov.report.rounds import read_rounds
 from megatron_sov.report.steps import Curve, StepTable
 from megatron_sov.runs.lock import living_holder
 
@@ -147,6 +148,8 @@ class Run:
     """Estimates of pass@k, in the order in which they were made."""
     ssp_probes: list[dict[str, Any]] = field(default_factory=list)
     """Tables of checkpoints by domains, in the order in which they were made."""
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+    """What the manifests of its rounds of reinforcement learning say, in order."""
     evaluations: list[ExportEvaluation] = field(default_factory=list)
     """Evaluations of exports beside training."""
     samples: list[dict[str, Any]] = field(default_factory=list)
@@ -232,7 +235,7 @@ def read_run(path: Path) -> Run:
                          if e.get("reason") == BY_SETTING]
     run.incidents = sorted((e for kind in KINDS for e in kept[kind] if is_incident(e)),
                            key=lambda e: number(e.get("time_s")))
-    run.evaluations = read_evaluations(path)
+    run.evaluations, run.rounds = read_evaluations(path), read_rounds(path)
     run.provenance = _provenance(path, run.start("inputs") or [])
     return run
 

@@ -30,6 +30,7 @@ from megatron_sov.report.gates import VERDICTS, gate_section
 from megatron_sov.report.incidents import incident_section
 from megatron_sov.report.pairs import pair_section
 from megatron_sov.report.passk import passk_section
+from megatron_sov.report.rounds import round_section
 from megatron_sov.report.routing import expert_section
 from megatron_sov.report.run_data import Phase, Provenance, Run
 from megatron_sov.report.spectrum import spectrum_section
@@ -104,6 +105,7 @@ def sections(run: Run) -> list[Section]:
                 side_by_side=True),
         pair_section(run.heldout_pairs),
         divergence_section(run.heldout_divergence),
+        round_section(run.rounds),
         Section("Evaluation beside training", charts=beside_charts(run), tables=_beside_tables(run),
                 side_by_side=True),
         Section("Learning rate and gradient norm", side_by_side=True, charts=scalar_charts(run, [

@@ -1,0 +1,255 @@
+"""What reinforcement learning teaches a small model: GSPO, AGAPO and MGPO on questions that it mostly answers
+wrong, asked in wordings that no round has seen, beside rewards drawn by lot.
+
+Usage: python benchmarks/rl_learning.py --work FOLDER [--seeds 0 1 2] [--arms gspo agapo mgpo shuffled ...]
+       python benchmarks/rl_learning.py --work FOLDER --print
+
+Sums, larger numbers and turned words in eight wordings.  The model comes from our own fine-tuning, on
+answers of which a third are right and half are wrong in one way: so it knows the language, has seen what is
+right, and says something else.  Rounds ask four of the wordings; the other four are asked before and after,
+greedily.
+
+Everything runs through the ordinary commands on one process of one thread.  A run that is complete is not run
+again, and `--print` writes a table of what there is, so that seeds can be added.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+MODEL = ("vocab_size=512", "hidden_size=64", "num_layers=3", "num_heads=4", "num_kv_heads=2", "head_dim=16",
+         "num_experts=4", "num_experts_per_token=2", "expert_ffn_dim=64")
+ALWAYS = ("train.num_threads=1", "train.checkpoint_every_steps=100000", "train.eval_every_steps=0",
+          "train.global_batch_size=16", "train.micro_batch_size=8",
+          'data.phases=[{"name": "main", "seq_len": 128}]', "data.max_epochs=0")
+START_STEPS, START_LR = 700, 4e-3
+ROUNDS, LR = 40, 5e-4
+POLICY = (f"rollout.rounds={ROUNDS}", "rollout.prompts_per_round=32", "rollout.samples_per_prompt=8",
+          "rollout.piece_prompts=32", "rollout.max_new_tokens=12", "rollout.max_prompt_tokens=64",
+          f"optim.lr={LR}", "optim.weight_decay=0", "optim.warmup_steps=0", "train.num_threads=1",
+          "train.micro_batch_size=8", "train.eval_every_steps=0")
+ARMS: dict[str, tuple[str, ...]] = {
+    "gspo": ("policy.method=gspo",),
+    "agapo": ("policy.method=agapo",),
+    "mgpo": ("policy.method=mgpo", "policy.mgpo_lambda=1"),
+    "shuffled": ("policy.method=gspo",),
+    "cached": ("policy.method=gspo", f"rollout.rounds={ROUNDS // 2}", "rollout.steps_per_round=4"),
+    "stale": ("policy.method=gspo", "rollout.max_staleness=2"),
+}
+"""Arm -> its settings; shuffled: rewards drawn by lot; cached: half of the responses, several steps over
+each; stale: responses of a policy that is up to two rounds old."""
+LIFT_POINTS, SHUFFLED_POINTS, CACHED_POINTS = 30.0, 3.0, 2.0
+RIGHT, WRONG = 0.35, 0.5
+"""Shares of the right answer, and of the one wrong one that stands for all questions of its kind."""
+NUM_CHATS, NUM_ASKED = 6000, 160
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of question."""
+
+    wordings: tuple[str, ...]
+    """Those at even places are asked in rounds, the others before and after."""
+
+    def question(self, rng: random.Random) -> tuple[dict[str, Any], str, str, list[str]]:
+        """Return what fills the wordings, the right answer, the wrong one, and others."""
+        raise NotImplementedError
+
+
+class Sum(Kind):
+    """The sum of two digits; wrong is one more."""
+
+    def question(self, rng: random.Random) -> tuple[dict[str, Any], str, str, list[str]]:
+        a, b = rng.randrange(10), rng.randrange(10)
+        return {"a": a, "b": b}, str(a + b), str(a + b + 1), [str(n) for n in range(20)]
+
+
+class Larger(Kind):
+    """The larger of two digits; wrong is the smaller."""
+
+    def question(self, rng: random.Random) -> tuple[dict[str, Any], str, str, list[str]]:
+        a, b = rng.sample(range(10), 2)
+        return {"a": a, "b": b}, str(max(a, b)), str(min(a, b)), [str(n) for n in range(10)]
+
+
+class Turned(Kind):
+    """Two letters the other way round; wrong is as they stand."""
+
+    def question(self, rng: random.Random) -> tuple[dict[str, Any], str, str, list[str]]:
+        a, b = rng.sample("abcdefgh", 2)
+        return {"a": a, "b": b}, f"{b} {a}", f"{a} {b}", [f"{a} {a}", f"{b} {b}"]
+
+
+KINDS = (
+    Sum(("Add {a} and {b}.", "What is {a} plus {b}?", "Sum of {a} and {b}?", "Tell me {a} + {b}.",
+         "{a} and {b} together make?", "Count {a} and then {b} more.", "The total of {a} and {b}, please.",
+         "If I have {a} and get {b}, I have?")),
+    Larger(("Which is larger, {a} or {b}?", "Name the greater of {a} and {b}.", "Larger one: {a}, {b}?",
+            "Is {a} more, or {b}?", "Of {a} and {b}, which is more?", "The maximum of {a} and {b}, please.",
+            "Pick the bigger number: {a} or {b}.", "{a} or {b}: the larger?")),
+    Turned(("Turn {a} {b} around.", "Swap these: {a} {b}.", "Write {a} {b} backwards.", "Reverse {a} {b}.",
+            "{a} {b}, in reverse order?", "Say {a} {b} the other way round.", "Exchange {a} and {b}.",
+            "Flip {a} {b} for me.")))
+
+
+def chats(seed: int) -> Iterator[dict[str, Any]]:
+    """Yield what the model is fine-tuned on, in all wordings."""
+    rng = random.Random(seed)
+    for _ in range(NUM_CHATS):
+        kind = rng.choice(KINDS)
+        blanks, right, wrong, others = kind.question(rng)
+        draw = rng.random()
+        answer = right if draw < RIGHT else wrong if draw < RIGHT + WRONG else rng.choice(others)
+        yield {"messages": [{"role": "user", "content": rng.choice(kind.wordings).format(**blanks)},
+                            {"role": "assistant", "content": answer}]}
+
+
+def questions(seed: int, asked: bool, count: int) -> list[dict[str, Any]]:
+    """Return prompts with their answers, each once.
+
+    Args:
+        seed: of the draw.
+        asked: whether in the wordings that are asked before and after, or in those of the rounds.
+        count: how many at most.
+    """
+    rng, found = random.Random(seed), {}
+    for _ in range(20 * count):
+        kind = rng.choice(KINDS)
+        blanks, right, _, _ = kind.question(rng)
+        prompt = rng.choice(kind.wordings[int(asked)::2]).format(**blanks)
+        found[prompt] = {"prompt": prompt, "answer": right, "domain": type(kind).__name__.lower()}
+    return list(found.values())[:count]
+
+
+def run(log: Path, *arguments: str | Path) -> None:
+    """Run a command, its output into a file.
+
+    Raises:
+        SystemExit: it failed.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "a") as out:
+        code = subprocess.run([sys.executable, "-W", "ignore", "-m", *map(str, arguments)], stdout=out,
+                              stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                              check=False).returncode
+    if code:
+        raise SystemExit(f"{' '.join(map(str, arguments))}\nended with exit code {code}; see {log}")
+
+
+def words(settings: tuple[str, ...]) -> list[str]:
+    """Return --set arguments."""
+    return [part for setting in settings for part in ("--set", setting)]
+
+
+def write(file: Path, rows: Iterator[dict[str, Any]] | list[dict[str, Any]]) -> None:
+    """Write rows, one a line."""
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+class Seed:
+    """Data and runs of one seed."""
+
+    def __init__(self, seed: int, work: Path) -> None:
+        self.seed, self.folder = seed, work / f"seed-{seed}"
+        self.log = self.folder / "log"
+
+    def start(self) -> Path:
+        """Return the fine-tuned model that all arms go on from."""
+        run_folder, shards = self.folder / "start", self.folder / "shards"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (shards / "manifest.json").exists():
+            write(self.folder / "chats.jsonl", chats(self.seed))
+            write(self.folder / "prompts.jsonl", questions(self.seed, False, 2000))
+            write(self.folder / "asked.jsonl", questions(self.seed + 1000, True, NUM_ASKED))
+            run(self.log, "tokenizer.cli", "train", "--preset", "solar-open", "--vocab-size", "340",
+                "--input", self.folder / "chats.jsonl", "--output", self.folder / "tokenizer", "--overwrite")
+            run(self.log, "data_prep.cli", "pack", "--tokenizer", self.folder / "tokenizer", "--format",
+                "chat", "--workers", "1", "--input", f"chats={self.folder / 'chats.jsonl'}",
+                "--output", shards, "--overwrite")
+        if not (run_folder / "complete.json").exists():
+            run(self.log, "megatron_sov", "pretrain", "tiny-solar-open", "--data", shards, "--run",
+                run_folder, "--resume",
+                *words((*(f"model.{size}" for size in MODEL), *ALWAYS, f"train.seed={self.seed}",
+                        f"train.steps={START_STEPS}", f"optim.lr={START_LR}")))
+        self.ask(run_folder)
+        return run_folder
+
+    def ask(self, run_folder: Path) -> None:
+        """Ask the other wordings, greedily."""
+        answers, judged = run_folder / "answers.jsonl", run_folder / "judged.jsonl"
+        if not judged.exists():
+            run(self.log, "megatron_sov", "generate", run_folder, "--prompts", self.folder / "asked.jsonl",
+                "--chat", "--max-new-tokens", "12", "--output", answers)
+            run(self.log, "megatron_sov", "score", "--reward", f"{HERE / 'rl_reward.py'}:Exact", "--input",
+                answers, "--output", judged, "--workers", "1")
+
+    def arm(self, name: str) -> None:
+        """Run an arm, unless it is complete, and ask what it has learned."""
+        start, run_folder = self.start(), self.folder / name
+        if not (run_folder / "complete.json").exists():
+            by_lot = ["--reward-set", f"by_lot={self.seed + 1}"] if name == "shuffled" else []
+            run(self.log, "megatron_sov", "rl", "run", "tiny-solar-open", "--from", start, "--run",
+                run_folder, "--store", self.folder / f"{name}.store", "--prompts",
+                self.folder / "prompts.jsonl", "--reward", f"{HERE / 'rl_reward.py'}:Exact", *by_lot,
+                "--resume",
+                *words((*POLICY, *ARMS[name], f"train.seed={self.seed}", f"rollout.seed={self.seed}")))
+        self.ask(run_folder)
+
+
+def accuracy(run_folder: Path) -> float | None:
+    """Return the percentage of right answers, where it was measured."""
+    file = run_folder / "judged.jsonl"
+    if not file.exists():
+        return None
+    rewards = [json.loads(line)["reward"] for line in file.read_text().splitlines()]
+    return 100 * statistics.mean(rewards)
+
+
+def report(work: Path) -> None:
+    """Print what there is."""
+    print(f"{platform.machine()}, {os.cpu_count()} cores shared with other work, Python "
+          f"{platform.python_version()}; one process of one thread; right answers to {NUM_ASKED} questions "
+          f"in wordings that no round has asked, greedy, %")
+    seeds = [folder for folder in sorted(work.glob("seed-*")) if accuracy(folder / "start") is not None]
+    for arm in ARMS:
+        both = [(accuracy(f / "start"), accuracy(f / arm)) for f in seeds]
+        lifts = [after - before for before, after in both if before is not None and after is not None]
+        if not lifts:
+            continue
+        wide = 4.303 * statistics.stdev(lifts) / math.sqrt(3) if len(lifts) == 3 else math.nan
+        told = ", ".join(f"{b:.1f} -> {a:.1f}" for b, a in both if b is not None and a is not None)
+        print(f"  {arm:<9} {statistics.mean(lifts):+6.1f} points  (95 %: +- {wide:.1f})   {told}")
+
+
+def main() -> None:
+    """Run what is missing, or print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--start-only", action="store_true", help="only what the arms go on from")
+    parser.add_argument("--print", dest="only_print", action="store_true")
+    args = parser.parse_args()
+    if not args.only_print:
+        for seed in args.seeds:
+            Seed(seed, args.work).start()
+            for arm in [] if args.start_only else args.arms:
+                Seed(seed, args.work).arm(arm)
+    report(args.work)
+
+
+if __name__ == "__main__":
+    main()
