@@ -122,7 +122,8 @@ class RoundDocuments:
         return Round(path, documents, steps, {}, np.concatenate([[0], np.cumsum(lengths)]))
 
     def open(self, number: int, opened: Round) -> None:
-        """Make a round's documents available.
+        """Make a round's documents available; those before the one before it are closed, since their batches
+        have been given.
 
         Args:
             number: of the round.
@@ -131,7 +132,7 @@ class RoundDocuments:
         missing = [name for name in self.made_columns if name not in opened.beside]
         if missing and opened.documents is not None:
             raise ValueError(f"round {number} lacks the columns {missing}")
-        self._rounds[number] = opened
+        self._rounds = {n: r for n, r in self._rounds.items() if n >= number - 1} | {number: opened}
 
     def of_step(self, number: int, step: int) -> list[Segment]:
         """Return a step's documents, whole, in order.

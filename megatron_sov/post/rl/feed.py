@@ -17,8 +17,8 @@ from megatron_sov.obs.warning import warn
 from megatron_sov.post.rl.trainer_columns import TrainerColumns
 from megatron_sov.train.feed import FeedView
 
-POLL_S = 1.0
-"""Between two looks at what is not there yet."""
+POLL_S = (1.0, 10.0)
+"""Between two looks at what is not there yet: a tenth of what was waited so far, within these bounds."""
 TOLD = ("groups", "late", "unjudged", "reward_version", "policies", "means")
 """What of a round's manifest its event tells."""
 
@@ -51,21 +51,22 @@ class RoundFeed:
 
     def _wait(self, view: FeedView, number: int, asked_to_stop: Callable[[], bool]) -> str | None:
         """Wait for a round to be published; returns None, or why it is waited for no longer."""
-        end_s, told = time.monotonic() + self.wait_s, False
+        begin_s, told = time.monotonic(), False
         while lacking := on_main(view.world, partial(self.publish, number)):
             if not told:
                 told = True
                 view.checkpointer.finish()  # the policy that is to write the round
                 view.events.write("waiting", step=view.step, round=number, reason=lacking)
+            waited_s = time.monotonic() - begin_s
             # one clock decides
             ends = sum_dict({"asked": float(asked_to_stop()),
-                             "late": float(view.world.is_main and time.monotonic() >= end_s)},
+                             "late": float(view.world.is_main and waited_s >= self.wait_s)},
                             collectives.all_reduce_world)
             if ends["asked"]:
                 return f"asked to stop while waiting for round {number}: {lacking}"
             if ends["late"]:
                 return f"round {number} is not there yet: {lacking}"
-            time.sleep(POLL_S)
+            time.sleep(min(max(waited_s / 10, POLL_S[0]), POLL_S[1]))
         return None
 
     def _open(self, view: FeedView, number: int, *, is_first: bool, waited_s: float) -> None:

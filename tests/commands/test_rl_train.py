@@ -1,0 +1,143 @@
+"""`megatron-sov rl train`: rounds that come while it runs, a killed run that goes on, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from megatron_sov.rollouts.prompts import read_prompts
+from megatron_sov.rollouts.store import Store
+
+from megatron_sov.artifacts import read_manifest
+from megatron_sov.cli import main
+from megatron_sov.config import RolloutConfig
+from megatron_sov.obs.events import read_events
+from megatron_sov.rewards.registry import make, order
+from megatron_sov.runs.policies import policy_of_round
+
+ROLLOUT = RolloutConfig(rounds=3, prompts_per_round=4, samples_per_prompt=4, steps_per_round=2,
+                        piece_prompts=2, max_new_tokens=12, max_prompt_tokens=6, temperature=0.8)
+SETTINGS = ("rollout.rounds=3", "rollout.prompts_per_round=4", "rollout.samples_per_prompt=4",
+            "rollout.steps_per_round=2", "rollout.piece_prompts=2", "rollout.max_new_tokens=12",
+            "rollout.max_prompt_tokens=6", "rollout.temperature=0.8", "policy.method=dapo", "policy.kl=k3",
+            "policy.kl_coeff=0.1", "policy.correction=token_truncate", "policy.correction_high=2",
+            "policy.knowledge_coeff=0.1", "policy.knowledge_share=0.5", "policy.knowledge_batch_size=2",
+            'data.phases=[{"name": "main", "seq_len": 32}]')
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """What runs are given."""
+
+    folder: Path
+    start: Path
+    text: Path
+    write: Callable[..., None]
+
+    def store(self, name: str, numbers: range) -> Path:
+        """Write rounds into a store, which is made where it is not there."""
+        store = Store.create(self.folder / name, "tokens", 368)
+        for number in numbers:
+            self.write(store, read_prompts(self.folder / "prompts.jsonl"), ROLLOUT, number,
+                       make(order("repetition", {})).version)
+        return store.path
+
+    def command(self, store: Path, run: str, *more: str) -> list[str]:
+        """Return the command that trains a store's rounds."""
+        return ["rl", "train", "tiny-solar-open", "--store", str(store), "--prompts",
+                str(self.folder / "prompts.jsonl"), "--reward", "repetition", "--from", str(self.start),
+                "--data", str(self.text), "--run", str(self.folder / run), *more]
+
+
+@pytest.fixture(scope="module")
+def rounds(teacher: Path, packed_data: Any, write_round: Callable[..., None],
+           tmp_path_factory: pytest.TempPathFactory) -> Rounds:
+    folder = tmp_path_factory.mktemp("rounds")
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"{i}?"}) + "\n" for i in range(9)))
+    return Rounds(folder, teacher, packed_data.text, write_round)
+
+
+def losses(run: Path) -> dict[int, Any]:
+    """Return the last numbers of each step; a killed run may have done one twice."""
+    return {e["step"]: (e["loss"], e["losses"], e["grad_norm"], e["meters"], e["losses_by_source"])
+            for e in read_events(run / "events.jsonl") if e["event"] == "step"}
+
+
+@pytest.mark.distributed
+def test_rounds_that_come_later_and_a_kill_change_no_bit(rounds: Rounds, run_command: Any, tiny: list[str]
+                                                         ) -> None:
+    settings = [*tiny, *(word for setting in SETTINGS for word in ("--set", setting))]
+    whole = rounds.store("whole", range(1, 4))
+    done = run_command(*rounds.command(whole, "undisturbed", *settings))
+    assert done.returncode == 0, done.stderr
+
+    later = rounds.store("later", range(1, 3))
+    done = run_command(*rounds.command(later, "disturbed", *settings, "--inject", "kill@step=4"))
+    assert done.returncode not in (0, 2, 75), done.stderr
+    done = run_command(*rounds.command(later, "disturbed", *settings, "--resume", "--wait", "2"))
+    assert done.returncode == 75, done.stderr
+    assert "round 3 is not there yet: 2 of 2 pieces are not written yet" in json.dumps(
+        list(read_events(rounds.folder / "disturbed/events.jsonl"))[-1])
+    policy = policy_of_round(rounds.folder / "disturbed", rounds.start, 3, ROLLOUT)
+    assert policy is not None and policy.step == 4
+    rounds.store("later", range(3, 4))
+    done = run_command(*rounds.command(later, "disturbed", *settings, "--resume"))
+    assert done.returncode == 0, done.stderr
+
+    undisturbed, disturbed = (rounds.folder / name for name in ("undisturbed", "disturbed"))
+    assert losses(disturbed) == losses(undisturbed) and list(losses(disturbed)) == [1, 2, 3, 4, 5, 6]
+    files = [{name: record.digest for name, record in read_manifest(run / "checkpoints/step-6").files.items()
+              if name.endswith(".safetensors")} for run in (undisturbed, disturbed)]
+    assert files[0] == files[1] and files[0]
+    by_source = [step[4] for step in losses(undisturbed).values()]
+    assert all("rollouts" in step for step in by_source)
+    assert 0 < sum("even" in step or "odd" in step for step in by_source) < 6  # InK-GRPO's draw
+    events = list(read_events(undisturbed / "events.jsonl"))
+    assert [e["round"] for e in events if e["event"] == "round"] == [1, 2, 3]
+    assert [e["name"] for e in events if e["event"] == "phase"] == ["round-0001", "round-0002", "round-0003"]
+    first = losses(undisturbed)[1][3]
+    assert first["ratio"] == pytest.approx(1, abs=1e-6)  # the policy that begins a round is its own
+    assert first["engine_kl"] > 0 and losses(undisturbed)[1][1]["kl"] >= 0
+
+
+def test_a_step_without_a_group_that_learns_is_passed_over(rounds: Rounds, run_command: Any,
+                                                           tiny: list[str]) -> None:
+    from megatron_sov.rollouts.rows import Judged
+
+    store = Store.create(rounds.folder / "equal", "tokens", 368)
+    prompts = read_prompts(rounds.folder / "prompts.jsonl")
+    version = make(order("repetition", {})).version
+    rounds.write(store, prompts, ROLLOUT, 1, version, judge=False)
+    for part in store.rollout_parts(1):
+        store.add_rewards(version, part.name, [
+            Judged(row.key, 0, version, float(part.piece and row.key.sample), "scored")
+            for row in store.read_rollouts(part.name)])
+    settings = [*tiny, *(word for setting in (*SETTINGS[1:8], SETTINGS[-1], "rollout.rounds=1",
+                                              "policy.method=dapo") for word in ("--set", setting))]
+    done = run_command(*rounds.command(store.path, "equal-run", *settings))
+    assert done.returncode == 0, done.stderr
+    events = list(read_events(rounds.folder / "equal-run/events.jsonl"))
+    assert [e["step"] for e in events if e["event"] == "step"] == [2]
+    assert [e["step"] for e in events if e["event"] == "skip"] == [1]
+    assert "no group of step 1 learns (groups of the round: {'all_wrong': 2, 'learns': 2})" in done.stderr
+
+
+def test_mistakes_are_told_before_anything_begins(rounds: Rounds, tmp_path: Path, capsys: Any,
+                                                  tiny: list[str]) -> None:
+    def refused(*more: str) -> str:
+        assert main(rounds.command(tmp_path / "no store", str(tmp_path / "run"), *tiny, *more)) == 2
+        return str(capsys.readouterr().err)
+
+    assert "rollout.rounds = 0: there is nothing to train" in refused()
+    long = refused("--set", "rollout.rounds=1", "--set", "rollout.prompts_per_round=4")
+    assert "data.phases.0.seq_len = 128: a row holds whole responses, the longest has" in long
+    small = [word for setting in (*SETTINGS[:8], SETTINGS[-1]) for word in ("--set", setting)]
+    assert "rollout.prompts_per_round = 20: there are 9 prompts" in refused(
+        *small, "--set", "rollout.prompts_per_round=20")
+    assert "--wait -1" in refused(*small, "--wait", "-1")
+    assert "--reward" in refused(*small, "--reward", "none")
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,55 @@
+"""Runs inside ranks: the steps of published rounds, as plain numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron_sov.post.policy_data import objective_of
+
+from megatron_sov import recipes
+from megatron_sov.config import RunConfig, apply_settings
+from megatron_sov.config.rounds import with_rounds
+from megatron_sov.data.rounds import rounds_of, rounds_source
+from megatron_sov.mcore.parallel import world
+from megatron_sov.post.rl.feed import RoundFeed
+from megatron_sov.post.rl.trainer_columns import columns_of_run
+from megatron_sov.runs.folder import RunFolder
+from megatron_sov.train.stopping import StopFlag
+from megatron_sov.train.trainer import Trainer
+
+SETTINGS = ("model.vocab_size=368", "model.hidden_size=32", "model.num_heads=4", "model.num_kv_heads=2",
+            "model.head_dim=8", "model.expert_ffn_dim=16", "model.num_experts=4", "model.dense_ffn_dim=48",
+            "model.sliding_window_tokens=8", "train.micro_batch_size=2", "train.global_batch_size=8",
+            "train.head_chunk_tokens=24", "train.precision=fp64", "optim.warmup_steps=1",
+            "objective.name=policy", "policy.method=dapo", 'data.phases=[{"name": "main", "seq_len": 32}]')
+
+
+def config_of(settings: list[str]) -> RunConfig:
+    """Return settings of a model of some thousand parameters."""
+    return with_rounds(apply_settings(recipes.get("tiny-k-exaone"), [*SETTINGS, *settings]))
+
+
+def curve(settings: list[str], folder: str) -> list[dict[str, Any]]:
+    """Train the rounds that are published in FOLDER/rounds; return each step's numbers."""
+    config = config_of(settings)
+    place = world.join(config.parallel)
+    config.check(place.size)
+    objective = objective_of(config)
+    # what a layout computes itself stands beside the rounds: each has rounds of its own
+    columns = columns_of_run(config, objective.columns, Path(folder))
+    source = rounds_source(Path(folder) / "rounds", config.model.vocab_size, None, columns.names)
+    rounds = rounds_of([source])
+    assert rounds is not None
+    feed = RoundFeed(rounds, config.rollout, lambda number: "", columns)
+    trainer = Trainer(config, place, RunFolder(Path("not-written")), [source], objective, feed=feed)
+    stop, taken = StopFlag(), []
+    while not trainer.finished:
+        assert trainer.bring_data(stop) is None
+        result = trainer.update()
+        assert result is not None
+        taken.append({"loss": result.loss, "grad_norm": result.grad_norm, "tokens": result.num_tokens,
+                      "load": trainer.expert_load.gather().tolist(),
+                      **{f"meter {name}": value for name, value in result.meters.items()}})
+    world.leave()
+    return taken

@@ -1,0 +1,63 @@
+"""Published rounds are the same steps at every layout, in micro-batches of any size."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from megatron_sov.rollouts.prompts import read_prompts
+from megatron_sov.rollouts.store import Store
+
+from megatron_sov import recipes
+from megatron_sov.config import PhaseConfig, PolicyConfig, RolloutConfig
+from megatron_sov.config.rounds import with_rounds
+from megatron_sov.post.rl.publish import Publisher
+
+RUN = str(Path(__file__).with_name("round_run.py"))
+VERSION = "a" * 64
+ROLLOUT = RolloutConfig(rounds=2, prompts_per_round=4, samples_per_prompt=4, steps_per_round=2,
+                        piece_prompts=2, max_new_tokens=12, max_prompt_tokens=6)
+ROUNDS = [f"rollout.{name}={value}" for name, value in dataclasses.asdict(ROLLOUT).items()]
+CORRECTED = ["policy.correction=token_truncate", "policy.correction_high=2"]
+LAYOUTS = {
+    "one rank": (1, []),
+    "micro batch 1": (1, ["train.micro_batch_size=1"]),
+    "TP2+SP x PP2 x EP2": (4, ["parallel.tp=2", "parallel.sp=true", "parallel.pp=2", "parallel.ep=2"]),
+    "CP2 x DP2": (4, ["parallel.cp=2"]),
+    "PP2 VPP2": (2, ["parallel.pp=2", "parallel.vpp=2"]),
+}
+
+
+@pytest.mark.distributed
+def test_rounds_are_the_same_steps_at_every_layout(ranks: Any, job: Any, packed_data: Any, write_round: Any,
+                                                   tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"{i}?"}) + "\n" for i in range(6)))
+    prompts, store = read_prompts(file), Store.create(tmp_path / "store", "tokens", 368)
+    base = recipes.get("tiny-k-exaone")
+    config = with_rounds(dataclasses.replace(
+        base, rollout=ROLLOUT, policy=PolicyConfig(method="dapo"),
+        model=dataclasses.replace(base.model, vocab_size=368),
+        data=dataclasses.replace(base.data, phases=(PhaseConfig("main", seq_len=32),))))
+    publisher = Publisher(config, tmp_path / "rounds", store.path, prompts, VERSION, packed_data.tokenizer)
+    for number in (1, 2):
+        write_round(store, prompts, ROLLOUT, number, VERSION)
+        assert publisher.publish(number) == ""
+    jobs = []
+    for i, (nproc, layout) in enumerate(LAYOUTS.values()):
+        shutil.copytree(tmp_path / "rounds", tmp_path / str(i) / "rounds")
+        jobs.append(job(RUN, "curve", nproc, {"settings": [*ROUNDS, *CORRECTED, *layout],
+                                              "folder": str(tmp_path / str(i))}))
+    (reference,), *others = ranks(*jobs)
+    assert len(reference) == 4 and len({step["tokens"] for step in reference}) > 1
+    for name, per_rank in zip(list(LAYOUTS)[1:], others, strict=True):
+        for steps in per_rank:
+            for number, (ours, theirs) in enumerate(zip(steps, reference, strict=True), 1):
+                for what, value in theirs.items():
+                    # the trainer's own column is kept in float32
+                    assert np.allclose(ours[what], value, rtol=1e-6, atol=1e-8), f"{name}: {number}: {what}"
