@@ -71,7 +71,7 @@ class ChoosingEngine(Engine, Protocol):
 
 def run_engine(name: str, target: Target, work: Callable[[Engine], Any], *, longest: int,
                batching: Batching | None = None, settings: Sequence[str] = (),
-               nproc: int | None = None) -> Any:
+               nproc: int | None = None, for_updates: bool = False) -> Any:
     """Load a model into an engine, and return what some work with it gave.
 
     Args:
@@ -82,6 +82,7 @@ def run_engine(name: str, target: Target, work: Callable[[Engine], Any], *, long
         batching: what bounds memory.
         settings: `key=value` changes of layout and precision (megatron).
         nproc: local processes (megatron).
+        for_updates: whether `update` will be called, for which some engines prepare.
 
     Returns:
         The result; None on other processes than the first of a torchrun or Slurm job.
@@ -99,7 +100,7 @@ def run_engine(name: str, target: Target, work: Callable[[Engine], Any], *, long
     if name == VLLM:
         from megatron_sov.generate.vllm import VllmEngine
 
-        return work(VllmEngine(target.path, longest, batching))
+        return work(VllmEngine(target.path, longest, batching, for_updates=for_updates))
     from megatron_sov.generate.hf import HfEngine, load_hf
 
     return work(HfEngine(load_hf(target.path), batching))

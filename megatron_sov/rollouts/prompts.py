@@ -4,7 +4,6 @@ of work."""
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,14 +17,13 @@ from megatron_sov.documents import BadRecord, Conversation
 from megatron_sov.documents.records import Reading, parse_record
 from megatron_sov.errors import UserError, list_problems
 from megatron_sov.rewards.rows import check_rows, read_rows
+from megatron_sov.rollouts.parts import part_name
 
 OPTION = "--prompts"
 ID_DIGITS = 16
 """Of the hash that a prompt is known by."""
 MAX_TOLD = 10
 """Bad prompts that are named."""
-NAME = re.compile(r"round-(\d{4,})-piece-(\d{4,})(?:-attempt-(\d+))?")
-"""Of a piece, as `Piece` and `attempt_name` make it."""
 
 
 @dataclass(frozen=True)
@@ -63,10 +61,9 @@ class Piece:
     """Among the pieces of its round, from 0."""
     prompts: tuple[Prompt, ...]
 
-    @property
-    def name(self) -> str:
-        """Name of its part."""
-        return f"round-{self.round:04d}-piece-{self.number:04d}"
+    def part(self, attempt: int = 0) -> str:
+        """Return the name of the part in which an attempt at it is published."""
+        return part_name(self.round, self.number, attempt)
 
 
 def read_prompts(path: Path) -> list[Prompt]:
@@ -135,23 +132,6 @@ def pieces(prompts: Sequence[Prompt], number: int, piece_prompts: int) -> list[P
     """Return a round's prompts, as `round_prompts` gives them, in pieces."""
     return [Piece(number, i, tuple(prompts[first:first + piece_prompts]))
             for i, first in enumerate(range(0, len(prompts), piece_prompts))]
-
-
-def attempt_name(name: str, attempt: int) -> str:
-    """Return the name of the part in which an attempt at a piece goes on."""
-    return f"{name}-attempt-{attempt}" if attempt else name
-
-
-def piece_of(name: str) -> tuple[int, int, int]:
-    """Return round, number and attempt of the piece that a part's name stands for.
-
-    Raises:
-        ValueError: it is no such name.
-    """
-    match = NAME.fullmatch(name)
-    if match is None:
-        raise ValueError(f"{name!r} is no piece of a round")
-    return int(match[1]), int(match[2]), int(match[3] or 0)
 
 
 def _epoch_order(seed: int, epoch: int, count: int, per_round: int) -> np.ndarray:

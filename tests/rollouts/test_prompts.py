@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -14,8 +15,6 @@ from megatron_sov.config.rollout import RolloutConfig
 from megatron_sov.errors import UserError
 from megatron_sov.rollouts.prompts import (
     Prompt,
-    attempt_name,
-    piece_of,
     pieces,
     read_prompts,
     refuse_unaskable,
@@ -87,19 +86,14 @@ def test_the_order_is_a_function_of_seed_and_round() -> None:
         p.id for p in prompts[:48]]
 
 
-def test_pieces_have_names_that_tell_them() -> None:
+def test_pieces_are_parts_of_the_store() -> None:
     found = pieces(made(7), 12, 3)
-    assert [p.name for p in found] == [f"round-0012-piece-000{n}" for n in range(3)]
+    assert [p.part() for p in found] == [f"round-0012-piece-000{n}" for n in range(3)]
+    assert found[1].part(2) == "round-0012-piece-0001-attempt-2"
     assert [len(p.prompts) for p in found] == [3, 3, 1]
-    assert attempt_name(found[1].name, 0) == found[1].name
-    assert piece_of(attempt_name(found[1].name, 2)) == (12, 1, 2)
-    with pytest.raises(ValueError, match="is no piece"):
-        piece_of("round-1")
 
 
 def test_ids_are_the_records_own_hash(tmp_path: Path) -> None:
-    import hashlib
-
     record = {"prompt": "물", "n": 1.5}
     (found,) = read_prompts(file_with(tmp_path / "p.jsonl", json.dumps(record)))
     canonical = '{"n":1.5,"prompt":"물"}'
