@@ -50,6 +50,10 @@ COMMANDS = {
                              "have a student answer prompts, as conversations that a teacher can read"),
     "distill rounds": Command("megatron_sov.commands.distill_rounds",
                               "on-policy rounds: the student writes, the teacher reads, the student learns"),
+    "rl generate": Command("megatron_sov.commands.rl_generate",
+                           "write responses to the prompts of rounds into a store, by the newest policy"),
+    "rl reward": Command("megatron_sov.commands.rl_reward",
+                         "judge the responses of a store that a reward has not judged yet"),
     "convert": Command("megatron_sov.commands.convert",
                        "from-hf, to-hf, verify, inspect, average, to-peft, from-peft: checkpoints, "
                        "Hugging Face folders, adapters"),

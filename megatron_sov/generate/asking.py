@@ -34,6 +34,53 @@ class Asked:
         return max(map(len, self.ids))
 
 
+class Asker:
+    """A model's own tokenizer, and its chat template if wanted."""
+
+    def __init__(self, target: Target, chat: bool) -> None:
+        """Read both.
+
+        Args:
+            target: the model.
+            chat: whether prompts are framed by the chat template.
+
+        Raises:
+            UserError: the model has no tokenizer or no chat template.
+        """
+        from megatron_sov.generate.load import load_tokenizer
+
+        tokenizer = load_tokenizer(target.tokenizer_folder)
+        ends = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
+        encoder = read_chat_encoder(target.tokenizer_folder) if chat else None
+        if encoder is not None:
+            ends |= set(encoder.end_ids())
+        elif chat:
+            raise UserError(f"--chat: {target.tokenizer_folder} has no chat template; "
+                            "leave --chat out, or fine-tune on chats first")
+        self._target, self._tokenizer, self._encoder = target, tokenizer, encoder
+        self.end_ids = tuple(sorted(ends))
+        """Tokens that end an answer."""
+
+    def ask(self, prompts: Sequence[str | Conversation]) -> list[list[int]]:
+        """Return prompts in the model's ids, see `asked_of`.
+
+        Raises:
+            UserError: the model knows fewer ids than its tokenizer, or a prompt is no text.
+        """
+        _refuse_half_characters(prompts)
+        if self._encoder is not None:
+            ids = [_encode_chat(self._encoder, prompt) for prompt in prompts]
+        else:  # begun as documents in token shards begin: with nothing before the text
+            ids = [list(self._tokenizer.encode(_plain(prompt), add_special_tokens=False))
+                   for prompt in prompts]
+        _refuse_unknown(ids, self._target)
+        return ids
+
+    def decode(self, tokens: list[int]) -> str:
+        """Return the text of ids, without special tokens."""
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+
+
 def asked_of(target: Target, prompts: Sequence[str | Conversation], chat: bool) -> Asked:
     """Return prompts in the ids of a model's own tokenizer.
 
@@ -46,26 +93,8 @@ def asked_of(target: Target, prompts: Sequence[str | Conversation], chat: bool) 
         UserError: the model has no tokenizer or no chat template, or knows fewer ids than its tokenizer; or a
             prompt is no text.
     """
-    from megatron_sov.generate.load import load_tokenizer
-
-    _refuse_half_characters(prompts)
-    tokenizer = load_tokenizer(target.tokenizer_folder)
-    ends = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
-    if chat:
-        encoder = read_chat_encoder(target.tokenizer_folder)
-        if encoder is None:
-            raise UserError(f"--chat: {target.tokenizer_folder} has no chat template; "
-                            "leave --chat out, or fine-tune on chats first")
-        ids = [_encode_chat(encoder, prompt) for prompt in prompts]
-        ends |= set(encoder.end_ids())
-    else:  # begun as documents in token shards begin: with nothing before the text
-        ids = [list(tokenizer.encode(_plain(prompt), add_special_tokens=False)) for prompt in prompts]
-    _refuse_unknown(ids, target)
-
-    def decode(tokens: list[int]) -> str:
-        return str(tokenizer.decode(tokens, skip_special_tokens=True))
-
-    return Asked(ids, tuple(sorted(ends)), decode)
+    asker = Asker(target, chat)
+    return Asked(asker.ask(prompts), asker.end_ids, asker.decode)
 
 
 def _refuse_half_characters(prompts: Sequence[str | Conversation]) -> None:

@@ -72,7 +72,7 @@ class ChoosingEngine(Engine, Protocol):
 
 def run_engine(name: str, target: Target, work: Callable[[Engine], Any], *, longest: int,
                batching: Batching | None = None, settings: Sequence[str] = (),
-               nproc: int | None = None, with_routes: bool = False) -> Any:
+               nproc: int | None = None, with_routes: bool = False, for_updates: bool = False) -> Any:
     """Load a model into an engine, and return what some work with it gave.
 
     Args:
@@ -84,6 +84,7 @@ def run_engine(name: str, target: Target, work: Callable[[Engine], Any], *, long
         settings: `key=value` changes of layout and precision (megatron).
         nproc: local processes (megatron).
         with_routes: whether the work asks for routes, which vLLM must be started for.
+        for_updates: whether `update` will be called, for which some engines prepare.
 
     Returns:
         The result; None on other processes than the first of a torchrun or Slurm job.
@@ -101,7 +102,8 @@ def run_engine(name: str, target: Target, work: Callable[[Engine], Any], *, long
     if name == VLLM:
         from megatron_sov.generate.vllm import VllmEngine
 
-        return work(VllmEngine(target.path, longest, batching, with_routes=with_routes))
+        return work(VllmEngine(target.path, longest, batching, with_routes=with_routes,
+                               for_updates=for_updates))
     from megatron_sov.generate.hf import HfEngine, load_hf
 
     return work(HfEngine(load_hf(target.path), batching))

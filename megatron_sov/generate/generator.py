@@ -27,7 +27,7 @@ from megatron_sov.data.routes import shape_of
 from megatron_sov.documents.routes import RouteShape
 from megatron_sov.generate.choosing import best_words, rows_of
 from megatron_sov.generate.held_weights import HeldWeights, NamedTensors
-from megatron_sov.generate.request import Batching, Generated, Sampling, Stop, Tokens, Written
+from megatron_sov.generate.request import Batching, Bounds, Generated, Sampling, Stop, Tokens, Written
 from megatron_sov.generate.sampling import accepted_by_chance, accepted_greedily, draw, probabilities
 from megatron_sov.mcore.decode.cached_decoder import CachedDecoder, DecodeOutput, over_shares, share_place
 from megatron_sov.mcore.decode.forward_only import ForwardModel, Inputs
@@ -47,6 +47,8 @@ class _Sequence:
     """Prompt and continuation."""
     prompt_tokens: int
     """Length of the prompt."""
+    limit: int
+    """Longest continuation."""
     random: np.random.Generator
     """The sequence's own numbers."""
     logprobs: list[float] = field(default_factory=list)
@@ -107,8 +109,11 @@ class MegatronEngine:
         self._held = HeldWeights("megatron")
 
     def generate(self, prompts: Sequence[Tokens], sampling: Sampling, *, stop: Stop | None = None,
-                 streams: Sequence[int] | None = None) -> Generated:
-        """Continue prompts, see `Engine`; samples depend neither on the layout nor on the other prompts."""
+                 streams: Sequence[int] | None = None, bounds: Bounds | None = None) -> Generated:
+        """Continue prompts, see `Engine`; samples depend neither on the layout nor on the other prompts.
+
+        `bounds` end continuations otherwise; of the processes the first one's `should_stop` counts.
+        """
         sampling.check()
         version = self._held.version
         if 0 in map(len, prompts):
@@ -119,16 +124,17 @@ class MegatronEngine:
                              "the model has none")
         shape = shape_of(self._model.model.architecture) if sampling.with_routes else None
         numbers = range(len(prompts)) if streams is None else streams
+        limits = bounds.limits if bounds else [sampling.max_new_tokens] * len(prompts)
         rank, size = share_place()
-        mine = [_Sequence(i, list(map(int, prompts[i])), len(prompts[i]),
+        mine = [_Sequence(i, list(map(int, prompts[i])), len(prompts[i]), limits[i],
                           np.random.Generator(np.random.Philox(key=[sampling.seed, numbers[i]])))
                 for i in range(rank, len(prompts), size)]
-        longest = max((s.prompt_tokens for s in mine), default=0) + sampling.max_new_tokens
+        longest = max((s.prompt_tokens + s.limit for s in mine), default=sampling.max_new_tokens)
         cache = CacheSize(self._batching.slots(len(mine), longest), longest, 1 + sampling.num_drafts)
         stop = stop or Stop()
         with CachedDecoder(self._model, cache, with_routes=sampling.with_routes) as decoder:
             run = _Run(decoder, cache, mine, sampling, stop, self._batching.prefill_tokens)
-            while run.iterate():
+            while run.iterate() and not (bounds and collectives.said_by_first(bounds.should_stop())):
                 continue
         own: list[Written] = [([], []) for _ in prompts]
         for sequence in mine:
@@ -325,7 +331,7 @@ class _Run:
 
     def _ended(self, sequence: _Sequence) -> bool:
         continuation = sequence.tokens[sequence.prompt_tokens:]
-        return bool(continuation) and (len(continuation) >= self._sampling.max_new_tokens
+        return bool(continuation) and (len(continuation) >= sequence.limit
                                        or self._stop.ends(continuation))
 
     def _draft(self, read: DecodeOutput, items: list[_Item]) -> None:

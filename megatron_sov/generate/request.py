@@ -123,6 +123,16 @@ class Stop:
 
 
 @dataclass(frozen=True)
+class Bounds:
+    """What ends continuations otherwise than `Stop` and the sampling (engine megatron)."""
+
+    limits: Sequence[int]
+    """Longest continuation of each prompt."""
+    should_stop: Callable[[], bool]
+    """Asked behind each row: whether all end where they are, unfinished; a row at least is always read."""
+
+
+@dataclass(frozen=True)
 class Batching:
     """What bounds memory."""
 
@@ -155,7 +165,7 @@ class Generated:
     temperature), within `top_k` and `top_p` where they cut it.  At temperature 0, where nothing is drawn,
     under softmax(logits)."""
     finish_reasons: list[str]
-    """`STOP` or `LENGTH`."""
+    """`STOP` or `LENGTH`; with `Bounds` also this of what is shorter than its limit, and was stopped."""
     temperature: float
     """The one that log-probabilities belong to; a trainer divides its logits by the same."""
     version: int

@@ -28,7 +28,7 @@ def check_rows(path: Path, option: str = "--input", field: str = "response") -> 
     Args:
         path: the file.
         option: of the command, for messages.
-        field: what each row must have, one of `FIELDS`.
+        field: what each row must have, one of `FIELDS`; empty: nothing.
 
     Raises:
         UserError: it cannot be read, has no rows, or bad ones: the first are named by line.
@@ -46,8 +46,8 @@ def check_rows(path: Path, option: str = "--input", field: str = "response") -> 
     if problems:
         raise UserError(list_problems(f"{option} {path}", problems, "mend or remove these lines"))
     if not num_rows:
-        raise UserError(f"{option} {path}: has no rows; each line is a JSON object"
-                        f"{f' with a {FIELDS[field][1]} `{field}`' if field else ''}")
+        needs = f" with a {FIELDS[field][1]} `{field}`" if field else ""
+        raise UserError(f"{option} {path}: has no rows; each line is a JSON object{needs}")
     return num_rows
 
 
@@ -90,9 +90,9 @@ def _parsed(raw: bytes, field: str) -> Row | str:
         return f"is no JSON ({e})"
     if not isinstance(row, dict):
         return f"is no JSON object, but a {type(row).__name__}"
-    types, told = FIELDS[field]
     if field and field not in row:
         return f"has no {field!r}"
+    types, told = FIELDS[field] if field else ((), "")
     if field and not isinstance(row[field], types):
         return f"{field} is of type {type(row[field]).__name__}, and must be {told}"
     if raw.count(b"[") + raw.count(b"{") > MOST_LEVELS:  # else it cannot be that deep

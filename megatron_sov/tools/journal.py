@@ -73,6 +73,12 @@ def turn_line(episode: Episode) -> dict[str, Any]:
     return {"episode": episode.number, "turn": asdict(episode.turns[-1])}
 
 
+def lines_of(episode: Episode) -> list[dict[str, Any]]:
+    """Return all lines of an episode that goes on: what another process needs to go on with it."""
+    return [begin_line(episode), *({"episode": episode.number, "turn": asdict(turn)}
+                                   for turn in episode.turns)]
+
+
 def result_line(episode: Episode) -> dict[str, Any]:
     """Return the line of an episode's reward."""
     assert episode.result is not None

@@ -66,7 +66,8 @@ class _Seat:
 
 
 def play(tasks: Sequence[Task], policy: Policy, table: Table, journal: Journal,
-         ended: Callable[[int], object] = lambda count: None) -> list[Episode]:
+         ended: Callable[[int], object] = lambda count: None,
+         should_stop: Callable[[], bool] = lambda: False) -> list[Episode]:
     """Return the episodes of tasks, in order, each played to its end.
 
     Args:
@@ -75,6 +76,8 @@ def play(tasks: Sequence[Task], policy: Policy, table: Table, journal: Journal,
         table: what is played with.
         journal: what was played before, and where this is kept.
         ended: is told how many more episodes have ended.
+        should_stop: asked behind each round: whether all that go on are given back as they are, without a
+            result; those that have not begun are begun, and no more.
 
     Raises:
         UserError: a task is none of this environment's, or the environment cannot be made.
@@ -91,6 +94,7 @@ def play(tasks: Sequence[Task], policy: Policy, table: Table, journal: Journal,
             seat, number = newcomer
             return _seated(seat, number, tasks[number], episodes.get(number), table)
 
+        stopped = False
         while waiting or any(seat.episode for seat in seats):
             newcomers = []
             for seat in seats:
@@ -98,11 +102,13 @@ def play(tasks: Sequence[Task], policy: Policy, table: Table, journal: Journal,
                     newcomers.append((seat, waiting.popleft()))
             fresh = [episode for episode in pool.map(sit, newcomers) if episode.number not in episodes]
             journal.add([begin_line(episode) for episode in fresh])
-            _round(seats, policy, table, journal, pool)
+            if not stopped:
+                _round(seats, policy, table, journal, pool)
             for seat in seats:
-                if seat.episode is not None and seat.episode.result is not None:
+                if seat.episode is not None and (stopped or seat.episode.result is not None):
+                    ended(seat.episode.result is not None)
                     episodes[seat.episode.number], seat.episode = seat.episode, None
-                    ended(1)
+            stopped = stopped or should_stop()
     return [episodes[n] for n in range(len(tasks))]
 
 

@@ -4,6 +4,7 @@ with drafts and without."""
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ WINDOW, NEW = 8, 8
 PROMPTS = [[5, 9, 2, 70], [30], list(range(20, 60)), [7] * 9, [80, 81, 82, 83, 84],
            [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7]]
 """Shorter and longer than the window."""
+LIMITS = [3, 8, 1, 5, 8, 2]
+"""Longest continuation of each."""
 ALONE = (1, 2, 5)
 """Places of those that are also written without the others: the shortest, the longest, the last."""
 SETTINGS = ["model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "model.expert_ffn_dim=16",
@@ -30,7 +33,7 @@ def continuations(layout: dict[str, Any], *, full: bool = False, pieces: bool = 
     from megatron_sov import recipes
     from megatron_sov.config import ParallelConfig, apply_settings
     from megatron_sov.generate.generator import MegatronEngine
-    from megatron_sov.generate.request import Batching, Sampling, Stop
+    from megatron_sov.generate.request import Batching, Bounds, Sampling, Stop
     from megatron_sov.mcore.decode.forward_only import ForwardModel, Inputs
     from megatron_sov.mcore.model import init
     from megatron_sov.mcore.model.language_model import build
@@ -55,9 +58,14 @@ def continuations(layout: dict[str, Any], *, full: bool = False, pieces: bool = 
     routed = Sampling(NEW, with_routes=True)
     plain = MegatronEngine(policy).generate(PROMPTS, routed)
     greedy = plain.continuations
+    rows = iter(range(1000))
+    # each process is asked, and only the first one says when it is enough
+    over = Bounds(LIMITS, lambda: next(rows) == 2 if int(os.environ["RANK"]) == 0 else next(rows) == 0)
     drafted = vars(MegatronEngine(policy, Batching(4, 5)).generate(PROMPTS, drafting(routed, drafts)))
     found = {"greedy": greedy, "routes": [r.tolist() for r in plain.routes],
              "drafted routes": [r.tolist() for r in drafted["routes"]], "sampled": write(PROMPTS, warm),
+             "stopped early": write(PROMPTS, Sampling(NEW), bounds=over),
+             "limited": write(PROMPTS, Sampling(NEW), bounds=Bounds(LIMITS, lambda: False)),
              "drafted": {name: drafted[name] for name in ("continuations", "drafted", "accepted")},
              "drafted samples": write(PROMPTS, drafting(warm, drafts))}
     if full:
@@ -105,6 +113,9 @@ def test_every_way_and_every_layout_write_the_same(ranks, job) -> None:
         end = found["end"]
         assert found["stopped"] == [c[:c.index(end) + 1] if end in c else c for c in greedy]
         assert found["as before"]
+        assert found["limited"] == [c[:most] for c, most in zip(greedy, LIMITS, strict=True)]
+        # the prompts in one row, and a token in each of two more
+        assert found["stopped early"] == [c[:min(most, 3)] for c, most in zip(greedy, LIMITS, strict=True)]
     assert alone[0]["pieces"] == alone[0]["one slot"] == alone[0]["greedy"]
     assert (solar[0]["drafted"]["drafted"], solar[0]["drafted samples"]) == (0, solar[0]["sampled"])
     drafted = alone[0]["drafted"]
@@ -112,8 +123,10 @@ def test_every_way_and_every_layout_write_the_same(ranks, job) -> None:
     for name, per_rank in zip(LAYOUTS, others, strict=True):
         for rank, found in enumerate(per_rank):
             for way in ("greedy", "routes", "sampled", "drafted", "drafted routes", "drafted samples",
-                        "as before"):
+                        "limited", "as before"):
                 assert found[way] == alone[0][way], (name, rank, way)
+            assert found["stopped early"] == per_rank[0]["stopped early"]
+            assert all(0 < len(c) <= 3 for c in found["stopped early"]), "it was not the first that said so"
 
 
 FAMILIES = {"k-exaone": SETTINGS[:-1], "solar-open": [*SETTINGS[:-1], "model.sliding_window_tokens=0"],

@@ -34,6 +34,15 @@ def all_reduce_world(values: torch.Tensor) -> torch.Tensor:
     return total.cpu()
 
 
+def said_by_first(said: bool) -> bool:
+    """Return what rank 0 says, on every process; called by all together."""
+    if dist.get_world_size() == 1:
+        return said
+    sent = to_comm_device(torch.tensor([said]).byte())
+    dist.broadcast(sent, src=0)
+    return bool(sent[0])
+
+
 def broadcast_from_last_stage(values: torch.Tensor) -> torch.Tensor:
     """Return the tensor as the last pipeline stage holds it, on every stage."""
     sent = to_comm_device(values.clone())

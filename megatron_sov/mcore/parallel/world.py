@@ -119,8 +119,17 @@ def on_main(place: World, action: Callable[[], Any]) -> Any:
     Raises:
         UserError: it failed there; on every rank, so that none waits for another.
     """
+    return _on_one(place.is_main, action)
+
+
+def on_first(action: Callable[[], Any]) -> Any:
+    """Do as `on_main` does where no place is at hand; a process that has joined nobody does it for itself."""
+    return _on_one(dist.get_rank() == 0, action) if dist.is_initialized() else action()
+
+
+def _on_one(is_one: bool, action: Callable[[], Any]) -> Any:
     result, problem = None, None
-    if place.is_main:
+    if is_one:
         try:
             result = action()
         except UserError as e:

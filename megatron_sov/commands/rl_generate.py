@@ -1,0 +1,236 @@
+"""`megatron-sov rl generate RECIPE --prompts FILE --store DIR --from START --run RUN`."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_sov.artifacts import MANIFEST, manifest_sha256
+from megatron_sov.chat.folder import chat_files, read_chat_encoder
+from megatron_sov.config.rollout import RolloutConfig
+from megatron_sov.digests import SHA256, file_digest
+from megatron_sov.errors import ExitCode, UserError, list_problems
+from megatron_sov.generate.engine import ENGINES, MEGATRON, TRANSFORMERS, Engine
+from megatron_sov.generate.request import Batching
+from megatron_sov.obs.warning import warn
+from megatron_sov.recipes.requested import add_recipe_arguments, requested
+from megatron_sov.rewards.settings import parse_settings
+from megatron_sov.rollouts.claims import Claims
+from megatron_sov.rollouts.prompts import Prompt, read_prompts, refuse_unaskable
+from megatron_sov.rollouts.store import Store
+from megatron_sov.runs.checkpoints import refuse_missing
+from megatron_sov.runs.policies import Policy, policy_of_round
+from megatron_sov.tools.limits import EpisodeLimits, limits_of
+from megatron_sov.tools.registry import BUILT_IN, make, order
+
+if TYPE_CHECKING:
+    from megatron_sov.generate.target import Target
+    from megatron_sov.post.rl.generate import Writer
+
+OF_ROLLOUT = {"max_prompt_tokens": "max_prompt_tokens", "max_response_tokens": "max_new_tokens"}
+"""Limit of an episode -> the setting of `rollout` that it is."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    add_recipe_arguments(parser)
+    parser.add_argument("--prompts", type=Path, required=True, metavar="FILE.jsonl",
+                        help="a JSON object per line: `prompt` or `messages`, or a task, and what the reward "
+                             "needs")
+    parser.add_argument("--store", type=Path, required=True, metavar="DIR",
+                        help="the rollout store, which is made where there is none")
+    parser.add_argument("--from", dest="start_from", type=Path, required=True, metavar="CHECKPOINT|HF_DIR",
+                        help="the policy of the first round: what `rl train` starts from")
+    parser.add_argument("--run", type=Path, required=True, metavar="DIR",
+                        help="the run of `rl train`, whose checkpoints are the later policies; it need not "
+                             "be there yet")
+    add_rounds_argument(parser, "rounds to write (default: all of rollout.rounds)")
+    parser.add_argument("--wait", type=float, default=0.0, metavar="SECONDS",
+                        help="how long to wait for a policy, or for pieces that other jobs have claimed "
+                             "(default: not at all; the command then ends with 75)")
+    parser.add_argument("--plain", action="store_true",
+                        help="continue each prompt as it is, without the chat template")
+    parser.add_argument("--environment", metavar="ENV",
+                        help=f"play the prompts as tasks of {', '.join(BUILT_IN)}, or of a class of your "
+                             "own, FILE.py:NAME")
+    parser.add_argument("--env-set", action="append", default=[], metavar="key=value",
+                        help="a setting of the environment; may be repeated")
+    parser.add_argument("--limit", action="append", default=[], metavar="key=value",
+                        help="a limit of an episode, e.g. max_turns=7; may be repeated")
+    parser.add_argument("--engine", choices=ENGINES,
+                        help="what runs the policies (default: transformers for a Hugging Face folder)")
+    parser.add_argument("--engine-set", action="append", default=[], metavar="key=value",
+                        help="layout and precision, e.g. parallel.ep=2 (engine megatron)")
+    parser.add_argument("--batch-size", type=int, default=Batching.max_sequences, metavar="N",
+                        help="responses, or episodes, that are written at a time (default %(default)s)")
+    parser.add_argument("--nproc", type=int, default=None, metavar="N",
+                        help="local processes (engine megatron)")
+
+
+def add_rounds_argument(parser: argparse.ArgumentParser, text: str) -> None:
+    """Declare --rounds A-B."""
+    parser.add_argument("--rounds", metavar="A-B", help=text)
+
+
+def rounds_of(given: str | None, last: int) -> range:
+    """Return the rounds that --rounds means; without it those up to the last.
+
+    Raises:
+        UserError: it has another form.
+    """
+    found = re.fullmatch(r"(\d+)(?:-(\d+))?", given if given is not None else f"1-{last}")
+    first, end = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    if not 1 <= first <= end:
+        raise UserError(f"--rounds {given}: must be a round or two, from 1, e.g. --rounds 2 or --rounds 1-3"
+                        if given is not None else "rollout.rounds = 0: there are no rounds; set it, or name "
+                                                  "some with --rounds")
+    return range(first, end + 1)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write what is missing, and say what was written.
+
+    Raises:
+        UserError: the settings, prompts or start cannot be used, or the store is another one's.
+    """
+    rollout = _rollout(args)
+    rounds = rounds_of(args.rounds, rollout.rounds)
+    prompts = _prompts(args)
+    environment = _environment(args, rollout)
+    refuse_missing(args.start_from, "--from ")
+    from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
+
+    prepare_megatron()
+    from megatron_sov.generate.target import find_target
+
+    start = find_target(args.start_from)
+    if not (start.path / MANIFEST).is_file():
+        raise UserError(f"--from {args.start_from}: has no {MANIFEST}, by whose hash its responses would be "
+                        "known; make a checkpoint of it with `megatron-sov convert from-hf`")
+    engine = _engine(args, start, rollout, environment)
+    summary = _write(args, rollout, rounds, prompts, start, engine, environment)
+    return ExitCode.OK if summary is None else _tell(args, rounds, summary)
+
+
+def _rollout(args: argparse.Namespace) -> RolloutConfig:
+    rollout = requested(args).config().rollout
+    problems = [*rollout.problems(), *Batching(args.batch_size).problems()]
+    if not 0 <= args.wait < float("inf"):
+        problems.append(f"--wait {args.wait}: must be a number that is not negative")
+    if problems:
+        raise UserError(list_problems("rl generate", problems))
+    return rollout
+
+
+def _prompts(args: argparse.Namespace) -> list[Prompt]:
+    prompts = read_prompts(args.prompts)
+    if args.environment is None:
+        refuse_unaskable(args.prompts, prompts)
+    return prompts
+
+
+def _environment(args: argparse.Namespace, rollout: RolloutConfig) -> tuple[Any, str, EpisodeLimits] | None:
+    """Return the order of the environment, its version and limits; None: there is none."""
+    if args.environment is None:
+        for option in ("env_set", "limit"):
+            if getattr(args, option):
+                raise UserError(f"--{option.replace('_', '-')} {getattr(args, option)[0]}: is for "
+                                "--environment; add it, or leave this out")
+        return None
+    if args.plain:
+        raise UserError("--plain: tasks of an environment are asked by the chat template; leave it out")
+    for change in args.limit:
+        name = change.partition("=")[0]
+        if name in OF_ROLLOUT:
+            raise UserError(f"--limit {change}: is rollout.{OF_ROLLOUT[name]}; set it there")
+    most_turn = min(EpisodeLimits.max_turn_tokens, rollout.max_new_tokens)
+    own = [f"{name}={getattr(rollout, setting)}" for name, setting in OF_ROLLOUT.items()]
+    limits = limits_of("train", [*own, f"max_turn_tokens={most_turn}", *args.limit])
+    asked = order(args.environment, parse_settings(args.env_set))
+    _, version = make(asked)
+    return asked, version, limits
+
+
+def _engine(args: argparse.Namespace, start: Target, rollout: RolloutConfig,
+            environment: tuple[Any, str, EpisodeLimits] | None) -> str:
+    """Return the engine's name; raises where it cannot do what is asked."""
+    from megatron_sov.generate.asking import check_engine
+
+    name = str(args.engine or (TRANSFORMERS if start.is_hf else MEGATRON))
+    check_engine(name, start, _longest(rollout, environment), args.engine_set, args.nproc)
+    if rollout.deadline_s and name != MEGATRON and environment is None:
+        raise UserError(f"rollout.deadline_s = {rollout.deadline_s:g}: --engine {name} cannot be stopped in "
+                        f"the middle of a response; use --engine {MEGATRON}, or set it to 0")
+    return name
+
+
+def _longest(rollout: RolloutConfig, environment: tuple[Any, str, EpisodeLimits] | None) -> int:
+    # of a turn an engine is asked for the whole length that one may have, whatever is left of the episode
+    more = 0 if environment is None else environment[2].max_turn_tokens
+    return rollout.max_prompt_tokens + rollout.max_new_tokens + more
+
+
+def _write(args: argparse.Namespace, rollout: RolloutConfig, rounds: range, prompts: list[Prompt],
+           start: Target, engine_name: str, environment: tuple[Any, str, EpisodeLimits] | None
+           ) -> dict[str, Any] | None:
+    """Load the policy and write; None on other processes than the first."""
+    from megatron_sov.post.rl.generate import Desk, write_rounds
+    from megatron_sov.post.rl.missing import Missing
+    from megatron_sov.post.rl.policy_weights import Take, run_policies
+
+    folder = start.tokenizer_folder
+    if not args.plain and read_chat_encoder(folder) is None:
+        raise UserError(f"{folder}: has no chat template, by which prompts are asked; fine-tune on chats "
+                        "first, or continue the prompts as they are with --plain")
+    writer = _writer(args, rollout, start, engine_name, environment)
+    policy_of = partial(policy_of_round, args.run, start.path, rollout=rollout)
+    held = Policy(start.path, 0, manifest_sha256(start.path))
+
+    def work(engine: Engine, take: Take) -> dict[str, Any]:
+        store = Store.create(args.store, file_digest(folder / "tokenizer.json", SHA256), start.vocab_size)
+        missing = Missing(store, Claims(store.claims, rollout.lease_s), prompts, rollout, rounds, policy_of)
+        told = {"engine": engine_name, "settings": list(args.engine_set), "environment": args.environment}
+        return write_rounds(engine, take, held, writer, Desk(missing, store, args.wait, told))
+
+    found: dict[str, Any] | None = run_policies(
+        engine_name, start, work, longest=_longest(rollout, environment),
+        batching=Batching(args.batch_size), settings=args.engine_set, nproc=args.nproc)
+    return found
+
+
+def _writer(args: argparse.Namespace, rollout: RolloutConfig, start: Target, engine_name: str,
+            environment: tuple[Any, str, EpisodeLimits] | None) -> Writer:
+    """Return what makes rows: plain responses, or episodes."""
+    from megatron_sov.chat.turns import TurnEncoder
+    from megatron_sov.generate.asking import Asker
+    from megatron_sov.post.rl.episodes import Episodes
+    from megatron_sov.post.rl.responses import Responses
+    from megatron_sov.tools.playing import Table
+
+    folder = start.tokenizer_folder
+    asker = Asker(start, not args.plain)
+    chosen_by: dict[str, Any] = {
+        "plain": args.plain, "chat": {file.name: file_digest(file) for file in chat_files(folder)}}
+    if environment is None:
+        return Responses(asker, rollout, engine_name, args.plain, chosen_by)
+    asked, version, limits = environment
+    chat = read_chat_encoder(folder)
+    assert chat is not None
+    table = Table(asked, TurnEncoder(chat, str(folder)), limits, args.batch_size)
+    chosen_by |= {"environment": version, "limits": asdict(limits)}
+    return Episodes(table, version, asker.decode, asker.end_ids, rollout, engine_name, chosen_by)
+
+
+def _tell(args: argparse.Namespace, rounds: range, summary: dict[str, Any]) -> int:
+    print(f"{args.store}: {summary['parts']:,} parts with {summary['responses']:,} responses of "
+          f"{summary['tokens']:,} tokens were written by this job"
+          + (f", {summary['unfinished']:,} of them unfinished" if summary["unfinished"] else ""))
+    if summary["waits_for"]:
+        warn(f"{summary['waits_for']}; give the same command again, or more patience with --wait")
+        return ExitCode.STOPPED
+    print(f"rounds {rounds[0]} to {rounds[-1]} are written")
+    return ExitCode.OK

@@ -1,0 +1,81 @@
+"""`megatron-sov rl reward --store DIR --reward NAME`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron_sov.commands.rl_generate import add_rounds_argument, rounds_of
+from megatron_sov.config.rollout import RolloutConfig
+from megatron_sov.documents.visible import visible
+from megatron_sov.errors import ExitCode, GateFailed, UserError
+from megatron_sov.obs.work_bar import work_bar
+from megatron_sov.post.rl.reward import ENVIRONMENT, JudgingJob, Summary, judging, reward_version
+from megatron_sov.rewards.registry import BUILT_IN
+from megatron_sov.rewards.running import default_workers
+from megatron_sov.rollouts.claims import Claims
+from megatron_sov.rollouts.store import Store
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("--store", type=Path, required=True, metavar="DIR", help="what `rl generate` writes")
+    parser.add_argument("--reward", required=True, metavar="NAME",
+                        help=f"{', '.join(BUILT_IN)}, or a class of your own, FILE.py:NAME; or "
+                             f"{ENVIRONMENT}: what the environment of the episodes said")
+    parser.add_argument("--reward-set", action="append", default=[], metavar="key=value",
+                        help="a setting of the reward; may be repeated")
+    add_rounds_argument(parser, "rounds to judge (default: all that are in the store)")
+    parser.add_argument("--wait", type=float, default=0.0, metavar="SECONDS",
+                        help="how long to wait for more responses, each time that all are judged (default: "
+                             "not at all)")
+    parser.add_argument("--lease", type=float, default=RolloutConfig.lease_s, metavar="SECONDS",
+                        help="without a sign of life after which another job's claim is taken over (default "
+                             "%(default)g)")
+    parser.add_argument("--workers", type=int, default=default_workers(), metavar="N",
+                        help="processes that judge (default: one for each core)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Judge what is not judged.
+
+    Raises:
+        UserError: no such reward, setting or store.
+        GateFailed: not one of the responses that were judged has a reward.
+    """
+    rules = [(args.workers >= 1, f"--workers {args.workers}: must be at least 1"),
+             (0 <= args.wait < float("inf"), f"--wait {args.wait}: must be a number that is not negative"),
+             (1 <= args.lease < float("inf"), f"--lease {args.lease}: must be at least 1")]
+    if problems := [said for holds, said in rules if not holds]:
+        raise UserError(problems[0])
+    if args.reward == ENVIRONMENT and args.reward_set:
+        raise UserError(f"--reward-set {args.reward_set[0]}: --reward {ENVIRONMENT} takes what stands in the "
+                        "rows and has no settings; leave it out")
+    rounds = None if args.rounds is None else rounds_of(args.rounds, 0)
+    version = reward_version(args.reward, args.reward_set)
+    store = Store.open(args.store)
+    with judging(args.reward, args.reward_set, args.workers) as judge:
+        job = JudgingJob(store, Claims(store.claims, args.lease), version, judge, rounds,
+                         {"reward": args.reward, "settings": list(args.reward_set)}, args.wait)
+        with work_bar("judge", sum(part.num_rows for part in job.missing()), "response") as bar:
+            job.progress = bar.update
+            summary = job.run()
+    return _tell(args, version, summary)
+
+
+def _tell(args: argparse.Namespace, version: str, summary: Summary) -> int:
+    for text in summary.told:
+        print(visible(text), file=sys.stderr)
+    mean = f", mean reward {summary.reward_sum / summary.num_rewards:.4f}" if summary.num_rewards else ""
+    counts = ", ".join(f"{count:,} {status}" for status, count in sorted(summary.statuses.items())) or "0"
+    more = f"; {summary.unfinished:,} are unfinished and wait for their end" if summary.unfinished else ""
+    print(f"{args.store}: {args.reward} {version}: {summary.parts:,} parts, {counts} responses{mean}{more}")
+    if summary.statuses and not summary.num_rewards:
+        raise GateFailed(f"{args.store}: not one of {summary.statuses.total():,} responses has a reward; see "
+                         "why above")
+    if summary.left:
+        print(f"{summary.left:,} parts are with other jobs; give the same command again, or more patience "
+              "with --wait", file=sys.stderr)
+        return ExitCode.STOPPED
+    return ExitCode.OK

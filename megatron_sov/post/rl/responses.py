@@ -1,0 +1,122 @@
+"""Responses to a piece's prompts, token for token as an engine wrote them: begun, or gone on with behind a
+deadline."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from megatron_sov.config.rollout import RolloutConfig
+from megatron_sov.documents import BadRecord, Conversation
+from megatron_sov.errors import UserError
+from megatron_sov.generate.asking import Asker
+from megatron_sov.generate.engine import Engine
+from megatron_sov.generate.request import Bounds, Generated, Sampling, Stop
+from megatron_sov.post.rl.missing import Attempt
+from megatron_sov.rollouts.prompts import OPTION, Prompt
+from megatron_sov.rollouts.rows import LENGTH, STOP, UNFINISHED, Key, Rollout
+from megatron_sov.rollouts.sampling import sampling_digest, stream_of
+
+NO_TOKENS = {"tokens": np.zeros(0, np.int32), "logprobs": np.zeros(0, np.float32),
+             "versions": np.zeros(0, np.int32), "response": ""}
+
+
+@dataclass(frozen=True)
+class Responses:
+    """Writes attempts; called by all processes of an engine together, each of which gets all rows."""
+
+    asker: Asker
+    """Of the policies' tokenizer."""
+    rollout: RolloutConfig
+    engine_name: str
+    """Told in the rows."""
+    plain: bool
+    """Whether prompts are continued as they are, without the chat template."""
+    chosen_by: dict[str, Any]
+    """What tokens are chosen by beside the settings of `rollout`, for the key."""
+    clock_s: Callable[[], float] = time.monotonic
+    """Which the deadline is on."""
+
+    def write(self, engine: Engine, attempt: Attempt) -> list[Rollout]:
+        """Return the rows of an attempt.
+
+        Raises:
+            UserError: a prompt is too long, or the template refuses it.
+        """
+        began_s, ends_s = time.time(), self.clock_s() + self.rollout.deadline_s
+        rows = list(attempt.begun) or self._begun(attempt, began_s)
+        limits = [self.rollout.max_new_tokens - len(row.tokens) for row in rows]
+        more: dict[str, Any] = {}
+        if self.rollout.deadline_s:
+            more["bounds"] = Bounds(limits, lambda: self.clock_s() >= ends_s)
+        sampling = Sampling(max(limits), self.rollout.temperature, seed=self.rollout.seed, for_training=True)
+        streams = [stream_of(row.round, row.key.prompt, row.key.sample, attempt.number) for row in rows]
+        found = engine.generate([[*row.prompt_tokens.tolist(), *row.tokens.tolist()] for row in rows],
+                                sampling, stop=Stop(self.asker.end_ids), streams=streams, **more)
+        return [self._longer(row, found, number, limits[number], attempt) for number, row in enumerate(rows)]
+
+    def _begun(self, attempt: Attempt, began_s: float) -> list[Rollout]:
+        """Return rows of which no token is written."""
+        piece, policy = attempt.piece, attempt.policy
+        sampling = key_digest(self.rollout, piece.round, self.chosen_by)
+        return [Rollout(Key(prompt.id, sample, policy.sha256, sampling), piece.round, 0, prompt.record,
+                        np.array(ids, np.int32), finish_reason=UNFINISHED,
+                        temperature=self.rollout.temperature, engine=self.engine_name, began_s=began_s,
+                        ended_s=began_s, **NO_TOKENS)
+                for prompt, ids in zip(piece.prompts, self._asked(piece.prompts), strict=True)
+                for sample in range(self.rollout.samples_per_prompt)]
+
+    def _asked(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        found = self.asker.ask([self._text(prompt) for prompt in prompts])
+        most = self.rollout.max_prompt_tokens
+        for prompt, ids in zip(prompts, found, strict=True):
+            if not ids:
+                raise UserError(f"{OPTION}: line {prompt.line} is empty; write at least one character")
+            if len(ids) > most:
+                raise UserError(f"{OPTION}: line {prompt.line} (prompt {prompt.id}) has {len(ids):,} tokens, "
+                                f"more than rollout.max_prompt_tokens = {most:,}; raise it, or shorten the "
+                                "prompt")
+        return found
+
+    def _text(self, prompt: Prompt) -> str | Conversation:
+        text = prompt.record.get("prompt")
+        if self.plain and isinstance(text, str):
+            return text
+        try:
+            return prompt.conversation()
+        except BadRecord as e:
+            raise UserError(f"{OPTION}: line {prompt.line}: {e}") from None
+
+    def _longer(self, row: Rollout, found: Generated, number: int, limit: int, attempt: Attempt) -> Rollout:
+        """Return a row with what was written behind it."""
+        # an engine without `Bounds` is asked for the longest of all
+        written, logprobs = found.continuations[number][:limit], found.logprobs[number][:limit]
+        reason = STOP if found.finish_reasons[number] == STOP else LENGTH
+        if len(found.continuations[number]) > limit:
+            reason = LENGTH
+        elif reason == LENGTH and self.rollout.deadline_s and len(written) < limit:
+            reason = UNFINISHED
+        tokens = np.concatenate([row.tokens, np.array(written, np.int32)])
+        return replace(
+            row, attempt=attempt.number, tokens=tokens, finish_reason=reason, ended_s=time.time(),
+            # rounding may leave a certain token's a little above 0
+            logprobs=np.concatenate([row.logprobs, np.minimum(np.array(logprobs, np.float32), 0)]),
+            versions=np.concatenate([row.versions, np.full(len(written), attempt.policy.step, np.int32)]),
+            response=self.asker.decode(tokens.tolist()))
+
+
+def key_digest(rollout: RolloutConfig, round: int, more: dict[str, Any]) -> str:
+    """Return what stands in the key of a round's responses for the settings that their tokens are chosen by.
+
+    Args:
+        rollout: of which the length of a piece and the deadline decide nothing.
+        round: from 1.
+        more: JSON values: chat template, environment and its limits.
+    """
+    return sampling_digest({**more, "round": round, "seed": rollout.seed, "temperature": rollout.temperature,
+                            "max_new_tokens": rollout.max_new_tokens,
+                            "max_prompt_tokens": rollout.max_prompt_tokens})

@@ -1,0 +1,188 @@
+"""The judging job: what a reward has not judged of a store yet, part by part.  No torch here.
+
+Nothing is generated again for a reward that changed: it has another version, and judges the same responses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_sov.obs.warning import warn
+from megatron_sov.rewards.registry import make, order
+from megatron_sov.rewards.reward import Result
+from megatron_sov.rewards.running import runner
+from megatron_sov.rewards.scoring import BATCH_ROWS, MAX_TOLD
+from megatron_sov.rewards.settings import parse_settings
+from megatron_sov.rollouts.claims import Claims
+from megatron_sov.rollouts.parts import AlreadyPublished, Part
+from megatron_sov.rollouts.rows import UNFINISHED, Judged, Rollout
+from megatron_sov.rollouts.store import VERSION_CHARS, Store
+
+ENVIRONMENT = "environment"
+"""The reward that takes what an environment has said of an episode, which stands in its row; also its
+version, since the environment's own is in the rows' keys."""
+COLUMNS = ("record", "response", "finish_reason", "outcome")
+"""Of rollouts, which are read."""
+POLL_S = 5.0
+"""Between two looks at a store where nothing can be judged at this moment."""
+JudgeRows = Callable[[Sequence[Rollout]], Sequence[Result]]
+
+
+@dataclass
+class Summary:
+    """What this job judged, and what is left."""
+
+    parts: int = 0
+    statuses: Counter[str] = field(default_factory=Counter)
+    """Status -> responses."""
+    num_rewards: int = 0
+    """Responses that have a reward."""
+    reward_sum: float = 0.0
+    """Of all of them."""
+    unfinished: int = 0
+    """Responses that a later attempt goes on with: they have no reward."""
+    told: list[str] = field(default_factory=list)
+    """The first responses without a reward."""
+    left: int = 0
+    """Parts that other jobs have claimed."""
+
+    def add(self, part: Part, row: Rollout, result: Result) -> None:
+        """Count a response."""
+        self.statuses[result.status] += 1
+        if result.reward is not None:
+            self.num_rewards += 1
+            self.reward_sum += result.reward
+        elif len(self.told) < MAX_TOLD:
+            self.told.append(f"{part.name}: prompt {row.key.prompt}, sample {row.key.sample}: "
+                             f"{result.status}: {result.reason}")
+
+
+def reward_version(name: str, settings: Sequence[str]) -> str:
+    """Return the version under which a reward's verdicts stand in a store.
+
+    Args:
+        name: a built-in reward, FILE.py:NAME, or `ENVIRONMENT`.
+        settings: `key=value`.
+
+    Raises:
+        UserError: there is no such reward or setting.
+    """
+    return ENVIRONMENT if name == ENVIRONMENT else make(order(name, parse_settings(settings))).version
+
+
+@contextlib.contextmanager
+def judging(name: str, settings: Sequence[str], workers: int) -> Iterator[JudgeRows]:
+    """Give what judges rows by a reward, in processes of its own; arguments as of `reward_version`."""
+    if name == ENVIRONMENT:
+        yield lambda rows: [_outcome_of(row) for row in rows]
+        return
+    asked = order(name, parse_settings(settings))
+    with runner(asked, make(asked), workers) as running:
+        yield lambda rows: running.score([row_of(row) for row in rows])
+
+
+def row_of(row: Rollout) -> dict[str, Any]:
+    """Return a response as rewards know rows: its prompt's fields, `prompt` and `response`."""
+    record = dict(row.record)
+    if "messages" in record:
+        record.setdefault("prompt", record["messages"])
+    return {**record, "response": row.response}
+
+
+def _outcome_of(row: Rollout) -> Result:
+    """Return what the environment of an episode has said of it."""
+    given = row.outcome
+    if given is None or "status" not in given:
+        return Result(None, "refused", {}, "was played in no environment; judge it by another reward")
+    return Result(given.get("reward"), given["status"], given.get("components", {}), given.get("reason", ""))
+
+
+@dataclass
+class JudgingJob:
+    """A reward at work on a store."""
+
+    store: Store
+    claims: Claims
+    version: str
+    """Of the reward."""
+    judge: JudgeRows
+    rounds: range | None
+    """None: all."""
+    provenance: dict[str, Any]
+    """What stands in the manifests."""
+    wait_s: float = 0.0
+    """How long to wait for more, before the job ends."""
+    progress: Callable[[int], object] = lambda count: None
+    """Is told how many more responses are judged."""
+    sleep: Callable[[float], object] = time.sleep
+    summary: Summary = field(default_factory=Summary)
+
+    def run(self) -> Summary:
+        """Judge until nothing is left, and nothing more has come for as long as is waited.
+
+        Raises:
+            UserError: the reward meets a fault that would meet every row; parts that are published stay.
+        """
+        waited_s = 0.0
+        while True:
+            parts = self.missing()
+            if sum([self._taken(part) for part in parts]):
+                waited_s = 0.0
+                continue
+            if waited_s >= self.wait_s:
+                self.summary.left = len(parts)
+                return self.summary
+            pause_s = min(POLL_S, self.wait_s - waited_s)
+            self.sleep(pause_s)
+            waited_s += pause_s
+
+    def missing(self) -> list[Part]:
+        """Return the parts that the reward has not judged."""
+        rounds = [None] if self.rounds is None else self.rounds
+        return [part for number in rounds for part in self.store.rollout_parts(number)
+                if not self.store.has_rewards(self.version, part.name)]
+
+    def _taken(self, part: Part) -> bool:
+        """Judge a part, unless another job is at it; returns whether this one was."""
+        claim = self.claims.take(f"reward-{self.version[:VERSION_CHARS]}-{part.name}")
+        if claim is None:
+            return False
+        with claim.renewing():
+            if not self.store.has_rewards(self.version, part.name):
+                self._judge(part)
+        return True
+
+    def _judge(self, part: Part) -> None:
+        rows = self.store.read_rollouts(part.name, COLUMNS)
+        whole = [row for row in rows if row.finish_reason != UNFINISHED]
+        judged = []
+        for first in range(0, len(whole), BATCH_ROWS):
+            batch = whole[first:first + BATCH_ROWS]
+            for row, result in zip(batch, self.judge(batch), strict=True):
+                judged.append(Judged(row.key, row.attempt, self.version, result.reward, result.status,
+                                     dict(result.components), result.reason))
+                self.summary.add(part, row, result)
+            self.progress(len(batch))
+        self.summary.unfinished += len(rows) - len(whole)
+        self.progress(len(rows) - len(whole))
+        try:
+            self.store.add_rewards(self.version, part.name, judged,
+                                   {**self.provenance, "rollouts": part.manifest_sha256})
+            self.summary.parts += 1
+        except AlreadyPublished:
+            self._tell_differences(part, judged)
+
+    def _tell_differences(self, part: Part, judged: Sequence[Judged]) -> None:
+        """Say where another job, taken for dead, has judged the same rows otherwise."""
+        published = self.store.read_rewards(self.version, part.name)
+        there = {(row.key, row.attempt): row.reward for row in published}
+        others = sum(there.get((row.key, row.attempt)) != row.reward for row in judged)
+        if others:
+            warn(f"{part.name}: {others:,} of {len(judged):,} responses have another reward under the same "
+                 f"version {self.version}, given by another job, which stays: the reward depends on "
+                 "something else than the row")

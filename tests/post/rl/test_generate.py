@@ -1,0 +1,235 @@
+"""The generating job with an engine that counts: nothing is lost, nothing is written twice, and every token
+says which policy wrote it, whatever comes in between."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_sov.config.rollout import RolloutConfig
+from megatron_sov.errors import UserError
+from megatron_sov.generate.request import Bounds, Generated, Sampling, Stop, Tokens
+from megatron_sov.post.rl.generate import Desk, write_rounds
+from megatron_sov.post.rl.missing import Attempt, Missing
+from megatron_sov.post.rl.responses import Responses
+from megatron_sov.rollouts.claims import Claims
+from megatron_sov.rollouts.prompts import Prompt, read_prompts, round_prompts
+from megatron_sov.rollouts.rows import LENGTH, STOP, UNFINISHED, Rollout, later
+from megatron_sov.rollouts.store import Store
+from megatron_sov.runs.policies import Policy
+
+END = 5
+ROLLOUT = RolloutConfig(rounds=3, prompts_per_round=4, samples_per_prompt=2, piece_prompts=2,
+                        max_new_tokens=6, deadline_s=3.0)
+
+
+class Counting:
+    """An engine that counts on from a prompt's last token, one token in a second, up to an end that the
+    prompt decides; its log-probabilities tell its weights."""
+
+    def __init__(self) -> None:
+        self.now_s, self.step, self.streams = 0.0, 0, [0]
+
+    def generate(self, prompts: Sequence[Tokens], sampling: Sampling, *, stop: Stop | None = None,
+                 streams: Sequence[int] | None = None, bounds: Bounds | None = None) -> Generated:
+        assert stop is not None and streams is not None
+        self.streams += streams
+        limits = bounds.limits if bounds else [sampling.max_new_tokens] * len(prompts)
+        written: list[list[int]] = [[] for _ in prompts]
+        while going := [i for i, w in enumerate(written)
+                        if len(w) < limits[i] and not (w and w[-1] == END)]:
+            for i in going:
+                text = [*prompts[i], *written[i]]
+                written[i].append(END if text[-1] % 10 == length_of(text[0]) else text[-1] + 1)
+            self.now_s += 1
+            if bounds and bounds.should_stop():
+                break
+        return Generated.of([(w, [-1.0 - self.step] * len(w)) for w in written], sampling, stop, self.step)
+
+    def update(self, weights: Any, version: int) -> None:
+        raise AssertionError("its weights are taken by `take`")
+
+
+def length_of(first: int) -> int:
+    return first // 10 % 9
+
+
+def expected(first: int) -> list[int]:
+    whole = [*range(first + 1, first + length_of(first) + 1), END]
+    return whole[:ROLLOUT.max_new_tokens]
+
+
+class Numbers:
+    """In the place of a tokenizer: a prompt says its only id."""
+
+    end_ids = (END,)
+
+    def ask(self, prompts: Sequence[Any]) -> list[list[int]]:
+        return [[int(p.messages[-1].content)] for p in prompts]
+
+    def decode(self, tokens: list[int]) -> str:
+        return " ".join(map(str, tokens))
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> list[Prompt]:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": str(10 * k), "answer": k}) + "\n" for k in range(1, 13)))
+    return read_prompts(path)
+
+
+def policy(step: int) -> Policy:
+    return Policy(Path(f"step-{step}"), step, f"{step:064x}")
+
+
+class Job:
+    """One generating job; `newest` gives the newest policy whenever it is asked."""
+
+    def __init__(self, store: Path, prompts: list[Prompt], newest: Callable[[], int],
+                 rollout: RolloutConfig = ROLLOUT, **desk: Any) -> None:
+        self.engine, self.taken, self.store = Counting(), [0], Store.create(store, "sha256:0", 1000)
+
+        def policy_of(number: int) -> Policy | None:
+            return policy(newest()) if newest() >= number - 1 else None
+
+        self.missing = Missing(self.store, Claims(self.store.claims, 60), prompts, rollout, range(1, 4),
+                               policy_of)
+        self.writer = Responses(Numbers(), rollout, "counting", False, {},  # type: ignore[arg-type]
+                                lambda: self.engine.now_s)
+        self.desk = Desk(self.missing, self.store, **{"wait_s": 0.0, "provenance": {}, **desk})
+
+    def take(self, given: Policy) -> None:
+        self.taken.append(given.step)
+        self.engine.step = given.step
+
+    def run(self) -> dict[str, Any]:
+        return write_rounds(self.engine, self.take, policy(0), self.writer, self.desk)
+
+
+def rows_of(store: Store) -> list[Rollout]:
+    return [row for part in store.rollout_parts() for row in store.read_rollouts(part.name)]
+
+
+def check_whole(store: Store, prompts: list[Prompt], rounds: Sequence[int]) -> list[Rollout]:
+    """Check that the last attempts are each response once and whole; return them."""
+    rows = rows_of(store)
+    assert len({(row.key, row.attempt) for row in rows}) == len(rows)
+    found = later(rows)
+    assert sorted((r.round, r.key.prompt, r.key.sample) for r in found) == sorted(
+        (number, p.id, sample) for number in rounds for p in round_prompts(prompts, ROLLOUT, number)
+        for sample in range(2))
+    for row in found:
+        first = int(row.prompt_tokens[0])
+        assert row.tokens.tolist() == expected(first) and row.record["answer"] == first // 10
+        assert row.finish_reason == (STOP if row.tokens[-1] == END else LENGTH)
+        assert row.response == " ".join(map(str, row.tokens))
+    for row in rows:
+        assert np.array_equal(row.logprobs, -1.0 - row.versions)
+        assert row.key.policy == policy(int(row.versions[0])).sha256 and (np.diff(row.versions) >= 0).all()
+        if row.attempt:
+            (before,) = [r for r in rows if (r.key, r.attempt) == (row.key, row.attempt - 1)]
+            assert before.finish_reason == UNFINISHED and len(before.tokens) < len(row.tokens)
+            n = len(before.tokens)
+            assert (row.tokens[:n].tolist(), row.versions[:n].tolist()) == (before.tokens.tolist(),
+                                                                          before.versions.tolist())
+    return found
+
+
+def test_rounds_are_written_by_the_policies_that_they_ask_for(tmp_path: Path, prompts: list[Prompt]) -> None:
+    newest = 0
+    job = Job(tmp_path / "store", prompts, lambda: newest, replace(ROLLOUT, deadline_s=0.0))
+    summary = job.run()
+    assert (summary["parts"], summary["responses"]) == (2, 8)
+    assert summary["waits_for"] == "round 2 waits for a policy that round 1 has trained"
+    newest = 2
+    again = Job(tmp_path / "store", prompts, lambda: newest, replace(ROLLOUT, deadline_s=0.0))
+    assert again.run()["waits_for"] == "" and again.missing.is_done
+    found = check_whole(job.store, prompts, (1, 2, 3))
+    assert {(r.round, int(v)) for r in found for v in set(r.versions)} == {(1, 0), (2, 2), (3, 2)}
+    assert again.taken == [0, 2], "each policy is loaded once"
+    streams = job.engine.streams[1:] + again.engine.streams[1:]
+    assert len(set(streams)) == len(streams) == 24
+    parts = job.store.rollout_parts(2)
+    assert parts[0].provenance["step"] == 2 and parts[0].num_rows == 4
+
+
+def test_what_a_deadline_cuts_off_the_next_policy_goes_on_with(tmp_path: Path, prompts: list[Prompt]) -> None:
+    parts = 0
+
+    def newest() -> int:  # a trainer that is a round further with every two parts
+        return min(parts // 2, 2)
+
+    job = Job(tmp_path / "store", prompts, newest)
+    publish = job.desk.publish
+
+    def counted(attempt: Attempt, rows: list[Rollout]) -> None:
+        nonlocal parts
+        parts += 1
+        publish(attempt, rows)
+
+    job.desk.publish = counted  # type: ignore[method-assign]
+    assert job.run()["unfinished"] > 0
+    found = check_whole(job.store, prompts, (1, 2, 3))
+    assert any(len(set(r.versions)) > 1 for r in found), "no response was written by two policies"
+    assert {r.attempt for r in found} == {0, 1}
+    names = [part.name for part in sorted(job.store.rollout_parts(), key=lambda part: part.created_s)]
+    attempts = ["attempt" in name for name in names]
+    assert attempts == sorted(attempts), "fresh pieces come first"
+
+
+def test_without_a_newer_policy_the_same_one_goes_on(tmp_path: Path, prompts: list[Prompt]) -> None:
+    job = Job(tmp_path / "store", prompts, lambda: 0)
+    assert "round 2 waits" in job.run()["waits_for"]
+    check_whole(job.store, prompts, (1,))
+
+
+def test_a_killed_job_leaves_what_is_published(tmp_path: Path, prompts: list[Prompt]) -> None:
+    job = Job(tmp_path / "store", prompts, lambda: 2)
+
+    def dies(*asked: Any, **more: Any) -> Generated:
+        if len(rows_of(job.store)) >= 8:
+            raise KeyboardInterrupt
+        return Counting.generate(job.engine, *asked, **more)
+
+    job.engine.generate = dies  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        job.run()
+    kept = {part.name: part.manifest_sha256 for part in job.store.rollout_parts()}
+    again = Job(tmp_path / "store", prompts, lambda: 2)
+    assert again.run()["parts"] > 0
+    check_whole(again.store, prompts, (1, 2, 3))
+    now = {part.name: part.manifest_sha256 for part in again.store.rollout_parts()}
+    assert len(kept) == 2 and kept.items() <= now.items()
+
+
+def test_two_jobs_share_the_pieces_and_the_first_of_two_stays(tmp_path: Path, prompts: list[Prompt],
+                                                             capsys: pytest.CaptureFixture[str]) -> None:
+    slept: list[float] = []
+    one, two = (Job(tmp_path / "store", prompts, lambda: 2, wait_s=7.0, sleep=slept.append) for _ in range(2))
+    attempt = one.missing.take()
+    assert attempt is not None and attempt.name == "round-0001-piece-0000"
+    assert two.run()["waits_for"] == "round 1 waits for pieces that other jobs have claimed"
+    assert slept == [5.0, 2.0], "it waits as long as it was told"
+    # a job that was taken for dead has written the same piece, by another policy
+    taken = Responses(Numbers(), ROLLOUT, "other", False, {})  # type: ignore[arg-type]
+    other = Counting()
+    other.step = 1
+    one.store.add_rollouts(attempt.name, taken.write(other, replace(attempt, policy=policy(1))), {})
+    one.desk.publish(attempt, one.writer.write(one.engine, attempt))
+    assert "stay" in capsys.readouterr().err and one.desk.summary["parts"] == 0
+    one.run()
+    check_whole(one.store, prompts, (1, 2, 3))
+
+
+def test_a_prompt_that_is_too_long_is_named(tmp_path: Path, prompts: list[Prompt]) -> None:
+    job = Job(tmp_path / "store", prompts, lambda: 0, replace(ROLLOUT, max_prompt_tokens=1))
+    job.writer.asker.ask = lambda asked: [[1, 2]] * len(asked)  # type: ignore[method-assign]
+    with pytest.raises(UserError, match=r"--prompts: line \d+ \(prompt [0-9a-f]{16}\) has 2 tokens"):
+        job.run()
+    assert job.missing.take() is not None, "the claim was given back"

@@ -1,0 +1,122 @@
+"""The judging job: each response once under each version of a reward, and none generated again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_sov.post.rl.reward import ENVIRONMENT, JudgingJob, judging, reward_version, row_of
+from megatron_sov.rewards.reward import Result
+from megatron_sov.rollouts.claims import Claims
+from megatron_sov.rollouts.rows import STOP, UNFINISHED, Judged, Key, Rollout
+from megatron_sov.rollouts.store import Store
+
+SETTINGS = ["language=ko"]
+
+
+def rollout(round_: int, prompt: int, response: str, **more: object) -> Rollout:
+    row = Rollout(Key(f"{prompt:016x}", 0, "p" * 64, "s" * 16), round_, 0, {"prompt": "?", "answer": "1"},
+                  np.array([1], np.int32), np.array([2, 3], np.int32), np.array([-1, -1], np.float32),
+                  np.zeros(2, np.int32), STOP, response, 1.0, "test", 0.0, 1.0)
+    return replace(row, **more)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """Two rounds; of the second one a response is unfinished."""
+    found = Store.create(tmp_path / "store", "sha256:0", 10)
+    found.add_rollouts("round-0001-piece-0000", [rollout(1, 0, "가나"), rollout(1, 1, "ab")], {})
+    found.add_rollouts("round-0002-piece-0000", [
+        rollout(2, 2, "가a", outcome={"reward": 0.5, "status": "scored", "components": {"x": 1},
+                                      "reason": "", "reward_version": "v"}),
+        rollout(2, 3, "가", finish_reason=UNFINISHED)], {})
+    return found
+
+
+class Script:
+    """Gives the number of characters, and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def __call__(self, rows: Sequence[Rollout]) -> list[Result]:
+        self.seen += [row.response for row in rows]
+        return [Result(None, "failed", {}, "broken") if row.response == "ab"
+                else Result(float(len(row.response)), "scored", {"n": 1}) for row in rows]
+
+
+def job(store: Store, judge: Script, version: str = "v1", **more: object) -> JudgingJob:
+    return JudgingJob(store, Claims(store.claims, 60), version, judge, **{  # type: ignore[arg-type]
+        "rounds": None, "provenance": {"reward": "script"}, **more})
+
+
+def test_every_response_is_judged_once_and_a_new_version_judges_again(store: Store) -> None:
+    script = Script()
+    summary = job(store, script, rounds=range(1, 2)).run()
+    assert script.seen == ["가나", "ab"] and (summary.parts, summary.unfinished) == (1, 0)
+    assert job(store, script).run().unfinished == 1
+    assert script.seen == ["가나", "ab", "가a"]
+    assert job(store, script).run().parts == 0 and len(script.seen) == 3
+    kept = {part.name: part.manifest_sha256 for part in store.rollout_parts()}
+    assert job(store, script, "v2").run().statuses == {"scored": 2, "failed": 1}
+    assert {part.name: part.manifest_sha256 for part in store.rollout_parts()} == kept
+    first, second = store.read_rewards("v1", "round-0001-piece-0000")
+    assert (first.reward, first.status, first.reward_version) == (2.0, "scored", "v1")
+    # the infrastructure's fault is no 0
+    assert (second.reward, second.status, second.reason) == (None, "failed", "broken")
+    assert len(store.read_rewards("v2", "round-0002-piece-0000")) == 1
+
+
+def test_what_another_job_has_claimed_is_waited_for(store: Store) -> None:
+    slept: list[float] = []
+    claim = Claims(store.claims, 60).take("reward-v1-round-0001-piece-0000")
+    assert claim is not None
+    script = Script()
+    assert job(store, script, wait_s=6.0, sleep=slept.append).run().left == 1
+    assert slept == [5.0, 1.0] and script.seen == ["가a"]
+    claim.release()
+    assert job(store, script).run().left == 0
+
+
+def test_another_verdict_under_the_same_version_is_told(store: Store,
+                                                        capsys: pytest.CaptureFixture[str]) -> None:
+    name = "round-0001-piece-0000"
+
+    class Late(Script):
+        """Is overtaken by a job that took it for dead."""
+
+        def __call__(self, rows: Sequence[Rollout]) -> list[Result]:
+            store.add_rewards("v1", name, [Judged(row.key, 0, "v1", 7.0, "scored") for row in rows])
+            return super().__call__(rows)
+
+    assert job(store, Late(), rounds=range(1, 2)).run().parts == 0
+    assert "2 of 2 responses have another reward under the same version v1" in capsys.readouterr().err
+    assert [row.reward for row in store.read_rewards("v1", name)] == [7.0, 7.0]
+
+
+def test_an_environments_word_is_taken_from_the_rows(store: Store) -> None:
+    assert reward_version(ENVIRONMENT, []) == ENVIRONMENT
+    with judging(ENVIRONMENT, [], 1) as judge:
+        found = judge(store.read_rollouts("round-0002-piece-0000")[:1])
+        refused = judge(store.read_rollouts("round-0001-piece-0000"))
+    assert (found[0].reward, found[0].status, found[0].components) == (0.5, "scored", {"x": 1})
+    assert {(r.reward, r.status) for r in refused} == {(None, "refused")}
+
+
+def test_a_reward_is_given_the_prompts_fields_and_its_messages() -> None:
+    chat = [{"role": "user", "content": "hi"}]
+    assert row_of(rollout(1, 0, "x", record={"messages": chat, "answer": "2"})) == {
+        "messages": chat, "prompt": chat, "answer": "2", "response": "x"}
+
+
+def test_a_built_in_reward_judges_in_processes(store: Store) -> None:
+    version = reward_version("language", SETTINGS)
+    with judging("language", SETTINGS, 1) as judge:
+        summary = job(store, judge, version).run()  # type: ignore[arg-type]
+    assert (summary.parts, summary.num_rewards, summary.statuses) == (2, 3, {"scored": 3})
+    rewards = [row.reward for row in store.read_rewards(version, "round-0001-piece-0000")]
+    assert rewards == [1.0, 0.0] and version != reward_version("language", ["language=en"])
