@@ -76,7 +76,10 @@ megatron-sov extend tiny-k-exaone-extend --from runs/pretrain --data shards --ru
 
 No source at hand says at which stage Solar Open's rotations were stretched: it is pretrained and brought to
 32K with plain ones, and gets the released ones, YaRN 2 over 65,536, with the last stage.
-`vibethinker-1.5b` is two commands: `extend` makes the base ready for 40,960 tokens, `sft` goes on from there.
+`vibethinker-1.5b` is two commands: `extend` makes the base ready for 40,960 tokens, over 16K and 32K with one
+slower base of the rotations, `sft` goes on from there; its checkpoints are probed and merged as in
+[ssp.md](ssp.md). `typhoon-s-8b-opd` is for `distill`, from what `typhoon-s-8b` has fine-tuned;
+`solar-open-102b-dpo` is for a round of `prefer`.
 
 ## Where values come from
 

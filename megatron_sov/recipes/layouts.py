@@ -24,12 +24,14 @@ RECOMMENDED: dict[str, dict[str, tuple[Layout, ...]]] = {
     "solar-open-102b": {"h100": _SOLAR, "h200": ({"ep": 8}, *_SOLAR), "b200": ({"ep": 8}, *_SOLAR)},
     "solar-open-102b-mid": {"h100": _SOLAR_MID, "h200": _SOLAR_MID,
                             "b200": ({"ep": 8, "cp": 2}, *_SOLAR_MID)},
+    "solar-open-102b-dpo": dict.fromkeys(("h100", "h200", "b200"), _SOLAR_MID),
     "solar-open-102b-extend": dict.fromkeys(("h100", "h200", "b200"), (_OWN,)),
     "k-exaone-236b": {"h100": ({"ep": 8, "pp": 8}, {"ep": 16, "pp": 4}), "h200": ({"ep": 8, "pp": 4},),
                       "b200": ({"ep": 8, "pp": 2}, {"ep": 8, "pp": 4})},
     "k-exaone-236b-extend": {"h100": (_OWN,),
                              **dict.fromkeys(("h200", "b200"), ({"tp": 4, "pp": 4, "ep": 8}, _OWN))},
     **dict.fromkeys(("qwen2-1.5b", "qwen3-4b", "qwen3-4b-2507", "qwen3-8b", "qwen3-moe-30b",
-                     "qwen3-30b-a3b-2507", "typhoon-s-8b", "vibethinker-1.5b"), _SMALL),
+                     "qwen3-30b-a3b-2507", "typhoon-s-8b", "typhoon-s-8b-opd", "vibethinker-1.5b"),
+                    _SMALL),
 }
 """Recipe -> kind of GPU (`plan.gpus.GPUS`) -> layouts."""

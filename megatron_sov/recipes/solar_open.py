@@ -15,10 +15,12 @@ from megatron_sov.config import (
     GpuConfig,
     ModelConfig,
     NeedleConfig,
+    ObjectiveConfig,
     OptimConfig,
     ParallelConfig,
     PartConfig,
     PhaseConfig,
+    PreferenceConfig,
     RunConfig,
     TrainConfig,
     YarnConfig,
@@ -124,6 +126,19 @@ def solar_open_102b_extend() -> RunConfig:
         extend=ExtendConfig(stages=STAGES, gate=GateConfig(every_steps=250, min_accuracy=0.98)))
 
 
+def solar_open_102b_dpo() -> RunConfig:
+    """Return a round of iterative DPO (SnapPO's phase B): pairs of preference, safety and degeneration, with
+    reasoning among them, for `prefer`."""
+    run = solar_open_102b()
+    return replace(
+        run, recipe="solar-open-102b-dpo", model=released_model(),
+        data=DataConfig(phases=(PhaseConfig("pairs", tokens=128 * 32768 * 500, seq_len=32768, blend={
+            "preference": 30.0, "safety": 20.0, "degeneration": 20.0, "reasoning": 30.0}),)),
+        optim=replace(run.optim, lr=5e-7, min_lr=0.0, warmup_steps=25),
+        train=replace(run.train, global_batch_size=128),
+        objective=ObjectiveConfig(name="preference"), preference=PreferenceConfig(method="dpo", beta=0.1))
+
+
 _OPTIMIZER = published(f"{REPORT}, pretraining: optimizer")
 _CURRICULUM = published(f"{REPORT}, pretraining: phases")
 SOURCES: Sources = {
@@ -179,4 +194,16 @@ EXTEND_SOURCES = derive(SOURCES, {
     "extend.stages.*.parts.*": ours("not published; rehearsal is phase 2.C again, as in mid-training"),
     "extend.gate.every_steps": ours("not published"),
     "extend.gate.min_accuracy": ours("not published"),
+})
+_PHASE_B = published(f"{REPORT}, SnapPO, phase B: iterative DPO")
+DPO_SOURCES = derive(SOURCES, {
+    "model.yarn.*": config_json(RELEASED),
+    "data.phases.*": ours("not published"),
+    "data.phases.*.blend.*": ours("the kinds of pairs are published, with reasoning kept among them; their "
+                                  "shares are not"),
+    **dict.fromkeys(("optim.lr", "optim.min_lr", "optim.warmup_steps", "optim.schedule",
+                     "train.global_batch_size"), ours("not published")),
+    "objective.name": _PHASE_B,
+    "preference.method": _PHASE_B,
+    "preference.beta": ours("not published; what DPO's authors took (arXiv 2305.18290)"),
 })

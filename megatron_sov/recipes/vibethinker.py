@@ -1,4 +1,5 @@
-"""VibeThinker-1.5B (arXiv 2511.06221): Qwen2.5-Math-1.5B made ready for 40,960 tokens, then fine-tuned.
+"""VibeThinker-1.5B (arXiv 2511.06221): Qwen2.5-Math-1.5B made ready for 40,960 tokens in three stages, then
+fine-tuned.
 
 `extend` lengthens the base, `sft` trains on from there.  The report has no rates and no batches.
 """
@@ -26,14 +27,18 @@ from megatron_sov.recipes.qwen import dense_sources, qwen2_1_5b
 from megatron_sov.recipes.sources import Sources, derive, ours, published
 
 REPORT = "arXiv 2511.06221"
-LENGTH, THETA = 40960, 500_000.0
-STAGES = (
-    ExtendStageConfig("40k", seq_len=LENGTH, steps=500, max_steps=2000, global_batch_size=128,
-                      rope_theta=THETA, parts=(PartConfig("long", 0.5), PartConfig("rehearsal", 0.25))),)
+LENGTHS, THETA = {"16k": 16384, "32k": 32768, "40k": 40960}, 500_000.0
+LENGTH = LENGTHS["40k"]
+STAGES = tuple(
+    ExtendStageConfig(name, seq_len=seq_len, steps=500, max_steps=2000, global_batch_size=128,
+                      rope_theta=THETA, parts=(PartConfig("long", 0.5), PartConfig("rehearsal", 0.25)))
+    for name, seq_len in LENGTHS.items())
+"""The lengths at which the report trains by reinforcement, and the one that it generates: a response is
+learned at no position that the model has not met in text."""
 
 
 def vibethinker_1_5b() -> RunConfig:
-    """Return the extension to 40,960 tokens by slower rotations, behind the gate, and fine-tuning at 16K."""
+    """Return the extension 4K -> 16K -> 32K -> 40,960 by slower rotations, gated, and fine-tuning at 16K."""
     return RunConfig(
         recipe="vibethinker-1.5b",
         model=replace(qwen2_1_5b().model, rope_theta=THETA, max_position_tokens=LENGTH),
@@ -43,7 +48,7 @@ def vibethinker_1_5b() -> RunConfig:
         train=TrainConfig(global_batch_size=128, micro_batch_size=1, recompute=True,
                           checkpoint_every_steps=100, keep_every_steps=100),
         objective=ObjectiveConfig(name="sft"),
-        needle=NeedleConfig(lengths_tokens=(4096, 16384, LENGTH)),
+        needle=NeedleConfig(lengths_tokens=(4096, *LENGTHS.values())),
         extend=ExtendConfig(stages=STAGES, gate=GateConfig(every_steps=100, min_accuracy=0.98)),
     )
 
@@ -63,9 +68,10 @@ SOURCES: Sources = derive(dense_sources("Qwen/Qwen2.5-Math-1.5B"), {
     "train.checkpoint_every_steps": ours("checkpoints to choose from are published, their distance is not"),
     "train.keep_every_steps": ours("checkpoints to choose from are published, their distance is not"),
     "objective.name": published(f"{REPORT}, spectrum phase"),
-    "needle.lengths_tokens": ours("the base's, the stage's and one between"),
+    "needle.lengths_tokens": ours("the base's and the stages'"),
     **dict.fromkeys(SET_IN_A_STAGE, ours("not published")),
-    "extend.stages.*.seq_len": published(f"{REPORT}, evaluation: 40,960 tokens are generated"),
+    "extend.stages.*.seq_len": published(f"{REPORT}: 16K and 32K in training, 40,960 in evaluation; that "
+                                         "text of these lengths comes first is ours"),
     "extend.stages.*.rope_theta": ours("not published; others lengthen this base by it (NVIDIA-NeMo/Skills)"),
     "extend.stages.*.parts.*": ours("not published"),
     "extend.gate.every_steps": ours("not published"),

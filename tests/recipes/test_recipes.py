@@ -121,9 +121,13 @@ def test_the_published_extension_ends_at_the_released_model(name: str, before: i
 
 def test_the_base_of_vibethinker_is_made_ready_for_what_it_generates() -> None:
     config, base = get("vibethinker-1.5b"), get("qwen2-1.5b").model
-    (stage,) = config.extend.stages
-    assert (base.max_position_tokens, stage.seq_len) == (4096, 40960)
-    assert extended(base, 4096, stage.seq_len, stage.rope_theta) == config.model
+    model, before = base, base.max_position_tokens
+    lengths = [stage.seq_len for stage in config.extend.stages]
+    assert [before, *lengths] == [4096, 16384, 32768, 40960]
+    for stage in config.extend.stages:
+        model = extended(model, before, stage.seq_len, stage.rope_theta, stage.yarn_factor)
+        before = stage.seq_len
+    assert model == config.model and model.yarn is None
 
 
 def test_typhoon_s_is_fine_tuned_as_the_authors_script_does() -> None:
