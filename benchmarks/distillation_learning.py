@@ -15,7 +15,9 @@ others.  Everything runs through the ordinary commands on one process of one thr
             a third of the steps, with answers that the student wrote itself
 
 Each is then asked the other four wordings: KL(teacher || student) in nats per token of the answers, by the
-same command, before its first step.  A run that is complete is not run again.
+same command, before its first step.  Printed are means over the seeds with 95 % intervals (Student's t) where
+there are several; an arm is compared with SFT seed by seed.  A run that is complete is not run again, and one
+that was killed goes on, so that seeds can be added one by one.
 """
 
 from __future__ import annotations
@@ -25,10 +27,11 @@ import json
 import os
 import platform
 import random
-import statistics
 import subprocess
 import sys
 from pathlib import Path
+
+from seeds import over_seeds
 
 THINGS = {"fruit": "apple banana cherry grape lemon mango peach plum",
           "colour": "amber black brown green indigo red violet white",
@@ -122,7 +125,6 @@ class Work:
                          *words)
         return run
 
-
     def rounds(self, name: str, prompts: Path, start: str, seed: int, *settings: str) -> str:
         """Return the last run of on-policy rounds; those that are complete are not run again."""
         self.command("megatron_sov", "distill", "rounds", "tiny-qwen3", "--from", self.folder / start,
@@ -175,21 +177,25 @@ def steps_of(run: Path) -> int:
 
 def report(folder: Path) -> None:
     """Print what there is."""
-    seeds = sorted(int(p.name.rpartition("-")[2]) for p in folder.glob("asked-start-*"))
+    seeds = sorted(int(p.name.rpartition("-")[2]) for p in folder.glob("asked-start-*")
+                   if (folder / f"arm-{p.name.rpartition('-')[2]}-0/complete.json").exists())
+    if not seeds:
+        raise SystemExit(f"{folder}: no seed is done yet")
     print(f"{platform.machine()}, {os.cpu_count()} cores shared with other work, Python "
           f"{platform.python_version()}; KL(teacher || student), nats per token of the answers, on wordings "
           f"that no arm has learned; seeds {', '.join(map(str, seeds))}; steps of the teacher and of an arm: "
           f"{', '.join(str(steps_of(folder / name)) for name in ('teacher', f'arm-{seeds[0]}-0'))}\n")
     runs = {"start": "start-{}", **{arm: f"arm-{{}}-{number}" for number, arm in enumerate(ARMS)},
             ON_POLICY: "rounds-{}"}
-    found = {name: [kl(folder / f"asked-{run.format(s)}") for s in seeds
-                    if (folder / f"asked-{run.format(s)}/complete.json").exists()]
+    found = {name: {s: kl(folder / f"asked-{run.format(s)}") for s in seeds
+                    if (folder / f"asked-{run.format(s)}/complete.json").exists()}
              for name, run in runs.items()}
     for name, values in found.items():
-        if values and found["SFT"]:
-            change = statistics.mean(values) / statistics.mean(found["SFT"]) - 1
-            print(f"  {name:<22} {statistics.mean(values):8.4f}   {change:+7.1%} against SFT   "
-                  f"({', '.join(f'{v:.4f}' for v in values)})")
+        changes = [value / found["SFT"][s] - 1 for s, value in values.items() if s in found["SFT"]]
+        if changes:
+            print(f"  {name:<22} {over_seeds(list(values.values()), '.4f'):>17}   "
+                  f"{over_seeds(changes, '+.1%'):>16} against SFT   "
+                  f"({', '.join(f'{v:.4f}' for v in values.values())})")
 
 
 def main() -> None:

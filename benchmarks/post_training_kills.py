@@ -52,7 +52,7 @@ MODEL = ("model.vocab_size=368", "model.hidden_size=64", "model.num_layers=4", "
 TRAINING = ("train.num_threads=1", 'data.phases=[{"name": "main", "seq_len": 256}]',
             "train.global_batch_size=4", "train.micro_batch_size=2", "train.eval_every_steps=0",
             "data.max_epochs=0")
-STEPS, PAIR_SOURCES, PAIRS, ROWS, THREADS, ANSWER_S = 60, 4, 40, 600, 8, 0.05
+STEPS, PAIR_SOURCES, PAIRS, ROWS, THREADS, ANSWER_S, PARAGRAPHS = 40, 4, 40, 600, 8, 0.05, 24
 MODULES: tuple[ModuleType, ...] = (argparse, inspect, json, subprocess, tempfile, threading, random, platform)
 """What the teacher reads: a source each, of paragraphs."""
 POLL_S = 0.02
@@ -214,7 +214,7 @@ def same_file(path: Path) -> str:
 def teacher(work: Path, base: Path, nproc: int) -> Job:
     """Return `distill states` over several sources, each of which is two parts: learned and held out."""
     for module in MODULES:
-        paragraphs = [p for p in inspect.getsource(module).split("\n\n") if p.strip()]
+        paragraphs = [p for p in inspect.getsource(module).split("\n\n") if p.strip()][:PARAGRAPHS]
         (work / f"{module.__name__}.jsonl").write_text("".join(
             json.dumps({"text": p[:400]}) + "\n" for p in paragraphs))
     prepare("data_prep.cli", "pack", "--tokenizer", work / "tokenizer", "--heldout", "0.3", "--workers", "1",

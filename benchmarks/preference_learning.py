@@ -12,7 +12,8 @@ The base has seen both endings behind both tones, so it ranks about half of the 
   format    `sft` on answers in double brackets, `generate` on prompts of their own, `score` by a pattern
 
 Everything runs through the ordinary commands on one process of one thread.  A run that is complete is not run
-again, and `--print` writes a table of what there is, so that seeds can be added.
+again, one that was killed goes on, and `--print` writes a table of what there is, so that seeds can be added.
+Behind several seeds stand the means of their changes with 95 % intervals (Student's t).
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from seeds import over_seeds
 
 METHODS = ("dpo", "ipo", "dpo-norm", "simper", "grouper")
 LABELS = ("true", "shuffled")
@@ -204,6 +207,29 @@ def report(work: Path) -> None:
             if share is not None and begun is not None:
                 holds = begun == 0 and share >= FORMAT_SHARE
                 print(f"  format, {kind:<6} {begun:4.0%} -> {share:4.0%}  {'ok' if holds else 'NOT SO'}")
+
+
+    _report_over_seeds(sorted(work.glob("seed-*")))
+
+
+def _report_over_seeds(folders: list[Path]) -> None:
+    """Print what all seeds together say, where there are several."""
+    rows: dict[str, list[float]] = {}
+    for folder in folders:
+        before, begun = right(folder / "base"), formatted(folder / "base")
+        for name in (f"{method}-{labels}" for method in METHODS for labels in LABELS):
+            after = right(folder / name)
+            if before is not None and after is not None:
+                rows.setdefault(f"{name.rpartition('-')[0]:<9} {name.rpartition('-')[2]:<9}", []).append(
+                    after - before)
+        for kind in FORMATS:
+            share = formatted(folder / f"format-{kind}")
+            if share is not None and begun is not None:
+                rows.setdefault(f"format, {kind:<11}", []).append(100 * (share - begun))
+    if any(len(values) > 1 for values in rows.values()):
+        print("\nover seeds: points more than before")
+        for name, values in rows.items():
+            print(f"  {name}  {over_seeds(values, '+6.1f')}  ({len(values)} seeds)")
 
 
 def main() -> None:

@@ -182,7 +182,6 @@ def _enter(args: argparse.Namespace, reward_version: str) -> None:
              "reward": args.reward, "reward_set": args.reward_set, "samples": args.samples,
              "reward_version": reward_version,
              "temperature": args.temperature, "max_new_tokens": args.max_new_tokens,
-             "keep_unfinished": args.keep_unfinished,
              "reference": None if args.reference is None else str(args.reference)}
     if file.is_file() and not args.resume:
         raise UserError(f"{args.run}: already holds rounds; pass --resume to continue them, or choose "
