@@ -92,7 +92,7 @@ def _parsed(raw: bytes, field: str) -> Row | str:
         return f"is no JSON object, but a {type(row).__name__}"
     if field and field not in row:
         return f"has no {field!r}"
-    types, told = FIELDS[field] if field else ((), "")
+    types, told = FIELDS[field]
     if field and not isinstance(row[field], types):
         return f"{field} is of type {type(row[field]).__name__}, and must be {told}"
     if raw.count(b"[") + raw.count(b"{") > MOST_LEVELS:  # else it cannot be that deep
