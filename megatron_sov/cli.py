@@ -68,6 +68,8 @@ COMMANDS = {
                         "merge the best checkpoint of each domain, or any checkpoints, into one"),
     "rl knowledge": Command("megatron_sov.commands.rl_knowledge",
                             "in-domain text for InK-GRPO: each section once, none of the test's answers"),
+    "rl run": Command("megatron_sov.commands.rl_run",
+                      "reinforcement learning by one command: the model that learns writes its own rounds"),
     "rl train": Command("megatron_sov.commands.rl_train",
                         "reinforcement learning: train the rounds of responses that are written and judged"),
     "score": Command("megatron_sov.commands.score",

@@ -20,7 +20,7 @@ from megatron_sov.obs.warning import warn
 from megatron_sov.recipes.requested import add_recipe_arguments, requested
 from megatron_sov.rewards.settings import parse_settings
 from megatron_sov.rollouts.claims import Claims
-from megatron_sov.rollouts.prompts import Prompt, read_prompts, refuse_unaskable
+from megatron_sov.rollouts.prompts import Prompt, refuse_unaskable
 from megatron_sov.rollouts.store import Store
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.policies import Policy, policy_of_round
@@ -52,6 +52,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--wait", type=float, default=0.0, metavar="SECONDS",
                         help="how long to wait for a policy, or for pieces that other jobs have claimed "
                              "(default: not at all; the command then ends with 75)")
+    add_asking_arguments(parser)
+    parser.add_argument("--engine", choices=ENGINES,
+                        help="what runs the policies (default: transformers for a Hugging Face folder)")
+    parser.add_argument("--engine-set", action="append", default=[], metavar="key=value",
+                        help="layout and precision, e.g. parallel.ep=2 (engine megatron)")
+    parser.add_argument("--nproc", type=int, default=None, metavar="N",
+                        help="local processes (engine megatron)")
+
+
+def add_asking_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare how prompts are asked: --plain --environment --env-set --limit --batch-size."""
     parser.add_argument("--plain", action="store_true",
                         help="continue each prompt as it is, without the chat template")
     parser.add_argument("--environment", metavar="ENV",
@@ -61,14 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="a setting of the environment; may be repeated")
     parser.add_argument("--limit", action="append", default=[], metavar="key=value",
                         help="a limit of an episode, e.g. max_turns=7; may be repeated")
-    parser.add_argument("--engine", choices=ENGINES,
-                        help="what runs the policies (default: transformers for a Hugging Face folder)")
-    parser.add_argument("--engine-set", action="append", default=[], metavar="key=value",
-                        help="layout and precision, e.g. parallel.ep=2 (engine megatron)")
     parser.add_argument("--batch-size", type=int, default=Batching.max_sequences, metavar="N",
                         help="responses, or episodes, that are written at a time (default %(default)s)")
-    parser.add_argument("--nproc", type=int, default=None, metavar="N",
-                        help="local processes (engine megatron)")
 
 
 def add_rounds_argument(parser: argparse.ArgumentParser, text: str) -> None:
@@ -100,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
     rollout = _rollout(args)
     rounds = rounds_of(args.rounds, rollout.rounds)
     prompts = _prompts(args)
-    environment = _environment(args, rollout)
+    environment = environment_of(args, rollout)
     refuse_missing(args.start_from, "--from ")
     from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
@@ -133,7 +138,7 @@ def _prompts(args: argparse.Namespace) -> list[Prompt]:
     return prompts
 
 
-def _environment(args: argparse.Namespace, rollout: RolloutConfig) -> tuple[Any, str, EpisodeLimits] | None:
+def environment_of(args: argparse.Namespace, rollout: RolloutConfig) -> tuple[Any, str, EpisodeLimits] | None:
     """Return the order of the environment, its version and limits; None: there is none."""
     if args.environment is None:
         for option in ("env_set", "limit"):
@@ -183,10 +188,7 @@ def _write(args: argparse.Namespace, rollout: RolloutConfig, rounds: range, prom
     from megatron_sov.post.rl.policy_weights import Take, run_policies
 
     folder = start.tokenizer_folder
-    if not args.plain and read_chat_encoder(folder) is None:
-        raise UserError(f"{folder}: has no chat template, by which prompts are asked; fine-tune on chats "
-                        "first, or continue the prompts as they are with --plain")
-    writer = _writer(args, rollout, start, engine_name, environment)
+    writer = writer_of(args, rollout, start, engine_name, environment)
     policy_of = partial(policy_of_round, args.run, start.path, rollout=rollout)
     held = Policy(start.path, 0, manifest_sha256(start.path))
 
@@ -202,7 +204,7 @@ def _write(args: argparse.Namespace, rollout: RolloutConfig, rounds: range, prom
     return found
 
 
-def _writer(args: argparse.Namespace, rollout: RolloutConfig, start: Target, engine_name: str,
+def writer_of(args: argparse.Namespace, rollout: RolloutConfig, start: Target, engine_name: str,
             environment: tuple[Any, str, EpisodeLimits] | None) -> Writer:
     """Return what makes rows: plain responses, or episodes."""
     from megatron_sov.chat.turns import TurnEncoder
@@ -212,14 +214,17 @@ def _writer(args: argparse.Namespace, rollout: RolloutConfig, start: Target, eng
     from megatron_sov.tools.playing import Table
 
     folder = start.tokenizer_folder
+    chat = read_chat_encoder(folder)
+    if not args.plain and chat is None:
+        raise UserError(f"{folder}: has no chat template, by which prompts are asked; fine-tune on chats "
+                        "first, or continue the prompts as they are with --plain")
     asker = Asker(start, not args.plain)
     chosen_by: dict[str, Any] = {
         "plain": args.plain, "chat": {file.name: file_digest(file) for file in chat_files(folder)}}
     if environment is None:
         return Responses(asker, rollout, engine_name, args.plain, chosen_by)
     asked, version, limits = environment
-    chat = read_chat_encoder(folder)
-    assert chat is not None
+    assert chat is not None, "environment_of refuses --plain"
     table = Table(asked, TurnEncoder(chat, str(folder)), limits, args.batch_size)
     chosen_by |= {"environment": version, "limits": asdict(limits)}
     return Episodes(table, version, asker.decode, asker.end_ids, rollout, engine_name, chosen_by)

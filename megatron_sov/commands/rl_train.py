@@ -3,32 +3,40 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from megatron_sov.config.rounds import with_rounds
 from megatron_sov.data.vocabulary import TOKENIZER_JSON
 from megatron_sov.errors import ExitCode, UserError
-from megatron_sov.rewards.registry import make, order
-from megatron_sov.rewards.settings import parse_settings
-from megatron_sov.rollouts.prompts import read_prompts, round_prompts
+from megatron_sov.post.rl.reward import reward_version
+from megatron_sov.rollouts.prompts import Prompt, read_prompts, round_prompts
 from megatron_sov.runs.folder import ROUNDS
 from megatron_sov.train.stage_config import ParsedStage, add_stage_arguments, parse_stage
+
+if TYPE_CHECKING:
+    from megatron_sov.post.rl.feed import Produce
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
+    add_round_arguments(parser)
+    parser.add_argument("--wait", type=float, default=0.0, metavar="SECONDS",
+                        help="how long a round is waited for that is not written and judged yet, before the "
+                             "run ends with 75 (default: not at all)")
+
+
+def add_round_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what is trained, and where its rounds come from."""
     add_stage_arguments(parser, needs_start=True)
     parser.add_argument("--store", type=Path, required=True, metavar="DIR",
-                        help="the rollout store that `rl generate` and `rl reward` write to")
+                        help="the rollout store that responses and rewards stand in")
     parser.add_argument("--prompts", type=Path, required=True, metavar="FILE.jsonl",
                         help="the prompts that responses are written to")
     parser.add_argument("--reward", required=True, metavar="NAME", help="as of `megatron-sov rl reward`")
     parser.add_argument("--reward-set", action="append", default=[], metavar="key=value",
                         help="a setting of the reward; may be repeated")
-    parser.add_argument("--wait", type=float, default=0.0, metavar="SECONDS",
-                        help="how long a round is waited for that is not written and judged yet, before the "
-                             "run ends with 75 (default: not at all)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -40,16 +48,43 @@ def run(args: argparse.Namespace) -> int:
     """
     if not args.wait >= 0:
         raise UserError(f"--wait {args.wait}: must not be negative")
-    prompts = read_prompts(args.prompts)
-    version = make(order(args.reward, parse_settings(args.reward_set))).version
-    parsed = parse_stage(args, "policy", needs_data=False, completed=with_rounds)
-    round_prompts(prompts, parsed.config.rollout, 1)
-    _train(args, parsed, prompts, version)
+    train_rounds(args, parse_rounds(args), args.wait)
     return ExitCode.OK
 
 
-def _train(args: argparse.Namespace, parsed: ParsedStage, prompts: list[Any], version: str) -> None:
-    """Run the stage."""
+@dataclass(frozen=True)
+class ParsedRounds:
+    """What a command that trains rounds is to do, checked."""
+
+    stage: ParsedStage
+    prompts: list[Prompt]
+    """All of them."""
+    reward_version: str
+
+
+def parse_rounds(args: argparse.Namespace) -> ParsedRounds:
+    """Return what the arguments of `add_round_arguments` ask for.
+
+    Raises:
+        UserError: a mistake in them.
+    """
+    prompts = read_prompts(args.prompts)
+    version = reward_version(args.reward, args.reward_set)
+    parsed = parse_stage(args, "policy", needs_data=False, completed=with_rounds)
+    round_prompts(prompts, parsed.config.rollout, 1)
+    return ParsedRounds(parsed, prompts, version)
+
+
+def train_rounds(args: argparse.Namespace, parsed: ParsedRounds, wait_s: float = 0.0,
+                 produce: Produce | None = None) -> None:
+    """Run the stage.
+
+    Args:
+        args: of the command.
+        parsed: the same, checked.
+        wait_s: how long a round is waited for.
+        produce: writes and judges rounds; None: other jobs do.
+    """
     from megatron_sov.data.rounds import rounds_of, rounds_source
     from megatron_sov.data.token_shards import open_sources
     from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
@@ -62,7 +97,7 @@ def _train(args: argparse.Namespace, parsed: ParsedStage, prompts: list[Any], ve
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.stage import Stage, run_stage
 
-    config, start = parsed.config, parsed.start
+    config, start = parsed.stage.config, parsed.stage.start
     assert start is not None, f"--from is required, it is {args.start_from}"
     tokenizer = start / "tokenizer"
     if not (tokenizer / TOKENIZER_JSON).is_file():
@@ -76,7 +111,8 @@ def _train(args: argparse.Namespace, parsed: ParsedStage, prompts: list[Any], ve
     check_sources(config, [*texts, source])
     rounds = rounds_of([source])
     assert rounds is not None, "the source has no rounds"
-    publisher = Publisher(config, args.run / ROUNDS, args.store, prompts, version, tokenizer)
-    feed = RoundFeed(rounds, config.rollout, publisher.publish, columns, args.wait)
+    publisher = Publisher(config, args.run / ROUNDS, args.store, parsed.prompts, parsed.reward_version,
+                          tokenizer)
+    feed = RoundFeed(rounds, config.rollout, publisher.publish, columns, wait_s, produce)
     run_stage(Stage(config, RunFolder(args.run), objective, start, args.resume, texts, (source,),
-                    feed=feed, faults=parsed.faults), args.nproc, args.began_s)
+                    feed=feed, faults=parsed.stage.faults), args.nproc, args.began_s)

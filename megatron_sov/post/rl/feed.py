@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from megatron_sov.artifacts import read_manifest
@@ -21,6 +21,8 @@ POLL_S = (1.0, 10.0)
 """Between two looks at what is not there yet: a tenth of what was waited so far, within these bounds."""
 TOLD = ("groups", "late", "unjudged", "reward_version", "policies", "means")
 """What of a round's manifest its event tells."""
+Produce = Callable[[FeedView, int], Mapping[str, float]]
+"""Writes and judges what is missing of a round, on all processes together; returns figures for its event."""
 
 
 @dataclass
@@ -36,6 +38,9 @@ class RoundFeed:
     """What the trainer says of each document before it learns from it."""
     wait_s: float = 0.0
     """How long a round is waited for."""
+    produce: Produce | None = None
+    """None: other jobs write and judge."""
+    _figures: Mapping[str, float] = field(default_factory=dict)
 
     def bring(self, view: FeedView, asked_to_stop: Callable[[], bool]) -> str | None:
         """As `Feed.bring`: open the round of the next step."""
@@ -56,6 +61,9 @@ class RoundFeed:
             if not told:
                 told = True
                 view.checkpointer.finish()  # the policy that is to write the round
+                if self.produce is not None:
+                    self._figures = self.produce(view, number)
+                    continue
                 view.events.write("waiting", step=view.step, round=number, reason=lacking)
             waited_s = time.monotonic() - begin_s
             # one clock decides
@@ -80,7 +88,9 @@ class RoundFeed:
         if view.world.is_main:
             content = read_manifest(opened.path).content
             view.events.write("round", step=view.step, round=number, waited_s=waited_s,
-                              documents=opened.steps[-1].stop, **{name: content.get(name) for name in TOLD})
+                              documents=opened.steps[-1].stop, **self._figures,
+                              **{name: content.get(name) for name in TOLD})
+            self._figures = {}
 
     def _pass_over_empty(self, view: FeedView, number: int, opened: Round) -> None:
         """Have the steps passed over of which no group learns: there is nothing to compute."""

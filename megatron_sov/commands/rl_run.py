@@ -1,0 +1,67 @@
+"""`megatron-sov rl run RECIPE --store STORE --prompts FILE --reward NAME --from CHECKPOINT --run DIR`: all
+rounds by one command, each written by the model that learns."""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+
+from megatron_sov.commands.rl_generate import add_asking_arguments, environment_of, writer_of
+from megatron_sov.commands.rl_train import ParsedRounds, add_round_arguments, parse_rounds, train_rounds
+from megatron_sov.digests import SHA256, file_digest
+from megatron_sov.errors import ExitCode, UserError
+from megatron_sov.generate.engine import MEGATRON
+from megatron_sov.generate.request import Batching
+from megatron_sov.post.rl.reward import judging
+from megatron_sov.rewards.running import default_workers
+from megatron_sov.rollouts.prompts import refuse_unaskable
+from megatron_sov.rollouts.store import Store
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    add_round_arguments(parser)
+    add_asking_arguments(parser)
+    parser.add_argument("--workers", type=int, default=default_workers(), metavar="N",
+                        help="processes that judge (default: one for each core)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write, judge and train all rounds; returns 0 when the run is complete.
+
+    Raises:
+        UserError: a mistake in the arguments, or the store does not belong to the run.
+        StopRequested: it was asked to stop, and everything is saved.
+    """
+    problems = Batching(args.batch_size).problems()
+    if args.workers < 1:
+        problems.append(f"--workers {args.workers}: must be at least 1")
+    if problems:
+        raise UserError(problems[0])
+    parsed = parse_rounds(args)
+    if args.environment is None:
+        refuse_unaskable(args.prompts, parsed.prompts)
+    _run(args, parsed)
+    return ExitCode.OK
+
+
+def _run(args: argparse.Namespace, parsed: ParsedRounds) -> None:
+    from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
+
+    prepare_megatron()
+    from megatron_sov.generate.target import find_target
+    from megatron_sov.post.rl.producing import Producer
+
+    assert parsed.stage.start is not None, "--from is required"
+    rollout, start = parsed.stage.config.rollout, find_target(parsed.stage.start)
+    environment = environment_of(args, rollout)
+    digest = file_digest(start.tokenizer_folder / "tokenizer.json", SHA256)
+    producer = Producer(
+        partial(Store.create, args.store, digest, start.vocab_size), parsed.prompts, rollout, args.run,
+        start.path, writer_of(args, rollout, start, MEGATRON, environment), Batching(args.batch_size),
+        parsed.reward_version, partial(judging, args.reward, args.reward_set, args.workers),
+        {"engine": MEGATRON, "environment": args.environment, "reward": args.reward})
+    try:
+        train_rounds(args, parsed, produce=producer.produce)
+    finally:
+        producer.close()
