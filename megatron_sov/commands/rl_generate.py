@@ -20,7 +20,7 @@ from megatron_sov.obs.warning import warn
 from megatron_sov.recipes.requested import add_recipe_arguments, requested
 from megatron_sov.rewards.settings import parse_settings
 from megatron_sov.rollouts.claims import Claims
-from megatron_sov.rollouts.prompts import Prompt, refuse_unaskable
+from megatron_sov.rollouts.prompts import Prompt, read_prompts, refuse_unaskable
 from megatron_sov.rollouts.store import Store
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.policies import Policy, policy_of_round
