@@ -40,7 +40,8 @@ ROUNDS, LR = 40, 5e-4
 POLICY = (f"rollout.rounds={ROUNDS}", "rollout.prompts_per_round=32", "rollout.samples_per_prompt=8",
           "rollout.piece_prompts=32", "rollout.max_new_tokens=12", "rollout.max_prompt_tokens=64",
           f"optim.lr={LR}", "optim.weight_decay=0", "optim.warmup_steps=0", "train.num_threads=1",
-          "train.micro_batch_size=8", "train.eval_every_steps=0")
+          "train.global_batch_size=8", "train.micro_batch_size=8", "train.eval_every_steps=0",
+          'data.phases=[{"name": "main", "seq_len": 128}]')
 ARMS: dict[str, tuple[str, ...]] = {
     "gspo": ("policy.method=gspo",),
     "agapo": ("policy.method=agapo",),
