@@ -50,6 +50,9 @@ COMMANDS = {
                              "have a student answer prompts, as conversations that a teacher can read"),
     "distill rounds": Command("megatron_sov.commands.distill_rounds",
                               "on-policy rounds: the student writes, the teacher reads, the student learns"),
+    "rl store": Command("megatron_sov.commands.rl_store",
+                        "ls, show, stats, verify, gc: the rollout store between generation, reward and "
+                        "training"),
     "convert": Command("megatron_sov.commands.convert",
                        "from-hf, to-hf, verify, inspect, to-peft, from-peft: checkpoints, Hugging Face "
                        "folders, adapters"),
