@@ -136,12 +136,12 @@ def lists(values: Sequence[np.ndarray], dtype: Any) -> pa.ListArray:
     """Return a column with an array in each row.
 
     Raises:
-        UserError: all together are more than one file may hold.
+        ValueError: all together are more than one file may hold.
     """
     ends = np.zeros(len(values) + 1, np.int64)
     np.cumsum(np.fromiter(map(len, values), np.int64, len(values)), out=ends[1:])
-    if problem := _too_large(len(values), int(ends[-1]) * np.dtype(dtype).itemsize):
-        raise UserError(f"a column of the store {problem}")
+    if problem := _too_large(0, int(ends[-1]) * np.dtype(dtype).itemsize):
+        raise ValueError(problem)
     flat = (np.concatenate(values, dtype=dtype, casting="unsafe") if len(values) else np.zeros(0, dtype))
     field = pa.field("element", pa.from_numpy_dtype(dtype), nullable=False)
     return pa.ListArray.from_arrays(pa.array(ends.astype(np.int32)), pa.array(flat), type=pa.list_(field))

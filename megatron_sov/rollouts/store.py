@@ -55,7 +55,8 @@ class Store:
         """Of the tokenizer that all rows are written with."""
         self.vocab_size = vocab_size
         """What token ids lie below."""
-        self._identity = {"tokenizer": tokenizer_digest, "vocab_size": vocab_size}
+        self.identity = {"tokenizer": tokenizer_digest, "vocab_size": vocab_size}
+        """What stands in the manifest of each of its parts."""
         self._told: set[str] = set()
 
     @staticmethod
@@ -99,7 +100,7 @@ class Store:
         if not (path / STORE).is_file():
             _make(path, identity)
         found = Store.open(path)
-        if found._identity != identity:
+        if found.identity != identity:
             raise UserError(f"{path}: is a store of tokenizer {found.tokenizer_digest} with "
                             f"{found.vocab_size:,} ids, and this is {tokenizer_digest} with {vocab_size:,}; "
                             "choose another store")
@@ -140,10 +141,9 @@ class Store:
             raise ValueError(f"{name}: has a row of round {strangers.pop()}")
         table = _converted(path, lambda: tables.rollouts_table(rows, self.vocab_size))
         kept_out = sum(map(bool, table["problem"].to_pylist()))
-        content = {"num_kept_out": kept_out, "store": self._identity}
+        content = {"num_kept_out": kept_out, "store": self.identity}
         if not write_part(path, ROLLOUTS, table, content, provenance):
-            there = self._rollouts(self._part(path, ROLLOUTS), tables.NAMES, with_problems=True)
-            _refuse_others(path, there, rows, _without_times)
+            _refuse_others(path, self.read_all(name)[0], rows, _without_times)
         return path
 
     def add_rewards(self, version: str, name: str, rows: Sequence[Judged],
@@ -167,7 +167,7 @@ class Store:
         if strangers := {row.reward_version for row in rows} - {version}:
             raise ValueError(f"{name}: has a reward of version {strangers.pop()!r}, not {version!r}")
         table = _converted(path, lambda: tables.rewards_table(rows))
-        content = {"reward_version": version, "store": self._identity}
+        content = {"reward_version": version, "store": self.identity}
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         if not write_part(path, REWARDS, table, content, provenance or {}):
@@ -206,21 +206,47 @@ class Store:
         folder = self.path / REWARDS / version[:VERSION_CHARS]
         return self._parts(folder, REWARDS, round) if folder.is_dir() else []
 
-    def read_rollouts(self, name: str, columns: Sequence[str] | None = None, *,
-                      with_problems: bool = False) -> list[Rollout]:
-        """Return the rows of a part.
+    def read_rollouts(self, name: str, columns: Sequence[str] | None = None) -> list[Rollout]:
+        """Return the rows of a part, those with a problem left out, which a warning counts.
 
         Args:
             name: of the part.
             columns: fields to read (`tables.NAMES`); the others are empty, and a row's key, round and attempt
                 are always there.  None: all.
-            with_problems: return rows that break a rule as well.
+
+        Raises:
+            UserError: there is no such part, or it is damaged.
+        """
+        rows, problems = self.read_all(name, columns)
+        if (count := sum(map(bool, problems))) and name not in self._told:
+            self._told.add(name)
+            i = next(i for i, problem in enumerate(problems) if problem)
+            warn(f"{self.rollouts_path(name)}: {count:,} of {len(rows):,} rows are kept out; the first is "
+                 f"row {i}: {problems[i]}")
+        return [row for row, problem in zip(rows, problems, strict=True) if not problem]
+
+    def read_all(self, name: str, columns: Sequence[str] | None = None) -> tuple[list[Rollout], list[str]]:
+        """Return all rows of a part, and what is wrong with each: an empty text where nothing is.
+
+        Args:
+            name: of the part.
+            columns: as `read_rollouts` has them.
 
         Raises:
             UserError: there is no such part, or it is damaged.
         """
         part = self._part(self.rollouts_path(name), ROLLOUTS)
-        return self._rollouts(part, tables.NAMES if columns is None else columns, with_problems)
+        names = tables.NAMES if columns is None else columns
+        table = read_part(part, tables.schema_for(names))
+        rows = _converted(part.file, lambda: tables.rollouts_of(table, names))
+        if strangers := {row.round for row in rows} - {part.round}:
+            raise UserError(f"{part.file}: has a row of round {strangers.pop()}; the store did not write it")
+        problems = tables.problems_of(table)
+        if set(tables.RULES) <= set(names) and not tables.all_sound(table, self.vocab_size):
+            # a stranger who wrote it may not have looked
+            problems = [problem or "; ".join(row.problems(self.vocab_size))
+                        for problem, row in zip(problems, rows, strict=True)]
+        return rows, problems
 
     def read_rewards(self, version: str, name: str) -> list[Judged]:
         """Return what a reward said of the rows of a part.
@@ -240,27 +266,8 @@ class Store:
             yield part, [head for head, problem in zip(heads, tables.problems_of(table), strict=True)
                          if not problem]
 
-    def _rollouts(self, part: Part, columns: Sequence[str], with_problems: bool) -> list[Rollout]:
-        table = read_part(part, tables.schema_for(columns))
-        rows = _converted(part.file, lambda: tables.rollouts_of(table, columns))
-        found = tables.problems_of(table)
-        if set(tables.RULES) <= set(columns) and not tables.all_sound(table, self.vocab_size):
-            # a stranger who wrote it may not have looked
-            found = [problem or "; ".join(row.problems(self.vocab_size))
-                     for problem, row in zip(found, rows, strict=True)]
-        found = [problem or (f"is of round {row.round}" if row.round != part.round else "")
-                 for problem, row in zip(found, rows, strict=True)]
-        if with_problems:
-            return rows
-        if (count := sum(map(bool, found))) and part.name not in self._told:
-            self._told.add(part.name)
-            i = next(i for i, problem in enumerate(found) if problem)
-            warn(f"{part.file}: {count:,} of {len(rows):,} rows are kept out; the first is row {i}: "
-                 f"{found[i]}")
-        return [row for row, problem in zip(rows, found, strict=True) if not problem]
-
     def _part(self, path: Path, kind: str) -> Part:
-        return open_part(path, kind, self._identity)
+        return open_part(path, kind, self.identity)
 
     def _of_version(self, path: Path, version: str) -> Part:
         part = self._part(path, REWARDS)

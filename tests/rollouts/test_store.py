@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import random
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_sov.errors import UserError
-from megatron_sov.rollouts.parts import AlreadyPublished, part_name
+from megatron_sov.rollouts import tables
+from megatron_sov.rollouts.parquet import read_table, write_table
+from megatron_sov.rollouts.parts import AlreadyPublished, numbers_in, part_name
 from megatron_sov.rollouts.rows import NOT_WRITTEN, Judged, Key, Rollout
 from megatron_sov.rollouts.store import Store
 
@@ -87,19 +90,44 @@ ROWS = st.lists(st.builds(
     st.floats(), TEXT, st.floats(), st.floats(), st.none() | JSON, st.none() | ROUTES), max_size=4)
 
 
-@settings(max_examples=15)
+@settings(max_examples=12)
 @given(rows=ROWS)
 def test_whatever_a_row_holds_comes_back_to_the_bit(rows: list[Rollout],
                                                     tmp_path_factory: pytest.TempPathFactory) -> None:
-    store = Store.create(tmp_path_factory.mktemp("any") / "store", "sha256:ab", VOCAB_SIZE)
-    store.add_rollouts(part_name(2, 0), rows, {})
-    read = store.read_rollouts(part_name(2, 0), with_problems=True)
-    assert [bits(row) for row in read] == [bits(row) for row in rows]
-    sound = [bits(row) for row in rows if not row.problems(VOCAB_SIZE)]
-    assert [bits(row) for row in store.read_rollouts(part_name(2, 0))] == sound
-    assert store.rollout_parts()[0].num_kept_out == len(rows) - len(sound)
-    # the same rows, written at another time
-    store.add_rollouts(part_name(2, 0), [dataclasses.replace(row, ended_s=1.0) for row in rows], {})
+    file = tmp_path_factory.getbasetemp() / "any.parquet"
+    write_table(file, tables.rollouts_table(rows, VOCAB_SIZE), tables.REPEATED, tables.SPLIT)
+    table = read_table(file, tables.ROLLOUTS)
+    assert [bits(row) for row in tables.rollouts_of(table, tables.NAMES)] == [bits(row) for row in rows]
+    assert tables.problems_of(table) == ["; ".join(row.problems(VOCAB_SIZE)) for row in rows]
+
+
+def test_a_store_is_what_a_dictionary_would_be(store: Store) -> None:
+    draw, parts, said = random.Random(7), {}, {}
+    for _ in range(30):
+        name = part_name(draw.randint(1, 2), draw.randint(0, 2), draw.randint(0, 1))
+        number = numbers_in(name)
+        rows = [rollout(i, round=number[0], attempt=number[2], response=f"r{draw.randint(0, 1)}",
+                        key=Key(name[:21], i, "f", "s"), temperature=draw.choice([1.0, 1.0, 1.0, 0.0]))
+                for i in range(draw.randint(0, 2))]
+        if name in parts and list(map(bits, parts[name])) != list(map(bits, rows)):
+            with pytest.raises(AlreadyPublished):
+                store.add_rollouts(name, rows, {})
+        else:
+            store.add_rollouts(name, rows, {})
+        rows = parts.setdefault(name, rows)
+        if draw.random() < 0.3 and name not in said:
+            said[name] = [judged(row, draw.choice([None, 0.1])) for row in rows]
+            store.add_rewards("v1" * 8, name, said[name])
+    parts = {name: [row for row in rows if row.temperature] for name, rows in parts.items()}
+    for number in (None, 1, 2):
+        found = [name for name in sorted(parts, key=numbers_in) if number in (None, numbers_in(name)[0])]
+        assert [part.name for part in store.rollout_parts(number)] == found
+        assert [(part.name, heads) for part, heads in store.index(number)] == [
+            (name, [(row.key, row.attempt) for row in parts[name]]) for name in found]
+    for name, rows in parts.items():
+        assert list(map(bits, store.read_rollouts(name))) == list(map(bits, rows))
+        assert store.has_rewards("v1" * 8, name) == (name in said)
+        assert name not in said or store.read_rewards("v1" * 8, name) == said[name]
 
 
 def test_the_first_part_of_a_name_stays(store: Store) -> None:

@@ -1,0 +1,234 @@
+"""`megatron-sov rl store ls | show | stats | verify | gc STORE`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_sov.documents.visible import visible
+from megatron_sov.errors import ExitCode, GateFailed, UserError
+from megatron_sov.obs.figures import size
+from megatron_sov.obs.work_bar import work_bar
+
+if TYPE_CHECKING:
+    from megatron_sov.rollouts.rows import Rollout
+    from megatron_sov.rollouts.store import Store
+
+MAX_TOLD = 20
+"""Problems that `verify` prints; `--json` has all."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the actions."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    ls = _action(actions, "ls", "list the parts, who judged them, and who works on what")
+    show = _action(actions, "show", "print one row with its rewards")
+    stats = _action(actions, "stats", "figures by round and by domain")
+    verify = _action(actions, "verify", "check bytes, rows, keys and rewards; exit code 3 where one is wrong")
+    gc = _action(actions, "gc", "delete what killed jobs left, claims on what is done, and what you name")
+    for action in (ls, show, stats, verify):
+        action.add_argument("--json", action="store_true", help="print JSON")
+    for action in (ls, stats):
+        action.add_argument("--round", type=int, metavar="R", help="of this round alone")
+    show.add_argument("part", metavar="PART", help="name of the part, e.g. round-0001-piece-0000")
+    show.add_argument("row", metavar="ROW", type=int, help="its row, from 0")
+    gc.add_argument("--version", action="append", default=[], metavar="V",
+                    help="also what this version of a reward said; may be repeated")
+    gc.add_argument("--rounds", metavar="A-B", help="also these rounds, with all that was said of them")
+    gc.add_argument("--yes", action="store_true", help="--rounds deletes nothing without it")
+
+
+def _action(actions: Any, name: str, text: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = actions.add_parser(name, help=text, description=f"{text}.")
+    parser.add_argument("store", metavar="STORE", type=Path, help="folder of the store")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do the action.
+
+    Raises:
+        UserError: there is no such store, part or row.
+    """
+    from megatron_sov.rollouts.store import Store
+
+    actions = {"ls": _ls, "show": _show, "stats": _stats, "verify": _verify, "gc": _gc}
+    return actions[args.action](args, Store.open(args.store))
+
+
+def _ls(args: argparse.Namespace, store: Store) -> int:
+    from megatron_sov.rollouts.claims import holders
+
+    judged: dict[str, list[str]] = {}
+    for version in store.reward_versions():
+        for part in store.reward_parts(version, args.round):
+            judged.setdefault(part.name, []).append(part.reward_version)
+    parts = store.rollout_parts(args.round)
+    held = [holder for holder in holders(store.claims) if not holder.is_released]
+    if args.json:
+        print(json.dumps({"tokenizer": store.tokenizer_digest, "vocab_size": store.vocab_size, "parts": [
+            {"name": part.name, "round": part.round, "piece": part.piece, "attempt": part.attempt,
+             "rows": part.num_rows, "kept_out": part.num_kept_out, "bytes": part.file.stat().st_size,
+             "created_s": part.created_s, "manifest_sha256": part.manifest_sha256,
+             "reward_versions": judged.get(part.name, []), "provenance": part.provenance} for part in parts],
+            "claims": [vars(holder) for holder in held]}))
+        return ExitCode.OK
+    for part in parts:
+        print(f"{part.name:<33} {part.num_rows:>9,} rows {size(part.file.stat().st_size):>9}  "
+              f"{_when(part.created_s)}  judged by {', '.join(judged.get(part.name, [])) or 'none'}"
+              + (f", {part.num_kept_out:,} rows kept out" if part.num_kept_out else ""))
+    print(f"{args.store}: {len(parts):,} parts, {sum(part.num_rows for part in parts):,} rows")
+    for holder in held:
+        where = f"process {holder.pid} on {holder.host or 'a machine that it does not name'}"
+        job = f", Slurm job {holder.slurm_job}" if holder.slurm_job else ""
+        print(visible(f"claimed: {holder.name} by {where}{job}, last sign of life {_when(holder.changed_s)}"))
+    return ExitCode.OK
+
+
+def _when(time_s: float) -> str:
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time_s))
+    except (ValueError, OverflowError, OSError):  # a stranger's number
+        return str(time_s)
+
+
+def _show(args: argparse.Namespace, store: Store) -> int:
+    from megatron_sov.rollouts.parts import numbers_in
+
+    if numbers_in(args.part) is None or not store.has_rollouts(args.part):
+        raise UserError(f"PART {args.part!r}: {args.store} has no such part (`megatron-sov rl store ls` "
+                        "lists them)")
+    rows, problems = store.read_all(args.part)
+    if not 0 <= args.row < len(rows):
+        raise UserError(f"ROW {args.row}: {args.part} has {len(rows):,} rows, which are numbered from 0")
+    row = rows[args.row]
+    said = [judged for version in store.reward_versions() for part in store.reward_parts(version)
+            if part.name == args.part for judged in store.read_rewards(part.reward_version, part.name)
+            if (judged.key, judged.attempt) == (row.key, row.attempt)]
+    turns = [_turn(row, *span) for span in row.spans]
+    found = {**row.key._asdict(), "round": row.round, "attempt": row.attempt, "problem": problems[args.row],
+             "finish_reason": row.finish_reason, "prompt_tokens": len(row.prompt_tokens),
+             "tokens": len(row.tokens), "temperature": row.temperature, "engine": row.engine,
+             "began_s": row.began_s, "ended_s": row.ended_s, "turns": turns,
+             "routes": None if row.routes is None else list(row.routes.shape), "outcome": row.outcome,
+             "rewards": [{"reward_version": judged.reward_version, "reward": judged.reward,
+                          "status": judged.status, "components": judged.components, "reason": judged.reason}
+                         for judged in said], "record": row.record, "response": row.response}
+    print(json.dumps(found) if args.json else "\n".join(_lines(found)))
+    return ExitCode.OK
+
+
+def _turn(row: Rollout, start: int, end: int) -> dict[str, Any]:
+    mean = float(row.logprobs[start:end].sum()) / (end - start)
+    return {"tokens": [start, end], "versions": sorted(set(row.versions[start:end].tolist())),
+            "mean_logprob": mean}
+
+
+def _lines(found: dict[str, Any]) -> Iterator[str]:
+    """Yield a row for people; the response, which is the longest, comes last."""
+    times = {"began_s": "began", "ended_s": "ended"}
+    for name, value in found.items():
+        if name in times:
+            yield f"{times[name]}: {_when(value)}"
+        elif name in ("turns", "rewards"):
+            yield f"{name}: {len(value)}"
+            yield from (visible(f"  {json.dumps(item, ensure_ascii=False)}") for item in value)
+        elif name == "response":
+            yield "response:"
+            yield visible(value)
+        elif value not in (None, ""):
+            shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            yield visible(f"{name}: {shown}").replace("\n", "\\n")
+
+
+def _stats(args: argparse.Namespace, store: Store) -> int:
+    from megatron_sov.rollouts.figures import figures_of
+
+    with work_bar("read", len(store.rollout_parts(args.round)), "part") as bar:
+        found = figures_of(store, args.round, bar.update)
+    if args.json:
+        print(json.dumps(found))
+        return ExitCode.OK
+    for number, figures in found.items():
+        print(f"round {number}: {figures['parts']:,} parts, {figures['kept_out']:,} rows kept out, "
+              f"{figures['replaced']:,} replaced by a later attempt")
+        _tell("all", figures)
+        for name, of_domain in figures["domains"].items():
+            if len(figures["domains"]) > 1 or name:
+                _tell(name or "(no domain)", of_domain)
+    if not found:
+        print(f"{args.store}: no parts" + (f" of round {args.round}" if args.round is not None else ""))
+    return ExitCode.OK
+
+
+def _tell(name: str, figures: dict[str, Any]) -> None:
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in figures["finish_reasons"].items())
+    print(visible(f"  {name}: {figures['rows']:,} rows of {figures['prompts']:,} prompts ({reasons})"))
+    if not figures["rows"]:
+        return
+    print(f"    tokens: {figures['prompt_tokens']:,} of prompts, {figures['tokens']:,} behind them, "
+          f"{figures['written_tokens']:,} of those written by a policy; mean {figures['mean_length']:.1f}, "
+          f"longest {figures['longest']:,}")
+    if figures["newest_version"] is not None:
+        print(f"    written by steps {figures['oldest_version']:,} to {figures['newest_version']:,}, on "
+              f"average {figures['mean_steps_behind_newest']:.2f} behind the newest")
+    for version, said in figures["rewards"].items():
+        mean = "none" if said["mean"] is None else f"{said['mean']:.4f} of {said['rewards']:,}"
+        statuses = ", ".join(f"{count:,} {status}" for status, count in said["statuses"].items())
+        print(visible(f"    reward {version}: mean {mean} ({statuses})"))
+
+
+def _verify(args: argparse.Namespace, store: Store) -> int:
+    from megatron_sov.rollouts.checking import check
+
+    with work_bar("read", len(list((store.path / "rollouts").iterdir())), "part") as bar:
+        found = check(store, bar.update)
+    if args.json:
+        print(json.dumps({"parts": found.parts, "rows": found.rows, "rewards": found.rewards,
+                          "problems": found.problems}))
+    elif found.problems:
+        for problem in found.problems[:MAX_TOLD]:
+            print(visible(problem))
+    if found.problems:
+        raise GateFailed(f"{args.store}: {len(found.problems):,} problems in {found.parts:,} parts")
+    if not args.json:
+        print(f"{args.store}: {found.parts:,} parts, {found.rows:,} rows, {found.rewards:,} rewards: all as "
+              "they should be")
+    return ExitCode.OK
+
+
+def _gc(args: argparse.Namespace, store: Store) -> int:
+    from megatron_sov.rollouts.clearing import clear, clearable
+
+    folders = store.reward_versions()
+    for version in args.version:
+        if not any(version.startswith(folder) for folder in folders):
+            raise UserError(f"--version {version}: {args.store} has no rewards of it (there are: "
+                            f"{', '.join(folders) or 'none'})")
+    rounds = () if args.rounds is None else _rounds(args.rounds)
+    found = clearable(store, args.version, rounds)
+    waits = args.rounds is not None and not args.yes
+    if not waits:
+        clear(found)
+    for item in found:
+        print(visible(f"{'would delete' if waits else 'deleted'} {item.path} ({size(item.size_bytes)}): "
+                      f"{item.why}"))
+    total = f"{len(found):,} folders, {size(sum(item.size_bytes for item in found))}"
+    if waits:
+        raise UserError(f"--rounds {args.rounds}: nothing is deleted of {total}; add --yes if these "
+                        "responses may go, which no other command can write again")
+    print(f"{args.store}: deleted {total}")
+    return ExitCode.OK
+
+
+def _rounds(text: str) -> range:
+    found = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", text)
+    first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    if not 1 <= first <= last:
+        raise UserError(f"--rounds {text}: must be a round, or the first and the last one, e.g. 3-7")
+    return range(first, last + 1)
