@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -52,6 +54,24 @@ def test_a_part_that_is_set_goes_before_the_methods() -> None:
     parts = PolicyConfig("dapo", clip_high=0.3, aggregation="constant", all_right="keep").parts
     assert (parts.clip_low, parts.clip_high, parts.aggregation) == (0.2, 0.3, "constant")
     assert (parts.all_right, parts.all_wrong) == ("keep", "drop")
+
+
+def test_the_page_of_methods_has_every_part_of_each() -> None:
+    text = (Path(__file__).parents[2] / "docs/policy_methods.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \| [^|]* \|$", text, re.MULTILINE))
+    for method in METHODS:
+        policy: Any = PolicyConfig(method)
+        parts = policy.parts
+        missing = {p.split(" is missing")[0].removeprefix("policy.") for p in policy.problems(ROUNDS)}
+        bounds = ["?" if name in missing else "-" if name not in used else f"{getattr(parts, name):.4g}"
+                  for used in [{"two_sided": ("clip_low", "clip_high"), "cispo": ("clip_high",),
+                                "none": ()}[parts.clip]] for name in ("clip_low", "clip_high")]
+        coeff = "?" if "kl_coeff" in missing else f"{parts.kl_coeff:g}"
+        assert rows[method].split(" | ") == [
+            parts.ratio, parts.clip, ", ".join(bounds), parts.advantage,
+            "yes" if parts.normalise_over_batch else "no", parts.aggregation,
+            parts.kl if parts.kl == "none" else f"{parts.kl}, {coeff}",
+            f"{parts.all_wrong}, {parts.all_right}"], method
 
 
 def test_a_group_has_two_responses_at_least() -> None:

@@ -146,6 +146,13 @@ def test_on_responses_of_the_policy_itself_every_method_is_reinforce(clip: Any, 
     assert (meters["ratio"], meters["clip_share"], meters["engine_gap"], meters["engine_kl"]) == (1, 0, 0, 0)
 
 
+def test_mgpo_and_ink_grpo_without_their_terms_are_grpo() -> None:
+    same: Any = {"clip_low": 0.2, "clip_high": 0.2, "aggregation": "sequence", "kl": "none"}
+    grpo = ours(PolicyConfig("grpo", **same), *row())
+    assert ours(PolicyConfig("mgpo", mgpo_lambda=0.0, **same), *row()) == grpo
+    assert ours(PolicyConfig("ink_grpo", knowledge_coeff=0.0, **same), *row()) == grpo
+
+
 def test_what_is_masked_leaves_the_denominator() -> None:
     from megatron_sov.post.parts.policy_loss import PolicyLoss
 

@@ -1,0 +1,184 @@
+"""Learning from one's own responses: the loss written out from the model's logits, and the same at every
+layout."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_sov.documents import ROLLOUTS
+from megatron_sov.errors import UserError
+
+LAYOUTS = {
+    "TP2+SP x PP2 VPP2": (4, ["parallel.tp=2", "parallel.sp=true", "parallel.pp=2", "parallel.vpp=2"]),
+    "CP2 x DP2 x EP2": (4, ["parallel.cp=2", "parallel.ep=2", "parallel.zero1=true"]),
+    "micro batch 1": (1, ["train.micro_batch_size=1"]),
+}
+TEMPERATURE, LOW, HIGH, CLIP = 0.7, 0.75, 1.35, 0.05
+SETTINGS = ["train.precision=fp64", 'data.phases=[{"name": "main", "seq_len": 64}]', "model.num_experts=8",
+            "optim.lr=0.01", f"rollout.temperature={TEMPERATURE}", "rollout.max_new_tokens=64",
+            "policy.method=gspo", f"policy.clip_low={CLIP}", f"policy.clip_high={CLIP}",
+            "policy.kl=sequence", "policy.kl_coeff=0.2", "policy.correction=token_mask",
+            f"policy.correction_low={LOW}", f"policy.correction_high={HIGH}",
+            "policy.knowledge_coeff=0.1", "policy.knowledge_share=1.0", "policy.knowledge_batch_size=1"]
+STEPS = 2
+
+
+class Rollouts:
+    """Prompts and responses of made-up tokens, with a tool's text in the middle of some, and
+    log-probabilities near those of a model that has learned nothing."""
+
+    is_plain = False
+    columns = ("advantage", "behaviour_logprobs", "old_logprobs", "reference_logprobs")
+
+    def __init__(self, num_documents: int) -> None:
+        self.lengths = np.array([12 + 7 * i % 31 for i in range(num_documents)], np.int32)
+
+    def tokens(self, document: int, start: int, count: int) -> np.ndarray:
+        return self._drawn(document, 0).integers(5, 360, self.lengths[document])[start:start + count]
+
+    def types(self, document: int, start: int, count: int) -> np.ndarray:
+        found = np.full(self.lengths[document], 2, np.uint8)
+        found[:4 + document % 5] = 1
+        if document % 3 == 0:
+            found[9:11] = 1
+        return found[start:start + count]
+
+    def loss_weights(self, document: int, start: int, count: int) -> np.ndarray:
+        learns = document % 7 != 6  # the others' groups were left out
+        return (self.types(document, start, count) == 2).astype(np.float32) * learns
+
+    def column(self, name: str, document: int, start: int, count: int) -> np.ndarray:
+        if name == "advantage":
+            return np.full(count, (1.2, -0.7, 0.4, -1.1)[document % 4], np.float32)
+        number = self.columns.index(name)
+        spread = self._drawn(document, number).uniform(-0.4, 0.4, self.lengths[document])
+        return (spread - math.log(368))[start:start + count].astype(np.float32)
+
+    def _drawn(self, document: int, number: int) -> np.random.Generator:
+        return np.random.default_rng([document, number])
+
+
+class Texts:
+    """Text of made-up tokens."""
+
+    is_plain, columns = True, ()
+    lengths = np.full(40, 30, np.int32)
+
+    def tokens(self, document: int, start: int, count: int) -> np.ndarray:
+        return np.random.default_rng([document, 9]).integers(5, 360, 30)[start:start + count]
+
+
+def _trainer(settings: list[str], run: str) -> Any:
+    sys.path.insert(0, str(Path(__file__).parents[1] / "layouts"))
+    from layout_run import small_config
+
+    from megatron_sov.data.token_shards import Source
+    from megatron_sov.mcore.parallel import world
+    from megatron_sov.post.policy_data import check_sources, objective_of
+    from megatron_sov.runs.folder import RunFolder
+    from megatron_sov.train.trainer import Trainer
+
+    config = small_config("tiny-k-exaone", [*SETTINGS, *settings], [], "policy")
+    place = world.join(config.parallel)
+    config.check(place.size)
+    documents: Any = (Rollouts(60), Texts())
+    sources = [Source(name, None, name, {}, {"train": int(made.lengths.sum()), "heldout": 0}, share,
+                      made=made, columns=made.columns)
+               for name, made, share in zip((ROLLOUTS, "text"), documents, (0.75, 0.25), strict=True)]
+    check_sources(config, sources)
+    return Trainer(config, place, RunFolder(Path(run)), sources, objective_of(config))
+
+
+def curve(settings: list[str], run: str, *, write_out: bool) -> list[dict[str, Any]]:
+    """Train; return each step's losses, meters and gradient norm, and before the first what the first is by
+    `_written_out`."""
+    from megatron_sov.mcore.parallel import world
+
+    trainer, results = _trainer(settings, run), []
+    if write_out:
+        collect = trainer.objective.collect
+        first = collect(trainer.policy, 0)
+        results.append(_written_out(trainer.policy, first))
+        trainer.objective.collect = lambda policy, step: collect(policy, step) if step else first
+    for _ in range(STEPS):
+        found = trainer.update()
+        results.append({"loss": found.loss, "grad_norm": found.grad_norm, **found.losses, **found.meters})
+    trainer.close()
+    world.leave()
+    return results
+
+
+def _written_out(model: Any, batch: Any) -> dict[str, float]:
+    """Return the terms of a batch, each document passed through the model alone."""
+    import torch
+
+    from megatron_sov.mcore.decode.forward_only import Inputs
+
+    gained, divergences, texts = [], [], []
+    for m in batch.micro_batches:
+        for first, end in zip(m.inputs.host_bounds, m.inputs.host_bounds[1:], strict=False):
+            if m.inputs.padding[first]:
+                continue
+            ids, here = m.inputs.tokens[first:end].tolist(), slice(first, end)
+            logits = model.logits(Inputs([ids], torch.device("cpu")), torch.arange(len(ids))).double()
+            at, labels = torch.arange(len(ids)), m.labels[here]
+            if m.sources[first] == 1:
+                texts += (-logits.log_softmax(-1)[at, labels])[m.weights[here] > 0].tolist()
+                continue
+            x = (logits / TEMPERATURE).log_softmax(-1)[at, labels].tolist()
+            old, engine, reference, advantage = (m.columns[name][here].tolist() for name in (
+                "old_logprobs", "behaviour_logprobs", "reference_logprobs", "advantage"))
+            factor = [math.exp(a - b) for a, b in zip(old, engine, strict=True)]
+            learned = [t for t in range(len(ids)) if m.weights[here][t] > 0 and LOW <= factor[t] <= HIGH]
+            if not learned:
+                continue
+            ratio = math.exp(sum(x[t] - old[t] for t in learned) / len(learned))
+            divergences.append(sum(x[t] - reference[t] for t in learned))
+            a = advantage[learned[0]]
+            one = min(ratio * a, min(max(ratio, 1 - CLIP), 1 + CLIP) * a)
+            gained.append(one * sum(factor[t] for t in learned) / len(learned))
+    return {"policy": -sum(gained) / len(gained), "kl": sum(divergences) / len(gained),
+            "knowledge": sum(texts) / len(texts)}
+
+
+@pytest.mark.distributed
+def test_every_layout_and_every_split_learn_what_is_written_out(ranks: Any, job: Any, tmp_path: Path) -> None:
+    runs = {"alone": (1, []), **LAYOUTS}
+    found = ranks(*(job(__file__, "curve", nproc, {"settings": settings, "run": str(tmp_path / name),
+                                                   "write_out": name == "alone"})
+                    for name, (nproc, settings) in runs.items()))
+    (expected, *alone), *others = (per_rank[0] for per_rank in found)
+    for term, value in expected.items():
+        assert alone[0][term] == pytest.approx(value, rel=1e-10, abs=1e-12), term
+    assert 0 < alone[0]["clip_share"] < 1 and abs(alone[0]["policy"]) > 1e-3
+    for name, steps in zip(LAYOUTS, others, strict=True):
+        for ours, theirs in zip(steps, alone, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-12, abs=1e-13), name
+
+
+def test_it_reads_what_its_settings_need() -> None:
+    from megatron_sov import recipes
+    from megatron_sov.config import apply_settings
+    from megatron_sov.post.policy_data import check_sources, objective_of
+    from megatron_sov.train.objective import columns_of, formats_of
+
+    def made(*settings: str) -> Any:
+        return objective_of(apply_settings(recipes.get("tiny-k-exaone"), list(settings)))
+
+    least = ("advantage", "behaviour_logprobs")
+    assert tuple(columns_of(made("policy.method=gspo"))) == least
+    assert tuple(columns_of(made("policy.method=grpo"))) == (*least, "reference_logprobs")
+    assert tuple(columns_of(made("policy.method=gspo", "policy.correction=token_truncate",
+                                 "policy.correction_high=2.0"))) == (*least, "old_logprobs")
+    assert formats_of(made("policy.method=gspo")) == (ROLLOUTS,)
+    assert formats_of(made("policy.method=ink_grpo")) == (ROLLOUTS, "text")
+    assert formats_of(made("policy.method=ink_grpo", "policy.knowledge_coeff=0")) == (ROLLOUTS,)
+    config = apply_settings(recipes.get("tiny-k-exaone"), ["policy.method=ink_grpo"])
+    with pytest.raises(UserError, match=r"policy.knowledge_coeff = 0.1 needs text; add --data"):
+        check_sources(config, [])
