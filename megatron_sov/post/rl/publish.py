@@ -87,6 +87,7 @@ class Publisher:
             artifact.content = {
                 "content_version": CONTENT_VERSION, "tokenizer_sha256": source.store.tokenizer_digest,
                 "vocab_size": source.store.vocab_size, "dtype": DTYPE, "eod": "none",
+                "bos_id": None, "eos_id": None,  # a response begins and ends where its policy had it
                 "sources": [_described(counts)], "round": gathered.number, "steps": chosen.steps,
                 "groups": chosen.reasons, "late": [list(key[:2]) for key in gathered.late],
                 "unjudged": dict(gathered.unjudged), "reward_version": source.reward_version,

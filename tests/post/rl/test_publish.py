@@ -13,6 +13,7 @@ from megatron_sov.rollouts.parts import part_name
 from megatron_sov.rollouts.prompts import read_prompts, round_prompts
 from megatron_sov.rollouts.store import Store
 
+from data_prep.verify import check
 from megatron_sov import recipes
 from megatron_sov.artifacts import read_manifest
 from megatron_sov.config import PhaseConfig, PolicyConfig, RolloutConfig, RunConfig
@@ -63,6 +64,7 @@ def test_a_round_holds_the_responses_of_groups_that_learn_step_by_step(publisher
     rows = {row.key[:2]: row for piece in (0, 1) for row in store.read_rollouts(part_name(1, piece))}
     expected = [rows[prompt.id, sample] for prompt in round_prompts(publisher.prompts, ROLLOUT, 1)
                 for sample in range(4)]
+    assert check(publisher.rounds / "0001") == ([], [])
     [source] = open_sources({str(publisher.rounds / "0001"): 1.0}, 368, ("rollouts",))
     documents = source.shard("train")
     for i, row in enumerate(expected):
