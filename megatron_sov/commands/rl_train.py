@@ -9,8 +9,7 @@ from typing import Any
 from megatron_sov.config.rounds import with_rounds
 from megatron_sov.data.vocabulary import TOKENIZER_JSON
 from megatron_sov.errors import ExitCode, UserError
-from megatron_sov.rewards.registry import make, order
-from megatron_sov.rewards.settings import parse_settings
+from megatron_sov.post.rl.reward import reward_version
 from megatron_sov.rollouts.prompts import read_prompts, round_prompts
 from megatron_sov.runs.folder import ROUNDS
 from megatron_sov.train.stage_config import ParsedStage, add_stage_arguments, parse_stage
@@ -41,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.wait >= 0:
         raise UserError(f"--wait {args.wait}: must not be negative")
     prompts = read_prompts(args.prompts)
-    version = make(order(args.reward, parse_settings(args.reward_set))).version
+    version = reward_version(args.reward, args.reward_set)
     parsed = parse_stage(args, "policy", needs_data=False, completed=with_rounds)
     round_prompts(prompts, parsed.config.rollout, 1)
     _train(args, parsed, prompts, version)

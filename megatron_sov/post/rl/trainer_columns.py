@@ -64,7 +64,8 @@ class TrainerColumns:
             found = compute() if name == OLD else self.with_reference(view, compute)
             on_main(view.world, partial(atomic_write, file, found.tobytes()))
         if (size_bytes := file.stat().st_size) != 4 * count:
-            raise UserError(f"{file}: has {size_bytes} bytes, its round's {count} tokens need 4 each; delete it"
+            raise UserError(f"{file}: has {size_bytes} bytes, the round's {count} tokens need 4 each; delete "
+                            "it"
                             + (", and resume from a checkpoint at its beginning" if name == OLD else ""))
         return np.memmap(file, np.float32, "r")
 

@@ -108,5 +108,5 @@ def test_what_the_trainer_says_is_of_the_weights_before_the_round(view: Any, tmp
     with pytest.raises(UserError, match=r"0002.old_logprobs.f32: is not there, and the run stands inside"):
         opened(3)
     (tmp_path / "0002.reference_logprobs.f32").write_bytes(b"")
-    with pytest.raises(UserError, match=r"has 0 bytes, its round's 12 tokens need 4 each; delete it$"):
+    with pytest.raises(UserError, match=r"has 0 bytes, the round's 12 tokens need 4 each; delete it$"):
         opened(2)
