@@ -15,6 +15,7 @@ from megatron_sov.rollouts.store import Store
 from megatron_sov.artifacts import read_manifest
 from megatron_sov.cli import main
 from megatron_sov.config import RolloutConfig
+from megatron_sov.digests import file_digest
 from megatron_sov.obs.events import read_events
 from megatron_sov.rewards.registry import make, order
 from megatron_sov.runs.policies import policy_of_round
@@ -38,9 +39,14 @@ class Rounds:
     text: Path
     write: Callable[..., None]
 
+    def new_store(self, name: str) -> Store:
+        """Return a store in the start's tokenizer."""
+        return Store.create(self.folder / name, file_digest(self.text / "tokenizer/tokenizer.json", "sha256"),
+                            368)
+
     def store(self, name: str, numbers: range) -> Path:
         """Write rounds into a store, which is made where it is not there."""
-        store = Store.create(self.folder / name, "tokens", 368)
+        store = self.new_store(name)
         for number in numbers:
             self.write(store, read_prompts(self.folder / "prompts.jsonl"), ROLLOUT, number,
                        make(order("repetition", {})).version)
@@ -108,7 +114,7 @@ def test_a_step_without_a_group_that_learns_is_passed_over(rounds: Rounds, run_c
                                                            tiny: list[str]) -> None:
     from megatron_sov.rollouts.rows import Judged
 
-    store = Store.create(rounds.folder / "equal", "tokens", 368)
+    store = rounds.new_store("equal")
     prompts = read_prompts(rounds.folder / "prompts.jsonl")
     version = make(order("repetition", {})).version
     rounds.write(store, prompts, ROLLOUT, 1, version, judge=False)
