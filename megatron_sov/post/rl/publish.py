@@ -82,8 +82,8 @@ class Publisher:
                             "model's policies write to")
         file = self.tokenizer / TOKENIZER_JSON
         if store.tokenizer_digest != file_digest(file, SHA256):
-            raise UserError(f"{self.store}: is written in another tokenizer ({store.tokenizer_digest[:24]}) than "
-                            f"{file}; pass the store that this model's policies write to")
+            raise UserError(f"{self.store}: is written in another tokenizer ({store.tokenizer_digest[:24]}) "
+                            f"than {file}; pass the store that this model's policies write to")
         return store
 
     def _write_round(self, source: RoundOfStore, gathered: Gathered, out: Path) -> None:
