@@ -27,7 +27,7 @@ SETTINGS = ("rollout.rounds=3", "rollout.prompts_per_round=4", "rollout.samples_
             "rollout.max_prompt_tokens=6", "rollout.temperature=0.8", "policy.method=dapo", "policy.kl=k3",
             "policy.kl_coeff=0.1", "policy.correction=token_truncate", "policy.correction_high=2",
             "policy.knowledge_coeff=0.1", "policy.knowledge_share=0.5", "policy.knowledge_batch_size=2",
-            'data.phases=[{"name": "main", "seq_len": 32}]')
+            'data.phases=[{"name": "main", "seq_len": 32}]', "model.hidden_size=48")
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def test_a_step_without_a_group_that_learns_is_passed_over(rounds: Rounds, run_c
         store.add_rewards(version, part.name, [
             Judged(row.key, 0, version, float(part.piece and row.key.sample), "scored")
             for row in store.read_rollouts(part.name)])
-    settings = [*tiny, *(word for setting in (*SETTINGS[1:8], SETTINGS[-1], "rollout.rounds=1",
+    settings = [*tiny, *(word for setting in (*SETTINGS[1:8], *SETTINGS[-2:], "rollout.rounds=1",
                                               "policy.method=dapo") for word in ("--set", setting))]
     done = run_command(*rounds.command(store.path, "equal-run", *settings))
     assert done.returncode == 0, done.stderr
@@ -141,7 +141,7 @@ def test_mistakes_are_told_before_anything_begins(rounds: Rounds, tmp_path: Path
     assert "rollout.rounds = 0: there is nothing to train" in refused()
     long = refused("--set", "rollout.rounds=1", "--set", "rollout.prompts_per_round=4")
     assert "data.phases.0.seq_len = 128: a row holds whole responses, the longest has" in long
-    small = [word for setting in (*SETTINGS[:8], SETTINGS[-1]) for word in ("--set", setting)]
+    small = [word for setting in (*SETTINGS[:8], *SETTINGS[-2:]) for word in ("--set", setting)]
     assert "rollout.prompts_per_round = 20: there are 9 prompts" in refused(
         *small, "--set", "rollout.prompts_per_round=20")
     assert "--wait -1" in refused(*small, "--wait", "-1")
