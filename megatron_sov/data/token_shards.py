@@ -15,11 +15,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from megatron_sov.artifacts import manifest_sha256, read_manifest
+from megatron_sov.data.heldout_rules import warn_of_other_splits
 from megatron_sov.data.mapped_files import allow_open_files, numbers, read_index
 from megatron_sov.documents.routes import ROUTES, RouteShape
 from megatron_sov.errors import UserError
-from megatron_sov.obs.warning import warn
-from megatron_sov.runs.launch_environment import is_first
 
 TEXTS = ("text", "chat")
 """Formats that are learned from token by token."""
@@ -308,17 +307,6 @@ class Source:
                           self.columns, self.routes)
 
 
-def _warn_of_other_splits(contents: dict[str, dict[str, Any]]) -> None:
-    """Warn of artifacts with documents of one kind that were not split into training and held-out
-    documents by one rule: the same document may be on both sides."""
-    for kind in sorted({s["format"] for content in contents.values() for s in content["sources"]}):
-        rules = {path: content.get("heldout") for path, content in contents.items()
-                 if any(s["format"] == kind for s in content["sources"])}
-        if any(rule != next(iter(rules.values())) for rule in rules.values()) and is_first():
-            warn(f"--data {', '.join(rules)}: documents were held out by different rules, so one may train "
-                 "on what another is judged by; `sov-data mix` joins them, and looks")
-
-
 def open_sources(paths: dict[str, float], vocab_size: int,
                  formats: tuple[str, ...] = TEXTS) -> list[Source]:
     """Open the sources of all token artifacts, checking that they fit together and fit the model.
@@ -346,7 +334,7 @@ def open_sources(paths: dict[str, float], vocab_size: int,
         if value != hashes[first]:
             raise UserError(f"{path}: was packed with tokenizer {value[:12]}, {first} with "
                             f"{hashes[first][:12]}; pack all data with the same tokenizer")
-    _warn_of_other_splits({path: m.content for path, m in manifests.items()})
+    warn_of_other_splits({path: m.content for path, m in manifests.items()})
     total_weight = sum(paths.values())
     if total_weight <= 0:
         raise UserError(f"--data weights {list(paths.values())}: at least one must be positive")

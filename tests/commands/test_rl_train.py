@@ -13,6 +13,7 @@ import pytest
 from megatron_sov.artifacts import read_manifest
 from megatron_sov.cli import main
 from megatron_sov.config import RolloutConfig
+from megatron_sov.digests import file_digest
 from megatron_sov.obs.events import read_events
 from megatron_sov.rewards.registry import make, order
 from megatron_sov.rollouts.prompts import read_prompts
@@ -26,7 +27,7 @@ SETTINGS = ("rollout.rounds=3", "rollout.prompts_per_round=4", "rollout.samples_
             "rollout.max_prompt_tokens=6", "rollout.temperature=0.8", "policy.method=dapo", "policy.kl=k3",
             "policy.kl_coeff=0.1", "policy.correction=token_truncate", "policy.correction_high=2",
             "policy.knowledge_coeff=0.1", "policy.knowledge_share=0.5", "policy.knowledge_batch_size=2",
-            'data.phases=[{"name": "main", "seq_len": 32}]')
+            'data.phases=[{"name": "main", "seq_len": 32}]', "model.hidden_size=48")
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,14 @@ class Rounds:
     text: Path
     write: Callable[..., None]
 
+    def new_store(self, name: str) -> Store:
+        """Return a store in the start's tokenizer."""
+        return Store.create(self.folder / name, file_digest(self.text / "tokenizer/tokenizer.json", "sha256"),
+                            368)
+
     def store(self, name: str, numbers: range) -> Path:
         """Write rounds into a store, which is made where it is not there."""
-        store = Store.create(self.folder / name, "tokens", 368)
+        store = self.new_store(name)
         for number in numbers:
             self.write(store, read_prompts(self.folder / "prompts.jsonl"), ROLLOUT, number,
                        make(order("repetition", {})).version)
@@ -108,7 +114,7 @@ def test_a_step_without_a_group_that_learns_is_passed_over(rounds: Rounds, run_c
                                                            tiny: list[str]) -> None:
     from megatron_sov.rollouts.rows import Judged
 
-    store = Store.create(rounds.folder / "equal", "tokens", 368)
+    store = rounds.new_store("equal")
     prompts = read_prompts(rounds.folder / "prompts.jsonl")
     version = make(order("repetition", {})).version
     rounds.write(store, prompts, ROLLOUT, 1, version, judge=False)
@@ -116,7 +122,7 @@ def test_a_step_without_a_group_that_learns_is_passed_over(rounds: Rounds, run_c
         store.add_rewards(version, part.name, [
             Judged(row.key, 0, version, float(part.piece and row.key.sample), "scored")
             for row in store.read_rollouts(part.name)])
-    settings = [*tiny, *(word for setting in (*SETTINGS[1:8], SETTINGS[-1], "rollout.rounds=1",
+    settings = [*tiny, *(word for setting in (*SETTINGS[1:8], *SETTINGS[-2:], "rollout.rounds=1",
                                               "policy.method=dapo") for word in ("--set", setting))]
     done = run_command(*rounds.command(store.path, "equal-run", *settings))
     assert done.returncode == 0, done.stderr
@@ -135,7 +141,7 @@ def test_mistakes_are_told_before_anything_begins(rounds: Rounds, tmp_path: Path
     assert "rollout.rounds = 0: there is nothing to train" in refused()
     long = refused("--set", "rollout.rounds=1", "--set", "rollout.prompts_per_round=4")
     assert "data.phases.0.seq_len = 128: a row holds whole responses, the longest has" in long
-    small = [word for setting in (*SETTINGS[:8], SETTINGS[-1]) for word in ("--set", setting)]
+    small = [word for setting in (*SETTINGS[:8], *SETTINGS[-2:]) for word in ("--set", setting)]
     assert "rollout.prompts_per_round = 20: there are 9 prompts" in refused(
         *small, "--set", "rollout.prompts_per_round=20")
     assert "--wait -1" in refused(*small, "--wait", "-1")

@@ -19,6 +19,8 @@ from megatron_sov.config import RunConfig
 from megatron_sov.data.rounds import ADVANTAGE, BEHAVIOUR, SOURCE, folder_of_round
 from megatron_sov.data.token_bytes import token_bytes
 from megatron_sov.data.token_shards import CONTENT_VERSION
+from megatron_sov.data.vocabulary import TOKENIZER_JSON
+from megatron_sov.digests import SHA256, file_digest
 from megatron_sov.documents import ROLLOUTS
 from megatron_sov.documents.indexed_writer import IndexedWriter
 from megatron_sov.errors import UserError
@@ -78,6 +80,10 @@ class Publisher:
             raise UserError(f"{self.store}: its tokenizer has {store.vocab_size} ids, the model only "
                             f"model.vocab_size = {self.config.model.vocab_size}; pass the store that this "
                             "model's policies write to")
+        file = self.tokenizer / TOKENIZER_JSON
+        if store.tokenizer_digest != file_digest(file, SHA256):
+            raise UserError(f"{self.store}: is written in another tokenizer ({store.tokenizer_digest[:24]}) "
+                            f"than {file}; pass the store that this model's policies write to")
         return store
 
     def _write_round(self, source: RoundOfStore, gathered: Gathered, out: Path) -> None:
@@ -87,6 +93,7 @@ class Publisher:
             artifact.content = {
                 "content_version": CONTENT_VERSION, "tokenizer_sha256": source.store.tokenizer_digest,
                 "vocab_size": source.store.vocab_size, "dtype": DTYPE, "eod": "none",
+                "bos_id": None, "eos_id": None,  # a response begins and ends where its policy had it
                 "sources": [_described(counts)], "round": gathered.number, "steps": chosen.steps,
                 "groups": chosen.reasons, "late": [list(key[:2]) for key in gathered.late],
                 "unjudged": dict(gathered.unjudged), "reward_version": source.reward_version,

@@ -63,11 +63,11 @@ class TrainerColumns:
             compute = partial(self._compute, view, opened)
             found = compute() if name == OLD else self.with_reference(view, compute)
             on_main(view.world, partial(atomic_write, file, found.tobytes()))
-        numbers = np.memmap(file, np.float32, "r") if count else np.zeros(0, np.float32)
-        if len(numbers) != count:
-            raise UserError(f"{file}: has {len(numbers)} numbers, its round has {count} tokens; delete it"
+        if (size_bytes := file.stat().st_size) != 4 * count:
+            raise UserError(f"{file}: has {size_bytes} bytes, the round's {count} tokens need 4 each; delete "
+                            "it"
                             + (", and resume from a checkpoint at its beginning" if name == OLD else ""))
-        return numbers
+        return np.memmap(file, np.float32, "r")
 
     def _compute(self, view: FeedView, opened: Round) -> np.ndarray:
         assert opened.documents is not None, f"{opened.path} has no documents"

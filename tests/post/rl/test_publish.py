@@ -9,17 +9,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from megatron_sov.rollouts.prompts import read_prompts, round_prompts
 
+from data_prep.verify import check
 from megatron_sov import recipes
 from megatron_sov.artifacts import read_manifest
 from megatron_sov.config import PhaseConfig, PolicyConfig, RolloutConfig, RunConfig
 from megatron_sov.config.rounds import with_rounds
 from megatron_sov.data.rounds import RoundDocuments
 from megatron_sov.data.token_shards import open_sources
+from megatron_sov.digests import file_digest
 from megatron_sov.errors import UserError
 from megatron_sov.post.rl.publish import Publisher
 from megatron_sov.rollouts.parts import part_name
+from megatron_sov.rollouts.prompts import read_prompts, round_prompts
 from megatron_sov.rollouts.rows import Judged
 from megatron_sov.rollouts.store import Store
 
@@ -42,7 +44,7 @@ def publisher(packed_data: Any, tmp_path: Path) -> Publisher:
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt": f"{i}?", "domain": "even" if i % 2 else "odd"}) + "\n"
                             for i in range(9)))
-    Store.create(tmp_path / "store", "tokens", 368)
+    Store.create(tmp_path / "store", file_digest(packed_data.tokenizer / "tokenizer.json", "sha256"), 368)
     return Publisher(config_of(), tmp_path / "rounds", tmp_path / "store", read_prompts(file), VERSION,
                      packed_data.tokenizer)
 
@@ -63,6 +65,7 @@ def test_a_round_holds_the_responses_of_groups_that_learn_step_by_step(publisher
     rows = {row.key[:2]: row for piece in (0, 1) for row in store.read_rollouts(part_name(1, piece))}
     expected = [rows[prompt.id, sample] for prompt in round_prompts(publisher.prompts, ROLLOUT, 1)
                 for sample in range(4)]
+    assert check(publisher.rounds / "0001") == ([], [])
     [source] = open_sources({str(publisher.rounds / "0001"): 1.0}, 368, ("rollouts",))
     documents = source.shard("train")
     for i, row in enumerate(expected):
@@ -147,6 +150,9 @@ def test_what_does_not_belong_to_the_run_is_refused(publisher: Publisher, write_
     others = dataclasses.replace(publisher, prompts=publisher.prompts[:-1])
     with pytest.raises(UserError, match=r"store: round 1 holds responses to prompt \w{16}, which is none of"):
         others.publish(1)
+    Store.create(tmp_path / "other", "sha256:0", 368)
+    with pytest.raises(UserError, match=r"other: is written in another tokenizer \(sha256:0\) than"):
+        dataclasses.replace(publisher, store=tmp_path / "other").publish(1)
     data = dataclasses.replace(publisher.config.data, phases=(PhaseConfig("round-0001", seq_len=12),))
     short = dataclasses.replace(publisher, config=dataclasses.replace(publisher.config, data=data))
     with pytest.raises(UserError, match=r"round 1: sample \d of prompt \w+ has 1\d tokens .* = 12; .*cut"):

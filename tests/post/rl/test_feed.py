@@ -1,0 +1,112 @@
+"""Rounds that are waited for, and what the trainer adds to them: with a model that says what it is asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_sov.config import RolloutConfig
+from megatron_sov.data.ledger import Ledger, LedgerEntry
+from megatron_sov.data.rounds import Round, RoundDocuments
+from megatron_sov.errors import UserError
+
+ENTRY = LedgerEntry(0, "round-0001", 16, 4, {"rollouts": 1.0})
+STEPS = {1: (range(2), range(2, 2)), 2: (range(2, 2), range(3))}
+
+
+class Told:
+    """Documents of 4 tokens, of which a model says what its step is."""
+
+    columns = ("behaviour_logprobs", "advantage")
+
+    def __init__(self, number: int) -> None:
+        self.lengths = [4] * STEPS[number][1].stop
+
+
+@pytest.fixture
+def view(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A run that stands before its first step, on one process."""
+    from megatron_sov.post.rl import feed, trainer_columns
+
+    monkeypatch.setattr(feed, "POLL_S", (0.01, 0.01))
+    monkeypatch.setattr(feed, "sum_dict", lambda values, over: values)
+    for module in (feed, trainer_columns):
+        monkeypatch.setattr(module, "on_main", lambda world, action: action())
+    monkeypatch.setattr(trainer_columns, "document_logprobs", lambda model, documents, chosen, *_: np.full(
+        4 * len(chosen), -model.step, np.float32))
+    manifest = SimpleNamespace(content={"groups": {"learns": 1}})
+    monkeypatch.setattr(feed, "read_manifest", lambda path: manifest)
+    events: list[tuple[str, dict[str, Any]]] = []
+    return SimpleNamespace(
+        step=0, world=SimpleNamespace(is_main=True), told=events,
+        events=SimpleNamespace(write=lambda name, **fields: events.append((name, fields))),
+        batches=SimpleNamespace(ledger=Ledger([ENTRY])),
+        checkpointer=SimpleNamespace(finish=lambda: events.append(("saved", {}))),
+        config=SimpleNamespace(data=SimpleNamespace(phases=[SimpleNamespace(seq_len=16)]),
+                               train=SimpleNamespace(micro_batch_size=1)))
+
+
+def feed_of(folder: Path, monkeypatch: pytest.MonkeyPatch, lacking: Any, names: tuple[str, ...] = (),
+            wait_s: float = 0.0) -> Any:
+    from megatron_sov.post.rl.feed import RoundFeed
+    from megatron_sov.post.rl.trainer_columns import TrainerColumns
+
+    rounds = RoundDocuments(folder, 10, names)
+
+    def read(number: int, seq_len: int, num_steps: int) -> Round:
+        documents: Any = Told(number)
+        return Round(folder / f"{number:04d}", documents, STEPS[number], {},
+                     np.arange(len(documents.lengths) + 1) * 4)
+
+    monkeypatch.setattr(rounds, "read", read)
+    columns = TrainerColumns(names, 1.0, lambda view, compute: compute() - 100)
+    return RoundFeed(rounds, RolloutConfig(steps_per_round=2, prompts_per_round=2), lacking, columns, wait_s)
+
+
+def test_a_round_is_waited_for_with_everything_saved(view: Any, tmp_path: Path,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    lacks = iter(["one piece"] * 3 + [""])
+    feed = feed_of(tmp_path, monkeypatch, lambda number: next(lacks), wait_s=60)
+    assert feed.bring(view, lambda: False) is None
+    assert [name for name, _ in view.told] == ["saved", "waiting", "warning", "round"]
+    assert feed.bring(view, lambda: False) is None  # it is open: nothing is asked
+
+    view.step = 2
+    late = feed_of(tmp_path, monkeypatch, lambda number: "one piece")
+    assert late.bring(view, lambda: False) == "round 2 is not there yet: one piece"
+    asked = feed_of(tmp_path, monkeypatch, lambda number: "one piece", wait_s=60)
+    assert asked.bring(view, lambda: True) == "asked to stop while waiting for round 2: one piece"
+
+
+def test_steps_of_which_nothing_learns_are_passed_over_and_no_others(view: Any, tmp_path: Path,
+                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    feed = feed_of(tmp_path, monkeypatch, lambda number: "")
+    assert feed.bring(view, lambda: False) is None
+    view.step = 2
+    assert feed.bring(view, lambda: False) is None
+    assert [view.batches.ledger.at(step).skip for step in range(4)] == [False, True, True, False]
+
+
+def test_what_the_trainer_says_is_of_the_weights_before_the_round(view: Any, tmp_path: Path,
+                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    def opened(step: int) -> RoundDocuments:
+        view.step = step
+        feed = feed_of(tmp_path, monkeypatch, lambda number: "", ("old_logprobs", "reference_logprobs"))
+        assert feed.bring(view, lambda: False) is None
+        return feed.rounds
+
+    document = (2 << 32) + 1
+    for step, old in ((2, -2.0), (3, -2.0)):  # in the round's middle its file is read
+        rounds = opened(step)
+        assert rounds.column("old_logprobs", document, 1, 3).tolist() == [old] * 3
+        assert rounds.column("reference_logprobs", document, 1, 3).tolist() == [-102.0] * 3
+    (tmp_path / "0002.old_logprobs.f32").unlink()
+    with pytest.raises(UserError, match=r"0002.old_logprobs.f32: is not there, and the run stands inside"):
+        opened(3)
+    (tmp_path / "0002.reference_logprobs.f32").write_bytes(b"")
+    with pytest.raises(UserError, match=r"has 0 bytes, the round's 12 tokens need 4 each; delete it$"):
+        opened(2)
