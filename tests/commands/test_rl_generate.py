@@ -42,8 +42,8 @@ def test_two_policies_write_two_rounds_and_a_reward_judges_them(
     assert "round 2 waits for a policy that round 1 has trained" in done.stderr
     first, second = sorted((teacher / "checkpoints").glob("step-*"))
     (tmp_path / "run/checkpoints").mkdir(parents=True)
-    (tmp_path / "run/checkpoints/step-00000001").symlink_to(second)
-    done = run_command(*asked, "--nproc", "2", "--engine-set", "parallel.tp=2")
+    (tmp_path / "run/checkpoints/step-1").symlink_to(second)
+    done = run_command(*asked, "--nproc", "2", "--engine-set", "parallel.ep=2")
     assert done.returncode == 0, done.stderr
     assert "2 parts with 4 responses" in done.stdout and "rounds 1 to 2 are written" in done.stdout
     store = Store.open(tmp_path / "store")
