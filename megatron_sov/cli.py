@@ -151,6 +151,8 @@ def _command(name: str) -> tuple[ModuleType, str]:
     installed = declared(GROUP)
     entry = next((d for d in installed if d.name == name), None)
     if entry is None:
+        if longer := [command for command in COMMANDS if command.startswith(f"{name} ")]:
+            raise UserError(f"command {name!r}: has a second word; write one of {', '.join(longer)}")
         known = [*COMMANDS, *(d.name for d in installed if d.name not in COMMANDS)]
         raise UserError(f"command {name!r}: does not exist{nearest(name, known)} (commands: "
                         f"{', '.join(known)})")

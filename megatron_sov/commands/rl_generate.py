@@ -20,7 +20,7 @@ from megatron_sov.obs.warning import warn
 from megatron_sov.recipes.requested import add_recipe_arguments, requested
 from megatron_sov.rewards.settings import parse_settings
 from megatron_sov.rollouts.claims import Claims
-from megatron_sov.rollouts.prompts import Prompt, read_prompts, refuse_unaskable
+from megatron_sov.rollouts.prompts import Prompt, read_prompts, refuse_unaskable, round_prompts
 from megatron_sov.rollouts.store import Store
 from megatron_sov.runs.checkpoints import refuse_missing
 from megatron_sov.runs.policies import Policy, policy_of_round
@@ -105,6 +105,7 @@ def run(args: argparse.Namespace) -> int:
     rollout = _rollout(args)
     rounds = rounds_of(args.rounds, rollout.rounds)
     prompts = _prompts(args)
+    round_prompts(prompts, rollout, rounds[0])  # which refuses too few of them
     environment = environment_of(args, rollout)
     refuse_missing(args.start_from, "--from ")
     from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
@@ -163,10 +164,18 @@ def environment_of(args: argparse.Namespace, rollout: RolloutConfig) -> tuple[An
 def _engine(args: argparse.Namespace, start: Target, rollout: RolloutConfig,
             environment: tuple[Any, str, EpisodeLimits] | None) -> str:
     """Return the engine's name; raises where it cannot do what is asked."""
-    from megatron_sov.generate.asking import check_engine
-
     name = str(args.engine or (TRANSFORMERS if start.is_hf else MEGATRON))
-    check_engine(name, start, _longest(rollout, environment), args.engine_set, args.nproc)
+    if name != MEGATRON and not start.is_hf:
+        raise UserError(f"--engine {name}: --from {start.path} is a checkpoint; convert it first with "
+                        "`megatron-sov convert to-hf`")
+    if name != MEGATRON and (args.engine_set or args.nproc is not None):
+        raise UserError(f"--engine-set {args.engine_set} and --nproc {args.nproc} are for --engine "
+                        f"{MEGATRON}; add it or leave them out")
+    if (longest := _longest(rollout, environment)) > start.max_tokens:
+        turn = "" if environment is None else " and a turn's max_turn_tokens"
+        raise UserError(f"rollout.max_prompt_tokens = {rollout.max_prompt_tokens:,}, rollout.max_new_tokens "
+                        f"= {rollout.max_new_tokens:,}{turn} make {longest:,} tokens, and the model ends at "
+                        f"{start.max_tokens:,}; lower them")
     if rollout.deadline_s and name != MEGATRON and environment is None:
         raise UserError(f"rollout.deadline_s = {rollout.deadline_s:g}: --engine {name} cannot be stopped in "
                         f"the middle of a response; use --engine {MEGATRON}, or set it to 0")
@@ -186,6 +195,7 @@ def _write(args: argparse.Namespace, rollout: RolloutConfig, rounds: range, prom
     from megatron_sov.post.rl.generate import Desk, write_rounds
     from megatron_sov.post.rl.missing import Missing
     from megatron_sov.post.rl.policy_weights import Take, run_policies
+    from megatron_sov.post.rl.responses import key_digest
 
     folder = start.tokenizer_folder
     writer = writer_of(args, rollout, start, engine_name, environment)
@@ -194,7 +204,8 @@ def _write(args: argparse.Namespace, rollout: RolloutConfig, rounds: range, prom
 
     def work(engine: Engine, take: Take) -> dict[str, Any]:
         store = Store.create(args.store, file_digest(folder / "tokenizer.json", SHA256), start.vocab_size)
-        missing = Missing(store, Claims(store.claims, rollout.lease_s), prompts, rollout, rounds, policy_of)
+        missing = Missing(store, Claims(store.claims, rollout.lease_s), prompts, rollout, rounds, policy_of,
+                          lambda number: key_digest(rollout, number, writer.chosen_by))
         told = {"engine": engine_name, "settings": list(args.engine_set), "environment": args.environment}
         return write_rounds(engine, take, held, writer, Desk(missing, store, args.wait, told))
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.commands import convert, distill, extend, prefer, pretrain, sft
+from megatron_sov.commands import convert, distill, extend, prefer, pretrain, rl_generate, rl_reward, sft
 from megatron_sov.commands import eval as eval_command
 from megatron_sov.errors import UserError
 from megatron_sov.slurm import chain_file, cluster
@@ -17,14 +17,16 @@ DEFAULTS: dict[str, Any] = {
     "partition": None, "time": None, "dry_run": False, "continue_chain": False, "scripts": None}
 COMMANDS: Commands = {name: module.add_arguments for name, module in {
     "pretrain": pretrain, "extend": extend, "sft": sft, "prefer": prefer, "distill": distill,
-    "convert": convert, "eval": eval_command}.items()}
+    "convert": convert, "eval": eval_command, "rl-generate": rl_generate,
+    "rl-reward": rl_reward}.items()}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments; its options may stand before the stage or among the
     stage's own arguments."""
     parser.epilog = ("ARGUMENTS are what follows the stage's own command: megatron-sov pretrain, extend, "
-                     "sft, prefer, distill, convert, eval; sov-tokenizer; sov-data.  Chains that come "
+                     "sft, prefer, distill, convert, eval, rl generate, rl reward; sov-tokenizer; "
+                     "sov-data.  Chains that come "
                      f"with the package, besides files of your own: {', '.join(chain_file.names())}.")
     parser.add_argument("stage", metavar="STAGE", help=f"{', '.join(STAGES)}, or chain: several, from a file")
     parser.add_argument("arguments", metavar="ARGUMENTS", nargs=argparse.REMAINDER,
@@ -41,7 +43,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
                         help="go on with as few nodes as this when others are missing")
     parser.add_argument("--nodes-set", action="append", metavar="N:key=value",
                         help="a setting that changes with N nodes")
-    parser.add_argument("--array", type=int, metavar="N", help="data pack: share the inputs out over N jobs")
+    parser.add_argument("--array", type=int, metavar="N",
+                        help="share the inputs of data pack, or the work of rl-generate and rl-reward, out "
+                             "over N jobs")
     parser.add_argument("--account", help="instead of the profile's")
     parser.add_argument("--partition", help="instead of the profile's")
     parser.add_argument("--time", metavar="LIMIT",

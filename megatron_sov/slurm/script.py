@@ -60,9 +60,9 @@ class Job:
     layouts: dict[int, tuple[str, ...]]
     """Number of nodes -> settings; the largest is what is asked for, the smallest what it goes on with."""
     array: int = 0
-    """Tasks that share the inputs; 0: no array."""
+    """Tasks that share the inputs, or the work; 0: no array."""
     array_inputs: tuple[str, ...] = ()
-    """What the tasks share."""
+    """What the tasks share out before they begin."""
     time_limit: str = ""
     """As sbatch takes it; at the end of it the job is asked to save, `signal_lead_s` before."""
     needs: tuple[Path, ...] = ()
@@ -73,7 +73,7 @@ class Job:
     @property
     def title(self) -> str:
         """What it does, in a sentence."""
-        if self.array:
+        if self.array_inputs:
             return (f"Data, one task of {self.array}: packs every {self.array}th input into a part; "
                     "a job that waits for all parts joins them.")
         return self.work.kind.title

@@ -8,6 +8,7 @@ Arguments are read by the commands' own parsers.  Commands stand above this room
 from __future__ import annotations
 
 import argparse
+import hashlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -44,6 +45,8 @@ class StageKind:
     """Time limit where nobody says another, and the profile's is not shorter; empty: the profile's."""
     objective: BuiltIn = "lm"
     """What a training stage learns."""
+    shares: bool = False
+    """Whether several jobs of the same command share its work."""
 
 
 STAGES = {
@@ -75,6 +78,12 @@ STAGES = {
     "eval": StageKind(
         "Evaluation of a checkpoint or Hugging Face folder on one node.",
         ("megatron_sov", "eval"), ranks=False, gpus=True, time_limit="4:00:00"),
+    "rl-generate": StageKind(
+        "Reinforcement learning: writes responses into a rollout store, on one node.",
+        ("megatron_sov", "rl", "generate"), ranks=False, gpus=True, shares=True),
+    "rl-reward": StageKind(
+        "Reinforcement learning: judges the responses of a rollout store, on the cores of one node.",
+        ("megatron_sov", "rl", "reward"), ranks=False, gpus=False, shares=True),
 }
 ARTIFACTS = {"tokenizer": ("train",), "data": ("pack", "mix", "demo-corpus")}
 """Commands of `sov-tokenizer` and `sov-data` that leave a folder with a manifest."""
@@ -129,6 +138,8 @@ def work_of(stage: str, arguments: list[str], commands: Commands) -> Work:
         return _artifact(stage, arguments)
     parser = Parser(prog=f"submit {stage}")
     commands[stage](parser)
+    if STAGES[stage].shares:
+        return _sharing(stage, arguments, parser.parse_args(arguments))
     reader = {"convert": _convert, "eval": _eval}.get(stage, lambda argv, args: _training(stage, argv, args))
     return reader(arguments, parser.parse_args(arguments))
 
@@ -198,6 +209,17 @@ def _eval(arguments: list[str], args: argparse.Namespace) -> Work:
     records = target.with_name(f"{target.name}.{args.task}.slurm")
     return Work("eval", tuple(arguments), target, records, records / COMPLETION, writes_done=False,
                 inputs=(target,))
+
+
+def _sharing(stage: str, arguments: list[str], args: argparse.Namespace) -> Work:
+    """Return a job of those that meet in a rollout store; it is complete when the command finds nothing left
+    to do, and another command, such as one with more rounds, begins anew."""
+    target = args.store.absolute()
+    records = target.with_name(f"{target.name}.{stage}.slurm")
+    asked = hashlib.sha256("\0".join(arguments).encode()).hexdigest()[:8]
+    inputs = [found for name in ("prompts", "start_from") if (found := getattr(args, name, None)) is not None]
+    return Work(stage, tuple(arguments), target, records, records / f"complete-{asked}.json",
+                writes_done=False, inputs=tuple(path.absolute() for path in inputs))
 
 
 def check_inputs(work: Work, promised: set[Path]) -> None:

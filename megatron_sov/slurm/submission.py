@@ -42,7 +42,7 @@ class Request:
     settings: dict[int, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     """Number of nodes -> settings that change then."""
     array: int = 0
-    """Tasks that share the inputs of `data pack`."""
+    """Tasks that share the inputs of `data pack`, or the work of a stage that can be shared."""
     needs: tuple[Path, ...] = ()
     """Completion manifests of earlier stages."""
     time_limit: str | None = None
@@ -131,11 +131,15 @@ def _time_limit(request: Request, work: Work) -> str:
 
 
 def _parts(base: Job, count: int) -> tuple[Job, ...]:
-    """Return the array that packs a part in each task, and the job that joins them."""
+    """Return the array that packs a part in each task, and the job that joins them; or the array of a stage
+    whose jobs share its work by themselves."""
     work = base.work
     argv = list(work.arguments)
+    if work.kind.shares and count > 0:
+        return (dataclasses.replace(base, array=count),)
     if work.stage != "data" or argv[0] != "pack":
-        raise UserError(f"--array {count}: shares the inputs of `data pack`; leave it out for {work.stage}")
+        raise UserError(f"--array {count}: is for `data pack`, whose inputs it shares out, rl-generate and "
+                        f"rl-reward; leave it out for {work.stage}")
     parser = Parser(prog="submit data pack", add_help=False, allow_abbrev=False)
     parser.add_argument("--input", nargs="+", action="extend", default=[])
     parser.add_argument("--output")

@@ -33,6 +33,9 @@ ARGUMENTS = {
     "distill": ("tiny-solar-open", "--from", "runs/a", "--teacher", "runs/b", *TRAIN),
     "convert": ("to-hf", "runs/a", "hf"),
     "eval": ("ppl", "hf", "--data", "tokens"),
+    "rl-generate": ("tiny-solar-open", "--prompts", "p.jsonl", "--store", "store", "--from", "runs/a",
+                    "--run", "runs/b", "--set", "rollout.rounds=3", "--wait", "3600"),
+    "rl-reward": ("--store", "store", "--reward", "math", "--wait", "3600"),
 }
 NASTY = "it's $HOME `id` \"x\" \\ & | ; > * ? # ! ~ {} ()\t한국어"
 
@@ -55,8 +58,8 @@ def words_of(text: str, array: str = "command") -> list[str]:
 
 def test_every_stage_has_a_template_and_stands_on_the_page() -> None:
     assert set(ARGUMENTS) == set(STAGES)
-    rows = re.findall(r"^\| (`[a-z`, ]+`) \| `(?:megatron-sov|sov-)", PAGE.read_text(), re.MULTILINE)
-    assert {name for row in rows for name in re.findall("[a-z]+", row)} == set(STAGES)
+    rows = re.findall(r"^\| (`[a-z`, -]+`) \| `(?:megatron-sov|sov-)", PAGE.read_text(), re.MULTILINE)
+    assert {name for row in rows for name in re.findall("[a-z-]+", row)} == set(STAGES)
 
 
 @pytest.mark.parametrize("name", cluster.names())
@@ -64,6 +67,7 @@ def test_a_real_slurm_takes_every_template(site: Path, name: str) -> None:
     profile = dataclasses.replace(cluster.load(name, account="me"), account="me" if name != "local" else "")
     texts = [text for stage in STAGES for text in prepared(stage, ARGUMENTS[stage], profile).texts]
     texts += prepared("data", ARGUMENTS["data"], profile, array=2).texts
+    texts += prepared("rl-generate", ARGUMENTS["rl-generate"], profile, array=2).texts
     texts += prepared("pretrain", ARGUMENTS["pretrain"], profile, nodes=4, least=1).texts
     for text in texts:
         client.check_script(text)
@@ -115,6 +119,24 @@ def test_the_clusters_own_lines_may_name_variables_that_are_not_set(stage: str, 
     else:
         assert (done.returncode == 2 and done.stdout == "\n"
                 and done.stderr == "job: modules of the profile cannot be loaded\n")
+
+
+def test_jobs_that_share_a_store_are_an_array_of_one_command() -> None:
+    profile = cluster.load("h100", account="me")
+    ((text,), (alone,)) = (prepared("rl-generate", ARGUMENTS["rl-generate"], profile, array=count).texts
+                           for count in (3, 0))
+    assert "#SBATCH --array=0-2" in text and "#SBATCH --array" not in alone
+    assert words_of(text) == words_of(alone) == ["-m", "megatron_sov", "rl", "generate",
+                                                 *ARGUMENTS["rl-generate"]]
+    done = [re.findall(r"^(?:target|done)=.*$", script, re.MULTILINE) for script in (text, alone)]
+    assert done[0] == done[1]
+    assert re.search(r"store\.rl-generate\.slurm/complete-[0-9a-f]{8}\.json", done[0][1])
+    assert "records=$records/task-$SLURM_ARRAY_TASK_ID" in text
+    assert "--write-done" in text
+    more = prepared("rl-generate", (*ARGUMENTS["rl-generate"], "--rounds", "4"), profile)
+    assert more.work.done != prepared("rl-generate", ARGUMENTS["rl-generate"], profile).work.done
+    with pytest.raises(UserError, match="leave it out for convert"):
+        prepared("convert", ARGUMENTS["convert"], profile, array=2)
 
 
 def test_what_a_user_types_reaches_the_program_unchanged(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ class Episodes:
             (prompt.record, self._key(prompt, sample, attempt), None) for prompt in attempt.piece.prompts
             for sample in range(self.rollout.samples_per_prompt)]
         known = chain.from_iterable(_lines(number, row) for number, (_, _, row) in enumerate(asked))
-        numbered = _OwnStreams(policy, [key for _, key, _ in asked], attempt)
+        numbered = _OwnStreams(policy, [key for _, key, _ in asked], attempt.piece.round)
         with tempfile.TemporaryDirectory(prefix="sov-episodes-") as folder:
             journal = Journal(Path(folder) / LINES, list(known))
             try:
@@ -116,8 +116,8 @@ class Episodes:
 class _OwnStreams:
     """A policy that gives a turn a stream of its response's, whatever place its episode has among others."""
 
-    def __init__(self, policy: Policy, keys: Sequence[Key], attempt: Attempt) -> None:
-        self._policy, self._keys, self._attempt = policy, keys, attempt
+    def __init__(self, policy: Policy, keys: Sequence[Key], round: int) -> None:
+        self._policy, self._keys, self._round = policy, keys, round
 
     def sample(self, prompts: Sequence[Tokens], max_new_tokens: int,
                streams: Sequence[int]) -> Sequence[Written]:
@@ -127,7 +127,8 @@ class _OwnStreams:
 
     def _stream(self, number: int, turn: int) -> int:
         key = self._keys[number]
-        return stream_of(self._attempt.piece.round, key.prompt, key.sample, self._attempt.number, turn)
+        # no turn is sampled twice, so that the attempt changes nothing
+        return stream_of(self._round, key.prompt, key.sample, turn=turn)
 
 
 def _lines(number: int, row: Rollout | None) -> list[dict[str, Any]]:

@@ -35,6 +35,11 @@ WAIT = "wait"
 class Writer(Protocol):
     """What makes rows of an attempt."""
 
+    @property
+    def chosen_by(self) -> dict[str, Any]:
+        """What tokens are chosen by beside the settings of `rollout`, see `responses.key_digest`."""
+        ...
+
     def write(self, engine: Engine, attempt: Attempt) -> list[Rollout] | None:
         """Return the rows; called by all processes of the engine together, of which the first one needs
         them."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_sov.config.rollout import RolloutConfig
+from megatron_sov.errors import UserError
 from megatron_sov.rollouts.claims import Claims
 from megatron_sov.rollouts.prompts import Piece, Prompt, pieces, round_prompts
 from megatron_sov.rollouts.rows import UNFINISHED, Rollout
@@ -40,7 +41,8 @@ class Missing:
     """The pieces of some rounds that are not written."""
 
     def __init__(self, store: Store, claims: Claims, prompts: Sequence[Prompt], rollout: RolloutConfig,
-                 rounds: range, policy_of: Callable[[int], Policy | None]) -> None:
+                 rounds: range, policy_of: Callable[[int], Policy | None],
+                 sampling_of: Callable[[int], str]) -> None:
         """Look at nothing yet.
 
         Args:
@@ -51,9 +53,10 @@ class Missing:
             rounds: the asked ones, from 1.
             policy_of: gives the policy for a round, None where it is not there yet; where there is none for
                 a round, there is none for a later one.
+            sampling_of: gives what stands in the keys of a round for how its tokens are chosen.
         """
         self._store, self._claims, self._prompts, self._rollout = store, claims, prompts, rollout
-        self._policy_of = policy_of
+        self._policy_of, self._sampling_of = policy_of, sampling_of
         self._open: dict[int, list[Piece] | None] = dict.fromkeys(rounds)
         self._attempts: dict[str, int] = {}
         self._held = contextlib.ExitStack()
@@ -117,12 +120,30 @@ class Missing:
         number = self._attempts.get(piece.part(), 0)
         while self._store.has_rollouts(piece.part(number)):
             rows = self._store.read_rollouts(piece.part(number), ("finish_reason",))
+            self._refuse_others(piece, number, rows)
             if all(row.finish_reason != UNFINISHED for row in rows):
                 self._attempts.pop(piece.part(), None)
                 return None
             number += 1
             self._attempts[piece.part()] = number
         return number
+
+    def _refuse_others(self, piece: Piece, number: int, rows: Sequence[Rollout]) -> None:
+        """Raise `UserError` where a part is what this job would never have written: it would be taken for
+        done."""
+        asked = {prompt.id for prompt in piece.prompts}
+        sampling = self._sampling_of(piece.round)
+        for row in rows:
+            if row.key.prompt not in asked:
+                what = (f"a response to prompt {row.key.prompt}, which is not asked in this piece: of "
+                        "another file of prompts, seed, or size of rounds or pieces")
+            elif row.key.sampling != sampling or row.key.sample >= self._rollout.samples_per_prompt:
+                what = ("responses of other settings: temperature, lengths, seed, samples_per_prompt, chat "
+                        "template or environment")
+            else:
+                continue
+            raise UserError(f"{self._store.path}: {piece.part(number)} holds {what}; give those that the "
+                            "store was begun with, or choose another --store")
 
     def _unfinished(self, name: str) -> tuple[Rollout, ...]:
         return tuple(row for row in self._store.read_rollouts(name) if row.finish_reason == UNFINISHED)

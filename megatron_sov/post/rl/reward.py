@@ -26,7 +26,7 @@ from megatron_sov.rollouts.store import VERSION_CHARS, Store
 ENVIRONMENT = "environment"
 """The reward that takes what an environment has said of an episode, which stands in its row; also its
 version, since the environment's own is in the rows' keys."""
-COLUMNS = ("record", "response", "finish_reason", "outcome")
+COLUMNS = ("record", "tokens", "response", "finish_reason", "outcome")
 """Of rollouts, which are read."""
 POLL_S = 5.0
 """Between two looks at a store where nothing can be judged at this moment."""
@@ -87,11 +87,13 @@ def judging(name: str, settings: Sequence[str], workers: int) -> Iterator[JudgeR
 
 
 def row_of(row: Rollout) -> dict[str, Any]:
-    """Return a response as rewards know rows: its prompt's fields, `prompt` and `response`."""
+    """Return a response as rewards know rows: its prompt's fields, `prompt`, and what `generate` writes of a
+    response."""
     record = dict(row.record)
     if "messages" in record:
         record.setdefault("prompt", record["messages"])
-    return {**record, "response": row.response}
+    return {**record, "response": row.response, "num_tokens": len(row.tokens),
+            "finish_reason": row.finish_reason}
 
 
 def _outcome_of(row: Rollout) -> Result:

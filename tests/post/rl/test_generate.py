@@ -17,7 +17,7 @@ from megatron_sov.errors import UserError
 from megatron_sov.generate.request import Bounds, Generated, Sampling, Stop, Tokens
 from megatron_sov.post.rl.generate import Desk, write_rounds
 from megatron_sov.post.rl.missing import Attempt, Missing
-from megatron_sov.post.rl.responses import Responses
+from megatron_sov.post.rl.responses import Responses, key_digest
 from megatron_sov.rollouts.claims import Claims
 from megatron_sov.rollouts.prompts import Prompt, read_prompts, round_prompts
 from megatron_sov.rollouts.rows import LENGTH, STOP, UNFINISHED, Rollout, later
@@ -99,7 +99,7 @@ class Job:
             return policy(newest()) if newest() >= number - 1 else None
 
         self.missing = Missing(self.store, Claims(self.store.claims, 60), prompts, rollout, range(1, 4),
-                               policy_of)
+                               policy_of, lambda number: key_digest(rollout, number, {}))
         self.writer = Responses(Numbers(), rollout, "counting", False, {},  # type: ignore[arg-type]
                                 lambda: self.engine.now_s)
         self.desk = Desk(self.missing, self.store, **{"wait_s": 0.0, "provenance": {}, **desk})
@@ -225,6 +225,14 @@ def test_two_jobs_share_the_pieces_and_the_first_of_two_stays(tmp_path: Path, pr
     assert "stay" in capsys.readouterr().err and one.desk.summary["parts"] == 0
     one.run()
     check_whole(one.store, prompts, (1, 2, 3))
+
+
+def test_a_store_of_other_settings_or_prompts_is_refused(tmp_path: Path, prompts: list[Prompt]) -> None:
+    Job(tmp_path / "store", prompts, lambda: 0).run()
+    with pytest.raises(UserError, match="holds responses of other settings: temperature"):
+        Job(tmp_path / "store", prompts, lambda: 0, replace(ROLLOUT, temperature=0.5)).run()
+    with pytest.raises(UserError, match="which is not asked in this piece: of another file of prompts"):
+        Job(tmp_path / "store", prompts[:6], lambda: 0).run()
 
 
 def test_a_prompt_that_is_too_long_is_named(tmp_path: Path, prompts: list[Prompt]) -> None:

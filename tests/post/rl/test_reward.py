@@ -110,7 +110,8 @@ def test_an_environments_word_is_taken_from_the_rows(store: Store) -> None:
 def test_a_reward_is_given_the_prompts_fields_and_its_messages() -> None:
     chat = [{"role": "user", "content": "hi"}]
     assert row_of(rollout(1, 0, "x", record={"messages": chat, "answer": "2"})) == {
-        "messages": chat, "prompt": chat, "answer": "2", "response": "x"}
+        "messages": chat, "prompt": chat, "answer": "2", "response": "x", "num_tokens": 2,
+        "finish_reason": "stop"}
 
 
 def test_a_built_in_reward_judges_in_processes(store: Store) -> None:

@@ -1,0 +1,80 @@
+"""Episodes as rows: a deadline between turns, and what other policies make of the rest, change no token but
+who wrote it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_sov.chat.turns import TurnEncoder
+from megatron_sov.config.rollout import RolloutConfig
+from megatron_sov.post.rl.episodes import Episodes
+from megatron_sov.post.rl.missing import Attempt
+from megatron_sov.rollouts.prompts import Piece, Prompt
+from megatron_sov.rollouts.rows import NOT_WRITTEN, UNFINISHED, Rollout, later
+from megatron_sov.rollouts.store import Store
+from megatron_sov.runs.policies import Policy
+from megatron_sov.tools.episode import ENDS, Written
+from megatron_sov.tools.playing import Table
+from megatron_sov.tools.registry import make, order
+
+sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
+from tool_episodes import LIMITS, FuzzedPolicy, chat_encoder
+
+ROLLOUT = RolloutConfig(prompts_per_round=2, samples_per_prompt=2, deadline_s=2.0)
+
+
+class Timed:
+    """A policy for which each round of turns takes a second."""
+
+    def __init__(self, policy: FuzzedPolicy) -> None:
+        self._policy, self.now_s = policy, 0.0
+
+    def sample(self, prompts: Sequence[Sequence[int]], max_new_tokens: int,
+               streams: Sequence[int]) -> list[Written]:
+        self.now_s += 1
+        return self._policy.sample(prompts, max_new_tokens, streams)
+
+
+def test_an_episode_goes_on_where_a_deadline_cut_it_off(tmp_path: Path) -> None:
+    chat = chat_encoder()
+    encoder = TurnEncoder(chat, "the test's tokenizer")
+    asked = order("booking", {})
+    environment: Any = make(asked)[0]
+    piece = Piece(1, 0, tuple(Prompt(f"{n:016x}", environment.EXAMPLES[n]) for n in range(2)))
+    timed = Timed(FuzzedPolicy("booking", chat, encoder.end_ids[0]))
+    writer = Episodes(Table(asked, encoder, LIMITS, 3), "v1", lambda ids: chat.decode(ids), encoder.end_ids,
+                      ROLLOUT, "script", {"environment": "v1"}, lambda: timed.now_s)
+    store = Store.create(tmp_path / "store", "sha256:0", encoder.end_ids[0] + 1)
+    rows: list[Rollout] = []
+    number, begun = 0, ()
+    while number == 0 or begun:
+        policy = Policy(tmp_path, 4 * number, f"{number:064x}")
+        name = piece.part(number)
+        store.add_rollouts(name, writer.played(timed, Attempt(piece, number, policy, begun)), {})
+        found = store.read_rollouts(name)
+        assert all(row.attempt == number for row in found)
+        rows += found
+        begun = tuple(row for row in found if row.finish_reason == UNFINISHED)
+        number += 1
+    assert number > 2, "nothing was cut off twice"
+    whole = replace(writer, rollout=replace(ROLLOUT, deadline_s=0.0)).played(
+        timed, Attempt(piece, 0, Policy(tmp_path, 0, "0" * 64)))
+    ended = {row.key: row for row in later(rows)}
+    assert len(ended) == 4 == len(whole)
+    for expected in whole:
+        row = ended[expected.key]
+        assert row.tokens.tolist() == expected.tokens.tolist() and row.response == expected.response
+        assert np.array_equal(row.logprobs, expected.logprobs) and row.spans == expected.spans
+        assert (row.finish_reason, row.outcome) == (expected.finish_reason, expected.outcome)
+        assert row.finish_reason in ENDS and row.outcome["reward_version"] == "v1"
+        assert row.record == expected.record
+        written = row.versions[row.versions != NOT_WRITTEN]
+        assert (np.diff(written) >= 0).all() and set(written) <= {4 * n for n in range(number)}
+        assert not row.logprobs[row.versions == NOT_WRITTEN].any()
+    assert any(len(set(row.versions) - {NOT_WRITTEN}) > 1 for row in ended.values())
