@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from data_prep.verify import check
 from megatron_sov.artifacts import FileRecord, read_manifest, to_json
 from megatron_sov.documents import Reading
 from megatron_sov.documents.indexed_writer import IndexedWriter
+from megatron_sov.documents.routes import RouteShape
 
 
 @pytest.fixture(scope="module")
@@ -136,3 +138,31 @@ def test_wrong_counts_and_hashes(sound: Path, tmp_path: Path, capsys: pytest.Cap
     assert f"num_tokens is {found}, the manifest says {found + 1}" in err
     assert "ids are uint16, the manifest says int32" in err
     assert "tokenizer/tokenizer.json: has 2 bytes" in err
+
+
+def test_routes_are_checked_against_their_shape(sound: Path, tmp_path: Path) -> None:
+    data, shape = shutil.copytree(sound, tmp_path / "data"), RouteShape(2, 2, 4)
+    raw = json.loads((data / "manifest.json").read_text())
+    (source,) = raw["content"]["sources"]
+    source |= {"sidecars": [*source["sidecars"], "routes"], "routes": shape.record()}
+    for file in (data / "chat").glob("*.bin"):
+        rows = shape.absent(file.stat().st_size // 2)
+        rows[::2] = [3, 1]
+        rows.tofile(file.with_suffix(".routes"))
+        raw["files"][f"chat/{file.stem}.routes"] = None
+    (data / "manifest.json").write_text(json.dumps(raw))
+    rehash(data)
+    assert check(data)[0] == []
+    routes = data / "chat/train-00000.routes"
+    content = bytearray(routes.read_bytes())
+    content[2 * shape.bytes_per_token] = 4
+    for damage, said in ((bytes(content), r"from token 0 on, sends token 2 in layer 0 .* to \[4, 1\]; exp"),
+                         (bytes(content[:-1]), r"has \d+ bytes, \d+ tokens need \d+")):
+        routes.write_bytes(damage)
+        rehash(data)
+        assert re.search(rf"train-00000\.routes: {said}", "\n".join(check(data)[0]))
+    source["routes"]["top_k"] = 5
+    (data / "manifest.json").write_text(json.dumps(json.loads((data / "manifest.json").read_text())
+                                                   | {"content": raw["content"]}))
+    rehash(data)
+    assert "source 'chat': routes = " in "\n".join(check(data)[0])

@@ -91,6 +91,7 @@ class CachedDecoder:
     def __exit__(self, *error: Any) -> None:
         """Put the model back as it was."""
         self._layers = []
+        self._model.config.routing_step.record = None
         self._exit.close()
 
     def common_row_tokens(self, num_tokens: int) -> int:
@@ -116,7 +117,8 @@ class CachedDecoder:
         shape = (row_tokens // (config.tensor_model_parallel_size if config.sequence_parallel else 1), 1,
                  config.hidden_size)
         group: Any = parallel_state.get_pipeline_model_parallel_group()
-        config.routing_step.record = record = {} if self._with_routes else None
+        record: dict[int, list[torch.Tensor]] = {}
+        config.routing_step.record = record if self._with_routes else None
         for number, chunk in enumerate(self._model.chunks):
             if stages > 1 and not (first and number == 0):
                 hidden = torch.empty(shape, dtype=config.pipeline_dtype, device=local_device())
@@ -127,7 +129,7 @@ class CachedDecoder:
                 dist.send(hidden.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank(), group)
         config.routing_step.record = None
         return DecodeOutput(row, hidden if self.last_stage else None,
-                            None if record is None else self._gathered(record, row_tokens))
+                            self._gathered(record, row_tokens) if self._with_routes else None)
 
     def predict(self, read: DecodeOutput, ahead: torch.Tensor) -> DecodeOutput:
         """Run the multi-token prediction layer over a row; called on the last stage.
@@ -191,7 +193,9 @@ class CachedDecoder:
         part, rank = 0, parallel_state.get_tensor_model_parallel_rank()
         if config.sequence_parallel:
             part = rank * (row_tokens // config.tensor_model_parallel_size)
-        for layer, (experts,) in record.items() if config.sequence_parallel or rank == 0 else ():
+        elif rank:  # its tokens are those of the first
+            record = {}
+        for layer, (experts,) in record.items():
             routes[part:part + len(experts), layer - first] = experts.to(dtype)
         if group.size() > 1:
             dist.all_reduce(routes, group=group)
