@@ -21,5 +21,5 @@ def test_rows_may_be_any_objects(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="line 1: is no JSON object, but a list"):
         check_rows(file, "--tests", "")
     file.write_text("\n")
-    with pytest.raises(UserError, match="has no rows; each line is a JSON object$"):
+    with pytest.raises(UserError, match=r"has no rows; each line is a JSON object$"):
         check_rows(file, "--tests", "")
