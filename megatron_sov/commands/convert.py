@@ -55,15 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     conversion(to_hf, "the checkpoint's own, float32 for float64")
 
     _add_peft(action)
-
-    average = action("average", "write the mean of a run's newest checkpoints as a checkpoint")
-    average.add_argument("run", metavar="RUN", type=Path, help="run folder")
-    average.add_argument("out", metavar="OUT", type=Path, help="checkpoint folder to write")
-    average.add_argument("--last", type=int, metavar="N",
-                         help="how many of its complete checkpoints (default: all)")
-    average.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is at OUT")
-    average.add_argument("--workers", type=int, default=1, metavar="N",
-                         help="files at a time, each with two tensors in memory (default: %(default)s)")
+    _add_average(action)
 
     verify = action("verify", "compare two models, checkpoint or Hugging Face folder each; "
                               "exit code 3 where they differ")
@@ -105,6 +97,18 @@ def _add_peft(action: Callable[[str, str], argparse.ArgumentParser]) -> None:
     for sub in (to_peft, from_peft):
         sub.add_argument("--overwrite", action="store_true",
                          help="replace an artifact of the same kind that is already at OUT")
+
+
+def _add_average(action: Callable[[str, str], argparse.ArgumentParser]) -> None:
+    """Declare the action for the mean of checkpoints."""
+    average = action("average", "write the mean of a run's newest checkpoints as a checkpoint")
+    average.add_argument("run", metavar="RUN", type=Path, help="run folder")
+    average.add_argument("out", metavar="OUT", type=Path, help="checkpoint folder to write")
+    average.add_argument("--last", type=int, metavar="N",
+                         help="how many of its complete checkpoints (default: all)")
+    average.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is at OUT")
+    average.add_argument("--workers", type=int, default=1, metavar="N",
+                         help="files at a time, each with two tensors in memory (default: %(default)s)")
 
 
 def _add_workers(sub: argparse.ArgumentParser) -> None:

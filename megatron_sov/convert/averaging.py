@@ -71,7 +71,8 @@ def average(checkpoints: Sequence[tuple[Path, float]], out: str | Path, *, worke
     sources = [checkpoint_weights(path) for path in paths]
     links = {block_name(link.key, link.offset): link for link in sources[0].links}
     files = planned_files(links, sources[0], KEEP)
-    merged = [{"path": str(path), "step": read_manifest(path, KIND).content["step"], "weight": weight,
+    merged = [{"path": str(path), "step": read_manifest(path, KIND).content.get("step", 0),
+               "weight": weight,
                "manifest_sha256": manifest_sha256(path)} for path, weight in zip(paths, weights, strict=True)]
     plan = {"merged": merged,
             "files": {name: [spec.name for spec in blocks] for name, blocks in files.items()}}

@@ -24,7 +24,6 @@ RECOMMENDED: dict[str, dict[str, tuple[Layout, ...]]] = {
     "solar-open-102b": {"h100": _SOLAR, "h200": ({"ep": 8}, *_SOLAR), "b200": ({"ep": 8}, *_SOLAR)},
     "solar-open-102b-mid": {"h100": _SOLAR_MID, "h200": _SOLAR_MID,
                             "b200": ({"ep": 8, "cp": 2}, *_SOLAR_MID)},
-    "solar-open-102b-dpo": dict.fromkeys(("h100", "h200", "b200"), _SOLAR_MID),
     "solar-open-102b-extend": dict.fromkeys(("h100", "h200", "b200"), (_OWN,)),
     "k-exaone-236b": {"h100": ({"ep": 8, "pp": 8}, {"ep": 16, "pp": 4}), "h200": ({"ep": 8, "pp": 4},),
                       "b200": ({"ep": 8, "pp": 2}, {"ep": 8, "pp": 4})},

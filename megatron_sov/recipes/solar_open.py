@@ -132,6 +132,7 @@ def solar_open_102b_dpo() -> RunConfig:
     run = solar_open_102b()
     return replace(
         run, recipe="solar-open-102b-dpo", model=released_model(),
+        parallel=replace(run.parallel, pp=4, cp=4),
         data=DataConfig(phases=(PhaseConfig("pairs", tokens=128 * 32768 * 500, seq_len=32768, blend={
             "preference": 30.0, "safety": 20.0, "degeneration": 20.0, "reasoning": 30.0}),)),
         optim=replace(run.optim, lr=5e-7, min_lr=0.0, warmup_steps=25),

@@ -188,3 +188,8 @@ def test_what_would_not_be_comparable_is_refused(asked: list[str],
     probe("first")
     assert main(["ssp", "probe", "second", *ASK, "--temperature", "0.5"]) == 2
     assert "its answers were begun with temperature = 1.0, now it is 0.5" in capsys.readouterr().err
+    (samples,) = Path("probe/checkpoints").glob("first-*/samples.jsonl")
+    samples.write_bytes(samples.read_bytes().replace(b'"reward": 0', b'"reward": 1'))
+    assert main(["ssp", "probe", "second", *ASK]) == 2
+    assert "samples.jsonl: its content differs from the hash in the manifest; delete" in capsys.readouterr(
+    ).err

@@ -33,3 +33,17 @@ def test_what_is_done_holds_rounds_to_what_they_were_begun_with(tmp_path: Path) 
         enter(8)
     with pytest.raises(UserError, match=r"--run .*answers: is a file; choose another one"):
         enter_rounds(folder / "rounds/answers", folder / "rounds/answers/rounds.json", {}, "--run")
+
+
+def test_files_that_each_command_makes_are_nothing_that_was_done(tmp_path: Path) -> None:
+    folder, made = tmp_path / "probe", tmp_path / "probe/problems.jsonl"
+
+    def enter(k: int) -> None:
+        enter_rounds(folder, folder / "asked.json", {"k": k}, "--output", "answers", {made})
+
+    enter(4)
+    made.touch()
+    enter(8)
+    (folder / "answers.jsonl").touch()
+    with pytest.raises(UserError, match="probe: its answers were begun with k = 8, now it is 4"):
+        enter(4)

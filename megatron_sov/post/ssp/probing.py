@@ -15,7 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.artifacts import MANIFEST, atomic_write, new_artifact, read_manifest, to_json
+from megatron_sov.artifacts import (
+    MANIFEST,
+    atomic_write,
+    damaged_files,
+    new_artifact,
+    read_manifest,
+    to_json,
+)
 from megatron_sov.convert.resume import fingerprint
 from megatron_sov.convert.sources import is_hf_folder
 from megatron_sov.errors import UserError
@@ -65,7 +72,8 @@ class Candidate:
         folder = self.folder(probe)
         if not (folder / MANIFEST).is_file():
             return False
-        asked = read_manifest(folder, "passk").settings["model"]["files"]
+        model = read_manifest(folder, "passk").settings.get("model")
+        asked = model.get("files") if isinstance(model, dict) else None
         return not self.path.is_dir() or bool(asked == fingerprint(self.path))
 
 
@@ -108,10 +116,8 @@ def known_candidates(probe: Path, asked: Sequence[Candidate]) -> list[Candidate]
     Raises:
         UserError: two of them would have one name.
     """
-    before = (read_manifest(probe / TABLE, TABLE_KIND).content["checkpoints"]
-              if (probe / TABLE / MANIFEST).is_file() else [])
-    found = {Path(c["path"]): Candidate(Path(c["path"]), c["is_merged"]) for c in before}
-    found |= {c.path: c for c in asked}
+    before = _written(probe)[0] if (probe / TABLE / MANIFEST).is_file() else []
+    found = {c.path: c for c in [*before, *asked]}
     names: dict[str, Path] = {}
     for candidate in found.values():
         if (other := names.setdefault(candidate.name, candidate.path)) != candidate.path:
@@ -154,6 +160,8 @@ def write_table(probe: Path, candidates: Sequence[Candidate], k: int, right_from
 
 
 def _measured(probe: Path, candidate: Candidate, ks: Sequence[int], right_from: float) -> Iterator[Measured]:
+    if problems := damaged_files(candidate.folder(probe)):
+        raise UserError(f"{problems[0]}; delete {candidate.folder(probe)}, and the same command asks again")
     parts = read_judged_parts(candidate.folder(probe) / SAMPLES, DOMAIN, PROBLEM, right_from)
     for domain, judged in parts.items():
         try:
@@ -168,13 +176,21 @@ def experts_of(probe: Path) -> list[tuple[Path, float]]:
     Raises:
         UserError: the folder holds no complete probe.
     """
-    content = read_manifest(probe / TABLE, TABLE_KIND).content
-    places = {c["name"]: Path(c["path"]) for c in content["checkpoints"]}
     weights: dict[Path, float] = {}
-    for choice in content["choice"]:
-        path = places[choice["checkpoint"]]
+    for path in _written(probe)[1]:
         weights[path] = weights.get(path, 0.0) + 1.0
     return list(weights.items())
+
+
+def _written(probe: Path) -> tuple[list[Candidate], list[Path]]:
+    """Return the checkpoints of the table that is there, and the best one of each domain."""
+    content = read_manifest(probe / TABLE, TABLE_KIND).content
+    try:
+        found = {c["name"]: Candidate(Path(c["path"]), bool(c["is_merged"])) for c in content["checkpoints"]}
+        return list(found.values()), [found[choice["checkpoint"]].path for choice in content["choice"]]
+    except (KeyError, TypeError) as e:
+        raise UserError(f"{probe / TABLE}: is damaged ({e!r}); delete it, and `ssp probe` writes it again "
+                        "from the answers that are there") from None
 
 
 def table(content: Mapping[str, Any]) -> str:
