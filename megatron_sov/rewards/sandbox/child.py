@@ -28,6 +28,33 @@ SOURCE_NAME = "program"
 _TOLD = 3
 
 
+def be_as_programs() -> None:
+    """Set, in the server, what its forks have from it: signals, environment, mode of new files, streams."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    os.environ.clear()
+    os.environ.update({"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", "USER": "program",
+                       "LOGNAME": "program", "PYTHONHASHSEED": "0"})
+    os.umask(0o022)
+    _take_streams()
+
+
+def _take_streams() -> None:
+    """Make the three streams; each looks at its file once, which therefore is a pipe meanwhile."""
+    ends, own = os.pipe(), [os.dup(fd) for fd in range(3)]
+    for fd in range(3):
+        os.dup2(ends[fd > 0], fd)
+    sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0)), encoding="utf-8")
+    sys.stdout = io.TextIOWrapper(io.BufferedWriter(io.FileIO(1, "w")), encoding="utf-8")
+    sys.stderr = io.TextIOWrapper(io.BufferedWriter(io.FileIO(2, "w")), encoding="utf-8",
+                                  errors="backslashreplace", line_buffering=True)
+    sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr  # type: ignore[misc]
+    for fd in range(3):
+        os.dup2(own[fd], fd)
+    for fd in (*ends, *own):
+        os.close(fd)
+
+
 def become_program(enclosure: Enclosure, request: dict[str, Any], limits: Limits,
                    ends: tuple[int, int, int, int]) -> NoReturn:
     """Enclose this process and be the program; never returns.
@@ -40,8 +67,6 @@ def become_program(enclosure: Enclosure, request: dict[str, Any], limits: Limits
     """
     try:
         os.setsid()
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_DFL)
         _take_files(ends)
         folder = enclosure.enter(limits)
         os.chdir(folder)
@@ -49,9 +74,8 @@ def become_program(enclosure: Enclosure, request: dict[str, Any], limits: Limits
         for path, text in {**request["files"], name: request["source"]}.items():
             if "/" in path:
                 os.makedirs(os.path.dirname(path), exist_ok=True)
-            with open(path, "w", encoding="utf-8", newline="") as f:
-                f.write(text)
-        _set_environment(folder)
+            _write(path, text.encode())
+        os.environ["HOME"] = os.environ["TMPDIR"] = folder
         _limit(limits)
         enclosure.lock(limits)
         os.write(_TOLD, READY)
@@ -73,11 +97,13 @@ def _take_files(ends: tuple[int, int, int, int]) -> None:
     sc.close_above(_TOLD + 1)
 
 
-def _set_environment(folder: str) -> None:
-    os.environ.clear()
-    os.environ.update({"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": folder, "TMPDIR": folder,
-                       "LANG": "C.UTF-8", "USER": "program", "LOGNAME": "program", "PYTHONHASHSEED": "0"})
-    os.umask(0o022)
+def _write(path: str, data: bytes) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    try:
+        while data:
+            data = data[os.write(fd, data):]
+    finally:
+        os.close(fd)
 
 
 def _limit(limits: Limits) -> None:
@@ -101,13 +127,6 @@ def _run_python(source: str, path: str, arguments: list[str]) -> NoReturn:
     """Run a source as the main module of this interpreter, as `python program.py` would."""
     sys.argv = [os.path.basename(path), *arguments]
     sys.path[0:0] = [os.path.dirname(path)]
-    for name in [name for name in sys.modules if name.partition(".")[0] == "megatron_sov"]:
-        del sys.modules[name]
-    sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0)), encoding="utf-8")
-    sys.stdout = io.TextIOWrapper(io.BufferedWriter(io.FileIO(1, "w")), encoding="utf-8")
-    sys.stderr = io.TextIOWrapper(io.BufferedWriter(io.FileIO(2, "w")), encoding="utf-8",
-                                  errors="backslashreplace", line_buffering=True)
-    sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr  # type: ignore[misc]
     main = types.ModuleType("__main__")
     main.__dict__.update(__file__=path, __builtins__=builtins)
     sys.modules["__main__"] = main

@@ -9,13 +9,12 @@ import dataclasses
 import gc
 import importlib
 import os
-import signal
 import socket
 import sys
 from typing import Any
 
 from megatron_sov.rewards.sandbox.channel import receive, receive_apart, send
-from megatron_sov.rewards.sandbox.child import become_program
+from megatron_sov.rewards.sandbox.child import be_as_programs, become_program
 from megatron_sov.rewards.sandbox.enclosure import Enclosure, Unavailable
 from megatron_sov.rewards.sandbox.landlocked import Landlocked
 from megatron_sov.rewards.sandbox.namespaces import Namespaces
@@ -39,10 +38,14 @@ def main(channel_fd: int, root: str) -> None:
         channel_fd: a socket to the process that starts this one.
         root: the folder of this package, which programs do not import from.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started this ends it
     for module in PRELOADED:
         importlib.import_module(module)
     sys.path.remove(root)
+    # all that is alike for programs is done here, once: of what a fork writes, counts of references too, it
+    # gets copies, page by page, and these are most of what it costs
+    own_modules = {name: sys.modules.pop(name) for name in list(sys.modules)
+                   if name.partition(".")[0] == "megatron_sov"}
+    be_as_programs()
     with socket.socket(fileno=channel_fd) as channel:
         order = receive(channel)
         try:
@@ -63,6 +66,7 @@ def main(channel_fd: int, root: str) -> None:
             return
         finally:
             enclosure.close()
+            own_modules.clear()
 
 
 def _enclosure(order: dict[str, Any], channel: socket.socket) -> Enclosure:

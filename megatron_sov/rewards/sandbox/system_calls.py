@@ -67,6 +67,9 @@ _CAPABILITY_VERSION_3 = 0x20080522
 _AT_FDCWD, _AT_RECURSIVE = -100, 0x8000
 _MOUNT_ATTR_RDONLY, _MOUNT_ATTR_NOSUID = 1, 2
 _libc = ctypes.CDLL(None, use_errno=True)
+# looked up here, so that no fork does: every page that it touches is copied for it
+_syscall, _prctl, _unshare, _mount = _libc.syscall, _libc.prctl, _libc.unshare, _libc.mount
+_COLUMN = MACHINES[platform.machine()][0] if platform.machine() in MACHINES else None
 
 
 class _MountAttributes(ctypes.Structure):
@@ -76,8 +79,7 @@ class _MountAttributes(ctypes.Structure):
 
 def number(name: str) -> int | None:
     """Return the number of a call on this machine; None where it has none, or is no machine of the list."""
-    column = MACHINES.get(platform.machine())
-    return NUMBERS[name][column[0]] if column else None
+    return None if _COLUMN is None else NUMBERS[name][_COLUMN]
 
 
 def call(name: str, *arguments: object) -> int:
@@ -89,12 +91,12 @@ def call(name: str, *arguments: object) -> int:
     n = number(name)
     if n is None:
         raise OSError(f"{name}: {platform.machine()} is not among {', '.join(MACHINES)}")
-    return _checked(name, _libc.syscall(ctypes.c_long(n), *arguments))
+    return _checked(name, _syscall(ctypes.c_long(n), *arguments))
 
 
 def unshare(flags: int) -> None:
     """Leave namespaces for new ones; raises OSError as all here."""
-    _checked("unshare", _libc.unshare(flags))
+    _checked("unshare", _unshare(flags))
 
 
 def enter_namespace(fd: int, kind: int) -> None:
@@ -104,7 +106,7 @@ def enter_namespace(fd: int, kind: int) -> None:
 
 def mount(source: str, target: str, kind: str | None, flags: int, options: str = "") -> None:
     """Mount a file system."""
-    _checked(f"mount {source} at {target}", _libc.mount(
+    _checked(f"mount {source} at {target}", _mount(
         os.fsencode(source), os.fsencode(target), kind.encode() if kind else None,
         ctypes.c_ulong(flags), options.encode() or None))
 
@@ -128,7 +130,7 @@ def prctl(option: int, *values: object) -> int:
     """Set something about this process."""
     filled = [*values, *[ctypes.c_ulong(0)] * (4 - len(values))]
     filled = [ctypes.c_ulong(v) if isinstance(v, int) else v for v in filled]
-    return _checked(f"prctl {option}", _libc.prctl(option, *filled))
+    return _checked(f"prctl {option}", _prctl(option, *filled))
 
 
 def set_capabilities(mask: int) -> None:

@@ -16,6 +16,8 @@ LAST_IN_LINE = """
 import os, time
 os.sched_setaffinity(0, {{{core}}})
 os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+if os.path.exists("/proc/self/autogroup"):  # else each session has as much as any other
+    open("/proc/self/autogroup", "w").write("19")
 """
 """A program that gets what others leave of one core; only a command of one's own lets it ask for that."""
 
