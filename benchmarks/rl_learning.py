@@ -36,7 +36,7 @@ ALWAYS = ("train.num_threads=1", "train.checkpoint_every_steps=100000", "train.e
           "train.global_batch_size=16", "train.micro_batch_size=8",
           'data.phases=[{"name": "main", "seq_len": 128}]', "data.max_epochs=0")
 START_STEPS, START_LR = 700, 4e-3
-ROUNDS, LR = 40, 5e-4
+ROUNDS, LR = 40, 2e-3
 POLICY = (f"rollout.rounds={ROUNDS}", "rollout.prompts_per_round=32", "rollout.samples_per_prompt=8",
           "rollout.piece_prompts=32", "rollout.max_new_tokens=12", "rollout.max_prompt_tokens=64",
           f"optim.lr={LR}", "optim.weight_decay=0", "optim.warmup_steps=0", "train.num_threads=1",

@@ -168,7 +168,8 @@ def test_a_small_file_that_stands_for_much_is_not_read(store: Store, monkeypatch
     routes = with_column("routes", [b"12" * 1000] * 2, pa.large_binary())
     bombs = {
         "has 51 rows, at most 50": (tables.rollouts_table([rollout()] * 51, 100), False),
-        "takes 0.0 GiB in memory": (big.set_column(big.schema.get_field_index("tokens"), "tokens", lists), True),
+        "takes 0.0 GiB in memory": (
+            big.set_column(big.schema.get_field_index("tokens"), "tokens", lists), True),
         "repeats its values by a dictionary": (routes, True)}
     for sentence, (table, dictionary) in bombs.items():
         foreign(store, table, dictionary)

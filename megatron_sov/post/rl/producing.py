@@ -17,6 +17,7 @@ from megatron_sov.generate.request import Batching
 from megatron_sov.mcore.parallel.world import on_main
 from megatron_sov.post.rl.generate import Desk, Writer, write_rounds
 from megatron_sov.post.rl.missing import Missing
+from megatron_sov.post.rl.responses import key_digest
 from megatron_sov.post.rl.reward import JudgeRows, JudgingJob
 from megatron_sov.rollouts.claims import Claims
 from megatron_sov.rollouts.prompts import Prompt
@@ -81,7 +82,8 @@ class Producer:
     def _desk(self, rounds: range, policy_of: Callable[[int], Policy | None]) -> Desk:
         store = self.store()
         missing = Missing(store, Claims(store.claims, self.rollout.lease_s), self.prompts, self.rollout,
-                          rounds, policy_of)
+                          rounds, policy_of,
+                          lambda number: key_digest(self.rollout, number, self.writer.chosen_by))
         # pieces that another job is at are waited for until it is taken for dead
         return Desk(missing, store, 2 * self.rollout.lease_s, self.provenance)
 
