@@ -174,6 +174,8 @@ def write_part(path: Path, kind: str, table: pa.Table, content: Mapping[str, Any
                 artifact.content = {"num_rows": table.num_rows, **content}
                 artifact.settings = dict(provenance)
             return _renamed(built, path)
+        except UserError as e:  # the name that it was built under means nothing to anyone
+            raise UserError(str(e).replace(str(built), str(path))) from None
         finally:
             shutil.rmtree(built, ignore_errors=True)
 

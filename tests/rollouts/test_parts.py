@@ -164,12 +164,13 @@ def test_a_small_file_that_stands_for_much_is_not_read(store: Store, monkeypatch
     monkeypatch.setattr(bounds, "MAX_BYTES", 1 << 20)
     zeros, text = np.zeros(300_000, np.int32), "x" * 400_000
     big = tables.rollouts_table([rollout()], 100)
-    lists = pa.ListArray.from_arrays(pa.array([0, len(zeros)], pa.int32()), pa.array(zeros))
+    at = big.schema.get_field_index("tokens")
+    lists = pa.ListArray.from_arrays(pa.array([0, len(zeros)], pa.int32()), pa.array(zeros),
+                                     big.schema.field(at).type)
     routes = with_column("routes", [b"12" * 1000] * 2, pa.large_binary())
     bombs = {
         "has 51 rows, at most 50": (tables.rollouts_table([rollout()] * 51, 100), False),
-        "takes 0.0 GiB in memory": (
-            big.set_column(big.schema.get_field_index("tokens"), "tokens", lists), True),
+        "takes 0.0 GiB in memory": (big.set_column(at, big.schema.field(at), lists), True),
         "repeats its values by a dictionary": (routes, True)}
     for sentence, (table, dictionary) in bombs.items():
         foreign(store, table, dictionary)

@@ -1,0 +1,123 @@
+"""How fast the rollout store is, what it holds in memory, and how small its files are.
+
+    python benchmarks/rollout_store.py [--rows 1000000] [--tokens 64] [--part-rows 4096]
+
+Rows have a prompt and a response of about `--tokens` tokens, whose ids are as frequent as words are (Zipf
+over 150,000) and whose log-probabilities are any.  They are made before the clock runs; each part is then
+written as a job would: checked, hashed, synced to the disk, renamed.  A round is 4 parts of many; at its
+start, one process lists it, reads its keys, and reads its rows.  Memory is the peak of a process of its own
+that reads a tenth of all, or all, part by part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from megatron_sov.rollouts.parts import part_name
+from megatron_sov.rollouts.rows import Key, Rollout
+from megatron_sov.rollouts.store import Store
+
+PIECES, SAMPLES, VOCAB_SIZE = 4, 8, 150_000
+
+
+def part_rows(number: int, count: int, tokens: int) -> list[Rollout]:
+    """Return the rows of a part, of prompts with eight samples each."""
+    draw = np.random.default_rng(number)
+    round_number, versions = number // PIECES + 1, np.full(2 * tokens, number, np.int32)
+    ids = np.minimum(draw.zipf(1.2, count * 2 * tokens), VOCAB_SIZE - 1).astype(np.int32)
+    logprobs = -draw.exponential(0.7, count * tokens).astype(np.float32)
+    lengths = draw.integers(tokens // 2, tokens * 3 // 2, count)
+    rows = []
+    for i, length in enumerate(lengths.tolist()):
+        if i % SAMPLES == 0:
+            prompt = f"{number:08x}{i:08x}"
+            record = {"prompt": f"What is {i} plus {number}?", "answer": str(i)}
+            prompt_tokens = ids[-(i // SAMPLES + 1) * 32:][:32]
+        start = min(i * tokens, len(logprobs) - length)
+        key = Key(prompt, i % SAMPLES, f"{round_number:064x}", "5" * 64)
+        rows.append(Rollout(key, round_number, 0, record, prompt_tokens, ids[start:start + length],
+                            logprobs[start:start + length], versions[:length], "stop",
+                            f"It is {i}. " * (tokens // 8), 1.0, "megatron", 1.7e9, 1.7e9 + 1))
+    return rows
+
+
+def append(path: Path, parts: int, args: argparse.Namespace) -> tuple[float, float]:
+    """Write all parts; returns seconds and CPU seconds, the making of rows left out."""
+    store, wall_s, cpu_s = Store.create(path, "sha256:benchmark", VOCAB_SIZE), 0.0, 0.0
+    for number in range(parts):
+        rows = part_rows(number, args.part_rows, args.tokens)
+        began, began_cpu = time.perf_counter(), time.process_time()
+        store.add_rollouts(part_name(number // PIECES + 1, number % PIECES), rows, {"benchmark": True})
+        wall_s, cpu_s = wall_s + time.perf_counter() - began, cpu_s + time.process_time() - began_cpu
+    return wall_s, cpu_s
+
+
+def start_round(path: Path, number: int) -> str:
+    """Begin a round as the trainer does; returns what it took."""
+    began = time.perf_counter()
+    store = Store.open(path)
+    keys = sum(len(heads) for _, heads in store.index(number))
+    indexed_s = time.perf_counter() - began
+    rows = [row for part in store.rollout_parts(number) for row in store.read_rollouts(part.name)]
+    return (f"{len(rows):,} rows are there after {time.perf_counter() - began:.2f} s, of which the index of "
+            f"its {keys:,} keys {indexed_s:.2f} s")
+
+
+def read_peak_mb(path: Path, rounds: int) -> float:
+    """Return the peak memory of a process that reads the rounds up to one, part by part."""
+    command = [sys.executable, __file__, "--read", str(path), "--rounds", str(rounds)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def read_all(path: Path, rounds: int) -> None:
+    """Read the rounds up to one, part by part, and print the peak memory in MB."""
+    store = Store.open(path)
+    for number in range(1, rounds + 1):
+        for part, _ in store.index(number):
+            store.read_rollouts(part.name)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
+
+
+def main() -> None:
+    """Write a store, and say what it took."""
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--part-rows", type=int, default=4096)
+    parser.add_argument("--read", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--rounds", type=int, default=0, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.read is not None:
+        read_all(args.read, args.rounds)
+        return
+    parts = max(args.rows // args.part_rows, 1)
+    rows, rounds = parts * args.part_rows, -(-parts // PIECES)
+    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; {rows:,} rows in {parts:,} parts of "
+          f"{args.part_rows:,}, responses of about {args.tokens} tokens")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "store"
+        wall_s, cpu_s = append(path, parts, args)
+        print(f"append: {rows / wall_s:,.0f} rows/s ({rows / cpu_s:,.0f} per CPU second), one process",
+              flush=True)
+        print(f"start of a round: {start_round(path, rounds)}", flush=True)
+        size_bytes = sum(file.stat().st_size for file in path.rglob("rollouts.parquet"))
+        tokens = rows * (args.tokens - 0.5)
+        print(f"size: {size_bytes / tokens:.2f} bytes per token of a response with all columns, texts and "
+              "prompts (8 for its id and log-probability alone, uncompressed)", flush=True)
+        few, many = max(rounds // 10, 1), max(rounds - 1, 1)
+        print(f"memory: at most {read_peak_mb(path, few):,.0f} MB to read {few} rounds, "
+              f"{read_peak_mb(path, many):,.0f} MB to read {many}, part by part")
+    print(f"load at the end {os.getloadavg()[0]:.1f}")
+
+
+if __name__ == "__main__":
+    main()
