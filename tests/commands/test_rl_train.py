@@ -84,7 +84,7 @@ def test_rounds_that_come_later_and_a_kill_change_no_bit(rounds: Rounds, run_com
 
     later = rounds.store("later", range(1, 3))
     done = run_command(*rounds.command(later, "disturbed", *settings, "--inject", "kill@step=4"))
-    assert done.returncode == 75, done.stderr  # the launcher has started its processes again, inside of round 2
+    assert done.returncode == 75, done.stderr  # its processes were started again, inside of round 2
     events = list(read_events(rounds.folder / "disturbed/events.jsonl"))
     assert [e["step"] for e in events if e["event"] == "restart"] == [3]
     assert "round 3 is not there yet: 2 of 2 pieces are not written yet" in json.dumps(events[-1])
