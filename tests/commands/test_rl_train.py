@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from megatron_sov.rollouts.prompts import read_prompts
-from megatron_sov.rollouts.store import Store
 
 from megatron_sov.artifacts import read_manifest
 from megatron_sov.cli import main
@@ -18,6 +16,8 @@ from megatron_sov.config import RolloutConfig
 from megatron_sov.digests import file_digest
 from megatron_sov.obs.events import read_events
 from megatron_sov.rewards.registry import make, order
+from megatron_sov.rollouts.prompts import read_prompts
+from megatron_sov.rollouts.store import Store
 from megatron_sov.runs.policies import policy_of_round
 
 ROLLOUT = RolloutConfig(rounds=3, prompts_per_round=4, samples_per_prompt=4, steps_per_round=2,

@@ -9,9 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from megatron_sov.rollouts.parts import part_name
-from megatron_sov.rollouts.prompts import read_prompts, round_prompts
-from megatron_sov.rollouts.store import Store
 
 from data_prep.verify import check
 from megatron_sov import recipes
@@ -23,7 +20,10 @@ from megatron_sov.data.token_shards import open_sources
 from megatron_sov.digests import file_digest
 from megatron_sov.errors import UserError
 from megatron_sov.post.rl.publish import Publisher
+from megatron_sov.rollouts.parts import part_name
+from megatron_sov.rollouts.prompts import read_prompts, round_prompts
 from megatron_sov.rollouts.rows import Judged
+from megatron_sov.rollouts.store import Store
 
 VERSION = "a" * 64
 ROLLOUT = RolloutConfig(rounds=2, prompts_per_round=6, samples_per_prompt=4, steps_per_round=2,
