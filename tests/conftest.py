@@ -406,9 +406,9 @@ def write_round() -> Callable[..., None]:
     0.  Those in `unfinished` (prompt's place, sample) are not finished, and attempt 1 holds them alone.
     """
     import numpy as np
-    from megatron_sov.rollouts.prompts import pieces, round_prompts
 
     from megatron_sov.rollouts.parts import part_name
+    from megatron_sov.rollouts.prompts import pieces, round_prompts
     from megatron_sov.rollouts.rows import LENGTH, STOP, UNFINISHED, Judged, Key, Rollout
 
     def row(store: Any, rollout: Any, prompt: Any, number: int, sample: int, attempt: int, cut: bool) -> Any:
