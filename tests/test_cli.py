@@ -94,6 +94,12 @@ def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]
     assert len(printed.err.splitlines()) == 1
 
 
+def test_the_first_of_two_words_alone_says_which_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["rl", "genrate"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: command 'rl': has a second word; write one of rl generate, rl reward")
+
+
 def test_no_command_prints_the_help_and_is_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == 2
     assert "commands:" in capsys.readouterr().out

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_sov.artifacts import MANIFEST, manifest_sha256
 from megatron_sov.chat.folder import chat_files, read_chat_encoder
+from megatron_sov.config import RunConfig
 from megatron_sov.config.rollout import RolloutConfig
 from megatron_sov.digests import SHA256, file_digest
 from megatron_sov.errors import ExitCode, UserError, list_problems
@@ -102,7 +103,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: the settings, prompts or start cannot be used, or the store is another one's.
     """
-    rollout = _rollout(args)
+    config = _config(args)
+    rollout = config.rollout
     rounds = rounds_of(args.rounds, rollout.rounds)
     prompts = _prompts(args)
     round_prompts(prompts, rollout, rounds[0])  # which refuses too few of them
@@ -118,18 +120,18 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--from {args.start_from}: has no {MANIFEST}, by whose hash its responses would be "
                         "known; make a checkpoint of it with `megatron-sov convert from-hf`")
     engine = _engine(args, start, rollout, environment)
-    summary = _write(args, rollout, rounds, prompts, start, engine, environment)
+    summary = _write(args, config, rounds, prompts, start, engine, environment)
     return ExitCode.OK if summary is None else _tell(args, rounds, summary)
 
 
-def _rollout(args: argparse.Namespace) -> RolloutConfig:
-    rollout = requested(args).config().rollout
-    problems = [*rollout.problems(), *Batching(args.batch_size).problems()]
+def _config(args: argparse.Namespace) -> RunConfig:
+    config = requested(args).config()
+    problems = [*config.rollout.problems(), *Batching(args.batch_size).problems()]
     if not 0 <= args.wait < float("inf"):
         problems.append(f"--wait {args.wait}: must be a number that is not negative")
     if problems:
         raise UserError(list_problems("rl generate", problems))
-    return rollout
+    return config
 
 
 def _prompts(args: argparse.Namespace) -> list[Prompt]:
@@ -188,7 +190,7 @@ def _longest(rollout: RolloutConfig, environment: tuple[Any, str, EpisodeLimits]
     return rollout.max_prompt_tokens + rollout.max_new_tokens + more
 
 
-def _write(args: argparse.Namespace, rollout: RolloutConfig, rounds: range, prompts: list[Prompt],
+def _write(args: argparse.Namespace, config: RunConfig, rounds: range, prompts: list[Prompt],
            start: Target, engine_name: str, environment: tuple[Any, str, EpisodeLimits] | None
            ) -> dict[str, Any] | None:
     """Load the policy and write; None on other processes than the first."""
@@ -197,8 +199,8 @@ def _write(args: argparse.Namespace, rollout: RolloutConfig, rounds: range, prom
     from megatron_sov.post.rl.policy_weights import Take, run_policies
     from megatron_sov.post.rl.responses import key_digest
 
-    folder = start.tokenizer_folder
-    writer = writer_of(args, rollout, start, engine_name, environment)
+    folder, rollout = start.tokenizer_folder, config.rollout
+    writer = writer_of(args, config, start, engine_name, environment)
     policy_of = partial(policy_of_round, args.run, start.path, rollout=rollout)
     held = Policy(start.path, 0, manifest_sha256(start.path))
 
@@ -215,7 +217,7 @@ def _write(args: argparse.Namespace, rollout: RolloutConfig, rounds: range, prom
     return found
 
 
-def writer_of(args: argparse.Namespace, rollout: RolloutConfig, start: Target, engine_name: str,
+def writer_of(args: argparse.Namespace, config: RunConfig, start: Target, engine_name: str,
             environment: tuple[Any, str, EpisodeLimits] | None) -> Writer:
     """Return what makes rows: plain responses, or episodes."""
     from megatron_sov.chat.turns import TurnEncoder
@@ -224,7 +226,7 @@ def writer_of(args: argparse.Namespace, rollout: RolloutConfig, start: Target, e
     from megatron_sov.post.rl.responses import Responses
     from megatron_sov.tools.playing import Table
 
-    folder = start.tokenizer_folder
+    folder, rollout = start.tokenizer_folder, config.rollout
     chat = read_chat_encoder(folder)
     if not args.plain and chat is None:
         raise UserError(f"{folder}: has no chat template, by which prompts are asked; fine-tune on chats "

@@ -53,13 +53,13 @@ def _run(args: argparse.Namespace, parsed: ParsedRounds) -> None:
     from megatron_sov.post.rl.producing import Producer
 
     assert parsed.stage.start is not None, "--from is required"
-    rollout, start = parsed.stage.config.rollout, find_target(parsed.stage.start)
-    environment = environment_of(args, rollout)
+    config, start = parsed.stage.config, find_target(parsed.stage.start)
+    environment = environment_of(args, config.rollout)
     digest = file_digest(start.tokenizer_folder / "tokenizer.json", SHA256)
     producer = Producer(
-        partial(Store.create, args.store, digest, start.vocab_size), parsed.prompts, rollout, args.run,
-        start.path, writer_of(args, rollout, start, MEGATRON, environment), Batching(args.batch_size),
-        parsed.reward_version, partial(judging, args.reward, args.reward_set, args.workers),
+        partial(Store.create, args.store, digest, start.vocab_size), parsed.prompts, config.rollout,
+        args.run, start.path, writer_of(args, config, start, MEGATRON, environment),
+        Batching(args.batch_size), parsed.reward_version, partial(judging, args.reward, args.reward_set, args.workers),
         {"engine": MEGATRON, "environment": args.environment, "reward": args.reward})
     try:
         train_rounds(args, parsed, produce=producer.produce)

@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_sov.config.rollout import RolloutConfig
@@ -62,6 +62,7 @@ def test_what_nobody_can_be_asked_is_named(tmp_path: Path) -> None:
         refuse_unaskable(path, read_prompts(path))
 
 
+@settings(max_examples=40)
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 3))
 def test_every_prompt_once_in_an_epoch_and_never_twice_in_a_round(count: int, wanted: int, seed: int) -> None:
     prompts, rollout = made(count), RolloutConfig(prompts_per_round=wanted, seed=seed)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron_sov.generate.engine import Engine
@@ -118,7 +119,7 @@ def write_rounds(engine: Engine, take: Take, held: Policy, writer: Writer, desk:
                     take(attempt.policy)
                     held = attempt.policy
                 rows = writer.write(engine, attempt)
-                on_first(lambda given=(attempt, rows): desk.publish(*given))
+                on_first(partial(desk.publish, attempt, rows or []))
             finally:
                 desk.missing.leave()
     summary: dict[str, Any] = on_first(lambda: desk.summary)

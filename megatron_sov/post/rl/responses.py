@@ -21,8 +21,10 @@ from megatron_sov.rollouts.prompts import OPTION, Prompt
 from megatron_sov.rollouts.rows import LENGTH, STOP, UNFINISHED, Key, Rollout
 from megatron_sov.rollouts.sampling import sampling_digest, stream_of
 
-NO_TOKENS = {"tokens": np.zeros(0, np.int32), "logprobs": np.zeros(0, np.float32),
-             "versions": np.zeros(0, np.int32), "response": ""}
+NO_TOKENS: dict[str, Any] = {
+    "tokens": np.zeros(0, np.int32), "logprobs": np.zeros(0, np.float32), "versions": np.zeros(0, np.int32),
+    "response": ""}
+"""Of a response that has not begun."""
 
 
 @dataclass(frozen=True)
