@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.artifacts import atomic_write, disk_errors, fsync_path
-from megatron_sov.errors import UserError
-from megatron_sov.file_locks import holds
+from megatron_sov.rewards.held_folder import held
 
 IDENTITY, ROWS = "identity.json", "rows.jsonl"
 
@@ -83,13 +82,7 @@ def opened(output: Path, identity: dict[str, Any]) -> Iterator[Journal]:
         UserError: another process writes it now, or nothing can be written there.
     """
     folder = folder_of(output)
-    with disk_errors(output):
-        folder.mkdir(parents=True, exist_ok=True)
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        if holds(fd) is False or not _is_at(fd, folder):  # or it has just been published and removed
-            raise UserError(f"--output {output}: is being written by another process ({folder} is held); "
-                            "wait for it, or name another file")
+    with held(folder, output):
         if _identity(folder) != identity:
             (folder / ROWS).unlink(missing_ok=True)
             atomic_write(folder / IDENTITY, json.dumps(identity))
@@ -101,15 +94,6 @@ def opened(output: Path, identity: dict[str, Any]) -> Iterator[Journal]:
             yield journal
         finally:
             journal.close()
-    finally:
-        os.close(fd)
-
-
-def _is_at(fd: int, folder: Path) -> bool:
-    try:
-        return os.path.samestat(os.stat(folder), os.fstat(fd))
-    except FileNotFoundError:
-        return False
 
 
 def _identity(folder: Path) -> Any:

@@ -20,6 +20,10 @@ SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|API_?KEY|PRIVAT
 TIME_LIMIT = re.compile(r"(?P<d>\d+)-(?P<dh>\d+)(:(?P<dm>\d+)(:(?P<ds>\d+))?)?"
                         r"|((?P<h>\d+):(?=\d+:))?(?P<m>\d+)(:(?P<s>\d+))?")
 """The forms that sbatch's manual names: with days, or hours:minutes:seconds, minutes:seconds, minutes."""
+MEMORY = re.compile(r"(?P<number>\d+)(?P<unit>[KMGT]?)B?", re.IGNORECASE)
+"""The forms of sbatch's --mem."""
+MEMORY_SHIFTS = {"K": 10, "": 20, "M": 20, "G": 30, "T": 40}
+"""Its unit -> the power of two of its bytes; without one it means megabytes."""
 MAX_SIGNAL_LEAD_S = 65535
 """The most that sbatch's --signal takes."""
 
@@ -113,7 +117,7 @@ class ClusterProfile:
     cpus_per_node: int = 96
     """Cores of a node."""
     memory: str = "0"
-    """Memory of a node, as Slurm writes it; 0: all of it."""
+    """Memory of a node, as Slurm writes it; 0: all of it, and nobody knows how much that is."""
     exclusive: bool = True
     """Whether nodes are taken as a whole."""
     modules: tuple[str, ...] = ()
@@ -141,6 +145,12 @@ class ClusterProfile:
     def tasks_per_node(self) -> int:
         """Ranks of a node."""
         return self.gpus_per_node or self.ranks_per_node
+
+    @property
+    def memory_bytes(self) -> int:
+        """Memory of a node; 0: nobody knows."""
+        found = MEMORY.fullmatch(self.memory)
+        return int(found["number"]) << MEMORY_SHIFTS[found["unit"].upper()] if found else 0
 
     @property
     def cpus_per_task(self) -> int:

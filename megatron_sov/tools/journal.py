@@ -17,7 +17,7 @@ from typing import Any
 
 from megatron_sov.artifacts import disk_errors
 from megatron_sov.errors import UserError
-from megatron_sov.file_locks import holds
+from megatron_sov.rewards.held_folder import held
 from megatron_sov.rewards.reward import Result
 from megatron_sov.tools.environment import Observation, Task
 from megatron_sov.tools.episode import Episode, Turn, Written
@@ -103,13 +103,7 @@ def opened(output: Path, identity: dict[str, Any]) -> Iterator[Journal]:
     """
     folder = folder_of(output)
     path = folder / LINES
-    with disk_errors(output):
-        folder.mkdir(parents=True, exist_ok=True)
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        if holds(fd) is False:
-            raise UserError(f"--output {output}: is being written by another process ({folder} is held); "
-                            "wait for it, or name another folder")
+    with held(folder, output):
         lines = _whole_lines(path)
         if len(lines) == 1:  # no episode had begun
             path.unlink()
@@ -126,8 +120,6 @@ def opened(output: Path, identity: dict[str, Any]) -> Iterator[Journal]:
         finally:
             journal.close()
         shutil.rmtree(folder, ignore_errors=True)
-    finally:
-        os.close(fd)
 
 
 def _encoded(line: dict[str, Any]) -> bytes:

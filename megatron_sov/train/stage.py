@@ -37,6 +37,7 @@ from megatron_sov.obs.events import EVENTS
 from megatron_sov.obs.warning import warn
 from megatron_sov.plan.fitting import fullest, refuse_too_large
 from megatron_sov.plan.gpus import Gpu
+from megatron_sov.plan.host_memory import refuse_on_this_node
 from megatron_sov.runs import checkpoints
 from megatron_sov.runs.append import RunEvents
 from megatron_sov.runs.folder import RunFolder
@@ -307,11 +308,13 @@ def _bytes_of_own_gpu(config: RunConfig) -> int:
     """Return what a rank takes at least of its GPU's memory; 0 on CPUs.
 
     Raises:
-        UserError: no such GPU has so much.
+        UserError: no such GPU has so much, or the host too little for all of its ranks.
     """
-    if not on_gpu():
+    gpu = own_gpu.kind() if on_gpu() else None
+    refuse_on_this_node(config, gpu)
+    if gpu is None:
         return 0
-    refuse_too_large(config, num_ranks(None), own_gpu.kind())
+    refuse_too_large(config, num_ranks(None), gpu)
     return fullest(config, num_ranks(None))[1].total
 
 

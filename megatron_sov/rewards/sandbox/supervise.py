@@ -108,7 +108,7 @@ class _Supervisor:
         while not self._ended and self._passed is None:
             now_s = time.monotonic()
             next_s = min(self._deadline_s(), self._looked_s + LOOK_EVERY_S)
-            if self._subject.ends.ready not in self._open and now_s >= next_s:
+            if now_s >= next_s:
                 self._look(now_s)
             self._serve(max(next_s - now_s, _TIME_LEFT_S))
             # one that has ended meanwhile is not late: the machine may be
@@ -178,6 +178,9 @@ class _Supervisor:
 
     def _look(self, now_s: float) -> None:
         """Compare what all processes take with the limits."""
+        if self._subject.ends.ready in self._open:  # it is still being enclosed
+            self._looked_s = now_s
+            return
         limits, totals = self._subject.limits, self._subject.totals()
         if totals.runnable:  # of the time since the last look, all in which none of them ran
             ran_s = max(0.0, totals.cpu_s - self._seen_cpu_s)
