@@ -59,7 +59,8 @@ def _run(args: argparse.Namespace, parsed: ParsedRounds) -> None:
     producer = Producer(
         partial(Store.create, args.store, digest, start.vocab_size), parsed.prompts, config.rollout,
         args.run, start.path, writer_of(args, config, start, MEGATRON, environment),
-        Batching(args.batch_size), parsed.reward_version, partial(judging, args.reward, args.reward_set, args.workers),
+        Batching(args.batch_size), parsed.reward_version,
+        partial(judging, args.reward, args.reward_set, args.workers),
         {"engine": MEGATRON, "environment": args.environment, "reward": args.reward})
     try:
         train_rounds(args, parsed, produce=producer.produce)
