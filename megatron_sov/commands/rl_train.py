@@ -105,7 +105,8 @@ def train_rounds(args: argparse.Namespace, parsed: ParsedRounds, wait_s: float =
                         "start from a checkpoint or Hugging Face folder that has one")
     objective = objective_of(config)
     columns = columns_of_run(config, objective.columns, start)
-    source = rounds_source(args.run / ROUNDS, config.model.vocab_size, tokenizer, columns.names)
+    source = rounds_source(args.run / ROUNDS, config.model.vocab_size, tokenizer, columns.names,
+                           columns.routes)
     texts = tuple(open_sources(config.data.paths, config.model.vocab_size, ("text",))
                   if config.data.paths else ())
     check_sources(config, [*texts, source])

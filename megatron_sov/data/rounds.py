@@ -18,6 +18,7 @@ from megatron_sov.artifacts import MANIFEST, read_manifest
 from megatron_sov.data.packing import Segment
 from megatron_sov.data.token_shards import Documents, Source, open_sources
 from megatron_sov.documents import ROLLOUTS
+from megatron_sov.documents.routes import RouteShape
 from megatron_sov.errors import UserError
 
 SOURCE = "rollouts"
@@ -169,6 +170,11 @@ class RoundDocuments:
         found: np.ndarray = opened.beside[name][first:first + count]
         return found
 
+    def routes(self, document: int, start: int, count: int) -> np.ndarray:
+        """As `Documents.routes`."""
+        documents, index = self._find(document)
+        return documents.routes(index, start, count)
+
     def _find(self, document: int) -> tuple[Documents, int]:
         documents = self._rounds[document >> _ROUND_BITS].documents
         assert documents is not None, f"document {document} of a round without any"
@@ -196,7 +202,7 @@ class _Lengths:
 
 
 def rounds_source(run_rounds: Path, vocab_size: int, tokenizer: Path | None,
-                  columns: Sequence[str] = ()) -> Source:
+                  columns: Sequence[str] = (), routes: RouteShape | None = None) -> Source:
     """Return the source of a run's rounds.
 
     Args:
@@ -204,10 +210,11 @@ def rounds_source(run_rounds: Path, vocab_size: int, tokenizer: Path | None,
         vocab_size: the model's.
         tokenizer: folder of the tokenizer that the responses are written in; None: nobody knows.
         columns: see `RoundDocuments`.
+        routes: shape of the routes that are published and replayed; None: there are none.
     """
     return Source(SOURCE, None, ROLLOUTS, {}, {"train": 0}, 0.0,
                   made=RoundDocuments(run_rounds, vocab_size, columns), vocab_size=vocab_size,
-                  tokenizer=tokenizer)
+                  tokenizer=tokenizer, routes=routes)
 
 
 def rounds_of(sources: Sequence[Source]) -> RoundDocuments | None:

@@ -12,6 +12,7 @@ import torch
 from megatron_sov.data.order import Sample
 from megatron_sov.data.packing import Row, Segment, best_fit
 from megatron_sov.data.rows import join_rows, sample_row
+from megatron_sov.documents.routes import RouteShape
 from megatron_sov.eval.perplexity import row_losses
 from megatron_sov.mcore.decode.forward_only import ForwardModel
 from megatron_sov.mcore.model.logprobs import Head
@@ -41,7 +42,8 @@ class Running(Protocol):
 
 
 def document_logprobs(model: Running, documents: Documents, chosen: range, seq_len: int,
-                      rows_per_batch: int, temperature: float = 1.0) -> np.ndarray:
+                      rows_per_batch: int, temperature: float = 1.0,
+                      routes: RouteShape | None = None) -> np.ndarray:
     """Return [tokens of the documents] float32, document after document, on every process.
 
     Each is log p(token | those before it); 0 for first tokens and for what lies beyond the longest sample.
@@ -53,12 +55,13 @@ def document_logprobs(model: Running, documents: Documents, chosen: range, seq_l
         seq_len: tokens of a row, the longest sample.
         rows_per_batch: rows of a micro-batch.
         temperature: what logits are divided by before the softmax.
+        routes: shape of the documents' routes, which are replayed; None: each token goes where it goes.
     """
     whole = rows_per_batch * model.world.dp_size
 
     def of_rows(rows: list[Row]) -> np.ndarray:
         filled = [*rows, *[()] * (-len(rows) % whole)]
-        return _of_rows(model, documents, filled, seq_len, rows_per_batch, temperature)
+        return _of_rows(model, documents, filled, seq_len, rows_per_batch, temperature, routes)
 
     return _placed(documents, chosen, seq_len, whole * MICRO_BATCHES, of_rows)
 
@@ -100,11 +103,12 @@ def _placed(documents: Documents, chosen: range, seq_len: int, at_a_time: int,
 
 
 def _of_rows(model: Running, documents: Documents, rows: list[Row], seq_len: int, size: int,
-             temperature: float) -> np.ndarray:
+             temperature: float, routes: RouteShape | None) -> np.ndarray:
     """Return [rows, seq_len] float32: log p(label) of each place, on every process."""
     world = model.world
     groups = [rows[i:i + size] for i in range(0, len(rows), size)]
-    own = [from_row(join_rows([sample_row(Sample(0, row), documents, seq_len) for row in group]))
+    own = [from_row(join_rows([sample_row(Sample(0, row), documents, seq_len, routes=routes)
+                               for row in group]))
            for group in groups[world.dp_rank::world.dp_size]]
     values = torch.zeros(len(groups), size * seq_len, dtype=torch.float64)
     if found := model.policy.map(own, partial(_logprobs, temperature)):

@@ -17,12 +17,14 @@ from megatron_sov.artifacts import MANIFEST, manifest_sha256, new_artifact
 from megatron_sov.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
 from megatron_sov.config import RunConfig
 from megatron_sov.data.rounds import ADVANTAGE, BEHAVIOUR, SOURCE, folder_of_round
+from megatron_sov.data.routes import shape_of
 from megatron_sov.data.token_bytes import token_bytes
 from megatron_sov.data.token_shards import CONTENT_VERSION
 from megatron_sov.data.vocabulary import TOKENIZER_JSON
 from megatron_sov.digests import SHA256, file_digest
 from megatron_sov.documents import ROLLOUTS
 from megatron_sov.documents.indexed_writer import IndexedWriter
+from megatron_sov.documents.routes import ROUTES, RouteShape
 from megatron_sov.errors import UserError
 from megatron_sov.post.parts.advantages import advantages
 from megatron_sov.post.rl.gathering import Gathered, RoundOfStore
@@ -94,8 +96,9 @@ class Publisher:
                 "content_version": CONTENT_VERSION, "tokenizer_sha256": source.store.tokenizer_digest,
                 "vocab_size": source.store.vocab_size, "dtype": DTYPE, "eod": "none",
                 "bos_id": None, "eos_id": None,  # a response begins and ends where its policy had it
-                "sources": [_described(counts)], "round": gathered.number, "steps": chosen.steps,
-                "groups": chosen.reasons, "late": [list(key[:2]) for key in gathered.late],
+                "sources": [_described(counts, self._routes)], "round": gathered.number,
+                "steps": chosen.steps, "groups": chosen.reasons,
+                "late": [list(key[:2]) for key in gathered.late],
                 "unjudged": dict(gathered.unjudged), "reward_version": source.reward_version,
                 "temperature": self.config.rollout.temperature,
                 "policies": sorted({r.rollout.key.policy for group in gathered.groups for r in group}),
@@ -104,6 +107,10 @@ class Publisher:
                 "means": means_of(gathered, source.store, self.config.rollout)}
             artifact.settings = {"rollout": self.config.to_dict()["rollout"],
                                  "policy": self.config.to_dict()["policy"]}
+
+    @cached_property
+    def _routes(self) -> RouteShape | None:
+        return shape_of(self.config.model) if self.config.policy.router_replay else None
 
     @cached_property
     def _bytes_of_token(self) -> np.ndarray:
@@ -135,15 +142,29 @@ class Publisher:
         """Write the documents, a piece of the round in memory at a time; returns what they count."""
         counts = dict.fromkeys(("num_documents", "num_tokens", "num_bytes"), 0)
         prefix.parent.mkdir()
-        with IndexedWriter(prefix, DTYPE, SIDECARS) as writer:
+        sidecars = SIDECARS | ({ROUTES: self._routes.dtype} if self._routes is not None else {})
+        with IndexedWriter(prefix, DTYPE, sidecars) as writer:
             for row in _rows(source, gathered, chosen):
                 ids = np.concatenate([row.prompt_tokens, row.tokens])
                 self._refuse_too_long(row, len(ids))
-                writer.write(np.array([len(ids)], np.int32), {"bin": ids, **_labels(row, chosen[row.key])})
+                writer.write(np.array([len(ids)], np.int32), {
+                    "bin": ids, **_labels(row, chosen[row.key]), **self._routes_of(row, len(ids))})
                 counts["num_documents"] += 1
                 counts["num_tokens"] += len(ids)
                 counts["num_bytes"] += int(self._bytes_of_token[ids].sum())
         return counts
+
+    def _routes_of(self, row: Rollout, num_tokens: int) -> dict[str, np.ndarray]:
+        """Return the sidecar of where a response's tokens went, where that is replayed."""
+        if self._routes is None:
+            return {}
+        where = f"round {row.round}: sample {row.key.sample} of prompt {row.key.prompt}"
+        if row.routes is None:
+            raise UserError(f"{where} has no routes, and policy.router_replay replays them; write responses "
+                            "with an engine that tells them, or leave the setting out")
+        if problem := self._routes.problem(row.routes):
+            raise UserError(f"{where} {problem}; it was written by another model")
+        return {ROUTES: self._routes.of_document(row.routes, num_tokens)}
 
     def _refuse_too_long(self, row: Rollout, num_tokens: int) -> None:
         seq_len = self.config.data.phases[0].seq_len
@@ -187,8 +208,10 @@ def _labels(row: Rollout, advantage: float) -> dict[str, np.ndarray]:
             BEHAVIOUR: logprobs, ADVANTAGE: np.where(written, advantage, 0.0)}
 
 
-def _described(counts: dict[str, int]) -> dict[str, Any]:
+def _described(counts: dict[str, int], routes: RouteShape | None) -> dict[str, Any]:
     """Return what the manifest says of the source."""
-    return {"name": SOURCE, "format": ROLLOUTS, "group_documents": 1, "sidecars": list(SIDECARS),
-            "num_bad": {}, "splits": {"train": {"shards": [{"prefix": PREFIX, **counts}], **counts},
-                                      "heldout": {"shards": [], **dict.fromkeys(counts, 0)}}}
+    return {"name": SOURCE, "format": ROLLOUTS, "group_documents": 1, "num_bad": {},
+            "sidecars": [*SIDECARS, *([ROUTES] if routes is not None else [])],
+            **({ROUTES: routes.record()} if routes is not None else {}),
+            "splits": {"train": {"shards": [{"prefix": PREFIX, **counts}], **counts},
+                       "heldout": {"shards": [], **dict.fromkeys(counts, 0)}}}

@@ -17,6 +17,8 @@ import numpy as np
 from megatron_sov.artifacts import atomic_write
 from megatron_sov.config import RunConfig
 from megatron_sov.data.rounds import Round
+from megatron_sov.data.routes import shape_of
+from megatron_sov.documents.routes import RouteShape
 from megatron_sov.errors import UserError
 from megatron_sov.mcore.parallel.world import on_main
 from megatron_sov.post.document_logprobs import document_logprobs
@@ -34,6 +36,8 @@ class TrainerColumns:
     from; those that are needed."""
     temperature: float
     """Of samples, and so of these."""
+    routes: RouteShape | None
+    """Of routes that are replayed, by the policy alone: the reference routes as it does; None: none are."""
     with_reference: Callable[[FeedView, Callable[[], np.ndarray]], np.ndarray]
     """(run, compute) -> what `compute` returns where the model has the reference's weights."""
 
@@ -60,7 +64,7 @@ class TrainerColumns:
             if name == OLD and not is_first:
                 raise UserError(f"{file}: is not there, and the run stands inside of the round, whose first "
                                 "weights are gone; resume from a checkpoint at the round's beginning")
-            compute = partial(self._compute, view, opened)
+            compute = partial(self._compute, view, opened, self.routes if name == OLD else None)
             found = compute() if name == OLD else self.with_reference(view, compute)
             on_main(view.world, partial(atomic_write, file, found.tobytes()))
         if (size_bytes := file.stat().st_size) != 4 * count:
@@ -69,11 +73,11 @@ class TrainerColumns:
                             + (", and resume from a checkpoint at its beginning" if name == OLD else ""))
         return np.memmap(file, np.float32, "r")
 
-    def _compute(self, view: FeedView, opened: Round) -> np.ndarray:
+    def _compute(self, view: FeedView, opened: Round, routes: RouteShape | None) -> np.ndarray:
         assert opened.documents is not None, f"{opened.path} has no documents"
         return document_logprobs(view, opened.documents, range(len(opened.starts) - 1),
                                  view.config.data.phases[0].seq_len, view.config.train.micro_batch_size,
-                                 self.temperature)
+                                 self.temperature, routes)
 
 
 def file_of(path: Path, name: str) -> Path:
@@ -90,4 +94,14 @@ def columns_of_run(config: RunConfig, needed: Iterable[str], start: Path) -> Tra
         start: the checkpoint that it starts from, its reference.
     """
     return TrainerColumns(tuple(name for name in needed if name in (OLD, REFERENCE)),
-                          config.rollout.temperature, partial(with_weights_of, start))
+                          config.rollout.temperature, replayed_routes(config),
+                          partial(with_weights_of, start))
+
+
+def replayed_routes(config: RunConfig) -> RouteShape | None:
+    """Return the shape of the routes that a run replays; None: it replays none.
+
+    Raises:
+        UserError: its model has none.
+    """
+    return shape_of(config.model) if config.policy.router_replay else None

@@ -63,7 +63,7 @@ def feed_of(folder: Path, monkeypatch: pytest.MonkeyPatch, lacking: Any, names: 
                      np.arange(len(documents.lengths) + 1) * 4)
 
     monkeypatch.setattr(rounds, "read", read)
-    columns = TrainerColumns(names, 1.0, lambda view, compute: compute() - 100)
+    columns = TrainerColumns(names, 1.0, None, lambda view, compute: compute() - 100)
     return RoundFeed(rounds, RolloutConfig(steps_per_round=2, prompts_per_round=2), lacking, columns, wait_s)
 
 

@@ -144,6 +144,31 @@ def test_groups_that_do_not_learn_are_counted_by_reason_and_a_step_may_have_none
     assert [len(step) for step in rounds.read(1, 32, 2).steps] == [0, 11]
 
 
+def test_routes_lie_beside_the_tokens_that_are_replayed(publisher: Publisher, write_round: Any,
+                                                        tmp_path: Path) -> None:
+    model = dataclasses.replace(publisher.config.model, num_experts=8, num_experts_per_token=2)
+    replaying = dataclasses.replace(publisher, rounds=tmp_path / "replayed", config=dataclasses.replace(
+        publisher.config, model=model, policy=PolicyConfig(method="dapo", router_replay=True)))
+    store = write(publisher, write_round)
+    with pytest.raises(UserError, match=r"round 1: sample 0 of prompt \w+ has no routes, and policy.router"):
+        replaying.publish(1)
+    routed = Store.create(tmp_path / "routed", store.tokenizer_digest, 368)
+    layers = model.num_moe_layers()
+    for name in (part_name(1, 0), part_name(1, 1)):
+        rows = [dataclasses.replace(row, routes=np.tile(np.arange(2, dtype=np.uint8) + row.key.sample, (
+            len(row.prompt_tokens) + len(row.tokens) - 1, layers, 1))) for row in store.read_rollouts(name)]
+        routed.add_rollouts(name, rows, {})
+        routed.add_rewards(VERSION, name, store.read_rewards(VERSION, name))
+    assert dataclasses.replace(replaying, store=routed.path).publish(1) == ""
+    assert check(tmp_path / "replayed/0001") == ([], [])
+    rounds = RoundDocuments(tmp_path / "replayed", 368)
+    rounds.open(1, rounds.read(1, 32, 2))
+    document = (1 << 32) + 2  # sample 2 of the first prompt
+    length = rounds.lengths[document]
+    assert rounds.routes(document, 0, length - 1).tolist() == [[[2, 3]] * layers] * (length - 1)
+    assert (rounds.routes(document, length - 1, 1) == 255).all()
+
+
 def test_what_does_not_belong_to_the_run_is_refused(publisher: Publisher, write_round: Any,
                                                     tmp_path: Path) -> None:
     write(publisher, write_round)
