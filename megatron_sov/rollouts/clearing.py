@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import time
 import uuid
@@ -53,8 +54,14 @@ def _found(store: Store, folders: set[str], rounds: set[int]) -> Iterator[tuple[
     for folder in folders & set(store.reward_versions()):
         yield store.path / REWARDS / folder, "of that version"
     for path in sorted(store.claims.iterdir()):
-        if numbers_in(path.name) is not None and (store.path / ROLLOUTS / path.name / MANIFEST).is_file():
+        if (_claimed(store, path.name) / MANIFEST).is_file():
             yield path, "what it claims is done"
+
+
+def _claimed(store: Store, claim: str) -> Path:
+    """Return the part that a claim is on: NAME, or reward-VERSION-NAME for what a reward says of it."""
+    judged = re.fullmatch(r"reward-([\w-]+?)-(round-.*)", claim)
+    return store.path.joinpath(*((REWARDS, judged[1], judged[2]) if judged else (ROLLOUTS, claim)))
 
 
 def clear(found: Collection[Clearable]) -> None:

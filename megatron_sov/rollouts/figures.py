@@ -126,8 +126,8 @@ def _round(store: Store, parts: list[Part], judged: Iterable[tuple[str, str]],
         names = {part.name for part in here}
         for name, version in ((name, version) for name, version in judged if name in names):
             for said in store.read_rewards(version, name):
-                if (row := last.get((said.key, said.attempt))) is not None:
-                    for figures in (whole, domains[str(row.record.get(DOMAIN, ""))]):
+                if (judged_row := last.get((said.key, said.attempt))) is not None:
+                    for figures in (whole, domains[str(judged_row.record.get(DOMAIN, ""))]):
                         figures.rewards.setdefault(version, Rewards()).add(said)
         done(len(here))
     return {"parts": len(parts), "kept_out": sum(part.num_kept_out for part in parts), "replaced": replaced,

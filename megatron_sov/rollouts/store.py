@@ -10,6 +10,8 @@ Parts never change, and of two of one name the first one stays: whoever reads ne
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import re
@@ -75,12 +77,15 @@ class Store:
             found = Store(Path(path), raw["tokenizer"], raw["vocab_size"])
             if not isinstance(found.tokenizer_digest, str) or type(found.vocab_size) is not int:
                 raise ValueError("tokenizer must be text, vocab_size a whole number")
-            return found
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(f"{path}: is no rollout store (it has no {STORE}); pass the folder that "
                             "`megatron-sov rl generate` wrote") from None
         except (ValueError, KeyError, TypeError, RecursionError) as e:
             raise UserError(f"{file}: is damaged ({e}); restore it from a copy") from None
+        for name in (ROLLOUTS, REWARDS, CLAIMS):  # a copy may lack those that were empty
+            with contextlib.suppress(OSError):
+                (found.path / name).mkdir(exist_ok=True)
+        return found
 
     @staticmethod
     def create(path: str | Path, tokenizer_digest: str, vocab_size: int) -> Store:
@@ -306,10 +311,10 @@ def _make(path: Path, identity: Mapping[str, Any]) -> None:
             atomic_write(built / STORE, to_json({"format_version": FORMAT_VERSION, **identity}))
             os.rename(built, path)
             fsync_path(path.parent)
-        except OSError:
+        except OSError as e:
             if (path / STORE).is_file():
                 return
-            if path.exists():
+            if e.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise UserError(f"{path}: is not empty and no rollout store; choose another folder") from None
             raise
         finally:

@@ -183,6 +183,8 @@ def test_a_store_has_one_tokenizer(store: Store, tmp_path: Path) -> None:
             Store.create(store.path, tokenizer, vocab_size)
     (tmp_path / "taken").mkdir()
     Store.create(tmp_path / "taken", "sha256:ab", 1)  # empty
+    (tmp_path / "taken/claims").rmdir()  # as by a copy that has files alone
+    assert Store.open(tmp_path / "taken").claims.is_dir()
     (tmp_path / "full").mkdir()
     (tmp_path / "full/a").write_text("")
     with pytest.raises(UserError, match="no rollout store; choose another folder"):
