@@ -440,6 +440,6 @@ def write_round() -> Callable[..., None]:
             if judge:
                 store.add_rewards(version, name, [Judged(
                     r.key, r.attempt, version, float((place[r.key.prompt] + 1) % (r.key.sample + 1) == 0),
-                    "scored", {"right": 1.0}) for r in rows if r.finish_reason != UNFINISHED])
+                    "scored", {"right": 1.0, "found": ""}) for r in rows if r.finish_reason != UNFINISHED])
 
     return write

@@ -31,7 +31,8 @@ def means_of(gathered: Gathered, store: Store, rollout: RolloutConfig) -> dict[s
     components: dict[str, list[float]] = defaultdict(list)
     for r in responses:
         for name, value in r.judged.components.items():
-            components[name].append(value)
+            if isinstance(value, int | float):  # a verifier may also say in words what it found
+                components[name].append(value)
     written = [r.rollout.versions[r.rollout.versions != NOT_WRITTEN] for r in responses]
     trained_steps = (gathered.number - 1) * rollout.steps_per_round
     behind = trained_steps - np.concatenate(written)
