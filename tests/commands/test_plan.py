@@ -41,8 +41,9 @@ def test_mistakes_end_with_one_sentence(arguments: list[str], sentence: str,
 def test_what_an_offloaded_optimizer_pins_has_to_fit_the_profiles_memory(
         tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     profile = tmp_path / "small.yaml"
-    profile.write_text("description: nodes with little memory\ngpu: h200\naccount: ''\nmemory: 64G\n")
+    profile.write_text("description: nodes with little memory\ngpu: h200\naccount: ''\nmemory: 16G\n")
     asked = ["plan", "solar-open-102b", "--cluster", str(profile), "--nodes", "64"]
     assert main([*asked, "--set", "gpu.optimizer_offload=0.1"]) == 0
     assert main([*asked, "--set", "gpu.optimizer_offload=1"]) == 2
-    assert "of the 64.0 GiB that it has; the nearest share that fits" in capsys.readouterr().err
+    assert ("of the 16.0 GiB that it has; the nearest share that fits: --set gpu.optimizer_offload=0.59"
+            in capsys.readouterr().err)

@@ -42,7 +42,7 @@ def main(channel_fd: int, root: str) -> None:
         importlib.import_module(module)
     sys.path.remove(root)
     # all that is alike for programs is done here, once: of what a fork writes, counts of references too, it
-    # gets copies, page by page, and these are most of what it costs
+    # gets copies, page by page, and these are most of what it costs. So nothing is freed there either
     own_modules = {name: sys.modules.pop(name) for name in list(sys.modules)
                    if name.partition(".")[0] == "megatron_sov"}
     be_as_programs()
