@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import time
 import struct
 import sys
 from collections.abc import Iterator
@@ -86,7 +87,10 @@ def test_wandb_offline_keeps_its_run_and_accepts_steps_done_again(tmp_path: Path
             trackers.log_step(step, {"loss": 1.0 / step})
         trackers.close()
         (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
-        attempts.append(read_wandb(file))
+        until_s = time.monotonic() + 30
+        while not (found := read_wandb(file))[1] and time.monotonic() < until_s:
+            time.sleep(0.1)  # a process of wandb's writes it
+        attempts.append(found)
         shutil.rmtree(tmp_path / "wandb")  # an attempt's folder is named by the second in which it began
     run_id = (tmp_path / "wandb-id").read_text()
     assert attempts == [(run_id, [{"step": s, "loss": 1.0 / s} for s in steps])
