@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import time
 import struct
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
