@@ -129,6 +129,9 @@ def _config(args: argparse.Namespace) -> RunConfig:
     problems = [*config.rollout.problems(), *Batching(args.batch_size).problems()]
     if not 0 <= args.wait < float("inf"):
         problems.append(f"--wait {args.wait}: must be a number that is not negative")
+    if config.policy.router_replay and args.environment is not None:
+        problems.append("policy.router_replay = True: the experts of episodes' tokens are not kept; set it "
+                        "to false, or leave --environment out")
     if problems:
         raise UserError(list_problems("rl generate", problems))
     return config
@@ -213,7 +216,8 @@ def _write(args: argparse.Namespace, config: RunConfig, rounds: range, prompts: 
 
     found: dict[str, Any] | None = run_policies(
         engine_name, start, work, longest=_longest(rollout, environment),
-        batching=Batching(args.batch_size), settings=args.engine_set, nproc=args.nproc)
+        batching=Batching(args.batch_size), settings=args.engine_set, nproc=args.nproc,
+        with_routes=config.policy.router_replay)
     return found
 
 
@@ -235,7 +239,8 @@ def writer_of(args: argparse.Namespace, config: RunConfig, start: Target, engine
     chosen_by: dict[str, Any] = {
         "plain": args.plain, "chat": {file.name: file_digest(file) for file in chat_files(folder)}}
     if environment is None:
-        return Responses(asker, rollout, engine_name, args.plain, chosen_by)
+        return Responses(asker, rollout, engine_name, args.plain, chosen_by,
+                         with_routes=config.policy.router_replay)
     asked, version, limits = environment
     assert chat is not None, "environment_of refuses --plain"
     table = Table(asked, TurnEncoder(chat, str(folder)), limits, args.batch_size)

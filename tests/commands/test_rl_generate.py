@@ -36,6 +36,7 @@ def asked(teacher: Path, tiny: list[str], tmp_path: Path) -> list[str]:
 def test_two_policies_write_two_rounds_and_a_reward_judges_them(
         asked: list[str], teacher: Path, run_command: Any, tmp_path: Path,
         capsys: pytest.CaptureFixture[str]) -> None:
+    asked = [*asked, "--set", "policy.router_replay=true"]
     done = run_command(*asked)
     assert done.returncode == 75, done.stderr
     assert "2 parts with 4 responses" in done.stdout
@@ -57,6 +58,8 @@ def test_two_policies_write_two_rounds_and_a_reward_judges_them(
             assert row.record == prompts[row.key.prompt].record
             text = row.record.get("prompt") or row.record["messages"][0]["content"]
             assert (row.tokens.tolist(), row.response) == greedy[text]
+            assert row.routes is not None and row.routes.shape[0] == len(row.prompt_tokens) + 5
+            assert row.routes.max() < 4, "there are four experts, and every token was read"
     judge = ["rl", "reward", "--store", str(tmp_path / "store"), "--reward", "length", "--reward-set",
              "max_length=100", "--reward-set", "buffer=50", "--workers", "1"]
     assert main(judge) == 0

@@ -23,7 +23,8 @@ Take = Callable[[Policy], None]
 
 
 def run_policies(name: str, start: Target, work: Callable[[Engine, Take], Any], *, longest: int,
-                 batching: Batching, settings: Sequence[str], nproc: int | None) -> Any:
+                 batching: Batching, settings: Sequence[str], nproc: int | None,
+                 with_routes: bool = False) -> Any:
     """Load the policy that a run starts from into an engine, and return what some work with it gave.
 
     Args:
@@ -35,6 +36,7 @@ def run_policies(name: str, start: Target, work: Callable[[Engine, Take], Any], 
         batching: what bounds memory.
         settings: `key=value` changes of layout and precision (megatron).
         nproc: local processes (megatron).
+        with_routes: whether the work asks for routes.
 
     Returns:
         The result; None on other processes than the first of a torchrun or Slurm job.
@@ -52,7 +54,7 @@ def run_policies(name: str, start: Target, work: Callable[[Engine, Take], Any], 
     device = torch.device("cuda" if name == VLLM else "cpu")
     return run_engine(name, start, lambda engine: work(
         engine, lambda policy: engine.update(_tensors_of(policy, device), policy.step)),
-        longest=longest, batching=batching, for_updates=True)
+        longest=longest, batching=batching, for_updates=True, with_routes=with_routes)
 
 
 def _load(policy: Policy, loaded: Loaded, engine: MegatronEngine) -> None:

@@ -42,6 +42,8 @@ class Responses:
     """What tokens are chosen by beside the settings of `rollout`, for the key."""
     clock_s: Callable[[], float] = time.monotonic
     """Which the deadline is on."""
+    with_routes: bool = False
+    """Whether rows keep which experts their tokens went to."""
 
     def write(self, engine: Engine, attempt: Attempt) -> list[Rollout]:
         """Return the rows of an attempt.
@@ -55,7 +57,8 @@ class Responses:
         more: dict[str, Any] = {}
         if self.rollout.deadline_s:
             more["bounds"] = Bounds(limits, lambda: self.clock_s() >= ends_s)
-        sampling = Sampling(max(limits), self.rollout.temperature, seed=self.rollout.seed, for_training=True)
+        sampling = Sampling(max(limits), self.rollout.temperature, seed=self.rollout.seed, for_training=True,
+                            with_routes=self.with_routes)
         streams = [stream_of(row.round, row.key.prompt, row.key.sample, attempt.number) for row in rows]
         found = engine.generate([[*row.prompt_tokens.tolist(), *row.tokens.tolist()] for row in rows],
                                 sampling, stop=Stop(self.asker.end_ids), streams=streams, **more)
@@ -108,7 +111,15 @@ class Responses:
             # rounding may leave a certain token's a little above 0
             logprobs=np.concatenate([row.logprobs, np.minimum(np.array(logprobs, np.float32), 0)]),
             versions=np.concatenate([row.versions, np.full(len(written), attempt.policy.step, np.int32)]),
-            response=self.asker.decode(tokens.tolist()))
+            response=self.asker.decode(tokens.tolist()), routes=_joined(row, found, number, len(written)))
+
+
+def _joined(row: Rollout, found: Generated, number: int, kept: int) -> np.ndarray | None:
+    """Return the routes of a row that has grown: what an earlier policy read stays where that one sent it."""
+    if found.routes is None:
+        return None
+    read = found.routes[number][:len(row.prompt_tokens) + len(row.tokens) + kept - 1]
+    return read if row.routes is None else np.concatenate([row.routes, read[len(row.routes):]])
 
 
 def key_digest(rollout: RolloutConfig, round: int, more: dict[str, Any]) -> str:
