@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
     rounds = rounds_of(args.rounds, rollout.rounds)
     prompts = _prompts(args)
     round_prompts(prompts, rollout, rounds[0])  # which refuses too few of them
-    environment = environment_of(args, rollout)
+    environment = environment_of(args, config)
     refuse_missing(args.start_from, "--from ")
     from megatron_sov.mcore.parallel.cpu_shims import prepare_megatron
 
@@ -129,9 +129,6 @@ def _config(args: argparse.Namespace) -> RunConfig:
     problems = [*config.rollout.problems(), *Batching(args.batch_size).problems()]
     if not 0 <= args.wait < float("inf"):
         problems.append(f"--wait {args.wait}: must be a number that is not negative")
-    if config.policy.router_replay and args.environment is not None:
-        problems.append("policy.router_replay = True: the experts of episodes' tokens are not kept; set it "
-                        "to false, or leave --environment out")
     if problems:
         raise UserError(list_problems("rl generate", problems))
     return config
@@ -144,8 +141,12 @@ def _prompts(args: argparse.Namespace) -> list[Prompt]:
     return prompts
 
 
-def environment_of(args: argparse.Namespace, rollout: RolloutConfig) -> tuple[Any, str, EpisodeLimits] | None:
-    """Return the order of the environment, its version and limits; None: there is none."""
+def environment_of(args: argparse.Namespace, config: RunConfig) -> tuple[Any, str, EpisodeLimits] | None:
+    """Return the order of the environment, its version and limits; None: there is none.
+
+    Raises:
+        UserError: the arguments contradict one another, or the settings.
+    """
     if args.environment is None:
         for option in ("env_set", "limit"):
             if getattr(args, option):
@@ -154,12 +155,15 @@ def environment_of(args: argparse.Namespace, rollout: RolloutConfig) -> tuple[An
         return None
     if args.plain:
         raise UserError("--plain: tasks of an environment are asked by the chat template; leave it out")
+    if config.policy.router_replay:
+        raise UserError(f"--environment {args.environment}: the experts of episodes' tokens are not kept, "
+                        "and policy.router_replay = True replays them; set it to false")
     for change in args.limit:
         name = change.partition("=")[0]
         if name in OF_ROLLOUT:
             raise UserError(f"--limit {change}: is rollout.{OF_ROLLOUT[name]}; set it there")
-    most_turn = min(EpisodeLimits.max_turn_tokens, rollout.max_new_tokens)
-    own = [f"{name}={getattr(rollout, setting)}" for name, setting in OF_ROLLOUT.items()]
+    most_turn = min(EpisodeLimits.max_turn_tokens, config.rollout.max_new_tokens)
+    own = [f"{name}={getattr(config.rollout, setting)}" for name, setting in OF_ROLLOUT.items()]
     limits = limits_of("train", [*own, f"max_turn_tokens={most_turn}", *args.limit])
     asked = order(args.environment, parse_settings(args.env_set))
     _, version = make(asked)

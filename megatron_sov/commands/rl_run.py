@@ -54,7 +54,7 @@ def _run(args: argparse.Namespace, parsed: ParsedRounds) -> None:
 
     assert parsed.stage.start is not None, "--from is required"
     config, start = parsed.stage.config, find_target(parsed.stage.start)
-    environment = environment_of(args, config.rollout)
+    environment = environment_of(args, config)
     digest = file_digest(start.tokenizer_folder / "tokenizer.json", SHA256)
     producer = Producer(
         partial(Store.create, args.store, digest, start.vocab_size), parsed.prompts, config.rollout,
