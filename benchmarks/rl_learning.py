@@ -50,9 +50,12 @@ ARMS: dict[str, tuple[str, ...]] = {
     "cached": ("policy.method=gspo", f"rollout.rounds={ROUNDS // 2}", "rollout.steps_per_round=4"),
     "stale": ("policy.method=gspo", "rollout.max_staleness=2"),
 }
-"""Arm -> its settings, with numbers of ours where the authors published none; shuffled: rewards drawn by lot; cached: half of the responses, several steps over
-each; stale: responses of a policy that is up to two rounds old."""
-LIFT_POINTS, SHUFFLED_POINTS, CACHED_POINTS = 30.0, 3.0, 2.0
+"""Arm -> its settings, with numbers of ours where the authors published none; shuffled: rewards drawn by
+lot; cached: half of the responses, several steps over each; stale: responses of a policy that is up to two
+rounds old."""
+LIFT_POINTS, SHUFFLED_POINTS, NEAR_POINTS = 30.0, 3.0, 2.0
+"""Asked for: of gspo, agapo and mgpo more than before; of shuffled no more than this; of cached and stale no
+further from gspo than this."""
 RIGHT, WRONG = 0.35, 0.5
 """Shares of the right answer, and of the one wrong one that stands for all questions of its kind."""
 NUM_CHATS, NUM_ASKED = 6000, 160
@@ -225,6 +228,7 @@ def report(work: Path) -> None:
           f"{platform.python_version()}; one process of one thread; right answers to {NUM_ASKED} questions "
           f"in wordings that no round has asked, greedy, %")
     seeds = [folder for folder in sorted(work.glob("seed-*")) if accuracy(folder / "start") is not None]
+    means: dict[str, float] = {}
     for arm in ARMS:
         both = [(accuracy(f / "start"), accuracy(f / arm)) for f in seeds]
         lifts = [after - before for before, after in both if before is not None and after is not None]
@@ -232,7 +236,11 @@ def report(work: Path) -> None:
             continue
         wide = 4.303 * statistics.stdev(lifts) / math.sqrt(3) if len(lifts) == 3 else math.nan
         told = ", ".join(f"{b:.1f} -> {a:.1f}" for b, a in both if b is not None and a is not None)
-        print(f"  {arm:<9} {statistics.mean(lifts):+6.1f} points  (95 %: +- {wide:.1f})   {told}")
+        means[arm] = mean = statistics.mean(lifts)
+        holds = (mean <= SHUFFLED_POINTS if arm == "shuffled" else
+                 abs(mean - means["gspo"]) <= NEAR_POINTS if arm in ("cached", "stale") and "gspo" in means else
+                 mean >= LIFT_POINTS)
+        print(f"  {arm:<9} {mean:+6.1f} points  (95 %: +- {wide:.1f})   {'ok' if holds else 'NOT SO'}   {told}")
 
 
 def main() -> None:
