@@ -48,6 +48,15 @@ class Recorded:
     def finished(self) -> bool:
         return self.step >= self.num_steps or (self.gate is not None and self.gate.passed)
 
+    missing: str | None = None
+
+    def bring_data(self, stop: Any) -> str | None:
+        assert self.watched is None, "data that are waited for are no hang"
+        return self.missing
+
+    def is_saved_at(self, step: int) -> bool:
+        return bool(step % self.config.train.checkpoint_every_steps == 0)
+
     def update(self) -> Any:
         self.step += 1
         assert self.watched == self.step, "a hang in a step is noticed"
@@ -153,3 +162,10 @@ def test_weights_that_were_taken_back_are_saved_at_once(monkeypatch: pytest.Monk
     monkeypatch.setattr("megatron_sov.train.loop.rollback", lambda t: t.actions.append(f"roll back {t.step}"))
     assert actions(trainer) == (True, ["roll back 3", "save 3", "save 4", "evaluate 5", "save 5", "saved 5",
                                        "run_end 5"])
+
+
+def test_data_that_are_not_there_end_the_run_with_what_is_saved_already() -> None:
+    trainer: Any = Recorded(3, step=2)
+    trainer.missing = "round 2 is not there yet"
+    assert train(trainer, SimpleNamespace(reason=None)) is False  # type: ignore[arg-type]
+    assert trainer.actions == ["announce 2", "saved 2", "stop 2"]
