@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from megatron_sov.config import (
     ExtendConfig,
@@ -51,7 +52,18 @@ def shrink(name: str, run: RunConfig) -> RunConfig:
         gpu=GpuConfig(),
         needle=NeedleConfig(lengths_tokens=(256, 512), depths=(0.0, 0.5, 0.95), samples=20),
         extend=extend,
+        **(_small_rounds(run) if run.objective.name == "policy" else {}),
     )
+
+
+def _small_rounds(run: RunConfig) -> dict[str, Any]:
+    """Return two short rounds of a method that is kept."""
+    policy = run.policy
+    return {
+        "rollout": replace(run.rollout, rounds=2, prompts_per_round=8, samples_per_prompt=4,
+                           max_prompt_tokens=64, max_new_tokens=64),
+        "policy": replace(policy, overlong_buffer_tokens=16 if policy.overlong_buffer_tokens else 0,
+                          knowledge_batch_size=4 if policy.knowledge_batch_size else None)}
 
 
 def _small_extension(extend: ExtendConfig) -> ExtendConfig:
