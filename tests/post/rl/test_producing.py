@@ -1,4 +1,4 @@
-"""Rounds that a run writes itself, with doubles of what writes and judges: in which order, and which rounds."""
+"""Rounds that a run writes itself, with doubles of what writes and judges: which rounds, in which order."""
 
 from __future__ import annotations
 
