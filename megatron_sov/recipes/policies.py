@@ -47,7 +47,9 @@ def _sources(base: Sources, values: Values) -> Sources:
     """Return the table of such a run."""
     return derive(base, {
         **{key: source for key, (_, source) in values.items()},
-        "data.phases.*": ours("rounds are the phases: rows hold the longest prompt and response"),
+        "data.phases.*": DEFAULT,
+        "data.phases.*.name": ours("rounds are the phases"),
+        "data.phases.*.seq_len": ours("a row holds the longest prompt and response"),
         "train.steps": ours("rounds x steps of a round"),
         "train.global_batch_size": ours("a step has as many rows as its responses fill; this only has to "
                                         "suit the layout"),
